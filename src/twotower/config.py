@@ -1,0 +1,230 @@
+"""What a model is made of: the released `config.json`, validated.
+
+`TwoTowerConfig` is the Hugging Face face (it keeps every key of the file, known or not);
+`BackboneConfig` is what the layers read: frozen, typed, checked once.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+import math
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, Literal, get_args
+
+from transformers import PretrainedConfig
+
+from twotower.errors import ConfigError
+
+LayerKind = Literal["M", "*", "E", "-"]
+KIND_NAMES: dict[str, str] = {"M": "Mamba-2", "*": "attention", "E": "MoE", "-": "MLP"}
+ARCHITECTURE = "NemotronHTwoTowerForCausalLM"
+MODEL_TYPE = "nemotron_h"
+MASK_TOKEN_ID = 3  # by convention: released configs carry no mask_token_id
+
+# transformers 5 spells the pattern as a list, with two generations of names.
+_KIND_OF_BLOCK_TYPE: dict[str, LayerKind] = {
+    "mamba": "M",
+    "linear_attention": "M",
+    "attention": "*",
+    "full_attention": "*",
+    "moe": "E",
+    "mlp": "-",
+}
+
+
+@dataclass(frozen=True, kw_only=True)
+class BackboneConfig:
+    """One tower's architecture, in the field names of the released `config.json`.
+
+    Only what the reference reads is here: `norm_eps`, `expand`, `rope_theta`, `n_shared_experts` and
+    `mamba_proj_bias` are in the file but have no effect on the model (spec §6).
+    """
+
+    hybrid_override_pattern: str
+    hidden_size: int
+    vocab_size: int
+    layer_norm_epsilon: float = 1e-5
+    residual_in_fp32: bool = False
+    initializer_range: float = 0.02
+    max_position_embeddings: int = 4096
+    # attention
+    num_attention_heads: int = 32
+    num_key_value_heads: int = 8
+    head_dim: int = 128
+    attention_bias: bool = False
+    # Mamba-2
+    mamba_num_heads: int = 128
+    mamba_head_dim: int = 64
+    ssm_state_size: int = 128
+    n_groups: int = 8
+    conv_kernel: int = 4
+    use_conv_bias: bool = True
+    use_bias: bool = False
+    chunk_size: int = 128
+    time_step_limit: tuple[float, float] = (0.0, math.inf)
+    time_step_min: float = 0.001
+    time_step_max: float = 0.1
+    time_step_floor: float = 1e-4
+    # MLP
+    intermediate_size: int = 21504
+    mlp_bias: bool = False
+    # mixture of experts
+    n_routed_experts: int = 8
+    num_experts_per_tok: int = 2
+    moe_intermediate_size: int = 7688
+    moe_shared_expert_intermediate_size: int = 7688
+    n_group: int = 1
+    topk_group: int = 1
+    norm_topk_prob: bool = True
+    routed_scaling_factor: float = 1.0
+
+    def __post_init__(self) -> None:
+        for field in dataclasses.fields(self):
+            value = getattr(self, field.name)
+            if field.type == "int" and (not isinstance(value, int) or isinstance(value, bool) or value < 1):
+                raise ConfigError(f"config: {field.name} is {value!r}; it must be a positive integer")
+        bad = sorted(set(self.hybrid_override_pattern) - set(get_args(LayerKind)))
+        if bad or not self.hybrid_override_pattern:
+            raise ConfigError(
+                f"config: hybrid_override_pattern {self.hybrid_override_pattern!r} has {bad or 'no layers'}; "
+                "each letter must be M (Mamba-2), * (attention), E (MoE) or - (MLP)"
+            )
+        self._divides("num_key_value_heads", "num_attention_heads")
+        self._divides("n_groups", "mamba_num_heads")
+        self._divides("n_group", "n_routed_experts")
+        if self.num_experts_per_tok > self.n_routed_experts:
+            raise ConfigError(
+                f"config: num_experts_per_tok is {self.num_experts_per_tok} but n_routed_experts only "
+                f"{self.n_routed_experts}; choose at most as many experts as there are"
+            )
+        if self.topk_group > self.n_group:
+            raise ConfigError(f"config: topk_group is {self.topk_group}, more than the n_group {self.n_group}")
+        low, high = self.time_step_limit
+        if not 0.0 <= low < high:
+            raise ConfigError(f"config: time_step_limit is [{low}, {high}]; it must be 0 <= low < high")
+
+    def _divides(self, small: str, large: str) -> None:
+        if getattr(self, large) % getattr(self, small):
+            raise ConfigError(
+                f"config: {large} is {getattr(self, large)}, which {small} {getattr(self, small)} does not divide"
+            )
+
+    @property
+    def num_layers(self) -> int:
+        return len(self.hybrid_override_pattern)
+
+    @property
+    def mamba_inner(self) -> int:
+        """Width of the Mamba mixer: heads × head_dim (`expand` is not read)."""
+        return self.mamba_num_heads * self.mamba_head_dim
+
+    @property
+    def conv_dim(self) -> int:
+        """Channels of the causal convolution: x | B | C."""
+        return self.mamba_inner + 2 * self.n_groups * self.ssm_state_size
+
+
+_BACKBONE_FIELDS = {field.name for field in dataclasses.fields(BackboneConfig)}
+# A value other than these is an architecture this package does not implement; refusing beats a wrong answer.
+_ONLY_SUPPORTED: dict[str, tuple[Any, ...]] = {
+    "mamba_hidden_act": ("silu",),
+    "mlp_hidden_act": ("relu2",),
+    "sliding_window": (None,),
+    "moe_latent_size": (None,),
+    "tie_word_embeddings": (False,),
+}
+
+
+class TwoTowerConfig(PretrainedConfig):
+    """The configuration of a two-tower checkpoint; `model_type` is `nemotron_h`, as released.
+
+    Keyword arguments are the keys of `config.json`; unknown keys are kept and written back.
+
+    Raises:
+        ConfigError: a value no model can be built from, naming field, value and remedy.
+    """
+
+    model_type = MODEL_TYPE
+
+    def __init__(self, **kwargs: Any) -> None:
+        own = {name: kwargs.pop(name) for name in list(kwargs) if name in _BACKBONE_FIELDS}
+        types = kwargs.pop("layers_block_type", None) or kwargs.pop("layer_types", None)
+        if types is not None:
+            own["hybrid_override_pattern"] = _pattern_of(types)
+        own.setdefault("hybrid_override_pattern", "M*E-")  # PretrainedConfig must be buildable without arguments
+        own.setdefault("hidden_size", 4096)
+        own.setdefault("vocab_size", 131072)
+        if isinstance(own.get("time_step_limit"), list | tuple):
+            own["time_step_limit"] = tuple(float(x) for x in own["time_step_limit"])
+        for name, allowed in _ONLY_SUPPORTED.items():
+            if kwargs.get(name, allowed[0]) not in allowed:
+                raise ConfigError(f"config: {name} is {kwargs[name]!r}; only {allowed[0]!r} is supported")
+        declared = kwargs.pop("num_hidden_layers", None)
+        if declared is not None and declared != len(own["hybrid_override_pattern"]):
+            raise ConfigError(
+                f"config: num_hidden_layers is {declared} but hybrid_override_pattern "
+                f"{own['hybrid_override_pattern']!r} has {len(own['hybrid_override_pattern'])} letters; make them agree"
+            )
+        self.mask_token_id: int | None = kwargs.pop("mask_token_id", None)
+        self._backbone = BackboneConfig(**own)
+        for name in _BACKBONE_FIELDS:
+            setattr(self, name, getattr(self._backbone, name))
+        self.num_hidden_layers = self._backbone.num_layers
+        kwargs.setdefault("tie_word_embeddings", False)
+        kwargs.setdefault("architectures", [ARCHITECTURE])
+        super().__init__(**kwargs)
+
+    @property
+    def backbone(self) -> BackboneConfig:
+        """The validated, frozen part the layers are built from."""
+        return self._backbone
+
+    @property
+    def mask_token(self) -> int:
+        """`mask_token_id` where the file has one, else 3 by convention."""
+        return MASK_TOKEN_ID if self.mask_token_id is None else self.mask_token_id
+
+    def to_dict(self) -> dict[str, Any]:
+        """The keys of `config.json`."""
+        out = super().to_dict()
+        out.pop("_backbone", None)
+        if out.get("mask_token_id") is None:
+            out.pop("mask_token_id", None)
+        out["time_step_limit"] = list(self.time_step_limit)
+        return out
+
+    @classmethod
+    def read(cls, path: str | Path) -> TwoTowerConfig:
+        """Reads `config.json` (a file, or the directory that holds it).
+
+        Raises:
+            ConfigError: no such file, not JSON, or values no model can be built from.
+        """
+        file = Path(path)
+        file = file / "config.json" if file.is_dir() else file
+        try:
+            raw = json.loads(file.read_text())  # Python's parser takes the released file's `Infinity`
+        except FileNotFoundError:
+            raise ConfigError(f"{file}: no such file; give a checkpoint directory or its config.json") from None
+        except (OSError, ValueError) as error:
+            raise ConfigError(f"{file}: not readable as JSON ({error})") from None
+        if not isinstance(raw, dict):
+            raise ConfigError(f"{file}: holds a {type(raw).__name__}; a JSON object is expected")
+        if raw.get("model_type", MODEL_TYPE) != MODEL_TYPE:
+            raise ConfigError(f"{file}: model_type is {raw['model_type']!r}; a two-tower model has {MODEL_TYPE!r}")
+        if not (raw.keys() & {"hybrid_override_pattern", "layers_block_type", "layer_types"}):
+            raise ConfigError(f"{file}: has no hybrid_override_pattern, so the kinds of its layers are unknown")
+        raw.pop("model_type", None)
+        try:
+            return cls(**raw)
+        except ConfigError as error:
+            raise ConfigError(f"{file}: {error}") from None
+
+
+def _pattern_of(types: list[str]) -> str:
+    unknown = sorted(set(types) - set(_KIND_OF_BLOCK_TYPE))
+    if unknown:
+        raise ConfigError(f"config: layers_block_type has {unknown}; known are {sorted(_KIND_OF_BLOCK_TYPE)}")
+    return "".join(_KIND_OF_BLOCK_TYPE[name] for name in types)

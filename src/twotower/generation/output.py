@@ -1,0 +1,67 @@
+"""Typed results: what flows from the loops to the CLI, the server and evaluation."""
+
+from __future__ import annotations
+
+from dataclasses import asdict, dataclass
+from typing import Any, Literal
+
+from twotower.generation.params import Mode
+
+FinishReason = Literal["eos", "stop", "length"]
+
+
+@dataclass(frozen=True, kw_only=True)
+class Generation:
+    """One row's result.
+
+    tokens: new tokens up to and including EOS, or the one that completed a stop string. text: without special
+    tokens and without the stop string ("" where the model has no tokenizer). committed_at: the denoising step, from
+    0, that fixed each token within its block. Passes: forwards of each tower while this row was running, its
+    prefill not counted. decode_seconds: from the end of the prefill to this row's end.
+    """
+
+    mode: Mode
+    tokens: list[int]
+    text: str
+    finish_reason: FinishReason
+    prompt_tokens: int
+    committed_at: list[int]
+    confidence: list[float]
+    denoiser_passes: int
+    context_passes: int
+    prefill_seconds: float
+    decode_seconds: float
+
+    @property
+    def tokens_per_pass(self) -> float:
+        """New tokens per pass of the tower that proposes them."""
+        passes = self.context_passes if self.mode == "ar" else self.denoiser_passes
+        return len(self.tokens) / passes if passes else 0.0
+
+    @property
+    def tokens_per_second(self) -> float:
+        """New tokens per second after the prefill."""
+        return len(self.tokens) / self.decode_seconds if self.decode_seconds else 0.0
+
+    def to_dict(self) -> dict[str, Any]:
+        """Plain data for JSON, the derived figures included."""
+        return asdict(self) | {"tokens_per_pass": self.tokens_per_pass, "tokens_per_second": self.tokens_per_second}
+
+
+@dataclass(frozen=True, kw_only=True)
+class BlockEvent:
+    """A block of one row, committed (in AR modes: one token).
+
+    start: index of the first of `tokens` among the row's new tokens. committed_at, confidence: per token.
+    text: what became final with this block; the events' texts join to the result's text. result: in the row's
+    last event only.
+    """
+
+    row: int
+    block: int
+    start: int
+    tokens: list[int]
+    committed_at: list[int]
+    confidence: list[float]
+    text: str
+    result: Generation | None = None

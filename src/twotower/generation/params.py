@@ -1,0 +1,130 @@
+"""What a caller asks for, checked before any work is done."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any, Literal, get_args
+
+import torch
+
+from twotower.config import TwoTowerConfig
+from twotower.errors import ArgumentError
+
+Mode = Literal["diffusion", "ar", "mock_ar"]
+MODES: tuple[str, ...] = get_args(Mode)
+
+
+@dataclass(frozen=True, kw_only=True)
+class GenerationParams:
+    """Parameters of one call; every row of a batch has the same, except its seed.
+
+    max_new_tokens: tokens after the prompt, at most. temperature: 0 (or less) is greedy. top_k, top_p: filters
+    of the candidate's distribution after the temperature. eos_token_id: one id or several; a row ends at its
+    first. seed: one for all rows or one for each; None draws fresh ones from torch's generator. stop: strings
+    that end a row. For diffusion: block_size positions denoised in at most steps_per_block passes; positions
+    with a confidence above confidence_threshold are committed, at least one a pass.
+
+    Raises:
+        ArgumentError (a ValueError): what, value and remedy, in one line.
+    """
+
+    mode: Mode = "diffusion"
+    max_new_tokens: int = 128
+    temperature: float = 0.0
+    top_k: int | None = None
+    top_p: float | None = None
+    eos_token_id: tuple[int, ...] = ()
+    seed: int | tuple[int, ...] | None = None
+    stop: tuple[str, ...] = ()
+    block_size: int = 16
+    steps_per_block: int = 16
+    mask_token_id: int = 3
+    confidence_threshold: float = 0.9
+
+    def __post_init__(self) -> None:
+        if self.mode not in MODES:
+            raise ArgumentError(f"mode is {self.mode!r}; choose one of {', '.join(MODES)}")
+        _whole("max_new_tokens", self.max_new_tokens, least=0)
+        _whole("block_size", self.block_size, least=1)
+        _whole("steps_per_block", self.steps_per_block, least=1)
+        _whole("mask_token_id", self.mask_token_id, least=0)
+        _number("temperature", self.temperature, None, None)
+        _number("confidence_threshold", self.confidence_threshold, 0.0, 1.0)
+        if self.top_k is not None:
+            _whole("top_k", self.top_k, least=1)
+        if self.top_p is not None:
+            _number("top_p", self.top_p, 0.0, 1.0)
+        for seed in self.seed if isinstance(self.seed, tuple) else (self.seed,):
+            if seed is not None:
+                _whole("seed", seed, least=0)
+                if seed >= 2**63:
+                    raise ArgumentError(f"seed is {seed}; it must be below 2**63")
+        for text in self.stop:
+            if not isinstance(text, str) or not text:
+                raise ArgumentError(f"stop has {text!r}; each stop must be a non-empty string")
+
+    @classmethod
+    def of(
+        cls,
+        *,
+        eos_token_id: int | Sequence[int] | None = None,
+        seed: int | Sequence[int] | None = None,
+        stop: str | Sequence[str] | None = None,
+        **values: Any,
+    ) -> GenerationParams:
+        """From the looser types of the public API."""
+        unknown = sorted(set(values) - set(cls.__dataclass_fields__))
+        if unknown:
+            known = ", ".join(cls.__dataclass_fields__)
+            raise ArgumentError(f"unknown argument {', '.join(unknown)}; known are {known}")
+        return cls(
+            eos_token_id=_tuple(eos_token_id),
+            seed=tuple(seed) if isinstance(seed, Sequence) else seed,
+            stop=_tuple(stop),
+            **values,
+        )
+
+    def check_against(self, config: TwoTowerConfig, prompt_lengths: Sequence[int]) -> None:
+        """The checks that need the model's configuration and the prompts."""
+        vocab = config.backbone.vocab_size
+        if self.mode == "diffusion" and self.mask_token_id >= vocab:
+            raise ArgumentError(f"mask_token_id is {self.mask_token_id}; the vocabulary ends at {vocab - 1}")
+        for token in self.eos_token_id:
+            if not isinstance(token, int) or not 0 <= token < vocab:
+                raise ArgumentError(f"eos_token_id is {token!r}; it must be a token id from 0 to {vocab - 1}")
+        window = config.backbone.max_position_embeddings
+        longest = max(prompt_lengths)
+        if longest + self.max_new_tokens > window:
+            raise ArgumentError(
+                f"a prompt of {longest} tokens plus max_new_tokens {self.max_new_tokens} is beyond the context window "
+                f"of {window}; shorten one of them"
+            )
+        if isinstance(self.seed, tuple) and len(self.seed) != len(prompt_lengths):
+            raise ArgumentError(f"{len(self.seed)} seeds for {len(prompt_lengths)} prompts; give one, or one for each")
+
+    def row_seeds(self, rows: int) -> list[int]:
+        """One seed a row; the same prompt with the same seed gives the same text wherever it stands in a batch."""
+        if isinstance(self.seed, tuple):
+            return list(self.seed)
+        if self.seed is not None:
+            return [self.seed] * rows
+        return [int(x) for x in torch.randint(2**62, (rows,))]
+
+
+def _tuple(value: Any) -> tuple[Any, ...]:
+    if value is None:
+        return ()
+    return tuple(value) if isinstance(value, list | tuple | set) else (value,)
+
+
+def _whole(name: str, value: Any, least: int) -> None:
+    if not isinstance(value, int) or isinstance(value, bool) or value < least:
+        raise ArgumentError(f"{name} is {value!r}; it must be a whole number of at least {least}")
+
+
+def _number(name: str, value: Any, low: float | None, high: float | None) -> None:
+    good = isinstance(value, int | float) and value == value and abs(value) != float("inf")
+    if not good or (low is not None and value < low) or (high is not None and value > high):
+        span = "a finite number" if low is None else f"between {low:g} and {high:g}"
+        raise ArgumentError(f"{name} is {value!r}; it must be {span}")

@@ -1,0 +1,92 @@
+"""Prompts in any of the accepted forms → rows of token ids. Ragged batches are the normal case."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from twotower.errors import ArgumentError
+
+Prompts = Tensor | str | Sequence[str] | Sequence[int] | Sequence[Sequence[int]]
+
+
+@dataclass(frozen=True)
+class PromptRows:
+    """ids: each row's tokens without padding; padded (B, S): the batch as returned in front of the new tokens."""
+
+    ids: list[list[int]]
+    padded: Tensor
+
+
+def read_prompts(
+    prompts: Prompts, attention_mask: Tensor | None, tokenizer: Any, vocab_size: int, pad_token_id: int
+) -> PromptRows:
+    """A tensor (B, S) with or without an attention mask (padding on either side), token lists, or strings.
+
+    Raises:
+        ArgumentError: an empty prompt, ids outside the vocabulary, a mask of another shape, text without tokenizer.
+    """
+    if isinstance(prompts, Tensor):
+        rows = _from_tensor(prompts, attention_mask)
+        padded = prompts
+    else:
+        if attention_mask is not None:
+            raise ArgumentError("attention_mask goes with a tensor of input_ids; a list of prompts needs none")
+        rows = _from_list(prompts, tokenizer)
+        width = max(map(len, rows), default=0)
+        padded = torch.tensor([[pad_token_id] * (width - len(row)) + row for row in rows], dtype=torch.long)
+    if not rows:
+        raise ArgumentError("no prompts; give at least one")
+    for i, row in enumerate(rows):
+        if not row:
+            raise ArgumentError(f"prompt {i} is empty; give at least one token")
+        outside = [token for token in row if not 0 <= token < vocab_size]
+        if outside:
+            raise ArgumentError(f"prompt {i} has token id {outside[0]}; the vocabulary is 0 to {vocab_size - 1}")
+    return PromptRows(rows, padded)
+
+
+def _from_tensor(ids: Tensor, mask: Tensor | None) -> list[list[int]]:
+    if ids.dim() != 2 or ids.is_floating_point() or ids.dtype == torch.bool:
+        raise ArgumentError(
+            f"input_ids is {tuple(ids.shape)} of {ids.dtype}; a (batch, length) integer tensor is expected"
+        )
+    if mask is None:
+        return ids.tolist()
+    if mask.shape != ids.shape:
+        raise ArgumentError(
+            f"attention_mask is {tuple(mask.shape)} but input_ids is {tuple(ids.shape)}; make them equal"
+        )
+    real = mask.bool()
+    starts = (real & ~torch.nn.functional.pad(real, (1, 0))[:, :-1]).sum(1)
+    if (starts > 1).any():
+        row = int((starts > 1).nonzero()[0])
+        raise ArgumentError(f"attention_mask of row {row} has a gap; padding may stand on the left or the right only")
+    return [row[keep].tolist() for row, keep in zip(ids.cpu(), real.cpu(), strict=True)]
+
+
+def _from_list(prompts: Any, tokenizer: Any) -> list[list[int]]:
+    if isinstance(prompts, str):
+        prompts = [prompts]
+    items = list(prompts)
+    if items and all(isinstance(item, int) for item in items):
+        items = [items]
+    rows = []
+    for i, item in enumerate(items):
+        if isinstance(item, str):
+            if tokenizer is None:
+                raise ArgumentError(
+                    f"prompt {i} is text, but the model has no tokenizer; set model.tokenizer or give token ids"
+                )
+            rows.append(list(tokenizer(item)["input_ids"]))
+        elif isinstance(item, Tensor) and item.dim() == 1:
+            rows.append([int(token) for token in item])
+        elif isinstance(item, Sequence) and all(isinstance(token, int) for token in item):
+            rows.append(list(item))
+        else:
+            raise ArgumentError(f"prompt {i} is a {type(item).__name__}; give a string or a list of token ids")
+    return rows

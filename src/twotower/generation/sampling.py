@@ -1,0 +1,93 @@
+"""Choosing tokens and measuring confidence: pure, per row, vectorised.
+
+Randomness is counter-based: a row's noise is a function of (seed, absolute position, purpose, step) and the
+token id, never of a generator's history. Batching, preemption, resuming and verification rest on that.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, replace
+
+import torch
+from torch import Tensor
+
+from twotower.kernels.precision import accumulation_dtype
+
+# What a draw is for; part of the noise's key.
+AR_TOKEN = 1
+DIFFUSION_CANDIDATE = 2
+
+_GOLDEN = -7046029254386353131  # 2⁶⁴/φ as a signed 64-bit integer
+
+
+@dataclass(frozen=True, kw_only=True)
+class Sampling:
+    """Row-wise sampling parameters: seeds (B,); one temperature and filter for all rows."""
+
+    seeds: Tensor
+    temperature: float = 0.0
+    top_k: int | None = None
+    top_p: float | None = None
+
+    def select(self, rows: Tensor) -> Sampling:
+        return replace(self, seeds=self.seeds[rows])
+
+    def to(self, device: torch.device) -> Sampling:
+        return replace(self, seeds=self.seeds.to(device))
+
+
+def choose(logits: Tensor, sampling: Sampling, positions: Tensor, purpose: int, step: int = 0) -> Tensor:
+    """logits (B, L, V), absolute positions (B, L) → token ids (B, L).
+
+    Temperature ≤ 0: the largest logit. Otherwise a Gumbel-max sample of softmax(logits / temperature), filtered.
+    """
+    if sampling.temperature <= 0:
+        return logits.argmax(-1)
+    scaled = filtered(logits.double() / sampling.temperature, sampling.top_k, sampling.top_p)
+    uniform = noise(sampling.seeds, positions, purpose, step, logits.shape[-1])
+    return (scaled - torch.log(-torch.log(uniform))).argmax(-1)
+
+
+def confidence(logits: Tensor, tokens: Tensor) -> Tensor:
+    """The untempered, unfiltered probability of each token: logits (B, L, V), tokens (B, L) → (B, L)."""
+    acc = logits.to(accumulation_dtype(logits.dtype))
+    return (acc.gather(-1, tokens[..., None])[..., 0] - acc.logsumexp(-1)).exp()
+
+
+def filtered(logits: Tensor, top_k: int | None, top_p: float | None) -> Tensor:
+    """Logits with what top-k, then top-p, leave out set to −∞.
+
+    Top-k keeps ties of the k-th largest. Top-p keeps the smallest set of most probable tokens (of those top-k
+    left) whose probabilities sum to more than p.
+    """
+    if top_k is not None and top_k < logits.shape[-1]:
+        least = logits.topk(top_k, dim=-1).values[..., -1:]
+        logits = logits.masked_fill(logits < least, -torch.inf)
+    if top_p is not None and top_p < 1.0:
+        ordered, order = logits.sort(dim=-1, descending=True, stable=True)
+        probs = ordered.softmax(-1)
+        before = probs.cumsum(-1) - probs  # what more probable tokens sum to
+        logits = logits.masked_fill((before > top_p).gather(-1, order.argsort(-1)), -torch.inf)
+    return logits
+
+
+def noise(seeds: Tensor, positions: Tensor, purpose: int, step: int, size: int) -> Tensor:
+    """Uniform numbers in (0, 1), float64: seeds (B,), positions (B, L) → (B, L, size)."""
+    key = _mix(seeds)[:, None]
+    for part in (positions, torch.full_like(positions, purpose), torch.full_like(positions, step)):
+        key = _mix(key + _GOLDEN * (part + 1))
+    counters = torch.arange(1, size + 1, device=positions.device) * _GOLDEN
+    bits = _shift(_mix(key[..., None] + counters), 11)  # 53 bits
+    return (bits.double() + 0.5) * 2.0**-53
+
+
+def _mix(z: Tensor) -> Tensor:
+    """splitmix64's finaliser (Steele et al. 2014) on int64, which wraps around as uint64 does."""
+    z = (z ^ _shift(z, 30)) * -4658895280553007687
+    z = (z ^ _shift(z, 27)) * -7723592293110705685
+    return z ^ _shift(z, 31)
+
+
+def _shift(z: Tensor, bits: int) -> Tensor:
+    """Logical right shift of int64."""
+    return (z >> bits) & ((1 << (64 - bits)) - 1)

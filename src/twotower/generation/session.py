@@ -1,0 +1,131 @@
+"""One batch being generated: the model, the context state, and the rows still running."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Sequence
+from typing import TYPE_CHECKING, Any
+
+import torch
+from torch import Tensor
+
+from twotower.generation.output import BlockEvent, Generation
+from twotower.generation.params import GenerationParams
+from twotower.generation.sampling import Sampling
+from twotower.generation.stopping import RowProgress
+
+if TYPE_CHECKING:
+    from twotower.model.two_tower import TwoTowerForCausalLM
+
+
+class Session:
+    """Holds what the loops share. `rows` are the indices of the running rows, in the order of the state's slots.
+
+    Rows that end leave the state; the others never wait for them and never see them.
+    """
+
+    def __init__(
+        self, model: TwoTowerForCausalLM, prompts: Sequence[Sequence[int]], params: GenerationParams, tokenizer: Any
+    ) -> None:
+        self.model = model
+        self.params = params
+        self.prompts = prompts
+        self.rows = list(range(len(prompts))) if params.max_new_tokens else []
+        self.progress = [
+            RowProgress(params.max_new_tokens, params.eos_token_id, params.stop, tokenizer) for _ in prompts
+        ]
+        self.denoiser_passes = [0] * len(prompts)
+        self.context_passes = [0] * len(prompts)
+        self.committed_at: list[list[int]] = [[] for _ in prompts]
+        self.confidence: list[list[float]] = [[] for _ in prompts]
+        self.blocks = 0
+        self.passes = 0  # denoiser passes of the batch (NFE)
+        self.sampling = Sampling(
+            seeds=torch.tensor(params.row_seeds(len(prompts)), dtype=torch.long),
+            temperature=params.temperature,
+            top_k=params.top_k,
+            top_p=params.top_p,
+        )
+        capacity = max(map(len, prompts)) + params.max_new_tokens + params.block_size
+        self.state = model.new_state(len(prompts), capacity)
+        self.reader = None if params.mode == "ar" else model.reader(self.state)
+        self.started = self.prefilled = time.perf_counter()
+
+    def prefill(self, upto: int | None = None) -> None:
+        """Reads every prompt (or prompt[:upto]) into the state."""
+        parts = [list(prompt[:upto]) for prompt in self.prompts]
+        width = max(map(len, parts))
+        if width:
+            tokens = torch.tensor([part + [0] * (width - len(part)) for part in parts], device=self.model.device)
+            lengths = torch.tensor([len(part) for part in parts], device=self.model.device)
+            self.model.prefill(tokens, lengths, self.state)
+        self.state.tighten(width)
+        self.prefilled = time.perf_counter()
+
+    def sampling_on(self, device: torch.device) -> Sampling:
+        return self.sampling.to(device)
+
+    def extend(self, tokens: Tensor, logits: bool) -> Tensor | None:
+        """One context pass over tokens (B, L) of the running rows."""
+        for row in self.rows:
+            self.context_passes[row] += 1
+        return self.model.extend(tokens, self.state, logits=logits)
+
+    def take(
+        self, tokens: Tensor, committed_at: Tensor, confidence: Tensor, passes: Sequence[int] | None
+    ) -> list[BlockEvent]:
+        """Books a block (B, L) of the running rows; passes: denoiser passes each row took."""
+        events = []
+        columns = (tokens.tolist(), committed_at.tolist(), confidence.tolist())
+        for slot, (row, block, steps, sure) in enumerate(zip(self.rows, *columns, strict=True)):
+            self.denoiser_passes[row] += passes[slot] if passes is not None else 0
+            start = len(self.progress[row].tokens)
+            count, text = self.progress[row].take(block)
+            self.committed_at[row] += steps[:count]
+            self.confidence[row] += sure[:count]
+            ended = self.progress[row].finish_reason is not None
+            events.append(
+                BlockEvent(
+                    row=row,
+                    block=self.blocks,
+                    start=start,
+                    tokens=block[:count],
+                    committed_at=steps[:count],
+                    confidence=sure[:count],
+                    text=text,
+                    result=self.result(row) if ended else None,
+                )
+            )
+        self.blocks += 1
+        return events
+
+    def drop_ended(self) -> Tensor | None:
+        """Removes ended rows from the state → the slots kept, or None where nothing changed."""
+        kept = [slot for slot, row in enumerate(self.rows) if self.progress[row].finish_reason is None]
+        if len(kept) == len(self.rows):
+            return None
+        self.rows = [self.rows[slot] for slot in kept]
+        slots = torch.tensor(kept, dtype=torch.long, device=self.model.device)
+        if self.rows:
+            self.state = self.state.select(slots)
+            self.sampling = self.sampling.select(torch.tensor(kept, dtype=torch.long))
+            if self.reader is not None:
+                self.reader = self.reader.select(self.state, slots)
+        return slots
+
+    def result(self, row: int) -> Generation:
+        progress = self.progress[row]
+        assert progress.finish_reason is not None
+        return Generation(
+            mode=self.params.mode,
+            tokens=progress.tokens,
+            text=progress.text,
+            finish_reason=progress.finish_reason,
+            prompt_tokens=len(self.prompts[row]),
+            committed_at=self.committed_at[row],
+            confidence=self.confidence[row],
+            denoiser_passes=self.denoiser_passes[row],
+            context_passes=self.context_passes[row],
+            prefill_seconds=self.prefilled - self.started,
+            decode_seconds=time.perf_counter() - self.prefilled,
+        )

@@ -1,0 +1,60 @@
+"""Mixture-of-experts matmuls: each token through its own few experts, down(relu(up·x)²), weighted and summed.
+
+hidden (T, H); choice (T, k) expert ids; weight (T, k); up (E, I, H); down (E, H, I) → (T, H).
+No backend visits an expert that nothing chose, and none synchronises the host once per expert.
+"""
+
+from __future__ import annotations
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+
+def experts_sorted(hidden: Tensor, choice: Tensor, weight: Tensor, up: Tensor, down: Tensor) -> Tensor:
+    """Tokens sorted by expert, one matmul pair per chosen expert. One host read of the counts (free on a CPU)."""
+    flat = choice.flatten()
+    order = flat.argsort(stable=True)
+    counts = torch.bincount(flat, minlength=up.shape[0]).tolist()
+    gathered = hidden[order // choice.shape[1]]  # (T·k, H), grouped by expert
+    parts = [
+        F.linear(F.relu(F.linear(rows, up[expert])).square(), down[expert])
+        for expert, rows in enumerate(gathered.split(counts))
+        if counts[expert]
+    ]
+    return _combine(torch.cat(parts), order, weight)
+
+
+def experts_gathered(hidden: Tensor, choice: Tensor, weight: Tensor, up: Tensor, down: Tensor) -> Tensor:
+    """Copies the chosen experts' weights and multiplies in one batch: shapes depend only on T, no host read."""
+    pairs = choice.flatten()
+    x = hidden.repeat_interleave(choice.shape[1], 0)[:, :, None]  # (T·k, H, 1)
+    out = down[pairs] @ F.relu(up[pairs] @ x).square()
+    return _weighted(out[..., 0], weight)
+
+
+def experts_grouped(hidden: Tensor, choice: Tensor, weight: Tensor, up: Tensor, down: Tensor) -> Tensor:
+    """One grouped GEMM per projection (bf16 on CUDA); group ends stay on the device."""
+    flat = choice.flatten()
+    order = flat.argsort(stable=True)
+    ends = F.one_hot(flat, up.shape[0]).sum(0).cumsum(0).to(torch.int32)
+    gathered = hidden[order // choice.shape[1]]
+    inner = F.relu(torch._grouped_mm(gathered, up.transpose(1, 2), offs=ends)).square()
+    return _combine(torch._grouped_mm(inner, down.transpose(1, 2), offs=ends), order, weight)
+
+
+def experts_dense(hidden: Tensor, choice: Tensor, weight: Tensor, up: Tensor, down: Tensor) -> Tensor:
+    """Slow twin: every expert on every token, weighted by zero where it was not chosen."""
+    share = weight.new_zeros(hidden.shape[0], up.shape[0]).scatter_add(1, choice, weight)  # (T, E)
+    every = torch.stack([F.linear(F.relu(F.linear(hidden, u)).square(), d) for u, d in zip(up, down, strict=True)], 1)
+    return (every * share[..., None]).sum(1).to(hidden.dtype)
+
+
+def _combine(grouped: Tensor, order: Tensor, weight: Tensor) -> Tensor:
+    back = torch.empty_like(order).scatter_(0, order, torch.arange(order.numel(), device=order.device))
+    return _weighted(grouped[back], weight)
+
+
+def _weighted(pairs: Tensor, weight: Tensor) -> Tensor:
+    """(T·k, H) in token order → the weighted sum over each token's k experts, (T, H) in the pairs' dtype."""
+    return torch.einsum("tkh,tk->th", pairs.unflatten(0, weight.shape).to(weight.dtype), weight).to(pairs.dtype)

@@ -1,0 +1,98 @@
+"""The Mamba-2 state-space recurrence in matrix form (SSD), Dao & Gu 2024.
+
+    h_i = exp(dt_i·A)·h_{i−1} + dt_i·B_i ⊗ x_i          h (heads, P, N)
+    y_i = C_i·h_i
+
+A block of L tokens is one chunk: three matrix products, no loop over tokens. Longer sequences are cut into
+chunks whose states are combined by one more small product. `ssd_sequential` is the slow twin.
+
+Shapes: x (B, L, H, P); dt (B, L, H) and log_decay = dt·A ≤ 0 (B, L, H), both 0 at padding (the state passes
+through unchanged); B, C (B, L, G, N), head h reads group h // (H/G); states (B, H, P, N). Everything is computed
+in dt's dtype (at least fp32: long contexts make the state O(1e3) and bf16 scans overflow).
+"""
+
+from __future__ import annotations
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+
+def ssd_block(x: Tensor, dt: Tensor, log_decay: Tensor, B: Tensor, C: Tensor, state: Tensor | None) -> Tensor:
+    """One chunk seeded with `state` (None: zeros) → y (B, L, H, P). Does not form the state after the chunk."""
+    heads_per_group = x.shape[2] // B.shape[2]
+    decay = log_decay.cumsum(1).transpose(1, 2)  # (B, H, L), from the chunk's start
+    scores = torch.einsum("blgn,bmgn->bglm", C, B).repeat_interleave(heads_per_group, 1)  # (B, H, L, L)
+    weights = scores * _causal_decay(decay) * dt.transpose(1, 2)[:, :, None]
+    y = (weights @ x.transpose(1, 2)).transpose(1, 2)  # (B, L, H, P)
+    if state is not None:
+        seen = torch.einsum("blgn,bgkpn->blgkp", C, state.unflatten(1, (-1, heads_per_group))).flatten(2, 3)
+        y = y + seen * decay.transpose(1, 2).exp()[..., None]
+    return y
+
+
+def advance(x: Tensor, dt: Tensor, log_decay: Tensor, B: Tensor, state: Tensor | None) -> Tensor:
+    """The state after the L tokens → (B, H, P, N); one matrix product over L, whatever L is."""
+    heads_per_group = x.shape[2] // B.shape[2]
+    decay = log_decay.cumsum(1)  # (B, L, H)
+    total = decay[:, -1:]
+    fed = x * ((total - decay).exp() * dt)[..., None]  # (B, L, H, P), each token decayed to the end
+    new = torch.einsum("blgkp,blgn->bgkpn", fed.unflatten(2, (-1, heads_per_group)), B).flatten(1, 2)
+    if state is None:
+        return new
+    return state * total[:, 0, :, None, None].exp() + new
+
+
+def ssd_chunked(
+    x: Tensor, dt: Tensor, log_decay: Tensor, B: Tensor, C: Tensor, state: Tensor | None, chunk: int
+) -> tuple[Tensor, Tensor]:
+    """A long sequence in chunks → y (B, L, H, P) and the state before each chunk (B, ⌈L/chunk⌉, H, P, N)."""
+    rows, length = x.shape[:2]
+    pad = -length % chunk
+    if pad:  # dt = 0: padding changes nothing
+        x, dt, log_decay, B, C = (F.pad(v, (0, 0) * (v.dim() - 2) + (0, pad)) for v in (x, dt, log_decay, B, C))
+    # chunks fold into the batch
+    x, dt, log_decay, B, C = (v.unflatten(1, (-1, chunk)).flatten(0, 1) for v in (x, dt, log_decay, B, C))
+    added = advance(x, dt, log_decay, B, None).unflatten(0, (rows, -1))  # (rows, chunks, H, P, N)
+    totals = log_decay.sum(1).unflatten(0, (rows, -1))  # (rows, chunks, H)
+    first = torch.zeros_like(added[:, :1]) if state is None else state[:, None]
+    carried = _segment_decay(totals[:, :-1].transpose(1, 2))  # (rows, H, chunks, chunks)
+    before = torch.einsum("bhij,bjhpn->bihpn", carried, torch.cat([first, added[:, :-1]], dim=1))
+    y = ssd_block(x, dt, log_decay, B, C, before.flatten(0, 1)).unflatten(0, (rows, -1)).flatten(1, 2)
+    return y[:, :length], before
+
+
+def ssd_sequential(
+    x: Tensor, dt: Tensor, log_decay: Tensor, B: Tensor, C: Tensor, state: Tensor | None
+) -> tuple[Tensor, Tensor]:
+    """Slow twin: the recurrence as written above, token by token → y and the final state."""
+    rows, length, heads, width = x.shape
+    B, C = (v.repeat_interleave(heads // v.shape[2], 2) for v in (B, C))
+    h = x.new_zeros(rows, heads, width, B.shape[-1]) if state is None else state
+    ys = []
+    for i in range(length):
+        fed = dt[:, i, :, None, None] * x[:, i, ..., None] * B[:, i, :, None]
+        h = h * log_decay[:, i, :, None, None].exp() + fed
+        ys.append((h * C[:, i, :, None]).sum(-1))
+    return torch.stack(ys, dim=1), h
+
+
+def _causal_decay(decay: Tensor) -> Tensor:
+    """Cumulative log decay (..., L) → exp(decay_l − decay_m) for m ≤ l, else 0. (..., L, L)."""
+    length = decay.shape[-1]
+    difference = decay[..., :, None] - decay[..., None, :]
+    future = torch.ones(length, length, dtype=torch.bool, device=decay.device).triu(1)
+    return difference.masked_fill(future, -torch.inf).exp()  # masked before exp: the future would overflow
+
+
+def _segment_decay(totals: Tensor) -> Tensor:
+    """Log decay of each chunk but the last (..., n) → (..., n+1, n+1): entry (i, j) carries what was added
+    before chunk j's state slot to the state before chunk i. Summed segment by segment, not as a difference of
+    long cumulative sums, which would lose all digits over many chunks."""
+    n = totals.shape[-1]
+    later = torch.ones(n + 1, n, dtype=torch.bool, device=totals.device).tril(-1)  # (i, k): chunk k ends before i
+    spread = totals[..., None, :].expand(*totals.shape[:-1], n + 1, n).masked_fill(~later, 0.0)
+    # sum over k in [j, i): reversed cumulative sum along k
+    sums = F.pad(spread.flip(-1).cumsum(-1).flip(-1), (0, 1))  # (..., i, j)
+    above = torch.ones(n + 1, n + 1, dtype=torch.bool, device=totals.device).triu(1)
+    return sums.masked_fill(above, -torch.inf).exp()

@@ -1,0 +1,100 @@
+"""The context's state as the denoiser sees it when the towers sit on different devices.
+
+Once per block only what is new crosses: the K/V columns appended since the last time and the current Mamba
+states. Everything that crosses goes through one `Transport`, so crossings can be counted (and forbidden elsewhere).
+"""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from twotower.state import AttentionPool, ContextView, MambaPool, TowerState
+
+
+class Transport:
+    """Moves tensors between the towers' devices."""
+
+    def send(self, tensor: Tensor, device: torch.device) -> Tensor:
+        return tensor.to(device, non_blocking=True)
+
+
+class LocalReader:
+    """Both towers on one device: the denoiser reads the context's state where it lies."""
+
+    def __init__(self, state: TowerState) -> None:
+        self.state = state
+
+    def view(self) -> ContextView:
+        return self.state.view()
+
+    def select(self, state: TowerState, rows: Tensor) -> LocalReader:
+        return LocalReader(state)
+
+
+class Mirror:
+    """A copy of `state` on `device`, brought up to date by `view`."""
+
+    def __init__(self, state: TowerState, device: torch.device, transport: Transport) -> None:
+        self.state = state
+        self.device = device
+        self.transport = transport
+        dtype = next((p.k.dtype for p in state.pools if isinstance(p, AttentionPool)), torch.float32)
+        dtype = next((p.conv_window.dtype for p in state.pools if isinstance(p, MambaPool)), dtype)
+        self.copy = TowerState(state.config, state.rows, state.capacity, device, dtype)
+        self.lengths = torch.zeros_like(state.lengths)  # on the context's device: how far the copy has come
+
+    def view(self) -> ContextView:
+        state, copy = self.state, self.copy
+        state.settle()
+        width = state.appended - copy.appended
+        if width:
+            self._bring(width)
+        copy.bound, copy.appended = state.bound, state.appended
+        self.lengths = state.lengths
+        return copy.view()
+
+    def _bring(self, width: int) -> None:
+        state, copy = self.state, self.copy
+        copy.reserve(state.capacity)
+        here = _columns(self.lengths, state.lengths, width, state.capacity)
+        lengths = self._send(state.lengths)
+        there = _columns(copy.lengths, lengths, width, copy.capacity)
+        for source, target in zip(state.pools, copy.pools, strict=True):
+            if isinstance(source, AttentionPool) and isinstance(target, AttentionPool):
+                _put(target.k, there, self._send(_take(source.k, here)))
+                _put(target.v, there, self._send(_take(source.v, here)))
+            elif isinstance(source, MambaPool) and isinstance(target, MambaPool):
+                target.conv_window = self._send(source.conv_window)
+                target.ssm_state = self._send(source.ssm_state)
+        copy.lengths = lengths
+
+    def _send(self, tensor: Tensor) -> Tensor:
+        return self.transport.send(tensor, self.device)
+
+    def select(self, state: TowerState, rows: Tensor) -> Mirror:
+        """The mirror of `state`, which holds the given rows of this one's."""
+        out = object.__new__(Mirror)
+        out.state, out.device, out.transport = state, self.device, self.transport
+        out.copy = self.copy.select(self._send(rows))
+        out.lengths = self.lengths[rows]
+        return out
+
+
+Reader = LocalReader | Mirror
+
+
+def _columns(old: Tensor, new: Tensor, width: int, spare: int) -> Tensor:
+    """(R, width): the columns that are new in each row; the spare one where a row got fewer."""
+    columns = old[:, None] + torch.arange(width, device=old.device)
+    return torch.where(columns < new[:, None], columns, spare)
+
+
+def _take(buffer: Tensor, columns: Tensor) -> Tensor:
+    rows = torch.arange(buffer.shape[0], device=buffer.device)[:, None]
+    return buffer.transpose(1, 2)[rows, columns]  # (R, width, Hkv, D)
+
+
+def _put(buffer: Tensor, columns: Tensor, value: Tensor) -> None:
+    rows = torch.arange(buffer.shape[0], device=buffer.device)[:, None]
+    buffer.transpose(1, 2).index_put_((rows, columns), value)

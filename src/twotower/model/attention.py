@@ -1,0 +1,42 @@
+"""Grouped-query attention without positional encoding (Nemotron-H)."""
+
+from __future__ import annotations
+
+from torch import Tensor, nn
+
+from twotower.config import BackboneConfig
+from twotower.kernels.attention import block_attention
+from twotower.model.coupling import KeyValue, Visibility
+from twotower.model.linear import Linear
+
+
+class Attention(nn.Module):
+    """One softmax over [past keys ; own keys]."""
+
+    def __init__(self, config: BackboneConfig) -> None:
+        super().__init__()
+        hidden, width = config.hidden_size, config.head_dim
+        self.head_dim = width
+        self.q_proj = Linear(hidden, config.num_attention_heads * width, bias=config.attention_bias)
+        self.k_proj = Linear(hidden, config.num_key_value_heads * width, bias=config.attention_bias)
+        self.v_proj = Linear(hidden, config.num_key_value_heads * width, bias=config.attention_bias)
+        self.o_proj = Linear(config.num_attention_heads * width, hidden, bias=config.attention_bias)
+
+    def project(self, hidden: Tensor) -> tuple[Tensor, KeyValue]:
+        """hidden (B, L, H) → q (B, Hq, L, D) and the pass's own keys and values."""
+        q, k, v = (
+            proj(hidden).unflatten(-1, (-1, self.head_dim)).transpose(1, 2)
+            for proj in (self.q_proj, self.k_proj, self.v_proj)
+        )
+        return q, KeyValue(k, v)
+
+    def output(self, heads: Tensor) -> Tensor:
+        """(B, Hq, L, D) → (B, L, H)."""
+        return self.o_proj(heads.transpose(1, 2).flatten(2))
+
+    def forward(self, hidden: Tensor, past: KeyValue | None, sees: Visibility) -> tuple[Tensor, KeyValue]:
+        """hidden (B, L, H) → output (B, L, H) and the keys and values to append."""
+        q, own = self.project(hidden)
+        mask = sees.block_mask(hidden.shape[1], hidden.device)
+        heads = block_attention(q, own.k, own.v, mask, past, sees.context_mask)
+        return self.output(heads), own

@@ -1,0 +1,85 @@
+"""Time conditioning of the denoiser: adaLN-single (PixArt-α), spec §1.
+
+One small network turns t into (shift, scale, gate); each layer adds its own table.
+"""
+
+from __future__ import annotations
+
+import math
+from typing import NamedTuple
+
+import torch
+from torch import Tensor, nn
+
+from twotower.config import LayerKind
+from twotower.kernels.precision import accumulation_dtype
+from twotower.model.linear import Linear
+from twotower.model.norm import RMSNorm
+
+SINUSOID_SIZE = 256
+MODULATE_BEFORE_NORM = frozenset("M*")  # in MoE and MLP layers modulation comes after the norm
+
+
+class Modulation(NamedTuple):
+    """One layer's shift, scale and gate, each (B, 1, H)."""
+
+    shift: Tensor
+    scale: Tensor
+    gate: Tensor
+
+
+def timestep_sinusoid(t: Tensor, dtype: torch.dtype) -> Tensor:
+    """t (B,) in [0, 1] → (B, 256): cosines first, then sines, of t·1000·exp(−ln(10000)·k/128).
+
+    Formed in at least fp32 whatever the model's dtype: in bf16 t·1000 itself would be off by up to 4.
+    """
+    acc = accumulation_dtype(dtype)
+    half = SINUSOID_SIZE // 2
+    k = torch.arange(half, dtype=acc, device=t.device)
+    angles = (t.to(acc) * 1000.0)[:, None] * torch.exp(-math.log(10000.0) * k / half)
+    return torch.cat([angles.cos(), angles.sin()], dim=-1).to(dtype)
+
+
+class TimestepEmbedder(nn.Module):
+    """`t_embedder`: sinusoid → Linear, SiLU, Linear."""
+
+    def __init__(self, hidden: int) -> None:
+        super().__init__()
+        self.mlp = nn.Sequential(Linear(SINUSOID_SIZE, hidden), nn.SiLU(), Linear(hidden, hidden))
+
+    def forward(self, t: Tensor) -> Tensor:
+        return self.mlp(timestep_sinusoid(t, next(self.parameters()).dtype))
+
+
+class TimeConditioning(nn.Module):
+    """t (B,) → one `Modulation` per layer. Submodule names are those of the released checkpoint."""
+
+    def __init__(self, hidden: int, layers: int) -> None:
+        super().__init__()
+        self.t_embedder = TimestepEmbedder(hidden)
+        self.t_block = nn.Sequential(nn.SiLU(), Linear(hidden, 3 * hidden))
+        self.scale_shift_tables = nn.ParameterList(nn.Parameter(torch.zeros(3, hidden)) for _ in range(layers))
+        self.reset_parameters()
+
+    def reset_parameters(self) -> None:
+        """The identity (spec §4, ours): shift 0, scale 0, gate 1, so a copied denoiser begins as its backbone."""
+        for parameter in self.t_block.parameters():
+            nn.init.zeros_(parameter)
+        for table in self.scale_shift_tables:
+            nn.init.zeros_(table)
+            with torch.no_grad():
+                table[2].fill_(1.0)
+
+    def forward(self, t: Tensor) -> list[Modulation]:
+        shared = self.t_block(self.t_embedder(t)).unflatten(-1, (3, -1))  # (B, 3, H)
+        return [Modulation(*(shared + table)[:, :, None].unbind(1)) for table in self.scale_shift_tables]
+
+
+def normed_input(x: Tensor, norm: RMSNorm, kind: LayerKind, modulation: Modulation | None) -> Tensor:
+    """What a layer's mixer reads. The order of norm and modulation depends on the layer's kind, and lives only here."""
+    if modulation is None:
+        return norm(x)
+    shift, scale, _ = modulation
+    if kind in MODULATE_BEFORE_NORM:
+        return norm(x * (1 + scale) + shift)
+    return norm(x) * (1 + scale) + shift

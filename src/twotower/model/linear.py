@@ -1,0 +1,12 @@
+"""The one seam for dense weights: every projection of a tower is made here.
+
+Packed, quantised or sharded weights replace `Linear` in this place; names on disk stay the released ones.
+"""
+
+from __future__ import annotations
+
+from torch import nn
+
+
+class Linear(nn.Linear):
+    """y = x·Wᵀ + b, weight (out, in)."""

@@ -1,0 +1,83 @@
+"""Feed-forward mixers: the plain MLP and the mixture of experts, both down(relu(up·x)²)."""
+
+from __future__ import annotations
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from twotower.config import BackboneConfig
+from twotower.kernels import select
+from twotower.kernels.precision import accumulation_dtype
+from twotower.model.linear import Linear
+
+
+class MLP(nn.Module):
+    """down(relu(up·x)²), no gate."""
+
+    def __init__(self, hidden: int, intermediate: int, bias: bool) -> None:
+        super().__init__()
+        self.up_proj = Linear(hidden, intermediate, bias=bias)
+        self.down_proj = Linear(intermediate, hidden, bias=bias)
+
+    def forward(self, hidden: Tensor) -> Tensor:
+        return self.down_proj(F.relu(self.up_proj(hidden)).square())
+
+
+class Router(nn.Module):
+    """Sigmoid scores; the correction bias acts on the selection only (spec §2)."""
+
+    e_score_correction_bias: Tensor
+
+    def __init__(self, config: BackboneConfig) -> None:
+        super().__init__()
+        self.config = config
+        self.weight = nn.Parameter(torch.empty(config.n_routed_experts, config.hidden_size))
+        self.register_buffer("e_score_correction_bias", torch.zeros(config.n_routed_experts))
+
+    def forward(self, hidden: Tensor) -> tuple[Tensor, Tensor]:
+        """hidden (T, H) → expert ids (T, k) and their weights (T, k), scores in at least fp32."""
+        config = self.config
+        acc = accumulation_dtype(hidden.dtype)
+        scores = torch.sigmoid(F.linear(hidden.to(acc), self.weight.to(acc)))
+        biased = scores.detach() + self.e_score_correction_bias
+        if config.n_group > 1:
+            grouped = biased.unflatten(-1, (config.n_group, -1))
+            best = grouped.topk(min(2, grouped.shape[-1]), dim=-1).values.sum(-1)
+            kept = torch.zeros_like(best, dtype=torch.bool).scatter(-1, best.topk(config.topk_group).indices, True)
+            # Left-out groups score 0, not −∞: the reference's rule, which differs where all kept scores are negative.
+            biased = (grouped * kept[..., None]).flatten(-2)
+        choice = biased.topk(config.num_experts_per_tok, dim=-1).indices
+        weight = scores.gather(-1, choice)
+        if config.norm_topk_prob:
+            weight = weight / (weight.sum(-1, keepdim=True) + 1e-20)
+        return choice, weight * config.routed_scaling_factor
+
+
+class Experts(nn.Module):
+    """The seam for routed experts: stacked weights here, one tensor per expert on disk."""
+
+    def __init__(self, config: BackboneConfig) -> None:
+        super().__init__()
+        shape = (config.n_routed_experts, config.moe_intermediate_size, config.hidden_size)
+        self.up_proj = nn.Parameter(torch.empty(shape))
+        self.down_proj = nn.Parameter(torch.empty(shape[0], shape[2], shape[1]))
+
+    def forward(self, hidden: Tensor, choice: Tensor, weight: Tensor) -> Tensor:
+        backend = select("experts", hidden.device, hidden.dtype)
+        return backend.function(hidden, choice, weight, self.up_proj, self.down_proj)
+
+
+class MoE(nn.Module):
+    """Routed experts plus one shared expert."""
+
+    def __init__(self, config: BackboneConfig) -> None:
+        super().__init__()
+        self.gate = Router(config)
+        self.experts = Experts(config)
+        self.shared_experts = MLP(config.hidden_size, config.moe_shared_expert_intermediate_size, config.mlp_bias)
+
+    def forward(self, hidden: Tensor) -> Tensor:
+        flat = hidden.flatten(0, -2)
+        routed = self.experts(flat, *self.gate(flat)).view_as(hidden)
+        return routed + self.shared_experts(hidden)

@@ -1,0 +1,338 @@
+"""`TwoTowerForCausalLM`: both towers, the three verbs, and the published API.
+
+Verbs (tensors only, no host synchronisation): `prefill` and `extend` write a context state, `denoise` reads
+one. Everything that generates is built from them in `twotower.generation`.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Sequence
+from pathlib import Path
+from typing import Any, Literal
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+from transformers import PreTrainedModel
+from transformers.modeling_outputs import CausalLMOutput
+
+from twotower import generation, loading
+from twotower.config import TwoTowerConfig
+from twotower.errors import ArgumentError, TwoTowerError
+from twotower.generation.output import BlockEvent
+from twotower.generation.params import GenerationParams
+from twotower.generation.prompts import Prompts
+from twotower.kernels.precision import accumulation_dtype
+from twotower.mirror import LocalReader, Mirror, Reader, Transport
+from twotower.model.blockwise import context_pass
+from twotower.model.conditioning import TimeConditioning
+from twotower.model.coupling import Visibility
+from twotower.model.tower import Tower
+from twotower.state import ContextView, TowerState
+
+Towers = Literal["both", "context"]
+PREFILL_CHUNK = 512  # tokens of a prompt read in one pass
+
+
+class TwoTowerForCausalLM(PreTrainedModel):
+    """A frozen autoregressive context tower and a denoiser that fills blocks, coupled layer by layer.
+
+    `towers="context"` builds the context tower alone: autoregressive use on half the memory.
+    """
+
+    config_class = TwoTowerConfig
+    config: TwoTowerConfig
+    base_model_prefix = ""
+    main_input_name = "input_ids"
+    _supports_sdpa = True
+
+    def __init__(self, config: TwoTowerConfig, towers: Towers = "both") -> None:
+        super().__init__(config)
+        backbone = config.backbone
+        self.context = Tower(backbone)
+        self.denoiser = Tower(backbone) if towers == "both" else None
+        self.time = TimeConditioning(backbone.hidden_size, backbone.num_layers) if towers == "both" else None
+        self.tokenizer_source: Path | None = None
+        self._tokenizer: Any = None
+        self.transport: Transport | None = None
+        self._last_nfe = 0
+        if self.context.device.type != "meta":
+            self.reset_parameters()
+
+    def reset_parameters(self) -> None:
+        """Random weights; the time conditioning is the identity."""
+        for tower in (self.context, self.denoiser):
+            if tower is not None:
+                tower.reset_parameters()
+
+    # --- loading and saving (the work is in checkpoint.py) -----------------------------------------------------
+
+    @classmethod
+    def from_pretrained(cls, pretrained_model_name_or_path: Any, *args: Any, **kwargs: Any) -> TwoTowerForCausalLM:
+        """Loads a two-tower checkpoint: a directory in the released layout, or a hub id.
+
+        Keyword arguments: dtype (or torch_dtype; "auto": as the config says), towers ("both" | "context"),
+        context_device, denoiser_device (or device_map: one device for both), and the hub's revision, cache_dir,
+        token, local_files_only, force_download.
+
+        Raises:
+            CheckpointError, ConfigError: what is wrong, in which file and tensor.
+            ArgumentError: an argument with no meaning here.
+        """
+        return loading.from_pretrained(cls, pretrained_model_name_or_path, *args, **kwargs)
+
+    def save_pretrained(self, save_directory: Any, max_shard_size: int | str = "5GB", **kwargs: Any) -> None:  # type: ignore[override]
+        """Writes the released layout, with a config and a code file that AutoModelForCausalLM can load from."""
+        loading.save_pretrained(self, Path(save_directory), max_shard_size, **kwargs)
+
+    @property
+    def tokenizer(self) -> Any:
+        """The checkpoint's tokenizer, loaded when first asked for; None where it has none. Can be set."""
+        if self._tokenizer is None:
+            self._tokenizer = loading.load_tokenizer(self.tokenizer_source)
+        return self._tokenizer
+
+    @tokenizer.setter
+    def tokenizer(self, tokenizer: Any) -> None:
+        self._tokenizer = tokenizer
+
+    # --- where things are ---------------------------------------------------------------------------------------
+
+    @property
+    def device(self) -> torch.device:
+        """The context tower's device."""
+        return self.context.device
+
+    @property
+    def dtype(self) -> torch.dtype:
+        return self.context.embeddings.weight.dtype
+
+    def place_towers_on_devices(
+        self, ctx_device: str | torch.device = "cuda:0", den_device: str | torch.device = "cuda:1"
+    ) -> TwoTowerForCausalLM:
+        """Moves the towers; returns the model."""
+        self.context.to(ctx_device)
+        if self.denoiser is not None and self.time is not None:
+            self.denoiser.to(den_device)
+            self.time.to(den_device)
+        return self
+
+    # --- verbs ----------------------------------------------------------------------------------------------------
+
+    def new_state(self, rows: int, capacity: int) -> TowerState:
+        """An empty context state for `rows` texts of up to `capacity` tokens (it can grow: `reserve`)."""
+        return TowerState(self.config.backbone, rows, capacity, self.context.device, self.dtype)
+
+    def reader(self, state: TowerState) -> Reader:
+        """How the denoiser reads `state`: in place, or through a mirror on its own device."""
+        denoiser = self._denoiser()
+        if self.transport is None and denoiser.device == self.context.device:
+            return LocalReader(state)
+        return Mirror(state, denoiser.device, self.transport or Transport())
+
+    def prefill(self, tokens: Tensor, lengths: Tensor, state: TowerState, rows: Tensor | None = None) -> Tensor:
+        """Reads prompts in chunks of 512 tokens.
+
+        tokens (B, S), of which the first lengths (B,) count (0 allowed) → logits (B, V) after each row's last
+        token (of no meaning for a row of length 0), in at least fp32.
+        """
+        state.reserve(state.bound + tokens.shape[1])
+        last: Tensor = torch.zeros(len(lengths), self.config.backbone.hidden_size, device=self.device, dtype=self.dtype)
+        for start in range(0, tokens.shape[1], PREFILL_CHUNK):
+            part = tokens[:, start : start + PREFILL_CHUNK]
+            valid = (lengths - start).clamp(0, part.shape[1])
+            hidden = self._extend(part, valid, state, rows)
+            at = (valid - 1).clamp(min=0)[:, None, None].expand(-1, 1, hidden.shape[-1])
+            last = torch.where((valid > 0)[:, None], hidden.gather(1, at)[:, 0], last)
+        state.settle()
+        return _logits(self.context, last)
+
+    def extend(
+        self,
+        tokens: Tensor,
+        state: TowerState,
+        lengths: Tensor | None = None,
+        rows: Tensor | None = None,
+        logits: bool = True,
+    ) -> Tensor | None:
+        """The context tower reads tokens (B, L), of which the first lengths (B,) count (None: all; 0 allowed).
+
+        rows (B,): slots of the state, None for all of them in order → logits (B, L, V) in at least fp32, or None.
+        `state.rollback` takes any suffix back until the state is read again.
+        """
+        if lengths is None:
+            lengths = torch.full((tokens.shape[0],), tokens.shape[1], device=tokens.device)
+        state.reserve(state.bound + tokens.shape[1])
+        hidden = self._extend(tokens, lengths, state, rows)
+        return _logits(self.context, hidden) if logits else None
+
+    def denoise(self, block: Tensor, t: Tensor | None, view: ContextView, causal: bool = False) -> Tensor:
+        """The denoiser reads block (B, L) after the text that `view` shows; writes nothing.
+
+        t (B,): the fraction of the block still masked; None: no time conditioning at all. causal: attention
+        inside the block sees earlier positions only (mock-AR) → logits (B, L, V) in at least fp32.
+        """
+        denoiser = self._denoiser()
+        positions = view.lengths[:, None] + torch.arange(block.shape[1], device=block.device)
+        sees = Visibility(causal=causal, context_mask=view.mask, positions=positions)
+        modulation = None if t is None or self.time is None else self.time(t)
+        hidden, _ = denoiser(block, sees, view.past, modulation)
+        return _logits(denoiser, hidden)
+
+    def _extend(self, tokens: Tensor, lengths: Tensor, state: TowerState, rows: Tensor | None) -> Tensor:
+        view = state.view(rows)
+        step = torch.arange(tokens.shape[1], device=tokens.device)
+        sees = Visibility(valid=step < lengths[:, None], context_mask=view.mask, positions=view.lengths[:, None] + step)
+        hidden, added = self.context(tokens, sees, view.past)
+        state.append(added, lengths, tokens.shape[1], rows)
+        return hidden
+
+    def _denoiser(self) -> Tower:
+        if self.denoiser is None:
+            raise TwoTowerError('this model was loaded with towers="context"; load it with towers="both" to denoise')
+        return self.denoiser
+
+    # --- the context tower as an ordinary causal language model ---------------------------------------------------
+
+    def forward(
+        self, input_ids: Tensor, attention_mask: Tensor | None = None, labels: Tensor | None = None, **kwargs: Any
+    ) -> CausalLMOutput:
+        """The context tower over whole sequences (B, S): fp32 logits (B, S, V) and, with labels, the AR loss.
+
+        attention_mask (B, S): 0 at padding, on either side; labels: −100 is ignored.
+        """
+        _refuse_unknown("forward", {k: v for k, v in kwargs.items() if k not in {"use_cache", "return_dict"}})
+        input_ids = input_ids.to(self.device)
+        valid = None if attention_mask is None else attention_mask.to(self.device).bool()
+        hidden, _ = context_pass(self.context, input_ids, valid, self.config.backbone.chunk_size)
+        logits = _logits(self.context, hidden)
+        loss = None
+        if labels is not None:
+            targets = labels[:, 1:].to(self.device).flatten()
+            loss = F.cross_entropy(logits[:, :-1].flatten(0, 1), targets, ignore_index=-100)
+        return CausalLMOutput(loss=loss, logits=logits)
+
+    # --- the published API (spec §3): names, defaults and positional order are the release's ----------------------
+
+    def generate_ar(
+        self,
+        input_ids: Prompts,
+        max_new_tokens: int = 128,
+        temperature: float = 0.0,
+        top_k: int | None = None,
+        top_p: float | None = None,
+        eos_token_id: int | Sequence[int] | None = None,
+        *,
+        attention_mask: Tensor | None = None,
+        seed: int | Sequence[int] | None = None,
+        stop: str | Sequence[str] | None = None,
+    ) -> Tensor:
+        """Context tower and its head only, one token a pass → prompt + new tokens (B, S + n)."""
+        params = GenerationParams.of(
+            mode="ar",
+            max_new_tokens=max_new_tokens,
+            temperature=temperature,
+            top_k=top_k,
+            top_p=top_p,
+            eos_token_id=eos_token_id,
+            seed=seed,
+            stop=stop,
+        )
+        return self._generate(input_ids, params, attention_mask)
+
+    def generate_mock_ar(
+        self,
+        input_ids: Prompts,
+        max_new_tokens: int = 128,
+        temperature: float = 0.0,
+        top_k: int | None = None,
+        top_p: float | None = None,
+        eos_token_id: int | Sequence[int] | None = None,
+        *,
+        attention_mask: Tensor | None = None,
+        seed: int | Sequence[int] | None = None,
+        stop: str | Sequence[str] | None = None,
+    ) -> Tensor:
+        """The denoiser as a next-token predictor, without time conditioning → prompt + new tokens (B, S + n)."""
+        params = GenerationParams.of(
+            mode="mock_ar",
+            max_new_tokens=max_new_tokens,
+            temperature=temperature,
+            top_k=top_k,
+            top_p=top_p,
+            eos_token_id=eos_token_id,
+            seed=seed,
+            stop=stop,
+        )
+        return self._generate(input_ids, params, attention_mask)
+
+    def generate_mask_diffusion(
+        self,
+        input_ids: Prompts,
+        max_new_tokens: int = 128,
+        block_size: int = 16,
+        steps_per_block: int = 16,
+        mask_token_id: int = 3,
+        temperature: float = 0.0,
+        top_k: int | None = None,
+        confidence_threshold: float = 0.9,
+        eos_token_id: int | Sequence[int] | None = None,
+        step_callback: Callable[..., None] | None = None,
+        *,
+        top_p: float | None = None,
+        attention_mask: Tensor | None = None,
+        seed: int | Sequence[int] | None = None,
+        stop: str | Sequence[str] | None = None,
+    ) -> Tensor:
+        """Masked diffusion, block by block → prompt + new tokens (B, S + n).
+
+        step_callback(step, steps, block, t=, logits=, block_idx=): once per block with t 1.0 and logits None,
+        then after each pass with the block (B, L) as it was before that pass's commits.
+        """
+        params = GenerationParams.of(
+            mode="diffusion",
+            block_size=block_size,
+            steps_per_block=steps_per_block,
+            mask_token_id=mask_token_id,
+            confidence_threshold=confidence_threshold,
+            max_new_tokens=max_new_tokens,
+            temperature=temperature,
+            top_k=top_k,
+            top_p=top_p,
+            eos_token_id=eos_token_id,
+            seed=seed,
+            stop=stop,
+        )
+        return self._generate(input_ids, params, attention_mask, step_callback)
+
+    def stream(self, input_ids: Prompts, mode: str = "diffusion", **parameters: Any) -> Iterator[BlockEvent]:
+        """Yields a `BlockEvent` per row and block as it is committed (AR: blocks of one); arguments as generate_*.
+
+        A row's last event carries its `Generation`: counts, timings, finish reason. Arguments are checked at the
+        call, before the first event is asked for.
+        """
+        return generation.stream(self, input_ids, mode, **parameters)
+
+    def generate(self, *args: Any, **kwargs: Any) -> Tensor:
+        """transformers' entry point: plain AR generation, or a refusal that names the three methods."""
+        return generation.generate_like_transformers(self, *args, **kwargs)
+
+    def _generate(
+        self,
+        input_ids: Prompts,
+        params: GenerationParams,
+        attention_mask: Tensor | None,
+        callback: Callable[..., None] | None = None,
+    ) -> Tensor:
+        tokens, self._last_nfe = generation.generate_tensor(self, input_ids, params, attention_mask, callback)
+        return tokens
+
+
+def _logits(tower: Tower, hidden: Tensor) -> Tensor:
+    logits = tower.head(hidden)
+    return logits.to(accumulation_dtype(logits.dtype))
+
+
+def _refuse_unknown(where: str, kwargs: dict[str, Any]) -> None:
+    if kwargs:
+        raise ArgumentError(f"{where}: {', '.join(sorted(kwargs))} has no meaning for a two-tower model; leave it out")

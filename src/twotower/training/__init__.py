@@ -1,0 +1,1 @@
+"""Training: an autoregressive backbone, then the denoiser of its frozen copy (spec §4)."""
