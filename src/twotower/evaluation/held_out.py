@@ -1,0 +1,122 @@
+"""The bundled model's figures, for its model card: `python -m twotower.evaluation.held_out DATA [--model DIR]`.
+
+DATA holds train.jsonl.gz (for the n-gram baseline) and valid.jsonl.gz. Prints one JSON object.
+"""
+
+from __future__ import annotations
+
+import json
+import math
+import random
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import click
+import torch
+
+from twotower.allocator import keep_large_blocks
+from twotower.assets import bundled_model
+from twotower.evaluation.ngram import KneserNey
+from twotower.generation import Generation, GenerationParams, generate
+from twotower.model.two_tower import TwoTowerForCausalLM
+from twotower.training.data import EOS, encode, held_out, read_documents
+from twotower.training.objective import ar_loss
+
+SEED = 7
+
+
+def ar_nats(model: TwoTowerForCausalLM, documents: Sequence[Sequence[int]]) -> float:
+    """Summed −ln P of the context tower over every token after each document's first (its EOS included)."""
+    chunk = model.config.backbone.chunk_size
+    with torch.no_grad():
+        return sum(ar_loss(model.context, batch, chunk)[0].item() for batch in held_out(documents, 16, chunk))
+
+
+def continuation_nats(
+    model: TwoTowerForCausalLM, prompts: Sequence[list[int]], results: Sequence[Generation]
+) -> tuple[float, int]:
+    """−ln P of the context tower, summed over the new tokens only, and their number."""
+    whole = ar_nats(model, [[*prompt, *result.tokens] for prompt, result in zip(prompts, results, strict=True)])
+    return whole - ar_nats(model, prompts), sum(len(result.tokens) for result in results)
+
+
+def repeated_share(results: Sequence[Generation], size: int = 4) -> float:
+    """Share of n-grams that occurred before in the same text."""
+    grams = repeats = 0
+    for result in results:
+        seen = set()
+        for gram in zip(*(result.tokens[k:] for k in range(size)), strict=False):
+            grams, repeats = grams + 1, repeats + (gram in seen)
+            seen.add(gram)
+    return repeats / max(grams, 1)
+
+
+def cut_dialogues(texts: Sequence[str], count: int) -> list[str]:
+    """Dialogues cut at a random turn: the turns before it and the next speaker's name."""
+    rng = random.Random(SEED)
+    prompts = []
+    for text in rng.sample(list(texts), count):
+        turns = text.split("\n")
+        at = rng.randrange(1, len(turns))
+        prompts.append("\n".join(turns[:at]) + "\n" + turns[at].split(":")[0] + ":")
+    return prompts
+
+
+def measure_generation(model: TwoTowerForCausalLM, texts: Sequence[str], count: int, limit: int) -> dict[str, Any]:
+    """Greedy continuation of cut dialogues to their end, by AR and by diffusion at γ 0.8."""
+    prompts = [model.tokenizer(text)["input_ids"] for text in cut_dialogues(texts, count)]
+    order = sorted(range(count), key=lambda i: len(prompts[i]))  # like lengths together
+    prompts = [prompts[i] for i in order]
+    figures: dict[str, Any] = {"dialogues": count, "max_new_tokens": limit}
+    for mode in ("ar", "diffusion"):
+        params = GenerationParams.of(mode=mode, max_new_tokens=limit, confidence_threshold=0.8, eos_token_id=EOS)
+        results: list[Generation] = []
+        for part in _batches(prompts, 40):
+            results += generate(model, part, params)
+        nats, tokens = continuation_nats(model, prompts, results)
+        passes = sum(r.context_passes if mode == "ar" else r.denoiser_passes for r in results)
+        figures[mode] = {
+            "tokens": tokens,
+            "passes": passes,
+            "tokens_per_pass": tokens / passes,
+            "nll_per_token": nats / tokens,
+            "repeated_4grams": repeated_share(results),
+            "ended_by_eos": sum(r.finish_reason == "eos" for r in results) / count,
+        }
+    figures["nll_ratio"] = figures["diffusion"]["nll_per_token"] / figures["ar"]["nll_per_token"]
+    return figures
+
+
+def _batches(items: Sequence[list[int]], size: int) -> list[list[list[int]]]:
+    return [list(items[i : i + size]) for i in range(0, len(items), size)]
+
+
+@click.command()
+@click.argument("data", type=click.Path(exists=True, file_okay=False, path_type=Path))
+@click.option("--model", "path", type=click.Path(exists=True, file_okay=False, path_type=Path), default=None)
+@click.option("--dialogues", default=200, show_default=True, help="Held-out dialogues to continue.")
+@click.option("--limit", default=400, show_default=True, help="New tokens for each, at most.")
+@click.option("--likelihood/--no-likelihood", default=True, help="Also bits per byte against a 5-gram model.")
+@click.option("--dtype", default="float32", show_default=True)
+def main(data: Path, path: Path | None, dialogues: int, limit: int, likelihood: bool, dtype: str) -> None:
+    """Measures a model on held-out dialogues."""
+    keep_large_blocks()
+    model = TwoTowerForCausalLM.from_pretrained(path or bundled_model(), dtype=dtype)
+    tokenizer = model.tokenizer.backend_tokenizer
+    texts = read_documents(data / "valid.jsonl.gz")
+    figures: dict[str, Any] = {"dtype": dtype, "seed": SEED}
+    if likelihood:
+        documents = encode(tokenizer, texts)
+        bits = math.log(2) * sum(len(text.encode()) for text in texts)
+        figures["held_out_documents"] = len(documents)
+        figures["ar_bits_per_byte"] = ar_nats(model, documents) / bits
+        train = encode(tokenizer, read_documents(data / "train.jsonl.gz"))
+        ngram = KneserNey(train, order=5, vocab_size=model.config.backbone.vocab_size)
+        figures["5gram_bits_per_byte"] = ngram.nats(documents) / bits
+    figures |= measure_generation(model, texts, dialogues, limit)
+    click.echo(json.dumps(figures, indent=2))
+
+
+if __name__ == "__main__":
+    main()
