@@ -1,14 +1,14 @@
 """Makes transformers' Auto classes tell a two-tower checkpoint from a plain `nemotron_h` one.
 
-Both have `model_type: nemotron_h`; only `architectures` differs. transformers' registry takes several classes for
-one configuration and picks by `architectures`, first one by default: ours goes second, so plain checkpoints load as
-before. Without this AutoModel would build transformers' own class and leave every weight random.
+Both have `model_type: nemotron_h`; only `architectures` differs. Without this AutoModel would build transformers'
+own class for ours and leave every weight random; plain checkpoints load as before.
 """
 
 from __future__ import annotations
 
 import importlib.abc
 import importlib.machinery
+import importlib.util
 import sys
 from collections.abc import Sequence
 from types import ModuleType
@@ -18,30 +18,33 @@ _REGISTRY = "transformers.models.auto.modeling_auto"
 
 
 def register() -> None:
-    """Registers now if transformers' registry is loaded, else when it is: importing twotower stays light."""
+    """Teaches transformers' registry now if it is loaded, else when it is: importing twotower stays light."""
     if _REGISTRY in sys.modules:
-        _extend_registry(sys.modules[_REGISTRY])
+        _extend_registry()
     else:
         sys.meta_path.insert(0, _AfterImport())
 
 
-def _extend_registry(registry: ModuleType) -> None:
-    try:
-        from transformers import NemotronHConfig
-    except ImportError:  # a transformers without nemotron_h: nothing to tell apart
-        return
-    for auto in (registry.AutoModelForCausalLM, registry.AutoModel):
-        own = auto._model_mapping[NemotronHConfig]
-        if not isinstance(own, tuple):
-            auto.register(NemotronHConfig, (own, _released_class()), exist_ok=True)
+def _extend_registry() -> None:
+    """Any configuration whose `architectures` names the two-tower model gets our class.
 
+    The rule stands where transformers picks a class, not in its table: the table knows configuration classes by
+    name, and `trust_remote_code` brings in others of the same name.
+    """
+    from transformers.models.auto import auto_factory
 
-def _released_class() -> type:
-    """Our class under the name the released config gives it."""
-    from twotower.config import ARCHITECTURE
-    from twotower.model.two_tower import TwoTowerForCausalLM
+    pick = auto_factory._get_model_class
 
-    return type(ARCHITECTURE, (TwoTowerForCausalLM,), {"__module__": TwoTowerForCausalLM.__module__})
+    def pick_by_architecture(config: Any, mapping: Any) -> Any:
+        from twotower.config import ARCHITECTURE
+
+        if ARCHITECTURE not in (getattr(config, "architectures", None) or ()):
+            return pick(config, mapping)
+        from twotower.model.two_tower import TwoTowerForCausalLM
+
+        return TwoTowerForCausalLM
+
+    auto_factory._get_model_class = pick_by_architecture
 
 
 class _AfterImport(importlib.abc.MetaPathFinder):
@@ -53,14 +56,14 @@ class _AfterImport(importlib.abc.MetaPathFinder):
         if name != _REGISTRY:
             return None
         sys.meta_path.remove(self)
-        spec = importlib.machinery.PathFinder.find_spec(name, path)
+        spec = importlib.util.find_spec(name)
         if spec is not None and spec.loader is not None:
             loader: Any = spec.loader
             execute = loader.exec_module
 
             def exec_module(module: ModuleType) -> None:
                 execute(module)
-                _extend_registry(module)
+                _extend_registry()
 
             loader.exec_module = exec_module
         return spec

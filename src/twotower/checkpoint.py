@@ -9,12 +9,12 @@ from __future__ import annotations
 import json
 import re
 from collections import defaultdict
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
 
 import torch
-from huggingface_hub import split_torch_state_dict_into_shards
+from huggingface_hub import split_state_dict_into_shards_factory
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from torch import Tensor, nn
@@ -80,6 +80,18 @@ def cast(model: nn.Module, dtype: torch.dtype) -> nn.Module:
     return model
 
 
+def keeping_wide(model: nn.Module, change: Callable[[Tensor], Tensor]) -> Callable[[Tensor], Tensor]:
+    """`change` as `Module._apply` takes it (`.to`, `.bfloat16`, …), but it leaves the wide tensors wide."""
+    names = {id(part): name for name, tensor in _tensors(model) for part in (tensor, tensor.grad)}
+
+    def changed(tensor: Tensor) -> Tensor:
+        out = change(tensor)
+        dtype = wanted_dtype(names.get(id(tensor), ""), out.dtype)
+        return out if out.dtype == dtype else tensor.to(out.device, dtype)
+
+    return changed
+
+
 # --- reading -------------------------------------------------------------------------------------------------------
 
 
@@ -104,17 +116,20 @@ def scan(directory: Path) -> dict[str, Stored]:
             raise CheckpointError(f"{directory}: holds neither {SINGLE_FILE} nor {INDEX_FILE}; no weights to load")
         return _header(directory / SINGLE_FILE)
     try:
-        weight_map: dict[str, str] = json.loads(index.read_text())["weight_map"]
-    except (OSError, ValueError, KeyError, TypeError) as error:
+        weight_map = json.loads(index.read_text())["weight_map"]
+        files = sorted(set(weight_map.values()))
+    except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
         raise CheckpointError(f"{index}: not a safetensors index with a weight_map ({error!r})") from None
     found: dict[str, Stored] = {}
-    for name in sorted(set(weight_map.values())):
-        file = directory / name
-        if not file.exists():
+    for name in files:
+        file = directory / str(name)
+        if not file.is_file():
             raise CheckpointError(f"{index}: names {name}, which is not in {directory}; fetch it again")
         for tensor, stored in _header(file).items():
             if tensor in found:
                 raise CheckpointError(f"{file}: {tensor} is also in {found[tensor].file.name}; one copy is expected")
+            if tensor not in weight_map:
+                raise CheckpointError(f"{file}: holds {tensor}, which {index.name} does not list; a stray shard?")
             found[tensor] = stored
     for tensor, name in weight_map.items():
         if tensor not in found or found[tensor].file.name != name:
@@ -150,8 +165,9 @@ def check(directory: Path, found: dict[str, Stored], known: list[Slot], needed: 
     _check_kinds(directory, found, pattern)
     missing = [slot for slot in needed if slot.disk not in found]
     if missing:
+        listing = INDEX_FILE if (directory / INDEX_FILE).exists() else SINGLE_FILE
         raise CheckpointError(
-            f"{directory}: {missing[0].disk} is missing (shape {list(missing[0].shape)} expected)"
+            f"{directory / listing}: {missing[0].disk} is missing (shape {list(missing[0].shape)} expected)"
             + (f", and {len(missing) - 1} more" if len(missing) > 1 else "")
         )
     surplus = sorted(set(found) - {slot.disk for slot in known})
@@ -197,10 +213,12 @@ def load_weights(
     dtype: torch.dtype | None,
     device_of: dict[str, torch.device],
 ) -> None:
-    """Fills a meta model. dtype None: each tensor as stored. device_of: "context" and "denoiser"."""
+    """Fills a meta model. dtype None: that of the stored embeddings. device_of: "context" and "denoiser"."""
     found = scan(directory)
     needed = slots(model)
     check(directory, found, known, needed, pattern)
+    if dtype is None:
+        dtype = _stored_dtype(found["context_tower.embeddings.weight"])
     by_file: dict[Path, list[Slot]] = defaultdict(list)
     for slot in needed:
         by_file[found[slot.disk].file].append(slot)
@@ -213,12 +231,19 @@ def load_weights(
                 if slot.memory not in filled:
                     filled[slot.memory] = torch.empty(
                         shapes[slot.memory],
-                        dtype=source.dtype if dtype is None else wanted_dtype(slot.memory, dtype),
+                        dtype=wanted_dtype(slot.memory, dtype),
                         device=device_of["context" if slot.memory.startswith("context.") else "denoiser"],
                     )
                 target = filled[slot.memory]
                 (target if slot.expert is None else target[slot.expert]).copy_(source)
     model.load_state_dict(filled, strict=True, assign=True)
+
+
+def _stored_dtype(stored: Stored) -> torch.dtype:
+    names = {"BF16": torch.bfloat16, "F32": torch.float32, "F64": torch.float64}
+    if stored.dtype not in names:
+        raise CheckpointError(f"{stored.file}: is stored as {stored.dtype}; name the dtype to load it in, as bfloat16")
+    return names[stored.dtype]
 
 
 # --- writing -------------------------------------------------------------------------------------------------------
@@ -231,7 +256,12 @@ def save_weights(model: nn.Module, directory: Path, max_shard_size: int | str) -
     for slot in slots(model):
         tensor = memory[slot.memory].detach()
         tensors[slot.disk] = (tensor if slot.expert is None else tensor[slot.expert]).contiguous()
-    plan = split_torch_state_dict_into_shards(tensors, max_shard_size=max_shard_size)
+    plan = split_state_dict_into_shards_factory(
+        tensors,
+        get_storage_size=lambda tensor: tensor.nbytes,  # experts share one storage but may go to different shards
+        filename_pattern="model{suffix}.safetensors",
+        max_shard_size=max_shard_size,
+    )
     for stale in [*directory.glob("model-*-of-*.safetensors"), directory / INDEX_FILE, directory / SINGLE_FILE]:
         stale.unlink(missing_ok=True)
     for file, names in plan.filename_to_tensors.items():

@@ -9,6 +9,7 @@ from __future__ import annotations
 import dataclasses
 import json
 import math
+from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal, get_args
@@ -83,8 +84,9 @@ class BackboneConfig:
     def __post_init__(self) -> None:
         for field in dataclasses.fields(self):
             value = getattr(self, field.name)
-            if field.type == "int" and (not isinstance(value, int) or isinstance(value, bool) or value < 1):
-                raise ConfigError(f"config: {field.name} is {value!r}; it must be a positive integer")
+            expected, good = _EXPECTED[str(field.type)]
+            if not good(value):
+                raise ConfigError(f"config: {field.name} is {value!r}; it must be {expected}")
         bad = sorted(set(self.hybrid_override_pattern) - set(get_args(LayerKind)))
         if bad or not self.hybrid_override_pattern:
             raise ConfigError(
@@ -126,7 +128,23 @@ class BackboneConfig:
         return self.mamba_inner + 2 * self.n_groups * self.ssm_state_size
 
 
+def _is_number(value: Any) -> bool:
+    return isinstance(value, int | float) and not isinstance(value, bool) and value >= 0  # NaN is not
+
+
+# What a field of each type must be, in words and as a test.
+_EXPECTED: dict[str, tuple[str, Callable[[Any], bool]]] = {
+    "int": ("a positive integer", lambda v: isinstance(v, int) and not isinstance(v, bool) and v > 0),
+    "float": ("a number of at least 0", _is_number),
+    "bool": ("true or false", lambda v: isinstance(v, bool)),
+    "str": ("a string", lambda v: isinstance(v, str)),
+    "tuple[float, float]": (
+        "two numbers of at least 0",
+        lambda v: isinstance(v, tuple) and len(v) == 2 and all(map(_is_number, v)),
+    ),
+}
 _BACKBONE_FIELDS = {field.name for field in dataclasses.fields(BackboneConfig)}
+_DTYPES = ("bfloat16", "float16", "float32", "float64")
 # A value other than these is an architecture this package does not implement; refusing beats a wrong answer.
 _ONLY_SUPPORTED: dict[str, tuple[Any, ...]] = {
     "mamba_hidden_act": ("silu",),
@@ -150,36 +168,37 @@ class TwoTowerConfig(PretrainedConfig):
 
     def __init__(self, **kwargs: Any) -> None:
         own = {name: kwargs.pop(name) for name in list(kwargs) if name in _BACKBONE_FIELDS}
-        types = kwargs.pop("layers_block_type", None) or kwargs.pop("layer_types", None)
-        if types is not None:
-            own["hybrid_override_pattern"] = _pattern_of(types)
-        own.setdefault("hybrid_override_pattern", "M*E-")  # PretrainedConfig must be buildable without arguments
-        own.setdefault("hidden_size", 4096)
+        own |= _layer_kinds(own, kwargs)
+        own.setdefault("hidden_size", 4096)  # PretrainedConfig must be buildable without arguments
         own.setdefault("vocab_size", 131072)
-        if isinstance(own.get("time_step_limit"), list | tuple):
-            own["time_step_limit"] = tuple(float(x) for x in own["time_step_limit"])
+        own["time_step_limit"] = _limits(own.get("time_step_limit", (0.0, math.inf)))
+        if own.get("num_key_value_heads", 0) is None:
+            own["num_key_value_heads"] = own.get("num_attention_heads", BackboneConfig.num_attention_heads)
         for name, allowed in _ONLY_SUPPORTED.items():
             if kwargs.get(name, allowed[0]) not in allowed:
                 raise ConfigError(f"config: {name} is {kwargs[name]!r}; only {allowed[0]!r} is supported")
-        declared = kwargs.pop("num_hidden_layers", None)
-        if declared is not None and declared != len(own["hybrid_override_pattern"]):
-            raise ConfigError(
-                f"config: num_hidden_layers is {declared} but hybrid_override_pattern "
-                f"{own['hybrid_override_pattern']!r} has {len(own['hybrid_override_pattern'])} letters; make them agree"
-            )
-        self.mask_token_id: int | None = kwargs.pop("mask_token_id", None)
-        self._backbone = BackboneConfig(**own)
-        for name in _BACKBONE_FIELDS:
-            setattr(self, name, getattr(self._backbone, name))
-        self.num_hidden_layers = self._backbone.num_layers
+        for name, value in dataclasses.asdict(BackboneConfig(**own)).items():
+            setattr(self, name, value)
+        self.mask_token_id: int | None = _mask_token(kwargs.pop("mask_token_id", None), own["vocab_size"])
+        if (dtype := kwargs.pop("torch_dtype", None)) is not None:  # the older name
+            kwargs.setdefault("dtype", dtype)
+        if isinstance(kwargs.get("dtype"), str) and kwargs["dtype"] not in _DTYPES:
+            raise ConfigError(f"config: torch_dtype is {kwargs['dtype']!r}; it must be one of {', '.join(_DTYPES)}")
         kwargs.setdefault("tie_word_embeddings", False)
         kwargs.setdefault("architectures", [ARCHITECTURE])
         super().__init__(**kwargs)
+        # transformers drops the keys that are also generation settings (`use_cache`); a checkpoint's keys are kept.
+        self._kept = {k: v for k, v in kwargs.items() if not (hasattr(self, k) or hasattr(self, f"_{k}"))}
 
     @property
     def backbone(self) -> BackboneConfig:
         """The validated, frozen part the layers are built from."""
-        return self._backbone
+        return BackboneConfig(**{name: getattr(self, name) for name in _BACKBONE_FIELDS})
+
+    @property
+    def num_hidden_layers(self) -> int:
+        """The pattern's length: one fact, kept once."""
+        return len(self.hybrid_override_pattern)
 
     @property
     def mask_token(self) -> int:
@@ -189,11 +208,18 @@ class TwoTowerConfig(PretrainedConfig):
     def to_dict(self) -> dict[str, Any]:
         """The keys of `config.json`."""
         out = super().to_dict()
-        out.pop("_backbone", None)
+        out |= out.pop("_kept", {})
+        out |= {"num_hidden_layers": self.num_hidden_layers, "time_step_limit": list(self.time_step_limit)}
         if out.get("mask_token_id") is None:
             out.pop("mask_token_id", None)
-        out["time_step_limit"] = list(self.time_step_limit)
         return out
+
+    @classmethod
+    def of(cls, config: PretrainedConfig) -> TwoTowerConfig:
+        """The configuration itself, or transformers' own of a checkpoint that is ours, taken over."""
+        if isinstance(config, cls):
+            return config
+        return cls(**{name: value for name, value in config.to_dict().items() if name != "model_type"})
 
     @classmethod
     def read(cls, path: str | Path) -> TwoTowerConfig:
@@ -223,8 +249,46 @@ class TwoTowerConfig(PretrainedConfig):
             raise ConfigError(f"{file}: {error}") from None
 
 
-def _pattern_of(types: list[str]) -> str:
-    unknown = sorted(set(types) - set(_KIND_OF_BLOCK_TYPE))
+def _layer_kinds(own: dict[str, Any], kwargs: dict[str, Any]) -> dict[str, str]:
+    """The pattern from any of its spellings, which are taken out of kwargs; all that are given must agree."""
+    pattern = own.get("hybrid_override_pattern")
+    for key in ("layers_block_type", "layer_types"):
+        if (types := kwargs.pop(key, None)) is None:
+            continue
+        spelled = _pattern_of(key, types)
+        if pattern not in (None, spelled):
+            raise ConfigError(
+                f"config: {key} says {spelled!r} but hybrid_override_pattern {pattern!r}; make them agree"
+            )
+        pattern = spelled
+    pattern = "M*E-" if pattern is None else pattern
+    declared = kwargs.pop("num_hidden_layers", None)
+    if declared is not None and isinstance(pattern, str) and declared != len(pattern):
+        raise ConfigError(
+            f"config: num_hidden_layers is {declared!r} but hybrid_override_pattern {pattern!r} has {len(pattern)} "
+            "letters; make them agree"
+        )
+    return {"hybrid_override_pattern": pattern}
+
+
+def _pattern_of(key: str, types: Any) -> str:
+    if not isinstance(types, list | tuple):
+        raise ConfigError(f"config: {key} is {types!r}; it must be a list of layer kinds")
+    unknown = [name for name in types if name not in _KIND_OF_BLOCK_TYPE]
     if unknown:
-        raise ConfigError(f"config: layers_block_type has {unknown}; known are {sorted(_KIND_OF_BLOCK_TYPE)}")
+        raise ConfigError(f"config: {key} has {unknown[0]!r}; known are {sorted(_KIND_OF_BLOCK_TYPE)}")
     return "".join(_KIND_OF_BLOCK_TYPE[name] for name in types)
+
+
+def _limits(value: Any) -> Any:
+    """time_step_limit from JSON: a list, infinity as `Infinity` or as transformers writes it."""
+    if not isinstance(value, list | tuple):
+        return value
+    plain = [x.get("__float__") if isinstance(x, dict) else x for x in value]
+    return tuple(float(x) if isinstance(x, int | float) or x == "Infinity" else x for x in plain)
+
+
+def _mask_token(value: Any, vocab_size: int) -> int | None:
+    if value is not None and (not isinstance(value, int) or isinstance(value, bool) or not 0 <= value < vocab_size):
+        raise ConfigError(f"config: mask_token_id is {value!r}; it must be a token id from 0 to {vocab_size - 1}")
+    return value

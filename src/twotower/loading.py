@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
+import copy
 import json
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import torch
-from transformers import AutoTokenizer
+from transformers import AutoTokenizer, PretrainedConfig
 
 from twotower import checkpoint
 from twotower.config import ARCHITECTURE, MODEL_TYPE, TwoTowerConfig
@@ -25,12 +26,13 @@ __all__ = ["TwoTowerConfig", "TwoTowerForCausalLM"]
 '''
 AUTO_MAP = {
     "AutoConfig": "modeling_twotower.TwoTowerConfig",
+    "AutoModel": "modeling_twotower.TwoTowerForCausalLM",
     "AutoModelForCausalLM": "modeling_twotower.TwoTowerForCausalLM",
 }
 _HUB_ARGUMENTS = {"revision", "cache_dir", "token", "local_files_only", "force_download"}
 # What the Auto classes pass along and what has no effect on how our weights are read.
 _IGNORED = {
-    "config", "trust_remote_code", "adapter_kwargs", "_from_auto", "_commit_hash", "code_revision", "subfolder",
+    "trust_remote_code", "adapter_kwargs", "_from_auto", "_commit_hash", "code_revision", "subfolder",
     "low_cpu_mem_usage", "use_safetensors", "_from_pipeline",
 }  # fmt: skip
 
@@ -43,6 +45,7 @@ def from_pretrained(cls: type[TwoTowerForCausalLM], source: Any, *args: Any, **k
     dtype = kwargs.pop("dtype", None) or kwargs.pop("torch_dtype", None) or "auto"
     kwargs.pop("torch_dtype", None)
     towers = kwargs.pop("towers", "both")
+    given = kwargs.pop("config", None)
     device_map = kwargs.pop("device_map", None)
     devices = {
         "context": torch.device(kwargs.pop("context_device", None) or _one_device(device_map)),
@@ -55,7 +58,7 @@ def from_pretrained(cls: type[TwoTowerForCausalLM], source: Any, *args: Any, **k
         raise ArgumentError(f'towers is {towers!r}; choose "both" or "context"')
 
     directory = _local(source, hub)
-    config = TwoTowerConfig.read(directory)
+    config = _config(directory, given)
     if ARCHITECTURE not in (config.architectures or [ARCHITECTURE]):
         raise CheckpointError(
             f"{directory}: config.json says {config.architectures}; a two-tower model has [{ARCHITECTURE!r}]"
@@ -96,7 +99,8 @@ def save_pretrained(model: TwoTowerForCausalLM, directory: Path, max_shard_size:
 
 def config_to_write(model: TwoTowerForCausalLM) -> dict[str, Any]:
     """config.json: the released keys, `Infinity` included (the reference reads it), and our auto_map."""
-    values = model.config.to_dict()
+    plain = PretrainedConfig().to_dict()  # what transformers adds to every config says nothing here
+    values = {key: value for key, value in model.config.to_dict().items() if value != plain.get(key, ...)}
     for transient in ("_name_or_path", "transformers_version", "dtype", "torch_dtype", "quantization_config"):
         values.pop(transient, None)
     dtype = str(model.dtype).removeprefix("torch.")
@@ -137,8 +141,22 @@ def _local(source: Any, hub: dict[str, Any]) -> Path:
         raise CheckpointError(f"{source}: no such directory, and not to be had from the hub ({first})") from None
 
 
+def _config(directory: Path, given: Any) -> TwoTowerConfig:
+    """The caller's configuration, else the directory's. The Auto classes pass transformers' own, in which the
+    caller may have changed values but keys of the file are lost: those of the file that it has are taken from it."""
+    if isinstance(given, TwoTowerConfig):
+        return copy.deepcopy(given)
+    config = TwoTowerConfig.read(directory)
+    if given is not None:
+        values = TwoTowerConfig.of(given).to_dict()
+        config = TwoTowerConfig(**{key: values.get(key, value) for key, value in config.to_dict().items()})
+    return config
+
+
 def _one_device(device_map: Any) -> Any:
-    if device_map in (None, "cpu"):
+    if isinstance(device_map, dict) and set(device_map) == {""}:
+        device_map = device_map[""]
+    if device_map is None:
         return "cpu"
     if isinstance(device_map, str | int | torch.device) and device_map not in ("auto", "balanced", "sequential"):
         return device_map
@@ -146,12 +164,13 @@ def _one_device(device_map: Any) -> Any:
 
 
 def _dtype(dtype: Any, config: TwoTowerConfig) -> torch.dtype | None:
-    """What the caller asked for; "auto": what the config says, else (None) as stored."""
+    """What the caller asked for; "auto": what the config says, else (None) as the embeddings are stored."""
+    said = "dtype"
     if dtype == "auto":
-        dtype = getattr(config, "dtype", None)
+        dtype, said = config.dtype, "config.json's torch_dtype"
         if dtype is None:
             return None
     found = getattr(torch, dtype, None) if isinstance(dtype, str) else dtype
     if found not in (torch.bfloat16, torch.float32, torch.float64):
-        raise ArgumentError(f"dtype is {dtype!r}; choose bfloat16, float32 or float64")
+        raise ArgumentError(f"{said} is {dtype!r}; choose dtype bfloat16, float32 or float64")
     return found

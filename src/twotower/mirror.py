@@ -16,7 +16,8 @@ class Transport:
     """Moves tensors between the towers' devices."""
 
     def send(self, tensor: Tensor, device: torch.device) -> Tensor:
-        return tensor.to(device, non_blocking=True)
+        # Towards a CPU it has to wait: the host would read the copy before it is there.
+        return tensor.to(device, non_blocking=device.type != "cpu")
 
 
 class LocalReader:
@@ -43,23 +44,25 @@ class Mirror:
         dtype = next((p.conv_window.dtype for p in state.pools if isinstance(p, MambaPool)), dtype)
         self.copy = TowerState(state.config, state.rows, state.capacity, device, dtype)
         self.lengths = torch.zeros_like(state.lengths)  # on the context's device: how far the copy has come
+        self.texts = state.texts  # and of which text
 
     def view(self) -> ContextView:
         state, copy = self.state, self.copy
         state.settle()
         width = state.appended - copy.appended
-        if width:
+        if width or self.texts is not state.texts:
             self._bring(width)
         copy.bound, copy.appended = state.bound, state.appended
-        self.lengths = state.lengths
+        self.lengths, self.texts = state.lengths, state.texts
         return copy.view()
 
     def _bring(self, width: int) -> None:
         state, copy = self.state, self.copy
         copy.reserve(state.capacity)
-        here = _columns(self.lengths, state.lengths, width, state.capacity)
+        old = torch.where(self.texts == state.texts, self.lengths, 0)
+        here = _columns(old, state.lengths, width, state.capacity)
         lengths = self._send(state.lengths)
-        there = _columns(copy.lengths, lengths, width, copy.capacity)
+        there = _columns(self._send(old), lengths, width, copy.capacity)
         for source, target in zip(state.pools, copy.pools, strict=True):
             if isinstance(source, AttentionPool) and isinstance(target, AttentionPool):
                 _put(target.k, there, self._send(_take(source.k, here)))
@@ -78,6 +81,7 @@ class Mirror:
         out.state, out.device, out.transport = state, self.device, self.transport
         out.copy = self.copy.select(self._send(rows))
         out.lengths = self.lengths[rows]
+        out.texts = state.texts if self.texts is self.state.texts else self.texts[rows]
         return out
 
 

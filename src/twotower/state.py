@@ -65,6 +65,7 @@ class TowerState:
         self.capacity = capacity
         self.lengths = torch.zeros(rows, dtype=torch.long, device=device)
         self.accepted = torch.zeros_like(self.lengths)  # tokens of the last extend not yet folded in
+        self.texts = torch.zeros_like(self.lengths)  # resets of each row: tells a mirror a new text from a longer one
         self.bound = 0  # no row is longer than this; known on the host, so shapes need no synchronisation
         self.appended = 0  # columns ever appended: what a mirror on another device has to catch up with
         self.pools: list[Pool] = [self._new_pool(kind, rows, device, dtype) for kind in config.hybrid_override_pattern]
@@ -155,6 +156,7 @@ class TowerState:
         """Empties the given slots for a new text."""
         self.settle()
         self.lengths = self.lengths.index_fill(0, rows, 0)
+        self.texts = self.texts.index_add(0, rows, torch.ones_like(rows))
         for pool in self.pools:
             if isinstance(pool, MambaPool):
                 pool.conv_window = pool.conv_window.index_fill(0, rows, 0)
@@ -191,7 +193,7 @@ class TowerState:
     def _map(self, change) -> TowerState:  # type: ignore[no-untyped-def]
         out = object.__new__(TowerState)
         out.config, out.capacity, out.bound, out.appended = self.config, self.capacity, self.bound, self.appended
-        out.lengths, out.accepted = change(self.lengths), change(self.accepted)
+        out.lengths, out.accepted, out.texts = map(change, (self.lengths, self.accepted, self.texts))
         out.pools = []
         for pool in self.pools:
             if isinstance(pool, AttentionPool):
@@ -204,7 +206,7 @@ class TowerState:
         return out
 
     def _tensors(self) -> list[Tensor]:
-        out = [self.lengths, self.accepted]
+        out = [self.lengths, self.accepted, self.texts]
         for pool in self.pools:
             if isinstance(pool, AttentionPool):
                 out += [pool.k, pool.v]
@@ -236,11 +238,12 @@ def _fold(pool: MambaPool, trace: MambaTrace, accepted: Tensor) -> tuple[Tensor,
 
 
 def _scatter_columns(buffer: Tensor, slots: Tensor, columns: Tensor, value: Tensor) -> Tensor:
-    """buffer (R, Hkv, T, D) with value (B, Hkv, L, D) at [slots, :, columns (B, L)]; in place unless under autograd."""
+    """buffer (R, Hkv, T, D) with value (B, Hkv, L, D) at [slots, :, columns (B, L)]; out of place under autograd,
+    where an earlier pass may still need what the buffer held."""
     by_column = buffer.transpose(1, 2)
     index = (slots[:, None], columns)
     value = value.transpose(1, 2).to(buffer.dtype)
-    if torch.is_grad_enabled() and (value.requires_grad or buffer.requires_grad):
+    if torch.is_grad_enabled():
         return by_column.index_put(index, value).transpose(1, 2)
     by_column.index_put_(index, value)
     return buffer

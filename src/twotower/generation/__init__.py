@@ -85,6 +85,7 @@ def generate_tensor(
 def generate_like_transformers(
     model: TwoTowerForCausalLM,
     inputs: Tensor | None = None,
+    generation_config: Any = None,
     *,
     input_ids: Tensor | None = None,
     attention_mask: Tensor | None = None,
@@ -96,6 +97,7 @@ def generate_like_transformers(
     if prompts is None:
         raise ArgumentError("generate: no input_ids; give a (batch, length) tensor of token ids")
     known = {"max_new_tokens", "temperature", "top_k", "top_p", "eos_token_id", "pad_token_id", "seed"}
+    kwargs["generation_config"] = generation_config
     unknown = sorted(name for name, value in kwargs.items() if name not in known and value is not None)
     if unknown:
         raise ArgumentError(
@@ -108,8 +110,9 @@ def generate_like_transformers(
         kwargs["temperature"] = 0.0
     else:
         kwargs.setdefault("temperature", 1.0)
-    if "eos_token_id" not in kwargs and isinstance(model.config.eos_token_id, int):
-        kwargs["eos_token_id"] = model.config.eos_token_id
+    eos = getattr(model.config, "eos_token_id", None)
+    if "eos_token_id" not in kwargs and isinstance(eos, int):
+        kwargs["eos_token_id"] = eos
     tokens, model._last_nfe = generate_tensor(model, prompts, GenerationParams.of(mode="ar", **kwargs), attention_mask)
     return tokens
 
@@ -142,10 +145,13 @@ def _run_to_end(session: Session, callback: StepCallback | None) -> list[Generat
 def _events(
     model: TwoTowerForCausalLM, rows: PromptRows, params: GenerationParams, callback: StepCallback | None
 ) -> Iterator[BlockEvent]:
-    for events in LOOPS[params.mode](_session(model, rows, params), callback):
+    session = _session(model, rows, params)
+    for events in LOOPS[params.mode](session, callback):
         yield from events
+    if params.max_new_tokens == 0:  # no block, but every row has an end
+        yield from map(session.nothing, range(len(rows.ids)))
 
 
 def _pad_token(model: TwoTowerForCausalLM) -> int:
-    pad = model.config.pad_token_id
+    pad = getattr(model.config, "pad_token_id", None)  # transformers 5 sets it only where the file has it
     return pad if isinstance(pad, int) else 0

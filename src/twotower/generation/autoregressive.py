@@ -31,24 +31,33 @@ def _one_by_one(session: Session, mock: bool) -> Iterator[list[BlockEvent]]:
     transport = session.model.transport or Transport()
     pending = torch.tensor([[session.prompts[row][-1]] for row in session.rows], device=session.model.device)
     while session.rows:
-        positions = session.state.lengths[:, None] + 1
-        logits = _mock_logits(session, pending, transport) if mock else session.extend(pending, logits=True)
+        read = session.state.lengths
+        logits: Tensor | None
+        if mock:
+            logits, read = _mock_logits(session, pending, transport)
+        else:
+            logits = session.extend(pending, logits=True)
         assert logits is not None
-        positions = positions.to(logits.device)
+        positions = read[:, None] + 1
         tokens = choose(logits, session.sampling_on(logits.device), positions, AR_TOKEN)
         session.passes += mock
         steps = torch.zeros_like(tokens)
         passes = [int(mock)] * len(session.rows)
         events = session.take(tokens, steps, confidence(logits, tokens), passes)
         if mock:
-            session.extend(pending, logits=False)
             tokens = transport.send(tokens, session.model.device)
         kept = session.drop_ended()
-        pending = tokens if kept is None else tokens[kept]
+        if kept is not None:
+            pending, tokens = pending[kept], tokens[kept]
+        if mock and session.rows:  # after the last token nobody reads the context again
+            session.extend(pending, logits=False)
+        pending = tokens
         yield events
 
 
-def _mock_logits(session: Session, pending: Tensor, transport: Transport) -> Tensor:
+def _mock_logits(session: Session, pending: Tensor, transport: Transport) -> tuple[Tensor, Tensor]:
+    """The denoiser's logits after the pending token, and how many tokens it saw before that, both where it is."""
     assert session.reader is not None
     view = session.reader.view()
-    return session.model.denoise(transport.send(pending, view.lengths.device), None, view, causal=True)
+    block = transport.send(pending, view.lengths.device)
+    return session.model.denoise(block, None, view, causal=True), view.lengths

@@ -33,8 +33,9 @@ def diffusion(session: Session, callback: StepCallback | None = None) -> Iterato
     transport = session.model.transport or Transport()
     while session.rows:
         block = denoise_block(session, callback)
-        session.passes += int(block.passes.max())
-        events = session.take(block.tokens, block.committed_at, block.confidence, block.passes.tolist())
+        passes = block.passes.tolist()
+        session.passes += max(passes)
+        events = session.take(block.tokens, block.committed_at, block.confidence, passes)
         tokens = transport.send(block.tokens, session.model.device)
         kept = session.drop_ended()
         if session.rows:  # after the last block nobody reads the context again
@@ -67,7 +68,7 @@ def denoise_block(session: Session, callback: StepCallback | None) -> DenoisedBl
         logits = model.denoise(block, t, view)
         if callback:
             level = float(t[0]) if rows == 1 else t
-            callback(step, params.steps_per_block, block, t=level, logits=logits, block_idx=session.blocks)
+            callback(step, params.steps_per_block, block, t=level, logits=logits.clone(), block_idx=session.blocks)
         logits[..., params.mask_token_id] = -torch.inf
         candidate = choose(logits, sampling, positions, DIFFUSION_CANDIDATE, step)
         sure = confidence(logits, candidate)

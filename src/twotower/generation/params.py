@@ -2,17 +2,16 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Any, Literal, get_args
+from typing import Any
 
 import torch
 
 from twotower.config import TwoTowerConfig
 from twotower.errors import ArgumentError
-
-Mode = Literal["diffusion", "ar", "mock_ar"]
-MODES: tuple[str, ...] = get_args(Mode)
+from twotower.modes import MODES, Mode
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -43,6 +42,8 @@ class GenerationParams:
     confidence_threshold: float = 0.9
 
     def __post_init__(self) -> None:
+        for name in ("eos_token_id", "stop"):  # a lone one is meant as one, a string not as its letters
+            object.__setattr__(self, name, _tuple(getattr(self, name)))
         if self.mode not in MODES:
             raise ArgumentError(f"mode is {self.mode!r}; choose one of {', '.join(MODES)}")
         _whole("max_new_tokens", self.max_new_tokens, least=0)
@@ -55,11 +56,10 @@ class GenerationParams:
             _whole("top_k", self.top_k, least=1)
         if self.top_p is not None:
             _number("top_p", self.top_p, 0.0, 1.0)
-        for seed in self.seed if isinstance(self.seed, tuple) else (self.seed,):
-            if seed is not None:
-                _whole("seed", seed, least=0)
-                if seed >= 2**63:
-                    raise ArgumentError(f"seed is {seed}; it must be below 2**63")
+        for seed in () if self.seed is None else _tuple(self.seed):
+            _whole("seed", seed, least=0)
+            if seed >= 2**63:
+                raise ArgumentError(f"seed is {seed}; it must be below 2**63")
         for text in self.stop:
             if not isinstance(text, str) or not text:
                 raise ArgumentError(f"stop has {text!r}; each stop must be a non-empty string")
@@ -78,12 +78,8 @@ class GenerationParams:
         if unknown:
             known = ", ".join(cls.__dataclass_fields__)
             raise ArgumentError(f"unknown argument {', '.join(unknown)}; known are {known}")
-        return cls(
-            eos_token_id=_tuple(eos_token_id),
-            seed=tuple(seed) if isinstance(seed, Sequence) else seed,
-            stop=_tuple(stop),
-            **values,
-        )
+        seeds = _tuple(seed) if isinstance(seed, Sequence) else seed
+        return cls(eos_token_id=_tuple(eos_token_id), seed=seeds, stop=_tuple(stop), **values)
 
     def check_against(self, config: TwoTowerConfig, prompt_lengths: Sequence[int]) -> None:
         """The checks that need the model's configuration and the prompts."""
@@ -91,7 +87,7 @@ class GenerationParams:
         if self.mode == "diffusion" and self.mask_token_id >= vocab:
             raise ArgumentError(f"mask_token_id is {self.mask_token_id}; the vocabulary ends at {vocab - 1}")
         for token in self.eos_token_id:
-            if not isinstance(token, int) or not 0 <= token < vocab:
+            if not isinstance(token, int) or isinstance(token, bool) or not 0 <= token < vocab:
                 raise ArgumentError(f"eos_token_id is {token!r}; it must be a token id from 0 to {vocab - 1}")
         window = config.backbone.max_position_embeddings
         longest = max(prompt_lengths)
@@ -115,7 +111,7 @@ class GenerationParams:
 def _tuple(value: Any) -> tuple[Any, ...]:
     if value is None:
         return ()
-    return tuple(value) if isinstance(value, list | tuple | set) else (value,)
+    return tuple(value) if isinstance(value, Sequence | set) and not isinstance(value, str) else (value,)
 
 
 def _whole(name: str, value: Any, least: int) -> None:
@@ -124,7 +120,7 @@ def _whole(name: str, value: Any, least: int) -> None:
 
 
 def _number(name: str, value: Any, low: float | None, high: float | None) -> None:
-    good = isinstance(value, int | float) and value == value and abs(value) != float("inf")
+    good = isinstance(value, int | float) and not isinstance(value, bool) and math.isfinite(value)
     if not good or (low is not None and value < low) or (high is not None and value > high):
         span = "a finite number" if low is None else f"between {low:g} and {high:g}"
         raise ArgumentError(f"{name} is {value!r}; it must be {span}")

@@ -32,13 +32,10 @@ def read_prompts(
     """
     if isinstance(prompts, Tensor):
         rows = _from_tensor(prompts, attention_mask)
-        padded = prompts
+    elif attention_mask is not None:
+        raise ArgumentError("attention_mask goes with a tensor of input_ids; a list of prompts needs none")
     else:
-        if attention_mask is not None:
-            raise ArgumentError("attention_mask goes with a tensor of input_ids; a list of prompts needs none")
         rows = _from_list(prompts, tokenizer)
-        width = max(map(len, rows), default=0)
-        padded = torch.tensor([[pad_token_id] * (width - len(row)) + row for row in rows], dtype=torch.long)
     if not rows:
         raise ArgumentError("no prompts; give at least one")
     for i, row in enumerate(rows):
@@ -47,7 +44,12 @@ def read_prompts(
         outside = [token for token in row if not 0 <= token < vocab_size]
         if outside:
             raise ArgumentError(f"prompt {i} has token id {outside[0]}; the vocabulary is 0 to {vocab_size - 1}")
-    return PromptRows(rows, padded)
+    if isinstance(prompts, Tensor):
+        holds_any_id = prompts.dtype in (torch.int32, torch.int64)
+        return PromptRows(rows, prompts if holds_any_id else prompts.long())
+    width = max(map(len, rows))
+    padded = [[pad_token_id] * (width - len(row)) + row for row in rows]
+    return PromptRows(rows, torch.tensor(padded, dtype=torch.long))
 
 
 def _from_tensor(ids: Tensor, mask: Tensor | None) -> list[list[int]]:
@@ -57,10 +59,9 @@ def _from_tensor(ids: Tensor, mask: Tensor | None) -> list[list[int]]:
         )
     if mask is None:
         return ids.tolist()
-    if mask.shape != ids.shape:
-        raise ArgumentError(
-            f"attention_mask is {tuple(mask.shape)} but input_ids is {tuple(ids.shape)}; make them equal"
-        )
+    if not isinstance(mask, Tensor) or mask.shape != ids.shape:
+        found = tuple(mask.shape) if isinstance(mask, Tensor) else f"a {type(mask).__name__}"
+        raise ArgumentError(f"attention_mask is {found} but input_ids is {tuple(ids.shape)}; give that shape")
     real = mask.bool()
     starts = (real & ~torch.nn.functional.pad(real, (1, 0))[:, :-1]).sum(1)
     if (starts > 1).any():
@@ -72,21 +73,30 @@ def _from_tensor(ids: Tensor, mask: Tensor | None) -> list[list[int]]:
 def _from_list(prompts: Any, tokenizer: Any) -> list[list[int]]:
     if isinstance(prompts, str):
         prompts = [prompts]
-    items = list(prompts)
-    if items and all(isinstance(item, int) for item in items):
-        items = [items]
-    rows = []
-    for i, item in enumerate(items):
-        if isinstance(item, str):
-            if tokenizer is None:
-                raise ArgumentError(
-                    f"prompt {i} is text, but the model has no tokenizer; set model.tokenizer or give token ids"
-                )
-            rows.append(list(tokenizer(item)["input_ids"]))
-        elif isinstance(item, Tensor) and item.dim() == 1:
-            rows.append([int(token) for token in item])
-        elif isinstance(item, Sequence) and all(isinstance(token, int) for token in item):
-            rows.append(list(item))
-        else:
-            raise ArgumentError(f"prompt {i} is a {type(item).__name__}; give a string or a list of token ids")
-    return rows
+    if not isinstance(prompts, list | tuple):
+        raise ArgumentError(
+            f"input_ids is a {type(prompts).__name__}; give a (batch, length) tensor, a string, or a list of prompts"
+        )
+    if prompts and all(map(_is_id, prompts)):
+        prompts = [prompts]
+    return [_row(i, prompt, tokenizer) for i, prompt in enumerate(prompts)]
+
+
+def _row(i: int, prompt: Any, tokenizer: Any) -> list[int]:
+    if isinstance(prompt, str):
+        if tokenizer is None:
+            raise ArgumentError(
+                f"prompt {i} is text, but the model has no tokenizer; set model.tokenizer or give token ids"
+            )
+        return list(tokenizer(prompt)["input_ids"])
+    ids = prompt.tolist() if isinstance(prompt, Tensor) and prompt.dim() == 1 else prompt
+    if not isinstance(ids, list | tuple):
+        raise ArgumentError(f"prompt {i} is a {type(prompt).__name__}; give a string or a list of token ids")
+    strange = [token for token in ids if not _is_id(token)]
+    if strange:
+        raise ArgumentError(f"prompt {i} has {strange[0]!r}; token ids are whole numbers")
+    return list(ids)
+
+
+def _is_id(value: Any) -> bool:
+    return isinstance(value, int) and not isinstance(value, bool)

@@ -50,6 +50,7 @@ class Session:
         self.state = model.new_state(len(prompts), capacity)
         self.reader = None if params.mode == "ar" else model.reader(self.state)
         self.started = self.prefilled = time.perf_counter()
+        self.ended: dict[int, float] = {}
 
     def prefill(self, upto: int | None = None) -> None:
         """Reads every prompt (or prompt[:upto]) into the state."""
@@ -84,6 +85,8 @@ class Session:
             self.committed_at[row] += steps[:count]
             self.confidence[row] += sure[:count]
             ended = self.progress[row].finish_reason is not None
+            if ended:
+                self.ended[row] = time.perf_counter()
             events.append(
                 BlockEvent(
                     row=row,
@@ -99,6 +102,12 @@ class Session:
         self.blocks += 1
         return events
 
+    def nothing(self, row: int) -> BlockEvent:
+        """The only event of a row that was asked for no tokens."""
+        return BlockEvent(
+            row=row, block=0, start=0, tokens=[], committed_at=[], confidence=[], text="", result=self.result(row)
+        )
+
     def drop_ended(self) -> Tensor | None:
         """Removes ended rows from the state → the slots kept, or None where nothing changed."""
         kept = [slot for slot, row in enumerate(self.rows) if self.progress[row].finish_reason is None]
@@ -108,6 +117,7 @@ class Session:
         slots = torch.tensor(kept, dtype=torch.long, device=self.model.device)
         if self.rows:
             self.state = self.state.select(slots)
+            self.state.tighten(max(len(self.prompts[row]) + len(self.progress[row].tokens) for row in self.rows))
             self.sampling = self.sampling.select(torch.tensor(kept, dtype=torch.long))
             if self.reader is not None:
                 self.reader = self.reader.select(self.state, slots)
@@ -127,5 +137,5 @@ class Session:
             denoiser_passes=self.denoiser_passes[row],
             context_passes=self.context_passes[row],
             prefill_seconds=self.prefilled - self.started,
-            decode_seconds=time.perf_counter() - self.prefilled,
+            decode_seconds=self.ended.get(row, self.prefilled) - self.prefilled,
         )

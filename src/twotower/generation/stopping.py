@@ -70,20 +70,23 @@ class RowProgress:
         self._held += piece
         found = [at for at in (self._held.find(stop) for stop in self.stop) if at >= 0]
         if found:
-            self.text, self._held = self.text + self._held[: min(found)], ""
+            self._release(min(found))
             self.finish_reason = "stop"
-            return
-        keep = len(self._held) - _possible_start(self._held, self.stop)
-        self.text, self._held = self.text + self._held[:keep], self._held[keep:]
+        else:
+            self._release(len(self._held) - _possible_start(self._held, self.stop))
+
+    def _release(self, count: int) -> None:
+        """Makes the first `count` held characters final, but for broken ones at their end: no text ends in those."""
+        count = len(self._held[:count].rstrip(BROKEN))
+        self.text, self._held = self.text + self._held[:count], self._held[count:]
 
     def _finish_text(self) -> None:
-        if self.finish_reason == "stop":
-            return
-        if self.detokenizer:
-            reason, self.finish_reason = self.finish_reason, None
+        """What was held back is text after all, unless a stop string came."""
+        if self.finish_reason != "stop" and self.detokenizer:
             self._add_text(self.detokenizer.flush())
-            self.finish_reason = self.finish_reason or reason
-        self.text, self._held = self.text + self._held, ""
+        if self.finish_reason != "stop":
+            self._release(len(self._held))
+        self._held = ""
 
 
 def _possible_start(text: str, stops: Sequence[str]) -> int:

@@ -26,7 +26,7 @@ def block_attention(
     groups = q.shape[1] // k.shape[1]
     length = q.shape[2]
     # The query heads of one KV head are stacked along the length, so K and V are never repeated.
-    q = (q * q.shape[-1] ** -0.5).unflatten(1, (-1, groups)).flatten(2, 3)  # (B, Hkv, groups·L, D)
+    q = q.unflatten(1, (-1, groups)).flatten(2, 3)  # (B, Hkv, groups·L, D)
     scores = q @ k.transpose(-1, -2)
     if block_mask is not None:
         mask = block_mask.repeat(1, groups, 1)[:, None]
@@ -38,7 +38,8 @@ def block_attention(
         if context_mask is not None:
             past = past.masked_fill(~context_mask[:, None, None], -torch.inf)
         scores = torch.cat([past, scores], dim=-1)
-    probs = torch.softmax(scores.to(accumulation_dtype(q.dtype)), dim=-1).to(v.dtype)
+    scale = q.shape[-1] ** -0.5  # after widening: in bf16 it would round q
+    probs = torch.softmax(scores.to(accumulation_dtype(q.dtype)) * scale, dim=-1).to(v.dtype)
     out = probs[..., seen:] @ v
     if context is not None:
         out = out + probs[..., :seen] @ context[1]

@@ -6,20 +6,24 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from twotower.kernels.precision import accumulation_dtype
+
 
 def causal_conv(x: Tensor, window: Tensor | None, weight: Tensor, bias: Tensor | None) -> Tensor:
-    """x (B, L, C), window (B, K−1, C) or None (zeros), weight (C, 1, K) → (B, L, C), before the activation.
+    """x (B, L, C), window (B, K−1, C) or None (zeros), weight (C, 1, K) → (B, L, C) in at least fp32, before the
+    activation.
 
-    K shifted multiply-adds: for K = 4 this beats a depthwise convolution on CPUs and keeps the channels last.
+    K shifted multiply-adds keep the channels last, where every neighbour of this op wants them.
     """
+    acc = accumulation_dtype(x.dtype)
     taps = weight.shape[-1]
     padded = F.pad(x, (0, 0, taps - 1, 0)) if window is None else torch.cat([window.to(x.dtype), x], dim=1)
+    padded, weight = padded.to(acc), weight.to(acc)
     length = x.shape[1]
-    weight = weight.to(x.dtype)
     out = padded[:, :length] * weight[:, 0, 0]
     for k in range(1, taps):
         out = torch.addcmul(out, padded[:, k : k + length], weight[:, 0, k])
-    return out if bias is None else out + bias.to(x.dtype)
+    return out if bias is None else out + bias.to(acc)
 
 
 def causal_conv_sequential(x: Tensor, window: Tensor | None, weight: Tensor, bias: Tensor | None) -> Tensor:

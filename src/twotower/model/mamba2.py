@@ -90,7 +90,7 @@ class Mamba2(nn.Module):
         log_decay = dt * -self.A_log.to(acc).exp()
         active = F.silu(self.conv1d(xBC, None if past is None else past.conv_window))
         bc = config.n_groups * config.ssm_state_size
-        x, B, C = active.to(acc).split([config.mamba_inner, bc, bc], dim=-1)
+        x, B, C = active.split([config.mamba_inner, bc, bc], dim=-1)
         x = x.unflatten(-1, (config.mamba_num_heads, -1))
         B, C = (v.unflatten(-1, (config.n_groups, -1)) for v in (B, C))
         return z, MambaTrace(xBC, x, dt, log_decay, B), C

@@ -13,10 +13,10 @@ from typing import Any, Literal
 import torch
 import torch.nn.functional as F
 from torch import Tensor
-from transformers import PreTrainedModel
+from transformers import AutoModel, AutoModelForCausalLM, PreTrainedModel
 from transformers.modeling_outputs import CausalLMOutput
 
-from twotower import generation, loading
+from twotower import checkpoint, generation, loading
 from twotower.config import TwoTowerConfig
 from twotower.errors import ArgumentError, TwoTowerError
 from twotower.generation.output import BlockEvent
@@ -47,6 +47,7 @@ class TwoTowerForCausalLM(PreTrainedModel):
     _supports_sdpa = True
 
     def __init__(self, config: TwoTowerConfig, towers: Towers = "both") -> None:
+        config = TwoTowerConfig.of(config)  # AutoModel.from_config hands over transformers' own
         super().__init__(config)
         backbone = config.backbone
         self.context = Tower(backbone)
@@ -58,6 +59,7 @@ class TwoTowerForCausalLM(PreTrainedModel):
         self._last_nfe = 0
         if self.context.device.type != "meta":
             self.reset_parameters()
+        self._apply(lambda tensor: tensor)  # whatever the default dtype, the tensors that must not be narrow are wide
 
     def reset_parameters(self) -> None:
         """Random weights; the time conditioning is the identity."""
@@ -106,6 +108,10 @@ class TwoTowerForCausalLM(PreTrainedModel):
     @property
     def dtype(self) -> torch.dtype:
         return self.context.embeddings.weight.dtype
+
+    def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> TwoTowerForCausalLM:
+        """Where `.to`, `.bfloat16`, … end: the tensors that must not be narrow stay wide."""
+        return super()._apply(checkpoint.keeping_wide(self, fn), recurse)
 
     def place_towers_on_devices(
         self, ctx_device: str | torch.device = "cuda:0", den_device: str | torch.device = "cuda:1"
@@ -202,6 +208,9 @@ class TwoTowerForCausalLM(PreTrainedModel):
         attention_mask (B, S): 0 at padding, on either side; labels: −100 is ignored.
         """
         _refuse_unknown("forward", {k: v for k, v in kwargs.items() if k not in {"use_cache", "return_dict"}})
+        for name, given in (("attention_mask", attention_mask), ("labels", labels)):
+            if given is not None and given.shape != input_ids.shape:
+                raise ArgumentError(f"forward: {name} is {tuple(given.shape)}, input_ids {tuple(input_ids.shape)}")
         input_ids = input_ids.to(self.device)
         valid = None if attention_mask is None else attention_mask.to(self.device).bool()
         hidden, _ = context_pass(self.context, input_ids, valid, self.config.backbone.chunk_size)
@@ -336,3 +345,7 @@ def _logits(tower: Tower, hidden: Tensor) -> Tensor:
 def _refuse_unknown(where: str, kwargs: dict[str, Any]) -> None:
     if kwargs:
         raise ArgumentError(f"{where}: {', '.join(sorted(kwargs))} has no meaning for a two-tower model; leave it out")
+
+
+for _auto in (AutoModel, AutoModelForCausalLM):
+    _auto.register(TwoTowerConfig, TwoTowerForCausalLM, exist_ok=True)

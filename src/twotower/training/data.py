@@ -84,11 +84,15 @@ class Batches:
 
     def rows(self, step: int) -> list[Sequence[int]]:
         """The documents of batch number `step`."""
+        return [self.documents[i] for i in self.indices(step)]
+
+    def indices(self, step: int) -> list[int]:
+        """Their places in `documents`."""
         epoch, index = divmod(step, self.per_epoch)
         if epoch != self._epoch:
             self._epoch, self._batches = epoch, self._plan(epoch)
         # Epochs differ by a few batches; the surplus of a longer one is dropped, a shorter one wraps.
-        return [self.documents[i] for i in self._batches[index % len(self._batches)]]
+        return self._batches[index % len(self._batches)]
 
     def _plan(self, epoch: int) -> list[list[int]]:
         rng = random.Random(f"{self.seed}/{epoch}")

@@ -35,8 +35,8 @@ class Corruption:
 def corrupt(batch: Batch, starts: Tensor, block_size: int, generator: torch.Generator) -> Corruption:
     """t ~ U(1e-3, 1] per sequence, spread evenly over the batch; each token masked with probability t.
 
-    starts (B,): the column of each row's first token. A first block that does not begin at a block edge is
-    context only; <bos> is never masked.
+    starts (B,): each row's first column that may be masked. A first block that does not begin at a block edge is
+    context only, and so is everything before it; <bos> is never masked.
     """
     rows, length = batch.tokens.shape
     draws = (torch.rand(1, generator=generator) + torch.arange(rows) / rows) % 1.0

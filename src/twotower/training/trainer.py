@@ -61,10 +61,10 @@ def train(run: Run, modules: list[nn.Module], loss_at: LossAt) -> None:
     run.directory.mkdir(parents=True, exist_ok=True)
     optimizer, balance = MasterWeights(modules), LoadBalance(modules)
     saved = run.directory / "checkpoint.pt"
-    first = _resume(saved, modules, optimizer)
+    first, window, targets = _resume(saved, modules, optimizer)
     log = run.directory / "log.jsonl"
     _drop_after(log, first)
-    started, seen, window, targets = time.perf_counter(), 0, 0.0, 0
+    started, seen = time.perf_counter(), 0
     for step in range(first, run.schedule.steps):
         loss, count = loss_at(step)
         if not math.isfinite(loss.item()):
@@ -88,26 +88,28 @@ def train(run: Run, modules: list[nn.Module], loss_at: LossAt) -> None:
             )
             window, targets = 0.0, 0
         if (step + 1) % run.checkpoint_every == 0 or step + 1 == run.schedule.steps:
-            _save(saved, step + 1, modules, optimizer)
+            _save(saved, step + 1, modules, optimizer, (window, targets))
 
 
-def _save(path: Path, step: int, modules: list[nn.Module], optimizer: MasterWeights) -> None:
+def _save(path: Path, step: int, modules: list[nn.Module], optimizer: MasterWeights, window: tuple[float, int]) -> None:
     """Written beside and renamed, so a kill leaves the old checkpoint or the new one, never half of one."""
     partial = path.with_suffix(".partial")
     buffers = [[b.clone() for b in m.buffers()] for m in modules]
-    torch.save({"step": step, "optimizer": optimizer.state_dict(), "buffers": buffers}, partial)
+    state = {"step": step, "optimizer": optimizer.state_dict(), "buffers": buffers, "window": window}
+    torch.save(state, partial)
     os.replace(partial, path)
 
 
-def _resume(path: Path, modules: list[nn.Module], optimizer: MasterWeights) -> int:
+def _resume(path: Path, modules: list[nn.Module], optimizer: MasterWeights) -> tuple[int, float, int]:
+    """→ the next step, and the loss and number of targets since the last log line."""
     if not path.exists():
-        return 0
+        return 0, 0.0, 0
     state = torch.load(path, weights_only=True)
     optimizer.load_state_dict(state["optimizer"])
     for module, buffers in zip(modules, state["buffers"], strict=True):
         for buffer, value in zip(module.buffers(), buffers, strict=True):
             buffer.copy_(value)
-    return int(state["step"])
+    return (int(state["step"]), *state.get("window", (0.0, 0)))
 
 
 def _drop_after(log: Path, step: int) -> None:

@@ -1,0 +1,174 @@
+"""`twotower demo`: the bundled model at its main job: one block after another denoised, then the modes compared."""
+
+from __future__ import annotations
+
+import json
+import sys
+import time
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import click
+
+from twotower.cli import model as models
+from twotower.modes import MODES
+
+if TYPE_CHECKING:
+    from rich.console import Console
+    from rich.text import Text
+
+    from twotower.generation import Generation
+    from twotower.model.two_tower import TwoTowerForCausalLM
+
+PROMPT = "User: I want to find a restaurant in San Jose for two people tonight.\nAssistant:"
+NEW_TOKENS = 64
+THRESHOLD = 0.8  # the published operating point
+ROUNDS, SECONDS = 3, 5.0  # the median of so many runs, fewer where they would take longer than this
+SHOWN_CHARACTERS = 140
+
+
+@click.command()
+@click.option("-m", "--model", metavar="MODEL", help="Checkpoint directory or hub id.  [default: the bundled model]")
+@click.option("--threads", type=click.IntRange(min=1), help="CPU threads.")
+@click.option("--json", "as_json", is_flag=True, help="Only measure: one JSON object on stdout.")
+def demo(model: str | None, threads: int | None, as_json: bool) -> None:
+    """Watch a block being denoised, then compare the three modes.
+
+    Greedy, one prompt, everything measured in this run.
+    """
+    from rich.console import Console
+
+    from twotower.errors import CheckpointError
+
+    source = models.source_of(model)
+    with models.note(f"loading {models.name_of(source)} …"):
+        loaded = models.load(source, threads=threads)
+    if loaded.tokenizer is None:
+        raise CheckpointError(f"{source}: has no tokenizer.json, so there is no text to show; take another model")
+    console = Console(highlight=False) if sys.stdout.isatty() else Console(highlight=False, width=100)
+    if not as_json:
+        console.print(heading(source, loaded), end="\n\n", soft_wrap=not console.is_terminal)
+        show(loaded)
+    results = measure(loaded)
+    if as_json:
+        facts = {"prompt": PROMPT, "model": str(source), **models.placement(loaded)}
+        modes = [result.to_dict() | {"times_ar": times_ar(results, mode)} for mode, result in results.items()]
+        click.echo(json.dumps(facts | {"confidence_threshold": THRESHOLD, "modes": modes}, ensure_ascii=False))
+        return
+    print_tables(console, results)
+    console.print(verdict(results), soft_wrap=not console.is_terminal)
+
+
+def heading(source: str | Path, model: TwoTowerForCausalLM) -> Text:
+    """Which model, where."""
+    import torch
+    from rich.text import Text
+
+    where = models.placement(model)
+    size = sum(parameter.numel() for parameter in model.parameters()) / 1e6
+    count = torch.get_num_threads()
+    threads = f", {count} thread{'s' if count > 1 else ''}" if model.device.type == "cpu" else ""
+    return Text.assemble(
+        (models.name_of(source), "bold"),
+        f": {size:.1f} M parameters in two towers of "
+        f"{model.config.num_hidden_layers} layers ({model.config.hybrid_override_pattern}), {where['dtype']} on "
+        f"{where['context_device']}{threads}",
+    )
+
+
+def parameters(model: TwoTowerForCausalLM, mode: str) -> dict[str, Any]:
+    """The arguments of `model.stream`: greedy, the same length in every mode."""
+    shared = {"mode": mode, "max_new_tokens": NEW_TOKENS, "eos_token_id": models.eos_of(model)}
+    if mode != "diffusion":
+        return shared
+    return shared | {"confidence_threshold": THRESHOLD, "mask_token_id": model.config.mask_token}
+
+
+def show(model: TwoTowerForCausalLM) -> None:
+    """One run for the eye, not measured."""
+    from twotower.cli.watch import Watcher, view_on
+
+    if not sys.stdout.isatty():
+        click.echo(PROMPT + "\n")
+    with Watcher(model.tokenizer, model.config.mask_token, view_on("stdout", PROMPT, keep=True)) as watcher:
+        for _ in watcher.through(model.stream(PROMPT, step_callback=watcher.on_pass, **parameters(model, "diffusion"))):
+            pass
+    click.echo()
+
+
+def measure(model: TwoTowerForCausalLM) -> dict[str, Generation]:
+    """Each mode's run of median speed. The modes take turns, so that a busy moment does not fall on one of them."""
+    for mode in MODES:  # the first run of anything is slower
+        run(model, parameters(model, mode) | {"max_new_tokens": 8})
+    runs: dict[str, list[Generation]] = {mode: [] for mode in MODES}
+    started = time.perf_counter()
+    for done in range(ROUNDS):
+        if done and (time.perf_counter() - started) * (done + 1) / done > SECONDS:
+            break
+        for mode in MODES:
+            runs[mode].append(run(model, parameters(model, mode)))
+    return {mode: sorted(some, key=lambda one: one.tokens_per_second)[len(some) // 2] for mode, some in runs.items()}
+
+
+def run(model: TwoTowerForCausalLM, arguments: dict[str, Any]) -> Generation:
+    """One run to its end."""
+    result = None
+    for event in model.stream(PROMPT, **arguments):
+        result = event.result or result
+    assert result is not None
+    return result
+
+
+def times_ar(results: dict[str, Generation], mode: str) -> float:
+    """Speed as a multiple of AR's."""
+    return results[mode].tokens_per_second / results["ar"].tokens_per_second
+
+
+def print_tables(console: Console, results: dict[str, Generation]) -> None:
+    """What each mode wrote, then the figures; AR, the yardstick, first."""
+    from rich import box
+    from rich.table import Table
+    from rich.text import Text
+
+    from twotower.cli.watch import visible
+
+    shape = box.SIMPLE_HEAD if console.is_terminal else None
+    texts = Table(box=shape, header_style="dim")
+    figures = Table(box=shape, header_style="dim")
+    texts.add_column("mode", no_wrap=True)
+    texts.add_column("text")
+    figures.add_column("mode", no_wrap=True)
+    for name in ("tokens", "passes", "tokens/pass", "tokens/s", "× AR"):
+        figures.add_column(name, justify="right", no_wrap=True)
+    for mode in ("ar", "mock_ar", "diffusion"):
+        result = results[mode]
+        name = f"{mode} γ {THRESHOLD}" if mode == "diffusion" else mode
+        text = visible(result.text.strip().replace("\n", " ↵ "))
+        short = text if len(text) <= SHOWN_CHARACTERS else text[:SHOWN_CHARACTERS].rstrip() + " …"
+        texts.add_row(name, Text(short))  # not markup: a model may write [brackets]
+        figures.add_row(
+            name,
+            str(len(result.tokens)),
+            str(result.context_passes if mode == "ar" else result.denoiser_passes),
+            f"{result.tokens_per_pass:.2f}",
+            f"{result.tokens_per_second:.1f}",
+            f"{times_ar(results, mode):.2f}",
+            style="bold" if mode == "diffusion" else "",
+        )
+    for table in (texts, figures):
+        console.print(table, end="" if console.is_terminal else "\n\n")
+
+
+def verdict(results: dict[str, Generation]) -> str:
+    """Why the speed is what it is: tokens gained per pass against what a pass costs."""
+    ar, diffusion = results["ar"], results["diffusion"]
+    passes = diffusion.denoiser_passes + diffusion.context_passes
+    cost = (diffusion.decode_seconds / passes) / (ar.decode_seconds / ar.context_passes)
+    ratio = times_ar(results, "diffusion")
+    speed = "slower" if ratio < 1 else "faster"
+    return (
+        f"Diffusion is {speed} than AR here, {ratio:.2f}×: it made {len(diffusion.tokens)} tokens in {passes} passes "
+        f"({diffusion.denoiser_passes} of the denoiser, {diffusion.context_passes} of the context tower), "
+        f"{len(diffusion.tokens) / passes:.2f} tokens each; one such pass costs {cost:.2f} AR steps. "
+        "All figures are from this run."
+    )

@@ -1,0 +1,242 @@
+"""`twotower generate`: a prompt in, its continuation out, as blocks become final."""
+
+from __future__ import annotations
+
+import json
+import secrets
+import sys
+from collections.abc import Iterator
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import click
+
+from twotower.cli import model as models
+from twotower.cli import prompt as prompts
+from twotower.errors import ArgumentError, CheckpointError
+from twotower.modes import MODES
+
+if TYPE_CHECKING:
+    from twotower.cli.watch import Watcher
+    from twotower.generation import BlockEvent, Generation
+    from twotower.model.two_tower import TwoTowerForCausalLM
+
+DIFFUSION_ONLY = ("threshold", "block_size", "steps", "watch", "trace")
+SAMPLING_ONLY = ("seed", "top_k", "top_p")
+
+
+@click.command()
+@click.argument("prompt", required=False)
+@click.option(
+    "-f", "--file", type=click.Path(exists=True, dir_okay=False, path_type=Path), help="Read the prompt from a file."
+)
+@click.option("-m", "--model", metavar="MODEL", help="Checkpoint directory or hub id.  [default: the bundled model]")
+@click.option(
+    "--mode",
+    type=click.Choice(MODES),
+    default="diffusion",
+    show_default=True,
+    help="Blocks of tokens; the context tower alone; or the denoiser token by token.",
+)
+@click.option("-n", "--max-new-tokens", metavar="N", type=click.IntRange(min=1), default=128, show_default=True)
+@click.option(
+    "--threshold",
+    metavar="P",
+    type=click.FloatRange(0, 1),
+    default=0.9,
+    show_default=True,
+    help="Diffusion: commit what is more certain than this. Lower is faster.",
+)
+@click.option(
+    "--block-size", metavar="N", type=click.IntRange(min=1), default=16, show_default=True, help="Diffusion: positions."
+)
+@click.option(
+    "--steps",
+    metavar="N",
+    type=click.IntRange(min=1),
+    default=16,
+    show_default=True,
+    help="Diffusion: passes a block, at most.",
+)
+@click.option("--temperature", metavar="X", type=float, default=0.0, show_default=True, help="0 is greedy.")
+@click.option("--top-k", metavar="N", type=click.IntRange(min=1), help="Sample among the k likeliest tokens.")
+@click.option(
+    "--top-p", metavar="P", type=click.FloatRange(0, 1), help="Sample among the likeliest tokens of total mass p."
+)
+@click.option(
+    "--seed", metavar="N", type=click.IntRange(0, 2**63 - 1), help="Same seed, same text.  [default: drawn, and shown]"
+)
+@click.option("--stop", multiple=True, metavar="TEXT", help="End before this text. May be given several times.")
+@click.option("--watch", is_flag=True, help="Show each block being denoised (on stderr).")
+@click.option(
+    "--trace", type=click.Path(dir_okay=False, path_type=Path), metavar="FILE.svg", help="Draw the passes as a picture."
+)
+@click.option("--json", "as_json", is_flag=True, help="One JSON object on stdout instead of text.")
+@click.option("--dtype", type=click.Choice(models.DTYPES), default="auto", show_default=True)
+@click.option(
+    "--context-device", metavar="DEVICE", help="E.g. cpu, cuda:0.  [default: the first CUDA device, else cpu]"
+)
+@click.option("--denoiser-device", metavar="DEVICE", help="[default: the context's]")
+@click.option("--threads", metavar="N", type=click.IntRange(min=1), help="CPU threads.")
+@click.pass_context
+def generate(ctx: click.Context, **options: Any) -> None:
+    """Continue PROMPT. Without one (or with -) it is read from stdin.
+
+    Text goes to stdout, everything else to stderr.
+    """
+    given = {name for name in options if ctx.get_parameter_source(name) is not click.core.ParameterSource.DEFAULT}
+    run(Request(given=frozenset(given), **options))
+
+
+@dataclass(frozen=True, kw_only=True)
+class Request:
+    """One command line, as click checked it. given: the names of the options that were on it."""
+
+    given: frozenset[str]
+    prompt: str | None
+    file: Path | None
+    model: str | None
+    mode: str
+    max_new_tokens: int
+    threshold: float
+    block_size: int
+    steps: int
+    temperature: float
+    top_k: int | None
+    top_p: float | None
+    seed: int | None
+    stop: tuple[str, ...]
+    watch: bool
+    trace: Path | None
+    as_json: bool
+    dtype: str
+    context_device: str | None
+    denoiser_device: str | None
+    threads: int | None
+
+    def parameters(self) -> dict[str, Any]:
+        """The keyword arguments of `model.stream` that do not depend on the model."""
+        shared = {
+            "mode": self.mode,
+            "max_new_tokens": self.max_new_tokens,
+            "temperature": self.temperature,
+            "top_k": self.top_k,
+            "top_p": self.top_p,
+            # Drawn here where none is given, so that it can be told and used again.
+            "seed": secrets.randbits(31) if self.seed is None else self.seed,
+            "stop": self.stop,
+        }
+        if self.mode != "diffusion":
+            return shared
+        return shared | {
+            "block_size": self.block_size,
+            "steps_per_block": self.steps,
+            "confidence_threshold": self.threshold,
+        }
+
+    def idle_options(self) -> Iterator[tuple[str, str]]:
+        """(option, why) for each given option that has no effect on this run."""
+        if self.mode != "diffusion":
+            yield from ((name, f"with --mode {self.mode}") for name in DIFFUSION_ONLY)
+        elif self.steps > self.block_size:
+            yield "steps", "beyond the block size: every pass commits at least one token"
+        if self.mode == "ar":
+            yield "denoiser_device", "with --mode ar, which runs the context tower alone"
+        if self.temperature <= 0:
+            yield from ((name, "at temperature 0") for name in SAMPLING_ONLY)
+
+
+def run(request: Request) -> None:
+    """Everything `twotower generate` does.
+
+    Raises:
+        TwoTowerError: found as early as possible, before any weights are read where that can be.
+    """
+    text = prompts.read(request.prompt, request.file)
+    for name, why in request.idle_options():
+        if name in request.given:
+            click.echo(f"Warning: --{name.replace('_', '-')} has no effect {why}.", err=True)
+    if request.trace is not None and not request.trace.absolute().parent.is_dir():
+        raise ArgumentError(f"--trace {request.trace}: {request.trace.parent} is no directory; make it first")
+
+    source = models.source_of(request.model)
+    with models.note(f"loading {models.name_of(source)} …"):
+        from twotower.generation import GenerationParams
+
+        GenerationParams.of(**request.parameters())  # a bad argument is told before any weights are read
+        model = models.load(
+            source,
+            towers="context" if request.mode == "ar" else "both",
+            dtype=request.dtype,
+            context_device=request.context_device,
+            denoiser_device=request.denoiser_device,
+            threads=request.threads,
+        )
+    if model.tokenizer is None:
+        raise CheckpointError(f"{source}: has no tokenizer.json, so it can neither read nor write text; put one there")
+    parameters = request.parameters() | {"eos_token_id": models.eos_of(model), "mask_token_id": model.config.mask_token}
+
+    diffusing = request.mode == "diffusion"
+    watcher = _watcher(model, text, request) if diffusing and (request.watch or request.trace) else None
+    result = _stream(model, text, parameters, watcher, silent=request.as_json)
+    seed = parameters["seed"] if request.temperature > 0 else None
+    if request.as_json:
+        facts = {"prompt": text, "model": str(source), **models.placement(model), "seed": seed}
+        click.echo(json.dumps(facts | result.to_dict(), ensure_ascii=False))
+    else:
+        click.secho(statistics(result, seed), err=True, dim=True)
+    if watcher is not None and request.trace is not None:
+        from twotower.cli.trace import save_picture
+
+        save_picture(request.trace, watcher.blocks, watcher.names)
+
+
+def _watcher(model: TwoTowerForCausalLM, prompt: str, request: Request) -> Watcher:
+    from twotower.cli.watch import Silent, Watcher, view_on
+
+    # Where the text goes to a file, what was watched is all that is left on the terminal.
+    view = view_on("stderr", prompt, keep=not sys.stdout.isatty()) if request.watch else Silent()
+    return Watcher(model.tokenizer, model.config.mask_token, view)
+
+
+def _stream(
+    model: TwoTowerForCausalLM, prompt: str, parameters: dict[str, Any], watcher: Watcher | None, silent: bool
+) -> Generation:
+    """Runs to the end, writing text as it becomes final."""
+    events = model.stream(prompt, step_callback=watcher.on_pass if watcher else None, **parameters)
+    if watcher is None:
+        return _write(events, silent)
+    with watcher:
+        # Text and picture on one terminal would disturb each other: there the text comes when the picture is done.
+        last = _write(watcher.through(events), silent or watcher.view.owns_stdout)
+    if watcher.view.owns_stdout and not silent:
+        click.echo(last.text)
+    return last
+
+
+def _write(events: Iterator[BlockEvent], silent: bool) -> Generation:
+    result = None
+    for event in events:
+        if not silent and event.text:
+            click.echo(event.text, nl=False)
+        result = event.result or result
+    if not silent:
+        click.echo()
+    assert result is not None
+    return result
+
+
+def statistics(result: Generation, seed: int | None = None) -> str:
+    """One line about a run."""
+    passes = result.context_passes if result.mode == "ar" else result.denoiser_passes
+    parts = [
+        result.mode,
+        f"{len(result.tokens)} tokens",
+        f"{passes} passes",
+        f"{result.tokens_per_pass:.2f} tokens/pass",
+        f"{result.tokens_per_second:.1f} tokens/s",
+        f"prefill {result.prefill_seconds:.2f} s",
+        f"ended by {result.finish_reason}",
+    ]
+    return " · ".join(parts + ([f"seed {seed}"] if seed is not None else []))

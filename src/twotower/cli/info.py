@@ -1,0 +1,212 @@
+"""`twotower info`: what a checkpoint is and what it needs, from its config and the headers of its files."""
+
+from __future__ import annotations
+
+import json
+from collections import Counter
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import click
+
+from twotower.cli import model as models
+from twotower.errors import CheckpointError, ConfigError
+
+if TYPE_CHECKING:
+    from twotower.config import TwoTowerConfig
+    from twotower.model.two_tower import TwoTowerForCausalLM
+
+DTYPES = ("bfloat16", "float32", "float64")
+TOKENIZER_FILES = ("tokenizer.json", "tokenizer_config.json")
+GIB = 2**30
+
+
+@click.command()
+@click.argument("path", required=False)
+@click.option("--json", "as_json", is_flag=True, help="One JSON object instead of text.")
+def info(path: str | None, as_json: bool) -> None:
+    """Describe a checkpoint, or a config.json alone.
+
+    PATH is a directory or a config.json; without one the bundled model is described. Nothing is loaded: sizes are
+    counted on tensors without storage, so the largest model takes seconds and no memory.
+    """
+    facts = describe(Path(models.source_of(path)))
+    if as_json:
+        click.echo(json.dumps(facts, ensure_ascii=False, allow_nan=False))
+    else:
+        from twotower.cli.info_page import page
+
+        for line in page(facts):
+            click.echo(line)
+    if facts["weights"]["problem"]:
+        raise CheckpointError(facts["weights"]["problem"])
+
+
+def describe(path: Path) -> dict[str, Any]:
+    """All facts about a checkpoint directory or config file, as plain data; sizes in bytes.
+
+    Raises:
+        ConfigError: nothing there, or a config no model can be built from.
+    """
+    with models.note("reading …"):
+        import torch
+
+        from twotower.config import TwoTowerConfig
+        from twotower.model.two_tower import TwoTowerForCausalLM
+
+        config = TwoTowerConfig.read(path)
+        with torch.device("meta"):
+            model = TwoTowerForCausalLM(config)
+    directory = path if path.is_dir() else path.parent
+    dtype = str(getattr(config, "dtype", None) or "float32").removeprefix("torch.")
+    if not isinstance(getattr(torch, dtype, None), torch.dtype):
+        raise ConfigError(f"{path}: dtype is {dtype!r}; torch has no such dtype")
+    return {
+        "path": str(path),
+        "architectures": config.architectures,
+        "dtype": dtype,
+        "pattern": config.hybrid_override_pattern,
+        "layers": _layers(config),
+        "shape": _shape(config),
+        "parameters": _parameters(model),
+        "memory": {name: _memory(model, name) for name in DTYPES},
+        "state": {"dtype": dtype} | _state(config, dtype),
+        "backends": _backends(dtype),
+        "weights": _weights(directory, model),
+        "tokenizer": [name for name in TOKENIZER_FILES if (directory / name).exists()],
+    }
+
+
+def _layers(config: TwoTowerConfig) -> dict[str, int]:
+    from twotower.config import KIND_NAMES
+
+    counts = Counter(config.hybrid_override_pattern)
+    return {name: counts[kind] for kind, name in KIND_NAMES.items() if counts[kind]}
+
+
+def _shape(config: TwoTowerConfig) -> dict[str, Any]:
+    """What fixes the sizes; the fields of layer kinds the model does not have are left out."""
+    fields = ["hidden_size", "vocab_size", "max_position_embeddings"]
+    of_kind = {
+        "*": ["num_attention_heads", "num_key_value_heads", "head_dim"],
+        "M": ["mamba_num_heads", "mamba_head_dim", "ssm_state_size", "n_groups", "conv_kernel"],
+        "E": [
+            "n_routed_experts",
+            "num_experts_per_tok",
+            "moe_intermediate_size",
+            "moe_shared_expert_intermediate_size",
+            "n_group",
+            "topk_group",
+        ],
+        "-": ["intermediate_size"],
+    }
+    for kind, names in of_kind.items():
+        fields += names if kind in config.hybrid_override_pattern else []
+    return {name: getattr(config.backbone, name) for name in fields}
+
+
+def _parameters(model: TwoTowerForCausalLM) -> dict[str, Any]:
+    """Counts of one tower: every tensor of the checkpoint, the router's correction bias included.
+
+    active: what one token's pass uses: all but the routed experts it does not choose. The embedding table
+    counts in full, as published; active_without_embedding counts the one row that is read.
+    """
+    backbone = model.config.backbone
+    layers = list(model.context.all_layers())
+    total = _count(model.context)
+    moe = sum(_count(layer) for layer in layers if layer.kind == "E")
+    routed = sum(_count(layer.mixer.experts) for layer in layers if layer.kind == "E")
+    active = total - routed + routed * backbone.num_experts_per_tok // backbone.n_routed_experts
+    table = _count(model.context.embeddings)
+    return {
+        "per_tower": total,
+        "both_towers": _count(model),
+        "time_conditioning": _count(model.time) if model.time is not None else 0,
+        "active": active,
+        "active_without_embedding": active - table + backbone.hidden_size,
+        "moe_share": moe / total,
+        "routed_expert_share": routed / total,
+    }
+
+
+def _count(module: Any) -> int:
+    return sum(tensor.numel() for tensor in [*module.parameters(), *module.buffers()])
+
+
+def _memory(model: TwoTowerForCausalLM, dtype: str) -> dict[str, int]:
+    """Bytes of weights; the time conditioning lives with the denoiser."""
+    import torch
+
+    from twotower.checkpoint import wanted_dtype
+
+    context = denoiser = 0
+    for name, tensor in [*model.named_parameters(), *model.named_buffers()]:
+        size = tensor.numel() * wanted_dtype(name, getattr(torch, dtype)).itemsize
+        if name.startswith("context."):
+            context += size
+        else:
+            denoiser += size
+    return {"context": context, "denoiser": denoiser, "both": context + denoiser}
+
+
+def _state(config: TwoTowerConfig, dtype: str) -> dict[str, int]:
+    """Bytes of the context's memory of one text: what each token adds, and what is there from the start.
+
+    Asked of the state itself, without storage, so there is no second formula to keep in step.
+    """
+    import torch
+
+    from twotower.state import AttentionPool, MambaPool, TowerState
+
+    state = TowerState(config.backbone, 1, 1, torch.device("meta"), getattr(torch, dtype))
+    columns = state.capacity + 1  # one is spare
+    attention = [pool for pool in state.pools if isinstance(pool, AttentionPool)]
+    mamba = [pool for pool in state.pools if isinstance(pool, MambaPool)]
+    per_token = sum(pool.k.nbytes + pool.v.nbytes for pool in attention) // columns
+    per_row = sum(pool.conv_window.nbytes + pool.ssm_state.nbytes for pool in mamba)
+    window = config.backbone.max_position_embeddings
+    return {"per_token": per_token, "per_row": per_row, "full_context": per_row + window * per_token}
+
+
+def _backends(dtype: str) -> dict[str, list[dict[str, str]]]:
+    import torch
+
+    from twotower import kernels
+
+    devices = ["cpu"] + (["cuda:0"] if torch.cuda.is_available() else [])
+    return {
+        device: [
+            {"op": op, "backend": backend, "why": why}
+            for op, backend, why in kernels.report(torch.device(device), getattr(torch, dtype))
+        ]
+        for device in devices
+    }
+
+
+def _weights(directory: Path, model: TwoTowerForCausalLM) -> dict[str, Any]:
+    """What lies on disk, and whether it passes the check that loading makes."""
+    from twotower import checkpoint
+
+    nothing: dict[str, Any] = {"present": False, "files": [], "dtypes": {}, "problem": None}
+    if not any((directory / name).exists() for name in (checkpoint.INDEX_FILE, checkpoint.SINGLE_FILE)):
+        return nothing
+    try:
+        found = checkpoint.scan(directory)
+        known = checkpoint.slots(model)
+        problem = None
+    except CheckpointError as error:
+        return nothing | {"present": True, "problem": str(error)}
+    try:
+        checkpoint.check(directory, found, known, known, model.config.hybrid_override_pattern)
+    except CheckpointError as error:
+        problem = str(error)
+    tensors = Counter(stored.file for stored in found.values())
+    return {
+        "present": True,
+        "files": [
+            {"name": file.name, "bytes": file.stat().st_size, "tensors": count}
+            for file, count in sorted(tensors.items())
+        ],
+        "dtypes": dict(Counter(stored.dtype for stored in found.values()).most_common()),
+        "problem": problem,
+    }

@@ -1,0 +1,131 @@
+"""The facts of `twotower info` as lines to read."""
+
+from __future__ import annotations
+
+import textwrap
+from collections.abc import Iterator
+from typing import Any
+
+import click
+
+_INDENT = 12
+_WIDTH = 100
+_SHORT = {"bfloat16": "bf16", "float32": "fp32", "float64": "float64"}
+
+
+def page(facts: dict[str, Any]) -> Iterator[str]:
+    """One heading a line, in the order a reader asks: what is it, how large, what does it need, is it all there."""
+    yield click.style(facts["path"], bold=True)
+    for name, lines in _sections(facts):
+        for i, line in enumerate(lines):
+            heading = click.style(name.ljust(_INDENT), dim=True) if i == 0 else " " * _INDENT
+            first, *more = textwrap.wrap(line, _WIDTH - _INDENT, subsequent_indent="  ", break_on_hyphens=False) or [""]
+            yield heading + first
+            yield from (" " * _INDENT + rest for rest in more)
+
+
+def _sections(facts: dict[str, Any]) -> Iterator[tuple[str, list[str]]]:
+    layers = ", ".join(f"{count} {name}" for name, count in facts["layers"].items())
+    yield "layers", [f"{len(facts['pattern'])}: {layers}", facts["pattern"]]
+    yield "shape", list(_shape(facts["shape"]))
+    yield "parameters", list(_parameters(facts["parameters"]))
+    yield "weights in", list(_memory(facts["memory"]))
+    yield "state", list(_state(facts["state"]))
+    for device, rows in facts["backends"].items():
+        yield (
+            f"{device} {_SHORT.get(facts['dtype'], facts['dtype'])}",
+            [f"{row['op']:<12}{row['backend']:<13}{row['why']}" for row in rows],
+        )
+    yield "files", list(_weights(facts["weights"]))
+    yield "tokenizer", [", ".join(facts["tokenizer"]) or "none: token ids only"]
+
+
+def _shape(shape: dict[str, Any]) -> Iterator[str]:
+    yield (
+        f"hidden {shape['hidden_size']}, vocabulary {shape['vocab_size']}, "
+        f"context {shape['max_position_embeddings']} tokens"
+    )
+    if "num_attention_heads" in shape:
+        yield (
+            f"attention: {shape['num_attention_heads']} heads of {shape['head_dim']}, "
+            f"{shape['num_key_value_heads']} for keys and values"
+        )
+    if "mamba_num_heads" in shape:
+        yield (
+            f"Mamba-2: {shape['mamba_num_heads']} heads of {shape['mamba_head_dim']}, state {shape['ssm_state_size']}, "
+            f"{shape['n_groups']} groups, convolution {shape['conv_kernel']}"
+        )
+    if "n_routed_experts" in shape:
+        groups = f" in {shape['topk_group']} of {shape['n_group']} groups" if shape["n_group"] > 1 else ""
+        yield (
+            f"MoE: {shape['num_experts_per_tok']} of {shape['n_routed_experts']} experts{groups}, width "
+            f"{shape['moe_intermediate_size']}; shared expert {shape['moe_shared_expert_intermediate_size']}"
+        )
+    if "intermediate_size" in shape:
+        yield f"MLP: width {shape['intermediate_size']}"
+
+
+def _parameters(count: dict[str, Any]) -> Iterator[str]:
+    yield (
+        f"{_big(count['per_tower'])} per tower; {_big(count['both_towers'])} in all, of which time conditioning "
+        f"{_big(count['time_conditioning'])}"
+    )
+    yield f"{_big(count['active'])} active per token: all but the routed experts that it does not choose"
+    yield f"{_big(count['active_without_embedding'])} of them read: of the embedding one row only"
+    if count["moe_share"]:
+        yield (
+            f"{count['moe_share']:.1%} of a tower in MoE layers, {count['routed_expert_share']:.1%} in routed experts"
+        )
+
+
+def _memory(memory: dict[str, dict[str, int]]) -> Iterator[str]:
+    sizes = list(memory.values())
+    unit, divisor = _unit(max(size["both"] for size in sizes))
+    yield f"{unit:<34}" + "".join(f"{_SHORT.get(name, name):>10}" for name in memory)
+    rows = {
+        "both towers on one device": [f"{size['both'] / divisor:.1f}" for size in sizes],
+        "two devices: context": [f"{size['context'] / divisor:.1f}" for size in sizes],
+        "             denoiser": [f"{size['denoiser'] / divisor:.1f}" for size in sizes],
+        "context tower alone (--mode ar)": [f"{size['context'] / divisor:.1f}" for size in sizes],
+    }
+    for name, cells in rows.items():
+        yield f"{name:<34}" + "".join(f"{cell:>10}" for cell in cells)
+
+
+def _state(state: dict[str, Any]) -> Iterator[str]:
+    yield (
+        f"{_bytes(state['per_token'])} per token (K/V), {_bytes(state['per_row'])} per text (convolution and SSM), "
+        f"in {_SHORT.get(state['dtype'], state['dtype'])}"
+    )
+    yield f"{_bytes(state['full_context'])} for one text that fills the context; two devices keep a copy each"
+
+
+def _weights(weights: dict[str, Any]) -> Iterator[str]:
+    if not weights["present"]:
+        yield "none: a config without weights"
+        return
+    files = weights["files"]
+    if files:
+        names = files[0]["name"] if len(files) == 1 else f"{files[0]['name']} … {files[-1]['name']} ({len(files)})"
+        dtypes = ", ".join(f"{count} {name}" for name, count in weights["dtypes"].items())
+        yield f"{names}: {_bytes(sum(file['bytes'] for file in files))}, tensors: {dtypes}"
+    yield "do not fit (see below)" if weights["problem"] else "complete: every tensor is there and has its shape"
+
+
+def _big(count: int) -> str:
+    for size, name in ((10**9, "B"), (10**6, "M"), (10**3, "k")):
+        if count >= size:
+            return f"{count / size:.2f} {name}"
+    return str(count)
+
+
+def _bytes(count: int) -> str:
+    unit, divisor = _unit(count)
+    return f"{count / divisor:.{0 if divisor == 1 else 1}f} {unit}"
+
+
+def _unit(count: int) -> tuple[str, int]:
+    for name, divisor in (("GiB", 2**30), ("MiB", 2**20), ("KiB", 2**10)):
+        if count >= divisor:
+            return name, divisor
+    return "bytes", 1

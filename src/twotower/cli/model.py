@@ -1,0 +1,111 @@
+"""The model a verb works with: the bundled one by default, loaded where and as the options say."""
+
+from __future__ import annotations
+
+import sys
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import click
+
+from twotower import allocator
+from twotower.assets import bundled_model
+from twotower.errors import ArgumentError, CheckpointError
+
+if TYPE_CHECKING:
+    from twotower.model.two_tower import Towers, TwoTowerForCausalLM
+
+DTYPES = ("auto", "bfloat16", "float32", "float64")
+
+
+def source_of(model: str | None) -> Path | str:
+    """`--model` as given, or the bundled model's directory.
+
+    Raises:
+        CheckpointError: there is no bundled model in this installation.
+    """
+    if model is not None:
+        return model
+    bundled = bundled_model()
+    if not bundled.is_dir():
+        raise CheckpointError("no bundled model in this installation; name a checkpoint directory or a hub id")
+    return bundled
+
+
+def name_of(source: Path | str) -> str:
+    """What people call it."""
+    return f"bundled/{Path(source).name}" if Path(source) == bundled_model() else str(source)
+
+
+def load(
+    source: Path | str,
+    *,
+    towers: Towers = "both",
+    dtype: str = "auto",
+    context_device: str | None = None,
+    denoiser_device: str | None = None,
+    threads: int | None = None,
+) -> TwoTowerForCausalLM:
+    """The model, ready to compute. Without devices named: the first CUDA device, else the CPU.
+
+    Raises:
+        TwoTowerError: an unknown device, no such checkpoint, or one that does not fit its config.
+    """
+    import torch
+
+    from twotower.model.two_tower import TwoTowerForCausalLM
+
+    allocator.keep_large_blocks()
+    if threads is not None:
+        torch.set_num_threads(threads)
+    context = context_device or ("cuda:0" if torch.cuda.is_available() else "cpu")
+    devices = {"--context-device": context, "--denoiser-device": denoiser_device or context}
+    for option, device in devices.items():
+        _check_device(option, device)
+    return TwoTowerForCausalLM.from_pretrained(
+        source,
+        dtype=dtype,
+        towers=towers,
+        context_device=devices["--context-device"],
+        denoiser_device=devices["--denoiser-device"],
+    )
+
+
+def placement(model: TwoTowerForCausalLM) -> dict[str, Any]:
+    """dtype and devices of a loaded model, for `--json`."""
+    return {
+        "dtype": str(model.dtype).removeprefix("torch."),
+        "context_device": str(model.device),
+        "denoiser_device": str(model.denoiser.device) if model.denoiser is not None else None,
+    }
+
+
+def eos_of(model: TwoTowerForCausalLM) -> Any:
+    """The config's end-of-text token(s); the tokenizer's where the config has none."""
+    eos = model.config.eos_token_id
+    return eos if eos is not None else getattr(model.tokenizer, "eos_token_id", None)
+
+
+@contextmanager
+def note(text: str) -> Iterator[None]:
+    """A line on a terminal's stderr while something takes its time; gone afterwards."""
+    if not sys.stderr.isatty():
+        yield
+        return
+    click.secho(text, err=True, nl=False, dim=True)
+    try:
+        yield
+    finally:
+        click.echo("\r\x1b[K", err=True, nl=False)
+
+
+def _check_device(option: str, device: str) -> None:
+    import torch
+
+    try:
+        torch.empty(0, device=device)
+    except (RuntimeError, AssertionError, NotImplementedError, ValueError) as error:
+        reason = str(error).splitlines()[0]
+        raise ArgumentError(f"{option} is {device!r}, which this machine cannot use ({reason}); try cpu") from None

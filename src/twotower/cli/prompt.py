@@ -1,0 +1,40 @@
+"""Where a prompt comes from: the command line, a file or stdin."""
+
+from __future__ import annotations
+
+import sys
+from pathlib import Path
+
+from twotower.errors import ArgumentError
+
+
+def read(argument: str | None, file: Path | None) -> str:
+    """The prompt as text. One line end at the end of a file or of stdin is not part of it.
+
+    Raises:
+        ArgumentError: none given, two given, an empty one, or bytes that are not UTF-8.
+    """
+    if argument is not None and file is not None:
+        raise ArgumentError("a prompt and --file are both given; give one of them")
+    if file is not None:
+        where, text = str(file), _decoded(file.read_bytes(), str(file))
+    elif argument is None or argument == "-":
+        where, text = "stdin", _from_stdin(asked=argument == "-")
+    else:
+        where, text = "PROMPT", _decoded(argument.encode(errors="surrogateescape"), "PROMPT")
+    if not text.strip():
+        raise ArgumentError(f"the prompt ({where}) is empty; give at least one word")
+    return text if where == "PROMPT" else text.removesuffix("\n").removesuffix("\r")
+
+
+def _from_stdin(asked: bool) -> str:
+    if sys.stdin.isatty() and not asked:
+        raise ArgumentError("no prompt; give one in quotes, by --file, or on stdin")
+    return _decoded(sys.stdin.buffer.read(), "stdin")
+
+
+def _decoded(data: bytes, where: str) -> str:
+    try:
+        return data.decode("utf-8")
+    except UnicodeDecodeError as error:
+        raise ArgumentError(f"{where}: not UTF-8 text (byte {error.start}); convert it first") from None

@@ -1,0 +1,323 @@
+"""A block being denoised, made visible: recorded pass by pass, shown live, or drawn as a picture.
+
+`Watcher` is the step callback; it turns each pass into a `Frame` and hands it to a view. Frames lag one pass
+behind: the callback sees a block before that pass's commits, so they show in the next call.
+"""
+
+from __future__ import annotations
+
+import sys
+import time
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass, replace
+from itertools import pairwise
+from typing import TYPE_CHECKING, Any, Protocol
+
+from rich.cells import cell_len, set_cell_size
+from rich.console import Console, Group
+from rich.live import Live
+from rich.style import Style
+from rich.text import Text
+
+if TYPE_CHECKING:
+    from torch import Tensor
+
+    from twotower.generation import BlockEvent
+
+FRAME_SECONDS = 0.09  # a frame stays at least this long on a terminal: small models are faster than the eye
+MASK = " ░░"
+MASK_PLAIN = "░"
+
+
+@dataclass(frozen=True)
+class Frame:
+    """A block after `passes` of its passes (0: all masked).
+
+    tokens: None where still masked; in a block's last frame only those that belong to the text. fresh: committed
+    by the last pass. confidence: at commit, or of the best candidate so far; None before the first pass.
+    all_passes, all_tokens: of the run so far.
+    """
+
+    block: int
+    size: int
+    passes: int
+    tokens: list[int | None]
+    fresh: list[bool]
+    confidence: list[float | None]
+    all_passes: int
+    all_tokens: int
+
+    @property
+    def t(self) -> float:
+        """The fraction still masked."""
+        return sum(token is None for token in self.tokens) / self.size
+
+    @property
+    def tokens_per_pass(self) -> float:
+        return self.all_tokens / self.all_passes if self.all_passes else 0.0
+
+
+class TokenNames:
+    """Each token as something to look at: special ones by name, line ends as ↵, pieces of a character as ·."""
+
+    def __init__(self, tokenizer: Any) -> None:
+        self.tokenizer = tokenizer
+        self.special = set(tokenizer.all_special_ids)
+
+    def __call__(self, token: int) -> str:
+        if token in self.special:
+            return str(self.tokenizer.convert_ids_to_tokens(token))
+        return visible(str(self.tokenizer.decode([token]))) or "·"
+
+
+def visible(text: str, keep: str = "") -> str:
+    """What a model wrote, safe for a terminal: line ends and tabs as signs, other control characters as ·."""
+    signs = {"\n": "↵", "\t": "⇥", "\ufffd": "·"}
+    return "".join(c if c in keep else signs.get(c, c if c.isprintable() else "·") for c in text)
+
+
+# --- recording ------------------------------------------------------------------------------------------------------
+
+
+class View(Protocol):
+    """What shows frames. owns_stdout: text must not be written to stdout while the view is open."""
+
+    owns_stdout: bool
+
+    def open(self, names: TokenNames) -> None: ...
+    def frame(self, frame: Frame) -> None: ...
+    def settled(self, text: str) -> None: ...
+    def close(self, interrupted: bool) -> None: ...
+
+
+class Watcher:
+    """Records row 0 of a diffusion run: give `on_pass` as step callback, and take the events `through` it."""
+
+    def __init__(self, tokenizer: Any, mask_token: int, view: View) -> None:
+        self.names = TokenNames(tokenizer)
+        self.mask_token = mask_token
+        self.view = view
+        self.blocks: list[list[Frame]] = []
+        self._logits: Tensor | None = None  # of the last pass, whose commits are still to be seen
+        self._drawing_seconds = 0.0
+        self._passes = self._tokens = 0  # of the blocks before this one
+
+    def __enter__(self) -> Watcher:
+        self.view.open(self.names)
+        return self
+
+    def __exit__(self, kind: type[BaseException] | None, *_: object) -> None:
+        self.view.close(interrupted=kind is not None)
+
+    def on_pass(self, step: int, steps: int, block: Tensor, *, t: Any, logits: Any, block_idx: int) -> None:
+        """`step_callback` of the published API."""
+        started = time.perf_counter()
+        if logits is None:
+            self.blocks.append([])
+            self._logits = None
+        if logits is None or step > 0:
+            tokens = [None if token == self.mask_token else token for token in block[0].tolist()]
+            self._add(block_idx, len(tokens), tokens, self._confidence(block[0]))
+        self._logits = None if logits is None else logits[0].clone()
+        self._drawing_seconds += time.perf_counter() - started
+
+    def through(self, events: Iterator[BlockEvent]) -> Iterator[BlockEvent]:
+        """The same events, with the time spent on drawing taken off the result's."""
+        for event in events:
+            if event.result is not None:
+                seconds = event.result.decode_seconds - self._drawing_seconds
+                event = replace(event, result=replace(event.result, decode_seconds=seconds))
+            started = time.perf_counter()
+            self._end_block(event)
+            self._drawing_seconds += time.perf_counter() - started
+            yield event
+
+    def _end_block(self, event: BlockEvent) -> None:
+        frames = self.blocks[-1]
+        self._add(event.block, frames[0].size, list(event.tokens), list(event.confidence))
+        self._passes, self._tokens = frames[-1].all_passes, frames[-1].all_tokens
+        self.view.settled(event.text)
+
+    def _add(self, block: int, size: int, tokens: Sequence[int | None], confidence: Sequence[float | None]) -> None:
+        frames = self.blocks[-1]
+        before = frames[-1].tokens if frames else [None] * size
+        frame = Frame(
+            block=block,
+            size=size,
+            passes=len(frames),
+            tokens=list(tokens),
+            fresh=[token is not None and before[i] is None for i, token in enumerate(tokens)],
+            # A committed token keeps the confidence it was committed with.
+            confidence=[sure if before[i] is None else frames[-1].confidence[i] for i, sure in enumerate(confidence)],
+            all_passes=self._passes + len(frames),
+            all_tokens=self._tokens + sum(token is not None for token in tokens),
+        )
+        frames.append(frame)
+        self.view.frame(frame)
+
+    def _confidence(self, block: Tensor) -> list[float | None]:
+        """Of each committed token, or of the likeliest one where the block is masked, by the last pass."""
+        from twotower.generation.sampling import confidence
+
+        if self._logits is None:
+            return [None] * len(block)
+        logits = self._logits
+        logits[:, self.mask_token] = float("-inf")
+        tokens = block.where(block != self.mask_token, logits.argmax(-1))
+        return [float(sure) for sure in confidence(logits[None], tokens[None])[0].tolist()]
+
+
+# --- colours --------------------------------------------------------------------------------------------------------
+
+# Confidence 0 … 1, warm to cool: told apart without telling red from green, and dark text is readable on all of it.
+_RAMP = ((0.0, (224, 142, 121)), (0.5, (232, 197, 122)), (0.9, (143, 193, 169)), (1.0, (111, 179, 201)))
+_INK, LABEL = "#1b202b", "#7d8799"
+_PAPER = (38, 43, 54)
+
+
+def colour(confidence: float) -> tuple[int, int, int]:
+    """The ramp's colour."""
+    for (low, a), (high, b) in pairwise(_RAMP):
+        if confidence <= high:
+            return _blend(a, b, (confidence - low) / (high - low))
+    return _RAMP[-1][1]
+
+
+def _blend(a: tuple[int, int, int], b: tuple[int, int, int], share: float) -> tuple[int, int, int]:
+    share = min(max(share, 0.0), 1.0)
+    r, g, b_ = (round(x + (y - x) * share) for x, y in zip(a, b, strict=True))
+    return r, g, b_
+
+
+def hex_colour(rgb: tuple[int, int, int]) -> str:
+    return "#{:02x}{:02x}{:02x}".format(*rgb)
+
+
+def _on(rgb: tuple[int, int, int]) -> Style:
+    return Style(color=_INK, bgcolor=hex_colour(rgb))
+
+
+# --- views ----------------------------------------------------------------------------------------------------------
+
+
+def running_text(frame: Frame, names: TokenNames) -> Text:
+    """The block as a piece of text: ░ where masked, what the last pass committed in its confidence's colour."""
+    out = Text()
+    for i, token in enumerate(frame.tokens):
+        if token is None:
+            out.append(MASK, Style(dim=True))
+        else:
+            style = _on(colour(frame.confidence[i] or 0.0)) if frame.fresh[i] else Style()
+            out.append(names(token), style)
+            if names(token).endswith("↵"):
+                out.append("\n")
+    return out
+
+
+class Silent:
+    """Shows nothing; for a record alone."""
+
+    owns_stdout = False
+
+    def open(self, names: TokenNames) -> None: ...
+    def frame(self, frame: Frame) -> None: ...
+    def settled(self, text: str) -> None: ...
+    def close(self, interrupted: bool) -> None: ...
+
+
+class Lines:
+    """One line a pass, for logs and pipes."""
+
+    owns_stdout = False
+
+    def __init__(self, stream: Any) -> None:
+        self.stream = stream
+
+    def open(self, names: TokenNames) -> None:
+        self.names = names
+
+    def frame(self, frame: Frame) -> None:
+        text = "".join(MASK_PLAIN if token is None else self.names(token) for token in frame.tokens)
+        self.stream.write(f"block {frame.block + 1:>2}  pass {frame.passes:>2}  t {frame.t:4.2f}  {text}\n")
+        self.stream.flush()
+
+    def settled(self, text: str) -> None: ...
+    def close(self, interrupted: bool) -> None: ...
+
+
+class Screen:
+    """The text so far and the block at work, redrawn in place on a terminal."""
+
+    def __init__(self, console: Console, prompt: str, keep: bool) -> None:
+        """keep: leave the finished text on the screen."""
+        self.console = console
+        self.prompt = prompt
+        self.keep = keep
+        self.owns_stdout = sys.stdout.isatty()
+        self.text = ""
+        self._last = 0.0
+
+    def open(self, names: TokenNames) -> None:
+        self.names = names
+        self.live = Live(console=self.console, auto_refresh=False, transient=not self.keep)
+        self.live.start()
+
+    def frame(self, frame: Frame) -> None:
+        status = f"block {frame.block + 1} · pass {frame.passes} · t {frame.t:.2f}"
+        status += f" · {frame.tokens_per_pass:.1f} tokens/pass"
+        self._show(running_text(frame, self.names), Text(status, Style(dim=True)))
+
+    def settled(self, text: str) -> None:
+        self.text += text
+
+    def close(self, interrupted: bool) -> None:
+        if self.keep or interrupted:  # what was settled before Ctrl-C stays readable
+            self.live.transient = False
+            self._show(Text(), None)
+        self.live.stop()
+
+    def _show(self, block: Text, status: Text | None) -> None:
+        wait = FRAME_SECONDS - (time.perf_counter() - self._last)
+        if wait > 0 and status is not None:
+            time.sleep(wait)
+        room, width = max(self.console.height - 4, 3), self.console.width
+        text = visible(self.text[-room * width :], keep="\n")  # more does not fit, and wrapping takes time
+        prompt = visible(self.prompt[-room * width :], keep="\n") if len(self.text) < room * width else ""
+        lines = list(Text.assemble((prompt, Style(dim=True)), text, block).wrap(self.console, width))[-room:]
+        shown = Text("\n").join(lines)
+        self.live.update(Group(shown) if status is None else Group(shown, Text(), status), refresh=True)
+        self._last = time.perf_counter()
+
+
+def view_on(stream: str, prompt: str, keep: bool) -> View:
+    """The view that suits "stdout" or "stderr": a screen on a terminal, lines anywhere else."""
+    if getattr(sys, stream).isatty():
+        return Screen(Console(stderr=stream == "stderr", highlight=False), prompt, keep)
+    return Lines(getattr(sys, stream))
+
+
+# --- a table of passes ----------------------------------------------------------------------------------------------
+
+
+def grid(frames: Sequence[Frame], names: TokenNames) -> Text:
+    """One block as a table: a row for each pass, a column for each token, colour for confidence.
+
+    A token stands out in the row of the pass that committed it. Only tokens that belong to the text have a column.
+    """
+    columns = [names(token) for token in frames[-1].tokens if token is not None]
+    rows = []
+    for frame in frames:
+        row = Text(f"pass {frame.passes:<2} t {frame.t:4.2f}  ", Style(color=LABEL))
+        for i, name in enumerate(columns):
+            width = max(cell_len(name), 2) + 1
+            sure = frame.confidence[i]
+            if frame.tokens[i] is None:
+                shade = _PAPER if sure is None else _blend(_PAPER, colour(sure), 0.35 * sure)
+                row.append(" " * width, Style(bgcolor=hex_colour(shade)))
+            elif frame.fresh[i]:
+                row.append(set_cell_size(name, width), _on(colour(sure or 0.0)))
+            else:
+                row.append(set_cell_size(name, width), Style(color=hex_colour(colour(sure or 0.0))))
+            row.append(" ")
+        rows.append(row)
+    return Text("\n").join(rows)

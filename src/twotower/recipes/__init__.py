@@ -1,0 +1,1 @@
+"""Whole training runs, from text to a shipped model: programs that may use every other part."""

@@ -1,0 +1,111 @@
+"""What every test builds on: the golden data, and random models in which nothing is trivially zero."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+import torch
+from torch import nn
+
+from twotower import TwoTowerConfig, TwoTowerForCausalLM
+from twotower.checkpoint import cast
+from twotower.model.conditioning import TimeConditioning
+from twotower.model.linear import Linear
+from twotower.model.mamba2 import Mamba2
+from twotower.model.moe import Experts, Router
+from twotower.model.norm import GatedGroupRMSNorm, RMSNorm
+
+torch.set_num_threads(1)  # tiny tensors: a second thread only costs, and results do not depend on the machine
+
+GOLDEN = Path(__file__).parent / "golden"
+EVERY_KIND = "M*E-M"  # all four layer kinds, and a Mamba layer that reads what the others wrote
+
+SHAPE = {
+    "hidden_size": 32,
+    "vocab_size": 64,
+    "max_position_embeddings": 4096,
+    "num_attention_heads": 4,
+    "num_key_value_heads": 2,
+    "head_dim": 12,
+    "mamba_num_heads": 4,
+    "mamba_head_dim": 10,
+    "ssm_state_size": 8,
+    "n_groups": 2,
+    "conv_kernel": 4,
+    "chunk_size": 16,
+    "intermediate_size": 40,
+    "n_routed_experts": 8,
+    "num_experts_per_tok": 3,
+    "moe_intermediate_size": 24,
+    "moe_shared_expert_intermediate_size": 28,
+    "n_group": 2,
+    "topk_group": 1,
+    "routed_scaling_factor": 1.5,
+}
+
+
+@pytest.fixture(scope="session")
+def golden_dir() -> Path:
+    """The folder with the golden data."""
+    return GOLDEN
+
+
+@pytest.fixture(scope="session")
+def random_model() -> Callable[..., TwoTowerForCausalLM]:
+    """`random_model(pattern, seed, dtype, **overrides)`: see `build_random_model`."""
+    return build_random_model
+
+
+def build_random_model(
+    pattern: str = EVERY_KIND, seed: int = 0, dtype: torch.dtype = torch.float32, **overrides: object
+) -> TwoTowerForCausalLM:
+    """A tiny two-tower model: every weight of both towers and of the time conditioning is random.
+
+    The same seed gives the same numbers in every dtype (drawn in fp32, then cast). Logits have a standard deviation
+    of about 3, so that choices are clear and confidences spread over (0, 1). overrides: keys of `config.json`.
+    """
+    config = TwoTowerConfig(hybrid_override_pattern=pattern, **{**SHAPE, **overrides})
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(seed)
+        model = TwoTowerForCausalLM(config)
+        with torch.no_grad():
+            for module in model.modules():
+                _randomise(module)
+    cast(model, dtype)
+    return model.eval()
+
+
+def _randomise(module: nn.Module) -> None:
+    """Redraws a module's own parameters at a scale that keeps activations near one."""
+    match module:
+        case Linear():
+            nn.init.normal_(module.weight, std=module.in_features**-0.5)
+            if module.bias is not None:
+                nn.init.normal_(module.bias, std=0.1)
+            if module.out_features == SHAPE["vocab_size"]:
+                module.weight *= 3.0  # the heads
+        case nn.Embedding():
+            nn.init.normal_(module.weight)
+        case RMSNorm() | GatedGroupRMSNorm():
+            nn.init.normal_(module.weight, mean=1.0, std=0.2)
+        case Router():
+            nn.init.normal_(module.weight, std=module.weight.shape[1] ** -0.5)
+            # Never negative: with negative biased scores left-out groups can win, which is tested on its own.
+            module.e_score_correction_bias.uniform_(0.0, 0.3)
+        case Experts():
+            nn.init.normal_(module.up_proj, std=module.up_proj.shape[2] ** -0.5)
+            nn.init.normal_(module.down_proj, std=module.down_proj.shape[2] ** -0.5)
+        case Mamba2():
+            nn.init.normal_(module.conv1d.weight, std=0.5)
+            if module.conv1d.bias is not None:
+                nn.init.normal_(module.conv1d.bias, std=0.3)
+            nn.init.uniform_(module.A_log, 0.0, math.log(8.0))
+            nn.init.normal_(module.dt_bias, mean=-2.0)  # steps around 0.1: the state remembers tens of tokens
+            nn.init.normal_(module.D, mean=1.0, std=0.3)
+        case TimeConditioning():
+            for table in module.scale_shift_tables:
+                nn.init.normal_(table, std=0.3)
+                table[2] += 1.0  # gates

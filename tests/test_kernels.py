@@ -1,0 +1,358 @@
+"""Each fast kernel against its slow twin, over all its arguments, in float64: values and gradients."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor
+
+from twotower.config import BackboneConfig
+from twotower.kernels import CATALOGUE, report, select
+from twotower.kernels.attention import block_attention, masked_attention
+from twotower.kernels.conv import causal_conv, causal_conv_sequential
+from twotower.kernels.experts import experts_dense, experts_gathered, experts_grouped, experts_sorted
+from twotower.kernels.ssd import advance, ssd_block, ssd_chunked, ssd_sequential
+from twotower.model.moe import Router
+
+F64 = torch.float64
+
+
+def same(fast: Callable[..., Any], slow: Callable[..., Any], tensors: dict[str, Tensor | None]) -> None:
+    """Equal results, and equal gradients of every floating-point argument for a random cotangent."""
+    gradients = []
+    outs = []
+    for function in (fast, slow):
+        leaves = {
+            name: t.clone().requires_grad_() if t is not None and t.is_floating_point() else t
+            for name, t in tensors.items()
+        }
+        out = function(**leaves)
+        out = out if isinstance(out, tuple) else (out,)
+        outs.append(out)
+        torch.manual_seed(7)  # the same cotangents for both
+        sum((o * torch.randn(o.shape, dtype=F64)).sum() for o in out).backward()
+        gradients.append({n: t.grad for n, t in leaves.items() if t is not None and t.requires_grad})
+    assert len(outs[0]) == len(outs[1])
+    for actual, expected in zip(*outs, strict=True):
+        torch.testing.assert_close(actual, expected, rtol=1e-10, atol=1e-11)
+    for name, expected in gradients[1].items():
+        if expected is not None:
+            torch.testing.assert_close(
+                gradients[0][name], expected, rtol=1e-9, atol=1e-10, msg=lambda m, name=name: f"{name}: {m}"
+            )
+
+
+# --- SSD ----------------------------------------------------------------------------------------------------------
+
+
+def scan_arguments(length: int, groups: int, state: bool, padded: bool, seed: int = 0) -> dict[str, Tensor | None]:
+    """Three rows, four heads. Padding (dt = 0) stands on the left, in the middle and on the right."""
+    torch.manual_seed(seed)
+    rows, heads, width, size = 3, 4, 5, 6
+    dt = torch.rand(rows, length, heads, dtype=F64) * 2
+    if padded:
+        dt[0, : length // 3] = 0
+        dt[1, length // 3 : length // 2 + 1] = 0
+        dt[2, length // 2 :] = 0
+    decay_rate = torch.linspace(0.01, 16, heads, dtype=F64)  # slow heads remember everything, fast ones nothing
+    return {
+        "x": torch.randn(rows, length, heads, width, dtype=F64),
+        "dt": dt,
+        "log_decay": -dt * decay_rate,
+        "B": torch.randn(rows, length, groups, size, dtype=F64),
+        "C": torch.randn(rows, length, groups, size, dtype=F64),
+        "state": torch.randn(rows, heads, width, size, dtype=F64) if state else None,
+    }
+
+
+SCANS = pytest.mark.parametrize(
+    ("length", "groups", "state", "padded"),
+    [(1, 1, False, False), (1, 4, True, True), (7, 2, True, True), (16, 4, False, True), (33, 1, True, False)],
+)
+
+
+@SCANS
+def test_a_block_is_one_chunk_of_the_recurrence(length: int, groups: int, state: bool, padded: bool) -> None:
+    same(ssd_block, lambda **a: ssd_sequential(**a)[0], scan_arguments(length, groups, state, padded))
+
+
+@SCANS
+def test_advance_gives_the_final_state_of_the_recurrence(length: int, groups: int, state: bool, padded: bool) -> None:
+    arguments = scan_arguments(length, groups, state, padded)
+    C = arguments.pop("C")
+    same(advance, lambda **a: ssd_sequential(**a, C=C)[1], arguments)
+
+
+@pytest.mark.parametrize("chunk", [1, 4, 5, 33, 40])
+@pytest.mark.parametrize(("groups", "state", "padded"), [(1, False, True), (2, True, True), (4, True, False)])
+def test_chunks_of_any_size_give_the_recurrence(chunk: int, groups: int, state: bool, padded: bool) -> None:
+    """Outputs, and the state before each chunk, also where the last chunk is not full."""
+
+    def slow(**a: Any) -> tuple[Tensor, Tensor]:
+        length = a["x"].shape[1]
+        first = a["x"].new_zeros(3, 4, 5, 6) if a["state"] is None else a["state"]
+        before = [first]
+        for end in range(chunk, length, chunk):
+            part = {name: v if name == "state" else v[:, :end] for name, v in a.items()}
+            before.append(ssd_sequential(**part)[1])
+        return ssd_sequential(**a)[0], torch.stack(before, 1)
+
+    same(lambda **a: ssd_chunked(**a, chunk=chunk), slow, scan_arguments(33, groups, state, padded))
+
+
+def test_a_token_with_dt_zero_leaves_no_mark() -> None:
+    """What stands at padding, however large, changes neither the state nor what other tokens give."""
+    clean = scan_arguments(12, 2, True, padded=True)
+    dirty = {name: v.clone() for name, v in clean.items()}
+    padding = clean["dt"][..., 0] == 0
+    assert padding.any()
+    for name in ("x", "B", "C"):
+        dirty[name][padding] = 1e6
+    for kernel in (lambda **a: ssd_block(**a), lambda **a: ssd_chunked(**a, chunk=5)[0]):
+        assert torch.equal(kernel(**clean)[~padding], kernel(**dirty)[~padding])
+    clean.pop("C"), dirty.pop("C")
+    assert torch.equal(advance(**clean), advance(**dirty))
+
+
+def test_the_scan_keeps_its_digits_over_many_chunks() -> None:
+    """Decays far apart in one sequence: differences of long cumulative sums would lose all digits or overflow."""
+    arguments = scan_arguments(400, 2, True, padded=False)
+    arguments = {name: v.float() for name, v in arguments.items()}
+    exact = ssd_sequential(**{name: v.double() for name, v in arguments.items()})[0]
+    fast, before = ssd_chunked(**arguments, chunk=16)
+    assert fast.isfinite().all()
+    assert before.isfinite().all()
+    assert ((fast - exact).abs().max() / exact.abs().max()) < 1e-5
+
+
+# --- convolution --------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("length", [1, 2, 3, 9])
+@pytest.mark.parametrize("taps", [1, 2, 4, 5])
+@pytest.mark.parametrize(("window", "bias"), [(True, True), (False, True), (True, False), (False, False)])
+def test_causal_convolution(length: int, taps: int, window: bool, bias: bool) -> None:
+    torch.manual_seed(0)
+    arguments = {
+        "x": torch.randn(2, length, 6, dtype=F64),
+        "window": torch.randn(2, taps - 1, 6, dtype=F64) if window else None,
+        "weight": torch.randn(6, 1, taps, dtype=F64),
+        "bias": torch.randn(6, dtype=F64) if bias else None,
+    }
+    same(causal_conv, causal_conv_sequential, arguments)
+
+
+# --- experts ------------------------------------------------------------------------------------------------------
+
+
+def expert_arguments(tokens: int, per_token: int, experts: int = 6, dtype: torch.dtype = F64) -> dict[str, Tensor]:
+    torch.manual_seed(0)
+    return {
+        "hidden": torch.randn(tokens, 8, dtype=dtype),
+        "choice": torch.rand(tokens, experts).topk(per_token).indices,
+        "weight": torch.rand(tokens, per_token, dtype=torch.promote_types(dtype, torch.float32)),
+        "up": torch.randn(experts, 16, 8, dtype=dtype),
+        "down": torch.randn(experts, 8, 16, dtype=dtype),
+    }
+
+
+@pytest.mark.parametrize("kernel", [experts_sorted, experts_gathered])
+@pytest.mark.parametrize(("tokens", "per_token"), [(1, 1), (1, 6), (2, 2), (19, 3)])
+def test_experts(kernel: Callable[..., Tensor], tokens: int, per_token: int) -> None:
+    same(kernel, experts_dense, expert_arguments(tokens, per_token))
+
+
+def test_an_expert_that_nothing_chose_is_not_visited() -> None:
+    """Its weights may be anything; the dense twin would read them."""
+    arguments = expert_arguments(5, 2)
+    arguments["choice"] %= 2
+    expected = experts_sorted(**arguments)
+    for name in ("up", "down"):
+        arguments[name][2:] = torch.nan
+    assert torch.equal(experts_sorted(**arguments), expected)
+    torch.testing.assert_close(experts_gathered(**arguments), expected)
+
+
+def _grouped_mm_refusal(device: str, dtype: torch.dtype) -> str | None:
+    """Why torch._grouped_mm does not run here, found by running it."""
+    if device == "cuda" and not torch.cuda.is_available():
+        return "there is no CUDA device"
+    probe = torch.ones(16, 16, device=device, dtype=dtype)
+    try:
+        torch._grouped_mm(probe, probe[None], offs=torch.tensor([16], dtype=torch.int32, device=device))
+    except (AttributeError, NotImplementedError, RuntimeError) as error:
+        return str(error).splitlines()[0]
+    return None
+
+
+@pytest.mark.parametrize(
+    ("device", "dtype", "tolerance"),
+    # Exact up to roundings: of bf16 a few at 8 bits.
+    [("cpu", torch.float32, 1e-6), ("cpu", torch.bfloat16, 2e-2), ("cuda", torch.bfloat16, 2e-2)],
+)
+@pytest.mark.parametrize(("tokens", "per_token"), [(1, 1), (64, 3)])
+def test_grouped_experts(device: str, dtype: torch.dtype, tolerance: float, tokens: int, per_token: int) -> None:
+    refusal = _grouped_mm_refusal(device, dtype)
+    if refusal:
+        pytest.skip(f"experts_grouped is not tested on {device} in {dtype}: {refusal}")
+    arguments = {n: t.to(device) for n, t in expert_arguments(tokens, per_token, dtype=dtype).items()}
+    exact = experts_dense(**{n: t.double() if t.is_floating_point() else t for n, t in arguments.items()})
+    grouped = experts_grouped(**arguments)
+    assert grouped.dtype == dtype
+    assert (grouped - exact).abs().max() < tolerance * exact.abs().max()
+
+
+# --- the router ---------------------------------------------------------------------------------------------------
+
+
+def route_slowly(config: BackboneConfig, scores: list[float], bias: list[float]) -> dict[int, float]:
+    """One token's experts and weights, as the reference's rule reads (spec §2, §6)."""
+    biased = [s + b for s, b in zip(scores, bias, strict=True)]
+    size = len(scores) // config.n_group
+    best = [sum(sorted(biased[g * size : (g + 1) * size])[-2:]) for g in range(config.n_group)]
+    kept = sorted(range(config.n_group), key=lambda g: -best[g])[: config.topk_group]
+    biased = [b if e // size in kept else 0.0 for e, b in enumerate(biased)]
+    chosen = sorted(range(len(scores)), key=lambda e: -biased[e])[: config.num_experts_per_tok]
+    total = sum(scores[e] for e in chosen) if config.norm_topk_prob else 1.0
+    return {e: scores[e] / total * config.routed_scaling_factor for e in chosen}
+
+
+@pytest.mark.parametrize(
+    ("n_group", "topk_group", "norm", "least_bias"),
+    [(1, 1, True, 0.0), (3, 2, False, 0.0), (4, 1, True, 0.0), (12, 5, True, 0.0), (3, 2, True, -3.0)],
+    ids=["one group", "groups", "one group kept", "groups of one", "left-out experts win"],
+)
+def test_router(n_group: int, topk_group: int, norm: bool, least_bias: float) -> None:
+    """The last case: every kept score is negative, so the four left-out experts, at 0, are chosen."""
+    config = BackboneConfig(
+        hybrid_override_pattern="E",
+        hidden_size=8,
+        vocab_size=4,
+        n_routed_experts=12,
+        num_experts_per_tok=4 if least_bias < 0 else 3,
+        n_group=n_group,
+        topk_group=topk_group,
+        norm_topk_prob=norm,
+        routed_scaling_factor=2.5,
+    )
+    torch.manual_seed(0)
+    router = Router(config).double()
+    torch.nn.init.normal_(router.weight)
+    router.e_score_correction_bias.uniform_(least_bias, least_bias + 0.5)
+    hidden = torch.randn(20, 8, dtype=F64)
+    choice, weight = router(hidden)
+    scores = torch.sigmoid(hidden @ router.weight.T)
+    for token in range(20):
+        expected = route_slowly(config, scores[token].tolist(), router.e_score_correction_bias.tolist())
+        assert dict(zip(choice[token].tolist(), weight[token].tolist(), strict=True)) == pytest.approx(expected)
+
+
+def test_the_selection_bias_changes_the_choice_but_not_the_weights() -> None:
+    config = BackboneConfig(
+        hybrid_override_pattern="E", hidden_size=4, vocab_size=4, num_experts_per_tok=1, norm_topk_prob=False
+    )
+    router = Router(config)
+    torch.nn.init.zeros_(router.weight)
+    router.e_score_correction_bias[5] = 100.0
+    choice, weight = router(torch.ones(1, 4))
+    assert choice.tolist() == [[5]]
+    assert weight.tolist() == [[0.5]]  # sigmoid(0)
+
+
+# --- attention ----------------------------------------------------------------------------------------------------
+
+
+def attend_slowly(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    block_mask: Tensor | None,
+    context: tuple[Tensor, Tensor] | None = None,
+    context_mask: Tensor | None = None,
+) -> Tensor:
+    """One softmax per query over the keys it sees, written out."""
+    out = torch.empty_like(q)
+    rows, heads, length, width = q.shape
+    for b in range(rows):
+        for h in range(heads):
+            g = h // (heads // k.shape[1])
+            for i in range(length):
+                sees = torch.ones(length, dtype=torch.bool)
+                if block_mask is not None:
+                    sees = block_mask[b % block_mask.shape[0], i]
+                keys, values = k[b, g][sees], v[b, g][sees]
+                if context is not None:
+                    exists = torch.ones(context[0].shape[2], dtype=torch.bool)
+                    if context_mask is not None:
+                        exists = context_mask[b]
+                    keys = torch.cat([context[0][b, g][exists], keys])
+                    values = torch.cat([context[1][b, g][exists], values])
+                scores = keys @ q[b, h, i] / math.sqrt(width)
+                out[b, h, i] = (scores.exp() / scores.exp().sum()) @ values
+    return out
+
+
+@pytest.mark.parametrize("kv_heads", [1, 2, 4])
+@pytest.mark.parametrize("block", ["none", "shared", "per row"])
+@pytest.mark.parametrize("context", ["none", "all", "ragged"])
+def test_block_attention(kv_heads: int, block: str, context: str) -> None:
+    """Ragged: row 0 has no context at all, row 1 a part of it, row 2 all of it."""
+    torch.manual_seed(0)
+    length, past = 4, 6
+    causal = torch.ones(1, length, length, dtype=torch.bool).tril()
+    padded = causal.repeat(3, 1, 1)
+    padded[1, :, 2] = torch.eye(length, dtype=torch.bool)[:, 2]
+    block_mask = {"none": None, "shared": causal, "per row": padded}[block]
+    context_mask = torch.arange(past) < torch.tensor([0, 3, past])[:, None] if context == "ragged" else None
+    tensors = {
+        "q": torch.randn(3, 4, length, 5, dtype=F64),
+        "k": torch.randn(3, kv_heads, length, 5, dtype=F64),
+        "v": torch.randn(3, kv_heads, length, 5, dtype=F64),
+    }
+    if context != "none":
+        tensors |= {name: torch.randn(3, kv_heads, past, 5, dtype=F64) for name in ("past_k", "past_v")}
+
+    def calling(kernel: Callable[..., Tensor]) -> Callable[..., Tensor]:
+        def call(q: Tensor, k: Tensor, v: Tensor, past_k: Tensor | None = None, past_v: Tensor | None = None) -> Tensor:
+            return kernel(q, k, v, block_mask, None if past_k is None else (past_k, past_v), context_mask)
+
+        return call
+
+    same(calling(block_attention), calling(attend_slowly), tensors)
+
+
+@pytest.mark.parametrize("kv_heads", [1, 4])
+@pytest.mark.parametrize("masked", [False, True])
+def test_masked_attention(kv_heads: int, masked: bool) -> None:
+    """Without a mask it is causal."""
+    torch.manual_seed(0)
+    length = 5
+    tensors = {
+        name: torch.randn(2, heads, length, 6, dtype=F64)
+        for name, heads in zip("qkv", (4, kv_heads, kv_heads), strict=True)
+    }
+    mask = torch.rand(2, length, length) < 0.5
+    mask |= torch.eye(length, dtype=torch.bool)
+    if not masked:
+        mask = torch.ones(1, length, length, dtype=torch.bool).tril()
+    same(
+        lambda q, k, v: masked_attention(q, k, v, mask[:, None] if masked else None),
+        lambda q, k, v: attend_slowly(q, k, v, mask),
+        tensors,
+    )
+
+
+# --- the catalogue ------------------------------------------------------------------------------------------------
+
+
+def test_the_catalogue_names_a_backend_and_a_reason_for_every_operation() -> None:
+    cpu = torch.device("cpu")
+    rows = report(cpu, torch.float32)
+    assert [op for op, _, _ in rows] == list(CATALOGUE)
+    assert all(why for _, _, why in rows)
+    assert select("experts", cpu, torch.float32).name == "sorted-loop"
+    assert "needs CUDA" in {op: why for op, _, why in rows}["experts"]

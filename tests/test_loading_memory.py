@@ -1,0 +1,132 @@
+"""Weights are built once: how far anonymous memory rises while a checkpoint is loaded, measured in a fresh process."""
+
+from __future__ import annotations
+
+import json
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+from safetensors.torch import save_file
+
+from twotower import TwoTowerConfig, TwoTowerForCausalLM
+from twotower.checkpoint import INDEX_FILE, SINGLE_FILE, Slot, slots, wanted_dtype
+
+pytestmark = pytest.mark.skipif(not Path("/proc/self/status").exists(), reason="RssAnon is Linux's")
+
+LIMIT = 1.2  # anonymous memory above the level after import, in weights
+
+CHILD = """
+import json, os, sys, threading, time
+import torch, twotower
+from twotower import TwoTowerForCausalLM
+
+def anonymous():
+    with open("/proc/self/status") as status:
+        return 1024 * next(int(line.split()[1]) for line in status if line.startswith("RssAnon"))
+
+def watch():
+    global peak
+    while not done:
+        peak = max(peak, anonymous())
+        time.sleep(0.001)
+
+torch.set_num_threads(1)
+path = sys.argv[1]
+for arguments in json.loads(sys.argv[2]):
+    if os.fork():  # each load in its own process, fresh from the imports
+        assert os.wait()[1] == 0
+        continue
+    before = peak = anonymous()
+    done = False
+    watcher = threading.Thread(target=watch)
+    watcher.start()
+    model = TwoTowerForCausalLM.from_pretrained(path, **arguments)
+    done = True
+    watcher.join()
+    weights = sum(t.nbytes for t in [*model.parameters(), *model.buffers()])
+    print(json.dumps({"weights": weights, "peak": peak - before}), flush=True)
+    os._exit(0)
+"""
+
+
+def write_checkpoint(directory: Path, scale: int, shards: int) -> None:
+    """A random bf16 checkpoint with every layer kind, most of it experts; its size grows with scale²."""
+    config = TwoTowerConfig(
+        hybrid_override_pattern="ME*E-ME",
+        hidden_size=64 * scale,
+        vocab_size=4096,
+        num_attention_heads=8,
+        num_key_value_heads=2,
+        head_dim=8 * scale,
+        mamba_num_heads=8,
+        mamba_head_dim=16 * scale,
+        n_groups=2,
+        ssm_state_size=32,
+        intermediate_size=128 * scale,
+        n_routed_experts=32,
+        num_experts_per_tok=2,
+        moe_intermediate_size=40 * scale,
+        moe_shared_expert_intermediate_size=80 * scale,
+        torch_dtype="bfloat16",
+    )
+    directory.mkdir()
+    (directory / "config.json").write_text(json.dumps(config.to_dict()))
+    with torch.device("meta"):
+        every = slots(TwoTowerForCausalLM(config))
+    if shards == 1:
+        save_file({slot.disk: _random(slot) for slot in every}, directory / SINGLE_FILE)
+        return
+    weight_map = {}
+    for i in range(shards):
+        part = every[i * len(every) // shards : (i + 1) * len(every) // shards]
+        name = f"model-{i + 1:05}-of-{shards:05}.safetensors"
+        save_file({slot.disk: _random(slot) for slot in part}, directory / name)
+        weight_map |= {slot.disk: name for slot in part}
+    (directory / INDEX_FILE).write_text(json.dumps({"metadata": {}, "weight_map": weight_map}))
+
+
+def _random(slot: Slot) -> torch.Tensor:
+    return torch.empty(slot.shape, dtype=wanted_dtype(slot.memory, torch.bfloat16)).uniform_(-0.1, 0.1)
+
+
+def loads(directory: Path, *cases: dict[str, str]) -> list[dict[str, float]]:
+    """For each case's arguments → megabytes of weights, and how far anonymous memory rose at most."""
+    command = [sys.executable, "-c", CHILD, str(directory), json.dumps(cases)]
+    done = subprocess.run(command, capture_output=True, text=True, timeout=600)
+    assert done.returncode == 0, done.stderr
+    kind = "sharded" if (directory / INDEX_FILE).exists() else "single file"
+    results = []
+    for arguments, line in zip(cases, done.stdout.splitlines(), strict=True):
+        figures = {name: size / 1e6 for name, size in json.loads(line).items()}
+        results.append(figures)
+        print(
+            f"\n{kind} {arguments or 'both towers'}: weights {figures['weights']:.0f} MB, peak of anonymous memory "
+            f"{figures['peak']:.0f} MB = {figures['peak'] / figures['weights']:.3f} × weights",
+            end="",
+        )
+    return results
+
+
+@pytest.mark.parametrize("shards", [1, 5])
+def test_weights_are_built_once(tmp_path: Path, shards: int) -> None:
+    write_checkpoint(tmp_path / "model", scale=7, shards=shards)
+    both, context, wider = loads(tmp_path / "model", {}, {"towers": "context"}, {"dtype": "float32"})
+    assert 120 < both["weights"] < 180
+    assert context["weights"] < 0.51 * both["weights"]
+    assert wider["weights"] > 1.99 * both["weights"]
+    for figures in (both, context, wider):
+        assert 0.5 * figures["weights"] < figures["peak"] <= LIMIT * figures["weights"]
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("shards", [1, 7])
+def test_weights_are_built_once_at_two_gigabytes(tmp_path: Path, shards: int) -> None:
+    write_checkpoint(tmp_path / "model", scale=30, shards=shards)
+    both, context = loads(tmp_path / "model", {}, {"towers": "context"})
+    assert both["weights"] >= 2000
+    assert context["weights"] < 0.51 * both["weights"]
+    for figures in (both, context):
+        assert 0.5 * figures["weights"] < figures["peak"] <= LIMIT * figures["weights"]

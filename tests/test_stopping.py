@@ -1,0 +1,317 @@
+"""Where a row ends and what text it gives: whole characters only, nothing of a stop string, ever."""
+
+from __future__ import annotations
+
+import random
+from collections.abc import Callable, Sequence
+
+import pytest
+import torch
+from tokenizers import Tokenizer, decoders, models, normalizers, pre_tokenizers, trainers
+from transformers import PreTrainedTokenizerFast
+
+from twotower import GenerationParams, TwoTowerForCausalLM, generate
+from twotower.generation.stopping import BROKEN, Detokenizer, RowProgress
+
+Factory = Callable[..., TwoTowerForCausalLM]
+VOCABULARY = 320
+SPECIAL = ["<pad>", "<s>", "</s>", "<mask>"]
+EOS = 2
+# Two, three and four bytes a character, combining marks and joiners.
+TEXTS = [
+    "Grüße aus Köln! Ça va? Žluťoučký kůň.",
+    "世界、こんにちは。한국어 텍스트, ελληνικά, русский текст.",
+    "👩‍👩‍👧 family 👍🏽 flags 🇨🇭🇯🇵 e\u0301 maths ∑∫√ “quotes” …",
+    "plain words, again and again: the quick brown fox jumps over the lazy dog.",
+]
+
+
+def byte_level() -> PreTrainedTokenizerFast:
+    """Byte-level BPE: any sequence of ids is possible, most are not text."""
+    tokenizer = Tokenizer(models.BPE())
+    tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
+    tokenizer.decoder = decoders.ByteLevel()
+    alphabet = pre_tokenizers.ByteLevel.alphabet()
+    trainer = trainers.BpeTrainer(
+        vocab_size=VOCABULARY, special_tokens=SPECIAL, initial_alphabet=alphabet, show_progress=False
+    )
+    tokenizer.train_from_iterator(TEXTS * 3, trainer)
+    return PreTrainedTokenizerFast(tokenizer_object=tokenizer, pad_token="<pad>", bos_token="<s>", eos_token="</s>")
+
+
+TOKENIZER = byte_level()
+
+
+@pytest.fixture(scope="module")
+def tokenizer() -> PreTrainedTokenizerFast:
+    return TOKENIZER
+
+
+@pytest.fixture(scope="module")
+def spaced() -> PreTrainedTokenizerFast:
+    """SentencePiece's way: ▁ for spaces, the first one dropped when decoding, bytes as <0xNN>."""
+    pieces = ["<unk>", "<s>", "</s>", "<mask>", *(f"<0x{byte:02X}>" for byte in range(256))]
+    pieces += [*"▁abcdefghijklmnopqrstuvwxyz.,", "▁the", "▁a", "he", "world"]
+    tokenizer = Tokenizer(models.BPE({p: i for i, p in enumerate(pieces)}, [], unk_token="<unk>", byte_fallback=True))
+    tokenizer.normalizer = normalizers.Sequence([normalizers.Prepend("▁"), normalizers.Replace(" ", "▁")])
+    tokenizer.decoder = decoders.Sequence(
+        [decoders.Replace("▁", " "), decoders.ByteFallback(), decoders.Fuse(), decoders.Strip(" ", 1, 0)]
+    )
+    return PreTrainedTokenizerFast(tokenizer_object=tokenizer, unk_token="<unk>", bos_token="<s>", eos_token="</s>")
+
+
+def run(
+    tokenizer: PreTrainedTokenizerFast,
+    ids: Sequence[int],
+    stop: Sequence[str] = (),
+    blocks: int = 5,
+    limit: int = 10_000,
+) -> tuple[RowProgress, list[str]]:
+    """Feeds tokens in blocks → the row's progress and the texts of its events."""
+    progress = RowProgress(limit, [EOS], stop, tokenizer)
+    pieces = []
+    for start in range(0, len(ids), blocks):
+        if progress.finish_reason is None:
+            pieces.append(progress.take(ids[start : start + blocks])[1])
+    return progress, pieces
+
+
+def random_ids(seed: int, length: int) -> list[int]:
+    """Arbitrary ids among pieces of real text: broken and whole characters side by side."""
+    rng = random.Random(seed)
+    out: list[int] = []
+    while len(out) < length:
+        text = rng.choice(TEXTS)
+        start = rng.randrange(len(text))
+        out += TOKENIZER(text[start : start + rng.randrange(6)])["input_ids"]
+        out += [rng.randrange(len(SPECIAL), VOCABULARY) for _ in range(rng.randrange(5))]
+    return out[:length]
+
+
+# --- detokenisation -----------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("text", TEXTS)
+@pytest.mark.parametrize("blocks", [1, 3, 16])
+def test_multi_byte_text_comes_out_whole(tokenizer: PreTrainedTokenizerFast, text: str, blocks: int) -> None:
+    ids = tokenizer(text)["input_ids"]
+    assert len(ids) > len(text) / 3
+    progress, pieces = run(tokenizer, [*ids, EOS], blocks=blocks)
+    assert "".join(pieces) == progress.text == text
+    assert BROKEN not in progress.text
+    assert progress.finish_reason == "eos"
+
+
+@pytest.mark.parametrize("seed", range(30))
+def test_random_tokens(tokenizer: PreTrainedTokenizerFast, seed: int) -> None:
+    ids = random_ids(seed, 200)
+    detokenizer = Detokenizer(tokenizer)
+    pieces = [detokenizer.push(token) for token in ids]
+    assert not any(piece.endswith(BROKEN) for piece in pieces)
+    pieces.append(detokenizer.flush())
+    whole = tokenizer.decode(ids, skip_special_tokens=True)
+    assert "".join(pieces) == whole.rstrip(BROKEN)
+    assert not pieces[-1].endswith(BROKEN)
+
+
+@pytest.mark.parametrize("seed", range(10))
+@pytest.mark.parametrize("blocks", [1, 7, 16])
+def test_events_join_to_the_text(tokenizer: PreTrainedTokenizerFast, seed: int, blocks: int) -> None:
+    ids = random_ids(seed, 100)
+    progress, pieces = run(tokenizer, ids, blocks=blocks, limit=100)
+    assert progress.finish_reason == "length"
+    assert "".join(pieces) == progress.text == tokenizer.decode(ids).rstrip(BROKEN)
+
+
+def test_half_a_character_at_the_end_is_dropped(tokenizer: PreTrainedTokenizerFast) -> None:
+    whole = tokenizer("ab")["input_ids"]
+    letters = pre_tokenizers.ByteLevel(add_prefix_space=False).pre_tokenize_str("世")[0][0]  # one letter a byte
+    broken = [tokenizer.convert_tokens_to_ids(letter) for letter in letters]
+    assert len(broken) == 3
+    for kept in (1, 2):
+        progress, _ = run(tokenizer, [*whole, *broken[:kept]], limit=len(whole) + kept)
+        assert progress.text == "ab"
+    progress, pieces = run(tokenizer, [*whole, *broken, *whole], blocks=1, limit=2 * len(whole) + 3)
+    assert progress.text == "ab世ab"
+    assert "世" in pieces  # all at once, with the last of its bytes
+
+
+def test_special_tokens_are_no_text(tokenizer: PreTrainedTokenizerFast) -> None:
+    a, b = tokenizer("a")["input_ids"], tokenizer("b")["input_ids"]
+    progress, _ = run(tokenizer, [*a, 3, 0, 1, *b, EOS, *a])
+    assert progress.text == "ab"
+    assert progress.tokens == [*a, 3, 0, 1, *b, EOS]
+
+
+@pytest.mark.parametrize("text", ["the world", "a ,b . the  he", "the 世界 world", "é", " the"])
+def test_tokenizers_that_drop_the_first_space(spaced: PreTrainedTokenizerFast, text: str) -> None:
+    ids = spaced(text, add_special_tokens=False)["input_ids"]
+    progress, pieces = run(spaced, ids, blocks=1, limit=len(ids))
+    assert progress.text == "".join(pieces) == spaced.decode(ids)
+
+
+@pytest.mark.parametrize("seed", range(10))
+def test_random_tokens_of_such_a_tokenizer(spaced: PreTrainedTokenizerFast, seed: int) -> None:
+    rng = random.Random(seed)
+    ids = [rng.randrange(4, len(spaced)) for _ in range(60)]
+    progress, pieces = run(spaced, ids, blocks=4, limit=60)
+    assert progress.text == "".join(pieces)
+    assert not any(piece.endswith(BROKEN) for piece in pieces)
+
+
+# --- stop strings -------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("blocks", [1, 4, 16])
+@pytest.mark.parametrize("stop", ["fox", "k brow", "o", " over the ", "dog.", "the quick"])
+def test_stop_across_tokens_and_blocks(tokenizer: PreTrainedTokenizerFast, stop: str, blocks: int) -> None:
+    text = "the quick brown fox jumps over the lazy dog."
+    ids = tokenizer(text)["input_ids"]
+    progress, pieces = run(tokenizer, [*ids, *ids], [stop], blocks)
+    assert progress.finish_reason == "stop"
+    assert "".join(pieces) == progress.text == text[: text.index(stop)]
+    assert stop in tokenizer.decode(progress.tokens)
+    assert stop not in tokenizer.decode(progress.tokens[:-1])
+
+
+@pytest.mark.parametrize("seed", range(20))
+def test_no_part_of_a_stop_string_ever_leaks(tokenizer: PreTrainedTokenizerFast, seed: int) -> None:
+    """Against the slow way: decode everything, cut at the first stop string."""
+    rng = random.Random(seed)
+    text = "".join(rng.choice(["ab", "a", "b", "世", "ba", " ", "é"]) for _ in range(60))
+    stop = ["".join(rng.choice("ab世é ") for _ in range(rng.randrange(1, 5))) for _ in range(rng.randrange(1, 4))]
+    ids = tokenizer(text)["input_ids"]
+    progress, pieces = run(tokenizer, ids, stop, blocks=rng.randrange(1, 9), limit=len(ids))
+    ends = [text.find(s) for s in stop if s in text]
+    assert "".join(pieces) == progress.text
+    assert not any(s in progress.text for s in stop)
+    if not ends:
+        assert progress.text == text
+        assert progress.finish_reason == "length"
+        return
+    assert progress.finish_reason == "stop"
+    # A token may complete two stop strings at once; then the leftmost counts. One completed earlier counts before.
+    first = min((tokenizer_end(tokenizer, ids, s), text.find(s)) for s in stop if s in text)
+    assert progress.text == text[: first[1]]
+    assert len(progress.tokens) == first[0]
+
+
+def tokenizer_end(tokenizer: PreTrainedTokenizerFast, ids: list[int], stop: str) -> int:
+    """How many tokens it takes until the text has `stop`."""
+    return next(n for n in range(1, len(ids) + 1) if stop in tokenizer.decode(ids[:n]))
+
+
+def test_what_could_begin_a_stop_string_waits(tokenizer: PreTrainedTokenizerFast) -> None:
+    progress = RowProgress(100, [EOS], ["abc"], tokenizer)
+    taken = [progress.take([tokenizer.convert_tokens_to_ids(letter)])[1] for letter in "xabab"]
+    assert taken == ["x", "", "", "ab", ""]
+    assert progress.take([tokenizer.convert_tokens_to_ids("d")])[1] == "abd"
+    for letter in "ab":
+        assert progress.take([tokenizer.convert_tokens_to_ids(letter)]) == (1, "")
+    assert progress.take([EOS])[1] == "ab"  # the row ended otherwise: what was held back is text
+    assert progress.text == "xababdab"
+
+
+def test_broken_characters_never_end_a_text(tokenizer: PreTrainedTokenizerFast) -> None:
+    """Even where what follows them is held back or cut away."""
+    broken = tokenizer.convert_tokens_to_ids(pre_tokenizers.ByteLevel(False).pre_tokenize_str("世")[0][0][0])
+    x, a, b, c = (tokenizer.convert_tokens_to_ids(letter) for letter in "xabc")
+    for ids, expected in [
+        ([x, broken, a, b], ["x", "", "", ""]),
+        ([x, broken, a, c, EOS], ["x", "", "", f"{BROKEN}ac", ""]),
+        ([x, broken, a, EOS], ["x", "", "", f"{BROKEN}a"]),
+        ([x, broken, EOS], ["x", "", ""]),
+    ]:
+        progress, pieces = run(tokenizer, ids, ["ab"], blocks=1)
+        assert pieces == expected
+        assert progress.text == "".join(pieces)
+
+
+def test_stop_at_the_very_limit(tokenizer: PreTrainedTokenizerFast) -> None:
+    ids = [tokenizer.convert_tokens_to_ids(letter) for letter in "xyab"]
+    progress, _ = run(tokenizer, ids, ["ab"], limit=4)
+    assert (progress.text, progress.finish_reason) == ("xy", "stop")
+    progress, _ = run(tokenizer, ids, ["abc"], limit=4)
+    assert (progress.text, progress.finish_reason) == ("xyab", "length")
+
+
+def test_first_reason_counts(tokenizer: PreTrainedTokenizerFast) -> None:
+    a, b = (tokenizer.convert_tokens_to_ids(letter) for letter in "ab")
+    for ids, limit, tokens, reason in [
+        ([a, b, EOS, a], 10, [a, b, EOS], "eos"),
+        ([a, b, EOS, a], 2, [a, b], "length"),
+        ([a, b, EOS, a], 3, [a, b, EOS], "eos"),
+        ([a, a, b, b], 4, [a, a, b], "stop"),
+    ]:
+        progress = RowProgress(limit, [EOS], ["aab"], tokenizer)
+        count, _ = progress.take(ids)
+        assert (progress.tokens, progress.finish_reason, count) == (tokens, reason, len(tokens))
+
+
+def test_without_a_tokenizer() -> None:
+    progress = RowProgress(3, [EOS], [], None)
+    assert progress.take([5, 6, 7, 8]) == (3, "")
+    assert (progress.tokens, progress.finish_reason) == ([5, 6, 7], "length")
+    assert RowProgress(0, [], [], None).finish_reason == "length"
+
+
+# --- in the model -------------------------------------------------------------------------------------------------
+
+
+@pytest.fixture(scope="module")
+def model(random_model: Factory, tokenizer: PreTrainedTokenizerFast) -> TwoTowerForCausalLM:
+    out = random_model(seed=11, dtype=torch.float64, vocab_size=VOCABULARY, pad_token_id=0)
+    out.tokenizer = tokenizer
+    return out
+
+
+@pytest.mark.parametrize("mode", ["diffusion", "ar", "mock_ar"])
+def test_stop_strings_end_a_row_and_only_that_row(model: TwoTowerForCausalLM, mode: str) -> None:
+    prompts = ["the quick", "世界", "Köln"]
+    values = {"mode": mode, "max_new_tokens": 60, "temperature": 1.0, "seed": [1, 2, 3], "block_size": 8}
+    free = generate(model, prompts, GenerationParams.of(**values))
+    pieces = (free[0].text[n : n + 3] for n in range(20, 60))
+    whole = next(text for text in pieces if text.isprintable() and BROKEN not in text)
+    stopped = generate(model, prompts, GenerationParams.of(**values, stop=whole))
+    for before, after in zip(free, stopped, strict=True):
+        assert whole not in after.text
+        assert after.text == before.text.split(whole)[0].rstrip(BROKEN)
+        assert after.finish_reason == ("stop" if whole in before.text else "length")
+        assert before.tokens[: len(after.tokens)] == after.tokens
+        assert len(after.committed_at) == len(after.confidence) == len(after.tokens)
+        if after.finish_reason == "stop":
+            assert whole in model.tokenizer.decode(after.tokens)
+            assert whole not in model.tokenizer.decode(after.tokens[:-1])
+    assert stopped[0].finish_reason == "stop"
+
+
+@pytest.mark.parametrize("mode", ["diffusion", "ar", "mock_ar"])
+def test_streamed_text_is_the_text(model: TwoTowerForCausalLM, mode: str) -> None:
+    values = {"max_new_tokens": 50, "temperature": 1.5, "seed": [4, 5], "block_size": 8, "stop": ["a", "e"]}
+    texts = {0: "", 1: ""}
+    for event in model.stream(["the quick", "世界"], mode, **values):
+        assert not event.text.endswith(BROKEN)
+        texts[event.row] += event.text
+        if event.result:
+            assert texts[event.row] == event.result.text
+            assert not set("ae") & set(event.result.text)
+    assert list(texts.values()) == [
+        r.text for r in generate(model, ["the quick", "世界"], GenerationParams.of(mode=mode, **values))
+    ]
+
+
+def test_nothing_but_padding_after_a_stop(model: TwoTowerForCausalLM) -> None:
+    free = generate(model, ["the quick"], GenerationParams.of(max_new_tokens=60, temperature=1.0, seed=1))[0]
+    stop = next(letter for letter in free.text[10:] if letter.isprintable() and letter != BROKEN)
+    out = model.generate_mask_diffusion(
+        ["the quick", "世界"], 60, temperature=1.0, seed=[1, 2], stop=[stop], eos_token_id=None
+    )
+    results = generate(
+        model,
+        ["the quick", "世界"],
+        GenerationParams.of(max_new_tokens=60, temperature=1.0, seed=[1, 2], stop=[stop]),
+    )
+    width = max(len(r.tokens) for r in results)
+    for row, result in zip(out.tolist(), results, strict=True):
+        new = row[len(row) - width :]
+        assert new == result.tokens + [0] * (width - len(result.tokens))

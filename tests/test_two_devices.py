@@ -1,0 +1,283 @@
+"""The towers may sit anywhere: what crosses between them is counted, and nothing else may.
+
+One CPU plays both devices: every tensor has a home, tensors of different homes may not meet in any operation, and
+only the transport changes a tensor's home. With a GPU the same is done in earnest.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor
+from torch.multiprocessing.reductions import StorageWeakRef
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._pytree import tree_leaves
+
+from twotower import TwoTowerForCausalLM
+from twotower.kernels.precision import accumulation_dtype
+from twotower.mirror import LocalReader, Mirror, Transport
+
+Factory = Callable[..., TwoTowerForCausalLM]
+OTHER = {"context": "denoiser", "denoiser": "context"}
+SIZE = 8  # of a block
+
+
+class Homes(TorchDispatchMode):
+    """Gives each storage a home, inherited by what is computed from it; raises where two homes meet."""
+
+    def __init__(self, model: TwoTowerForCausalLM) -> None:
+        super().__init__()
+        self.known: dict[StorageWeakRef, str] = {}
+        for name, tensor in model.state_dict(keep_vars=True).items():
+            self.settle(tensor, "context" if name.startswith("context.") else "denoiser")
+
+    def settle(self, tensor: Tensor, home: str) -> None:
+        self.known[StorageWeakRef(tensor.untyped_storage())] = home
+
+    def of(self, tensor: Tensor) -> str | None:
+        return self.known.get(StorageWeakRef(tensor.untyped_storage()))
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        out = func(*args, **(kwargs or {}))
+        inputs = [x for x in tree_leaves((args, kwargs)) if isinstance(x, Tensor)]
+        homes = {home for home in map(self.of, inputs) if home}
+        if len(homes) > 1:
+            raise AssertionError(f"{func} reads tensors of both towers")
+        for tensor in [*inputs, *(x for x in tree_leaves(out) if isinstance(x, Tensor))]:
+            if homes:
+                self.settle(tensor, *homes)
+        return out
+
+
+class CountingTransport(Transport):
+    """Counts what crosses, by direction: the only way from one home to the other."""
+
+    def __init__(self, homes: Homes | None = None) -> None:
+        self.homes = homes
+        self.sent: list[tuple[str | None, int]] = []  # (to, bytes)
+
+    def send(self, tensor: Tensor, device: torch.device) -> Tensor:
+        out = super().send(tensor, device).clone()
+        home = None if self.homes is None else self.homes.of(tensor)
+        if self.homes is not None and home is not None:
+            self.homes.settle(out, OTHER[home])
+        self.sent.append((OTHER.get(home or ""), tensor.nbytes))
+        return out
+
+    def take(self) -> int:
+        """Bytes since the last call."""
+        total = sum(size for _, size in self.sent)
+        self.sent.clear()
+        return total
+
+
+def state_bytes(model: TwoTowerForCausalLM, rows: int, columns: int) -> int:
+    """What a block has to bring over: `columns` new K/V columns, the Mamba states, two length vectors."""
+    config = model.config.backbone
+    size = model.dtype.itemsize
+    total = 2 * rows * torch.long.itemsize
+    for kind in config.hybrid_override_pattern:
+        if kind == "*":
+            total += 2 * rows * columns * config.num_key_value_heads * config.head_dim * size
+        if kind == "M":
+            total += rows * (config.conv_kernel - 1) * config.conv_dim * size
+            state = config.mamba_num_heads * config.mamba_head_dim * config.ssm_state_size
+            total += rows * state * accumulation_dtype(model.dtype).itemsize
+    return total
+
+
+def prompts(*lengths: int) -> list[list[int]]:
+    generator = torch.Generator().manual_seed(5)
+    return [torch.randint(4, 64, (n,), generator=generator).tolist() for n in lengths]
+
+
+def runs(model: TwoTowerForCausalLM, rows: list[list[int]], mode: str, n: int, **arguments: Any) -> list[list[int]]:
+    """New tokens of each row."""
+    if mode == "diffusion":
+        arguments |= {"block_size": SIZE, "steps_per_block": SIZE, "confidence_threshold": 0.6}
+    tokens: list[list[int]] = [[] for _ in rows]
+    for event in model.stream(rows, mode, max_new_tokens=n, **arguments):
+        tokens[event.row] += event.tokens
+    return tokens
+
+
+@pytest.fixture
+def model(random_model: Factory) -> TwoTowerForCausalLM:
+    return random_model("M*E-M*", seed=9)
+
+
+@pytest.fixture
+def apart(model: TwoTowerForCausalLM) -> Iterator[TwoTowerForCausalLM]:
+    """The model with each tower in its own home, and a transport that counts."""
+    with torch.no_grad(), Homes(model) as homes:
+        model.transport = CountingTransport(homes)
+        yield model
+    model.transport = None
+
+
+def transport_of(model: TwoTowerForCausalLM) -> CountingTransport:
+    assert isinstance(model.transport, CountingTransport)
+    return model.transport
+
+
+# --- the watchers themselves --------------------------------------------------------------------------------------
+
+
+def test_a_meeting_of_both_homes_is_noticed(apart: TwoTowerForCausalLM) -> None:
+    a, b = apart.context.embeddings.weight, apart.denoiser.embeddings.weight
+    with pytest.raises(AssertionError, match="both towers"):
+        a + b
+    with pytest.raises(AssertionError, match="both towers"):
+        torch.zeros_like(a).copy_(a).mul_(2).add_(b[0] * 2)
+    assert (a + transport_of(apart).send(b, apart.device)).shape == a.shape
+    assert transport_of(apart).take() == b.nbytes
+
+
+def test_without_the_transport_the_towers_do_meet(apart: TwoTowerForCausalLM) -> None:
+    """A denoiser that reads the context's state in place is what the homes must catch."""
+    state = apart.new_state(1, 16)
+    apart.prefill(torch.tensor(prompts(5)), torch.tensor([5]), state)
+    with pytest.raises(AssertionError, match="both towers"):
+        apart.denoise(torch.full((1, SIZE), 3), torch.ones(1), LocalReader(state).view())
+
+
+# --- what crosses -------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("length", [1, 6, 90])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_bytes_of_a_block(random_model: Factory, length: int, dtype: torch.dtype) -> None:
+    model = random_model("M*E-M*", seed=9, dtype=dtype)
+    with torch.no_grad(), Homes(model) as homes:
+        model.transport = transport = CountingTransport(homes)
+        counted = []
+        for _ in model.stream(prompts(length), max_new_tokens=5 * SIZE, block_size=SIZE):
+            to_context = sum(size for to, size in transport.sent if to == "context")
+            assert to_context == SIZE * torch.long.itemsize  # the block's tokens, nothing else
+            counted.append(transport.take())
+    tokens = SIZE * torch.long.itemsize
+    first, *others = counted
+    assert first == state_bytes(model, 1, length) + tokens
+    assert others == [state_bytes(model, 1, SIZE) + tokens] * 4  # whatever the length of the text
+
+
+def test_bytes_of_a_batch(apart: TwoTowerForCausalLM) -> None:
+    transport = transport_of(apart)
+    counted = []
+    for event in apart.stream(prompts(3, 40, 11), max_new_tokens=3 * SIZE, block_size=SIZE):
+        if event.row == 0:  # the rows of a block come together
+            counted.append(transport.take())
+    tokens = 3 * SIZE * torch.long.itemsize
+    assert counted == [state_bytes(apart, 3, columns) + tokens for columns in (40, SIZE, SIZE)]
+
+
+@pytest.mark.parametrize("length", [2, 50])
+def test_bytes_of_a_mock_ar_token(apart: TwoTowerForCausalLM, length: int) -> None:
+    transport = transport_of(apart)
+    counted = [transport.take() for _ in apart.stream(prompts(length), "mock_ar", max_new_tokens=5)]
+    pending_and_new = 2 * torch.long.itemsize
+    assert counted == [state_bytes(apart, 1, columns) + pending_and_new for columns in (length - 1, 1, 1, 1, 1)]
+
+
+def test_ar_needs_no_crossing(apart: TwoTowerForCausalLM) -> None:
+    runs(apart, prompts(4, 9), "ar", 6)
+    assert transport_of(apart).take() == 0
+
+
+def test_steps_of_a_block_cross_nothing(apart: TwoTowerForCausalLM) -> None:
+    transport = transport_of(apart)
+    seen: list[int] = []
+
+    def callback(step: int, steps: int, block: Tensor, t: Any, logits: Tensor | None, block_idx: int) -> None:
+        seen.append(transport.take() if logits is not None else 0 * transport.take())
+
+    apart.generate_mask_diffusion(prompts(9), 2 * SIZE, SIZE, SIZE, confidence_threshold=1.0, step_callback=callback)
+    assert len(seen) == 2 * (SIZE + 1)
+    assert set(seen) == {0}
+
+
+# --- and what comes out -------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("mode", ["diffusion", "mock_ar", "ar"])
+@pytest.mark.parametrize("arguments", [{}, {"temperature": 1.0, "seed": [1, 2, 3, 4]}])
+def test_apart_is_as_together(model: TwoTowerForCausalLM, mode: str, arguments: dict[str, Any]) -> None:
+    rows = prompts(1, 20, 7, 12)
+    free = runs(model, rows, mode, 20, **arguments)
+    eos = [free[0][4], free[1][11], free[3][16]]
+    together = runs(model, rows, mode, 20, eos_token_id=eos, **arguments)
+    assert len({len(tokens) for tokens in together}) > 2  # rows end at different times
+    with torch.no_grad(), Homes(model) as homes:
+        model.transport = CountingTransport(homes)
+        assert runs(model, rows, mode, 20, **arguments) == free
+        assert runs(model, rows, mode, 20, eos_token_id=eos, **arguments) == together
+    model.transport = None
+
+
+def test_mirror_holds_what_the_state_holds(model: TwoTowerForCausalLM) -> None:
+    """Over extends of any valid lengths, rollbacks, growth and rows that leave."""
+    rows = [torch.tensor(p) for p in prompts(20, 20, 20)]
+    state = model.new_state(3, 24)
+    model.transport = CountingTransport()
+    mirror = model.reader(state)
+    assert isinstance(mirror, Mirror)
+    tokens = torch.stack(rows)
+    with torch.no_grad():
+        model.prefill(tokens, torch.tensor([20, 3, 0]), state)
+        same(mirror, state)
+        model.extend(tokens[:, :9], state, torch.tensor([9, 0, 4]), logits=False)
+        state.rollback(torch.tensor([22, 3, 1]))
+        model.extend(tokens[:, :5], state, torch.tensor([5, 5, 0]), logits=False)  # two extends, one crossing
+        same(mirror, state)
+        same(mirror, state)  # nothing new: nothing crosses
+        kept = torch.tensor([2, 0])
+        model.extend(tokens[:, :2], state, logits=False)
+        smaller = state.select(kept)
+        mirror = mirror.select(smaller, kept)
+        same(mirror, smaller)
+        smaller.reset(torch.tensor([1]))
+        model.extend(tokens[:2, :30], smaller, torch.tensor([1, 17]), logits=False)
+        same(mirror, smaller)
+    model.transport = None
+
+
+def same(mirror: Any, state: Any) -> None:
+    ours, theirs = mirror.view(), state.view()
+    assert torch.equal(ours.lengths, theirs.lengths)
+    assert torch.equal(ours.mask, theirs.mask)
+    for a, b in zip(ours.past, theirs.past, strict=True):
+        assert (a is None) == (b is None)
+        if a is not None and hasattr(a, "k"):
+            real = theirs.mask[:, None, :, None]
+            assert torch.equal(a.k * real, b.k * real)
+            assert torch.equal(a.v * real, b.v * real)
+        elif a is not None:
+            assert torch.equal(a.conv_window, b.conv_window)
+            assert torch.equal(a.ssm_state, b.ssm_state)
+
+
+# --- in earnest ---------------------------------------------------------------------------------------------------
+
+PLACES = [("cuda:0", "cuda:0"), ("cpu", "cuda:0"), ("cuda:0", "cpu"), ("cuda:0", "cuda:1")]
+
+
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")
+@pytest.mark.parametrize("mode", ["diffusion", "mock_ar", "ar"])
+@pytest.mark.parametrize("places", PLACES, ids="-".join)
+def test_on_real_devices(random_model: Factory, mode: str, places: tuple[str, str]) -> None:
+    if "cuda:1" in places and torch.cuda.device_count() < 2:
+        pytest.skip("needs two GPUs")
+    model = random_model("M*E-M*", seed=9, dtype=torch.float64)
+    rows = prompts(1, 30, 7, 12)
+    arguments = {"temperature": 1.0, "seed": [1, 2, 3, 4]}
+    free = runs(model, rows, mode, 30, **arguments)
+    eos = [free[0][4], free[1][17], free[3][25]]
+    expected = runs(model, rows, mode, 30, eos_token_id=eos, **arguments)
+    model.place_towers_on_devices(*places)
+    assert (model.context.device, model.denoiser.device) == tuple(map(torch.device, places))
+    assert runs(model, rows, mode, 30, eos_token_id=eos, **arguments) == expected
+    ids = torch.tensor([rows[1]], device=places[0])
+    assert model.generate_ar(ids, 3).device == ids.device
