@@ -99,6 +99,8 @@ def test_a_changed_field_reaches_the_backbone() -> None:
     assert config.backbone.hidden_size == 48
     config.hybrid_override_pattern = "MM*"
     assert config.num_hidden_layers == config.backbone.num_layers == 3
+    config.time_step_limit = [0.0, 0.1]
+    assert config.backbone.time_step_limit == (0.0, 0.1)
     config.num_key_value_heads = 7
     with pytest.raises(ConfigError, match="num_key_value_heads 7"):
         config.backbone  # noqa: B018 — built when asked for

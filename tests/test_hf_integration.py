@@ -9,7 +9,7 @@ import os
 import pickle
 import subprocess
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -68,9 +68,6 @@ CASES = {
     "snippet": SNIPPET,
     "twotower first": "import twotower\nfrom transformers import AutoModel, AutoModelForCausalLM\n" + EVERY_WAY,
     "transformers first": "from transformers import AutoModel, AutoModelForCausalLM\nimport twotower\n" + EVERY_WAY,
-    # What this test process did: the class is asked for, and transformers' registry is imported on the way to it.
-    "class first": "from twotower import TwoTowerForCausalLM\n"
-    "from transformers import AutoModel, AutoModelForCausalLM\n" + EVERY_WAY,
 }
 CHILD = """
 import json, os, sys, torch
@@ -110,6 +107,14 @@ def letters() -> PreTrainedTokenizerFast:
 
 def checksum(model: torch.nn.Module) -> float:
     return round(sum(float(p.detach().double().sum()) for p in model.parameters()), 6)
+
+
+@pytest.fixture(scope="module", autouse=True)
+def modules(tmp_path_factory: pytest.TempPathFactory) -> Iterator[None]:
+    """Where transformers copies the code files of the directories it loads."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr("transformers.dynamic_module_utils.HF_MODULES_CACHE", str(tmp_path_factory.mktemp("modules")))
+        yield
 
 
 @pytest.fixture(scope="module")
@@ -184,7 +189,7 @@ def test_published_snippet_runs_as_it_stands(reports: dict[str, dict[str, Any]])
     assert 1 <= report["diffusion"][1] <= 32
 
 
-@pytest.mark.parametrize("order", ["twotower first", "transformers first", "class first"])
+@pytest.mark.parametrize("order", ["twotower first", "transformers first"])
 def test_auto_classes_give_ours_or_one_clear_error(
     reports: dict[str, dict[str, Any]], places: dict[str, Path], order: str
 ) -> None:
@@ -229,6 +234,15 @@ def test_auto_config_with_trust_is_ours(places: dict[str, Path]) -> None:
     config = AutoConfig.from_pretrained(places["saved"], trust_remote_code=True)
     assert type(config) is TwoTowerConfig
     assert config.backbone == TwoTowerConfig.read(places["saved"]).backbone
+
+
+@pytest.mark.parametrize("auto", [AutoModel, AutoModelForCausalLM])
+@pytest.mark.parametrize("place", ["saved", "remote"])
+def test_when_our_class_was_asked_for_first(places: dict[str, Path], auto: Any, place: str) -> None:
+    """As in this process: transformers' registry was imported on the way to our class."""
+    for trust in (False, True):
+        loaded = auto.from_pretrained(places[place], trust_remote_code=trust)
+        assert type(loaded) is TwoTowerForCausalLM
 
 
 @pytest.mark.parametrize("auto", [AutoModel, AutoModelForCausalLM])
@@ -408,6 +422,15 @@ def test_generate_refuses_by_name(model: TwoTowerForCausalLM, arguments: dict[st
         assert name in str(caught.value)
     with pytest.raises(ArgumentError, match="generation_config"):  # transformers' second place
         model.generate(torch.arange(5, 15)[None], object())
+
+
+def test_generate_ends_at_the_configs_eos(random_model: Factory) -> None:
+    model = random_model(seed=5, dtype=torch.float64)
+    ids = torch.arange(5, 15)[None]
+    free = model.generate_ar(ids, 20)[0, 10:].tolist()
+    for eos in (free[4], [free[9], free[4]]):
+        model.config.eos_token_id = eos
+        assert model.generate(ids, max_new_tokens=20)[0, 10:].tolist() == free[: free.index(free[4]) + 1]
 
 
 def test_generate_without_prompt(model: TwoTowerForCausalLM) -> None:

@@ -180,8 +180,8 @@ class TwoTowerConfig(PretrainedConfig):
         for name, value in dataclasses.asdict(BackboneConfig(**own)).items():
             setattr(self, name, value)
         self.mask_token_id: int | None = _mask_token(kwargs.pop("mask_token_id", None), own["vocab_size"])
-        if (dtype := kwargs.pop("torch_dtype", None)) is not None:  # the older name
-            kwargs.setdefault("dtype", dtype)
+        older_name = kwargs.pop("torch_dtype", None)
+        kwargs["dtype"] = kwargs.get("dtype") or older_name
         if isinstance(kwargs.get("dtype"), str) and kwargs["dtype"] not in _DTYPES:
             raise ConfigError(f"config: torch_dtype is {kwargs['dtype']!r}; it must be one of {', '.join(_DTYPES)}")
         kwargs.setdefault("tie_word_embeddings", False)
@@ -193,7 +193,8 @@ class TwoTowerConfig(PretrainedConfig):
     @property
     def backbone(self) -> BackboneConfig:
         """The validated, frozen part the layers are built from."""
-        return BackboneConfig(**{name: getattr(self, name) for name in _BACKBONE_FIELDS})
+        values = {name: getattr(self, name) for name in _BACKBONE_FIELDS}
+        return BackboneConfig(**values | {"time_step_limit": _limits(self.time_step_limit)})
 
     @property
     def num_hidden_layers(self) -> int:

@@ -48,8 +48,8 @@ def from_pretrained(cls: type[TwoTowerForCausalLM], source: Any, *args: Any, **k
     given = kwargs.pop("config", None)
     device_map = kwargs.pop("device_map", None)
     devices = {
-        "context": torch.device(kwargs.pop("context_device", None) or _one_device(device_map)),
-        "denoiser": torch.device(kwargs.pop("denoiser_device", None) or _one_device(device_map)),
+        "context": _device(kwargs.pop("context_device", None), device_map),
+        "denoiser": _device(kwargs.pop("denoiser_device", None), device_map),
     }
     unknown = sorted(name for name, value in kwargs.items() if name not in _IGNORED and value is not None)
     if unknown:
@@ -153,14 +153,17 @@ def _config(directory: Path, given: Any) -> TwoTowerConfig:
     return config
 
 
-def _one_device(device_map: Any) -> Any:
-    if isinstance(device_map, dict) and set(device_map) == {""}:
+def _device(named: Any, device_map: Any) -> torch.device:
+    """The tower's own device, else the one of both, else the CPU."""
+    if isinstance(device_map, dict) and set(device_map) == {""}:  # transformers' way of saying "all of it"
         device_map = device_map[""]
-    if device_map is None:
-        return "cpu"
-    if isinstance(device_map, str | int | torch.device) and device_map not in ("auto", "balanced", "sequential"):
-        return device_map
-    raise ArgumentError(f"device_map is {device_map!r}; name one device, or use context_device and denoiser_device")
+    name, value = ("device_map", device_map) if named is None else ("device", named)
+    try:
+        return torch.device("cpu" if value is None else value)
+    except (RuntimeError, TypeError):
+        raise ArgumentError(
+            f"{name} is {value!r}; name one device, as cuda:0, or use context_device and denoiser_device"
+        ) from None
 
 
 def _dtype(dtype: Any, config: TwoTowerConfig) -> torch.dtype | None:

@@ -63,33 +63,34 @@ def cut_dialogues(texts: Sequence[str], count: int) -> list[str]:
     return prompts
 
 
-def measure_generation(model: TwoTowerForCausalLM, texts: Sequence[str], count: int, limit: int) -> dict[str, Any]:
-    """Greedy continuation of cut dialogues to their end, by AR and by diffusion at γ 0.8."""
+def measure_generation(
+    model: TwoTowerForCausalLM, texts: Sequence[str], count: int, limit: int, block_sizes: Sequence[int]
+) -> dict[str, Any]:
+    """Greedy continuation of cut dialogues to their end, by AR and by diffusion at γ 0.8 with each block size."""
     prompts = [model.tokenizer(text)["input_ids"] for text in cut_dialogues(texts, count)]
-    order = sorted(range(count), key=lambda i: len(prompts[i]))  # like lengths together
-    prompts = [prompts[i] for i in order]
+    prompts.sort(key=len)  # like lengths share a batch
+    runs: dict[str, dict[str, Any]] = {"ar": {"mode": "ar"}}
+    for size in block_sizes:
+        runs[f"diffusion_block_{size}"] = {"mode": "diffusion", "confidence_threshold": 0.8, "block_size": size}
     figures: dict[str, Any] = {"dialogues": count, "max_new_tokens": limit}
-    for mode in ("ar", "diffusion"):
-        params = GenerationParams.of(mode=mode, max_new_tokens=limit, confidence_threshold=0.8, eos_token_id=EOS)
+    for name, settings in runs.items():
+        params = GenerationParams.of(max_new_tokens=limit, eos_token_id=EOS, **settings)
         results: list[Generation] = []
-        for part in _batches(prompts, 40):
-            results += generate(model, part, params)
+        for start in range(0, count, 40):
+            results += generate(model, prompts[start : start + 40], params)
         nats, tokens = continuation_nats(model, prompts, results)
-        passes = sum(r.context_passes if mode == "ar" else r.denoiser_passes for r in results)
-        figures[mode] = {
+        passes = sum(r.context_passes if name == "ar" else r.denoiser_passes for r in results)
+        figures[name] = {
             "tokens": tokens,
             "passes": passes,
+            "context_passes": sum(r.context_passes for r in results),
             "tokens_per_pass": tokens / passes,
             "nll_per_token": nats / tokens,
+            "nll_ratio": nats / tokens / figures["ar"]["nll_per_token"] if name != "ar" else 1.0,
             "repeated_4grams": repeated_share(results),
             "ended_by_eos": sum(r.finish_reason == "eos" for r in results) / count,
         }
-    figures["nll_ratio"] = figures["diffusion"]["nll_per_token"] / figures["ar"]["nll_per_token"]
     return figures
-
-
-def _batches(items: Sequence[list[int]], size: int) -> list[list[list[int]]]:
-    return [list(items[i : i + size]) for i in range(0, len(items), size)]
 
 
 @click.command()
@@ -97,9 +98,18 @@ def _batches(items: Sequence[list[int]], size: int) -> list[list[list[int]]]:
 @click.option("--model", "path", type=click.Path(exists=True, file_okay=False, path_type=Path), default=None)
 @click.option("--dialogues", default=200, show_default=True, help="Held-out dialogues to continue.")
 @click.option("--limit", default=400, show_default=True, help="New tokens for each, at most.")
+@click.option("--block-size", "block_sizes", default=(16,), multiple=True, show_default=True)
 @click.option("--likelihood/--no-likelihood", default=True, help="Also bits per byte against a 5-gram model.")
 @click.option("--dtype", default="float32", show_default=True)
-def main(data: Path, path: Path | None, dialogues: int, limit: int, likelihood: bool, dtype: str) -> None:
+def main(
+    data: Path,
+    path: Path | None,
+    dialogues: int,
+    limit: int,
+    block_sizes: tuple[int, ...],
+    likelihood: bool,
+    dtype: str,
+) -> None:
     """Measures a model on held-out dialogues."""
     keep_large_blocks()
     model = TwoTowerForCausalLM.from_pretrained(path or bundled_model(), dtype=dtype)
@@ -114,7 +124,7 @@ def main(data: Path, path: Path | None, dialogues: int, limit: int, likelihood: 
         train = encode(tokenizer, read_documents(data / "train.jsonl.gz"))
         ngram = KneserNey(train, order=5, vocab_size=model.config.backbone.vocab_size)
         figures["5gram_bits_per_byte"] = ngram.nats(documents) / bits
-    figures |= measure_generation(model, texts, dialogues, limit)
+    figures |= measure_generation(model, texts, dialogues, limit, block_sizes)
     click.echo(json.dumps(figures, indent=2))
 
 

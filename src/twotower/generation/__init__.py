@@ -111,8 +111,7 @@ def generate_like_transformers(
     else:
         kwargs.setdefault("temperature", 1.0)
     eos = getattr(model.config, "eos_token_id", None)
-    if "eos_token_id" not in kwargs and isinstance(eos, int):
-        kwargs["eos_token_id"] = eos
+    kwargs.setdefault("eos_token_id", eos)  # one id, several, or none
     tokens, model._last_nfe = generate_tensor(model, prompts, GenerationParams.of(mode="ar", **kwargs), attention_mask)
     return tokens
 
