@@ -119,14 +119,15 @@ def test_a_token_with_dt_zero_leaves_no_mark() -> None:
 
 
 def test_the_scan_keeps_its_digits_over_many_chunks() -> None:
-    """Decays far apart in one sequence: differences of long cumulative sums would lose all digits or overflow."""
-    arguments = scan_arguments(400, 2, True, padded=False)
-    arguments = {name: v.float() for name, v in arguments.items()}
-    exact = ssd_sequential(**{name: v.double() for name, v in arguments.items()})[0]
+    """Decays far apart in one sequence, in fp32: differences of long cumulative sums would lose all digits, and the
+    decay of the future, which is masked, would overflow and spoil the gradients."""
+    arguments = {n: v.float() for n, v in scan_arguments(400, 2, True, padded=False).items()}
+    exact = ssd_sequential(**{n: v.double() for n, v in arguments.items()})[0]
+    arguments["log_decay"].requires_grad_()
     fast, before = ssd_chunked(**arguments, chunk=16)
-    assert fast.isfinite().all()
-    assert before.isfinite().all()
     assert ((fast - exact).abs().max() / exact.abs().max()) < 1e-5
+    (gradient,) = torch.autograd.grad(fast.sum() + before.sum(), [arguments["log_decay"]])
+    assert gradient.isfinite().all()
 
 
 # --- convolution --------------------------------------------------------------------------------------------------

@@ -17,6 +17,8 @@ from twotower.errors import ArgumentError, CheckpointError
 if TYPE_CHECKING:
     from twotower.model.two_tower import Towers, TwoTowerForCausalLM
 
+# Operations this small gain nothing from a second thread, and waiting for one on a busy machine is 3× slower.
+ONE_THREAD_BELOW = 50_000_000
 DTYPES = ("auto", "bfloat16", "float32", "float64")
 
 
@@ -64,13 +66,16 @@ def load(
     devices = {"--context-device": context, "--denoiser-device": denoiser_device or context}
     for option, device in devices.items():
         _check_device(option, device)
-    return TwoTowerForCausalLM.from_pretrained(
+    model = TwoTowerForCausalLM.from_pretrained(
         source,
         dtype=dtype,
         towers=towers,
         context_device=devices["--context-device"],
         denoiser_device=devices["--denoiser-device"],
     )
+    if threads is None and model.num_parameters() < ONE_THREAD_BELOW:
+        torch.set_num_threads(1)
+    return model
 
 
 def placement(model: TwoTowerForCausalLM) -> dict[str, Any]:

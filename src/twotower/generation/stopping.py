@@ -70,13 +70,13 @@ class RowProgress:
         self._held += piece
         found = [at for at in (self._held.find(stop) for stop in self.stop) if at >= 0]
         if found:
-            self._release(min(found))
+            self.text += self._held[: min(found)]
             self.finish_reason = "stop"
         else:
             self._release(len(self._held) - _possible_start(self._held, self.stop))
 
     def _release(self, count: int) -> None:
-        """Makes the first `count` held characters final, but for broken ones at their end: no text ends in those."""
+        """Makes the first `count` held characters final, but for broken ones at their end: no event ends in those."""
         count = len(self._held[:count].rstrip(BROKEN))
         self.text, self._held = self.text + self._held[:count], self._held[count:]
 
