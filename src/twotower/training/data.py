@@ -69,7 +69,8 @@ class Batch:
 
 
 class Batches:
-    """Every epoch visits each document once, in batches of documents of like length.
+    """Every epoch visits the documents in a new order, in batches of documents of like length; the first visits each
+    once, a later one may miss or repeat a few batches (epochs differ a little in length).
 
     Each row is one document: it starts from zero state and sees no other.
     """

@@ -39,8 +39,10 @@ class LoadBalance:
         self.rate = rate
         self.routers = [m for module in modules for m in module.modules() if isinstance(m, Router)]
         self.loads = [torch.zeros_like(r.e_score_correction_bias) for r in self.routers]
-        for router, load in zip(self.routers, self.loads, strict=True):
+        self._hooks = [
             router.register_forward_hook(partial(self._count, load))
+            for router, load in zip(self.routers, self.loads, strict=True)
+        ]
 
     @staticmethod
     def _count(load: Tensor, module: nn.Module, inputs: object, output: tuple[Tensor, Tensor]) -> None:
@@ -50,6 +52,11 @@ class LoadBalance:
         for router, load in zip(self.routers, self.loads, strict=True):
             router.e_score_correction_bias += self.rate * torch.sign(load.mean() - load)
             load.zero_()
+
+    def close(self) -> None:
+        """Stops counting."""
+        for hook in self._hooks:
+            hook.remove()
 
 
 def train(run: Run, modules: list[nn.Module], loss_at: LossAt) -> None:
@@ -89,6 +96,7 @@ def train(run: Run, modules: list[nn.Module], loss_at: LossAt) -> None:
             window, targets = 0.0, 0
         if (step + 1) % run.checkpoint_every == 0 or step + 1 == run.schedule.steps:
             _save(saved, step + 1, modules, optimizer, (window, targets))
+    balance.close()
 
 
 def _save(path: Path, step: int, modules: list[nn.Module], optimizer: MasterWeights, window: tuple[float, int]) -> None:
@@ -113,7 +121,7 @@ def _resume(path: Path, modules: list[nn.Module], optimizer: MasterWeights) -> t
 
 
 def _drop_after(log: Path, step: int) -> None:
-    """Steps after the checkpoint will be done again: their log lines go."""
+    """Steps after the checkpoint will be done again: their log lines go, and so does one cut short by a kill."""
     if log.exists():
-        kept = [line for line in log.read_text().splitlines() if json.loads(line)["step"] <= step]
-        log.write_text("".join(line + "\n" for line in kept))
+        whole = [line for line in log.read_text().splitlines() if line.endswith("}")]
+        log.write_text("".join(line + "\n" for line in whole if json.loads(line)["step"] <= step))
