@@ -17,6 +17,7 @@ from twotower.errors import ArgumentError, CheckpointError
 if TYPE_CHECKING:
     from twotower.model.two_tower import TwoTowerForCausalLM
 
+TOKENIZER_FILES = ("tokenizer.json", "tokenizer_config.json")
 CODE_FILE = "modeling_twotower.py"
 CODE = '''"""Lets transformers' AutoModelForCausalLM load this directory; needs `pip install twotower`."""
 
@@ -114,9 +115,7 @@ def config_to_write(model: TwoTowerForCausalLM) -> dict[str, Any]:
 
 def load_tokenizer(directory: Path | None) -> Any:
     """The tokenizer beside the weights, or None where there is none."""
-    if directory is None or not any(
-        (directory / name).exists() for name in ("tokenizer.json", "tokenizer_config.json")
-    ):
+    if directory is None or not any((directory / name).exists() for name in TOKENIZER_FILES):
         return None
     return AutoTokenizer.from_pretrained(directory)
 

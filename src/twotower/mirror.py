@@ -40,9 +40,7 @@ class Mirror:
         self.state = state
         self.device = device
         self.transport = transport
-        dtype = next((p.k.dtype for p in state.pools if isinstance(p, AttentionPool)), torch.float32)
-        dtype = next((p.conv_window.dtype for p in state.pools if isinstance(p, MambaPool)), dtype)
-        self.copy = TowerState(state.config, state.rows, state.capacity, device, dtype)
+        self.copy = TowerState(state.config, state.rows, state.capacity, device, state.dtype)
         self.lengths = torch.zeros_like(state.lengths)  # on the context's device: how far the copy has come
         self.texts = state.texts  # and of which text
 

@@ -63,6 +63,7 @@ class TowerState:
     ) -> None:
         self.config = config
         self.capacity = capacity
+        self.dtype = dtype
         self.lengths = torch.zeros(rows, dtype=torch.long, device=device)
         self.accepted = torch.zeros_like(self.lengths)  # tokens of the last extend not yet folded in
         self.texts = torch.zeros_like(self.lengths)  # resets of each row: tells a mirror a new text from a longer one
@@ -192,7 +193,8 @@ class TowerState:
 
     def _map(self, change) -> TowerState:  # type: ignore[no-untyped-def]
         out = object.__new__(TowerState)
-        out.config, out.capacity, out.bound, out.appended = self.config, self.capacity, self.bound, self.appended
+        out.config, out.capacity, out.dtype = self.config, self.capacity, self.dtype
+        out.bound, out.appended = self.bound, self.appended
         out.lengths, out.accepted, out.texts = map(change, (self.lengths, self.accepted, self.texts))
         out.pools = []
         for pool in self.pools:

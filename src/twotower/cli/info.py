@@ -17,8 +17,6 @@ if TYPE_CHECKING:
     from twotower.model.two_tower import TwoTowerForCausalLM
 
 DTYPES = ("bfloat16", "float32", "float64")
-TOKENIZER_FILES = ("tokenizer.json", "tokenizer_config.json")
-GIB = 2**30
 
 
 @click.command()
@@ -52,6 +50,7 @@ def describe(path: Path) -> dict[str, Any]:
         import torch
 
         from twotower.config import TwoTowerConfig
+        from twotower.loading import TOKENIZER_FILES
         from twotower.model.two_tower import TwoTowerForCausalLM
 
         config = TwoTowerConfig.read(path)

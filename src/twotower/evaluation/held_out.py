@@ -20,7 +20,7 @@ from twotower.assets import bundled_model
 from twotower.evaluation.ngram import KneserNey
 from twotower.generation import Generation, GenerationParams, generate
 from twotower.model.two_tower import TwoTowerForCausalLM
-from twotower.training.data import EOS, encode, held_out, read_documents
+from twotower.training.data import EOS, cut_dialogue, encode, held_out, read_documents
 from twotower.training.objective import ar_loss
 
 SEED = 7
@@ -53,14 +53,9 @@ def repeated_share(results: Sequence[Generation], size: int = 4) -> float:
 
 
 def cut_dialogues(texts: Sequence[str], count: int) -> list[str]:
-    """Dialogues cut at a random turn: the turns before it and the next speaker's name."""
+    """Random dialogues, each cut at a random turn."""
     rng = random.Random(SEED)
-    prompts = []
-    for text in rng.sample(list(texts), count):
-        turns = text.split("\n")
-        at = rng.randrange(1, len(turns))
-        prompts.append("\n".join(turns[:at]) + "\n" + turns[at].split(":")[0] + ":")
-    return prompts
+    return [cut_dialogue(text, rng) for text in rng.sample(list(texts), count)]
 
 
 def measure_generation(

@@ -49,7 +49,7 @@ class KneserNey:
         grams = self._grams(documents, self.order)
         prob = np.full(len(grams), 1.0 / self.vocab_size)
         for n, table in reversed(list(enumerate(self.orders))):
-            prob = table_probability(table, grams % self.vocab_size ** (self.order - n), self.vocab_size, prob)
+            prob = _probability(table, grams % self.vocab_size ** (self.order - n), self.vocab_size, prob)
         return float(-np.log(prob).sum())
 
     def _grams(self, documents: Sequence[Sequence[int]], order: int) -> Codes:
@@ -72,7 +72,7 @@ def _order(grams: Codes, counts: NDArray[np.float64], vocab_size: int) -> _Order
     return _Order(grams, counts, histories, np.add.reduceat(counts, first), types.astype(np.float64), discount)
 
 
-def table_probability(table: _Order, grams: Codes, vocab_size: int, lower: NDArray[np.float64]) -> NDArray[np.float64]:
+def _probability(table: _Order, grams: Codes, vocab_size: int, lower: NDArray[np.float64]) -> NDArray[np.float64]:
     """One step of the recursion: an unseen history passes the lower order's probability through."""
     count = _look_up(table.grams, table.counts, grams)
     total = _look_up(table.histories, table.history_totals, grams // vocab_size)

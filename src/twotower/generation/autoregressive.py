@@ -39,7 +39,7 @@ def _one_by_one(session: Session, mock: bool) -> Iterator[list[BlockEvent]]:
             logits = session.extend(pending, logits=True)
         assert logits is not None
         positions = read[:, None] + 1
-        tokens = choose(logits, session.sampling_on(logits.device), positions, AR_TOKEN)
+        tokens = choose(logits, session.sampling.to(logits.device), positions, AR_TOKEN)
         session.passes += mock
         steps = torch.zeros_like(tokens)
         passes = [int(mock)] * len(session.rows)

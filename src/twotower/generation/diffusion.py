@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from twotower.generation.output import BlockEvent
-from twotower.generation.sampling import DIFFUSION_CANDIDATE, Sampling, choose, confidence
+from twotower.generation.sampling import DIFFUSION_CANDIDATE, choose, confidence
 from twotower.generation.session import Session
 from twotower.generation.unmasking import commit_confident
 from twotower.kernels.precision import accumulation_dtype
@@ -49,7 +49,7 @@ def denoise_block(session: Session, callback: StepCallback | None) -> DenoisedBl
     assert session.reader is not None
     view = session.reader.view()
     rows, device = len(session.rows), view.lengths.device
-    sampling: Sampling = session.sampling_on(device)
+    sampling = session.sampling.to(device)
     shape = (rows, params.block_size)
     time_dtype = accumulation_dtype(model.dtype)
 

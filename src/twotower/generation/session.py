@@ -63,9 +63,6 @@ class Session:
         self.state.tighten(width)
         self.prefilled = time.perf_counter()
 
-    def sampling_on(self, device: torch.device) -> Sampling:
-        return self.sampling.to(device)
-
     def extend(self, tokens: Tensor, logits: bool) -> Tensor | None:
         """One context pass over tokens (B, L) of the running rows."""
         for row in self.rows:

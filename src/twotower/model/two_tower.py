@@ -127,7 +127,7 @@ class TwoTowerForCausalLM(PreTrainedModel):
 
     def new_state(self, rows: int, capacity: int) -> TowerState:
         """An empty context state for `rows` texts of up to `capacity` tokens (it can grow: `reserve`)."""
-        return TowerState(self.config.backbone, rows, capacity, self.context.device, self.dtype)
+        return TowerState(self.context.config, rows, capacity, self.context.device, self.dtype)
 
     def reader(self, state: TowerState) -> Reader:
         """How the denoiser reads `state`: in place, or through a mirror on its own device."""
@@ -143,7 +143,7 @@ class TwoTowerForCausalLM(PreTrainedModel):
         token (of no meaning for a row of length 0), in at least fp32.
         """
         state.reserve(state.bound + tokens.shape[1])
-        last: Tensor = torch.zeros(len(lengths), self.config.backbone.hidden_size, device=self.device, dtype=self.dtype)
+        last: Tensor = torch.zeros(len(lengths), self.context.config.hidden_size, device=self.device, dtype=self.dtype)
         for start in range(0, tokens.shape[1], PREFILL_CHUNK):
             part = tokens[:, start : start + PREFILL_CHUNK]
             valid = (lengths - start).clamp(0, part.shape[1])
@@ -213,7 +213,7 @@ class TwoTowerForCausalLM(PreTrainedModel):
                 raise ArgumentError(f"forward: {name} is {tuple(given.shape)}, input_ids {tuple(input_ids.shape)}")
         input_ids = input_ids.to(self.device)
         valid = None if attention_mask is None else attention_mask.to(self.device).bool()
-        hidden, _ = context_pass(self.context, input_ids, valid, self.config.backbone.chunk_size)
+        hidden, _ = context_pass(self.context, input_ids, valid, self.context.config.chunk_size)
         logits = _logits(self.context, hidden)
         loss = None
         if labels is not None:

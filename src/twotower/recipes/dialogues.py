@@ -27,7 +27,18 @@ from twotower.generation import GenerationParams, generate
 from twotower.model.conditioning import TimeConditioning
 from twotower.model.tower import Tower
 from twotower.model.two_tower import TwoTowerForCausalLM
-from twotower.training.data import BOS, EOS, MASK, PAD, Batches, encode, pad_rows, read_documents, train_tokenizer
+from twotower.training.data import (
+    BOS,
+    EOS,
+    MASK,
+    PAD,
+    Batches,
+    cut_dialogue,
+    encode,
+    pad_rows,
+    read_documents,
+    train_tokenizer,
+)
 from twotower.training.objective import ar_loss, corrupt, denoising_loss
 from twotower.training.optimizer import Schedule
 from twotower.training.trainer import Run, train
@@ -86,7 +97,9 @@ def write_continuations(data: Path, out: Path) -> None:
     model = TwoTowerForCausalLM(_config(), towers="context")
     cast(model, torch.bfloat16)
     model.context.load_state_dict(torch.load(out / "backbone.pt", weights_only=True))
-    prompts = [item.ids for item in tokenizer.encode_batch(_cut_dialogues(data))]
+    rng = random.Random(SEED)
+    texts = rng.choices(read_documents(data / "train.jsonl.gz"), k=CONTINUATIONS)
+    prompts = [item.ids for item in tokenizer.encode_batch([cut_dialogue(text, rng) for text in texts])]
     prompts.sort(key=len)  # like lengths share a batch
     params = GenerationParams.of(mode="ar", max_new_tokens=CONTINUATION_LENGTH, eos_token_id=EOS)
     with (out / "continuations.partial").open("w") as lines:
@@ -132,7 +145,7 @@ def train_denoiser(data: Path, out: Path, schedule: Schedule) -> None:
     torch.save({"denoiser": denoiser.state_dict(), "time": time.state_dict()}, out / "denoiser.pt")
 
 
-def export(data: Path, out: Path) -> None:
+def export(out: Path) -> None:
     """The shipped checkpoint."""
     model = TwoTowerForCausalLM(_config())
     assert model.denoiser is not None
@@ -170,17 +183,6 @@ def _continuations(out: Path) -> tuple[list[int], list[list[int]]]:
     return [line["prompt"] for line in lines], [line["tokens"] for line in lines]
 
 
-def _cut_dialogues(data: Path) -> list[str]:
-    """The first turns of random training dialogues and the name of the next speaker."""
-    rng = random.Random(SEED)
-    cut = []
-    for text in rng.choices(read_documents(data / "train.jsonl.gz"), k=CONTINUATIONS):
-        turns = text.split("\n")
-        at = rng.randrange(1, len(turns))
-        cut.append("\n".join([*turns[:at], turns[at].split(":")[0] + ":"]))
-    return cut
-
-
 @click.command()
 @click.argument("data", type=click.Path(exists=True, file_okay=False, path_type=Path))
 @click.argument("out", type=click.Path(file_okay=False, path_type=Path))
@@ -203,7 +205,7 @@ def main(data: Path, out: Path, stage: str, steps: int, rate: float, threads: in
         case "denoiser":
             train_denoiser(data, out, schedule)
         case "export":
-            export(data, out)
+            export(out)
 
 
 if __name__ == "__main__":

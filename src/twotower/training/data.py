@@ -35,6 +35,13 @@ def read_documents(path: Path) -> list[str]:
     return texts
 
 
+def cut_dialogue(text: str, rng: random.Random) -> str:
+    """A prompt: the turns (lines) before a random one, and that one's speaker (`User:`)."""
+    turns = text.split("\n")
+    at = rng.randrange(1, len(turns))
+    return "\n".join([*turns[:at], turns[at].split(":")[0] + ":"])
+
+
 def train_tokenizer(texts: Sequence[str], vocab_size: int) -> Tokenizer:
     """Byte-level BPE whose encodings begin with <bos>."""
     tokenizer = Tokenizer(models.BPE())

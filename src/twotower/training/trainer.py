@@ -74,13 +74,14 @@ def train(run: Run, modules: list[nn.Module], loss_at: LossAt) -> None:
     started, seen = time.perf_counter(), 0
     for step in range(first, run.schedule.steps):
         loss, count = loss_at(step)
-        if not math.isfinite(loss.item()):
-            raise TwoTowerError(f"loss is {loss.item()} at step {step}; the last good checkpoint is {saved}")
+        value = loss.item()
+        if not math.isfinite(value):
+            raise TwoTowerError(f"loss is {value} at step {step}; the last good checkpoint is {saved}")
         loss.backward()
         rate = run.schedule.rate(step)
         norm = optimizer.step(rate, 1.0 / max(count, 1))
         balance.step()
-        window, targets, seen = window + loss.item(), targets + count, seen + count
+        window, targets, seen = window + value, targets + count, seen + count
         if (step + 1) % run.log_every == 0 or step + 1 == run.schedule.steps:
             speed = seen / (time.perf_counter() - started)
             record = {"step": step + 1, "loss": window / max(targets, 1), "rate": rate, "norm": norm.item()}
