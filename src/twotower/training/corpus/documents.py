@@ -1,0 +1,130 @@
+"""What a document is: a record's text as tokens, and how much of it is context only."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+from tokenizers import Tokenizer
+
+from twotower.errors import ArgumentError
+
+
+class BadRecord(Exception):
+    """A record that cannot be a document; its text says why."""
+
+
+@dataclass(frozen=True)
+class Record:
+    """text, and the prompt it answers if it has one; `place` names it in messages (`wiki.jsonl line 17`)."""
+
+    text: str
+    prompt: str | None
+    place: str
+
+
+@dataclass(frozen=True)
+class Document:
+    """One document as the model sees it, alone: it starts from zero state and sees no other.
+
+    tokens: (N,) int32.
+    context: how many of the first tokens are never masked: the prompt, or 1 where a document begins with BOS, or 0.
+    prompted: it answers a prompt, so its blocks begin exactly where the prompt ends, as in generation.
+    ends: the rest of its last block is EOS; otherwise it is padding, and a last block that is not full is not trained.
+    """
+
+    tokens: np.ndarray
+    context: int = 0
+    prompted: bool = False
+    ends: bool = True
+
+
+class Encoder:
+    """Records → documents.
+
+    A prompt and its text are tokenised apart and joined, as in generation; what the tokenizer puts in front (BOS) it
+    puts in front of the first part. EOS is appended unless it is there already.
+
+    Args:
+        tokenizer: a `tokenizers.Tokenizer`, or a transformers tokenizer.
+        vocab_size: the model's.
+        eos_token_id, mask_token_id, bos_token_id, pad_token_id: the model's; padding is never read.
+        add_eos: False for texts that are fragments: they then have no end to be learned.
+
+    Raises:
+        ArgumentError: a tokenizer with ids that the model lacks, special ids outside the vocabulary or equal.
+    """
+
+    def __init__(
+        self,
+        tokenizer: Any,
+        *,
+        vocab_size: int,
+        eos_token_id: int,
+        mask_token_id: int,
+        bos_token_id: int | None = None,
+        pad_token_id: int = 0,
+        add_eos: bool = True,
+    ) -> None:
+        self.vocab_size = vocab_size
+        self.eos_token_id, self.mask_token_id = eos_token_id, mask_token_id
+        self.bos_token_id, self.pad_token_id = bos_token_id, pad_token_id
+        self.add_eos = add_eos
+        special = {"eos": eos_token_id, "mask": mask_token_id, "bos": bos_token_id, "pad": pad_token_id}
+        for name, token in special.items():
+            if token is not None and not 0 <= token < vocab_size:
+                raise ArgumentError(
+                    f"{name}_token_id is {token}, but the vocabulary is 0 to {vocab_size - 1}; give the model's own id"
+                )
+        for name in ("eos", "bos"):
+            if special[name] == mask_token_id:
+                raise ArgumentError(f"{name}_token_id and mask_token_id are both {mask_token_id}; they must differ")
+        self._ids, highest = _reader(tokenizer)
+        if highest >= vocab_size:
+            raise ArgumentError(
+                f"the tokenizer has ids up to {highest}, but the model's vocabulary is 0 to {vocab_size - 1}; "
+                "use the tokenizer that belongs to the model"
+            )
+
+    def encode(self, record: Record) -> Document:
+        """The record's document.
+
+        Raises:
+            ArgumentError: the text becomes the mask token, or an id outside the vocabulary; names the record.
+            BadRecord: the tokenizer makes nothing of the text.
+        """
+        prompted = bool(record.prompt)
+        first = self._ids(record.prompt, True) if record.prompt else []
+        rest = self._ids(record.text, not prompted)
+        has_bos = (first or rest)[:1] == [self.bos_token_id]
+        if len(rest) <= (has_bos and not prompted):
+            raise BadRecord("the tokenizer makes nothing of its text")
+        if self.add_eos and rest[-1] != self.eos_token_id:
+            rest.append(self.eos_token_id)
+        tokens = np.array(first + rest, dtype=np.int32)
+        if tokens.max() >= self.vocab_size or tokens.min() < 0:
+            strange = int(tokens[(tokens >= self.vocab_size) | (tokens < 0)][0])
+            raise ArgumentError(
+                f"{record.place}: token id {strange}, but the vocabulary is 0 to {self.vocab_size - 1}; "
+                "use the tokenizer that belongs to the model"
+            )
+        if (tokens == self.mask_token_id).any():
+            raise ArgumentError(
+                f"{record.place}: its text contains the mask token (id {self.mask_token_id}), which stands for what is "
+                "to be filled in; take it out of the text, or give the model's own mask_token_id"
+            )
+        return Document(tokens, len(first) if prompted else int(has_bos), prompted, self.add_eos)
+
+
+def _reader(tokenizer: Any) -> tuple[Callable[[str, bool], list[int]], int]:
+    """→ (text, with special tokens?) → ids; and the highest id."""
+    fast = getattr(tokenizer, "backend_tokenizer", tokenizer)
+    if isinstance(fast, Tokenizer):
+        own: Any = Tokenizer.from_str(fast.to_str())  # a copy: its file may ask for truncation or padding
+        own.no_truncation()
+        own.no_padding()
+        highest = max(own.get_vocab(with_added_tokens=True).values(), default=0)
+        return (lambda text, special: own.encode(text, add_special_tokens=special).ids), highest
+    return (lambda text, special: list(tokenizer(text, add_special_tokens=special)["input_ids"])), len(tokenizer) - 1

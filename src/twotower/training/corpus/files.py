@@ -1,0 +1,203 @@
+"""Local files as records: lines at random access, read when asked for, so one broken line is one bad record."""
+
+from __future__ import annotations
+
+import gzip
+import json
+import os
+import re
+import shutil
+import tempfile
+import weakref
+import zlib
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import IO, Any, Protocol
+
+import numpy as np
+
+from twotower.errors import ArgumentError, TwoTowerError
+
+JSON_LINES = (".jsonl", ".jsonl.gz", ".json", ".json.gz", ".ndjson", ".ndjson.gz")
+TEXT_LINES = (".txt", ".txt.gz")
+PARQUET = (".parquet",)
+KINDS = ".jsonl, .json, .ndjson, .txt (these also as .gz) or .parquet"
+
+# A folder's files belong to a split by a word in their names, as `datasets` has it.
+SPLITS = {"train": "train", "training": "train", "valid": "valid", "validation": "valid", "val": "valid"}
+SPLITS |= {"dev": "valid", "test": "test", "eval": "test"}
+
+
+@dataclass(frozen=True)
+class Raw:
+    """A record before it is understood. content: a line of JSON, a line of text (`plain`), or fields."""
+
+    place: str
+    content: bytes | Mapping[str, Any]
+    plain: bool = False
+
+
+class Reading(Protocol):
+    """One pass over a stream."""
+
+    def next(self) -> Raw | None:
+        """The next record; None at the end.
+
+        Raises:
+            TwoTowerError: it cannot be read.
+        """
+        ...
+
+    def state(self) -> str:
+        """Where this is, after at least one record."""
+        ...
+
+
+class LineFiles:
+    """The lines of one or more files, blank ones too, so that record i of a lone file is its line i + 1.
+
+    Opening reads every file once to find where lines begin (about 1 GB/s, 8 bytes of memory a line); compressed ones
+    are unpacked into an unnamed temporary file. What is too large for that is for streaming.
+    """
+
+    def __init__(self, paths: Sequence[Path]) -> None:
+        self.paths = list(paths)
+        self._unpacked: IO[bytes] | None = None
+        edges: list[np.ndarray] = []
+        for path in self.paths:
+            try:
+                edges.append(self._index(path))
+            except (OSError, EOFError, zlib.error) as error:
+                raise ArgumentError(f"{path}: cannot be read ({error}); is the file whole?") from None
+        self._edges = edges  # per file: where each line begins, then where the last one ends
+        self._first = np.cumsum([0, *(len(edge) - 1 for edge in edges)])
+
+    def __len__(self) -> int:
+        return int(self._first[-1])
+
+    def __getitem__(self, number: int) -> Raw:
+        file = int(np.searchsorted(self._first, number, side="right")) - 1
+        line = number - int(self._first[file])
+        start, end = map(int, self._edges[file][line : line + 2])
+        path = self.paths[file]
+        if self._unpacked is not None and path.suffix == ".gz":
+            return line_record(path, line, _read(self._unpacked, start, end))
+        with path.open("rb", buffering=0) as source:  # opened anew: a folder may have more files than may be open
+            return line_record(path, line, _read(source, start, end))
+
+    def _index(self, path: Path) -> np.ndarray:
+        if path.suffix != ".gz":
+            with path.open("rb") as source:
+                return _line_edges(source, 0)
+        if self._unpacked is None:
+            self._unpacked = tempfile.TemporaryFile()  # noqa: SIM115  (lives as long as this object)
+            weakref.finalize(self, self._unpacked.close)
+        out = self._unpacked
+        start = out.seek(0, os.SEEK_END)
+        with gzip.open(path) as source:
+            shutil.copyfileobj(source, out, 1 << 20)
+        out.flush()
+        out.seek(start)
+        return _line_edges(out, start)
+
+
+def _read(source: IO[bytes], start: int, end: int) -> bytes:
+    source.seek(start)
+    return source.read(end - start)
+
+
+def _line_edges(source: IO[bytes], start: int) -> np.ndarray:
+    """Where lines begin from here on, and the end: offsets, int64."""
+    edges, at = [np.array([start])], start
+    while chunk := source.read(1 << 24):
+        edges.append(np.flatnonzero(np.frombuffer(chunk, dtype=np.uint8) == 10) + (at + 1))
+        at += len(chunk)
+    found = np.concatenate(edges)
+    return found if found[-1] == at else np.append(found, at)
+
+
+class LineStream:
+    """The same lines one after the other, without reading the files first."""
+
+    def __init__(self, paths: Sequence[Path], name: str) -> None:
+        self.paths, self.name = list(paths), name
+
+    def read(self, state: str = "") -> Reading:
+        """Reads from the beginning, or on from a reading's state."""
+        return _LineReading(self, state)
+
+
+class _LineReading:
+    def __init__(self, stream: LineStream, state: str) -> None:
+        self.name, self.paths = stream.name, stream.paths
+        at: list[int] = json.loads(state) if state else [0, 0, 0]
+        self.file, self.line, self.offset = at
+        self._lines = self._read()
+
+    def next(self) -> Raw | None:
+        try:
+            return next(self._lines, None)
+        except (OSError, EOFError, zlib.error) as error:
+            raise TwoTowerError(f"{self.name}: reading failed ({error}); is the file whole?") from None
+
+    def state(self) -> str:
+        return json.dumps([self.file, self.line, self.offset])
+
+    def _read(self) -> Iterator[Raw]:
+        while self.file < len(self.paths):
+            path = self.paths[self.file]
+            with gzip.open(path) if path.suffix == ".gz" else path.open("rb") as source:
+                source.seek(self.offset)
+                for content in source:
+                    self.line, self.offset = self.line + 1, self.offset + len(content)
+                    yield line_record(path, self.line - 1, content)
+            self.file, self.line, self.offset = self.file + 1, 0, 0
+
+
+def line_record(path: Path, number: int, line: bytes) -> Raw:
+    """Line `number` (from 0) of a file."""
+    return Raw(f"{path} line {number + 1}", line, path.name.endswith(TEXT_LINES))
+
+
+def find_files(path: Path, split: str | None) -> list[Path]:
+    """A file, or the files of a folder in the order of their names, all lines or all parquet.
+
+    Raises:
+        ArgumentError: an unknown kind of file, an empty folder, kinds or splits that do not go together.
+    """
+    if path.is_file():
+        if split is not None:
+            raise ArgumentError(f"{path}:{split}: a file has no splits; leave out :{split}")
+        if not path.name.endswith((*JSON_LINES, *TEXT_LINES, *PARQUET)):
+            raise ArgumentError(f"{path}: not a kind of file that can be read; give {KINDS}")
+        return [path]
+    found = [p for p in sorted(path.rglob("*")) if p.name.endswith((*JSON_LINES, *TEXT_LINES, *PARQUET))]
+    found = [p for p in found if p.is_file() and not any(part.startswith(".") for part in p.relative_to(path).parts)]
+    by_split: dict[str, list[Path]] = {}
+    for file in found:
+        by_split.setdefault(_split_of(str(file.relative_to(path))), []).append(file)
+    if split is not None:
+        found = by_split.get(SPLITS.get(split, split), [])
+    elif len(by_split) > 1 and "" not in by_split:
+        names = ", ".join(f"{path}:{name}" for name in by_split)
+        raise ArgumentError(f"{path}: holds files of several splits; say which: {names}")
+    if not found:
+        which = f"no {split} files" if split is not None else "no data files"
+        raise ArgumentError(f"{path}: holds {which}; it should have {KINDS} files")
+    if len({file.suffix in PARQUET for file in found}) > 1:
+        raise ArgumentError(f"{path}: holds parquet files and others; give them as two sources")
+    return found
+
+
+def _split_of(name: str) -> str:
+    words = re.split(r"[^a-z0-9]+", name.lower())
+    return next((SPLITS[word] for word in words if word in SPLITS), "")
+
+
+def refuse_json_array(path: Path) -> None:
+    """A .json file that is one array is another format, not a file of bad records."""
+    opener: Any = gzip.open if path.suffix == ".gz" else open
+    with opener(path, "rb") as source:
+        if source.read(4096).lstrip()[:1] == b"[":
+            raise ArgumentError(f"{path}: is one JSON array; write one object a line, as a .jsonl file")
