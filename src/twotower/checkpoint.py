@@ -9,27 +9,24 @@ from __future__ import annotations
 import json
 import re
 from collections import defaultdict
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Container, Iterator
 from dataclasses import dataclass
 from pathlib import Path
 
 import torch
-from huggingface_hub import split_state_dict_into_shards_factory
 from safetensors import SafetensorError, safe_open
-from safetensors.torch import save_file
 from torch import Tensor, nn
 
 from twotower.config import KIND_NAMES
 from twotower.errors import CheckpointError
-
-INDEX_FILE = "model.safetensors.index.json"
-SINGLE_FILE = "model.safetensors"
+from twotower.shards import DTYPE_NAMES, INDEX_FILE, SINGLE_FILE, Piece, write_shards
 
 # Kept in at least fp32 in a narrower model: a rounded decay rate or selection bias changes what a layer does.
 WIDE_SUFFIXES = (".A_log", ".dt_bias", ".D", ".e_score_correction_bias")
 
 _TOWERS = {"context": ("context_tower.", "context_lm_head."), "denoiser": ("denoiser_tower.", "lm_head.")}
 _EXPERTS = re.compile(r"(.*\.experts)\.(up_proj|down_proj)$")
+_LAYER = re.compile(r"(?:(?:context|denoiser)_tower|backbone|model)\.layers\.(\d+)\.(.*)")
 # Tensors that give a layer's kind away, for the message when the pattern and the file disagree.
 _KIND_MARKS = {"mixer.in_proj.": "M", "mixer.q_proj.": "*", "mixer.gate.": "E", "mixer.up_proj.": "-"}
 
@@ -44,10 +41,16 @@ class Slot:
     shape: tuple[int, ...]
 
 
+def tensors(model: nn.Module) -> Iterator[tuple[str, Tensor]]:
+    """Every parameter and buffer under its name in memory."""
+    yield from model.named_parameters()
+    yield from model.named_buffers()
+
+
 def slots(model: nn.Module) -> list[Slot]:
     """Every tensor of a two-tower model (a meta one will do), in model order."""
     out = []
-    for memory, tensor in _tensors(model):
+    for memory, tensor in tensors(model):
         disk = disk_name(memory)
         stacked = _EXPERTS.match(disk)
         if stacked is None:
@@ -68,6 +71,30 @@ def disk_name(memory: str) -> str:
     return head + rest.removeprefix("head.") if rest.startswith("head.") else tower + rest
 
 
+def one_tower_slots(model: nn.Module, found: Container[str], root: str) -> dict[tuple[str, int | None], Slot]:
+    """Where a one-tower checkpoint, which conversion starts from, keeps the tensors of a tower.
+
+    root: "backbone." (the original layout, experts single) or "model." (transformers 5, experts stacked); `found`, the
+    names on disk, tells which experts are stacked, and whether there is a head or the embedding serves as one.
+    → (name in a tower in memory, expert) → the slot on disk, where `expert` indexes a stacked tensor of that shape.
+    """
+    stacked = {memory: tuple(tensor.shape) for memory, tensor in tensors(model)}
+    out = {}
+    for slot in slots(model):
+        tower, _, part = slot.memory.partition(".")
+        if tower != "context":
+            continue
+        if part == "head.weight":
+            disk = "lm_head.weight" if "lm_head.weight" in found else f"{root}embeddings.weight"
+            place = Slot(disk, slot.memory, None, slot.shape)
+        elif slot.expert is not None and root + part in found:
+            place = Slot(root + part, slot.memory, slot.expert, stacked[slot.memory])
+        else:
+            place = Slot(root + slot.disk.removeprefix("context_tower."), slot.memory, None, slot.shape)
+        out[part, slot.expert] = place
+    return out
+
+
 def wanted_dtype(memory: str, dtype: torch.dtype) -> torch.dtype:
     """The dtype a tensor has in a model of `dtype`."""
     return torch.promote_types(dtype, torch.float32) if f".{memory}".endswith(WIDE_SUFFIXES) else dtype
@@ -75,14 +102,14 @@ def wanted_dtype(memory: str, dtype: torch.dtype) -> torch.dtype:
 
 def cast(model: nn.Module, dtype: torch.dtype) -> nn.Module:
     """A model in `dtype`, in place, with the tensors that must stay wide left wide."""
-    for name, tensor in _tensors(model):
+    for name, tensor in tensors(model):
         tensor.data = tensor.data.to(wanted_dtype(name, dtype))
     return model
 
 
 def keeping_wide(model: nn.Module, change: Callable[[Tensor], Tensor]) -> Callable[[Tensor], Tensor]:
     """`change` as `Module._apply` takes it (`.to`, `.bfloat16`, …), but it leaves the wide tensors wide."""
-    names = {id(part): name for name, tensor in _tensors(model) for part in (tensor, tensor.grad)}
+    names = {id(part): name for name, tensor in tensors(model) for part in (tensor, tensor.grad)}
 
     def changed(tensor: Tensor) -> Tensor:
         out = change(tensor)
@@ -102,6 +129,10 @@ class Stored:
     file: Path
     shape: tuple[int, ...]
     dtype: str
+
+    @property
+    def torch_dtype(self) -> torch.dtype:
+        return next(dtype for dtype, name in DTYPE_NAMES.items() if name == self.dtype)
 
 
 def scan(directory: Path) -> dict[str, Stored]:
@@ -162,7 +193,14 @@ def check(directory: Path, found: dict[str, Stored], known: list[Slot], needed: 
             f"{directory}: has no context_tower.* tensors, so it is {kind}, not a two-tower checkpoint; "
             "a two-tower checkpoint has context_tower.*, denoiser_tower.*, lm_head and t_embedder"
         )
-    _check_kinds(directory, found, pattern)
+    check_tensors(directory, found, known, needed, pattern)
+
+
+def check_tensors(
+    directory: Path, found: dict[str, Stored], known: list[Slot], needed: list[Slot], pattern: str
+) -> None:
+    """`check` for either layout."""
+    _check_kinds(found, pattern)
     missing = [slot for slot in needed if slot.disk not in found]
     if missing:
         listing = INDEX_FILE if (directory / INDEX_FILE).exists() else SINGLE_FILE
@@ -183,13 +221,13 @@ def check(directory: Path, found: dict[str, Stored], known: list[Slot], needed: 
             raise CheckpointError(
                 f"{stored.file}: {slot.disk} has shape {list(stored.shape)}; the config expects {list(slot.shape)}"
             )
-        if stored.dtype not in ("BF16", "F16", "F32", "F64"):
+        if stored.dtype not in DTYPE_NAMES.values():
             raise CheckpointError(f"{stored.file}: {slot.disk} is stored as {stored.dtype}; a float tensor is expected")
 
 
-def _check_kinds(directory: Path, found: dict[str, Stored], pattern: str) -> None:
+def _check_kinds(found: dict[str, Stored], pattern: str) -> None:
     for name, stored in found.items():
-        layer = re.match(r"(?:context|denoiser)_tower\.layers\.(\d+)\.(.*)", name)
+        layer = _LAYER.match(name)
         if layer is None:
             continue
         i = int(layer[1])
@@ -222,7 +260,7 @@ def load_weights(
     by_file: dict[Path, list[Slot]] = defaultdict(list)
     for slot in needed:
         by_file[found[slot.disk].file].append(slot)
-    shapes = {name: tensor.shape for name, tensor in _tensors(model)}
+    shapes = {name: tensor.shape for name, tensor in tensors(model)}
     filled: dict[str, Tensor] = {}
     for file, wanted in by_file.items():
         with safe_open(file, framework="pt") as handle:
@@ -240,10 +278,9 @@ def load_weights(
 
 
 def _stored_dtype(stored: Stored) -> torch.dtype:
-    names = {"BF16": torch.bfloat16, "F32": torch.float32, "F64": torch.float64}
-    if stored.dtype not in names:
+    if stored.dtype not in ("BF16", "F32", "F64"):
         raise CheckpointError(f"{stored.file}: is stored as {stored.dtype}; name the dtype to load it in, as bfloat16")
-    return names[stored.dtype]
+    return stored.torch_dtype
 
 
 # --- writing -------------------------------------------------------------------------------------------------------
@@ -251,26 +288,9 @@ def _stored_dtype(stored: Stored) -> torch.dtype:
 
 def save_weights(model: nn.Module, directory: Path, max_shard_size: int | str) -> None:
     """Released names; one file, or shards with an index where it would be larger than max_shard_size."""
-    memory = dict(_tensors(model))
-    tensors = {}
+    memory = dict(tensors(model))
+    pieces = []
     for slot in slots(model):
-        tensor = memory[slot.memory].detach()
-        tensors[slot.disk] = (tensor if slot.expert is None else tensor[slot.expert]).contiguous()
-    plan = split_state_dict_into_shards_factory(
-        tensors,
-        get_storage_size=lambda tensor: tensor.nbytes,  # experts share one storage but may go to different shards
-        filename_pattern="model{suffix}.safetensors",
-        max_shard_size=max_shard_size,
-    )
-    for stale in [*directory.glob("model-*-of-*.safetensors"), directory / INDEX_FILE, directory / SINGLE_FILE]:
-        stale.unlink(missing_ok=True)
-    for file, names in plan.filename_to_tensors.items():
-        save_file({name: tensors[name].cpu() for name in names}, directory / file, metadata={"format": "pt"})
-    if plan.is_sharded:
-        index = {"metadata": plan.metadata, "weight_map": plan.tensor_to_filename}
-        (directory / INDEX_FILE).write_text(json.dumps(index, indent=2, sort_keys=True) + "\n")
-
-
-def _tensors(model: nn.Module) -> Iterator[tuple[str, Tensor]]:
-    yield from model.named_parameters()
-    yield from model.named_buffers()
+        tensor = memory[slot.memory] if slot.expert is None else memory[slot.memory][slot.expert]
+        pieces.append(Piece(slot.disk, slot.shape, tensor.dtype, lambda tensor=tensor: tensor))  # type: ignore[misc]
+    write_shards(directory, pieces, max_shard_size)

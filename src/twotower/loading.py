@@ -18,6 +18,11 @@ if TYPE_CHECKING:
     from twotower.model.two_tower import TwoTowerForCausalLM
 
 TOKENIZER_FILES = ("tokenizer.json", "tokenizer_config.json")
+# A tokenizer's files, to be copied as they are.
+TEXT_FILES = (
+    *TOKENIZER_FILES, "special_tokens_map.json", "added_tokens.json", "vocab.json", "vocab.txt", "merges.txt",
+    "tokenizer.model", "chat_template.jinja", "chat_template.json",
+)  # fmt: skip
 CODE_FILE = "modeling_twotower.py"
 CODE = '''"""Lets transformers' AutoModelForCausalLM load this directory; needs `pip install twotower`."""
 
@@ -58,7 +63,7 @@ def from_pretrained(cls: type[TwoTowerForCausalLM], source: Any, *args: Any, **k
     if towers not in ("both", "context"):
         raise ArgumentError(f'towers is {towers!r}; choose "both" or "context"')
 
-    directory = _local(source, hub)
+    directory = local(source, hub)
     config = _config(directory, given)
     if ARCHITECTURE not in (config.architectures or [ARCHITECTURE]):
         raise CheckpointError(
@@ -120,7 +125,7 @@ def load_tokenizer(directory: Path | None) -> Any:
     return AutoTokenizer.from_pretrained(directory)
 
 
-def _local(source: Any, hub: dict[str, Any]) -> Path:
+def local(source: Any, hub: dict[str, Any]) -> Path:
     """The directory itself, or the hub's snapshot of what we need."""
     directory = Path(source)
     if directory.is_dir():
@@ -138,6 +143,16 @@ def _local(source: Any, hub: dict[str, Any]) -> Path:
     except Exception as error:  # the hub client raises many kinds; the user needs one line
         first = (str(error).strip() or type(error).__name__).splitlines()[0]
         raise CheckpointError(f"{source}: no such directory, and not to be had from the hub ({first})") from None
+
+
+def stored_dtype(directory: Path) -> torch.dtype:
+    """The dtype a checkpoint is in: what its config says, else that of its embeddings."""
+    said = TwoTowerConfig.read(directory).dtype
+    if said is None:
+        return checkpoint.scan(directory)["context_tower.embeddings.weight"].torch_dtype
+    found = getattr(torch, said) if isinstance(said, str) else said
+    assert isinstance(found, torch.dtype)
+    return found
 
 
 def _config(directory: Path, given: Any) -> TwoTowerConfig:

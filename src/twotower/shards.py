@@ -1,0 +1,96 @@
+"""Writes the weight files of a checkpoint directory, one tensor at a time.
+
+Names, shapes and dtypes are known before any tensor is made, so a file's header can go first and each tensor is made,
+written part by part and dropped: what is mapped or on another device needs no memory here, whatever its size.
+"""
+
+from __future__ import annotations
+
+import json
+import math
+from collections.abc import Callable, Iterable
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+from huggingface_hub import split_state_dict_into_shards_factory
+from torch import Tensor
+
+from twotower.errors import ArgumentError
+
+INDEX_FILE = "model.safetensors.index.json"
+SINGLE_FILE = "model.safetensors"
+PART = 2**18  # elements converted and written at a time
+DTYPE_NAMES = {torch.bfloat16: "BF16", torch.float16: "F16", torch.float32: "F32", torch.float64: "F64"}
+
+
+@dataclass(frozen=True)
+class Piece:
+    """A tensor to be written as `dtype`; `make()` gives it, on any device and in any dtype, when its turn comes."""
+
+    name: str
+    shape: tuple[int, ...]
+    dtype: torch.dtype
+    make: Callable[[], Tensor]
+
+    @property
+    def nbytes(self) -> int:
+        return math.prod(self.shape) * self.dtype.itemsize
+
+
+def write_shards(
+    directory: Path,
+    pieces: Iterable[Piece],
+    max_shard_size: int | str = "5GB",
+    written: Callable[[int], None] = lambda nbytes: None,
+) -> list[Path]:
+    """One safetensors file, or shards with an index where it would be larger than max_shard_size (bytes, or "5GB").
+
+    They replace the weights that the directory holds. written(nbytes): called after each tensor → the files, in order.
+
+    Raises:
+        ArgumentError: a max_shard_size that is no size.
+    """
+    by_name = {piece.name: piece for piece in pieces}
+    try:
+        plan = split_state_dict_into_shards_factory(
+            by_name,
+            get_storage_size=lambda piece: piece.nbytes,
+            filename_pattern="model{suffix}.safetensors",
+            max_shard_size=max_shard_size,
+        )
+    except ValueError:
+        raise ArgumentError(f"max_shard_size is {max_shard_size!r}; give bytes or a size such as 5GB") from None
+    for stale in [*directory.glob("model-*-of-*.safetensors"), directory / INDEX_FILE, directory / SINGLE_FILE]:
+        stale.unlink(missing_ok=True)
+    for file, names in plan.filename_to_tensors.items():
+        _write_file(directory / file, [by_name[name] for name in names], written)
+    if plan.is_sharded:
+        index = {"metadata": plan.metadata, "weight_map": plan.tensor_to_filename}
+        (directory / INDEX_FILE).write_text(json.dumps(index, indent=2, sort_keys=True) + "\n")
+    return [directory / file for file in plan.filename_to_tensors]
+
+
+def _write_file(file: Path, pieces: list[Piece], written: Callable[[int], None]) -> None:
+    """The safetensors format: the header's length (8 bytes), the header (JSON), the tensors without gaps."""
+    pieces = sorted(pieces, key=lambda piece: (-piece.dtype.itemsize, piece.name))  # widest first: all are aligned
+    header: dict[str, object] = {"__metadata__": {"format": "pt"}}
+    at = 0
+    for piece in pieces:
+        end = at + piece.nbytes
+        header[piece.name] = {
+            "dtype": DTYPE_NAMES[piece.dtype],
+            "shape": list(piece.shape),
+            "data_offsets": [at, end],
+        }
+        at = end
+    head = json.dumps(header, separators=(",", ":")).encode()
+    head += b" " * (-len(head) % 8)
+    with file.open("wb") as out:
+        out.write(len(head).to_bytes(8, "little") + head)
+        for piece in pieces:
+            values = piece.make().detach()
+            assert tuple(values.shape) == piece.shape, piece
+            for part in values.flatten().split(PART):
+                out.write(part.to("cpu", piece.dtype).view(torch.uint8).numpy().data)
+            written(piece.nbytes)
