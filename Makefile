@@ -2,7 +2,7 @@
 PYTHON ?= python3
 BIN := .venv/bin
 
-.PHONY: demo test test-slow check clean
+.PHONY: demo test test-slow check clean bundled-model
 
 demo: .venv/.installed
 	@$(BIN)/twotower demo
@@ -17,6 +17,11 @@ check: .venv/.installed-dev
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
 	$(BIN)/mypy
+
+# About 70 + 10 + 60 minutes on two CPU cores; continues where it was interrupted.
+bundled-model: .venv/.installed-dev
+	@test -n "$(TWOTOWER_DATA)" || { echo "set TWOTOWER_DATA to the folder that holds corpora/sgd_dialogues"; exit 2; }
+	$(BIN)/python -m twotower.recipes.bundled $(TWOTOWER_DATA)/corpora/sgd_dialogues runs/bundled
 
 .venv/.installed: pyproject.toml constraints.txt
 	@$(PYTHON) -c 'import sys; sys.exit("twotower needs Python 3.11 or later; this is %d.%d. Set PYTHON=..." % sys.version_info[:2] if sys.version_info < (3, 11) else 0)'

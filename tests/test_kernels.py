@@ -8,14 +8,17 @@ from typing import Any
 
 import pytest
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 
 from twotower.config import BackboneConfig
 from twotower.kernels import CATALOGUE, report, select
-from twotower.kernels.attention import block_attention, masked_attention
+from twotower.kernels.attention import Tile, block_attention, tiled_attention
 from twotower.kernels.conv import causal_conv, causal_conv_sequential
 from twotower.kernels.experts import experts_dense, experts_gathered, experts_grouped, experts_sorted
-from twotower.kernels.ssd import advance, ssd_block, ssd_chunked, ssd_sequential
+from twotower.kernels.ssd import advance, ssd_block, ssd_chunked, ssd_sequential, states_before
+from twotower.model.blockwise import TILE, Layout
+from twotower.model.coupling import context_visible
 from twotower.model.moe import Router
 
 F64 = torch.float64
@@ -102,6 +105,47 @@ def test_chunks_of_any_size_give_the_recurrence(chunk: int, groups: int, state: 
         return ssd_sequential(**a)[0], torch.stack(before, 1)
 
     same(lambda **a: ssd_chunked(**a, chunk=chunk), slow, scan_arguments(33, groups, state, padded))
+
+
+@pytest.mark.parametrize(
+    ("chunks", "state", "fresh"),
+    [
+        (1, True, "none"),
+        *((n, state, fresh) for n in (2, 64, 65, 130) for state in (False, True) for fresh in ("none", "some", "all")),
+        pytest.param(4200, True, "some", marks=pytest.mark.slow),
+    ],
+)
+def test_states_before_chunks(chunks: int, state: bool, fresh: str) -> None:
+    """The state that the recurrence has there, counted from the last fresh chunk; also in groups, and groups of those.
+
+    Some: the first and the last of a group and several in a row among them. Nothing remembers the text before.
+    """
+    arguments = scan_arguments(2 * chunks, 2, state, padded=False)
+    C, first = arguments.pop("C"), arguments.pop("state")
+    arguments["dt"] = arguments["dt"] / 8  # what the slow heads remember comes from many chunks
+    arguments["log_decay"] = arguments["log_decay"] / 8
+    starts = torch.zeros(3, chunks, dtype=torch.bool)
+    if fresh == "all":
+        starts[:] = True
+    elif fresh == "some":
+        starts[1] = torch.rand(chunks, generator=torch.Generator().manual_seed(0)) < 0.2
+        starts[2, [n for n in (0, 9, 10, 11, 12, 60) if n < chunks]] = True
+
+    def fast(state: Tensor | None, **a: Tensor) -> Tensor:
+        added = advance(**{n: v.unflatten(1, (-1, 2)).flatten(0, 1) for n, v in a.items()}, state=None)
+        totals = a["log_decay"].unflatten(1, (-1, 2)).sum(2)
+        return states_before(added.unflatten(0, (3, -1)), totals, state, None if fresh == "none" else starts)
+
+    def slow(state: Tensor | None, **a: Tensor) -> Tensor:
+        h = torch.zeros(3, 4, 5, 6, dtype=F64) if state is None else state
+        before = []
+        for n in range(chunks):
+            h = torch.where(starts[:, n, None, None, None], 0.0, h)
+            before.append(h)
+            h = ssd_sequential(**{name: v[:, 2 * n : 2 * n + 2] for name, v in a.items()}, C=C[:, :2], state=h)[1]
+        return torch.stack(before, dim=1)
+
+    same(fast, slow, {**arguments, "state": first})
 
 
 def test_a_token_with_dt_zero_leaves_no_mark() -> None:
@@ -326,25 +370,95 @@ def test_block_attention(kv_heads: int, block: str, context: str) -> None:
     same(calling(block_attention), calling(attend_slowly), tensors)
 
 
-@pytest.mark.parametrize("kv_heads", [1, 4])
-@pytest.mark.parametrize("masked", [False, True])
-def test_masked_attention(kv_heads: int, masked: bool) -> None:
-    """Without a mask it is causal."""
+@pytest.mark.parametrize("kv_heads", [1, 2, 4])
+@pytest.mark.parametrize("tile", [3, 4, 11])
+@pytest.mark.parametrize("own", [False, True])
+def test_tiled_attention(kv_heads: int, tile: int, own: bool) -> None:
+    """Each query over the keys its row of the mask shows: of k up to its tile's end and, with own, of the tile's."""
     torch.manual_seed(0)
-    length = 5
-    tensors = {
-        name: torch.randn(2, heads, length, 6, dtype=F64)
-        for name, heads in zip("qkv", (4, kv_heads, kv_heads), strict=True)
-    }
-    mask = torch.rand(2, length, length) < 0.5
-    mask |= torch.eye(length, dtype=torch.bool)
-    if not masked:
-        mask = torch.ones(1, length, length, dtype=torch.bool).tril()
-    same(
-        lambda q, k, v: masked_attention(q, k, v, mask[:, None] if masked else None),
-        lambda q, k, v: attend_slowly(q, k, v, mask),
-        tensors,
-    )
+    length = 11
+    heads = {"q": 4, **dict.fromkeys("kv", kv_heads), **dict.fromkeys(("own_k", "own_v") if own else (), kv_heads)}
+    tensors = {name: torch.randn(2, n, length, 6, dtype=F64) for name, n in heads.items()}
+    past, present = (torch.rand(2, length, length) < 0.5 for _ in range(2))
+    tiles = []
+    for lo in range(0, length, tile):
+        hi = min(lo + tile, length)
+        past[:, lo:hi, hi:] = False
+        present[:, lo:hi, :lo] = present[:, lo:hi, hi:] = False
+        (present if own else past)[:, range(lo, hi), range(lo, hi)] = True  # every query sees a key
+        mask = torch.cat([past[:, lo:hi, :hi], present[:, lo:hi, lo:hi]], dim=-1) if own else past[:, lo:hi, :hi]
+        tiles.append(Tile(lo, hi, mask[:, None]))
+
+    def fast(q: Tensor, k: Tensor, v: Tensor, own_k: Tensor | None = None, own_v: Tensor | None = None) -> Tensor:
+        return tiled_attention(q, k, v, tiles, None if own_k is None or own_v is None else (own_k, own_v))
+
+    def slow(q: Tensor, k: Tensor, v: Tensor, own_k: Tensor | None = None, own_v: Tensor | None = None) -> Tensor:
+        if own_k is None or own_v is None:
+            return attend_slowly(q, k, v, past)
+        mask = torch.cat([past, present], dim=-1)
+        return attend_slowly(q, torch.cat([k, own_k], dim=2), torch.cat([v, own_v], dim=2), mask)
+
+    same(fast, slow, tensors)
+
+
+# --- which columns belong together --------------------------------------------------------------------------------
+
+# Two rows of five blocks of 4: a lead, an end inside a block, two neighbours, padding between and after.
+DOCUMENTS = torch.tensor(
+    [
+        [-1, 0, 0, 0, 0, 0, 0, 0, 1, 1, 1, -1, -1, -1, -1, -1, -1, -1, 2, 2],
+        [0, 0, 0, 0, -1, -1, -1, 1, 1, 1, 1, 1, -1, -1, 2, 2, -1, -1, -1, -1],
+    ]
+)
+
+
+def test_layout_of_blocks() -> None:
+    layout = Layout(DOCUMENTS, 4)
+    assert layout.blocks == 5
+    assert torch.equal(layout.valid, DOCUMENTS != -1)
+    assert layout.block_document.tolist() == [[0, 0, 1, -1, 2], [0, 1, 1, 2, -1]]
+    assert [[i for i, f in enumerate(row) if f] for row in layout.fresh.tolist()] == [[0, 2, 3, 4], [0, 1, 3, 4]]
+
+
+@pytest.mark.parametrize("block_size", [1, 2, 4])
+@pytest.mark.parametrize("taps", [1, 3, 6])
+def test_layout_windows(block_size: int, taps: int) -> None:
+    """The columns before each block that belong to its document, else zeros; across several short blocks too."""
+    layout = Layout(DOCUMENTS, block_size)
+    columns = torch.arange(1.0, 41.0, dtype=F64).reshape(2, 20, 1).expand(2, 20, 3)
+    found = layout.windows(columns, taps)
+    assert found.shape == (2, 20 // block_size, taps, 3)
+    for row in range(2):
+        for block, owner in enumerate(layout.block_document[row].tolist()):
+            for tap in range(taps):
+                column = block * block_size - taps + tap
+                kept = column >= 0 and DOCUMENTS[row, column] == owner
+                assert (found[row, block, tap] == (columns[row, column] if kept else 0)).all()
+
+
+@pytest.mark.parametrize("length", [20, 2 * TILE + 20])
+@pytest.mark.parametrize("block_size", [1, 4])
+def test_layout_tiles(length: int, block_size: int) -> None:
+    """Which keys each query sees, query by query."""
+    documents = F.pad(DOCUMENTS, (length - 20, 0), value=0)
+    layout = Layout(documents, block_size)
+    query, key = torch.arange(length)[:, None], torch.arange(length)
+    together = documents[:, :, None] == documents[:, None]
+    block = key // block_size
+    causal = together & (key <= query)
+    past = together & context_visible(key, query[:, 0] // block_size * block_size)
+    own = together & (block == query // block_size)
+    for found, wanted in ((layout.causal_tiles(), [causal]), (layout.denoiser_tiles(), [past, own])):
+        tiles = list(found)
+        assert [tile.lo for tile in tiles] == [0, *(tile.hi for tile in tiles[:-1])]
+        assert tiles[-1].hi == length
+        for lo, hi, mask in tiles:
+            assert hi - lo <= TILE
+            assert lo % block_size == 0
+            parts = [wanted[0][:, lo:hi, :hi], *(w[:, lo:hi, lo:hi] for w in wanted[1:])]
+            assert torch.equal(mask[:, 0], torch.cat(parts, dim=-1))
+            assert mask.any(-1).all()  # no query without a key, in padding neither
+            assert not any(w[:, lo:hi, hi:].any() for w in wanted)  # nor a key that is left out
 
 
 # --- the catalogue ------------------------------------------------------------------------------------------------

@@ -11,6 +11,9 @@ import click
 from twotower.cli.demo import demo
 from twotower.cli.generate import generate
 from twotower.cli.info import info
+from twotower.cli.init import init
+from twotower.cli.report import report
+from twotower.cli.training import pretrain, train
 from twotower.errors import TwoTowerError
 from twotower.version import VERSION
 
@@ -46,7 +49,7 @@ def cli() -> None:
     """
 
 
-for verb in (generate, demo, info):
+for verb in (generate, demo, info, init, pretrain, train, report):
     cli.add_command(verb)
 
 

@@ -8,29 +8,62 @@ from __future__ import annotations
 import json
 import math
 import random
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
 import click
+import numpy as np
 import torch
+from tokenizers import Tokenizer
 
 from twotower.allocator import keep_large_blocks
 from twotower.assets import bundled_model
 from twotower.evaluation.ngram import KneserNey
+from twotower.evaluation.suite import problems
+from twotower.evaluation.suite.measure import measure_suite
 from twotower.generation import Generation, GenerationParams, generate
 from twotower.model.two_tower import TwoTowerForCausalLM
-from twotower.training.data import EOS, cut_dialogue, encode, held_out, read_documents
-from twotower.training.objective import ar_loss
+from twotower.training.corpus import EOS, Batch, Piece, Source, lay_out
+from twotower.training.corpus.packing import whole
+from twotower.training.corpus.reading import whole_pass
+from twotower.training.objective import AutoregressiveObjective
 
 SEED = 7
+
+
+def read_documents(path: Path) -> list[str]:
+    """The texts of a data file (`text` of each line)."""
+    return [record.text for record in whole_pass(Source(str(path)))]
+
+
+def encode(tokenizer: Tokenizer, texts: Sequence[str]) -> list[list[int]]:
+    """<bos> text <eos> for each document."""
+    return [[*item.ids, EOS] for item in tokenizer.encode_batch(list(texts))]
+
+
+def cut_dialogue(text: str, rng: random.Random) -> str:
+    """A prompt: the turns (lines) before a random one, and that one's speaker (`User:`)."""
+    turns = text.split("\n")
+    at = rng.randrange(1, len(turns))
+    return "\n".join([*turns[:at], turns[at].split(":")[0] + ":"])
 
 
 def ar_nats(model: TwoTowerForCausalLM, documents: Sequence[Sequence[int]]) -> float:
     """Summed −ln P of the context tower over every token after each document's first (its EOS included)."""
     chunk = model.config.backbone.chunk_size
+    objective = AutoregressiveObjective(model.context)
     with torch.no_grad():
-        return sum(ar_loss(model.context, batch, chunk)[0].item() for batch in held_out(documents, 16, chunk))
+        return sum(objective(batch, None, chunk).item() for batch in _batches(documents, 16, chunk))
+
+
+def _batches(documents: Sequence[Sequence[int]], rows: int, chunk: int) -> Iterator[Batch]:
+    """Like lengths together, a document a row."""
+    ordered = sorted(documents, key=len)
+    for start in range(0, len(ordered), rows):
+        pieces = [[Piece(np.array(d, dtype=np.int32), 0, 0, False)] for d in ordered[start : start + rows]]
+        length = whole(len(ordered[min(start + rows, len(ordered)) - 1]), chunk)
+        yield lay_out(pieces, range(len(pieces)), length, chunk, eos=EOS, pad=0)
 
 
 def continuation_nats(
@@ -94,6 +127,7 @@ def measure_generation(
 @click.option("--dialogues", default=200, show_default=True, help="Held-out dialogues to continue.")
 @click.option("--limit", default=400, show_default=True, help="New tokens for each, at most.")
 @click.option("--block-size", "block_sizes", default=(16,), multiple=True, show_default=True)
+@click.option("--problems", "problem_count", default=600, show_default=True, help="Of the suite's test split; 0: none.")
 @click.option("--likelihood/--no-likelihood", default=True, help="Also bits per byte against a 5-gram model.")
 @click.option("--dtype", default="float32", show_default=True)
 def main(
@@ -102,10 +136,11 @@ def main(
     dialogues: int,
     limit: int,
     block_sizes: tuple[int, ...],
+    problem_count: int,
     likelihood: bool,
     dtype: str,
 ) -> None:
-    """Measures a model on held-out dialogues."""
+    """Measures a model on held-out dialogues and the suite."""
     keep_large_blocks()
     model = TwoTowerForCausalLM.from_pretrained(path or bundled_model(), dtype=dtype)
     tokenizer = model.tokenizer.backend_tokenizer
@@ -120,6 +155,11 @@ def main(
         ngram = KneserNey(train, order=5, vocab_size=model.config.backbone.vocab_size)
         figures["5gram_bits_per_byte"] = ngram.nats(documents) / bits
     figures |= measure_generation(model, texts, dialogues, limit, block_sizes)
+    if problem_count:
+        figures["suite"] = {
+            f"difficulty_{level}": measure_suite(model, problems("test", problem_count, SEED, difficulties=(level,)))
+            for level in (1, 2)
+        }
     click.echo(json.dumps(figures, indent=2))
 
 

@@ -7,6 +7,9 @@ every query must see at least one. Scale 1/√D; no positional encoding.
 
 from __future__ import annotations
 
+from collections.abc import Iterable
+from typing import NamedTuple
+
 import torch
 import torch.nn.functional as F
 from torch import Tensor
@@ -46,8 +49,27 @@ def block_attention(
     return out.unflatten(2, (groups, length)).flatten(1, 2)
 
 
-def masked_attention(q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None) -> Tensor:
-    """A whole sequence at once: q (B, Hq, L, D), k, v (B, Hkv, T, D), mask (B or 1, 1, L, T) or None (causal)."""
-    return F.scaled_dot_product_attention(
-        q, k, v, attn_mask=mask, is_causal=mask is None, enable_gqa=q.shape[1] != k.shape[1]
-    )
+class Tile(NamedTuple):
+    """Queries lo…hi of a long sequence, and mask (B, 1, hi − lo, keys): which keys each may see (at least one)."""
+
+    lo: int
+    hi: int
+    mask: Tensor
+
+
+def tiled_attention(
+    q: Tensor, k: Tensor, v: Tensor, tiles: Iterable[Tile], own: tuple[Tensor, Tensor] | None = None
+) -> Tensor:
+    """Whole sequences, one fused attention call for each tile of queries: q (B, Hq, S, D), k, v (B, Hkv, S, D) →
+    (B, Hq, S, D). A tile's keys are k[:hi], then, with `own` keys and values of the same shape, own[lo:hi]."""
+    outs = []
+    for lo, hi, mask in tiles:
+        keys, values = k[:, :, :hi], v[:, :, :hi]
+        if own is not None:
+            keys, values = (torch.cat([a, b[:, :, lo:hi]], dim=2) for a, b in zip((keys, values), own, strict=True))
+        outs.append(
+            F.scaled_dot_product_attention(
+                q[:, :, lo:hi], keys, values, attn_mask=mask, enable_gqa=q.shape[1] != k.shape[1]
+            )
+        )
+    return outs[0] if len(outs) == 1 else torch.cat(outs, dim=2)

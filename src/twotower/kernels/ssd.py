@@ -13,6 +13,8 @@ in dt's dtype (at least fp32: long contexts make the state O(1e3) and bf16 scans
 
 from __future__ import annotations
 
+import math
+
 import torch
 import torch.nn.functional as F
 from torch import Tensor
@@ -54,12 +56,40 @@ def ssd_chunked(
     # chunks fold into the batch
     x, dt, log_decay, B, C = (v.unflatten(1, (-1, chunk)).flatten(0, 1) for v in (x, dt, log_decay, B, C))
     added = advance(x, dt, log_decay, B, None).unflatten(0, (rows, -1))  # (rows, chunks, H, P, N)
-    totals = log_decay.sum(1).unflatten(0, (rows, -1))  # (rows, chunks, H)
-    first = torch.zeros_like(added[:, :1]) if state is None else state[:, None]
-    carried = _segment_decay(totals[:, :-1].transpose(1, 2))  # (rows, H, chunks, chunks)
-    before = torch.einsum("bhij,bjhpn->bihpn", carried, torch.cat([first, added[:, :-1]], dim=1))
+    before = states_before(added, log_decay.sum(1).unflatten(0, (rows, -1)), state)
     y = ssd_block(x, dt, log_decay, B, C, before.flatten(0, 1)).unflatten(0, (rows, -1)).flatten(1, 2)
     return y[:, :length], before
+
+
+def states_before(added: Tensor, totals: Tensor, state: Tensor | None, fresh: Tensor | None = None) -> Tensor:
+    """The state before each of n chunks, from what each adds.
+
+    added (B, n, H, P, N) from zero; totals (B, n, H) each chunk's summed log decay; state (B, H, P, N) before the
+    first (None: zeros); fresh (B, n) True where a chunk starts from zero whatever came before → (B, n, H, P, N).
+    Beyond 64 chunks the chunks of a group are combined first and then the groups: n·√n work at most, no loop.
+    """
+    n = added.shape[1]
+    first = torch.zeros_like(added[:, :1]) if state is None else state[:, None]
+    arriving = torch.cat([first, added[:, :-1]], dim=1)  # what reaches the start of each chunk from the one before
+    passing = F.pad(totals[:, :-1], (0, 0, 1, 0))  # and the log decay on the way there
+    if fresh is not None:
+        arriving = arriving * ~fresh[:, :, None, None, None]
+        passing = passing.masked_fill(fresh[..., None], -torch.inf)
+    group = n if n <= 64 else math.isqrt(n - 1) + 1
+    pad = -n % group
+    if pad:
+        arriving, passing = F.pad(arriving, (0, 0) * 3 + (0, pad)), F.pad(passing, (0, 0, 0, pad))
+    grouped = arriving.unflatten(1, (-1, group)).flatten(0, 1)
+    decay = passing.unflatten(1, (-1, group)).flatten(0, 1)  # (B·groups, group, H)
+    within = torch.einsum("bhij,bjhpn->bihpn", _segment_decay(decay.transpose(1, 2)), grouped)
+    if group == n:
+        return within
+    # The state before a group's first chunk is in `within` only as far as it came from that group: carry the rest.
+    groups = (n + pad) // group
+    ends, whole = within[:, -1].unflatten(0, (-1, groups)), decay.sum(1).unflatten(0, (-1, groups))
+    carried = states_before(ends, whole, None).flatten(0, 1)
+    spread = decay.cumsum(1).exp()[..., None, None] * carried[:, None]
+    return (within + spread).unflatten(0, (-1, groups)).flatten(1, 2)[:, :n]
 
 
 def ssd_sequential(
@@ -85,14 +115,13 @@ def _causal_decay(decay: Tensor) -> Tensor:
     return difference.masked_fill(future, -torch.inf).exp()  # masked before exp: the future would overflow
 
 
-def _segment_decay(totals: Tensor) -> Tensor:
-    """Log decay of each chunk but the last (..., n) → (..., n+1, n+1): entry (i, j) carries what was added
-    before chunk j's state slot to the state before chunk i. Summed segment by segment, not as a difference of
-    long cumulative sums, which would lose all digits over many chunks."""
-    n = totals.shape[-1]
-    later = torch.ones(n + 1, n, dtype=torch.bool, device=totals.device).tril(-1)  # (i, k): chunk k ends before i
-    spread = totals[..., None, :].expand(*totals.shape[:-1], n + 1, n).masked_fill(~later, 0.0)
-    # sum over k in [j, i): reversed cumulative sum along k
-    sums = F.pad(spread.flip(-1).cumsum(-1).flip(-1), (0, 1))  # (..., i, j)
-    above = torch.ones(n + 1, n + 1, dtype=torch.bool, device=totals.device).triu(1)
-    return sums.masked_fill(above, -torch.inf).exp()
+def _segment_decay(passing: Tensor) -> Tensor:
+    """passing (..., n): the log decay from slot i − 1 to slot i → (..., n, n): entry (i, j), j ≤ i, is what is left
+    in slot i of what arrived in slot j. Summed segment by segment, not as a difference of long cumulative sums,
+    which would lose all digits over many chunks (and −∞ could not be subtracted)."""
+    n = passing.shape[-1]
+    ones = torch.ones(n, n, dtype=torch.bool, device=passing.device)
+    # (i, k): the step into slot k counts for slot i if k ≤ i; sum over k in (j, i] is a reversed cumulative sum.
+    spread = passing[..., None, :].expand(*passing.shape[:-1], n, n).masked_fill(ones.triu(1), 0.0)
+    sums = F.pad(spread.flip(-1).cumsum(-1).flip(-1)[..., 1:], (0, 1))
+    return sums.masked_fill(ones.triu(1), -torch.inf).exp()

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Callable
 
 import torch
 import torch.nn.functional as F
@@ -11,7 +12,7 @@ from torch import Tensor, nn
 from twotower.config import BackboneConfig
 from twotower.kernels.conv import causal_conv
 from twotower.kernels.precision import accumulation_dtype
-from twotower.kernels.ssd import ssd_block, ssd_chunked
+from twotower.kernels.ssd import advance, ssd_block, ssd_chunked, states_before
 from twotower.model.coupling import MambaPast, MambaTrace, Visibility
 from twotower.model.linear import Linear
 from twotower.model.norm import GatedGroupRMSNorm
@@ -57,7 +58,8 @@ class Mamba2(nn.Module):
 
     def forward(self, hidden: Tensor, past: MambaPast | None, sees: Visibility) -> tuple[Tensor, MambaTrace]:
         """hidden (B, L, H) → output (B, L, H) and the trace the state after any prefix is rebuilt from."""
-        z, trace, C = self._project(hidden, past, sees.valid)
+        z, xBC, dt, log_decay = self._project(hidden, sees.valid)
+        trace, C = self._convolve(xBC, None if past is None else past.conv_window, dt, log_decay)
         state = None if past is None else past.ssm_state
         if hidden.shape[1] <= self.config.chunk_size:
             y = ssd_block(trace.x, trace.dt, trace.log_decay, trace.B, C, state)
@@ -65,35 +67,46 @@ class Mamba2(nn.Module):
             y, _ = ssd_chunked(trace.x, trace.dt, trace.log_decay, trace.B, C, state, self.config.chunk_size)
         return self._output(y, trace.x, z), trace
 
-    def forward_with_boundaries(self, hidden: Tensor, sees: Visibility, chunk: int) -> tuple[Tensor, MambaPast]:
-        """A whole sequence from zero state, and the past before each chunk of it (training's context pass).
+    def forward_packed(
+        self, hidden: Tensor, valid: Tensor, fresh: Tensor, windows: Callable[[Tensor], Tensor]
+    ) -> tuple[Tensor, MambaPast]:
+        """Packed rows from zero state, and the past before each of their blocks (training's context pass).
 
-        hidden (B, S, H) with S a multiple of `chunk` → output (B, S, H) and a `MambaPast` of B·S/chunk rows.
+        hidden (B, S, H); valid (B, S); fresh (B, blocks): blocks that start from zero state; windows: raw convolution
+        inputs (B, S, C) → those before each block (B, blocks, K−1, C) → output (B, S, H), `MambaPast` of B·blocks rows.
         """
-        z, trace, C = self._project(hidden, None, sees.valid)
-        y, before = ssd_chunked(trace.x, trace.dt, trace.log_decay, trace.B, C, None, chunk)
-        taps = self.config.conv_kernel - 1
-        padded = F.pad(trace.xBC, (0, 0, taps, 0))
-        windows = padded.unfold(1, taps, chunk)[:, : before.shape[1]].transpose(2, 3)  # (B, chunks, K−1, C)
-        return self._output(y, trace.x, z), MambaPast(windows.flatten(0, 1), before.flatten(0, 1))
+        z, xBC, dt, log_decay = self._project(hidden, valid)
+        blocks = fresh.shape[1]
+        window = windows(xBC).flatten(0, 1)
+        folded = [v.unflatten(1, (blocks, -1)).flatten(0, 1) for v in (xBC, dt, log_decay)]
+        trace, C = self._convolve(folded[0], window, *folded[1:])
+        added = advance(trace.x, trace.dt, trace.log_decay, trace.B, None).unflatten(0, (-1, blocks))
+        before = states_before(added, trace.log_decay.sum(1).unflatten(0, (-1, blocks)), None, fresh).flatten(0, 1)
+        y = ssd_block(trace.x, trace.dt, trace.log_decay, trace.B, C, before)
+        z = z.unflatten(1, (blocks, -1)).flatten(0, 1)
+        return self._output(y, trace.x, z).view_as(hidden), MambaPast(window, before)
 
-    def _project(
-        self, hidden: Tensor, past: MambaPast | None, valid: Tensor | None
-    ) -> tuple[Tensor, MambaTrace, Tensor]:
+    def _project(self, hidden: Tensor, valid: Tensor | None) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+        """hidden (B, L, H) → z, xBC before the convolution, dt and log_decay; padding leaves no mark on any state:
+        no input to the convolution, and no time passes."""
         config = self.config
         acc = accumulation_dtype(hidden.dtype)
         z, xBC, dt = self.in_proj(hidden).split([config.mamba_inner, config.conv_dim, config.mamba_num_heads], dim=-1)
         dt = F.softplus(dt.to(acc) + self.dt_bias.to(acc)).clamp(*config.time_step_limit)
-        if valid is not None:  # padding leaves no mark: no input to the convolution, no time passes
+        if valid is not None:
             xBC = xBC * valid[..., None]
             dt = dt * valid[..., None]
-        log_decay = dt * -self.A_log.to(acc).exp()
-        active = F.silu(self.conv1d(xBC, None if past is None else past.conv_window))
+        return z, xBC, dt, dt * -self.A_log.to(acc).exp()
+
+    def _convolve(self, xBC: Tensor, window: Tensor | None, dt: Tensor, log_decay: Tensor) -> tuple[MambaTrace, Tensor]:
+        """→ the trace (x, B and what they came from) and C."""
+        config = self.config
+        active = F.silu(self.conv1d(xBC, window))
         bc = config.n_groups * config.ssm_state_size
         x, B, C = active.split([config.mamba_inner, bc, bc], dim=-1)
         x = x.unflatten(-1, (config.mamba_num_heads, -1))
         B, C = (v.unflatten(-1, (config.n_groups, -1)) for v in (B, C))
-        return z, MambaTrace(xBC, x, dt, log_decay, B), C
+        return MambaTrace(xBC, x, dt, log_decay, B), C
 
     def _output(self, y: Tensor, x: Tensor, z: Tensor) -> Tensor:
         y = y + x * self.D.to(x.dtype)[:, None]

@@ -24,7 +24,7 @@ from twotower.generation.params import GenerationParams
 from twotower.generation.prompts import Prompts
 from twotower.kernels.precision import accumulation_dtype
 from twotower.mirror import LocalReader, Mirror, Reader, Transport
-from twotower.model.blockwise import context_pass
+from twotower.model.blockwise import Layout, context_pass
 from twotower.model.conditioning import TimeConditioning
 from twotower.model.coupling import Visibility
 from twotower.model.tower import Tower
@@ -212,9 +212,13 @@ class TwoTowerForCausalLM(PreTrainedModel):
             if given is not None and given.shape != input_ids.shape:
                 raise ArgumentError(f"forward: {name} is {tuple(given.shape)}, input_ids {tuple(input_ids.shape)}")
         input_ids = input_ids.to(self.device)
-        valid = None if attention_mask is None else attention_mask.to(self.device).bool()
-        hidden, _ = context_pass(self.context, input_ids, valid, self.context.config.chunk_size)
-        logits = _logits(self.context, hidden)
+        valid = torch.ones_like(input_ids) if attention_mask is None else attention_mask.to(self.device)
+        length = input_ids.shape[1]
+        chunk = max(min(self.context.config.chunk_size, length), 1)
+        pad = (0, -length % chunk)
+        layout = Layout(F.pad(valid.bool().long() - 1, pad, value=-1), chunk)
+        hidden, _ = context_pass(self.context, F.pad(input_ids, pad), layout)
+        logits = _logits(self.context, hidden[:, :length])
         loss = None
         if labels is not None:
             targets = labels[:, 1:].to(self.device).flatten()

@@ -1,66 +1,204 @@
-"""The two losses: next-token prediction for a backbone, masked diffusion for its denoiser (spec §4)."""
+"""The two objectives as modules that can be sharded: next-token prediction, and masked diffusion (spec §4).
+
+Both give summed losses; the trainer divides by the number of targets over all processes.
+"""
 
 from __future__ import annotations
 
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
+from typing import Protocol, TypeVar
 
 import torch
 import torch.nn.functional as F
-from torch import Tensor
+from torch import Tensor, nn
 
 from twotower.kernels.precision import accumulation_dtype
-from twotower.model.blockwise import context_pass, denoise_all_blocks
+from twotower.model.blockwise import Layout, modulations
 from twotower.model.conditioning import TimeConditioning
 from twotower.model.tower import Tower
-from twotower.training.data import BOS, MASK, Batch
+from twotower.training.corpus.batch import Batch
+from twotower.training.noise import Corruption, NoiseScope, corrupt
+from twotower.training.paired import ReadingLayer, pair_layers, run_unit
 
-LOWEST_NOISE = 1e-3
-
-
-def ar_loss(tower: Tower, batch: Batch, chunk: int) -> tuple[Tensor, int]:
-    """Summed next-token cross-entropy (nats) over the documents' own tokens after the first, and their number."""
-    hidden, _ = context_pass(tower, batch.tokens, batch.valid, chunk)
-    wanted = batch.text[:, 1:] & batch.text[:, :-1]
-    return _cross_entropy(tower, hidden[:, :-1][wanted], batch.tokens[:, 1:][wanted])
+Found = TypeVar("Found")
+LOGITS_AT_ONCE = 2**26  # more than these (256 MB in fp32) are formed piece by piece, and again in the backward pass
 
 
-@dataclass(frozen=True)
-class Corruption:
-    """t (B,) noise level of each sequence; masked (B, S) positions replaced by the mask token."""
+class Objective(Protocol):
+    """What the trainer asks of an objective (an `nn.Module`)."""
 
-    t: Tensor
-    masked: Tensor
+    units: nn.ModuleList  # sharded one by one, in the order they run
+
+    def draw(self, batch: Batch, block_size: int) -> Corruption | None:
+        """The noise of a batch, drawn on the CPU."""
+
+    def targets(self, batch: Batch, noise: Corruption | None) -> int:
+        """What the summed loss is divided by."""
+
+    def further_targets(self, batch: Batch) -> int:
+        """What a further loss is a mean over; 0: there is none."""
+
+    def __call__(self, batch: Batch, noise: Corruption | None, block_size: int, ratio: float | None = None) -> Tensor:
+        """The summed loss. ratio: targets / further targets of the whole that the batch is a part of, over all
+        processes; None: of the batch itself."""
 
 
-def corrupt(batch: Batch, starts: Tensor, block_size: int, generator: torch.Generator) -> Corruption:
-    """t ~ U(1e-3, 1] per sequence, spread evenly over the batch; each token masked with probability t.
+class AutoregressiveObjective(nn.Module):
+    """Next-token cross-entropy over the documents' own tokens after their first; prompt_loss False leaves out those of
+    prompts that came with their text."""
 
-    starts (B,): each row's first column that may be masked. A first block that does not begin at a block edge is
-    context only, and so is everything before it; <bos> is never masked.
+    def __init__(self, tower: Tower, *, recompute: bool = False, prompt_loss: bool = True) -> None:
+        super().__init__()
+        self.embeddings, self.norm_f, self.head = tower.embeddings, tower.norm_f, tower.head
+        self.units = nn.ModuleList(ReadingLayer(layer) for layer in tower.all_layers())
+        self.recompute, self.prompt_loss = recompute, prompt_loss
+        self._embed = tower.embed
+
+    def draw(self, batch: Batch, block_size: int) -> None:
+        return None
+
+    def targets(self, batch: Batch, noise: Corruption | None = None) -> int:
+        return int(next_tokens(batch, self.prompt_loss).sum())
+
+    def further_targets(self, batch: Batch) -> int:
+        return 0
+
+    def forward(self, batch: Batch, noise: Corruption | None, block_size: int, ratio: float | None = None) -> Tensor:
+        """Summed loss in nats, a scalar."""
+        layout = Layout(batch.document, block_size)
+        x = self._embed(batch.tokens)
+        for unit in self.units:
+            x = run_unit(unit, self.recompute, x, layout)
+        wanted = next_tokens(batch, self.prompt_loss)
+        return negative_log_likelihood(self.head, self.norm_f(x[:, :-1][wanted]), batch.tokens[:, 1:][wanted]).sum()
+
+
+@dataclass(frozen=True, kw_only=True)
+class DenoisingOptions:
+    """How the denoiser is trained.
+
+    scope: what shares a noise level. elbo: weight 1/t and divide by all trained tokens: the bound on −ln p instead of
+    the mean over masked positions. train_context: the context tower learns too, through keys, values and states.
+    ar_weight: with train_context, so much of the next-token loss of the context tower on top. recompute: keep only the
+    two residual streams at each layer. time: whether the denoiser is told t.
     """
-    rows, length = batch.tokens.shape
-    draws = (torch.rand(1, generator=generator) + torch.arange(rows) / rows) % 1.0
-    t = 1.0 - draws * (1.0 - LOWEST_NOISE)
-    first_full = -(-starts // block_size) * block_size
-    eligible = batch.valid & (torch.arange(length) >= first_full[:, None]) & (batch.tokens != BOS)
-    return Corruption(t, eligible & (torch.rand(rows, length, generator=generator) < t[:, None]))
+
+    mask_token_id: int
+    scope: NoiseScope = "document"
+    seed: int = 0
+    elbo: bool = False
+    train_context: bool = False
+    ar_weight: float = 0.0
+    recompute: bool = False
+    time: bool = True
 
 
-def denoising_loss(
-    context: Tower, denoiser: Tower, time: TimeConditioning, batch: Batch, noise: Corruption, block_size: int
-) -> tuple[Tensor, int]:
-    """Summed cross-entropy (nats) at masked positions, same-position targets, and their number.
+class DenoisingObjective(nn.Module):
+    """Cross-entropy of the true tokens at masked positions, every block at once (spec §4).
 
-    The context tower is frozen: its one pass runs without gradients and without its head.
+    The context tower reads the clean rows, without its head and, when frozen, without gradients. context and denoiser
+    may be one tied tower (then train_context must be set). Sets which parameters require gradients.
     """
-    with torch.no_grad():
-        _, coupling = context_pass(context, batch.tokens, batch.valid, block_size)
-    noisy = batch.tokens.masked_fill(noise.masked, MASK)
-    hidden = denoise_all_blocks(denoiser, noisy, batch.valid, time(noise.t), coupling, block_size)
-    return _cross_entropy(denoiser, hidden[noise.masked], batch.tokens[noise.masked])
+
+    def __init__(self, context: Tower, denoiser: Tower, time: TimeConditioning, options: DenoisingOptions) -> None:
+        super().__init__()
+        assert options.train_context or (context is not denoiser and not options.ar_weight)
+        context.requires_grad_(options.train_context)
+        for part in (context.norm_f, context.head):  # nothing reads them but the next-token loss, and validation
+            part.requires_grad_(options.ar_weight > 0)
+        denoiser.requires_grad_(True)
+        time.requires_grad_(options.time)
+        self.context_embeddings, self.context_norm_f, self.context_head = (
+            context.embeddings,
+            context.norm_f,
+            context.head,
+        )
+        self.embeddings, self.norm_f, self.head, self.time = denoiser.embeddings, denoiser.norm_f, denoiser.head, time
+        pairs = pair_layers(
+            list(context.all_layers()),
+            list(denoiser.all_layers()),
+            train_context=options.train_context,
+            whole_context=options.ar_weight > 0,
+        )
+        self.units = nn.ModuleList(pairs)
+        self.options = options
+        self._embed_clean, self._embed = context.embed, denoiser.embed
+
+    def draw(self, batch: Batch, block_size: int) -> Corruption:
+        return corrupt(batch, block_size, self.options.seed, self.options.scope)
+
+    def targets(self, batch: Batch, noise: Corruption | None) -> int:
+        assert noise is not None
+        return int((batch.denoised if self.options.elbo else noise.masked).sum())
+
+    def further_targets(self, batch: Batch) -> int:
+        return int(next_tokens(batch).sum()) if self.options.ar_weight else 0
+
+    def forward(self, batch: Batch, noise: Corruption | None, block_size: int, ratio: float | None = None) -> Tensor:
+        """Summed loss in nats, a scalar."""
+        assert noise is not None
+        nll, clean = self.denoise(batch, noise, block_size)
+        if self.options.elbo:
+            nll = nll / noise.t.repeat_interleave(block_size, 1)[noise.masked]
+        loss = nll.sum()
+        if self.options.ar_weight:
+            wanted = next_tokens(batch)
+            hidden = self.context_norm_f(clean[:, :-1][wanted])
+            ar = negative_log_likelihood(self.context_head, hidden, batch.tokens[:, 1:][wanted]).sum()
+            # In units of the denoising loss's own mean, whatever the noise drew.
+            if ratio is None:
+                ratio = self.targets(batch, noise) / max(self.further_targets(batch), 1)
+            loss = loss + self.options.ar_weight * ratio * ar
+        return loss
+
+    def denoise(self, batch: Batch, noise: Corruption, block_size: int) -> tuple[Tensor, Tensor]:
+        """→ −ln p (N,) of the true token at each masked position, row by row, and the context's residual stream."""
+        hidden, clean = self.hidden(batch, noise, block_size)
+        return negative_log_likelihood(self.head, hidden[noise.masked], batch.tokens[noise.masked]), clean
+
+    def hidden(self, batch: Batch, noise: Corruption, block_size: int) -> tuple[Tensor, Tensor]:
+        """→ the denoiser's final hidden states (B, S, H), and the context's residual stream (B, S, H)."""
+        layout = Layout(batch.document, block_size)
+        change = list(self._modulations(noise.t))
+        with torch.set_grad_enabled(self.options.train_context and torch.is_grad_enabled()):
+            clean = self._embed_clean(batch.tokens)
+        noisy = self._embed(batch.tokens.masked_fill(noise.masked, self.options.mask_token_id))
+        noisy = noisy.unflatten(1, (-1, block_size))
+        for i, unit in enumerate(self.units):
+            read, noisy = run_unit(unit, self.options.recompute, clean, noisy, change[i], layout)
+            clean = clean if read is None else read
+        return self.norm_f(noisy).flatten(1, 2), clean
+
+    def examine(
+        self, batch: Batch, noise: Corruption, block_size: int, look: Callable[[Tensor, Tensor], Found]
+    ) -> Found:
+        """look(hidden, clean): at what `hidden` gives, while norms and heads are whole. To FSDP this is a forward pass
+        of its own, once registered (`register_fsdp_forward_method`)."""
+        return look(*self.hidden(batch, noise, block_size))
+
+    def _modulations(self, t: Tensor) -> Iterator:
+        return iter(modulations(self.time, t)) if self.options.time else iter([None] * len(self.units))
 
 
-def _cross_entropy(tower: Tower, hidden: Tensor, targets: Tensor) -> tuple[Tensor, int]:
-    logits = tower.head(hidden)
-    loss = F.cross_entropy(logits.to(accumulation_dtype(logits.dtype)), targets, reduction="sum")
-    return loss, targets.numel()
+def next_tokens(batch: Batch, prompts: bool = True) -> Tensor:
+    """(B, S − 1) True where column i + 1 is the next token of column i's document (prompts: even inside a prompt)."""
+    same = batch.document[:, 1:] == batch.document[:, :-1]
+    wanted = batch.text[:, 1:] & batch.text[:, :-1] & same
+    return wanted if prompts else wanted & ~batch.prompt[:, 1:]
+
+
+def negative_log_likelihood(head: nn.Module, hidden: Tensor, tokens: Tensor) -> Tensor:
+    """hidden (N, H), tokens (N,) → −ln p (N,) in nats, at least fp32. Many positions times a large vocabulary are done
+    piece by piece, each formed again in the backward pass."""
+    vocabulary = head.weight.shape[0]  # type: ignore[index]
+    at_once = max(LOGITS_AT_ONCE // int(vocabulary), 1)
+    if len(tokens) <= at_once:
+        return _nll(head, hidden, tokens)
+    pieces = zip(hidden.split(at_once), tokens.split(at_once), strict=True)
+    return torch.cat([run_unit(_nll, True, head, h, y) for h, y in pieces])
+
+
+def _nll(head: nn.Module, hidden: Tensor, tokens: Tensor) -> Tensor:
+    logits = head(hidden)
+    return F.cross_entropy(logits.to(accumulation_dtype(logits.dtype)), tokens, reduction="none")

@@ -1,13 +1,15 @@
-"""AdamW on fp32 master weights of a bf16 model, with a warm-up–stable–decay schedule."""
+"""AdamW on sharded fp32 parameters, with a warm-up–stable–decay schedule."""
 
 from __future__ import annotations
 
-from collections.abc import Iterable
 from dataclasses import dataclass
 from typing import Any
 
 import torch
 from torch import Tensor, nn
+
+from twotower.errors import ArgumentError
+from twotower.training.parallel import World, is_wide, local, sum_whole_gradients
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -21,49 +23,79 @@ class Schedule:
     decay: float = 0.3
     final: float = 0.01
 
+    def __post_init__(self) -> None:
+        if self.steps < 1:
+            raise ArgumentError(f"steps is {self.steps}; at least one is needed")
+        if not 0 < self.peak < 1:
+            raise ArgumentError(f"learning rate is {self.peak}; choose one in (0, 1), as 1e-4")
+        for name in ("decay", "final"):
+            if not 0 <= getattr(self, name) <= 1:
+                raise ArgumentError(f"{name} is {getattr(self, name)}; choose a fraction in [0, 1]")
+
     def rate(self, step: int) -> float:
+        """The learning rate of step 0, 1, …"""
         if step < self.warmup:
             return self.peak * (step + 1) / self.warmup
         left = (self.steps - step) / max(1.0, self.decay * self.steps)
         return self.peak * (self.final + (1 - self.final) * min(1.0, left))
 
 
-class MasterWeights:
-    """The model computes in its own dtype; the optimizer keeps fp32 copies and writes them back after each step."""
+class Optimizer:
+    """AdamW (β 0.9, 0.95) over what requires gradients; weight decay on matrices only.
 
-    def __init__(self, modules: Iterable[nn.Module], weight_decay: float = 0.1, clip: float = 1.0) -> None:
-        self.parameters = [p for module in modules for p in module.parameters() if p.requires_grad]
-        self.masters = [p.detach().float().clone() for p in self.parameters]
-        matrices = [m for m in self.masters if m.dim() >= 2]
-        vectors = [m for m in self.masters if m.dim() < 2]  # norms, biases, decay rates: not decayed
-        self.clip = clip
+    Norms, biases, decay rates and the time tables are not decayed: zero is not where they rest (a gate rests at 1).
+    """
+
+    def __init__(self, module: nn.Module, world: World, weight_decay: float, clip: float) -> None:
+        trained = [(name, p) for name, p in module.named_parameters() if p.requires_grad]
+        self.whole = [p for name, p in trained if is_wide(name)]
+        sharded = [(name, p) for name, p in trained if not is_wide(name)]
+        decayed = [p for name, p in sharded if p.dim() >= 2 and "scale_shift_tables" not in name]
+        resting = [p for name, p in sharded if p.dim() < 2 or "scale_shift_tables" in name]
+        self.parts = [p for _, p in sharded]
+        self.world, self.clip = world, clip
+        groups = [(decayed, weight_decay), (resting, 0.0), (self.whole, 0.0)]
         self.adam = torch.optim.AdamW(
-            [{"params": matrices, "weight_decay": weight_decay}, {"params": vectors, "weight_decay": 0.0}],
+            [{"params": parameters, "weight_decay": decay} for parameters, decay in groups if parameters],
             lr=0.0,
             betas=(0.9, 0.95),
+            fused=True if world.device.type == "cuda" else None,
         )
 
-    def step(self, rate: float, scale: float) -> Tensor:
-        """One update from the parameters' gradients times `scale` → the norm of the scaled gradient."""
-        for master, parameter in zip(self.masters, self.parameters, strict=True):
-            grad = parameter.grad
-            master.grad = torch.zeros_like(master) if grad is None else grad.float() * scale
-            parameter.grad = None
-        norm = nn.utils.clip_grad_norm_(self.masters, self.clip)
+    def gradient_norm(self) -> float:
+        """Of the whole gradient, over all processes. Call once, after the last backward pass of a step."""
+        sum_whole_gradients(self.whole, self.world)
+        parts = [local(p.grad) for p in self.parts if p.grad is not None]
+        square = self.world.total(_square(parts))
+        return float(square + _square([p.grad for p in self.whole if p.grad is not None])) ** 0.5
+
+    def step(self, rate: float, norm: float) -> None:
+        """One update from gradients of norm `norm`, clipped; forgets them."""
+        if self.clip and norm > self.clip:
+            for p in [*self.parts, *self.whole]:
+                if p.grad is not None:
+                    local(p.grad).mul_(self.clip / norm)
         for group in self.adam.param_groups:
             group["lr"] = rate
         self.adam.step()
-        with torch.no_grad():
-            for master, parameter in zip(self.masters, self.parameters, strict=True):
-                parameter.copy_(master)
-        return norm
+        self.adam.zero_grad()
 
-    def state_dict(self) -> dict[str, Any]:
-        return {"masters": self.masters, "adam": self.adam.state_dict()}
+    def forget(self) -> None:
+        """Drops the gradients of a step that is not taken."""
+        self.adam.zero_grad()
 
-    def load_state_dict(self, state: dict[str, Any]) -> None:
-        with torch.no_grad():
-            for master, parameter, saved in zip(self.masters, self.parameters, state["masters"], strict=True):
-                master.copy_(saved)
-                parameter.copy_(saved)
-        self.adam.load_state_dict(state["adam"])
+    def moments(self, parameter: nn.Parameter) -> dict[str, torch.Tensor]:
+        """AdamW's state of one parameter, made (zero) where no step was taken yet, so that a checkpoint can fill it."""
+        state: dict[str, Any] = self.adam.state[parameter]
+        if not state:
+            on = parameter.device if self.world.device.type == "cuda" else "cpu"
+            state["step"] = torch.zeros((), dtype=torch.float32, device=on)
+            state["exp_avg"] = torch.zeros_like(parameter)
+            state["exp_avg_sq"] = torch.zeros_like(parameter)
+        return state
+
+
+def _square(parts: list[Tensor]) -> Tensor:
+    """The squared norm of all parts together, in fp64, a scalar."""
+    norms = [torch.linalg.vector_norm(part).double() for part in parts]
+    return torch.stack(norms).square().sum() if norms else torch.zeros((), dtype=torch.float64)

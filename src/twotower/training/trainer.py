@@ -1,128 +1,215 @@
-"""The training loop: one loss function, many steps, resumable at any checkpoint."""
+"""The training loop: an objective, rows of data, many steps; resumable after a kill at any moment."""
 
 from __future__ import annotations
 
 import json
 import math
-import os
-import time
+import shutil
 from collections.abc import Callable
 from dataclasses import dataclass
-from functools import partial
 from pathlib import Path
+from typing import Any, Protocol
 
-import torch
 from torch import Tensor, nn
 
-from twotower.errors import TwoTowerError
-from twotower.model.moe import Router
-from twotower.training.optimizer import MasterWeights, Schedule
+from twotower.errors import ArgumentError, TwoTowerError
+from twotower.training import checkpoints
+from twotower.training.balance import LoadBalance
+from twotower.training.corpus.batch import Batch
+from twotower.training.log import BOARD_FOLDER, LOG_FILE, Log, Progress
+from twotower.training.objective import Objective
+from twotower.training.optimizer import Optimizer, Schedule
+from twotower.training.parallel import World
 
-LossAt = Callable[[int], tuple[Tensor, int]]  # step → (summed loss, number of targets)
+SETTINGS_FILE = "settings.json"
+TOKENIZER_FILE = "tokenizer.json"  # of a run that trains one
+
+
+class Rows(Protocol):
+    """This process's rows of each global batch (`corpus.stream`)."""
+
+    def use(self, block_size: int) -> None: ...
+
+    def next(self) -> Batch: ...
+
+    def state_dict(self) -> dict[str, Any]: ...
+
+    def load_state_dict(self, state: dict[str, Any]) -> None: ...
+
+
+@dataclass(frozen=True)
+class Stage:
+    """So many steps with blocks of one size."""
+
+    block_size: int
+    steps: int
 
 
 @dataclass(frozen=True, kw_only=True)
 class Run:
-    """Where a run keeps itself, and how often."""
+    """Where a run keeps itself, and how it goes.
+
+    micro_rows: rows of one forward pass on a process (0: all at once).
+    """
 
     directory: Path
     schedule: Schedule
+    stages: tuple[Stage, ...]
+    weight_decay: float = 0.1
+    clip: float = 1.0
+    balance_rate: float = 1e-3
+    micro_rows: int = 0
     checkpoint_every: int = 200
-    log_every: int = 20
+    validate_every: int = 500
+    tensorboard: bool = True
+
+    def __post_init__(self) -> None:
+        if sum(stage.steps for stage in self.stages) != self.schedule.steps:
+            raise ArgumentError(f"the stages' steps do not add up to {self.schedule.steps}")
+
+    def block_size(self, step: int) -> int:
+        """The block size of step 0, 1, …"""
+        for stage in self.stages:
+            if step < stage.steps:
+                return stage.block_size
+            step -= stage.steps
+        return self.stages[-1].block_size
 
 
-class LoadBalance:
-    """Auxiliary-loss-free balancing (DeepSeek-V3): after each step an over-used expert's selection bias goes
-    down by `rate`, an under-used one's up. The bias is part of the released router, so nothing is added."""
-
-    def __init__(self, modules: list[nn.Module], rate: float = 1e-3) -> None:
-        self.rate = rate
-        self.routers = [m for module in modules for m in module.modules() if isinstance(m, Router)]
-        self.loads = [torch.zeros_like(r.e_score_correction_bias) for r in self.routers]
-        self._hooks = [
-            router.register_forward_hook(partial(self._count, load))
-            for router, load in zip(self.routers, self.loads, strict=True)
-        ]
-
-    @staticmethod
-    def _count(load: Tensor, module: nn.Module, inputs: object, output: tuple[Tensor, Tensor]) -> None:
-        load += torch.bincount(output[0].flatten(), minlength=len(load))
-
-    def step(self) -> None:
-        for router, load in zip(self.routers, self.loads, strict=True):
-            router.e_score_correction_bias += self.rate * torch.sign(load.mean() - load)
-            load.zero_()
-
-    def close(self) -> None:
-        """Stops counting."""
-        for hook in self._hooks:
-            hook.remove()
+Validate = Callable[[int], dict[str, Any]]  # after a step, on every process → what goes into its log record
 
 
-def train(run: Run, modules: list[nn.Module], loss_at: LossAt) -> None:
-    """Minimises loss_at(step) over `modules`; continues from the run's checkpoint if there is one.
+def train(run: Run, objective: Objective, rows: Rows, world: World, validate: Validate | None = None) -> None:
+    """Minimises a sharded objective (`parallel.shard`); continues from the run's last whole checkpoint, if any.
 
     Raises:
-        TwoTowerError: the loss is no longer finite; names the checkpoint to go back to.
+        TwoTowerError: the loss or gradient is no longer finite (names the checkpoint to go back to); a checkpoint
+            cannot be written; the run's directory belongs to other settings.
     """
-    run.directory.mkdir(parents=True, exist_ok=True)
-    optimizer, balance = MasterWeights(modules), LoadBalance(modules)
-    saved = run.directory / "checkpoint.pt"
-    first, window, targets = _resume(saved, modules, optimizer)
-    log = run.directory / "log.jsonl"
-    _drop_after(log, first)
-    started, seen = time.perf_counter(), 0
-    for step in range(first, run.schedule.steps):
-        loss, count = loss_at(step)
-        value = loss.item()
-        if not math.isfinite(value):
-            raise TwoTowerError(f"loss is {value} at step {step}; the last good checkpoint is {saved}")
-        loss.backward()
-        rate = run.schedule.rate(step)
-        norm = optimizer.step(rate, 1.0 / max(count, 1))
-        balance.step()
-        window, targets, seen = window + value, targets + count, seen + count
-        if (step + 1) % run.log_every == 0 or step + 1 == run.schedule.steps:
-            speed = seen / (time.perf_counter() - started)
-            record = {"step": step + 1, "loss": window / max(targets, 1), "rate": rate, "norm": norm.item()}
-            record |= {"targets_per_second": round(speed, 1), "seconds": round(time.perf_counter() - started, 1)}
-            with log.open("a") as out:
-                out.write(json.dumps(record) + "\n")
-            left = (run.schedule.steps - step - 1) * (time.perf_counter() - started) / (step + 1 - first)
-            print(
-                f"step {step + 1}/{run.schedule.steps}  loss {record['loss']:.4f}  {speed:.0f} targets/s  "
-                f"{left / 60:.1f} min left",
-                flush=True,
+    assert isinstance(objective, nn.Module)
+    if world.first:
+        run.directory.mkdir(parents=True, exist_ok=True)
+    optimizer = Optimizer(objective, world, run.weight_decay, run.clip)
+    balance = LoadBalance(objective, run.balance_rate, world)
+    done, notes = _resume(run, objective, optimizer, rows, world)
+    log = Log(run.directory, done, run.tensorboard) if world.first else None
+    progress = Progress(run.schedule.steps, done, shown=world.first)
+    for note in notes:
+        progress.say(note)
+    if done:
+        progress.say(f"continuing after step {done}")
+    try:
+        for step in range(done, run.schedule.steps):
+            record = _step(run, objective, optimizer, rows, world, step)
+            balance.step()
+            timing = progress.step(step + 1, record["loss"], record["tokens"])
+            last = step + 1 == run.schedule.steps
+            if validate is not None and (last or (run.validate_every and (step + 1) % run.validate_every == 0)):
+                record["validation"] = validate(step + 1)
+                progress.say(f"step {step + 1}: " + summary(record["validation"]))
+            if log is not None:
+                log.write(record | {"timing": timing})
+            if last or (step + 1) % run.checkpoint_every == 0:
+                checkpoints.save(
+                    run.directory / "checkpoints", step + 1, state(objective, optimizer), rows.state_dict(), world
+                )
+    finally:
+        balance.close()
+        progress.close()
+        if log is not None:
+            log.close()
+
+
+def _step(run: Run, objective: Objective, optimizer: Optimizer, rows: Rows, world: World, step: int) -> dict[str, Any]:
+    """One update → its log record (but for the timing)."""
+    size = run.block_size(step)
+    rows.use(size)
+    batch = rows.next()
+    noise = objective.draw(batch, size)
+    targets = world.total(objective.targets(batch, noise))
+    ratio = targets / max(world.total(objective.further_targets(batch)), 1.0)
+    micro = run.micro_rows or len(batch)
+    starts = range(0, len(batch), micro)
+    loss = 0.0
+    for start in starts:
+        part = slice(start, start + micro)
+        noisy = None if noise is None else noise.rows(part).to(world.device)
+        share = objective(batch.rows(part).to(world.device), noisy, size, ratio) / max(targets, 1.0)
+        share.backward()
+        loss += float(share.detach())
+    loss = world.total(loss)
+    norm = optimizer.gradient_norm()
+    if not (math.isfinite(loss) and math.isfinite(norm)):
+        optimizer.forget()
+        kept = checkpoints.newest(run.directory / "checkpoints", step)
+        what = f"loss is {loss}" if not math.isfinite(loss) else f"gradient norm is {norm} (loss {loss:.4f})"
+        raise TwoTowerError(
+            f"{what} at step {step + 1}; "
+            + (f"the last good checkpoint is {kept}" if kept else "no checkpoint was written yet")
+            + "; a lower learning rate or a longer warm-up may help"
+        )
+    rate = run.schedule.rate(step)
+    optimizer.step(rate, norm)
+    tokens = int(world.total(batch.text.sum()))
+    return {
+        "step": step + 1, "loss": loss, "targets": int(targets), "tokens": tokens, "rate": rate, "norm": norm,
+        "block_size": size,
+    }  # fmt: skip
+
+
+def state(objective: nn.Module, optimizer: Optimizer) -> dict[str, Tensor]:
+    """What a checkpoint holds: what trains, its moments, and buffers. Frozen weights are in the model trained from."""
+    tensors: dict[str, Tensor] = {}
+    for name, parameter in objective.named_parameters():
+        if parameter.requires_grad:
+            tensors[f"parameters.{name}"] = parameter.detach()
+            moments = optimizer.moments(parameter)
+            tensors |= {f"optimizer.{name}.{key}": value for key, value in moments.items()}
+    return tensors | {f"buffers.{name}": buffer for name, buffer in objective.named_buffers()}
+
+
+def summary(validation: dict[str, Any]) -> str:
+    """The numbers of a validation in one line."""
+    return "  ".join(f"{k} {v:.4g}" for k, v in validation.items() if isinstance(v, int | float))
+
+
+def _resume(run: Run, objective: nn.Module, optimizer: Optimizer, rows: Rows, world: World) -> tuple[int, list[str]]:
+    found, notes = checkpoints.find(run.directory / "checkpoints", world)
+    if found is None:
+        return 0, notes
+    done, where = checkpoints.load(found, state(objective, optimizer), world)
+    rows.load_state_dict(where)
+    return done, notes
+
+
+def claim(directory: Path, settings: dict[str, Any], world: World) -> None:
+    """Writes what a new run depends on into its directory, or compares it with what it was begun with.
+
+    A run that has no checkpoint yet (a mistake in the command, say, or a loss that was not finite) holds nothing that
+    other settings could spoil: it begins anew.
+
+    Raises:
+        ArgumentError: the directory holds a run with other settings; names the first that differs.
+    """
+    problem = None
+    if world.first:
+        directory.mkdir(parents=True, exist_ok=True)
+        file = directory / SETTINGS_FILE
+        wanted = json.loads(json.dumps(settings))
+        begun = json.loads(file.read_text()) if file.exists() else {}
+        changed = [name for name in sorted(set(begun) | set(wanted)) if begun.get(name) != wanted.get(name)]
+        if changed and begun and (checkpoints.any_in(directory / "checkpoints") or (directory / "model").exists()):
+            problem = (
+                f"{directory} holds a run with {changed[0]} {begun.get(changed[0])!r}, and this command says "
+                f"{wanted.get(changed[0])!r}; continue it with the same command, or give another directory"
             )
-            window, targets = 0.0, 0
-        if (step + 1) % run.checkpoint_every == 0 or step + 1 == run.schedule.steps:
-            _save(saved, step + 1, modules, optimizer, (window, targets))
-    balance.close()
-
-
-def _save(path: Path, step: int, modules: list[nn.Module], optimizer: MasterWeights, window: tuple[float, int]) -> None:
-    """Written beside and renamed, so a kill leaves the old checkpoint or the new one, never half of one."""
-    partial = path.with_suffix(".partial")
-    buffers = [[b.clone() for b in m.buffers()] for m in modules]
-    state = {"step": step, "optimizer": optimizer.state_dict(), "buffers": buffers, "window": window}
-    torch.save(state, partial)
-    os.replace(partial, path)
-
-
-def _resume(path: Path, modules: list[nn.Module], optimizer: MasterWeights) -> tuple[int, float, int]:
-    """→ the next step, and the loss and number of targets since the last log line."""
-    if not path.exists():
-        return 0, 0.0, 0
-    state = torch.load(path, weights_only=True)
-    optimizer.load_state_dict(state["optimizer"])
-    for module, buffers in zip(modules, state["buffers"], strict=True):
-        for buffer, value in zip(module.buffers(), buffers, strict=True):
-            buffer.copy_(value)
-    return (int(state["step"]), *state.get("window", (0.0, 0)))
-
-
-def _drop_after(log: Path, step: int) -> None:
-    """Steps after the checkpoint will be done again: their log lines go, and so does one cut short by a kill."""
-    if log.exists():
-        whole = [line for line in log.read_text().splitlines() if line.endswith("}")]
-        log.write_text("".join(line + "\n" for line in whole if json.loads(line)["step"] <= step))
+        elif changed:
+            for left in (TOKENIZER_FILE, LOG_FILE):  # of the other settings
+                (directory / left).unlink(missing_ok=True)
+            shutil.rmtree(directory / BOARD_FOLDER, ignore_errors=True)
+            partial = file.with_suffix(".partial")
+            partial.write_text(json.dumps(wanted, indent=2, sort_keys=True) + "\n")
+            partial.replace(file)
+    problem = world.broadcast(problem)
+    if problem:
+        raise ArgumentError(problem)

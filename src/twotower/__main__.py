@@ -1,0 +1,5 @@
+"""`python -m twotower`, and `torchrun … -m twotower`."""
+
+from twotower.cli.main import main
+
+main()

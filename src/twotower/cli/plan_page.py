@@ -1,0 +1,163 @@
+"""A training plan as lines to read: what fits, for how long, and which numbers are assumed."""
+
+from __future__ import annotations
+
+import textwrap
+from collections.abc import Iterator
+
+import click
+
+from twotower.config import KIND_NAMES
+from twotower.training.plan import GIB, UTILISATIONS, Memory, Plan, Setup
+
+_INDENT = 14
+_WIDTH = 100
+_NAME = 52  # of a row in a table
+
+
+def render(plan: Plan) -> str:
+    """The whole page; styled for a terminal, and `click.echo` takes the styles out of a pipe."""
+    return "\n".join(page(plan))
+
+
+def page(plan: Plan) -> Iterator[str]:
+    """One heading a section, in the order a reader asks: does it fit, in what, how long, and what is assumed."""
+    for name, lines in _sections(plan):
+        for i, line in enumerate(lines):
+            heading = click.style(name.ljust(_INDENT), dim=True) if i == 0 else " " * _INDENT
+            first, *more = textwrap.wrap(line, _WIDTH - _INDENT, subsequent_indent="  ", break_on_hyphens=False)
+            yield heading + first
+            yield from (" " * _INDENT + rest for rest in more)
+
+
+def _sections(plan: Plan) -> Iterator[tuple[str, list[str]]]:
+    yield "verdict", list(_verdict(plan))
+    yield "run", list(_run(plan.setup))
+    count = plan.parameters
+    yield (
+        "parameters",
+        [f"{_big(count.per_tower)} per tower; {_big(count.trained)} trained, {_big(count.frozen)} held frozen"],
+    )
+    yield "memory", [*_memory(plan.memory), *_activations(plan)]
+    yield "work", list(_work(plan))
+    yield "messages", list(_messages(plan))
+    yield "hours" if plan.fits else "if it fitted", list(_hours(plan))
+    yield "assumed", list(_assumed(plan.setup))
+
+
+def _verdict(plan: Plan) -> Iterator[str]:
+    setup, used = plan.setup, plan.memory.total
+    where = f"{_gib(used)} of {setup.gpu_memory_gib:g} GiB on each of {setup.gpus} GPUs"
+    if plan.fits:
+        yield f"fits: {where}"
+    else:
+        yield f"does not fit: {where}; what would help, each by itself:"
+        for remedy in plan.remedies:
+            yield f"  {remedy.change}: {_gib(remedy.total)} GiB, {'fits' if remedy.fits else 'not enough'}"
+    rows = f"with {setup.micro_rows} row{'s'[: setup.micro_rows > 1]} of {setup.row_length} at a time"
+    if plan.smallest_gpus is None:
+        yield f"no number of GPUs of this size is enough {rows}"
+    else:
+        yield f"smallest number of such GPUs, in eights: {plan.smallest_gpus}, {rows}"
+
+
+def _run(setup: Setup) -> Iterator[str]:
+    yield (
+        f"{setup.step_rows} rows of {setup.row_length} columns a step ({_big(setup.step_rows * setup.row_length)}), "
+        f"{setup.micro_batches} × {setup.micro_rows} on each GPU; blocks of {setup.block_size}"
+    )
+    yield (
+        f"{setup.dtype}; {'with' if setup.recompute else 'without'} recomputation; "
+        + {"frozen": "context tower frozen", "trained": "context tower trained too", "tied": "one tied network"}[
+            setup.context
+        ]
+    )
+
+
+def _memory(memory: Memory) -> Iterator[str]:
+    yield f"{'on one GPU, at the fullest moment':<{_NAME}}{'GiB':>12}    {memory.moment}"
+    rows = {
+        "its share of the fp32 weights that train": memory.weights,
+        "  their gradients": memory.gradients,
+        "  two moments": memory.moments,
+        "its share of the frozen weights": memory.frozen,
+        "embeddings, heads, time: whole during a pass": memory.root,
+        "the layer pair at work, whole, and messages": memory.gathered,
+        "kept for the backward pass": memory.kept,
+        "working memory of the layer pair": memory.working,
+        "reserve (assumed)": memory.reserve,
+        "in all": memory.total,
+    }
+    yield from (f"{name:<{_NAME}}{_gib(size):>12}" for name, size in rows.items() if size)
+
+
+def _activations(plan: Plan) -> Iterator[str]:
+    kinds = ", ".join(f"{_gib(size)} {KIND_NAMES[kind]}" for kind, size in plan.kept_by.items())
+    yield f"one layer pair keeps of a micro-batch, GiB: {kinds}"
+
+
+def _work(plan: Plan) -> Iterator[str]:
+    columns = plan.setup.row_length
+    yield f"{'GFLOP a column':<{_NAME}}{'two towers':>12}{'next-token':>12}"
+    for label, name in (
+        ("context tower", "context"),
+        ("denoiser", "denoiser"),
+        ("head (two towers: at masked columns, half of them)", "head"),
+        ("time conditioning", "time"),
+        ("recomputation", "recomputed"),
+        ("in all", "total"),
+    ):
+        two, one = (getattr(step, name) / columns / 1e9 for step in (plan.flops, plan.autoregressive))
+        yield f"{label:<{_NAME}}{two:>12.2f}{one:>12.2f}"
+    yield f"{plan.ratio:.2f} times next-token training of one such tower"
+
+
+def _messages(plan: Plan) -> Iterator[str]:
+    traffic = plan.traffic
+    weights, gradients = (f"{size / 1e9:.3g} GB" for size in (traffic.gathered, traffic.reduced))
+    yield (
+        f"a step moves {weights} of weights and {gradients} of gradients to each GPU: "
+        f"{traffic.seconds:.2f} s at {plan.setup.bandwidth_gb:g} GB/s, against {traffic.compute_seconds:.2f} s of work"
+    )
+    if traffic.seconds > traffic.compute_seconds:
+        factor = traffic.seconds / traffic.compute_seconds
+        yield (
+            f"WARNING: messages take longer than the work; multiply the hours below, which count the work alone, by "
+            f"{factor:.1f}, or take more --micro-rows"
+        )
+
+
+def _hours(plan: Plan) -> Iterator[str]:
+    low, high = UTILISATIONS
+    used = f"{plan.setup.utilisation:.0%} of peak"
+    head = f"for columns of text, on {plan.setup.gpus} GPUs, at"
+    yield f"{head:<{_NAME - 12}}{f'{high:.0%}':>12}{used:>14}{f'{low:.0%}':>12}"
+    for row in plan.hours:
+        cells = (row.fastest, row.hours, row.slowest)
+        yield f"{_big(row.tokens):<{_NAME - 12}}" + "".join(
+            f"{_duration(hours):>{width}}" for hours, width in zip(cells, (12, 14, 12), strict=True)
+        )
+
+
+def _assumed(setup: Setup) -> Iterator[str]:
+    yield (
+        f"{setup.utilisation:.0%} of {setup.peak_tflops:g} TFLOP/s, recomputation counted as work; "
+        f"{setup.bandwidth_gb:g} GB/s into each GPU, overlapping with the work; {setup.reserve_gib:g} GiB reserve; "
+        "attention by a fused kernel. All else is counted, from the shapes."
+    )
+
+
+def _duration(hours: float) -> str:
+    return f"{hours / 24:,.0f} days" if hours >= 240 else f"{hours:.1f} h" if hours >= 1 else f"{hours * 60:.0f} min"
+
+
+def _gib(size: int) -> str:
+    return f"{size / GIB:.2f}" if size < GIB else f"{size / GIB:.1f}"
+
+
+def _big(count: float) -> str:
+    """Of things: thousands, millions, billions, trillions."""
+    for size, name in ((1e12, "T"), (1e9, "B"), (1e6, "M"), (1e3, "k")):
+        if count >= size:
+            return f"{count / size:.3g} {name}"
+    return f"{count:.0f}"

@@ -1,0 +1,50 @@
+"""Even use of experts, without an auxiliary loss."""
+
+from __future__ import annotations
+
+from functools import partial
+
+import torch
+import torch.distributed as dist
+from torch import Tensor, nn
+
+from twotower.model.moe import Router
+from twotower.training.parallel import World
+
+
+class LoadBalance:
+    """Auxiliary-loss-free balancing (DeepSeek-V3): after each step an over-used expert's selection bias goes
+    down by `rate`, an under-used one's up. The bias is part of the released router, so nothing is added.
+
+    Counts the routers that train; a recomputed unit counts its tokens twice, which changes no sign.
+    """
+
+    def __init__(self, module: nn.Module, rate: float, world: World) -> None:
+        self.rate, self.world = rate, world
+        self.routers = [m for m in module.modules() if isinstance(m, Router) and m.weight.requires_grad and rate]
+        self.loads = [torch.zeros_like(r.e_score_correction_bias) for r in self.routers]
+        self._hooks = [
+            router.register_forward_hook(partial(self._count, load))
+            for router, load in zip(self.routers, self.loads, strict=True)
+        ]
+
+    @staticmethod
+    def _count(load: Tensor, module: nn.Module, inputs: object, output: tuple[Tensor, Tensor]) -> None:
+        if torch.is_grad_enabled():
+            load += torch.bincount(output[0].flatten(), minlength=len(load))
+
+    def step(self) -> None:
+        """Moves the biases by what all processes counted since the last step."""
+        if self.routers and self.world.size > 1:
+            flat = torch.cat(self.loads)
+            dist.all_reduce(flat)
+            for load, part in zip(self.loads, flat.split([len(load) for load in self.loads]), strict=True):
+                load.copy_(part)
+        for router, load in zip(self.routers, self.loads, strict=True):
+            router.e_score_correction_bias += self.rate * torch.sign(load.mean() - load)
+            load.zero_()
+
+    def close(self) -> None:
+        """Stops counting."""
+        for hook in self._hooks:
+            hook.remove()

@@ -1,0 +1,242 @@
+"""Checkpoints of a run: torch's distributed checkpoint, written beside and renamed, checked before use.
+
+    RUN/checkpoints/step-00000200/   __<rank>_<n>.distcp, .metadata   parameters and optimizer state, sharded
+                                     rows-<rank>.pt                   where the data stand
+                                     manifest.json                    every file's size and CRC-32
+
+A directory without a manifest that agrees is not a checkpoint. The last two are kept, so damage to one costs one
+interval.
+"""
+
+from __future__ import annotations
+
+import io
+import json
+import logging
+import shutil
+import warnings
+import zlib
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+import torch
+import torch.distributed as dist
+import torch.distributed.checkpoint as dcp
+from torch import Tensor
+from torch.distributed.checkpoint.api import CheckpointException  # a BaseException
+
+from twotower.errors import TwoTowerError
+from twotower.training.parallel import World
+
+MANIFEST = "manifest.json"
+KEPT = 2
+
+
+def save(directory: Path, step: int, tensors: dict[str, Tensor], rows: dict[str, Any], world: World) -> Path:
+    """Writes the state after `step` steps; every process calls it. A kill leaves a whole checkpoint or none.
+
+    Raises:
+        TwoTowerError: it could not be written (a full disk, say); what was there before is untouched.
+    """
+    final = directory / f"step-{step:08d}"
+    partial = directory / f"{final.name}.partial"
+
+    def begin() -> None:
+        if world.first:
+            directory.mkdir(parents=True, exist_ok=True)
+            for unfinished in directory.glob("step-????????.partial"):
+                shutil.rmtree(unfinished)
+            partial.mkdir()
+
+    def write_tensors() -> None:
+        with _quiet():
+            dcp.save(tensors, checkpoint_id=str(partial))
+
+    def write_rows() -> dict[str, tuple[int, int]]:
+        _write(partial / f"rows-{world.rank}.pt", rows)
+        return _own_sums(partial, world)
+
+    def finish() -> None:
+        if world.first:
+            sums = {name: entry for part in parts for name, entry in part.items()}
+            (partial / MANIFEST).write_text(json.dumps({"step": step, "processes": world.size, "files": sums}))
+            shutil.rmtree(final, ignore_errors=True)  # a damaged one of the same step
+            partial.rename(final)
+
+    try:
+        _together(begin, world)
+        _together(write_tensors, world)
+        parts = _together(write_rows, world)
+        _together(finish, world)
+    except _Failed as failure:
+        if world.first:
+            shutil.rmtree(partial, ignore_errors=True)
+        kept = newest(directory, step)
+        raise TwoTowerError(
+            f"{final}: the checkpoint could not be written ({failure}); "
+            + (f"the last good one is {kept}" if kept else "there is no earlier one")
+            + "; make room and give the same command again"
+        ) from None
+    if world.first:
+        for old in set(_all(directory)) - set(_all(directory, step)[-KEPT:]):  # later ones were passed over as damaged
+            shutil.rmtree(old, ignore_errors=True)
+    return final
+
+
+def newest(directory: Path, step: int) -> Path | None:
+    """The last checkpoint of at most `step` steps whose manifest is there (its files are not read)."""
+    found = [path for path in _all(directory, step) if (path / MANIFEST).exists()]
+    return found[-1] if found else None
+
+
+def find(directory: Path, world: World) -> tuple[Path | None, list[str]]:
+    """The last whole checkpoint, every file compared with the manifest, and one line for each damaged one passed over.
+
+    Every process gets rank 0's answer.
+
+    Raises:
+        TwoTowerError: it was written by another number of processes.
+    """
+    found, notes, problem = None, [], None
+    if world.first:
+        for path in reversed(_all(directory)):
+            damage, problem = _damage(path, world.size)
+            if damage is None:
+                found = path
+                break
+            notes.append(f"{path}: passed over, {damage}")
+        else:
+            if notes:
+                notes.append(f"{directory}: no whole checkpoint is left; starting over")
+    found, notes, problem = world.broadcast((found, notes, problem))
+    if problem:
+        raise TwoTowerError(problem)
+    return found, notes
+
+
+def load(path: Path, tensors: dict[str, Tensor], world: World) -> tuple[int, dict[str, Any]]:
+    """Fills `tensors` in place → the number of steps done, and this process's place in the data.
+
+    Raises:
+        TwoTowerError: it is of another model.
+    """
+    try:
+        with _quiet():
+            dcp.load(tensors, checkpoint_id=str(path))
+    except CheckpointException as error:
+        raise TwoTowerError(
+            f"{path}: is no checkpoint of this run ({_reason(error)}); give another directory"
+        ) from None
+    rows = torch.load(path / f"rows-{world.rank}.pt", weights_only=True)
+    return int(json.loads((path / MANIFEST).read_text())["step"]), rows
+
+
+def any_in(directory: Path) -> bool:
+    """Whether there is a checkpoint, whole or damaged."""
+    return bool(_all(directory))
+
+
+def _all(directory: Path, step: int = 10**8) -> list[Path]:
+    """In order, those of at most `step` steps."""
+    found = sorted(path for path in directory.glob("step-????????") if path.is_dir())
+    return [path for path in found if path.name <= f"step-{step:08d}"]
+
+
+def _damage(path: Path, processes: int) -> tuple[str | None, str | None]:
+    """How a checkpoint is damaged; why a whole one cannot be used here."""
+    try:
+        manifest = json.loads((path / MANIFEST).read_text())
+        for name, (size, crc) in manifest["files"].items():
+            file = path / name
+            if not file.is_file():
+                return f"{name} is missing", None
+            if file.stat().st_size != size or _crc(file) != crc:
+                return f"{name} is damaged", None
+    except (OSError, ValueError, KeyError, TypeError) as error:
+        return f"{MANIFEST} cannot be read ({type(error).__name__})", None
+    if manifest["processes"] != processes:
+        return None, (
+            f"{path} was written by {manifest['processes']} processes, and this run has {processes}; "
+            "start it with as many"
+        )
+    return None, None
+
+
+def _own_sums(directory: Path, world: World) -> dict[str, tuple[int, int]]:
+    """Size and checksum of each file that this process wrote (rank 0 wrote the metadata)."""
+    own = (f"__{world.rank}_", f"rows-{world.rank}.") + ((".metadata",) if world.first else ())
+    files = [file for file in sorted(directory.iterdir()) if file.name.startswith(own)]
+    return {file.name: (file.stat().st_size, _crc(file)) for file in files}
+
+
+class _Failed(Exception):
+    """On some process; its text says why."""
+
+
+def _together(action: Callable[[], Any], world: World) -> list[Any]:
+    """Every process's result of its action. Where one fails all raise: none waits for one that gave up.
+
+    Raises:
+        _Failed: with the first failure's reason.
+    """
+    own: tuple[str | None, Any]
+    try:
+        own = None, action()
+    except (Exception, CheckpointException) as error:  # torch wraps what the disk said in errors of its own
+        own = _reason(error), None
+    answers = _gather(own, world)
+    for reason, _ in answers:
+        if reason:
+            raise _Failed(reason)
+    return [result for _, result in answers]
+
+
+def _gather(value: Any, world: World) -> list[Any]:
+    if world.size == 1:
+        return [value]
+    box: list[Any] = [None] * world.size
+    dist.all_gather_object(box, value)
+    return box
+
+
+def _write(file: Path, state: dict[str, Any]) -> None:
+    buffer = io.BytesIO()
+    torch.save(state, buffer)
+    file.write_bytes(buffer.getbuffer())
+
+
+def _crc(file: Path) -> int:
+    crc = 0
+    with file.open("rb") as handle:
+        while part := handle.read(1 << 22):
+            crc = zlib.crc32(part, crc)
+    return crc
+
+
+def _reason(error: BaseException) -> str:
+    """What the disk said where it is known, in one line: torch wraps a rank's error, and loses its cause on the way."""
+    failures = getattr(error, "failures", None)
+    if failures:
+        inner = next(iter(failures.values()))
+        error = inner[0] if isinstance(inner, tuple) else inner
+    cause: BaseException | None = error
+    while cause is not None and not isinstance(cause, OSError):
+        cause = cause.__cause__ or cause.__context__
+    error = cause or error
+    return (str(error).strip() or type(error).__name__).splitlines()[0]
+
+
+@contextmanager
+def _quiet() -> Iterator[None]:
+    """Without torch's remarks on checkpointing in a world of one, and on its own deprecated parts."""
+    logger = logging.getLogger("torch.distributed.checkpoint")
+    before = logger.level
+    logger.setLevel(logging.ERROR)
+    try:
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")
+            yield
+    finally:
+        logger.setLevel(before)

@@ -1,0 +1,116 @@
+"""What a run says: a JSONL log with each step once, TensorBoard curves, and a progress line for a person."""
+
+from __future__ import annotations
+
+import json
+import sys
+import time
+from contextlib import suppress
+from pathlib import Path
+from typing import Any
+
+LOG_FILE = "log.jsonl"
+BOARD_FOLDER = "tensorboard"
+PLAIN_SECONDS = 15.0  # without a terminal, a line at most so often
+
+
+class Log:
+    """RUN/log.jsonl: one object a step; what depends on the clock is under "timing" and nowhere else."""
+
+    def __init__(self, directory: Path, done: int, tensorboard: bool) -> None:
+        """done: steps that the checkpoint holds; lines after it are done again, one cut short by a kill goes too."""
+        self.path = directory / LOG_FILE
+        if self.path.exists():
+            kept = [record for record in read_log(self.path) if record["step"] <= done]
+            partial = self.path.with_suffix(".partial")
+            partial.write_text("".join(json.dumps(record) + "\n" for record in kept))
+            partial.replace(self.path)
+        self._out = self.path.open("a")
+        self._board: Any = None
+        if tensorboard:
+            from torch.utils.tensorboard import SummaryWriter
+
+            self._board = SummaryWriter(str(directory / BOARD_FOLDER), purge_step=done + 1)
+
+    def write(self, record: dict[str, Any]) -> None:
+        """One step's record."""
+        self._out.write(json.dumps(record) + "\n")
+        self._out.flush()
+        if self._board is not None:
+            for name, value in _scalars(record):
+                self._board.add_scalar(name, value, record["step"])
+
+    def close(self) -> None:
+        self._out.close()
+        if self._board is not None:
+            self._board.close()
+
+
+def read_log(path: Path) -> list[dict[str, Any]]:
+    """The whole lines of a log; one cut short by a kill or a full disk is left out."""
+    records = []
+    for line in path.read_text(errors="replace").splitlines():
+        with suppress(ValueError):
+            records.append(json.loads(line))
+    return records
+
+
+def _scalars(record: dict[str, Any], prefix: str = "train/") -> list[tuple[str, float]]:
+    out: list[tuple[str, float]] = []
+    for name, value in record.items():
+        if name == "step":
+            continue
+        if isinstance(value, dict):
+            out += _scalars(value, "validation/" if name == "validation" else f"{prefix}{name}/")
+        elif isinstance(value, int | float):
+            out.append((prefix + name, float(value)))
+    return out
+
+
+class Progress:
+    """Loss, tokens a second and time left: one live line on a terminal, a plain one every 15 s elsewhere."""
+
+    def __init__(self, steps: int, done: int, shown: bool) -> None:
+        self.steps, self.first, self.shown = steps, done, shown
+        self.started = self._said = time.perf_counter()
+        self._tokens = 0
+        self._bar: Any = None
+        if shown and sys.stderr.isatty():
+            from rich.console import Console
+            from rich.progress import BarColumn, MofNCompleteColumn, TextColumn, TimeRemainingColumn
+            from rich.progress import Progress as Bar
+
+            self._bar = Bar(
+                MofNCompleteColumn(), BarColumn(), TextColumn("{task.description}"), TimeRemainingColumn(),
+                console=Console(stderr=True), transient=False,
+            )  # fmt: skip
+            self._task = self._bar.add_task("", total=steps, completed=done)
+            self._bar.start()
+
+    def step(self, step: int, loss: float, tokens: int) -> dict[str, float]:
+        """After step number `step` (from 1) → the step's timing."""
+        self._tokens += tokens
+        now = time.perf_counter()
+        elapsed = now - self.started
+        speed = self._tokens / elapsed
+        text = f"loss {loss:.4f}  {speed:,.0f} tokens/s"
+        if self._bar is not None:
+            self._bar.update(self._task, completed=step, description=text)
+        elif self.shown and (now - self._said >= PLAIN_SECONDS or step == self.steps):
+            self._said = now
+            left = (self.steps - step) * elapsed / max(step - self.first, 1)
+            print(f"step {step}/{self.steps}  {text}  {left / 60:.1f} min left", file=sys.stderr, flush=True)
+        return {"seconds": round(elapsed, 3), "tokens_per_second": round(speed, 1)}
+
+    def say(self, line: str) -> None:
+        """One line beside the bar."""
+        if not self.shown:
+            return
+        if self._bar is not None:
+            self._bar.console.print(line, highlight=False, markup=False)
+        else:
+            print(line, file=sys.stderr, flush=True)
+
+    def close(self) -> None:
+        if self._bar is not None:
+            self._bar.stop()

@@ -1,0 +1,65 @@
+"""Weights in and out of a sharded objective: each process reads its own part from disk, rank 0 writes the whole."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+import torch
+from safetensors import safe_open
+from torch import Tensor, nn
+from torch.distributed.tensor import DTensor
+
+from twotower import checkpoint
+from twotower.checkpoint import Slot, Stored, wanted_dtype
+from twotower.training.parallel import World, full, local
+
+if TYPE_CHECKING:
+    from twotower.model.two_tower import TwoTowerForCausalLM
+
+
+def fill(model: TwoTowerForCausalLM, objective: nn.Module, directory: Path, world: World) -> None:
+    """Gives a sharded objective that was made on the meta device its storage, and the checkpoint's weights.
+
+    A process reads the rows (or experts) it keeps and nothing else, so memory is that of its share.
+
+    Raises:
+        CheckpointError: the files do not fit the model.
+    """
+    found = checkpoint.scan(directory)
+    needed = checkpoint.slots(model)
+    with torch.device("meta"):
+        known = checkpoint.slots(type(model)(model.config))  # of two towers, even where one serves as both
+    checkpoint.check(directory, found, known, needed, model.config.hybrid_override_pattern)
+    objective.to_empty(device=world.device)
+    tensors = dict(checkpoint.tensors(model))
+    with torch.no_grad():
+        for slot in needed:
+            _read(slot, found[slot.disk], tensors[slot.memory], world)
+
+
+def gather(model: nn.Module, dtype: torch.dtype, world: World) -> dict[str, Tensor]:
+    """Every tensor of a sharded model, whole, in `dtype` (the wide ones wide) on rank 0's CPU; the others get none.
+
+    All processes must call it.
+    """
+    whole = {}
+    for name, tensor in checkpoint.tensors(model):
+        value = full(tensor.detach())
+        if world.first:
+            whole[name] = value.to("cpu", wanted_dtype(name, dtype), copy=True)
+    return whole
+
+
+def _read(slot: Slot, stored: Stored, tensor: Tensor, world: World) -> None:
+    own, first = local(tensor.detach()), 0
+    if isinstance(tensor, DTensor):  # FSDP2 splits the first dimension as torch.chunk does
+        size = -(-tensor.shape[0] // world.size)
+        first = min(world.rank * size, tensor.shape[0])
+        assert own.shape[0] == min(first + size, tensor.shape[0]) - first
+    with safe_open(stored.file, framework="pt") as handle:
+        if slot.expert is None:
+            part = handle.get_slice(slot.disk)
+            own.copy_(part[first : first + own.shape[0]] if isinstance(tensor, DTensor) else part[:])
+        elif first <= slot.expert < first + own.shape[0]:
+            own[slot.expert - first].copy_(handle.get_tensor(slot.disk))

@@ -1,0 +1,266 @@
+"""The training plan against what really happens: torch's FLOP counter, the CPU's allocator, FSDP2 itself."""
+
+from __future__ import annotations
+
+import json
+import subprocess
+import sys
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+
+import click
+import pytest
+import torch
+from conftest import SHAPE, build_random_model
+from torch.nn.attention import SDPBackend, sdpa_kernel
+from torch.profiler import ProfilerActivity
+from torch.utils.flop_counter import FlopCounterMode
+
+from twotower import TwoTowerConfig
+from twotower.cli.plan_page import render
+from twotower.errors import ArgumentError
+from twotower.training.corpus.batch import Batch
+from twotower.training.flops import autoregressive_step, two_tower_step
+from twotower.training.memory import LiveBytes, Profile, profile
+from twotower.training.noise import Corruption
+from twotower.training.objective import AutoregressiveObjective, DenoisingObjective, DenoisingOptions
+from twotower.training.plan import GIB, Plan, Setup, memory_of, plan, plan_from
+
+RELEASED = Path(__file__).parent / "golden" / "released"
+BLOCK = 16
+WIDE = SHAPE | {"hidden_size": 64, "head_dim": 16, "mamba_num_heads": 8, "mamba_head_dim": 16, "intermediate_size": 128}
+
+
+def objective_of(
+    pattern: str, dtype: torch.dtype = torch.float32, context: str = "frozen", recompute: bool = False
+) -> DenoisingObjective:
+    model = build_random_model(pattern, dtype=dtype, **WIDE)
+    assert model.denoiser is not None
+    assert model.time is not None
+    denoiser = model.context if context == "tied" else model.denoiser
+    options = DenoisingOptions(mask_token_id=3, recompute=recompute, train_context=context != "frozen")
+    return DenoisingObjective(model.context, denoiser, model.time, options)
+
+
+def rows(count: int, length: int, masked: float, block: int = BLOCK) -> tuple[Batch, Corruption]:
+    """Rows of one document each; the first part of every ten columns is masked."""
+    every = torch.ones(count, length, dtype=torch.bool)
+    tokens = torch.randint(4, 64, (count, length), generator=torch.Generator().manual_seed(0))
+    batch = Batch(tokens, torch.zeros_like(tokens), every, every, ~every, torch.arange(count))
+    hidden = (torch.arange(length) % 10 < 10 * masked).expand(count, -1)
+    return batch, Corruption(torch.full((count, length // block), masked), hidden)
+
+
+# --- work ---------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    ("pattern", "recompute", "context"),
+    [("M*E-ME", False, "frozen"), ("M*E-ME", True, "trained"), ("E*", True, "frozen")],
+)
+def test_flops_are_those_that_torch_counts(pattern: str, recompute: bool, context: str) -> None:
+    objective = objective_of(pattern, context=context, recompute=recompute)
+    config = build_random_model(pattern, **WIDE).config.backbone
+    batch, noise = rows(1, 320, masked=0.5, block=4)  # 80 blocks: their states are combined in groups
+    with sdpa_kernel(SDPBackend.MATH), FlopCounterMode(display=False) as counter:
+        objective(batch, noise, 4).backward()
+    counted = two_tower_step(config, 320, 4, recompute=recompute, train_context=context != "frozen").total
+    assert counted == pytest.approx(counter.get_total_flops(), rel=1e-6)
+
+
+def test_flops_of_next_token_training_are_those_that_torch_counts() -> None:
+    model = build_random_model("M*E-ME", **WIDE)
+    batch, _ = rows(1, 256, masked=0.5)
+    for recompute in (False, True):
+        objective = AutoregressiveObjective(model.context, recompute=recompute)
+        with sdpa_kernel(SDPBackend.MATH), FlopCounterMode(display=False) as counter:
+            objective(batch, None, BLOCK).backward()
+        counted = autoregressive_step(model.config.backbone, 256, BLOCK, recompute=recompute).total
+        assert counted == pytest.approx(counter.get_total_flops(), rel=1e-6)
+
+
+# --- memory -------------------------------------------------------------------------------------------------------
+
+
+def peak_of(measured: Profile) -> int:
+    steps = range(len(measured.units) + 1)
+    return max(max(measured.forward(i), measured.backward(i)) for i in steps)
+
+
+@pytest.mark.parametrize(
+    ("pattern", "dtype", "context", "recompute", "tolerance"),
+    [
+        ("M*-M", torch.float32, "frozen", False, 0.002),
+        ("MM-", torch.float32, "frozen", True, 0.02),
+        ("*-M", torch.float32, "tied", True, 0.02),
+        ("M*E-ME", torch.bfloat16, "frozen", False, 0.002),
+        ("M*E-ME", torch.bfloat16, "frozen", True, 0.01),
+    ],
+)
+def test_activations_are_those_of_a_real_pass(
+    pattern: str, dtype: torch.dtype, context: str, recompute: bool, tolerance: float
+) -> None:
+    objective = objective_of(pattern, dtype, context, recompute)
+    for parameter in objective.parameters():
+        if parameter.requires_grad:
+            parameter.register_post_accumulate_grad_hook(lambda p: setattr(p, "grad", None))
+    batch, noise = rows(2, 256, masked=1.0)
+    with LiveBytes() as live:
+        loss = objective(batch, noise, BLOCK)
+        kept = live.live
+        loss.backward()
+    config = build_random_model(pattern, **WIDE).config.backbone
+    measured = profile(
+        config, row_length=256, micro_rows=2, block_size=BLOCK, dtype=dtype, context=context, recompute=recompute
+    )
+    assert peak_of(measured) == pytest.approx(live.peak, rel=tolerance)
+    if context == "frozen":  # else the last context layer's own output is let go, which no loss reads
+        count = len(measured.units)
+        assert measured.fixed + measured.kept(count) + measured.tail.kept == pytest.approx(kept, rel=0.005)
+
+
+@contextmanager
+def allocated() -> Iterator[list[int]]:
+    """The most that the CPU's allocator held at once inside it, over what it held before."""
+    most: list[int] = []
+    with torch.profiler.profile(activities=[ProfilerActivity.CPU], profile_memory=True) as seen:
+        yield most
+    events = [event for event in seen.profiler.kineto_results.events() if event.name() == "[memory]"]
+    held = peak = 0
+    for event in sorted(events, key=lambda event: event.start_ns()):
+        held += event.nbytes()
+        peak = max(peak, held)
+    most.append(peak)
+
+
+def shard_over_eight() -> None:
+    """FSDP2 as the first of eight processes, of which there is only one: messages are made, and filled by nobody.
+    Prints, for each setup, what was planned and what the allocator saw."""
+    import torch.distributed as dist
+    from torch.distributed.device_mesh import init_device_mesh
+    from torch.testing._internal.distributed.fake_pg import FakeStore
+
+    from twotower.training.parallel import World, local, shard
+
+    torch.set_num_threads(1)
+    dist.init_process_group("fake", store=FakeStore(), rank=0, world_size=8)
+    world = World(0, 8, torch.device("cpu"), init_device_mesh("cpu", (8,)))
+    shape = WIDE | {"hidden_size": 128, "n_routed_experts": 16, "moe_intermediate_size": 256}
+    shape |= {"intermediate_size": 512}
+    found = []
+    for pattern, length, recompute in (("M*EME", 128, True), ("-M*", 256, False)):
+        model = build_random_model(pattern, **shape)
+        assert model.denoiser is not None
+        assert model.time is not None
+        options = DenoisingOptions(mask_token_id=3, recompute=recompute)
+        objective = DenoisingObjective(model.context, model.denoiser, model.time, options)
+        shard(objective, objective.units, world, torch.bfloat16)
+        batch, noise = rows(1, length, masked=1.0)
+        objective(batch, noise, BLOCK).backward()  # from here on gradients exist, as in any step but the first
+        with allocated() as most:
+            objective(batch, noise, BLOCK).backward()
+        setup = Setup(row_length=length, recompute=recompute)
+        measured = profile(
+            model.config.backbone, row_length=length, micro_rows=1, block_size=BLOCK, dtype=torch.bfloat16,
+            recompute=recompute,
+        )  # fmt: skip
+        planned = memory_of(measured, setup)
+        own = [local(parameter) for parameter in objective.parameters()]
+        found.append(
+            {
+                "weights": [planned.weights + planned.frozen, sum(t.untyped_storage().nbytes() for t in own)],
+                "step": [planned.root + planned.gathered + planned.kept + planned.working, most[0]],
+            }
+        )
+    dist.destroy_process_group()
+    print(json.dumps(found))
+
+
+@pytest.mark.slow  # a process of its own: ten seconds
+def test_memory_is_that_of_fsdp() -> None:
+    done = subprocess.run([sys.executable, __file__], capture_output=True, text=True, timeout=120, check=False)
+    assert done.returncode == 0, done.stderr
+    for case in json.loads(done.stdout.splitlines()[-1]):
+        planned, real = case["weights"]
+        assert planned == real
+        planned, real = case["step"]
+        assert planned == pytest.approx(real, rel=0.02)
+
+
+# --- the plan -----------------------------------------------------------------------------------------------------
+
+
+@pytest.fixture(scope="module")
+def eight() -> Plan:
+    """The released model on eight GPUs of 80 GiB."""
+    return plan_from(TwoTowerConfig.read(RELEASED), {"gpus": 8})
+
+
+def test_the_released_model(eight: Plan) -> None:
+    assert eight.parameters.per_tower == pytest.approx(31.58e9, rel=1e-3)
+    trained = eight.parameters.trained
+    state = eight.memory.weights + eight.memory.gradients + eight.memory.moments
+    assert state == pytest.approx(16 * trained / 8, rel=1e-3)
+    assert eight.memory.frozen == pytest.approx(2 * eight.parameters.frozen / 8, rel=1e-3)
+    assert not eight.fits
+    assert eight.smallest_gpus == 16
+    assert [remedy.change for remedy in eight.remedies if remedy.fits] == ["16 GPUs"]
+    hours = {row.tokens: row.hours for row in eight.hours}
+    assert hours[1e10] == pytest.approx(10 * hours[1e9])
+    per_column = eight.flops.total / 8192
+    assert hours[1e9] == pytest.approx(1e9 * per_column / (8 * 989e12 * 0.35) / 3600)
+
+
+def test_the_page_names_verdict_and_assumptions(eight: Plan) -> None:
+    text = click.unstyle(render(eight))
+    assert "does not fit" in text
+    assert "16 GPUs" in text
+    assert "assumed" in text
+    assert max(map(len, text.splitlines())) <= 100
+    assert json.loads(json.dumps(eight.to_dict(), allow_nan=False))["memory"]["total"] == eight.memory.total
+
+
+def test_remedies_come_in_order_and_do_what_they_say() -> None:
+    config = TwoTowerConfig(**WIDE, hybrid_override_pattern="ME*M").backbone
+    setup = Setup(gpus=8, gpu_memory_gib=0.03, row_length=1024, rows=64, micro_rows=4, recompute=False, reserve_gib=0.0)
+    made = plan(config, setup)
+    assert made.setup.micro_batches == 2
+    assert [remedy.change for remedy in made.remedies[:2]] == ["recomputation", "micro-batches of 1 row"]
+    assert all(remedy.total < made.memory.total for remedy in made.remedies[:2])
+    assert made.remedies[-1].change == "rows of 512 columns"
+
+
+def test_experts_are_cut_among_no_more_gpus_than_there_are() -> None:
+    config = TwoTowerConfig(**WIDE, hybrid_override_pattern="ME").backbone  # 8 experts
+    totals = {g: plan(config, Setup(gpus=g, row_length=64, reserve_gib=0.0)).memory.weights for g in (8, 64)}
+    experts = 2 * WIDE["n_routed_experts"] * WIDE["moe_intermediate_size"] * WIDE["hidden_size"]
+    assert totals[64] > 4 * experts / 8
+
+
+def test_one_gpu_keeps_every_layer_gathered() -> None:
+    config = TwoTowerConfig(**WIDE, hybrid_override_pattern="M-").backbone
+    made = plan(config, Setup(gpus=1, row_length=64))
+    assert made.memory.gathered > 0
+    assert made.traffic.seconds == 0
+    assert made.memory.total < GIB * 5
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        ({"gpus": 0}, "gpus is 0"),
+        ({"row_length": 100}, "do not divide"),
+        ({"rows": 4}, "fewer than 8 GPUs"),
+        ({"utilisation": 35}, "fraction"),
+        ({"dtype": "int8"}, "choose one of"),
+        ({"gpu": 8}, "gpu is no option"),
+    ],
+)
+def test_meaningless_options_are_refused(options: dict[str, object], message: str) -> None:
+    with pytest.raises(ArgumentError, match=message):
+        plan_from(TwoTowerConfig.read(RELEASED), options)
+
+
+if __name__ == "__main__":
+    shard_over_eight()
