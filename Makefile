@@ -18,10 +18,10 @@ check: .venv/.installed-dev
 	$(BIN)/ruff format --check .
 	$(BIN)/mypy
 
-# About 70 + 10 + 60 minutes on two CPU cores; continues where it was interrupted.
+# About two hours on two CPU cores; continues where it was interrupted.
 bundled-model: .venv/.installed-dev
 	@test -n "$(TWOTOWER_DATA)" || { echo "set TWOTOWER_DATA to the folder that holds corpora/sgd_dialogues"; exit 2; }
-	$(BIN)/python -m twotower.recipes.bundled $(TWOTOWER_DATA)/corpora/sgd_dialogues runs/bundled
+	$(BIN)/python -m twotower.recipes.bundled $(TWOTOWER_DATA)/corpora/sgd_dialogues runs/bundled --processes 2
 
 .venv/.installed: pyproject.toml constraints.txt
 	@$(PYTHON) -c 'import sys; sys.exit("twotower needs Python 3.11 or later; this is %d.%d. Set PYTHON=..." % sys.version_info[:2] if sys.version_info < (3, 11) else 0)'

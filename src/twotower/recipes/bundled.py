@@ -26,7 +26,7 @@ from twotower.allocator import keep_large_blocks
 SEED = 1
 STAGES = ("text", "backbone", "start", "continuations", "denoiser", "figures")
 PROBLEMS = 180_000
-DIFFICULTIES = (1, 2)
+DIFFICULTIES = (1, 2, 3)
 CONTINUATIONS = 6000
 CONTINUATION_LENGTH = 250
 # Few experts, so that a pass over a block reads little more than a pass over one token.
@@ -52,7 +52,7 @@ SHAPE = {
     "routed_scaling_factor": 1.0,
 }
 # The same for both trainings. A weight is a share of documents; a dialogue is about six times as long as a problem.
-COMMON = ["--rows", "5", "--row-length", "512", "--seed", str(SEED), "--validate-every", "400"]
+COMMON = ["--rows", "6", "--row-length", "512", "--seed", str(SEED), "--validate-every", "400"]
 PRETRAIN = ["--no-prompt-loss", "--split-digits", "--rate", "2e-3"]
 TRAIN = ["--block-size", "16", "--rate", "1.5e-3"]
 DIALOGUE_SHARE = 0.14
@@ -125,9 +125,14 @@ def measure(data: Path, out: Path) -> None:
 @click.argument("data", type=click.Path(exists=True, file_okay=False, path_type=Path))
 @click.argument("out", type=click.Path(file_okay=False, path_type=Path))
 @click.option("--stage", "stages", type=click.Choice(STAGES), multiple=True, help="[default: all that are not done]")
-@click.option("--backbone-steps", type=int, default=3800, show_default=True)
-@click.option("--denoiser-steps", type=int, default=2400, show_default=True)
-def main(data: Path, out: Path, stages: tuple[str, ...], backbone_steps: int, denoiser_steps: int) -> None:
+@click.option("--backbone-steps", type=int, default=4500, show_default=True)
+@click.option("--denoiser-steps", type=int, default=4000, show_default=True)
+@click.option(
+    "--processes", type=int, default=1, show_default=True, help="That train; 2 or 3 divide the batch's 6 rows."
+)
+def main(
+    data: Path, out: Path, stages: tuple[str, ...], backbone_steps: int, denoiser_steps: int, processes: int
+) -> None:
     """Makes the bundled model."""
     keep_large_blocks()
     out.mkdir(parents=True, exist_ok=True)
@@ -145,7 +150,10 @@ def main(data: Path, out: Path, stages: tuple[str, ...], backbone_steps: int, de
             functions[stage](data, out)
         else:
             print("twotower " + " ".join(programs[stage]), file=sys.stderr, flush=True)
-            code = subprocess.run([sys.executable, "-m", "twotower", *programs[stage]]).returncode
+            launch = [sys.executable]
+            if processes > 1 and stage != "start":
+                launch += ["-m", "torch.distributed.run", "--standalone", f"--nproc-per-node={processes}"]
+            code = subprocess.run([*launch, "-m", "twotower", *programs[stage]]).returncode
             if code:
                 sys.exit(code)
 

@@ -46,8 +46,8 @@ def draw(rng: random.Random, items: Sequence[T], count: int) -> list[T]:
 
 
 def addition(rng: random.Random, difficulty: int) -> tuple[str, str]:
-    """Adds two numbers of difficulty + 2 digits column by column, ones first: digit + digit + carry = sum."""
-    digits = difficulty + 2
+    """Adds two numbers of 2 · difficulty + 2 digits column by column, ones first: digit + digit + carry = sum."""
+    digits = 2 * difficulty + 2
     a, b = (10 ** (digits - 1) + below(rng, 9 * 10 ** (digits - 1)) for _ in range(2))
     columns, carry = [], 0
     for x, y in zip(reversed(str(a)), reversed(str(b)), strict=True):
@@ -88,8 +88,8 @@ def sorting(rng: random.Random, difficulty: int) -> tuple[str, str]:
 
 
 def recall(rng: random.Random, difficulty: int) -> tuple[str, str]:
-    """Looks up difficulty + 3 keys, in the order asked, among 4 + 2 · difficulty pairs of key and two-digit value."""
-    keys = draw(rng, KEYS, 4 + 2 * difficulty)
+    """Looks up difficulty + 3 keys, in the order asked, among 6 + 4 · difficulty pairs of key and two-digit value."""
+    keys = draw(rng, KEYS, 6 + 4 * difficulty)
     pairs = {key: f"{key} {10 + below(rng, 90)}" for key in keys}
     asked = draw(rng, keys, difficulty + 3)
     return (
@@ -122,14 +122,14 @@ EDITS = ("reverse", "rotate", "drop", "double", "swap", "change")
 def edits(rng: random.Random, difficulty: int) -> tuple[str, str]:
     """Edits a string of 7 + difficulty spaced letters, writing it out after each edit.
 
-    Levels 1–2: 2 edits, letters all different. Levels 3–4: 3 edits, two letters repeated. Level 5: 4 edits, likewise.
+    Level 1: one edit. Levels 2–3: 2 edits. Levels 4–5: 3 edits, two letters repeated; below, letters are all different.
     `rotate` moves the first letter to the end; every other edit takes all occurrences of its letters.
     """
-    length, repeats = 7 + difficulty, 0 if difficulty <= 2 else 2
+    length, repeats = 7 + difficulty, 0 if difficulty <= 3 else 2
     letters = draw(rng, LETTERS, length - repeats)
     text = "".join(draw(rng, letters + draw(rng, letters, repeats), length))
     start, asked, written = text, [], []
-    for kind in draw(rng, EDITS, 2 + (difficulty - 1) // 2):
+    for kind in draw(rng, EDITS, 1 + difficulty // 2):
         instruction, text = edit(rng, kind, text)
         asked.append(instruction)
         written.append(" ".join(text))
