@@ -122,7 +122,7 @@ def test_the_log_holds_every_step(capfd: pytest.CaptureFixture) -> None:
         assert 0 < record["norm"] < 100
         assert 0 < record["targets"] < 256
         assert 64 < record["tokens"] <= 256
-        assert ("validation" in record) == (record["step"] in (7, 14, 21, 22))
+        assert ("validation" in record) == (record["step"] in (11, 22))
     lines = (uninterrupted("train") / "log.jsonl").read_text().splitlines()
     assert all(json.loads(line)["timing"].keys() == {"seconds", "tokens_per_second"} for line in lines)
 
@@ -132,7 +132,7 @@ def test_training_learns() -> None:
     loss = column(uninterrupted("train"), "loss")
     assert loss[-5:].mean() < loss[:5].mean() - 1
     held_out = [r["validation"]["masked_nll"] for r in log(uninterrupted("train")) if "validation" in r]
-    assert held_out[-1] < held_out[0] - 0.5
+    assert held_out[-1] < held_out[0] - 0.3
     loss = column(uninterrupted("pretrain"), "loss")
     assert loss[-1] < loss[0] - 0.5
 

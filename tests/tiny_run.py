@@ -122,7 +122,7 @@ class Given(NamedTuple):
         return [
             "--data", str(self.data), "-o", str(output), "--rows", "4", "--row-length", "64", "--rate", "1e-3",
             "--warmup", "3", "--held-out", "0.05", "--dtype", "float32", "--device", "cpu", "--checkpoint-every", "4",
-            "--validate-every", "7", "--validation-documents", "6", "--no-tensorboard",
+            "--validate-every", "11", "--validation-documents", "4", "--no-tensorboard",
         ]  # fmt: skip
 
 
