@@ -2,16 +2,20 @@
 
 from __future__ import annotations
 
+import io
 import math
+import sys
 from collections.abc import Callable
 from pathlib import Path
 
 import pytest
 import torch
+from command import Result
 from torch import nn
 
 from twotower import TwoTowerConfig, TwoTowerForCausalLM
 from twotower.checkpoint import cast
+from twotower.cli.main import run
 from twotower.model.conditioning import TimeConditioning
 from twotower.model.linear import Linear
 from twotower.model.mamba2 import Mamba2
@@ -109,3 +113,16 @@ def _randomise(module: nn.Module) -> None:
             for table in module.scale_shift_tables:
                 nn.init.normal_(table, std=0.3)
                 table[2] += 1.0  # gates
+
+
+@pytest.fixture
+def cli(capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch) -> Callable[..., Result]:
+    """Runs one command line in this process; `stdin` is what is piped in."""
+
+    def call(*args: str | Path, stdin: bytes = b"") -> Result:
+        monkeypatch.setattr(sys, "stdin", io.TextIOWrapper(io.BytesIO(stdin)))
+        capsys.readouterr()
+        code = run([str(arg) for arg in args])
+        return Result(code, *capsys.readouterr())
+
+    return call

@@ -11,28 +11,21 @@ import sys
 import time
 from collections.abc import Callable
 from pathlib import Path
-from typing import NamedTuple
 from xml.etree import ElementTree
 
 import pytest
+from command import Result, assert_one_line_error
 from rich.console import Console
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers
 from transformers import PreTrainedTokenizerFast
 
 from twotower import TwoTowerForCausalLM, bundled_model
 from twotower.cli.generate import generate as generate_command
-from twotower.cli.main import run
 from twotower.cli.watch import Frame, Screen, Silent, TokenNames, Watcher, colour, running_text
 from twotower.generation import GenerationParams
 
 PROMPT = "Once upon a time"
 SPECIAL = ["<pad>", "<bos>", "<eos>", "<mask>"]
-
-
-class Result(NamedTuple):
-    code: int
-    out: str
-    err: str
 
 
 @pytest.fixture(scope="session")
@@ -58,28 +51,6 @@ def checkpoint(
         shutil.copy(golden_dir / "tiny-hybrid" / name, directory / name)
     byte_tokenizer.save_pretrained(directory)
     return directory
-
-
-@pytest.fixture
-def cli(capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch) -> Callable[..., Result]:
-    """Runs one command line in this process; `stdin` is what is piped in."""
-
-    def call(*args: str | Path, stdin: bytes = b"") -> Result:
-        monkeypatch.setattr(sys, "stdin", io.TextIOWrapper(io.BytesIO(stdin)))
-        code = run([str(arg) for arg in args])
-        return Result(code, *capsys.readouterr())
-
-    return call
-
-
-def assert_one_line_error(result: Result, *said: str) -> None:
-    assert result.code == 2
-    assert result.out == ""
-    assert result.err.startswith("Error: ")
-    assert result.err.count("\n") == 1
-    assert "Traceback" not in result.err
-    for words in said:
-        assert words in result.err
 
 
 # --- the group ------------------------------------------------------------------------------------------------------

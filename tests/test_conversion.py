@@ -2,18 +2,19 @@
 
 from __future__ import annotations
 
-import io
 import json
 import shutil
 import subprocess
 import sys
 from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 from types import SimpleNamespace
-from typing import Any, NamedTuple
+from typing import Any
 
 import pytest
 import torch
+from command import Result, assert_one_line_error
 from conftest import build_random_model
 from safetensors.torch import load_file, save_file
 from test_against_transformers import agree, theirs
@@ -24,9 +25,6 @@ from transformers import AutoModelForCausalLM, PreTrainedTokenizerFast
 
 from twotower import TwoTowerForCausalLM, conversion
 from twotower.checkpoint import INDEX_FILE, SINGLE_FILE, WIDE_SUFFIXES
-from twotower.cli.init import init
-from twotower.cli.main import cli as program
-from twotower.cli.main import run
 from twotower.conversion import Converted, convert
 from twotower.errors import ArgumentError
 
@@ -424,23 +422,9 @@ def test_mask_token(source: Path, tmp_path: Path) -> None:
 # --- the command --------------------------------------------------------------------------------------------------
 
 
-class Result(NamedTuple):
-    code: int
-    out: str
-    err: str
-
-
 @pytest.fixture
-def cli(capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch) -> Callable[..., Result]:
-    monkeypatch.setitem(program.commands, "init", init)
-
-    def call(*args: str | Path) -> Result:
-        monkeypatch.setattr(sys, "stdin", io.TextIOWrapper(io.BytesIO(b"")))
-        capsys.readouterr()
-        code = run(["init", *(str(arg) for arg in args)])
-        return Result(code, *capsys.readouterr())
-
-    return call
+def cli(cli: Callable[..., Result]) -> Callable[..., Result]:
+    return partial(cli, "init")
 
 
 def test_command(source: Path, tmp_path: Path, cli: Callable[..., Result]) -> None:
@@ -534,16 +518,6 @@ WRONG: dict[str, tuple[Callable[[Path], object], tuple[str, ...]]] = {
     "mask is the beginning": (configured(bos_token_id=3), ("3", "bos token")),
     "mask beyond the vocabulary": (configured(mask_token_id=64), ("mask_token_id", "64")),
 }  # fmt: skip
-
-
-def assert_one_line_error(result: Result, *said: str) -> None:
-    assert result.code == 2
-    assert result.out == ""
-    assert result.err.startswith("Error: ")
-    assert result.err.count("\n") == 1
-    assert "Traceback" not in result.err
-    for part in said:
-        assert part in result.err
 
 
 @pytest.mark.parametrize("name", WRONG)

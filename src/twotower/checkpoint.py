@@ -95,9 +95,14 @@ def one_tower_slots(model: nn.Module, found: Container[str], root: str) -> dict[
     return out
 
 
+def is_wide(memory: str) -> bool:
+    """Whether a tensor of this name is kept in at least fp32."""
+    return f".{memory}".endswith(WIDE_SUFFIXES)
+
+
 def wanted_dtype(memory: str, dtype: torch.dtype) -> torch.dtype:
     """The dtype a tensor has in a model of `dtype`."""
-    return torch.promote_types(dtype, torch.float32) if f".{memory}".endswith(WIDE_SUFFIXES) else dtype
+    return torch.promote_types(dtype, torch.float32) if is_wide(memory) else dtype
 
 
 def cast(model: nn.Module, dtype: torch.dtype) -> nn.Module:

@@ -155,6 +155,23 @@ _ONLY_SUPPORTED: dict[str, tuple[Any, ...]] = {
 }
 
 
+def read_object(file: Path, remedy: str) -> dict[str, Any]:
+    """A config.json as it stands.
+
+    Raises:
+        ConfigError: no such file (the remedy says what to do), not JSON, or no object.
+    """
+    try:
+        raw = json.loads(file.read_text())  # Python's parser takes the released file's `Infinity`
+    except FileNotFoundError:
+        raise ConfigError(f"{file}: no such file; {remedy}") from None
+    except (OSError, ValueError) as error:
+        raise ConfigError(f"{file}: not readable as JSON ({error})") from None
+    if not isinstance(raw, dict):
+        raise ConfigError(f"{file}: holds a {type(raw).__name__}; a JSON object is expected")
+    return raw
+
+
 class TwoTowerConfig(PretrainedConfig):
     """The configuration of a two-tower checkpoint; `model_type` is `nemotron_h`, as released.
 
@@ -231,14 +248,7 @@ class TwoTowerConfig(PretrainedConfig):
         """
         file = Path(path)
         file = file / "config.json" if file.is_dir() else file
-        try:
-            raw = json.loads(file.read_text())  # Python's parser takes the released file's `Infinity`
-        except FileNotFoundError:
-            raise ConfigError(f"{file}: no such file; give a checkpoint directory or its config.json") from None
-        except (OSError, ValueError) as error:
-            raise ConfigError(f"{file}: not readable as JSON ({error})") from None
-        if not isinstance(raw, dict):
-            raise ConfigError(f"{file}: holds a {type(raw).__name__}; a JSON object is expected")
+        raw = read_object(file, "give a checkpoint directory or its config.json")
         if raw.get("model_type", MODEL_TYPE) != MODEL_TYPE:
             raise ConfigError(f"{file}: model_type is {raw['model_type']!r}; a two-tower model has {MODEL_TYPE!r}")
         if not (raw.keys() & {"hybrid_override_pattern", "layers_block_type", "layer_types"}):

@@ -177,9 +177,7 @@ def _write_rest(tower: OneTower, folder: Path, dtype: torch.dtype) -> None:
     config = loading.config_to_write(tower.model) | {"torch_dtype": name}
     (folder / "config.json").write_text(json.dumps(config, indent=2, sort_keys=True) + "\n")
     (folder / loading.CODE_FILE).write_text(loading.CODE)
-    for file in loading.TEXT_FILES:
-        if (tower.directory / file).exists():
-            shutil.copyfile(tower.directory / file, folder / file)
+    loading.copy_text_files(tower.directory, folder)
 
 
 def _text_notes(config: TwoTowerConfig, tokenizer: Any) -> Iterator[str]:

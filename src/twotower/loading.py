@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 import json
+import shutil
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -143,6 +144,13 @@ def local(source: Any, hub: dict[str, Any]) -> Path:
     except Exception as error:  # the hub client raises many kinds; the user needs one line
         first = (str(error).strip() or type(error).__name__).splitlines()[0]
         raise CheckpointError(f"{source}: no such directory, and not to be had from the hub ({first})") from None
+
+
+def copy_text_files(source: Path, target: Path) -> None:
+    """The tokenizer's files, as they are."""
+    for name in TEXT_FILES:
+        if (source / name).exists():
+            shutil.copyfile(source / name, target / name)
 
 
 def stored_dtype(directory: Path) -> torch.dtype:

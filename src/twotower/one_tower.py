@@ -14,7 +14,7 @@ import torch
 
 from twotower import checkpoint, loading
 from twotower.checkpoint import Slot, Stored
-from twotower.config import ARCHITECTURE, MASK_TOKEN_ID, MODEL_TYPE, BackboneConfig, TwoTowerConfig
+from twotower.config import ARCHITECTURE, MASK_TOKEN_ID, MODEL_TYPE, BackboneConfig, TwoTowerConfig, read_object
 from twotower.errors import ArgumentError, CheckpointError, ConfigError
 from twotower.model.two_tower import TwoTowerForCausalLM
 from twotower.shards import Piece, write_shards
@@ -94,14 +94,7 @@ def _notes(extra: int, has_head: bool, tied: bool) -> Iterable[str]:
 
 def _config(file: Path) -> tuple[TwoTowerConfig, bool]:
     """The configuration of the model to be made, and whether the embeddings are tied."""
-    try:
-        raw = json.loads(file.read_text())
-    except FileNotFoundError:
-        raise ConfigError(f"{file}: no such file; a checkpoint directory has one") from None
-    except (OSError, ValueError) as error:
-        raise ConfigError(f"{file}: not readable as JSON ({error})") from None
-    if not isinstance(raw, dict):
-        raise ConfigError(f"{file}: holds a {type(raw).__name__}; a JSON object is expected")
+    raw = read_object(file, "a checkpoint directory has one")
     if ARCHITECTURE in (raw.get("architectures") or ()):
         raise ConfigError(f"{file}: is that of a two-tower checkpoint already; it needs no conversion")
     if raw.get("model_type") != MODEL_TYPE:

@@ -67,11 +67,11 @@ def _shape(shape: dict[str, Any]) -> Iterator[str]:
 
 def _parameters(count: dict[str, Any]) -> Iterator[str]:
     yield (
-        f"{_big(count['per_tower'])} per tower; {_big(count['both_towers'])} in all, of which time conditioning "
-        f"{_big(count['time_conditioning'])}"
+        f"{big(count['per_tower'])} per tower; {big(count['both_towers'])} in all, of which time conditioning "
+        f"{big(count['time_conditioning'])}"
     )
-    yield f"{_big(count['active'])} active per token: all but the routed experts that it does not choose"
-    yield f"{_big(count['active_without_embedding'])} of them read: of the embedding one row only"
+    yield f"{big(count['active'])} active per token: all but the routed experts that it does not choose"
+    yield f"{big(count['active_without_embedding'])} of them read: of the embedding one row only"
     if count["moe_share"]:
         yield (
             f"{count['moe_share']:.1%} of a tower in MoE layers, {count['routed_expert_share']:.1%} in routed experts"
@@ -94,10 +94,10 @@ def _memory(memory: dict[str, dict[str, int]]) -> Iterator[str]:
 
 def _state(state: dict[str, Any]) -> Iterator[str]:
     yield (
-        f"{_bytes(state['per_token'])} per token (K/V), {_bytes(state['per_row'])} per text (convolution and SSM), "
+        f"{size_of(state['per_token'])} per token (K/V), {size_of(state['per_row'])} per text (convolution and SSM), "
         f"in {_SHORT.get(state['dtype'], state['dtype'])}"
     )
-    yield f"{_bytes(state['full_context'])} for one text that fills the context; two devices keep a copy each"
+    yield f"{size_of(state['full_context'])} for one text that fills the context; two devices keep a copy each"
 
 
 def _weights(weights: dict[str, Any]) -> Iterator[str]:
@@ -108,18 +108,18 @@ def _weights(weights: dict[str, Any]) -> Iterator[str]:
     if files:
         names = files[0]["name"] if len(files) == 1 else f"{files[0]['name']} … {files[-1]['name']} ({len(files)})"
         dtypes = ", ".join(f"{count} {name}" for name, count in weights["dtypes"].items())
-        yield f"{names}: {_bytes(sum(file['bytes'] for file in files))}, tensors: {dtypes}"
+        yield f"{names}: {size_of(sum(file['bytes'] for file in files))}, tensors: {dtypes}"
     yield "do not fit (see below)" if weights["problem"] else "complete: every tensor is there and has its shape"
 
 
-def _big(count: int) -> str:
+def big(count: int) -> str:
     for size, name in ((10**9, "B"), (10**6, "M"), (10**3, "k")):
         if count >= size:
             return f"{count / size:.2f} {name}"
     return str(count)
 
 
-def _bytes(count: int) -> str:
+def size_of(count: int) -> str:
     unit, divisor = _unit(count)
     return f"{count / divisor:.{0 if divisor == 1 else 1}f} {unit}"
 

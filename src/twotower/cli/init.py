@@ -75,7 +75,7 @@ def init(
 
 def summary(made: Converted) -> Iterator[str]:
     """What was made, to read."""
-    count, size = info_page._big, info_page._bytes
+    count, size = info_page.big, info_page.size_of
     files = f"{len(made.files)} files" if len(made.files) > 1 else made.files[0]
     yield click.style(str(made.directory), bold=True)
     yield (

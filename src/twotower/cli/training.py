@@ -15,6 +15,7 @@ from twotower.cli import model as models
 from twotower.errors import ArgumentError
 
 if TYPE_CHECKING:
+    from twotower.training.parallel import World
     from twotower.training.runs import Parts
     from twotower.training.trainer import Validate
 
@@ -91,18 +92,15 @@ def pretrain(output: Path | None, device: str | None, steps: int, align: int, **
     output = _needed(output)
     allocator.keep_large_blocks()
     _need_extra(options["tensorboard"])
-    from twotower.training import parallel, runs
+    from twotower.training import runs
     from twotower.training.settings import PretrainSettings, Stage
 
     settings = PretrainSettings(stages=(Stage(align, steps),), **options)
-    world = parallel.start(device)
-    try:
-        where = runs.pretrain(settings, output, world, _watch_backbone)
-        if world.first:
-            click.echo(str(where))
-            click.secho(f"next: twotower init --from {where} -o DIR", err=True, dim=True)
-    finally:
-        parallel.stop()
+    _carry_out(
+        device,
+        lambda world: runs.pretrain(settings, output, world, _watch_backbone),
+        lambda where: f"twotower init --from {where} -o DIR",
+    )
 
 
 @click.command()
@@ -167,18 +165,29 @@ def train(
     output = _needed(output)
     allocator.keep_large_blocks()
     _need_extra(options["tensorboard"])
-    from twotower.training import parallel, runs
+    from twotower.training import runs
     from twotower.training.settings import DenoiserSettings, Stage, parse_stages
 
     course = parse_stages(stages) if stages else (Stage(block_size, steps),)
     source = str(models.source_of(None if model == "bundled" else model))
     settings = DenoiserSettings(model=source, stages=course, **options)
+    _carry_out(
+        device,
+        lambda world: runs.train_denoiser(settings, output, world, _watch_denoiser),
+        lambda where: f"twotower generate --model {where} …, or twotower report {output}",
+    )
+
+
+def _carry_out(device: str | None, job: Callable[[World], Path], following: Callable[[Path], str]) -> None:
+    """Joins the processes of the run, does its job and leaves; rank 0 says where the result is and what comes next."""
+    from twotower.training import parallel
+
     world = parallel.start(device)
     try:
-        where = runs.train_denoiser(settings, output, world, _watch_denoiser)
+        where = job(world)
         if world.first:
             click.echo(str(where))
-            click.secho(f"next: twotower generate --model {where} …, or twotower report {output}", err=True, dim=True)
+            click.secho(f"next: {following(where)}", err=True, dim=True)
     finally:
         parallel.stop()
 
@@ -221,8 +230,6 @@ def _needed(output: Path | None) -> Path:
 
 
 def _show_plan(source: str, figures: dict[str, Any], options: dict[str, Any], as_json: bool) -> None:
-    from dataclasses import asdict
-
     from twotower.cli.plan_page import render
     from twotower.config import TwoTowerConfig
     from twotower.training.plan import plan_from
@@ -232,7 +239,7 @@ def _show_plan(source: str, figures: dict[str, Any], options: dict[str, Any], as
     if options["micro_rows"]:
         shared["micro_rows"] = options["micro_rows"]
     plan = plan_from(TwoTowerConfig.read(Path(source)), figures | shared)
-    click.echo(json.dumps(asdict(plan)) if as_json else render(plan))
+    click.echo(json.dumps(plan.to_dict()) if as_json else render(plan))
 
 
 def _need_extra(tensorboard: bool) -> None:

@@ -22,7 +22,6 @@ from pathlib import Path
 from typing import Any
 
 import torch
-import torch.distributed as dist
 import torch.distributed.checkpoint as dcp
 from torch import Tensor
 from torch.distributed.checkpoint.api import CheckpointException  # a BaseException
@@ -186,19 +185,11 @@ def _together(action: Callable[[], Any], world: World) -> list[Any]:
         own = None, action()
     except (Exception, CheckpointException) as error:  # torch wraps what the disk said in errors of its own
         own = _reason(error), None
-    answers = _gather(own, world)
+    answers = world.gather(own)
     for reason, _ in answers:
         if reason:
             raise _Failed(reason)
     return [result for _, result in answers]
-
-
-def _gather(value: Any, world: World) -> list[Any]:
-    if world.size == 1:
-        return [value]
-    box: list[Any] = [None] * world.size
-    dist.all_gather_object(box, value)
-    return box
 
 
 def _write(file: Path, state: dict[str, Any]) -> None:

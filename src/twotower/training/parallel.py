@@ -16,7 +16,7 @@ from torch.distributed.device_mesh import DeviceMesh, init_device_mesh
 from torch.distributed.fsdp import FSDPModule, MixedPrecisionPolicy, fully_shard
 from torch.distributed.tensor import DTensor
 
-from twotower.checkpoint import WIDE_SUFFIXES
+from twotower.checkpoint import is_wide
 from twotower.errors import ArgumentError
 
 
@@ -51,6 +51,14 @@ class World:
         box = [value]
         dist.broadcast_object_list(box, src=0, device=self.device)
         return box[0]
+
+    def gather(self, value: Any) -> list[Any]:
+        """Every process's object, in order of rank, on every process."""
+        if self.size == 1:
+            return [value]
+        box: list[Any] = [None] * self.size
+        dist.all_gather_object(box, value)
+        return box
 
 
 def start(device: str | None = None) -> World:
@@ -129,10 +137,6 @@ def shard(objective: nn.Module, units: Iterable[nn.Module], world: World, dtype:
 def sharded(objective: nn.Module) -> list[FSDPModule]:
     """The units and the objective itself, as FSDP sees them."""
     return [module for module in objective.modules() if isinstance(module, FSDPModule)]
-
-
-def is_wide(name: str) -> bool:
-    return f".{name}".endswith(WIDE_SUFFIXES)
 
 
 def sum_whole_gradients(parameters: list[nn.Parameter], world: World) -> None:

@@ -48,8 +48,12 @@ class Parts:
     objective: Any
     held_out: dict[str, list[Batch]]
     world: World
-    block_size: int
     eos_token_id: int
+
+    @property
+    def block_size(self) -> int:
+        """Of the last stage."""
+        return self.settings.stages[-1].block_size
 
 
 MakeValidation = Callable[[Parts], Validate]
@@ -74,7 +78,14 @@ def pretrain(
     dtype = compute_dtype(settings.dtype, world.device)
     _prepare(settings)
     shard(objective, objective.units, world, dtype)
-    parts = _parts(settings, model, objective, batches, world, encoder)
+    parts = Parts(
+        settings=settings,
+        model=model,
+        objective=objective,
+        held_out=batches,
+        world=world,
+        eos_token_id=encoder.eos_token_id,
+    )
     train(_run(settings, directory), objective, rows, world, validation(parts) if validation and batches else None)
     whole = weights.gather(model.context, dtype, world)
     if world.first:
@@ -118,7 +129,14 @@ def train_denoiser(
     shard(objective, objective.units, world, dtype)
     weights.fill(model, objective, source, world)
     model.tokenizer = tokenizer
-    parts = _parts(settings, model, objective, batches, world, encoder)
+    parts = Parts(
+        settings=settings,
+        model=model,
+        objective=objective,
+        held_out=batches,
+        world=world,
+        eos_token_id=encoder.eos_token_id,
+    )
     train(_run(settings, directory), objective, rows, world, validation(parts) if validation and batches else None)
     stored = loading.stored_dtype(source)
     whole = weights.gather(model, stored, world)
@@ -306,25 +324,6 @@ def _run(settings: Settings, directory: Path) -> Run:
     )
 
 
-def _parts(
-    settings: Settings,
-    model: TwoTowerForCausalLM,
-    objective: AutoregressiveObjective | DenoisingObjective,
-    held_out: dict[str, list[Batch]],
-    world: World,
-    encoder: Encoder,
-) -> Parts:
-    return Parts(
-        settings=settings,
-        model=model,
-        objective=objective,
-        held_out=held_out,
-        world=world,
-        block_size=settings.stages[-1].block_size,
-        eos_token_id=encoder.eos_token_id,
-    )
-
-
 def _publish(directory: Path, write: Callable[[Path], None]) -> None:
     """RUN/model, complete or not there."""
     partial, final = directory / "model.partial", directory / "model"
@@ -340,6 +339,4 @@ def _write_two_towers(whole: dict[str, torch.Tensor], config: TwoTowerConfig, fo
         model = TwoTowerForCausalLM(config)
     model.load_state_dict(whole, strict=True, assign=True)
     model.save_pretrained(folder)
-    for name in loading.TEXT_FILES:  # the tokenizer's files as they were
-        if (source / name).exists():
-            shutil.copyfile(source / name, folder / name)
+    loading.copy_text_files(source, folder)
