@@ -33,7 +33,7 @@ from twotower.config import BackboneConfig, TwoTowerConfig  # noqa: E402
 from twotower.evaluation.suite import problems, write_jsonl  # noqa: E402
 from twotower.evaluation.suite.measure import measure_suite  # noqa: E402
 from twotower.model import conditioning  # noqa: E402
-from twotower.model.blockwise import Layout, denoise_layer, modulations, read_layer  # noqa: E402
+from twotower.model.blockwise import Layout, denoise_layer, read_layer  # noqa: E402
 from twotower.model.conditioning import TimeConditioning  # noqa: E402
 from twotower.model.coupling import MambaPast, Past  # noqa: E402
 from twotower.model.tower import Layer, Tower  # noqa: E402
@@ -46,6 +46,7 @@ from twotower.training.objective import (  # noqa: E402
     AutoregressiveObjective,
     DenoisingObjective,
     DenoisingOptions,
+    blocks_with_masks,
 )
 from twotower.training.runs import Rows, encoder_for, load_tokenizer  # noqa: E402
 from twotower.training.settings import Settings  # noqa: E402
@@ -165,16 +166,16 @@ class Varied(DenoisingObjective):
     def hidden(self, batch: Batch, noise: Corruption, block_size: int) -> tuple[Tensor, Tensor]:
         if self.variation.coupling != "last":
             return super().hidden(batch, noise, block_size)
-        layout = Layout(batch.document, block_size)
+        layout = Layout(batch.document, block_size, chosen=blocks_with_masks(noise, block_size))
         with torch.no_grad():
             clean = self._embed_clean(batch.tokens)
             for unit in self.units:
                 clean, _ = read_layer(unit.context, clean, layout)
             clean = self.context_norm_f(clean)
-        noisy = self._embed(batch.tokens.masked_fill(noise.masked, MASK)).unflatten(1, (-1, block_size))
-        for unit, change in zip(self.units, modulations(self.time, noise.t), strict=True):
+        noisy = self._embed_corrupted(batch, noise, layout)
+        for unit, change in zip(self.units, self._modulations(noise, layout), strict=True):
             clean, noisy = unit(clean, noisy, change, layout)
-        return self.norm_f(noisy).flatten(1, 2), clean
+        return layout.to_rows(self.norm_f(noisy)), clean
 
 
 @contextlib.contextmanager

@@ -14,9 +14,10 @@ from packed import Block, Case, blocks_of, case, objective
 from torch import Tensor, nn
 
 from twotower import TwoTowerForCausalLM
+from twotower.model.blockwise import Layout
 from twotower.training.corpus import Batch
 from twotower.training.noise import Corruption
-from twotower.training.objective import AutoregressiveObjective, DenoisingObjective
+from twotower.training.objective import AutoregressiveObjective, DenoisingObjective, blocks_with_masks
 
 PATTERNS = ["M", "*", "M*-M"]  # in whose kernels no number's rounding depends on its neighbours; experts come after
 
@@ -27,7 +28,7 @@ def trained_blocks(step: Case) -> list[Block]:
 
 
 def logits_of(training: DenoisingObjective, batch: Batch, noise: Corruption, block_size: int) -> Tensor:
-    """(B, S, V)"""
+    """(B, S, V); blocks without a mask are not denoised."""
     hidden, _ = training.hidden(batch, noise, block_size)
     return training.head(hidden)
 
@@ -121,7 +122,7 @@ def test_a_block_depends_on_all_it_may_see(pattern: str) -> None:
 @torch.no_grad()
 @pytest.mark.parametrize("scope", ["row", "document", "block"])
 def test_a_document_is_what_it_is_alone(scope: Any) -> None:
-    """In a row of its own, from the same place in a block, with the same noise: the same logits."""
+    """In a row of its own, from the same place in a block, with the same noise: the same logits at its masks."""
     step = case(EVERY_KIND, scope=scope)
     training = objective(step.model)
     together = logits_of(training, *step[1:])
@@ -133,6 +134,7 @@ def test_a_document_is_what_it_is_alone(scope: Any) -> None:
         alone = Batch(**parts, index=step.batch.index[row, None])
         t = step.noise.t[row, columns.start // size : columns.stop // size][None]
         noise = Corruption(t, step.noise.masked[row, columns][None])
+        own = own[step.noise.masked[row, own]]
         torch.testing.assert_close(
             logits_of(training, alone, noise, size)[0, own - columns.start], together[row, own], rtol=1e-12, atol=1e-11
         )
@@ -181,7 +183,8 @@ def input_gradients(training: DenoisingObjective, step: Case, block: Block) -> t
     torch.manual_seed(0)
     found = torch.autograd.grad((logits * torch.randn_like(logits)).sum(), inputs, materialize_grads=True)
     assert len(found) == 2
-    return found[0].any(-1), found[1].any(-1)
+    layout = Layout(step.batch.document, step.block_size, chosen=blocks_with_masks(step.noise, step.block_size))
+    return found[0].any(-1), layout.to_rows(found[1].any(-1))
 
 
 @pytest.mark.parametrize("tied", [False, True], ids=["two towers", "one tied tower"])

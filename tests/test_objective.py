@@ -72,6 +72,27 @@ def test_one_pass_over_all_blocks_equals_generation_block_by_block(pattern: str,
     assert deviation(training(step.batch, step.noise, block_size), naive.sum()) < EXACT
 
 
+def test_the_denoiser_reads_the_blocks_that_have_masks() -> None:
+    """No others; and where nothing at all is masked, there is still a loss, of 0, and gradients of 0."""
+    step = case()
+    training = objective(step.model)
+    read: list[Tensor] = []
+    hook = training.embeddings.register_forward_pre_hook(lambda module, inputs: read.append(inputs[0]))
+    training(step.batch, step.noise, 4)
+    corrupted = step.batch.tokens.masked_fill(step.noise.masked, training.options.mask_token_id)
+    masked = step.noise.masked.unflatten(1, (-1, 4)).any(-1)
+    assert 0 < masked.sum() < masked.numel()
+    assert torch.equal(read[0], corrupted.unflatten(1, (-1, 4))[masked])
+    nothing = Corruption(step.noise.t, torch.zeros_like(step.noise.masked))
+    loss = training(step.batch, nothing, 4)
+    hook.remove()
+    assert len(read[1]) == 0
+    assert loss == 0
+    loss.backward()
+    trained = [p for p in training.parameters() if p.requires_grad]
+    assert all(p.grad is not None and not p.grad.any() for p in trained)
+
+
 def test_the_batch_has_what_it_should() -> None:
     """Documents that begin anywhere in a block, blocks of context only, masks on the EOS after a document's end."""
     step = case()

@@ -44,11 +44,11 @@ def objective_of(
 
 
 def rows(count: int, length: int, masked: float, block: int = BLOCK) -> tuple[Batch, Corruption]:
-    """Rows of one document each; the first part of every ten columns is masked."""
+    """Rows of one document each; the first part of every four columns is masked."""
     every = torch.ones(count, length, dtype=torch.bool)
     tokens = torch.randint(4, 64, (count, length), generator=torch.Generator().manual_seed(0))
     batch = Batch(tokens, torch.zeros_like(tokens), every, every, ~every, torch.arange(count))
-    hidden = (torch.arange(length) % 10 < 10 * masked).expand(count, -1)
+    hidden = (torch.arange(length) % 4 < 4 * masked).expand(count, -1)
     return batch, Corruption(torch.full((count, length // block), masked), hidden)
 
 

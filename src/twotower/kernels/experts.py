@@ -17,12 +17,13 @@ def experts_sorted(hidden: Tensor, choice: Tensor, weight: Tensor, up: Tensor, d
     order = flat.argsort(stable=True)
     counts = torch.bincount(flat, minlength=up.shape[0]).tolist()
     gathered = hidden[order // choice.shape[1]]  # (T·k, H), grouped by expert
-    parts = [
-        F.linear(F.relu(F.linear(rows, up[expert])).square(), down[expert])
-        for expert, rows in enumerate(gathered.split(counts))
-        if counts[expert]
-    ]
-    return _combine(torch.cat(parts), order, weight)
+
+    def through(expert: int, rows: Tensor) -> Tensor:
+        return F.linear(F.relu(F.linear(rows, up[expert])).square(), down[expert])
+
+    parts = [through(expert, rows) for expert, rows in enumerate(gathered.split(counts)) if counts[expert]]
+    # Without any token the weights still have a gradient, of zeros: processes that share them wait for each other's.
+    return _combine(torch.cat(parts) if parts else through(0, gathered), order, weight)
 
 
 def experts_gathered(hidden: Tensor, choice: Tensor, weight: Tensor, up: Tensor, down: Tensor) -> Tensor:
@@ -35,6 +36,8 @@ def experts_gathered(hidden: Tensor, choice: Tensor, weight: Tensor, up: Tensor,
 
 def experts_grouped(hidden: Tensor, choice: Tensor, weight: Tensor, up: Tensor, down: Tensor) -> Tensor:
     """One grouped GEMM per projection (bf16 on CUDA); group ends stay on the device."""
+    if not len(hidden):
+        return experts_sorted(hidden, choice, weight, up, down)
     flat = choice.flatten()
     order = flat.argsort(stable=True)
     ends = F.one_hot(flat, up.shape[0]).sum(0).cumsum(0).to(torch.int32)

@@ -22,24 +22,24 @@ from torch import Tensor
 
 def ssd_block(x: Tensor, dt: Tensor, log_decay: Tensor, B: Tensor, C: Tensor, state: Tensor | None) -> Tensor:
     """One chunk seeded with `state` (None: zeros) → y (B, L, H, P). Does not form the state after the chunk."""
-    heads_per_group = x.shape[2] // B.shape[2]
+    groups, heads_per_group = B.shape[2], x.shape[2] // B.shape[2]
     decay = log_decay.cumsum(1).transpose(1, 2)  # (B, H, L), from the chunk's start
     scores = torch.einsum("blgn,bmgn->bglm", C, B).repeat_interleave(heads_per_group, 1)  # (B, H, L, L)
     weights = scores * _causal_decay(decay) * dt.transpose(1, 2)[:, :, None]
     y = (weights @ x.transpose(1, 2)).transpose(1, 2)  # (B, L, H, P)
     if state is not None:
-        seen = torch.einsum("blgn,bgkpn->blgkp", C, state.unflatten(1, (-1, heads_per_group))).flatten(2, 3)
+        seen = torch.einsum("blgn,bgkpn->blgkp", C, state.unflatten(1, (groups, heads_per_group))).flatten(2, 3)
         y = y + seen * decay.transpose(1, 2).exp()[..., None]
     return y
 
 
 def advance(x: Tensor, dt: Tensor, log_decay: Tensor, B: Tensor, state: Tensor | None) -> Tensor:
     """The state after the L tokens → (B, H, P, N); one matrix product over L, whatever L is."""
-    heads_per_group = x.shape[2] // B.shape[2]
+    groups, heads_per_group = B.shape[2], x.shape[2] // B.shape[2]
     decay = log_decay.cumsum(1)  # (B, L, H)
     total = decay[:, -1:]
     fed = x * ((total - decay).exp() * dt)[..., None]  # (B, L, H, P), each token decayed to the end
-    new = torch.einsum("blgkp,blgn->bgkpn", fed.unflatten(2, (-1, heads_per_group)), B).flatten(1, 2)
+    new = torch.einsum("blgkp,blgn->bgkpn", fed.unflatten(2, (groups, heads_per_group)), B).flatten(1, 2)
     if state is None:
         return new
     return state * total[:, 0, :, None, None].exp() + new
@@ -53,11 +53,11 @@ def ssd_chunked(
     pad = -length % chunk
     if pad:  # dt = 0: padding changes nothing
         x, dt, log_decay, B, C = (F.pad(v, (0, 0) * (v.dim() - 2) + (0, pad)) for v in (x, dt, log_decay, B, C))
-    # chunks fold into the batch
-    x, dt, log_decay, B, C = (v.unflatten(1, (-1, chunk)).flatten(0, 1) for v in (x, dt, log_decay, B, C))
-    added = advance(x, dt, log_decay, B, None).unflatten(0, (rows, -1))  # (rows, chunks, H, P, N)
-    before = states_before(added, log_decay.sum(1).unflatten(0, (rows, -1)), state)
-    y = ssd_block(x, dt, log_decay, B, C, before.flatten(0, 1)).unflatten(0, (rows, -1)).flatten(1, 2)
+    chunks = x.shape[1] // chunk  # they fold into the batch
+    x, dt, log_decay, B, C = (v.unflatten(1, (chunks, chunk)).flatten(0, 1) for v in (x, dt, log_decay, B, C))
+    added = advance(x, dt, log_decay, B, None).unflatten(0, (rows, chunks))  # (rows, chunks, H, P, N)
+    before = states_before(added, log_decay.sum(1).unflatten(0, (rows, chunks)), state)
+    y = ssd_block(x, dt, log_decay, B, C, before.flatten(0, 1)).unflatten(0, (rows, chunks)).flatten(1, 2)
     return y[:, :length], before
 
 
@@ -68,7 +68,7 @@ def states_before(added: Tensor, totals: Tensor, state: Tensor | None, fresh: Te
     first (None: zeros); fresh (B, n) True where a chunk starts from zero whatever came before → (B, n, H, P, N).
     Beyond 64 chunks the chunks of a group are combined first and then the groups: n·√n work at most, no loop.
     """
-    n = added.shape[1]
+    rows, n = added.shape[:2]
     first = torch.zeros_like(added[:, :1]) if state is None else state[:, None]
     arriving = torch.cat([first, added[:, :-1]], dim=1)  # what reaches the start of each chunk from the one before
     passing = F.pad(totals[:, :-1], (0, 0, 1, 0))  # and the log decay on the way there
@@ -79,17 +79,17 @@ def states_before(added: Tensor, totals: Tensor, state: Tensor | None, fresh: Te
     pad = -n % group
     if pad:
         arriving, passing = F.pad(arriving, (0, 0) * 3 + (0, pad)), F.pad(passing, (0, 0, 0, pad))
-    grouped = arriving.unflatten(1, (-1, group)).flatten(0, 1)
-    decay = passing.unflatten(1, (-1, group)).flatten(0, 1)  # (B·groups, group, H)
+    groups = (n + pad) // group
+    grouped = arriving.unflatten(1, (groups, group)).flatten(0, 1)
+    decay = passing.unflatten(1, (groups, group)).flatten(0, 1)  # (B·groups, group, H)
     within = torch.einsum("bhij,bjhpn->bihpn", _segment_decay(decay.transpose(1, 2)), grouped)
     if group == n:
         return within
     # The state before a group's first chunk is in `within` only as far as it came from that group: carry the rest.
-    groups = (n + pad) // group
-    ends, whole = within[:, -1].unflatten(0, (-1, groups)), decay.sum(1).unflatten(0, (-1, groups))
+    ends, whole = within[:, -1].unflatten(0, (rows, groups)), decay.sum(1).unflatten(0, (rows, groups))
     carried = states_before(ends, whole, None).flatten(0, 1)
     spread = decay.cumsum(1).exp()[..., None, None] * carried[:, None]
-    return (within + spread).unflatten(0, (-1, groups)).flatten(1, 2)[:, :n]
+    return (within + spread).unflatten(0, (rows, groups)).flatten(1, 2)[:, :n]
 
 
 def ssd_sequential(

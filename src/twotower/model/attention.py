@@ -17,6 +17,7 @@ class Attention(nn.Module):
         super().__init__()
         hidden, width = config.hidden_size, config.head_dim
         self.head_dim = width
+        self.heads = (config.num_attention_heads, config.num_key_value_heads, config.num_key_value_heads)
         self.q_proj = Linear(hidden, config.num_attention_heads * width, bias=config.attention_bias)
         self.k_proj = Linear(hidden, config.num_key_value_heads * width, bias=config.attention_bias)
         self.v_proj = Linear(hidden, config.num_key_value_heads * width, bias=config.attention_bias)
@@ -25,8 +26,8 @@ class Attention(nn.Module):
     def project(self, hidden: Tensor) -> tuple[Tensor, KeyValue]:
         """hidden (B, L, H) → q (B, Hq, L, D) and the pass's own keys and values."""
         q, k, v = (
-            proj(hidden).unflatten(-1, (-1, self.head_dim)).transpose(1, 2)
-            for proj in (self.q_proj, self.k_proj, self.v_proj)
+            proj(hidden).unflatten(-1, (heads, self.head_dim)).transpose(1, 2)
+            for proj, heads in zip((self.q_proj, self.k_proj, self.v_proj), self.heads, strict=True)
         )
         return q, KeyValue(k, v)
 

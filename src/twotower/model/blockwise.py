@@ -1,10 +1,13 @@
 """The training pass: every block of packed rows denoised at once, no loop over blocks (spec §4).
 
 The context tower reads the clean rows once; its keys, values and the Mamba state at every block boundary are the
-coupling. The denoiser then reads the whole corrupted rows: Mamba layers fold blocks into the batch, each seeded
-with its boundary state; attention queries of block b see context keys of earlier blocks and denoiser keys of
-block b. Both go layer by layer (`read_layer`, `denoise_layer`), so that context layer i and denoiser layer i can
-also run as one unit that keeps nothing but the two residual streams (`training/paired.py`).
+coupling. The denoiser then reads the corrupted blocks, side by side as rows of their own: in Mamba layers each is
+seeded with its boundary state; attention queries of block b see context keys of earlier blocks and denoiser keys of
+block b. A block in which nothing is masked has nothing to be learned from, and no other block sees it: the denoiser
+need not read it, so prompts and padding cost it nothing (`Layout.chosen`).
+
+Both towers go layer by layer (`read_layer`, `denoise_layer`), so that context layer i and denoiser layer i can
+run as one unit that keeps nothing but the two residual streams (`training/paired.py`).
 """
 
 from __future__ import annotations
@@ -34,10 +37,12 @@ class Layout:
     document (B, S), S a multiple of block_size: the document of each column, a number of its own in its row; −1 is
     padding. A document begins at a block's edge or after padding inside its first block, and a
     block never holds two. A document starts from zero state and sees no other.
+    chosen (N,): the blocks that the denoiser reads, counted through all rows, each at most once; None: all of them.
     """
 
     document: Tensor
     block_size: int
+    chosen: Tensor | None = None
 
     @cached_property
     def valid(self) -> Tensor:
@@ -58,6 +63,26 @@ class Layout:
     def fresh(self) -> Tensor:
         """(B, blocks) True where a block starts from zero state: the first of its document."""
         return self.block_document != F.pad(self.block_document, (1, 0), value=-1)[:, :-1]
+
+    def pick(self, blocks: Tensor) -> Tensor:
+        """(B·blocks, …) → the chosen ones (N, …)."""
+        return blocks if self.chosen is None else blocks.index_select(0, self.chosen)
+
+    def put_back(self, chosen: Tensor) -> Tensor:
+        """(N, …) → (B·blocks, …), 0 in blocks that are not chosen."""
+        if self.chosen is None:
+            return chosen
+        whole = chosen.new_zeros(len(self.document) * self.blocks, *chosen.shape[1:])
+        whole[self.chosen] = chosen  # unlike index_copy, keeps nothing for the backward pass but the numbers
+        return whole
+
+    def to_blocks(self, columns: Tensor) -> Tensor:
+        """(B, S, …) → the chosen blocks (N, L, …)."""
+        return self.pick(columns.unflatten(1, (-1, self.block_size)).flatten(0, 1))
+
+    def to_rows(self, chosen: Tensor) -> Tensor:
+        """(N, L, …) → (B, S, …), 0 in blocks that are not chosen."""
+        return self.put_back(chosen).unflatten(0, (len(self.document), -1)).flatten(1, 2)
 
     def windows(self, columns: Tensor, taps: int) -> Tensor:
         """columns (B, S, C) → the `taps` columns before each block (B, blocks, taps, C), 0 where there is none or
@@ -115,19 +140,21 @@ def read_mamba(mixer: Mamba2, hidden: Tensor, layout: Layout) -> tuple[Tensor, M
 
 
 def denoise_layer(layer: Layer, x: Tensor, past: Past, modulation: Modulation | None, layout: Layout) -> Tensor:
-    """One denoiser layer over corrupted rows, block by block in shape only: x (B, blocks, L, H) → the same.
+    """One denoiser layer over corrupted blocks: x (N, L, H), the chosen ones → the same.
 
-    past: what `read_layer` of the same context layer gave. modulation: tensors (B, blocks or 1, 1, H).
+    past: what `read_layer` of the same context layer gave. modulation: tensors (N, 1, H).
     """
     hidden = normed_input(x, layer.norm, layer.kind, modulation)
     if isinstance(layer.mixer, Mamba2):
         assert isinstance(past, MambaPast)
-        valid = layout.valid.unflatten(1, (-1, layout.block_size)).flatten(0, 1)
-        out = layer.mixer(hidden.flatten(0, 1), past, Visibility(valid=valid, causal=False))[0].view_as(x)
+        own_past = MambaPast(layout.pick(past.conv_window), layout.pick(past.ssm_state))
+        out, _ = layer.mixer(hidden, own_past, Visibility(valid=layout.to_blocks(layout.valid), causal=False))
     elif isinstance(layer.mixer, Attention):
         assert isinstance(past, KeyValue)
-        q, own = layer.mixer.project(hidden.flatten(1, 2))
-        out = layer.mixer.output(tiled_attention(q, past.k, past.v, layout.denoiser_tiles(), own)).view_as(x)
+        q, own = layer.mixer.project(hidden)
+        q, k, v = (layout.to_rows(heads.transpose(1, 2)).transpose(1, 2) for heads in (q, *own))
+        heads = tiled_attention(q, past.k, past.v, layout.denoiser_tiles(), (k, v))
+        out = layer.mixer.output(layout.to_blocks(heads.transpose(1, 2)).transpose(1, 2))
     else:
         out = layer.mixer(hidden)
     return layer.residual(x, out, modulation)
@@ -141,21 +168,3 @@ def context_pass(tower: Tower, tokens: Tensor, layout: Layout) -> tuple[Tensor, 
         x, past = read_layer(layer, x, layout)
         coupling.append(past)
     return tower.norm_f(x), coupling
-
-
-def denoise_all_blocks(
-    tower: Tower, tokens: Tensor, modulation: list[Modulation] | None, coupling: list[Past], layout: Layout
-) -> Tensor:
-    """Corrupted rows (B, S) → final hidden states (B, S, H) of the denoiser, every block at once.
-
-    modulation: one a layer, tensors (B, blocks or 1, 1, H): one t a row or one a block.
-    """
-    x = tower.embed(tokens).unflatten(1, (-1, layout.block_size))
-    for i, layer in enumerate(tower.all_layers()):
-        x = denoise_layer(layer, x, coupling[i], modulation[i] if modulation else None, layout)
-    return tower.norm_f(x).flatten(1, 2)
-
-
-def modulations(time: torch.nn.Module, t: Tensor) -> list[Modulation]:
-    """t (B, blocks or 1) → one `Modulation` a layer with tensors (B, blocks or 1, 1, H)."""
-    return [Modulation(*(part.unflatten(0, t.shape) for part in layer)) for layer in time(t.flatten())]

@@ -71,7 +71,7 @@ class TimeConditioning(nn.Module):
                 table[2].fill_(1.0)
 
     def forward(self, t: Tensor) -> list[Modulation]:
-        shared = self.t_block(self.t_embedder(t)).unflatten(-1, (3, -1))  # (B, 3, H)
+        shared = self.t_block(self.t_embedder(t)).unflatten(-1, self.scale_shift_tables[0].shape)  # (B, 3, H)
         return [Modulation(*(shared + table)[:, :, None].unbind(1)) for table in self.scale_shift_tables]
 
 

@@ -104,8 +104,8 @@ class Mamba2(nn.Module):
         active = F.silu(self.conv1d(xBC, window))
         bc = config.n_groups * config.ssm_state_size
         x, B, C = active.split([config.mamba_inner, bc, bc], dim=-1)
-        x = x.unflatten(-1, (config.mamba_num_heads, -1))
-        B, C = (v.unflatten(-1, (config.n_groups, -1)) for v in (B, C))
+        x = x.unflatten(-1, (config.mamba_num_heads, config.mamba_head_dim))
+        B, C = (v.unflatten(-1, (config.n_groups, config.ssm_state_size)) for v in (B, C))
         return MambaTrace(xBC, x, dt, log_decay, B), C
 
     def _output(self, y: Tensor, x: Tensor, z: Tensor) -> Tensor:

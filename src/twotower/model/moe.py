@@ -42,7 +42,7 @@ class Router(nn.Module):
         scores = torch.sigmoid(F.linear(hidden.to(acc), self.weight.to(acc)))
         biased = scores.detach() + self.e_score_correction_bias
         if config.n_group > 1:
-            grouped = biased.unflatten(-1, (config.n_group, -1))
+            grouped = biased.unflatten(-1, (config.n_group, config.n_routed_experts // config.n_group))
             best = grouped.topk(min(2, grouped.shape[-1]), dim=-1).values.sum(-1)
             kept = torch.zeros_like(best, dtype=torch.bool).scatter(-1, best.topk(config.topk_group).indices, True)
             # Left-out groups score 0, not −∞: the reference's rule, which differs where all kept scores are negative.

@@ -35,6 +35,6 @@ class GatedGroupRMSNorm(nn.Module):
     def forward(self, y: Tensor, z: Tensor) -> Tensor:
         """y, z (..., width) → (..., width) in z's dtype."""
         acc = accumulation_dtype(z.dtype)
-        gated = (y.to(acc) * F.silu(z.to(acc))).unflatten(-1, (self.groups, -1))
+        gated = (y.to(acc) * F.silu(z.to(acc))).unflatten(-1, (self.groups, z.shape[-1] // self.groups))
         normed = F.rms_norm(gated, gated.shape[-1:], eps=self.eps).flatten(-2)
         return (normed * self.weight.to(acc)).to(z.dtype)

@@ -21,16 +21,15 @@ from torch import Tensor, nn
 from torch.overrides import TorchFunctionMode
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from twotower.checkpoint import cast
+from twotower.checkpoint import cast, is_wide
 from twotower.config import BackboneConfig
 from twotower.kernels.experts import experts_grouped
-from twotower.model.blockwise import Layout, modulations
+from twotower.model.blockwise import Layout
 from twotower.model.conditioning import Modulation, TimeConditioning
 from twotower.model.moe import Experts
 from twotower.model.tower import Tower
 from twotower.training.objective import DenoisingObjective, DenoisingOptions, negative_log_likelihood
 from twotower.training.paired import PairedLayer, run_unit
-from twotower.training.parallel import is_wide
 
 ContextRole = Literal["frozen", "trained", "tied"]
 
@@ -182,11 +181,10 @@ def profile(
     """Measures a micro-batch; every column is text and, for the head, masked: the most it can be. Takes seconds."""
     objective, per_tower = build(config, dtype=dtype, context=context, recompute=recompute)
     document = torch.zeros(micro_rows, row_length, dtype=torch.long, device="meta")
-    layout = Layout(document, block_size)
+    layout = Layout(document, block_size, chosen=torch.arange(micro_rows * row_length // block_size, device="meta"))
     measured: dict[tuple[str, bool], UnitUse] = {}
     with FusedAttention(), LiveBytes() as live:
-        t = torch.empty(micro_rows, row_length // block_size, device="meta")
-        change = modulations(objective.time, t)
+        change = objective.time(torch.empty(micro_rows * row_length // block_size, device="meta"))
         modulation = 3 * change[0].gate.nbytes
         _ = layout.valid, layout.block_document, layout.fresh
         fixed = live.live
@@ -226,7 +224,7 @@ def _measure_unit(
     def inputs() -> tuple[Tensor, Tensor]:
         clean = _stream(shape, stream) if unit.train_context else torch.empty(shape, dtype=stream, device="meta")
         noisy = _stream(shape, stream)
-        return clean, noisy.unflatten(1, (-1, layout.block_size))
+        return clean, layout.to_blocks(noisy)
 
     modulation = Modulation(*(part.detach().requires_grad_() for part in change))
 

@@ -5,7 +5,7 @@ Both give summed losses; the trainer divides by the number of targets over all p
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Protocol, TypeVar
 
@@ -14,8 +14,8 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from twotower.kernels.precision import accumulation_dtype
-from twotower.model.blockwise import Layout, modulations
-from twotower.model.conditioning import TimeConditioning
+from twotower.model.blockwise import Layout
+from twotower.model.conditioning import Modulation, TimeConditioning
 from twotower.model.tower import Tower
 from twotower.training.corpus.batch import Batch
 from twotower.training.noise import Corruption, NoiseScope, corrupt
@@ -158,17 +158,17 @@ class DenoisingObjective(nn.Module):
         return negative_log_likelihood(self.head, hidden[noise.masked], batch.tokens[noise.masked]), clean
 
     def hidden(self, batch: Batch, noise: Corruption, block_size: int) -> tuple[Tensor, Tensor]:
-        """→ the denoiser's final hidden states (B, S, H), and the context's residual stream (B, S, H)."""
-        layout = Layout(batch.document, block_size)
-        change = list(self._modulations(noise.t))
+        """→ the denoiser's final hidden states (B, S, H), 0 in blocks without a mask, and the context's residual
+        stream (B, S, H)."""
+        layout = Layout(batch.document, block_size, chosen=blocks_with_masks(noise, block_size))
+        change = self._modulations(noise, layout)
         with torch.set_grad_enabled(self.options.train_context and torch.is_grad_enabled()):
             clean = self._embed_clean(batch.tokens)
-        noisy = self._embed(batch.tokens.masked_fill(noise.masked, self.options.mask_token_id))
-        noisy = noisy.unflatten(1, (-1, block_size))
+        noisy = self._embed_corrupted(batch, noise, layout)
         for i, unit in enumerate(self.units):
             read, noisy = run_unit(unit, self.options.recompute, clean, noisy, change[i], layout)
             clean = clean if read is None else read
-        return self.norm_f(noisy).flatten(1, 2), clean
+        return layout.to_rows(self.norm_f(noisy)), clean
 
     def examine(
         self, batch: Batch, noise: Corruption, block_size: int, look: Callable[[Tensor, Tensor], Found]
@@ -177,8 +177,17 @@ class DenoisingObjective(nn.Module):
         of its own, once registered (`register_fsdp_forward_method`)."""
         return look(*self.hidden(batch, noise, block_size))
 
-    def _modulations(self, t: Tensor) -> Iterator:
-        return iter(modulations(self.time, t)) if self.options.time else iter([None] * len(self.units))
+    def _embed_corrupted(self, batch: Batch, noise: Corruption, layout: Layout) -> Tensor:
+        tokens = batch.tokens.masked_fill(noise.masked, self.options.mask_token_id)
+        return self._embed(layout.to_blocks(tokens))
+
+    def _modulations(self, noise: Corruption, layout: Layout) -> Sequence[Modulation | None]:
+        return self.time(layout.pick(noise.t.flatten())) if self.options.time else [None] * len(self.units)
+
+
+def blocks_with_masks(noise: Corruption, block_size: int) -> Tensor:
+    """(N,) the blocks in which something is masked, counted through all rows."""
+    return noise.masked.unflatten(1, (-1, block_size)).any(-1).flatten().nonzero()[:, 0]
 
 
 def next_tokens(batch: Batch, prompts: bool = True) -> Tensor:

@@ -46,8 +46,7 @@ class PairedLayer(nn.Module):
     def forward(
         self, clean: Tensor, noisy: Tensor, modulation: Modulation | None, layout: Layout
     ) -> tuple[Tensor | None, Tensor]:
-        """clean (B, S, H), noisy (B, blocks, L, H) → both residual streams after the layer; None for one that does not
-        change."""
+        """clean (B, S, H), noisy (N, L, H) → both residual streams after it; None for one that does not change."""
         past: Past = None
         read = None
         if self.reads:
