@@ -42,10 +42,10 @@ def encode(tokenizer: Tokenizer, texts: Sequence[str]) -> list[list[int]]:
     return [[*item.ids, EOS] for item in tokenizer.encode_batch(list(texts))]
 
 
-def cut_dialogue(text: str, rng: random.Random) -> str:
-    """A prompt: the turns (lines) before a random one, and that one's speaker (`User:`)."""
+def cut_dialogue(text: str, rng: random.Random, before: float = 1.0) -> str:
+    """A prompt: the turns (lines) before a random one of its first part `before`, and that one's speaker (`User:`)."""
     turns = text.split("\n")
-    at = rng.randrange(1, len(turns))
+    at = rng.randrange(1, max(int(before * len(turns)), 2))
     return "\n".join([*turns[:at], turns[at].split(":")[0] + ":"])
 
 

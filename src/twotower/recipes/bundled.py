@@ -5,7 +5,8 @@
     start          twotower init: both towers its copies                            → OUT/start
     continuations  the backbone's own greedy continuations of cut dialogues         → OUT/continuations.jsonl
     denoiser       twotower train: continuations and problems                       → OUT/denoiser/model
-    figures        accuracy, tokens a pass and likelihoods on held-out text         → OUT/metrics.json
+    export         in bf16, with the losses of both trainings                       → OUT/model
+    figures        accuracy, tokens a pass and likelihoods on held-out text         → OUT/model/metrics.json
 
 DATA is a folder with train.jsonl.gz and valid.jsonl.gz (`text` per line). A stage whose result is there is passed
 over, and training stages continue from their checkpoints: after an interruption give the same command again.
@@ -14,21 +15,28 @@ over, and training stages continue from their checkpoints: after an interruption
 from __future__ import annotations
 
 import json
+import multiprocessing
 import random
+import shutil
+import statistics
 import subprocess
 import sys
+from collections.abc import Iterator
 from pathlib import Path
+from typing import Any
 
 import click
 
 from twotower.allocator import keep_large_blocks
 
 SEED = 1
-STAGES = ("text", "backbone", "start", "continuations", "denoiser", "figures")
+STAGES = ("text", "backbone", "start", "continuations", "denoiser", "export", "figures")
 PROBLEMS = 180_000
 DIFFICULTIES = (1, 2, 3)
-CONTINUATIONS = 6000
-CONTINUATION_LENGTH = 250
+PRACTISED_TWICE = ("edits", "recall")  # the families that a small model learns last get twice the share
+CONTINUATIONS = 5000
+CONTINUATION_LENGTH = 320
+LOGGED = 100  # steps for one line of what is shipped
 # Few experts, so that a pass over a block reads little more than a pass over one token.
 SHAPE = {
     "model_type": "nemotron_h",
@@ -53,82 +61,140 @@ SHAPE = {
 }
 # The same for both trainings. A weight is a share of documents; a dialogue is about six times as long as a problem.
 COMMON = ["--rows", "6", "--row-length", "512", "--seed", str(SEED), "--validate-every", "400"]
-PRETRAIN = ["--no-prompt-loss", "--split-digits", "--rate", "2e-3"]
+PRETRAIN = ["--no-prompt-loss", "--split-digits", "--rate", "2e-3", "--decay", "0.4"]
 TRAIN = ["--block-size", "16", "--rate", "1.5e-3"]
-DIALOGUE_SHARE = 0.14
+DIALOGUE_SHARE = {"backbone": 0.09, "denoiser": 0.14}
 
 
-def write_text(data: Path, out: Path) -> None:
+def write_text(out: Path) -> None:
     """The suite's training problems and the backbone's config."""
-    from twotower.evaluation.suite import problems, write_jsonl
+    from twotower.evaluation.suite import FAMILIES, problems, write_jsonl
 
+    families = (*FAMILIES, *PRACTISED_TWICE)
     (out / "shape.json").write_text(json.dumps(SHAPE, indent=2) + "\n")
     partial = out / "suite.partial"
-    write_jsonl(partial, problems("train", PROBLEMS, seed=SEED, difficulties=DIFFICULTIES))
+    write_jsonl(partial, problems("train", PROBLEMS, SEED, families, DIFFICULTIES))
     partial.rename(out / "suite.jsonl")
 
 
-def write_continuations(data: Path, out: Path) -> None:
-    """Training dialogues cut at a random turn and finished greedily by the backbone: {"prompt", "text"} a line.
+def write_continuations(data: Path, out: Path, processes: int) -> None:
+    """Training dialogues cut early and finished greedily by the backbone: {"prompt", "text"} a line.
 
     What the denoiser is to imitate is the frozen context tower, not the corpus: on such text a block has one right
-    answer, so several positions can be sure at once (sequence-level distillation, Kim & Rush 2016).
+    answer, so several positions can be sure at once (sequence-level distillation, Kim & Rush 2016). Cut early, because
+    only what comes after the prompt is learned from.
     """
-    import torch
-
     from twotower.evaluation.held_out import cut_dialogue, read_documents
-    from twotower.generation import GenerationParams, generate
-    from twotower.model.two_tower import TwoTowerForCausalLM
 
-    model = TwoTowerForCausalLM.from_pretrained(out / "start", towers="context", dtype=torch.float32)
     rng = random.Random(SEED)
     texts = rng.choices(read_documents(data / "train.jsonl.gz"), k=CONTINUATIONS)
-    cut = sorted((cut_dialogue(text, rng) for text in texts), key=len)  # like lengths share a batch
-    params = GenerationParams.of(mode="ar", max_new_tokens=CONTINUATION_LENGTH, eos_token_id=model.config.eos_token_id)
+    cut = sorted((cut_dialogue(text, rng, before=0.5) for text in texts), key=len)  # like lengths share a batch
+    parts = [cut[start : start + 64] for start in range(0, len(cut), 64)]
     partial = out / "continuations.partial"
-    with partial.open("w") as lines:
-        for start in range(0, len(cut), 128):
-            part = cut[start : start + 128]
-            prompts = [model.tokenizer(text)["input_ids"] for text in part]
-            for prompt, result in zip(part, generate(model, prompts, params), strict=True):
-                if result.finish_reason == "eos" and result.text.strip():  # one cut short would teach a wrong ending
-                    lines.write(json.dumps({"prompt": prompt, "text": result.text}) + "\n")
-            print(f"{start + len(part)}/{len(cut)} continuations", file=sys.stderr, flush=True)
+    workers = multiprocessing.get_context("spawn").Pool(processes, _load, (out / "start",))
+    with workers as pool, partial.open("w") as lines:
+        for number, part in enumerate(pool.imap(_finish, parts), 1):
+            lines.writelines(part)
+            print(f"{number * 64}/{len(cut)} continuations", file=sys.stderr, flush=True)
     partial.rename(out / "continuations.jsonl")
+
+
+_loaded: Any = None  # each worker's model
+
+
+def _load(path: Path) -> None:
+    global _loaded
+    import torch
+
+    from twotower.model.two_tower import TwoTowerForCausalLM
+
+    keep_large_blocks()
+    torch.set_num_threads(1)
+    _loaded = TwoTowerForCausalLM.from_pretrained(path, towers="context", dtype=torch.float32)
+
+
+def _finish(texts: list[str]) -> list[str]:
+    """Lines of JSON; a continuation that does not end is left out: cut short, it would teach a wrong ending."""
+    from twotower.generation import GenerationParams, generate
+
+    eos = _loaded.config.eos_token_id
+    params = GenerationParams.of(mode="ar", max_new_tokens=CONTINUATION_LENGTH, eos_token_id=eos)
+    results = generate(_loaded, [_loaded.tokenizer(text)["input_ids"] for text in texts], params)
+    return [
+        json.dumps({"prompt": text, "text": result.text}) + "\n"
+        for text, result in zip(texts, results, strict=True)
+        if result.finish_reason == "eos" and result.text.strip()
+    ]
 
 
 def commands(data: Path, out: Path, backbone_steps: int, denoiser_steps: int) -> dict[str, list[str]]:
     """The stages that are commands of `twotower`."""
-    suite = f"{out / 'suite.jsonl'}={1 - DIALOGUE_SHARE:g}"
+
+    def mixture(stage: str, dialogues: Path) -> list[str]:
+        share = DIALOGUE_SHARE[stage]
+        return ["--data", f"{dialogues}={share:g}", "--data", f"{out / 'suite.jsonl'}={1 - share:g}"]
+
     return {
         "backbone": [
             "pretrain", "--config", f"{out / 'shape.json'}", "-o", f"{out / 'backbone'}",
-            "--data", f"{data / 'train.jsonl.gz'}={DIALOGUE_SHARE:g}", "--data", suite, "--steps", str(backbone_steps),
-            *PRETRAIN, *COMMON,
+            "--steps", str(backbone_steps), *mixture("backbone", data / "train.jsonl.gz"), *PRETRAIN, *COMMON,
         ],
         "start": ["init", "--from", f"{out / 'backbone' / 'model'}", "-o", f"{out / 'start'}"],
         "denoiser": [
-            "train", f"{out / 'start'}", "--steps", f"{denoiser_steps}", "-o", f"{out / 'denoiser'}",
-            "--data", f"{out / 'continuations.jsonl'}={DIALOGUE_SHARE:g}", "--data", suite, *TRAIN, *COMMON,
+            "train", f"{out / 'start'}", "-o", f"{out / 'denoiser'}",
+            "--steps", str(denoiser_steps), *mixture("denoiser", out / "continuations.jsonl"), *TRAIN, *COMMON,
         ],
     }  # fmt: skip
 
 
+def export(out: Path) -> None:
+    """What is shipped, but for its card."""
+    import torch
+
+    from twotower.model.two_tower import TwoTowerForCausalLM
+
+    partial = out / "model.partial"
+    shutil.rmtree(partial, ignore_errors=True)
+    TwoTowerForCausalLM.from_pretrained(out / "denoiser/model", dtype=torch.bfloat16).save_pretrained(partial)
+    with (partial / "training.jsonl").open("w") as lines:
+        for stage in ("backbone", "denoiser"):
+            records = [json.loads(line) for line in (out / stage / "log.jsonl").read_text().splitlines()]
+            lines.writelines(json.dumps(record) + "\n" for record in thinned(stage, records))
+    partial.rename(out / "model")
+
+
+def thinned(stage: str, records: list[dict[str, Any]]) -> Iterator[dict[str, Any]]:
+    """One record for every LOGGED steps: the mean loss since the one before, and the validation where there was one."""
+    for start in range(0, len(records), LOGGED):
+        part = records[start : start + LOGGED]
+        numbers = {
+            name: round(value, 5) for name, value in part[-1].get("validation", {}).items() if isinstance(value, float)
+        }
+        yield {
+            "stage": stage,
+            "step": part[-1]["step"],
+            "loss": round(statistics.mean(record["loss"] for record in part), 5),
+            "rate": part[-1]["rate"],
+            "tokens": sum(record["tokens"] for record in part),
+            "targets": sum(record["targets"] for record in part),
+        } | ({"validation": numbers} if numbers else {})
+
+
 def measure(data: Path, out: Path) -> None:
     """The figures of the model card, by `evaluation.held_out`."""
-    command = [sys.executable, "-m", "twotower.evaluation.held_out", str(data), "--model", str(out / "denoiser/model")]
+    command = [sys.executable, "-m", "twotower.evaluation.held_out", str(data), "--model", str(out / "model")]
     text = subprocess.run(command, check=True, stdout=subprocess.PIPE, text=True).stdout
-    (out / "metrics.json").write_text(text)
+    (out / "model/metrics.json").write_text(text)
 
 
 @click.command()
 @click.argument("data", type=click.Path(exists=True, file_okay=False, path_type=Path))
 @click.argument("out", type=click.Path(file_okay=False, path_type=Path))
 @click.option("--stage", "stages", type=click.Choice(STAGES), multiple=True, help="[default: all that are not done]")
-@click.option("--backbone-steps", type=int, default=4500, show_default=True)
-@click.option("--denoiser-steps", type=int, default=4000, show_default=True)
+@click.option("--backbone-steps", type=int, default=4800, show_default=True)
+@click.option("--denoiser-steps", type=int, default=5000, show_default=True)
 @click.option(
-    "--processes", type=int, default=1, show_default=True, help="That train; 2 or 3 divide the batch's 6 rows."
+    "--processes", type=int, default=1, show_default=True, help="Processes; 2 or 3 divide the batch's 6 rows."
 )
 def main(
     data: Path, out: Path, stages: tuple[str, ...], backbone_steps: int, denoiser_steps: int, processes: int
@@ -138,16 +204,21 @@ def main(
     out.mkdir(parents=True, exist_ok=True)
     results = {
         "text": "suite.jsonl", "backbone": "backbone/model", "start": "start", "continuations": "continuations.jsonl",
-        "denoiser": "denoiser/model", "figures": "metrics.json",
+        "denoiser": "denoiser/model", "export": "model", "figures": "model/metrics.json",
     }  # fmt: skip
     programs = commands(data, out, backbone_steps, denoiser_steps)
-    functions = {"text": write_text, "continuations": write_continuations, "figures": measure}
     for stage in stages or STAGES:
         if not stages and (out / results[stage]).exists():
             continue
         print(f"— {stage}", file=sys.stderr, flush=True)
-        if stage in functions:
-            functions[stage](data, out)
+        if stage == "text":
+            write_text(out)
+        elif stage == "continuations":
+            write_continuations(data, out, processes)
+        elif stage == "export":
+            export(out)
+        elif stage == "figures":
+            measure(data, out)
         else:
             print("twotower " + " ".join(programs[stage]), file=sys.stderr, flush=True)
             launch = [sys.executable]

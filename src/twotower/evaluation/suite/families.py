@@ -88,10 +88,10 @@ def sorting(rng: random.Random, difficulty: int) -> tuple[str, str]:
 
 
 def recall(rng: random.Random, difficulty: int) -> tuple[str, str]:
-    """Looks up difficulty + 3 keys, in the order asked, among 6 + 4 · difficulty pairs of key and two-digit value."""
-    keys = draw(rng, KEYS, 6 + 4 * difficulty)
+    """Looks up difficulty + 2 keys, in the order asked, among 2 + 4 · difficulty pairs of key and two-digit value."""
+    keys = draw(rng, KEYS, 2 + 4 * difficulty)
     pairs = {key: f"{key} {10 + below(rng, 90)}" for key in keys}
-    asked = draw(rng, keys, difficulty + 3)
+    asked = draw(rng, keys, difficulty + 2)
     return (
         f"Recall: {', '.join(pairs.values())} | {', '.join(asked)} =>",
         f" {', '.join(pairs[key] for key in asked)}",
@@ -120,16 +120,16 @@ EDITS = ("reverse", "rotate", "drop", "double", "swap", "change")
 
 
 def edits(rng: random.Random, difficulty: int) -> tuple[str, str]:
-    """Edits a string of 7 + difficulty spaced letters, writing it out after each edit.
+    """Edits a string of 5 + 2 · difficulty spaced letters, writing it out after each edit.
 
-    Level 1: one edit. Levels 2–3: 2 edits. Levels 4–5: 3 edits, two letters repeated; below, letters are all different.
+    Levels 1–2: one edit, levels 3–4: 2, level 5: 3. From level 4 two letters are repeated; below, all are different.
     `rotate` moves the first letter to the end; every other edit takes all occurrences of its letters.
     """
-    length, repeats = 7 + difficulty, 0 if difficulty <= 3 else 2
+    length, repeats = 5 + 2 * difficulty, 0 if difficulty <= 3 else 2
     letters = draw(rng, LETTERS, length - repeats)
     text = "".join(draw(rng, letters + draw(rng, letters, repeats), length))
     start, asked, written = text, [], []
-    for kind in draw(rng, EDITS, 1 + difficulty // 2):
+    for kind in draw(rng, EDITS, (1 + difficulty) // 2):
         instruction, text = edit(rng, kind, text)
         asked.append(instruction)
         written.append(" ".join(text))
