@@ -17,6 +17,7 @@ from torch import Tensor
 
 from twotower import TwoTowerForCausalLM
 from twotower.generation.sampling import noise
+from twotower.generation.unmasking import Unmasking
 from twotower.model.moe import Router
 
 # The package gives two of its functions the names of their modules, so the modules are asked for by name.
@@ -121,10 +122,10 @@ def watching(model: TwoTowerForCausalLM, follow: Decisions | None = None) -> Ite
 
         return call
 
-    def committing(commit: Any) -> Any:
-        def call(sure: Tensor, masked: Tensor, *args: Any) -> Tensor:
-            run.open[(*now, "token")] = masked
-            return decided("commit", commit(sure, masked, *args), sure)
+    def committing(policies: Any) -> Any:
+        def call(unmasking: Any, seen: Any) -> Tensor:
+            run.open[(*now, "token")] = seen.masked
+            return decided("commit", policies(unmasking, seen), seen.confidence)
 
         return call
 
@@ -138,7 +139,7 @@ def watching(model: TwoTowerForCausalLM, follow: Decisions | None = None) -> Ite
         patch.object(model, "extend", passing("extend", model.extend)),
         patch.object(model, "denoise", passing("denoise", model.denoise)),
         patch.object(diffusion, "choose", choosing(diffusion.choose)),
-        patch.object(diffusion, "commit_confident", committing(diffusion.commit_confident)),
+        patch.object(Unmasking, "__call__", committing(Unmasking.__call__)),
         patch.object(autoregressive, "choose", choosing(autoregressive.choose)),
     ):
         yield run

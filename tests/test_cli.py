@@ -90,6 +90,8 @@ def test_defaults_are_those_of_the_api() -> None:
     assert shown["threshold"] == api.confidence_threshold
     assert shown["block_size"] == api.block_size
     assert shown["steps"] == api.steps_per_block
+    assert shown["policy"] == api.policy
+    assert shown["acceptance"] == api.acceptance
     assert shown["temperature"] == api.temperature
 
 
@@ -113,7 +115,7 @@ def test_a_near_miss_of_a_verb_is_mentioned(cli: Callable[..., Result], checkpoi
 # --- generate -------------------------------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("mode", ["diffusion", "ar", "mock_ar"])
+@pytest.mark.parametrize("mode", ["diffusion", "ar", "mock_ar", "verified"])
 def test_stdout_is_the_text_and_nothing_else(cli: Callable[..., Result], checkpoint: Path, mode: str) -> None:
     model = TwoTowerForCausalLM.from_pretrained(checkpoint, towers="context" if mode == "ar" else "both")
     *_, last = model.stream(PROMPT, mode, max_new_tokens=20, eos_token_id=2)
@@ -385,7 +387,7 @@ def test_demo_compares_the_three_modes(
     monkeypatch.setattr("twotower.cli.demo.NEW_TOKENS", 20)
     result = cli("demo", "-m", checkpoint)
     assert result.code == 0
-    for words in ("ar ", "mock_ar", "diffusion γ 0.8", "tokens/pass", "tokens/s", "× AR", "than AR here"):
+    for words in ("ar ", "mock_ar", "verified", "diffusion γ 0.8", "tokens/pass", "tokens/s", "× AR", "than AR here"):
         assert words in result.out
     assert "\x1b" not in result.out
     assert result.err == ""
@@ -397,7 +399,7 @@ def test_demo_of_the_bundled_model(cli: Callable[..., Result], monkeypatch: pyte
         pytest.skip("the bundled model is not in this tree")
     answer = json.loads(cli("demo", "--json").out)
     modes = {one["mode"]: one for one in answer["modes"]}
-    assert set(modes) == {"diffusion", "ar", "mock_ar"}
+    assert set(modes) == {"diffusion", "verified", "ar", "mock_ar"}
     assert modes["ar"]["times_ar"] == 1.0
     for one in modes.values():
         assert one["tokens_per_second"] == pytest.approx(len(one["tokens"]) / one["decode_seconds"])

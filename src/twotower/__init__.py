@@ -21,6 +21,7 @@ _HOMES = {
     "GenerationParams": "twotower.generation",
     "BlockEvent": "twotower.generation",
     "generate": "twotower.generation",
+    "register_policy": "twotower.generation.unmasking",
     "TwoTowerError": "twotower.errors",
     "bundled_model": "twotower.assets",
 }
@@ -34,6 +35,7 @@ __all__ = [
     "__version__",
     "bundled_model",
     "generate",
+    "register_policy",
 ]
 
 if TYPE_CHECKING:
@@ -41,6 +43,7 @@ if TYPE_CHECKING:
     from twotower.config import TwoTowerConfig
     from twotower.errors import TwoTowerError
     from twotower.generation import BlockEvent, Generation, GenerationParams, generate
+    from twotower.generation.unmasking import register_policy
     from twotower.model.two_tower import TwoTowerForCausalLM
 
 

@@ -4,5 +4,5 @@ from __future__ import annotations
 
 from typing import Literal, get_args
 
-Mode = Literal["diffusion", "ar", "mock_ar"]
+Mode = Literal["diffusion", "ar", "mock_ar", "verified"]
 MODES: tuple[str, ...] = get_args(Mode)

@@ -32,7 +32,7 @@ SHOWN_CHARACTERS = 140
 @click.option("--threads", type=click.IntRange(min=1), help="CPU threads.")
 @click.option("--json", "as_json", is_flag=True, help="Only measure: one JSON object on stdout.")
 def demo(model: str | None, threads: int | None, as_json: bool) -> None:
-    """Watch a block being denoised, then compare the three modes.
+    """Watch a block being denoised, then compare the modes.
 
     Greedy, one prompt, everything measured in this run.
     """
@@ -79,7 +79,7 @@ def heading(source: str | Path, model: TwoTowerForCausalLM) -> Text:
 def parameters(model: TwoTowerForCausalLM, mode: str) -> dict[str, Any]:
     """The arguments of `model.stream`: greedy, the same length in every mode."""
     shared = {"mode": mode, "max_new_tokens": NEW_TOKENS, "eos_token_id": models.eos_of(model)}
-    if mode != "diffusion":
+    if mode not in ("diffusion", "verified"):
         return shared
     return shared | {"confidence_threshold": THRESHOLD, "mask_token_id": model.config.mask_token}
 
@@ -140,16 +140,17 @@ def print_tables(console: Console, results: dict[str, Generation]) -> None:
     figures.add_column("mode", no_wrap=True)
     for name in ("tokens", "passes", "tokens/pass", "tokens/s", "× AR"):
         figures.add_column(name, justify="right", no_wrap=True)
-    for mode in ("ar", "mock_ar", "diffusion"):
+    for mode in ("ar", "mock_ar", "verified", "diffusion"):
         result = results[mode]
         name = f"{mode} γ {THRESHOLD}" if mode == "diffusion" else mode
+        passes = (mode != "ar") * result.denoiser_passes + (mode in ("ar", "verified")) * result.context_passes
         text = visible(result.text.strip().replace("\n", " ↵ "))
         short = text if len(text) <= SHOWN_CHARACTERS else text[:SHOWN_CHARACTERS].rstrip() + " …"
         texts.add_row(name, Text(short))  # not markup: a model may write [brackets]
         figures.add_row(
             name,
             str(len(result.tokens)),
-            str(result.context_passes if mode == "ar" else result.denoiser_passes),
+            str(passes),
             f"{result.tokens_per_pass:.2f}",
             f"{result.tokens_per_second:.1f}",
             f"{times_ar(results, mode):.2f}",

@@ -22,7 +22,12 @@ if TYPE_CHECKING:
     from twotower.generation import BlockEvent, Generation
     from twotower.model.two_tower import TwoTowerForCausalLM
 
-DIFFUSION_ONLY = ("threshold", "block_size", "steps", "watch", "trace")
+# Which modes an option means something to.
+MEANT_FOR = {
+    **dict.fromkeys(("threshold", "policy", "knob", "block_size"), ("diffusion", "verified")),
+    **dict.fromkeys(("steps", "watch", "trace"), ("diffusion",)),
+    **dict.fromkeys(("draft_steps", "acceptance"), ("verified",)),
+}
 SAMPLING_ONLY = ("seed", "top_k", "top_p")
 
 
@@ -37,7 +42,8 @@ SAMPLING_ONLY = ("seed", "top_k", "top_p")
     type=click.Choice(MODES),
     default="diffusion",
     show_default=True,
-    help="Blocks of tokens; the context tower alone; or the denoiser token by token.",
+    help="Blocks of tokens; the context tower alone; the denoiser token by token; or blocks that the context tower "
+    "checks, so that the text is its own.",
 )
 @click.option("-n", "--max-new-tokens", metavar="N", type=click.IntRange(min=1), default=128, show_default=True)
 @click.option(
@@ -49,6 +55,14 @@ SAMPLING_ONLY = ("seed", "top_k", "top_p")
     help="Diffusion: commit what is more certain than this. Lower is faster.",
 )
 @click.option(
+    "--policy",
+    metavar="NAME",
+    default="threshold",
+    show_default=True,
+    help="Diffusion: which positions a pass commits.",
+)
+@click.option("--knob", metavar="X", type=float, help="The policy's one number, instead of --threshold.")
+@click.option(
     "--block-size", metavar="N", type=click.IntRange(min=1), default=16, show_default=True, help="Diffusion: positions."
 )
 @click.option(
@@ -58,6 +72,17 @@ SAMPLING_ONLY = ("seed", "top_k", "top_p")
     default=16,
     show_default=True,
     help="Diffusion: passes a block, at most.",
+)
+@click.option(
+    "--draft-steps", metavar="N", type=click.IntRange(min=0), help="Verified: passes a draft.  [default: what pays]"
+)
+@click.option(
+    "--acceptance",
+    metavar="A",
+    type=click.FloatRange(0, 1),
+    default=1.0,
+    show_default=True,
+    help="Verified: also keep tokens with A times the probability of AR's best. 1 is lossless.",
 )
 @click.option("--temperature", metavar="X", type=float, default=0.0, show_default=True, help="0 is greedy.")
 @click.option("--top-k", metavar="N", type=click.IntRange(min=1), help="Sample among the k likeliest tokens.")
@@ -100,8 +125,12 @@ class Request:
     mode: str
     max_new_tokens: int
     threshold: float
+    policy: str
+    knob: float | None
     block_size: int
     steps: int
+    draft_steps: int | None
+    acceptance: float
     temperature: float
     top_k: int | None
     top_p: float | None
@@ -127,19 +156,24 @@ class Request:
             "seed": secrets.randbits(31) if self.seed is None else self.seed,
             "stop": self.stop,
         }
-        if self.mode != "diffusion":
+        if self.mode not in ("diffusion", "verified"):
             return shared
-        return shared | {
+        shared |= {
             "block_size": self.block_size,
-            "steps_per_block": self.steps,
             "confidence_threshold": self.threshold,
+            "policy": self.policy,
+            "knob": self.knob,
         }
+        if self.mode == "diffusion":
+            return shared | {"steps_per_block": self.steps}
+        return shared | {"draft_steps": self.draft_steps, "acceptance": self.acceptance}
 
     def idle_options(self) -> Iterator[tuple[str, str]]:
         """(option, why) for each given option that has no effect on this run."""
-        if self.mode != "diffusion":
-            yield from ((name, f"with --mode {self.mode}") for name in DIFFUSION_ONLY)
-        elif self.steps > self.block_size:
+        yield from ((name, f"with --mode {self.mode}") for name, modes in MEANT_FOR.items() if self.mode not in modes)
+        if self.mode in MEANT_FOR["threshold"] and (self.policy != "threshold" or self.knob is not None):
+            yield "threshold", f"with --policy {self.policy}" if self.knob is None else "beside --knob"
+        if self.mode == "diffusion" and self.steps > self.block_size:
             yield "steps", "beyond the block size: every pass commits at least one token"
         if self.mode == "ar":
             yield "denoiser_device", "with --mode ar, which runs the context tower alone"
@@ -229,11 +263,13 @@ def _write(events: Iterator[BlockEvent], silent: bool) -> Generation:
 
 def statistics(result: Generation, seed: int | None = None) -> str:
     """One line about a run."""
-    passes = result.context_passes if result.mode == "ar" else result.denoiser_passes
+    passes = f"{result.context_passes if result.mode == 'ar' else result.denoiser_passes} passes"
+    if result.mode == "verified":
+        passes = f"{result.denoiser_passes} + {result.context_passes} passes, {result.accepted} tokens of drafts kept"
     parts = [
         result.mode,
         f"{len(result.tokens)} tokens",
-        f"{passes} passes",
+        passes,
         f"{result.tokens_per_pass:.2f} tokens/pass",
         f"{result.tokens_per_second:.1f} tokens/s",
         f"prefill {result.prefill_seconds:.2f} s",

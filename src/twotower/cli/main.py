@@ -45,7 +45,7 @@ def cli() -> None:
     \b
     twotower "Once upon a time"           write on (the same as `twotower generate …`)
     twotower generate --watch "Once …"    see each block being denoised
-    twotower demo                         the three modes side by side
+    twotower demo                         the modes side by side
     """
 
 

@@ -19,6 +19,7 @@ from twotower.generation.output import BlockEvent, Generation
 from twotower.generation.params import MODES, GenerationParams
 from twotower.generation.prompts import PromptRows, Prompts, read_prompts
 from twotower.generation.session import Session
+from twotower.generation.speculative import verified
 
 if TYPE_CHECKING:
     from twotower.model.two_tower import TwoTowerForCausalLM
@@ -28,6 +29,7 @@ __all__ = ["MODES", "BlockEvent", "Generation", "GenerationParams", "generate", 
 Loop = Callable[[Session, StepCallback | None], Iterator[list[BlockEvent]]]
 LOOPS: dict[str, Loop] = {
     "diffusion": diffusion,
+    "verified": verified,
     "ar": lambda session, _: autoregressive(session),
     "mock_ar": lambda session, _: mock_autoregressive(session),
 }

@@ -11,7 +11,7 @@ from torch import Tensor
 from twotower.generation.output import BlockEvent
 from twotower.generation.sampling import DIFFUSION_CANDIDATE, choose, confidence
 from twotower.generation.session import Session
-from twotower.generation.unmasking import commit_confident
+from twotower.generation.unmasking import Pass
 from twotower.kernels.precision import accumulation_dtype
 from twotower.mirror import Transport
 
@@ -43,9 +43,21 @@ def diffusion(session: Session, callback: StepCallback | None = None) -> Iterato
         yield events
 
 
-def denoise_block(session: Session, callback: StepCallback | None) -> DenoisedBlock:
-    """Fills one block of every running row. The context is read-only meanwhile."""
+def denoise_block(
+    session: Session,
+    callback: StepCallback | None,
+    *,
+    decided: Tensor | None = None,
+    steps: int | None = None,
+    purpose: int = DIFFUSION_CANDIDATE,
+) -> DenoisedBlock:
+    """Fills one block of every running row in at most `steps` passes. The context is read-only meanwhile.
+
+    decided (R, n): the block's first positions, which are text already: no masks, and t does not count them.
+    purpose: what the candidates' noise is keyed by; that of AR's tokens has no step.
+    """
     params, model = session.params, session.model
+    steps = params.steps_per_block if steps is None else steps
     assert session.reader is not None
     view = session.reader.view()
     rows, device = len(session.rows), view.lengths.device
@@ -55,24 +67,28 @@ def denoise_block(session: Session, callback: StepCallback | None) -> DenoisedBl
 
     block = torch.full(shape, params.mask_token_id, device=device)
     masked = torch.ones(shape, dtype=torch.bool, device=device)
+    if decided is not None:
+        block[:, : decided.shape[1]] = decided
+        masked[:, : decided.shape[1]] = False
     committed_at = torch.zeros(shape, dtype=torch.long, device=device)
     sureness = torch.zeros(shape, dtype=time_dtype, device=device)
     passes = torch.zeros(rows, dtype=torch.long, device=device)
     positions = view.lengths[:, None] + torch.arange(params.block_size, device=device)
     if callback:
-        callback(0, params.steps_per_block, block, t=1.0, logits=None, block_idx=session.blocks)
+        callback(0, steps, block, t=1.0, logits=None, block_idx=session.blocks)
     running = StopTest(device)
-    for step in range(params.steps_per_block):
+    session.unmasking.begin()
+    for step in range(steps):
         passes += masked.any(1)
         t = masked.sum(1).to(time_dtype) / params.block_size
         logits = model.denoise(block, t, view)
         if callback:
             level = float(t[0]) if rows == 1 else t
-            callback(step, params.steps_per_block, block, t=level, logits=logits.clone(), block_idx=session.blocks)
+            callback(step, steps, block, t=level, logits=logits.clone(), block_idx=session.blocks)
         logits[..., params.mask_token_id] = -torch.inf
-        candidate = choose(logits, sampling, positions, DIFFUSION_CANDIDATE, step)
+        candidate = choose(logits, sampling, positions, purpose, step if purpose == DIFFUSION_CANDIDATE else 0)
         sure = confidence(logits, candidate)
-        commit = commit_confident(sure, masked, step, params.steps_per_block, params.confidence_threshold)
+        commit = session.unmasking(Pass(logits, candidate, sure, masked, step, steps))
         block = torch.where(commit, candidate, block)
         committed_at = committed_at.masked_fill(commit, step)
         sureness = torch.where(commit, sure, sureness)

@@ -17,7 +17,8 @@ class Generation:
     tokens: new tokens up to and including EOS, or the one that completed a stop string. text: without special
     tokens and without the stop string ("" where the model has no tokenizer). committed_at: the denoising step, from
     0, that fixed each token within its block. Passes: forwards of each tower while this row was running, its
-    prefill not counted. decode_seconds: from the end of the prefill to this row's end.
+    prefill not counted. drafts, drafted, accepted (verified decoding): rounds with a draft, tokens in those drafts, and
+    those that were kept. decode_seconds: from the end of the prefill to this row's end.
     """
 
     mode: Mode
@@ -31,12 +32,21 @@ class Generation:
     context_passes: int
     prefill_seconds: float
     decode_seconds: float
+    drafts: int = 0
+    drafted: int = 0
+    accepted: int = 0
 
     @property
     def tokens_per_pass(self) -> float:
-        """New tokens per pass of the tower that proposes them."""
-        passes = self.context_passes if self.mode == "ar" else self.denoiser_passes
+        """New tokens per pass of the tower that proposes them; verified: per pass of either tower."""
+        passes = self.denoiser_passes if self.mode in ("diffusion", "mock_ar") else self.context_passes
+        passes += self.denoiser_passes if self.mode == "verified" else 0
         return len(self.tokens) / passes if passes else 0.0
+
+    @property
+    def mean_accepted(self) -> float:
+        """Drafted tokens kept in a round with a draft."""
+        return self.accepted / self.drafts if self.drafts else 0.0
 
     @property
     def tokens_per_second(self) -> float:
@@ -45,7 +55,8 @@ class Generation:
 
     def to_dict(self) -> dict[str, Any]:
         """Plain data for JSON, the derived figures included."""
-        return asdict(self) | {"tokens_per_pass": self.tokens_per_pass, "tokens_per_second": self.tokens_per_second}
+        derived = ("tokens_per_pass", "tokens_per_second", "mean_accepted")
+        return asdict(self) | {name: getattr(self, name) for name in derived}
 
 
 @dataclass(frozen=True, kw_only=True)

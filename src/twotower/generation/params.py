@@ -11,6 +11,7 @@ import torch
 
 from twotower.config import TwoTowerConfig
 from twotower.errors import ArgumentError
+from twotower.generation.unmasking import POLICIES
 from twotower.modes import MODES, Mode
 
 
@@ -21,8 +22,11 @@ class GenerationParams:
     max_new_tokens: tokens after the prompt, at most. temperature: 0 (or less) is greedy. top_k, top_p: filters
     of the candidate's distribution after the temperature. eos_token_id: one id or several; a row ends at its
     first. seed: one for all rows or one for each; None draws fresh ones from torch's generator. stop: strings
-    that end a row. For diffusion: block_size positions denoised in at most steps_per_block passes; positions
-    with a confidence above confidence_threshold are committed, at least one a pass.
+    that end a row. For diffusion: block_size positions denoised in at most steps_per_block passes; policy (one, or one
+    for each row) says which positions a pass commits, at least one, and knob is its one number (None: its default; of
+    the policy "threshold" that is confidence_threshold). See `unmasking.POLICIES`. For verified decoding: block_size is
+    the longest draft with the token it continues, filled in draft_steps passes (None: what pays), by the same policies;
+    acceptance 1 keeps what the AR model itself chooses, α < 1 also tokens it gives α times its best one's probability.
 
     Raises:
         ArgumentError (a ValueError): what, value and remedy, in one line.
@@ -40,6 +44,10 @@ class GenerationParams:
     steps_per_block: int = 16
     mask_token_id: int = 3
     confidence_threshold: float = 0.9
+    policy: str | tuple[str, ...] = "threshold"
+    knob: float | tuple[float, ...] | None = None
+    draft_steps: int | None = None
+    acceptance: float = 1.0
 
     def __post_init__(self) -> None:
         for name in ("eos_token_id", "stop"):  # a lone one is meant as one, a string not as its letters
@@ -52,10 +60,14 @@ class GenerationParams:
         _whole("mask_token_id", self.mask_token_id, least=0)
         _number("temperature", self.temperature, None, None)
         _number("confidence_threshold", self.confidence_threshold, 0.0, 1.0)
+        _number("acceptance", self.acceptance, 0.0, 1.0)
+        if self.draft_steps is not None:
+            _whole("draft_steps", self.draft_steps, least=0)
         if self.top_k is not None:
             _whole("top_k", self.top_k, least=1)
         if self.top_p is not None:
             _number("top_p", self.top_p, 0.0, 1.0)
+        self._check_policies()
         for seed in () if self.seed is None else _tuple(self.seed):
             _whole("seed", seed, least=0)
             if seed >= 2**63:
@@ -63,6 +75,22 @@ class GenerationParams:
         for text in self.stop:
             if not isinstance(text, str) or not text:
                 raise ArgumentError(f"stop has {text!r}; each stop must be a non-empty string")
+
+    def _check_policies(self) -> None:
+        names = _tuple(self.policy)
+        for name in names:
+            if name not in POLICIES:
+                raise ArgumentError(f"policy is {name!r}; choose one of {', '.join(POLICIES)}")
+        if not names:
+            raise ArgumentError("policy is empty; name one, or one for each prompt")
+        knobs = _tuple(self.knob)
+        if len(names) > 1 and len(knobs) > 1 and len(names) != len(knobs):
+            raise ArgumentError(f"{len(knobs)} knobs for {len(names)} policies; give one, or one for each")
+        for name in set(names):
+            policy = POLICIES[name]
+            own = knobs if len(knobs) != len(names) else [k for n, k in zip(names, knobs, strict=True) if n == name]
+            for knob in own:
+                _number(f"knob ({name}: {policy.knob})", knob, policy.low, policy.high)
 
     @classmethod
     def of(
@@ -79,12 +107,15 @@ class GenerationParams:
             known = ", ".join(cls.__dataclass_fields__)
             raise ArgumentError(f"unknown argument {', '.join(unknown)}; known are {known}")
         seeds = _tuple(seed) if isinstance(seed, Sequence) else seed
+        for name in ("policy", "knob"):
+            if isinstance(values.get(name), list):
+                values[name] = tuple(values[name])
         return cls(eos_token_id=_tuple(eos_token_id), seed=seeds, stop=_tuple(stop), **values)
 
     def check_against(self, config: TwoTowerConfig, prompt_lengths: Sequence[int]) -> None:
         """The checks that need the model's configuration and the prompts."""
         vocab = config.backbone.vocab_size
-        if self.mode == "diffusion" and self.mask_token_id >= vocab:
+        if self.mode in ("diffusion", "verified") and self.mask_token_id >= vocab:
             raise ArgumentError(f"mask_token_id is {self.mask_token_id}; the vocabulary ends at {vocab - 1}")
         for token in self.eos_token_id:
             if not isinstance(token, int) or isinstance(token, bool) or not 0 <= token < vocab:
@@ -96,8 +127,16 @@ class GenerationParams:
                 f"a prompt of {longest} tokens plus max_new_tokens {self.max_new_tokens} is beyond the context window "
                 f"of {window}; shorten one of them"
             )
-        if isinstance(self.seed, tuple) and len(self.seed) != len(prompt_lengths):
-            raise ArgumentError(f"{len(self.seed)} seeds for {len(prompt_lengths)} prompts; give one, or one for each")
+        for given, what in ((self.seed, "seeds"), (self.policy, "policies"), (self.knob, "knobs")):
+            if isinstance(given, tuple) and len(given) != len(prompt_lengths):
+                raise ArgumentError(f"{len(given)} {what} for {len(prompt_lengths)} prompts; give one, or one for each")
+
+    def row_policies(self, rows: int) -> tuple[list[str], list[float]]:
+        """The policy and the knob of each row."""
+        names = list(self.policy) if isinstance(self.policy, tuple) else [self.policy] * rows
+        given = self.knob if isinstance(self.knob, tuple) else (self.knob,) * rows
+        usual = {name: POLICIES[name].default for name in names} | {"threshold": self.confidence_threshold}
+        return names, [usual[name] if knob is None else knob for name, knob in zip(names, given, strict=True)]
 
     def row_seeds(self, rows: int) -> list[int]:
         """One seed a row; the same prompt with the same seed gives the same text wherever it stands in a batch."""

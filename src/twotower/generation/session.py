@@ -13,6 +13,7 @@ from twotower.generation.output import BlockEvent, Generation
 from twotower.generation.params import GenerationParams
 from twotower.generation.sampling import Sampling
 from twotower.generation.stopping import RowProgress
+from twotower.generation.unmasking import Unmasking
 
 if TYPE_CHECKING:
     from twotower.model.two_tower import TwoTowerForCausalLM
@@ -36,6 +37,7 @@ class Session:
         ]
         self.denoiser_passes = [0] * len(prompts)
         self.context_passes = [0] * len(prompts)
+        self.drafts, self.drafted, self.accepted = ([0] * len(prompts) for _ in range(3))
         self.committed_at: list[list[int]] = [[] for _ in prompts]
         self.confidence: list[list[float]] = [[] for _ in prompts]
         self.blocks = 0
@@ -46,6 +48,7 @@ class Session:
             top_k=params.top_k,
             top_p=params.top_p,
         )
+        self.unmasking = Unmasking(*params.row_policies(len(prompts)))
         capacity = max(map(len, prompts)) + params.max_new_tokens + params.block_size
         self.state = model.new_state(len(prompts), capacity)
         self.reader = None if params.mode == "ar" else model.reader(self.state)
@@ -69,16 +72,34 @@ class Session:
             self.context_passes[row] += 1
         return self.model.extend(tokens, self.state, logits=logits)
 
+    @property
+    def denoiser_device(self) -> torch.device:
+        return self.model.device if self.model.denoiser is None else self.model.denoiser.device
+
+    def length(self, row: int) -> int:
+        """Tokens of a row's text so far."""
+        return len(self.prompts[row]) + len(self.progress[row].tokens)
+
+    def room(self, row: int) -> int:
+        """New tokens that a row may still get."""
+        return self.params.max_new_tokens - len(self.progress[row].tokens)
+
     def take(
-        self, tokens: Tensor, committed_at: Tensor, confidence: Tensor, passes: Sequence[int] | None
+        self,
+        tokens: Tensor,
+        committed_at: Tensor,
+        confidence: Tensor,
+        passes: Sequence[int] | None,
+        counts: Sequence[int] | None = None,
     ) -> list[BlockEvent]:
-        """Books a block (B, L) of the running rows; passes: denoiser passes each row took."""
+        """Books a block (B, L) of the running rows, of each its first `counts` tokens (None: all); passes: denoiser
+        passes each row took."""
         events = []
         columns = (tokens.tolist(), committed_at.tolist(), confidence.tolist())
         for slot, (row, block, steps, sure) in enumerate(zip(self.rows, *columns, strict=True)):
             self.denoiser_passes[row] += passes[slot] if passes is not None else 0
             start = len(self.progress[row].tokens)
-            count, text = self.progress[row].take(block)
+            count, text = self.progress[row].take(block if counts is None else block[: counts[slot]])
             self.committed_at[row] += steps[:count]
             self.confidence[row] += sure[:count]
             ended = self.progress[row].finish_reason is not None
@@ -114,8 +135,9 @@ class Session:
         slots = torch.tensor(kept, dtype=torch.long, device=self.model.device)
         if self.rows:
             self.state = self.state.select(slots)
-            self.state.tighten(max(len(self.prompts[row]) + len(self.progress[row].tokens) for row in self.rows))
+            self.state.tighten(max(self.length(row) for row in self.rows))
             self.sampling = self.sampling.select(torch.tensor(kept, dtype=torch.long))
+            self.unmasking = self.unmasking.select(kept)
             if self.reader is not None:
                 self.reader = self.reader.select(self.state, slots)
         return slots
@@ -133,6 +155,9 @@ class Session:
             confidence=self.confidence[row],
             denoiser_passes=self.denoiser_passes[row],
             context_passes=self.context_passes[row],
+            drafts=self.drafts[row],
+            drafted=self.drafted[row],
+            accepted=self.accepted[row],
             prefill_seconds=self.prefilled - self.started,
             decode_seconds=self.ended.get(row, self.prefilled) - self.prefilled,
         )

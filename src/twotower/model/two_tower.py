@@ -296,8 +296,12 @@ class TwoTowerForCausalLM(PreTrainedModel):
         attention_mask: Tensor | None = None,
         seed: int | Sequence[int] | None = None,
         stop: str | Sequence[str] | None = None,
+        policy: str | Sequence[str] | None = None,
+        knob: float | Sequence[float] | None = None,
     ) -> Tensor:
         """Masked diffusion, block by block → prompt + new tokens (B, S + n).
+
+        policy, knob: which positions a pass commits (`generation.unmasking.POLICIES`), for all rows or each.
 
         step_callback(step, steps, block, t=, logits=, block_idx=): once per block with t 1.0 and logits None,
         then after each pass with the block (B, L) as it was before that pass's commits.
@@ -315,8 +319,53 @@ class TwoTowerForCausalLM(PreTrainedModel):
             eos_token_id=eos_token_id,
             seed=seed,
             stop=stop,
+            policy="threshold" if policy is None else policy,
+            knob=knob,
         )
         return self._generate(input_ids, params, attention_mask, step_callback)
+
+    def generate_verified(
+        self,
+        input_ids: Prompts,
+        max_new_tokens: int = 128,
+        block_size: int = 16,
+        draft_steps: int | None = None,
+        mask_token_id: int = 3,
+        temperature: float = 0.0,
+        top_k: int | None = None,
+        top_p: float | None = None,
+        eos_token_id: int | Sequence[int] | None = None,
+        *,
+        acceptance: float = 1.0,
+        attention_mask: Tensor | None = None,
+        seed: int | Sequence[int] | None = None,
+        stop: str | Sequence[str] | None = None,
+        policy: str | Sequence[str] | None = None,
+        knob: float | Sequence[float] | None = None,
+    ) -> Tensor:
+        """The tokens of `generate_ar` with the same seed, drafted by the denoiser and checked by the context tower, a
+        block a pass → prompt + new tokens (B, S + n).
+
+        draft_steps: denoiser passes for a draft; None: as many as have lately paid, none where none do. acceptance
+        below 1 also keeps drafted tokens that the AR model gives at least that share of its best one's probability.
+        """
+        params = GenerationParams.of(
+            mode="verified",
+            block_size=block_size,
+            draft_steps=draft_steps,
+            mask_token_id=mask_token_id,
+            acceptance=acceptance,
+            max_new_tokens=max_new_tokens,
+            temperature=temperature,
+            top_k=top_k,
+            top_p=top_p,
+            eos_token_id=eos_token_id,
+            seed=seed,
+            stop=stop,
+            policy="threshold" if policy is None else policy,
+            knob=knob,
+        )
+        return self._generate(input_ids, params, attention_mask)
 
     def stream(self, input_ids: Prompts, mode: str = "diffusion", **parameters: Any) -> Iterator[BlockEvent]:
         """Yields a `BlockEvent` per row and block as it is committed (AR: blocks of one); arguments as generate_*.

@@ -1,0 +1,187 @@
+"""Verified decoding: the denoiser drafts, the context tower checks, and the text is the AR model's own.
+
+A round: the draft block begins with the *pending* token (in the text, not yet in the state) as a decided position; the
+denoiser fills the rest in k passes; the context tower reads [pending, draft] once, which it would have to do anyway;
+its head chooses every next token as AR would, with the row's own noise for that position. Drafted tokens are kept while
+they equal its choice, then its own choice follows and is pending; the state is rolled back to what was kept.
+
+The text is therefore that of `generate_ar` with the same seed, at any temperature, whatever made the draft: what a
+draft changes is how many rounds it takes. (A rule that keeps a token with probability min(1, p/q) would be right only
+for drafts in which q depends on nothing but the prefix; drafts filled in order of confidence are not of that kind.)
+"""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass, field
+
+import torch
+from torch import Tensor
+
+from twotower.generation.diffusion import DenoisedBlock, StepCallback, denoise_block
+from twotower.generation.output import BlockEvent
+from twotower.generation.sampling import AR_TOKEN, choose, confidence
+from twotower.generation.session import Session
+from twotower.mirror import Transport
+
+CHOICES = (0, 1, 2, 4)  # denoiser passes a round; 0 is AR
+CREDIT_STEPS, CREDIT_SHARE = 2.0, 0.05  # what trying may cost: so many AR steps, and this share of AR's time
+AGAIN = 24  # rounds until another choice is tried again
+
+
+def verified(session: Session, callback: StepCallback | None = None) -> Iterator[list[BlockEvent]]:
+    """Rounds of draft and check until every row has ended."""
+    session.prefill(upto=-1)
+    params, device = session.params, session.model.device
+    transport = session.model.transport or Transport()
+    pending = torch.tensor([[session.prompts[row][-1]] for row in session.rows], device=device)
+    pace = Pace(params.draft_steps)
+    while session.rows:
+        room = max(session.room(row) for row in session.rows)  # the AR model's own token needs no draft
+        passes = pace.passes() if min(params.block_size, room) > 1 else 0
+        drafted, read = pending, session.state.lengths
+        block = None
+        if passes:
+            block = draft(session, transport.send(pending, session.denoiser_device), passes, callback)
+            width = min(room, pace.length(params.block_size))
+            drafted = torch.cat([pending, transport.send(block.tokens, device)[:, 1:width]], dim=1)
+        logits = session.extend(drafted, logits=True)
+        assert logits is not None
+        positions = read[:, None] + torch.arange(1, drafted.shape[1] + 1, device=device)
+        own = choose(logits, session.sampling.to(device), positions, AR_TOKEN)
+        accepted = agreement(drafted[:, 1:], own[:, :-1], logits[:, :-1], params.acceptance)
+        session.state.rollback(read + 1 + accepted)
+        place = torch.arange(drafted.shape[1], device=device)
+        following = torch.cat([drafted[:, 1:], own[:, -1:]], dim=1)
+        tokens = torch.where(place < accepted[:, None], following, own)
+        pending = tokens.gather(1, accepted[:, None])
+        events = _book(session, block, tokens, logits, accepted.tolist(), drafted.shape[1] - 1, passes)
+        pace.record(passes, sum(len(event.tokens) for event in events), len(session.rows), accepted.tolist())
+        kept = session.drop_ended()
+        if kept is not None:
+            pending = pending[kept]
+        if session.rows:
+            session.state.tighten(max(session.length(row) for row in session.rows))
+        yield events
+
+
+def draft(session: Session, pending: Tensor, passes: int, callback: StepCallback | None) -> DenoisedBlock:
+    """A block of every running row that begins with its pending token (R, 1), filled in `passes` passes.
+
+    Candidates take the noise that the AR model will take at their positions, so that both choose alike where they
+    believe alike.
+    """
+    block = denoise_block(session, callback, decided=pending, steps=passes, purpose=AR_TOKEN)
+    session.passes += int(block.passes.max())
+    return block
+
+
+def agreement(drafted: Tensor, own: Tensor, logits: Tensor, acceptance: float) -> Tensor:
+    """How many drafted tokens (B, D) from the left are kept (B,): those that equal the AR model's choice `own` (B, D);
+    with acceptance α < 1 also those it gives at least α times the probability of its likeliest token."""
+    agrees = drafted == own
+    if acceptance < 1:
+        chance = logits.log_softmax(-1)
+        near = chance.gather(-1, drafted[..., None])[..., 0] - chance.amax(-1)
+        agrees = agrees | (near.exp() >= acceptance)
+    return agrees.long().cumprod(1).sum(1)
+
+
+def _book(
+    session: Session, block: DenoisedBlock | None, tokens: Tensor, logits: Tensor, accepted: list[int], drafted: int,
+    passes: int,
+) -> list[BlockEvent]:  # fmt: skip
+    """The round's tokens of each row: what was kept of its draft, and the AR model's own."""
+    steps = torch.full_like(tokens, passes)
+    if block is not None:
+        steps[:, :drafted] = block.committed_at[:, 1 : drafted + 1].to(steps.device)
+    for slot, row in enumerate(session.rows):
+        session.drafted[row] += drafted
+        session.accepted[row] += accepted[slot]
+        session.drafts[row] += drafted > 0
+    for slot, count in enumerate(accepted):
+        steps[slot, count] = passes
+    counts = [count + 1 for count in accepted]
+    taken = None if block is None else block.passes.tolist()
+    return session.take(tokens, steps, confidence(logits, tokens), taken, counts)
+
+
+@dataclass
+class Arm:
+    """What rounds of one kind have brought: moving averages of tokens a row and seconds a round."""
+
+    tokens: float = 0.0
+    seconds: float = 0.0
+    rounds: int = 0
+    last: int = 0  # the round it was last used in
+
+    def update(self, tokens: float, seconds: float, now: int) -> None:
+        self.rounds += 1
+        self.last = now
+        rate = max(0.15, 1 / self.rounds)
+        self.tokens += rate * (tokens - self.tokens)
+        self.seconds += rate * (seconds - self.seconds)
+
+    @property
+    def speed(self) -> float:
+        return self.tokens / self.seconds if self.seconds else 0.0
+
+
+@dataclass
+class Pace:
+    """How many denoiser passes the next round gets, none at all included: what has lately given most tokens a second.
+
+    Rounds that were slower than AR would have been are a loss; others are tried only while the loss is below a small
+    share of the time that AR would have taken so far, so drafting that does not pay costs that share and no more.
+
+    steps: this many passes in every round, and no choice.
+    """
+
+    steps: int | None = None
+    clock: Callable[[], float] = time.perf_counter
+    arms: dict[int, Arm] = field(default_factory=lambda: {passes: Arm() for passes in CHOICES})
+    lost: float = 0.0  # seconds
+    ar_seconds: float = 0.0  # that AR would have taken for the text so far
+    reached: float = 0.0  # moving average of the accepted length, the longest of the batch
+    rounds: int = 0
+    _started: float = 0.0
+
+    def passes(self) -> int:
+        """Of the round that begins now."""
+        self._started = self.clock()
+        if self.steps is not None:
+            return self.steps
+        return self._choose()
+
+    def _choose(self) -> int:
+        ar = self.arms[0]
+        if not ar.rounds:
+            return 0
+        if self.lost > CREDIT_STEPS * ar.seconds + CREDIT_SHARE * self.ar_seconds:
+            return 0
+        for passes, arm in self.arms.items():
+            if not arm.rounds or (passes and self.rounds - arm.last >= AGAIN * (1 + (arm.speed < 0.5 * ar.speed))):
+                return passes
+        if self.rounds - ar.last >= 4 * AGAIN:  # what a step costs grows with the text
+            return 0
+        return max(self.arms, key=lambda passes: self.arms[passes].speed)
+
+    def length(self, block_size: int) -> int:
+        """Positions of the block worth reading, the pending one included: some more than lately were kept."""
+        if self.steps is not None or self.rounds < len(self.arms):
+            return block_size
+        return min(block_size, 4 + int(2 * self.reached))
+
+    def record(self, passes: int, tokens: int, rows: int, accepted: list[int]) -> None:
+        """What the round brought: tokens of all rows."""
+        seconds = self.clock() - self._started
+        self.rounds += 1
+        if self.steps is not None:
+            return
+        self.arms[passes].update(tokens / rows, seconds, self.rounds)
+        if passes:
+            self.reached += 0.2 * (max(accepted) - self.reached)
+        as_ar = tokens / rows * self.arms[0].seconds
+        self.ar_seconds += as_ar
+        self.lost = max(self.lost + seconds - as_ar, 0.0) if passes else self.lost

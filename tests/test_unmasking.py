@@ -1,0 +1,247 @@
+"""Commit policies: each rule against a plain-Python twin, the progress they must make, several in one batch."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable
+from typing import Any
+
+import pytest
+import torch
+from conftest import EVERY_KIND, build_random_model
+from torch import Tensor
+
+from twotower.errors import ArgumentError
+from twotower.generation import GenerationParams, generate
+from twotower.generation.unmasking import POLICIES, Pass, Unmasking, Verdict, commit, register_policy
+
+ROWS, LENGTH, WORDS, STEPS = 6, 9, 12, 7
+
+
+def draw(seed: int, sharpness: float = 3.0) -> Pass:
+    """A pass with some positions committed already; one row has a single mask, one all."""
+    generator = torch.Generator().manual_seed(seed)
+    logits = torch.randn(ROWS, LENGTH, WORDS, generator=generator, dtype=torch.float64) * sharpness
+    logits[..., 3] = -torch.inf
+    probs = logits.softmax(-1)
+    candidate = torch.multinomial(probs.flatten(0, 1), 1, generator=generator).view(ROWS, LENGTH)
+    masked = torch.rand(ROWS, LENGTH, generator=generator) < 0.6
+    masked[0], masked[1] = True, torch.arange(LENGTH) == 4
+    return Pass(logits, candidate, probs.gather(-1, candidate[..., None])[..., 0], masked, seed % STEPS, STEPS)
+
+
+# --- rules, one row at a time in plain Python -----------------------------------------------------------------------
+
+Row = dict[str, Any]  # p: distributions, c: confidences, open: masked positions, before: the pass before's p
+
+
+def naive_threshold(row: Row, knob: float) -> set[int]:
+    return {i for i in row["open"] if row["c"][i] > knob}
+
+
+def naive_top_k(row: Row, knob: float) -> set[int]:
+    return set(sorted(row["open"], key=lambda i: -row["c"][i])[: int(knob)])
+
+
+def naive_factor(row: Row, knob: float) -> set[int]:
+    best: set[int] = set()
+    ordered = sorted(row["open"], key=lambda i: -row["c"][i])
+    for n in range(1, len(ordered) + 1):
+        if (n + 1) * (1 - row["c"][ordered[n - 1]]) < knob:
+            best = set(ordered[:n])
+    return best
+
+
+def naive_entropy(row: Row, knob: float) -> set[int]:
+    own = {i: -sum(p * math.log(p) for p in row["p"][i] if p > 0) for i in row["open"]}
+    ordered, best = sorted(own, key=lambda i: own[i]), set()
+    for n in range(1, len(ordered) + 1):
+        taken = [own[i] for i in ordered[:n]]
+        if sum(taken) - max(taken) <= knob:
+            best = set(ordered[:n])
+    return best
+
+
+def naive_margin(row: Row, knob: float) -> set[int]:
+    def lead(i: int) -> float:
+        first, second = sorted(row["p"][i], reverse=True)[:2]
+        return first - second
+
+    return {i for i in row["open"] if lead(i) > knob}
+
+
+def naive_klass(row: Row, knob: float) -> set[int]:
+    if row["before"] is None:
+        return set()
+
+    def moved(i: int) -> float:
+        pairs = zip(row["p"][i], row["before"][i], strict=True)
+        return sum(p * math.log(p / q) for p, q in pairs if p > 0)
+
+    return {i for i in row["open"] if row["c"][i] > knob and moved(i) < 0.01}
+
+
+def naive_span(row: Row, knob: float) -> set[int]:
+    found: set[int] = set()
+    for i in sorted(row["open"]):
+        if row["c"][i] <= knob:
+            break
+        found.add(i)
+    return found
+
+
+def naive_decay(row: Row, knob: float) -> set[int]:
+    return {i for i in row["open"] if row["c"][i] > knob * (1 - 0.5 * row["step"] / (STEPS - 1))}
+
+
+NAIVE: dict[str, tuple[Callable[[Row, float], set[int]], tuple[float, ...]]] = {
+    "threshold": (naive_threshold, (0.0, 0.3, 0.8, 1.0)),
+    "top-k": (naive_top_k, (1, 3, 20)),
+    "factor": (naive_factor, (0.0, 0.7, 1.5, 4.0)),
+    "entropy": (naive_entropy, (0.0, 0.3, 1.0, 9.0)),
+    "margin": (naive_margin, (0.0, 0.4, 0.9)),
+    "klass": (naive_klass, (0.0, 0.3, 0.8)),
+    "span": (naive_span, (0.0, 0.2, 0.6)),
+    "decay": (naive_decay, (0.2, 0.6, 1.0)),
+}
+
+
+def test_every_policy_has_a_twin_a_source_and_a_meaning() -> None:
+    assert set(NAIVE) == set(POLICIES)
+    for policy in POLICIES.values():
+        assert policy.knob
+        assert policy.source
+        assert policy.low <= policy.default <= policy.high
+
+
+@pytest.mark.parametrize("name", NAIVE)
+def test_a_rule_is_what_its_twin_says(name: str) -> None:
+    twin, knobs = NAIVE[name]
+    some = 0
+    for seed in range(12):
+        seen = draw(seed)
+        memory = None
+        if name == "klass":  # a pass before, near enough for some positions to count as still
+            earlier = seen._replace(logits=seen.logits + 0.2 * draw(seed + 100).logits.nan_to_num(neginf=0.0))
+            memory = POLICIES[name].rule(earlier, torch.zeros(ROWS, 1)).memory
+        for knob in knobs:
+            verdict = POLICIES[name].rule(seen._replace(memory=memory), torch.full((ROWS, 1), float(knob)))
+            for r in range(ROWS):
+                row = {
+                    "p": seen.logits[r].softmax(-1).tolist(),
+                    "c": seen.confidence[r].tolist(),
+                    "open": seen.masked[r].nonzero()[:, 0].tolist(),
+                    "before": None if memory is None else memory[0][r].exp().tolist(),
+                    "step": seen.step,
+                }
+                sure = (verdict.sure & seen.masked)[r].nonzero()[:, 0].tolist()
+                assert set(sure) == twin(row, knob), (seed, knob, r)
+                some += len(sure)
+    assert some > 0
+
+
+# --- progress -------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("name", POLICIES)
+def test_a_block_is_done_in_its_steps_and_each_pass_commits(name: str) -> None:
+    """Even with knobs that make nothing sure; a committed position is never touched again."""
+    policy = POLICIES[name]
+    never = {"top-k": 1.0, "factor": 0.0, "entropy": 0.0}.get(name, 1.0)
+    for steps in (1, 3, LENGTH):
+        unmasking = Unmasking([name] * ROWS, [never] * ROWS)
+        unmasking.begin()
+        masked = torch.ones(ROWS, LENGTH, dtype=torch.bool)
+        for step in range(steps):
+            seen = draw(step)._replace(masked=masked, step=step, steps=steps)
+            chosen = unmasking(seen)
+            assert (chosen & ~masked).sum() == 0
+            assert (chosen.sum(1) >= masked.any(1).long()).all()
+            masked = masked & ~chosen
+        assert not masked.any()
+    assert policy.rule is not None
+
+
+def test_sure_positions_go_before_better_placed_ones() -> None:
+    sure = torch.tensor([[False, False, True, True]])
+    order = torch.tensor([[0.9, 0.8, 0.1, 0.2]])
+    masked = torch.ones(1, 4, dtype=torch.bool)
+    assert commit(Verdict(sure, order), masked, 0, 8).tolist() == [[False, False, True, True]]
+    assert commit(Verdict(sure, order), masked, 0, 2).tolist() == [[False, False, True, True]]
+    assert commit(Verdict(sure, order), masked, 2, 3).all()
+    nothing = torch.zeros_like(sure)
+    assert commit(Verdict(nothing, order), masked, 0, 4).tolist() == [[True, False, False, False]]
+    even = torch.full_like(order, 0.5)
+    assert commit(Verdict(nothing, even), masked, 0, 2).tolist() == [[True, True, False, False]]
+
+
+# --- in generation --------------------------------------------------------------------------------------------------
+
+PROMPTS = [[5, 6, 7], [8], [9, 10, 11, 12, 13], [14, 15], [16, 17, 18, 19], [20], [21, 22], [23, 24, 25]]
+ASKED: dict[str, Any] = {"mode": "diffusion", "max_new_tokens": 20, "block_size": 8, "steps_per_block": 8}
+
+
+def test_each_row_of_a_batch_has_its_own_policy() -> None:
+    """What it gives there is what it gives alone, under every policy at once, one of them our caller's own."""
+    model = build_random_model(EVERY_KIND, dtype=torch.float64)
+    register_policy("odd first", _odd_first, knob="nothing", default=0.5, high=1.0)
+    try:
+        names = ["threshold", "klass", "entropy", "odd first", "span", "decay", "top-k", "factor"]
+        knobs = [0.1, 0.05, 2.0, 0.5, 0.05, 0.2, 3.0, 1.9]
+        together = generate(model, PROMPTS, GenerationParams.of(policy=names, knob=knobs, **ASKED))
+        for prompt, name, knob, result in zip(PROMPTS, names, knobs, together, strict=True):
+            (alone,) = generate(model, [prompt], GenerationParams.of(policy=name, knob=knob, **ASKED))
+            assert result.tokens == alone.tokens
+            assert result.committed_at == alone.committed_at
+            assert result.denoiser_passes == alone.denoiser_passes
+        assert len({result.denoiser_passes for result in together}) > 2
+        assert together[3].committed_at[:4] == [4, 0, 5, 1]
+    finally:
+        del POLICIES["odd first"]
+
+
+def _odd_first(seen: Pass, knob: Tensor) -> Verdict:
+    """One position a pass: 1, 3, 5, … and then 0, 2, 4, …"""
+    place = torch.arange(seen.masked.shape[1])
+    order = -(place // 2 + (place % 2 == 0) * 100.0).expand(len(seen.masked), -1)
+    return Verdict(torch.zeros_like(seen.masked), order)
+
+
+def test_the_default_is_the_released_rule() -> None:
+    model = build_random_model("M*E", dtype=torch.float64)
+    usual = generate(model, PROMPTS, GenerationParams.of(confidence_threshold=0.2, **ASKED))
+    named = generate(model, PROMPTS, GenerationParams.of(policy="threshold", knob=0.2, **ASKED))
+    assert [a.tokens for a in usual] == [b.tokens for b in named]
+    assert [a.committed_at for a in usual] == [b.committed_at for b in named]
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        ({"policy": "boldly"}, "policy is 'boldly'; choose one of threshold, top-k"),
+        ({"policy": []}, "policy is empty"),
+        ({"policy": "margin", "knob": 1.5}, "knob (margin: probability of the best less the second) is 1.5"),
+        ({"policy": "top-k", "knob": 0}, "knob (top-k: positions a pass) is 0"),
+        ({"policy": ["span", "margin"], "knob": [0.5, 2]}, "knob (margin"),
+        ({"policy": ["span", "margin"], "knob": [0.5, 0.5, 0.5]}, "3 knobs for 2 policies"),
+        ({"knob": "0.9"}, "knob (threshold: confidence) is '0.9'"),
+    ],
+)
+def test_bad_policies_are_told(arguments: dict[str, Any], message: str) -> None:
+    with pytest.raises(ArgumentError) as error:
+        GenerationParams.of(**arguments)
+    assert message in str(error.value)
+
+
+def test_one_for_each_prompt_or_one_for_all() -> None:
+    model = build_random_model("M")
+    for name, values in (("policies", {"policy": ["span", "margin"]}), ("knobs", {"knob": [0.5, 0.6]})):
+        with pytest.raises(ArgumentError, match=f"2 {name} for 3 prompts"):
+            generate(model, PROMPTS[:3], GenerationParams.of(**values, **ASKED))
+
+
+def test_a_name_is_taken_once() -> None:
+    with pytest.raises(ArgumentError, match="exists already"):
+        register_policy("span", _odd_first, knob="", default=0.0)
+    with pytest.raises(ArgumentError, match="default 2 is not between 0 and 1"):
+        register_policy("new", _odd_first, knob="", default=2, high=1.0)

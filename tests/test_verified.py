@@ -1,0 +1,372 @@
+"""Verified decoding gives the AR model's own text, whatever made the draft; drafting that does not pay costs little."""
+
+from __future__ import annotations
+
+import importlib
+import itertools
+import math
+import random
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+from typing import Any
+from unittest.mock import patch
+
+import pytest
+import torch
+from conftest import EVERY_KIND, build_random_model
+from torch import Tensor
+
+from twotower import TwoTowerForCausalLM, bundled_model
+from twotower.errors import ArgumentError
+from twotower.generation import Generation, GenerationParams, generate, stream
+from twotower.generation.diffusion import DenoisedBlock
+from twotower.generation.sampling import AR_TOKEN
+from twotower.generation.speculative import CREDIT_SHARE, CREDIT_STEPS, Pace, agreement
+from twotower.mirror import Transport
+
+speculative = importlib.import_module("twotower.generation.speculative")
+
+SAMPLINGS: dict[str, dict[str, Any]] = {
+    "greedy": {},
+    "sampled": {"temperature": 1.0, "seed": 3},
+    "filtered": {"temperature": 0.7, "top_k": 9, "top_p": 0.9, "seed": 4},
+}
+
+
+def prompts(count: int, longest: int, seed: int = 0, words: int = 64) -> list[list[int]]:
+    rng = random.Random(seed)
+    return [[rng.randrange(4, words) for _ in range(rng.randint(1, longest))] for _ in range(count)]
+
+
+def by(mode: str, model: TwoTowerForCausalLM, texts: list, **arguments: Any) -> list[Generation]:
+    return generate(model, texts, GenerationParams.of(mode=mode, **arguments))
+
+
+@dataclass
+class Drafts:
+    """In place of the denoiser: the AR model's own continuations, but for one token of each."""
+
+    model: TwoTowerForCausalLM
+    texts: list[list[int]]  # prompt and continuation
+    spoilt: Callable[[int, int], int]  # (round, row) → the place of the wrong token
+    lengths: list[int]  # accepted lengths that should come out
+
+    def whatever_the_text(self, session: Any, callback: Any, *, decided: Tensor, **_: Any) -> DenoisedBlock:
+        """The same places of the given texts, even where the text has become another."""
+        rows = [self.texts[row][session.length(row) :][: session.params.block_size - 1] for row in session.rows]
+        block = torch.cat([decided, torch.tensor(rows)], dim=1)
+        nothing = torch.zeros_like(block)
+        return DenoisedBlock(block, nothing, nothing.double(), nothing[:, 0])
+
+    def __call__(self, session: Any, callback: Any, *, decided: Tensor, steps: int, purpose: int) -> DenoisedBlock:
+        assert purpose == AR_TOKEN
+        size = session.params.block_size
+        rows = []
+        for slot, row in enumerate(session.rows):
+            at = session.length(row)
+            text = self.texts[row]
+            assert decided[slot].tolist() == text[at - 1 : at]
+            right = (text[at : at + size - 1] + [5] * size)[: size - 1]
+            wrong = self.spoilt(session.blocks, row)
+            kept = [(token + 1) % 64 if i == wrong else token for i, token in enumerate(right)]
+            longest = min(size, max(map(session.room, session.rows))) - 1  # no draft is read further
+            self.lengths.append(min(wrong, longest))
+            rows.append([text[at - 1], *kept])
+        block = torch.tensor(rows)
+        nothing = torch.zeros_like(block)
+        return DenoisedBlock(block, nothing, nothing.double(), nothing[:, 0] + steps)
+
+
+# --- the same tokens as AR ------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("sampling", SAMPLINGS)
+@pytest.mark.parametrize("pattern", ["M", "*", "ME*-", EVERY_KIND])
+def test_equal_to_ar_whatever_the_draft(pattern: str, sampling: str) -> None:
+    """In float64, a ragged batch whose rows end at different times; drafts of the denoiser, in one pass and in several
+    and as many as pay; and drafts that are right for any number of tokens."""
+    model = build_random_model(pattern, dtype=torch.float64)
+    texts = prompts(10, 30)
+    whole = by("ar", model, texts, max_new_tokens=40, **SAMPLINGS[sampling])
+    asked = SAMPLINGS[sampling] | {"max_new_tokens": 26, "eos_token_id": [whole[0].tokens[9], whole[1].tokens[17]]}
+    expected = [result.tokens for result in by("ar", model, texts, **asked)]
+    assert len({len(tokens) for tokens in expected}) > 1
+    asked["block_size"] = 8
+    for steps in (None, 1, 3):
+        found = by("verified", model, texts, draft_steps=steps, **asked)
+        assert [result.tokens for result in found] == expected, steps
+    right = [text + result.tokens for text, result in zip(texts, whole, strict=True)]
+    for name, spoilt in {"never": lambda at, row: 8, "all": lambda at, row: (3 * at + row) % 8}.items():
+        drafts = Drafts(model, right, spoilt, [])
+        with patch.object(speculative, "denoise_block", drafts):
+            found = by("verified", model, texts, draft_steps=1, **asked)
+        assert [result.tokens for result in found] == expected, name
+        assert sum(result.accepted for result in found) == sum(drafts.lengths)
+    assert set(drafts.lengths) == set(range(8))
+
+
+@pytest.mark.parametrize("new", [1, 2, 7, 8, 9, 16, 17])
+def test_any_length(new: int) -> None:
+    model = build_random_model("M*", dtype=torch.float64)
+    texts = prompts(3, 9)
+    expected = by("ar", model, texts, max_new_tokens=new)
+    whole = by("ar", model, texts, max_new_tokens=new + 8)
+    right = [text + result.tokens for text, result in zip(texts, whole, strict=True)]
+    drafts = Drafts(model, right, lambda at, row: 8, [])
+    with patch.object(speculative, "denoise_block", drafts):
+        found = by("verified", model, texts, max_new_tokens=new, block_size=8, draft_steps=1)
+    assert [a.tokens for a in found] == [b.tokens for b in expected]
+    assert {a.context_passes for a in found} == {math.ceil(new / 8)}
+    assert {a.finish_reason for a in found} == {"length"}
+
+
+def test_stop_strings_events_and_statistics() -> None:
+    model = TwoTowerForCausalLM.from_pretrained(bundled_model(), dtype="float64")
+    texts = ["User: I need a taxi to the airport.\nAssistant:", "User: I want to see a doctor.\nAssistant:"]
+    asked: dict[str, Any] = {"max_new_tokens": 48, "eos_token_id": 2, "stop": "\nUser"}
+    expected = by("ar", model, texts, **asked)
+    found = by("verified", model, texts, draft_steps=1, **asked)
+    events = list(stream(model, texts, "verified", draft_steps=1, **asked))
+    for row, (a, b) in enumerate(zip(found, expected, strict=True)):
+        assert (a.tokens, a.text, a.finish_reason) == (b.tokens, b.text, b.finish_reason)
+        own = [event for event in events if event.row == row]
+        assert "".join(event.text for event in own) == a.text
+        assert [token for event in own for token in event.tokens] == a.tokens
+        assert a.drafts == a.context_passes == a.denoiser_passes
+        assert 0 < a.accepted <= a.drafted <= 15 * a.drafts
+        assert a.mean_accepted == a.accepted / a.drafts
+        assert a.tokens_per_pass == len(a.tokens) / (a.context_passes + a.denoiser_passes)
+        assert a.context_passes < len(a.tokens)
+        assert len(a.committed_at) == len(a.confidence) == len(a.tokens)
+        assert a.confidence == pytest.approx(b.confidence, abs=1e-9)
+    assert found[0].to_dict()["mean_accepted"] == found[0].mean_accepted
+
+
+class Counting(Transport):
+    """Both towers on the CPU, but as if they were apart."""
+
+    def __init__(self) -> None:
+        self.sent = 0
+
+    def send(self, tensor: Tensor, device: torch.device) -> Tensor:
+        self.sent += tensor.nbytes
+        return tensor.clone()
+
+
+def test_towers_apart() -> None:
+    """The mirror follows a state that was rolled back."""
+    model = build_random_model(EVERY_KIND, dtype=torch.float64)
+    texts = prompts(5, 20)
+    asked = {"max_new_tokens": 24, "block_size": 8, "draft_steps": 2}
+    together = by("verified", model, texts, **asked)
+    model.transport = Counting()
+    apart = by("verified", model, texts, **asked)
+    assert model.transport.sent > 0
+    assert [(a.tokens, a.accepted) for a in apart] == [(b.tokens, b.accepted) for b in together]
+
+
+# --- the rule -------------------------------------------------------------------------------------------------------
+
+
+def test_the_joint_distribution_is_that_of_ar() -> None:
+    """Three tokens of two choices each, from many seeds: against the probabilities of all eight texts."""
+    model = build_random_model("M*", dtype=torch.float64)
+    prompt, seeds = [9, 10, 11], 4000
+    expected = _texts(model, prompt, 3)
+    assert sum(expected.values()) == pytest.approx(1)
+    asked = {"max_new_tokens": 3, "temperature": 1.0, "top_k": 2, "seed": list(range(seeds))}
+    rng = random.Random(1)
+    drafts = Drafts(
+        model, [[*prompt, *rng.choice(list(expected)), 0, 0, 0] for _ in range(seeds)], lambda at, row: 8, []
+    )
+    with patch.object(speculative, "denoise_block", drafts.whatever_the_text):
+        found = by("verified", model, [prompt] * seeds, block_size=4, draft_steps=1, **asked)
+    counts: dict[tuple[int, ...], int] = {}
+    for result in found:
+        counts[tuple(result.tokens)] = counts.get(tuple(result.tokens), 0) + 1
+    assert set(counts) <= set(expected)
+    chi = sum((counts.get(text, 0) - seeds * p) ** 2 / (seeds * p) for text, p in expected.items())
+    assert chi < 24.3  # 7 degrees of freedom: one in a thousand
+    assert seeds / 2 < sum(result.accepted for result in found) < 3 * seeds / 2
+
+
+def _texts(model: TwoTowerForCausalLM, prompt: list[int], more: int) -> dict[tuple[int, ...], float]:
+    """Each continuation by the model's two likeliest tokens at every place, with its probability."""
+    if not more:
+        return {(): 1.0}
+    with torch.no_grad():
+        best = model(torch.tensor([prompt])).logits[0, -1].topk(2)
+    out = {}
+    for token, p in zip(best.indices.tolist(), best.values.softmax(0).tolist(), strict=True):
+        out |= {(token, *rest): p * q for rest, q in _texts(model, [*prompt, token], more - 1).items()}
+    return out
+
+
+def test_a_ratio_rule_would_be_wrong_for_drafts_out_of_order() -> None:
+    """Why there is no min(1, p/q): exactly, on three binary tokens whose joint distribution the drafter knows.
+
+    Drafted in one parallel step, q depends on the prefix alone and the rule gives p. Drafted most confident position
+    first, the q at which a token was committed depends on tokens to its right, and it does not.
+    """
+    rng = random.Random(0)
+    weights = {text: rng.random() ** 3 + 0.01 for text in itertools.product((0, 1), repeat=3)}
+    total = sum(weights.values())
+    p = {text: weight / total for text, weight in weights.items()}
+
+    def marginal(at: int, known: dict[int, int]) -> list[float]:
+        fit = [sum(v for t, v in p.items() if t[at] == x and all(t[i] == k for i, k in known.items())) for x in (0, 1)]
+        return [value / sum(fit) for value in fit]
+
+    def parallel() -> Iterator[tuple[tuple[int, ...], list[list[float]], float]]:
+        own = [marginal(i, {}) for i in range(3)]
+        for text in p:
+            yield text, own, math.prod(own[i][text[i]] for i in range(3))
+
+    def confident_first() -> Iterator[tuple[tuple[int, ...], list[list[float]], float]]:
+        def fill(known: dict[int, int], used: dict[int, list[float]], chance: float) -> Iterator[Any]:
+            left = [i for i in range(3) if i not in known]
+            if not left:
+                yield tuple(known[i] for i in range(3)), [used[i] for i in range(3)], chance
+                return
+            at = max(left, key=lambda i: max(marginal(i, known)))
+            own = marginal(at, known)
+            for token in (0, 1):
+                yield from fill(known | {at: token}, used | {at: own}, chance * own[token])
+
+        yield from fill({}, {}, 1.0)
+
+    def outcome(drafts: Callable[[], Iterator[Any]]) -> dict[tuple[int, ...], float]:
+        """The exact distribution of what min(1, p/q) gives, the rest of a rejected draft by the AR model."""
+        out = dict.fromkeys(p, 0.0)
+        for draft, q, chance in drafts():
+            for i in range(4):
+                known = {k: draft[k] for k in range(i)}
+                if i == 3:
+                    out[draft] += chance
+                    break
+                target, token = marginal(i, known), draft[i]
+                keep = min(1.0, target[token] / q[i][token])
+                residual = [max(a - b, 0.0) for a, b in zip(target, q[i], strict=True)]
+                if keep < 1:
+                    for other in (0, 1):
+                        start = known | {i: other}
+                        share = chance * (1 - keep) * residual[other] / sum(residual)
+                        for text in p:
+                            if all(text[k] == v for k, v in start.items()):
+                                rest = math.prod(
+                                    marginal(k, dict(enumerate(text[:k])))[text[k]] for k in range(i + 1, 3)
+                                )
+                                out[text] += share * rest
+                chance *= keep
+        return out
+
+    right, wrong = outcome(parallel), outcome(confident_first)
+    assert sum(wrong.values()) == pytest.approx(1)
+    assert max(abs(right[text] - p[text]) for text in p) < 1e-12
+    assert sum(abs(wrong[text] - p[text]) for text in p) / 2 > 0.02
+
+
+def test_a_draft_takes_the_noise_of_the_tokens_it_stands_for() -> None:
+    """A denoiser that believes what the AR model believes is always right, even at temperature 1."""
+    model = build_random_model("-", dtype=torch.float64)  # no layer mixes positions: logits depend on one token alone
+    assert model.denoiser is not None
+    with torch.no_grad():
+        for tower in (model.context, model.denoiser):
+            for parameter in tower.parameters():
+                parameter.zero_()
+    found = by(
+        "verified", model, prompts(4, 5), max_new_tokens=16, block_size=8, draft_steps=1, temperature=1.0, seed=1
+    )
+    assert all(result.accepted == 14 for result in found)  # of a vocabulary less the mask token
+    assert len({tuple(result.tokens) for result in found}) > 1
+
+
+def test_relaxed_acceptance() -> None:
+    """α = 1 is lossless; below it each token is one that AR would choose, or nearly as likely as its likeliest; α = 0
+    takes whole drafts."""
+    own = torch.tensor([[4, 5, 6]])
+    drafted = torch.tensor([[4, 9, 6]])
+    logits = torch.zeros(1, 3, 12)
+    logits[0, 1, 5] = math.log(4.0)
+    for acceptance, kept in ((1.0, 1), (0.3, 1), (0.25, 3), (0.0, 3)):
+        assert agreement(drafted, own, logits, acceptance).tolist() == [kept]
+    model = build_random_model("M*E", dtype=torch.float64)
+    texts = prompts(6, 12)
+    asked = {"max_new_tokens": 24, "block_size": 8, "draft_steps": 1}
+    accepted = []
+    for acceptance in (1.0, 0.5, 0.1, 0.0):
+        found = by("verified", model, texts, acceptance=acceptance, **asked)
+        accepted.append(sum(result.accepted for result in found))
+        for text, result in zip(texts, found, strict=True):
+            with torch.no_grad():
+                logits = model(torch.tensor([text + result.tokens])).logits[0, len(text) - 1 : -1]
+            chance = logits.softmax(-1)
+            share = chance.gather(1, torch.tensor(result.tokens)[:, None])[:, 0] / chance.amax(-1)
+            assert (share >= acceptance - 1e-9).all()
+    assert accepted == sorted(accepted)
+    assert accepted[0] < accepted[1]
+    assert {result.context_passes for result in found} == {3}
+
+
+# --- when it pays ---------------------------------------------------------------------------------------------------
+
+
+class Clock:
+    def __init__(self) -> None:
+        self.now = 0.0
+
+    def __call__(self) -> float:
+        return self.now
+
+
+def simulate(cost: Callable[[int], float], gain: Callable[[int, int], int], tokens: int) -> tuple[float, Pace]:
+    """Rounds until so many tokens are there: one with k passes takes cost(k) and keeps gain(k, tokens so far)."""
+    clock = Clock()
+    pace = Pace(clock=clock)
+    made = 0
+    while made < tokens:
+        passes = pace.passes()
+        clock.now += cost(passes)
+        kept = gain(passes, made) if passes else 0
+        made += kept + 1
+        pace.record(passes, kept + 1, 1, [kept])
+    return clock.now, pace
+
+
+@pytest.mark.parametrize("tokens", [40, 64, 400, 4000])
+@pytest.mark.parametrize("cost", [1.5, 3.0, 10.0])
+def test_drafting_that_never_pays_costs_little(tokens: int, cost: float) -> None:
+    seconds, pace = simulate(lambda k: 1.0 if k == 0 else cost * (1 + k / 4), lambda k, made: 0, tokens)
+    largest = cost * 2  # the most one try can lose beyond the credit
+    assert seconds <= tokens * (1 + CREDIT_SHARE) + CREDIT_STEPS + largest
+    if tokens >= 400:
+        assert seconds < 1.1 * tokens
+    assert pace.arms[0].rounds > 0
+
+
+def test_the_best_number_of_passes_is_found() -> None:
+    gains = {1: 3, 2: 9, 4: 11}
+    cost = {0: 1.0, 1: 2.2, 2: 3.2, 4: 5.2}
+    seconds, pace = simulate(lambda k: cost[k], lambda k, made: gains[k], 2000)
+    assert max(pace.arms, key=lambda k: pace.arms[k].rounds) == 2
+    assert 2000 / seconds > 0.9 * (10 / 3.2)
+
+
+def test_it_tries_again_when_the_text_becomes_easier() -> None:
+    cost = {0: 1.0, 1: 2.5, 2: 3.0, 4: 4.0}
+    seconds, _ = simulate(lambda k: cost[k], lambda k, made: 0 if made < 500 else 8, 3000)
+    assert seconds < 1.1 * 500 + 1.4 * 2500 * 2.5 / 9
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        ({"acceptance": 1.5}, "acceptance is 1.5"),
+        ({"draft_steps": -1}, "draft_steps is -1"),
+        ({"draft_steps": 1.5}, "draft_steps is 1.5"),
+    ],
+)
+def test_bad_arguments(arguments: dict[str, Any], message: str) -> None:
+    with pytest.raises(ArgumentError) as error:
+        GenerationParams.of(mode="verified", **arguments)
+    assert message in str(error.value)
