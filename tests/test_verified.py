@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import importlib
 import itertools
 import math
@@ -13,14 +14,16 @@ from unittest.mock import patch
 
 import pytest
 import torch
-from conftest import EVERY_KIND, build_random_model
+from conftest import EVERY_KIND, GOLDEN, build_random_model
 from torch import Tensor
 
 from twotower import TwoTowerForCausalLM, bundled_model
 from twotower.errors import ArgumentError
+from twotower.evaluation.held_out import cut_dialogue, read_documents
+from twotower.evaluation.suite import problems
 from twotower.generation import Generation, GenerationParams, generate, stream
 from twotower.generation.diffusion import DenoisedBlock
-from twotower.generation.sampling import AR_TOKEN
+from twotower.generation.sampling import AR_TOKEN, noise
 from twotower.generation.speculative import CREDIT_SHARE, CREDIT_STEPS, Pace, agreement
 from twotower.mirror import Transport
 
@@ -370,3 +373,73 @@ def test_bad_arguments(arguments: dict[str, Any], message: str) -> None:
     with pytest.raises(ArgumentError) as error:
         GenerationParams.of(mode="verified", **arguments)
     assert message in str(error.value)
+
+
+# --- in full --------------------------------------------------------------------------------------------------------
+
+
+FULL = 500, 64  # prompts, new tokens of each
+
+
+def full_prompts(count: int) -> list[str]:
+    """Held-out dialogues cut anywhere, and problems."""
+    dialogues = read_documents(GOLDEN / "dialogues" / "held_out.jsonl")
+    rng = random.Random(0)
+    cut = [cut_dialogue(rng.choice(dialogues), rng) for _ in range(count // 2)]
+    return cut + [problem.prompt for problem in problems("test", count - len(cut), 5)]
+
+
+def lead(model: TwoTowerForCausalLM, text: list[int], a: int, b: int, seed: int, temperature: float) -> float:
+    """By how much the float64 model prefers one of two next tokens to the other, the row's noise included."""
+    with torch.no_grad():
+        scores = model(torch.tensor([text])).logits[0, -1]
+    if temperature > 0:
+        uniform = noise(torch.tensor([seed]), torch.tensor([[len(text)]]), AR_TOKEN, 0, len(scores))[0, 0]
+        scores = scores / temperature - torch.log(-torch.log(uniform))
+    return float((scores[a] - scores[b]).abs())
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("sampling", ["greedy", "sampled"])
+@pytest.mark.parametrize("kind", ["random", "bundled"])
+def test_equal_to_ar_in_full(kind: str, sampling: str) -> None:
+    """In ragged batches: in float64 without exception; in fp32 a row may leave AR's text only where float64 hardly
+    prefers one token to the other; of bf16 the rate is printed."""
+    count, new = FULL
+    if kind == "bundled":
+        exact = TwoTowerForCausalLM.from_pretrained(bundled_model(), dtype="float64")
+        texts = [exact.tokenizer(text)["input_ids"] for text in full_prompts(count)]
+    else:
+        exact = build_random_model(EVERY_KIND, dtype=torch.float64)
+        texts = prompts(count, 60)
+    asked = {"max_new_tokens": new} | ({"temperature": 1.0, "seed": 11} if sampling == "sampled" else {})
+    for dtype in (torch.float64, torch.float32, torch.bfloat16):
+        model = copy.deepcopy(exact).to(dtype)
+        apart, worst, kept = 0, 0.0, 0
+        for start in range(0, count, 50):
+            part = texts[start : start + 50]
+            expected = by("ar", model, part, **asked)
+            right = by("ar", model, part, **(asked | {"max_new_tokens": new + 16}))
+            full = [text + result.tokens for text, result in zip(part, right, strict=True)]
+            spoilt = Drafts(model, full, lambda at, row: (5 * at + row) % 16, [])
+            given = spoilt if dtype == torch.float64 else spoilt.whatever_the_text
+            for draft_steps, drafts in ((1, None), (None, None), (1, given)):
+                with patch.object(speculative, "denoise_block", drafts or speculative.denoise_block):
+                    found = by("verified", model, part, draft_steps=draft_steps, **asked)
+                kept += sum(result.accepted for result in found)
+                for text, a, b in zip(part, found, expected, strict=True):
+                    if a.tokens == b.tokens:
+                        continue
+                    apart += 1
+                    at = next(i for i, (x, y) in enumerate(zip(a.tokens, b.tokens, strict=True)) if x != y)
+                    margin = lead(
+                        exact, text + a.tokens[:at], a.tokens[at], b.tokens[at], 11, asked.get("temperature", 0.0)
+                    )
+                    worst = max(worst, margin)
+                if drafts is not None and dtype == torch.float64:
+                    assert sum(result.accepted for result in found) == sum(spoilt.lengths)
+        print(f"{kind}, {sampling}, {dtype}: {apart} of {3 * count} rows differ, margin {worst:.1e}, {kept} kept")
+        if dtype == torch.float64:
+            assert apart == 0
+        elif dtype == torch.float32:
+            assert worst < 1e-4
