@@ -9,6 +9,7 @@ from typing import Any
 import click
 
 from twotower.cli.demo import demo
+from twotower.cli.evaluate import evaluate
 from twotower.cli.generate import generate
 from twotower.cli.info import info
 from twotower.cli.init import init
@@ -49,7 +50,7 @@ def cli() -> None:
     """
 
 
-for verb in (generate, demo, info, init, pretrain, train, report):
+for verb in (generate, demo, info, init, pretrain, train, report, evaluate):
     cli.add_command(verb)
 
 

@@ -1,0 +1,116 @@
+"""What each way of decoding keeps of the AR model's quality: accuracy on the suite, paired with AR, and its passes."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from dataclasses import asdict, dataclass
+from typing import Any
+
+from twotower.errors import ArgumentError
+from twotower.evaluation.held_out import continuation_nats, repeated_share
+from twotower.evaluation.paired import Paired, compare
+from twotower.evaluation.running import Request, run
+from twotower.evaluation.settings import Setting
+from twotower.evaluation.suite import FAMILIES
+from twotower.evaluation.suite.problems import Problem, stream
+from twotower.evaluation.suite.scoring import OVERALL, wilson
+from twotower.generation import Generation
+from twotower.model.two_tower import TwoTowerForCausalLM
+
+AR = Setting("ar", {"mode": "ar"})
+
+
+@dataclass(frozen=True)
+class Line:
+    """One setting's figures. accuracy, interval: by family and overall, shares in 0..1; against_ar: the same problems
+    paired with AR, by family and overall. tokens_per_pass counts the passes of both towers, prefill apart; nll: the
+    context tower's −ln p of the answers, nats a token."""
+
+    setting: str
+    accuracy: dict[str, float]
+    interval: dict[str, tuple[float, float]]
+    against_ar: dict[str, Paired]
+    tokens: int
+    denoiser_passes: int
+    context_passes: int
+    tokens_per_pass: float
+    accepted: float
+    nll: float
+    repeated_4grams: float
+
+    def to_dict(self) -> dict[str, Any]:
+        """Plain data, the derived figures included."""
+        pairs = {
+            name: asdict(pair) | {"difference": pair.difference, "interval": pair.interval, "kept": pair.kept}
+            for name, pair in self.against_ar.items()
+        }
+        return asdict(self) | {"against_ar": pairs}
+
+
+def chosen_problems(families: Sequence[str], per_family: int, difficulties: Sequence[int], seed: int) -> list[Problem]:
+    """`per_family` test problems of each family, evenly over the difficulties."""
+    if per_family < 1:
+        raise ArgumentError(f"problems is {per_family}; ask for at least 1 of each family")
+    out: list[Problem] = []
+    for family in families or tuple(FAMILIES):
+        problems = stream("test", seed, (family,), difficulties)
+        out += [next(problems) for _ in range(per_family)]
+    return out
+
+
+def evaluate(
+    model: TwoTowerForCausalLM,
+    settings: Sequence[Setting],
+    problems: Sequence[Problem],
+    *,
+    max_new_tokens: int = 160,
+    rows: int = 64,
+    likelihood: bool = True,
+    progress: Callable[[str, int], object] | None = None,
+) -> list[Line]:
+    """A line for AR, which is always run, and one for each other setting, in order. progress: told the setting's label
+    and how many of its problems are done."""
+    prompts = [model.tokenizer(problem.prompt)["input_ids"] for problem in problems]
+    shared = {"eos_token_id": model.config.eos_token_id, "mask_token_id": model.config.mask_token, "seed": 0}
+    base: list[bool] = []
+    lines = []
+    for setting in (AR, *(setting for setting in settings if setting.label != AR.label)):
+        params = setting.params(max_new_tokens=max_new_tokens, **shared)
+        tell = None if progress is None else lambda done, label=setting.label: progress(label, done)
+        outputs = run(model, [Request(prompt, params) for prompt in prompts], rows, tell)
+        right = [out.text.strip() == problem.answer.strip() for out, problem in zip(outputs, problems, strict=True)]
+        base = base or right
+        lines.append(_line(model, setting, problems, prompts, outputs, right, base, likelihood))
+    return lines
+
+
+def _line(
+    model: TwoTowerForCausalLM,
+    setting: Setting,
+    problems: Sequence[Problem],
+    prompts: Sequence[list[int]],
+    outputs: Sequence[Generation],
+    right: Sequence[bool],
+    base: Sequence[bool],
+    likelihood: bool,
+) -> Line:
+    groups = {family: [i for i, p in enumerate(problems) if p.family == family] for family in FAMILIES}
+    groups = {family: places for family, places in groups.items() if places} | {OVERALL: list(range(len(problems)))}
+    hits = {name: [right[i] for i in places] for name, places in groups.items()}
+    nats, tokens = continuation_nats(model, prompts, outputs) if likelihood else (float("nan"), 1)
+    denoiser, context = (sum(getattr(o, f"{tower}_passes") for o in outputs) for tower in ("denoiser", "context"))
+    made = sum(len(out.tokens) for out in outputs)
+    drafts = sum(out.drafts for out in outputs)
+    return Line(
+        setting=setting.label,
+        accuracy={name: sum(own) / len(own) for name, own in hits.items()},
+        interval={name: wilson(sum(own), len(own)) for name, own in hits.items()},
+        against_ar={name: compare([base[i] for i in places], hits[name]) for name, places in groups.items()},
+        tokens=made,
+        denoiser_passes=denoiser,
+        context_passes=context,
+        tokens_per_pass=made / max(denoiser + context, 1),
+        accepted=sum(out.accepted for out in outputs) / drafts if drafts else 0.0,
+        nll=nats / tokens,
+        repeated_4grams=repeated_share(outputs),
+    )

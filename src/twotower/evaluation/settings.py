@@ -1,0 +1,72 @@
+"""Decoding settings as text: what `--setting` means in `twotower eval` and its neighbours.
+
+ar                                    a mode
+diffusion:0.8                         a mode and the knob of the default policy
+diffusion:factor=1.2,block_size=32    a policy and its knob, and parameters by name
+verified:draft_steps=1,acceptance=0.5
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+from typing import Any
+
+from twotower.errors import ArgumentError
+from twotower.generation import MODES, GenerationParams
+from twotower.generation.unmasking import POLICIES
+
+WHOLE = ("block_size", "steps_per_block", "draft_steps", "top_k", "seed")
+NUMBERS = ("temperature", "top_p", "acceptance", "confidence_threshold")
+
+
+@dataclass(frozen=True)
+class Setting:
+    """label: as it was written; values: arguments of `GenerationParams.of`, the mode among them."""
+
+    label: str
+    values: dict[str, Any] = field(hash=False)
+
+    @property
+    def mode(self) -> str:
+        return str(self.values["mode"])
+
+    def params(self, **shared: Any) -> GenerationParams:
+        """With what all settings of a run share; the setting's own values win."""
+        return GenerationParams.of(**(shared | self.values))
+
+
+def parse_setting(text: str) -> Setting:
+    """One setting.
+
+    Raises:
+        ArgumentError: an unknown mode, parameter or policy, or a value that is none.
+    """
+    mode, _, rest = text.partition(":")
+    if mode not in MODES:
+        raise ArgumentError(f"setting {text!r}: mode is {mode!r}; choose one of {', '.join(MODES)}")
+    values: dict[str, Any] = {"mode": mode}
+    for part in filter(None, rest.split(",")):
+        name, equals, value = part.partition("=")
+        if not equals:
+            name, value = "threshold", name
+        if name in POLICIES:
+            values |= {"policy": name, "knob": _number(text, part, value)}
+        elif name in WHOLE:
+            values[name] = int(_number(text, part, value, whole=True))
+        elif name in NUMBERS:
+            values[name] = _number(text, part, value)
+        else:
+            known = ", ".join((*WHOLE, *NUMBERS, *POLICIES))
+            raise ArgumentError(f"setting {text!r}: {name!r} is no parameter and no policy; known are {known}")
+    setting = Setting(text, values)
+    setting.params()  # what it says is checked now
+    return setting
+
+
+def _number(text: str, part: str, value: str, whole: bool = False) -> float:
+    try:
+        return int(value) if whole else float(value)
+    except ValueError:
+        raise ArgumentError(
+            f"setting {text!r}: {part!r} needs a {'whole ' if whole else ''}number after the ="
+        ) from None
