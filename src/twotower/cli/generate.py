@@ -98,7 +98,13 @@ SAMPLING_ONLY = ("seed", "top_k", "top_p")
     "--trace", type=click.Path(dir_okay=False, path_type=Path), metavar="FILE.svg", help="Draw the passes as a picture."
 )
 @click.option("--json", "as_json", is_flag=True, help="One JSON object on stdout instead of text.")
-@click.option("--dtype", type=click.Choice(models.DTYPES), default="auto", show_default=True)
+@click.option(
+    "--dtype",
+    type=click.Choice(models.DTYPES),
+    default="auto",
+    show_default=True,
+    help="auto: as stored, but a small bf16 model in float32 on a CPU that only emulates bf16.",
+)
 @click.option(
     "--context-device", metavar="DEVICE", help="E.g. cpu, cuda:0.  [default: the first CUDA device, else cpu]"
 )

@@ -8,6 +8,7 @@ from typing import Any
 
 import click
 
+from twotower.cli.bench import bench
 from twotower.cli.demo import demo
 from twotower.cli.evaluate import evaluate
 from twotower.cli.generate import generate
@@ -50,7 +51,7 @@ def cli() -> None:
     """
 
 
-for verb in (generate, demo, info, init, pretrain, train, report, evaluate):
+for verb in (generate, demo, info, init, pretrain, train, report, evaluate, bench):
     cli.add_command(verb)
 
 

@@ -19,6 +19,9 @@ if TYPE_CHECKING:
 
 # Operations this small gain nothing from a second thread, and waiting for one on a busy machine is 3× slower.
 ONE_THREAD_BELOW = 50_000_000
+# A bf16 model this small is widened to fp32, which is exact, where the processor only emulates bf16: its passes over
+# blocks would cost so much more than AR's steps that denoising could not pay.
+WIDENED_BELOW = 500_000_000
 DTYPES = ("auto", "bfloat16", "float32", "float64")
 
 
@@ -52,11 +55,14 @@ def load(
 ) -> TwoTowerForCausalLM:
     """The model, ready to compute. Without devices named: the first CUDA device, else the CPU.
 
+    dtype "auto": as stored, but a small bf16 model in fp32 where a device has no arithmetic for bf16.
+
     Raises:
         TwoTowerError: an unknown device, no such checkpoint, or one that does not fit its config.
     """
     import torch
 
+    from twotower.kernels.precision import multiplies_bf16_fast
     from twotower.model.two_tower import TwoTowerForCausalLM
 
     allocator.keep_large_blocks()
@@ -73,6 +79,11 @@ def load(
         context_device=devices["--context-device"],
         denoiser_device=devices["--denoiser-device"],
     )
+    emulated = not all(multiplies_bf16_fast(torch.device(device)) for device in devices.values())
+    small = model.num_parameters() < WIDENED_BELOW
+    if dtype == "auto" and model.dtype == torch.bfloat16 and emulated and small:
+        model.float()
+        model.config.dtype = model.dtype
     if threads is None and model.num_parameters() < ONE_THREAD_BELOW:
         torch.set_num_threads(1)
     return model

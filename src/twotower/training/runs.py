@@ -15,6 +15,7 @@ from tokenizers import Tokenizer
 from twotower import loading, one_tower
 from twotower.config import TwoTowerConfig
 from twotower.errors import ArgumentError
+from twotower.kernels.precision import multiplies_bf16_fast
 from twotower.model.two_tower import TwoTowerForCausalLM
 from twotower.training import weights
 from twotower.training.corpus import (
@@ -288,13 +289,10 @@ def _take_special_ids(config: TwoTowerConfig, tokenizer: Any) -> None:
 
 
 def compute_dtype(wanted: str, device: torch.device) -> torch.dtype:
-    """ "auto": bf16 where the machine multiplies it fast (CUDA, AVX512-BF16 or AMX), else fp32: emulated, bf16 is three
-    times slower than fp32 on a CPU."""
+    """ "auto": bf16 where the machine multiplies it fast, else fp32."""
     if wanted != "auto":
         return getattr(torch, wanted)
-    probes = ("_is_avx512_bf16_supported", "_is_amx_tile_supported")
-    fast = device.type == "cuda" or any(getattr(torch.cpu, probe, lambda: False)() for probe in probes)
-    return torch.bfloat16 if fast else torch.float32
+    return torch.bfloat16 if multiplies_bf16_fast(device) else torch.float32
 
 
 def _shape(config: TwoTowerConfig) -> dict[str, Any]:

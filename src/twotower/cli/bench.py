@@ -1,0 +1,129 @@
+"""`twotower bench`: speed of several ways of decoding, each against AR in the same run."""
+
+from __future__ import annotations
+
+import json
+import sys
+from collections.abc import Iterator
+from typing import TYPE_CHECKING
+
+import click
+
+from twotower.cli import model as models
+from twotower.cli.evaluate import SETTINGS
+from twotower.errors import CheckpointError
+
+if TYPE_CHECKING:
+    from rich.table import Table
+
+    from twotower.evaluation.bench import Measured
+
+
+@click.command()
+@click.option("-m", "--model", metavar="MODEL", help="Checkpoint directory or hub id.  [default: the bundled model]")
+@click.option(
+    "-s",
+    "--setting",
+    "settings",
+    multiple=True,
+    default=SETTINGS,
+    show_default=True,
+    metavar="MODE[:KNOB,NAME=X…]",
+    help="A way to decode, as for eval. May be given several times; AR is always run.",
+)
+@click.option(
+    "-b",
+    "--rows",
+    "batch_sizes",
+    type=click.IntRange(1),
+    multiple=True,
+    default=(1,),
+    show_default=True,
+    help="Of a batch. May be given several times, as may --context.",
+)
+@click.option(
+    "-c",
+    "--context",
+    "contexts",
+    type=click.IntRange(2),
+    multiple=True,
+    default=(128,),
+    show_default=True,
+    help="Tokens of each prompt.",
+)
+@click.option("-n", "--max-new-tokens", type=click.IntRange(1), default=128, show_default=True)
+@click.option("--rounds", type=click.IntRange(1), default=5, show_default=True, help="Counted; one more warms up.")
+@click.option("--ignore-eos", is_flag=True, help="Every row goes on to the last token.")
+@click.option("--dtype", type=click.Choice(models.DTYPES), default="auto", show_default=True)
+@click.option("--threads", type=click.IntRange(1), help="CPU threads.")
+@click.option("--json", "as_json", is_flag=True, help="No table.")
+def bench(
+    model: str | None, settings: tuple[str, ...], batch_sizes: tuple[int, ...], contexts: tuple[int, ...],
+    max_new_tokens: int, rounds: int, ignore_eos: bool, dtype: str, threads: int | None, as_json: bool,
+) -> None:  # fmt: skip
+    """Tokens a second, passes and what a pass costs, beside AR with the same kernels.
+
+    Settings take turns in every round. Prompt tokens are never counted, nor is anything after a row's end. A table goes
+    to stderr, one JSON line to stdout.
+    """
+    from twotower.evaluation import bench as measuring
+    from twotower.evaluation.settings import parse_setting
+
+    parsed = [parse_setting(text) for text in settings]
+    source = models.source_of(model)
+    with models.note(f"loading {models.name_of(source)} …"):
+        loaded = models.load(source, dtype=dtype, threads=threads)
+    if loaded.tokenizer is None:
+        raise CheckpointError(f"{source}: has no tokenizer.json, so there are no prompts; put one there")
+    found = measuring.bench(
+        loaded, parsed, batch_sizes=batch_sizes, contexts=contexts, new_tokens=max_new_tokens, rounds=rounds,
+        ignore_eos=ignore_eos, progress=_tell if sys.stderr.isatty() else None,
+    )  # fmt: skip
+    if sys.stderr.isatty():
+        click.echo("\r\x1b[K", err=True, nl=False)
+    machine = measuring.machine(loaded)
+    if not as_json:
+        from rich.console import Console
+
+        console = Console(stderr=True, highlight=False, width=None if sys.stderr.isatty() else 100)
+        where = ", ".join(str(machine[name]) for name in ("dtype", "device", "threads"))
+        console.print(f"{models.name_of(source)}, {where} thread{'s' * (machine['threads'] > 1)}")
+        for table in tables(found):
+            console.print(table)
+    click.echo(json.dumps({"model": str(source), "machine": machine, "measured": [one.to_dict() for one in found]}))
+
+
+def tables(found: list[Measured]) -> Iterator[Table]:
+    """One for each batch size and context length; a row a setting."""
+    from rich import box
+    from rich.table import Table
+
+    for rows, context in dict.fromkeys((one.rows, one.context) for one in found):
+        title = f"{rows} {'rows' if rows > 1 else 'row'} after {context} tokens"
+        out = Table(box=box.SIMPLE_HEAD, header_style="dim", title=title, title_justify="left", title_style="bold")
+        out.add_column("setting", overflow="fold")
+        for name in ("tokens/s", "× AR", "tokens/pass", "answer", "denoiser pass", "context pass"):
+            out.add_column(name, justify="right", no_wrap=True)
+        for one in found:
+            if (one.rows, one.context) == (rows, context):
+                low, high = one.times_ar_spread
+                out.add_row(
+                    one.setting.replace(",", ",\n  "),
+                    f"{one.tokens_per_second:.0f}",
+                    "1" if one.setting == "ar" else f"{one.times_ar:.2f} ({low:.2f}–{high:.2f})",
+                    f"{one.tokens_per_pass:.2f}",
+                    f"{one.first_seconds:.2f} s",
+                    *(_cost(one, tower) for tower in ("denoiser", "context")),
+                )
+        yield out
+
+
+def _cost(one: Measured, tower: str) -> str:
+    seconds = one.pass_seconds[tower]
+    if one.setting == "ar" and seconds:
+        return f"{1e3 * seconds:.1f} ms"
+    return f"{one.pass_cost[tower]:.2f}×" if seconds else "—"
+
+
+def _tell(text: str) -> None:
+    click.secho(f"\r\x1b[K{text}", err=True, nl=False, dim=True)

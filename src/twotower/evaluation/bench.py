@@ -1,0 +1,233 @@
+"""Speed of ways to decode, against AR with the same kernels in the same run."""
+
+from __future__ import annotations
+
+import platform
+import random
+import resource
+import statistics
+import subprocess
+import sys
+import time
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import asdict, dataclass, field
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from twotower.errors import ArgumentError
+from twotower.evaluation.settings import Setting
+from twotower.evaluation.suite import problems
+from twotower.generation import Generation, generate
+from twotower.model.two_tower import TwoTowerForCausalLM
+from twotower.version import VERSION
+
+AR = Setting("ar", {"mode": "ar"})
+TOWERS = {"denoise": "denoiser", "extend": "context"}  # the verb whose calls are a tower's passes
+
+
+@dataclass
+class Watch:
+    """Seconds in each tower's passes and their number, of one run."""
+
+    seconds: dict[str, float] = field(default_factory=lambda: dict.fromkeys(TOWERS.values(), 0.0))
+    passes: dict[str, int] = field(default_factory=lambda: dict.fromkeys(TOWERS.values(), 0))
+
+
+@dataclass(frozen=True)
+class Measured:
+    """One setting at one batch size and context length; medians over rounds, spread: lowest and highest.
+
+    tokens: new ones of a round, up to each row's end; seconds: from the end of the prefill until the last row ended;
+    first_seconds: until the first row had its whole answer, prefill included. times_ar: the median over rounds of this
+    setting's tokens per second ÷ AR's in the same round. tokens_per_pass: a row's tokens per pass of either tower.
+    pass_seconds: the mean of each tower's passes, in a run of its own; pass_cost: the same in AR steps.
+    """
+
+    setting: str
+    rows: int
+    context: int
+    tokens: int
+    seconds: float
+    spread: tuple[float, float]
+    prefill_seconds: float
+    first_seconds: float
+    tokens_per_second: float
+    times_ar: float
+    times_ar_spread: tuple[float, float]
+    tokens_per_pass: float
+    pass_seconds: dict[str, float]
+    pass_cost: dict[str, float]
+
+    def to_dict(self) -> dict[str, Any]:
+        return asdict(self)
+
+
+@dataclass(frozen=True)
+class Round:
+    """One run of one setting."""
+
+    tokens: int
+    seconds: float
+    prefill: float
+    first: float
+    per_pass: float
+
+
+def bench(
+    model: TwoTowerForCausalLM,
+    settings: Sequence[Setting],
+    *,
+    batch_sizes: Sequence[int] = (1,),
+    contexts: Sequence[int] = (128,),
+    new_tokens: int = 128,
+    rounds: int = 5,
+    ignore_eos: bool = False,
+    progress: Callable[[str], object] | None = None,
+) -> list[Measured]:
+    """Every setting and AR at every batch size and context length. In a round the settings take turns, so that whatever
+    else the machine does falls on all of them. One more round warms up before, and one times passes afterwards."""
+    chosen = (AR, *(setting for setting in settings if setting.label != AR.label))
+    shared: dict[str, Any] = {"max_new_tokens": new_tokens, "mask_token_id": model.config.mask_token, "seed": 0}
+    if not ignore_eos:
+        shared["eos_token_id"] = model.config.eos_token_id
+    found = []
+    for context in contexts:
+        for rows in batch_sizes:
+            texts = few_shot_prompts(model, rows, context)
+            runs: dict[str, list[Round]] = {setting.label: [] for setting in chosen}
+            for number in range(rounds + 1):
+                for setting in chosen:
+                    if progress is not None:
+                        progress(f"{rows} rows after {context} tokens, round {number} of {rounds}, {setting.label}")
+                    run = one_round(model, texts, setting, shared)
+                    if number:
+                        runs[setting.label].append(run)
+            passes = {setting.label: pass_seconds(model, texts, setting, shared) for setting in chosen}
+            for label, own in runs.items():
+                found.append(_measured(label, rows, context, own, runs[AR.label], passes))
+    return found
+
+
+def few_shot_prompts(model: TwoTowerForCausalLM, rows: int, context: int) -> list[list[int]]:
+    """Prompts of exactly `context` tokens: solved problems of the suite, and at the end one that is not."""
+    if context < 2:
+        raise ArgumentError(f"context is {context}; give at least 2 tokens")
+    rng = random.Random(0)
+    pool = [model.tokenizer(problem.text + "\n")["input_ids"] for problem in problems("test", 120, 0)]
+    asked = [model.tokenizer(problem.prompt)["input_ids"] for problem in problems("test", rows, 1, difficulties=(1,))]
+    out = []
+    for last in asked:
+        text = list(last)
+        while len(text) < context:
+            text = rng.choice(pool) + text
+        out.append(text[-context:])
+    return out
+
+
+def one_round(model: TwoTowerForCausalLM, texts: list[list[int]], setting: Setting, shared: dict[str, Any]) -> Round:
+    """One run of a batch."""
+    results: list[Generation] = generate(model, texts, setting.params(**shared))
+    passes = sum(result.denoiser_passes + result.context_passes for result in results)
+    tokens = sum(len(result.tokens) for result in results)
+    ends = [result.decode_seconds for result in results]
+    prefill = results[0].prefill_seconds
+    return Round(tokens, max(ends), prefill, prefill + min(ends), tokens / max(passes, 1))
+
+
+def pass_seconds(
+    model: TwoTowerForCausalLM, texts: list[list[int]], setting: Setting, shared: dict[str, Any]
+) -> dict[str, float]:
+    """The mean pass of each tower in one more run, 0 where it has none."""
+    with watching(model) as watch:
+        one_round(model, texts, setting, shared)
+    return {tower: seconds / max(watch.passes[tower], 1) for tower, seconds in watch.seconds.items()}
+
+
+@contextmanager
+def watching(model: TwoTowerForCausalLM) -> Iterator[Watch]:
+    """Times the passes of both towers inside the block. An accelerator is waited for after each: its passes would
+    otherwise be timed by how long they took to launch."""
+    watch = Watch()
+    wait = torch.cuda.synchronize if model.device.type == "cuda" else lambda: None
+
+    def timed(verb: str) -> Callable[..., Any]:
+        real, tower = getattr(model, verb), TOWERS[verb]
+
+        def call(*args: Any, **kwargs: Any) -> Any:
+            wait()
+            started = time.perf_counter()
+            out = real(*args, **kwargs)
+            wait()
+            watch.seconds[tower] += time.perf_counter() - started
+            watch.passes[tower] += 1
+            return out
+
+        return call
+
+    for verb in TOWERS:
+        setattr(model, verb, timed(verb))
+    try:
+        yield watch
+    finally:
+        for verb in TOWERS:
+            delattr(model, verb)  # the class's own again
+
+
+def _measured(
+    label: str, rows: int, context: int, own: Sequence[Round], ar: Sequence[Round], passes: dict[str, dict[str, float]]
+) -> Measured:
+    ratios = [(a.tokens / a.seconds) / (b.tokens / b.seconds) for a, b in zip(own, ar, strict=True)]
+    seconds = [run.seconds for run in own]
+    return Measured(
+        setting=label,
+        rows=rows,
+        context=context,
+        tokens=own[0].tokens,
+        seconds=statistics.median(seconds),
+        spread=(min(seconds), max(seconds)),
+        prefill_seconds=statistics.median(run.prefill for run in own),
+        first_seconds=statistics.median(run.first for run in own),
+        tokens_per_second=statistics.median(run.tokens / run.seconds for run in own),
+        times_ar=statistics.median(ratios),
+        times_ar_spread=(min(ratios), max(ratios)),
+        tokens_per_pass=statistics.median(run.per_pass for run in own),
+        pass_seconds=passes[label],
+        pass_cost={tower: seconds / passes[AR.label]["context"] for tower, seconds in passes[label].items()},
+    )
+
+
+def machine(model: TwoTowerForCausalLM) -> dict[str, Any]:
+    """What a figure depends on: hardware, threads, dtype, versions, memory."""
+    cuda = model.device.type == "cuda"
+    peak = torch.cuda.max_memory_allocated() if cuda else resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
+    return {
+        "device": torch.cuda.get_device_name() if cuda else _processor(),
+        "threads": torch.get_num_threads(),
+        "dtype": str(model.dtype).removeprefix("torch."),
+        "weights_bytes": sum(p.nbytes for p in model.parameters()),
+        "peak_bytes": peak,
+        "python": platform.python_version(),
+        "torch": torch.__version__,
+        "twotower": VERSION,
+        "commit": _commit(),
+    }
+
+
+def _processor() -> str:
+    try:
+        lines = Path("/proc/cpuinfo").read_text().splitlines()
+        return next(line.split(":", 1)[1].strip() for line in lines if line.startswith("model name"))
+    except (OSError, StopIteration):
+        return platform.processor() or sys.platform
+
+
+def _commit() -> str | None:
+    """Of the checkout this runs from, if it is one."""
+    command = ["git", "-C", str(Path(__file__).parent), "describe", "--always", "--dirty"]
+    try:
+        return subprocess.run(command, capture_output=True, text=True, check=True, timeout=10).stdout.strip()
+    except (OSError, subprocess.SubprocessError):
+        return None

@@ -1,0 +1,85 @@
+"""`twotower bench`: what it counts, and that it measures what it says."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable
+
+import pytest
+import torch
+from command import Result, assert_one_line_error
+from conftest import build_random_model
+
+from twotower import TwoTowerForCausalLM, bundled_model
+from twotower.evaluation import bench as measuring
+from twotower.evaluation.settings import parse_setting
+
+
+@pytest.fixture(scope="module")
+def model() -> TwoTowerForCausalLM:
+    return TwoTowerForCausalLM.from_pretrained(bundled_model(), dtype="float32")
+
+
+def test_every_setting_at_every_size_beside_ar(model: TwoTowerForCausalLM) -> None:
+    told: list[str] = []
+    settings = [parse_setting(text) for text in ("diffusion:0.5", "verified:draft_steps=1", "ar")]
+    found = measuring.bench(
+        model, settings, batch_sizes=(1, 3), contexts=(20, 40), new_tokens=12, rounds=2, ignore_eos=True,
+        progress=told.append,
+    )  # fmt: skip
+    assert len(told) == 4 * 3 * 3  # sizes, settings, rounds and the one that warms up
+    assert [(one.rows, one.context) for one in found[::3]] == [(1, 20), (3, 20), (1, 40), (3, 40)]
+    assert [one.setting for one in found[:3]] == ["ar", "diffusion:0.5", "verified:draft_steps=1"]
+    for ar, diffusion, verified in zip(found[::3], found[1::3], found[2::3], strict=True):
+        assert ar.times_ar == ar.tokens_per_pass == ar.pass_cost["context"] == 1
+        assert ar.pass_seconds["denoiser"] == 0
+        assert ar.tokens == diffusion.tokens == verified.tokens == 12 * ar.rows
+        assert diffusion.tokens_per_pass > 1
+        for one in (ar, diffusion, verified):
+            assert one.spread[0] <= one.seconds <= one.spread[1]
+            assert one.times_ar_spread[0] <= one.times_ar <= one.times_ar_spread[1]
+            assert one.tokens_per_second == pytest.approx(one.tokens / one.seconds, rel=0.5)
+            assert one.first_seconds > one.prefill_seconds > 0
+        assert diffusion.pass_cost["denoiser"] == diffusion.pass_seconds["denoiser"] / ar.pass_seconds["context"]
+    assert "extend" not in vars(model)  # nothing is left of the measuring
+
+
+def test_prompts_have_the_length_asked_for(model: TwoTowerForCausalLM) -> None:
+    for context in (2, 33, 200):
+        texts = measuring.few_shot_prompts(model, 5, context)
+        assert [len(text) for text in texts] == [context] * 5
+        assert model.tokenizer.decode(texts[0]).endswith("=>")
+    assert texts == measuring.few_shot_prompts(model, 5, 200)
+    assert len({tuple(text) for text in texts}) == 5
+
+
+def test_tokens_after_the_end_are_not_counted() -> None:
+    model = build_random_model("M*", dtype=torch.float64)
+    texts = [[5, 6, 7], [8, 9, 10]]
+    setting = parse_setting("ar")
+    shared = {"max_new_tokens": 20, "seed": 0}
+    whole = measuring.one_round(model, texts, setting, shared)
+    assert whole.tokens == 40
+    (first, _) = measuring.generate(model, texts, setting.params(**shared))
+    cut = measuring.one_round(model, texts, setting, shared | {"eos_token_id": first.tokens[4]})
+    assert cut.tokens < 40
+    passes = measuring.pass_seconds(model, texts, setting, shared)
+    assert passes["context"] > 0
+    assert passes["denoiser"] == 0
+
+
+def test_the_verb_prints_tables_and_one_line_of_json(cli: Callable[..., Result]) -> None:
+    result = cli("bench", "-n", "8", "--rounds", "1", "-c", "16", "-b", "1", "-b", "2", "-s", "diffusion:0.8")
+    assert result.code == 0
+    facts = json.loads(result.out)
+    assert [(one["setting"], one["rows"]) for one in facts["measured"]] == [
+        ("ar", 1), ("diffusion:0.8", 1), ("ar", 2), ("diffusion:0.8", 2),
+    ]  # fmt: skip
+    assert {"device", "threads", "dtype", "torch", "commit", "weights_bytes", "peak_bytes"} <= set(facts["machine"])
+    for words in ("× AR", "tokens/pass", "1 row after 16 tokens", "2 rows after 16 tokens"):
+        assert words in result.err
+
+
+def test_bad_input_is_one_line(cli: Callable[..., Result]) -> None:
+    assert_one_line_error(cli("bench", "-s", "quick"), "mode is 'quick'")
+    assert_one_line_error(cli("bench", "-c", "100000", "-s", "ar"), "context window")
