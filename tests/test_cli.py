@@ -188,6 +188,7 @@ def test_options_without_effect_are_told(cli: Callable[..., Result], checkpoint:
         (["x", "--context-device", "warp:9"], "warp:9"),
         (["x", "-f", "/no/such/file"], "/no/such/file"),
         (["x", "--trace", "/no/such/dir/a.svg"], "/no/such/dir"),
+        (["x", "--trace", "a.gif"], "choose one of .svg, .html, .png"),
         (["x", "surplus"], "surplus"),
         ([""], "empty"),
         ([" \n"], "empty"),
@@ -312,6 +313,18 @@ def test_trace_draws_a_self_contained_picture(cli: Callable[..., Result], checkp
     assert ElementTree.fromstring(drawn).tag == "{http://www.w3.org/2000/svg}svg"
     assert "block&#160;2:" in drawn
     assert not re.search(r"url\((?!#)|href|@font-face", drawn)
+
+
+def test_trace_as_a_page_and_as_pixels(cli: Callable[..., Result], checkpoint: Path, tmp_path: Path) -> None:
+    page, pixels = tmp_path / "trace.html", tmp_path / "trace.png"
+    for file in (page, pixels):
+        assert cli("<b>" + PROMPT, "-m", checkpoint, "-n", "20", "--trace", file).code == 0
+    text = page.read_text(encoding="utf-8")
+    assert "&lt;b&gt;" in text
+    assert "block&#160;2:" in text
+    assert "tokens/pass" in text
+    assert not re.search(r"url\((?!#)|href|src=|@font-face|<script", text)
+    assert pixels.read_bytes().startswith(b"\x89PNG")
 
 
 # --- info -----------------------------------------------------------------------------------------------------------

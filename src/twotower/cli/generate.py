@@ -95,7 +95,10 @@ SAMPLING_ONLY = ("seed", "top_k", "top_p")
 @click.option("--stop", multiple=True, metavar="TEXT", help="End before this text. May be given several times.")
 @click.option("--watch", is_flag=True, help="Show each block being denoised (on stderr).")
 @click.option(
-    "--trace", type=click.Path(dir_okay=False, path_type=Path), metavar="FILE.svg", help="Draw the passes as a picture."
+    "--trace",
+    type=click.Path(dir_okay=False, path_type=Path),
+    metavar="FILE",
+    help="Draw the passes as a picture: .svg, .png or .html.",
 )
 @click.option("--json", "as_json", is_flag=True, help="One JSON object on stdout instead of text.")
 @click.option(
@@ -199,6 +202,10 @@ def run(request: Request) -> None:
             click.echo(f"Warning: --{name.replace('_', '-')} has no effect {why}.", err=True)
     if request.trace is not None and not request.trace.absolute().parent.is_dir():
         raise ArgumentError(f"--trace {request.trace}: {request.trace.parent} is no directory; make it first")
+    if request.trace is not None:
+        from twotower.cli.trace import check_format
+
+        check_format(request.trace)
 
     source = models.source_of(request.model)
     with models.note(f"loading {models.name_of(source)} …"):
@@ -227,9 +234,10 @@ def run(request: Request) -> None:
     else:
         click.secho(statistics(result, seed), err=True, dim=True)
     if watcher is not None and request.trace is not None:
-        from twotower.cli.trace import save_picture
+        from twotower.cli.trace import Trace, save_picture
 
-        save_picture(request.trace, watcher.blocks, watcher.names)
+        line = statistics(result, seed)
+        save_picture(request.trace, Trace(watcher.blocks, watcher.names, text, result.text, line))
 
 
 def _watcher(model: TwoTowerForCausalLM, prompt: str, request: Request) -> Watcher:

@@ -1,26 +1,86 @@
-"""`--trace`: a run's blocks as one picture, pass by pass."""
+"""`--trace`: a run's blocks as one picture, pass by pass: SVG, PNG, or a page of HTML."""
 
 from __future__ import annotations
 
+import html
 import io
-from collections.abc import Sequence
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass
 from pathlib import Path
 
+from rich.cells import cell_len, set_cell_size
 from rich.console import Console
 from rich.style import Style
 from rich.terminal_theme import TerminalTheme
 from rich.text import Text
 
-from twotower.cli.watch import LABEL, Frame, TokenNames, colour, grid, hex_colour
+from twotower.cli.watch import INK, Frame, TokenNames, blend, colour, hex_colour
+from twotower.errors import ArgumentError
+
+GROUND, WORDS, LABEL = "#161a22", "#d8dee9", "#7d8799"
+_PAPER = (38, 43, 54)  # a masked position about which nothing is known
 
 
-def legend() -> Text:
+@dataclass(frozen=True)
+class Cell:
+    """A piece of a line: text, its colour, and that of its ground (None: the picture's)."""
+
+    text: str
+    ink: str = WORDS
+    paper: str | None = None
+    bold: bool = False
+
+
+Line = list[Cell]
+
+
+def drawing(blocks: Sequence[Sequence[Frame]], names: TokenNames) -> list[Line]:
+    """A table for each block, and what the colours mean."""
+    lines: list[Line] = []
+    for frames in blocks:
+        last = frames[-1]
+        count = len(last.tokens)
+        cut = f" (of {last.size} positions; the text ends here)" if count < last.size else ""
+        title = f"block {last.block + 1}: {count} tokens in {last.passes} passes{cut}"
+        lines += [[Cell(title, bold=True)], *grid(frames, names), []]
+    return [*lines, legend()]
+
+
+def grid(frames: Sequence[Frame], names: TokenNames) -> Iterator[Line]:
+    """One block: a line for each pass, a column for each token, colour for confidence.
+
+    A token stands out in the line of the pass that committed it. Only tokens that belong to the text have a column.
+    """
+    columns = [names(token) for token in frames[-1].tokens if token is not None]
+    for frame in frames:
+        line = [Cell(f"pass {frame.passes:<2} t {frame.t:4.2f}  ", LABEL)]
+        for i, name in enumerate(columns):
+            width = max(cell_len(name), 2) + 1
+            sure = frame.confidence[i]
+            if frame.tokens[i] is None:
+                shade = _PAPER if sure is None else blend(_PAPER, colour(sure), 0.35 * sure)
+                line.append(Cell(" " * width, paper=hex_colour(shade)))
+            elif frame.fresh[i]:
+                line.append(Cell(set_cell_size(name, width), INK, hex_colour(colour(sure or 0.0))))
+            else:
+                line.append(Cell(set_cell_size(name, width), hex_colour(colour(sure or 0.0))))
+            line.append(Cell(" "))
+        yield line
+
+
+def legend() -> Line:
     """What the colours mean."""
-    out = Text("confidence  0 ", Style(color=LABEL))
-    for i in range(21):
-        out.append(" ", Style(bgcolor=hex_colour(colour(i / 20))))
-    return out.append(" 1     dark: still masked, lighter as the best candidate gets surer", Style(color=LABEL))
+    ramp = [Cell(" ", paper=hex_colour(colour(i / 20))) for i in range(21)]
+    meaning = " 1     dark: still masked, lighter as the best candidate gets surer"
+    return [Cell("confidence  0 ", LABEL), *ramp, Cell(meaning, LABEL)]
 
+
+def width_of(line: Line) -> int:
+    """In characters."""
+    return sum(cell_len(cell.text) for cell in line)
+
+
+# --- files ----------------------------------------------------------------------------------------------------------
 
 _CHARACTER = (12.2, 24.4)  # width and height of a character in rich's SVG
 _THEME = TerminalTheme((22, 26, 34), (216, 222, 233), [(0, 0, 0)] * 8)
@@ -33,27 +93,112 @@ _SVG = """<svg xmlns="http://www.w3.org/2000/svg" viewBox="-16 -14 WIDTH HEIGHT"
 {styles}
 </style>
 <defs>{lines}</defs>
-<rect x="-16" y="-14" width="100%" height="100%" rx="10" fill="#161a22"/>
+<rect x="-16" y="-14" width="100%" height="100%" rx="10" fill="GROUND"/>
 {backgrounds}
 <g class="{unique_id}-matrix">{matrix}</g>
 </svg>
 """
+_PAGE = """<!doctype html>
+<html lang="en"><meta charset="utf-8"><meta name="viewport" content="width=device-width">
+<title>Denoising trace</title>
+<style>
+body {{ margin: 2rem auto; max-width: 90rem; padding: 0 1rem; background: {ground}; color: {words};
+       font: 16px/1.5 ui-sans-serif, system-ui, sans-serif; }}
+.text {{ white-space: pre-wrap; max-width: 60rem; }}
+.prompt, .facts {{ color: {label}; }}
+figure {{ margin: 2rem 0; overflow-x: auto; }}
+svg {{ min-width: 60rem; width: 100%; }}
+</style>
+<p class="text"><span class="prompt">{prompt}</span>{text}</p>
+<p class="facts">{facts}</p>
+<figure>{svg}</figure>
+</html>
+"""
 
 
-def save_picture(path: Path, blocks: Sequence[Sequence[Frame]], names: TokenNames) -> None:
-    """All blocks of a run as one self-contained SVG."""
-    parts: list[Text] = []
-    for frames in blocks:
-        last = frames[-1]
-        count = len(last.tokens)
-        cut = f" (of {last.size} positions; the text ends here)" if count < last.size else ""
-        title = Text(f"block {last.block + 1}: {count} tokens in {last.passes} passes{cut}", Style(bold=True))
-        parts += [title, grid(frames, names), Text()]
-    whole = Text("\n").join([*parts, legend()])
-    lines = whole.split()
-    width = max(line.cell_len for line in lines)
+@dataclass(frozen=True)
+class Trace:
+    """What there is to draw, and what a page says besides."""
+
+    blocks: Sequence[Sequence[Frame]]
+    names: TokenNames
+    prompt: str
+    text: str
+    facts: str
+
+
+def svg(trace: Trace) -> str:
+    """The picture, self-contained."""
+    lines = drawing(trace.blocks, trace.names)
+    whole = Text()
+    for i, line in enumerate(lines):
+        whole.append("\n" if i else "")
+        for cell in line:
+            whole.append(cell.text, Style(color=cell.ink, bgcolor=cell.paper, bold=cell.bold))
+    width = max(map(width_of, lines))
     console = Console(record=True, width=width, file=io.StringIO(), color_system="truecolor", legacy_windows=False)
     console.print(whole, no_wrap=True, overflow="ignore", crop=False)
     size = {"WIDTH": f"{width * _CHARACTER[0] + 32:.0f}", "HEIGHT": f"{len(lines) * _CHARACTER[1] + 28:.0f}"}
-    template = _SVG.replace("WIDTH", size["WIDTH"]).replace("HEIGHT", size["HEIGHT"])
-    path.write_text(console.export_svg(theme=_THEME, code_format=template), encoding="utf-8")
+    template = _SVG.replace("WIDTH", size["WIDTH"]).replace("HEIGHT", size["HEIGHT"]).replace("GROUND", GROUND)
+    return console.export_svg(theme=_THEME, code_format=template)
+
+
+def _save_svg(path: Path, trace: Trace) -> None:
+    path.write_text(svg(trace), encoding="utf-8")
+
+
+def _save_html(path: Path, trace: Trace) -> None:
+    words = {name: html.escape(getattr(trace, name)) for name in ("prompt", "text", "facts")}
+    page = _PAGE.format(ground=GROUND, words=WORDS, label=LABEL, svg=svg(trace), **words)
+    path.write_text(page, encoding="utf-8")
+
+
+def _save_png(path: Path, trace: Trace) -> None:
+    """Drawn by matplotlib, in the font that comes with it."""
+    from matplotlib.backends.backend_agg import FigureCanvasAgg
+    from matplotlib.figure import Figure
+    from matplotlib.patches import Rectangle
+
+    lines = drawing(trace.blocks, trace.names)
+    wide, high, size = 0.0843, 0.19, 10  # inches a character takes, and its points
+    columns = max(map(width_of, lines))
+    figure = Figure(figsize=(columns * wide + 0.4, len(lines) * high + 0.4), facecolor=GROUND)
+    FigureCanvasAgg(figure)
+    axis = figure.add_axes((0, 0, 1, 1))
+    axis.set_axis_off()
+    axis.set_xlim(-0.2 / wide, columns + 0.2 / wide)
+    axis.set_ylim(len(lines) + 0.2 / high, -0.2 / high)
+    for y, line in enumerate(lines):
+        x = 0
+        for cell in line:
+            width = cell_len(cell.text)
+            if cell.paper:
+                axis.add_patch(Rectangle((x, y), width, 1, color=cell.paper, linewidth=0))
+            if cell.text.strip():
+                axis.text(
+                    x, y + 0.5, cell.text.rstrip(), color=cell.ink, size=size, va="center_baseline", family="monospace",
+                    weight="bold" if cell.bold else "normal", parse_math=False,
+                )  # fmt: skip
+            x += width
+    figure.savefig(path, dpi=150)
+
+
+FORMATS: dict[str, Callable[[Path, Trace], None]] = {".svg": _save_svg, ".html": _save_html, ".png": _save_png}
+
+
+def check_format(path: Path) -> None:
+    """Raises ArgumentError where the file's ending names no format, or one that cannot be written here."""
+    if path.suffix not in FORMATS:
+        raise ArgumentError(f"--trace {path}: the ending says no format; choose one of {', '.join(FORMATS)}")
+    if path.suffix == ".png":
+        try:
+            import matplotlib  # noqa: F401
+        except ImportError:
+            raise ArgumentError(
+                f"--trace {path}: PNG needs matplotlib; pip install 'twotower[plots]', or end the name in .svg"
+            ) from None
+
+
+def save_picture(path: Path, trace: Trace) -> None:
+    """In the format that the file's ending names."""
+    FORMATS[path.suffix](path, trace)

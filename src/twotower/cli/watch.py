@@ -13,7 +13,6 @@ from dataclasses import dataclass, replace
 from itertools import pairwise
 from typing import TYPE_CHECKING, Any, Protocol
 
-from rich.cells import cell_len, set_cell_size
 from rich.console import Console, Group
 from rich.live import Live
 from rich.style import Style
@@ -171,19 +170,18 @@ class Watcher:
 
 # Confidence 0 … 1, warm to cool: told apart without telling red from green, and dark text is readable on all of it.
 _RAMP = ((0.0, (224, 142, 121)), (0.5, (232, 197, 122)), (0.9, (143, 193, 169)), (1.0, (111, 179, 201)))
-_INK, LABEL = "#1b202b", "#7d8799"
-_PAPER = (38, 43, 54)
+INK = "#1b202b"
 
 
 def colour(confidence: float) -> tuple[int, int, int]:
     """The ramp's colour."""
     for (low, a), (high, b) in pairwise(_RAMP):
         if confidence <= high:
-            return _blend(a, b, (confidence - low) / (high - low))
+            return blend(a, b, (confidence - low) / (high - low))
     return _RAMP[-1][1]
 
 
-def _blend(a: tuple[int, int, int], b: tuple[int, int, int], share: float) -> tuple[int, int, int]:
+def blend(a: tuple[int, int, int], b: tuple[int, int, int], share: float) -> tuple[int, int, int]:
     share = min(max(share, 0.0), 1.0)
     r, g, b_ = (round(x + (y - x) * share) for x, y in zip(a, b, strict=True))
     return r, g, b_
@@ -194,7 +192,7 @@ def hex_colour(rgb: tuple[int, int, int]) -> str:
 
 
 def _on(rgb: tuple[int, int, int]) -> Style:
-    return Style(color=_INK, bgcolor=hex_colour(rgb))
+    return Style(color=INK, bgcolor=hex_colour(rgb))
 
 
 # --- views ----------------------------------------------------------------------------------------------------------
@@ -294,30 +292,3 @@ def view_on(stream: str, prompt: str, keep: bool) -> View:
     if getattr(sys, stream).isatty():
         return Screen(Console(stderr=stream == "stderr", highlight=False), prompt, keep)
     return Lines(getattr(sys, stream))
-
-
-# --- a table of passes ----------------------------------------------------------------------------------------------
-
-
-def grid(frames: Sequence[Frame], names: TokenNames) -> Text:
-    """One block as a table: a row for each pass, a column for each token, colour for confidence.
-
-    A token stands out in the row of the pass that committed it. Only tokens that belong to the text have a column.
-    """
-    columns = [names(token) for token in frames[-1].tokens if token is not None]
-    rows = []
-    for frame in frames:
-        row = Text(f"pass {frame.passes:<2} t {frame.t:4.2f}  ", Style(color=LABEL))
-        for i, name in enumerate(columns):
-            width = max(cell_len(name), 2) + 1
-            sure = frame.confidence[i]
-            if frame.tokens[i] is None:
-                shade = _PAPER if sure is None else _blend(_PAPER, colour(sure), 0.35 * sure)
-                row.append(" " * width, Style(bgcolor=hex_colour(shade)))
-            elif frame.fresh[i]:
-                row.append(set_cell_size(name, width), _on(colour(sure or 0.0)))
-            else:
-                row.append(set_cell_size(name, width), Style(color=hex_colour(colour(sure or 0.0))))
-            row.append(" ")
-        rows.append(row)
-    return Text("\n").join(rows)
