@@ -39,7 +39,9 @@ def verified(session: Session, callback: StepCallback | None = None) -> Iterator
     pace = Pace(params.draft_steps)
     while session.rows:
         room = max(session.room(row) for row in session.rows)  # the AR model's own token needs no draft
-        passes = pace.passes() if min(params.block_size, room) > 1 else 0
+        passes = pace.passes()
+        if min(params.block_size, room) == 1:  # nothing to draft
+            passes = 0
         drafted, read = pending, session.state.lengths
         block = None
         if passes:
