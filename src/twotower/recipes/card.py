@@ -1,0 +1,87 @@
+"""The tables of the bundled model's card, from what was measured: `python -m twotower.recipes.card MODEL_DIR`.
+
+Reads the directory's metrics.json (`evaluation.held_out`) and training.jsonl (`recipes.bundled`), prints Markdown. The
+card holds these tables as they are printed; a test compares them.
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import click
+
+WAYS = {"ar": "AR", "diffusion_0.8": "γ 0.8", "diffusion_0.9": "γ 0.9"}
+
+
+def tables(directory: Path) -> dict[str, list[str]]:
+    """Title → lines of Markdown."""
+    metrics = json.loads((directory / "metrics.json").read_text())
+    records = [json.loads(line) for line in (directory / "training.jsonl").read_text().splitlines()]
+    made = {"training": list(training(records)), "dialogues": list(dialogues(metrics))}
+    for level, figures in metrics["suite"].items():
+        made[level.replace("_", " ")] = list(suite(figures))
+    return made
+
+
+def training(records: list[dict[str, Any]]) -> Iterator[str]:
+    """Steps, tokens and the last validation of each stage."""
+    yield "| stage | steps | tokens | of them targets | held-out NLL, nats a token |"
+    yield "|---|---|---|---|---|"
+    for stage in dict.fromkeys(record["stage"] for record in records):
+        own = [record for record in records if record["stage"] == stage]
+        tokens, targets = (sum(record[name] for record in own) / 1e6 for name in ("tokens", "targets"))
+        last = next(record["validation"] for record in reversed(own) if "validation" in record)
+        nll = f"{last['nll']:.3f}" if "nll" in last else f"{last['masked_nll']:.3f} masked, AR {last['ar_nll']:.3f}"
+        yield f"| {stage} | {own[-1]['step']:,} | {tokens:.1f} M | {targets:.1f} M | {nll} |"
+
+
+def dialogues(metrics: dict[str, Any]) -> Iterator[str]:
+    """Continuations of held-out dialogues."""
+    ways = {"AR": metrics["ar"]}
+    ways |= {
+        f"diffusion γ 0.8, blocks of {name.removeprefix('diffusion_block_')}": value
+        for name, value in metrics.items()
+        if name.startswith("diffusion_block_")
+    }
+    yield "| | " + " | ".join(ways) + " |"
+    yield "|---" * (len(ways) + 1) + "|"
+    rows = {
+        "tokens per pass of the tower that proposes": lambda f: f"{f['tokens_per_pass']:.2f}",
+        "the context tower's NLL of the text, nats a token": lambda f: (
+            f"{f['nll_per_token']:.3f} ({f['nll_ratio']:.2f}×)"
+        ),
+        "repeated 4-grams": lambda f: f"{f['repeated_4grams']:.1%}",
+        "ended by EOS": lambda f: f"{f['ended_by_eos']:.1%}",
+    }
+    for name, show in rows.items():
+        yield f"| {name} | " + " | ".join(show(figures) for figures in ways.values()) + " |"
+
+
+def suite(figures: dict[str, Any]) -> Iterator[str]:
+    """Exact answers, and tokens per denoiser pass, by family."""
+    yield "| | " + " | ".join(f"{way} right" for way in WAYS.values()) + " | tokens/pass γ 0.8 | γ 0.9 |"
+    yield "|---" * (len(WAYS) + 3) + "|"
+    for family in figures["ar"]["accuracy"]:
+        shares = [f"{figures[way]['accuracy'][family]:.1%}" for way in WAYS]
+        speeds = [_speed(figures[way], family) for way in list(WAYS)[1:]]
+        yield f"| {family} | " + " | ".join(shares + speeds) + " |"
+
+
+def _speed(figures: dict[str, Any], family: str) -> str:
+    value = figures["tokens_per_pass_by_family"].get(family, figures["tokens_per_pass"])
+    return f"{value:.2f}"
+
+
+@click.command()
+@click.argument("directory", type=click.Path(exists=True, file_okay=False, path_type=Path))
+def main(directory: Path) -> None:
+    """Prints the tables."""
+    for title, lines in tables(directory).items():
+        click.echo("\n".join([f"### {title}", "", *lines, ""]))
+
+
+if __name__ == "__main__":
+    main()
