@@ -13,6 +13,7 @@ from conftest import build_random_model
 from twotower import TwoTowerForCausalLM, bundled_model
 from twotower.evaluation import bench as measuring
 from twotower.evaluation.settings import parse_setting
+from twotower.generation import generate
 
 
 @pytest.fixture(scope="module")
@@ -60,7 +61,7 @@ def test_tokens_after_the_end_are_not_counted() -> None:
     shared = {"max_new_tokens": 20, "seed": 0}
     whole = measuring.one_round(model, texts, setting, shared)
     assert whole.tokens == 40
-    (first, _) = measuring.generate(model, texts, setting.params(**shared))
+    (first, _) = generate(model, texts, setting.params(**shared))
     cut = measuring.one_round(model, texts, setting, shared | {"eos_token_id": first.tokens[4]})
     assert cut.tokens < 40
     passes = measuring.pass_seconds(model, texts, setting, shared)

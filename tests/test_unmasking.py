@@ -150,7 +150,7 @@ def test_a_block_is_done_in_its_steps_and_each_pass_commits(name: str) -> None:
     never = {"top-k": 1.0, "factor": 0.0, "entropy": 0.0}.get(name, 1.0)
     for steps in (1, 3, LENGTH):
         unmasking = Unmasking([name] * ROWS, [never] * ROWS)
-        unmasking.begin()
+        unmasking.begin(torch.zeros((), dtype=torch.float64))
         masked = torch.ones(ROWS, LENGTH, dtype=torch.bool)
         for step in range(steps):
             seen = draw(step)._replace(masked=masked, step=step, steps=steps)

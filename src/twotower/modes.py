@@ -6,3 +6,4 @@ from typing import Literal, get_args
 
 Mode = Literal["diffusion", "ar", "mock_ar", "verified"]
 MODES: tuple[str, ...] = get_args(Mode)
+BLOCK_MODES = ("diffusion", "verified")  # those in which the denoiser fills blocks of masks

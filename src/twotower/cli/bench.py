@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import sys
 from collections.abc import Iterator
 from typing import TYPE_CHECKING
 
@@ -11,7 +10,7 @@ import click
 
 from twotower.cli import model as models
 from twotower.cli.evaluate import SETTINGS
-from twotower.errors import CheckpointError
+from twotower.cli.terminal import console_on, passing_line
 
 if TYPE_CHECKING:
     from rich.table import Table
@@ -20,7 +19,7 @@ if TYPE_CHECKING:
 
 
 @click.command()
-@click.option("-m", "--model", metavar="MODEL", help="Checkpoint directory or hub id.  [default: the bundled model]")
+@models.model_option
 @click.option(
     "-s",
     "--setting",
@@ -73,19 +72,15 @@ def bench(
     source = models.source_of(model)
     with models.note(f"loading {models.name_of(source)} …"):
         loaded = models.load(source, dtype=dtype, threads=threads)
-    if loaded.tokenizer is None:
-        raise CheckpointError(f"{source}: has no tokenizer.json, so there are no prompts; put one there")
-    found = measuring.bench(
-        loaded, parsed, batch_sizes=batch_sizes, contexts=contexts, new_tokens=max_new_tokens, rounds=rounds,
-        ignore_eos=ignore_eos, progress=_tell if sys.stderr.isatty() else None,
-    )  # fmt: skip
-    if sys.stderr.isatty():
-        click.echo("\r\x1b[K", err=True, nl=False)
+    models.need_tokenizer(loaded, source, "there are no prompts; put one there")
+    with passing_line() as tell:
+        found = measuring.bench(
+            loaded, parsed, batch_sizes=batch_sizes, contexts=contexts, new_tokens=max_new_tokens, rounds=rounds,
+            ignore_eos=ignore_eos, progress=tell,
+        )  # fmt: skip
     machine = measuring.machine(loaded)
     if not as_json:
-        from rich.console import Console
-
-        console = Console(stderr=True, highlight=False, width=None if sys.stderr.isatty() else 100)
+        console = console_on("stderr")
         where = ", ".join(str(machine[name]) for name in ("dtype", "device", "threads"))
         console.print(f"{models.name_of(source)}, {where} thread{'s' * (machine['threads'] > 1)}")
         for table in tables(found):
@@ -123,7 +118,3 @@ def _cost(one: Measured, tower: str) -> str:
     if one.setting == "ar" and seconds:
         return f"{1e3 * seconds:.1f} ms"
     return f"{one.pass_cost[tower]:.2f}×" if seconds else "—"
-
-
-def _tell(text: str) -> None:
-    click.secho(f"\r\x1b[K{text}", err=True, nl=False, dim=True)

@@ -11,7 +11,8 @@ from typing import TYPE_CHECKING, Any
 import click
 
 from twotower.cli import model as models
-from twotower.modes import MODES
+from twotower.cli.terminal import console_on
+from twotower.modes import BLOCK_MODES, MODES
 
 if TYPE_CHECKING:
     from rich.console import Console
@@ -28,7 +29,7 @@ SHOWN_CHARACTERS = 140
 
 
 @click.command()
-@click.option("-m", "--model", metavar="MODEL", help="Checkpoint directory or hub id.  [default: the bundled model]")
+@models.model_option
 @click.option("--threads", type=click.IntRange(min=1), help="CPU threads.")
 @click.option("--json", "as_json", is_flag=True, help="Only measure: one JSON object on stdout.")
 def demo(model: str | None, threads: int | None, as_json: bool) -> None:
@@ -36,16 +37,11 @@ def demo(model: str | None, threads: int | None, as_json: bool) -> None:
 
     Greedy, one prompt, everything measured in this run.
     """
-    from rich.console import Console
-
-    from twotower.errors import CheckpointError
-
     source = models.source_of(model)
     with models.note(f"loading {models.name_of(source)} …"):
         loaded = models.load(source, threads=threads)
-    if loaded.tokenizer is None:
-        raise CheckpointError(f"{source}: has no tokenizer.json, so there is no text to show; take another model")
-    console = Console(highlight=False) if sys.stdout.isatty() else Console(highlight=False, width=100)
+    models.need_tokenizer(loaded, source, "there is no text to show; take another model")
+    console = console_on("stdout")
     if not as_json:
         console.print(heading(source, loaded), end="\n\n", soft_wrap=not console.is_terminal)
         show(loaded)
@@ -79,7 +75,7 @@ def heading(source: str | Path, model: TwoTowerForCausalLM) -> Text:
 def parameters(model: TwoTowerForCausalLM, mode: str) -> dict[str, Any]:
     """The arguments of `model.stream`: greedy, the same length in every mode."""
     shared = {"mode": mode, "max_new_tokens": NEW_TOKENS, "eos_token_id": models.eos_of(model)}
-    if mode not in ("diffusion", "verified"):
+    if mode not in BLOCK_MODES:
         return shared
     return shared | {"confidence_threshold": THRESHOLD, "mask_token_id": model.config.mask_token}
 
@@ -143,14 +139,13 @@ def print_tables(console: Console, results: dict[str, Generation]) -> None:
     for mode in ("ar", "mock_ar", "verified", "diffusion"):
         result = results[mode]
         name = f"{mode} γ {THRESHOLD}" if mode == "diffusion" else mode
-        passes = (mode != "ar") * result.denoiser_passes + (mode in ("ar", "verified")) * result.context_passes
         text = visible(result.text.strip().replace("\n", " ↵ "))
         short = text if len(text) <= SHOWN_CHARACTERS else text[:SHOWN_CHARACTERS].rstrip() + " …"
         texts.add_row(name, Text(short))  # not markup: a model may write [brackets]
         figures.add_row(
             name,
             str(len(result.tokens)),
-            str(passes),
+            str(result.passes),
             f"{result.tokens_per_pass:.2f}",
             f"{result.tokens_per_second:.1f}",
             f"{times_ar(results, mode):.2f}",

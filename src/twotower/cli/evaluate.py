@@ -3,15 +3,13 @@
 from __future__ import annotations
 
 import json
-import sys
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from collections.abc import Iterator
 from typing import TYPE_CHECKING
 
 import click
 
 from twotower.cli import model as models
-from twotower.errors import CheckpointError
+from twotower.cli.terminal import console_on, passing_line
 
 if TYPE_CHECKING:
     from rich.table import Table
@@ -22,7 +20,7 @@ SETTINGS = ("diffusion:0.8", "diffusion:0.9", "verified:draft_steps=1")
 
 
 @click.command("eval")
-@click.option("-m", "--model", metavar="MODEL", help="Checkpoint directory or hub id.  [default: the bundled model]")
+@models.model_option
 @click.option(
     "-s",
     "--setting",
@@ -62,14 +60,14 @@ def evaluate(
     source = models.source_of(model)
     with models.note(f"loading {models.name_of(source)} …"):
         loaded = models.load(source, dtype=dtype, threads=threads)
-    if loaded.tokenizer is None:
-        raise CheckpointError(f"{source}: has no tokenizer.json, so it cannot read problems; put one there")
-    with progress(len(chosen)) as tell:
-        lines = measure(loaded, parsed, chosen, max_new_tokens=max_new_tokens, rows=rows, progress=tell)
+    models.need_tokenizer(loaded, source, "it cannot read problems; put one there")
+    with passing_line() as tell:
+        lines = measure(
+            loaded, parsed, chosen, max_new_tokens=max_new_tokens, rows=rows,
+            progress=lambda label, done: tell(f"{label}: {done} of {len(chosen)} problems"),
+        )  # fmt: skip
     if not as_json:
-        from rich.console import Console
-
-        console = Console(stderr=True, highlight=False, width=None if sys.stderr.isatty() else 100)
+        console = console_on("stderr")
         for table in tables(lines):
             console.print(table)
     facts = {"model": str(source), **models.placement(loaded), "problems": len(chosen), "seed": seed}
@@ -103,19 +101,3 @@ def tables(lines: list[Line]) -> Iterator[Table]:
         )
         by_family.add_row(label, *(f"{line.accuracy[family]:.1%}" for family in families))
     return iter((costs, by_family))
-
-
-@contextmanager
-def progress(total: int) -> Iterator[Callable[[str, int], None]]:
-    """A line on a terminal."""
-    shown = sys.stderr.isatty()
-
-    def tell(label: str, done: int) -> None:
-        if shown:
-            click.secho(f"\r\x1b[K{label}: {done} of {total} problems", err=True, nl=False, dim=True)
-
-    try:
-        yield tell
-    finally:
-        if shown:
-            click.echo("\r\x1b[K", err=True, nl=False)

@@ -14,8 +14,8 @@ import click
 
 from twotower.cli import model as models
 from twotower.cli import prompt as prompts
-from twotower.errors import ArgumentError, CheckpointError
-from twotower.modes import MODES
+from twotower.errors import ArgumentError
+from twotower.modes import BLOCK_MODES, MODES
 
 if TYPE_CHECKING:
     from twotower.cli.watch import Watcher
@@ -24,7 +24,7 @@ if TYPE_CHECKING:
 
 # Which modes an option means something to.
 MEANT_FOR = {
-    **dict.fromkeys(("threshold", "policy", "knob", "block_size"), ("diffusion", "verified")),
+    **dict.fromkeys(("threshold", "policy", "knob", "block_size"), BLOCK_MODES),
     **dict.fromkeys(("steps", "watch", "trace"), ("diffusion",)),
     **dict.fromkeys(("draft_steps", "acceptance"), ("verified",)),
 }
@@ -36,7 +36,7 @@ SAMPLING_ONLY = ("seed", "top_k", "top_p")
 @click.option(
     "-f", "--file", type=click.Path(exists=True, dir_okay=False, path_type=Path), help="Read the prompt from a file."
 )
-@click.option("-m", "--model", metavar="MODEL", help="Checkpoint directory or hub id.  [default: the bundled model]")
+@models.model_option
 @click.option(
     "--mode",
     type=click.Choice(MODES),
@@ -165,7 +165,7 @@ class Request:
             "seed": secrets.randbits(31) if self.seed is None else self.seed,
             "stop": self.stop,
         }
-        if self.mode not in ("diffusion", "verified"):
+        if self.mode not in BLOCK_MODES:
             return shared
         shared |= {
             "block_size": self.block_size,
@@ -180,7 +180,7 @@ class Request:
     def idle_options(self) -> Iterator[tuple[str, str]]:
         """(option, why) for each given option that has no effect on this run."""
         yield from ((name, f"with --mode {self.mode}") for name, modes in MEANT_FOR.items() if self.mode not in modes)
-        if self.mode in MEANT_FOR["threshold"] and (self.policy != "threshold" or self.knob is not None):
+        if self.mode in BLOCK_MODES and (self.policy != "threshold" or self.knob is not None):
             yield "threshold", f"with --policy {self.policy}" if self.knob is None else "beside --knob"
         if self.mode == "diffusion" and self.steps > self.block_size:
             yield "steps", "beyond the block size: every pass commits at least one token"
@@ -220,8 +220,7 @@ def run(request: Request) -> None:
             denoiser_device=request.denoiser_device,
             threads=request.threads,
         )
-    if model.tokenizer is None:
-        raise CheckpointError(f"{source}: has no tokenizer.json, so it can neither read nor write text; put one there")
+    models.need_tokenizer(model, source, "it can neither read nor write text; put one there")
     parameters = request.parameters() | {"eos_token_id": models.eos_of(model), "mask_token_id": model.config.mask_token}
 
     diffusing = request.mode == "diffusion"
@@ -277,7 +276,7 @@ def _write(events: Iterator[BlockEvent], silent: bool) -> Generation:
 
 def statistics(result: Generation, seed: int | None = None) -> str:
     """One line about a run."""
-    passes = f"{result.context_passes if result.mode == 'ar' else result.denoiser_passes} passes"
+    passes = f"{result.passes} passes"
     if result.mode == "verified":
         passes = f"{result.denoiser_passes} + {result.context_passes} passes, {result.accepted} tokens of drafts kept"
     parts = [

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import sys
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -12,6 +11,7 @@ import click
 
 from twotower import allocator
 from twotower.assets import bundled_model
+from twotower.cli.terminal import passing_line
 from twotower.errors import ArgumentError, CheckpointError
 
 if TYPE_CHECKING:
@@ -23,6 +23,10 @@ ONE_THREAD_BELOW = 50_000_000
 # blocks would cost so much more than AR's steps that denoising could not pay.
 WIDENED_BELOW = 500_000_000
 DTYPES = ("auto", "bfloat16", "float32", "float64")
+
+model_option = click.option(
+    "-m", "--model", metavar="MODEL", help="Checkpoint directory or hub id.  [default: the bundled model]"
+)
 
 
 def source_of(model: str | None) -> Path | str:
@@ -107,14 +111,15 @@ def eos_of(model: TwoTowerForCausalLM) -> Any:
 @contextmanager
 def note(text: str) -> Iterator[None]:
     """A line on a terminal's stderr while something takes its time; gone afterwards."""
-    if not sys.stderr.isatty():
+    with passing_line() as tell:
+        tell(text)
         yield
-        return
-    click.secho(text, err=True, nl=False, dim=True)
-    try:
-        yield
-    finally:
-        click.echo("\r\x1b[K", err=True, nl=False)
+
+
+def need_tokenizer(model: TwoTowerForCausalLM, source: Path | str, consequence: str) -> None:
+    """Raises CheckpointError where the model has none."""
+    if model.tokenizer is None:
+        raise CheckpointError(f"{source}: has no tokenizer.json, so {consequence}")
 
 
 def _check_device(option: str, device: str) -> None:

@@ -18,13 +18,12 @@ from typing import Any
 import torch
 
 from twotower.errors import ArgumentError
-from twotower.evaluation.settings import Setting
+from twotower.evaluation.running import Request, run
+from twotower.evaluation.settings import AR, Setting, beside_ar
 from twotower.evaluation.suite import problems
-from twotower.generation import Generation, generate
 from twotower.model.two_tower import TwoTowerForCausalLM
 from twotower.version import VERSION
 
-AR = Setting("ar", {"mode": "ar"})
 TOWERS = {"denoise": "denoiser", "extend": "context"}  # the verb whose calls are a tower's passes
 
 
@@ -89,7 +88,7 @@ def bench(
 ) -> list[Measured]:
     """Every setting and AR at every batch size and context length. In a round the settings take turns, so that whatever
     else the machine does falls on all of them. One more round warms up before, and one times passes afterwards."""
-    chosen = (AR, *(setting for setting in settings if setting.label != AR.label))
+    chosen = beside_ar(settings)
     shared: dict[str, Any] = {"max_new_tokens": new_tokens, "mask_token_id": model.config.mask_token, "seed": 0}
     if not ignore_eos:
         shared["eos_token_id"] = model.config.eos_token_id
@@ -102,9 +101,9 @@ def bench(
                 for setting in chosen:
                     if progress is not None:
                         progress(f"{rows} rows after {context} tokens, round {number} of {rounds}, {setting.label}")
-                    run = one_round(model, texts, setting, shared)
+                    measured = one_round(model, texts, setting, shared)
                     if number:
-                        runs[setting.label].append(run)
+                        runs[setting.label].append(measured)
             passes = {setting.label: pass_seconds(model, texts, setting, shared) for setting in chosen}
             for label, own in runs.items():
                 found.append(_measured(label, rows, context, own, runs[AR.label], passes))
@@ -129,7 +128,8 @@ def few_shot_prompts(model: TwoTowerForCausalLM, rows: int, context: int) -> lis
 
 def one_round(model: TwoTowerForCausalLM, texts: list[list[int]], setting: Setting, shared: dict[str, Any]) -> Round:
     """One run of a batch."""
-    results: list[Generation] = generate(model, texts, setting.params(**shared))
+    params = setting.params(**shared)
+    results = run(model, [Request(text, params) for text in texts], rows=len(texts))
     passes = sum(result.denoiser_passes + result.context_passes for result in results)
     tokens = sum(len(result.tokens) for result in results)
     ends = [result.decode_seconds for result in results]
@@ -180,7 +180,7 @@ def _measured(
     label: str, rows: int, context: int, own: Sequence[Round], ar: Sequence[Round], passes: dict[str, dict[str, float]]
 ) -> Measured:
     ratios = [(a.tokens / a.seconds) / (b.tokens / b.seconds) for a, b in zip(own, ar, strict=True)]
-    seconds = [run.seconds for run in own]
+    seconds = [one.seconds for one in own]
     return Measured(
         setting=label,
         rows=rows,
@@ -188,12 +188,12 @@ def _measured(
         tokens=own[0].tokens,
         seconds=statistics.median(seconds),
         spread=(min(seconds), max(seconds)),
-        prefill_seconds=statistics.median(run.prefill for run in own),
-        first_seconds=statistics.median(run.first for run in own),
-        tokens_per_second=statistics.median(run.tokens / run.seconds for run in own),
+        prefill_seconds=statistics.median(one.prefill for one in own),
+        first_seconds=statistics.median(one.first for one in own),
+        tokens_per_second=statistics.median(one.tokens / one.seconds for one in own),
         times_ar=statistics.median(ratios),
         times_ar_spread=(min(ratios), max(ratios)),
-        tokens_per_pass=statistics.median(run.per_pass for run in own),
+        tokens_per_pass=statistics.median(one.per_pass for one in own),
         pass_seconds=passes[label],
         pass_cost={tower: seconds / passes[AR.label]["context"] for tower, seconds in passes[label].items()},
     )

@@ -10,14 +10,12 @@ from twotower.errors import ArgumentError
 from twotower.evaluation.held_out import continuation_nats, repeated_share
 from twotower.evaluation.paired import Paired, compare
 from twotower.evaluation.running import Request, run
-from twotower.evaluation.settings import Setting
+from twotower.evaluation.settings import Setting, beside_ar
 from twotower.evaluation.suite import FAMILIES
 from twotower.evaluation.suite.problems import Problem, stream
-from twotower.evaluation.suite.scoring import OVERALL, wilson
+from twotower.evaluation.suite.scoring import OVERALL, is_right, wilson
 from twotower.generation import Generation
 from twotower.model.two_tower import TwoTowerForCausalLM
-
-AR = Setting("ar", {"mode": "ar"})
 
 
 @dataclass(frozen=True)
@@ -74,11 +72,11 @@ def evaluate(
     shared = {"eos_token_id": model.config.eos_token_id, "mask_token_id": model.config.mask_token, "seed": 0}
     base: list[bool] = []
     lines = []
-    for setting in (AR, *(setting for setting in settings if setting.label != AR.label)):
+    for setting in beside_ar(settings):
         params = setting.params(max_new_tokens=max_new_tokens, **shared)
         tell = None if progress is None else lambda done, label=setting.label: progress(label, done)
         outputs = run(model, [Request(prompt, params) for prompt in prompts], rows, tell)
-        right = [out.text.strip() == problem.answer.strip() for out, problem in zip(outputs, problems, strict=True)]
+        right = [is_right(problem, out.text) for problem, out in zip(problems, outputs, strict=True)]
         base = base or right
         lines.append(_line(model, setting, problems, prompts, outputs, right, base, likelihood))
     return lines

@@ -20,9 +20,10 @@ from tokenizers import Tokenizer
 from twotower.allocator import keep_large_blocks
 from twotower.assets import bundled_model
 from twotower.evaluation.ngram import KneserNey
+from twotower.evaluation.running import Request, run
 from twotower.evaluation.suite import problems
 from twotower.evaluation.suite.measure import measure_suite
-from twotower.generation import Generation, GenerationParams, generate
+from twotower.generation import Generation, GenerationParams
 from twotower.model.two_tower import TwoTowerForCausalLM
 from twotower.training.corpus import EOS, Batch, Piece, Source, lay_out
 from twotower.training.corpus.packing import whole
@@ -103,11 +104,9 @@ def measure_generation(
     figures: dict[str, Any] = {"dialogues": count, "max_new_tokens": limit}
     for name, settings in runs.items():
         params = GenerationParams.of(max_new_tokens=limit, eos_token_id=EOS, **settings)
-        results: list[Generation] = []
-        for start in range(0, count, 40):
-            results += generate(model, prompts[start : start + 40], params)
+        results = run(model, [Request(prompt, params) for prompt in prompts], rows=40)
         nats, tokens = continuation_nats(model, prompts, results)
-        passes = sum(r.context_passes if name == "ar" else r.denoiser_passes for r in results)
+        passes = sum(r.passes for r in results)
         figures[name] = {
             "tokens": tokens,
             "passes": passes,

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass, fields
+from dataclasses import dataclass
 
 from twotower.generation import Generation, GenerationParams, generate
 from twotower.model.two_tower import TwoTowerForCausalLM
@@ -25,7 +25,8 @@ def run(
 ) -> list[Generation]:
     """Outputs in the order of the requests, whatever batches they went through: a row of a batch gets what it would get
     alone. rows: of a batch, at most; progress is told how many requests have ended, after each batch."""
-    order = sorted(range(len(requests)), key=lambda i: (_kind(requests[i].params), len(requests[i].prompt)))
+    # Equal parameters next to each other, like lengths in one batch.
+    order = sorted(range(len(requests)), key=lambda i: (repr(requests[i].params), len(requests[i].prompt)))
     outputs: dict[int, Generation] = {}
     start = 0
     while start < len(order):
@@ -36,8 +37,3 @@ def run(
         if progress is not None:
             progress(len(outputs))
     return [outputs[i] for i in range(len(requests))]
-
-
-def _kind(params: GenerationParams) -> str:
-    """The same for equal parameters, and those next to each other."""
-    return repr([getattr(params, field.name) for field in fields(params)])

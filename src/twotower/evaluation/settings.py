@@ -8,6 +8,7 @@ verified:draft_steps=1,acceptance=0.5
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -33,6 +34,14 @@ class Setting:
     def params(self, **shared: Any) -> GenerationParams:
         """With what all settings of a run share; the setting's own values win."""
         return GenerationParams.of(**(shared | self.values))
+
+
+AR = Setting("ar", {"mode": "ar"})
+
+
+def beside_ar(settings: Sequence[Setting]) -> list[Setting]:
+    """AR, which everything is compared with, then the others."""
+    return [AR, *(setting for setting in settings if setting.label != AR.label)]
 
 
 def parse_setting(text: str) -> Setting:

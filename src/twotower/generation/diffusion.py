@@ -77,7 +77,7 @@ def denoise_block(
     if callback:
         callback(0, steps, block, t=1.0, logits=None, block_idx=session.blocks)
     running = StopTest(device)
-    session.unmasking.begin()
+    session.unmasking.begin(sureness)
     for step in range(steps):
         passes += masked.any(1)
         t = masked.sum(1).to(time_dtype) / params.block_size

@@ -37,11 +37,15 @@ class Generation:
     accepted: int = 0
 
     @property
+    def passes(self) -> int:
+        """Of the tower that proposes tokens; verified: of both."""
+        denoiser = self.denoiser_passes if self.mode != "ar" else 0
+        return denoiser + (self.context_passes if self.mode in ("ar", "verified") else 0)
+
+    @property
     def tokens_per_pass(self) -> float:
         """New tokens per pass of the tower that proposes them; verified: per pass of either tower."""
-        passes = self.denoiser_passes if self.mode in ("diffusion", "mock_ar") else self.context_passes
-        passes += self.denoiser_passes if self.mode == "verified" else 0
-        return len(self.tokens) / passes if passes else 0.0
+        return len(self.tokens) / self.passes if self.passes else 0.0
 
     @property
     def mean_accepted(self) -> float:

@@ -12,7 +12,7 @@ import torch
 from twotower.config import TwoTowerConfig
 from twotower.errors import ArgumentError
 from twotower.generation.unmasking import POLICIES
-from twotower.modes import MODES, Mode
+from twotower.modes import BLOCK_MODES, MODES, Mode
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -115,7 +115,7 @@ class GenerationParams:
     def check_against(self, config: TwoTowerConfig, prompt_lengths: Sequence[int]) -> None:
         """The checks that need the model's configuration and the prompts."""
         vocab = config.backbone.vocab_size
-        if self.mode in ("diffusion", "verified") and self.mask_token_id >= vocab:
+        if self.mode in BLOCK_MODES and self.mask_token_id >= vocab:
             raise ArgumentError(f"mask_token_id is {self.mask_token_id}; the vocabulary ends at {vocab - 1}")
         for token in self.eos_token_id:
             if not isinstance(token, int) or isinstance(token, bool) or not 0 <= token < vocab:

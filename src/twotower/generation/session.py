@@ -72,10 +72,6 @@ class Session:
             self.context_passes[row] += 1
         return self.model.extend(tokens, self.state, logits=logits)
 
-    @property
-    def denoiser_device(self) -> torch.device:
-        return self.model.device if self.model.denoiser is None else self.model.denoiser.device
-
     def length(self, row: int) -> int:
         """Tokens of a row's text so far."""
         return len(self.prompts[row]) + len(self.progress[row].tokens)

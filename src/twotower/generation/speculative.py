@@ -37,6 +37,7 @@ def verified(session: Session, callback: StepCallback | None = None) -> Iterator
     transport = session.model.transport or Transport()
     pending = torch.tensor([[session.prompts[row][-1]] for row in session.rows], device=device)
     pace = Pace(params.draft_steps)
+    assert session.model.denoiser is not None
     while session.rows:
         room = max(session.room(row) for row in session.rows)  # the AR model's own token needs no draft
         passes = pace.passes()
@@ -45,7 +46,7 @@ def verified(session: Session, callback: StepCallback | None = None) -> Iterator
         drafted, read = pending, session.state.lengths
         block = None
         if passes:
-            block = draft(session, transport.send(pending, session.denoiser_device), passes, callback)
+            block = draft(session, transport.send(pending, session.model.denoiser.device), passes, callback)
             width = min(room, pace.length(params.block_size))
             drafted = torch.cat([pending, transport.send(block.tokens, device)[:, 1:width]], dim=1)
         logits = session.extend(drafted, logits=True)
@@ -98,12 +99,11 @@ def _book(
     steps = torch.full_like(tokens, passes)
     if block is not None:
         steps[:, :drafted] = block.committed_at[:, 1 : drafted + 1].to(steps.device)
-    for slot, row in enumerate(session.rows):
-        session.drafted[row] += drafted
-        session.accepted[row] += accepted[slot]
-        session.drafts[row] += drafted > 0
-    for slot, count in enumerate(accepted):
+    for slot, (row, count) in enumerate(zip(session.rows, accepted, strict=True)):
         steps[slot, count] = passes
+        session.drafted[row] += drafted
+        session.accepted[row] += count
+        session.drafts[row] += drafted > 0
     counts = [count + 1 for count in accepted]
     taken = None if block is None else block.passes.tolist()
     return session.take(tokens, steps, confidence(logits, tokens), taken, counts)

@@ -176,8 +176,12 @@ register_policy(
 
 def ranks(score: Tensor, masked: Tensor) -> Tensor:
     """(B, L) → 0 for each row's best masked position, 1 for the next, …; equal ones from the left, open ones first."""
-    order = score.masked_fill(~masked, -torch.inf).argsort(dim=1, descending=True, stable=True)
-    return order.argsort(dim=1)
+    return _best_first(score, masked).argsort(dim=1)
+
+
+def _best_first(score: Tensor, masked: Tensor) -> Tensor:
+    """(B, L) → each row's positions in that order."""
+    return score.masked_fill(~masked, -torch.inf).argsort(dim=1, descending=True, stable=True)
 
 
 def commit(verdict: Verdict, masked: Tensor, step: int, steps: int) -> Tensor:
@@ -188,7 +192,7 @@ def commit(verdict: Verdict, masked: Tensor, step: int, steps: int) -> Tensor:
     due = -(-left // (steps - step))
     count = torch.minimum(left, torch.maximum(sure.sum(1), due.clamp(min=1)))
     # By order, then sure ones to the front: two stable sorts are one by both.
-    by_order = verdict.order.masked_fill(~masked, -torch.inf).argsort(dim=1, descending=True, stable=True)
+    by_order = _best_first(verdict.order, masked)
     by_both = by_order.gather(1, sure.gather(1, by_order).byte().argsort(dim=1, descending=True, stable=True))
     return masked & (by_both.argsort(dim=1) < count[:, None])
 
@@ -199,25 +203,31 @@ class Unmasking:
     def __init__(self, names: Sequence[str], knobs: Sequence[float]) -> None:
         self.names, self.knobs = list(names), list(knobs)
         self._memory: dict[str, Any] = {}
+        self._groups: list[tuple[str, Tensor | None, Tensor]] = []  # policy, its rows (None: all), their knobs
 
     def select(self, rows: Sequence[int]) -> Unmasking:
         """Of the given rows, between blocks."""
         return Unmasking([self.names[i] for i in rows], [self.knobs[i] for i in rows])
 
-    def begin(self) -> None:
-        """A new block: nothing is remembered."""
+    def begin(self, like: Tensor) -> None:
+        """A new block: nothing is remembered. like: a tensor of the device and dtype of the passes' confidences."""
         self._memory.clear()
+        knobs = torch.tensor(self.knobs, dtype=like.dtype, device=like.device)[:, None]
+        places = {name: [i for i, own in enumerate(self.names) if own == name] for name in self.names}
+        if len(places) == 1:
+            self._groups = [(self.names[0], None, knobs)]
+        else:
+            rows = {name: torch.tensor(own, device=like.device) for name, own in places.items()}
+            self._groups = [(name, own, knobs[own]) for name, own in rows.items()]
 
     def __call__(self, seen: Pass) -> Tensor:
         """→ bool (B, L), the positions to commit. `seen` holds all rows; its memory is not used."""
-        knobs = torch.tensor(self.knobs, dtype=seen.confidence.dtype, device=seen.confidence.device)[:, None]
-        if len(set(self.names)) == 1:
-            return self._apply(self.names[0], seen, knobs)
         out = torch.zeros_like(seen.masked)
-        for name in dict.fromkeys(self.names):
-            rows = torch.tensor([i for i, own in enumerate(self.names) if own == name], device=seen.masked.device)
+        for name, rows, knobs in self._groups:
+            if rows is None:
+                return self._apply(name, seen, knobs)
             part = {field: getattr(seen, field)[rows] for field in ("logits", "candidate", "confidence", "masked")}
-            out[rows] = self._apply(name, seen._replace(**part), knobs[rows])
+            out[rows] = self._apply(name, seen._replace(**part), knobs)
         return out
 
     def _apply(self, name: str, seen: Pass, knobs: Tensor) -> Tensor:

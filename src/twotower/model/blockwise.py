@@ -50,6 +50,11 @@ class Layout:
         return self.document >= 0
 
     @cached_property
+    def valid_chosen(self) -> Tensor:
+        """(N, L) the same of the chosen blocks."""
+        return self.to_blocks(self.valid)
+
+    @cached_property
     def blocks(self) -> int:
         """Blocks in a row."""
         return self.document.shape[1] // self.block_size
@@ -148,7 +153,7 @@ def denoise_layer(layer: Layer, x: Tensor, past: Past, modulation: Modulation | 
     if isinstance(layer.mixer, Mamba2):
         assert isinstance(past, MambaPast)
         own_past = MambaPast(layout.pick(past.conv_window), layout.pick(past.ssm_state))
-        out, _ = layer.mixer(hidden, own_past, Visibility(valid=layout.to_blocks(layout.valid), causal=False))
+        out, _ = layer.mixer(hidden, own_past, Visibility(valid=layout.valid_chosen, causal=False))
     elif isinstance(layer.mixer, Attention):
         assert isinstance(past, KeyValue)
         q, own = layer.mixer.project(hidden)

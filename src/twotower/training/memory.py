@@ -186,7 +186,7 @@ def profile(
     with FusedAttention(), LiveBytes() as live:
         change = objective.time(torch.empty(micro_rows * row_length // block_size, device="meta"))
         modulation = 3 * change[0].gate.nbytes
-        _ = layout.valid, layout.block_document, layout.fresh
+        _ = layout.valid_chosen, layout.block_document, layout.fresh
         fixed = live.live
         shape = (micro_rows, row_length, config.hidden_size)
         stream = torch.promote_types(dtype, torch.float32) if config.residual_in_fp32 else dtype

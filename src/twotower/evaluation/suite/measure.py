@@ -5,9 +5,10 @@ from __future__ import annotations
 from collections.abc import Sequence
 from typing import Any
 
+from twotower.evaluation.running import Request, run
 from twotower.evaluation.suite.problems import Problem
 from twotower.evaluation.suite.scoring import score
-from twotower.generation import Generation, GenerationParams, generate
+from twotower.generation import Generation, GenerationParams
 from twotower.model.two_tower import TwoTowerForCausalLM
 
 
@@ -23,7 +24,6 @@ def measure_suite(
     """Greedy answers → for "ar" and each "diffusion_<γ>": accuracy (share exactly right) by family and overall, and new
     tokens per pass (denoiser passes; for AR context passes), EOS counted, over all problems and by family."""
     prompts = [model.tokenizer(problem.prompt)["input_ids"] for problem in problems]
-    order = sorted(range(len(prompts)), key=lambda i: len(prompts[i]))  # like lengths share a batch
     runs: dict[str, dict[str, Any]] = {"ar": {"mode": "ar"}}
     for threshold in thresholds:
         runs[f"diffusion_{threshold:g}"] = {
@@ -34,17 +34,13 @@ def measure_suite(
     figures: dict[str, Any] = {"problems": len(problems)}
     for name, settings in runs.items():
         params = GenerationParams.of(max_new_tokens=max_new_tokens, eos_token_id=model.config.eos_token_id, **settings)
-        results: dict[int, Generation] = {}
-        for start in range(0, len(order), rows):
-            part = order[start : start + rows]
-            results |= zip(part, generate(model, [prompts[i] for i in part], params), strict=True)
-        figures[name] = _figures(problems, [results[i] for i in range(len(problems))])
+        figures[name] = _figures(problems, run(model, [Request(prompt, params) for prompt in prompts], rows))
     return figures
 
 
 def _figures(problems: Sequence[Problem], results: Sequence[Generation]) -> dict[str, Any]:
     table = score(problems, [result.text for result in results])
-    passes = [result.context_passes if result.mode == "ar" else result.denoiser_passes for result in results]
+    passes = [result.passes for result in results]
     tokens = [len(result.tokens) for result in results]
     families = sorted({problem.family for problem in problems})
     chosen = {family: [i for i, p in enumerate(problems) if p.family == family] for family in families}

@@ -44,13 +44,18 @@ class Score:
         return f"{self.share:6.1%} [{low:.1%}, {high:.1%}] of {self.count}"
 
 
+def is_right(problem: Problem, answer: str) -> bool:
+    """Exact match, outer white space aside."""
+    return answer.strip() == problem.answer.strip()
+
+
 def score(problems: Sequence[Problem], answers: Sequence[str]) -> dict[str, Score]:
     """Exact matches of answers (outer white space aside) for each family, in order of appearance, then "overall"."""
     if not problems or len(problems) != len(answers):
         raise ArgumentError(f"{len(answers)} answers to {len(problems)} problems; give one for each, and at least one.")
     right: dict[str, list[bool]] = {}
     for problem, answer in zip(problems, answers, strict=True):
-        right.setdefault(problem.family, []).append(answer.strip() == problem.answer.strip())
+        right.setdefault(problem.family, []).append(is_right(problem, answer))
     table = {family: Score(sum(hits), len(hits)) for family, hits in right.items()}
     return {**table, OVERALL: Score(sum(s.right for s in table.values()), len(problems))}
 
