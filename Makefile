@@ -2,7 +2,7 @@
 PYTHON ?= python3
 BIN := .venv/bin
 
-.PHONY: demo test test-slow check clean bundled-model
+.PHONY: demo test test-slow check clean bundled-model bench-quick report
 
 demo: .venv/.installed
 	@$(BIN)/twotower demo
@@ -17,6 +17,15 @@ check: .venv/.installed-dev
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
 	$(BIN)/mypy
+
+# Minutes: speed beside AR, and accuracy on a few problems.
+bench-quick: .venv/.installed
+	$(BIN)/twotower bench --rounds 3
+	$(BIN)/twotower eval -n 25
+
+# About half an hour on one core: every setting of the dial → report/report.png, report/report.md.
+report: .venv/.installed-dev
+	$(BIN)/twotower report -o report
 
 # About two hours on two CPU cores; continues where it was interrupted.
 bundled-model: .venv/.installed-dev

@@ -21,6 +21,7 @@ from transformers import PreTrainedTokenizerFast
 
 from twotower import TwoTowerForCausalLM, bundled_model
 from twotower.cli.generate import generate as generate_command
+from twotower.cli.trace import drawing, title
 from twotower.cli.watch import Frame, Screen, Silent, TokenNames, Watcher, colour, running_text
 from twotower.generation import GenerationParams
 
@@ -268,6 +269,42 @@ def test_frames_retell_the_run(checkpoint: Path) -> None:
         fresh = [sum(frame.fresh[i] for frame in frames) for i in range(len(frames[-1].tokens))]
         assert fresh == [1] * len(frames[-1].tokens)
     assert finals[-1].all_tokens == 20
+
+
+def test_frames_retell_a_verified_run() -> None:
+    """What was drafted, what the context tower made of it, and which rounds had no draft; on a trained model."""
+    model = TwoTowerForCausalLM.from_pretrained(bundled_model(), dtype="float32")
+    for steps in (0, 1, 2, None):
+        watcher = Watcher(model.tokenizer, model.config.mask_token, Silent(), decided=1)
+        with watcher:
+            options = {"mode": "verified", "max_new_tokens": 30, "draft_steps": steps}
+            stream = model.stream("User: I want to", step_callback=watcher.on_pass, **options)
+            events = list(watcher.through(stream))
+        result = events[-1].result
+        assert result is not None
+        assert [token for frames in watcher.blocks for token in frames[-1].tokens] == result.tokens
+        assert all(frames[-1].checked for frames in watcher.blocks)
+        assert sum(frames[-1].passes for frames in watcher.blocks) == result.passes
+        drafted = kept = 0
+        for frames, event in zip(watcher.blocks, events, strict=True):
+            if not event.draft:
+                assert len(frames) == 2
+                assert "context tower's own" in title(frames)
+                continue
+            draft, final = frames[-2].tokens, frames[-1].tokens
+            assert draft == list(event.draft)
+            assert final[:-1] == draft[: len(final) - 1]
+            drafted, kept = drafted + len(draft), kept + len(final) - 1
+            assert f"of {len(draft)} drafted ones kept" in title(frames)
+            assert frames[-1].fresh[:-1] == [False] * (len(final) - 1)
+        assert drafted == result.drafted
+        assert kept == result.accepted
+        titles = [line[0].text for line in drawing(watcher.blocks, watcher.names) if line and line[0].bold]
+        if steps == 0:
+            assert titles == ["rounds 1 to 30: 30 tokens of the context tower's own"]
+        if steps:
+            assert len(titles) == len(watcher.blocks)
+            assert kept > 0
 
 
 def test_screen_shows_masks_and_settled_text(checkpoint: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -4,6 +4,8 @@ from __future__ import annotations
 
 from typing import Literal, get_args
 
-Mode = Literal["diffusion", "ar", "mock_ar", "verified"]
+Mode = Literal["diffusion", "ar", "mock_ar", "verified"]  # what writes a text
 MODES: tuple[str, ...] = get_args(Mode)
-BLOCK_MODES = ("diffusion", "verified")  # those in which the denoiser fills blocks of masks
+AUTO = "auto"  # picks one of them for a request
+ASKABLE = (*MODES, AUTO)
+BLOCK_MODES = ("diffusion", "verified", AUTO)  # those in which the denoiser may fill blocks of masks

@@ -1,14 +1,17 @@
-"""`twotower eval`: accuracy of several ways of decoding on the procedural suite, each paired with AR."""
+"""`twotower eval`: accuracy of ways of decoding, on the procedural suite or on published tasks, paired with AR."""
 
 from __future__ import annotations
 
 import json
 from collections.abc import Iterator
-from typing import TYPE_CHECKING
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
 
 import click
+from click.core import ParameterSource
 
 from twotower.cli import model as models
+from twotower.cli import tasks as published
 from twotower.cli.terminal import console_on, passing_line
 
 if TYPE_CHECKING:
@@ -17,6 +20,9 @@ if TYPE_CHECKING:
     from twotower.evaluation.evaluate import Line
 
 SETTINGS = ("diffusion:0.8", "diffusion:0.9", "verified:draft_steps=1")
+OF_THE_SUITE = {"problems", "families", "difficulties", "seed", "max_new_tokens"}
+OF_TASKS = {"limit", "run_code", "likelihood"}
+ROWS = {"suite": 64, "tasks": 16}  # of a batch; few-shot prompts are long
 
 
 @click.command("eval")
@@ -37,41 +43,82 @@ SETTINGS = ("diffusion:0.8", "diffusion:0.9", "verified:draft_steps=1")
 @click.option("--difficulty", "difficulties", type=int, multiple=True, default=(1, 2), show_default=True)
 @click.option("--seed", type=click.IntRange(0), default=0, show_default=True, help="Of the test problems.")
 @click.option("--max-new-tokens", type=click.IntRange(1), default=160, show_default=True)
-@click.option("--rows", type=click.IntRange(1), default=64, show_default=True, help="Of a batch.")
+@click.option("-t", "--task", "tasks", multiple=True, metavar="NAME", help="A task of the published table, or all.")
+@click.option(
+    "--data",
+    envvar="TWOTOWER_DATA",
+    type=click.Path(path_type=Path),
+    help="Folder with the tasks' files.  [default: the hub]",
+)
+@click.option("--limit", type=click.IntRange(1), help="Items of a task, and of each language or subject of it.")
+@click.option("--run-code", is_flag=True, help="Let tasks run, sandboxed, programs that the model writes.")
+@click.option(
+    "--likelihood",
+    type=click.Choice(("context", "bound")),
+    default="context",
+    show_default=True,
+    help="What chooses among given answers: the context tower, or also the denoiser's bound.",
+)
+@click.option("--rows", type=click.IntRange(1), help="Of a batch.  [default: 64; with --task 16]")
 @click.option("--dtype", type=click.Choice(models.DTYPES), default="auto", show_default=True)
 @click.option("--threads", type=click.IntRange(1), help="CPU threads.")
 @click.option("--json", "as_json", is_flag=True, help="No table.")
+@click.pass_context
 def evaluate(
-    model: str | None, settings: tuple[str, ...], problems: int, families: tuple[str, ...],
-    difficulties: tuple[int, ...], seed: int, max_new_tokens: int, rows: int, dtype: str, threads: int | None,
+    context: click.Context, model: str | None, settings: tuple[str, ...], problems: int, families: tuple[str, ...],
+    difficulties: tuple[int, ...], seed: int, max_new_tokens: int, tasks: tuple[str, ...], data: Path | None,
+    limit: int | None, run_code: bool, likelihood: str, rows: int | None, dtype: str, threads: int | None,
     as_json: bool,
 ) -> None:  # fmt: skip
-    """Exact-match accuracy on problems with one right answer, for each setting and for AR.
+    """Accuracy of each setting and of AR, on problems with one right answer.
 
-    Prints a table to stderr and one JSON line to stdout. Differences from AR are those on the same problems, with their
-    95 % intervals; a pass is a forward of either tower.
+    The problems are generated (the suite's test split), or with --task those of the published table, in
+    lm-evaluation-harness's prompts and metrics. Prints a table to stderr and one JSON line to stdout. Differences from
+    AR are those on the same problems, with their 95 % intervals; a pass is a forward of either tower.
     """
     from twotower.evaluation.evaluate import chosen_problems
     from twotower.evaluation.evaluate import evaluate as measure
     from twotower.evaluation.settings import parse_setting
 
+    _refuse(context, OF_THE_SUITE if tasks else OF_TASKS, "is the suite's" if tasks else "needs --task")
+    if tasks:
+        published.need(tasks, data, run_code)
     parsed = [parse_setting(text) for text in settings]
-    chosen = chosen_problems(families, problems, difficulties, seed)
+    chosen = [] if tasks else chosen_problems(families, problems, difficulties, seed)
     source = models.source_of(model)
     with models.note(f"loading {models.name_of(source)} …"):
         loaded = models.load(source, dtype=dtype, threads=threads)
     models.need_tokenizer(loaded, source, "it cannot read problems; put one there")
-    with passing_line() as tell:
-        lines = measure(
-            loaded, parsed, chosen, max_new_tokens=max_new_tokens, rows=rows,
-            progress=lambda label, done: tell(f"{label}: {done} of {len(chosen)} problems"),
+    facts: dict[str, Any] = {"model": str(source), **models.placement(loaded)}
+    if tasks:
+        scores = published.measure(
+            loaded, parsed, tasks, data=data, limit=limit, run_code=run_code, likelihood=likelihood,
+            rows=rows or ROWS["tasks"],
         )  # fmt: skip
+        found = {"tasks": [score.to_dict() for score in scores]}
+        shown = iter((published.table(scores),))
+    else:
+        with passing_line() as tell:
+            lines = measure(
+                loaded, parsed, chosen, max_new_tokens=max_new_tokens, rows=rows or ROWS["suite"],
+                progress=lambda label, done: tell(f"{label}: {done} of {len(chosen)} problems"),
+            )  # fmt: skip
+        facts |= {"problems": len(chosen), "seed": seed, "difficulties": list(difficulties)}
+        found = {"settings": [line.to_dict() for line in lines]}
+        shown = tables(lines)
     if not as_json:
         console = console_on("stderr")
-        for table in tables(lines):
+        for table in shown:
             console.print(table)
-    facts = {"model": str(source), **models.placement(loaded), "problems": len(chosen), "seed": seed}
-    click.echo(json.dumps(facts | {"difficulties": list(difficulties), "settings": [line.to_dict() for line in lines]}))
+    click.echo(json.dumps(facts | found))
+
+
+def _refuse(context: click.Context, names: set[str], why: str) -> None:
+    """An option that would have no effect is an error."""
+    for parameter in context.command.params:
+        given = context.get_parameter_source(parameter.name or "") is ParameterSource.COMMANDLINE
+        if parameter.name in names and given:
+            raise click.UsageError(f"{parameter.opts[-1]} {why}; leave it out")
 
 
 def tables(lines: list[Line]) -> Iterator[Table]:

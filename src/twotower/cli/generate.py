@@ -15,7 +15,7 @@ import click
 from twotower.cli import model as models
 from twotower.cli import prompt as prompts
 from twotower.errors import ArgumentError
-from twotower.modes import BLOCK_MODES, MODES
+from twotower.modes import ASKABLE, AUTO, BLOCK_MODES
 
 if TYPE_CHECKING:
     from twotower.cli.watch import Watcher
@@ -25,8 +25,9 @@ if TYPE_CHECKING:
 # Which modes an option means something to.
 MEANT_FOR = {
     **dict.fromkeys(("threshold", "policy", "knob", "block_size"), BLOCK_MODES),
-    **dict.fromkeys(("steps", "watch", "trace"), ("diffusion",)),
-    **dict.fromkeys(("draft_steps", "acceptance"), ("verified",)),
+    "steps": ("diffusion", AUTO),
+    **dict.fromkeys(("watch", "trace"), ("diffusion", "verified")),
+    **dict.fromkeys(("draft_steps", "acceptance"), ("verified", AUTO)),
 }
 SAMPLING_ONLY = ("seed", "top_k", "top_p")
 
@@ -39,11 +40,11 @@ SAMPLING_ONLY = ("seed", "top_k", "top_p")
 @models.model_option
 @click.option(
     "--mode",
-    type=click.Choice(MODES),
+    type=click.Choice(ASKABLE),
     default="diffusion",
     show_default=True,
-    help="Blocks of tokens; the context tower alone; the denoiser token by token; or blocks that the context tower "
-    "checks, so that the text is its own.",
+    help="Blocks of tokens; the context tower alone; the denoiser token by token; blocks that the context tower "
+    "checks, so that the text is its own; or what of AR, blocks and checked blocks pays here.",
 )
 @click.option("-n", "--max-new-tokens", metavar="N", type=click.IntRange(min=1), default=128, show_default=True)
 @click.option(
@@ -173,9 +174,11 @@ class Request:
             "policy": self.policy,
             "knob": self.knob,
         }
-        if self.mode == "diffusion":
-            return shared | {"steps_per_block": self.steps}
-        return shared | {"draft_steps": self.draft_steps, "acceptance": self.acceptance}
+        if self.mode in MEANT_FOR["steps"]:
+            shared["steps_per_block"] = self.steps
+        if self.mode in MEANT_FOR["acceptance"]:
+            shared |= {"draft_steps": self.draft_steps, "acceptance": self.acceptance}
+        return shared
 
     def idle_options(self) -> Iterator[tuple[str, str]]:
         """(option, why) for each given option that has no effect on this run."""
@@ -223,8 +226,8 @@ def run(request: Request) -> None:
     models.need_tokenizer(model, source, "it can neither read nor write text; put one there")
     parameters = request.parameters() | {"eos_token_id": models.eos_of(model), "mask_token_id": model.config.mask_token}
 
-    diffusing = request.mode == "diffusion"
-    watcher = _watcher(model, text, request) if diffusing and (request.watch or request.trace) else None
+    shown = request.mode in MEANT_FOR["watch"] and (request.watch or request.trace)
+    watcher = _watcher(model, text, request) if shown else None
     result = _stream(model, text, parameters, watcher, silent=request.as_json)
     seed = parameters["seed"] if request.temperature > 0 else None
     if request.as_json:
@@ -232,6 +235,8 @@ def run(request: Request) -> None:
         click.echo(json.dumps(facts | result.to_dict(), ensure_ascii=False))
     else:
         click.secho(statistics(result, seed), err=True, dim=True)
+        if result.why:
+            click.secho(f"chose {result.mode}: {result.why}", err=True, dim=True)
     if watcher is not None and request.trace is not None:
         from twotower.cli.trace import Trace, save_picture
 
@@ -244,7 +249,7 @@ def _watcher(model: TwoTowerForCausalLM, prompt: str, request: Request) -> Watch
 
     # Where the text goes to a file, what was watched is all that is left on the terminal.
     view = view_on("stderr", prompt, keep=not sys.stdout.isatty()) if request.watch else Silent()
-    return Watcher(model.tokenizer, model.config.mask_token, view)
+    return Watcher(model.tokenizer, model.config.mask_token, view, decided=int(request.mode == "verified"))
 
 
 def _stream(

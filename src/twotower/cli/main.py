@@ -9,9 +9,11 @@ from typing import Any
 import click
 
 from twotower.cli.bench import bench
+from twotower.cli.curves import curves
 from twotower.cli.demo import demo
 from twotower.cli.evaluate import evaluate
 from twotower.cli.generate import generate
+from twotower.cli.harness import lm_eval
 from twotower.cli.info import info
 from twotower.cli.init import init
 from twotower.cli.report import report
@@ -51,7 +53,7 @@ def cli() -> None:
     """
 
 
-for verb in (generate, demo, info, init, pretrain, train, report, evaluate, bench):
+for verb in (generate, demo, info, init, pretrain, train, curves, report, evaluate, bench, lm_eval):
     cli.add_command(verb)
 
 

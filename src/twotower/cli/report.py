@@ -1,32 +1,77 @@
-"""`twotower report`: a training run's curves as pictures."""
+"""`twotower report`: the whole dial, as a picture and a table."""
 
 from __future__ import annotations
 
 import json
+from dataclasses import asdict
 from pathlib import Path
 
 import click
 
+from twotower.cli import model as models
+from twotower.cli.terminal import passing_line
+
 
 @click.command()
-@click.argument("run", type=click.Path(path_type=Path))
-@click.option("-o", "--output", type=click.Path(file_okay=False, path_type=Path), metavar="DIR", help="[default: RUN]")
+@models.model_option
+@click.option(
+    "-o", "--output", type=click.Path(file_okay=False, path_type=Path), default=Path("report"), show_default=True,
+    metavar="DIR", help="Gets report.png, report.md and answers.jsonl.",
+)  # fmt: skip
+@click.option("-s", "--setting", "settings", multiple=True, metavar="MODE[:…]", help="Instead of the whole grid.")
+@click.option("-n", "--problems", type=click.IntRange(1), default=200, show_default=True, help="Of each family.")
+@click.option("--timed", type=click.IntRange(1), default=24, show_default=True, help="Problems that are timed.")
+@click.option("--difficulty", "difficulties", type=int, multiple=True, default=(1, 2), show_default=True)
+@click.option("--seed", type=click.IntRange(0), default=0, show_default=True)
+@click.option("--rows", type=click.IntRange(1), default=64, show_default=True, help="Of a batch.")
+@click.option("--quick", is_flag=True, help="Four settings instead of the whole grid.")
+@click.option("--dtype", type=click.Choice(models.DTYPES), default="auto", show_default=True)
+@click.option("--threads", type=click.IntRange(1), help="CPU threads.")
 @click.option("--json", "as_json", is_flag=True, help="One JSON object instead of text.")
-def report(run: Path, output: Path | None, as_json: bool) -> None:
-    """Draw a training run's curves.
+def report(
+    model: str | None, output: Path, settings: tuple[str, ...], problems: int, timed: int,
+    difficulties: tuple[int, ...], seed: int, rows: int, quick: bool, dtype: str, threads: int | None, as_json: bool,
+) -> None:  # fmt: skip
+    """Sweep modes, policies, knobs and block sizes: quality kept against speed.
 
-    Writes training.png (loss, learning rate, gradient norm, speed) and, once something was validated, validation.png
-    (held-out losses, agreement, tokens per pass, a sample's denoising). A run that still goes on can be drawn too.
+    Answers the procedural suite with every setting, and times each beside AR. Draws quality against tokens per pass and
+    against speed, and writes a table for a model card. Stopped and started again, it goes on where it was.
     """
-    from twotower.training import report as pictures
+    from twotower.evaluation import report as pictures
+    from twotower.evaluation import sweep
+    from twotower.evaluation.bench import machine
+    from twotower.evaluation.settings import parse_setting
+    from twotower.plotting import drawing
 
-    records = pictures.load(run)
-    paths = pictures.draw(run, output)
-    lines = pictures.summary(records)
+    if quick and settings:
+        raise click.UsageError("--quick and --setting both say which settings; leave one out")
+    chosen = [parse_setting(text) for text in settings or (sweep.QUICK if quick else ())] or sweep.grid()
+    with drawing():  # a missing library is told before an hour's work
+        pass
+    source = models.source_of(model)
+    with models.note(f"loading {models.name_of(source)} …"):
+        loaded = models.load(source, dtype=dtype, threads=threads)
+    models.need_tokenizer(loaded, source, "it cannot read problems; put one there")
+    output.mkdir(parents=True, exist_ok=True)
+    with passing_line() as tell:
+        points = sweep.sweep(
+            loaded, chosen, per_family=problems, timed=timed, difficulties=difficulties, seed=seed, rows=rows,
+            kept_in=output / "answers.jsonl", facts={"model": models.name_of(source), "dtype": str(loaded.dtype)},
+            progress=tell,
+        )  # fmt: skip
+    where = machine(loaded)
+    place = f"{where['dtype']}, {where['device']}, {where['threads']} thread{'s' * (where['threads'] > 1)}"
+    levels = ", ".join(map(str, difficulties))
+    count = (
+        f"{problems} problems of each family (levels {levels}, seed {seed}), greedy; {timed} of all timed one by one"
+    )
+    title = f"{models.name_of(source)}: what each way of decoding keeps of AR's accuracy, and how fast it is"
+    pictures.draw(points, output / "report.png", f"{title}\n{count}; {place}")
+    facts = [f"{count}. {place}; torch {where['torch']}, twotower {where['twotower']} ({where['commit']})."]
+    (output / "report.md").write_text(pictures.markdown(points, facts), encoding="utf-8")
+    written = [str(output / name) for name in ("report.png", "report.md")]
     if as_json:
-        click.echo(json.dumps({"pictures": [str(path) for path in paths], "summary": lines}, ensure_ascii=False))
-        return
-    for path in paths:
-        click.echo(str(path))
-    for line in lines:
-        click.echo(line, err=True)
+        found = [asdict(point) for point in points]
+        click.echo(json.dumps({"files": written, "model": str(source), "machine": where, "points": found}))
+    else:
+        click.echo("\n".join(written))

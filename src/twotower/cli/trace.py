@@ -5,7 +5,8 @@ from __future__ import annotations
 import html
 import io
 from collections.abc import Callable, Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
+from itertools import groupby
 from pathlib import Path
 
 from rich.cells import cell_len, set_cell_size
@@ -37,13 +38,39 @@ Line = list[Cell]
 def drawing(blocks: Sequence[Sequence[Frame]], names: TokenNames) -> list[Line]:
     """A table for each block, and what the colours mean."""
     lines: list[Line] = []
-    for frames in blocks:
-        last = frames[-1]
-        count = len(last.tokens)
-        cut = f" (of {last.size} positions; the text ends here)" if count < last.size else ""
-        title = f"block {last.block + 1}: {count} tokens in {last.passes} passes{cut}"
-        lines += [[Cell(title, bold=True)], *grid(frames, names), []]
+    for alone, group in groupby(blocks, key=lambda frames: frames[-1].checked and frames[-1].passes == 1):
+        for frames in [one_by_one(list(group))] if alone else group:
+            lines += [[Cell(title(frames), bold=True)], *grid(frames, names), []]
     return [*lines, legend()]
+
+
+def one_by_one(blocks: Sequence[Sequence[Frame]]) -> list[Frame]:
+    """Successive rounds without a draft, as one."""
+    last = [frames[-1] for frames in blocks]
+    return [
+        replace(
+            last[0],
+            size=len(last),
+            tokens=[token for frame in last for token in frame.tokens],
+            fresh=[True] * len(last),
+            confidence=[sure for frame in last for sure in frame.confidence],
+        )
+    ]
+
+
+def title(frames: Sequence[Frame]) -> str:
+    """Of one block, or of a round of verified decoding."""
+    last = frames[-1]
+    count, number = len(last.tokens), last.block + 1
+    if not last.checked:
+        cut = f" (of {last.size} positions; the text ends here)" if count < last.size else ""
+        return f"block {number}: {count} tokens in {last.passes} passes{cut}"
+    if last.passes == 1:
+        which = f"round {number}: 1 token" if count == 1 else f"rounds {number} to {number + count - 1}: {count} tokens"
+        return f"{which} of the context tower's own"
+    drafted = len(frames[-2].tokens)
+    kept = sum(a == b for a, b in zip(last.tokens, frames[-2].tokens, strict=False))
+    return f"round {number}: {count} tokens in {last.passes - 1} + 1 passes, {kept} of {drafted} drafted ones kept"
 
 
 def grid(frames: Sequence[Frame], names: TokenNames) -> Iterator[Line]:
@@ -51,19 +78,20 @@ def grid(frames: Sequence[Frame], names: TokenNames) -> Iterator[Line]:
 
     A token stands out in the line of the pass that committed it. Only tokens that belong to the text have a column.
     """
-    columns = [names(token) for token in frames[-1].tokens if token is not None]
+    seen = [{frame.tokens[i] for frame in frames if i < len(frame.tokens)} for i in range(len(frames[-1].tokens))]
+    widths = [max(2, *(cell_len(names(token)) for token in tokens if token is not None)) + 1 for tokens in seen]
     for frame in frames:
-        line = [Cell(f"pass {frame.passes:<2} t {frame.t:4.2f}  ", LABEL)]
-        for i, name in enumerate(columns):
-            width = max(cell_len(name), 2) + 1
-            sure = frame.confidence[i]
-            if frame.tokens[i] is None:
+        what = "check" if frame.checked else f"pass {frame.passes:<2} t {frame.t:4.2f}"
+        line = [Cell(f"{what:<16}", LABEL)]
+        for i, width in enumerate(widths):
+            token, sure = (frame.tokens[i], frame.confidence[i]) if i < len(frame.tokens) else (None, None)
+            if token is None:
                 shade = _PAPER if sure is None else blend(_PAPER, colour(sure), 0.35 * sure)
                 line.append(Cell(" " * width, paper=hex_colour(shade)))
             elif frame.fresh[i]:
-                line.append(Cell(set_cell_size(name, width), INK, hex_colour(colour(sure or 0.0))))
+                line.append(Cell(set_cell_size(names(token), width), INK, hex_colour(colour(sure or 0.0))))
             else:
-                line.append(Cell(set_cell_size(name, width), hex_colour(colour(sure or 0.0))))
+                line.append(Cell(set_cell_size(names(token), width), hex_colour(colour(sure or 0.0))))
             line.append(Cell(" "))
         yield line
 

@@ -174,7 +174,7 @@ def train(
     _carry_out(
         device,
         lambda world: runs.train_denoiser(settings, output, world, _watch_denoiser),
-        lambda where: f"twotower generate --model {where} …, or twotower report {output}",
+        lambda where: f"twotower generate --model {where} …, or twotower curves {output}",
     )
 
 

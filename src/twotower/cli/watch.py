@@ -34,7 +34,7 @@ class Frame:
 
     tokens: None where still masked; in a block's last frame only those that belong to the text. fresh: committed
     by the last pass. confidence: at commit, or of the best candidate so far; None before the first pass.
-    all_passes, all_tokens: of the run so far.
+    all_passes, all_tokens: of the run so far. checked: what the context tower made of a draft, its own token last.
     """
 
     block: int
@@ -45,6 +45,7 @@ class Frame:
     confidence: list[float | None]
     all_passes: int
     all_tokens: int
+    checked: bool = False
 
     @property
     def t(self) -> float:
@@ -90,13 +91,18 @@ class View(Protocol):
 
 
 class Watcher:
-    """Records row 0 of a diffusion run: give `on_pass` as step callback, and take the events `through` it."""
+    """Records row 0 of a run: give `on_pass` as step callback, and take the events `through` it.
 
-    def __init__(self, tokenizer: Any, mask_token: int, view: View) -> None:
+    decided: the positions at the start of every block that are text already (in verified decoding one).
+    """
+
+    def __init__(self, tokenizer: Any, mask_token: int, view: View, decided: int = 0) -> None:
         self.names = TokenNames(tokenizer)
         self.mask_token = mask_token
         self.view = view
+        self.decided = decided
         self.blocks: list[list[Frame]] = []
+        self._begun = False  # whether the last of them still waits for its event
         self._logits: Tensor | None = None  # of the last pass, whose commits are still to be seen
         self._drawing_seconds = 0.0
         self._passes = self._tokens = 0  # of the blocks before this one
@@ -111,13 +117,13 @@ class Watcher:
     def on_pass(self, step: int, steps: int, block: Tensor, *, t: Any, logits: Any, block_idx: int) -> None:
         """`step_callback` of the published API."""
         started = time.perf_counter()
+        row = block[0, self.decided :]
         if logits is None:
-            self.blocks.append([])
-            self._logits = None
+            self._begin()
         if logits is None or step > 0:
-            tokens = [None if token == self.mask_token else token for token in block[0].tolist()]
-            self._add(block_idx, len(tokens), tokens, self._confidence(block[0]))
-        self._logits = None if logits is None else logits[0].clone()
+            tokens = [None if token == self.mask_token else token for token in row.tolist()]
+            self._add(block_idx, len(tokens), tokens, self._confidence(tokens))
+        self._logits = None if logits is None else logits[0, self.decided :].clone()
         self._drawing_seconds += time.perf_counter() - started
 
     def through(self, events: Iterator[BlockEvent]) -> Iterator[BlockEvent]:
@@ -131,39 +137,60 @@ class Watcher:
             self._drawing_seconds += time.perf_counter() - started
             yield event
 
+    def _begin(self) -> None:
+        self.blocks.append([])
+        self._logits, self._begun = None, True
+
     def _end_block(self, event: BlockEvent) -> None:
+        if not self._begun:  # a token of the context tower's alone
+            self._begin()
+            self._add(event.block, len(event.tokens), [None] * len(event.tokens), [None] * len(event.tokens))
         frames = self.blocks[-1]
-        self._add(event.block, frames[0].size, list(event.tokens), list(event.confidence))
+        if event.draft:
+            self._add(event.block, len(event.draft), event.draft, self._confidence(event.draft))
+        self._add(event.block, frames[0].size, event.tokens, event.confidence, checked=bool(self.decided))
         self._passes, self._tokens = frames[-1].all_passes, frames[-1].all_tokens
+        self._begun = False
         self.view.settled(event.text)
 
-    def _add(self, block: int, size: int, tokens: Sequence[int | None], confidence: Sequence[float | None]) -> None:
+    def _add(
+        self, block: int, size: int, tokens: Sequence[int | None], confidence: Sequence[float | None],
+        checked: bool = False,
+    ) -> None:  # fmt: skip
         frames = self.blocks[-1]
-        before = frames[-1].tokens if frames else [None] * size
+        nothing = [None] * len(tokens)
+        before = [*frames[-1].tokens, *nothing] if frames else nothing
+        sureness = [*frames[-1].confidence, *nothing] if frames else nothing
         frame = Frame(
             block=block,
             size=size,
             passes=len(frames),
             tokens=list(tokens),
-            fresh=[token is not None and before[i] is None for i, token in enumerate(tokens)],
+            fresh=[token is not None and before[i] != token for i, token in enumerate(tokens)],
             # A committed token keeps the confidence it was committed with.
-            confidence=[sure if before[i] is None else frames[-1].confidence[i] for i, sure in enumerate(confidence)],
+            confidence=[
+                sure if before[i] is None or before[i] != tokens[i] else sureness[i]
+                for i, sure in enumerate(confidence)
+            ],
             all_passes=self._passes + len(frames),
             all_tokens=self._tokens + sum(token is not None for token in tokens),
+            checked=checked,
         )
         frames.append(frame)
         self.view.frame(frame)
 
-    def _confidence(self, block: Tensor) -> list[float | None]:
+    def _confidence(self, tokens: Sequence[int | None]) -> list[float | None]:
         """Of each committed token, or of the likeliest one where the block is masked, by the last pass."""
         from twotower.generation.sampling import confidence
 
         if self._logits is None:
-            return [None] * len(block)
-        logits = self._logits
+            return [None] * len(tokens)
+        logits = self._logits[: len(tokens)]
         logits[:, self.mask_token] = float("-inf")
-        tokens = block.where(block != self.mask_token, logits.argmax(-1))
-        return [float(sure) for sure in confidence(logits[None], tokens[None])[0].tolist()]
+        best = logits.argmax(-1)
+        chosen = best.new_tensor([self.mask_token if token is None else token for token in tokens])
+        looked_at = chosen.where(chosen != self.mask_token, best)
+        return [float(sure) for sure in confidence(logits[None], looked_at[None])[0].tolist()]
 
 
 # --- colours --------------------------------------------------------------------------------------------------------

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass
+from functools import partial
 from typing import Any
 
 from twotower.errors import ArgumentError
@@ -68,18 +69,37 @@ def evaluate(
 ) -> list[Line]:
     """A line for AR, which is always run, and one for each other setting, in order. progress: told the setting's label
     and how many of its problems are done."""
-    prompts = [model.tokenizer(problem.prompt)["input_ids"] for problem in problems]
-    shared = {"eos_token_id": model.config.eos_token_id, "mask_token_id": model.config.mask_token, "seed": 0}
     base: list[bool] = []
     lines = []
     for setting in beside_ar(settings):
-        params = setting.params(max_new_tokens=max_new_tokens, **shared)
-        tell = None if progress is None else lambda done, label=setting.label: progress(label, done)
-        outputs = run(model, [Request(prompt, params) for prompt in prompts], rows, tell)
-        right = [is_right(problem, out.text) for problem, out in zip(problems, outputs, strict=True)]
+        tell = None if progress is None else partial(progress, setting.label)
+        requests, outputs = answer(model, setting, problems, max_new_tokens=max_new_tokens, rows=rows, progress=tell)
+        right = marks(problems, outputs)
         base = base or right
+        prompts = [list(request.prompt) for request in requests]
         lines.append(_line(model, setting, problems, prompts, outputs, right, base, likelihood))
     return lines
+
+
+def answer(
+    model: TwoTowerForCausalLM,
+    setting: Setting,
+    problems: Sequence[Problem],
+    *,
+    max_new_tokens: int = 160,
+    rows: int = 64,
+    progress: Callable[[int], object] | None = None,
+) -> tuple[list[Request], list[Generation]]:
+    """What was asked, and what one setting answers, problem by problem."""
+    shared = {"eos_token_id": model.config.eos_token_id, "mask_token_id": model.config.mask_token, "seed": 0}
+    params = setting.params(max_new_tokens=max_new_tokens, **shared)
+    requests = [Request(model.tokenizer(problem.prompt)["input_ids"], params) for problem in problems]
+    return requests, run(model, requests, rows, progress)
+
+
+def marks(problems: Sequence[Problem], outputs: Sequence[Generation]) -> list[bool]:
+    """Which answers are right."""
+    return [is_right(problem, out.text) for problem, out in zip(problems, outputs, strict=True)]
 
 
 def _line(

@@ -13,8 +13,9 @@ from dataclasses import dataclass, field
 from typing import Any
 
 from twotower.errors import ArgumentError
-from twotower.generation import MODES, GenerationParams
+from twotower.generation import GenerationParams
 from twotower.generation.unmasking import POLICIES
+from twotower.modes import ASKABLE
 
 WHOLE = ("block_size", "steps_per_block", "draft_steps", "top_k", "seed")
 NUMBERS = ("temperature", "top_p", "acceptance", "confidence_threshold")
@@ -51,8 +52,8 @@ def parse_setting(text: str) -> Setting:
         ArgumentError: an unknown mode, parameter or policy, or a value that is none.
     """
     mode, _, rest = text.partition(":")
-    if mode not in MODES:
-        raise ArgumentError(f"setting {text!r}: mode is {mode!r}; choose one of {', '.join(MODES)}")
+    if mode not in ASKABLE:
+        raise ArgumentError(f"setting {text!r}: mode is {mode!r}; choose one of {', '.join(ASKABLE)}")
     values: dict[str, Any] = {"mode": mode}
     for part in filter(None, rest.split(",")):
         name, equals, value = part.partition("=")

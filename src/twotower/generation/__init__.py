@@ -13,13 +13,15 @@ import torch
 from torch import Tensor
 
 from twotower.errors import ArgumentError
+from twotower.generation.automatic import chooser_of, resolve
 from twotower.generation.autoregressive import autoregressive, mock_autoregressive
 from twotower.generation.diffusion import StepCallback, diffusion
 from twotower.generation.output import BlockEvent, Generation
-from twotower.generation.params import MODES, GenerationParams
+from twotower.generation.params import GenerationParams
 from twotower.generation.prompts import PromptRows, Prompts, read_prompts
 from twotower.generation.session import Session
 from twotower.generation.speculative import verified
+from twotower.modes import AUTO, MODES
 
 if TYPE_CHECKING:
     from twotower.model.two_tower import TwoTowerForCausalLM
@@ -48,7 +50,7 @@ def generate(
         ArgumentError (a ValueError): before any work.
     """
     rows = _checked(model, prompts, params, attention_mask)
-    return _run_to_end(_session(model, rows, params), step_callback)
+    return _run_to_end(_session(model, rows, params), params, step_callback)
 
 
 def stream(
@@ -76,7 +78,7 @@ def generate_tensor(
     """→ prompts and new tokens (B, S + n), padded on the right with the pad token, and the denoiser passes."""
     rows = _checked(model, prompts, params, attention_mask)
     session = _session(model, rows, params)
-    results = _run_to_end(session, step_callback)
+    results = _run_to_end(session, params, step_callback)
     width = max(len(result.tokens) for result in results)
     pad = _pad_token(model)
     new = torch.tensor([result.tokens + [pad] * (width - len(result.tokens)) for result in results], dtype=torch.long)
@@ -126,20 +128,21 @@ def _checked(
     params.check_against(model.config, [len(ids) for ids in rows.ids])
     if params.stop and model.tokenizer is None:
         raise ArgumentError("stop strings need a tokenizer; set model.tokenizer")
-    if params.mode != "ar" and model.denoiser is None:
+    if params.mode not in ("ar", AUTO) and model.denoiser is None:
         raise ArgumentError(f'mode is {params.mode!r} but only the context tower was loaded; load with towers="both"')
     return rows
 
 
 def _session(model: TwoTowerForCausalLM, rows: PromptRows, params: GenerationParams) -> Session:
-    return Session(model, rows.ids, params, model.tokenizer)
+    chosen, why = resolve(model, params, len(rows.ids))
+    return Session(model, rows.ids, chosen, model.tokenizer, why)
 
 
 @torch.no_grad()
-def _run_to_end(session: Session, callback: StepCallback | None) -> list[Generation]:
+def _run_to_end(session: Session, asked: GenerationParams, callback: StepCallback | None) -> list[Generation]:
     for _ in LOOPS[session.params.mode](session, callback):
         pass
-    return [session.result(row) for row in range(len(session.prompts))]
+    return _learned(session, asked)
 
 
 @torch.no_grad()
@@ -147,10 +150,19 @@ def _events(
     model: TwoTowerForCausalLM, rows: PromptRows, params: GenerationParams, callback: StepCallback | None
 ) -> Iterator[BlockEvent]:
     session = _session(model, rows, params)
-    for events in LOOPS[params.mode](session, callback):
+    for events in LOOPS[session.params.mode](session, callback):
         yield from events
     if params.max_new_tokens == 0:  # no block, but every row has an end
         yield from map(session.nothing, range(len(rows.ids)))
+    _learned(session, params)
+
+
+def _learned(session: Session, asked: GenerationParams) -> list[Generation]:
+    """The results, from which mode "auto" learns."""
+    results = [session.result(row) for row in range(len(session.prompts))]
+    if asked.mode == AUTO:
+        chooser_of(session.model).recent.learn(results, asked.block_size)
+    return results
 
 
 def _pad_token(model: TwoTowerForCausalLM) -> int:

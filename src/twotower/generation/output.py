@@ -5,7 +5,7 @@ from __future__ import annotations
 from dataclasses import asdict, dataclass
 from typing import Any, Literal
 
-from twotower.generation.params import Mode
+from twotower.modes import Mode
 
 FinishReason = Literal["eos", "stop", "length"]
 
@@ -18,7 +18,8 @@ class Generation:
     tokens and without the stop string ("" where the model has no tokenizer). committed_at: the denoising step, from
     0, that fixed each token within its block. Passes: forwards of each tower while this row was running, its
     prefill not counted. drafts, drafted, accepted (verified decoding): rounds with a draft, tokens in those drafts, and
-    those that were kept. decode_seconds: from the end of the prefill to this row's end.
+    those that were kept; rejected: drafts that ended at a token AR did not agree with. why: what mode "auto" says of
+    its choice. decode_seconds: from the end of the prefill to this row's end.
     """
 
     mode: Mode
@@ -35,6 +36,8 @@ class Generation:
     drafts: int = 0
     drafted: int = 0
     accepted: int = 0
+    rejected: int = 0
+    why: str = ""
 
     @property
     def passes(self) -> int:
@@ -68,8 +71,8 @@ class BlockEvent:
     """A block of one row, committed (in AR modes: one token).
 
     start: index of the first of `tokens` among the row's new tokens. committed_at, confidence: per token.
-    text: what became final with this block; the events' texts join to the result's text. result: in the row's
-    last event only.
+    text: what became final with this block; the events' texts join to the result's text. draft (verified decoding):
+    what the denoiser proposed, of which `tokens` begin with the part that was kept. result: in the row's last event.
     """
 
     row: int
@@ -79,4 +82,5 @@ class BlockEvent:
     committed_at: list[int]
     confidence: list[float]
     text: str
+    draft: tuple[int, ...] = ()
     result: Generation | None = None

@@ -12,13 +12,14 @@ import torch
 from twotower.config import TwoTowerConfig
 from twotower.errors import ArgumentError
 from twotower.generation.unmasking import POLICIES
-from twotower.modes import BLOCK_MODES, MODES, Mode
+from twotower.modes import ASKABLE, BLOCK_MODES
 
 
 @dataclass(frozen=True, kw_only=True)
 class GenerationParams:
     """Parameters of one call; every row of a batch has the same, except its seed.
 
+    mode: one of those that write, or "auto", which chooses of AR, verified and diffusion (`generation.automatic`).
     max_new_tokens: tokens after the prompt, at most. temperature: 0 (or less) is greedy. top_k, top_p: filters
     of the candidate's distribution after the temperature. eos_token_id: one id or several; a row ends at its
     first. seed: one for all rows or one for each; None draws fresh ones from torch's generator. stop: strings
@@ -32,7 +33,7 @@ class GenerationParams:
         ArgumentError (a ValueError): what, value and remedy, in one line.
     """
 
-    mode: Mode = "diffusion"
+    mode: str = "diffusion"
     max_new_tokens: int = 128
     temperature: float = 0.0
     top_k: int | None = None
@@ -52,8 +53,8 @@ class GenerationParams:
     def __post_init__(self) -> None:
         for name in ("eos_token_id", "stop"):  # a lone one is meant as one, a string not as its letters
             object.__setattr__(self, name, _tuple(getattr(self, name)))
-        if self.mode not in MODES:
-            raise ArgumentError(f"mode is {self.mode!r}; choose one of {', '.join(MODES)}")
+        if self.mode not in ASKABLE:
+            raise ArgumentError(f"mode is {self.mode!r}; choose one of {', '.join(ASKABLE)}")
         _whole("max_new_tokens", self.max_new_tokens, least=0)
         _whole("block_size", self.block_size, least=1)
         _whole("steps_per_block", self.steps_per_block, least=1)

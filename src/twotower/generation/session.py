@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import time
 from collections.abc import Sequence
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, cast
 
 import torch
 from torch import Tensor
@@ -14,6 +14,7 @@ from twotower.generation.params import GenerationParams
 from twotower.generation.sampling import Sampling
 from twotower.generation.stopping import RowProgress
 from twotower.generation.unmasking import Unmasking
+from twotower.modes import Mode
 
 if TYPE_CHECKING:
     from twotower.model.two_tower import TwoTowerForCausalLM
@@ -26,7 +27,12 @@ class Session:
     """
 
     def __init__(
-        self, model: TwoTowerForCausalLM, prompts: Sequence[Sequence[int]], params: GenerationParams, tokenizer: Any
+        self,
+        model: TwoTowerForCausalLM,
+        prompts: Sequence[Sequence[int]],
+        params: GenerationParams,
+        tokenizer: Any,
+        why: str = "",
     ) -> None:
         self.model = model
         self.params = params
@@ -37,7 +43,8 @@ class Session:
         ]
         self.denoiser_passes = [0] * len(prompts)
         self.context_passes = [0] * len(prompts)
-        self.drafts, self.drafted, self.accepted = ([0] * len(prompts) for _ in range(3))
+        self.drafts, self.drafted, self.accepted, self.rejected = ([0] * len(prompts) for _ in range(4))
+        self.why = why
         self.committed_at: list[list[int]] = [[] for _ in prompts]
         self.confidence: list[list[float]] = [[] for _ in prompts]
         self.blocks = 0
@@ -87,9 +94,10 @@ class Session:
         confidence: Tensor,
         passes: Sequence[int] | None,
         counts: Sequence[int] | None = None,
+        drafts: Sequence[Sequence[int]] | None = None,
     ) -> list[BlockEvent]:
         """Books a block (B, L) of the running rows, of each its first `counts` tokens (None: all); passes: denoiser
-        passes each row took."""
+        passes each row took; drafts: what it proposed, where that is another thing."""
         events = []
         columns = (tokens.tolist(), committed_at.tolist(), confidence.tolist())
         for slot, (row, block, steps, sure) in enumerate(zip(self.rows, *columns, strict=True)):
@@ -110,6 +118,7 @@ class Session:
                     committed_at=steps[:count],
                     confidence=sure[:count],
                     text=text,
+                    draft=() if drafts is None else tuple(drafts[slot]),
                     result=self.result(row) if ended else None,
                 )
             )
@@ -142,7 +151,7 @@ class Session:
         progress = self.progress[row]
         assert progress.finish_reason is not None
         return Generation(
-            mode=self.params.mode,
+            mode=cast(Mode, self.params.mode),
             tokens=progress.tokens,
             text=progress.text,
             finish_reason=progress.finish_reason,
@@ -154,6 +163,8 @@ class Session:
             drafts=self.drafts[row],
             drafted=self.drafted[row],
             accepted=self.accepted[row],
+            rejected=self.rejected[row],
+            why=self.why,
             prefill_seconds=self.prefilled - self.started,
             decode_seconds=self.ended.get(row, self.prefilled) - self.prefilled,
         )

@@ -104,9 +104,11 @@ def _book(
         session.drafted[row] += drafted
         session.accepted[row] += count
         session.drafts[row] += drafted > 0
+        session.rejected[row] += count < drafted
     counts = [count + 1 for count in accepted]
     taken = None if block is None else block.passes.tolist()
-    return session.take(tokens, steps, confidence(logits, tokens), taken, counts)
+    drafts = None if block is None else block.tokens[:, 1 : drafted + 1].tolist()
+    return session.take(tokens, steps, confidence(logits, tokens), taken, counts, drafts)
 
 
 @dataclass

@@ -165,11 +165,9 @@ def denoise_layer(layer: Layer, x: Tensor, past: Past, modulation: Modulation | 
     return layer.residual(x, out, modulation)
 
 
-def context_pass(tower: Tower, tokens: Tensor, layout: Layout) -> tuple[Tensor, list[Past]]:
-    """Clean rows (B, S) → final hidden states (B, S, H) and each layer's coupling."""
+def context_pass(tower: Tower, tokens: Tensor, layout: Layout) -> Tensor:
+    """Clean rows (B, S) → final hidden states (B, S, H)."""
     x = tower.embed(tokens)
-    coupling: list[Past] = []
     for layer in tower.all_layers():
-        x, past = read_layer(layer, x, layout)
-        coupling.append(past)
-    return tower.norm_f(x), coupling
+        x, _ = read_layer(layer, x, layout)
+    return tower.norm_f(x)

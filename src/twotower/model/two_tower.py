@@ -217,7 +217,7 @@ class TwoTowerForCausalLM(PreTrainedModel):
         chunk = max(min(self.context.config.chunk_size, length), 1)
         pad = (0, -length % chunk)
         layout = Layout(F.pad(valid.bool().long() - 1, pad, value=-1), chunk)
-        hidden, _ = context_pass(self.context, F.pad(input_ids, pad), layout)
+        hidden = context_pass(self.context, F.pad(input_ids, pad), layout)
         logits = _logits(self.context, hidden[:, :length])
         loss = None
         if labels is not None:

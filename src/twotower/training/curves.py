@@ -2,10 +2,8 @@
 
 from __future__ import annotations
 
-import importlib.util
 import itertools
 import re
-import warnings
 from collections.abc import Sequence
 from itertools import pairwise
 from pathlib import Path
@@ -14,6 +12,7 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 
 from twotower.errors import ArgumentError
+from twotower.plotting import BLUE, DPI, GREEN, GREY, ORANGE, PURPLE, SKY, YELLOW, drawing
 from twotower.training.log import LOG_FILE, read_log
 from twotower.training.sample_picture import Passage, TraceMap
 
@@ -23,18 +22,10 @@ if TYPE_CHECKING:
 
 Records = Sequence[dict[str, Any]]
 
-WIDTH, DPI = 10.0, 120  # inches, dots an inch: 1200 dots
+WIDTH = 10.0  # inches
 _ENDING = re.compile(r"(\.(jsonl|json|ndjson|txt|parquet|gz))*(=[\d.eE+-]+)?$")
 SMOOTHED = 50  # a smoothed curve averages over this part of the run
-# Okabe and Ito's colours, told apart by all readers.
-BLUE, ORANGE, GREEN, PURPLE, GREY = "#0072B2", "#D55E00", "#009E73", "#CC79A7", "#666666"
-SOURCES = (BLUE, GREEN, PURPLE, "#E69F00", "#56B4E9", GREY)
-STYLE: Any = {
-    "font.size": 10, "axes.titlesize": 11, "axes.titlelocation": "left", "axes.spines.top": False,
-    "axes.spines.right": False, "axes.grid": True, "grid.color": "#e4e4e4", "grid.linewidth": 0.7,
-    "axes.axisbelow": True, "legend.frameon": False, "figure.constrained_layout.use": True,
-    "savefig.facecolor": "white",
-}  # fmt: skip
+SOURCES = (BLUE, GREEN, PURPLE, YELLOW, SKY, GREY)
 
 
 def draw(run: Path, output: Path | None = None) -> list[Path]:
@@ -44,18 +35,11 @@ def draw(run: Path, output: Path | None = None) -> list[Path]:
         ArgumentError: no log, an empty or damaged one; matplotlib is missing.
     """
     records = load(run)
-    if importlib.util.find_spec("matplotlib") is None:
-        raise ArgumentError("drawing needs matplotlib; pip install 'twotower[plots]'")
-    import matplotlib
-
     output = run if output is None else output
     output.mkdir(parents=True, exist_ok=True)
     validated = [record for record in records if "validation" in record]
     paths = []
-    with matplotlib.rc_context(), warnings.catch_warnings():
-        warnings.filterwarnings("ignore", message="Glyph .* missing")  # a box in its place says as much
-        matplotlib.rcdefaults()  # not a user's own style
-        matplotlib.rcParams.update(STYLE)
+    with drawing():
         for name, figure in (
             ("training.png", _training(records)),
             ("validation.png", _validation(validated) if validated else None),

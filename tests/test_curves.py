@@ -1,4 +1,4 @@
-"""The report: pictures of any log that a run can leave behind, and one clear line for anything else."""
+"""The curves: pictures of any log that a run can leave behind, and one clear line for anything else."""
 
 from __future__ import annotations
 
@@ -10,9 +10,9 @@ from typing import Any
 import pytest
 from click.testing import CliRunner
 
-from twotower.cli.report import report
+from twotower.cli.curves import curves
 from twotower.errors import ArgumentError
-from twotower.training.report import _seconds, _short, _stages, draw, load, smoothed, summary
+from twotower.training.curves import _seconds, _short, _stages, draw, load, smoothed, summary
 
 SAMPLE = {
     "prompt": "a $5 bill^2 \x07 she said:\n", "text": "one two", "finish_reason": "eos", "tokens": 21, "passes": 7,
@@ -75,7 +75,7 @@ def test_whatever_a_run_has_logged_is_drawn(name: str, tmp_path: Path) -> None:
 
 def test_the_verb(tmp_path: Path) -> None:
     run = write(tmp_path / "run", LOGS["denoiser"], tail='{"step": 5, "loss"')  # a kill in the middle of a line
-    said = CliRunner().invoke(report, [str(run)])
+    said = CliRunner().invoke(curves, [str(run)])
     assert said.exit_code == 0
     assert said.stdout.split() == [str(run / "training.png"), str(run / "validation.png")]
     assert said.stderr.splitlines() == [
@@ -84,7 +84,7 @@ def test_the_verb(tmp_path: Path) -> None:
         "validation at step 4: masked nll 3, ar nll 2, agreement 0.5, tokens per pass 3",
     ]
     assert (run / "training.png").exists()
-    said = CliRunner().invoke(report, [str(run), "-o", str(tmp_path / "new" / "place"), "--json"])
+    said = CliRunner().invoke(curves, [str(run), "-o", str(tmp_path / "new" / "place"), "--json"])
     assert [Path(path).exists() for path in json.loads(said.stdout)["pictures"]] == [True, True]
 
 

@@ -1,0 +1,34 @@
+"""`twotower lm-eval`: lm-evaluation-harness's own command line, with this package's models among its own."""
+
+from __future__ import annotations
+
+import sys
+
+import click
+
+from twotower.cli.tasks import need_lm_eval
+
+
+@click.command("lm-eval", context_settings={"ignore_unknown_options": True, "help_option_names": []})
+@click.argument("arguments", nargs=-1, type=click.UNPROCESSED)
+def lm_eval(arguments: tuple[str, ...]) -> None:
+    """lm-evaluation-harness, with --model twotower. Arguments are its own.
+
+    \b
+    twotower lm-eval run --model twotower --model_args setting=verified --tasks lambada_openai
+    twotower lm-eval run --model twotower --model_args pretrained=DIR,setting=diffusion:0.8 --tasks gsm8k_cot --limit 50
+
+    model_args: pretrained, setting, likelihood (context or bound), samples, batch_size, max_length, dtype, device,
+    denoiser_device.
+    """
+    need_lm_eval()
+    from lm_eval.__main__ import cli_evaluate
+
+    from twotower.evaluation.harness import model  # noqa: F401 - registers "twotower"
+
+    before = sys.argv
+    sys.argv = ["twotower lm-eval", *arguments]
+    try:
+        cli_evaluate()
+    finally:
+        sys.argv = before

@@ -1,0 +1,115 @@
+"""`twotower eval --task …`: the published table's tasks under several settings."""
+
+from __future__ import annotations
+
+import importlib.util
+import os
+from collections.abc import Sequence
+from contextlib import contextmanager
+from pathlib import Path
+from statistics import fmean
+from typing import TYPE_CHECKING
+
+from twotower.cli.terminal import passing_line
+from twotower.errors import ArgumentError
+
+if TYPE_CHECKING:
+    from collections.abc import Iterator
+
+    from rich.table import Table
+
+    from twotower.evaluation.harness.run import Score
+    from twotower.evaluation.settings import Setting
+    from twotower.model.two_tower import TwoTowerForCausalLM
+
+EVERY = "all"  # in place of a task's name
+
+
+def need_lm_eval() -> None:
+    """Raises ArgumentError where lm-evaluation-harness is not installed."""
+    if importlib.util.find_spec("lm_eval") is None:
+        raise ArgumentError("this needs lm-evaluation-harness; pip install 'twotower[eval]'")
+
+
+def need(names: Sequence[str], data: Path | None, run_code: bool) -> None:
+    """What can be refused before a model is loaded."""
+    need_lm_eval()
+    from twotower.evaluation.harness.tasks import check
+
+    check(_chosen(names), data, run_code)
+
+
+def measure(
+    model: TwoTowerForCausalLM, settings: Sequence[Setting], names: Sequence[str], *, data: Path | None,
+    limit: int | None, run_code: bool, likelihood: str, rows: int,
+) -> list[Score]:  # fmt: skip
+    """Scores of every task under AR and every other setting. lm-evaluation-harness's own bars are kept quiet."""
+    from twotower.evaluation.harness.run import run_tasks
+
+    with passing_line() as tell, _no_bars():
+        return run_tasks(
+            model, settings, _chosen(names), data=data, limit=limit, run_code=run_code, likelihood=likelihood,
+            rows=rows, progress=lambda text: tell(f"{text} …"),
+        )  # fmt: skip
+
+
+def table(scores: Sequence[Score]) -> Table:
+    """A row a task: AR's score, every other setting's and its tokens per pass; last the mean and what it keeps."""
+    from rich import box
+    from rich.table import Table
+
+    from twotower.evaluation.harness.tasks import TASKS
+
+    settings = list(dict.fromkeys(score.setting for score in scores))
+    found = {(score.task, score.setting): score for score in scores}
+    tasks = list(dict.fromkeys(score.task for score in scores))
+    out = Table(box=box.SIMPLE_HEAD, header_style="dim")
+    out.add_column("task")
+    out.add_column("items", justify="right")
+    for setting in settings:
+        out.add_column(setting.replace(",", ",\n"), justify="right")
+        if setting != "ar":
+            out.add_column("95 % of − AR", justify="right", no_wrap=True)
+            out.add_column("tokens/pass", justify="right")
+    for task in tasks:
+        cells = [f"{TASKS[task].title} {TASKS[task].shots}-shot", str(found[task, settings[0]].items)]
+        for setting in settings:
+            score = found[task, setting]
+            cells.append(f"{score.score:.1%}")
+            if score.against_ar is not None:
+                low, high = score.against_ar.interval
+                cells.append(f"{100 * low:+.1f}…{100 * high:+.1f}" if score.by != "context" else "same by AR")
+                cells.append(f"{score.tokens_per_pass:.2f}" if score.tokens_per_pass is not None else "")
+        out.add_row(*cells)
+    means = {setting: fmean(found[task, setting].score for task in tasks) for setting in settings}
+    kept = ["mean", ""]
+    for setting in settings:
+        kept.append(f"{means[setting]:.1%}")
+        if setting != "ar":
+            kept += [f"keeps {means[setting] / means['ar']:.1%}" if means["ar"] else "", ""]
+    out.add_section()
+    out.add_row(*kept)
+    return out
+
+
+def _chosen(names: Sequence[str]) -> list[str]:
+    from twotower.evaluation.harness.tasks import TASKS
+
+    return list(TASKS) if EVERY in names else list(dict.fromkeys(names))
+
+
+@contextmanager
+def _no_bars() -> Iterator[None]:
+    """tqdm reads its default from the environment when it is imported."""
+    before = os.environ.get("TQDM_DISABLE")
+    os.environ["TQDM_DISABLE"] = "1"
+    try:
+        from datasets.utils.logging import disable_progress_bar
+
+        disable_progress_bar()
+        yield
+    finally:
+        if before is None:
+            del os.environ["TQDM_DISABLE"]
+        else:
+            os.environ["TQDM_DISABLE"] = before

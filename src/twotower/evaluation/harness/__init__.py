@@ -1,0 +1,1 @@
+"""lm-evaluation-harness: an adapter (`model.TwoTowerLM`), and the published table's tasks by name (`tasks.TASKS`)."""

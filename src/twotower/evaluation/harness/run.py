@@ -1,0 +1,133 @@
+"""Runs tasks of the published table under several settings, paired with AR item by item."""
+
+from __future__ import annotations
+
+import logging
+import time
+from collections.abc import Callable, Sequence
+from dataclasses import asdict, dataclass
+from functools import cache
+from pathlib import Path
+from statistics import fmean
+from typing import Any
+
+from lm_eval.evaluator import simple_evaluate
+from lm_eval.tasks import TaskManager
+
+from twotower.errors import ArgumentError
+from twotower.evaluation.harness.model import Spent, TwoTowerLM
+from twotower.evaluation.harness.tasks import TASKS, check, loadable
+from twotower.evaluation.paired import Paired, compare
+from twotower.evaluation.settings import AR, Setting, beside_ar
+from twotower.model.two_tower import TwoTowerForCausalLM
+
+
+@dataclass(frozen=True)
+class Score:
+    """One task under one setting. score: a share in 0..1; items: how many there were. against_ar: the same items paired
+    with AR's. tokens_per_pass: of both towers, None where nothing was generated. by: who gave the likelihoods, of tasks
+    whose answers are chosen by them. shortened: prompts whose beginning did not fit."""
+
+    task: str
+    setting: str
+    score: float
+    items: int
+    against_ar: Paired | None
+    tokens_per_pass: float | None
+    by: str | None
+    shortened: int
+    seconds: float
+
+    def to_dict(self) -> dict[str, Any]:
+        pair = self.against_ar
+        extra = {} if pair is None else {"difference": pair.difference, "interval": pair.interval}
+        return asdict(self) | extra
+
+
+def run_tasks(
+    model: TwoTowerForCausalLM,
+    settings: Sequence[Setting],
+    names: Sequence[str],
+    *,
+    data: Path | None = None,
+    limit: int | None = None,
+    run_code: bool = False,
+    likelihood: str = "context",
+    rows: int = 16,
+    progress: Callable[[str], object] | None = None,
+) -> list[Score]:
+    """Every task under AR and every other setting, task by task. limit: items of each part of a task (of each language,
+    each subject), at most.
+
+    A task whose answers are chosen by likelihood does not depend on the setting: it is scored once, by the context
+    tower, or with likelihood "bound" once more by the denoiser for the settings other than AR.
+
+    Raises:
+        ArgumentError: an unknown task, a task that runs programs without run_code, or files that are missing.
+    """
+    check(names, data, run_code)
+    logging.getLogger("lm_eval").setLevel(logging.ERROR)
+    logging.getLogger("datasets").setLevel(logging.ERROR)
+    manager = _manager()
+    scores = []
+    for name in names:
+        known: dict[tuple[str, str], tuple[list[float], Spent, float]] = {}
+        base: list[float] = []
+        for setting in beside_ar(settings):
+            by = None if TASKS[name].kind == "generate" else "context" if setting is AR else likelihood
+            key = (setting.label, "") if by is None else ("", by)
+            if key not in known:
+                if progress is not None:
+                    progress(f"{name}: {setting.label if by is None else by}")
+                lm = TwoTowerLM(model, setting=setting, likelihood=by or "context", batch_size=rows)
+                began = time.perf_counter()
+                items = _items(lm, manager, name, data, limit, run_code)
+                known[key] = items, lm.spent, time.perf_counter() - began
+            items, spent, seconds = known[key]
+            base = base or items
+            scores.append(
+                Score(
+                    task=name,
+                    setting=setting.label,
+                    score=fmean(items),
+                    items=len(items),
+                    against_ar=None if setting is AR else compare([x > 0.5 for x in base], [x > 0.5 for x in items]),
+                    tokens_per_pass=spent.tokens_per_pass if by is None else None,
+                    by=by,
+                    shortened=spent.shortened,
+                    seconds=seconds,
+                )
+            )
+    return scores
+
+
+@cache
+def _manager() -> TaskManager:
+    """The index of all of lm-evaluation-harness's tasks, which takes seconds to read."""
+    return TaskManager()
+
+
+def _items(
+    lm: TwoTowerLM, manager: TaskManager, name: str, data: Path | None, limit: int | None, run_code: bool
+) -> list[float]:
+    """The score of each item, in an order that depends on the task alone."""
+    found = simple_evaluate(
+        model=lm,
+        tasks=loadable(name, data),
+        task_manager=manager,
+        limit=limit,
+        bootstrap_iters=0,
+        log_samples=True,
+        confirm_run_unsafe_code=run_code,
+    )
+    assert found is not None
+    metric, wanted_filter = TASKS[name].metric.rsplit(",", 1)
+    out = []
+    for part in sorted(found["samples"]):
+        own = [sample for sample in found["samples"][part] if sample["filter"] == wanted_filter]
+        out += [float(sample[metric]) for sample in sorted(own, key=lambda sample: sample["doc_id"])]
+    if not out:
+        raise ArgumentError(
+            f"{name}: lm-evaluation-harness gave no {TASKS[name].metric}; is its version newer than known?"
+        )
+    return out

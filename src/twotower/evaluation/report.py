@@ -1,0 +1,100 @@
+"""A sweep as a picture and as a table for a model card."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from twotower.evaluation.suite.scoring import OVERALL
+from twotower.evaluation.sweep import Point, front
+from twotower.plotting import BLUE, DPI, GREEN, GREY, ORANGE, PURPLE, SKY, YELLOW, drawing
+
+if TYPE_CHECKING:
+    from matplotlib.axes import Axes
+
+PUBLISHED = (2.42, 0.987)  # throughput × AR, quality kept (spec §5)
+LOOKS = {  # series: colour, marker
+    "threshold": (BLUE, "o"),
+    "top-k": (GREY, "s"),
+    "factor": (GREEN, "^"),
+    "entropy": (YELLOW, "v"),
+    "margin": (SKY, "D"),
+    "klass": (PURPLE, "P"),
+    "span": (GREY, "X"),
+    "decay": (SKY, "*"),
+    "block size": (BLUE, "s"),
+    "verified": (ORANGE, "o"),
+    "verified, relaxed": (ORANGE, "^"),
+}
+LOWEST = 0.5  # of AR's accuracy: what is worse is told in the table
+
+
+def draw(points: Sequence[Point], path: Path, title: str) -> None:
+    """Quality kept against tokens per pass and against measured speed, the Pareto front marked.
+
+    Raises:
+        ArgumentError: matplotlib is missing.
+    """
+    with drawing():
+        from matplotlib.figure import Figure
+
+        figure = Figure(figsize=(11.0, 5.6))
+        left, right = figure.subplots(1, 2, sharey=True)
+        _panel(left, points, lambda p: p.tokens_per_pass, "tokens per pass, passes of both towers counted")
+        _panel(right, points, lambda p: p.times_ar, "measured speed, × AR (one request at a time)")
+        left.set_ylabel("accuracy kept, % of AR's")
+        figure.suptitle(title, x=0.01, ha="left", fontsize=11)
+        handles, labels = left.get_legend_handles_labels()
+        figure.legend(handles, labels, loc="outside lower center", ncols=7, fontsize=8.5)
+        figure.savefig(path, dpi=DPI)
+
+
+def _panel(axes: Axes, points: Sequence[Point], speed: Callable[[Point], float], label: str) -> None:
+    series: dict[str, list[Point]] = {}
+    for point in points:
+        series.setdefault(point.series, []).append(point)
+    best = front(points, speed)
+    axes.plot(
+        [speed(p) for p in best], [100 * p.kept[0] for p in best], color="black", lw=5, alpha=0.12,
+        solid_capstyle="round", label="Pareto front", zorder=1,
+    )  # fmt: skip
+    for name, own in series.items():
+        x, y = [speed(p) for p in own], [100 * p.kept[0] for p in own]
+        if name == "ar":
+            axes.plot(x, y, "k+", ms=12, mew=2, label="AR", zorder=4)
+            continue
+        colour, marker = LOOKS.get(name, (GREY, "o"))
+        line = "-" if name not in ("verified", "block size") else "none"
+        axes.plot(x, y, color=colour, marker=marker, ms=5, lw=1, ls=line, alpha=0.85, label=name, zorder=3)
+    for point in best:
+        low, high = (100 * end for end in point.kept[1:])
+        axes.plot([speed(point)] * 2, [low, high], color="black", lw=0.8, alpha=0.5, zorder=2)
+    axes.plot(PUBLISHED[0], 100 * PUBLISHED[1], "r*", ms=13, label="published, 30B on 2 H100", zorder=5)
+    axes.axhline(100, color=GREY, lw=0.7, ls=":")
+    lowest = min((100 * p.kept[0] for p in points if p.kept[0] >= LOWEST), default=50.0)
+    axes.set(xlabel=label, ylim=(max(100 * LOWEST, lowest - 3), 103), xlim=(0, None))
+
+
+def markdown(points: Sequence[Point], facts: Sequence[str]) -> str:
+    """The paper's table: a row a task and a column a setting, the Pareto front's; then every setting in a line."""
+    ar = next(point for point in points if point.setting == "ar")
+    best = [p for p in front(points, lambda p: p.times_ar) if p is not ar]
+    families = [name for name in ar.accuracy if name != OVERALL]
+    rows = [["task", "AR", *(f"`{p.setting}`" for p in best)], ["---", *["---:"] * (len(best) + 1)]]
+    for name in (*families, OVERALL):
+        title = f"**{name}**" if name == OVERALL else name
+        rows.append([title, *(f"{100 * p.accuracy[name]:.1f}" for p in (ar, *best))])
+    rows.append(["quality kept", "100 %", *(f"{p.kept[0]:.1%} ({p.kept[1]:.1%} to {p.kept[2]:.1%})" for p in best)])
+    rows.append(["tokens per pass", "1.00", *(f"{p.tokens_per_pass:.2f}" for p in best)])
+    rows.append(["generation throughput", "1.0×", *(f"{p.times_ar:.2f}×" for p in best)])
+    every = [["setting", "quality kept", "95 %", "tokens per pass", "× AR"], ["---", *["---:"] * 4]]
+    for p in points:
+        interval = "" if p is ar else f"{p.kept[1]:.1%} to {p.kept[2]:.1%}"
+        every.append([f"`{p.setting}`", f"{p.kept[0]:.1%}", interval, f"{p.tokens_per_pass:.2f}", f"{p.times_ar:.2f}"])
+    parts = ["## On the Pareto front", _table(rows), "## Every setting", _table(every), *facts]
+    return "\n\n".join(parts) + "\n"
+
+
+def _table(rows: Sequence[Sequence[str]]) -> str:
+    return "\n".join("| " + " | ".join(cells) + " |" for cells in rows)

@@ -1,0 +1,193 @@
+"""The dial as a whole: accuracy, passes and speed of many settings, each beside AR on the same problems."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import random
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from twotower.errors import ArgumentError
+from twotower.evaluation.evaluate import answer, chosen_problems, marks
+from twotower.evaluation.paired import compare
+from twotower.evaluation.settings import AR, Setting, beside_ar, parse_setting
+from twotower.evaluation.suite.problems import Problem
+from twotower.evaluation.suite.scoring import OVERALL
+from twotower.generation import Generation
+from twotower.model.two_tower import TwoTowerForCausalLM
+
+# Every policy over its useful range, every way of checking, every block size at the released policy.
+KNOBS: dict[str, tuple[float, ...]] = {
+    "threshold": (0.5, 0.6, 0.7, 0.8, 0.9, 0.95, 0.99),
+    "top-k": (1, 2, 4, 8),
+    "factor": (0.25, 0.5, 1.0, 2.0),
+    "entropy": (0.03, 0.1, 0.3, 1.0),
+    "margin": (0.4, 0.6, 0.8, 0.95),
+    "klass": (0.5, 0.7, 0.9),
+    "span": (0.5, 0.7, 0.9),
+    "decay": (0.8, 0.95, 0.99),
+}
+BLOCK_SIZES = (8, 16, 32, 64)
+ACCEPTANCES = (0.5, 0.2, 0.1, 0.03)
+DRAFT_STEPS = (1, 2, 4)
+QUICK = ("diffusion:0.8", "diffusion:0.9", "verified:draft_steps=1", "verified:draft_steps=1,acceptance=0.2")
+
+
+@dataclass(frozen=True)
+class Point:
+    """One setting. accuracy: of each family and overall, 0..1; kept: of AR's overall accuracy, with its 95 % interval;
+    tokens_per_pass counts passes of both towers; times_ar: tokens a second of lone requests ÷ AR's, taken in turns."""
+
+    setting: str
+    accuracy: dict[str, float]
+    kept: tuple[float, float, float]
+    tokens_per_pass: float
+    times_ar: float
+
+    @property
+    def series(self) -> str:
+        """What a line of a picture joins: the settings that differ in a knob."""
+        mode, _, rest = self.setting.partition(":")
+        if mode == "verified":
+            return "verified, relaxed" if "acceptance" in rest else "verified"
+        if mode != "diffusion":
+            return mode
+        if "block_size" in rest:
+            return "block size"
+        return rest.split("=")[0] if "=" in rest else "threshold"
+
+
+def grid() -> list[Setting]:
+    """Every setting of a whole report."""
+    texts = [f"diffusion:{policy}={knob:g}" for policy, knobs in KNOBS.items() for knob in knobs]
+    texts += [f"diffusion:0.8,block_size={size},steps_per_block={size}" for size in BLOCK_SIZES]
+    texts += [f"verified:draft_steps={steps}" for steps in DRAFT_STEPS] + ["verified"]
+    texts += [f"verified:draft_steps=1,acceptance={acceptance:g}" for acceptance in ACCEPTANCES]
+    return [parse_setting(text) for text in texts]
+
+
+def sweep(
+    model: TwoTowerForCausalLM,
+    settings: Sequence[Setting],
+    *,
+    per_family: int,
+    timed: int,
+    difficulties: Sequence[int] = (1, 2),
+    seed: int = 0,
+    rows: int = 64,
+    kept_in: Path | None = None,
+    facts: dict[str, Any] | None = None,
+    progress: Callable[[str], object] | None = None,
+) -> list[Point]:
+    """A point for AR and one for each setting.
+
+    per_family: problems answered in batches of `rows`, for accuracy; timed: problems, of all families, answered one at
+    a time by every setting in turn, for speed. kept_in: a file that keeps each setting's answers as soon as they are
+    known; a call with the same facts goes on from there.
+
+    Raises:
+        ArgumentError: kept_in holds the answers of another model or to other problems; AR answers none of them right.
+    """
+    tell = progress or (lambda text: None)
+    problems = chosen_problems((), per_family, difficulties, seed)
+    facts = (facts or {}) | {
+        "weights": fingerprint(model),
+        "per_family": per_family,
+        "difficulties": list(difficulties),
+        "seed": seed,
+    }
+    known = _read(kept_in, facts)
+    chosen = beside_ar(settings)
+    for number, setting in enumerate(chosen, 1):
+        if setting.label not in known:
+            tell(f"setting {number} of {len(chosen)}, {setting.label}: {len(problems)} problems")
+            _, outputs = answer(model, setting, problems, rows=rows)
+            known[setting.label] = _record(setting, problems, outputs)
+            _append(kept_in, facts, known)
+        if "1" not in known[AR.label]["right"]:
+            raise ArgumentError(
+                f"AR answers none of the {len(problems)} problems, so there is no accuracy to keep; choose easier ones "
+                "(--difficulty) or a model that was trained on such problems"
+            )
+    speeds = time_singly(model, chosen, random.Random(seed).sample(problems, min(timed, len(problems))), tell)
+    return [_point(known[s.label], known[AR.label], problems, speeds[s.label] / speeds[AR.label]) for s in chosen]
+
+
+def time_singly(
+    model: TwoTowerForCausalLM, settings: Sequence[Setting], problems: Sequence[Problem], tell: Callable[[str], object]
+) -> dict[str, float]:
+    """New tokens a second after the prefill, of requests alone; each problem is answered by every setting in turn. One
+    problem more goes before and is not counted."""
+    seconds, tokens = (dict.fromkeys((setting.label for setting in settings), 0.0) for _ in range(2))
+    for number, problem in enumerate([problems[0], *problems]):
+        tell(f"timing: problem {number} of {len(problems)}")
+        for setting in settings:
+            _, (output,) = answer(model, setting, [problem], rows=1)
+            if number:
+                seconds[setting.label] += output.decode_seconds
+                tokens[setting.label] += len(output.tokens)
+    return {label: tokens[label] / seconds[label] for label in seconds}
+
+
+def front(points: Sequence[Point], speed: Callable[[Point], float]) -> list[Point]:
+    """The points that no other beats in accuracy kept and in speed, slowest first (Pareto)."""
+    out: list[Point] = []
+    for point in sorted(points, key=lambda p: (-speed(p), -p.kept[0])):
+        if not out or point.kept[0] > out[-1].kept[0]:
+            out.append(point)
+    return out[::-1]
+
+
+def fingerprint(model: TwoTowerForCausalLM) -> str:
+    """Of the weights: of both final norms, which any training moves."""
+    towers = [tower for tower in (model.context, model.denoiser) if tower is not None]
+    data = b"".join(tower.norm_f.weight.detach().double().cpu().numpy().tobytes() for tower in towers)
+    return hashlib.sha256(data).hexdigest()[:16]
+
+
+def _record(setting: Setting, problems: Sequence[Problem], outputs: Sequence[Generation]) -> dict[str, Any]:
+    return {
+        "setting": setting.label,
+        "right": "".join("01"[right] for right in marks(problems, outputs)),
+        "tokens": sum(len(out.tokens) for out in outputs),
+        "passes": sum(out.denoiser_passes + out.context_passes for out in outputs),
+    }
+
+
+def _point(record: dict[str, Any], ar: dict[str, Any], problems: Sequence[Problem], times_ar: float) -> Point:
+    right, base = ([mark == "1" for mark in each["right"]] for each in (record, ar))
+    hits: dict[str, list[bool]] = {OVERALL: right}
+    for problem, mark in zip(problems, right, strict=True):
+        hits.setdefault(problem.family, []).append(mark)
+    return Point(
+        setting=record["setting"],
+        accuracy={name: sum(own) / len(own) for name, own in hits.items()},
+        kept=compare(base, right).kept,
+        tokens_per_pass=record["tokens"] / max(record["passes"], 1),
+        times_ar=times_ar,
+    )
+
+
+def _read(path: Path | None, facts: dict[str, Any]) -> dict[str, dict[str, Any]]:
+    if path is None or not path.exists():
+        return {}
+    try:
+        head, *records = [json.loads(line) for line in path.read_text().splitlines()]
+    except ValueError:
+        raise ArgumentError(f"{path}: not a report's answers; remove it or choose another folder") from None
+    if head != facts:
+        differs = ", ".join(sorted(name for name in {*head, *facts} if head.get(name) != facts.get(name)))
+        raise ArgumentError(f"{path}: holds answers that differ in {differs}; remove it or choose another folder")
+    return {record["setting"]: record for record in records}
+
+
+def _append(path: Path | None, facts: dict[str, Any], known: dict[str, dict[str, Any]]) -> None:
+    """Whole, then in place: a run that is stopped leaves a file that can be read."""
+    if path is None:
+        return
+    partial = path.with_suffix(".partial")
+    partial.write_text("".join(json.dumps(line) + "\n" for line in (facts, *known.values())))
+    partial.replace(path)

@@ -1,0 +1,132 @@
+"""`mode="auto"`: what it chooses and why, from what passes cost and what drafts were worth."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+import pytest
+import torch
+from command import Result
+from conftest import build_random_model
+
+from twotower.errors import ArgumentError
+from twotower.evaluation.settings import parse_setting
+from twotower.generation import GenerationParams, automatic, generate, stream
+from twotower.generation.automatic import LOOK_AGAIN, Chooser, Costs, Recent, chooser_of, measure
+from twotower.generation.output import Generation
+
+CHEAP = Costs(step=1.0, draft=1.2, check=1.3)  # AR steps
+DEAR = Costs(step=1.0, draft=9.0, check=9.0)
+
+
+def chooser(kept: float, agreement: float, passes: float = 1.0, block_passes: float | None = None) -> Chooser:
+    recent = Recent()
+    recent.kept.add(kept)
+    recent.passes.add(passes)
+    recent.agreement.add(agreement)
+    if block_passes is not None:
+        recent.block_passes.add(block_passes)
+    return Chooser(recent)
+
+
+@pytest.mark.parametrize(
+    ("made", "costs", "mode", "words"),
+    [
+        (chooser(0.2, 0.3), CHEAP, "ar", "verified 0.48×"),  # (1.2 + 1.3) / 1.2 tokens = 2.08 steps a token
+        (chooser(4.0, 0.8), CHEAP, "verified", "verified 2.00×"),  # 2.5 / 5
+        (chooser(4.0, 0.8), DEAR, "ar", "verified 0.28×"),
+        (chooser(4.0, 0.99), CHEAP, "diffusion", "diffusion"),
+        (chooser(15.0, 0.99, block_passes=8), CHEAP, "verified", "diffusion 1.47×"),  # 16 / (8·1.2 + 1.3)
+        (chooser(4.0, 0.9799, block_passes=1), CHEAP, "verified", "too little for diffusion (98%)"),
+    ],
+)
+def test_it_chooses_what_it_expects_to_be_fastest(made: Chooser, costs: Costs, mode: str, words: str) -> None:
+    choice = made.choose(costs, block_size=16)
+    assert choice.mode == mode
+    assert words in choice.why
+    assert f"costs {costs.draft:.2f} AR steps" in choice.why
+
+
+def test_it_looks_before_it_judges_and_looks_again() -> None:
+    fresh = Chooser()
+    assert fresh.choose(DEAR, 16).mode == "verified"
+    assert "nothing is known" in Chooser().choose(DEAR, 16).why
+    settled = chooser(0.1, 0.1)
+    modes = [settled.choose(DEAR, 16).mode for _ in range(2 * LOOK_AGAIN)]
+    assert modes.count("verified") == 2
+    assert modes.count("ar") == 2 * LOOK_AGAIN - 2
+
+
+def output(mode: Any, tokens: int, **facts: int) -> Generation:
+    zero = {"denoiser_passes": 0, "context_passes": 0}
+    return Generation(
+        mode=mode, tokens=[5] * tokens, text="", finish_reason="length", prompt_tokens=1, committed_at=[],
+        confidence=[], prefill_seconds=0.0, decode_seconds=1.0, **(zero | facts),
+    )  # fmt: skip
+
+
+def test_it_learns_from_what_was_written() -> None:
+    recent = Recent()
+    recent.learn([output("ar", 9, context_passes=9)], 16)
+    assert recent.kept.value is None
+    assert recent.block_passes.value is None
+    recent.learn([output("verified", 20, drafts=4, accepted=16, rejected=2, denoiser_passes=8, context_passes=4)], 16)
+    assert (recent.kept.value, recent.passes.value) == (4.0, 2.0)
+    assert recent.agreement.value == pytest.approx(16 / 18)
+    recent.learn([output("diffusion", 20, denoiser_passes=10), output("diffusion", 1, denoiser_passes=2)], 16)
+    assert recent.block_passes.value == pytest.approx(12 / 3)
+    recent.learn([output("diffusion", 16, denoiser_passes=14)], 16)
+    assert recent.block_passes.value == pytest.approx(4 + 0.3 * 10)
+
+
+def test_a_request_gets_a_mode_and_the_reason(monkeypatch: pytest.MonkeyPatch) -> None:
+    model = build_random_model(dtype=torch.float64)
+    measured: list[tuple[int, int]] = []
+    monkeypatch.setattr(automatic, "measure", lambda _, rows, size: measured.append((rows, size)) or DEAR)
+    params = GenerationParams.of(mode="auto", max_new_tokens=12, block_size=4, seed=1, temperature=0.7)
+    want = generate(model, [[5, 6, 7], [8]], GenerationParams.of(mode="ar", max_new_tokens=12, seed=1, temperature=0.7))
+    for expected in ("verified", "ar"):  # first it looks, then it knows: drafts of a random model are worth nothing
+        found = generate(model, [[5, 6, 7], [8]], params)
+        assert [one.mode for one in found] == [expected] * 2
+        assert [one.tokens for one in found] == [one.tokens for one in want]
+        assert all(one.why for one in found)
+    assert measured == [(2, 4)]
+    *_, last = stream(model, [[5, 6, 7]], mode="auto", max_new_tokens=5, block_size=4)
+    assert last.result is not None
+    assert last.result.mode == "ar"
+    assert measured == [(2, 4), (1, 4)]
+    assert want[0].why == ""
+    assert chooser_of(build_random_model("M")).recent.kept.value is None  # another model's own
+
+
+def test_one_tower_leaves_one_choice() -> None:
+    model = build_random_model("M")
+    model.denoiser = None
+    (found,) = generate(model, [[5]], GenerationParams.of(mode="auto", max_new_tokens=3))
+    assert (found.mode, found.why) == ("ar", "only the context tower was loaded")
+
+
+def test_costs_are_measured_and_leave_nothing_behind() -> None:
+    model = build_random_model()
+    for rows in (1, 3):
+        costs = measure(model, rows, 8)
+        assert min(costs.step, costs.draft, costs.check) > 0
+    assert not model.training
+    short = build_random_model("M", max_position_embeddings=10)
+    assert measure(short, 1, 8).step > 0
+
+
+def test_what_auto_cannot_mean_is_told() -> None:
+    with pytest.raises(ArgumentError, match="mode is 'automatic'; choose one of"):
+        GenerationParams.of(mode="automatic")
+    with pytest.raises(ArgumentError, match="block_size"):
+        GenerationParams.of(mode="auto", block_size=0)
+    assert parse_setting("auto:block_size=8").mode == "auto"
+
+
+def test_the_command_line_says_what_was_chosen(cli: Callable[..., Result]) -> None:
+    result = cli("User: I need", "--mode", "auto", "-n", "6")
+    assert result.code == 0
+    assert "verified · 6 tokens" in result.err
+    assert "chose verified: nothing is known yet" in result.err

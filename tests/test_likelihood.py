@@ -1,0 +1,119 @@
+"""Likelihoods of given continuations: the context tower's against a plain forward, the denoiser's against the verbs."""
+
+from __future__ import annotations
+
+import random
+
+import pytest
+import torch
+from conftest import build_random_model
+
+from twotower import TwoTowerForCausalLM
+from twotower.errors import ArgumentError
+from twotower.evaluation import likelihood
+from twotower.evaluation.likelihood import continuation_bound, continuation_likelihood
+from twotower.generation import GenerationParams, generate
+
+
+def pairs_of(count: int, seed: int = 0) -> list[tuple[list[int], list[int]]]:
+    rng = random.Random(seed)
+
+    def tokens(most: int) -> list[int]:
+        return [rng.randrange(4, 64) for _ in range(rng.randint(1, most))]
+
+    return [(tokens(40), tokens(9)) for _ in range(count)]
+
+
+def test_the_context_tower_scores_what_a_plain_forward_says(monkeypatch: pytest.MonkeyPatch) -> None:
+    model = build_random_model(dtype=torch.float64)
+    pairs = pairs_of(12)
+    given, last = pairs[0]
+    pairs += [(given, [*last[:-1], other]) for other in (7, 8, 9)]  # one question, several answers
+    monkeypatch.setattr(likelihood, "COLUMNS", 96)  # several batches
+    told: list[int] = []
+    found = continuation_likelihood(model, pairs, told.append)
+    assert told[-1] == len(pairs)
+    assert len(told) > 2
+    for (given, text), one in zip(pairs, found, strict=True):
+        chances = model(torch.tensor([[*given, *text]])).logits.detach()[0, len(given) - 1 : -1].log_softmax(-1)
+        want = chances.gather(-1, torch.tensor(text)[:, None]).sum()
+        assert one.log_prob == pytest.approx(float(want), abs=1e-9)
+        assert one.greedy == (chances.argmax(-1).tolist() == text)
+
+
+def test_greedy_means_what_ar_would_write() -> None:
+    model = build_random_model(dtype=torch.float64)
+    prompts = [given for given, _ in pairs_of(5)]
+    written = [out.tokens for out in generate(model, prompts, GenerationParams.of(mode="ar", max_new_tokens=6))]
+    assert all(one.greedy for one in continuation_likelihood(model, list(zip(prompts, written, strict=True))))
+    changed = [[*tokens[:-1], (tokens[-1] + 1) % 64] for tokens in written]
+    assert not any(one.greedy for one in continuation_likelihood(model, list(zip(prompts, changed, strict=True))))
+
+
+def nll(model: TwoTowerForCausalLM, text: list[int], block: list[int], wanted: dict[int, int]) -> dict[int, float]:
+    """−ln p of tokens at places of a block, by the verbs that generation uses; 3 is the mask."""
+    state = model.new_state(1, len(text) + 8)
+    with torch.no_grad():
+        model.prefill(torch.tensor([text]), torch.tensor([len(text)]), state)
+        t = torch.tensor([block.count(3) / len(block)], dtype=torch.float64)
+        chances = model.denoise(torch.tensor([block]), t, model.reader(state).view())[0].log_softmax(-1)
+    return {place: -float(chances[place, token]) for place, token in wanted.items()}
+
+
+def test_blocks_of_one_have_no_bound_but_the_truth() -> None:
+    model = build_random_model(dtype=torch.float64)
+    given, text = [5, 6, 7, 8, 9], [10, 11, 12]
+    want = -sum(nll(model, given + text[:i], [3], {0: text[i]})[0] for i in range(3))
+    (found,) = continuation_bound(model, [(given, text)], block_size=1, samples=1)
+    assert found == pytest.approx(want, abs=1e-9)
+
+
+def test_a_block_is_decided_in_a_random_order() -> None:
+    """Two tokens in a block of four: n/m weights, m spread evenly, the rest masked, t as in generation."""
+    model = build_random_model(dtype=torch.float64)
+    given, (a, b) = [5, 6, 7, 8, 9], (10, 11)
+    both = nll(model, given, [3, 3, 3, 3], {0: a, 1: b})
+    second, first = nll(model, given, [a, 3, 3, 3], {1: b})[1], nll(model, given, [3, b, 3, 3], {0: a})[0]
+    possible = [-(sum(both.values()) + 2 * alone) / 2 for alone in (first, second)]
+    found = [continuation_bound(model, [(given, [a, b])], block_size=4, samples=2, seed=s)[0] for s in range(12)]
+    for one in found:
+        assert min(abs(one - each) for each in possible) < 1e-9
+    assert len({round(one, 6) for one in found}) == 2  # either token comes first in some draw
+
+
+def test_the_bound_lies_below_what_the_same_denoiser_can_say_exactly() -> None:
+    """Of a block of two: ln of the mean over both orders ≥ the mean of the ln, which many draws come to."""
+    model = build_random_model(dtype=torch.float64)
+    given, (a, b) = [5, 6, 7], (10, 11)
+    both = nll(model, given, [3, 3], {0: a, 1: b})
+    left, right = nll(model, given, [a, 3], {1: b})[1], nll(model, given, [3, b], {0: a})[0]
+    exact = torch.tensor([-(both[0] + left), -(both[1] + right)]).logsumexp(0).item() - 0.6931471805599453
+    mean = -(sum(both.values()) + left + right) / 2
+    (found,) = continuation_bound(model, [(given, [a, b])], block_size=2, samples=400)
+    assert found == pytest.approx(mean, abs=0.1)
+    assert mean <= exact
+
+
+def test_many_pairs_at_once_are_each_alone(monkeypatch: pytest.MonkeyPatch) -> None:
+    model = build_random_model(dtype=torch.float64)
+    pairs = pairs_of(6)
+    wants = [p.requires_grad for p in model.parameters()]
+    told: list[int] = []
+    together = continuation_bound(model, pairs, block_size=4, samples=3, progress=told.append)
+    monkeypatch.setattr(likelihood, "COLUMNS", 1)  # a row a batch
+    assert continuation_bound(model, pairs, block_size=4, samples=3) == pytest.approx(together, abs=1e-9)
+    assert told[-1] == 6
+    assert [p.requires_grad for p in model.parameters()] == wants
+    assert continuation_bound(model, pairs, block_size=4, samples=3, seed=1) != pytest.approx(together, abs=1e-6)
+
+
+def test_what_cannot_be_scored_is_told() -> None:
+    model = build_random_model("M")
+    with pytest.raises(ArgumentError, match="pair 1 has an empty continuation"):
+        continuation_likelihood(model, [([1], [2]), ([1], [])])
+    with pytest.raises(ArgumentError, match="pair 0 has an empty beginning"):
+        continuation_bound(model, [([], [2])])
+    model.denoiser = None
+    with pytest.raises(ArgumentError, match='towers="both"'):
+        continuation_bound(model, [([1], [2])])
+    assert continuation_likelihood(model, []) == []

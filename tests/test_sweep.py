@@ -1,0 +1,149 @@
+"""`twotower report`: the sweep goes on where it stopped, the front is a front, table and picture say what was found."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable
+from functools import partial
+from pathlib import Path
+
+import pytest
+from command import Result, assert_one_line_error
+
+from twotower import TwoTowerForCausalLM
+from twotower.errors import ArgumentError
+from twotower.evaluation import sweep as module
+from twotower.evaluation.report import draw, markdown
+from twotower.evaluation.settings import parse_setting
+from twotower.evaluation.sweep import Point, fingerprint, front, grid, sweep
+
+
+def point(setting: str, kept: float, passes: float, times: float) -> Point:
+    return Point(setting, {"overall": kept * 0.8, "sorting": 0.8}, (kept, kept - 0.02, kept + 0.02), passes, times)
+
+
+POINTS = [
+    point("ar", 1.0, 1.0, 1.0),
+    point("diffusion:threshold=0.8", 0.97, 3.0, 1.9),
+    point("diffusion:threshold=0.5", 0.80, 5.0, 3.1),
+    point("diffusion:top-k=8", 0.70, 4.5, 2.9),
+    point("verified:draft_steps=1", 1.0, 2.2, 1.4),
+    point("verified:draft_steps=1,acceptance=0.2", 0.99, 2.9, 1.8),
+    point("diffusion:0.8,block_size=32,steps_per_block=32", 0.2, 9.0, 2.0),
+]
+
+
+def test_the_front_is_what_nothing_beats_in_both() -> None:
+    best = front(POINTS, lambda p: p.times_ar)
+    assert [p.setting for p in best] == [
+        "verified:draft_steps=1", "verified:draft_steps=1,acceptance=0.2", "diffusion:threshold=0.8",
+        "diffusion:threshold=0.5",
+    ]  # fmt: skip
+    for one in POINTS:
+        beaten = any(p.kept[0] >= one.kept[0] and p.times_ar > one.times_ar for p in POINTS)
+        beaten |= any(p.kept[0] > one.kept[0] and p.times_ar >= one.times_ar for p in POINTS)
+        assert (one in best) != beaten
+
+
+def test_settings_that_differ_in_a_knob_are_one_series() -> None:
+    assert [p.series for p in POINTS] == [
+        "ar", "threshold", "threshold", "top-k", "verified", "verified, relaxed", "block size",
+    ]  # fmt: skip
+    labels = [setting.label for setting in grid()]
+    assert len(labels) == len(set(labels)) > 35
+    for words in ("klass", "decay", "block_size=64", "verified", "acceptance"):
+        assert any(words in label for label in labels)
+
+
+def test_the_table_is_the_papers(tmp_path: Path) -> None:
+    text = markdown(POINTS, ["measured on a slate"])
+    head = next(line for line in text.splitlines() if line.startswith("| task"))
+    assert head.split(" | ")[1:3] == ["AR", "`verified:draft_steps=1`"]
+    assert "| sorting | 80.0 | 80.0 | 80.0 | 80.0 | 80.0 |" in text
+    assert "| generation throughput | 1.0× | 1.40× | 1.80× | 1.90× | 3.10× |" in text
+    assert "| `diffusion:threshold=0.8` | 97.0% | 95.0% to 99.0% | 3.00 | 1.90 |" in text
+    assert text.rstrip().endswith("measured on a slate")
+    draw(POINTS, tmp_path / "report.png", "a title")
+    assert (tmp_path / "report.png").read_bytes().startswith(b"\x89PNG")
+
+
+def test_a_sweep_goes_on_where_it_stopped(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    model = TwoTowerForCausalLM.from_pretrained(module_model())
+    settings = [parse_setting(text) for text in ("diffusion:0.9", "verified:draft_steps=1")]
+    asked: list[str] = []
+    real = module.answer
+
+    def answer(model, setting, problems, **more):  # type: ignore[no-untyped-def]
+        asked.append(setting.label)
+        if len(asked) == 3:
+            raise KeyboardInterrupt
+        requests, outputs = real(model, setting, problems, max_new_tokens=8, **more)
+        return requests, outputs
+
+    monkeypatch.setattr(module, "answer", answer)
+    monkeypatch.setattr(module, "marks", lambda problems, outputs: [i % 2 == 0 for i in range(len(problems))])
+    file = tmp_path / "answers.jsonl"
+
+    def again(**facts: object) -> list[Point]:
+        return sweep(model, settings, per_family=1, timed=1, kept_in=file, facts={"model": "m", **facts})
+
+    with pytest.raises(KeyboardInterrupt):
+        again()
+    assert len(file.read_text().splitlines()) == 3  # what was asked, AR's answers and one setting's
+    points = again()
+    assert asked[:3] == ["ar", "diffusion:0.9", "verified:draft_steps=1"]
+    assert asked[3] == "verified:draft_steps=1"
+    assert asked[4:] == ["ar", "diffusion:0.9", "verified:draft_steps=1"] * 2  # timing, in turns, one uncounted round
+    assert [p.setting for p in points] == ["ar", "diffusion:0.9", "verified:draft_steps=1"]
+    assert points[0].times_ar == 1
+    assert points[0].tokens_per_pass == 1
+    assert points[1].kept[0] == 1  # the same marks as AR
+    with pytest.raises(ArgumentError, match=r"answers\.jsonl: holds answers that differ in model"):
+        again(model="other")
+    file.write_text("not json\n")
+    with pytest.raises(ArgumentError, match="not a report's answers"):
+        again()
+
+
+def test_a_model_that_knows_no_answer_has_nothing_to_keep(monkeypatch: pytest.MonkeyPatch) -> None:
+    model = TwoTowerForCausalLM.from_pretrained(module_model())
+    monkeypatch.setattr(module, "marks", lambda problems, outputs: [False] * len(problems))
+    with pytest.raises(ArgumentError, match="AR answers none of the 6 problems"):
+        sweep(model, [], per_family=1, timed=1)
+
+
+def test_a_fingerprint_knows_both_towers() -> None:
+    model = TwoTowerForCausalLM.from_pretrained(module_model())
+    before = fingerprint(model)
+    assert before == fingerprint(TwoTowerForCausalLM.from_pretrained(module_model()))
+    assert model.denoiser is not None
+    model.denoiser.norm_f.weight.data[0] += 1
+    assert fingerprint(model) != before
+
+
+def module_model() -> Path:
+    from twotower import bundled_model
+
+    return bundled_model()
+
+
+def test_the_verb_writes_picture_and_table(
+    cli: Callable[..., Result], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(module, "marks", lambda problems, outputs: [True] * len(problems))
+    monkeypatch.setattr(module, "answer", partial(module.answer, max_new_tokens=8))
+    out = tmp_path / "new" / "report"
+    options = ("-n", "1", "--timed", "1", "--difficulty", "1", "-o", str(out))
+    result = cli("report", *options, "-s", "diffusion:0.8", "--json")
+    assert result.code == 0, result.err
+    found = json.loads(result.out)
+    assert [p["setting"] for p in found["points"]] == ["ar", "diffusion:0.8"]
+    assert sorted(path.name for path in out.iterdir()) == ["answers.jsonl", "report.md", "report.png"]
+    assert "quality kept" in (out / "report.md").read_text()
+    result = cli("report", *options, "-s", "diffusion:0.8")
+    assert result.out.splitlines() == [str(out / "report.png"), str(out / "report.md")]
+
+
+def test_bad_input_is_one_line(cli: Callable[..., Result]) -> None:
+    assert_one_line_error(cli("report", "--quick", "-s", "ar"), "--quick and --setting")
+    assert_one_line_error(cli("report", "-s", "fast"), "mode is 'fast'")
