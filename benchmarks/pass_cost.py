@@ -1,4 +1,4 @@
-"""What one pass costs by its size: a denoiser's block, or a step for many texts, against one text's one-token step.
+"""What a pass costs by its size: a block denoised, a block checked, a step for many texts, in one-token steps.
 
     python benchmarks/pass_cost.py [--model DIR] [--context 256] [--threads 1] [--json]
 
@@ -9,7 +9,6 @@ one process, after a context of the same length; medians.
 from __future__ import annotations
 
 import json
-import platform
 import statistics
 import sys
 import time
@@ -25,8 +24,11 @@ keep_large_blocks()
 import torch  # noqa: E402
 from rich.console import Console  # noqa: E402
 from rich.table import Table  # noqa: E402
+from torch import Tensor  # noqa: E402
 
 from twotower import TwoTowerForCausalLM, bundled_model  # noqa: E402
+from twotower.evaluation.machine import machine  # noqa: E402
+from twotower.state import TowerState  # noqa: E402
 
 SIZES = (1, 4, 8, 16, 32)
 WARM_UP = 3
@@ -43,16 +45,25 @@ def passes(model: TwoTowerForCausalLM, context: int, room: int) -> dict[tuple[st
         many, one = (model.new_state(rows, context + room) for rows in (size, 1))
         model.prefill(text, lengths, many)
         model.prefill(text[:1], lengths[:1], one)
+        another = one.snapshot()
         view = model.reader(one).view()
         block = torch.full((1, size), mask, device=device)
         t = torch.ones(1, device=device)
 
         made["step", size] = lambda: void(model.extend(text[:, :1], many))  # its texts grow by a token a run
         made["block", size] = lambda: void(model.denoise(block, t, view))
+        made["check", size] = lambda: check(model, block, another, lengths[:1])
 
     for size in SIZES:
         prepare(size)
     return made
+
+
+def check(model: TwoTowerForCausalLM, block: Tensor, state: TowerState, lengths: Tensor) -> None:
+    """The context tower reads a block and its head judges every position; then the state is as before."""
+    model.extend(block, state, logits=True)
+    state.rollback(lengths)
+    state.tighten(int(lengths))
 
 
 def void(value: object) -> None:
@@ -93,18 +104,17 @@ def main(path: Path | None, device: str, dtype: str, context: int, repeats: int,
     ).eval()
     seconds = measure(model, context, repeats)
     base = seconds["step", 1]
-    where = torch.cuda.get_device_name() if device == "cuda" else platform.processor() or "CPU"
     if not as_json:
-        table = Table("size", "step for so many texts", "block of so many positions")
+        table = Table("size", "step for so many texts", "block denoised", "block checked")
         for size in SIZES:
             cells = (
-                f"{seconds[kind, size] * 1e3:.2f} ms, {seconds[kind, size] / base:.2f}×" for kind in ("step", "block")
+                f"{seconds[kind, size] * 1e3:.2f} ms, {seconds[kind, size] / base:.2f}×"
+                for kind in ("step", "block", "check")
             )
             table.add_row(str(size), *cells)
         Console(file=sys.stderr).print(table)
     results = {f"{kind} {size}": value for (kind, size), value in seconds.items()}
-    machine = {"device": where, "threads": threads, "dtype": str(model.dtype), "torch": torch.__version__}
-    print(json.dumps({"benchmark": "pass_cost", "model": str(source), "machine": machine, "seconds": results}))
+    print(json.dumps({"benchmark": "pass_cost", "model": str(source), "machine": machine(model), "seconds": results}))
 
 
 if __name__ == "__main__":

@@ -10,7 +10,6 @@ of 4,096 tokens.
 from __future__ import annotations
 
 import json
-import platform
 import statistics
 import sys
 import time
@@ -29,6 +28,7 @@ from rich.console import Console  # noqa: E402
 from rich.table import Table  # noqa: E402
 
 from twotower.config import BackboneConfig, TwoTowerConfig  # noqa: E402
+from twotower.evaluation.machine import surroundings  # noqa: E402
 from twotower.model.two_tower import TwoTowerForCausalLM  # noqa: E402
 from twotower.recipes.bundled import SHAPE  # noqa: E402
 from twotower.training import parallel  # noqa: E402
@@ -171,8 +171,6 @@ def main(
     world = parallel.start(device)
     compute = compute_dtype(dtype, world.device)
     results = [measure(name, shape, world, compute, repeats, rows, row_length) for name, shape in shapes().items()]
-    where = torch.cuda.get_device_name() if world.device.type == "cuda" else f"{platform.processor() or 'CPU'}"
-    machine = {"device": where, "threads": torch.get_num_threads(), "dtype": str(compute), "torch": torch.__version__}
     if not as_json:
         table = Table("shape", "parameters", "", "AR step s", "denoiser step s", "ratio", "kept, AR", "kept, denoiser")
         for result in results:
@@ -184,7 +182,8 @@ def main(
                     f"{kept['ar' + suffix] / 2**20:.0f} MiB", f"{kept['denoiser' + suffix] / 2**20:.0f} MiB",
                 )  # fmt: skip
         Console(file=sys.stderr).print(table)
-    print(json.dumps({"benchmark": "train_step", "machine": machine, "block_size": BLOCK, "results": results}))
+    found = {"benchmark": "train_step", "machine": surroundings(world.device, compute), "block_size": BLOCK}
+    print(json.dumps(found | {"results": results}))
     parallel.stop()
 
 

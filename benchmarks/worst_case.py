@@ -26,7 +26,7 @@ from rich.console import Console  # noqa: E402
 from rich.table import Table  # noqa: E402
 
 from twotower import TwoTowerForCausalLM, bundled_model  # noqa: E402
-from twotower.evaluation.bench import machine  # noqa: E402
+from twotower.evaluation.machine import machine  # noqa: E402
 from twotower.evaluation.running import Request, run  # noqa: E402
 from twotower.evaluation.suite import problems  # noqa: E402
 from twotower.generation import Generation, GenerationParams  # noqa: E402

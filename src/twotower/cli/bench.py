@@ -66,6 +66,7 @@ def bench(
     to stderr, one JSON line to stdout.
     """
     from twotower.evaluation import bench as measuring
+    from twotower.evaluation.machine import machine as machine_of
     from twotower.evaluation.settings import parse_setting
 
     parsed = [parse_setting(text) for text in settings]
@@ -78,7 +79,7 @@ def bench(
             loaded, parsed, batch_sizes=batch_sizes, contexts=contexts, new_tokens=max_new_tokens, rounds=rounds,
             ignore_eos=ignore_eos, progress=tell,
         )  # fmt: skip
-    machine = measuring.machine(loaded)
+    machine = machine_of(loaded)
     if not as_json:
         console = console_on("stderr")
         where = ", ".join(str(machine[name]) for name in ("dtype", "device", "threads"))

@@ -39,7 +39,7 @@ def report(
     """
     from twotower.evaluation import report as pictures
     from twotower.evaluation import sweep
-    from twotower.evaluation.bench import machine
+    from twotower.evaluation.machine import machine
     from twotower.evaluation.settings import parse_setting
     from twotower.plotting import drawing
 

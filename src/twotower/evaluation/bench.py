@@ -2,17 +2,12 @@
 
 from __future__ import annotations
 
-import platform
 import random
-import resource
 import statistics
-import subprocess
-import sys
 import time
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass, field
-from pathlib import Path
 from typing import Any
 
 import torch
@@ -22,7 +17,6 @@ from twotower.evaluation.running import Request, run
 from twotower.evaluation.settings import AR, Setting, beside_ar
 from twotower.evaluation.suite import problems
 from twotower.model.two_tower import TwoTowerForCausalLM
-from twotower.version import VERSION
 
 TOWERS = {"denoise": "denoiser", "extend": "context"}  # the verb whose calls are a tower's passes
 
@@ -197,37 +191,3 @@ def _measured(
         pass_seconds=passes[label],
         pass_cost={tower: seconds / passes[AR.label]["context"] for tower, seconds in passes[label].items()},
     )
-
-
-def machine(model: TwoTowerForCausalLM) -> dict[str, Any]:
-    """What a figure depends on: hardware, threads, dtype, versions, memory."""
-    cuda = model.device.type == "cuda"
-    peak = torch.cuda.max_memory_allocated() if cuda else resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
-    return {
-        "device": torch.cuda.get_device_name() if cuda else _processor(),
-        "threads": torch.get_num_threads(),
-        "dtype": str(model.dtype).removeprefix("torch."),
-        "weights_bytes": sum(p.nbytes for p in model.parameters()),
-        "peak_bytes": peak,
-        "python": platform.python_version(),
-        "torch": torch.__version__,
-        "twotower": VERSION,
-        "commit": _commit(),
-    }
-
-
-def _processor() -> str:
-    try:
-        lines = Path("/proc/cpuinfo").read_text().splitlines()
-        return next(line.split(":", 1)[1].strip() for line in lines if line.startswith("model name"))
-    except (OSError, StopIteration):
-        return platform.processor() or sys.platform
-
-
-def _commit() -> str | None:
-    """Of the checkout this runs from, if it is one."""
-    command = ["git", "-C", str(Path(__file__).parent), "describe", "--always", "--dirty"]
-    try:
-        return subprocess.run(command, capture_output=True, text=True, check=True, timeout=10).stdout.strip()
-    except (OSError, subprocess.SubprocessError):
-        return None

@@ -1,0 +1,56 @@
+"""What a measured figure depends on."""
+
+from __future__ import annotations
+
+import platform
+import resource
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import nn
+
+from twotower.version import VERSION
+
+
+def machine(model: nn.Module) -> dict[str, Any]:
+    """What a figure of this model depends on, its size included."""
+    parameters = list(model.parameters())
+    return surroundings(parameters[0].device, parameters[0].dtype) | {
+        "weights_bytes": sum(p.nbytes for p in parameters)
+    }
+
+
+def surroundings(device: torch.device, dtype: torch.dtype) -> dict[str, Any]:
+    """Hardware, threads, dtype, versions and memory (the process's peak so far, or the accelerator's)."""
+    cuda = device.type == "cuda"
+    peak = torch.cuda.max_memory_allocated() if cuda else resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
+    return {
+        "device": torch.cuda.get_device_name() if cuda else _processor(),
+        "threads": torch.get_num_threads(),
+        "dtype": str(dtype).removeprefix("torch."),
+        "peak_bytes": peak,
+        "python": platform.python_version(),
+        "torch": torch.__version__,
+        "twotower": VERSION,
+        "commit": _commit(),
+    }
+
+
+def _processor() -> str:
+    try:
+        lines = Path("/proc/cpuinfo").read_text().splitlines()
+        return next(line.split(":", 1)[1].strip() for line in lines if line.startswith("model name"))
+    except (OSError, StopIteration):
+        return platform.processor() or sys.platform
+
+
+def _commit() -> str | None:
+    """Of the checkout this runs from, if it is one."""
+    command = ["git", "-C", str(Path(__file__).parent), "describe", "--always", "--dirty"]
+    try:
+        return subprocess.run(command, capture_output=True, text=True, check=True, timeout=10).stdout.strip()
+    except (OSError, subprocess.SubprocessError):
+        return None
