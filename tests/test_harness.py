@@ -296,6 +296,15 @@ def test_bad_input_is_one_line(
     assert_one_line_error(cli("eval", *(str(data) if word == "DATA" else word for word in arguments)), *words)
 
 
+def test_a_hub_out_of_reach_is_one_line(cli: Callable[..., Result], monkeypatch: pytest.MonkeyPatch) -> None:
+    from datasets import config
+
+    monkeypatch.setattr(config, "HF_HUB_OFFLINE", True)
+    monkeypatch.delenv("TWOTOWER_DATA", raising=False)
+    result = cli("eval", "-t", "gsm8k", "--limit", "1")
+    assert_one_line_error(result, "gsm8k: ", "--data reads it from a folder")
+
+
 def test_the_harness_own_command_line_knows_the_model(cli: Callable[..., Result], tmp_path: Path) -> None:
     """A task of the user's own, from a file, as lm-evaluation-harness reads them."""
     lines(tmp_path / "items.jsonl", {"q": "User: I need a taxi to the", "a": " airport."})

@@ -3,9 +3,7 @@
 from __future__ import annotations
 
 import importlib.util
-import os
 from collections.abc import Sequence
-from contextlib import contextmanager
 from pathlib import Path
 from statistics import fmean
 from typing import TYPE_CHECKING
@@ -14,8 +12,6 @@ from twotower.cli.terminal import passing_line
 from twotower.errors import ArgumentError
 
 if TYPE_CHECKING:
-    from collections.abc import Iterator
-
     from rich.table import Table
 
     from twotower.evaluation.harness.run import Score
@@ -43,13 +39,13 @@ def measure(
     model: TwoTowerForCausalLM, settings: Sequence[Setting], names: Sequence[str], *, data: Path | None,
     limit: int | None, run_code: bool, likelihood: str, rows: int,
 ) -> list[Score]:  # fmt: skip
-    """Scores of every task under AR and every other setting. lm-evaluation-harness's own bars are kept quiet."""
+    """Scores of every task under AR and every other setting."""
     from twotower.evaluation.harness.run import run_tasks
 
-    with passing_line() as tell, _no_bars():
+    with passing_line() as tell:
         return run_tasks(
             model, settings, _chosen(names), data=data, limit=limit, run_code=run_code, likelihood=likelihood,
-            rows=rows, progress=lambda text: tell(f"{text} …"),
+            rows=rows, progress=tell,
         )  # fmt: skip
 
 
@@ -89,6 +85,8 @@ def table(scores: Sequence[Score]) -> Table:
             kept += [f"keeps {means[setting] / means['ar']:.1%}" if means["ar"] else "", ""]
     out.add_section()
     out.add_row(*kept)
+    if shortened := sum(score.shortened for score in scores):
+        out.caption = f"{shortened} prompts did not fit the context window and lost their beginning"
     return out
 
 
@@ -96,20 +94,3 @@ def _chosen(names: Sequence[str]) -> list[str]:
     from twotower.evaluation.harness.tasks import TASKS
 
     return list(TASKS) if EVERY in names else list(dict.fromkeys(names))
-
-
-@contextmanager
-def _no_bars() -> Iterator[None]:
-    """tqdm reads its default from the environment when it is imported."""
-    before = os.environ.get("TQDM_DISABLE")
-    os.environ["TQDM_DISABLE"] = "1"
-    try:
-        from datasets.utils.logging import disable_progress_bar
-
-        disable_progress_bar()
-        yield
-    finally:
-        if before is None:
-            del os.environ["TQDM_DISABLE"]
-        else:
-            os.environ["TQDM_DISABLE"] = before

@@ -24,14 +24,15 @@ def console_on(stream: Literal["stdout", "stderr"]) -> Console:
 @contextmanager
 def passing_line() -> Iterator[Callable[[str], None]]:
     """A line on a terminal's stderr that says what was last told; gone afterwards."""
-    shown = sys.stderr.isatty()
+    stream = sys.stderr  # the one of now: what works meanwhile may have its own taken away
+    shown = stream.isatty()
 
     def tell(text: str) -> None:
         if shown:
-            click.secho(f"\r\x1b[K{text}", err=True, nl=False, dim=True)
+            click.secho(f"\r\x1b[K{text}", file=stream, nl=False, dim=True)
 
     try:
         yield tell
     finally:
         if shown:
-            click.echo("\r\x1b[K", err=True, nl=False)
+            click.echo("\r\x1b[K", file=stream, nl=False)

@@ -9,7 +9,8 @@
 from __future__ import annotations
 
 import logging
-from collections.abc import Sequence
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any
 
@@ -109,6 +110,7 @@ class TwoTowerLM(TemplateLM):
         self.max_length = min(int(max_length), window) if max_length else window
         self.tokenizer = self.model.tokenizer
         self.spent = Spent()
+        self.progress: Callable[[int, int], object] | None = None  # told (done, of how many) in place of a bar
 
     # --- what lm-evaluation-harness asks ---------------------------------------------------------------------------
 
@@ -147,8 +149,8 @@ class TwoTowerLM(TemplateLM):
     ) -> list[tuple[float, bool]]:
         # The last token is never read, so what is read fits where all but one do.
         pairs = [(self._left_cut(given, self.max_length + 1 - len(text)), text) for _, given, text in requests]
-        with tqdm(total=len(pairs), desc=f"ln P by the {self._scorer}", disable=disable_tqdm) as bar:
-            found = self._score(pairs, lambda done: bar.update(done - bar.n))
+        with self._bar(f"ln P by the {self._scorer}", len(pairs), disable_tqdm) as tell:
+            found = self._score(pairs, tell)
         for (asked, _, _), (value, greedy) in zip(requests, found, strict=True):
             if asked is not None:
                 self.cache_hook.add_partial("loglikelihood", asked, (value, greedy))
@@ -167,14 +169,23 @@ class TwoTowerLM(TemplateLM):
 
     def generate_until(self, requests: list[Instance], disable_tqdm: bool = False) -> list[str]:
         asked = [self._request(*request.args) for request in requests]
-        with tqdm(total=len(asked), desc=self.setting.label, disable=disable_tqdm) as bar:
-            outputs = run(self.model, asked, self.rows, lambda done: bar.update(done - bar.n))
+        with self._bar(self.setting.label, len(asked), disable_tqdm) as tell:
+            outputs = run(self.model, asked, self.rows, tell)
         for request, output in zip(requests, outputs, strict=True):
             self.spent.add(output)
             self.cache_hook.add_partial("generate_until", request.args, output.text)
         return [output.text for output in outputs]
 
     # ---------------------------------------------------------------------------------------------------------------
+
+    @contextmanager
+    def _bar(self, what: str, count: int, disabled: bool) -> Iterator[Callable[[int], object]]:
+        """Progress as lm-evaluation-harness shows it, unless somebody else wants to know."""
+        if self.progress is not None:
+            yield lambda done: self.progress and self.progress(done, count)
+            return
+        with tqdm(total=count, desc=what, disable=disabled) as bar:
+            yield lambda done: bar.update(done - bar.n)
 
     @property
     def _scorer(self) -> str:

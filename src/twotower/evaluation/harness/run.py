@@ -2,16 +2,18 @@
 
 from __future__ import annotations
 
+import io
 import logging
 import time
 from collections.abc import Callable, Sequence
+from contextlib import redirect_stderr
 from dataclasses import asdict, dataclass
-from functools import cache
+from functools import cache, partial
 from pathlib import Path
 from statistics import fmean
 from typing import Any
 
-from lm_eval.evaluator import simple_evaluate
+from lm_eval.evaluator import evaluate
 from lm_eval.tasks import TaskManager
 
 from twotower.errors import ArgumentError
@@ -20,6 +22,8 @@ from twotower.evaluation.harness.tasks import TASKS, check, loadable
 from twotower.evaluation.paired import Paired, compare
 from twotower.evaluation.settings import AR, Setting, beside_ar
 from twotower.model.two_tower import TwoTowerForCausalLM
+
+EXAMPLES_SEED = 1234  # lm-evaluation-harness's default: which examples stand in the prompts
 
 
 @dataclass(frozen=True)
@@ -77,9 +81,9 @@ def run_tasks(
             by = None if TASKS[name].kind == "generate" else "context" if setting is AR else likelihood
             key = (setting.label, "") if by is None else ("", by)
             if key not in known:
-                if progress is not None:
-                    progress(f"{name}: {setting.label if by is None else by}")
                 lm = TwoTowerLM(model, setting=setting, likelihood=by or "context", batch_size=rows)
+                if progress is not None:
+                    lm.progress = partial(_tell, progress, f"{name}, {setting.label if by is None else by}")
                 began = time.perf_counter()
                 items = _items(lm, manager, name, data, limit, run_code)
                 known[key] = items, lm.spent, time.perf_counter() - began
@@ -101,6 +105,10 @@ def run_tasks(
     return scores
 
 
+def _tell(progress: Callable[[str], object], what: str, done: int, count: int) -> None:
+    progress(f"{what}: {done} of {count}")
+
+
 @cache
 def _manager() -> TaskManager:
     """The index of all of lm-evaluation-harness's tasks, which takes seconds to read."""
@@ -111,15 +119,14 @@ def _items(
     lm: TwoTowerLM, manager: TaskManager, name: str, data: Path | None, limit: int | None, run_code: bool
 ) -> list[float]:
     """The score of each item, in an order that depends on the task alone."""
-    found = simple_evaluate(
-        model=lm,
-        tasks=loadable(name, data),
-        task_manager=manager,
-        limit=limit,
-        bootstrap_iters=0,
-        log_samples=True,
-        confirm_run_unsafe_code=run_code,
-    )
+    try:
+        with redirect_stderr(io.StringIO()):  # a bar for each part, which says less than our line
+            loaded = manager.load(loadable(name, data))
+            for task in loaded["tasks"].values():
+                task.set_fewshot_seed(seed=EXAMPLES_SEED)
+            found = evaluate(lm, loaded, limit=limit, bootstrap_iters=0, confirm_run_unsafe_code=run_code)
+    except OSError as error:  # of which the hub's are
+        raise ArgumentError(f"{name}: {error}; --data reads it from a folder of files instead") from None
     assert found is not None
     metric, wanted_filter = TASKS[name].metric.rsplit(",", 1)
     out = []
