@@ -263,6 +263,23 @@ def test_official_sets_are_whole(name: str, counts: Any) -> None:
         assert len(sizes) == 57
 
 
+@pytest.mark.skipif(not SHARED.is_dir(), reason=f"{SHARED} is not there: no reference solution is run")
+@pytest.mark.parametrize("count", [4, pytest.param(None, marks=[pytest.mark.slow, pytest.mark.timeout(1800)])])
+@pytest.mark.parametrize("name", ["humaneval", "mbpp"])
+def test_reference_solutions_pass_and_others_do_not(name: str, count: int | None) -> None:
+    """In the sandbox, as programs of a model would be run."""
+    (part,) = parts_of(name, SHARED)
+    judge = part["process_results"]
+    failed = []
+    for item in part["custom_dataset"]()["test"].to_list()[:count]:
+        solution = item["canonical_solution"] if name == "humaneval" else item["code"]
+        if judge(item, [solution])["pass@1"] != 1.0:
+            failed.append(item["task_id"])
+        assert judge(item, ["    pass\n" if name == "humaneval" else "pass"])["pass@1"] == 0.0
+    print(f"\n{name}: reference solutions that fail in the sandbox: {failed}")
+    assert not failed
+
+
 # --- the verb -------------------------------------------------------------------------------------------------------
 
 
