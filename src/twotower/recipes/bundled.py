@@ -5,7 +5,8 @@
     start          twotower init: both towers its copies                            → OUT/start
     continuations  the backbone's own greedy continuations of cut dialogues         → OUT/continuations.jsonl
     denoiser       twotower train: continuations and problems                       → OUT/denoiser/model
-    export         in bf16, with the losses of both trainings                       → OUT/model
+    longer         the same for longer, more of what it learns last                 → OUT/longer/model
+    export         in bf16, with the losses of all trainings                        → OUT/model
     figures        accuracy, tokens a pass and likelihoods on held-out text         → OUT/model/metrics.json
 
 DATA is a folder with train.jsonl.gz and valid.jsonl.gz (`text` per line). A stage whose result is there is passed
@@ -30,10 +31,11 @@ import click
 from twotower.allocator import keep_large_blocks
 
 SEED = 1
-STAGES = ("text", "backbone", "start", "continuations", "denoiser", "export", "figures")
-PROBLEMS = 180_000
+STAGES = ("text", "backbone", "start", "continuations", "denoiser", "longer", "export", "figures")
+PROBLEMS, HARD_PROBLEMS = 180_000, 90_000
 DIFFICULTIES = (1, 2, 3)
 PRACTISED_TWICE = ("edits", "recall")  # the families that a small model learns last get twice the share
+HARD_TO_DENOISE = ("arithmetic", "word")  # whose every step depends on the one before
 CONTINUATIONS = 5000
 CONTINUATION_LENGTH = 320
 LOGGED = 100  # steps for one line of what is shipped
@@ -63,7 +65,9 @@ SHAPE = {
 COMMON = ["--rows", "6", "--row-length", "512", "--seed", str(SEED), "--validate-every", "400"]
 PRETRAIN = ["--no-prompt-loss", "--split-digits", "--rate", "2e-3", "--decay", "0.4"]
 TRAIN = ["--block-size", "16", "--rate", "1.5e-3"]
-DIALOGUE_SHARE = {"backbone": 0.09, "denoiser": 0.14}
+LONGER = ["--block-size", "16", "--rate", "1e-3", "--decay", "0.6"]
+DIALOGUE_SHARE = {"backbone": 0.09, "denoiser": 0.14, "longer": 0.09}
+HARD_SHARE = 0.35
 
 
 def write_text(out: Path) -> None:
@@ -75,6 +79,8 @@ def write_text(out: Path) -> None:
     partial = out / "suite.partial"
     write_jsonl(partial, problems("train", PROBLEMS, SEED, families, DIFFICULTIES))
     partial.rename(out / "suite.jsonl")
+    write_jsonl(partial, problems("train", HARD_PROBLEMS, SEED + 1, HARD_TO_DENOISE, DIFFICULTIES))
+    partial.rename(out / "hard.jsonl")
 
 
 def write_continuations(data: Path, out: Path, processes: int) -> None:
@@ -127,12 +133,17 @@ def _finish(texts: list[str]) -> list[str]:
     ]
 
 
-def commands(data: Path, out: Path, backbone_steps: int, denoiser_steps: int) -> dict[str, list[str]]:
+def commands(
+    data: Path, out: Path, backbone_steps: int, denoiser_steps: int, longer_steps: int
+) -> dict[str, list[str]]:
     """The stages that are commands of `twotower`."""
 
     def mixture(stage: str, dialogues: Path) -> list[str]:
         share = DIALOGUE_SHARE[stage]
-        return ["--data", f"{dialogues}={share:g}", "--data", f"{out / 'suite.jsonl'}={1 - share:g}"]
+        hard = HARD_SHARE if stage == "longer" else 0.0
+        items = [f"{dialogues}={share:g}", f"{out / 'suite.jsonl'}={1 - share - hard:g}"]
+        items += [f"{out / 'hard.jsonl'}={hard:g}"] if hard else []
+        return [word for item in items for word in ("--data", item)]
 
     return {
         "backbone": [
@@ -143,6 +154,10 @@ def commands(data: Path, out: Path, backbone_steps: int, denoiser_steps: int) ->
         "denoiser": [
             "train", f"{out / 'start'}", "-o", f"{out / 'denoiser'}",
             "--steps", str(denoiser_steps), *mixture("denoiser", out / "continuations.jsonl"), *TRAIN, *COMMON,
+        ],
+        "longer": [
+            "train", f"{out / 'denoiser' / 'model'}", "-o", f"{out / 'longer'}",
+            "--steps", str(longer_steps), *mixture("longer", out / "continuations.jsonl"), *LONGER, *COMMON,
         ],
     }  # fmt: skip
 
@@ -155,9 +170,9 @@ def export(out: Path) -> None:
 
     partial = out / "model.partial"
     shutil.rmtree(partial, ignore_errors=True)
-    TwoTowerForCausalLM.from_pretrained(out / "denoiser/model", dtype=torch.bfloat16).save_pretrained(partial)
+    TwoTowerForCausalLM.from_pretrained(out / "longer/model", dtype=torch.bfloat16).save_pretrained(partial)
     with (partial / "training.jsonl").open("w") as lines:
-        for stage in ("backbone", "denoiser"):
+        for stage in ("backbone", "denoiser", "longer"):
             records = [json.loads(line) for line in (out / stage / "log.jsonl").read_text().splitlines()]
             lines.writelines(json.dumps(record) + "\n" for record in thinned(stage, records))
     partial.rename(out / "model")
@@ -193,20 +208,22 @@ def measure(data: Path, out: Path) -> None:
 @click.option("--stage", "stages", type=click.Choice(STAGES), multiple=True, help="[default: all that are not done]")
 @click.option("--backbone-steps", type=int, default=4800, show_default=True)
 @click.option("--denoiser-steps", type=int, default=5000, show_default=True)
+@click.option("--longer-steps", type=int, default=3600, show_default=True)
 @click.option(
     "--processes", type=int, default=1, show_default=True, help="Processes; 2 or 3 divide the batch's 6 rows."
 )
 def main(
-    data: Path, out: Path, stages: tuple[str, ...], backbone_steps: int, denoiser_steps: int, processes: int
-) -> None:
+    data: Path, out: Path, stages: tuple[str, ...], backbone_steps: int, denoiser_steps: int, longer_steps: int,
+    processes: int,
+) -> None:  # fmt: skip
     """Makes the bundled model."""
     keep_large_blocks()
     out.mkdir(parents=True, exist_ok=True)
     results = {
-        "text": "suite.jsonl", "backbone": "backbone/model", "start": "start", "continuations": "continuations.jsonl",
-        "denoiser": "denoiser/model", "export": "model", "figures": "model/metrics.json",
+        "text": "hard.jsonl", "backbone": "backbone/model", "start": "start", "continuations": "continuations.jsonl",
+        "denoiser": "denoiser/model", "longer": "longer/model", "export": "model", "figures": "model/metrics.json",
     }  # fmt: skip
-    programs = commands(data, out, backbone_steps, denoiser_steps)
+    programs = commands(data, out, backbone_steps, denoiser_steps, longer_steps)
     for stage in stages or STAGES:
         if not stages and (out / results[stage]).exists():
             continue
