@@ -30,8 +30,10 @@ import torch  # noqa: E402
 from torch import Tensor, nn  # noqa: E402
 
 from twotower.config import BackboneConfig, TwoTowerConfig  # noqa: E402
+from twotower.evaluation.evaluate import evaluate  # noqa: E402
+from twotower.evaluation.settings import parse_setting  # noqa: E402
 from twotower.evaluation.suite import problems, write_jsonl  # noqa: E402
-from twotower.evaluation.suite.measure import measure_suite  # noqa: E402
+from twotower.evaluation.suite.scoring import OVERALL  # noqa: E402
 from twotower.model import conditioning  # noqa: E402
 from twotower.model.blockwise import Layout, denoise_layer, read_layer  # noqa: E402
 from twotower.model.conditioning import TimeConditioning  # noqa: E402
@@ -273,13 +275,12 @@ def generate(material: Material, variation: Variation, whole: dict[str, Tensor])
         model.time = None
     model.tokenizer = material.tokenizer
     size = min(variation.block_size, 16)
-    found = measure_suite(
-        model.eval(), problems("test", 180, seed=11, difficulties=(1,)), thresholds=(0.8,), block_size=size
-    )
+    asked = problems("test", 180, seed=11, difficulties=(1,))
+    ar, found = evaluate(model.eval(), [parse_setting(f"diffusion:0.8,block_size={size}")], asked, likelihood=False)
     return {
-        "tokens_per_pass": found["diffusion_0.8"]["tokens_per_pass"],
-        "accuracy": found["diffusion_0.8"]["accuracy"]["overall"],
-        "ar_accuracy": found["ar"]["accuracy"]["overall"],
+        "tokens_per_pass": found.tokens[OVERALL] / found.denoiser_passes[OVERALL],
+        "accuracy": found.accuracy[OVERALL],
+        "ar_accuracy": ar.accuracy[OVERALL],
     }
 
 

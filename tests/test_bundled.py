@@ -10,7 +10,8 @@ from pathlib import Path
 import pytest
 
 from twotower import TwoTowerForCausalLM, bundled_model
-from twotower.evaluation.held_out import ar_nats, encode, measure_generation, read_documents
+from twotower.evaluation.held_out import encode, measure_generation, read_documents
+from twotower.evaluation.likelihood import ar_nats
 from twotower.evaluation.ngram import KneserNey
 
 DATA = Path(os.environ.get("TWOTOWER_DATA", Path(__file__).parents[2] / "shared" / "data")) / "corpora/sgd_dialogues"

@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING
 
 import click
 
+from twotower import ready
 from twotower.cli import model as models
 from twotower.cli.evaluate import SETTINGS
 from twotower.cli.terminal import console_on, passing_line
@@ -53,7 +54,7 @@ if TYPE_CHECKING:
 @click.option("-n", "--max-new-tokens", type=click.IntRange(1), default=128, show_default=True)
 @click.option("--rounds", type=click.IntRange(1), default=5, show_default=True, help="Counted; one more warms up.")
 @click.option("--ignore-eos", is_flag=True, help="Every row goes on to the last token.")
-@click.option("--dtype", type=click.Choice(models.DTYPES), default="auto", show_default=True)
+@click.option("--dtype", type=click.Choice(ready.DTYPES), default="auto", show_default=True)
 @click.option("--threads", type=click.IntRange(1), help="CPU threads.")
 @click.option("--json", "as_json", is_flag=True, help="No table.")
 def bench(
@@ -70,10 +71,10 @@ def bench(
     from twotower.evaluation.settings import parse_setting
 
     parsed = [parse_setting(text) for text in settings]
-    source = models.source_of(model)
-    with models.note(f"loading {models.name_of(source)} …"):
-        loaded = models.load(source, dtype=dtype, threads=threads)
-    models.need_tokenizer(loaded, source, "there are no prompts; put one there")
+    source = ready.source_of(model)
+    with models.note(f"loading {ready.name_of(source)} …"):
+        loaded = ready.load(source, dtype=dtype, threads=threads)
+    ready.need_tokenizer(loaded, source, "there are no prompts; put one there")
     with passing_line() as tell:
         found = measuring.bench(
             loaded, parsed, batch_sizes=batch_sizes, contexts=contexts, new_tokens=max_new_tokens, rounds=rounds,
@@ -83,7 +84,7 @@ def bench(
     if not as_json:
         console = console_on("stderr")
         where = ", ".join(str(machine[name]) for name in ("dtype", "device", "threads"))
-        console.print(f"{models.name_of(source)}, {where} thread{'s' * (machine['threads'] > 1)}")
+        console.print(f"{ready.name_of(source)}, {where} thread{'s' * (machine['threads'] > 1)}")
         for table in tables(found):
             console.print(table)
     click.echo(json.dumps({"model": str(source), "machine": machine, "measured": [one.to_dict() for one in found]}))

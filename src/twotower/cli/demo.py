@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING, Any
 
 import click
 
+from twotower import ready
 from twotower.cli import model as models
 from twotower.cli.terminal import console_on
 from twotower.modes import BLOCK_MODES, MODES
@@ -37,17 +38,17 @@ def demo(model: str | None, threads: int | None, as_json: bool) -> None:
 
     Greedy, one prompt, everything measured in this run.
     """
-    source = models.source_of(model)
-    with models.note(f"loading {models.name_of(source)} …"):
-        loaded = models.load(source, threads=threads)
-    models.need_tokenizer(loaded, source, "there is no text to show; take another model")
+    source = ready.source_of(model)
+    with models.note(f"loading {ready.name_of(source)} …"):
+        loaded = ready.load(source, threads=threads)
+    ready.need_tokenizer(loaded, source, "there is no text to show; take another model")
     console = console_on("stdout")
     if not as_json:
         console.print(heading(source, loaded), end="\n\n", soft_wrap=not console.is_terminal)
         show(loaded)
     results = measure(loaded)
     if as_json:
-        facts = {"prompt": PROMPT, "model": str(source), **models.placement(loaded)}
+        facts = {"prompt": PROMPT, "model": str(source), **ready.placement(loaded)}
         modes = [result.to_dict() | {"times_ar": times_ar(results, mode)} for mode, result in results.items()]
         click.echo(json.dumps(facts | {"confidence_threshold": THRESHOLD, "modes": modes}, ensure_ascii=False))
         return
@@ -60,12 +61,12 @@ def heading(source: str | Path, model: TwoTowerForCausalLM) -> Text:
     import torch
     from rich.text import Text
 
-    where = models.placement(model)
+    where = ready.placement(model)
     size = sum(parameter.numel() for parameter in model.parameters()) / 1e6
     count = torch.get_num_threads()
     threads = f", {count} thread{'s' if count > 1 else ''}" if model.device.type == "cpu" else ""
     return Text.assemble(
-        (models.name_of(source), "bold"),
+        (ready.name_of(source), "bold"),
         f": {size:.1f} M parameters in two towers of "
         f"{model.config.num_hidden_layers} layers ({model.config.hybrid_override_pattern}), {where['dtype']} on "
         f"{where['context_device']}{threads}",
@@ -74,7 +75,7 @@ def heading(source: str | Path, model: TwoTowerForCausalLM) -> Text:
 
 def parameters(model: TwoTowerForCausalLM, mode: str) -> dict[str, Any]:
     """The arguments of `model.stream`: greedy, the same length in every mode."""
-    shared = {"mode": mode, "max_new_tokens": NEW_TOKENS, "eos_token_id": models.eos_of(model)}
+    shared = {"mode": mode, "max_new_tokens": NEW_TOKENS, "eos_token_id": ready.eos_of(model)}
     if mode not in BLOCK_MODES:
         return shared
     return shared | {"confidence_threshold": THRESHOLD, "mask_token_id": model.config.mask_token}

@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING, Any
 import click
 from click.core import ParameterSource
 
+from twotower import ready
 from twotower.cli import model as models
 from twotower.cli import tasks as published
 from twotower.cli.terminal import console_on, passing_line
@@ -60,7 +61,7 @@ ROWS = {"suite": 64, "tasks": 16}  # of a batch; few-shot prompts are long
     help="What chooses among given answers: the context tower, or also the denoiser's bound.",
 )
 @click.option("--rows", type=click.IntRange(1), help="Of a batch.  [default: 64; with --task 16]")
-@click.option("--dtype", type=click.Choice(models.DTYPES), default="auto", show_default=True)
+@click.option("--dtype", type=click.Choice(ready.DTYPES), default="auto", show_default=True)
 @click.option("--threads", type=click.IntRange(1), help="CPU threads.")
 @click.option("--json", "as_json", is_flag=True, help="No table.")
 @click.pass_context
@@ -85,11 +86,11 @@ def evaluate(
         published.need(tasks, data, run_code)
     parsed = [parse_setting(text) for text in settings]
     chosen = [] if tasks else chosen_problems(families, problems, difficulties, seed)
-    source = models.source_of(model)
-    with models.note(f"loading {models.name_of(source)} …"):
-        loaded = models.load(source, dtype=dtype, threads=threads)
-    models.need_tokenizer(loaded, source, "it cannot read problems; put one there")
-    facts: dict[str, Any] = {"model": str(source), **models.placement(loaded)}
+    source = ready.source_of(model)
+    with models.note(f"loading {ready.name_of(source)} …"):
+        loaded = ready.load(source, dtype=dtype, threads=threads)
+    ready.need_tokenizer(loaded, source, "it cannot read problems; put one there")
+    facts: dict[str, Any] = {"model": str(source), **ready.placement(loaded)}
     if tasks:
         scores = published.measure(
             loaded, parsed, tasks, data=data, limit=limit, run_code=run_code, likelihood=likelihood,
@@ -142,7 +143,7 @@ def tables(lines: list[Line]) -> Iterator[Table]:
             f"{line.accuracy[overall]:.1%}",
             "" if ar else f"{100 * pair.difference:+.1f}",
             "" if ar else f"{100 * low:+.1f}…{100 * high:+.1f}",
-            f"{line.tokens_per_pass:.2f}",
+            f"{line.tokens_per_pass[overall]:.2f}",
             f"{line.nll:.3f}",
             f"{line.repeated_4grams:.1%}",
         )

@@ -12,6 +12,7 @@ from typing import TYPE_CHECKING, Any
 
 import click
 
+from twotower import ready
 from twotower.cli import model as models
 from twotower.cli import prompt as prompts
 from twotower.errors import ArgumentError
@@ -104,7 +105,7 @@ SAMPLING_ONLY = ("seed", "top_k", "top_p")
 @click.option("--json", "as_json", is_flag=True, help="One JSON object on stdout instead of text.")
 @click.option(
     "--dtype",
-    type=click.Choice(models.DTYPES),
+    type=click.Choice(ready.DTYPES),
     default="auto",
     show_default=True,
     help="auto: as stored, but a small bf16 model in float32 on a CPU that only emulates bf16.",
@@ -210,12 +211,12 @@ def run(request: Request) -> None:
 
         check_format(request.trace)
 
-    source = models.source_of(request.model)
-    with models.note(f"loading {models.name_of(source)} …"):
+    source = ready.source_of(request.model)
+    with models.note(f"loading {ready.name_of(source)} …"):
         from twotower.generation import GenerationParams
 
         GenerationParams.of(**request.parameters())  # a bad argument is told before any weights are read
-        model = models.load(
+        model = ready.load(
             source,
             towers="context" if request.mode == "ar" else "both",
             dtype=request.dtype,
@@ -223,15 +224,15 @@ def run(request: Request) -> None:
             denoiser_device=request.denoiser_device,
             threads=request.threads,
         )
-    models.need_tokenizer(model, source, "it can neither read nor write text; put one there")
-    parameters = request.parameters() | {"eos_token_id": models.eos_of(model), "mask_token_id": model.config.mask_token}
+    ready.need_tokenizer(model, source, "it can neither read nor write text; put one there")
+    parameters = request.parameters() | {"eos_token_id": ready.eos_of(model), "mask_token_id": model.config.mask_token}
 
     shown = request.mode in MEANT_FOR["watch"] and (request.watch or request.trace)
     watcher = _watcher(model, text, request) if shown else None
     result = _stream(model, text, parameters, watcher, silent=request.as_json)
     seed = parameters["seed"] if request.temperature > 0 else None
     if request.as_json:
-        facts = {"prompt": text, "model": str(source), **models.placement(model), "seed": seed}
+        facts = {"prompt": text, "model": str(source), **ready.placement(model), "seed": seed}
         click.echo(json.dumps(facts | result.to_dict(), ensure_ascii=False))
     else:
         click.secho(statistics(result, seed), err=True, dim=True)

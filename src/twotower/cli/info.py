@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING, Any
 
 import click
 
+from twotower import ready
 from twotower.cli import model as models
 from twotower.errors import CheckpointError, ConfigError
 
@@ -28,7 +29,7 @@ def info(path: str | None, as_json: bool) -> None:
     PATH is a directory or a config.json; without one the bundled model is described. Nothing is loaded: sizes are
     counted on tensors without storage, so the largest model takes seconds and no memory.
     """
-    facts = describe(Path(models.source_of(path)))
+    facts = describe(Path(ready.source_of(path)))
     if as_json:
         click.echo(json.dumps(facts, ensure_ascii=False, allow_nan=False))
     else:

@@ -8,6 +8,7 @@ from pathlib import Path
 
 import click
 
+from twotower import ready
 from twotower.cli import model as models
 from twotower.cli.terminal import passing_line
 
@@ -25,7 +26,7 @@ from twotower.cli.terminal import passing_line
 @click.option("--seed", type=click.IntRange(0), default=0, show_default=True)
 @click.option("--rows", type=click.IntRange(1), default=64, show_default=True, help="Of a batch.")
 @click.option("--quick", is_flag=True, help="Four settings instead of the whole grid.")
-@click.option("--dtype", type=click.Choice(models.DTYPES), default="auto", show_default=True)
+@click.option("--dtype", type=click.Choice(ready.DTYPES), default="auto", show_default=True)
 @click.option("--threads", type=click.IntRange(1), help="CPU threads.")
 @click.option("--json", "as_json", is_flag=True, help="One JSON object instead of text.")
 def report(
@@ -48,15 +49,15 @@ def report(
     chosen = [parse_setting(text) for text in settings or (sweep.QUICK if quick else ())] or sweep.grid()
     with drawing():  # a missing library is told before an hour's work
         pass
-    source = models.source_of(model)
-    with models.note(f"loading {models.name_of(source)} …"):
-        loaded = models.load(source, dtype=dtype, threads=threads)
-    models.need_tokenizer(loaded, source, "it cannot read problems; put one there")
+    source = ready.source_of(model)
+    with models.note(f"loading {ready.name_of(source)} …"):
+        loaded = ready.load(source, dtype=dtype, threads=threads)
+    ready.need_tokenizer(loaded, source, "it cannot read problems; put one there")
     output.mkdir(parents=True, exist_ok=True)
     with passing_line() as tell:
         points = sweep.sweep(
             loaded, chosen, per_family=problems, timed=timed, difficulties=difficulties, seed=seed, rows=rows,
-            kept_in=output / "answers.jsonl", facts={"model": models.name_of(source), "dtype": str(loaded.dtype)},
+            kept_in=output / "answers.jsonl", facts={"model": ready.name_of(source), "dtype": str(loaded.dtype)},
             progress=tell,
         )  # fmt: skip
     where = machine(loaded)
@@ -65,7 +66,7 @@ def report(
     count = (
         f"{problems} problems of each family (levels {levels}, seed {seed}), greedy; {timed} of all timed one by one"
     )
-    title = f"{models.name_of(source)}: what each way of decoding keeps of AR's accuracy, and how fast it is"
+    title = f"{ready.name_of(source)}: what each way of decoding keeps of AR's accuracy, and how fast it is"
     pictures.draw(points, output / "report.png", f"{title}\n{count}; {place}")
     facts = [f"{count}. {place}; torch {where['torch']}, twotower {where['twotower']} ({where['commit']})."]
     (output / "report.md").write_text(pictures.markdown(points, facts), encoding="utf-8")

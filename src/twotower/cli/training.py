@@ -10,8 +10,7 @@ from typing import TYPE_CHECKING, Any
 
 import click
 
-from twotower import allocator
-from twotower.cli import model as models
+from twotower import allocator, ready
 from twotower.errors import ArgumentError
 
 if TYPE_CHECKING:
@@ -154,7 +153,7 @@ def train(
     stays as it is. RUN/model is the trained checkpoint, RUN/log.jsonl the log. Under torchrun the same command runs on
     many GPUs.
     """
-    source = str(models.source_of(None if model == "bundled" else model))
+    source = str(ready.source_of(None if model == "bundled" else model))
     if plan_only:
         figures = {
             "gpus": gpus, "gpu_memory_gib": gpu_memory, "tokens": tokens, "peak_tflops": peak_tflops,
@@ -169,7 +168,7 @@ def train(
     from twotower.training.settings import DenoiserSettings, Stage, parse_stages
 
     course = parse_stages(stages) if stages else (Stage(block_size, steps),)
-    source = str(models.source_of(None if model == "bundled" else model))
+    source = str(ready.source_of(None if model == "bundled" else model))
     settings = DenoiserSettings(model=source, stages=course, **options)
     _carry_out(
         device,

@@ -8,7 +8,7 @@ from functools import partial
 from typing import Any
 
 from twotower.errors import ArgumentError
-from twotower.evaluation.held_out import continuation_nats, repeated_share
+from twotower.evaluation.likelihood import continuation_nats
 from twotower.evaluation.paired import Paired, compare
 from twotower.evaluation.running import Request, run
 from twotower.evaluation.settings import Setting, beside_ar
@@ -21,21 +21,28 @@ from twotower.model.two_tower import TwoTowerForCausalLM
 
 @dataclass(frozen=True)
 class Line:
-    """One setting's figures. accuracy, interval: by family and overall, shares in 0..1; against_ar: the same problems
-    paired with AR, by family and overall. tokens_per_pass counts the passes of both towers, prefill apart; nll: the
-    context tower's −ln p of the answers, nats a token."""
+    """One setting's figures, by family and overall. accuracy, interval: shares in 0..1; against_ar: the same problems
+    paired with AR; passes: prefill apart. Of all problems: nll, the context tower's −ln p of the answers, nats a token;
+    accepted, drafted tokens kept a draft."""
 
     setting: str
     accuracy: dict[str, float]
     interval: dict[str, tuple[float, float]]
     against_ar: dict[str, Paired]
-    tokens: int
-    denoiser_passes: int
-    context_passes: int
-    tokens_per_pass: float
+    tokens: dict[str, int]
+    denoiser_passes: dict[str, int]
+    context_passes: dict[str, int]
     accepted: float
     nll: float
     repeated_4grams: float
+
+    @property
+    def tokens_per_pass(self) -> dict[str, float]:
+        """New tokens for a pass of either tower."""
+        return {
+            name: tokens / max(self.denoiser_passes[name] + self.context_passes[name], 1)
+            for name, tokens in self.tokens.items()
+        }
 
     def to_dict(self) -> dict[str, Any]:
         """Plain data, the derived figures included."""
@@ -43,7 +50,7 @@ class Line:
             name: asdict(pair) | {"difference": pair.difference, "interval": pair.interval, "kept": pair.kept}
             for name, pair in self.against_ar.items()
         }
-        return asdict(self) | {"against_ar": pairs}
+        return asdict(self) | {"tokens_per_pass": self.tokens_per_pass, "against_ar": pairs}
 
 
 def chosen_problems(families: Sequence[str], per_family: int, difficulties: Sequence[int], seed: int) -> list[Problem]:
@@ -116,19 +123,31 @@ def _line(
     groups = {family: places for family, places in groups.items() if places} | {OVERALL: list(range(len(problems)))}
     hits = {name: [right[i] for i in places] for name, places in groups.items()}
     nats, tokens = continuation_nats(model, prompts, outputs) if likelihood else (float("nan"), 1)
-    denoiser, context = (sum(getattr(o, f"{tower}_passes") for o in outputs) for tower in ("denoiser", "context"))
-    made = sum(len(out.tokens) for out in outputs)
+
+    def summed(count: Callable[[Generation], int]) -> dict[str, int]:
+        return {name: sum(count(outputs[i]) for i in places) for name, places in groups.items()}
+
     drafts = sum(out.drafts for out in outputs)
     return Line(
         setting=setting.label,
         accuracy={name: sum(own) / len(own) for name, own in hits.items()},
         interval={name: wilson(sum(own), len(own)) for name, own in hits.items()},
         against_ar={name: compare([base[i] for i in places], hits[name]) for name, places in groups.items()},
-        tokens=made,
-        denoiser_passes=denoiser,
-        context_passes=context,
-        tokens_per_pass=made / max(denoiser + context, 1),
+        tokens=summed(lambda out: len(out.tokens)),
+        denoiser_passes=summed(lambda out: out.denoiser_passes),
+        context_passes=summed(lambda out: out.context_passes),
         accepted=sum(out.accepted for out in outputs) / drafts if drafts else 0.0,
         nll=nats / tokens,
         repeated_4grams=repeated_share(outputs),
     )
+
+
+def repeated_share(results: Sequence[Generation], size: int = 4) -> float:
+    """Share of n-grams that occurred before in the same text."""
+    grams = repeats = 0
+    for result in results:
+        seen = set()
+        for gram in zip(*(result.tokens[k:] for k in range(size)), strict=False):
+            grams, repeats = grams + 1, repeats + (gram in seen)
+            seen.add(gram)
+    return repeats / max(grams, 1)

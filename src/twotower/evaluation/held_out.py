@@ -8,29 +8,28 @@ from __future__ import annotations
 import json
 import math
 import random
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
 import click
-import numpy as np
-import torch
 from tokenizers import Tokenizer
 
 from twotower.allocator import keep_large_blocks
 from twotower.assets import bundled_model
+from twotower.evaluation.evaluate import evaluate, repeated_share
+from twotower.evaluation.likelihood import ar_nats, continuation_nats
 from twotower.evaluation.ngram import KneserNey
 from twotower.evaluation.running import Request, run
+from twotower.evaluation.settings import parse_setting
 from twotower.evaluation.suite import problems
-from twotower.evaluation.suite.measure import measure_suite
-from twotower.generation import Generation, GenerationParams
+from twotower.generation import GenerationParams
 from twotower.model.two_tower import TwoTowerForCausalLM
-from twotower.training.corpus import EOS, Batch, Piece, Source, lay_out
-from twotower.training.corpus.packing import whole
+from twotower.training.corpus import EOS, Source
 from twotower.training.corpus.reading import whole_pass
-from twotower.training.objective import AutoregressiveObjective
 
 SEED = 7
+SUITE_SETTINGS = ("diffusion:0.8", "diffusion:0.9", "verified:draft_steps=1")
 
 
 def read_documents(path: Path) -> list[str]:
@@ -48,42 +47,6 @@ def cut_dialogue(text: str, rng: random.Random, before: float = 1.0) -> str:
     turns = text.split("\n")
     at = rng.randrange(1, max(int(before * len(turns)), 2))
     return "\n".join([*turns[:at], turns[at].split(":")[0] + ":"])
-
-
-def ar_nats(model: TwoTowerForCausalLM, documents: Sequence[Sequence[int]]) -> float:
-    """Summed −ln P of the context tower over every token after each document's first (its EOS included)."""
-    chunk = model.config.backbone.chunk_size
-    objective = AutoregressiveObjective(model.context)
-    with torch.no_grad():
-        return sum(objective(batch, None, chunk).item() for batch in _batches(documents, 16, chunk))
-
-
-def _batches(documents: Sequence[Sequence[int]], rows: int, chunk: int) -> Iterator[Batch]:
-    """Like lengths together, a document a row."""
-    ordered = sorted(documents, key=len)
-    for start in range(0, len(ordered), rows):
-        pieces = [[Piece(np.array(d, dtype=np.int32), 0, 0, False)] for d in ordered[start : start + rows]]
-        length = whole(len(ordered[min(start + rows, len(ordered)) - 1]), chunk)
-        yield lay_out(pieces, range(len(pieces)), length, chunk, eos=EOS, pad=0)
-
-
-def continuation_nats(
-    model: TwoTowerForCausalLM, prompts: Sequence[list[int]], results: Sequence[Generation]
-) -> tuple[float, int]:
-    """−ln P of the context tower, summed over the new tokens only, and their number."""
-    whole = ar_nats(model, [[*prompt, *result.tokens] for prompt, result in zip(prompts, results, strict=True)])
-    return whole - ar_nats(model, prompts), sum(len(result.tokens) for result in results)
-
-
-def repeated_share(results: Sequence[Generation], size: int = 4) -> float:
-    """Share of n-grams that occurred before in the same text."""
-    grams = repeats = 0
-    for result in results:
-        seen = set()
-        for gram in zip(*(result.tokens[k:] for k in range(size)), strict=False):
-            grams, repeats = grams + 1, repeats + (gram in seen)
-            seen.add(gram)
-    return repeats / max(grams, 1)
 
 
 def cut_dialogues(texts: Sequence[str], count: int) -> list[str]:
@@ -118,6 +81,13 @@ def measure_generation(
             "ended_by_eos": sum(r.finish_reason == "eos" for r in results) / count,
         }
     return figures
+
+
+def measure_suite(model: TwoTowerForCausalLM, count: int, level: int) -> dict[str, Any]:
+    """The suite's accuracy by each way in the card, `count` test problems of all families."""
+    asked = problems("test", count, SEED, difficulties=(level,))
+    lines = evaluate(model, [parse_setting(text) for text in SUITE_SETTINGS], asked, likelihood=False)
+    return {line.setting: line.to_dict() for line in lines} | {"problems": count}
 
 
 @click.command()
@@ -155,10 +125,7 @@ def main(
         figures["5gram_bits_per_byte"] = ngram.nats(documents) / bits
     figures |= measure_generation(model, texts, dialogues, limit, block_sizes)
     if problem_count:
-        figures["suite"] = {
-            f"difficulty_{level}": measure_suite(model, problems("test", problem_count, SEED, difficulties=(level,)))
-            for level in (1, 2)
-        }
+        figures["suite"] = {f"difficulty_{level}": measure_suite(model, problem_count, level) for level in (1, 2)}
     click.echo(json.dumps(figures, indent=2))
 
 

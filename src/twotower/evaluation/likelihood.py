@@ -1,4 +1,4 @@
-"""How likely a model finds given continuations: exactly, by the context tower, or as the denoiser's bound."""
+"""How likely a model finds given text: exactly, by the context tower, or as the denoiser's bound."""
 
 from __future__ import annotations
 
@@ -11,6 +11,7 @@ import torch
 from torch import Tensor
 
 from twotower.errors import ArgumentError
+from twotower.generation import Generation
 from twotower.kernels.precision import accumulation_dtype
 from twotower.model.blockwise import Layout, context_pass
 from twotower.model.two_tower import TwoTowerForCausalLM
@@ -18,7 +19,12 @@ from twotower.training.corpus import Piece, lay_out
 from twotower.training.corpus.batch import Batch
 from twotower.training.corpus.packing import whole
 from twotower.training.noise import Corruption
-from twotower.training.objective import LOGITS_AT_ONCE, DenoisingObjective, DenoisingOptions
+from twotower.training.objective import (
+    LOGITS_AT_ONCE,
+    AutoregressiveObjective,
+    DenoisingObjective,
+    DenoisingOptions,
+)
 
 Item = TypeVar("Item")
 Pair = tuple[Sequence[int], Sequence[int]]  # token ids: what is given (at least one), and its continuation
@@ -156,6 +162,31 @@ def _any_order(
     weight = torch.where(masked, (count / size.clamp(min=1))[..., None].double(), 0.0)
     hidden = masked | tail
     return Corruption(hidden.float().mean(-1), hidden.flatten(1)), weight.flatten(1)
+
+
+def ar_nats(model: TwoTowerForCausalLM, documents: Sequence[Sequence[int]]) -> float:
+    """Summed −ln P of the context tower over every token after each document's first (its EOS included)."""
+    chunk = model.config.backbone.chunk_size
+    objective = AutoregressiveObjective(model.context)
+    with torch.no_grad():
+        return sum(objective(batch, None, chunk).item() for batch in _documents(documents, 16, chunk))
+
+
+def continuation_nats(
+    model: TwoTowerForCausalLM, prompts: Sequence[list[int]], results: Sequence[Generation]
+) -> tuple[float, int]:
+    """−ln P of the context tower, summed over the new tokens only, and their number."""
+    whole = ar_nats(model, [[*prompt, *result.tokens] for prompt, result in zip(prompts, results, strict=True)])
+    return whole - ar_nats(model, prompts), sum(len(result.tokens) for result in results)
+
+
+def _documents(documents: Sequence[Sequence[int]], rows: int, chunk: int) -> Iterator[Batch]:
+    """Like lengths together, a document a row."""
+    ordered = sorted(documents, key=len)
+    for start in range(0, len(ordered), rows):
+        pieces = [[Piece(np.array(d, dtype=np.int32), 0, 0, False)] for d in ordered[start : start + rows]]
+        length = whole(len(ordered[min(start + rows, len(ordered)) - 1]), chunk)
+        yield lay_out(pieces, range(len(pieces)), length, chunk, eos=PAD, pad=PAD)
 
 
 def _check(pairs: Sequence[Pair]) -> None:

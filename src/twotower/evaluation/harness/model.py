@@ -20,7 +20,7 @@ from lm_eval.api.model import TemplateLM
 from lm_eval.api.registry import register_model
 from tqdm import tqdm
 
-from twotower.cli import model as models
+from twotower import ready
 from twotower.errors import ArgumentError
 from twotower.evaluation.likelihood import Likelihood, continuation_bound, continuation_likelihood
 from twotower.evaluation.running import Request, run
@@ -95,14 +95,14 @@ class TwoTowerLM(TemplateLM):
         if isinstance(pretrained, TwoTowerForCausalLM):
             self.model, self.name = pretrained, pretrained.config.name_or_path
         else:
-            source = models.source_of(pretrained)
+            source = ready.source_of(pretrained)
             if device in ("cuda", "cuda:0") and not torch.cuda.is_available():
                 device = None  # lm-evaluation-harness's default, not a wish
             self.model, self.name = (
-                models.load(source, dtype=dtype, context_device=device, denoiser_device=denoiser_device),
-                models.name_of(source),
+                ready.load(source, dtype=dtype, context_device=device, denoiser_device=denoiser_device),
+                ready.name_of(source),
             )
-            models.need_tokenizer(self.model, source, "it cannot read tasks; put one there")
+            ready.need_tokenizer(self.model, source, "it cannot read tasks; put one there")
         self.setting = parse_setting(setting) if isinstance(setting, str) else setting
         self.likelihood, self.samples = likelihood, int(samples)
         self.rows = _rows(batch_size)
@@ -116,7 +116,7 @@ class TwoTowerLM(TemplateLM):
 
     @property
     def eot_token_id(self) -> int:
-        eos = models.eos_of(self.model)
+        eos = ready.eos_of(self.model)
         if eos is None:
             raise ArgumentError("the model names no end-of-text token; a text without a beginning cannot be scored")
         return int(eos[0] if isinstance(eos, Sequence) else eos)
@@ -212,7 +212,7 @@ class TwoTowerLM(TemplateLM):
         shared: dict[str, Any] = {
             "max_new_tokens": limit,
             "stop": stops,
-            "eos_token_id": models.eos_of(self.model),
+            "eos_token_id": ready.eos_of(self.model),
             "mask_token_id": self.model.config.mask_token,
             "seed": int(arguments.get("seed", 0)),
         }
