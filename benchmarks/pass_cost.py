@@ -79,8 +79,7 @@ def measure(model: TwoTowerForCausalLM, context: int, repeats: int) -> dict[tupl
         for key, run in made.items():
             started = time.perf_counter()
             run()
-            if model.device.type == "cuda":
-                torch.cuda.synchronize()
+            model.synchronize()
             if repeat >= WARM_UP:
                 times[key].append(time.perf_counter() - started)
     return {key: statistics.median(values) for key, values in times.items()}

@@ -39,7 +39,7 @@ def test_every_setting_at_every_size_beside_ar(model: TwoTowerForCausalLM) -> No
         for one in (ar, diffusion, verified):
             assert one.spread[0] <= one.seconds <= one.spread[1]
             assert one.times_ar_spread[0] <= one.times_ar <= one.times_ar_spread[1]
-            assert one.tokens_per_second == pytest.approx(one.tokens / one.seconds, rel=0.5)
+            assert one.tokens / one.spread[1] <= one.tokens_per_second <= one.tokens / one.spread[0]
             assert one.first_seconds > one.prefill_seconds > 0
         assert diffusion.pass_cost["denoiser"] == diffusion.pass_seconds["denoiser"] / ar.pass_seconds["context"]
     assert "extend" not in vars(model)  # nothing is left of the measuring

@@ -10,8 +10,6 @@ from contextlib import contextmanager
 from dataclasses import asdict, dataclass, field
 from typing import Any
 
-import torch
-
 from twotower.errors import ArgumentError
 from twotower.evaluation.running import Request, run
 from twotower.evaluation.settings import AR, Setting, beside_ar
@@ -145,16 +143,15 @@ def watching(model: TwoTowerForCausalLM) -> Iterator[Watch]:
     """Times the passes of both towers inside the block. An accelerator is waited for after each: its passes would
     otherwise be timed by how long they took to launch."""
     watch = Watch()
-    wait = torch.cuda.synchronize if model.device.type == "cuda" else lambda: None
 
     def timed(verb: str) -> Callable[..., Any]:
         real, tower = getattr(model, verb), TOWERS[verb]
 
         def call(*args: Any, **kwargs: Any) -> Any:
-            wait()
+            model.synchronize()
             started = time.perf_counter()
             out = real(*args, **kwargs)
-            wait()
+            model.synchronize()
             watch.seconds[tower] += time.perf_counter() - started
             watch.passes[tower] += 1
             return out

@@ -103,21 +103,34 @@ def continuation_bound(
     continuation stay masked, as in generation, and t is the masked share of the block.
 
     Raises:
-        ArgumentError: no denoiser, or an empty side of a pair.
+        ArgumentError: no denoiser, towers on two devices, or an empty side of a pair.
     """
     _check(pairs)
     if model.denoiser is None or model.time is None:
         raise ArgumentError('the bound is the denoiser\'s; load the model with towers="both"')
+    if model.denoiser.device != model.device:
+        raise ArgumentError("the bound needs both towers on one device; load the model with one")
     options = DenoisingOptions(mask_token_id=model.config.mask_token, train_context=model.context is model.denoiser)
     wanted = {parameter: parameter.requires_grad for parameter in model.parameters()}
     objective = DenoisingObjective(model.context, model.denoiser, model.time, options)
+    try:
+        return _bounds(objective, model.device, pairs, block_size, samples, seed, progress)
+    finally:
+        for parameter, wants in wanted.items():
+            parameter.requires_grad_(wants)
+
+
+def _bounds(
+    objective: DenoisingObjective, device: torch.device, pairs: Sequence[Pair], block_size: int, samples: int,
+    seed: int, progress: Progress,
+) -> list[float]:  # fmt: skip
     sums = [0.0] * len(pairs)
-    numbers = [number for number in range(len(pairs)) for _ in range(samples)]
+    draws = list(enumerate(number for number in range(len(pairs)) for _ in range(samples)))
     done = 0
-    for part in _batches(list(enumerate(numbers)), lambda item: sum(map(len, pairs[item[1]])) + 2 * block_size):
+    for part in _batches(draws, lambda draw: sum(map(len, pairs[draw[1]])) + 2 * block_size):
         batch = _prompted([pairs[number] for _, number in part], block_size)
         noise, weight = _any_order(batch, block_size, samples, [place for place, _ in part], seed)
-        nll, _ = objective.denoise(batch.to(model.device), noise.to(model.device), block_size)
+        nll, _ = objective.denoise(batch.to(device), noise.to(device), block_size)
         weighted = torch.zeros(noise.masked.shape, dtype=torch.float64)
         weighted[noise.masked] = nll.double().cpu()
         for (_, number), value in zip(part, (weighted * weight).sum(1).tolist(), strict=True):
@@ -125,8 +138,6 @@ def continuation_bound(
         done += len(part)
         if progress is not None:
             progress(done // samples)
-    for parameter, wants in wanted.items():
-        parameter.requires_grad_(wants)
     return sums
 
 

@@ -168,18 +168,14 @@ def measure(model: TwoTowerForCausalLM, rows: int, block_size: int) -> Costs:
         away = view.lengths.device
         model.denoise(block.to(away), torch.ones(rows, device=away), view)
 
-    return Costs(
-        step=_fastest(extend(1), device), draft=_fastest(draft, device), check=_fastest(extend(block_size), device)
-    )
+    def fastest(run: Callable[[], None]) -> float:
+        seconds = []
+        for _ in range(REPEATS + 1):
+            model.synchronize()
+            started = time.perf_counter()
+            run()
+            model.synchronize()
+            seconds.append(time.perf_counter() - started)
+        return min(seconds[1:])
 
-
-def _fastest(run: Callable[[], None], device: torch.device) -> float:
-    wait = torch.cuda.synchronize if device.type == "cuda" else lambda: None
-    seconds = []
-    for _ in range(REPEATS + 1):
-        wait()
-        started = time.perf_counter()
-        run()
-        wait()
-        seconds.append(time.perf_counter() - started)
-    return min(seconds[1:])
+    return Costs(step=fastest(extend(1)), draft=fastest(draft), check=fastest(extend(block_size)))

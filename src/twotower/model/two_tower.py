@@ -125,6 +125,12 @@ class TwoTowerForCausalLM(PreTrainedModel):
 
     # --- verbs ----------------------------------------------------------------------------------------------------
 
+    def synchronize(self) -> None:
+        """Waits until accelerators have done what was launched on them; for clocks."""
+        for tower in (self.context, self.denoiser):
+            if tower is not None and tower.device.type == "cuda":
+                torch.cuda.synchronize(tower.device)
+
     def new_state(self, rows: int, capacity: int) -> TowerState:
         """An empty context state for `rows` texts of up to `capacity` tokens (it can grow: `reserve`)."""
         return TowerState(self.context.config, rows, capacity, self.context.device, self.dtype)
