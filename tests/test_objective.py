@@ -21,8 +21,8 @@ from packed import (
 from torch import Tensor, nn
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from twotower.model.blockwise import Layout, context_pass, read_mamba
-from twotower.model.coupling import KeyValue, MambaPast
+from twotower.model.blockwise import Layout, read_layer, read_mamba
+from twotower.model.coupling import KeyValue, MambaPast, Past
 from twotower.model.mamba2 import Mamba2
 from twotower.training import objective as objective_module
 from twotower.training.noise import Corruption, NoiseScope
@@ -388,7 +388,12 @@ def test_the_context_pass_gives_what_generation_keeps() -> None:
     """Keys, values, and the window and state before each block, against a `TowerState` grown block by block."""
     step = case()
     model, batch = step.model, step.batch
-    _, coupling = context_pass(model.context, batch.tokens, Layout(batch.document, 4))
+    layout = Layout(batch.document, 4)
+    x = model.context.embed(batch.tokens)
+    coupling: list[Past] = []
+    for layer in model.context.all_layers():
+        x, past = read_layer(layer, x, layout)
+        coupling.append(past)
     state = model.new_state(1, 0)
     for block in blocks_of(batch, 4):
         if block.lo == block.first:

@@ -10,7 +10,6 @@ import click
 
 from twotower import ready
 from twotower.cli import model as models
-from twotower.cli.evaluate import SETTINGS
 from twotower.cli.terminal import console_on, passing_line
 
 if TYPE_CHECKING:
@@ -21,16 +20,7 @@ if TYPE_CHECKING:
 
 @click.command()
 @models.model_option
-@click.option(
-    "-s",
-    "--setting",
-    "settings",
-    multiple=True,
-    default=SETTINGS,
-    show_default=True,
-    metavar="MODE[:KNOB,NAME=X…]",
-    help="A way to decode, as for eval. May be given several times; AR is always run.",
-)
+@models.setting_option
 @click.option(
     "-b",
     "--rows",
@@ -54,8 +44,8 @@ if TYPE_CHECKING:
 @click.option("-n", "--max-new-tokens", type=click.IntRange(1), default=128, show_default=True)
 @click.option("--rounds", type=click.IntRange(1), default=5, show_default=True, help="Counted; one more warms up.")
 @click.option("--ignore-eos", is_flag=True, help="Every row goes on to the last token.")
-@click.option("--dtype", type=click.Choice(ready.DTYPES), default="auto", show_default=True)
-@click.option("--threads", type=click.IntRange(1), help="CPU threads.")
+@models.dtype_option
+@models.threads_option
 @click.option("--json", "as_json", is_flag=True, help="No table.")
 def bench(
     model: str | None, settings: tuple[str, ...], batch_sizes: tuple[int, ...], contexts: tuple[int, ...],
@@ -71,10 +61,7 @@ def bench(
     from twotower.evaluation.settings import parse_setting
 
     parsed = [parse_setting(text) for text in settings]
-    source = ready.source_of(model)
-    with models.note(f"loading {ready.name_of(source)} …"):
-        loaded = ready.load(source, dtype=dtype, threads=threads)
-    ready.need_tokenizer(loaded, source, "there are no prompts; put one there")
+    loaded, source = models.opened(model, "there are no prompts; put one there", dtype=dtype, threads=threads)
     with passing_line() as tell:
         found = measuring.bench(
             loaded, parsed, batch_sizes=batch_sizes, contexts=contexts, new_tokens=max_new_tokens, rounds=rounds,

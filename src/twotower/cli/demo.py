@@ -31,17 +31,14 @@ SHOWN_CHARACTERS = 140
 
 @click.command()
 @models.model_option
-@click.option("--threads", type=click.IntRange(min=1), help="CPU threads.")
+@models.threads_option
 @click.option("--json", "as_json", is_flag=True, help="Only measure: one JSON object on stdout.")
 def demo(model: str | None, threads: int | None, as_json: bool) -> None:
     """Watch a block being denoised, then compare the modes.
 
     Greedy, one prompt, everything measured in this run.
     """
-    source = ready.source_of(model)
-    with models.note(f"loading {ready.name_of(source)} …"):
-        loaded = ready.load(source, threads=threads)
-    ready.need_tokenizer(loaded, source, "there is no text to show; take another model")
+    loaded, source = models.opened(model, "there is no text to show; take another model", threads=threads)
     console = console_on("stdout")
     if not as_json:
         console.print(heading(source, loaded), end="\n\n", soft_wrap=not console.is_terminal)

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Iterator
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -20,7 +19,6 @@ if TYPE_CHECKING:
 
     from twotower.evaluation.evaluate import Line
 
-SETTINGS = ("diffusion:0.8", "diffusion:0.9", "verified:draft_steps=1")
 OF_THE_SUITE = {"problems", "families", "difficulties", "seed", "max_new_tokens"}
 OF_TASKS = {"limit", "run_code", "likelihood"}
 ROWS = {"suite": 64, "tasks": 16}  # of a batch; few-shot prompts are long
@@ -28,17 +26,7 @@ ROWS = {"suite": 64, "tasks": 16}  # of a batch; few-shot prompts are long
 
 @click.command("eval")
 @models.model_option
-@click.option(
-    "-s",
-    "--setting",
-    "settings",
-    multiple=True,
-    default=SETTINGS,
-    show_default=True,
-    metavar="MODE[:KNOB,NAME=X…]",
-    help="A way to decode, e.g. diffusion:0.8, diffusion:factor=1.2,block_size=8, verified:acceptance=0.3. "
-    "May be given several times; AR is always run.",
-)
+@models.setting_option
 @click.option("-n", "--problems", type=click.IntRange(1), default=100, show_default=True, help="Of each family.")
 @click.option("--family", "families", multiple=True, metavar="NAME", help="[default: all]")
 @click.option("--difficulty", "difficulties", type=int, multiple=True, default=(1, 2), show_default=True)
@@ -61,8 +49,8 @@ ROWS = {"suite": 64, "tasks": 16}  # of a batch; few-shot prompts are long
     help="What chooses among given answers: the context tower, or also the denoiser's bound.",
 )
 @click.option("--rows", type=click.IntRange(1), help="Of a batch.  [default: 64; with --task 16]")
-@click.option("--dtype", type=click.Choice(ready.DTYPES), default="auto", show_default=True)
-@click.option("--threads", type=click.IntRange(1), help="CPU threads.")
+@models.dtype_option
+@models.threads_option
 @click.option("--json", "as_json", is_flag=True, help="No table.")
 @click.pass_context
 def evaluate(
@@ -86,10 +74,7 @@ def evaluate(
         published.need(tasks, data, run_code)
     parsed = [parse_setting(text) for text in settings]
     chosen = [] if tasks else chosen_problems(families, problems, difficulties, seed)
-    source = ready.source_of(model)
-    with models.note(f"loading {ready.name_of(source)} …"):
-        loaded = ready.load(source, dtype=dtype, threads=threads)
-    ready.need_tokenizer(loaded, source, "it cannot read problems; put one there")
+    loaded, source = models.opened(model, "it cannot read problems; put one there", dtype=dtype, threads=threads)
     facts: dict[str, Any] = {"model": str(source), **ready.placement(loaded)}
     if tasks:
         scores = published.measure(
@@ -97,7 +82,7 @@ def evaluate(
             rows=rows or ROWS["tasks"],
         )  # fmt: skip
         found = {"tasks": [score.to_dict() for score in scores]}
-        shown = iter((published.table(scores),))
+        shown: tuple[Table, ...] = (published.table(scores),)
     else:
         with passing_line() as tell:
             lines = measure(
@@ -122,7 +107,7 @@ def _refuse(context: click.Context, names: set[str], why: str) -> None:
             raise click.UsageError(f"{parameter.opts[-1]} {why}; leave it out")
 
 
-def tables(lines: list[Line]) -> Iterator[Table]:
+def tables(lines: list[Line]) -> tuple[Table, ...]:
     """What each setting costs and keeps, then its accuracy by family; a row a setting."""
     from rich import box
     from rich.table import Table
@@ -148,4 +133,4 @@ def tables(lines: list[Line]) -> Iterator[Table]:
             f"{line.repeated_4grams:.1%}",
         )
         by_family.add_row(label, *(f"{line.accuracy[family]:.1%}" for family in families))
-    return iter((costs, by_family))
+    return costs, by_family

@@ -4,14 +4,52 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from contextlib import contextmanager
+from pathlib import Path
+from typing import TYPE_CHECKING
 
 import click
 
+from twotower import ready
 from twotower.cli.terminal import passing_line
+
+if TYPE_CHECKING:
+    from twotower.model.two_tower import TwoTowerForCausalLM
 
 model_option = click.option(
     "-m", "--model", metavar="MODEL", help="Checkpoint directory or hub id.  [default: the bundled model]"
 )
+
+
+SETTINGS = ("diffusion:0.8", "diffusion:0.9", "verified:draft_steps=1")
+setting_option = click.option(
+    "-s",
+    "--setting",
+    "settings",
+    multiple=True,
+    default=SETTINGS,
+    show_default=True,
+    metavar="MODE[:KNOB,NAME=X…]",
+    help="A way to decode, e.g. diffusion:0.8, diffusion:factor=1.2,block_size=8, verified:acceptance=0.3. "
+    "May be given several times; AR is always run.",
+)
+dtype_option = click.option("--dtype", type=click.Choice(ready.DTYPES), default="auto", show_default=True)
+threads_option = click.option("--threads", type=click.IntRange(min=1), help="CPU threads.")
+
+
+def opened(
+    model: str | None, consequence: str, *, dtype: str = "auto", threads: int | None = None
+) -> tuple[TwoTowerForCausalLM, Path | str]:
+    """The model that `--model` means, ready to read and write text, and where it is from. consequence: of its having no
+    tokenizer.
+
+    Raises:
+        TwoTowerError: no such model, one that does not fit its config, or one without a tokenizer.
+    """
+    source = ready.source_of(model)
+    with note(f"loading {ready.name_of(source)} …"):
+        loaded = ready.load(source, dtype=dtype, threads=threads)
+    ready.need_tokenizer(loaded, source, consequence)
+    return loaded, source
 
 
 @contextmanager

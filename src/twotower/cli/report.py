@@ -26,8 +26,8 @@ from twotower.cli.terminal import passing_line
 @click.option("--seed", type=click.IntRange(0), default=0, show_default=True)
 @click.option("--rows", type=click.IntRange(1), default=64, show_default=True, help="Of a batch.")
 @click.option("--quick", is_flag=True, help="Four settings instead of the whole grid.")
-@click.option("--dtype", type=click.Choice(ready.DTYPES), default="auto", show_default=True)
-@click.option("--threads", type=click.IntRange(1), help="CPU threads.")
+@models.dtype_option
+@models.threads_option
 @click.option("--json", "as_json", is_flag=True, help="One JSON object instead of text.")
 def report(
     model: str | None, output: Path, settings: tuple[str, ...], problems: int, timed: int,
@@ -49,10 +49,7 @@ def report(
     chosen = [parse_setting(text) for text in settings or (sweep.QUICK if quick else ())] or sweep.grid()
     with drawing():  # a missing library is told before an hour's work
         pass
-    source = ready.source_of(model)
-    with models.note(f"loading {ready.name_of(source)} …"):
-        loaded = ready.load(source, dtype=dtype, threads=threads)
-    ready.need_tokenizer(loaded, source, "it cannot read problems; put one there")
+    loaded, source = models.opened(model, "it cannot read problems; put one there", dtype=dtype, threads=threads)
     output.mkdir(parents=True, exist_ok=True)
     with passing_line() as tell:
         points = sweep.sweep(

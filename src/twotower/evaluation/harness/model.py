@@ -42,8 +42,6 @@ class Spent:
     tokens: int = 0
     denoiser_passes: int = 0
     context_passes: int = 0
-    seconds: float = 0.0
-    requests: int = 0
     shortened: int = 0  # prompts whose beginning was left out
 
     @property
@@ -52,7 +50,6 @@ class Spent:
         return self.tokens / max(self.denoiser_passes + self.context_passes, 1)
 
     def add(self, output: Generation) -> None:
-        self.requests += 1
         self.tokens += len(output.tokens)
         self.denoiser_passes += output.denoiser_passes
         self.context_passes += output.context_passes
