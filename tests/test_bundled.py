@@ -10,9 +10,10 @@ from pathlib import Path
 import pytest
 
 from twotower import TwoTowerForCausalLM, bundled_model
-from twotower.evaluation.held_out import encode, measure_generation, read_documents
+from twotower.evaluation.held_out import encode, measure_generation, measure_suite, read_documents
 from twotower.evaluation.likelihood import ar_nats
 from twotower.evaluation.ngram import KneserNey
+from twotower.recipes.card import tables
 
 DATA = Path(os.environ.get("TWOTOWER_DATA", Path(__file__).parents[2] / "shared" / "data")) / "corpora/sgd_dialogues"
 
@@ -41,8 +42,8 @@ def test_the_card_says_what_was_measured() -> None:
     figures = card()
     assert f"{figures['ar_bits_per_byte']:.3f}" in text
     assert f"{figures['5gram_bits_per_byte']:.3f}" in text
-    assert f"{figures['diffusion_block_16']['tokens_per_pass']:.2f}" in text
-    assert f"{figures['diffusion_block_16']['nll_ratio']:.2f}" in text
+    for title, lines in tables(bundled_model()).items():
+        assert "\n".join(lines) in text, title
 
 
 def test_the_context_tower_predicts_held_out_dialogues(model: TwoTowerForCausalLM, held_out: list[str]) -> None:
@@ -54,6 +55,18 @@ def test_the_context_tower_predicts_held_out_dialogues(model: TwoTowerForCausalL
 def test_the_denoiser_commits_several_tokens_a_pass(model: TwoTowerForCausalLM, held_out: list[str]) -> None:
     figures = measure_generation(model, held_out, count=12, limit=96, block_sizes=[16])
     assert figures["diffusion_block_16"]["tokens_per_pass"] > 1.3
+
+
+def test_it_solves_problems_it_has_not_seen(model: TwoTowerForCausalLM) -> None:
+    """By AR and by diffusion, in fewer passes."""
+    figures = measure_suite(model, 60, level=1)
+    ar, diffusion, verified = (figures[name] for name in ("ar", "diffusion:0.8", "verified:draft_steps=1"))
+    assert ar["accuracy"]["overall"] > 0.7
+    assert diffusion["accuracy"]["overall"] > 0.3
+    assert verified["accuracy"] == ar["accuracy"]
+    assert ar["tokens_per_pass"]["overall"] == 1
+    assert diffusion["tokens_per_pass"]["overall"] > 2
+    assert verified["tokens_per_pass"]["overall"] > 2
 
 
 def test_kneser_ney_is_a_distribution() -> None:
@@ -77,6 +90,12 @@ def test_the_card_s_figures_come_out_again(model: TwoTowerForCausalLM) -> None:
     # fp32 near-ties may fall differently on another machine, so not to the last digit
     assert found["tokens_per_pass"] == pytest.approx(told["tokens_per_pass"], rel=0.02)
     assert found["nll_per_token"] == pytest.approx(told["nll_per_token"], rel=0.05)
+    for level, told in said["suite"].items():
+        suite = measure_suite(model, told["problems"], int(level.split("_")[1]))
+        for name in ("ar", "diffusion:0.8", "diffusion:0.9", "verified:draft_steps=1"):
+            assert suite[name]["accuracy"]["overall"] == pytest.approx(told[name]["accuracy"]["overall"], abs=0.02)
+            want = told[name]["tokens_per_pass"]["overall"]
+            assert suite[name]["tokens_per_pass"]["overall"] == pytest.approx(want, rel=0.02)
     documents = encode(model.tokenizer.backend_tokenizer, texts)
     bits = math.log(2) * sum(len(text.encode()) for text in texts)
     train = encode(model.tokenizer.backend_tokenizer, read_documents(DATA / "train.jsonl.gz"))

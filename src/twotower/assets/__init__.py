@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from pathlib import Path
 
-BUNDLED = "dialogues"
+BUNDLED = "small"
 
 
 def bundled_model() -> Path:
