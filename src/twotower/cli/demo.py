@@ -22,11 +22,12 @@ if TYPE_CHECKING:
     from twotower.generation import Generation
     from twotower.model.two_tower import TwoTowerForCausalLM
 
-PROMPT = "User: I want to find a restaurant in San Jose for two people tonight.\nAssistant:"
+PROMPT = "User: I am looking for a place to eat.\nAssistant:"
 NEW_TOKENS = 64
 THRESHOLD = 0.8  # the published operating point
 ROUNDS, SECONDS = 3, 5.0  # the median of so many runs, fewer where they would take longer than this
 SHOWN_CHARACTERS = 140
+MOCK_AR = "mock_ar: the denoiser as a next-token predictor, which learning to fill blocks does not ask of it."
 
 
 @click.command()
@@ -127,7 +128,7 @@ def print_tables(console: Console, results: dict[str, Generation]) -> None:
     from twotower.cli.watch import visible
 
     shape = box.SIMPLE_HEAD if console.is_terminal else None
-    texts = Table(box=shape, header_style="dim")
+    texts = Table(box=shape, header_style="dim", caption=MOCK_AR, caption_justify="left", caption_style="dim")
     figures = Table(box=shape, header_style="dim")
     texts.add_column("mode", no_wrap=True)
     texts.add_column("text")
