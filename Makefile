@@ -27,7 +27,7 @@ bench-quick: .venv/.installed
 report: .venv/.installed-dev
 	$(BIN)/twotower report -o report
 
-# About two hours on two CPU cores; continues where it was interrupted.
+# About four hours on two CPU cores; continues where it was interrupted.
 bundled-model: .venv/.installed-dev
 	@test -n "$(TWOTOWER_DATA)" || { echo "set TWOTOWER_DATA to the folder that holds corpora/sgd_dialogues"; exit 2; }
 	$(BIN)/python -m twotower.recipes.bundled $(TWOTOWER_DATA)/corpora/sgd_dialogues runs/bundled --processes 2

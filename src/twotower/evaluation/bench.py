@@ -15,6 +15,7 @@ from twotower.evaluation.running import Request, run
 from twotower.evaluation.settings import AR, Setting, beside_ar
 from twotower.evaluation.suite import problems
 from twotower.model.two_tower import TwoTowerForCausalLM
+from twotower.ready import eos_of
 
 TOWERS = {"denoise": "denoiser", "extend": "context"}  # the verb whose calls are a tower's passes
 
@@ -83,7 +84,7 @@ def bench(
     chosen = beside_ar(settings)
     shared: dict[str, Any] = {"max_new_tokens": new_tokens, "mask_token_id": model.config.mask_token, "seed": 0}
     if not ignore_eos:
-        shared["eos_token_id"] = model.config.eos_token_id
+        shared["eos_token_id"] = eos_of(model)
     found = []
     for context in contexts:
         for rows in batch_sizes:

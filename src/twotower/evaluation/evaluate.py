@@ -17,6 +17,7 @@ from twotower.evaluation.suite.problems import Problem, stream
 from twotower.evaluation.suite.scoring import OVERALL, is_right, wilson
 from twotower.generation import Generation
 from twotower.model.two_tower import TwoTowerForCausalLM
+from twotower.ready import eos_of
 
 
 @dataclass(frozen=True)
@@ -98,7 +99,7 @@ def answer(
     progress: Callable[[int], object] | None = None,
 ) -> tuple[list[Request], list[Generation]]:
     """What was asked, and what one setting answers, problem by problem."""
-    shared = {"eos_token_id": model.config.eos_token_id, "mask_token_id": model.config.mask_token, "seed": 0}
+    shared = {"eos_token_id": eos_of(model), "mask_token_id": model.config.mask_token, "seed": 0}
     params = setting.params(max_new_tokens=max_new_tokens, **shared)
     requests = [Request(model.tokenizer(problem.prompt)["input_ids"], params) for problem in problems]
     return requests, run(model, requests, rows, progress)
