@@ -21,15 +21,14 @@ from twotower.evaluation.evaluate import evaluate, repeated_share
 from twotower.evaluation.likelihood import ar_nats, continuation_nats
 from twotower.evaluation.ngram import KneserNey
 from twotower.evaluation.running import Request, run
-from twotower.evaluation.settings import parse_setting
+from twotower.evaluation.settings import AR, beside_ar, parse_setting
 from twotower.evaluation.suite import problems
-from twotower.generation import GenerationParams
 from twotower.model.two_tower import TwoTowerForCausalLM
 from twotower.training.corpus import EOS, Source
 from twotower.training.corpus.reading import whole_pass
 
 SEED = 7
-SUITE_SETTINGS = ("diffusion:0.8", "diffusion:0.9", "verified:draft_steps=1")
+SETTINGS = ("diffusion:0.8", "diffusion:0.9", "verified:draft_steps=1")
 
 
 def read_documents(path: Path) -> list[str]:
@@ -55,38 +54,33 @@ def cut_dialogues(texts: Sequence[str], count: int) -> list[str]:
     return [cut_dialogue(text, rng) for text in rng.sample(list(texts), count)]
 
 
-def measure_generation(
-    model: TwoTowerForCausalLM, texts: Sequence[str], count: int, limit: int, block_sizes: Sequence[int]
-) -> dict[str, Any]:
-    """Greedy continuation of cut dialogues to their end, by AR and by diffusion at γ 0.8 with each block size."""
+def measure_dialogues(model: TwoTowerForCausalLM, texts: Sequence[str], count: int, limit: int) -> dict[str, Any]:
+    """Greedy continuations of cut dialogues to their end, by each way in the card; at most `limit` new tokens."""
     prompts = [model.tokenizer(text)["input_ids"] for text in cut_dialogues(texts, count)]
     prompts.sort(key=len)  # like lengths share a batch
-    runs: dict[str, dict[str, Any]] = {"ar": {"mode": "ar"}}
-    for size in block_sizes:
-        runs[f"diffusion_block_{size}"] = {"mode": "diffusion", "confidence_threshold": 0.8, "block_size": size}
-    figures: dict[str, Any] = {"dialogues": count, "max_new_tokens": limit}
-    for name, settings in runs.items():
-        params = GenerationParams.of(max_new_tokens=limit, eos_token_id=EOS, **settings)
+    figures: dict[str, Any] = {}
+    shared = {"max_new_tokens": limit, "eos_token_id": EOS, "mask_token_id": model.config.mask_token, "seed": 0}
+    for setting in beside_ar([parse_setting(text) for text in SETTINGS]):
+        params = setting.params(**shared)
         results = run(model, [Request(prompt, params) for prompt in prompts], rows=40)
         nats, tokens = continuation_nats(model, prompts, results)
-        passes = sum(r.passes for r in results)
-        figures[name] = {
+        passes = {name: sum(getattr(r, name) for r in results) for name in ("denoiser_passes", "context_passes")}
+        figures[setting.label] = {
             "tokens": tokens,
-            "passes": passes,
-            "context_passes": sum(r.context_passes for r in results),
-            "tokens_per_pass": tokens / passes,
+            **passes,
+            "tokens_per_pass": tokens / sum(passes.values()),
             "nll_per_token": nats / tokens,
-            "nll_ratio": nats / tokens / figures["ar"]["nll_per_token"] if name != "ar" else 1.0,
+            "nll_ratio": nats / tokens / figures[AR.label]["nll_per_token"] if figures else 1.0,
             "repeated_4grams": repeated_share(results),
             "ended_by_eos": sum(r.finish_reason == "eos" for r in results) / count,
         }
-    return figures
+    return figures | {"count": count, "max_new_tokens": limit}
 
 
 def measure_suite(model: TwoTowerForCausalLM, count: int, level: int) -> dict[str, Any]:
     """The suite's accuracy by each way in the card, `count` test problems of all families."""
     asked = problems("test", count, SEED, difficulties=(level,))
-    lines = evaluate(model, [parse_setting(text) for text in SUITE_SETTINGS], asked, likelihood=False)
+    lines = evaluate(model, [parse_setting(text) for text in SETTINGS], asked, likelihood=False)
     return {line.setting: line.to_dict() for line in lines} | {"problems": count}
 
 
@@ -95,7 +89,6 @@ def measure_suite(model: TwoTowerForCausalLM, count: int, level: int) -> dict[st
 @click.option("--model", "path", type=click.Path(exists=True, file_okay=False, path_type=Path), default=None)
 @click.option("--dialogues", default=200, show_default=True, help="Held-out dialogues to continue.")
 @click.option("--limit", default=400, show_default=True, help="New tokens for each, at most.")
-@click.option("--block-size", "block_sizes", default=(16,), multiple=True, show_default=True)
 @click.option("--problems", "problem_count", default=600, show_default=True, help="Of the suite's test split; 0: none.")
 @click.option("--likelihood/--no-likelihood", default=True, help="Also bits per byte against a 5-gram model.")
 @click.option("--dtype", default="float32", show_default=True)
@@ -104,7 +97,6 @@ def main(
     path: Path | None,
     dialogues: int,
     limit: int,
-    block_sizes: tuple[int, ...],
     problem_count: int,
     likelihood: bool,
     dtype: str,
@@ -123,7 +115,7 @@ def main(
         train = encode(tokenizer, read_documents(data / "train.jsonl.gz"))
         ngram = KneserNey(train, order=5, vocab_size=model.config.backbone.vocab_size)
         figures["5gram_bits_per_byte"] = ngram.nats(documents) / bits
-    figures |= measure_generation(model, texts, dialogues, limit, block_sizes)
+    figures["dialogues"] = measure_dialogues(model, texts, dialogues, limit)
     if problem_count:
         figures["suite"] = {f"difficulty_{level}": measure_suite(model, problem_count, level) for level in (1, 2)}
     click.echo(json.dumps(figures, indent=2))

@@ -7,7 +7,7 @@ card holds these tables as they are printed; a test compares them.
 from __future__ import annotations
 
 import json
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -21,7 +21,7 @@ def tables(directory: Path) -> dict[str, list[str]]:
     """Title → lines of Markdown."""
     metrics = json.loads((directory / "metrics.json").read_text())
     records = [json.loads(line) for line in (directory / "training.jsonl").read_text().splitlines()]
-    made = {"training": list(training(records)), "dialogues": list(dialogues(metrics))}
+    made = {"training": list(training(records)), "dialogues": list(dialogues(metrics["dialogues"]))}
     for level, figures in metrics["suite"].items():
         made[level.replace("_", " ")] = list(suite(figures))
     return made
@@ -39,18 +39,16 @@ def training(records: list[dict[str, Any]]) -> Iterator[str]:
         yield f"| {stage} | {own[-1]['step']:,} | {tokens:.1f} M | {targets:.1f} M | {nll} |"
 
 
-def dialogues(metrics: dict[str, Any]) -> Iterator[str]:
-    """Continuations of held-out dialogues."""
-    ways = {"AR": metrics["ar"]}
-    ways |= {
-        f"diffusion γ 0.8, blocks of {name.removeprefix('diffusion_block_')}": value
-        for name, value in metrics.items()
-        if name.startswith("diffusion_block_")
-    }
+def dialogues(figures: dict[str, Any]) -> Iterator[str]:
+    """Continuations of held-out dialogues, a column a way."""
+    ways = {name: figures[way] for way, name in {**WAYS, LOSSLESS: "verified"}.items()}
     yield "| | " + " | ".join(ways) + " |"
     yield "|---" * (len(ways) + 1) + "|"
-    rows = {
-        "tokens per pass of the tower that proposes": lambda f: f"{f['tokens_per_pass']:.2f}",
+    rows: dict[str, Callable[[dict[str, Any]], str]] = {
+        "tokens per denoiser pass": lambda f: (
+            f"{f['tokens'] / f['denoiser_passes']:.2f}" if f["denoiser_passes"] else ""
+        ),
+        "tokens per pass of both towers": lambda f: f"{f['tokens_per_pass']:.2f}",
         "the context tower's NLL of the text, nats a token": lambda f: (
             f"{f['nll_per_token']:.3f} ({f['nll_ratio']:.2f}×)"
         ),
@@ -58,7 +56,7 @@ def dialogues(metrics: dict[str, Any]) -> Iterator[str]:
         "ended by EOS": lambda f: f"{f['ended_by_eos']:.1%}",
     }
     for name, show in rows.items():
-        yield f"| {name} | " + " | ".join(show(figures) for figures in ways.values()) + " |"
+        yield f"| {name} | " + " | ".join(map(show, ways.values())) + " |"
 
 
 def suite(figures: dict[str, Any]) -> Iterator[str]:
