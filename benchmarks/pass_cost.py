@@ -26,7 +26,7 @@ from rich.console import Console  # noqa: E402
 from rich.table import Table  # noqa: E402
 from torch import Tensor  # noqa: E402
 
-from twotower import TwoTowerForCausalLM, bundled_model  # noqa: E402
+from twotower import TwoTowerForCausalLM, bundled_model, ready  # noqa: E402
 from twotower.evaluation.machine import machine  # noqa: E402
 from twotower.state import TowerState  # noqa: E402
 
@@ -95,12 +95,9 @@ def measure(model: TwoTowerForCausalLM, context: int, repeats: int) -> dict[tupl
 @click.option("--json", "as_json", is_flag=True, help="No table.")
 def main(path: Path | None, device: str, dtype: str, context: int, repeats: int, threads: int, as_json: bool) -> None:
     """Measures the bundled model, or another."""
-    torch.set_num_threads(threads)
     torch.manual_seed(0)
     source = path or bundled_model()
-    model = TwoTowerForCausalLM.from_pretrained(
-        source, dtype=dtype, context_device=device, denoiser_device=device
-    ).eval()
+    model = ready.load(source, dtype=dtype, context_device=device, threads=threads)
     seconds = measure(model, context, repeats)
     base = seconds["step", 1]
     if not as_json:

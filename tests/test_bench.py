@@ -25,8 +25,8 @@ def test_every_setting_at_every_size_beside_ar(model: TwoTowerForCausalLM) -> No
     told: list[str] = []
     settings = [parse_setting(text) for text in ("diffusion:0.5", "verified:draft_steps=1", "ar")]
     found = measuring.bench(
-        model, settings, batch_sizes=(1, 3), contexts=(20, 40), new_tokens=12, rounds=2, ignore_eos=True,
-        progress=told.append,
+        model, settings, batch_sizes=(1, 3), contexts=(20, 40), new_tokens=12, batches=2, rounds=2,
+        ignore_eos=True, progress=told.append,
     )  # fmt: skip
     assert len(told) == 4 * 3 * 3  # sizes, settings, rounds and the one that warms up
     assert [(one.rows, one.context) for one in found[::3]] == [(1, 20), (3, 20), (1, 40), (3, 40)]
@@ -34,7 +34,7 @@ def test_every_setting_at_every_size_beside_ar(model: TwoTowerForCausalLM) -> No
     for ar, diffusion, verified in zip(found[::3], found[1::3], found[2::3], strict=True):
         assert ar.times_ar == ar.tokens_per_pass == ar.pass_cost["context"] == 1
         assert ar.pass_seconds["denoiser"] == 0
-        assert ar.tokens == diffusion.tokens == verified.tokens == 12 * ar.rows
+        assert ar.tokens == diffusion.tokens == verified.tokens == 12 * ar.rows * 2
         assert diffusion.tokens_per_pass > 1
         for one in (ar, diffusion, verified):
             assert one.spread[0] <= one.seconds <= one.spread[1]
@@ -59,12 +59,12 @@ def test_tokens_after_the_end_are_not_counted() -> None:
     texts = [[5, 6, 7], [8, 9, 10]]
     setting = parse_setting("ar")
     shared = {"max_new_tokens": 20, "seed": 0}
-    whole = measuring.one_round(model, texts, setting, shared)
+    whole = measuring.one_round(model, texts, 2, setting, shared)
     assert whole.tokens == 40
     (first, _) = generate(model, texts, setting.params(**shared))
-    cut = measuring.one_round(model, texts, setting, shared | {"eos_token_id": first.tokens[4]})
+    cut = measuring.one_round(model, texts, 2, setting, shared | {"eos_token_id": first.tokens[4]})
     assert cut.tokens < 40
-    passes = measuring.pass_seconds(model, texts, setting, shared)
+    passes = measuring.pass_seconds(model, texts, 2, setting, shared)
     assert passes["context"] > 0
     assert passes["denoiser"] == 0
 

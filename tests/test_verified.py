@@ -400,6 +400,7 @@ def lead(model: TwoTowerForCausalLM, text: list[int], a: int, b: int, seed: int,
 
 
 @pytest.mark.slow
+@pytest.mark.timeout(3600)
 @pytest.mark.parametrize("sampling", ["greedy", "sampled"])
 @pytest.mark.parametrize("kind", ["random", "bundled"])
 def test_equal_to_ar_in_full(kind: str, sampling: str) -> None:

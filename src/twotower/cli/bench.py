@@ -42,6 +42,7 @@ if TYPE_CHECKING:
     help="Tokens of each prompt.",
 )
 @click.option("-n", "--max-new-tokens", type=click.IntRange(1), default=128, show_default=True)
+@click.option("--batches", type=click.IntRange(1), default=4, show_default=True, help="Of a round, answered in turn.")
 @click.option("--rounds", type=click.IntRange(1), default=5, show_default=True, help="Counted; one more warms up.")
 @click.option("--ignore-eos", is_flag=True, help="Every row goes on to the last token.")
 @models.dtype_option
@@ -49,7 +50,7 @@ if TYPE_CHECKING:
 @click.option("--json", "as_json", is_flag=True, help="No table.")
 def bench(
     model: str | None, settings: tuple[str, ...], batch_sizes: tuple[int, ...], contexts: tuple[int, ...],
-    max_new_tokens: int, rounds: int, ignore_eos: bool, dtype: str, threads: int | None, as_json: bool,
+    max_new_tokens: int, batches: int, rounds: int, ignore_eos: bool, dtype: str, threads: int | None, as_json: bool,
 ) -> None:  # fmt: skip
     """Tokens a second, passes and what a pass costs, beside AR with the same kernels.
 
@@ -64,8 +65,8 @@ def bench(
     loaded, source = models.opened(model, "there are no prompts; put one there", dtype=dtype, threads=threads)
     with passing_line() as tell:
         found = measuring.bench(
-            loaded, parsed, batch_sizes=batch_sizes, contexts=contexts, new_tokens=max_new_tokens, rounds=rounds,
-            ignore_eos=ignore_eos, progress=tell,
+            loaded, parsed, batch_sizes=batch_sizes, contexts=contexts, new_tokens=max_new_tokens, batches=batches,
+            rounds=rounds, ignore_eos=ignore_eos, progress=tell,
         )  # fmt: skip
     machine = machine_of(loaded)
     if not as_json:
@@ -86,7 +87,7 @@ def tables(found: list[Measured]) -> Iterator[Table]:
         title = f"{rows} {'rows' if rows > 1 else 'row'} after {context} tokens"
         out = Table(box=box.SIMPLE_HEAD, header_style="dim", title=title, title_justify="left", title_style="bold")
         out.add_column("setting", overflow="fold")
-        for name in ("tokens/s", "× AR", "tokens/pass", "answer", "denoiser pass", "context pass"):
+        for name in ("tokens/s", "× AR", "tokens/pass", "answer", "denoiser\npass", "context\npass"):
             out.add_column(name, justify="right", no_wrap=True)
         for one in found:
             if (one.rows, one.context) == (rows, context):

@@ -32,8 +32,9 @@ class Watch:
 class Measured:
     """One setting at one batch size and context length; medians over rounds, spread: lowest and highest.
 
-    tokens: new ones of a round, up to each row's end; seconds: from the end of the prefill until the last row ended;
-    first_seconds: until the first row had its whole answer, prefill included. times_ar: the median over rounds of this
+    tokens: new ones of a round, up to each row's end; seconds: of a round's batches, each from the end of its prefill
+    until its last row ended; prefill_seconds: of a batch; first_seconds: until a batch's first row had its whole
+    answer, prefill included. times_ar: the median over rounds of this
     setting's tokens per second ÷ AR's in the same round. tokens_per_pass: a row's tokens per pass of either tower.
     pass_seconds: the mean of each tower's passes, in a run of its own; pass_cost: the same in AR steps.
     """
@@ -59,7 +60,7 @@ class Measured:
 
 @dataclass(frozen=True)
 class Round:
-    """One run of one setting."""
+    """One run of one setting over all batches; prefill and first: means of them."""
 
     tokens: int
     seconds: float
@@ -75,12 +76,14 @@ def bench(
     batch_sizes: Sequence[int] = (1,),
     contexts: Sequence[int] = (128,),
     new_tokens: int = 128,
+    batches: int = 4,
     rounds: int = 5,
     ignore_eos: bool = False,
     progress: Callable[[str], object] | None = None,
 ) -> list[Measured]:
     """Every setting and AR at every batch size and context length. In a round the settings take turns, so that whatever
-    else the machine does falls on all of them. One more round warms up before, and one times passes afterwards."""
+    else the machine does falls on all of them; it is of several batches, not one answer's luck. One more
+    round warms up before, and one times passes afterwards."""
     chosen = beside_ar(settings)
     shared: dict[str, Any] = {"max_new_tokens": new_tokens, "mask_token_id": model.config.mask_token, "seed": 0}
     if not ignore_eos:
@@ -88,16 +91,16 @@ def bench(
     found = []
     for context in contexts:
         for rows in batch_sizes:
-            texts = few_shot_prompts(model, rows, context)
+            texts = few_shot_prompts(model, rows * batches, context)
             runs: dict[str, list[Round]] = {setting.label: [] for setting in chosen}
             for number in range(rounds + 1):
                 for setting in chosen:
                     if progress is not None:
                         progress(f"{rows} rows after {context} tokens, round {number} of {rounds}, {setting.label}")
-                    measured = one_round(model, texts, setting, shared)
+                    measured = one_round(model, texts, rows, setting, shared)
                     if number:
                         runs[setting.label].append(measured)
-            passes = {setting.label: pass_seconds(model, texts, setting, shared) for setting in chosen}
+            passes = {setting.label: pass_seconds(model, texts, rows, setting, shared) for setting in chosen}
             for label, own in runs.items():
                 found.append(_measured(label, rows, context, own, runs[AR.label], passes))
     return found
@@ -119,23 +122,33 @@ def few_shot_prompts(model: TwoTowerForCausalLM, rows: int, context: int) -> lis
     return out
 
 
-def one_round(model: TwoTowerForCausalLM, texts: list[list[int]], setting: Setting, shared: dict[str, Any]) -> Round:
-    """One run of a batch."""
+def one_round(
+    model: TwoTowerForCausalLM, texts: list[list[int]], rows: int, setting: Setting, shared: dict[str, Any]
+) -> Round:
+    """One run of batches of `rows`."""
     params = setting.params(**shared)
-    results = run(model, [Request(text, params) for text in texts], rows=len(texts))
+    requests = [Request(text, params) for text in texts]
+    batches = [run(model, requests[start : start + rows], rows) for start in range(0, len(requests), rows)]
+    results = [result for batch in batches for result in batch]
     passes = sum(result.denoiser_passes + result.context_passes for result in results)
     tokens = sum(len(result.tokens) for result in results)
-    ends = [result.decode_seconds for result in results]
-    prefill = results[0].prefill_seconds
-    return Round(tokens, max(ends), prefill, prefill + min(ends), tokens / max(passes, 1))
+    prefill = [batch[0].prefill_seconds for batch in batches]
+    ends = [[result.decode_seconds for result in batch] for batch in batches]
+    return Round(
+        tokens=tokens,
+        seconds=sum(map(max, ends)),
+        prefill=statistics.mean(prefill),
+        first=statistics.mean(before + min(own) for before, own in zip(prefill, ends, strict=True)),
+        per_pass=tokens / max(passes, 1),
+    )
 
 
 def pass_seconds(
-    model: TwoTowerForCausalLM, texts: list[list[int]], setting: Setting, shared: dict[str, Any]
+    model: TwoTowerForCausalLM, texts: list[list[int]], rows: int, setting: Setting, shared: dict[str, Any]
 ) -> dict[str, float]:
     """The mean pass of each tower in one more run, 0 where it has none."""
     with watching(model) as watch:
-        one_round(model, texts, setting, shared)
+        one_round(model, texts, rows, setting, shared)
     return {tower: seconds / max(watch.passes[tower], 1) for tower, seconds in watch.seconds.items()}
 
 
