@@ -23,7 +23,7 @@ bench-quick: .venv/.installed
 	$(BIN)/twotower bench --rounds 3
 	$(BIN)/twotower eval -n 25
 
-# About half an hour on one core: every setting of the dial → report/report.png, report/report.md.
+# About an hour on one core: every setting of the dial → report/report.png, report/report.md.
 report: .venv/.installed-dev
 	$(BIN)/twotower report -o report
 

@@ -65,7 +65,8 @@ def report(
     )
     title = f"{ready.name_of(source)}: what each way of decoding keeps of AR's accuracy, and how fast it is"
     pictures.draw(points, output / "report.png", f"{title}\n{count}; {place}")
-    facts = [f"{count}. {place}; torch {where['torch']}, twotower {where['twotower']} ({where['commit']})."]
+    version = " ".join(filter(None, (where["twotower"], where["commit"])))
+    facts = [f"{count}. {place}; torch {where['torch']}, twotower {version}."]
     (output / "report.md").write_text(pictures.markdown(points, facts), encoding="utf-8")
     written = [str(output / name) for name in ("report.png", "report.md")]
     if as_json:
