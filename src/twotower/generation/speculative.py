@@ -15,6 +15,8 @@ from __future__ import annotations
 import time
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
+from typing import TYPE_CHECKING
+from weakref import WeakKeyDictionary
 
 import torch
 from torch import Tensor
@@ -25,8 +27,12 @@ from twotower.generation.sampling import AR_TOKEN, choose, confidence
 from twotower.generation.session import Session
 from twotower.mirror import Transport
 
+if TYPE_CHECKING:
+    from twotower.model.two_tower import TwoTowerForCausalLM
+
 CHOICES = (0, 1, 2, 4)  # denoiser passes a round; 0 is AR
 CREDIT_STEPS, CREDIT_SHARE = 2.0, 0.05  # what trying may cost: so many AR steps, and this share of AR's time
+SAVED_STEPS = 8.0  # of what drafts gained, so many AR steps may be risked as well
 AGAIN = 24  # rounds until another choice is tried again
 
 
@@ -36,7 +42,7 @@ def verified(session: Session, callback: StepCallback | None = None) -> Iterator
     params, device = session.params, session.model.device
     transport = session.model.transport or Transport()
     pending = torch.tensor([[session.prompts[row][-1]] for row in session.rows], device=device)
-    pace = Pace(params.draft_steps)
+    pace = pace_of(session)
     assert session.model.denoiser is not None
     while session.rows:
         room = max(session.room(row) for row in session.rows)  # the AR model's own token needs no draft
@@ -123,7 +129,7 @@ class Arm:
     def update(self, tokens: float, seconds: float, now: int) -> None:
         self.rounds += 1
         self.last = now
-        rate = max(0.15, 1 / self.rounds)
+        rate = max(0.08, 1 / max(self.rounds - 1, 1))  # the second takes the place of the first, which warmed up
         self.tokens += rate * (tokens - self.tokens)
         self.seconds += rate * (seconds - self.seconds)
 
@@ -137,17 +143,19 @@ class Pace:
     """How many denoiser passes the next round gets, none at all included: what has lately given most tokens a second.
 
     Rounds that were slower than AR would have been are a loss; others are tried only while the loss is below a small
-    share of the time that AR would have taken so far, so drafting that does not pay costs that share and no more.
+    share of the time that AR would have taken so far, so drafting that does not pay costs that share and no more. A few
+    steps of what was gained are kept for bad luck: rounds differ much even where drafting pays twice over.
 
-    steps: this many passes in every round, and no choice.
+    steps: this many passes in every round, and no choice. One that chooses outlives a request (`pace_of`): an answer of
+    thirty tokens is too short to find out anything, and what was lost on one text is not risked again on the next.
     """
 
     steps: int | None = None
     clock: Callable[[], float] = time.perf_counter
     arms: dict[int, Arm] = field(default_factory=lambda: {passes: Arm() for passes in CHOICES})
-    lost: float = 0.0  # seconds
+    lost: float = 0.0  # seconds; below 0: gained
     ar_seconds: float = 0.0  # that AR would have taken for the text so far
-    reached: float = 0.0  # moving average of the accepted length, the longest of the batch
+    reached: float = 0.0  # the longest draft that was kept, forgotten slowly
     rounds: int = 0
     _started: float = 0.0
 
@@ -167,7 +175,7 @@ class Pace:
         for passes, arm in self.arms.items():
             if not arm.rounds or (passes and self.rounds - arm.last >= AGAIN * (1 + (arm.speed < 0.5 * ar.speed))):
                 return passes
-        if self.rounds - ar.last >= 4 * AGAIN:  # what a step costs grows with the text
+        if self.rounds - ar.last >= min(4 << ar.rounds, 4 * AGAIN):  # what a step costs grows with the text
             return 0
         return max(self.arms, key=lambda passes: self.arms[passes].speed)
 
@@ -175,7 +183,7 @@ class Pace:
         """Positions of the block worth reading, the pending one included: some more than lately were kept."""
         if self.steps is not None or self.rounds < len(self.arms):
             return block_size
-        return min(block_size, 4 + int(2 * self.reached))
+        return min(block_size, 4 + int(1.5 * self.reached))
 
     def record(self, passes: int, tokens: int, rows: int, accepted: list[int]) -> None:
         """What the round brought: tokens of all rows."""
@@ -185,7 +193,27 @@ class Pace:
             return
         self.arms[passes].update(tokens / rows, seconds, self.rounds)
         if passes:
-            self.reached += 0.2 * (max(accepted) - self.reached)
+            self.reached = max(max(accepted), 0.9 * self.reached)
         as_ar = tokens / rows * self.arms[0].seconds
         self.ar_seconds += as_ar
-        self.lost = max(self.lost + seconds - as_ar, 0.0) if passes else self.lost
+        if passes:
+            self.lost = max(self.lost + seconds - as_ar, -SAVED_STEPS * self.arms[0].seconds)
+
+
+_paces: WeakKeyDictionary[TwoTowerForCausalLM, dict[tuple[int, ...], Pace]] = WeakKeyDictionary()
+
+
+def pace_of(session: Session) -> Pace:
+    """The pace of a batch that begins: its own where the number of passes is fixed, else the one that the model's
+    batches of like size and length have had so far.
+
+    Under relaxed acceptance the draft shows in the text, so there it is one pass unless the caller says otherwise: the
+    same seed gives the same text, whatever the clock said.
+    """
+    params = session.params
+    fixed = 1 if params.draft_steps is None and params.acceptance < 1 else params.draft_steps
+    if fixed is not None:
+        return Pace(fixed)
+    shape = len(session.rows), params.block_size, max(session.length(row) for row in session.rows)
+    key = tuple((size - 1).bit_length() for size in shape)
+    return _paces.setdefault(session.model, {}).setdefault(key, Pace())
