@@ -60,7 +60,8 @@ def verified(session: Session, callback: StepCallback | None = None) -> Iterator
         positions = read[:, None] + torch.arange(1, drafted.shape[1] + 1, device=device)
         own = choose(logits, session.sampling.to(device), positions, AR_TOKEN)
         accepted = agreement(drafted[:, 1:], own[:, :-1], logits[:, :-1], params.acceptance)
-        session.state.rollback(read + 1 + accepted)
+        if drafted.shape[1] > 1:  # an AR step has nothing to take back
+            session.state.rollback(read + 1 + accepted)
         place = torch.arange(drafted.shape[1], device=device)
         following = torch.cat([drafted[:, 1:], own[:, -1:]], dim=1)
         tokens = torch.where(place < accepted[:, None], following, own)
