@@ -122,9 +122,13 @@ class Unit(nn.Module):
 
 
 class LastStateUnit(Unit):
-    """A denoiser layer that projects keys and values from the context's final hidden state; Mamba starts from zero."""
+    """A denoiser layer that projects keys and values from the context's final hidden state; Mamba starts from zero.
+    Without a noisy stream it is the context layer: all of those run first. (Both through `forward`, where FSDP2 gathers
+    the parameters.)"""
 
-    def forward(self, clean: Tensor, noisy: Tensor, modulation: Any, layout: Layout) -> tuple[Tensor, Tensor]:
+    def forward(self, clean: Tensor, noisy: Tensor | None, modulation: Any, layout: Layout) -> tuple[Tensor, Any]:
+        if noisy is None:
+            return read_layer(self.context, clean, layout)[0], None
         assert self.denoiser is not None
         mixer, past = self.denoiser.mixer, None
         if self.denoiser.kind == "*":
@@ -172,7 +176,7 @@ class Varied(DenoisingObjective):
         with torch.no_grad():
             clean = self._embed_clean(batch.tokens)
             for unit in self.units:
-                clean, _ = read_layer(unit.context, clean, layout)
+                clean, _ = unit(clean, None, None, layout)
             clean = self.context_norm_f(clean)
         noisy = self._embed_corrupted(batch, noise, layout)
         for unit, change in zip(self.units, self._modulations(noise, layout), strict=True):
