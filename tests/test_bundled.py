@@ -88,6 +88,7 @@ def test_the_card_s_figures_come_out_again(model: TwoTowerForCausalLM) -> None:
     said = card()
     texts = read_documents(DATA / "valid.jsonl.gz")
     dialogues = measure_dialogues(model, texts, said["dialogues"]["count"], said["dialogues"]["max_new_tokens"])
+    assert dialogues["diffusion:0.8"]["tokens"] / dialogues["diffusion:0.8"]["denoiser_passes"] >= 1.5
     for name in WAYS:  # fp32 near-ties may fall differently on another machine, so not to the last digit
         found, told = dialogues[name], said["dialogues"][name]
         assert found["tokens_per_pass"] == pytest.approx(told["tokens_per_pass"], rel=0.02)
