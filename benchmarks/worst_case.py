@@ -4,7 +4,8 @@
 
 Three kinds of text, from bad to good: random prompts continued at temperature 1.5 (nobody can guess those), random
 prompts continued greedily, and problems of the suite continued past their answers. AR and verified decoding with an
-adaptive number of passes take turns; the same seeds, so both write the same text. Ratios of seconds, medians.
+adaptive number of passes take turns, text by text, now one first and now the other; the same seeds, so both write the
+same text. Ratios of a round's seconds, medians. A model's rounds share what was learned, as its requests do.
 """
 
 from __future__ import annotations
@@ -42,17 +43,15 @@ def kinds(model: TwoTowerForCausalLM, texts: int) -> dict[str, tuple[list[list[i
     return {"noise, temperature 1.5": (noise, 1.5), "noise, greedy": (noise, 0.0), "suite, greedy": (solved, 0.0)}
 
 
-def seconds(
-    model: TwoTowerForCausalLM, mode: str, prompts: list[list[int]], tokens: int, warm: float
-) -> list[Generation]:
-    """Each text alone; no end of text, so that all are equally long."""
-    params = [
-        GenerationParams.of(
-            mode=mode, max_new_tokens=tokens, temperature=warm, seed=i, mask_token_id=model.config.mask_token
-        )
-        for i in range(len(prompts))
-    ]
-    return run(model, [Request(prompt, own) for prompt, own in zip(prompts, params, strict=True)], rows=1)
+def written(
+    model: TwoTowerForCausalLM, mode: str, number: int, prompt: list[int], tokens: int, warm: float
+) -> Generation:
+    """A text alone; no end of text, so that all are equally long."""
+    params = GenerationParams.of(
+        mode=mode, max_new_tokens=tokens, temperature=warm, seed=number, mask_token_id=model.config.mask_token
+    )
+    (output,) = run(model, [Request(prompt, params)], rows=1)
+    return output
 
 
 @click.command()
@@ -73,7 +72,11 @@ def main(path: Path | None, texts: int, tokens: int, rounds: int, threads: int, 
         ratios: list[float] = []
         for number in range(rounds + 1):
             print(f"{name}: round {number} of {rounds}", file=sys.stderr)
-            ar, verified = (seconds(model, mode, prompts, tokens, warm) for mode in ("ar", "verified"))
+            outputs: dict[str, list[Generation]] = {"ar": [], "verified": []}
+            for i, prompt in enumerate(prompts):
+                for mode in sorted(outputs, reverse=(i + number) % 2 == 0):
+                    outputs[mode].append(written(model, mode, i, prompt, tokens, warm))
+            ar, verified = outputs["ar"], outputs["verified"]
             if number:
                 ratios.append(sum(o.decode_seconds for o in verified) / sum(o.decode_seconds for o in ar))
         drafts, kept = sum(o.drafts for o in verified), sum(o.accepted for o in verified)

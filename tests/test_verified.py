@@ -23,8 +23,9 @@ from twotower.evaluation.held_out import cut_dialogue, read_documents
 from twotower.evaluation.suite import problems
 from twotower.generation import Generation, GenerationParams, generate, stream
 from twotower.generation.diffusion import DenoisedBlock
+from twotower.generation.pace import CREDIT_SHARE, CREDIT_STEPS, SAVED_STEPS, Pace, pace_of
 from twotower.generation.sampling import AR_TOKEN, noise
-from twotower.generation.speculative import CREDIT_SHARE, CREDIT_STEPS, Pace, agreement, pace_of
+from twotower.generation.speculative import agreement
 from twotower.mirror import Transport
 
 speculative = importlib.import_module("twotower.generation.speculative")
@@ -383,6 +384,48 @@ def test_it_tries_again_when_the_text_becomes_easier() -> None:
     cost = {0: 1.0, 1: 2.5, 2: 3.0, 4: 4.0}
     seconds, _ = simulate(lambda k: cost[k], lambda k, made: 0 if made < 500 else 8, 3000)
     assert seconds < 1.1 * 500 + 1.4 * 2500 * 2.5 / 9
+
+
+@pytest.mark.parametrize("good", [100, 3000])
+def test_what_good_text_gained_is_not_all_risked_on_bad_text(good: int) -> None:
+    cost = {0: 1.0, 1: 2.5, 2: 3.6, 4: 5.8}
+    before, _ = simulate(lambda k: cost[k], lambda k, made: 8 if made < good else 0, good)
+    seconds, _ = simulate(lambda k: cost[k], lambda k, made: 8 if made < good else 0, good + 300)
+    assert seconds - before <= 300 * (1 + CREDIT_SHARE) + SAVED_STEPS + CREDIT_STEPS + cost[4]
+
+
+def test_a_batch_does_not_answer_for_losses_before_it() -> None:
+    """Texts of 30 tokens, the first ten bad, then good ones: drafts are back with the first of them or soon after."""
+    cost = {0: 1.0, 1: 2.5, 2: 3.6, 4: 5.8}
+    clock = Clock()
+    pace = Pace(clock=clock)
+    seconds = []
+    for text in range(20):
+        started, made = clock.now, 0
+        pace.begin()
+        while made < 30:
+            passes = pace.passes()
+            clock.now += cost[passes]
+            kept = 8 if passes and text >= 10 else 0
+            made += kept + 1
+            pace.record(passes, kept + 1, 1, [kept])
+        seconds.append(clock.now - started)
+    assert sum(seconds[:10]) < 1.15 * 300
+    assert sum(seconds[15:]) < 5 * 15
+
+
+def test_unlucky_rounds_do_not_hide_what_pays() -> None:
+    """Drafts bring 1 to 12 tokens a round, by chance, twice AR's speed with one pass."""
+    rng = random.Random(0)
+    cost = {0: 1.0, 1: 2.8, 2: 4.0, 4: 6.4}
+    gains = {1: (0, 0, 3, 5, 9, 11), 2: (0, 1, 4, 6, 11, 12), 4: (0, 2, 5, 7, 11, 12)}
+    seconds = []
+    for _ in range(20):
+        taken, _ = simulate(lambda k: cost[k], lambda k, made: rng.choice(gains[k]), 2000)
+        seconds.append(taken)
+    best = 2.8 / (1 + sum(gains[1]) / 6)  # a token, if every round had one pass
+    assert sum(seconds) / 20 < 1.15 * 2000 * best
+    assert max(seconds) < 1.4 * 2000 * best
 
 
 @pytest.mark.parametrize(
