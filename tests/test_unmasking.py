@@ -27,7 +27,12 @@ def draw(seed: int, sharpness: float = 3.0) -> Pass:
     candidate = torch.multinomial(probs.flatten(0, 1), 1, generator=generator).view(ROWS, LENGTH)
     masked = torch.rand(ROWS, LENGTH, generator=generator) < 0.6
     masked[0], masked[1] = True, torch.arange(LENGTH) == 4
-    return Pass(logits, candidate, probs.gather(-1, candidate[..., None])[..., 0], masked, seed % STEPS, STEPS)
+    confidence = probs.gather(-1, candidate[..., None])[..., 0]
+    return Pass(logits, candidate, confidence, masked, each(seed % STEPS), each(STEPS))
+
+
+def each(step: int, rows: int = ROWS) -> Tensor:
+    return torch.full((rows, 1), step)
 
 
 # --- rules, one row at a time in plain Python -----------------------------------------------------------------------
@@ -132,7 +137,7 @@ def test_a_rule_is_what_its_twin_says(name: str) -> None:
                     "c": seen.confidence[r].tolist(),
                     "open": seen.masked[r].nonzero()[:, 0].tolist(),
                     "before": None if memory is None else memory[0][r].exp().tolist(),
-                    "step": seen.step,
+                    "step": int(seen.step[r]),
                 }
                 sure = (verdict.sure & seen.masked)[r].nonzero()[:, 0].tolist()
                 assert set(sure) == twin(row, knob), (seed, knob, r)
@@ -153,7 +158,7 @@ def test_a_block_is_done_in_its_steps_and_each_pass_commits(name: str) -> None:
         unmasking.begin(torch.zeros((), dtype=torch.float64))
         masked = torch.ones(ROWS, LENGTH, dtype=torch.bool)
         for step in range(steps):
-            seen = draw(step)._replace(masked=masked, step=step, steps=steps)
+            seen = draw(step)._replace(masked=masked, step=each(step), steps=each(steps))
             chosen = unmasking(seen)
             assert (chosen & ~masked).sum() == 0
             assert (chosen.sum(1) >= masked.any(1).long()).all()
@@ -166,13 +171,13 @@ def test_sure_positions_go_before_better_placed_ones() -> None:
     sure = torch.tensor([[False, False, True, True]])
     order = torch.tensor([[0.9, 0.8, 0.1, 0.2]])
     masked = torch.ones(1, 4, dtype=torch.bool)
-    assert commit(Verdict(sure, order), masked, 0, 8).tolist() == [[False, False, True, True]]
-    assert commit(Verdict(sure, order), masked, 0, 2).tolist() == [[False, False, True, True]]
-    assert commit(Verdict(sure, order), masked, 2, 3).all()
+    assert commit(Verdict(sure, order), masked, each(0, 1), each(8, 1)).tolist() == [[False, False, True, True]]
+    assert commit(Verdict(sure, order), masked, each(0, 1), each(2, 1)).tolist() == [[False, False, True, True]]
+    assert commit(Verdict(sure, order), masked, each(2, 1), each(3, 1)).all()
     nothing = torch.zeros_like(sure)
-    assert commit(Verdict(nothing, order), masked, 0, 4).tolist() == [[True, False, False, False]]
+    assert commit(Verdict(nothing, order), masked, each(0, 1), each(4, 1)).tolist() == [[True, False, False, False]]
     even = torch.full_like(order, 0.5)
-    assert commit(Verdict(nothing, even), masked, 0, 2).tolist() == [[True, True, False, False]]
+    assert commit(Verdict(nothing, even), masked, each(0, 1), each(2, 1)).tolist() == [[True, True, False, False]]
 
 
 # --- in generation --------------------------------------------------------------------------------------------------

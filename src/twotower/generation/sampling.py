@@ -36,8 +36,8 @@ class Sampling:
         return replace(self, seeds=self.seeds.to(device))
 
 
-def choose(logits: Tensor, sampling: Sampling, positions: Tensor, purpose: int, step: int = 0) -> Tensor:
-    """logits (B, L, V), absolute positions (B, L) → token ids (B, L).
+def choose(logits: Tensor, sampling: Sampling, positions: Tensor, purpose: int, step: int | Tensor = 0) -> Tensor:
+    """logits (B, L, V), absolute positions (B, L), step (or one a row, (B, 1)) → token ids (B, L).
 
     Temperature ≤ 0: the largest logit. Otherwise a Gumbel-max sample of softmax(logits / temperature), filtered.
     """
@@ -71,10 +71,10 @@ def filtered(logits: Tensor, top_k: int | None, top_p: float | None) -> Tensor:
     return logits
 
 
-def noise(seeds: Tensor, positions: Tensor, purpose: int, step: int, size: int) -> Tensor:
-    """Uniform numbers in (0, 1), float64: seeds (B,), positions (B, L) → (B, L, size)."""
+def noise(seeds: Tensor, positions: Tensor, purpose: int, step: int | Tensor, size: int) -> Tensor:
+    """Uniform numbers in (0, 1), float64: seeds (B,), positions (B, L), step (or (B, 1)) → (B, L, size)."""
     key = _mix(seeds)[:, None]
-    for part in (positions, torch.full_like(positions, purpose), torch.full_like(positions, step)):
+    for part in (positions, torch.full_like(positions, purpose), torch.zeros_like(positions) + step):
         key = _mix(key + _GOLDEN * (part + 1))
     counters = torch.arange(1, size + 1, device=positions.device) * _GOLDEN
     bits = _shift(_mix(key[..., None] + counters), 11)  # 53 bits

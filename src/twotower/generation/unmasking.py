@@ -22,7 +22,7 @@ DECAYED = 0.5  # what the decaying threshold has come down to in the last step, 
 
 
 class Pass(NamedTuple):
-    """What a policy sees: B rows, L positions, after the denoiser's pass number `step` (from 0) of at most `steps`.
+    """What a policy sees: B rows, L positions, after a row's pass number `step` (B, 1), from 0, of at most `steps`.
 
     logits (B, L, V) in at least fp32, the mask token barred with −∞; candidate (B, L) the tokens that would be
     committed and confidence (B, L) their probability, untempered; masked (B, L) what is open; memory: what the policy
@@ -33,8 +33,8 @@ class Pass(NamedTuple):
     candidate: Tensor
     confidence: Tensor
     masked: Tensor
-    step: int
-    steps: int
+    step: Tensor
+    steps: Tensor
     memory: Any = None
 
 
@@ -120,7 +120,7 @@ def span(seen: Pass, knob: Tensor) -> Verdict:
 
 def decay(seen: Pass, knob: Tensor) -> Verdict:
     """Confidence above a threshold that falls evenly over the steps, from the knob to half of it."""
-    done = seen.step / max(seen.steps - 1, 1)
+    done = seen.step / (seen.steps - 1).clamp(min=1)
     return Verdict(seen.confidence > knob * (1 - (1 - DECAYED) * done), seen.confidence)
 
 
@@ -184,17 +184,17 @@ def _best_first(score: Tensor, masked: Tensor) -> Tensor:
     return score.masked_fill(~masked, -torch.inf).argsort(dim=1, descending=True, stable=True)
 
 
-def commit(verdict: Verdict, masked: Tensor, step: int, steps: int) -> Tensor:
+def commit(verdict: Verdict, masked: Tensor, step: Tensor, steps: Tensor) -> Tensor:
     """→ bool (B, L), the positions to commit: the k first of each row's masked ones, sure ones before others, where
     k = min(#masked, max(#sure, 1, ⌈#masked / (steps − step)⌉)); the last step commits all."""
-    left = masked.sum(1)
+    left = masked.sum(1, keepdim=True)
     sure = masked & verdict.sure
     due = -(-left // (steps - step))
-    count = torch.minimum(left, torch.maximum(sure.sum(1), due.clamp(min=1)))
+    count = torch.minimum(left, torch.maximum(sure.sum(1, keepdim=True), due.clamp(min=1)))
     # By order, then sure ones to the front: two stable sorts are one by both.
     by_order = _best_first(verdict.order, masked)
     by_both = by_order.gather(1, sure.gather(1, by_order).byte().argsort(dim=1, descending=True, stable=True))
-    return masked & (by_both.argsort(dim=1) < count[:, None])
+    return masked & (by_both.argsort(dim=1) < count)
 
 
 class Unmasking:
@@ -226,8 +226,8 @@ class Unmasking:
         for name, rows, knobs in self._groups:
             if rows is None:
                 return self._apply(name, seen, knobs)
-            part = {field: getattr(seen, field)[rows] for field in ("logits", "candidate", "confidence", "masked")}
-            out[rows] = self._apply(name, seen._replace(**part), knobs)
+            own = Pass(*(field[rows] for field in seen[:-1]))
+            out[rows] = self._apply(name, own, knobs)
         return out
 
     def _apply(self, name: str, seen: Pass, knobs: Tensor) -> Tensor:
