@@ -189,6 +189,39 @@ def test_row_slots_of_a_pool(model: TwoTowerForCausalLM) -> None:
     torch.testing.assert_close(model.denoise(block, half, view), model.denoise(block, half, own))
 
 
+def test_blocks_of_several_lengths_in_one_pass(model: TwoTowerForCausalLM) -> None:
+    """Each row of the denoiser is what it is alone; the context's head is asked for some rows only."""
+    prompts, block, sizes = texts((3, 11, 70)), some_tokens(3, 9), [9, 1, 6]
+    state, t = prefilled(model, prompts), torch.tensor([1.0, 0.5, 0.25])
+    together = model.denoise(block, t, state.view(), lengths=torch.tensor(sizes))
+    for row, size in enumerate(sizes):
+        own = prefilled(model, [prompts[row]])
+        alone = model.denoise(block[row : row + 1, :size], t[row : row + 1], own.view())
+        torch.testing.assert_close(together[row : row + 1, :size], alone, rtol=1e-8, atol=1e-9)
+    wanted = torch.tensor([2, 0])
+    some = model.extend(block, state.snapshot(), lengths=torch.tensor(sizes), logits=wanted)
+    every = model.extend(block, state, lengths=torch.tensor(sizes))
+    assert some is not None
+    assert every is not None
+    torch.testing.assert_close(some, every[wanted])
+
+
+def test_passes_over_some_slots_one_after_another(model: TwoTowerForCausalLM) -> None:
+    """What one pass read and rolled back is kept while others read other slots, and copies hold it."""
+    prompts, block = texts((3, 11, 70, 5)), some_tokens(4, 6)
+    pool = prefilled(model, prompts)
+    for slots, kept in (([2, 0], [1, 4]), ([3], [6]), ([0, 1], [0, 5])):
+        before = pool.lengths.clone()
+        model.extend(block[slots], pool, rows=torch.tensor(slots))
+        pool.rollback(before.index_add(0, torch.tensor(slots), torch.tensor(kept)))
+        copy = pool.snapshot()
+    read = [block[0, :4], block[1, :5], block[2, :1], block[3, :6]]  # slot 0: 4 tokens, then none
+    alone = prefilled(model, [torch.cat(parts) for parts in zip(prompts, read, strict=True)])
+    assert_same(pool, alone, model)
+    assert_same(copy, alone, model)
+    assert_same(pool.select(torch.tensor([3, 0])), alone.select(torch.tensor([3, 0])), model)
+
+
 def test_a_reset_row_begins_anew(model: TwoTowerForCausalLM) -> None:
     state = prefilled(model, texts((40, 9, 3)))
     others = state.select(torch.tensor([0, 2]))

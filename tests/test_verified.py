@@ -57,7 +57,7 @@ class Drafts:
 
     def whatever_the_text(self, session: Any, callback: Any, *, decided: Tensor, **_: Any) -> DenoisedBlock:
         """The same places of the given texts, even where the text has become another."""
-        rows = [self.texts[row][session.length(row) :][: session.params.block_size - 1] for row in session.rows]
+        rows = [self.texts[row][session.records[row].length :][: session.params.block_size - 1] for row in session.rows]
         block = torch.cat([decided, torch.tensor(rows)], dim=1)
         nothing = torch.zeros_like(block)
         return DenoisedBlock(block, nothing, nothing.double(), nothing[:, 0])
@@ -67,13 +67,13 @@ class Drafts:
         size = session.params.block_size
         rows = []
         for slot, row in enumerate(session.rows):
-            at = session.length(row)
+            at = session.records[row].length
             text = self.texts[row]
             assert decided[slot].tolist() == text[at - 1 : at]
             right = (text[at : at + size - 1] + [5] * size)[: size - 1]
             wrong = self.spoilt(session.blocks, row)
             kept = [(token + 1) % 64 if i == wrong else token for i, token in enumerate(right)]
-            longest = min(size, max(map(session.room, session.rows))) - 1  # no draft is read further
+            longest = min(size, max(record.room for record in session.running)) - 1  # no draft is read further
             self.lengths.append(min(wrong, longest))
             rows.append([text[at - 1], *kept])
         block = torch.tensor(rows)

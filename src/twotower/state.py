@@ -9,7 +9,7 @@ This is the only mutable inference state of the package. Under autograd writes a
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
 import torch
@@ -33,7 +33,8 @@ class AttentionPool:
 
 @dataclass
 class MambaPool:
-    """conv_window (R, K−1, C) and ssm_state (R, H, P, N) before the last `extend`, and its trace, if any."""
+    """conv_window (R, K−1, C) and ssm_state (R, H, P, N) before the last `extend`, and its trace, if any, of the rows
+    that it read (`TowerState.traced`)."""
 
     conv_window: Tensor
     ssm_state: Tensor
@@ -47,7 +48,7 @@ Pool = AttentionPool | MambaPool | None
 class ContextView:
     """A read-only look at the state: what one pass of a tower reads, layer by layer.
 
-    past: one entry a layer; mask (B, T): which context positions exist; lengths (B,).
+    past: one entry a layer; mask (B, T): which context positions exist; lengths (B,). Good until the next `extend`.
     """
 
     past: list[Past]
@@ -66,6 +67,7 @@ class TowerState:
         self.dtype = dtype
         self.lengths = torch.zeros(rows, dtype=torch.long, device=device)
         self.accepted = torch.zeros_like(self.lengths)  # tokens of the last extend not yet folded in
+        self.traced: Tensor | None = None  # the slots that the last extend read; None: all
         self.texts = torch.zeros_like(self.lengths)  # resets of each row: tells a mirror a new text from a longer one
         self.bound = 0  # no row is longer than this; known on the host, so shapes need no synchronisation
         self.appended = 0  # columns ever appended: what a mirror on another device has to catch up with
@@ -127,7 +129,8 @@ class TowerState:
                 pool.v = _scatter_columns(pool.v, slots, columns, new.v)
             elif isinstance(pool, MambaPool):
                 assert isinstance(new, MambaTrace)
-                pool.trace = new if rows is None else _spread(new, rows, self.rows)
+                pool.trace = new
+        self.traced = rows
         self.lengths = self.lengths.index_add(0, slots, valid)
         self.accepted = torch.zeros_like(self.lengths).index_add(0, slots, valid)
         self.bound += width
@@ -146,11 +149,18 @@ class TowerState:
 
     def settle(self) -> None:
         """Folds the accepted part of the last `extend` into the Mamba states: one small matrix product a layer."""
-        pools = [p for p in self.pools if isinstance(p, MambaPool) and p.trace is not None]
-        for pool in pools:
-            assert pool.trace is not None
-            pool.conv_window, pool.ssm_state = _fold(pool, pool.trace, self.accepted)
+        rows = self.traced
+        for pool in self.pools:
+            if not isinstance(pool, MambaPool) or pool.trace is None:
+                continue
+            if rows is None:
+                pool.conv_window, pool.ssm_state = _fold(pool.conv_window, pool.ssm_state, pool.trace, self.accepted)
+            else:
+                window, state = _fold(pool.conv_window[rows], pool.ssm_state[rows], pool.trace, self.accepted[rows])
+                pool.conv_window = _put_rows(pool.conv_window, rows, window)
+                pool.ssm_state = _put_rows(pool.ssm_state, rows, state)
             pool.trace = None
+        self.traced = None
         self.accepted = torch.zeros_like(self.accepted)
 
     def reset(self, rows: Tensor) -> None:
@@ -180,7 +190,9 @@ class TowerState:
     # --- whole-state operations ------------------------------------------------------------------------------
 
     def select(self, rows: Tensor) -> TowerState:
-        """A state of the given rows only, in that order (copies)."""
+        """A state of the given rows only, in that order (copies). An `extend` of some rows only is final with it."""
+        if self.traced is not None:
+            self.settle()
         return self._map(lambda t: t[rows])
 
     def snapshot(self) -> TowerState:
@@ -191,11 +203,12 @@ class TowerState:
         """A copy on another device."""
         return self._map(lambda t: t.to(device, copy=True))
 
-    def _map(self, change) -> TowerState:  # type: ignore[no-untyped-def]
+    def _map(self, change: Callable[[Tensor], Tensor]) -> TowerState:
         out = object.__new__(TowerState)
         out.config, out.capacity, out.dtype = self.config, self.capacity, self.dtype
         out.bound, out.appended = self.bound, self.appended
         out.lengths, out.accepted, out.texts = map(change, (self.lengths, self.accepted, self.texts))
+        out.traced = None if self.traced is None else change(self.traced)
         out.pools = []
         for pool in self.pools:
             if isinstance(pool, AttentionPool):
@@ -230,13 +243,18 @@ def _read(pool: Pool, rows: Tensor | None, bucket: int) -> Past:
     return None
 
 
-def _fold(pool: MambaPool, trace: MambaTrace, accepted: Tensor) -> tuple[Tensor, Tensor]:
-    """The convolution window and SSM state after the first `accepted` (R,) tokens of the trace."""
+def _fold(window: Tensor, state: Tensor, trace: MambaTrace, accepted: Tensor) -> tuple[Tensor, Tensor]:
+    """The convolution window and SSM state after the first `accepted` (B,) tokens of the trace."""
     counted = (torch.arange(trace.dt.shape[1], device=accepted.device) < accepted[:, None])[..., None]
-    ssm = advance(trace.x, trace.dt * counted, trace.log_decay * counted, trace.B, pool.ssm_state)
-    inputs = torch.cat([pool.conv_window, trace.xBC.to(pool.conv_window.dtype)], dim=1)
-    columns = accepted[:, None] + torch.arange(pool.conv_window.shape[1], device=accepted.device)
+    ssm = advance(trace.x, trace.dt * counted, trace.log_decay * counted, trace.B, state)
+    inputs = torch.cat([window, trace.xBC.to(window.dtype)], dim=1)
+    columns = accepted[:, None] + torch.arange(window.shape[1], device=accepted.device)
     return inputs.gather(1, columns[..., None].expand(-1, -1, inputs.shape[2])), ssm
+
+
+def _put_rows(pool: Tensor, rows: Tensor, value: Tensor) -> Tensor:
+    """pool (R, …) with value (B, …) at rows (B,); out of place under autograd."""
+    return pool.index_copy(0, rows, value) if torch.is_grad_enabled() else pool.index_copy_(0, rows, value)
 
 
 def _scatter_columns(buffer: Tensor, slots: Tensor, columns: Tensor, value: Tensor) -> Tensor:
@@ -249,11 +267,6 @@ def _scatter_columns(buffer: Tensor, slots: Tensor, columns: Tensor, value: Tens
         return by_column.index_put(index, value).transpose(1, 2)
     by_column.index_put_(index, value)
     return buffer
-
-
-def _spread(trace: MambaTrace, rows: Tensor, total: int) -> MambaTrace:
-    """A trace of some slots as a trace of all; the others took no tokens, so zeros do."""
-    return MambaTrace(*(t.new_zeros(total, *t.shape[1:]).index_copy(0, rows, t) for t in trace))
 
 
 def _widen(buffer: Tensor, old: int, new: int) -> Tensor:

@@ -153,13 +153,13 @@ def _events(
     for events in LOOPS[session.params.mode](session, callback):
         yield from events
     if params.max_new_tokens == 0:  # no block, but every row has an end
-        yield from map(session.nothing, range(len(rows.ids)))
+        yield from (record.nothing() for record in session.records)
     _learned(session, params)
 
 
 def _learned(session: Session, asked: GenerationParams) -> list[Generation]:
     """The results, from which mode "auto" learns."""
-    results = [session.result(row) for row in range(len(session.prompts))]
+    results = [record.result() for record in session.records]
     if asked.mode == AUTO:
         chooser_of(session.model).recent.learn(results, asked.block_size)
     return results

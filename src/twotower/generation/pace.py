@@ -154,6 +154,6 @@ def pace_of(session: Session) -> Pace:
     fixed = 1 if params.draft_steps is None and params.acceptance < 1 else params.draft_steps
     if fixed is not None:
         return Pace(fixed)
-    rows, longest = len(session.rows), max(session.length(row) for row in session.rows)
+    rows, longest = len(session.rows), max(record.length for record in session.running)
     key = (rows - 1).bit_length(), params.block_size, longest.bit_length() // 2
     return _paces.setdefault(session.model, {}).setdefault(key, Pace()).begin()

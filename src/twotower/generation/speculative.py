@@ -34,7 +34,7 @@ def verified(session: Session, callback: StepCallback | None = None) -> Iterator
     pace = pace_of(session)
     assert session.model.denoiser is not None
     while session.rows:
-        room = max(session.room(row) for row in session.rows)  # the AR model's own token needs no draft
+        room = max(record.room for record in session.running)  # the AR model's own token needs no draft
         passes = pace.passes()
         if min(params.block_size, room) == 1:  # nothing to draft
             passes = 0
@@ -63,7 +63,7 @@ def verified(session: Session, callback: StepCallback | None = None) -> Iterator
         if kept is not None:
             pending = pending[kept]
         if session.rows and block is not None:
-            session.state.tighten(max(session.length(row) for row in session.rows))
+            session.state.tighten(max(record.length for record in session.running))
         yield events
 
 
@@ -97,12 +97,9 @@ def _book(
     steps = torch.full_like(tokens, passes)
     if block is not None:
         steps[:, :drafted] = block.committed_at[:, 1 : drafted + 1].to(steps.device)
-    for slot, (row, count) in enumerate(zip(session.rows, accepted, strict=True)):
+    for slot, (record, count) in enumerate(zip(session.running, accepted, strict=True)):
         steps[slot, count] = passes
-        session.drafted[row] += drafted
-        session.accepted[row] += count
-        session.drafts[row] += drafted > 0
-        session.rejected[row] += count < drafted
+        record.checked(drafted, count)
     counts = [count + 1 for count in accepted]
     taken = None if block is None else block.passes.tolist()
     drafts = None if block is None else block.tokens[:, 1 : drafted + 1].tolist()

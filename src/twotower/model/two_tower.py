@@ -165,28 +165,36 @@ class TwoTowerForCausalLM(PreTrainedModel):
         state: TowerState,
         lengths: Tensor | None = None,
         rows: Tensor | None = None,
-        logits: bool = True,
+        logits: bool | Tensor = True,
     ) -> Tensor | None:
         """The context tower reads tokens (B, L), of which the first lengths (B,) count (None: all; 0 allowed).
 
-        rows (B,): slots of the state, None for all of them in order → logits (B, L, V) in at least fp32, or None.
-        `state.rollback` takes any suffix back until the state is read again.
+        rows (B,): slots of the state, None for all of them in order. logits: whether any are wanted, or of which n of
+        the B rows (n,) → logits (B or n, L, V) in at least fp32, or None. `state.rollback` takes any suffix back until
+        the state is read again.
         """
         if lengths is None:
             lengths = torch.full((tokens.shape[0],), tokens.shape[1], device=tokens.device)
         state.reserve(state.bound + tokens.shape[1])
         hidden = self._extend(tokens, lengths, state, rows)
+        if isinstance(logits, Tensor):
+            return _logits(self.context, hidden[logits])
         return _logits(self.context, hidden) if logits else None
 
-    def denoise(self, block: Tensor, t: Tensor | None, view: ContextView, causal: bool = False) -> Tensor:
-        """The denoiser reads block (B, L) after the text that `view` shows; writes nothing.
+    def denoise(
+        self, block: Tensor, t: Tensor | None, view: ContextView, causal: bool = False, lengths: Tensor | None = None
+    ) -> Tensor:
+        """The denoiser reads block (B, L), of which the first lengths (B,) count (None: all), after the text that
+        `view` shows; writes nothing.
 
         t (B,): the fraction of the block still masked; None: no time conditioning at all. causal: attention
         inside the block sees earlier positions only (mock-AR) → logits (B, L, V) in at least fp32.
         """
         denoiser = self._denoiser()
-        positions = view.lengths[:, None] + torch.arange(block.shape[1], device=block.device)
-        sees = Visibility(causal=causal, context_mask=view.mask, positions=positions)
+        step = torch.arange(block.shape[1], device=block.device)
+        valid = None if lengths is None else step < lengths[:, None]
+        positions = view.lengths[:, None] + step
+        sees = Visibility(valid=valid, causal=causal, context_mask=view.mask, positions=positions)
         modulation = None if t is None or self.time is None else self.time(t)
         hidden, _ = denoiser(block, sees, view.past, modulation)
         return _logits(denoiser, hidden)
