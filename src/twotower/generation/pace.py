@@ -10,8 +10,6 @@ much from round to round, so all drafts speak for one another:
 
 from __future__ import annotations
 
-import time
-from collections.abc import Callable
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING
 from weakref import WeakKeyDictionary
@@ -63,14 +61,12 @@ class Pace:
     """
 
     steps: int | None = None
-    clock: Callable[[], float] = time.perf_counter
     arms: dict[int, Arm] = field(default_factory=lambda: {passes: Arm() for passes in CHOICES})
     ease: float = EASE
     worth: dict[int, float] = field(default_factory=lambda: dict(WORTH))
     lost: float = 0.0  # seconds, less the share of AR's time; below 0: gained
     reached: float = 0.0  # the longest draft that was kept, forgotten slowly
     rounds: int = 0
-    _started: float = 0.0
 
     def begin(self) -> Pace:
         """A batch begins."""
@@ -79,12 +75,8 @@ class Pace:
 
     def passes(self) -> int:
         """Of the round that begins now."""
-        self._started = self.clock()
         if self.steps is not None:
             return self.steps
-        return self._choose()
-
-    def _choose(self) -> int:
         ar, drafts = self.arms[0], {passes: arm for passes, arm in self.arms.items() if passes}
         if not ar.rounds or self.lost > CREDIT_STEPS * ar.seconds:
             return 0
@@ -114,18 +106,17 @@ class Pace:
             return block_size
         return min(block_size, 4 + int(1.5 * self.reached))
 
-    def record(self, passes: int, tokens: int, rows: int, accepted: list[int]) -> None:
-        """What the round brought: tokens of all rows."""
-        seconds = self.clock() - self._started
+    def record(self, passes: int, tokens: float, accepted: int, seconds: float) -> None:
+        """What a round brought and took: new tokens a row, and the longest draft that was kept."""
         self.rounds += 1
         if self.steps is not None:
             return
         self.arms[passes].took(seconds, self.rounds)
         if passes:
-            self._learn(passes, tokens / rows)
-            self.reached = max(max(accepted), 0.9 * self.reached)
+            self._learn(passes, tokens)
+            self.reached = max(accepted, 0.9 * self.reached)
         ar = self.arms[0].seconds
-        as_ar = tokens / rows * ar
+        as_ar = tokens * ar
         spent = seconds - as_ar if passes else 0.0
         self.lost = max(self.lost + spent - CREDIT_SHARE * as_ar, -SAVED_STEPS * ar)
 

@@ -6,7 +6,9 @@ token id, never of a generator's history. Batching, preemption, resuming and ver
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass, replace
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
@@ -36,8 +38,32 @@ class Sampling:
         return replace(self, seeds=self.seeds.to(device))
 
 
-def choose(logits: Tensor, sampling: Sampling, positions: Tensor, purpose: int, step: int | Tensor = 0) -> Tensor:
-    """logits (B, L, V), absolute positions (B, L), step (or one a row, (B, 1)) → token ids (B, L).
+class Rule(NamedTuple):
+    """How a row samples."""
+
+    temperature: float = 0.0
+    top_k: int | None = None
+    top_p: float | None = None
+
+
+def choose_by_rule(
+    logits: Tensor, rules: Sequence[Rule], seeds: Tensor, positions: Tensor, purpose: Tensor, step: Tensor
+) -> Tensor:
+    """`choose` with a rule for each row: seeds (B,), purpose and step (B, 1)."""
+    if len(set(rules)) == 1:
+        return choose(logits, Sampling(seeds=seeds, **rules[0]._asdict()), positions, purpose, step)
+    out = torch.empty_like(positions)
+    for rule in set(rules):
+        rows = torch.tensor([i for i, own in enumerate(rules) if own == rule], device=logits.device)
+        sampling = Sampling(seeds=seeds[rows], **rule._asdict())
+        out[rows] = choose(logits[rows], sampling, positions[rows], purpose[rows], step[rows])
+    return out
+
+
+def choose(
+    logits: Tensor, sampling: Sampling, positions: Tensor, purpose: int | Tensor, step: int | Tensor = 0
+) -> Tensor:
+    """logits (B, L, V), absolute positions (B, L); purpose and step, or one a row (B, 1) → token ids (B, L).
 
     Temperature ≤ 0: the largest logit. Otherwise a Gumbel-max sample of softmax(logits / temperature), filtered.
     """
@@ -71,10 +97,10 @@ def filtered(logits: Tensor, top_k: int | None, top_p: float | None) -> Tensor:
     return logits
 
 
-def noise(seeds: Tensor, positions: Tensor, purpose: int, step: int | Tensor, size: int) -> Tensor:
-    """Uniform numbers in (0, 1), float64: seeds (B,), positions (B, L), step (or (B, 1)) → (B, L, size)."""
-    key = _mix(seeds)[:, None]
-    for part in (positions, torch.full_like(positions, purpose), torch.zeros_like(positions) + step):
+def noise(seeds: Tensor, positions: Tensor, purpose: int | Tensor, step: int | Tensor, size: int) -> Tensor:
+    """Uniform numbers in (0, 1), float64: seeds (B,), positions (B, L), purpose, step (or (B, 1)) → (B, L, size)."""
+    key, zeros = _mix(seeds)[:, None], torch.zeros_like(positions)
+    for part in (positions, zeros + purpose, zeros + step):
         key = _mix(key + _GOLDEN * (part + 1))
     counters = torch.arange(1, size + 1, device=positions.device) * _GOLDEN
     bits = _shift(_mix(key[..., None] + counters), 11)  # 53 bits

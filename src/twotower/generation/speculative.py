@@ -12,6 +12,7 @@ for drafts in which q depends on nothing but the prefix; drafts filled in order 
 
 from __future__ import annotations
 
+import time
 from collections.abc import Iterator
 
 import torch
@@ -35,7 +36,7 @@ def verified(session: Session, callback: StepCallback | None = None) -> Iterator
     assert session.model.denoiser is not None
     while session.rows:
         room = max(record.room for record in session.running)  # the AR model's own token needs no draft
-        passes = pace.passes()
+        passes, started = pace.passes(), time.perf_counter()
         if min(params.block_size, room) == 1:  # nothing to draft
             passes = 0
         drafted, read = pending, session.state.lengths
@@ -58,7 +59,8 @@ def verified(session: Session, callback: StepCallback | None = None) -> Iterator
             tokens = torch.where(torch.arange(own.shape[1], device=device) < agreed[:, None], following, own)
             pending, accepted = tokens.gather(1, agreed[:, None]), agreed.tolist()
         events = _book(session, block, tokens, logits, accepted, drafted.shape[1] - 1, passes)
-        pace.record(passes, sum(len(event.tokens) for event in events), len(session.rows), accepted)
+        brought = sum(len(event.tokens) for event in events) / len(events)
+        pace.record(passes, brought, max(accepted), time.perf_counter() - started)
         kept = session.drop_ended()
         if kept is not None:
             pending = pending[kept]
@@ -78,14 +80,18 @@ def draft(session: Session, pending: Tensor, passes: int, callback: StepCallback
     return block
 
 
-def agreement(drafted: Tensor, own: Tensor, logits: Tensor, acceptance: float) -> Tensor:
+def agreement(drafted: Tensor, own: Tensor, logits: Tensor, acceptance: float | Tensor) -> Tensor:
     """How many drafted tokens (B, D) from the left are kept (B,): those that equal the AR model's choice `own` (B, D);
-    with acceptance α < 1 also those it gives at least α times the probability of its likeliest token."""
+    with acceptance α < 1 (or one a row, (B, 1)) also those it gives at least α times the probability of its likeliest
+    token, but never others where α is 1."""
     agrees = drafted == own
-    if acceptance < 1:
+    if isinstance(acceptance, Tensor) or acceptance < 1:
         chance = logits.log_softmax(-1)
         near = chance.gather(-1, drafted[..., None])[..., 0] - chance.amax(-1)
-        agrees = agrees | (near.exp() >= acceptance)
+        near_enough = near.exp() >= acceptance
+        if isinstance(acceptance, Tensor):
+            near_enough &= acceptance < 1
+        agrees = agrees | near_enough
     return agrees.long().cumprod(1).sum(1)
 
 
