@@ -14,10 +14,11 @@ from command import Result, assert_one_line_error
 from conftest import build_random_model
 
 from twotower import TwoTowerForCausalLM, bundled_model
+from twotower.engine import Request
 from twotower.errors import ArgumentError
 from twotower.evaluation.evaluate import chosen_problems, evaluate
 from twotower.evaluation.paired import Paired, compare
-from twotower.evaluation.running import Request, run
+from twotower.evaluation.running import run
 from twotower.evaluation.settings import parse_setting
 from twotower.evaluation.suite import FAMILIES
 from twotower.generation import generate

@@ -13,13 +13,13 @@ import torch
 from command import Result, assert_one_line_error
 
 from twotower import TwoTowerForCausalLM, bundled_model
+from twotower.engine import Request
 from twotower.errors import ArgumentError
 from twotower.evaluation.harness import model as adapter
 from twotower.evaluation.harness.model import TwoTowerLM
 from twotower.evaluation.harness.run import run_tasks
 from twotower.evaluation.harness.tasks import TASKS, parts_of
 from twotower.evaluation.likelihood import continuation_bound
-from twotower.evaluation.running import Request
 from twotower.evaluation.settings import parse_setting
 from twotower.generation.output import Generation
 

@@ -124,6 +124,13 @@ def test_any_length(new: int) -> None:
     assert {a.finish_reason for a in found} == {"length"}
 
 
+@pytest.mark.parametrize("draft_steps", [None, 1])
+def test_no_tokens_asked_for(draft_steps: int | None) -> None:
+    model = build_random_model("M*", dtype=torch.float64)
+    found = by("verified", model, prompts(2, 9), max_new_tokens=0, draft_steps=draft_steps)
+    assert [(a.tokens, a.finish_reason, a.drafts) for a in found] == [([], "length", 0)] * 2
+
+
 def test_stop_strings_events_and_statistics() -> None:
     model = TwoTowerForCausalLM.from_pretrained(bundled_model(), dtype="float64")
     texts = ["User: I need a taxi to the airport.\nAssistant:", "User: I want to see a doctor.\nAssistant:"]

@@ -26,8 +26,8 @@ class LocalReader:
     def __init__(self, state: TowerState) -> None:
         self.state = state
 
-    def view(self) -> ContextView:
-        return self.state.view()
+    def view(self, rows: Tensor | None = None) -> ContextView:
+        return self.state.view(rows)
 
     def select(self, state: TowerState, rows: Tensor) -> LocalReader:
         return LocalReader(state)
@@ -44,7 +44,7 @@ class Mirror:
         self.lengths = torch.zeros_like(state.lengths)  # on the context's device: how far the copy has come
         self.texts = state.texts  # and of which text
 
-    def view(self) -> ContextView:
+    def view(self, rows: Tensor | None = None) -> ContextView:
         state, copy = self.state, self.copy
         state.settle()
         width = state.appended - copy.appended
@@ -52,7 +52,7 @@ class Mirror:
             self._bring(width)
         copy.bound, copy.appended = state.bound, state.appended
         self.lengths, self.texts = state.lengths, state.texts
-        return copy.view()
+        return copy.view(None if rows is None else self._send(rows))
 
     def _bring(self, width: int) -> None:
         state, copy = self.state, self.copy

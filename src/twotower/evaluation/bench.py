@@ -10,8 +10,9 @@ from contextlib import contextmanager
 from dataclasses import asdict, dataclass, field
 from typing import Any
 
+from twotower.engine import Request
 from twotower.errors import ArgumentError
-from twotower.evaluation.running import Request, run
+from twotower.evaluation.running import run
 from twotower.evaluation.settings import AR, Setting, beside_ar
 from twotower.evaluation.suite import problems
 from twotower.model.two_tower import TwoTowerForCausalLM

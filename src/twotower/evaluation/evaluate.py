@@ -7,10 +7,11 @@ from dataclasses import asdict, dataclass
 from functools import partial
 from typing import Any
 
+from twotower.engine import Request
 from twotower.errors import ArgumentError
 from twotower.evaluation.likelihood import continuation_nats
 from twotower.evaluation.paired import Paired, compare
-from twotower.evaluation.running import Request, run
+from twotower.evaluation.running import run
 from twotower.evaluation.settings import Setting, beside_ar
 from twotower.evaluation.suite import FAMILIES
 from twotower.evaluation.suite.problems import Problem, stream

@@ -17,10 +17,11 @@ from tokenizers import Tokenizer
 
 from twotower.allocator import keep_large_blocks
 from twotower.assets import bundled_model
+from twotower.engine import Request
 from twotower.evaluation.evaluate import evaluate, repeated_share
 from twotower.evaluation.likelihood import ar_nats, continuation_nats
 from twotower.evaluation.ngram import KneserNey
-from twotower.evaluation.running import Request, run
+from twotower.evaluation.running import run
 from twotower.evaluation.settings import AR, beside_ar, parse_setting
 from twotower.evaluation.suite import problems
 from twotower.model.two_tower import TwoTowerForCausalLM

@@ -3,18 +3,10 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
 
-from twotower.generation import Generation, GenerationParams, generate
+from twotower.engine.request import Request
+from twotower.generation import Generation, generate
 from twotower.model.two_tower import TwoTowerForCausalLM
-
-
-@dataclass(frozen=True)
-class Request:
-    """A prompt (token ids) and how to continue it; the parameters hold one seed, one policy, one knob."""
-
-    prompt: Sequence[int]
-    params: GenerationParams
 
 
 def run(

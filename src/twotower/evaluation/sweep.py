@@ -39,7 +39,8 @@ QUICK = ("diffusion:0.8", "diffusion:0.9", "verified:draft_steps=1", "verified:d
 @dataclass(frozen=True)
 class Point:
     """One setting. accuracy: of each family and overall, 0..1; kept: of AR's overall accuracy, with its 95 % interval;
-    tokens_per_pass counts passes of both towers; times_ar: tokens a second of lone requests ÷ AR's, taken in turns."""
+    tokens_per_pass counts passes of both towers; times_ar: tokens a second of lone requests ÷ AR's, taken in turns.
+    Where the passes follow from what they cost, those of the lone requests are counted, not those of the batches."""
 
     setting: str
     accuracy: dict[str, float]
@@ -112,16 +113,22 @@ def sweep(
                 f"AR answers none of the {len(problems)} problems, so there is no accuracy to keep; choose easier ones "
                 "(--difficulty) or a model that was trained on such problems"
             )
-    speeds = time_singly(model, chosen, random.Random(seed).sample(problems, min(timed, len(problems))), tell)
-    return [_point(known[s.label], known[AR.label], problems, speeds[s.label] / speeds[AR.label]) for s in chosen]
+    alone = time_singly(model, chosen, random.Random(seed).sample(problems, min(timed, len(problems))), tell)
+    points = []
+    for setting in chosen:
+        record, (speed, per_pass) = known[setting.label], alone[setting.label]
+        if not setting.params().adapts:
+            per_pass = record["tokens"] / max(record["passes"], 1)
+        points.append(_point(record, known[AR.label], problems, per_pass, speed / alone[AR.label][0]))
+    return points
 
 
 def time_singly(
     model: TwoTowerForCausalLM, settings: Sequence[Setting], problems: Sequence[Problem], tell: Callable[[str], object]
-) -> dict[str, float]:
-    """New tokens a second after the prefill, of requests alone; each problem is answered by every setting in turn. One
-    problem more goes before and is not counted."""
-    seconds, tokens = (dict.fromkeys((setting.label for setting in settings), 0.0) for _ in range(2))
+) -> dict[str, tuple[float, float]]:
+    """New tokens a second after the prefill, and tokens per pass of both towers, of requests alone; each problem is
+    answered by every setting in turn. One problem more goes before and is not counted."""
+    seconds, tokens, passes = (dict.fromkeys((setting.label for setting in settings), 0.0) for _ in range(3))
     for number, problem in enumerate([problems[0], *problems]):
         tell(f"timing: problem {number} of {len(problems)}")
         for setting in settings:
@@ -129,7 +136,8 @@ def time_singly(
             if number:
                 seconds[setting.label] += output.decode_seconds
                 tokens[setting.label] += len(output.tokens)
-    return {label: tokens[label] / seconds[label] for label in seconds}
+                passes[setting.label] += output.denoiser_passes + output.context_passes
+    return {label: (tokens[label] / seconds[label], tokens[label] / max(passes[label], 1)) for label in seconds}
 
 
 def front(points: Sequence[Point], speed: Callable[[Point], float]) -> list[Point]:
@@ -157,7 +165,9 @@ def _record(setting: Setting, problems: Sequence[Problem], outputs: Sequence[Gen
     }
 
 
-def _point(record: dict[str, Any], ar: dict[str, Any], problems: Sequence[Problem], times_ar: float) -> Point:
+def _point(
+    record: dict[str, Any], ar: dict[str, Any], problems: Sequence[Problem], tokens_per_pass: float, times_ar: float
+) -> Point:
     right, base = ([mark == "1" for mark in each["right"]] for each in (record, ar))
     hits: dict[str, list[bool]] = {OVERALL: right}
     for problem, mark in zip(problems, right, strict=True):
@@ -166,7 +176,7 @@ def _point(record: dict[str, Any], ar: dict[str, Any], problems: Sequence[Proble
         setting=record["setting"],
         accuracy={name: sum(own) / len(own) for name, own in hits.items()},
         kept=compare(base, right).kept,
-        tokens_per_pass=record["tokens"] / max(record["passes"], 1),
+        tokens_per_pass=tokens_per_pass,
         times_ar=times_ar,
     )
 

@@ -136,15 +136,10 @@ _paces: WeakKeyDictionary[TwoTowerForCausalLM, dict[tuple[int, ...], Pace]] = We
 
 def pace_of(session: Session) -> Pace:
     """The pace of a batch that begins: its own where the number of passes is fixed, else the one that the model's
-    batches of like size and length (within a factor of 4) have had so far.
-
-    Under relaxed acceptance the draft shows in the text, so there it is one pass unless the caller says otherwise: the
-    same seed gives the same text, whatever the clock said.
-    """
+    batches of like size and length (within a factor of 4) have had so far."""
     params = session.params
-    fixed = 1 if params.draft_steps is None and params.acceptance < 1 else params.draft_steps
-    if fixed is not None:
-        return Pace(fixed)
-    rows, longest = len(session.rows), max(record.length for record in session.running)
+    if params.fixed_draft is not None:
+        return Pace(params.fixed_draft)
+    rows, longest = len(session.records), max(record.length for record in session.records)
     key = (rows - 1).bit_length(), params.block_size, longest.bit_length() // 2
     return _paces.setdefault(session.model, {}).setdefault(key, Pace()).begin()

@@ -12,7 +12,7 @@ import torch
 from twotower.config import TwoTowerConfig
 from twotower.errors import ArgumentError
 from twotower.generation.unmasking import POLICIES
-from twotower.modes import ASKABLE, BLOCK_MODES
+from twotower.modes import ASKABLE, AUTO, BLOCK_MODES
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -131,6 +131,20 @@ class GenerationParams:
         for given, what in ((self.seed, "seeds"), (self.policy, "policies"), (self.knob, "knobs")):
             if isinstance(given, tuple) and len(given) != len(prompt_lengths):
                 raise ArgumentError(f"{len(given)} {what} for {len(prompt_lengths)} prompts; give one, or one for each")
+
+    @property
+    def fixed_draft(self) -> int | None:
+        """Denoiser passes of every draft; None: round by round what pays.
+
+        Under relaxed acceptance the draft shows in the text, so there it is one unless the caller says otherwise: the
+        same seed gives the same text, whatever the clock said.
+        """
+        return 1 if self.draft_steps is None and self.acceptance < 1 else self.draft_steps
+
+    @property
+    def adapts(self) -> bool:
+        """Whether the passes it takes depend on what they cost."""
+        return self.mode == AUTO or (self.mode == "verified" and self.fixed_draft is None)
 
     def row_policies(self, rows: int) -> tuple[list[str], list[float]]:
         """The policy and the knob of each row."""

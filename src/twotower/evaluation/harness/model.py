@@ -21,9 +21,10 @@ from lm_eval.api.registry import register_model
 from tqdm import tqdm
 
 from twotower import ready
+from twotower.engine import Request
 from twotower.errors import ArgumentError
 from twotower.evaluation.likelihood import Likelihood, continuation_bound, continuation_likelihood
-from twotower.evaluation.running import Request, run
+from twotower.evaluation.running import run
 from twotower.evaluation.settings import Setting, parse_setting
 from twotower.generation import Generation
 from twotower.model.two_tower import TwoTowerForCausalLM

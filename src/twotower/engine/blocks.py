@@ -1,0 +1,140 @@
+"""The blocks that the denoiser is filling: one for each row slot, each at its own step."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import TYPE_CHECKING, Any
+
+import torch
+from torch import Tensor
+
+from twotower.engine.request import Row
+from twotower.generation.sampling import AR_TOKEN, DIFFUSION_CANDIDATE, choose_by_rule, confidence
+from twotower.generation.unmasking import POLICIES, Pass, commit
+from twotower.kernels.precision import accumulation_dtype
+
+if TYPE_CHECKING:
+    from twotower.model.two_tower import TwoTowerForCausalLM
+    from twotower.state import ContextView
+
+
+class Blocks:
+    """tokens, masked, committed_at, confidence (R, S) for R slots and blocks of up to S positions, on the denoiser's
+    device; step, steps, sizes, purpose, mask (R, 1): passes done and allowed, positions, what the noise is for, mask
+    token."""
+
+    def __init__(self, model: TwoTowerForCausalLM, rows: int, size: int, device: torch.device) -> None:
+        self.model = model
+        self.size = size
+        self.device = device
+        self.dtype = accumulation_dtype(model.dtype)
+
+        def whole(*shape: int) -> Tensor:
+            return torch.zeros(rows, *shape, dtype=torch.long, device=device)
+
+        self.tokens, self.committed_at = whole(size), whole(size)
+        self.masked = torch.zeros(rows, size, dtype=torch.bool, device=device)
+        self.confidence = torch.zeros(rows, size, dtype=self.dtype, device=device)
+        self.step, self.steps, self.sizes, self.purpose, self.mask = (whole(1) for _ in range(5))
+        self.seeds = whole()
+
+    def begin(self, opening: Sequence[tuple[Row, int]]) -> None:
+        """Opens a block for each row, to be done in so many passes; in verified decoding it begins with the pending
+        token, which is decided."""
+        if not opening:
+            return
+        slots = torch.tensor([row.slot for row, _ in opening], device=self.device)
+        facts = []
+        for row, allowed in opening:
+            drafts = row.mode == "verified"
+            purpose = AR_TOKEN if drafts else DIFFUSION_CANDIDATE
+            mask = row.params.mask_token_id
+            decided = row.pending if drafts else mask
+            facts.append((allowed, row.params.block_size, purpose, mask, decided, not drafts, row.seed))
+            row.passes, row.memory = 0, None
+        steps_, sizes, purpose_, mask_, decided_, open_, seeds = torch.tensor(facts, device=self.device).T
+        self.step[slots] = 0
+        for pool, value in (
+            (self.steps, steps_), (self.sizes, sizes), (self.purpose, purpose_), (self.mask, mask_),
+        ):  # fmt: skip
+            pool[slots] = value[:, None]
+        self.seeds[slots] = seeds
+        tokens = mask_[:, None].repeat(1, self.size)
+        tokens[:, 0] = decided_
+        masked = torch.arange(self.size, device=self.device) < sizes[:, None]
+        masked[:, 0] = open_.bool()
+        self.tokens[slots], self.masked[slots] = tokens, masked
+        self.committed_at[slots], self.confidence[slots] = 0, 0.0
+
+    def denoise(self, rows: Sequence[Row], view: ContextView) -> list[Row]:
+        """One pass of the denoiser over the rows' blocks → those whose block is done, with what is in it."""
+        slots = torch.tensor([row.slot for row in rows], device=self.device)
+        tokens, masked, step, sizes = self.tokens[slots], self.masked[slots], self.step[slots], self.sizes[slots]
+        lengths = None if all(row.params.block_size == self.size for row in rows) else sizes[:, 0]
+        t = masked.sum(1).to(self.dtype) / sizes[:, 0]
+        logits = self.model.denoise(tokens, t, view, lengths=lengths)
+        logits.scatter_(2, self.mask[slots][..., None].expand(-1, self.size, -1), -torch.inf)
+        positions = view.lengths[:, None] + torch.arange(self.size, device=self.device)
+        purpose = self.purpose[slots]
+        noise_step = torch.where(purpose == DIFFUSION_CANDIDATE, step, 0)
+        candidate = choose_by_rule(
+            logits, [row.rule for row in rows], self.seeds[slots], positions, purpose, noise_step
+        )
+        sure = confidence(logits, candidate)
+        chosen = unmask(rows, Pass(logits, candidate, sure, masked, step, self.steps[slots]))
+        masked = masked & ~chosen
+        self.tokens[slots] = torch.where(chosen, candidate, tokens)
+        self.masked[slots] = masked
+        self.committed_at[slots] = torch.where(chosen, step, self.committed_at[slots])
+        self.confidence[slots] = torch.where(chosen, sure, self.confidence[slots])
+        self.step[slots] = step + 1
+        for row in rows:
+            row.passes += 1
+            row.record.denoiser_passes += 1
+        done = [row for row, left in zip(rows, masked.any(1).tolist(), strict=True) if not left]
+        if done:
+            slots = torch.tensor([row.slot for row in done], device=self.device)
+            columns = (self.tokens[slots], self.committed_at[slots], self.confidence[slots])
+            for row, block, at, believed in zip(done, *(column.tolist() for column in columns), strict=True):
+                size = row.params.block_size
+                row.block, row.committed_at, row.confidence = block[:size], at[:size], believed[:size]
+        return done
+
+
+def unmask(rows: Sequence[Row], seen: Pass) -> Tensor:
+    """→ bool (B, L), what each row's policy commits; rows of one policy are asked together."""
+    groups: dict[tuple[str, bool], list[int]] = {}
+    for i, row in enumerate(rows):
+        groups.setdefault((row.policy, row.memory is None), []).append(i)
+    out = torch.zeros_like(seen.masked)
+    for (name, fresh), members in groups.items():
+        knobs = torch.tensor([[rows[i].knob] for i in members], dtype=seen.confidence.dtype, device=out.device)
+        part = seen
+        if len(groups) > 1:
+            places = torch.tensor(members, device=out.device)
+            part = Pass(*(field[places] for field in seen[:-1]))
+        if not fresh:
+            part = part._replace(memory=_joined([rows[i].memory for i in members]))
+        verdict = POLICIES[name].rule(part, knobs)
+        for place, i in enumerate(members):
+            rows[i].memory = _one(verdict.memory, place)
+        chosen = commit(verdict, part.masked, part.step, part.steps)
+        if len(groups) == 1:
+            return chosen
+        out[places] = chosen
+    return out
+
+
+def _one(memory: Any, place: int) -> Any:
+    """A row's part of what a policy remembers: tensors whose first dimension is the rows, or tuples of them."""
+    if isinstance(memory, tuple):
+        return tuple(_one(part, place) for part in memory)
+    return memory[place : place + 1] if isinstance(memory, Tensor) else memory
+
+
+def _joined(memories: Sequence[Any]) -> Any:
+    """The rows' parts together again."""
+    first = memories[0]
+    if isinstance(first, tuple):
+        return tuple(_joined(parts) for parts in zip(*memories, strict=True))
+    return torch.cat(list(memories)) if isinstance(first, Tensor) else first

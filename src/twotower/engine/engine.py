@@ -1,0 +1,302 @@
+"""`LLM`: requests in, events and results out; `step` is one pass of each tower for whoever needs it.
+
+A row goes PROMPT → its mode's cycle → out:
+
+    ar         STEP → STEP → …
+    diffusion  DENOISE (its passes) → COMMIT → DENOISE → …
+    verified   DENOISE (the draft) → CHECK → DENOISE → …, or STEP where a draft would not pay
+    mock_ar    MOCK → COMMIT → MOCK → …
+
+Rows that need the same tower share its pass, whatever cycle they are in and however long their texts are; none waits
+for another. What a row writes is what it would write alone.
+"""
+
+from __future__ import annotations
+
+import time
+from collections import deque
+from collections.abc import Callable, Iterator, Sequence
+from typing import TYPE_CHECKING
+
+import torch
+
+from twotower.engine.blocks import Blocks
+from twotower.engine.reading import Work, grouped, read
+from twotower.engine.request import Phase, Request, Row
+from twotower.errors import ArgumentError
+from twotower.generation.automatic import chooser_of, resolve
+from twotower.generation.output import BlockEvent, Generation
+from twotower.generation.pace import Pace
+from twotower.generation.record import RowRecord
+from twotower.generation.sampling import AR_TOKEN, choose_by_rule, confidence
+from twotower.generation.stopping import RowProgress
+from twotower.modes import AUTO
+
+if TYPE_CHECKING:
+    from twotower.model.two_tower import TwoTowerForCausalLM
+    from twotower.state import ContextView
+
+PROMPT_CHUNK = 512  # prompt tokens read in one step, of all rows together
+
+
+class LLM:
+    """Runs requests on a model.
+
+    rows: texts at work at once; length: tokens of the longest text with its answer; block_size: the longest block.
+    """
+
+    def __init__(
+        self, model: TwoTowerForCausalLM, *, rows: int = 16, length: int | None = None, block_size: int = 16
+    ) -> None:
+        window = model.config.backbone.max_position_embeddings
+        self.model = model
+        self.length = min(length or window, window)
+        self.state = model.new_state(rows, self.length + max(PROMPT_CHUNK, block_size))
+        self.reader = model.reader(self.state) if model.denoiser is not None else None
+        device = model.device if model.denoiser is None else model.denoiser.device
+        self.blocks = Blocks(model, rows, block_size, device)
+        self.seeds = torch.zeros(rows, dtype=torch.long, device=model.device)
+        self.waiting: deque[tuple[int, Request]] = deque()
+        self.rows: dict[int, Row] = {}  # by the request's number, oldest first
+        self.free = list(range(rows))[::-1]
+        self.paces: dict[int, Pace] = {}  # by how many rows are at work, to a factor of two
+        self._opening: list[tuple[Row, int]] = []  # blocks to open before the denoiser's next pass, and their passes
+        self._number = 0
+
+    # --- requests -------------------------------------------------------------------------------------------------
+
+    def add_request(self, request: Request) -> int:
+        """Queues it → its number, which its events carry as `row`.
+
+        Raises:
+            ArgumentError: it can never run here; says why.
+        """
+        params = request.params
+        params.check_against(self.model.config, [len(request.prompt)])
+        longest = len(request.prompt) + params.max_new_tokens
+        if longest > self.length:
+            raise ArgumentError(
+                f"a prompt of {len(request.prompt)} tokens plus max_new_tokens {params.max_new_tokens} is longer than "
+                f"the {self.length} tokens that this engine keeps for a text; shorten one of them or raise length"
+            )
+        if params.block_size > self.blocks.size and params.mode not in ("ar", "mock_ar"):
+            raise ArgumentError(
+                f"block_size is {params.block_size}; this engine's blocks have at most {self.blocks.size}"
+            )
+        if not request.prompt:
+            raise ArgumentError("the prompt is empty; give at least one token")
+        if params.stop and self.model.tokenizer is None:
+            raise ArgumentError("stop strings need a tokenizer; set model.tokenizer")
+        if params.mode not in ("ar", AUTO) and self.model.denoiser is None:
+            raise ArgumentError(
+                f'mode is {params.mode!r} but only the context tower was loaded; load with towers="both"'
+            )
+        self._number += 1
+        self.waiting.append((self._number, request))
+        return self._number
+
+    def abort(self, number: int) -> None:
+        """Forgets a request, waiting or running; its slot is free at once. Unknown numbers are ignored."""
+        self.waiting = deque(entry for entry in self.waiting if entry[0] != number)
+        self._opening = [entry for entry in self._opening if entry[0].record.row != number]
+        row = self.rows.pop(number, None)
+        if row is not None:
+            self.free.append(row.slot)
+
+    @property
+    def has_work(self) -> bool:
+        return bool(self.waiting or self.rows)
+
+    def generate(
+        self, requests: Sequence[Request], progress: Callable[[int], object] | None = None
+    ) -> list[Generation]:
+        """Runs all of them → results in their order; progress is told how many have ended."""
+        numbers = [self.add_request(request) for request in requests]
+        results: dict[int, Generation] = {}
+        while len(results) < len(numbers):
+            for event in self.step():
+                if event.result is not None:
+                    results[event.row] = event.result
+                    if progress is not None:
+                        progress(len(results))
+        return [results[number] for number in numbers]
+
+    def stream(self, request: Request) -> Iterator[BlockEvent]:
+        """Events of one request; others that wait or run go on meanwhile, unseen."""
+        number = self.add_request(request)
+        try:
+            while True:
+                for event in self.step():
+                    if event.row == number:
+                        yield event
+                        if event.result is not None:
+                            return
+        finally:
+            self.abort(number)
+
+    # --- a step ---------------------------------------------------------------------------------------------------
+
+    @torch.no_grad()
+    def step(self) -> list[BlockEvent]:
+        """One pass of each tower for every row that needs it → what became final."""
+        events = self._admit()
+        events += self._read()
+        events += self._denoise()
+        events += self._mock()
+        for event in events:
+            if event.result is not None:
+                self._leave(event)
+        return events
+
+    def _admit(self) -> list[BlockEvent]:
+        """Waiting requests take free slots, first come, first served."""
+        events, admitted = [], []
+        while self.waiting and self.free:
+            number, request = self.waiting.popleft()
+            params, why = resolve(self.model, request.params, 1)
+            progress = RowProgress(params.max_new_tokens, params.eos_token_id, params.stop, self.model.tokenizer)
+            record = RowRecord(number, params.mode, len(request.prompt), progress, why)
+            if params.max_new_tokens == 0:
+                events.append(record.nothing())
+                continue
+            (policy,), (knob,) = params.row_policies(1)
+            (seed,) = params.row_seeds(1)
+            row = Row(request, record, self.free.pop(), seed, policy, knob, self._pace(request))
+            self.rows[number] = row
+            admitted.append(row)
+        if admitted:
+            slots = torch.tensor([row.slot for row in admitted], device=self.model.device)
+            self.state.reset(slots)
+            self.seeds[slots] = torch.tensor([row.seed for row in admitted], device=self.model.device)
+            for row in admitted:
+                if row.prompt_end == 0:
+                    self._written(row)
+        return events
+
+    def _pace(self, request: Request) -> Pace:
+        fixed = request.params.fixed_draft
+        if fixed is not None:
+            return Pace(fixed)
+        return self.paces.setdefault(len(self.rows).bit_length(), Pace()).begin()
+
+    def _of(self, *phases: Phase) -> list[Row]:
+        return [row for row in self.rows.values() if row.phase in phases]
+
+    def _read(self) -> list[BlockEvent]:
+        """The context tower's passes."""
+        works, budget = [], PROMPT_CHUNK
+        for row in self._of(Phase.PROMPT):
+            part = list(row.request.prompt[row.read : min(row.read + budget, row.prompt_end)])
+            if part:
+                works.append(Work(row, part, scored=False))
+                budget -= len(part)
+        works += [Work(row, [row.pending], scored=True) for row in self._of(Phase.STEP)]
+        works += [Work(row, row.block, scored=True) for row in self._of(Phase.CHECK)]
+        works += [Work(row, row.block, scored=False) for row in self._of(Phase.COMMIT)]
+        events = []
+        for group in grouped(works):
+            started = time.perf_counter()
+            own = read(self.model, self.state, group, self.seeds)
+            self._share(started, [work.row for work in group])
+            events += own
+            tokens = {event.row: len(event.tokens) for event in own}
+            for work in group:
+                row = work.row
+                if work.scored:
+                    if row.mode == "verified":
+                        row.pace.record(row.passes, tokens[row.record.row], row.kept, row.seconds)
+                    self._begin(row)
+                elif row.phase is Phase.PROMPT:
+                    if row.read == row.prompt_end:
+                        self._written(row)
+                else:
+                    self._begin(row)
+        return events
+
+    def _share(self, started: float, rows: Sequence[Row]) -> None:
+        """Each row's share of a pass's time."""
+        seconds = (time.perf_counter() - started) / len(rows)
+        for row in rows:
+            row.seconds += seconds
+
+    def _written(self, row: Row) -> None:
+        """Its prompt is read."""
+        row.record.prefilled = time.perf_counter()
+        row.pending = row.request.prompt[-1]
+        self._begin(row)
+
+    def _begin(self, row: Row) -> None:
+        """The next round of a row's cycle."""
+        if not row.record.running:
+            return
+        row.passes, row.seconds = 0, 0.0
+        params = row.params
+        match row.mode:
+            case "ar":
+                row.phase = Phase.STEP
+            case "mock_ar":
+                row.phase = Phase.MOCK
+            case "diffusion":
+                row.phase = Phase.DENOISE
+                self._opening.append((row, params.steps_per_block))
+            case "verified":
+                passes = row.pace.passes()
+                if min(params.block_size, row.record.room) == 1:  # nothing to draft
+                    passes = 0
+                row.phase = Phase.DENOISE if passes else Phase.STEP
+                if passes:
+                    self._opening.append((row, passes))
+
+    def _denoise(self) -> list[BlockEvent]:
+        """The denoiser's pass over open blocks."""
+        rows = self._of(Phase.DENOISE)
+        if not rows:
+            return []
+        started = time.perf_counter()
+        self.blocks.begin(self._opening)
+        self._opening.clear()
+        done = self.blocks.denoise(rows, self._view(rows))
+        self._share(started, rows)
+        events = []
+        for row in done:
+            if row.mode == "verified":
+                row.phase = Phase.CHECK
+                row.block = row.block[: min(row.record.room, row.pace.length(row.params.block_size))]
+            else:
+                row.phase = Phase.COMMIT
+                events.append(row.record.take(row.block, row.committed_at, row.confidence))
+        return events
+
+    def _mock(self) -> list[BlockEvent]:
+        """The denoiser as a next-token predictor, for rows of that mode."""
+        rows = self._of(Phase.MOCK)
+        if not rows:
+            return []
+        device = self.blocks.device
+        pending = torch.tensor([[row.pending] for row in rows], device=device)
+        view = self._view(rows)
+        logits = self.model.denoise(pending, None, view, causal=True)
+        seeds = torch.tensor([row.seed for row in rows], device=device)
+        purpose = torch.full((len(rows), 1), AR_TOKEN, device=device)
+        rules = [row.rule for row in rows]
+        tokens = choose_by_rule(logits, rules, seeds, view.lengths[:, None] + 1, purpose, torch.zeros_like(purpose))
+        events = []
+        for row, (token,), sure in zip(rows, tokens.tolist(), confidence(logits, tokens).tolist(), strict=True):
+            row.record.denoiser_passes += 1
+            events.append(row.record.take([token], [0], sure))
+            row.block, row.pending, row.phase = [row.pending], token, Phase.COMMIT
+        return events
+
+    def _view(self, rows: Sequence[Row]) -> ContextView:
+        assert self.reader is not None
+        self.state.bound = max(row.read for row in rows)
+        return self.reader.view(torch.tensor([row.slot for row in rows], device=self.model.device))
+
+    def _leave(self, event: BlockEvent) -> None:
+        """An ended row's slot is free; mode "auto" learns from what it wrote."""
+        row = self.rows.pop(event.row, None)
+        if row is None:
+            return
+        self.free.append(row.slot)
+        if row.params.mode == AUTO and event.result is not None:
+            chooser_of(self.model).recent.learn([event.result], row.params.block_size)

@@ -1,0 +1,98 @@
+"""What the context tower reads for the rows of an engine: prompts, pending tokens, drafts and finished blocks."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import TYPE_CHECKING
+
+import torch
+from torch import Tensor
+
+from twotower.engine.request import Phase, Row
+from twotower.generation.output import BlockEvent
+from twotower.generation.sampling import AR_TOKEN, choose_by_rule, confidence
+from twotower.generation.speculative import agreement
+
+if TYPE_CHECKING:
+    from twotower.model.two_tower import TwoTowerForCausalLM
+    from twotower.state import TowerState
+
+SMALL = 64  # tokens: a pass of so few costs hardly more than one of a single token, so padding it is free
+
+
+@dataclass
+class Work:
+    """Tokens that a row's slot gets; scored: whether the head is asked about them."""
+
+    row: Row
+    tokens: list[int]
+    scored: bool
+
+
+def grouped(works: Sequence[Work]) -> list[list[Work]]:
+    """Passes: works of like width together, so that little of a pass is padding."""
+    groups: list[list[Work]] = []
+    for work in sorted(works, key=lambda work: len(work.tokens)):
+        group = groups[-1] if groups else []
+        tokens = sum(len(other.tokens) for other in group) + len(work.tokens)
+        padded = (len(group) + 1) * len(work.tokens)
+        if group and (padded <= SMALL or padded <= 1.5 * tokens):
+            group.append(work)
+        else:
+            groups.append([work])
+    return groups
+
+
+def read(model: TwoTowerForCausalLM, state: TowerState, works: Sequence[Work], seeds: Tensor) -> list[BlockEvent]:
+    """One context pass over the works' tokens; scored rows choose, check and book → their events."""
+    device = state.lengths.device
+    width = max(len(work.tokens) for work in works)
+    tokens = torch.tensor([work.tokens + [0] * (width - len(work.tokens)) for work in works], device=device)
+    lengths = torch.tensor([len(work.tokens) for work in works], device=device)
+    slots = torch.tensor([work.row.slot for work in works], device=device)
+    scored = [i for i, work in enumerate(works) if work.scored]
+    places = torch.tensor(scored, dtype=torch.long, device=device)
+    state.bound = max(work.row.read for work in works)  # of the rows of this pass; the others are not looked at
+    logits = model.extend(tokens, state, lengths, rows=slots, logits=places if scored else False)
+    for work in works:
+        work.row.read += len(work.tokens)
+        work.row.record.context_passes += work.row.phase is not Phase.PROMPT
+    if logits is None:
+        return []
+    rows = [works[i].row for i in scored]
+    return _choose(state, rows, tokens[places], lengths[places], logits, seeds)
+
+
+def _choose(
+    state: TowerState, rows: Sequence[Row], tokens: Tensor, lengths: Tensor, logits: Tensor, seeds: Tensor
+) -> list[BlockEvent]:
+    """The AR model's choice after each token; of a draft what agrees with it is kept, then its own follows."""
+    device = tokens.device
+    slots = torch.tensor([row.slot for row in rows], device=device)
+    before = state.lengths[slots] - lengths
+    place = torch.arange(tokens.shape[1], device=device)
+    purpose = torch.full((len(rows), 1), AR_TOKEN, device=device)
+    positions = before[:, None] + place + 1
+    own = choose_by_rule(
+        logits, [row.rule for row in rows], seeds[slots], positions, purpose, torch.zeros_like(purpose)
+    )
+    accepted = torch.zeros_like(lengths)
+    chosen = own
+    if tokens.shape[1] > 1:
+        asked = [row.params.acceptance for row in rows]
+        relaxed = torch.tensor(asked, dtype=logits.dtype, device=device)[:, None] if min(asked) < 1 else 1.0
+        accepted = agreement(tokens[:, 1:], own[:, :-1], logits[:, :-1], relaxed).minimum(lengths - 1)
+        following = torch.cat([tokens[:, 1:], own[:, -1:]], dim=1)
+        chosen = torch.where(place < accepted[:, None], following, own)
+        state.rollback(state.lengths.index_copy(0, slots, before + 1 + accepted))
+    events = []
+    columns = (chosen.tolist(), confidence(logits, chosen).tolist(), accepted.tolist())
+    for row, new, sure, kept in zip(rows, *columns, strict=True):
+        drafted = len(row.block) - 1 if row.phase is Phase.CHECK else 0
+        row.read -= drafted - kept
+        row.record.checked(drafted, kept)
+        steps = [*row.committed_at[1 : kept + 1], row.passes] if drafted else [row.passes]
+        events.append(row.record.take(new[: kept + 1], steps, sure[: kept + 1], row.block[1:] if drafted else ()))
+        row.pending, row.kept = new[kept], kept
+    return events

@@ -1,0 +1,71 @@
+"""A request, and the row that it becomes while it runs."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from enum import Enum
+
+from twotower.generation.pace import Pace
+from twotower.generation.params import GenerationParams
+from twotower.generation.record import RowRecord
+from twotower.generation.sampling import Rule
+
+
+@dataclass(frozen=True)
+class Request:
+    """A prompt (token ids) and how to continue it; the parameters hold one seed, one policy, one knob."""
+
+    prompt: Sequence[int]
+    params: GenerationParams
+
+
+class Phase(Enum):
+    """What a row needs next."""
+
+    PROMPT = "the context tower reads more of the prompt"
+    STEP = "it reads the pending token and chooses the next"
+    DENOISE = "the denoiser fills the row's block"
+    CHECK = "the context tower reads the pending token and the draft, and keeps what it agrees with"
+    COMMIT = "the context tower reads the finished block"
+    MOCK = "the denoiser proposes the token after the pending one"
+
+
+@dataclass
+class Row:
+    """A running request: its slot of the state, what it needs next, and what it has written."""
+
+    request: Request
+    record: RowRecord
+    slot: int
+    seed: int
+    policy: str
+    knob: float
+    pace: Pace
+    phase: Phase = Phase.PROMPT
+    read: int = 0  # tokens of the text that the state holds
+    pending: int = -1  # the text's last token where the state does not hold it yet
+    block: list[int] = field(default_factory=list)  # the finished block or draft
+    committed_at: list[int] = field(default_factory=list)
+    confidence: list[float] = field(default_factory=list)
+    kept: int = 0  # drafted tokens of the last round
+    passes: int = 0  # of the denoiser, for this block
+    seconds: float = 0.0  # this row's share of the passes of its round
+    memory: object = None  # what its policy remembers of the block
+
+    @property
+    def params(self) -> GenerationParams:
+        return self.request.params
+
+    @property
+    def mode(self) -> str:
+        return self.record.mode
+
+    @property
+    def rule(self) -> Rule:
+        return Rule(self.params.temperature, self.params.top_k, self.params.top_p)
+
+    @property
+    def prompt_end(self) -> int:
+        """Prompt tokens that are read before anything is written: all in diffusion, else all but the pending one."""
+        return len(self.request.prompt) - (self.mode != "diffusion")
