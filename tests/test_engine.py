@@ -10,13 +10,14 @@ from unittest.mock import patch
 import pytest
 import torch
 from conftest import EVERY_KIND, build_random_model
+from torch import Tensor
 
 from twotower import TwoTowerForCausalLM
 from twotower.engine import LLM, Request
 from twotower.engine.reading import Work, grouped
 from twotower.errors import ArgumentError
 from twotower.generation import Generation, GenerationParams, generate
-from twotower.generation.unmasking import POLICIES
+from twotower.generation.unmasking import POLICIES, Pass, Verdict, register_policy
 
 LENGTH = 160
 KINDS: dict[str, Callable[[random.Random], dict[str, Any]]] = {
@@ -30,7 +31,7 @@ KINDS: dict[str, Callable[[random.Random], dict[str, Any]]] = {
     },
     "verified": lambda rng: {
         "block_size": rng.choice([1, 4, 8, 16]),
-        "draft_steps": rng.choice([None, 1, 2]),
+        "draft_steps": rng.choice([None, 1, 2, 4]),
         "policy": rng.choice(sorted(POLICIES)),
         "acceptance": rng.choice([1.0, 1.0, 0.3]),
     },
@@ -211,7 +212,16 @@ def test_a_stream_beside_others(model: TwoTowerForCausalLM) -> None:
     assert [token for event in events for token in event.tokens] == alone(model, request).tokens
     assert [event.block for event in events] == list(range(len(events)))
     assert events[-1].result is not None
-    assert set(llm.rows) | {number for number, _ in llm.waiting} <= set(numbers)
+    outputs: dict[int, Generation] = {}
+    written: dict[int, list[int]] = {}
+    while llm.has_work:
+        for event in llm.step():
+            written.setdefault(event.row, []).extend(event.tokens)
+            if event.result is not None:
+                outputs[event.row] = event.result
+    for number, other in zip(numbers, others, strict=True):  # none of their events was lost
+        assert_as_alone(model, other, outputs[number])
+        assert written[number] == outputs[number].tokens
 
 
 def test_a_stream_given_up_frees_its_slot(model: TwoTowerForCausalLM) -> None:
@@ -251,6 +261,31 @@ def test_what_can_never_run_is_refused_at_once(
         llm.add_request(Request(prompt, GenerationParams.of(**given)))
     assert message in str(error.value)
     assert not llm.has_work
+
+
+def test_a_policy_that_raises_ends_its_own_request_only(model: TwoTowerForCausalLM) -> None:
+    """Beside rows of other policies, and of the same policy with another knob."""
+
+    def moody(seen: Pass, knob: Tensor) -> Verdict:
+        if (knob > 1).any() and (seen.step > 1).any():
+            raise ZeroDivisionError("in a bad mood")
+        return POLICIES["threshold"].rule(seen, knob)
+
+    register_policy("moody", moody, knob="mood", default=0.5)
+    try:
+        asked = {"max_new_tokens": 20, "block_size": 8, "steps_per_block": 8}
+        policies = [("moody", 0.9), ("moody", 2.0), ("threshold", 0.9), ("moody", 0.8)]
+        requests = [Request([5, 6], GenerationParams.of(policy=name, knob=knob, **asked)) for name, knob in policies]
+        llm = LLM(model, rows=4, length=64)
+        outputs = llm.generate(requests)
+        assert [output.finish_reason for output in outputs] == ["length", "error", "length", "length"]
+        assert outputs[1].error == "ZeroDivisionError: in a bad mood"
+        assert outputs[1].tokens == []
+        for place in (0, 2, 3):
+            assert_as_alone(model, requests[place], outputs[place])
+        assert len(llm.free) == 4
+    finally:
+        del POLICIES["moody"]
 
 
 def test_auto_chooses_and_says_why(model: TwoTowerForCausalLM) -> None:

@@ -38,20 +38,19 @@ class Blocks:
         self.step, self.steps, self.sizes, self.purpose, self.mask = (whole(1) for _ in range(5))
         self.seeds = whole()
 
-    def begin(self, opening: Sequence[tuple[Row, int]]) -> None:
-        """Opens a block for each row, to be done in so many passes; in verified decoding it begins with the pending
-        token, which is decided."""
-        if not opening:
+    def begin(self, rows: Sequence[Row]) -> None:
+        """Opens a block for each row; in verified decoding it begins with the pending token, which is decided."""
+        if not rows:
             return
-        slots = torch.tensor([row.slot for row, _ in opening], device=self.device)
+        slots = torch.tensor([row.slot for row in rows], device=self.device)
         facts = []
-        for row, allowed in opening:
+        for row in rows:
             drafts = row.mode == "verified"
             purpose = AR_TOKEN if drafts else DIFFUSION_CANDIDATE
             mask = row.params.mask_token_id
             decided = row.pending if drafts else mask
-            facts.append((allowed, row.params.block_size, purpose, mask, decided, not drafts, row.seed))
-            row.passes, row.memory = 0, None
+            facts.append((row.allowed, row.params.block_size, purpose, mask, decided, not drafts, row.seed))
+            row.memory = None
         steps_, sizes, purpose_, mask_, decided_, open_, seeds = torch.tensor(facts, device=self.device).T
         self.step[slots] = 0
         for pool, value in (
@@ -67,7 +66,8 @@ class Blocks:
         self.committed_at[slots], self.confidence[slots] = 0, 0.0
 
     def denoise(self, rows: Sequence[Row], view: ContextView) -> list[Row]:
-        """One pass of the denoiser over the rows' blocks → those whose block is done, with what is in it."""
+        """One pass of the denoiser over the rows' blocks → those whose block is done, with what is in it. A row whose
+        policy raised has an `error`."""
         slots = torch.tensor([row.slot for row in rows], device=self.device)
         tokens, masked, step, sizes = self.tokens[slots], self.masked[slots], self.step[slots], self.sizes[slots]
         lengths = None if all(row.params.block_size == self.size for row in rows) else sizes[:, 0]
@@ -89,7 +89,6 @@ class Blocks:
         self.confidence[slots] = torch.where(chosen, sure, self.confidence[slots])
         self.step[slots] = step + 1
         for row in rows:
-            row.passes += 1
             row.record.denoiser_passes += 1
         done = [row for row, left in zip(rows, masked.any(1).tolist(), strict=True) if not left]
         if done:
@@ -102,27 +101,36 @@ class Blocks:
 
 
 def unmask(rows: Sequence[Row], seen: Pass) -> Tensor:
-    """→ bool (B, L), what each row's policy commits; rows of one policy are asked together."""
+    """→ bool (B, L), what each row's policy commits; rows of one policy are asked together. A row whose policy raises
+    commits nothing and keeps the error."""
     groups: dict[tuple[str, bool], list[int]] = {}
     for i, row in enumerate(rows):
         groups.setdefault((row.policy, row.memory is None), []).append(i)
     out = torch.zeros_like(seen.masked)
-    for (name, fresh), members in groups.items():
-        knobs = torch.tensor([[rows[i].knob] for i in members], dtype=seen.confidence.dtype, device=out.device)
-        part = seen
-        if len(groups) > 1:
-            places = torch.tensor(members, device=out.device)
-            part = Pass(*(field[places] for field in seen[:-1]))
-        if not fresh:
-            part = part._replace(memory=_joined([rows[i].memory for i in members]))
-        verdict = POLICIES[name].rule(part, knobs)
-        for place, i in enumerate(members):
-            rows[i].memory = _one(verdict.memory, place)
-        chosen = commit(verdict, part.masked, part.step, part.steps)
-        if len(groups) == 1:
-            return chosen
-        out[places] = chosen
+    asked = list(groups.values())
+    while asked:
+        members = asked.pop()
+        places = torch.tensor(members, device=out.device)
+        try:
+            out[places] = _ask([rows[i] for i in members], Pass(*(field[places] for field in seen[:-1])))
+        except Exception as error:  # a policy may be a caller's own
+            if len(members) > 1:
+                asked += [[i] for i in members]
+            else:
+                rows[members[0]].error = error
     return out
+
+
+def _ask(rows: Sequence[Row], seen: Pass) -> Tensor:
+    """What rows of one policy commit; they are in the first pass of their blocks, or none of them is."""
+    knobs = torch.tensor([[row.knob] for row in rows], dtype=seen.confidence.dtype, device=seen.masked.device)
+    if rows[0].memory is not None:
+        seen = seen._replace(memory=_joined([row.memory for row in rows]))
+    verdict = POLICIES[rows[0].policy].rule(seen, knobs)
+    chosen = commit(verdict, seen.masked, seen.step, seen.steps)
+    for place, row in enumerate(rows):
+        row.memory = _one(verdict.memory, place)
+    return chosen
 
 
 def _one(memory: Any, place: int) -> Any:

@@ -60,7 +60,8 @@ class LLM:
         self.rows: dict[int, Row] = {}  # by the request's number, oldest first
         self.free = list(range(rows))[::-1]
         self.paces: dict[int, Pace] = {}  # by how many rows are at work, to a factor of two
-        self._opening: list[tuple[Row, int]] = []  # blocks to open before the denoiser's next pass, and their passes
+        self._opening: list[Row] = []  # that need a new block before the denoiser's next pass
+        self._unseen: list[BlockEvent] = []  # of requests that whoever last ran steps did not ask about
         self._number = 0
 
     # --- requests -------------------------------------------------------------------------------------------------
@@ -98,14 +99,15 @@ class LLM:
     def abort(self, number: int) -> None:
         """Forgets a request, waiting or running; its slot is free at once. Unknown numbers are ignored."""
         self.waiting = deque(entry for entry in self.waiting if entry[0] != number)
-        self._opening = [entry for entry in self._opening if entry[0].record.row != number]
+        self._opening = [row for row in self._opening if row.record.row != number]
         row = self.rows.pop(number, None)
         if row is not None:
             self.free.append(row.slot)
 
     @property
     def has_work(self) -> bool:
-        return bool(self.waiting or self.rows)
+        """Whether `step` has anything to do or to tell."""
+        return bool(self.waiting or self.rows or self._unseen)
 
     def generate(
         self, requests: Sequence[Request], progress: Callable[[int], object] | None = None
@@ -114,7 +116,7 @@ class LLM:
         numbers = [self.add_request(request) for request in requests]
         results: dict[int, Generation] = {}
         while len(results) < len(numbers):
-            for event in self.step():
+            for event in self._step_for(set(numbers)):
                 if event.result is not None:
                     results[event.row] = event.result
                     if progress is not None:
@@ -122,23 +124,31 @@ class LLM:
         return [results[number] for number in numbers]
 
     def stream(self, request: Request) -> Iterator[BlockEvent]:
-        """Events of one request; others that wait or run go on meanwhile, unseen."""
+        """Events of one request; others that wait or run go on meanwhile, and the next `step` returns their events.
+        Closing the iterator gives the request up."""
         number = self.add_request(request)
         try:
             while True:
-                for event in self.step():
-                    if event.row == number:
-                        yield event
-                        if event.result is not None:
-                            return
+                for event in self._step_for({number}):
+                    yield event
+                    if event.result is not None:
+                        return
         finally:
             self.abort(number)
+
+    def _step_for(self, numbers: set[int]) -> list[BlockEvent]:
+        """A step → the events of these requests; those of others are kept for the next `step`."""
+        before, self._unseen = self._unseen, []
+        events = self.step()
+        self._unseen = before + [event for event in events if event.row not in numbers]
+        return [event for event in events if event.row in numbers]
 
     # --- a step ---------------------------------------------------------------------------------------------------
 
     @torch.no_grad()
     def step(self) -> list[BlockEvent]:
-        """One pass of each tower for every row that needs it → what became final."""
+        """One pass of each tower for every row that needs it → what became final since the last step."""
+        unseen, self._unseen = self._unseen, []
         events = self._admit()
         events += self._read()
         events += self._denoise()
@@ -146,7 +156,7 @@ class LLM:
         for event in events:
             if event.result is not None:
                 self._leave(event)
-        return events
+        return unseen + events
 
     def _admit(self) -> list[BlockEvent]:
         """Waiting requests take free slots, first come, first served."""
@@ -204,7 +214,7 @@ class LLM:
                 row = work.row
                 if work.scored:
                     if row.mode == "verified":
-                        row.pace.record(row.passes, tokens[row.record.row], row.kept, row.seconds)
+                        row.pace.record(row.allowed, tokens[row.record.row], row.kept, row.seconds)
                     self._begin(row)
                 elif row.phase is Phase.PROMPT:
                     if row.read == row.prompt_end:
@@ -229,23 +239,23 @@ class LLM:
         """The next round of a row's cycle."""
         if not row.record.running:
             return
-        row.passes, row.seconds = 0, 0.0
         params = row.params
+        row.allowed, row.seconds = 0, 0.0
         match row.mode:
             case "ar":
                 row.phase = Phase.STEP
             case "mock_ar":
                 row.phase = Phase.MOCK
             case "diffusion":
-                row.phase = Phase.DENOISE
-                self._opening.append((row, params.steps_per_block))
+                row.allowed = params.steps_per_block
             case "verified":
-                passes = row.pace.passes()
+                row.phase = Phase.STEP
+                row.allowed = row.pace.passes()
                 if min(params.block_size, row.record.room) == 1:  # nothing to draft
-                    passes = 0
-                row.phase = Phase.DENOISE if passes else Phase.STEP
-                if passes:
-                    self._opening.append((row, passes))
+                    row.allowed = 0
+        if row.allowed:
+            row.phase = Phase.DENOISE
+            self._opening.append(row)
 
     def _denoise(self) -> list[BlockEvent]:
         """The denoiser's pass over open blocks."""
@@ -257,7 +267,7 @@ class LLM:
         self._opening.clear()
         done = self.blocks.denoise(rows, self._view(rows))
         self._share(started, rows)
-        events = []
+        events = [row.record.fail(row.error) for row in rows if row.error is not None]
         for row in done:
             if row.mode == "verified":
                 row.phase = Phase.CHECK

@@ -92,7 +92,7 @@ def _choose(
         drafted = len(row.block) - 1 if row.phase is Phase.CHECK else 0
         row.read -= drafted - kept
         row.record.checked(drafted, kept)
-        steps = [*row.committed_at[1 : kept + 1], row.passes] if drafted else [row.passes]
+        steps = [*row.committed_at[1 : kept + 1], row.allowed] if drafted else [row.allowed]
         events.append(row.record.take(new[: kept + 1], steps, sure[: kept + 1], row.block[1:] if drafted else ()))
         row.pending, row.kept = new[kept], kept
     return events

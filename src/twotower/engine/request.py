@@ -49,9 +49,10 @@ class Row:
     committed_at: list[int] = field(default_factory=list)
     confidence: list[float] = field(default_factory=list)
     kept: int = 0  # drafted tokens of the last round
-    passes: int = 0  # of the denoiser, for this block
+    allowed: int = 0  # passes of the denoiser that this round may take; 0: none
     seconds: float = 0.0  # this row's share of the passes of its round
     memory: object = None  # what its policy remembers of the block
+    error: Exception | None = None  # what its policy raised
 
     @property
     def params(self) -> GenerationParams:

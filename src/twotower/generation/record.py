@@ -21,6 +21,7 @@ class RowRecord:
     prompt_tokens: int
     progress: RowProgress
     why: str = ""
+    error: str = ""
     denoiser_passes: int = 0
     context_passes: int = 0
     drafts: int = 0
@@ -79,10 +80,24 @@ class RowRecord:
         )
 
     def nothing(self) -> BlockEvent:
-        """The only event of a row that was asked for no tokens."""
+        """The last event of a row that ends without another token."""
         return BlockEvent(
-            row=self.row, block=0, start=0, tokens=[], committed_at=[], confidence=[], text="", result=self.result()
+            row=self.row,
+            block=self.blocks,
+            start=len(self.progress.tokens),
+            tokens=[],
+            committed_at=[],
+            confidence=[],
+            text="",
+            result=self.result(),
         )
+
+    def fail(self, error: Exception) -> BlockEvent:
+        """Ends the row for something that went wrong."""
+        self.progress.finish_reason = "error"
+        self.error = f"{type(error).__name__}: {error}"
+        self.ended = time.perf_counter()
+        return self.nothing()
 
     def result(self) -> Generation:
         """Of a row that has ended."""
@@ -102,6 +117,7 @@ class RowRecord:
             accepted=self.accepted,
             rejected=self.rejected,
             why=self.why,
+            error=self.error,
             prefill_seconds=max(self.prefilled - self.started, 0.0),
             decode_seconds=max(self.ended - self.prefilled, 0.0) if self.prefilled else 0.0,
         )
