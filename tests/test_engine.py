@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import random
 from collections.abc import Callable
+from types import SimpleNamespace
 from typing import Any
 from unittest.mock import patch
 
@@ -18,6 +19,7 @@ from twotower.engine.reading import Work, grouped
 from twotower.errors import ArgumentError
 from twotower.generation import Generation, GenerationParams, generate
 from twotower.generation.unmasking import POLICIES, Pass, Verdict, register_policy
+from twotower.mirror import Mirror, Transport
 
 LENGTH = 160
 KINDS: dict[str, Callable[[random.Random], dict[str, Any]]] = {
@@ -131,6 +133,18 @@ def test_a_small_window_of_prompts_in_pieces(model: TwoTowerForCausalLM) -> None
             assert_as_alone(model, request, output)
 
 
+def test_towers_apart(model: TwoTowerForCausalLM) -> None:
+    """The denoiser reads a mirror of the pool, as on a device of its own."""
+    rng = random.Random(13)
+    requests = [some_request(rng) for _ in range(30)]
+    with patch.object(model, "transport", Transport()):
+        llm = LLM(model, rows=4, length=LENGTH)
+        assert isinstance(llm.reader, Mirror)
+        outputs = drive(llm, requests, rng, aborted=0.05)
+    for place, output in outputs.items():
+        assert_as_alone(model, requests[place], output)
+
+
 # --- who shares a pass ----------------------------------------------------------------------------------------------
 
 
@@ -151,6 +165,17 @@ def test_rows_of_one_kind_take_no_more_passes_than_one(model: TwoTowerForCausalL
     one = passes(model, lambda: LLM(model, rows=6, length=64).generate(requests[:1]))
     six = passes(model, lambda: LLM(model, rows=6, length=64).generate(requests))
     assert six == one
+
+
+def test_a_full_pool_is_not_gathered(model: TwoTowerForCausalLM) -> None:
+    """Where all slots take part a pass reads the state where it lies."""
+    params = GenerationParams.of(mode="verified", max_new_tokens=20, draft_steps=1)
+    llm = LLM(model, rows=3, length=64)
+    with patch.object(llm.state, "view", wraps=llm.state.view) as view:
+        outputs = llm.generate([Request([5, 6, 7], params)] * 3)
+    assert len({tuple(output.tokens) for output in outputs}) == 1
+    asked = [call.args[0] if call.args else None for call in view.call_args_list]
+    assert asked.count(None) == len(asked) > 4
 
 
 def test_nobody_waits_for_a_slower_neighbour(model: TwoTowerForCausalLM) -> None:
@@ -189,8 +214,11 @@ def test_first_come_first_served(model: TwoTowerForCausalLM) -> None:
 
 def test_a_pass_is_padded_little() -> None:
     def widths(*given: int) -> list[list[int]]:
-        works = [Work(None, [0] * width, scored=False) for width in given]  # type: ignore[arg-type]
-        return [[len(work.tokens) for work in group] for group in grouped(works)]
+        rows = [SimpleNamespace(slot=slot) for slot in range(len(given))]
+        works = [Work(row, [0] * width, scored=False) for row, width in zip(rows, given, strict=True)]  # type: ignore[arg-type]
+        groups = grouped(works)
+        assert all([work.row.slot for work in group] == sorted(work.row.slot for work in group) for group in groups)
+        return [sorted(len(work.tokens) for work in group) for group in groups]
 
     assert widths(16, 1, 1) == [[1, 1, 16]]  # as many tokens as fill a pass anyway
     assert widths(*[1] * 20, *[16] * 4) == [[1] * 20, [16] * 4]

@@ -21,7 +21,7 @@ from typing import TYPE_CHECKING
 import torch
 
 from twotower.engine.blocks import Blocks
-from twotower.engine.reading import Work, grouped, read
+from twotower.engine.reading import Work, grouped, read, some
 from twotower.engine.request import Phase, Request, Row
 from twotower.errors import ArgumentError
 from twotower.generation.automatic import chooser_of, resolve
@@ -190,12 +190,13 @@ class LLM:
         return self.paces.setdefault(len(self.rows).bit_length(), Pace()).begin()
 
     def _of(self, *phases: Phase) -> list[Row]:
-        return [row for row in self.rows.values() if row.phase in phases]
+        """In the order of their slots."""
+        return sorted((row for row in self.rows.values() if row.phase in phases), key=lambda row: row.slot)
 
     def _read(self) -> list[BlockEvent]:
         """The context tower's passes."""
         works, budget = [], PROMPT_CHUNK
-        for row in self._of(Phase.PROMPT):
+        for row in [row for row in self.rows.values() if row.phase is Phase.PROMPT]:  # oldest first
             part = list(row.request.prompt[row.read : min(row.read + budget, row.prompt_end)])
             if part:
                 works.append(Work(row, part, scored=False))
@@ -300,7 +301,7 @@ class LLM:
     def _view(self, rows: Sequence[Row]) -> ContextView:
         assert self.reader is not None
         self.state.bound = max(row.read for row in rows)
-        return self.reader.view(torch.tensor([row.slot for row in rows], device=self.model.device))
+        return self.reader.view(some(rows, self.state.rows, self.model.device))
 
     def _leave(self, event: BlockEvent) -> None:
         """An ended row's slot is free; mode "auto" learns from what it wrote."""

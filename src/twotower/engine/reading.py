@@ -41,7 +41,7 @@ def grouped(works: Sequence[Work]) -> list[list[Work]]:
             group.append(work)
         else:
             groups.append([work])
-    return groups
+    return [sorted(group, key=lambda work: work.row.slot) for group in groups]
 
 
 def read(model: TwoTowerForCausalLM, state: TowerState, works: Sequence[Work], seeds: Tensor) -> list[BlockEvent]:
@@ -50,18 +50,24 @@ def read(model: TwoTowerForCausalLM, state: TowerState, works: Sequence[Work], s
     width = max(len(work.tokens) for work in works)
     tokens = torch.tensor([work.tokens + [0] * (width - len(work.tokens)) for work in works], device=device)
     lengths = torch.tensor([len(work.tokens) for work in works], device=device)
-    slots = torch.tensor([work.row.slot for work in works], device=device)
     scored = [i for i, work in enumerate(works) if work.scored]
     places = torch.tensor(scored, dtype=torch.long, device=device)
     state.bound = max(work.row.read for work in works)  # of the rows of this pass; the others are not looked at
-    logits = model.extend(tokens, state, lengths, rows=slots, logits=places if scored else False)
+    rows = some([work.row for work in works], state.rows, device)
+    logits = model.extend(tokens, state, lengths, rows=rows, logits=places if scored else False)
     for work in works:
         work.row.read += len(work.tokens)
         work.row.record.context_passes += work.row.phase is not Phase.PROMPT
     if logits is None:
         return []
-    rows = [works[i].row for i in scored]
-    return _choose(state, rows, tokens[places], lengths[places], logits, seeds)
+    asking = [works[i].row for i in scored]
+    return _choose(state, asking, tokens[places], lengths[places], logits, seeds)
+
+
+def some(rows: Sequence[Row], every: int, device: torch.device) -> Tensor | None:
+    """The rows' slots (B,) of a pool of `every`; None where they are all of it, in order: nothing is gathered then."""
+    slots = [row.slot for row in rows]
+    return None if slots == list(range(every)) else torch.tensor(slots, device=device)
 
 
 def _choose(
