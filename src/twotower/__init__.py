@@ -21,14 +21,18 @@ _HOMES = {
     "GenerationParams": "twotower.generation",
     "BlockEvent": "twotower.generation",
     "generate": "twotower.generation",
+    "LLM": "twotower.engine",
+    "Request": "twotower.engine",
     "register_policy": "twotower.generation.unmasking",
     "TwoTowerError": "twotower.errors",
     "bundled_model": "twotower.assets",
 }
 __all__ = [
+    "LLM",
     "BlockEvent",
     "Generation",
     "GenerationParams",
+    "Request",
     "TwoTowerConfig",
     "TwoTowerError",
     "TwoTowerForCausalLM",
@@ -41,6 +45,7 @@ __all__ = [
 if TYPE_CHECKING:
     from twotower.assets import bundled_model
     from twotower.config import TwoTowerConfig
+    from twotower.engine import LLM, Request
     from twotower.errors import TwoTowerError
     from twotower.generation import BlockEvent, Generation, GenerationParams, generate
     from twotower.generation.unmasking import register_policy

@@ -8,6 +8,7 @@ from typing import Any
 
 import click
 
+from twotower.cli.batch import batch
 from twotower.cli.bench import bench
 from twotower.cli.curves import curves
 from twotower.cli.demo import demo
@@ -53,7 +54,7 @@ def cli() -> None:
     """
 
 
-for verb in (generate, demo, info, init, pretrain, train, curves, report, evaluate, bench, lm_eval):
+for verb in (generate, batch, demo, info, init, pretrain, train, curves, report, evaluate, bench, lm_eval):
     cli.add_command(verb)
 
 

@@ -31,6 +31,7 @@ from twotower.generation.record import RowRecord
 from twotower.generation.sampling import AR_TOKEN, choose_by_rule, confidence
 from twotower.generation.stopping import RowProgress
 from twotower.modes import AUTO
+from twotower.state import TowerState
 
 if TYPE_CHECKING:
     from twotower.model.two_tower import TwoTowerForCausalLM
@@ -51,7 +52,7 @@ class LLM:
         window = model.config.backbone.max_position_embeddings
         self.model = model
         self.length = min(length or window, window)
-        self.state = model.new_state(rows, self.length + max(PROMPT_CHUNK, block_size))
+        self.state = model.new_state(rows, self._capacity(self.length, block_size))
         self.reader = model.reader(self.state) if model.denoiser is not None else None
         device = model.device if model.denoiser is None else model.denoiser.device
         self.blocks = Blocks(model, rows, block_size, device)
@@ -63,6 +64,17 @@ class LLM:
         self._opening: list[Row] = []  # that need a new block before the denoiser's next pass
         self._unseen: list[BlockEvent] = []  # of requests that whoever last ran steps did not ask about
         self._number = 0
+
+    @staticmethod
+    def _capacity(length: int, block_size: int) -> int:
+        """Columns of a row: a pass is padded to its widest row, so there is room for one after the longest text."""
+        return length + max(PROMPT_CHUNK, block_size)
+
+    @classmethod
+    def state_bytes(cls, model: TwoTowerForCausalLM, length: int, block_size: int = 16) -> int:
+        """What a row takes, for texts of up to `length` tokens; twice with the towers on two devices."""
+        capacity = cls._capacity(length, block_size)
+        return TowerState(model.context.config, 1, capacity, torch.device("meta"), model.dtype).nbytes
 
     # --- requests -------------------------------------------------------------------------------------------------
 

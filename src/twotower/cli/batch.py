@@ -1,0 +1,64 @@
+"""`twotower batch`: a file of prompts in, a file of continuations out."""
+
+from __future__ import annotations
+
+import time
+from pathlib import Path
+
+import click
+
+from twotower import ready
+from twotower.cli import model as models
+from twotower.cli.terminal import passing_line
+
+
+@click.command()
+@click.argument("prompts", type=click.Path(exists=True, dir_okay=False, path_type=Path))
+@click.option(
+    "-o", "--out", required=True, type=click.Path(dir_okay=False, path_type=Path), help="One JSON line for each prompt."
+)
+@models.model_option
+@click.option(
+    "-s", "--setting", default="verified", show_default=True, metavar="MODE[:KNOB,NAME=X…]",
+    help="How to decode where a line says nothing else, e.g. ar, diffusion:0.8, verified:draft_steps=1.",
+)  # fmt: skip
+@click.option("-n", "--max-new-tokens", metavar="N", type=click.IntRange(min=1), default=128, show_default=True)
+@click.option(
+    "--seed", metavar="N", type=click.IntRange(0, 2**62), default=0, show_default=True, help="Plus a line's number."
+)
+@click.option("--rows", type=click.IntRange(min=1), default=16, show_default=True, help="Prompts at work at once.")
+@click.option("--memory", metavar="GIB", type=click.FloatRange(min=0, min_open=True), help="For their state, at most.")
+@models.dtype_option
+@models.threads_option
+def batch(
+    prompts: Path, out: Path, model: str | None, setting: str, max_new_tokens: int, seed: int, rows: int,
+    memory: float | None, dtype: str, threads: int | None,
+) -> None:  # fmt: skip
+    """Continue every prompt of a JSONL file.
+
+    A line of PROMPTS is an object with a "prompt" and, as it likes, an "id", which is given back, and parameters of its
+    own: mode, max_new_tokens, temperature, top_p, seed, stop and others. A line that cannot be answered gets an
+    "error" in its place. The same command goes on where a killed one was.
+    """
+    from twotower.engine.jobs import engine_for, finished, read_lines, run_job
+    from twotower.evaluation.settings import parse_setting
+
+    values = parse_setting(setting).values
+    loaded, source = models.opened(model, "it cannot read prompts; put one there", dtype=dtype, threads=threads)
+    shared = {"max_new_tokens": max_new_tokens, "eos_token_id": ready.eos_of(loaded)}
+    shared |= {"mask_token_id": loaded.config.mask_token, "seed": seed, **values}
+    lines = read_lines(prompts, loaded, shared, ready.name_of(source))
+    before = finished(out, lines)
+    engine = engine_for(loaded, lines, rows, None if memory is None else int(memory * 2**30))
+    started = time.perf_counter()
+    with passing_line() as tell:
+
+        def progress(written: int, tokens: int) -> None:
+            seconds = time.perf_counter() - started
+            rest = (len(lines) - written) * seconds / max(written - before, 1)
+            tell(f"{written} of {len(lines)} lines, {tokens / seconds:,.0f} tokens/s, {rest / 60:.1f} min left")
+
+        written, failed = run_job(engine, lines, out, progress)
+    earlier = f", {before} were there" if before else ""
+    errors = f", {failed} with an error" if failed else ""
+    click.echo(f"{out}: {written} lines written{errors}{earlier}", err=True)

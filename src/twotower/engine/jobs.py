@@ -1,0 +1,169 @@
+"""Batch jobs: a file of prompts in, a file of continuations out, in order; what is written is never lost or repeated.
+
+A line of output says which line of input it answers (`line`, from 1) and a digest of what was asked (`asked`), so a job
+that was killed goes on where it was, and a file that answers other questions is not continued.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from twotower.engine.engine import LLM
+from twotower.engine.request import Request
+from twotower.errors import ArgumentError, TwoTowerError
+from twotower.generation.output import Generation
+from twotower.generation.params import GenerationParams
+from twotower.model.two_tower import TwoTowerForCausalLM
+
+OWN = ("mode", "max_new_tokens", "temperature", "top_k", "top_p", "seed", "stop", "block_size", "steps_per_block",
+       "confidence_threshold", "policy", "knob", "draft_steps", "acceptance")  # fmt: skip
+AHEAD = 4  # requests at work or waiting, for each row of the engine: a slow one holds up the file, not the others
+
+
+@dataclass(frozen=True)
+class Line:
+    """A line of input: what it asks for, or why it asks for nothing that can be answered."""
+
+    number: int
+    asked: str  # a digest of the line and of what it inherits
+    id: Any = None
+    request: Request | None = None
+    error: str = ""
+
+
+def read_lines(path: Path, model: TwoTowerForCausalLM, shared: dict[str, Any], whence: str = "") -> list[Line]:
+    """Every line that is not blank. shared: parameters of lines that say nothing else; a line without a seed gets the
+    shared one plus its number. whence: which model is asked, for the digest.
+
+    Raises:
+        ArgumentError: the file has no line.
+    """
+    lines = []
+    inherited = json.dumps([whence, shared], sort_keys=True, default=str)
+    for number, text in enumerate(path.read_text(errors="replace").split("\n"), 1):
+        if text.strip():
+            digest = hashlib.sha256((text + inherited).encode()).hexdigest()[:16]
+            lines.append(_line(number, text, digest, model, shared))
+    if not lines:
+        raise ArgumentError(f'{path}: has no lines; give a JSON object with a "prompt" on each')
+    return lines
+
+
+def _line(number: int, text: str, asked: str, model: TwoTowerForCausalLM, shared: dict[str, Any]) -> Line:
+    try:
+        fields = json.loads(text)
+    except ValueError as error:
+        return Line(number, asked, error=f"not JSON: {error}")
+    if not isinstance(fields, dict) or not isinstance(fields.get("prompt"), str):
+        return Line(number, asked, error='no "prompt"; a line is a JSON object with one, a string')
+    name = fields.pop("id", None)
+    prompt = fields.pop("prompt")
+    unknown = sorted(set(fields) - set(OWN))
+    if unknown:
+        known = ", ".join(("prompt", "id", *OWN))
+        return Line(number, asked, name, error=f"unknown field {', '.join(unknown)}; known are {known}")
+    try:
+        params = GenerationParams.of(**(shared | {"seed": shared["seed"] + number} | fields))
+        tokens = model.tokenizer(prompt)["input_ids"]
+        if not tokens:
+            raise ArgumentError("the prompt is empty; give at least one token")
+        params.check_against(model.config, [len(tokens)])
+    except TwoTowerError as error:
+        return Line(number, asked, name, error=str(error))
+    return Line(number, asked, name, Request(tokens, params))
+
+
+def engine_for(model: TwoTowerForCausalLM, lines: Sequence[Line], rows: int, memory: int | None = None) -> LLM:
+    """One that every line fits, with as many of `rows` as `memory` bytes of state allow.
+
+    Raises:
+        ArgumentError: not even one row fits; says how much it needs.
+    """
+    requests = [line.request for line in lines if line.request is not None]
+    length = max((len(request.prompt) + request.params.max_new_tokens for request in requests), default=1)
+    block = max((request.params.block_size for request in requests), default=1)
+    if memory is not None:
+        each = LLM.state_bytes(model, length, block)
+        if each > memory:
+            raise ArgumentError(
+                f"a text of {length} tokens takes {each / 2**20:.1f} MiB of state, more than the "
+                f"{memory / 2**20:.1f} MiB allowed; allow more or ask for shorter texts"
+            )
+        rows = min(rows, memory // each)
+    return LLM(model, rows=min(rows, max(len(requests), 1)), length=length, block_size=block)
+
+
+def finished(out: Path, lines: Sequence[Line]) -> int:
+    """How many lines `out` answers already; a last one cut short by a kill is removed.
+
+    Raises:
+        ArgumentError: it answers other lines.
+    """
+    if not out.exists():
+        return 0
+    whole, _, _ = out.read_bytes().rpartition(b"\n")
+    answers = whole.splitlines()
+    for line, answer in zip(lines, answers, strict=False):
+        try:
+            said = json.loads(answer)
+            same = (said["line"], said["asked"]) == (line.number, line.asked)
+        except (ValueError, KeyError, TypeError):
+            same = False
+        if not same:
+            raise ArgumentError(f"{out}: does not answer line {line.number} as it is asked now; choose another file")
+    if len(answers) > len(lines):
+        raise ArgumentError(f"{out}: has {len(answers)} lines for {len(lines)} of input; choose another file")
+    kept = len(whole) + 1 if whole else 0
+    if kept < out.stat().st_size:
+        with out.open("r+b") as file:
+            file.truncate(kept)
+    return len(answers)
+
+
+def run_job(
+    llm: LLM, lines: Sequence[Line], out: Path, progress: Callable[[int, int], object] | None = None
+) -> tuple[int, int]:
+    """Answers what `out` does not answer yet and appends it, line by line in order → lines written, and those of them
+    that are errors. progress: told the lines in `out` and the new tokens so far."""
+    written = start = finished(out, lines)
+    failed = tokens = 0
+    following = start  # the next line to be asked
+    places: dict[int, int] = {}
+    answers: dict[int, dict[str, Any]] = {}
+    with out.open("a") as file:
+        while written < len(lines):
+            while following < len(lines) and following - written < AHEAD * llm.state.rows:
+                line = lines[following]
+                if line.request is None:
+                    answers[following] = {"error": line.error}
+                else:
+                    places[llm.add_request(line.request)] = following
+                following += 1
+            for event in llm.step():
+                tokens += len(event.tokens)
+                if event.result is not None:
+                    answers[places.pop(event.row)] = said(event.result)
+            while written in answers:
+                line, answer = lines[written], answers.pop(written)
+                failed += bool(answer.get("error"))
+                own = {} if line.id is None else {"id": line.id}
+                file.write(json.dumps({"line": line.number, "asked": line.asked, **own, **answer}) + "\n")
+                written += 1
+            file.flush()
+            if progress is not None:
+                progress(written, tokens)
+    return written - start, failed
+
+
+def said(result: Generation) -> dict[str, Any]:
+    """What a line of output holds of a result."""
+    if result.error:
+        return {"error": result.error}
+    fields = ("text", "mode", "finish_reason", "prompt_tokens", "denoiser_passes", "context_passes", "tokens_per_pass")
+    found = {name: getattr(result, name) for name in fields} | {"new_tokens": len(result.tokens)}
+    return found | ({"why": result.why} if result.why else {})

@@ -1,0 +1,178 @@
+"""`twotower batch`: answers in order, errors in their place, nothing lost or repeated when it is killed."""
+
+from __future__ import annotations
+
+import json
+import os
+import signal
+import subprocess
+import sys
+import time
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+from command import Result, assert_one_line_error
+
+from twotower import TwoTowerForCausalLM, bundled_model
+from twotower.engine.engine import LLM
+from twotower.engine.jobs import engine_for, finished, read_lines, run_job
+from twotower.errors import ArgumentError
+from twotower.evaluation.suite import problems
+from twotower.generation import GenerationParams, generate
+
+pytestmark = pytest.mark.skipif(not bundled_model().is_dir(), reason="there is no bundled model in this checkout")
+
+Cli = Callable[..., Result]
+
+
+@pytest.fixture(scope="module")
+def model() -> TwoTowerForCausalLM:
+    return TwoTowerForCausalLM.from_pretrained(bundled_model(), dtype="float32")
+
+
+def shared(model: TwoTowerForCausalLM, **given: Any) -> dict[str, Any]:
+    usual = {"mode": "verified", "draft_steps": 1, "max_new_tokens": 24, "seed": 0}
+    return usual | {"eos_token_id": model.config.eos_token_id, "mask_token_id": model.config.mask_token} | given
+
+
+def asked(folder: Path, *lines: dict[str, Any] | str) -> Path:
+    path = folder / "in.jsonl"
+    path.write_text("".join((line if isinstance(line, str) else json.dumps(line)) + "\n" for line in lines))
+    return path
+
+
+def some(count: int) -> list[dict[str, Any]]:
+    return [{"prompt": problem.prompt, "id": f"p{i}"} for i, problem in enumerate(problems("test", count, 0))]
+
+
+def said(path: Path) -> list[dict[str, Any]]:
+    return [json.loads(line) for line in path.read_text().splitlines()]
+
+
+def test_answers_and_errors_in_order(cli: Cli, tmp_path: Path, model: TwoTowerForCausalLM) -> None:
+    path = asked(
+        tmp_path,
+        {"prompt": "User: I need a taxi.", "id": 7},
+        {"prompt": "User: hello", "mode": "ar", "temperature": 0.8, "max_new_tokens": 60},
+        "nonsense",
+        "",
+        {"prompt": "x", "mode": "dance"},
+        {"text": "x"},
+        {"prompt": "x", "colour": "red"},
+        {"prompt": "User: a", "mode": "diffusion", "confidence_threshold": 0.5, "stop": ["\n"]},
+        {"prompt": "a " * 5000},
+        {"prompt": ""},  # this tokenizer begins every text with a token of its own
+    )
+    out = tmp_path / "out.jsonl"
+    result = cli("batch", path, "-o", out, "-n", "20", "--rows", "2", "-s", "verified:draft_steps=1")
+    assert (result.code, result.out) == (0, "")
+    assert "9 lines written, 5 with an error" in result.err
+    lines = said(out)
+    assert [line["line"] for line in lines] == [1, 2, 3, 5, 6, 7, 8, 9, 10]
+    assert lines[0]["id"] == 7
+    assert "id" not in lines[1]
+    errors = {line["line"]: line["error"] for line in lines if "error" in line}
+    assert "not JSON" in errors[3]
+    assert "mode is 'dance'" in errors[5]
+    assert 'no "prompt"' in errors[6]
+    assert "unknown field colour" in errors[7]
+    assert "beyond the context window" in errors[9]
+    assert len(errors) == 5
+    texts = {
+        1: ("User: I need a taxi.", {"mode": "verified", "draft_steps": 1}, 20),
+        2: ("User: hello", {"mode": "ar", "temperature": 0.8, "seed": 2}, 60),
+        8: ("User: a", {"mode": "diffusion", "confidence_threshold": 0.5, "stop": ["\n"]}, 20),
+    }
+    for line in lines:
+        if line["line"] in texts:
+            prompt, given, new = texts[line["line"]]
+            params = GenerationParams.of(**shared(model) | given | {"max_new_tokens": new} | {"seed": line["line"]})
+            (alone,) = generate(model, [model.tokenizer(prompt)["input_ids"]], params)
+            assert line["text"] == alone.text
+            assert line["new_tokens"] == len(alone.tokens)
+            assert line["finish_reason"] == alone.finish_reason
+
+
+def test_a_job_that_was_stopped_goes_on(tmp_path: Path, model: TwoTowerForCausalLM) -> None:
+    """Stopped after any of its steps, the last line cut short: the file is that of a job that never stopped."""
+    lines = read_lines(asked(tmp_path, *some(14)), model, shared(model))
+    whole, out = tmp_path / "whole.jsonl", tmp_path / "out.jsonl"
+    assert run_job(engine_for(model, lines, 3), lines, whole) == (14, 0)
+
+    class Stop(Exception):
+        pass
+
+    def stop_after(count: int) -> Callable[[int, int], None]:
+        def progress(written: int, tokens: int) -> None:
+            if written >= count:
+                raise Stop
+
+        return progress
+
+    for count in (1, 5, 9):
+        with pytest.raises(Stop):
+            run_job(engine_for(model, lines, 3), lines, out, stop_after(count))
+        with out.open("a") as file:
+            file.write('{"line": 99, "as')
+    before = finished(out, lines)
+    assert 9 <= before < 14
+    assert run_job(engine_for(model, lines, 3), lines, out) == (14 - before, 0)
+    assert out.read_bytes() == whole.read_bytes()
+    assert run_job(engine_for(model, lines, 3), lines, out) == (0, 0)
+
+
+@pytest.mark.skipif(os.name != "posix", reason="needs SIGKILL")
+def test_killed_and_started_again(tmp_path: Path) -> None:
+    path, out, whole = asked(tmp_path, *some(40)), tmp_path / "out.jsonl", tmp_path / "whole.jsonl"
+
+    def command(target: Path) -> list[str]:
+        return [
+            sys.executable, "-m", "twotower", "batch", str(path), "-o", str(target), "-s", "ar", "-n", "60",
+            "--rows", "2", "--threads", "1",
+        ]  # fmt: skip
+
+    job = subprocess.Popen(command(out), stderr=subprocess.DEVNULL)
+    deadline = time.monotonic() + 120
+    while not (out.exists() and out.read_bytes().count(b"\n") >= 3):
+        assert job.poll() is None, "it ended before it could be killed"
+        assert time.monotonic() < deadline
+        time.sleep(0.02)
+    job.send_signal(signal.SIGKILL)
+    job.wait()
+    before = out.read_bytes().count(b"\n")
+    assert 3 <= before < 40
+    again = subprocess.run(command(out), capture_output=True, text=True, check=True)
+    assert f"{40 - before} lines written, {before} were there" in again.stderr
+    subprocess.run(command(whole), capture_output=True, check=True)
+    assert out.read_bytes() == whole.read_bytes()
+
+
+def test_a_file_that_answers_something_else_is_left_alone(cli: Cli, tmp_path: Path) -> None:
+    path, out = asked(tmp_path, *some(3)), tmp_path / "out.jsonl"
+    assert cli("batch", path, "-o", out, "-n", "4").code == 0
+    before = out.read_bytes()
+    assert_one_line_error(cli("batch", path, "-o", out, "-n", "5"), "does not answer line 1 as it is asked now")
+    asked(tmp_path, *some(2))
+    assert_one_line_error(cli("batch", path, "-o", out, "-n", "4"), "has 3 lines for 2 of input")
+    assert out.read_bytes() == before
+
+
+def test_nothing_to_answer(cli: Cli, tmp_path: Path) -> None:
+    assert_one_line_error(cli("batch", asked(tmp_path, "", ""), "-o", tmp_path / "out.jsonl"), "has no lines")
+    assert_one_line_error(
+        cli("batch", asked(tmp_path, *some(1)), "-o", tmp_path / "none" / "out.jsonl"), "No such file"
+    )
+
+
+def test_rows_are_as_many_as_memory_allows(tmp_path: Path, model: TwoTowerForCausalLM) -> None:
+    lines = read_lines(asked(tmp_path, *some(9)), model, shared(model))
+    roomy = engine_for(model, lines, 6)
+    assert roomy.state.rows == 6
+    each = LLM.state_bytes(model, roomy.length, roomy.blocks.size)
+    assert each * 6 == roomy.state.nbytes
+    assert engine_for(model, lines, 6, memory=3 * each + 1).state.rows == 3
+    assert engine_for(model, lines, 60).state.rows == 9
+    with pytest.raises(ArgumentError, match="MiB of state, more than the"):
+        engine_for(model, lines, 6, memory=each - 1)
