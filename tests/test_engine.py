@@ -261,6 +261,24 @@ def test_a_stream_given_up_frees_its_slot(model: TwoTowerForCausalLM) -> None:
     assert llm.free == [0]
 
 
+def test_nothing_is_heard_of_a_request_given_up(model: TwoTowerForCausalLM) -> None:
+    """Not even events that came while another was streamed."""
+    llm = LLM(model, rows=2, length=LENGTH)
+    number = llm.add_request(Request([5, 6], GenerationParams.of(mode="ar", max_new_tokens=40)))
+    list(llm.stream(Request([7, 8], GenerationParams.of(mode="ar", max_new_tokens=5))))
+    assert llm.has_work
+    llm.abort(number)
+    assert not llm.has_work
+    assert llm.step() == []
+
+
+@pytest.mark.parametrize("given", [{"rows": 0}, {"length": 0}, {"block_size": -1}])
+def test_an_engine_of_nothing(model: TwoTowerForCausalLM, given: dict[str, int]) -> None:
+    (name,) = given
+    with pytest.raises(ArgumentError, match=f"{name} is .*at least 1"):
+        LLM(model, **given)
+
+
 def test_a_model_without_denoiser_runs_ar() -> None:
     lone = build_random_model("M*", dtype=torch.float64)
     lone.denoiser = lone.time = None

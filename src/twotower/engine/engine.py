@@ -43,12 +43,19 @@ PROMPT_CHUNK = 512  # prompt tokens read in one step, of all rows together
 class LLM:
     """Runs requests on a model.
 
-    rows: texts at work at once; length: tokens of the longest text with its answer; block_size: the longest block.
+    rows: texts at work at once; length: tokens of the longest text with its answer (None: the model's window);
+    block_size: the longest block. Memory for all of it is taken now: `state_bytes` a row.
+
+    Raises:
+        ArgumentError: one of them is less than 1.
     """
 
     def __init__(
         self, model: TwoTowerForCausalLM, *, rows: int = 16, length: int | None = None, block_size: int = 16
     ) -> None:
+        for name, value in (("rows", rows), ("length", length), ("block_size", block_size)):
+            if value is not None and value < 1:
+                raise ArgumentError(f"{name} is {value}; it must be at least 1")
         window = model.config.backbone.max_position_embeddings
         self.model = model
         self.length = min(length or window, window)
@@ -109,7 +116,9 @@ class LLM:
         return self._number
 
     def abort(self, number: int) -> None:
-        """Forgets a request, waiting or running; its slot is free at once. Unknown numbers are ignored."""
+        """Forgets a request, waiting or running: no event of it comes any more, and its slot is free at once. Unknown
+        numbers are ignored."""
+        self._unseen = [event for event in self._unseen if event.row != number]
         self.waiting = deque(entry for entry in self.waiting if entry[0] != number)
         self._opening = [row for row in self._opening if row.record.row != number]
         row = self.rows.pop(number, None)
