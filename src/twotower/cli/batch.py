@@ -58,7 +58,7 @@ def batch(
             rest = (len(lines) - written) * seconds / max(written - before, 1)
             tell(f"{written} of {len(lines)} lines, {tokens / seconds:,.0f} tokens/s, {rest / 60:.1f} min left")
 
-        written, failed = run_job(engine, lines, out, progress)
+        written, failed = run_job(engine, lines, out, progress, before)
     earlier = f", {before} were there" if before else ""
     errors = f", {failed} with an error" if failed else ""
     click.echo(f"{out}: {written} lines written{errors}{earlier}", err=True)

@@ -157,7 +157,7 @@ def print_tables(console: Console, results: dict[str, Generation]) -> None:
 def verdict(results: dict[str, Generation]) -> str:
     """Why the speed is what it is: tokens gained per pass against what a pass costs."""
     ar, diffusion = results["ar"], results["diffusion"]
-    passes = diffusion.denoiser_passes + diffusion.context_passes
+    passes = diffusion.passes_of_both
     cost = (diffusion.decode_seconds / passes) / (ar.decode_seconds / ar.context_passes)
     ratio = times_ar(results, "diffusion")
     speed = "slower" if ratio < 1 else "faster"

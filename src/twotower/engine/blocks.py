@@ -10,7 +10,7 @@ from torch import Tensor
 
 from twotower.engine.request import Row
 from twotower.generation.sampling import AR_TOKEN, DIFFUSION_CANDIDATE, choose_by_rule, confidence
-from twotower.generation.unmasking import POLICIES, Pass, commit
+from twotower.generation.unmasking import Pass, decide
 from twotower.kernels.precision import accumulation_dtype
 
 if TYPE_CHECKING:
@@ -36,7 +36,6 @@ class Blocks:
         self.masked = torch.zeros(rows, size, dtype=torch.bool, device=device)
         self.confidence = torch.zeros(rows, size, dtype=self.dtype, device=device)
         self.step, self.steps, self.sizes, self.purpose, self.mask = (whole(1) for _ in range(5))
-        self.seeds = whole()
 
     def begin(self, rows: Sequence[Row]) -> None:
         """Opens a block for each row; in verified decoding it begins with the pending token, which is decided."""
@@ -49,15 +48,14 @@ class Blocks:
             purpose = AR_TOKEN if drafts else DIFFUSION_CANDIDATE
             mask = row.params.mask_token_id
             decided = row.pending if drafts else mask
-            facts.append((row.allowed, row.params.block_size, purpose, mask, decided, not drafts, row.seed))
+            facts.append((row.allowed, row.params.block_size, purpose, mask, decided, not drafts))
             row.memory = None
-        steps_, sizes, purpose_, mask_, decided_, open_, seeds = torch.tensor(facts, device=self.device).T
+        steps_, sizes, purpose_, mask_, decided_, open_ = torch.tensor(facts, device=self.device).T
         self.step[slots] = 0
         for pool, value in (
             (self.steps, steps_), (self.sizes, sizes), (self.purpose, purpose_), (self.mask, mask_),
         ):  # fmt: skip
             pool[slots] = value[:, None]
-        self.seeds[slots] = seeds
         tokens = mask_[:, None].repeat(1, self.size)
         tokens[:, 0] = decided_
         masked = torch.arange(self.size, device=self.device) < sizes[:, None]
@@ -75,11 +73,9 @@ class Blocks:
         logits = self.model.denoise(tokens, t, view, lengths=lengths)
         logits.scatter_(2, self.mask[slots][..., None].expand(-1, self.size, -1), -torch.inf)
         positions = view.lengths[:, None] + torch.arange(self.size, device=self.device)
-        purpose = self.purpose[slots]
+        purpose, seeds = self.purpose[slots], torch.tensor([row.seed for row in rows], device=self.device)
         noise_step = torch.where(purpose == DIFFUSION_CANDIDATE, step, 0)
-        candidate = choose_by_rule(
-            logits, [row.rule for row in rows], self.seeds[slots], positions, purpose, noise_step
-        )
+        candidate = choose_by_rule(logits, [row.rule for row in rows], seeds, positions, purpose, noise_step)
         sure = confidence(logits, candidate)
         chosen = unmask(rows, Pass(logits, candidate, sure, masked, step, self.steps[slots]))
         masked = masked & ~chosen
@@ -126,10 +122,9 @@ def _ask(rows: Sequence[Row], seen: Pass) -> Tensor:
     knobs = torch.tensor([[row.knob] for row in rows], dtype=seen.confidence.dtype, device=seen.masked.device)
     if rows[0].memory is not None:
         seen = seen._replace(memory=_joined([row.memory for row in rows]))
-    verdict = POLICIES[rows[0].policy].rule(seen, knobs)
-    chosen = commit(verdict, seen.masked, seen.step, seen.steps)
+    chosen, memory = decide(rows[0].policy, seen, knobs)
     for place, row in enumerate(rows):
-        row.memory = _one(verdict.memory, place)
+        row.memory = _one(memory, place)
     return chosen
 
 

@@ -24,12 +24,12 @@ from twotower.engine.blocks import Blocks
 from twotower.engine.reading import Work, grouped, read, some
 from twotower.engine.request import Phase, Request, Row
 from twotower.errors import ArgumentError
+from twotower.generation import check
 from twotower.generation.automatic import chooser_of, resolve
 from twotower.generation.output import BlockEvent, Generation
-from twotower.generation.pace import Pace
+from twotower.generation.pace import Pace, begun
 from twotower.generation.record import RowRecord
 from twotower.generation.sampling import AR_TOKEN, choose_by_rule, confidence
-from twotower.generation.stopping import RowProgress
 from twotower.modes import AUTO
 from twotower.state import TowerState
 
@@ -63,11 +63,10 @@ class LLM:
         self.reader = model.reader(self.state) if model.denoiser is not None else None
         device = model.device if model.denoiser is None else model.denoiser.device
         self.blocks = Blocks(model, rows, block_size, device)
-        self.seeds = torch.zeros(rows, dtype=torch.long, device=model.device)
         self.waiting: deque[tuple[int, Request]] = deque()
         self.rows: dict[int, Row] = {}  # by the request's number, oldest first
         self.free = list(range(rows))[::-1]
-        self.paces: dict[int, Pace] = {}  # by how many rows are at work, to a factor of two
+        self.paces: dict[tuple[int, ...], Pace] = {}  # by how many rows are at work, to a factor of two
         self._opening: list[Row] = []  # that need a new block before the denoiser's next pass
         self._unseen: list[BlockEvent] = []  # of requests that whoever last ran steps did not ask about
         self._number = 0
@@ -92,7 +91,7 @@ class LLM:
             ArgumentError: it can never run here; says why.
         """
         params = request.params
-        params.check_against(self.model.config, [len(request.prompt)])
+        check(self.model, params, [len(request.prompt)])
         longest = len(request.prompt) + params.max_new_tokens
         if longest > self.length:
             raise ArgumentError(
@@ -105,12 +104,6 @@ class LLM:
             )
         if not request.prompt:
             raise ArgumentError("the prompt is empty; give at least one token")
-        if params.stop and self.model.tokenizer is None:
-            raise ArgumentError("stop strings need a tokenizer; set model.tokenizer")
-        if params.mode not in ("ar", AUTO) and self.model.denoiser is None:
-            raise ArgumentError(
-                f'mode is {params.mode!r} but only the context tower was loaded; load with towers="both"'
-            )
         self._number += 1
         self.waiting.append((self._number, request))
         return self._number
@@ -185,8 +178,7 @@ class LLM:
         while self.waiting and self.free:
             number, request = self.waiting.popleft()
             params, why = resolve(self.model, request.params, 1)
-            progress = RowProgress(params.max_new_tokens, params.eos_token_id, params.stop, self.model.tokenizer)
-            record = RowRecord(number, params.mode, len(request.prompt), progress, why)
+            record = RowRecord.of(number, params, len(request.prompt), self.model.tokenizer, why)
             if params.max_new_tokens == 0:
                 events.append(record.nothing())
                 continue
@@ -196,19 +188,14 @@ class LLM:
             self.rows[number] = row
             admitted.append(row)
         if admitted:
-            slots = torch.tensor([row.slot for row in admitted], device=self.model.device)
-            self.state.reset(slots)
-            self.seeds[slots] = torch.tensor([row.seed for row in admitted], device=self.model.device)
+            self.state.reset(torch.tensor([row.slot for row in admitted], device=self.model.device))
             for row in admitted:
                 if row.prompt_end == 0:
                     self._written(row)
         return events
 
     def _pace(self, request: Request) -> Pace:
-        fixed = request.params.fixed_draft
-        if fixed is not None:
-            return Pace(fixed)
-        return self.paces.setdefault(len(self.rows).bit_length(), Pace()).begin()
+        return begun(self.paces, request.params, (len(self.rows).bit_length(),))
 
     def _of(self, *phases: Phase) -> list[Row]:
         """In the order of their slots."""
@@ -228,7 +215,7 @@ class LLM:
         events = []
         for group in grouped(works):
             started = time.perf_counter()
-            own = read(self.model, self.state, group, self.seeds)
+            own = read(self.model, self.state, group)
             self._share(started, [work.row for work in group])
             events += own
             tokens = {event.row: len(event.tokens) for event in own}

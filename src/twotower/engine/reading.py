@@ -12,7 +12,7 @@ from torch import Tensor
 from twotower.engine.request import Phase, Row
 from twotower.generation.output import BlockEvent
 from twotower.generation.sampling import AR_TOKEN, choose_by_rule, confidence
-from twotower.generation.speculative import agreement
+from twotower.generation.speculative import keep
 
 if TYPE_CHECKING:
     from twotower.model.two_tower import TwoTowerForCausalLM
@@ -44,7 +44,7 @@ def grouped(works: Sequence[Work]) -> list[list[Work]]:
     return [sorted(group, key=lambda work: work.row.slot) for group in groups]
 
 
-def read(model: TwoTowerForCausalLM, state: TowerState, works: Sequence[Work], seeds: Tensor) -> list[BlockEvent]:
+def read(model: TwoTowerForCausalLM, state: TowerState, works: Sequence[Work]) -> list[BlockEvent]:
     """One context pass over the works' tokens; scored rows choose, check and book → their events."""
     device = state.lengths.device
     width = max(len(work.tokens) for work in works)
@@ -61,7 +61,7 @@ def read(model: TwoTowerForCausalLM, state: TowerState, works: Sequence[Work], s
     if logits is None:
         return []
     asking = [works[i].row for i in scored]
-    return _choose(state, asking, tokens[places], lengths[places], logits, seeds)
+    return _choose(state, asking, tokens[places], lengths[places], logits)
 
 
 def some(rows: Sequence[Row], every: int, device: torch.device) -> Tensor | None:
@@ -71,26 +71,22 @@ def some(rows: Sequence[Row], every: int, device: torch.device) -> Tensor | None
 
 
 def _choose(
-    state: TowerState, rows: Sequence[Row], tokens: Tensor, lengths: Tensor, logits: Tensor, seeds: Tensor
+    state: TowerState, rows: Sequence[Row], tokens: Tensor, lengths: Tensor, logits: Tensor
 ) -> list[BlockEvent]:
     """The AR model's choice after each token; of a draft what agrees with it is kept, then its own follows."""
     device = tokens.device
     slots = torch.tensor([row.slot for row in rows], device=device)
     before = state.lengths[slots] - lengths
-    place = torch.arange(tokens.shape[1], device=device)
+    seeds = torch.tensor([row.seed for row in rows], device=device)
     purpose = torch.full((len(rows), 1), AR_TOKEN, device=device)
-    positions = before[:, None] + place + 1
-    own = choose_by_rule(
-        logits, [row.rule for row in rows], seeds[slots], positions, purpose, torch.zeros_like(purpose)
-    )
+    positions = before[:, None] + torch.arange(1, tokens.shape[1] + 1, device=device)
+    own = choose_by_rule(logits, [row.rule for row in rows], seeds, positions, purpose, torch.zeros_like(purpose))
     accepted = torch.zeros_like(lengths)
     chosen = own
     if tokens.shape[1] > 1:
         asked = [row.params.acceptance for row in rows]
         relaxed = torch.tensor(asked, dtype=logits.dtype, device=device)[:, None] if min(asked) < 1 else 1.0
-        accepted = agreement(tokens[:, 1:], own[:, :-1], logits[:, :-1], relaxed).minimum(lengths - 1)
-        following = torch.cat([tokens[:, 1:], own[:, -1:]], dim=1)
-        chosen = torch.where(place < accepted[:, None], following, own)
+        chosen, accepted = keep(tokens, own, logits, relaxed, lengths)
         state.rollback(state.lengths.index_copy(0, slots, before + 1 + accepted))
     events = []
     columns = (chosen.tolist(), confidence(logits, chosen).tolist(), accepted.tolist())

@@ -131,7 +131,7 @@ def one_round(
     requests = [Request(text, params) for text in texts]
     batches = [run(model, requests[start : start + rows], rows) for start in range(0, len(requests), rows)]
     results = [result for batch in batches for result in batch]
-    passes = sum(result.denoiser_passes + result.context_passes for result in results)
+    passes = sum(result.passes_of_both for result in results)
     tokens = sum(len(result.tokens) for result in results)
     prefill = [batch[0].prefill_seconds for batch in batches]
     ends = [[result.decode_seconds for result in batch] for batch in batches]

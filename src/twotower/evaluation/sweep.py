@@ -136,7 +136,7 @@ def time_singly(
             if number:
                 seconds[setting.label] += output.decode_seconds
                 tokens[setting.label] += len(output.tokens)
-                passes[setting.label] += output.denoiser_passes + output.context_passes
+                passes[setting.label] += output.passes_of_both
     return {label: (tokens[label] / seconds[label], tokens[label] / max(passes[label], 1)) for label in seconds}
 
 
@@ -161,7 +161,7 @@ def _record(setting: Setting, problems: Sequence[Problem], outputs: Sequence[Gen
         "setting": setting.label,
         "right": "".join("01"[right] for right in marks(problems, outputs)),
         "tokens": sum(len(out.tokens) for out in outputs),
-        "passes": sum(out.denoiser_passes + out.context_passes for out in outputs),
+        "passes": sum(out.passes_of_both for out in outputs),
     }
 
 

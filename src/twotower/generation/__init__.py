@@ -6,7 +6,7 @@ padded tensor. All three check every argument first and run the same loops.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -125,12 +125,17 @@ def _checked(
 ) -> PromptRows:
     vocab_size = model.config.backbone.vocab_size
     rows = read_prompts(prompts, attention_mask, model.tokenizer, vocab_size, _pad_token(model))
-    params.check_against(model.config, [len(ids) for ids in rows.ids])
+    check(model, params, [len(ids) for ids in rows.ids])
+    return rows
+
+
+def check(model: TwoTowerForCausalLM, params: GenerationParams, prompt_lengths: Sequence[int]) -> None:
+    """Raises ArgumentError where this model cannot do what is asked."""
+    params.check_against(model.config, prompt_lengths)
     if params.stop and model.tokenizer is None:
         raise ArgumentError("stop strings need a tokenizer; set model.tokenizer")
     if params.mode not in ("ar", AUTO) and model.denoiser is None:
         raise ArgumentError(f'mode is {params.mode!r} but only the context tower was loaded; load with towers="both"')
-    return rows
 
 
 def _session(model: TwoTowerForCausalLM, rows: PromptRows, params: GenerationParams) -> Session:

@@ -76,7 +76,7 @@ def denoise_block(
     positions = view.lengths[:, None] + torch.arange(params.block_size, device=device)
     if callback:
         callback(0, steps, block, t=1.0, logits=None, block_idx=session.blocks)
-    each = torch.ones(rows, 1, dtype=torch.long, device=device)
+    allowed = torch.full((rows, 1), steps, device=device)
     running = StopTest(device)
     session.unmasking.begin(sureness)
     for step in range(steps):
@@ -89,7 +89,7 @@ def denoise_block(
         logits[..., params.mask_token_id] = -torch.inf
         candidate = choose(logits, sampling, positions, purpose, step if purpose == DIFFUSION_CANDIDATE else 0)
         sure = confidence(logits, candidate)
-        commit = session.unmasking(Pass(logits, candidate, sure, masked, each * step, each * steps))
+        commit = session.unmasking(Pass(logits, candidate, sure, masked, torch.full_like(allowed, step), allowed))
         block = torch.where(commit, candidate, block)
         committed_at = committed_at.masked_fill(commit, step)
         sureness = torch.where(commit, sure, sureness)

@@ -48,6 +48,11 @@ class Generation:
         return denoiser + (self.context_passes if self.mode in ("ar", "verified") else 0)
 
     @property
+    def passes_of_both(self) -> int:
+        """Of either tower."""
+        return self.denoiser_passes + self.context_passes
+
+    @property
     def tokens_per_pass(self) -> float:
         """New tokens per pass of the tower that proposes them; verified: per pass of either tower."""
         return len(self.tokens) / self.passes if self.passes else 0.0

@@ -15,6 +15,7 @@ from typing import TYPE_CHECKING
 from weakref import WeakKeyDictionary
 
 if TYPE_CHECKING:
+    from twotower.generation.params import GenerationParams
     from twotower.generation.session import Session
     from twotower.model.two_tower import TwoTowerForCausalLM
 
@@ -137,9 +138,13 @@ _paces: WeakKeyDictionary[TwoTowerForCausalLM, dict[tuple[int, ...], Pace]] = We
 def pace_of(session: Session) -> Pace:
     """The pace of a batch that begins: its own where the number of passes is fixed, else the one that the model's
     batches of like size and length (within a factor of 4) have had so far."""
-    params = session.params
+    rows, longest = len(session.records), max(record.length for record in session.records)
+    key = (rows - 1).bit_length(), session.params.block_size, longest.bit_length() // 2
+    return begun(_paces.setdefault(session.model, {}), session.params, key)
+
+
+def begun(paces: dict[tuple[int, ...], Pace], params: GenerationParams, key: tuple[int, ...]) -> Pace:
+    """Of a batch or a row that begins: one of its own where the number of passes is fixed, else what `paces` has."""
     if params.fixed_draft is not None:
         return Pace(params.fixed_draft)
-    rows, longest = len(session.records), max(record.length for record in session.records)
-    key = (rows - 1).bit_length(), params.block_size, longest.bit_length() // 2
-    return _paces.setdefault(session.model, {}).setdefault(key, Pace()).begin()
+    return paces.setdefault(key, Pace()).begin()

@@ -5,9 +5,10 @@ from __future__ import annotations
 import time
 from collections.abc import Sequence
 from dataclasses import dataclass, field
-from typing import cast
+from typing import Any, cast
 
 from twotower.generation.output import BlockEvent, Generation
+from twotower.generation.params import GenerationParams
 from twotower.generation.stopping import RowProgress
 from twotower.modes import Mode
 
@@ -34,6 +35,12 @@ class RowRecord:
     started: float = field(default_factory=time.perf_counter)
     prefilled: float = 0.0
     ended: float = 0.0
+
+    @classmethod
+    def of(cls, row: int, params: GenerationParams, prompt_tokens: int, tokenizer: Any, why: str = "") -> RowRecord:
+        """Of a row that begins."""
+        progress = RowProgress(params.max_new_tokens, params.eos_token_id, params.stop, tokenizer)
+        return cls(row, params.mode, prompt_tokens, progress, why)
 
     @property
     def running(self) -> bool:

@@ -13,7 +13,6 @@ from twotower.generation.output import BlockEvent
 from twotower.generation.params import GenerationParams
 from twotower.generation.record import RowRecord
 from twotower.generation.sampling import Sampling
-from twotower.generation.stopping import RowProgress
 from twotower.generation.unmasking import Unmasking
 
 if TYPE_CHECKING:
@@ -38,10 +37,7 @@ class Session:
         self.params = params
         self.prompts = prompts
         self.rows = list(range(len(prompts))) if params.max_new_tokens else []
-        self.records = []
-        for row, prompt in enumerate(prompts):
-            progress = RowProgress(params.max_new_tokens, params.eos_token_id, params.stop, tokenizer)
-            self.records.append(RowRecord(row, params.mode, len(prompt), progress, why))
+        self.records = [RowRecord.of(row, params, len(ids), tokenizer, why) for row, ids in enumerate(prompts)]
         self.blocks = 0
         self.passes = 0  # denoiser passes of the batch (NFE)
         self.sampling = Sampling(

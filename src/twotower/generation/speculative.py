@@ -53,10 +53,8 @@ def verified(session: Session, callback: StepCallback | None = None) -> Iterator
             tokens, accepted = own, [0] * len(session.rows)
             pending = own
         else:
-            agreed = agreement(drafted[:, 1:], own[:, :-1], logits[:, :-1], params.acceptance)
+            tokens, agreed = keep(drafted, own, logits, params.acceptance)
             session.state.rollback(read + 1 + agreed)
-            following = torch.cat([drafted[:, 1:], own[:, -1:]], dim=1)
-            tokens = torch.where(torch.arange(own.shape[1], device=device) < agreed[:, None], following, own)
             pending, accepted = tokens.gather(1, agreed[:, None]), agreed.tolist()
         events = _book(session, block, tokens, logits, accepted, drafted.shape[1] - 1, passes)
         brought = sum(len(event.tokens) for event in events) / len(events)
@@ -78,6 +76,19 @@ def draft(session: Session, pending: Tensor, passes: int, callback: StepCallback
     block = denoise_block(session, callback, decided=pending, steps=passes, purpose=AR_TOKEN)
     session.passes += int(block.passes.max())
     return block
+
+
+def keep(
+    read: Tensor, own: Tensor, logits: Tensor, acceptance: float | Tensor, lengths: Tensor | None = None
+) -> tuple[Tensor, Tensor]:
+    """read (B, L): the pending token and a draft, of which the first lengths (B,) count (None: all); own (B, L): the AR
+    model's choice after each → tokens (B, L), the draft as far as it is kept and then AR's own; how many are kept (B,).
+    """
+    kept = agreement(read[:, 1:], own[:, :-1], logits[:, :-1], acceptance)
+    if lengths is not None:
+        kept = kept.minimum(lengths - 1)
+    following = torch.cat([read[:, 1:], own[:, -1:]], dim=1)
+    return torch.where(torch.arange(own.shape[1], device=own.device) < kept[:, None], following, own), kept
 
 
 def agreement(drafted: Tensor, own: Tensor, logits: Tensor, acceptance: float | Tensor) -> Tensor:

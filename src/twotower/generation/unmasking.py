@@ -197,6 +197,12 @@ def commit(verdict: Verdict, masked: Tensor, step: Tensor, steps: Tensor) -> Ten
     return masked & (by_both.argsort(dim=1) < count)
 
 
+def decide(name: str, seen: Pass, knobs: Tensor) -> tuple[Tensor, Any]:
+    """What rows of one policy commit, bool (B, L), and what it remembers for their next pass."""
+    verdict = POLICIES[name].rule(seen, knobs)
+    return commit(verdict, seen.masked, seen.step, seen.steps), verdict.memory
+
+
 class Unmasking:
     """The policies of a batch's rows, with what they remember of the block at work."""
 
@@ -231,6 +237,5 @@ class Unmasking:
         return out
 
     def _apply(self, name: str, seen: Pass, knobs: Tensor) -> Tensor:
-        verdict = POLICIES[name].rule(seen._replace(memory=self._memory.get(name)), knobs)
-        self._memory[name] = verdict.memory
-        return commit(verdict, seen.masked, seen.step, seen.steps)
+        chosen, self._memory[name] = decide(name, seen._replace(memory=self._memory.get(name)), knobs)
+        return chosen
