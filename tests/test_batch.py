@@ -95,6 +95,25 @@ def test_answers_and_errors_in_order(cli: Cli, tmp_path: Path, model: TwoTowerFo
             assert line["finish_reason"] == alone.finish_reason
 
 
+@pytest.mark.parametrize(
+    ("line", "message"),
+    [
+        ({"prompt": "x", "policy": {"a": 1}}, "policy is {'a': 1}"),
+        ({"prompt": "x", "knob": {"a": 1}}, "it must be between 0 and 1"),
+        ({"prompt": "x", "seed": [1, 2]}, "2 seeds for 1 prompts"),
+        ({"prompt": "x", "stop": 5}, "each stop must be a non-empty string"),
+        ({"prompt": "x", "mode": ["ar"]}, "mode is ['ar']"),
+        ({"prompt": "\ud800"}, "surrogates not allowed"),
+        (["x"], 'no "prompt"'),
+    ],
+)
+def test_whatever_a_line_holds(tmp_path: Path, model: TwoTowerForCausalLM, line: Any, message: str) -> None:
+    """JSON of the wrong kind is an error of its line, never of the job."""
+    (found,) = read_lines(asked(tmp_path, line), model, shared(model))
+    assert found.request is None
+    assert message in found.error
+
+
 def test_a_job_that_was_stopped_goes_on(tmp_path: Path, model: TwoTowerForCausalLM) -> None:
     """Stopped after any of its steps, the last line cut short: the file is that of a job that never stopped."""
     lines = read_lines(asked(tmp_path, *some(14)), model, shared(model))

@@ -16,6 +16,7 @@ from typing import Any
 from twotower.engine.engine import LLM
 from twotower.engine.request import Request
 from twotower.errors import ArgumentError, TwoTowerError
+from twotower.generation import check
 from twotower.generation.output import Generation
 from twotower.generation.params import GenerationParams
 from twotower.model.two_tower import TwoTowerForCausalLM
@@ -69,11 +70,11 @@ def _line(number: int, text: str, asked: str, model: TwoTowerForCausalLM, shared
         return Line(number, asked, name, error=f"unknown field {', '.join(unknown)}; known are {known}")
     try:
         params = GenerationParams.of(**(shared | {"seed": shared["seed"] + number} | fields))
-        tokens = model.tokenizer(prompt)["input_ids"]
+        tokens = model.tokenizer(prompt.encode().decode())["input_ids"]  # half a surrogate pair is no text
         if not tokens:
             raise ArgumentError("the prompt is empty; give at least one token")
-        params.check_against(model.config, [len(tokens)])
-    except TwoTowerError as error:
+        check(model, params, [len(tokens)])
+    except (TwoTowerError, UnicodeError) as error:
         return Line(number, asked, name, error=str(error))
     return Line(number, asked, name, Request(tokens, params))
 
@@ -126,11 +127,16 @@ def finished(out: Path, lines: Sequence[Line]) -> int:
 
 
 def run_job(
-    llm: LLM, lines: Sequence[Line], out: Path, progress: Callable[[int, int], object] | None = None
+    llm: LLM,
+    lines: Sequence[Line],
+    out: Path,
+    progress: Callable[[int, int], object] | None = None,
+    before: int | None = None,
 ) -> tuple[int, int]:
     """Answers what `out` does not answer yet and appends it, line by line in order → lines written, and those of them
-    that are errors. progress: told the lines in `out` and the new tokens so far."""
-    written = start = finished(out, lines)
+    that are errors. progress: told the lines in `out` and the new tokens so far. before: what
+    `finished` says, where that is known."""
+    written = start = finished(out, lines) if before is None else before
     failed = tokens = 0
     following = start  # the next line to be asked
     places: dict[int, int] = {}

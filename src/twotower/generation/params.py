@@ -80,7 +80,7 @@ class GenerationParams:
     def _check_policies(self) -> None:
         names = _tuple(self.policy)
         for name in names:
-            if name not in POLICIES:
+            if not isinstance(name, str) or name not in POLICIES:
                 raise ArgumentError(f"policy is {name!r}; choose one of {', '.join(POLICIES)}")
         if not names:
             raise ArgumentError("policy is empty; name one, or one for each prompt")
