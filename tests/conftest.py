@@ -10,6 +10,7 @@ from pathlib import Path
 
 import pytest
 import torch
+import triton_mode  # noqa: F401  before anything that imports Triton
 from command import Result
 from torch import nn
 

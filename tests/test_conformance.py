@@ -14,6 +14,7 @@ from torch import Tensor
 
 from twotower import TwoTowerForCausalLM
 from twotower.generation.sampling import confidence
+from twotower.kernels.attention import Cached
 from twotower.model.conditioning import timestep_sinusoid
 from twotower.state import AttentionPool, MambaPool, TowerState
 
@@ -112,7 +113,10 @@ def check_state(golden: Golden, state: TowerState, where: str) -> None:
             assert isinstance(pool, AttentionPool)
             length = expected.shape[2]
             assert state.lengths.tolist() == [length, length]
-            close(getattr(pool, kind)[:, :, :length], expected, STATES, name)
+            past = state.view().past[int(layer)]
+            assert isinstance(past, Cached)
+            keys, values, _ = past.dense(expected.shape[1])
+            close((keys if kind == "k" else values)[:, :, :length], expected, STATES, name)
         else:
             assert isinstance(pool, MambaPool)
             if kind == "conv":  # the oldest of the reference's columns is never read again: ours has one fewer

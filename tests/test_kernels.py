@@ -469,5 +469,5 @@ def test_the_catalogue_names_a_backend_and_a_reason_for_every_operation() -> Non
     rows = report(cpu, torch.float32)
     assert [op for op, _, _ in rows] == list(CATALOGUE)
     assert all(why for _, _, why in rows)
-    assert select("experts", cpu, torch.float32).name == "sorted-loop"
+    assert select("experts", cpu, torch.float32, differentiable=True).name == "sorted-loop"
     assert "needs CUDA" in {op: why for op, _, why in rows}["experts"]

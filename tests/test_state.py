@@ -14,10 +14,11 @@ from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from twotower import TwoTowerForCausalLM
-from twotower.kernels import CATALOGUE
+from twotower.kernels import CATALOGUE, select
+from twotower.kernels.attention import Cached
 from twotower.mirror import Mirror, Transport
 from twotower.model import moe, two_tower
-from twotower.state import AttentionPool, MambaPool, TowerState
+from twotower.state import AttentionPool, MambaPool, TowerState, sizes
 
 MASK = 3
 LENGTHS = (0, 1, 2, 3, 5, 17, 70)  # nothing, around the convolution's window, several chunks, two buckets
@@ -54,10 +55,11 @@ def assert_same(actual: TowerState, expected: TowerState, model: TwoTowerForCaus
     actual, expected = actual.snapshot(), expected.snapshot()
     views = actual.view(), expected.view()
     assert actual.lengths.tolist() == expected.lengths.tolist()
-    for mine, theirs in zip(actual.pools, expected.pools, strict=True):
+    for layer, (mine, theirs) in enumerate(zip(actual.pools, expected.pools, strict=True)):
         if isinstance(mine, AttentionPool):
+            both = [keys_and_values(state, layer) for state in (actual, expected)]
             for row, length in enumerate(expected.lengths.tolist()):
-                for a, b in ((mine.k, theirs.k), (mine.v, theirs.v)):
+                for a, b in zip(*both, strict=True):
                     torch.testing.assert_close(a[row, :, :length], b[row, :, :length], rtol=1e-9, atol=1e-10)
         elif isinstance(mine, MambaPool):
             torch.testing.assert_close(mine.conv_window, theirs.conv_window, rtol=1e-9, atol=1e-10)
@@ -68,6 +70,13 @@ def assert_same(actual: TowerState, expected: TowerState, model: TwoTowerForCaus
     torch.testing.assert_close(drafts[0], drafts[1], rtol=1e-8, atol=1e-9)
     following = [model.extend(some_tokens(rows, 2, seed=99), state) for state in (actual, expected)]
     torch.testing.assert_close(following[0], following[1], rtol=1e-8, atol=1e-9)
+
+
+def keys_and_values(state: TowerState, layer: int) -> tuple[Tensor, Tensor]:
+    """(R, Hkv, T, D) each."""
+    past = state.view().past[layer]
+    assert isinstance(past, Cached)
+    return past.dense(state.config.num_key_value_heads)[:2]
 
 
 def contents(state: TowerState) -> list[bytes]:
@@ -163,8 +172,8 @@ def test_a_row_given_no_tokens_is_untouched(model: TwoTowerForCausalLM) -> None:
     state.settle()
     after = state.select(torch.tensor([1, 2]))
     for pool in (*before.pools, *after.pools):
-        if isinstance(pool, AttentionPool):  # the spare column takes the writes of padding
-            pool.k, pool.v = pool.k[:, :, :-1], pool.v[:, :, :-1]
+        if isinstance(pool, AttentionPool):  # the spare vector takes the writes of padding
+            pool.k, pool.v = pool.k[:-1], pool.v[:-1]
     assert contents(after) == contents(before)
 
 
@@ -270,11 +279,12 @@ def test_reserving_less_than_there_is_changes_nothing(model: TwoTowerForCausalLM
 
 
 def test_nbytes_counts_what_is_held(model: TwoTowerForCausalLM) -> None:
-    """Per row: K/V of one attention layer, window and state of two Mamba layers, and three counters."""
+    """Per row: K/V of one attention layer, window and state of two Mamba layers, three counters; padding's K/V."""
     config = model.config.backbone
-    keys = 2 * config.num_key_value_heads * (100 + 1) * config.head_dim
+    keys = 2 * config.num_key_value_heads * 100 * config.head_dim
     mamba = (config.conv_kernel - 1) * config.conv_dim + config.mamba_inner * config.ssm_state_size
-    assert model.new_state(3, 100).nbytes == 3 * 8 * (keys + 2 * mamba + 3)
+    assert model.new_state(3, 100).nbytes == 8 * (3 * (keys + 2 * mamba + 3) + 2 * config.head_dim)
+    assert sizes(config, torch.float64) == (8 * 2 * mamba, 8 * keys // 100)
 
 
 # --- who may write ------------------------------------------------------------------------------------------------
@@ -420,7 +430,7 @@ def test_the_work_of_a_pass_does_not_depend_on_what_the_rows_hold(
 ) -> None:
     """Same rows, width and bucket, other tokens, lengths and rollbacks: the same operations on the same shapes."""
     gathered = next(b for b in CATALOGUE["experts"] if b.name == "gathered")  # the one used on an accelerator
-    monkeypatch.setattr(moe, "select", lambda *_: gathered)
+    monkeypatch.setattr(moe, "select", lambda op, *rest: gathered if op == "experts" else select(op, *rest))
     logs = []
     for seed, lengths, kept in ((0, (5, 12), (1, 0, 2)), (1, (0, 12), (0, 0, 0)), (2, (12, 1), (1, 0, 1))):
         prompts = padded(texts(lengths, seed))
@@ -499,9 +509,8 @@ def test_a_mirror_fetches_only_what_is_new(model: TwoTowerForCausalLM) -> None:
     assert counter.bytes == 0
     model.extend(some_tokens(2, 8), state)
     mirror.view()
-    attention = next(p for p in state.pools if isinstance(p, AttentionPool))
-    columns = 2 * attention.k[:, :, :8].nbytes
-    mamba = sum(p.conv_window.nbytes + p.ssm_state.nbytes for p in state.pools if isinstance(p, MambaPool))
+    per_row, per_token = sizes(state.config, state.dtype)
+    columns, mamba = 2 * 8 * per_token, 2 * per_row
     assert counter.bytes <= columns + mamba + 2 * state.lengths.nbytes
 
 

@@ -40,7 +40,8 @@ class Mirror:
         self.state = state
         self.device = device
         self.transport = transport
-        self.copy = TowerState(state.config, state.rows, state.capacity, device, state.dtype)
+        shared = state.segments.columns if state.segments.shared else None
+        self.copy = TowerState(state.config, state.rows, state.capacity, device, state.dtype, shared)
         self.lengths = torch.zeros_like(state.lengths)  # on the context's device: how far the copy has come
         self.texts = state.texts  # and of which text
 
@@ -57,14 +58,16 @@ class Mirror:
     def _bring(self, width: int) -> None:
         state, copy = self.state, self.copy
         copy.reserve(state.capacity)
+        if copy.segments.version != state.segments.version:
+            copy.segments = state.segments.map(self._send)
         old = torch.where(self.texts == state.texts, self.lengths, 0)
-        here = _columns(old, state.lengths, width, state.capacity)
         lengths = self._send(state.lengths)
-        there = _columns(self._send(old), lengths, width, copy.capacity)
+        here = _new(state, old, state.lengths, width)
+        there = _new(copy, self._send(old), lengths, width)
         for source, target in zip(state.pools, copy.pools, strict=True):
             if isinstance(source, AttentionPool) and isinstance(target, AttentionPool):
-                _put(target.k, there, self._send(_take(source.k, here)))
-                _put(target.v, there, self._send(_take(source.v, here)))
+                target.k[there] = self._send(source.k[here])
+                target.v[there] = self._send(source.v[here])
             elif isinstance(source, MambaPool) and isinstance(target, MambaPool):
                 target.conv_window = self._send(source.conv_window)
                 target.ssm_state = self._send(source.ssm_state)
@@ -86,17 +89,7 @@ class Mirror:
 Reader = LocalReader | Mirror
 
 
-def _columns(old: Tensor, new: Tensor, width: int, spare: int) -> Tensor:
-    """(R, width): the columns that are new in each row; the spare one where a row got fewer."""
+def _new(state: TowerState, old: Tensor, lengths: Tensor, width: int) -> Tensor:
+    """The vectors of each row's columns from old (R,) to lengths (R,), at most `width`; the spare one beyond."""
     columns = old[:, None] + torch.arange(width, device=old.device)
-    return torch.where(columns < new[:, None], columns, spare)
-
-
-def _take(buffer: Tensor, columns: Tensor) -> Tensor:
-    rows = torch.arange(buffer.shape[0], device=buffer.device)[:, None]
-    return buffer.transpose(1, 2)[rows, columns]  # (R, width, Hkv, D)
-
-
-def _put(buffer: Tensor, columns: Tensor, value: Tensor) -> None:
-    rows = torch.arange(buffer.shape[0], device=buffer.device)[:, None]
-    buffer.transpose(1, 2).index_put_((rows, columns), value)
+    return state.segments.at(None, columns, columns < lengths[:, None]).flatten()

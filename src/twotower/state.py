@@ -16,16 +16,18 @@ import torch
 from torch import Tensor
 
 from twotower.config import BackboneConfig
+from twotower.kernels import select
+from twotower.kernels.attention import Cached
 from twotower.kernels.precision import accumulation_dtype
-from twotower.kernels.ssd import advance
 from twotower.model.coupling import Added, KeyValue, MambaPast, MambaTrace, Past
+from twotower.segments import Segments
 
 BUCKET = 64  # the context length a pass sees is rounded up to this, so shapes change rarely
 
 
 @dataclass
 class AttentionPool:
-    """k, v (R, Hkv, capacity + 1, D); the last column takes the writes of padding."""
+    """k, v (vectors + 1, D), which `Segments` shares among the rows; the last one takes the writes of padding."""
 
     k: Tensor
     v: Tensor
@@ -48,23 +50,46 @@ Pool = AttentionPool | MambaPool | None
 class ContextView:
     """A read-only look at the state: what one pass of a tower reads, layer by layer.
 
-    past: one entry a layer; mask (B, T): which context positions exist; lengths (B,). Good until the next `extend`.
+    past: one entry a layer; lengths (B,). Good until the next `extend`.
     """
 
     past: list[Past]
-    mask: Tensor
     lengths: Tensor
 
 
+@dataclass(frozen=True)
+class Excerpt:
+    """A part of one text's state, layer by layer: keys and values of its tokens (Hkv, T, D), or the Mamba state after
+    them."""
+
+    layers: list[KeyValue | MambaPast | None]
+    tokens: int
+
+    @property
+    def nbytes(self) -> int:
+        return sum(part.nbytes for layer in self.layers if layer is not None for part in layer)
+
+
 class TowerState:
-    """The state of `rows` texts of up to `capacity` tokens, aligned 1:1 with the layers (None where none is kept)."""
+    """The state of `rows` texts, aligned 1:1 with the layers (None where none is kept): each of up to `capacity`
+    tokens, or, with `columns` of them shared, of as many as `open` gave it."""
 
     def __init__(
-        self, config: BackboneConfig, rows: int, capacity: int, device: torch.device, dtype: torch.dtype
+        self,
+        config: BackboneConfig,
+        rows: int,
+        capacity: int,
+        device: torch.device,
+        dtype: torch.dtype,
+        columns: int | None = None,
     ) -> None:
         self.config = config
-        self.capacity = capacity
         self.dtype = dtype
+        heads = config.num_key_value_heads
+        if columns is None:
+            self.segments = Segments.of_rows(rows, heads, capacity, device)
+        else:
+            self.segments = Segments(rows, heads, columns, device, shared=True)
         self.lengths = torch.zeros(rows, dtype=torch.long, device=device)
         self.accepted = torch.zeros_like(self.lengths)  # tokens of the last extend not yet folded in
         self.traced: Tensor | None = None  # the slots that the last extend read; None: all
@@ -76,7 +101,7 @@ class TowerState:
     def _new_pool(self, kind: str, rows: int, device: torch.device, dtype: torch.dtype) -> Pool:
         config = self.config
         if kind == "*":
-            shape = (rows, config.num_key_value_heads, self.capacity + 1, config.head_dim)
+            shape = (self.segments.vectors + 1, config.head_dim)
             return AttentionPool(*(torch.zeros(shape, device=device, dtype=dtype) for _ in "kv"))
         if kind == "M":
             window = (rows, config.conv_kernel - 1, config.conv_dim)
@@ -96,6 +121,11 @@ class TowerState:
         return sum(t.nbytes for t in self._tensors())
 
     @property
+    def capacity(self) -> int:
+        """Columns of a row; where rows share them, of all."""
+        return self.segments.columns if self.segments.shared else self.segments.even
+
+    @property
     def bucket(self) -> int:
         """Context columns a pass reads: the bound, rounded up."""
         return min(-(-self.bound // BUCKET) * BUCKET, self.capacity)
@@ -105,11 +135,19 @@ class TowerState:
     def view(self, rows: Tensor | None = None) -> ContextView:
         """What a pass reads, for all rows or the given slots (B,). Settles the state first: rollback ends here."""
         self.settle()
-        lengths = self.lengths if rows is None else self.lengths[rows]
-        bucket = self.bucket
-        past = [_read(pool, rows, bucket) for pool in self.pools]
-        mask = torch.arange(bucket, device=lengths.device) < lengths[:, None]
-        return ContextView(past, mask, lengths)
+        start, stride, lengths = (
+            part if rows is None else part[rows] for part in (self.segments.start, self.segments.stride, self.lengths)
+        )
+        even = self.segments.even if rows is None else 0
+        past: list[Past] = []
+        for pool in self.pools:
+            if isinstance(pool, AttentionPool):
+                past.append(Cached(pool.k, pool.v, start, stride, lengths, self.bucket, even))
+            elif isinstance(pool, MambaPool):
+                past.append(_read(pool, rows))
+            else:
+                past.append(None)
+        return ContextView(past, lengths)
 
     # --- writing ---------------------------------------------------------------------------------------------
 
@@ -118,15 +156,15 @@ class TowerState:
 
         The caller has settled the state (by reading it) and reserved room for bound + width.
         """
-        assert self.bound + width <= self.capacity, "append beyond the reserved capacity"
+        assert self.segments.shared or self.bound + width <= self.capacity, "append beyond the reserved capacity"
         slots = torch.arange(self.rows, device=self.lengths.device) if rows is None else rows
         step = torch.arange(width, device=self.lengths.device)
-        columns = torch.where(step < valid[:, None], self.lengths[slots][:, None] + step, self.capacity)
+        vectors = self.segments.at(rows, self.lengths[slots][:, None] + step, step < valid[:, None]).flatten()
         for pool, new in zip(self.pools, added, strict=True):
             if isinstance(pool, AttentionPool):
                 assert isinstance(new, KeyValue)
-                pool.k = _scatter_columns(pool.k, slots, columns, new.k)
-                pool.v = _scatter_columns(pool.v, slots, columns, new.v)
+                pool.k = _put(pool.k, vectors, new.k.transpose(1, 2).flatten(0, 2))
+                pool.v = _put(pool.v, vectors, new.v.transpose(1, 2).flatten(0, 2))
             elif isinstance(pool, MambaPool):
                 assert isinstance(new, MambaTrace)
                 pool.trace = new
@@ -150,21 +188,18 @@ class TowerState:
     def settle(self) -> None:
         """Folds the accepted part of the last `extend` into the Mamba states: one small matrix product a layer."""
         rows = self.traced
+        accepted = self.accepted if rows is None else self.accepted[rows]
         for pool in self.pools:
             if not isinstance(pool, MambaPool) or pool.trace is None:
                 continue
-            if rows is None:
-                pool.conv_window, pool.ssm_state = _fold(pool.conv_window, pool.ssm_state, pool.trace, self.accepted)
-            else:
-                window, state = _fold(pool.conv_window[rows], pool.ssm_state[rows], pool.trace, self.accepted[rows])
-                pool.conv_window = _put_rows(pool.conv_window, rows, window)
-                pool.ssm_state = _put_rows(pool.ssm_state, rows, state)
+            fold = select("fold", pool.conv_window.device, pool.conv_window.dtype).function
+            pool.conv_window, pool.ssm_state = fold(pool.conv_window, pool.ssm_state, pool.trace, accepted, rows)
             pool.trace = None
         self.traced = None
         self.accepted = torch.zeros_like(self.accepted)
 
     def reset(self, rows: Tensor) -> None:
-        """Empties the given slots for a new text."""
+        """Empties the given slots for a new text. Shared columns stay theirs: see `open` and `close`."""
         self.settle()
         self.lengths = self.lengths.index_fill(0, rows, 0)
         self.texts = self.texts.index_add(0, rows, torch.ones_like(rows))
@@ -173,15 +208,62 @@ class TowerState:
                 pool.conv_window = pool.conv_window.index_fill(0, rows, 0)
                 pool.ssm_state = pool.ssm_state.index_fill(0, rows, 0)
 
-    def reserve(self, capacity: int) -> None:
-        """Makes room for texts of `capacity` tokens; grows by half at least, so appending stays linear."""
-        if capacity <= self.capacity:
-            return
-        grown = max(capacity, self.capacity * 3 // 2)
+    def excerpt(self, row: int, lo: int, hi: int) -> Excerpt:
+        """A copy of what the row keeps of its tokens lo…hi, and of its Mamba states; hi is its length."""
+        self.settle()
+        vectors = self._vectors(row, lo, hi)
+        layers: list[KeyValue | MambaPast | None] = []
         for pool in self.pools:
             if isinstance(pool, AttentionPool):
-                pool.k, pool.v = (_widen(t, self.capacity, grown) for t in (pool.k, pool.v))
-        self.capacity = grown
+                layers.append(KeyValue(pool.k[vectors], pool.v[vectors]))
+            elif isinstance(pool, MambaPool):
+                layers.append(MambaPast(pool.conv_window[row].clone(), pool.ssm_state[row].clone()))
+            else:
+                layers.append(None)
+        return Excerpt(layers, hi - lo)
+
+    def restore(self, row: int, parts: Sequence[Excerpt]) -> None:
+        """The text whose excerpts follow one another, in an empty row."""
+        self.settle()
+        length = sum(part.tokens for part in parts)
+        vectors = self._vectors(row, 0, length).flatten()
+        for layer, pool in enumerate(self.pools):
+            pieces = [part.layers[layer] for part in parts]
+            if isinstance(pool, AttentionPool):
+                keys, values = (torch.cat(part, dim=1).flatten(0, 1) for part in zip(*pieces, strict=True))
+                pool.k, pool.v = _put(pool.k, vectors, keys), _put(pool.v, vectors, values)
+            elif isinstance(pool, MambaPool):
+                last = pieces[-1]
+                assert isinstance(last, MambaPast)
+                pool.conv_window[row], pool.ssm_state[row] = last
+        self.lengths[row] = length
+        self.appended += length
+
+    def _vectors(self, row: int, lo: int, hi: int) -> Tensor:
+        """(Hkv, T): where the row keeps its tokens lo…hi."""
+        columns = torch.arange(lo, hi, device=self.lengths.device)[None]
+        slot = torch.tensor([row], device=self.lengths.device)
+        return self.segments.at(slot, columns, torch.ones_like(columns, dtype=torch.bool))[0].T
+
+    def reserve(self, capacity: int) -> None:
+        """Makes room for texts of `capacity` tokens; grows by half at least, so appending stays linear. Columns that
+        rows share do not grow."""
+        old = self.segments
+        if old.shared or capacity <= old.even:
+            return
+        grown = Segments.of_rows(self.rows, old.heads, max(capacity, old.even * 3 // 2), self.lengths.device)
+        for pool in self.pools:
+            if isinstance(pool, AttentionPool):
+                pool.k, pool.v = (_laid_out(t, old, grown) for t in (pool.k, pool.v))
+        self.segments = grown
+
+    def open(self, row: int, length: int) -> None:
+        """Gives a row `length` of the shared columns; `segments.room_for` says whether it can."""
+        self.segments.open(row, length)
+
+    def close(self, row: int) -> None:
+        """The row's columns may be another's."""
+        self.segments.close(row)
 
     def tighten(self, bound: int) -> None:
         """Tells the state that no row is longer than `bound` (after rollbacks or when long rows left)."""
@@ -191,28 +273,38 @@ class TowerState:
 
     def select(self, rows: Tensor) -> TowerState:
         """A state of the given rows only, in that order (copies). An `extend` of some rows only is final with it."""
+        assert not self.segments.shared, "rows that share columns stay where they are"
         if self.traced is not None:
             self.settle()
-        return self._map(lambda t: t[rows])
+        old = self.segments
+        chosen = Segments.of_rows(len(rows), old.heads, old.even, self.lengths.device)
+        return self._map(lambda t: t[rows], chosen, lambda t: _laid_out(t, old, chosen, rows))
 
     def snapshot(self) -> TowerState:
         """An independent copy."""
-        return self._map(Tensor.clone)
+        return self._map(Tensor.clone, self.segments.map(Tensor.clone), Tensor.clone)
 
     def to(self, device: torch.device) -> TowerState:
         """A copy on another device."""
-        return self._map(lambda t: t.to(device, copy=True))
 
-    def _map(self, change: Callable[[Tensor], Tensor]) -> TowerState:
+        def moved(tensor: Tensor) -> Tensor:
+            return tensor.to(device, copy=True)
+
+        return self._map(moved, self.segments.map(moved), moved)
+
+    def _map(
+        self, change: Callable[[Tensor], Tensor], segments: Segments, change_vectors: Callable[[Tensor], Tensor]
+    ) -> TowerState:
+        """A state with `change` of everything that has a row each, and its keys and values laid out as `segments`."""
         out = object.__new__(TowerState)
-        out.config, out.capacity, out.dtype = self.config, self.capacity, self.dtype
+        out.config, out.dtype, out.segments = self.config, self.dtype, segments
         out.bound, out.appended = self.bound, self.appended
         out.lengths, out.accepted, out.texts = map(change, (self.lengths, self.accepted, self.texts))
         out.traced = None if self.traced is None else change(self.traced)
         out.pools = []
         for pool in self.pools:
             if isinstance(pool, AttentionPool):
-                out.pools.append(AttentionPool(change(pool.k), change(pool.v)))
+                out.pools.append(AttentionPool(change_vectors(pool.k), change_vectors(pool.v)))
             elif isinstance(pool, MambaPool):
                 trace = None if pool.trace is None else MambaTrace(*map(change, pool.trace))
                 out.pools.append(MambaPool(change(pool.conv_window), change(pool.ssm_state), trace))
@@ -230,46 +322,31 @@ class TowerState:
         return out
 
 
-def _read(pool: Pool, rows: Tensor | None, bucket: int) -> Past:
-    if isinstance(pool, AttentionPool):
-        if bucket == 0:
-            return None
-        k, v = pool.k[:, :, :bucket], pool.v[:, :, :bucket]
-        return KeyValue(k, v) if rows is None else KeyValue(k[rows], v[rows])
-    if isinstance(pool, MambaPool):
-        if rows is None:
-            return MambaPast(pool.conv_window, pool.ssm_state)
-        return MambaPast(pool.conv_window[rows], pool.ssm_state[rows])
-    return None
+def sizes(config: BackboneConfig, dtype: torch.dtype) -> tuple[int, int]:
+    """Bytes that a text takes: from the start, and for each of its tokens. Asked of a state without storage."""
+    states = [TowerState(config, rows, capacity, torch.device("meta"), dtype) for rows, capacity in ((1, 1), (1, 2))]
+    mamba = [pool for pool in states[0].pools if isinstance(pool, MambaPool)]
+    per_row = sum(pool.conv_window.nbytes + pool.ssm_state.nbytes for pool in mamba)
+    return per_row, states[1].nbytes - states[0].nbytes
 
 
-def _fold(window: Tensor, state: Tensor, trace: MambaTrace, accepted: Tensor) -> tuple[Tensor, Tensor]:
-    """The convolution window and SSM state after the first `accepted` (B,) tokens of the trace."""
-    counted = (torch.arange(trace.dt.shape[1], device=accepted.device) < accepted[:, None])[..., None]
-    ssm = advance(trace.x, trace.dt * counted, trace.log_decay * counted, trace.B, state)
-    inputs = torch.cat([window, trace.xBC.to(window.dtype)], dim=1)
-    columns = accepted[:, None] + torch.arange(window.shape[1], device=accepted.device)
-    return inputs.gather(1, columns[..., None].expand(-1, -1, inputs.shape[2])), ssm
+def _read(pool: MambaPool, rows: Tensor | None) -> MambaPast:
+    if rows is None:
+        return MambaPast(pool.conv_window, pool.ssm_state)
+    return MambaPast(pool.conv_window[rows], pool.ssm_state[rows])
 
 
-def _put_rows(pool: Tensor, rows: Tensor, value: Tensor) -> Tensor:
-    """pool (R, …) with value (B, …) at rows (B,); out of place under autograd."""
-    return pool.index_copy(0, rows, value) if torch.is_grad_enabled() else pool.index_copy_(0, rows, value)
+def _put(pool: Tensor, vectors: Tensor, value: Tensor) -> Tensor:
+    """pool (vectors + 1, D) with value (N, D) at vectors (N,); out of place under autograd, where an earlier pass may
+    still need what the pool held."""
+    value = value.to(pool.dtype)
+    return pool.index_copy(0, vectors, value) if torch.is_grad_enabled() else pool.index_copy_(0, vectors, value)
 
 
-def _scatter_columns(buffer: Tensor, slots: Tensor, columns: Tensor, value: Tensor) -> Tensor:
-    """buffer (R, Hkv, T, D) with value (B, Hkv, L, D) at [slots, :, columns (B, L)]; out of place under autograd,
-    where an earlier pass may still need what the buffer held."""
-    by_column = buffer.transpose(1, 2)
-    index = (slots[:, None], columns)
-    value = value.transpose(1, 2).to(buffer.dtype)
-    if torch.is_grad_enabled():
-        return by_column.index_put(index, value).transpose(1, 2)
-    by_column.index_put_(index, value)
-    return buffer
-
-
-def _widen(buffer: Tensor, old: int, new: int) -> Tensor:
-    out = buffer.new_zeros(*buffer.shape[:2], new + 1, buffer.shape[3])
-    out[:, :, :old] = buffer[:, :, :old]
+def _laid_out(pool: Tensor, old: Segments, new: Segments, rows: Tensor | None = None) -> Tensor:
+    """The pool of evenly laid out rows (or of the given ones) in another even layout, of no fewer columns."""
+    held = pool[: old.vectors].view(old.rows, old.heads, old.even, -1)
+    held = held if rows is None else held[rows]
+    out = pool.new_zeros(new.vectors + 1, pool.shape[1])
+    out[: new.vectors].view(new.rows, new.heads, new.even, -1)[:, :, : old.even] = held
     return out

@@ -156,14 +156,9 @@ def _state(config: TwoTowerConfig, dtype: str) -> dict[str, int]:
     """
     import torch
 
-    from twotower.state import AttentionPool, MambaPool, TowerState
+    from twotower.state import sizes
 
-    state = TowerState(config.backbone, 1, 1, torch.device("meta"), getattr(torch, dtype))
-    columns = state.capacity + 1  # one is spare
-    attention = [pool for pool in state.pools if isinstance(pool, AttentionPool)]
-    mamba = [pool for pool in state.pools if isinstance(pool, MambaPool)]
-    per_token = sum(pool.k.nbytes + pool.v.nbytes for pool in attention) // columns
-    per_row = sum(pool.conv_window.nbytes + pool.ssm_state.nbytes for pool in mamba)
+    per_row, per_token = sizes(config.backbone, getattr(torch, dtype))
     window = config.backbone.max_position_embeddings
     return {"per_token": per_token, "per_row": per_row, "full_context": per_row + window * per_token}
 

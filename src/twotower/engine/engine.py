@@ -13,6 +13,7 @@ for another. What a row writes is what it would write alone.
 
 from __future__ import annotations
 
+import math
 import time
 from collections import deque
 from collections.abc import Callable, Iterator, Sequence
@@ -21,6 +22,7 @@ from typing import TYPE_CHECKING
 import torch
 
 from twotower.engine.blocks import Blocks
+from twotower.engine.prefixes import Prefixes
 from twotower.engine.reading import Work, grouped, read, some
 from twotower.engine.request import Phase, Request, Row
 from twotower.errors import ArgumentError
@@ -31,35 +33,56 @@ from twotower.generation.pace import Pace, begun
 from twotower.generation.record import RowRecord
 from twotower.generation.sampling import AR_TOKEN, choose_by_rule, confidence
 from twotower.modes import AUTO
-from twotower.state import TowerState
+from twotower.state import sizes
 
 if TYPE_CHECKING:
     from twotower.model.two_tower import TwoTowerForCausalLM
     from twotower.state import ContextView
 
-PROMPT_CHUNK = 512  # prompt tokens read in one step, of all rows together
+PROMPT_CHUNK = 256  # a prompt is read up to multiples of this, where its state can serve another prompt
+PROMPT_BUDGET = 512  # prompt tokens read in one step, of all rows together
+PREFIX_SHARE = 0.2  # of the memory, for prompts' beginnings
 
 
 class LLM:
     """Runs requests on a model.
 
     rows: texts at work at once; length: tokens of the longest text with its answer (None: the model's window);
-    block_size: the longest block. Memory for all of it is taken now: `state_bytes` a row.
+    block_size: the longest block. memory: bytes for what the texts keep (None: for `rows` texts of that length); all
+    but the share for prompts' beginnings is taken now. A text takes as much of it as its request can need.
 
     Raises:
-        ArgumentError: one of them is less than 1.
+        ArgumentError: a size is less than 1; the memory holds no text at all.
     """
 
     def __init__(
-        self, model: TwoTowerForCausalLM, *, rows: int = 16, length: int | None = None, block_size: int = 16
+        self,
+        model: TwoTowerForCausalLM,
+        *,
+        rows: int = 16,
+        length: int | None = None,
+        block_size: int = 16,
+        memory: int | None = None,
     ) -> None:
         for name, value in (("rows", rows), ("length", length), ("block_size", block_size)):
             if value is not None and value < 1:
                 raise ArgumentError(f"{name} is {value}; it must be at least 1")
         window = model.config.backbone.max_position_embeddings
+        per_row, per_token = sizes(model.context.config, model.dtype)
         self.model = model
         self.length = min(length or window, window)
-        self.state = model.new_state(rows, self._capacity(self.length, block_size))
+        if memory is None:
+            memory = self.memory_for(model, rows, self.length, block_size)
+        kept = int(memory * (1 - PREFIX_SHARE))
+        rows = min(rows, kept // (per_row + per_token * 2 * block_size))
+        if rows < 1:
+            raise ArgumentError(
+                f"{memory / 2**20:.1f} MiB hold no text: one takes {per_row / 2**20:.1f} MiB, and {per_token} bytes "
+                "for each of its tokens; raise memory"
+            )
+        columns = min((kept - rows * per_row) // max(per_token, 1), rows * (self.length + block_size))
+        self.state = model.new_state(rows, 0, columns)
+        self.prefixes = Prefixes(PROMPT_CHUNK, memory - kept)
         self.reader = model.reader(self.state) if model.denoiser is not None else None
         device = model.device if model.denoiser is None else model.denoiser.device
         self.blocks = Blocks(model, rows, block_size, device)
@@ -72,15 +95,10 @@ class LLM:
         self._number = 0
 
     @staticmethod
-    def _capacity(length: int, block_size: int) -> int:
-        """Columns of a row: a pass is padded to its widest row, so there is room for one after the longest text."""
-        return length + max(PROMPT_CHUNK, block_size)
-
-    @classmethod
-    def state_bytes(cls, model: TwoTowerForCausalLM, length: int, block_size: int = 16) -> int:
-        """What a row takes, for texts of up to `length` tokens; twice with the towers on two devices."""
-        capacity = cls._capacity(length, block_size)
-        return TowerState(model.context.config, 1, capacity, torch.device("meta"), model.dtype).nbytes
+    def memory_for(model: TwoTowerForCausalLM, rows: int, length: int, block_size: int = 16) -> int:
+        """Bytes in which so many texts of up to `length` tokens fit at once; twice with the towers on two devices."""
+        per_row, per_token = sizes(model.context.config, model.dtype)
+        return math.ceil(rows * (per_row + per_token * (length + block_size)) / (1 - PREFIX_SHARE))
 
     # --- requests -------------------------------------------------------------------------------------------------
 
@@ -104,9 +122,21 @@ class LLM:
             )
         if not request.prompt:
             raise ArgumentError("the prompt is empty; give at least one token")
+        need, columns = self._columns(request), self.state.segments.columns
+        if need > columns:
+            raise ArgumentError(
+                f"a prompt of {len(request.prompt)} tokens plus max_new_tokens {params.max_new_tokens} can need the "
+                f"keys and values of {need} tokens, and this engine's memory holds {columns}; shorten one of them or "
+                "raise memory"
+            )
         self._number += 1
         self.waiting.append((self._number, request))
         return self._number
+
+    def _columns(self, request: Request) -> int:
+        """What a request can need: its last block may go beyond the tokens it asks for."""
+        params = request.params
+        return len(request.prompt) + params.max_new_tokens + params.block_size
 
     def abort(self, number: int) -> None:
         """Forgets a request, waiting or running: no event of it comes any more, and its slot is free at once. Unknown
@@ -114,9 +144,15 @@ class LLM:
         self._unseen = [event for event in self._unseen if event.row != number]
         self.waiting = deque(entry for entry in self.waiting if entry[0] != number)
         self._opening = [row for row in self._opening if row.record.row != number]
+        self._free(number)
+
+    def _free(self, number: int) -> Row | None:
+        """Takes a row's slot and columns back."""
         row = self.rows.pop(number, None)
         if row is not None:
             self.free.append(row.slot)
+            self.state.close(row.slot)
+        return row
 
     @property
     def has_work(self) -> bool:
@@ -173,10 +209,14 @@ class LLM:
         return unseen + events
 
     def _admit(self) -> list[BlockEvent]:
-        """Waiting requests take free slots, first come, first served."""
-        events, admitted = [], []
+        """Waiting requests take free slots and memory, first come, first served: none starves."""
+        events = []
         while self.waiting and self.free:
-            number, request = self.waiting.popleft()
+            number, request = self.waiting[0]
+            columns = self._columns(request)
+            if request.params.max_new_tokens and self.state.segments.room_for(columns) is None:
+                break
+            self.waiting.popleft()
             params, why = resolve(self.model, request.params, 1)
             record = RowRecord.of(number, params, len(request.prompt), self.model.tokenizer, why)
             if params.max_new_tokens == 0:
@@ -186,12 +226,11 @@ class LLM:
             (seed,) = params.row_seeds(1)
             row = Row(request, record, self.free.pop(), seed, policy, knob, self._pace(request))
             self.rows[number] = row
-            admitted.append(row)
-        if admitted:
-            self.state.reset(torch.tensor([row.slot for row in admitted], device=self.model.device))
-            for row in admitted:
-                if row.prompt_end == 0:
-                    self._written(row)
+            self.state.open(row.slot, columns)
+            self.state.reset(torch.tensor([row.slot], device=self.model.device))
+            row.read = record.cached_tokens = self.prefixes.restore(self.state, row.slot, request.prompt)
+            if row.read == row.prompt_end:
+                self._written(row)
         return events
 
     def _pace(self, request: Request) -> Pace:
@@ -203,9 +242,10 @@ class LLM:
 
     def _read(self) -> list[BlockEvent]:
         """The context tower's passes."""
-        works, budget = [], PROMPT_CHUNK
+        works, budget = [], PROMPT_BUDGET
         for row in [row for row in self.rows.values() if row.phase is Phase.PROMPT]:  # oldest first
-            part = list(row.request.prompt[row.read : min(row.read + budget, row.prompt_end)])
+            edge = row.read - row.read % PROMPT_CHUNK + PROMPT_CHUNK
+            part = list(row.request.prompt[row.read : min(row.read + budget, edge, row.prompt_end)])
             if part:
                 works.append(Work(row, part, scored=False))
                 budget -= len(part)
@@ -226,6 +266,7 @@ class LLM:
                         row.pace.record(row.allowed, tokens[row.record.row], row.kept, row.seconds)
                     self._begin(row)
                 elif row.phase is Phase.PROMPT:
+                    self.prefixes.keep(self.state, row.slot, row.request.prompt, row.read)
                     if row.read == row.prompt_end:
                         self._written(row)
                 else:
@@ -313,9 +354,8 @@ class LLM:
 
     def _leave(self, event: BlockEvent) -> None:
         """An ended row's slot is free; mode "auto" learns from what it wrote."""
-        row = self.rows.pop(event.row, None)
+        row = self._free(event.row)
         if row is None:
             return
-        self.free.append(row.slot)
         if row.params.mode == AUTO and event.result is not None:
             chooser_of(self.model).recent.learn([event.result], row.params.block_size)

@@ -19,8 +19,9 @@ class Generation:
     0, that fixed each token within its block. Passes: forwards of each tower while this row was running, its
     prefill not counted. drafts, drafted, accepted (verified decoding): rounds with a draft, tokens in those drafts, and
     those that were kept; rejected: drafts that ended at a token AR did not agree with. why: what mode "auto" says of
-    its choice. decode_seconds: from the end of the prefill to this row's end. error: what went wrong, where an engine
-    ended the request with finish_reason "error".
+    its choice. cached_tokens: of the prompt, known from an earlier one and not read again. decode_seconds: from the end
+    of the prefill to this row's end. error: what went wrong, where an engine ended the request with finish_reason
+    "error".
     """
 
     mode: Mode
@@ -38,6 +39,7 @@ class Generation:
     drafted: int = 0
     accepted: int = 0
     rejected: int = 0
+    cached_tokens: int = 0
     why: str = ""
     error: str = ""
 

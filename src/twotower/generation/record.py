@@ -29,6 +29,7 @@ class RowRecord:
     drafted: int = 0
     accepted: int = 0
     rejected: int = 0
+    cached_tokens: int = 0
     blocks: int = 0
     committed_at: list[int] = field(default_factory=list)
     confidence: list[float] = field(default_factory=list)
@@ -123,6 +124,7 @@ class RowRecord:
             drafted=self.drafted,
             accepted=self.accepted,
             rejected=self.rejected,
+            cached_tokens=self.cached_tokens,
             why=self.why,
             error=self.error,
             prefill_seconds=max(self.prefilled - self.started, 0.0),

@@ -1,29 +1,42 @@
 """One catalogue of the operations a tower is made of, and which implementation each one uses.
 
 Each op lists its backends in order of preference; the first that fits a device and dtype is taken, once, and
-`report` says which and why. Every fast backend has a slow twin beside it that the tests hold it to.
+`report` says which and why. Every fast backend has a slow twin beside it that the tests hold it to. A compiled kernel
+is also held to it on the machine it is to run on, before it is first used: one that gives wrong numbers is refused with
+a warning. `TWOTOWER_TRITON=0` refuses all Triton kernels.
 """
 
 from __future__ import annotations
 
+import importlib
+import warnings
 from collections.abc import Callable
 from dataclasses import dataclass
 from functools import cache
 from typing import Any
 
 import torch
+import torch.nn.functional as F
 
-from twotower.kernels import attention, conv, experts, ssd
+from twotower.kernels import attention, cases, conv, experts, greedy, mamba_block, norm, routing, ssd, verification
+from twotower.kernels.native import ops as compiled
+from twotower.kernels.triton_launch import refusal as triton_refusal
 
 
 @dataclass(frozen=True)
 class Backend:
-    """One implementation. `refusal(device, dtype)` is None where it fits, else the reason why not."""
+    """One implementation. `refusal(device, dtype)` is None where it fits, else the reason why not.
+
+    differentiable: whether autograd can see through it. cases: what it is run on, beside the op's last backend, before
+    it is first used (None: it is trusted).
+    """
 
     name: str
     function: Callable[..., Any]
     why: str
     refusal: Callable[[torch.device, torch.dtype], str | None] = lambda device, dtype: None
+    differentiable: bool = True
+    cases: Callable[[torch.device, torch.dtype], list[verification.Case]] | None = None
 
 
 def _grouped_refusal(device: torch.device, dtype: torch.dtype) -> str | None:
@@ -36,12 +49,57 @@ def _grouped_refusal(device: torch.device, dtype: torch.dtype) -> str | None:
     return None
 
 
+def _triton(module: str, name: str, why: str, cases: Callable[..., list[verification.Case]]) -> Backend:
+    """A function of a module that may be imported only where Triton is there."""
+
+    def call(*args: Any) -> Any:
+        return getattr(importlib.import_module(f"twotower.kernels.{module}"), name)(*args)
+
+    return Backend("triton", call, why, triton_refusal, differentiable=False, cases=cases)
+
+
+def _native(function: Callable[..., Any], why: str, cases: Callable[..., list[verification.Case]]) -> Backend:
+    """A compiled kernel for processors."""
+    return Backend("native", function, why, compiled.refusal, differentiable=False, cases=cases)
+
+
 CATALOGUE: dict[str, tuple[Backend, ...]] = {
-    "attention": (Backend("two-part", attention.block_attention, "joins scores, never copies the cache"),),
+    "attention": (
+        _native(compiled.attention, "each row's cache where it lies, as long as it is", cases.attention_cases),
+        Backend("two-part", attention.attention, "joins scores; copies the cache only where rows lie anywhere"),
+    ),
     "causal_conv": (Backend("shifted-adds", conv.causal_conv, "plain torch"),),
     "ssd": (Backend("matrix-form", ssd.ssd_block, "a block is one chunk; plain torch, no compiled package"),),
+    "mamba_block": (
+        _triton("triton_mamba", "mamba_block", "one kernel from in_proj to out_proj", cases.block_cases),
+        _native(compiled.mamba_block, "one kernel from in_proj to out_proj", cases.block_cases),
+        Backend("torch", mamba_block.mamba_block, "plain torch, differentiable"),
+    ),
+    "fold": (
+        _triton("triton_fold", "fold", "one kernel, states change in place", cases.fold_cases),
+        _native(compiled.fold, "states change in place", cases.fold_cases),
+        Backend("torch", mamba_block.fold, "plain torch, differentiable"),
+    ),
+    "choose": (
+        _triton("triton_greedy", "choose", "reads the logits once", cases.choose_cases),
+        _native(compiled.choose, "reads the logits once", cases.choose_cases),
+        Backend("tiles", greedy.choose, "plain torch, widens one tile at a time"),
+    ),
+    "linear": (
+        _native(compiled.linear, "reads weights once, as they lie, for up to 48 tokens", cases.linear_cases),
+        Backend("torch", F.linear, "plain torch"),
+    ),
+    "rms_norm": (
+        _native(compiled.rms_norm, "norm and modulation in one", cases.norm_cases),
+        Backend("torch", norm.rms_norm, "plain torch"),
+    ),
+    "route": (
+        _native(compiled.route, "scores and choice in one", cases.route_cases),
+        Backend("torch", routing.route, "plain torch"),
+    ),
     "experts": (
         Backend("grouped-gemm", experts.experts_grouped, "one grouped GEMM, no host read", _grouped_refusal),
+        _native(compiled.experts, "reads each chosen expert once", cases.experts_cases),
         Backend(
             "sorted-loop",
             experts.experts_sorted,
@@ -53,17 +111,44 @@ CATALOGUE: dict[str, tuple[Backend, ...]] = {
 }
 
 
+def select(op: str, device: torch.device, dtype: torch.dtype, differentiable: bool | None = None) -> Backend:
+    """The first backend of `op` that fits. differentiable: whether gradients may be asked for (None: whether autograd
+    records now, or a dispatch mode watches)."""
+    if differentiable is None:  # a dispatch mode (a FLOP counter, fake tensors, tracing) must see every operation too
+        differentiable = torch.is_grad_enabled() or torch._C._len_torch_dispatch_stack() > 0
+    return _select(op, device, dtype, differentiable)
+
+
 @cache
-def select(op: str, device: torch.device, dtype: torch.dtype) -> Backend:
-    """The first backend of `op` that fits."""
-    return next(b for b in CATALOGUE[op] if b.refusal(device, dtype) is None)
+def _select(op: str, device: torch.device, dtype: torch.dtype, differentiable: bool) -> Backend:
+    fitting = (b for b in CATALOGUE[op] if b.differentiable or not differentiable)
+    return next(b for b in fitting if _refusal(op, b, device, dtype) is None)
+
+
+@cache
+def _refusal(op: str, backend: Backend, device: torch.device, dtype: torch.dtype) -> str | None:
+    """Why a backend is not taken: it does not fit, or it has just been found wrong (once, with a warning)."""
+    reason = backend.refusal(device, dtype)
+    if reason is not None or backend.cases is None:
+        return reason
+    if device.type == "cuda" and torch.cuda.is_current_stream_capturing():
+        raise RuntimeError(
+            f"{op} is checked when it is first used, which a capture cannot hold: run the pass once before"
+        )
+    with torch.no_grad():
+        wrong = verification.disagreement(backend.function, CATALOGUE[op][-1].function, backend.cases(device, dtype))
+    if wrong is None:
+        return None
+    warnings.warn(f"{op}: {backend.name} is not used on {device} in {dtype}: it {wrong}", RuntimeWarning, stacklevel=4)
+    return f"is not used: it {wrong}"
 
 
 def report(device: torch.device, dtype: torch.dtype) -> list[tuple[str, str, str]]:
-    """(op, backend, why) for each op, with the reasons why better ones were passed over."""
+    """(op, backend, why) for each op of a pass without gradients, with the reasons why better ones were passed over."""
     rows = []
     for op, backends in CATALOGUE.items():
-        chosen = select(op, device, dtype)
-        passed = [f"{b.name} {b.refusal(device, dtype)}" for b in backends[: backends.index(chosen)]]
-        rows.append((op, chosen.name, "; ".join([chosen.why, *passed])))
+        chosen = select(op, device, dtype, differentiable=False)
+        passed = [f"{b.name} {_refusal(op, b, device, dtype)}" for b in backends[: backends.index(chosen)]]
+        checked = ["agreed with its twin here"] if chosen.cases else []
+        rows.append((op, chosen.name, "; ".join([chosen.why, *checked, *passed])))
     return rows

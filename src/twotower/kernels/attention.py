@@ -1,8 +1,6 @@
-"""Attention of a block over [cached context ; the block itself] with one softmax.
+"""Attention of a block over [cached keys ; the block itself] with one softmax, and of whole sequences.
 
-q (B, Hq, L, D); context k, v (B, Hkv, T, D) with `context_mask` (B, T), True where a key exists;
-block k, v (B, Hkv, L, D). `block_mask` (B or 1, L, L) or None says which block keys a query sees;
-every query must see at least one. Scale 1/√D; no positional encoding.
+Scale 1/√D; no positional encoding.
 """
 
 from __future__ import annotations
@@ -17,6 +15,62 @@ from torch import Tensor
 from twotower.kernels.precision import accumulation_dtype
 
 
+class Cached(NamedTuple):
+    """Keys and values of earlier tokens where they lie: of row b, head h, token t < lengths[b] the vector start[b] +
+    h·stride[b] + t of k, v (vectors, D).
+
+    width: no length is greater, known on the host. even: row b begins at b·heads·even, so that a view shows them all;
+    0 where rows lie anywhere.
+    """
+
+    k: Tensor
+    v: Tensor
+    start: Tensor
+    stride: Tensor
+    lengths: Tensor
+    width: int
+    even: int
+
+    def dense(self, heads: int) -> tuple[Tensor, Tensor, Tensor]:
+        """k, v (B, heads, width, D), copied only where rows lie anywhere, and which exist (B, width)."""
+        token = torch.arange(self.width, device=self.lengths.device)
+        exists = token < self.lengths[:, None]
+        if self.even:
+            rows = len(self.lengths)
+            shape = (rows, heads, self.even, -1)
+            k, v = (pool[: rows * heads * self.even].view(shape)[:, :, : self.width] for pool in (self.k, self.v))
+            return k, v, exists
+        head = torch.arange(heads, device=token.device)[:, None]
+        where = self.start[:, None, None] + head * self.stride[:, None, None] + token
+        where = torch.where(exists[:, None], where, 0)
+        return self.k[where], self.v[where], exists
+
+
+def attention(
+    q: Tensor, k: Tensor, v: Tensor, valid: Tensor | None, causal: bool, cached: Cached | None = None
+) -> Tensor:
+    """q (B, L, Hq, D); k, v (B, L, Hkv, D), of which valid (B, L) count (None: all) → (B, L, Hq, D).
+
+    A query sees the cached keys, those of its own block (causal: up to its own place), and in any case itself.
+    """
+    mask = visible(q.shape[1], valid, causal, q.device)
+    context, exists = None, None
+    if cached is not None and cached.width:
+        past_k, past_v, exists = cached.dense(k.shape[2])
+        context = (past_k, past_v)
+    q, k, v = (part.transpose(1, 2) for part in (q, k, v))
+    return block_attention(q, k, v, mask, context, exists).transpose(1, 2)
+
+
+def visible(length: int, valid: Tensor | None, causal: bool, device: torch.device) -> Tensor | None:
+    """(B or 1, L, L): which token of its own block a query sees. A padding query sees at least itself."""
+    mask = torch.ones(1, length, length, dtype=torch.bool, device=device).tril() if causal else None
+    if valid is not None:
+        keys = valid[:, None] | torch.eye(length, dtype=torch.bool, device=device)
+        mask = keys if mask is None else mask & keys
+    return mask
+
+
 def block_attention(
     q: Tensor,
     k: Tensor,
@@ -25,7 +79,11 @@ def block_attention(
     context: tuple[Tensor, Tensor] | None = None,
     context_mask: Tensor | None = None,
 ) -> Tensor:
-    """→ (B, Hq, L, D). The scores of the two parts are joined, never the keys: the cache is not copied."""
+    """q (B, Hq, L, D); k, v (B, Hkv, L, D) with block_mask (B or 1, L, L) or None: which of them a query sees, one at
+    least; context k, v (B, Hkv, T, D) with context_mask (B, T), True where a key exists → (B, Hq, L, D).
+
+    The scores of the two parts are joined, never the keys: the cache is not copied.
+    """
     groups = q.shape[1] // k.shape[1]
     length = q.shape[2]
     # The query heads of one KV head are stacked along the length, so K and V are never repeated.

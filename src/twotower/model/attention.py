@@ -5,7 +5,8 @@ from __future__ import annotations
 from torch import Tensor, nn
 
 from twotower.config import BackboneConfig
-from twotower.kernels.attention import block_attention
+from twotower.kernels import select
+from twotower.kernels.attention import Cached
 from twotower.model.coupling import KeyValue, Visibility
 from twotower.model.linear import Linear
 
@@ -35,9 +36,9 @@ class Attention(nn.Module):
         """(B, Hq, L, D) → (B, L, H)."""
         return self.o_proj(heads.transpose(1, 2).flatten(2))
 
-    def forward(self, hidden: Tensor, past: KeyValue | None, sees: Visibility) -> tuple[Tensor, KeyValue]:
+    def forward(self, hidden: Tensor, past: Cached | None, sees: Visibility) -> tuple[Tensor, KeyValue]:
         """hidden (B, L, H) → output (B, L, H) and the keys and values to append."""
         q, own = self.project(hidden)
-        mask = sees.block_mask(hidden.shape[1], hidden.device)
-        heads = block_attention(q, own.k, own.v, mask, past, sees.context_mask)
-        return self.output(heads), own
+        attend = select("attention", hidden.device, hidden.dtype).function
+        heads = attend(*(part.transpose(1, 2) for part in (q, *own)), sees.valid, sees.causal, past)
+        return self.o_proj(heads.flatten(2)), own

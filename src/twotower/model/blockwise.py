@@ -153,7 +153,7 @@ def denoise_layer(layer: Layer, x: Tensor, past: Past, modulation: Modulation | 
     if isinstance(layer.mixer, Mamba2):
         assert isinstance(past, MambaPast)
         own_past = MambaPast(layout.pick(past.conv_window), layout.pick(past.ssm_state))
-        out, _ = layer.mixer(hidden, own_past, Visibility(valid=layout.valid_chosen, causal=False))
+        out, _ = layer.mixer(hidden, own_past, Visibility(valid=layout.valid_chosen, causal=False), trace=False)
     elif isinstance(layer.mixer, Attention):
         assert isinstance(past, KeyValue)
         q, own = layer.mixer.project(hidden)

@@ -79,7 +79,4 @@ def normed_input(x: Tensor, norm: RMSNorm, kind: LayerKind, modulation: Modulati
     """What a layer's mixer reads. The order of norm and modulation depends on the layer's kind, and lives only here."""
     if modulation is None:
         return norm(x)
-    shift, scale, _ = modulation
-    if kind in MODULATE_BEFORE_NORM:
-        return norm(x * (1 + scale) + shift)
-    return norm(x) * (1 + scale) + shift
+    return norm(x, (modulation.shift, modulation.scale), "before" if kind in MODULATE_BEFORE_NORM else "after")

@@ -8,8 +8,10 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import NamedTuple
 
-import torch
 from torch import Tensor
+
+from twotower.kernels.attention import Cached
+from twotower.kernels.mamba_block import MambaTrace
 
 
 class KeyValue(NamedTuple):
@@ -27,21 +29,7 @@ class MambaPast(NamedTuple):
     ssm_state: Tensor
 
 
-class MambaTrace(NamedTuple):
-    """What L tokens did to a Mamba-2 layer: enough to rebuild the state after any prefix of them.
-
-    xBC (B, L, C) raw convolution inputs; x (B, L, H, P), dt and log_decay (B, L, H), B (B, L, G, N) as the scan
-    saw them.
-    """
-
-    xBC: Tensor
-    x: Tensor
-    dt: Tensor
-    log_decay: Tensor
-    B: Tensor
-
-
-Past = KeyValue | MambaPast | None
+Past = KeyValue | Cached | MambaPast | None  # KeyValue in training, over whole sequences
 Added = KeyValue | MambaTrace | None
 
 
@@ -51,25 +39,12 @@ class Visibility:
 
     valid:        (B, L) False at padding, or None: every token counts.
     causal:       whether a token sees later tokens of its own pass (the denoiser's block does).
-    context_mask: (B, T) which of the cached keys exist, or None: all.
     positions:    (B, L) absolute positions. Nemotron-H has no positional encoding; backbones with one read it here.
     """
 
     valid: Tensor | None = None
     causal: bool = True
-    context_mask: Tensor | None = None
     positions: Tensor | None = None
-
-    def block_mask(self, length: int, device: torch.device) -> Tensor | None:
-        """(B or 1, L, L): which token of its own pass a query sees. A padding query sees at least itself."""
-        mask = None
-        if self.causal:
-            mask = torch.ones(1, length, length, dtype=torch.bool, device=device).tril()
-        if self.valid is not None:
-            itself = torch.eye(length, dtype=torch.bool, device=device)
-            keys = self.valid[:, None] | itself
-            mask = keys if mask is None else mask & keys
-        return mask
 
 
 def context_visible(key_positions: Tensor, block_start: Tensor) -> Tensor:

@@ -6,14 +6,13 @@ import math
 from collections.abc import Callable
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor, nn
 
 from twotower.config import BackboneConfig
-from twotower.kernels.conv import causal_conv
-from twotower.kernels.precision import accumulation_dtype
+from twotower.kernels import select
+from twotower.kernels.mamba_block import MambaTrace, MambaWeights, convolve, gate_and_norm, split
 from twotower.kernels.ssd import advance, ssd_block, ssd_chunked, states_before
-from twotower.model.coupling import MambaPast, MambaTrace, Visibility
+from twotower.model.coupling import MambaPast, Visibility
 from twotower.model.linear import Linear
 from twotower.model.norm import GatedGroupRMSNorm
 
@@ -25,9 +24,6 @@ class CausalConv(nn.Module):
         super().__init__()
         self.weight = nn.Parameter(torch.empty(channels, 1, taps))
         self.bias = nn.Parameter(torch.zeros(channels)) if bias else None
-
-    def forward(self, x: Tensor, window: Tensor | None) -> Tensor:
-        return causal_conv(x, window, self.weight, self.bias)
 
 
 class Mamba2(nn.Module):
@@ -56,16 +52,20 @@ class Mamba2(nn.Module):
             steps = torch.exp(torch.rand(config.mamba_num_heads) * (high - low) + low).clamp(config.time_step_floor)
             self.dt_bias.copy_(steps + torch.log(-torch.expm1(-steps)))  # inverse of softplus
 
-    def forward(self, hidden: Tensor, past: MambaPast | None, sees: Visibility) -> tuple[Tensor, MambaTrace]:
-        """hidden (B, L, H) → output (B, L, H) and the trace the state after any prefix is rebuilt from."""
-        z, xBC, dt, log_decay = self._project(hidden, sees.valid)
-        trace, C = self._convolve(xBC, None if past is None else past.conv_window, dt, log_decay)
-        state = None if past is None else past.ssm_state
+    def forward(
+        self, hidden: Tensor, past: MambaPast | None, sees: Visibility, trace: bool = True
+    ) -> tuple[Tensor, MambaTrace | None]:
+        """hidden (B, L, H) → output (B, L, H) and, if wanted, the trace the state after any prefix is rebuilt from."""
+        projected, weights = self.in_proj(hidden), self.weights
+        window, state = (None, None) if past is None else past
         if hidden.shape[1] <= self.config.chunk_size:
-            y = ssd_block(trace.x, trace.dt, trace.log_decay, trace.B, C, state)
-        else:
-            y, _ = ssd_chunked(trace.x, trace.dt, trace.log_decay, trace.B, C, state, self.config.chunk_size)
-        return self._output(y, trace.x, z), trace
+            block = select("mamba_block", projected.device, projected.dtype).function
+            mixed, kept = block(projected, sees.valid, window, state, weights, trace)
+            return self.out_proj(mixed), kept
+        z, xBC, dt, log_decay = split(projected, sees.valid, weights)
+        kept, C = convolve(xBC, window, dt, log_decay, weights)
+        y, _ = ssd_chunked(kept.x, kept.dt, kept.log_decay, kept.B, C, state, self.config.chunk_size)
+        return self.out_proj(gate_and_norm(y, kept.x, z, weights)), kept if trace else None
 
     def forward_packed(
         self, hidden: Tensor, valid: Tensor, fresh: Tensor, windows: Callable[[Tensor], Tensor]
@@ -75,39 +75,31 @@ class Mamba2(nn.Module):
         hidden (B, S, H); valid (B, S); fresh (B, blocks): blocks that start from zero state; windows: raw convolution
         inputs (B, S, C) → those before each block (B, blocks, K−1, C) → output (B, S, H), `MambaPast` of B·blocks rows.
         """
-        z, xBC, dt, log_decay = self._project(hidden, valid)
+        weights = self.weights
+        z, xBC, dt, log_decay = split(self.in_proj(hidden), valid, weights)
         blocks = fresh.shape[1]
         window = windows(xBC).flatten(0, 1)
         folded = [v.unflatten(1, (blocks, -1)).flatten(0, 1) for v in (xBC, dt, log_decay)]
-        trace, C = self._convolve(folded[0], window, *folded[1:])
+        xBC, dt, log_decay = folded
+        trace, C = convolve(xBC, window, dt, log_decay, weights)
         added = advance(trace.x, trace.dt, trace.log_decay, trace.B, None).unflatten(0, (-1, blocks))
         before = states_before(added, trace.log_decay.sum(1).unflatten(0, (-1, blocks)), None, fresh).flatten(0, 1)
         y = ssd_block(trace.x, trace.dt, trace.log_decay, trace.B, C, before)
         z = z.unflatten(1, (blocks, -1)).flatten(0, 1)
-        return self._output(y, trace.x, z).view_as(hidden), MambaPast(window, before)
+        return self.out_proj(gate_and_norm(y, trace.x, z, weights)).view_as(hidden), MambaPast(window, before)
 
-    def _project(self, hidden: Tensor, valid: Tensor | None) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-        """hidden (B, L, H) → z, xBC before the convolution, dt and log_decay; padding leaves no mark on any state:
-        no input to the convolution, and no time passes."""
-        config = self.config
-        acc = accumulation_dtype(hidden.dtype)
-        z, xBC, dt = self.in_proj(hidden).split([config.mamba_inner, config.conv_dim, config.mamba_num_heads], dim=-1)
-        dt = F.softplus(dt.to(acc) + self.dt_bias.to(acc)).clamp(*config.time_step_limit)
-        if valid is not None:
-            xBC = xBC * valid[..., None]
-            dt = dt * valid[..., None]
-        return z, xBC, dt, dt * -self.A_log.to(acc).exp()
-
-    def _convolve(self, xBC: Tensor, window: Tensor | None, dt: Tensor, log_decay: Tensor) -> tuple[MambaTrace, Tensor]:
-        """→ the trace (x, B and what they came from) and C."""
-        config = self.config
-        active = F.silu(self.conv1d(xBC, window))
-        bc = config.n_groups * config.ssm_state_size
-        x, B, C = active.split([config.mamba_inner, bc, bc], dim=-1)
-        x = x.unflatten(-1, (config.mamba_num_heads, config.mamba_head_dim))
-        B, C = (v.unflatten(-1, (config.n_groups, config.ssm_state_size)) for v in (B, C))
-        return MambaTrace(xBC, x, dt, log_decay, B), C
-
-    def _output(self, y: Tensor, x: Tensor, z: Tensor) -> Tensor:
-        y = y + x * self.D.to(x.dtype)[:, None]
-        return self.out_proj(self.norm(y.flatten(2), z))
+    @property
+    def weights(self) -> MambaWeights:
+        """All but the projections, as the kernels take it."""
+        config, conv = self.config, self.conv1d
+        return MambaWeights(
+            conv.weight,
+            conv.bias,
+            self.dt_bias,
+            self.A_log,
+            self.D,
+            self.norm.weight,
+            config.n_groups,
+            config.layer_norm_epsilon,
+            config.time_step_limit,
+        )

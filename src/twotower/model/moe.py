@@ -8,7 +8,7 @@ from torch import Tensor, nn
 
 from twotower.config import BackboneConfig
 from twotower.kernels import select
-from twotower.kernels.precision import accumulation_dtype
+from twotower.kernels.routing import Routing
 from twotower.model.linear import Linear
 
 
@@ -32,26 +32,20 @@ class Router(nn.Module):
     def __init__(self, config: BackboneConfig) -> None:
         super().__init__()
         self.config = config
+        self.rule = Routing(
+            config.n_group,
+            config.topk_group,
+            config.num_experts_per_tok,
+            config.norm_topk_prob,
+            config.routed_scaling_factor,
+        )
         self.weight = nn.Parameter(torch.empty(config.n_routed_experts, config.hidden_size))
         self.register_buffer("e_score_correction_bias", torch.zeros(config.n_routed_experts))
 
     def forward(self, hidden: Tensor) -> tuple[Tensor, Tensor]:
         """hidden (T, H) → expert ids (T, k) and their weights (T, k), scores in at least fp32."""
-        config = self.config
-        acc = accumulation_dtype(hidden.dtype)
-        scores = torch.sigmoid(F.linear(hidden.to(acc), self.weight.to(acc)))
-        biased = scores.detach() + self.e_score_correction_bias
-        if config.n_group > 1:
-            grouped = biased.unflatten(-1, (config.n_group, config.n_routed_experts // config.n_group))
-            best = grouped.topk(min(2, grouped.shape[-1]), dim=-1).values.sum(-1)
-            kept = torch.zeros_like(best, dtype=torch.bool).scatter(-1, best.topk(config.topk_group).indices, True)
-            # Left-out groups score 0, not −∞: the reference's rule, which differs where all kept scores are negative.
-            biased = (grouped * kept[..., None]).flatten(-2)
-        choice = biased.topk(config.num_experts_per_tok, dim=-1).indices
-        weight = scores.gather(-1, choice)
-        if config.norm_topk_prob:
-            weight = weight / (weight.sum(-1, keepdim=True) + 1e-20)
-        return choice, weight * config.routed_scaling_factor
+        backend = select("route", hidden.device, hidden.dtype)
+        return backend.function(hidden, self.weight, self.e_score_correction_bias, self.rule)
 
 
 class Experts(nn.Module):

@@ -3,10 +3,11 @@
 from __future__ import annotations
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor, nn
 
-from twotower.kernels.precision import accumulation_dtype
+from twotower.kernels import select
+from twotower.kernels.mamba_block import gated_group_norm
+from twotower.kernels.norm import Order
 
 
 class RMSNorm(nn.Module):
@@ -17,10 +18,10 @@ class RMSNorm(nn.Module):
         self.weight = nn.Parameter(torch.ones(width))
         self.eps = eps
 
-    def forward(self, x: Tensor) -> Tensor:
-        acc = accumulation_dtype(x.dtype)
-        out = F.rms_norm(x.to(acc), self.weight.shape, self.weight.to(acc), self.eps)
-        return out.to(self.weight.dtype)
+    def forward(self, x: Tensor, modulation: tuple[Tensor, Tensor] | None = None, order: Order = "before") -> Tensor:
+        """x (B, L, H) → the same in the weight's dtype; modulation and order as in `kernels.norm.rms_norm`."""
+        backend = select("rms_norm", x.device, self.weight.dtype)
+        return backend.function(x, self.weight, self.eps, modulation, order)
 
 
 class GatedGroupRMSNorm(nn.Module):
@@ -34,7 +35,4 @@ class GatedGroupRMSNorm(nn.Module):
 
     def forward(self, y: Tensor, z: Tensor) -> Tensor:
         """y, z (..., width) → (..., width) in z's dtype."""
-        acc = accumulation_dtype(z.dtype)
-        gated = (y.to(acc) * F.silu(z.to(acc))).unflatten(-1, (self.groups, z.shape[-1] // self.groups))
-        normed = F.rms_norm(gated, gated.shape[-1:], eps=self.eps).flatten(-2)
-        return (normed * self.weight.to(acc)).to(z.dtype)
+        return gated_group_norm(y, z, self.weight, self.groups, self.eps)

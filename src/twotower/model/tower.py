@@ -41,11 +41,16 @@ class Layer(nn.Module):
         self.mixer = build_mixer(kind, config)
 
     def forward(
-        self, x: Tensor, past: Past, sees: Visibility, modulation: Modulation | None = None
+        self, x: Tensor, past: Past, sees: Visibility, modulation: Modulation | None = None, trace: bool = True
     ) -> tuple[Tensor, Added]:
-        """x (B, L, H) → the residual stream after the layer, and what the pass adds to the layer's state."""
+        """x (B, L, H) → the residual stream after the layer, and what the pass adds to the layer's state.
+
+        trace: whether a Mamba layer's trace is wanted; without, it adds None.
+        """
         hidden = normed_input(x, self.norm, self.kind, modulation)
-        if self.kind in "M*":
+        if self.kind == "M":
+            out, added = self.mixer(hidden, past, sees, trace)
+        elif self.kind == "*":
             out, added = self.mixer(hidden, past, sees)
         else:
             out, added = self.mixer(hidden), None
@@ -87,12 +92,16 @@ class Tower(nn.Module):
         sees: Visibility,
         past: list[Past] | None = None,
         modulation: list[Modulation] | None = None,
+        trace: bool = True,
     ) -> tuple[Tensor, list[Added]]:
-        """One pass over tokens (B, L), after `past` → hidden (B, L, H) and, layer by layer, what it adds."""
+        """One pass over tokens (B, L), after `past` → hidden (B, L, H) and, layer by layer, what it adds.
+
+        trace: whether the Mamba layers' traces are wanted; a pass that nothing is to remember does without.
+        """
         x = self.embed(tokens)
         added: list[Added] = []
         for i, layer in enumerate(self.layers):
-            x, new = layer(x, past[i] if past else None, sees, modulation[i] if modulation else None)
+            x, new = layer(x, past[i] if past else None, sees, modulation[i] if modulation else None, trace)
             added.append(new)
         return self.norm_f(x), added
 

@@ -131,9 +131,10 @@ class TwoTowerForCausalLM(PreTrainedModel):
             if tower is not None and tower.device.type == "cuda":
                 torch.cuda.synchronize(tower.device)
 
-    def new_state(self, rows: int, capacity: int) -> TowerState:
-        """An empty context state for `rows` texts of up to `capacity` tokens (it can grow: `reserve`)."""
-        return TowerState(self.context.config, rows, capacity, self.context.device, self.dtype)
+    def new_state(self, rows: int, capacity: int, columns: int | None = None) -> TowerState:
+        """An empty context state for `rows` texts of up to `capacity` tokens (it can grow: `reserve`), or that share
+        `columns` of them (`open`)."""
+        return TowerState(self.context.config, rows, capacity, self.context.device, self.dtype, columns)
 
     def reader(self, state: TowerState) -> Reader:
         """How the denoiser reads `state`: in place, or through a mirror on its own device."""
@@ -194,15 +195,15 @@ class TwoTowerForCausalLM(PreTrainedModel):
         step = torch.arange(block.shape[1], device=block.device)
         valid = None if lengths is None else step < lengths[:, None]
         positions = view.lengths[:, None] + step
-        sees = Visibility(valid=valid, causal=causal, context_mask=view.mask, positions=positions)
+        sees = Visibility(valid=valid, causal=causal, positions=positions)
         modulation = None if t is None or self.time is None else self.time(t)
-        hidden, _ = denoiser(block, sees, view.past, modulation)
+        hidden, _ = denoiser(block, sees, view.past, modulation, trace=False)
         return _logits(denoiser, hidden)
 
     def _extend(self, tokens: Tensor, lengths: Tensor, state: TowerState, rows: Tensor | None) -> Tensor:
         view = state.view(rows)
         step = torch.arange(tokens.shape[1], device=tokens.device)
-        sees = Visibility(valid=step < lengths[:, None], context_mask=view.mask, positions=view.lengths[:, None] + step)
+        sees = Visibility(valid=step < lengths[:, None], positions=view.lengths[:, None] + step)
         hidden, added = self.context(tokens, sees, view.past)
         state.append(added, lengths, tokens.shape[1], rows)
         return hidden

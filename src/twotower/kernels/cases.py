@@ -1,0 +1,209 @@
+"""What a machine's kernels are tried on before they are used (`verification`): small arguments of every kind."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from functools import partial
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor
+
+from twotower.kernels.attention import Cached
+from twotower.kernels.mamba_block import MambaTrace, MambaWeights
+from twotower.kernels.routing import Routing
+from twotower.kernels.verification import Case
+
+
+class Sizes(NamedTuple):
+    """Of a Mamba-2 mixer: H heads in G groups, of width P; state size N; K taps."""
+
+    heads: int
+    groups: int
+    width: int
+    state: int
+    taps: int
+
+
+ODD = Sizes(heads=6, groups=2, width=12, state=24, taps=3)
+RELEASED = Sizes(heads=64, groups=8, width=64, state=128, taps=4)
+
+
+def block_cases(device: torch.device, dtype: torch.dtype) -> list[Case]:
+    """A block and a single token; every row of another length, one of none; from states of their own."""
+    return _cases(device, lambda sizes, length: (*block_arguments(sizes, length, device, dtype), True))
+
+
+def fold_cases(device: torch.device, dtype: torch.dtype) -> list[Case]:
+    """The same sizes; into three of five slots, as many tokens as each row has."""
+    return _cases(device, lambda sizes, length: fold_arguments(sizes, length, device, dtype))
+
+
+def _cases(device: torch.device, arguments: Callable[[Sizes, int], tuple[Any, ...]]) -> list[Case]:
+    """Odd sizes, and on a GPU the released ones too: through the interpreter those would take minutes. 33 tokens need
+    as much of a GPU's memory as any block."""
+    pairs = [(ODD, 1), (ODD, 19)] + [(RELEASED, length) for length in (1, 16, 33) if device.type == "cuda"]
+    return [
+        Case(f"{sizes.heads} heads of {sizes.width}, {length} tokens", partial(arguments, sizes, length))
+        for sizes, length in pairs
+    ]
+
+
+def choose_cases(device: torch.device, dtype: torch.dtype) -> list[Case]:
+    """A small odd vocabulary with ties, and a large one."""
+    return [
+        Case(f"a vocabulary of {size}", partial(choose_arguments, size, device, dtype))
+        for size in (13, 131072 + 1 if device.type == "cuda" else 4096 + 1)
+    ]
+
+
+def weights_of(sizes: Sizes, device: torch.device, dtype: torch.dtype, bias: bool = True) -> MambaWeights:
+    """Random weights whose heads remember from a few to many tokens; what checkpoints keep wide is fp32."""
+    draw = Draw(1, device)
+    inner = sizes.heads * sizes.width
+    channels = inner + 2 * sizes.groups * sizes.state
+    return MambaWeights(
+        draw(channels, 1, sizes.taps).to(dtype) * 0.5,
+        draw(channels).to(dtype) * 0.3 if bias else None,
+        draw(sizes.heads) - 2,
+        draw(sizes.heads) * 0.7 + 1,
+        draw(sizes.heads),
+        draw(inner).to(dtype) * 0.2 + 1,
+        sizes.groups,
+        1e-5,
+        (0.01, 1.5),
+    )
+
+
+def block_arguments(
+    sizes: Sizes, length: int, device: torch.device, dtype: torch.dtype, rows: int = 3
+) -> tuple[Tensor, Tensor, Tensor, Tensor, MambaWeights]:
+    """The arguments of `mamba_block` but the last: rows of 0, …, `length` tokens, each from a state of its own."""
+    draw = Draw(2, device)
+    weights = weights_of(sizes, device, dtype)
+    projected = draw(rows, length, weights.inner + weights.conv_dim + weights.heads)
+    window = draw(rows, weights.taps - 1, weights.conv_dim)
+    state = draw(rows, weights.heads, weights.head_dim, weights.state_size)
+    valid = torch.arange(length, device=device) < lengths_up_to(length, rows, device)[:, None]
+    return projected.to(dtype), valid, window.to(dtype), state, weights
+
+
+def fold_arguments(
+    sizes: Sizes, length: int, device: torch.device, dtype: torch.dtype, slots: tuple[int, ...] = (3, 0, 4)
+) -> tuple[Tensor, Tensor, MambaTrace, Tensor, Tensor]:
+    """The arguments of `fold`: rows that accept 0, …, `length` tokens, into the given ones of five slots."""
+    draw = Draw(3, device)
+    rows = len(slots)
+    channels = sizes.heads * sizes.width + 2 * sizes.groups * sizes.state
+    dt = draw(rows, length, sizes.heads).abs()
+    trace = MambaTrace(
+        draw(rows, length, channels).to(dtype),
+        draw(rows, length, sizes.heads, sizes.width),
+        dt,
+        -0.5 * dt,
+        draw(rows, length, sizes.groups, sizes.state),
+    )
+    window = draw(5, sizes.taps - 1, channels).to(dtype)
+    state = draw(5, sizes.heads, sizes.width, sizes.state)
+    return window, state, trace, lengths_up_to(length, rows, device), torch.tensor(slots, device=device)
+
+
+def choose_arguments(size: int, device: torch.device, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
+    """Logits (3, 2, size), rounded so that many are equal, one position's all, and what each row leaves out: nothing,
+    the best, another."""
+    logits = (Draw(4, device)(3, 2, size) * 8).round() / 2
+    logits[2, 1] = 1.0
+    best = logits[1, 0].argmax()
+    return logits.to(dtype), torch.stack([best * 0 - 1, best, best * 0 + size - 1])
+
+
+def lengths_up_to(length: int, rows: int, device: torch.device) -> Tensor:
+    """(rows,) from `length` down to 0."""
+    return torch.linspace(length, 0, rows, device=device).round().long()
+
+
+class Draw:
+    """Normal numbers from a generator of its own: the caller's stays as it was, on every device the same."""
+
+    def __init__(self, seed: int, device: torch.device) -> None:
+        self.generator = torch.Generator().manual_seed(seed)
+        self.device = device
+
+    def __call__(self, *shape: int) -> Tensor:
+        return torch.randn(shape, generator=self.generator).to(self.device)
+
+
+# --- matrix products, norms, routers, attention -----------------------------------------------------------------------
+
+
+def linear_cases(device: torch.device, dtype: torch.dtype) -> list[Case]:
+    """One token, some, and more than a tile; widths that no vector divides; with a bias and without."""
+
+    def arguments(tokens: int, width: int, out: int, bias: bool) -> tuple[Any, ...]:
+        draw = Draw(5, device)
+        weight = draw(out, width).to(dtype)
+        return draw(tokens, width).to(dtype), weight, draw(out).to(dtype) if bias else None
+
+    sizes = ((1, 67, 35, True), (3, 96, 64, False), (16, 131, 70, True), (21, 512, 33, False))
+    return [_case(f"{size[0]} tokens of width {size[1]}", arguments, *size) for size in sizes]
+
+
+def experts_cases(device: torch.device, dtype: torch.dtype) -> list[Case]:
+    """Few tokens and many, experts that nothing chose, odd widths."""
+
+    def arguments(tokens: int, top: int) -> tuple[Any, ...]:
+        draw = Draw(6, device)
+        up, down = draw(7, 21, 37).to(dtype), draw(7, 37, 21).to(dtype)
+        hidden, choice = draw(tokens, 37).to(dtype) / 4, draw(tokens, 7).argsort(-1)[:, :top]
+        return hidden, choice.contiguous(), draw(tokens, top).abs(), up, down
+
+    return [_case(f"{tokens} tokens, {top} experts each", arguments, tokens, top) for tokens, top in ((1, 2), (19, 3))]
+
+
+def route_cases(device: torch.device, dtype: torch.dtype) -> list[Case]:
+    """One group and several, normalised or not."""
+
+    def arguments(groups: int, kept: int, top: int, normalise: bool) -> tuple[Any, ...]:
+        draw = Draw(7, device)
+        hidden, weight = draw(17, 45).to(dtype), draw(12, 45).to(dtype) / 8
+        return hidden, weight, draw(12), Routing(groups, kept, top, normalise, 2.5)
+
+    rules = ((1, 1, 2, True), (3, 2, 3, False), (4, 1, 2, True))
+    return [_case(f"{rule[0]} groups", arguments, *rule) for rule in rules]
+
+
+def norm_cases(device: torch.device, dtype: torch.dtype) -> list[Case]:
+    """Each order of norm and modulation; a residual stream wider than the weights."""
+
+    def arguments(order: str | None, stream: torch.dtype) -> tuple[Any, ...]:
+        draw = Draw(8, device)
+        x, weight = draw(3, 5, 83).to(stream), (draw(83) / 4 + 1).to(dtype)
+        both = draw(3, 2, 1, 83).to(dtype) / 2  # strided, as the time network gives them
+        return x, weight, 1e-5, *((None,) if order is None else ((both[:, 0], both[:, 1]), order))
+
+    kinds = ((None, dtype), ("before", dtype), ("after", dtype), ("before", torch.float32))
+    return [_case(f"modulation {order}, a stream of {stream}", arguments, order, stream) for order, stream in kinds]
+
+
+def attention_cases(device: torch.device, dtype: torch.dtype) -> list[Case]:
+    """Rows with no cache, a short one and one of several turns, anywhere in a pool; a block and a single token."""
+
+    def arguments(length: int, heads: int, width: int, causal: bool, ragged: bool) -> tuple[Any, ...]:
+        draw = Draw(9, device)
+        lengths = torch.tensor([0, 5, 1300], device=device)
+        pool = draw(2, 2 * 1400, width).to(dtype)
+        stride = torch.tensor([1, 9, 1305], device=device)
+        cached = Cached(pool[0], pool[1], torch.tensor([2700, 30, 60], device=device), stride, lengths, 1300, 0)
+        valid = None
+        if ragged:
+            valid = torch.arange(length, device=device) < torch.tensor([[length], [1], [length - 1]], device=device)
+        q, k, v = draw(3, length, heads, width), draw(3, length, 2, width), draw(3, length, 2, width)
+        return q.to(dtype), k.to(dtype), v.to(dtype), valid, causal, cached
+
+    sizes = ((1, 2, 24, True, False), (1, 8, 64, False, False), (7, 6, 37, True, True), (16, 4, 64, False, True))
+    return [_case(f"{length} tokens, {heads} heads of {width}", arguments, length, heads, width, causal, ragged)
+            for length, heads, width, causal, ragged in sizes]  # fmt: skip
+
+
+def _case(name: str, arguments: Callable[..., tuple[Any, ...]], *chosen: Any) -> Case:
+    return Case(name, partial(arguments, *chosen))

@@ -1,0 +1,148 @@
+// Dot products of weight rows with a few tokens: what a pass of up to some dozens of tokens is made of. Weights are read
+// once, as they lie (out, in), in whatever type they have; every token's result is the same whatever stands beside it.
+#pragma once
+#include "simd.h"
+
+#ifdef __AVX512F__
+constexpr int TILE_ROWS = 4, TILE_TOKENS = 4;
+#else
+constexpr int TILE_ROWS = 4, TILE_TOKENS = 2;
+#endif
+
+template <int R, int M, class T, class Put>
+inline void dots(const T* w, long ldw, const float* x, long ldx, long K, bool ahead, Put put) {
+    vec acc[R][M] = {};
+    long k = 0;
+    for (; k + W <= K; k += W) {
+        vec xs[M];
+        for (int m = 0; m < M; m++) xs[m] = load(x + m * ldx + k);
+        for (int r = 0; r < R; r++) {
+            vec weight = load(w + r * ldw + k);
+            if (ahead) __builtin_prefetch(w + (r + R) * ldw + k);
+            for (int m = 0; m < M; m++) acc[r][m] += weight * xs[m];
+        }
+    }
+    constexpr int COLUMNS = M == 3 ? 4 : M;  // a power of two
+    vec all[R * COLUMNS];
+    for (int m = 0; m < COLUMNS; m++)
+        for (int r = 0; r < R; r++) all[m * R + r] = m < M ? acc[r][m < M ? m : 0] : vec{};
+    vec totals = sums<R * COLUMNS>(all);
+    for (int m = 0; m < M; m++)
+        for (int r = 0; r < R; r++) {
+            float total = totals[m * R + r];
+            for (long j = k; j < K; j++) total = std::fma(widen(w[r * ldw + j]), x[m * ldx + j], total);
+            put(r, m, total);
+        }
+}
+
+template <int R, class T, class Put>
+inline void dots_tokens(const T* w, long ldw, const float* x, long ldx, long M, long K, Put put) {
+    long m = 0;
+    for (; m + TILE_TOKENS <= M; m += TILE_TOKENS)
+        dots<R, TILE_TOKENS>(w, ldw, x + m * ldx, ldx, K, m == 0, [&](int r, int i, float v) { put(r, m + i, v); });
+    if constexpr (TILE_TOKENS > 2) {
+        if (M - m == 3) {
+            dots<R, 3>(w, ldw, x + m * ldx, ldx, K, m == 0, [&](int r, int i, float v) { put(r, m + i, v); });
+            return;
+        }
+        if (M - m == 2) {
+            dots<R, 2>(w, ldw, x + m * ldx, ldx, K, m == 0, [&](int r, int i, float v) { put(r, m + i, v); });
+            return;
+        }
+    }
+    if (M - m == 1) dots<R, 1>(w, ldw, x + m * ldx, ldx, K, m == 0, [&](int r, int, float v) { put(r, m, v); });
+}
+
+// put(row, token, value) for weight rows lo…hi.
+template <class T, class Put>
+inline void rows_dot(const T* w, long ldw, long lo, long hi, const float* x, long ldx, long M, long K, Put put) {
+    long n = lo;
+    for (; n + TILE_ROWS <= hi; n += TILE_ROWS)
+        dots_tokens<TILE_ROWS>(w + n * ldw, ldw, x, ldx, M, K, [&](int r, long m, float v) { put(n + r, m, v); });
+    for (; n < hi; n++) dots_tokens<1>(w + n * ldw, ldw, x, ldx, M, K, [&](int, long m, float v) { put(n, m, v); });
+}
+
+// Tokens as floats, each row a cache line longer than it need be: rows a power of two apart would share cache sets.
+inline long padded(long K) { return (K + 15) / 16 * 16 + 16; }
+template <class T> inline void widened(const T* x, long K, float* to) {
+    long k = 0;
+    for (; k + W <= K; k += W) store(to + k, load(x + k));
+    for (; k < K; k++) to[k] = widen(x[k]);
+}
+template <class T> inline const float* widened(const T* x, long M, long K, int which) {
+    const long ld = padded(K);
+    float* out = scratch(which, M * ld);
+    for (long m = 0; m < M; m++) widened(x + m * K, K, out + m * ld);
+    return out;
+}
+
+constexpr long WORTH = 1 << 16;  // multiply-adds below which a second thread does not pay
+
+template <class T> void linear(const T* x, const T* w, const T* bias, T* y, long M, long K, long N, int threads) {
+    const float* in = widened(x, M, K, 0);
+    parallel(threads, M * N * K > WORTH, [&](int part, int parts) {
+        Range own = share(N, part, parts, 16);
+        rows_dot(w, K, own.lo, own.hi, in, padded(K), M, K,
+                 [&](long n, long m, float v) { put(y + m * N + n, bias ? v + widen(bias[n]) : v); });
+    });
+}
+
+// Mixture of experts: y[t] = Σ_j weight[t, j] · down[e] relu(up[e] x[t])², e = choice[t, j]; one read of each chosen
+// expert's weights.
+template <class T>
+void experts(const T* x, const int64_t* choice, const float* weight, const T* up, const T* down, T* y, long tokens,
+             long top, long E, long I, long H, int threads) {
+    long pairs = tokens * top;
+    const long ldx = padded(H), ldi = padded(I);
+    // Pairs grouped by expert; `place` says where each went.
+    static thread_local std::vector<long> start, place, list;
+    start.assign(E + 1, 0);
+    place.resize(pairs);
+    list.clear();
+    for (long p = 0; p < pairs; p++) start[choice[p] + 1]++;
+    for (long e = 0; e < E; e++) {
+        if (start[e + 1]) list.push_back(e);
+        start[e + 1] += start[e];
+    }
+    float* gathered = scratch(1, pairs * ldx);
+    {
+        std::vector<long> next(start.begin(), start.end() - 1);
+        for (long p = 0; p < pairs; p++) {
+            place[p] = next[choice[p]]++;
+            widened(x + p / top * H, H, gathered + place[p] * ldx);
+        }
+    }
+    float* inner = scratch(2, pairs * ldi);
+    float* parts_out = scratch(3, pairs * H);
+    // Other threads see these through the pointers: thread_local names would be their own.
+    const long *starts = start.data(), *places = place.data(), *active = list.data();
+    long count = long(list.size());
+    parallel(threads, pairs * H * I > WORTH, [&](int part, int parts) {
+        Range own = share(count * I, part, parts, 4);
+        for (long at = own.lo; at < own.hi;) {
+            long e = active[at / I], lo = at % I, hi = std::min(I, lo + own.hi - at), first = starts[e];
+            rows_dot(up + e * I * H, H, lo, hi, gathered + first * ldx, ldx, starts[e + 1] - first, H,
+                     [&](long i, long m, float v) {
+                         float positive = v > 0 ? v : 0;
+                         inner[(first + m) * ldi + i] = positive * positive;
+                     });
+            at += hi - lo;
+        }
+        barrier(parts);
+        own = share(count * H, part, parts, 4);
+        for (long at = own.lo; at < own.hi;) {
+            long e = active[at / H], lo = at % H, hi = std::min(H, lo + own.hi - at), first = starts[e];
+            rows_dot(down + e * H * I, I, lo, hi, inner + first * ldi, ldi, starts[e + 1] - first, I,
+                     [&](long h, long m, float v) { parts_out[(first + m) * H + h] = v; });
+            at += hi - lo;
+        }
+        barrier(parts);
+        own = share(tokens, part, parts);
+        for (long t = own.lo; t < own.hi; t++)
+            for (long h = 0; h < H; h++) {
+                float total = 0;
+                for (long j = 0; j < top; j++) total += weight[t * top + j] * parts_out[places[t * top + j] * H + h];
+                put(y + t * H + h, total);
+            }
+    });
+}

@@ -1,0 +1,68 @@
+// The C interface: each function once for fp32 and once for bf16 (type 0 and 1).
+#include <type_traits>
+#include "attention.h"
+#include "greedy.h"
+#include "mamba.h"
+#include "norm.h"
+
+#define BOTH(call)                                 \
+    if (type == 0) { using T = float; call; }      \
+    else { using T = bf16; call; }
+#define P(x) static_cast<const T*>(x)
+#define Q(x) static_cast<T*>(x)
+
+extern "C" {
+void linear_(int type, const void* x, const void* w, const void* bias, void* y, long M, long K, long N, int threads) {
+    BOTH(linear(P(x), P(w), P(bias), Q(y), M, K, N, threads))
+}
+
+void experts_(int type, const void* x, const int64_t* choice, const float* weight, const void* up, const void* down,
+              void* y, long tokens, long top, long E, long I, long H, int threads) {
+    BOTH(experts(P(x), choice, weight, P(up), P(down), Q(y), tokens, top, E, I, H, threads))
+}
+
+void route_(int type, const void* x, const void* w, const float* bias, int64_t* choice, float* weight, long tokens,
+            long H, long E, long groups, long kept, long top, int normalise, float factor, int threads) {
+    BOTH(route(P(x), P(w), bias, choice, weight, tokens, H, E, groups, kept, top, normalise, factor, threads))
+}
+
+// wide: x is fp32 although the weights are bf16 (residual_in_fp32).
+void rms_norm_(int type, int wide, const void* x, const void* weight, const void* shift, const void* scale, void* y,
+               long tokens, long H, long each, long stride, int order, float eps, int threads) {
+    if (wide && type) {
+        using T = bf16;
+        rms_norm(static_cast<const float*>(x), P(weight), P(shift), P(scale), Q(y), tokens, H, each, stride, order, eps, threads);
+    } else {
+        BOTH(rms_norm(P(x), P(weight), P(shift), P(scale), Q(y), tokens, H, each, stride, order, eps, threads))
+    }
+}
+
+void mamba_block_(int type, const void* projected, const uint8_t* valid, const void* window, const float* state,
+                  const int64_t* slots, const void* conv_weight, const void* conv_bias, const float* dt_bias,
+                  const float* A_log, const float* D, const void* norm_weight, void* mixed, void* xBC, float* x, float* dt,
+                  float* decay, float* B, long rows, long L, long heads, long head_dim, long groups, long N, long taps,
+                  float low, float high, float eps, int threads) {
+    Mamba dims{heads, head_dim, groups, N, taps, low, high, eps};
+    BOTH(mamba_block(P(projected), valid, P(window), state, slots, P(conv_weight), P(conv_bias), dt_bias, A_log, D,
+                     P(norm_weight), Q(mixed), Q(xBC), x, dt, decay, B, rows, L, dims, threads))
+}
+
+void fold_(int type, void* window, float* state, const int64_t* slots, const void* xBC, const float* x, const float* dt,
+           const float* decay, const float* B, const int64_t* accepted, long rows, long L, long heads, long head_dim,
+           long groups, long N, long taps, int threads) {
+    Mamba dims{heads, head_dim, groups, N, taps, 0, 0, 0};
+    BOTH(fold(Q(window), state, slots, P(xBC), x, dt, decay, B, accepted, rows, L, dims, threads))
+}
+
+void choose_(int type, const void* logits, const int64_t* excluded, int64_t* tokens, float* confidence, long positions,
+             long each, long V, int threads) {
+    BOTH(choose(P(logits), excluded, tokens, confidence, positions, each, V, threads))
+}
+
+void attention_(int type, const void* q, const void* k, const void* v, const uint8_t* valid, int causal, const void* past_k,
+                const void* past_v, const int64_t* start, const int64_t* stride, const int64_t* lengths, void* out, long B,
+                long L, long Hq, long Hkv, long D, int threads) {
+    BOTH(attention(P(q), P(k), P(v), valid, causal, P(past_k), P(past_v), start, stride, lengths, Q(out), B, L, Hq, Hkv, D,
+                   threads))
+}
+}

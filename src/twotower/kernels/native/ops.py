@@ -1,0 +1,194 @@
+"""The compiled kernels as functions of tensors, with the signatures of their torch twins.
+
+fp32 and bf16 (widened in registers: bf16 weights cost half the reading, whatever the processor's own bf16
+arithmetic). None builds a graph: under autograd the twins work.
+"""
+
+from __future__ import annotations
+
+import ctypes
+from collections.abc import Callable
+from functools import cache
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from twotower.kernels import experts as torch_experts
+from twotower.kernels.attention import Cached
+from twotower.kernels.mamba_block import MambaTrace, MambaWeights
+from twotower.kernels.native import library
+from twotower.kernels.norm import Order
+from twotower.kernels.routing import Routing
+
+TYPES = {torch.float32: 0, torch.bfloat16: 1}
+# Tokens up to which reading the weights once, row by row, beats a blocked matrix product (fp32 on two AVX-512 cores:
+# 1.3 to 3 × at 16, equal near 48, half as fast at 128).
+FEW = 48
+_KINDS = {"i": ctypes.c_int, "l": ctypes.c_long, "f": ctypes.c_float, "p": ctypes.c_void_p}
+# i int, l long, f float, p pointer; each begins with the type (0 fp32, 1 bf16) and ends with the number of threads.
+SIGNATURES = {
+    "linear_": "ipppplll",
+    "experts_": "ippppppl" + "llll",
+    "route_": "ippppp" + "llllll" + "if",
+    "rms_norm_": "iippppp" + "llll" + "if",
+    "mamba_block_": "ippppp" + "pppppp" + "p" + "ppppp" + "lllllll" + "fff",
+    "fold_": "ipppppppp" + "p" + "lllllll",
+    "choose_": "ipppplll",
+    "attention_": "ippppi" + "pppppp" + "lllll",
+}
+
+
+def refusal(device: torch.device, dtype: torch.dtype) -> str | None:
+    """Why these kernels cannot serve, or None."""
+    if device.type != "cpu":
+        return "needs host memory"
+    if dtype not in TYPES:
+        return "takes fp32 and bf16"
+    found = library()
+    return found if isinstance(found, str) else None
+
+
+@cache
+def _function(name: str) -> Callable[..., None]:
+    found = library()
+    assert not isinstance(found, str)
+    function = getattr(found, name)
+    function.argtypes = [_KINDS[kind] for kind in SIGNATURES[name] + "i"]
+    function.restype = None
+    return function
+
+
+def _call(name: str, type_of: Tensor, *arguments: Any) -> None:
+    """Tensors go as addresses, None as null; whoever calls keeps them alive and contiguous."""
+    plain = [value.data_ptr() if isinstance(value, Tensor) else value for value in arguments]
+    _function(name)(TYPES[type_of.dtype], *plain, torch.get_num_threads())
+
+
+def linear(x: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
+    """`F.linear`: x (…, in), weight (out, in), bias (out,) or None → (…, out)."""
+    width = weight.shape[1]
+    tokens = x.numel() // width
+    if tokens > FEW or not weight.is_contiguous() or x.dtype != weight.dtype:
+        return F.linear(x, weight, bias)
+    x = x.contiguous()
+    out = x.new_empty(*x.shape[:-1], weight.shape[0])
+    _call("linear_", x, x, weight, bias, out, tokens, width, weight.shape[0])
+    return out
+
+
+def experts(hidden: Tensor, choice: Tensor, weight: Tensor, up: Tensor, down: Tensor) -> Tensor:
+    """hidden (T, H); choice (T, k); weight (T, k); up (E, I, H); down (E, H, I) → (T, H)."""
+    if choice.numel() > FEW * up.shape[0]:  # as many tokens for an average expert
+        return torch_experts.experts_sorted(hidden, choice, weight, up, down)
+    hidden, choice, weight = hidden.contiguous(), choice.contiguous(), weight.float().contiguous()
+    out = torch.empty_like(hidden)
+    _call("experts_", hidden, hidden, choice, weight, up, down, out, *choice.shape, *up.shape)
+    return out
+
+
+def route(hidden: Tensor, weight: Tensor, bias: Tensor, rule: Routing) -> tuple[Tensor, Tensor]:
+    """hidden (T, H), weight (E, H), bias (E,) → expert ids (T, k), their weights (T, k); the lower id wins a tie."""
+    hidden, bias = hidden.contiguous(), bias.float()
+    tokens = len(hidden)
+    choice = torch.empty(tokens, rule.top, dtype=torch.long)
+    chosen = torch.empty(tokens, rule.top)
+    _call(
+        "route_", hidden, hidden, weight, bias, choice, chosen, tokens, *weight.shape[::-1],
+        rule.n_group, rule.topk_group, rule.top, int(rule.normalise), rule.factor,
+    )  # fmt: skip
+    return choice, chosen
+
+
+def rms_norm(
+    x: Tensor, weight: Tensor, eps: float, modulation: tuple[Tensor, Tensor] | None = None, order: Order = "before"
+) -> Tensor:
+    """x (B, L, H), weight (H,), modulation: shift and scale (B, 1, H) → (B, L, H) in weight's dtype."""
+    x = x.contiguous()
+    width = weight.shape[0]
+    tokens = x.numel() // width
+    out = x.new_empty(x.shape, dtype=weight.dtype)
+    shift, scale, each, stride, where = None, None, 1, 0, 0
+    if modulation is not None:
+        shift, scale = modulation
+        if shift.stride(-1) != 1 or shift.stride() != scale.stride():
+            shift, scale = shift.contiguous(), scale.contiguous()
+        each, stride, where = tokens // len(shift), shift.stride(0), 1 if order == "before" else 2
+    wide = int(x.dtype != weight.dtype)
+    _call("rms_norm_", weight, wide, x, weight, shift, scale, out, tokens, width, max(each, 1), stride, where, eps)
+    return out
+
+
+def mamba_block(
+    projected: Tensor,
+    valid: Tensor | None,
+    window: Tensor | None,
+    state: Tensor | None,
+    weights: MambaWeights,
+    trace: bool = True,
+) -> tuple[Tensor, MambaTrace | None]:
+    """See `kernels.mamba_block.mamba_block`."""
+    projected = projected.contiguous()
+    rows, length = projected.shape[:2]
+    mixed = projected.new_empty(rows, length, weights.inner)
+    kept = None
+    if trace:
+        wide = projected.new_empty
+        kept = MambaTrace(
+            projected.new_empty(rows, length, weights.conv_dim),
+            wide(rows, length, weights.heads, weights.head_dim, dtype=torch.float32),
+            wide(rows, length, weights.heads, dtype=torch.float32),
+            wide(rows, length, weights.heads, dtype=torch.float32),
+            wide(rows, length, weights.n_groups, weights.state_size, dtype=torch.float32),
+        )
+    valid, window, state = (None if part is None else part.contiguous() for part in (valid, window, state))
+    vectors = [part.float() for part in (weights.dt_bias, weights.A_log, weights.D)]
+    _call(
+        "mamba_block_", projected, projected, valid, window, state, None, weights.conv_weight, weights.conv_bias,
+        *vectors, weights.norm_weight, mixed, *(kept or [None] * 5), rows, length, weights.heads, weights.head_dim,
+        weights.n_groups, weights.state_size, weights.taps, *weights.time_step_limit, weights.eps,
+    )  # fmt: skip
+    return mixed, kept
+
+
+def fold(
+    conv_window: Tensor, ssm_state: Tensor, trace: MambaTrace, accepted: Tensor, rows: Tensor | None = None
+) -> tuple[Tensor, Tensor]:
+    """See `kernels.mamba_block.fold`; the pools change in place."""
+    heads, width, size = ssm_state.shape[1:]
+    groups = trace.B.shape[2]
+    count, length = trace.dt.shape[:2]
+    if not (conv_window.is_contiguous() and ssm_state.is_contiguous()):
+        conv_window, ssm_state = conv_window.contiguous(), ssm_state.contiguous()
+    kept = [part.contiguous() for part in (trace.xBC.to(conv_window.dtype), *trace[1:])]
+    _call(
+        "fold_", conv_window, conv_window, ssm_state, rows, *kept, accepted.contiguous(), count, length, heads, width,
+        groups, size, conv_window.shape[1] + 1,
+    )  # fmt: skip
+    return conv_window, ssm_state
+
+
+def choose(logits: Tensor, excluded: Tensor) -> tuple[Tensor, Tensor]:
+    """logits (B, L, V), excluded (B,) → tokens (B, L) and confidence (B, L) fp32."""
+    logits, excluded = logits.contiguous(), excluded.contiguous()
+    rows, length, size = logits.shape
+    tokens = torch.empty(rows, length, dtype=torch.long)
+    confidence = torch.empty(rows, length)
+    _call("choose_", logits, logits, excluded, tokens, confidence, rows * length, max(length, 1), size)
+    return tokens, confidence
+
+
+def attention(
+    q: Tensor, k: Tensor, v: Tensor, valid: Tensor | None, causal: bool, cached: Cached | None = None
+) -> Tensor:
+    """See `kernels.attention.attention`."""
+    q, k, v = q.contiguous(), k.contiguous(), v.contiguous()
+    valid = None if valid is None else valid.contiguous()
+    past: list[Tensor | None] = [None] * 5
+    if cached is not None and cached.width:
+        past = [cached.k, cached.v, cached.start, cached.stride, cached.lengths]
+    out = torch.empty_like(q)
+    rows, length, heads, width = q.shape
+    _call("attention_", q, q, k, v, valid, int(causal), *past, out, rows, length, heads, k.shape[2], width)
+    return out

@@ -1,0 +1,136 @@
+// Vectors of floats in the compiler's own extension: AVX-512, AVX2 and NEON from one source.
+#pragma once
+#include <algorithm>
+#include <cmath>
+#include <cstdint>
+#include <cstring>
+#include <vector>
+#ifdef _OPENMP
+#include <omp.h>
+#endif
+
+#ifdef __AVX512F__
+constexpr int W = 16;
+#else
+constexpr int W = 8;
+#endif
+
+typedef float vec __attribute__((vector_size(W * 4)));
+typedef int32_t ivec __attribute__((vector_size(W * 4)));
+typedef uint32_t uvec __attribute__((vector_size(W * 4)));
+typedef uint16_t u16vec __attribute__((vector_size(W * 2)));
+
+struct bf16 { uint16_t bits; };
+
+inline vec splat(float x) { return x - vec{}; }
+
+inline vec load(const float* p) { vec v; std::memcpy(&v, p, sizeof v); return v; }
+
+inline vec load(const bf16* p) {  // a bf16 is the upper half of a float
+    u16vec half; std::memcpy(&half, p, sizeof half);
+    uvec wide = __builtin_convertvector(half, uvec) << 16;
+    vec v; std::memcpy(&v, &wide, sizeof v); return v;
+}
+
+inline float widen(float x) { return x; }
+inline float widen(bf16 x) { uint32_t b = uint32_t(x.bits) << 16; float f; std::memcpy(&f, &b, 4); return f; }
+
+inline void store(float* p, vec v) { std::memcpy(p, &v, sizeof v); }
+inline void put(float* p, float x) { *p = x; }
+inline void put(bf16* p, float x) {  // to the nearest, ties to even; NaN stays NaN
+    uint32_t b; std::memcpy(&b, &x, 4);
+    p->bits = x != x ? 0x7fc0 : uint16_t((b + 0x7fff + ((b >> 16) & 1)) >> 16);
+}
+inline void store(bf16* p, vec v) {
+    uvec b; std::memcpy(&b, &v, sizeof v);
+    uvec rounded = (b + 0x7fff + ((b >> 16) & 1)) >> 16;
+    uvec nan = (uvec)(v != v);
+    rounded = (rounded & ~nan) | (nan & 0x7fc0u);
+    u16vec half = __builtin_convertvector(rounded, u16vec);
+    std::memcpy(p, &half, sizeof half);
+}
+
+// Lane sums of n ≤ W vectors (a power of two) at once: halving by neighbouring lanes, so that a vector's sum is the same
+// whatever stands beside it.
+inline vec neighbours(vec a, vec b) {
+#ifdef __AVX512F__
+    return __builtin_shufflevector(a, b, 0, 2, 4, 6, 8, 10, 12, 14, 16, 18, 20, 22, 24, 26, 28, 30) +
+           __builtin_shufflevector(a, b, 1, 3, 5, 7, 9, 11, 13, 15, 17, 19, 21, 23, 25, 27, 29, 31);
+#else
+    return __builtin_shufflevector(a, b, 0, 2, 4, 6, 8, 10, 12, 14) + __builtin_shufflevector(a, b, 1, 3, 5, 7, 9, 11, 13, 15);
+#endif
+}
+template <int N> inline vec sums(const vec* v) {  // lane i (modulo N) is the sum of vector i
+    if constexpr (N == 1) {
+        vec s = v[0];
+        for (int n = W; n > 1; n /= 2) s = neighbours(s, s);
+        return s;
+    } else {
+        vec level[N];
+        for (int i = 0; i < N; i++) level[i] = v[i];
+        int done = 1;
+        for (int n = N; n > 1; n /= 2, done *= 2)
+            for (int i = 0; i < n / 2; i++) level[i] = neighbours(level[2 * i], level[2 * i + 1]);
+        for (; done < W; done *= 2) level[0] = neighbours(level[0], level[0]);
+        return level[0];
+    }
+}
+inline float sum(vec v) { return sums<1>(&v)[0]; }
+
+// exp to about one unit in the last place: 2^n · p(r), r in ±ln2/2; 0 below −87, saturated above 88.
+inline vec exp(vec x) {
+    vec clipped = x < -87.0f ? splat(-87.0f) : x;
+    clipped = clipped > 88.0f ? splat(88.0f) : clipped;
+    vec shifted = clipped * 1.44269504f + 12582912.0f;  // 1.5·2²³: the integer part lands in the low bits
+    vec n = shifted - 12582912.0f;
+    vec r = clipped - n * 0.693359375f;
+    r = r + n * 2.12194440e-4f;
+    vec p = splat(1.9875691500e-4f);
+    p = p * r + 1.3981999507e-3f;
+    p = p * r + 8.3334519073e-3f;
+    p = p * r + 4.1665795894e-2f;
+    p = p * r + 1.6666665459e-1f;
+    p = p * r + 5.0000001201e-1f;
+    p = p * r * r + r + 1.0f;
+    ivec bits = (__builtin_convertvector(n, ivec) + 127) << 23;
+    vec power; std::memcpy(&power, &bits, sizeof power);
+    return x < -87.0f ? vec{} : p * power;
+}
+
+inline vec silu(vec x) { return x / (1.0f + exp(-x)); }
+
+// A job cut into equal parts, one a thread. Small jobs stay on one: waking another costs microseconds.
+template <class F> inline void parallel(int threads, bool worth, F part) {
+#ifdef _OPENMP
+    if (threads > 1 && worth) {
+#pragma omp parallel num_threads(threads)
+        part(omp_get_thread_num(), omp_get_num_threads());
+        return;
+    }
+#endif
+    (void)threads, (void)worth;
+    part(0, 1);
+}
+
+inline void barrier(int parts) {
+    (void)parts;
+#ifdef _OPENMP
+    if (parts > 1) {
+#pragma omp barrier
+    }
+#endif
+}
+
+struct Range { long lo, hi; };
+inline Range share(long n, int part, int parts, long grain = 1) {  // in multiples of grain
+    long units = (n + grain - 1) / grain;
+    return {std::min(n, units * part / parts * grain), std::min(n, units * (part + 1) / parts * grain)};
+}
+
+// Per-thread memory that is kept between calls: no allocation in the loop.
+inline float* scratch(int which, long floats) {
+    static thread_local std::vector<float> buffers[8];
+    std::vector<float>& buffer = buffers[which];
+    if (long(buffer.size()) < floats + 16) buffer.resize(floats + 16);
+    return reinterpret_cast<float*>((reinterpret_cast<uintptr_t>(buffer.data()) + 63) / 64 * 64);  // on a cache line
+}

@@ -1,0 +1,65 @@
+"""Whether a compiled kernel computes what it should on this machine: a few small cases beside its torch twin.
+
+A kernel that compiles and returns garbage is a known failure of hybrid models (a toolchain that a kernel was never
+tried with, a shape that nobody ran), and text looks almost right for a while. So a kernel earns its place at start-up.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor
+
+# The largest error, as a share of the largest magnitude, by the result's dtype: of fp32 sums of some hundred products
+# (TF32 alone would be off by 1e-3); of one rounding to bf16, and a neighbour's.
+TOLERANCE = {torch.float32: 1e-4, torch.bfloat16: 1e-2}
+
+
+class Case(NamedTuple):
+    """A name to be told by, and what makes the arguments anew (an op may change them), the same each time."""
+
+    name: str
+    arguments: Callable[[], tuple[Any, ...]]
+
+
+def disagreement(function: Callable[..., Any], twin: Callable[..., Any], cases: list[Case]) -> str | None:
+    """None where `function` gives what `twin` gives in float64 on every case; else what is wrong, with numbers."""
+    for name, arguments in cases:
+        expected = twin(*_wide(arguments()))
+        try:
+            found = function(*arguments())
+            results = list(zip(_tensors(found), _tensors(expected), strict=True))
+        except Exception as error:
+            first_line = (str(error).splitlines() or [""])[0]
+            return f"raised {type(error).__name__} on {name}: {first_line}"
+        for i, (actual, exact) in enumerate(results):
+            if actual.shape != exact.shape:
+                return f"gave result {i} the shape {tuple(actual.shape)}, not {tuple(exact.shape)}, on {name}"
+            if not actual.is_floating_point():
+                differing = int((actual != exact).sum())
+                if differing:
+                    return f"differs from its twin on {name}: result {i} in {differing} of {exact.numel()} numbers"
+                continue
+            off = float((actual.double() - exact).abs().max() / exact.abs().max())
+            if not off <= TOLERANCE[actual.dtype]:  # no number is wrong too
+                return f"differs from its twin on {name}: result {i} by {off:.1e}, tolerance {TOLERANCE[actual.dtype]}"
+    return None
+
+
+def _wide(value: Any) -> Any:
+    if isinstance(value, Tensor):
+        return value.double() if value.is_floating_point() else value
+    if isinstance(value, tuple):
+        parts = [_wide(part) for part in value]
+        return type(value)(*parts) if hasattr(value, "_fields") else tuple(parts)
+    return value
+
+
+def _tensors(value: Any) -> Iterator[Tensor]:
+    if isinstance(value, Tensor):
+        yield value
+    elif value is not None:
+        for part in value:
+            yield from _tensors(part)

@@ -1,0 +1,183 @@
+"""The compiled kernels for processors against their torch twins: every argument, rows alone and together."""
+
+from __future__ import annotations
+
+import platform
+import shutil
+import subprocess
+import sys
+import warnings
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from conftest import EVERY_KIND, build_random_model
+from torch import Tensor
+from torch.utils.flop_counter import FlopCounterMode
+
+from twotower import kernels
+from twotower.kernels import CATALOGUE, Backend, cases, native
+from twotower.kernels.native import ops
+from twotower.kernels.verification import disagreement
+from twotower.model.coupling import Visibility
+
+CPU = torch.device("cpu")
+NARROW = (torch.float32, torch.bfloat16)
+
+if isinstance(native.library(), str):
+    pytest.skip(f"the compiled kernels are not tested: {native.library()}", allow_module_level=True)
+
+NATIVE = [(op, backend) for op, backends in CATALOGUE.items() for backend in backends if backend.name == "native"]
+
+
+@pytest.mark.parametrize("dtype", NARROW)
+@pytest.mark.parametrize(("op", "backend"), NATIVE, ids=[op for op, _ in NATIVE])
+def test_each_agrees_with_its_twin_in_float64(op: str, backend: Backend, dtype: torch.dtype) -> None:
+    assert backend.cases is not None
+    assert disagreement(backend.function, CATALOGUE[op][-1].function, backend.cases(CPU, dtype)) is None
+
+
+@pytest.mark.parametrize("dtype", NARROW)
+@pytest.mark.parametrize("tokens", [0, 1, 2, 3, 5, 16, 47, 48, 49, 130])
+@pytest.mark.parametrize(("width", "out"), [(1, 1), (15, 17), (64, 3), (200, 50)])
+def test_linear_of_any_size(tokens: int, width: int, out: int, dtype: torch.dtype) -> None:
+    draw = cases.Draw(1, CPU)
+    x, weight, bias = draw(2, tokens, width).to(dtype), draw(out, width).to(dtype), draw(out).to(dtype)
+    expected = torch.nn.functional.linear(x.double(), weight.double(), bias.double())
+    tolerance = 1e-4 if dtype == torch.float32 else 4e-2
+    torch.testing.assert_close(ops.linear(x, weight, bias).double(), expected, rtol=tolerance, atol=tolerance)
+
+
+def test_a_tokens_result_does_not_depend_on_its_neighbours() -> None:
+    """Bit for bit: what lets a checked block equal single steps."""
+    draw = cases.Draw(2, CPU)
+    x, weight = draw(48, 300), draw(70, 300)
+    together = ops.linear(x, weight)
+    for count in (1, 2, 3, 7, 16):
+        assert torch.equal(ops.linear(x[:count], weight), together[:count])
+        assert torch.equal(ops.linear(x[5 : 5 + count], weight), together[5 : 5 + count])
+
+
+@pytest.mark.parametrize("threads", [1, 2, 3])
+def test_threads_change_nothing(threads: int) -> None:
+    before = torch.get_num_threads()
+    results = []
+    for count in (1, threads):
+        torch.set_num_threads(count)
+        results.append([list(_run(backend)) for _, backend in NATIVE])
+    torch.set_num_threads(before)
+    for one, other in zip(*results, strict=True):
+        for a, b in zip(one, other, strict=True):
+            assert torch.equal(a, b)
+
+
+def _run(backend: Backend) -> Any:
+    assert backend.cases is not None
+    for case in backend.cases(CPU, torch.float32):
+        out = backend.function(*case.arguments())
+        yield from (part for part in _flat(out) if part is not None)
+
+
+def _flat(value: Any) -> list[Tensor | None]:
+    return [value] if isinstance(value, Tensor) or value is None else [leaf for part in value for leaf in _flat(part)]
+
+
+@pytest.mark.parametrize("order", ["before", "after"])
+def test_modulation_of_rows(order: Any) -> None:
+    draw = cases.Draw(3, CPU)
+    x, weight, shift, scale = draw(4, 3, 48), draw(48), draw(4, 1, 48), draw(4, 1, 48)
+    expected = kernels.norm.rms_norm(x, weight, 1e-5, (shift, scale), order)
+    torch.testing.assert_close(ops.rms_norm(x, weight, 1e-5, (shift, scale), order), expected, rtol=1e-5, atol=1e-5)
+
+
+def test_gradients_and_float64_are_left_to_torch() -> None:
+    weight = torch.randn(4, 4, requires_grad=True)
+    assert kernels.select("linear", CPU, torch.float32).name == "torch"
+    with torch.no_grad():
+        assert kernels.select("linear", CPU, torch.float32).name == "native"
+        assert kernels.select("linear", CPU, torch.float64).name == "torch"
+        with FlopCounterMode(display=False) as counter:  # must see every operation
+            build_random_model("M*").context(torch.ones(1, 3, dtype=torch.long), Visibility())
+        assert counter.get_total_flops() > 0
+    assert weight.grad is None
+
+
+@pytest.mark.parametrize("dtype", NARROW)
+def test_a_model_says_the_same_without_them(dtype: torch.dtype, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Both towers, every kind of layer, ragged rows of a pool, with state carried from pass to pass."""
+    model = build_random_model(EVERY_KIND, dtype=dtype)
+    outs = []
+    for plain in (False, True):
+        if plain:
+            only_torch(monkeypatch)
+        with torch.no_grad():
+            tokens = torch.randint(4, 60, (3, 40), generator=torch.Generator().manual_seed(0))
+            state = model.new_state(5, 0, 300)
+            for row, length in ((4, 100), (0, 50), (2, 90)):
+                state.open(row, length)
+            rows = torch.tensor([4, 0, 2])
+            model.prefill(tokens, torch.tensor([40, 11, 0]), state, rows)
+            logits = model.extend(tokens[:, :9], state, torch.tensor([9, 3, 6]), rows=rows)
+            state.rollback(state.lengths - torch.tensor([0, 0, 2, 0, 5]))
+            draft = model.denoise(tokens[:, :8], torch.tensor([1.0, 0.5, 0.1]), state.view(rows))
+            step = model.extend(tokens[:, 9:10], state, rows=rows)
+            outs.append((logits[0], logits[1, :3], logits[2, :6], draft, step))
+    for mine, twin in zip(*outs, strict=True):
+        limit = 5e-4 if dtype == torch.float32 else 0.2
+        assert (mine - twin).abs().max() < limit * twin.std()
+
+
+def only_torch(monkeypatch: pytest.MonkeyPatch) -> None:
+    plain = {op: tuple(b for b in backends if b.name != "native") for op, backends in CATALOGUE.items()}
+    monkeypatch.setattr(kernels, "CATALOGUE", plain)
+    kernels._select.cache_clear()
+    monkeypatch.setattr(kernels, "_select", kernels._select.__wrapped__)
+
+
+def test_wrong_numbers_are_refused_aloud(monkeypatch: pytest.MonkeyPatch) -> None:
+    right = next(backend for op, backend in NATIVE if op == "linear")
+    wrong = Backend("native", lambda *a: right.function(*a) * 1.01, "", right.refusal, False, right.cases)
+    monkeypatch.setattr(kernels, "CATALOGUE", CATALOGUE | {"linear": (wrong, CATALOGUE["linear"][-1])})
+    monkeypatch.setattr(kernels, "_select", kernels._select.__wrapped__)
+    with pytest.warns(RuntimeWarning, match="linear: native is not used on cpu"):
+        assert kernels.select("linear", CPU, torch.float32, differentiable=False).name == "torch"
+
+
+@pytest.mark.parametrize(
+    ("environment", "says"),
+    [({"TWOTOWER_NATIVE": "0"}, "TWOTOWER_NATIVE=0"), ({"CXX": "none", "PATH": "{python}"}, "no C++ compiler found"),
+     ({"CXX": "{broken}"}, "broken could not compile them")],
+)  # fmt: skip
+def test_without_a_compiler_torch_does_the_work(environment: dict[str, str], says: str, tmp_path: Path) -> None:
+    broken = tmp_path / "broken"
+    broken.write_text('#!/bin/sh\n[ "$1" = --version ] && exit 0\necho error: no >&2; exit 1\n')
+    broken.chmod(0o755)
+    places = {"python": str(tmp_path), "broken": str(broken)}
+    given = {name: value.format(**places) for name, value in environment.items()}
+    code = (
+        "import torch; from twotower import kernels; from twotower.kernels.native import library;"
+        "print(library()); print(kernels.select('linear', torch.device('cpu'), torch.float32, False).name)"
+    )
+    base = {"PATH": "/usr/bin:/bin", "HOME": str(tmp_path), "PYTHONPATH": ":".join(sys.path)}
+    done = subprocess.run([sys.executable, "-c", code], env=base | given, capture_output=True, text=True, check=True)
+    assert says in done.stdout
+    assert done.stdout.splitlines()[-1] == "torch"
+
+
+@pytest.mark.skipif(shutil.which("c++") is None, reason="needs a C++ compiler")
+def test_they_compile_without_a_warning(tmp_path: Path) -> None:
+    """For this processor and for one with half as wide vectors."""
+    narrower = ["-mavx2", "-mfma"] if platform.machine() == "x86_64" else ["-O2"]
+    for flags in (["-march=native", "-fopenmp"], narrower):
+        command = ["c++", *native.FLAGS, *flags, "-Wall", "-Wextra", "-Werror", "-fsyntax-only"]
+        done = subprocess.run([*command, str(native.HERE / "native.cpp")], capture_output=True, text=True, check=False)
+        assert done.returncode == 0, done.stderr[:2000]
+
+
+def test_no_kernel_was_refused_on_this_machine() -> None:
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        for dtype in NARROW:
+            chosen = {op: name for op, name, _ in kernels.report(CPU, dtype)}
+            assert {op for op, name in chosen.items() if name == "native"} == {op for op, _ in NATIVE}

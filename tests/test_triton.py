@@ -1,0 +1,485 @@
+"""Triton kernels beside their torch twins, over all their arguments: on a GPU, or through Triton's interpreter.
+
+`triton_mode` (imported by conftest) chooses the interpreter where there is no GPU.
+"""
+
+from __future__ import annotations
+
+import importlib.util
+import math
+import os
+import subprocess
+import sys
+import warnings
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor
+
+from twotower import TwoTowerForCausalLM, kernels
+from twotower.kernels import Backend, greedy, mamba_block
+from twotower.kernels.cases import (
+    Sizes,
+    block_arguments,
+    choose_arguments,
+    choose_cases,
+    fold_arguments,
+    weights_of,
+)
+from twotower.kernels.mamba_block import MambaTrace, MambaWeights
+from twotower.kernels.verification import disagreement
+
+if importlib.util.find_spec("triton") is None:
+    pytest.skip("the Triton kernels are not tested: the package triton is not installed", allow_module_level=True)
+
+from twotower.kernels import triton_fold, triton_greedy, triton_mamba
+
+DEVICE = torch.device("cuda", 0) if torch.cuda.is_available() else torch.device("cpu")
+TINY_HYBRID = Sizes(heads=8, groups=2, width=16, state=16, taps=4)
+TINY_GROUPS = Sizes(heads=6, groups=2, width=12, state=24, taps=4)
+SMALL = Sizes(heads=2, groups=1, width=5, state=3, taps=4)
+BOTH = pytest.mark.parametrize("sizes", [TINY_HYBRID, TINY_GROUPS], ids=["tiny-hybrid", "tiny-groups"])
+DTYPES = pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=["fp32", "bf16"])
+
+
+@pytest.fixture(autouse=True)
+def _no_gradients() -> Iterator[None]:
+    with torch.no_grad():
+        yield
+
+
+def close(actual: Tensor, expected: Tensor) -> None:
+    """Same kind, and the same numbers up to the rounding of their dtype."""
+    assert actual.dtype == expected.dtype
+    assert actual.shape == expected.shape
+    if not expected.is_floating_point():
+        assert torch.equal(actual, expected)
+        return
+    share = {torch.float32: 5e-6, torch.bfloat16: 8e-3}[expected.dtype]
+    scale = expected.float().abs().max().clamp(min=1e-3) if expected.numel() else 1.0
+    torch.testing.assert_close(actual.float() / scale, expected.float() / scale, rtol=0, atol=share)
+
+
+# --- the block -------------------------------------------------------------------------------------------------------
+
+
+def check_block(*arguments: Any) -> None:
+    """The twin's output, and its trace."""
+    expected, kept = mamba_block.mamba_block(*arguments, True)
+    mixed, trace = triton_mamba.mamba_block(*arguments, True)
+    close(mixed, expected)
+    assert kept is not None
+    assert trace is not None
+    for actual, wanted in zip(trace, kept, strict=True):
+        close(actual, wanted)
+
+
+@pytest.mark.parametrize(
+    ("sizes", "dtype", "length"),
+    [
+        *((SMALL, dtype, length) for length in (1, 2, 16, 17, 33) for dtype in (torch.float32, torch.bfloat16)),
+        *((TINY_GROUPS, torch.float32, length) for length in (1, 17)),
+        *((TINY_HYBRID, torch.bfloat16, length) for length in (1, 16)),
+    ],
+)
+def test_block(sizes: Sizes, dtype: torch.dtype, length: int) -> None:
+    """Three rows: all of the length, half of it, none of it."""
+    check_block(*block_arguments(sizes, length, DEVICE, dtype))
+
+
+@DTYPES
+def test_block_without_a_trace(dtype: torch.dtype) -> None:
+    arguments = block_arguments(SMALL, 3, DEVICE, dtype)
+    mixed, trace = triton_mamba.mamba_block(*arguments, False)
+    assert trace is None
+    assert torch.equal(mixed, triton_mamba.mamba_block(*arguments, True)[0])
+
+
+@pytest.mark.parametrize("length", [1, 5])
+@pytest.mark.parametrize("valid", ["none", "ragged", "left"])
+@pytest.mark.parametrize("window", [True, False])
+@pytest.mark.parametrize("state", [True, False])
+def test_block_without_some_arguments(length: int, valid: str, window: bool, state: bool) -> None:
+    """Padding on the left too: there a row's window stands before padding."""
+    projected, ragged, seen, before, weights = block_arguments(SMALL, length, DEVICE, torch.float32, rows=2)
+    ragged[1, : length // 2] = True
+    padding = {"none": None, "ragged": ragged, "left": ragged.flip(1)}[valid]
+    check_block(projected, padding, seen if window else None, before if state else None, weights)
+
+
+@pytest.mark.parametrize("length", [1, 3])
+@pytest.mark.parametrize("taps", [1, 2, 5])
+@pytest.mark.parametrize("bias", [True, False])
+def test_block_with_any_convolution(length: int, taps: int, bias: bool) -> None:
+    sizes = SMALL._replace(taps=taps)
+    projected, valid, window, state, _ = block_arguments(sizes, length, DEVICE, torch.float32, rows=2)
+    check_block(projected, valid, window, state, weights_of(sizes, DEVICE, torch.float32, bias=bias))
+
+
+@pytest.mark.parametrize(
+    "sizes",
+    [Sizes(1, 1, 5, 3, 4), Sizes(3, 3, 20, 40, 4), Sizes(8, 1, 64, 128, 4)],
+    ids=["one head", "groups of one", "a group of the 30B model"],
+)
+def test_block_of_other_sizes(sizes: Sizes) -> None:
+    check_block(*block_arguments(sizes, 6, DEVICE, torch.bfloat16, rows=2))
+
+
+@pytest.mark.parametrize("limit", [(0.0, math.inf), (0.5, 0.6), (0, 1)])
+def test_block_clamps_the_time_step(limit: tuple[float, float]) -> None:
+    *arguments, weights = block_arguments(SMALL, 4, DEVICE, torch.float32)
+    check_block(*arguments, weights._replace(time_step_limit=limit))
+
+
+def test_block_of_extreme_time_steps() -> None:
+    """softplus where it is nearly 0, nearly the identity, and between: each to its own last digits."""
+    projected, _, window, state, weights = block_arguments(SMALL, 16, DEVICE, torch.float32)
+    weights = weights._replace(time_step_limit=(0.0, math.inf))
+    projected[..., -weights.heads :] = torch.linspace(-40, 40, 16, device=DEVICE)[:, None]
+    _, expected = mamba_block.mamba_block(projected, None, window, state, weights)
+    _, found = triton_mamba.mamba_block(projected, None, window, state, weights)
+    assert expected is not None
+    assert found is not None
+    torch.testing.assert_close(found.dt, expected.dt, rtol=2e-6, atol=1e-30)
+
+
+def test_what_stands_at_padding_leaves_no_mark() -> None:
+    clean = block_arguments(SMALL, 9, DEVICE, torch.float32)
+    dirty = (clean[0].masked_fill(~clean[1][..., None], torch.nan), *clean[1:])
+    (expected, before), (found, after) = (triton_mamba.mamba_block(*arguments) for arguments in (clean, dirty))
+    assert before is not None
+    assert after is not None
+    assert torch.equal(found[clean[1]], expected[clean[1]])
+    assert all(torch.equal(a, b) for a, b in zip(after, before, strict=True))
+
+
+def test_block_reads_slices_in_place() -> None:
+    """Rows, windows and states that are slices of larger tensors, as they are in a pool."""
+    projected, valid, window, state, weights = block_arguments(SMALL, 9, DEVICE, torch.float32, rows=6)
+    check_block(projected[::2, :7], valid[::2, :7], window[1::2], state[3:], weights)
+    check_block(projected.transpose(1, 2).contiguous().transpose(1, 2), valid, window, state, weights)
+
+
+@pytest.mark.parametrize("length", [64, 65])
+def test_longer_blocks_go_to_the_twin(length: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    arguments = block_arguments(Sizes(2, 1, 4, 3, 4), length, DEVICE, torch.float32)
+    expected, _ = mamba_block.mamba_block(*arguments)
+    close(triton_mamba.mamba_block(*arguments)[0], expected)
+    monkeypatch.setattr(mamba_block, "mamba_block", lambda *_: "the twin")
+    assert (triton_mamba.mamba_block(*arguments) == "the twin") == (length > 64)
+
+
+@pytest.mark.parametrize("shape", [(0, 4), (2, 0)])
+def test_a_block_of_nothing(shape: tuple[int, int]) -> None:
+    projected, valid, window, state, weights = block_arguments(TINY_GROUPS, 4, DEVICE, torch.float32, rows=2)
+    rows, length = shape
+    mixed, _ = triton_mamba.mamba_block(
+        projected[:rows, :length], valid[:rows, :length], window[:rows], state[:rows], weights
+    )
+    assert mixed.shape == (rows, length, weights.inner)
+
+
+# --- the fold --------------------------------------------------------------------------------------------------------
+
+
+def check_fold(window: Tensor, state: Tensor, trace: MambaTrace, accepted: Tensor, rows: Tensor | None) -> None:
+    """The twin's pools, in place."""
+    expected = mamba_block.fold(window.clone(), state.clone(), trace, accepted, rows)
+    found = triton_fold.fold(window, state, trace, accepted, rows)
+    assert found[0] is window
+    assert found[1] is state
+    for actual, wanted in zip(found, expected, strict=True):
+        close(actual, wanted)
+
+
+@BOTH
+@DTYPES
+@pytest.mark.parametrize("length", [1, 2, 17])
+def test_fold(sizes: Sizes, dtype: torch.dtype, length: int) -> None:
+    check_fold(*fold_arguments(sizes, length, DEVICE, dtype))
+
+
+@pytest.mark.parametrize("taps", [1, 2, 4, 6])
+def test_fold_accepts_any_number_of_tokens(taps: int) -> None:
+    """0, 1, …, L tokens of each row, all slots in order; also where the window is wider than what is new."""
+    length = 4
+    window, state, trace, _, _ = fold_arguments(
+        TINY_GROUPS._replace(taps=taps), length, DEVICE, torch.float32, slots=(0, 1, 2, 3, 4)
+    )
+    for shift in range(2):
+        accepted = (torch.arange(5, device=DEVICE) + shift) % (length + 1)
+        check_fold(window.clone(), state.clone(), trace, accepted, None)
+
+
+@pytest.mark.parametrize("slots", [(2,), (4, 1), (1, 2, 3, 4, 0)])
+def test_fold_leaves_other_slots_alone(slots: tuple[int, ...]) -> None:
+    window, state, trace, accepted, rows = fold_arguments(TINY_GROUPS, 3, DEVICE, torch.float32, slots)
+    before = window.clone(), state.clone()
+    check_fold(window, state, trace, accepted, rows)
+    others = [slot for slot in range(5) if slot not in slots]
+    assert all(torch.equal(now[others], then[others]) for now, then in zip((window, state), before, strict=True))
+    idle = rows[accepted == 0]
+    assert torch.equal(state[idle], before[1][idle])
+
+
+def test_fold_of_wide_windows() -> None:
+    """More channels than one program of the fold takes."""
+    sizes = Sizes(heads=2, groups=1, width=140, state=20, taps=4)
+    check_fold(*fold_arguments(sizes, 5, DEVICE, torch.bfloat16))
+
+
+@pytest.mark.parametrize("given", [True, False])
+def test_fold_of_long_traces(given: bool) -> None:
+    """The twin's work, in place all the same."""
+    slots = (3, 0, 4) if given else (0, 1, 2, 3, 4)
+    arguments = fold_arguments(SMALL, 65, DEVICE, torch.float32, slots)
+    check_fold(*arguments[:4], arguments[4] if given else None)
+
+
+def test_fold_of_a_blocks_own_trace() -> None:
+    """Block by block through the kernels and through the twins: the states stay together."""
+    projected, valid, window, state, weights = block_arguments(SMALL, 12, DEVICE, torch.bfloat16)
+    pools = [(window.clone(), state.clone()) for _ in range(2)]
+    for part in (projected[:, :5], projected[:, 5:6], projected[:, 6:]):
+        outs = []
+        for i, (block, fold) in enumerate(
+            ((mamba_block.mamba_block, mamba_block.fold), (triton_mamba.mamba_block, triton_fold.fold))
+        ):
+            length = part.shape[1]
+            mixed, trace = block(part, valid[:, :length], *pools[i], weights, True)
+            assert trace is not None
+            accepted = torch.tensor([length, 0, length // 2], device=DEVICE)
+            pools[i] = fold(*pools[i], trace, accepted, None)
+            outs.append(mixed)
+        close(outs[1], outs[0])
+    for actual, expected in zip(pools[1], pools[0], strict=True):
+        close(actual, expected)
+
+
+# --- the greedy choice -----------------------------------------------------------------------------------------------
+
+
+@DTYPES
+@pytest.mark.parametrize("size", [1, 7, 64, 4096, 9001])
+def test_choose(dtype: torch.dtype, size: int) -> None:
+    """Many equal logits; a row that leaves out nothing, one its best, one its last."""
+    logits, excluded = choose_arguments(size, DEVICE, dtype)
+    if size == 1:
+        excluded[:] = -1
+    expected, found = greedy.choose(logits, excluded), triton_greedy.choose(logits, excluded)
+    assert torch.equal(found[0], expected[0])
+    close(found[1], expected[1])
+
+
+@pytest.mark.parametrize("choose", [greedy.choose, triton_greedy.choose])
+def test_choose_by_its_definition(
+    choose: Callable[..., tuple[Tensor, Tensor]], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(greedy, "TILE_BYTES", 4 * 50 * 2)  # tiles of two positions
+    generator = torch.Generator().manual_seed(0)
+    logits = (torch.randn(3, 3, 50, generator=generator) * 3).to(DEVICE)
+    logits[0, 1, 10:] = -torch.inf
+    logits[2, 2] = 1.0  # all are equal
+    excluded = torch.tensor([3, -1, 0], device=DEVICE)
+    tokens, confidence = choose(logits, excluded)
+    rest = logits.clone()
+    rest[0, :, 3] = rest[2, :, 0] = -torch.inf
+    assert torch.equal(tokens, rest.argmax(-1))
+    assert tokens[2, 2] == 1
+    torch.testing.assert_close(confidence, rest.softmax(-1).amax(-1))
+    assert confidence.dtype == torch.float32
+
+
+@pytest.mark.parametrize("choose", [greedy.choose, triton_greedy.choose])
+def test_choose_of_slices_and_of_nothing(choose: Callable[..., tuple[Tensor, Tensor]]) -> None:
+    logits, excluded = choose_arguments(40, DEVICE, torch.float32)
+    whole = choose(logits, excluded)
+    for part in (logits[:, 1:], logits.transpose(0, 2).contiguous().transpose(0, 2)[:, 1:]):
+        assert all(torch.equal(a, b[:, 1:]) for a, b in zip(choose(part, excluded), whole, strict=True))
+    assert [tuple(t.shape) for t in choose(logits[:, :0], excluded)] == [(3, 0), (3, 0)]
+
+
+# --- the compiler ----------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("lengths", [["1", "16"], pytest.param(["33", "17"], marks=pytest.mark.slow)])
+def test_the_kernels_compile_for_a_gpu(lengths: list[str], tmp_path: Path) -> None:
+    """For an H100, also where there is none; each as its wrapper launches it."""
+    environment = {name: value for name, value in os.environ.items() if name != "TRITON_INTERPRET"}
+    source = Path(kernels.__file__).parents[2]
+    done = subprocess.run(
+        [sys.executable, Path(__file__).with_name("triton_compile.py"), *lengths],
+        env=environment | {"TRITON_CACHE_DIR": str(tmp_path), "PYTHONPATH": str(source)},
+        capture_output=True,
+        text=True,
+    )
+    assert done.returncode == 0, done.stderr
+    assert {line.split()[0] for line in done.stdout.splitlines()} == {"_block_kernel", "_fold_kernel", "_choose_kernel"}
+
+
+# --- the catalogue ---------------------------------------------------------------------------------------------------
+
+
+@pytest.fixture
+def triton_on(monkeypatch: pytest.MonkeyPatch) -> Iterator[pytest.MonkeyPatch]:
+    """Triton or torch, and nothing decided yet; afterwards nothing is left of what was decided."""
+    for op, backends in kernels.CATALOGUE.items():
+        monkeypatch.setitem(kernels.CATALOGUE, op, tuple(b for b in backends if b.name != "native"))
+    monkeypatch.setenv("TWOTOWER_TRITON", "1")
+    _forget()
+    yield monkeypatch
+    monkeypatch.undo()
+    _forget()
+
+
+def _forget() -> None:
+    kernels._select.cache_clear()
+    kernels._refusal.cache_clear()
+
+
+@DTYPES
+def test_kernels_that_agree_are_taken(dtype: torch.dtype, triton_on: pytest.MonkeyPatch) -> None:
+    """Run on the cases that it is checked with on every machine."""
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        rows = {op: (backend, why) for op, backend, why in kernels.report(DEVICE, dtype)}
+    for op in ("mamba_block", "fold", "choose"):
+        assert kernels.select(op, DEVICE, dtype).name == rows[op][0] == "triton"
+        assert "agreed with its twin here" in rows[op][1]
+
+
+def _garbage(projected: Tensor, valid: Any, window: Any, state: Any, weights: MambaWeights, trace: bool) -> Any:
+    mixed, kept = mamba_block.mamba_block(projected, valid, window, state, weights, trace)
+    return mixed * 1.05, kept
+
+
+def _no_number(*arguments: Any) -> Any:
+    mixed, kept = mamba_block.mamba_block(*arguments)
+    return mixed * torch.nan, kept
+
+
+def _raises(*_: Any) -> Any:
+    raise RuntimeError("ptxas died")
+
+
+def _narrow(*arguments: Any) -> Any:
+    mixed, kept = mamba_block.mamba_block(*arguments)
+    return mixed[..., 1:], kept
+
+
+def _forgets(*arguments: Any) -> Any:
+    return mamba_block.mamba_block(*arguments)[0], None
+
+
+@pytest.mark.parametrize(
+    ("broken", "said"),
+    [
+        (_garbage, r"differs from its twin on 6 heads of 12, 1 tokens: result 0 by 5\.\de-02, tolerance 0\.0001"),
+        (_no_number, "result 0 by nan"),
+        (_raises, "raised RuntimeError on 6 heads of 12, 1 tokens: ptxas died"),
+        (_narrow, "the shape"),
+        (_forgets, "raised ValueError"),
+    ],
+)
+def test_a_broken_kernel_is_refused_loudly(
+    broken: Callable[..., Any],
+    said: str,
+    triton_on: pytest.MonkeyPatch,
+    random_model: Callable[..., TwoTowerForCausalLM],
+) -> None:
+    """Its twin is taken; a model computes what it did, and `report` says why."""
+    triton_on.setenv("TWOTOWER_TRITON", "0")
+    model = random_model("M*", seed=3).to(DEVICE)
+    tokens = torch.arange(12, device=DEVICE).view(2, 6)
+    expected = model.extend(tokens, model.new_state(2, 8))
+    triton_on.setenv("TWOTOWER_TRITON", "1")
+    _forget()
+    right, twin = kernels.CATALOGUE["mamba_block"]
+    wrong = Backend("triton", broken, right.why, right.refusal, differentiable=False, cases=right.cases)
+    triton_on.setitem(kernels.CATALOGUE, "mamba_block", (wrong, twin))
+    with pytest.warns(RuntimeWarning, match=said):
+        assert kernels.select("mamba_block", DEVICE, torch.float32) is twin
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")  # said once
+        assert kernels.select("mamba_block", DEVICE, torch.float32) is twin
+        (row,) = (row for row in kernels.report(DEVICE, torch.float32) if row[0] == "mamba_block")
+    assert row[1] == "torch"
+    assert "triton is not used: it " in row[2]
+    triton_on.setitem(kernels.CATALOGUE, "fold", kernels.CATALOGUE["fold"][-1:])
+    assert torch.equal(model.extend(tokens, model.new_state(2, 8)), expected)
+
+
+def test_a_wrong_token_is_found() -> None:
+    """One token of many, and the confidences are right."""
+
+    def broken(logits: Tensor, excluded: Tensor) -> tuple[Tensor, Tensor]:
+        tokens, confidence = greedy.choose(logits, excluded)
+        tokens[0, 0] += 1
+        return tokens, confidence
+
+    said = disagreement(broken, greedy.choose, choose_cases(DEVICE, torch.float32))
+    assert said == "differs from its twin on a vocabulary of 13: result 0 in 1 of 6 numbers"
+
+
+@pytest.mark.parametrize(
+    ("device", "dtype", "setting", "interpret", "why"),
+    [
+        (DEVICE, torch.float32, "0", "1", "turned off by TWOTOWER_TRITON=0"),
+        (DEVICE, torch.float64, "1", "1", "takes fp32 and bf16 only"),
+        (torch.device("cpu"), torch.float32, "1", "0", "needs CUDA"),
+        (torch.device("meta"), torch.float32, "1", "1", "needs CUDA"),
+    ],
+)
+def test_refusals(
+    device: torch.device, dtype: torch.dtype, setting: str, interpret: str, why: str, triton_on: pytest.MonkeyPatch
+) -> None:
+    triton_on.setenv("TWOTOWER_TRITON", setting)
+    triton_on.setenv("TRITON_INTERPRET", interpret)
+    found = {op: (backend, said) for op, backend, said in kernels.report(device, dtype)}
+    for op in ("mamba_block", "fold", "choose"):
+        assert found[op][0] != "triton"
+        assert why in found[op][1]
+
+
+def test_without_the_package(triton_on: pytest.MonkeyPatch) -> None:
+    triton_on.setattr(importlib.util, "find_spec", lambda name: None)
+    assert kernels.select("fold", DEVICE, torch.float32).name == "torch"
+    assert "needs the package triton" in {op: why for op, _, why in kernels.report(DEVICE, torch.float32)}["fold"]
+
+
+def test_gradients_go_through_the_twin(triton_on: pytest.MonkeyPatch) -> None:
+    triton_on.setattr(kernels.verification, "disagreement", lambda *_: None)
+    with torch.enable_grad():
+        assert kernels.select("mamba_block", DEVICE, torch.float32).name == "torch"
+    assert kernels.select("mamba_block", DEVICE, torch.float32).name == "triton"
+    assert kernels.select("mamba_block", DEVICE, torch.float32, differentiable=True).name == "torch"
+
+
+@pytest.mark.parametrize("length", [1, 6])
+def test_a_model_through_the_kernels(
+    length: int, triton_on: pytest.MonkeyPatch, random_model: Callable[..., TwoTowerForCausalLM]
+) -> None:
+    """Some rows, a denoised block, a block read, rolled back, a token read: both towers' logits, and the state."""
+    outs = []
+    for setting in ("0", "1"):
+        triton_on.setenv("TWOTOWER_TRITON", setting)
+        _forget()
+        triton_on.setattr(kernels.verification, "disagreement", lambda *_: None)
+        model = random_model("M*", seed=5, mamba_num_heads=2, n_groups=1).to(DEVICE)
+        assert kernels.select("fold", DEVICE, torch.float32).name == {"0": "torch", "1": "triton"}[setting]
+        state = model.new_state(3, 40)
+        tokens = torch.arange(3 * 9, device=DEVICE).view(3, 9)
+        rows = torch.tensor([2, 0], device=DEVICE)
+        model.extend(tokens[:2, :length], state, torch.tensor([length, 0], device=DEVICE), rows)
+        drafted = model.denoise(tokens[:, :length], torch.full((3,), 0.5, device=DEVICE), state.view())
+        scored = model.extend(tokens[:, :length], state)
+        state.rollback(state.lengths - torch.tensor([0, 1, length], device=DEVICE))
+        after = model.extend(tokens[:, :1], state)
+        state.settle()
+        pools = [t for pool in state.pools if hasattr(pool, "ssm_state") for t in (pool.conv_window, pool.ssm_state)]
+        outs.append([drafted, scored, after, *pools])
+    for found, expected in zip(outs[1], outs[0], strict=True):
+        torch.testing.assert_close(found, expected, rtol=1e-4, atol=1e-4)

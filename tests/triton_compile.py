@@ -1,0 +1,82 @@
+"""Compiles every kernel for an H100 as its wrapper launches it, on a machine without one: the interpreter runs what the
+compiler refuses (a variable that changes its type in a loop, say). test_triton runs this in a process of its own, where
+the interpreter is off.
+"""
+
+from __future__ import annotations
+
+import sys
+from collections.abc import Callable
+from typing import Any
+
+import torch
+import triton
+from torch import Tensor
+from triton.backends.compiler import GPUTarget
+from triton.compiler import ASTSource
+
+from twotower.kernels import triton_fold, triton_greedy, triton_mamba
+from twotower.kernels.cases import RELEASED, Sizes, block_arguments, choose_arguments, fold_arguments
+
+SHARED_MEMORY = 227 << 10  # of an H100's program
+TYPES = {torch.bfloat16: "*bf16", torch.float32: "*fp32", torch.int64: "*i64", torch.uint8: "*u8"}
+CPU = torch.device("cpu")
+
+
+class Compiler:
+    """Stands where a kernel stands; a launch compiles it for what it is given."""
+
+    def __init__(self, kernel: Any) -> None:
+        self.kernel = kernel
+
+    def __getitem__(self, grid: tuple[int, ...]) -> Callable[..., None]:
+        return self.compile
+
+    def compile(self, *arguments: Any, num_warps: int = 4, num_stages: int = 3, **constants: Any) -> None:
+        given = dict(zip(self.kernel.arg_names, arguments, strict=False)) | constants
+        signature = {name: _type(name, value, name in constants) for name, value in given.items()}
+        values = {(i,): given[name] for i, name in enumerate(self.kernel.arg_names) if signature[name] == "constexpr"}
+        aligned = {
+            (i,): [["tt.divisibility", 16]]
+            for i, name in enumerate(self.kernel.arg_names)
+            if isinstance(given[name], Tensor) or (signature[name] == "i32" and given[name] % 16 == 0)
+        }
+        compiled = triton.compile(
+            ASTSource(self.kernel, signature, values, aligned),
+            target=GPUTarget("cuda", 90, 32),
+            options={"num_warps": num_warps, "num_stages": num_stages},
+        )
+        assert compiled.metadata.shared <= SHARED_MEMORY, compiled.metadata.shared
+        print(self.kernel.__name__, compiled.metadata.shared, "bytes of shared memory")
+
+
+def _type(name: str, value: Any, constant: bool) -> str:
+    """As Triton sees an argument: a 1 is a constant."""
+    if constant or value is None or (isinstance(value, int) and value == 1):
+        return "constexpr"
+    if isinstance(value, Tensor):
+        return TYPES[value.dtype]
+    return "fp32" if isinstance(value, float) else "i32"
+
+
+def main() -> None:
+    """Blocks of the released sizes and of the lengths on the command line, and one of odd sizes."""
+    triton_mamba._block_kernel = Compiler(triton_mamba._block_kernel)
+    triton_fold._fold_kernel = Compiler(triton_fold._fold_kernel)
+    triton_greedy._choose_kernel = Compiler(triton_greedy._choose_kernel)
+    odd = Sizes(heads=6, groups=2, width=12, state=24, taps=1)
+    for sizes, length, dtype, trace in (
+        *((RELEASED, length, torch.bfloat16, length != 16) for length in map(int, sys.argv[1:])),
+        (odd, 5, torch.float32, True),
+    ):
+        arguments = block_arguments(sizes, length, CPU, dtype, rows=2)
+        triton_mamba.mamba_block(*arguments, trace)
+        triton_fold.fold(*fold_arguments(sizes, length, CPU, dtype))
+    projected, *_, weights = arguments
+    triton_mamba.mamba_block(projected, None, None, None, weights._replace(conv_bias=None), False)
+    for dtype in (torch.bfloat16, torch.float32):
+        triton_greedy.choose(*choose_arguments(131072, CPU, dtype))
+
+
+if __name__ == "__main__":
+    main()
