@@ -2,7 +2,7 @@
 PYTHON ?= python3
 BIN := .venv/bin
 
-.PHONY: demo test test-slow check clean bundled-model bench-quick report
+.PHONY: demo test test-slow check clean bundled-model bench bench-quick report
 
 demo: .venv/.installed
 	@$(BIN)/twotower demo
@@ -22,6 +22,14 @@ check: .venv/.installed-dev
 bench-quick: .venv/.installed
 	$(BIN)/twotower bench --rounds 3
 	$(BIN)/twotower eval -n 25
+
+# About ten minutes on two cores, idle ones: passes beside their floors, the engine, memory, context → build/bench/.
+bench: .venv/.installed-dev
+	@mkdir -p build/bench
+	$(BIN)/python benchmarks/passes.py > build/bench/passes.json
+	$(BIN)/python benchmarks/throughput.py > build/bench/throughput.json
+	$(BIN)/python benchmarks/memory.py > build/bench/memory.json
+	$(BIN)/python benchmarks/context.py -o build/bench/context.png > build/bench/context.json
 
 # About an hour on one core: every setting of the dial → report/report.png, report/report.md.
 report: .venv/.installed-dev

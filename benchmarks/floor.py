@@ -1,0 +1,245 @@
+"""The floor of a pass: what it must read at the best read rate, or what it must compute at the best matmul rate.
+
+    python benchmarks/floor.py [--device cuda] [--dtype bfloat16] [--threads 1] [--quick] [--json]
+
+Prints both rates and, for the model of --config, the floors of an AR step, a denoiser pass and a commit. The other
+benchmarks import this module and measure the rates in their own run.
+
+What a pass must read: the weights of its layers (of routed experts only those that its tokens choose), the head where
+logits are wanted, K/V of the text so far, and the Mamba states. Every rate is the best of several ways and repeats, so
+no pass can honestly beat the floor unless its weights stay in a cache.
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+
+import click
+
+from twotower.allocator import keep_large_blocks
+
+keep_large_blocks()
+
+import torch  # noqa: E402
+from models import MIDSIZE, config_of  # noqa: E402
+from rich.console import Console  # noqa: E402
+from rich.table import Table  # noqa: E402
+from timing import seconds  # noqa: E402
+from torch import Tensor, nn  # noqa: E402
+
+from twotower.config import BackboneConfig  # noqa: E402
+from twotower.evaluation.machine import surroundings  # noqa: E402
+from twotower.kernels.precision import accumulation_dtype  # noqa: E402
+from twotower.model.conditioning import SINUSOID_SIZE  # noqa: E402
+from twotower.model.moe import Router  # noqa: E402
+
+DTYPES = ("float32", "bfloat16")
+
+
+@dataclass(frozen=True)
+class Rates:
+    """Best rates; reads and products: what each way of measuring gave, in the same units."""
+
+    bytes_per_second: float
+    operations_per_second: float
+    reads: dict[str, float]
+    products: dict[str, float]
+
+
+@dataclass(frozen=True)
+class Work:
+    """What a pass must read, part by part, and compute."""
+
+    parts: dict[str, float]
+    operations: float
+
+    @property
+    def bytes(self) -> float:
+        return sum(self.parts.values())
+
+
+def floor(bytes: float, operations: float, rates: Rates) -> float:
+    """Seconds."""
+    return max(bytes / rates.bytes_per_second, operations / rates.operations_per_second)
+
+
+def of(work: Work, rates: Rates) -> float:
+    """A pass's floor in seconds."""
+    return floor(work.bytes, work.operations, rates)
+
+
+# --- rates ----------------------------------------------------------------------------------------------------------
+
+
+@torch.no_grad()
+def measure(device: torch.device, dtype: torch.dtype, *, quick: bool = False, repeats: int = 7) -> Rates:
+    """Of this device in this process, with its number of threads."""
+    cuda = device.type == "cuda"
+    size = (4 << 30 if cuda else 256 << 20) if not quick else (256 << 20 if cuda else 96 << 20)
+    sides = (1024, 2048) if not cuda else (4096, 8192)
+    sides = sides[:1] if quick else sides
+    repeats = 3 if quick else repeats
+    reads = _best({name: (call, size) for name, call in _reads(device, dtype, size).items()}, device, repeats)
+    calls: dict[str, tuple[Callable[[], object], float]] = {}
+    for side in sides:
+        a, b = (torch.randn(side, side, device=device).to(dtype) for _ in "ab")
+        calls[f"{side} a·b"] = (lambda a=a, b=b: a @ b), 2.0 * side**3
+        calls[f"{side} a·bᵀ"] = (lambda a=a, b=b: a @ b.T), 2.0 * side**3
+    products = _best(calls, device, repeats)
+    return Rates(max(reads.values()), max(products.values()), reads, products)
+
+
+def _reads(device: torch.device, dtype: torch.dtype, size: int) -> dict[str, Callable[[], object]]:
+    """Operations that read `size` bytes and write next to nothing."""
+    array = torch.ones(size // 4, device=device)
+    width = 4096
+    matrix, vector = array.view(-1, width), torch.ones(width, device=device)
+    other = array.view(dtype) if dtype != torch.float32 else array
+    return {
+        "sum": array.sum,
+        "amax": array.amax,
+        "dot": lambda: array[: array.numel() // 2].dot(array[array.numel() // 2 :]),
+        "matrix·vector": lambda: matrix.mv(vector),
+        f"amax in {str(dtype).removeprefix('torch.')}": other.amax,
+    }
+
+
+def _best(calls: dict[str, tuple[Callable[[], object], float]], device: torch.device, repeats: int) -> dict[str, float]:
+    """The highest rate of each, amounts per second, after one call to warm up."""
+    times: dict[str, list[float]] = {name: [] for name in calls}
+    for repeat in range(repeats + 1):
+        for name, (call, _) in calls.items():
+            taken = seconds(call, device)
+            if repeat:
+                times[name].append(taken)
+    return {name: amount / min(times[name]) for name, (_, amount) in calls.items()}
+
+
+# --- what a pass must do --------------------------------------------------------------------------------------------
+
+
+def expected_experts(config: BackboneConfig, tokens: int) -> float:
+    """Experts of a layer that so many tokens visit if they choose by chance."""
+    return config.n_routed_experts * (1 - (1 - config.num_experts_per_tok / config.n_routed_experts) ** tokens)
+
+
+@contextmanager
+def counting_experts(module: nn.Module) -> Iterator[list[Tensor]]:
+    """Collects what the routers of a tower choose inside the block, one tensor of expert ids a layer and pass."""
+    choices: list[Tensor] = []
+    hooks = [
+        part.register_forward_hook(lambda _, __, out: choices.append(out[0]))
+        for part in module.modules()
+        if isinstance(part, Router)
+    ]
+    try:
+        yield choices
+    finally:
+        for hook in hooks:
+            hook.remove()
+
+
+def visited(choices: Sequence[Tensor], config: BackboneConfig, tokens: int) -> tuple[list[float], str]:
+    """Experts that each MoE layer must read, and how that is known."""
+    layers = config.hybrid_override_pattern.count("E")
+    if layers and len(choices) == layers:
+        return [float(choice.unique().numel()) for choice in choices], "counted"
+    return [expected_experts(config, tokens)] * layers, "expected by chance"
+
+
+def work(
+    config: BackboneConfig,
+    dtype: torch.dtype,
+    *,
+    rows: int,
+    width: int,
+    context: int,
+    experts: Sequence[float] | None = None,
+    head: bool = True,
+    denoiser: bool = False,
+) -> Work:
+    """One pass over rows × width tokens after texts of `context`; experts: how many each MoE layer visits (None: by
+    chance). denoiser: with time conditioning; else the pass also folds its tokens into the Mamba states."""
+    tokens, size, hidden, inner = rows * width, dtype.itemsize, config.hidden_size, config.mamba_inner
+    pattern = config.hybrid_override_pattern
+    experts = [expected_experts(config, tokens)] * pattern.count("E") if experts is None else experts
+    counts = {kind: pattern.count(kind) for kind in "M*E-"}
+    keys = config.num_key_value_heads * config.head_dim
+    queries = config.num_attention_heads * config.head_dim
+    mamba = hidden * (2 * inner + config.conv_dim + config.mamba_num_heads) + inner
+    mamba += config.conv_dim * (config.conv_kernel + config.use_conv_bias) + 3 * config.mamba_num_heads
+    attention = hidden * 2 * (queries + keys)
+    expert = 2 * hidden * config.moe_intermediate_size
+    moe = config.n_routed_experts * hidden + 2 * hidden * config.moe_shared_expert_intermediate_size
+    mlp = 2 * hidden * config.intermediate_size
+    dense = counts["M"] * mamba + counts["*"] * attention + counts["E"] * moe + counts["-"] * mlp
+    norms = hidden * (config.num_layers + 1)
+    vocabulary = config.vocab_size * hidden if head else 0
+    once = hidden * (SINUSOID_SIZE + 4 * hidden) if denoiser else 0  # the time network: one token a row
+    tables = 3 * hidden * config.num_layers if denoiser else 0
+    ssm = inner * config.ssm_state_size
+    parts = {
+        "layers": (dense + norms + tables + once) * size,
+        "experts": sum(experts) * expert * size,
+        "head": vocabulary * size,
+        "embeddings": tokens * hidden * size,
+        "K/V": rows * context * counts["*"] * 2 * keys * size,
+        "Mamba states": rows * counts["M"] * (
+            ssm * accumulation_dtype(dtype).itemsize + (config.conv_kernel - 1) * config.conv_dim * size
+        ),
+    }  # fmt: skip
+    operations = 2.0 * tokens * (dense + vocabulary + counts["E"] * config.num_experts_per_tok * expert)
+    operations += 2.0 * rows * once + 4.0 * tokens * counts["*"] * queries * (context + width)
+    operations += 2.0 * tokens * counts["M"] * ssm * (1 if denoiser else 2)
+    return Work({name: float(value) for name, value in parts.items()}, operations)
+
+
+def passes_of(config: BackboneConfig, dtype: torch.dtype, context: int, block_size: int = 16) -> dict[str, Work]:
+    """An AR step, a denoiser pass and a commit of one text, experts by chance."""
+    shared: dict[str, Any] = {"rows": 1, "context": context}
+    return {
+        "AR step": work(config, dtype, width=1, **shared),
+        "denoiser pass": work(config, dtype, width=block_size, denoiser=True, **shared),
+        "commit": work(config, dtype, width=block_size, head=False, **shared),
+    }
+
+
+def described(rates: Rates) -> str:
+    """In one line."""
+    return f"reads {rates.bytes_per_second / 1e9:.1f} GB/s, multiplies {rates.operations_per_second / 1e9:.0f} GFLOP/s"
+
+
+@click.command()
+@click.option("--config", type=click.Path(exists=True, dir_okay=False, path_type=Path), default=MIDSIZE)
+@click.option("--device", type=click.Choice(("cpu", "cuda")), default="cpu", show_default=True)
+@click.option("--dtype", type=click.Choice(DTYPES), default="float32", show_default=True)
+@click.option("--context", default=256, show_default=True, help="Tokens before the pass.")
+@click.option("--threads", type=int, default=None, help="[default: torch's]")
+@click.option("--quick", is_flag=True, help="Smaller arrays, seconds.")
+@click.option("--json", "as_json", is_flag=True, help="No table.")
+def main(config: Path, device: str, dtype: str, context: int, threads: int | None, quick: bool, as_json: bool) -> None:
+    """Measures the machine."""
+    if threads:
+        torch.set_num_threads(threads)
+    torch.manual_seed(0)
+    where, what = torch.device(device), getattr(torch, dtype)
+    rates = measure(where, what, quick=quick)
+    passes = passes_of(config_of(config).backbone, what, context)
+    floors = {name: of(work, rates) for name, work in passes.items()}
+    if not as_json:
+        table = Table("pass", "reads", "computes", "floor", title=described(rates))
+        for name, one in passes.items():
+            cells = f"{one.bytes / 1e6:.1f} MB", f"{one.operations / 1e9:.3f} GFLOP", f"{floors[name] * 1e3:.3f} ms"
+            table.add_row(name, *cells)
+        Console(stderr=True, width=120).print(table)
+    found = {"rates": asdict(rates), "work": {name: asdict(one) for name, one in passes.items()}, "floors": floors}
+    print(json.dumps({"benchmark": "floor", "machine": surroundings(where, what), "config": str(config)} | found))
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,562 @@
+"""Everything on one GPU in one call: kernels checked, the bundled model's equality, floors, passes, the 30B shape.
+
+    python benchmarks/gpu.py [--minutes 8.5] [--out build/gpu] [--parts floors,full-passes]
+    python benchmarks/gpu.py --device cpu --tiny --minutes 1
+
+Parts run one after the other; after each, `results.json` and `results.md` in --out hold all there is so far. A part
+that raises is reported with its traceback and the next one goes on; a part that outlasts its limit (or the whole
+budget) is cut off where it is, and what it had found stays. The JSON is also printed at the end.
+
+The full shape (benchmarks/published.json) gets random bf16 weights made on the device: both towers where they fit;
+where only one does, one set of weights serves both towers, which reads as much a pass; else the first so many layers.
+Which of them it was stands in the results ("towers").
+"""
+
+from __future__ import annotations
+
+import gc
+import json
+import signal
+import sys
+import time
+import traceback
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from dataclasses import asdict, dataclass, field
+from pathlib import Path
+from typing import Any
+
+import click
+
+from twotower.allocator import keep_large_blocks
+
+keep_large_blocks()
+
+import context as lengths_of  # noqa: E402
+import floor  # noqa: E402
+import memory  # noqa: E402
+import passes  # noqa: E402
+import throughput  # noqa: E402
+import torch  # noqa: E402
+from models import MIDSIZE, PUBLISHED, Texts, config_of, cut_to, random_model, random_tokens, tower_bytes  # noqa: E402
+from timing import synchronize  # noqa: E402
+from torch import Tensor  # noqa: E402
+
+from twotower import GenerationParams, TwoTowerForCausalLM, bundled_model, generate, ready  # noqa: E402
+from twotower.evaluation.bench import few_shot_prompts  # noqa: E402
+from twotower.evaluation.machine import surroundings  # noqa: E402
+from twotower.kernels import CATALOGUE, report  # noqa: E402
+from twotower.kernels.conv import causal_conv_sequential  # noqa: E402
+from twotower.kernels.experts import experts_dense  # noqa: E402
+from twotower.kernels.ssd import ssd_sequential  # noqa: E402
+
+BLOCK = 16
+PUBLISHED_RATES = (1.2, 1.5, 1.9, 3.0, 3.3, 5.0)  # tokens per pass: spec §5's, and the issue's
+LENGTHS = tuple(1024 << i for i in range(8))  # 1K … 128K
+SPARE = 6 << 30  # bytes of the device that weights leave to states, logits and libraries
+
+
+class OutOfTimeError(Exception):
+    """A part's time is up."""
+
+
+@dataclass
+class Setting:
+    """What the parts share; models are made when first asked for and let go when another is."""
+
+    device: torch.device
+    dtype: torch.dtype
+    tiny: bool
+    rates: floor.Rates | None = None
+    full: TwoTowerForCausalLM | None = None
+    towers: str = ""
+
+    def floors(self) -> floor.Rates:
+        if self.rates is None:
+            self.rates = floor.measure(self.device, self.dtype, quick=self.tiny)
+        return self.rates
+
+    def full_model(self) -> TwoTowerForCausalLM:
+        """The 30B shape, as much of it as fits."""
+        if self.full is None:
+            self.release()  # what earlier parts left in the allocator
+            torch.manual_seed(0)
+            config = config_of(None if self.tiny else PUBLISHED)
+            tower = tower_bytes(config, self.dtype)
+            room = free_bytes(self.device) - (0 if self.tiny else SPARE)
+            shared = 2 * tower > room
+            self.towers = "both towers, weights of their own"
+            if shared:
+                self.towers = "one set of weights serves both towers"
+            if shared and tower > room:
+                config = cut_to(config, room, self.dtype)
+                self.towers += f", the first {config.num_hidden_layers} layers"
+            self.full = random_model(config, self.dtype, self.device, shared=shared)
+        return self.full
+
+    def release(self) -> None:
+        self.full = None
+        gc.collect()
+        if self.device.type == "cuda":
+            torch.cuda.empty_cache()
+
+
+def free_bytes(device: torch.device) -> int:
+    """Of the device's memory."""
+    if device.type == "cuda":
+        return int(torch.cuda.mem_get_info(device)[0])
+    lines = Path("/proc/meminfo").read_text().splitlines()
+    return 1024 * next(int(line.split()[1]) for line in lines if line.startswith("MemAvailable"))
+
+
+# --- parts ----------------------------------------------------------------------------------------------------------
+# Each takes the setting and fills `out` as it goes, so that what it found is kept when it is cut off.
+
+
+def kernels(setting: Setting, out: dict[str, Any]) -> None:
+    """Every backend that fits the device against its slow twin in float64 on the CPU."""
+    out["catalogue"] = [dict(zip(("op", "backend", "why"), row, strict=True)) for row in report(
+        setting.device, setting.dtype
+    )]  # fmt: skip
+    rows = out["checked"] = []
+    for op, backends in CATALOGUE.items():
+        for backend in backends:
+            refused = backend.refusal(setting.device, setting.dtype)
+            row: dict[str, Any] = {"op": op, "backend": backend.name, "refused": refused or ""}
+            rows.append(row)
+            if refused:
+                continue
+            if op not in CASES:
+                row["verdict"] = "no case for it in benchmarks/gpu.py"
+                continue
+            twin, arguments = CASES[op]()
+            try:
+                expected = twin(*(wide(value) for value in arguments))
+                got = backend.function(*(placed(value, setting) for value in arguments))
+                got, expected = (first(value).double().cpu() for value in (got, expected))
+                gap = float((got - expected).abs().max() / expected.std())
+                row["largest difference, σ"] = gap
+                row["verdict"] = "agrees" if gap < (0.1 if setting.dtype == torch.bfloat16 else 1e-3) else "DIFFERS"
+            except Exception as error:
+                row["verdict"] = f"{type(error).__name__}: {error}"
+
+
+def drawn(*shape: int, seed: int = 0) -> Tensor:
+    """bf16 numbers, so that no dtype rounds them, kept in float64."""
+    generator = torch.Generator().manual_seed(seed + sum(shape))
+    return torch.randn(shape, generator=generator).bfloat16().double()
+
+
+@dataclass(frozen=True)
+class Exact:
+    """A tensor that stays in fp32 whatever the model's dtype, as the kernel gets it in a model."""
+
+    tensor: Tensor
+
+
+def wide(value: Any) -> Any:
+    """As the twin gets it."""
+    if isinstance(value, tuple):
+        return tuple(map(wide, value))
+    return value.tensor if isinstance(value, Exact) else value
+
+
+def placed(value: Any, setting: Setting) -> Any:
+    """On the device, floating point in the model's dtype."""
+    if isinstance(value, tuple):
+        return tuple(placed(part, setting) for part in value)
+    if isinstance(value, Exact):
+        return value.tensor.to(setting.device, torch.float32)
+    if isinstance(value, Tensor):
+        return value.to(setting.device, setting.dtype) if value.is_floating_point() else value.to(setting.device)
+    return value
+
+
+def first(value: Any) -> Tensor:
+    return value[0] if isinstance(value, tuple) else value
+
+
+def expert_case() -> tuple[Callable[..., Any], tuple[Any, ...]]:
+    tokens, experts, chosen, hidden, inner = 33, 16, 4, 256, 128
+    scores = drawn(tokens, experts).float().sigmoid()
+    weight, choice = scores.topk(chosen, -1)
+    up, down = drawn(experts, inner, hidden) / 16, drawn(experts, hidden, inner) / 16
+    return experts_dense, (drawn(tokens, hidden), choice, Exact(weight.double()), up, down)
+
+
+def conv_case() -> tuple[Callable[..., Any], tuple[Any, ...]]:
+    return causal_conv_sequential, (drawn(2, 16, 96), drawn(2, 3, 96), drawn(96, 1, 4), drawn(96))
+
+
+def ssd_case() -> tuple[Callable[..., Any], tuple[Any, ...]]:
+    rows, length, heads, width, groups, size = 2, 16, 8, 32, 2, 64
+    dt = drawn(rows, length, heads).sigmoid()
+    B, C = (drawn(rows, length, groups, size, seed=seed) for seed in range(2))
+    arguments = drawn(rows, length, heads, width), dt, -dt, B, C, drawn(rows, heads, width, size)
+    return ssd_sequential, tuple(map(Exact, arguments))
+
+
+def attention_case() -> tuple[Callable[..., Any], tuple[Any, ...]]:
+    rows, heads, own, length, context, width = 2, 8, 2, 16, 100, 64
+    seen = torch.arange(context) < torch.tensor([[100], [37]])
+    past = (drawn(rows, own, context, width), drawn(rows, own, context, width, seed=1))
+    inside = torch.ones(1, length, length, dtype=torch.bool).tril()
+    k, v = (drawn(rows, own, length, width, seed=seed) for seed in (2, 3))
+    return naive_attention, (drawn(rows, heads, length, width), k, v, inside, past, seen)
+
+
+def naive_attention(q: Tensor, k: Tensor, v: Tensor, inside: Tensor, past: tuple[Tensor, Tensor], seen: Tensor) -> Any:
+    """One softmax over keys that are joined and repeated."""
+    keys, values = torch.cat([past[0], k], 2), torch.cat([past[1], v], 2)
+    keys, values = (part.repeat_interleave(q.shape[1] // k.shape[1], 1) for part in (keys, values))
+    length = q.shape[2]
+    mask = torch.cat([seen[:, None].expand(-1, length, -1), inside.expand(len(q), -1, -1)], -1)[:, None]
+    scores = (q @ keys.transpose(-1, -2) * q.shape[-1] ** -0.5).masked_fill(~mask, -torch.inf)
+    return scores.softmax(-1) @ values
+
+
+CASES: dict[str, Callable[[], tuple[Callable[..., Any], tuple[Any, ...]]]] = {
+    "experts": expert_case,
+    "causal_conv": conv_case,
+    "ssd": ssd_case,
+    "attention": attention_case,
+}
+
+
+FREE: dict[str, Any] = {"mode": "diffusion", "confidence_threshold": 0.8}
+
+
+def equality(setting: Setting, out: dict[str, Any]) -> None:
+    """The bundled model on the device: verified decoding writes AR's tokens; AR writes what it writes on the CPU."""
+    texts, tokens = (2, 12) if setting.tiny else (16, 64)
+    cpu = TwoTowerForCausalLM.from_pretrained(bundled_model(), dtype="float32")
+    prompts = few_shot_prompts(cpu, texts, 48)
+    shared: dict[str, Any] = {"max_new_tokens": tokens, "mask_token_id": cpu.config.mask_token, "seed": 0}
+
+    def written(model: TwoTowerForCausalLM, **more: Any) -> list[list[int]]:
+        return [one.tokens for one in generate(model, prompts, GenerationParams.of(**more, **shared))]
+
+    on_cpu = written(cpu, mode="ar")
+    for dtype in ("float32", "bfloat16"):
+        model = ready.load(bundled_model(), dtype=dtype, context_device=str(setting.device))
+        ar = written(model, mode="ar")
+        for steps in (1, 2):
+            verified = written(model, mode="verified", draft_steps=steps)
+            out[f"{dtype}: verified, {steps} passes a draft, as AR"] = same(verified, ar)
+        out[f"{dtype}: AR as in fp32 on the CPU"] = same(ar, on_cpu)
+        once, again = (written(model, **FREE) for _ in range(2))
+        out[f"{dtype}: diffusion twice the same"] = same(once, again)
+        if dtype == "float32":
+            out[f"{dtype}: diffusion as on the CPU"] = same(once, written(cpu, **FREE))
+
+
+def same(one: list[list[int]], other: list[list[int]]) -> str:
+    """How many texts are alike."""
+    return f"{sum(a == b for a, b in zip(one, other, strict=True))} of {len(one)} texts"
+
+
+def floors(setting: Setting, out: dict[str, Any]) -> None:
+    """The rates that everything else is held against."""
+    rates = setting.floors()
+    out["summary"] = floor.described(rates)
+    out["rates"] = asdict(rates)
+    config = config_of(None if setting.tiny else PUBLISHED).backbone
+    works = floor.passes_of(config, setting.dtype, 1024)
+    out["full shape, by chance"] = [
+        {"pass": name, "GB": work.bytes / 1e9, "GFLOP": work.operations / 1e9, "floor, ms": floor.of(work, rates) * 1e3}
+        for name, work in works.items()
+    ]
+
+
+def midsize(setting: Setting, out: dict[str, Any]) -> None:
+    """`passes.py` on the midsize shape, transformers and the naive twin included."""
+    torch.manual_seed(0)
+    model = random_model(config_of(None if setting.tiny else MIDSIZE), setting.dtype, setting.device)
+    rates = setting.floors()
+    repeats, tokens, rounds = (3, 16, 1) if setting.tiny else (20, 96, 2)
+    out |= passes.costs(model, rates, context=256, repeats=repeats, naive=True)
+    out["diffusion"] = passes.diffusion_against_ar(model, context=256, tokens=tokens, rounds=rounds)
+    if not setting.tiny:
+        out["transformers"] = passes.against_transformers(model, context=32, tokens=tokens, rounds=rounds)
+
+
+def full_passes(setting: Setting, out: dict[str, Any]) -> None:
+    """The full shape: each pass beside its floor."""
+    started = time.perf_counter()
+    model = setting.full_model()
+    synchronize(setting.device)
+    out["towers"] = setting.towers
+    out["seconds to make it"] = time.perf_counter() - started
+    out["weights, GB"] = sum({p.data_ptr(): p.nbytes for p in model.parameters()}.values()) / 1e9
+    repeats = 3 if setting.tiny else 20
+    out |= passes.costs(model, setting.floors(), context=1024, repeats=repeats, naive=False)
+    out["times AR by the passes alone"] = [
+        {"tokens per pass": rate, "times AR": passes.from_passes(out["passes"], rate)} for rate in PUBLISHED_RATES
+    ]
+
+
+def full_profile(setting: Setting, out: dict[str, Any]) -> None:
+    """Where a pass's time goes: the operations of one AR step, one denoiser pass and one commit."""
+    model, context = setting.full_model(), 1024
+    texts = Texts.random(model, 1, context + 4 * BLOCK)
+    texts.set_length(context)
+    block, t = random_tokens(model, 1, BLOCK), torch.full((1,), 0.5, device=setting.device)
+    view = model.reader(texts.state).view()
+    calls: dict[str, Callable[[], object]] = {
+        "denoiser pass": lambda: model.denoise(block, t, view),
+        "AR step": lambda: model.extend(block[:, :1], texts.state),
+        "commit": lambda: (model.extend(block, texts.state, logits=False), texts.state.settle()),
+    }
+    for name, call in calls.items():
+        texts.set_length(context)
+        call()
+        texts.set_length(context)
+        out[name] = profiled(call, setting.device)
+
+
+def profiled(call: Callable[[], object], device: torch.device, rows: int = 25) -> dict[str, Any]:
+    """The operations that take longest, on the device where there is one; milliseconds."""
+    from torch.profiler import ProfilerActivity, profile
+
+    cuda = device.type == "cuda"
+    activities = [ProfilerActivity.CPU] + ([ProfilerActivity.CUDA] if cuda else [])
+    synchronize(device)
+    with profile(activities=activities) as watched:
+        started = time.perf_counter()
+        call()
+        synchronize(device)
+        wall = time.perf_counter() - started
+    events = watched.key_averages()
+
+    def own(event: Any) -> float:
+        if not cuda:
+            return float(event.self_cpu_time_total)
+        name = "self_device_time_total" if hasattr(event, "self_device_time_total") else "self_cuda_time_total"
+        return float(getattr(event, name))
+
+    # On CUDA an operation and the kernels it launched are entries of their own: the kernels' times add up.
+    on_device = [e for e in events if not cuda or "CUDA" in str(getattr(e, "device_type", ""))]
+    busiest = sorted(on_device, key=own, reverse=True)[:rows]
+    return {
+        "wall ms under the profiler": wall * 1e3,
+        "busy ms": sum(map(own, on_device)) / 1e3,
+        "launched": sum(e.count for e in on_device),
+        "longest": [
+            {"operation": e.key[:90], "calls": e.count, "ms": own(e) / 1e3} for e in busiest if own(e)
+        ],
+    }  # fmt: skip
+
+
+def full_diffusion(setting: Setting, out: dict[str, Any]) -> None:
+    """The full shape end to end: AR against diffusion at the published tokens per pass."""
+    model = setting.full_model()
+    tokens, rounds = (16, 1) if setting.tiny else (96, 1)
+    rates = PUBLISHED_RATES[:2] if setting.tiny else PUBLISHED_RATES
+    out["towers"] = setting.towers
+    out["diffusion"] = passes.diffusion_against_ar(model, context=512, tokens=tokens, rounds=rounds, per_pass=rates)
+
+
+def full_context(setting: Setting, out: dict[str, Any]) -> None:
+    """The full shape after 1K … 128K tokens."""
+    lengths = (1024, 4096) if setting.tiny else LENGTHS
+    repeats = 2 if setting.tiny else 7
+    out["towers"] = setting.towers
+    out |= lengths_of.measure(setting.full_model(), setting.floors(), lengths=lengths, repeats=repeats)
+
+
+def full_memory(setting: Setting, out: dict[str, Any]) -> None:
+    """What texts take at the full shape, held and at the peak of one block."""
+    model = setting.full_model()
+    lengths = (1024, 2048) if setting.tiny else LENGTHS
+    out |= memory.measure_states(model, lengths)
+    if setting.device.type == "cuda":
+        torch.cuda.reset_peak_memory_stats()
+        before = torch.cuda.memory_allocated()
+        passes.costs(model, setting.floors(), context=max(lengths), repeats=1, naive=False)
+        out["peak of passes after the longest text, GB"] = (torch.cuda.max_memory_allocated() - before) / 1e9
+        out["of which the text's state, GB"] = out["states"][-1]["AR"] / 1e9
+
+
+def engine(setting: Setting, out: dict[str, Any]) -> None:
+    """`throughput.py`: the bundled model, 1 … 64 requests at once."""
+    setting.release()
+    model = ready.load(bundled_model(), context_device=str(setting.device))
+    if setting.tiny:
+        few: dict[str, Any] = {"at_once": (1, 2), "modes": ("ar", "diffusion"), "texts": 2}
+        out |= throughput.measure(model, rounds=1, tokens=36, context=24, **few)
+    else:
+        out |= throughput.measure(model, rounds=1, texts=8, tokens=64)
+
+
+def loading(setting: Setting, out: dict[str, Any]) -> None:
+    """`memory.py` on the bundled model, each case in a process of its own (tiny: one case, in this one)."""
+    shared: dict[str, Any] = {
+        "device": str(setting.device), "dtype": "bfloat16", "threads": None, "prompt": 128, "rounds": 3,
+    }  # fmt: skip
+    if setting.tiny:
+        name, case = next(iter(memory.CASES.items()))
+        out["loads"] = {name: memory.child({"path": str(bundled_model()), **shared, **case})}
+    else:
+        out["loads"] = memory.loads(bundled_model(), **shared)
+
+
+PARTS: dict[str, tuple[Callable[[Setting, dict[str, Any]], None], float]] = {  # and each one's limit in minutes
+    "kernels": (kernels, 0.5),
+    "equality": (equality, 1.0),
+    "floors": (floors, 0.5),
+    "full-passes": (full_passes, 2.0),
+    "full-profile": (full_profile, 0.7),
+    "full-diffusion": (full_diffusion, 1.5),
+    "full-context": (full_context, 1.0),
+    "full-memory": (full_memory, 0.5),
+    "midsize": (midsize, 1.2),
+    "engine": (engine, 2.0),
+    "loading": (loading, 1.0),
+}
+
+
+# --- running them ---------------------------------------------------------------------------------------------------
+
+
+@contextmanager
+def at_most(seconds: float) -> Iterator[None]:
+    """Raises OutOfTimeError in whatever runs inside for longer. A kernel that hangs is beyond its reach."""
+
+    def over(*_: object) -> None:
+        raise OutOfTimeError(f"cut off after {seconds:.0f} s")
+
+    before = signal.signal(signal.SIGALRM, over)
+    signal.setitimer(signal.ITIMER_REAL, max(seconds, 0.001))
+    try:
+        yield
+    finally:
+        signal.setitimer(signal.ITIMER_REAL, 0)
+        signal.signal(signal.SIGALRM, before)
+
+
+@dataclass
+class Report:
+    """All results so far, on disk after every part."""
+
+    folder: Path
+    facts: dict[str, Any]
+    parts: dict[str, Any] = field(default_factory=dict)
+
+    def write(self) -> None:
+        self.folder.mkdir(parents=True, exist_ok=True)
+        for name, text in (("results.json", json.dumps(self.all(), indent=1)), ("results.md", self.markdown())):
+            draft = self.folder / f"{name}.part"
+            draft.write_text(text + "\n")
+            draft.replace(self.folder / name)
+
+    def all(self) -> dict[str, Any]:
+        return self.facts | {"parts": self.parts}
+
+    def markdown(self) -> str:
+        lines = ["# One GPU, one call", ""]
+        lines += [f"- {name}: {value}" for name, value in self.facts["machine"].items()]
+        for name, part in self.parts.items():
+            lines += ["", f"## {name}", "", f"{PARTS[name][0].__doc__} {part['state']}, {part['seconds']:.1f} s.", ""]
+            lines += written(part["found"])
+            if part.get("error"):
+                lines += ["", "```", part["error"].rstrip(), "```"]
+        return "\n".join(lines)
+
+
+def written(found: Any, depth: int = 3) -> list[str]:
+    """Markdown of anything JSON-like: rows as tables, what is nested under headings, the rest as a list."""
+    lines: list[str] = []
+    nested = []
+    for name, value in found.items():
+        if isinstance(value, dict | list) and value and not is_flat(value):
+            nested.append((name, value))
+        else:
+            lines.append(f"- {name}: {cell(value)}")
+    for name, value in nested:
+        lines += ["", f"{'#' * depth} {name}", ""]
+        if isinstance(value, list):
+            lines += tabled(value)
+        elif all(isinstance(part, dict) and is_flat(part, 1) for part in value.values()):
+            lines += tabled([{"": key} | part for key, part in value.items()])
+        else:
+            lines += written(value, depth + 1)
+    return lines
+
+
+def is_flat(value: Any, nested: int = 0) -> bool:
+    """Whether it fits a line (nested: or a row, whose cells may hold flat things)."""
+    parts = list(value.values()) if isinstance(value, dict) else value
+    return all(not isinstance(part, dict | list) or (nested and is_flat(part)) for part in parts)
+
+
+def tabled(rows: list[dict[str, Any]]) -> list[str]:
+    columns = list(dict.fromkeys(name for row in rows for name in row))
+    body = ["| " + " | ".join(cell(row.get(name, "")) for name in columns) + " |" for row in rows]
+    return ["| " + " | ".join(columns) + " |", "|" + "---|" * len(columns), *body]
+
+
+def cell(value: Any) -> str:
+    if isinstance(value, bool) or value is None:
+        return str(value)
+    if isinstance(value, float):
+        return f"{value:.4g}"
+    if isinstance(value, int):
+        return f"{value:,}"
+    if isinstance(value, dict):
+        return ", ".join(f"{name} {cell(part)}" for name, part in value.items())
+    if isinstance(value, list | tuple):
+        return ", ".join(map(cell, value))
+    return str(value).replace("|", "\\|").replace("\n", " ")
+
+
+def run_part(name: str, setting: Setting, seconds: float) -> dict[str, Any]:
+    """A part's entry in the report, whatever happens to it."""
+    entry: dict[str, Any] = {"state": "done", "seconds": 0.0, "found": {}}
+    started = time.perf_counter()
+    try:
+        with at_most(seconds), torch.no_grad():
+            PARTS[name][0](setting, entry["found"])
+    except OutOfTimeError as error:
+        entry["state"], entry["error"] = str(error), traceback.format_exc(limit=-4)
+    except Exception as error:
+        entry["state"], entry["error"] = f"failed: {type(error).__name__}", traceback.format_exc()
+        if isinstance(error, torch.OutOfMemoryError):
+            setting.release()
+    entry["seconds"] = time.perf_counter() - started
+    return entry
+
+
+@click.command()
+@click.option("--device", type=click.Choice(("cpu", "cuda")), default="cuda", show_default=True)
+@click.option("--dtype", type=click.Choice(floor.DTYPES), default="bfloat16", show_default=True)
+@click.option("--minutes", default=8.5, show_default=True, help="For everything.")
+@click.option("--out", type=click.Path(file_okay=False, path_type=Path), default=Path("build/gpu"), show_default=True)
+@click.option("--parts", default=",".join(PARTS), show_default=True)
+@click.option("--tiny", is_flag=True, help="Tiny shapes: tries the script out, on a CPU too.")
+def main(device: str, dtype: str, minutes: float, out: Path, parts: str, tiny: bool) -> None:
+    """Measures one device."""
+    started = time.perf_counter()
+    unknown = sorted(set(parts.split(",")) - set(PARTS))
+    if unknown:
+        raise click.BadParameter(f"{', '.join(unknown)}: choose of {', '.join(PARTS)}", param_hint="--parts")
+    if device == "cuda" and not torch.cuda.is_available():
+        raise click.BadParameter("no CUDA device here; --device cpu --tiny tries the script out", param_hint="--device")
+    torch.manual_seed(0)
+    setting = Setting(torch.device(device), getattr(torch, dtype), tiny)
+    facts = {"benchmark": "gpu", "machine": surroundings(setting.device, setting.dtype), "tiny": tiny}
+    found = Report(out, facts)
+    for name in parts.split(","):
+        left = 60 * minutes - (time.perf_counter() - started)
+        if left < 1:
+            found.parts[name] = {"state": "not begun: the budget is spent", "seconds": 0.0, "found": {}}
+        else:
+            print(f"{name} … ({left:.0f} s left)", file=sys.stderr, flush=True)
+            found.parts[name] = run_part(name, setting, min(left, 60 * PARTS[name][1]))
+            print(f"{name}: {found.parts[name]['state']}", file=sys.stderr, flush=True)
+        found.write()
+    print(f"{out / 'results.md'} written", file=sys.stderr)
+    print(json.dumps(found.all()))
+
+
+if __name__ == "__main__":
+    main()

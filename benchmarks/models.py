@@ -1,0 +1,156 @@
+"""Models and states to measure on: random weights where no others are needed, and texts of any length at once.
+
+A pass costs what it costs whatever the weights are, with one exception: which experts tokens choose. Masks all look
+alike to random weights, so a block of them would go to a handful of experts where a trained model visits most of what
+chance would. So blocks that are timed hold random tokens in place of masks (`random_for_masks`).
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from twotower import TwoTowerConfig, TwoTowerForCausalLM
+from twotower.config import read_object
+from twotower.model.conditioning import TimeConditioning
+from twotower.state import AttentionPool, MambaPool, TowerState
+
+HERE = Path(__file__).parent
+MIDSIZE, PUBLISHED = HERE / "midsize.json", HERE / "published.json"
+# Every kind of layer in a few kilobytes, for trying a benchmark out.
+TINY: dict[str, Any] = {
+    "hybrid_override_pattern": "ME*-M", "hidden_size": 64, "vocab_size": 512, "max_position_embeddings": 262144,
+    "num_attention_heads": 4, "num_key_value_heads": 2, "head_dim": 16, "mamba_num_heads": 4, "mamba_head_dim": 32,
+    "ssm_state_size": 16, "n_groups": 2, "chunk_size": 32, "intermediate_size": 96, "n_routed_experts": 8,
+    "num_experts_per_tok": 2, "moe_intermediate_size": 48, "moe_shared_expert_intermediate_size": 96,
+    "routed_scaling_factor": 2.5,
+}  # fmt: skip
+
+
+def config_of(path: Path | None) -> TwoTowerConfig:
+    """Of a config.json; None: a tiny one."""
+    values = dict(TINY) if path is None else read_object(path, "name a config.json")
+    values.pop("model_type", None)
+    return TwoTowerConfig(**values)
+
+
+def random_model(
+    config: TwoTowerConfig, dtype: torch.dtype, device: torch.device, *, shared: bool = False
+) -> TwoTowerForCausalLM:
+    """Both towers, made on the device with the project's own initialisation. shared: one set of weights serves both
+    towers, for a device that cannot hold two; a pass reads as much."""
+    with torch.device("meta"):
+        model = TwoTowerForCausalLM(config, towers="context" if shared else "both")
+        if shared:
+            model.denoiser = model.context
+            model.time = TimeConditioning(config.hidden_size, config.num_hidden_layers)
+    model.to(dtype)
+    model.to_empty(device=device)
+    fill(model)
+    model.config.dtype = dtype
+    return model.eval()
+
+
+@torch.no_grad()
+def fill(model: TwoTowerForCausalLM) -> None:
+    """Random weights in a model whose memory holds none yet."""
+    for name, tensor in [*model.named_parameters(), *model.named_buffers()]:
+        own = name.rsplit(".", 2)[-2:]
+        if own[-1] == "D" or ("norm" in own[0] and own[-1] == "weight"):
+            tensor.fill_(1.0)
+        elif tensor.dim() == 1:
+            tensor.zero_()  # biases; what else has one dimension is drawn below
+    model.reset_parameters()
+    if model.time is not None:
+        for module in model.time.t_embedder.modules():
+            if isinstance(module, nn.Linear):
+                module.reset_parameters()
+        model.time.reset_parameters()
+        # As if trained a little: t has an effect, but shifts do not outweigh embeddings of a deviation of 0.02: all
+        # tokens would look alike and choose the same experts.
+        nn.init.normal_(model.time.t_block[1].weight, std=5e-4)
+        spread = torch.tensor([[0.002], [0.1], [0.1]])  # of shift, scale and gate
+        for table in model.time.scale_shift_tables:
+            table += spread.to(table) * torch.randn_like(table)
+
+
+@dataclass
+class Texts:
+    """A state whose rows hold texts of any length up to its capacity, without anybody having read them: random K/V
+    and random Mamba states. What a pass costs depends on how much it reads, not on what."""
+
+    model: TwoTowerForCausalLM
+    state: TowerState
+
+    @classmethod
+    def empty(cls, model: TwoTowerForCausalLM, rows: int, capacity: int) -> Texts:
+        """All zeros, for what does not depend on it; pages that nobody reads are not taken."""
+        return cls(model, model.new_state(rows, capacity))
+
+    @classmethod
+    def random(cls, model: TwoTowerForCausalLM, rows: int, capacity: int) -> Texts:
+        state = model.new_state(rows, capacity)
+        for pool in state.pools:
+            if isinstance(pool, AttentionPool):
+                pool.k.normal_()
+                pool.v.normal_()
+            elif isinstance(pool, MambaPool):
+                pool.conv_window.normal_()
+                pool.ssm_state.normal_()
+        return cls(model, state)
+
+    def set_length(self, length: int) -> None:
+        """Every row's text is so long now."""
+        self.state.settle()
+        self.state.lengths = torch.full_like(self.state.lengths, length)
+        self.state.bound = length
+
+
+def random_tokens(model: TwoTowerForCausalLM, rows: int, length: int, seed: int = 0) -> Tensor:
+    """(rows, length), none of them special."""
+    generator = torch.Generator().manual_seed(seed)
+    return torch.randint(4, model.config.vocab_size, (rows, length), generator=generator).to(model.device)
+
+
+@contextmanager
+def random_for_masks(model: TwoTowerForCausalLM, block_size: int) -> Iterator[dict[str, int]]:
+    """The denoiser gets random tokens where a block has masks; counts its passes."""
+    real, mask = model.denoise, model.config.mask_token
+    noise = random_tokens(model, 1, block_size, seed=1)
+    counted = {"passes": 0}
+
+    def denoise(block: Tensor, *args: Any, **kwargs: Any) -> Tensor:
+        counted["passes"] += 1
+        return real(torch.where(block == mask, noise[:, : block.shape[1]], block), *args, **kwargs)
+
+    model.denoise = denoise  # type: ignore[method-assign]
+    try:
+        yield counted
+    finally:
+        del model.denoise
+
+
+def cut_to(config: TwoTowerConfig, bytes_per_tower: float, dtype: torch.dtype) -> TwoTowerConfig:
+    """The same layers, but only so many of the first ones that a tower fits."""
+    pattern = config.hybrid_override_pattern
+    while len(pattern) > 1 and tower_bytes(config, dtype) > bytes_per_tower:
+        pattern = pattern[:-1]
+        values = {**config.to_dict(), "hybrid_override_pattern": pattern}
+        config = TwoTowerConfig(**{name: value for name, value in values.items() if name not in _DERIVED})
+    return config
+
+
+_DERIVED = {"model_type", "num_hidden_layers"}
+
+
+def tower_bytes(config: TwoTowerConfig, dtype: torch.dtype) -> int:
+    """Weights of one tower with its embedding and head."""
+    with torch.device("meta"):
+        model = TwoTowerForCausalLM(config, towers="context").to(dtype)
+    return sum(tensor.nbytes for tensor in model.parameters())

@@ -1,0 +1,62 @@
+"""Clocks of the benchmarks: everything in turn in one process, so that whatever else the machine does falls on all."""
+
+from __future__ import annotations
+
+import statistics
+import time
+from collections.abc import Callable
+from dataclasses import dataclass
+
+import torch
+
+
+@dataclass(frozen=True)
+class Run:
+    """What is timed; `before` is not."""
+
+    call: Callable[[], object]
+    before: Callable[[], object] = lambda: None
+
+
+def synchronize(device: torch.device) -> None:
+    """Waits for what was launched."""
+    if device.type == "cuda":
+        torch.cuda.synchronize(device)
+
+
+def seconds(call: Callable[[], object], device: torch.device) -> float:
+    """Of one call."""
+    synchronize(device)
+    started = time.perf_counter()
+    call()
+    synchronize(device)
+    return time.perf_counter() - started
+
+
+def interleaved(
+    runs: dict[str, Run], device: torch.device, repeats: int, warm_up: int = 3, least: float = 0.0
+) -> dict[str, list[float]]:
+    """Seconds of every run, repeat by repeat: all of them in turn, the first `warm_up` times not counted.
+
+    least: seconds that a clocked stretch should last; shorter runs are launched several times in a row for it.
+    """
+    times: dict[str, list[float]] = {name: [] for name in runs}
+    often = dict.fromkeys(runs, 1)
+    for repeat in range(repeats + warm_up):
+        for name, run in runs.items():
+            run.before()
+            taken = seconds(lambda run=run, name=name: [run.call() for _ in range(often[name])], device)
+            if repeat >= warm_up:
+                times[name].append(taken / often[name])
+            elif least:
+                often[name] = max(1, round(least * often[name] / max(taken, 1e-9)))
+    return times
+
+
+def medians(times: dict[str, list[float]]) -> dict[str, float]:
+    return {name: statistics.median(values) for name, values in times.items()}
+
+
+def ratio(of: list[float], to: list[float]) -> float:
+    """The median of the ratios within a repeat."""
+    return statistics.median(a / b for a, b in zip(of, to, strict=True))

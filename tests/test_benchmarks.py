@@ -1,0 +1,212 @@
+"""The benchmarks run, print what they promise, and their figures cannot be nonsense: each in its quick form."""
+
+from __future__ import annotations
+
+import json
+import math
+import os
+import subprocess
+import sys
+import time
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+
+BENCHMARKS = Path(__file__).parent.parent / "benchmarks"
+
+
+def bench(script: str, *arguments: str) -> dict[str, Any]:
+    """Runs one, on one thread → its JSON line, which is all of its stdout."""
+    command = [sys.executable, str(BENCHMARKS / f"{script}.py"), *arguments]
+    environment = os.environ | {"OMP_NUM_THREADS": "1"}
+    done = subprocess.run(command, capture_output=True, text=True, timeout=300, env=environment)
+    assert done.returncode == 0, done.stderr
+    (line,) = done.stdout.splitlines()
+    assert done.stderr.strip()  # what people read
+    facts: dict[str, Any] = json.loads(line)
+    assert facts["benchmark"] == script
+    return facts
+
+
+@pytest.fixture
+def modules(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
+    """The benchmarks can be imported by their names, inside the test only."""
+    before = set(sys.modules)
+    monkeypatch.syspath_prepend(str(BENCHMARKS))
+    yield
+    for name in set(sys.modules) - before:
+        if str(getattr(sys.modules[name], "__file__", "")).startswith(str(BENCHMARKS)):
+            del sys.modules[name]
+
+
+def test_floor() -> None:
+    facts = bench("floor", "--quick")
+    rates = facts["rates"]
+    assert rates["bytes_per_second"] == max(rates["reads"].values()) > 1e8
+    assert rates["operations_per_second"] == max(rates["products"].values()) > 1e8
+    for name, floor in facts["floors"].items():
+        work = facts["work"][name]
+        reading = sum(work["parts"].values()) / rates["bytes_per_second"]
+        computing = work["operations"] / rates["operations_per_second"]
+        assert floor == pytest.approx(max(reading, computing))
+    assert facts["floors"]["AR step"] < facts["floors"]["denoiser pass"]
+
+
+def test_passes() -> None:
+    (found,) = bench("passes", "--quick")["measured"]
+    assert found["passes"].keys() == {"AR step", "denoiser pass", "commit"}
+    for one in found["passes"].values():
+        assert 0 < one["floor"] < one["best"] <= one["seconds"]
+        assert one["times floor"] == pytest.approx(one["seconds"] / one["floor"])
+        assert one["experts"]["how"] == "counted"
+    assert found["passes"]["AR step"]["experts"]["mean"] == 2
+    assert found["passes"]["AR step"]["AR steps"] == 1
+    assert 4 < found["passes"]["denoiser pass"]["experts"]["mean"] <= 8  # not the few that a block of masks chooses
+    assert found["naive logits differ by"]["largest"] < 1e-4
+    assert found["naive"]["times ours"] > 0
+    assert [row["asked"] for row in found["diffusion"]] == [1.5, 3, 5]
+    for row in found["diffusion"]:
+        assert row["tokens per pass"] == pytest.approx(row["asked"], rel=0.15)  # three blocks
+        assert row["passes launched"] == pytest.approx(48 / row["tokens per pass"])
+        assert row["times AR"] > 0
+    assert found["transformers"]["same tokens"]
+    assert found["transformers"]["same until"] == found["transformers"]["tokens"] == 48
+
+
+def test_throughput() -> None:
+    facts = bench("throughput", "--quick")
+    assert [(row["mode"], row["at once"]) for row in facts["measured"]] == [
+        (mode, rows) for mode in ("ar", "diffusion", "verified") for rows in (1, 3)
+    ]
+    assert facts["matmuls cover"] > 0.95
+    alone = {row["mode"]: row for row in facts["measured"] if row["at once"] == 1}
+    for row in facts["measured"]:
+        assert row["same texts as alone"] == 1  # these few in fp32 have no near-ties
+        assert 0 < row["first block p50"] <= row["first block p95"] <= row["latency p95"]
+        assert row["latency p50"] <= row["latency p95"]
+        assert row["tokens per pass"] == pytest.approx(alone[row["mode"]]["tokens per pass"])
+        assert row["share of it"] == pytest.approx(row["times one"] / row["matmuls allow"])
+    assert alone["ar"]["tokens per pass"] == 1 < alone["verified"]["tokens per pass"]
+    assert all(row["times one"] == row["matmuls allow"] == 1 for row in alone.values())
+    assert all(row["times one"] > 1 for row in facts["measured"] if row["at once"] == 3)
+
+
+def test_memory() -> None:
+    facts = bench("memory", "--quick")
+    states = facts["states"]
+    assert [row["length"] for row in states] == [1024, 4096]
+    for row in states:
+        assert row["scratch"] == row["two-tower"] - row["AR"] == states[0]["scratch"] > 0  # one block, however long
+    tokens = facts["state bytes a token"]
+    assert tokens["AR"] == tokens["two-tower"] == 2 * 2 * 16 * 4  # K and V of one layer: 2 heads of 16, fp32
+    published = facts["published shape, bf16"]
+    assert (published[1]["bytes"] - published[0]["bytes"]) / 3072 == 2 * 6 * 2 * 128 * 2
+    for one in facts["loads"].values():
+        assert one["load seconds"] > 0
+        assert one["weights bytes"] < one["peak of the load"] <= one["peak"]
+        assert 0 < one["first event"] <= one["first block"]
+
+
+def test_context(tmp_path: Path) -> None:
+    picture = tmp_path / "curve.png"
+    facts = bench("context", "--quick", "-o", str(picture))
+    assert picture.read_bytes().startswith(b"\x89PNG")
+    assert facts["lengths"] == [1024, 8192, 32768]
+    assert facts["floor slope"] == pytest.approx(256 * 1e6 / facts["rates"]["bytes_per_second"])
+    for name, curve in facts["seconds"].items():
+        assert len(curve) == 3
+        assert curve[2] > curve[0] > 0  # a tiny model's pass is mostly attention after so long a text
+        assert facts["slopes"][name] > facts["floor slope"]
+        assert facts["own floor slopes"][name] >= facts["floor slope"] * (1 - 1e-9)
+
+
+def test_gpu_script_on_the_cpu(tmp_path: Path) -> None:
+    facts = bench("gpu", "--device", "cpu", "--tiny", "--minutes", "1", "--out", str(tmp_path))
+    assert json.loads((tmp_path / "results.json").read_text()) == facts
+    parts = facts["parts"]
+    assert list(parts) == [
+        "kernels", "equality", "floors", "full-passes", "full-profile", "full-diffusion", "full-context", "full-memory",
+        "midsize", "engine", "loading",
+    ]  # fmt: skip
+    assert {name: (part["state"], part.get("error")) for name, part in parts.items()} == dict.fromkeys(
+        parts, ("done", None)
+    )
+    verdicts = {row.get("verdict", row["refused"]) for row in parts["kernels"]["found"]["checked"]}
+    assert "agrees" in verdicts
+    assert not any("DIFFERS" in verdict or "Error" in verdict for verdict in verdicts)
+    assert parts["equality"]["found"]["float32: verified, 1 passes a draft, as AR"] == "2 of 2 texts"
+    assert parts["full-passes"]["found"]["passes"]["AR step"]["floor"] > 0
+    assert parts["full-profile"]["found"]["AR step"]["longest"]
+    text = (tmp_path / "results.md").read_text()
+    assert all(f"\n## {name}\n" in text for name in parts)
+
+
+@pytest.mark.usefixtures("modules")
+def test_a_part_that_fails_or_hangs_does_not_take_the_others_along(monkeypatch: pytest.MonkeyPatch) -> None:
+    import gpu
+
+    def fails(setting: Any, out: dict[str, Any]) -> None:
+        out["before"] = 1
+        raise ValueError("broken kernel")
+
+    def hangs(setting: Any, out: dict[str, Any]) -> None:
+        out["before"] = 2
+        time.sleep(60)
+
+    monkeypatch.setitem(gpu.PARTS, "fails", (fails, 1.0))
+    monkeypatch.setitem(gpu.PARTS, "hangs", (hangs, 0.01))
+    setting = gpu.Setting(torch.device("cpu"), torch.float32, True)
+    failed, hung = (gpu.run_part(name, setting, 60 * gpu.PARTS[name][1]) for name in ("fails", "hangs"))
+    assert failed["found"] == {"before": 1}
+    assert failed["state"] == "failed: ValueError"
+    assert "broken kernel" in failed["error"]
+    assert hung["found"] == {"before": 2}
+    assert hung["state"].startswith("cut off after")
+    assert hung["seconds"] < 10
+
+
+@pytest.mark.usefixtures("modules")
+def test_what_a_pass_must_read_is_what_a_tower_holds() -> None:
+    import floor
+    import models
+
+    config = models.config_of(None)
+    model = models.random_model(config, torch.float32, torch.device("cpu"))
+    every = [float(config.n_routed_experts)]
+    shape: dict[str, Any] = {"rows": 1, "width": 1, "context": 0, "experts": every}
+    for tower, more in ((model.context, {}), (model.denoiser, {"denoiser": True})):
+        parts = floor.work(config.backbone, torch.float32, **shape, **more).parts
+        held = sum(p.nbytes for p in tower.parameters()) - tower.embeddings.weight.nbytes
+        if more:
+            held += sum(p.nbytes for p in model.time.parameters())
+        assert parts["layers"] + parts["experts"] + parts["head"] == pytest.approx(held, rel=0.01)
+    row = model.new_state(1, 0)
+    state = sum(pool.conv_window.nbytes + pool.ssm_state.nbytes for pool in row.pools if hasattr(pool, "ssm_state"))
+    assert parts["Mamba states"] == state
+    assert floor.expected_experts(config.backbone, 1) == pytest.approx(config.num_experts_per_tok)
+    assert floor.expected_experts(config.backbone, 10**6) == pytest.approx(config.n_routed_experts)
+
+
+@pytest.mark.usefixtures("modules")
+def test_one_set_of_weights_can_serve_both_towers_and_big_shapes_are_cut() -> None:
+    import models
+
+    from twotower import GenerationParams, generate
+
+    config, cpu = models.config_of(None), torch.device("cpu")
+    shared = models.random_model(config, torch.bfloat16, cpu, shared=True)
+    assert shared.denoiser is shared.context
+    assert shared.context.layers[0].mixer.A_log.dtype == torch.float32  # what must be wide is
+    assert all(math.isfinite(float(p.detach().float().sum())) for p in shared.parameters())
+    with models.random_for_masks(shared, 16) as counted:
+        (result,) = generate(shared, [[5, 6, 7]], GenerationParams.of(max_new_tokens=20, seed=0))
+    assert len(result.tokens) == 20
+    assert counted["passes"] == result.denoiser_passes
+    whole = models.tower_bytes(config, torch.bfloat16)
+    cut = models.cut_to(config, 0.8 * whole, torch.bfloat16)
+    assert config.hybrid_override_pattern.startswith(cut.hybrid_override_pattern)
+    assert models.tower_bytes(cut, torch.bfloat16) <= 0.8 * whole
+    assert models.random_model(cut, torch.bfloat16, cpu).config.num_hidden_layers == cut.num_hidden_layers
