@@ -325,7 +325,7 @@ def main(
     if at_once[0] != 1:
         at_once = (1, *at_once)
     if quick:
-        at_once, texts, context, tokens, rounds = (1, 3), 3, 24, 40, 1
+        at_once, texts, context, tokens, rounds = (1, 3), 3, 24, 36, 1
     source = ready.source_of(None if path is None else str(path))
     model = ready.load(source, dtype=dtype, context_device=device, threads=threads)
     found = measure(
