@@ -291,10 +291,8 @@ def generate(material: Material, variation: Variation, whole: dict[str, Tensor])
 class Blind(TwoTowerForCausalLM):
     """Its denoiser's Mamba layers always start from zero."""
 
-    def denoise(
-        self, block: Tensor, t: Tensor | None, view: Any, causal: bool = False, lengths: Tensor | None = None
-    ) -> Tensor:
-        return super().denoise(block, t, replace(view, past=[unseeded(past) for past in view.past]), causal, lengths)
+    def denoise(self, block: Tensor, t: Tensor | None, view: Any, *rest: Any, **options: Any) -> Tensor:
+        return super().denoise(block, t, replace(view, past=[unseeded(past) for past in view.past]), *rest, **options)
 
 
 def _released_gates(time: TimeConditioning, hidden: int, seed: int) -> None:

@@ -40,15 +40,11 @@ import throughput  # noqa: E402
 import torch  # noqa: E402
 from models import MIDSIZE, PUBLISHED, Texts, config_of, cut_to, random_model, random_tokens, tower_bytes  # noqa: E402
 from timing import synchronize  # noqa: E402
-from torch import Tensor  # noqa: E402
 
 from twotower import GenerationParams, TwoTowerForCausalLM, bundled_model, generate, ready  # noqa: E402
 from twotower.evaluation.bench import few_shot_prompts  # noqa: E402
 from twotower.evaluation.machine import surroundings  # noqa: E402
-from twotower.kernels import CATALOGUE, report  # noqa: E402
-from twotower.kernels.conv import causal_conv_sequential  # noqa: E402
-from twotower.kernels.experts import experts_dense  # noqa: E402
-from twotower.kernels.ssd import ssd_sequential  # noqa: E402
+from twotower.kernels import CATALOGUE, Backend, cases, report, verification  # noqa: E402
 
 BLOCK = 16
 PUBLISHED_RATES = (1.2, 1.5, 1.9, 3.0, 3.3, 5.0)  # tokens per pass: spec §5's, and the issue's
@@ -124,103 +120,18 @@ def kernels(setting: Setting, out: dict[str, Any]) -> None:
             refused = backend.refusal(setting.device, setting.dtype)
             row: dict[str, Any] = {"op": op, "backend": backend.name, "refused": refused or ""}
             rows.append(row)
-            if refused:
-                continue
-            if op not in CASES:
-                row["verdict"] = "no case for it in benchmarks/gpu.py"
-                continue
-            twin, arguments = CASES[op]()
-            try:
-                expected = twin(*(wide(value) for value in arguments))
-                got = backend.function(*(placed(value, setting) for value in arguments))
-                got, expected = (first(value).double().cpu() for value in (got, expected))
-                gap = float((got - expected).abs().max() / expected.std())
-                row["largest difference, σ"] = gap
-                row["verdict"] = "agrees" if gap < (0.1 if setting.dtype == torch.bfloat16 else 1e-3) else "DIFFERS"
-            except Exception as error:
-                row["verdict"] = f"{type(error).__name__}: {error}"
+            if not refused:
+                tried = cases_of(op, backend, setting)
+                wrong = verification.disagreement(backend.function, backends[-1].function, tried)
+                row["verdict"] = "agrees" if wrong is None else f"DIFFERS: it {wrong}"
 
 
-def drawn(*shape: int, seed: int = 0) -> Tensor:
-    """bf16 numbers, so that no dtype rounds them, kept in float64."""
-    generator = torch.Generator().manual_seed(seed + sum(shape))
-    return torch.randn(shape, generator=generator).bfloat16().double()
-
-
-@dataclass(frozen=True)
-class Exact:
-    """A tensor that stays in fp32 whatever the model's dtype, as the kernel gets it in a model."""
-
-    tensor: Tensor
-
-
-def wide(value: Any) -> Any:
-    """As the twin gets it."""
-    if isinstance(value, tuple):
-        return tuple(map(wide, value))
-    return value.tensor if isinstance(value, Exact) else value
-
-
-def placed(value: Any, setting: Setting) -> Any:
-    """On the device, floating point in the model's dtype."""
-    if isinstance(value, tuple):
-        return tuple(placed(part, setting) for part in value)
-    if isinstance(value, Exact):
-        return value.tensor.to(setting.device, torch.float32)
-    if isinstance(value, Tensor):
-        return value.to(setting.device, setting.dtype) if value.is_floating_point() else value.to(setting.device)
-    return value
-
-
-def first(value: Any) -> Tensor:
-    return value[0] if isinstance(value, tuple) else value
-
-
-def expert_case() -> tuple[Callable[..., Any], tuple[Any, ...]]:
-    tokens, experts, chosen, hidden, inner = 33, 16, 4, 256, 128
-    scores = drawn(tokens, experts).float().sigmoid()
-    weight, choice = scores.topk(chosen, -1)
-    up, down = drawn(experts, inner, hidden) / 16, drawn(experts, hidden, inner) / 16
-    return experts_dense, (drawn(tokens, hidden), choice, Exact(weight.double()), up, down)
-
-
-def conv_case() -> tuple[Callable[..., Any], tuple[Any, ...]]:
-    return causal_conv_sequential, (drawn(2, 16, 96), drawn(2, 3, 96), drawn(96, 1, 4), drawn(96))
-
-
-def ssd_case() -> tuple[Callable[..., Any], tuple[Any, ...]]:
-    rows, length, heads, width, groups, size = 2, 16, 8, 32, 2, 64
-    dt = drawn(rows, length, heads).sigmoid()
-    B, C = (drawn(rows, length, groups, size, seed=seed) for seed in range(2))
-    arguments = drawn(rows, length, heads, width), dt, -dt, B, C, drawn(rows, heads, width, size)
-    return ssd_sequential, tuple(map(Exact, arguments))
-
-
-def attention_case() -> tuple[Callable[..., Any], tuple[Any, ...]]:
-    rows, heads, own, length, context, width = 2, 8, 2, 16, 100, 64
-    seen = torch.arange(context) < torch.tensor([[100], [37]])
-    past = (drawn(rows, own, context, width), drawn(rows, own, context, width, seed=1))
-    inside = torch.ones(1, length, length, dtype=torch.bool).tril()
-    k, v = (drawn(rows, own, length, width, seed=seed) for seed in (2, 3))
-    return naive_attention, (drawn(rows, heads, length, width), k, v, inside, past, seen)
-
-
-def naive_attention(q: Tensor, k: Tensor, v: Tensor, inside: Tensor, past: tuple[Tensor, Tensor], seen: Tensor) -> Any:
-    """One softmax over keys that are joined and repeated."""
-    keys, values = torch.cat([past[0], k], 2), torch.cat([past[1], v], 2)
-    keys, values = (part.repeat_interleave(q.shape[1] // k.shape[1], 1) for part in (keys, values))
-    length = q.shape[2]
-    mask = torch.cat([seen[:, None].expand(-1, length, -1), inside.expand(len(q), -1, -1)], -1)[:, None]
-    scores = (q @ keys.transpose(-1, -2) * q.shape[-1] ** -0.5).masked_fill(~mask, -torch.inf)
-    return scores.softmax(-1) @ values
-
-
-CASES: dict[str, Callable[[], tuple[Callable[..., Any], tuple[Any, ...]]]] = {
-    "experts": expert_case,
-    "causal_conv": conv_case,
-    "ssd": ssd_case,
-    "attention": attention_case,
-}
+def cases_of(op: str, backend: Backend, setting: Setting) -> list[verification.Case]:
+    """What a backend is tried on; the grouped GEMM takes widths that are multiples of 8 only."""
+    if backend.name == "grouped-gemm":
+        return cases.experts_cases(setting.device, setting.dtype, width=64, inner=32)
+    made = next(other.cases for other in CATALOGUE[op] if other.cases is not None)
+    return made(setting.device, setting.dtype)
 
 
 FREE: dict[str, Any] = {"mode": "diffusion", "confidence_threshold": 0.8}

@@ -14,6 +14,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from twotower import TwoTowerForCausalLM
+from twotower.kernels.attention import Cached
 from twotower.model.coupling import KeyValue, MambaPast
 from twotower.state import ContextView
 
@@ -35,8 +36,9 @@ class NaiveDenoiser:
         length = int(view.lengths[0])
         self.past = []
         for past in view.past:
-            if isinstance(past, KeyValue):
-                self.past.append(KeyValue(past.k[:, :, :length].clone(), past.v[:, :, :length].clone()))
+            if isinstance(past, Cached):
+                k, v, _ = past.dense(self.config.num_key_value_heads)
+                self.past.append(KeyValue(k[:, :, :length].clone(), v[:, :, :length].clone()))
             elif isinstance(past, MambaPast):
                 self.past.append(MambaPast(past.conv_window.clone(), past.ssm_state.clone()))
             else:

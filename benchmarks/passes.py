@@ -18,6 +18,8 @@ from __future__ import annotations
 import json
 import sys
 import time
+from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import asdict
 from pathlib import Path
 from typing import Any
@@ -39,7 +41,7 @@ from transformers import NemotronHConfig, NemotronHForCausalLM  # noqa: E402
 
 from twotower import Generation, GenerationParams, TwoTowerForCausalLM, generate, ready  # noqa: E402
 from twotower.evaluation.machine import machine  # noqa: E402
-from twotower.generation.unmasking import Pass, Verdict, ranks, register_policy  # noqa: E402
+from twotower.generation.unmasking import POLICIES, Pass, Verdict, ranks, register_policy  # noqa: E402
 from twotower.kernels.precision import multiplies_bf16_fast  # noqa: E402
 
 BLOCK = 16
@@ -218,14 +220,28 @@ class Schedule:
         return Verdict(ranks(seen.confidence, seen.masked) < due - (size - open_), seen.confidence, True)
 
 
-SCHEDULE = Schedule()
-register_policy("forced", SCHEDULE, knob="tokens a pass", default=1.0, low=1.0)
+@contextmanager
+def forced() -> Iterator[Schedule]:
+    """The schedule as policy "forced"."""
+    schedule = Schedule()
+    register_policy("forced", schedule, knob="tokens a pass", default=1.0, low=1.0)
+    try:
+        yield schedule
+    finally:
+        del POLICIES["forced"]
 
 
 def diffusion_against_ar(
     model: TwoTowerForCausalLM, *, context: int, tokens: int, rounds: int, per_pass: tuple[float, ...] = RATES
 ) -> list[dict[str, Any]]:
     """One text at each rate and AR, in turn; tokens per second after the prefill."""
+    with forced() as schedule:
+        return _at_rates(model, schedule, context, tokens, rounds, per_pass)
+
+
+def _at_rates(
+    model: TwoTowerForCausalLM, schedule: Schedule, context: int, tokens: int, rounds: int, per_pass: tuple[float, ...]
+) -> list[dict[str, Any]]:
     prompt = [random_tokens(model, 1, context, seed=3)[0].tolist()]
     shared: dict[str, Any] = {"max_new_tokens": tokens, "mask_token_id": model.config.mask_token, "seed": 0}
     asked = {"ar": GenerationParams.of(mode="ar", **shared)}
@@ -240,7 +256,7 @@ def diffusion_against_ar(
     with random_for_masks(model, BLOCK) as counted:
         for number in range(rounds + 1):
             for name, params in asked.items():
-                SCHEDULE.begin()
+                schedule.begin()
                 counted["passes"] = 0
                 (outputs[name],) = generate(model, prompt, params)
                 launched[name] = counted["passes"]

@@ -16,7 +16,7 @@ import torch
 from torch import Tensor
 
 from twotower import TwoTowerForCausalLM
-from twotower.generation.sampling import noise
+from twotower.generation.sampling import confidence, noise
 from twotower.generation.unmasking import Unmasking
 from twotower.model.moe import Router
 
@@ -112,13 +112,17 @@ def watching(model: TwoTowerForCausalLM, follow: Decisions | None = None) -> Ite
 
         return hook
 
-    def choosing(choose: Any) -> Any:
-        def call(logits: Tensor, sampling: Any, positions: Tensor, purpose: int, step: int = 0) -> Tensor:
+    def choosing(pick: Any) -> Any:
+        def call(
+            logits: Tensor, sampling: Any, positions: Tensor, purpose: int, step: int = 0
+        ) -> tuple[Tensor, Tensor]:
             scores = logits.double()
             if sampling.temperature > 0:
                 uniform = noise(sampling.seeds, positions, purpose, step, logits.shape[-1])
                 scores = scores - sampling.temperature * torch.log(-torch.log(uniform))
-            return decided("token", choose(logits, sampling, positions, purpose, step), scores)
+            tokens, sure = pick(logits, sampling, positions, purpose, step)
+            chosen = decided("token", tokens, scores)
+            return chosen, sure if follow is None else confidence(logits, chosen)
 
         return call
 
@@ -138,9 +142,9 @@ def watching(model: TwoTowerForCausalLM, follow: Decisions | None = None) -> Ite
         patch.object(model, "prefill", passing("prefill", model.prefill)),
         patch.object(model, "extend", passing("extend", model.extend)),
         patch.object(model, "denoise", passing("denoise", model.denoise)),
-        patch.object(diffusion, "choose", choosing(diffusion.choose)),
+        patch.object(diffusion, "pick", choosing(diffusion.pick)),
         patch.object(Unmasking, "__call__", committing(Unmasking.__call__)),
-        patch.object(autoregressive, "choose", choosing(autoregressive.choose)),
+        patch.object(autoregressive, "pick", choosing(autoregressive.pick)),
     ):
         yield run
     for hook in hooks:

@@ -224,8 +224,8 @@ def test_a_row_that_saw_its_neighbours_would_be_found() -> None:
     """The reference's flaw, one t for the whole batch, put back: what differs then is no near-tie."""
     denoise = TwoTowerForCausalLM.denoise
 
-    def coupled(self, block, t, view, causal=False):  # type: ignore[no-untyped-def]
-        return denoise(self, block, t.mean().expand_as(t), view, causal)
+    def coupled(self, block, t, *rest, **options):  # type: ignore[no-untyped-def]
+        return denoise(self, block, t.mean().expand_as(t), *rest, **options)
 
     with patch.object(TwoTowerForCausalLM, "denoise", coupled):
         count = compare("diffusion", torch.float32, True, rows=6, batch=6, new=16)

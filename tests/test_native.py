@@ -181,3 +181,14 @@ def test_no_kernel_was_refused_on_this_machine() -> None:
         for dtype in NARROW:
             chosen = {op: name for op, name, _ in kernels.report(CPU, dtype)}
             assert {op for op, name in chosen.items() if name == "native"} == {op for op, _ in NATIVE}
+
+
+@pytest.mark.parametrize("dtype", NARROW)
+def test_no_rows_at_all(dtype: torch.dtype) -> None:
+    """A process of several may have nothing to do."""
+    model = build_random_model(EVERY_KIND, dtype=dtype)
+    with torch.no_grad():
+        state = model.new_state(0, 64)
+        none = torch.zeros(0, 5, dtype=torch.long)
+        assert model.extend(none, state).shape == (0, 5, model.config.vocab_size)
+        assert model.denoise(none, torch.zeros(0), state.view()).shape == (0, 5, model.config.vocab_size)

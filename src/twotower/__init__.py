@@ -21,6 +21,7 @@ _HOMES = {
     "GenerationParams": "twotower.generation",
     "BlockEvent": "twotower.generation",
     "generate": "twotower.generation",
+    "AsyncLLM": "twotower.engine",
     "LLM": "twotower.engine",
     "Request": "twotower.engine",
     "register_policy": "twotower.generation.unmasking",
@@ -29,6 +30,7 @@ _HOMES = {
 }
 __all__ = [
     "LLM",
+    "AsyncLLM",
     "BlockEvent",
     "Generation",
     "GenerationParams",
@@ -45,7 +47,7 @@ __all__ = [
 if TYPE_CHECKING:
     from twotower.assets import bundled_model
     from twotower.config import TwoTowerConfig
-    from twotower.engine import LLM, Request
+    from twotower.engine import LLM, AsyncLLM, Request
     from twotower.errors import TwoTowerError
     from twotower.generation import BlockEvent, Generation, GenerationParams, generate
     from twotower.generation.unmasking import register_policy

@@ -15,11 +15,11 @@ class Segments:
     has what `open` gave it. start, stride (R,) live on the pool's device; which columns are taken is known on the host.
     """
 
-    def __init__(self, rows: int, heads: int, columns: int, device: torch.device, shared: bool) -> None:
+    def __init__(self, rows: int, heads: int, columns: int, device: torch.device, even: int | None = None) -> None:
         self.heads = heads
         self.columns = columns
-        self.shared = shared
-        self.even = 0 if shared else columns // max(rows, 1)
+        self.shared = even is None
+        self.even = even or 0
         self.taken: dict[int, tuple[int, int]] = {}  # of shared columns, by row: the first, and how many
         self.version = 0  # changes of start and stride: what a mirror has to follow
         order = torch.arange(rows, device=device)
@@ -29,7 +29,7 @@ class Segments:
     @classmethod
     def of_rows(cls, rows: int, heads: int, capacity: int, device: torch.device) -> Segments:
         """As many columns for each."""
-        return cls(rows, heads, rows * capacity, device, shared=False)
+        return cls(rows, heads, rows * capacity, device, even=capacity)
 
     @property
     def rows(self) -> int:

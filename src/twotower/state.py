@@ -89,7 +89,7 @@ class TowerState:
         if columns is None:
             self.segments = Segments.of_rows(rows, heads, capacity, device)
         else:
-            self.segments = Segments(rows, heads, columns, device, shared=True)
+            self.segments = Segments(rows, heads, columns, device)
         self.lengths = torch.zeros(rows, dtype=torch.long, device=device)
         self.accepted = torch.zeros_like(self.lengths)  # tokens of the last extend not yet folded in
         self.traced: Tensor | None = None  # the slots that the last extend read; None: all
@@ -345,8 +345,8 @@ def _put(pool: Tensor, vectors: Tensor, value: Tensor) -> Tensor:
 
 def _laid_out(pool: Tensor, old: Segments, new: Segments, rows: Tensor | None = None) -> Tensor:
     """The pool of evenly laid out rows (or of the given ones) in another even layout, of no fewer columns."""
-    held = pool[: old.vectors].view(old.rows, old.heads, old.even, -1)
+    held = pool[: old.vectors].view(old.rows, old.heads, old.even, pool.shape[1])
     held = held if rows is None else held[rows]
     out = pool.new_zeros(new.vectors + 1, pool.shape[1])
-    out[: new.vectors].view(new.rows, new.heads, new.even, -1)[:, :, : old.even] = held
+    out[: new.vectors].view(new.rows, new.heads, new.even, pool.shape[1])[:, :, : old.even] = held
     return out

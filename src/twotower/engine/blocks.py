@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from twotower.engine.request import Row
-from twotower.generation.sampling import AR_TOKEN, DIFFUSION_CANDIDATE, choose_by_rule, confidence
+from twotower.generation.sampling import AR_TOKEN, DIFFUSION_CANDIDATE, pick_by_rule
 from twotower.generation.unmasking import Pass, decide
 from twotower.kernels.precision import accumulation_dtype
 
@@ -70,13 +70,12 @@ class Blocks:
         tokens, masked, step, sizes = self.tokens[slots], self.masked[slots], self.step[slots], self.sizes[slots]
         lengths = None if all(row.params.block_size == self.size for row in rows) else sizes[:, 0]
         t = masked.sum(1).to(self.dtype) / sizes[:, 0]
-        logits = self.model.denoise(tokens, t, view, lengths=lengths)
+        logits = self.model.denoise(tokens, t, view, lengths=lengths, wide=False)
         logits.scatter_(2, self.mask[slots][..., None].expand(-1, self.size, -1), -torch.inf)
         positions = view.lengths[:, None] + torch.arange(self.size, device=self.device)
         purpose, seeds = self.purpose[slots], torch.tensor([row.seed for row in rows], device=self.device)
         noise_step = torch.where(purpose == DIFFUSION_CANDIDATE, step, 0)
-        candidate = choose_by_rule(logits, [row.rule for row in rows], seeds, positions, purpose, noise_step)
-        sure = confidence(logits, candidate)
+        candidate, sure = pick_by_rule(logits, [row.rule for row in rows], seeds, positions, purpose, noise_step)
         chosen = unmask(rows, Pass(logits, candidate, sure, masked, step, self.steps[slots]))
         masked = masked & ~chosen
         self.tokens[slots] = torch.where(chosen, candidate, tokens)

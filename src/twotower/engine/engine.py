@@ -22,6 +22,7 @@ from typing import TYPE_CHECKING
 import torch
 
 from twotower.engine.blocks import Blocks
+from twotower.engine.faults import in_parts, out_of_memory
 from twotower.engine.prefixes import Prefixes
 from twotower.engine.reading import Work, grouped, read, some
 from twotower.engine.request import Phase, Request, Row
@@ -31,7 +32,7 @@ from twotower.generation.automatic import chooser_of, resolve
 from twotower.generation.output import BlockEvent, Generation
 from twotower.generation.pace import Pace, begun
 from twotower.generation.record import RowRecord
-from twotower.generation.sampling import AR_TOKEN, choose_by_rule, confidence
+from twotower.generation.sampling import AR_TOKEN, pick_by_rule
 from twotower.modes import AUTO
 from twotower.state import sizes
 
@@ -252,26 +253,45 @@ class LLM:
         works += [Work(row, [row.pending], scored=True) for row in self._of(Phase.STEP)]
         works += [Work(row, row.block, scored=True) for row in self._of(Phase.CHECK)]
         works += [Work(row, row.block, scored=False) for row in self._of(Phase.COMMIT)]
-        events = []
-        for group in grouped(works):
-            started = time.perf_counter()
-            own = read(self.model, self.state, group)
-            self._share(started, [work.row for work in group])
-            events += own
-            tokens = {event.row: len(event.tokens) for event in own}
-            for work in group:
-                row = work.row
-                if work.scored:
-                    if row.mode == "verified":
-                        row.pace.record(row.allowed, tokens[row.record.row], row.kept, row.seconds)
-                    self._begin(row)
-                elif row.phase is Phase.PROMPT:
-                    self.prefixes.keep(self.state, row.slot, row.request.prompt, row.read)
-                    if row.read == row.prompt_end:
-                        self._written(row)
-                else:
-                    self._begin(row)
+        return [
+            event
+            for group in grouped(works)
+            for event in in_parts(self._pass, group, self._relieve, lambda work, error: [work.row.record.fail(error)])
+        ]
+
+    def _pass(self, group: Sequence[Work]) -> list[BlockEvent]:
+        """One pass of the context tower, and what each row does next."""
+        started = time.perf_counter()
+        events = read(self.model, self.state, group)
+        self._share(started, [work.row for work in group])
+        tokens = {event.row: len(event.tokens) for event in events}
+        for work in group:
+            row = work.row
+            if work.scored:
+                if row.mode == "verified":
+                    row.pace.record(row.allowed, tokens[row.record.row], row.kept, row.seconds)
+                self._begin(row)
+            elif row.phase is Phase.PROMPT:
+                self._keep_prefix(row)
+                if row.read == row.prompt_end:
+                    self._written(row)
+            else:
+                self._begin(row)
         return events
+
+    def _keep_prefix(self, row: Row) -> None:
+        try:
+            self.prefixes.keep(self.state, row.slot, row.request.prompt, row.read)
+        except Exception as error:
+            if not out_of_memory(error):
+                raise
+            self._relieve()
+
+    def _relieve(self) -> None:
+        """Gives back memory that nobody's answer needs."""
+        self.prefixes.clear()
+        if torch.cuda.is_available():
+            torch.cuda.empty_cache()
 
     def _share(self, started: float, rows: Sequence[Row]) -> None:
         """Each row's share of a pass's time."""
@@ -312,9 +332,12 @@ class LLM:
         rows = self._of(Phase.DENOISE)
         if not rows:
             return []
-        started = time.perf_counter()
         self.blocks.begin(self._opening)
         self._opening.clear()
+        return in_parts(self._denoise_rows, rows, self._relieve, lambda row, error: [row.record.fail(error)])
+
+    def _denoise_rows(self, rows: Sequence[Row]) -> list[BlockEvent]:
+        started = time.perf_counter()
         done = self.blocks.denoise(rows, self._view(rows))
         self._share(started, rows)
         events = [row.record.fail(row.error) for row in rows if row.error is not None]
@@ -330,18 +353,22 @@ class LLM:
     def _mock(self) -> list[BlockEvent]:
         """The denoiser as a next-token predictor, for rows of that mode."""
         rows = self._of(Phase.MOCK)
+        return in_parts(self._mock_rows, rows, self._relieve, lambda row, error: [row.record.fail(error)])
+
+    def _mock_rows(self, rows: Sequence[Row]) -> list[BlockEvent]:
         if not rows:
             return []
         device = self.blocks.device
         pending = torch.tensor([[row.pending] for row in rows], device=device)
         view = self._view(rows)
-        logits = self.model.denoise(pending, None, view, causal=True)
+        logits = self.model.denoise(pending, None, view, causal=True, wide=False)
         seeds = torch.tensor([row.seed for row in rows], device=device)
         purpose = torch.full((len(rows), 1), AR_TOKEN, device=device)
         rules = [row.rule for row in rows]
-        tokens = choose_by_rule(logits, rules, seeds, view.lengths[:, None] + 1, purpose, torch.zeros_like(purpose))
+        positions = view.lengths[:, None] + 1
+        tokens, sureness = pick_by_rule(logits, rules, seeds, positions, purpose, torch.zeros_like(purpose))
         events = []
-        for row, (token,), sure in zip(rows, tokens.tolist(), confidence(logits, tokens).tolist(), strict=True):
+        for row, (token,), sure in zip(rows, tokens.tolist(), sureness.tolist(), strict=True):
             row.record.denoiser_passes += 1
             events.append(row.record.take([token], [0], sure))
             row.block, row.pending, row.phase = [row.pending], token, Phase.COMMIT

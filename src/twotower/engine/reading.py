@@ -11,7 +11,7 @@ from torch import Tensor
 
 from twotower.engine.request import Phase, Row
 from twotower.generation.output import BlockEvent
-from twotower.generation.sampling import AR_TOKEN, choose_by_rule, confidence
+from twotower.generation.sampling import AR_TOKEN, confidence, pick_by_rule
 from twotower.generation.speculative import keep
 
 if TYPE_CHECKING:
@@ -54,14 +54,20 @@ def read(model: TwoTowerForCausalLM, state: TowerState, works: Sequence[Work]) -
     places = torch.tensor(scored, dtype=torch.long, device=device)
     state.bound = max(work.row.read for work in works)  # of the rows of this pass; the others are not looked at
     rows = some([work.row for work in works], state.rows, device)
-    logits = model.extend(tokens, state, lengths, rows=rows, logits=places if scored else False)
+    before = state.lengths
+    try:
+        logits = model.extend(tokens, state, lengths, rows=rows, logits=places if scored else False, wide=False)
+        choice = None
+        if logits is not None:
+            choice = _choose(state, [works[i].row for i in scored], tokens[places], lengths[places], logits)
+    except Exception:
+        if state.lengths is not before:  # the tokens are in, but nobody knows what follows: a later attempt reads them
+            state.rollback(before)
+        raise
     for work in works:
         work.row.read += len(work.tokens)
         work.row.record.context_passes += work.row.phase is not Phase.PROMPT
-    if logits is None:
-        return []
-    asking = [works[i].row for i in scored]
-    return _choose(state, asking, tokens[places], lengths[places], logits)
+    return [] if choice is None else _book([works[i].row for i in scored], choice)
 
 
 def some(rows: Sequence[Row], every: int, device: torch.device) -> Tensor | None:
@@ -70,27 +76,37 @@ def some(rows: Sequence[Row], every: int, device: torch.device) -> Tensor | None
     return None if slots == list(range(every)) else torch.tensor(slots, device=device)
 
 
-def _choose(
-    state: TowerState, rows: Sequence[Row], tokens: Tensor, lengths: Tensor, logits: Tensor
-) -> list[BlockEvent]:
-    """The AR model's choice after each token; of a draft what agrees with it is kept, then its own follows."""
+Choice = tuple[list[list[int]], list[list[float]], list[int]]
+
+
+def _choose(state: TowerState, rows: Sequence[Row], tokens: Tensor, lengths: Tensor, logits: Tensor) -> Choice:
+    """The AR model's choice after each token; of a draft what agrees with it is kept, then its own follows.
+
+    → of each row tokens, the confidence in them, and how many drafted ones are kept. The state keeps as many.
+    """
     device = tokens.device
     slots = torch.tensor([row.slot for row in rows], device=device)
     before = state.lengths[slots] - lengths
     seeds = torch.tensor([row.seed for row in rows], device=device)
     purpose = torch.full((len(rows), 1), AR_TOKEN, device=device)
     positions = before[:, None] + torch.arange(1, tokens.shape[1] + 1, device=device)
-    own = choose_by_rule(logits, [row.rule for row in rows], seeds, positions, purpose, torch.zeros_like(purpose))
+    rules = [row.rule for row in rows]
+    own, sureness = pick_by_rule(logits, rules, seeds, positions, purpose, torch.zeros_like(purpose))
     accepted = torch.zeros_like(lengths)
     chosen = own
     if tokens.shape[1] > 1:
         asked = [row.params.acceptance for row in rows]
-        relaxed = torch.tensor(asked, dtype=logits.dtype, device=device)[:, None] if min(asked) < 1 else 1.0
+        relaxed = torch.tensor(asked, dtype=sureness.dtype, device=device)[:, None] if min(asked) < 1 else 1.0
         chosen, accepted = keep(tokens, own, logits, relaxed, lengths)
+        if min(asked) < 1:  # what is kept need not be what AR would have chosen
+            sureness = confidence(logits, chosen)
         state.rollback(state.lengths.index_copy(0, slots, before + 1 + accepted))
+    return chosen.tolist(), sureness.tolist(), accepted.tolist()
+
+
+def _book(rows: Sequence[Row], choice: Choice) -> list[BlockEvent]:
     events = []
-    columns = (chosen.tolist(), confidence(logits, chosen).tolist(), accepted.tolist())
-    for row, new, sure, kept in zip(rows, *columns, strict=True):
+    for row, new, sure, kept in zip(rows, *choice, strict=True):
         drafted = len(row.block) - 1 if row.phase is Phase.CHECK else 0
         row.read -= drafted - kept
         row.record.checked(drafted, kept)

@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 
 from twotower.generation.output import BlockEvent
-from twotower.generation.sampling import AR_TOKEN, choose, confidence
+from twotower.generation.sampling import AR_TOKEN, pick
 from twotower.generation.session import Session
 from twotower.mirror import Transport
 
@@ -39,11 +39,11 @@ def _one_by_one(session: Session, mock: bool) -> Iterator[list[BlockEvent]]:
             logits = session.extend(pending, logits=True)
         assert logits is not None
         positions = read[:, None] + 1
-        tokens = choose(logits, session.sampling.to(logits.device), positions, AR_TOKEN)
+        tokens, sure = pick(logits, session.sampling.to(logits.device), positions, AR_TOKEN)
         session.passes += mock
         steps = torch.zeros_like(tokens)
         passes = [int(mock)] * len(session.rows)
-        events = session.take(tokens, steps, confidence(logits, tokens), passes)
+        events = session.take(tokens, steps, sure, passes)
         if mock:
             tokens = transport.send(tokens, session.model.device)
         kept = session.drop_ended()
@@ -60,4 +60,4 @@ def _mock_logits(session: Session, pending: Tensor, transport: Transport) -> tup
     assert session.reader is not None
     view = session.reader.view()
     block = transport.send(pending, view.lengths.device)
-    return session.model.denoise(block, None, view, causal=True), view.lengths
+    return session.model.denoise(block, None, view, causal=True, wide=False), view.lengths

@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from twotower.generation.output import BlockEvent
-from twotower.generation.sampling import DIFFUSION_CANDIDATE, choose, confidence
+from twotower.generation.sampling import DIFFUSION_CANDIDATE, pick
 from twotower.generation.session import Session
 from twotower.generation.unmasking import Pass
 from twotower.kernels.precision import accumulation_dtype
@@ -82,13 +82,13 @@ def denoise_block(
     for step in range(steps):
         passes += masked.any(1)
         t = masked.sum(1).to(time_dtype) / params.block_size
-        logits = model.denoise(block, t, view)
+        logits = model.denoise(block, t, view, wide=False)
         if callback:
             level = float(t[0]) if rows == 1 else t
-            callback(step, steps, block, t=level, logits=logits.clone(), block_idx=session.blocks)
+            callback(step, steps, block, t=level, logits=logits.to(time_dtype, copy=True), block_idx=session.blocks)
         logits[..., params.mask_token_id] = -torch.inf
-        candidate = choose(logits, sampling, positions, purpose, step if purpose == DIFFUSION_CANDIDATE else 0)
-        sure = confidence(logits, candidate)
+        noise_step = step if purpose == DIFFUSION_CANDIDATE else 0
+        candidate, sure = pick(logits, sampling, positions, purpose, noise_step)
         commit = session.unmasking(Pass(logits, candidate, sure, masked, torch.full_like(allowed, step), allowed))
         block = torch.where(commit, candidate, block)
         committed_at = committed_at.masked_fill(commit, step)

@@ -6,19 +6,21 @@ token id, never of a generator's history. Batching, preemption, resuming and ver
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 from typing import NamedTuple
 
 import torch
 from torch import Tensor
 
+from twotower.kernels import select
 from twotower.kernels.precision import accumulation_dtype
 
 # What a draw is for; part of the noise's key.
 AR_TOKEN = 1
 DIFFUSION_CANDIDATE = 2
 
+TILE_BYTES = 8 << 20
 _GOLDEN = -7046029254386353131  # 2⁶⁴/φ as a signed 64-bit integer
 
 
@@ -46,18 +48,30 @@ class Rule(NamedTuple):
     top_p: float | None = None
 
 
-def choose_by_rule(
+def pick_by_rule(
     logits: Tensor, rules: Sequence[Rule], seeds: Tensor, positions: Tensor, purpose: Tensor, step: Tensor
-) -> Tensor:
-    """`choose` with a rule for each row: seeds (B,), purpose and step (B, 1)."""
+) -> tuple[Tensor, Tensor]:
+    """`pick` with a rule for each row: seeds (B,), purpose and step (B, 1)."""
     if len(set(rules)) == 1:
-        return choose(logits, Sampling(seeds=seeds, **rules[0]._asdict()), positions, purpose, step)
-    out = torch.empty_like(positions)
+        return pick(logits, Sampling(seeds=seeds, **rules[0]._asdict()), positions, purpose, step)
+    tokens = torch.empty_like(positions)
+    sure = torch.empty(positions.shape, dtype=accumulation_dtype(logits.dtype), device=logits.device)
     for rule in set(rules):
         rows = torch.tensor([i for i, own in enumerate(rules) if own == rule], device=logits.device)
         sampling = Sampling(seeds=seeds[rows], **rule._asdict())
-        out[rows] = choose(logits[rows], sampling, positions[rows], purpose[rows], step[rows])
-    return out
+        tokens[rows], sure[rows] = pick(logits[rows], sampling, positions[rows], purpose[rows], step[rows])
+    return tokens, sure
+
+
+def pick(
+    logits: Tensor, sampling: Sampling, positions: Tensor, purpose: int | Tensor, step: int | Tensor = 0
+) -> tuple[Tensor, Tensor]:
+    """`choose`, and the `confidence` in what was chosen; greedily both in one reading of the logits."""
+    if sampling.temperature <= 0:
+        nothing = torch.full((len(logits),), -1, device=logits.device)
+        return select("choose", logits.device, logits.dtype).function(logits, nothing)
+    tokens = choose(logits, sampling, positions, purpose, step)
+    return tokens, confidence(logits, tokens)
 
 
 def choose(
@@ -69,15 +83,33 @@ def choose(
     """
     if sampling.temperature <= 0:
         return logits.argmax(-1)
-    scaled = filtered(logits.double() / sampling.temperature, sampling.top_k, sampling.top_p)
-    uniform = noise(sampling.seeds, positions, purpose, step, logits.shape[-1])
-    return (scaled - torch.log(-torch.log(uniform))).argmax(-1)
+
+    def sample(logits: Tensor, seeds: Tensor, positions: Tensor, purpose: Tensor, step: Tensor) -> Tensor:
+        scaled = filtered(logits.double() / sampling.temperature, sampling.top_k, sampling.top_p)
+        uniform = noise(seeds, positions[:, None], purpose[:, None], step[:, None], logits.shape[-1])[:, 0]
+        return (scaled - torch.log(-torch.log(uniform))).argmax(-1)
+
+    zeros = torch.zeros_like(positions)
+    return by_tiles(sample, logits, zeros + sampling.seeds[:, None], positions, zeros + purpose, zeros + step)
 
 
 def confidence(logits: Tensor, tokens: Tensor) -> Tensor:
     """The untempered, unfiltered probability of each token: logits (B, L, V), tokens (B, L) → (B, L)."""
-    acc = logits.to(accumulation_dtype(logits.dtype))
-    return (acc.gather(-1, tokens[..., None])[..., 0] - acc.logsumexp(-1)).exp()
+
+    def probability(logits: Tensor, tokens: Tensor) -> Tensor:
+        wide = logits.to(accumulation_dtype(logits.dtype))
+        return (wide.gather(-1, tokens[..., None])[..., 0] - wide.logsumexp(-1)).exp()
+
+    return by_tiles(probability, logits, tokens)
+
+
+def by_tiles(function: Callable[..., Tensor], logits: Tensor, *others: Tensor) -> Tensor:
+    """`function` of logits (B, L, V) and others (B, L), a few positions at a time: function((n, V), (n,), …) → (n, …).
+    So what it makes of the logits in a wider type is never larger than `TILE_BYTES`, or one position."""
+    flat = [part.flatten(0, 1) for part in (logits, *others)]
+    count = max(TILE_BYTES // (8 * logits.shape[2]), 1)
+    outs = [function(*(part[at : at + count] for part in flat)) for at in range(0, max(len(flat[0]), 1), count)]
+    return torch.cat(outs).unflatten(0, logits.shape[:2])
 
 
 def filtered(logits: Tensor, top_k: int | None, top_p: float | None) -> Tensor:

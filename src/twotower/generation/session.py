@@ -70,10 +70,10 @@ class Session:
             record.prefilled = now
 
     def extend(self, tokens: Tensor, logits: bool) -> Tensor | None:
-        """One context pass over tokens (B, L) of the running rows."""
+        """One context pass over tokens (B, L) of the running rows; logits in the model's own dtype."""
         for record in self.running:
             record.context_passes += 1
-        return self.model.extend(tokens, self.state, logits=logits)
+        return self.model.extend(tokens, self.state, logits=logits, wide=False)
 
     def take(
         self,

@@ -21,8 +21,9 @@ from torch import Tensor
 from twotower.generation.diffusion import DenoisedBlock, StepCallback, denoise_block
 from twotower.generation.output import BlockEvent
 from twotower.generation.pace import pace_of
-from twotower.generation.sampling import AR_TOKEN, choose, confidence
+from twotower.generation.sampling import AR_TOKEN, by_tiles, confidence, pick
 from twotower.generation.session import Session
+from twotower.kernels.precision import accumulation_dtype
 from twotower.mirror import Transport
 
 
@@ -48,15 +49,17 @@ def verified(session: Session, callback: StepCallback | None = None) -> Iterator
         logits = session.extend(drafted, logits=True)
         assert logits is not None
         positions = read[:, None] + torch.arange(1, drafted.shape[1] + 1, device=device)
-        own = choose(logits, session.sampling.to(device), positions, AR_TOKEN)
+        own, sure = pick(logits, session.sampling.to(device), positions, AR_TOKEN)
         if block is None:  # an AR step: nothing to compare, nothing to take back
             tokens, accepted = own, [0] * len(session.rows)
             pending = own
         else:
             tokens, agreed = keep(drafted, own, logits, params.acceptance)
+            if params.acceptance < 1:  # what is kept need not be what AR would have chosen
+                sure = confidence(logits, tokens)
             session.state.rollback(read + 1 + agreed)
             pending, accepted = tokens.gather(1, agreed[:, None]), agreed.tolist()
-        events = _book(session, block, tokens, logits, accepted, drafted.shape[1] - 1, passes)
+        events = _book(session, block, tokens, sure, accepted, drafted.shape[1] - 1, passes)
         brought = sum(len(event.tokens) for event in events) / len(events)
         pace.record(passes, brought, max(accepted), time.perf_counter() - started)
         kept = session.drop_ended()
@@ -97,17 +100,21 @@ def agreement(drafted: Tensor, own: Tensor, logits: Tensor, acceptance: float | 
     token, but never others where α is 1."""
     agrees = drafted == own
     if isinstance(acceptance, Tensor) or acceptance < 1:
-        chance = logits.log_softmax(-1)
-        near = chance.gather(-1, drafted[..., None])[..., 0] - chance.amax(-1)
-        near_enough = near.exp() >= acceptance
+        near_enough = by_tiles(_share_of_best, logits, drafted) >= acceptance
         if isinstance(acceptance, Tensor):
             near_enough &= acceptance < 1
         agrees = agrees | near_enough
     return agrees.long().cumprod(1).sum(1)
 
 
+def _share_of_best(logits: Tensor, tokens: Tensor) -> Tensor:
+    """The tokens' probability, (n,), as a share of the likeliest one's: logits (n, V)."""
+    wide = logits.to(accumulation_dtype(logits.dtype))
+    return (wide.gather(-1, tokens[..., None])[..., 0] - wide.amax(-1)).exp()
+
+
 def _book(
-    session: Session, block: DenoisedBlock | None, tokens: Tensor, logits: Tensor, accepted: list[int], drafted: int,
+    session: Session, block: DenoisedBlock | None, tokens: Tensor, sure: Tensor, accepted: list[int], drafted: int,
     passes: int,
 ) -> list[BlockEvent]:  # fmt: skip
     """The round's tokens of each row: what was kept of its draft, and the AR model's own."""
@@ -120,4 +127,4 @@ def _book(
     counts = [count + 1 for count in accepted]
     taken = None if block is None else block.passes.tolist()
     drafts = None if block is None else block.tokens[:, 1 : drafted + 1].tolist()
-    return session.take(tokens, steps, confidence(logits, tokens), taken, counts, drafts)
+    return session.take(tokens, steps, sure, taken, counts, drafts)

@@ -18,7 +18,7 @@ from typing import Any
 import torch
 import torch.nn.functional as F
 
-from twotower.kernels import attention, cases, conv, experts, greedy, mamba_block, norm, routing, ssd, verification
+from twotower.kernels import attention, cases, experts, greedy, mamba_block, norm, routing, verification
 from twotower.kernels.native import ops as compiled
 from twotower.kernels.triton_launch import refusal as triton_refusal
 
@@ -68,8 +68,6 @@ CATALOGUE: dict[str, tuple[Backend, ...]] = {
         _native(compiled.attention, "each row's cache where it lies, as long as it is", cases.attention_cases),
         Backend("two-part", attention.attention, "joins scores; copies the cache only where rows lie anywhere"),
     ),
-    "causal_conv": (Backend("shifted-adds", conv.causal_conv, "plain torch"),),
-    "ssd": (Backend("matrix-form", ssd.ssd_block, "a block is one chunk; plain torch, no compiled package"),),
     "mamba_block": (
         _triton("triton_mamba", "mamba_block", "one kernel from in_proj to out_proj", cases.block_cases),
         _native(compiled.mamba_block, "one kernel from in_proj to out_proj", cases.block_cases),

@@ -37,7 +37,7 @@ class Cached(NamedTuple):
         exists = token < self.lengths[:, None]
         if self.even:
             rows = len(self.lengths)
-            shape = (rows, heads, self.even, -1)
+            shape = (rows, heads, self.even, self.k.shape[1])
             k, v = (pool[: rows * heads * self.even].view(shape)[:, :, : self.width] for pool in (self.k, self.v))
             return k, v, exists
         head = torch.arange(heads, device=token.device)[:, None]

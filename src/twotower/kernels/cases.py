@@ -148,13 +148,13 @@ def linear_cases(device: torch.device, dtype: torch.dtype) -> list[Case]:
     return [_case(f"{size[0]} tokens of width {size[1]}", arguments, *size) for size in sizes]
 
 
-def experts_cases(device: torch.device, dtype: torch.dtype) -> list[Case]:
+def experts_cases(device: torch.device, dtype: torch.dtype, width: int = 37, inner: int = 21) -> list[Case]:
     """Few tokens and many, experts that nothing chose, odd widths."""
 
     def arguments(tokens: int, top: int) -> tuple[Any, ...]:
         draw = Draw(6, device)
-        up, down = draw(7, 21, 37).to(dtype), draw(7, 37, 21).to(dtype)
-        hidden, choice = draw(tokens, 37).to(dtype) / 4, draw(tokens, 7).argsort(-1)[:, :top]
+        up, down = draw(7, inner, width).to(dtype), draw(7, width, inner).to(dtype)
+        hidden, choice = draw(tokens, width).to(dtype) / 4, draw(tokens, 7).argsort(-1)[:, :top]
         return hidden, choice.contiguous(), draw(tokens, top).abs(), up, down
 
     return [_case(f"{tokens} tokens, {top} experts each", arguments, tokens, top) for tokens, top in ((1, 2), (19, 3))]
@@ -175,10 +175,10 @@ def route_cases(device: torch.device, dtype: torch.dtype) -> list[Case]:
 def norm_cases(device: torch.device, dtype: torch.dtype) -> list[Case]:
     """Each order of norm and modulation; a residual stream wider than the weights."""
 
-    def arguments(order: str | None, stream: torch.dtype) -> tuple[Any, ...]:
+    def arguments(order: str | None, stream: torch.dtype, rows: int = 3) -> tuple[Any, ...]:
         draw = Draw(8, device)
-        x, weight = draw(3, 5, 83).to(stream), (draw(83) / 4 + 1).to(dtype)
-        both = draw(3, 2, 1, 83).to(dtype) / 2  # strided, as the time network gives them
+        x, weight = draw(rows, 5, 83).to(stream), (draw(83) / 4 + 1).to(dtype)
+        both = draw(rows, 2, 1, 83).to(dtype) / 2  # strided, as the time network gives them
         return x, weight, 1e-5, *((None,) if order is None else ((both[:, 0], both[:, 1]), order))
 
     kinds = ((None, dtype), ("before", dtype), ("after", dtype), ("before", torch.float32))

@@ -167,29 +167,37 @@ class TwoTowerForCausalLM(PreTrainedModel):
         lengths: Tensor | None = None,
         rows: Tensor | None = None,
         logits: bool | Tensor = True,
+        wide: bool = True,
     ) -> Tensor | None:
         """The context tower reads tokens (B, L), of which the first lengths (B,) count (None: all; 0 allowed).
 
         rows (B,): slots of the state, None for all of them in order. logits: whether any are wanted, or of which n of
-        the B rows (n,) → logits (B or n, L, V) in at least fp32, or None. `state.rollback` takes any suffix back until
-        the state is read again.
+        the B rows (n,) → logits (B or n, L, V) in at least fp32 (wide=False: in the model's own dtype), or None.
+        `state.rollback` takes any suffix back until the state is read again.
         """
         if lengths is None:
             lengths = torch.full((tokens.shape[0],), tokens.shape[1], device=tokens.device)
         state.reserve(state.bound + tokens.shape[1])
         hidden = self._extend(tokens, lengths, state, rows)
         if isinstance(logits, Tensor):
-            return _logits(self.context, hidden[logits])
-        return _logits(self.context, hidden) if logits else None
+            return _logits(self.context, hidden[logits], wide)
+        return _logits(self.context, hidden, wide) if logits else None
 
     def denoise(
-        self, block: Tensor, t: Tensor | None, view: ContextView, causal: bool = False, lengths: Tensor | None = None
+        self,
+        block: Tensor,
+        t: Tensor | None,
+        view: ContextView,
+        causal: bool = False,
+        lengths: Tensor | None = None,
+        wide: bool = True,
     ) -> Tensor:
         """The denoiser reads block (B, L), of which the first lengths (B,) count (None: all), after the text that
         `view` shows; writes nothing.
 
         t (B,): the fraction of the block still masked; None: no time conditioning at all. causal: attention
-        inside the block sees earlier positions only (mock-AR) → logits (B, L, V) in at least fp32.
+        inside the block sees earlier positions only (mock-AR) → logits (B, L, V) in at least fp32 (wide=False: in the
+        model's own dtype).
         """
         denoiser = self._denoiser()
         step = torch.arange(block.shape[1], device=block.device)
@@ -198,7 +206,7 @@ class TwoTowerForCausalLM(PreTrainedModel):
         sees = Visibility(valid=valid, causal=causal, positions=positions)
         modulation = None if t is None or self.time is None else self.time(t)
         hidden, _ = denoiser(block, sees, view.past, modulation, trace=False)
-        return _logits(denoiser, hidden)
+        return _logits(denoiser, hidden, wide)
 
     def _extend(self, tokens: Tensor, lengths: Tensor, state: TowerState, rows: Tensor | None) -> Tensor:
         view = state.view(rows)
@@ -405,9 +413,9 @@ class TwoTowerForCausalLM(PreTrainedModel):
         return tokens
 
 
-def _logits(tower: Tower, hidden: Tensor) -> Tensor:
+def _logits(tower: Tower, hidden: Tensor, wide: bool = True) -> Tensor:
     logits = tower.head(hidden)
-    return logits.to(accumulation_dtype(logits.dtype))
+    return logits.to(accumulation_dtype(logits.dtype)) if wide else logits
 
 
 def _refuse_unknown(where: str, kwargs: dict[str, Any]) -> None:

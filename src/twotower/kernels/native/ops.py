@@ -114,7 +114,7 @@ def rms_norm(
         shift, scale = modulation
         if shift.stride(-1) != 1 or shift.stride() != scale.stride():
             shift, scale = shift.contiguous(), scale.contiguous()
-        each, stride, where = tokens // len(shift), shift.stride(0), 1 if order == "before" else 2
+        each, stride, where = tokens // max(len(shift), 1), shift.stride(0), 1 if order == "before" else 2
     wide = int(x.dtype != weight.dtype)
     _call("rms_norm_", weight, wide, x, weight, shift, scale, out, tokens, width, max(each, 1), stride, where, eps)
     return out

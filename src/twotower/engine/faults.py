@@ -1,0 +1,42 @@
+"""When memory gives out during a pass: the same pass over fewer rows, until the one that does not fit stands alone."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from typing import TypeVar
+
+import torch
+
+Item = TypeVar("Item")
+Result = TypeVar("Result")
+
+
+def out_of_memory(error: Exception) -> bool:
+    """Whether an allocation failed, on an accelerator or the host (where torch says so in words only)."""
+    if isinstance(error, MemoryError | torch.OutOfMemoryError):
+        return True
+    return isinstance(error, RuntimeError) and "can't allocate memory" in str(error)
+
+
+def in_parts(
+    run: Callable[[Sequence[Item]], list[Result]],
+    items: Sequence[Item],
+    relieve: Callable[[], object],
+    fail: Callable[[Item, Exception], list[Result]],
+) -> list[Result]:
+    """run(items), or of each half where there is not the memory for it; an item that alone is too much `fail`s.
+
+    `relieve` gives back what can be spared before each further attempt. A run that raises must have changed nothing.
+    """
+    problem: Exception
+    try:
+        return run(items)
+    except Exception as error:
+        if not out_of_memory(error):
+            raise
+        problem = error.with_traceback(None)  # its frames hold the tensors of the pass
+    relieve()
+    if len(items) == 1:
+        return fail(items[0], problem)
+    half = len(items) // 2
+    return [result for part in (items[:half], items[half:]) for result in in_parts(run, part, relieve, fail)]

@@ -1,0 +1,255 @@
+"""What an engine keeps: rows that share its memory, prompts that begin alike, and memory that gives out."""
+
+from __future__ import annotations
+
+import gc
+import random
+from itertools import pairwise
+from typing import Any
+from unittest.mock import patch
+
+import psutil
+import pytest
+import torch
+from conftest import EVERY_KIND, build_random_model
+from test_engine import KINDS, alone, assert_as_alone, drive, some_request
+
+from twotower import LLM, Request, TwoTowerForCausalLM
+from twotower.engine import engine as engine_module
+from twotower.engine.faults import in_parts, out_of_memory
+from twotower.engine.prefixes import Prefixes
+from twotower.errors import ArgumentError
+from twotower.generation import GenerationParams
+from twotower.segments import Segments
+from twotower.state import sizes
+
+LENGTH = 160
+
+
+@pytest.fixture(scope="module")
+def model() -> TwoTowerForCausalLM:
+    return build_random_model(EVERY_KIND, dtype=torch.float64)
+
+
+def asking(prompt: list[int], mode: str = "ar", n: int = 6, **given: Any) -> Request:
+    return Request(prompt, GenerationParams.of(mode=mode, max_new_tokens=n, **given))
+
+
+# --- shared columns ---------------------------------------------------------------------------------------------------
+
+
+def test_segments_never_overlap_and_come_back() -> None:
+    rng, segments = random.Random(0), Segments(8, 2, 100, torch.device("cpu"))
+    for _ in range(500):
+        row = rng.randrange(8)
+        if row in segments.taken:
+            segments.close(row)
+        elif segments.room_for(length := rng.randrange(1, 60)) is not None:
+            segments.open(row, length)
+            assert segments.start[row] == 2 * segments.taken[row][0]
+        spans = sorted((first, first + count) for first, count in segments.taken.values())
+        assert all(one[1] <= other[0] for one, other in pairwise(spans))
+        assert not spans or spans[-1][1] <= 100
+    for row in list(segments.taken):
+        segments.close(row)
+    assert segments.room_for(100) == 0
+    assert segments.room_for(101) is None
+
+
+def test_a_text_takes_what_it_needs(model: TwoTowerForCausalLM) -> None:
+    """Memory for two of the longest texts holds eight short ones at once; a long one waits, and nobody overtakes it."""
+    memory = LLM.memory_for(model, 2, LENGTH)
+    per_row, per_token = sizes(model.context.config, model.dtype)
+    memory += 6 * per_row * 2
+    llm = LLM(model, rows=8, length=LENGTH, memory=memory)
+    assert llm.state.nbytes + llm.prefixes.budget <= memory + 16 * per_token
+    short = [asking([5, 6, 7 + i], n=4) for i in range(20)]
+    long = asking(list(range(3, 60)), n=100)
+    numbers = [llm.add_request(request) for request in (*short[:8], long, *short[8:])]
+    llm.step()
+    assert len(llm.rows) == 8
+    ended: list[int] = []
+    results: dict[int, Any] = {}
+    while llm.has_work:
+        for event in llm.step():
+            if event.result is not None:
+                ended.append(event.row)
+                results[event.row] = event.result
+        started = set(llm.rows) | set(ended)
+        assert started == set(range(1, len(started) + 1))  # in order of arrival
+    assert sorted(ended) == numbers
+    assert results[9].tokens == alone(model, long).tokens
+    assert not llm.state.segments.taken
+    assert len(llm.free) == 8
+
+
+def test_what_can_never_fit_is_refused_with_the_numbers(model: TwoTowerForCausalLM) -> None:
+    llm = LLM(model, rows=2, length=LENGTH, memory=LLM.memory_for(model, 1, 60))
+    with pytest.raises(
+        ArgumentError, match=r"can need the keys and values of \d+ tokens, and this engine's memory holds"
+    ):
+        llm.add_request(asking(list(range(1, 50)), n=100))
+    with pytest.raises(ArgumentError, match="hold no text"):
+        LLM(model, memory=100)
+    assert not llm.has_work
+
+
+# --- prompts that begin alike -----------------------------------------------------------------------------------------
+
+
+@pytest.fixture
+def short_chunks(monkeypatch: pytest.MonkeyPatch) -> None:
+    """So that short prompts have several."""
+    monkeypatch.setattr(engine_module, "PROMPT_CHUNK", 8)
+
+
+@pytest.mark.usefixtures("short_chunks")
+@pytest.mark.parametrize("mode", sorted(KINDS))
+def test_a_known_beginning_is_not_read_again(model: TwoTowerForCausalLM, mode: str) -> None:
+    """Two prompts of 31 tokens that part after 20: the second reads from the sixteenth; and a third is all known."""
+    shared = list(range(5, 25))
+    first, second = asking([*shared, *range(30, 41)], mode), asking([*shared, *range(40, 51)], mode)
+    llm = LLM(model, rows=2, length=LENGTH)
+    llm.prefixes.budget = 2**24
+    for request, cached in ((first, 0), (second, 16), (first, 24), (asking(shared[:16], mode), 8)):
+        (output,) = llm.generate([request])
+        assert output.cached_tokens == cached
+        assert_as_alone(model, request, output)
+    assert (llm.prefixes.asked, llm.prefixes.found) == (31 * 3 + 16, 48)
+
+
+@pytest.mark.usefixtures("short_chunks")
+def test_the_least_recently_used_is_forgotten_first(model: TwoTowerForCausalLM) -> None:
+    llm = LLM(model, rows=1, length=LENGTH)
+    texts = [[10 * i + j for j in range(9)] for i in range(6)]
+    llm.generate([asking(texts[0])])
+    llm.prefixes.budget = 3 * llm.prefixes.nbytes
+    cached = []
+    for which in (1, 2, 0, 3, 0, 1, 2):  # 3 pushes 1 out, 1 then 2, 2 then 3
+        (output,) = llm.generate([asking(texts[which])])
+        cached.append(output.cached_tokens)
+        assert llm.prefixes.nbytes <= llm.prefixes.budget
+        assert llm.prefixes.nbytes == sum(node.excerpt.nbytes for node in llm.prefixes.nodes.values())
+    assert cached == [0, 0, 8, 0, 8, 0, 0]
+
+
+@pytest.mark.usefixtures("short_chunks")
+def test_a_beginning_outlives_its_middle_never(model: TwoTowerForCausalLM) -> None:
+    """Only leaves go: whatever is kept can be reached from the start."""
+    rng, llm = random.Random(4), LLM(model, rows=3, length=LENGTH)
+    stems = [[rng.randrange(3, 60) for _ in range(40)] for _ in range(3)]
+    llm.generate([asking(stems[0][:9])])
+    llm.prefixes.budget = 6 * llm.prefixes.nbytes
+    requests = [asking([*rng.choice(stems)[: rng.randrange(1, 40)], *([rng.randrange(3, 60)] * 3)]) for _ in range(60)]
+    for request, output in zip(requests, llm.generate(requests), strict=True):
+        assert_as_alone(model, request, output)
+    numbers = {node.number for node in llm.prefixes.nodes.values()} | {0}
+    assert all(parent in numbers for parent, _ in llm.prefixes.nodes)
+    assert llm.prefixes.found > 0
+
+
+@pytest.mark.usefixtures("short_chunks")
+def test_any_requests_with_shared_beginnings_are_as_alone(model: TwoTowerForCausalLM) -> None:
+    rng = random.Random(7)
+    stem = [rng.randrange(3, 60) for _ in range(30)]
+    requests = []
+    for _ in range(40):
+        request = some_request(rng)
+        requests.append(Request([*stem[: rng.randrange(31)], *request.prompt], request.params))
+    llm = LLM(model, rows=4, length=LENGTH + 40)
+    llm.prefixes.budget = 2**24
+    outputs = drive(llm, requests, rng, aborted=0.1)
+    for place, output in outputs.items():
+        assert_as_alone(model, requests[place], output)
+    assert llm.prefixes.found > 100
+
+
+def test_nothing_is_kept_without_room() -> None:
+    assert not Prefixes(8, 0)._room_for(1, spared=[])
+
+
+# --- memory gives out -------------------------------------------------------------------------------------------------
+
+
+def test_what_counts_as_out_of_memory() -> None:
+    with pytest.raises(RuntimeError) as caught:
+        torch.empty(2**50)
+    assert out_of_memory(caught.value)
+    assert out_of_memory(torch.OutOfMemoryError("CUDA out of memory"))
+    assert out_of_memory(MemoryError())
+    assert not out_of_memory(RuntimeError("shapes do not fit"))
+    with pytest.raises(RuntimeError, match="shapes"):
+        in_parts(lambda items: _raise(RuntimeError("shapes")), [1], list, lambda item, error: [])
+
+
+def _raise(error: Exception) -> list[int]:
+    raise error
+
+
+@pytest.mark.parametrize("verb", ["extend", "denoise"])
+@pytest.mark.parametrize("late", [False, True], ids=["before", "after"])
+def test_memory_that_gives_out_costs_the_fewest(model: TwoTowerForCausalLM, verb: str, late: bool) -> None:
+    """A pass of more than two rows never has the memory, whether that shows before it or after it, and one request's
+    passes never do: that one fails, the others write what they would alone."""
+    real = getattr(TwoTowerForCausalLM, verb)
+    poison = 59
+
+    def scarce(self: Any, tokens: Any, *rest: Any, **options: Any) -> Any:
+        short = len(tokens) > 2 or bool((tokens == poison).any())
+        out = real(self, tokens, *rest, **options) if late or not short else None
+        if short:
+            raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 2.00 GiB")
+        return out
+
+    rng = random.Random(3)
+    requests = [some_request(rng, mode=rng.choice(["diffusion", "verified", "ar"])) for _ in range(12)]
+    requests = [Request([t % 50 + 3 for t in r.prompt], r.params) for r in requests]
+    requests.insert(5, asking([3, 4, poison, 5], "ar" if verb == "extend" else "diffusion", seed=1))
+    llm = LLM(model, rows=6, length=LENGTH)
+    if verb == "denoise":  # the block's own tokens must give it away
+        requests[5] = asking([3, 4, 5], "diffusion", mask_token_id=poison, seed=1)
+    expected = [alone(model, request).tokens for request in requests]
+    with patch.object(TwoTowerForCausalLM, verb, scarce):
+        outputs = llm.generate(requests)
+    for place, output in enumerate(outputs):
+        poisoned = verb == "extend" and poison in [*requests[place].prompt, *expected[place]]
+        if place == 5 or poisoned:
+            assert output.finish_reason == "error"
+            assert "out of memory" in output.error
+        elif verb == "denoise" or not poisoned:
+            assert output.tokens == expected[place], place
+    assert len(llm.free) == 6
+    assert llm.generate([requests[0]])[0].tokens == expected[0]  # the engine lives
+
+
+# --- for hours --------------------------------------------------------------------------------------------------------
+
+
+def soak(count: int) -> None:
+    """Requests of every kind, a third given up at any time: memory flat, every slot and column back."""
+    model = build_random_model("M*E", dtype=torch.float32)
+    rng, llm = random.Random(5), LLM(model, rows=8, length=LENGTH)
+    levels = []
+    for part in range(5):
+        requests = [some_request(rng) for _ in range(count // 5)]
+        drive(llm, requests, rng, aborted=0.3)
+        llm.state.settle()
+        gc.collect()
+        levels.append((llm.state.nbytes, psutil.Process().memory_info().rss))
+        assert len(llm.free) == 8
+        for left in (llm.rows, llm.waiting, llm._opening, llm._unseen, llm.state.segments.taken):
+            assert not left, part
+    assert len({held for held, _ in levels}) == 1
+    grown = (levels[-1][1] - levels[1][1]) / 2**20
+    print(f"{count} requests: {grown:+.1f} MiB after the first two fifths")
+    assert grown < 20
+
+
+def test_a_short_soak() -> None:
+    soak(250)
+
+
+@pytest.mark.slow
+@pytest.mark.timeout(3600)
+def test_ten_thousand_requests_with_random_aborts() -> None:
+    soak(10_000)
