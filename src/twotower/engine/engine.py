@@ -101,6 +101,24 @@ class LLM:
         per_row, per_token = sizes(model.context.config, model.dtype)
         return math.ceil(rows * (per_row + per_token * (length + block_size)) / (1 - PREFIX_SHARE))
 
+    @classmethod
+    def fitting(
+        cls, model: TwoTowerForCausalLM, requests: Sequence[Request], rows: int, memory: int | None = None
+    ) -> LLM:
+        """One that all of these requests fit, with at most `rows` at work at once, in so much memory.
+
+        Raises:
+            ArgumentError: the longest does not fit the memory; says how much it needs.
+        """
+        length = max((len(request.prompt) + request.params.max_new_tokens for request in requests), default=1)
+        block = max((request.params.block_size for request in requests), default=1)
+        if memory is not None and memory < (least := cls.memory_for(model, 1, length, block)):
+            raise ArgumentError(
+                f"a text of {length} tokens takes {least / 2**20:.1f} MiB of state, more than the "
+                f"{memory / 2**20:.1f} MiB allowed; allow more or ask for shorter texts"
+            )
+        return cls(model, rows=min(rows, max(len(requests), 1)), length=length, block_size=block, memory=memory)
+
     # --- requests -------------------------------------------------------------------------------------------------
 
     def add_request(self, request: Request) -> int:
@@ -137,7 +155,7 @@ class LLM:
     def _columns(self, request: Request) -> int:
         """What a request can need: its last block may go beyond the tokens it asks for."""
         params = request.params
-        return len(request.prompt) + params.max_new_tokens + params.block_size
+        return len(request.prompt) + params.max_new_tokens + min(params.block_size, self.blocks.size)
 
     def abort(self, number: int) -> None:
         """Forgets a request, waiting or running: no event of it comes any more, and its slot is free at once. Unknown

@@ -80,20 +80,8 @@ def _line(number: int, text: str, asked: str, model: TwoTowerForCausalLM, shared
 
 
 def engine_for(model: TwoTowerForCausalLM, lines: Sequence[Line], rows: int, memory: int | None = None) -> LLM:
-    """One that every line fits, with as many of `rows` as `memory` bytes of state allow.
-
-    Raises:
-        ArgumentError: not even one row fits; says how much it needs.
-    """
-    requests = [line.request for line in lines if line.request is not None]
-    length = max((len(request.prompt) + request.params.max_new_tokens for request in requests), default=1)
-    block = max((request.params.block_size for request in requests), default=1)
-    if memory is not None and memory < (each := LLM.memory_for(model, 1, length, block)):
-        raise ArgumentError(
-            f"a text of {length} tokens takes {each / 2**20:.1f} MiB of state, more than the "
-            f"{memory / 2**20:.1f} MiB allowed; allow more or ask for shorter texts"
-        )
-    return LLM(model, rows=min(rows, max(len(requests), 1)), length=length, block_size=block, memory=memory)
+    """One that every line fits, with as many of `rows` as `memory` bytes of state allow."""
+    return LLM.fitting(model, [line.request for line in lines if line.request is not None], rows, memory)
 
 
 def finished(out: Path, lines: Sequence[Line]) -> int:
