@@ -19,8 +19,10 @@ from torch.utils.flop_counter import FlopCounterMode
 from twotower import kernels
 from twotower.kernels import CATALOGUE, Backend, cases, native
 from twotower.kernels.native import ops
+from twotower.kernels.native import tower as native_tower
 from twotower.kernels.verification import disagreement
 from twotower.model.coupling import Visibility
+from twotower.model.linear import Linear
 
 CPU = torch.device("cpu")
 NARROW = (torch.float32, torch.bfloat16)
@@ -192,3 +194,87 @@ def test_no_rows_at_all(dtype: torch.dtype) -> None:
         none = torch.zeros(0, 5, dtype=torch.long)
         assert model.extend(none, state).shape == (0, 5, model.config.vocab_size)
         assert model.denoise(none, torch.zeros(0), state.view()).shape == (0, 5, model.config.vocab_size)
+
+
+@pytest.mark.parametrize("dtype", NARROW)
+@pytest.mark.parametrize("residual_in_fp32", [False, True])
+@pytest.mark.parametrize("length", [1, 5, 16])
+def test_a_tower_in_one_call_is_its_layers(
+    length: int, residual_in_fp32: bool, dtype: torch.dtype, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Every kind of layer, biases, ragged rows of a shared pool, with and without time, causal or not."""
+    overrides = {"residual_in_fp32": residual_in_fp32, "use_bias": True, "mlp_bias": True, "attention_bias": True}
+    model = build_random_model(EVERY_KIND, dtype=dtype, **overrides)
+    tokens = torch.randint(4, 60, (3, 30), generator=torch.Generator().manual_seed(0))
+    outs = []
+    for whole in (True, False):
+        calls = []
+        real = native_tower.run
+
+        def run(*arguments: Any, whole: bool = whole, real: Any = real, calls: list[bool] = calls) -> Any:
+            out = real(*arguments) if whole else None
+            calls.append(out is not None)
+            return out
+
+        monkeypatch.setattr(native_tower, "run", run)
+        with torch.no_grad():
+            state = model.new_state(4, 0, 200)
+            for row in (3, 0, 1):
+                state.open(row, 60)
+            rows, lengths = torch.tensor([3, 0, 1]), torch.tensor([length, 1, 0])
+            model.prefill(tokens[:, :12], torch.tensor([12, 7, 0]), state, rows)
+            calls.clear()
+            logits = model.extend(tokens[:, 12 : 12 + length], state, lengths, rows=rows)
+            state.rollback(state.lengths - (state.accepted > 1).long())
+            view = state.view(rows)
+            block = tokens[:, -length:]
+            drafts = [model.denoise(block, t, view, causal=t is None, lengths=lengths.clamp(min=1))
+                      for t in (None, torch.tensor([1.0, 0.5, 0.2]))]  # fmt: skip
+            state.settle()
+            outs.append([logits, *drafts, *state._tensors()])
+        assert calls == [whole] * 3
+        monkeypatch.undo()
+    for mine, twin in zip(*outs, strict=True):  # in fp32 but for gate and sum in one rounding
+        assert torch.equal(mine, twin) or dtype == torch.float32
+        torch.testing.assert_close(mine, twin, rtol=1e-5, atol=1e-5)
+
+
+def test_a_tower_that_was_changed_runs_as_written() -> None:
+    """A hook, a module of somebody else's, a weight laid out otherwise or moved: each is noticed."""
+    model = build_random_model(EVERY_KIND, dtype=torch.float32)
+    tower = model.context
+    tokens = torch.tensor([[5, 6, 7]])
+
+    def ran() -> bool:
+        with torch.no_grad():
+            return native_tower.run(tower, tower.embed(tokens), Visibility(), None, None, True) is not None
+
+    assert ran()
+    seen: list[int] = []
+    hook = tower.layers[1].register_forward_hook(lambda *_: seen.append(1))
+    assert not ran()
+    with torch.no_grad():
+        tower(tokens, Visibility())
+    assert seen
+    hook.remove()
+    assert ran()
+
+    class Doubled(Linear):
+        def forward(self, input: Tensor) -> Tensor:
+            return 2 * super().forward(input)
+
+    mixer = tower.layers[EVERY_KIND.index("M")].mixer
+    old = mixer.in_proj
+    mixer.in_proj = Doubled(old.in_features, old.out_features, bias=old.bias is not None)
+    assert not ran()
+    mixer.in_proj = old
+    assert ran()
+    with torch.no_grad():
+        before = tower(tokens, Visibility())[0]
+        old.weight = torch.nn.Parameter(old.weight * 2)
+        assert ran()
+        assert not torch.equal(tower(tokens, Visibility())[0], before)
+        old.weight = torch.nn.Parameter(old.weight.t().contiguous().t())
+        assert not ran()
+    model.double()
+    assert not ran()

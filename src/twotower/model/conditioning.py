@@ -72,7 +72,9 @@ class TimeConditioning(nn.Module):
 
     def forward(self, t: Tensor) -> list[Modulation]:
         shared = self.t_block(self.t_embedder(t)).unflatten(-1, self.scale_shift_tables[0].shape)  # (B, 3, H)
-        return [Modulation(*(shared + table)[:, :, None].unbind(1)) for table in self.scale_shift_tables]
+        tables = torch.stack(tuple(self.scale_shift_tables))  # (layers, 3, H)
+        parts = (shared[:, None] + tables).flatten(1, 2)[:, :, None].unbind(1)  # one operation for all layers
+        return [Modulation(*parts[at : at + 3]) for at in range(0, len(parts), 3)]
 
 
 def normed_input(x: Tensor, norm: RMSNorm, kind: LayerKind, modulation: Modulation | None) -> Tensor:

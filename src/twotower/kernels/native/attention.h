@@ -3,35 +3,52 @@
 #include "matmul.h"
 
 constexpr long SPAN = 1024, CHUNK = 128;  // cached keys of a task, and of one turn of its running softmax
+constexpr long MANY = 8;                  // queries for which turning the keys around pays
 
-// acc[m][d] += Σ_r p[m][r] · v[r][d] over n keys, for M queries.
+// acc[m][d] += Σ_r p[m][r] · v[r][d] over n rows of v, of D columns, for M rows of p.
 template <int M, class T>
-inline void weigh(const float* p, const T* v, long n, long D, float* acc, long ld) {
+inline void weigh(const float* p, long ldp, const T* v, long ldv, long n, long D, float* acc, long ld) {
     long d = 0;
     for (; d + 2 * W <= D; d += 2 * W) {
         vec a[M][2];
         for (int m = 0; m < M; m++) a[m][0] = load(acc + m * ld + d), a[m][1] = load(acc + m * ld + d + W);
         for (long r = 0; r < n; r++) {
-            vec v0 = load(v + r * D + d), v1 = load(v + r * D + d + W);
-            for (int m = 0; m < M; m++) a[m][0] += p[m * CHUNK + r] * v0, a[m][1] += p[m * CHUNK + r] * v1;
+            vec v0 = load(v + r * ldv + d), v1 = load(v + r * ldv + d + W);
+            for (int m = 0; m < M; m++) a[m][0] += p[m * ldp + r] * v0, a[m][1] += p[m * ldp + r] * v1;
         }
         for (int m = 0; m < M; m++) store(acc + m * ld + d, a[m][0]), store(acc + m * ld + d + W, a[m][1]);
     }
     for (; d < D; d++)
         for (int m = 0; m < M; m++) {
             float total = acc[m * ld + d];
-            for (long r = 0; r < n; r++) total = std::fma(p[m * CHUNK + r], widen(v[r * D + d]), total);
+            for (long r = 0; r < n; r++) total = std::fma(p[m * ldp + r], widen(v[r * ldv + d]), total);
             acc[m * ld + d] = total;
         }
+}
+
+template <class T>
+inline void weigh_all(const float* p, long ldp, long M, const T* v, long ldv, long n, long D, float* acc, long ld) {
+    long m = 0;
+    for (; m + 4 <= M; m += 4) weigh<4>(p + m * ldp, ldp, v, ldv, n, D, acc + m * ld, ld);
+    for (; m < M; m++) weigh<1>(p + m * ldp, ldp, v, ldv, n, D, acc + m * ld, ld);
 }
 
 // n ≤ CHUNK more keys for Q queries: running maximum `most`, sum `total` and weighted values acc (Q, ld).
 template <class T, class Sees>
 inline void attend(const float* q, long ldq, long Q, const T* k, const T* v, long n, long D, float* scores, float* most,
                    float* total, float* acc, long ld, Sees sees) {
-    rows_dot(k, D, 0, n, q, ldq, Q, D, [&](long r, long m, float s) { scores[m * CHUNK + r] = sees(m, r) ? s : -INFINITY; });
+    if (Q < MANY) {
+        rows_dot(k, D, 0, n, q, ldq, Q, D, [&](long r, long m, auto s) { put(scores + m * CHUNK + r, s); });
+    } else {  // keys turned around: no sums within a vector
+        float* turned = scratch(4, D * CHUNK);
+        for (long r = 0; r < n; r++)
+            for (long d = 0; d < D; d++) turned[d * CHUNK + r] = widen(k[r * D + d]);
+        std::fill(scores, scores + Q * CHUNK, 0.0f);
+        weigh_all(q, ldq, Q, turned, CHUNK, D, (n + W - 1) / W * W, scores, CHUNK);
+    }
     for (long m = 0; m < Q; m++) {
         float* row = scores + m * CHUNK;
+        for (long r = 0; r < n; r++) if (!sees(m, r)) row[r] = -INFINITY;
         float top = most[m];
         for (long r = 0; r < n; r++) top = std::max(top, row[r]);
         if (top == -INFINITY) {
@@ -50,9 +67,7 @@ inline void attend(const float* q, long ldq, long Q, const T* k, const T* v, lon
         most[m] = top;
         if (shrink != 1) for (long d = 0; d < D; d++) acc[m * ld + d] *= shrink;
     }
-    long m = 0;
-    for (; m + 4 <= Q; m += 4) weigh<4>(scores + m * CHUNK, v, n, D, acc + m * ld, ld);
-    for (; m < Q; m++) weigh<1>(scores + m * CHUNK, v, n, D, acc + m * ld, ld);
+    weigh_all(scores, CHUNK, Q, v, D, n, D, acc, ld);
 }
 
 // q (B, L, Hq, D), k and v (B, L, Hkv, D) → out (B, L, Hq, D). Cached: of row b, head h, token t < lengths[b] the vector

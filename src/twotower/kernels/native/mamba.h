@@ -69,7 +69,7 @@ void mamba_block(const T* projected, const uint8_t* valid, const T* window, cons
                 }
             }
             const float *B = out + X, *Cs = out + X + N;  // both with stride own_C
-            rows_dot(B, own_C, 0, L, Cs, own_C, L, N, [&](long m, long l, float v) { score[l * L + m] = v; });
+            rows_dot(B, own_C, 0, L, Cs, own_C, L, N, [&](long m, long l, auto v) { put(score + l * L + m, v); });
             if (trace_B)
                 for (long l = 0; l < L; l++)
                     std::memcpy(trace_B + ((b * L + l) * G + g) * N, B + l * own_C, N * sizeof(float));
@@ -91,7 +91,7 @@ void mamba_block(const T* projected, const uint8_t* valid, const T* window, cons
                 }
                 if (state)
                     rows_dot(state + (slot * H + h) * P * N, N, 0, P, Cs, own_C, L, N,
-                             [&](long p, long l, float v) { seen[l * P + p] = v; });
+                             [&](long p, long l, auto v) { put(seen + l * P + p, v); });
                 for (long l = 0; l < L; l++) {
                     float* to = y + l * X + i * P;
                     const float *x = out + i * P, passed = state ? std::exp(cum[l]) : 0.0f;

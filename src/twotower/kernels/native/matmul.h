@@ -26,40 +26,48 @@ inline void dots(const T* w, long ldw, const float* x, long ldx, long K, bool ah
     vec all[R * COLUMNS];
     for (int m = 0; m < COLUMNS; m++)
         for (int r = 0; r < R; r++) all[m * R + r] = m < M ? acc[r][m < M ? m : 0] : vec{};
-    vec totals = sums<R * COLUMNS>(all);
+    alignas(64) float totals[W];
+    store(totals, sums<R * COLUMNS>(all));
     for (int m = 0; m < M; m++)
-        for (int r = 0; r < R; r++) {
-            float total = totals[m * R + r];
-            for (long j = k; j < K; j++) total = std::fma(widen(w[r * ldw + j]), x[m * ldx + j], total);
-            put(r, m, total);
+        for (int r = 0; r < R; r++)
+            for (long j = k; j < K; j++)
+                totals[m * R + r] = std::fma(widen(w[r * ldw + j]), x[m * ldx + j], totals[m * R + r]);
+    for (int m = 0; m < M; m++) {
+        if constexpr (R == 4) {
+            vec4 four;
+            std::memcpy(&four, totals + m * 4, sizeof four);
+            put(m, four);
+        } else {
+            put(m, totals[m]);
         }
+    }
 }
 
 template <int R, class T, class Put>
 inline void dots_tokens(const T* w, long ldw, const float* x, long ldx, long M, long K, Put put) {
     long m = 0;
     for (; m + TILE_TOKENS <= M; m += TILE_TOKENS)
-        dots<R, TILE_TOKENS>(w, ldw, x + m * ldx, ldx, K, m == 0, [&](int r, int i, float v) { put(r, m + i, v); });
+        dots<R, TILE_TOKENS>(w, ldw, x + m * ldx, ldx, K, m == 0, [&](int i, auto v) { put(m + i, v); });
     if constexpr (TILE_TOKENS > 2) {
         if (M - m == 3) {
-            dots<R, 3>(w, ldw, x + m * ldx, ldx, K, m == 0, [&](int r, int i, float v) { put(r, m + i, v); });
+            dots<R, 3>(w, ldw, x + m * ldx, ldx, K, m == 0, [&](int i, auto v) { put(m + i, v); });
             return;
         }
         if (M - m == 2) {
-            dots<R, 2>(w, ldw, x + m * ldx, ldx, K, m == 0, [&](int r, int i, float v) { put(r, m + i, v); });
+            dots<R, 2>(w, ldw, x + m * ldx, ldx, K, m == 0, [&](int i, auto v) { put(m + i, v); });
             return;
         }
     }
-    if (M - m == 1) dots<R, 1>(w, ldw, x + m * ldx, ldx, K, m == 0, [&](int r, int, float v) { put(r, m, v); });
+    if (M - m == 1) dots<R, 1>(w, ldw, x + m * ldx, ldx, K, m == 0, [&](int, auto v) { put(m, v); });
 }
 
-// put(row, token, value) for weight rows lo…hi.
+// put(row, token, value) for weight rows lo…hi; value is a float, or a vec4 of that row and the next three.
 template <class T, class Put>
 inline void rows_dot(const T* w, long ldw, long lo, long hi, const float* x, long ldx, long M, long K, Put put) {
     long n = lo;
     for (; n + TILE_ROWS <= hi; n += TILE_ROWS)
-        dots_tokens<TILE_ROWS>(w + n * ldw, ldw, x, ldx, M, K, [&](int r, long m, float v) { put(n + r, m, v); });
-    for (; n < hi; n++) dots_tokens<1>(w + n * ldw, ldw, x, ldx, M, K, [&](int, long m, float v) { put(n, m, v); });
+        dots_tokens<TILE_ROWS>(w + n * ldw, ldw, x, ldx, M, K, [&](long m, vec4 v) { put(n, m, v); });
+    for (; n < hi; n++) dots_tokens<1>(w + n * ldw, ldw, x, ldx, M, K, [&](long m, float v) { put(n, m, v); });
 }
 
 // Tokens as floats, each row a cache line longer than it need be: rows a power of two apart would share cache sets.
@@ -83,7 +91,7 @@ template <class T> void linear(const T* x, const T* w, const T* bias, T* y, long
     parallel(threads, M * N * K > WORTH, [&](int part, int parts) {
         Range own = share(N, part, parts, 16);
         rows_dot(w, K, own.lo, own.hi, in, padded(K), M, K,
-                 [&](long n, long m, float v) { put(y + m * N + n, bias ? v + widen(bias[n]) : v); });
+                 [&](long n, long m, auto v) { put(y + m * N + n, bias ? v + widen4<decltype(v)>(bias + n) : v); });
     });
 }
 
@@ -122,10 +130,7 @@ void experts(const T* x, const int64_t* choice, const float* weight, const T* up
         for (long at = own.lo; at < own.hi;) {
             long e = active[at / I], lo = at % I, hi = std::min(I, lo + own.hi - at), first = starts[e];
             rows_dot(up + e * I * H, H, lo, hi, gathered + first * ldx, ldx, starts[e + 1] - first, H,
-                     [&](long i, long m, float v) {
-                         float positive = v > 0 ? v : 0;
-                         inner[(first + m) * ldi + i] = positive * positive;
-                     });
+                     [&](long i, long m, auto v) { put(inner + (first + m) * ldi + i, relu(v) * relu(v)); });
             at += hi - lo;
         }
         barrier(parts);
@@ -133,7 +138,7 @@ void experts(const T* x, const int64_t* choice, const float* weight, const T* up
         for (long at = own.lo; at < own.hi;) {
             long e = active[at / H], lo = at % H, hi = std::min(H, lo + own.hi - at), first = starts[e];
             rows_dot(down + e * H * I, I, lo, hi, inner + first * ldi, ldi, starts[e + 1] - first, I,
-                     [&](long h, long m, float v) { parts_out[(first + m) * H + h] = v; });
+                     [&](long h, long m, auto v) { put(parts_out + (first + m) * H + h, v); });
             at += hi - lo;
         }
         barrier(parts);

@@ -2,8 +2,7 @@
 #include <type_traits>
 #include "attention.h"
 #include "greedy.h"
-#include "mamba.h"
-#include "norm.h"
+#include "tower.h"
 
 #define BOTH(call)                                 \
     if (type == 0) { using T = float; call; }      \
@@ -64,5 +63,22 @@ void attention_(int type, const void* q, const void* k, const void* v, const uin
                 long L, long Hq, long Hkv, long D, int threads) {
     BOTH(attention(P(q), P(k), P(v), valid, causal, P(past_k), P(past_v), start, stride, lengths, Q(out), B, L, Hq, Hkv, D,
                    threads))
+}
+
+// x: the embedded tokens, which become the residual stream. sizes: the integers of `Shape` in its order.
+void tower_(int type, void* x, const int64_t* kinds, const void* const* weights, const void* const* inputs,
+            const void* norm_f, void* hidden, const uint8_t* valid, int causal, const int64_t* start, const int64_t* stride,
+            const int64_t* lengths, const int64_t* sizes, float low, float high, float eps, float factor, int threads) {
+    const int64_t* n = sizes;
+    Shape s{n[0], n[1], n[2], n[3], n[4], n[5], {n[6], n[7], n[8], n[9], n[10], low, high, eps}, n[11], n[12], n[13],
+            n[14], n[15], n[16], n[17], n[18], n[19], n[20], factor, n[21], eps};
+    if (type && s.wide) {
+        using T = bf16;
+        tower(static_cast<float*>(x), kinds, weights, inputs, P(norm_f), Q(hidden), valid, causal, start, stride, lengths, s,
+              threads);
+    } else {
+        BOTH(tower(static_cast<T*>(x), kinds, weights, inputs, P(norm_f), Q(hidden), valid, causal, start, stride, lengths, s,
+                   threads))
+    }
 }
 }

@@ -51,7 +51,7 @@ void route(const T* x, const T* w, const float* bias, int64_t* choice, float* we
     float* scores = scratch(1, tokens * E);
     parallel(threads, tokens * H * E > WORTH, [&](int part, int parts) {
         Range own = share(E, part, parts, 4);
-        rows_dot(w, H, own.lo, own.hi, in, padded(H), tokens, H, [&](long e, long t, float v) { scores[t * E + e] = v; });
+        rows_dot(w, H, own.lo, own.hi, in, padded(H), tokens, H, [&](long e, long t, auto v) { put(scores + t * E + e, v); });
     });
     float* ranked = scratch(2, E + groups);
     float* best = ranked + E;

@@ -36,6 +36,7 @@ SIGNATURES = {
     "mamba_block_": "ippppp" + "pppppp" + "p" + "ppppp" + "lllllll" + "fff",
     "fold_": "ipppppppp" + "p" + "lllllll",
     "choose_": "ipppplll",
+    "tower_": "ippp" + "pppp" + "ippp" + "p" + "ffff",
     "attention_": "ippppi" + "pppppp" + "lllll",
 }
 

@@ -4,6 +4,7 @@
 #include <cmath>
 #include <cstdint>
 #include <cstring>
+#include <type_traits>
 #include <vector>
 #ifdef _OPENMP
 #include <omp.h>
@@ -21,6 +22,8 @@ typedef uint32_t uvec __attribute__((vector_size(W * 4)));
 typedef uint16_t u16vec __attribute__((vector_size(W * 2)));
 
 struct bf16 { uint16_t bits; };
+
+typedef float vec4 __attribute__((vector_size(16)));  // results of four neighbouring weight rows
 
 inline vec splat(float x) { return x - vec{}; }
 
@@ -77,6 +80,15 @@ template <int N> inline vec sums(const vec* v) {  // lane i (modulo N) is the su
 }
 inline float sum(vec v) { return sums<1>(&v)[0]; }
 
+inline void put(float* p, vec4 v) { std::memcpy(p, &v, sizeof v); }
+inline void put(bf16* p, vec4 v) { for (int i = 0; i < 4; i++) put(p + i, v[i]); }
+inline float relu(float v) { return v > 0 ? v : 0; }
+inline vec4 relu(vec4 v) { return v > 0 ? v : vec4{}; }
+template <class V, class T> inline V widen4(const T* p) {  // one value or four, as V
+    if constexpr (std::is_same_v<V, float>) return widen(*p);
+    else return vec4{widen(p[0]), widen(p[1]), widen(p[2]), widen(p[3])};
+}
+
 // exp to about one unit in the last place: 2^n · p(r), r in ±ln2/2; 0 below −87, saturated above 88.
 inline vec exp(vec x) {
     vec clipped = x < -87.0f ? splat(-87.0f) : x;
@@ -129,7 +141,7 @@ inline Range share(long n, int part, int parts, long grain = 1) {  // in multipl
 
 // Per-thread memory that is kept between calls: no allocation in the loop.
 inline float* scratch(int which, long floats) {
-    static thread_local std::vector<float> buffers[8];
+    static thread_local std::vector<float> buffers[16];
     std::vector<float>& buffer = buffers[which];
     if (long(buffer.size()) < floats + 16) buffer.resize(floats + 16);
     return reinterpret_cast<float*>((reinterpret_cast<uintptr_t>(buffer.data()) + 63) / 64 * 64);  // on a cache line

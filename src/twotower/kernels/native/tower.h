@@ -1,0 +1,96 @@
+// All layers of a tower in one call: the functions of the other files in the order of model/tower.py.
+#pragma once
+#include "attention.h"
+#include "mamba.h"
+#include "norm.h"
+
+enum Kind { MAMBA, ATTENTION, MOE, MLP };
+
+// What a layer is made of and reads, by place: see `Plan` in tower.py. Weights first, then what belongs to this pass.
+constexpr int WEIGHTS = 12, INPUTS = 12;
+
+struct Shape {
+    long rows, L, H, layers, order_stride, wide;           // wide: the residual stream is fp32 whatever the weights
+    Mamba mamba;
+    long heads, kv_heads, head_dim;                         // attention
+    long experts, groups, kept, top, inner, shared, normalise;  // mixture of experts
+    float factor;
+    long mlp;                                               // width of a plain MLP
+    float norm_eps;
+};
+
+template <class T> inline void relu_squared(T* x, long n) {
+    for (long i = 0; i < n; i++) {
+        const float v = widen(x[i]);
+        T positive;
+        put(&positive, v > 0 ? v : 0);
+        put(x + i, widen(positive) * widen(positive));
+    }
+}
+
+template <class T>
+inline void mlp(const T* x, const T* up, const T* up_bias, const T* down, const T* down_bias, T* inner, T* y, long tokens,
+                long H, long width, int threads) {
+    linear(x, up, up_bias, inner, tokens, H, width, threads);
+    relu_squared(inner, tokens * width);
+    linear(inner, down, down_bias, y, tokens, width, H, threads);
+}
+
+template <class X, class T>
+void tower(X* x, const int64_t* kinds, const void* const* weights, const void* const* inputs, const T* norm_f, T* hidden,
+           const uint8_t* valid, int causal, const int64_t* start, const int64_t* stride, const int64_t* lengths,
+           const Shape& s, int threads) {
+    const long tokens = s.rows * s.L, H = s.H, d = s.head_dim;
+    const Mamba& m = s.mamba;
+    const long inner = m.heads * m.P, C = inner + 2 * m.groups * m.N;
+    const long widest = std::max({inner + C + m.heads, 2 * s.heads * d, s.shared, s.mlp, H});
+    T* normed = reinterpret_cast<T*>(scratch(8, tokens * H));
+    T* out = reinterpret_cast<T*>(scratch(9, tokens * H));
+    T* first = reinterpret_cast<T*>(scratch(10, tokens * widest));
+    T* second = reinterpret_cast<T*>(scratch(11, tokens * std::max(widest, H)));
+    int64_t* choice = reinterpret_cast<int64_t*>(scratch(12, 2 * tokens * std::max(s.top, 1L)));
+    float* chosen = scratch(13, tokens * std::max(s.top, 1L));
+    for (long layer = 0; layer < s.layers; layer++) {
+        const auto w = [&](int i) { return static_cast<const T*>(weights[layer * WEIGHTS + i]); };
+        const auto wide = [&](int i) { return static_cast<const float*>(weights[layer * WEIGHTS + i]); };
+        const auto in = [&](int i) { return const_cast<void*>(inputs[layer * INPUTS + i]); };
+        const T *shift = static_cast<T*>(in(0)), *scale = static_cast<T*>(in(1)), *gate = static_cast<T*>(in(2));
+        const int kind = int(kinds[layer]);
+        const int order = !shift ? 0 : kind == MAMBA || kind == ATTENTION ? 1 : 2;
+        rms_norm(x, w(0), shift, scale, normed, tokens, H, s.L, s.order_stride, order, s.norm_eps, threads);
+        if (kind == MAMBA) {
+            linear(normed, w(1), w(2), first, tokens, H, inner + C + m.heads, threads);
+            mamba_block(first, valid, static_cast<const T*>(in(3)), static_cast<const float*>(in(4)), (const int64_t*)nullptr,
+                        w(3), w(4), wide(5), wide(6), wide(7), w(8), second, static_cast<T*>(in(5)),
+                        static_cast<float*>(in(6)), static_cast<float*>(in(7)), static_cast<float*>(in(8)),
+                        static_cast<float*>(in(9)), s.rows, s.L, m, threads);
+            linear(second, w(9), w(10), out, tokens, inner, H, threads);
+        } else if (kind == ATTENTION) {
+            T *q = first, *attended = first + tokens * s.heads * d;
+            T *k = static_cast<T*>(in(5)), *v = static_cast<T*>(in(6));
+            linear(normed, w(1), w(2), q, tokens, H, s.heads * d, threads);
+            linear(normed, w(3), w(4), k, tokens, H, s.kv_heads * d, threads);
+            linear(normed, w(5), w(6), v, tokens, H, s.kv_heads * d, threads);
+            attention(q, k, v, valid, causal, static_cast<const T*>(in(3)), static_cast<const T*>(in(4)), start, stride,
+                      lengths, attended, s.rows, s.L, s.heads, s.kv_heads, d, threads);
+            linear(attended, w(7), w(8), out, tokens, s.heads * d, H, threads);
+        } else if (kind == MOE) {
+            route(normed, w(1), wide(2), choice, chosen, tokens, H, s.experts, s.groups, s.kept, s.top, int(s.normalise),
+                  s.factor, threads);
+            experts(normed, choice, chosen, w(3), w(4), out, tokens, s.top, s.experts, s.inner, H, threads);
+            mlp(normed, w(5), w(6), w(7), w(8), first, second, tokens, H, s.shared, threads);
+            for (long i = 0; i < tokens * H; i++) put(out + i, widen(out[i]) + widen(second[i]));
+        } else {
+            mlp(normed, w(1), w(2), w(3), w(4), first, out, tokens, H, s.mlp, threads);
+        }
+        for (long t = 0; t < tokens; t++) {
+            const T* by = gate ? gate + t / s.L * s.order_stride : nullptr;
+            for (long h = 0; h < H; h++) {
+                T part = out[t * H + h];
+                if (by) put(&part, widen(part) * widen(by[h]));
+                put(x + t * H + h, widen(x[t * H + h]) + widen(part));
+            }
+        }
+    }
+    rms_norm(x, norm_f, (const T*)nullptr, (const T*)nullptr, hidden, tokens, H, 1, 0, 0, s.norm_eps, threads);
+}

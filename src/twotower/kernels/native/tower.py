@@ -1,0 +1,199 @@
+"""A whole tower's pass in one call of compiled code, where nothing but this package's own kernels would run in it.
+
+Launching a pass of a hundred small operations from Python takes longer than computing it. The result is that of the
+kernels one by one (in fp32 but for a fused multiply-add at each residual sum). Wherever a part of the tower has been
+replaced, is being watched or is differentiated, `run` returns None and the layers run as they are written in model/.
+"""
+
+from __future__ import annotations
+
+import ctypes
+from collections.abc import Sequence
+from typing import TYPE_CHECKING, Any
+from weakref import WeakKeyDictionary
+
+import torch
+from torch import Tensor, nn
+
+from twotower.kernels.attention import Cached
+from twotower.kernels.mamba_block import MambaTrace
+from twotower.kernels.native.ops import FEW, _call
+
+if TYPE_CHECKING:
+    from twotower.model.conditioning import Modulation
+    from twotower.model.coupling import Added, Past, Visibility
+    from twotower.model.tower import Tower
+
+KINDS = {"M": 0, "*": 1, "E": 2, "-": 3}
+WEIGHTS = INPUTS = 12  # places a layer, as in tower.h
+# Where each weight of a mixer stands; 0 is the layer's norm. What ends in ! is fp32 whatever the model's dtype.
+PLACES = {
+    "M": (
+        "in_proj.weight", "in_proj.bias", "conv1d.weight", "conv1d.bias", "dt_bias!", "A_log!", "D!", "norm.weight",
+        "out_proj.weight", "out_proj.bias",
+    ),
+    "*": tuple(f"{name}_proj.{part}" for name in "qkvo" for part in ("weight", "bias")),
+    "E": (
+        "gate.weight", "gate.e_score_correction_bias!", "experts.up_proj", "experts.down_proj",
+        "shared_experts.up_proj.weight", "shared_experts.up_proj.bias",
+        "shared_experts.down_proj.weight", "shared_experts.down_proj.bias",
+    ),
+    "-": ("up_proj.weight", "up_proj.bias", "down_proj.weight", "down_proj.bias"),
+}  # fmt: skip
+OPS = ("linear", "rms_norm", "route", "experts", "attention", "mamba_block")
+
+
+class Plan:
+    """A tower as it was when it was last looked at: its modules, and where its weights lie."""
+
+    def __init__(self, tower: Tower) -> None:
+        self.children = [(module._modules, name, child) for module in tower.modules()
+                         for name, child in module._modules.items()]  # fmt: skip
+        self.modules = list(tower.modules())
+        self.holders: list[tuple[dict[str, Any], str, torch.dtype]] = []
+        self.slots: list[int] = []
+        dtype = tower.embeddings.weight.dtype
+        for i, layer in enumerate(tower.all_layers()):
+            for place, name in enumerate(("norm.weight", *(f"mixer.{name}" for name in PLACES[layer.kind]))):
+                path, _, leaf = name.rstrip("!").rpartition(".")
+                module = layer.get_submodule(path)
+                holder = module._buffers if leaf in module._buffers else module._parameters
+                if holder.get(leaf) is not None:
+                    self.holders.append((holder, leaf, torch.float32 if name.endswith("!") else dtype))
+                    self.slots.append(i * WEIGHTS + place)
+        self.addresses: list[int] = []
+        self.table = (ctypes.c_void_p * (len(tower.layers) * WEIGHTS))()
+        self.kinds = torch.tensor([KINDS[layer.kind] for layer in tower.all_layers()])
+        self.plain = all(type(module) in _own() for module in self.modules)
+
+    def still_holds(self) -> bool:
+        """Whether no module has been replaced or given hooks since."""
+        if not self.plain or any(children[name] is not child for children, name, child in self.children):
+            return False
+        return not any(module._forward_hooks or module._forward_pre_hooks for module in self.modules)
+
+    def weights(self) -> Any:
+        """Their addresses; None where one has another type or does not lie in a row."""
+        found = [holder[name] for holder, name, _ in self.holders]
+        addresses = [tensor.data_ptr() for tensor in found]
+        if addresses != self.addresses:
+            for tensor, (_, _, dtype) in zip(found, self.holders, strict=True):
+                if tensor.dtype != dtype or not tensor.is_contiguous():
+                    return None
+            for slot, address in zip(self.slots, addresses, strict=True):
+                self.table[slot] = address
+            self.addresses = addresses
+        return self.table
+
+
+_PLANS: WeakKeyDictionary[nn.Module, Plan] = WeakKeyDictionary()
+
+
+def run(
+    tower: Tower,
+    x: Tensor,
+    sees: Visibility,
+    past: Sequence[Past] | None,
+    modulation: Sequence[Modulation] | None,
+    trace: bool,
+) -> tuple[Tensor, list[Added]] | None:
+    """x (B, L, H), the embedded tokens, which are written over → what `Tower.forward` returns; None: not here."""
+    rows, length, width = x.shape
+    if not 0 < rows * length <= FEW or length > tower.config.chunk_size or not _kernels_chosen(tower):
+        return None
+    plan = _PLANS.get(tower)
+    if plan is None or not plan.still_holds():
+        plan = _PLANS[tower] = Plan(tower)
+        if not plan.still_holds():
+            return None
+    weights = plan.weights()
+    inputs = _Inputs(tower, rows, length, sees, past, modulation, trace)
+    if weights is None or not inputs.fit:
+        return None
+    config, dtype = tower.config, tower.embeddings.weight.dtype
+    hidden = x.new_empty(x.shape, dtype=dtype)
+    sizes = torch.tensor([
+        rows, length, width, len(tower.layers), inputs.stride, int(x.dtype != dtype), config.mamba_num_heads,
+        config.mamba_head_dim, config.n_groups, config.ssm_state_size, config.conv_kernel, config.num_attention_heads,
+        config.num_key_value_heads, config.head_dim, config.n_routed_experts, config.n_group, config.topk_group,
+        config.num_experts_per_tok, config.moe_intermediate_size, config.moe_shared_expert_intermediate_size,
+        int(config.norm_topk_prob), config.intermediate_size,
+    ])  # fmt: skip
+    _call(
+        "tower_", hidden, x, plan.kinds, ctypes.addressof(weights), ctypes.addressof(inputs.table), tower.norm_f.weight,
+        hidden, inputs.valid, int(sees.causal), *inputs.segments, sizes, *config.time_step_limit,
+        config.layer_norm_epsilon, config.routed_scaling_factor,
+    )  # fmt: skip
+    return hidden, inputs.added
+
+
+class _Inputs:
+    """What the layers of one pass read beside the weights and the stream, and what they leave: addresses, and the
+    tensors behind them, which must live as long."""
+
+    def __init__(
+        self, tower: Tower, rows: int, length: int, sees: Visibility, past: Sequence[Past] | None,
+        modulation: Sequence[Modulation] | None, trace: bool,
+    ) -> None:  # fmt: skip
+        from twotower.model.coupling import KeyValue, MambaPast
+
+        self.table = (ctypes.c_void_p * (len(tower.layers) * INPUTS))()
+        self.kept: list[Tensor] = []
+        self.fit = True
+        self.segments: tuple[Tensor | None, ...] = (None, None, None)
+        self.valid = None if sees.valid is None else sees.valid.contiguous()
+        self.stride = 0 if modulation is None else modulation[0].shift.stride(0)
+        self.added: list[Added] = []
+        config, dtype = tower.config, tower.embeddings.weight.dtype
+        heads, groups = config.mamba_num_heads, config.n_groups
+        key_shape = (rows, length, config.num_key_value_heads, config.head_dim)
+        for i, layer in enumerate(tower.all_layers()):
+            own = past[i] if past else None
+            if modulation is not None:
+                self.fit &= all(part.stride(0) == self.stride and part.stride(-1) == 1 for part in modulation[i])
+                self._put(i, 0, modulation[i])
+            if isinstance(own, Cached) and own.width:
+                self._put(i, 3, (own.k, own.v))
+                self.segments = (own.start, own.stride, own.lengths)
+            elif isinstance(own, MambaPast):
+                self._put(i, 3, tuple(part.contiguous() for part in own))
+            elif own is not None and not isinstance(own, Cached):
+                self.fit = False  # keys and values of whole sequences: training
+            if layer.kind == "M" and trace:
+                kept = MambaTrace(
+                    torch.empty(rows, length, config.conv_dim, dtype=dtype),
+                    torch.empty(rows, length, heads, config.mamba_head_dim),
+                    torch.empty(rows, length, heads),
+                    torch.empty(rows, length, heads),
+                    torch.empty(rows, length, groups, config.ssm_state_size),
+                )
+                self._put(i, 5, kept)
+                self.added.append(kept)
+            elif layer.kind == "*":
+                k, v = torch.empty(key_shape, dtype=dtype), torch.empty(key_shape, dtype=dtype)
+                self._put(i, 5, (k, v))
+                self.added.append(KeyValue(k.transpose(1, 2), v.transpose(1, 2)))
+            else:
+                self.added.append(None)
+
+    def _put(self, layer: int, place: int, tensors: Sequence[Tensor]) -> None:
+        for offset, tensor in enumerate(tensors):
+            self.table[layer * INPUTS + place + offset] = tensor.data_ptr()
+        self.kept += tensors
+
+
+def _kernels_chosen(tower: Tower) -> bool:
+    from twotower.kernels import select
+
+    weight = tower.embeddings.weight
+    return all(select(op, weight.device, weight.dtype).name == "native" for op in OPS)
+
+
+def _own() -> frozenset[type]:
+    """The modules whose `forward` this file repeats."""
+    from twotower.model import attention, linear, mamba2, moe, norm, tower
+
+    return frozenset({
+        tower.Tower, tower.Layer, nn.Embedding, nn.ModuleList, norm.RMSNorm, norm.GatedGroupRMSNorm, linear.Linear,
+        mamba2.Mamba2, mamba2.CausalConv, attention.Attention, moe.MoE, moe.MLP, moe.Router, moe.Experts,
+    })  # fmt: skip
