@@ -62,3 +62,6 @@ def batch(
     earlier = f", {before} were there" if before else ""
     errors = f", {failed} with an error" if failed else ""
     click.echo(f"{out}: {written} lines written{errors}{earlier}", err=True)
+    if found := engine.prefixes.found:
+        asked = engine.prefixes.asked
+        click.echo(f"{found:,} of {asked:,} prompt tokens were known from earlier prompts", err=True)

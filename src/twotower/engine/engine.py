@@ -13,7 +13,6 @@ for another. What a row writes is what it would write alone.
 
 from __future__ import annotations
 
-import math
 import time
 from collections import deque
 from collections.abc import Callable, Iterator, Sequence
@@ -22,6 +21,7 @@ from typing import TYPE_CHECKING
 import torch
 
 from twotower.engine.blocks import Blocks
+from twotower.engine.budget import memory_for, shares
 from twotower.engine.faults import in_parts, out_of_memory
 from twotower.engine.prefixes import Prefixes
 from twotower.engine.reading import Work, grouped, read, some
@@ -34,7 +34,6 @@ from twotower.generation.pace import Pace, begun
 from twotower.generation.record import RowRecord
 from twotower.generation.sampling import AR_TOKEN, pick_by_rule
 from twotower.modes import AUTO
-from twotower.state import sizes
 
 if TYPE_CHECKING:
     from twotower.model.two_tower import TwoTowerForCausalLM
@@ -42,15 +41,14 @@ if TYPE_CHECKING:
 
 PROMPT_CHUNK = 256  # a prompt is read up to multiples of this, where its state can serve another prompt
 PROMPT_BUDGET = 512  # prompt tokens read in one step, of all rows together
-PREFIX_SHARE = 0.2  # of the memory, for prompts' beginnings
 
 
 class LLM:
     """Runs requests on a model.
 
     rows: texts at work at once; length: tokens of the longest text with its answer (None: the model's window);
-    block_size: the longest block. memory: bytes for what the texts keep (None: for `rows` texts of that length); all
-    but the share for prompts' beginnings is taken now. A text takes as much of it as its request can need.
+    block_size: the longest block. memory: bytes for what the texts keep, a fifth of it for prompts' beginnings (None:
+    for `rows` texts of that length, and a fifth more). A text takes as much as its request can need.
 
     Raises:
         ArgumentError: a size is less than 1; the memory holds no text at all.
@@ -69,21 +67,11 @@ class LLM:
             if value is not None and value < 1:
                 raise ArgumentError(f"{name} is {value}; it must be at least 1")
         window = model.config.backbone.max_position_embeddings
-        per_row, per_token = sizes(model.context.config, model.dtype)
         self.model = model
         self.length = min(length or window, window)
-        if memory is None:
-            memory = self.memory_for(model, rows, self.length, block_size)
-        kept = int(memory * (1 - PREFIX_SHARE))
-        rows = min(rows, kept // (per_row + per_token * 2 * block_size))
-        if rows < 1:
-            raise ArgumentError(
-                f"{memory / 2**20:.1f} MiB hold no text: one takes {per_row / 2**20:.1f} MiB, and {per_token} bytes "
-                "for each of its tokens; raise memory"
-            )
-        columns = min((kept - rows * per_row) // max(per_token, 1), rows * (self.length + block_size))
+        rows, columns, spare = shares(model, rows, self.length + block_size, PROMPT_CHUNK, memory)
         self.state = model.new_state(rows, 0, columns)
-        self.prefixes = Prefixes(PROMPT_CHUNK, memory - kept)
+        self.prefixes = Prefixes(PROMPT_CHUNK, spare)
         self.reader = model.reader(self.state) if model.denoiser is not None else None
         device = model.device if model.denoiser is None else model.denoiser.device
         self.blocks = Blocks(model, rows, block_size, device)
@@ -98,8 +86,7 @@ class LLM:
     @staticmethod
     def memory_for(model: TwoTowerForCausalLM, rows: int, length: int, block_size: int = 16) -> int:
         """Bytes in which so many texts of up to `length` tokens fit at once; twice with the towers on two devices."""
-        per_row, per_token = sizes(model.context.config, model.dtype)
-        return math.ceil(rows * (per_row + per_token * (length + block_size)) / (1 - PREFIX_SHARE))
+        return memory_for(model, rows, length + block_size)
 
     @classmethod
     def fitting(
@@ -163,9 +150,9 @@ class LLM:
         self._unseen = [event for event in self._unseen if event.row != number]
         self.waiting = deque(entry for entry in self.waiting if entry[0] != number)
         self._opening = [row for row in self._opening if row.record.row != number]
-        self._free(number)
+        self._release(number)
 
-    def _free(self, number: int) -> Row | None:
+    def _release(self, number: int) -> Row | None:
         """Takes a row's slot and columns back."""
         row = self.rows.pop(number, None)
         if row is not None:
@@ -399,7 +386,7 @@ class LLM:
 
     def _leave(self, event: BlockEvent) -> None:
         """An ended row's slot is free; mode "auto" learns from what it wrote."""
-        row = self._free(event.row)
+        row = self._release(event.row)
         if row is None:
             return
         if row.params.mode == AUTO and event.result is not None:

@@ -38,7 +38,7 @@ class Mamba2(nn.Module):
         self.dt_bias = nn.Parameter(torch.empty(heads))
         self.A_log = nn.Parameter(torch.empty(heads))
         self.D = nn.Parameter(torch.ones(heads))
-        self.norm = GatedGroupRMSNorm(inner, config.n_groups, config.layer_norm_epsilon)
+        self.norm = GatedGroupRMSNorm(inner)
         self.out_proj = Linear(inner, config.hidden_size, bias=config.use_bias)
 
     def reset_parameters(self) -> None:

@@ -6,7 +6,6 @@ import torch
 from torch import Tensor, nn
 
 from twotower.kernels import select
-from twotower.kernels.mamba_block import gated_group_norm
 from twotower.kernels.norm import Order
 
 
@@ -25,14 +24,9 @@ class RMSNorm(nn.Module):
 
 
 class GatedGroupRMSNorm(nn.Module):
-    """Mamba's output norm: gate first, then RMSNorm within each of `groups` groups (spec §6)."""
+    """Holder of the weight of Mamba's output norm, which is part of `kernels.mamba_block`: gate first, then RMSNorm
+    within each group (spec §6)."""
 
-    def __init__(self, width: int, groups: int, eps: float) -> None:
+    def __init__(self, width: int) -> None:
         super().__init__()
         self.weight = nn.Parameter(torch.ones(width))
-        self.groups = groups
-        self.eps = eps
-
-    def forward(self, y: Tensor, z: Tensor) -> Tensor:
-        """y, z (..., width) → (..., width) in z's dtype."""
-        return gated_group_norm(y, z, self.weight, self.groups, self.eps)
