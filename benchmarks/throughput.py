@@ -196,8 +196,8 @@ def measure(
     modes: Sequence[str] = tuple(MODES),
     texts: int = 16,
     context: int = 64,
-    tokens: int = 64,
-    rounds: int = 3,
+    tokens: int = 128,
+    rounds: int = 2,
     prompts: list[list[int]] | None = None,
     progress: Callable[[str], object] = lambda text: None,
 ) -> dict[str, Any]:
@@ -307,8 +307,8 @@ def numbers(_: Any, __: Any, text: str) -> tuple[int, ...]:
 @click.option("--modes", default=",".join(MODES), show_default=True)
 @click.option("--texts", default=16, show_default=True, help="At least so many, at every number at once.")
 @click.option("--context", default=64, show_default=True, help="Tokens of a prompt.")
-@click.option("--tokens", default=64, show_default=True, help="New ones of a text.")
-@click.option("--rounds", default=3, show_default=True)
+@click.option("--tokens", default=128, show_default=True, help="New ones of a text.")
+@click.option("--rounds", default=2, show_default=True)
 @click.option("--threads", type=int, default=None, help="[default: the product's choice]")
 @click.option("--quick", is_flag=True, help="Seconds.")
 @click.option("--json", "as_json", is_flag=True, help="No table.")
