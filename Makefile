@@ -23,7 +23,7 @@ bench-quick: .venv/.installed
 	$(BIN)/twotower bench --rounds 3
 	$(BIN)/twotower eval -n 25
 
-# About ten minutes on two cores, idle ones: passes beside their floors, the engine, memory, context → build/bench/.
+# About seven minutes on two cores, idle ones: passes beside their floors, the engine, memory, context → build/bench/.
 bench: .venv/.installed-dev
 	@mkdir -p build/bench
 	$(BIN)/python benchmarks/passes.py > build/bench/passes.json
@@ -31,7 +31,7 @@ bench: .venv/.installed-dev
 	$(BIN)/python benchmarks/memory.py > build/bench/memory.json
 	$(BIN)/python benchmarks/context.py -o build/bench/context.png > build/bench/context.json
 
-# About an hour on one core: every setting of the dial → report/report.png, report/report.md.
+# About 15 minutes on one core: every setting of the dial → report/report.png, report/report.md.
 report: .venv/.installed-dev
 	$(BIN)/twotower report -o report
 
