@@ -1,8 +1,8 @@
 """Generation that recomputes everything: no cache, no batch, no state. Every fast path must equal it.
 
 For each step the text so far is read again from its first token, position by position (the slow twins of the
-kernels), one row at a time. It shares the weights, the norms, the router and the time conditioning with the model,
-which the golden values test, and nothing of `state.py` or `generation/`.
+kernels), one row at a time. It shares the weights, the layers' norms, the router and the time conditioning with the
+model, which the golden values test, and nothing of `state.py` or `generation/`.
 """
 
 from __future__ import annotations
@@ -150,7 +150,9 @@ def _mamba(mixer, hidden, before, causal):
     y, state = ssd_sequential(x, dt, -dt * mixer.A_log.exp(), B, C, state)
     y = (y + x * mixer.D[:, None]).flatten(2)
     inputs = torch.cat([window, xBC], dim=1)
-    return mixer.out_proj(mixer.norm(y, z)), (inputs[:, xBC.shape[1] :], state)
+    gated = (y * F.silu(z)).unflatten(-1, (config.n_groups, -1))
+    rms = (gated.square().mean(-1, keepdim=True) + config.layer_norm_epsilon).sqrt()
+    return mixer.out_proj((gated / rms).flatten(-2) * mixer.norm.weight), (inputs[:, xBC.shape[1] :], state)
 
 
 def _moe(mixer, hidden, before, causal):
