@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import random
+import threading
 from unittest.mock import patch
 
 import pytest
@@ -78,7 +79,7 @@ def test_a_bad_request_is_told_and_the_engine_goes_on(model: TwoTowerForCausalLM
     asyncio.run(ask())
 
 
-def test_a_closed_engine_and_one_that_failed_say_so(model: TwoTowerForCausalLM) -> None:
+def test_a_closed_engine_says_so(model: TwoTowerForCausalLM) -> None:
     async def ask() -> None:
         engine = AsyncLLM(LLM(model, rows=1, length=160))
         task = asyncio.create_task(engine.generate(long_request()))
@@ -88,11 +89,30 @@ def test_a_closed_engine_and_one_that_failed_say_so(model: TwoTowerForCausalLM) 
             await task
         with pytest.raises(TwoTowerError, match="closed"):
             await engine.generate(long_request())
-        with AsyncLLM(LLM(model, rows=1, length=160)) as broken:
-            dead = patch.object(LLM, "step", side_effect=RuntimeError("a kernel died"))
-            with dead, pytest.raises(RuntimeError, match="a kernel died"):
-                await broken.generate(long_request())
-            with pytest.raises(RuntimeError, match="a kernel died"):
-                await broken.generate(long_request())
+
+    asyncio.run(ask())
+
+
+def test_whoever_asks_an_engine_that_fails_hears_it(model: TwoTowerForCausalLM) -> None:
+    """Also who asked while it failed, before its thread had ended."""
+
+    async def ask() -> None:
+        fails, asked = threading.Event(), threading.Event()
+
+        def step(_: LLM) -> None:
+            fails.set()
+            asked.wait(10)
+            raise RuntimeError("a kernel died")
+
+        with patch.object(LLM, "step", step), AsyncLLM(LLM(model, rows=1, length=160)) as broken:
+            first = asyncio.create_task(broken.generate(long_request()))
+            await asyncio.to_thread(fails.wait, 10)
+            second = asyncio.create_task(broken.generate(long_request()))
+            await asyncio.sleep(0)
+            asked.set()
+            for task in (first, second, asyncio.create_task(broken.generate(long_request()))):
+                with pytest.raises(TwoTowerError, match="a kernel died") as raised:
+                    await asyncio.wait_for(task, 10)
+                assert isinstance(raised.value.__cause__, RuntimeError)
 
     asyncio.run(ask())

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import contextlib
 import queue
 import threading
 from collections.abc import AsyncIterator, Callable
@@ -13,7 +14,19 @@ from twotower.engine.request import Request
 from twotower.errors import TwoTowerError
 from twotower.generation.output import BlockEvent, Generation
 
-Deliver = Callable[[BlockEvent | Exception], None]
+
+class _Call:
+    """A request that somebody in an event loop waits for."""
+
+    def __init__(self, request: Request) -> None:
+        self.request = request
+        self.number: int | None = None  # in the engine, once it is there
+        self.heard: asyncio.Queue[BlockEvent | Exception] = asyncio.Queue()
+        self._loop = asyncio.get_running_loop()
+
+    def tell(self, event: BlockEvent | Exception) -> None:
+        with contextlib.suppress(RuntimeError):  # the loop is closed: nobody waits any more
+            self._loop.call_soon_threadsafe(self.heard.put_nowait, event)
 
 
 class AsyncLLM:
@@ -22,8 +35,10 @@ class AsyncLLM:
     def __init__(self, llm: LLM) -> None:
         self.llm = llm
         self._orders: queue.SimpleQueue[Callable[[], object] | None] = queue.SimpleQueue()  # None: stop
-        self._listeners: dict[int, Deliver] = {}
-        self._failure: Exception | None = None
+        self._lock = threading.Lock()  # of the two below: once ended, no further call is open
+        self._open: set[_Call] = set()
+        self._ended: TwoTowerError | None = None
+        self._running: dict[int, _Call] = {}  # by their number in the engine; the engine's thread's own
         self._thread = threading.Thread(target=self._run, name="twotower-engine", daemon=True)
         self._thread.start()
 
@@ -34,40 +49,24 @@ class AsyncLLM:
             ArgumentError: it can never run here; says why.
             TwoTowerError: the engine has failed or is closed.
         """
-        loop = asyncio.get_running_loop()
-        events: asyncio.Queue[BlockEvent | Exception] = asyncio.Queue()
-
-        def deliver(event: BlockEvent | Exception) -> None:
-            if not loop.is_closed():
-                loop.call_soon_threadsafe(events.put_nowait, event)
-
-        number: list[int] = []
-
-        def add() -> None:
-            try:
-                number.append(self.llm.add_request(request))
-                self._listeners[number[0]] = deliver
-            except Exception as error:
-                deliver(error)
-
-        def forget() -> None:
-            for own in number:
-                self._listeners.pop(own, None)
-                self.llm.abort(own)
-
-        if not self._thread.is_alive():
-            raise self._failure or TwoTowerError("the engine is closed")
-        self._orders.put(add)
+        call = _Call(request)
+        with self._lock:
+            if self._ended is not None:
+                raise self._ended
+            self._open.add(call)
+        self._orders.put(lambda: self._add(call))
         try:
             while True:
-                event = await events.get()
+                event = await call.heard.get()
                 if isinstance(event, Exception):
                     raise event
                 yield event
                 if event.result is not None:
                     return
         finally:
-            self._orders.put(forget)
+            with self._lock:
+                self._open.discard(call)
+            self._orders.put(lambda: self._forget(call))
 
     async def generate(self, request: Request) -> Generation:
         """The whole result of a request."""
@@ -81,17 +80,23 @@ class AsyncLLM:
         self._orders.put(None)
         self._thread.join()
 
+    # --- the engine's thread --------------------------------------------------------------------------------------
+
     def _run(self) -> None:
+        end = TwoTowerError("the engine is closed")
         try:
             while self._obey():
                 for event in self.llm.step():
-                    deliver = self._listeners.get(event.row)
-                    if deliver is not None:
-                        deliver(event)
-            self._end(TwoTowerError("the engine is closed"))
+                    if event.row in self._running:
+                        self._running[event.row].tell(event)
         except Exception as error:
-            self._failure = error
-            self._end(error)
+            end = TwoTowerError(f"the engine has failed: {error}")
+            end.__cause__ = error
+        with self._lock:
+            self._ended = end
+            calls = list(self._open)
+        for call in calls:
+            call.tell(end)
 
     def _obey(self) -> bool:
         """Carries out what was asked for, and waits while there is nothing to do → False: stop."""
@@ -104,10 +109,18 @@ class AsyncLLM:
                 return False
             order()
 
-    def _end(self, error: Exception) -> None:
-        for deliver in self._listeners.values():
-            deliver(error)
-        self._listeners.clear()
+    def _add(self, call: _Call) -> None:
+        try:
+            call.number = self.llm.add_request(call.request)
+        except Exception as error:
+            call.tell(error)
+        else:
+            self._running[call.number] = call
+
+    def _forget(self, call: _Call) -> None:
+        if call.number is not None:
+            self._running.pop(call.number, None)
+            self.llm.abort(call.number)
 
     def __enter__(self) -> AsyncLLM:
         return self
