@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import random
 from collections.abc import Callable
+from dataclasses import replace
+from itertools import pairwise
 from types import SimpleNamespace
 from typing import Any
 from unittest.mock import patch
@@ -18,6 +20,7 @@ from twotower.engine import LLM, Request
 from twotower.engine.reading import Work, grouped
 from twotower.errors import ArgumentError
 from twotower.generation import Generation, GenerationParams, generate
+from twotower.generation.output import StepEvent
 from twotower.generation.unmasking import POLICIES, Pass, Verdict, register_policy
 from twotower.mirror import Mirror, Transport
 
@@ -374,3 +377,35 @@ def test_a_thousand_requests_as_alone() -> None:
         print(f"{dtype}: {len(differ)} of {len(outputs)} requests differ from what they write alone")
         if dtype == torch.float64:
             assert not differ
+
+
+@pytest.mark.parametrize("mode", ["diffusion", "verified"])
+def test_a_watched_request_is_shown_after_every_pass(model: TwoTowerForCausalLM, mode: str) -> None:
+    """The last look at a block is what is committed or checked, and watching changes nothing."""
+    engine = LLM(model, rows=3, length=160)
+    params = GenerationParams.of(mode=mode, max_new_tokens=30, seed=3, block_size=6, draft_steps=3)
+    plain = Request([5, 6, 7], params)
+    looks: list[StepEvent] = []
+    passes, ahead = 0, int(mode == "verified")  # there the first position is the token before the draft
+    for event in engine.stream(replace(plain, watched=True)):
+        if isinstance(event, StepEvent):
+            assert event.step == len(looks)
+            looks.append(event)
+            continue
+        for before, after in pairwise(looks):
+            for i in range(6):
+                if not before.masked[i]:
+                    assert not after.masked[i]
+                    assert (before.tokens[i], before.confidence[i]) == (after.tokens[i], after.confidence[i])
+        if looks:
+            assert not any(looks[-1].masked)
+            assert looks[-1].start == event.start - ahead
+            drafted = list(event.draft) if ahead else event.tokens
+            assert looks[-1].tokens[ahead:][: len(drafted)] == drafted
+        passes += len(looks)
+        looks.clear()
+        result = event.result
+    assert result is not None
+    assert passes == result.denoiser_passes
+    assert result.tokens == alone(model, plain).tokens
+    assert not any(isinstance(event, StepEvent) for event in engine.stream(plain))

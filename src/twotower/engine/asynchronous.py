@@ -12,7 +12,7 @@ from typing import Any
 from twotower.engine.engine import LLM
 from twotower.engine.request import Request
 from twotower.errors import TwoTowerError
-from twotower.generation.output import BlockEvent, Generation
+from twotower.generation.output import Event, Generation
 
 
 class _Call:
@@ -21,10 +21,10 @@ class _Call:
     def __init__(self, request: Request) -> None:
         self.request = request
         self.number: int | None = None  # in the engine, once it is there
-        self.heard: asyncio.Queue[BlockEvent | Exception] = asyncio.Queue()
+        self.heard: asyncio.Queue[Event | Exception] = asyncio.Queue()
         self._loop = asyncio.get_running_loop()
 
-    def tell(self, event: BlockEvent | Exception) -> None:
+    def tell(self, event: Event | Exception) -> None:
         with contextlib.suppress(RuntimeError):  # the loop is closed: nobody waits any more
             self._loop.call_soon_threadsafe(self.heard.put_nowait, event)
 
@@ -42,7 +42,7 @@ class AsyncLLM:
         self._thread = threading.Thread(target=self._run, name="twotower-engine", daemon=True)
         self._thread.start()
 
-    async def stream(self, request: Request) -> AsyncIterator[BlockEvent]:
+    async def stream(self, request: Request) -> AsyncIterator[Event]:
         """Events of a request as they come; leaving the loop early gives the request up.
 
         Raises:

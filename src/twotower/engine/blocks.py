@@ -9,6 +9,7 @@ import torch
 from torch import Tensor
 
 from twotower.engine.request import Row
+from twotower.generation.output import StepEvent
 from twotower.generation.sampling import AR_TOKEN, DIFFUSION_CANDIDATE, pick_by_rule
 from twotower.generation.unmasking import Pass, decide
 from twotower.kernels.precision import accumulation_dtype
@@ -85,6 +86,9 @@ class Blocks:
         self.step[slots] = step + 1
         for row in rows:
             row.record.denoiser_passes += 1
+        watched = [place for place, row in enumerate(rows) if row.request.watched]
+        if watched:
+            self._show(rows, watched, slots[watched], candidate[watched], sure[watched])
         done = [row for row, left in zip(rows, masked.any(1).tolist(), strict=True) if not left]
         if done:
             slots = torch.tensor([row.slot for row in done], device=self.device)
@@ -93,6 +97,26 @@ class Blocks:
                 size = row.params.block_size
                 row.block, row.committed_at, row.confidence = block[:size], at[:size], believed[:size]
         return done
+
+    def _show(self, rows: Sequence[Row], places: Sequence[int], slots: Tensor, candidate: Tensor, sure: Tensor) -> None:
+        """Tells the rows at these places what their blocks look like."""
+        masked = self.masked[slots]
+        columns = (
+            torch.where(masked, candidate, self.tokens[slots]), masked,
+            torch.where(masked, sure, self.confidence[slots]), self.step[slots, 0],
+        )  # fmt: skip
+        for place, tokens, left, believed, step in zip(places, *(column.tolist() for column in columns), strict=True):
+            row, size = rows[place], rows[place].params.block_size
+            event = StepEvent(
+                row=row.record.row,
+                start=len(row.record.progress.tokens) - (row.mode == "verified"),
+                step=step - 1,
+                steps=row.allowed,
+                tokens=tokens[:size],
+                masked=left[:size],
+                confidence=believed[:size],
+            )
+            row.seen.append(event)
 
 
 def unmask(rows: Sequence[Row], seen: Pass) -> Tensor:

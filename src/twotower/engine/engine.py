@@ -29,7 +29,7 @@ from twotower.engine.request import Phase, Request, Row
 from twotower.errors import ArgumentError
 from twotower.generation import check
 from twotower.generation.automatic import chooser_of, resolve
-from twotower.generation.output import BlockEvent, Generation
+from twotower.generation.output import BlockEvent, Event, Generation
 from twotower.generation.pace import Pace, begun
 from twotower.generation.record import RowRecord
 from twotower.generation.sampling import AR_TOKEN, pick_by_rule
@@ -80,7 +80,7 @@ class LLM:
         self.free = list(range(rows))[::-1]
         self.paces: dict[tuple[int, ...], Pace] = {}  # by how many rows are at work, to a factor of two
         self._opening: list[Row] = []  # that need a new block before the denoiser's next pass
-        self._unseen: list[BlockEvent] = []  # of requests that whoever last ran steps did not ask about
+        self._unseen: list[Event] = []  # of requests that whoever last ran steps did not ask about
         self._number = 0
 
     @staticmethod
@@ -179,7 +179,7 @@ class LLM:
                         progress(len(results))
         return [results[number] for number in numbers]
 
-    def stream(self, request: Request) -> Iterator[BlockEvent]:
+    def stream(self, request: Request) -> Iterator[Event]:
         """Events of one request; others that wait or run go on meanwhile, and the next `step` returns their events.
         Closing the iterator gives the request up."""
         number = self.add_request(request)
@@ -192,7 +192,7 @@ class LLM:
         finally:
             self.abort(number)
 
-    def _step_for(self, numbers: set[int]) -> list[BlockEvent]:
+    def _step_for(self, numbers: set[int]) -> list[Event]:
         """A step → the events of these requests; those of others are kept for the next `step`."""
         before, self._unseen = self._unseen, []
         events = self.step()
@@ -202,10 +202,10 @@ class LLM:
     # --- a step ---------------------------------------------------------------------------------------------------
 
     @torch.no_grad()
-    def step(self) -> list[BlockEvent]:
+    def step(self) -> list[Event]:
         """One pass of each tower for every row that needs it → what became final since the last step."""
         unseen, self._unseen = self._unseen, []
-        events = self._admit()
+        events: list[Event] = [*self._admit()]
         events += self._read()
         events += self._denoise()
         events += self._mock()
@@ -332,7 +332,7 @@ class LLM:
             row.phase = Phase.DENOISE
             self._opening.append(row)
 
-    def _denoise(self) -> list[BlockEvent]:
+    def _denoise(self) -> list[Event]:
         """The denoiser's pass over open blocks."""
         rows = self._of(Phase.DENOISE)
         if not rows:
@@ -341,11 +341,15 @@ class LLM:
         self._opening.clear()
         return in_parts(self._denoise_rows, rows, self._relieve, lambda row, error: [row.record.fail(error)])
 
-    def _denoise_rows(self, rows: Sequence[Row]) -> list[BlockEvent]:
+    def _denoise_rows(self, rows: Sequence[Row]) -> list[Event]:
         started = time.perf_counter()
         done = self.blocks.denoise(rows, self._view(rows))
         self._share(started, rows)
-        events = [row.record.fail(row.error) for row in rows if row.error is not None]
+        events: list[Event] = []
+        for row in rows:
+            events += row.seen
+            row.seen.clear()
+        events += [row.record.fail(row.error) for row in rows if row.error is not None]
         for row in done:
             if row.mode == "verified":
                 row.phase = Phase.CHECK

@@ -6,6 +6,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass, field
 from enum import Enum
 
+from twotower.generation.output import StepEvent
 from twotower.generation.pace import Pace
 from twotower.generation.params import GenerationParams
 from twotower.generation.record import RowRecord
@@ -14,10 +15,14 @@ from twotower.generation.sampling import Rule
 
 @dataclass(frozen=True)
 class Request:
-    """A prompt (token ids) and how to continue it; the parameters hold one seed, one policy, one knob."""
+    """A prompt (token ids) and how to continue it; the parameters hold one seed, one policy, one knob.
+
+    watched: its blocks are shown after every pass of the denoiser, as `StepEvent`s.
+    """
 
     prompt: Sequence[int]
     params: GenerationParams
+    watched: bool = False
 
 
 class Phase(Enum):
@@ -48,6 +53,7 @@ class Row:
     block: list[int] = field(default_factory=list)  # the finished block or draft
     committed_at: list[int] = field(default_factory=list)
     confidence: list[float] = field(default_factory=list)
+    seen: list[StepEvent] = field(default_factory=list)  # of a watched request, not yet told
     kept: int = 0  # drafted tokens of the last round
     allowed: int = 0  # passes of the denoiser that this round may take; 0: none
     seconds: float = 0.0  # this row's share of the passes of its round

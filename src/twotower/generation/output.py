@@ -93,3 +93,26 @@ class BlockEvent:
     text: str
     draft: tuple[int, ...] = ()
     result: Generation | None = None
+
+
+@dataclass(frozen=True, kw_only=True)
+class StepEvent:
+    """A row's block after a pass of the denoiser, for whoever wants to see it come about.
+
+    start: index of the block's first position among the row's new tokens; in verified decoding the block begins with
+    the token before them, so −1 at first. step, from 0, of at most `steps`. tokens: what stands at each position, or,
+    where it is still a mask (`masked`), what the denoiser would put there; confidence: in that token, 0 for one that
+    was given.
+    """
+
+    row: int
+    start: int
+    step: int
+    steps: int
+    tokens: list[int]
+    masked: list[bool]
+    confidence: list[float]
+    result: None = None
+
+
+Event = BlockEvent | StepEvent
