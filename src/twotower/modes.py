@@ -9,3 +9,10 @@ MODES: tuple[str, ...] = get_args(Mode)
 AUTO = "auto"  # picks one of them for a request
 ASKABLE = (*MODES, AUTO)
 BLOCK_MODES = ("diffusion", "verified", AUTO)  # those in which the denoiser may fill blocks of masks
+
+# Which modes a field of a request means something to.
+MEANT_FOR: dict[str, tuple[str, ...]] = {
+    **dict.fromkeys(("threshold", "policy", "knob", "block_size"), BLOCK_MODES),
+    "steps": ("diffusion", AUTO),
+    **dict.fromkeys(("draft_steps", "acceptance"), ("verified", AUTO)),
+}

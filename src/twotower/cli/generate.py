@@ -16,20 +16,15 @@ from twotower import ready
 from twotower.cli import model as models
 from twotower.cli import prompt as prompts
 from twotower.errors import ArgumentError
-from twotower.modes import ASKABLE, AUTO, BLOCK_MODES
+from twotower.modes import ASKABLE, BLOCK_MODES, MEANT_FOR
 
 if TYPE_CHECKING:
     from twotower.cli.watch import Watcher
     from twotower.generation import BlockEvent, Generation
     from twotower.model.two_tower import TwoTowerForCausalLM
 
-# Which modes an option means something to.
-MEANT_FOR = {
-    **dict.fromkeys(("threshold", "policy", "knob", "block_size"), BLOCK_MODES),
-    "steps": ("diffusion", AUTO),
-    **dict.fromkeys(("watch", "trace"), ("diffusion", "verified")),
-    **dict.fromkeys(("draft_steps", "acceptance"), ("verified", AUTO)),
-}
+WATCHED = ("diffusion", "verified")  # modes in which there are passes over a block to show
+OPTIONS = {**MEANT_FOR, **dict.fromkeys(("watch", "trace"), WATCHED)}  # and the modes they mean something to
 SAMPLING_ONLY = ("seed", "top_k", "top_p")
 
 
@@ -183,7 +178,7 @@ class Request:
 
     def idle_options(self) -> Iterator[tuple[str, str]]:
         """(option, why) for each given option that has no effect on this run."""
-        yield from ((name, f"with --mode {self.mode}") for name, modes in MEANT_FOR.items() if self.mode not in modes)
+        yield from ((name, f"with --mode {self.mode}") for name, modes in OPTIONS.items() if self.mode not in modes)
         if self.mode in BLOCK_MODES and (self.policy != "threshold" or self.knob is not None):
             yield "threshold", f"with --policy {self.policy}" if self.knob is None else "beside --knob"
         if self.mode == "diffusion" and self.steps > self.block_size:
@@ -227,7 +222,7 @@ def run(request: Request) -> None:
     ready.need_tokenizer(model, source, "it can neither read nor write text; put one there")
     parameters = request.parameters() | {"eos_token_id": ready.eos_of(model), "mask_token_id": model.config.mask_token}
 
-    shown = request.mode in MEANT_FOR["watch"] and (request.watch or request.trace)
+    shown = request.mode in WATCHED and (request.watch or request.trace)
     watcher = _watcher(model, text, request) if shown else None
     result = _stream(model, text, parameters, watcher, silent=request.as_json)
     seed = parameters["seed"] if request.temperature > 0 else None

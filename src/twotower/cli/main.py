@@ -18,6 +18,7 @@ from twotower.cli.harness import lm_eval
 from twotower.cli.info import info
 from twotower.cli.init import init
 from twotower.cli.report import report
+from twotower.cli.serve import serve
 from twotower.cli.training import pretrain, train
 from twotower.errors import TwoTowerError
 from twotower.version import VERSION
@@ -51,10 +52,11 @@ def cli() -> None:
     twotower "Once upon a time"           write on (the same as `twotower generate …`)
     twotower generate --watch "Once …"    see each block being denoised
     twotower demo                         the modes side by side
+    twotower serve                        the OpenAI endpoints, and a page to see it think
     """
 
 
-for verb in (generate, batch, demo, info, init, pretrain, train, curves, report, evaluate, bench, lm_eval):
+for verb in (generate, batch, serve, demo, info, init, pretrain, train, curves, report, evaluate, bench, lm_eval):
     cli.add_command(verb)
 
 

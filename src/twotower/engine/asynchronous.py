@@ -6,7 +6,7 @@ import asyncio
 import contextlib
 import queue
 import threading
-from collections.abc import AsyncIterator, Callable
+from collections.abc import AsyncGenerator, Callable
 from typing import Any
 
 from twotower.engine.engine import LLM
@@ -42,7 +42,7 @@ class AsyncLLM:
         self._thread = threading.Thread(target=self._run, name="twotower-engine", daemon=True)
         self._thread.start()
 
-    async def stream(self, request: Request) -> AsyncIterator[Event]:
+    async def stream(self, request: Request) -> AsyncGenerator[Event, None]:
         """Events of a request as they come; leaving the loop early gives the request up.
 
         Raises:
@@ -74,6 +74,11 @@ class AsyncLLM:
             if event.result is not None:
                 return event.result
         raise TwoTowerError("the engine ended without an answer")
+
+    @property
+    def alive(self) -> bool:
+        """Whether it takes requests: it has neither failed nor been closed."""
+        return self._ended is None
 
     def close(self) -> None:
         """Stops after the step that is running; requests that have not ended hear a TwoTowerError."""

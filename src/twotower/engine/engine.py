@@ -114,6 +114,13 @@ class LLM:
         Raises:
             ArgumentError: it can never run here; says why.
         """
+        self.check(request)
+        self._number += 1
+        self.waiting.append((self._number, request))
+        return self._number
+
+    def check(self, request: Request) -> None:
+        """Raises ArgumentError where a request can never run here; says why. From any thread."""
         params = request.params
         check(self.model, params, [len(request.prompt)])
         longest = len(request.prompt) + params.max_new_tokens
@@ -135,9 +142,6 @@ class LLM:
                 f"keys and values of {need} tokens, and this engine's memory holds {columns}; shorten one of them or "
                 "raise memory"
             )
-        self._number += 1
-        self.waiting.append((self._number, request))
-        return self._number
 
     def _columns(self, request: Request) -> int:
         """What a request can need: its last block may go beyond the tokens it asks for."""

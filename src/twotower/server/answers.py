@@ -1,0 +1,436 @@
+"""What clients get: the OpenAI responses and stream chunks, with what two-tower decoding adds.
+
+Only fields that were set are sent: an absent `usage` is not the same as a null one.
+"""
+
+from __future__ import annotations
+
+import json
+import time
+import uuid
+from collections.abc import Iterable, Sequence
+from typing import Any, Literal
+
+from pydantic import BaseModel
+
+from twotower.generation.output import BlockEvent, Generation, StepEvent, TokenLogprob
+from twotower.server.protocol import Asked, ChatAsked, CompletionAsked
+from twotower.server.service import Job, Service
+from twotower.version import VERSION
+
+Reason = Literal["stop", "length"]
+REASONS: dict[str, Reason] = {"eos": "stop", "stop": "stop", "length": "length"}
+
+
+class PromptDetails(BaseModel):
+    """cached_tokens: known from earlier prompts, and not read again."""
+
+    cached_tokens: int
+
+
+class Usage(BaseModel):
+    """passes: of the tower that proposes tokens (verified: of both), tokens_per_pass: new tokens for each of them."""
+
+    prompt_tokens: int
+    completion_tokens: int
+    total_tokens: int
+    prompt_tokens_details: PromptDetails
+    passes: int
+    tokens_per_pass: float
+
+
+class Decoding(BaseModel):
+    """How a choice came about. why: what mode auto says of its choice. Drafted, accepted: in verified decoding."""
+
+    mode: str
+    seed: int
+    denoiser_passes: int
+    context_passes: int
+    tokens_per_pass: float
+    drafted: int
+    accepted: int
+    seconds: float
+    why: str = ""
+
+
+class Denoising(BaseModel):
+    """A choice's block after a pass of the denoiser. start: its first position among the choice's new tokens (−1: the
+    block begins with the token before them). texts: what stands at each position or, where it is still `masked`, what
+    the denoiser would put there."""
+
+    index: int
+    start: int
+    step: int
+    steps: int
+    tokens: list[int]
+    texts: list[str]
+    masked: list[bool]
+    confidence: list[float]
+
+
+class CompletionLogprobs(BaseModel):
+    """The AR model's, one entry a token; null for a text's first token."""
+
+    tokens: list[str]
+    token_logprobs: list[float | None]
+    top_logprobs: list[dict[str, float] | None]
+    text_offset: list[int]
+
+
+class TopLogprob(BaseModel):
+    """An alternative."""
+
+    token: str
+    logprob: float
+    bytes: list[int]
+
+
+class ChatLogprob(TopLogprob):
+    """A token and the AR model's alternatives to it."""
+
+    top_logprobs: list[TopLogprob]
+
+
+class ChatLogprobs(BaseModel):
+    """The AR model's."""
+
+    content: list[ChatLogprob]
+
+
+class CompletionChoice(BaseModel):
+    """decoding: in the choice's last chunk. token_ids, committed_at, confidence: beside stream_denoising, of this
+    chunk's tokens: the step that fixed each, and how sure the model was."""
+
+    index: int
+    text: str
+    logprobs: CompletionLogprobs | None = None
+    finish_reason: Reason | None = None
+    decoding: Decoding | None = None
+
+
+class ReplyMessage(BaseModel):
+    """What the assistant says."""
+
+    role: Literal["assistant"]
+    content: str
+    refusal: None = None
+
+
+class Delta(BaseModel):
+    """What is new in it."""
+
+    role: Literal["assistant"] | None = None
+    content: str | None = None
+
+
+class ChatChoice(BaseModel):
+    """A reply."""
+
+    index: int
+    message: ReplyMessage
+    logprobs: ChatLogprobs | None = None
+    finish_reason: Reason
+    decoding: Decoding
+
+
+class ChatChunkChoice(BaseModel):
+    """A part of a reply. decoding: in its last chunk."""
+
+    index: int
+    delta: Delta
+    logprobs: ChatLogprobs | None = None
+    finish_reason: Reason | None = None
+    decoding: Decoding | None = None
+
+
+class Head(BaseModel):
+    """What every answer begins with."""
+
+    id: str
+    created: int
+    model: str
+    system_fingerprint: str
+
+
+class Completion(Head):
+    """The answer of `POST /v1/completions`, whole or a chunk of its stream."""
+
+    object: Literal["text_completion"] = "text_completion"
+    choices: list[CompletionChoice]
+    usage: Usage | None = None
+    denoising: Denoising | None = None
+
+
+class ChatCompletion(Head):
+    """The answer of `POST /v1/chat/completions`."""
+
+    object: Literal["chat.completion"] = "chat.completion"
+    choices: list[ChatChoice]
+    usage: Usage
+
+
+class ChatChunk(Head):
+    """A chunk of its stream."""
+
+    object: Literal["chat.completion.chunk"] = "chat.completion.chunk"
+    choices: list[ChatChunkChoice]
+    usage: Usage | None = None
+    denoising: Denoising | None = None
+
+
+class ErrorDetail(BaseModel):
+    """What is wrong, which field, and how to mend it."""
+
+    message: str
+    type: str
+    param: str | None
+    code: str | None
+
+
+class ErrorBody(BaseModel):
+    """Every answer that is not 200."""
+
+    error: ErrorDetail
+
+
+class ModelCard(BaseModel):
+    """A served model. max_model_len: tokens of a text with its prompt; modes, block_size: what it can be asked for."""
+
+    id: str
+    object: Literal["model"] = "model"
+    created: int
+    owned_by: str
+    max_model_len: int
+    modes: list[str]
+    default_mode: str
+    block_size: int
+    mask_token_id: int
+
+
+class ModelList(BaseModel):
+    """All of them."""
+
+    object: Literal["list"] = "list"
+    data: list[ModelCard]
+
+
+class Answer:
+    """Builds one request's answer, whole or chunk by chunk; the two endpoints differ in the parts below."""
+
+    prefix: str
+
+    def __init__(self, service: Service, asked: Asked, jobs: Sequence[Job]) -> None:
+        self.asked, self.jobs, self.texts = asked, jobs, service.texts
+        self.head: dict[str, Any] = {
+            "id": f"{self.prefix}-{uuid.uuid4().hex}",
+            "created": int(time.time()),
+            "model": service.settings.name,
+            "system_fingerprint": f"twotower-{VERSION}",
+        }
+        self._begun: set[int] = set()  # choices of which some text is out
+        self._results: dict[int, Generation] = {}
+
+    def whole(self, results: Sequence[Generation]) -> bytes:
+        """All choices, as JSON."""
+        raise NotImplementedError
+
+    def opening(self, job: Job) -> bytes | None:
+        """The first chunk of a choice, where there is something to say before its first block."""
+        raise NotImplementedError
+
+    def chunk(self, job: Job, event: BlockEvent) -> bytes | None:
+        """What a block adds; None: nothing yet."""
+        raise NotImplementedError
+
+    def _chunk(self, **fields: Any) -> bytes:
+        raise NotImplementedError
+
+    def step(self, job: Job, event: StepEvent) -> bytes:
+        """A chunk without text that shows a block being denoised."""
+        denoising = Denoising(
+            index=job.place,
+            start=event.start,
+            step=event.step,
+            steps=event.steps,
+            tokens=event.tokens,
+            texts=[self.texts.shown(token) for token in event.tokens],
+            masked=event.masked,
+            confidence=[round(believed, 4) for believed in event.confidence],
+        )
+        return self._chunk(choices=[], denoising=denoising)
+
+    def closing(self) -> bytes | None:
+        """The chunk with the usage, where it was asked for."""
+        if not self.asked.with_usage:
+            return None
+        return self._chunk(choices=[], usage=self._usage([self._results[job.place] for job in self.jobs]))
+
+    def _text(self, job: Job, text: str) -> str:
+        """A piece of a choice's text, without white space before its first letter where that is left out."""
+        if job.trimmed and job.place not in self._begun:
+            text = text.lstrip()
+        if text:
+            self._begun.add(job.place)
+        return text
+
+    def _end(self, job: Job, result: Generation | None) -> dict[str, Any]:
+        """What a choice's last chunk has beside its text."""
+        if result is None:
+            return {"finish_reason": None}
+        self._results[job.place] = result
+        return {"finish_reason": REASONS[result.finish_reason], "decoding": self._decoding(job, result)}
+
+    def _decoding(self, job: Job, result: Generation) -> Decoding:
+        return Decoding(
+            mode=result.mode,
+            seed=job.seed,
+            denoiser_passes=result.denoiser_passes,
+            context_passes=result.context_passes,
+            tokens_per_pass=round(result.tokens_per_pass, 4),
+            drafted=result.drafted,
+            accepted=result.accepted,
+            seconds=round(result.prefill_seconds + result.decode_seconds, 6),
+            **({"why": result.why} if result.why else {}),
+        )
+
+    def _usage(self, results: Sequence[Generation]) -> Usage:
+        """A prompt counts once, however many choices it has."""
+        prompts = results[:: self.asked.n]
+        read, written = sum(result.prompt_tokens for result in prompts), sum(len(result.tokens) for result in results)
+        passes = sum(result.passes for result in results)
+        return Usage(
+            prompt_tokens=read,
+            completion_tokens=written,
+            total_tokens=read + written,
+            prompt_tokens_details=PromptDetails(cached_tokens=sum(result.cached_tokens for result in prompts)),
+            passes=passes,
+            tokens_per_pass=round(written / passes, 4) if passes else 0.0,
+        )
+
+
+class CompletionAnswer(Answer):
+    """`POST /v1/completions`."""
+
+    prefix = "cmpl"
+    asked: CompletionAsked
+
+    def whole(self, results: Sequence[Generation]) -> bytes:
+        choices = []
+        for job, result in zip(self.jobs, results, strict=True):
+            logprobs = None
+            if self.asked.logprobs is not None:
+                logprobs = self._scored((*result.prompt_logprobs, *result.logprobs), job.request.prompt, 0)
+            text = job.echo + result.text
+            choices.append(CompletionChoice(index=job.place, text=text, logprobs=logprobs, **self._end(job, result)))
+        return _json(Completion(**self.head, object="text_completion", choices=choices, usage=self._usage(results)))
+
+    def opening(self, job: Job) -> bytes | None:
+        if not job.echo or self.asked.logprobs is not None:  # the prompt's scores come with the first block
+            return None
+        choice = CompletionChoice(index=job.place, text=job.echo, logprobs=None, finish_reason=None)
+        return self._chunk(choices=[choice])
+
+    def chunk(self, job: Job, event: BlockEvent) -> bytes | None:
+        text, logprobs = event.text, None
+        if self.asked.logprobs is not None:
+            logprobs = self._scored(event.logprobs, job.request.prompt, event.start)
+            if self.asked.echo and job.place not in self._begun:
+                self._begun.add(job.place)
+                text = job.echo + text
+                logprobs = self._scored((*event.prompt_logprobs, *event.logprobs), job.request.prompt, 0)
+        elif not text and event.result is None:
+            return None
+        choice = CompletionChoice(index=job.place, text=text, logprobs=logprobs, **self._end(job, event.result))
+        return self._chunk(choices=[choice])
+
+    def _chunk(self, **fields: Any) -> bytes:
+        empty = {"usage": None} if self.asked.with_usage else {}
+        return _json(Completion(**self.head, object="text_completion", **(empty | fields)))
+
+    def _scored(self, scores: Iterable[TokenLogprob | None], prompt: Sequence[int], start: int) -> CompletionLogprobs:
+        """A text's tokens from `start` among the new ones, or from its beginning where the prompt's are among them."""
+        tokens: list[str] = []
+        values: list[float | None] = []
+        tops: list[dict[str, float] | None] = []
+        for place, score in enumerate(scores):
+            own = self.texts.shown(prompt[place] if score is None else score.token)
+            tokens.append(own)
+            values.append(None if score is None else score.logprob)
+            if score is None:
+                tops.append(None)
+            else:
+                tops.append({own: score.logprob} | {self.texts.shown(token): value for token, value in score.top})
+        offsets = [0] * len(tokens)
+        for place in range(1, len(tokens)):
+            offsets[place] = offsets[place - 1] + len(tokens[place - 1])
+        return CompletionLogprobs(tokens=tokens, token_logprobs=values, top_logprobs=tops, text_offset=offsets)
+
+
+class ChatAnswer(Answer):
+    """`POST /v1/chat/completions`."""
+
+    prefix = "chatcmpl"
+    asked: ChatAsked
+
+    def whole(self, results: Sequence[Generation]) -> bytes:
+        choices = []
+        for job, result in zip(self.jobs, results, strict=True):
+            message = ReplyMessage(role="assistant", content=self._text(job, result.text), refusal=None)
+            logprobs = self._scored(result.logprobs) if self.asked.logprobs else None
+            end = self._end(job, result)
+            choices.append(ChatChoice(index=job.place, message=message, logprobs=logprobs, **end))
+        return _json(ChatCompletion(**self.head, object="chat.completion", choices=choices, usage=self._usage(results)))
+
+    def opening(self, job: Job) -> bytes | None:
+        delta = Delta(role="assistant", content="")
+        choice = ChatChunkChoice(index=job.place, delta=delta, logprobs=None, finish_reason=None)
+        return self._chunk(choices=[choice])
+
+    def chunk(self, job: Job, event: BlockEvent) -> bytes | None:
+        text = self._text(job, event.text)
+        logprobs = self._scored(event.logprobs) if self.asked.logprobs else None
+        if not text and logprobs is None and event.result is None:
+            return None
+        delta = Delta(content=text) if text else Delta()
+        end = self._end(job, event.result)
+        return self._chunk(choices=[ChatChunkChoice(index=job.place, delta=delta, logprobs=logprobs, **end)])
+
+    def _chunk(self, **fields: Any) -> bytes:
+        empty = {"usage": None} if self.asked.with_usage else {}
+        return _json(ChatChunk(**self.head, object="chat.completion.chunk", **(empty | fields)))
+
+    def _scored(self, scores: Iterable[TokenLogprob | None]) -> ChatLogprobs:
+        content = []
+        for score in scores:
+            assert score is not None
+            top = [TopLogprob(**self._alternative(token, value)) for token, value in score.top]
+            content.append(ChatLogprob(**self._alternative(score.token, score.logprob), top_logprobs=top))
+        return ChatLogprobs(content=content)
+
+    def _alternative(self, token: int, logprob: float) -> dict[str, Any]:
+        return {"token": self.texts.shown(token), "logprob": logprob, "bytes": list(self.texts.bytes_of(token))}
+
+
+def answer_to(service: Service, asked: CompletionAsked | ChatAsked, jobs: Sequence[Job]) -> Answer:
+    """The one that goes with the request."""
+    return (ChatAnswer if isinstance(asked, ChatAsked) else CompletionAnswer)(service, asked, jobs)
+
+
+def card(service: Service) -> ModelCard:
+    """What `/v1/models` says."""
+    modes = ["ar"] if service.model.denoiser is None else ["diffusion", "verified", "ar", "auto", "mock_ar"]
+    return ModelCard(
+        id=service.settings.name,
+        created=service.started,
+        owned_by="twotower",
+        max_model_len=service.engine.llm.length,
+        modes=modes,
+        default_mode=str(service.settings.decoding["mode"]),
+        block_size=service.engine.llm.blocks.size,
+        mask_token_id=service.model.config.mask_token,
+    )
+
+
+def _json(model: BaseModel) -> bytes:
+    """In ASCII, so that half a surrogate pair in what a client sent cannot break the answer."""
+    return json.dumps(model.model_dump(exclude_unset=True)).encode()

@@ -1,0 +1,206 @@
+"""The routes."""
+
+from __future__ import annotations
+
+import logging
+import traceback
+from collections.abc import AsyncIterator
+from contextlib import ExitStack, asynccontextmanager
+from typing import Any
+
+from fastapi import FastAPI, Request, Response
+from fastapi.exceptions import RequestValidationError
+from starlette.exceptions import HTTPException
+
+from twotower.server.answers import (
+    ChatCompletion,
+    Completion,
+    ErrorBody,
+    ModelCard,
+    ModelList,
+    answer_to,
+    card,
+)  # fmt: skip
+from twotower.server.gate import Gate, refusal
+from twotower.server.logs import log
+from twotower.server.page import add_page
+from twotower.server.protocol import Asked, ChatAsked, CompletionAsked, RequestError
+from twotower.server.service import Job, Service
+from twotower.server.streams import EventStream, Gone, chunks, until_gone
+from twotower.version import VERSION
+
+MEANINGS = {
+    400: "The request cannot be done; says why, and which field.", 401: "No valid API key.",
+    404: "No such model.", 408: "The body did not arrive in time.", 413: "The body is too long.",
+    429: "Too many requests; Retry-After says when to come again.",
+    503: "The server is stopping, or its engine failed.", 504: "It took too long.",
+}  # fmt: skip
+ERRORS: dict[int | str, dict[str, Any]] = {
+    status: {"description": meaning, "model": ErrorBody} for status, meaning in MEANINGS.items()
+}
+STREAM: dict[int | str, dict[str, Any]] = {
+    200: {
+        "description": "The answer; with stream: true, server-sent events with chunks of it, and [DONE] at the end.",
+        "content": {"text/event-stream": {"schema": {"type": "string"}}},
+    }
+}
+
+
+def create_app(service: Service) -> FastAPI:
+    """The HTTP side of a service; it ends the service's engine when the server stops."""
+
+    @asynccontextmanager
+    async def lifespan(_: FastAPI) -> AsyncIterator[None]:
+        yield
+        service.close()
+
+    app = FastAPI(
+        title="twotower",
+        version=VERSION,
+        description="Two-tower diffusion language models behind the OpenAI endpoints.",
+        lifespan=lifespan,
+        docs_url=None,  # its pages would fetch their code from elsewhere
+        redoc_url=None,
+    )
+    app.add_middleware(Gate, service=service)
+    _add_errors(app)
+    _add_writing(app, service)
+    _add_state(app, service)
+    add_page(app)
+    _describe(app)
+    return app
+
+
+def _add_writing(app: FastAPI, service: Service) -> None:
+    async def write(asked: CompletionAsked | ChatAsked, request: Request) -> Response:
+        jobs = await service.jobs(asked)
+        _note(request, asked, jobs, service)
+        answer = answer_to(service, asked, jobs)
+        with ExitStack() as stack:
+            stack.enter_context(service.admitted(len(jobs), request.state.key))
+            if asked.stream:
+                return EventStream(chunks(service, answer, jobs), stack.pop_all())
+            results = await until_gone(request, service.results(jobs))
+            return Response(answer.whole(results), media_type="application/json")
+
+    @app.post("/v1/completions", response_model=Completion, responses=STREAM | ERRORS)
+    async def completions(asked: CompletionAsked, request: Request) -> Response:
+        """Continues prompts. With `stream`, one chunk of final text for each block."""
+        return await write(asked, request)
+
+    @app.post("/v1/chat/completions", response_model=ChatCompletion, responses=STREAM | ERRORS)
+    async def chat_completions(asked: ChatAsked, request: Request) -> Response:
+        """Replies to a chat. With `stream`, one chunk of final text for each block."""
+        return await write(asked, request)
+
+
+def _add_state(app: FastAPI, service: Service) -> None:
+    @app.get("/v1/models", responses={401: ERRORS[401]})
+    async def models() -> ModelList:
+        """The served model."""
+        return ModelList(data=[card(service)])
+
+    @app.get("/v1/models/{name:path}", responses={401: ERRORS[401], 404: ERRORS[404]})
+    async def model(name: str) -> ModelCard:
+        """A model by its name."""
+        service.check_name(name)
+        return card(service)
+
+    @app.get("/health", responses={503: ERRORS[503]})
+    async def health() -> dict[str, str]:
+        """Whether the engine runs."""
+        if not service.alive:
+            raise RequestError("the engine has failed; start the server again", status=503, code="engine")
+        return {"status": "ok"}
+
+    @app.get("/ready", responses={503: ERRORS[503]})
+    async def ready() -> dict[str, str]:
+        """Whether new requests are taken."""
+        if service.draining or not service.alive:
+            raise RequestError("the server is stopping", status=503, code="stopping")
+        return {"status": "ready"}
+
+    @app.get("/metrics", response_class=Response, responses={200: {"content": {"text/plain": {}}}})
+    async def metrics() -> Response:
+        """For Prometheus."""
+        return Response(service.metrics.text(), media_type="text/plain; version=0.0.4")
+
+
+def _note(request: Request, asked: Asked, jobs: list[Job], service: Service) -> None:
+    """What the log says of a request. Its texts only where the server was asked for that."""
+    facts = request.state.facts
+    facts |= {
+        "mode": jobs[0].request.params.mode,
+        "choices": len(jobs),
+        "prompt_tokens": sum(len(job.request.prompt) for job in jobs[:: asked.n]),
+        "max_tokens": jobs[0].request.params.max_new_tokens,
+        "stream": asked.stream,
+    }
+    if asked.user:
+        facts["user"] = asked.user
+    if service.settings.log_prompts:
+        facts["prompts"] = [service.texts.text(job.request.prompt) for job in jobs[:: asked.n]]
+
+
+# --- errors -----------------------------------------------------------------------------------------------------------
+
+
+def _add_errors(app: FastAPI) -> None:
+    @app.exception_handler(RequestError)
+    async def refused(_: Request, error: RequestError) -> Response:
+        return refusal(error)
+
+    @app.exception_handler(Gone)
+    async def gone(_: Request, __: Gone) -> Response:
+        return Response(status_code=499)  # nobody reads it; the log does
+
+    @app.exception_handler(RequestValidationError)
+    async def invalid(_: Request, error: RequestValidationError) -> Response:
+        return refusal(_in_words(error))
+
+    @app.exception_handler(HTTPException)
+    async def other(_: Request, error: HTTPException) -> Response:
+        words = {404: "there is no such path; see /openapi.json", 405: "this path takes another method"}
+        message = words.get(error.status_code, str(error.detail))
+        return refusal(RequestError(message, status=error.status_code), dict(error.headers or {}))
+
+    @app.exception_handler(Exception)
+    async def failed(_: Request, error: Exception) -> Response:
+        log("error", logging.ERROR, trace="".join(traceback.format_exception(error)))
+        return refusal(RequestError("the server failed; its log says how", status=500, code="internal"))
+
+
+def _in_words(error: RequestValidationError) -> RequestError:
+    """The error furthest inside the body, in one line: of a value that fits none of several types, all are told, and
+    the one that got furthest says most."""
+    found = max(error.errors(), key=lambda one: len(one["loc"]))
+    names = [str(part) for part in found["loc"] if part != "body"]
+    field = names[0] if names else None
+    place = ".".join(name for name in names if "[" not in name and name not in ("str", "int"))
+    match found["type"]:
+        case "json_invalid":
+            return RequestError(f"the body is not JSON: {found.get('ctx', {}).get('error', '')}", code="json")
+        case "missing" if field is None:
+            return RequestError("the body is empty; send a JSON object", code="json")
+        case "missing":
+            return RequestError(f"{place} is missing", param=field, code="missing")
+        case "extra_forbidden":
+            return RequestError(f"{place} is not a field that this server knows; see /openapi.json", param=field,
+                                code="unsupported")  # fmt: skip
+        case "model_attributes_type" | "dict_type" if field is None:
+            return RequestError("the body is no JSON object, sent as application/json", code="json")
+    message = str(found["msg"]).removeprefix("Value error, ").removeprefix("Input ")
+    value = repr(found["input"])
+    shown = value if len(value) <= 80 else value[:77] + "…"
+    return RequestError(f"{place or 'the body'} is {shown}; it {message}", param=field, code="invalid")
+
+
+def _describe(app: FastAPI) -> None:
+    """Takes the framework's own 422 out of the schema: what is invalid gets 400 here."""
+    schema = app.openapi()
+    for path in schema["paths"].values():
+        for operation in path.values():
+            operation["responses"].pop("422", None)
+    for name in ("HTTPValidationError", "ValidationError"):
+        schema["components"]["schemas"].pop(name, None)
+    app.openapi_schema = schema

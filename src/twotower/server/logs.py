@@ -1,0 +1,43 @@
+"""One JSON object a line on stderr. Prompts and texts are in it only where the server was asked for that."""
+
+from __future__ import annotations
+
+import json
+import logging
+import sys
+import time
+from typing import Any
+
+LOGGER = logging.getLogger("twotower.server")
+
+
+def log(event: str, level: int = logging.INFO, **facts: Any) -> None:
+    """Writes a line with the time, what happened and what belongs to it."""
+    if LOGGER.isEnabledFor(level):
+        now = time.strftime("%Y-%m-%dT%H:%M:%S", time.gmtime())
+        head = {"time": f"{now}Z", "level": logging.getLevelName(level).lower(), "event": event}
+        LOGGER.log(level, json.dumps(head | facts, default=str))
+
+
+def to_stderr() -> None:
+    """Sends this program's lines, and warnings of the HTTP server, to stderr."""
+    handler = logging.StreamHandler(sys.stderr)
+    handler.setFormatter(logging.Formatter("%(message)s"))
+    LOGGER.handlers[:] = [handler]
+    LOGGER.setLevel(logging.INFO)
+    LOGGER.propagate = False
+    theirs = logging.StreamHandler(sys.stderr)
+    theirs.setFormatter(_AsJson())
+    for name in ("uvicorn", "uvicorn.error"):
+        logging.getLogger(name).handlers[:] = [theirs]
+        logging.getLogger(name).setLevel(logging.WARNING)
+        logging.getLogger(name).propagate = False
+
+
+class _AsJson(logging.Formatter):
+    def format(self, record: logging.LogRecord) -> str:
+        now = time.strftime("%Y-%m-%dT%H:%M:%SZ", time.gmtime(record.created))
+        facts = {"time": now, "level": record.levelname.lower(), "event": record.name, "message": record.getMessage()}
+        if record.exc_info:
+            facts["trace"] = self.formatException(record.exc_info)
+        return json.dumps(facts)

@@ -1,0 +1,78 @@
+"""What a server counts, in Prometheus's terms."""
+
+from __future__ import annotations
+
+import math
+import time
+from collections.abc import Sequence
+from typing import TYPE_CHECKING, Any, TypeVar
+
+from prometheus_client import CollectorRegistry, Counter, Gauge, Histogram, ProcessCollector, generate_latest
+
+from twotower.generation.output import Generation
+
+if TYPE_CHECKING:
+    from twotower.engine import LLM
+
+SECONDS = (0.01, 0.025, 0.05, 0.1, 0.25, 0.5, 1, 2.5, 5, 10, 30, 60, 120, 300)
+PER_PASS = (1, 1.25, 1.5, 2, 2.5, 3, 4, 5, 6, 8, 12, 16)
+FORGETTING = 0.9  # of what is known about a choice's time, at each further one
+
+Kind = TypeVar("Kind", Counter, Gauge, Histogram)
+
+
+class Metrics:
+    """One registry a server, so that two of them in a process do not mix."""
+
+    def __init__(self, llm: LLM) -> None:
+        self.registry = CollectorRegistry()
+        ProcessCollector(registry=self.registry)
+        self._usual_seconds = 1.0  # that a choice takes, of late
+        for name, text, read in (
+            ("queue_requests", "Choices that wait for a place", lambda: len(llm.waiting)),
+            ("running_requests", "Choices at work", lambda: len(llm.rows)),
+            ("state_bytes", "Keys, values and states, for all texts", lambda: llm.state.nbytes),
+            ("prefix_bytes", "Prompts' beginnings that are kept", lambda: llm.prefixes.nbytes),
+            ("prefix_asked_tokens", "Prompt tokens that came", lambda: llm.prefixes.asked),
+            ("prefix_found_tokens", "Prompt tokens that were known and not read", lambda: llm.prefixes.found),
+        ):
+            self._own(Gauge, name, text).set_function(read)
+        self.requests = self._own(Counter, "requests", "HTTP requests", ["route", "status"])
+        self.tokens = self._own(Counter, "tokens", "Tokens read and written", ["kind"])
+        self.passes = self._own(Counter, "passes", "A row's passes after its prompt", ["tower"])
+        self.choices = self._own(Counter, "choices", "Choices that ended", ["mode", "reason"])
+        self.drafted = self._own(Counter, "drafted_tokens", "Tokens drafted in verified decoding")
+        self.accepted = self._own(Counter, "accepted_tokens", "Drafted tokens that were kept")
+        self.per_pass = self._own(Histogram, "tokens_per_pass", "Of a choice", ["mode"], buckets=PER_PASS)
+        self.first = self._own(Histogram, "time_to_first_block_seconds", "From the request", buckets=SECONDS)
+        self.whole = self._own(Histogram, "request_seconds", "From the request to its end", ["route"], buckets=SECONDS)
+
+    def _own(self, kind: type[Kind], name: str, text: str, labels: Sequence[str] = (), **rest: Any) -> Kind:
+        return kind(name, text, labels, namespace="twotower", registry=self.registry, **rest)
+
+    def ended(self, result: Generation) -> None:
+        """Counts a choice."""
+        self.tokens.labels("prompt").inc(result.prompt_tokens)
+        self.tokens.labels("completion").inc(len(result.tokens))
+        self.passes.labels("denoiser").inc(result.denoiser_passes)
+        self.passes.labels("context").inc(result.context_passes)
+        self.choices.labels(result.mode, result.finish_reason).inc()
+        self.drafted.inc(result.drafted)
+        self.accepted.inc(result.accepted)
+        if result.passes:
+            self.per_pass.labels(result.mode).observe(result.tokens_per_pass)
+        taken = result.prefill_seconds + result.decode_seconds
+        self._usual_seconds = FORGETTING * self._usual_seconds + (1 - FORGETTING) * taken
+
+    def served(self, route: str, status: int, started: float) -> None:
+        """Counts an HTTP request that began at so much of `time.perf_counter`."""
+        self.requests.labels(route, str(status)).inc()
+        self.whole.labels(route).observe(time.perf_counter() - started)
+
+    def expected_wait(self, before: int, rows: int) -> int:
+        """Whole seconds until a place may be free, with so many choices before, `rows` at a time."""
+        return max(1, math.ceil(before / max(rows, 1) * self._usual_seconds))
+
+    def text(self) -> bytes:
+        """For a scraper."""
+        return generate_latest(self.registry)

@@ -1,0 +1,33 @@
+"""The page at `/`: static files of this folder, which need no build and fetch nothing from elsewhere."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+from fastapi import FastAPI
+from fastapi.responses import FileResponse
+
+FOLDER = Path(__file__).parent
+KINDS = {
+    ".html": "text/html",
+    ".js": "text/javascript",
+    ".css": "text/css",
+    ".json": "application/json",
+    ".svg": "image/svg+xml",
+}
+POLICY = "default-src 'self'; img-src 'self' data:; style-src 'self' 'unsafe-inline'; frame-ancestors 'none'"
+
+
+def add_page(app: FastAPI) -> None:
+    """Adds a route for each file; `index.html` is `/`."""
+    for file in sorted(FOLDER.iterdir()):
+        if file.suffix in KINDS:
+            _add(app, "/" if file.name == "index.html" else f"/{file.name}", file)
+
+
+def _add(app: FastAPI, path: str, file: Path) -> None:
+    headers = {"content-security-policy": POLICY, "x-content-type-options": "nosniff", "cache-control": "no-cache"}
+
+    @app.get(path, include_in_schema=False)
+    async def serve() -> FileResponse:
+        return FileResponse(file, media_type=KINDS[file.suffix], headers=headers)

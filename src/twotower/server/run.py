@@ -1,0 +1,47 @@
+"""Runs an app until it is told to stop: once to finish what it has begun, twice to stop now."""
+
+from __future__ import annotations
+
+import signal
+from collections.abc import Callable
+from types import FrameType
+
+import uvicorn
+
+from twotower.server.app import create_app
+from twotower.server.logs import log, to_stderr
+from twotower.server.service import Service
+
+CONNECTIONS = 2048  # at once; beyond them the answer is 503
+IDLE = 75  # seconds after which a connection without a request is closed
+
+
+class Server(uvicorn.Server):
+    """Says when it listens; the first SIGTERM or Ctrl-C lets requests end, the second does not."""
+
+    def __init__(self, config: uvicorn.Config, service: Service, listening: Callable[[str], object]) -> None:
+        super().__init__(config)
+        self.service, self.listening = service, listening
+
+    async def startup(self, sockets: list[object] | None = None) -> None:  # type: ignore[override]
+        await super().startup(sockets)  # type: ignore[arg-type]
+        if self.started:
+            host, port = self.servers[0].sockets[0].getsockname()[:2]
+            self.listening(f"http://{f'[{host}]' if ':' in host else host}:{port}")
+
+    def handle_exit(self, sig: int, frame: FrameType | None) -> None:
+        self.service.draining = True
+        if self.should_exit:
+            self.force_exit = True
+        log("stopping", signal=signal.Signals(sig).name, open=self.service.open, now=self.force_exit)
+        self.should_exit = True
+
+
+def serve(service: Service, host: str, port: int, drain: int, listening: Callable[[str], object]) -> None:
+    """Serves until a signal. drain: seconds that requests get to end. listening: told the address once it is open."""
+    to_stderr()
+    config = uvicorn.Config(
+        create_app(service), host=host, port=port, log_config=None, access_log=False, server_header=False,
+        timeout_graceful_shutdown=drain, timeout_keep_alive=IDLE, limit_concurrency=CONNECTIONS, lifespan="on",
+    )  # fmt: skip
+    Server(config, service, listening).run()

@@ -1,0 +1,312 @@
+"""From a client's request to the engine's, and back to results: nothing here knows HTTP."""
+
+from __future__ import annotations
+
+import asyncio
+import secrets
+import time
+from collections import Counter
+from collections.abc import AsyncGenerator, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from contextlib import aclosing, contextmanager
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any
+
+from twotower.engine import AsyncLLM, Request
+from twotower.errors import ArgumentError, TwoTowerError
+from twotower.generation import GenerationParams
+from twotower.generation.output import Event, Generation
+from twotower.ready import eos_of
+from twotower.server.metrics import Metrics
+from twotower.server.protocol import Asked, ChatAsked, CompletionAsked, RequestError, ResponseFormat
+from twotower.server.settings import Settings
+from twotower.server.texts import Texts
+
+if TYPE_CHECKING:
+    from collections.abc import Iterator
+
+# What fields of a request are called in `GenerationParams`.
+NAMES = {
+    "threshold": "confidence_threshold", "policy": "policy", "knob": "knob", "block_size": "block_size",
+    "steps": "steps_per_block", "draft_steps": "draft_steps", "acceptance": "acceptance", "top_k": "top_k",
+}  # fmt: skip
+CONSTRAINED = ("ar", "verified")  # modes in which a grammar can be kept to
+
+
+@dataclass(frozen=True)
+class Job:
+    """A choice to be written. place: its index in the answer; echo: the prompt, where it is given back; trimmed:
+    whether white space before its text is left out."""
+
+    place: int
+    request: Request
+    seed: int
+    echo: str = ""
+    trimmed: bool = False
+
+
+class Service:
+    """One model, its engine, and what clients may ask of them."""
+
+    def __init__(self, engine: AsyncLLM, settings: Settings) -> None:
+        model = engine.llm.model
+        self.engine = engine
+        self.model = model
+        self.settings = settings
+        self.texts = Texts(model.tokenizer, model.config.backbone.vocab_size)
+        self.metrics = Metrics(engine.llm)
+        self.draining = False
+        self.started = int(time.time())
+        self._open: Counter[str | None] = Counter()  # choices at work or waiting, by API key
+        self._writer = ThreadPoolExecutor(1, "twotower-texts")  # long texts must not hold up the event loop
+        self._usual = {"eos_token_id": eos_of(model), "mask_token_id": model.config.mask_token}
+
+    # --- what is asked --------------------------------------------------------------------------------------------
+
+    async def jobs(self, asked: CompletionAsked | ChatAsked) -> list[Job]:
+        """Everything that one request wants written.
+
+        Raises:
+            RequestError: it cannot be done; says why.
+        """
+        if asked.model is not None:
+            self.check_name(asked.model)
+        return await asyncio.get_running_loop().run_in_executor(self._writer, self._jobs, asked)
+
+    def check_name(self, model: str) -> None:
+        """Raises RequestError (404) where this is not the served model."""
+        if model != self.settings.name:
+            raise RequestError(
+                f"there is no model {model!r}; this server has {self.settings.name!r}",
+                status=404, param="model", code="model_not_found",
+            )  # fmt: skip
+
+    def _jobs(self, asked: CompletionAsked | ChatAsked) -> list[Job]:
+        mode = self._mode(asked)
+        asked.check(mode)
+        if isinstance(asked, ChatAsked):
+            tokens, ends = self.texts.chat(asked.messages)
+            prompts, stops = [tokens], (*asked.stops, *ends)
+        else:
+            prompts, stops, ends = [self.texts.tokens(prompt) for prompt in asked.prompts], asked.stops, ()
+        count = len(prompts) * asked.n
+        if not prompts:
+            raise RequestError("prompt is an empty list; give at least one", param="prompt")
+        if count > self.settings.limits.choices:
+            raise RequestError(
+                f"{count} choices are asked for; this server writes at most {self.settings.limits.choices} for one "
+                "request",
+                param="n",
+            )
+        constraint = self._constraint(asked.response_format)
+        seed = secrets.randbits(48) if asked.seed is None else asked.seed
+        jobs: list[Job] = []
+        for prompt in prompts:
+            values = self._values(asked, mode, len(prompt), stops)
+            echo = self.texts.text(prompt) if isinstance(asked, CompletionAsked) and asked.echo else ""
+            for choice in range(asked.n):
+                params = _params(values | {"seed": seed + choice})
+                extras = self._extras(asked) | ({} if constraint is None else {"constraint": constraint})
+                request = self._checked(Request(prompt, params, watched=asked.stream_denoising, **extras))
+                jobs.append(Job(len(jobs), request, seed + choice, echo, trimmed=bool(ends)))
+        return jobs
+
+    def _checked(self, request: Request) -> Request:
+        try:
+            self.engine.llm.check(request)
+        except ArgumentError as error:
+            raise _told(error) from None
+        return request
+
+    def _mode(self, asked: Asked) -> str:
+        mode = asked.mode or str(self.settings.decoding["mode"])
+        structured = asked.response_format is not None and asked.response_format.type != "text"
+        if structured and mode not in CONSTRAINED:
+            if asked.mode is None:
+                return "verified" if self.model.denoiser is not None else "ar"
+            raise RequestError(
+                f"response_format: mode {mode} cannot keep to a format; use mode verified or ar",
+                param="response_format",
+            )
+        return mode
+
+    def _values(
+        self, asked: CompletionAsked | ChatAsked, mode: str, prompt: int, stops: Sequence[str]
+    ) -> dict[str, Any]:
+        """Arguments of `GenerationParams.of`: the server's own, where the request's mode is the server's, then the
+        request's."""
+        limits, longest = self.settings.limits, self.engine.llm.length
+        if limits.prompt_tokens is not None and prompt > limits.prompt_tokens:
+            raise RequestError(
+                f"the prompt has {prompt} tokens; this server takes at most {limits.prompt_tokens}", param="prompt"
+            )
+        usual = self.settings.decoding if mode == self.settings.decoding["mode"] else {}
+        given = {name: getattr(asked, field) for field, name in NAMES.items() if getattr(asked, field) is not None}
+        wanted = asked.max_tokens
+        if isinstance(asked, ChatAsked):
+            wanted = asked.max_completion_tokens if wanted is None else wanted
+        most = longest - prompt if limits.output_tokens is None else min(longest - prompt, limits.output_tokens)
+        if wanted is None:
+            wanted = max(most, 0)
+        elif limits.output_tokens is not None and wanted > limits.output_tokens:
+            raise RequestError(
+                f"max_tokens is {wanted}; this server writes at most {limits.output_tokens}", param="max_tokens"
+            )
+        if prompt + wanted > longest or (not most and not wanted and prompt >= longest):
+            raise RequestError(
+                f"a prompt of {prompt} tokens plus max_tokens {wanted} is longer than the {longest} tokens that this "
+                "server keeps for a text; shorten one of them",
+                param="max_tokens",
+            )
+        own = {"mode": mode, "max_new_tokens": wanted, "temperature": asked.temperature, "top_p": asked.top_p}
+        return self._usual | dict(usual) | given | own | {"stop": tuple(stops)}
+
+    def _extras(self, asked: CompletionAsked | ChatAsked) -> dict[str, Any]:
+        """What a request asks of the engine beside its text."""
+        if isinstance(asked, ChatAsked):
+            return {"logprobs": asked.top_logprobs or 0} if asked.logprobs else {}
+        if asked.logprobs is None:
+            return {}
+        return {"logprobs": asked.logprobs, "prompt_logprobs": asked.echo}
+
+    def _constraint(self, wanted: ResponseFormat | None) -> Any:
+        if wanted is None or wanted.type == "text":
+            return None
+        from twotower.generation.constraints import Constraint
+
+        try:
+            match wanted.type:
+                case "json_object":
+                    return Constraint.of(self.model.tokenizer, json_schema={"type": "object"})
+                case "json_schema":
+                    assert wanted.json_schema is not None
+                    return Constraint.of(self.model.tokenizer, json_schema=wanted.json_schema.json_schema)
+                case "regex":
+                    return Constraint.of(self.model.tokenizer, regex=wanted.regex)
+                case _:
+                    return Constraint.of(self.model.tokenizer, grammar=wanted.grammar)
+        except ArgumentError as error:
+            raise RequestError(f"response_format: {error}", param="response_format") from None
+
+    # --- running it -----------------------------------------------------------------------------------------------
+
+    @contextmanager
+    def admitted(self, count: int, key: str | None) -> Iterator[None]:
+        """Holds places for so many choices.
+
+        Raises:
+            RequestError: the server stops (503), the queue is full, or the key has too many at once (429).
+        """
+        limits, rows = self.settings.limits, self.engine.llm.state.rows
+        if self.draining:
+            raise RequestError("the server is stopping", status=503, code="stopping", retry_after=5)
+        if count > rows + limits.queue:
+            raise RequestError(f"{count} choices never fit this server's {rows + limits.queue} places", param="n")
+        if limits.per_key is not None and count > limits.per_key:
+            raise RequestError(f"{count} choices are more than the {limits.per_key} that a key may have", param="n")
+        wait = self.metrics.expected_wait(self._open.total(), rows)
+        if self._open.total() + count > rows + limits.queue:
+            raise RequestError(
+                "too many requests wait; try again later", status=429, code="overloaded", retry_after=wait
+            )
+        if limits.per_key is not None and self._open[key] + count > limits.per_key:
+            raise RequestError(
+                f"this key has {self._open[key]} choices at work and may have {limits.per_key}; wait for one to end",
+                status=429, code="too_many_at_once", retry_after=wait,
+            )  # fmt: skip
+        self._open[key] += count
+        try:
+            yield
+        finally:
+            self._open[key] -= count
+            if not self._open[key]:
+                del self._open[key]
+
+    async def events(self, jobs: Sequence[Job]) -> AsyncGenerator[tuple[Job, Event], None]:
+        """Runs jobs that were admitted side by side → their events as they come. Leaving early gives all of them up.
+
+        Raises:
+            RequestError: it took too long (504); the engine failed (503), or the request did (500).
+        """
+        started, limit = time.monotonic(), self.settings.limits.seconds
+        heard: asyncio.Queue[tuple[Job, Event | Exception]] = asyncio.Queue()
+        listeners = [asyncio.create_task(self._listen(job, heard)) for job in jobs]
+        left, begun = len(jobs), False
+        try:
+            while left:
+                rest = None if limit is None else max(limit - (time.monotonic() - started), 0)
+                job, event = await asyncio.wait_for(heard.get(), rest)
+                if isinstance(event, Exception):
+                    raise _told(event)
+                if not begun:
+                    begun = True
+                    self.metrics.first.observe(time.monotonic() - started)
+                if event.result is not None:
+                    left -= 1
+                    self.metrics.ended(event.result)
+                    if event.result.error:
+                        raise RequestError(f"the request failed: {event.result.error}", status=500, code="failed")
+                yield job, event
+        except TimeoutError:
+            raise RequestError(
+                f"the request took longer than {limit:g} s; ask for less", status=504, code="timeout"
+            ) from None
+        finally:
+            for listener in listeners:
+                listener.cancel()
+            await asyncio.gather(*listeners, return_exceptions=True)
+
+    async def _listen(self, job: Job, heard: asyncio.Queue[tuple[Job, Event | Exception]]) -> None:
+        try:
+            async with aclosing(self.engine.stream(job.request)) as events:
+                async for event in events:
+                    heard.put_nowait((job, event))
+        except Exception as error:
+            heard.put_nowait((job, error))
+
+    async def results(self, jobs: Sequence[Job]) -> list[Generation]:
+        """The jobs' results, in order."""
+        found: dict[int, Generation] = {}
+        async with aclosing(self.events(jobs)) as events:
+            async for job, event in events:
+                if event.result is not None:
+                    found[job.place] = event.result
+        return [found[job.place] for job in jobs]
+
+    @property
+    def open(self) -> int:
+        """Choices at work or waiting."""
+        return self._open.total()
+
+    @property
+    def alive(self) -> bool:
+        """Whether the engine runs."""
+        return self.engine.alive
+
+    def close(self) -> None:
+        """Stops the engine."""
+        self.engine.close()
+        self._writer.shutdown()
+
+
+def _params(values: dict[str, Any]) -> GenerationParams:
+    try:
+        return GenerationParams.of(**values)
+    except ArgumentError as error:
+        raise _told(error) from None
+
+
+def _told(error: Exception) -> RequestError:
+    """An error of the engine, as a client is told it."""
+    if isinstance(error, ArgumentError):
+        return RequestError(str(error), param=_field(str(error)))
+    if isinstance(error, TwoTowerError):
+        return RequestError(str(error), status=503, code="engine", retry_after=5)
+    return RequestError(f"the request failed: {type(error).__name__}", status=500, code="failed")
+
+
+def _field(message: str) -> str | None:
+    """The field that a message of `GenerationParams` begins with, by its name in a request."""
+    ours = {name: field for field, name in NAMES.items()} | {"max_new_tokens": "max_tokens"}
+    first = message.split(" ", 1)[0]
+    return ours.get(first, first if first in Asked.model_fields else None)

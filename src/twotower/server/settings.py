@@ -1,0 +1,60 @@
+"""What a server is started with."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+from twotower.errors import ArgumentError
+
+KEYS_VARIABLE = "TWOTOWER_API_KEYS"
+
+
+@dataclass(frozen=True, kw_only=True)
+class Limits:
+    """What one client may take from the others.
+
+    queue: choices that may wait for a place; per_key: choices of one API key at once, waiting ones included (None: no
+    bound); prompt_tokens, output_tokens of one choice (None: what the engine holds); choices of one request; seconds a
+    request may take (None: no bound); body: bytes of a request, and body_seconds in which it has to arrive.
+    """
+
+    queue: int = 256
+    per_key: int | None = None
+    prompt_tokens: int | None = None
+    output_tokens: int | None = None
+    choices: int = 64
+    seconds: float | None = 600.0
+    body: int = 4 * 2**20
+    body_seconds: float = 30.0
+
+
+@dataclass(frozen=True, kw_only=True)
+class Settings:
+    """name: what the model is called; decoding: arguments of `GenerationParams.of` where a request says nothing else,
+    the mode among them; keys: API keys (none: everybody may ask); log_prompts: whether logs hold texts."""
+
+    name: str
+    decoding: Mapping[str, Any] = field(default_factory=lambda: {"mode": "diffusion"})
+    limits: Limits = field(default_factory=Limits)
+    keys: tuple[str, ...] = ()
+    log_prompts: bool = False
+
+
+def read_keys(file: Path | None) -> tuple[str, ...]:
+    """API keys, one a line of the file, and those of the environment, separated by commas.
+
+    Raises:
+        ArgumentError: the file has none.
+    """
+    given = os.environ.get(KEYS_VARIABLE, "").split(",")
+    if file is not None:
+        lines = [line.strip() for line in file.read_text(encoding="utf-8").splitlines()]
+        found = [line for line in lines if line and not line.startswith("#")]
+        if not found:
+            raise ArgumentError(f"{file}: holds no key; write one on each line")
+        given += found
+    return tuple(dict.fromkeys(key.strip() for key in given if key.strip()))
