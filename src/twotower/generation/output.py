@@ -10,6 +10,16 @@ from twotower.modes import Mode
 FinishReason = Literal["eos", "stop", "length", "error"]
 
 
+@dataclass(frozen=True)
+class TokenLogprob:
+    """logprob: ln P(token | everything before it) by the AR model, at temperature 1 and unfiltered; top: its likeliest
+    tokens there with theirs, best first, `token` among them where it is one of them."""
+
+    token: int
+    logprob: float
+    top: tuple[tuple[int, float], ...] = ()
+
+
 @dataclass(frozen=True, kw_only=True)
 class Generation:
     """One row's result.
@@ -21,7 +31,8 @@ class Generation:
     those that were kept; rejected: drafts that ended at a token AR did not agree with. why: what mode "auto" says of
     its choice. cached_tokens: of the prompt, known from an earlier one and not read again. decode_seconds: from the end
     of the prefill to this row's end. error: what went wrong, where an engine ended the request with finish_reason
-    "error".
+    "error". logprobs, prompt_logprobs: of each new token and of each of the prompt (None for its first), where an
+    engine was asked for them, else empty.
     """
 
     mode: Mode
@@ -42,6 +53,8 @@ class Generation:
     cached_tokens: int = 0
     why: str = ""
     error: str = ""
+    logprobs: tuple[TokenLogprob, ...] = ()
+    prompt_logprobs: tuple[TokenLogprob | None, ...] = ()
 
     @property
     def passes(self) -> int:
@@ -70,9 +83,10 @@ class Generation:
         return len(self.tokens) / self.decode_seconds if self.decode_seconds else 0.0
 
     def to_dict(self) -> dict[str, Any]:
-        """Plain data for JSON, the derived figures included."""
+        """Plain data for JSON, the derived figures included; log-probabilities where there are any."""
         derived = ("tokens_per_pass", "tokens_per_second", "mean_accepted")
-        return asdict(self) | {name: getattr(self, name) for name in derived}
+        out = asdict(self) | {name: getattr(self, name) for name in derived}
+        return {name: value for name, value in out.items() if value or name not in ("logprobs", "prompt_logprobs")}
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -81,7 +95,8 @@ class BlockEvent:
 
     start: index of the first of `tokens` among the row's new tokens. committed_at, confidence: per token.
     text: what became final with this block; the events' texts join to the result's text. draft (verified decoding):
-    what the denoiser proposed, of which `tokens` begin with the part that was kept. result: in the row's last event.
+    what the denoiser proposed, of which `tokens` begin with the part that was kept. logprobs: per token, where an
+    engine was asked for them. result: in the row's last event.
     """
 
     row: int
@@ -92,4 +107,5 @@ class BlockEvent:
     confidence: list[float]
     text: str
     draft: tuple[int, ...] = ()
+    logprobs: tuple[TokenLogprob, ...] = ()
     result: Generation | None = None
