@@ -7,6 +7,7 @@ from collections.abc import Sequence
 from functools import cached_property
 from typing import Any
 
+from twotower.generation.stopping import Detokenizer
 from twotower.server.protocol import Message, RequestError
 
 SPEAKERS = {"system": "System", "developer": "System", "user": "User", "assistant": "Assistant"}
@@ -83,6 +84,20 @@ class Texts:
         decoder = json.loads(backend.to_str()).get("decoder") if backend is not None else None
         steps = (decoder or {}).get("decoders", [decoder or {}])
         return any(step.get("type") == "ByteLevel" for step in steps)
+
+
+class Reading:
+    """Where the tokens of a text begin in it; those that are no text, or part of a character, where the next one does."""
+
+    def __init__(self, texts: Texts) -> None:
+        self._detokenizer = Detokenizer(texts.tokenizer)
+        self._length = 0
+
+    def offset(self, token: int) -> int:
+        """Of the next token."""
+        before = self._length
+        self._length += len(self._detokenizer.push(token))
+        return before
 
 
 def _bytes() -> dict[str, int]:
