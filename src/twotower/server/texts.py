@@ -87,7 +87,7 @@ class Texts:
 
 
 class Reading:
-    """Where the tokens of a text begin in it; those that are no text, or part of a character, where the next one does."""
+    """Where the tokens of a text begin in it; one that is no text, or part of a character, where the next does."""
 
     def __init__(self, texts: Texts) -> None:
         self._detokenizer = Detokenizer(texts.tokenizer)
