@@ -19,8 +19,8 @@ from torch.utils.flop_counter import FlopCounterMode
 from twotower import kernels
 from twotower.kernels import CATALOGUE, Backend, cases, native
 from twotower.kernels.native import ops
-from twotower.kernels.native import tower as native_tower
 from twotower.kernels.verification import disagreement
+from twotower.model import whole
 from twotower.model.coupling import Visibility
 from twotower.model.linear import Linear
 
@@ -207,16 +207,16 @@ def test_a_tower_in_one_call_is_its_layers(
     model = build_random_model(EVERY_KIND, dtype=dtype, **overrides)
     tokens = torch.randint(4, 60, (3, 30), generator=torch.Generator().manual_seed(0))
     outs = []
-    for whole in (True, False):
+    for at_once in (True, False):
         calls = []
-        real = native_tower.run
+        real = whole.run
 
-        def run(*arguments: Any, whole: bool = whole, real: Any = real, calls: list[bool] = calls) -> Any:
-            out = real(*arguments) if whole else None
+        def run(*arguments: Any, at_once: bool = at_once, real: Any = real, calls: list[bool] = calls) -> Any:
+            out = real(*arguments) if at_once else None
             calls.append(out is not None)
             return out
 
-        monkeypatch.setattr(native_tower, "run", run)
+        monkeypatch.setattr(whole, "run", run)
         with torch.no_grad():
             state = model.new_state(4, 0, 200)
             for row in (3, 0, 1):
@@ -232,7 +232,7 @@ def test_a_tower_in_one_call_is_its_layers(
                       for t in (None, torch.tensor([1.0, 0.5, 0.2]))]  # fmt: skip
             state.settle()
             outs.append([logits, *drafts, *state._tensors()])
-        assert calls == [whole] * 3
+        assert calls == [at_once] * 3
         monkeypatch.undo()
     for mine, twin in zip(*outs, strict=True):  # in fp32 but for gate and sum in one rounding
         assert torch.equal(mine, twin) or dtype == torch.float32
@@ -247,7 +247,7 @@ def test_a_tower_that_was_changed_runs_as_written() -> None:
 
     def ran() -> bool:
         with torch.no_grad():
-            return native_tower.run(tower, tower.embed(tokens), Visibility(), None, None, True) is not None
+            return whole.run(tower, tower.embed(tokens), Visibility(), None, None, True) is not None
 
     assert ran()
     seen: list[int] = []

@@ -9,23 +9,30 @@ from __future__ import annotations
 
 import ctypes
 from collections.abc import Sequence
+from functools import cache
 from typing import TYPE_CHECKING, Any
 from weakref import WeakKeyDictionary
 
 import torch
 from torch import Tensor, nn
 
+from twotower.kernels import select
 from twotower.kernels.attention import Cached
 from twotower.kernels.mamba_block import MambaTrace
-from twotower.kernels.native.ops import FEW, _call
+from twotower.kernels.native.ops import FEW, call
+from twotower.model.attention import Attention
+from twotower.model.conditioning import Modulation
+from twotower.model.coupling import Added, KeyValue, MambaPast, Past, Visibility
+from twotower.model.linear import Linear
+from twotower.model.mamba2 import CausalConv, Mamba2
+from twotower.model.moe import MLP, Experts, MoE, Router
+from twotower.model.norm import GatedGroupRMSNorm, RMSNorm
 
 if TYPE_CHECKING:
-    from twotower.model.conditioning import Modulation
-    from twotower.model.coupling import Added, Past, Visibility
     from twotower.model.tower import Tower
 
 KINDS = {"M": 0, "*": 1, "E": 2, "-": 3}
-WEIGHTS = INPUTS = 12  # places a layer, as in tower.h
+WEIGHTS = INPUTS = 12  # places a layer, as in kernels/native/tower.h
 # Where each weight of a mixer stands; 0 is the layer's norm. What ends in ! is fp32 whatever the model's dtype.
 PLACES = {
     "M": (
@@ -119,7 +126,7 @@ def run(
         config.num_experts_per_tok, config.moe_intermediate_size, config.moe_shared_expert_intermediate_size,
         int(config.norm_topk_prob), config.intermediate_size,
     ])  # fmt: skip
-    _call(
+    call(
         "tower_", hidden, x, plan.kinds, ctypes.addressof(weights), ctypes.addressof(inputs.table), tower.norm_f.weight,
         hidden, inputs.valid, int(sees.causal), *inputs.segments, sizes, *config.time_step_limit,
         config.layer_norm_epsilon, config.routed_scaling_factor,
@@ -135,8 +142,6 @@ class _Inputs:
         self, tower: Tower, rows: int, length: int, sees: Visibility, past: Sequence[Past] | None,
         modulation: Sequence[Modulation] | None, trace: bool,
     ) -> None:  # fmt: skip
-        from twotower.model.coupling import KeyValue, MambaPast
-
         self.table = (ctypes.c_void_p * (len(tower.layers) * INPUTS))()
         self.kept: list[Tensor] = []
         self.fit = True
@@ -183,17 +188,16 @@ class _Inputs:
 
 
 def _kernels_chosen(tower: Tower) -> bool:
-    from twotower.kernels import select
-
     weight = tower.embeddings.weight
     return all(select(op, weight.device, weight.dtype).name == "native" for op in OPS)
 
 
+@cache
 def _own() -> frozenset[type]:
     """The modules whose `forward` this file repeats."""
-    from twotower.model import attention, linear, mamba2, moe, norm, tower
+    from twotower.model.tower import Layer, Tower
 
     return frozenset({
-        tower.Tower, tower.Layer, nn.Embedding, nn.ModuleList, norm.RMSNorm, norm.GatedGroupRMSNorm, linear.Linear,
-        mamba2.Mamba2, mamba2.CausalConv, attention.Attention, moe.MoE, moe.MLP, moe.Router, moe.Experts,
+        Tower, Layer, nn.Embedding, nn.ModuleList, RMSNorm, GatedGroupRMSNorm, Linear, Mamba2, CausalConv, Attention,
+        MoE, MLP, Router, Experts,
     })  # fmt: skip
