@@ -23,6 +23,7 @@ from twotower.kernels.verification import disagreement
 from twotower.model import whole
 from twotower.model.coupling import Visibility
 from twotower.model.linear import Linear
+from twotower.model.tower import Tower
 
 CPU = torch.device("cpu")
 NARROW = (torch.float32, torch.bfloat16)
@@ -246,8 +247,7 @@ def test_a_tower_that_was_changed_runs_as_written() -> None:
     tokens = torch.tensor([[5, 6, 7]])
 
     def ran() -> bool:
-        with torch.no_grad():
-            return whole.run(tower, tower.embed(tokens), Visibility(), None, None, True) is not None
+        return _at_once(tower)
 
     assert ran()
     seen: list[int] = []
@@ -276,5 +276,59 @@ def test_a_tower_that_was_changed_runs_as_written() -> None:
         assert not torch.equal(tower(tokens, Visibility())[0], before)
         old.weight = torch.nn.Parameter(old.weight.t().contiguous().t())
         assert not ran()
+    old.weight = torch.nn.Parameter(old.weight.contiguous())
+    assert ran()
+    old.forward = lambda input: input  # as libraries that move weights around do
+    assert not ran()
+    del old.forward
+    assert ran()
+    with torch.nn.modules.module.register_module_forward_hook(lambda *_: None):
+        assert not ran()
     model.double()
     assert not ran()
+
+
+def test_a_plan_outlives_hooks(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Made once, not at each pass, for a tower that hooks or somebody else's modules keep from running at once."""
+    tower = build_random_model(EVERY_KIND).context
+    made: list[bool] = []
+
+    class Counted(whole.Plan):
+        def __init__(self, tower: Tower) -> None:
+            made.append(True)
+            super().__init__(tower)
+
+    monkeypatch.setattr(whole, "Plan", Counted)
+
+    def ran() -> list[bool]:
+        return [_at_once(tower) for _ in range(3)]
+
+    assert ran() == [True] * 3
+    hook = tower.layers[0].mixer.register_forward_pre_hook(lambda *_: None)
+    assert ran() == [False] * 3
+    hook.remove()
+    assert ran() == [True] * 3
+    assert len(made) == 1
+    tower.norm_f = type("Another", (type(tower.norm_f),), {})(tower.config.hidden_size, 1e-5)
+    assert ran() == [False] * 3
+    assert len(made) == 2
+
+
+def test_a_tower_of_another_dtype_runs_at_once_too(monkeypatch: pytest.MonkeyPatch) -> None:
+    """After each change of dtype, to and fro: the layers one by one say the same."""
+    model = build_random_model(EVERY_KIND, dtype=torch.float32)
+    tower, tokens = model.context, torch.tensor([[5, 6, 7]])
+    for change in (model.float, model.bfloat16, model.float, model.double, model.bfloat16):
+        change()
+        assert _at_once(tower) == (tower.embeddings.weight.dtype != torch.float64)
+        with torch.no_grad():
+            at_once, _ = tower(tokens, Visibility())
+            monkeypatch.setattr(whole, "run", lambda *_: None)
+            one_by_one, _ = tower(tokens, Visibility())
+            monkeypatch.undo()
+        torch.testing.assert_close(at_once, one_by_one, rtol=1e-5, atol=1e-5)
+
+
+def _at_once(tower: Tower) -> bool:
+    with torch.no_grad():
+        return whole.run(tower, tower.embed(torch.tensor([[5, 6, 7]])), Visibility(), None, None, True) is not None
