@@ -18,6 +18,7 @@ from torch import Tensor
 from twotower.config import BackboneConfig
 from twotower.kernels import select
 from twotower.kernels.attention import Cached
+from twotower.kernels.pools import put
 from twotower.kernels.precision import accumulation_dtype
 from twotower.model.coupling import Added, KeyValue, MambaPast, MambaTrace, Past
 from twotower.segments import Segments
@@ -163,8 +164,8 @@ class TowerState:
         for pool, new in zip(self.pools, added, strict=True):
             if isinstance(pool, AttentionPool):
                 assert isinstance(new, KeyValue)
-                pool.k = _put(pool.k, vectors, new.k.transpose(1, 2).flatten(0, 2))
-                pool.v = _put(pool.v, vectors, new.v.transpose(1, 2).flatten(0, 2))
+                pool.k = put(pool.k, vectors, new.k.transpose(1, 2).flatten(0, 2))
+                pool.v = put(pool.v, vectors, new.v.transpose(1, 2).flatten(0, 2))
             elif isinstance(pool, MambaPool):
                 assert isinstance(new, MambaTrace)
                 pool.trace = new
@@ -231,7 +232,7 @@ class TowerState:
             pieces = [part.layers[layer] for part in parts]
             if isinstance(pool, AttentionPool):
                 keys, values = (torch.cat(part, dim=1).flatten(0, 1) for part in zip(*pieces, strict=True))
-                pool.k, pool.v = _put(pool.k, vectors, keys), _put(pool.v, vectors, values)
+                pool.k, pool.v = put(pool.k, vectors, keys), put(pool.v, vectors, values)
             elif isinstance(pool, MambaPool):
                 last = pieces[-1]
                 assert isinstance(last, MambaPast)
@@ -334,13 +335,6 @@ def _read(pool: MambaPool, rows: Tensor | None) -> MambaPast:
     if rows is None:
         return MambaPast(pool.conv_window, pool.ssm_state)
     return MambaPast(pool.conv_window[rows], pool.ssm_state[rows])
-
-
-def _put(pool: Tensor, vectors: Tensor, value: Tensor) -> Tensor:
-    """pool (vectors + 1, D) with value (N, D) at vectors (N,); out of place under autograd, where an earlier pass may
-    still need what the pool held."""
-    value = value.to(pool.dtype)
-    return pool.index_copy(0, vectors, value) if torch.is_grad_enabled() else pool.index_copy_(0, vectors, value)
 
 
 def _laid_out(pool: Tensor, old: Segments, new: Segments, rows: Tensor | None = None) -> Tensor:

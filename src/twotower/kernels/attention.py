@@ -12,6 +12,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from twotower.kernels.pools import vectors_at
 from twotower.kernels.precision import accumulation_dtype
 
 
@@ -40,9 +41,7 @@ class Cached(NamedTuple):
             shape = (rows, heads, self.even, self.k.shape[1])
             k, v = (pool[: rows * heads * self.even].view(shape)[:, :, : self.width] for pool in (self.k, self.v))
             return k, v, exists
-        head = torch.arange(heads, device=token.device)[:, None]
-        where = self.start[:, None, None] + head * self.stride[:, None, None] + token
-        where = torch.where(exists[:, None], where, 0)
+        where = torch.where(exists[:, None], vectors_at(self.start, self.stride, heads, token[None]), 0)
         return self.k[where], self.v[where], exists
 
 
