@@ -18,7 +18,7 @@ from torch import Tensor
 from twotower.config import BackboneConfig
 from twotower.kernels import select
 from twotower.kernels.attention import Cached
-from twotower.kernels.pools import put
+from twotower.kernels.pools import emptied, put
 from twotower.kernels.precision import accumulation_dtype
 from twotower.model.coupling import Added, KeyValue, MambaPast, MambaTrace, Past
 from twotower.segments import Segments
@@ -206,8 +206,7 @@ class TowerState:
         self.texts = self.texts.index_add(0, rows, torch.ones_like(rows))
         for pool in self.pools:
             if isinstance(pool, MambaPool):
-                pool.conv_window = pool.conv_window.index_fill(0, rows, 0)
-                pool.ssm_state = pool.ssm_state.index_fill(0, rows, 0)
+                pool.conv_window, pool.ssm_state = emptied(pool.conv_window, rows), emptied(pool.ssm_state, rows)
 
     def excerpt(self, row: int, lo: int, hi: int) -> Excerpt:
         """A copy of what the row keeps of its tokens lo…hi, and of its Mamba states; hi is its length."""
@@ -228,6 +227,7 @@ class TowerState:
         self.settle()
         length = sum(part.tokens for part in parts)
         vectors = self._vectors(row, 0, length).flatten()
+        slot = torch.tensor([row], device=self.lengths.device)
         for layer, pool in enumerate(self.pools):
             pieces = [part.layers[layer] for part in parts]
             if isinstance(pool, AttentionPool):
@@ -236,8 +236,9 @@ class TowerState:
             elif isinstance(pool, MambaPool):
                 last = pieces[-1]
                 assert isinstance(last, MambaPast)
-                pool.conv_window[row], pool.ssm_state[row] = last
-        self.lengths[row] = length
+                pool.conv_window = put(pool.conv_window, slot, last.conv_window[None])
+                pool.ssm_state = put(pool.ssm_state, slot, last.ssm_state[None])
+        self.lengths = self.lengths.index_fill(0, slot, length)
         self.appended += length
 
     def _vectors(self, row: int, lo: int, hi: int) -> Tensor:

@@ -21,3 +21,8 @@ def put(pool: Tensor, places: Tensor, value: Tensor) -> Tensor:
     """pool (R, …) with value (B, …) at places (B,)."""
     value = value.to(pool.dtype)
     return pool.index_copy(0, places, value) if torch.is_grad_enabled() else pool.index_copy_(0, places, value)
+
+
+def emptied(pool: Tensor, places: Tensor) -> Tensor:
+    """pool (R, …) with zeros at places (B,)."""
+    return pool.index_fill(0, places, 0) if torch.is_grad_enabled() else pool.index_fill_(0, places, 0)
