@@ -13,7 +13,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from twotower.kernels.pools import vectors_at
-from twotower.kernels.precision import accumulation_dtype
+from twotower.kernels.precision import widened
 
 
 class Cached(NamedTuple):
@@ -99,7 +99,7 @@ def block_attention(
             past = past.masked_fill(~context_mask[:, None, None], -torch.inf)
         scores = torch.cat([past, scores], dim=-1)
     scale = q.shape[-1] ** -0.5  # after widening: in bf16 it would round q
-    probs = torch.softmax(scores.to(accumulation_dtype(q.dtype)) * scale, dim=-1).to(v.dtype)
+    probs = torch.softmax(widened(scores) * scale, dim=-1).to(v.dtype)
     out = probs[..., seen:] @ v
     if context is not None:
         out = out + probs[..., :seen] @ context[1]

@@ -8,7 +8,7 @@ import torch
 from torch import Tensor, nn
 
 from twotower.config import BackboneConfig, LayerKind
-from twotower.kernels.precision import accumulation_dtype
+from twotower.kernels.precision import widened
 from twotower.model import whole
 from twotower.model.attention import Attention
 from twotower.model.conditioning import Modulation, normed_input
@@ -85,7 +85,7 @@ class Tower(nn.Module):
 
     def embed(self, tokens: Tensor) -> Tensor:
         x = self.embeddings(tokens)
-        return x.to(accumulation_dtype(x.dtype)) if self.config.residual_in_fp32 else x
+        return widened(x) if self.config.residual_in_fp32 else x
 
     def forward(
         self,
