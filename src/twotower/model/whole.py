@@ -19,7 +19,7 @@ from torch.nn.modules.module import _has_any_global_hook
 
 from twotower.kernels import select
 from twotower.kernels.attention import Cached
-from twotower.kernels.mamba_block import MambaTrace
+from twotower.kernels.mamba_block import empty_trace
 from twotower.kernels.native.ops import FEW, call
 from twotower.model.attention import Attention
 from twotower.model.conditioning import Modulation
@@ -171,7 +171,7 @@ class _Inputs:
         self.stride = 0 if modulation is None else modulation[0].shift.stride(0)
         self.added: list[Added] = []
         config, dtype = tower.config, tower.embeddings.weight.dtype
-        heads, groups = config.mamba_num_heads, config.n_groups
+        trace_sizes = config.mamba_num_heads, config.mamba_head_dim, config.n_groups, config.ssm_state_size
         key_shape = (rows, length, config.num_key_value_heads, config.head_dim)
         for i, layer in enumerate(tower.all_layers()):
             own = past[i] if past else None
@@ -186,13 +186,8 @@ class _Inputs:
             elif own is not None and not isinstance(own, Cached):
                 self.fit = False  # keys and values of whole sequences: training
             if layer.kind == "M" and trace:
-                kept = MambaTrace(
-                    torch.empty(rows, length, config.conv_dim, dtype=dtype),
-                    torch.empty(rows, length, heads, config.mamba_head_dim),
-                    torch.empty(rows, length, heads),
-                    torch.empty(rows, length, heads),
-                    torch.empty(rows, length, groups, config.ssm_state_size),
-                )
+                xBC = torch.empty(rows, length, config.conv_dim, dtype=dtype)
+                kept = empty_trace(xBC, *trace_sizes)
                 self._put(i, 5, kept)
                 self.added.append(kept)
             elif layer.kind == "*":

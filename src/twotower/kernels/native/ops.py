@@ -17,7 +17,7 @@ from torch import Tensor
 
 from twotower.kernels import experts as torch_experts
 from twotower.kernels.attention import Cached
-from twotower.kernels.mamba_block import MambaTrace, MambaWeights
+from twotower.kernels.mamba_block import MambaTrace, MambaWeights, empty_trace
 from twotower.kernels.native import library
 from twotower.kernels.norm import Order
 from twotower.kernels.routing import Routing
@@ -135,14 +135,8 @@ def mamba_block(
     mixed = projected.new_empty(rows, length, weights.inner)
     kept = None
     if trace:
-        wide = projected.new_empty
-        kept = MambaTrace(
-            projected.new_empty(rows, length, weights.conv_dim),
-            wide(rows, length, weights.heads, weights.head_dim, dtype=torch.float32),
-            wide(rows, length, weights.heads, dtype=torch.float32),
-            wide(rows, length, weights.heads, dtype=torch.float32),
-            wide(rows, length, weights.n_groups, weights.state_size, dtype=torch.float32),
-        )
+        xBC = projected.new_empty(rows, length, weights.conv_dim)
+        kept = empty_trace(xBC, weights.heads, weights.head_dim, weights.n_groups, weights.state_size)
     valid, window, state = (None if part is None else part.contiguous() for part in (valid, window, state))
     vectors = [part.float() for part in (weights.dt_bias, weights.A_log, weights.D)]
     call(
