@@ -9,3 +9,6 @@ MODES: tuple[str, ...] = get_args(Mode)
 AUTO = "auto"  # picks one of them for a request
 ASKABLE = (*MODES, AUTO)
 BLOCK_MODES = ("diffusion", "verified", AUTO)  # those in which the denoiser may fill blocks of masks
+# Ways to decode (evaluation/settings.py) that are compared with AR unless others are asked for: those of the bundled
+# model's card.
+SETTINGS = ("diffusion:0.8", "diffusion:0.9", "verified:draft_steps=1")
