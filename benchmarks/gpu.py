@@ -47,7 +47,7 @@ from twotower.evaluation.machine import surroundings  # noqa: E402
 from twotower.kernels import CATALOGUE, Backend, cases, report, verification  # noqa: E402
 
 BLOCK = 16
-PUBLISHED_RATES = (1.2, 1.5, 1.9, 3.0, 3.3, 5.0)  # tokens per pass: spec §5's, and the issue's
+PUBLISHED_RATES = (1.2, 1.5, 1.9, 3.0, 3.3, 5.0)  # tokens per pass: the published ones (spec §5), and others
 LENGTHS = tuple(1024 << i for i in range(8))  # 1K … 128K
 SPARE = 6 << 30  # bytes of the device that weights leave to states, logits and libraries
 
@@ -110,7 +110,7 @@ def free_bytes(device: torch.device) -> int:
 
 
 def kernels(setting: Setting, out: dict[str, Any]) -> None:
-    """Every backend that fits the device against its slow twin in float64 on the CPU."""
+    """Every backend that fits the device against its slow twin in float64, on the device."""
     out["catalogue"] = [dict(zip(("op", "backend", "why"), row, strict=True)) for row in report(
         setting.device, setting.dtype
     )]  # fmt: skip
@@ -130,8 +130,7 @@ def cases_of(op: str, backend: Backend, setting: Setting) -> list[verification.C
     """What a backend is tried on; the grouped GEMM takes widths that are multiples of 8 only."""
     if backend.name == "grouped-gemm":
         return cases.experts_cases(setting.device, setting.dtype, width=64, inner=32)
-    made = next(other.cases for other in CATALOGUE[op] if other.cases is not None)
-    return made(setting.device, setting.dtype)
+    return cases.CASES[op](setting.device, setting.dtype)
 
 
 FREE: dict[str, Any] = {"mode": "diffusion", "confidence_threshold": 0.8}
