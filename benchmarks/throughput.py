@@ -31,6 +31,7 @@ from twotower.allocator import keep_large_blocks
 keep_large_blocks()
 
 import torch  # noqa: E402
+from models import BLOCK  # noqa: E402
 from rich.console import Console  # noqa: E402
 from rich.table import Table  # noqa: E402
 from timing import Run, interleaved, medians, ratio, synchronize  # noqa: E402
@@ -43,7 +44,6 @@ from twotower.generation import GenerationParams  # noqa: E402
 from twotower.model.moe import Experts, Router  # noqa: E402
 from twotower.model.tower import Tower  # noqa: E402
 
-BLOCK = 16
 AT_ONCE = (1, 2, 4, 8, 16, 32, 64)
 MODES: dict[str, dict[str, Any]] = {
     "ar": {"mode": "ar"},
