@@ -9,7 +9,9 @@ import asyncio
 import hashlib
 import hmac
 import json
+import logging
 import time
+import traceback
 import uuid
 from typing import TYPE_CHECKING, Any
 
@@ -39,15 +41,16 @@ class Gate:
             await self.app(scope, receive, send)
             return
         headers = {name.lower(): value for name, value in scope["headers"]}
-        started, status = time.perf_counter(), 499  # the client went away before there was an answer
+        started, begun = time.perf_counter(), False
+        status = 499  # the client went away before there was an answer
         facts: dict[str, Any] = {}
         number = uuid.uuid4().hex
         scope.setdefault("state", {}).update(request_id=number, key=None, facts=facts)
 
         async def answer(message: Message) -> None:
-            nonlocal status
+            nonlocal status, begun
             if message["type"] == "http.response.start":
-                status = message["status"]
+                status, begun = message["status"], True
                 message["headers"] = [*message.get("headers", ()), (b"x-request-id", number.encode())]
             await send(message)
 
@@ -61,6 +64,11 @@ class Gate:
             await refusal(error)(scope, receive, answer)
         except _Gone:
             pass
+        except Exception as error:  # here rather than outside, so that it is counted and logged like every answer
+            log("error", logging.ERROR, id=number, trace="".join(traceback.format_exception(error)))
+            if not begun:
+                words = "the server failed; its log says how"
+                await refusal(RequestError(words, status=500, code="internal"))(scope, receive, answer)
         finally:
             route = getattr(scope.get("route"), "path", "other")
             self.service.metrics.served(route, status, started)
