@@ -9,6 +9,7 @@ from types import FrameType
 import uvicorn
 
 from twotower.server.app import create_app
+from twotower.server.connections import Connection
 from twotower.server.logs import log, to_stderr
 from twotower.server.service import Service
 
@@ -42,6 +43,7 @@ def server_of(service: Service, host: str, port: int, drain: int, listening: Cal
     config = uvicorn.Config(
         create_app(service), host=host, port=port, log_config=None, access_log=False, server_header=False,
         timeout_graceful_shutdown=drain, timeout_keep_alive=IDLE, limit_concurrency=CONNECTIONS, lifespan="on",
+        http=Connection,
     )  # fmt: skip
     return Server(config, service, listening)
 
