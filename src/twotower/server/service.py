@@ -136,27 +136,29 @@ class Service:
         """Arguments of `GenerationParams.of`: the server's own, where the request's mode is the server's, then the
         request's."""
         limits, longest = self.settings.limits, self.engine.llm.length
+        chat = isinstance(asked, ChatAsked)
         if limits.prompt_tokens is not None and prompt > limits.prompt_tokens:
             raise RequestError(
-                f"the prompt has {prompt} tokens; this server takes at most {limits.prompt_tokens}", param="prompt"
+                f"the prompt has {prompt} tokens; this server takes at most {limits.prompt_tokens}",
+                param="messages" if chat else "prompt",
             )
         usual = self.settings.decoding if mode == self.settings.decoding["mode"] else {}
         given = {name: getattr(asked, field) for field, name in NAMES.items() if getattr(asked, field) is not None}
-        wanted = asked.max_tokens
-        if isinstance(asked, ChatAsked):
-            wanted = asked.max_completion_tokens if wanted is None else wanted
+        field, wanted = "max_tokens", asked.max_tokens
+        if isinstance(asked, ChatAsked) and wanted is None:
+            field, wanted = "max_completion_tokens", asked.max_completion_tokens
+        elif not chat and limits.output_tokens is not None and field not in asked.model_fields_set:
+            wanted = min(asked.max_tokens or 0, limits.output_tokens)
         most = longest - prompt if limits.output_tokens is None else min(longest - prompt, limits.output_tokens)
         if wanted is None:
             wanted = max(most, 0)
         elif limits.output_tokens is not None and wanted > limits.output_tokens:
-            raise RequestError(
-                f"max_tokens is {wanted}; this server writes at most {limits.output_tokens}", param="max_tokens"
-            )
+            raise RequestError(f"{field} is {wanted}; this server writes at most {limits.output_tokens}", param=field)
         if prompt + wanted > longest or (not most and not wanted and prompt >= longest):
             raise RequestError(
-                f"a prompt of {prompt} tokens plus max_tokens {wanted} is longer than the {longest} tokens that this "
+                f"a prompt of {prompt} tokens plus {field} {wanted} is longer than the {longest} tokens that this "
                 "server keeps for a text; shorten one of them",
-                param="max_tokens",
+                param=field,
             )
         own = {"mode": mode, "max_new_tokens": wanted, "temperature": asked.temperature, "top_p": asked.top_p}
         return self._usual | dict(usual) | given | own | {"stop": tuple(stops)}

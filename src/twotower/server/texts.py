@@ -26,7 +26,7 @@ class Texts:
         Raises:
             RequestError: it is empty, not text, or has ids beyond the vocabulary.
         """
-        found = self._encode(prompt, special=True) if isinstance(prompt, str) else list(prompt)
+        found = self._encode(prompt, True, "prompt") if isinstance(prompt, str) else list(prompt)
         if not found:
             raise RequestError("the prompt is empty; give at least one token", param="prompt")
         beyond = [token for token in found if not 0 <= token < self.vocab_size]
@@ -45,10 +45,10 @@ class Texts:
                 text = self.tokenizer.apply_chat_template(turns, add_generation_prompt=True, tokenize=False)
             except Exception as error:  # templates refuse what they do not know, each in its own way
                 raise RequestError(f"the chat template refuses these messages: {error}", param="messages") from None
-            return self._encode(text, special=False), ()
+            return self._encode(text, False, "messages"), ()
         lines = [f"{SPEAKERS[message.role]}: {message.text.strip()}" for message in messages]
         ends = tuple(f"\n{speaker}:" for speaker in dict.fromkeys(SPEAKERS.values()))
-        return self._encode("\n".join([*lines, "Assistant:"]), special=True), ends
+        return self._encode("\n".join([*lines, "Assistant:"]), True, "messages"), ends
 
     def text(self, tokens: Sequence[int]) -> str:
         """Of a prompt that is given back."""
@@ -71,11 +71,13 @@ class Texts:
         except UnicodeDecodeError:
             return "bytes:" + "".join(f"\\x{byte:02x}" for byte in raw)
 
-    def _encode(self, text: str, special: bool) -> list[int]:
+    def _encode(self, text: str, special: bool, field: str) -> list[int]:
         try:
             text.encode()
         except UnicodeEncodeError:
-            raise RequestError("the text has half a surrogate pair in it, which is no character; remove it") from None
+            raise RequestError(
+                f"{field} has half a surrogate pair in it, which is no character; remove it", param=field
+            ) from None
         return list(self.tokenizer(text, add_special_tokens=special)["input_ids"])
 
     @cached_property
