@@ -16,6 +16,7 @@ from typing import TYPE_CHECKING, Any
 from twotower.engine import AsyncLLM, Request
 from twotower.errors import ArgumentError, TwoTowerError
 from twotower.generation import GenerationParams
+from twotower.generation.constraints import Constraint
 from twotower.generation.output import Event, Generation
 from twotower.ready import eos_of
 from twotower.server.metrics import Metrics
@@ -60,7 +61,9 @@ class Service:
         self.draining = False
         self.started = int(time.time())
         self._open: Counter[str | None] = Counter()  # choices at work or waiting, by API key
-        self._writer = ThreadPoolExecutor(1, "twotower-texts")  # long texts must not hold up the event loop
+        # Long texts must not hold up the event loop, nor large formats other clients' texts.
+        self._writer = ThreadPoolExecutor(1, "twotower-texts")
+        self._compiler = ThreadPoolExecutor(1, "twotower-formats")
         self._usual = {"eos_token_id": eos_of(model), "mask_token_id": model.config.mask_token}
 
     # --- what is asked --------------------------------------------------------------------------------------------
@@ -73,7 +76,9 @@ class Service:
         """
         if asked.model is not None:
             self.check_name(asked.model)
-        return await asyncio.get_running_loop().run_in_executor(self._writer, self._jobs, asked)
+        loop = asyncio.get_running_loop()
+        constraint = await loop.run_in_executor(self._compiler, self._constraint, asked.response_format)
+        return await loop.run_in_executor(self._writer, self._jobs, asked, constraint)
 
     def check_name(self, model: str) -> None:
         """Raises RequestError (404) where this is not the served model."""
@@ -83,24 +88,22 @@ class Service:
                 status=404, param="model", code="model_not_found",
             )  # fmt: skip
 
-    def _jobs(self, asked: CompletionAsked | ChatAsked) -> list[Job]:
+    def _jobs(self, asked: CompletionAsked | ChatAsked, constraint: Constraint | None) -> list[Job]:
         mode = self._mode(asked)
         asked.check(mode)
+        texts = asked.prompts if isinstance(asked, CompletionAsked) else [asked.messages]
+        if not texts:
+            raise RequestError("prompt is an empty list; give at least one", param="prompt")
+        count, most = len(texts) * asked.n, self.settings.limits.choices
+        if count > most:
+            raise RequestError(
+                f"{count} choices are asked for; this server writes at most {most} for a request", param="n"
+            )
         if isinstance(asked, ChatAsked):
             tokens, ends = self.texts.chat(asked.messages)
             prompts, stops = [tokens], (*asked.stops, *ends)
         else:
             prompts, stops, ends = [self.texts.tokens(prompt) for prompt in asked.prompts], asked.stops, ()
-        count = len(prompts) * asked.n
-        if not prompts:
-            raise RequestError("prompt is an empty list; give at least one", param="prompt")
-        if count > self.settings.limits.choices:
-            raise RequestError(
-                f"{count} choices are asked for; this server writes at most {self.settings.limits.choices} for one "
-                "request",
-                param="n",
-            )
-        constraint = self._constraint(asked.response_format)
         seed = secrets.randbits(48) if asked.seed is None else asked.seed
         jobs: list[Job] = []
         for prompt in prompts:
@@ -108,17 +111,18 @@ class Service:
             echo = self.texts.text(prompt) if isinstance(asked, CompletionAsked) and asked.echo else ""
             for choice in range(asked.n):
                 params = _params(values | {"seed": seed + choice})
-                extras = self._extras(asked) | ({} if constraint is None else {"constraint": constraint})
-                request = self._checked(Request(prompt, params, watched=asked.stream_denoising, **extras))
+                request = Request(
+                    prompt, params, constraint=constraint, watched=asked.stream_denoising, **self._scores(asked)
+                )
+                self._check(request)
                 jobs.append(Job(len(jobs), request, seed + choice, echo, trimmed=bool(ends)))
         return jobs
 
-    def _checked(self, request: Request) -> Request:
+    def _check(self, request: Request) -> None:
         try:
             self.engine.llm.check(request)
         except ArgumentError as error:
             raise _told(error) from None
-        return request
 
     def _mode(self, asked: Asked) -> str:
         mode = asked.mode or str(self.settings.decoding["mode"])
@@ -165,30 +169,26 @@ class Service:
         own = {"mode": mode, "max_new_tokens": wanted, "temperature": asked.temperature, "top_p": asked.top_p}
         return self._usual | dict(usual) | given | own | {"stop": tuple(stops)}
 
-    def _extras(self, asked: CompletionAsked | ChatAsked) -> dict[str, Any]:
-        """What a request asks of the engine beside its text."""
+    def _scores(self, asked: CompletionAsked | ChatAsked) -> dict[str, Any]:
+        """Which log-probabilities are asked for."""
         if isinstance(asked, ChatAsked):
             return {"logprobs": asked.top_logprobs or 0} if asked.logprobs else {}
         if asked.logprobs is None:
             return {}
         return {"logprobs": asked.logprobs, "prompt_logprobs": asked.echo}
 
-    def _constraint(self, wanted: ResponseFormat | None) -> Any:
+    def _constraint(self, wanted: ResponseFormat | None) -> Constraint | None:
         if wanted is None or wanted.type == "text":
             return None
-        from twotower.generation.constraints import Constraint
-
+        schema = None if wanted.json_schema is None else wanted.json_schema.json_schema
         try:
-            match wanted.type:
-                case "json_object":
-                    return Constraint.of(self.model.tokenizer, json_schema={"type": "object"})
-                case "json_schema":
-                    assert wanted.json_schema is not None
-                    return Constraint.of(self.model.tokenizer, json_schema=wanted.json_schema.json_schema)
-                case "regex":
-                    return Constraint.of(self.model.tokenizer, regex=wanted.regex)
-                case _:
-                    return Constraint.of(self.model.tokenizer, grammar=wanted.grammar)
+            return Constraint(
+                self.model.tokenizer,
+                json_schema=schema,
+                json_object=wanted.type == "json_object",
+                regex=wanted.regex,
+                grammar=wanted.grammar,
+            )
         except ArgumentError as error:
             raise RequestError(f"response_format: {error}", param="response_format") from None
 
@@ -296,7 +296,8 @@ class Service:
     def close(self) -> None:
         """Stops the engine."""
         self.engine.close()
-        self._writer.shutdown()
+        self._writer.shutdown(wait=False)
+        self._compiler.shutdown(wait=False)
 
 
 def _hear(heard: asyncio.Queue[tuple[Job, Event | Exception] | None], job: Job, event: Event | Exception) -> None:
