@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import ipaddress
+import math
 import socket
 from pathlib import Path
 
@@ -94,6 +95,9 @@ def serve(
     from twotower.server.service import Service
     from twotower.server.settings import Limits, Settings, read_keys
 
+    for option, given in (("--timeout", timeout), ("--memory", memory)):
+        if given is not None and not math.isfinite(given):
+            raise ArgumentError(f"{option} is {given}; it must be a finite number")
     decoding = parse_setting(setting).values
     GenerationParams.of(**decoding)
     keys = read_keys(api_keys)

@@ -33,6 +33,7 @@ NAMES = {
     "steps": "steps_per_block", "draft_steps": "draft_steps", "acceptance": "acceptance", "top_k": "top_k",
 }  # fmt: skip
 BEAT = 15.0  # seconds without an event after which a stream says that it is still there
+CHOICE_OF_POSITIONS = {"confidence_threshold", "policy", "knob"}
 CONSTRAINED = ("ar", "verified")  # modes in which a grammar can be kept to
 
 
@@ -104,7 +105,9 @@ class Service:
             prompts, stops = [tokens], (*asked.stops, *ends)
         else:
             prompts, stops, ends = [self.texts.tokens(prompt) for prompt in asked.prompts], asked.stops, ()
-        seed = secrets.randbits(48) if asked.seed is None else asked.seed
+        usual = self.settings.decoding.get("seed") if mode == self.settings.decoding["mode"] else None
+        seed = usual if asked.seed is None else asked.seed
+        seed = secrets.randbits(48) if seed is None else seed
         jobs: list[Job] = []
         for prompt in prompts:
             values = self._values(asked, mode, len(prompt), stops)
@@ -150,6 +153,12 @@ class Service:
             )
         usual = self.settings.decoding if mode == self.settings.decoding["mode"] else {}
         given = {name: getattr(asked, field) for field, name in NAMES.items() if getattr(asked, field) is not None}
+        if given.keys() & CHOICE_OF_POSITIONS:  # one choice, not to be mixed with the server's
+            usual = {name: value for name, value in usual.items() if name not in CHOICE_OF_POSITIONS}
+        sampling = {name: getattr(asked, name) for name in ("temperature", "top_p")}
+        sampling = {
+            name: value for name, value in sampling.items() if name in asked.model_fields_set or name not in usual
+        }
         field, wanted = "max_tokens", asked.max_tokens
         if isinstance(asked, ChatAsked) and wanted is None:
             field, wanted = "max_completion_tokens", asked.max_completion_tokens
@@ -166,8 +175,8 @@ class Service:
                 "server keeps for a text; shorten one of them",
                 param=field,
             )
-        own = {"mode": mode, "max_new_tokens": wanted, "temperature": asked.temperature, "top_p": asked.top_p}
-        return self._usual | dict(usual) | given | own | {"stop": tuple(stops)}
+        own = {"mode": mode, "max_new_tokens": wanted, "stop": tuple(stops)}
+        return self._usual | dict(usual) | given | sampling | own
 
     def _scores(self, asked: CompletionAsked | ChatAsked) -> dict[str, Any]:
         """Which log-probabilities are asked for."""
