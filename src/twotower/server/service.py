@@ -110,7 +110,7 @@ class Service:
         seed = secrets.randbits(48) if seed is None else seed
         jobs: list[Job] = []
         for prompt in prompts:
-            values = self._values(asked, mode, len(prompt), stops)
+            values = self._values(asked, mode, stops) | {"max_new_tokens": self._new_tokens(asked, len(prompt))}
             echo = self.texts.text(prompt) if isinstance(asked, CompletionAsked) and asked.echo else ""
             for choice in range(asked.n):
                 params = _params(values | {"seed": seed + choice})
@@ -139,11 +139,23 @@ class Service:
             )
         return mode
 
-    def _values(
-        self, asked: CompletionAsked | ChatAsked, mode: str, prompt: int, stops: Sequence[str]
-    ) -> dict[str, Any]:
-        """Arguments of `GenerationParams.of`: the server's own, where the request's mode is the server's, then the
-        request's."""
+    def _values(self, asked: CompletionAsked | ChatAsked, mode: str, stops: Sequence[str]) -> dict[str, Any]:
+        """Arguments of `GenerationParams.of` but for the lengths: the server's own, where the request's mode is the
+        server's, then the request's."""
+        usual = dict(self.settings.decoding) if mode == self.settings.decoding["mode"] else {}
+        given = {name: getattr(asked, field) for field, name in NAMES.items() if getattr(asked, field) is not None}
+        if given.keys() & CHOICE_OF_POSITIONS:  # one choice, not to be mixed with the server's
+            usual = {name: value for name, value in usual.items() if name not in CHOICE_OF_POSITIONS}
+        sampling = {"temperature": asked.temperature, "top_p": asked.top_p}
+        own = {name: value for name, value in sampling.items() if name in asked.model_fields_set or name not in usual}
+        return self._usual | usual | given | own | {"mode": mode, "stop": tuple(stops)}
+
+    def _new_tokens(self, asked: CompletionAsked | ChatAsked, prompt: int) -> int:
+        """New tokens after a prompt of so many, at most.
+
+        Raises:
+            RequestError: one of them is too long.
+        """
         limits, longest = self.settings.limits, self.engine.llm.length
         chat = isinstance(asked, ChatAsked)
         if limits.prompt_tokens is not None and prompt > limits.prompt_tokens:
@@ -151,32 +163,23 @@ class Service:
                 f"the prompt has {prompt} tokens; this server takes at most {limits.prompt_tokens}",
                 param="messages" if chat else "prompt",
             )
-        usual = self.settings.decoding if mode == self.settings.decoding["mode"] else {}
-        given = {name: getattr(asked, field) for field, name in NAMES.items() if getattr(asked, field) is not None}
-        if given.keys() & CHOICE_OF_POSITIONS:  # one choice, not to be mixed with the server's
-            usual = {name: value for name, value in usual.items() if name not in CHOICE_OF_POSITIONS}
-        sampling = {name: getattr(asked, name) for name in ("temperature", "top_p")}
-        sampling = {
-            name: value for name, value in sampling.items() if name in asked.model_fields_set or name not in usual
-        }
         field, wanted = "max_tokens", asked.max_tokens
         if isinstance(asked, ChatAsked) and wanted is None:
             field, wanted = "max_completion_tokens", asked.max_completion_tokens
-        elif not chat and limits.output_tokens is not None and field not in asked.model_fields_set:
-            wanted = min(asked.max_tokens or 0, limits.output_tokens)
         most = longest - prompt if limits.output_tokens is None else min(longest - prompt, limits.output_tokens)
-        if wanted is None:
-            wanted = max(most, 0)
-        elif limits.output_tokens is not None and wanted > limits.output_tokens:
+        said = field in asked.model_fields_set
+        if not said and most > 0:
+            return most if wanted is None else min(wanted, most)
+        wanted = wanted or 0
+        if limits.output_tokens is not None and wanted > limits.output_tokens:
             raise RequestError(f"{field} is {wanted}; this server writes at most {limits.output_tokens}", param=field)
-        if prompt + wanted > longest or (not most and not wanted and prompt >= longest):
+        if prompt + wanted > longest or not said:
             raise RequestError(
                 f"a prompt of {prompt} tokens plus {field} {wanted} is longer than the {longest} tokens that this "
                 "server keeps for a text; shorten one of them",
                 param=field,
             )
-        own = {"mode": mode, "max_new_tokens": wanted, "stop": tuple(stops)}
-        return self._usual | dict(usual) | given | sampling | own
+        return wanted
 
     def _scores(self, asked: CompletionAsked | ChatAsked) -> dict[str, Any]:
         """Which log-probabilities are asked for."""
