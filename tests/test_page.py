@@ -247,6 +247,17 @@ def test_the_replay_plays(browser: Browser, server: str) -> None:
 
 
 @needs_browser
+def test_stop(browser: Browser, server: str) -> None:
+    browser.open(server)
+    browser.type("#max_tokens", "3000")
+    browser.driver.execute_script("document.getElementById('run').click(); document.getElementById('stop').click()")
+    browser.until(lambda: browser.one("#run").is_enabled())
+    assert browser.one("#status").text == "Stopped."
+    assert "tokens in" in browser.run()
+    assert not browser.complaints()
+
+
+@needs_browser
 def test_every_mode_and_example(browser: Browser, server: str) -> None:
     browser.open(server)
     for mode in ("ar", "mock_ar", "auto", "verified", "diffusion"):
@@ -271,6 +282,8 @@ def test_the_shown_programs_run(browser: Browser, server: str) -> None:
     shown = browser.text("#code")
     out = subprocess.run(["bash", "-c", shown], capture_output=True, text=True, check=True, timeout=SECONDS)
     assert json.loads(out.stdout)["choices"][0]["text"] == text
+    browser.one("#copy").click()
+    browser.until(lambda: browser.one("#copy").text == "Copied")
     browser.one("#show-python").click()
     shown = browser.text("#code")
     out = subprocess.run([sys.executable, "-c", shown], capture_output=True, text=True, check=True, timeout=SECONDS)

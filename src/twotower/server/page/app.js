@@ -55,6 +55,7 @@ const warm = new Set(); // what was warmed up already
 let card = null; // what the server says of its model
 let running = null; // the AbortController of a race
 let language = curl;
+let modeChosen = false; // by the reader; until then it is the server's own
 
 // --- the form -------------------------------------------------------------------------------------------------------
 
@@ -104,7 +105,7 @@ function fillIn(example) {
 function showModel() {
   const modes = card?.modes ?? Object.keys(MODES);
   const menu = form.elements.mode;
-  const before = menu.value || card?.default_mode || "diffusion";
+  const before = (modeChosen && menu.value) || card?.default_mode || "diffusion";
   menu.replaceChildren(...modes.map((mode) => new Option(MODES[mode]?.name ?? mode, mode)));
   menu.value = modes.includes(before) ? before : modes[0];
   if (card) {
@@ -249,7 +250,8 @@ async function run(request, lane) {
 function finish(recordings) {
   const [first] = recordings;
   heat.load(first);
-  replay.load(recordings);
+  replay.load(recordings); // shows the end
+  lanes.forEach((lane) => lane.hold());
   say(summary(recordings));
   if (!still.matches) replay.play();
 }
@@ -307,7 +309,10 @@ form.addEventListener("submit", (event) => {
   event.preventDefault();
   if (!running) race();
 });
-form.addEventListener("change", formChanged);
+form.addEventListener("change", (event) => {
+  if (event.target.id === "mode") modeChosen = true;
+  formChanged();
+});
 form.addEventListener("input", (event) => {
   if (event.target.id === "threshold-range") form.elements.threshold.value = event.target.value;
   if (event.target.id === "key") key.set(event.target.value.trim());

@@ -32,7 +32,7 @@ export class Heat {
       el("tr", {}, [el("th", { scope: "row" }, row.name), ...row.cells.map((index) => this.cell(index, steps))]),
     );
     this.told = null;
-    this.table.replaceChildren(el("table", { class: width > WIDE ? "heat wide" : "heat" }, [el("thead", {}, head), el("tbody", {}, body)]));
+    this.table.replaceChildren(el("table", { class: width > WIDE ? "heat wide" : "heat", role: "grid" }, [el("thead", {}, head), el("tbody", {}, body)]));
     this.cells = [...this.table.querySelectorAll("td")];
     this.cells[0].tabIndex = 0;
     this.detail.textContent = "Point at a cell, or go there with Tab and the arrow keys.";

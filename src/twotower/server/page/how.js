@@ -54,7 +54,7 @@ export class How {
         el("div", { "aria-live": "polite" }, [this.title, this.words]),
         el("div", { class: "stepper" }, [this.back, this.next, this.slider, this.count]),
       ]),
-      el("div", { class: "figure" }, [
+      (this.figure = el("div", { class: "figure" }, [
         el("div", { class: "card" }, this.towers),
         el("div", { class: "side card blocks" }, [
           el("h4", {}, "The prompt"),
@@ -65,7 +65,7 @@ export class How {
           el("h4", {}, "Pass by pass"),
           this.history,
         ]),
-      ]),
+      ])),
       el("p", { class: "soft small" }, [
         "Recorded from the bundled model (2 × 2.5 M parameters, greedy), nothing invented: ",
         el("code", {}, this.trace.made_by),
@@ -84,6 +84,7 @@ export class How {
     this.slider.setAttribute("aria-valuetext", now.title);
     this.back.disabled = this.at === 0;
     this.next.disabled = this.at === this.steps.length - 1;
+    this.figure.classList.toggle("early", !now.rows.length); // where there is one column, the towers come first
     this.said.classList.toggle("active", now.context && now.kept !== "after");
     this.drawTowers(now);
     this.drawBlock(now);

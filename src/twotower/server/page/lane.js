@@ -19,11 +19,12 @@ export class Lane {
     this.prompt = el("span", { class: "prompt" });
     this.settled = el("span");
     this.open = el("span");
+    this.body = el("div", { class: "text", "aria-hidden": "true" }, [this.prompt, this.settled, this.open]);
     this.plain = el("p", { class: "whole hidden" }); // the same for who does not look: final text only, at the end
     root.append(
       el("dl", { class: "numbers" }, NUMBERS.map(([name, label]) => el("div", {}, [el("dt", {}, label), this.numbers[name]]))),
       this.step,
-      el("div", { class: "text", "aria-hidden": "true" }, [this.prompt, this.settled, this.open]),
+      this.body,
       this.plain,
     );
     this.clear("");
@@ -39,6 +40,12 @@ export class Lane {
     this.step.textContent = prompt ? "waiting for its turn" : "Press Run: tokens appear here as they become final.";
     for (const number of Object.values(this.numbers)) number.textContent = "–";
     this.root.classList.remove("ended");
+    this.body.style.minHeight = "";
+  }
+
+  /** Stays as tall as the whole text is, so that nothing moves under the pointer while it is replayed. */
+  hold() {
+    this.body.style.minHeight = `${this.body.offsetHeight}px`;
   }
 
   /** What there was `t` ms after the request was sent. */
@@ -78,7 +85,7 @@ export class Lane {
     }
     const block = frame.block ?? [];
     this.open.replaceChildren(
-      ...block.map((cell) => chip(cell, cell.masked ? "guess" : "final")),
+      ...block.map((cell) => chip(cell, cell.masked ? "guess" : frame.draft ? "draft" : "final")),
       ...frame.rejected.map((text) => chip({ text }, "rejected")),
     );
   }
@@ -91,13 +98,14 @@ function says(frame, recording) {
       return frame.block ? `block 1: ${frame.block.length} masks` : "the prompt is read";
     case "pass": {
       const left = frame.block.filter((cell) => cell.masked).length;
+      if (frame.draft) return `round ${frame.number}: ${frame.block.length - left} of ${frame.block.length} tokens drafted, to be checked`;
       const of = frame.steps ? ` of at most ${frame.steps}` : "";
       return `block ${frame.number}, step ${frame.step + 1}${of}: ${left ? `${left} still masked` : "nothing masked"}`;
     }
     case "commit":
       if (frame.block) return `the context tower reads the block; block ${frame.number}: ${frame.block.length} masks`;
-      if (!frame.drafted) return "the context tower wrote a token without a draft";
-      return `the context tower kept ${frame.drafted - frame.rejected.length} of ${frame.drafted} drafted tokens and added its own`;
+      if (frame.kept === null) return "the context tower wrote a token without a draft";
+      return `the context tower kept ${frame.kept} drafted token${frame.kept === 1 ? "" : "s"} and added its own`;
     case "token":
       return "one token a pass, left to right";
     default: {

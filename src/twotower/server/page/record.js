@@ -1,7 +1,7 @@
 // One request's stream as a recording: the tokens that were settled, and a frame for every moment something changed.
 //
 // A frame: t (ms since the request was sent), settled (how many tokens are final), block (the open one's cells, or
-// null), rejected (drafted texts that the check threw away), passes, written (tokens so far, the open block's included),
+// null), draft (whether it is still to be checked), rejected (drafted texts that the check threw away), passes, written (tokens so far, the open block's included),
 // number (of the block), step, what ("pass", "commit", …).
 
 const APART = 0.01; // ms: events that arrive together are still shown one after the other
@@ -70,7 +70,8 @@ export class Recording {
     }));
     cells.forEach((cell, i) => (cell.at = cell.fresh || !before ? t : before.cells[i].at));
     this.last = { ...event, cells };
-    this.frame(t, { what: "pass", block: cells.slice(this.given), step: event.step, steps: event.steps });
+    const draft = this.given > 0; // to be checked: nothing in it is final yet
+    this.frame(t, { what: "pass", block: cells.slice(this.given), draft, step: event.step, steps: event.steps });
   }
 
   commit(event, choice, t) {
@@ -89,13 +90,13 @@ export class Recording {
         place: i,
         own,
         alone: checked && !drafted.length,
-        at: own ? t : (this.last?.cells[i + this.given]?.at ?? t),
+        at: checked ? t : this.last.cells[i].at,
       });
     });
     const rejected = drafted.length && !choice.finish_reason ? this.last.texts.slice(this.given + kept) : [];
     this.blocks += 1;
     this.last = null;
-    if (!choice.finish_reason) this.frame(t, { what: "commit", block: checked ? null : this.blank, rejected, drafted: drafted.length });
+    if (!choice.finish_reason) this.frame(t, { what: "commit", block: checked ? null : this.blank, rejected, kept: drafted.length ? kept : null });
   }
 
   piece(text, t) {
@@ -113,9 +114,10 @@ export class Recording {
   frame(t, facts) {
     const last = this.frames.at(-1);
     const block = facts.block ?? null;
-    const open = block?.filter((cell) => !cell.masked).length ?? 0;
+    const open = facts.draft ? 0 : (block?.filter((cell) => !cell.masked).length ?? 0);
     this.frames.push({
       rejected: [],
+      draft: false,
       step: null,
       steps: null,
       ...facts,

@@ -35,19 +35,22 @@ export function named(text) {
   return `“${visible(text).trim() || "␣"}”`;
 }
 
-/** A token as an element. kind: "final", "guess" (what the denoiser would put at a mask), "rejected", "plain". */
+const SAID = { final: "final", guess: "as a guess", draft: "as a draft", rejected: "not kept" };
+
+/** A token as an element. kind: "final", "guess" (what the denoiser would put at a mask), "draft" (to be checked),
+ * "rejected", "plain". */
 export function chip(cell, kind) {
   const span = document.createElement("span");
   span.className = `token ${kind}${cell.fresh ? " fresh" : ""}`;
   span.textContent = cell.empty ? "  " : visible(cell.text);
   if (/^<[^ >]+>$/.test(cell.text)) span.classList.add("special");
-  if (cell.confidence != null && !cell.empty && (kind === "final" || kind === "guess")) {
+  if (cell.confidence != null && !cell.empty && kind !== "plain") {
     const { ground, ink } = colours(cell.confidence);
     span.style.setProperty("--ground", ground);
     span.style.setProperty("--ink", ink);
-    span.title = `${named(cell.text)} ${kind === "guess" ? "as a guess" : "final"}, confidence ${cell.confidence.toFixed(2)}`;
+    span.title = `${named(cell.text)} ${SAID[kind]}, confidence ${cell.confidence.toFixed(2)}`;
   }
-  if (kind !== "guess" && cell.text?.endsWith("\n")) span.append(document.createElement("br"));
+  if ((kind === "final" || kind === "plain") && cell.text?.endsWith("\n")) span.append(document.createElement("br"));
   return span;
 }
 
@@ -63,7 +66,8 @@ export function legend(root) {
     el("span", {}, [chip({ text: "word", confidence: 0.98 }, "final"), " final"]),
     el("span", {}, [chip({ text: "word", confidence: 0.98, fresh: true }, "final"), " by this pass"]),
     el("span", {}, [chip({ text: "word", confidence: 0.6 }, "guess"), " masked: a guess"]),
-    el("span", {}, [chip({ text: "word" }, "rejected"), " drafted, not kept"]),
+    el("span", {}, [chip({ text: "word", confidence: 0.8 }, "draft"), " drafted"]),
+    el("span", {}, [chip({ text: "word" }, "rejected"), " not kept"]),
   );
 }
 
