@@ -38,7 +38,7 @@ import memory  # noqa: E402
 import passes  # noqa: E402
 import throughput  # noqa: E402
 import torch  # noqa: E402
-from models import MIDSIZE, PUBLISHED, Texts, config_of, cut_to, random_model, random_tokens, tower_bytes  # noqa: E402
+from models import BLOCK, MIDSIZE, PUBLISHED, Texts, config_of, cut_to, random_model, random_tokens, tower_bytes  # noqa: E402
 from timing import synchronize  # noqa: E402
 
 from twotower import GenerationParams, TwoTowerForCausalLM, bundled_model, generate, ready  # noqa: E402
@@ -46,9 +46,7 @@ from twotower.evaluation.bench import few_shot_prompts  # noqa: E402
 from twotower.evaluation.machine import surroundings  # noqa: E402
 from twotower.kernels import CATALOGUE, Backend, cases, report, verification  # noqa: E402
 
-BLOCK = 16
-PUBLISHED_RATES = (1.2, 1.5, 1.9, 3.0, 3.3, 5.0)  # tokens per pass: spec §5's, and the issue's
-LENGTHS = tuple(1024 << i for i in range(8))  # 1K … 128K
+PUBLISHED_RATES = (1.2, 1.5, 1.9, 3.0, 3.3, 5.0)  # tokens per pass: the published ones (spec §5), and others
 SPARE = 6 << 30  # bytes of the device that weights leave to states, logits and libraries
 
 
@@ -110,7 +108,7 @@ def free_bytes(device: torch.device) -> int:
 
 
 def kernels(setting: Setting, out: dict[str, Any]) -> None:
-    """Every backend that fits the device against its slow twin in float64 on the CPU."""
+    """Every backend that fits the device against its slow twin in float64, on the device."""
     out["catalogue"] = [dict(zip(("op", "backend", "why"), row, strict=True)) for row in report(
         setting.device, setting.dtype
     )]  # fmt: skip
@@ -130,8 +128,7 @@ def cases_of(op: str, backend: Backend, setting: Setting) -> list[verification.C
     """What a backend is tried on; the grouped GEMM takes widths that are multiples of 8 only."""
     if backend.name == "grouped-gemm":
         return cases.experts_cases(setting.device, setting.dtype, width=64, inner=32)
-    made = next(other.cases for other in CATALOGUE[op] if other.cases is not None)
-    return made(setting.device, setting.dtype)
+    return cases.CASES[op](setting.device, setting.dtype)
 
 
 FREE: dict[str, Any] = {"mode": "diffusion", "confidence_threshold": 0.8}
@@ -269,7 +266,7 @@ def full_diffusion(setting: Setting, out: dict[str, Any]) -> None:
 
 def full_context(setting: Setting, out: dict[str, Any]) -> None:
     """The full shape after 1K … 128K tokens."""
-    lengths = (1024, 4096) if setting.tiny else LENGTHS
+    lengths = (1024, 4096) if setting.tiny else memory.LENGTHS
     repeats = 2 if setting.tiny else 7
     out["towers"] = setting.towers
     out |= lengths_of.measure(setting.full_model(), setting.floors(), lengths=lengths, repeats=repeats)
@@ -278,7 +275,7 @@ def full_context(setting: Setting, out: dict[str, Any]) -> None:
 def full_memory(setting: Setting, out: dict[str, Any]) -> None:
     """What texts take at the full shape, held and at the peak of one block."""
     model = setting.full_model()
-    lengths = (1024, 2048) if setting.tiny else LENGTHS
+    lengths = (1024, 2048) if setting.tiny else memory.LENGTHS
     out |= memory.measure_states(model, lengths)
     if setting.device.type == "cuda":
         torch.cuda.reset_peak_memory_stats()

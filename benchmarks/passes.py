@@ -32,19 +32,18 @@ keep_large_blocks()
 
 import floor  # noqa: E402
 import torch  # noqa: E402
-from models import MIDSIZE, Texts, config_of, random_for_masks, random_model, random_tokens  # noqa: E402
+from models import BLOCK, MIDSIZE, Texts, config_of, random_for_masks, random_model, random_tokens  # noqa: E402
 from naive import NaiveDenoiser  # noqa: E402
 from rich.console import Console  # noqa: E402
 from rich.table import Table  # noqa: E402
 from timing import Run, interleaved, medians, ratio, synchronize  # noqa: E402
-from transformers import NemotronHConfig, NemotronHForCausalLM  # noqa: E402
+from twin import transformers_twin  # noqa: E402
 
 from twotower import Generation, GenerationParams, TwoTowerForCausalLM, generate, ready  # noqa: E402
 from twotower.evaluation.machine import machine  # noqa: E402
 from twotower.generation.unmasking import POLICIES, Pass, Verdict, ranks, register_policy  # noqa: E402
 from twotower.kernels.precision import multiplies_bf16_fast  # noqa: E402
 
-BLOCK = 16
 RATES = (1.5, 3.0, 5.0)
 
 
@@ -151,20 +150,6 @@ def difference(ours: torch.Tensor, other: torch.Tensor) -> dict[str, float]:
 
 
 # --- AR against transformers ----------------------------------------------------------------------------------------
-
-
-def transformers_twin(model: TwoTowerForCausalLM) -> NemotronHForCausalLM:
-    """transformers' own model with our context tower's weights; everything else as they choose."""
-    config = model.config.to_dict()
-    names = NemotronHConfig().to_dict().keys() - {"architectures", "dtype", "layer_types", "layers_block_type"}
-    kept = {name: value for name, value in config.items() if name in names}
-    hf = NemotronHForCausalLM(NemotronHConfig(hybrid_override_pattern=config["hybrid_override_pattern"], **kept))
-    weights = {
-        "lm_head.weight" if name == "head.weight" else f"model.{name}": tensor.detach()
-        for name, tensor in model.context.state_dict().items()
-    }
-    hf.load_state_dict(weights, strict=True)
-    return hf.to(device=model.device, dtype=model.dtype).eval()
 
 
 @torch.no_grad()

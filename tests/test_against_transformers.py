@@ -7,11 +7,15 @@ little more exact than an fp32 one: both are held to fp32 tolerances. Their left
 
 from __future__ import annotations
 
+from collections.abc import Callable
+from pathlib import Path
+from runpy import run_path
+
 import pytest
 import torch
 from conftest import build_random_model
 from torch import Tensor
-from transformers import NemotronHConfig, NemotronHForCausalLM
+from transformers import NemotronHForCausalLM
 
 from twotower import TwoTowerForCausalLM
 
@@ -24,20 +28,8 @@ MODELS = {
 }
 
 
-def theirs(model: TwoTowerForCausalLM) -> NemotronHForCausalLM:
-    """Their model with our context tower's weights; every weight of theirs is set, every one of ours is used."""
-    config = model.config.to_dict()
-    names = NemotronHConfig().to_dict().keys() - {"architectures", "dtype", "layer_types", "layers_block_type"}
-    kept = {name: value for name, value in config.items() if name in names}
-    hf_config = NemotronHConfig(hybrid_override_pattern=config["hybrid_override_pattern"], **kept)
-    hf_config._experts_implementation = "eager"  # their grouped matmul does not take float64
-    hf = NemotronHForCausalLM(hf_config)
-    weights = {
-        "lm_head.weight" if name == "head.weight" else f"model.{name}": tensor.detach()
-        for name, tensor in model.context.state_dict().items()
-    }
-    hf.load_state_dict(weights, strict=True)
-    return hf.to(model.dtype).eval()
+TWIN = Path(__file__).parent.parent / "benchmarks" / "twin.py"
+theirs: Callable[[TwoTowerForCausalLM], NemotronHForCausalLM] = run_path(str(TWIN))["transformers_twin"]
 
 
 def agree(ours: Tensor, other: Tensor, dtype: torch.dtype = torch.float32) -> None:

@@ -19,10 +19,11 @@ from torch.utils.flop_counter import FlopCounterMode
 from twotower import kernels
 from twotower.kernels import CATALOGUE, Backend, cases, native
 from twotower.kernels.native import ops
-from twotower.kernels.native import tower as native_tower
 from twotower.kernels.verification import disagreement
+from twotower.model import whole
 from twotower.model.coupling import Visibility
 from twotower.model.linear import Linear
+from twotower.model.tower import Tower
 
 CPU = torch.device("cpu")
 NARROW = (torch.float32, torch.bfloat16)
@@ -36,8 +37,7 @@ NATIVE = [(op, backend) for op, backends in CATALOGUE.items() for backend in bac
 @pytest.mark.parametrize("dtype", NARROW)
 @pytest.mark.parametrize(("op", "backend"), NATIVE, ids=[op for op, _ in NATIVE])
 def test_each_agrees_with_its_twin_in_float64(op: str, backend: Backend, dtype: torch.dtype) -> None:
-    assert backend.cases is not None
-    assert disagreement(backend.function, CATALOGUE[op][-1].function, backend.cases(CPU, dtype)) is None
+    assert disagreement(backend.function, CATALOGUE[op][-1].function, cases.CASES[op](CPU, dtype)) is None
 
 
 @pytest.mark.parametrize("dtype", NARROW)
@@ -67,16 +67,15 @@ def test_threads_change_nothing(threads: int) -> None:
     results = []
     for count in (1, threads):
         torch.set_num_threads(count)
-        results.append([list(_run(backend)) for _, backend in NATIVE])
+        results.append([list(_run(op, backend)) for op, backend in NATIVE])
     torch.set_num_threads(before)
     for one, other in zip(*results, strict=True):
         for a, b in zip(one, other, strict=True):
             assert torch.equal(a, b)
 
 
-def _run(backend: Backend) -> Any:
-    assert backend.cases is not None
-    for case in backend.cases(CPU, torch.float32):
+def _run(op: str, backend: Backend) -> Any:
+    for case in cases.CASES[op](CPU, torch.float32):
         out = backend.function(*case.arguments())
         yield from (part for part in _flat(out) if part is not None)
 
@@ -139,7 +138,7 @@ def only_torch(monkeypatch: pytest.MonkeyPatch) -> None:
 
 def test_wrong_numbers_are_refused_aloud(monkeypatch: pytest.MonkeyPatch) -> None:
     right = next(backend for op, backend in NATIVE if op == "linear")
-    wrong = Backend("native", lambda *a: right.function(*a) * 1.01, "", right.refusal, False, right.cases)
+    wrong = Backend("native", lambda *a: right.function(*a) * 1.01, "", right.refusal, compiled=True)
     monkeypatch.setattr(kernels, "CATALOGUE", CATALOGUE | {"linear": (wrong, CATALOGUE["linear"][-1])})
     monkeypatch.setattr(kernels, "_select", kernels._select.__wrapped__)
     with pytest.warns(RuntimeWarning, match="linear: native is not used on cpu"):
@@ -207,16 +206,16 @@ def test_a_tower_in_one_call_is_its_layers(
     model = build_random_model(EVERY_KIND, dtype=dtype, **overrides)
     tokens = torch.randint(4, 60, (3, 30), generator=torch.Generator().manual_seed(0))
     outs = []
-    for whole in (True, False):
+    for at_once in (True, False):
         calls = []
-        real = native_tower.run
+        real = whole.run
 
-        def run(*arguments: Any, whole: bool = whole, real: Any = real, calls: list[bool] = calls) -> Any:
-            out = real(*arguments) if whole else None
+        def run(*arguments: Any, at_once: bool = at_once, real: Any = real, calls: list[bool] = calls) -> Any:
+            out = real(*arguments) if at_once else None
             calls.append(out is not None)
             return out
 
-        monkeypatch.setattr(native_tower, "run", run)
+        monkeypatch.setattr(whole, "run", run)
         with torch.no_grad():
             state = model.new_state(4, 0, 200)
             for row in (3, 0, 1):
@@ -232,7 +231,7 @@ def test_a_tower_in_one_call_is_its_layers(
                       for t in (None, torch.tensor([1.0, 0.5, 0.2]))]  # fmt: skip
             state.settle()
             outs.append([logits, *drafts, *state._tensors()])
-        assert calls == [whole] * 3
+        assert calls == [at_once] * 3
         monkeypatch.undo()
     for mine, twin in zip(*outs, strict=True):  # in fp32 but for gate and sum in one rounding
         assert torch.equal(mine, twin) or dtype == torch.float32
@@ -246,8 +245,7 @@ def test_a_tower_that_was_changed_runs_as_written() -> None:
     tokens = torch.tensor([[5, 6, 7]])
 
     def ran() -> bool:
-        with torch.no_grad():
-            return native_tower.run(tower, tower.embed(tokens), Visibility(), None, None, True) is not None
+        return _at_once(tower)
 
     assert ran()
     seen: list[int] = []
@@ -276,5 +274,59 @@ def test_a_tower_that_was_changed_runs_as_written() -> None:
         assert not torch.equal(tower(tokens, Visibility())[0], before)
         old.weight = torch.nn.Parameter(old.weight.t().contiguous().t())
         assert not ran()
+    old.weight = torch.nn.Parameter(old.weight.contiguous())
+    assert ran()
+    old.forward = lambda input: input  # as libraries that move weights around do
+    assert not ran()
+    del old.forward
+    assert ran()
+    with torch.nn.modules.module.register_module_forward_hook(lambda *_: None):
+        assert not ran()
     model.double()
     assert not ran()
+
+
+def test_a_plan_outlives_hooks(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Made once, not at each pass, for a tower that hooks or somebody else's modules keep from running at once."""
+    tower = build_random_model(EVERY_KIND).context
+    made: list[bool] = []
+
+    class Counted(whole.Plan):
+        def __init__(self, tower: Tower) -> None:
+            made.append(True)
+            super().__init__(tower)
+
+    monkeypatch.setattr(whole, "Plan", Counted)
+
+    def ran() -> list[bool]:
+        return [_at_once(tower) for _ in range(3)]
+
+    assert ran() == [True] * 3
+    hook = tower.layers[0].mixer.register_forward_pre_hook(lambda *_: None)
+    assert ran() == [False] * 3
+    hook.remove()
+    assert ran() == [True] * 3
+    assert len(made) == 1
+    tower.norm_f = type("Another", (type(tower.norm_f),), {})(tower.config.hidden_size, 1e-5)
+    assert ran() == [False] * 3
+    assert len(made) == 2
+
+
+def test_a_tower_of_another_dtype_runs_at_once_too(monkeypatch: pytest.MonkeyPatch) -> None:
+    """After each change of dtype, to and fro: the layers one by one say the same."""
+    model = build_random_model(EVERY_KIND, dtype=torch.float32)
+    tower, tokens = model.context, torch.tensor([[5, 6, 7]])
+    for change in (model.float, model.bfloat16, model.float, model.double, model.bfloat16):
+        change()
+        assert _at_once(tower) == (tower.embeddings.weight.dtype != torch.float64)
+        with torch.no_grad():
+            at_once, _ = tower(tokens, Visibility())
+            monkeypatch.setattr(whole, "run", lambda *_: None)
+            one_by_one, _ = tower(tokens, Visibility())
+            monkeypatch.undo()
+        torch.testing.assert_close(at_once, one_by_one, rtol=1e-5, atol=1e-5)
+
+
+def _at_once(tower: Tower) -> bool:
+    with torch.no_grad():
+        return whole.run(tower, tower.embed(torch.tensor([[5, 6, 7]])), Visibility(), None, None, True) is not None

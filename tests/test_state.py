@@ -242,6 +242,36 @@ def test_a_reset_row_begins_anew(model: TwoTowerForCausalLM) -> None:
     assert_same(state.select(torch.tensor([0, 2])), others, model)
 
 
+@pytest.mark.parametrize("recorded", [False, True])
+def test_emptying_and_filling_rows_costs_only_those_rows(model: TwoTowerForCausalLM, recorded: bool) -> None:
+    """The pools stay where they lie, whatever their size; while autograd records, what they held stays as it was."""
+    state = prefilled(model, texts((5, 9, 70)))
+    piece = state.excerpt(2, 0, 70)
+    before, old = state.snapshot(), _parts(state)
+    rows = torch.tensor([1])
+    with torch.set_grad_enabled(recorded):
+        state.reset(rows)
+        emptied = _parts(state)
+        assert all((part[1] == 0).all() for part in emptied)
+        state.restore(1, [piece])
+        filled = _parts(state)
+    places = [[part.data_ptr() for part in parts] for parts in (old, emptied, filled)]
+    if recorded:
+        assert all(torch.equal(now, then) for now, then in zip(old, _parts(before), strict=True))
+        assert not any(set(places[0]) & set(after) for after in places[1:])
+    else:
+        assert places[0] == places[1] == places[2]
+    for now, then in zip(filled, _parts(before), strict=True):
+        assert torch.equal(now[[0, 2, 1]], then[[0, 2, 2]])
+    assert state.lengths.tolist() == [5, 70, 70]
+
+
+def _parts(state: TowerState) -> list[Tensor]:
+    """The Mamba pools."""
+    mamba = [pool for pool in state.pools if isinstance(pool, MambaPool)]
+    return [part for pool in mamba for part in (pool.conv_window, pool.ssm_state)]
+
+
 def test_select_and_snapshot_are_independent_copies(model: TwoTowerForCausalLM) -> None:
     """Taken between an extend and its rollback, too: each copy can be rolled back its own way."""
     prompts, block = texts((3, 11, 0)), some_tokens(3, 6)

@@ -7,6 +7,8 @@ from collections.abc import Callable
 import torch
 from torch import Tensor
 
+from twotower.kernels.pools import vectors_at
+
 
 class Segments:
     """A column holds a token's `heads` vectors. Of row r, head h, token t the vector is start[r] + h·stride[r] + t.
@@ -66,9 +68,9 @@ class Segments:
         """The vectors of columns (B, W) of the given slots (None: all) → (B, W, heads); the spare one where `exists`
         (B, W) is False or a row's own columns end."""
         start, stride = (part if slots is None else part[slots] for part in (self.start, self.stride))
-        start, stride, columns = start[:, None, None], stride[:, None, None], columns[..., None]
-        heads = torch.arange(self.heads, device=start.device)
-        return torch.where(exists[..., None] & (columns < stride), start + heads * stride + columns, self.vectors)
+        exists = exists & (columns < stride[:, None])
+        places = vectors_at(start, stride, self.heads, columns).transpose(1, 2)
+        return torch.where(exists[..., None], places, self.vectors)
 
     def map(self, change: Callable[[Tensor], Tensor]) -> Segments:
         """The same places, each tensor changed (copied, or moved to another device)."""

@@ -18,6 +18,7 @@ from torch import Tensor
 from twotower.config import BackboneConfig
 from twotower.kernels import select
 from twotower.kernels.attention import Cached
+from twotower.kernels.pools import emptied, put
 from twotower.kernels.precision import accumulation_dtype
 from twotower.model.coupling import Added, KeyValue, MambaPast, MambaTrace, Past
 from twotower.segments import Segments
@@ -163,8 +164,8 @@ class TowerState:
         for pool, new in zip(self.pools, added, strict=True):
             if isinstance(pool, AttentionPool):
                 assert isinstance(new, KeyValue)
-                pool.k = _put(pool.k, vectors, new.k.transpose(1, 2).flatten(0, 2))
-                pool.v = _put(pool.v, vectors, new.v.transpose(1, 2).flatten(0, 2))
+                pool.k = put(pool.k, vectors, new.k.transpose(1, 2).flatten(0, 2))
+                pool.v = put(pool.v, vectors, new.v.transpose(1, 2).flatten(0, 2))
             elif isinstance(pool, MambaPool):
                 assert isinstance(new, MambaTrace)
                 pool.trace = new
@@ -205,8 +206,7 @@ class TowerState:
         self.texts = self.texts.index_add(0, rows, torch.ones_like(rows))
         for pool in self.pools:
             if isinstance(pool, MambaPool):
-                pool.conv_window = pool.conv_window.index_fill(0, rows, 0)
-                pool.ssm_state = pool.ssm_state.index_fill(0, rows, 0)
+                pool.conv_window, pool.ssm_state = emptied(pool.conv_window, rows), emptied(pool.ssm_state, rows)
 
     def excerpt(self, row: int, lo: int, hi: int) -> Excerpt:
         """A copy of what the row keeps of its tokens lo…hi, and of its Mamba states; hi is its length."""
@@ -227,16 +227,18 @@ class TowerState:
         self.settle()
         length = sum(part.tokens for part in parts)
         vectors = self._vectors(row, 0, length).flatten()
+        slot = torch.tensor([row], device=self.lengths.device)
         for layer, pool in enumerate(self.pools):
             pieces = [part.layers[layer] for part in parts]
             if isinstance(pool, AttentionPool):
                 keys, values = (torch.cat(part, dim=1).flatten(0, 1) for part in zip(*pieces, strict=True))
-                pool.k, pool.v = _put(pool.k, vectors, keys), _put(pool.v, vectors, values)
+                pool.k, pool.v = put(pool.k, vectors, keys), put(pool.v, vectors, values)
             elif isinstance(pool, MambaPool):
                 last = pieces[-1]
                 assert isinstance(last, MambaPast)
-                pool.conv_window[row], pool.ssm_state[row] = last
-        self.lengths[row] = length
+                pool.conv_window = put(pool.conv_window, slot, last.conv_window[None])
+                pool.ssm_state = put(pool.ssm_state, slot, last.ssm_state[None])
+        self.lengths = self.lengths.index_fill(0, slot, length)
         self.appended += length
 
     def _vectors(self, row: int, lo: int, hi: int) -> Tensor:
@@ -334,13 +336,6 @@ def _read(pool: MambaPool, rows: Tensor | None) -> MambaPast:
     if rows is None:
         return MambaPast(pool.conv_window, pool.ssm_state)
     return MambaPast(pool.conv_window[rows], pool.ssm_state[rows])
-
-
-def _put(pool: Tensor, vectors: Tensor, value: Tensor) -> Tensor:
-    """pool (vectors + 1, D) with value (N, D) at vectors (N,); out of place under autograd, where an earlier pass may
-    still need what the pool held."""
-    value = value.to(pool.dtype)
-    return pool.index_copy(0, vectors, value) if torch.is_grad_enabled() else pool.index_copy_(0, vectors, value)
 
 
 def _laid_out(pool: Tensor, old: Segments, new: Segments, rows: Tensor | None = None) -> Tensor:

@@ -11,6 +11,7 @@ import click
 
 from twotower import ready
 from twotower.cli.terminal import passing_line
+from twotower.modes import SETTINGS
 
 if TYPE_CHECKING:
     from twotower.model.two_tower import TwoTowerForCausalLM
@@ -19,8 +20,6 @@ model_option = click.option(
     "-m", "--model", metavar="MODEL", help="Checkpoint directory or hub id.  [default: the bundled model]"
 )
 
-
-SETTINGS = ("diffusion:0.8", "diffusion:0.9", "verified:draft_steps=1")
 setting_option = click.option(
     "-s",
     "--setting",

@@ -224,12 +224,13 @@ class LLM:
         while self.waiting and self.free:
             number, request = self.waiting[0]
             columns = self._columns(request)
-            if request.params.max_new_tokens and self.state.segments.room_for(columns) is None:
+            idle = request.params.max_new_tokens == 0 and not request.prompt_logprobs
+            if not idle and self.state.segments.room_for(columns) is None:
                 break
             self.waiting.popleft()
             params, why = resolve(self.model, request.params, 1)
             record = RowRecord.of(number, params, len(request.prompt), self.model.tokenizer, why)
-            if params.max_new_tokens == 0:
+            if idle:
                 events.append(record.nothing())
                 continue
             (policy,), (knob,) = params.row_policies(1)
@@ -238,9 +239,12 @@ class LLM:
             self.rows[number] = row
             self.state.open(row.slot, columns)
             self.state.reset(torch.tensor([row.slot], device=self.model.device))
-            row.read = record.cached_tokens = self.prefixes.restore(self.state, row.slot, request.prompt)
+            if request.prompt_logprobs:  # what is known of a prompt is not how likely it is
+                record.prompt_logprobs.append(None)
+            else:
+                row.read = record.cached_tokens = self.prefixes.restore(self.state, row.slot, request.prompt)
             if row.read == row.prompt_end:
-                self._written(row)
+                events += self._written(row)
         return events
 
     def _pace(self, request: Request) -> Pace:
@@ -257,16 +261,28 @@ class LLM:
             edge = row.read - row.read % PROMPT_CHUNK + PROMPT_CHUNK
             part = list(row.request.prompt[row.read : min(row.read + budget, edge, row.prompt_end)])
             if part:
-                works.append(Work(row, part, scored=False))
+                works.append(Work(row, part, scored=False, following=self._following(row, len(part))))
                 budget -= len(part)
         works += [Work(row, [row.pending], scored=True) for row in self._of(Phase.STEP)]
         works += [Work(row, row.block, scored=True) for row in self._of(Phase.CHECK)]
-        works += [Work(row, row.block, scored=False) for row in self._of(Phase.COMMIT)]
-        return [
-            event
-            for group in grouped(works)
-            for event in in_parts(self._pass, group, self._relieve, lambda work, error: [work.row.record.fail(error)])
-        ]
+        for row in self._of(Phase.COMMIT):
+            first = row.after is not None  # the held tokens are the block itself, so its first follows what was read
+            works.append(Work(row, row.block, scored=False, following=row.held[first:] if row.held else None))
+        return [event for group in grouped(works) for event in in_parts(self._pass, group, self._relieve, self._fail)]
+
+    def _following(self, row: Row, count: int) -> list[int] | None:
+        """What follows each of the next `count` tokens of its prompt, where anybody asks how likely that is."""
+        end = row.read + count
+        if row.request.prompt_logprobs:
+            return list(row.request.prompt[row.read + 1 : end + 1])
+        first_block = row.request.logprobs is not None and row.mode == "diffusion" and end == row.prompt_end
+        return [] if first_block else None
+
+    @staticmethod
+    def _fail(of: Work | Row, error: Exception) -> list[BlockEvent]:
+        """The end of a row whose pass does not fit the memory even alone."""
+        row = of.row if isinstance(of, Work) else of
+        return [row.record.fail(error)]
 
     def _pass(self, group: Sequence[Work]) -> list[BlockEvent]:
         """One pass of the context tower, and what each row does next."""
@@ -283,7 +299,7 @@ class LLM:
             elif row.phase is Phase.PROMPT:
                 self._keep_prefix(row)
                 if row.read == row.prompt_end:
-                    self._written(row)
+                    events += self._written(row)
             else:
                 self._begin(row)
         return events
@@ -308,11 +324,12 @@ class LLM:
         for row in rows:
             row.seconds += seconds
 
-    def _written(self, row: Row) -> None:
-        """Its prompt is read."""
+    def _written(self, row: Row) -> list[BlockEvent]:
+        """Its prompt is read → its end, where nothing but the prompt was asked about."""
         row.record.prefilled = time.perf_counter()
         row.pending = row.request.prompt[-1]
         self._begin(row)
+        return [] if row.record.running else [row.record.nothing()]
 
     def _begin(self, row: Row) -> None:
         """The next round of a row's cycle."""
@@ -343,7 +360,7 @@ class LLM:
             return []
         self.blocks.begin(self._opening)
         self._opening.clear()
-        return in_parts(self._denoise_rows, rows, self._relieve, lambda row, error: [row.record.fail(error)])
+        return in_parts(self._denoise_rows, rows, self._relieve, self._fail)
 
     def _denoise_rows(self, rows: Sequence[Row]) -> list[Event]:
         started = time.perf_counter()
@@ -360,13 +377,16 @@ class LLM:
                 row.block = row.block[: min(row.record.room, row.pace.length(row.params.block_size))]
             else:
                 row.phase = Phase.COMMIT
-                events.append(row.record.take(row.block, row.committed_at, row.confidence))
+                if row.request.logprobs is None:
+                    events.append(row.record.take(row.block, row.committed_at, row.confidence))
+                else:  # the context tower has yet to say how likely it is
+                    row.held = row.block = row.block[: row.record.room]
         return events
 
     def _mock(self) -> list[BlockEvent]:
         """The denoiser as a next-token predictor, for rows of that mode."""
         rows = self._of(Phase.MOCK)
-        return in_parts(self._mock_rows, rows, self._relieve, lambda row, error: [row.record.fail(error)])
+        return in_parts(self._mock_rows, rows, self._relieve, self._fail)
 
     def _mock_rows(self, rows: Sequence[Row]) -> list[BlockEvent]:
         if not rows:
@@ -383,7 +403,10 @@ class LLM:
         events = []
         for row, (token,), sure in zip(rows, tokens.tolist(), sureness.tolist(), strict=True):
             row.record.denoiser_passes += 1
-            events.append(row.record.take([token], [0], sure))
+            if row.request.logprobs is None:
+                events.append(row.record.take([token], [0], sure))
+            else:
+                row.held, row.committed_at, row.confidence = [token], [0], sure
             row.block, row.pending, row.phase = [row.pending], token, Phase.COMMIT
         return events
 

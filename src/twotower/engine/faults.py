@@ -22,7 +22,7 @@ def in_parts(
     run: Callable[[Sequence[Item]], list[Result]],
     items: Sequence[Item],
     relieve: Callable[[], object],
-    fail: Callable[[Item, Exception], list[Result]],
+    fail: Callable[[Item, Exception], Sequence[Result]],
 ) -> list[Result]:
     """run(items), or of each half where there is not the memory for it; an item that alone is too much `fail`s.
 
@@ -37,6 +37,6 @@ def in_parts(
         problem = error.with_traceback(None)  # its frames hold the tensors of the pass
     relieve()
     if len(items) == 1:
-        return fail(items[0], problem)
+        return list(fail(items[0], problem))
     half = len(items) // 2
     return [result for part in (items[:half], items[half:]) for result in in_parts(run, part, relieve, fail)]

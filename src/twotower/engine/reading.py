@@ -10,7 +10,8 @@ import torch
 from torch import Tensor
 
 from twotower.engine.request import Phase, Row
-from twotower.generation.output import BlockEvent
+from twotower.engine.scores import Scores
+from twotower.generation.output import BlockEvent, TokenLogprob
 from twotower.generation.sampling import AR_TOKEN, confidence, pick_by_rule
 from twotower.generation.speculative import keep
 
@@ -23,11 +24,20 @@ SMALL = 64  # tokens: a pass of so few costs hardly more than one of a single to
 
 @dataclass
 class Work:
-    """Tokens that a row's slot gets; scored: whether the head is asked about them."""
+    """Tokens that a row's slot gets; scored: whether the AR model chooses what follows them.
+
+    following: of those that choose nothing, tokens that stand after each and whose log-probabilities are asked for.
+    """
 
     row: Row
     tokens: list[int]
     scored: bool
+    following: list[int] | None = None
+
+    @property
+    def asks(self) -> bool:
+        """Whether log-probabilities are wanted of it."""
+        return self.following is not None or (self.scored and self.row.request.logprobs is not None)
 
 
 def grouped(works: Sequence[Work]) -> list[list[Work]]:
@@ -50,16 +60,30 @@ def read(model: TwoTowerForCausalLM, state: TowerState, works: Sequence[Work]) -
     width = max(len(work.tokens) for work in works)
     tokens = torch.tensor([work.tokens + [0] * (width - len(work.tokens)) for work in works], device=device)
     lengths = torch.tensor([len(work.tokens) for work in works], device=device)
-    scored = [i for i, work in enumerate(works) if work.scored]
+    scored = [i for i, work in enumerate(works) if work.scored or work.asks]
+    scored.sort(key=lambda i: works[i].asks + (not works[i].scored))  # those that choose are a slice, and who asks too
     places = torch.tensor(scored, dtype=torch.long, device=device)
+    choosing = [works[i] for i in scored if works[i].scored]
+    asking = [works[i] for i in scored if works[i].asks]
     state.bound = max(work.row.read for work in works)  # of the rows of this pass; the others are not looked at
     rows = some([work.row for work in works], state.rows, device)
     before = state.lengths
+    choice: Choice = [], [], []
+    told: Told = {}
+    afters: dict[int, Tensor] = {}
     try:
         logits = model.extend(tokens, state, lengths, rows=rows, logits=places if scored else False, wide=False)
-        choice = None
         if logits is not None:
-            choice = _choose(state, [works[i].row for i in scored], tokens[places], lengths[places], logits)
+            scores = Scores(asking, logits[-len(asking) :]) if asking else None
+            if choosing:
+                own = places[: len(choosing)]
+                choice = _choose(
+                    state, [work.row for work in choosing], tokens[own], lengths[own], logits[: len(choosing)]
+                )
+            if scores is not None:
+                taken = zip(choosing, choice[0], choice[2], strict=True)
+                chosen = [new[: kept + 1] for work, new, kept in taken if work.asks]
+                told, afters = scores.told(chosen), scores.afters()
     except Exception:
         if state.lengths is not before:  # the tokens are in, but nobody knows what follows: a later attempt reads them
             state.rollback(before)
@@ -67,7 +91,9 @@ def read(model: TwoTowerForCausalLM, state: TowerState, works: Sequence[Work]) -
     for work in works:
         work.row.read += len(work.tokens)
         work.row.record.context_passes += work.row.phase is not Phase.PROMPT
-    return [] if choice is None else _book([works[i].row for i in scored], choice)
+    for work in asking:
+        work.row.after = afters.get(work.row.record.row)
+    return _book([work.row for work in choosing], choice, told) + _book_told(asking, told)
 
 
 def some(rows: Sequence[Row], every: int, device: torch.device) -> Tensor | None:
@@ -77,6 +103,7 @@ def some(rows: Sequence[Row], every: int, device: torch.device) -> Tensor | None
 
 
 Choice = tuple[list[list[int]], list[list[float]], list[int]]
+Told = dict[int, list[TokenLogprob]]  # by request number
 
 
 def _choose(state: TowerState, rows: Sequence[Row], tokens: Tensor, lengths: Tensor, logits: Tensor) -> Choice:
@@ -104,13 +131,27 @@ def _choose(state: TowerState, rows: Sequence[Row], tokens: Tensor, lengths: Ten
     return chosen.tolist(), sureness.tolist(), accepted.tolist()
 
 
-def _book(rows: Sequence[Row], choice: Choice) -> list[BlockEvent]:
+def _book(rows: Sequence[Row], choice: Choice, told: Told) -> list[BlockEvent]:
     events = []
     for row, new, sure, kept in zip(rows, *choice, strict=True):
         drafted = len(row.block) - 1 if row.phase is Phase.CHECK else 0
         row.read -= drafted - kept
         row.record.checked(drafted, kept)
         steps = [*row.committed_at[1 : kept + 1], row.allowed] if drafted else [row.allowed]
-        events.append(row.record.take(new[: kept + 1], steps, sure[: kept + 1], row.block[1:] if drafted else ()))
+        draft, logprobs = row.block[1:] if drafted else (), told.get(row.record.row, [])
+        events.append(row.record.take(new[: kept + 1], steps, sure[: kept + 1], draft, logprobs))
         row.pending, row.kept = new[kept], kept
+    return events
+
+
+def _book_told(works: Sequence[Work], told: Told) -> list[BlockEvent]:
+    """Of works that chose nothing: a prompt's log-probabilities, and blocks that waited for theirs."""
+    events = []
+    for row in [work.row for work in works if not work.scored]:
+        logprobs = told[row.record.row]
+        if row.phase is Phase.PROMPT:
+            row.record.prompt_logprobs += logprobs
+        else:
+            events.append(row.record.take(row.held, row.committed_at, row.confidence, logprobs=logprobs))
+            row.held = []
     return events

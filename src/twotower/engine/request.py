@@ -6,23 +6,45 @@ from collections.abc import Sequence
 from dataclasses import dataclass, field
 from enum import Enum
 
+from torch import Tensor
+
+from twotower.errors import ArgumentError
 from twotower.generation.output import StepEvent
 from twotower.generation.pace import Pace
 from twotower.generation.params import GenerationParams
 from twotower.generation.record import RowRecord
 from twotower.generation.sampling import Rule
 
+MOST_ALTERNATIVES = 20
+
 
 @dataclass(frozen=True)
 class Request:
     """A prompt (token ids) and how to continue it; the parameters hold one seed, one policy, one knob.
 
+    logprobs: asks for ln P of each new token by the AR model, whatever the mode, and for so many of the likeliest
+    tokens at its place (None: not asked). prompt_logprobs: the same of the prompt, which is then read in full even
+    where its beginning is known; with max_new_tokens 0 that is all that is done.
     watched: its blocks are shown after every pass of the denoiser, as `StepEvent`s.
+
+    Raises:
+        ArgumentError: what, value and remedy.
     """
 
     prompt: Sequence[int]
     params: GenerationParams
+    logprobs: int | None = None
+    prompt_logprobs: bool = False
     watched: bool = False
+
+    def __post_init__(self) -> None:
+        count = self.logprobs
+        if count is not None and (type(count) is not int or not 0 <= count <= MOST_ALTERNATIVES):
+            raise ArgumentError(
+                f"logprobs is {count!r}; it must be a whole number from 0 to {MOST_ALTERNATIVES}, or None"
+            )
+        if not isinstance(self.prompt_logprobs, bool):
+            raise ArgumentError(f"prompt_logprobs is {self.prompt_logprobs!r}; it must be True or False")
 
 
 class Phase(Enum):
@@ -57,6 +79,8 @@ class Row:
     kept: int = 0  # drafted tokens of the last round
     allowed: int = 0  # passes of the denoiser that this round may take; 0: none
     seconds: float = 0.0  # this row's share of the passes of its round
+    held: list[int] = field(default_factory=list)  # new tokens that wait for their log-probabilities
+    after: Tensor | None = None  # (V,): diffusion with logprobs: the AR model's logits after what is read
     memory: object = None  # what its policy remembers of the block
     error: Exception | None = None  # what its policy raised
 
@@ -75,4 +99,4 @@ class Row:
     @property
     def prompt_end(self) -> int:
         """Prompt tokens that are read before anything is written: all in diffusion, else all but the pending one."""
-        return len(self.request.prompt) - (self.mode != "diffusion")
+        return len(self.request.prompt) - (self.mode != "diffusion" or not self.params.max_new_tokens)

@@ -25,11 +25,11 @@ from twotower.evaluation.running import run
 from twotower.evaluation.settings import AR, beside_ar, parse_setting
 from twotower.evaluation.suite import problems
 from twotower.model.two_tower import TwoTowerForCausalLM
+from twotower.modes import SETTINGS
 from twotower.training.corpus import EOS, Source
 from twotower.training.corpus.reading import whole_pass
 
 SEED = 7
-SETTINGS = ("diffusion:0.8", "diffusion:0.9", "verified:draft_steps=1")
 
 
 def read_documents(path: Path) -> list[str]:

@@ -12,7 +12,7 @@ from torch import Tensor
 
 from twotower.errors import ArgumentError
 from twotower.generation import Generation
-from twotower.kernels.precision import accumulation_dtype
+from twotower.kernels.precision import widened
 from twotower.model.blockwise import Layout, context_pass
 from twotower.model.two_tower import TwoTowerForCausalLM
 from twotower.training.corpus import Piece, lay_out
@@ -78,8 +78,7 @@ def _score(model: TwoTowerForCausalLM, hidden: Tensor, continuation: Sequence[in
     at_once = max(LOGITS_AT_ONCE // model.context.config.vocab_size, 1)
     total, greedy = 0.0, True
     for h, y in zip(hidden.split(at_once), tokens.split(at_once), strict=True):
-        logits = model.context.head(h)
-        chances = logits.to(accumulation_dtype(logits.dtype)).log_softmax(-1)
+        chances = widened(model.context.head(h)).log_softmax(-1)
         total += float(chances.gather(-1, y[:, None]).sum())
         greedy = greedy and bool((chances.argmax(-1) == y).all())
     return Likelihood(total, greedy)

@@ -19,7 +19,7 @@ from torch.distributed.fsdp import register_fsdp_forward_method
 from twotower.errors import ArgumentError
 from twotower.evaluation.samples import cut_prompts, documents, whole, write
 from twotower.generation import GenerationParams
-from twotower.kernels.precision import accumulation_dtype
+from twotower.kernels.precision import widened
 from twotower.model.blockwise import Layout, read_layer
 from twotower.model.two_tower import TwoTowerForCausalLM
 from twotower.training.corpus.batch import Batch
@@ -276,8 +276,7 @@ def _score(head: nn.Module, hidden: Tensor, tokens: Tensor, barred: int | None =
     at_once = max(LOGITS_AT_ONCE // int(head.weight.shape[0]), 1)  # type: ignore[index]
     parts = []
     for part, true in zip(hidden.split(at_once), tokens.split(at_once), strict=True):
-        logits = head(part)
-        logits = logits.to(accumulation_dtype(logits.dtype))
+        logits = widened(head(part))
         nll = F.cross_entropy(logits, true, reduction="none")
         if barred is not None:
             logits[:, barred] = -torch.inf

@@ -20,6 +20,7 @@ from weakref import WeakKeyDictionary
 import torch
 
 from twotower.generation.output import Generation
+from twotower.generation.pace import bucket
 from twotower.generation.params import GenerationParams
 from twotower.modes import AUTO, Mode
 
@@ -136,10 +137,9 @@ def resolve(model: TwoTowerForCausalLM, params: GenerationParams, rows: int) -> 
     if model.denoiser is None:
         return replace(params, mode="ar"), "only the context tower was loaded"
     chooser = chooser_of(model)
-    bucket = 1 << (rows - 1).bit_length()
-    key = (bucket, params.block_size)
+    key = bucket(rows), params.block_size
     if key not in chooser.costs:
-        chooser.costs[key] = measure(model, bucket, params.block_size)
+        chooser.costs[key] = measure(model, *key)
     choice = chooser.choose(chooser.costs[key], params.block_size)
     return replace(params, mode=choice.mode), choice.why
 

@@ -139,8 +139,13 @@ def pace_of(session: Session) -> Pace:
     """The pace of a batch that begins: its own where the number of passes is fixed, else the one that the model's
     batches of like size and length (within a factor of 4) have had so far."""
     rows, longest = len(session.records), max(record.length for record in session.records)
-    key = (rows - 1).bit_length(), session.params.block_size, longest.bit_length() // 2
+    key = bucket(rows), session.params.block_size, longest.bit_length() // 2
     return begun(_paces.setdefault(session.model, {}), session.params, key)
+
+
+def bucket(rows: int) -> int:
+    """The next power of two: batches of up to so many rows, and more than half, are taken for alike."""
+    return 1 << (rows - 1).bit_length()
 
 
 def begun(paces: dict[tuple[int, ...], Pace], params: GenerationParams, key: tuple[int, ...]) -> Pace:

@@ -7,7 +7,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass, field
 from typing import Any, cast
 
-from twotower.generation.output import BlockEvent, Generation
+from twotower.generation.output import BlockEvent, Generation, TokenLogprob
 from twotower.generation.params import GenerationParams
 from twotower.generation.stopping import RowProgress
 from twotower.modes import Mode
@@ -33,6 +33,8 @@ class RowRecord:
     blocks: int = 0
     committed_at: list[int] = field(default_factory=list)
     confidence: list[float] = field(default_factory=list)
+    logprobs: list[TokenLogprob] = field(default_factory=list)
+    prompt_logprobs: list[TokenLogprob | None] = field(default_factory=list)
     started: float = field(default_factory=time.perf_counter)
     prefilled: float = 0.0
     ended: float = 0.0
@@ -65,13 +67,19 @@ class RowRecord:
         self.rejected += kept < drafted
 
     def take(
-        self, tokens: list[int], committed_at: list[int], confidence: list[float], draft: Sequence[int] = ()
+        self,
+        tokens: list[int],
+        committed_at: list[int],
+        confidence: list[float],
+        draft: Sequence[int] = (),
+        logprobs: Sequence[TokenLogprob] = (),
     ) -> BlockEvent:
         """Books a block as far as the row goes."""
         start = len(self.progress.tokens)
         count, text = self.progress.take(tokens)
         self.committed_at += committed_at[:count]
         self.confidence += confidence[:count]
+        self.logprobs += logprobs[:count]
         if not self.running:
             self.ended = time.perf_counter()
         self.blocks += 1
@@ -84,6 +92,8 @@ class RowRecord:
             confidence=confidence[:count],
             text=text,
             draft=tuple(draft),
+            logprobs=tuple(logprobs[:count]),
+            prompt_logprobs=tuple(self.prompt_logprobs) if self.blocks == 1 else (),
             result=None if self.running else self.result(),
         )
 
@@ -97,6 +107,7 @@ class RowRecord:
             committed_at=[],
             confidence=[],
             text="",
+            prompt_logprobs=() if self.blocks else tuple(self.prompt_logprobs),
             result=self.result(),
         )
 
@@ -127,6 +138,8 @@ class RowRecord:
             cached_tokens=self.cached_tokens,
             why=self.why,
             error=self.error,
+            logprobs=tuple(self.logprobs),
+            prompt_logprobs=tuple(self.prompt_logprobs),
             prefill_seconds=max(self.prefilled - self.started, 0.0),
             decode_seconds=max(self.ended - self.prefilled, 0.0) if self.prefilled else 0.0,
         )

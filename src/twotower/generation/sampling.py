@@ -14,7 +14,7 @@ import torch
 from torch import Tensor
 
 from twotower.kernels import select
-from twotower.kernels.precision import accumulation_dtype
+from twotower.kernels.precision import accumulation_dtype, widened
 
 # What a draw is for; part of the noise's key.
 AR_TOKEN = 1
@@ -97,7 +97,7 @@ def confidence(logits: Tensor, tokens: Tensor) -> Tensor:
     """The untempered, unfiltered probability of each token: logits (B, L, V), tokens (B, L) → (B, L)."""
 
     def probability(logits: Tensor, tokens: Tensor) -> Tensor:
-        wide = logits.to(accumulation_dtype(logits.dtype))
+        wide = widened(logits)
         return (wide.gather(-1, tokens[..., None])[..., 0] - wide.logsumexp(-1)).exp()
 
     return by_tiles(probability, logits, tokens)

@@ -23,7 +23,7 @@ from twotower.generation.output import BlockEvent
 from twotower.generation.pace import pace_of
 from twotower.generation.sampling import AR_TOKEN, by_tiles, confidence, pick
 from twotower.generation.session import Session
-from twotower.kernels.precision import accumulation_dtype
+from twotower.kernels.precision import widened
 from twotower.mirror import Transport
 
 
@@ -109,7 +109,7 @@ def agreement(drafted: Tensor, own: Tensor, logits: Tensor, acceptance: float | 
 
 def _share_of_best(logits: Tensor, tokens: Tensor) -> Tensor:
     """The tokens' probability, (n,), as a share of the likeliest one's: logits (n, V)."""
-    wide = logits.to(accumulation_dtype(logits.dtype))
+    wide = widened(logits)
     return (wide.gather(-1, tokens[..., None])[..., 0] - wide.amax(-1)).exp()
 
 

@@ -17,7 +17,7 @@ from torch import Tensor
 
 from twotower.errors import ArgumentError
 from twotower.generation.sampling import by_tiles
-from twotower.kernels.precision import accumulation_dtype
+from twotower.kernels.precision import widened
 
 KL_BOUND, KL_PASSES = 0.01, 1  # KLASS: how far a stable distribution may move, and for how many passes in a row
 DECAYED = 0.5  # what the decaying threshold has come down to in the last step, as a share of the first
@@ -86,7 +86,7 @@ def factor(seen: Pass, knob: Tensor) -> Verdict:
 
 def entropy(seen: Pass, knob: Tensor) -> Verdict:
     """Positions in order of entropy while Σ H − max H ≤ γ (nats): a bound on what they tell of each other."""
-    own = by_tiles(lambda logits: torch.special.entr(_wide(logits).softmax(-1)).sum(-1), seen.logits)
+    own = by_tiles(lambda logits: torch.special.entr(widened(logits).softmax(-1)).sum(-1), seen.logits)
     ordered, place = own.masked_fill(~seen.masked, torch.inf).sort(dim=1, stable=True)
     # In ascending order the largest of a set is its last, so the sum without it is that of those before.
     before = torch.cat([torch.zeros_like(ordered[:, :1]), ordered[:, :-1].cumsum(1)], dim=1)
@@ -95,14 +95,14 @@ def entropy(seen: Pass, knob: Tensor) -> Verdict:
 
 def margin(seen: Pass, knob: Tensor) -> Verdict:
     """Positions whose likeliest token leads the second by more than the knob."""
-    best = by_tiles(lambda logits: _wide(logits).softmax(-1).topk(2, dim=-1).values, seen.logits)
+    best = by_tiles(lambda logits: widened(logits).softmax(-1).topk(2, dim=-1).values, seen.logits)
     lead = best[..., 0] - best[..., 1]
     return Verdict(lead > knob, lead)
 
 
 def stability(seen: Pass, knob: Tensor) -> Verdict:
     """Positions that are confident and whose distribution has moved by less than KL_BOUND nats since the last pass."""
-    now = _wide(seen.logits).log_softmax(-1)
+    now = widened(seen.logits).log_softmax(-1)
     if seen.memory is None:
         still = torch.zeros_like(seen.masked, dtype=torch.long)
     else:
@@ -123,10 +123,6 @@ def decay(seen: Pass, knob: Tensor) -> Verdict:
     """Confidence above a threshold that falls evenly over the steps, from the knob to half of it."""
     done = seen.step / (seen.steps - 1).clamp(min=1)
     return Verdict(seen.confidence > knob * (1 - (1 - DECAYED) * done), seen.confidence)
-
-
-def _wide(logits: Tensor) -> Tensor:
-    return logits.to(accumulation_dtype(logits.dtype))
 
 
 POLICIES: dict[str, Policy] = {}

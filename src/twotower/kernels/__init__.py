@@ -3,7 +3,7 @@
 Each op lists its backends in order of preference; the first that fits a device and dtype is taken, once, and
 `report` says which and why. Every fast backend has a slow twin beside it that the tests hold it to. A compiled kernel
 is also held to it on the machine it is to run on, before it is first used: one that gives wrong numbers is refused with
-a warning. `TWOTOWER_TRITON=0` refuses all Triton kernels.
+a warning. `TWOTOWER_TRITON=0` refuses all Triton kernels, `TWOTOWER_NATIVE=0` those compiled for the processor.
 """
 
 from __future__ import annotations
@@ -18,8 +18,9 @@ from typing import Any
 import torch
 import torch.nn.functional as F
 
-from twotower.kernels import attention, cases, experts, greedy, mamba_block, norm, routing, verification
-from twotower.kernels.native import ops as compiled
+from twotower.kernels import attention, experts, greedy, mamba_block, norm, routing, verification
+from twotower.kernels.cases import CASES
+from twotower.kernels.native import ops as native_ops
 from twotower.kernels.triton_launch import refusal as triton_refusal
 
 
@@ -27,16 +28,15 @@ from twotower.kernels.triton_launch import refusal as triton_refusal
 class Backend:
     """One implementation. `refusal(device, dtype)` is None where it fits, else the reason why not.
 
-    differentiable: whether autograd can see through it. cases: what it is run on, beside the op's last backend, before
-    it is first used (None: it is trusted).
+    compiled: a kernel of this package. Autograd cannot see through it, and it is not trusted: before it is first used
+    it is run on the op's `CASES` beside the op's last backend.
     """
 
     name: str
     function: Callable[..., Any]
     why: str
     refusal: Callable[[torch.device, torch.dtype], str | None] = lambda device, dtype: None
-    differentiable: bool = True
-    cases: Callable[[torch.device, torch.dtype], list[verification.Case]] | None = None
+    compiled: bool = False
 
 
 def _grouped_refusal(device: torch.device, dtype: torch.dtype) -> str | None:
@@ -49,55 +49,55 @@ def _grouped_refusal(device: torch.device, dtype: torch.dtype) -> str | None:
     return None
 
 
-def _triton(module: str, name: str, why: str, cases: Callable[..., list[verification.Case]]) -> Backend:
+def _triton(module: str, name: str, why: str) -> Backend:
     """A function of a module that may be imported only where Triton is there."""
 
     def call(*args: Any) -> Any:
         return getattr(importlib.import_module(f"twotower.kernels.{module}"), name)(*args)
 
-    return Backend("triton", call, why, triton_refusal, differentiable=False, cases=cases)
+    return Backend("triton", call, why, triton_refusal, compiled=True)
 
 
-def _native(function: Callable[..., Any], why: str, cases: Callable[..., list[verification.Case]]) -> Backend:
-    """A compiled kernel for processors."""
-    return Backend("native", function, why, compiled.refusal, differentiable=False, cases=cases)
+def _native(function: Callable[..., Any], why: str) -> Backend:
+    """A kernel for processors."""
+    return Backend("native", function, why, native_ops.refusal, compiled=True)
 
 
 CATALOGUE: dict[str, tuple[Backend, ...]] = {
     "attention": (
-        _native(compiled.attention, "each row's cache where it lies, as long as it is", cases.attention_cases),
+        _native(native_ops.attention, "each row's cache where it lies, as long as it is"),
         Backend("two-part", attention.attention, "joins scores; copies the cache only where rows lie anywhere"),
     ),
     "mamba_block": (
-        _triton("triton_mamba", "mamba_block", "one kernel from in_proj to out_proj", cases.block_cases),
-        _native(compiled.mamba_block, "one kernel from in_proj to out_proj", cases.block_cases),
+        _triton("triton_mamba", "mamba_block", "one kernel from in_proj to out_proj"),
+        _native(native_ops.mamba_block, "one kernel from in_proj to out_proj"),
         Backend("torch", mamba_block.mamba_block, "plain torch, differentiable"),
     ),
     "fold": (
-        _triton("triton_fold", "fold", "one kernel, states change in place", cases.fold_cases),
-        _native(compiled.fold, "states change in place", cases.fold_cases),
+        _triton("triton_fold", "fold", "one kernel, states change in place"),
+        _native(native_ops.fold, "states change in place"),
         Backend("torch", mamba_block.fold, "plain torch, differentiable"),
     ),
     "choose": (
-        _triton("triton_greedy", "choose", "reads the logits once", cases.choose_cases),
-        _native(compiled.choose, "reads the logits once", cases.choose_cases),
+        _triton("triton_greedy", "choose", "reads the logits once"),
+        _native(native_ops.choose, "reads the logits once"),
         Backend("tiles", greedy.choose, "plain torch, widens one tile at a time"),
     ),
     "linear": (
-        _native(compiled.linear, "reads weights once, as they lie, for up to 48 tokens", cases.linear_cases),
+        _native(native_ops.linear, "reads weights once, as they lie, for up to 48 tokens"),
         Backend("torch", F.linear, "plain torch"),
     ),
     "rms_norm": (
-        _native(compiled.rms_norm, "norm and modulation in one", cases.norm_cases),
+        _native(native_ops.rms_norm, "norm and modulation in one"),
         Backend("torch", norm.rms_norm, "plain torch"),
     ),
     "route": (
-        _native(compiled.route, "scores and choice in one", cases.route_cases),
+        _native(native_ops.route, "scores and choice in one"),
         Backend("torch", routing.route, "plain torch"),
     ),
     "experts": (
         Backend("grouped-gemm", experts.experts_grouped, "one grouped GEMM, no host read", _grouped_refusal),
-        _native(compiled.experts, "reads each chosen expert once", cases.experts_cases),
+        _native(native_ops.experts, "reads each chosen expert once"),
         Backend(
             "sorted-loop",
             experts.experts_sorted,
@@ -119,7 +119,7 @@ def select(op: str, device: torch.device, dtype: torch.dtype, differentiable: bo
 
 @cache
 def _select(op: str, device: torch.device, dtype: torch.dtype, differentiable: bool) -> Backend:
-    fitting = (b for b in CATALOGUE[op] if b.differentiable or not differentiable)
+    fitting = (b for b in CATALOGUE[op] if not (b.compiled and differentiable))
     return next(b for b in fitting if _refusal(op, b, device, dtype) is None)
 
 
@@ -127,14 +127,14 @@ def _select(op: str, device: torch.device, dtype: torch.dtype, differentiable: b
 def _refusal(op: str, backend: Backend, device: torch.device, dtype: torch.dtype) -> str | None:
     """Why a backend is not taken: it does not fit, or it has just been found wrong (once, with a warning)."""
     reason = backend.refusal(device, dtype)
-    if reason is not None or backend.cases is None:
+    if reason is not None or not backend.compiled:
         return reason
     if device.type == "cuda" and torch.cuda.is_current_stream_capturing():
         raise RuntimeError(
             f"{op} is checked when it is first used, which a capture cannot hold: run the pass once before"
         )
     with torch.no_grad():
-        wrong = verification.disagreement(backend.function, CATALOGUE[op][-1].function, backend.cases(device, dtype))
+        wrong = verification.disagreement(backend.function, CATALOGUE[op][-1].function, CASES[op](device, dtype))
     if wrong is None:
         return None
     warnings.warn(f"{op}: {backend.name} is not used on {device} in {dtype}: it {wrong}", RuntimeWarning, stacklevel=4)
@@ -147,6 +147,6 @@ def report(device: torch.device, dtype: torch.dtype) -> list[tuple[str, str, str
     for op, backends in CATALOGUE.items():
         chosen = select(op, device, dtype, differentiable=False)
         passed = [f"{b.name} {_refusal(op, b, device, dtype)}" for b in backends[: backends.index(chosen)]]
-        checked = ["agreed with its twin here"] if chosen.cases else []
+        checked = ["agreed with its twin here"] if chosen.compiled else []
         rows.append((op, chosen.name, "; ".join([chosen.why, *checked, *passed])))
     return rows

@@ -12,7 +12,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from twotower.kernels.precision import accumulation_dtype
+from twotower.kernels.pools import vectors_at
+from twotower.kernels.precision import widened
 
 
 class Cached(NamedTuple):
@@ -40,9 +41,7 @@ class Cached(NamedTuple):
             shape = (rows, heads, self.even, self.k.shape[1])
             k, v = (pool[: rows * heads * self.even].view(shape)[:, :, : self.width] for pool in (self.k, self.v))
             return k, v, exists
-        head = torch.arange(heads, device=token.device)[:, None]
-        where = self.start[:, None, None] + head * self.stride[:, None, None] + token
-        where = torch.where(exists[:, None], where, 0)
+        where = torch.where(exists[:, None], vectors_at(self.start, self.stride, heads, token[None]), 0)
         return self.k[where], self.v[where], exists
 
 
@@ -100,7 +99,7 @@ def block_attention(
             past = past.masked_fill(~context_mask[:, None, None], -torch.inf)
         scores = torch.cat([past, scores], dim=-1)
     scale = q.shape[-1] ** -0.5  # after widening: in bf16 it would round q
-    probs = torch.softmax(scores.to(accumulation_dtype(q.dtype)) * scale, dim=-1).to(v.dtype)
+    probs = torch.softmax(widened(scores) * scale, dim=-1).to(v.dtype)
     out = probs[..., seen:] @ v
     if context is not None:
         out = out + probs[..., :seen] @ context[1]

@@ -207,3 +207,16 @@ def attention_cases(device: torch.device, dtype: torch.dtype) -> list[Case]:
 
 def _case(name: str, arguments: Callable[..., tuple[Any, ...]], *chosen: Any) -> Case:
     return Case(name, partial(arguments, *chosen))
+
+
+# What each op's compiled kernels are tried on.
+CASES: dict[str, Callable[[torch.device, torch.dtype], list[Case]]] = {
+    "attention": attention_cases,
+    "mamba_block": block_cases,
+    "fold": fold_cases,
+    "choose": choose_cases,
+    "linear": linear_cases,
+    "rms_norm": norm_cases,
+    "route": route_cases,
+    "experts": experts_cases,
+}

@@ -5,7 +5,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from twotower.kernels.precision import accumulation_dtype
+from twotower.kernels.precision import accumulation_dtype, widened
 
 TILE_BYTES = 8 << 20  # of widened logits, at a time
 
@@ -24,7 +24,7 @@ def choose(logits: Tensor, excluded: Tensor) -> tuple[Tensor, Tensor]:
     step = max(TILE_BYTES // (logits.shape[2] * acc.itemsize), 1)
     parts = []
     for start in range(0, len(flat), step):
-        tile = flat[start : start + step].to(acc)
+        tile = widened(flat[start : start + step])
         tile = tile.masked_fill(ids == left_out[start : start + step], -torch.inf)
         tokens = tile.argmax(-1, keepdim=True)  # the first of equals
         confidence = (tile.gather(-1, tokens)[:, 0] - tile.logsumexp(-1)).exp()

@@ -18,6 +18,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from twotower.kernels.conv import causal_conv
+from twotower.kernels.pools import put
 from twotower.kernels.precision import accumulation_dtype
 from twotower.kernels.ssd import advance, ssd_block
 
@@ -78,6 +79,13 @@ class MambaTrace(NamedTuple):
     B: Tensor
 
 
+def empty_trace(xBC: Tensor, heads: int, head_dim: int, groups: int, state_size: int) -> MambaTrace:
+    """For a kernel to fill, beside the convolution inputs xBC (B, L, C), which may be there already."""
+    lead = xBC.shape[:2]
+    sizes = ((heads, head_dim), (heads,), (heads,), (groups, state_size))
+    return MambaTrace(xBC, *(xBC.new_empty(lead + size, dtype=torch.float32) for size in sizes))
+
+
 def mamba_block(
     projected: Tensor,
     valid: Tensor | None,
@@ -107,7 +115,7 @@ def fold(
     if rows is None:
         return _folded(conv_window, ssm_state, trace, accepted)
     window, state = _folded(conv_window[rows], ssm_state[rows], trace, accepted)
-    return _put_rows(conv_window, rows, window), _put_rows(ssm_state, rows, state)
+    return put(conv_window, rows, window), put(ssm_state, rows, state)
 
 
 # --- the parts, also of a mixer over longer sequences ----------------------------------------------------------------
@@ -157,8 +165,3 @@ def _folded(window: Tensor, state: Tensor, trace: MambaTrace, accepted: Tensor) 
     inputs = torch.cat([window, trace.xBC.to(window.dtype)], dim=1)
     columns = accepted[:, None] + torch.arange(window.shape[1], device=accepted.device)
     return inputs.gather(1, columns[..., None].expand(-1, -1, inputs.shape[2])), ssm
-
-
-def _put_rows(pool: Tensor, rows: Tensor, value: Tensor) -> Tensor:
-    """pool (R, …) with value (B, …) at rows (B,); out of place under autograd."""
-    return pool.index_copy(0, rows, value) if torch.is_grad_enabled() else pool.index_copy_(0, rows, value)

@@ -3,11 +3,17 @@
 from __future__ import annotations
 
 import torch
+from torch import Tensor
 
 
 def accumulation_dtype(dtype: torch.dtype) -> torch.dtype:
     """float64 for a float64 model, fp32 for every narrower one: norms, scan, router, softmax, confidences."""
     return torch.promote_types(dtype, torch.float32)
+
+
+def widened(values: Tensor) -> Tensor:
+    """The values in at least fp32."""
+    return values.to(accumulation_dtype(values.dtype))
 
 
 def multiplies_bf16_fast(device: torch.device) -> bool:

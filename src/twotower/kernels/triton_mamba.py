@@ -18,7 +18,7 @@ import triton.language as tl
 from torch import Tensor
 
 from twotower.kernels import mamba_block as twin
-from twotower.kernels.mamba_block import MambaTrace, MambaWeights
+from twotower.kernels.mamba_block import MambaTrace, MambaWeights, empty_trace
 from twotower.kernels.triton_launch import dense_from, device_of, precision, tile_of, too_large
 
 
@@ -40,7 +40,11 @@ def mamba_block(
     mixed = projected.new_empty(rows, length, weights.inner)
     # The norm needs a whole group: its heads wait here, wide, until the last of them is known.
     gated = mixed if mixed.dtype == torch.float32 else torch.empty_like(mixed, dtype=torch.float32)
-    kept = _empty_trace(projected, valid, weights) if trace else None
+    kept = None
+    if trace:
+        xBC = projected[..., weights.inner : weights.inner + weights.conv_dim]  # without padding it stays where it is
+        xBC = xBC if valid is None else torch.empty_like(xBC, memory_format=torch.contiguous_format)
+        kept = empty_trace(xBC, weights.heads, weights.head_dim, weights.n_groups, weights.state_size)
     tile = 1 if length == 1 else tile_of(length)
     with device_of(projected):
         _block_kernel[(rows, weights.n_groups)](
@@ -82,19 +86,6 @@ def mamba_block(
             num_stages=2 if tile <= 32 else 1,  # the next head's state is on its way; shared memory, at 64: 128 KiB
         )
     return mixed, kept
-
-
-def _empty_trace(projected: Tensor, valid: Tensor | None, weights: MambaWeights) -> MambaTrace:
-    rows, length = projected.shape[:2]
-    xBC = projected[..., weights.inner : weights.inner + weights.conv_dim]  # without padding it stays where it is
-    wide = projected.new_empty((rows, length, weights.heads), dtype=torch.float32)
-    return MambaTrace(
-        xBC if valid is None else torch.empty_like(xBC, memory_format=torch.contiguous_format),
-        wide.new_empty(rows, length, weights.heads, weights.head_dim),
-        wide,
-        torch.empty_like(wide),
-        wide.new_empty(rows, length, weights.n_groups, weights.state_size),
-    )
 
 
 # --- kernels ---------------------------------------------------------------------------------------------------------

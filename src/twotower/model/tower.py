@@ -8,8 +8,8 @@ import torch
 from torch import Tensor, nn
 
 from twotower.config import BackboneConfig, LayerKind
-from twotower.kernels.native import tower as native_tower
-from twotower.kernels.precision import accumulation_dtype
+from twotower.kernels.precision import widened
+from twotower.model import recorded, whole
 from twotower.model.attention import Attention
 from twotower.model.conditioning import Modulation, normed_input
 from twotower.model.coupling import Added, Past, Visibility
@@ -85,7 +85,7 @@ class Tower(nn.Module):
 
     def embed(self, tokens: Tensor) -> Tensor:
         x = self.embeddings(tokens)
-        return x.to(accumulation_dtype(x.dtype)) if self.config.residual_in_fp32 else x
+        return widened(x) if self.config.residual_in_fp32 else x
 
     def forward(
         self,
@@ -99,10 +99,21 @@ class Tower(nn.Module):
 
         trace: whether the Mamba layers' traces are wanted; a pass that nothing is to remember does without.
         """
+        at_once = recorded.run(self, recorded.Reads(tokens, sees, past, modulation, trace))
+        if at_once is None:
+            at_once = whole.run(self, self.embed(tokens), sees, past, modulation, trace)
+        return self.layer_by_layer(tokens, sees, past, modulation, trace) if at_once is None else at_once
+
+    def layer_by_layer(
+        self,
+        tokens: Tensor,
+        sees: Visibility,
+        past: list[Past] | None = None,
+        modulation: list[Modulation] | None = None,
+        trace: bool = True,
+    ) -> tuple[Tensor, list[Added]]:
+        """`forward` as it is defined; what does all of a pass at once gives the same."""
         x = self.embed(tokens)
-        whole = native_tower.run(self, x, sees, past, modulation, trace)
-        if whole is not None:
-            return whole
         added: list[Added] = []
         for i, layer in enumerate(self.layers):
             x, new = layer(x, past[i] if past else None, sees, modulation[i] if modulation else None, trace)

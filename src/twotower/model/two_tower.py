@@ -22,7 +22,7 @@ from twotower.errors import ArgumentError, TwoTowerError
 from twotower.generation.output import BlockEvent
 from twotower.generation.params import GenerationParams
 from twotower.generation.prompts import Prompts
-from twotower.kernels.precision import accumulation_dtype
+from twotower.kernels.precision import widened
 from twotower.mirror import LocalReader, Mirror, Reader, Transport
 from twotower.model.blockwise import Layout, context_pass
 from twotower.model.conditioning import TimeConditioning
@@ -415,7 +415,7 @@ class TwoTowerForCausalLM(PreTrainedModel):
 
 def _logits(tower: Tower, hidden: Tensor, wide: bool = True) -> Tensor:
     logits = tower.head(hidden)
-    return logits.to(accumulation_dtype(logits.dtype)) if wide else logits
+    return widened(logits) if wide else logits
 
 
 def _refuse_unknown(where: str, kwargs: dict[str, Any]) -> None:

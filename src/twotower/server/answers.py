@@ -16,6 +16,7 @@ from pydantic import BaseModel
 from twotower.generation.output import BlockEvent, Generation, StepEvent, TokenLogprob
 from twotower.server.protocol import Asked, ChatAsked, CompletionAsked
 from twotower.server.service import Job, Service
+from twotower.server.texts import Reading
 from twotower.version import VERSION
 
 Reason = Literal["stop", "length"]
@@ -83,7 +84,7 @@ class Committed(BaseModel):
 
 
 class CompletionLogprobs(BaseModel):
-    """The AR model's, one entry a token; null for a text's first token."""
+    """The AR model's, one entry a token; null for a text's first token. text_offset: where in the text each begins."""
 
     tokens: list[str]
     token_logprobs: list[float | None]
@@ -344,12 +345,16 @@ class CompletionAnswer(Answer):
     prefix = "cmpl"
     asked: CompletionAsked
 
+    def __init__(self, service: Service, asked: CompletionAsked, jobs: Sequence[Job]) -> None:
+        super().__init__(service, asked, jobs)
+        self._reading: dict[int, Reading] = {}
+
     def whole(self, results: Sequence[Generation]) -> bytes:
         choices = []
         for job, result in zip(self.jobs, results, strict=True):
             logprobs = None
             if self.asked.logprobs is not None:
-                logprobs = self._scored((*result.prompt_logprobs, *result.logprobs), job.request.prompt, 0)
+                logprobs = self._scored(job, (*result.prompt_logprobs, *result.logprobs))
             text = job.echo + result.text
             choices.append(CompletionChoice(index=job.place, text=text, logprobs=logprobs, **self._end(job, result)))
         return _json(Completion(**self.head, object="text_completion", choices=choices, usage=self._usage(results)))
@@ -363,11 +368,9 @@ class CompletionAnswer(Answer):
     def chunk(self, job: Job, event: BlockEvent) -> bytes | None:
         text, logprobs = event.text, None
         if self.asked.logprobs is not None:
-            logprobs = self._scored(event.logprobs, job.request.prompt, event.start)
-            if self.asked.echo and job.place not in self._begun:
-                self._begun.add(job.place)
+            logprobs = self._scored(job, (*event.prompt_logprobs, *event.logprobs))
+            if event.prompt_logprobs:
                 text = job.echo + text
-                logprobs = self._scored((*event.prompt_logprobs, *event.logprobs), job.request.prompt, 0)
         elif not text and event.result is None and not self.asked.stream_denoising:
             return None
         choice = CompletionChoice(index=job.place, text=text, logprobs=logprobs, **self._end(job, event.result))
@@ -377,22 +380,23 @@ class CompletionAnswer(Answer):
         empty = {"usage": None} if self.asked.with_usage else {}
         return _json(Completion(**self.head, object="text_completion", **(empty | fields)))
 
-    def _scored(self, scores: Iterable[TokenLogprob | None], prompt: Sequence[int], start: int) -> CompletionLogprobs:
-        """A text's tokens from `start` among the new ones, or from its beginning where the prompt's are among them."""
+    def _scored(self, job: Job, scores: Iterable[TokenLogprob | None]) -> CompletionLogprobs:
+        """A choice's next tokens, its prompt's among them where that is given back."""
+        text = self._reading.setdefault(job.place, Reading(self.texts))
         tokens: list[str] = []
         values: list[float | None] = []
         tops: list[dict[str, float] | None] = []
-        for place, score in enumerate(scores):
-            own = self.texts.shown(prompt[place] if score is None else score.token)
+        offsets = []
+        for score in scores:
+            token = job.request.prompt[0] if score is None else score.token
+            own = self.texts.shown(token)
             tokens.append(own)
+            offsets.append(text.offset(token))
             values.append(None if score is None else score.logprob)
             if score is None:
                 tops.append(None)
             else:
                 tops.append({own: score.logprob} | {self.texts.shown(token): value for token, value in score.top})
-        offsets = [0] * len(tokens)
-        for place in range(1, len(tokens)):
-            offsets[place] = offsets[place - 1] + len(tokens[place - 1])
         return CompletionLogprobs(tokens=tokens, token_logprobs=values, top_logprobs=tops, text_offset=offsets)
 
 
@@ -444,7 +448,7 @@ class ChatAnswer(Answer):
 
 def answer_to(service: Service, asked: CompletionAsked | ChatAsked, jobs: Sequence[Job]) -> Answer:
     """The one that goes with the request."""
-    return (ChatAnswer if isinstance(asked, ChatAsked) else CompletionAnswer)(service, asked, jobs)
+    return ChatAnswer(service, asked, jobs) if isinstance(asked, ChatAsked) else CompletionAnswer(service, asked, jobs)
 
 
 def card(service: Service) -> ModelCard:

@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import logging
-import traceback
 from collections.abc import AsyncIterator
 from contextlib import ExitStack, asynccontextmanager
 from typing import Any
@@ -22,7 +20,6 @@ from twotower.server.answers import (
     card,
 )  # fmt: skip
 from twotower.server.gate import Gate, refusal
-from twotower.server.logs import log
 from twotower.server.page import add_page
 from twotower.server.protocol import Asked, ChatAsked, CompletionAsked, RequestError
 from twotower.server.service import Job, Service
@@ -163,11 +160,6 @@ def _add_errors(app: FastAPI) -> None:
         words = {404: "there is no such path; see /openapi.json", 405: "this path takes another method"}
         message = words.get(error.status_code, str(error.detail))
         return refusal(RequestError(message, status=error.status_code), dict(error.headers or {}))
-
-    @app.exception_handler(Exception)
-    async def failed(_: Request, error: Exception) -> Response:
-        log("error", logging.ERROR, trace="".join(traceback.format_exception(error)))
-        return refusal(RequestError("the server failed; its log says how", status=500, code="internal"))
 
 
 def _in_words(error: RequestValidationError) -> RequestError:

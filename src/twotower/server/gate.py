@@ -9,7 +9,9 @@ import asyncio
 import hashlib
 import hmac
 import json
+import logging
 import time
+import traceback
 import uuid
 from typing import TYPE_CHECKING, Any
 
@@ -32,22 +34,23 @@ class Gate:
     def __init__(self, app: ASGIApp, service: Service) -> None:
         self.app = app
         self.service = service
-        self.keys = [_digest(key) for key in service.settings.keys]
+        self.keys = [_digest(key.encode()) for key in service.settings.keys]
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         if scope["type"] != "http":
             await self.app(scope, receive, send)
             return
         headers = {name.lower(): value for name, value in scope["headers"]}
-        started, status = time.perf_counter(), 499  # the client went away before there was an answer
+        started, begun = time.perf_counter(), False
+        status = 499  # the client went away before there was an answer
         facts: dict[str, Any] = {}
         number = uuid.uuid4().hex
         scope.setdefault("state", {}).update(request_id=number, key=None, facts=facts)
 
         async def answer(message: Message) -> None:
-            nonlocal status
+            nonlocal status, begun
             if message["type"] == "http.response.start":
-                status = message["status"]
+                status, begun = message["status"], True
                 message["headers"] = [*message.get("headers", ()), (b"x-request-id", number.encode())]
             await send(message)
 
@@ -61,6 +64,11 @@ class Gate:
             await refusal(error)(scope, receive, answer)
         except _Gone:
             pass
+        except Exception as error:  # here rather than outside, so that it is counted and logged like every answer
+            log("error", logging.ERROR, id=number, trace="".join(traceback.format_exception(error)))
+            if not begun:
+                words = "the server failed; its log says how"
+                await refusal(RequestError(words, status=500, code="internal"))(scope, receive, answer)
         finally:
             route = getattr(scope.get("route"), "path", "other")
             self.service.metrics.served(route, status, started)
@@ -84,7 +92,7 @@ class Gate:
         if not self.keys:
             return None
         kind, _, given = header.partition(b" ")
-        digest = _digest(given.strip().decode("latin-1"))
+        digest = _digest(given.strip())
         # Every key is compared, each in the same time, so the answer's delay tells nothing about any of them.
         if not sum([hmac.compare_digest(digest, key) for key in self.keys]) or kind.lower() != b"bearer":
             raise RequestError("no valid API key; send the header Authorization: Bearer KEY", status=401, code="key")
@@ -142,6 +150,6 @@ def refusal(error: RequestError, headers: dict[str, str] | None = None) -> Respo
     return out
 
 
-def _digest(key: str) -> str:
+def _digest(key: bytes) -> str:
     """Of one length for all keys."""
-    return hashlib.sha256(key.encode()).hexdigest()
+    return hashlib.sha256(key).hexdigest()

@@ -9,6 +9,7 @@ from types import FrameType
 import uvicorn
 
 from twotower.server.app import create_app
+from twotower.server.connections import Connection
 from twotower.server.logs import log, to_stderr
 from twotower.server.service import Service
 
@@ -37,11 +38,20 @@ class Server(uvicorn.Server):
         self.should_exit = True
 
 
-def serve(service: Service, host: str, port: int, drain: int, listening: Callable[[str], object]) -> None:
-    """Serves until a signal. drain: seconds that requests get to end. listening: told the address once it is open."""
-    to_stderr()
+def server_of(service: Service, host: str, port: int, drain: int, listening: Callable[[str], object]) -> Server:
+    """drain: seconds that requests get to end. listening: told the address once it is open."""
     config = uvicorn.Config(
         create_app(service), host=host, port=port, log_config=None, access_log=False, server_header=False,
         timeout_graceful_shutdown=drain, timeout_keep_alive=IDLE, limit_concurrency=CONNECTIONS, lifespan="on",
+        http=Connection,
     )  # fmt: skip
-    Server(config, service, listening).run()
+    return Server(config, service, listening)
+
+
+def serve(service: Service, host: str, port: int, drain: int, listening: Callable[[str], object]) -> None:
+    """Serves until a signal. See `server_of`."""
+    to_stderr()
+    try:
+        server_of(service, host, port, drain, listening).run()
+    finally:
+        service.close()  # told to stop now, the server does not

@@ -6,10 +6,11 @@ import asyncio
 import secrets
 import time
 from collections import Counter
-from collections.abc import AsyncGenerator, Sequence
+from collections.abc import AsyncGenerator, Callable, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import aclosing, contextmanager
 from dataclasses import dataclass
+from functools import partial
 from typing import TYPE_CHECKING, Any
 
 from twotower.engine import AsyncLLM, Request
@@ -30,6 +31,7 @@ NAMES = {
     "threshold": "confidence_threshold", "policy": "policy", "knob": "knob", "block_size": "block_size",
     "steps": "steps_per_block", "draft_steps": "draft_steps", "acceptance": "acceptance", "top_k": "top_k",
 }  # fmt: skip
+BEAT = 15.0  # seconds without an event after which a stream says that it is still there
 CONSTRAINED = ("ar", "verified")  # modes in which a grammar can be kept to
 
 
@@ -136,27 +138,29 @@ class Service:
         """Arguments of `GenerationParams.of`: the server's own, where the request's mode is the server's, then the
         request's."""
         limits, longest = self.settings.limits, self.engine.llm.length
+        chat = isinstance(asked, ChatAsked)
         if limits.prompt_tokens is not None and prompt > limits.prompt_tokens:
             raise RequestError(
-                f"the prompt has {prompt} tokens; this server takes at most {limits.prompt_tokens}", param="prompt"
+                f"the prompt has {prompt} tokens; this server takes at most {limits.prompt_tokens}",
+                param="messages" if chat else "prompt",
             )
         usual = self.settings.decoding if mode == self.settings.decoding["mode"] else {}
         given = {name: getattr(asked, field) for field, name in NAMES.items() if getattr(asked, field) is not None}
-        wanted = asked.max_tokens
-        if isinstance(asked, ChatAsked):
-            wanted = asked.max_completion_tokens if wanted is None else wanted
+        field, wanted = "max_tokens", asked.max_tokens
+        if isinstance(asked, ChatAsked) and wanted is None:
+            field, wanted = "max_completion_tokens", asked.max_completion_tokens
+        elif not chat and limits.output_tokens is not None and field not in asked.model_fields_set:
+            wanted = min(asked.max_tokens or 0, limits.output_tokens)
         most = longest - prompt if limits.output_tokens is None else min(longest - prompt, limits.output_tokens)
         if wanted is None:
             wanted = max(most, 0)
         elif limits.output_tokens is not None and wanted > limits.output_tokens:
-            raise RequestError(
-                f"max_tokens is {wanted}; this server writes at most {limits.output_tokens}", param="max_tokens"
-            )
+            raise RequestError(f"{field} is {wanted}; this server writes at most {limits.output_tokens}", param=field)
         if prompt + wanted > longest or (not most and not wanted and prompt >= longest):
             raise RequestError(
-                f"a prompt of {prompt} tokens plus max_tokens {wanted} is longer than the {longest} tokens that this "
+                f"a prompt of {prompt} tokens plus {field} {wanted} is longer than the {longest} tokens that this "
                 "server keeps for a text; shorten one of them",
-                param="max_tokens",
+                param=field,
             )
         own = {"mode": mode, "max_new_tokens": wanted, "temperature": asked.temperature, "top_p": asked.top_p}
         return self._usual | dict(usual) | given | own | {"stop": tuple(stops)}
@@ -222,22 +226,33 @@ class Service:
             if not self._open[key]:
                 del self._open[key]
 
-    async def events(self, jobs: Sequence[Job]) -> AsyncGenerator[tuple[Job, Event], None]:
-        """Runs jobs that were admitted side by side → their events as they come. Leaving early gives all of them up.
+    async def events(self, jobs: Sequence[Job]) -> AsyncGenerator[tuple[Job, Event] | None, None]:
+        """Runs jobs that were admitted side by side → their events as they come, and None whenever there was none for a
+        while. Leaving early gives all of them up.
 
         Raises:
             RequestError: it took too long (504); the engine failed (503), or the request did (500).
         """
-        started, limit = time.monotonic(), self.settings.limits.seconds
-        heard: asyncio.Queue[tuple[Job, Event | Exception]] = asyncio.Queue()
-        listeners = [asyncio.create_task(self._listen(job, heard)) for job in jobs]
+        loop, started = asyncio.get_running_loop(), time.monotonic()
+        heard: asyncio.Queue[tuple[Job, Event | Exception] | None] = asyncio.Queue()
+        limit = self.settings.limits.seconds
+        # Clocks speak through the same queue: waiting for each event with a time limit would cost more than the event.
+        clocks = [] if limit is None else [loop.call_later(limit, heard.put_nowait, (jobs[0], TimeoutError()))]
+        calls: list[Callable[[], None]] = []
         left, begun = len(jobs), False
         try:
+            for job in jobs:
+                calls.append(self.engine.listen(job.request, partial(_hear, heard, job)))
             while left:
-                rest = None if limit is None else max(limit - (time.monotonic() - started), 0)
-                job, event = await asyncio.wait_for(heard.get(), rest)
+                beat = loop.call_later(BEAT, heard.put_nowait, None)
+                news = await heard.get()
+                beat.cancel()
+                if news is None:
+                    yield None
+                    continue
+                job, event = news
                 if isinstance(event, Exception):
-                    raise _told(event)
+                    raise event
                 if not begun:
                     begun = True
                     self.metrics.first.observe(time.monotonic() - started)
@@ -251,26 +266,21 @@ class Service:
             raise RequestError(
                 f"the request took longer than {limit:g} s; ask for less", status=504, code="timeout"
             ) from None
+        except TwoTowerError as error:
+            raise _told(error) from None
         finally:
-            for listener in listeners:
-                listener.cancel()
-            await asyncio.gather(*listeners, return_exceptions=True)
-
-    async def _listen(self, job: Job, heard: asyncio.Queue[tuple[Job, Event | Exception]]) -> None:
-        try:
-            async with aclosing(self.engine.stream(job.request)) as events:
-                async for event in events:
-                    heard.put_nowait((job, event))
-        except Exception as error:
-            heard.put_nowait((job, error))
+            for clock in clocks:
+                clock.cancel()
+            for give_up in calls:
+                give_up()
 
     async def results(self, jobs: Sequence[Job]) -> list[Generation]:
         """The jobs' results, in order."""
         found: dict[int, Generation] = {}
         async with aclosing(self.events(jobs)) as events:
-            async for job, event in events:
-                if event.result is not None:
-                    found[job.place] = event.result
+            async for news in events:
+                if news is not None and news[1].result is not None:
+                    found[news[0].place] = news[1].result
         return [found[job.place] for job in jobs]
 
     @property
@@ -287,6 +297,10 @@ class Service:
         """Stops the engine."""
         self.engine.close()
         self._writer.shutdown()
+
+
+def _hear(heard: asyncio.Queue[tuple[Job, Event | Exception] | None], job: Job, event: Event | Exception) -> None:
+    heard.put_nowait((job, event))
 
 
 def _params(values: dict[str, Any]) -> GenerationParams:

@@ -48,11 +48,14 @@ def read_keys(file: Path | None) -> tuple[str, ...]:
     """API keys, one a line of the file, and those of the environment, separated by commas.
 
     Raises:
-        ArgumentError: the file has none.
+        ArgumentError: the file has none, or is no text.
     """
     given = os.environ.get(KEYS_VARIABLE, "").split(",")
     if file is not None:
-        lines = [line.strip() for line in file.read_text(encoding="utf-8").splitlines()]
+        try:
+            lines = [line.strip() for line in file.read_text(encoding="utf-8").splitlines()]
+        except UnicodeDecodeError:
+            raise ArgumentError(f"{file}: is no text; write one key on each line") from None
         found = [line for line in lines if line and not line.startswith("#")]
         if not found:
             raise ArgumentError(f"{file}: holds no key; write one on each line")

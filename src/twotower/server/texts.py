@@ -7,6 +7,7 @@ from collections.abc import Sequence
 from functools import cached_property
 from typing import Any
 
+from twotower.generation.stopping import Detokenizer
 from twotower.server.protocol import Message, RequestError
 
 SPEAKERS = {"system": "System", "developer": "System", "user": "User", "assistant": "Assistant"}
@@ -18,6 +19,7 @@ class Texts:
     def __init__(self, tokenizer: Any, vocab_size: int) -> None:
         self.tokenizer = tokenizer
         self.vocab_size = vocab_size
+        self._bytes: dict[int, bytes] = {}  # of the tokens that were asked about: looking one up takes a while
 
     def tokens(self, prompt: str | Sequence[int]) -> list[int]:
         """A prompt's tokens.
@@ -25,7 +27,7 @@ class Texts:
         Raises:
             RequestError: it is empty, not text, or has ids beyond the vocabulary.
         """
-        found = self._encode(prompt, special=True) if isinstance(prompt, str) else list(prompt)
+        found = self._encode(prompt, True, "prompt") if isinstance(prompt, str) else list(prompt)
         if not found:
             raise RequestError("the prompt is empty; give at least one token", param="prompt")
         beyond = [token for token in found if not 0 <= token < self.vocab_size]
@@ -44,10 +46,10 @@ class Texts:
                 text = self.tokenizer.apply_chat_template(turns, add_generation_prompt=True, tokenize=False)
             except Exception as error:  # templates refuse what they do not know, each in its own way
                 raise RequestError(f"the chat template refuses these messages: {error}", param="messages") from None
-            return self._encode(text, special=False), ()
+            return self._encode(text, False, "messages"), ()
         lines = [f"{SPEAKERS[message.role]}: {message.text.strip()}" for message in messages]
         ends = tuple(f"\n{speaker}:" for speaker in dict.fromkeys(SPEAKERS.values()))
-        return self._encode("\n".join([*lines, "Assistant:"]), special=True), ends
+        return self._encode("\n".join([*lines, "Assistant:"]), True, "messages"), ends
 
     def text(self, tokens: Sequence[int]) -> str:
         """Of a prompt that is given back."""
@@ -55,6 +57,11 @@ class Texts:
 
     def bytes_of(self, token: int) -> bytes:
         """What one token stands for."""
+        if token not in self._bytes:
+            self._bytes[token] = self._looked_up(token)
+        return self._bytes[token]
+
+    def _looked_up(self, token: int) -> bytes:
         name = self.tokenizer.convert_ids_to_tokens(token)
         if name is None:
             return b""
@@ -70,11 +77,13 @@ class Texts:
         except UnicodeDecodeError:
             return "bytes:" + "".join(f"\\x{byte:02x}" for byte in raw)
 
-    def _encode(self, text: str, special: bool) -> list[int]:
+    def _encode(self, text: str, special: bool, field: str) -> list[int]:
         try:
             text.encode()
         except UnicodeEncodeError:
-            raise RequestError("the text has half a surrogate pair in it, which is no character; remove it") from None
+            raise RequestError(
+                f"{field} has half a surrogate pair in it, which is no character; remove it", param=field
+            ) from None
         return list(self.tokenizer(text, add_special_tokens=special)["input_ids"])
 
     @cached_property
@@ -83,6 +92,20 @@ class Texts:
         decoder = json.loads(backend.to_str()).get("decoder") if backend is not None else None
         steps = (decoder or {}).get("decoders", [decoder or {}])
         return any(step.get("type") == "ByteLevel" for step in steps)
+
+
+class Reading:
+    """Where the tokens of a text begin in it; one that is no text, or part of a character, where the next does."""
+
+    def __init__(self, texts: Texts) -> None:
+        self._detokenizer = Detokenizer(texts.tokenizer)
+        self._length = 0
+
+    def offset(self, token: int) -> int:
+        """Of the next token."""
+        before = self._length
+        self._length += len(self._detokenizer.push(token))
+        return before
 
 
 def _bytes() -> dict[str, int]:

@@ -13,7 +13,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from twotower.kernels.precision import accumulation_dtype
+from twotower.kernels.precision import widened
 from twotower.model.blockwise import Layout
 from twotower.model.conditioning import Modulation, TimeConditioning
 from twotower.model.tower import Tower
@@ -210,4 +210,4 @@ def negative_log_likelihood(head: nn.Module, hidden: Tensor, tokens: Tensor) -> 
 
 def _nll(head: nn.Module, hidden: Tensor, tokens: Tensor) -> Tensor:
     logits = head(hidden)
-    return F.cross_entropy(logits.to(accumulation_dtype(logits.dtype)), tokens, reduction="none")
+    return F.cross_entropy(widened(logits), tokens, reduction="none")

@@ -17,7 +17,7 @@ from torch import Tensor
 
 from twotower.kernels import experts as torch_experts
 from twotower.kernels.attention import Cached
-from twotower.kernels.mamba_block import MambaTrace, MambaWeights
+from twotower.kernels.mamba_block import MambaTrace, MambaWeights, empty_trace
 from twotower.kernels.native import library
 from twotower.kernels.norm import Order
 from twotower.kernels.routing import Routing
@@ -61,7 +61,7 @@ def _function(name: str) -> Callable[..., None]:
     return function
 
 
-def _call(name: str, type_of: Tensor, *arguments: Any) -> None:
+def call(name: str, type_of: Tensor, *arguments: Any) -> None:
     """Tensors go as addresses, None as null; whoever calls keeps them alive and contiguous."""
     plain = [value.data_ptr() if isinstance(value, Tensor) else value for value in arguments]
     _function(name)(TYPES[type_of.dtype], *plain, torch.get_num_threads())
@@ -75,7 +75,7 @@ def linear(x: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
         return F.linear(x, weight, bias)
     x = x.contiguous()
     out = x.new_empty(*x.shape[:-1], weight.shape[0])
-    _call("linear_", x, x, weight, bias, out, tokens, width, weight.shape[0])
+    call("linear_", x, x, weight, bias, out, tokens, width, weight.shape[0])
     return out
 
 
@@ -85,7 +85,7 @@ def experts(hidden: Tensor, choice: Tensor, weight: Tensor, up: Tensor, down: Te
         return torch_experts.experts_sorted(hidden, choice, weight, up, down)
     hidden, choice, weight = hidden.contiguous(), choice.contiguous(), weight.float().contiguous()
     out = torch.empty_like(hidden)
-    _call("experts_", hidden, hidden, choice, weight, up, down, out, *choice.shape, *up.shape)
+    call("experts_", hidden, hidden, choice, weight, up, down, out, *choice.shape, *up.shape)
     return out
 
 
@@ -95,7 +95,7 @@ def route(hidden: Tensor, weight: Tensor, bias: Tensor, rule: Routing) -> tuple[
     tokens = len(hidden)
     choice = torch.empty(tokens, rule.top, dtype=torch.long)
     chosen = torch.empty(tokens, rule.top)
-    _call(
+    call(
         "route_", hidden, hidden, weight, bias, choice, chosen, tokens, *weight.shape[::-1],
         rule.n_group, rule.topk_group, rule.top, int(rule.normalise), rule.factor,
     )  # fmt: skip
@@ -117,7 +117,7 @@ def rms_norm(
             shift, scale = shift.contiguous(), scale.contiguous()
         each, stride, where = tokens // max(len(shift), 1), shift.stride(0), 1 if order == "before" else 2
     wide = int(x.dtype != weight.dtype)
-    _call("rms_norm_", weight, wide, x, weight, shift, scale, out, tokens, width, max(each, 1), stride, where, eps)
+    call("rms_norm_", weight, wide, x, weight, shift, scale, out, tokens, width, max(each, 1), stride, where, eps)
     return out
 
 
@@ -135,17 +135,11 @@ def mamba_block(
     mixed = projected.new_empty(rows, length, weights.inner)
     kept = None
     if trace:
-        wide = projected.new_empty
-        kept = MambaTrace(
-            projected.new_empty(rows, length, weights.conv_dim),
-            wide(rows, length, weights.heads, weights.head_dim, dtype=torch.float32),
-            wide(rows, length, weights.heads, dtype=torch.float32),
-            wide(rows, length, weights.heads, dtype=torch.float32),
-            wide(rows, length, weights.n_groups, weights.state_size, dtype=torch.float32),
-        )
+        xBC = projected.new_empty(rows, length, weights.conv_dim)
+        kept = empty_trace(xBC, weights.heads, weights.head_dim, weights.n_groups, weights.state_size)
     valid, window, state = (None if part is None else part.contiguous() for part in (valid, window, state))
     vectors = [part.float() for part in (weights.dt_bias, weights.A_log, weights.D)]
-    _call(
+    call(
         "mamba_block_", projected, projected, valid, window, state, None, weights.conv_weight, weights.conv_bias,
         *vectors, weights.norm_weight, mixed, *(kept or [None] * 5), rows, length, weights.heads, weights.head_dim,
         weights.n_groups, weights.state_size, weights.taps, *weights.time_step_limit, weights.eps,
@@ -163,7 +157,7 @@ def fold(
     if not (conv_window.is_contiguous() and ssm_state.is_contiguous()):
         conv_window, ssm_state = conv_window.contiguous(), ssm_state.contiguous()
     kept = [part.contiguous() for part in (trace.xBC.to(conv_window.dtype), *trace[1:])]
-    _call(
+    call(
         "fold_", conv_window, conv_window, ssm_state, rows, *kept, accepted.contiguous(), count, length, heads, width,
         groups, size, conv_window.shape[1] + 1,
     )  # fmt: skip
@@ -176,7 +170,7 @@ def choose(logits: Tensor, excluded: Tensor) -> tuple[Tensor, Tensor]:
     rows, length, size = logits.shape
     tokens = torch.empty(rows, length, dtype=torch.long)
     confidence = torch.empty(rows, length)
-    _call("choose_", logits, logits, excluded, tokens, confidence, rows * length, max(length, 1), size)
+    call("choose_", logits, logits, excluded, tokens, confidence, rows * length, max(length, 1), size)
     return tokens, confidence
 
 
@@ -191,5 +185,5 @@ def attention(
         past = [cached.k, cached.v, cached.start, cached.stride, cached.lengths]
     out = torch.empty_like(q)
     rows, length, heads, width = q.shape
-    _call("attention_", q, q, k, v, valid, int(causal), *past, out, rows, length, heads, k.shape[2], width)
+    call("attention_", q, q, k, v, valid, int(causal), *past, out, rows, length, heads, k.shape[2], width)
     return out

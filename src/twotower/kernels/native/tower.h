@@ -6,7 +6,7 @@
 
 enum Kind { MAMBA, ATTENTION, MOE, MLP };
 
-// What a layer is made of and reads, by place: see `Plan` in tower.py. Weights first, then what belongs to this pass.
+// What a layer is made of and reads, by place: see `Plan` in model/whole.py. Weights first, then what belongs to this pass.
 constexpr int WEIGHTS = 12, INPUTS = 12;
 
 struct Shape {

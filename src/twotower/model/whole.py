@@ -9,23 +9,31 @@ from __future__ import annotations
 
 import ctypes
 from collections.abc import Sequence
+from functools import cache
 from typing import TYPE_CHECKING, Any
 from weakref import WeakKeyDictionary
 
 import torch
 from torch import Tensor, nn
+from torch.nn.modules.module import _has_any_global_hook
 
+from twotower.kernels import select
 from twotower.kernels.attention import Cached
-from twotower.kernels.mamba_block import MambaTrace
-from twotower.kernels.native.ops import FEW, _call
+from twotower.kernels.mamba_block import empty_trace
+from twotower.kernels.native.ops import FEW, call
+from twotower.model.attention import Attention
+from twotower.model.conditioning import Modulation
+from twotower.model.coupling import Added, KeyValue, MambaPast, Past, Visibility
+from twotower.model.linear import Linear
+from twotower.model.mamba2 import CausalConv, Mamba2
+from twotower.model.moe import MLP, Experts, MoE, Router
+from twotower.model.norm import GatedGroupRMSNorm, RMSNorm
 
 if TYPE_CHECKING:
-    from twotower.model.conditioning import Modulation
-    from twotower.model.coupling import Added, Past, Visibility
     from twotower.model.tower import Tower
 
 KINDS = {"M": 0, "*": 1, "E": 2, "-": 3}
-WEIGHTS = INPUTS = 12  # places a layer, as in tower.h
+WEIGHTS = INPUTS = 12  # places a layer, as in kernels/native/tower.h
 # Where each weight of a mixer stands; 0 is the layer's norm. What ends in ! is fp32 whatever the model's dtype.
 PLACES = {
     "M": (
@@ -44,41 +52,60 @@ OPS = ("linear", "rms_norm", "route", "experts", "attention", "mamba_block")
 
 
 class Plan:
-    """A tower as it was when it was last looked at: its modules, and where its weights lie."""
+    """A tower as it was when it was last looked at: its modules, and where its weights lie.
+
+    Looking again is much cheaper than making a plan, so one is kept for as long as the tower consists of the same
+    modules in the same dtype, whether it may be run or not.
+    """
 
     def __init__(self, tower: Tower) -> None:
-        self.children = [(module._modules, name, child) for module in tower.modules()
-                         for name, child in module._modules.items()]  # fmt: skip
-        self.modules = list(tower.modules())
+        modules = list(tower.modules())
+        self.children = [(module._modules, dict(module._modules)) for module in modules]
+        self.attributes = [module.__dict__ for module in modules]
+        own = _own()
+        self.plain = all(type(module) in own for module in modules)
+        self.dtype = tower.embeddings.weight.dtype
+        self.kinds = torch.tensor([KINDS[layer.kind] for layer in tower.all_layers()])
         self.holders: list[tuple[dict[str, Any], str, torch.dtype]] = []
         self.slots: list[int] = []
-        dtype = tower.embeddings.weight.dtype
+        if self.plain:  # else the weights may be anywhere
+            self._find_weights(tower)
+        self.addresses: list[int] = []
+        self.table = (ctypes.c_void_p * (len(tower.layers) * WEIGHTS))()
+
+    def _find_weights(self, tower: Tower) -> None:
         for i, layer in enumerate(tower.all_layers()):
             for place, name in enumerate(("norm.weight", *(f"mixer.{name}" for name in PLACES[layer.kind]))):
                 path, _, leaf = name.rstrip("!").rpartition(".")
                 module = layer.get_submodule(path)
                 holder = module._buffers if leaf in module._buffers else module._parameters
-                if holder.get(leaf) is not None:
-                    self.holders.append((holder, leaf, torch.float32 if name.endswith("!") else dtype))
-                    self.slots.append(i * WEIGHTS + place)
-        self.addresses: list[int] = []
-        self.table = (ctypes.c_void_p * (len(tower.layers) * WEIGHTS))()
-        self.kinds = torch.tensor([KINDS[layer.kind] for layer in tower.all_layers()])
-        self.plain = all(type(module) in _own() for module in self.modules)
+                self.holders.append((holder, leaf, torch.float32 if name.endswith("!") else self.dtype))
+                self.slots.append(i * WEIGHTS + place)
 
-    def still_holds(self) -> bool:
-        """Whether no module has been replaced or given hooks since."""
-        if not self.plain or any(children[name] is not child for children, name, child in self.children):
+    def still_holds(self, dtype: torch.dtype) -> bool:
+        """Whether the tower still consists of the same modules, in the same dtype."""
+        return dtype == self.dtype and all(now == then for now, then in self.children)
+
+    def may_run(self) -> bool:
+        """Whether every module is this package's own, and none is watched by hooks or given another `forward`."""
+        if not self.plain or _has_any_global_hook():
             return False
-        return not any(module._forward_hooks or module._forward_pre_hooks for module in self.modules)
+        return not any(a["_forward_hooks"] or a["_forward_pre_hooks"] or "forward" in a for a in self.attributes)
+
+    def where(self) -> list[int]:
+        """The addresses of its weights; 0 for one that is not there."""
+        found = (holder.get(name) for holder, name, _ in self.holders)
+        return [0 if tensor is None else tensor.data_ptr() for tensor in found]
 
     def weights(self) -> Any:
-        """Their addresses; None where one has another type or does not lie in a row."""
-        found = [holder[name] for holder, name, _ in self.holders]
-        addresses = [tensor.data_ptr() for tensor in found]
+        """The table of them; None where one has another type or does not lie in a row."""
+        addresses = self.where()
         if addresses != self.addresses:
-            for tensor, (_, _, dtype) in zip(found, self.holders, strict=True):
-                if tensor.dtype != dtype or not tensor.is_contiguous():
+            for holder, name, dtype in self.holders:
+                tensor = holder.get(name)
+                if tensor is None and name == "bias":
+                    continue
+                if tensor is None or tensor.dtype != dtype or not tensor.is_contiguous():
                     return None
             for slot, address in zip(self.slots, addresses, strict=True):
                 self.table[slot] = address
@@ -87,6 +114,14 @@ class Plan:
 
 
 _PLANS: WeakKeyDictionary[nn.Module, Plan] = WeakKeyDictionary()
+
+
+def plan_of(tower: Tower) -> Plan:
+    """The tower's plan, made anew where the last one no longer describes it."""
+    plan = _PLANS.get(tower)
+    if plan is None or not plan.still_holds(tower.embeddings.weight.dtype):
+        plan = _PLANS[tower] = Plan(tower)
+    return plan
 
 
 def run(
@@ -101,11 +136,9 @@ def run(
     rows, length, width = x.shape
     if not 0 < rows * length <= FEW or length > tower.config.chunk_size or not _kernels_chosen(tower):
         return None
-    plan = _PLANS.get(tower)
-    if plan is None or not plan.still_holds():
-        plan = _PLANS[tower] = Plan(tower)
-        if not plan.still_holds():
-            return None
+    plan = plan_of(tower)
+    if not plan.may_run():
+        return None
     weights = plan.weights()
     inputs = _Inputs(tower, rows, length, sees, past, modulation, trace)
     if weights is None or not inputs.fit:
@@ -119,7 +152,7 @@ def run(
         config.num_experts_per_tok, config.moe_intermediate_size, config.moe_shared_expert_intermediate_size,
         int(config.norm_topk_prob), config.intermediate_size,
     ])  # fmt: skip
-    _call(
+    call(
         "tower_", hidden, x, plan.kinds, ctypes.addressof(weights), ctypes.addressof(inputs.table), tower.norm_f.weight,
         hidden, inputs.valid, int(sees.causal), *inputs.segments, sizes, *config.time_step_limit,
         config.layer_norm_epsilon, config.routed_scaling_factor,
@@ -135,8 +168,6 @@ class _Inputs:
         self, tower: Tower, rows: int, length: int, sees: Visibility, past: Sequence[Past] | None,
         modulation: Sequence[Modulation] | None, trace: bool,
     ) -> None:  # fmt: skip
-        from twotower.model.coupling import KeyValue, MambaPast
-
         self.table = (ctypes.c_void_p * (len(tower.layers) * INPUTS))()
         self.kept: list[Tensor] = []
         self.fit = True
@@ -145,7 +176,7 @@ class _Inputs:
         self.stride = 0 if modulation is None else modulation[0].shift.stride(0)
         self.added: list[Added] = []
         config, dtype = tower.config, tower.embeddings.weight.dtype
-        heads, groups = config.mamba_num_heads, config.n_groups
+        trace_sizes = config.mamba_num_heads, config.mamba_head_dim, config.n_groups, config.ssm_state_size
         key_shape = (rows, length, config.num_key_value_heads, config.head_dim)
         for i, layer in enumerate(tower.all_layers()):
             own = past[i] if past else None
@@ -160,13 +191,8 @@ class _Inputs:
             elif own is not None and not isinstance(own, Cached):
                 self.fit = False  # keys and values of whole sequences: training
             if layer.kind == "M" and trace:
-                kept = MambaTrace(
-                    torch.empty(rows, length, config.conv_dim, dtype=dtype),
-                    torch.empty(rows, length, heads, config.mamba_head_dim),
-                    torch.empty(rows, length, heads),
-                    torch.empty(rows, length, heads),
-                    torch.empty(rows, length, groups, config.ssm_state_size),
-                )
+                xBC = torch.empty(rows, length, config.conv_dim, dtype=dtype)
+                kept = empty_trace(xBC, *trace_sizes)
                 self._put(i, 5, kept)
                 self.added.append(kept)
             elif layer.kind == "*":
@@ -183,17 +209,16 @@ class _Inputs:
 
 
 def _kernels_chosen(tower: Tower) -> bool:
-    from twotower.kernels import select
-
     weight = tower.embeddings.weight
     return all(select(op, weight.device, weight.dtype).name == "native" for op in OPS)
 
 
+@cache
 def _own() -> frozenset[type]:
     """The modules whose `forward` this file repeats."""
-    from twotower.model import attention, linear, mamba2, moe, norm, tower
+    from twotower.model.tower import Layer, Tower
 
     return frozenset({
-        tower.Tower, tower.Layer, nn.Embedding, nn.ModuleList, norm.RMSNorm, norm.GatedGroupRMSNorm, linear.Linear,
-        mamba2.Mamba2, mamba2.CausalConv, attention.Attention, moe.MoE, moe.MLP, moe.Router, moe.Experts,
+        Tower, Layer, nn.Embedding, nn.ModuleList, RMSNorm, GatedGroupRMSNorm, Linear, Mamba2, CausalConv, Attention,
+        MoE, MLP, Router, Experts,
     })  # fmt: skip

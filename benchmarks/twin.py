@@ -1,0 +1,25 @@
+"""transformers' own model with a context tower's weights: what AR is timed against, and what the tests hold it to."""
+
+from __future__ import annotations
+
+import torch
+from transformers import NemotronHConfig, NemotronHForCausalLM
+
+from twotower import TwoTowerForCausalLM
+
+
+def transformers_twin(model: TwoTowerForCausalLM) -> NemotronHForCausalLM:
+    """Every weight of theirs is set, every one of ours is used; everything else as they choose."""
+    config = model.config.to_dict()
+    names = NemotronHConfig().to_dict().keys() - {"architectures", "dtype", "layer_types", "layers_block_type"}
+    kept = {name: value for name, value in config.items() if name in names}
+    hf_config = NemotronHConfig(hybrid_override_pattern=config["hybrid_override_pattern"], **kept)
+    if model.dtype == torch.float64:
+        hf_config._experts_implementation = "eager"  # their grouped matmul does not take float64
+    hf = NemotronHForCausalLM(hf_config)
+    weights = {
+        "lm_head.weight" if name == "head.weight" else f"model.{name}": tensor.detach()
+        for name, tensor in model.context.state_dict().items()
+    }
+    hf.load_state_dict(weights, strict=True)
+    return hf.to(device=model.device, dtype=model.dtype).eval()

@@ -1,0 +1,86 @@
+"""Log-probabilities of tokens by the AR model, for the rows that ask for them: read off a pass that is made anyway."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import TYPE_CHECKING
+
+import torch
+from torch import Tensor
+
+from twotower.generation.output import TokenLogprob
+from twotower.generation.sampling import by_tiles
+from twotower.kernels.precision import accumulation_dtype
+
+if TYPE_CHECKING:
+    from twotower.engine.reading import Work
+
+
+class Scores:
+    """What the AR model believes after each token of the works that ask, the choosing ones first: logits (n, L, V).
+
+    Made before anything is left out of the logits and asked once the tokens are chosen.
+    """
+
+    def __init__(self, works: Sequence[Work], logits: Tensor) -> None:
+        self.works = works
+        self.read = Beliefs(logits, _alternatives(works))
+        self.opening = [work for work in works if work.row.held and work.row.after is not None]
+        afters = [work.row.after for work in self.opening if work.row.after is not None]
+        self.before = Beliefs(torch.stack(afters)[:, None], _alternatives(self.opening)) if afters else None
+
+    def told(self, chosen: Sequence[list[int]]) -> dict[int, list[TokenLogprob]]:
+        """By request number, of the tokens that were chosen or stand there anyway. chosen: of the works that choose."""
+        following = [*chosen, *(work.following or [] for work in self.works[len(chosen) :])]
+        told = dict(zip(_numbers(self.works), self.read.of(following, self.works), strict=True))
+        if self.before is not None:  # a block's first token follows what was read before it
+            firsts = self.before.of([work.row.held[:1] for work in self.opening], self.opening)
+            for number, first in zip(_numbers(self.opening), firsts, strict=True):
+                told[number] = first + told[number]
+        return told
+
+    def afters(self) -> dict[int, Tensor]:
+        """By request number, the logits (V,) after the last token, of rows whose next block begins there."""
+        wanted = [
+            (place, work)
+            for place, work in enumerate(self.works)
+            if work.row.mode == "diffusion" and work.row.request.logprobs is not None
+        ]
+        return {work.row.record.row: self.read.logits[place, len(work.tokens) - 1].clone() for place, work in wanted}
+
+
+class Beliefs:
+    """logits (n, L, V); total (n, L): ln Σ exp of them; best (n, L, top) and their log-probabilities."""
+
+    def __init__(self, logits: Tensor, top: int) -> None:
+        wide = accumulation_dtype(logits.dtype)
+        self.logits = logits
+        self.total = by_tiles(lambda part: part.to(wide).logsumexp(-1), logits)
+        self.best = by_tiles(lambda part: part.topk(min(top, part.shape[-1])).indices, logits)
+        self.best_logprobs = self._logprobs(self.best)
+
+    def of(self, following: Sequence[list[int]], works: Sequence[Work]) -> list[list[TokenLogprob]]:
+        """Of each row its tokens (up to L), in order, with as many alternatives as its request wants."""
+        width = max(map(len, following))
+        padded = [tokens + [0] * (width - len(tokens)) for tokens in following]
+        ids = torch.tensor(padded, dtype=torch.long, device=self.logits.device).view(len(padded), width, 1)
+        own, best, values = (t.tolist() for t in (self._logprobs(ids)[..., 0], self.best, self.best_logprobs))
+        out = []
+        for place, (tokens, work) in enumerate(zip(following, works, strict=True)):
+            top = work.row.request.logprobs or 0
+            columns = zip(tokens, own[place], best[place], values[place], strict=False)
+            out.append([TokenLogprob(t, p, tuple(zip(b, v, strict=True))[:top]) for t, p, b, v in columns])
+        return out
+
+    def _logprobs(self, ids: Tensor) -> Tensor:
+        """Of tokens (n, up to L, k) at each position."""
+        total = self.total[:, : ids.shape[1], None]
+        return self.logits[:, : ids.shape[1]].gather(-1, ids).to(total.dtype) - total
+
+
+def _alternatives(works: Sequence[Work]) -> int:
+    return max((work.row.request.logprobs or 0 for work in works), default=0)
+
+
+def _numbers(works: Sequence[Work]) -> list[int]:
+    return [work.row.record.row for work in works]
