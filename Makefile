@@ -2,16 +2,21 @@
 PYTHON ?= python3
 BIN := .venv/bin
 
-.PHONY: demo test test-slow check clean bundled-model bench bench-quick report
+.PHONY: demo test test-slow browser check clean bundled-model bench bench-quick report
 
 demo: .venv/.installed
 	@$(BIN)/twotower demo
 
-test: .venv/.installed-dev
+test: .venv/.installed-dev browser
 	$(BIN)/python -m pytest
 
-test-slow: .venv/.installed-dev
+test-slow: .venv/.installed-dev browser
 	$(BIN)/python -m pytest -m "slow or not slow" -s
+
+# The page's tests drive Chromium. Nothing is installed here: it takes root, so it is yours to do.
+browser:
+	@command -v chromium >/dev/null && command -v chromedriver >/dev/null || \
+	  echo "no Chromium here: the page's tests will be skipped; on Debian: sudo apt-get install chromium chromium-driver"
 
 check: .venv/.installed-dev
 	$(BIN)/ruff check .

@@ -69,6 +69,20 @@ class Denoising(BaseModel):
     confidence: list[float]
 
 
+class Committed(BaseModel):
+    """The tokens that a chunk adds to a choice. start: of the first among the choice's new tokens. committed_at: the
+    step that fixed each; confidence: in it. drafted: what verified decoding had drafted, of which `tokens` begin with
+    the part that was kept."""
+
+    index: int
+    start: int
+    tokens: list[int]
+    texts: list[str]
+    committed_at: list[int]
+    confidence: list[float]
+    drafted: list[int]
+
+
 class CompletionLogprobs(BaseModel):
     """The AR model's, one entry a token; null for a text's first token. text_offset: where in the text each begins."""
 
@@ -99,8 +113,7 @@ class ChatLogprobs(BaseModel):
 
 
 class CompletionChoice(BaseModel):
-    """decoding: in the choice's last chunk. token_ids, committed_at, confidence: beside stream_denoising, of this
-    chunk's tokens: the step that fixed each, and how sure the model was."""
+    """decoding: in the choice's last chunk."""
 
     index: int
     text: str
@@ -160,6 +173,7 @@ class Completion(Head):
     choices: list[CompletionChoice]
     usage: Usage | None = None
     denoising: Denoising | None = None
+    committed: Committed | None = None
 
 
 class ChatCompletion(Head):
@@ -177,6 +191,7 @@ class ChatChunk(Head):
     choices: list[ChatChunkChoice]
     usage: Usage | None = None
     denoising: Denoising | None = None
+    committed: Committed | None = None
 
 
 class ErrorDetail(BaseModel):
@@ -260,6 +275,21 @@ class Answer:
         )
         return self._chunk(choices=[], denoising=denoising)
 
+    def _committed(self, job: Job, event: BlockEvent) -> dict[str, Any]:
+        """For who watches: what the block's tokens are, beside their text, which may still wait for half a letter."""
+        if not self.asked.stream_denoising:
+            return {}
+        committed = Committed(
+            index=job.place,
+            start=event.start,
+            tokens=event.tokens,
+            texts=[self.texts.shown(token) for token in event.tokens],
+            committed_at=event.committed_at,
+            confidence=[round(believed, 4) for believed in event.confidence],
+            drafted=list(event.draft),
+        )
+        return {"committed": committed}
+
     def closing(self) -> bytes | None:
         """The chunk with the usage, where it was asked for."""
         if not self.asked.with_usage:
@@ -341,10 +371,10 @@ class CompletionAnswer(Answer):
             logprobs = self._scored(job, (*event.prompt_logprobs, *event.logprobs))
             if event.prompt_logprobs:
                 text = job.echo + text
-        elif not text and event.result is None:
+        elif not text and event.result is None and not self.asked.stream_denoising:
             return None
         choice = CompletionChoice(index=job.place, text=text, logprobs=logprobs, **self._end(job, event.result))
-        return self._chunk(choices=[choice])
+        return self._chunk(choices=[choice], **self._committed(job, event))
 
     def _chunk(self, **fields: Any) -> bytes:
         empty = {"usage": None} if self.asked.with_usage else {}
@@ -393,11 +423,12 @@ class ChatAnswer(Answer):
     def chunk(self, job: Job, event: BlockEvent) -> bytes | None:
         text = self._text(job, event.text)
         logprobs = self._scored(event.logprobs) if self.asked.logprobs else None
-        if not text and logprobs is None and event.result is None:
+        if not text and logprobs is None and event.result is None and not self.asked.stream_denoising:
             return None
         delta = Delta(content=text) if text else Delta()
         end = self._end(job, event.result)
-        return self._chunk(choices=[ChatChunkChoice(index=job.place, delta=delta, logprobs=logprobs, **end)])
+        choice = ChatChunkChoice(index=job.place, delta=delta, logprobs=logprobs, **end)
+        return self._chunk(choices=[choice], **self._committed(job, event))
 
     def _chunk(self, **fields: Any) -> bytes:
         empty = {"usage": None} if self.asked.with_usage else {}

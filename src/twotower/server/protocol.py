@@ -115,7 +115,7 @@ class Asked(Strict):
     steps: int | None = Field(None, ge=1, le=4096, description="Diffusion: passes a block, at most.")
     draft_steps: int | None = Field(None, ge=0, le=4096, description="Verified: passes a draft. Left out: what pays.")
     acceptance: float | None = Field(None, ge=0, le=1, description="Verified: 1 is lossless.")
-    stream_denoising: bool = Field(False, description="Streams show every pass over a block.")
+    stream_denoising: bool = Field(False, description="Streams show every pass over a block, and its tokens.")
 
     @model_validator(mode="before")
     @classmethod

@@ -1,0 +1,153 @@
+"""What the page's "How it works" steps through: one real block of the bundled model, recorded into a file of the page.
+
+    python -m twotower.recipes.page_trace            # again whenever the bundled model has changed; a second
+
+Greedy, in fp32. Everything in the file was computed by this run: what the context tower keeps of the prompt, layer by
+layer; each pass of the denoiser, its guesses and what became final; the first pass once more with the Mamba states set
+to zero, for comparison; and the state after the context tower has read the block.
+"""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import click
+import torch
+from torch import Tensor
+
+from twotower import ready
+from twotower.generation.sampling import confidence
+from twotower.generation.unmasking import Pass, decide
+from twotower.model.coupling import MambaPast
+from twotower.server import page
+from twotower.server.texts import Texts
+from twotower.state import AttentionPool, ContextView, MambaPool, TowerState
+
+if TYPE_CHECKING:
+    from twotower.model.two_tower import TwoTowerForCausalLM
+
+PROMPT = "User: I need a flight to Paris.\nAssistant:"
+BLOCK, STEPS, THRESHOLD = 16, 16, 0.9
+
+
+@click.command()
+@click.option("--prompt", default=PROMPT)
+@click.option("-o", "--output", type=click.Path(path_type=Path), default=page.FOLDER / "how.json", show_default=True)
+def main(prompt: str, output: Path) -> None:
+    """Record the block."""
+    torch.set_num_threads(1)
+    model = ready.load(ready.source_of(None), dtype="float32")
+    trace = record(model, prompt)
+    output.write_text(json.dumps(trace, ensure_ascii=False, separators=(",", ":")) + "\n", encoding="utf-8")
+    click.echo(f"{output}: {len(trace['passes'])} passes, {output.stat().st_size / 1024:.1f} KiB")
+
+
+@torch.inference_mode()
+def record(model: TwoTowerForCausalLM, prompt: str) -> dict[str, Any]:
+    """All of it, as plain data."""
+    texts = Texts(model.tokenizer, model.config.backbone.vocab_size)
+    read = texts.tokens(prompt)
+    state = model.new_state(1, len(read) + BLOCK)
+    model.prefill(torch.tensor([read]), torch.tensor([len(read)]), state)
+    before = layers(state)
+    view = state.view()
+    unseeded = _pass(model, _masks(model), torch.ones(1), without_states(view), texts)
+    block, passes = denoise(model, view, texts)
+    model.extend(block, state, logits=False)
+    after = layers(state)
+    return {
+        "made_by": "python -m twotower.recipes.page_trace",
+        "model": "small",
+        "pattern": model.config.hybrid_override_pattern,
+        "threshold": THRESHOLD,
+        "steps": STEPS,
+        "prompt": prompt,
+        "context": [texts.shown(token) for token in read],
+        "before": before,
+        "unseeded": {name: unseeded[name] for name in ("texts", "confidence")},
+        "passes": passes,
+        "block": [texts.shown(token) for token in block[0].tolist()],
+        "after": after,
+    }
+
+
+def denoise(model: TwoTowerForCausalLM, view: ContextView, texts: Texts) -> tuple[Tensor, list[dict[str, Any]]]:
+    """The block (1, L), and its passes: t before each, guesses, confidences, what was masked and what became final."""
+    block, memory = _masks(model), None
+    passes: list[dict[str, Any]] = []
+    masked = torch.ones_like(block, dtype=torch.bool)
+    while masked.any():
+        t = masked.float().mean(1)
+        seen = _pass(model, block, t, view, texts)
+        at, allowed = torch.tensor([[len(passes)]]), torch.tensor([[STEPS]])
+        facts = Pass(seen["logits"], seen["tokens"], seen["sure"], masked, at, allowed, memory)
+        commit, memory = decide("threshold", facts, torch.tensor([[THRESHOLD]]))
+        passes.append(
+            {
+                "t": round(float(t), 4),
+                "texts": seen["texts"],
+                "confidence": seen["confidence"],
+                "masked": masked[0].int().tolist(),
+                "commit": commit[0].int().tolist(),
+            }
+        )
+        block, masked = torch.where(commit, seen["tokens"], block), masked & ~commit
+    return block, passes
+
+
+def without_states(view: ContextView) -> ContextView:
+    """The same look at the context, with every Mamba layer as if there were no text before the block."""
+    past = [
+        MambaPast(*(torch.zeros_like(part) for part in layer)) if isinstance(layer, MambaPast) else layer
+        for layer in view.past
+    ]
+    return ContextView(past, view.lengths)
+
+
+def layers(state: TowerState) -> list[dict[str, Any]]:
+    """What each layer keeps: of attention the tokens it has keys and values of, of Mamba the norm of each head's SSM
+    state and of each column of the convolution window; of the others nothing."""
+    state.settle()
+    config = state.config
+    out: list[dict[str, Any]] = []
+    for kind, pool in zip(config.hybrid_override_pattern, state.pools, strict=True):
+        facts: dict[str, Any] = {"kind": kind}
+        if isinstance(pool, AttentionPool):
+            facts |= {"tokens": int(state.lengths[0]), "heads": config.num_key_value_heads, "size": config.head_dim}
+        elif isinstance(pool, MambaPool):
+            facts |= {
+                "window": _rounded(pool.conv_window[0].norm(dim=1)),
+                "channels": pool.conv_window.shape[2],
+                "heads": _rounded(pool.ssm_state[0].flatten(1).norm(dim=1)),
+                "size": list(pool.ssm_state.shape[2:]),
+            }
+        out.append(facts)
+    return out
+
+
+def _masks(model: TwoTowerForCausalLM) -> Tensor:
+    return torch.full((1, BLOCK), model.config.mask_token)
+
+
+def _pass(model: TwoTowerForCausalLM, block: Tensor, t: Tensor, view: ContextView, texts: Texts) -> dict[str, Any]:
+    logits = model.denoise(block, t, view)
+    logits[..., model.config.mask_token] = -torch.inf
+    tokens = logits.argmax(-1)
+    sure = confidence(logits, tokens)
+    return {
+        "logits": logits,
+        "tokens": tokens,
+        "sure": sure,
+        "texts": [texts.shown(token) for token in tokens[0].tolist()],
+        "confidence": _rounded(sure[0]),
+    }
+
+
+def _rounded(values: Tensor) -> list[float]:
+    return [round(value, 3) for value in values.tolist()]
+
+
+if __name__ == "__main__":
+    main()
