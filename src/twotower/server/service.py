@@ -164,7 +164,7 @@ class Service:
                 param="messages" if chat else "prompt",
             )
         field, wanted = "max_tokens", asked.max_tokens
-        if isinstance(asked, ChatAsked) and wanted is None:
+        if isinstance(asked, ChatAsked) and asked.max_completion_tokens is not None:
             field, wanted = "max_completion_tokens", asked.max_completion_tokens
         most = longest - prompt if limits.output_tokens is None else min(longest - prompt, limits.output_tokens)
         said = field in asked.model_fields_set
