@@ -27,7 +27,7 @@ keep_large_blocks()
 
 import floor  # noqa: E402
 import torch  # noqa: E402
-from models import MIDSIZE, Texts, config_of, random_model, random_tokens  # noqa: E402
+from models import BLOCK, MIDSIZE, Texts, config_of, random_model, random_tokens  # noqa: E402
 from rich.console import Console  # noqa: E402
 from rich.table import Table  # noqa: E402
 from throughput import numbers  # noqa: E402
@@ -39,7 +39,6 @@ from twotower.evaluation.machine import machine  # noqa: E402
 from twotower.plotting import BLUE, DPI, GREEN, GREY, ORANGE, drawing  # noqa: E402
 from twotower.state import ContextView  # noqa: E402
 
-BLOCK = 16
 LENGTHS = (1024, 2048, 4096, 8192, 16384, 32768)
 PASSES = ("AR step", "denoiser pass", "commit")
 PER_PASS = 3.0  # tokens per pass, where a figure per committed token is wanted

@@ -38,7 +38,7 @@ import memory  # noqa: E402
 import passes  # noqa: E402
 import throughput  # noqa: E402
 import torch  # noqa: E402
-from models import MIDSIZE, PUBLISHED, Texts, config_of, cut_to, random_model, random_tokens, tower_bytes  # noqa: E402
+from models import BLOCK, MIDSIZE, PUBLISHED, Texts, config_of, cut_to, random_model, random_tokens, tower_bytes  # noqa: E402
 from timing import synchronize  # noqa: E402
 
 from twotower import GenerationParams, TwoTowerForCausalLM, bundled_model, generate, ready  # noqa: E402
@@ -46,9 +46,7 @@ from twotower.evaluation.bench import few_shot_prompts  # noqa: E402
 from twotower.evaluation.machine import surroundings  # noqa: E402
 from twotower.kernels import CATALOGUE, Backend, cases, report, verification  # noqa: E402
 
-BLOCK = 16
 PUBLISHED_RATES = (1.2, 1.5, 1.9, 3.0, 3.3, 5.0)  # tokens per pass: the published ones (spec §5), and others
-LENGTHS = tuple(1024 << i for i in range(8))  # 1K … 128K
 SPARE = 6 << 30  # bytes of the device that weights leave to states, logits and libraries
 
 
@@ -268,7 +266,7 @@ def full_diffusion(setting: Setting, out: dict[str, Any]) -> None:
 
 def full_context(setting: Setting, out: dict[str, Any]) -> None:
     """The full shape after 1K … 128K tokens."""
-    lengths = (1024, 4096) if setting.tiny else LENGTHS
+    lengths = (1024, 4096) if setting.tiny else memory.LENGTHS
     repeats = 2 if setting.tiny else 7
     out["towers"] = setting.towers
     out |= lengths_of.measure(setting.full_model(), setting.floors(), lengths=lengths, repeats=repeats)
@@ -277,7 +275,7 @@ def full_context(setting: Setting, out: dict[str, Any]) -> None:
 def full_memory(setting: Setting, out: dict[str, Any]) -> None:
     """What texts take at the full shape, held and at the peak of one block."""
     model = setting.full_model()
-    lengths = (1024, 2048) if setting.tiny else LENGTHS
+    lengths = (1024, 2048) if setting.tiny else memory.LENGTHS
     out |= memory.measure_states(model, lengths)
     if setting.device.type == "cuda":
         torch.cuda.reset_peak_memory_stats()

@@ -35,18 +35,16 @@ keep_large_blocks()
 
 import torch  # noqa: E402
 from floor import DTYPES  # noqa: E402
-from models import MIDSIZE, PUBLISHED, Texts, config_of, random_model, random_tokens  # noqa: E402
+from models import BLOCK, MIDSIZE, PUBLISHED, Texts, config_of, random_model, random_tokens  # noqa: E402
 from rich.console import Console  # noqa: E402
 from rich.table import Table  # noqa: E402
 from throughput import numbers  # noqa: E402
 
 from twotower import TwoTowerConfig, TwoTowerForCausalLM, ready  # noqa: E402
 from twotower.evaluation.machine import surroundings  # noqa: E402
-from twotower.generation import GenerationParams  # noqa: E402
 from twotower.generation.output import BlockEvent  # noqa: E402
 from twotower.state import TowerState  # noqa: E402
 
-BLOCK = 16
 LENGTHS = tuple(1024 << i for i in range(8))  # 1K … 128K
 CASES = {
     "AR, context tower alone": {"towers": "context", "mode": "ar"},
@@ -96,13 +94,10 @@ def child(task: dict[str, Any]) -> dict[str, Any]:
         loaded = time.perf_counter() - started
     after_load = resident()
     weights = sum(tensor.nbytes for tensor in [*model.parameters(), *model.buffers()])
-    params = GenerationParams.of(
-        mode=task["mode"], max_new_tokens=BLOCK, mask_token_id=model.config.mask_token, seed=0, block_size=BLOCK
-    )
     prompt = random_tokens(model, 1, task["prompt"])[0].tolist()
     firsts, wholes = [], []
     for _ in range(task["rounds"]):
-        first, whole = first_block(model, prompt, params)
+        first, whole = first_block(model, prompt, task["mode"])
         firsts.append(first)
         wholes.append(whole)
     found = {
@@ -121,12 +116,12 @@ def child(task: dict[str, Any]) -> dict[str, Any]:
     return found
 
 
-def first_block(model: TwoTowerForCausalLM, prompt: list[int], params: GenerationParams) -> tuple[float, float]:
+def first_block(model: TwoTowerForCausalLM, prompt: list[int], mode: str) -> tuple[float, float]:
     """Seconds from the call to the first event (AR: a token) and to a whole block of tokens."""
     started = time.perf_counter()
     events: Iterator[BlockEvent] = model.stream(
-        torch.tensor([prompt]), mode=params.mode, max_new_tokens=BLOCK, mask_token_id=params.mask_token_id, seed=0,
-        **({} if params.mode == "ar" else {"block_size": BLOCK}),
+        torch.tensor([prompt]), mode=mode, max_new_tokens=BLOCK, mask_token_id=model.config.mask_token, seed=0,
+        **({} if mode == "ar" else {"block_size": BLOCK}),
     )  # fmt: skip
     next(events)
     first = time.perf_counter() - started

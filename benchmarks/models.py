@@ -22,6 +22,7 @@ from twotower.model.conditioning import TimeConditioning
 from twotower.state import AttentionPool, MambaPool, TowerState
 
 HERE = Path(__file__).parent
+BLOCK = 16  # tokens of a block, everywhere
 MIDSIZE, PUBLISHED = HERE / "midsize.json", HERE / "published.json"
 # Every kind of layer in a few kilobytes, for trying a benchmark out.
 TINY: dict[str, Any] = {

@@ -2,7 +2,8 @@
 
 Same weights and same mathematics, in the way of the public reference: `F.linear` on weights as they are stored, a
 Python loop over all experts, keys and values repeated and concatenated, and a context cache that is cloned for every
-block. It shares no code with the model but the config; `begin` is what a block costs once, calling it is a pass.
+block. None of the model's code computes in it: only the config and the cache that it copies are the model's. `begin` is
+what a block costs once, calling it is a pass.
 """
 
 from __future__ import annotations

@@ -32,7 +32,7 @@ keep_large_blocks()
 
 import floor  # noqa: E402
 import torch  # noqa: E402
-from models import MIDSIZE, Texts, config_of, random_for_masks, random_model, random_tokens  # noqa: E402
+from models import BLOCK, MIDSIZE, Texts, config_of, random_for_masks, random_model, random_tokens  # noqa: E402
 from naive import NaiveDenoiser  # noqa: E402
 from rich.console import Console  # noqa: E402
 from rich.table import Table  # noqa: E402
@@ -44,7 +44,6 @@ from twotower.evaluation.machine import machine  # noqa: E402
 from twotower.generation.unmasking import POLICIES, Pass, Verdict, ranks, register_policy  # noqa: E402
 from twotower.kernels.precision import multiplies_bf16_fast  # noqa: E402
 
-BLOCK = 16
 RATES = (1.5, 3.0, 5.0)
 
 

@@ -172,6 +172,15 @@ def test_a_part_that_fails_or_hangs_does_not_take_the_others_along(monkeypatch: 
 
 
 @pytest.mark.usefixtures("modules")
+def test_percentiles() -> None:
+    from throughput import percentile
+
+    assert [percentile([1.0, 2.0, 3.0, 4.0], share) for share in (0, 0.25, 0.5, 0.51, 1)] == [1, 1, 2, 3, 4]
+    assert percentile([float(i) for i in range(1, 21)], 0.95) == 19
+    assert percentile([7.0], 0.5) == 7
+
+
+@pytest.mark.usefixtures("modules")
 def test_what_a_pass_must_read_is_what_a_tower_holds() -> None:
     import floor
     import models

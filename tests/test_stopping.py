@@ -47,8 +47,7 @@ def tokenizer() -> PreTrainedTokenizerFast:
     return TOKENIZER
 
 
-@pytest.fixture(scope="module")
-def spaced() -> PreTrainedTokenizerFast:
+def sentence_pieces() -> PreTrainedTokenizerFast:
     """SentencePiece's way: ▁ for spaces, the first one dropped when decoding, bytes as <0xNN>."""
     pieces = ["<unk>", "<s>", "</s>", "<mask>", *(f"<0x{byte:02X}>" for byte in range(256))]
     pieces += [*"▁abcdefghijklmnopqrstuvwxyz.,", "▁the", "▁a", "he", "world"]
@@ -58,6 +57,11 @@ def spaced() -> PreTrainedTokenizerFast:
         [decoders.Replace("▁", " "), decoders.ByteFallback(), decoders.Fuse(), decoders.Strip(" ", 1, 0)]
     )
     return PreTrainedTokenizerFast(tokenizer_object=tokenizer, unk_token="<unk>", bos_token="<s>", eos_token="</s>")
+
+
+@pytest.fixture(scope="module")
+def spaced() -> PreTrainedTokenizerFast:
+    return sentence_pieces()
 
 
 def run(

@@ -20,6 +20,7 @@ _HOMES = {
     "Generation": "twotower.generation",
     "GenerationParams": "twotower.generation",
     "BlockEvent": "twotower.generation",
+    "Constraint": "twotower.generation.constraints",
     "generate": "twotower.generation",
     "AsyncLLM": "twotower.engine",
     "LLM": "twotower.engine",
@@ -32,6 +33,7 @@ __all__ = [
     "LLM",
     "AsyncLLM",
     "BlockEvent",
+    "Constraint",
     "Generation",
     "GenerationParams",
     "Request",
@@ -50,6 +52,7 @@ if TYPE_CHECKING:
     from twotower.engine import LLM, AsyncLLM, Request
     from twotower.errors import TwoTowerError
     from twotower.generation import BlockEvent, Generation, GenerationParams, generate
+    from twotower.generation.constraints import Constraint
     from twotower.generation.unmasking import register_policy
     from twotower.model.two_tower import TwoTowerForCausalLM
 

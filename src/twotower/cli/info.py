@@ -167,15 +167,20 @@ def _backends(dtype: str) -> dict[str, list[dict[str, str]]]:
     import torch
 
     from twotower import kernels
+    from twotower.model import recorded, whole
 
-    devices = ["cpu"] + (["cuda:0"] if torch.cuda.is_available() else [])
-    return {
-        device: [
-            {"op": op, "backend": backend, "why": why}
-            for op, backend, why in kernels.report(torch.device(device), getattr(torch, dtype))
-        ]
-        for device in devices
-    }
+    found: dict[str, list[dict[str, str]]] = {}
+    for device in ["cpu"] + (["cuda:0"] if torch.cuda.is_available() else []):
+        rows = kernels.report(torch.device(device), getattr(torch, dtype))
+        refusal = recorded.refusal(torch.device(device))
+        if refusal is None:
+            rows.append(("pass", "recorded", "one launch for all layers, checked when it is recorded"))
+        else:
+            at_once = all(backend == "native" for op, backend, _ in rows if op in whole.OPS)
+            way = "one call" if at_once else "layer by layer"
+            rows.append(("pass", way, f"of few tokens; a recording {refusal}"))
+        found[device] = [{"op": op, "backend": backend, "why": why} for op, backend, why in rows]
+    return found
 
 
 def _weights(directory: Path, model: TwoTowerForCausalLM) -> dict[str, Any]:

@@ -6,7 +6,7 @@ import asyncio
 import contextlib
 import queue
 import threading
-from collections.abc import AsyncGenerator, Callable
+from collections.abc import AsyncGenerator, Callable, Sequence
 from typing import Any
 
 from twotower.engine.engine import LLM
@@ -14,19 +14,16 @@ from twotower.engine.request import Request
 from twotower.errors import TwoTowerError
 from twotower.generation.output import Event, Generation
 
+Tell = Callable[[Event | Exception], object]
+
 
 class _Call:
-    """A request that somebody in an event loop waits for."""
+    """A request that somebody in an event loop waits for. number: in the engine, once it is there."""
 
-    def __init__(self, request: Request) -> None:
-        self.request = request
-        self.number: int | None = None  # in the engine, once it is there
-        self.heard: asyncio.Queue[Event | Exception] = asyncio.Queue()
-        self._loop = asyncio.get_running_loop()
-
-    def tell(self, event: Event | Exception) -> None:
-        with contextlib.suppress(RuntimeError):  # the loop is closed: nobody waits any more
-            self._loop.call_soon_threadsafe(self.heard.put_nowait, event)
+    def __init__(self, request: Request, tell: Tell) -> None:
+        self.request, self.tell = request, tell
+        self.loop = asyncio.get_running_loop()
+        self.number: int | None = None
 
 
 class AsyncLLM:
@@ -49,24 +46,18 @@ class AsyncLLM:
             ArgumentError: it can never run here; says why.
             TwoTowerError: the engine has failed or is closed.
         """
-        call = _Call(request)
-        with self._lock:
-            if self._ended is not None:
-                raise self._ended
-            self._open.add(call)
-        self._orders.put(lambda: self._add(call))
+        heard: asyncio.Queue[Event | Exception] = asyncio.Queue()
+        give_up = self.listen(request, heard.put_nowait)
         try:
             while True:
-                event = await call.heard.get()
+                event = await heard.get()
                 if isinstance(event, Exception):
                     raise event
                 yield event
                 if event.result is not None:
                     return
         finally:
-            with self._lock:
-                self._open.discard(call)
-            self._orders.put(lambda: self._forget(call))
+            give_up()
 
     async def generate(self, request: Request) -> Generation:
         """The whole result of a request."""
@@ -74,6 +65,27 @@ class AsyncLLM:
             if event.result is not None:
                 return event.result
         raise TwoTowerError("the engine ended without an answer")
+
+    def listen(self, request: Request, tell: Tell) -> Callable[[], None]:
+        """Asks for a request; `tell` is called in the running event loop with each of its events, or with the exception
+        that ends it → what gives it up, to be called in any case.
+
+        Raises:
+            TwoTowerError: the engine has failed or is closed.
+        """
+        call = _Call(request, tell)
+        with self._lock:
+            if self._ended is not None:
+                raise self._ended
+            self._open.add(call)
+        self._orders.put(lambda: self._add(call))
+
+        def give_up() -> None:
+            with self._lock:
+                self._open.discard(call)
+            self._orders.put(lambda: self._forget(call))
+
+        return give_up
 
     @property
     def alive(self) -> bool:
@@ -91,17 +103,15 @@ class AsyncLLM:
         end = TwoTowerError("the engine is closed")
         try:
             while self._obey():
-                for event in self.llm.step():
-                    if event.row in self._running:
-                        self._running[event.row].tell(event)
+                events = self.llm.step()
+                _deliver([(self._running[event.row], event) for event in events if event.row in self._running])
         except Exception as error:
             end = TwoTowerError(f"the engine has failed: {error}")
             end.__cause__ = error
         with self._lock:
             self._ended = end
             calls = list(self._open)
-        for call in calls:
-            call.tell(end)
+        _deliver([(call, end) for call in calls])
 
     def _obey(self) -> bool:
         """Carries out what was asked for, and waits while there is nothing to do → False: stop."""
@@ -118,7 +128,7 @@ class AsyncLLM:
         try:
             call.number = self.llm.add_request(call.request)
         except Exception as error:
-            call.tell(error)
+            _deliver([(call, error)])
         else:
             self._running[call.number] = call
 
@@ -132,3 +142,18 @@ class AsyncLLM:
 
     def __exit__(self, *_: Any) -> None:
         self.close()
+
+
+def _deliver(news: Sequence[tuple[_Call, Event | Exception]]) -> None:
+    """Tells all of it, waking each event loop once: a step has news for many calls."""
+    by_loop: dict[asyncio.AbstractEventLoop, list[tuple[_Call, Event | Exception]]] = {}
+    for call, event in news:
+        by_loop.setdefault(call.loop, []).append((call, event))
+    for loop, own in by_loop.items():
+        with contextlib.suppress(RuntimeError):  # the loop is closed: nobody waits any more
+            loop.call_soon_threadsafe(_tell, own)
+
+
+def _tell(news: Sequence[tuple[_Call, Event | Exception]]) -> None:
+    for call, event in news:
+        call.tell(event)

@@ -22,6 +22,7 @@ import torch
 
 from twotower.engine.blocks import Blocks
 from twotower.engine.budget import memory_for, shares
+from twotower.engine.constrained import check_constraint
 from twotower.engine.faults import in_parts, out_of_memory
 from twotower.engine.prefixes import Prefixes
 from twotower.engine.reading import Work, grouped, read, some
@@ -135,6 +136,8 @@ class LLM:
             )
         if not request.prompt:
             raise ArgumentError("the prompt is empty; give at least one token")
+        if request.constraint is not None:
+            check_constraint(request.constraint, params.mode, self.model.config.backbone.vocab_size)
         need, columns = self._columns(request), self.state.segments.columns
         if need > columns:
             raise ArgumentError(
@@ -237,6 +240,8 @@ class LLM:
             (seed,) = params.row_seeds(1)
             row = Row(request, record, self.free.pop(), seed, policy, knob, self._pace(request))
             self.rows[number] = row
+            if request.constraint is not None:
+                row.matcher = request.constraint.matcher(params.eos_token_id)
             self.state.open(row.slot, columns)
             self.state.reset(torch.tensor([row.slot], device=self.model.device))
             if request.prompt_logprobs:  # what is known of a prompt is not how likely it is

@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING
 import torch
 from torch import Tensor
 
+from twotower.engine.constrained import follow, restrict
 from twotower.engine.request import Phase, Row
 from twotower.engine.scores import Scores
 from twotower.generation.output import BlockEvent, TokenLogprob
@@ -77,9 +78,7 @@ def read(model: TwoTowerForCausalLM, state: TowerState, works: Sequence[Work]) -
             scores = Scores(asking, logits[-len(asking) :]) if asking else None
             if choosing:
                 own = places[: len(choosing)]
-                choice = _choose(
-                    state, [work.row for work in choosing], tokens[own], lengths[own], logits[: len(choosing)]
-                )
+                choice = _choose(state, choosing, tokens[own], lengths[own], logits[: len(choosing)])
             if scores is not None:
                 taken = zip(choosing, choice[0], choice[2], strict=True)
                 chosen = [new[: kept + 1] for work, new, kept in taken if work.asks]
@@ -106,12 +105,14 @@ Choice = tuple[list[list[int]], list[list[float]], list[int]]
 Told = dict[int, list[TokenLogprob]]  # by request number
 
 
-def _choose(state: TowerState, rows: Sequence[Row], tokens: Tensor, lengths: Tensor, logits: Tensor) -> Choice:
+def _choose(state: TowerState, works: Sequence[Work], tokens: Tensor, lengths: Tensor, logits: Tensor) -> Choice:
     """The AR model's choice after each token; of a draft what agrees with it is kept, then its own follows.
 
     → of each row tokens, the confidence in them, and how many drafted ones are kept. The state keeps as many.
     """
     device = tokens.device
+    allowed = restrict(works, logits)
+    rows = [work.row for work in works]
     slots = torch.tensor([row.slot for row in rows], device=device)
     before = state.lengths[slots] - lengths
     seeds = torch.tensor([row.seed for row in rows], device=device)
@@ -124,7 +125,8 @@ def _choose(state: TowerState, rows: Sequence[Row], tokens: Tensor, lengths: Ten
     if tokens.shape[1] > 1:
         asked = [row.params.acceptance for row in rows]
         relaxed = torch.tensor(asked, dtype=sureness.dtype, device=device)[:, None] if min(asked) < 1 else 1.0
-        chosen, accepted = keep(tokens, own, logits, relaxed, lengths)
+        most = lengths if allowed is None else torch.tensor(allowed, device=device) + 1
+        chosen, accepted = keep(tokens, own, logits, relaxed, most)
         if min(asked) < 1:  # what is kept need not be what AR would have chosen
             sureness = confidence(logits, chosen)
         state.rollback(state.lengths.index_copy(0, slots, before + 1 + accepted))
@@ -139,8 +141,13 @@ def _book(rows: Sequence[Row], choice: Choice, told: Told) -> list[BlockEvent]:
         row.record.checked(drafted, kept)
         steps = [*row.committed_at[1 : kept + 1], row.allowed] if drafted else [row.allowed]
         draft, logprobs = row.block[1:] if drafted else (), told.get(row.record.row, [])
-        events.append(row.record.take(new[: kept + 1], steps, sure[: kept + 1], draft, logprobs))
         row.pending, row.kept = new[kept], kept
+        followed = follow(row, new[: kept + 1])
+        if isinstance(followed, BlockEvent):
+            events.append(followed)
+        else:
+            text, complete = followed
+            events.append(row.record.take(text, steps, sure[: kept + 1], draft, logprobs, complete))
     return events
 
 

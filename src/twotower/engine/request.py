@@ -9,6 +9,7 @@ from enum import Enum
 from torch import Tensor
 
 from twotower.errors import ArgumentError
+from twotower.generation.constraints import Constraint, Matcher
 from twotower.generation.output import StepEvent
 from twotower.generation.pace import Pace
 from twotower.generation.params import GenerationParams
@@ -24,7 +25,8 @@ class Request:
 
     logprobs: asks for ln P of each new token by the AR model, whatever the mode, and for so many of the likeliest
     tokens at its place (None: not asked). prompt_logprobs: the same of the prompt, which is then read in full even
-    where its beginning is known; with max_new_tokens 0 that is all that is done.
+    where its beginning is known; with max_new_tokens 0 that is all that is done. constraint: what the text must be, in
+    the modes ar and verified; it ends with finish_reason "stop" where it is complete.
     watched: its blocks are shown after every pass of the denoiser, as `StepEvent`s.
 
     Raises:
@@ -35,6 +37,7 @@ class Request:
     params: GenerationParams
     logprobs: int | None = None
     prompt_logprobs: bool = False
+    constraint: Constraint | None = None
     watched: bool = False
 
     def __post_init__(self) -> None:
@@ -45,6 +48,8 @@ class Request:
             )
         if not isinstance(self.prompt_logprobs, bool):
             raise ArgumentError(f"prompt_logprobs is {self.prompt_logprobs!r}; it must be True or False")
+        if self.constraint is not None and not isinstance(self.constraint, Constraint):
+            raise ArgumentError(f"constraint is a {type(self.constraint).__name__}; give a Constraint")
 
 
 class Phase(Enum):
@@ -81,8 +86,9 @@ class Row:
     seconds: float = 0.0  # this row's share of the passes of its round
     held: list[int] = field(default_factory=list)  # new tokens that wait for their log-probabilities
     after: Tensor | None = None  # (V,): diffusion with logprobs: the AR model's logits after what is read
+    matcher: Matcher | None = None  # where its text stands in the grammar that it must follow
     memory: object = None  # what its policy remembers of the block
-    error: Exception | None = None  # what its policy raised
+    error: Exception | None = None  # what its policy or its matcher raised
 
     @property
     def params(self) -> GenerationParams:

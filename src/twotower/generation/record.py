@@ -73,10 +73,11 @@ class RowRecord:
         confidence: list[float],
         draft: Sequence[int] = (),
         logprobs: Sequence[TokenLogprob] = (),
+        complete: bool = False,
     ) -> BlockEvent:
-        """Books a block as far as the row goes."""
+        """Books a block as far as the row goes. complete: with it the text is, and nothing may follow."""
         start = len(self.progress.tokens)
-        count, text = self.progress.take(tokens)
+        count, text = self.progress.take(tokens, complete)
         self.committed_at += committed_at[:count]
         self.confidence += confidence[:count]
         self.logprobs += logprobs[:count]

@@ -51,14 +51,19 @@ class RowProgress:
         self._held = ""  # decoded, but perhaps the beginning of a stop string
         self.finish_reason: FinishReason | None = "length" if limit == 0 else None
 
-    def take(self, tokens: Sequence[int]) -> tuple[int, str]:
-        """Adds committed tokens until the row ends → how many counted, and the text that became final."""
+    def take(self, tokens: Sequence[int], complete: bool = False) -> tuple[int, str]:
+        """Adds committed tokens until the row ends → how many counted, and the text that became final. complete: after
+        the last of them it ends anyway."""
         before = len(self.text)
         for count, token in enumerate(tokens, start=1):
             self.tokens.append(token)
             self._add_text(self.detokenizer.push(token) if self.detokenizer and token not in self.eos else "")
             if self.finish_reason is None and token in self.eos:
                 self.finish_reason = "eos"
+            elif self.finish_reason is None and complete and count == len(tokens):
+                self._finish_text()  # nothing of it is held back: no stop string has come
+                self.finish_reason = "stop"
+                return count, self.text[before:]
             elif self.finish_reason is None and len(self.tokens) == self.limit:
                 self.finish_reason = "length"
             if self.finish_reason:

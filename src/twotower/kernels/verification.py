@@ -7,6 +7,7 @@ tried with, a shape that nobody ran), and text looks almost right for a while. S
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator
+from itertools import zip_longest
 from typing import Any, NamedTuple
 
 import torch
@@ -30,21 +31,33 @@ def disagreement(function: Callable[..., Any], twin: Callable[..., Any], cases: 
         expected = twin(*_wide(arguments()))
         try:
             found = function(*arguments())
-            results = list(zip(_tensors(found), _tensors(expected), strict=True))
         except Exception as error:
             first_line = (str(error).splitlines() or [""])[0]
             return f"raised {type(error).__name__} on {name}: {first_line}"
-        for i, (actual, exact) in enumerate(results):
-            if actual.shape != exact.shape:
-                return f"gave result {i} the shape {tuple(actual.shape)}, not {tuple(exact.shape)}, on {name}"
-            if not actual.is_floating_point():
-                differing = int((actual != exact).sum())
-                if differing:
-                    return f"differs from its twin on {name}: result {i} in {differing} of {exact.numel()} numbers"
-                continue
-            off = float((actual.double() - exact).abs().max() / exact.abs().max())
-            if not off <= TOLERANCE[actual.dtype]:  # no number is wrong too
-                return f"differs from its twin on {name}: result {i} by {off:.1e}, tolerance {TOLERANCE[actual.dtype]}"
+        wrong = difference(found, expected, f" on {name}")
+        if wrong is not None:
+            return wrong
+    return None
+
+
+def difference(found: Any, expected: Any, where: str = "") -> str | None:
+    """None where two results, of the same parts, agree to within `TOLERANCE`; else what is wrong, with numbers."""
+    pairs = list(zip_longest(_tensors(found), _tensors(expected)))
+    for i, (actual, exact) in enumerate(pairs):
+        if actual is None or exact is None:
+            return f"gave {'less' if actual is None else 'more'} than its twin{where}"
+        if actual.shape != exact.shape:
+            return f"gave result {i} the shape {tuple(actual.shape)}, not {tuple(exact.shape)},{where}"
+        if not actual.is_floating_point():
+            differing = int((actual != exact).sum())
+            if differing:
+                return f"differs from its twin{where}: result {i} in {differing} of {exact.numel()} numbers"
+            continue
+        tolerance = TOLERANCE.get(actual.dtype, TOLERANCE[torch.float32])
+        off = float((actual.double() - exact.double()).abs().max())
+        off /= float(exact.abs().max()) or 1.0
+        if not off <= tolerance:  # no number is wrong too
+            return f"differs from its twin{where}: result {i} by {off:.1e}, tolerance {tolerance}"
     return None
 
 

@@ -9,7 +9,7 @@ from torch import Tensor, nn
 
 from twotower.config import BackboneConfig, LayerKind
 from twotower.kernels.precision import widened
-from twotower.model import whole
+from twotower.model import recorded, whole
 from twotower.model.attention import Attention
 from twotower.model.conditioning import Modulation, normed_input
 from twotower.model.coupling import Added, Past, Visibility
@@ -99,10 +99,21 @@ class Tower(nn.Module):
 
         trace: whether the Mamba layers' traces are wanted; a pass that nothing is to remember does without.
         """
+        at_once = recorded.run(self, recorded.Reads(tokens, sees, past, modulation, trace))
+        if at_once is None:
+            at_once = whole.run(self, self.embed(tokens), sees, past, modulation, trace)
+        return self.layer_by_layer(tokens, sees, past, modulation, trace) if at_once is None else at_once
+
+    def layer_by_layer(
+        self,
+        tokens: Tensor,
+        sees: Visibility,
+        past: list[Past] | None = None,
+        modulation: list[Modulation] | None = None,
+        trace: bool = True,
+    ) -> tuple[Tensor, list[Added]]:
+        """`forward` as it is defined; what does all of a pass at once gives the same."""
         x = self.embed(tokens)
-        at_once = whole.run(self, x, sees, past, modulation, trace)
-        if at_once is not None:
-            return at_once
         added: list[Added] = []
         for i, layer in enumerate(self.layers):
             x, new = layer(x, past[i] if past else None, sees, modulation[i] if modulation else None, trace)

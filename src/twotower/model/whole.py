@@ -92,12 +92,17 @@ class Plan:
             return False
         return not any(a["_forward_hooks"] or a["_forward_pre_hooks"] or "forward" in a for a in self.attributes)
 
+    def where(self) -> list[int]:
+        """The addresses of its weights; 0 for one that is not there."""
+        found = (holder.get(name) for holder, name, _ in self.holders)
+        return [0 if tensor is None else tensor.data_ptr() for tensor in found]
+
     def weights(self) -> Any:
-        """Their addresses; None where one has another type or does not lie in a row."""
-        found = [holder.get(name) for holder, name, _ in self.holders]
-        addresses = [0 if tensor is None else tensor.data_ptr() for tensor in found]
+        """The table of them; None where one has another type or does not lie in a row."""
+        addresses = self.where()
         if addresses != self.addresses:
-            for tensor, (_, name, dtype) in zip(found, self.holders, strict=True):
+            for holder, name, dtype in self.holders:
+                tensor = holder.get(name)
                 if tensor is None and name == "bias":
                     continue
                 if tensor is None or tensor.dtype != dtype or not tensor.is_contiguous():

@@ -56,4 +56,7 @@ def server_of(service: Service, host: str, port: int, drain: int, listening: Cal
 def serve(service: Service, host: str, port: int, drain: int, listening: Callable[[str], object]) -> None:
     """Serves until a signal. See `server_of`."""
     to_stderr()
-    server_of(service, host, port, drain, listening).run()
+    try:
+        server_of(service, host, port, drain, listening).run()
+    finally:
+        service.close()  # told to stop now, the server does not

@@ -6,15 +6,17 @@ import asyncio
 import secrets
 import time
 from collections import Counter
-from collections.abc import AsyncGenerator, Sequence
+from collections.abc import AsyncGenerator, Callable, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import aclosing, contextmanager
 from dataclasses import dataclass
+from functools import partial
 from typing import TYPE_CHECKING, Any
 
 from twotower.engine import AsyncLLM, Request
 from twotower.errors import ArgumentError, TwoTowerError
 from twotower.generation import GenerationParams
+from twotower.generation.constraints import Constraint
 from twotower.generation.output import Event, Generation
 from twotower.ready import eos_of
 from twotower.server.metrics import Metrics
@@ -30,6 +32,7 @@ NAMES = {
     "threshold": "confidence_threshold", "policy": "policy", "knob": "knob", "block_size": "block_size",
     "steps": "steps_per_block", "draft_steps": "draft_steps", "acceptance": "acceptance", "top_k": "top_k",
 }  # fmt: skip
+BEAT = 15.0  # seconds without an event after which a stream says that it is still there
 CHOICE_OF_POSITIONS = {"confidence_threshold", "policy", "knob"}
 CONSTRAINED = ("ar", "verified")  # modes in which a grammar can be kept to
 
@@ -59,7 +62,9 @@ class Service:
         self.draining = False
         self.started = int(time.time())
         self._open: Counter[str | None] = Counter()  # choices at work or waiting, by API key
-        self._writer = ThreadPoolExecutor(1, "twotower-texts")  # long texts must not hold up the event loop
+        # Long texts must not hold up the event loop, nor large formats other clients' texts.
+        self._writer = ThreadPoolExecutor(1, "twotower-texts")
+        self._compiler = ThreadPoolExecutor(1, "twotower-formats")
         self._usual = {"eos_token_id": eos_of(model), "mask_token_id": model.config.mask_token}
 
     # --- what is asked --------------------------------------------------------------------------------------------
@@ -72,7 +77,9 @@ class Service:
         """
         if asked.model is not None:
             self.check_name(asked.model)
-        return await asyncio.get_running_loop().run_in_executor(self._writer, self._jobs, asked)
+        loop = asyncio.get_running_loop()
+        constraint = await loop.run_in_executor(self._compiler, self._constraint, asked.response_format)
+        return await loop.run_in_executor(self._writer, self._jobs, asked, constraint)
 
     def check_name(self, model: str) -> None:
         """Raises RequestError (404) where this is not the served model."""
@@ -82,24 +89,22 @@ class Service:
                 status=404, param="model", code="model_not_found",
             )  # fmt: skip
 
-    def _jobs(self, asked: CompletionAsked | ChatAsked) -> list[Job]:
+    def _jobs(self, asked: CompletionAsked | ChatAsked, constraint: Constraint | None) -> list[Job]:
         mode = self._mode(asked)
         asked.check(mode)
+        texts = asked.prompts if isinstance(asked, CompletionAsked) else [asked.messages]
+        if not texts:
+            raise RequestError("prompt is an empty list; give at least one", param="prompt")
+        count, most = len(texts) * asked.n, self.settings.limits.choices
+        if count > most:
+            raise RequestError(
+                f"{count} choices are asked for; this server writes at most {most} for a request", param="n"
+            )
         if isinstance(asked, ChatAsked):
             tokens, ends = self.texts.chat(asked.messages)
             prompts, stops = [tokens], (*asked.stops, *ends)
         else:
             prompts, stops, ends = [self.texts.tokens(prompt) for prompt in asked.prompts], asked.stops, ()
-        count = len(prompts) * asked.n
-        if not prompts:
-            raise RequestError("prompt is an empty list; give at least one", param="prompt")
-        if count > self.settings.limits.choices:
-            raise RequestError(
-                f"{count} choices are asked for; this server writes at most {self.settings.limits.choices} for one "
-                "request",
-                param="n",
-            )
-        constraint = self._constraint(asked.response_format)
         usual = self.settings.decoding.get("seed") if mode == self.settings.decoding["mode"] else None
         seed = usual if asked.seed is None else asked.seed
         seed = secrets.randbits(48) if seed is None else seed
@@ -109,17 +114,18 @@ class Service:
             echo = self.texts.text(prompt) if isinstance(asked, CompletionAsked) and asked.echo else ""
             for choice in range(asked.n):
                 params = _params(values | {"seed": seed + choice})
-                extras = self._extras(asked) | ({} if constraint is None else {"constraint": constraint})
-                request = self._checked(Request(prompt, params, watched=asked.stream_denoising, **extras))
+                request = Request(
+                    prompt, params, constraint=constraint, watched=asked.stream_denoising, **self._scores(asked)
+                )
+                self._check(request)
                 jobs.append(Job(len(jobs), request, seed + choice, echo, trimmed=bool(ends)))
         return jobs
 
-    def _checked(self, request: Request) -> Request:
+    def _check(self, request: Request) -> None:
         try:
             self.engine.llm.check(request)
         except ArgumentError as error:
             raise _told(error) from None
-        return request
 
     def _mode(self, asked: Asked) -> str:
         mode = asked.mode or str(self.settings.decoding["mode"])
@@ -172,30 +178,26 @@ class Service:
         own = {"mode": mode, "max_new_tokens": wanted, "stop": tuple(stops)}
         return self._usual | dict(usual) | given | sampling | own
 
-    def _extras(self, asked: CompletionAsked | ChatAsked) -> dict[str, Any]:
-        """What a request asks of the engine beside its text."""
+    def _scores(self, asked: CompletionAsked | ChatAsked) -> dict[str, Any]:
+        """Which log-probabilities are asked for."""
         if isinstance(asked, ChatAsked):
             return {"logprobs": asked.top_logprobs or 0} if asked.logprobs else {}
         if asked.logprobs is None:
             return {}
         return {"logprobs": asked.logprobs, "prompt_logprobs": asked.echo}
 
-    def _constraint(self, wanted: ResponseFormat | None) -> Any:
+    def _constraint(self, wanted: ResponseFormat | None) -> Constraint | None:
         if wanted is None or wanted.type == "text":
             return None
-        from twotower.generation.constraints import Constraint
-
+        schema = None if wanted.json_schema is None else wanted.json_schema.json_schema
         try:
-            match wanted.type:
-                case "json_object":
-                    return Constraint.of(self.model.tokenizer, json_schema={"type": "object"})
-                case "json_schema":
-                    assert wanted.json_schema is not None
-                    return Constraint.of(self.model.tokenizer, json_schema=wanted.json_schema.json_schema)
-                case "regex":
-                    return Constraint.of(self.model.tokenizer, regex=wanted.regex)
-                case _:
-                    return Constraint.of(self.model.tokenizer, grammar=wanted.grammar)
+            return Constraint(
+                self.model.tokenizer,
+                json_schema=schema,
+                json_object=wanted.type == "json_object",
+                regex=wanted.regex,
+                grammar=wanted.grammar,
+            )
         except ArgumentError as error:
             raise RequestError(f"response_format: {error}", param="response_format") from None
 
@@ -233,22 +235,33 @@ class Service:
             if not self._open[key]:
                 del self._open[key]
 
-    async def events(self, jobs: Sequence[Job]) -> AsyncGenerator[tuple[Job, Event], None]:
-        """Runs jobs that were admitted side by side → their events as they come. Leaving early gives all of them up.
+    async def events(self, jobs: Sequence[Job]) -> AsyncGenerator[tuple[Job, Event] | None, None]:
+        """Runs jobs that were admitted side by side → their events as they come, and None whenever there was none for a
+        while. Leaving early gives all of them up.
 
         Raises:
             RequestError: it took too long (504); the engine failed (503), or the request did (500).
         """
-        started, limit = time.monotonic(), self.settings.limits.seconds
-        heard: asyncio.Queue[tuple[Job, Event | Exception]] = asyncio.Queue()
-        listeners = [asyncio.create_task(self._listen(job, heard)) for job in jobs]
+        loop, started = asyncio.get_running_loop(), time.monotonic()
+        heard: asyncio.Queue[tuple[Job, Event | Exception] | None] = asyncio.Queue()
+        limit = self.settings.limits.seconds
+        # Clocks speak through the same queue: waiting for each event with a time limit would cost more than the event.
+        clocks = [] if limit is None else [loop.call_later(limit, heard.put_nowait, (jobs[0], TimeoutError()))]
+        calls: list[Callable[[], None]] = []
         left, begun = len(jobs), False
         try:
+            for job in jobs:
+                calls.append(self.engine.listen(job.request, partial(_hear, heard, job)))
             while left:
-                rest = None if limit is None else max(limit - (time.monotonic() - started), 0)
-                job, event = await asyncio.wait_for(heard.get(), rest)
+                beat = loop.call_later(BEAT, heard.put_nowait, None)
+                news = await heard.get()
+                beat.cancel()
+                if news is None:
+                    yield None
+                    continue
+                job, event = news
                 if isinstance(event, Exception):
-                    raise _told(event)
+                    raise event
                 if not begun:
                     begun = True
                     self.metrics.first.observe(time.monotonic() - started)
@@ -262,26 +275,21 @@ class Service:
             raise RequestError(
                 f"the request took longer than {limit:g} s; ask for less", status=504, code="timeout"
             ) from None
+        except TwoTowerError as error:
+            raise _told(error) from None
         finally:
-            for listener in listeners:
-                listener.cancel()
-            await asyncio.gather(*listeners, return_exceptions=True)
-
-    async def _listen(self, job: Job, heard: asyncio.Queue[tuple[Job, Event | Exception]]) -> None:
-        try:
-            async with aclosing(self.engine.stream(job.request)) as events:
-                async for event in events:
-                    heard.put_nowait((job, event))
-        except Exception as error:
-            heard.put_nowait((job, error))
+            for clock in clocks:
+                clock.cancel()
+            for give_up in calls:
+                give_up()
 
     async def results(self, jobs: Sequence[Job]) -> list[Generation]:
         """The jobs' results, in order."""
         found: dict[int, Generation] = {}
         async with aclosing(self.events(jobs)) as events:
-            async for job, event in events:
-                if event.result is not None:
-                    found[job.place] = event.result
+            async for news in events:
+                if news is not None and news[1].result is not None:
+                    found[news[0].place] = news[1].result
         return [found[job.place] for job in jobs]
 
     @property
@@ -297,7 +305,12 @@ class Service:
     def close(self) -> None:
         """Stops the engine."""
         self.engine.close()
-        self._writer.shutdown()
+        self._writer.shutdown(wait=False)
+        self._compiler.shutdown(wait=False)
+
+
+def _hear(heard: asyncio.Queue[tuple[Job, Event | Exception] | None], job: Job, event: Event | Exception) -> None:
+    heard.put_nowait((job, event))
 
 
 def _params(values: dict[str, Any]) -> GenerationParams:

@@ -17,7 +17,6 @@ from twotower.server.answers import Answer
 from twotower.server.protocol import RequestError
 from twotower.server.service import Job, Service
 
-BEAT = 15.0  # seconds without a chunk after which a comment keeps the connection open
 DONE = b"data: [DONE]\n\n"
 Result = TypeVar("Result")
 
@@ -72,12 +71,12 @@ async def chunks(service: Service, answer: Answer, jobs: Sequence[Job]) -> Async
         for job in jobs:
             if (opening := answer.opening(job)) is not None:
                 yield _data(opening)
-        async with aclosing(_with_beats(service.events(jobs))) as events:
-            async for item in events:
-                if item is None:
+        async with aclosing(service.events(jobs)) as events:
+            async for news in events:
+                if news is None:
                     yield b": still at work\n\n"
                     continue
-                job, event = item
+                job, event = news
                 chunk = answer.step(job, event) if isinstance(event, StepEvent) else answer.chunk(job, event)
                 if chunk is not None:
                     yield _data(chunk)
@@ -86,27 +85,6 @@ async def chunks(service: Service, answer: Answer, jobs: Sequence[Job]) -> Async
     except RequestError as error:
         yield _data(json.dumps(error.body()).encode())
     yield DONE
-
-
-async def _with_beats(events: AsyncGenerator[Result, None]) -> AsyncGenerator[Result | None, None]:
-    """The events, and None whenever there was none for a while."""
-    async with aclosing(events):
-        following = asyncio.ensure_future(anext(events))
-        try:
-            while True:
-                done, _ = await asyncio.wait({following}, timeout=BEAT)
-                if not done:
-                    yield None
-                    continue
-                try:
-                    event = following.result()
-                except StopAsyncIteration:
-                    return
-                yield event
-                following = asyncio.ensure_future(anext(events))
-        finally:
-            following.cancel()
-            await asyncio.gather(following, return_exceptions=True)
 
 
 def _data(body: bytes) -> bytes:

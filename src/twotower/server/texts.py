@@ -19,6 +19,7 @@ class Texts:
     def __init__(self, tokenizer: Any, vocab_size: int) -> None:
         self.tokenizer = tokenizer
         self.vocab_size = vocab_size
+        self._bytes: dict[int, bytes] = {}  # of the tokens that were asked about: looking one up takes a while
 
     def tokens(self, prompt: str | Sequence[int]) -> list[int]:
         """A prompt's tokens.
@@ -56,6 +57,11 @@ class Texts:
 
     def bytes_of(self, token: int) -> bytes:
         """What one token stands for."""
+        if token not in self._bytes:
+            self._bytes[token] = self._looked_up(token)
+        return self._bytes[token]
+
+    def _looked_up(self, token: int) -> bytes:
         name = self.tokenizer.convert_ids_to_tokens(token)
         if name is None:
             return b""

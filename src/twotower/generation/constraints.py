@@ -1,0 +1,203 @@
+"""What a text must be: a JSON schema, a regular expression or a grammar, kept token by token.
+
+llguidance parses the bytes of the text so far and says which tokens may come next. The end of the text is a token of
+its own here, so the tokens that end a row are the request's affair, not the tokenizer's.
+"""
+
+from __future__ import annotations
+
+import json
+import re
+from collections.abc import Mapping, Sequence
+from typing import Any
+from weakref import WeakKeyDictionary
+
+import numpy as np
+from numpy.typing import NDArray
+
+from twotower.errors import ArgumentError, TwoTowerError
+
+END = "<|end of the grammar's text|>"
+WHITESPACE = r" |\n[ \t]{0,24}"  # between the parts of a JSON text: weak models go on for ever with more of it
+TABLES = WeakKeyDictionary[Any, Any]()  # of tokenizers, as llguidance sees them: making one takes up to a second
+
+
+class Constraint:
+    """Exactly one of: json_schema (an object, or one as text), json_object (any JSON object), regex (the whole text
+    matches it), grammar (in Lark's notation, as llguidance reads it). One of them serves any number of requests.
+
+    Raises:
+        ArgumentError: none or several are given; what is wrong with it, in one line; llguidance is not installed.
+    """
+
+    def __init__(
+        self,
+        tokenizer: Any,
+        *,
+        json_schema: Mapping[str, Any] | str | None = None,
+        json_object: bool = False,
+        regex: str | None = None,
+        grammar: str | None = None,
+    ) -> None:
+        given = {"json_schema": json_schema, "json_object": json_object or None, "regex": regex, "grammar": grammar}
+        kinds = [kind for kind, value in given.items() if value is not None]
+        if len(kinds) != 1:
+            raise ArgumentError(f"a constraint has {' and '.join(kinds) or 'nothing'}; give one of {', '.join(given)}")
+        (self.kind,) = kinds
+        self.source = given[self.kind]
+        llguidance, tables = _library(), _tables(tokenizer)
+        compiled = _compiled(llguidance.LLMatcher, self.kind, self.source)
+        problem, said = llguidance.LLMatcher.validate_grammar_with_warnings(compiled, tables)
+        if problem:
+            raise ArgumentError(f"{self.kind} cannot be used: {_one_line(said[0])}; change it")
+        self.vocab_size = tables.vocab_size - 1  # the last token is END
+        self._start = llguidance.LLMatcher(tables, compiled, log_level=0)
+        try:
+            possible = bool(self.matcher(()).allowed(self.vocab_size).any())
+        except TwoTowerError as error:
+            raise ArgumentError(f"{self.kind} cannot be used: {error}; change it") from None
+        if not possible:
+            raise ArgumentError(f"{self.kind} allows no text that this tokenizer could write; change it")
+
+    def matcher(self, eos: Sequence[int]) -> Matcher:
+        """Of a text that begins; `eos` ends it where it may end."""
+        return Matcher(self._start.deep_copy(), self.vocab_size, eos)
+
+    def __repr__(self) -> str:
+        return f"Constraint({self.kind}={self.source!r})"
+
+
+class Matcher:
+    """Where a text stands in its grammar."""
+
+    def __init__(self, matcher: Any, vocab_size: int, eos: Sequence[int]) -> None:
+        self._matcher = matcher
+        self._vocab_size = vocab_size
+        self._eos = tuple(eos)
+
+    def allowed(self, size: int) -> NDArray[np.uint8]:
+        """The tokens that may come next, of a vocabulary of `size`, as bits (⌈size / 8⌉,), the lowest first."""
+        bits = np.zeros(-(-max(size, self._vocab_size) // 8), dtype=np.uint8)
+        found = np.frombuffer(self._matcher.compute_bitmask(), dtype=np.uint8)[: -(-self._vocab_size // 8)]
+        bits[: len(found)] = found
+        if self._vocab_size % 8:  # END shares a byte with the last tokens
+            bits[len(found) - 1] &= (1 << self._vocab_size % 8) - 1
+        self._check()
+        ends = self._matcher.is_accepting()
+        for token in self._eos:
+            bits[token // 8] &= ~np.uint8(1 << token % 8)
+            bits[token // 8] |= np.uint8(ends << token % 8)
+        return bits[: -(-size // 8)]
+
+    def walk(self, draft: Sequence[int], size: int) -> tuple[list[NDArray[np.uint8]], int]:
+        """What is `allowed` next, and after each token of a draft as far as it is allowed itself; how far that is. The
+        text stays as it is."""
+        end = next((place for place, t in enumerate(draft) if t in self._eos or t >= self._vocab_size), len(draft))
+        count = self._matcher.validate_tokens(list(draft[:end])) if end else 0
+        masks = [self.allowed(size)]
+        for token in draft[:count]:
+            self._consume(token)
+            masks.append(self.allowed(size))
+        may_end = count == end < len(draft) and draft[end] in self._eos and self._matcher.is_accepting()
+        if count and not self._matcher.rollback(count):
+            raise TwoTowerError("the grammar cannot be followed: a draft could not be taken back")
+        return masks, count + may_end
+
+    def take(self, tokens: Sequence[int]) -> tuple[int, bool]:
+        """The text goes on with these → how many of them belong to it; whether it is complete: nothing may follow."""
+        for count, token in enumerate(tokens, start=1):
+            if token in self._eos:
+                return count, False
+            self._consume(token)
+            if self._complete():
+                return count, True
+        return len(tokens), False
+
+    def _complete(self) -> bool:
+        if self._matcher.is_stopped():
+            self._check()
+            return True
+        if self._eos or not self._matcher.is_accepting():
+            return False
+        return not self.allowed(self._vocab_size).any()  # bytes could follow that no token has
+
+    def _consume(self, token: int) -> None:
+        if not self._matcher.consume_token(token):
+            self._check()
+
+    def _check(self) -> None:
+        if self._matcher.is_error():
+            raise TwoTowerError(f"the grammar cannot be followed: {_one_line(self._matcher.get_error())}")
+
+
+def _library() -> Any:
+    try:
+        import llguidance
+    except ImportError:
+        raise ArgumentError("a constraint needs llguidance; pip install 'twotower[structured]'") from None
+    return llguidance
+
+
+def _tables(tokenizer: Any) -> Any:
+    """llguidance's view of a tokenizer's tokens as bytes, END after them."""
+    if tokenizer is None:
+        raise ArgumentError("a constraint needs a tokenizer; set model.tokenizer")
+    if not hasattr(tokenizer, "backend_tokenizer"):
+        raise ArgumentError(
+            f"a constraint needs a tokenizer of the tokenizers library, not a {type(tokenizer).__name__}; use one "
+            "with a tokenizer.json"
+        )
+    found = TABLES.get(tokenizer)
+    if found is None:
+        from tokenizers import Tokenizer
+
+        own = Tokenizer.from_str(tokenizer.backend_tokenizer.to_str())
+        own.no_padding()
+        own.no_truncation()
+        own.add_special_tokens([END])
+        try:
+            found = _library().LLTokenizer(own.to_str(), eos_token=own.token_to_id(END))
+        except ValueError as error:
+            raise ArgumentError(f"llguidance cannot read this tokenizer: {_one_line(str(error))}") from None
+        TABLES[tokenizer] = found
+    return found
+
+
+def _compiled(matcher: Any, kind: str, source: Any) -> str:
+    """In llguidance's own form."""
+    if kind in ("regex", "grammar"):
+        if not isinstance(source, str):
+            raise ArgumentError(f"{kind} is a {type(source).__name__}; give a string")
+        _encode(kind, source)
+        return str(matcher.grammar_from_regex(source) if kind == "regex" else matcher.grammar_from_lark(source))
+    schema = {"type": "object"} if kind == "json_object" else source
+    try:
+        text = schema if isinstance(schema, str) else json.dumps(schema)
+        schema = json.loads(text, parse_constant=_refuse)
+        plain = json.dumps(schema, ensure_ascii=False)
+    except (ValueError, TypeError, RecursionError) as error:
+        raise ArgumentError(f"json_schema is not JSON: {_one_line(str(error))}; change it") from None
+    if not isinstance(schema, dict):
+        raise ArgumentError(f"json_schema is {plain[:40]}; give an object, {{}} for any JSON value")
+    _encode("json_schema", plain)
+    schema.setdefault(
+        "x-guidance", {"whitespace_pattern": WHITESPACE}
+    )  # llguidance's own options, which a caller may set
+    return str(matcher.grammar_from_json_schema(schema))
+
+
+def _refuse(constant: str) -> None:
+    raise ValueError(f"{constant} is no number of it")
+
+
+def _encode(kind: str, text: str) -> None:
+    try:
+        text.encode()
+    except UnicodeEncodeError:
+        raise ArgumentError(f"{kind} has half of a surrogate pair, which is no text; remove it") from None
+
+
+def _one_line(message: str) -> str:
+    """Without the library's drawings and dumps."""
+    lines = [line.strip() for line in message.split("<state>")[0].splitlines()]
+    return " ".join(line for line in lines if line.strip("^ ") and not re.match(r"\d+ \|", line))[:300]

@@ -1,0 +1,174 @@
+"""Passes recorded once and replayed, as on a GPU: here the recorder traces a pass and plays its operations again.
+
+A trace holds every operation with the addresses and the host's numbers of the moment, as a CUDA graph does, and it
+cannot be made of a pass that asks the host anything on the way.
+"""
+
+from __future__ import annotations
+
+import random
+from collections.abc import Callable
+from dataclasses import replace
+from typing import Any
+
+import pytest
+import torch
+from conftest import build_random_model
+from test_engine import alone, some_request
+from test_native import only_torch
+from torch import Tensor
+from torch.fx.experimental.proxy_tensor import make_fx
+
+from twotower import LLM, TwoTowerForCausalLM, kernels
+from twotower.kernels.verification import _tensors
+from twotower.model import recorded
+from twotower.model.tower import Tower
+
+Result = recorded.Result
+
+
+@pytest.fixture
+def model() -> TwoTowerForCausalLM:
+    return build_random_model("M*E", dtype=torch.float64)
+
+
+@pytest.fixture
+def made(monkeypatch: pytest.MonkeyPatch) -> list[int]:
+    """Passes are recorded on the CPU, by plain torch → grows by one with each recording."""
+    recordings: list[int] = []
+
+    def record(compute: Callable[[], Result]) -> tuple[Callable[[], object], Result]:
+        recordings.append(len(recordings))
+        traced = make_fx(lambda: list(_tensors(compute())))()
+        result = compute()
+
+        def replay() -> None:
+            for place, value in zip(_tensors(result), traced(), strict=True):
+                place.copy_(value)
+
+        for place in _tensors(result):
+            place.fill_(float("nan"))  # nothing of the first run may be taken for a replay's
+        return replay, result
+
+    only_torch(monkeypatch)
+    experts = tuple(b for b in kernels.CATALOGUE["experts"] if b.name == "gathered")  # what a GPU without bf16 takes
+    monkeypatch.setattr(kernels, "CATALOGUE", kernels.CATALOGUE | {"experts": experts})
+    monkeypatch.setattr(recorded, "refusal", lambda device: None)
+    monkeypatch.setattr(recorded, "recorder", lambda device: record)
+    return recordings
+
+
+def test_an_engine_writes_the_same_from_few_recordings(
+    model: TwoTowerForCausalLM, made: list[int], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Rows come and go, of all modes and lengths; contexts grow; a slot that is used again holds another text."""
+    rng = random.Random(5)
+    requests = [some_request(rng) for _ in range(8)]
+    requests = [replace(one, params=replace(one.params, block_size=2, max_new_tokens=9)) for one in requests]
+    written = [output.tokens for output in LLM(model, rows=2, length=160).generate(requests)]
+    assert 4 <= len(made) <= 16
+    with monkeypatch.context() as patch:
+        patch.setattr(recorded, "run", lambda *_: None)
+        assert written == [alone(model, request).tokens for request in requests]
+    assert not any(known.wrong for known in recorded._RECORDINGS.values())
+
+
+def test_a_recording_serves_other_numbers_of_rows_and_other_contexts(
+    model: TwoTowerForCausalLM, made: list[int]
+) -> None:
+    def passes(tokens: Tensor) -> Tensor:
+        state = model.new_state(8, 0, 8 * 64)
+        for row in range(8):
+            state.open(row, 64)
+        slots = torch.randperm(8)[: len(tokens)]
+        with torch.no_grad():
+            first = model.extend(tokens, state, rows=slots)
+            second = model.extend(tokens.flip(1), state, rows=slots)
+            drafted = model.denoise(tokens, torch.rand(len(tokens)).double(), state.view(slots))
+        assert first is not None
+        assert second is not None
+        return torch.cat([first, second, drafted], dim=1)
+
+    for rows in (3, 4):
+        tokens = torch.randint(64, (rows, 5))
+        torch.manual_seed(rows)
+        replayed = passes(tokens)
+        with pytest.MonkeyPatch.context() as patch:
+            patch.setattr(recorded, "run", lambda *_: None)
+            torch.manual_seed(rows)
+            assert torch.allclose(replayed, passes(tokens), rtol=1e-11, atol=1e-11)
+    # Of four rows, a commit on an empty context and on one, and a denoising pass; pools of another state lie elsewhere.
+    assert len(made) <= 6
+
+
+def test_what_is_replaced_or_watched_is_not_replayed(model: TwoTowerForCausalLM, made: list[int]) -> None:
+    """A recording would not see it."""
+    tokens = torch.randint(64, (2, 3))
+
+    def read() -> Tensor:
+        with torch.no_grad():
+            logits = model.extend(tokens, model.new_state(2, 8))
+        assert logits is not None
+        return logits
+
+    before = read()
+    assert len(made) == 1
+    calls: list[Any] = []
+    handle = model.context.layers[0].register_forward_hook(lambda *_: calls.append(1))
+    assert torch.allclose(read(), before)
+    assert calls == [1]
+    handle.remove()
+    model.context.norm_f.weight = torch.nn.Parameter(2 * model.context.norm_f.weight)
+    assert torch.allclose(read(), 2 * before)
+    assert len(made) == 2
+
+
+def test_a_recording_that_differs_is_refused_aloud(
+    model: TwoTowerForCausalLM, made: list[int], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """As a capture that fails is; the layers one by one do the work, and nobody tries again."""
+    real = recorded.recorder(torch.device("cpu"))
+
+    def wrong(compute: Callable[[], Result]) -> tuple[Callable[[], object], Result]:
+        replay, result = real(compute)
+        return lambda: (replay(), result[0].mul_(1.01)), result
+
+    tokens = torch.randint(64, (2, 3))
+    with torch.no_grad():
+        expected = TwoTowerForCausalLM.extend(model, tokens, model.new_state(2, 8))
+    recorded._RECORDINGS.clear()
+    for recorder, words in ((wrong, "differs from its twin: result 0 by 1.0e-02"), (failing, "raised RuntimeError")):
+        monkeypatch.setattr(recorded, "recorder", lambda device, recorder=recorder: recorder)
+        with pytest.warns(RuntimeWarning, match=f"passes are not recorded on cpu: one {words}"), torch.no_grad():
+            assert torch.equal(model.extend(tokens, model.new_state(2, 8)), expected)
+        with torch.no_grad():
+            assert torch.equal(model.extend(tokens, model.new_state(2, 8)), expected)
+        recorded._RECORDINGS.clear()
+
+
+def failing(compute: Callable[[], Result]) -> tuple[Callable[[], object], Result]:
+    raise RuntimeError("operation not permitted when stream is capturing")
+
+
+def test_few_are_kept(model: TwoTowerForCausalLM, made: list[int], monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(recorded, "KEPT", 2)
+    with torch.no_grad():
+        for length in (1, 2, 3, 1):
+            model.extend(torch.randint(64, (1, length)), model.new_state(1, 8))
+    assert len(recorded._RECORDINGS[model.context].by_shape) == 2
+    assert len(made) == 4
+
+
+def test_gradients_and_many_tokens_are_left_to_the_layers(model: TwoTowerForCausalLM, made: list[int]) -> None:
+    assert isinstance(model.context, Tower)
+    model.extend(torch.randint(64, (2, 3)), model.new_state(2, 8))
+    with torch.no_grad():
+        model.extend(torch.randint(64, (recorded.MOST_TOKENS + 1, 1)), model.new_state(recorded.MOST_TOKENS + 1, 8))
+    assert not made
+
+
+def test_on_a_processor_nothing_is_recorded(monkeypatch: pytest.MonkeyPatch) -> None:
+    assert recorded.refusal(torch.device("cpu")) == "needs CUDA"
+    assert recorded.refusal(torch.device("cuda")) is None
+    monkeypatch.setenv("TWOTOWER_GRAPHS", "0")
+    assert recorded.refusal(torch.device("cuda")) == "is turned off by TWOTOWER_GRAPHS=0"
