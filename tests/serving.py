@@ -1,0 +1,242 @@
+"""The real server in a thread, on a tiny model, for tests of what it promises: over sockets, as its clients see it."""
+
+from __future__ import annotations
+
+import functools
+import json
+import logging
+import socket
+import ssl
+import threading
+import time
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from dataclasses import replace
+from typing import Any
+
+import httpx
+import torch
+from conftest import build_random_model
+from test_stopping import TOKENIZER, VOCABULARY
+
+from twotower import LLM, AsyncLLM, Generation, GenerationParams, TwoTowerForCausalLM, generate
+from twotower.server.logs import LOGGER
+from twotower.server.run import Server, server_of
+from twotower.server.service import Service
+from twotower.server.settings import Limits, Settings
+
+NAME = "tiny"
+EOS = 2
+LENGTH = 512
+NO_TLS = ssl.SSLContext(ssl.PROTOCOL_TLS_CLIENT)  # reading the system's certificates for each client takes its time
+QUICK = 0.02  # a threshold under which a block of this model, which is sure of nothing, takes a few passes
+PATIENCE = 20.0  # seconds after which something that should happen never will
+# A mode with arguments under which what it writes does not depend on a clock.
+MODES: dict[str, dict[str, Any]] = {
+    "diffusion": {"mode": "diffusion", "block_size": 8, "threshold": QUICK},
+    "ar": {"mode": "ar"},
+    "verified": {"mode": "verified", "block_size": 8, "draft_steps": 2, "threshold": QUICK},
+    "mock_ar": {"mode": "mock_ar"},
+}
+DECODING = {"mode": "diffusion", "confidence_threshold": QUICK}  # where a request says nothing
+# Where the Python API has another name for a field of a request.
+NAMES = {"max_tokens": "max_new_tokens", "threshold": "confidence_threshold", "steps": "steps_per_block"}
+
+
+@functools.cache
+def tiny_model() -> TwoTowerForCausalLM:
+    """Random, in float64, so that batches write what texts write alone; its texts are full of broken characters."""
+    model = build_random_model("M*-", seed=11, dtype=torch.float64, vocab_size=VOCABULARY, eos_token_id=EOS)
+    model.tokenizer = TOKENIZER
+    return model
+
+
+def written(prompt: str | list[int], **fields: Any) -> Generation:
+    """What the Python API writes where the server is sent these fields."""
+    values = {"temperature": 1.0, "max_new_tokens": 16} | (DECODING if "mode" not in fields else {})
+    values |= {NAMES.get(name, name): value for name, value in fields.items()}
+    return _written(
+        prompt if isinstance(prompt, str) else tuple(prompt), GenerationParams.of(**values, eos_token_id=EOS)
+    )
+
+
+@functools.cache
+def _written(prompt: str | tuple[int, ...], params: GenerationParams) -> Generation:
+    (output,) = generate(tiny_model(), [prompt], params)
+    return output
+
+
+class Valve:
+    """Stands before an engine's steps and counts them. Closed, it lets only those pass that are allowed."""
+
+    def __init__(self, llm: LLM) -> None:
+        self._step, self._allowed, self._change = llm.step, None, threading.Condition()
+        self.passed = 0
+        self.blocked = False  # a step stands before it
+        llm.step = self.step  # type: ignore[method-assign]
+
+    def step(self) -> Any:
+        with self._change:
+            self.blocked = True
+            self._change.notify_all()
+            self._change.wait_for(lambda: self._allowed is None or self._allowed > 0)
+            self.blocked = False
+            self.passed += 1
+            if self._allowed is not None:
+                self._allowed -= 1
+        return self._step()
+
+    def wait_blocked(self) -> None:
+        """Until a step stands before the valve."""
+        with self._change:
+            assert self._change.wait_for(lambda: self.blocked and not self._allowed, PATIENCE)
+
+    def allow(self, steps: int | None) -> None:
+        """So many further ones; None: all."""
+        with self._change:
+            self._allowed = steps
+            self._change.notify_all()
+
+    @contextmanager
+    def closed(self) -> Iterator[None]:
+        """No step passes but by `allow`."""
+        self.allow(0)
+        try:
+            yield
+        finally:
+            self.allow(None)
+
+
+class Served:
+    """A server that runs."""
+
+    def __init__(self, server: Server, service: Service, address: str) -> None:
+        self.server, self.service, self.address = server, service, address
+        self.llm = service.engine.llm
+        self.valve = Valve(self.llm)
+        self.port = int(address.rsplit(":", 1)[1])
+
+    def client(self, **arguments: Any) -> httpx.Client:
+        return httpx.Client(base_url=self.address, timeout=PATIENCE, verify=NO_TLS, **arguments)
+
+    def post(self, path: str, body: Any = None, **arguments: Any) -> httpx.Response:
+        """`body` as JSON, as a client sends it that escapes nothing it need not."""
+        content = body if isinstance(body, bytes) else json.dumps(body).encode()
+        headers = {"content-type": "application/json"} | arguments.pop("headers", {})
+        with self.client() as client:
+            return client.post(path, content=content, headers=headers, **arguments)
+
+    def complete(self, prompt: Any = "the quick", **fields: Any) -> httpx.Response:
+        return self.post("/v1/completions", {"prompt": prompt, **fields})
+
+    def chat(self, text: str = "the quick", **fields: Any) -> httpx.Response:
+        return self.post("/v1/chat/completions", {"messages": [{"role": "user", "content": text}], **fields})
+
+    def get(self, path: str, **arguments: Any) -> httpx.Response:
+        with self.client() as client:
+            return client.get(path, **arguments)
+
+    def counts(self) -> dict[tuple[str, ...], float]:
+        """`/metrics` → (name, label values…) → number."""
+        from prometheus_client.parser import text_string_to_metric_families as parse
+
+        text = self.get("/metrics").text
+        return {
+            (one.name, *(one.labels[label] for label in sorted(one.labels))): one.value
+            for family in parse(text)
+            for one in family.samples
+        }
+
+    def connect(self) -> socket.socket:
+        return socket.create_connection(("127.0.0.1", self.port), PATIENCE)
+
+    @contextmanager
+    def limited(self, **limits: Any) -> Iterator[None]:
+        """With other limits for a while."""
+        with self.set(limits=replace(self.service.settings.limits, **limits)):
+            yield
+
+    @contextmanager
+    def set(self, **settings: Any) -> Iterator[None]:
+        """With other settings for a while."""
+        before = self.service.settings
+        self.service.settings = replace(before, **settings)
+        try:
+            yield
+        finally:
+            self.service.settings = before
+
+    def is_idle(self) -> bool:
+        """Nobody holds a place, in the server or in the engine."""
+        llm = self.llm
+        return not (self.service.open or llm.rows or llm.waiting) and len(llm.free) == llm.state.rows
+
+
+@contextmanager
+def serving(rows: int = 4, drain: int = 5, **settings: Any) -> Iterator[Served]:
+    """A server on any free port."""
+    settings = {"name": NAME, "decoding": DECODING, "limits": Limits(queue=64)} | settings
+    service = Service(AsyncLLM(LLM(tiny_model(), rows=rows, length=LENGTH)), Settings(**settings))
+    found: list[str] = []
+    listens = threading.Event()
+
+    def listening(address: str) -> None:
+        found.append(address)
+        listens.set()
+
+    server = server_of(service, "127.0.0.1", 0, drain, listening)
+    thread = threading.Thread(target=server.run, name="server", daemon=True)
+    thread.start()
+    assert listens.wait(PATIENCE)
+    served = Served(server, service, found[0])
+    try:
+        yield served
+    finally:
+        served.valve.allow(None)
+        server.should_exit = True
+        thread.join(PATIENCE)
+        assert not thread.is_alive()
+
+
+def until(condition: Callable[[], object], what: str = "") -> None:
+    """Waits for something that only another thread's state tells."""
+    end = time.monotonic() + PATIENCE
+    while not condition():
+        assert time.monotonic() < end, what or "it never came"
+        time.sleep(0.002)
+
+
+def events_of(text: str) -> list[dict[str, Any]]:
+    """The chunks of a whole stream, which must end with [DONE]."""
+    lines = [line.strip() for line in text.split("\n\n") if line.strip()]
+    assert lines[-1] == "data: [DONE]"
+    return [json.loads(line.removeprefix("data: ")) for line in lines[:-1] if not line.startswith(":")]
+
+
+def texts_of(events: list[dict[str, Any]]) -> dict[int, str]:
+    """A stream's text by choice."""
+    out: dict[int, str] = {}
+    for event in events:
+        for choice in event["choices"]:
+            piece = choice["text"] if "text" in choice else choice["delta"].get("content") or ""
+            out[choice["index"]] = out.get(choice["index"], "") + piece
+    return out
+
+
+@contextmanager
+def logged() -> Iterator[list[dict[str, Any]]]:
+    """The server's log lines, as they are written."""
+    lines: list[dict[str, Any]] = []
+
+    class Keep(logging.Handler):
+        def emit(self, record: logging.LogRecord) -> None:
+            lines.append(json.loads(record.getMessage()))
+
+    handler, level = Keep(), LOGGER.level
+    LOGGER.addHandler(handler)
+    LOGGER.setLevel(logging.INFO)
+    try:
+        yield lines
+    finally:
+        LOGGER.removeHandler(handler)
+        LOGGER.setLevel(level)

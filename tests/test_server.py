@@ -1,0 +1,696 @@
+"""What the server answers: the Python API's texts, whole and streamed, and a plain word about what it cannot do."""
+
+from __future__ import annotations
+
+import itertools
+import json
+from collections.abc import Iterator
+from typing import Any
+
+import httpx
+import pytest
+from serving import EOS, LENGTH, MODES, NAME, Served, events_of, logged, serving, texts_of, tiny_model, until, written
+from test_stopping import TOKENIZER
+from torch import Tensor
+
+from twotower import GenerationParams, generate
+from twotower.generation.unmasking import POLICIES, Pass, Verdict, register_policy
+from twotower.server.protocol import OFF, ChatAsked, CompletionAsked
+
+PROMPT = "the quick"
+# Fields that wait for another part of the engine: remove a name from here once it works.
+NOT_YET = ("response_format",)
+BOTH = ("/v1/completions", "/v1/chat/completions")
+START = {
+    "/v1/completions": {"prompt": PROMPT},
+    "/v1/chat/completions": {"messages": [{"role": "user", "content": "x"}]},
+}
+
+
+@pytest.fixture(scope="module")
+def served() -> Iterator[Served]:
+    with serving() as found:
+        yield found
+        assert found.is_idle()
+
+
+def refused(answer: httpx.Response, param: str | None, status: int = 400) -> dict[str, Any]:
+    """Asserts that a request was refused in the published form → the error."""
+    assert answer.status_code == status, answer.text
+    assert answer.headers["content-type"] == "application/json"
+    (error,) = answer.json().values()
+    assert set(error) == {"message", "type", "param", "code"}
+    assert error["param"] == param, error
+    assert error["message"]
+    assert "\n" not in error["message"]
+    return error
+
+
+def text_of(answer: httpx.Response) -> str:
+    assert answer.status_code == 200, answer.text
+    (choice,) = answer.json()["choices"]
+    return choice["text"] if "text" in choice else choice["message"]["content"]
+
+
+# --- texts ------------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("mode", MODES)
+@pytest.mark.parametrize("prompt", [PROMPT, [77, 5, 300, 301], "世界 👩‍👩‍👧"])
+def test_a_text_is_the_python_api_s(served: Served, mode: str, prompt: Any) -> None:
+    fields = {"seed": 5, "max_tokens": 19, "top_p": 0.9, "top_k": 50, "temperature": 0.7, **MODES[mode]}
+    expected = written(prompt, **fields)
+    answer = served.complete(prompt, **fields)
+    assert text_of(answer) == expected.text
+    told = answer.json()
+    assert told["object"] == "text_completion"
+    assert told["model"] == NAME
+    assert told["choices"][0]["finish_reason"] == {"eos": "stop", "length": "length"}[expected.finish_reason]
+    usage = told["usage"]
+    assert usage["prompt_tokens"] == expected.prompt_tokens
+    assert usage["completion_tokens"] == len(expected.tokens)
+    assert usage["total_tokens"] == expected.prompt_tokens + len(expected.tokens)
+    assert usage["passes"] == expected.passes
+    assert usage["tokens_per_pass"] == pytest.approx(expected.tokens_per_pass, abs=1e-4)
+    decoding = told["choices"][0]["decoding"]
+    for name in ("mode", "denoiser_passes", "context_passes", "drafted", "accepted"):
+        assert decoding[name] == getattr(expected, name), name
+    stream = events_of(served.complete(prompt, **fields, stream=True).text)
+    assert texts_of(stream) == {0: expected.text}
+    assert stream[-1]["choices"][0]["decoding"]["denoiser_passes"] == expected.denoiser_passes
+
+
+def test_a_stream_has_a_chunk_for_each_block(served: Served) -> None:
+    fields = {"seed": 5, "max_tokens": 40, "block_size": 8}
+    events = events_of(served.complete(**fields, stream=True).text)
+    assert 3 <= len(events) <= 5  # a block of broken characters alone has nothing to say
+    reasons = [event["choices"][0]["finish_reason"] for event in events]
+    assert reasons == [None] * (len(events) - 1) + ["length"]
+    assert len({event["id"] for event in events}) == 1
+    assert all("usage" not in event for event in events)
+
+
+def test_auto_says_what_it_chose_and_why(served: Served) -> None:
+    choice = served.complete(mode="auto", max_tokens=8).json()["choices"][0]
+    assert choice["decoding"]["mode"] in ("ar", "verified", "diffusion")
+    assert choice["decoding"]["why"]
+
+
+def test_eos_ends_a_text(served: Served) -> None:
+    params = GenerationParams.of(mode="ar", max_new_tokens=16, temperature=1, seed=range(100), eos_token_id=EOS)
+    outputs = generate(tiny_model(), [PROMPT] * 100, params)
+    seed = [output.finish_reason for output in outputs].index("eos")
+    answer = served.complete(seed=seed, mode="ar").json()
+    expected = written(PROMPT, seed=seed, mode="ar")
+    assert expected.tokens[-1] == EOS
+    assert answer["choices"][0]["text"] == expected.text
+    assert answer["choices"][0]["finish_reason"] == "stop"
+    assert answer["usage"]["completion_tokens"] == len(expected.tokens)
+
+
+@pytest.mark.parametrize("stream", [False, True])
+def test_several_prompts_and_choices_keep_their_order(served: Served, stream: bool) -> None:
+    """Choice i of every prompt is what asking with seed + i gives."""
+    prompts = ["the quick", "brown fox jumps", "世界"]
+    fields = {"seed": 40, "max_tokens": 9}
+    answer = served.complete(prompts, n=3, **fields, stream=stream, **usage_if(stream))
+    assert answer.status_code == 200
+    expected = [
+        written(prompt, seed=40 + i, max_tokens=9).text for prompt, i in itertools.product(prompts, range(3))
+    ]  # fmt: skip
+    if stream:
+        events = events_of(answer.text)
+        assert texts_of(events) == dict(enumerate(expected))
+        usage = events[-1]["usage"]
+    else:
+        told = answer.json()
+        assert [choice["index"] for choice in told["choices"]] == list(range(9))
+        assert [choice["text"] for choice in told["choices"]] == expected
+        assert [choice["decoding"]["seed"] for choice in told["choices"]] == [40, 41, 42] * 3
+        usage = told["usage"]
+    read = sum(len(TOKENIZER(prompt)["input_ids"]) for prompt in prompts)
+    assert usage["prompt_tokens"] == read  # a prompt counts once, however many choices it has
+    assert usage["completion_tokens"] == sum(
+        len(written(prompt, seed=40 + i, max_tokens=9).tokens) for prompt, i in itertools.product(prompts, range(3))
+    )
+
+
+def usage_if(stream: bool) -> dict[str, Any]:
+    return {"stream_options": {"include_usage": True}} if stream else {}
+
+
+def test_prompts_may_be_lists_of_ids(served: Served) -> None:
+    prompts = [[7, 8, 9], [300]]
+    told = served.complete(prompts, seed=1).json()
+    assert [choice["text"] for choice in told["choices"]] == [written(prompt, seed=1).text for prompt in prompts]
+
+
+def test_seeds(served: Served) -> None:
+    """The same one, the same text; none, another text each time, and the answer says which seed gives it again."""
+    assert text_of(served.complete(seed=9)) == text_of(served.complete(seed=9)) != text_of(served.complete(seed=10))
+    first, second = (served.complete(max_tokens=40) for _ in range(2))
+    assert text_of(first) != text_of(second)
+    seed = first.json()["choices"][0]["decoding"]["seed"]
+    assert text_of(served.complete(max_tokens=40, seed=seed)) == text_of(first)
+    assert text_of(served.complete(temperature=0)) == written(PROMPT, temperature=0).text
+    largest = 2**62 - 1
+    assert text_of(served.complete(seed=largest)) == written(PROMPT, seed=largest).text
+
+
+def test_the_server_s_own_decoding_holds_where_a_request_is_silent(served: Served) -> None:
+    """And a request's word counts, in whatever terms the server's was."""
+    ours = {"mode": "diffusion", "policy": "factor", "knob": 0.5, "block_size": 8, "temperature": 0.5, "seed": 7}
+    with served.set(decoding=ours):
+        assert text_of(served.complete()) == written(PROMPT, **ours).text
+        assert (
+            text_of(served.complete(temperature=1, seed=8))
+            == written(PROMPT, **ours | {"temperature": 1, "seed": 8}).text
+        )
+        rest = {name: value for name, value in ours.items() if name not in ("policy", "knob")}
+        for given in ({"threshold": 0.01}, {"policy": "top-k"}, {"policy": "top-k", "knob": 4}):
+            assert text_of(served.complete(**given)) == written(PROMPT, **rest, **given).text
+        assert text_of(served.complete(mode="ar", seed=1)) == written(PROMPT, mode="ar", seed=1).text
+
+
+@pytest.mark.parametrize("path", BOTH)
+@pytest.mark.parametrize("stream", [False, True])
+def test_no_tokens_at_all(served: Served, path: str, stream: bool) -> None:
+    answer = served.post(path, START[path] | {"max_tokens": 0, "stream": stream} | usage_if(stream))
+    assert answer.status_code == 200
+    if stream:
+        events = events_of(answer.text)
+        assert texts_of(events) in ({}, {0: ""})
+        assert [event["choices"][0]["finish_reason"] for event in events if event["choices"]][-1] == "length"
+        assert events[-1]["usage"]["completion_tokens"] == 0
+    else:
+        assert text_of(answer) == ""
+        assert answer.json()["choices"][0]["finish_reason"] == "length"
+        assert answer.json()["usage"]["completion_tokens"] == 0
+
+
+@pytest.mark.parametrize("stream", [False, True])
+@pytest.mark.parametrize("tokens", [0, 12])
+def test_echo(served: Served, stream: bool, tokens: int) -> None:
+    answer = served.complete(["brown fox", "世界"], echo=True, seed=4, max_tokens=tokens, stream=stream)
+    if stream:
+        found = texts_of(events_of(answer.text))
+    else:
+        found = {choice["index"]: choice["text"] for choice in answer.json()["choices"]}
+    assert found == {
+        place: prompt + written(prompt, seed=4, max_tokens=tokens).text
+        for place, prompt in enumerate(["brown fox", "世界"])
+    }
+
+
+@pytest.mark.parametrize("mode", MODES)
+def test_stop_strings_never_leak(served: Served, mode: str) -> None:
+    """Of every place in a text, across the edges of blocks too: whole, streamed and by the Python API the same."""
+    fields = {"seed": 12, "max_tokens": 26, **MODES[mode]}
+    free = written(PROMPT, **fields).text
+    for at in range(2, len(free) - 4, 6):
+        stop = [free[at : at + 4], "never there", free[at + 2 : at + 4] + "also not"]
+        expected = written(PROMPT, **fields, stop=stop)
+        assert expected.finish_reason == "stop"
+        assert not any(text in expected.text for text in stop)
+        answer = served.complete(**fields, stop=stop)
+        assert text_of(answer) == expected.text
+        assert answer.json()["choices"][0]["finish_reason"] == "stop"
+        events = events_of(served.complete(**fields, stop=stop, stream=True).text)
+        assert texts_of(events) == {0: expected.text}
+        assert events[-1]["choices"][0]["finish_reason"] == "stop"
+
+
+def test_one_stop_string_need_not_be_in_a_list(served: Served) -> None:
+    fields = {"seed": 12, "max_tokens": 40}
+    stop = written(PROMPT, **fields).text[9:12]
+    assert text_of(served.complete(**fields, stop=stop)) == written(PROMPT, **fields, stop=[stop]).text
+    assert text_of(served.complete(**fields, stop=[])) == written(PROMPT, **fields).text
+
+
+# --- chats ------------------------------------------------------------------------------------------------------------
+
+TURNS = [
+    {"role": "system", "content": "be brief"},
+    {"role": "user", "content": "the quick"},
+    {"role": "assistant", "content": [{"type": "text", "text": "brown "}, {"type": "text", "text": "fox"}]},
+    {"role": "user", "content": "  again  ", "name": "Ann"},
+]
+
+
+@pytest.mark.parametrize("stream", [False, True])
+def test_a_chat_without_a_template_is_written_plainly(served: Served, stream: bool) -> None:
+    prompt = "System: be brief\nUser: the quick\nAssistant: brown fox\nUser: again\nAssistant:"
+    fields = {"seed": 6, "max_tokens": 30}
+    stops = ["\nSystem:", "\nUser:", "\nAssistant:"]
+    expected = written(prompt, **fields, stop=stops).text.lstrip()
+    answer = served.post(BOTH[1], {"messages": TURNS, **fields, "stream": stream})
+    if stream:
+        events = events_of(answer.text)
+        assert events[0]["choices"][0]["delta"] == {"role": "assistant", "content": ""}
+        assert all(event["object"] == "chat.completion.chunk" for event in events)
+        assert texts_of(events) == {0: expected}
+    else:
+        assert text_of(answer) == expected
+        assert answer.json()["object"] == "chat.completion"
+        assert answer.json()["usage"]["prompt_tokens"] == len(TOKENIZER(prompt)["input_ids"])
+
+
+def test_a_chat_by_the_tokenizer_s_template(served: Served, monkeypatch: pytest.MonkeyPatch) -> None:
+    template = (
+        "{% for m in messages %}<{{ m.role }}>{{ m.content }}\n{% endfor %}"
+        "{% if messages[-1].role == 'assistant' %}{{ raise_exception('who asks?') }}{% endif %}<assistant>"
+    )
+    monkeypatch.setattr(TOKENIZER, "chat_template", template)
+    prompt = "<system>be brief\n<user>the quick\n<assistant>brown fox\n<user>  again  \n<assistant>"
+    fields = {"seed": 6, "max_tokens": 30}
+    answer = served.post(BOTH[1], {"messages": TURNS, **fields})
+    assert text_of(answer) == written(prompt, **fields).text
+    error = refused(served.post(BOTH[1], {"messages": TURNS[:3]}), "messages")
+    assert "who asks?" in error["message"]
+
+
+def test_a_reply_ends_where_the_other_would_speak(served: Served) -> None:
+    """The speakers' names are stop strings of the plain template, beside the request's own."""
+    jobs = []
+    whole = served.service._jobs
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(served.service, "_jobs", lambda asked: jobs.extend(found := whole(asked)) or found)
+        served.chat(stop="xyz", max_tokens=1)
+    assert set(jobs[0].request.params.stop) == {"xyz", "\nSystem:", "\nUser:", "\nAssistant:"}
+
+
+def test_a_reply_may_be_as_long_as_fits(served: Served) -> None:
+    with served.limited(output_tokens=20):
+        assert served.chat(mode="ar", seed=1).json()["usage"]["completion_tokens"] <= 20
+    told = served.chat(mode="ar", seed=1).json()
+    assert told["usage"]["total_tokens"] <= LENGTH
+    long = served.chat("x " * 600)
+    assert "longer than" in refused(long, "max_tokens")["message"]
+
+
+def test_the_newer_name_of_max_tokens(served: Served) -> None:
+    assert served.chat(max_completion_tokens=3, seed=1).json()["usage"]["completion_tokens"] == 3
+    assert served.chat(max_completion_tokens=3, max_tokens=3, seed=1).json()["usage"]["completion_tokens"] == 3
+    refused(served.chat(max_completion_tokens=3, max_tokens=4), "max_tokens")
+    refused(served.complete(max_completion_tokens=3), "max_completion_tokens")
+
+
+# --- streams ----------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("path", BOTH)
+def test_usage_is_the_last_chunk_where_it_is_asked_for(served: Served, path: str) -> None:
+    fields = START[path] | {"seed": 2, "max_tokens": 20, "n": 2}
+    events = events_of(served.post(path, fields | {"stream": True, "stream_options": {"include_usage": True}}).text)
+    assert all(event["usage"] is None for event in events[:-1])
+    assert events[-1]["choices"] == []
+    whole = served.post(path, fields).json()["usage"]
+    del whole["prompt_tokens_details"], events[-1]["usage"]["prompt_tokens_details"]
+    assert events[-1]["usage"] == whole
+    silent = served.post(path, fields | {"stream": True, "stream_options": {"include_usage": False}})
+    assert all("usage" not in event for event in events_of(silent.text))
+
+
+@pytest.mark.parametrize("path", BOTH)
+@pytest.mark.parametrize("mode", ["diffusion", "verified"])
+def test_denoising_shown_is_what_happened(served: Served, path: str, mode: str) -> None:
+    """Every pass is shown; what was fixed stays; what the last pass over each block left is the text."""
+    fields = START[path] | {"seed": 3, "max_tokens": 20, **MODES[mode]}
+    events = events_of(served.post(path, fields | {"stream": True, "stream_denoising": True}).text)
+    assert texts_of(events)[0] == text_of(served.post(path, fields))
+    shown = [event["denoising"] for event in events if "denoising" in event]
+    assert all(event["choices"] == [] for event in events if "denoising" in event)
+    last = events[-1]["choices"][0]
+    assert len(shown) == last["decoding"]["denoiser_passes"]
+    for _, block in itertools.groupby(shown, key=lambda step: step["start"]):
+        fixed: dict[int, int] = {}
+        for number, step in enumerate(block):
+            assert step["index"] == 0
+            assert step["step"] == number < step["steps"]
+            size = len(step["tokens"])
+            assert size == len(step["texts"]) == len(step["masked"]) == len(step["confidence"])
+            assert all(0 <= sure <= 1 for sure in step["confidence"])
+            now = {place: token for place, token in enumerate(step["tokens"]) if not step["masked"][place]}
+            assert fixed.items() <= now.items()
+            fixed = now
+        if mode == "diffusion":
+            assert not any(step["masked"])
+    if mode == "diffusion":
+        prompt = fields.get("prompt") or "User: x\nAssistant:"
+        arguments = {name: value for name, value in fields.items() if name not in ("prompt", "messages")}
+        tokens = written(prompt, **arguments).tokens
+        final = {step["start"]: step["tokens"] for step in shown}
+        assert [token for start in sorted(final) for token in final[start]][: len(tokens)] == tokens
+
+
+def test_a_quiet_stream_is_kept_open(served: Served, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Comments, which clients skip, while there is nothing to say."""
+    monkeypatch.setattr("twotower.server.streams.BEAT", 0.01)
+    with served.valve.closed(), served.client() as client:
+        fields = {"prompt": PROMPT, "stream": True, "seed": 1, "max_tokens": 4}
+        with client.stream("POST", BOTH[0], json=fields) as answer:
+            lines = answer.iter_lines()
+            assert next(lines) == ": still at work"
+            served.valve.allow(None)
+            found = texts_of(events_of("\n".join(lines)))
+    assert found == {0: written(PROMPT, seed=1, max_tokens=4).text}
+
+
+class Broken(Exception):
+    pass
+
+
+@pytest.fixture
+def breaking() -> Iterator[str]:
+    """A policy that fails at a text's second block."""
+
+    def decide(seen: Pass, knob: Tensor) -> Verdict:
+        raise Broken("the policy broke")
+
+    register_policy("breaking", decide, knob="none", default=0.5)
+    yield "breaking"
+    del POLICIES["breaking"]
+
+
+def test_an_error_after_the_start_is_an_event(served: Served, breaking: str) -> None:
+    events = events_of(served.chat(policy=breaking, stream=True).text)
+    assert "error" not in events[0]
+    assert set(events[-1]) == {"error"}
+    assert events[-1]["error"]["type"] == "server_error"
+    assert served.chat(policy=breaking).status_code == 500
+    assert text_of(served.complete(seed=1)) == written(PROMPT, seed=1).text  # the others never notice
+    assert served.is_idle()
+
+
+def test_an_engine_that_fails_is_told_to_everybody() -> None:
+    with serving() as served, served.client() as client:
+        with served.valve.closed(), client.stream("POST", BOTH[0], json={"prompt": PROMPT, "stream": True}) as answer:
+            served.valve.wait_blocked()
+
+            def fail() -> None:
+                raise RuntimeError("a kernel died")
+
+            served.valve._step = fail
+            served.valve.allow(None)
+            assert answer.status_code == 200
+            (event,) = events_of("".join(answer.iter_text()))
+        assert event["error"]["type"] == "server_error"
+        assert "a kernel died" in event["error"]["message"]
+        for path in ("/health", "/ready"):
+            refused(served.get(path), None, 503)
+        assert "retry-after" in served.complete().headers
+        refused(served.complete(), None, 503)
+
+
+# --- what cannot be done ----------------------------------------------------------------------------------------------
+
+ON: dict[str, Any] = {
+    "frequency_penalty": 0.5, "presence_penalty": -0.1, "best_of": 2, "suffix": "end", "logit_bias": {"5": 1},
+    "tools": [{"type": "function"}], "tool_choice": "required", "functions": [{"name": "f"}],
+    "function_call": {"name": "f"}, "store": True, "metadata": {"a": "b"}, "service_tier": "flex",
+    "modalities": ["text", "audio"], "audio": {}, "prediction": {}, "reasoning_effort": "low",
+    "web_search_options": {}, "verbosity": "low", "prompt_cache_key": "a", "safety_identifier": "a",
+    "parallel_tool_calls": 1,
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("path", BOTH)
+@pytest.mark.parametrize("name", OFF)
+def test_fields_that_mean_nothing_here(served: Served, path: str, name: str) -> None:
+    """Refused by name, unless they ask for nothing."""
+    error = refused(served.post(path, START[path] | {name: ON[name]}), name)
+    assert error["code"] == "unsupported"
+    assert name in error["message"]
+    for off in (*OFF[name], None):
+        answer = served.post(path, START[path] | {name: off, "seed": 1, "max_tokens": 2})
+        assert answer.status_code == 200, answer.text
+
+
+@pytest.mark.parametrize("path", BOTH)
+def test_unknown_fields_are_refused(served: Served, path: str) -> None:
+    for name in ("max_token", "", "ünknown", "prompt " if "chat" in path else "messages", "__class__"):
+        error = refused(served.post(path, START[path] | {name: None}), name)
+        assert error["code"] == "unsupported"
+
+
+@pytest.mark.parametrize(("path", "asked"), list(zip(BOTH, (CompletionAsked, ChatAsked), strict=True)))
+def test_null_is_the_default(served: Served, path: str, asked: type[CompletionAsked] | type[ChatAsked]) -> None:
+    needed = START[path]
+    nothing = {name: None for name in (*asked.model_fields, *OFF) if name not in needed}
+    told = {name: field.default for name, field in asked.model_fields.items() if name not in needed}
+    some = {"seed": 3, "max_tokens": 10}
+    plain = text_of(served.post(path, needed | some))
+    assert text_of(served.post(path, needed | nothing | some)) == plain
+    assert text_of(served.post(path, needed | told | some)) == plain
+
+
+WRONG: list[tuple[str, list[Any]]] = [
+    ("temperature", [-0.1, 2.1, "1", True, [], 1e300]),
+    ("top_p", [0, -1, 1.5, "0.5", {}]),
+    ("top_k", [0, -1, 1.5, "5", True]),
+    ("max_tokens", [-1, 1.5, "16", True, [16], 10**9, 10**30]),
+    ("n", [0, -1, 65, 1.5, "1", True, 10**30]),
+    ("seed", [-1, 2**62, 1.5, "1", True, 10**30]),
+    ("stop", ["", [""], 5, ["a"] * 17, [["a"]], "a" * 257, {"a": 1}, [None]]),
+    ("stream", [1, "true", []]),
+    ("stream_options", [5, {"include_usage": 1}, {"other": True}, {"include_obfuscation": True}, []]),
+    ("model", [5, ["tiny"], True]),
+    ("user", [5, [], {}]),
+    ("mode", ["fast", 1, "", [], "DIFFUSION"]),
+    ("threshold", [-0.1, 1.1, "0.5", True]),
+    ("policy", ["unknown", 5, "", ["threshold"]]),
+    ("knob", ["1", True, [1], -1e300]),
+    ("block_size", [0, -1, 17, 4097, 1.5, "8", True]),
+    ("steps", [0, -1, 4097, 1.5, "8", True]),
+    ("draft_steps", [-1, 4097, 1.5, "8"]),
+    ("acceptance", [-0.1, 1.1, "1"]),
+    ("stream_denoising", [1, "true"]),
+    ("logprobs", [-1, 21, "5", 1.5]),
+    ("response_format", [5, {"type": "xml"}, {}, {"type": "json_schema"}, {"type": "text", "regex": "a"}]),
+]
+MODE_OF = {"draft_steps": "verified", "acceptance": "verified"}
+WITH = {"knob": {"policy": "threshold"}}
+
+
+@pytest.mark.parametrize("path", BOTH)
+@pytest.mark.parametrize(("name", "values"), WRONG, ids=[name for name, _ in WRONG])
+def test_wrong_values_are_refused_by_name(served: Served, path: str, name: str, values: list[Any]) -> None:
+    start = START[path] | {"mode": MODE_OF.get(name, "diffusion"), "max_tokens": 4} | WITH.get(name, {})
+    for value in values:
+        refused(served.post(path, start | {name: value}), name)
+
+
+@pytest.mark.parametrize(
+    "prompt",
+    ["", [], [""], [[]], ["a", ""], [[5], []], [-1], [320], [2**31], [10**30], [1.5], ["a", 5], [True], 5, {}, None,
+     [["a"]], [[["a"]]], "\ud800", ["a", "b\udfff"]],
+    ids=repr,
+)  # fmt: skip
+def test_prompts_that_are_none(served: Served, prompt: Any) -> None:
+    refused(served.complete(prompt), "prompt")
+
+
+@pytest.mark.parametrize(
+    "messages",
+    [[], None, "hello", {}, [{}], [{"role": "user"}], [{"content": "x"}], [{"role": "tool", "content": "x"}],
+     [{"role": "user", "content": 5}], [{"role": "user", "content": [{"type": "image_url", "image_url": {}}]}],
+     [{"role": "user", "content": None}], [{"role": "user", "content": "x", "tool_calls": []}], ["x"], [None],
+     [{"role": "user", "content": "half \ud83d"}]],
+    ids=repr,
+)  # fmt: skip
+def test_messages_that_are_none(served: Served, messages: Any) -> None:
+    refused(served.post(BOTH[1], {"messages": messages}), "messages")
+
+
+@pytest.mark.parametrize("path", BOTH)
+def test_what_is_needed_is_missing(served: Served, path: str) -> None:
+    (name,) = START[path]
+    assert refused(served.post(path, {}), name)["code"] == "missing"
+
+
+@pytest.mark.parametrize("path", BOTH)
+@pytest.mark.parametrize(
+    "body",
+    [b"", b"{", b"null", b"5", b'"text"', b"[]", b"\xff\xfe", b"{'prompt': 'x'}", b"[" * 100_000, b'{"a":' * 50_000,
+     b'{"prompt": "x", "max_tokens": ' + b"9" * 5000 + b"}",
+     "{\"prompt\": \"\udc80\"}".encode("utf-8", "surrogatepass"),
+     b"\x00", b"prompt=x", b"{}{}",
+     b'{"\\ud800": 1, "prompt": "x"}'],
+    ids=lambda body: repr(body[:20]),
+)  # fmt: skip
+def test_bodies_that_are_no_requests(served: Served, path: str, body: bytes) -> None:
+    answer = served.post(path, body)
+    assert answer.status_code == 400, answer.text
+    assert set(answer.json()["error"]) == {"message", "type", "param", "code"}
+
+
+@pytest.mark.parametrize("number", ["NaN", "Infinity", "-Infinity", "1e999", "-1e999"])
+@pytest.mark.parametrize("name", ["temperature", "top_p", "threshold", "knob", "max_tokens", "seed", "n"])
+def test_numbers_that_are_none(served: Served, name: str, number: str) -> None:
+    refused(served.post(BOTH[0], f'{{"prompt": "x", "{name}": {number}}}'.encode()), name)
+
+
+def test_a_body_of_another_kind_is_refused(served: Served) -> None:
+    body = b'{"prompt": "x"}'
+    for kind in ("text/plain", "application/x-www-form-urlencoded", "multipart/form-data"):
+        answer = served.post(BOTH[0], body, headers={"content-type": kind})
+        assert answer.status_code == 400, answer.text
+
+
+def test_texts_with_strange_characters_are_texts(served: Served) -> None:
+    """Whole characters of every kind go through; in other fields half a pair does no harm."""
+    for text in ("\x00", "\ufeff", "\u202e", "👍🏽", "\n\n", "<mask></s>"):
+        assert text_of(served.complete(text, seed=1, max_tokens=3)) == written(text, seed=1, max_tokens=3).text
+    assert served.complete("x", stop="\ud800", max_tokens=2).status_code in (200, 400)
+    assert served.complete("x", user="\ud800", max_tokens=2).status_code in (200, 400)
+    assert served.complete("x", model="\ud800").status_code in (400, 404)
+
+
+@pytest.mark.parametrize(
+    ("fields", "param"),
+    [
+        ({"mode": "ar", "threshold": 0.5}, "threshold"),
+        ({"mode": "ar", "policy": "threshold"}, "policy"),
+        ({"mode": "mock_ar", "block_size": 8}, "block_size"),
+        ({"mode": "ar", "knob": 1}, "knob"),
+        ({"mode": "ar", "steps": 4}, "steps"),
+        ({"mode": "verified", "steps": 4}, "steps"),
+        ({"mode": "diffusion", "draft_steps": 1}, "draft_steps"),
+        ({"draft_steps": 1}, "draft_steps"),
+        ({"mode": "ar", "acceptance": 1}, "acceptance"),
+        ({"threshold": 0.5, "knob": 0.5}, "threshold"),
+        ({"threshold": 0.5, "policy": "factor"}, "threshold"),
+        ({"stream_options": {"include_usage": True}}, "stream_options"),
+        ({"stream_denoising": True}, "stream_denoising"),
+        ({"stream_denoising": True, "stream": True, "mode": "ar"}, "stream_denoising"),
+        ({"response_format": {"type": "json_object"}, "mode": "diffusion"}, "response_format"),
+    ],
+)
+@pytest.mark.parametrize("path", BOTH)
+def test_fields_that_mean_nothing_beside_others(served: Served, path: str, fields: dict[str, Any], param: str) -> None:
+    error = refused(served.post(path, START[path] | fields), param)
+    assert param in error["message"]
+
+
+def test_top_logprobs_goes_with_logprobs(served: Served) -> None:
+    refused(served.chat(top_logprobs=2), "top_logprobs")
+
+
+def test_too_many_choices(served: Served) -> None:
+    refused(served.complete(["a"] * 33, n=2), "n")
+    with served.limited(choices=3):
+        refused(served.complete(n=4), "n")
+        assert served.complete(n=3, max_tokens=1).status_code == 200
+
+
+def test_texts_that_do_not_fit(served: Served) -> None:
+    refused(served.complete([5] * 500, max_tokens=13), "max_tokens")
+    refused(served.complete([5] * 600, max_tokens=0), "max_tokens")
+    assert served.complete([5] * 500, max_tokens=12, mode="ar").status_code == 200
+
+
+@pytest.mark.parametrize("path", BOTH)
+def test_an_unknown_model_is_not_found(served: Served, path: str) -> None:
+    error = refused(served.post(path, START[path] | {"model": "other"}), "model", 404)
+    assert error["code"] == "model_not_found"
+    assert served.post(path, START[path] | {"model": NAME, "max_tokens": 1}).status_code == 200
+
+
+# --- the other routes -------------------------------------------------------------------------------------------------
+
+
+def test_the_model_is_listed(served: Served) -> None:
+    listed = served.get("/v1/models").json()
+    assert listed["object"] == "list"
+    (model,) = listed["data"]
+    assert model["id"] == NAME
+    assert model["max_model_len"] == LENGTH
+    assert set(MODES) <= set(model["modes"])
+    assert model["mask_token_id"] == tiny_model().config.mask_token
+    assert served.get(f"/v1/models/{NAME}").json() == model
+    for name in ("other", "tiny/other", "%ff", "%ed%a0%80"):
+        refused(served.get(f"/v1/models/{name}"), "model", 404)
+
+
+def test_states(served: Served) -> None:
+    assert served.get("/health").json() == {"status": "ok"}
+    assert served.get("/ready").json() == {"status": "ready"}
+    served.service.draining = True
+    try:
+        refused(served.get("/ready"), None, 503)
+        assert served.get("/health").status_code == 200
+        answer = served.complete()
+        assert int(answer.headers["retry-after"]) > 0
+        refused(answer, None, 503)
+    finally:
+        served.service.draining = False
+
+
+@pytest.mark.parametrize(
+    ("method", "path", "status"),
+    [("GET", "/v1/completions", 405), ("DELETE", "/health", 405), ("GET", "/nothing", 404), ("GET", "/docs", 404),
+     ("POST", "/v1/embeddings", 404), ("PUT", "/v1/models", 405), ("GET", "/%00", 404), ("GET", "/..%2f..%2fetc", 404)],
+)  # fmt: skip
+def test_other_paths(served: Served, method: str, path: str, status: int) -> None:
+    with served.client() as client:
+        answer = client.request(method, path)
+    refused(answer, None, status)
+    assert ("allow" in answer.headers) == (status == 405)
+
+
+def test_the_schema_names_every_field_and_status(served: Served) -> None:
+    schema = served.get("/openapi.json").json()
+    assert {"/v1/completions", "/v1/chat/completions", "/v1/models", "/health", "/ready", "/metrics"} <= set(
+        schema["paths"]
+    )
+    for path, asked in zip(BOTH, ("CompletionAsked", "ChatAsked"), strict=True):
+        operation = schema["paths"][path]["post"]
+        assert {"200", "400", "401", "404", "408", "413", "429", "503", "504"} <= set(operation["responses"])
+        assert "422" not in operation["responses"]
+        assert set(operation["responses"]["200"]["content"]) == {"application/json", "text/event-stream"}
+        fields = schema["components"]["schemas"][asked]
+        assert fields["additionalProperties"] is False
+        known = {"CompletionAsked": CompletionAsked, "ChatAsked": ChatAsked}[asked].model_fields
+        assert set(fields["properties"]) == set(known)
+    assert json.dumps(schema).count("HTTPValidationError") == 0
+
+
+def test_every_answer_has_a_number(served: Served) -> None:
+    answers = [served.complete(max_tokens=1), served.complete(5), served.get("/nothing"), served.get("/health")]
+    numbers = [answer.headers["x-request-id"] for answer in answers]
+    assert len(set(numbers)) == len(answers)
+    assert all(answer.headers.get("server") is None for answer in answers)
+
+
+def test_a_fault_of_the_server_is_500_and_in_its_log(served: Served, monkeypatch: pytest.MonkeyPatch) -> None:
+    def broken(_: Any) -> None:
+        raise Broken("a secret of the server")
+
+    monkeypatch.setattr(served.service, "_jobs", broken)
+    before = served.counts().get(("twotower_requests_total", BOTH[0], "500"), 0)
+    with logged() as lines:
+        answer = served.complete()
+    assert "secret" not in answer.text
+    refused(answer, None, 500)
+    assert served.counts()["twotower_requests_total", BOTH[0], "500"] == before + 1
+    number = answer.headers["x-request-id"]
+    assert [line["event"] for line in lines if line["id"] == number] == ["error", "request"]
+    assert "a secret of the server" in lines[0]["trace"]
+
+
+def test_many_at_once_write_what_each_writes_alone(served: Served) -> None:
+    """More requests than rows, of all modes, whole and streamed at once."""
+    from concurrent.futures import ThreadPoolExecutor
+
+    def ask(number: int) -> str:
+        fields = {"seed": number, "max_tokens": 1 + number, **list(MODES.values())[number % 4]}
+        if number % 3:
+            return text_of(served.complete(**fields))
+        return texts_of(events_of(served.complete(**fields, stream=True).text))[0]
+
+    with ThreadPoolExecutor(12) as pool:
+        found = list(pool.map(ask, range(16)))
+    for number, text in enumerate(found):
+        fields = {"seed": number, "max_tokens": 1 + number, **list(MODES.values())[number % 4]}
+        assert text == written(PROMPT, **fields).text, number
+    until(served.is_idle)
