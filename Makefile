@@ -2,10 +2,14 @@
 PYTHON ?= python3
 BIN := .venv/bin
 
-.PHONY: demo test test-slow browser check clean bundled-model bench bench-quick report
+.PHONY: demo serve test test-slow browser check clean bundled-model bench bench-quick report
 
 demo: .venv/.installed
 	@$(BIN)/twotower demo
+
+# The OpenAI endpoints and a page at http://127.0.0.1:8000; other options: twotower serve --help.
+serve: .venv/.installed-serve
+	@$(BIN)/twotower serve
 
 test: .venv/.installed-dev browser
 	$(BIN)/python -m pytest
@@ -28,13 +32,14 @@ bench-quick: .venv/.installed
 	$(BIN)/twotower bench --rounds 3
 	$(BIN)/twotower eval -n 25
 
-# About seven minutes on two cores, idle ones: passes beside their floors, the engine, memory, context → build/bench/.
+# About 12 minutes on two cores, idle ones: passes beside their floors, the engine, memory, context, serving → build/bench/.
 bench: .venv/.installed-dev
 	@mkdir -p build/bench
 	$(BIN)/python benchmarks/passes.py > build/bench/passes.json
 	$(BIN)/python benchmarks/throughput.py > build/bench/throughput.json
 	$(BIN)/python benchmarks/memory.py > build/bench/memory.json
 	$(BIN)/python benchmarks/context.py -o build/bench/context.png > build/bench/context.json
+	$(BIN)/python benchmarks/serve.py > build/bench/serve.json
 
 # About 15 minutes on one core: every setting of the dial → report/report.png, report/report.md.
 report: .venv/.installed-dev
@@ -49,6 +54,10 @@ bundled-model: .venv/.installed-dev
 	@$(PYTHON) -c 'import sys; sys.exit("twotower needs Python 3.11 or later; this is %d.%d. Set PYTHON=..." % sys.version_info[:2] if sys.version_info < (3, 11) else 0)'
 	$(PYTHON) -m venv .venv
 	$(BIN)/pip install --quiet --disable-pip-version-check -c constraints.txt -e .
+	@touch $@
+
+.venv/.installed-serve: .venv/.installed
+	$(BIN)/pip install --quiet --disable-pip-version-check -c constraints.txt -e '.[serve]'
 	@touch $@
 
 .venv/.installed-dev: .venv/.installed
