@@ -18,8 +18,6 @@ from twotower.generation.unmasking import POLICIES, Pass, Verdict, register_poli
 from twotower.server.protocol import OFF, ChatAsked, CompletionAsked
 
 PROMPT = "the quick"
-# Fields that wait for another part of the engine: remove a name from here once it works.
-NOT_YET = ("response_format",)
 BOTH = ("/v1/completions", "/v1/chat/completions")
 START = {
     "/v1/completions": {"prompt": PROMPT},

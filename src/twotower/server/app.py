@@ -35,10 +35,17 @@ MEANINGS = {
 ERRORS: dict[int | str, dict[str, Any]] = {
     status: {"description": meaning, "model": ErrorBody} for status, meaning in MEANINGS.items()
 }
+EVENT = {  # before version 3.2 of the specification, a stream's schema is that of each event
+    "type": "object",
+    "title": "Event",
+    "description": "data: a chunk as JSON; where something went wrong, an error; at the end [DONE].",
+    "properties": {"data": {"type": "string"}},
+    "required": ["data"],
+}
 STREAM: dict[int | str, dict[str, Any]] = {
     200: {
         "description": "The answer; with stream: true, server-sent events with chunks of it, and [DONE] at the end.",
-        "content": {"text/event-stream": {"schema": {"type": "string"}}},
+        "content": {"text/event-stream": {"schema": EVENT}},
     }
 }
 
