@@ -173,10 +173,12 @@ class Served:
 
 
 @contextmanager
-def serving(rows: int = 4, drain: int = 5, **settings: Any) -> Iterator[Served]:
-    """A server on any free port."""
+def serving(
+    rows: int = 4, drain: int = 5, model: TwoTowerForCausalLM | None = None, **settings: Any
+) -> Iterator[Served]:
+    """A server of a model, or of the tiny one, on any free port."""
     settings = {"name": NAME, "decoding": DECODING, "limits": Limits(queue=64)} | settings
-    service = Service(AsyncLLM(LLM(tiny_model(), rows=rows, length=LENGTH)), Settings(**settings))
+    service = Service(AsyncLLM(LLM(model or tiny_model(), rows=rows, length=LENGTH)), Settings(**settings))
     found: list[str] = []
     listens = threading.Event()
 
