@@ -166,12 +166,12 @@ class Service:
             wanted = min(asked.max_tokens or 0, limits.output_tokens)
         most = longest - prompt if limits.output_tokens is None else min(longest - prompt, limits.output_tokens)
         if wanted is None:
-            wanted = max(most, 0)
+            field, wanted = "messages" if prompt >= longest else field, max(most, 0)
         elif limits.output_tokens is not None and wanted > limits.output_tokens:
             raise RequestError(f"{field} is {wanted}; this server writes at most {limits.output_tokens}", param=field)
         if prompt + wanted > longest or (not most and not wanted and prompt >= longest):
             raise RequestError(
-                f"a prompt of {prompt} tokens plus {field} {wanted} is longer than the {longest} tokens that this "
+                f"a prompt of {prompt} tokens plus {wanted} new ones is longer than the {longest} tokens that this "
                 "server keeps for a text; shorten one of them",
                 param=field,
             )
