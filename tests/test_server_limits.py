@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import os
 import re
 import signal
 import socket
@@ -488,10 +487,10 @@ def test_logs_hold_no_texts_unless_asked() -> None:
 class Program:
     """`twotower serve` in a process of its own, on the bundled model."""
 
-    def __init__(self, *args: str, **environment: str) -> None:
+    def __init__(self, *args: str) -> None:
         self.process = subprocess.Popen(
             [sys.executable, "-c", "from twotower.cli.main import main; main()", "serve", *args],
-            stderr=subprocess.PIPE, stdout=subprocess.PIPE, text=True, env=os.environ | environment,
+            stderr=subprocess.PIPE, stdout=subprocess.PIPE, text=True,
         )  # fmt: skip
         self.lines: list[str] = []
         assert self.process.stderr is not None
@@ -513,22 +512,24 @@ class Program:
         return self.process.returncode
 
 
-@contextmanager
-def program(*args: str, **environment: str) -> Iterator[Program]:
-    found = Program("--port", "0", *args, **environment)
-    try:
-        yield found
-    finally:
-        found.process.kill()
-        found.process.communicate()
+@pytest.fixture(scope="module")
+def programs() -> Iterator[list[Program]]:
+    """Two, started at once: most of a start is waiting for imports."""
+    with ThreadPoolExecutor(2) as pool:
+        found = list(pool.map(lambda _: Program("--port", "0", "--rows", "2"), range(2)))
+    yield found
+    for one in found:
+        one.process.kill()
+        one.process.communicate()
 
 
 def streaming(client: httpx.Client, **fields: Any) -> Any:
     return client.stream("POST", PATH, json={"prompt": "The", "stream": True, "mode": "ar", "seed": 1, **fields})
 
 
-def test_sigterm_lets_requests_end() -> None:
-    with program("--rows", "2") as server, server.client() as client:
+def test_sigterm_lets_requests_end(programs: list[Program]) -> None:
+    server = programs[0]
+    with server.client() as client:
         assert server.address.startswith("http://127.0.0.1:")
         assert client.get("/v1/models").json()["data"][0]["id"]
         with streaming(client, max_tokens=300, temperature=2) as answer:
@@ -552,8 +553,9 @@ def refuses(address: str) -> bool:
         return True
 
 
-def test_sigterm_twice_stops_now() -> None:
-    with program("--rows", "2") as server, server.client() as client:
+def test_sigterm_twice_stops_now(programs: list[Program]) -> None:
+    server = programs[1]
+    with server.client() as client:
         with suppress(httpx.TransportError), streaming(client, max_tokens=4000, n=60, temperature=2) as answer:
             lines = answer.iter_lines()
             next(lines)

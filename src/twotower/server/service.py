@@ -171,11 +171,13 @@ class Service:
         if not said and most > 0:
             return most if wanted is None else min(wanted, most)
         wanted = wanted or 0
-        if limits.output_tokens is not None and wanted > limits.output_tokens:
+        if not said:
+            field = "messages" if chat else "prompt"
+        elif limits.output_tokens is not None and wanted > limits.output_tokens:
             raise RequestError(f"{field} is {wanted}; this server writes at most {limits.output_tokens}", param=field)
         if prompt + wanted > longest or not said:
             raise RequestError(
-                f"a prompt of {prompt} tokens plus {field} {wanted} is longer than the {longest} tokens that this "
+                f"a prompt of {prompt} tokens plus {wanted} new ones is longer than the {longest} tokens that this "
                 "server keeps for a text; shorten one of them",
                 param=field,
             )
