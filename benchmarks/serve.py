@@ -168,7 +168,7 @@ async def measure(
     tokens = few_shot_prompts(model, count, CONTEXT)
     shared = {"eos_token_id": ready.eos_of(model), "mask_token_id": model.config.mask_token, "temperature": 0.0}
     server = Server("--dtype", dtype, "--rows", str(max(at_once)), "--length", "2048", "--queue", str(2 * count))
-    measured, first_memory = [], 0.0
+    measured: list[dict[str, Any]] = []
     try:
         for mode in modes:
             values = dict(MODES[mode])
@@ -185,7 +185,6 @@ async def measure(
                     results, seconds = offline(model, requests[few], clients)
                     rates.append(sum(len(result.tokens) for result in results) / seconds)
                     loads.append(await load(server, asked[few], expected[few], clients, round_))
-                first_memory = first_memory or server.metric("process_resident_memory_bytes")
                 served = [run.tokens / run.seconds for run in loads]
                 firsts, lasts = ([t for run in loads for t in getattr(run, name)] for name in ("first", "last"))
                 measured.append({
@@ -196,14 +195,14 @@ async def measure(
                     "of_engine": statistics.median(a / b for a, b in zip(served, rates, strict=True)),
                     "first_p50": percentile(firsts, 0.5), "first_p95": percentile(firsts, 0.95),
                     "last_p50": percentile(lasts, 0.5), "last_p95": percentile(lasts, 0.95),
+                    "memory": server.metric("process_resident_memory_bytes"),
                 })  # fmt: skip
-        memory = server.metric("process_resident_memory_bytes")
         busy = server.metric("twotower_running_requests") + server.metric("twotower_queue_requests")
     finally:
         await server.stop()
     return {
         "benchmark": "serve", "machine": machine(model), "dtype": dtype, "measured": measured, "busy_at_the_end": busy,
-        "memory_after_first": first_memory, "memory_at_the_end": memory, "exit_code": server.process.returncode,
+        "exit_code": server.process.returncode,
     }  # fmt: skip
 
 
@@ -225,7 +224,7 @@ def table(facts: dict[str, Any]) -> Table:
             row["mode"], str(row["clients"]), f"{row['answers']} (+{row['left']} left)", str(row["differ"]),
             f"{row['tokens_per_second']:,.0f}", f"{row['of_engine']:.2f}",
             f"{1e3 * row['first_p50']:,.0f} / {1e3 * row['first_p95']:,.0f}",
-            f"{1e3 * row['last_p50']:,.0f} / {1e3 * row['last_p95']:,.0f}",
+            f"{1e3 * row['last_p50']:,.0f} / {1e3 * row['last_p95']:,.0f}", f"{row['memory'] / 2**20:,.0f}",
         )  # fmt: skip
     return out
 
@@ -243,9 +242,8 @@ def main(at_once: str, modes: str, count: int, new: int, rounds: int, dtype: str
     if quick:
         at_once, count, new, rounds = "1,8", 16, 24, 1
     facts = asyncio.run(measure([int(n) for n in at_once.split(",")], modes.split(","), count, new, dtype, rounds))
-    Console(stderr=True, width=130).print(table(facts))
-    growth = (facts["memory_at_the_end"] - facts["memory_after_first"]) / 2**20
-    click.echo(f"memory of the server since its first load: {growth:+.1f} MiB; {facts['machine']}", err=True)
+    Console(stderr=True, width=140).print(table(facts))
+    click.echo(str(facts["machine"]), err=True)
     print(json.dumps(facts))
 
 
