@@ -330,3 +330,23 @@ def test_a_tower_of_another_dtype_runs_at_once_too(monkeypatch: pytest.MonkeyPat
 def _at_once(tower: Tower) -> bool:
     with torch.no_grad():
         return whole.run(tower, tower.embed(torch.tensor([[5, 6, 7]])), Visibility(), None, None, True) is not None
+
+
+@torch.no_grad()
+@pytest.mark.parametrize("length", [17, 60, whole.LONGEST])
+def test_a_pass_longer_than_a_chunk_is_the_chunked_scan(length: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    """What the layers do chunk by chunk is done in one piece, and leaves the same state."""
+    model = build_random_model(EVERY_KIND, dtype=torch.float32)
+    assert model.config.backbone.chunk_size < length
+    tokens = torch.randint(4, 60, (1, length), generator=torch.Generator().manual_seed(1))
+    outs = []
+    for at_once in (True, False):
+        if not at_once:
+            monkeypatch.setattr(whole, "run", lambda *_: None)
+        assert _at_once(model.context) == at_once
+        state = model.new_state(1, 2 * length)
+        logits = [model.extend(tokens, state) for _ in range(2)]
+        state.settle()
+        outs.append([*logits, *state._tensors()])
+    for mine, twin in zip(*outs, strict=True):
+        torch.testing.assert_close(mine, twin, rtol=1e-4, atol=1e-4)

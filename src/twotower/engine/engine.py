@@ -264,7 +264,8 @@ class LLM:
         works, budget = [], PROMPT_BUDGET
         for row in [row for row in self.rows.values() if row.phase is Phase.PROMPT]:  # oldest first
             edge = row.read - row.read % PROMPT_CHUNK + PROMPT_CHUNK
-            part = list(row.request.prompt[row.read : min(row.read + budget, edge, row.prompt_end)])
+            end = min(row.read + min(budget, self.model.prompt_piece), edge, row.prompt_end)
+            part = list(row.request.prompt[row.read : end])
             if part:
                 works.append(Work(row, part, scored=False, following=self._following(row, len(part))))
                 budget -= len(part)

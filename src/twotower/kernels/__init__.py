@@ -84,7 +84,7 @@ CATALOGUE: dict[str, tuple[Backend, ...]] = {
         Backend("tiles", greedy.choose, "plain torch, widens one tile at a time"),
     ),
     "linear": (
-        _native(native_ops.linear, "reads weights once, as they lie, for up to 48 tokens"),
+        _native(native_ops.linear, "reads weights once, as they lie, for few tokens"),
         Backend("torch", F.linear, "plain torch"),
     ),
     "rms_norm": (

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from functools import cache
+
 import torch
 from torch import Tensor
 
@@ -16,6 +18,7 @@ def widened(values: Tensor) -> Tensor:
     return values.to(accumulation_dtype(values.dtype))
 
 
+@cache
 def multiplies_bf16_fast(device: torch.device) -> bool:
     """CUDA, and processors with AVX512-BF16 or AMX; elsewhere a product in bf16 takes three times one in fp32."""
     probes = ("_is_avx512_bf16_supported", "_is_amx_tile_supported")

@@ -24,6 +24,7 @@ from twotower.generation.params import GenerationParams
 from twotower.generation.prompts import Prompts
 from twotower.kernels.precision import widened
 from twotower.mirror import LocalReader, Mirror, Reader, Transport
+from twotower.model import whole
 from twotower.model.blockwise import Layout, context_pass
 from twotower.model.conditioning import TimeConditioning
 from twotower.model.coupling import Visibility
@@ -31,7 +32,7 @@ from twotower.model.tower import Tower
 from twotower.state import ContextView, TowerState
 
 Towers = Literal["both", "context"]
-PREFILL_CHUNK = 512  # tokens of a prompt read in one pass
+PREFILL_CHUNK = 512  # tokens of a prompt read in one pass, layer by layer
 
 
 class TwoTowerForCausalLM(PreTrainedModel):
@@ -143,16 +144,23 @@ class TwoTowerForCausalLM(PreTrainedModel):
             return LocalReader(state)
         return Mirror(state, denoiser.device, self.transport or Transport())
 
+    @property
+    def prompt_piece(self) -> int:
+        """Tokens of a prompt that are best read in one pass."""
+        with torch.no_grad():
+            return whole.LONGEST if whole.serves(self.context) else PREFILL_CHUNK
+
     def prefill(self, tokens: Tensor, lengths: Tensor, state: TowerState, rows: Tensor | None = None) -> Tensor:
-        """Reads prompts in chunks of 512 tokens.
+        """Reads prompts piece by piece.
 
         tokens (B, S), of which the first lengths (B,) count (0 allowed) → logits (B, V) after each row's last
         token (of no meaning for a row of length 0), in at least fp32.
         """
         state.reserve(state.bound + tokens.shape[1])
         last: Tensor = torch.zeros(len(lengths), self.context.config.hidden_size, device=self.device, dtype=self.dtype)
-        for start in range(0, tokens.shape[1], PREFILL_CHUNK):
-            part = tokens[:, start : start + PREFILL_CHUNK]
+        piece = self.prompt_piece
+        for start in range(0, tokens.shape[1], piece):
+            part = tokens[:, start : start + piece]
             valid = (lengths - start).clamp(0, part.shape[1])
             hidden = self._extend(part, valid, state, rows)
             at = (valid - 1).clamp(min=0)[:, None, None].expand(-1, 1, hidden.shape[-1])

@@ -20,7 +20,7 @@ from torch.nn.modules.module import _has_any_global_hook
 from twotower.kernels import select
 from twotower.kernels.attention import Cached
 from twotower.kernels.mamba_block import empty_trace
-from twotower.kernels.native.ops import FEW, call
+from twotower.kernels.native.ops import call, few
 from twotower.model.attention import Attention
 from twotower.model.conditioning import Modulation
 from twotower.model.coupling import Added, KeyValue, MambaPast, Past, Visibility
@@ -48,6 +48,7 @@ PLACES = {
     ),
     "-": ("up_proj.weight", "up_proj.bias", "down_proj.weight", "down_proj.bias"),
 }  # fmt: skip
+LONGEST = 128  # tokens of a row: its Mamba layers compare each with each
 OPS = ("linear", "rms_norm", "route", "experts", "attention", "mamba_block")
 
 
@@ -124,6 +125,12 @@ def plan_of(tower: Tower) -> Plan:
     return plan
 
 
+def serves(tower: Tower) -> bool:
+    """Whether every kernel that it needs is the chosen one for such a tower."""
+    weight = tower.embeddings.weight
+    return all(select(op, weight.device, weight.dtype).name == "native" for op in OPS)
+
+
 def run(
     tower: Tower,
     x: Tensor,
@@ -134,7 +141,8 @@ def run(
 ) -> tuple[Tensor, list[Added]] | None:
     """x (B, L, H), the embedded tokens, which are written over → what `Tower.forward` returns; None: not here."""
     rows, length, width = x.shape
-    if not 0 < rows * length <= FEW or length > tower.config.chunk_size or not _kernels_chosen(tower):
+    tokens, dtype = rows * length, tower.embeddings.weight.dtype
+    if not 0 < tokens <= few(dtype, at_once=True) or length > LONGEST or not serves(tower):
         return None
     plan = plan_of(tower)
     if not plan.may_run():
@@ -143,7 +151,7 @@ def run(
     inputs = _Inputs(tower, rows, length, sees, past, modulation, trace)
     if weights is None or not inputs.fit:
         return None
-    config, dtype = tower.config, tower.embeddings.weight.dtype
+    config = tower.config
     hidden = x.new_empty(x.shape, dtype=dtype)
     sizes = torch.tensor([
         rows, length, width, len(tower.layers), inputs.stride, int(x.dtype != dtype), config.mamba_num_heads,
@@ -206,11 +214,6 @@ class _Inputs:
         for offset, tensor in enumerate(tensors):
             self.table[layer * INPUTS + place + offset] = tensor.data_ptr()
         self.kept += tensors
-
-
-def _kernels_chosen(tower: Tower) -> bool:
-    weight = tower.embeddings.weight
-    return all(select(op, weight.device, weight.dtype).name == "native" for op in OPS)
 
 
 @cache

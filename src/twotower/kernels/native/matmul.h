@@ -14,12 +14,14 @@ inline void dots(const T* w, long ldw, const float* x, long ldx, long K, bool ah
     vec acc[R][M] = {};
     long k = 0;
     for (; k + W <= K; k += W) {
-        vec xs[M];
-        for (int m = 0; m < M; m++) xs[m] = load(x + m * ldx + k);
+        vec weights[R];
         for (int r = 0; r < R; r++) {
-            vec weight = load(w + r * ldw + k);
+            weights[r] = load(w + r * ldw + k);
             if (ahead) __builtin_prefetch(w + (r + R) * ldw + k);
-            for (int m = 0; m < M; m++) acc[r][m] += weight * xs[m];
+        }
+        for (int m = 0; m < M; m++) {
+            const vec token = load(x + m * ldx + k);
+            for (int r = 0; r < R; r++) acc[r][m] += weights[r] * token;
         }
     }
     constexpr int COLUMNS = M == 3 ? 4 : M;  // a power of two

@@ -20,12 +20,15 @@ from twotower.kernels.attention import Cached
 from twotower.kernels.mamba_block import MambaTrace, MambaWeights, empty_trace
 from twotower.kernels.native import library
 from twotower.kernels.norm import Order
+from twotower.kernels.precision import multiplies_bf16_fast
 from twotower.kernels.routing import Routing
 
 TYPES = {torch.float32: 0, torch.bfloat16: 1}
 # Tokens up to which reading the weights once, row by row, beats a blocked matrix product (fp32 on two AVX-512 cores:
-# 1.3 to 3 × at 16, equal near 48, half as fast at 128).
-FEW = 48
+# 1.3 to 3 × at 16, equal near 48, half as fast at 128); and tokens up to which a whole tower in one call beats the
+# layers one by one, whose products may be faster (fp32: equal at 128). Where the processor only emulates bf16, products
+# that widen the weights in registers are faster than torch's at any number (1.3 × at 512).
+FEW, FEW_AT_ONCE, FEW_EMULATED = 48, 128, 512
 _KINDS = {"i": ctypes.c_int, "l": ctypes.c_long, "f": ctypes.c_float, "p": ctypes.c_void_p}
 # i int, l long, f float, p pointer; each begins with the type (0 fp32, 1 bf16) and ends with the number of threads.
 SIGNATURES = {
@@ -51,6 +54,13 @@ def refusal(device: torch.device, dtype: torch.dtype) -> str | None:
     return found if isinstance(found, str) else None
 
 
+def few(dtype: torch.dtype, at_once: bool = False) -> int:
+    """Tokens up to which these kernels are faster than torch's, one product or (at once) a whole tower."""
+    if dtype == torch.bfloat16:
+        return FEW if multiplies_bf16_fast(torch.device("cpu")) else FEW_EMULATED
+    return FEW_AT_ONCE if at_once else FEW
+
+
 @cache
 def _function(name: str) -> Callable[..., None]:
     found = library()
@@ -71,7 +81,7 @@ def linear(x: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
     """`F.linear`: x (…, in), weight (out, in), bias (out,) or None → (…, out)."""
     width = weight.shape[1]
     tokens = x.numel() // width
-    if tokens > FEW or not weight.is_contiguous() or x.dtype != weight.dtype:
+    if tokens > few(x.dtype) or not weight.is_contiguous() or x.dtype != weight.dtype:
         return F.linear(x, weight, bias)
     x = x.contiguous()
     out = x.new_empty(*x.shape[:-1], weight.shape[0])
@@ -81,7 +91,7 @@ def linear(x: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
 
 def experts(hidden: Tensor, choice: Tensor, weight: Tensor, up: Tensor, down: Tensor) -> Tensor:
     """hidden (T, H); choice (T, k); weight (T, k); up (E, I, H); down (E, H, I) → (T, H)."""
-    if choice.numel() > FEW * up.shape[0]:  # as many tokens for an average expert
+    if choice.numel() > few(hidden.dtype) * up.shape[0]:  # as many tokens for an average expert
         return torch_experts.experts_sorted(hidden, choice, weight, up, down)
     hidden, choice, weight = hidden.contiguous(), choice.contiguous(), weight.float().contiguous()
     out = torch.empty_like(hidden)
