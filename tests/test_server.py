@@ -54,6 +54,14 @@ def text_of(answer: httpx.Response) -> str:
 # --- texts ------------------------------------------------------------------------------------------------------------
 
 
+def test_whole_numbers_may_have_a_point(served: Served) -> None:
+    """JSON does not tell 3.0 from 3."""
+    with_point = served.complete([77.0, 5.0], max_tokens=3.0, seed=1.0, n=2.0).json()["choices"]
+    without = served.complete([77, 5], max_tokens=3, seed=1, n=2).json()["choices"]
+    assert [choice["text"] for choice in with_point] == [choice["text"] for choice in without]
+    refused(served.complete(max_tokens=3.5), "max_tokens")
+
+
 @pytest.mark.parametrize("mode", MODES)
 @pytest.mark.parametrize("prompt", [PROMPT, [77, 5, 300, 301], "世界 👩‍👩‍👧"])
 def test_a_text_is_the_python_api_s(served: Served, mode: str, prompt: Any) -> None:

@@ -10,18 +10,11 @@ from fastapi import FastAPI, Request, Response
 from fastapi.exceptions import RequestValidationError
 from starlette.exceptions import HTTPException
 
-from twotower.server.answers import (
-    ChatCompletion,
-    Completion,
-    ErrorBody,
-    ModelCard,
-    ModelList,
-    answer_to,
-    card,
-)  # fmt: skip
+from twotower.server.answers import answer_to, card
 from twotower.server.gate import Gate, refusal
 from twotower.server.page import add_page
 from twotower.server.protocol import Asked, ChatAsked, CompletionAsked, RequestError
+from twotower.server.responses import ChatChunk, ChatCompletion, Completion, ErrorBody, ModelCard, ModelList
 from twotower.server.service import Job, Service
 from twotower.server.streams import EventStream, Gone, chunks, until_gone
 from twotower.version import VERSION
@@ -35,19 +28,26 @@ MEANINGS = {
 ERRORS: dict[int | str, dict[str, Any]] = {
     status: {"description": meaning, "model": ErrorBody} for status, meaning in MEANINGS.items()
 }
-EVENT = {  # before version 3.2 of the specification, a stream's schema is that of each event
-    "type": "object",
-    "title": "Event",
-    "description": "data: a chunk as JSON; where something went wrong, an error; at the end [DONE].",
-    "properties": {"data": {"type": "string"}},
-    "required": ["data"],
-}
-STREAM: dict[int | str, dict[str, Any]] = {
-    200: {
-        "description": "The answer; with stream: true, server-sent events with chunks of it, and [DONE] at the end.",
-        "content": {"text/event-stream": {"schema": EVENT}},
+
+
+def _streamed(chunk: str) -> dict[int | str, dict[str, Any]]:
+    """The successful answer of a path that streams such chunks: before version 3.2 of the specification, a stream's
+    schema is that of each event."""
+    event = {
+        "type": "object",
+        "title": "Event",
+        "description": "data: a chunk as JSON; where something went wrong, an error; at the end [DONE].",
+        "properties": {
+            "data": {
+                "type": "string",
+                "contentMediaType": "application/json",
+                "contentSchema": {"$ref": f"#/components/schemas/{chunk}"},
+            }
+        },
+        "required": ["data"],
     }
-}
+    words = "The answer; with stream: true, server-sent events with chunks of it, and [DONE] at the end."
+    return {200: {"description": words, "content": {"text/event-stream": {"schema": event}}}}
 
 
 def create_app(service: Service) -> FastAPI:
@@ -87,12 +87,12 @@ def _add_writing(app: FastAPI, service: Service) -> None:
             results = await until_gone(request, service.results(jobs))
             return Response(answer.whole(results), media_type="application/json")
 
-    @app.post("/v1/completions", response_model=Completion, responses=STREAM | ERRORS)
+    @app.post("/v1/completions", response_model=Completion, responses=_streamed("Completion") | ERRORS)
     async def completions(asked: CompletionAsked, request: Request) -> Response:
         """Continues prompts. With `stream`, one chunk of final text for each block."""
         return await write(asked, request)
 
-    @app.post("/v1/chat/completions", response_model=ChatCompletion, responses=STREAM | ERRORS)
+    @app.post("/v1/chat/completions", response_model=ChatCompletion, responses=_streamed("ChatChunk") | ERRORS)
     async def chat_completions(asked: ChatAsked, request: Request) -> Response:
         """Replies to a chat. With `stream`, one chunk of final text for each block."""
         return await write(asked, request)
@@ -195,11 +195,14 @@ def _in_words(error: RequestValidationError) -> RequestError:
 
 
 def _describe(app: FastAPI) -> None:
-    """Takes the framework's own 422 out of the schema: what is invalid gets 400 here."""
+    """Takes the framework's own 422 out of the schema (what is invalid gets 400 here), and puts the chunks of a chat's
+    stream in."""
     schema = app.openapi()
     for path in schema["paths"].values():
         for operation in path.values():
             operation["responses"].pop("422", None)
+    chunk = ChatChunk.model_json_schema(ref_template="#/components/schemas/{model}")
+    schema["components"]["schemas"] |= chunk.pop("$defs") | {"ChatChunk": chunk}
     for name in ("HTTPValidationError", "ValidationError"):
         schema["components"]["schemas"].pop(name, None)
     app.openapi_schema = schema

@@ -8,13 +8,14 @@ from __future__ import annotations
 
 from typing import Annotated, Any, Literal, Self
 
-from pydantic import BaseModel, ConfigDict, Field, GetJsonSchemaHandler, model_validator
+from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, GetJsonSchemaHandler, model_validator
 from pydantic_core import CoreSchema
 
 from twotower.modes import MEANT_FOR
 
 ModeName = Literal["diffusion", "ar", "mock_ar", "verified", "auto"]
-TokenIds = list[Annotated[int, Field(ge=0, lt=2**31)]]
+Whole = Annotated[int, BeforeValidator(lambda value: int(value) if _is_whole(value) else value)]
+TokenIds = list[Annotated[Whole, Field(ge=0, lt=2**31)]]
 StopText = Annotated[str, Field(min_length=1, max_length=256)]
 
 # Fields of the published API that have no meaning here, and the values with which they ask for nothing.
@@ -25,6 +26,11 @@ OFF: dict[str, tuple[Any, ...]] = {
     "modalities": (["text"],), "audio": (), "prediction": (), "reasoning_effort": (), "web_search_options": (),
     "verbosity": (), "prompt_cache_key": (), "safety_identifier": (),
 }  # fmt: skip
+
+
+def _is_whole(value: Any) -> bool:
+    """A float without a fraction: JSON does not tell 1.0 from 1."""
+    return isinstance(value, float) and value.is_integer()
 
 
 class RequestError(Exception):
@@ -99,10 +105,10 @@ class Asked(Strict):
     model: str | None = Field(None, description="The served model; may be left out.")
     temperature: float = Field(1.0, ge=0, le=2, description="0 is greedy.")
     top_p: float = Field(1.0, gt=0, le=1)
-    top_k: int | None = Field(None, ge=1, description="Sample among the k likeliest tokens.")
+    top_k: Whole | None = Field(None, ge=1, description="Sample among the k likeliest tokens.")
     stop: StopText | Annotated[list[StopText], Field(max_length=16)] | None = None
-    seed: int | None = Field(None, ge=0, lt=2**62, description="Same seed, same text; choice i has seed + i.")
-    n: int = Field(1, ge=1, le=64, description="Choices for each prompt.")
+    seed: Whole | None = Field(None, ge=0, lt=2**62, description="Same seed, same text; choice i has seed + i.")
+    n: Whole = Field(1, ge=1, le=64, description="Choices for each prompt.")
     stream: bool = False
     stream_options: StreamOptions | None = None
     user: str | None = None
@@ -111,9 +117,9 @@ class Asked(Strict):
     threshold: float | None = Field(None, ge=0, le=1, description="Commit what is more certain than this.")
     policy: str | None = Field(None, description="Which positions a pass commits.")
     knob: float | None = Field(None, description="The policy's one number, instead of threshold.")
-    block_size: int | None = Field(None, ge=1, le=4096, description="Positions denoised together.")
-    steps: int | None = Field(None, ge=1, le=4096, description="Diffusion: passes a block, at most.")
-    draft_steps: int | None = Field(None, ge=0, le=4096, description="Verified: passes a draft. Left out: what pays.")
+    block_size: Whole | None = Field(None, ge=1, le=4096, description="Positions denoised together.")
+    steps: Whole | None = Field(None, ge=1, le=4096, description="Diffusion: passes a block, at most.")
+    draft_steps: Whole | None = Field(None, ge=0, le=4096, description="Verified: passes a draft. Left out: what pays.")
     acceptance: float | None = Field(None, ge=0, le=1, description="Verified: 1 is lossless.")
     stream_denoising: bool = Field(False, description="Streams show every pass over a block, and its tokens.")
 
@@ -178,9 +184,9 @@ class CompletionAsked(Asked):
     prompt: str | TokenIds | list[str] | list[TokenIds] = Field(
         description="Text or token ids; a list of either for several prompts."
     )
-    max_tokens: int = Field(16, ge=0, description="New tokens, at most.")
+    max_tokens: Whole = Field(16, ge=0, description="New tokens, at most.")
     echo: bool = Field(False, description="Give the prompt back in front of the text.")
-    logprobs: int | None = Field(None, ge=0, le=20, description="The AR model's, with so many alternatives.")
+    logprobs: Whole | None = Field(None, ge=0, le=20, description="The AR model's, with so many alternatives.")
 
     @property
     def prompts(self) -> list[str] | list[list[int]]:
@@ -215,10 +221,10 @@ class ChatAsked(Asked):
     """`POST /v1/chat/completions`."""
 
     messages: Annotated[list[Message], Field(min_length=1)]
-    max_tokens: int | None = Field(None, ge=0, description="New tokens, at most. Left out: as many as fit.")
-    max_completion_tokens: int | None = Field(None, ge=0, description="The same by its newer name.")
+    max_tokens: Whole | None = Field(None, ge=0, description="New tokens, at most. Left out: as many as fit.")
+    max_completion_tokens: Whole | None = Field(None, ge=0, description="The same by its newer name.")
     logprobs: bool = Field(False, description="The AR model's, whatever the mode.")
-    top_logprobs: int | None = Field(None, ge=0, le=20, description="With so many alternatives.")
+    top_logprobs: Whole | None = Field(None, ge=0, le=20, description="With so many alternatives.")
 
     def check(self, mode: str) -> None:
         super().check(mode)
