@@ -30,7 +30,7 @@ START = {
 def served() -> Iterator[Served]:
     with serving() as found:
         yield found
-        assert found.is_idle()
+        until(found.is_idle, "somebody still holds a place")  # a stream is let go after its last event is read
 
 
 def refused(answer: httpx.Response, param: str | None, status: int = 400) -> dict[str, Any]:
@@ -383,7 +383,7 @@ def test_an_error_after_the_start_is_an_event(served: Served, breaking: str) -> 
     assert events[-1]["error"]["type"] == "server_error"
     assert served.chat(policy=breaking).status_code == 500
     assert text_of(served.complete(seed=1)) == written(PROMPT, seed=1).text  # the others never notice
-    assert served.is_idle()
+    until(served.is_idle)
 
 
 def test_an_engine_that_fails_is_told_to_everybody() -> None:
