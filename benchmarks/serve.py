@@ -33,6 +33,7 @@ keep_large_blocks()
 
 from rich.console import Console  # noqa: E402
 from rich.table import Table  # noqa: E402
+from timing import percentile  # noqa: E402
 
 from twotower import LLM, Request, ready  # noqa: E402
 from twotower.evaluation.bench import few_shot_prompts  # noqa: E402
@@ -154,11 +155,6 @@ def offline(model: Any, requests: list[Request], rows: int) -> tuple[list[Genera
     llm = LLM.fitting(model, requests, rows)
     started = time.perf_counter()
     return llm.generate(requests), time.perf_counter() - started
-
-
-def percentile(values: list[float], share: float) -> float:
-    ordered = sorted(values)
-    return ordered[min(int(share * len(ordered)), len(ordered) - 1)]
 
 
 async def measure(

@@ -16,7 +16,6 @@ on random inputs for one row and for N rows, N · seconds(1) ÷ seconds(N). Mode
 from __future__ import annotations
 
 import json
-import math
 import statistics
 import sys
 import time
@@ -35,7 +34,7 @@ import torch  # noqa: E402
 from models import BLOCK  # noqa: E402
 from rich.console import Console  # noqa: E402
 from rich.table import Table  # noqa: E402
-from timing import Run, interleaved, medians, ratio, synchronize  # noqa: E402
+from timing import Run, interleaved, medians, percentile, ratio, synchronize  # noqa: E402
 from torch import nn  # noqa: E402
 
 from twotower import LLM, Request, TwoTowerForCausalLM, ready  # noqa: E402
@@ -266,11 +265,6 @@ def measure(
         "context": context, "tokens": tokens, "texts": texts, "rounds": rounds, "measured": rows_found,
         "matmul seconds": medians(times), "matmuls cover": covered_share(model), "denoiser passes a block": per_block,
     }  # fmt: skip
-
-
-def percentile(ordered: Sequence[float], share: float) -> float:
-    """The smallest value that at least so large a share does not exceed."""
-    return ordered[max(math.ceil(share * len(ordered)), 1) - 1]
 
 
 def show(found: dict[str, Any], console: Console) -> None:

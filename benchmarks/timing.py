@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
+import math
 import statistics
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
 import torch
@@ -60,3 +61,8 @@ def medians(times: dict[str, list[float]]) -> dict[str, float]:
 def ratio(of: list[float], to: list[float]) -> float:
     """The median of the ratios within a repeat."""
     return statistics.median(a / b for a, b in zip(of, to, strict=True))
+
+
+def percentile(values: Sequence[float], share: float) -> float:
+    """The smallest value that at least so large a share does not exceed."""
+    return sorted(values)[max(math.ceil(share * len(values)), 1) - 1]

@@ -173,7 +173,7 @@ def test_a_part_that_fails_or_hangs_does_not_take_the_others_along(monkeypatch: 
 
 @pytest.mark.usefixtures("modules")
 def test_percentiles() -> None:
-    from throughput import percentile
+    from timing import percentile
 
     assert [percentile([1.0, 2.0, 3.0, 4.0], share) for share in (0, 0.25, 0.5, 0.51, 1)] == [1, 1, 2, 3, 4]
     assert percentile([float(i) for i in range(1, 21)], 0.95) == 19
@@ -222,3 +222,17 @@ def test_one_set_of_weights_can_serve_both_towers_and_big_shapes_are_cut() -> No
     assert config.hybrid_override_pattern.startswith(cut.hybrid_override_pattern)
     assert models.tower_bytes(cut, torch.bfloat16) <= 0.8 * whole
     assert models.random_model(cut, torch.bfloat16, cpu).config.num_hidden_layers == cut.num_hidden_layers
+
+
+def test_serve() -> None:
+    facts = bench("serve", "--quick", "--dtype", "float64", "--modes", "ar,verified")
+    assert [(row["mode"], row["clients"]) for row in facts["measured"]] == [
+        (mode, clients) for mode in ("ar", "verified") for clients in (1, 8)
+    ]
+    for row in facts["measured"]:
+        assert row["differ"] == 0
+        assert row["answers"] > 0
+        assert row["first_p50"] <= row["last_p50"] <= row["last_p95"]
+        assert 0 < row["of_engine"] < 2
+    assert facts["busy_at_the_end"] == 0
+    assert facts["exit_code"] == 0
