@@ -238,7 +238,7 @@ def main(at_once: str, modes: str, count: int, new: int, rounds: int, dtype: str
     if quick:
         at_once, count, new, rounds = "1,8", 16, 24, 1
     facts = asyncio.run(measure([int(n) for n in at_once.split(",")], modes.split(","), count, new, dtype, rounds))
-    Console(stderr=True, width=140).print(table(facts))
+    Console(stderr=True, width=160).print(table(facts))
     click.echo(str(facts["machine"]), err=True)
     print(json.dumps(facts))
 

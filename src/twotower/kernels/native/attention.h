@@ -49,14 +49,19 @@ inline void attend(const float* q, long ldq, long Q, const T* k, const T* v, lon
     for (long m = 0; m < Q; m++) {
         float* row = scores + m * CHUNK;
         for (long r = 0; r < n; r++) if (!sees(m, r)) row[r] = -INFINITY;
+        for (long r = n; r % W; r++) row[r] = -INFINITY;  // to the end of a vector
         float top = most[m];
-        for (long r = 0; r < n; r++) top = std::max(top, row[r]);
+        vec highest = splat(top);
+        for (long r = 0; r < n; r += W) {
+            const vec next = load(row + r);
+            highest = next > highest ? next : highest;
+        }
+        for (int i = 0; i < W; i++) top = std::max(top, highest[i]);
         if (top == -INFINITY) {
             for (long r = 0; r < n; r++) row[r] = 0;
             continue;
         }
         const float shrink = std::exp(most[m] - top);
-        for (long r = n; r % W; r++) row[r] = -INFINITY;  // to the end of a vector
         vec sums_ = {};
         for (long r = 0; r < n; r += W) {
             vec e = exp(load(row + r) - top);
