@@ -1,14 +1,15 @@
-"""lm-evaluation-harness's own client of the OpenAI API against the server, beside the adapter that calls the model."""
+"""The bundled model behind the server: as lm-evaluation-harness's own client of the API sees it, and in formats."""
 
 from __future__ import annotations
 
 import json
+import re
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
 import pytest
-from serving import Served, serving
+from serving import Served, events_of, serving, texts_of
 
 from twotower import TwoTowerForCausalLM, bundled_model
 from twotower.evaluation.harness.model import TwoTowerLM
@@ -105,3 +106,37 @@ def test_a_prompt_is_scored_without_writing(served: Served, model: TwoTowerForCa
     assert sum(scores["token_logprobs"][1:]) == pytest.approx(expected, abs=1e-6)
     for offset, token in zip(scores["text_offset"][1:], scores["tokens"][1:], strict=True):
         assert text[offset:].startswith(token)
+
+
+# --- formats, over the network ----------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("stream", [False, True])
+def test_a_reply_fits_its_format(served: Served, stream: bool) -> None:
+    """In both modes that can, whole and streamed; a request that names no mode of a diffusion server gets one."""
+    schema = {
+        "type": "object",
+        "properties": {"city": {"type": "string", "maxLength": 8}, "people": {"enum": [1, 2, 3]}},
+        "required": ["city", "people"],
+        "additionalProperties": False,
+    }
+    wanted = {"type": "json_schema", "json_schema": {"name": "booking", "schema": schema}}
+    texts = {}
+    for mode in ("ar", "verified"):
+        fields = {"mode": mode, "temperature": 0, "max_tokens": 120, "response_format": wanted, "stream": stream}
+        answer = served.chat("I need a table in San Jose for 2.", **fields)
+        texts[mode] = texts_of(events_of(answer.text))[0] if stream else text_of(answer)
+        found = json.loads(texts[mode])
+        assert found.keys() == {"city", "people"}
+        assert found["people"] in (1, 2, 3)
+    assert texts["ar"] == texts["verified"]
+    digits = served.complete(
+        "Call ", temperature=1, seed=3, response_format={"type": "regex", "regex": "[0-9]{3}-[0-9]{4}"}
+    )
+    assert re.fullmatch("[0-9]{3}-[0-9]{4}", text_of(digits))
+    assert digits.json()["choices"][0]["finish_reason"] == "stop"
+
+
+def text_of(answer: Any) -> str:
+    (choice,) = answer.json()["choices"]
+    return str(choice["text"] if "text" in choice else choice["message"]["content"])
