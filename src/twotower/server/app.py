@@ -33,17 +33,13 @@ ERRORS: dict[int | str, dict[str, Any]] = {
 def _streamed(chunk: str) -> dict[int | str, dict[str, Any]]:
     """The successful answer of a path that streams such chunks: before version 3.2 of the specification, a stream's
     schema is that of each event."""
+    shapes = [{"$ref": f"#/components/schemas/{name}"} for name in (chunk, "ErrorBody")]
+    told = {"type": "string", "contentMediaType": "application/json", "contentSchema": {"anyOf": shapes}}
     event = {
         "type": "object",
         "title": "Event",
         "description": "data: a chunk as JSON; where something went wrong, an error; at the end [DONE].",
-        "properties": {
-            "data": {
-                "type": "string",
-                "contentMediaType": "application/json",
-                "contentSchema": {"$ref": f"#/components/schemas/{chunk}"},
-            }
-        },
+        "properties": {"data": {"anyOf": [{"const": "[DONE]"}, told]}},
         "required": ["data"],
     }
     words = "The answer; with stream: true, server-sent events with chunks of it, and [DONE] at the end."
