@@ -10,6 +10,8 @@ AUTO = "auto"  # picks one of them for a request
 ASKABLE = (*MODES, AUTO)
 BLOCK_MODES = ("diffusion", "verified", AUTO)  # those in which the denoiser may fill blocks of masks
 
+CONSTRAINED = ("ar", "verified")  # those in which the AR model chooses every token, so that a grammar can be kept to
+
 # Which modes a field of a request means something to.
 MEANT_FOR: dict[str, tuple[str, ...]] = {
     **dict.fromkeys(("threshold", "policy", "knob", "block_size"), BLOCK_MODES),

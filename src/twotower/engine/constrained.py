@@ -13,6 +13,7 @@ from torch import Tensor
 from twotower.errors import ArgumentError, TwoTowerError
 from twotower.generation.constraints import Constraint, Matcher
 from twotower.generation.output import BlockEvent
+from twotower.modes import CONSTRAINED
 
 if TYPE_CHECKING:
     from twotower.engine.reading import Work
@@ -21,7 +22,7 @@ if TYPE_CHECKING:
 
 def check_constraint(constraint: Constraint, mode: str, vocab_size: int) -> None:
     """Raises ArgumentError where a request of this mode, of a model with so many tokens, cannot follow it."""
-    if mode not in ("ar", "verified"):
+    if mode not in CONSTRAINED:
         raise ArgumentError(
             f"mode is {mode!r}, which cannot follow a constraint: only the AR model chooses token by token; use mode "
             '"ar" or "verified"'

@@ -10,7 +10,7 @@ from torch import Tensor
 
 from twotower.generation.output import TokenLogprob
 from twotower.generation.sampling import by_tiles
-from twotower.kernels.precision import accumulation_dtype
+from twotower.kernels.precision import widened
 
 if TYPE_CHECKING:
     from twotower.engine.reading import Work
@@ -53,9 +53,8 @@ class Beliefs:
     """logits (n, L, V); total (n, L): ln Σ exp of them; best (n, L, top) and their log-probabilities."""
 
     def __init__(self, logits: Tensor, top: int) -> None:
-        wide = accumulation_dtype(logits.dtype)
         self.logits = logits
-        self.total = by_tiles(lambda part: part.to(wide).logsumexp(-1), logits)
+        self.total = by_tiles(lambda part: widened(part).logsumexp(-1), logits)
         self.best = by_tiles(lambda part: part.topk(min(top, part.shape[-1])).indices, logits)
         self.best_logprobs = self._logprobs(self.best)
 

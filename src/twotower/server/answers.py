@@ -13,7 +13,7 @@ from typing import Any
 
 from pydantic import BaseModel
 
-from twotower.generation.output import BlockEvent, Generation, StepEvent, TokenLogprob
+from twotower.generation.output import BlockEvent, Event, Generation, StepEvent, TokenLogprob
 from twotower.server.protocol import Asked, ChatAsked, CompletionAsked
 from twotower.server.responses import (
     ChatChoice,
@@ -47,6 +47,8 @@ class Answer:
     """Builds one request's answer, whole or chunk by chunk; the two endpoints differ in the parts below."""
 
     prefix: str
+    shape: type[BaseModel]  # of a chunk, and what it calls itself
+    kind: str
 
     def __init__(self, service: Service, asked: Asked, jobs: Sequence[Job]) -> None:
         self.asked, self.jobs, self.texts = asked, jobs, service.texts
@@ -72,33 +74,36 @@ class Answer:
         raise NotImplementedError
 
     def _chunk(self, **fields: Any) -> bytes:
-        raise NotImplementedError
+        empty = {"usage": None} if self.asked.with_usage else {}
+        return _json(self.shape(**self.head, object=self.kind, **(empty | fields)))
 
     def step(self, job: Job, event: StepEvent) -> bytes:
         """A chunk without text that shows a block being denoised."""
         denoising = Denoising(
-            index=job.place,
-            start=event.start,
+            **self._tokens(job, event),
             step=event.step,
             steps=event.steps,
-            tokens=event.tokens,
-            texts=[self.texts.shown(token) for token in event.tokens],
             masked=event.masked,
-            confidence=[round(believed, 4) for believed in event.confidence],
         )
         return self._chunk(choices=[], denoising=denoising)
+
+    def _tokens(self, job: Job, event: Event) -> dict[str, Any]:
+        """Where an event's tokens stand, what they are, and how sure the model is of each."""
+        return {
+            "index": job.place,
+            "start": event.start,
+            "tokens": event.tokens,
+            "texts": [self.texts.shown(token) for token in event.tokens],
+            "confidence": [round(believed, 4) for believed in event.confidence],
+        }
 
     def _committed(self, job: Job, event: BlockEvent) -> dict[str, Any]:
         """For who watches: what the block's tokens are, beside their text, which may still wait for half a letter."""
         if not self.asked.stream_denoising:
             return {}
         committed = Committed(
-            index=job.place,
-            start=event.start,
-            tokens=event.tokens,
-            texts=[self.texts.shown(token) for token in event.tokens],
+            **self._tokens(job, event),
             committed_at=event.committed_at,
-            confidence=[round(believed, 4) for believed in event.confidence],
             drafted=list(event.draft),
         )
         return {"committed": committed}
@@ -155,7 +160,7 @@ class Answer:
 class CompletionAnswer(Answer):
     """`POST /v1/completions`."""
 
-    prefix = "cmpl"
+    prefix, shape, kind = "cmpl", Completion, "text_completion"
     asked: CompletionAsked
 
     def __init__(self, service: Service, asked: CompletionAsked, jobs: Sequence[Job]) -> None:
@@ -189,10 +194,6 @@ class CompletionAnswer(Answer):
         choice = CompletionChoice(index=job.place, text=text, logprobs=logprobs, **self._end(job, event.result))
         return self._chunk(choices=[choice], **self._committed(job, event))
 
-    def _chunk(self, **fields: Any) -> bytes:
-        empty = {"usage": None} if self.asked.with_usage else {}
-        return _json(Completion(**self.head, object="text_completion", **(empty | fields)))
-
     def _scored(self, job: Job, scores: Iterable[TokenLogprob | None]) -> CompletionLogprobs:
         """A choice's next tokens, its prompt's among them where that is given back."""
         text = self._reading.setdefault(job.place, Reading(self.texts))
@@ -216,7 +217,7 @@ class CompletionAnswer(Answer):
 class ChatAnswer(Answer):
     """`POST /v1/chat/completions`."""
 
-    prefix = "chatcmpl"
+    prefix, shape, kind = "chatcmpl", ChatChunk, "chat.completion.chunk"
     asked: ChatAsked
 
     def whole(self, results: Sequence[Generation]) -> bytes:
@@ -242,10 +243,6 @@ class ChatAnswer(Answer):
         end = self._end(job, event.result)
         choice = ChatChunkChoice(index=job.place, delta=delta, logprobs=logprobs, **end)
         return self._chunk(choices=[choice], **self._committed(job, event))
-
-    def _chunk(self, **fields: Any) -> bytes:
-        empty = {"usage": None} if self.asked.with_usage else {}
-        return _json(ChatChunk(**self.head, object="chat.completion.chunk", **(empty | fields)))
 
     def _scored(self, scores: Iterable[TokenLogprob | None]) -> ChatLogprobs:
         content = []

@@ -11,9 +11,9 @@ from typing import Annotated, Any, Literal, Self
 from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, GetJsonSchemaHandler, model_validator
 from pydantic_core import CoreSchema
 
-from twotower.modes import MEANT_FOR
+from twotower.modes import MEANT_FOR, Mode
 
-ModeName = Literal["diffusion", "ar", "mock_ar", "verified", "auto"]
+ModeName = Literal[Mode, "auto"]
 Whole = Annotated[int, BeforeValidator(lambda value: int(value) if _is_whole(value) else value)]
 TokenIds = list[Annotated[Whole, Field(ge=0, lt=2**31)]]
 StopText = Annotated[str, Field(min_length=1, max_length=256)]

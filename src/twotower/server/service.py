@@ -18,6 +18,7 @@ from twotower.errors import ArgumentError, TwoTowerError
 from twotower.generation import GenerationParams
 from twotower.generation.constraints import Constraint
 from twotower.generation.output import Event, Generation
+from twotower.modes import CONSTRAINED
 from twotower.ready import eos_of
 from twotower.server.metrics import Metrics
 from twotower.server.protocol import Asked, ChatAsked, CompletionAsked, RequestError, ResponseFormat
@@ -34,7 +35,6 @@ NAMES = {
 }  # fmt: skip
 BEAT = 15.0  # seconds without an event after which a stream says that it is still there
 CHOICE_OF_POSITIONS = {"confidence_threshold", "policy", "knob"}
-CONSTRAINED = ("ar", "verified")  # modes in which a grammar can be kept to
 
 
 @dataclass(frozen=True)
@@ -265,8 +265,10 @@ class Service:
                     yield None
                     continue
                 job, event = news
-                if isinstance(event, Exception):
+                if isinstance(event, TimeoutError):
                     raise event
+                if isinstance(event, Exception):
+                    raise _told(event)
                 if not begun:
                     begun = True
                     self.metrics.first.observe(time.monotonic() - started)
