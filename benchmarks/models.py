@@ -18,6 +18,7 @@ from torch import Tensor, nn
 
 from twotower import TwoTowerConfig, TwoTowerForCausalLM
 from twotower.config import read_object
+from twotower.model import packing
 from twotower.model.conditioning import TimeConditioning
 from twotower.state import AttentionPool, MambaPool, TowerState
 
@@ -45,7 +46,7 @@ def random_model(
     config: TwoTowerConfig, dtype: torch.dtype, device: torch.device, *, shared: bool = False
 ) -> TwoTowerForCausalLM:
     """Both towers, made on the device with the project's own initialisation. shared: one set of weights serves both
-    towers, for a device that cannot hold two; a pass reads as much."""
+    towers, for a device that cannot hold two; a pass reads as much. Packed where `twotower` would pack it."""
     with torch.device("meta"):
         model = TwoTowerForCausalLM(config, towers="context" if shared else "both")
         if shared:
@@ -55,6 +56,8 @@ def random_model(
     model.to_empty(device=device)
     fill(model)
     model.config.dtype = dtype
+    if packing.refusal(model) is None:
+        model.pack()
     return model.eval()
 
 

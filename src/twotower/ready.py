@@ -53,7 +53,8 @@ def load(
 ) -> TwoTowerForCausalLM:
     """The model, ready to compute. Without devices named: the first CUDA device, else the CPU.
 
-    dtype "auto": as stored, but a small bf16 model in fp32 where a device has no arithmetic for bf16.
+    dtype "auto": as stored, but a small bf16 model in fp32 where a device has no arithmetic for bf16. On a processor
+    weights are packed where there is memory to spare (`TWOTOWER_PACK=0`: never).
 
     Raises:
         TwoTowerError: an unknown device, no such checkpoint, or one that does not fit its config.
@@ -61,6 +62,7 @@ def load(
     import torch
 
     from twotower.kernels.precision import multiplies_bf16_fast
+    from twotower.model import packing
     from twotower.model.two_tower import TwoTowerForCausalLM
 
     allocator.keep_large_blocks()
@@ -84,6 +86,8 @@ def load(
         model.config.dtype = model.dtype
     if threads is None and model.num_parameters() < ONE_THREAD_BELOW:
         torch.set_num_threads(1)
+    if packing.refusal(model) is None:
+        model.pack()
     return model
 
 

@@ -71,7 +71,7 @@ def describe(path: Path) -> dict[str, Any]:
         "parameters": _parameters(model),
         "memory": {name: _memory(model, name) for name in DTYPES},
         "state": {"dtype": dtype} | _state(config, dtype),
-        "backends": _backends(dtype),
+        "backends": _backends(model, dtype),
         "weights": _weights(directory, model),
         "tokenizer": [name for name in TOKENIZER_FILES if (directory / name).exists()],
     }
@@ -163,11 +163,11 @@ def _state(config: TwoTowerConfig, dtype: str) -> dict[str, int]:
     return {"per_token": per_token, "per_row": per_row, "full_context": per_row + window * per_token}
 
 
-def _backends(dtype: str) -> dict[str, list[dict[str, str]]]:
+def _backends(model: TwoTowerForCausalLM, dtype: str) -> dict[str, list[dict[str, str]]]:
     import torch
 
     from twotower import kernels
-    from twotower.model import recorded, whole
+    from twotower.model import packing, recorded, whole
 
     found: dict[str, list[dict[str, str]]] = {}
     for device in ["cpu"] + (["cuda:0"] if torch.cuda.is_available() else []):
@@ -179,6 +179,10 @@ def _backends(dtype: str) -> dict[str, list[dict[str, str]]]:
             at_once = all(backend == "native" for op, backend, _ in rows if op in whole.OPS)
             way = "one call" if at_once else "layer by layer"
             rows.append(("pass", way, f"of few tokens; a recording {refusal}"))
+        if device == "cpu":
+            reason = packing.refusal(model, torch.device(device), getattr(torch, dtype))
+            why = "a second copy, in the order that passes read fastest" if reason is None else reason
+            rows.append(("weights", "packed" if reason is None else "as they lie", why))
         found[device] = [{"op": op, "backend": backend, "why": why} for op, backend, why in rows]
     return found
 

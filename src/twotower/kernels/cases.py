@@ -137,27 +137,46 @@ class Draw:
 
 
 def linear_cases(device: torch.device, dtype: torch.dtype) -> list[Case]:
-    """One token, some, and more than a tile; widths that no vector divides; with a bias and without."""
+    """One token, some, and more than a tile; widths that no vector divides; with a bias and without; packed and not."""
 
-    def arguments(tokens: int, width: int, out: int, bias: bool) -> tuple[Any, ...]:
+    def arguments(tokens: int, width: int, out: int, bias: bool, packed: bool) -> tuple[Any, ...]:
         draw = Draw(5, device)
-        weight = draw(out, width).to(dtype)
+        weight = _packed(draw(out, width).to(dtype), packed)
         return draw(tokens, width).to(dtype), weight, draw(out).to(dtype) if bias else None
 
     sizes = ((1, 67, 35, True), (3, 96, 64, False), (16, 131, 70, True), (21, 512, 33, False))
-    return [_case(f"{size[0]} tokens of width {size[1]}", arguments, *size) for size in sizes]
+    return [
+        _case(f"{size[0]} tokens of width {size[1]}{', packed' * packed}", arguments, *size, packed)
+        for size in sizes for packed in _packings(device)
+    ]  # fmt: skip
 
 
 def experts_cases(device: torch.device, dtype: torch.dtype, width: int = 37, inner: int = 21) -> list[Case]:
-    """Few tokens and many, experts that nothing chose, odd widths."""
+    """Few tokens and many, experts that nothing chose, odd widths; packed and not."""
 
-    def arguments(tokens: int, top: int) -> tuple[Any, ...]:
+    def arguments(tokens: int, top: int, packed: bool) -> tuple[Any, ...]:
         draw = Draw(6, device)
-        up, down = draw(7, inner, width).to(dtype), draw(7, width, inner).to(dtype)
+        up, down = (_packed(draw(7, *shape).to(dtype), packed) for shape in ((inner, width), (width, inner)))
         hidden, choice = draw(tokens, width).to(dtype) / 4, draw(tokens, 7).argsort(-1)[:, :top]
         return hidden, choice.contiguous(), draw(tokens, top).abs(), up, down
 
-    return [_case(f"{tokens} tokens, {top} experts each", arguments, tokens, top) for tokens, top in ((1, 2), (19, 3))]
+    return [
+        _case(f"{tokens} tokens, {top} experts each{', packed' * packed}", arguments, tokens, top, packed)
+        for tokens, top in ((1, 2), (19, 3)) for packed in _packings(device)
+    ]  # fmt: skip
+
+
+def _packings(device: torch.device) -> tuple[bool, ...]:
+    """Whether weights have copies in panels: only processors read such."""
+    return (False, True) if device.type == "cpu" else (False,)
+
+
+def _packed(weight: Tensor, packed: bool) -> Tensor:
+    if packed:
+        from twotower.kernels.native import ops  # a backend of the catalogue, which imports this file
+
+        ops.pack(weight)
+    return weight
 
 
 def route_cases(device: torch.device, dtype: torch.dtype) -> list[Case]:

@@ -5,9 +5,12 @@ Packed, quantised or sharded weights replace `Linear` in this place; names on di
 
 from __future__ import annotations
 
+from collections.abc import Callable
+
 from torch import Tensor, nn
 
 from twotower.kernels import select
+from twotower.kernels.native import panels
 
 
 class Linear(nn.Linear):
@@ -15,3 +18,8 @@ class Linear(nn.Linear):
 
     def forward(self, input: Tensor) -> Tensor:
         return select("linear", input.device, input.dtype).function(input, self.weight, self.bias)
+
+    def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> Linear:
+        super()._apply(fn, recurse)
+        panels.of(self.weight)  # a copy of what has just changed or moved is forgotten
+        return self

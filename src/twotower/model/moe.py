@@ -2,12 +2,15 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
+
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
 from twotower.config import BackboneConfig
 from twotower.kernels import select
+from twotower.kernels.native import panels
 from twotower.kernels.routing import Routing
 from twotower.model.linear import Linear
 
@@ -60,6 +63,12 @@ class Experts(nn.Module):
     def forward(self, hidden: Tensor, choice: Tensor, weight: Tensor) -> Tensor:
         backend = select("experts", hidden.device, hidden.dtype)
         return backend.function(hidden, choice, weight, self.up_proj, self.down_proj)
+
+    def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> Experts:
+        super()._apply(fn, recurse)
+        for weight in (self.up_proj, self.down_proj):
+            panels.of(weight)  # as in `Linear`
+        return self
 
 
 class MoE(nn.Module):

@@ -24,7 +24,7 @@ from twotower.generation.params import GenerationParams
 from twotower.generation.prompts import Prompts
 from twotower.kernels.precision import widened
 from twotower.mirror import LocalReader, Mirror, Reader, Transport
-from twotower.model import whole
+from twotower.model import packing, whole
 from twotower.model.blockwise import Layout, context_pass
 from twotower.model.conditioning import TimeConditioning
 from twotower.model.coupling import Visibility
@@ -113,6 +113,18 @@ class TwoTowerForCausalLM(PreTrainedModel):
     def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> TwoTowerForCausalLM:
         """Where `.to`, `.bfloat16`, … end: the tensors that must not be narrow stay wide."""
         return super()._apply(checkpoint.keeping_wide(self, fn), recurse)
+
+    def pack(self) -> int:
+        """For inference on a processor: copies the large weights into the order that passes read fastest → bytes taken.
+
+        The command line does it where there is memory to spare. Weights changed afterwards (in torch's own ways) are
+        noticed and read as they lie; call it again then.
+        """
+        return packing.pack(self)
+
+    def unpack(self) -> None:
+        """Gives the memory of `pack` back."""
+        packing.unpack(self)
 
     def place_towers_on_devices(
         self, ctx_device: str | torch.device = "cuda:0", den_device: str | torch.device = "cuda:1"

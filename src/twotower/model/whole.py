@@ -20,6 +20,7 @@ from torch.nn.modules.module import _has_any_global_hook
 from twotower.kernels import select
 from twotower.kernels.attention import Cached
 from twotower.kernels.mamba_block import empty_trace
+from twotower.kernels.native import panels
 from twotower.kernels.native.ops import call, few
 from twotower.model.attention import Attention
 from twotower.model.conditioning import Modulation
@@ -49,6 +50,8 @@ PLACES = {
     "-": ("up_proj.weight", "up_proj.bias", "down_proj.weight", "down_proj.bias"),
 }  # fmt: skip
 LONGEST = 128  # tokens of a row: its Mamba layers compare each with each
+# Of those places the ones that are read from a copy in panels where there is one.
+PRODUCTS = {"M": (1, 9), "*": (1, 3, 5, 7), "E": (3, 4, 5, 7), "-": (1, 3)}
 OPS = ("linear", "rms_norm", "route", "experts", "attention", "mamba_block")
 
 
@@ -69,10 +72,13 @@ class Plan:
         self.kinds = torch.tensor([KINDS[layer.kind] for layer in tower.all_layers()])
         self.holders: list[tuple[dict[str, Any], str, torch.dtype]] = []
         self.slots: list[int] = []
+        self.products: list[int] = []  # of the holders, those of products
         if self.plain:  # else the weights may be anywhere
             self._find_weights(tower)
-        self.addresses: list[int] = []
-        self.table = (ctypes.c_void_p * (len(tower.layers) * WEIGHTS))()
+        self.seen: tuple[Any, ...] = ()  # what `weights` found when it last looked
+        self.packed: list[Tensor] = []  # weights whose copies in panels are used
+        size = len(tower.layers) * WEIGHTS
+        self.table, self.panels = (ctypes.c_void_p * size)(), (ctypes.c_void_p * size)()
 
     def _find_weights(self, tower: Tower) -> None:
         for i, layer in enumerate(tower.all_layers()):
@@ -80,6 +86,8 @@ class Plan:
                 path, _, leaf = name.rstrip("!").rpartition(".")
                 module = layer.get_submodule(path)
                 holder = module._buffers if leaf in module._buffers else module._parameters
+                if place in PRODUCTS[layer.kind]:
+                    self.products.append(len(self.holders))
                 self.holders.append((holder, leaf, torch.float32 if name.endswith("!") else self.dtype))
                 self.slots.append(i * WEIGHTS + place)
 
@@ -98,20 +106,34 @@ class Plan:
         found = (holder.get(name) for holder, name, _ in self.holders)
         return [0 if tensor is None else tensor.data_ptr() for tensor in found]
 
-    def weights(self) -> Any:
-        """The table of them; None where one has another type or does not lie in a row."""
-        addresses = self.where()
-        if addresses != self.addresses:
-            for holder, name, dtype in self.holders:
-                tensor = holder.get(name)
-                if tensor is None and name == "bias":
-                    continue
-                if tensor is None or tensor.dtype != dtype or not tensor.is_contiguous():
-                    return None
-            for slot, address in zip(self.slots, addresses, strict=True):
-                self.table[slot] = address
-            self.addresses = addresses
-        return self.table
+    def weights(self) -> bool:
+        """Brings `table` and `panels` up to date; false where a weight has another type or does not lie in a row."""
+        found = self.where(), panels.changes(), [weight._version for weight in self.packed]
+        if found == self.seen:
+            return True
+        tensors = [holder.get(name) for holder, name, _ in self.holders]
+        for tensor, (_, name, dtype) in zip(tensors, self.holders, strict=True):
+            if tensor is None and name == "bias":
+                continue
+            if tensor is None or tensor.dtype != dtype or not tensor.is_contiguous():
+                return False
+        for slot, address in zip(self.slots, found[0], strict=True):
+            self.table[slot] = address
+        self.packed.clear()
+        for place in self.products:
+            weight = tensors[place]
+            assert weight is not None
+            copy = panels.of(weight)
+            self.panels[self.slots[place]] = None if copy is None else copy.data_ptr()
+            if copy is not None:
+                self.packed.append(weight)
+        self.seen = found[0], panels.changes(), [weight._version for weight in self.packed]
+        return True
+
+    @property
+    def all_packed(self) -> bool:
+        """Whether every product is made with a copy in panels."""
+        return len(self.packed) == len(self.products)
 
 
 _PLANS: WeakKeyDictionary[nn.Module, Plan] = WeakKeyDictionary()
@@ -142,14 +164,13 @@ def run(
     """x (B, L, H), the embedded tokens, which are written over → what `Tower.forward` returns; None: not here."""
     rows, length, width = x.shape
     tokens, dtype = rows * length, tower.embeddings.weight.dtype
-    if not 0 < tokens <= few(dtype, at_once=True) or length > LONGEST or not serves(tower):
+    if not 0 < tokens <= few(dtype, packed=True) or length > LONGEST or not serves(tower):
         return None
     plan = plan_of(tower)
-    if not plan.may_run():
+    if not plan.may_run() or not plan.weights() or tokens > few(dtype, at_once=True, packed=plan.all_packed):
         return None
-    weights = plan.weights()
     inputs = _Inputs(tower, rows, length, sees, past, modulation, trace)
-    if weights is None or not inputs.fit:
+    if not inputs.fit:
         return None
     config = tower.config
     hidden = x.new_empty(x.shape, dtype=dtype)
@@ -161,9 +182,9 @@ def run(
         int(config.norm_topk_prob), config.intermediate_size,
     ])  # fmt: skip
     call(
-        "tower_", hidden, x, plan.kinds, ctypes.addressof(weights), ctypes.addressof(inputs.table), tower.norm_f.weight,
-        hidden, inputs.valid, int(sees.causal), *inputs.segments, sizes, *config.time_step_limit,
-        config.layer_norm_epsilon, config.routed_scaling_factor,
+        "tower_", hidden, x, plan.kinds, ctypes.addressof(plan.table), ctypes.addressof(plan.panels),
+        ctypes.addressof(inputs.table), tower.norm_f.weight, hidden, inputs.valid, int(sees.causal), *inputs.segments,
+        sizes, *config.time_step_limit, config.layer_norm_epsilon, config.routed_scaling_factor,
     )  # fmt: skip
     return hidden, inputs.added
 

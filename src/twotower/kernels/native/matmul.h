@@ -1,7 +1,8 @@
 // Dot products of weight rows with a few tokens: what a pass of up to some dozens of tokens is made of. Weights are read
 // once, as they lie (out, in), in whatever type they have; every token's result is the same whatever stands beside it.
+// Where a copy of them in panels was made (panels.h), that is read instead.
 #pragma once
-#include "simd.h"
+#include "panels.h"
 
 #ifdef __AVX512F__
 constexpr int TILE_ROWS = 4, TILE_TOKENS = 4;
@@ -72,12 +73,14 @@ inline void rows_dot(const T* w, long ldw, long lo, long hi, const float* x, lon
     for (; n < hi; n++) dots_tokens<1>(w + n * ldw, ldw, x, ldx, M, K, [&](long m, float v) { put(n, m, v); });
 }
 
-// Tokens as floats, each row a cache line longer than it need be: rows a power of two apart would share cache sets.
+// Tokens as floats, each row a cache line longer than it need be: rows a power of two apart would share cache sets. Panels
+// of an odd number of inputs read one more: it is 0.
 inline long padded(long K) { return (K + 15) / 16 * 16 + 16; }
 template <class T> inline void widened(const T* x, long K, float* to) {
     long k = 0;
     for (; k + W <= K; k += W) store(to + k, load(x + k));
     for (; k < K; k++) to[k] = widen(x[k]);
+    to[K] = 0;
 }
 template <class T> inline const float* widened(const T* x, long M, long K, int which) {
     const long ld = padded(K);
@@ -88,19 +91,39 @@ template <class T> inline const float* widened(const T* x, long M, long K, int w
 
 constexpr long WORTH = 1 << 16;  // multiply-adds below which a second thread does not pay
 
-template <class T> void linear(const T* x, const T* w, const T* bias, T* y, long M, long K, long N, int threads) {
+// A weight (out, in), or (experts, out, in): as it lies, and its copy in panels or null. A unit is a row or a panel.
+template <class T> struct Matrix {
+    const T *rows, *panels;
+    long units(long N) const { return panels ? panel_count(N) : N; }
+    long grain() const { return panels ? 1 : TILE_ROWS; }
+    Matrix of(long expert, long N, long K) const {
+        return {rows + expert * N * K, panels ? panels + expert * panel_count(N) * panel_size(K) : nullptr};
+    }
+};
+
+// Units lo…hi of w (N, K) with M tokens; put(n, m, value, count): a float, a vec4 or the first `count` of a vec, for output
+// n and those after it.
+template <class T, class Put>
+inline void product(Matrix<T> w, long lo, long hi, const float* x, long ldx, long M, long K, long N, Put put) {
+    if (w.panels) panels_dot(w.panels, lo, hi, x, ldx, M, K, [&](long n, long m, vec v) { put(n, m, v, N - n); });
+    else rows_dot(w.rows, K, lo, hi, x, ldx, M, K, [&](long n, long m, auto v) { put(n, m, v, 0); });
+}
+
+template <class T> void linear(const T* x, Matrix<T> w, const T* bias, T* y, long M, long K, long N, int threads) {
     const float* in = widened(x, M, K, 0);
     parallel(threads, M * N * K > WORTH, [&](int part, int parts) {
-        Range own = share(N, part, parts, 16);
-        rows_dot(w, K, own.lo, own.hi, in, padded(K), M, K,
-                 [&](long n, long m, auto v) { put(y + m * N + n, bias ? v + widen4<decltype(v)>(bias + n) : v); });
+        Range own = share(w.units(N), part, parts, w.panels ? 1 : 16);
+        product(w, own.lo, own.hi, in, padded(K), M, K, N, [&](long n, long m, auto v, long count) {
+            if (bias) v += load<decltype(v)>(bias + n, count);
+            put(y + m * N + n, v, count);
+        });
     });
 }
 
 // Mixture of experts: y[t] = Σ_j weight[t, j] · down[e] relu(up[e] x[t])², e = choice[t, j]; one read of each chosen
 // expert's weights.
 template <class T>
-void experts(const T* x, const int64_t* choice, const float* weight, const T* up, const T* down, T* y, long tokens,
+void experts(const T* x, const int64_t* choice, const float* weight, Matrix<T> up, Matrix<T> down, T* y, long tokens,
              long top, long E, long I, long H, int threads) {
     long pairs = tokens * top;
     const long ldx = padded(H), ldi = padded(I);
@@ -115,36 +138,38 @@ void experts(const T* x, const int64_t* choice, const float* weight, const T* up
         start[e + 1] += start[e];
     }
     float* gathered = scratch(1, pairs * ldx);
+    float* inner = scratch(2, pairs * ldi);
+    float* parts_out = scratch(3, pairs * H);
     {
         std::vector<long> next(start.begin(), start.end() - 1);
         for (long p = 0; p < pairs; p++) {
             place[p] = next[choice[p]]++;
             widened(x + p / top * H, H, gathered + place[p] * ldx);
+            inner[p * ldi + I] = 0;
         }
     }
-    float* inner = scratch(2, pairs * ldi);
-    float* parts_out = scratch(3, pairs * H);
     // Other threads see these through the pointers: thread_local names would be their own.
     const long *starts = start.data(), *places = place.data(), *active = list.data();
     long count = long(list.size());
+    // A thread's share of w[e] (N, K) with the tokens of every e; put(row among the pairs, n, value, count).
+    const auto each = [&](Matrix<T> w, long N, long K, const float* from, long ld, int part, int parts, auto put) {
+        const long units = w.units(N);
+        Range own = share(count * units, part, parts, w.grain());
+        for (long at = own.lo; at < own.hi;) {
+            const long e = active[at / units], lo = at % units, hi = std::min(units, lo + own.hi - at), first = starts[e];
+            product(w.of(e, N, K), lo, hi, from + first * ld, ld, starts[e + 1] - first, K, N,
+                    [&](long n, long m, auto v, long left) { put(first + m, n, v, left); });
+            at += hi - lo;
+        }
+    };
     parallel(threads, pairs * H * I > WORTH, [&](int part, int parts) {
-        Range own = share(count * I, part, parts, 4);
-        for (long at = own.lo; at < own.hi;) {
-            long e = active[at / I], lo = at % I, hi = std::min(I, lo + own.hi - at), first = starts[e];
-            rows_dot(up + e * I * H, H, lo, hi, gathered + first * ldx, ldx, starts[e + 1] - first, H,
-                     [&](long i, long m, auto v) { put(inner + (first + m) * ldi + i, relu(v) * relu(v)); });
-            at += hi - lo;
-        }
+        each(up, I, H, gathered, ldx, part, parts,
+             [&](long p, long i, auto v, long left) { put(inner + p * ldi + i, relu(v) * relu(v), left); });
         barrier(parts);
-        own = share(count * H, part, parts, 4);
-        for (long at = own.lo; at < own.hi;) {
-            long e = active[at / H], lo = at % H, hi = std::min(H, lo + own.hi - at), first = starts[e];
-            rows_dot(down + e * H * I, I, lo, hi, inner + first * ldi, ldi, starts[e + 1] - first, I,
-                     [&](long h, long m, auto v) { put(parts_out + (first + m) * H + h, v); });
-            at += hi - lo;
-        }
+        each(down, H, I, inner, ldi, part, parts,
+             [&](long p, long h, auto v, long left) { put(parts_out + p * H + h, v, left); });
         barrier(parts);
-        own = share(tokens, part, parts);
+        Range own = share(tokens, part, parts);
         for (long t = own.lo; t < own.hi; t++)
             for (long h = 0; h < H; h++) {
                 float total = 0;

@@ -18,7 +18,7 @@ from torch import Tensor
 from twotower.kernels import experts as torch_experts
 from twotower.kernels.attention import Cached
 from twotower.kernels.mamba_block import MambaTrace, MambaWeights, empty_trace
-from twotower.kernels.native import library
+from twotower.kernels.native import library, panels
 from twotower.kernels.norm import Order
 from twotower.kernels.precision import multiplies_bf16_fast
 from twotower.kernels.routing import Routing
@@ -27,19 +27,21 @@ TYPES = {torch.float32: 0, torch.bfloat16: 1}
 # Tokens up to which reading the weights once, row by row, beats a blocked matrix product (fp32 on two AVX-512 cores:
 # 1.3 to 3 × at 16, equal near 48, half as fast at 128); and tokens up to which a whole tower in one call beats the
 # layers one by one, whose products may be faster (fp32: equal at 128). Where the processor only emulates bf16, products
-# that widen the weights in registers are faster than torch's at any number (1.3 × at 512).
-FEW, FEW_AT_ONCE, FEW_EMULATED = 48, 128, 512
+# that widen the weights in registers are faster than torch's at any number (1.3 × at 512). So are those with weights in
+# panels in fp32 (0.9 to 1.3 × from 64 tokens on, 1.2 to 2.4 × below); the limit is for the memory that a pass takes.
+FEW, FEW_AT_ONCE, FEW_EMULATED, FEW_PACKED = 48, 128, 512, 2048
 _KINDS = {"i": ctypes.c_int, "l": ctypes.c_long, "f": ctypes.c_float, "p": ctypes.c_void_p}
 # i int, l long, f float, p pointer; each begins with the type (0 fp32, 1 bf16) and ends with the number of threads.
 SIGNATURES = {
-    "linear_": "ipppplll",
-    "experts_": "ippppppl" + "llll",
+    "linear_": "ippppplll",
+    "pack_": "ipplll",
+    "experts_": "ipppppppp" + "lllll",
     "route_": "ippppp" + "llllll" + "if",
     "rms_norm_": "iippppp" + "llll" + "if",
     "mamba_block_": "ippppp" + "pppppp" + "p" + "ppppp" + "lllllll" + "fff",
     "fold_": "ipppppppp" + "p" + "lllllll",
     "choose_": "ipppplll",
-    "tower_": "ippp" + "pppp" + "ippp" + "p" + "ffff",
+    "tower_": "ippp" + "ppppp" + "ippp" + "p" + "ffff",
     "attention_": "ippppi" + "pppppp" + "lllll",
 }
 
@@ -54,10 +56,15 @@ def refusal(device: torch.device, dtype: torch.dtype) -> str | None:
     return found if isinstance(found, str) else None
 
 
-def few(dtype: torch.dtype, at_once: bool = False) -> int:
-    """Tokens up to which these kernels are faster than torch's, one product or (at once) a whole tower."""
+def few(dtype: torch.dtype, at_once: bool = False, packed: bool = False) -> int:
+    """Tokens up to which these kernels are faster than torch's, one product or (at once) a whole tower, with weights as
+    they lie or packed."""
+    if dtype == torch.bfloat16 and multiplies_bf16_fast(torch.device("cpu")):
+        return FEW
+    if packed:
+        return FEW_PACKED
     if dtype == torch.bfloat16:
-        return FEW if multiplies_bf16_fast(torch.device("cpu")) else FEW_EMULATED
+        return FEW_EMULATED
     return FEW_AT_ONCE if at_once else FEW
 
 
@@ -77,25 +84,44 @@ def call(name: str, type_of: Tensor, *arguments: Any) -> None:
     _function(name)(TYPES[type_of.dtype], *plain, torch.get_num_threads())
 
 
+def pack(weight: Tensor) -> bool:
+    """Makes a copy of a weight (…, out, in) in panels → whether it has one: in host memory, fp32 or bf16, in a row."""
+    if panels.of(weight) is not None:
+        return True
+    unfit = weight.dim() < 2 or not weight.numel() or not weight.is_contiguous() or weight.is_inference()
+    if unfit or refusal(weight.device, weight.dtype) is not None:
+        return False
+    copy = torch.empty(panels.size(weight), dtype=weight.dtype)
+    out, width = weight.shape[-2:]
+    call("pack_", weight, weight, copy, weight.numel() // (out * width), out, width)
+    panels.keep(weight, copy)
+    return True
+
+
 def linear(x: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
     """`F.linear`: x (…, in), weight (out, in), bias (out,) or None → (…, out)."""
     width = weight.shape[1]
     tokens = x.numel() // width
-    if tokens > few(x.dtype) or not weight.is_contiguous() or x.dtype != weight.dtype:
+    packed = panels.of(weight)
+    if tokens > few(x.dtype, packed=packed is not None) or not weight.is_contiguous() or x.dtype != weight.dtype:
         return F.linear(x, weight, bias)
     x = x.contiguous()
     out = x.new_empty(*x.shape[:-1], weight.shape[0])
-    call("linear_", x, x, weight, bias, out, tokens, width, weight.shape[0])
+    call("linear_", x, x, weight, packed, bias, out, tokens, width, weight.shape[0])
     return out
 
 
 def experts(hidden: Tensor, choice: Tensor, weight: Tensor, up: Tensor, down: Tensor) -> Tensor:
     """hidden (T, H); choice (T, k); weight (T, k); up (E, I, H); down (E, H, I) → (T, H)."""
-    if choice.numel() > few(hidden.dtype) * up.shape[0]:  # as many tokens for an average expert
+    packed = panels.of(up), panels.of(down)
+    most = few(hidden.dtype, packed=None not in packed)
+    if choice.numel() > most * up.shape[0]:  # as many tokens for an average expert
         return torch_experts.experts_sorted(hidden, choice, weight, up, down)
     hidden, choice, weight = hidden.contiguous(), choice.contiguous(), weight.float().contiguous()
     out = torch.empty_like(hidden)
-    call("experts_", hidden, hidden, choice, weight, up, down, out, *choice.shape, *up.shape)
+    call(
+        "experts_", hidden, hidden, choice, weight, up, packed[0], down, packed[1], out, *choice.shape, *up.shape
+    )  # fmt: skip
     return out
 
 

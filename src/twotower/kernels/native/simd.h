@@ -80,14 +80,28 @@ template <int N> inline vec sums(const vec* v) {  // lane i (modulo N) is the su
 }
 inline float sum(vec v) { return sums<1>(&v)[0]; }
 
+// One value, those of four neighbouring rows, or the first `count` of a vector's, as a product gives them.
+template <class T> inline void put(T* p, float v, long) { put(p, v); }
 inline void put(float* p, vec4 v) { std::memcpy(p, &v, sizeof v); }
-inline void put(bf16* p, vec4 v) { for (int i = 0; i < 4; i++) put(p + i, v[i]); }
+inline void put(float* p, vec4 v, long) { put(p, v); }
+inline void put(bf16* p, vec4 v, long) { for (int i = 0; i < 4; i++) put(p + i, v[i]); }
+template <class T> inline void put(T* p, vec v, long count) {
+    if (count >= W) store(p, v);
+    else for (long i = 0; i < count; i++) put(p + i, v[i]);
+}
+template <class V, class T> inline V load(const T* p, long count) {
+    if constexpr (std::is_same_v<V, float>) return widen(*p);
+    else if constexpr (std::is_same_v<V, vec4>) return vec4{widen(p[0]), widen(p[1]), widen(p[2]), widen(p[3])};
+    else if (count >= W) return load(p);
+    else {
+        V v = {};
+        for (long i = 0; i < count; i++) v[i] = widen(p[i]);
+        return v;
+    }
+}
 inline float relu(float v) { return v > 0 ? v : 0; }
 inline vec4 relu(vec4 v) { return v > 0 ? v : vec4{}; }
-template <class V, class T> inline V widen4(const T* p) {  // one value or four, as V
-    if constexpr (std::is_same_v<V, float>) return widen(*p);
-    else return vec4{widen(p[0]), widen(p[1]), widen(p[2]), widen(p[3])};
-}
+inline vec relu(vec v) { return v > 0 ? v : vec{}; }
 
 // exp to about one unit in the last place: 2^n · p(r), r in ±ln2/2; 0 below −87, saturated above 88.
 inline vec exp(vec x) {
