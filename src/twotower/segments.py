@@ -7,7 +7,7 @@ from collections.abc import Callable
 import torch
 from torch import Tensor
 
-from twotower.kernels.pools import vectors_at
+from twotower.kernels.pools import places
 
 
 class Segments:
@@ -68,9 +68,7 @@ class Segments:
         """The vectors of columns (B, W) of the given slots (None: all) → (B, W, heads); the spare one where `exists`
         (B, W) is False or a row's own columns end."""
         start, stride = (part if slots is None else part[slots] for part in (self.start, self.stride))
-        exists = exists & (columns < stride[:, None])
-        places = vectors_at(start, stride, self.heads, columns).transpose(1, 2)
-        return torch.where(exists[..., None], places, self.vectors)
+        return places(start, stride, self.heads, columns, exists, self.vectors)
 
     def map(self, change: Callable[[Tensor], Tensor]) -> Segments:
         """The same places, each tensor changed (copied, or moved to another device)."""

@@ -18,7 +18,7 @@ from torch import Tensor
 from twotower.config import BackboneConfig
 from twotower.kernels import select
 from twotower.kernels.attention import Cached
-from twotower.kernels.pools import emptied, put
+from twotower.kernels.pools import Ends, emptied, put
 from twotower.kernels.precision import accumulation_dtype
 from twotower.model.coupling import Added, KeyValue, MambaPast, MambaTrace, Past
 from twotower.segments import Segments
@@ -158,20 +158,27 @@ class TowerState:
         The caller has settled the state (by reading it) and reserved room for bound + width.
         """
         assert self.segments.shared or self.bound + width <= self.capacity, "append beyond the reserved capacity"
-        slots = torch.arange(self.rows, device=self.lengths.device) if rows is None else rows
-        step = torch.arange(width, device=self.lengths.device)
-        vectors = self.segments.at(rows, self.lengths[slots][:, None] + step, step < valid[:, None]).flatten()
-        for pool, new in zip(self.pools, added, strict=True):
-            if isinstance(pool, AttentionPool):
-                assert isinstance(new, KeyValue)
-                pool.k = put(pool.k, vectors, new.k.transpose(1, 2).flatten(0, 2))
-                pool.v = put(pool.v, vectors, new.v.transpose(1, 2).flatten(0, 2))
-            elif isinstance(pool, MambaPool):
-                assert isinstance(new, MambaTrace)
-                pool.trace = new
+        attention = [pool for pool in self.pools if isinstance(pool, AttentionPool)]
+        if attention:
+            new = [(k.transpose(1, 2), v.transpose(1, 2)) for k, v in (a for a in added if isinstance(a, KeyValue))]
+            start, stride, lengths = (
+                part if rows is None else part[rows]
+                for part in (self.segments.start, self.segments.stride, self.lengths)
+            )
+            store = select("append", self.lengths.device, self.dtype).function
+            stored = store([(pool.k, pool.v) for pool in attention], new, Ends(start, stride, lengths, valid))
+            for own, pair in zip(attention, stored, strict=True):
+                own.k, own.v = pair
+        for pool, trace in zip(self.pools, added, strict=True):
+            if isinstance(pool, MambaPool):
+                assert isinstance(trace, MambaTrace)
+                pool.trace = trace
         self.traced = rows
-        self.lengths = self.lengths.index_add(0, slots, valid)
-        self.accepted = torch.zeros_like(self.lengths).index_add(0, slots, valid)
+        if rows is None:
+            self.accepted = valid.clone()
+        else:
+            self.accepted = torch.zeros_like(self.lengths).index_add(0, rows, valid)
+        self.lengths = self.lengths + self.accepted
         self.bound += width
         self.appended += width
 

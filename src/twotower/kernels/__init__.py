@@ -18,7 +18,7 @@ from typing import Any
 import torch
 import torch.nn.functional as F
 
-from twotower.kernels import attention, experts, greedy, mamba_block, norm, routing, verification
+from twotower.kernels import attention, experts, greedy, mamba_block, norm, pools, routing, verification
 from twotower.kernels.cases import CASES
 from twotower.kernels.native import ops as native_ops
 from twotower.kernels.triton_launch import refusal as triton_refusal
@@ -77,6 +77,10 @@ CATALOGUE: dict[str, tuple[Backend, ...]] = {
         _triton("triton_fold", "fold", "one kernel, states change in place"),
         _native(native_ops.fold, "states change in place"),
         Backend("torch", mamba_block.fold, "plain torch, differentiable"),
+    ),
+    "append": (
+        _native(native_ops.append, "all layers in one call"),
+        Backend("torch", pools.append, "plain torch; out of place under autograd"),
     ),
     "choose": (
         _triton("triton_greedy", "choose", "reads the logits once"),

@@ -11,6 +11,7 @@ from torch import Tensor
 
 from twotower.kernels.attention import Cached
 from twotower.kernels.mamba_block import MambaTrace, MambaWeights
+from twotower.kernels.pools import Ends
 from twotower.kernels.routing import Routing
 from twotower.kernels.verification import Case
 
@@ -47,6 +48,27 @@ def _cases(device: torch.device, arguments: Callable[[Sizes, int], tuple[Any, ..
         Case(f"{sizes.heads} heads of {sizes.width}, {length} tokens", partial(arguments, sizes, length))
         for sizes, length in pairs
     ]
+
+
+def append_cases(device: torch.device, dtype: torch.dtype) -> list[Case]:
+    """Two layers; rows of every length, one of no tokens, one whose columns end within the block."""
+
+    def arguments(length: int) -> tuple[Any, ...]:
+        draw = Draw(10, device)
+        pools = tuple((draw(161, 12).to(dtype), draw(161, 12).to(dtype)) for _ in range(2))
+        start, stride, lengths = torch.tensor([[90, 0, 30], [20, 6, 30], [7, 5, 0]], device=device)
+        valid = lengths_up_to(length, 3, device)
+        step = torch.arange(length, device=device)
+        counts = (step < valid[:, None]) & (lengths[:, None] + step < stride[:, None])
+        new = tuple(
+            tuple(draw(3, length, 3, 12).to(dtype) * counts[..., None, None] for _ in "kv") for _ in range(2)
+        )  # zeros where nothing counts: the twin writes them to the last vector
+        for pair in pools:
+            for pool in pair:
+                pool[-1] = 0
+        return pools, new, Ends(start, stride, lengths, valid)
+
+    return [_case(f"{length} tokens", arguments, length) for length in (1, 9)]
 
 
 def choose_cases(device: torch.device, dtype: torch.dtype) -> list[Case]:
@@ -233,6 +255,7 @@ CASES: dict[str, Callable[[torch.device, torch.dtype], list[Case]]] = {
     "attention": attention_cases,
     "mamba_block": block_cases,
     "fold": fold_cases,
+    "append": append_cases,
     "choose": choose_cases,
     "linear": linear_cases,
     "rms_norm": norm_cases,

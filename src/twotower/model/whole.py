@@ -8,7 +8,7 @@ replaced, is being watched or is differentiated, `run` returns None and the laye
 from __future__ import annotations
 
 import ctypes
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from functools import cache
 from typing import TYPE_CHECKING, Any
 from weakref import WeakKeyDictionary
@@ -19,7 +19,7 @@ from torch.nn.modules.module import _has_any_global_hook
 
 from twotower.kernels import select
 from twotower.kernels.attention import Cached
-from twotower.kernels.mamba_block import empty_trace
+from twotower.kernels.mamba_block import MambaTrace, empty_trace
 from twotower.kernels.native import panels
 from twotower.kernels.native.ops import call, few
 from twotower.model.attention import Attention
@@ -204,9 +204,7 @@ class _Inputs:
         self.valid = None if sees.valid is None else sees.valid.contiguous()
         self.stride = 0 if modulation is None else modulation[0].shift.stride(0)
         self.added: list[Added] = []
-        config, dtype = tower.config, tower.embeddings.weight.dtype
-        trace_sizes = config.mamba_num_heads, config.mamba_head_dim, config.n_groups, config.ssm_state_size
-        key_shape = (rows, length, config.num_key_value_heads, config.head_dim)
+        traces, keys = self._places(tower, rows, length, trace)
         for i, layer in enumerate(tower.all_layers()):
             own = past[i] if past else None
             if modulation is not None:
@@ -219,17 +217,33 @@ class _Inputs:
                 self._put(i, 3, tuple(part.contiguous() for part in own))
             elif own is not None and not isinstance(own, Cached):
                 self.fit = False  # keys and values of whole sequences: training
+            new: Added = None
             if layer.kind == "M" and trace:
-                xBC = torch.empty(rows, length, config.conv_dim, dtype=dtype)
-                kept = empty_trace(xBC, *trace_sizes)
-                self._put(i, 5, kept)
-                self.added.append(kept)
+                new = next(traces)
+                self._put(i, 5, new)
             elif layer.kind == "*":
-                k, v = torch.empty(key_shape, dtype=dtype), torch.empty(key_shape, dtype=dtype)
+                k, v = next(keys)
                 self._put(i, 5, (k, v))
-                self.added.append(KeyValue(k.transpose(1, 2), v.transpose(1, 2)))
-            else:
-                self.added.append(None)
+                new = KeyValue(k.transpose(1, 2), v.transpose(1, 2))
+            self.added.append(new)
+
+    @staticmethod
+    def _places(
+        tower: Tower, rows: int, length: int, trace: bool
+    ) -> tuple[Iterator[MambaTrace], Iterator[tuple[Tensor, ...]]]:
+        """Where the layers leave what they add, layer by layer: memory for all of a kind at once, since a small tensor
+        takes longer to make than to fill."""
+        config, dtype = tower.config, tower.embeddings.weight.dtype
+        mamba = config.hybrid_override_pattern.count("M") if trace else 0
+        attention = config.hybrid_override_pattern.count("*")
+        xBC = torch.empty(mamba * rows, length, config.conv_dim, dtype=dtype)
+        traces = empty_trace(
+            xBC, config.mamba_num_heads, config.mamba_head_dim, config.n_groups, config.ssm_state_size
+        )  # as of so many rows
+        keys = torch.empty(2 * attention * rows, length, config.num_key_value_heads, config.head_dim, dtype=dtype)
+        by_layer = zip(*(part.split(rows) for part in traces), strict=True) if mamba else iter(())
+        parts = keys.split(rows) if attention else ()
+        return (MambaTrace(*part) for part in by_layer), zip(parts[::2], parts[1::2], strict=True)
 
     def _put(self, layer: int, place: int, tensors: Sequence[Tensor]) -> None:
         for offset, tensor in enumerate(tensors):

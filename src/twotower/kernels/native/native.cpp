@@ -60,6 +60,21 @@ void fold_(int type, void* window, float* state, const int64_t* slots, const voi
     BOTH(fold(Q(window), state, slots, P(xBC), x, dt, decay, B, accepted, rows, L, dims, threads))
 }
 
+// The vectors of `parts` blocks (tokens, heads, D), of rows of L tokens, into as many pools at the ends of the rows' texts.
+void append_(int type, long parts, void* const* pools, const void* const* blocks, const int64_t* start,
+             const int64_t* stride, const int64_t* lengths, const int64_t* valid, long tokens, long L, long heads, long D,
+             int) {
+    const long bytes = D * (type ? 2 : 4);
+    for (long part = 0; part < parts; part++)
+        for (long t = 0; t < tokens; t++) {
+            const long b = t / L, l = t % L, column = lengths[b] + l;
+            if (l >= valid[b] || column >= stride[b]) continue;
+            const char* from = static_cast<const char*>(blocks[part]) + t * heads * bytes;
+            for (long h = 0; h < heads; h++)
+                std::memcpy(static_cast<char*>(pools[part]) + (start[b] + h * stride[b] + column) * bytes, from + h * bytes, bytes);
+        }
+}
+
 void choose_(int type, const void* logits, const int64_t* excluded, int64_t* tokens, float* confidence, long positions,
              long each, long V, int threads) {
     BOTH(choose(P(logits), excluded, tokens, confidence, positions, each, V, threads))

@@ -7,7 +7,7 @@ arithmetic). None builds a graph: under autograd the twins work.
 from __future__ import annotations
 
 import ctypes
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from functools import cache
 from typing import Any
 
@@ -20,6 +20,7 @@ from twotower.kernels.attention import Cached
 from twotower.kernels.mamba_block import MambaTrace, MambaWeights, empty_trace
 from twotower.kernels.native import library, panels
 from twotower.kernels.norm import Order
+from twotower.kernels.pools import Ends, Pair
 from twotower.kernels.precision import multiplies_bf16_fast
 from twotower.kernels.routing import Routing
 
@@ -40,6 +41,7 @@ SIGNATURES = {
     "rms_norm_": "iippppp" + "llll" + "if",
     "mamba_block_": "ippppp" + "pppppp" + "p" + "ppppp" + "lllllll" + "fff",
     "fold_": "ipppppppp" + "p" + "lllllll",
+    "append_": "ilpppppp" + "llll",
     "choose_": "ipppplll",
     "tower_": "ippp" + "ppppp" + "ippp" + "p" + "ffff",
     "attention_": "ippppi" + "pppppp" + "lllll",
@@ -198,6 +200,20 @@ def fold(
         groups, size, conv_window.shape[1] + 1,
     )  # fmt: skip
     return conv_window, ssm_state
+
+
+def append(pools: Sequence[Pair], new: Sequence[Pair], ends: Ends) -> list[Pair]:
+    """See `kernels.pools.append`; the pools change in place."""
+    pools, kept = list(pools), [part.contiguous() for pair in new for part in pair]
+    rows, length, heads, width = kept[0].shape
+    into = (ctypes.c_void_p * len(kept))(*(part.data_ptr() for pair in pools for part in pair))
+    by = (ctypes.c_void_p * len(kept))(*(part.data_ptr() for part in kept))
+    ends = Ends(*(part.contiguous() for part in ends))
+    call(
+        "append_", kept[0], len(kept), ctypes.addressof(into), ctypes.addressof(by), *ends, rows * length, length,
+        heads, width,
+    )  # fmt: skip
+    return pools
 
 
 def choose(logits: Tensor, excluded: Tensor) -> tuple[Tensor, Tensor]:
