@@ -16,7 +16,7 @@ import pytest
 import torch
 from conftest import EVERY_KIND, build_random_model
 from test_engine import LENGTH, alone, assert_as_alone, drive, facts, some_request
-from test_two_devices import CountingTransport, Homes
+from test_two_devices import PLACES, CountingTransport, Homes
 from torch import Tensor
 
 from twotower import LLM, Request, TwoTowerForCausalLM
@@ -378,6 +378,19 @@ def test_the_host_waits_for_what_it_asked_for_only() -> None:
     placed([1, 2, 3], there)
     assert fetched.lists() == [[0, 1, 2, 3, 4]]
     assert not later.query()
+
+
+@CUDA
+@pytest.mark.parametrize("places", PLACES, ids="-".join)
+def test_on_real_devices(places: tuple[str, str]) -> None:
+    if "cuda:1" in places and torch.cuda.device_count() < 2:
+        pytest.skip("needs two GPUs")
+    model, rng = build_random_model(EVERY_KIND, dtype=torch.float64), random.Random(7)
+    requests = [some_request(rng) for _ in range(20)]
+    expected = [alone(model, request).tokens for request in requests]
+    model.place_towers_on_devices(*places)
+    outputs = drive(LLM(model, rows=4, length=LENGTH), requests, rng, aborted=0.05)
+    assert [output.tokens for output in outputs.values()] == [expected[place] for place in outputs]
 
 
 @CUDA

@@ -31,8 +31,8 @@ class Transport:
     """Moves tensors between the towers' devices."""
 
     def send(self, tensor: Tensor, device: torch.device) -> Tensor:
-        # Between GPUs each stream waits for what the other has queued so far, then the target's for the copy. So a
-        # copy is safe without a word from us, and has to be launched before the passes that are to overlap.
+        # Between GPUs torch runs the copy in the source's stream, after all that the target's has queued, and lets the
+        # target's wait for it: safe without a word from us, but to be launched before passes that are to overlap.
         # Towards a CPU it has to wait: the host would read the copy before it is there.
         return tensor.to(device, non_blocking=device.type != "cpu")
 

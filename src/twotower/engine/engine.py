@@ -294,8 +294,9 @@ class LLM:
     def _going(self, phase: Phase) -> list[Row]:
         """The rows of this phase for whom the denoiser makes a pass in this step.
 
-        All of them; but where every row would leave the denoiser's device for the context's at once, the younger half
-        waits for one step. From then on one half denoises while the other is read.
+        All of them; but where every row would leave the denoiser for the context tower at once, the younger half waits
+        for one step, and from then on one half denoises while the other is read. Two passes side by side over half the
+        rows take no longer than two in turn over all, if the towers' cost alike, and less where rows cost anything.
         """
         going = [row for row in self.rows.values() if row.phase in (Phase.DENOISE, Phase.MOCK)]  # oldest first
         if self.apart and len(going) == len(self.rows) and all(row.in_last_pass for row in going):
