@@ -15,7 +15,7 @@ from torch import Tensor
 
 def placed(values: Sequence[Any] | NDArray[Any], device: torch.device, dtype: torch.dtype | None = None) -> Tensor:
     """A tensor of these numbers, in the order of the device's current stream."""
-    if device.type != "cuda":
+    if device.type != "cuda" or not len(values):
         return torch.tensor(values, dtype=dtype, device=device)
     return torch.tensor(values, dtype=dtype, pin_memory=True).to(device, non_blocking=True)
 
