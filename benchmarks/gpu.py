@@ -32,6 +32,7 @@ from twotower.allocator import keep_large_blocks
 
 keep_large_blocks()
 
+import apart  # noqa: E402
 import context as lengths_of  # noqa: E402
 import floor  # noqa: E402
 import memory  # noqa: E402
@@ -296,6 +297,26 @@ def engine(setting: Setting, out: dict[str, Any]) -> None:
         out |= throughput.measure(model, rounds=1, texts=8, tokens=64)
 
 
+def two_devices(setting: Setting, out: dict[str, Any]) -> None:
+    """`apart.py`: the engine with the towers on one GPU and on two, where there are two."""
+    if setting.device.type == "cuda" and torch.cuda.device_count() < 2:
+        out["left out"] = "there is one GPU"
+        return
+    other = torch.device("cuda:1") if setting.device.type == "cuda" else setting.device
+    few: dict[str, Any] = {"at_once": (2,), "tokens": 6, "rounds": 1} if setting.tiny else {"tokens": 64, "rounds": 3}
+    model = setting.full_model()
+    out["towers on one"] = setting.towers
+    prompts = random_tokens(model, 32, 16 if setting.tiny else 256).tolist()
+    kinds = ("verified", "diffusion, 4 passes a block")
+    out["full shape"] = apart.measure(model, other, prompts, **{"at_once": (1, 2, 8, 32), "kinds": kinds} | few)
+    del model
+    setting.release()
+    model = ready.load(bundled_model(), context_device=str(setting.device))
+    prompts = few_shot_prompts(model, 2 if setting.tiny else 64, 48)
+    kinds = ("verified", "diffusion")
+    out["bundled model"] = apart.measure(model, other, prompts, **{"at_once": (1, 8, 64), "kinds": kinds} | few)
+
+
 def loading(setting: Setting, out: dict[str, Any]) -> None:
     """`memory.py` on the bundled model, each case in a process of its own (tiny: one case, in this one)."""
     shared: dict[str, Any] = {
@@ -319,6 +340,7 @@ PARTS: dict[str, tuple[Callable[[Setting, dict[str, Any]], None], float]] = {  #
     "full-memory": (full_memory, 0.5),
     "midsize": (midsize, 1.2),
     "engine": (engine, 2.0),
+    "two-devices": (two_devices, 1.5),
     "loading": (loading, 1.0),
 }
 

@@ -210,7 +210,7 @@ def test_memory_that_gives_out_books_nothing_twice(model: TwoTowerForCausalLM, l
     rng = random.Random(3)
     requests = [with_logprobs(rng, some_request(rng)) for _ in range(20)]
     if late:
-        real = scores.Scores.told
+        real = scores.Scores.ask
 
         def scarce(self: scores.Scores, *args: Any) -> Any:
             out = real(self, *args)
@@ -218,7 +218,7 @@ def test_memory_that_gives_out_books_nothing_twice(model: TwoTowerForCausalLM, l
                 raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 2.00 GiB")
             return out
 
-        patched = patch.object(scores.Scores, "told", scarce)
+        patched = patch.object(scores.Scores, "ask", scarce)
     else:
         extend = TwoTowerForCausalLM.extend
 

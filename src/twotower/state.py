@@ -16,6 +16,7 @@ import torch
 from torch import Tensor
 
 from twotower.config import BackboneConfig
+from twotower.host import placed
 from twotower.kernels import select
 from twotower.kernels.attention import Cached
 from twotower.kernels.pools import Ends, emptied, put
@@ -234,7 +235,7 @@ class TowerState:
         self.settle()
         length = sum(part.tokens for part in parts)
         vectors = self._vectors(row, 0, length).flatten()
-        slot = torch.tensor([row], device=self.lengths.device)
+        slot = placed([row], self.lengths.device)
         for layer, pool in enumerate(self.pools):
             pieces = [part.layers[layer] for part in parts]
             if isinstance(pool, AttentionPool):
@@ -251,7 +252,7 @@ class TowerState:
     def _vectors(self, row: int, lo: int, hi: int) -> Tensor:
         """(Hkv, T): where the row keeps its tokens lo…hi."""
         columns = torch.arange(lo, hi, device=self.lengths.device)[None]
-        slot = torch.tensor([row], device=self.lengths.device)
+        slot = placed([row], self.lengths.device)
         return self.segments.at(slot, columns, torch.ones_like(columns, dtype=torch.bool))[0].T
 
     def reserve(self, capacity: int) -> None:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 import torch
 from torch import Tensor
@@ -12,6 +12,7 @@ from twotower.engine.request import Row
 from twotower.generation.output import StepEvent
 from twotower.generation.sampling import AR_TOKEN, DIFFUSION_CANDIDATE, pick_by_rule
 from twotower.generation.unmasking import Pass, decide
+from twotower.host import Fetched, placed
 from twotower.kernels.precision import accumulation_dtype
 
 if TYPE_CHECKING:
@@ -42,7 +43,7 @@ class Blocks:
         """Opens a block for each row; in verified decoding it begins with the pending token, which is decided."""
         if not rows:
             return
-        slots = torch.tensor([row.slot for row in rows], device=self.device)
+        slots = placed([row.slot for row in rows], self.device)
         facts = []
         for row in rows:
             drafts = row.mode == "verified"
@@ -51,7 +52,7 @@ class Blocks:
             decided = row.pending if drafts else mask
             facts.append((row.allowed, row.params.block_size, purpose, mask, decided, not drafts))
             row.memory = None
-        steps_, sizes, purpose_, mask_, decided_, open_ = torch.tensor(facts, device=self.device).T
+        steps_, sizes, purpose_, mask_, decided_, open_ = placed(facts, self.device).T
         self.step[slots] = 0
         for pool, value in (
             (self.steps, steps_), (self.sizes, sizes), (self.purpose, purpose_), (self.mask, mask_),
@@ -64,57 +65,70 @@ class Blocks:
         self.tokens[slots], self.masked[slots] = tokens, masked
         self.committed_at[slots], self.confidence[slots] = 0, 0.0
 
-    def denoise(self, rows: Sequence[Row], view: ContextView) -> list[Row]:
-        """One pass of the denoiser over the rows' blocks → those whose block is done, with what is in it. A row whose
-        policy raised has an `error`."""
-        slots = torch.tensor([row.slot for row in rows], device=self.device)
+    def launch(self, rows: Sequence[Row], view: ContextView) -> Look:
+        """Puts a pass of the denoiser over the rows' blocks on its way. A row whose policy raised has an `error`."""
+        slots = placed([row.slot for row in rows], self.device)
         tokens, masked, step, sizes = self.tokens[slots], self.masked[slots], self.step[slots], self.sizes[slots]
         lengths = None if all(row.params.block_size == self.size for row in rows) else sizes[:, 0]
         t = masked.sum(1).to(self.dtype) / sizes[:, 0]
         logits = self.model.denoise(tokens, t, view, lengths=lengths, wide=False)
         logits.scatter_(2, self.mask[slots][..., None].expand(-1, self.size, -1), -torch.inf)
         positions = view.lengths[:, None] + torch.arange(self.size, device=self.device)
-        purpose, seeds = self.purpose[slots], torch.tensor([row.seed for row in rows], device=self.device)
+        purpose, seeds = self.purpose[slots], placed([row.seed for row in rows], self.device)
         noise_step = torch.where(purpose == DIFFUSION_CANDIDATE, step, 0)
         candidate, sure = pick_by_rule(logits, [row.rule for row in rows], seeds, positions, purpose, noise_step)
         chosen = unmask(rows, Pass(logits, candidate, sure, masked, step, self.steps[slots]))
-        masked = masked & ~chosen
-        self.tokens[slots] = torch.where(chosen, candidate, tokens)
-        self.masked[slots] = masked
-        self.committed_at[slots] = torch.where(chosen, step, self.committed_at[slots])
-        self.confidence[slots] = torch.where(chosen, sure, self.confidence[slots])
+        tokens, masked = torch.where(chosen, candidate, tokens), masked & ~chosen
+        committed_at = torch.where(chosen, step, self.committed_at[slots])
+        confidence = torch.where(chosen, sure, self.confidence[slots])
+        self.tokens[slots], self.masked[slots] = tokens, masked
+        self.committed_at[slots], self.confidence[slots] = committed_at, confidence
         self.step[slots] = step + 1
-        for row in rows:
+        proposed = (candidate, sure) if any(row.request.watched for row in rows) else ()
+        return Look(rows, Fetched(masked, tokens, committed_at, confidence, *proposed))
+
+    @staticmethod
+    def collect(look: Look) -> list[Row]:
+        """What the pass did to the blocks, once it is done → the rows whose block is, with what is in it."""
+        masked, tokens, committed_at, confidence, *proposed = look.blocks.wait()
+        for row in look.rows:
             row.record.denoiser_passes += 1
-        watched = [place for place, row in enumerate(rows) if row.request.watched]
-        if watched:
-            self._show(rows, watched, slots[watched], candidate[watched], sure[watched])
-        done = [row for row, left in zip(rows, masked.any(1).tolist(), strict=True) if not left]
-        if done:
-            slots = torch.tensor([row.slot for row in done], device=self.device)
-            columns = (self.tokens[slots], self.committed_at[slots], self.confidence[slots])
-            for row, block, at, believed in zip(done, *(column.tolist() for column in columns), strict=True):
-                size = row.params.block_size
-                row.block, row.committed_at, row.confidence = block[:size], at[:size], believed[:size]
+            row.taken += 1
+        if proposed:
+            candidate, sure = proposed
+            show(look.rows, masked, torch.where(masked, candidate, tokens), torch.where(masked, sure, confidence))
+        places = [place for place, left in enumerate(masked.any(1).tolist()) if not left]
+        if not places:
+            return []
+        done = [look.rows[place] for place in places]
+        columns = (column[places].tolist() for column in (tokens, committed_at, confidence))
+        for row, block, at, believed in zip(done, *columns, strict=True):
+            size = row.params.block_size
+            row.block, row.committed_at, row.confidence = block[:size], at[:size], believed[:size]
         return done
 
-    def _show(self, rows: Sequence[Row], places: Sequence[int], slots: Tensor, candidate: Tensor, sure: Tensor) -> None:
-        """Tells the rows at these places what their blocks look like."""
-        masked = self.masked[slots]
-        columns = (
-            torch.where(masked, candidate, self.tokens[slots]), masked,
-            torch.where(masked, sure, self.confidence[slots]), self.step[slots, 0],
-        )  # fmt: skip
-        for place, tokens, left, believed, step in zip(places, *(column.tolist() for column in columns), strict=True):
-            row, size = rows[place], rows[place].params.block_size
+
+class Look(NamedTuple):
+    """A pass on its way, and what it makes of the rows' blocks: masked, tokens, committed_at, confidence (n, S); where
+    a row is watched also the tokens it proposes and its confidence in them."""
+
+    rows: Sequence[Row]
+    blocks: Fetched
+
+
+def show(rows: Sequence[Row], masked: Tensor, tokens: Tensor, confidence: Tensor) -> None:
+    """Tells the rows that are watched what their blocks look like: all (n, S), on the host."""
+    for place, row in enumerate(rows):
+        if row.request.watched:
+            own = slice(row.params.block_size)
             event = StepEvent(
                 row=row.record.row,
                 start=len(row.record.progress.tokens) - (row.mode == "verified"),
-                step=step - 1,
+                step=row.taken - 1,
                 steps=row.allowed,
-                tokens=tokens[:size],
-                masked=left[:size],
-                confidence=believed[:size],
+                tokens=tokens[place, own].tolist(),
+                masked=masked[place, own].tolist(),
+                confidence=confidence[place, own].tolist(),
             )
             row.seen.append(event)
 
@@ -129,7 +143,7 @@ def unmask(rows: Sequence[Row], seen: Pass) -> Tensor:
     asked = list(groups.values())
     while asked:
         members = asked.pop()
-        places = torch.tensor(members, device=out.device)
+        places = placed(members, out.device)
         try:
             out[places] = _ask([rows[i] for i in members], Pass(*(field[places] for field in seen[:-1])))
         except Exception as error:  # a policy may be a caller's own
@@ -142,7 +156,7 @@ def unmask(rows: Sequence[Row], seen: Pass) -> Tensor:
 
 def _ask(rows: Sequence[Row], seen: Pass) -> Tensor:
     """What rows of one policy commit; they are in the first pass of their blocks, or none of them is."""
-    knobs = torch.tensor([[row.knob] for row in rows], dtype=seen.confidence.dtype, device=seen.masked.device)
+    knobs = placed([[row.knob] for row in rows], seen.masked.device, seen.confidence.dtype)
     if rows[0].memory is not None:
         seen = seen._replace(memory=_joined([row.memory for row in rows]))
     chosen, memory = decide(rows[0].policy, seen, knobs)

@@ -13,6 +13,7 @@ from torch import Tensor
 from twotower.errors import ArgumentError, TwoTowerError
 from twotower.generation.constraints import Constraint, Matcher
 from twotower.generation.output import BlockEvent
+from twotower.host import placed
 from twotower.modes import CONSTRAINED
 
 if TYPE_CHECKING:
@@ -66,7 +67,7 @@ def unpacked(masks: NDArray[np.uint8], device: torch.device) -> Tensor:
     """Bits (n, ⌈V / 8⌉), the lowest first, as bool (n, V rounded up); eight cross to an accelerator as a byte."""
     if device.type == "cpu":
         return torch.from_numpy(np.unpackbits(masks, axis=1, bitorder="little")).view(torch.bool)
-    return shifted(torch.from_numpy(masks).to(device))
+    return shifted(placed(masks, device))
 
 
 def shifted(masks: Tensor) -> Tensor:

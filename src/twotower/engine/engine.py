@@ -7,8 +7,14 @@ A row goes PROMPT → its mode's cycle → out:
     verified   DENOISE (the draft) → CHECK → DENOISE → …, or STEP where a draft would not pay
     mock_ar    MOCK → COMMIT → MOCK → …
 
-Rows that need the same tower share its pass, whatever cycle they are in and however long their texts are; none waits
-for another. What a row writes is what it would write alone.
+Rows that need the same tower share its pass, whatever cycle they are in and however long their texts are. What a row
+writes is what it would write alone.
+
+Every pass is launched first and collected later: `launch` gives the device its work without waiting for it, `collect`
+waits for the results, books them and says what the row needs next. With a device for each tower a step launches both
+towers' passes before it collects any, so half the rows denoise while the texts of the others are read. On one device
+passes take turns in any case, so the context tower's are collected first: a row that has been read then denoises in
+the same step, its block takes a step less, and the passes are fuller.
 """
 
 from __future__ import annotations
@@ -16,16 +22,18 @@ from __future__ import annotations
 import time
 from collections import deque
 from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
 from typing import TYPE_CHECKING
 
 import torch
 
+from twotower.engine import mock, reading
 from twotower.engine.blocks import Blocks
 from twotower.engine.budget import memory_for, shares
 from twotower.engine.constrained import check_constraint
 from twotower.engine.faults import in_parts, out_of_memory
 from twotower.engine.prefixes import Prefixes
-from twotower.engine.reading import Work, grouped, read, some
+from twotower.engine.reading import Work, following, grouped, some
 from twotower.engine.request import Phase, Request, Row
 from twotower.errors import ArgumentError
 from twotower.generation import check
@@ -33,13 +41,15 @@ from twotower.generation.automatic import chooser_of, resolve
 from twotower.generation.output import BlockEvent, Event, Generation
 from twotower.generation.pace import Pace, begun
 from twotower.generation.record import RowRecord
-from twotower.generation.sampling import AR_TOKEN, pick_by_rule
+from twotower.host import placed
+from twotower.mirror import Fresh, Mirror
 from twotower.modes import AUTO
 
 if TYPE_CHECKING:
     from twotower.model.two_tower import TwoTowerForCausalLM
     from twotower.state import ContextView
 
+Collect = Callable[[], Sequence[Event]]  # waits for a pass that was launched, and books it
 PROMPT_CHUNK = 256  # a prompt is read up to multiples of this, where its state can serve another prompt
 PROMPT_BUDGET = 512  # prompt tokens read in one step, of all rows together
 
@@ -74,6 +84,7 @@ class LLM:
         self.state = model.new_state(rows, 0, columns)
         self.prefixes = Prefixes(PROMPT_CHUNK, spare)
         self.reader = model.reader(self.state) if model.denoiser is not None else None
+        self.apart = isinstance(self.reader, Mirror)  # each tower on a device of its own
         device = model.device if model.denoiser is None else model.denoiser.device
         self.blocks = Blocks(model, rows, block_size, device)
         self.waiting: deque[tuple[int, Request]] = deque()
@@ -213,9 +224,13 @@ class LLM:
         """One pass of each tower for every row that needs it → what became final since the last step."""
         unseen, self._unseen = self._unseen, []
         events: list[Event] = [*self._admit()]
-        events += self._read()
-        events += self._denoise()
-        events += self._mock()
+        if self.apart:
+            for collect in [*self._denoise(), *self._mock(), *self._read()]:
+                events += collect()
+        else:
+            for launch in (self._read, self._denoise, self._mock):
+                for collect in launch():
+                    events += collect()
         for event in events:
             if event.result is not None:
                 self._leave(event)
@@ -243,7 +258,7 @@ class LLM:
             if request.constraint is not None:
                 row.matcher = request.constraint.matcher(params.eos_token_id)
             self.state.open(row.slot, columns)
-            self.state.reset(torch.tensor([row.slot], device=self.model.device))
+            self.state.reset(placed([row.slot], self.model.device))
             if request.prompt_logprobs:  # what is known of a prompt is not how likely it is
                 record.prompt_logprobs.append(None)
             else:
@@ -259,7 +274,7 @@ class LLM:
         """In the order of their slots."""
         return sorted((row for row in self.rows.values() if row.phase in phases), key=lambda row: row.slot)
 
-    def _read(self) -> list[BlockEvent]:
+    def _read(self) -> list[Collect]:
         """The context tower's passes."""
         works, budget = [], PROMPT_BUDGET
         for row in [row for row in self.rows.values() if row.phase is Phase.PROMPT]:  # oldest first
@@ -267,48 +282,58 @@ class LLM:
             end = min(row.read + min(budget, self.model.prompt_piece), edge, row.prompt_end)
             part = list(row.request.prompt[row.read : end])
             if part:
-                works.append(Work(row, part, scored=False, following=self._following(row, len(part))))
+                works.append(Work(row, part, scored=False, following=following(row, len(part))))
                 budget -= len(part)
         works += [Work(row, [row.pending], scored=True) for row in self._of(Phase.STEP)]
         works += [Work(row, row.block, scored=True) for row in self._of(Phase.CHECK)]
         for row in self._of(Phase.COMMIT):
             first = row.after is not None  # the held tokens are the block itself, so its first follows what was read
             works.append(Work(row, row.block, scored=False, following=row.held[first:] if row.held else None))
-        return [event for group in grouped(works) for event in in_parts(self._pass, group, self._relieve, self._fail)]
+        return [c for group in grouped(works) for c in in_parts(self._read_group, group, self._relieve, self._fail)]
 
-    def _following(self, row: Row, count: int) -> list[int] | None:
-        """What follows each of the next `count` tokens of its prompt, where anybody asks how likely that is."""
-        end = row.read + count
-        if row.request.prompt_logprobs:
-            return list(row.request.prompt[row.read + 1 : end + 1])
-        first_block = row.request.logprobs is not None and row.mode == "diffusion" and end == row.prompt_end
-        return [] if first_block else None
+    def _going(self, phase: Phase) -> list[Row]:
+        """The rows of this phase for whom the denoiser makes a pass in this step.
+
+        All of them; but where every row would leave the denoiser for the context tower at once, the younger half waits
+        for one step, and from then on one half denoises while the other is read. Two passes side by side over half the
+        rows take no longer than two in turn over all, if the towers' cost alike, and less where rows cost anything.
+        """
+        going = [row for row in self.rows.values() if row.phase in (Phase.DENOISE, Phase.MOCK)]  # oldest first
+        if self.apart and len(going) == len(self.rows) and all(row.in_last_pass for row in going):
+            going = going[: (len(going) + 1) // 2]
+        return sorted((row for row in going if row.phase is phase), key=lambda row: row.slot)
 
     @staticmethod
-    def _fail(of: Work | Row, error: Exception) -> list[BlockEvent]:
+    def _fail(of: Work | Row, error: Exception) -> list[Collect]:
         """The end of a row whose pass does not fit the memory even alone."""
         row = of.row if isinstance(of, Work) else of
-        return [row.record.fail(error)]
+        return [lambda: [row.record.fail(error)]]
 
-    def _pass(self, group: Sequence[Work]) -> list[BlockEvent]:
+    def _read_group(self, group: Sequence[Work]) -> list[Collect]:
         """One pass of the context tower, and what each row does next."""
-        started = time.perf_counter()
-        events = read(self.model, self.state, group)
-        self._share(started, [work.row for work in group])
-        tokens = {event.row: len(event.tokens) for event in events}
-        for work in group:
-            row = work.row
-            if work.scored:
-                if row.mode == "verified":
-                    row.pace.record(row.allowed, tokens[row.record.row], row.kept, row.seconds)
-                self._begin(row)
-            elif row.phase is Phase.PROMPT:
-                self._keep_prefix(row)
-                if row.read == row.prompt_end:
-                    events += self._written(row)
-            else:
-                self._begin(row)
-        return events
+        rows = [work.row for work in group]
+        with self._shared(rows):
+            launched = reading.launch(self.model, self.state, group)
+
+        def finish() -> list[BlockEvent]:
+            with self._shared(rows):
+                events = reading.collect(launched)
+            tokens = {event.row: len(event.tokens) for event in events}
+            for work in group:
+                row = work.row
+                if work.scored:
+                    if row.mode == "verified":
+                        row.pace.record(row.allowed, tokens[row.record.row], row.kept, row.seconds)
+                    self._begin(row)
+                elif row.phase is Phase.PROMPT:
+                    self._keep_prefix(row)
+                    if row.read == row.prompt_end:
+                        events += self._written(row)
+                else:
+                    self._begin(row)
+            return events
+
+        return [finish]
 
     def _keep_prefix(self, row: Row) -> None:
         try:
@@ -324,8 +349,12 @@ class LLM:
         if torch.cuda.is_available():
             torch.cuda.empty_cache()
 
-    def _share(self, started: float, rows: Sequence[Row]) -> None:
-        """Each row's share of a pass's time."""
+    @contextmanager
+    def _shared(self, rows: Sequence[Row]) -> Iterator[None]:
+        """What is done in it is done for these rows: each has its share of the time. Of a pass that is its launch and
+        the wait for it, not what else was done in between."""
+        started = time.perf_counter()
+        yield
         seconds = (time.perf_counter() - started) / len(rows)
         for row in rows:
             row.seconds += seconds
@@ -342,7 +371,7 @@ class LLM:
         if not row.record.running:
             return
         params = row.params
-        row.allowed, row.seconds = 0, 0.0
+        row.allowed, row.taken, row.seconds = 0, 0, 0.0
         match row.mode:
             case "ar":
                 row.phase = Phase.STEP
@@ -359,67 +388,59 @@ class LLM:
             row.phase = Phase.DENOISE
             self._opening.append(row)
 
-    def _denoise(self) -> list[Event]:
+    def _denoise(self) -> list[Collect]:
         """The denoiser's pass over open blocks."""
-        rows = self._of(Phase.DENOISE)
+        rows = self._going(Phase.DENOISE)
         if not rows:
             return []
         self.blocks.begin(self._opening)
         self._opening.clear()
         return in_parts(self._denoise_rows, rows, self._relieve, self._fail)
 
-    def _denoise_rows(self, rows: Sequence[Row]) -> list[Event]:
-        started = time.perf_counter()
-        done = self.blocks.denoise(rows, self._view(rows))
-        self._share(started, rows)
-        events: list[Event] = []
-        for row in rows:
-            events += row.seen
-            row.seen.clear()
-        events += [row.record.fail(row.error) for row in rows if row.error is not None]
-        for row in done:
-            if row.mode == "verified":
-                row.phase = Phase.CHECK
-                row.block = row.block[: min(row.record.room, row.pace.length(row.params.block_size))]
-            else:
-                row.phase = Phase.COMMIT
-                if row.request.logprobs is None:
-                    events.append(row.record.take(row.block, row.committed_at, row.confidence))
-                else:  # the context tower has yet to say how likely it is
-                    row.held = row.block = row.block[: row.record.room]
-        return events
+    def _denoise_rows(self, rows: Sequence[Row]) -> list[Collect]:
+        with self._shared(rows):
+            launched = self.blocks.launch(rows, self._view(rows))
 
-    def _mock(self) -> list[BlockEvent]:
-        """The denoiser as a next-token predictor, for rows of that mode."""
-        rows = self._of(Phase.MOCK)
-        return in_parts(self._mock_rows, rows, self._relieve, self._fail)
+        def finish() -> list[Event]:
+            with self._shared(rows):
+                done = self.blocks.collect(launched)
+            events: list[Event] = []
+            for row in rows:
+                events += row.seen
+                row.seen.clear()
+            events += [row.record.fail(row.error) for row in rows if row.error is not None]
+            for row in done:
+                if row.mode == "verified":
+                    row.phase = Phase.CHECK
+                    row.block = row.block[: min(row.record.room, row.pace.length(row.params.block_size))]
+                else:
+                    row.phase = Phase.COMMIT
+                    if row.request.logprobs is None:
+                        events.append(row.record.take(row.block, row.committed_at, row.confidence))
+                    else:  # the context tower has yet to say how likely it is
+                        row.held = row.block = row.block[: row.record.room]
+            return events
 
-    def _mock_rows(self, rows: Sequence[Row]) -> list[BlockEvent]:
-        if not rows:
-            return []
-        device = self.blocks.device
-        pending = torch.tensor([[row.pending] for row in rows], device=device)
-        view = self._view(rows)
-        logits = self.model.denoise(pending, None, view, causal=True, wide=False)
-        seeds = torch.tensor([row.seed for row in rows], device=device)
-        purpose = torch.full((len(rows), 1), AR_TOKEN, device=device)
-        rules = [row.rule for row in rows]
-        positions = view.lengths[:, None] + 1
-        tokens, sureness = pick_by_rule(logits, rules, seeds, positions, purpose, torch.zeros_like(purpose))
-        events = []
-        for row, (token,), sure in zip(rows, tokens.tolist(), sureness.tolist(), strict=True):
-            row.record.denoiser_passes += 1
-            if row.request.logprobs is None:
-                events.append(row.record.take([token], [0], sure))
-            else:
-                row.held, row.committed_at, row.confidence = [token], [0], sure
-            row.block, row.pending, row.phase = [row.pending], token, Phase.COMMIT
-        return events
+        return [finish]
+
+    def _mock(self) -> list[Collect]:
+        """The denoiser's pass over pending tokens."""
+        rows = self._going(Phase.MOCK)
+        return in_parts(self._mock_rows, rows, self._relieve, self._fail) if rows else []
+
+    def _mock_rows(self, rows: Sequence[Row]) -> list[Collect]:
+        launched = mock.launch(self.model, rows, self._view(rows))
+        return [lambda: mock.collect(rows, launched)]
 
     def _view(self, rows: Sequence[Row]) -> ContextView:
+        """What the denoiser sees of the rows' texts, brought to its device as far as it is new there."""
         assert self.reader is not None
         self.state.bound = max(row.read for row in rows)
-        return self.reader.view(some(rows, self.state.rows, self.model.device))
+        fresh = [Fresh(row.slot, max(row.shown, 0), row.read) for row in rows if row.shown < row.read]
+        view = self.reader.view(some(rows, self.state.rows, self.blocks.device), fresh)
+        for row in rows:
+            row.shown = row.read
+        return view
 
     def _leave(self, event: BlockEvent) -> None:
         """An ended row's slot is free; mode "auto" learns from what it wrote."""

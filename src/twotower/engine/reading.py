@@ -4,17 +4,18 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor
 
 from twotower.engine.constrained import follow, restrict
 from twotower.engine.request import Phase, Row
-from twotower.engine.scores import Scores
+from twotower.engine.scores import Scores, Told
 from twotower.generation.output import BlockEvent, TokenLogprob
 from twotower.generation.sampling import AR_TOKEN, confidence, pick_by_rule
 from twotower.generation.speculative import keep
+from twotower.host import Fetched, placed
 
 if TYPE_CHECKING:
     from twotower.model.two_tower import TwoTowerForCausalLM
@@ -41,6 +42,15 @@ class Work:
         return self.following is not None or (self.scored and self.row.request.logprobs is not None)
 
 
+def following(row: Row, count: int) -> list[int] | None:
+    """What follows each of the next `count` tokens of its prompt, where anybody asks how likely that is."""
+    end = row.read + count
+    if row.request.prompt_logprobs:
+        return list(row.request.prompt[row.read + 1 : end + 1])
+    first_block = row.request.logprobs is not None and row.mode == "diffusion" and end == row.prompt_end
+    return [] if first_block else None
+
+
 def grouped(works: Sequence[Work]) -> list[list[Work]]:
     """Passes: works of like width together, so that little of a pass is padding."""
     groups: list[list[Work]] = []
@@ -55,34 +65,44 @@ def grouped(works: Sequence[Work]) -> list[list[Work]]:
     return [sorted(group, key=lambda work: work.row.slot) for group in groups]
 
 
-def read(model: TwoTowerForCausalLM, state: TowerState, works: Sequence[Work]) -> list[BlockEvent]:
-    """One context pass over the works' tokens; scored rows choose, check and book → their events."""
+@dataclass(frozen=True)
+class Reading:
+    """A context pass on its way. choosing: the works whose next token the AR model chooses, and of each the tokens,
+    the confidence in them, and how many drafted ones are kept; asking: those that want log-probabilities."""
+
+    choosing: Sequence[Work]
+    choice: Fetched | None
+    asking: Sequence[Work]
+    told: Told | None
+
+
+def launch(model: TwoTowerForCausalLM, state: TowerState, works: Sequence[Work]) -> Reading:
+    """Puts one context pass over the works' tokens on its way; scored rows choose and check. From here on the state,
+    and each row, count the tokens as read."""
     device = state.lengths.device
     width = max(len(work.tokens) for work in works)
-    tokens = torch.tensor([work.tokens + [0] * (width - len(work.tokens)) for work in works], device=device)
-    lengths = torch.tensor([len(work.tokens) for work in works], device=device)
+    tokens = placed([work.tokens + [0] * (width - len(work.tokens)) for work in works], device)
+    lengths = placed([len(work.tokens) for work in works], device)
     scored = [i for i, work in enumerate(works) if work.scored or work.asks]
     scored.sort(key=lambda i: works[i].asks + (not works[i].scored))  # those that choose are a slice, and who asks too
-    places = torch.tensor(scored, dtype=torch.long, device=device)
+    places = placed(scored, device, torch.long)
     choosing = [works[i] for i in scored if works[i].scored]
     asking = [works[i] for i in scored if works[i].asks]
     state.bound = max(work.row.read for work in works)  # of the rows of this pass; the others are not looked at
     rows = some([work.row for work in works], state.rows, device)
     before = state.lengths
-    choice: Choice = [], [], []
-    told: Told = {}
-    afters: dict[int, Tensor] = {}
+    choice = told = chosen = None
     try:
         logits = model.extend(tokens, state, lengths, rows=rows, logits=places if scored else False, wide=False)
         if logits is not None:
             scores = Scores(asking, logits[-len(asking) :]) if asking else None
             if choosing:
                 own = places[: len(choosing)]
-                choice = _choose(state, choosing, tokens[own], lengths[own], logits[: len(choosing)])
+                chosen, *others = _choose(state, choosing, tokens[own], lengths[own], logits[: len(choosing)])
+                choice = Fetched(chosen, *others)
             if scores is not None:
-                taken = zip(choosing, choice[0], choice[2], strict=True)
-                chosen = [new[: kept + 1] for work, new, kept in taken if work.asks]
-                told, afters = scores.told(chosen), scores.afters()
+                silent = sum(not work.asks for work in choosing)
+                told = scores.ask(None if chosen is None else chosen[silent:])
     except Exception:
         if state.lengths is not before:  # the tokens are in, but nobody knows what follows: a later attempt reads them
             state.rollback(before)
@@ -90,32 +110,40 @@ def read(model: TwoTowerForCausalLM, state: TowerState, works: Sequence[Work]) -
     for work in works:
         work.row.read += len(work.tokens)
         work.row.record.context_passes += work.row.phase is not Phase.PROMPT
-    for work in asking:
-        work.row.after = afters.get(work.row.record.row)
-    return _book([work.row for work in choosing], choice, told) + _book_told(asking, told)
+    return Reading(choosing, choice, asking, told)
+
+
+def collect(reading: Reading) -> list[BlockEvent]:
+    """Books what the pass gave, once it is done."""
+    new, sure, kept = reading.choice.lists() if reading.choice is not None else ([], [], [])
+    told: dict[int, list[TokenLogprob]] = {}
+    if reading.told is not None:
+        taken = zip(reading.choosing, new, kept, strict=True)
+        told = reading.told.by_number([tokens[: count + 1] for work, tokens, count in taken if work.asks])
+        for work in reading.asking:
+            work.row.after = reading.told.afters.get(work.row.record.row)
+    return _book([work.row for work in reading.choosing], (new, sure, kept), told) + _book_told(reading.asking, told)
 
 
 def some(rows: Sequence[Row], every: int, device: torch.device) -> Tensor | None:
     """The rows' slots (B,) of a pool of `every`; None where they are all of it, in order: nothing is gathered then."""
     slots = [row.slot for row in rows]
-    return None if slots == list(range(every)) else torch.tensor(slots, device=device)
+    return None if slots == list(range(every)) else placed(slots, device)
 
 
-Choice = tuple[list[list[int]], list[list[float]], list[int]]
-Told = dict[int, list[TokenLogprob]]  # by request number
-
-
-def _choose(state: TowerState, works: Sequence[Work], tokens: Tensor, lengths: Tensor, logits: Tensor) -> Choice:
+def _choose(
+    state: TowerState, works: Sequence[Work], tokens: Tensor, lengths: Tensor, logits: Tensor
+) -> tuple[Tensor, Tensor, Tensor]:
     """The AR model's choice after each token; of a draft what agrees with it is kept, then its own follows.
 
-    → of each row tokens, the confidence in them, and how many drafted ones are kept. The state keeps as many.
+    → tokens and the confidence in them (n, L), and how many drafted ones are kept (n,). The state keeps as many.
     """
     device = tokens.device
     allowed = restrict(works, logits)
     rows = [work.row for work in works]
-    slots = torch.tensor([row.slot for row in rows], device=device)
+    slots = placed([row.slot for row in rows], device)
     before = state.lengths[slots] - lengths
-    seeds = torch.tensor([row.seed for row in rows], device=device)
+    seeds = placed([row.seed for row in rows], device)
     purpose = torch.full((len(rows), 1), AR_TOKEN, device=device)
     positions = before[:, None] + torch.arange(1, tokens.shape[1] + 1, device=device)
     rules = [row.rule for row in rows]
@@ -124,16 +152,18 @@ def _choose(state: TowerState, works: Sequence[Work], tokens: Tensor, lengths: T
     chosen = own
     if tokens.shape[1] > 1:
         asked = [row.params.acceptance for row in rows]
-        relaxed = torch.tensor(asked, dtype=sureness.dtype, device=device)[:, None] if min(asked) < 1 else 1.0
-        most = lengths if allowed is None else torch.tensor(allowed, device=device) + 1
+        relaxed = placed(asked, device, sureness.dtype)[:, None] if min(asked) < 1 else 1.0
+        most = lengths if allowed is None else placed(allowed, device) + 1
         chosen, accepted = keep(tokens, own, logits, relaxed, most)
         if min(asked) < 1:  # what is kept need not be what AR would have chosen
             sureness = confidence(logits, chosen)
         state.rollback(state.lengths.index_copy(0, slots, before + 1 + accepted))
-    return chosen.tolist(), sureness.tolist(), accepted.tolist()
+    return chosen, sureness, accepted
 
 
-def _book(rows: Sequence[Row], choice: Choice, told: Told) -> list[BlockEvent]:
+def _book(
+    rows: Sequence[Row], choice: tuple[list[Any], list[Any], list[Any]], told: dict[int, list[TokenLogprob]]
+) -> list[BlockEvent]:
     events = []
     for row, new, sure, kept in zip(rows, *choice, strict=True):
         drafted = len(row.block) - 1 if row.phase is Phase.CHECK else 0
@@ -151,7 +181,7 @@ def _book(rows: Sequence[Row], choice: Choice, told: Told) -> list[BlockEvent]:
     return events
 
 
-def _book_told(works: Sequence[Work], told: Told) -> list[BlockEvent]:
+def _book_told(works: Sequence[Work], told: dict[int, list[TokenLogprob]]) -> list[BlockEvent]:
     """Of works that chose nothing: a prompt's log-probabilities, and blocks that waited for theirs."""
     events = []
     for row in [work.row for work in works if not work.scored]:

@@ -83,6 +83,8 @@ class Row:
     seen: list[StepEvent] = field(default_factory=list)  # of a watched request, not yet told
     kept: int = 0  # drafted tokens of the last round
     allowed: int = 0  # passes of the denoiser that this round may take; 0: none
+    taken: int = 0  # and those that its block has had
+    shown: int = -1  # tokens of the text that the denoiser has been shown; −1: it knows nothing of this text
     seconds: float = 0.0  # this row's share of the passes of its round
     held: list[int] = field(default_factory=list)  # new tokens that wait for their log-probabilities
     after: Tensor | None = None  # (V,): diffusion with logprobs: the AR model's logits after what is read
@@ -101,6 +103,11 @@ class Row:
     @property
     def rule(self) -> Rule:
         return Rule(self.params.temperature, self.params.top_k, self.params.top_p)
+
+    @property
+    def in_last_pass(self) -> bool:
+        """Of a row that denoises: whether it is certain to need the context tower after the denoiser's next pass."""
+        return self.phase is Phase.MOCK or self.taken == self.allowed - 1
 
     @property
     def prompt_end(self) -> int:

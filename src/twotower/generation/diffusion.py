@@ -12,6 +12,7 @@ from twotower.generation.output import BlockEvent
 from twotower.generation.sampling import DIFFUSION_CANDIDATE, pick
 from twotower.generation.session import Session
 from twotower.generation.unmasking import Pass
+from twotower.host import Fetched
 from twotower.kernels.precision import accumulation_dtype
 from twotower.mirror import Transport
 
@@ -108,9 +109,9 @@ class StopTest:
 
     def __init__(self, device: torch.device) -> None:
         self.lags = device.type != "cpu"
-        self.previous: Tensor | None = None
+        self.previous: Fetched | None = None
 
     def __call__(self, masked: Tensor) -> bool:
-        now = masked.any()
+        now = Fetched(masked.any())
         tested, self.previous = (self.previous if self.lags else now), now
-        return tested is None or bool(tested)
+        return tested is None or bool(tested.wait()[0])

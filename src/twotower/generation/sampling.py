@@ -13,6 +13,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
+from twotower.host import placed
 from twotower.kernels import select
 from twotower.kernels.precision import accumulation_dtype, widened
 
@@ -57,7 +58,7 @@ def pick_by_rule(
     tokens = torch.empty_like(positions)
     sure = torch.empty(positions.shape, dtype=accumulation_dtype(logits.dtype), device=logits.device)
     for rule in set(rules):
-        rows = torch.tensor([i for i, own in enumerate(rules) if own == rule], device=logits.device)
+        rows = placed([i for i, own in enumerate(rules) if own == rule], logits.device)
         sampling = Sampling(seeds=seeds[rows], **rule._asdict())
         tokens[rows], sure[rows] = pick(logits[rows], sampling, positions[rows], purpose[rows], step[rows])
     return tokens, sure

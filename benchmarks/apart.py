@@ -1,0 +1,86 @@
+"""The engine with its towers on one device and on two, in turns: what working at the same time is worth.
+
+A part of `gpu.py`. The copy on two devices has the same weights, so it makes the same passes.
+"""
+
+from __future__ import annotations
+
+import copy
+import statistics
+from collections.abc import Sequence
+from typing import Any
+
+import torch
+from models import BLOCK
+from throughput import Group, run_group
+from torch import nn
+
+from twotower import LLM, TwoTowerForCausalLM
+from twotower.generation import GenerationParams
+from twotower.mirror import Transport
+
+KINDS: dict[str, dict[str, Any]] = {
+    "verified": {"mode": "verified", "draft_steps": 1},
+    "diffusion": {"mode": "diffusion", "confidence_threshold": 0.8},
+    "diffusion, 4 passes a block": {"mode": "diffusion", "policy": "top-k", "knob": BLOCK // 4},
+}
+
+
+def spread(model: TwoTowerForCausalLM, device: torch.device) -> TwoTowerForCausalLM:
+    """The model with a copy of its denoiser on another device; the context tower is the same one."""
+    with torch.device("meta"):
+        other = TwoTowerForCausalLM(model.config)
+    other.context, other.tokenizer = model.context, model.tokenizer
+    other.denoiser, other.time = moved(model.denoiser, device), moved(model.time, device)
+    if device == model.device:  # tried out where there is only one
+        other.transport = Transport()
+    return other.eval()
+
+
+def moved(module: nn.Module | None, device: torch.device) -> Any:
+    """A copy whose tensors were never anywhere else."""
+    assert module is not None
+    there: dict[int, Any] = {id(b): b.to(device, copy=True) for b in module.buffers()}
+    for own in module.parameters():
+        there[id(own)] = nn.Parameter(own.detach().to(device, copy=True), requires_grad=False)
+    return copy.deepcopy(module, there)
+
+
+def measure(
+    model: TwoTowerForCausalLM,
+    device: torch.device,
+    prompts: Sequence[list[int]],
+    *,
+    at_once: Sequence[int],
+    kinds: Sequence[str],
+    tokens: int,
+    rounds: int,
+) -> list[dict[str, Any]]:
+    """Tokens a second of the prompts' first so many at once, the context tower where it is and the denoiser beside it
+    or on `device`; medians over rounds, ratios within a round."""
+    models = {"one": model, "two": spread(model, device)}
+    length = max(map(len, prompts)) + tokens
+    shared = {"max_new_tokens": tokens, "block_size": BLOCK, "mask_token_id": model.config.mask_token, "seed": 0}
+    found = []
+    for rows in at_once:
+        engines = {name: LLM(own, rows=rows, length=length, block_size=BLOCK) for name, own in models.items()}
+        for kind in kinds:
+            params = GenerationParams.of(**KINDS[kind], **shared)
+            runs: dict[str, list[Group]] = {name: [] for name in models}
+            for number in range(rounds + 1):
+                for name, engine in engines.items():
+                    group = run_group(engine, prompts[:rows], params)
+                    if number:  # the first round warms up
+                        runs[name].append(group)
+            rate = {name: [group.all_tokens / group.all_seconds for group in own] for name, own in runs.items()}
+            found.append(
+                {
+                    "decoding": kind,
+                    "at once": rows,
+                    "one device, tokens/s": statistics.median(rate["one"]),
+                    "two devices, tokens/s": statistics.median(rate["two"]),
+                    "times one": statistics.median(b / a for a, b in zip(rate["one"], rate["two"], strict=True)),
+                    "same texts": runs["one"][0].texts == runs["two"][0].texts,
+                }
+            )
+    return found

@@ -1,0 +1,409 @@
+"""Towers on two devices work at the same time: what is launched before anything is read, what crosses, and who waits.
+
+One CPU plays both devices, as in test_two_devices.py: a transport of its own is what makes an engine take them for two.
+"""
+
+from __future__ import annotations
+
+import random
+from collections.abc import Callable, Iterator
+from contextlib import ExitStack
+from dataclasses import replace
+from typing import Any
+from unittest.mock import patch
+
+import pytest
+import torch
+from conftest import EVERY_KIND, build_random_model
+from test_engine import LENGTH, alone, assert_as_alone, drive, facts, some_request
+from test_two_devices import PLACES, CountingTransport, Homes
+from torch import Tensor
+
+from twotower import LLM, Request, TwoTowerForCausalLM
+from twotower.engine.request import Phase
+from twotower.generation import GenerationParams
+from twotower.generation.output import StepEvent
+from twotower.generation.unmasking import POLICIES, Pass, Verdict, register_policy
+from twotower.host import Fetched, placed
+from twotower.mirror import Mirror
+from twotower.state import sizes
+
+CUDA = pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")
+
+
+@pytest.fixture(scope="module")
+def model() -> TwoTowerForCausalLM:
+    return build_random_model(EVERY_KIND, dtype=torch.float64)
+
+
+@pytest.fixture
+def transport(model: TwoTowerForCausalLM) -> Iterator[CountingTransport]:
+    """Engines made while it is there have their towers apart."""
+    with patch.object(model, "transport", CountingTransport()):
+        assert isinstance(model.transport, CountingTransport)
+        yield model.transport
+
+
+def asking(prompt: list[int], mode: str, n: int = 40, **given: Any) -> Request:
+    return Request(prompt, GenerationParams.of(mode=mode, max_new_tokens=n, **given))
+
+
+# --- what comes out -------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.usefixtures("transport")
+@pytest.mark.parametrize("rows", [1, 2, 5])
+def test_every_request_writes_what_it_writes_alone(model: TwoTowerForCausalLM, rows: int) -> None:
+    """Whoever comes and goes, in any mode, watched or with log-probabilities, which change nothing."""
+    rng = random.Random(rows)
+    requests = [some_request(rng) for _ in range(40)]
+    asked = [replace(request, watched=rng.random() < 0.3, logprobs=rng.choice([None, None, 2])) for request in requests]
+    llm = LLM(model, rows=rows, length=LENGTH)
+    assert isinstance(llm.reader, Mirror)
+    outputs = drive(llm, asked, rng, aborted=0.1)
+    assert 15 < len(outputs) < 40
+    with patch.object(model, "transport", None):
+        for place, output in outputs.items():
+            if asked[place].logprobs is None:
+                assert_as_alone(model, requests[place], output)
+            else:  # the last block is read too: somebody asks how likely it is
+                assert facts(output, False) == facts(alone(model, requests[place]), False)
+                assert len(output.logprobs) == len(output.tokens)
+
+
+@pytest.mark.usefixtures("transport")
+@pytest.mark.parametrize("mode", ["diffusion", "verified"])
+def test_watching_shows_the_passes_that_are_counted(model: TwoTowerForCausalLM, mode: str) -> None:
+    llm = LLM(model, rows=3, length=LENGTH)
+    watched = replace(asking([5, 6, 7], mode, block_size=8, draft_steps=2), watched=True)
+    for other in ("diffusion", "verified"):
+        llm.add_request(asking([8, 9], other))
+    looks, result = 0, None
+    for event in llm.stream(watched):
+        looks += isinstance(event, StepEvent)
+        result = event.result or result
+    assert result is not None
+    assert looks == result.denoiser_passes > 0
+
+
+@pytest.mark.usefixtures("transport")
+@pytest.mark.parametrize("verb", ["extend", "denoise"])
+def test_a_pass_that_does_not_fit_is_done_in_halves(model: TwoTowerForCausalLM, verb: str) -> None:
+    """The halves are launched one after the other, before any is collected."""
+    real, rng = getattr(TwoTowerForCausalLM, verb), random.Random(4)
+
+    def scarce(self: Any, tokens: Tensor, *rest: Any, **options: Any) -> Any:
+        out = real(self, tokens, *rest, **options)
+        if len(tokens) > 2:
+            raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 2.00 GiB")
+        return out
+
+    requests = [some_request(rng) for _ in range(15)]
+    with patch.object(TwoTowerForCausalLM, verb, scarce):
+        outputs = drive(LLM(model, rows=6, length=LENGTH), requests, rng, aborted=0.0)
+    with patch.object(model, "transport", None):
+        for place, output in outputs.items():
+            assert_as_alone(model, requests[place], output)
+
+
+@pytest.mark.usefixtures("transport")
+def test_a_policy_that_raises_ends_its_own_request_only(model: TwoTowerForCausalLM) -> None:
+    def moody(seen: Pass, knob: Tensor) -> Verdict:
+        if (knob > 1).any() and (seen.step > 1).any():
+            raise ZeroDivisionError("in a bad mood")
+        return POLICIES["threshold"].rule(seen, knob)
+
+    register_policy("moody", moody, knob="mood", default=0.5)
+    try:
+        requests = [asking([5, 6], "diffusion", 20, block_size=8, policy="moody", knob=knob) for knob in (2.0, 0.9)]
+        llm = LLM(model, rows=2, length=64)
+        broken, whole = llm.generate(requests)
+        assert broken.error == "ZeroDivisionError: in a bad mood"
+        with patch.object(model, "transport", None):
+            assert_as_alone(model, requests[1], whole)
+        assert len(llm.free) == 2
+    finally:
+        del POLICIES["moody"]
+
+
+# --- in which order -------------------------------------------------------------------------------------------------
+
+
+READS = ("tolist", "item", "numpy", "nonzero", "__bool__", "__int__", "__float__", "__index__")
+
+
+def told(model: TwoTowerForCausalLM, run: Callable[[], object]) -> list[str]:
+    """What happens while run() runs: calls of the verbs, and the host's looks at tensors outside of them."""
+    log: list[str] = []
+    inside = [0]
+
+    def noting(name: str, real: Callable[..., Any], verb: bool) -> Callable[..., Any]:
+        def call(*args: Any, **options: Any) -> Any:
+            if not inside[0]:
+                log.append(name if verb else "read")
+            inside[0] += 1  # a verb asks nothing of an accelerator (test_state.py); a read may use another
+            try:
+                return real(*args, **options)
+            finally:
+                inside[0] -= 1
+
+        return call
+
+    with ExitStack() as stack:
+        for name in ("extend", "denoise"):
+            stack.enter_context(patch.object(model, name, noting(name, getattr(model, name), True)))
+        for name in READS:
+            stack.enter_context(patch.object(Tensor, name, noting(name, getattr(Tensor, name), False)))
+        stack.enter_context(patch.object(Fetched, "wait", noting("read", Fetched.wait, False)))
+        run()
+    return log
+
+
+MIXED = [
+    *(asking([5, 6, 7 + i], "verified", draft_steps=1 + i % 2) for i in range(3)),
+    *(asking([9, 6 + i], "diffusion", block_size=8, steps_per_block=4, policy="top-k", knob=2 + i) for i in range(3)),
+    *(asking([8] * (3 + i), "mock_ar") for i in range(2)),
+    replace(asking([5, 6], "ar"), logprobs=2),
+    replace(asking([5, 7], "diffusion", block_size=8, steps_per_block=2), logprobs=2, watched=True),
+]
+
+
+def steps(model: TwoTowerForCausalLM, requests: list[Request]) -> list[list[str]]:
+    """What is told of each step but the first, in which all are admitted and their prompts read."""
+    llm = LLM(model, rows=len(requests), length=LENGTH)
+    for request in requests:
+        llm.add_request(request)
+    llm.step()
+    out = []
+    while llm.has_work:
+        out.append(told(model, llm.step))
+    return out
+
+
+@pytest.mark.usefixtures("transport")
+def test_both_towers_are_at_work_before_the_host_reads_anything(model: TwoTowerForCausalLM) -> None:
+    both = 0
+    for log in steps(model, MIXED):
+        passes = [name for name in log if name != "read"]
+        assert log[: len(passes)] == passes  # every launch comes first
+        assert passes == sorted(passes)  # the denoiser's before the context's
+        assert "read" in log
+        both += {"denoise", "extend"} <= set(passes)
+    assert both > 20
+
+
+def test_on_one_device_the_context_is_read_first(model: TwoTowerForCausalLM) -> None:
+    """And a read in between is seen by the recorder."""
+    logs = [log for log in steps(model, MIXED) if {"denoise", "extend"} <= set(log)]
+    assert len(logs) > 20
+    for log in logs:
+        assert log.index("extend") < log.index("read") < log.index("denoise")
+
+
+# --- what crosses ---------------------------------------------------------------------------------------------------
+
+
+def crossing(llm: LLM, transport: CountingTransport) -> list[int]:
+    """Bytes that cross in each step until all is done."""
+    out = []
+    while llm.has_work:
+        transport.take()
+        llm.step()
+        out.append(transport.take())
+    return out
+
+
+@pytest.mark.parametrize("others", [0, 5])
+@pytest.mark.parametrize("length", [3, 90])
+def test_a_block_brings_its_own_columns_and_states_only(length: int, others: int) -> None:
+    """Whatever the length of the text and whoever else is there; and nothing crosses but through the transport."""
+    model = build_random_model("M*E-M*", seed=9)
+    per_row, per_token = sizes(model.context.config, model.dtype)
+    with torch.no_grad(), Homes(model) as homes:
+        model.transport = transport = CountingTransport(homes)
+        llm = LLM(model, rows=8, length=400)
+        for i in range(others):  # their blocks take 16 passes, and none is read meanwhile
+            llm.add_request(asking([7 + i] * 30, "diffusion", 16, block_size=16, policy="top-k", knob=1))
+        if others:
+            for _ in range(2):
+                llm.step()
+        llm.add_request(asking([5] * length, "diffusion", 12, block_size=4, steps_per_block=2, policy="top-k", knob=2))
+        transport.take()
+        counted = []
+        for _ in range(9):
+            llm.step()
+            assert "context" not in {to for to, _ in transport.sent}
+            counted.append(transport.take())
+    segments = 2 * llm.state.rows * torch.long.itemsize  # where the rows' columns lie: sent when a row is given some
+    block = 4 * per_token + per_row
+    # The prompt is read, then passes 1 and 2, the block is read, and so on; the last block is not read.
+    assert counted == [0, length * per_token + per_row + segments, 0, 0, block, 0, 0, block, 0]
+
+
+def test_only_the_rows_that_were_read_cross(model: TwoTowerForCausalLM, transport: CountingTransport) -> None:
+    """Verified rows of every age: each step brings what was kept of the drafts that were checked, no padding."""
+    per_row, per_token = sizes(model.context.config, model.dtype)
+    rng = random.Random(2)
+    llm = LLM(model, rows=4, length=LENGTH)
+    for n in (10, 40, 25, 30, 17, 33):
+        llm.add_request(asking([rng.randrange(4, 64) for _ in range(n)], "verified", n, draft_steps=1))
+    segments, shown = 2 * 4 * torch.long.itemsize, dict[int, int]()
+    version, varied = 0, set()
+    while llm.has_work:
+        before = set(shown)
+        llm.step()
+        expected = 0
+        for number, row in llm.rows.items():
+            if row.shown > shown.get(number, -1):
+                expected += per_row + (row.shown - max(shown.get(number, 0), 0)) * per_token
+                shown[number] = row.shown
+                varied.add(row.shown if number not in before else 0)
+        if llm.reader.copy.segments.version != version:  # type: ignore[union-attr]
+            version = llm.reader.copy.segments.version  # type: ignore[union-attr]
+            expected += segments
+        assert transport.take() == expected
+    assert len(varied) > 3
+
+
+def test_rows_that_need_no_denoiser_never_cross(model: TwoTowerForCausalLM, transport: CountingTransport) -> None:
+    llm = LLM(model, rows=3, length=LENGTH)
+    for i in range(3):
+        llm.add_request(asking([5, 6, 7 + i], "ar", 20))
+    assert set(crossing(llm, transport)) == {0}
+
+
+# --- who waits ------------------------------------------------------------------------------------------------------
+
+
+def phases(llm: LLM) -> list[list[Phase]]:
+    """What each row needs, after every step in which all are there."""
+    out = []
+    rows = len(llm.waiting)
+    while llm.has_work:
+        llm.step()
+        if len(llm.rows) == rows:
+            out.append([row.phase for row in llm.rows.values()])
+    return out
+
+
+@pytest.mark.usefixtures("transport")
+@pytest.mark.parametrize("mode", ["verified", "mock_ar"])
+@pytest.mark.parametrize("rows", [2, 3, 6])
+def test_rows_in_phase_part_for_good(model: TwoTowerForCausalLM, mode: str, rows: int) -> None:
+    """They begin together; from the second step on one half needs the one tower, the other half the other, always."""
+    llm = LLM(model, rows=rows, length=LENGTH)
+    for _ in range(rows):
+        llm.add_request(asking([5, 6, 7], mode, draft_steps=1))
+    seen = phases(llm)
+    denoising = {Phase.DENOISE, Phase.MOCK}
+    older = (rows + 1) // 2
+    assert {phase in denoising for phase in seen[0]} == {True}
+    assert sum(Phase.STEP not in now for now in seen) > 10
+    for at, now in enumerate(seen[1:]):
+        if Phase.STEP in now:  # only one token is missing: nothing is drafted
+            break
+        halves = [phase in denoising for phase in now]
+        assert halves == [at % 2 == 1] * older + [at % 2 == 0] * (rows - older)
+
+
+@pytest.mark.parametrize("apart", [True, False])
+def test_blocks_of_several_passes_part_at_their_last(model: TwoTowerForCausalLM, apart: bool) -> None:
+    """Nobody waits before it is certain that everybody leaves the denoiser; on one device nobody waits at all."""
+    with patch.object(model, "transport", CountingTransport() if apart else None):
+        llm = LLM(model, rows=4, length=LENGTH)
+        given: dict[str, Any] = {"block_size": 8, "steps_per_block": 4, "policy": "top-k", "knob": 2}
+        for _ in range(4):
+            llm.add_request(asking([5, 6, 7], "diffusion", **given))
+        taken = []
+        while llm.has_work:
+            llm.step()
+            if len(llm.rows) == 4:
+                taken.append([row.taken for row in llm.rows.values()])
+    if not apart:
+        assert all(len(set(now)) == 1 for now in taken)
+        return
+    first = taken.index([4, 4, 3, 3])
+    assert all(len(set(now)) == 1 for now in taken[:first])
+    assert all(now[0] == now[1] != now[2] == now[3] for now in taken[first:])
+    assert len(taken) > first + 10
+
+
+@pytest.mark.usefixtures("transport")
+def test_nobody_waits_twice(model: TwoTowerForCausalLM) -> None:
+    """Whoever is held back goes in the next step, or older ones have ended meanwhile."""
+    rng = random.Random(6)
+    llm = LLM(model, rows=7, length=LENGTH)
+    for _ in range(20):
+        llm.add_request(some_request(rng, mode=rng.choice(["verified", "mock_ar"]), draft_steps=1))
+    waited: dict[int, int] = {}
+    held = 0
+    while llm.has_work:
+        before = {number: (row.phase, row.record.denoiser_passes) for number, row in llm.rows.items()}
+        llm.step()
+        for number, row in llm.rows.items():
+            still = before.get(number) == (row.phase, row.record.denoiser_passes)
+            waited[number] = waited.get(number, 0) + 1 if still and row.phase in (Phase.DENOISE, Phase.MOCK) else 0
+            held += waited[number] > 0
+            older_ended = any(other < number and other not in llm.rows for other in before)
+            assert waited[number] <= 1 or older_ended
+    assert held > 0
+
+
+# --- to and from the host -------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("device", ["cpu", pytest.param("cuda", marks=CUDA)])
+def test_numbers_arrive_as_they_are(device: str) -> None:
+    there = torch.device(device)
+    numbers, narrow = placed([[1, 2], [3, 2**40]], there), placed([0.5, 1], there, torch.float64)
+    assert (numbers.dtype, narrow.dtype, numbers.device.type) == (torch.long, torch.float64, device)
+    assert placed([], there, torch.long).shape == (0,)
+    fetched = Fetched(numbers * 2, narrow > 0.7)
+    assert all(tensor.device.type == "cpu" for tensor in fetched.wait())
+    assert fetched.lists() == [[[2, 4], [6, 2**41]], [False, True]]
+
+
+@CUDA
+def test_the_host_waits_for_what_it_asked_for_only() -> None:
+    """Neither sending numbers nor fetching earlier results waits for the long product launched after them."""
+    there = torch.device("cuda")
+    early, big = torch.arange(5, device=there), torch.randn(8192, 8192, device=there)
+    big @ big
+    placed([1], there)
+    torch.cuda.synchronize()
+    fetched = Fetched(early)
+    for _ in range(30):
+        big = (big @ big).clamp(-1, 1)
+    later = torch.cuda.current_stream().record_event()
+    placed([1, 2, 3], there)
+    assert fetched.lists() == [[0, 1, 2, 3, 4]]
+    assert not later.query()
+
+
+@CUDA
+@pytest.mark.parametrize("places", PLACES, ids="-".join)
+def test_on_real_devices(places: tuple[str, str]) -> None:
+    if "cuda:1" in places and torch.cuda.device_count() < 2:
+        pytest.skip("needs two GPUs")
+    model, rng = build_random_model(EVERY_KIND, dtype=torch.float64), random.Random(7)
+    requests = [some_request(rng) for _ in range(20)]
+    expected = [alone(model, request).tokens for request in requests]
+    model.place_towers_on_devices(*places)
+    outputs = drive(LLM(model, rows=4, length=LENGTH), requests, rng, aborted=0.05)
+    assert [output.tokens for output in outputs.values()] == [expected[place] for place in outputs]
+
+
+@CUDA
+@pytest.mark.parametrize("mode", ["ar", "diffusion", "mock_ar", "verified"])
+def test_on_a_gpu_the_host_waits_for_results_only(mode: str) -> None:
+    """No step does what makes the host wait for the device's queue; kernels are tried and passes recorded before."""
+    model = build_random_model(EVERY_KIND).to("cuda")
+    requests = [asking([5, 6, 7 + i], mode, 20, draft_steps=2) for i in range(3)]
+    llm = LLM(model, rows=3, length=LENGTH)
+    before = llm.generate(requests)
+    torch.cuda.set_sync_debug_mode("error")
+    try:
+        again = llm.generate(requests)
+    finally:
+        torch.cuda.set_sync_debug_mode("default")
+    assert [output.tokens for output in again] == [output.tokens for output in before]
