@@ -80,8 +80,8 @@ class MambaTrace(NamedTuple):
 
 
 def empty_trace(xBC: Tensor, heads: int, head_dim: int, groups: int, state_size: int) -> MambaTrace:
-    """For a kernel to fill, beside the convolution inputs xBC (B, L, C), which may be there already."""
-    lead = xBC.shape[:2]
+    """For a kernel to fill, beside the convolution inputs xBC (…, B, L, C), which may be there already."""
+    lead = xBC.shape[:-1]
     sizes = ((heads, head_dim), (heads,), (heads,), (groups, state_size))
     return MambaTrace(xBC, *(xBC.new_empty(lead + size, dtype=torch.float32) for size in sizes))
 

@@ -10,6 +10,8 @@ from __future__ import annotations
 import ctypes
 from collections.abc import Iterator, Sequence
 from functools import cache
+from itertools import repeat
+from operator import contains, eq
 from typing import TYPE_CHECKING, Any
 from weakref import WeakKeyDictionary
 
@@ -64,8 +66,10 @@ class Plan:
 
     def __init__(self, tower: Tower) -> None:
         modules = list(tower.modules())
-        self.children = [(module._modules, dict(module._modules)) for module in modules]
+        self.children = [module._modules for module in modules]
+        self.known = [dict(children) for children in self.children]
         self.attributes = [module.__dict__ for module in modules]
+        self.hooks = [hooks for module in modules for hooks in (module._forward_hooks, module._forward_pre_hooks)]
         own = _own()
         self.plain = all(type(module) in own for module in modules)
         self.dtype = tower.embeddings.weight.dtype
@@ -93,18 +97,18 @@ class Plan:
 
     def still_holds(self, dtype: torch.dtype) -> bool:
         """Whether the tower still consists of the same modules, in the same dtype."""
-        return dtype == self.dtype and all(now == then for now, then in self.children)
+        return dtype == self.dtype and all(map(eq, self.children, self.known))
 
     def may_run(self) -> bool:
         """Whether every module is this package's own, and none is watched by hooks or given another `forward`."""
+        # A module's dictionaries of hooks are made with it and stay the same objects.
         if not self.plain or _has_any_global_hook():
             return False
-        return not any(a["_forward_hooks"] or a["_forward_pre_hooks"] or "forward" in a for a in self.attributes)
+        return not any(self.hooks) and not any(map(contains, self.attributes, repeat("forward")))
 
     def where(self) -> list[int]:
         """The addresses of its weights; 0 for one that is not there."""
-        found = (holder.get(name) for holder, name, _ in self.holders)
-        return [0 if tensor is None else tensor.data_ptr() for tensor in found]
+        return [0 if (tensor := holder.get(name)) is None else tensor.data_ptr() for holder, name, _ in self.holders]
 
     def weights(self) -> bool:
         """Brings `table` and `panels` up to date; false where a weight has another type or does not lie in a row."""
@@ -236,14 +240,11 @@ class _Inputs:
         config, dtype = tower.config, tower.embeddings.weight.dtype
         mamba = config.hybrid_override_pattern.count("M") if trace else 0
         attention = config.hybrid_override_pattern.count("*")
-        xBC = torch.empty(mamba * rows, length, config.conv_dim, dtype=dtype)
-        traces = empty_trace(
-            xBC, config.mamba_num_heads, config.mamba_head_dim, config.n_groups, config.ssm_state_size
-        )  # as of so many rows
-        keys = torch.empty(2 * attention * rows, length, config.num_key_value_heads, config.head_dim, dtype=dtype)
-        by_layer = zip(*(part.split(rows) for part in traces), strict=True) if mamba else iter(())
-        parts = keys.split(rows) if attention else ()
-        return (MambaTrace(*part) for part in by_layer), zip(parts[::2], parts[1::2], strict=True)
+        sizes = config.mamba_num_heads, config.mamba_head_dim, config.n_groups, config.ssm_state_size
+        traces = empty_trace(torch.empty(mamba, rows, length, config.conv_dim, dtype=dtype), *sizes)
+        keys = torch.empty(attention, 2, rows, length, config.num_key_value_heads, config.head_dim, dtype=dtype)
+        by_layer = zip(*(part.unbind() for part in traces), strict=True)
+        return (MambaTrace(*parts) for parts in by_layer), (pair.unbind() for pair in keys.unbind())
 
     def _put(self, layer: int, place: int, tensors: Sequence[Tensor]) -> None:
         for offset, tensor in enumerate(tensors):
