@@ -7,7 +7,7 @@ from __future__ import annotations
 
 from torch import Tensor, nn
 
-from twotower.kernels import select
+from twotower.kernels import int8, select
 
 
 class Linear(nn.Linear):
@@ -15,3 +15,21 @@ class Linear(nn.Linear):
 
     def forward(self, input: Tensor) -> Tensor:
         return select("linear", input.device, input.dtype).function(input, self.weight, self.bias)
+
+
+class Int8Linear(nn.Module):
+    """A `Linear` whose weight (out, in) is int8 with a scale (out,) for each row: see `kernels.int8`."""
+
+    weight: Tensor
+    weight_scale: Tensor
+
+    def __init__(self, linear: Linear) -> None:
+        super().__init__()
+        weight, scale = int8.quantized(linear.weight)
+        self.register_buffer("weight", weight)
+        self.register_buffer("weight_scale", scale)
+        self.bias = linear.bias
+
+    def forward(self, input: Tensor) -> Tensor:
+        backend = select("linear_int8", input.device, input.dtype)
+        return backend.function(input, self.weight, self.weight_scale, self.bias)

@@ -24,9 +24,9 @@ from twotower.kernels.native.ops import call, few
 from twotower.model.attention import Attention
 from twotower.model.conditioning import Modulation
 from twotower.model.coupling import Added, KeyValue, MambaPast, Past, Visibility
-from twotower.model.linear import Linear
+from twotower.model.linear import Int8Linear, Linear
 from twotower.model.mamba2 import CausalConv, Mamba2
-from twotower.model.moe import MLP, Experts, MoE, Router
+from twotower.model.moe import MLP, Experts, Int8Experts, MoE, Router
 from twotower.model.norm import GatedGroupRMSNorm, RMSNorm
 
 if TYPE_CHECKING:
@@ -50,6 +50,7 @@ PLACES = {
 }  # fmt: skip
 LONGEST = 128  # tokens of a row: its Mamba layers compare each with each
 OPS = ("linear", "rms_norm", "route", "experts", "attention", "mamba_block")
+INT8_OPS = ("linear_int8", "experts_int8")  # of a tower with int8 weights, besides
 
 
 class Plan:
@@ -71,8 +72,10 @@ class Plan:
         self.slots: list[int] = []
         if self.plain:  # else the weights may be anywhere
             self._find_weights(tower)
+        quantised = any(dtype == torch.int8 for _, _, dtype in self.holders)
+        self.ops = OPS + INT8_OPS if quantised else OPS
         self.addresses: list[int] = []
-        self.table = (ctypes.c_void_p * (len(tower.layers) * WEIGHTS))()
+        self.table = (ctypes.c_void_p * (2 * len(tower.layers) * WEIGHTS))()  # weights, then scales of int8 ones
 
     def _find_weights(self, tower: Tower) -> None:
         for i, layer in enumerate(tower.all_layers()):
@@ -80,8 +83,14 @@ class Plan:
                 path, _, leaf = name.rstrip("!").rpartition(".")
                 module = layer.get_submodule(path)
                 holder = module._buffers if leaf in module._buffers else module._parameters
-                self.holders.append((holder, leaf, torch.float32 if name.endswith("!") else self.dtype))
+                scale = f"{leaf}_scale"
+                int8 = scale in module._buffers
+                dtype = torch.float32 if name.endswith("!") else torch.int8 if int8 else self.dtype
+                self.holders.append((holder, leaf, dtype))
                 self.slots.append(i * WEIGHTS + place)
+                if int8:
+                    self.holders.append((holder, scale, torch.float32))
+                    self.slots.append((len(tower.layers) + i) * WEIGHTS + place)
 
     def still_holds(self, dtype: torch.dtype) -> bool:
         """Whether the tower still consists of the same modules, in the same dtype."""
@@ -128,7 +137,7 @@ def plan_of(tower: Tower) -> Plan:
 def serves(tower: Tower) -> bool:
     """Whether every kernel that it needs is the chosen one for such a tower."""
     weight = tower.embeddings.weight
-    return all(select(op, weight.device, weight.dtype).name == "native" for op in OPS)
+    return all(select(op, weight.device, weight.dtype).name == "native" for op in plan_of(tower).ops)
 
 
 def run(
@@ -223,5 +232,5 @@ def _own() -> frozenset[type]:
 
     return frozenset({
         Tower, Layer, nn.Embedding, nn.ModuleList, RMSNorm, GatedGroupRMSNorm, Linear, Mamba2, CausalConv, Attention,
-        MoE, MLP, Router, Experts,
+        MoE, MLP, Router, Experts, Int8Linear, Int8Experts,
     })  # fmt: skip

@@ -88,11 +88,41 @@ template <class T> inline const float* widened(const T* x, long M, long K, int w
 
 constexpr long WORTH = 1 << 16;  // multiply-adds below which a second thread does not pay
 
-template <class T> void linear(const T* x, const T* w, const T* bias, T* y, long M, long K, long N, int threads) {
+// Weights (out, in) as they lie: of the tokens' type T, or int8 with a scale for each row.
+template <class T> struct Matrix {
+    const void* rows;
+    const float* scale;  // null: of type T
+    Matrix from(long row, long K) const {
+        const char* at = static_cast<const char*>(rows) + row * K * (scale ? 1 : long(sizeof(T)));
+        return {at, scale ? scale + row : nullptr};
+    }
+};
+
+// Rows are widened once for all tokens where there are more than a tile of them: the same products either way.
+template <class Put>
+inline void int8_rows_dot(const int8_t* w, long lo, long hi, const float* x, long ldx, long M, long K, Put put) {
+    if (M <= TILE_TOKENS) return rows_dot(w, K, lo, hi, x, ldx, M, K, put);
+    const long ld = padded(K);
+    float* wide = scratch(6, TILE_ROWS * ld);
+    for (long n = lo; n < hi; n += TILE_ROWS) {
+        const long rows = std::min(long(TILE_ROWS), hi - n);
+        for (long r = 0; r < rows; r++) widened(w + (n + r) * K, K, wide + r * ld);
+        rows_dot(wide, ld, 0, rows, x, ldx, M, K, [&](long r, long m, auto v) { put(n + r, m, v); });
+    }
+}
+
+template <class T, class Put>
+inline void rows_dot(Matrix<T> w, long lo, long hi, const float* x, long ldx, long M, long K, Put put) {
+    if (!w.scale) return rows_dot(static_cast<const T*>(w.rows), K, lo, hi, x, ldx, M, K, put);
+    int8_rows_dot(static_cast<const int8_t*>(w.rows), lo, hi, x, ldx, M, K,
+                  [&](long n, long m, auto v) { put(n, m, v * widen4<decltype(v)>(w.scale + n)); });
+}
+
+template <class T> void linear(const T* x, Matrix<T> w, const T* bias, T* y, long M, long K, long N, int threads) {
     const float* in = widened(x, M, K, 0);
     parallel(threads, M * N * K > WORTH, [&](int part, int parts) {
         Range own = share(N, part, parts, 16);
-        rows_dot(w, K, own.lo, own.hi, in, padded(K), M, K,
+        rows_dot(w, own.lo, own.hi, in, padded(K), M, K,
                  [&](long n, long m, auto v) { put(y + m * N + n, bias ? v + widen4<decltype(v)>(bias + n) : v); });
     });
 }
@@ -100,7 +130,7 @@ template <class T> void linear(const T* x, const T* w, const T* bias, T* y, long
 // Mixture of experts: y[t] = Σ_j weight[t, j] · down[e] relu(up[e] x[t])², e = choice[t, j]; one read of each chosen
 // expert's weights.
 template <class T>
-void experts(const T* x, const int64_t* choice, const float* weight, const T* up, const T* down, T* y, long tokens,
+void experts(const T* x, const int64_t* choice, const float* weight, Matrix<T> up, Matrix<T> down, T* y, long tokens,
              long top, long E, long I, long H, int threads) {
     long pairs = tokens * top;
     const long ldx = padded(H), ldi = padded(I);
@@ -131,7 +161,7 @@ void experts(const T* x, const int64_t* choice, const float* weight, const T* up
         Range own = share(count * I, part, parts, 4);
         for (long at = own.lo; at < own.hi;) {
             long e = active[at / I], lo = at % I, hi = std::min(I, lo + own.hi - at), first = starts[e];
-            rows_dot(up + e * I * H, H, lo, hi, gathered + first * ldx, ldx, starts[e + 1] - first, H,
+            rows_dot(up.from(e * I, H), lo, hi, gathered + first * ldx, ldx, starts[e + 1] - first, H,
                      [&](long i, long m, auto v) { put(inner + (first + m) * ldi + i, relu(v) * relu(v)); });
             at += hi - lo;
         }
@@ -139,7 +169,7 @@ void experts(const T* x, const int64_t* choice, const float* weight, const T* up
         own = share(count * H, part, parts, 4);
         for (long at = own.lo; at < own.hi;) {
             long e = active[at / H], lo = at % H, hi = std::min(H, lo + own.hi - at), first = starts[e];
-            rows_dot(down + e * H * I, I, lo, hi, inner + first * ldi, ldi, starts[e + 1] - first, I,
+            rows_dot(down.from(e * H, I), lo, hi, inner + first * ldi, ldi, starts[e + 1] - first, I,
                      [&](long h, long m, auto v) { put(parts_out + (first + m) * H + h, v); });
             at += hi - lo;
         }

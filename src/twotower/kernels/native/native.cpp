@@ -9,15 +9,19 @@
     else { using T = bf16; call; }
 #define P(x) static_cast<const T*>(x)
 #define Q(x) static_cast<T*>(x)
+#define W_(w) Matrix<T>{w, w##_scale}
 
 extern "C" {
-void linear_(int type, const void* x, const void* w, const void* bias, void* y, long M, long K, long N, int threads) {
-    BOTH(linear(P(x), P(w), P(bias), Q(y), M, K, N, threads))
+// A scale beside a matrix: it is int8, and its rows have one each. Null: it has the tokens' type.
+void linear_(int type, const void* x, const void* w, const float* w_scale, const void* bias, void* y, long M, long K,
+             long N, int threads) {
+    BOTH(linear(P(x), W_(w), P(bias), Q(y), M, K, N, threads))
 }
 
-void experts_(int type, const void* x, const int64_t* choice, const float* weight, const void* up, const void* down,
-              void* y, long tokens, long top, long E, long I, long H, int threads) {
-    BOTH(experts(P(x), choice, weight, P(up), P(down), Q(y), tokens, top, E, I, H, threads))
+void experts_(int type, const void* x, const int64_t* choice, const float* weight, const void* up, const float* up_scale,
+              const void* down, const float* down_scale, void* y, long tokens, long top, long E, long I, long H,
+              int threads) {
+    BOTH(experts(P(x), choice, weight, W_(up), W_(down), Q(y), tokens, top, E, I, H, threads))
 }
 
 void route_(int type, const void* x, const void* w, const float* bias, int64_t* choice, float* weight, long tokens,

@@ -1,7 +1,7 @@
 """The compiled kernels as functions of tensors, with the signatures of their torch twins.
 
-fp32 and bf16 (widened in registers: bf16 weights cost half the reading, whatever the processor's own bf16
-arithmetic). None builds a graph: under autograd the twins work.
+fp32 and bf16 (widened in registers: bf16 weights cost half the reading, int8 a quarter, whatever the processor's own
+arithmetic for them). None builds a graph: under autograd the twins work.
 """
 
 from __future__ import annotations
@@ -16,6 +16,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from twotower.kernels import experts as torch_experts
+from twotower.kernels import int8
 from twotower.kernels.attention import Cached
 from twotower.kernels.mamba_block import MambaTrace, MambaWeights, empty_trace
 from twotower.kernels.native import library
@@ -29,11 +30,12 @@ TYPES = {torch.float32: 0, torch.bfloat16: 1}
 # layers one by one, whose products may be faster (fp32: equal at 128). Where the processor only emulates bf16, products
 # that widen the weights in registers are faster than torch's at any number (1.3 × at 512).
 FEW, FEW_AT_ONCE, FEW_EMULATED = 48, 128, 512
+FEW_INT8 = 96  # of fp32 tokens with int8 weights, which torch has to widen to a copy first
 _KINDS = {"i": ctypes.c_int, "l": ctypes.c_long, "f": ctypes.c_float, "p": ctypes.c_void_p}
 # i int, l long, f float, p pointer; each begins with the type (0 fp32, 1 bf16) and ends with the number of threads.
 SIGNATURES = {
-    "linear_": "ipppplll",
-    "experts_": "ippppppl" + "llll",
+    "linear_": "ippppplll",
+    "experts_": "ippppppppl" + "llll",
     "route_": "ippppp" + "llllll" + "if",
     "rms_norm_": "iippppp" + "llll" + "if",
     "mamba_block_": "ippppp" + "pppppp" + "p" + "ppppp" + "lllllll" + "fff",
@@ -61,6 +63,11 @@ def few(dtype: torch.dtype, at_once: bool = False) -> int:
     return FEW_AT_ONCE if at_once else FEW
 
 
+def few_int8(dtype: torch.dtype) -> int:
+    """`few` for one product with int8 weights, which torch has to widen first."""
+    return FEW_EMULATED if few(dtype) == FEW_EMULATED else FEW_INT8
+
+
 @cache
 def _function(name: str) -> Callable[..., None]:
     found = library()
@@ -85,7 +92,19 @@ def linear(x: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
         return F.linear(x, weight, bias)
     x = x.contiguous()
     out = x.new_empty(*x.shape[:-1], weight.shape[0])
-    call("linear_", x, x, weight, bias, out, tokens, width, weight.shape[0])
+    call("linear_", x, x, weight, None, bias, out, tokens, width, weight.shape[0])
+    return out
+
+
+def linear_int8(x: Tensor, q: Tensor, scale: Tensor, bias: Tensor | None = None) -> Tensor:
+    """See `kernels.int8.linear`."""
+    width = q.shape[1]
+    tokens = x.numel() // width
+    if tokens > few_int8(x.dtype) or not q.is_contiguous():
+        return int8.linear(x, q, scale, bias)
+    x = x.contiguous()
+    out = x.new_empty(*x.shape[:-1], q.shape[0])
+    call("linear_", x, x, q, scale.float(), bias, out, tokens, width, q.shape[0])
     return out
 
 
@@ -95,7 +114,20 @@ def experts(hidden: Tensor, choice: Tensor, weight: Tensor, up: Tensor, down: Te
         return torch_experts.experts_sorted(hidden, choice, weight, up, down)
     hidden, choice, weight = hidden.contiguous(), choice.contiguous(), weight.float().contiguous()
     out = torch.empty_like(hidden)
-    call("experts_", hidden, hidden, choice, weight, up, down, out, *choice.shape, *up.shape)
+    call("experts_", hidden, hidden, choice, weight, up, None, down, None, out, *choice.shape, *up.shape)
+    return out
+
+
+def experts_int8(
+    hidden: Tensor, choice: Tensor, weight: Tensor, up: Tensor, up_scale: Tensor, down: Tensor, down_scale: Tensor
+) -> Tensor:
+    """See `kernels.int8.experts_sorted`."""
+    if choice.numel() > few_int8(hidden.dtype) * up.shape[0]:
+        return int8.experts_sorted(hidden, choice, weight, up, up_scale, down, down_scale)
+    hidden, choice, weight = hidden.contiguous(), choice.contiguous(), weight.float().contiguous()
+    out = torch.empty_like(hidden)
+    matrices = up, up_scale.float(), down, down_scale.float()
+    call("experts_", hidden, hidden, choice, weight, *matrices, out, *choice.shape, *up.shape)
     return out
 
 

@@ -7,6 +7,7 @@
 enum Kind { MAMBA, ATTENTION, MOE, MLP };
 
 // What a layer is made of and reads, by place: see `Plan` in model/whole.py. Weights first, then what belongs to this pass.
+// The table of weights goes on with as many places for scales: null but for int8 matrices.
 constexpr int WEIGHTS = 12, INPUTS = 12;
 
 struct Shape {
@@ -29,7 +30,7 @@ template <class T> inline void relu_squared(T* x, long n) {
 }
 
 template <class T>
-inline void mlp(const T* x, const T* up, const T* up_bias, const T* down, const T* down_bias, T* inner, T* y, long tokens,
+inline void mlp(const T* x, Matrix<T> up, const T* up_bias, Matrix<T> down, const T* down_bias, T* inner, T* y, long tokens,
                 long H, long width, int threads) {
     linear(x, up, up_bias, inner, tokens, H, width, threads);
     relu_squared(inner, tokens * width);
@@ -53,35 +54,38 @@ void tower(X* x, const int64_t* kinds, const void* const* weights, const void* c
     for (long layer = 0; layer < s.layers; layer++) {
         const auto w = [&](int i) { return static_cast<const T*>(weights[layer * WEIGHTS + i]); };
         const auto wide = [&](int i) { return static_cast<const float*>(weights[layer * WEIGHTS + i]); };
+        const auto matrix = [&](int i) {
+            return Matrix<T>{w(i), static_cast<const float*>(weights[(s.layers + layer) * WEIGHTS + i])};
+        };
         const auto in = [&](int i) { return const_cast<void*>(inputs[layer * INPUTS + i]); };
         const T *shift = static_cast<T*>(in(0)), *scale = static_cast<T*>(in(1)), *gate = static_cast<T*>(in(2));
         const int kind = int(kinds[layer]);
         const int order = !shift ? 0 : kind == MAMBA || kind == ATTENTION ? 1 : 2;
         rms_norm(x, w(0), shift, scale, normed, tokens, H, s.L, s.order_stride, order, s.norm_eps, threads);
         if (kind == MAMBA) {
-            linear(normed, w(1), w(2), first, tokens, H, inner + C + m.heads, threads);
+            linear(normed, matrix(1), w(2), first, tokens, H, inner + C + m.heads, threads);
             mamba_block(first, valid, static_cast<const T*>(in(3)), static_cast<const float*>(in(4)), (const int64_t*)nullptr,
                         w(3), w(4), wide(5), wide(6), wide(7), w(8), second, static_cast<T*>(in(5)),
                         static_cast<float*>(in(6)), static_cast<float*>(in(7)), static_cast<float*>(in(8)),
                         static_cast<float*>(in(9)), s.rows, s.L, m, threads);
-            linear(second, w(9), w(10), out, tokens, inner, H, threads);
+            linear(second, matrix(9), w(10), out, tokens, inner, H, threads);
         } else if (kind == ATTENTION) {
             T *q = first, *attended = first + tokens * s.heads * d;
             T *k = static_cast<T*>(in(5)), *v = static_cast<T*>(in(6));
-            linear(normed, w(1), w(2), q, tokens, H, s.heads * d, threads);
-            linear(normed, w(3), w(4), k, tokens, H, s.kv_heads * d, threads);
-            linear(normed, w(5), w(6), v, tokens, H, s.kv_heads * d, threads);
+            linear(normed, matrix(1), w(2), q, tokens, H, s.heads * d, threads);
+            linear(normed, matrix(3), w(4), k, tokens, H, s.kv_heads * d, threads);
+            linear(normed, matrix(5), w(6), v, tokens, H, s.kv_heads * d, threads);
             attention(q, k, v, valid, causal, static_cast<const T*>(in(3)), static_cast<const T*>(in(4)), start, stride,
                       lengths, attended, s.rows, s.L, s.heads, s.kv_heads, d, threads);
-            linear(attended, w(7), w(8), out, tokens, s.heads * d, H, threads);
+            linear(attended, matrix(7), w(8), out, tokens, s.heads * d, H, threads);
         } else if (kind == MOE) {
             route(normed, w(1), wide(2), choice, chosen, tokens, H, s.experts, s.groups, s.kept, s.top, int(s.normalise),
                   s.factor, threads);
-            experts(normed, choice, chosen, w(3), w(4), out, tokens, s.top, s.experts, s.inner, H, threads);
-            mlp(normed, w(5), w(6), w(7), w(8), first, second, tokens, H, s.shared, threads);
+            experts(normed, choice, chosen, matrix(3), matrix(4), out, tokens, s.top, s.experts, s.inner, H, threads);
+            mlp(normed, matrix(5), w(6), matrix(7), w(8), first, second, tokens, H, s.shared, threads);
             for (long i = 0; i < tokens * H; i++) put(out + i, widen(out[i]) + widen(second[i]));
         } else {
-            mlp(normed, w(1), w(2), w(3), w(4), first, out, tokens, H, s.mlp, threads);
+            mlp(normed, matrix(1), w(2), matrix(3), w(4), first, out, tokens, H, s.mlp, threads);
         }
         for (long t = 0; t < tokens; t++) {
             const T* by = gate ? gate + t / s.L * s.order_stride : nullptr;
