@@ -12,6 +12,7 @@ from weakref import WeakKeyDictionary
 
 from torch import nn
 
+from twotower.model.conditioning import TimeConditioning
 from twotower.model.linear import Int8Linear, Linear
 from twotower.model.moe import Experts, Int8Experts
 
@@ -20,9 +21,10 @@ Model = TypeVar("Model", bound=nn.Module)
 
 
 def quantize_(model: Model) -> Model:
-    """Makes the weights of a model or tower int8, in place, one matrix at a time; returns it. Layers that towers share
-    stay shared."""
-    parents = [module for module in model.modules() if not isinstance(module, Linear | Experts)]
+    """Makes the weights of a model, or of a part of one, int8, in place, one matrix at a time; returns it. Layers that
+    towers share stay shared."""
+    wide = {part for time in model.modules() if isinstance(time, TimeConditioning) for part in time.modules()}
+    parents = [part for part in model.modules() if part not in wide and not isinstance(part, Linear | Experts)]
     made: WeakKeyDictionary[nn.Module, nn.Module] = WeakKeyDictionary()  # weak: the old weights go as the new ones come
     for parent in parents:
         for name, child in parent.named_children():

@@ -14,7 +14,7 @@ from torch import Tensor
 from twotower.kernels.experts import by_expert, combine, weighted
 
 LEVELS = 127  # symmetric: −128 is not used
-PART = 2**22  # weights widened at a time while they are quantised
+PART = 2**20  # weights widened at a time while they are quantised
 
 
 def quantized(weight: Tensor) -> tuple[Tensor, Tensor]:
@@ -32,7 +32,7 @@ def quantize_into(q: Tensor, scale: Tensor, weight: Tensor) -> None:
     """
     rows, to, steps = (part.flatten(0, part.dim() - own) for part, own in ((weight, 2), (q, 2), (scale, 1)))
     many = max(PART // max(rows.shape[1], 1), 1)
-    for i in range(0, len(rows), many):
+    for i in range(0, 0 if q.is_meta else len(rows), many):
         part = rows[i : i + many].to(q.device, torch.float32)
         low, high = part.aminmax(dim=1)
         step = torch.maximum(high, -low) / LEVELS

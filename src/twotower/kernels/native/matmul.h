@@ -111,19 +111,24 @@ inline void int8_rows_dot(const int8_t* w, long lo, long hi, const float* x, lon
     }
 }
 
+// With a bias (null: none). Scaled and added in one rounding, always: left to the compiler, it depends on the tile.
 template <class T, class Put>
-inline void rows_dot(Matrix<T> w, long lo, long hi, const float* x, long ldx, long M, long K, Put put) {
-    if (!w.scale) return rows_dot(static_cast<const T*>(w.rows), K, lo, hi, x, ldx, M, K, put);
-    int8_rows_dot(static_cast<const int8_t*>(w.rows), lo, hi, x, ldx, M, K,
-                  [&](long n, long m, auto v) { put(n, m, v * widen4<decltype(v)>(w.scale + n)); });
+inline void rows_dot(Matrix<T> w, const T* bias, long lo, long hi, const float* x, long ldx, long M, long K, Put put) {
+    if (!w.scale)
+        return rows_dot(static_cast<const T*>(w.rows), K, lo, hi, x, ldx, M, K,
+                        [&](long n, long m, auto v) { put(n, m, bias ? v + widen4<decltype(v)>(bias + n) : v); });
+    int8_rows_dot(static_cast<const int8_t*>(w.rows), lo, hi, x, ldx, M, K, [&](long n, long m, auto v) {
+        const auto scale = widen4<decltype(v)>(w.scale + n);
+        put(n, m, bias ? fma(v, scale, widen4<decltype(v)>(bias + n)) : v * scale);
+    });
 }
 
 template <class T> void linear(const T* x, Matrix<T> w, const T* bias, T* y, long M, long K, long N, int threads) {
     const float* in = widened(x, M, K, 0);
     parallel(threads, M * N * K > WORTH, [&](int part, int parts) {
         Range own = share(N, part, parts, 16);
-        rows_dot(w, own.lo, own.hi, in, padded(K), M, K,
-                 [&](long n, long m, auto v) { put(y + m * N + n, bias ? v + widen4<decltype(v)>(bias + n) : v); });
+        rows_dot(w, bias, own.lo, own.hi, in, padded(K), M, K,
+                 [&](long n, long m, auto v) { put(y + m * N + n, v); });
     });
 }
 
@@ -134,6 +139,7 @@ void experts(const T* x, const int64_t* choice, const float* weight, Matrix<T> u
              long top, long E, long I, long H, int threads) {
     long pairs = tokens * top;
     const long ldx = padded(H), ldi = padded(I);
+    const T* no_bias = nullptr;
     // Pairs grouped by expert; `place` says where each went.
     static thread_local std::vector<long> start, place, list;
     start.assign(E + 1, 0);
@@ -161,7 +167,7 @@ void experts(const T* x, const int64_t* choice, const float* weight, Matrix<T> u
         Range own = share(count * I, part, parts, 4);
         for (long at = own.lo; at < own.hi;) {
             long e = active[at / I], lo = at % I, hi = std::min(I, lo + own.hi - at), first = starts[e];
-            rows_dot(up.from(e * I, H), lo, hi, gathered + first * ldx, ldx, starts[e + 1] - first, H,
+            rows_dot(up.from(e * I, H), no_bias, lo, hi, gathered + first * ldx, ldx, starts[e + 1] - first, H,
                      [&](long i, long m, auto v) { put(inner + (first + m) * ldi + i, relu(v) * relu(v)); });
             at += hi - lo;
         }
@@ -169,7 +175,7 @@ void experts(const T* x, const int64_t* choice, const float* weight, Matrix<T> u
         own = share(count * H, part, parts, 4);
         for (long at = own.lo; at < own.hi;) {
             long e = active[at / H], lo = at % H, hi = std::min(H, lo + own.hi - at), first = starts[e];
-            rows_dot(down.from(e * H, I), lo, hi, inner + first * ldi, ldi, starts[e + 1] - first, I,
+            rows_dot(down.from(e * H, I), no_bias, lo, hi, inner + first * ldi, ldi, starts[e + 1] - first, I,
                      [&](long h, long m, auto v) { put(parts_out + (first + m) * H + h, v); });
             at += hi - lo;
         }

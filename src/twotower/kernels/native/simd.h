@@ -99,6 +99,11 @@ inline float sum(vec v) { return sums<1>(&v)[0]; }
 
 inline void put(float* p, vec4 v) { std::memcpy(p, &v, sizeof v); }
 inline void put(bf16* p, vec4 v) { for (int i = 0; i < 4; i++) put(p + i, v[i]); }
+inline float fma(float a, float b, float c) { return std::fma(a, b, c); }
+inline vec4 fma(vec4 a, vec4 b, vec4 c) {
+    for (int i = 0; i < 4; i++) a[i] = std::fma(a[i], b[i], c[i]);
+    return a;
+}
 inline float relu(float v) { return v > 0 ? v : 0; }
 inline vec4 relu(vec4 v) { return v > 0 ? v : vec4{}; }
 template <class V, class T> inline V widen4(const T* p) {  // one value or four, as V
