@@ -14,7 +14,7 @@ from torch import Tensor
 from twotower.kernels.experts import by_expert, combine, weighted
 
 LEVELS = 127  # symmetric: −128 is not used
-PART = 2**20  # weights widened at a time while they are quantised
+PART = 2**17  # weights widened at a time while they are quantised
 
 
 def quantized(weight: Tensor) -> tuple[Tensor, Tensor]:
