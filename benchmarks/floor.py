@@ -17,7 +17,7 @@ from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import click
 
@@ -37,6 +37,7 @@ from twotower.evaluation.machine import surroundings  # noqa: E402
 from twotower.kernels.precision import accumulation_dtype  # noqa: E402
 from twotower.model.conditioning import SINUSOID_SIZE  # noqa: E402
 from twotower.model.moe import Router  # noqa: E402
+from twotower.quantization import Quantization  # noqa: E402
 
 DTYPES = ("float32", "bfloat16")
 
@@ -123,6 +124,29 @@ def _best(calls: dict[str, tuple[Callable[[], object], float]], device: torch.de
 # --- what a pass must do --------------------------------------------------------------------------------------------
 
 
+class Matrices(NamedTuple):
+    """Weights of large products, and how many rows they have: an int8 row has a scale."""
+
+    weights: int
+    rows: int
+
+    @classmethod
+    def pair(cls, outer: int, inner: int) -> Matrices:
+        """Up and down."""
+        return cls(2 * outer * inner, outer + inner)
+
+    @classmethod
+    def total(cls, parts: Sequence[Matrices]) -> Matrices:
+        return cls(sum(part.weights for part in parts), sum(part.rows for part in parts))
+
+    def times(self, count: int) -> Matrices:
+        return Matrices(self.weights * count, self.rows * count)
+
+    def bytes(self, size: int, quantization: Quantization) -> int:
+        """size: of a weight that is not quantised."""
+        return self.weights * size if quantization == "none" else self.weights + self.rows * torch.float32.itemsize
+
+
 def expected_experts(config: BackboneConfig, tokens: int) -> float:
     """Experts of a layer that so many tokens visit if they choose by chance."""
     return config.n_routed_experts * (1 - (1 - config.num_experts_per_tok / config.n_routed_experts) ** tokens)
@@ -162,6 +186,7 @@ def work(
     experts: Sequence[float] | None = None,
     head: bool = True,
     denoiser: bool = False,
+    quantization: Quantization = "none",
 ) -> Work:
     """One pass over rows × width tokens after texts of `context`; experts: how many each MoE layer visits (None: by
     chance). denoiser: with time conditioning; else the pass also folds its tokens into the Mamba states."""
@@ -171,29 +196,34 @@ def work(
     counts = {kind: pattern.count(kind) for kind in "M*E-"}
     keys = config.num_key_value_heads * config.head_dim
     queries = config.num_attention_heads * config.head_dim
-    mamba = hidden * (2 * inner + config.conv_dim + config.mamba_num_heads) + inner
-    mamba += config.conv_dim * (config.conv_kernel + config.use_conv_bias) + 3 * config.mamba_num_heads
-    attention = hidden * 2 * (queries + keys)
-    expert = 2 * hidden * config.moe_intermediate_size
-    moe = config.n_routed_experts * hidden + 2 * hidden * config.moe_shared_expert_intermediate_size
-    mlp = 2 * hidden * config.intermediate_size
-    dense = counts["M"] * mamba + counts["*"] * attention + counts["E"] * moe + counts["-"] * mlp
+    into_mamba = inner + config.conv_dim + config.mamba_num_heads
+    convolution = config.conv_dim * (config.conv_kernel + config.use_conv_bias)
+    expert = Matrices.pair(hidden, config.moe_intermediate_size)
+    large = Matrices.total([  # what can be int8
+        Matrices(hidden * (into_mamba + inner), into_mamba + hidden).times(counts["M"]),
+        Matrices(hidden * 2 * (queries + keys), queries + 2 * keys + hidden).times(counts["*"]),
+        Matrices.pair(hidden, config.moe_shared_expert_intermediate_size).times(counts["E"]),
+        Matrices.pair(hidden, config.intermediate_size).times(counts["-"]),
+    ])  # fmt: skip
+    small = counts["M"] * (inner + convolution + 3 * config.mamba_num_heads)
+    small += counts["E"] * config.n_routed_experts * hidden
     norms = hidden * (config.num_layers + 1)
-    vocabulary = config.vocab_size * hidden if head else 0
+    vocabulary = Matrices(config.vocab_size * hidden, config.vocab_size).times(int(head))
     once = hidden * (SINUSOID_SIZE + 4 * hidden) if denoiser else 0  # the time network: one token a row
     tables = 3 * hidden * config.num_layers if denoiser else 0
     ssm = inner * config.ssm_state_size
     parts = {
-        "layers": (dense + norms + tables + once) * size,
-        "experts": sum(experts) * expert * size,
-        "head": vocabulary * size,
+        "layers": large.bytes(size, quantization) + (small + norms + tables + once) * size,
+        "experts": sum(experts) * expert.bytes(size, quantization),
+        "head": vocabulary.bytes(size, quantization),
         "embeddings": tokens * hidden * size,
         "K/V": rows * context * counts["*"] * 2 * keys * size,
         "Mamba states": rows * counts["M"] * (
             ssm * accumulation_dtype(dtype).itemsize + (config.conv_kernel - 1) * config.conv_dim * size
         ),
     }  # fmt: skip
-    operations = 2.0 * tokens * (dense + vocabulary + counts["E"] * config.num_experts_per_tok * expert)
+    chosen = counts["E"] * config.num_experts_per_tok * expert.weights
+    operations = 2.0 * tokens * (large.weights + small + vocabulary.weights + chosen)
     operations += 2.0 * rows * once + 4.0 * tokens * counts["*"] * queries * (context + width)
     operations += 2.0 * tokens * counts["M"] * ssm * (1 if denoiser else 2)
     return Work({name: float(value) for name, value in parts.items()}, operations)

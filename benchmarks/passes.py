@@ -1,6 +1,7 @@
 """What passes cost, beside their floors, and what that is worth: AR, the denoiser, the commit.
 
-    python benchmarks/passes.py [--config FILE | --model DIR] [--dtype float32] [--device cuda] [--threads 2] [--quick]
+    python benchmarks/passes.py [--config FILE | --model DIR] [--dtype float32] [--quantization int8] [--device cuda]
+        [--threads 2] [--quick]
 
 - an AR step, a denoiser pass and a commit of one text, each beside its floor (`floor.py`);
 - the denoiser pass against the naive twin (`naive.py`), whose logits are compared first; a pass of the twin is counted
@@ -21,6 +22,7 @@ import time
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import asdict
+from itertools import product
 from pathlib import Path
 from typing import Any
 
@@ -40,9 +42,10 @@ from timing import Run, interleaved, medians, ratio, synchronize  # noqa: E402
 from twin import transformers_twin  # noqa: E402
 
 from twotower import Generation, GenerationParams, TwoTowerForCausalLM, generate, ready  # noqa: E402
-from twotower.evaluation.machine import machine  # noqa: E402
+from twotower.evaluation.machine import described, machine  # noqa: E402
 from twotower.generation.unmasking import POLICIES, Pass, Verdict, ranks, register_policy  # noqa: E402
 from twotower.kernels.precision import multiplies_bf16_fast  # noqa: E402
+from twotower.quantization import quantize_  # noqa: E402
 
 RATES = (1.5, 3.0, 5.0)
 
@@ -65,7 +68,7 @@ def costs(
     still.set_length(context)
     view = model.reader(still.state).view()
     assert model.denoiser is not None
-    shape: dict[str, Any] = {"rows": 1, "context": context}
+    shape: dict[str, Any] = {"rows": 1, "context": context, "quantization": model.quantization}
     experts: dict[str, Any] = {}
 
     def counted(name: str, tower: torch.nn.Module, call: Any, width: int) -> list[float]:
@@ -291,7 +294,7 @@ def measure(
 def show(found: dict[str, Any], console: Console) -> None:
     """Tables of one dtype."""
     rates = floor.Rates(**found["rates"])
-    title = f"{found['machine']['dtype']}, {found['machine']['threads']} threads: {floor.described(rates)}"
+    title = f"{described(found['machine'])}: {floor.described(rates)}"
     table = Table("pass", "ms", "floor, ms", "× floor", "AR steps", "reads", "experts a layer", title=title)
     for name, one in found["passes"].items():
         table.add_row(
@@ -333,6 +336,10 @@ def show(found: dict[str, Any], console: Console) -> None:
     "--dtype", "dtypes", type=click.Choice(floor.DTYPES), multiple=True,
     help="Can be repeated.  [default: float32, and bfloat16 where the device multiplies it]",
 )  # fmt: skip
+@click.option(
+    "--quantization", "quantizations", type=click.Choice(ready.QUANTIZATIONS), multiple=True, default=("none",),
+    show_default=True, help="Can be repeated: each with each dtype. int8 without the twins.",
+)  # fmt: skip
 @click.option("--context", default=256, show_default=True, help="Tokens before the pass.")
 @click.option("--repeats", default=30, show_default=True, help="Of each pass.")
 @click.option("--tokens", default=96, show_default=True, help="Of each text.")
@@ -341,8 +348,8 @@ def show(found: dict[str, Any], console: Console) -> None:
 @click.option("--quick", is_flag=True, help="A tiny model, seconds.")
 @click.option("--json", "as_json", is_flag=True, help="No tables.")
 def main(
-    path: Path | None, config: Path | None, device: str, dtypes: tuple[str, ...], context: int, repeats: int,
-    tokens: int, rounds: int, threads: int | None, quick: bool, as_json: bool,
+    path: Path | None, config: Path | None, device: str, dtypes: tuple[str, ...], quantizations: tuple[str, ...],
+    context: int, repeats: int, tokens: int, rounds: int, threads: int | None, quick: bool, as_json: bool,
 ) -> None:  # fmt: skip
     """Measures one model, dtype by dtype."""
     if threads:
@@ -354,15 +361,21 @@ def main(
         context, repeats, tokens, rounds = 64, 5, 48, 1
     shape = None if quick and config is None else config or MIDSIZE
     console, results = Console(stderr=True, width=120), []
-    for dtype in dtypes:
+    for dtype, quantization in product(dtypes, quantizations):
         torch.manual_seed(0)
         started = time.perf_counter()
         if path is not None:
-            model = ready.load(path, dtype=dtype, context_device=device, threads=threads)
+            model = ready.load(path, dtype=dtype, quantization=quantization, context_device=device, threads=threads)
         else:
             model = random_model(config_of(shape), getattr(torch, dtype), where)
+            if quantization == "int8":
+                quantize_(model)
+        plain = quantization == "none"
         print(f"{dtype}: model made in {time.perf_counter() - started:.1f} s", file=sys.stderr)
-        found = measure(model, context=context, repeats=repeats, tokens=tokens, rounds=rounds, quick=quick)
+        found = measure(
+            model, context=context, repeats=repeats, tokens=tokens, rounds=rounds, quick=quick, transformers=plain,
+            naive=plain,
+        )  # fmt: skip
         if not as_json:
             show(found, console)
         results.append(found)

@@ -113,11 +113,14 @@ def loads(directory: Path, *cases: dict[str, str]) -> list[dict[str, float]]:
 @pytest.mark.parametrize("shards", [1, 5])
 def test_weights_are_built_once(tmp_path: Path, shards: int) -> None:
     write_checkpoint(tmp_path / "model", scale=7, shards=shards)
-    both, context, wider = loads(tmp_path / "model", {}, {"towers": "context"}, {"dtype": "float32"})
+    both, context, wider, int8 = loads(
+        tmp_path / "model", {}, {"towers": "context"}, {"dtype": "float32"}, {"quantization": "int8"}
+    )
     assert 120 < both["weights"] < 180
     assert context["weights"] < 0.51 * both["weights"]
     assert wider["weights"] > 1.99 * both["weights"]
-    for figures in (both, context, wider):
+    assert int8["weights"] < 0.55 * both["weights"]
+    for figures in (both, context, wider, int8):
         assert 0.5 * figures["weights"] < figures["peak"] <= LIMIT * figures["weights"]
 
 
@@ -125,8 +128,9 @@ def test_weights_are_built_once(tmp_path: Path, shards: int) -> None:
 @pytest.mark.parametrize("shards", [1, 7])
 def test_weights_are_built_once_at_two_gigabytes(tmp_path: Path, shards: int) -> None:
     write_checkpoint(tmp_path / "model", scale=30, shards=shards)
-    both, context = loads(tmp_path / "model", {}, {"towers": "context"})
+    both, context, int8 = loads(tmp_path / "model", {}, {"towers": "context"}, {"quantization": "int8"})
     assert both["weights"] >= 2000
     assert context["weights"] < 0.51 * both["weights"]
-    for figures in (both, context):
+    assert int8["weights"] < 0.52 * both["weights"]
+    for figures in (both, context, int8):
         assert 0.5 * figures["weights"] < figures["peak"] <= LIMIT * figures["weights"]

@@ -19,10 +19,12 @@ from torch import Tensor, nn
 
 from twotower.config import KIND_NAMES
 from twotower.errors import CheckpointError
+from twotower.kernels import int8
 from twotower.shards import DTYPE_NAMES, INDEX_FILE, SINGLE_FILE, Piece, write_shards
 
 # Kept in at least fp32 in a narrower model: a rounded decay rate or selection bias changes what a layer does.
-WIDE_SUFFIXES = (".A_log", ".dt_bias", ".D", ".e_score_correction_bias")
+WIDE_SUFFIXES = (".A_log", ".dt_bias", ".D", ".e_score_correction_bias", "_scale")
+SCALE = "_scale"  # after the name of an int8 tensor: its rows' scales, which have no place on disk
 
 _TOWERS = {"context": ("context_tower.", "context_lm_head."), "denoiser": ("denoiser_tower.", "lm_head.")}
 _EXPERTS = re.compile(r"(.*\.experts)\.(up_proj|down_proj)$")
@@ -48,17 +50,23 @@ def tensors(model: nn.Module) -> Iterator[tuple[str, Tensor]]:
 
 
 def slots(model: nn.Module) -> list[Slot]:
-    """Every tensor of a two-tower model (a meta one will do), in model order."""
+    """Every tensor of a two-tower model (a meta one will do) on disk, in model order; int8 ones as what they are made
+    of."""
     out = []
-    for memory, tensor in tensors(model):
+    every = dict(tensors(model))
+    for memory, tensor in every.items():
+        if memory.endswith(SCALE):
+            continue
+        scale = every.get(memory + SCALE)
+        shape = tuple(tensor.shape) if scale is None else int8.shape(tensor, scale)
         disk = disk_name(memory)
         stacked = _EXPERTS.match(disk)
         if stacked is None:
-            out.append(Slot(disk, memory, None, tuple(tensor.shape)))
+            out.append(Slot(disk, memory, None, shape))
             continue
         prefix, projection = stacked.groups()
-        for j in range(tensor.shape[0]):
-            out.append(Slot(f"{prefix}.{j}.{projection}.weight", memory, j, tuple(tensor.shape[1:])))
+        for j in range(shape[0]):
+            out.append(Slot(f"{prefix}.{j}.{projection}.weight", memory, j, shape[1:]))
     return out
 
 
@@ -108,7 +116,8 @@ def wanted_dtype(memory: str, dtype: torch.dtype) -> torch.dtype:
 def cast(model: nn.Module, dtype: torch.dtype) -> nn.Module:
     """A model in `dtype`, in place, with the tensors that must stay wide left wide."""
     for name, tensor in tensors(model):
-        tensor.data = tensor.data.to(wanted_dtype(name, dtype))
+        if tensor.is_floating_point():
+            tensor.data = tensor.data.to(wanted_dtype(name, dtype))
     return model
 
 
@@ -256,7 +265,8 @@ def load_weights(
     dtype: torch.dtype | None,
     device_of: dict[str, torch.device],
 ) -> None:
-    """Fills a meta model. dtype None: that of the stored embeddings. device_of: "context" and "denoiser"."""
+    """Fills a meta model; what is int8 in it is quantised as it is read. dtype None: that of the stored embeddings.
+    device_of: "context" and "denoiser"."""
     found = scan(directory)
     needed = slots(model)
     check(directory, found, known, needed, pattern)
@@ -265,20 +275,28 @@ def load_weights(
     by_file: dict[Path, list[Slot]] = defaultdict(list)
     for slot in needed:
         by_file[found[slot.disk].file].append(slot)
-    shapes = {name: tensor.shape for name, tensor in tensors(model)}
+    empty = dict(tensors(model))
     filled: dict[str, Tensor] = {}
+
+    def place(name: str, expert: int | None) -> Tensor:
+        """Where it goes, allocated when its first part comes."""
+        if name not in filled:
+            filled[name] = torch.empty_like(
+                empty[name],
+                dtype=wanted_dtype(name, dtype) if empty[name].is_floating_point() else None,
+                device=device_of["context" if name.startswith("context.") else "denoiser"],
+            )
+        return filled[name] if expert is None else filled[name][expert]
+
     for file, wanted in by_file.items():
         with safe_open(file, framework="pt") as handle:
             for slot in wanted:
                 source = handle.get_tensor(slot.disk)
-                if slot.memory not in filled:
-                    filled[slot.memory] = torch.empty(
-                        shapes[slot.memory],
-                        dtype=wanted_dtype(slot.memory, dtype),
-                        device=device_of["context" if slot.memory.startswith("context.") else "denoiser"],
-                    )
-                target = filled[slot.memory]
-                (target if slot.expert is None else target[slot.expert]).copy_(source)
+                target = place(slot.memory, slot.expert)
+                if slot.memory + SCALE in empty:
+                    int8.quantize_into(target, place(slot.memory + SCALE, slot.expert), source)
+                else:
+                    target.copy_(source)
     model.load_state_dict(filled, strict=True, assign=True)
 
 

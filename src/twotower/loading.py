@@ -6,7 +6,7 @@ import copy
 import json
 import shutil
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, get_args
 
 import torch
 from transformers import AutoTokenizer, PretrainedConfig
@@ -14,6 +14,7 @@ from transformers import AutoTokenizer, PretrainedConfig
 from twotower import checkpoint
 from twotower.config import ARCHITECTURE, MODEL_TYPE, TwoTowerConfig
 from twotower.errors import ArgumentError, CheckpointError
+from twotower.quantization import Quantization, quantize_
 
 if TYPE_CHECKING:
     from twotower.model.two_tower import TwoTowerForCausalLM
@@ -52,6 +53,7 @@ def from_pretrained(cls: type[TwoTowerForCausalLM], source: Any, *args: Any, **k
     dtype = kwargs.pop("dtype", None) or kwargs.pop("torch_dtype", None) or "auto"
     kwargs.pop("torch_dtype", None)
     towers = kwargs.pop("towers", "both")
+    quantization = kwargs.pop("quantization", None) or "none"
     given = kwargs.pop("config", None)
     device_map = kwargs.pop("device_map", None)
     devices = {
@@ -63,6 +65,8 @@ def from_pretrained(cls: type[TwoTowerForCausalLM], source: Any, *args: Any, **k
         raise ArgumentError(f"from_pretrained: {', '.join(unknown)} has no meaning for a two-tower model; leave it out")
     if towers not in ("both", "context"):
         raise ArgumentError(f'towers is {towers!r}; choose "both" or "context"')
+    if quantization not in get_args(Quantization):
+        raise ArgumentError(f"quantization is {quantization!r}; choose {' or '.join(get_args(Quantization))}")
 
     directory = local(source, hub)
     config = _config(directory, given)
@@ -74,6 +78,8 @@ def from_pretrained(cls: type[TwoTowerForCausalLM], source: Any, *args: Any, **k
     with torch.device("meta"):
         model = cls(config, towers=towers)
         known = checkpoint.slots(model if towers == "both" else cls(config))
+        if quantization == "int8":
+            quantize_(model)
     wanted = _dtype(dtype, config)
     checkpoint.load_weights(model, directory, config.hybrid_override_pattern, known, wanted, devices)
     model.config.dtype = model.dtype
@@ -87,6 +93,11 @@ def save_pretrained(model: TwoTowerForCausalLM, directory: Path, max_shard_size:
     if unknown or kwargs.get("push_to_hub") or kwargs.get("safe_serialization") is False:
         raise ArgumentError(
             f"save_pretrained: {', '.join(unknown or kwargs)} is not supported; it writes safetensors locally"
+        )
+    if model.quantization != "none":
+        raise ArgumentError(
+            f"save_pretrained: the weights are {model.quantization}, which checkpoints do not hold; keep the one that "
+            "the model was loaded from"
         )
     if model.denoiser is None:
         raise ArgumentError(

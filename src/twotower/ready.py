@@ -21,6 +21,7 @@ ONE_THREAD_BELOW = 50_000_000
 # blocks would cost so much more than AR's steps that denoising could not pay.
 WIDENED_BELOW = 500_000_000
 DTYPES = ("auto", "bfloat16", "float32", "float64")
+QUANTIZATIONS = ("none", "int8")
 
 
 def source_of(model: str | None) -> Path | str:
@@ -47,6 +48,7 @@ def load(
     *,
     towers: Towers = "both",
     dtype: str = "auto",
+    quantization: str = "none",
     context_device: str | None = None,
     denoiser_device: str | None = None,
     threads: int | None = None,
@@ -54,13 +56,15 @@ def load(
     """The model, ready to compute. Without devices named: the first CUDA device, else the CPU.
 
     dtype "auto": as stored, but a small bf16 model in fp32 where a device has no arithmetic for bf16. On a processor
-    weights are packed where there is memory to spare (`TWOTOWER_PACK=0`: never).
+    weights are packed where there is memory to spare (`TWOTOWER_PACK=0`: never). quantization "int8": the large
+    matrices in int8, the rest in dtype.
 
     Raises:
         TwoTowerError: an unknown device, no such checkpoint, or one that does not fit its config.
     """
     import torch
 
+    from twotower.checkpoint import tensors
     from twotower.kernels.precision import multiplies_bf16_fast
     from twotower.model import packing
     from twotower.model.two_tower import TwoTowerForCausalLM
@@ -75,16 +79,17 @@ def load(
     model = TwoTowerForCausalLM.from_pretrained(
         source,
         dtype=dtype,
+        quantization=quantization,
         towers=towers,
         context_device=devices["context device"],
         denoiser_device=devices["denoiser device"],
     )
     emulated = not all(multiplies_bf16_fast(torch.device(device)) for device in devices.values())
-    small = model.num_parameters() < WIDENED_BELOW
-    if dtype == "auto" and model.dtype == torch.bfloat16 and emulated and small:
+    size = sum(tensor.numel() for _, tensor in tensors(model))
+    if dtype == "auto" and model.dtype == torch.bfloat16 and emulated and size < WIDENED_BELOW:
         model.float()
         model.config.dtype = model.dtype
-    if threads is None and model.num_parameters() < ONE_THREAD_BELOW:
+    if threads is None and size < ONE_THREAD_BELOW:
         torch.set_num_threads(1)
     if packing.refusal(model) is None:
         model.pack()
@@ -92,9 +97,10 @@ def load(
 
 
 def placement(model: TwoTowerForCausalLM) -> dict[str, Any]:
-    """dtype and devices of a loaded model, for `--json`."""
+    """dtype, quantization and devices of a loaded model, for `--json`."""
     return {
         "dtype": str(model.dtype).removeprefix("torch."),
+        "quantization": model.quantization,
         "context_device": str(model.device),
         "denoiser_device": str(model.denoiser.device) if model.denoiser is not None else None,
     }

@@ -29,10 +29,11 @@ from twotower.cli.terminal import passing_line
 @click.option("--rows", type=click.IntRange(min=1), default=16, show_default=True, help="Prompts at work at once.")
 @click.option("--memory", metavar="GIB", type=click.FloatRange(min=0, min_open=True), help="For their state, at most.")
 @models.dtype_option
+@models.quantization_option
 @models.threads_option
 def batch(
     prompts: Path, out: Path, model: str | None, setting: str, max_new_tokens: int, seed: int, rows: int,
-    memory: float | None, dtype: str, threads: int | None,
+    memory: float | None, dtype: str, quantization: str, threads: int | None,
 ) -> None:  # fmt: skip
     """Continue every prompt of a JSONL file.
 
@@ -44,7 +45,9 @@ def batch(
     from twotower.evaluation.settings import parse_setting
 
     values = parse_setting(setting).values
-    loaded, source = models.opened(model, "it cannot read prompts; put one there", dtype=dtype, threads=threads)
+    loaded, source = models.opened(
+        model, "it cannot read prompts; put one there", dtype=dtype, quantization=quantization, threads=threads
+    )
     shared = {"max_new_tokens": max_new_tokens, "eos_token_id": ready.eos_of(loaded)}
     shared |= {"mask_token_id": loaded.config.mask_token, "seed": seed, **values}
     lines = read_lines(prompts, loaded, shared, ready.name_of(source))

@@ -46,11 +46,13 @@ if TYPE_CHECKING:
 @click.option("--rounds", type=click.IntRange(1), default=5, show_default=True, help="Counted; one more warms up.")
 @click.option("--ignore-eos", is_flag=True, help="Every row goes on to the last token.")
 @models.dtype_option
+@models.quantization_option
 @models.threads_option
 @click.option("--json", "as_json", is_flag=True, help="No table.")
 def bench(
     model: str | None, settings: tuple[str, ...], batch_sizes: tuple[int, ...], contexts: tuple[int, ...],
-    max_new_tokens: int, batches: int, rounds: int, ignore_eos: bool, dtype: str, threads: int | None, as_json: bool,
+    max_new_tokens: int, batches: int, rounds: int, ignore_eos: bool, dtype: str, quantization: str,
+    threads: int | None, as_json: bool,
 ) -> None:  # fmt: skip
     """Tokens a second, passes and what a pass costs, beside AR with the same kernels.
 
@@ -58,11 +60,14 @@ def bench(
     to stderr, one JSON line to stdout.
     """
     from twotower.evaluation import bench as measuring
+    from twotower.evaluation.machine import described
     from twotower.evaluation.machine import machine as machine_of
     from twotower.evaluation.settings import parse_setting
 
     parsed = [parse_setting(text) for text in settings]
-    loaded, source = models.opened(model, "there are no prompts; put one there", dtype=dtype, threads=threads)
+    loaded, source = models.opened(
+        model, "there are no prompts; put one there", dtype=dtype, quantization=quantization, threads=threads
+    )
     with passing_line() as tell:
         found = measuring.bench(
             loaded, parsed, batch_sizes=batch_sizes, contexts=contexts, new_tokens=max_new_tokens, batches=batches,
@@ -71,8 +76,7 @@ def bench(
     machine = machine_of(loaded)
     if not as_json:
         console = console_on("stderr")
-        where = ", ".join(str(machine[name]) for name in ("dtype", "device", "threads"))
-        console.print(f"{ready.name_of(source)}, {where} thread{'s' * (machine['threads'] > 1)}")
+        console.print(f"{ready.name_of(source)}, {described(machine)}")
         for table in tables(found):
             console.print(table)
     click.echo(json.dumps({"model": str(source), "machine": machine, "measured": [one.to_dict() for one in found]}))

@@ -50,14 +50,15 @@ ROWS = {"suite": 64, "tasks": 16}  # of a batch; few-shot prompts are long
 )
 @click.option("--rows", type=click.IntRange(1), help="Of a batch.  [default: 64; with --task 16]")
 @models.dtype_option
+@models.quantization_option
 @models.threads_option
 @click.option("--json", "as_json", is_flag=True, help="No table.")
 @click.pass_context
 def evaluate(
     context: click.Context, model: str | None, settings: tuple[str, ...], problems: int, families: tuple[str, ...],
     difficulties: tuple[int, ...], seed: int, max_new_tokens: int, tasks: tuple[str, ...], data: Path | None,
-    limit: int | None, run_code: bool, likelihood: str, rows: int | None, dtype: str, threads: int | None,
-    as_json: bool,
+    limit: int | None, run_code: bool, likelihood: str, rows: int | None, dtype: str, quantization: str,
+    threads: int | None, as_json: bool,
 ) -> None:  # fmt: skip
     """Accuracy of each setting and of AR, on problems with one right answer.
 
@@ -74,7 +75,9 @@ def evaluate(
         published.need(tasks, data, run_code)
     parsed = [parse_setting(text) for text in settings]
     chosen = [] if tasks else chosen_problems(families, problems, difficulties, seed)
-    loaded, source = models.opened(model, "it cannot read problems; put one there", dtype=dtype, threads=threads)
+    loaded, source = models.opened(
+        model, "it cannot read problems; put one there", dtype=dtype, quantization=quantization, threads=threads
+    )
     facts: dict[str, Any] = {"model": str(source), **ready.placement(loaded)}
     if tasks:
         scores = published.measure(

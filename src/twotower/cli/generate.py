@@ -105,6 +105,7 @@ SAMPLING_ONLY = ("seed", "top_k", "top_p")
     show_default=True,
     help="auto: as stored, but a small bf16 model in float32 on a CPU that only emulates bf16.",
 )
+@models.quantization_option
 @click.option(
     "--context-device", metavar="DEVICE", help="E.g. cpu, cuda:0.  [default: the first CUDA device, else cpu]"
 )
@@ -146,6 +147,7 @@ class Request:
     trace: Path | None
     as_json: bool
     dtype: str
+    quantization: str
     context_device: str | None
     denoiser_device: str | None
     threads: int | None
@@ -215,6 +217,7 @@ def run(request: Request) -> None:
             source,
             towers="context" if request.mode == "ar" else "both",
             dtype=request.dtype,
+            quantization=request.quantization,
             context_device=request.context_device,
             denoiser_device=request.denoiser_device,
             threads=request.threads,

@@ -53,10 +53,12 @@ def describe(path: Path) -> dict[str, Any]:
         from twotower.config import TwoTowerConfig
         from twotower.loading import TOKENIZER_FILES
         from twotower.model.two_tower import TwoTowerForCausalLM
+        from twotower.quantization import quantize_
 
         config = TwoTowerConfig.read(path)
         with torch.device("meta"):
             model = TwoTowerForCausalLM(config)
+            int8 = quantize_(TwoTowerForCausalLM(config))
     directory = path if path.is_dir() else path.parent
     dtype = str(getattr(config, "dtype", None) or "float32").removeprefix("torch.")
     if not isinstance(getattr(torch, dtype, None), torch.dtype):
@@ -69,7 +71,7 @@ def describe(path: Path) -> dict[str, Any]:
         "layers": _layers(config),
         "shape": _shape(config),
         "parameters": _parameters(model),
-        "memory": {name: _memory(model, name) for name in DTYPES},
+        "memory": {name: _memory(model, name) for name in DTYPES} | {"int8": _memory(int8, "bfloat16")},
         "state": {"dtype": dtype} | _state(config, dtype),
         "backends": _backends(model, dtype),
         "weights": _weights(directory, model),
@@ -134,14 +136,15 @@ def _count(module: Any) -> int:
 
 
 def _memory(model: TwoTowerForCausalLM, dtype: str) -> dict[str, int]:
-    """Bytes of weights; the time conditioning lives with the denoiser."""
+    """Bytes of weights, what is not quantised in `dtype`; the time conditioning lives with the denoiser."""
     import torch
 
     from twotower.checkpoint import wanted_dtype
 
     context = denoiser = 0
     for name, tensor in [*model.named_parameters(), *model.named_buffers()]:
-        size = tensor.numel() * wanted_dtype(name, getattr(torch, dtype)).itemsize
+        kept = wanted_dtype(name, getattr(torch, dtype)) if tensor.is_floating_point() else tensor.dtype
+        size = tensor.numel() * kept.itemsize
         if name.startswith("context."):
             context += size
         else:

@@ -34,7 +34,7 @@ def _sections(facts: dict[str, Any]) -> Iterator[tuple[str, list[str]]]:
     for device, rows in facts["backends"].items():
         yield (
             f"{device} {_SHORT.get(facts['dtype'], facts['dtype'])}",
-            [f"{row['op']:<12}{row['backend']:<13}{row['why']}" for row in rows],
+            [f"{row['op']:<13}{row['backend']:<13}{row['why']}" for row in rows],
         )
     yield "files", list(_weights(facts["weights"]))
     yield "tokenizer", [", ".join(facts["tokenizer"]) or "none: token ids only"]
@@ -90,6 +90,7 @@ def _memory(memory: dict[str, dict[str, int]]) -> Iterator[str]:
     }
     for name, cells in rows.items():
         yield f"{name:<34}" + "".join(f"{cell:>10}" for cell in cells)
+    yield "int8: --quantization int8, what stays wide in bf16"
 
 
 def _state(state: dict[str, Any]) -> Iterator[str]:

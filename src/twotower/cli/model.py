@@ -32,11 +32,23 @@ setting_option = click.option(
     "May be given several times; AR is always run.",
 )
 dtype_option = click.option("--dtype", type=click.Choice(ready.DTYPES), default="auto", show_default=True)
+quantization_option = click.option(
+    "--quantization",
+    type=click.Choice(ready.QUANTIZATIONS),
+    default="none",
+    show_default=True,
+    help="int8: the large matrices in 8 bits, quantised as they are read; the rest in --dtype.",
+)
 threads_option = click.option("--threads", type=click.IntRange(min=1), help="CPU threads.")
 
 
 def opened(
-    model: str | None, consequence: str, *, dtype: str = "auto", threads: int | None = None
+    model: str | None,
+    consequence: str,
+    *,
+    dtype: str = "auto",
+    quantization: str = "none",
+    threads: int | None = None,
 ) -> tuple[TwoTowerForCausalLM, Path | str]:
     """The model that `--model` means, ready to read and write text, and where it is from. consequence: of its having no
     tokenizer.
@@ -46,7 +58,7 @@ def opened(
     """
     source = ready.source_of(model)
     with note(f"loading {ready.name_of(source)} …"):
-        loaded = ready.load(source, dtype=dtype, threads=threads)
+        loaded = ready.load(source, dtype=dtype, quantization=quantization, threads=threads)
     ready.need_tokenizer(loaded, source, consequence)
     return loaded, source
 

@@ -27,11 +27,13 @@ from twotower.cli.terminal import passing_line
 @click.option("--rows", type=click.IntRange(1), default=64, show_default=True, help="Of a batch.")
 @click.option("--quick", is_flag=True, help="Four settings instead of the whole grid.")
 @models.dtype_option
+@models.quantization_option
 @models.threads_option
 @click.option("--json", "as_json", is_flag=True, help="One JSON object instead of text.")
 def report(
     model: str | None, output: Path, settings: tuple[str, ...], problems: int, timed: int,
-    difficulties: tuple[int, ...], seed: int, rows: int, quick: bool, dtype: str, threads: int | None, as_json: bool,
+    difficulties: tuple[int, ...], seed: int, rows: int, quick: bool, dtype: str, quantization: str,
+    threads: int | None, as_json: bool,
 ) -> None:  # fmt: skip
     """Sweep modes, policies, knobs and block sizes: quality kept against speed.
 
@@ -40,7 +42,7 @@ def report(
     """
     from twotower.evaluation import report as pictures
     from twotower.evaluation import sweep
-    from twotower.evaluation.machine import machine
+    from twotower.evaluation.machine import described, machine
     from twotower.evaluation.settings import parse_setting
     from twotower.plotting import drawing
 
@@ -49,16 +51,20 @@ def report(
     chosen = [parse_setting(text) for text in settings or (sweep.QUICK if quick else ())] or sweep.grid()
     with drawing():  # a missing library is told before an hour's work
         pass
-    loaded, source = models.opened(model, "it cannot read problems; put one there", dtype=dtype, threads=threads)
+    loaded, source = models.opened(
+        model, "it cannot read problems; put one there", dtype=dtype, quantization=quantization, threads=threads
+    )
+    facts = {"model": ready.name_of(source), "dtype": str(loaded.dtype)}
+    if quantization != "none":
+        facts["quantization"] = quantization
     output.mkdir(parents=True, exist_ok=True)
     with passing_line() as tell:
         points = sweep.sweep(
             loaded, chosen, per_family=problems, timed=timed, difficulties=difficulties, seed=seed, rows=rows,
-            kept_in=output / "answers.jsonl", facts={"model": ready.name_of(source), "dtype": str(loaded.dtype)},
-            progress=tell,
+            kept_in=output / "answers.jsonl", facts=facts, progress=tell,
         )  # fmt: skip
     where = machine(loaded)
-    place = f"{where['dtype']}, {where['device']}, {where['threads']} thread{'s' * (where['threads'] > 1)}"
+    place = described(where)
     levels = ", ".join(map(str, difficulties))
     count = (
         f"{problems} problems of each family (levels {levels}, seed {seed}), greedy; {timed} of all timed one by one"
@@ -66,8 +72,8 @@ def report(
     title = f"{ready.name_of(source)}: what each way of decoding keeps of AR's accuracy, and how fast it is"
     pictures.draw(points, output / "report.png", f"{title}\n{count}; {place}")
     version = " ".join(filter(None, (where["twotower"], where["commit"])))
-    facts = [f"{count}. {place}; torch {where['torch']}, twotower {version}."]
-    (output / "report.md").write_text(pictures.markdown(points, facts), encoding="utf-8")
+    notes = [f"{count}. {place}; torch {where['torch']}, twotower {version}."]
+    (output / "report.md").write_text(pictures.markdown(points, notes), encoding="utf-8")
     written = [str(output / name) for name in ("report.png", "report.md")]
     if as_json:
         found = [asdict(point) for point in points]

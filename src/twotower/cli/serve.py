@@ -73,12 +73,13 @@ from twotower.errors import ArgumentError
 )
 @click.option("--denoiser-device", metavar="DEVICE", help="[default: the context's]")
 @models.dtype_option
+@models.quantization_option
 @models.threads_option
 def serve(
     model: str | None, host: str, port: int, name: str | None, setting: str, rows: int, length: int | None,
     block_size: int, memory: float | None, queue: int, api_keys: Path | None, per_key: int | None,
     max_prompt: int | None, max_tokens: int | None, timeout: float, drain: int, log_prompts: bool,
-    context_device: str | None, denoiser_device: str | None, dtype: str, threads: int | None,
+    context_device: str | None, denoiser_device: str | None, dtype: str, quantization: str, threads: int | None,
 ) -> None:  # fmt: skip
     """Serve a model: /v1/completions, /v1/chat/completions, and a page at / to see it think.
 
@@ -107,8 +108,9 @@ def serve(
     source = ready.source_of(model)
     with models.note(f"loading {ready.name_of(source)} …"):
         loaded = ready.load(
-            source, dtype=dtype, context_device=context_device, denoiser_device=denoiser_device, threads=threads
-        )
+            source, dtype=dtype, quantization=quantization, context_device=context_device,
+            denoiser_device=denoiser_device, threads=threads,
+        )  # fmt: skip
     ready.need_tokenizer(loaded, source, "it can neither read nor write text; put one there")
     window = loaded.config.backbone.max_position_embeddings
     engine = LLM(

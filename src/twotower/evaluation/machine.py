@@ -12,15 +12,24 @@ from typing import Any
 import torch
 from torch import nn
 
+from twotower.checkpoint import tensors
+from twotower.quantization import quantization_of
 from twotower.version import VERSION
 
 
 def machine(model: nn.Module) -> dict[str, Any]:
     """What a figure of this model depends on, its size included."""
-    parameters = list(model.parameters())
-    return surroundings(parameters[0].device, parameters[0].dtype) | {
-        "weights_bytes": sum(p.nbytes for p in parameters)
+    first = next(model.parameters())
+    return surroundings(first.device, first.dtype) | {
+        "quantization": quantization_of(model),
+        "weights_bytes": sum(tensor.nbytes for _, tensor in tensors(model)),
     }
+
+
+def described(where: dict[str, Any]) -> str:
+    """What a reader of figures needs of it: weights, device, threads."""
+    weights = where["dtype"] if where["quantization"] == "none" else f"{where['quantization']} and {where['dtype']}"
+    return f"{weights}, {where['device']}, {where['threads']} thread{'s' * (where['threads'] > 1)}"
 
 
 def surroundings(device: torch.device, dtype: torch.dtype) -> dict[str, Any]:

@@ -18,7 +18,7 @@ from typing import Any
 import torch
 import torch.nn.functional as F
 
-from twotower.kernels import attention, experts, greedy, mamba_block, norm, pools, routing, verification
+from twotower.kernels import attention, experts, greedy, int8, mamba_block, norm, pools, routing, verification
 from twotower.kernels.cases import CASES
 from twotower.kernels.native import ops as native_ops
 from twotower.kernels.triton_launch import refusal as triton_refusal
@@ -47,6 +47,10 @@ def _grouped_refusal(device: torch.device, dtype: torch.dtype) -> str | None:
     if torch.cuda.get_device_capability(device) < (9, 0):
         return "needs compute capability 9.0"
     return None
+
+
+def _host_refusal(device: torch.device, dtype: torch.dtype) -> str | None:
+    return None if device.type == "cpu" else "would wait for the device"
 
 
 def _triton(module: str, name: str, why: str) -> Backend:
@@ -91,6 +95,10 @@ CATALOGUE: dict[str, tuple[Backend, ...]] = {
         _native(native_ops.linear, "reads weights once, as they lie, for few tokens"),
         Backend("torch", F.linear, "plain torch"),
     ),
+    "linear_int8": (
+        _native(native_ops.linear_int8, "widens int8 in registers, for few tokens"),
+        Backend("torch", int8.linear, "widens the whole matrix, then plain torch"),
+    ),
     "rms_norm": (
         _native(native_ops.rms_norm, "norm and modulation in one"),
         Backend("torch", norm.rms_norm, "plain torch"),
@@ -106,9 +114,15 @@ CATALOGUE: dict[str, tuple[Backend, ...]] = {
             "sorted-loop",
             experts.experts_sorted,
             "visits chosen experts only; host memory needs no sync",
-            lambda device, dtype: None if device.type == "cpu" else "would wait for the device",
+            _host_refusal,
         ),
         Backend("gathered", experts.experts_gathered, "static shapes, no host read; copies the chosen weights"),
+    ),
+    "experts_int8": (
+        Backend("grouped-gemm", int8.experts_grouped, "widens all experts, then one grouped GEMM", _grouped_refusal),
+        _native(native_ops.experts_int8, "reads each chosen expert once, widens int8 in registers"),
+        Backend("sorted-loop", int8.experts_sorted, "widens chosen experts only", _host_refusal),
+        Backend("gathered", int8.experts_gathered, "static shapes, no host read; copies the chosen weights"),
     ),
 }
 

@@ -10,6 +10,7 @@ import torch
 from torch import Tensor
 
 from twotower.kernels.attention import Cached
+from twotower.kernels.int8 import quantized
 from twotower.kernels.mamba_block import MambaTrace, MambaWeights
 from twotower.kernels.pools import Ends
 from twotower.kernels.routing import Routing
@@ -173,6 +174,29 @@ def linear_cases(device: torch.device, dtype: torch.dtype) -> list[Case]:
     ]  # fmt: skip
 
 
+def linear_int8_cases(device: torch.device, dtype: torch.dtype) -> list[Case]:
+    """Those of `linear`, and a row of zeros."""
+
+    def arguments(tokens: int, width: int, out: int, bias: bool) -> tuple[Any, ...]:
+        draw = Draw(10, device)
+        weight = draw(out, width)
+        weight[out // 2] = 0
+        return draw(tokens, width).to(dtype), *quantized(weight), draw(out).to(dtype) if bias else None
+
+    sizes = ((1, 67, 35, True), (3, 96, 64, False), (16, 131, 70, True), (21, 512, 33, False))
+    return [_case(f"{size[0]} tokens of width {size[1]}", arguments, *size) for size in sizes]
+
+
+def experts_int8_cases(device: torch.device, dtype: torch.dtype) -> list[Case]:
+    """Those of `experts`."""
+
+    def arguments(case: Case) -> tuple[Any, ...]:
+        *routed, up, down = case.arguments()
+        return *routed, *quantized(up), *quantized(down)
+
+    return [_case(case.name, arguments, case) for case in experts_cases(device, dtype)]
+
+
 def experts_cases(device: torch.device, dtype: torch.dtype, width: int = 37, inner: int = 21) -> list[Case]:
     """Few tokens and many, experts that nothing chose, odd widths; packed and not."""
 
@@ -261,4 +285,6 @@ CASES: dict[str, Callable[[torch.device, torch.dtype], list[Case]]] = {
     "rms_norm": norm_cases,
     "route": route_cases,
     "experts": experts_cases,
+    "linear_int8": linear_int8_cases,
+    "experts_int8": experts_int8_cases,
 }

@@ -6,6 +6,8 @@ No backend visits an expert that nothing chose, and none synchronises the host o
 
 from __future__ import annotations
 
+from collections.abc import Callable
+
 import torch
 import torch.nn.functional as F
 from torch import Tensor
@@ -13,17 +15,24 @@ from torch import Tensor
 
 def experts_sorted(hidden: Tensor, choice: Tensor, weight: Tensor, up: Tensor, down: Tensor) -> Tensor:
     """Tokens sorted by expert, one matmul pair per chosen expert. One host read of the counts (free on a CPU)."""
-    flat = choice.flatten()
-    order = flat.argsort(stable=True)
-    counts = torch.bincount(flat, minlength=up.shape[0]).tolist()
-    gathered = hidden[order // choice.shape[1]]  # (T·k, H), grouped by expert
 
     def through(expert: int, rows: Tensor) -> Tensor:
         return F.linear(F.relu(F.linear(rows, up[expert])).square(), down[expert])
 
+    return by_expert(hidden, choice, weight, up.shape[0], through)
+
+
+def by_expert(
+    hidden: Tensor, choice: Tensor, weight: Tensor, experts: int, through: Callable[[int, Tensor], Tensor]
+) -> Tensor:
+    """The mixture where through(expert, its tokens (n, H)) → (n, H)."""
+    flat = choice.flatten()
+    order = flat.argsort(stable=True)
+    counts = torch.bincount(flat, minlength=experts).tolist()
+    gathered = hidden[order // choice.shape[1]]  # (T·k, H), grouped by expert
     parts = [through(expert, rows) for expert, rows in enumerate(gathered.split(counts)) if counts[expert]]
     # Without any token the weights still have a gradient, of zeros: processes that share them wait for each other's.
-    return _combine(torch.cat(parts) if parts else through(0, gathered), order, weight)
+    return combine(torch.cat(parts) if parts else through(0, gathered), order, weight)
 
 
 def experts_gathered(hidden: Tensor, choice: Tensor, weight: Tensor, up: Tensor, down: Tensor) -> Tensor:
@@ -31,7 +40,7 @@ def experts_gathered(hidden: Tensor, choice: Tensor, weight: Tensor, up: Tensor,
     pairs = choice.flatten()
     x = hidden.repeat_interleave(choice.shape[1], 0)[:, :, None]  # (T·k, H, 1)
     out = down[pairs] @ F.relu(up[pairs] @ x).square()
-    return _weighted(out[..., 0], weight)
+    return weighted(out[..., 0], weight)
 
 
 def experts_grouped(hidden: Tensor, choice: Tensor, weight: Tensor, up: Tensor, down: Tensor) -> Tensor:
@@ -43,7 +52,7 @@ def experts_grouped(hidden: Tensor, choice: Tensor, weight: Tensor, up: Tensor, 
     ends = F.one_hot(flat, up.shape[0]).sum(0).cumsum(0).to(torch.int32)
     gathered = hidden[order // choice.shape[1]]
     inner = F.relu(torch._grouped_mm(gathered, up.transpose(1, 2), offs=ends)).square()
-    return _combine(torch._grouped_mm(inner, down.transpose(1, 2), offs=ends), order, weight)
+    return combine(torch._grouped_mm(inner, down.transpose(1, 2), offs=ends), order, weight)
 
 
 def experts_dense(hidden: Tensor, choice: Tensor, weight: Tensor, up: Tensor, down: Tensor) -> Tensor:
@@ -53,11 +62,12 @@ def experts_dense(hidden: Tensor, choice: Tensor, weight: Tensor, up: Tensor, do
     return (every * share[..., None]).sum(1).to(hidden.dtype)
 
 
-def _combine(grouped: Tensor, order: Tensor, weight: Tensor) -> Tensor:
+def combine(grouped: Tensor, order: Tensor, weight: Tensor) -> Tensor:
+    """(T·k, H) in the order `order` of token order → the weighted sums, (T, H)."""
     back = torch.empty_like(order).scatter_(0, order, torch.arange(order.numel(), device=order.device))
-    return _weighted(grouped[back], weight)
+    return weighted(grouped[back], weight)
 
 
-def _weighted(pairs: Tensor, weight: Tensor) -> Tensor:
+def weighted(pairs: Tensor, weight: Tensor) -> Tensor:
     """(T·k, H) in token order → the weighted sum over each token's k experts, (T, H) in the pairs' dtype."""
     return torch.einsum("tkh,tk->th", pairs.unflatten(0, weight.shape).to(weight.dtype), weight).to(pairs.dtype)

@@ -9,7 +9,7 @@ from collections.abc import Callable
 
 from torch import Tensor, nn
 
-from twotower.kernels import select
+from twotower.kernels import int8, select
 from twotower.kernels.native import panels
 
 
@@ -23,3 +23,21 @@ class Linear(nn.Linear):
         super()._apply(fn, recurse)
         panels.of(self.weight)  # a copy of what has just changed or moved is forgotten
         return self
+
+
+class Int8Linear(nn.Module):
+    """A `Linear` whose weight (out / 16, in, 16) is int8 with a scale (out,) for each row: see `kernels.int8`."""
+
+    weight: Tensor
+    weight_scale: Tensor
+
+    def __init__(self, linear: Linear) -> None:
+        super().__init__()
+        weight, scale = int8.quantized(linear.weight)
+        self.register_buffer("weight", weight)
+        self.register_buffer("weight_scale", scale)
+        self.bias = linear.bias
+
+    def forward(self, input: Tensor) -> Tensor:
+        backend = select("linear_int8", input.device, input.dtype)
+        return backend.function(input, self.weight, self.weight_scale, self.bias)

@@ -9,7 +9,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from twotower.config import BackboneConfig
-from twotower.kernels import select
+from twotower.kernels import int8, select
 from twotower.kernels.native import panels
 from twotower.kernels.routing import Routing
 from twotower.model.linear import Linear
@@ -69,6 +69,27 @@ class Experts(nn.Module):
         for weight in (self.up_proj, self.down_proj):
             panels.of(weight)  # as in `Linear`
         return self
+
+
+class Int8Experts(nn.Module):
+    """`Experts` whose stacked weights are int8 with a scale (E, out) for each row: see `kernels.int8`."""
+
+    up_proj: Tensor
+    up_proj_scale: Tensor
+    down_proj: Tensor
+    down_proj_scale: Tensor
+
+    def __init__(self, experts: Experts) -> None:
+        super().__init__()
+        for name in ("up_proj", "down_proj"):
+            weight, scale = int8.quantized(getattr(experts, name))
+            self.register_buffer(name, weight)
+            self.register_buffer(f"{name}_scale", scale)
+
+    def forward(self, hidden: Tensor, choice: Tensor, weight: Tensor) -> Tensor:
+        backend = select("experts_int8", hidden.device, hidden.dtype)
+        both = self.up_proj, self.up_proj_scale, self.down_proj, self.down_proj_scale
+        return backend.function(hidden, choice, weight, *both)
 
 
 class MoE(nn.Module):

@@ -29,6 +29,7 @@ from twotower.model.blockwise import Layout, context_pass
 from twotower.model.conditioning import TimeConditioning
 from twotower.model.coupling import Visibility
 from twotower.model.tower import Tower
+from twotower.quantization import Quantization, quantization_of
 from twotower.state import ContextView, TowerState
 
 Towers = Literal["both", "context"]
@@ -74,9 +75,10 @@ class TwoTowerForCausalLM(PreTrainedModel):
     def from_pretrained(cls, pretrained_model_name_or_path: Any, *args: Any, **kwargs: Any) -> TwoTowerForCausalLM:
         """Loads a two-tower checkpoint: a directory in the released layout, or a hub id.
 
-        Keyword arguments: dtype (or torch_dtype; "auto": as the config says), towers ("both" | "context"),
-        context_device, denoiser_device (or device_map: one device for both), and the hub's revision, cache_dir,
-        token, local_files_only, force_download.
+        Keyword arguments: dtype (or torch_dtype; "auto": as the config says), quantization ("none" | "int8": the large
+        matrices, quantised as they are read; the rest in dtype), towers ("both" | "context"), context_device,
+        denoiser_device (or device_map: one device for both), and the hub's revision, cache_dir, token,
+        local_files_only, force_download.
 
         Raises:
             CheckpointError, ConfigError: what is wrong, in which file and tensor.
@@ -109,6 +111,21 @@ class TwoTowerForCausalLM(PreTrainedModel):
     @property
     def dtype(self) -> torch.dtype:
         return self.context.embeddings.weight.dtype
+
+    @property
+    def quantization(self) -> Quantization:
+        """How the large matrices are kept."""
+        return quantization_of(self)
+
+    def train(self, mode: bool = True) -> TwoTowerForCausalLM:
+        """As in torch.
+
+        Raises:
+            ArgumentError: its weights are int8.
+        """
+        if mode and self.quantization != "none":
+            raise ArgumentError(f"{self.quantization} weights do not train; load the model without quantization")
+        return super().train(mode)
 
     def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> TwoTowerForCausalLM:
         """Where `.to`, `.bfloat16`, … end: the tensors that must not be narrow stay wide."""

@@ -27,9 +27,9 @@ from twotower.kernels.native.ops import call, few
 from twotower.model.attention import Attention
 from twotower.model.conditioning import Modulation
 from twotower.model.coupling import Added, KeyValue, MambaPast, Past, Visibility
-from twotower.model.linear import Linear
+from twotower.model.linear import Int8Linear, Linear
 from twotower.model.mamba2 import CausalConv, Mamba2
-from twotower.model.moe import MLP, Experts, MoE, Router
+from twotower.model.moe import MLP, Experts, Int8Experts, MoE, Router
 from twotower.model.norm import GatedGroupRMSNorm, RMSNorm
 
 if TYPE_CHECKING:
@@ -55,6 +55,7 @@ LONGEST = 128  # tokens of a row: its Mamba layers compare each with each
 # Of those places the ones that are read from a copy in panels where there is one.
 PRODUCTS = {"M": (1, 9), "*": (1, 3, 5, 7), "E": (3, 4, 5, 7), "-": (1, 3)}
 OPS = ("linear", "rms_norm", "route", "experts", "attention", "mamba_block")
+INT8_OPS = ("linear_int8", "experts_int8")  # of a tower with int8 weights, besides
 
 
 class Plan:
@@ -79,21 +80,29 @@ class Plan:
         self.products: list[int] = []  # of the holders, those of products
         if self.plain:  # else the weights may be anywhere
             self._find_weights(tower)
+        self.ops = OPS + INT8_OPS if any(dtype == torch.int8 for _, _, dtype in self.holders) else OPS
         self.seen: tuple[Any, ...] = ()  # what `weights` found when it last looked
         self.packed: list[Tensor] = []  # weights whose copies in panels are used
         size = len(tower.layers) * WEIGHTS
-        self.table, self.panels = (ctypes.c_void_p * size)(), (ctypes.c_void_p * size)()
+        self.table = (ctypes.c_void_p * (3 * size))()  # weights as they lie, panels, scales of int8 ones
+        self.tables = [ctypes.addressof(self.table) + part * size * ctypes.sizeof(ctypes.c_void_p) for part in range(3)]
 
     def _find_weights(self, tower: Tower) -> None:
+        size = len(tower.layers) * WEIGHTS
         for i, layer in enumerate(tower.all_layers()):
             for place, name in enumerate(("norm.weight", *(f"mixer.{name}" for name in PLACES[layer.kind]))):
                 path, _, leaf = name.rstrip("!").rpartition(".")
                 module = layer.get_submodule(path)
                 holder = module._buffers if leaf in module._buffers else module._parameters
-                if place in PRODUCTS[layer.kind]:
-                    self.products.append(len(self.holders))
-                self.holders.append((holder, leaf, torch.float32 if name.endswith("!") else self.dtype))
-                self.slots.append(i * WEIGHTS + place)
+                slot = i * WEIGHTS + place
+                if f"{leaf}_scale" in module._buffers:
+                    found = [(leaf, torch.int8, slot + size), (f"{leaf}_scale", torch.float32, slot + 2 * size)]
+                else:
+                    found = [(leaf, torch.float32 if name.endswith("!") else self.dtype, slot)]
+                    if place in PRODUCTS[layer.kind]:
+                        self.products.append(len(self.holders))
+                self.holders += [(holder, leaf, dtype) for leaf, dtype, _ in found]
+                self.slots += [slot for *_, slot in found]
 
     def still_holds(self, dtype: torch.dtype) -> bool:
         """Whether the tower still consists of the same modules, in the same dtype."""
@@ -111,7 +120,7 @@ class Plan:
         return [0 if (tensor := holder.get(name)) is None else tensor.data_ptr() for holder, name, _ in self.holders]
 
     def weights(self) -> bool:
-        """Brings `table` and `panels` up to date; false where a weight has another type or does not lie in a row."""
+        """Brings the table up to date; false where a weight has another type or does not lie in a row."""
         found = self.where(), panels.changes(), [weight._version for weight in self.packed]
         if found == self.seen:
             return True
@@ -128,7 +137,7 @@ class Plan:
             weight = tensors[place]
             assert weight is not None
             copy = panels.of(weight)
-            self.panels[self.slots[place]] = None if copy is None else copy.data_ptr()
+            self.table[self.slots[place] + len(self.table) // 3] = None if copy is None else copy.data_ptr()
             if copy is not None:
                 self.packed.append(weight)
         self.seen = found[0], panels.changes(), [weight._version for weight in self.packed]
@@ -136,7 +145,7 @@ class Plan:
 
     @property
     def all_packed(self) -> bool:
-        """Whether every product is made with a copy in panels."""
+        """Whether every product is made with panels."""
         return len(self.packed) == len(self.products)
 
 
@@ -154,7 +163,7 @@ def plan_of(tower: Tower) -> Plan:
 def serves(tower: Tower) -> bool:
     """Whether every kernel that it needs is the chosen one for such a tower."""
     weight = tower.embeddings.weight
-    return all(select(op, weight.device, weight.dtype).name == "native" for op in OPS)
+    return all(select(op, weight.device, weight.dtype).name == "native" for op in plan_of(tower).ops)
 
 
 def run(
@@ -186,9 +195,9 @@ def run(
         int(config.norm_topk_prob), config.intermediate_size,
     ])  # fmt: skip
     call(
-        "tower_", hidden, x, plan.kinds, ctypes.addressof(plan.table), ctypes.addressof(plan.panels),
-        ctypes.addressof(inputs.table), tower.norm_f.weight, hidden, inputs.valid, int(sees.causal), *inputs.segments,
-        sizes, *config.time_step_limit, config.layer_norm_epsilon, config.routed_scaling_factor,
+        "tower_", hidden, x, plan.kinds, *plan.tables, ctypes.addressof(inputs.table), tower.norm_f.weight, hidden,
+        inputs.valid, int(sees.causal), *inputs.segments, sizes, *config.time_step_limit, config.layer_norm_epsilon,
+        config.routed_scaling_factor,
     )  # fmt: skip
     return hidden, inputs.added
 
@@ -259,5 +268,5 @@ def _own() -> frozenset[type]:
 
     return frozenset({
         Tower, Layer, nn.Embedding, nn.ModuleList, RMSNorm, GatedGroupRMSNorm, Linear, Mamba2, CausalConv, Attention,
-        MoE, MLP, Router, Experts,
+        MoE, MLP, Router, Experts, Int8Linear, Int8Experts,
     })  # fmt: skip

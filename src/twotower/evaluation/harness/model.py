@@ -65,6 +65,7 @@ class TwoTowerLM(TemplateLM):
         likelihood: "context": ln P by the context tower, exact; "bound": a lower bound under the denoiser, estimated
             from `samples` draws, and `is_greedy` False, since a bound does not say.
         batch_size: rows of a batch.
+        dtype, quantization: how the weights are kept, as on the command line.
         max_length: of prompt and answer; None: the model's context window.
 
     Raises:
@@ -80,6 +81,7 @@ class TwoTowerLM(TemplateLM):
         batch_size: int | str | None = 16,
         max_length: int | None = None,
         dtype: str = "auto",
+        quantization: str = "none",
         device: str | None = None,
         denoiser_device: str | None = None,
         **unknown: Any,
@@ -97,7 +99,13 @@ class TwoTowerLM(TemplateLM):
             if device in ("cuda", "cuda:0") and not torch.cuda.is_available():
                 device = None  # lm-evaluation-harness's default, not a wish
             self.model, self.name = (
-                ready.load(source, dtype=dtype, context_device=device, denoiser_device=denoiser_device),
+                ready.load(
+                    source,
+                    dtype=dtype,
+                    quantization=quantization,
+                    context_device=device,
+                    denoiser_device=denoiser_device,
+                ),
                 ready.name_of(source),
             )
             ready.need_tokenizer(self.model, source, "it cannot read tasks; put one there")

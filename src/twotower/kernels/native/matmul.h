@@ -91,32 +91,45 @@ template <class T> inline const float* widened(const T* x, long M, long K, int w
 
 constexpr long WORTH = 1 << 16;  // multiply-adds below which a second thread does not pay
 
-// A weight (out, in), or (experts, out, in): as it lies, and its copy in panels or null. A unit is a row or a panel.
+// A weight (out, in), or (experts, out, in): as it lies and its copy in panels, or null; or, with scales (…, out), int8
+// panels alone. A unit is a row or a panel.
 template <class T> struct Matrix {
-    const T *rows, *panels;
+    const T* rows;
+    const void* panels;
+    const float* scale;
     long units(long N) const { return panels ? panel_count(N) : N; }
     long grain() const { return panels ? 1 : TILE_ROWS; }
     Matrix of(long expert, long N, long K) const {
-        return {rows + expert * N * K, panels ? panels + expert * panel_count(N) * panel_size(K) : nullptr};
+        const long size = scale ? panel_size<int8_t>(K) : panel_size<T>(K) * long(sizeof(T));
+        const char* own = static_cast<const char*>(panels);
+        return {rows ? rows + expert * N * K : nullptr, own ? own + expert * panel_count(N) * size : nullptr,
+                scale ? scale + expert * N : nullptr};
     }
 };
 
-// Units lo…hi of w (N, K) with M tokens; put(n, m, value, count): a float, a vec4 or the first `count` of a vec, for output
-// n and those after it.
+// Units lo…hi of w (N, K) with M tokens, and a bias or null; put(n, m, value, count): a float, a vec4 or the first `count` of
+// a vec, for output n and those after it.
 template <class T, class Put>
-inline void product(Matrix<T> w, long lo, long hi, const float* x, long ldx, long M, long K, long N, Put put) {
-    if (w.panels) panels_dot(w.panels, lo, hi, x, ldx, M, K, [&](long n, long m, vec v) { put(n, m, v, N - n); });
-    else rows_dot(w.rows, K, lo, hi, x, ldx, M, K, [&](long n, long m, auto v) { put(n, m, v, 0); });
+inline void product(Matrix<T> w, const T* bias, long lo, long hi, const float* x, long ldx, long M, long K, long N, Put put) {
+    const auto finished = [&](long n, long m, auto v, long count) {
+        put(n, m, bias ? v + load<decltype(v)>(bias + n, count) : v, count);
+    };
+    if (w.scale)
+        panels_dot(static_cast<const int8_t*>(w.panels), lo, hi, x, ldx, M, K,
+                   [&](long n, long m, vec v) { finished(n, m, v * load<vec>(w.scale + n, N - n), N - n); });
+    else if (w.panels)
+        panels_dot(static_cast<const T*>(w.panels), lo, hi, x, ldx, M, K,
+                   [&](long n, long m, vec v) { finished(n, m, v, N - n); });
+    else
+        rows_dot(w.rows, K, lo, hi, x, ldx, M, K, [&](long n, long m, auto v) { finished(n, m, v, 0); });
 }
 
 template <class T> void linear(const T* x, Matrix<T> w, const T* bias, T* y, long M, long K, long N, int threads) {
     const float* in = widened(x, M, K, 0);
     parallel(threads, M * N * K > WORTH, [&](int part, int parts) {
         Range own = share(w.units(N), part, parts, w.panels ? 1 : 16);
-        product(w, own.lo, own.hi, in, padded(K), M, K, N, [&](long n, long m, auto v, long count) {
-            if (bias) v += load<decltype(v)>(bias + n, count);
-            put(y + m * N + n, v, count);
-        });
+        product(w, bias, own.lo, own.hi, in, padded(K), M, K, N,
+                [&](long n, long m, auto v, long count) { put(y + m * N + n, v, count); });
     });
 }
 
@@ -127,6 +140,7 @@ void experts(const T* x, const int64_t* choice, const float* weight, Matrix<T> u
              long top, long E, long I, long H, int threads) {
     long pairs = tokens * top;
     const long ldx = padded(H), ldi = padded(I);
+    const T* no_bias = nullptr;
     // Pairs grouped by expert; `place` says where each went.
     static thread_local std::vector<long> start, place, list;
     start.assign(E + 1, 0);
@@ -157,7 +171,7 @@ void experts(const T* x, const int64_t* choice, const float* weight, Matrix<T> u
         Range own = share(count * units, part, parts, w.grain());
         for (long at = own.lo; at < own.hi;) {
             const long e = active[at / units], lo = at % units, hi = std::min(units, lo + own.hi - at), first = starts[e];
-            product(w.of(e, N, K), lo, hi, from + first * ld, ld, starts[e + 1] - first, K, N,
+            product(w.of(e, N, K), no_bias, lo, hi, from + first * ld, ld, starts[e + 1] - first, K, N,
                     [&](long n, long m, auto v, long left) { put(first + m, n, v, left); });
             at += hi - lo;
         }

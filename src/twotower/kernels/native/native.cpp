@@ -9,22 +9,23 @@
     else { using T = bf16; call; }
 #define P(x) static_cast<const T*>(x)
 #define Q(x) static_cast<T*>(x)
+#define W_(w) Matrix<T>{P(w), w##_panels, w##_scale}
 
 extern "C" {
-// panels: what `pack_` made of w, or null; so for the others.
-void linear_(int type, const void* x, const void* w, const void* panels, const void* bias, void* y, long M, long K, long N,
-             int threads) {
-    BOTH(linear(P(x), {P(w), P(panels)}, P(bias), Q(y), M, K, N, threads))
+// Of a weight w: as it lies, in panels, and the scales of int8 panels; null where there is none (see `Matrix`).
+void linear_(int type, const void* x, const void* w, const void* w_panels, const float* w_scale, const void* bias, void* y,
+             long M, long K, long N, int threads) {
+    BOTH(linear(P(x), W_(w), P(bias), Q(y), M, K, N, threads))
 }
 
 void pack_(int type, const void* w, void* panels, long matrices, long N, long K, int threads) {
     BOTH(pack(P(w), Q(panels), matrices, N, K, threads))
 }
 
-void experts_(int type, const void* x, const int64_t* choice, const float* weight, const void* up,
-              const void* up_panels, const void* down, const void* down_panels, void* y, long tokens, long top, long E, long I,
-              long H, int threads) {
-    BOTH(experts(P(x), choice, weight, {P(up), P(up_panels)}, {P(down), P(down_panels)}, Q(y), tokens, top, E, I, H, threads))
+void experts_(int type, const void* x, const int64_t* choice, const float* weight, const void* up, const void* up_panels,
+              const float* up_scale, const void* down, const void* down_panels, const float* down_scale, void* y,
+              long tokens, long top, long E, long I, long H, int threads) {
+    BOTH(experts(P(x), choice, weight, W_(up), W_(down), Q(y), tokens, top, E, I, H, threads))
 }
 
 void route_(int type, const void* x, const void* w, const float* bias, int64_t* choice, float* weight, long tokens,
@@ -71,7 +72,8 @@ void append_(int type, long parts, void* const* pools, const void* const* blocks
             if (l >= valid[b] || column >= stride[b]) continue;
             const char* from = static_cast<const char*>(blocks[part]) + t * heads * bytes;
             for (long h = 0; h < heads; h++)
-                std::memcpy(static_cast<char*>(pools[part]) + (start[b] + h * stride[b] + column) * bytes, from + h * bytes, bytes);
+                std::memcpy(static_cast<char*>(pools[part]) + (start[b] + h * stride[b] + column) * bytes, from + h * bytes,
+                            bytes);
         }
 }
 
@@ -89,19 +91,19 @@ void attention_(int type, const void* q, const void* k, const void* v, const uin
 
 // x: the embedded tokens, which become the residual stream. sizes: the integers of `Shape` in its order.
 void tower_(int type, void* x, const int64_t* kinds, const void* const* weights, const void* const* panels,
-            const void* const* inputs, const void* norm_f, void* hidden, const uint8_t* valid, int causal,
-            const int64_t* start, const int64_t* stride, const int64_t* lengths, const int64_t* sizes, float low, float high,
-            float eps, float factor, int threads) {
+            const void* const* scales, const void* const* inputs, const void* norm_f, void* hidden, const uint8_t* valid,
+            int causal, const int64_t* start, const int64_t* stride, const int64_t* lengths, const int64_t* sizes, float low,
+            float high, float eps, float factor, int threads) {
     const int64_t* n = sizes;
     Shape s{n[0], n[1], n[2], n[3], n[4], n[5], {n[6], n[7], n[8], n[9], n[10], low, high, eps}, n[11], n[12], n[13],
             n[14], n[15], n[16], n[17], n[18], n[19], n[20], factor, n[21], eps};
     if (type && s.wide) {
         using T = bf16;
-        tower(static_cast<float*>(x), kinds, weights, panels, inputs, P(norm_f), Q(hidden), valid, causal, start, stride,
-              lengths, s, threads);
+        tower(static_cast<float*>(x), kinds, weights, panels, scales, inputs, P(norm_f), Q(hidden), valid, causal, start,
+              stride, lengths, s, threads);
     } else {
-        BOTH(tower(static_cast<T*>(x), kinds, weights, panels, inputs, P(norm_f), Q(hidden), valid, causal, start, stride,
-                   lengths, s, threads))
+        BOTH(tower(static_cast<T*>(x), kinds, weights, panels, scales, inputs, P(norm_f), Q(hidden), valid, causal, start,
+                   stride, lengths, s, threads))
     }
 }
 }

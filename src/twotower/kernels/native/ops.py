@@ -1,7 +1,7 @@
 """The compiled kernels as functions of tensors, with the signatures of their torch twins.
 
-fp32 and bf16 (widened in registers: bf16 weights cost half the reading, whatever the processor's own bf16
-arithmetic). None builds a graph: under autograd the twins work.
+fp32 and bf16 (widened in registers: bf16 weights cost half the reading, int8 a quarter, whatever the processor's own
+arithmetic for them). None builds a graph: under autograd the twins work.
 """
 
 from __future__ import annotations
@@ -16,6 +16,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from twotower.kernels import experts as torch_experts
+from twotower.kernels import int8
 from twotower.kernels.attention import Cached
 from twotower.kernels.mamba_block import MambaTrace, MambaWeights, empty_trace
 from twotower.kernels.native import library, panels
@@ -34,16 +35,16 @@ FEW, FEW_AT_ONCE, FEW_EMULATED, FEW_PACKED = 48, 128, 512, 2048
 _KINDS = {"i": ctypes.c_int, "l": ctypes.c_long, "f": ctypes.c_float, "p": ctypes.c_void_p}
 # i int, l long, f float, p pointer; each begins with the type (0 fp32, 1 bf16) and ends with the number of threads.
 SIGNATURES = {
-    "linear_": "ippppplll",
+    "linear_": "ipppppplll",
     "pack_": "ipplll",
-    "experts_": "ipppppppp" + "lllll",
+    "experts_": "ippppppppppl" + "llll",
     "route_": "ippppp" + "llllll" + "if",
     "rms_norm_": "iippppp" + "llll" + "if",
     "mamba_block_": "ippppp" + "pppppp" + "p" + "ppppp" + "lllllll" + "fff",
     "fold_": "ipppppppp" + "p" + "lllllll",
     "append_": "ilpppppp" + "llll",
     "choose_": "ipppplll",
-    "tower_": "ippp" + "ppppp" + "ippp" + "p" + "ffff",
+    "tower_": "ippp" + "pppppp" + "ippp" + "p" + "ffff",
     "attention_": "ippppi" + "pppppp" + "lllll",
 }
 
@@ -109,8 +110,20 @@ def linear(x: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
         return F.linear(x, weight, bias)
     x = x.contiguous()
     out = x.new_empty(*x.shape[:-1], weight.shape[0])
-    call("linear_", x, x, weight, packed, bias, out, tokens, width, weight.shape[0])
+    call("linear_", x, x, weight, packed, None, bias, out, tokens, width, weight.shape[0])
     return out
+
+
+def linear_int8(x: Tensor, q: Tensor, scale: Tensor, bias: Tensor | None = None) -> Tensor:
+    """See `kernels.int8.linear`."""
+    width, out = int8.shape(q, scale)[::-1]
+    tokens = x.numel() // width
+    if tokens > few(x.dtype, packed=True) or not q.is_contiguous():
+        return int8.linear(x, q, scale, bias)
+    x = x.contiguous()
+    y = x.new_empty(*x.shape[:-1], out)
+    call("linear_", x, x, None, q, scale.float(), bias, y, tokens, width, out)
+    return y
 
 
 def experts(hidden: Tensor, choice: Tensor, weight: Tensor, up: Tensor, down: Tensor) -> Tensor:
@@ -121,9 +134,21 @@ def experts(hidden: Tensor, choice: Tensor, weight: Tensor, up: Tensor, down: Te
         return torch_experts.experts_sorted(hidden, choice, weight, up, down)
     hidden, choice, weight = hidden.contiguous(), choice.contiguous(), weight.float().contiguous()
     out = torch.empty_like(hidden)
-    call(
-        "experts_", hidden, hidden, choice, weight, up, packed[0], down, packed[1], out, *choice.shape, *up.shape
-    )  # fmt: skip
+    matrices = up, packed[0], None, down, packed[1], None
+    call("experts_", hidden, hidden, choice, weight, *matrices, out, *choice.shape, *up.shape)
+    return out
+
+
+def experts_int8(
+    hidden: Tensor, choice: Tensor, weight: Tensor, up: Tensor, up_scale: Tensor, down: Tensor, down_scale: Tensor
+) -> Tensor:
+    """See `kernels.int8.experts_sorted`."""
+    if choice.numel() > few(hidden.dtype, packed=True) * len(up):
+        return int8.experts_sorted(hidden, choice, weight, up, up_scale, down, down_scale)
+    hidden, choice, weight = hidden.contiguous(), choice.contiguous(), weight.float().contiguous()
+    out = torch.empty_like(hidden)
+    matrices = None, up, up_scale.float(), None, down, down_scale.float()
+    call("experts_", hidden, hidden, choice, weight, *matrices, out, *choice.shape, *int8.shape(up, up_scale))
     return out
 
 

@@ -2,6 +2,7 @@
 // and nothing is summed within vectors. Fast from one token to hundreds. A panel holds, of its rows,
 //   fp32  [in][16]
 //   bf16  [in / 2][16][2], so that a shift and a mask widen two inputs' weights
+//   int8  [in][16]; a scale for each row, not kept here, makes them weights
 // with zeros for rows and inputs that are not there. Every token's result is the same whatever stands beside it: each
 // output is one sum in the order of the inputs.
 #pragma once
@@ -11,14 +12,13 @@ constexpr int PANEL = 16, VECTORS = PANEL / W;       // vectors of a panel
 constexpr int SUMS = W == 16 ? 24 : 12;              // vectors of running sums that fit the registers
 constexpr int TOKENS = W == 16 ? 8 : 6, PANELS = 4;  // of a tile, at most
 
-inline long even(long K) { return (K + 1) / 2 * 2; }
-inline long panel_size(long K) { return even(K) * PANEL; }  // in weights
-inline long panel_count(long N) { return (N + PANEL - 1) / PANEL; }
-
 template <class T> constexpr int STEP = std::is_same_v<T, bf16> ? 2 : 1;  // inputs taken at once
+template <class T> inline long panel_size(long K) { return (K + STEP<T> - 1) / STEP<T> * STEP<T> * PANEL; }  // in weights
+inline long panel_count(long N) { return (N + PANEL - 1) / PANEL; }
 
 // The weights of the inputs k…k + STEP for W outputs.
 inline void widen_panel(const float* p, vec* to) { to[0] = load(p); }
+inline void widen_panel(const int8_t* p, vec* to) { to[0] = load(p); }
 inline void widen_panel(const bf16* p, vec* to) {
     uvec both; std::memcpy(&both, p, sizeof both);
     const uvec first = both << 16, second = both & 0xffff0000u;
@@ -61,13 +61,13 @@ template <class T, class Put>
 inline void panels_dot(const T* w, long lo, long hi, const float* x, long ldx, long M, long K, Put put) {
     if (!M) return;
     const long parts = (M + TOKENS - 1) / TOKENS, most = (M + parts - 1) / parts;  // tiles of about as many tokens each
-    const long at_once = std::min(long(PANELS), SUMS / (VECTORS * most));
+    const long at_once = std::min(long(PANELS), SUMS / (VECTORS * most)), size = panel_size<T>(K);
     vec out[SUMS];
     for (long p = lo; p < hi; p += at_once) {
         const long count = std::min(at_once, hi - p);
         for (long m = 0; m < M; m += most) {
             const long tokens = std::min(most, M - m);
-            tile_of<T>(count, tokens)(w + p * panel_size(K), panel_size(K), x + m * ldx, ldx, K, out);
+            tile_of<T>(count, tokens)(w + p * size, size, x + m * ldx, ldx, K, out);
             for (long r = 0; r < count * VECTORS; r++)
                 for (long i = 0; i < tokens; i++) put(p * PANEL + r * W, m + i, out[r * tokens + i]);
         }
@@ -76,12 +76,12 @@ inline void panels_dot(const T* w, long lo, long hi, const float* x, long ldx, l
 
 // w (matrices, N, K) → panels, matrix after matrix.
 template <class T> void pack(const T* w, T* to, long matrices, long N, long K, int threads) {
-    const long each = panel_count(N);
+    const long each = panel_count(N), size = panel_size<T>(K);
     parallel(threads, true, [&](int part, int parts) {
         Range own = share(matrices * each, part, parts);
         for (long p = own.lo; p < own.hi; p++) {
-            T* panel = to + p * panel_size(K);
-            std::memset(static_cast<void*>(panel), 0, panel_size(K) * sizeof(T));
+            T* panel = to + p * size;
+            std::memset(static_cast<void*>(panel), 0, size * sizeof(T));
             for (long i = 0; i < std::min(long(PANEL), N - p % each * PANEL); i++) {
                 const T* row = w + (p / each * N + p % each * PANEL + i) * K;
                 for (long k = 0; k < K; k++) panel[k / STEP<T> * STEP<T> * PANEL + i * STEP<T> + k % STEP<T>] = row[k];

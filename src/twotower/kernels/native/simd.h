@@ -9,6 +9,9 @@
 #ifdef _OPENMP
 #include <omp.h>
 #endif
+#ifdef __AVX2__
+#include <immintrin.h>
+#endif
 
 #ifdef __AVX512F__
 constexpr int W = 16;
@@ -20,6 +23,8 @@ typedef float vec __attribute__((vector_size(W * 4)));
 typedef int32_t ivec __attribute__((vector_size(W * 4)));
 typedef uint32_t uvec __attribute__((vector_size(W * 4)));
 typedef uint16_t u16vec __attribute__((vector_size(W * 2)));
+typedef int8_t i8vec __attribute__((vector_size(W)));
+typedef int16_t i16vec __attribute__((vector_size(W * 2)));
 
 struct bf16 { uint16_t bits; };
 
@@ -35,7 +40,19 @@ inline vec load(const bf16* p) {  // a bf16 is the upper half of a float
     vec v; std::memcpy(&v, &wide, sizeof v); return v;
 }
 
+inline vec load(const int8_t* p) {  // exact
+#if defined(__AVX512F__)  // compilers make some dozen instructions of the portable form
+    return (vec)_mm512_cvtepi32_ps(_mm512_cvtepi8_epi32(_mm_loadu_si128(reinterpret_cast<const __m128i*>(p))));
+#elif defined(__AVX2__)
+    return (vec)_mm256_cvtepi32_ps(_mm256_cvtepi8_epi32(_mm_loadl_epi64(reinterpret_cast<const __m128i*>(p))));
+#else
+    i8vec v; std::memcpy(&v, p, sizeof v);
+    return __builtin_convertvector(__builtin_convertvector(__builtin_convertvector(v, i16vec), ivec), vec);
+#endif
+}
+
 inline float widen(float x) { return x; }
+inline float widen(int8_t x) { return x; }
 inline float widen(bf16 x) { uint32_t b = uint32_t(x.bits) << 16; float f; std::memcpy(&f, &b, 4); return f; }
 
 inline void store(float* p, vec v) { std::memcpy(p, &v, sizeof v); }

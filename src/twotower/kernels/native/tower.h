@@ -6,8 +6,8 @@
 
 enum Kind { MAMBA, ATTENTION, MOE, MLP };
 
-// What a layer is made of and reads, by place: see `Plan` in model/whole.py. Weights (and copies in panels, null where there
-// is none), then what belongs to this pass.
+// What a layer is made of and reads, by place: see `Plan` in model/whole.py. Weights, panels and scales (null where
+// there is none: see `Matrix`), then what belongs to this pass.
 constexpr int WEIGHTS = 12, INPUTS = 12;
 
 struct Shape {
@@ -38,9 +38,9 @@ inline void mlp(const T* x, Matrix<T> up, const T* up_bias, Matrix<T> down, cons
 }
 
 template <class X, class T>
-void tower(X* x, const int64_t* kinds, const void* const* weights, const void* const* panels, const void* const* inputs,
-           const T* norm_f, T* hidden, const uint8_t* valid, int causal, const int64_t* start, const int64_t* stride,
-           const int64_t* lengths, const Shape& s, int threads) {
+void tower(X* x, const int64_t* kinds, const void* const* weights, const void* const* panels, const void* const* scales,
+           const void* const* inputs, const T* norm_f, T* hidden, const uint8_t* valid, int causal, const int64_t* start,
+           const int64_t* stride, const int64_t* lengths, const Shape& s, int threads) {
     const long tokens = s.rows * s.L, H = s.H, d = s.head_dim;
     const Mamba& m = s.mamba;
     const long inner = m.heads * m.P, C = inner + 2 * m.groups * m.N;
@@ -53,8 +53,10 @@ void tower(X* x, const int64_t* kinds, const void* const* weights, const void* c
     float* chosen = scratch(13, tokens * std::max(s.top, 1L));
     for (long layer = 0; layer < s.layers; layer++) {
         const auto w = [&](int i) { return static_cast<const T*>(weights[layer * WEIGHTS + i]); };
-        const auto matrix = [&](int i) { return Matrix<T>{w(i), static_cast<const T*>(panels[layer * WEIGHTS + i])}; };
         const auto wide = [&](int i) { return static_cast<const float*>(weights[layer * WEIGHTS + i]); };
+        const auto matrix = [&](int i) {
+            return Matrix<T>{w(i), panels[layer * WEIGHTS + i], static_cast<const float*>(scales[layer * WEIGHTS + i])};
+        };
         const auto in = [&](int i) { return const_cast<void*>(inputs[layer * INPUTS + i]); };
         const T *shift = static_cast<T*>(in(0)), *scale = static_cast<T*>(in(1)), *gate = static_cast<T*>(in(2));
         const int kind = int(kinds[layer]);

@@ -1,0 +1,382 @@
+"""int8 weights: arithmetic against its definition, kernels against their twins, loading, everything that generates."""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from command import Result
+from conftest import EVERY_KIND, build_random_model
+from safetensors.torch import load_file, save_file
+from torch import Tensor, nn
+from torch.nn import functional as F
+
+from twotower import GenerationParams, TwoTowerForCausalLM, generate
+from twotower.checkpoint import SINGLE_FILE, tensors
+from twotower.engine import LLM, Request
+from twotower.errors import ArgumentError
+from twotower.kernels import cases, int8, native
+from twotower.kernels.experts import experts_dense
+from twotower.kernels.native import ops
+from twotower.model import whole
+from twotower.model.linear import Int8Linear
+from twotower.quantization import quantization_of, quantize_
+
+CPU = torch.device("cpu")
+BIASES = {"use_bias": True, "mlp_bias": True, "attention_bias": True}
+compiled = pytest.mark.skipif(isinstance(native.library(), str), reason="the kernels are not compiled here")
+
+
+def meant(q: Tensor, scale: Tensor) -> Tensor:
+    """The weights that are stood for, in float64."""
+    return int8.widened(q, scale, torch.float64) * scale.double()[..., None]
+
+
+def as_meant(model: TwoTowerForCausalLM) -> TwoTowerForCausalLM:
+    """A float64 model of plain layers with the weights that an int8 model's stand for."""
+    plain = TwoTowerForCausalLM(model.config).double().eval()
+    own = dict(tensors(model))
+    for name, tensor in tensors(plain):
+        scale = own.get(f"{name}_scale")
+        tensor.data = own[name].double() if scale is None else meant(own[name], scale)
+    return plain
+
+
+# --- quantising -------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float64])
+@pytest.mark.parametrize("shape", [(5, 7), (1, 1), (3, 4, 6), (0, 4)])
+@pytest.mark.parametrize("part", [int8.PART, 10])
+def test_no_weight_moves_by_more_than_half_a_step(
+    shape: tuple[int, ...], dtype: torch.dtype, part: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(int8, "PART", part)  # several parts, the last one short
+    weight = cases.Draw(0, CPU)(*shape).to(dtype)
+    before = weight.clone()
+    q, scale = int8.quantized(weight)
+    assert (q.dtype, int8.shape(q, scale), scale.dtype) == (torch.int8, shape, torch.float32)
+    assert torch.equal(weight, before)
+    if weight.numel():
+        assert ((meant(q, scale) - weight.double()).abs() <= scale[..., None] * 0.5001).all()
+        assert (int8.widened(q, scale, torch.float32).abs().amax(-1) == int8.LEVELS).all()
+
+
+def test_rows_of_zeros_and_what_is_not_finite() -> None:
+    """Zeros stay zeros; a row with an infinity or no number in it never gives a number that looks right."""
+    weight = torch.tensor([[0.0, 0.0], [1e-44, 0.0], [1.0, float("inf")], [float("nan"), 1.0], [2.0, -1.0]])
+    q, scale = int8.quantized(weight)
+    out = int8.linear(torch.ones(1, 2), q, scale)[0]
+    assert out[0] == 0
+    assert abs(out[1]) < 1e-40
+    assert not out[2:4].isfinite().any()
+    assert abs(out[4] - 1) < 0.01
+
+
+# --- the twins, in float64 --------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("bias", [True, False])
+def test_linear_is_a_product_with_the_weights_that_are_meant(bias: bool) -> None:
+    draw = cases.Draw(1, CPU)
+    layer = Int8Linear(nn.Linear(31, 17, bias=bias))  # type: ignore[arg-type]
+    x = draw(2, 3, 31).double()
+    own = None if layer.bias is None else layer.bias.double()
+    expected = F.linear(x, meant(layer.weight, layer.weight_scale), own)
+    torch.testing.assert_close(int8.linear(x, layer.weight, layer.weight_scale, own), expected, rtol=1e-12, atol=1e-12)
+
+
+@pytest.mark.parametrize("backend", [int8.experts_sorted, int8.experts_gathered, int8.experts_grouped])
+@pytest.mark.parametrize(("tokens", "top"), [(0, 2), (1, 2), (3, 1), (19, 3)])
+def test_experts_are_those_of_the_weights_that_are_meant(
+    backend: Callable[..., Tensor], tokens: int, top: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    draw = cases.Draw(2, CPU)
+    up, down = int8.quantized(draw(7, 21, 37)), int8.quantized(draw(7, 37, 21))
+    hidden, weight = draw(tokens, 37).double(), draw(tokens, top).double().abs()
+    choice = draw(tokens, 7).argsort(-1)[:, :top]
+    if backend is int8.experts_grouped:
+        monkeypatch.setattr(torch, "_grouped_mm", grouped)
+    expected = experts_dense(hidden, choice, weight, meant(*up), meant(*down))
+    torch.testing.assert_close(backend(hidden, choice, weight, *up, *down), expected, rtol=1e-11, atol=1e-11)
+
+
+def grouped(x: Tensor, weight: Tensor, offs: Tensor) -> Tensor:
+    """`torch._grouped_mm` as it is defined; the real one takes bf16 on a GPU."""
+    ends = [0, *offs.tolist()]
+    return torch.cat([x[a:b] @ w for a, b, w in zip(ends, ends[1:], weight, strict=False)])
+
+
+@pytest.mark.parametrize("pattern", ["M", "*", "E", "-", EVERY_KIND])
+def test_a_model_in_float64_computes_with_the_weights_that_are_meant(pattern: str) -> None:
+    model = quantize_(build_random_model(pattern, dtype=torch.float64, **BIASES))
+    plain = as_meant(model)
+    tokens = torch.randint(4, 60, (2, 40), generator=torch.Generator().manual_seed(0))
+    outs = []
+    for each in (model, plain):
+        with torch.no_grad():
+            state = each.new_state(2, 60)
+            logits = each.extend(tokens, state)
+            draft = each.denoise(tokens[:, :6], torch.tensor([1.0, 0.3]), each.reader(state).view())
+        outs.append((logits, draft, each(tokens).logits))
+    for mine, twin in zip(*outs, strict=True):
+        torch.testing.assert_close(mine, twin, rtol=1e-9, atol=1e-9)
+
+
+# --- the compiled kernels ---------------------------------------------------------------------------------------------
+
+
+@compiled
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("tokens", [0, 1, 2, 3, 4, 5, 7, 16, 47, 64, ops.FEW_PACKED, ops.FEW_PACKED + 1])
+@pytest.mark.parametrize(("width", "out"), [(1, 1), (15, 17), (64, 3), (200, 50), (352, 6)])
+def test_linear_of_any_size(tokens: int, width: int, out: int, dtype: torch.dtype) -> None:
+    draw = cases.Draw(3, CPU)
+    x, (q, scale), bias = draw(2, tokens, width).to(dtype)[:1], int8.quantized(draw(out, width)), draw(out).to(dtype)
+    expected = F.linear(x.double(), meant(q, scale), bias.double())
+    tolerance = 1e-4 if dtype == torch.float32 else 4e-2
+    torch.testing.assert_close(ops.linear_int8(x, q, scale, bias).double(), expected, rtol=tolerance, atol=tolerance)
+
+
+@compiled
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_a_tokens_result_does_not_depend_on_its_neighbours(dtype: torch.dtype) -> None:
+    """Bit for bit, whatever tile it falls into."""
+    draw = cases.Draw(4, CPU)
+    x, bias = draw(48, 300).to(dtype), draw(71).to(dtype)
+    q, scale = int8.quantized(draw(71, 300))
+    together = ops.linear_int8(x, q, scale, bias)
+    for count in (1, 2, 3, 4, 5, 7, 16):
+        for start in (0, 5):
+            some = slice(start, start + count)
+            assert torch.equal(ops.linear_int8(x[some], q, scale, bias), together[some])
+
+
+@compiled
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("length", [1, 3, 5, 16])
+def test_a_tower_in_one_call_is_its_layers(length: int, dtype: torch.dtype, monkeypatch: pytest.MonkeyPatch) -> None:
+    model = quantize_(build_random_model(EVERY_KIND, dtype=dtype, **BIASES))
+    tokens = torch.randint(4, 60, (3, 30), generator=torch.Generator().manual_seed(0))
+    outs = []
+    for at_once in (True, False):
+        if not at_once:
+            monkeypatch.setattr(whole, "run", lambda *_: None)
+        with torch.no_grad():
+            state = model.new_state(3, 60)
+            model.prefill(tokens[:, :12], torch.tensor([12, 7, 0]), state)
+            logits = model.extend(tokens[:, 12 : 12 + length], state, torch.tensor([length, 1, 0]))
+            draft = model.denoise(tokens[:, -length:], torch.tensor([1.0, 0.5, 0.2]), model.reader(state).view())
+        outs.append((logits, draft))
+    for mine, twin in zip(*outs, strict=True):
+        assert torch.equal(mine, twin) or dtype == torch.float32
+        torch.testing.assert_close(mine, twin, rtol=1e-5, atol=1e-5)
+
+
+@compiled
+def test_a_quantised_tower_does_run_in_one_call() -> None:
+    """Also where only some of it is int8; and not with scales of another type."""
+    model = build_random_model(EVERY_KIND, dtype=torch.float32)
+    tower, tokens = model.context, torch.tensor([[5, 6, 7]])
+
+    def ran() -> bool:
+        with torch.no_grad():
+            return whole.run(tower, tower.embed(tokens), whole.Visibility(), None, None, False) is not None
+
+    assert ran()
+    quantize_(tower.layers[0])
+    assert ran()
+    quantize_(model)
+    assert ran()
+    layer = tower.layers[EVERY_KIND.index("M")].mixer.in_proj
+    layer.weight_scale = layer.weight_scale.double()
+    assert not ran()
+
+
+@compiled
+@pytest.mark.parametrize("name", ["linear_int8", "experts_int8"])
+def test_a_wrong_int8_kernel_costs_only_int8_towers(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    real = whole.select
+
+    def select(op: str, *arguments: Any) -> Any:
+        backend = real(op, *arguments)
+        return dataclasses.replace(backend, name="torch") if op == name else backend
+
+    monkeypatch.setattr(whole, "select", select)
+    with torch.no_grad():
+        model = build_random_model(EVERY_KIND)
+        assert whole.serves(model.context)
+        assert not whole.serves(quantize_(model).context)
+
+
+# --- what is quantised, and what moving it does -----------------------------------------------------------------------
+
+
+def test_only_large_products_are() -> None:
+    model = quantize_(build_random_model(EVERY_KIND))
+    kept = {name.split("mixer.")[-1] for name, tensor in tensors(model) if tensor.dtype == torch.int8}
+    assert kept == {
+        "in_proj.weight", "out_proj.weight", "q_proj.weight", "k_proj.weight", "v_proj.weight", "o_proj.weight",
+        "experts.up_proj", "experts.down_proj", "shared_experts.up_proj.weight", "shared_experts.down_proj.weight",
+        "up_proj.weight", "down_proj.weight", "context.head.weight", "denoiser.head.weight",
+    }  # fmt: skip
+    assert all(not tensor.is_floating_point() or tensor.dtype == torch.float32 for _, tensor in tensors(model))
+    assert quantization_of(model) == model.quantization == "int8"
+    assert quantization_of(build_random_model("M")) == "none"
+
+
+def test_layers_that_are_shared_stay_shared() -> None:
+    model = build_random_model(EVERY_KIND)
+    model.denoiser.head = model.context.head
+    quantize_(model)
+    assert model.denoiser.head is model.context.head
+    assert isinstance(model.context.head, Int8Linear)
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float64])
+def test_another_dtype_leaves_the_quantised_weights(dtype: torch.dtype) -> None:
+    model = quantize_(build_random_model(EVERY_KIND))
+    before = {name: tensor.clone() for name, tensor in tensors(model)}
+    model.to(dtype)
+    assert model.dtype == dtype
+    for name, tensor in tensors(model):
+        if before[name].dtype == torch.int8:
+            assert torch.equal(tensor, before[name])
+        elif name.endswith("_scale"):
+            assert tensor.dtype == torch.promote_types(dtype, torch.float32)
+            assert torch.equal(tensor.float(), before[name])
+
+
+def test_towers_move_with_their_scales() -> None:
+    model = quantize_(build_random_model(EVERY_KIND)).place_towers_on_devices("cpu", "meta")
+    for name, tensor in tensors(model):
+        assert tensor.device.type == ("cpu" if name.startswith("context.") else "meta"), name
+
+
+# --- loading ----------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("name", ["tiny-hybrid", "tiny-groups"])
+@pytest.mark.parametrize("dtype", ["auto", "bfloat16", "float32", "float64"])
+def test_a_checkpoint_is_quantised_as_it_is_read(golden_dir: Path, name: str, dtype: str) -> None:
+    """From what is stored, not from what the dtype makes of it."""
+    loaded = TwoTowerForCausalLM.from_pretrained(golden_dir / name, dtype=dtype, quantization="int8")
+    stored = quantize_(TwoTowerForCausalLM.from_pretrained(golden_dir / name, dtype="float64"))
+    plain = TwoTowerForCausalLM.from_pretrained(golden_dir / name, dtype=dtype)
+    assert loaded.quantization == "int8"
+    assert loaded.dtype == plain.dtype
+    own, widest = dict(tensors(plain)), dict(tensors(stored))
+    for key, tensor in tensors(loaded):
+        if tensor.dtype == torch.int8 or key.endswith("_scale"):
+            assert torch.equal(tensor.double(), widest[key].double()), key
+        else:
+            assert tensor.dtype == own[key].dtype
+            assert torch.equal(tensor, own[key]), key
+
+
+def test_a_context_tower_alone(golden_dir: Path) -> None:
+    both = TwoTowerForCausalLM.from_pretrained(golden_dir / "tiny-hybrid", quantization="int8")
+    alone = TwoTowerForCausalLM.from_pretrained(golden_dir / "tiny-hybrid", quantization="int8", towers="context")
+    assert alone.denoiser is None
+    expected = {name: tensor for name, tensor in tensors(both) if name.startswith("context.")}
+    assert dict(tensors(alone)).keys() == expected.keys()
+    assert all(torch.equal(tensor, expected[name]) for name, tensor in tensors(alone))
+
+
+def test_a_damaged_checkpoint_is_told_as_ever(golden_dir: Path, tmp_path: Path) -> None:
+    stored = load_file(golden_dir / "tiny-hybrid" / SINGLE_FILE)
+    name = next(name for name in stored if name.endswith("in_proj.weight"))
+    (tmp_path / "config.json").write_text((golden_dir / "tiny-hybrid" / "config.json").read_text())
+    for change in ({name: stored[name][1:].clone()}, {f"{name}_scale": torch.ones(3)}):
+        save_file(stored | change, tmp_path / SINGLE_FILE)
+        with pytest.raises(ValueError, match=next(iter(change))):
+            TwoTowerForCausalLM.from_pretrained(tmp_path, quantization="int8")
+
+
+def test_refusals(golden_dir: Path, tmp_path: Path) -> None:
+    with pytest.raises(ArgumentError, match="quantization is 'int4'; choose none or int8"):
+        TwoTowerForCausalLM.from_pretrained(golden_dir / "tiny-hybrid", quantization="int4")
+    model = TwoTowerForCausalLM.from_pretrained(golden_dir / "tiny-hybrid", quantization="int8")
+    with pytest.raises(ArgumentError, match="int8, which checkpoints do not hold; keep the one that"):
+        model.save_pretrained(tmp_path / "made")
+    assert not (tmp_path / "made").exists()
+    with pytest.raises(ArgumentError, match="int8 weights do not train; load the model without quantization"):
+        model.train()
+    assert not model.training
+
+
+# --- everything that generates ----------------------------------------------------------------------------------------
+
+PROMPTS = [[5, 9, 11], [7] * 20, [8, 30, 31, 32, 33, 34, 35]]
+MODES: dict[str, dict[str, Any]] = {
+    "ar": {},
+    "mock_ar": {},
+    "diffusion": {"block_size": 8, "confidence_threshold": 0.6},
+    "verified": {"block_size": 8},
+}
+
+
+def written(model: TwoTowerForCausalLM, prompts: list[list[int]], mode: str, **given: Any) -> list[list[int]]:
+    params = GenerationParams.of(mode=mode, max_new_tokens=24, **{**MODES[mode], **given})
+    return [row.tokens for row in generate(model, prompts, params)]
+
+
+@pytest.mark.parametrize("mode", MODES)
+def test_text_is_that_of_the_weights_that_are_meant(mode: str) -> None:
+    model = quantize_(build_random_model(EVERY_KIND, dtype=torch.float64))
+    assert written(model, PROMPTS, mode) == written(as_meant(model), PROMPTS, mode)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
+@pytest.mark.parametrize("temperature", [0.0, 0.8])
+def test_verified_text_is_ar_text(dtype: torch.dtype, temperature: float) -> None:
+    model = quantize_(build_random_model(EVERY_KIND, dtype=dtype))
+    given = {"temperature": temperature, "seed": [1, 2, 3]}
+    assert written(model, PROMPTS, "verified", **given) == written(model, PROMPTS, "ar", **given)
+
+
+@pytest.mark.parametrize("mode", MODES)
+def test_a_row_of_the_engine_gets_what_it_gets_alone(mode: str) -> None:
+    model = quantize_(build_random_model(EVERY_KIND))
+    params = GenerationParams.of(mode=mode, max_new_tokens=24, **MODES[mode])
+    llm = LLM(model, rows=3, length=64)
+    outputs = llm.generate([Request(prompt, params) for prompt in PROMPTS])
+    assert [out.tokens for out in outputs] == [written(model, [prompt], mode)[0] for prompt in PROMPTS]
+
+
+def test_the_bundled_model_says_the_same_in_ar(cli: Callable[..., Result]) -> None:
+    prompt = "User: I want to book a table for two in San Jose.\nAssistant:"
+    outs = [
+        json.loads(cli("generate", prompt, "--mode", "ar", "-n", "24", "--json", *more).out)
+        for more in ((), ("--quantization", "int8"))
+    ]
+    assert [out["quantization"] for out in outs] == ["none", "int8"]
+    assert outs[0]["text"] == outs[1]["text"]
+
+
+# --- command line -----------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("verb", ["generate", "serve", "bench", "eval", "batch", "report"])
+def test_every_verb_that_loads_takes_it(verb: str, cli: Callable[..., Result]) -> None:
+    assert "--quantization [none|int8]" in cli(verb, "--help").out
+    result = cli(verb, "--quantization", "int3")
+    assert result.code == 2
+    assert "int3" in result.err
+
+
+def test_info_counts_what_loading_allocates(cli: Callable[..., Result], golden_dir: Path) -> None:
+    facts = json.loads(cli("info", golden_dir / "tiny-hybrid", "--json").out)
+    loaded = TwoTowerForCausalLM.from_pretrained(golden_dir / "tiny-hybrid", dtype="bfloat16", quantization="int8")
+    assert facts["memory"]["int8"]["both"] == sum(tensor.nbytes for _, tensor in tensors(loaded))
+
+
+def test_the_released_model_fits_eighty_gigabytes(cli: Callable[..., Result], golden_dir: Path) -> None:
+    memory = json.loads(cli("info", golden_dir / "released" / "config.json", "--json").out)["memory"]
+    assert 59 * 2**30 < memory["int8"]["both"] < 60 * 2**30
+    assert memory["int8"]["both"] < 0.51 * memory["bfloat16"]["both"]
