@@ -103,29 +103,37 @@ void attention(const T* q, const T* k, const T* v, const uint8_t* valid, int cau
             std::fill(seen.total, seen.total + Q + Q * ld, 0.0f);
             for (long t = task.from; t < task.to; t += CHUNK) {
                 const long n = std::min(CHUNK, task.to - t), past = std::min(std::max(length - t, 0L), n);
-                const long begin = t + past - length;  // of its own keys
-                const T *past_values = past ? past_v + (base + t) * D : nullptr, *values = own_v + begin * wide;
-                if (past) turn(past_k + (base + t) * D, D, past, D, turned, LD_CHUNK);
-                turn(own_k + begin * wide, wide, n - past, D, turned + past, LD_CHUNK);
+                const long begin = std::max(t - length, 0L);  // of its own keys
+                const T *keys = own_k + begin * wide, *values = own_v + begin * wide;
+                const T *past_keys = past_k + (base + t) * D, *past_values = past_v + (base + t) * D;
+                if (Q > FEW_ROWS) {
+                    turn(past_keys, D, past, D, turned, LD_CHUNK);
+                    turn(keys, wide, n - past, D, turned + past, LD_CHUNK);
+                }
                 for (long m = 0; m < Q; m += TILE) {
                     const long M = std::min(long(TILE), Q - m), last = m % L + M <= L ? m % L + M - 1 : L - 1;
-                    const long keys = std::max(causal ? std::min(n - past, last + 1 - begin) : n - past, 0L);
-                    weigh_all(queries + m * ld, ld, 1, turned, LD_CHUNK, D, M, whole(past + keys), scores, LD_CHUNK, true);
+                    const long near = std::max(causal ? std::min(n - past, last + 1 - begin) : n - past, 0L);
+                    if (Q > FEW_ROWS) {
+                        weigh_all(queries + m * ld, ld, 1, turned, LD_CHUNK, D, M, whole(past + near), scores, LD_CHUNK, true);
+                    } else {
+                        few_products(queries, ld, Q, past_keys, D, past, D, scores, LD_CHUNK);
+                        few_products(queries, ld, Q, keys, wide, near, D, scores + past, LD_CHUNK);
+                    }
                     if (masked)
                         for (long i = 0; i < M; i++) {
                             const long l = (m + i) % L;
                             const float limit = causal ? float(l) : float(L);
                             float *row = scores + i * LD_CHUNK + past, *itself = row + l - begin;
-                            const bool here = l >= begin && l < begin + keys;
+                            const bool here = l >= begin && l < begin + near;
                             const float kept = here ? *itself : 0;
-                            for (long r = 0; r < keys; r += W)
+                            for (long r = 0; r < near; r += W)
                                 store(row + r, load(place + begin + r) > limit ? splat(-INFINITY) : load(row + r));
                             if (here) *itself = kept;
                         }
                     const Seen tile{seen.most + m, seen.total + m, seen.acc + m * ld};
-                    soften(scores, past + keys, M, D, tile, ld);
+                    soften(scores, past + near, M, D, tile, ld);
                     weigh_all(scores, LD_CHUNK, 1, past_values, D, past, M, D, tile.acc, ld, false);
-                    weigh_all(scores + past, LD_CHUNK, 1, values, wide, keys, M, D, tile.acc, ld, false);
+                    weigh_all(scores + past, LD_CHUNK, 1, values, wide, near, M, D, tile.acc, ld, false);
                 }
             }
             if (alone)

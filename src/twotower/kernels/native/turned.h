@@ -112,9 +112,8 @@ template <class T> inline void turn(const T* x, long ldx, long n, long D, float*
         }
 }
 
-// out[m][r] = Σ_d w[m][d] · x[r][d] for M rows of w and n rows of x, turned around on the way and not kept.
 template <int M, class T>
-inline void products_of_few(const float* w, long ldw, const T* x, long ldx, long n, long D, float* out, long ld) {
+inline void few_products(const float* w, long ldw, const T* x, long ldx, long n, long D, float* out, long ld) {
     for (long r = 0; r < n; r += W) {
         vec acc[M] = {};
         for (long d = 0; d < D; d += W) {
@@ -132,15 +131,21 @@ inline void products_of_few(const float* w, long ldw, const T* x, long ldx, long
     }
 }
 
-constexpr long FEW_ROWS = 3;  // for which x is not worth keeping turned around
+constexpr long FEW_ROWS = 3;  // for which x need not be kept turned around
 
-// The same for any M; turned (D, ldt) is room for that.
+// out[m][r] = Σ_d w[m][d] · x[r][d] for M ≤ FEW_ROWS rows of w and n rows of x; `out` is written to the end of a vector.
+template <class T>
+inline void few_products(const float* w, long ldw, long M, const T* x, long ldx, long n, long D, float* out, long ld) {
+    if (M == 1) few_products<1>(w, ldw, x, ldx, n, D, out, ld);
+    if (M == 2) few_products<2>(w, ldw, x, ldx, n, D, out, ld);
+    if (M == 3) few_products<3>(w, ldw, x, ldx, n, D, out, ld);
+}
+
+// The same, to the bit, for any M; turned (D, ldt) is room for x turned around.
 template <class T>
 inline void products(const float* w, long ldw, long M, const T* x, long ldx, long n, long D, float* out, long ld,
                      float* turned, long ldt) {
-    if (M == 1) return products_of_few<1>(w, ldw, x, ldx, n, D, out, ld);
-    if (M == 2) return products_of_few<2>(w, ldw, x, ldx, n, D, out, ld);
-    if (M == 3) return products_of_few<3>(w, ldw, x, ldx, n, D, out, ld);
+    if (M <= FEW_ROWS) return few_products(w, ldw, M, x, ldx, n, D, out, ld);
     turn(x, ldx, n, D, turned, ldt);
     weigh_all(w, ldw, 1, turned, ldt, D, M, whole(n), out, ld, true);
 }
