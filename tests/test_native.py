@@ -428,9 +428,11 @@ def test_a_query_is_the_same_alone_and_in_any_company(causal: bool) -> None:
 
 
 SIZES = [
-    cases.Sizes(heads=2, groups=1, width=5, state=3, taps=2), cases.Sizes(heads=6, groups=2, width=64, state=32, taps=4),
-    cases.Sizes(heads=4, groups=2, width=20, state=17, taps=4), cases.Sizes(heads=2, groups=2, width=48, state=40, taps=5),
-]  # fmt: skip
+    cases.Sizes(heads=2, groups=1, width=5, state=3, taps=2),
+    cases.Sizes(heads=6, groups=2, width=64, state=32, taps=4),
+    cases.Sizes(heads=4, groups=2, width=20, state=17, taps=4),
+    cases.Sizes(heads=2, groups=2, width=48, state=40, taps=5),
+]
 
 
 @pytest.mark.parametrize("dtype", NARROW)
