@@ -18,8 +18,9 @@ from torch.utils.flop_counter import FlopCounterMode
 
 from twotower import kernels
 from twotower.kernels import CATALOGUE, Backend, cases, native
+from twotower.kernels.attention import Cached
 from twotower.kernels.native import ops
-from twotower.kernels.verification import disagreement
+from twotower.kernels.verification import Case, disagreement
 from twotower.model import whole
 from twotower.model.coupling import Visibility
 from twotower.model.linear import Linear
@@ -350,3 +351,133 @@ def test_a_pass_longer_than_a_chunk_is_the_chunked_scan(length: int, monkeypatch
         outs.append([*logits, *state._tensors()])
     for mine, twin in zip(*outs, strict=True):
         torch.testing.assert_close(mine, twin, rtol=1e-4, atol=1e-4)
+
+
+# --- shapes that take a path of their own -----------------------------------------------------------------------------
+
+# Head widths with and without whole vectors, on either side of 16 and of 32; groups of one and of several.
+HEADS = [(1, 1, 5), (6, 2, 16), (4, 2, 40), (6, 2, 32), (8, 8, 64)]
+
+
+def attention_arguments(
+    length: int, heads: int, shared: int, width: int, contexts: tuple[int, ...], ragged: bool = False
+) -> tuple[Any, ...]:
+    """Of `ops.attention` but `causal`: a row for each context, anywhere in a pool."""
+    draw = cases.Draw(11, CPU)
+    rows, longest = len(contexts), max(contexts)
+    pool = draw(2, rows * shared * (longest + 3) + 1, width)
+    start = torch.arange(rows).flip(0) * shared * (longest + 3)
+    cached = Cached(
+        pool[0], pool[1], start, torch.full((rows,), longest + 3), torch.tensor(contexts), longest, 0
+    )  # fmt: skip
+    q, k, v = draw(rows, length, heads, width), draw(rows, length, shared, width), draw(rows, length, shared, width)
+    valid = None
+    if ragged:  # padding on the right, on the left, and everywhere
+        place = torch.arange(length)
+        valid = torch.stack([place < length - 1, place > length // 2, place < 0])[torch.arange(rows) % 3]
+    return q, k, v, valid, cached
+
+
+@pytest.mark.parametrize("dtype", NARROW)
+@pytest.mark.parametrize(("causal", "ragged"), [(True, False), (False, False), (True, True), (False, True)])
+@pytest.mark.parametrize("length", [1, 2, 9, 16, 33])
+@pytest.mark.parametrize(("heads", "shared", "width"), HEADS)
+def test_attention_of_any_shape(
+    heads: int, shared: int, width: int, length: int, causal: bool, ragged: bool, dtype: torch.dtype
+) -> None:
+    """Contexts of nothing, within and just beyond a turn of the softmax and a task, and several of them."""
+    contexts = (0, 7, 250, 256, 1024, 1025, 2300)
+    q, k, v, valid, cached = attention_arguments(length, heads, shared, width, contexts, ragged)
+    q, k, v = (part.to(dtype) for part in (q, k, v))
+    cached = cached._replace(k=cached.k.to(dtype), v=cached.v.to(dtype))
+    wide = cached._replace(k=cached.k.double(), v=cached.v.double())
+    expected = kernels.attention.attention(q.double(), k.double(), v.double(), valid, causal, wide)
+    tolerance = 2e-5 if dtype == torch.float32 else 2e-2
+    found = ops.attention(q, k, v, valid, causal, cached).double()
+    torch.testing.assert_close(found, expected, rtol=tolerance, atol=tolerance)
+
+
+def test_attention_within_a_block_longer_than_a_turn() -> None:
+    """Where a query sees none of the first keys, and where its own come after them."""
+    q, k, v, _, _ = attention_arguments(300, 3, 1, 24, (0, 0, 0))
+    for causal in (True, False):
+        for first in (0, 270, 299):
+            valid = (torch.arange(300) >= first).expand(3, -1)
+            expected = kernels.attention.attention(q.double(), k.double(), v.double(), valid, causal)
+            found = ops.attention(q, k, v, valid, causal).double()
+            torch.testing.assert_close(found, expected, rtol=2e-5, atol=2e-5)
+
+
+@pytest.mark.parametrize("causal", [True, False])
+def test_a_query_is_the_same_alone_and_in_any_company(causal: bool) -> None:
+    """Bit for bit: beside other rows, longer contexts, and padding that makes its block wider."""
+    q, k, v, _, cached = attention_arguments(33, 6, 2, 32, (0, 40, 250, 1100))
+    lengths = torch.tensor([33, 1, 16, 7])
+    valid = torch.arange(33) < lengths[:, None]
+    together = ops.attention(q, k, v, valid, causal, cached)
+    for row, length in enumerate(lengths.tolist()):
+        own = cached._replace(
+            start=cached.start[row : row + 1], stride=cached.stride[row : row + 1],
+            lengths=cached.lengths[row : row + 1], width=int(cached.lengths[row]),
+        )  # fmt: skip
+        alone = ops.attention(*(part[row : row + 1, :length] for part in (q, k, v)), None, causal, own)
+        assert torch.equal(alone[0], together[row, :length])
+        if causal and length > 1:  # nor do later tokens change it
+            first = ops.attention(*(part[row : row + 1, :1] for part in (q, k, v)), None, causal, own)
+            assert torch.equal(first[0, 0], together[row, 0])
+
+
+SIZES = [
+    cases.Sizes(heads=2, groups=1, width=5, state=3, taps=2),
+    cases.Sizes(heads=6, groups=2, width=64, state=32, taps=4),
+    cases.Sizes(heads=4, groups=2, width=20, state=17, taps=4),
+    cases.Sizes(heads=2, groups=2, width=48, state=40, taps=5),
+]
+
+
+@pytest.mark.parametrize("dtype", NARROW)
+@pytest.mark.parametrize("length", [1, 3, 4, 8, 16, 21, 70])
+@pytest.mark.parametrize("sizes", SIZES)
+def test_a_mamba_block_of_any_shape(sizes: cases.Sizes, length: int, dtype: torch.dtype) -> None:
+    """Into a state and from none, ragged or not, and the state after it."""
+    projected, valid, window, state, weights = cases.block_arguments(sizes, length, CPU, dtype)
+    for seen, past, before in ((valid, window, state), (None, window, state), (None, None, None)):
+        case = Case("any shape", lambda a=(projected, seen, past, before, weights): a)
+        assert disagreement(ops.mamba_block, kernels.mamba_block.mamba_block, [case]) is None
+    case = Case("any shape", lambda: cases.fold_arguments(sizes, length, CPU, dtype))
+    assert disagreement(ops.fold, kernels.mamba_block.fold, [case]) is None
+
+
+def test_a_mamba_token_is_the_same_alone_and_in_any_company() -> None:
+    """Bit for bit: beside other rows, more tokens after it, and padding."""
+    projected, valid, window, state, weights = cases.block_arguments(SIZES[1], 21, CPU, torch.float32)
+    together, _ = ops.mamba_block(projected, valid, window, state, weights)
+    for row, length in enumerate(valid.sum(1).tolist()):
+        for count in {min(length, 1), min(length, 8), length} - {0}:
+            part = slice(row, row + 1)
+            alone, _ = ops.mamba_block(projected[part, :count], None, window[part], state[part], weights)
+            assert torch.equal(alone[0], together[row, :count])
+
+
+def test_strong_and_weak_decay() -> None:
+    """Heads that forget all within a token, whose exponentials leave what fp32 holds, beside those that keep all."""
+    projected, _, window, state, weights = cases.block_arguments(SIZES[1], 16, CPU, torch.float32)
+    weights = weights._replace(A_log=torch.tensor([8.0, 5.0, 0.0, -3.0, -8.0, 2.0]), time_step_limit=(0.0, torch.inf))
+    width = weights.heads
+    for shift in (-60.0, -20.0, 0.0, 15.0, 60.0):  # steps from nothing to long ones
+        moved = torch.cat([projected[..., :-width], projected[..., -width:] + shift], -1)
+        case = Case("decay", lambda a=(moved, None, window, state, weights): a)
+        assert disagreement(ops.mamba_block, kernels.mamba_block.mamba_block, [case]) is None
+
+
+@pytest.mark.parametrize("dtype", NARROW)
+@pytest.mark.parametrize("size", [1, 5, 16, 17, 100])
+def test_choosing_in_any_vocabulary(size: int, dtype: torch.dtype) -> None:
+    """Each token in turn left out, so that the best, the last and the only others are; ties go to the lowest id."""
+    if size > 1:
+        logits = (cases.Draw(12, CPU)(size, 3, size) * 2).round().to(dtype)
+        case = Case("any vocabulary", lambda: (logits, torch.arange(size)))
+        assert disagreement(ops.choose, kernels.greedy.choose, [case]) is None
+    tokens, sure = ops.choose(torch.zeros(1, 2, size, dtype=dtype), torch.tensor([-1]))
+    assert tokens.tolist() == [[0, 0]]
+    torch.testing.assert_close(sure, torch.full((1, 2), 1 / size))

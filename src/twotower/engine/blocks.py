@@ -144,8 +144,9 @@ def unmask(rows: Sequence[Row], seen: Pass) -> Tensor:
     while asked:
         members = asked.pop()
         places = placed(members, out.device)
+        own = seen if len(members) == len(rows) else Pass(*(field[places] for field in seen[:-1]))
         try:
-            out[places] = _ask([rows[i] for i in members], Pass(*(field[places] for field in seen[:-1])))
+            out[places] = _ask([rows[i] for i in members], own)
         except Exception as error:  # a policy may be a caller's own
             if len(members) > 1:
                 asked += [[i] for i in members]

@@ -1,6 +1,6 @@
 // The most probable token of each position and its probability, in one read of the logits.
 #pragma once
-#include "simd.h"
+#include "matmul.h"
 
 // logits (positions, V); token excluded[position / each] is left out (−1: none). Of equal logits the lowest id wins.
 template <class T>
@@ -8,30 +8,27 @@ void choose(const T* logits, const int64_t* excluded, int64_t* tokens, float* co
             int threads) {
     parallel(threads, positions * V > (1 << 14), [&](int part, int parts) {
         Range own = share(positions, part, parts);
+        float* row = scratch(0, V + W);
         for (long i = own.lo; i < own.hi; i++) {
-            const T* row = logits + i * V;
+            widened(logits + i * V, V, row);
+            store(row + V, splat(-INFINITY));  // to the end of a vector
             const long out = excluded[i / each];
+            if (out >= 0 && out < V) row[out] = -INFINITY;
             vec most = splat(-INFINITY);
-            long v = 0;
-            for (; v + W <= V; v += W) {
-                vec x = load(row + v);
-                if (out >= v && out < v + W) x[out - v] = -INFINITY;
+            ivec place = {};  // of a lane's greatest the first vector that has it
+            for (long v = 0; v < V; v += W) {
+                const vec x = load(row + v);
+                place = x > most ? ivec{} + int32_t(v) : place;
                 most = x > most ? x : most;
             }
-            float best = -INFINITY;
-            for (int l = 0; l < W; l++) best = std::max(best, most[l]);
-            for (; v < V; v++) if (v != out) best = std::max(best, widen(row[v]));
+            const float best = greatest(most);
+            int64_t token = V;
+            for (int l = 0; l < W; l++)
+                if (most[l] == best) token = std::min(token, int64_t(place[l]) + l);
             vec total = {};
-            for (v = 0; v + W <= V; v += W) {
-                vec x = load(row + v);
-                if (out >= v && out < v + W) x[out - v] = -INFINITY;
-                total += exp(x - best);
-            }
-            float sum_ = sum(total);
-            for (; v < V; v++) if (v != out) sum_ += std::exp(widen(row[v]) - best);
-            for (v = 0; v < V && (v == out || widen(row[v]) != best); v++) {}
-            tokens[i] = v < V ? v : 0;
-            confidence[i] = 1.0f / sum_;
+            for (long v = 0; v < V; v += W) total += exp(load(row + v) - best);
+            tokens[i] = token < V ? token : 0;
+            confidence[i] = 1.0f / sum(total);
         }
     });
 }

@@ -30,6 +30,12 @@ struct bf16 { uint16_t bits; };
 
 typedef float vec4 __attribute__((vector_size(16)));  // results of four neighbouring weight rows
 
+#ifdef __AVX512F__
+constexpr vec COUNT = {0, 1, 2, 3, 4, 5, 6, 7, 8, 9, 10, 11, 12, 13, 14, 15};
+#else
+constexpr vec COUNT = {0, 1, 2, 3, 4, 5, 6, 7};
+#endif
+
 inline vec splat(float x) { return x - vec{}; }
 
 inline vec load(const float* p) { vec v; std::memcpy(&v, p, sizeof v); return v; }
@@ -70,16 +76,29 @@ inline void store(bf16* p, vec v) {
     std::memcpy(p, &half, sizeof half);
 }
 
+template <class T> inline vec rounded(vec v) {  // to what a T holds
+    T as[W];
+    store(as, v);
+    return load(as);
+}
+
 // Lane sums of n ≤ W vectors (a power of two) at once: halving by neighbouring lanes, so that a vector's sum is the same
 // whatever stands beside it.
-inline vec neighbours(vec a, vec b) {
+inline vec evens(vec a, vec b) {
 #ifdef __AVX512F__
-    return __builtin_shufflevector(a, b, 0, 2, 4, 6, 8, 10, 12, 14, 16, 18, 20, 22, 24, 26, 28, 30) +
-           __builtin_shufflevector(a, b, 1, 3, 5, 7, 9, 11, 13, 15, 17, 19, 21, 23, 25, 27, 29, 31);
+    return __builtin_shufflevector(a, b, 0, 2, 4, 6, 8, 10, 12, 14, 16, 18, 20, 22, 24, 26, 28, 30);
 #else
-    return __builtin_shufflevector(a, b, 0, 2, 4, 6, 8, 10, 12, 14) + __builtin_shufflevector(a, b, 1, 3, 5, 7, 9, 11, 13, 15);
+    return __builtin_shufflevector(a, b, 0, 2, 4, 6, 8, 10, 12, 14);
 #endif
 }
+inline vec odds(vec a, vec b) {
+#ifdef __AVX512F__
+    return __builtin_shufflevector(a, b, 1, 3, 5, 7, 9, 11, 13, 15, 17, 19, 21, 23, 25, 27, 29, 31);
+#else
+    return __builtin_shufflevector(a, b, 1, 3, 5, 7, 9, 11, 13, 15);
+#endif
+}
+inline vec neighbours(vec a, vec b) { return evens(a, b) + odds(a, b); }
 template <int N> inline vec sums(const vec* v) {  // lane i (modulo N) is the sum of vector i
     if constexpr (N == 1) {
         vec s = v[0];
@@ -96,6 +115,13 @@ template <int N> inline vec sums(const vec* v) {  // lane i (modulo N) is the su
     }
 }
 inline float sum(vec v) { return sums<1>(&v)[0]; }
+inline float greatest(vec v) {
+    for (int n = W; n > 1; n /= 2) {
+        const vec a = evens(v, v), b = odds(v, v);
+        v = a > b ? a : b;
+    }
+    return v[0];
+}
 
 // One value, those of four neighbouring rows, or the first `count` of a vector's, as a product gives them.
 template <class T> inline void put(T* p, float v, long) { put(p, v); }
@@ -122,8 +148,7 @@ inline vec relu(vec v) { return v > 0 ? v : vec{}; }
 
 // exp to about one unit in the last place: 2^n · p(r), r in ±ln2/2; 0 below −87, saturated above 88.
 inline vec exp(vec x) {
-    vec clipped = x < -87.0f ? splat(-87.0f) : x;
-    clipped = clipped > 88.0f ? splat(88.0f) : clipped;
+    const vec clipped = x > 88.0f ? splat(88.0f) : x;
     vec shifted = clipped * 1.44269504f + 12582912.0f;  // 1.5·2²³: the integer part lands in the low bits
     vec n = shifted - 12582912.0f;
     vec r = clipped - n * 0.693359375f;
@@ -140,7 +165,29 @@ inline vec exp(vec x) {
     return x < -87.0f ? vec{} : p * power;
 }
 
-inline vec silu(vec x) { return x / (1.0f + exp(-x)); }
+// 1 / x to about one unit in the last place, of x below 2¹²⁶: a division would take as long as all of `exp`.
+inline vec reciprocal(vec x) {
+#ifdef __AVX512F__
+    const vec guess = (vec)_mm512_maskz_rcp14_ps(0xffff, (__m512)x);
+    return guess * (2.0f - x * guess);
+#else
+    return 1.0f / x;
+#endif
+}
+
+inline vec silu(vec x) { return x * reciprocal(1.0f + exp(-x)); }
+
+// ln(1 + eˣ) to a few units in the last place: max(x, 0) + ln(1 + z), z = e^−|x|, by the series of 2·artanh(z / (2 + z)).
+inline vec softplus(vec x) {
+    const vec z = exp(x > 0.0f ? -x : x), s = z * reciprocal(2.0f + z), q = s * s;
+    vec p = q * (1 / 13.0f) + 1 / 11.0f;
+    p = p * q + 1 / 9.0f;
+    p = p * q + 1 / 7.0f;
+    p = p * q + 1 / 5.0f;
+    p = p * q + 1 / 3.0f;
+    p = p * q + 1.0f;
+    return (x > 0.0f ? x : vec{}) + 2.0f * s * p;
+}
 
 // A job cut into equal parts, one a thread. Small jobs stay on one: waking another costs microseconds.
 template <class F> inline void parallel(int threads, bool worth, F part) {

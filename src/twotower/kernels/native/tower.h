@@ -20,12 +20,31 @@ struct Shape {
     float norm_eps;
 };
 
+// x = relu(x)²
 template <class T> inline void relu_squared(T* x, long n) {
-    for (long i = 0; i < n; i++) {
-        const float v = widen(x[i]);
-        T positive;
-        put(&positive, v > 0 ? v : 0);
-        put(x + i, widen(positive) * widen(positive));
+    long i = 0;
+    for (; i + W <= n; i += W) {
+        const vec v = load(x + i), positive = v > 0.0f ? v : vec{};
+        store(x + i, positive * positive);
+    }
+    for (; i < n; i++) put(x + i, relu(widen(x[i])) * relu(widen(x[i])));
+}
+
+// x += y
+template <class T> inline void add(const T* y, long n, T* x) {
+    long i = 0;
+    for (; i + W <= n; i += W) store(x + i, load(x + i) + load(y + i));
+    for (; i < n; i++) put(x + i, widen(x[i]) + widen(y[i]));
+}
+
+// x += y · gate; the product is rounded to T before the sum. A gate of null is none.
+template <class X, class T> inline void add_gated(const T* y, const T* gate, long n, X* x) {
+    long i = 0;
+    for (; i + W <= n; i += W) store(x + i, load(x + i) + (gate ? rounded<T>(load(y + i) * load(gate + i)) : load(y + i)));
+    for (; i < n; i++) {
+        T part = y[i];
+        if (gate) put(&part, widen(part) * widen(gate[i]));
+        put(x + i, widen(x[i]) + widen(part));
     }
 }
 
@@ -83,18 +102,12 @@ void tower(X* x, const int64_t* kinds, const void* const* weights, const void* c
                   s.factor, threads);
             experts(normed, choice, chosen, matrix(3), matrix(4), out, tokens, s.top, s.experts, s.inner, H, threads);
             mlp(normed, matrix(5), w(6), matrix(7), w(8), first, second, tokens, H, s.shared, threads);
-            for (long i = 0; i < tokens * H; i++) put(out + i, widen(out[i]) + widen(second[i]));
+            add(second, tokens * H, out);
         } else {
             mlp(normed, matrix(1), w(2), matrix(3), w(4), first, out, tokens, H, s.mlp, threads);
         }
-        for (long t = 0; t < tokens; t++) {
-            const T* by = gate ? gate + t / s.L * s.order_stride : nullptr;
-            for (long h = 0; h < H; h++) {
-                T part = out[t * H + h];
-                if (by) put(&part, widen(part) * widen(by[h]));
-                put(x + t * H + h, widen(x[t * H + h]) + widen(part));
-            }
-        }
+        for (long t = 0; t < tokens; t++)
+            add_gated(out + t * H, gate ? gate + t / s.L * s.order_stride : nullptr, H, x + t * H);
     }
     rms_norm(x, norm_f, (const T*)nullptr, (const T*)nullptr, hidden, tokens, H, 1, 0, 0, s.norm_eps, threads);
 }
