@@ -19,6 +19,7 @@ from torch.utils.flop_counter import FlopCounterMode
 from twotower import kernels
 from twotower.kernels import CATALOGUE, Backend, cases, native
 from twotower.kernels.attention import Cached
+from twotower.kernels.mamba_block import MambaTrace
 from twotower.kernels.native import ops
 from twotower.kernels.verification import Case, disagreement
 from twotower.model import whole
@@ -444,8 +445,12 @@ def test_a_mamba_block_of_any_shape(sizes: cases.Sizes, length: int, dtype: torc
     for seen, past, before in ((valid, window, state), (None, window, state), (None, None, None)):
         case = Case("any shape", lambda a=(projected, seen, past, before, weights): a)
         assert disagreement(ops.mamba_block, kernels.mamba_block.mamba_block, [case]) is None
+
+    def fold(window: Tensor, state: Tensor, trace: MambaTrace, accepted: Tensor, rows: Tensor) -> Any:
+        return ops.fold([(window, state)], [trace], accepted, rows)[0]
+
     case = Case("any shape", lambda: cases.fold_arguments(sizes, length, CPU, dtype))
-    assert disagreement(ops.fold, kernels.mamba_block.fold, [case]) is None
+    assert disagreement(fold, kernels.mamba_block.fold, [case]) is None
 
 
 def test_a_mamba_token_is_the_same_alone_and_in_any_company() -> None:

@@ -195,15 +195,16 @@ class TowerState:
         self.lengths, self.accepted = new_lengths.clone(), new_lengths - base
 
     def settle(self) -> None:
-        """Folds the accepted part of the last `extend` into the Mamba states: one small matrix product a layer."""
-        rows = self.traced
-        accepted = self.accepted if rows is None else self.accepted[rows]
-        for pool in self.pools:
-            if not isinstance(pool, MambaPool) or pool.trace is None:
-                continue
-            fold = select("fold", pool.conv_window.device, pool.conv_window.dtype).function
-            pool.conv_window, pool.ssm_state = fold(pool.conv_window, pool.ssm_state, pool.trace, accepted, rows)
-            pool.trace = None
+        """Folds the accepted part of the last `extend` into the Mamba states: one small matrix product for each."""
+        pending = [(pool, pool.trace) for pool in self.pools if isinstance(pool, MambaPool) and pool.trace is not None]
+        if pending:
+            rows = self.traced
+            accepted = self.accepted if rows is None else self.accepted[rows]
+            fold = select("fold", self.lengths.device, self.dtype).function
+            pools = [(pool.conv_window, pool.ssm_state) for pool, _ in pending]
+            folded = fold(pools, [trace for _, trace in pending], accepted, rows)
+            for (pool, _), pair in zip(pending, folded, strict=True):
+                (pool.conv_window, pool.ssm_state), pool.trace = pair, None
         self.traced = None
         self.accepted = torch.zeros_like(self.accepted)
 

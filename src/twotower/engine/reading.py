@@ -90,10 +90,12 @@ def launch(model: TwoTowerForCausalLM, state: TowerState, works: Sequence[Work])
     asking = [works[i] for i in scored if works[i].asks]
     state.bound = max(work.row.read for work in works)  # of the rows of this pass; the others are not looked at
     rows = some([work.row for work in works], state.rows, device)
+    ragged = any(len(work.tokens) < width for work in works)
     before = state.lengths
     choice = told = chosen = None
     try:
-        logits = model.extend(tokens, state, lengths, rows=rows, logits=places if scored else False, wide=False)
+        wanted = places if scored else False
+        logits = model.extend(tokens, state, lengths if ragged else None, rows=rows, logits=wanted, wide=False)
         if logits is not None:
             scores = Scores(asking, logits[-len(asking) :]) if asking else None
             if choosing:

@@ -10,17 +10,20 @@ from __future__ import annotations
 
 import importlib
 import warnings
-from collections.abc import Callable
-from dataclasses import dataclass
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, replace
 from functools import cache
 from typing import Any
 
 import torch
 import torch.nn.functional as F
+from torch import Tensor
 
 from twotower.kernels import attention, experts, greedy, int8, mamba_block, norm, pools, routing, verification
 from twotower.kernels.cases import CASES
+from twotower.kernels.mamba_block import MambaTrace
 from twotower.kernels.native import ops as native_ops
+from twotower.kernels.pools import Pair
 from twotower.kernels.triton_launch import refusal as triton_refusal
 
 
@@ -67,6 +70,16 @@ def _native(function: Callable[..., Any], why: str) -> Backend:
     return Backend("native", function, why, native_ops.refusal, compiled=True)
 
 
+def _each_layer(backend: Backend) -> Backend:
+    """`mamba_block.fold` of one layer as the op, which takes the pools and the traces of all."""
+
+    def each(pools: Sequence[Pair], traces: Sequence[MambaTrace], accepted: Tensor, rows: Tensor | None) -> list[Pair]:
+        both = zip(pools, traces, strict=True)
+        return [backend.function(*pair, trace, accepted, rows) for pair, trace in both]
+
+    return replace(backend, function=each)
+
+
 CATALOGUE: dict[str, tuple[Backend, ...]] = {
     "attention": (
         _native(native_ops.attention, "each row's cache where it lies, as long as it is"),
@@ -78,9 +91,9 @@ CATALOGUE: dict[str, tuple[Backend, ...]] = {
         Backend("torch", mamba_block.mamba_block, "plain torch, differentiable"),
     ),
     "fold": (
-        _triton("triton_fold", "fold", "one kernel, states change in place"),
-        _native(native_ops.fold, "states change in place"),
-        Backend("torch", mamba_block.fold, "plain torch, differentiable"),
+        _each_layer(_triton("triton_fold", "fold", "one kernel a layer, states change in place")),
+        _native(native_ops.fold, "all layers in one call, states change in place"),
+        _each_layer(Backend("torch", mamba_block.fold, "plain torch, differentiable")),
     ),
     "append": (
         _native(native_ops.append, "all layers in one call"),

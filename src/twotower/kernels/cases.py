@@ -37,8 +37,14 @@ def block_cases(device: torch.device, dtype: torch.dtype) -> list[Case]:
 
 
 def fold_cases(device: torch.device, dtype: torch.dtype) -> list[Case]:
-    """The same sizes; into three of five slots, as many tokens as each row has."""
-    return _cases(device, lambda sizes, length: fold_arguments(sizes, length, device, dtype))
+    """The same sizes, two layers; into three of five slots, as many tokens as each row has."""
+
+    def arguments(sizes: Sizes, length: int) -> tuple[Any, ...]:
+        window, state, trace, accepted, rows = fold_arguments(sizes, length, device, dtype)
+        other = MambaTrace(*(part * 0.5 for part in trace))
+        return ((window, state), (window * 2, state * 3)), (trace, other), accepted, rows
+
+    return _cases(device, arguments)
 
 
 def _cases(device: torch.device, arguments: Callable[[Sizes, int], tuple[Any, ...]]) -> list[Case]:

@@ -39,12 +39,13 @@ class Visibility:
 
     valid:        (B, L) False at padding, or None: every token counts.
     causal:       whether a token sees later tokens of its own pass (the denoiser's block does).
-    positions:    (B, L) absolute positions. Nemotron-H has no positional encoding; backbones with one read it here.
+    start:        (B,) the first token's absolute position. Nemotron-H has no positional encoding; backbones with one
+                  read it here.
     """
 
     valid: Tensor | None = None
     causal: bool = True
-    positions: Tensor | None = None
+    start: Tensor | None = None
 
 
 def context_visible(key_positions: Tensor, block_start: Tensor) -> Tensor:

@@ -172,7 +172,7 @@ def _shape(reads: Reads) -> Hashable:
         elif own is not None:
             layers.append(tuple(part.shape[1:] for part in own))
     sees = reads.sees
-    kinds = (sees.valid is None, sees.causal, sees.positions is None, reads.modulation is None, reads.trace)
+    kinds = (sees.valid is None, sees.causal, sees.start is None, reads.modulation is None, reads.trace)
     return reads.tokens.shape[1], kinds, tuple(layers)
 
 
@@ -182,7 +182,7 @@ def _shape(reads: Reads) -> Hashable:
 def _copied(reads: Reads) -> list[Tensor]:
     """The tensors with a row each that a pass reads, always in the same order. Layers share where their rows lie."""
     out = [reads.tokens]
-    out += [part for part in (reads.sees.valid, reads.sees.positions) if part is not None]
+    out += [part for part in (reads.sees.valid, reads.sees.start) if part is not None]
     segments: Sequence[Tensor] = ()
     for own in reads.past or ():
         if isinstance(own, MambaPast):
@@ -201,7 +201,7 @@ def _with_own_memory(reads: Reads, rows: int) -> Reads:
     def room(tensor: Tensor | None) -> Any:
         return None if tensor is None else tensor.new_zeros(rows, *tensor.shape[1:])
 
-    sees = Visibility(valid=room(reads.sees.valid), causal=reads.sees.causal, positions=room(reads.sees.positions))
+    sees = Visibility(valid=room(reads.sees.valid), causal=reads.sees.causal, start=room(reads.sees.start))
     past: list[Past] = []
     segments: dict[str, Any] = {}
     for own in reads.past or ():

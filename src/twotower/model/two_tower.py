@@ -212,8 +212,6 @@ class TwoTowerForCausalLM(PreTrainedModel):
         the B rows (n,) → logits (B or n, L, V) in at least fp32 (wide=False: in the model's own dtype), or None.
         `state.rollback` takes any suffix back until the state is read again.
         """
-        if lengths is None:
-            lengths = torch.full((tokens.shape[0],), tokens.shape[1], device=tokens.device)
         state.reserve(state.bound + tokens.shape[1])
         hidden = self._extend(tokens, lengths, state, rows)
         if isinstance(logits, Tensor):
@@ -237,19 +235,17 @@ class TwoTowerForCausalLM(PreTrainedModel):
         model's own dtype).
         """
         denoiser = self._denoiser()
-        step = torch.arange(block.shape[1], device=block.device)
-        valid = None if lengths is None else step < lengths[:, None]
-        positions = view.lengths[:, None] + step
-        sees = Visibility(valid=valid, causal=causal, positions=positions)
+        sees = Visibility(valid=_counting(block, lengths), causal=causal, start=view.lengths)
         modulation = None if t is None or self.time is None else self.time(t)
         hidden, _ = denoiser(block, sees, view.past, modulation, trace=False)
         return _logits(denoiser, hidden, wide)
 
-    def _extend(self, tokens: Tensor, lengths: Tensor, state: TowerState, rows: Tensor | None) -> Tensor:
+    def _extend(self, tokens: Tensor, lengths: Tensor | None, state: TowerState, rows: Tensor | None) -> Tensor:
         view = state.view(rows)
-        step = torch.arange(tokens.shape[1], device=tokens.device)
-        sees = Visibility(valid=step < lengths[:, None], positions=view.lengths[:, None] + step)
+        sees = Visibility(valid=_counting(tokens, lengths), start=view.lengths)
         hidden, added = self.context(tokens, sees, view.past)
+        if lengths is None:
+            lengths = torch.full((tokens.shape[0],), tokens.shape[1], device=tokens.device)
         state.append(added, lengths, tokens.shape[1], rows)
         return hidden
 
@@ -448,6 +444,11 @@ class TwoTowerForCausalLM(PreTrainedModel):
     ) -> Tensor:
         tokens, self._last_nfe = generation.generate_tensor(self, input_ids, params, attention_mask, callback)
         return tokens
+
+
+def _counting(tokens: Tensor, lengths: Tensor | None) -> Tensor | None:
+    """(B, L) whether each token counts, of which the first lengths (B,) do; None: all."""
+    return None if lengths is None else torch.arange(tokens.shape[1], device=tokens.device) < lengths[:, None]
 
 
 def _logits(tower: Tower, hidden: Tensor, wide: bool = True) -> Tensor:

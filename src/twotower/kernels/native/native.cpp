@@ -54,11 +54,14 @@ void mamba_block_(int type, const void* projected, const uint8_t* valid, const v
                      P(norm_weight), Q(mixed), Q(xBC), x, dt, decay, B, rows, L, dims, threads))
 }
 
-void fold_(int type, void* window, float* state, const int64_t* slots, const void* xBC, const float* x, const float* dt,
-           const float* decay, const float* B, const int64_t* accepted, long rows, long L, long heads, long head_dim,
-           long groups, long N, long taps, int threads) {
+// parts: of each layer the pools, window and state, and its trace: xBC, x, dt, decay, B.
+void fold_(int type, long layers, void* const* parts, const int64_t* slots, const int64_t* accepted, long rows, long L,
+           long heads, long head_dim, long groups, long N, long taps, int threads) {
     Mamba dims{heads, head_dim, groups, N, taps, 0, 0, 0};
-    BOTH(fold(Q(window), state, slots, P(xBC), x, dt, decay, B, accepted, rows, L, dims, threads))
+    for (void* const* own = parts; own < parts + 7 * layers; own += 7) {
+        const auto f = [&](int i) { return static_cast<float*>(own[i]); };
+        BOTH(fold(Q(own[0]), f(1), slots, P(own[2]), f(3), f(4), f(5), f(6), accepted, rows, L, dims, threads))
+    }
 }
 
 // The vectors of `parts` blocks (tokens, heads, D), of rows of L tokens, into as many pools at the ends of the rows' texts.

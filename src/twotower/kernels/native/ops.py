@@ -41,7 +41,7 @@ SIGNATURES = {
     "route_": "ippppp" + "llllll" + "if",
     "rms_norm_": "iippppp" + "llll" + "if",
     "mamba_block_": "ippppp" + "pppppp" + "p" + "ppppp" + "lllllll" + "fff",
-    "fold_": "ipppppppp" + "p" + "lllllll",
+    "fold_": "ilppp" + "lllllll",
     "append_": "ilpppppp" + "llll",
     "choose_": "ipppplll",
     "tower_": "ippp" + "pppppp" + "ippp" + "p" + "ffff",
@@ -211,20 +211,22 @@ def mamba_block(
 
 
 def fold(
-    conv_window: Tensor, ssm_state: Tensor, trace: MambaTrace, accepted: Tensor, rows: Tensor | None = None
-) -> tuple[Tensor, Tensor]:
-    """See `kernels.mamba_block.fold`; the pools change in place."""
-    heads, width, size = ssm_state.shape[1:]
-    groups = trace.B.shape[2]
-    count, length = trace.dt.shape[:2]
-    if not (conv_window.is_contiguous() and ssm_state.is_contiguous()):
-        conv_window, ssm_state = conv_window.contiguous(), ssm_state.contiguous()
-    kept = [part.contiguous() for part in (trace.xBC.to(conv_window.dtype), *trace[1:])]
+    pools: Sequence[Pair], traces: Sequence[MambaTrace], accepted: Tensor, rows: Tensor | None = None
+) -> list[Pair]:
+    """`kernels.mamba_block.fold` of each layer's pools and trace; the pools change in place."""
+    pools = [(window.contiguous(), state.contiguous()) for window, state in pools]
+    window, state = pools[0]
+    heads, width, size = state.shape[1:]
+    count, length, groups = traces[0].B.shape[:3]
+    kept = [part for pair, trace in zip(pools, traces, strict=True) for part in (
+        *pair, trace.xBC.to(window.dtype).contiguous(), *(part.contiguous() for part in trace[1:]),
+    )]  # fmt: skip
+    table = (ctypes.c_void_p * len(kept))(*(part.data_ptr() for part in kept))
     call(
-        "fold_", conv_window, conv_window, ssm_state, rows, *kept, accepted.contiguous(), count, length, heads, width,
-        groups, size, conv_window.shape[1] + 1,
+        "fold_", window, len(pools), ctypes.addressof(table), rows, accepted.contiguous(), count, length, heads, width,
+        groups, size, window.shape[1] + 1,
     )  # fmt: skip
-    return conv_window, ssm_state
+    return pools
 
 
 def append(pools: Sequence[Pair], new: Sequence[Pair], ends: Ends) -> list[Pair]:
