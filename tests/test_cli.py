@@ -385,7 +385,8 @@ def test_info_gives_the_published_figures(cli: Callable[..., Result], golden_dir
     assert facts["state"]["per_token"] == 6 * 2 * 2 * 128 * 2
     assert facts["state"]["per_row"] == 23 * (3 * 6144 * 2 + 64 * 64 * 128 * 4)
     assert facts["weights"] == {"present": False, "files": [], "dtypes": {}, "problem": None}
-    assert {row["op"] for row in facts["backends"]["cpu"]} >= {"attention", "mamba_block", "experts", "pass"}
+    ops = {row["op"] for row in facts["backends"]["cpu"]}
+    assert ops >= {"attention", "mamba_block", "experts", "linear_int8", "pass", "weights", "torch.compile"}
 
 
 def test_info_page_of_the_released_config(cli: Callable[..., Result], golden_dir: Path) -> None:

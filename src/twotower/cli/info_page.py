@@ -34,7 +34,7 @@ def _sections(facts: dict[str, Any]) -> Iterator[tuple[str, list[str]]]:
     for device, rows in facts["backends"].items():
         yield (
             f"{device} {_SHORT.get(facts['dtype'], facts['dtype'])}",
-            [f"{row['op']:<13}{row['backend']:<13}{row['why']}" for row in rows],
+            [f"{row['op']:<14}{row['backend']:<13}{row['why']}" for row in rows],
         )
     yield "files", list(_weights(facts["weights"]))
     yield "tokenizer", [", ".join(facts["tokenizer"]) or "none: token ids only"]

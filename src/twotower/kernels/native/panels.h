@@ -26,11 +26,23 @@ inline void widen_panel(const bf16* p, vec* to) {
     std::memcpy(to + 1, &second, sizeof second);
 }
 
+// Few tokens wait for memory: panels are asked for so many cache lines ahead, the next ones before these end. It gains 3 to
+// 10 % in fp32 and 10 to 30 in bf16; int8 loses 5.
+constexpr long AHEAD = 32;
+constexpr int WAITING = 4;  // tokens, at most
+template <class T> constexpr int LINE = 64 / (PANEL * sizeof(T));  // inputs of a panel in a cache line
+
 // out[r][m]: W outputs of vector r of R panels, `apart` weights from one to the next, for token m of M.
 template <int R, int M, class T> void tile(const T* w, long apart, const float* x, long ldx, long K, vec* out) {
     constexpr int S = STEP<T>;
     vec acc[R * VECTORS][M] = {};
     for (long k = 0; k < K; k += S) {
+        if constexpr (M <= WAITING && sizeof(T) > 1) {
+            if (k % LINE<T> == 0) {
+                const long later = k + AHEAD * LINE<T>, next = later < K ? later * PANEL : R * apart + (later - K) * PANEL;
+                for (int r = 0; r < R; r++) __builtin_prefetch(w + r * apart + next);
+            }
+        }
         vec weights[R * VECTORS][S];
         for (int r = 0; r < R; r++)
             for (int v = 0; v < VECTORS; v++) widen_panel(w + r * apart + k * PANEL + S * v * W, weights[r * VECTORS + v]);
