@@ -11,13 +11,26 @@ constexpr int TILE = 4;
 
 inline long whole(long n) { return (n + W - 1) / W * W; }  // up to the end of a vector
 
+// Memory that is read soon, asked for bit by bit where a few rows are computed: they wait for memory most of the time.
+struct Ahead {
+    const char *at, *end;
+    void ask() {
+        for (int line = 0; line < 4 && at < end; line++, at += 64) __builtin_prefetch(at);
+    }
+};
+template <class T> inline Ahead ahead(const T* from, long count) {
+    return {reinterpret_cast<const char*>(from), reinterpret_cast<const char*>(from + count)};
+}
+
 // acc[m][c] (+)= Σ_r w[m][r] · x[r][c] for V vectors of columns c; w[m][r] lies at w + m·row + r·step.
 template <int M, int V, class T>
-inline void weigh(const float* w, long row, long step, const T* x, long ldx, long n, float* acc, long ld, bool fresh) {
+inline void weigh(const float* w, long row, long step, const T* x, long ldx, long n, float* acc, long ld, bool fresh,
+                  Ahead& later) {
     vec a[M][V];
     for (int m = 0; m < M; m++)
         for (int v = 0; v < V; v++) a[m][v] = fresh ? vec{} : load(acc + m * ld + v * W);
     for (long r = 0; r < n; r++) {
+        if constexpr (M <= 4) later.ask();
         vec part[V];
         for (int v = 0; v < V; v++) part[v] = load(x + r * ldx + v * W);
         for (int m = 0; m < M; m++) {
@@ -31,10 +44,12 @@ inline void weigh(const float* w, long row, long step, const T* x, long ldx, lon
 
 template <int M, class T>
 inline void weigh_rows(const float* w, long row, long step, const T* x, long ldx, long n, long C, float* acc, long ld,
-                       bool fresh) {
+                       bool fresh, Ahead& later) {
     long c = 0;
-    for (; c + 2 * W <= C; c += 2 * W) weigh<M, 2>(w, row, step, x + c, ldx, n, acc + c, ld, fresh);
-    for (; c + W <= C; c += W) weigh<M, 1>(w, row, step, x + c, ldx, n, acc + c, ld, fresh);
+    if constexpr (4 * M <= W)  // enough sums under way to hide how long one addition takes
+        for (; c + 4 * W <= C; c += 4 * W) weigh<M, 4>(w, row, step, x + c, ldx, n, acc + c, ld, fresh, later);
+    for (; c + 2 * W <= C; c += 2 * W) weigh<M, 2>(w, row, step, x + c, ldx, n, acc + c, ld, fresh, later);
+    for (; c + W <= C; c += W) weigh<M, 1>(w, row, step, x + c, ldx, n, acc + c, ld, fresh, later);
     for (; c < C; c++)
         for (int m = 0; m < M; m++) {
             float total = fresh ? 0 : acc[m * ld + c];
@@ -46,11 +61,13 @@ inline void weigh_rows(const float* w, long row, long step, const T* x, long ldx
 // The same for M rows of C columns; fresh: from zero, else added to acc (M, ld).
 template <class T>
 inline void weigh_all(const float* w, long row, long step, const T* x, long ldx, long n, long M, long C, float* acc, long ld,
-                      bool fresh) {
+                      bool fresh, Ahead later = {nullptr, nullptr}) {
     long m = 0;
-    for (; m + TILE <= M; m += TILE) weigh_rows<TILE>(w + m * row, row, step, x, ldx, n, C, acc + m * ld, ld, fresh);
-    for (; m + 2 <= M; m += 2) weigh_rows<2>(w + m * row, row, step, x, ldx, n, C, acc + m * ld, ld, fresh);
-    if (m < M) weigh_rows<1>(w + m * row, row, step, x, ldx, n, C, acc + m * ld, ld, fresh);
+    for (; m + TILE <= M; m += TILE) weigh_rows<TILE>(w + m * row, row, step, x, ldx, n, C, acc + m * ld, ld, fresh, later);
+    if (TILE > 4)
+        for (; m + 4 <= M; m += 4) weigh_rows<4>(w + m * row, row, step, x, ldx, n, C, acc + m * ld, ld, fresh, later);
+    for (; m + 2 <= M; m += 2) weigh_rows<2>(w + m * row, row, step, x, ldx, n, C, acc + m * ld, ld, fresh, later);
+    if (m < M) weigh_rows<1>(w + m * row, row, step, x, ldx, n, C, acc + m * ld, ld, fresh, later);
 }
 
 template <class T> inline void scaled(const T* x, long n, float by, float* y) {
