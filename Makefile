@@ -11,8 +11,9 @@ demo: .venv/.installed
 serve: .venv/.installed-serve
 	@$(BIN)/twotower serve
 
+# Two processes, each with files of its own and one thread: the tests are small, and a second thread only gets in the way.
 test: .venv/.installed-dev browser
-	$(BIN)/python -m pytest
+	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n 2 --dist loadfile
 
 test-slow: .venv/.installed-dev browser
 	$(BIN)/python -m pytest -m "slow or not slow" -s
