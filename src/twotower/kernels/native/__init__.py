@@ -49,7 +49,7 @@ def _compiled() -> Path | str:
     if target.exists():
         return target
     target.parent.mkdir(parents=True, exist_ok=True)
-    print(f"compiling kernels for this processor, once (about 10 s) → {target}", file=sys.stderr, flush=True)
+    print(f"compiling kernels for this processor, once (about 20 s) → {target}", file=sys.stderr, flush=True)
     errors = ""
     with tempfile.TemporaryDirectory(dir=target.parent) as folder:
         made = Path(folder) / target.name
