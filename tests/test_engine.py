@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import random
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from dataclasses import replace
 from itertools import pairwise
 from types import SimpleNamespace
@@ -312,8 +313,9 @@ def test_what_can_never_run_is_refused_at_once(
     assert not llm.has_work
 
 
-def test_a_policy_that_raises_ends_its_own_request_only(model: TwoTowerForCausalLM) -> None:
-    """Beside rows of other policies, and of the same policy with another knob."""
+@contextmanager
+def moody_policy() -> Iterator[None]:
+    """A policy "moody" which raises in a block's later passes where its knob is above 1."""
 
     def moody(seen: Pass, knob: Tensor) -> Verdict:
         if (knob > 1).any() and (seen.step > 1).any():
@@ -322,6 +324,14 @@ def test_a_policy_that_raises_ends_its_own_request_only(model: TwoTowerForCausal
 
     register_policy("moody", moody, knob="mood", default=0.5)
     try:
+        yield
+    finally:
+        del POLICIES["moody"]
+
+
+def test_a_policy_that_raises_ends_its_own_request_only(model: TwoTowerForCausalLM) -> None:
+    """Beside rows of other policies, and of the same policy with another knob."""
+    with moody_policy():
         asked = {"max_new_tokens": 20, "block_size": 8, "steps_per_block": 8}
         policies = [("moody", 0.9), ("moody", 2.0), ("threshold", 0.9), ("moody", 0.8)]
         requests = [Request([5, 6], GenerationParams.of(policy=name, knob=knob, **asked)) for name, knob in policies]
@@ -333,8 +343,6 @@ def test_a_policy_that_raises_ends_its_own_request_only(model: TwoTowerForCausal
         for place in (0, 2, 3):
             assert_as_alone(model, requests[place], outputs[place])
         assert len(llm.free) == 4
-    finally:
-        del POLICIES["moody"]
 
 
 def test_auto_chooses_and_says_why(model: TwoTowerForCausalLM) -> None:

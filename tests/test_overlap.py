@@ -15,7 +15,7 @@ from unittest.mock import patch
 import pytest
 import torch
 from conftest import EVERY_KIND, build_random_model
-from test_engine import LENGTH, alone, assert_as_alone, drive, facts, some_request
+from test_engine import LENGTH, alone, assert_as_alone, drive, facts, moody_policy, some_request
 from test_two_devices import PLACES, CountingTransport, Homes
 from torch import Tensor
 
@@ -23,7 +23,6 @@ from twotower import LLM, Request, TwoTowerForCausalLM
 from twotower.engine.request import Phase
 from twotower.generation import GenerationParams
 from twotower.generation.output import StepEvent
-from twotower.generation.unmasking import POLICIES, Pass, Verdict, register_policy
 from twotower.host import Fetched, placed
 from twotower.mirror import Mirror
 from twotower.state import sizes
@@ -108,13 +107,7 @@ def test_a_pass_that_does_not_fit_is_done_in_halves(model: TwoTowerForCausalLM, 
 
 @pytest.mark.usefixtures("transport")
 def test_a_policy_that_raises_ends_its_own_request_only(model: TwoTowerForCausalLM) -> None:
-    def moody(seen: Pass, knob: Tensor) -> Verdict:
-        if (knob > 1).any() and (seen.step > 1).any():
-            raise ZeroDivisionError("in a bad mood")
-        return POLICIES["threshold"].rule(seen, knob)
-
-    register_policy("moody", moody, knob="mood", default=0.5)
-    try:
+    with moody_policy():
         requests = [asking([5, 6], "diffusion", 20, block_size=8, policy="moody", knob=knob) for knob in (2.0, 0.9)]
         llm = LLM(model, rows=2, length=64)
         broken, whole = llm.generate(requests)
@@ -122,8 +115,6 @@ def test_a_policy_that_raises_ends_its_own_request_only(model: TwoTowerForCausal
         with patch.object(model, "transport", None):
             assert_as_alone(model, requests[1], whole)
         assert len(llm.free) == 2
-    finally:
-        del POLICIES["moody"]
 
 
 # --- in which order -------------------------------------------------------------------------------------------------

@@ -137,9 +137,7 @@ class TowerState:
     def view(self, rows: Tensor | None = None) -> ContextView:
         """What a pass reads, for all rows or the given slots (B,). Settles the state first: rollback ends here."""
         self.settle()
-        start, stride, lengths = (
-            part if rows is None else part[rows] for part in (self.segments.start, self.segments.stride, self.lengths)
-        )
+        start, stride, lengths = self._places(rows)
         even = self.segments.even if rows is None else 0
         past: list[Past] = []
         for pool in self.pools:
@@ -150,6 +148,11 @@ class TowerState:
             else:
                 past.append(None)
         return ContextView(past, lengths)
+
+    def _places(self, rows: Tensor | None) -> tuple[Tensor, Tensor, Tensor]:
+        """Of all rows or the given slots (B,): where their vectors start, how far apart heads lie, and lengths."""
+        start, stride = self.segments.start, self.segments.stride
+        return (start, stride, self.lengths) if rows is None else (start[rows], stride[rows], self.lengths[rows])
 
     # --- writing ---------------------------------------------------------------------------------------------
 
@@ -162,12 +165,8 @@ class TowerState:
         attention = [pool for pool in self.pools if isinstance(pool, AttentionPool)]
         if attention:
             new = [(k.transpose(1, 2), v.transpose(1, 2)) for k, v in (a for a in added if isinstance(a, KeyValue))]
-            start, stride, lengths = (
-                part if rows is None else part[rows]
-                for part in (self.segments.start, self.segments.stride, self.lengths)
-            )
             store = select("append", self.lengths.device, self.dtype).function
-            stored = store([(pool.k, pool.v) for pool in attention], new, Ends(start, stride, lengths, valid))
+            stored = store([(pool.k, pool.v) for pool in attention], new, Ends(*self._places(rows), valid))
             for own, pair in zip(attention, stored, strict=True):
                 own.k, own.v = pair
         for pool, trace in zip(self.pools, added, strict=True):

@@ -165,6 +165,9 @@ class Draw:
 # --- matrix products, norms, routers, attention -----------------------------------------------------------------------
 
 
+PRODUCTS = ((1, 67, 35, True), (3, 96, 64, False), (16, 131, 70, True), (21, 512, 33, False))  # tokens, in, out, bias
+
+
 def linear_cases(device: torch.device, dtype: torch.dtype) -> list[Case]:
     """One token, some, and more than a tile; widths that no vector divides; with a bias and without; packed and not."""
 
@@ -173,10 +176,9 @@ def linear_cases(device: torch.device, dtype: torch.dtype) -> list[Case]:
         weight = _packed(draw(out, width).to(dtype), packed)
         return draw(tokens, width).to(dtype), weight, draw(out).to(dtype) if bias else None
 
-    sizes = ((1, 67, 35, True), (3, 96, 64, False), (16, 131, 70, True), (21, 512, 33, False))
     return [
         _case(f"{size[0]} tokens of width {size[1]}{', packed' * packed}", arguments, *size, packed)
-        for size in sizes for packed in _packings(device)
+        for size in PRODUCTS for packed in _packings(device)
     ]  # fmt: skip
 
 
@@ -189,21 +191,26 @@ def linear_int8_cases(device: torch.device, dtype: torch.dtype) -> list[Case]:
         weight[out // 2] = 0
         return draw(tokens, width).to(dtype), *quantized(weight), draw(out).to(dtype) if bias else None
 
-    sizes = ((1, 67, 35, True), (3, 96, 64, False), (16, 131, 70, True), (21, 512, 33, False))
-    return [_case(f"{size[0]} tokens of width {size[1]}", arguments, *size) for size in sizes]
+    return [_case(f"{size[0]} tokens of width {size[1]}", arguments, *size) for size in PRODUCTS]
 
 
 def experts_int8_cases(device: torch.device, dtype: torch.dtype) -> list[Case]:
-    """Those of `experts`."""
+    """Those of `experts` that are not packed."""
 
     def arguments(case: Case) -> tuple[Any, ...]:
         *routed, up, down = case.arguments()
         return *routed, *quantized(up), *quantized(down)
 
-    return [_case(case.name, arguments, case) for case in experts_cases(device, dtype)]
+    return [_case(case.name, arguments, case) for case in experts_cases(device, dtype, packings=(False,))]
 
 
-def experts_cases(device: torch.device, dtype: torch.dtype, width: int = 37, inner: int = 21) -> list[Case]:
+def experts_cases(
+    device: torch.device,
+    dtype: torch.dtype,
+    width: int = 37,
+    inner: int = 21,
+    packings: tuple[bool, ...] | None = None,
+) -> list[Case]:
     """Few tokens and many, experts that nothing chose, odd widths; packed and not."""
 
     def arguments(tokens: int, top: int, packed: bool) -> tuple[Any, ...]:
@@ -214,7 +221,7 @@ def experts_cases(device: torch.device, dtype: torch.dtype, width: int = 37, inn
 
     return [
         _case(f"{tokens} tokens, {top} experts each{', packed' * packed}", arguments, tokens, top, packed)
-        for tokens, top in ((1, 2), (19, 3)) for packed in _packings(device)
+        for tokens, top in ((1, 2), (19, 3)) for packed in packings or _packings(device)
     ]  # fmt: skip
 
 

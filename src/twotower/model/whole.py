@@ -108,6 +108,10 @@ class Plan:
         """Whether the tower still consists of the same modules, in the same dtype."""
         return dtype == self.dtype and all(map(eq, self.children, self.known))
 
+    def served(self, weight: Tensor) -> bool:
+        """Whether every kernel that the tower needs is the chosen one where this weight of it lies."""
+        return all(select(op, weight.device, weight.dtype).name == "native" for op in self.ops)
+
     def may_run(self) -> bool:
         """Whether every module is this package's own, and none is watched by hooks or given another `forward`."""
         # A module's dictionaries of hooks are made with it and stay the same objects.
@@ -162,8 +166,7 @@ def plan_of(tower: Tower) -> Plan:
 
 def serves(tower: Tower) -> bool:
     """Whether every kernel that it needs is the chosen one for such a tower."""
-    weight = tower.embeddings.weight
-    return all(select(op, weight.device, weight.dtype).name == "native" for op in plan_of(tower).ops)
+    return plan_of(tower).served(tower.embeddings.weight)
 
 
 def run(
@@ -177,10 +180,12 @@ def run(
     """x (B, L, H), the embedded tokens, which are written over → what `Tower.forward` returns; None: not here."""
     rows, length, width = x.shape
     tokens, dtype = rows * length, tower.embeddings.weight.dtype
-    if not 0 < tokens <= few(dtype, packed=True) or length > LONGEST or not serves(tower):
+    if not 0 < tokens <= few(dtype, packed=True) or length > LONGEST:
         return None
     plan = plan_of(tower)
-    if not plan.may_run() or not plan.weights() or tokens > few(dtype, at_once=True, packed=plan.all_packed):
+    if not plan.served(tower.embeddings.weight) or not plan.may_run() or not plan.weights():
+        return None
+    if tokens > few(dtype, at_once=True, packed=plan.all_packed):
         return None
     inputs = _Inputs(tower, rows, length, sees, past, modulation, trace)
     if not inputs.fit:

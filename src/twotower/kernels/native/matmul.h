@@ -74,18 +74,21 @@ inline void rows_dot(const T* w, long ldw, long lo, long hi, const float* x, lon
 }
 
 // Tokens as floats, each row a cache line longer than it need be: rows a power of two apart would share cache sets. Panels
-// of an odd number of inputs read one more: it is 0.
+// of an odd number of inputs read one more: it is 0 in a `padded_row`.
 inline long padded(long K) { return (K + 15) / 16 * 16 + 16; }
 template <class T> inline void widened(const T* x, long K, float* to) {
     long k = 0;
     for (; k + W <= K; k += W) store(to + k, load(x + k));
     for (; k < K; k++) to[k] = widen(x[k]);
+}
+template <class T> inline void padded_row(const T* x, long K, float* to) {
+    widened(x, K, to);
     to[K] = 0;
 }
 template <class T> inline const float* widened(const T* x, long M, long K, int which) {
     const long ld = padded(K);
     float* out = scratch(which, M * ld);
-    for (long m = 0; m < M; m++) widened(x + m * K, K, out + m * ld);
+    for (long m = 0; m < M; m++) padded_row(x + m * K, K, out + m * ld);
     return out;
 }
 
@@ -158,7 +161,7 @@ void experts(const T* x, const int64_t* choice, const float* weight, Matrix<T> u
         std::vector<long> next(start.begin(), start.end() - 1);
         for (long p = 0; p < pairs; p++) {
             place[p] = next[choice[p]]++;
-            widened(x + p / top * H, H, gathered + place[p] * ldx);
+            padded_row(x + p / top * H, H, gathered + place[p] * ldx);
             inner[p * ldi + I] = 0;
         }
     }

@@ -87,6 +87,11 @@ def call(name: str, type_of: Tensor, *arguments: Any) -> None:
     _function(name)(TYPES[type_of.dtype], *plain, torch.get_num_threads())
 
 
+def _addresses(tensors: Sequence[Tensor]) -> ctypes.Array[ctypes.c_void_p]:
+    """A table for a kernel; it does not keep the tensors alive."""
+    return (ctypes.c_void_p * len(tensors))(*(tensor.data_ptr() for tensor in tensors))
+
+
 def pack(weight: Tensor) -> bool:
     """Makes a copy of a weight (…, out, in) in panels → whether it has one: in host memory, fp32 or bf16, in a row."""
     if panels.of(weight) is not None:
@@ -221,7 +226,7 @@ def fold(
     kept = [part for pair, trace in zip(pools, traces, strict=True) for part in (
         *pair, trace.xBC.to(window.dtype).contiguous(), *(part.contiguous() for part in trace[1:]),
     )]  # fmt: skip
-    table = (ctypes.c_void_p * len(kept))(*(part.data_ptr() for part in kept))
+    table = _addresses(kept)
     call(
         "fold_", window, len(pools), ctypes.addressof(table), rows, accepted.contiguous(), count, length, heads, width,
         groups, size, window.shape[1] + 1,
@@ -233,8 +238,7 @@ def append(pools: Sequence[Pair], new: Sequence[Pair], ends: Ends) -> list[Pair]
     """See `kernels.pools.append`; the pools change in place."""
     pools, kept = list(pools), [part.contiguous() for pair in new for part in pair]
     rows, length, heads, width = kept[0].shape
-    into = (ctypes.c_void_p * len(kept))(*(part.data_ptr() for pair in pools for part in pair))
-    by = (ctypes.c_void_p * len(kept))(*(part.data_ptr() for part in kept))
+    into, by = _addresses([part for pair in pools for part in pair]), _addresses(kept)
     ends = Ends(*(part.contiguous() for part in ends))
     call(
         "append_", kept[0], len(kept), ctypes.addressof(into), ctypes.addressof(by), *ends, rows * length, length,

@@ -12,7 +12,7 @@ from typing import NamedTuple
 from torch import Tensor
 from torch.utils.weak import WeakTensorKeyDictionary
 
-PANEL = 16  # as in panels.h
+from twotower.kernels.int8 import PANEL
 
 
 class Packed(NamedTuple):
