@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 from collections.abc import Callable
 from typing import Any
+from unittest.mock import patch
 
 import pytest
 import torch
@@ -12,7 +13,7 @@ from conftest import EVERY_KIND, build_random_model
 from torch import Tensor
 
 from twotower.errors import ArgumentError
-from twotower.generation import GenerationParams, generate
+from twotower.generation import GenerationParams, generate, sampling
 from twotower.generation.unmasking import POLICIES, Pass, Unmasking, Verdict, commit, register_policy
 
 ROWS, LENGTH, WORDS, STEPS = 6, 9, 12, 7
@@ -136,13 +137,28 @@ def test_a_rule_is_what_its_twin_says(name: str) -> None:
                     "p": seen.logits[r].softmax(-1).tolist(),
                     "c": seen.confidence[r].tolist(),
                     "open": seen.masked[r].nonzero()[:, 0].tolist(),
-                    "before": None if memory is None else memory[0][r].exp().tolist(),
+                    "before": None if memory is None else memory[0][r].softmax(-1).tolist(),
                     "step": int(seen.step[r]),
                 }
                 sure = (verdict.sure & seen.masked)[r].nonzero()[:, 0].tolist()
                 assert set(sure) == twin(row, knob), (seed, knob, r)
                 some += len(sure)
     assert some > 0
+
+
+def test_what_klass_remembers_is_not_widened() -> None:
+    """A pass's logits as they are, and two numbers a position; tiles of one position give the same."""
+    seen, knob = draw(3), torch.zeros(ROWS, 1)
+    narrow = seen._replace(logits=seen.logits.bfloat16())
+    memory = POLICIES["klass"].rule(narrow, knob).memory
+    assert memory[0] is narrow.logits
+    assert all(part.shape == seen.masked.shape for part in memory[1:])
+    later = narrow._replace(logits=narrow.logits + 0.01, memory=memory)
+    whole = POLICIES["klass"].rule(later, knob)
+    with patch.object(sampling, "TILE_BYTES", 1):
+        by_one = POLICIES["klass"].rule(later, knob)
+    assert torch.equal(whole.sure, by_one.sure)
+    assert whole.sure.any()
 
 
 # --- progress -------------------------------------------------------------------------------------------------------

@@ -1,4 +1,8 @@
-"""The blocks that the denoiser is filling: one for each row slot, each at its own step."""
+"""The blocks that the denoiser is filling: one for each row slot, each at its own step.
+
+A pass may be launched before the last one's results are here. A block that the last one finished then has an idle pass:
+it counts no tokens, commits nothing, and whoever collects it passes over the row, which is no longer at that block.
+"""
 
 from __future__ import annotations
 
@@ -8,7 +12,7 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 import torch
 from torch import Tensor
 
-from twotower.engine.request import Row
+from twotower.engine.request import Phase, Row
 from twotower.generation.output import StepEvent
 from twotower.generation.sampling import AR_TOKEN, DIFFUSION_CANDIDATE, pick_by_rule
 from twotower.generation.unmasking import Pass, decide
@@ -65,11 +69,14 @@ class Blocks:
         self.tokens[slots], self.masked[slots] = tokens, masked
         self.committed_at[slots], self.confidence[slots] = 0, 0.0
 
-    def launch(self, rows: Sequence[Row], view: ContextView) -> Look:
-        """Puts a pass of the denoiser over the rows' blocks on its way. A row whose policy raised has an `error`."""
+    def launch(self, rows: Sequence[Row], view: ContextView, ahead: bool = False) -> Look:
+        """Puts a pass of the denoiser over the rows' blocks on its way. ahead: whether blocks may turn out to have been
+        finished by a pass that nobody has collected yet."""
         slots = placed([row.slot for row in rows], self.device)
         tokens, masked, step, sizes = self.tokens[slots], self.masked[slots], self.step[slots], self.sizes[slots]
         lengths = None if all(row.params.block_size == self.size for row in rows) else sizes[:, 0]
+        if ahead:
+            lengths = sizes[:, 0] * masked.any(1)
         t = masked.sum(1).to(self.dtype) / sizes[:, 0]
         logits = self.model.denoise(tokens, t, view, lengths=lengths, wide=False)
         logits.scatter_(2, self.mask[slots][..., None].expand(-1, self.size, -1), -torch.inf)
@@ -77,7 +84,7 @@ class Blocks:
         purpose, seeds = self.purpose[slots], placed([row.seed for row in rows], self.device)
         noise_step = torch.where(purpose == DIFFUSION_CANDIDATE, step, 0)
         candidate, sure = pick_by_rule(logits, [row.rule for row in rows], seeds, positions, purpose, noise_step)
-        chosen = unmask(rows, Pass(logits, candidate, sure, masked, step, self.steps[slots]))
+        chosen, errors = unmask(rows, Pass(logits, candidate, sure, masked, step, self.steps[slots]))
         tokens, masked = torch.where(chosen, candidate, tokens), masked & ~chosen
         committed_at = torch.where(chosen, step, self.committed_at[slots])
         confidence = torch.where(chosen, sure, self.confidence[slots])
@@ -85,46 +92,67 @@ class Blocks:
         self.committed_at[slots], self.confidence[slots] = committed_at, confidence
         self.step[slots] = step + 1
         proposed = (candidate, sure) if any(row.request.watched for row in rows) else ()
-        return Look(rows, Fetched(masked, tokens, committed_at, confidence, *proposed))
+        look = Look(
+            list(rows), [row.opened for row in rows], [row.taken for row in rows], errors,
+            Fetched(masked, tokens, committed_at, confidence, *proposed),
+        )  # fmt: skip
+        for row in rows:
+            row.taken += 1
+        return look
 
     @staticmethod
-    def collect(look: Look) -> list[Row]:
-        """What the pass did to the blocks, once it is done → the rows whose block is, with what is in it."""
+    def collect(look: Look) -> tuple[list[Row], list[tuple[Row, Exception]]]:
+        """What the pass did to the blocks, once it is done → the rows whose block is, with what is in it; and those
+        whose policy raised."""
         masked, tokens, committed_at, confidence, *proposed = look.blocks.wait()
-        for row in look.rows:
-            row.record.denoiser_passes += 1
-            row.taken += 1
+        live = look.live()
+        for place in live:
+            look.rows[place].record.denoiser_passes += 1
         if proposed:
             candidate, sure = proposed
-            show(look.rows, masked, torch.where(masked, candidate, tokens), torch.where(masked, sure, confidence))
-        places = [place for place, left in enumerate(masked.any(1).tolist()) if not left]
-        if not places:
-            return []
+            show(look, live, masked, torch.where(masked, candidate, tokens), torch.where(masked, sure, confidence))
+        open_ = masked.any(1).tolist()
+        places = [place for place in live if not open_[place] and place not in look.errors]
         done = [look.rows[place] for place in places]
-        columns = (column[places].tolist() for column in (tokens, committed_at, confidence))
+        columns = (column[places].tolist() for column in (tokens, committed_at, confidence)) if places else ((),) * 3
         for row, block, at, believed in zip(done, *columns, strict=True):
             size = row.params.block_size
             row.block, row.committed_at, row.confidence = block[:size], at[:size], believed[:size]
-        return done
+        return done, [(look.rows[place], look.errors[place]) for place in live if place in look.errors]
 
 
 class Look(NamedTuple):
     """A pass on its way, and what it makes of the rows' blocks: masked, tokens, committed_at, confidence (n, S); where
-    a row is watched also the tokens it proposes and its confidence in them."""
+    a row is watched also the tokens it proposes and its confidence in them.
+
+    opened: which of its blocks each row was at; steps: how many passes that block had had; errors: what policies
+    raised, by the row's place.
+    """
 
     rows: Sequence[Row]
+    opened: Sequence[int]
+    steps: Sequence[int]
+    errors: dict[int, Exception]
     blocks: Fetched
 
+    def live(self) -> list[int]:
+        """Places of the rows that are still at that block: the others have finished it, ended or been given up."""
+        both = zip(self.rows, self.opened, strict=True)
+        return [
+            place for place, (row, opened) in enumerate(both) if row.phase is Phase.DENOISE and row.opened == opened
+        ]
 
-def show(rows: Sequence[Row], masked: Tensor, tokens: Tensor, confidence: Tensor) -> None:
-    """Tells the rows that are watched what their blocks look like: all (n, S), on the host."""
-    for place, row in enumerate(rows):
+
+def show(look: Look, places: Sequence[int], masked: Tensor, tokens: Tensor, confidence: Tensor) -> None:
+    """Tells those of the rows at `places` that are watched what their blocks look like: all (n, S), on the host."""
+    for place in places:
+        row = look.rows[place]
         if row.request.watched:
             own = slice(row.params.block_size)
             event = StepEvent(
                 row=row.record.row,
                 start=len(row.record.progress.tokens) - (row.mode == "verified"),
-                step=row.taken - 1,
+                step=look.steps[place],
                 steps=row.allowed,
                 tokens=tokens[place, own].tolist(),
                 masked=masked[place, own].tolist(),
@@ -133,13 +161,14 @@ def show(rows: Sequence[Row], masked: Tensor, tokens: Tensor, confidence: Tensor
             row.seen.append(event)
 
 
-def unmask(rows: Sequence[Row], seen: Pass) -> Tensor:
+def unmask(rows: Sequence[Row], seen: Pass) -> tuple[Tensor, dict[int, Exception]]:
     """→ bool (B, L), what each row's policy commits; rows of one policy are asked together. A row whose policy raises
-    commits nothing and keeps the error."""
+    commits nothing; what it raised, by the row's place."""
     groups: dict[tuple[str, bool], list[int]] = {}
     for i, row in enumerate(rows):
         groups.setdefault((row.policy, row.memory is None), []).append(i)
     out = torch.zeros_like(seen.masked)
+    errors: dict[int, Exception] = {}
     asked = list(groups.values())
     while asked:
         members = asked.pop()
@@ -151,8 +180,8 @@ def unmask(rows: Sequence[Row], seen: Pass) -> Tensor:
             if len(members) > 1:
                 asked += [[i] for i in members]
             else:
-                rows[members[0]].error = error
-    return out
+                errors[members[0]] = error
+    return out, errors
 
 
 def _ask(rows: Sequence[Row], seen: Pass) -> Tensor:

@@ -15,6 +15,10 @@ waits for the results, books them and says what the row needs next. With a devic
 towers' passes before it collects any, so half the rows denoise while the texts of the others are read. On one device
 passes take turns in any case, so the context tower's are collected first: a row that has been read then denoises in
 the same step, its block takes a step less, and the passes are fuller.
+
+An accelerator would wait for the host between the passes of a block. There the denoiser's passes are launched one
+`ahead`: the next is on its way before the last one is collected. The host then learns a pass late that a block is
+finished, which costs that block an idle pass; it has no tokens (`Blocks.launch`), so it reads no expert.
 """
 
 from __future__ import annotations
@@ -86,12 +90,14 @@ class LLM:
         self.reader = model.reader(self.state) if model.denoiser is not None else None
         self.apart = isinstance(self.reader, Mirror)  # each tower on a device of its own
         device = model.device if model.denoiser is None else model.denoiser.device
+        self.ahead = device.type == "cuda"  # on a processor a pass is done when it has been launched
         self.blocks = Blocks(model, rows, block_size, device)
         self.waiting: deque[tuple[int, Request]] = deque()
         self.rows: dict[int, Row] = {}  # by the request's number, oldest first
         self.free = list(range(rows))[::-1]
         self.paces: dict[tuple[int, ...], Pace] = {}  # by how many rows are at work, to a factor of two
         self._opening: list[Row] = []  # that need a new block before the denoiser's next pass
+        self._late: list[Collect] = []  # of the denoiser's last pass, where the next is launched first
         self._unseen: list[Event] = []  # of requests that whoever last ran steps did not ask about
         self._number = 0
 
@@ -174,6 +180,7 @@ class LLM:
         """Takes a row's slot and columns back."""
         row = self.rows.pop(number, None)
         if row is not None:
+            row.phase = Phase.GONE
             self.free.append(row.slot)
             self.state.close(row.slot)
         return row
@@ -298,7 +305,7 @@ class LLM:
         for one step, and from then on one half denoises while the other is read. Two passes side by side over half the
         rows take no longer than two in turn over all, if the towers' cost alike, and less where rows cost anything.
         """
-        going = [row for row in self.rows.values() if row.phase in (Phase.DENOISE, Phase.MOCK)]  # oldest first
+        going = [row for row in self.rows.values() if row.needs_denoiser]  # oldest first
         if self.apart and len(going) == len(self.rows) and all(row.in_last_pass for row in going):
             going = going[: (len(going) + 1) // 2]
         return sorted((row for row in going if row.phase is phase), key=lambda row: row.slot)
@@ -307,7 +314,8 @@ class LLM:
     def _fail(of: Work | Row, error: Exception) -> list[Collect]:
         """The end of a row whose pass does not fit the memory even alone."""
         row = of.row if isinstance(of, Work) else of
-        return [lambda: [row.record.fail(error)]]
+        then = row.phase, row.opened
+        return [lambda: [_failed(row, error)] if then == (row.phase, row.opened) else []]
 
     def _read_group(self, group: Sequence[Work]) -> list[Collect]:
         """One pass of the context tower, and what each row does next."""
@@ -355,9 +363,9 @@ class LLM:
         the wait for it, not what else was done in between."""
         started = time.perf_counter()
         yield
-        seconds = (time.perf_counter() - started) / len(rows)
+        seconds = time.perf_counter() - started
         for row in rows:
-            row.seconds += seconds
+            row.seconds += seconds / len(rows)
 
     def _written(self, row: Row) -> list[BlockEvent]:
         """Its prompt is read → its end, where nothing but the prompt was asked about."""
@@ -386,29 +394,35 @@ class LLM:
                     row.allowed = 0
         if row.allowed:
             row.phase = Phase.DENOISE
+            row.opened += 1
             self._opening.append(row)
 
     def _denoise(self) -> list[Collect]:
         """The denoiser's pass over open blocks."""
-        rows = self._going(Phase.DENOISE)
-        if not rows:
-            return []
-        self.blocks.begin(self._opening)
-        self._opening.clear()
-        return in_parts(self._denoise_rows, rows, self._relieve, self._fail)
+        rows, launched = self._going(Phase.DENOISE), []
+        if rows:
+            self.blocks.begin(self._opening)
+            self._opening.clear()
+            launched = in_parts(self._denoise_rows, rows, self._relieve, self._fail)
+        if self.ahead and any(row.needs_denoiser for row in rows):  # so there is another pass to launch meanwhile
+            launched, self._late = self._late, launched
+        else:
+            launched, self._late = self._late + launched, []
+        return launched
 
     def _denoise_rows(self, rows: Sequence[Row]) -> list[Collect]:
         with self._shared(rows):
-            launched = self.blocks.launch(rows, self._view(rows))
+            look = self.blocks.launch(rows, self._view(rows), self.ahead)
 
         def finish() -> list[Event]:
-            with self._shared(rows):
-                done = self.blocks.collect(launched)
+            live = [rows[place] for place in look.live()]
+            with self._shared(live):
+                done, failed = self.blocks.collect(look)
             events: list[Event] = []
-            for row in rows:
+            for row in live:
                 events += row.seen
                 row.seen.clear()
-            events += [row.record.fail(row.error) for row in rows if row.error is not None]
+            events += [_failed(row, error) for row, error in failed]
             for row in done:
                 if row.mode == "verified":
                     row.phase = Phase.CHECK
@@ -449,3 +463,9 @@ class LLM:
             return
         if row.params.mode == AUTO and event.result is not None:
             chooser_of(self.model).recent.learn([event.result], row.params.block_size)
+
+
+def _failed(row: Row, error: Exception) -> BlockEvent:
+    """The row's end; passes of it that are on their way count no more."""
+    row.phase = Phase.GONE
+    return row.record.fail(error)

@@ -61,6 +61,7 @@ class Phase(Enum):
     CHECK = "the context tower reads the pending token and the draft, and keeps what it agrees with"
     COMMIT = "the context tower reads the finished block"
     MOCK = "the denoiser proposes the token after the pending one"
+    GONE = "nothing: it has ended or was given up"
 
 
 @dataclass
@@ -83,14 +84,15 @@ class Row:
     seen: list[StepEvent] = field(default_factory=list)  # of a watched request, not yet told
     kept: int = 0  # drafted tokens of the last round
     allowed: int = 0  # passes of the denoiser that this round may take; 0: none
-    taken: int = 0  # and those that its block has had
+    taken: int = 0  # and those that its block has been given
+    opened: int = 0  # blocks that the denoiser has been asked for
     shown: int = -1  # tokens of the text that the denoiser has been shown; −1: it knows nothing of this text
     seconds: float = 0.0  # this row's share of the passes of its round
     held: list[int] = field(default_factory=list)  # new tokens that wait for their log-probabilities
     after: Tensor | None = None  # (V,): diffusion with logprobs: the AR model's logits after what is read
     matcher: Matcher | None = None  # where its text stands in the grammar that it must follow
     memory: object = None  # what its policy remembers of the block
-    error: Exception | None = None  # what its policy or its matcher raised
+    error: Exception | None = None  # what its matcher raised
 
     @property
     def params(self) -> GenerationParams:
@@ -103,6 +105,11 @@ class Row:
     @property
     def rule(self) -> Rule:
         return Rule(self.params.temperature, self.params.top_k, self.params.top_p)
+
+    @property
+    def needs_denoiser(self) -> bool:
+        """Whether the denoiser has a pass to make for it, as far as is known."""
+        return self.phase is Phase.MOCK or (self.phase is Phase.DENOISE and self.taken < self.allowed)
 
     @property
     def in_last_pass(self) -> bool:

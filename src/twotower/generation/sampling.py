@@ -105,8 +105,8 @@ def confidence(logits: Tensor, tokens: Tensor) -> Tensor:
 
 
 def by_tiles(function: Callable[..., Tensor], logits: Tensor, *others: Tensor) -> Tensor:
-    """`function` of logits (B, L, V) and others (B, L), a few positions at a time: function((n, V), (n,), …) → (n, …).
-    So what it makes of the logits in a wider type is never larger than `TILE_BYTES`, or one position."""
+    """`function` of logits (B, L, V) and others (B, L, …), a few positions at a time: function((n, V), (n, …), …) →
+    (n, …). So what it makes of the logits in a wider type is never larger than `TILE_BYTES`, or one position."""
     flat = [part.flatten(0, 1) for part in (logits, *others)]
     count = max(TILE_BYTES // (8 * logits.shape[2]), 1)
     outs = [function(*(part[at : at + count] for part in flat)) for at in range(0, max(len(flat[0]), 1), count)]

@@ -102,14 +102,21 @@ def margin(seen: Pass, knob: Tensor) -> Verdict:
 
 def stability(seen: Pass, knob: Tensor) -> Verdict:
     """Positions that are confident and whose distribution has moved by less than KL_BOUND nats since the last pass."""
-    now = widened(seen.logits).log_softmax(-1)
+    norm = by_tiles(lambda logits: widened(logits).logsumexp(-1), seen.logits)
     if seen.memory is None:
         still = torch.zeros_like(seen.masked, dtype=torch.long)
     else:
-        before, still = seen.memory
-        moved = (now.exp() * (now - before).masked_fill(now == -torch.inf, 0.0)).sum(-1)
+        before, norm_before, still = seen.memory
+        moved = by_tiles(_divergence, seen.logits, norm, before, norm_before)
         still = torch.where(moved < KL_BOUND, still + 1, 0)
-    return Verdict((still >= KL_PASSES) & (seen.confidence > knob), seen.confidence, (now, still))
+    return Verdict((still >= KL_PASSES) & (seen.confidence > knob), seen.confidence, (seen.logits, norm, still))
+
+
+def _divergence(logits: Tensor, norm: Tensor, before: Tensor, norm_before: Tensor) -> Tensor:
+    """KL(now ‖ before) in nats of n positions: logits (n, V) and their log-sums (n,), now and before → (n,)."""
+    now = widened(logits) - norm[:, None]
+    moved = now - (widened(before) - norm_before[:, None])
+    return (now.exp() * moved.masked_fill(now == -torch.inf, 0.0)).sum(-1)
 
 
 def span(seen: Pass, knob: Tensor) -> Verdict:
