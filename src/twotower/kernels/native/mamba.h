@@ -12,7 +12,7 @@ template <int KNOWN> inline void convolve(const float* in, const float* taps, lo
     for (; c + W <= C; c += W)
         for (long l = 0; l < L; l++) {
             vec v = load(taps + K * C + c);
-            for (long k = 0; k < K; k++) v += load(in + (l + k) * C + c) * load(taps + k * C + c);
+            for (long k = 0; k < K; k++) v = fused(load(in + (l + k) * C + c), load(taps + k * C + c), v);
             store(out + l * C + c, silu(v));
         }
     for (; c < C; c++)

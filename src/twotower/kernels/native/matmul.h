@@ -22,7 +22,7 @@ inline void dots(const T* w, long ldw, const float* x, long ldx, long K, bool ah
         }
         for (int m = 0; m < M; m++) {
             const vec token = load(x + m * ldx + k);
-            for (int r = 0; r < R; r++) acc[r][m] += weights[r] * token;
+            for (int r = 0; r < R; r++) acc[r][m] = fused(weights[r], token, acc[r][m]);
         }
     }
     constexpr int COLUMNS = M == 3 ? 4 : M;  // a power of two

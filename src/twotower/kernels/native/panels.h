@@ -49,7 +49,7 @@ template <int R, int M, class T> void tile(const T* w, long apart, const float* 
         for (int s = 0; s < S; s++)
             for (int m = 0; m < M; m++) {
                 const vec token = splat(x[m * ldx + k + s]);
-                for (int r = 0; r < R * VECTORS; r++) acc[r][m] += weights[r][s] * token;
+                for (int r = 0; r < R * VECTORS; r++) acc[r][m] = fused(weights[r][s], token, acc[r][m]);
             }
     }
     for (int r = 0; r < R * VECTORS; r++)

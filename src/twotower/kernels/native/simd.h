@@ -38,6 +38,19 @@ constexpr vec COUNT = {0, 1, 2, 3, 4, 5, 6, 7};
 
 inline vec splat(float x) { return x - vec{}; }
 
+// a·b + c, rounded once. Left to itself a compiler that tunes for some processors (GCC for Zen) takes the fused operation in
+// one loop and two in another, and a sum would depend on how many others run beside it.
+inline vec fused(vec a, vec b, vec c) {
+#if defined(__AVX512F__)
+    return (vec)_mm512_fmadd_ps((__m512)a, (__m512)b, (__m512)c);
+#elif defined(__AVX2__) && defined(__FMA__)
+    return (vec)_mm256_fmadd_ps((__m256)a, (__m256)b, (__m256)c);
+#else
+    return a * b + c;
+#endif
+}
+inline vec fused(float a, vec b, vec c) { return fused(splat(a), b, c); }
+
 inline vec load(const float* p) { vec v; std::memcpy(&v, p, sizeof v); return v; }
 
 inline vec load(const bf16* p) {  // a bf16 is the upper half of a float

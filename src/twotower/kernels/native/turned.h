@@ -35,7 +35,7 @@ inline void weigh(const float* w, long row, long step, const T* x, long ldx, lon
         for (int v = 0; v < V; v++) part[v] = load(x + r * ldx + v * W);
         for (int m = 0; m < M; m++) {
             const float by = w[m * row + r * step];
-            for (int v = 0; v < V; v++) a[m][v] += by * part[v];
+            for (int v = 0; v < V; v++) a[m][v] = fused(by, part[v], a[m][v]);
         }
     }
     for (int m = 0; m < M; m++)
@@ -138,10 +138,10 @@ inline void few_products(const float* w, long ldw, const T* x, long ldx, long n,
             turned_square(x + r * ldx + d, ldx, n - r, D - d, v);
             if (D - d >= W) {
                 for (int i = 0; i < W; i++)
-                    for (int m = 0; m < M; m++) acc[m] += w[m * ldw + d + i] * v[i];
+                    for (int m = 0; m < M; m++) acc[m] = fused(w[m * ldw + d + i], v[i], acc[m]);
             } else {
                 for (int i = 0; i < D - d; i++)
-                    for (int m = 0; m < M; m++) acc[m] += w[m * ldw + d + i] * v[i];
+                    for (int m = 0; m < M; m++) acc[m] = fused(w[m * ldw + d + i], v[i], acc[m]);
             }
         }
         for (int m = 0; m < M; m++) store(out + m * ld + r, acc[m]);
