@@ -21,8 +21,8 @@ from twotower.generation.unmasking import Unmasking
 from twotower.model.moe import Router
 
 # The package gives two of its functions the names of their modules, so the modules are asked for by name.
-diffusion, autoregressive = (
-    importlib.import_module(f"twotower.generation.{name}") for name in ("diffusion", "autoregressive")
+diffusion, autoregressive, speculative = (
+    importlib.import_module(f"twotower.generation.{name}") for name in ("diffusion", "autoregressive", "speculative")
 )
 
 Key = tuple[Any, ...]  # (kind of pass, block, step, what)
@@ -145,10 +145,23 @@ def watching(model: TwoTowerForCausalLM, follow: Decisions | None = None) -> Ite
         patch.object(diffusion, "pick", choosing(diffusion.pick)),
         patch.object(Unmasking, "__call__", committing(Unmasking.__call__)),
         patch.object(autoregressive, "pick", choosing(autoregressive.pick)),
+        patch.object(speculative, "pick", choosing(speculative.pick)),
     ):
         yield run
     for hook in hooks:
         hook.remove()
+
+
+def nearest_tie(run: Decisions) -> float:
+    """The smallest margin by which an expert or a token of the run was chosen."""
+    margins = []
+    for key, scores in run.scores.items():
+        if key[-1] == "token":
+            best, second = scores.topk(2, dim=-1).values.unbind(-1)
+            margins.append(float((best - second).min()))
+        elif key[-1] != "commit":
+            margins.append(float(scores.min()))
+    return min(margins)
 
 
 def expert_margin(router: Router, biased: Tensor) -> Tensor:

@@ -113,8 +113,12 @@ def test_both_towers_are_the_backbone(tmp_path: Path, name: str, layout: str) ->
     made = convert(tmp_path / "source", tmp_path / "made")
     model = TwoTowerForCausalLM.from_pretrained(tmp_path / "made")
     tokens = some_tokens(2, 45)
-    agree(model(tokens).logits, hf(tokens).logits)
-    assert torch.equal(model(tokens).logits.argmax(-1), hf(tokens).logits.argmax(-1))
+    ours, theirs = model(tokens).logits, hf(tokens).logits
+    agree(ours, theirs)
+    best, second = theirs.topk(2, dim=-1).values.unbind(-1)
+    clear = best - second > 6e-4  # twice what `agree` allows: which of two nearly equal tokens leads may differ
+    assert clear.float().mean() > 0.9
+    assert torch.equal(ours.argmax(-1)[clear], theirs.argmax(-1)[clear])
     context, denoiser = model.context.state_dict(), model.denoiser.state_dict()
     assert context.keys() == denoiser.keys()
     assert all(torch.equal(tensor, denoiser[name]) for name, tensor in context.items())

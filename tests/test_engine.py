@@ -14,6 +14,7 @@ from unittest.mock import patch
 import pytest
 import torch
 from conftest import EVERY_KIND, build_random_model
+from decisions import nearest_tie, watching
 from torch import Tensor
 
 from twotower import TwoTowerForCausalLM
@@ -368,23 +369,7 @@ def test_the_state_does_not_grow(model: TwoTowerForCausalLM) -> None:
     assert not llm._opening
 
 
-# --- in full --------------------------------------------------------------------------------------------------------
-
-
-@pytest.mark.slow
-@pytest.mark.timeout(3600)
-def test_a_thousand_requests_as_alone() -> None:
-    """float64 without exception; fp32 and bf16: the rate is printed."""
-    exact = build_random_model(EVERY_KIND, dtype=torch.float64)
-    for dtype, count in ((torch.float64, 1000), (torch.float32, 1000), (torch.bfloat16, 200)):
-        model = exact.to(dtype)
-        rng = random.Random(11)
-        requests = [some_request(rng) for _ in range(count)]
-        outputs = drive(LLM(model, rows=16, length=LENGTH), requests, rng, aborted=0.02)
-        differ = [place for place, output in outputs.items() if output.tokens != alone(model, requests[place]).tokens]
-        print(f"{dtype}: {len(differ)} of {len(outputs)} requests differ from what they write alone")
-        if dtype == torch.float64:
-            assert not differ
+# --- being watched --------------------------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize("mode", ["diffusion", "verified"])
@@ -417,3 +402,25 @@ def test_a_watched_request_is_shown_after_every_pass(model: TwoTowerForCausalLM,
     assert passes == result.denoiser_passes
     assert result.tokens == alone(model, plain).tokens
     assert not any(isinstance(event, StepEvent) for event in engine.stream(plain))
+
+
+@pytest.mark.slow
+@pytest.mark.timeout(3600)
+def test_a_thousand_requests_as_alone() -> None:
+    """float64 without exception; fp32 but for near ties, counted; bf16: the rate is printed. Some are given up."""
+    exact = build_random_model(EVERY_KIND, dtype=torch.float64)
+    for dtype, count in ((torch.float64, 1100), (torch.float32, 1100), (torch.bfloat16, 200)):
+        model = build_random_model(EVERY_KIND, dtype=torch.float64).to(dtype)
+        rng = random.Random(11)
+        requests = [some_request(rng) for _ in range(count)]
+        outputs = drive(LLM(model, rows=16, length=LENGTH), requests, rng, aborted=0.02)
+        differ = [place for place, output in outputs.items() if output.tokens != alone(model, requests[place]).tokens]
+        print(f"{dtype}: {len(differ)} of {len(outputs)} requests differ from what they write alone")
+        assert count < 1000 or len(outputs) >= 1000
+        if dtype == torch.float64:
+            assert not differ
+        elif dtype == torch.float32:
+            for place in differ:
+                with watching(exact) as run:
+                    alone(exact, requests[place])
+                assert nearest_tie(run) < 1e-4, requests[place]

@@ -86,6 +86,33 @@ def _flat(value: Any) -> list[Tensor | None]:
     return [value] if isinstance(value, Tensor) or value is None else [leaf for part in value for leaf in _flat(part)]
 
 
+@pytest.mark.parametrize("counts", [[[1, 1, 0, 0], [0, 0, 0, 0]], [[0, 0, 0, 0], [0, 1, 1, 1]], [[0] * 4] * 2])
+@pytest.mark.parametrize("at_once", [True, False], ids=["at once", "by layers"])
+@torch.no_grad()
+def test_padding_visits_no_expert_that_no_token_visits(counts: list[list[int]], at_once: bool) -> None:
+    """Experts that no counting token chose hold no numbers here. Where none counts, one token's are visited."""
+    tower = build_random_model("ME", dtype=torch.float32).context
+    tokens, valid = torch.tensor([[5, 6, 7, 8], [9, 10, 11, 12]]), torch.tensor(counts).bool()
+    sees, chosen = Visibility(valid=valid), []
+    mixer = tower.layers[1].mixer
+    hook = mixer.gate.register_forward_hook(lambda _, given, out: chosen.append(out[0]))
+    before, _ = tower.layer_by_layer(tokens, sees)
+    hook.remove()
+    visited = chosen[0][valid.flatten()] if valid.any() else chosen[0][:1]
+    idle = [expert for expert in range(len(mixer.experts.up_proj)) if expert not in visited]
+    assert set(chosen[0].flatten().tolist()) & set(idle)
+    mixer.experts.up_proj.data[idle] = torch.nan
+    if at_once:
+        assert whole.serves(tower)
+        run = whole.run(tower, tower.embed(tokens), sees, None, None, True)
+        assert run is not None
+        after = run[0]
+    else:
+        after, _ = tower.layer_by_layer(tokens, sees)
+    assert after.isfinite().all()
+    torch.testing.assert_close(after[valid], before[valid], rtol=1e-4, atol=1e-5)
+
+
 @pytest.mark.parametrize("order", ["before", "after"])
 def test_modulation_of_rows(order: Any) -> None:
     draw = cases.Draw(3, CPU)

@@ -58,14 +58,17 @@ def made(monkeypatch: pytest.MonkeyPatch) -> list[int]:
     return recordings
 
 
+@pytest.mark.parametrize("ahead", [False, True], ids=["", "ahead"])
 def test_an_engine_writes_the_same_from_few_recordings(
-    model: TwoTowerForCausalLM, made: list[int], monkeypatch: pytest.MonkeyPatch
+    model: TwoTowerForCausalLM, made: list[int], monkeypatch: pytest.MonkeyPatch, ahead: bool
 ) -> None:
     """Rows come and go, of all modes and lengths; contexts grow; a slot that is used again holds another text."""
     rng = random.Random(5)
     requests = [some_request(rng) for _ in range(8)]
     requests = [replace(one, params=replace(one.params, block_size=2, max_new_tokens=9)) for one in requests]
-    written = [output.tokens for output in LLM(model, rows=2, length=160).generate(requests)]
+    llm = LLM(model, rows=2, length=160)
+    llm.ahead = ahead
+    written = [output.tokens for output in llm.generate(requests)]
     assert 4 <= len(made) <= 16
     with monkeypatch.context() as patch:
         patch.setattr(recorded, "run", lambda *_: None)

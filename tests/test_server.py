@@ -674,10 +674,12 @@ def test_a_fault_of_the_server_is_500_and_in_its_log(served: Served, monkeypatch
     before = served.counts().get(("twotower_requests_total", BOTH[0], "500"), 0)
     with logged() as lines:
         answer = served.complete()
+        number = answer.headers["x-request-id"]
+        # The answer is sent first, so it may be here before the server has counted and logged it.
+        until(lambda: any(line["event"] == "request" and line["id"] == number for line in lines))
     assert "secret" not in answer.text
     refused(answer, None, 500)
     assert served.counts()["twotower_requests_total", BOTH[0], "500"] == before + 1
-    number = answer.headers["x-request-id"]
     ours = [line for line in lines if line["id"] == number]
     assert [line["event"] for line in ours] == ["error", "request"]
     assert "a secret of the server" in ours[0]["trace"]

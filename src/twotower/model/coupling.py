@@ -5,9 +5,10 @@ Mixers are pure: (hidden, read-only past) → (output, what this pass adds). Onl
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import NamedTuple
 
+import torch
 from torch import Tensor
 
 from twotower.kernels.attention import Cached
@@ -41,11 +42,26 @@ class Visibility:
     causal:       whether a token sees later tokens of its own pass (the denoiser's block does).
     start:        (B,) the first token's absolute position. Nemotron-H has no positional encoding; backbones with one
                   read it here.
+    counting:     (1,) place of a token that counts, among all B·L; None: not looked for (`with_counting`).
     """
 
     valid: Tensor | None = None
     causal: bool = True
     start: Tensor | None = None
+    counting: Tensor | None = None
+
+    def with_counting(self) -> Visibility:
+        """The same with `counting`, where there may be padding. Formed anew in each pass: recorded ones repeat it."""
+        if self.valid is None:
+            return self
+        return replace(self, counting=self.valid.flatten().byte().argmax(0, keepdim=True))
+
+    def visited(self, choice: Tensor) -> Tensor:
+        """choice (B·L, k), the experts of each token → those that are visited: padding goes where a token goes that
+        counts, so that no expert's weights are read for it alone."""
+        if self.valid is None or self.counting is None:
+            return choice
+        return torch.where(self.valid.flatten()[:, None], choice, choice.index_select(0, self.counting))
 
 
 def context_visible(key_positions: Tensor, block_start: Tensor) -> Tensor:

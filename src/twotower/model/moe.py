@@ -12,6 +12,7 @@ from twotower.config import BackboneConfig
 from twotower.kernels import int8, select
 from twotower.kernels.native import panels
 from twotower.kernels.routing import Routing
+from twotower.model.coupling import Visibility
 from twotower.model.linear import Linear
 
 
@@ -101,7 +102,11 @@ class MoE(nn.Module):
         self.experts = Experts(config)
         self.shared_experts = MLP(config.hidden_size, config.moe_shared_expert_intermediate_size, config.mlp_bias)
 
-    def forward(self, hidden: Tensor) -> Tensor:
+    def forward(self, hidden: Tensor, sees: Visibility | None = None) -> Tensor:
+        """hidden (…, H) → (…, H); sees: which of (B, L) tokens count, where that is known to spare experts."""
         flat = hidden.flatten(0, -2)
-        routed = self.experts(flat, *self.gate(flat)).view_as(hidden)
+        choice, weight = self.gate(flat)
+        if sees is not None:
+            choice = sees.visited(choice)
+        routed = self.experts(flat, choice, weight).view_as(hidden)
         return routed + self.shared_experts(hidden)

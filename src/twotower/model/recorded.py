@@ -15,6 +15,7 @@ import os
 import warnings
 from collections import OrderedDict
 from collections.abc import Callable, Hashable, Sequence
+from dataclasses import replace
 from functools import cache
 from typing import TYPE_CHECKING, Any, NamedTuple
 from weakref import WeakKeyDictionary
@@ -95,6 +96,8 @@ def run(tower: Tower, reads: Reads) -> Result | None:
         return None
     reads = reads._replace(past=_widened(reads.past))
     rows = _bucket(reads)
+    if rows > len(reads.tokens) and reads.sees.valid is None:  # the surplus rows are padding, and visit no expert alone
+        reads = reads._replace(sees=replace(reads.sees, valid=torch.ones_like(reads.tokens, dtype=torch.bool)))
     shape = (
         rows,
         _shape(reads),

@@ -53,6 +53,8 @@ class Layer(nn.Module):
             out, added = self.mixer(hidden, past, sees, trace)
         elif self.kind == "*":
             out, added = self.mixer(hidden, past, sees)
+        elif self.kind == "E":
+            out, added = self.mixer(hidden, sees), None
         else:
             out, added = self.mixer(hidden), None
         return self.residual(x, out, modulation), added
@@ -113,7 +115,7 @@ class Tower(nn.Module):
         trace: bool = True,
     ) -> tuple[Tensor, list[Added]]:
         """`forward` as it is defined; what does all of a pass at once gives the same."""
-        x = self.embed(tokens)
+        x, sees = self.embed(tokens), sees.with_counting()
         added: list[Added] = []
         for i, layer in enumerate(self.layers):
             x, new = layer(x, past[i] if past else None, sees, modulation[i] if modulation else None, trace)

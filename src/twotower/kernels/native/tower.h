@@ -70,6 +70,9 @@ void tower(X* x, const int64_t* kinds, const void* const* weights, const void* c
     T* second = reinterpret_cast<T*>(scratch(11, tokens * std::max(widest, H)));
     int64_t* choice = reinterpret_cast<int64_t*>(scratch(12, 2 * tokens * std::max(s.top, 1L)));
     float* chosen = scratch(13, tokens * std::max(s.top, 1L));
+    long counting = 0;  // a token that counts, if any does
+    while (valid && counting < tokens - 1 && !valid[counting]) counting++;
+    if (valid && !valid[counting]) counting = 0;
     for (long layer = 0; layer < s.layers; layer++) {
         const auto w = [&](int i) { return static_cast<const T*>(weights[layer * WEIGHTS + i]); };
         const auto wide = [&](int i) { return static_cast<const float*>(weights[layer * WEIGHTS + i]); };
@@ -100,6 +103,8 @@ void tower(X* x, const int64_t* kinds, const void* const* weights, const void* c
         } else if (kind == MOE) {
             route(normed, w(1), wide(2), choice, chosen, tokens, H, s.experts, s.groups, s.kept, s.top, int(s.normalise),
                   s.factor, threads);
+            for (long t = 0; valid && t < tokens; t++)  // padding goes where a token goes that counts
+                if (!valid[t]) std::copy_n(choice + counting * s.top, s.top, choice + t * s.top);
             experts(normed, choice, chosen, matrix(3), matrix(4), out, tokens, s.top, s.experts, s.inner, H, threads);
             mlp(normed, matrix(5), w(6), matrix(7), w(8), first, second, tokens, H, s.shared, threads);
             add(second, tokens * H, out);
