@@ -9,8 +9,8 @@ which the list has no tile end at once.
 
 Bytes moved for a layer of the 30B shapes (hidden 2688, experts of 1856): 19.0 MiB of bf16 or 9.5 MiB of int8 for each
 expert that is chosen, 6 in an AR step (114 or 57 MiB), some 75 for a block of 16 tokens (1.4 or 0.7 GiB); beside them
-each pair's hidden row, read by 29 programs, and its inner row, read by 42, 0.4 MiB a pair, mostly from the cache; and 5 KiB a pair
-of results, written and read. Import this only where a kernel is to run.
+each pair's hidden row, read by 29 programs, and its inner row, read by 42, 0.3 MiB a pair from the cache; and 5 KiB a
+pair of results, written and read. Import this only where a kernel is to run.
 """
 
 from __future__ import annotations
@@ -25,7 +25,7 @@ from twotower.kernels.triton_products import OUTS, in_pairs, kept_in, launch_of,
 
 MOST_ROWS = 64  # of a tile; an expert with more tokens gets several, which find its weights in the cache
 COMPARED = 128 * 128  # of pairs with experts, at once by one program
-LANES = 1024  # pairs that a program looks at together
+LANES = 2048  # pairs that a program looks at together
 COLUMNS = 512  # of a token's result, a program
 
 
@@ -59,7 +59,7 @@ def _mixture(hidden: Tensor, choice: Tensor, weight: Tensor, up: Weights, down: 
         activated = hidden.new_empty(choice.numel(), inner, dtype=kept)
         pairs = hidden.new_empty(choice.numel(), width, dtype=kept)
         for x, (matrix, scale), out, is_up in ((hidden, up, activated, True), (activated, down, pairs, False)):
-            launch = launch_of(hidden.dtype, scale is not None)
+            launch = launch_of(hidden.dtype, scale is not None, rows)
             _expert_kernel[(len(items), triton.cdiv(out.shape[1], OUTS))](
                 x,
                 matrix,
@@ -111,7 +111,7 @@ def plan(choice: Tensor, experts: int, rows: int) -> tuple[Tensor, Tensor]:
         EXPERTS=experts,
         EVERY=every,
         ROWS=rows,
-        LANES=max(triton.next_power_of_2(min(experts, COMPARED // every)), 16) if few else LANES,
+        LANES=tile_of(min(experts, COMPARED // every)) if few else LANES,
         num_warps=4,
     )
     return order, items

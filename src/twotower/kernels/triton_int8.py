@@ -34,8 +34,8 @@ def linear_int8(x: Tensor, q: Tensor, scale: Tensor, bias: Tensor | None = None)
     if not 0 < tokens <= MOST_TOKENS or not width * out:
         return twin.linear(x, q, scale, bias)
     flat = dense_from(flat, 1)
-    launch = launch_of(x.dtype, True)
     rows = min(MOST_ROWS // 2 if x.dtype == torch.float32 else MOST_ROWS, tile_of(tokens))
+    launch = launch_of(x.dtype, True, rows)
     tiles = triton.cdiv(tokens, rows)
     parts, part = parts_of(width, triton.cdiv(out, OUTS) * tiles, launch.step)
     result = x.new_empty(tokens, out)
@@ -117,9 +117,7 @@ def _linear_kernel(
 
 
 @triton.jit(do_not_specialize=["tokens"])
-def _sum_kernel(
-    sums, scale, bias, result, tokens, PARTS: tl.constexpr, OUT: tl.constexpr, COLUMNS: tl.constexpr
-):
+def _sum_kernel(sums, scale, bias, result, tokens, PARTS: tl.constexpr, OUT: tl.constexpr, COLUMNS: tl.constexpr):
     """One token (axis 0), some outputs (axis 1): its parts, in order."""
     token = tl.program_id(0).to(tl.int64)
     outs = tl.program_id(1) * COLUMNS + tl.arange(0, COLUMNS)

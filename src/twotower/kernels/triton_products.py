@@ -17,7 +17,7 @@ import triton
 import triton.language as tl
 
 OUTS = 64  # outputs of a program: the 30B shape's 1856, 2688 and 4096 are multiples
-# The interpreter multiplies bf16 as integers and cuts it off where it should round: there, what lies between two kernels
+# The interpreter multiplies bf16 as integers and cuts off where it should round: there, what lies between two kernels
 # stays wide, and so do products' operands, which changes none of them.
 INTERPRETED = os.environ.get("TRITON_INTERPRET") == "1"
 
@@ -32,11 +32,12 @@ class Launch(NamedTuple):
     precision: str
 
 
-def launch_of(dtype: torch.dtype, int8: bool) -> Launch:
-    """Two or three steps on their way, 16 to 32 KiB a program, and room for several programs beside it."""
+def launch_of(dtype: torch.dtype, int8: bool, rows: int) -> Launch:
+    """Two or three steps on their way, 16 to 32 KiB a program, and room for several programs beside it; less than
+    99 KiB of shared memory also on cards that have no more (8.6, 8.9, 12.0)."""
     if dtype == torch.float32:  # products on plain cores: what a thread holds of a step is what limits it
         return Launch(32, 3, 4, tl.float32, "ieee")
-    return Launch(128, 4 if int8 else 3, 4, tl.float32 if INTERPRETED else tl.bfloat16, "ieee")
+    return Launch(128 if rows < 64 else 64, 4 if int8 else 3, 4, tl.float32 if INTERPRETED else tl.bfloat16, "ieee")
 
 
 def kept_in(dtype: torch.dtype) -> torch.dtype:
@@ -47,6 +48,37 @@ def kept_in(dtype: torch.dtype) -> torch.dtype:
 def in_pairs(q: torch.Tensor) -> torch.Tensor:
     """int8 panels (…, in, 16) as (…, in, 8) of int16, two outputs each, in place: what `product` takes."""
     return q.contiguous().view(torch.int16)
+
+
+# Two pairs of int8 in a register, (a, b) and (c, d) → (a, c) and (b, d) in bf16, four numbers in seven instructions:
+# conversions proper are slow enough to be waited for. 0x4300 is 128, whose last digit is 1: with a number's seven low
+# bits it is 128 + these, with its sign bit, worth 128, it is 128 or 256; and their difference is the number, exactly.
+WIDEN = tl.constexpr("""
+{
+    .reg .b32 turned, low, sign, minus;
+    mov.b32 minus, 0xbf80bf80;
+    lop3.b32 low, $2, 0x007f007f, 0x43004300, 0xea;
+    lop3.b32 sign, $2, 0x00800080, 0x43004300, 0xea;
+    fma.rn.bf16x2 $0, sign, minus, low;
+    shr.u32 turned, $2, 8;
+    lop3.b32 low, turned, 0x007f007f, 0x43004300, 0xea;
+    lop3.b32 sign, turned, 0x00800080, 0x43004300, 0xea;
+    fma.rn.bf16x2 $1, sign, minus, low;
+}
+""")
+
+
+@triton.jit
+def _halves(w, OPERAND: tl.constexpr):
+    """int16, two int8 each → the low ones and the high ones."""
+    if OPERAND == tl.bfloat16:  # noqa: SIM300  a dtype is no constant's equal
+        low, high = tl.inline_asm_elementwise(
+            WIDEN, "=&r,=r,r", [w], dtype=(tl.bfloat16, tl.bfloat16), is_pure=True, pack=2
+        )
+    else:
+        low = ((w << 8) >> 8).to(OPERAND)
+        high = (w >> 8).to(OPERAND)
+    return low, high
 
 
 @triton.jit
@@ -84,8 +116,9 @@ def product(
             here = at + k < end
             x = tl.load(rows[:, None] + (at + k)[None, :], mask=live[:, None] & here[None, :], other=0.0).to(OPERAND)
             w = tl.load(of_pair[None, :] + (at + k)[:, None] * 8, mask=here[:, None] & exists[None, :], other=0)
-            even = tl.dot(x, ((w << 8) >> 8).to(tl.float32).to(OPERAND), even, input_precision=PRECISION)
-            odd = tl.dot(x, (w >> 8).to(tl.float32).to(OPERAND), odd, input_precision=PRECISION)
+            low, high = _halves(w, OPERAND)
+            even = tl.dot(x, low, even, input_precision=PRECISION)
+            odd = tl.dot(x, high, odd, input_precision=PRECISION)
         total = tl.interleave(even, odd)
     else:
         out = first + tl.arange(0, OUTS)
