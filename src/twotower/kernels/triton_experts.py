@@ -47,10 +47,10 @@ Weights = tuple[Tensor, Tensor | None]  # as they lie, or int8 and its scale
 
 def _mixture(hidden: Tensor, choice: Tensor, weight: Tensor, up: Weights, down: Weights, inner: int) -> Tensor:
     """inner: the experts' width I."""
-    mixed = torch.zeros_like(hidden, memory_format=torch.contiguous_format)
     if not choice.numel():
-        return mixed
+        return torch.zeros_like(hidden)
     hidden = dense_from(hidden, 1)
+    mixed = torch.empty_like(hidden, memory_format=torch.contiguous_format)
     width, top, count = hidden.shape[1], choice.shape[1], len(up[0])
     rows = rows_of_a_tile(choice.numel(), count, hidden.dtype)
     with device_of(hidden):

@@ -29,11 +29,11 @@ COLUMNS = 512  # of a token's result, a program that adds parts
 
 def linear_int8(x: Tensor, q: Tensor, scale: Tensor, bias: Tensor | None = None) -> Tensor:
     """As `twotower.kernels.int8.linear`, without gradients."""
-    flat = x.flatten(0, -2)
-    tokens, width, out = len(flat), x.shape[-1], len(scale)
-    if not 0 < tokens <= MOST_TOKENS or not width * out:
+    width, out = x.shape[-1], len(scale)
+    if not 0 < x.numel() <= MOST_TOKENS * width or not out:
         return twin.linear(x, q, scale, bias)
-    flat = dense_from(flat, 1)
+    flat = dense_from(x.reshape(-1, width), 1)
+    tokens = len(flat)
     rows = min(MOST_ROWS // 2 if x.dtype == torch.float32 else MOST_ROWS, tile_of(tokens))
     launch = launch_of(x.dtype, True, rows)
     tiles = triton.cdiv(tokens, rows)
