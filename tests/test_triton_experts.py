@@ -84,7 +84,7 @@ class Mixture:
 
 @INT8
 @DTYPES
-@pytest.mark.parametrize(("tokens", "top"), [(1, 3), (7, 1), (40, 3)])
+@pytest.mark.parametrize(("tokens", "top"), [(1, 3), (6, 1), (40, 3)])
 def test_any_number_of_tokens(tokens: int, top: int, dtype: torch.dtype, as_int8: bool) -> None:
     """Of seven experts, some that nothing chose; fewer pairs than experts, and more than a tile for each."""
     mixture = Mixture(7, 40, 24, dtype, as_int8)
@@ -171,7 +171,7 @@ def test_experts_that_nothing_chose_leave_no_mark(tokens: int, as_int8: bool) ->
 
 
 @pytest.mark.parametrize(
-    ("pairs", "count", "rows"), [(6, 40, 16), (40, 40, 16), (41, 40, 16), (200, 7, 32), (900, 5, 64)]
+    ("pairs", "count", "rows"), [(6, 33, 16), (33, 33, 16), (34, 33, 16), (200, 7, 32), (900, 5, 64)]
 )
 def test_the_plan(pairs: int, count: int, rows: int) -> None:
     """Every pair once, by expert and in order; tiles of one expert each, as many as there are programs or fewer."""
@@ -317,11 +317,11 @@ def test_the_kernels_compile_for_a_gpu(tmp_path: Path) -> None:
 
 
 @DTYPES
-@pytest.mark.parametrize("op", ["experts", "experts_int8", "linear_int8"])
-def test_kernels_agree_on_what_they_are_checked_with(op: str, dtype: torch.dtype) -> None:
-    (backend,) = (b for b in kernels.CATALOGUE[op] if b.name == "triton")
-    function: Callable[..., Tensor] = backend.function
-    assert disagreement(function, kernels.CATALOGUE[op][-1].function, kernels.CASES[op](DEVICE, dtype)) is None
+def test_experts_agree_on_what_they_are_checked_with(dtype: torch.dtype) -> None:
+    """test_triton has the other two checked; here a GPU may prefer torch's grouped product."""
+    (backend,) = (b for b in kernels.CATALOGUE["experts"] if b.name == "triton")
+    twin = kernels.CATALOGUE["experts"][-1].function
+    assert disagreement(backend.function, twin, kernels.CASES["experts"](DEVICE, dtype)) is None
 
 
 @pytest.mark.parametrize("quantized", [False, True])
