@@ -128,7 +128,8 @@ def kernels(setting: Setting, out: dict[str, Any]) -> None:
 def cases_of(op: str, backend: Backend, setting: Setting) -> list[verification.Case]:
     """What a backend is tried on; the grouped GEMM takes widths that are multiples of 8 only."""
     if backend.name == "grouped-gemm":
-        return cases.experts_cases(setting.device, setting.dtype, width=64, inner=32)
+        of = {"experts": cases.experts_cases, "experts_int8": cases.experts_int8_cases}[op]
+        return of(setting.device, setting.dtype, width=64, inner=32)
     return cases.CASES[op](setting.device, setting.dtype)
 
 

@@ -346,7 +346,7 @@ def test_kernels_that_agree_are_taken(dtype: torch.dtype, triton_on: pytest.Monk
     with warnings.catch_warnings():
         warnings.simplefilter("error")
         rows = {op: (backend, why) for op, backend, why in kernels.report(DEVICE, dtype)}
-    for op in ("mamba_block", "fold", "choose"):
+    for op in ("mamba_block", "fold", "choose", "experts_int8", "linear_int8"):
         assert kernels.select(op, DEVICE, dtype).name == rows[op][0] == "triton"
         assert "agreed with its twin here" in rows[op][1]
 

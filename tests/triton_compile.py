@@ -1,6 +1,6 @@
 """Compiles every kernel for an H100 as its wrapper launches it, on a machine without one: the interpreter runs what the
-compiler refuses (a variable that changes its type in a loop, say). test_triton runs this in a process of its own, where
-the interpreter is off.
+compiler refuses (a variable that changes its type in a loop, say). Tests run this in processes of their own, where the
+interpreter is off: test_triton with lengths of blocks, test_triton_experts with the word "products".
 """
 
 from __future__ import annotations
@@ -15,11 +15,18 @@ from torch import Tensor
 from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource
 
-from twotower.kernels import triton_fold, triton_greedy, triton_mamba
+from twotower.kernels import triton_experts, triton_fold, triton_greedy, triton_int8, triton_mamba
 from twotower.kernels.cases import RELEASED, Sizes, block_arguments, choose_arguments, fold_arguments
 
 SHARED_MEMORY = 227 << 10  # of an H100's program
-TYPES = {torch.bfloat16: "*bf16", torch.float32: "*fp32", torch.int64: "*i64", torch.uint8: "*u8"}
+TYPES = {
+    torch.bfloat16: "*bf16",
+    torch.float32: "*fp32",
+    torch.int64: "*i64",
+    torch.int32: "*i32",
+    torch.int16: "*i16",
+    torch.uint8: "*u8",
+}
 CPU = torch.device("cpu")
 
 
@@ -59,7 +66,7 @@ def _type(name: str, value: Any, constant: bool) -> str:
     return "fp32" if isinstance(value, float) else "i32"
 
 
-def main() -> None:
+def blocks() -> None:
     """Blocks of the released sizes and of the lengths on the command line, and one of odd sizes."""
     triton_mamba._block_kernel = Compiler(triton_mamba._block_kernel)
     triton_fold._fold_kernel = Compiler(triton_fold._fold_kernel)
@@ -78,5 +85,35 @@ def main() -> None:
         triton_greedy.choose(*choose_arguments(131072, CPU, dtype))
 
 
+def products() -> None:
+    """The 30B shape's experts and `out_proj`: a token, a block, six of them, a long prompt; plain and int8; and odd
+    sizes. Nothing is computed, so nothing is filled."""
+    for module, names in (
+        (triton_experts, ("_plan_kernel", "_expert_kernel", "_mixture_kernel")),
+        (triton_int8, ("_linear_kernel", "_sum_kernel")),
+    ):
+        for name in names:
+            setattr(module, name, Compiler(getattr(module, name)))
+    released = (128, 2688, 1856, 6)
+    for tokens, (count, width, inner, top), dtype in (
+        *((tokens, released, torch.bfloat16) for tokens in (1, 16, 96, 2048)),
+        (96, released, torch.float32),
+        (5, (7, 37, 21, 2), torch.bfloat16),
+    ):
+        hidden, choice = torch.empty(tokens, width, dtype=dtype), torch.zeros(tokens, top, dtype=torch.int64)
+        up, down = torch.empty(count, inner, width, dtype=dtype), torch.empty(count, width, inner, dtype=dtype)
+        triton_experts.experts(hidden, choice, torch.empty(tokens, top), up, down)
+        triton_experts.experts_int8(hidden, choice, torch.empty(tokens, top), *_int8(up), *_int8(down))
+        triton_int8.linear_int8(torch.empty(min(tokens, 256), 4096, dtype=dtype), *_int8(torch.empty(width, 4096)))
+    bias = torch.empty(131072, dtype=torch.bfloat16)
+    triton_int8.linear_int8(torch.empty(16, 2688, dtype=torch.bfloat16), *_int8(torch.empty(131072, 2688)), bias)
+
+
+def _int8(weight: Tensor) -> tuple[Tensor, Tensor]:
+    """q and scale of the sizes that `weight` would get."""
+    *lead, out, width = weight.shape
+    return torch.empty(*lead, -(-out // 16), width, 16, dtype=torch.int8), torch.empty(*lead, out)
+
+
 if __name__ == "__main__":
-    main()
+    products() if sys.argv[1:] == ["products"] else blocks()

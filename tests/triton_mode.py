@@ -1,6 +1,6 @@
 """Imported before anything that imports Triton: where there is no GPU, its kernels run through the interpreter.
 
-Only tests/test_triton.py is to use them there: everything else is told to leave Triton alone.
+Only tests/test_triton*.py are to use them there: everything else is told to leave Triton alone.
 """
 
 from __future__ import annotations

@@ -109,6 +109,7 @@ CATALOGUE: dict[str, tuple[Backend, ...]] = {
         Backend("torch", F.linear, "plain torch"),
     ),
     "linear_int8": (
+        _triton("triton_int8", "linear_int8", "reads int8 once and widens it in registers, for few tokens"),
         _native(native_ops.linear_int8, "widens int8 in registers, for few tokens"),
         Backend("torch", int8.linear, "widens the whole matrix, then plain torch"),
     ),
@@ -122,6 +123,7 @@ CATALOGUE: dict[str, tuple[Backend, ...]] = {
     ),
     "experts": (
         Backend("grouped-gemm", experts.experts_grouped, "one grouped GEMM, no host read", _grouped_refusal),
+        _triton("triton_experts", "experts", "reads each chosen expert once, no host read"),
         _native(native_ops.experts, "reads each chosen expert once"),
         Backend(
             "sorted-loop",
@@ -132,6 +134,8 @@ CATALOGUE: dict[str, tuple[Backend, ...]] = {
         Backend("gathered", experts.experts_gathered, "static shapes, no host read; copies the chosen weights"),
     ),
     "experts_int8": (
+        _triton("triton_experts", "experts_int8", "reads each chosen expert once, widens int8 in registers"),
+        # For GPUs without Triton, and under autograd, where kernels of this package are left out.
         Backend("grouped-gemm", int8.experts_grouped, "widens all experts, then one grouped GEMM", _grouped_refusal),
         _native(native_ops.experts_int8, "reads each chosen expert once, widens int8 in registers"),
         Backend("sorted-loop", int8.experts_sorted, "widens chosen experts only", _host_refusal),

@@ -183,7 +183,7 @@ def linear_cases(device: torch.device, dtype: torch.dtype) -> list[Case]:
 
 
 def linear_int8_cases(device: torch.device, dtype: torch.dtype) -> list[Case]:
-    """Those of `linear`, and a row of zeros."""
+    """Those of `linear`, and a row of zeros; on a GPU also the largest tiles, and a released size in several parts."""
 
     def arguments(tokens: int, width: int, out: int, bias: bool) -> tuple[Any, ...]:
         draw = Draw(10, device)
@@ -191,17 +191,18 @@ def linear_int8_cases(device: torch.device, dtype: torch.dtype) -> list[Case]:
         weight[out // 2] = 0
         return draw(tokens, width).to(dtype), *quantized(weight), draw(out).to(dtype) if bias else None
 
-    return [_case(f"{size[0]} tokens of width {size[1]}", arguments, *size) for size in PRODUCTS]
+    more = ((16, 4096, 2688, False), (70, 2688, 131, True)) if device.type == "cuda" else ()
+    return [_case(f"{size[0]} tokens of width {size[1]}", arguments, *size) for size in PRODUCTS + more]
 
 
-def experts_int8_cases(device: torch.device, dtype: torch.dtype) -> list[Case]:
+def experts_int8_cases(device: torch.device, dtype: torch.dtype, width: int = 37, inner: int = 21) -> list[Case]:
     """Those of `experts` that are not packed."""
 
     def arguments(case: Case) -> tuple[Any, ...]:
         *routed, up, down = case.arguments()
         return *routed, *quantized(up), *quantized(down)
 
-    return [_case(case.name, arguments, case) for case in experts_cases(device, dtype, packings=(False,))]
+    return [_case(case.name, arguments, case) for case in experts_cases(device, dtype, width, inner, (False,))]
 
 
 def experts_cases(
@@ -211,17 +212,21 @@ def experts_cases(
     inner: int = 21,
     packings: tuple[bool, ...] | None = None,
 ) -> list[Case]:
-    """Few tokens and many, experts that nothing chose, odd widths; packed and not."""
+    """Few tokens and many, experts that nothing chose, odd widths; packed and not. On a GPU also the largest tiles, and
+    three experts of the released size."""
 
-    def arguments(tokens: int, top: int, packed: bool) -> tuple[Any, ...]:
+    def arguments(tokens: int, top: int, count: int, width: int, inner: int, packed: bool) -> tuple[Any, ...]:
         draw = Draw(6, device)
-        up, down = (_packed(draw(7, *shape).to(dtype), packed) for shape in ((inner, width), (width, inner)))
-        hidden, choice = draw(tokens, width).to(dtype) / 4, draw(tokens, 7).argsort(-1)[:, :top]
+        up, down = (_packed(draw(count, *shape).to(dtype), packed) for shape in ((inner, width), (width, inner)))
+        hidden, choice = draw(tokens, width).to(dtype) / 4, draw(tokens, count).argsort(-1)[:, :top]
         return hidden, choice.contiguous(), draw(tokens, top).abs(), up, down
 
+    sizes = [(1, 2, 7, width, inner), (19, 3, 7, width, inner)]
+    if device.type == "cuda":
+        sizes += [(96, 3, 7, width, inner), (2, 2, 3, 2688, 1856)]
     return [
-        _case(f"{tokens} tokens, {top} experts each{', packed' * packed}", arguments, tokens, top, packed)
-        for tokens, top in ((1, 2), (19, 3)) for packed in packings or _packings(device)
+        _case(f"{size[0]} tokens, {size[1]} experts each{', packed' * packed}", arguments, *size, packed)
+        for size in sizes for packed in packings or _packings(device)
     ]  # fmt: skip
 
 

@@ -1,0 +1,362 @@
+"""The Triton kernels of experts and int8 products beside their torch twins, over all their arguments: on a GPU, or
+through Triton's interpreter."""
+
+from __future__ import annotations
+
+import importlib.util
+import os
+import re
+import subprocess
+import sys
+from collections.abc import Callable, Iterator
+from dataclasses import replace
+from pathlib import Path
+
+import pytest
+import torch
+from torch import Tensor
+
+from twotower import TwoTowerForCausalLM, kernels
+from twotower.kernels import experts, int8
+from twotower.kernels.cases import Draw
+from twotower.kernels.verification import disagreement
+from twotower.quantization import quantize_
+
+if importlib.util.find_spec("triton") is None:
+    pytest.skip("the Triton kernels are not tested: the package triton is not installed", allow_module_level=True)
+
+from twotower.kernels import triton_experts, triton_int8, triton_products
+
+DEVICE = torch.device("cuda", 0) if torch.cuda.is_available() else torch.device("cpu")
+DTYPES = pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=["fp32", "bf16"])
+KINDS = pytest.mark.parametrize(
+    ("dtype", "as_int8"), [(torch.float32, False), (torch.bfloat16, True)], ids=["fp32", "bf16-int8"]
+)
+INT8 = pytest.mark.parametrize("as_int8", [False, True], ids=["plain", "int8"])
+
+
+@pytest.fixture(autouse=True)
+def _no_gradients() -> Iterator[None]:
+    with torch.no_grad():
+        yield
+
+
+def close(actual: Tensor, expected: Tensor, dtype: torch.dtype) -> None:
+    """expected: in float64. Tolerances as at start-up (`verification`)."""
+    assert actual.dtype == dtype
+    assert actual.shape == expected.shape
+    share = {torch.float32: 5e-6, torch.bfloat16: 1e-2}[dtype]
+    scale = expected.abs().max().clamp(min=1e-30) if expected.numel() else 1.0
+    torch.testing.assert_close(actual.double() / scale, expected / scale, rtol=0, atol=share)
+
+
+def same(actual: Tensor, expected: Tensor) -> bool:
+    """Bit for bit. Through the interpreter numpy multiplies, for whom a row's last digits depend on its place."""
+    return torch.equal(actual, expected) if DEVICE.type == "cuda" else torch.allclose(actual, expected, 1e-2, 1e-4)
+
+
+class Mixture:
+    """Weights of `count` experts from `width` to `inner` and back, plain or int8, and what they should give."""
+
+    def __init__(self, count: int, width: int, inner: int, dtype: torch.dtype, as_int8: bool, seed: int = 1) -> None:
+        self.draw = Draw(seed, DEVICE)
+        self.count, self.width, self.dtype = count, width, dtype
+        both = self.draw(count, inner, width) / width**0.5, self.draw(count, width, inner) / inner**0.5
+        self.weights = [w for one in both for w in (int8.quantized(one) if as_int8 else (one.to(dtype),))]
+        self.function = triton_experts.experts_int8 if as_int8 else triton_experts.experts
+        self.twin = int8.experts_sorted if as_int8 else experts.experts_sorted
+
+    def tokens(self, tokens: int, top: int) -> tuple[Tensor, Tensor, Tensor]:
+        """hidden, choice, weight."""
+        hidden, choice = self.draw(tokens, self.width).to(self.dtype), self.draw(tokens, self.count).argsort(-1)
+        return hidden, choice[:, :top], self.draw(tokens, top).abs()
+
+    def __call__(self, hidden: Tensor, choice: Tensor, weight: Tensor) -> Tensor:
+        return self.function(hidden, choice, weight, *self.weights)
+
+    def check(self, hidden: Tensor, choice: Tensor, weight: Tensor) -> None:
+        wide = [w.double() if w.is_floating_point() else w for w in self.weights]
+        close(self(hidden, choice, weight), self.twin(hidden.double(), choice, weight.double(), *wide), self.dtype)
+
+
+# --- experts ----------------------------------------------------------------------------------------------------------
+
+
+@INT8
+@DTYPES
+@pytest.mark.parametrize(("tokens", "top"), [(1, 3), (6, 1), (40, 3)])
+def test_any_number_of_tokens(tokens: int, top: int, dtype: torch.dtype, as_int8: bool) -> None:
+    """Of seven experts, some that nothing chose; fewer pairs than experts, and more than a tile for each."""
+    mixture = Mixture(7, 40, 24, dtype, as_int8)
+    mixture.check(*mixture.tokens(tokens, top))
+
+
+@INT8
+@DTYPES
+@pytest.mark.parametrize(("width", "inner"), [(1, 1), (37, 70), (304, 16)])
+def test_any_width(width: int, inner: int, dtype: torch.dtype, as_int8: bool) -> None:
+    """Multiples of a tile and not, of a panel and not; several steps of the sum; several programs."""
+    mixture = Mixture(3, width, inner, dtype, as_int8)
+    mixture.check(*mixture.tokens(5, 2))
+
+
+@INT8
+@pytest.mark.parametrize("count", [1, 2, 17])
+def test_any_number_of_experts(count: int, as_int8: bool) -> None:
+    mixture = Mixture(count, 20, 12, torch.float32, as_int8)
+    for tokens in (1, count // 2, 10):
+        mixture.check(*mixture.tokens(tokens, min(count, 2)))
+
+
+@INT8
+@pytest.mark.parametrize(("tokens", "expert"), [(5, 0), (16, 8), (17, 4), (40, 8)])
+def test_one_expert_for_all(tokens: int, expert: int, as_int8: bool) -> None:
+    """The first, one in the middle, the last."""
+    mixture = Mixture(9, 24, 16, torch.bfloat16, as_int8)
+    hidden, choice, weight = mixture.tokens(tokens, 1)
+    mixture.check(hidden, torch.full_like(choice, expert), weight)
+
+
+@INT8
+def test_nothing(as_int8: bool) -> None:
+    mixture = Mixture(3, 8, 8, torch.float32, as_int8)
+    assert mixture(*mixture.tokens(0, 2)).shape == (0, 8)
+    assert torch.equal(mixture(*mixture.tokens(4, 0)), torch.zeros(4, 8, device=DEVICE))
+
+
+@KINDS
+def test_tensors_that_lie_anywhere(dtype: torch.dtype, as_int8: bool) -> None:
+    mixture = Mixture(5, 24, 16, dtype, as_int8)
+    hidden, choice, weight = mixture.tokens(12, 2)
+    expected = mixture(hidden, choice.contiguous(), weight)
+    wider = mixture.draw(12, 3, 24).to(dtype)
+    wider[:, 1] = hidden
+    for x in (wider[:, 1], hidden.t().contiguous().t()):
+        assert torch.equal(mixture(x, choice, weight.t().contiguous().t()), expected)
+    assert torch.equal(mixture(hidden, choice.int(), weight), expected)
+
+
+@KINDS
+@pytest.mark.parametrize("together", [4, 34])
+def test_a_tokens_result_does_not_depend_on_its_neighbours(together: int, dtype: torch.dtype, as_int8: bool) -> None:
+    """Also where a neighbour is no number; wherever its pairs fall, in whichever tile."""
+    mixture = Mixture(6, 40, 24, dtype, as_int8)
+    hidden, choice, weight = mixture.tokens(together, 3)
+    result = mixture(hidden, choice, weight)
+    turned = torch.arange(together, device=DEVICE).flip(0)
+    assert same(mixture(hidden[turned], choice[turned], weight[turned]), result[turned])
+    spoilt = hidden.clone()
+    spoilt[1] = torch.nan
+    found = mixture(spoilt, choice, weight)
+    others = torch.arange(together, device=DEVICE) != 1
+    assert torch.equal(found[others], result[others])
+    assert found[1].isnan().all()
+    assert same(mixture(hidden[2:3], choice[2:3], weight[2:3]), result[2:3])
+
+
+@INT8
+@pytest.mark.parametrize("tokens", [1, 30])
+def test_experts_that_nothing_chose_leave_no_mark(tokens: int, as_int8: bool) -> None:
+    """Nor do what lies behind the last expert, and places of the list without a tile."""
+    mixture = Mixture(8, 24, 16, torch.float32, as_int8)
+    hidden, choice, weight = mixture.tokens(tokens, 2)
+    choice = choice % 3 * 2 + 1  # 1, 3 and 5, one of them perhaps twice
+    expected = mixture(hidden, choice, weight)
+    for expert in (0, 2, 4, 6, 7):
+        for w in mixture.weights:
+            if w.is_floating_point():
+                w[expert] = torch.nan
+    assert torch.equal(mixture(hidden, choice, weight), expected)
+    assert not expected.isnan().any()
+
+
+@pytest.mark.parametrize(
+    ("pairs", "count", "rows"), [(6, 33, 16), (33, 33, 16), (34, 33, 16), (200, 7, 32), (900, 5, 64)]
+)
+def test_the_plan(pairs: int, count: int, rows: int) -> None:
+    """Every pair once, by expert and in order; tiles of one expert each, as many as there are programs or fewer."""
+    choice = (Draw(2, DEVICE)(pairs, 1).abs() * count / 3).long().clamp(max=count - 1)
+    order, items = triton_experts.plan(choice, count, rows)
+    flat = choice.flatten()
+    assert torch.equal(order.long(), flat.argsort(stable=True))
+    visited = []
+    for expert, begin, end in items.tolist():
+        if expert >= 0:
+            places = range(begin, min(begin + rows, end))
+            assert {int(flat[order[i]]) for i in places} == {expert}
+            visited += places
+    assert sorted(visited) == list(range(pairs))
+    assert len(items) <= min(pairs, count) + pairs // rows
+
+
+@pytest.mark.parametrize(("tokens", "rows"), [(1, 16), (16, 16), (96, 16), (500, 32), (2048, 64), (9000, 64)])
+def test_tiles_grow_with_the_tokens_of_an_expert(tokens: int, rows: int) -> None:
+    assert triton_experts.rows_of_a_tile(6 * tokens, 128, torch.bfloat16) == rows
+    assert triton_experts.rows_of_a_tile(6 * tokens, 128, torch.float32) == min(rows, 32)
+
+
+# --- dense products ---------------------------------------------------------------------------------------------------
+
+
+def check_linear(tokens: int, width: int, out: int, dtype: torch.dtype, bias: bool) -> None:
+    draw = Draw(3, DEVICE)
+    x, (q, scale) = draw(2, tokens, width)[:1].to(dtype), int8.quantized(draw(out, width))
+    own = draw(out).to(dtype) if bias else None
+    expected = int8.linear(x.double(), q, scale.double(), None if own is None else own.double())
+    close(triton_int8.linear_int8(x, q, scale, own), expected, dtype)
+
+
+@DTYPES
+@pytest.mark.parametrize("tokens", [0, 1, 17, 70])
+@pytest.mark.parametrize(("width", "out"), [(1, 1), (15, 17), (131, 70)])
+def test_linear(tokens: int, width: int, out: int, dtype: torch.dtype) -> None:
+    check_linear(tokens, width, out, dtype, bias=out == 17)
+
+
+@DTYPES
+@pytest.mark.parametrize("bias", [True, False])
+@pytest.mark.parametrize("width", [1024, 1500])
+def test_linear_in_parts(width: int, bias: bool, dtype: torch.dtype) -> None:
+    """Few outputs of long sums: several programs share one, the last of them less than the others."""
+    check_linear(3, width, 20, dtype, bias)
+
+
+def test_parts_cover_a_sum_and_fill_a_gpu() -> None:
+    assert triton_int8.parts_of(4096, 42, 128) == (7, 640)
+    assert triton_int8.parts_of(2688, 2048, 128) == (1, 2688)
+    for width in (1, 100, 512, 1500, 3712, 10000):
+        for programs in (1, 7, 100, 263, 300):
+            parts, part = triton_int8.parts_of(width, programs, 128)
+            assert (parts - 1) * part < width <= parts * part
+            assert part % 128 == 0
+
+
+@DTYPES
+def test_a_row_does_not_depend_on_its_neighbours(dtype: torch.dtype) -> None:
+    draw = Draw(4, DEVICE)
+    x, (q, scale) = draw(12, 1100).to(dtype), int8.quantized(draw(40, 1100))
+    together = triton_int8.linear_int8(x, q, scale)
+    x[3] = torch.nan
+    for some in (slice(0, 3), slice(5, 6), slice(4, 12)):
+        assert same(triton_int8.linear_int8(x[some], q, scale), together[some])
+    wider = torch.cat([x, x], 1)[:, :1100]
+    assert same(triton_int8.linear_int8(wider, q, scale)[4:], together[4:])
+
+
+def test_many_tokens_go_to_the_twin(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(int8, "linear", lambda *_: "the twin")
+    q, scale = int8.quantized(Draw(5, DEVICE)(3, 4))
+    most = triton_int8.MOST_TOKENS
+    assert triton_int8.linear_int8(torch.ones(most + 1, 4, device=DEVICE), q, scale) == "the twin"
+    assert triton_int8.linear_int8(torch.ones(2, most // 2, 4, device=DEVICE), q, scale) != "the twin"
+
+
+# --- widening ---------------------------------------------------------------------------------------------------------
+
+
+def test_the_assembly_widens_every_byte() -> None:
+    """Its text, read here as the instructions are defined: the interpreter knows none."""
+    text = triton_products.WIDEN.value
+    for first in range(256):
+        second, third, fourth = (first * 7 + 3) % 256, first ^ 0x5A, 255 - first
+        found = _run(text, first | second << 8 | third << 16 | fourth << 24)
+        signed = [n - 256 if n > 127 else n for n in (first, second, third, fourth)]
+        assert found == [signed[0::2], signed[1::2]]
+
+
+def _run(text: str, word: int) -> list[list[float]]:
+    """The bf16 numbers of $0 and $1, low one first, where $2 is `word`."""
+    known = {"$2": word}
+
+    def value(name: str) -> int:
+        return known[name] if name in known else int(name, 0)
+
+    for line in re.findall(r"^ +([a-z].*);$", text, re.MULTILINE):
+        op, target, *given = re.split(r",? +", line)
+        if op in ("mov.b32", "shr.u32", "lop3.b32"):
+            a, *more = map(value, given)
+            if op == "shr.u32":
+                a >>= more[0]
+            elif op == "lop3.b32":
+                assert more[2] == 0xEA  # (a & b) | c
+                a = a & more[0] | more[1]
+            known[target] = a
+        elif op == "fma.rn.bf16x2":
+            a, b, c = (torch.tensor([v & 0xFFFF, v >> 16], dtype=torch.int32) for v in map(value, given))
+            exact = _bf16(a) * _bf16(b) + _bf16(c)
+            assert torch.equal(exact.bfloat16().double(), exact)
+            low, high = exact.bfloat16().view(torch.int16).int().bitwise_and(0xFFFF).tolist()
+            known[target] = low | high << 16
+        else:
+            assert op == ".reg", line
+    return [_bf16(torch.tensor([known[n] & 0xFFFF, known[n] >> 16], dtype=torch.int32)).tolist() for n in ("$0", "$1")]
+
+
+def _bf16(bits: Tensor) -> Tensor:
+    return (bits << 16).view(torch.float32).double()
+
+
+# --- the compiler ----------------------------------------------------------------------------------------------------
+
+
+def test_the_kernels_compile_for_a_gpu(tmp_path: Path) -> None:
+    """For an H100, also where there is none; each as its wrapper launches it."""
+    environment = {name: value for name, value in os.environ.items() if name != "TRITON_INTERPRET"}
+    done = subprocess.run(
+        [sys.executable, Path(__file__).with_name("triton_compile.py"), "products"],
+        env=environment | {"TRITON_CACHE_DIR": str(tmp_path), "PYTHONPATH": str(Path(kernels.__file__).parents[2])},
+        capture_output=True,
+        text=True,
+    )
+    assert done.returncode == 0, done.stderr
+    names = {line.split()[0] for line in done.stdout.splitlines()}
+    assert names == {"_plan_kernel", "_expert_kernel", "_mixture_kernel", "_linear_kernel", "_sum_kernel"}
+
+
+# --- the catalogue ----------------------------------------------------------------------------------------------------
+
+
+@DTYPES
+def test_experts_agree_on_what_they_are_checked_with(dtype: torch.dtype) -> None:
+    """test_triton has the other two checked; here a GPU may prefer torch's grouped product."""
+    (backend,) = (b for b in kernels.CATALOGUE["experts"] if b.name == "triton")
+    twin = kernels.CATALOGUE["experts"][-1].function
+    assert disagreement(backend.function, twin, kernels.CASES["experts"](DEVICE, dtype)) is None
+
+
+@pytest.mark.parametrize("quantized", [False, True])
+def test_a_model_through_the_kernels(
+    quantized: bool, monkeypatch: pytest.MonkeyPatch, random_model: Callable[..., TwoTowerForCausalLM]
+) -> None:
+    """Two rows, a prompt and a block: both towers' logits are those of the other backends."""
+    model = random_model("E-", seed=5, mlp_bias=True).to(DEVICE)
+    model = quantize_(model) if quantized else model
+    tokens = torch.arange(2 * 9, device=DEVICE).view(2, 9)
+
+    def logits() -> list[Tensor]:
+        kernels._select.cache_clear()
+        state = model.new_state(2, 20)
+        return [
+            model.extend(tokens, state),
+            model.denoise(tokens[:, :4], torch.full((2,), 0.5, device=DEVICE), state.view()),
+        ]
+
+    expected = logits()
+    for op in ("experts", "experts_int8", "linear_int8"):
+        (backend,) = (b for b in kernels.CATALOGUE[op] if b.name == "triton")
+        monkeypatch.setitem(kernels.CATALOGUE, op, (replace(backend, refusal=lambda *_: None, compiled=False),))
+    found = logits()
+    for op in ("experts_int8", "linear_int8") if quantized else ("experts",):
+        assert kernels.select(op, DEVICE, torch.float32).name == "triton"
+    monkeypatch.undo()
+    kernels._select.cache_clear()
+    for mine, twin in zip(found, expected, strict=True):
+        torch.testing.assert_close(mine, twin, rtol=1e-4, atol=1e-4)
+
+
+def test_an_order_that_needs_no_measurement() -> None:
+    """Triton where torch has nothing that reads a chosen expert once; never behind a backend that copies weights."""
+    names = {op: [b.name for b in backends] for op, backends in kernels.CATALOGUE.items()}
+    assert names["experts"][:2] == ["grouped-gemm", "triton"]
+    assert names["experts_int8"][:2] == ["triton", "grouped-gemm"]
+    assert names["linear_int8"][0] == "triton"
