@@ -32,13 +32,13 @@ from twotower.allocator import keep_large_blocks
 
 keep_large_blocks()
 
-import apart  # noqa: E402
 import context as lengths_of  # noqa: E402
 import floor  # noqa: E402
 import memory  # noqa: E402
 import passes  # noqa: E402
 import throughput  # noqa: E402
 import torch  # noqa: E402
+import ways  # noqa: E402
 from models import BLOCK, MIDSIZE, PUBLISHED, Texts, config_of, cut_to, random_model, random_tokens, tower_bytes  # noqa: E402
 from timing import synchronize  # noqa: E402
 
@@ -46,6 +46,7 @@ from twotower import GenerationParams, TwoTowerForCausalLM, bundled_model, gener
 from twotower.evaluation.bench import few_shot_prompts  # noqa: E402
 from twotower.evaluation.machine import surroundings  # noqa: E402
 from twotower.kernels import CATALOGUE, Backend, cases, report, verification  # noqa: E402
+from twotower.quantization import quantize_  # noqa: E402
 
 PUBLISHED_RATES = (1.2, 1.5, 1.9, 3.0, 3.3, 5.0)  # tokens per pass: the published ones (spec §5), and others
 SPARE = 6 << 30  # bytes of the device that weights leave to states, logits and libraries
@@ -298,8 +299,31 @@ def engine(setting: Setting, out: dict[str, Any]) -> None:
         out |= throughput.measure(model, rounds=1, texts=8, tokens=64)
 
 
+def full_ahead(setting: Setting, out: dict[str, Any]) -> None:
+    """`ways.py` on the full shape: the engine waiting for each pass, and a pass ahead of what it knows."""
+    few: dict[str, Any] = {"at_once": (2,), "tokens": 6} if setting.tiny else {"at_once": (1, 8), "tokens": 48}
+    model = setting.full_model()
+    out["towers"] = setting.towers
+    prompts = random_tokens(model, 8, 16 if setting.tiny else 256).tolist()
+    out["engine"] = ways.ahead(model, prompts=prompts, kinds=("diffusion, 4 passes a block",), rounds=1, **few)
+
+
+def full_int8(setting: Setting, out: dict[str, Any]) -> None:
+    """The full shape with its large matrices as int8: each pass beside its own floor. Last of the full ones: the model
+    stays as it is."""
+    model = setting.full_model()
+    started = time.perf_counter()
+    quantize_(model)
+    synchronize(setting.device)
+    out["towers"] = setting.towers
+    out["seconds to quantise it"] = time.perf_counter() - started
+    repeats = 3 if setting.tiny else 20
+    out |= passes.costs(model, setting.floors(), context=1024, repeats=repeats, naive=False)
+    setting.release()
+
+
 def two_devices(setting: Setting, out: dict[str, Any]) -> None:
-    """`apart.py`: the engine with the towers on one GPU and on two, where there are two."""
+    """`ways.py`: the engine with the towers on one GPU and on two, where there are two."""
     if setting.device.type == "cuda" and torch.cuda.device_count() < 2:
         out["left out"] = "there is one GPU"
         return
@@ -309,13 +333,13 @@ def two_devices(setting: Setting, out: dict[str, Any]) -> None:
     out["towers on one"] = setting.towers
     prompts = random_tokens(model, 32, 16 if setting.tiny else 256).tolist()
     kinds = ("verified", "diffusion, 4 passes a block")
-    out["full shape"] = apart.measure(model, other, prompts, **{"at_once": (1, 2, 8, 32), "kinds": kinds} | few)
+    out["full shape"] = ways.apart(model, other, prompts=prompts, **{"at_once": (1, 2, 8, 32), "kinds": kinds} | few)
     del model
     setting.release()
     model = ready.load(bundled_model(), context_device=str(setting.device))
     prompts = few_shot_prompts(model, 2 if setting.tiny else 64, 48)
     kinds = ("verified", "diffusion")
-    out["bundled model"] = apart.measure(model, other, prompts, **{"at_once": (1, 8, 64), "kinds": kinds} | few)
+    out["bundled model"] = ways.apart(model, other, prompts=prompts, **{"at_once": (1, 8, 64), "kinds": kinds} | few)
 
 
 def loading(setting: Setting, out: dict[str, Any]) -> None:
@@ -339,6 +363,8 @@ PARTS: dict[str, tuple[Callable[[Setting, dict[str, Any]], None], float]] = {  #
     "full-diffusion": (full_diffusion, 1.5),
     "full-context": (full_context, 1.0),
     "full-memory": (full_memory, 0.5),
+    "full-ahead": (full_ahead, 0.7),
+    "full-int8": (full_int8, 0.8),
     "midsize": (midsize, 1.2),
     "engine": (engine, 2.0),
     "two-devices": (two_devices, 1.5),

@@ -132,7 +132,7 @@ def test_gpu_script_on_the_cpu(tmp_path: Path) -> None:
     parts = facts["parts"]
     assert list(parts) == [
         "kernels", "equality", "floors", "full-passes", "full-profile", "full-diffusion", "full-context", "full-memory",
-        "midsize", "engine", "two-devices", "loading",
+        "full-ahead", "full-int8", "midsize", "engine", "two-devices", "loading",
     ]  # fmt: skip
     assert {name: (part["state"], part.get("error")) for name, part in parts.items()} == dict.fromkeys(
         parts, ("done", None)
@@ -145,7 +145,12 @@ def test_gpu_script_on_the_cpu(tmp_path: Path) -> None:
     assert parts["full-profile"]["found"]["AR step"]["longest"]
     for rows in (parts["two-devices"]["found"][name] for name in ("full shape", "bundled model")):
         for row in rows:  # of one round
-            assert row["times one"] == pytest.approx(row["two devices, tokens/s"] / row["one device, tokens/s"])
+            assert row["ratio"] == pytest.approx(row["two devices, tokens/s"] / row["one device, tokens/s"])
+    assert all(row["same texts"] for row in parts["full-ahead"]["found"]["engine"])
+    assert (
+        parts["full-int8"]["found"]["passes"]["AR step"]["bytes"]
+        < parts["full-passes"]["found"]["passes"]["AR step"]["bytes"]
+    )
     text = (tmp_path / "results.md").read_text()
     assert all(f"\n## {name}\n" in text for name in parts)
 

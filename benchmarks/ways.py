@@ -1,13 +1,13 @@
-"""The engine with its towers on one device and on two, in turns: what working at the same time is worth.
+"""The engine in two ways, in turns: its towers on one device and on two; waiting for each pass, or a pass ahead.
 
-A part of `gpu.py`. The copy on two devices has the same weights, so it makes the same passes.
+Parts of `gpu.py`. The copy on two devices has the same weights, so it makes the same passes.
 """
 
 from __future__ import annotations
 
 import copy
 import statistics
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import torch
@@ -46,9 +46,26 @@ def moved(module: nn.Module | None, device: torch.device) -> Any:
     return copy.deepcopy(module, there)
 
 
-def measure(
-    model: TwoTowerForCausalLM,
-    device: torch.device,
+def apart(model: TwoTowerForCausalLM, device: torch.device, **asked: Any) -> list[dict[str, Any]]:
+    """The context tower where it is and the denoiser beside it, or on `device`."""
+    models = {"one device": model, "two devices": spread(model, device)}
+    return in_turns(lambda **sizes: {name: LLM(own, **sizes) for name, own in models.items()}, **asked)
+
+
+def ahead(model: TwoTowerForCausalLM, **asked: Any) -> list[dict[str, Any]]:
+    """The denoiser's next pass launched after the last one's results are here, or before."""
+
+    def engines(**sizes: int) -> dict[str, LLM]:
+        both = {"waiting": LLM(model, **sizes), "ahead": LLM(model, **sizes)}
+        for name, engine in both.items():
+            engine.ahead = name == "ahead"
+        return both
+
+    return in_turns(engines, **asked)
+
+
+def in_turns(
+    engines_of: Callable[..., dict[str, LLM]],
     prompts: Sequence[list[int]],
     *,
     at_once: Sequence[int],
@@ -56,31 +73,32 @@ def measure(
     tokens: int,
     rounds: int,
 ) -> list[dict[str, Any]]:
-    """Tokens a second of the prompts' first so many at once, the context tower where it is and the denoiser beside it
-    or on `device`; medians over rounds, ratios within a round."""
-    models = {"one": model, "two": spread(model, device)}
+    """Tokens a second of the prompts' first so many at once, in two engines; medians over rounds, ratios within a
+    round."""
     length = max(map(len, prompts)) + tokens
-    shared = {"max_new_tokens": tokens, "block_size": BLOCK, "mask_token_id": model.config.mask_token, "seed": 0}
     found = []
     for rows in at_once:
-        engines = {name: LLM(own, rows=rows, length=length, block_size=BLOCK) for name, own in models.items()}
+        engines = engines_of(rows=rows, length=length, block_size=BLOCK)
+        model = next(iter(engines.values())).model
+        shared = {"max_new_tokens": tokens, "block_size": BLOCK, "mask_token_id": model.config.mask_token, "seed": 0}
         for kind in kinds:
             params = GenerationParams.of(**KINDS[kind], **shared)
-            runs: dict[str, list[Group]] = {name: [] for name in models}
+            runs: dict[str, list[Group]] = {name: [] for name in engines}
             for number in range(rounds + 1):
                 for name, engine in engines.items():
                     group = run_group(engine, prompts[:rows], params)
                     if number:  # the first round warms up
                         runs[name].append(group)
             rate = {name: [group.all_tokens / group.all_seconds for group in own] for name, own in runs.items()}
+            (first, before), (second, after) = rate.items()
             found.append(
                 {
                     "decoding": kind,
                     "at once": rows,
-                    "one device, tokens/s": statistics.median(rate["one"]),
-                    "two devices, tokens/s": statistics.median(rate["two"]),
-                    "times one": statistics.median(b / a for a, b in zip(rate["one"], rate["two"], strict=True)),
-                    "same texts": runs["one"][0].texts == runs["two"][0].texts,
+                    f"{first}, tokens/s": statistics.median(before),
+                    f"{second}, tokens/s": statistics.median(after),
+                    "ratio": statistics.median(b / a for a, b in zip(before, after, strict=True)),
+                    "same texts": runs[first][0].texts == runs[second][0].texts,
                 }
             )
     return found
