@@ -29,9 +29,10 @@ TYPES = {torch.float32: 0, torch.bfloat16: 1}
 # Tokens up to which reading the weights once, row by row, beats a blocked matrix product (fp32 on two AVX-512 cores:
 # 1.3 to 3 × at 16, equal near 48, half as fast at 128); and tokens up to which a whole tower in one call beats the
 # layers one by one, whose products may be faster (fp32: equal at 128). Where the processor only emulates bf16, products
-# that widen the weights in registers are faster than torch's at any number (1.3 × at 512). So are those with weights in
-# panels in fp32 (0.9 to 1.3 × from 64 tokens on, 1.2 to 2.4 × below); the limit is for the memory that a pass takes.
-FEW, FEW_AT_ONCE, FEW_EMULATED, FEW_PACKED = 48, 128, 512, 2048
+# that widen the weights in registers are faster than torch's at any number (1.3 × with AVX-512, 3 × with AVX2). So are
+# those with weights in panels in fp32 (0.9 to 1.3 × from 64 tokens on, 1.2 to 2.4 × below); the limit is for the memory
+# that a pass takes.
+FEW, FEW_AT_ONCE, ANY = 48, 128, 2048
 _KINDS = {"i": ctypes.c_int, "l": ctypes.c_long, "f": ctypes.c_float, "p": ctypes.c_void_p}
 # i int, l long, f float, p pointer; each begins with the type (0 fp32, 1 bf16) and ends with the number of threads.
 SIGNATURES = {
@@ -64,10 +65,8 @@ def few(dtype: torch.dtype, at_once: bool = False, packed: bool = False) -> int:
     they lie or packed."""
     if dtype == torch.bfloat16 and multiplies_bf16_fast(torch.device("cpu")):
         return FEW
-    if packed:
-        return FEW_PACKED
-    if dtype == torch.bfloat16:
-        return FEW_EMULATED
+    if packed or dtype == torch.bfloat16:
+        return ANY
     return FEW_AT_ONCE if at_once else FEW
 
 
