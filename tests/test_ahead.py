@@ -22,6 +22,8 @@ from torch import Tensor
 
 from twotower import LLM, TwoTowerForCausalLM
 from twotower.engine.request import Phase
+from twotower.generation import GenerationParams, generate
+from twotower.generation.diffusion import StopTest
 from twotower.generation.output import StepEvent
 from twotower.generation.unmasking import POLICIES, Pass, Verdict, register_policy
 
@@ -198,3 +200,24 @@ def test_a_row_given_up_between_launch_and_collection_is_not_heard_of(model: Two
     other = asking([7, 8, 9], "diffusion", 20, block_size=8)
     (output,) = llm.generate([other])
     assert_as_alone(model, other, output)
+
+
+def test_a_batch_in_lockstep_whose_stop_test_lags(model: TwoTowerForCausalLM) -> None:
+    """As on an accelerator: rows that are done have no tokens in the passes that follow, and nothing else changes."""
+    params = GenerationParams.of(mode="diffusion", max_new_tokens=24, block_size=8, confidence_threshold=0.2)
+    prompts = [[5, 6, 7], [8], [9, 10, 11, 12]]
+    expected = generate(model, prompts, params)
+    real, lengths = TwoTowerForCausalLM.denoise, []
+
+    def noting(self: Any, block: Tensor, t: Tensor, view: Any, **options: Any) -> Tensor:
+        lengths.append(options["lengths"].tolist())
+        return real(self, block, t, view, **options)
+
+    def lagging(test: StopTest, device: torch.device) -> None:
+        test.lags, test.previous = True, None
+
+    with patch.object(StopTest, "__init__", lagging), patch.object(TwoTowerForCausalLM, "denoise", noting):
+        found = generate(model, prompts, params)
+    assert [facts(output, True) for output in found] == [facts(output, True) for output in expected]
+    assert [0, 0, 0] in lengths
+    assert {length for own in lengths for length in own} == {0, 8}

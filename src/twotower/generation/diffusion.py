@@ -83,7 +83,9 @@ def denoise_block(
     for step in range(steps):
         passes += masked.any(1)
         t = masked.sum(1).to(time_dtype) / params.block_size
-        logits = model.denoise(block, t, view, wide=False)
+        # Where a pass may be idle its rows count no tokens: they read no expert of their own.
+        lengths = masked.any(1) * params.block_size if running.lags else None
+        logits = model.denoise(block, t, view, lengths=lengths, wide=False)
         if callback:
             level = float(t[0]) if rows == 1 else t
             callback(step, steps, block, t=level, logits=logits.to(time_dtype, copy=True), block_idx=session.blocks)
