@@ -40,6 +40,7 @@ from twotower.model.moe import Router  # noqa: E402
 from twotower.quantization import Quantization  # noqa: E402
 
 DTYPES = ("float32", "bfloat16")
+PATIENCE = 1.0  # seconds
 
 
 @dataclass(frozen=True)
@@ -111,12 +112,15 @@ def _reads(device: torch.device, dtype: torch.dtype, size: int) -> dict[str, Cal
 
 
 def _best(calls: dict[str, tuple[Callable[[], object], float]], device: torch.device, repeats: int) -> dict[str, float]:
-    """The highest rate of each, amounts per second, after one call to warm up."""
+    """The highest rate of each, amounts per second, after one call to warm up; what takes longer than `PATIENCE` (bf16 on
+    a processor that only emulates it) is done once."""
     times: dict[str, list[float]] = {name: [] for name in calls}
     for repeat in range(repeats + 1):
         for name, (call, _) in calls.items():
+            if repeat and min(times[name], default=0.0) > PATIENCE:
+                continue
             taken = seconds(call, device)
-            if repeat:
+            if repeat or taken > PATIENCE:
                 times[name].append(taken)
     return {name: amount / min(times[name]) for name, (_, amount) in calls.items()}
 
