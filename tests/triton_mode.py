@@ -1,14 +1,38 @@
 """Imported before anything that imports Triton: where there is no GPU, its kernels run through the interpreter.
 
-Only tests/test_triton.py is to use them there: everything else is told to leave Triton alone.
+Only the tests of Triton kernels (tests/test_triton*.py) are to use them there: everything else is told to leave Triton
+alone.
 """
 
 from __future__ import annotations
 
 import os
+from functools import cache
+from typing import Any
 
 import torch
 
 if not torch.cuda.is_available():
     os.environ["TRITON_INTERPRET"] = "1"
     os.environ["TWOTOWER_TRITON"] = "0"
+
+
+@cache
+def mend_interpreter() -> None:
+    """What Triton 3.6's interpreter cannot do: loops that end where a number of the kernel says (it is an array of one,
+    which numpy 2.4 makes no int of), and products of bf16 (it multiplies their bits)."""
+    from triton import language as tl
+    from triton.runtime import interpreter
+
+    patch, dot = interpreter._patch_lang_tensor, interpreter.InterpreterBuilder.create_dot
+
+    def patched(tensor: Any, scope: Any) -> None:
+        patch(tensor, scope)
+        scope.set_attr(tensor, "__index__", lambda self: self.handle.data.item())
+
+    def exact_dot(self: Any, a: Any, b: Any, *rest: Any) -> Any:
+        a, b = (self.cast_impl(x, tl.float32) if x.dtype.scalar == tl.bfloat16 else x for x in (a, b))
+        return dot(self, a, b, *rest)
+
+    interpreter._patch_lang_tensor = patched
+    interpreter.InterpreterBuilder.create_dot = exact_dot
