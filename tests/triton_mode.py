@@ -20,7 +20,8 @@ if not torch.cuda.is_available():
 @cache
 def mend_interpreter() -> None:
     """What Triton 3.6's interpreter cannot do: loops that end where a number of the kernel says (it is an array of one,
-    which numpy 2.4 makes no int of), and products of bf16 (it multiplies their bits)."""
+    which numpy 2.4 makes no int of), and products of bf16 (it multiplies their bits). What takes it half its time: it
+    prepares the language anew for each call within a kernel."""
     from triton import language as tl
     from triton.runtime import interpreter
 
@@ -34,5 +35,12 @@ def mend_interpreter() -> None:
         a, b = (self.cast_impl(x, tl.float32) if x.dtype.scalar == tl.bfloat16 else x for x in (a, b))
         return dot(self, a, b, *rest)
 
+    prepared = cache(interpreter._patch_lang)
+
+    def call(self: Any, *args: Any, **kwargs: Any) -> Any:
+        prepared(self.fn)
+        return self.rewrite()(*args, **kwargs)
+
+    interpreter.InterpretedFunction.__call__ = call
     interpreter._patch_lang_tensor = patched
     interpreter.InterpreterBuilder.create_dot = exact_dot

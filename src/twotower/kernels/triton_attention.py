@@ -43,9 +43,10 @@ class Tiles(NamedTuple):
 
 def tiles(stacked: int, width: int, dtype: torch.dtype) -> Tiles:
     """128 queries: 256 would fill the registers with sums alone (128 KiB), 64 would read all keys twice as often. 8
-    warps share 128, 4 fewer; three stages of 64 keys and values of 128 are 96 KiB. fp32 works without tensor cores."""
+    warps share 128, 4 fewer; three stages of 64 keys and values of 128 are 96 KiB. fp32 works without tensor cores, whose
+    sums take more registers: 32 queries of 128 would spill."""
     if dtype == torch.float32:
-        return Tiles(16 if tile_of(width) > 128 else min(32, tile_of(stacked)), 32, 4, 2)
+        return Tiles(16 if tile_of(width) > 64 else min(32, tile_of(stacked)), 32, 4, 2)
     if tile_of(width) > 128:
         return Tiles(min(64, tile_of(stacked)), 32, 4, 2)
     rows = min(128, tile_of(stacked))
@@ -134,7 +135,8 @@ def attention(
 @triton.jit
 def _share(cached, splits, KEYS: tl.constexpr, LEAST: tl.constexpr):
     """How many of a row's cached keys each split takes: whole tiles."""
-    return tl.maximum(tl.cdiv(tl.cdiv(cached, splits), KEYS) * KEYS, LEAST)
+    each = (cached + splits - 1) // splits
+    return tl.maximum((each + KEYS - 1) // KEYS * KEYS, LEAST)
 
 
 @triton.jit
@@ -150,7 +152,7 @@ def _seen(best, mass, mixed, query, keys, values, seen, scale):
     return larger, mass, mixed
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["splits"])
 def _attention_kernel(
     q,
     k,
@@ -269,7 +271,7 @@ def _attention_kernel(
         tl.store(at_out, mixed.to(out.dtype.element_ty), mask=here[:, None] & of_head)
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["splits"])
 def _join_kernel(
     parts,
     weights,
@@ -290,13 +292,14 @@ def _join_kernel(
     row = (tl.program_id(1) // HEADS).to(tl.int64)
     head = tl.program_id(1) % HEADS
     cached = tl.load(lengths + row).to(tl.int32)
-    used = tl.maximum(tl.cdiv(cached, _share(cached, splits, KEYS, LEAST)), 1)
+    share = _share(cached, splits, KEYS, LEAST)
+    used = tl.maximum((cached + share - 1) // share, 1)
     d = tl.arange(0, WIDTH_TILE)
     of_head = d < WIDTH
     first = tl.program_id(1).to(tl.int64) * splits * (length * GROUPS) + stacked
     best = -1.0e30
     mass = 0.0
-    mixed = tl.zeros([WIDTH_TILE], dtype=tl.float32)
+    mixed = tl.full([WIDTH_TILE], 0.0, dtype=tl.float32)
     for begin in tl.range(0, used, PARTS, num_stages=2):
         part = begin + tl.arange(0, PARTS)
         exists = part < used
