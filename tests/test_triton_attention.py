@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import importlib.util
 from collections.abc import Callable, Iterator
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -72,7 +73,9 @@ def arguments(
 def check(*given: Any) -> Tensor:
     """The twin's numbers, up to what the dtype rounds. The twin multiplies by 0 what does not exist."""
     q, k, v, valid, causal, cached = given
-    wide = None if cached is None else cached._replace(k=cached.k.double().nan_to_num(), v=cached.v.double().nan_to_num())
+    wide = (
+        None if cached is None else cached._replace(k=cached.k.double().nan_to_num(), v=cached.v.double().nan_to_num())
+    )
     expected = twin.attention(q.double(), k.double(), v.double(), valid, causal, wide)
     found = triton_attention.attention(*given)
     assert found.dtype == q.dtype
@@ -153,7 +156,7 @@ def test_what_stands_at_padding_leaves_no_mark(causal: bool) -> None:
 
 
 def test_queries_see_themselves_in_rows_of_padding() -> None:
-    q, k, v, valid, causal, cached = arguments(4, (0, 0), (2, 2))
+    q, k, v, _, causal, cached = arguments(4, (0, 0), (2, 2))
     found = check(q, k, v, torch.zeros(2, 4, dtype=torch.bool, device=DEVICE), causal, cached._replace(width=8))
     torch.testing.assert_close(found, v)
 
@@ -179,7 +182,8 @@ def test_strided_inputs() -> None:
     by_heads = [part.transpose(1, 2).contiguous().transpose(1, 2) for part in (q, k, v)]
     slices = [torch.cat([part, part], dim=-1)[..., : part.shape[-1]] for part in (q, k, v)]
     apart = [part.mT.contiguous().mT for part in (q, k, v)]
-    for given in (by_heads, slices, apart):
+    unlike = [q, by_heads[1], v]
+    for given in (by_heads, slices, apart, unlike):
         assert torch.equal(triton_attention.attention(*given, valid.mT.contiguous().mT, causal, cached), expected)
 
 
@@ -267,3 +271,10 @@ def test_splits_fill_the_device(
     each = rows * 2 * (queries // tile.rows)
     assert triton_attention.splits_of(each, width, tile.warps) == splits
     assert each * splits == programs
+
+
+# --- the compiler ----------------------------------------------------------------------------------------------------
+
+
+def test_the_kernels_compile_for_a_gpu(tmp_path: Path) -> None:
+    assert triton_mode.compiled("attention", cache_dir=tmp_path) == {"_attention_kernel", "_join_kernel"}

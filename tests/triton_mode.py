@@ -7,7 +7,10 @@ alone.
 from __future__ import annotations
 
 import os
+import subprocess
+import sys
 from functools import cache
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -44,3 +47,19 @@ def mend_interpreter() -> None:
     interpreter.InterpretedFunction.__call__ = call
     interpreter._patch_lang_tensor = patched
     interpreter.InterpreterBuilder.create_dot = exact_dot
+
+
+def compiled(*what: str, cache_dir: Path) -> set[str]:
+    """The kernels that triton_compile.py compiles for an H100 when asked for these."""
+    import twotower
+
+    environment = {name: value for name, value in os.environ.items() if name != "TRITON_INTERPRET"}
+    source = Path(twotower.__file__).parents[1]
+    done = subprocess.run(
+        [sys.executable, Path(__file__).with_name("triton_compile.py"), *what],
+        env=environment | {"TRITON_CACHE_DIR": str(cache_dir), "PYTHONPATH": str(source)},
+        capture_output=True,
+        text=True,
+    )
+    assert done.returncode == 0, done.stderr
+    return {line.split()[0] for line in done.stdout.splitlines()}

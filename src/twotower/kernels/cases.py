@@ -257,9 +257,10 @@ def released_routing(device: torch.device, dtype: torch.dtype) -> tuple[Tensor, 
     return hidden, weight, draw(128) / 8, Routing(1, 1, 6, True, 2.5)
 
 
-def norm_cases(device: torch.device, dtype: torch.dtype) -> list[Case]:
-    """Each order of norm and modulation; a residual stream wider than the weights; the released width on a GPU."""
-    width = 2688 if device.type == "cuda" else 83
+def norm_cases(device: torch.device, dtype: torch.dtype, width: int | None = None) -> list[Case]:
+    """Each order of norm and modulation; a residual stream wider than the weights. Of an odd width, on a GPU of the
+    released one, or the given."""
+    width = width or (2688 if device.type == "cuda" else 83)
 
     def arguments(order: str | None, stream: torch.dtype, rows: int = 3) -> tuple[Any, ...]:
         draw = Draw(8, device)

@@ -1,6 +1,6 @@
 # mypy: allow-untyped-defs
-"""Triton kernels of `attention`: the cached keys of a row are shared out among programs (splits), which stream them from
-the pool as they lie; a second kernel joins the splits.
+"""Triton kernels of `attention`: the cached keys of a row are shared out among programs (splits), which stream them
+from the pool as they lie; a second kernel joins the splits.
 
 The query heads of one KV head are stacked, token by token, and cut into tiles; a program is one tile of one row and KV
 head over one split. The first split takes the block's own keys too. How many splits there are depends on shapes alone,
@@ -42,9 +42,9 @@ class Tiles(NamedTuple):
 
 
 def tiles(stacked: int, width: int, dtype: torch.dtype) -> Tiles:
-    """128 queries: 256 would fill the registers with sums alone (128 KiB), 64 would read all keys twice as often. 8
-    warps share 128, 4 fewer; three stages of 64 keys and values of 128 are 96 KiB. fp32 works without tensor cores, whose
-    sums take more registers: 32 queries of 128 would spill."""
+    """128 queries: 256 would fill half the registers with sums alone (128 KiB), 64 would read all keys twice as often.
+    8 warps share 128, 4 fewer; three stages of 64 keys and values of 128 are 96 KiB. fp32 works without tensor cores,
+    and 32 queries of 128 would take more registers than there are."""
     if dtype == torch.float32:
         return Tiles(16 if tile_of(width) > 64 else min(32, tile_of(stacked)), 32, 4, 2)
     if tile_of(width) > 128:
@@ -70,7 +70,8 @@ def attention(
     out = q.new_empty(q.shape)
     if not out.numel():
         return out
-    q, k, v = (part if part.stride(3) == 1 else part.contiguous() for part in (q, k, v))
+    q = q if q.stride(3) == 1 else q.contiguous()
+    k, v = (k, v) if k.stride(3) == 1 and k.stride() == v.stride() else (k.contiguous(), v.contiguous())
     stacked = all_heads // heads * length
     tile = tiles(stacked, width, q.dtype)
     grid = (triton.cdiv(stacked, tile.rows), 1, rows * heads)
@@ -84,13 +85,16 @@ def attention(
     if splits > 1:
         parts = q.new_empty(rows * heads, splits, stacked, width, dtype=torch.float32)
         weights = q.new_empty(rows * heads, splits, stacked, dtype=torch.float32)
+    sizes = {"HEADS": heads, "GROUPS": all_heads // heads, "WIDTH": width, "WIDTH_TILE": tile_of(width)}
+    sizes |= {"KEYS": tile.keys, "LEAST": LEAST_KEYS}
     with device_of(q):
         _attention_kernel[grid[0], splits, grid[2]](
             *(q, k, v),
             None if valid is None else valid.bool().contiguous().view(torch.uint8),
             *pools,
             *(out, parts, weights),
-            *(stride for part in (q, k, v) for stride in part.stride()[:3]),
+            *q.stride()[:3],
+            *k.stride()[:3],
             length,
             splits,
             width**-0.5 * math.log2(math.e),
@@ -98,33 +102,15 @@ def attention(
             HAS_CACHE=pools[0] is not None,
             CAUSAL=causal,
             SPLIT=splits > 1,
-            HEADS=heads,
-            GROUPS=all_heads // heads,
-            WIDTH=width,
-            WIDTH_TILE=tile_of(width),
             ROWS=tile.rows,
-            KEYS=tile.keys,
             OWN=min(tile.keys, tile_of(length)),
-            LEAST=LEAST_KEYS,
+            **sizes,
             num_warps=tile.warps,
             num_stages=tile.stages,
         )
         if splits > 1:
             _join_kernel[stacked, grid[2]](
-                parts,
-                weights,
-                pools[4],
-                out,
-                length,
-                splits,
-                HEADS=heads,
-                GROUPS=all_heads // heads,
-                WIDTH=width,
-                WIDTH_TILE=tile_of(width),
-                KEYS=tile.keys,
-                LEAST=LEAST_KEYS,
-                PARTS=PARTS,
-                num_warps=4,
+                parts, weights, pools[4], out, length, splits, PARTS=PARTS, **sizes, num_warps=4
             )
     return out
 
@@ -172,9 +158,6 @@ def _attention_kernel(
     k_row,
     k_token,
     k_head,
-    v_row,
-    v_token,
-    v_head,
     length,
     splits,
     scale,
@@ -216,7 +199,7 @@ def _attention_kernel(
     at_query = q + row * q_row + token[:, None] * q_token + query_head[:, None] * q_head + d[None, :]
     query = tl.load(at_query, mask=here[:, None] & of_head, other=0.0)
     k += row * k_row + head * k_head
-    v += row * v_row + head * v_head
+    v += row * k_row + head * k_head
 
     # Softmax begins with the query's own key, which it sees in any case: nothing else is read at padding, and the
     # largest score is finite. In other splits it begins with nothing.
@@ -227,7 +210,7 @@ def _attention_kernel(
     best = tl.sum(query.to(tl.float32) * same.to(tl.float32), axis=1) * scale
     best = tl.where(itself, best, -1.0e30)
     mass = tl.where(here & (split > 0), 0.0, 1.0)  # beyond the last query 1, to be divided by
-    mixed = tl.load(v + token[:, None] * v_token + d[None, :], mask=own, other=0.0).to(tl.float32)
+    mixed = tl.load(v + token[:, None] * k_token + d[None, :], mask=own, other=0.0).to(tl.float32)
 
     # The other tokens of the block; a single one has none.
     end = length
@@ -241,8 +224,8 @@ def _attention_kernel(
             counted = counted & (tl.load(valid + row * length + other, mask=counted, other=0) != 0)
         exists = counted[:, None] & of_head
         keys = tl.load(k + other[:, None] * k_token + d[None, :], mask=exists, other=0.0)
-        values = tl.load(v + other[:, None] * v_token + d[None, :], mask=exists, other=0.0)
-        if CAUSAL:
+        values = tl.load(v + other[:, None] * k_token + d[None, :], mask=exists, other=0.0)
+        if CAUSAL:  # noqa: SIM108  a constexpr branch
             seen = other[None, :] < token[:, None]
         else:
             seen = other[None, :] != token[:, None]
