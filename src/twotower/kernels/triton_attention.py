@@ -44,9 +44,9 @@ class Tiles(NamedTuple):
 def tiles(stacked: int, width: int, dtype: torch.dtype) -> Tiles:
     """128 queries: 256 would fill half the registers with sums alone (128 KiB), 64 would read all keys twice as often.
     8 warps share 128, 4 fewer; three stages of 64 keys and values of 128 are 96 KiB. fp32 works without tensor cores,
-    and 32 queries of 128 would take more registers than there are."""
+    and any more than these would take more registers than there are."""
     if dtype == torch.float32:
-        return Tiles(16 if tile_of(width) > 64 else min(32, tile_of(stacked)), 32, 4, 2)
+        return Tiles(16, 32, 8, 2) if tile_of(width) > 64 else Tiles(min(32, tile_of(stacked)), 32, 4, 2)
     if tile_of(width) > 128:
         return Tiles(min(64, tile_of(stacked)), 32, 4, 2)
     rows = min(128, tile_of(stacked))
