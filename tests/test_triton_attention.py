@@ -114,12 +114,13 @@ def test_blocks_of_many_tiles(length: int, heads: tuple[int, int], causal: bool,
 @DTYPES
 @pytest.mark.parametrize("length", [1, 2])
 def test_many_splits(length: int, dtype: torch.dtype) -> None:
-    """More of them than are joined at a time, for the one row; all but one are in vain for the others."""
+    """More of them than are joined at a time, for the one row, with ever larger scores; all but one are in vain for the
+    others."""
     lengths = (1, 1300, 64)
     q, k, v, _, _, cached = arguments(length, (1, 300, 64), dtype=dtype)
     assert cached is not None
     draw = Draw(1, DEVICE)
-    pool = [draw(5000, 16).to(dtype) for _ in "kv"]
+    pool = [(draw(5000, 16) * factor).to(dtype) for factor in (torch.linspace(0, 8, 5000, device=DEVICE)[:, None], 1)]
     cached = cached._replace(k=pool[0], v=pool[1], lengths=torch.tensor(lengths, device=DEVICE), width=2048)
     check(q, k, v, None, True, cached._replace(start=torch.tensor([3000, 7, 1500], device=DEVICE)))
     assert triton_attention.splits_of(3, 2048, 4) == 32 > triton_attention.PARTS

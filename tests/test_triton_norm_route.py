@@ -86,7 +86,8 @@ def test_norm_of_slices() -> None:
     shift, scale = modulation
     for part in (x[:, -1:], x[:, 1::2], x.transpose(0, 1).contiguous().transpose(0, 1), x.mT.contiguous().mT):
         check_norm(part, weight, eps, modulation, order)
-    check_norm(x, weight, eps, (shift.mT.contiguous().mT, scale.contiguous()), order)
+    check_norm(x, weight, eps, (shift, scale.contiguous()), order)
+    check_norm(x, weight, eps, (shift.expand(4, 2, 40).mT.contiguous().mT[:, :1], scale), order)
     check_norm(x[1::2], weight, eps, (shift[1::2], scale[1::2]), "after")
 
 
