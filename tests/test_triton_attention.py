@@ -261,7 +261,9 @@ def _on(device: torch.device, value: Any) -> Any:
         (1, 256, 1024, 4, 16),  # fewer than 256 keys a program are not worth it
         (1, 16, 256, 1, 2),
         (64, 256, 1024, 1, 256),  # the device is full without splits
-        (64, 256, 131072, 32, 8192),  # but no program takes more than 4096 keys
+        (16, 256, 131072, 32, 2048),  # but no program takes more than 4096 keys
+        (64, 256, 131072, 8, 2048),  # where that does not make too many
+        (1, 65536, 131072, 2, 2048),  # a piece of a long prompt
     ],
 )
 def test_splits_fill_the_device(

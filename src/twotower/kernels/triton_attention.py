@@ -29,6 +29,7 @@ from twotower.kernels.triton_launch import MAX_HEAD, device_of, tile_of
 PROGRAMS = 132  # of 8 warps, that a launch has at least where there is work: one for each multiprocessor of an H100
 LEAST_KEYS = 256  # of a split: fewer take less time than joining them
 MOST_KEYS = 4096  # of a split, where rows are many: one long row does not keep the others waiting
+MOST_ROUNDS = 16  # of all multiprocessors: with as many no row is waited for, and all splits leave at most 264 MiB
 PARTS = 16  # splits that are joined together
 
 
@@ -56,7 +57,8 @@ def tiles(stacked: int, width: int, dtype: torch.dtype) -> Tiles:
 def splits_of(programs: int, width: int, warps: int) -> int:
     """How many programs share up to `width` cached keys, where one each would be `programs` of so many warps."""
     filling = PROGRAMS * 8 // warps // programs
-    return max(1, triton.cdiv(width, MOST_KEYS), min(filling, triton.cdiv(width, LEAST_KEYS)))
+    evening = PROGRAMS * 8 // warps * MOST_ROUNDS // programs
+    return max(1, min(evening, triton.cdiv(width, MOST_KEYS)), min(filling, triton.cdiv(width, LEAST_KEYS)))
 
 
 def attention(
