@@ -112,8 +112,8 @@ def _reads(device: torch.device, dtype: torch.dtype, size: int) -> dict[str, Cal
 
 
 def _best(calls: dict[str, tuple[Callable[[], object], float]], device: torch.device, repeats: int) -> dict[str, float]:
-    """The highest rate of each, amounts per second, after one call to warm up; what takes longer than `PATIENCE` (bf16 on
-    a processor that only emulates it) is done once."""
+    """The highest rate of each, amounts per second, after one call to warm up; what takes longer than `PATIENCE` (bf16
+    on a processor that only emulates it) is done once."""
     times: dict[str, list[float]] = {name: [] for name in calls}
     for repeat in range(repeats + 1):
         for name, (call, _) in calls.items():

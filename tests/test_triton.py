@@ -1,15 +1,13 @@
 """Triton kernels beside their torch twins, over all their arguments: on a GPU, or through Triton's interpreter.
 
-`triton_mode` (imported by conftest) chooses the interpreter where there is no GPU.
+`triton_mode` (imported by conftest) chooses the interpreter where there is no GPU. Attention, norms and routers:
+test_triton_attention, test_triton_norm_route.
 """
 
 from __future__ import annotations
 
 import importlib.util
 import math
-import os
-import subprocess
-import sys
 import warnings
 from collections.abc import Callable, Iterator
 from pathlib import Path
@@ -17,6 +15,7 @@ from typing import Any
 
 import pytest
 import torch
+import triton_mode
 from torch import Tensor
 
 from twotower import TwoTowerForCausalLM, kernels
@@ -35,13 +34,17 @@ from twotower.kernels.verification import disagreement
 if importlib.util.find_spec("triton") is None:
     pytest.skip("the Triton kernels are not tested: the package triton is not installed", allow_module_level=True)
 
-from twotower.kernels import triton_fold, triton_greedy, triton_mamba
+triton_mode.mend_interpreter()
+
+from twotower.kernels import triton_fold, triton_greedy, triton_mamba  # noqa: E402
 
 DEVICE = torch.device("cuda", 0) if torch.cuda.is_available() else torch.device("cpu")
 TINY_HYBRID = Sizes(heads=8, groups=2, width=16, state=16, taps=4)
 TINY_GROUPS = Sizes(heads=6, groups=2, width=12, state=24, taps=4)
 SMALL = Sizes(heads=2, groups=1, width=5, state=3, taps=4)
 BOTH = pytest.mark.parametrize("sizes", [TINY_HYBRID, TINY_GROUPS], ids=["tiny-hybrid", "tiny-groups"])
+# That are done by Triton kernels wherever these run; experts in bf16 only where torch has no grouped product.
+OPS = ("attention", "mamba_block", "fold", "choose", "rms_norm", "route", "experts_int8", "linear_int8")
 DTYPES = pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=["fp32", "bf16"])
 
 
@@ -308,16 +311,8 @@ def test_choose_of_slices_and_of_nothing(choose: Callable[..., tuple[Tensor, Ten
 @pytest.mark.parametrize("lengths", [["1", "16"], pytest.param(["33", "17"], marks=pytest.mark.slow)])
 def test_the_kernels_compile_for_a_gpu(lengths: list[str], tmp_path: Path) -> None:
     """For an H100, also where there is none; each as its wrapper launches it."""
-    environment = {name: value for name, value in os.environ.items() if name != "TRITON_INTERPRET"}
-    source = Path(kernels.__file__).parents[2]
-    done = subprocess.run(
-        [sys.executable, Path(__file__).with_name("triton_compile.py"), *lengths],
-        env=environment | {"TRITON_CACHE_DIR": str(tmp_path), "PYTHONPATH": str(source)},
-        capture_output=True,
-        text=True,
-    )
-    assert done.returncode == 0, done.stderr
-    assert {line.split()[0] for line in done.stdout.splitlines()} == {"_block_kernel", "_fold_kernel", "_choose_kernel"}
+    found = triton_mode.compiled(*lengths, cache_dir=tmp_path)
+    assert found == {"_block_kernel", "_fold_kernel", "_choose_kernel"}
 
 
 # --- the catalogue ---------------------------------------------------------------------------------------------------
@@ -346,7 +341,7 @@ def test_kernels_that_agree_are_taken(dtype: torch.dtype, triton_on: pytest.Monk
     with warnings.catch_warnings():
         warnings.simplefilter("error")
         rows = {op: (backend, why) for op, backend, why in kernels.report(DEVICE, dtype)}
-    for op in ("mamba_block", "fold", "choose", "experts_int8", "linear_int8"):
+    for op in OPS:
         assert kernels.select(op, DEVICE, dtype).name == rows[op][0] == "triton"
         assert "agreed with its twin here" in rows[op][1]
 
@@ -397,6 +392,8 @@ def test_a_broken_kernel_is_refused_loudly(
     expected = model.extend(tokens, model.new_state(2, 8))
     triton_on.setenv("TWOTOWER_TRITON", "1")
     _forget()
+    for op in set(OPS) - {"mamba_block"}:
+        triton_on.setitem(kernels.CATALOGUE, op, kernels.CATALOGUE[op][-1:])
     right, twin = kernels.CATALOGUE["mamba_block"]
     wrong = Backend("triton", broken, right.why, right.refusal, compiled=True)
     triton_on.setitem(kernels.CATALOGUE, "mamba_block", (wrong, twin))
@@ -408,7 +405,6 @@ def test_a_broken_kernel_is_refused_loudly(
         (row,) = (row for row in kernels.report(DEVICE, torch.float32) if row[0] == "mamba_block")
     assert row[1] == "torch"
     assert "triton is not used: it " in row[2]
-    triton_on.setitem(kernels.CATALOGUE, "fold", kernels.CATALOGUE["fold"][-1:])
     assert torch.equal(model.extend(tokens, model.new_state(2, 8)), expected)
 
 
@@ -439,7 +435,7 @@ def test_refusals(
     triton_on.setenv("TWOTOWER_TRITON", setting)
     triton_on.setenv("TRITON_INTERPRET", interpret)
     found = {op: (backend, said) for op, backend, said in kernels.report(device, dtype)}
-    for op in ("mamba_block", "fold", "choose"):
+    for op in OPS:
         assert found[op][0] != "triton"
         assert why in found[op][1]
 

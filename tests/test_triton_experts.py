@@ -4,16 +4,14 @@ through Triton's interpreter."""
 from __future__ import annotations
 
 import importlib.util
-import os
 import re
-import subprocess
-import sys
 from collections.abc import Callable, Iterator
 from dataclasses import replace
 from pathlib import Path
 
 import pytest
 import torch
+import triton_mode
 from torch import Tensor
 
 from twotower import TwoTowerForCausalLM, kernels
@@ -25,7 +23,9 @@ from twotower.quantization import quantize_
 if importlib.util.find_spec("triton") is None:
     pytest.skip("the Triton kernels are not tested: the package triton is not installed", allow_module_level=True)
 
-from twotower.kernels import triton_experts, triton_int8, triton_products
+triton_mode.mend_interpreter()
+
+from twotower.kernels import triton_experts, triton_int8, triton_products  # noqa: E402
 
 DEVICE = torch.device("cuda", 0) if torch.cuda.is_available() else torch.device("cpu")
 DTYPES = pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=["fp32", "bf16"])
@@ -301,16 +301,9 @@ def _bf16(bits: Tensor) -> Tensor:
 
 def test_the_kernels_compile_for_a_gpu(tmp_path: Path) -> None:
     """For an H100, also where there is none; each as its wrapper launches it."""
-    environment = {name: value for name, value in os.environ.items() if name != "TRITON_INTERPRET"}
-    done = subprocess.run(
-        [sys.executable, Path(__file__).with_name("triton_compile.py"), "products"],
-        env=environment | {"TRITON_CACHE_DIR": str(tmp_path), "PYTHONPATH": str(Path(kernels.__file__).parents[2])},
-        capture_output=True,
-        text=True,
-    )
-    assert done.returncode == 0, done.stderr
-    names = {line.split()[0] for line in done.stdout.splitlines()}
-    assert names == {"_plan_kernel", "_expert_kernel", "_mixture_kernel", "_linear_kernel", "_sum_kernel"}
+    assert triton_mode.compiled("products", cache_dir=tmp_path) == {
+        "_plan_kernel", "_expert_kernel", "_mixture_kernel", "_linear_kernel", "_sum_kernel",
+    }  # fmt: skip
 
 
 # --- the catalogue ----------------------------------------------------------------------------------------------------

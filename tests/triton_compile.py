@@ -1,6 +1,6 @@
 """Compiles every kernel for an H100 as its wrapper launches it, on a machine without one: the interpreter runs what the
-compiler refuses (a variable that changes its type in a loop, say). Tests run this in processes of their own, where the
-interpreter is off: test_triton with lengths of blocks, test_triton_experts with the word "products".
+compiler refuses (a variable that changes its type in a loop, say). `triton_mode.compiled` runs this in a process of its
+own, where the interpreter is off.
 """
 
 from __future__ import annotations
@@ -15,8 +15,27 @@ from torch import Tensor
 from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource
 
-from twotower.kernels import triton_experts, triton_fold, triton_greedy, triton_int8, triton_mamba
-from twotower.kernels.cases import RELEASED, Sizes, block_arguments, choose_arguments, fold_arguments
+from twotower.kernels import (
+    triton_attention,
+    triton_experts,
+    triton_fold,
+    triton_greedy,
+    triton_int8,
+    triton_mamba,
+    triton_norm,
+    triton_route,
+)
+from twotower.kernels.attention import Cached
+from twotower.kernels.cases import (
+    RELEASED,
+    Sizes,
+    block_arguments,
+    choose_arguments,
+    fold_arguments,
+    norm_cases,
+    released_routing,
+    route_cases,
+)
 
 SHARED_MEMORY = 227 << 10  # of an H100's program
 TYPES = {
@@ -28,6 +47,9 @@ TYPES = {
     torch.uint8: "*u8",
 }
 CPU = torch.device("cpu")
+MODULES = (
+    triton_attention, triton_experts, triton_fold, triton_greedy, triton_int8, triton_mamba, triton_norm, triton_route,
+)  # fmt: skip
 
 
 class Compiler:
@@ -66,14 +88,28 @@ def _type(name: str, value: Any, constant: bool) -> str:
     return "fp32" if isinstance(value, float) else "i32"
 
 
-def blocks() -> None:
-    """Blocks of the released sizes and of the lengths on the command line, and one of odd sizes."""
-    triton_mamba._block_kernel = Compiler(triton_mamba._block_kernel)
-    triton_fold._fold_kernel = Compiler(triton_fold._fold_kernel)
-    triton_greedy._choose_kernel = Compiler(triton_greedy._choose_kernel)
+def main() -> None:
+    """What the command line names: blocks of so many tokens, "attention", "norms", "products"."""
+    for module in MODULES:
+        for name in [name for name in vars(module) if name.endswith("_kernel")]:
+            setattr(module, name, Compiler(getattr(module, name)))
+    asked = sys.argv[1:]
+    if "attention" in asked:
+        attention()
+    if "norms" in asked:
+        norms_and_routers()
+    if "products" in asked:
+        products()
+    lengths = [int(word) for word in asked if word.isdigit()]
+    if lengths:
+        blocks(lengths)
+
+
+def blocks(lengths: list[int]) -> None:
+    """Mamba mixers and choices: of the released sizes and these lengths, and one of odd sizes."""
     odd = Sizes(heads=6, groups=2, width=12, state=24, taps=1)
     for sizes, length, dtype, trace in (
-        *((RELEASED, length, torch.bfloat16, length != 16) for length in map(int, sys.argv[1:])),
+        *((RELEASED, length, torch.bfloat16, length != 16) for length in lengths),
         (odd, 5, torch.float32, True),
     ):
         arguments = block_arguments(sizes, length, CPU, dtype, rows=2)
@@ -88,12 +124,6 @@ def blocks() -> None:
 def products() -> None:
     """The 30B shape's experts and `out_proj`: a token, a block, six of them, a long prompt; plain and int8; and odd
     sizes. Nothing is computed, so nothing is filled."""
-    for module, names in (
-        (triton_experts, ("_plan_kernel", "_expert_kernel", "_mixture_kernel")),
-        (triton_int8, ("_linear_kernel", "_sum_kernel")),
-    ):
-        for name in names:
-            setattr(module, name, Compiler(getattr(module, name)))
     released = (128, 2688, 1856, 6)
     for tokens, (count, width, inner, top), dtype in (
         *((tokens, released, torch.bfloat16) for tokens in (1, 16, 96, 2048)),
@@ -115,5 +145,36 @@ def _int8(weight: Tensor) -> tuple[Tensor, Tensor]:
     return torch.empty(*lead, -(-out // 16), width, 16, dtype=torch.int8), torch.empty(*lead, out)
 
 
+def attention() -> None:
+    """The released sizes over 128K tokens: a denoised block, a token, a block that is read; rows enough for one split;
+    a prompt; and other sizes."""
+    released, bf16, fp32 = (32, 2, 128), torch.bfloat16, torch.float32
+    for rows, length, sizes, dtype, padded, causal, width in (
+        (1, 16, released, bf16, False, False, 131072),
+        (1, 1, released, bf16, False, True, 131072),
+        (1, 16, released, bf16, True, True, 131072),
+        (64, 16, released, bf16, True, True, 2048),
+        (1, 512, released, bf16, True, True, 0),
+        (1, 16, released, fp32, True, True, 1024),
+        (2, 7, (6, 3, 37), bf16, True, False, 1024),
+        (1, 16, (8, 2, 256), bf16, False, True, 1024),
+    ):
+        heads, kv_heads, head_dim = sizes
+        q = torch.zeros(rows, length, heads, head_dim, dtype=dtype)
+        k = torch.zeros(rows, length, kv_heads, head_dim, dtype=dtype)
+        pool, place = torch.zeros(16, head_dim, dtype=dtype), torch.zeros(rows, dtype=torch.int64)
+        valid = torch.ones(rows, length, dtype=torch.bool) if padded else None
+        triton_attention.attention(q, k, k, valid, causal, Cached(pool, pool, place, place, place, width, 0))
+
+
+def norms_and_routers() -> None:
+    for dtype in (torch.bfloat16, torch.float32):
+        for case in norm_cases(CPU, dtype, 2688):
+            triton_norm.rms_norm(*case.arguments())
+        triton_route.route(*released_routing(CPU, dtype))
+        for case in route_cases(CPU, dtype)[1:2]:  # of several groups
+            triton_route.route(*case.arguments())
+
+
 if __name__ == "__main__":
-    products() if sys.argv[1:] == ["products"] else blocks()
+    main()

@@ -82,6 +82,7 @@ def _each_layer(backend: Backend) -> Backend:
 
 CATALOGUE: dict[str, tuple[Backend, ...]] = {
     "attention": (
+        _triton("triton_attention", "attention", "shares out each row's cache where it lies, as long as it is"),
         _native(native_ops.attention, "each row's cache where it lies, as long as it is"),
         Backend("two-part", attention.attention, "joins scores; copies the cache only where rows lie anywhere"),
     ),
@@ -114,10 +115,12 @@ CATALOGUE: dict[str, tuple[Backend, ...]] = {
         Backend("torch", int8.linear, "widens the whole matrix, then plain torch"),
     ),
     "rms_norm": (
+        _triton("triton_norm", "rms_norm", "norm and modulation in one"),
         _native(native_ops.rms_norm, "norm and modulation in one"),
         Backend("torch", norm.rms_norm, "plain torch"),
     ),
     "route": (
+        _triton("triton_route", "route", "scores and choice in two"),
         _native(native_ops.route, "scores and choice in one"),
         Backend("torch", routing.route, "plain torch"),
     ),

@@ -244,24 +244,33 @@ def _packed(weight: Tensor, packed: bool) -> Tensor:
 
 
 def route_cases(device: torch.device, dtype: torch.dtype) -> list[Case]:
-    """One group and several, normalised or not."""
+    """One group and several, normalised or not; on a GPU the released sizes too. No choice is a near tie."""
 
-    def arguments(groups: int, kept: int, top: int, normalise: bool) -> tuple[Any, ...]:
+    def arguments(rule: Routing) -> tuple[Any, ...]:
         draw = Draw(7, device)
-        hidden, weight = draw(17, 45).to(dtype), draw(12, 45).to(dtype) / 8
-        return hidden, weight, draw(12), Routing(groups, kept, top, normalise, 2.5)
+        return draw(17, 45).to(dtype), draw(12, 45).to(dtype) / 8, draw(12), rule
 
-    rules = ((1, 1, 2, True), (3, 2, 3, False), (4, 1, 2, True))
-    return [_case(f"{rule[0]} groups", arguments, *rule) for rule in rules]
+    rules = (Routing(1, 1, 2, True, 2.5), Routing(3, 2, 3, False, 2.5), Routing(4, 1, 2, True, 2.5))
+    small = [_case(f"{rule.n_group} groups", arguments, rule) for rule in rules]
+    return small + [_case("128 experts", released_routing, device, dtype)] * (device.type == "cuda")
 
 
-def norm_cases(device: torch.device, dtype: torch.dtype) -> list[Case]:
-    """Each order of norm and modulation; a residual stream wider than the weights."""
+def released_routing(device: torch.device, dtype: torch.dtype) -> tuple[Tensor, Tensor, Tensor, Routing]:
+    """Arguments of `route` at the released sizes."""
+    draw = Draw(15, device)
+    hidden, weight = draw(5, 2688).to(dtype), (draw(128, 2688) / 2688**0.5).to(dtype)
+    return hidden, weight, draw(128) / 8, Routing(1, 1, 6, True, 2.5)
+
+
+def norm_cases(device: torch.device, dtype: torch.dtype, width: int | None = None) -> list[Case]:
+    """Each order of norm and modulation; a residual stream wider than the weights. Of an odd width, on a GPU of the
+    released one, or the given."""
+    width = width or (2688 if device.type == "cuda" else 83)
 
     def arguments(order: str | None, stream: torch.dtype, rows: int = 3) -> tuple[Any, ...]:
         draw = Draw(8, device)
-        x, weight = draw(rows, 5, 83).to(stream), (draw(83) / 4 + 1).to(dtype)
-        both = draw(rows, 2, 1, 83).to(dtype) / 2  # strided, as the time network gives them
+        x, weight = draw(rows, 5, width).to(stream), (draw(width) / 4 + 1).to(dtype)
+        both = draw(rows, 2, 1, width).to(dtype) / 2  # strided, as the time network gives them
         return x, weight, 1e-5, *((None,) if order is None else ((both[:, 0], both[:, 1]), order))
 
     kinds = ((None, dtype), ("before", dtype), ("after", dtype), ("before", torch.float32))
@@ -269,23 +278,31 @@ def norm_cases(device: torch.device, dtype: torch.dtype) -> list[Case]:
 
 
 def attention_cases(device: torch.device, dtype: torch.dtype) -> list[Case]:
-    """Rows with no cache, a short one and one of several turns, anywhere in a pool; a block and a single token."""
+    """Rows with no cache, a short one and one of several turns, anywhere in a pool; a block and a single token. On a
+    GPU the released sizes too, with a long cache. Long rows have the larger values: a mean of many is small, and what
+    is wrong with it would be lost beside a single one."""
 
-    def arguments(length: int, heads: int, width: int, causal: bool, ragged: bool) -> tuple[Any, ...]:
+    def arguments(
+        length: int, heads: int, width: int, causal: bool, ragged: bool, longest: int = 1300
+    ) -> tuple[Any, ...]:
         draw = Draw(9, device)
-        lengths = torch.tensor([0, 5, 1300], device=device)
-        pool = draw(2, 2 * 1400, width).to(dtype)
-        stride = torch.tensor([1, 9, 1305], device=device)
-        cached = Cached(pool[0], pool[1], torch.tensor([2700, 30, 60], device=device), stride, lengths, 1300, 0)
+        lengths = torch.tensor([0, 5, longest], device=device)
+        pool = draw(2, 2 * (longest + 100), width).to(dtype)
+        pool[1, 30:48] /= 16
+        start, stride = torch.tensor([[2 * longest + 100, 30, 60], [1, 9, longest + 5]], device=device)
+        cached = Cached(pool[0], pool[1], start, stride, lengths, longest, 0)
         valid = None
         if ragged:
             valid = torch.arange(length, device=device) < torch.tensor([[length], [1], [length - 1]], device=device)
-        q, k, v = draw(3, length, heads, width), draw(3, length, 2, width), draw(3, length, 2, width)
+        q, k, v = draw(3, length, heads, width) / 2, draw(3, length, 2, width), draw(3, length, 2, width) / 16
         return q.to(dtype), k.to(dtype), v.to(dtype), valid, causal, cached
 
-    sizes = ((1, 2, 24, True, False), (1, 8, 64, False, False), (7, 6, 37, True, True), (16, 4, 64, False, True))
-    return [_case(f"{length} tokens, {heads} heads of {width}", arguments, length, heads, width, causal, ragged)
-            for length, heads, width, causal, ragged in sizes]  # fmt: skip
+    sizes: tuple[tuple[Any, ...], ...] = (
+        (1, 2, 24, True, False), (1, 8, 64, False, False), (7, 6, 37, True, True), (16, 4, 64, False, True)
+    )  # fmt: skip
+    if device.type == "cuda":
+        sizes += (1, 32, 128, True, False, 5000), (16, 32, 128, False, True, 5000), (16, 32, 128, True, True, 5000)
+    return [_case(f"{size[0]} tokens, {size[1]} heads of {size[2]}", arguments, *size) for size in sizes]
 
 
 def _case(name: str, arguments: Callable[..., tuple[Any, ...]], *chosen: Any) -> Case:

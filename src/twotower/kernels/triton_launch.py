@@ -12,6 +12,8 @@ from torch import Tensor
 # What one program can hold: the (L, L) products of a block, and the state of a head.
 MAX_LENGTH = 64
 MAX_STATE = 64 * 128
+MAX_HEAD = 256  # width of an attention head: its queries, keys and values are whole in a program, whatever the lengths
+MAX_TOKEN = 16384  # width of a token that a norm holds in the registers of 16 warps
 
 
 def too_large(length: int, width: int, size: int) -> bool:

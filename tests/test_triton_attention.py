@@ -1,0 +1,283 @@
+"""Attention in Triton beside its twin in float64, over all its arguments: on a GPU, or through Triton's interpreter."""
+
+from __future__ import annotations
+
+import importlib.util
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+import triton_mode
+from torch import Tensor
+
+from twotower.kernels import attention as twin
+from twotower.kernels.attention import Cached
+from twotower.kernels.cases import Draw
+from twotower.kernels.triton_launch import MAX_HEAD
+
+if importlib.util.find_spec("triton") is None:
+    pytest.skip("the Triton kernels are not tested: the package triton is not installed", allow_module_level=True)
+
+triton_mode.mend_interpreter()
+
+from twotower.kernels import triton_attention  # noqa: E402
+
+DEVICE = torch.device("cuda", 0) if torch.cuda.is_available() else torch.device("cpu")
+DTYPES = pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=["fp32", "bf16"])
+ROOM = 400  # tokens of each row and head in a pool
+Arguments = tuple[Tensor, Tensor, Tensor, Tensor | None, bool, Cached | None]
+
+
+@pytest.fixture(autouse=True)
+def _small_splits(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
+    """Contexts that the interpreter can do are shared out too."""
+    monkeypatch.setattr(triton_attention, "LEAST_KEYS", 64)
+    with torch.no_grad():
+        yield
+
+
+def arguments(
+    length: int,
+    lengths: tuple[int, ...],
+    heads: tuple[int, int] = (2, 1),
+    width: int = 16,
+    dtype: torch.dtype = torch.float32,
+    valid: str = "none",
+    causal: bool = False,
+    device: torch.device = DEVICE,
+) -> Arguments:
+    """Rows with so many cached tokens, their heads anywhere in a pool in which everything else is no number. valid:
+    what is padding, none of it, or ever more from row to row at the end or at the beginning."""
+    draw, rows = Draw(0, device), len(lengths)
+    q = draw(rows, length, heads[0], width)
+    k, v = (draw(rows, length, heads[1], width) for _ in "kv")
+    pools = [torch.full((rows * heads[1] * ROOM + 1, width), torch.nan, device=device) for _ in "kv"]
+    start = torch.arange(rows, device=device).flip(0) * (heads[1] * ROOM)
+    stride = torch.tensor([ROOM - 7 * row for row in range(rows)], device=device)
+    for row, count in enumerate(lengths):
+        for head in range(heads[1]):
+            at = int(start[row] + head * stride[row]) if device.type != "meta" else 0
+            for pool in pools:
+                pool[at : at + count] = draw(count, width)
+    counts = torch.tensor([max(length - 2 * row, 0) for row in range(rows)], device=device)
+    ragged = torch.arange(length, device=device) < counts[:, None]
+    cached = Cached(
+        *(pool.to(dtype) for pool in pools), start, stride, torch.tensor(lengths, device=device), max(lengths), 0
+    )
+    mask = {"none": None, "end": ragged, "start": ragged.flip(1)}[valid]
+    return q.to(dtype), k.to(dtype), v.to(dtype), mask, causal, cached
+
+
+def check(*given: Any) -> Tensor:
+    """The twin's numbers, up to what the dtype rounds. The twin multiplies by 0 what does not exist."""
+    q, k, v, valid, causal, cached = given
+    wide = (
+        None if cached is None else cached._replace(k=cached.k.double().nan_to_num(), v=cached.v.double().nan_to_num())
+    )
+    expected = twin.attention(q.double(), k.double(), v.double(), valid, causal, wide)
+    found = triton_attention.attention(*given)
+    assert found.dtype == q.dtype
+    share = {torch.float32: 2e-6, torch.bfloat16: 8e-3}[q.dtype]
+    torch.testing.assert_close(found.double(), expected, rtol=0, atol=share * float(expected.abs().max()))
+    return found
+
+
+@DTYPES
+@pytest.mark.parametrize("valid", ["none", "end", "start"])
+@pytest.mark.parametrize("causal", [True, False])
+@pytest.mark.parametrize("length", [1, 3])
+def test_all_arguments(length: int, causal: bool, valid: str, dtype: torch.dtype) -> None:
+    """Rows without context, with less than a tile, with two splits."""
+    check(*arguments(length, (100, 0, 3), (4, 2), 24, dtype, valid, causal))
+
+
+@DTYPES
+@pytest.mark.parametrize(
+    ("heads", "width"), [((1, 1), 7), ((3, 3), 37), ((6, 2), 16), ((8, 1), 64), ((2, 1), 128), ((2, 2), 200)]
+)
+def test_heads_of_any_kind(heads: tuple[int, int], width: int, dtype: torch.dtype) -> None:
+    check(*arguments(3, (40, 0), heads, width, dtype, "end"))
+
+
+@DTYPES
+@pytest.mark.parametrize("causal", [True, False])
+@pytest.mark.parametrize(("length", "heads"), [(19, (8, 1)), (70, (2, 1)), (33, (1, 1))])
+def test_blocks_of_many_tiles(length: int, heads: tuple[int, int], causal: bool, dtype: torch.dtype) -> None:
+    """More queries than a tile and more own keys than are taken at once, with a context and without."""
+    given = arguments(length, (60, 5), heads, 16, dtype, "end", causal)
+    check(*given)
+    check(*given[:5], None)
+
+
+@DTYPES
+@pytest.mark.parametrize("length", [1, 2])
+def test_many_splits(length: int, dtype: torch.dtype) -> None:
+    """More of them than are joined at a time, for the one row, with ever larger scores; all but one are in vain for the
+    others."""
+    lengths = (1, 1300, 64)
+    q, k, v, _, _, cached = arguments(length, (1, 300, 64), dtype=dtype)
+    assert cached is not None
+    draw = Draw(1, DEVICE)
+    pool = [(draw(5000, 16) * factor).to(dtype) for factor in (torch.linspace(0, 8, 5000, device=DEVICE)[:, None], 1)]
+    cached = cached._replace(k=pool[0], v=pool[1], lengths=torch.tensor(lengths, device=DEVICE), width=2048)
+    check(q, k, v, None, True, cached._replace(start=torch.tensor([3000, 7, 1500], device=DEVICE)))
+    assert triton_attention.splits_of(3, 2048, 4) == 32 > triton_attention.PARTS
+
+
+@pytest.mark.parametrize("width", [300, 512, 4096])
+def test_the_rounded_width_of_a_recording(width: int) -> None:
+    """Nothing beyond a row's length is read, however wide the pass is: the pool is no number there, and ends there."""
+    *given, cached = arguments(2, (300, 0, 17))
+    check(*given, cached._replace(width=max(cached.lengths.tolist())))
+    found = triton_attention.attention(*given, cached._replace(width=width))
+    torch.testing.assert_close(found, triton_attention.attention(*given, cached), rtol=1e-5, atol=1e-6)
+    assert found.isfinite().all()
+
+
+@pytest.mark.parametrize("splits", [1, 3])
+def test_a_row_is_what_it_is_alone(splits: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(triton_attention, "splits_of", lambda *_: splits)
+    q, k, v, valid, causal, cached = arguments(5, (200, 0, 130), (4, 2), valid="end")
+    together = triton_attention.attention(q, k, v, valid, causal, cached)
+    for row in range(3):
+        at = slice(row, row + 1)
+        own = cached._replace(start=cached.start[at], stride=cached.stride[at], lengths=cached.lengths[at])
+        assert torch.equal(triton_attention.attention(q[at], k[at], v[at], valid[at], causal, own), together[at])
+
+
+@pytest.mark.parametrize("causal", [True, False])
+def test_what_stands_at_padding_leaves_no_mark(causal: bool) -> None:
+    q, k, v, valid, _, cached = arguments(9, (0, 3, 70), valid="end")
+    clean = triton_attention.attention(q, k, v, valid, causal, cached)
+    dirty = [part.masked_fill(~valid[..., None, None], torch.nan) for part in (q, k, v)]
+    found = triton_attention.attention(*dirty, valid, causal, cached)
+    assert torch.equal(found[valid], clean[valid])
+
+
+def test_queries_see_themselves_in_rows_of_padding() -> None:
+    q, k, v, _, causal, cached = arguments(4, (0, 0), (2, 2))
+    found = check(q, k, v, torch.zeros(2, 4, dtype=torch.bool, device=DEVICE), causal, cached._replace(width=8))
+    torch.testing.assert_close(found, v)
+
+
+def test_large_scores() -> None:
+    """Softmax of scores whose powers overflow, the largest in the context or in the block."""
+    for share in (0.01, 100.0):
+        q, k, v, *rest = arguments(3, (0, 80, 200))
+        check(q * 300, k * share, v, *rest)
+
+
+@pytest.mark.parametrize("cached", ["none", "no columns"])
+@DTYPES
+def test_without_context(cached: str, dtype: torch.dtype) -> None:
+    *given, context = arguments(6, (0, 0), (4, 2), dtype=dtype, causal=True)
+    check(*given, None if cached == "none" else context._replace(width=0))
+
+
+def test_strided_inputs() -> None:
+    """As the projections give them, as slices, and with vectors that do not lie together."""
+    q, k, v, valid, causal, cached = arguments(6, (0, 50), (4, 2), valid="end")
+    expected = check(q, k, v, valid, causal, cached)
+    by_heads = [part.transpose(1, 2).contiguous().transpose(1, 2) for part in (q, k, v)]
+    slices = [torch.cat([part, part], dim=-1)[..., : part.shape[-1]] for part in (q, k, v)]
+    apart = [part.mT.contiguous().mT for part in (q, k, v)]
+    unlike = [q, by_heads[1], v]
+    for given in (by_heads, slices, apart, unlike):
+        assert torch.equal(triton_attention.attention(*given, valid.mT.contiguous().mT, causal, cached), expected)
+
+
+def test_an_even_layout() -> None:
+    """Rows one after the other, as `Cached.even` says."""
+    q, k, v, valid, causal, _ = arguments(3, (0, 0), (4, 2))
+    pool = Draw(2, DEVICE)(2, 2 * 2 * 40 + 1, 16)
+    order = torch.arange(2, device=DEVICE)
+    cached = Cached(pool[0], pool[1], order * 80, order * 0 + 40, torch.tensor([40, 11], device=DEVICE), 40, 40)
+    check(q, k, v, valid, causal, cached)
+
+
+def test_wide_heads_go_to_the_twin(monkeypatch: pytest.MonkeyPatch) -> None:
+    given = arguments(2, (3,), width=MAX_HEAD + 1)
+    monkeypatch.setattr(twin, "attention", lambda *_: "the twin")
+    assert triton_attention.attention(*given) == "the twin"
+
+
+@pytest.mark.parametrize("shape", [(0, 4), (2, 0)])
+def test_attention_of_nothing(shape: tuple[int, int]) -> None:
+    q, k, v, _, causal, cached = arguments(4, (3, 5))
+    rows, length = shape
+    q, k, v = (part[:rows, :length] for part in (q, k, v))
+    cached = Cached(*cached[:2], *(part[:rows] for part in cached[2:5]), *cached[5:])
+    assert triton_attention.attention(q, k, v, None, causal, cached).shape == q.shape
+
+
+# --- launches --------------------------------------------------------------------------------------------------------
+
+
+class Launches:
+    """Stands where a kernel stands, and keeps what it is launched with."""
+
+    def __init__(self) -> None:
+        self.seen: list[Any] = []
+
+    def __getitem__(self, grid: tuple[int, ...]) -> Callable[..., None]:
+        def launch(*arguments: Any, **constants: Any) -> None:
+            shapes = [a.shape if isinstance(a, Tensor) else a for a in arguments]
+            self.seen.append((grid, shapes, constants))
+
+        return launch
+
+
+def test_launches_depend_on_shapes_alone(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Tensors of no device, whose values nobody can ask for: the same launches whatever stands in them."""
+    launches = Launches()
+    monkeypatch.setattr(triton_attention, "_attention_kernel", launches)
+    monkeypatch.setattr(triton_attention, "_join_kernel", launches)
+    meta = torch.device("meta")
+    given = arguments(16, (300, 2), (4, 2), valid="end")
+    for _ in range(2):
+        triton_attention.attention(*_on(meta, given))
+    *rest, cached = given
+    triton_attention.attention(*rest, cached._replace(lengths=cached.lengths * 0))
+    assert len(launches.seen) == 6
+    assert launches.seen[:2] == launches.seen[2:4] == launches.seen[4:]
+
+
+def _on(device: torch.device, value: Any) -> Any:
+    if isinstance(value, Tensor):
+        return value.to(device)
+    if isinstance(value, tuple):
+        parts = [_on(device, part) for part in value]
+        return type(value)(*parts) if hasattr(value, "_fields") else tuple(parts)
+    return value
+
+
+@pytest.mark.parametrize(
+    ("rows", "queries", "width", "splits", "programs"),
+    [
+        (1, 256, 131072, 33, 132),  # a block of 16 tokens of the 30B shape: two tiles for each of two KV heads
+        (1, 16, 131072, 132, 264),  # a token: programs of 4 warps, so twice as many
+        (1, 256, 1024, 4, 16),  # fewer than 256 keys a program are not worth it
+        (1, 16, 256, 1, 2),
+        (64, 256, 1024, 1, 256),  # the device is full without splits
+        (16, 256, 131072, 32, 2048),  # but no program takes more than 4096 keys
+        (64, 256, 131072, 8, 2048),  # where that does not make too many
+        (1, 65536, 131072, 2, 2048),  # a piece of a long prompt
+    ],
+)
+def test_splits_fill_the_device(
+    rows: int, queries: int, width: int, splits: int, programs: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.undo()
+    tile = triton_attention.tiles(queries, 128, torch.bfloat16)
+    each = rows * 2 * (queries // tile.rows)
+    assert triton_attention.splits_of(each, width, tile.warps) == splits
+    assert each * splits == programs
+
+
+# --- the compiler ----------------------------------------------------------------------------------------------------
+
+
+def test_the_kernels_compile_for_a_gpu(tmp_path: Path) -> None:
+    assert triton_mode.compiled("attention", cache_dir=tmp_path) == {"_attention_kernel", "_join_kernel"}

@@ -1,0 +1,213 @@
+"""Norms and routers in Triton beside their twins, over all their arguments: on a GPU, or through the interpreter."""
+
+from __future__ import annotations
+
+import importlib.util
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+import torch
+import triton_mode
+from torch import Tensor
+
+from twotower.kernels import norm, routing
+from twotower.kernels.cases import Draw, released_routing, route_cases
+from twotower.kernels.norm import Order
+from twotower.kernels.routing import Routing
+from twotower.kernels.triton_launch import MAX_TOKEN
+
+if importlib.util.find_spec("triton") is None:
+    pytest.skip("the Triton kernels are not tested: the package triton is not installed", allow_module_level=True)
+
+triton_mode.mend_interpreter()
+
+from twotower.kernels import triton_norm, triton_route  # noqa: E402
+
+DEVICE = torch.device("cuda", 0) if torch.cuda.is_available() else torch.device("cpu")
+DTYPES = pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=["fp32", "bf16"])
+
+
+@pytest.fixture(autouse=True)
+def _no_gradients() -> Iterator[None]:
+    with torch.no_grad():
+        yield
+
+
+# --- norms -----------------------------------------------------------------------------------------------------------
+
+
+Modulation = tuple[Tensor, Tensor] | None
+
+
+def norm_arguments(
+    width: int, dtype: torch.dtype, stream: torch.dtype, order: Order | None, rows: int = 2, length: int = 3
+) -> tuple[Tensor, Tensor, float, Modulation, Order]:
+    draw = Draw(0, DEVICE)
+    x, weight = (draw(rows, length, width) * 3).to(stream), (draw(width) / 4 + 1).to(dtype)
+    parts = (draw(rows, 6, 1, width) / 2).to(dtype)  # of which a layer has a slice, as the time network gives them
+    return x, weight, 1e-5, None if order is None else (parts[:, 3], parts[:, 4]), order or "before"
+
+
+def check_norm(x: Tensor, weight: Tensor, eps: float, modulation: Modulation = None, order: Order = "before") -> Tensor:
+    wide = None if modulation is None else (modulation[0].double(), modulation[1].double())
+    expected = norm.rms_norm(x.double(), weight.double(), eps, wide, order)
+    found = triton_norm.rms_norm(x, weight, eps, modulation, order)
+    assert found.dtype == weight.dtype
+    assert found.is_contiguous()
+    share = {torch.float32: 1e-6, torch.bfloat16: 8e-3}[weight.dtype]  # the interpreter does not round to bf16, it cuts
+    torch.testing.assert_close(found.double(), expected, rtol=share, atol=1e-6 * float(expected.abs().max()))
+    return found
+
+
+@DTYPES
+@pytest.mark.parametrize("order", [None, "before", "after"])
+@pytest.mark.parametrize("width", [1, 83, 256, 2688])
+def test_norm(width: int, order: Order | None, dtype: torch.dtype) -> None:
+    check_norm(*norm_arguments(width, dtype, dtype, order))
+
+
+@pytest.mark.parametrize("order", [None, "before", "after"])
+def test_norm_of_a_wide_stream(order: Order | None) -> None:
+    """The residual stream is fp32 where a config says so, the weight not."""
+    check_norm(*norm_arguments(40, torch.bfloat16, torch.float32, order))
+
+
+@pytest.mark.parametrize("eps", [1e-6, 0.5])
+def test_norm_of_small_tokens(eps: float) -> None:
+    x, weight, *_ = norm_arguments(40, torch.float32, torch.float32, None)
+    check_norm(x * 1e-3, weight, eps)
+    check_norm(x * 0, weight, eps)
+
+
+def test_norm_of_slices() -> None:
+    x, weight, eps, modulation, order = norm_arguments(40, torch.float32, torch.float32, "before", rows=4, length=8)
+    assert modulation is not None
+    shift, scale = modulation
+    for part in (x[:, -1:], x[:, 1::2], x.transpose(0, 1).contiguous().transpose(0, 1), x.mT.contiguous().mT):
+        check_norm(part, weight, eps, modulation, order)
+    check_norm(x, weight, eps, (shift, scale.contiguous()), order)
+    check_norm(x, weight, eps, (shift.expand(4, 2, 40).mT.contiguous().mT[:, :1], scale), order)
+    check_norm(x[1::2], weight, eps, (shift[1::2], scale[1::2]), "after")
+
+
+def test_tokens_too_wide_for_a_norm(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(norm, "rms_norm", lambda *_: "the twin")
+    x = torch.zeros(1, 1, MAX_TOKEN + 1, device=DEVICE)
+    assert triton_norm.rms_norm(x, x[0, 0], 1e-5) == "the twin"
+
+
+@pytest.mark.parametrize("shape", [(0, 4), (2, 0)])
+def test_a_norm_of_nothing(shape: tuple[int, int]) -> None:
+    x, weight, eps, *_ = norm_arguments(40, torch.bfloat16, torch.float32, None)
+    found = triton_norm.rms_norm(x[: shape[0], : shape[1]], weight, eps)
+    assert found.shape == (*x[: shape[0], : shape[1]].shape[:2], 40)
+    assert found.dtype == torch.bfloat16
+
+
+# --- routers ---------------------------------------------------------------------------------------------------------
+
+
+def route_arguments(
+    tokens: int, width: int, experts: int, dtype: torch.dtype, rule: Routing
+) -> tuple[Tensor, Tensor, Tensor, Routing]:
+    draw = Draw(0, DEVICE)
+    weight = (draw(experts, width) / width**0.5).to(dtype)
+    return draw(tokens, width).to(dtype), weight, draw(experts).abs(), rule  # none as good as one that is left out
+
+
+def check_route(hidden: Tensor, weight: Tensor, bias: Tensor, rule: Routing) -> tuple[Tensor, Tensor]:
+    """The twin's ids, in its order, and its weights."""
+    expected = routing.route(hidden.double(), weight.double(), bias.double(), rule)
+    choice, chosen = triton_route.route(hidden, weight, bias, rule)
+    assert torch.equal(choice, expected[0])
+    assert (choice.dtype, chosen.dtype) == (torch.int64, torch.float32)
+    torch.testing.assert_close(chosen.double(), expected[1], rtol=2e-6, atol=1e-7)
+    return choice, chosen
+
+
+@DTYPES
+@pytest.mark.parametrize(
+    ("experts", "rule"),
+    [
+        (8, Routing(1, 1, 3, True, 2.5)),
+        (7, Routing(1, 1, 7, False, 1.0)),  # all of them
+        (12, Routing(4, 2, 3, True, 1.5)),
+        (12, Routing(3, 1, 4, False, 1)),
+        (5, Routing(5, 2, 2, True, 2.5)),  # groups of one
+        (40, Routing(2, 2, 1, True, 2.5)),
+    ],
+)
+def test_route(experts: int, rule: Routing, dtype: torch.dtype) -> None:
+    check_route(*route_arguments(3, 45, experts, dtype, rule))
+
+
+@pytest.mark.parametrize(("tokens", "width", "experts"), [(1, 1, 4), (17, 400, 20), (2, 2688, 128), (2, 30, 300)])
+def test_route_of_other_sizes(tokens: int, width: int, experts: int) -> None:
+    """More tokens, columns and experts than a program takes."""
+    check_route(*route_arguments(tokens, width, experts, torch.bfloat16, Routing(1, 1, 2, True, 2.5)))
+
+
+def test_left_out_groups_score_nothing() -> None:
+    """0, which is more than the kept ones have where all are negative: their experts are taken, the lowest id first."""
+    hidden, weight, bias, rule = route_arguments(4, 30, 12, torch.float32, Routing(3, 1, 5, True, 1.0))
+    choice, _ = triton_route.route(hidden, weight, bias * 0 - 3, rule)
+    kept = routing.route(hidden.double(), weight.double(), bias.double() * 0 - 3, rule._replace(top=12))[0][:, 8:]
+    for ids, group in zip(choice.tolist(), (kept // 4)[:, 0].tolist(), strict=True):
+        assert ids == [e for e in range(12) if e // 4 != group][:5]
+
+
+def test_of_equals_the_lowest_id_comes_first() -> None:
+    """Scores of exactly 1, equal experts, equal groups."""
+    hidden = torch.ones(2, 16, device=DEVICE)
+    weight = torch.full((12, 16), 10.0, device=DEVICE)
+    for rule, expected in ((Routing(1, 1, 3, True, 1.0), [0, 1, 2]), (Routing(3, 2, 5, True, 1.0), [0, 1, 2, 3, 4])):
+        choice, chosen = triton_route.route(hidden, weight, torch.zeros(12, device=DEVICE), rule)
+        assert choice.tolist() == [expected] * 2
+        torch.testing.assert_close(chosen, torch.full_like(chosen, 1 / rule.top))
+
+
+@DTYPES
+def test_a_token_is_routed_as_it_is_alone(dtype: torch.dtype) -> None:
+    """To the last digit, and whatever stands beside it: no numbers are chosen among too, and give real experts."""
+    hidden, weight, bias, rule = route_arguments(18, 420, 12, dtype, Routing(3, 2, 3, True, 2.5))
+    hidden[3] = torch.nan
+    choice, chosen = triton_route.route(hidden, weight, bias, rule)
+    assert ((choice >= 0) & (choice < 12)).all()
+    for token in (0, 4, 17):
+        alone = triton_route.route(hidden[token : token + 1], weight, bias, rule)
+        assert torch.equal(alone[0][0], choice[token])
+        assert torch.equal(alone[1][0], chosen[token])
+
+
+def test_route_of_slices_and_of_several_dtypes() -> None:
+    hidden, weight, bias, rule = route_arguments(6, 50, 8, torch.bfloat16, Routing(2, 1, 2, True, 2.5))
+    check_route(hidden[::2], weight, bias, rule)
+    check_route(hidden.mT.contiguous().mT, weight.mT.contiguous().mT, bias, rule)
+    check_route(hidden, weight.float(), bias, rule)
+    check_route(hidden.float(), weight, bias.bfloat16(), rule)
+    assert triton_route.route(hidden[:0], weight, bias, rule)[0].shape == (0, 2)
+
+
+@DTYPES
+def test_no_case_is_a_near_tie(dtype: torch.dtype) -> None:
+    """Which `route` is checked with before it is used: the last digits of a machine's sums decide nothing."""
+    given = [case.arguments() for case in route_cases(torch.device("cpu"), dtype)]
+    for hidden, weight, bias, rule in (*given, released_routing(torch.device("cpu"), dtype)):
+        biased = (hidden.double() @ weight.double().T).sigmoid() + bias
+        if rule.n_group > 1:
+            grouped = biased.unflatten(-1, (rule.n_group, -1))
+            best = grouped.topk(2).values.sum(-1)
+            of_groups = best.sort(descending=True).values
+            assert (of_groups[:, rule.topk_group - 1] - of_groups[:, rule.topk_group]).min() > 1e-3
+            kept = torch.zeros_like(best).scatter(-1, best.topk(rule.topk_group).indices, 1.0)
+            biased = (grouped * kept[..., None]).flatten(-2)
+        best = biased.sort(descending=True).values[:, : rule.top + 1]
+        assert (best[:, :-1] - best[:, 1:]).min() > 1e-3
+
+
+# --- the compiler ----------------------------------------------------------------------------------------------------
+
+
+def test_the_kernels_compile_for_a_gpu(tmp_path: Path) -> None:
+    assert triton_mode.compiled("norms", cache_dir=tmp_path) == {"_norm_kernel", "_product_kernel", "_choice_kernel"}
