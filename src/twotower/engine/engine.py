@@ -31,16 +31,14 @@ from typing import TYPE_CHECKING
 
 import torch
 
-from twotower.engine import mock, reading
+from twotower.engine import admission, mock, reading
 from twotower.engine.blocks import Blocks
 from twotower.engine.budget import memory_for, shares
-from twotower.engine.constrained import check_constraint
 from twotower.engine.faults import in_parts, out_of_memory
 from twotower.engine.prefixes import Prefixes
 from twotower.engine.reading import Work, following, grouped, some
 from twotower.engine.request import Phase, Request, Row
 from twotower.errors import ArgumentError
-from twotower.generation import check
 from twotower.generation.automatic import chooser_of, resolve
 from twotower.generation.output import BlockEvent, Event, Generation
 from twotower.generation.pace import Pace, begun
@@ -139,34 +137,7 @@ class LLM:
 
     def check(self, request: Request) -> None:
         """Raises ArgumentError where a request can never run here; says why. From any thread."""
-        params = request.params
-        check(self.model, params, [len(request.prompt)])
-        longest = len(request.prompt) + params.max_new_tokens
-        if longest > self.length:
-            raise ArgumentError(
-                f"a prompt of {len(request.prompt)} tokens plus max_new_tokens {params.max_new_tokens} is longer than "
-                f"the {self.length} tokens that this engine keeps for a text; shorten one of them or raise length"
-            )
-        if params.block_size > self.blocks.size and params.mode not in ("ar", "mock_ar"):
-            raise ArgumentError(
-                f"block_size is {params.block_size}; this engine's blocks have at most {self.blocks.size}"
-            )
-        if not request.prompt:
-            raise ArgumentError("the prompt is empty; give at least one token")
-        if request.constraint is not None:
-            check_constraint(request.constraint, params.mode, self.model.config.backbone.vocab_size)
-        need, columns = self._columns(request), self.state.segments.columns
-        if need > columns:
-            raise ArgumentError(
-                f"a prompt of {len(request.prompt)} tokens plus max_new_tokens {params.max_new_tokens} can need the "
-                f"keys and values of {need} tokens, and this engine's memory holds {columns}; shorten one of them or "
-                "raise memory"
-            )
-
-    def _columns(self, request: Request) -> int:
-        """What a request can need: its last block may go beyond the tokens it asks for."""
-        params = request.params
-        return len(request.prompt) + params.max_new_tokens + min(params.block_size, self.blocks.size)
+        admission.check(self.model, request, self.length, self.blocks.size, self.state.segments.columns)
 
     def abort(self, number: int) -> None:
         """Forgets a request, waiting or running: no event of it comes any more, and its slot is free at once. Unknown
@@ -248,7 +219,7 @@ class LLM:
         events = []
         while self.waiting and self.free:
             number, request = self.waiting[0]
-            columns = self._columns(request)
+            columns = admission.columns(request, self.blocks.size)
             idle = request.params.max_new_tokens == 0 and not request.prompt_logprobs
             if not idle and self.state.segments.room_for(columns) is None:
                 break
