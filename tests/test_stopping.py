@@ -11,7 +11,7 @@ from tokenizers import Tokenizer, decoders, models, normalizers, pre_tokenizers,
 from transformers import PreTrainedTokenizerFast
 
 from twotower import GenerationParams, TwoTowerForCausalLM, generate
-from twotower.generation.stopping import BROKEN, Detokenizer, RowProgress
+from twotower.generation.stopping import BROKEN, Detokenizer, RowProgress, plain_decoder
 
 Factory = Callable[..., TwoTowerForCausalLM]
 VOCABULARY = 320
@@ -104,6 +104,26 @@ def test_multi_byte_text_comes_out_whole(tokenizer: PreTrainedTokenizerFast, tex
     assert "".join(pieces) == progress.text == text
     assert BROKEN not in progress.text
     assert progress.finish_reason == "eos"
+
+
+def test_transformers_decodes_where_it_adds_anything(tokenizer: PreTrainedTokenizerFast) -> None:
+    """Else its tokenizers library is asked, which says the same."""
+    ids = tokenizer("Héllo , world </s>", add_special_tokens=False)["input_ids"]
+    assert plain_decoder(tokenizer)(ids, skip_special_tokens=True) == tokenizer.decode(ids, skip_special_tokens=True)
+    assert plain_decoder(tokenizer).__self__ is tokenizer.backend_tokenizer
+
+    class Loud(PreTrainedTokenizerFast):
+        def _decode(self, *args: object, **options: object) -> str:
+            return super()._decode(*args, **options).upper()
+
+    loud = Loud(tokenizer_object=tokenizer.backend_tokenizer)
+    tidy = PreTrainedTokenizerFast(
+        tokenizer_object=tokenizer.backend_tokenizer, clean_up_tokenization_spaces=True,
+        clean_up_tokenization_spaces_for_bpe_even_though_it_will_corrupt_output=True,
+    )  # fmt: skip
+    for other in (loud, tidy):
+        found = plain_decoder(other)(ids, skip_special_tokens=True)
+        assert found == other.decode(ids, skip_special_tokens=True) != tokenizer.decode(ids, skip_special_tokens=True)
 
 
 @pytest.mark.parametrize("seed", range(30))

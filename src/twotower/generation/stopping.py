@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import Any
+
+from transformers import PreTrainedTokenizerBase, PreTrainedTokenizerFast
 
 from twotower.generation.output import FinishReason
 
@@ -14,7 +16,7 @@ class Detokenizer:
     """Tokens in, text out, never half a character: bytes wait until the character they belong to is whole."""
 
     def __init__(self, tokenizer: Any) -> None:
-        self.tokenizer = tokenizer
+        self.decode = plain_decoder(tokenizer)
         self.tokens: list[int] = []
         self.settled = 0  # tokens whose text is out for good and no longer needed as decoding context
         self.emitted = 0  # tokens whose text is out
@@ -35,7 +37,18 @@ class Detokenizer:
 
     def _decode(self, end: int) -> str:
         # Decoding starts a little before the new tokens: decoders treat the first token of a text specially.
-        return str(self.tokenizer.decode(self.tokens[self.settled : end], skip_special_tokens=True))
+        return str(self.decode(self.tokens[self.settled : end], skip_special_tokens=True))
+
+
+def plain_decoder(tokenizer: Any) -> Callable[..., str]:
+    """What `tokenizer.decode` comes to for a list of ids: where transformers adds nothing to it, the decoder of the
+    tokenizers library, in a quarter of the time, which an engine spends twice a token."""
+    own = [getattr(type(tokenizer), name, None) for name in ("decode", "_decode")]
+    plain = own == [PreTrainedTokenizerBase.decode, PreTrainedTokenizerFast._decode]
+    if plain and not tokenizer.clean_up_tokenization_spaces:
+        tokenizer = tokenizer.backend_tokenizer
+    decode: Callable[..., str] = tokenizer.decode
+    return decode
 
 
 class RowProgress:
