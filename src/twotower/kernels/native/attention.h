@@ -114,7 +114,7 @@ void attention(const T* q, const T* k, const T* v, const uint8_t* valid, int cau
                     const long M = std::min(long(TILE), Q - m), last = m % L + M <= L ? m % L + M - 1 : L - 1;
                     const long near = std::max(causal ? std::min(n - past, last + 1 - begin) : n - past, 0L);
                     if (Q > FEW_ROWS) {
-                        weigh_all(queries + m * ld, ld, 1, turned, LD_CHUNK, D, M, whole(past + near), scores, LD_CHUNK, true,
+                        weigh_all(queries + m * ld, ld, 1, turned, LD_CHUNK, D, M, whole(past + near), scores, LD_CHUNK, 0,
                                   ahead(past_values, past * D));
                     } else {
                         few_products(queries, ld, Q, past_keys, D, past, D, scores, LD_CHUNK);
@@ -133,9 +133,9 @@ void attention(const T* q, const T* k, const T* v, const uint8_t* valid, int cau
                         }
                     const Seen tile{seen.most + m, seen.total + m, seen.acc + m * ld};
                     soften(scores, past + near, M, D, tile, ld);
-                    weigh_all(scores, LD_CHUNK, 1, past_values, D, past, M, D, tile.acc, ld, false,
+                    weigh_all(scores, LD_CHUNK, 1, past_values, D, past, M, D, tile.acc, ld, 1,
                               ahead(past_keys + past * D, std::min(CHUNK, std::max(length - t - CHUNK, 0L)) * D));
-                    weigh_all(scores + past, LD_CHUNK, 1, values, wide, near, M, D, tile.acc, ld, false);
+                    weigh_all(scores + past, LD_CHUNK, 1, values, wide, near, M, D, tile.acc, ld, 1);
                 }
             }
             if (alone)

@@ -143,7 +143,7 @@ void mamba_block(const T* projected, const uint8_t* valid, const T* window, cons
                 }
                 for (long l = 0; l < L; l += TILE) {
                     const long M = std::min(long(TILE), L - l);
-                    weigh_all(by + l * ldl, ldl, 1, out + i * P, own_C, l + M, M, P, to + l * X, X, !state);
+                    weigh_all(by + l * ldl, ldl, 1, out + i * P, own_C, l + M, M, P, to + l * X, X, state ? 1 : 0);
                 }
             }
             for (long l = 0; l < L; l++) {
@@ -174,8 +174,7 @@ void fold(T* window, float* state, const int64_t* slots, const T* xBC, const flo
                 for (long p = 0; p < P; p++) fed[l * P + p] = x[((b * L + l) * H + h) * P + p] * left;
             }
             float* own = state + ((slots ? slots[b] : b) * H + h) * P * N;
-            scaled(own, P * N, std::exp(total), own);
-            weigh_all(fed, 1, P, B + (b * L * G + g) * N, G * N, count, P, N, own, N, false);
+            weigh_all(fed, 1, P, B + (b * L * G + g) * N, G * N, count, P, N, own, N, std::exp(total));
         }
         Range own = share(rows, part, parts);
         for (long b = own.lo; b < own.hi; b++) {

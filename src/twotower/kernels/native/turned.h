@@ -22,13 +22,14 @@ template <class T> inline Ahead ahead(const T* from, long count) {
     return {reinterpret_cast<const char*>(from), reinterpret_cast<const char*>(from + count)};
 }
 
-// acc[m][c] (+)= Σ_r w[m][r] · x[r][c] for V vectors of columns c; w[m][r] lies at w + m·row + r·step.
+// acc[m][c] = keep · acc[m][c] + Σ_r w[m][r] · x[r][c] for V vectors of columns c; w[m][r] lies at w + m·row + r·step.
+// keep 0: what stands in acc is not read.
 template <int M, int V, class T>
-inline void weigh(const float* w, long row, long step, const T* x, long ldx, long n, float* acc, long ld, bool fresh,
+inline void weigh(const float* w, long row, long step, const T* x, long ldx, long n, float* acc, long ld, float keep,
                   Ahead& later) {
     vec a[M][V];
     for (int m = 0; m < M; m++)
-        for (int v = 0; v < V; v++) a[m][v] = fresh ? vec{} : load(acc + m * ld + v * W);
+        for (int v = 0; v < V; v++) a[m][v] = keep == 0 ? vec{} : keep * load(acc + m * ld + v * W);
     for (long r = 0; r < n; r++) {
         if constexpr (M <= 4) later.ask();
         vec part[V];
@@ -44,30 +45,30 @@ inline void weigh(const float* w, long row, long step, const T* x, long ldx, lon
 
 template <int M, class T>
 inline void weigh_rows(const float* w, long row, long step, const T* x, long ldx, long n, long C, float* acc, long ld,
-                       bool fresh, Ahead& later) {
+                       float keep, Ahead& later) {
     long c = 0;
     if constexpr (4 * M <= W)  // enough sums under way to hide how long one addition takes
-        for (; c + 4 * W <= C; c += 4 * W) weigh<M, 4>(w, row, step, x + c, ldx, n, acc + c, ld, fresh, later);
-    for (; c + 2 * W <= C; c += 2 * W) weigh<M, 2>(w, row, step, x + c, ldx, n, acc + c, ld, fresh, later);
-    for (; c + W <= C; c += W) weigh<M, 1>(w, row, step, x + c, ldx, n, acc + c, ld, fresh, later);
+        for (; c + 4 * W <= C; c += 4 * W) weigh<M, 4>(w, row, step, x + c, ldx, n, acc + c, ld, keep, later);
+    for (; c + 2 * W <= C; c += 2 * W) weigh<M, 2>(w, row, step, x + c, ldx, n, acc + c, ld, keep, later);
+    for (; c + W <= C; c += W) weigh<M, 1>(w, row, step, x + c, ldx, n, acc + c, ld, keep, later);
     for (; c < C; c++)
         for (int m = 0; m < M; m++) {
-            float total = fresh ? 0 : acc[m * ld + c];
+            float total = keep == 0 ? 0 : keep * acc[m * ld + c];
             for (long r = 0; r < n; r++) total = std::fma(w[m * row + r * step], widen(x[r * ldx + c]), total);
             acc[m * ld + c] = total;
         }
 }
 
-// The same for M rows of C columns; fresh: from zero, else added to acc (M, ld).
+// The same for M rows of C columns.
 template <class T>
 inline void weigh_all(const float* w, long row, long step, const T* x, long ldx, long n, long M, long C, float* acc, long ld,
-                      bool fresh, Ahead later = {nullptr, nullptr}) {
+                      float keep, Ahead later = {nullptr, nullptr}) {
     long m = 0;
-    for (; m + TILE <= M; m += TILE) weigh_rows<TILE>(w + m * row, row, step, x, ldx, n, C, acc + m * ld, ld, fresh, later);
+    for (; m + TILE <= M; m += TILE) weigh_rows<TILE>(w + m * row, row, step, x, ldx, n, C, acc + m * ld, ld, keep, later);
     if (TILE > 4)
-        for (; m + 4 <= M; m += 4) weigh_rows<4>(w + m * row, row, step, x, ldx, n, C, acc + m * ld, ld, fresh, later);
-    for (; m + 2 <= M; m += 2) weigh_rows<2>(w + m * row, row, step, x, ldx, n, C, acc + m * ld, ld, fresh, later);
-    if (m < M) weigh_rows<1>(w + m * row, row, step, x, ldx, n, C, acc + m * ld, ld, fresh, later);
+        for (; m + 4 <= M; m += 4) weigh_rows<4>(w + m * row, row, step, x, ldx, n, C, acc + m * ld, ld, keep, later);
+    for (; m + 2 <= M; m += 2) weigh_rows<2>(w + m * row, row, step, x, ldx, n, C, acc + m * ld, ld, keep, later);
+    if (m < M) weigh_rows<1>(w + m * row, row, step, x, ldx, n, C, acc + m * ld, ld, keep, later);
 }
 
 template <class T> inline void scaled(const T* x, long n, float by, float* y) {
@@ -164,5 +165,5 @@ inline void products(const float* w, long ldw, long M, const T* x, long ldx, lon
                      float* turned, long ldt) {
     if (M <= FEW_ROWS) return few_products(w, ldw, M, x, ldx, n, D, out, ld);
     turn(x, ldx, n, D, turned, ldt);
-    weigh_all(w, ldw, 1, turned, ldt, D, M, whole(n), out, ld, true);
+    weigh_all(w, ldw, 1, turned, ldt, D, M, whole(n), out, ld, 0);
 }
