@@ -117,7 +117,7 @@ void attention(const T* q, const T* k, const T* v, const uint8_t* valid, int cau
                         weigh_all(queries + m * ld, ld, 1, turned, LD_CHUNK, D, M, whole(past + near), scores, LD_CHUNK, 0,
                                   ahead(past_values, past * D));
                     } else {
-                        few_products(queries, ld, Q, past_keys, D, past, D, scores, LD_CHUNK);
+                        few_products(queries, ld, Q, past_keys, D, past, D, scores, LD_CHUNK, ahead(past_values, past * D));
                         few_products(queries, ld, Q, keys, wide, near, D, scores + past, LD_CHUNK);
                     }
                     if (masked)

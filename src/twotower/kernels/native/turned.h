@@ -131,11 +131,12 @@ template <class T> inline void turn(const T* x, long ldx, long n, long D, float*
 }
 
 template <int M, class T>
-inline void few_products(const float* w, long ldw, const T* x, long ldx, long n, long D, float* out, long ld) {
+inline void few_products(const float* w, long ldw, const T* x, long ldx, long n, long D, float* out, long ld, Ahead& later) {
     for (long r = 0; r < n; r += W) {
         vec acc[M] = {};
         for (long d = 0; d < D; d += W) {
             vec v[W];
+            later.ask();
             turned_square(x + r * ldx + d, ldx, n - r, D - d, v);
             if (D - d >= W) {
                 for (int i = 0; i < W; i++)
@@ -149,14 +150,16 @@ inline void few_products(const float* w, long ldw, const T* x, long ldx, long n,
     }
 }
 
-constexpr long FEW_ROWS = 3;  // for which x need not be kept turned around
+constexpr long FEW_ROWS = 4;  // for which x need not be kept turned around: 1.1 to 1.2 times as fast, AVX2
 
 // out[m][r] = Σ_d w[m][d] · x[r][d] for M ≤ FEW_ROWS rows of w and n rows of x; `out` is written to the end of a vector.
 template <class T>
-inline void few_products(const float* w, long ldw, long M, const T* x, long ldx, long n, long D, float* out, long ld) {
-    if (M == 1) few_products<1>(w, ldw, x, ldx, n, D, out, ld);
-    if (M == 2) few_products<2>(w, ldw, x, ldx, n, D, out, ld);
-    if (M == 3) few_products<3>(w, ldw, x, ldx, n, D, out, ld);
+inline void few_products(const float* w, long ldw, long M, const T* x, long ldx, long n, long D, float* out, long ld,
+                         Ahead later = {nullptr, nullptr}) {
+    if (M == 1) few_products<1>(w, ldw, x, ldx, n, D, out, ld, later);
+    if (M == 2) few_products<2>(w, ldw, x, ldx, n, D, out, ld, later);
+    if (M == 3) few_products<3>(w, ldw, x, ldx, n, D, out, ld, later);
+    if (M == 4) few_products<4>(w, ldw, x, ldx, n, D, out, ld, later);
 }
 
 // The same, to the bit, for any M; turned (D, ldt) is room for x turned around.
