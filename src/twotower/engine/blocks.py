@@ -74,9 +74,11 @@ class Blocks:
         finished by a pass that nobody has collected yet."""
         slots = placed([row.slot for row in rows], self.device)
         tokens, masked, step, sizes = self.tokens[slots], self.masked[slots], self.step[slots], self.sizes[slots]
-        lengths = None if all(row.params.block_size == self.size for row in rows) else sizes[:, 0]
+        lengths = None
         if ahead:
             lengths = sizes[:, 0] * masked.any(1)
+        elif any(row.params.block_size < self.size for row in rows):
+            lengths = sizes[:, 0]
         t = masked.sum(1).to(self.dtype) / sizes[:, 0]
         logits = self.model.denoise(tokens, t, view, lengths=lengths, wide=False)
         logits.scatter_(2, self.mask[slots][..., None].expand(-1, self.size, -1), -torch.inf)

@@ -18,7 +18,7 @@ the same step, its block takes a step less, and the passes are fuller.
 
 An accelerator would wait for the host between the passes of a block. There the denoiser's passes are launched one
 `ahead`: the next is on its way before the last one is collected. The host then learns a pass late that a block is
-finished, which costs that block an idle pass; it has no tokens (`Blocks.launch`), so it reads no expert.
+finished, which costs that block an idle pass; it has no tokens (`Blocks.launch`), so it reads no expert of its own.
 """
 
 from __future__ import annotations

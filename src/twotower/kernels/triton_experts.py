@@ -21,9 +21,8 @@ import triton.language as tl
 from torch import Tensor
 
 from twotower.kernels.triton_launch import dense_from, device_of, tile_of
-from twotower.kernels.triton_products import OUTS, in_pairs, kept_in, launch_of, product
+from twotower.kernels.triton_products import OUTS, in_pairs, kept_in, launch_of, most_rows, product
 
-MOST_ROWS = 64  # of a tile; an expert with more tokens gets several, which find its weights in the cache
 COMPARED = 128 * 128  # of pairs with experts, at once by one program
 LANES = 2048  # pairs that a program looks at together
 COLUMNS = 512  # of a token's result, a program
@@ -88,8 +87,7 @@ def _mixture(hidden: Tensor, choice: Tensor, weight: Tensor, up: Weights, down: 
 
 def rows_of_a_tile(pairs: int, experts: int, dtype: torch.dtype) -> int:
     """As many as an expert has on average, 16 at least: a product of fewer takes as long."""
-    most = MOST_ROWS // 2 if dtype == torch.float32 else MOST_ROWS
-    return min(most, tile_of(triton.cdiv(pairs, experts)))
+    return min(most_rows(dtype), tile_of(triton.cdiv(pairs, experts)))
 
 
 def plan(choice: Tensor, experts: int, rows: int) -> tuple[Tensor, Tensor]:

@@ -16,12 +16,11 @@ from torch import Tensor
 
 from twotower.kernels import int8 as twin
 from twotower.kernels.triton_launch import dense_from, device_of, tile_of
-from twotower.kernels.triton_products import OUTS, in_pairs, launch_of, product
+from twotower.kernels.triton_products import OUTS, in_pairs, launch_of, most_rows, product
 
 # Above, torch: it moves 9 bytes a weight before it multiplies (int8 read, bf16 written, turned, read), which costs as
 # much time as a third of the tensor cores' rate takes for twice as many tokens.
 MOST_TOKENS = 256
-MOST_ROWS = 64  # of a tile
 PROGRAMS = 264  # wanted: two for each of an H100's 132 processors
 LEAST_PART = 512  # inputs; of fewer, starting costs more than reading
 COLUMNS = 512  # of a token's result, a program that adds parts
@@ -34,7 +33,7 @@ def linear_int8(x: Tensor, q: Tensor, scale: Tensor, bias: Tensor | None = None)
         return twin.linear(x, q, scale, bias)
     flat = dense_from(x.reshape(-1, width), 1)
     tokens = len(flat)
-    rows = min(MOST_ROWS // 2 if x.dtype == torch.float32 else MOST_ROWS, tile_of(tokens))
+    rows = min(most_rows(x.dtype), tile_of(tokens))
     launch = launch_of(x.dtype, True, rows)
     tiles = triton.cdiv(tokens, rows)
     parts, part = parts_of(width, triton.cdiv(out, OUTS) * tiles, launch.step)

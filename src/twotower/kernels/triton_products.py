@@ -40,6 +40,11 @@ def launch_of(dtype: torch.dtype, int8: bool, rows: int) -> Launch:
     return Launch(128 if rows < 64 else 64, 4 if int8 else 3, 4, tl.float32 if INTERPRETED else tl.bfloat16, "ieee")
 
 
+def most_rows(dtype: torch.dtype) -> int:
+    """Tokens of a tile: more get several tiles, which find the weights in the cache."""
+    return 32 if dtype == torch.float32 else 64
+
+
 def kept_in(dtype: torch.dtype) -> torch.dtype:
     """Of what lies between two kernels of a model of `dtype`."""
     return torch.float32 if INTERPRETED else dtype
