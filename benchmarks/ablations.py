@@ -30,19 +30,19 @@ import torch  # noqa: E402
 from torch import Tensor, nn  # noqa: E402
 
 from twotower.config import BackboneConfig, TwoTowerConfig  # noqa: E402
-from twotower.evaluation.evaluate import evaluate  # noqa: E402
-from twotower.evaluation.settings import parse_setting  # noqa: E402
-from twotower.evaluation.suite import problems, write_jsonl  # noqa: E402
-from twotower.evaluation.suite.scoring import OVERALL  # noqa: E402
+from twotower.decoding.presets import parse_setting  # noqa: E402
+from twotower.evaluation.accuracy import evaluate  # noqa: E402
+from twotower.evaluation.tasks import problems, write_jsonl  # noqa: E402
+from twotower.evaluation.tasks.scoring import OVERALL  # noqa: E402
 from twotower.model import conditioning  # noqa: E402
-from twotower.model.blockwise import Layout, denoise_layer, read_layer  # noqa: E402
 from twotower.model.conditioning import TimeConditioning  # noqa: E402
-from twotower.model.coupling import MambaPast, Past  # noqa: E402
+from twotower.model.layer_io import MambaPast, Past  # noqa: E402
+from twotower.model.packed_forward import Layout, denoise_layer, read_layer  # noqa: E402
 from twotower.model.tower import Layer, Tower  # noqa: E402
-from twotower.model.two_tower import TwoTowerForCausalLM  # noqa: E402
+from twotower.modeling_twotower import TwoTowerForCausalLM  # noqa: E402
 from twotower.recipes.bundled import SHAPE  # noqa: E402
-from twotower.training import parallel, weights  # noqa: E402
-from twotower.training.corpus import EOS, MASK, Batch, Source, held_out_batches  # noqa: E402
+from twotower.training import fsdp, weights  # noqa: E402
+from twotower.training.data import EOS, MASK, Batch, Source, held_out_batches  # noqa: E402
 from twotower.training.noise import Corruption  # noqa: E402
 from twotower.training.objective import (  # noqa: E402
     AutoregressiveObjective,
@@ -207,7 +207,7 @@ class Material:
     tokenizer: Any
     data: tuple[str, ...]
     backbone: dict[str, Tensor]
-    world: parallel.World
+    world: fsdp.World
 
     def sources(self, part: str) -> list[Source]:
         return [Source(item, part=part, held_out_fraction=0.005) for item in self.data]  # type: ignore[arg-type]
@@ -229,7 +229,7 @@ def run(material: Material, variation: Variation, seed: int, steps: int, folder:
         _released_gates(model.time, material.config.hidden_size, seed)
     options = DenoisingOptions(mask_token_id=MASK, seed=seed, **variation.options)
     objective = Varied(model, variation, options)
-    parallel.shard(objective, objective.units, world, torch.float32)
+    fsdp.shard(objective, objective.units, world, torch.float32)
     encoder = encoder_for(material.tokenizer, material.config)
     rows = Rows(
         material.sources("train"), encoder, rows=ROWS, row_length=LENGTH, block_size=variation.block_size, seed=seed,
@@ -305,10 +305,10 @@ def _released_gates(time: TimeConditioning, hidden: int, seed: int) -> None:
 # --- all of them --------------------------------------------------------------------------------------------------
 
 
-def prepare(data: Path, out: Path, steps: int, world: parallel.World) -> Material:
+def prepare(data: Path, out: Path, steps: int, world: fsdp.World) -> Material:
     """Text, tokenizer and backbone, made once."""
     from twotower.evaluation.held_out import read_documents
-    from twotower.training.corpus import train_tokenizer
+    from twotower.training.data import train_tokenizer
 
     suite, tokens, saved = out / "suite.jsonl", out / "tokenizer.json", out / "backbone.pt"
     if not suite.exists():
@@ -329,7 +329,7 @@ def prepare(data: Path, out: Path, steps: int, world: parallel.World) -> Materia
         tower = Tower(config.backbone)
         tower.reset_parameters()
         objective = AutoregressiveObjective(tower, prompt_loss=False)
-        parallel.shard(objective, objective.units, world, torch.float32)
+        fsdp.shard(objective, objective.units, world, torch.float32)
         sources = [Source(item, held_out_fraction=0.005) for item in items]
         rows = Rows(sources, encoder_for(tokenizer, config), rows=ROWS, row_length=LENGTH, block_size=ALIGN)
         settings = Settings(data=items, rate=RATE, stages=(Stage(ALIGN, steps),))
@@ -386,7 +386,7 @@ def main(
     if threads:
         torch.set_num_threads(threads)
     out.mkdir(parents=True, exist_ok=True)
-    world = parallel.start(device)
+    world = fsdp.start(device)
     material = prepare(data, out, backbone_steps, world)
     for seed in seeds:
         for variation in VARIATIONS:
@@ -397,7 +397,7 @@ def main(
             figures = run(material, variation, seed, steps, out / f"{slug(variation)}-{seed}")
             result.write_text(json.dumps(figures))
     print("\n".join(table(out, seeds)))
-    parallel.stop()
+    fsdp.stop()
 
 
 if __name__ == "__main__":

@@ -33,11 +33,11 @@ from rich.table import Table  # noqa: E402
 from throughput import numbers  # noqa: E402
 from timing import Run, interleaved, medians  # noqa: E402
 
-from twotower import TwoTowerForCausalLM, ready  # noqa: E402
+from twotower import TwoTowerForCausalLM, model_loading  # noqa: E402
+from twotower.cache.hybrid_cache import ContextView  # noqa: E402
 from twotower.config import BackboneConfig  # noqa: E402
 from twotower.evaluation.machine import machine  # noqa: E402
 from twotower.plotting import BLUE, DPI, GREEN, GREY, ORANGE, drawing  # noqa: E402
-from twotower.state import ContextView  # noqa: E402
 
 LENGTHS = (1024, 2048, 4096, 8192, 16384, 32768)
 PASSES = ("AR step", "denoiser pass", "commit")
@@ -179,7 +179,7 @@ def main(
     where, what = torch.device(device), getattr(torch, dtype)
     shape = None if quick and config is None else config or MIDSIZE
     if path is not None:
-        model = ready.load(path, dtype=dtype, context_device=device, threads=threads)
+        model = model_loading.load(path, dtype=dtype, context_device=device, threads=threads)
     else:
         model = random_model(config_of(shape), what, where)
     found = measure(model, floor.measure(where, what, quick=quick), lengths=lengths, repeats=repeats)

@@ -32,12 +32,12 @@ from rich.table import Table  # noqa: E402
 from timing import seconds  # noqa: E402
 from torch import Tensor, nn  # noqa: E402
 
+from twotower.checkpoint.quantize import Quantization  # noqa: E402
 from twotower.config import BackboneConfig  # noqa: E402
 from twotower.evaluation.machine import surroundings  # noqa: E402
-from twotower.kernels.precision import accumulation_dtype  # noqa: E402
 from twotower.model.conditioning import SINUSOID_SIZE  # noqa: E402
 from twotower.model.moe import Router  # noqa: E402
-from twotower.quantization import Quantization  # noqa: E402
+from twotower.ops.precision import accumulation_dtype  # noqa: E402
 
 DTYPES = ("float32", "bfloat16")
 PATIENCE = 1.0  # seconds

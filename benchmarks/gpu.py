@@ -42,11 +42,12 @@ import ways  # noqa: E402
 from models import BLOCK, MIDSIZE, PUBLISHED, Texts, config_of, cut_to, random_model, random_tokens, tower_bytes  # noqa: E402
 from timing import synchronize  # noqa: E402
 
-from twotower import GenerationParams, TwoTowerForCausalLM, bundled_model, generate, ready  # noqa: E402
-from twotower.evaluation.bench import few_shot_prompts  # noqa: E402
+from twotower import GenerationParams, TwoTowerForCausalLM, bundled_model, generate, model_loading  # noqa: E402
+from twotower.checkpoint.quantize import quantize_  # noqa: E402
 from twotower.evaluation.machine import surroundings  # noqa: E402
-from twotower.kernels import CATALOGUE, Backend, cases, report, verification  # noqa: E402
-from twotower.quantization import quantize_  # noqa: E402
+from twotower.evaluation.speed import few_shot_prompts  # noqa: E402
+from twotower.ops import self_check, self_check_cases  # noqa: E402
+from twotower.ops.registry import CATALOGUE, Backend, report  # noqa: E402
 
 PUBLISHED_RATES = (1.2, 1.5, 1.9, 3.0, 3.3, 5.0)  # tokens per pass: the published ones (spec §5), and others
 SPARE = 6 << 30  # bytes of the device that weights leave to states, logits and libraries
@@ -122,16 +123,16 @@ def kernels(setting: Setting, out: dict[str, Any]) -> None:
             rows.append(row)
             if not refused:
                 tried = cases_of(op, backend, setting)
-                wrong = verification.disagreement(backend.function, backends[-1].function, tried)
+                wrong = self_check.disagreement(backend.function, backends[-1].function, tried)
                 row["verdict"] = "agrees" if wrong is None else f"DIFFERS: it {wrong}"
 
 
-def cases_of(op: str, backend: Backend, setting: Setting) -> list[verification.Case]:
+def cases_of(op: str, backend: Backend, setting: Setting) -> list[self_check.Case]:
     """What a backend is tried on; the grouped GEMM takes widths that are multiples of 8 only."""
     if backend.name == "grouped-gemm":
-        of = {"experts": cases.experts_cases, "experts_int8": cases.experts_int8_cases}[op]
+        of = {"experts": self_check_cases.experts_cases, "experts_int8": self_check_cases.experts_int8_cases}[op]
         return of(setting.device, setting.dtype, width=64, inner=32)
-    return cases.CASES[op](setting.device, setting.dtype)
+    return self_check_cases.CASES[op](setting.device, setting.dtype)
 
 
 FREE: dict[str, Any] = {"mode": "diffusion", "confidence_threshold": 0.8}
@@ -149,7 +150,7 @@ def equality(setting: Setting, out: dict[str, Any]) -> None:
 
     on_cpu = written(cpu, mode="ar")
     for dtype in ("float32", "bfloat16"):
-        model = ready.load(bundled_model(), dtype=dtype, context_device=str(setting.device))
+        model = model_loading.load(bundled_model(), dtype=dtype, context_device=str(setting.device))
         ar = written(model, mode="ar")
         for steps in (1,) if setting.tiny else (1, 2):
             verified = written(model, mode="verified", draft_steps=steps)
@@ -291,7 +292,7 @@ def full_memory(setting: Setting, out: dict[str, Any]) -> None:
 def engine(setting: Setting, out: dict[str, Any]) -> None:
     """`throughput.py`: the bundled model, 1 … 64 requests at once."""
     setting.release()
-    model = ready.load(bundled_model(), context_device=str(setting.device))
+    model = model_loading.load(bundled_model(), context_device=str(setting.device))
     if setting.tiny:
         few: dict[str, Any] = {"at_once": (1, 2), "modes": ("ar",), "texts": 2}
         out |= throughput.measure(model, rounds=1, tokens=12, context=24, **few)
@@ -336,7 +337,7 @@ def two_devices(setting: Setting, out: dict[str, Any]) -> None:
     out["full shape"] = ways.apart(model, other, prompts=prompts, **{"at_once": (1, 2, 8, 32), "kinds": kinds} | few)
     del model
     setting.release()
-    model = ready.load(bundled_model(), context_device=str(setting.device))
+    model = model_loading.load(bundled_model(), context_device=str(setting.device))
     prompts = few_shot_prompts(model, 2 if setting.tiny else 64, 48)
     kinds = ("verified", "diffusion")
     out["bundled model"] = ways.apart(model, other, prompts=prompts, **{"at_once": (1, 8, 64), "kinds": kinds} | few)

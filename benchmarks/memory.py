@@ -40,10 +40,10 @@ from rich.console import Console  # noqa: E402
 from rich.table import Table  # noqa: E402
 from throughput import numbers  # noqa: E402
 
-from twotower import TwoTowerConfig, TwoTowerForCausalLM, ready  # noqa: E402
+from twotower import TwoTowerConfig, TwoTowerForCausalLM, model_loading  # noqa: E402
+from twotower.cache.hybrid_cache import TowerState  # noqa: E402
+from twotower.decoding.output import BlockEvent  # noqa: E402
 from twotower.evaluation.machine import surroundings  # noqa: E402
-from twotower.generation.output import BlockEvent  # noqa: E402
-from twotower.state import TowerState  # noqa: E402
 
 LENGTHS = tuple(1024 << i for i in range(8))  # 1K … 128K
 CASES = {
@@ -89,7 +89,7 @@ def child(task: dict[str, Any]) -> dict[str, Any]:
     names = ("towers", "dtype", "threads")
     with watching_anonymous() as seen:
         started = time.perf_counter()
-        model = ready.load(task["path"], context_device=task["device"], **{name: task[name] for name in names})
+        model = model_loading.load(task["path"], context_device=task["device"], **{name: task[name] for name in names})
         model.synchronize()
         loaded = time.perf_counter() - started
     after_load = resident()
@@ -279,7 +279,7 @@ def main(
     shared: dict[str, Any] = {"device": device, "dtype": dtype, "threads": threads, "prompt": prompt, "rounds": rounds}
     shared["cases"] = ("diffusion",) if quick else tuple(CASES)
     if path is not None:
-        model = ready.load(path, dtype=dtype, context_device=device, threads=threads)
+        model = model_loading.load(path, dtype=dtype, context_device=device, threads=threads)
         found = measure_states(model, lengths)
         found["loads"] = loads(path, **shared)
     else:

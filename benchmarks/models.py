@@ -17,10 +17,10 @@ import torch
 from torch import Tensor, nn
 
 from twotower import TwoTowerConfig, TwoTowerForCausalLM
+from twotower.cache.hybrid_cache import AttentionPool, MambaPool, TowerState
 from twotower.config import read_object
-from twotower.model import packing
 from twotower.model.conditioning import TimeConditioning
-from twotower.state import AttentionPool, MambaPool, TowerState
+from twotower.runners import packed_weights
 
 HERE = Path(__file__).parent
 BLOCK = 16  # tokens of a block, everywhere
@@ -56,7 +56,7 @@ def random_model(
     model.to_empty(device=device)
     fill(model)
     model.config.dtype = dtype
-    if packing.refusal(model) is None:
+    if packed_weights.refusal(model) is None:
         model.pack()
     return model.eval()
 

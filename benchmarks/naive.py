@@ -15,9 +15,9 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from twotower import TwoTowerForCausalLM
-from twotower.kernels.attention import Cached
-from twotower.model.coupling import KeyValue, MambaPast
-from twotower.state import ContextView
+from twotower.cache.hybrid_cache import ContextView
+from twotower.model.layer_io import KeyValue, MambaPast
+from twotower.ops.reference.attention import Cached
 
 
 class NaiveDenoiser:

@@ -41,11 +41,11 @@ from rich.table import Table  # noqa: E402
 from timing import Run, interleaved, medians, ratio, synchronize  # noqa: E402
 from twin import transformers_twin  # noqa: E402
 
-from twotower import Generation, GenerationParams, TwoTowerForCausalLM, generate, ready  # noqa: E402
+from twotower import Generation, GenerationParams, TwoTowerForCausalLM, generate, model_loading  # noqa: E402
+from twotower.checkpoint.quantize import quantize_  # noqa: E402
+from twotower.decoding.unmasking import POLICIES, Pass, Verdict, ranks, register_policy  # noqa: E402
 from twotower.evaluation.machine import described, machine  # noqa: E402
-from twotower.generation.unmasking import POLICIES, Pass, Verdict, ranks, register_policy  # noqa: E402
-from twotower.kernels.precision import multiplies_bf16_fast  # noqa: E402
-from twotower.quantization import quantize_  # noqa: E402
+from twotower.ops.precision import multiplies_bf16_fast  # noqa: E402
 
 RATES = (1.5, 3.0, 5.0)
 
@@ -337,7 +337,7 @@ def show(found: dict[str, Any], console: Console) -> None:
     help="Can be repeated.  [default: float32, and bfloat16 where the device multiplies it]",
 )  # fmt: skip
 @click.option(
-    "--quantization", "quantizations", type=click.Choice(ready.QUANTIZATIONS), multiple=True, default=("none",),
+    "--quantization", "quantizations", type=click.Choice(model_loading.QUANTIZATIONS), multiple=True, default=("none",),
     show_default=True, help="Can be repeated: each with each dtype. int8 without the twins.",
 )  # fmt: skip
 @click.option("--context", default=256, show_default=True, help="Tokens before the pass.")
@@ -365,7 +365,9 @@ def main(
         torch.manual_seed(0)
         started = time.perf_counter()
         if path is not None:
-            model = ready.load(path, dtype=dtype, quantization=quantization, context_device=device, threads=threads)
+            model = model_loading.load(
+                path, dtype=dtype, quantization=quantization, context_device=device, threads=threads
+            )
         else:
             model = random_model(config_of(shape), getattr(torch, dtype), where)
             if quantization == "int8":

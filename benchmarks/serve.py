@@ -35,10 +35,10 @@ from rich.console import Console  # noqa: E402
 from rich.table import Table  # noqa: E402
 from timing import percentile  # noqa: E402
 
-from twotower import LLM, Request, ready  # noqa: E402
-from twotower.evaluation.bench import few_shot_prompts  # noqa: E402
+from twotower import LLM, Request, model_loading  # noqa: E402
+from twotower.engine.generation import Generation, GenerationParams  # noqa: E402
 from twotower.evaluation.machine import machine  # noqa: E402
-from twotower.generation import Generation, GenerationParams  # noqa: E402
+from twotower.evaluation.speed import few_shot_prompts  # noqa: E402
 
 MODES: dict[str, dict[str, Any]] = {
     "ar": {"mode": "ar"},
@@ -160,9 +160,9 @@ def offline(model: Any, requests: list[Request], rows: int) -> tuple[list[Genera
 async def measure(
     at_once: list[int], modes: list[str], count: int, new: int, dtype: str, rounds: int
 ) -> dict[str, Any]:
-    model = ready.load(ready.source_of(None), dtype=dtype)
+    model = model_loading.load(model_loading.source_of(None), dtype=dtype)
     tokens = few_shot_prompts(model, count, CONTEXT)
-    shared = {"eos_token_id": ready.eos_of(model), "mask_token_id": model.config.mask_token, "temperature": 0.0}
+    shared = {"eos_token_id": model_loading.eos_of(model), "mask_token_id": model.config.mask_token, "temperature": 0.0}
     server = Server("--dtype", dtype, "--rows", str(max(at_once)), "--length", "2048", "--queue", str(2 * count))
     measured: list[dict[str, Any]] = []
     try:

@@ -37,10 +37,10 @@ from rich.table import Table  # noqa: E402
 from timing import Run, interleaved, medians, percentile, ratio, synchronize  # noqa: E402
 from torch import nn  # noqa: E402
 
-from twotower import LLM, Request, TwoTowerForCausalLM, ready  # noqa: E402
-from twotower.evaluation.bench import few_shot_prompts  # noqa: E402
+from twotower import LLM, Request, TwoTowerForCausalLM, model_loading  # noqa: E402
+from twotower.engine.generation import GenerationParams  # noqa: E402
 from twotower.evaluation.machine import machine  # noqa: E402
-from twotower.generation import GenerationParams  # noqa: E402
+from twotower.evaluation.speed import few_shot_prompts  # noqa: E402
 from twotower.model.moe import Experts  # noqa: E402
 from twotower.model.tower import Tower  # noqa: E402
 
@@ -295,7 +295,7 @@ def numbers(_: Any, __: Any, text: str) -> tuple[int, ...]:
 @click.command()
 @click.option("--model", "path", type=click.Path(exists=True, file_okay=False, path_type=Path), default=None)
 @click.option("--device", type=click.Choice(("cpu", "cuda")), default="cpu", show_default=True)
-@click.option("--dtype", type=click.Choice(ready.DTYPES), default="auto", show_default=True)
+@click.option("--dtype", type=click.Choice(model_loading.DTYPES), default="auto", show_default=True)
 @click.option("--at-once", callback=numbers, default=",".join(map(str, AT_ONCE)), show_default=True)
 @click.option("--modes", default=",".join(MODES), show_default=True)
 @click.option("--texts", default=16, show_default=True, help="At least so many, at every number at once.")
@@ -319,15 +319,19 @@ def main(
         at_once = (1, *at_once)
     if quick:
         at_once, texts, context, tokens, rounds = (1, 3), 3, 24, 36, 1
-    source = ready.source_of(None if path is None else str(path))
-    model = ready.load(source, dtype=dtype, context_device=device, threads=threads)
+    source = model_loading.source_of(None if path is None else str(path))
+    model = model_loading.load(source, dtype=dtype, context_device=device, threads=threads)
     found = measure(
         model, at_once=at_once, modes=chosen, texts=texts, context=context, tokens=tokens, rounds=rounds,
         progress=lambda text: print(text, file=sys.stderr),
     )  # fmt: skip
     if not as_json:
         show(found, Console(stderr=True, width=140))
-    print(json.dumps({"benchmark": "throughput", "model": ready.name_of(source), "machine": machine(model)} | found))
+    print(
+        json.dumps(
+            {"benchmark": "throughput", "model": model_loading.name_of(source), "machine": machine(model)} | found
+        )
+    )
 
 
 if __name__ == "__main__":

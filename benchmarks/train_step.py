@@ -29,10 +29,10 @@ from rich.table import Table  # noqa: E402
 
 from twotower.config import BackboneConfig, TwoTowerConfig  # noqa: E402
 from twotower.evaluation.machine import surroundings  # noqa: E402
-from twotower.model.two_tower import TwoTowerForCausalLM  # noqa: E402
+from twotower.modeling_twotower import TwoTowerForCausalLM  # noqa: E402
 from twotower.recipes.bundled import SHAPE  # noqa: E402
-from twotower.training import parallel  # noqa: E402
-from twotower.training.corpus import Batch  # noqa: E402
+from twotower.training import fsdp  # noqa: E402
+from twotower.training.data import Batch  # noqa: E402
 from twotower.training.objective import (  # noqa: E402
     AutoregressiveObjective,
     DenoisingObjective,
@@ -64,7 +64,7 @@ def packed(rows: int, length: int, vocabulary: int, device: torch.device) -> Bat
     return Batch(tokens, document, yes, yes, ~yes, torch.arange(rows)).to(device)
 
 
-def objectives(shape: BackboneConfig, world: parallel.World, dtype: torch.dtype, recompute: bool) -> dict[str, Any]:
+def objectives(shape: BackboneConfig, world: fsdp.World, dtype: torch.dtype, recompute: bool) -> dict[str, Any]:
     """Both, on towers of their own, sharded as in training."""
     config = TwoTowerConfig(**{name: getattr(shape, name) for name in shape.__dataclass_fields__})
     torch.manual_seed(0)
@@ -78,7 +78,7 @@ def objectives(shape: BackboneConfig, world: parallel.World, dtype: torch.dtype,
         ),
     }
     for objective in made.values():
-        parallel.shard(objective, objective.units, world, dtype)
+        fsdp.shard(objective, objective.units, world, dtype)
     return made
 
 
@@ -101,11 +101,11 @@ def seconds(run: Callable[[], None], device: torch.device) -> float:
 
 def kept_bytes(objective: Any, batch: Batch, noise: Any) -> int:
     """What autograd saves in a forward pass, each storage once, without parameters."""
-    own = {parallel.local(p.detach()).untyped_storage().data_ptr() for p in objective.parameters()}
+    own = {fsdp.local(p.detach()).untyped_storage().data_ptr() for p in objective.parameters()}
     found: dict[int, int] = {}
 
     def pack(tensor: torch.Tensor) -> torch.Tensor:
-        storage = parallel.local(tensor.detach()).untyped_storage()
+        storage = fsdp.local(tensor.detach()).untyped_storage()
         if storage.data_ptr() not in own and not isinstance(tensor, torch.nn.Parameter):
             found[storage.data_ptr()] = storage.nbytes()
         return tensor
@@ -119,7 +119,7 @@ def kept_bytes(objective: Any, batch: Batch, noise: Any) -> int:
 
 
 def measure(
-    name: str, shape: BackboneConfig, world: parallel.World, dtype: torch.dtype, repeats: int, rows: int, length: int
+    name: str, shape: BackboneConfig, world: fsdp.World, dtype: torch.dtype, repeats: int, rows: int, length: int
 ) -> dict[str, Any]:
     """Both steps of one shape."""
     batch = packed(rows, length, shape.vocab_size, world.device)
@@ -168,7 +168,7 @@ def main(
     """Measures both shapes."""
     if threads:
         torch.set_num_threads(threads)
-    world = parallel.start(device)
+    world = fsdp.start(device)
     compute = compute_dtype(dtype, world.device)
     results = [measure(name, shape, world, compute, repeats, rows, row_length) for name, shape in shapes().items()]
     if not as_json:
@@ -184,7 +184,7 @@ def main(
         Console(file=sys.stderr).print(table)
     found = {"benchmark": "train_step", "machine": surroundings(world.device, compute), "block_size": BLOCK}
     print(json.dumps(found | {"results": results}))
-    parallel.stop()
+    fsdp.stop()
 
 
 if __name__ == "__main__":

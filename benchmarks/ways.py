@@ -16,8 +16,8 @@ from throughput import Group, run_group
 from torch import nn
 
 from twotower import LLM, TwoTowerForCausalLM
-from twotower.generation import GenerationParams
-from twotower.mirror import Transport
+from twotower.cache.replica import Transport
+from twotower.engine.generation import GenerationParams
 
 KINDS: dict[str, dict[str, Any]] = {
     "verified": {"mode": "verified", "draft_steps": 1},

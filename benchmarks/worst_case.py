@@ -28,10 +28,10 @@ from rich.table import Table  # noqa: E402
 
 from twotower import TwoTowerForCausalLM, bundled_model  # noqa: E402
 from twotower.engine import Request  # noqa: E402
+from twotower.engine.generation import Generation, GenerationParams  # noqa: E402
 from twotower.evaluation.machine import machine  # noqa: E402
 from twotower.evaluation.running import run  # noqa: E402
-from twotower.evaluation.suite import problems  # noqa: E402
-from twotower.generation import Generation, GenerationParams  # noqa: E402
+from twotower.evaluation.tasks import problems  # noqa: E402
 
 PROMPT = 24  # random tokens
 

@@ -15,16 +15,16 @@ from command import Result
 from torch import nn
 
 from twotower import TwoTowerConfig, TwoTowerForCausalLM
-from twotower.checkpoint import cast
+from twotower.checkpoint.reader import cast
 from twotower.cli.main import run
-from twotower.kernels import native
 from twotower.model.conditioning import TimeConditioning
 from twotower.model.linear import Linear
 from twotower.model.mamba2 import Mamba2
 from twotower.model.moe import Experts, Router
 from twotower.model.norm import GatedGroupRMSNorm, RMSNorm
+from twotower.ops.cpu import library
 
-native.library()  # compiled now if ever: not in the middle of a test that reads stderr
+library.library()  # compiled now if ever: not in the middle of a test that reads stderr
 torch.set_num_threads(1)  # tiny tensors: a second thread only costs, and results do not depend on the machine
 
 GOLDEN = Path(__file__).parent / "golden"

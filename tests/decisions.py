@@ -16,13 +16,13 @@ import torch
 from torch import Tensor
 
 from twotower import TwoTowerForCausalLM
-from twotower.generation.sampling import confidence, noise
-from twotower.generation.unmasking import Unmasking
+from twotower.decoding.sampling import confidence, noise
+from twotower.decoding.unmasking import Unmasking
 from twotower.model.moe import Router
 
 # The package gives two of its functions the names of their modules, so the modules are asked for by name.
 diffusion, autoregressive, speculative = (
-    importlib.import_module(f"twotower.generation.{name}") for name in ("diffusion", "autoregressive", "speculative")
+    importlib.import_module(f"twotower.engine.loops.{name}") for name in ("diffusion", "autoregressive", "speculative")
 )
 
 Key = tuple[Any, ...]  # (kind of pass, block, step, what)

@@ -15,10 +15,10 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from twotower import TwoTowerForCausalLM
-from twotower.kernels.conv import causal_conv_sequential
-from twotower.kernels.experts import experts_dense
-from twotower.kernels.ssd import ssd_sequential
 from twotower.model.tower import Tower
+from twotower.ops.reference.conv import causal_conv_sequential
+from twotower.ops.reference.experts import experts_dense
+from twotower.ops.reference.ssd import ssd_sequential
 
 MASK = 3
 Pick = Callable[[Tensor, int, int], int]  # (logits (V,), absolute position, step) → token

@@ -12,8 +12,8 @@ from conftest import EVERY_KIND, build_random_model
 from torch import Tensor
 
 from twotower import TwoTowerForCausalLM
-from twotower.training.corpus import BOS, EOS, MASK, PAD, Batch, Document, lay_out, place
-from twotower.training.corpus.packing import Offset, whole
+from twotower.training.data import BOS, EOS, MASK, PAD, Batch, Document, lay_out, place
+from twotower.training.data.packing import Offset, whole
 from twotower.training.noise import Corruption, NoiseScope, corrupt
 from twotower.training.objective import DenoisingObjective, DenoisingOptions
 

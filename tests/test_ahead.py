@@ -21,11 +21,11 @@ from test_two_devices import CountingTransport
 from torch import Tensor
 
 from twotower import LLM, TwoTowerForCausalLM
-from twotower.engine.request import Phase
-from twotower.generation import GenerationParams, generate
-from twotower.generation.diffusion import StopTest
-from twotower.generation.output import StepEvent
-from twotower.generation.unmasking import POLICIES, Pass, Verdict, register_policy
+from twotower.decoding.output import StepEvent
+from twotower.decoding.unmasking import POLICIES, Pass, Verdict, register_policy
+from twotower.engine.generation import GenerationParams, generate
+from twotower.engine.loops.diffusion import StopTest
+from twotower.engine.sequence import Phase
 
 
 @pytest.fixture(scope="module")

@@ -13,16 +13,8 @@ import torch
 from torch import Tensor
 
 from twotower import BlockEvent, Generation, GenerationParams, TwoTowerForCausalLM, generate
+from twotower.decoding.sampling import AR_TOKEN, DIFFUSION_CANDIDATE, Sampling, choose, confidence, filtered, noise
 from twotower.errors import ArgumentError, TwoTowerError
-from twotower.generation.sampling import (
-    AR_TOKEN,
-    DIFFUSION_CANDIDATE,
-    Sampling,
-    choose,
-    confidence,
-    filtered,
-    noise,
-)
 
 Factory = Callable[..., TwoTowerForCausalLM]
 MODES = ("diffusion", "ar", "mock_ar")

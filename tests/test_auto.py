@@ -10,11 +10,12 @@ import torch
 from command import Result
 from conftest import build_random_model
 
+from twotower.decoding import auto_mode
+from twotower.decoding.auto_mode import LOOK_AGAIN, Chooser, Costs, Recent, chooser_of, measure
+from twotower.decoding.output import Generation
+from twotower.decoding.presets import parse_setting
+from twotower.engine.generation import GenerationParams, generate, stream
 from twotower.errors import ArgumentError
-from twotower.evaluation.settings import parse_setting
-from twotower.generation import GenerationParams, automatic, generate, stream
-from twotower.generation.automatic import LOOK_AGAIN, Chooser, Costs, Recent, chooser_of, measure
-from twotower.generation.output import Generation
 
 CHEAP = Costs(step=1.0, draft=1.2, check=1.3)  # AR steps
 DEAR = Costs(step=1.0, draft=9.0, check=9.0)
@@ -83,7 +84,7 @@ def test_it_learns_from_what_was_written() -> None:
 def test_a_request_gets_a_mode_and_the_reason(monkeypatch: pytest.MonkeyPatch) -> None:
     model = build_random_model(dtype=torch.float64)
     measured: list[tuple[int, int]] = []
-    monkeypatch.setattr(automatic, "measure", lambda _, rows, size: measured.append((rows, size)) or DEAR)
+    monkeypatch.setattr(auto_mode, "measure", lambda _, rows, size: measured.append((rows, size)) or DEAR)
     params = GenerationParams.of(mode="auto", max_new_tokens=12, block_size=4, seed=1, temperature=0.7)
     want = generate(model, [[5, 6, 7], [8]], GenerationParams.of(mode="ar", max_new_tokens=12, seed=1, temperature=0.7))
     for expected in ("verified", "ar"):  # first it looks, then it knows: drafts of a random model are worth nothing

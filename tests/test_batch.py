@@ -16,11 +16,11 @@ import pytest
 from command import Result, assert_one_line_error
 
 from twotower import TwoTowerForCausalLM, bundled_model
-from twotower.engine.engine import LLM
+from twotower.engine.generation import GenerationParams, generate
 from twotower.engine.jobs import engine_for, finished, read_lines, run_job
+from twotower.engine.llm import LLM
 from twotower.errors import ArgumentError
-from twotower.evaluation.suite import problems
-from twotower.generation import GenerationParams, generate
+from twotower.evaluation.tasks import problems
 
 pytestmark = pytest.mark.skipif(not bundled_model().is_dir(), reason="there is no bundled model in this checkout")
 

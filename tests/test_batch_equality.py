@@ -18,7 +18,7 @@ from conftest import EVERY_KIND, build_random_model
 from decisions import watching
 
 from twotower import GenerationParams, TwoTowerForCausalLM, generate
-from twotower.generation.sampling import AR_TOKEN, DIFFUSION_CANDIDATE
+from twotower.decoding.sampling import AR_TOKEN, DIFFUSION_CANDIDATE
 
 MODES = ("diffusion", "ar", "mock_ar")
 NEAR_TIE = 1e-4

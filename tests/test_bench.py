@@ -11,9 +11,9 @@ from command import Result, assert_one_line_error
 from conftest import build_random_model
 
 from twotower import TwoTowerForCausalLM, bundled_model
-from twotower.evaluation import bench as measuring
-from twotower.evaluation.settings import parse_setting
-from twotower.generation import generate
+from twotower.decoding.presets import parse_setting
+from twotower.engine.generation import generate
+from twotower.evaluation import speed as measuring
 
 
 @pytest.fixture(scope="module")

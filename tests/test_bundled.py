@@ -10,10 +10,10 @@ from pathlib import Path
 import pytest
 
 from twotower import TwoTowerForCausalLM, bundled_model
+from twotower.decoding.modes import SETTINGS
 from twotower.evaluation.held_out import encode, measure_dialogues, measure_suite, read_documents
 from twotower.evaluation.likelihood import ar_nats
 from twotower.evaluation.ngram import KneserNey
-from twotower.modes import SETTINGS
 from twotower.recipes.card import tables
 
 WAYS = ("ar", *SETTINGS)

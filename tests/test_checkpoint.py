@@ -14,7 +14,7 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor
 
 from twotower import TwoTowerForCausalLM
-from twotower.checkpoint import INDEX_FILE, SINGLE_FILE, WIDE_SUFFIXES, cast, slots
+from twotower.checkpoint.reader import INDEX_FILE, SINGLE_FILE, WIDE_SUFFIXES, cast, slots
 from twotower.errors import ArgumentError, CheckpointError, ConfigError, TwoTowerError
 
 Factory = Callable[..., TwoTowerForCausalLM]

@@ -13,10 +13,10 @@ from safetensors.torch import load_file
 from torch import Tensor
 
 from twotower import TwoTowerForCausalLM
-from twotower.generation.sampling import confidence
-from twotower.kernels.attention import Cached
+from twotower.cache.hybrid_cache import AttentionPool, MambaPool, TowerState
+from twotower.decoding.sampling import confidence
 from twotower.model.conditioning import timestep_sinusoid
-from twotower.state import AttentionPool, MambaPool, TowerState
+from twotower.ops.reference.attention import Cached
 
 FIXTURES = ("tiny-hybrid", "tiny-groups")
 LOGITS, STATES, LOGITS_WITH_T, TIME, CONFIDENCE = 2e-4, 1e-4, 2e-3, 1e-4, 1e-3

@@ -22,12 +22,13 @@ from test_logprobs import assert_right, run
 from test_stopping import EOS, TOKENIZER, VOCABULARY, sentence_pieces
 
 from twotower import LLM, Constraint, GenerationParams, Request, TwoTowerForCausalLM, bundled_model
-from twotower.engine import constrained
-from twotower.engine import reading as reading_module
+from twotower.decoding import structured as constraints
+from twotower.decoding.sampling import AR_TOKEN, Sampling, pick
+from twotower.decoding.structured import Matcher
+from twotower.engine import context_step as reading_module
+from twotower.engine import structured
+from twotower.engine.generation import Generation
 from twotower.errors import ArgumentError, TwoTowerError
-from twotower.generation import Generation, constraints
-from twotower.generation.constraints import Matcher
-from twotower.generation.sampling import AR_TOKEN, Sampling, pick
 
 PERSON = {
     "type": "object",
@@ -448,7 +449,7 @@ def test_requests_given_up(model: TwoTowerForCausalLM, of_bytes: dict[str, Const
 def test_rows_without_a_grammar_pay_nothing(model: TwoTowerForCausalLM) -> None:
     rng = random.Random(4)
     requests = [some_request(rng) for _ in range(6)]
-    with patch.object(constrained, "np", None), patch.dict(sys.modules, {"llguidance": None}):
+    with patch.object(structured, "np", None), patch.dict(sys.modules, {"llguidance": None}):
         for request, output in zip(requests, LLM(model, rows=3, length=LENGTH).generate(requests), strict=True):
             assert_as_alone(model, request, output)
 
@@ -458,8 +459,8 @@ def test_rows_without_a_grammar_pay_nothing(model: TwoTowerForCausalLM) -> None:
 
 def test_masks_are_unpacked_alike_everywhere() -> None:
     masks = np.random.default_rng(0).integers(0, 256, (5, 41), dtype=np.uint8)
-    there = constrained.shifted(torch.from_numpy(masks))
-    assert torch.equal(constrained.unpacked(masks, torch.device("cpu")), there)
+    there = structured.shifted(torch.from_numpy(masks))
+    assert torch.equal(structured.unpacked(masks, torch.device("cpu")), there)
     assert there[3, 8 * 7 + 2] == bool(masks[3, 7] & 4)
 
 

@@ -23,9 +23,10 @@ from tokenizers import Tokenizer, decoders, models, pre_tokenizers
 from torch import Tensor, nn
 from transformers import AutoModelForCausalLM, PreTrainedTokenizerFast
 
-from twotower import TwoTowerForCausalLM, conversion
-from twotower.checkpoint import INDEX_FILE, SINGLE_FILE, WIDE_SUFFIXES
-from twotower.conversion import Converted, convert
+from twotower import TwoTowerForCausalLM
+from twotower.checkpoint import convert as conversion
+from twotower.checkpoint.convert import Converted, convert
+from twotower.checkpoint.reader import INDEX_FILE, SINGLE_FILE, WIDE_SUFFIXES
 from twotower.errors import ArgumentError
 
 ORIGINAL, CURRENT = "original", "transformers 5"
@@ -652,7 +653,7 @@ def test_interrupted(source: Path, tmp_path: Path) -> None:
 
 
 def test_what_a_killed_conversion_left_is_replaced(source: Path, tmp_path: Path) -> None:
-    code = "import os, sys; from twotower.conversion import convert; "
+    code = "import os, sys; from twotower.checkpoint.convert import convert; "
     code += "convert(sys.argv[1], sys.argv[2], progress=lambda done, total: os._exit(9) if done > total / 2 else None)"
     done = subprocess.run([sys.executable, "-c", code, str(source), str(tmp_path / "made")], timeout=120)
     assert done.returncode == 9
@@ -679,7 +680,7 @@ def test_bad_arguments_in_python(source: Path, tmp_path: Path) -> None:
 
 # --- memory -------------------------------------------------------------------------------------------------------
 
-MEASURED = CHILD.replace("from twotower import TwoTowerForCausalLM", "from twotower.conversion import convert")
+MEASURED = CHILD.replace("from twotower import TwoTowerForCausalLM", "from twotower.checkpoint.convert import convert")
 MEASURED = MEASURED.replace(
     "model = TwoTowerForCausalLM.from_pretrained(path, **arguments)", "made = convert(path, sys.argv[3], **arguments)"
 ).replace("weights = sum(t.nbytes for t in [*model.parameters(), *model.buffers()])", "weights = made.bytes")
@@ -717,8 +718,8 @@ def test_memory_is_far_below_the_size(tmp_path: Path, layout: str) -> None:
 def write_large(directory: Path, pattern: str, shape: dict[str, int], layout: str) -> None:
     """A one-tower checkpoint in bf16, in five shards."""
     from twotower import TwoTowerConfig
-    from twotower.checkpoint import one_tower_slots
-    from twotower.shards import Piece, write_shards
+    from twotower.checkpoint.reader import one_tower_slots
+    from twotower.checkpoint.writer import Piece, write_shards
 
     config = TwoTowerConfig(hybrid_override_pattern=pattern, **shape)
     with torch.device("meta"):

@@ -26,7 +26,7 @@ from transformers import PreTrainedTokenizerFast
 
 from twotower import TwoTowerError
 from twotower.errors import ArgumentError
-from twotower.training.corpus import (
+from twotower.training.data import (
     BOS,
     EOS,
     MASK,
@@ -46,8 +46,8 @@ from twotower.training.corpus import (
     place,
     train_tokenizer,
 )
-from twotower.training.corpus.draws import permutation
-from twotower.training.corpus.reading import open_reader
+from twotower.training.data.draws import permutation
+from twotower.training.data.readers import open_reader
 
 BLOCK, LENGTH = 4, 16
 WORDS = ["the", "cat", "sat", "on", "a", "mat", "and", "saw", "two", "dogs", "run", "by", "in", "1984", "then", "slept"]

@@ -12,7 +12,7 @@ from click.testing import CliRunner
 
 from twotower.cli.curves import curves
 from twotower.errors import ArgumentError
-from twotower.training.curves import _seconds, _short, _stages, draw, load, smoothed, summary
+from twotower.training.plots.curves import _seconds, _short, _stages, draw, load, smoothed, summary
 
 SAMPLE = {
     "prompt": "a $5 bill^2 \x07 she said:\n", "text": "one two", "finish_reason": "eos", "tokens": 21, "passes": 7,

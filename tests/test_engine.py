@@ -18,13 +18,13 @@ from decisions import nearest_tie, watching
 from torch import Tensor
 
 from twotower import TwoTowerForCausalLM
+from twotower.cache.replica import Mirror, Transport
+from twotower.decoding.output import StepEvent
+from twotower.decoding.unmasking import POLICIES, Pass, Verdict, register_policy
 from twotower.engine import LLM, Request
-from twotower.engine.reading import Work, grouped
+from twotower.engine.context_step import Work, grouped
+from twotower.engine.generation import Generation, GenerationParams, generate
 from twotower.errors import ArgumentError
-from twotower.generation import Generation, GenerationParams, generate
-from twotower.generation.output import StepEvent
-from twotower.generation.unmasking import POLICIES, Pass, Verdict, register_policy
-from twotower.mirror import Mirror, Transport
 
 LENGTH = 160
 KINDS: dict[str, Callable[[random.Random], dict[str, Any]]] = {
@@ -132,7 +132,7 @@ def test_a_small_window_of_prompts_in_pieces(model: TwoTowerForCausalLM) -> None
     """Prompts are read in pieces while others go on writing."""
     rng = random.Random(8)
     requests = [some_request(rng, max_new_tokens=12) for _ in range(16)]
-    with patch("twotower.engine.engine.PROMPT_CHUNK", 16):
+    with patch("twotower.engine.llm.PROMPT_CHUNK", 16):
         llm = LLM(model, rows=4, length=LENGTH)
         for request, output in zip(requests, llm.generate(requests), strict=True):
             assert_as_alone(model, request, output)

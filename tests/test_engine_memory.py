@@ -15,13 +15,13 @@ from conftest import EVERY_KIND, build_random_model
 from test_engine import KINDS, alone, assert_as_alone, drive, some_request
 
 from twotower import LLM, Request, TwoTowerForCausalLM
-from twotower.engine import engine as engine_module
-from twotower.engine.faults import in_parts, out_of_memory
-from twotower.engine.prefixes import Prefixes
+from twotower.cache.hybrid_cache import sizes
+from twotower.cache.kv_slots import Segments
+from twotower.cache.prefix_cache import Prefixes
+from twotower.engine import llm as engine_module
+from twotower.engine.generation import GenerationParams
+from twotower.engine.oom import in_parts, out_of_memory
 from twotower.errors import ArgumentError
-from twotower.generation import GenerationParams
-from twotower.segments import Segments
-from twotower.state import sizes
 
 LENGTH = 160
 

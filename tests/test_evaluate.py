@@ -14,14 +14,14 @@ from command import Result, assert_one_line_error
 from conftest import build_random_model
 
 from twotower import TwoTowerForCausalLM, bundled_model
+from twotower.decoding.presets import parse_setting
 from twotower.engine import Request
+from twotower.engine.generation import generate
 from twotower.errors import ArgumentError
-from twotower.evaluation.evaluate import chosen_problems, evaluate
-from twotower.evaluation.paired import Paired, compare
+from twotower.evaluation.accuracy import chosen_problems, evaluate
+from twotower.evaluation.comparison import Paired, compare
 from twotower.evaluation.running import run
-from twotower.evaluation.settings import parse_setting
-from twotower.evaluation.suite import FAMILIES
-from twotower.generation import generate
+from twotower.evaluation.tasks import FAMILIES
 
 # --- settings -------------------------------------------------------------------------------------------------------
 

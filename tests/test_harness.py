@@ -13,15 +13,15 @@ import torch
 from command import Result, assert_one_line_error
 
 from twotower import TwoTowerForCausalLM, bundled_model
+from twotower.decoding.output import Generation
+from twotower.decoding.presets import parse_setting
 from twotower.engine import Request
 from twotower.errors import ArgumentError
-from twotower.evaluation.harness import model as adapter
-from twotower.evaluation.harness.model import TwoTowerLM
-from twotower.evaluation.harness.run import run_tasks
-from twotower.evaluation.harness.tasks import TASKS, parts_of
 from twotower.evaluation.likelihood import continuation_bound
-from twotower.evaluation.settings import parse_setting
-from twotower.generation.output import Generation
+from twotower.evaluation.lm_eval import model as adapter
+from twotower.evaluation.lm_eval.model import TwoTowerLM
+from twotower.evaluation.lm_eval.run import run_tasks
+from twotower.evaluation.lm_eval.tasks import TASKS, parts_of
 
 SHARED = Path(__file__).parents[2] / "shared" / "data"
 

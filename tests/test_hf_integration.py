@@ -179,7 +179,7 @@ def reports(places: dict[str, Path], tmp_path_factory: pytest.TempPathFactory) -
 def test_published_snippet_runs_as_it_stands(reports: dict[str, dict[str, Any]]) -> None:
     report = reports["snippet"]
     name, dtype, length = report["class"]
-    assert (name, dtype) == ("twotower.model.two_tower.TwoTowerForCausalLM", "torch.bfloat16")
+    assert (name, dtype) == ("twotower.modeling_twotower.TwoTowerForCausalLM", "torch.bfloat16")
     for mode, most in {"diffusion": 20, "mock_ar": 5, "ar": 5}.items():
         (rows, columns), nfe, prompt_kept = report[mode]
         assert prompt_kept
@@ -202,7 +202,7 @@ def test_auto_classes_give_ours_or_one_clear_error(
             assert "does not appear to have a file named configuration_nemotron_h.py" in outcome, case
         else:
             expected = checksum(TwoTowerForCausalLM.from_pretrained(places[place]))
-            assert outcome == f"twotower.model.two_tower.TwoTowerForCausalLM {expected}", case
+            assert outcome == f"twotower.modeling_twotower.TwoTowerForCausalLM {expected}", case
 
 
 def test_plain_checkpoints_keep_their_weights(places: dict[str, Path]) -> None:

@@ -17,19 +17,20 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from twotower import GenerationParams, TwoTowerForCausalLM, generate
-from twotower.checkpoint import SINGLE_FILE, tensors
+from twotower.checkpoint.quantize import quantization_of, quantize_
+from twotower.checkpoint.reader import SINGLE_FILE, tensors
 from twotower.engine import LLM, Request
 from twotower.errors import ArgumentError
-from twotower.kernels import cases, int8, native
-from twotower.kernels.experts import experts_dense
-from twotower.kernels.native import ops
-from twotower.model import whole
 from twotower.model.linear import Int8Linear
-from twotower.quantization import quantization_of, quantize_
+from twotower.ops import self_check_cases
+from twotower.ops.cpu import kernels, library
+from twotower.ops.reference import int8
+from twotower.ops.reference.experts import experts_dense
+from twotower.runners import fused_cpu
 
 CPU = torch.device("cpu")
 BIASES = {"use_bias": True, "mlp_bias": True, "attention_bias": True}
-compiled = pytest.mark.skipif(isinstance(native.library(), str), reason="the kernels are not compiled here")
+compiled = pytest.mark.skipif(isinstance(library.library(), str), reason="the kernels are not compiled here")
 
 
 def meant(q: Tensor, scale: Tensor) -> Tensor:
@@ -57,7 +58,7 @@ def test_no_weight_moves_by_more_than_half_a_step(
     shape: tuple[int, ...], dtype: torch.dtype, part: int, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(int8, "PART", part)  # several parts, the last one short
-    weight = cases.Draw(0, CPU)(*shape).to(dtype)
+    weight = self_check_cases.Draw(0, CPU)(*shape).to(dtype)
     before = weight.clone()
     q, scale = int8.quantized(weight)
     assert (q.dtype, int8.shape(q, scale), scale.dtype) == (torch.int8, shape, torch.float32)
@@ -83,7 +84,7 @@ def test_rows_of_zeros_and_what_is_not_finite() -> None:
 
 @pytest.mark.parametrize("bias", [True, False])
 def test_linear_is_a_product_with_the_weights_that_are_meant(bias: bool) -> None:
-    draw = cases.Draw(1, CPU)
+    draw = self_check_cases.Draw(1, CPU)
     layer = Int8Linear(nn.Linear(31, 17, bias=bias))  # type: ignore[arg-type]
     x = draw(2, 3, 31).double()
     own = None if layer.bias is None else layer.bias.double()
@@ -96,7 +97,7 @@ def test_linear_is_a_product_with_the_weights_that_are_meant(bias: bool) -> None
 def test_experts_are_those_of_the_weights_that_are_meant(
     backend: Callable[..., Tensor], tokens: int, top: int, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    draw = cases.Draw(2, CPU)
+    draw = self_check_cases.Draw(2, CPU)
     up, down = int8.quantized(draw(7, 21, 37)), int8.quantized(draw(7, 37, 21))
     hidden, weight = draw(tokens, 37).double(), draw(tokens, top).double().abs()
     choice = draw(tokens, 7).argsort(-1)[:, :top]
@@ -133,28 +134,30 @@ def test_a_model_in_float64_computes_with_the_weights_that_are_meant(pattern: st
 
 @compiled
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
-@pytest.mark.parametrize("tokens", [0, 1, 2, 3, 4, 5, 7, 16, 47, 64, ops.ANY, ops.ANY + 1])
+@pytest.mark.parametrize("tokens", [0, 1, 2, 3, 4, 5, 7, 16, 47, 64, kernels.ANY, kernels.ANY + 1])
 @pytest.mark.parametrize(("width", "out"), [(1, 1), (15, 17), (64, 3), (200, 50), (352, 6)])
 def test_linear_of_any_size(tokens: int, width: int, out: int, dtype: torch.dtype) -> None:
-    draw = cases.Draw(3, CPU)
+    draw = self_check_cases.Draw(3, CPU)
     x, (q, scale), bias = draw(2, tokens, width).to(dtype)[:1], int8.quantized(draw(out, width)), draw(out).to(dtype)
     expected = F.linear(x.double(), meant(q, scale), bias.double())
     tolerance = 1e-4 if dtype == torch.float32 else 4e-2
-    torch.testing.assert_close(ops.linear_int8(x, q, scale, bias).double(), expected, rtol=tolerance, atol=tolerance)
+    torch.testing.assert_close(
+        kernels.linear_int8(x, q, scale, bias).double(), expected, rtol=tolerance, atol=tolerance
+    )
 
 
 @compiled
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 def test_a_tokens_result_does_not_depend_on_its_neighbours(dtype: torch.dtype) -> None:
     """Bit for bit, whatever tile it falls into."""
-    draw = cases.Draw(4, CPU)
+    draw = self_check_cases.Draw(4, CPU)
     x, bias = draw(48, 300).to(dtype), draw(71).to(dtype)
     q, scale = int8.quantized(draw(71, 300))
-    together = ops.linear_int8(x, q, scale, bias)
+    together = kernels.linear_int8(x, q, scale, bias)
     for count in (1, 2, 3, 4, 5, 7, 16):
         for start in (0, 5):
             some = slice(start, start + count)
-            assert torch.equal(ops.linear_int8(x[some], q, scale, bias), together[some])
+            assert torch.equal(kernels.linear_int8(x[some], q, scale, bias), together[some])
 
 
 @compiled
@@ -166,7 +169,7 @@ def test_a_tower_in_one_call_is_its_layers(length: int, dtype: torch.dtype, monk
     outs = []
     for at_once in (True, False):
         if not at_once:
-            monkeypatch.setattr(whole, "run", lambda *_: None)
+            monkeypatch.setattr(fused_cpu, "run", lambda *_: None)
         with torch.no_grad():
             state = model.new_state(3, 60)
             model.prefill(tokens[:, :12], torch.tensor([12, 7, 0]), state)
@@ -186,7 +189,7 @@ def test_a_quantised_tower_does_run_in_one_call() -> None:
 
     def ran() -> bool:
         with torch.no_grad():
-            return whole.run(tower, tower.embed(tokens), whole.Visibility(), None, None, False) is not None
+            return fused_cpu.run(tower, tower.embed(tokens), fused_cpu.Visibility(), None, None, False) is not None
 
     assert ran()
     quantize_(tower.layers[0])
@@ -201,17 +204,17 @@ def test_a_quantised_tower_does_run_in_one_call() -> None:
 @compiled
 @pytest.mark.parametrize("name", ["linear_int8", "experts_int8"])
 def test_a_wrong_int8_kernel_costs_only_int8_towers(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
-    real = whole.select
+    real = fused_cpu.select
 
     def select(op: str, *arguments: Any) -> Any:
         backend = real(op, *arguments)
         return dataclasses.replace(backend, name="torch") if op == name else backend
 
-    monkeypatch.setattr(whole, "select", select)
+    monkeypatch.setattr(fused_cpu, "select", select)
     with torch.no_grad():
         model = build_random_model(EVERY_KIND)
-        assert whole.serves(model.context)
-        assert not whole.serves(quantize_(model).context)
+        assert fused_cpu.serves(model.context)
+        assert not fused_cpu.serves(quantize_(model).context)
 
 
 # --- what is quantised, and what moving it does -----------------------------------------------------------------------

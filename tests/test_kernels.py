@@ -12,14 +12,14 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from twotower.config import BackboneConfig
-from twotower.kernels import CATALOGUE, report, select
-from twotower.kernels.attention import Tile, block_attention, tiled_attention
-from twotower.kernels.conv import causal_conv, causal_conv_sequential
-from twotower.kernels.experts import experts_dense, experts_gathered, experts_grouped, experts_sorted
-from twotower.kernels.ssd import advance, ssd_block, ssd_chunked, ssd_sequential, states_before
-from twotower.model.blockwise import TILE, Layout
-from twotower.model.coupling import context_visible
+from twotower.model.layer_io import context_visible
 from twotower.model.moe import Router
+from twotower.model.packed_forward import TILE, Layout
+from twotower.ops.reference.attention import Tile, block_attention, tiled_attention
+from twotower.ops.reference.conv import causal_conv, causal_conv_sequential
+from twotower.ops.reference.experts import experts_dense, experts_gathered, experts_grouped, experts_sorted
+from twotower.ops.reference.ssd import advance, ssd_block, ssd_chunked, ssd_sequential, states_before
+from twotower.ops.registry import CATALOGUE, report, select
 
 F64 = torch.float64
 

@@ -14,8 +14,8 @@ from packed import Block, Case, blocks_of, case, objective
 from torch import Tensor, nn
 
 from twotower import TwoTowerForCausalLM
-from twotower.model.blockwise import Layout
-from twotower.training.corpus import Batch
+from twotower.model.packed_forward import Layout
+from twotower.training.data import Batch
 from twotower.training.noise import Corruption
 from twotower.training.objective import AutoregressiveObjective, DenoisingObjective, blocks_with_masks
 

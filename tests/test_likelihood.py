@@ -9,10 +9,10 @@ import torch
 from conftest import build_random_model
 
 from twotower import TwoTowerForCausalLM
+from twotower.engine.generation import GenerationParams, generate
 from twotower.errors import ArgumentError
 from twotower.evaluation import likelihood
 from twotower.evaluation.likelihood import continuation_bound, continuation_likelihood
-from twotower.generation import GenerationParams, generate
 
 
 def pairs_of(count: int, seed: int = 0) -> list[tuple[list[int], list[int]]]:

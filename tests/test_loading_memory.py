@@ -12,7 +12,7 @@ import torch
 from safetensors.torch import save_file
 
 from twotower import TwoTowerConfig, TwoTowerForCausalLM
-from twotower.checkpoint import INDEX_FILE, SINGLE_FILE, Slot, slots, wanted_dtype
+from twotower.checkpoint.reader import INDEX_FILE, SINGLE_FILE, Slot, slots, wanted_dtype
 
 pytestmark = pytest.mark.skipif(not Path("/proc/self/status").exists(), reason="RssAnon is Linux's")
 

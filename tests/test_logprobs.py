@@ -15,12 +15,12 @@ from test_engine import KINDS, LENGTH, assert_as_alone, drive, facts, passes, so
 from test_stopping import EOS, TOKENIZER, VOCABULARY
 
 from twotower import LLM, Request, TwoTowerForCausalLM
-from twotower.engine import engine as engine_module
-from twotower.engine import scores
+from twotower.cache.replica import Transport
+from twotower.decoding.output import TokenLogprob
+from twotower.engine import llm as engine_module
+from twotower.engine import logprobs
+from twotower.engine.generation import BlockEvent, Generation, GenerationParams
 from twotower.errors import ArgumentError
-from twotower.generation import BlockEvent, Generation, GenerationParams
-from twotower.generation.output import TokenLogprob
-from twotower.mirror import Transport
 
 NEAR = {"rel": 0.0, "abs": 1e-9}
 
@@ -210,15 +210,15 @@ def test_memory_that_gives_out_books_nothing_twice(model: TwoTowerForCausalLM, l
     rng = random.Random(3)
     requests = [with_logprobs(rng, some_request(rng)) for _ in range(20)]
     if late:
-        real = scores.Scores.ask
+        real = logprobs.Scores.ask
 
-        def scarce(self: scores.Scores, *args: Any) -> Any:
+        def scarce(self: logprobs.Scores, *args: Any) -> Any:
             out = real(self, *args)
             if len(self.works) > 1:
                 raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 2.00 GiB")
             return out
 
-        patched = patch.object(scores.Scores, "ask", scarce)
+        patched = patch.object(logprobs.Scores, "ask", scarce)
     else:
         extend = TwoTowerForCausalLM.extend
 
@@ -241,7 +241,7 @@ def test_memory_that_gives_out_books_nothing_twice(model: TwoTowerForCausalLM, l
 
 def test_who_does_not_ask_pays_nothing(model: TwoTowerForCausalLM) -> None:
     """No pass is scored that was not, nothing is read that was not."""
-    with patch.object(scores, "Beliefs", side_effect=AssertionError("nobody asked")):
+    with patch.object(logprobs, "Beliefs", side_effect=AssertionError("nobody asked")):
         for mode in KINDS:
             request = Request([5, 6, 7], GenerationParams.of(mode=mode, max_new_tokens=12, draft_steps=1))
             with patch.object(model, "extend", wraps=model.extend) as extend:

@@ -16,22 +16,23 @@ from conftest import EVERY_KIND, build_random_model
 from torch import Tensor
 from torch.utils.flop_counter import FlopCounterMode
 
-from twotower import kernels
-from twotower.kernels import CATALOGUE, Backend, cases, native
-from twotower.kernels.attention import Cached
-from twotower.kernels.mamba_block import MambaTrace
-from twotower.kernels.native import ops
-from twotower.kernels.verification import Case, disagreement
-from twotower.model import whole
-from twotower.model.coupling import Visibility
+from twotower.model.layer_io import Visibility
 from twotower.model.linear import Linear
 from twotower.model.tower import Tower
+from twotower.ops import registry, self_check_cases
+from twotower.ops.cpu import kernels as ops
+from twotower.ops.cpu import library
+from twotower.ops.reference.attention import Cached
+from twotower.ops.reference.mamba_block import MambaTrace
+from twotower.ops.registry import CATALOGUE, Backend
+from twotower.ops.self_check import Case, disagreement
+from twotower.runners import fused_cpu
 
 CPU = torch.device("cpu")
 NARROW = (torch.float32, torch.bfloat16)
 
-if isinstance(native.library(), str):
-    pytest.skip(f"the compiled kernels are not tested: {native.library()}", allow_module_level=True)
+if isinstance(library.library(), str):
+    pytest.skip(f"the compiled kernels are not tested: {library.library()}", allow_module_level=True)
 
 NATIVE = [(op, backend) for op, backends in CATALOGUE.items() for backend in backends if backend.name == "native"]
 
@@ -39,14 +40,14 @@ NATIVE = [(op, backend) for op, backends in CATALOGUE.items() for backend in bac
 @pytest.mark.parametrize("dtype", NARROW)
 @pytest.mark.parametrize(("op", "backend"), NATIVE, ids=[op for op, _ in NATIVE])
 def test_each_agrees_with_its_twin_in_float64(op: str, backend: Backend, dtype: torch.dtype) -> None:
-    assert disagreement(backend.function, CATALOGUE[op][-1].function, cases.CASES[op](CPU, dtype)) is None
+    assert disagreement(backend.function, CATALOGUE[op][-1].function, self_check_cases.CASES[op](CPU, dtype)) is None
 
 
 @pytest.mark.parametrize("dtype", NARROW)
 @pytest.mark.parametrize("tokens", [0, 1, 2, 3, 5, 16, 47, 48, 49, 130])
 @pytest.mark.parametrize(("width", "out"), [(1, 1), (15, 17), (64, 3), (200, 50)])
 def test_linear_of_any_size(tokens: int, width: int, out: int, dtype: torch.dtype) -> None:
-    draw = cases.Draw(1, CPU)
+    draw = self_check_cases.Draw(1, CPU)
     x, weight, bias = draw(2, tokens, width).to(dtype), draw(out, width).to(dtype), draw(out).to(dtype)
     expected = torch.nn.functional.linear(x.double(), weight.double(), bias.double())
     tolerance = 1e-4 if dtype == torch.float32 else 4e-2
@@ -55,7 +56,7 @@ def test_linear_of_any_size(tokens: int, width: int, out: int, dtype: torch.dtyp
 
 def test_a_tokens_result_does_not_depend_on_its_neighbours() -> None:
     """Bit for bit: what lets a checked block equal single steps."""
-    draw = cases.Draw(2, CPU)
+    draw = self_check_cases.Draw(2, CPU)
     x, weight = draw(48, 300), draw(70, 300)
     together = ops.linear(x, weight)
     for count in (1, 2, 3, 7, 16):
@@ -77,7 +78,7 @@ def test_threads_change_nothing(threads: int) -> None:
 
 
 def _run(op: str, backend: Backend) -> Any:
-    for case in cases.CASES[op](CPU, torch.float32):
+    for case in self_check_cases.CASES[op](CPU, torch.float32):
         out = backend.function(*case.arguments())
         yield from (part for part in _flat(out) if part is not None)
 
@@ -103,8 +104,8 @@ def test_padding_visits_no_expert_that_no_token_visits(counts: list[list[int]], 
     assert set(chosen[0].flatten().tolist()) & set(idle)
     mixer.experts.up_proj.data[idle] = torch.nan
     if at_once:
-        assert whole.serves(tower)
-        run = whole.run(tower, tower.embed(tokens), sees, None, None, True)
+        assert fused_cpu.serves(tower)
+        run = fused_cpu.run(tower, tower.embed(tokens), sees, None, None, True)
         assert run is not None
         after = run[0]
     else:
@@ -115,18 +116,18 @@ def test_padding_visits_no_expert_that_no_token_visits(counts: list[list[int]], 
 
 @pytest.mark.parametrize("order", ["before", "after"])
 def test_modulation_of_rows(order: Any) -> None:
-    draw = cases.Draw(3, CPU)
+    draw = self_check_cases.Draw(3, CPU)
     x, weight, shift, scale = draw(4, 3, 48), draw(48), draw(4, 1, 48), draw(4, 1, 48)
-    expected = kernels.norm.rms_norm(x, weight, 1e-5, (shift, scale), order)
+    expected = registry.norm.rms_norm(x, weight, 1e-5, (shift, scale), order)
     torch.testing.assert_close(ops.rms_norm(x, weight, 1e-5, (shift, scale), order), expected, rtol=1e-5, atol=1e-5)
 
 
 def test_gradients_and_float64_are_left_to_torch() -> None:
     weight = torch.randn(4, 4, requires_grad=True)
-    assert kernels.select("linear", CPU, torch.float32).name == "torch"
+    assert registry.select("linear", CPU, torch.float32).name == "torch"
     with torch.no_grad():
-        assert kernels.select("linear", CPU, torch.float32).name == "native"
-        assert kernels.select("linear", CPU, torch.float64).name == "torch"
+        assert registry.select("linear", CPU, torch.float32).name == "native"
+        assert registry.select("linear", CPU, torch.float64).name == "torch"
         with FlopCounterMode(display=False) as counter:  # must see every operation
             build_random_model("M*").context(torch.ones(1, 3, dtype=torch.long), Visibility())
         assert counter.get_total_flops() > 0
@@ -160,18 +161,18 @@ def test_a_model_says_the_same_without_them(dtype: torch.dtype, monkeypatch: pyt
 
 def only_torch(monkeypatch: pytest.MonkeyPatch) -> None:
     plain = {op: tuple(b for b in backends if b.name != "native") for op, backends in CATALOGUE.items()}
-    monkeypatch.setattr(kernels, "CATALOGUE", plain)
-    kernels._select.cache_clear()
-    monkeypatch.setattr(kernels, "_select", kernels._select.__wrapped__)
+    monkeypatch.setattr(registry, "CATALOGUE", plain)
+    registry._select.cache_clear()
+    monkeypatch.setattr(registry, "_select", registry._select.__wrapped__)
 
 
 def test_wrong_numbers_are_refused_aloud(monkeypatch: pytest.MonkeyPatch) -> None:
     right = next(backend for op, backend in NATIVE if op == "linear")
     wrong = Backend("native", lambda *a: right.function(*a) * 1.01, "", right.refusal, compiled=True)
-    monkeypatch.setattr(kernels, "CATALOGUE", CATALOGUE | {"linear": (wrong, CATALOGUE["linear"][-1])})
-    monkeypatch.setattr(kernels, "_select", kernels._select.__wrapped__)
+    monkeypatch.setattr(registry, "CATALOGUE", CATALOGUE | {"linear": (wrong, CATALOGUE["linear"][-1])})
+    monkeypatch.setattr(registry, "_select", registry._select.__wrapped__)
     with pytest.warns(RuntimeWarning, match="linear: native is not used on cpu"):
-        assert kernels.select("linear", CPU, torch.float32, differentiable=False).name == "torch"
+        assert registry.select("linear", CPU, torch.float32, differentiable=False).name == "torch"
 
 
 @pytest.mark.parametrize(
@@ -186,7 +187,7 @@ def test_without_a_compiler_torch_does_the_work(environment: dict[str, str], say
     places = {"python": str(tmp_path), "broken": str(broken)}
     given = {name: value.format(**places) for name, value in environment.items()}
     code = (
-        "import torch; from twotower import kernels; from twotower.kernels.native import library;"
+        "import torch; from twotower import kernels; from twotower.ops.cpu.library import library;"
         "print(library()); print(kernels.select('linear', torch.device('cpu'), torch.float32, False).name)"
     )
     base = {"PATH": "/usr/bin:/bin", "HOME": str(tmp_path), "PYTHONPATH": ":".join(sys.path)}
@@ -200,8 +201,8 @@ def test_they_compile_without_a_warning(tmp_path: Path) -> None:
     """For this processor and for one with half as wide vectors."""
     narrower = ["-mavx2", "-mfma"] if platform.machine() == "x86_64" else ["-O2"]
     for flags in (["-march=native", "-fopenmp"], narrower):
-        command = ["c++", *native.FLAGS, *flags, "-Wall", "-Wextra", "-Werror", "-fsyntax-only"]
-        done = subprocess.run([*command, str(native.HERE / "native.cpp")], capture_output=True, text=True, check=False)
+        command = ["c++", *library.FLAGS, *flags, "-Wall", "-Wextra", "-Werror", "-fsyntax-only"]
+        done = subprocess.run([*command, str(library.HERE / "native.cpp")], capture_output=True, text=True, check=False)
         assert done.returncode == 0, done.stderr[:2000]
 
 
@@ -209,7 +210,7 @@ def test_no_kernel_was_refused_on_this_machine() -> None:
     with warnings.catch_warnings():
         warnings.simplefilter("error")
         for dtype in NARROW:
-            chosen = {op: name for op, name, _ in kernels.report(CPU, dtype)}
+            chosen = {op: name for op, name, _ in registry.report(CPU, dtype)}
             assert {op for op, name in chosen.items() if name == "native"} == {op for op, _ in NATIVE}
 
 
@@ -237,14 +238,14 @@ def test_a_tower_in_one_call_is_its_layers(
     outs = []
     for at_once in (True, False):
         calls = []
-        real = whole.run
+        real = fused_cpu.run
 
         def run(*arguments: Any, at_once: bool = at_once, real: Any = real, calls: list[bool] = calls) -> Any:
             out = real(*arguments) if at_once else None
             calls.append(out is not None)
             return out
 
-        monkeypatch.setattr(whole, "run", run)
+        monkeypatch.setattr(fused_cpu, "run", run)
         with torch.no_grad():
             state = model.new_state(4, 0, 200)
             for row in (3, 0, 1):
@@ -320,12 +321,12 @@ def test_a_plan_outlives_hooks(monkeypatch: pytest.MonkeyPatch) -> None:
     tower = build_random_model(EVERY_KIND).context
     made: list[bool] = []
 
-    class Counted(whole.Plan):
+    class Counted(fused_cpu.Plan):
         def __init__(self, tower: Tower) -> None:
             made.append(True)
             super().__init__(tower)
 
-    monkeypatch.setattr(whole, "Plan", Counted)
+    monkeypatch.setattr(fused_cpu, "Plan", Counted)
 
     def ran() -> list[bool]:
         return [_at_once(tower) for _ in range(3)]
@@ -350,7 +351,7 @@ def test_a_tower_of_another_dtype_runs_at_once_too(monkeypatch: pytest.MonkeyPat
         assert _at_once(tower) == (tower.embeddings.weight.dtype != torch.float64)
         with torch.no_grad():
             at_once, _ = tower(tokens, Visibility())
-            monkeypatch.setattr(whole, "run", lambda *_: None)
+            monkeypatch.setattr(fused_cpu, "run", lambda *_: None)
             one_by_one, _ = tower(tokens, Visibility())
             monkeypatch.undo()
         torch.testing.assert_close(at_once, one_by_one, rtol=1e-5, atol=1e-5)
@@ -358,11 +359,11 @@ def test_a_tower_of_another_dtype_runs_at_once_too(monkeypatch: pytest.MonkeyPat
 
 def _at_once(tower: Tower) -> bool:
     with torch.no_grad():
-        return whole.run(tower, tower.embed(torch.tensor([[5, 6, 7]])), Visibility(), None, None, True) is not None
+        return fused_cpu.run(tower, tower.embed(torch.tensor([[5, 6, 7]])), Visibility(), None, None, True) is not None
 
 
 @torch.no_grad()
-@pytest.mark.parametrize("length", [17, 60, whole.LONGEST])
+@pytest.mark.parametrize("length", [17, 60, fused_cpu.LONGEST])
 def test_a_pass_longer_than_a_chunk_is_the_chunked_scan(length: int, monkeypatch: pytest.MonkeyPatch) -> None:
     """What the layers do chunk by chunk is done in one piece, and leaves the same state."""
     model = build_random_model(EVERY_KIND, dtype=torch.float32)
@@ -371,7 +372,7 @@ def test_a_pass_longer_than_a_chunk_is_the_chunked_scan(length: int, monkeypatch
     outs = []
     for at_once in (True, False):
         if not at_once:
-            monkeypatch.setattr(whole, "run", lambda *_: None)
+            monkeypatch.setattr(fused_cpu, "run", lambda *_: None)
         assert _at_once(model.context) == at_once
         state = model.new_state(1, 2 * length)
         logits = [model.extend(tokens, state) for _ in range(2)]
@@ -391,7 +392,7 @@ def attention_arguments(
     length: int, heads: int, shared: int, width: int, contexts: tuple[int, ...], ragged: bool = False
 ) -> tuple[Any, ...]:
     """Of `ops.attention` but `causal`: a row for each context, anywhere in a pool."""
-    draw = cases.Draw(11, CPU)
+    draw = self_check_cases.Draw(11, CPU)
     rows, longest = len(contexts), max(contexts)
     pool = draw(2, rows * shared * (longest + 3) + 1, width)
     start = torch.arange(rows).flip(0) * shared * (longest + 3)
@@ -419,7 +420,7 @@ def test_attention_of_any_shape(
     q, k, v = (part.to(dtype) for part in (q, k, v))
     cached = cached._replace(k=cached.k.to(dtype), v=cached.v.to(dtype))
     wide = cached._replace(k=cached.k.double(), v=cached.v.double())
-    expected = kernels.attention.attention(q.double(), k.double(), v.double(), valid, causal, wide)
+    expected = registry.attention.attention(q.double(), k.double(), v.double(), valid, causal, wide)
     tolerance = 2e-5 if dtype == torch.float32 else 2e-2
     found = ops.attention(q, k, v, valid, causal, cached).double()
     torch.testing.assert_close(found, expected, rtol=tolerance, atol=tolerance)
@@ -431,7 +432,7 @@ def test_attention_within_a_block_longer_than_a_turn() -> None:
     for causal in (True, False):
         for first in (0, 270, 299):
             valid = (torch.arange(300) >= first).expand(3, -1)
-            expected = kernels.attention.attention(q.double(), k.double(), v.double(), valid, causal)
+            expected = registry.attention.attention(q.double(), k.double(), v.double(), valid, causal)
             found = ops.attention(q, k, v, valid, causal).double()
             torch.testing.assert_close(found, expected, rtol=2e-5, atol=2e-5)
 
@@ -456,33 +457,33 @@ def test_a_query_is_the_same_alone_and_in_any_company(causal: bool) -> None:
 
 
 SIZES = [
-    cases.Sizes(heads=2, groups=1, width=5, state=3, taps=2),
-    cases.Sizes(heads=6, groups=2, width=64, state=32, taps=4),
-    cases.Sizes(heads=4, groups=2, width=20, state=17, taps=4),
-    cases.Sizes(heads=2, groups=2, width=48, state=40, taps=5),
+    self_check_cases.Sizes(heads=2, groups=1, width=5, state=3, taps=2),
+    self_check_cases.Sizes(heads=6, groups=2, width=64, state=32, taps=4),
+    self_check_cases.Sizes(heads=4, groups=2, width=20, state=17, taps=4),
+    self_check_cases.Sizes(heads=2, groups=2, width=48, state=40, taps=5),
 ]
 
 
 @pytest.mark.parametrize("dtype", NARROW)
 @pytest.mark.parametrize("length", [1, 3, 4, 8, 16, 21, 70])
 @pytest.mark.parametrize("sizes", SIZES)
-def test_a_mamba_block_of_any_shape(sizes: cases.Sizes, length: int, dtype: torch.dtype) -> None:
+def test_a_mamba_block_of_any_shape(sizes: self_check_cases.Sizes, length: int, dtype: torch.dtype) -> None:
     """Into a state and from none, ragged or not, and the state after it."""
-    projected, valid, window, state, weights = cases.block_arguments(sizes, length, CPU, dtype)
+    projected, valid, window, state, weights = self_check_cases.block_arguments(sizes, length, CPU, dtype)
     for seen, past, before in ((valid, window, state), (None, window, state), (None, None, None)):
         case = Case("any shape", lambda a=(projected, seen, past, before, weights): a)
-        assert disagreement(ops.mamba_block, kernels.mamba_block.mamba_block, [case]) is None
+        assert disagreement(ops.mamba_block, registry.mamba_block.mamba_block, [case]) is None
 
     def fold(window: Tensor, state: Tensor, trace: MambaTrace, accepted: Tensor, rows: Tensor) -> Any:
         return ops.fold([(window, state)], [trace], accepted, rows)[0]
 
-    case = Case("any shape", lambda: cases.fold_arguments(sizes, length, CPU, dtype))
-    assert disagreement(fold, kernels.mamba_block.fold, [case]) is None
+    case = Case("any shape", lambda: self_check_cases.fold_arguments(sizes, length, CPU, dtype))
+    assert disagreement(fold, registry.mamba_block.fold, [case]) is None
 
 
 def test_a_mamba_token_is_the_same_alone_and_in_any_company() -> None:
     """Bit for bit: beside other rows, more tokens after it, and padding."""
-    projected, valid, window, state, weights = cases.block_arguments(SIZES[1], 21, CPU, torch.float32)
+    projected, valid, window, state, weights = self_check_cases.block_arguments(SIZES[1], 21, CPU, torch.float32)
     together, _ = ops.mamba_block(projected, valid, window, state, weights)
     for row, length in enumerate(valid.sum(1).tolist()):
         for count in {min(length, 1), min(length, 8), length} - {0}:
@@ -493,13 +494,13 @@ def test_a_mamba_token_is_the_same_alone_and_in_any_company() -> None:
 
 def test_strong_and_weak_decay() -> None:
     """Heads that forget all within a token, whose exponentials leave what fp32 holds, beside those that keep all."""
-    projected, _, window, state, weights = cases.block_arguments(SIZES[1], 16, CPU, torch.float32)
+    projected, _, window, state, weights = self_check_cases.block_arguments(SIZES[1], 16, CPU, torch.float32)
     weights = weights._replace(A_log=torch.tensor([8.0, 5.0, 0.0, -3.0, -8.0, 2.0]), time_step_limit=(0.0, torch.inf))
     width = weights.heads
     for shift in (-60.0, -20.0, 0.0, 15.0, 60.0):  # steps from nothing to long ones
         moved = torch.cat([projected[..., :-width], projected[..., -width:] + shift], -1)
         case = Case("decay", lambda a=(moved, None, window, state, weights): a)
-        assert disagreement(ops.mamba_block, kernels.mamba_block.mamba_block, [case]) is None
+        assert disagreement(ops.mamba_block, registry.mamba_block.mamba_block, [case]) is None
 
 
 @pytest.mark.parametrize("dtype", NARROW)
@@ -507,9 +508,9 @@ def test_strong_and_weak_decay() -> None:
 def test_choosing_in_any_vocabulary(size: int, dtype: torch.dtype) -> None:
     """Each token in turn left out, so that the best, the last and the only others are; ties go to the lowest id."""
     if size > 1:
-        logits = (cases.Draw(12, CPU)(size, 3, size) * 2).round().to(dtype)
+        logits = (self_check_cases.Draw(12, CPU)(size, 3, size) * 2).round().to(dtype)
         case = Case("any vocabulary", lambda: (logits, torch.arange(size)))
-        assert disagreement(ops.choose, kernels.greedy.choose, [case]) is None
+        assert disagreement(ops.choose, registry.greedy.choose, [case]) is None
     tokens, sure = ops.choose(torch.zeros(1, 2, size, dtype=dtype), torch.tensor([-1]))
     assert tokens.tolist() == [[0, 0]]
     torch.testing.assert_close(sure, torch.full((1, 2), 1 / size))

@@ -11,7 +11,7 @@ from packed import ROWS, packed
 from torch import Tensor
 
 from twotower.errors import ArgumentError
-from twotower.training.corpus import Batch
+from twotower.training.data import Batch
 from twotower.training.noise import LOWEST_NOISE, NOISE_SCOPES, Corruption, NoiseScope, corrupt
 
 SCOPES = pytest.mark.parametrize("scope", NOISE_SCOPES)

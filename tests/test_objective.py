@@ -21,10 +21,10 @@ from packed import (
 from torch import Tensor, nn
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from twotower.kernels.attention import Cached
-from twotower.model.blockwise import Layout, read_layer, read_mamba
-from twotower.model.coupling import KeyValue, MambaPast, Past
+from twotower.model.layer_io import KeyValue, MambaPast, Past
 from twotower.model.mamba2 import Mamba2
+from twotower.model.packed_forward import Layout, read_layer, read_mamba
+from twotower.ops.reference.attention import Cached
 from twotower.training import objective as objective_module
 from twotower.training.noise import Corruption, NoiseScope
 from twotower.training.objective import AutoregressiveObjective

@@ -20,12 +20,12 @@ from test_two_devices import PLACES, CountingTransport, Homes
 from torch import Tensor
 
 from twotower import LLM, Request, TwoTowerForCausalLM
-from twotower.engine.request import Phase
-from twotower.generation import GenerationParams
-from twotower.generation.output import StepEvent
-from twotower.host import Fetched, placed
-from twotower.mirror import Mirror
-from twotower.state import sizes
+from twotower.cache.hybrid_cache import sizes
+from twotower.cache.replica import Mirror
+from twotower.decoding.output import StepEvent
+from twotower.engine.generation import GenerationParams
+from twotower.engine.sequence import Phase
+from twotower.ops.host_transfer import Fetched, placed
 
 CUDA = pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")
 

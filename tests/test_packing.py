@@ -10,45 +10,47 @@ import torch
 from conftest import EVERY_KIND, build_random_model
 from torch import Tensor, nn
 
-from twotower import LLM, GenerationParams, Request, bundled_model, ready
-from twotower.kernels import cases, experts, native
-from twotower.kernels.native import ops, panels
-from twotower.model import packing, whole
-from twotower.model.coupling import Visibility
+from twotower import LLM, GenerationParams, Request, bundled_model, model_loading
+from twotower.model.layer_io import Visibility
+from twotower.ops import self_check_cases
+from twotower.ops.cpu import kernels, library, packed_weights
+from twotower.ops.reference import experts
+from twotower.runners import fused_cpu
+from twotower.runners import packed_weights as packing
 
 CPU = torch.device("cpu")
 NARROW = (torch.float32, torch.bfloat16)
 
-if isinstance(native.library(), str):
-    pytest.skip(f"the compiled kernels are not tested: {native.library()}", allow_module_level=True)
+if isinstance(library.library(), str):
+    pytest.skip(f"the compiled kernels are not tested: {library.library()}", allow_module_level=True)
 
 
 @pytest.mark.parametrize("dtype", NARROW)
 @pytest.mark.parametrize("tokens", [0, 1, 2, 5, 6, 7, 8, 9, 16, 17, 49, 300])
 @pytest.mark.parametrize(("width", "out"), [(1, 1), (15, 17), (64, 3), (201, 50), (32, 16), (8, 130)])
 def test_products_of_any_size(tokens: int, width: int, out: int, dtype: torch.dtype) -> None:
-    draw = cases.Draw(1, CPU)
+    draw = self_check_cases.Draw(1, CPU)
     x, weight, bias = draw(2, tokens, width).to(dtype), draw(out, width).to(dtype), draw(out).to(dtype)
-    assert ops.pack(weight)
+    assert kernels.pack(weight)
     tolerance = 1e-4 if dtype == torch.float32 else 4e-2
     for given in (bias, None):
         expected = torch.nn.functional.linear(x.double(), weight.double(), None if given is None else given.double())
-        torch.testing.assert_close(ops.linear(x, weight, given).double(), expected, rtol=tolerance, atol=tolerance)
+        torch.testing.assert_close(kernels.linear(x, weight, given).double(), expected, rtol=tolerance, atol=tolerance)
 
 
 @pytest.mark.parametrize("dtype", NARROW)
 def test_a_tokens_result_does_not_depend_on_its_neighbours(dtype: torch.dtype) -> None:
     """Bit for bit, whatever tile it falls into; nor on the number of threads."""
-    draw = cases.Draw(2, CPU)
+    draw = self_check_cases.Draw(2, CPU)
     x, weight = draw(60, 301).to(dtype), draw(170, 301).to(dtype)
-    ops.pack(weight)
-    together = ops.linear(x, weight)
+    kernels.pack(weight)
+    together = kernels.linear(x, weight)
     before = torch.get_num_threads()
     try:
         for threads in (1, 2, 3):
             torch.set_num_threads(threads)
             for count in (1, 2, 3, 4, 5, 6, 7, 8, 9, 16, 60):
-                assert torch.equal(ops.linear(x[:count], weight), together[:count])
+                assert torch.equal(kernels.linear(x[:count], weight), together[:count])
     finally:
         torch.set_num_threads(before)
 
@@ -57,15 +59,15 @@ def test_a_tokens_result_does_not_depend_on_its_neighbours(dtype: torch.dtype) -
 @pytest.mark.parametrize("which", [(True, True), (True, False), (False, True)])
 def test_experts(which: tuple[bool, bool], dtype: torch.dtype) -> None:
     """Odd widths; one of the two may have lost its copy."""
-    draw = cases.Draw(3, CPU)
+    draw = self_check_cases.Draw(3, CPU)
     up, down = draw(5, 27, 39).to(dtype) / 4, draw(5, 39, 27).to(dtype) / 4
     for weight, packed in zip((up, down), which, strict=True):
-        assert not packed or ops.pack(weight)
+        assert not packed or kernels.pack(weight)
     for tokens in (1, 2, 30):
         hidden, weight = draw(tokens, 39).to(dtype), draw(tokens, 2).abs()
         choice = draw(tokens, 5).argsort(-1)[:, :2].contiguous()
         expected = experts.experts_dense(hidden.double(), choice, weight.double(), up.double(), down.double())
-        mine = ops.experts(hidden, choice, weight, up, down).double()
+        mine = kernels.experts(hidden, choice, weight, up, down).double()
         tolerance = 1e-4 if dtype == torch.float32 else 4e-2
         torch.testing.assert_close(mine, expected, rtol=tolerance, atol=tolerance * float(expected.std()))
 
@@ -90,17 +92,20 @@ def test_a_packed_model_says_the_same(residual_in_fp32: bool, dtype: torch.dtype
             outs.append((last, logits, draft, step))
     for mine, twin in zip(*outs[::-1], strict=True):
         assert (mine - twin).abs().max() < (5e-4 if dtype == torch.float32 else 0.2) * twin.std()
-    assert whole.plan_of(model.context).all_packed
+    assert fused_cpu.plan_of(model.context).all_packed
     with torch.no_grad():
-        assert whole.run(model.context, model.context.embed(tokens[:, :20]), Visibility(), None, None, True) is not None
+        assert (
+            fused_cpu.run(model.context, model.context.embed(tokens[:, :20]), Visibility(), None, None, True)
+            is not None
+        )
     model.unpack()
-    assert all(panels.of(weight) is None for weight in packing.matrices(model))
+    assert all(packed_weights.of(weight) is None for weight in packing.matrices(model))
 
 
 def _linear(width: int = 24, out: int = 40) -> tuple[nn.Parameter, Tensor]:
-    weight = nn.Parameter(cases.Draw(4, CPU)(out, width))
-    assert ops.pack(weight)
-    return weight, cases.Draw(5, CPU)(3, width)
+    weight = nn.Parameter(self_check_cases.Draw(4, CPU)(out, width))
+    assert kernels.pack(weight)
+    return weight, self_check_cases.Draw(5, CPU)(3, width)
 
 
 def test_a_weight_changed_in_place_has_no_copy() -> None:
@@ -108,11 +113,11 @@ def test_a_weight_changed_in_place_has_no_copy() -> None:
     optimizer = torch.optim.SGD([weight], lr=0.1)
     weight.grad = torch.ones_like(weight)
     optimizer.step()
-    assert panels.of(weight) is None
-    assert torch.equal(ops.linear(x, weight), ops.linear(x, weight.detach().clone()))
-    assert ops.pack(weight)  # again
-    assert panels.of(weight) is not None
-    torch.testing.assert_close(ops.linear(x, weight), torch.nn.functional.linear(x, weight))
+    assert packed_weights.of(weight) is None
+    assert torch.equal(kernels.linear(x, weight), kernels.linear(x, weight.detach().clone()))
+    assert kernels.pack(weight)  # again
+    assert packed_weights.of(weight) is not None
+    torch.testing.assert_close(kernels.linear(x, weight), torch.nn.functional.linear(x, weight))
 
 
 @pytest.mark.parametrize("change", ["step", "load", "assign", "to and fro", "replace"])
@@ -124,7 +129,7 @@ def test_a_model_changed_in_any_way_says_what_it_now_is(change: str) -> None:
     weight = tower.layers[EVERY_KIND.index("M")].mixer.in_proj.weight
     with torch.no_grad():
         before = tower(tokens, Visibility())[0]
-        assert whole.plan_of(tower).all_packed
+        assert fused_cpu.plan_of(tower).all_packed
         match change:
             case "step":
                 weight.add_(0.5)
@@ -147,27 +152,27 @@ def test_copies_are_nobodys_but_the_weights() -> None:
     names = set(model.state_dict())
     model.pack()
     assert set(model.state_dict()) == names
-    assert all(panels.of(weight) is None for weight in packing.matrices(copy.deepcopy(model)))
-    count = len(panels._COPIES)
+    assert all(packed_weights.of(weight) is None for weight in packing.matrices(copy.deepcopy(model)))
+    count = len(packed_weights._COPIES)
     of_model = len(list(packing.matrices(model)))
     del model
-    assert len(panels._COPIES) == count - of_model
+    assert len(packed_weights._COPIES) == count - of_model
 
 
 def test_what_cannot_be_packed_is_left() -> None:
     weight = torch.randn(8, 8)
-    assert not ops.pack(weight.double())
-    assert not ops.pack(weight.t())
-    assert not ops.pack(weight.to("meta"))
+    assert not kernels.pack(weight.double())
+    assert not kernels.pack(weight.t())
+    assert not kernels.pack(weight.to("meta"))
     with torch.inference_mode():
-        assert not ops.pack(torch.randn(8, 8))  # nobody counts its changes
+        assert not kernels.pack(torch.randn(8, 8))  # nobody counts its changes
     assert build_random_model("M*", dtype=torch.float64).pack() == 0
 
 
 def test_loading_packs_where_there_is_room(monkeypatch: pytest.MonkeyPatch) -> None:
     def packed() -> bool:
-        model = ready.load(bundled_model())
-        return all(panels.of(weight) is not None for weight in packing.matrices(model))
+        model = model_loading.load(bundled_model())
+        return all(packed_weights.of(weight) is not None for weight in packing.matrices(model))
 
     assert packed()
     monkeypatch.setenv("TWOTOWER_PACK", "0")
@@ -181,7 +186,7 @@ def test_loading_packs_where_there_is_room(monkeypatch: pytest.MonkeyPatch) -> N
 
 def test_verified_is_ar_when_packed() -> None:
     """As without copies: a checked block and single steps give the same bits."""
-    model = ready.load(bundled_model())
+    model = model_loading.load(bundled_model())
     prompts = [model.tokenizer(text)["input_ids"] for text in ("User: I need a taxi.", "12+30=", "User: Hi")]
     texts: list[Any] = []
     for mode in ("ar", "verified"):

@@ -24,7 +24,7 @@ from typing import Any
 
 import pytest
 
-from twotower import ready
+from twotower import model_loading
 from twotower.recipes import page_trace
 from twotower.server import page
 
@@ -426,7 +426,7 @@ def test_the_page_fetches_nothing_from_elsewhere() -> None:
 
 def test_the_recording_is_what_the_model_does() -> None:
     kept = json.loads((page.FOLDER / "how.json").read_text("utf-8"))
-    made = page_trace.record(ready.load(ready.source_of(None), dtype="float32"), page_trace.PROMPT)
+    made = page_trace.record(model_loading.load(model_loading.source_of(None), dtype="float32"), page_trace.PROMPT)
     assert _without_numbers(made) == _without_numbers(kept)
     assert _numbers(made) == pytest.approx(_numbers(kept), rel=0.02, abs=0.01)
 

@@ -20,12 +20,12 @@ from torch.utils.flop_counter import FlopCounterMode
 from twotower import TwoTowerConfig
 from twotower.cli.plan_page import render
 from twotower.errors import ArgumentError
-from twotower.training.corpus.batch import Batch
-from twotower.training.flops import autoregressive_step, two_tower_step
-from twotower.training.memory import LiveBytes, Profile, profile
+from twotower.training.data.batch import Batch
 from twotower.training.noise import Corruption
 from twotower.training.objective import AutoregressiveObjective, DenoisingObjective, DenoisingOptions
-from twotower.training.plan import GIB, Plan, Setup, memory_of, plan, plan_from
+from twotower.training.planning.flops import autoregressive_step, two_tower_step
+from twotower.training.planning.memory import LiveBytes, Profile, profile
+from twotower.training.planning.plan import GIB, Plan, Setup, memory_of, plan, plan_from
 
 RELEASED = Path(__file__).parent / "golden" / "released"
 BLOCK = 16
@@ -141,7 +141,7 @@ def shard_over_eight() -> None:
     from torch.distributed.device_mesh import init_device_mesh
     from torch.testing._internal.distributed.fake_pg import FakeStore
 
-    from twotower.training.parallel import World, local, shard
+    from twotower.training.fsdp import World, local, shard
 
     torch.set_num_threads(1)
     dist.init_process_group("fake", store=FakeStore(), rank=0, world_size=8)

@@ -19,12 +19,13 @@ from test_native import only_torch
 from torch import Tensor
 from torch.fx.experimental.proxy_tensor import make_fx
 
-from twotower import LLM, TwoTowerForCausalLM, kernels
-from twotower.kernels.verification import _tensors
-from twotower.model import recorded
+from twotower import LLM, TwoTowerForCausalLM
 from twotower.model.tower import Tower
+from twotower.ops import registry
+from twotower.ops.self_check import _tensors
+from twotower.runners import cuda_graph
 
-Result = recorded.Result
+Result = cuda_graph.Result
 
 
 @pytest.fixture
@@ -51,10 +52,10 @@ def made(monkeypatch: pytest.MonkeyPatch) -> list[int]:
         return replay, result
 
     only_torch(monkeypatch)
-    experts = tuple(b for b in kernels.CATALOGUE["experts"] if b.name == "gathered")  # what a GPU without bf16 takes
-    monkeypatch.setattr(kernels, "CATALOGUE", kernels.CATALOGUE | {"experts": experts})
-    monkeypatch.setattr(recorded, "refusal", lambda device: None)
-    monkeypatch.setattr(recorded, "recorder", lambda device: record)
+    experts = tuple(b for b in registry.CATALOGUE["experts"] if b.name == "gathered")  # what a GPU without bf16 takes
+    monkeypatch.setattr(registry, "CATALOGUE", registry.CATALOGUE | {"experts": experts})
+    monkeypatch.setattr(cuda_graph, "refusal", lambda device: None)
+    monkeypatch.setattr(cuda_graph, "recorder", lambda device: record)
     return recordings
 
 
@@ -71,9 +72,9 @@ def test_an_engine_writes_the_same_from_few_recordings(
     written = [output.tokens for output in llm.generate(requests)]
     assert 4 <= len(made) <= 16
     with monkeypatch.context() as patch:
-        patch.setattr(recorded, "run", lambda *_: None)
+        patch.setattr(cuda_graph, "run", lambda *_: None)
         assert written == [alone(model, request).tokens for request in requests]
-    assert not any(known.wrong for known in recorded._RECORDINGS.values())
+    assert not any(known.wrong for known in cuda_graph._RECORDINGS.values())
 
 
 def test_a_recording_serves_other_numbers_of_rows_and_other_contexts(
@@ -97,7 +98,7 @@ def test_a_recording_serves_other_numbers_of_rows_and_other_contexts(
         torch.manual_seed(rows)
         replayed = passes(tokens)
         with pytest.MonkeyPatch.context() as patch:
-            patch.setattr(recorded, "run", lambda *_: None)
+            patch.setattr(cuda_graph, "run", lambda *_: None)
             torch.manual_seed(rows)
             assert torch.allclose(replayed, passes(tokens), rtol=1e-11, atol=1e-11)
     # Of four rows, a commit on an empty context and on one, and a denoising pass; pools of another state lie elsewhere.
@@ -130,7 +131,7 @@ def test_a_recording_that_differs_is_refused_aloud(
     model: TwoTowerForCausalLM, made: list[int], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """As a capture that fails is; the layers one by one do the work, and nobody tries again."""
-    real = recorded.recorder(torch.device("cpu"))
+    real = cuda_graph.recorder(torch.device("cpu"))
 
     def wrong(compute: Callable[[], Result]) -> tuple[Callable[[], object], Result]:
         replay, result = real(compute)
@@ -139,14 +140,14 @@ def test_a_recording_that_differs_is_refused_aloud(
     tokens = torch.randint(64, (2, 3))
     with torch.no_grad():
         expected = TwoTowerForCausalLM.extend(model, tokens, model.new_state(2, 8))
-    recorded._RECORDINGS.clear()
+    cuda_graph._RECORDINGS.clear()
     for recorder, words in ((wrong, "differs from its twin: result 0 by 1.0e-02"), (failing, "raised RuntimeError")):
-        monkeypatch.setattr(recorded, "recorder", lambda device, recorder=recorder: recorder)
+        monkeypatch.setattr(cuda_graph, "recorder", lambda device, recorder=recorder: recorder)
         with pytest.warns(RuntimeWarning, match=f"passes are not recorded on cpu: one {words}"), torch.no_grad():
             assert torch.equal(model.extend(tokens, model.new_state(2, 8)), expected)
         with torch.no_grad():
             assert torch.equal(model.extend(tokens, model.new_state(2, 8)), expected)
-        recorded._RECORDINGS.clear()
+        cuda_graph._RECORDINGS.clear()
 
 
 def failing(compute: Callable[[], Result]) -> tuple[Callable[[], object], Result]:
@@ -154,11 +155,11 @@ def failing(compute: Callable[[], Result]) -> tuple[Callable[[], object], Result
 
 
 def test_few_are_kept(model: TwoTowerForCausalLM, made: list[int], monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(recorded, "KEPT", 2)
+    monkeypatch.setattr(cuda_graph, "KEPT", 2)
     with torch.no_grad():
         for length in (1, 2, 3, 1):
             model.extend(torch.randint(64, (1, length)), model.new_state(1, 8))
-    assert len(recorded._RECORDINGS[model.context].by_shape) == 2
+    assert len(cuda_graph._RECORDINGS[model.context].by_shape) == 2
     assert len(made) == 4
 
 
@@ -166,12 +167,12 @@ def test_gradients_and_many_tokens_are_left_to_the_layers(model: TwoTowerForCaus
     assert isinstance(model.context, Tower)
     model.extend(torch.randint(64, (2, 3)), model.new_state(2, 8))
     with torch.no_grad():
-        model.extend(torch.randint(64, (recorded.MOST_TOKENS + 1, 1)), model.new_state(recorded.MOST_TOKENS + 1, 8))
+        model.extend(torch.randint(64, (cuda_graph.MOST_TOKENS + 1, 1)), model.new_state(cuda_graph.MOST_TOKENS + 1, 8))
     assert not made
 
 
 def test_on_a_processor_nothing_is_recorded(monkeypatch: pytest.MonkeyPatch) -> None:
-    assert recorded.refusal(torch.device("cpu")) == "needs CUDA"
-    assert recorded.refusal(torch.device("cuda")) is None
+    assert cuda_graph.refusal(torch.device("cpu")) == "needs CUDA"
+    assert cuda_graph.refusal(torch.device("cuda")) is None
     monkeypatch.setenv("TWOTOWER_GRAPHS", "0")
-    assert recorded.refusal(torch.device("cuda")) == "is turned off by TWOTOWER_GRAPHS=0"
+    assert cuda_graph.refusal(torch.device("cuda")) == "is turned off by TWOTOWER_GRAPHS=0"

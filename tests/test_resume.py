@@ -15,9 +15,9 @@ import torch
 from tiny_run import checkpoints, column, launch, log_text, model_bytes, run, uninterrupted
 
 from twotower.training import checkpoints as saving
-from twotower.training import parallel
+from twotower.training import fsdp
+from twotower.training.fsdp import World
 from twotower.training.log import LOG_FILE, read_log
-from twotower.training.parallel import World
 
 STEPS = 22  # of every run here; a checkpoint every 4, so the last two are those after 20 and 22
 
@@ -50,8 +50,8 @@ def copy(tmp_path: Path) -> Path:
 
 @pytest.fixture
 def world() -> Iterator[World]:
-    yield parallel.start("cpu")
-    parallel.stop()
+    yield fsdp.start("cpu")
+    fsdp.stop()
 
 
 # --- kills ---------------------------------------------------------------------------------------------------------

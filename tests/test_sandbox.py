@@ -9,8 +9,8 @@ from pathlib import Path
 
 import pytest
 
-from twotower.evaluation.harness import sandbox
-from twotower.evaluation.harness.sandbox import ARCHITECTURES, NoSandboxError, run_program, seccomp_filter
+from twotower.evaluation.lm_eval import sandbox
+from twotower.evaluation.lm_eval.sandbox import ARCHITECTURES, NoSandboxError, run_program, seccomp_filter
 
 here = sys.platform == "linux" and platform.machine() in ARCHITECTURES
 needs_sandbox = pytest.mark.skipif(not here, reason="the sandbox is for Linux on x86-64 or arm64")

@@ -15,8 +15,8 @@ from test_stopping import TOKENIZER
 from torch import Tensor
 
 from twotower import GenerationParams, generate
-from twotower.generation.unmasking import POLICIES, Pass, Verdict, register_policy
-from twotower.server.protocol import OFF, ChatAsked, CompletionAsked
+from twotower.decoding.unmasking import POLICIES, Pass, Verdict, register_policy
+from twotower.server.request_schemas import OFF, ChatAsked, CompletionAsked
 
 PROMPT = "the quick"
 BOTH = ("/v1/completions", "/v1/chat/completions")

@@ -12,8 +12,8 @@ import pytest
 from serving import Served, events_of, serving, texts_of
 
 from twotower import TwoTowerForCausalLM, bundled_model
-from twotower.evaluation.harness.model import TwoTowerLM
-from twotower.evaluation.suite.problems import problems
+from twotower.evaluation.lm_eval.model import TwoTowerLM
+from twotower.evaluation.tasks.problems import problems
 
 # What both tasks have in common: documents from a file, prompts as they are.
 TASK: dict[str, Any] = {

@@ -375,7 +375,7 @@ def test_headers_have_to_arrive(served: Served, monkeypatch: pytest.MonkeyPatch)
 def test_a_client_that_does_not_read_frees_its_place(served: Served, monkeypatch: pytest.MonkeyPatch) -> None:
     """Its stream fills the buffers between it and the server, and then waits for it: not for ever."""
     monkeypatch.setattr("twotower.server.connections.STALLED", 0.3)
-    monkeypatch.setattr("twotower.server.streams._data", lambda body: b"data: " + body.ljust(2**20) + b"\n\n")
+    monkeypatch.setattr("twotower.server.streaming._data", lambda body: b"data: " + body.ljust(2**20) + b"\n\n")
     with asking(served, True):
         until(lambda: served.service.open == 1)
         until(lambda: served.service.open == 0, "it holds its place")

@@ -13,7 +13,7 @@ from schemathesis import GenerationMode
 from schemathesis.checks import CHECKS
 from serving import Served, serving, until
 
-from twotower.modes import MEANT_FOR
+from twotower.decoding.modes import MEANT_FOR
 from twotower.server.settings import Limits
 
 OPERATIONS = [

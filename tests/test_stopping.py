@@ -11,7 +11,7 @@ from tokenizers import Tokenizer, decoders, models, normalizers, pre_tokenizers,
 from transformers import PreTrainedTokenizerFast
 
 from twotower import GenerationParams, TwoTowerForCausalLM, generate
-from twotower.generation.stopping import BROKEN, Detokenizer, RowProgress, plain_decoder
+from twotower.decoding.stopping import BROKEN, Detokenizer, RowProgress, plain_decoder
 
 Factory = Callable[..., TwoTowerForCausalLM]
 VOCABULARY = 320

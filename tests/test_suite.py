@@ -13,9 +13,9 @@ from typing import Any
 import pytest
 
 from twotower.errors import ArgumentError
-from twotower.evaluation.suite import FAMILIES, LEVELS, Problem, accuracy, problems, score, stream, wilson, write_jsonl
-from twotower.evaluation.suite.__main__ import run
-from twotower.evaluation.suite.problems import TEST_SHARE, side
+from twotower.evaluation.tasks import FAMILIES, LEVELS, Problem, accuracy, problems, score, stream, wilson, write_jsonl
+from twotower.evaluation.tasks.__main__ import run
+from twotower.evaluation.tasks.problems import TEST_SHARE, side
 
 GOLDEN = "ddbed5e55c4a7cc3eb59ad934c21a41daf15d5ccbc58c10ae3288e414bd59d7d"
 

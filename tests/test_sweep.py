@@ -11,10 +11,10 @@ import pytest
 from command import Result, assert_one_line_error
 
 from twotower import TwoTowerForCausalLM
+from twotower.decoding.presets import parse_setting
 from twotower.errors import ArgumentError
 from twotower.evaluation import sweep as module
 from twotower.evaluation.report import draw, markdown
-from twotower.evaluation.settings import parse_setting
 from twotower.evaluation.sweep import Point, fingerprint, front, grid, sweep
 
 

@@ -25,8 +25,8 @@ from tiny_run import (
     write_data,
 )
 
-from twotower.one_tower import read
-from twotower.training.corpus import train_tokenizer
+from twotower.checkpoint.one_tower import read
+from twotower.training.data import train_tokenizer
 
 Spoil = Callable[[Path], Sequence[str]]  # folder for what is needed → options that win
 

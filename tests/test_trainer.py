@@ -19,10 +19,10 @@ from twotower import TwoTowerForCausalLM
 from twotower.config import BackboneConfig
 from twotower.model.moe import Router
 from twotower.training import checkpoints as saving
-from twotower.training import parallel
+from twotower.training import fsdp
 from twotower.training.balance import LoadBalance
+from twotower.training.fsdp import World
 from twotower.training.optimizer import Optimizer, Schedule
-from twotower.training.parallel import World
 
 CONTEXT = ("context_tower.", "context_lm_head.")
 LITTLE = ("--stages", "16:8", "--held-out", "0", "--checkpoint-every", "100")
@@ -30,8 +30,8 @@ LITTLE = ("--stages", "16:8", "--held-out", "0", "--checkpoint-every", "100")
 
 @pytest.fixture
 def world() -> Iterator[World]:
-    yield parallel.start("cpu")
-    parallel.stop()
+    yield fsdp.start("cpu")
+    fsdp.stop()
 
 
 # --- the optimizer -------------------------------------------------------------------------------------------------

@@ -16,7 +16,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
 from twotower import TwoTowerForCausalLM
-from twotower.training.corpus import Batch
+from twotower.training.data import Batch
 from twotower.training.noise import Corruption
 from twotower.training.objective import AutoregressiveObjective
 

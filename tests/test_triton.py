@@ -18,9 +18,13 @@ import torch
 import triton_mode
 from torch import Tensor
 
-from twotower import TwoTowerForCausalLM, kernels
-from twotower.kernels import Backend, greedy, mamba_block
-from twotower.kernels.cases import (
+from twotower import TwoTowerForCausalLM
+from twotower.ops import registry
+from twotower.ops.reference import argmax, mamba_block
+from twotower.ops.reference.mamba_block import MambaTrace, MambaWeights
+from twotower.ops.registry import Backend
+from twotower.ops.self_check import disagreement
+from twotower.ops.self_check_cases import (
     Sizes,
     block_arguments,
     choose_arguments,
@@ -28,15 +32,15 @@ from twotower.kernels.cases import (
     fold_arguments,
     weights_of,
 )
-from twotower.kernels.mamba_block import MambaTrace, MambaWeights
-from twotower.kernels.verification import disagreement
 
 if importlib.util.find_spec("triton") is None:
     pytest.skip("the Triton kernels are not tested: the package triton is not installed", allow_module_level=True)
 
 triton_mode.mend_interpreter()
 
-from twotower.kernels import triton_fold, triton_greedy, triton_mamba  # noqa: E402
+from twotower.ops.triton import argmax as triton_greedy  # noqa: E402
+from twotower.ops.triton import fold as triton_fold  # noqa: E402
+from twotower.ops.triton import mamba_block as triton_mamba  # noqa: E402
 
 DEVICE = torch.device("cuda", 0) if torch.cuda.is_available() else torch.device("cpu")
 TINY_HYBRID = Sizes(heads=8, groups=2, width=16, state=16, taps=4)
@@ -272,16 +276,16 @@ def test_choose(dtype: torch.dtype, size: int) -> None:
     logits, excluded = choose_arguments(size, DEVICE, dtype)
     if size == 1:
         excluded[:] = -1
-    expected, found = greedy.choose(logits, excluded), triton_greedy.choose(logits, excluded)
+    expected, found = argmax.choose(logits, excluded), triton_greedy.choose(logits, excluded)
     assert torch.equal(found[0], expected[0])
     close(found[1], expected[1])
 
 
-@pytest.mark.parametrize("choose", [greedy.choose, triton_greedy.choose])
+@pytest.mark.parametrize("choose", [argmax.choose, triton_greedy.choose])
 def test_choose_by_its_definition(
     choose: Callable[..., tuple[Tensor, Tensor]], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(greedy, "TILE_BYTES", 4 * 50 * 2)  # tiles of two positions
+    monkeypatch.setattr(argmax, "TILE_BYTES", 4 * 50 * 2)  # tiles of two positions
     generator = torch.Generator().manual_seed(0)
     logits = (torch.randn(3, 3, 50, generator=generator) * 3).to(DEVICE)
     logits[0, 1, 10:] = -torch.inf
@@ -296,7 +300,7 @@ def test_choose_by_its_definition(
     assert confidence.dtype == torch.float32
 
 
-@pytest.mark.parametrize("choose", [greedy.choose, triton_greedy.choose])
+@pytest.mark.parametrize("choose", [argmax.choose, triton_greedy.choose])
 def test_choose_of_slices_and_of_nothing(choose: Callable[..., tuple[Tensor, Tensor]]) -> None:
     logits, excluded = choose_arguments(40, DEVICE, torch.float32)
     whole = choose(logits, excluded)
@@ -321,8 +325,8 @@ def test_the_kernels_compile_for_a_gpu(lengths: list[str], tmp_path: Path) -> No
 @pytest.fixture
 def triton_on(monkeypatch: pytest.MonkeyPatch) -> Iterator[pytest.MonkeyPatch]:
     """Triton or torch, and nothing decided yet; afterwards nothing is left of what was decided."""
-    for op, backends in kernels.CATALOGUE.items():
-        monkeypatch.setitem(kernels.CATALOGUE, op, tuple(b for b in backends if b.name != "native"))
+    for op, backends in registry.CATALOGUE.items():
+        monkeypatch.setitem(registry.CATALOGUE, op, tuple(b for b in backends if b.name != "native"))
     monkeypatch.setenv("TWOTOWER_TRITON", "1")
     _forget()
     yield monkeypatch
@@ -331,8 +335,8 @@ def triton_on(monkeypatch: pytest.MonkeyPatch) -> Iterator[pytest.MonkeyPatch]:
 
 
 def _forget() -> None:
-    kernels._select.cache_clear()
-    kernels._refusal.cache_clear()
+    registry._select.cache_clear()
+    registry._refusal.cache_clear()
 
 
 @DTYPES
@@ -340,9 +344,9 @@ def test_kernels_that_agree_are_taken(dtype: torch.dtype, triton_on: pytest.Monk
     """Run on the cases that it is checked with on every machine."""
     with warnings.catch_warnings():
         warnings.simplefilter("error")
-        rows = {op: (backend, why) for op, backend, why in kernels.report(DEVICE, dtype)}
+        rows = {op: (backend, why) for op, backend, why in registry.report(DEVICE, dtype)}
     for op in OPS:
-        assert kernels.select(op, DEVICE, dtype).name == rows[op][0] == "triton"
+        assert registry.select(op, DEVICE, dtype).name == rows[op][0] == "triton"
         assert "agreed with its twin here" in rows[op][1]
 
 
@@ -393,16 +397,16 @@ def test_a_broken_kernel_is_refused_loudly(
     triton_on.setenv("TWOTOWER_TRITON", "1")
     _forget()
     for op in set(OPS) - {"mamba_block"}:
-        triton_on.setitem(kernels.CATALOGUE, op, kernels.CATALOGUE[op][-1:])
-    right, twin = kernels.CATALOGUE["mamba_block"]
+        triton_on.setitem(registry.CATALOGUE, op, registry.CATALOGUE[op][-1:])
+    right, twin = registry.CATALOGUE["mamba_block"]
     wrong = Backend("triton", broken, right.why, right.refusal, compiled=True)
-    triton_on.setitem(kernels.CATALOGUE, "mamba_block", (wrong, twin))
+    triton_on.setitem(registry.CATALOGUE, "mamba_block", (wrong, twin))
     with pytest.warns(RuntimeWarning, match=said):
-        assert kernels.select("mamba_block", DEVICE, torch.float32) is twin
+        assert registry.select("mamba_block", DEVICE, torch.float32) is twin
     with warnings.catch_warnings():
         warnings.simplefilter("error")  # said once
-        assert kernels.select("mamba_block", DEVICE, torch.float32) is twin
-        (row,) = (row for row in kernels.report(DEVICE, torch.float32) if row[0] == "mamba_block")
+        assert registry.select("mamba_block", DEVICE, torch.float32) is twin
+        (row,) = (row for row in registry.report(DEVICE, torch.float32) if row[0] == "mamba_block")
     assert row[1] == "torch"
     assert "triton is not used: it " in row[2]
     assert torch.equal(model.extend(tokens, model.new_state(2, 8)), expected)
@@ -412,11 +416,11 @@ def test_a_wrong_token_is_found() -> None:
     """One token of many, and the confidences are right."""
 
     def broken(logits: Tensor, excluded: Tensor) -> tuple[Tensor, Tensor]:
-        tokens, confidence = greedy.choose(logits, excluded)
+        tokens, confidence = argmax.choose(logits, excluded)
         tokens[0, 0] += 1
         return tokens, confidence
 
-    said = disagreement(broken, greedy.choose, choose_cases(DEVICE, torch.float32))
+    said = disagreement(broken, argmax.choose, choose_cases(DEVICE, torch.float32))
     assert said == "differs from its twin on a vocabulary of 13: result 0 in 1 of 6 numbers"
 
 
@@ -434,7 +438,7 @@ def test_refusals(
 ) -> None:
     triton_on.setenv("TWOTOWER_TRITON", setting)
     triton_on.setenv("TRITON_INTERPRET", interpret)
-    found = {op: (backend, said) for op, backend, said in kernels.report(device, dtype)}
+    found = {op: (backend, said) for op, backend, said in registry.report(device, dtype)}
     for op in OPS:
         assert found[op][0] != "triton"
         assert why in found[op][1]
@@ -442,16 +446,16 @@ def test_refusals(
 
 def test_without_the_package(triton_on: pytest.MonkeyPatch) -> None:
     triton_on.setattr(importlib.util, "find_spec", lambda name: None)
-    assert kernels.select("fold", DEVICE, torch.float32).name == "torch"
-    assert "needs the package triton" in {op: why for op, _, why in kernels.report(DEVICE, torch.float32)}["fold"]
+    assert registry.select("fold", DEVICE, torch.float32).name == "torch"
+    assert "needs the package triton" in {op: why for op, _, why in registry.report(DEVICE, torch.float32)}["fold"]
 
 
 def test_gradients_go_through_the_twin(triton_on: pytest.MonkeyPatch) -> None:
-    triton_on.setattr(kernels.verification, "disagreement", lambda *_: None)
+    triton_on.setattr(registry.verification, "disagreement", lambda *_: None)
     with torch.enable_grad():
-        assert kernels.select("mamba_block", DEVICE, torch.float32).name == "torch"
-    assert kernels.select("mamba_block", DEVICE, torch.float32).name == "triton"
-    assert kernels.select("mamba_block", DEVICE, torch.float32, differentiable=True).name == "torch"
+        assert registry.select("mamba_block", DEVICE, torch.float32).name == "torch"
+    assert registry.select("mamba_block", DEVICE, torch.float32).name == "triton"
+    assert registry.select("mamba_block", DEVICE, torch.float32, differentiable=True).name == "torch"
 
 
 @pytest.mark.parametrize("length", [1, 6])
@@ -463,9 +467,9 @@ def test_a_model_through_the_kernels(
     for setting in ("0", "1"):
         triton_on.setenv("TWOTOWER_TRITON", setting)
         _forget()
-        triton_on.setattr(kernels.verification, "disagreement", lambda *_: None)
+        triton_on.setattr(registry.verification, "disagreement", lambda *_: None)
         model = random_model("M*", seed=5, mamba_num_heads=2, n_groups=1).to(DEVICE)
-        assert kernels.select("fold", DEVICE, torch.float32).name == {"0": "torch", "1": "triton"}[setting]
+        assert registry.select("fold", DEVICE, torch.float32).name == {"0": "torch", "1": "triton"}[setting]
         state = model.new_state(3, 40)
         tokens = torch.arange(3 * 9, device=DEVICE).view(3, 9)
         rows = torch.tensor([2, 0], device=DEVICE)

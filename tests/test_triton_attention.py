@@ -12,17 +12,17 @@ import torch
 import triton_mode
 from torch import Tensor
 
-from twotower.kernels import attention as twin
-from twotower.kernels.attention import Cached
-from twotower.kernels.cases import Draw
-from twotower.kernels.triton_launch import MAX_HEAD
+from twotower.ops.reference import attention as twin
+from twotower.ops.reference.attention import Cached
+from twotower.ops.self_check_cases import Draw
+from twotower.ops.triton.launch import MAX_HEAD
 
 if importlib.util.find_spec("triton") is None:
     pytest.skip("the Triton kernels are not tested: the package triton is not installed", allow_module_level=True)
 
 triton_mode.mend_interpreter()
 
-from twotower.kernels import triton_attention  # noqa: E402
+from twotower.ops.triton import attention  # noqa: E402
 
 DEVICE = torch.device("cuda", 0) if torch.cuda.is_available() else torch.device("cpu")
 DTYPES = pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=["fp32", "bf16"])
@@ -33,7 +33,7 @@ Arguments = tuple[Tensor, Tensor, Tensor, Tensor | None, bool, Cached | None]
 @pytest.fixture(autouse=True)
 def _small_splits(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
     """Contexts that the interpreter can do are shared out too."""
-    monkeypatch.setattr(triton_attention, "LEAST_KEYS", 64)
+    monkeypatch.setattr(attention, "LEAST_KEYS", 64)
     with torch.no_grad():
         yield
 
@@ -77,7 +77,7 @@ def check(*given: Any) -> Tensor:
         None if cached is None else cached._replace(k=cached.k.double().nan_to_num(), v=cached.v.double().nan_to_num())
     )
     expected = twin.attention(q.double(), k.double(), v.double(), valid, causal, wide)
-    found = triton_attention.attention(*given)
+    found = attention.attention(*given)
     assert found.dtype == q.dtype
     share = {torch.float32: 2e-6, torch.bfloat16: 8e-3}[q.dtype]
     torch.testing.assert_close(found.double(), expected, rtol=0, atol=share * float(expected.abs().max()))
@@ -123,7 +123,7 @@ def test_many_splits(length: int, dtype: torch.dtype) -> None:
     pool = [(draw(5000, 16) * factor).to(dtype) for factor in (torch.linspace(0, 8, 5000, device=DEVICE)[:, None], 1)]
     cached = cached._replace(k=pool[0], v=pool[1], lengths=torch.tensor(lengths, device=DEVICE), width=2048)
     check(q, k, v, None, True, cached._replace(start=torch.tensor([3000, 7, 1500], device=DEVICE)))
-    assert triton_attention.splits_of(3, 2048, 4) == 32 > triton_attention.PARTS
+    assert attention.splits_of(3, 2048, 4) == 32 > attention.PARTS
 
 
 @pytest.mark.parametrize("width", [300, 512, 4096])
@@ -131,28 +131,28 @@ def test_the_rounded_width_of_a_recording(width: int) -> None:
     """Nothing beyond a row's length is read, however wide the pass is: the pool is no number there, and ends there."""
     *given, cached = arguments(2, (300, 0, 17))
     check(*given, cached._replace(width=max(cached.lengths.tolist())))
-    found = triton_attention.attention(*given, cached._replace(width=width))
-    torch.testing.assert_close(found, triton_attention.attention(*given, cached), rtol=1e-5, atol=1e-6)
+    found = attention.attention(*given, cached._replace(width=width))
+    torch.testing.assert_close(found, attention.attention(*given, cached), rtol=1e-5, atol=1e-6)
     assert found.isfinite().all()
 
 
 @pytest.mark.parametrize("splits", [1, 3])
 def test_a_row_is_what_it_is_alone(splits: int, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(triton_attention, "splits_of", lambda *_: splits)
+    monkeypatch.setattr(attention, "splits_of", lambda *_: splits)
     q, k, v, valid, causal, cached = arguments(5, (200, 0, 130), (4, 2), valid="end")
-    together = triton_attention.attention(q, k, v, valid, causal, cached)
+    together = attention.attention(q, k, v, valid, causal, cached)
     for row in range(3):
         at = slice(row, row + 1)
         own = cached._replace(start=cached.start[at], stride=cached.stride[at], lengths=cached.lengths[at])
-        assert torch.equal(triton_attention.attention(q[at], k[at], v[at], valid[at], causal, own), together[at])
+        assert torch.equal(attention.attention(q[at], k[at], v[at], valid[at], causal, own), together[at])
 
 
 @pytest.mark.parametrize("causal", [True, False])
 def test_what_stands_at_padding_leaves_no_mark(causal: bool) -> None:
     q, k, v, valid, _, cached = arguments(9, (0, 3, 70), valid="end")
-    clean = triton_attention.attention(q, k, v, valid, causal, cached)
+    clean = attention.attention(q, k, v, valid, causal, cached)
     dirty = [part.masked_fill(~valid[..., None, None], torch.nan) for part in (q, k, v)]
-    found = triton_attention.attention(*dirty, valid, causal, cached)
+    found = attention.attention(*dirty, valid, causal, cached)
     assert torch.equal(found[valid], clean[valid])
 
 
@@ -185,7 +185,7 @@ def test_strided_inputs() -> None:
     apart = [part.mT.contiguous().mT for part in (q, k, v)]
     unlike = [q, by_heads[1], v]
     for given in (by_heads, slices, apart, unlike):
-        assert torch.equal(triton_attention.attention(*given, valid.mT.contiguous().mT, causal, cached), expected)
+        assert torch.equal(attention.attention(*given, valid.mT.contiguous().mT, causal, cached), expected)
 
 
 def test_an_even_layout() -> None:
@@ -200,7 +200,7 @@ def test_an_even_layout() -> None:
 def test_wide_heads_go_to_the_twin(monkeypatch: pytest.MonkeyPatch) -> None:
     given = arguments(2, (3,), width=MAX_HEAD + 1)
     monkeypatch.setattr(twin, "attention", lambda *_: "the twin")
-    assert triton_attention.attention(*given) == "the twin"
+    assert attention.attention(*given) == "the twin"
 
 
 @pytest.mark.parametrize("shape", [(0, 4), (2, 0)])
@@ -209,7 +209,7 @@ def test_attention_of_nothing(shape: tuple[int, int]) -> None:
     rows, length = shape
     q, k, v = (part[:rows, :length] for part in (q, k, v))
     cached = Cached(*cached[:2], *(part[:rows] for part in cached[2:5]), *cached[5:])
-    assert triton_attention.attention(q, k, v, None, causal, cached).shape == q.shape
+    assert attention.attention(q, k, v, None, causal, cached).shape == q.shape
 
 
 # --- launches --------------------------------------------------------------------------------------------------------
@@ -232,14 +232,14 @@ class Launches:
 def test_launches_depend_on_shapes_alone(monkeypatch: pytest.MonkeyPatch) -> None:
     """Tensors of no device, whose values nobody can ask for: the same launches whatever stands in them."""
     launches = Launches()
-    monkeypatch.setattr(triton_attention, "_attention_kernel", launches)
-    monkeypatch.setattr(triton_attention, "_join_kernel", launches)
+    monkeypatch.setattr(attention, "_attention_kernel", launches)
+    monkeypatch.setattr(attention, "_join_kernel", launches)
     meta = torch.device("meta")
     given = arguments(16, (300, 2), (4, 2), valid="end")
     for _ in range(2):
-        triton_attention.attention(*_on(meta, given))
+        attention.attention(*_on(meta, given))
     *rest, cached = given
-    triton_attention.attention(*rest, cached._replace(lengths=cached.lengths * 0))
+    attention.attention(*rest, cached._replace(lengths=cached.lengths * 0))
     assert len(launches.seen) == 6
     assert launches.seen[:2] == launches.seen[2:4] == launches.seen[4:]
 
@@ -270,9 +270,9 @@ def test_splits_fill_the_device(
     rows: int, queries: int, width: int, splits: int, programs: int, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.undo()
-    tile = triton_attention.tiles(queries, 128, torch.bfloat16)
+    tile = attention.tiles(queries, 128, torch.bfloat16)
     each = rows * 2 * (queries // tile.rows)
-    assert triton_attention.splits_of(each, width, tile.warps) == splits
+    assert attention.splits_of(each, width, tile.warps) == splits
     assert each * splits == programs
 
 

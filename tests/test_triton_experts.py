@@ -14,18 +14,21 @@ import torch
 import triton_mode
 from torch import Tensor
 
-from twotower import TwoTowerForCausalLM, kernels
-from twotower.kernels import experts, int8
-from twotower.kernels.cases import Draw
-from twotower.kernels.verification import disagreement
-from twotower.quantization import quantize_
+from twotower import TwoTowerForCausalLM
+from twotower.checkpoint.quantize import quantize_
+from twotower.ops import registry
+from twotower.ops.reference import experts, int8
+from twotower.ops.self_check import disagreement
+from twotower.ops.self_check_cases import Draw
 
 if importlib.util.find_spec("triton") is None:
     pytest.skip("the Triton kernels are not tested: the package triton is not installed", allow_module_level=True)
 
 triton_mode.mend_interpreter()
 
-from twotower.kernels import triton_experts, triton_int8, triton_products  # noqa: E402
+from twotower.ops.triton import experts as triton_experts  # noqa: E402
+from twotower.ops.triton import gemm  # noqa: E402
+from twotower.ops.triton import int8 as triton_int8  # noqa: E402
 
 DEVICE = torch.device("cuda", 0) if torch.cuda.is_available() else torch.device("cpu")
 DTYPES = pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=["fp32", "bf16"])
@@ -256,7 +259,7 @@ def test_many_tokens_go_to_the_twin(monkeypatch: pytest.MonkeyPatch) -> None:
 
 def test_the_assembly_widens_every_byte() -> None:
     """Its text, read here as the instructions are defined: the interpreter knows none."""
-    text = triton_products.WIDEN.value
+    text = gemm.WIDEN.value
     for first in range(256):
         second, third, fourth = (first * 7 + 3) % 256, first ^ 0x5A, 255 - first
         found = _run(text, first | second << 8 | third << 16 | fourth << 24)
@@ -312,9 +315,9 @@ def test_the_kernels_compile_for_a_gpu(tmp_path: Path) -> None:
 @DTYPES
 def test_experts_agree_on_what_they_are_checked_with(dtype: torch.dtype) -> None:
     """test_triton has the other two checked; here a GPU may prefer torch's grouped product."""
-    (backend,) = (b for b in kernels.CATALOGUE["experts"] if b.name == "triton")
-    twin = kernels.CATALOGUE["experts"][-1].function
-    assert disagreement(backend.function, twin, kernels.CASES["experts"](DEVICE, dtype)) is None
+    (backend,) = (b for b in registry.CATALOGUE["experts"] if b.name == "triton")
+    twin = registry.CATALOGUE["experts"][-1].function
+    assert disagreement(backend.function, twin, registry.CASES["experts"](DEVICE, dtype)) is None
 
 
 @pytest.mark.parametrize("quantized", [False, True])
@@ -327,7 +330,7 @@ def test_a_model_through_the_kernels(
     tokens = torch.arange(2 * 9, device=DEVICE).view(2, 9)
 
     def logits() -> list[Tensor]:
-        kernels._select.cache_clear()
+        registry._select.cache_clear()
         state = model.new_state(2, 20)
         return [
             model.extend(tokens, state),
@@ -336,20 +339,20 @@ def test_a_model_through_the_kernels(
 
     expected = logits()
     for op in ("experts", "experts_int8", "linear_int8"):
-        (backend,) = (b for b in kernels.CATALOGUE[op] if b.name == "triton")
-        monkeypatch.setitem(kernels.CATALOGUE, op, (replace(backend, refusal=lambda *_: None, compiled=False),))
+        (backend,) = (b for b in registry.CATALOGUE[op] if b.name == "triton")
+        monkeypatch.setitem(registry.CATALOGUE, op, (replace(backend, refusal=lambda *_: None, compiled=False),))
     found = logits()
     for op in ("experts_int8", "linear_int8") if quantized else ("experts",):
-        assert kernels.select(op, DEVICE, torch.float32).name == "triton"
+        assert registry.select(op, DEVICE, torch.float32).name == "triton"
     monkeypatch.undo()
-    kernels._select.cache_clear()
+    registry._select.cache_clear()
     for mine, twin in zip(found, expected, strict=True):
         torch.testing.assert_close(mine, twin, rtol=1e-4, atol=1e-4)
 
 
 def test_an_order_that_needs_no_measurement() -> None:
     """Triton where torch has nothing that reads a chosen expert once; never behind a backend that copies weights."""
-    names = {op: [b.name for b in backends] for op, backends in kernels.CATALOGUE.items()}
+    names = {op: [b.name for b in backends] for op, backends in registry.CATALOGUE.items()}
     assert names["experts"][:2] == ["grouped-gemm", "triton"]
     assert names["experts_int8"][:2] == ["triton", "grouped-gemm"]
     assert names["linear_int8"][0] == "triton"

@@ -11,18 +11,19 @@ import torch
 import triton_mode
 from torch import Tensor
 
-from twotower.kernels import norm, routing
-from twotower.kernels.cases import Draw, released_routing, route_cases
-from twotower.kernels.norm import Order
-from twotower.kernels.routing import Routing
-from twotower.kernels.triton_launch import MAX_TOKEN
+from twotower.ops.reference import norm, routing
+from twotower.ops.reference.norm import Order
+from twotower.ops.reference.routing import Routing
+from twotower.ops.self_check_cases import Draw, released_routing, route_cases
+from twotower.ops.triton.launch import MAX_TOKEN
 
 if importlib.util.find_spec("triton") is None:
     pytest.skip("the Triton kernels are not tested: the package triton is not installed", allow_module_level=True)
 
 triton_mode.mend_interpreter()
 
-from twotower.kernels import triton_norm, triton_route  # noqa: E402
+from twotower.ops.triton import norm as triton_norm  # noqa: E402
+from twotower.ops.triton import routing as triton_route  # noqa: E402
 
 DEVICE = torch.device("cuda", 0) if torch.cuda.is_available() else torch.device("cpu")
 DTYPES = pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=["fp32", "bf16"])

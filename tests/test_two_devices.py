@@ -17,9 +17,9 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
 from twotower import TwoTowerForCausalLM
-from twotower.kernels.attention import Cached
-from twotower.kernels.precision import accumulation_dtype
-from twotower.mirror import LocalReader, Mirror, Transport
+from twotower.cache.replica import LocalReader, Mirror, Transport
+from twotower.ops.precision import accumulation_dtype
+from twotower.ops.reference.attention import Cached
 
 Factory = Callable[..., TwoTowerForCausalLM]
 OTHER = {"context": "denoiser", "denoiser": "context"}

@@ -12,9 +12,10 @@ import torch
 from conftest import EVERY_KIND, build_random_model
 from torch import Tensor
 
+from twotower.decoding import sampling
+from twotower.decoding.unmasking import POLICIES, Pass, Unmasking, Verdict, commit, register_policy
+from twotower.engine.generation import GenerationParams, generate
 from twotower.errors import ArgumentError
-from twotower.generation import GenerationParams, generate, sampling
-from twotower.generation.unmasking import POLICIES, Pass, Unmasking, Verdict, commit, register_policy
 
 ROWS, LENGTH, WORDS, STEPS = 6, 9, 12, 7
 

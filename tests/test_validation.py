@@ -17,20 +17,14 @@ from conftest import build_random_model
 
 from twotower import TwoTowerForCausalLM
 from twotower.errors import ArgumentError
-from twotower.evaluation.samples import cut_prompts
-from twotower.evaluation.validation import (
-    LEVELS,
-    AutoregressiveValidation,
-    DenoisingValidation,
-    _at_level,
-    _uniform,
-)
-from twotower.training import parallel
-from twotower.training.corpus import Batch, Document, lay_out, place
+from twotower.training import fsdp
+from twotower.training.data import Batch, Document, lay_out, place
+from twotower.training.fsdp import World
 from twotower.training.objective import AutoregressiveObjective, DenoisingObjective, DenoisingOptions
 from twotower.training.optimizer import Schedule
-from twotower.training.parallel import World
+from twotower.training.samples import cut_prompts
 from twotower.training.trainer import Run, Stage, train
+from twotower.training.validation import LEVELS, AutoregressiveValidation, DenoisingValidation, _at_level, _uniform
 
 BOS, EOS, MASK, BLOCK, LENGTH = 1, 2, 3, 4, 32
 PATTERN = "M*E-"  # the last two context layers are read by no denoiser layer
@@ -91,9 +85,9 @@ def run(directory: Path, world: World, validated: bool, **options: Any) -> tuple
         directory=directory, schedule=Schedule(steps=3, peak=1e-2, warmup=1), stages=(Stage(BLOCK, 3),),
         checkpoint_every=3, validate_every=2, tensorboard=False,
     )  # fmt: skip
-    parallel.shard(objective, objective.units, world, torch.float32)
+    fsdp.shard(objective, objective.units, world, torch.float32)
     train(course, objective, Endless(world), world, validation if validated else None)
-    learned = sum(parallel.full(p.detach()).double().square().sum().item() for p in objective.parameters())
+    learned = sum(fsdp.full(p.detach()).double().square().sum().item() for p in objective.parameters())
     world.barrier()
     lines = (directory / "log.jsonl").read_text().splitlines()
     return [json.loads(line) for line in lines], learned
@@ -101,7 +95,7 @@ def run(directory: Path, world: World, validated: bool, **options: Any) -> tuple
 
 @pytest.fixture(scope="module")
 def alone() -> World:
-    return parallel.start("cpu")
+    return fsdp.start("cpu")
 
 
 def test_a_slow_count_agrees(alone: World) -> None:
@@ -234,7 +228,7 @@ def both(world: World, directory: Path) -> dict[str, dict[str, Any]]:
     }
     for name, options in cases.items():
         objective, validation = build(world, **options)
-        parallel.shard(objective, objective.units, world, torch.float32)
+        fsdp.shard(objective, objective.units, world, torch.float32)
         said[name] = validation(0)
     log, learned = run(directory, world, True)
     after = {key: value for key, value in log[2]["validation"].items() if key not in ("sample", "tokens_per_pass")}
@@ -267,7 +261,7 @@ def test_autoregressive(alone: World) -> None:
     validation = AutoregressiveValidation(
         model, objective, {"a": [first], "b": [second]}, alone, block_size=BLOCK, eos_token_id=EOS, max_new_tokens=5
     )
-    parallel.shard(objective, objective.units, alone, torch.float32)
+    fsdp.shard(objective, objective.units, alone, torch.float32)
     record = validation(1)
     assert validation(2) == record
     nats, tokens = 0.0, 0
@@ -285,8 +279,8 @@ def test_autoregressive(alone: World) -> None:
 
 if __name__ == "__main__":  # on each of two processes: `test_two_processes_say_the_same`
     torch.set_num_threads(1)
-    here = parallel.start("cpu")
+    here = fsdp.start("cpu")
     everything = both(here, Path(sys.argv[1]) / "two")
     if here.first:
         (Path(sys.argv[1]) / "both.json").write_text(json.dumps(everything))
-    parallel.stop()
+    fsdp.stop()

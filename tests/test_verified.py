@@ -18,17 +18,17 @@ from conftest import EVERY_KIND, GOLDEN, build_random_model
 from torch import Tensor
 
 from twotower import TwoTowerForCausalLM, bundled_model
+from twotower.cache.replica import Transport
+from twotower.decoding.draft_controller import CREDIT_SHARE, CREDIT_STEPS, SAVED_STEPS, Pace, pace_of
+from twotower.decoding.sampling import AR_TOKEN, noise
+from twotower.engine.generation import Generation, GenerationParams, generate, stream
+from twotower.engine.loops.diffusion import DenoisedBlock
+from twotower.engine.loops.speculative import agreement
 from twotower.errors import ArgumentError
 from twotower.evaluation.held_out import cut_dialogue, read_documents
-from twotower.evaluation.suite import problems
-from twotower.generation import Generation, GenerationParams, generate, stream
-from twotower.generation.diffusion import DenoisedBlock
-from twotower.generation.pace import CREDIT_SHARE, CREDIT_STEPS, SAVED_STEPS, Pace, pace_of
-from twotower.generation.sampling import AR_TOKEN, noise
-from twotower.generation.speculative import agreement
-from twotower.mirror import Transport
+from twotower.evaluation.tasks import problems
 
-speculative = importlib.import_module("twotower.generation.speculative")
+speculative = importlib.import_module("twotower.engine.loops.speculative")
 
 SAMPLINGS: dict[str, dict[str, Any]] = {
     "greedy": {},

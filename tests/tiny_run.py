@@ -29,7 +29,7 @@ from safetensors.torch import load_file
 from transformers import PreTrainedTokenizerFast
 
 from twotower.cli.main import run
-from twotower.training.corpus import train_tokenizer
+from twotower.training.data import train_tokenizer
 
 VOCABULARY = 301  # odd, as are the widths below: no part of it can be shared evenly by two processes
 SHAPE = {
@@ -49,7 +49,7 @@ BACKBONE = {
 }  # fmt: skip
 PRELOADED = (
     "pytest", "torch.distributed.checkpoint", "torch.utils.tensorboard", "twotower.cli.main",
-    "twotower.evaluation.validation", "twotower.training.runs",
+    "twotower.training.validation", "twotower.training.runs",
 )  # fmt: skip
 NAMES = ["Ada", "Bo", "Cy", "Dot", "Eve", "Flo", "Gus", "Hal", "Ivy", "Jo"]
 

@@ -15,18 +15,8 @@ from torch import Tensor
 from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource
 
-from twotower.kernels import (
-    triton_attention,
-    triton_experts,
-    triton_fold,
-    triton_greedy,
-    triton_int8,
-    triton_mamba,
-    triton_norm,
-    triton_route,
-)
-from twotower.kernels.attention import Cached
-from twotower.kernels.cases import (
+from twotower.ops.reference.attention import Cached
+from twotower.ops.self_check_cases import (
     RELEASED,
     Sizes,
     block_arguments,
@@ -36,6 +26,7 @@ from twotower.kernels.cases import (
     released_routing,
     route_cases,
 )
+from twotower.ops.triton import argmax, attention, experts, fold, int8, mamba_block, norm, routing
 
 SHARED_MEMORY = 227 << 10  # of an H100's program
 TYPES = {
@@ -48,7 +39,7 @@ TYPES = {
 }
 CPU = torch.device("cpu")
 MODULES = (
-    triton_attention, triton_experts, triton_fold, triton_greedy, triton_int8, triton_mamba, triton_norm, triton_route,
+    attention, experts, fold, argmax, int8, mamba_block, norm, routing,
 )  # fmt: skip
 
 
@@ -113,12 +104,12 @@ def blocks(lengths: list[int]) -> None:
         (odd, 5, torch.float32, True),
     ):
         arguments = block_arguments(sizes, length, CPU, dtype, rows=2)
-        triton_mamba.mamba_block(*arguments, trace)
-        triton_fold.fold(*fold_arguments(sizes, length, CPU, dtype))
+        mamba_block.mamba_block(*arguments, trace)
+        fold.fold(*fold_arguments(sizes, length, CPU, dtype))
     projected, *_, weights = arguments
-    triton_mamba.mamba_block(projected, None, None, None, weights._replace(conv_bias=None), False)
+    mamba_block.mamba_block(projected, None, None, None, weights._replace(conv_bias=None), False)
     for dtype in (torch.bfloat16, torch.float32):
-        triton_greedy.choose(*choose_arguments(131072, CPU, dtype))
+        argmax.choose(*choose_arguments(131072, CPU, dtype))
 
 
 def products() -> None:
@@ -132,11 +123,11 @@ def products() -> None:
     ):
         hidden, choice = torch.empty(tokens, width, dtype=dtype), torch.zeros(tokens, top, dtype=torch.int64)
         up, down = torch.empty(count, inner, width, dtype=dtype), torch.empty(count, width, inner, dtype=dtype)
-        triton_experts.experts(hidden, choice, torch.empty(tokens, top), up, down)
-        triton_experts.experts_int8(hidden, choice, torch.empty(tokens, top), *_int8(up), *_int8(down))
-        triton_int8.linear_int8(torch.empty(min(tokens, 256), 4096, dtype=dtype), *_int8(torch.empty(width, 4096)))
+        experts.experts(hidden, choice, torch.empty(tokens, top), up, down)
+        experts.experts_int8(hidden, choice, torch.empty(tokens, top), *_int8(up), *_int8(down))
+        int8.linear_int8(torch.empty(min(tokens, 256), 4096, dtype=dtype), *_int8(torch.empty(width, 4096)))
     bias = torch.empty(131072, dtype=torch.bfloat16)
-    triton_int8.linear_int8(torch.empty(16, 2688, dtype=torch.bfloat16), *_int8(torch.empty(131072, 2688)), bias)
+    int8.linear_int8(torch.empty(16, 2688, dtype=torch.bfloat16), *_int8(torch.empty(131072, 2688)), bias)
 
 
 def _int8(weight: Tensor) -> tuple[Tensor, Tensor]:
@@ -164,16 +155,16 @@ def attention() -> None:
         k = torch.zeros(rows, length, kv_heads, head_dim, dtype=dtype)
         pool, place = torch.zeros(16, head_dim, dtype=dtype), torch.zeros(rows, dtype=torch.int64)
         valid = torch.ones(rows, length, dtype=torch.bool) if padded else None
-        triton_attention.attention(q, k, k, valid, causal, Cached(pool, pool, place, place, place, width, 0))
+        attention.attention(q, k, k, valid, causal, Cached(pool, pool, place, place, place, width, 0))
 
 
 def norms_and_routers() -> None:
     for dtype in (torch.bfloat16, torch.float32):
         for case in norm_cases(CPU, dtype, 2688):
-            triton_norm.rms_norm(*case.arguments())
-        triton_route.route(*released_routing(CPU, dtype))
+            norm.rms_norm(*case.arguments())
+        routing.route(*released_routing(CPU, dtype))
         for case in route_cases(CPU, dtype)[1:2]:  # of several groups
-            triton_route.route(*case.arguments())
+            routing.route(*case.arguments())
 
 
 if __name__ == "__main__":

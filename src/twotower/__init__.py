@@ -16,16 +16,16 @@ from twotower.version import VERSION as __version__
 
 _HOMES = {
     "TwoTowerConfig": "twotower.config",
-    "TwoTowerForCausalLM": "twotower.model.two_tower",
-    "Generation": "twotower.generation",
-    "GenerationParams": "twotower.generation",
-    "BlockEvent": "twotower.generation",
-    "Constraint": "twotower.generation.constraints",
-    "generate": "twotower.generation",
+    "TwoTowerForCausalLM": "twotower.modeling_twotower",
+    "Generation": "twotower.engine.generation",
+    "GenerationParams": "twotower.engine.generation",
+    "BlockEvent": "twotower.engine.generation",
+    "Constraint": "twotower.decoding.structured",
+    "generate": "twotower.engine.generation",
     "AsyncLLM": "twotower.engine",
     "LLM": "twotower.engine",
     "Request": "twotower.engine",
-    "register_policy": "twotower.generation.unmasking",
+    "register_policy": "twotower.decoding.unmasking",
     "TwoTowerError": "twotower.errors",
     "bundled_model": "twotower.assets",
 }
@@ -49,12 +49,12 @@ __all__ = [
 if TYPE_CHECKING:
     from twotower.assets import bundled_model
     from twotower.config import TwoTowerConfig
+    from twotower.decoding.structured import Constraint
+    from twotower.decoding.unmasking import register_policy
     from twotower.engine import LLM, AsyncLLM, Request
+    from twotower.engine.generation import BlockEvent, Generation, GenerationParams, generate
     from twotower.errors import TwoTowerError
-    from twotower.generation import BlockEvent, Generation, GenerationParams, generate
-    from twotower.generation.constraints import Constraint
-    from twotower.generation.unmasking import register_policy
-    from twotower.model.two_tower import TwoTowerForCausalLM
+    from twotower.modeling_twotower import TwoTowerForCausalLM
 
 
 def __getattr__(name: str) -> Any:

@@ -40,7 +40,7 @@ def _extend_registry() -> None:
 
         if ARCHITECTURE not in (getattr(config, "architectures", None) or ()):
             return pick(config, mapping)
-        from twotower.model.two_tower import TwoTowerForCausalLM
+        from twotower.modeling_twotower import TwoTowerForCausalLM
 
         return TwoTowerForCausalLM
 

@@ -7,8 +7,8 @@ from pathlib import Path
 
 import click
 
-from twotower import ready
-from twotower.cli import model as models
+from twotower import model_loading
+from twotower.cli import model_options as models
 from twotower.cli.terminal import passing_line
 
 
@@ -41,16 +41,16 @@ def batch(
     own: mode, max_new_tokens, temperature, top_p, seed, stop and others. A line that cannot be answered gets an
     "error" in its place. The same command goes on where a killed one was.
     """
+    from twotower.decoding.presets import parse_setting
     from twotower.engine.jobs import engine_for, finished, read_lines, run_job
-    from twotower.evaluation.settings import parse_setting
 
     values = parse_setting(setting).values
     loaded, source = models.opened(
         model, "it cannot read prompts; put one there", dtype=dtype, quantization=quantization, threads=threads
     )
-    shared = {"max_new_tokens": max_new_tokens, "eos_token_id": ready.eos_of(loaded)}
+    shared = {"max_new_tokens": max_new_tokens, "eos_token_id": model_loading.eos_of(loaded)}
     shared |= {"mask_token_id": loaded.config.mask_token, "seed": seed, **values}
-    lines = read_lines(prompts, loaded, shared, ready.name_of(source))
+    lines = read_lines(prompts, loaded, shared, model_loading.name_of(source))
     before = finished(out, lines)
     engine = engine_for(loaded, lines, rows, None if memory is None else int(memory * 2**30))
     started = time.perf_counter()

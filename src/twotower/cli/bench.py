@@ -8,14 +8,14 @@ from typing import TYPE_CHECKING
 
 import click
 
-from twotower import ready
-from twotower.cli import model as models
+from twotower import model_loading
+from twotower.cli import model_options as models
 from twotower.cli.terminal import console_on, passing_line
 
 if TYPE_CHECKING:
     from rich.table import Table
 
-    from twotower.evaluation.bench import Measured
+    from twotower.evaluation.speed import Measured
 
 
 @click.command()
@@ -59,10 +59,10 @@ def bench(
     Settings take turns in every round. Prompt tokens are never counted, nor is anything after a row's end. A table goes
     to stderr, one JSON line to stdout.
     """
-    from twotower.evaluation import bench as measuring
+    from twotower.decoding.presets import parse_setting
+    from twotower.evaluation import speed as measuring
     from twotower.evaluation.machine import described
     from twotower.evaluation.machine import machine as machine_of
-    from twotower.evaluation.settings import parse_setting
 
     parsed = [parse_setting(text) for text in settings]
     loaded, source = models.opened(
@@ -76,7 +76,7 @@ def bench(
     machine = machine_of(loaded)
     if not as_json:
         console = console_on("stderr")
-        console.print(f"{ready.name_of(source)}, {described(machine)}")
+        console.print(f"{model_loading.name_of(source)}, {described(machine)}")
         for table in tables(found):
             console.print(table)
     click.echo(json.dumps({"model": str(source), "machine": machine, "measured": [one.to_dict() for one in found]}))

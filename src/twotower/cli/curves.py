@@ -18,7 +18,7 @@ def curves(run: Path, output: Path | None, as_json: bool) -> None:
     Writes training.png (loss, learning rate, gradient norm, speed) and, once something was validated, validation.png
     (held-out losses, agreement, tokens per pass, a sample's denoising). A run that still goes on can be drawn too.
     """
-    from twotower.training import curves as pictures
+    from twotower.training.plots import curves as pictures
 
     records = pictures.load(run)
     paths = pictures.draw(run, output)

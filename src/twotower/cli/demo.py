@@ -10,17 +10,17 @@ from typing import TYPE_CHECKING, Any
 
 import click
 
-from twotower import ready
-from twotower.cli import model as models
+from twotower import model_loading
+from twotower.cli import model_options as models
 from twotower.cli.terminal import console_on
-from twotower.modes import BLOCK_MODES, MODES
+from twotower.decoding.modes import BLOCK_MODES, MODES
 
 if TYPE_CHECKING:
     from rich.console import Console
     from rich.text import Text
 
-    from twotower.generation import Generation
-    from twotower.model.two_tower import TwoTowerForCausalLM
+    from twotower.engine.generation import Generation
+    from twotower.modeling_twotower import TwoTowerForCausalLM
 
 PROMPT = "User: I am looking for a place to eat.\nAssistant:"
 NEW_TOKENS = 64
@@ -46,7 +46,7 @@ def demo(model: str | None, threads: int | None, as_json: bool) -> None:
         show(loaded)
     results = measure(loaded)
     if as_json:
-        facts = {"prompt": PROMPT, "model": str(source), **ready.placement(loaded)}
+        facts = {"prompt": PROMPT, "model": str(source), **model_loading.placement(loaded)}
         modes = [result.to_dict() | {"times_ar": times_ar(results, mode)} for mode, result in results.items()]
         click.echo(json.dumps(facts | {"confidence_threshold": THRESHOLD, "modes": modes}, ensure_ascii=False))
         return
@@ -59,12 +59,12 @@ def heading(source: str | Path, model: TwoTowerForCausalLM) -> Text:
     import torch
     from rich.text import Text
 
-    where = ready.placement(model)
+    where = model_loading.placement(model)
     size = sum(parameter.numel() for parameter in model.parameters()) / 1e6
     count = torch.get_num_threads()
     threads = f", {count} thread{'s' if count > 1 else ''}" if model.device.type == "cpu" else ""
     return Text.assemble(
-        (ready.name_of(source), "bold"),
+        (model_loading.name_of(source), "bold"),
         f": {size:.1f} M parameters in two towers of "
         f"{model.config.num_hidden_layers} layers ({model.config.hybrid_override_pattern}), {where['dtype']} on "
         f"{where['context_device']}{threads}",
@@ -73,7 +73,7 @@ def heading(source: str | Path, model: TwoTowerForCausalLM) -> Text:
 
 def parameters(model: TwoTowerForCausalLM, mode: str) -> dict[str, Any]:
     """The arguments of `model.stream`: greedy, the same length in every mode."""
-    shared = {"mode": mode, "max_new_tokens": NEW_TOKENS, "eos_token_id": ready.eos_of(model)}
+    shared = {"mode": mode, "max_new_tokens": NEW_TOKENS, "eos_token_id": model_loading.eos_of(model)}
     if mode not in BLOCK_MODES:
         return shared
     return shared | {"confidence_threshold": THRESHOLD, "mask_token_id": model.config.mask_token}

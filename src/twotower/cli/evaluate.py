@@ -9,15 +9,15 @@ from typing import TYPE_CHECKING, Any
 import click
 from click.core import ParameterSource
 
-from twotower import ready
-from twotower.cli import model as models
+from twotower import model_loading
+from twotower.cli import model_options as models
 from twotower.cli import tasks as published
 from twotower.cli.terminal import console_on, passing_line
 
 if TYPE_CHECKING:
     from rich.table import Table
 
-    from twotower.evaluation.evaluate import Line
+    from twotower.evaluation.accuracy import Line
 
 OF_THE_SUITE = {"problems", "families", "difficulties", "seed", "max_new_tokens"}
 OF_TASKS = {"limit", "run_code", "likelihood"}
@@ -66,9 +66,9 @@ def evaluate(
     lm-evaluation-harness's prompts and metrics. Prints a table to stderr and one JSON line to stdout. Differences from
     AR are those on the same problems, with their 95 % intervals; a pass is a forward of either tower.
     """
-    from twotower.evaluation.evaluate import chosen_problems
-    from twotower.evaluation.evaluate import evaluate as measure
-    from twotower.evaluation.settings import parse_setting
+    from twotower.decoding.presets import parse_setting
+    from twotower.evaluation.accuracy import chosen_problems
+    from twotower.evaluation.accuracy import evaluate as measure
 
     _refuse(context, OF_THE_SUITE if tasks else OF_TASKS, "is the suite's" if tasks else "needs --task")
     if tasks:
@@ -78,7 +78,7 @@ def evaluate(
     loaded, source = models.opened(
         model, "it cannot read problems; put one there", dtype=dtype, quantization=quantization, threads=threads
     )
-    facts: dict[str, Any] = {"model": str(source), **ready.placement(loaded)}
+    facts: dict[str, Any] = {"model": str(source), **model_loading.placement(loaded)}
     if tasks:
         scores = published.measure(
             loaded, parsed, tasks, data=data, limit=limit, run_code=run_code, likelihood=likelihood,

@@ -12,16 +12,16 @@ from typing import TYPE_CHECKING, Any
 
 import click
 
-from twotower import ready
-from twotower.cli import model as models
+from twotower import model_loading
+from twotower.cli import model_options as models
 from twotower.cli import prompt as prompts
+from twotower.decoding.modes import ASKABLE, BLOCK_MODES, MEANT_FOR
 from twotower.errors import ArgumentError
-from twotower.modes import ASKABLE, BLOCK_MODES, MEANT_FOR
 
 if TYPE_CHECKING:
     from twotower.cli.watch import Watcher
-    from twotower.generation import BlockEvent, Generation
-    from twotower.model.two_tower import TwoTowerForCausalLM
+    from twotower.engine.generation import BlockEvent, Generation
+    from twotower.modeling_twotower import TwoTowerForCausalLM
 
 WATCHED = ("diffusion", "verified")  # modes in which there are passes over a block to show
 OPTIONS = {**MEANT_FOR, **dict.fromkeys(("watch", "trace"), WATCHED)}  # and the modes they mean something to
@@ -100,7 +100,7 @@ SAMPLING_ONLY = ("seed", "top_k", "top_p")
 @click.option("--json", "as_json", is_flag=True, help="One JSON object on stdout instead of text.")
 @click.option(
     "--dtype",
-    type=click.Choice(ready.DTYPES),
+    type=click.Choice(model_loading.DTYPES),
     default="auto",
     show_default=True,
     help="auto: as stored, but a small bf16 model in float32 on a CPU that only emulates bf16.",
@@ -208,12 +208,12 @@ def run(request: Request) -> None:
 
         check_format(request.trace)
 
-    source = ready.source_of(request.model)
-    with models.note(f"loading {ready.name_of(source)} …"):
-        from twotower.generation import GenerationParams
+    source = model_loading.source_of(request.model)
+    with models.note(f"loading {model_loading.name_of(source)} …"):
+        from twotower.engine.generation import GenerationParams
 
         GenerationParams.of(**request.parameters())  # a bad argument is told before any weights are read
-        model = ready.load(
+        model = model_loading.load(
             source,
             towers="context" if request.mode == "ar" else "both",
             dtype=request.dtype,
@@ -222,15 +222,18 @@ def run(request: Request) -> None:
             denoiser_device=request.denoiser_device,
             threads=request.threads,
         )
-    ready.need_tokenizer(model, source, "it can neither read nor write text; put one there")
-    parameters = request.parameters() | {"eos_token_id": ready.eos_of(model), "mask_token_id": model.config.mask_token}
+    model_loading.need_tokenizer(model, source, "it can neither read nor write text; put one there")
+    parameters = request.parameters() | {
+        "eos_token_id": model_loading.eos_of(model),
+        "mask_token_id": model.config.mask_token,
+    }
 
     shown = request.mode in WATCHED and (request.watch or request.trace)
     watcher = _watcher(model, text, request) if shown else None
     result = _stream(model, text, parameters, watcher, silent=request.as_json)
     seed = parameters["seed"] if request.temperature > 0 else None
     if request.as_json:
-        facts = {"prompt": text, "model": str(source), **ready.placement(model), "seed": seed}
+        facts = {"prompt": text, "model": str(source), **model_loading.placement(model), "seed": seed}
         click.echo(json.dumps(facts | result.to_dict(), ensure_ascii=False))
     else:
         click.secho(statistics(result, seed), err=True, dim=True)

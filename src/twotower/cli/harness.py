@@ -24,8 +24,6 @@ def lm_eval(arguments: tuple[str, ...]) -> None:
     need_lm_eval()
     from lm_eval.__main__ import cli_evaluate
 
-    from twotower.evaluation.harness import model  # noqa: F401 - registers "twotower"
-
     before = sys.argv
     sys.argv = ["twotower lm-eval", *arguments]
     try:

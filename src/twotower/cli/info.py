@@ -9,13 +9,13 @@ from typing import TYPE_CHECKING, Any
 
 import click
 
-from twotower import ready
-from twotower.cli import model as models
+from twotower import model_loading
+from twotower.cli import model_options as models
 from twotower.errors import CheckpointError, ConfigError
 
 if TYPE_CHECKING:
     from twotower.config import TwoTowerConfig
-    from twotower.model.two_tower import TwoTowerForCausalLM
+    from twotower.modeling_twotower import TwoTowerForCausalLM
 
 DTYPES = ("bfloat16", "float32", "float64")
 # docs/log.md: a step that takes 6.2 ms in plain torch takes 4.1 compiled, and 2.3 in one call of the native kernels.
@@ -34,7 +34,7 @@ def info(path: str | None, as_json: bool) -> None:
     PATH is a directory or a config.json; without one the bundled model is described. Nothing is loaded: sizes are
     counted on tensors without storage, so the largest model takes seconds and no memory.
     """
-    facts = describe(Path(ready.source_of(path)))
+    facts = describe(Path(model_loading.source_of(path)))
     if as_json:
         click.echo(json.dumps(facts, ensure_ascii=False, allow_nan=False))
     else:
@@ -55,10 +55,10 @@ def describe(path: Path) -> dict[str, Any]:
     with models.note("reading …"):
         import torch
 
+        from twotower.checkpoint.pretrained import TOKENIZER_FILES
+        from twotower.checkpoint.quantize import quantize_
         from twotower.config import TwoTowerConfig
-        from twotower.loading import TOKENIZER_FILES
-        from twotower.model.two_tower import TwoTowerForCausalLM
-        from twotower.quantization import quantize_
+        from twotower.modeling_twotower import TwoTowerForCausalLM
 
         config = TwoTowerConfig.read(path)
         with torch.device("meta"):
@@ -144,7 +144,7 @@ def _memory(model: TwoTowerForCausalLM, dtype: str) -> dict[str, int]:
     """Bytes of weights, what is not quantised in `dtype`; the time conditioning lives with the denoiser."""
     import torch
 
-    from twotower.checkpoint import wanted_dtype
+    from twotower.checkpoint.reader import wanted_dtype
 
     context = denoiser = 0
     for name, tensor in [*model.named_parameters(), *model.named_buffers()]:
@@ -164,7 +164,7 @@ def _state(config: TwoTowerConfig, dtype: str) -> dict[str, int]:
     """
     import torch
 
-    from twotower.state import sizes
+    from twotower.cache.hybrid_cache import sizes
 
     per_row, per_token = sizes(config.backbone, getattr(torch, dtype))
     window = config.backbone.max_position_embeddings
@@ -174,21 +174,21 @@ def _state(config: TwoTowerConfig, dtype: str) -> dict[str, int]:
 def _backends(model: TwoTowerForCausalLM, dtype: str) -> dict[str, list[dict[str, str]]]:
     import torch
 
-    from twotower import kernels
-    from twotower.model import packing, recorded, whole
+    from twotower.ops import registry
+    from twotower.runners import cuda_graph, fused_cpu, packed_weights
 
     found: dict[str, list[dict[str, str]]] = {}
     for device in ["cpu"] + (["cuda:0"] if torch.cuda.is_available() else []):
-        rows = kernels.report(torch.device(device), getattr(torch, dtype))
-        refusal = recorded.refusal(torch.device(device))
+        rows = registry.report(torch.device(device), getattr(torch, dtype))
+        refusal = cuda_graph.refusal(torch.device(device))
         if refusal is None:
             rows.append(("pass", "recorded", "one launch for all layers, checked when it is recorded"))
         else:
-            at_once = all(backend == "native" for op, backend, _ in rows if op in whole.OPS)
+            at_once = all(backend == "native" for op, backend, _ in rows if op in fused_cpu.OPS)
             way = "one call" if at_once else "layer by layer"
             rows.append(("pass", way, f"of few tokens; a recording {refusal}"))
         if device == "cpu":
-            reason = packing.refusal(model, torch.device(device), getattr(torch, dtype))
+            reason = packed_weights.refusal(model, torch.device(device), getattr(torch, dtype))
             why = "a second copy, in the order that passes read fastest" if reason is None else reason
             rows.append(("weights", "packed" if reason is None else "as they lie", why))
         rows.append(("torch.compile", "off", _COMPILE[torch.device(device).type]))
@@ -198,19 +198,19 @@ def _backends(model: TwoTowerForCausalLM, dtype: str) -> dict[str, list[dict[str
 
 def _weights(directory: Path, model: TwoTowerForCausalLM) -> dict[str, Any]:
     """What lies on disk, and whether it passes the check that loading makes."""
-    from twotower import checkpoint
+    from twotower.checkpoint import reader
 
     nothing: dict[str, Any] = {"present": False, "files": [], "dtypes": {}, "problem": None}
-    if not any((directory / name).exists() for name in (checkpoint.INDEX_FILE, checkpoint.SINGLE_FILE)):
+    if not any((directory / name).exists() for name in (reader.INDEX_FILE, reader.SINGLE_FILE)):
         return nothing
     try:
-        found = checkpoint.scan(directory)
-        known = checkpoint.slots(model)
+        found = reader.scan(directory)
+        known = reader.slots(model)
         problem = None
     except CheckpointError as error:
         return nothing | {"present": True, "problem": str(error)}
     try:
-        checkpoint.check(directory, found, known, known, model.config.hybrid_override_pattern)
+        reader.check(directory, found, known, known, model.config.hybrid_override_pattern)
     except CheckpointError as error:
         problem = str(error)
     tensors = Counter(stored.file for stored in found.values())

@@ -12,11 +12,11 @@ from typing import TYPE_CHECKING
 import click
 
 from twotower.cli import info_page
-from twotower.cli import model as models
+from twotower.cli import model_options as models
 from twotower.cli.info import DTYPES
 
 if TYPE_CHECKING:
-    from twotower.conversion import Converted
+    from twotower.checkpoint.convert import Converted
 
 
 @click.command()
@@ -51,7 +51,7 @@ def init(
     through one tensor at a time, so memory does not limit the model's size.
     """
     with models.note("reading …"):
-        from twotower.conversion import convert
+        from twotower.checkpoint.convert import convert
     with _bar() as progress:
         made = convert(
             source,

@@ -19,7 +19,7 @@ from twotower.cli.info import info
 from twotower.cli.init import init
 from twotower.cli.report import report
 from twotower.cli.serve import serve
-from twotower.cli.training import pretrain, train
+from twotower.cli.train import pretrain, train
 from twotower.errors import TwoTowerError
 from twotower.version import VERSION
 

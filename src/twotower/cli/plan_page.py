@@ -8,7 +8,7 @@ from collections.abc import Iterator
 import click
 
 from twotower.config import KIND_NAMES
-from twotower.training.plan import GIB, UTILISATIONS, Memory, Plan, Setup
+from twotower.training.planning.plan import GIB, UTILISATIONS, Memory, Plan, Setup
 
 _INDENT = 14
 _WIDTH = 100

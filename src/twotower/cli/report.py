@@ -8,8 +8,8 @@ from pathlib import Path
 
 import click
 
-from twotower import ready
-from twotower.cli import model as models
+from twotower import model_loading
+from twotower.cli import model_options as models
 from twotower.cli.terminal import passing_line
 
 
@@ -40,10 +40,10 @@ def report(
     Answers the procedural suite with every setting, and times each beside AR. Draws quality against tokens per pass and
     against speed, and writes a table for a model card. Stopped and started again, it goes on where it was.
     """
+    from twotower.decoding.presets import parse_setting
     from twotower.evaluation import report as pictures
     from twotower.evaluation import sweep
     from twotower.evaluation.machine import described, machine
-    from twotower.evaluation.settings import parse_setting
     from twotower.plotting import drawing
 
     if quick and settings:
@@ -54,7 +54,7 @@ def report(
     loaded, source = models.opened(
         model, "it cannot read problems; put one there", dtype=dtype, quantization=quantization, threads=threads
     )
-    facts = {"model": ready.name_of(source), "dtype": str(loaded.dtype)}
+    facts = {"model": model_loading.name_of(source), "dtype": str(loaded.dtype)}
     if quantization != "none":
         facts["quantization"] = quantization
     output.mkdir(parents=True, exist_ok=True)
@@ -69,7 +69,7 @@ def report(
     count = (
         f"{problems} problems of each family (levels {levels}, seed {seed}), greedy; {timed} of all timed one by one"
     )
-    title = f"{ready.name_of(source)}: what each way of decoding keeps of AR's accuracy, and how fast it is"
+    title = f"{model_loading.name_of(source)}: what each way of decoding keeps of AR's accuracy, and how fast it is"
     pictures.draw(points, output / "report.png", f"{title}\n{count}; {place}")
     version = " ".join(filter(None, (where["twotower"], where["commit"])))
     notes = [f"{count}. {place}; torch {where['torch']}, twotower {version}."]

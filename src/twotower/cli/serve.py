@@ -9,8 +9,8 @@ from pathlib import Path
 
 import click
 
-from twotower import ready
-from twotower.cli import model as models
+from twotower import model_loading
+from twotower.cli import model_options as models
 from twotower.errors import ArgumentError
 
 
@@ -85,8 +85,8 @@ def serve(
 
     Only this machine can reach it unless --host says otherwise. SIGTERM or Ctrl-C lets requests end; twice stops now.
     """
-    from twotower.evaluation.settings import parse_setting
-    from twotower.generation import GenerationParams
+    from twotower.decoding.presets import parse_setting
+    from twotower.engine.generation import GenerationParams
 
     try:
         from twotower.server.run import serve as run
@@ -105,13 +105,13 @@ def serve(
     if per_key is not None and not keys:
         raise ArgumentError("--per-key goes with API keys; give some with --api-keys or TWOTOWER_API_KEYS")
     _check_free(host, port)
-    source = ready.source_of(model)
-    with models.note(f"loading {ready.name_of(source)} …"):
-        loaded = ready.load(
+    source = model_loading.source_of(model)
+    with models.note(f"loading {model_loading.name_of(source)} …"):
+        loaded = model_loading.load(
             source, dtype=dtype, quantization=quantization, context_device=context_device,
             denoiser_device=denoiser_device, threads=threads,
         )  # fmt: skip
-    ready.need_tokenizer(loaded, source, "it can neither read nor write text; put one there")
+    model_loading.need_tokenizer(loaded, source, "it can neither read nor write text; put one there")
     window = loaded.config.backbone.max_position_embeddings
     engine = LLM(
         loaded, rows=rows, length=min(window, USUAL_LENGTH) if length is None else length, block_size=block_size,

@@ -14,9 +14,9 @@ from twotower.errors import ArgumentError
 if TYPE_CHECKING:
     from rich.table import Table
 
-    from twotower.evaluation.harness.run import Score
-    from twotower.evaluation.settings import Setting
-    from twotower.model.two_tower import TwoTowerForCausalLM
+    from twotower.decoding.presets import Setting
+    from twotower.evaluation.lm_eval.run import Score
+    from twotower.modeling_twotower import TwoTowerForCausalLM
 
 EVERY = "all"  # in place of a task's name
 
@@ -30,7 +30,7 @@ def need_lm_eval() -> None:
 def need(names: Sequence[str], data: Path | None, run_code: bool) -> None:
     """What can be refused before a model is loaded."""
     need_lm_eval()
-    from twotower.evaluation.harness.tasks import check
+    from twotower.evaluation.lm_eval.tasks import check
 
     check(_chosen(names), data, run_code)
 
@@ -40,7 +40,7 @@ def measure(
     limit: int | None, run_code: bool, likelihood: str, rows: int,
 ) -> list[Score]:  # fmt: skip
     """Scores of every task under AR and every other setting."""
-    from twotower.evaluation.harness.run import run_tasks
+    from twotower.evaluation.lm_eval.run import run_tasks
 
     with passing_line() as tell:
         return run_tasks(
@@ -54,7 +54,7 @@ def table(scores: Sequence[Score]) -> Table:
     from rich import box
     from rich.table import Table
 
-    from twotower.evaluation.harness.tasks import TASKS
+    from twotower.evaluation.lm_eval.tasks import TASKS
 
     settings = list(dict.fromkeys(score.setting for score in scores))
     found = {(score.task, score.setting): score for score in scores}
@@ -91,6 +91,6 @@ def table(scores: Sequence[Score]) -> Table:
 
 
 def _chosen(names: Sequence[str]) -> list[str]:
-    from twotower.evaluation.harness.tasks import TASKS
+    from twotower.evaluation.lm_eval.tasks import TASKS
 
     return list(TASKS) if EVERY in names else list(dict.fromkeys(names))

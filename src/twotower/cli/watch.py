@@ -21,7 +21,7 @@ from rich.text import Text
 if TYPE_CHECKING:
     from torch import Tensor
 
-    from twotower.generation import BlockEvent
+    from twotower.engine.generation import BlockEvent
 
 FRAME_SECONDS = 0.09  # a frame stays at least this long on a terminal: small models are faster than the eye
 MASK = " ░░"
@@ -181,7 +181,7 @@ class Watcher:
 
     def _confidence(self, tokens: Sequence[int | None]) -> list[float | None]:
         """Of each committed token, or of the likeliest one where the block is masked, by the last pass."""
-        from twotower.generation.sampling import confidence
+        from twotower.decoding.sampling import confidence
 
         if self._logits is None:
             return [None] * len(tokens)

@@ -1,7 +1,7 @@
 """Many requests at once, each in its own mode: scheduled at the grain of one denoising step."""
 
-from twotower.engine.asynchronous import AsyncLLM
-from twotower.engine.engine import LLM
-from twotower.engine.request import Request
+from twotower.engine.async_llm import AsyncLLM
+from twotower.engine.llm import LLM
+from twotower.engine.sequence import Request
 
 __all__ = ["LLM", "AsyncLLM", "Request"]

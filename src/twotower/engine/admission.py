@@ -4,13 +4,13 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING
 
-from twotower.engine.constrained import check_constraint
-from twotower.engine.request import Request
+from twotower.engine.generation import check as check_parameters
+from twotower.engine.sequence import Request
+from twotower.engine.structured import check_constraint
 from twotower.errors import ArgumentError
-from twotower.generation import check as check_parameters
 
 if TYPE_CHECKING:
-    from twotower.model.two_tower import TwoTowerForCausalLM
+    from twotower.modeling_twotower import TwoTowerForCausalLM
 
 
 def columns(request: Request, block_size: int) -> int:

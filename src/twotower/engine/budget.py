@@ -5,11 +5,11 @@ from __future__ import annotations
 import math
 from typing import TYPE_CHECKING
 
+from twotower.cache.hybrid_cache import sizes
 from twotower.errors import ArgumentError
-from twotower.state import sizes
 
 if TYPE_CHECKING:
-    from twotower.model.two_tower import TwoTowerForCausalLM
+    from twotower.modeling_twotower import TwoTowerForCausalLM
 
 PREFIX_SHARE = 0.2  # of the memory, for prompts' beginnings
 PREFIXES = 8  # of their chunks are remembered at least where no memory is given

@@ -13,13 +13,13 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from twotower.engine.engine import LLM
-from twotower.engine.request import Request
+from twotower.decoding.output import Generation
+from twotower.decoding.params import GenerationParams
+from twotower.engine.generation import check
+from twotower.engine.llm import LLM
+from twotower.engine.sequence import Request
 from twotower.errors import ArgumentError, TwoTowerError
-from twotower.generation import check
-from twotower.generation.output import Generation
-from twotower.generation.params import GenerationParams
-from twotower.model.two_tower import TwoTowerForCausalLM
+from twotower.modeling_twotower import TwoTowerForCausalLM
 
 OWN = ("mode", "max_new_tokens", "temperature", "top_k", "top_p", "seed", "stop", "block_size", "steps_per_block",
        "confidence_threshold", "policy", "knob", "draft_steps", "acceptance")  # fmt: skip

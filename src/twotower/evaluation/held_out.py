@@ -17,17 +17,17 @@ from tokenizers import Tokenizer
 
 from twotower.allocator import keep_large_blocks
 from twotower.assets import bundled_model
+from twotower.decoding.modes import SETTINGS
+from twotower.decoding.presets import AR, beside_ar, parse_setting
 from twotower.engine import Request
-from twotower.evaluation.evaluate import evaluate, repeated_share
+from twotower.evaluation.accuracy import evaluate, repeated_share
 from twotower.evaluation.likelihood import ar_nats, continuation_nats
 from twotower.evaluation.ngram import KneserNey
 from twotower.evaluation.running import run
-from twotower.evaluation.settings import AR, beside_ar, parse_setting
-from twotower.evaluation.suite import problems
-from twotower.model.two_tower import TwoTowerForCausalLM
-from twotower.modes import SETTINGS
-from twotower.training.corpus import EOS, Source
-from twotower.training.corpus.reading import whole_pass
+from twotower.evaluation.tasks import problems
+from twotower.modeling_twotower import TwoTowerForCausalLM
+from twotower.training.data import EOS, Source
+from twotower.training.data.readers import whole_pass
 
 SEED = 7
 

@@ -10,14 +10,14 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from twotower.engine.generation import Generation
 from twotower.errors import ArgumentError
-from twotower.generation import Generation
-from twotower.kernels.precision import widened
-from twotower.model.blockwise import Layout, context_pass
-from twotower.model.two_tower import TwoTowerForCausalLM
-from twotower.training.corpus import Piece, lay_out
-from twotower.training.corpus.batch import Batch
-from twotower.training.corpus.packing import whole
+from twotower.model.packed_forward import Layout, context_pass
+from twotower.modeling_twotower import TwoTowerForCausalLM
+from twotower.ops.precision import widened
+from twotower.training.data import Piece, lay_out
+from twotower.training.data.batch import Batch
+from twotower.training.data.packing import whole
 from twotower.training.noise import Corruption
 from twotower.training.objective import (
     LOGITS_AT_ONCE,

@@ -12,8 +12,8 @@ from typing import Any
 import torch
 from torch import nn
 
-from twotower.checkpoint import tensors
-from twotower.quantization import quantization_of
+from twotower.checkpoint.quantize import quantization_of
+from twotower.checkpoint.reader import tensors
 from twotower.version import VERSION
 
 

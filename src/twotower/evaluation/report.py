@@ -6,8 +6,8 @@ from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from twotower.evaluation.suite.scoring import OVERALL
 from twotower.evaluation.sweep import Point, front
+from twotower.evaluation.tasks.scoring import OVERALL
 from twotower.plotting import BLUE, DPI, GREEN, GREY, ORANGE, PURPLE, SKY, YELLOW, drawing
 
 if TYPE_CHECKING:

@@ -5,8 +5,8 @@ from __future__ import annotations
 from collections.abc import Callable, Sequence
 
 from twotower.engine import LLM, Request
-from twotower.generation import Generation
-from twotower.model.two_tower import TwoTowerForCausalLM
+from twotower.engine.generation import Generation
+from twotower.modeling_twotower import TwoTowerForCausalLM
 
 
 def run(

@@ -10,14 +10,14 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from twotower.decoding.presets import AR, Setting, beside_ar, parse_setting
+from twotower.engine.generation import Generation
 from twotower.errors import ArgumentError
-from twotower.evaluation.evaluate import answer, chosen_problems, marks
-from twotower.evaluation.paired import compare
-from twotower.evaluation.settings import AR, Setting, beside_ar, parse_setting
-from twotower.evaluation.suite.problems import Problem
-from twotower.evaluation.suite.scoring import OVERALL
-from twotower.generation import Generation
-from twotower.model.two_tower import TwoTowerForCausalLM
+from twotower.evaluation.accuracy import answer, chosen_problems, marks
+from twotower.evaluation.comparison import compare
+from twotower.evaluation.tasks.problems import Problem
+from twotower.evaluation.tasks.scoring import OVERALL
+from twotower.modeling_twotower import TwoTowerForCausalLM
 
 # Every policy over its useful range, every way of checking, every block size at the released policy.
 KNOBS: dict[str, tuple[float, ...]] = {

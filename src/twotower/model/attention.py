@@ -5,10 +5,10 @@ from __future__ import annotations
 from torch import Tensor, nn
 
 from twotower.config import BackboneConfig
-from twotower.kernels import select
-from twotower.kernels.attention import Cached
-from twotower.model.coupling import KeyValue, Visibility
+from twotower.model.layer_io import KeyValue, Visibility
 from twotower.model.linear import Linear
+from twotower.ops.reference.attention import Cached
+from twotower.ops.registry import select
 
 
 class Attention(nn.Module):

@@ -12,9 +12,9 @@ import torch
 from torch import Tensor, nn
 
 from twotower.config import LayerKind
-from twotower.kernels.precision import accumulation_dtype
 from twotower.model.linear import Linear
 from twotower.model.norm import RMSNorm
+from twotower.ops.precision import accumulation_dtype
 
 MOST_KNOWN = 64  # values of t; a block of 16 has 17
 SINUSOID_SIZE = 256

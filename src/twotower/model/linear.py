@@ -9,8 +9,9 @@ from collections.abc import Callable
 
 from torch import Tensor, nn
 
-from twotower.kernels import int8, select
-from twotower.kernels.native import panels
+from twotower.ops.cpu import packed_weights
+from twotower.ops.reference import int8
+from twotower.ops.registry import select
 
 
 class Linear(nn.Linear):
@@ -21,7 +22,7 @@ class Linear(nn.Linear):
 
     def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> Linear:
         super()._apply(fn, recurse)
-        panels.of(self.weight)  # a copy of what has just changed or moved is forgotten
+        packed_weights.of(self.weight)  # a copy of what has just changed or moved is forgotten
         return self
 
 

@@ -9,12 +9,12 @@ import torch
 from torch import Tensor, nn
 
 from twotower.config import BackboneConfig
-from twotower.kernels import select
-from twotower.kernels.mamba_block import MambaTrace, MambaWeights, convolve, gate_and_norm, split
-from twotower.kernels.ssd import advance, ssd_block, ssd_chunked, states_before
-from twotower.model.coupling import MambaPast, Visibility
+from twotower.model.layer_io import MambaPast, Visibility
 from twotower.model.linear import Linear
 from twotower.model.norm import GatedGroupRMSNorm
+from twotower.ops.reference.mamba_block import MambaTrace, MambaWeights, convolve, gate_and_norm, split
+from twotower.ops.reference.ssd import advance, ssd_block, ssd_chunked, states_before
+from twotower.ops.registry import select
 
 
 class CausalConv(nn.Module):

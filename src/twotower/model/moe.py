@@ -9,11 +9,12 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from twotower.config import BackboneConfig
-from twotower.kernels import int8, select
-from twotower.kernels.native import panels
-from twotower.kernels.routing import Routing
-from twotower.model.coupling import Visibility
+from twotower.model.layer_io import Visibility
 from twotower.model.linear import Linear
+from twotower.ops.cpu import packed_weights
+from twotower.ops.reference import int8
+from twotower.ops.reference.routing import Routing
+from twotower.ops.registry import select
 
 
 class MLP(nn.Module):
@@ -68,7 +69,7 @@ class Experts(nn.Module):
     def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> Experts:
         super()._apply(fn, recurse)
         for weight in (self.up_proj, self.down_proj):
-            panels.of(weight)  # as in `Linear`
+            packed_weights.of(weight)  # as in `Linear`
         return self
 
 

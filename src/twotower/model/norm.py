@@ -5,8 +5,8 @@ from __future__ import annotations
 import torch
 from torch import Tensor, nn
 
-from twotower.kernels import select
-from twotower.kernels.norm import Order
+from twotower.ops.reference.norm import Order
+from twotower.ops.registry import select
 
 
 class RMSNorm(nn.Module):

@@ -8,15 +8,15 @@ import torch
 from torch import Tensor, nn
 
 from twotower.config import BackboneConfig, LayerKind
-from twotower.kernels.precision import widened
-from twotower.model import recorded, whole
 from twotower.model.attention import Attention
 from twotower.model.conditioning import Modulation, normed_input
-from twotower.model.coupling import Added, Past, Visibility
+from twotower.model.layer_io import Added, Past, Visibility
 from twotower.model.linear import Linear
 from twotower.model.mamba2 import Mamba2
 from twotower.model.moe import MLP, Experts, MoE, Router
 from twotower.model.norm import RMSNorm
+from twotower.ops.precision import widened
+from twotower.runners import cuda_graph, fused_cpu
 
 
 def build_mixer(kind: LayerKind, config: BackboneConfig) -> nn.Module:
@@ -101,9 +101,9 @@ class Tower(nn.Module):
 
         trace: whether the Mamba layers' traces are wanted; a pass that nothing is to remember does without.
         """
-        at_once = recorded.run(self, recorded.Reads(tokens, sees, past, modulation, trace))
+        at_once = cuda_graph.run(self, cuda_graph.Reads(tokens, sees, past, modulation, trace))
         if at_once is None:
-            at_once = whole.run(self, self.embed(tokens), sees, past, modulation, trace)
+            at_once = fused_cpu.run(self, self.embed(tokens), sees, past, modulation, trace)
         return self.layer_by_layer(tokens, sees, past, modulation, trace) if at_once is None else at_once
 
     def layer_by_layer(

@@ -72,7 +72,7 @@ HARD_SHARE = 0.35
 
 def write_text(out: Path) -> None:
     """The suite's training problems and the backbone's config."""
-    from twotower.evaluation.suite import FAMILIES, problems, write_jsonl
+    from twotower.evaluation.tasks import FAMILIES, problems, write_jsonl
 
     families = (*FAMILIES, *PRACTISED_TWICE)
     (out / "shape.json").write_text(json.dumps(SHAPE, indent=2) + "\n")
@@ -112,7 +112,7 @@ def _load(path: Path) -> None:
     global _loaded
     import torch
 
-    from twotower.model.two_tower import TwoTowerForCausalLM
+    from twotower.modeling_twotower import TwoTowerForCausalLM
 
     keep_large_blocks()
     torch.set_num_threads(1)
@@ -121,7 +121,7 @@ def _load(path: Path) -> None:
 
 def _finish(texts: list[str]) -> list[str]:
     """Lines of JSON; a continuation that does not end is left out: cut short, it would teach a wrong ending."""
-    from twotower.generation import GenerationParams, generate
+    from twotower.engine.generation import GenerationParams, generate
 
     eos = _loaded.config.eos_token_id
     params = GenerationParams.of(mode="ar", max_new_tokens=CONTINUATION_LENGTH, eos_token_id=eos)
@@ -166,7 +166,7 @@ def export(out: Path) -> None:
     """What is shipped, but for its card."""
     import torch
 
-    from twotower.model.two_tower import TwoTowerForCausalLM
+    from twotower.modeling_twotower import TwoTowerForCausalLM
 
     partial = out / "model.partial"
     shutil.rmtree(partial, ignore_errors=True)

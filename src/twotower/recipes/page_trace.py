@@ -17,16 +17,16 @@ import click
 import torch
 from torch import Tensor
 
-from twotower import ready
-from twotower.generation.sampling import confidence
-from twotower.generation.unmasking import Pass, decide
-from twotower.model.coupling import MambaPast
+from twotower import model_loading
+from twotower.cache.hybrid_cache import AttentionPool, ContextView, MambaPool, TowerState
+from twotower.decoding.sampling import confidence
+from twotower.decoding.unmasking import Pass, decide
+from twotower.model.layer_io import MambaPast
 from twotower.server import page
-from twotower.server.texts import Texts
-from twotower.state import AttentionPool, ContextView, MambaPool, TowerState
+from twotower.server.tokenizer_adapter import Texts
 
 if TYPE_CHECKING:
-    from twotower.model.two_tower import TwoTowerForCausalLM
+    from twotower.modeling_twotower import TwoTowerForCausalLM
 
 PROMPT = "User: I need a flight to Paris.\nAssistant:"
 BLOCK, STEPS, THRESHOLD = 16, 16, 0.9
@@ -38,7 +38,7 @@ BLOCK, STEPS, THRESHOLD = 16, 16, 0.9
 def main(prompt: str, output: Path) -> None:
     """Record the block."""
     torch.set_num_threads(1)
-    model = ready.load(ready.source_of(None), dtype="float32")
+    model = model_loading.load(model_loading.source_of(None), dtype="float32")
     trace = record(model, prompt)
     output.write_text(json.dumps(trace, ensure_ascii=False, separators=(",", ":")) + "\n", encoding="utf-8")
     click.echo(f"{output}: {len(trace['passes'])} passes, {output.stat().st_size / 1024:.1f} KiB")

@@ -10,13 +10,13 @@ from fastapi import FastAPI, Request, Response
 from fastapi.exceptions import RequestValidationError
 from starlette.exceptions import HTTPException
 
-from twotower.server.answers import answer_to, card
-from twotower.server.gate import Gate, refusal
+from twotower.server.middleware import Gate, refusal
 from twotower.server.page import add_page
-from twotower.server.protocol import Asked, ChatAsked, CompletionAsked, RequestError
-from twotower.server.responses import ChatChunk, ChatCompletion, Completion, ErrorBody, ModelCard, ModelList
+from twotower.server.request_schemas import Asked, ChatAsked, CompletionAsked, RequestError
+from twotower.server.response_builder import answer_to, card
+from twotower.server.response_schemas import ChatChunk, ChatCompletion, Completion, ErrorBody, ModelCard, ModelList
 from twotower.server.service import Job, Service
-from twotower.server.streams import EventStream, Gone, chunks, until_gone
+from twotower.server.streaming import EventStream, Gone, chunks, until_gone
 from twotower.version import VERSION
 
 MEANINGS = {

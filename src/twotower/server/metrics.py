@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Any, TypeVar
 
 from prometheus_client import CollectorRegistry, Counter, Gauge, Histogram, ProcessCollector, generate_latest
 
-from twotower.generation.output import Generation
+from twotower.decoding.output import Generation
 
 if TYPE_CHECKING:
     from twotower.engine import LLM

@@ -13,17 +13,17 @@ from dataclasses import dataclass
 from functools import partial
 from typing import TYPE_CHECKING, Any
 
+from twotower.decoding.modes import CONSTRAINED
+from twotower.decoding.output import Event, Generation
+from twotower.decoding.structured import Constraint
 from twotower.engine import AsyncLLM, Request
+from twotower.engine.generation import GenerationParams
 from twotower.errors import ArgumentError, TwoTowerError
-from twotower.generation import GenerationParams
-from twotower.generation.constraints import Constraint
-from twotower.generation.output import Event, Generation
-from twotower.modes import CONSTRAINED
-from twotower.ready import eos_of
+from twotower.model_loading import eos_of
 from twotower.server.metrics import Metrics
-from twotower.server.protocol import Asked, ChatAsked, CompletionAsked, RequestError, ResponseFormat
+from twotower.server.request_schemas import Asked, ChatAsked, CompletionAsked, RequestError, ResponseFormat
 from twotower.server.settings import Settings
-from twotower.server.texts import Texts
+from twotower.server.tokenizer_adapter import Texts
 
 if TYPE_CHECKING:
     from collections.abc import Iterator

@@ -9,7 +9,7 @@ import torch.distributed as dist
 from torch import Tensor, nn
 
 from twotower.model.moe import Router
-from twotower.training.parallel import World
+from twotower.training.fsdp import World
 
 
 class LoadBalance:

@@ -27,7 +27,7 @@ from torch import Tensor
 from torch.distributed.checkpoint.api import CheckpointException  # a BaseException
 
 from twotower.errors import TwoTowerError
-from twotower.training.parallel import World
+from twotower.training.fsdp import World
 
 MANIFEST = "manifest.json"
 KEPT = 2

@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from twotower.errors import ArgumentError
-from twotower.training.corpus.batch import Batch
+from twotower.training.data.batch import Batch
 
 LOWEST_NOISE = 1e-3
 GOLDEN = 0.6180339887498949  # frac(GOLDEN·n) fills [0, 1) evenly, however many n there are

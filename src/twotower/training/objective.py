@@ -13,13 +13,13 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from twotower.kernels.precision import widened
-from twotower.model.blockwise import Layout
 from twotower.model.conditioning import Modulation, TimeConditioning
+from twotower.model.packed_forward import Layout
 from twotower.model.tower import Tower
-from twotower.training.corpus.batch import Batch
+from twotower.ops.precision import widened
+from twotower.training.data.batch import Batch
+from twotower.training.layer_pair import ReadingLayer, pair_layers, run_unit
 from twotower.training.noise import Corruption, NoiseScope, corrupt
-from twotower.training.paired import ReadingLayer, pair_layers, run_unit
 
 Found = TypeVar("Found")
 LOGITS_AT_ONCE = 2**26  # more than these (256 MB in fp32) are formed piece by piece, and again in the backward pass

@@ -8,9 +8,9 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from twotower.checkpoint import is_wide
+from twotower.checkpoint.reader import is_wide
 from twotower.errors import ArgumentError
-from twotower.training.parallel import World, local, sum_whole_gradients
+from twotower.training.fsdp import World, local, sum_whole_gradients
 
 
 @dataclass(frozen=True, kw_only=True)

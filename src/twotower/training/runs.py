@@ -12,27 +12,16 @@ from typing import Any
 import torch
 from tokenizers import Tokenizer
 
-from twotower import loading, one_tower
+from twotower.checkpoint import one_tower, pretrained
 from twotower.config import TwoTowerConfig
 from twotower.errors import ArgumentError
-from twotower.kernels.precision import multiplies_bf16_fast
-from twotower.model.two_tower import TwoTowerForCausalLM
+from twotower.modeling_twotower import TwoTowerForCausalLM
+from twotower.ops.precision import multiplies_bf16_fast
 from twotower.training import weights
-from twotower.training.corpus import (
-    BOS,
-    EOS,
-    MASK,
-    PAD,
-    Batch,
-    Encoder,
-    Rows,
-    Source,
-    held_out_batches,
-    train_tokenizer,
-)
-from twotower.training.corpus.reading import whole_pass
+from twotower.training.data import BOS, EOS, MASK, PAD, Batch, Encoder, Rows, Source, held_out_batches, train_tokenizer
+from twotower.training.data.readers import whole_pass
+from twotower.training.fsdp import World, shard
 from twotower.training.objective import AutoregressiveObjective, DenoisingObjective, DenoisingOptions
-from twotower.training.parallel import World, shard
 from twotower.training.settings import DenoiserSettings, PretrainSettings, Settings
 from twotower.training.trainer import TOKENIZER_FILE, Run, Validate, claim, train
 
@@ -99,7 +88,7 @@ def train_denoiser(
     settings: DenoiserSettings, directory: Path, world: World, validation: MakeValidation | None = None
 ) -> Path:
     """The denoiser of a two-tower checkpoint → the trained checkpoint in RUN/model, in the source's dtype."""
-    source = loading.local(settings.model, {})
+    source = pretrained.local(settings.model, {})
     config = TwoTowerConfig.read(source)
     claim(directory, settings.fixed() | _shape(config), world)
     tokenizer = one_tower.tokenizer_of(source)
@@ -139,7 +128,7 @@ def train_denoiser(
         eos_token_id=encoder.eos_token_id,
     )
     train(_run(settings, directory), objective, rows, world, validation(parts) if validation and batches else None)
-    stored = loading.stored_dtype(source)
+    stored = pretrained.stored_dtype(source)
     whole = weights.gather(model, stored, world)
     if world.first:
         if settings.tie:
@@ -251,7 +240,7 @@ def _tokenizer_for(
 def load_tokenizer(path: Path) -> Any:
     """A tokenizer.json, or a directory that transformers can load one from."""
     if path.is_dir():
-        tokenizer = loading.load_tokenizer(path)
+        tokenizer = pretrained.load_tokenizer(path)
         if tokenizer is None:
             raise ArgumentError(f"{path}: holds no tokenizer")
         return tokenizer
@@ -337,4 +326,4 @@ def _write_two_towers(whole: dict[str, torch.Tensor], config: TwoTowerConfig, fo
         model = TwoTowerForCausalLM(config)
     model.load_state_dict(whole, strict=True, assign=True)
     model.save_pretrained(folder)
-    loading.copy_text_files(source, folder)
+    pretrained.copy_text_files(source, folder)

@@ -15,11 +15,11 @@ from torch import Tensor, nn
 from twotower.errors import ArgumentError, TwoTowerError
 from twotower.training import checkpoints
 from twotower.training.balance import LoadBalance
-from twotower.training.corpus.batch import Batch
+from twotower.training.data.batch import Batch
+from twotower.training.fsdp import World
 from twotower.training.log import BOARD_FOLDER, LOG_FILE, Log, Progress
 from twotower.training.objective import Objective
 from twotower.training.optimizer import Optimizer, Schedule
-from twotower.training.parallel import World
 
 SETTINGS_FILE = "settings.json"
 TOKENIZER_FILE = "tokenizer.json"  # of a run that trains one

@@ -10,12 +10,12 @@ from safetensors import safe_open
 from torch import Tensor, nn
 from torch.distributed.tensor import DTensor
 
-from twotower import checkpoint
-from twotower.checkpoint import Slot, Stored, wanted_dtype
-from twotower.training.parallel import World, full, local
+from twotower.checkpoint import reader
+from twotower.checkpoint.reader import Slot, Stored, wanted_dtype
+from twotower.training.fsdp import World, full, local
 
 if TYPE_CHECKING:
-    from twotower.model.two_tower import TwoTowerForCausalLM
+    from twotower.modeling_twotower import TwoTowerForCausalLM
 
 
 def fill(model: TwoTowerForCausalLM, objective: nn.Module, directory: Path, world: World) -> None:
@@ -26,13 +26,13 @@ def fill(model: TwoTowerForCausalLM, objective: nn.Module, directory: Path, worl
     Raises:
         CheckpointError: the files do not fit the model.
     """
-    found = checkpoint.scan(directory)
-    needed = checkpoint.slots(model)
+    found = reader.scan(directory)
+    needed = reader.slots(model)
     with torch.device("meta"):
-        known = checkpoint.slots(type(model)(model.config))  # of two towers, even where one serves as both
-    checkpoint.check(directory, found, known, needed, model.config.hybrid_override_pattern)
+        known = reader.slots(type(model)(model.config))  # of two towers, even where one serves as both
+    reader.check(directory, found, known, needed, model.config.hybrid_override_pattern)
     objective.to_empty(device=world.device)
-    tensors = dict(checkpoint.tensors(model))
+    tensors = dict(reader.tensors(model))
     with torch.no_grad():
         for slot in needed:
             _read(slot, found[slot.disk], tensors[slot.memory], world)
@@ -44,7 +44,7 @@ def gather(model: nn.Module, dtype: torch.dtype, world: World) -> dict[str, Tens
     All processes must call it.
     """
     whole = {}
-    for name, tensor in checkpoint.tensors(model):
+    for name, tensor in reader.tensors(model):
         value = full(tensor.detach())
         if world.first:
             whole[name] = value.to("cpu", wanted_dtype(name, dtype), copy=True)

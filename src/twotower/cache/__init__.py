@@ -1,0 +1,1 @@
+"""Inference state: the hybrid cache, its slots, its replica on a second device, cached prompt prefixes."""

@@ -1,0 +1,236 @@
+"""One tower to two: a Nemotron-H checkpoint becomes the two-tower checkpoint that training starts from.
+
+Both towers are copies of it and the time conditioning is the identity, so the denoiser begins as the backbone, exactly
+(spec §4, ours). Tensors pass one by one from mapped files to new ones: memory stays small, whatever the model's size.
+"""
+
+from __future__ import annotations
+
+import json
+import math
+import os
+import shutil
+from collections.abc import Callable, Iterator
+from contextlib import ExitStack, contextmanager
+from dataclasses import asdict, dataclass
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors import safe_open
+from torch import Tensor
+
+from twotower.checkpoint import one_tower, pretrained, reader
+from twotower.checkpoint.one_tower import OneTower
+from twotower.checkpoint.reader import Slot
+from twotower.checkpoint.writer import Piece, write_shards
+from twotower.config import TwoTowerConfig
+from twotower.errors import ArgumentError, CheckpointError
+from twotower.model.conditioning import TimeConditioning
+
+UNFINISHED = ".unfinished"  # marks a directory that is still being written, and so may be removed
+SPARE_BYTES = 64 * 2**20  # headers, index, tokenizer
+
+
+@dataclass(frozen=True, kw_only=True)
+class Converted:
+    """What was written. Sizes in bytes; notes: what the user should know, a sentence each."""
+
+    source: str
+    directory: Path
+    pattern: str
+    dtype: str
+    mask_token_id: int
+    parameters_per_tower: int
+    time_parameters: int
+    bytes: int
+    files: tuple[str, ...]
+    notes: tuple[str, ...]
+
+    def to_dict(self) -> dict[str, Any]:
+        """Plain data, for `--json`."""
+        return asdict(self) | {"directory": str(self.directory)}
+
+
+def convert(
+    source: str | Path,
+    directory: str | Path,
+    *,
+    mask_token_id: int | None = None,
+    dtype: torch.dtype | str | None = None,
+    max_shard_size: int | str = "5GB",
+    seed: int = 0,
+    overwrite: bool = False,
+    progress: Callable[[int, int], None] | None = None,
+) -> Converted:
+    """Makes a two-tower checkpoint from a one-tower Nemotron-H one (a directory or hub id).
+
+    mask_token_id: None for the tokenizer's, else 3. dtype: bfloat16, float32 or float64; None keeps each tensor's own
+    (those that must not be narrow become at least fp32 in any case). seed: draws the time embedder, the only random
+    part. overwrite: replaces a checkpoint in `directory`. progress(done, total): bytes, after each tensor.
+    The directory appears under its name when it is complete: until then it is `<directory>.partial`.
+
+    Raises:
+        ConfigError, CheckpointError: the source is no sound Nemotron-H checkpoint, or its tokenizer does not fit it.
+        ArgumentError: a bad argument, a directory that is not to be written to, a disk too small.
+    """
+    target = Path(directory).resolve()
+    _check_target(target, overwrite)
+    origin = pretrained.local(source, {})
+    if origin.resolve() == target or target in origin.resolve().parents:
+        raise ArgumentError(f"{target}: holds the checkpoint that is to be converted; write to another directory")
+    tower = one_tower.read(origin)
+    config = tower.model.config
+    tokenizer = one_tower.tokenizer_of(origin)
+    config.mask_token_id = one_tower.mask_token(mask_token_id, config, tokenizer)
+    wanted = None if dtype is None else pretrained._dtype(dtype, config)
+    _check_stored(tower, wanted)
+    model_dtype = wanted or tower.stored[tower.places["embeddings.weight", None].disk].torch_dtype
+
+    with ExitStack() as files:
+        pieces = list(_pieces(tower, wanted, _time_conditioning(config, seed, model_dtype), files))
+        total = sum(piece.nbytes for piece in pieces)
+        with _unfinished(target, overwrite, total) as folder:
+            written = _counter(total, progress)
+            weights = write_shards(folder, pieces, max_shard_size, written)
+            _write_rest(tower, folder, model_dtype)
+            known = reader.slots(tower.model)
+            reader.check(folder, reader.scan(folder), known, known, config.hybrid_override_pattern)
+    return Converted(
+        source=str(source),
+        directory=Path(directory),
+        pattern=config.hybrid_override_pattern,
+        dtype=str(model_dtype).removeprefix("torch."),
+        mask_token_id=config.mask_token,
+        parameters_per_tower=_parameters(tower, "context."),
+        time_parameters=_parameters(tower, "time."),
+        bytes=total,
+        files=tuple(file.name for file in weights),
+        notes=(*tower.notes, *_text_notes(config, tokenizer)),
+    )
+
+
+# --- tensors -------------------------------------------------------------------------------------------------------
+
+
+def _pieces(tower: OneTower, dtype: torch.dtype | None, time: dict[str, Tensor], files: ExitStack) -> Iterator[Piece]:
+    """Every tensor of the two-tower checkpoint, to be read when its turn comes; `files` keeps the mapped files open."""
+    opened = {
+        file: files.enter_context(safe_open(file, framework="pt"))
+        for file in sorted({stored.file for stored in tower.stored.values()})
+    }
+    for slot in reader.slots(tower.model):
+        which, _, part = slot.memory.partition(".")
+        if which == "time":
+            yield Piece(slot.disk, slot.shape, time[part].dtype, partial(time.__getitem__, part))
+            continue
+        place = tower.places[part, slot.expert]
+        stored = tower.stored[place.disk]
+        kept = reader.wanted_dtype(slot.memory, dtype or stored.torch_dtype)
+        yield Piece(slot.disk, slot.shape, kept, partial(_read, opened[stored.file], place))
+
+
+def _read(file: Any, place: Slot) -> Tensor:
+    return file.get_tensor(place.disk) if place.expert is None else file.get_slice(place.disk)[place.expert]
+
+
+def _time_conditioning(config: TwoTowerConfig, seed: int, dtype: torch.dtype) -> dict[str, Tensor]:
+    """The identity, as the module makes it; drawn in fp32, so that a seed means the same in every dtype."""
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(seed)
+        time = TimeConditioning(config.hidden_size, config.num_hidden_layers)
+    return {name: tensor.to(dtype) for name, tensor in time.state_dict().items()}
+
+
+def _check_stored(tower: OneTower, dtype: torch.dtype | None) -> None:
+    for place in tower.places.values():
+        stored = tower.stored[place.disk]
+        if stored.dtype == "F16" and dtype is None:
+            raise CheckpointError(
+                f"{stored.file}: {place.disk} is stored as F16, which a two-tower model cannot be in; "
+                "name a dtype: bfloat16 or float32"
+            )
+
+
+def _parameters(tower: OneTower, prefix: str) -> int:
+    return sum(math.prod(slot.shape) for slot in reader.slots(tower.model) if slot.memory.startswith(prefix))
+
+
+def _counter(total: int, progress: Callable[[int, int], None] | None) -> Callable[[int], None]:
+    done = 0
+
+    def written(nbytes: int) -> None:
+        nonlocal done
+        done += nbytes
+        if progress is not None:
+            progress(done, total)
+
+    return written
+
+
+# --- everything else in the directory ------------------------------------------------------------------------------
+
+
+def _write_rest(tower: OneTower, folder: Path, dtype: torch.dtype) -> None:
+    name = str(dtype).removeprefix("torch.")
+    config = pretrained.config_to_write(tower.model) | {"torch_dtype": name}
+    (folder / "config.json").write_text(json.dumps(config, indent=2, sort_keys=True) + "\n")
+    (folder / pretrained.CODE_FILE).write_text(pretrained.CODE)
+    pretrained.copy_text_files(tower.directory, folder)
+
+
+def _text_notes(config: TwoTowerConfig, tokenizer: Any) -> Iterator[str]:
+    if tokenizer is None:
+        yield "there is no tokenizer beside the weights; put one there before training on text"
+    elif one_tower.is_ordinary_token(config.mask_token, tokenizer):
+        token = tokenizer.convert_ids_to_tokens(config.mask_token)
+        yield f"the mask token id {config.mask_token} is {token!r}, an ordinary token that texts may contain"
+
+
+# --- where it is written -------------------------------------------------------------------------------------------
+
+
+def _check_target(target: Path, overwrite: bool) -> None:
+    if target.exists() and not target.is_dir():
+        raise ArgumentError(f"{target} is a file; give a directory")
+    inside = list(target.iterdir()) if target.exists() else []
+    if inside and not overwrite:
+        raise ArgumentError(f"{target} is not empty; give another directory, or overwrite it (--overwrite)")
+    if inside and (target / "config.json" not in inside or any(path.is_dir() for path in inside)):
+        raise ArgumentError(
+            f"{target} is not just a checkpoint (it has folders, or no config.json); remove it yourself"
+        )
+
+
+@contextmanager
+def _unfinished(target: Path, overwrite: bool, size: int) -> Iterator[Path]:
+    """A directory to fill; it gets its name when all went well, and is removed when not."""
+    folder = target.with_name(target.name + ".partial")
+    if folder.exists() and not (folder / UNFINISHED).exists():
+        raise ArgumentError(f"{folder} is in the way, and not a conversion broken off; remove it")
+    shutil.rmtree(folder, ignore_errors=True)
+    folder.mkdir(parents=True)
+    try:
+        (folder / UNFINISHED).touch()
+        free = shutil.disk_usage(folder).free
+        if free < size + SPARE_BYTES:
+            raise ArgumentError(
+                f"{target.parent}: {free / 2**30:.1f} GiB are free, but the checkpoint needs {size / 2**30:.1f} GiB"
+            )
+        yield folder
+        (folder / UNFINISHED).unlink()
+        _replace(target, folder, overwrite)
+    except BaseException:
+        shutil.rmtree(folder, ignore_errors=True)
+        raise
+
+
+def _replace(target: Path, folder: Path, overwrite: bool) -> None:
+    """Gives the finished folder its name; what had it goes last."""
+    _check_target(target, overwrite)  # again: hours may have passed
+    old = target.with_name(f".{target.name}.replaced-{os.getpid()}")
+    if target.exists():
+        target.rename(old)
+    folder.rename(target)
+    shutil.rmtree(old, ignore_errors=True)

@@ -1,0 +1,212 @@
+"""`from_pretrained` and `save_pretrained`: a directory or hub id to a model and back."""
+
+from __future__ import annotations
+
+import copy
+import json
+import shutil
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, get_args
+
+import torch
+from transformers import AutoTokenizer, PretrainedConfig
+
+from twotower.checkpoint import reader
+from twotower.checkpoint.quantize import Quantization, quantize_
+from twotower.config import ARCHITECTURE, MODEL_TYPE, TwoTowerConfig
+from twotower.errors import ArgumentError, CheckpointError
+
+if TYPE_CHECKING:
+    from twotower.modeling_twotower import TwoTowerForCausalLM
+
+TOKENIZER_FILES = ("tokenizer.json", "tokenizer_config.json")
+# A tokenizer's files, to be copied as they are.
+TEXT_FILES = (
+    *TOKENIZER_FILES, "special_tokens_map.json", "added_tokens.json", "vocab.json", "vocab.txt", "merges.txt",
+    "tokenizer.model", "chat_template.jinja", "chat_template.json",
+)  # fmt: skip
+CODE_FILE = "modeling_twotower.py"
+CODE = '''"""Lets transformers' AutoModelForCausalLM load this directory; needs `pip install twotower`."""
+
+from twotower import TwoTowerConfig, TwoTowerForCausalLM
+
+__all__ = ["TwoTowerConfig", "TwoTowerForCausalLM"]
+'''
+AUTO_MAP = {
+    "AutoConfig": "modeling_twotower.TwoTowerConfig",
+    "AutoModel": "modeling_twotower.TwoTowerForCausalLM",
+    "AutoModelForCausalLM": "modeling_twotower.TwoTowerForCausalLM",
+}
+_HUB_ARGUMENTS = {"revision", "cache_dir", "token", "local_files_only", "force_download"}
+# What the Auto classes pass along and what has no effect on how our weights are read.
+_IGNORED = {
+    "trust_remote_code", "adapter_kwargs", "_from_auto", "_commit_hash", "code_revision", "subfolder",
+    "low_cpu_mem_usage", "use_safetensors", "_from_pipeline",
+}  # fmt: skip
+
+
+def from_pretrained(cls: type[TwoTowerForCausalLM], source: Any, *args: Any, **kwargs: Any) -> TwoTowerForCausalLM:
+    """See `TwoTowerForCausalLM.from_pretrained`."""
+    if args:
+        raise ArgumentError("from_pretrained takes one positional argument, the checkpoint; name the others")
+    hub = {name: kwargs.pop(name) for name in list(kwargs) if name in _HUB_ARGUMENTS}
+    dtype = kwargs.pop("dtype", None) or kwargs.pop("torch_dtype", None) or "auto"
+    kwargs.pop("torch_dtype", None)
+    towers = kwargs.pop("towers", "both")
+    quantization = kwargs.pop("quantization", None) or "none"
+    given = kwargs.pop("config", None)
+    device_map = kwargs.pop("device_map", None)
+    devices = {
+        "context": _device(kwargs.pop("context_device", None), device_map),
+        "denoiser": _device(kwargs.pop("denoiser_device", None), device_map),
+    }
+    unknown = sorted(name for name, value in kwargs.items() if name not in _IGNORED and value is not None)
+    if unknown:
+        raise ArgumentError(f"from_pretrained: {', '.join(unknown)} has no meaning for a two-tower model; leave it out")
+    if towers not in ("both", "context"):
+        raise ArgumentError(f'towers is {towers!r}; choose "both" or "context"')
+    if quantization not in get_args(Quantization):
+        raise ArgumentError(f"quantization is {quantization!r}; choose {' or '.join(get_args(Quantization))}")
+
+    directory = local(source, hub)
+    config = _config(directory, given)
+    if ARCHITECTURE not in (config.architectures or [ARCHITECTURE]):
+        raise CheckpointError(
+            f"{directory}: config.json says {config.architectures}; a two-tower model has [{ARCHITECTURE!r}]"
+        )
+    config._name_or_path = str(source)
+    with torch.device("meta"):
+        model = cls(config, towers=towers)
+        known = reader.slots(model if towers == "both" else cls(config))
+        if quantization == "int8":
+            quantize_(model)
+    wanted = _dtype(dtype, config)
+    reader.load_weights(model, directory, config.hybrid_override_pattern, known, wanted, devices)
+    model.config.dtype = model.dtype
+    model.tokenizer_source = directory
+    return model.eval()
+
+
+def save_pretrained(model: TwoTowerForCausalLM, directory: Path, max_shard_size: int | str, **kwargs: Any) -> None:
+    """See `TwoTowerForCausalLM.save_pretrained`."""
+    unknown = sorted(set(kwargs) - {"safe_serialization", "is_main_process", "push_to_hub"})
+    if unknown or kwargs.get("push_to_hub") or kwargs.get("safe_serialization") is False:
+        raise ArgumentError(
+            f"save_pretrained: {', '.join(unknown or kwargs)} is not supported; it writes safetensors locally"
+        )
+    if model.quantization != "none":
+        raise ArgumentError(
+            f"save_pretrained: the weights are {model.quantization}, which checkpoints do not hold; keep the one that "
+            "the model was loaded from"
+        )
+    if model.denoiser is None:
+        raise ArgumentError(
+            'save_pretrained: the model was loaded with towers="context"; half a checkpoint is not written'
+        )
+    if directory.is_file():
+        raise ArgumentError(f"save_pretrained: {directory} is a file; give a directory")
+    if not kwargs.get("is_main_process", True):
+        return
+    directory.mkdir(parents=True, exist_ok=True)
+    reader.save_weights(model, directory, max_shard_size)
+    (directory / CODE_FILE).write_text(CODE)
+    (directory / "config.json").write_text(json.dumps(config_to_write(model), indent=2, sort_keys=True) + "\n")
+    if model.tokenizer is not None:
+        model.tokenizer.save_pretrained(directory)
+
+
+def config_to_write(model: TwoTowerForCausalLM) -> dict[str, Any]:
+    """config.json: the released keys, `Infinity` included (the reference reads it), and our auto_map."""
+    plain = PretrainedConfig().to_dict()  # what transformers adds to every config says nothing here
+    values = {key: value for key, value in model.config.to_dict().items() if value != plain.get(key, ...)}
+    for transient in ("_name_or_path", "transformers_version", "dtype", "torch_dtype", "quantization_config"):
+        values.pop(transient, None)
+    dtype = str(model.dtype).removeprefix("torch.")
+    return values | {
+        "architectures": [ARCHITECTURE],
+        "auto_map": AUTO_MAP,
+        "model_type": MODEL_TYPE,
+        "torch_dtype": dtype,
+    }
+
+
+def load_tokenizer(directory: Path | None) -> Any:
+    """The tokenizer beside the weights, or None where there is none."""
+    if directory is None or not any((directory / name).exists() for name in TOKENIZER_FILES):
+        return None
+    return AutoTokenizer.from_pretrained(directory)
+
+
+def local(source: Any, hub: dict[str, Any]) -> Path:
+    """The directory itself, or the hub's snapshot of what we need."""
+    directory = Path(source)
+    if directory.is_dir():
+        return directory
+    if directory.exists():
+        raise CheckpointError(f"{directory} is a file; give the directory that holds config.json and the weights")
+    if str(source).count("/") != 1 or str(source).startswith((".", "/", "~")):
+        raise CheckpointError(f"{source}: no such directory (and not a hub id of the form owner/name)")
+    from huggingface_hub import snapshot_download
+
+    try:
+        return Path(
+            snapshot_download(str(source), allow_patterns=["*.json", "*.safetensors", "*.txt", "*.model"], **hub)
+        )
+    except Exception as error:  # the hub client raises many kinds; the user needs one line
+        first = (str(error).strip() or type(error).__name__).splitlines()[0]
+        raise CheckpointError(f"{source}: no such directory, and not to be had from the hub ({first})") from None
+
+
+def copy_text_files(source: Path, target: Path) -> None:
+    """The tokenizer's files, as they are."""
+    for name in TEXT_FILES:
+        if (source / name).exists():
+            shutil.copyfile(source / name, target / name)
+
+
+def stored_dtype(directory: Path) -> torch.dtype:
+    """The dtype a checkpoint is in: what its config says, else that of its embeddings."""
+    said = TwoTowerConfig.read(directory).dtype
+    if said is None:
+        return reader.scan(directory)["context_tower.embeddings.weight"].torch_dtype
+    found = getattr(torch, said) if isinstance(said, str) else said
+    assert isinstance(found, torch.dtype)
+    return found
+
+
+def _config(directory: Path, given: Any) -> TwoTowerConfig:
+    """The caller's configuration, else the directory's. The Auto classes pass transformers' own, in which the
+    caller may have changed values but keys of the file are lost: those of the file that it has are taken from it."""
+    if isinstance(given, TwoTowerConfig):
+        return copy.deepcopy(given)
+    config = TwoTowerConfig.read(directory)
+    if given is not None:
+        values = TwoTowerConfig.of(given).to_dict()
+        config = TwoTowerConfig(**{key: values.get(key, value) for key, value in config.to_dict().items()})
+    return config
+
+
+def _device(named: Any, device_map: Any) -> torch.device:
+    """The tower's own device, else the one of both, else the CPU."""
+    if isinstance(device_map, dict) and set(device_map) == {""}:  # transformers' way of saying "all of it"
+        device_map = device_map[""]
+    name, value = ("device_map", device_map) if named is None else ("device", named)
+    try:
+        return torch.device("cpu" if value is None else value)
+    except (RuntimeError, TypeError):
+        raise ArgumentError(
+            f"{name} is {value!r}; name one device, as cuda:0, or use context_device and denoiser_device"
+        ) from None
+
+
+def _dtype(dtype: Any, config: TwoTowerConfig) -> torch.dtype | None:
+    """What the caller asked for; "auto": what the config says, else (None) as the embeddings are stored."""
+    said = "dtype"
+    if dtype == "auto":
+        dtype, said = config.dtype, "config.json's torch_dtype"
+        if dtype is None:
+            return None
+    found = getattr(torch, dtype, None) if isinstance(dtype, str) else dtype
+    if found not in (torch.bfloat16, torch.float32, torch.float64):
+        raise ArgumentError(f"{said} is {dtype!r}; choose dtype bfloat16, float32 or float64")
+    return found

@@ -1,0 +1,319 @@
+"""The released checkpoint layout: the one home of its tensor names. Reads and writes it, strictly both ways.
+
+Weights are built once: the model is made on the meta device, each tensor is allocated where it belongs and
+filled from the memory-mapped file. Experts are stacked in memory and single on disk.
+"""
+
+from __future__ import annotations
+
+import json
+import re
+from collections import defaultdict
+from collections.abc import Callable, Container, Iterator
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+from safetensors import SafetensorError, safe_open
+from torch import Tensor, nn
+
+from twotower.checkpoint.writer import DTYPE_NAMES, INDEX_FILE, SINGLE_FILE, Piece, write_shards
+from twotower.config import KIND_NAMES
+from twotower.errors import CheckpointError
+from twotower.ops.reference import int8
+
+# Kept in at least fp32 in a narrower model: a rounded decay rate or selection bias changes what a layer does.
+WIDE_SUFFIXES = (".A_log", ".dt_bias", ".D", ".e_score_correction_bias", "_scale")
+SCALE = "_scale"  # after the name of an int8 tensor: its rows' scales, which have no place on disk
+
+_TOWERS = {"context": ("context_tower.", "context_lm_head."), "denoiser": ("denoiser_tower.", "lm_head.")}
+_EXPERTS = re.compile(r"(.*\.experts)\.(up_proj|down_proj)$")
+_LAYER = re.compile(r"(?:(?:context|denoiser)_tower|backbone|model)\.layers\.(\d+)\.(.*)")
+# Tensors that give a layer's kind away, for the message when the pattern and the file disagree.
+_KIND_MARKS = {"mixer.in_proj.": "M", "mixer.q_proj.": "*", "mixer.gate.": "E", "mixer.up_proj.": "-"}
+
+
+@dataclass(frozen=True)
+class Slot:
+    """One tensor on disk and its place in memory: a whole parameter, or one expert of a stacked one."""
+
+    disk: str
+    memory: str
+    expert: int | None
+    shape: tuple[int, ...]
+
+
+def tensors(model: nn.Module) -> Iterator[tuple[str, Tensor]]:
+    """Every parameter and buffer under its name in memory."""
+    yield from model.named_parameters()
+    yield from model.named_buffers()
+
+
+def slots(model: nn.Module) -> list[Slot]:
+    """Every tensor of a two-tower model (a meta one will do) on disk, in model order; int8 ones as what they are made
+    of."""
+    out = []
+    every = dict(tensors(model))
+    for memory, tensor in every.items():
+        if memory.endswith(SCALE):
+            continue
+        scale = every.get(memory + SCALE)
+        shape = tuple(tensor.shape) if scale is None else int8.shape(tensor, scale)
+        disk = disk_name(memory)
+        stacked = _EXPERTS.match(disk)
+        if stacked is None:
+            out.append(Slot(disk, memory, None, shape))
+            continue
+        prefix, projection = stacked.groups()
+        for j in range(shape[0]):
+            out.append(Slot(f"{prefix}.{j}.{projection}.weight", memory, j, shape[1:]))
+    return out
+
+
+def disk_name(memory: str) -> str:
+    """context.head.weight → context_lm_head.weight, time.t_block.1.bias → t_block.1.bias, …"""
+    first, rest = memory.split(".", 1)
+    if first == "time":
+        return rest
+    tower, head = _TOWERS[first]
+    return head + rest.removeprefix("head.") if rest.startswith("head.") else tower + rest
+
+
+def one_tower_slots(model: nn.Module, found: Container[str], root: str) -> dict[tuple[str, int | None], Slot]:
+    """Where a one-tower checkpoint, which conversion starts from, keeps the tensors of a tower.
+
+    root: "backbone." (the original layout, experts single) or "model." (transformers 5, experts stacked); `found`, the
+    names on disk, tells which experts are stacked, and whether there is a head or the embedding serves as one.
+    → (name in a tower in memory, expert) → the slot on disk, where `expert` indexes a stacked tensor of that shape.
+    """
+    stacked = {memory: tuple(tensor.shape) for memory, tensor in tensors(model)}
+    out = {}
+    for slot in slots(model):
+        tower, _, part = slot.memory.partition(".")
+        if tower != "context":
+            continue
+        if part == "head.weight":
+            disk = "lm_head.weight" if "lm_head.weight" in found else f"{root}embeddings.weight"
+            place = Slot(disk, slot.memory, None, slot.shape)
+        elif slot.expert is not None and root + part in found:
+            place = Slot(root + part, slot.memory, slot.expert, stacked[slot.memory])
+        else:
+            place = Slot(root + slot.disk.removeprefix("context_tower."), slot.memory, None, slot.shape)
+        out[part, slot.expert] = place
+    return out
+
+
+def is_wide(memory: str) -> bool:
+    """Whether a tensor of this name is kept in at least fp32."""
+    return f".{memory}".endswith(WIDE_SUFFIXES)
+
+
+def wanted_dtype(memory: str, dtype: torch.dtype) -> torch.dtype:
+    """The dtype a tensor has in a model of `dtype`."""
+    return torch.promote_types(dtype, torch.float32) if is_wide(memory) else dtype
+
+
+def cast(model: nn.Module, dtype: torch.dtype) -> nn.Module:
+    """A model in `dtype`, in place, with the tensors that must stay wide left wide."""
+    for name, tensor in tensors(model):
+        if tensor.is_floating_point():
+            tensor.data = tensor.data.to(wanted_dtype(name, dtype))
+    return model
+
+
+def keeping_wide(model: nn.Module, change: Callable[[Tensor], Tensor]) -> Callable[[Tensor], Tensor]:
+    """`change` as `Module._apply` takes it (`.to`, `.bfloat16`, …), but it leaves the wide tensors wide."""
+    names = {id(part): name for name, tensor in tensors(model) for part in (tensor, tensor.grad)}
+
+    def changed(tensor: Tensor) -> Tensor:
+        out = change(tensor)
+        dtype = wanted_dtype(names.get(id(tensor), ""), out.dtype)
+        return out if out.dtype == dtype else tensor.to(out.device, dtype)
+
+    return changed
+
+
+# --- reading -------------------------------------------------------------------------------------------------------
+
+
+@dataclass(frozen=True)
+class Stored:
+    """Where a tensor lies on disk."""
+
+    file: Path
+    shape: tuple[int, ...]
+    dtype: str
+
+    @property
+    def torch_dtype(self) -> torch.dtype:
+        return next(dtype for dtype, name in DTYPE_NAMES.items() if name == self.dtype)
+
+
+def scan(directory: Path) -> dict[str, Stored]:
+    """Every tensor of a checkpoint directory, from the files' headers alone.
+
+    Raises:
+        CheckpointError: no weights, an index and files that disagree, a damaged or truncated file.
+    """
+    index = directory / INDEX_FILE
+    if not index.exists():
+        if not (directory / SINGLE_FILE).exists():
+            raise CheckpointError(f"{directory}: holds neither {SINGLE_FILE} nor {INDEX_FILE}; no weights to load")
+        return _header(directory / SINGLE_FILE)
+    try:
+        weight_map = json.loads(index.read_text())["weight_map"]
+        files = sorted(set(weight_map.values()))
+    except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
+        raise CheckpointError(f"{index}: not a safetensors index with a weight_map ({error!r})") from None
+    found: dict[str, Stored] = {}
+    for name in files:
+        file = directory / str(name)
+        if not file.is_file():
+            raise CheckpointError(f"{index}: names {name}, which is not in {directory}; fetch it again")
+        for tensor, stored in _header(file).items():
+            if tensor in found:
+                raise CheckpointError(f"{file}: {tensor} is also in {found[tensor].file.name}; one copy is expected")
+            if tensor not in weight_map:
+                raise CheckpointError(f"{file}: holds {tensor}, which {index.name} does not list; a stray shard?")
+            found[tensor] = stored
+    for tensor, name in weight_map.items():
+        if tensor not in found or found[tensor].file.name != name:
+            raise CheckpointError(
+                f"{index}: says {tensor} is in {name}, but it is not; the shards do not belong together"
+            )
+    return found
+
+
+def _header(file: Path) -> dict[str, Stored]:
+    try:
+        with safe_open(file, framework="pt") as handle:
+            out = {}
+            for name in handle.keys():  # noqa: SIM118 — not a dict
+                part = handle.get_slice(name)
+                out[name] = Stored(file, tuple(part.get_shape()), part.get_dtype())
+            return out
+    except (SafetensorError, OSError) as error:
+        raise CheckpointError(f"{file}: not a whole safetensors file ({error}); fetch it again") from None
+
+
+def check(directory: Path, found: dict[str, Stored], known: list[Slot], needed: list[Slot], pattern: str) -> None:
+    """The file against the model: nothing missing, nothing surplus, every shape right.
+
+    known: all tensors of a two-tower model of this configuration; needed: those that will be loaded.
+    """
+    if not any(name.startswith("context_tower.") for name in found):
+        kind = "a one-tower model" if any(n.startswith(("backbone.", "model.")) for n in found) else "something else"
+        raise CheckpointError(
+            f"{directory}: has no context_tower.* tensors, so it is {kind}, not a two-tower checkpoint; "
+            "a two-tower checkpoint has context_tower.*, denoiser_tower.*, lm_head and t_embedder"
+        )
+    check_tensors(directory, found, known, needed, pattern)
+
+
+def check_tensors(
+    directory: Path, found: dict[str, Stored], known: list[Slot], needed: list[Slot], pattern: str
+) -> None:
+    """`check` for either layout."""
+    _check_kinds(found, pattern)
+    missing = [slot for slot in needed if slot.disk not in found]
+    if missing:
+        listing = INDEX_FILE if (directory / INDEX_FILE).exists() else SINGLE_FILE
+        raise CheckpointError(
+            f"{directory / listing}: {missing[0].disk} is missing (shape {list(missing[0].shape)} expected)"
+            + (f", and {len(missing) - 1} more" if len(missing) > 1 else "")
+        )
+    surplus = sorted(set(found) - {slot.disk for slot in known})
+    if surplus:
+        raise CheckpointError(
+            f"{found[surplus[0]].file}: {surplus[0]} has no place in a model of this config"
+            + (f", nor have {len(surplus) - 1} more" if len(surplus) > 1 else "")
+            + "; is config.json the one that belongs to these weights?"
+        )
+    for slot in needed:
+        stored = found[slot.disk]
+        if stored.shape != slot.shape:
+            raise CheckpointError(
+                f"{stored.file}: {slot.disk} has shape {list(stored.shape)}; the config expects {list(slot.shape)}"
+            )
+        if stored.dtype not in DTYPE_NAMES.values():
+            raise CheckpointError(f"{stored.file}: {slot.disk} is stored as {stored.dtype}; a float tensor is expected")
+
+
+def _check_kinds(found: dict[str, Stored], pattern: str) -> None:
+    for name, stored in found.items():
+        layer = _LAYER.match(name)
+        if layer is None:
+            continue
+        i = int(layer[1])
+        if i >= len(pattern):
+            raise CheckpointError(
+                f"{stored.file}: has {name}, but hybrid_override_pattern names only {len(pattern)} layers"
+            )
+        kind = next((kind for mark, kind in _KIND_MARKS.items() if layer[2].startswith(mark)), pattern[i])
+        if kind != pattern[i]:
+            raise CheckpointError(
+                f"{stored.file}: {name} belongs to a layer of kind '{kind}' ({KIND_NAMES[kind]}), but letter {i} of "
+                f"hybrid_override_pattern is '{pattern[i]}' ({KIND_NAMES[pattern[i]]})"
+            )
+
+
+def load_weights(
+    model: nn.Module,
+    directory: Path,
+    pattern: str,
+    known: list[Slot],
+    dtype: torch.dtype | None,
+    device_of: dict[str, torch.device],
+) -> None:
+    """Fills a meta model; what is int8 in it is quantised as it is read. dtype None: that of the stored embeddings.
+    device_of: "context" and "denoiser"."""
+    found = scan(directory)
+    needed = slots(model)
+    check(directory, found, known, needed, pattern)
+    if dtype is None:
+        dtype = _stored_dtype(found["context_tower.embeddings.weight"])
+    by_file: dict[Path, list[Slot]] = defaultdict(list)
+    for slot in needed:
+        by_file[found[slot.disk].file].append(slot)
+    empty = dict(tensors(model))
+    filled: dict[str, Tensor] = {}
+
+    def place(name: str, expert: int | None) -> Tensor:
+        """Where it goes, allocated when its first part comes."""
+        if name not in filled:
+            filled[name] = torch.empty_like(
+                empty[name],
+                dtype=wanted_dtype(name, dtype) if empty[name].is_floating_point() else None,
+                device=device_of["context" if name.startswith("context.") else "denoiser"],
+            )
+        return filled[name] if expert is None else filled[name][expert]
+
+    for file, wanted in by_file.items():
+        with safe_open(file, framework="pt") as handle:
+            for slot in wanted:
+                source = handle.get_tensor(slot.disk)
+                target = place(slot.memory, slot.expert)
+                if slot.memory + SCALE in empty:
+                    int8.quantize_into(target, place(slot.memory + SCALE, slot.expert), source)
+                else:
+                    target.copy_(source)
+    model.load_state_dict(filled, strict=True, assign=True)
+
+
+def _stored_dtype(stored: Stored) -> torch.dtype:
+    if stored.dtype not in ("BF16", "F32", "F64"):
+        raise CheckpointError(f"{stored.file}: is stored as {stored.dtype}; name the dtype to load it in, as bfloat16")
+    return stored.torch_dtype
+
+
+# --- writing -------------------------------------------------------------------------------------------------------
+
+
+def save_weights(model: nn.Module, directory: Path, max_shard_size: int | str) -> None:
+    """Released names; one file, or shards with an index where it would be larger than max_shard_size."""
+    memory = dict(tensors(model))
+    pieces = []
+    for slot in slots(model):
+        tensor = memory[slot.memory] if slot.expert is None else memory[slot.memory][slot.expert]
+        pieces.append(Piece(slot.disk, slot.shape, tensor.dtype, lambda tensor=tensor: tensor))  # type: ignore[misc]
+    write_shards(directory, pieces, max_shard_size)

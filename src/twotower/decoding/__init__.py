@@ -1,0 +1,1 @@
+"""Decoding rules as pure functions: parameters, sampling, unmasking, acceptance, draft length, stopping. No model."""

@@ -1,0 +1,181 @@
+"""`mode="auto"`: AR, verified or diffusion for a request, from what passes cost here and what drafts were worth lately.
+
+Seconds a token, expected of a row:
+    AR         c_step
+    verified   (k·c_draft + c_check) / (kept + 1), with the k passes and the kept tokens of recent rounds
+    diffusion  (p·c_draft + c_check) / S, with the p passes of recent blocks of S; not yet known: as many as a draft
+               would have taken whose tokens AR agrees with as often as lately
+Diffusion is in the running only where AR lately agreed with almost all that was drafted (`agreement`): there, checking
+buys little; elsewhere the text would not be AR's. Costs are measured once for a model, batch size and block size.
+"""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, field, replace
+from typing import TYPE_CHECKING
+from weakref import WeakKeyDictionary
+
+import torch
+
+from twotower.decoding.draft_controller import bucket
+from twotower.decoding.modes import AUTO, Mode
+from twotower.decoding.output import Generation
+from twotower.decoding.params import GenerationParams
+
+if TYPE_CHECKING:
+    from twotower.modeling_twotower import TwoTowerForCausalLM
+
+AGREEMENT = 0.98  # of drafted tokens that AR looked at
+LOOK_AGAIN = 8  # requests: what was not chosen meanwhile may have become better
+RATE = 0.3  # of the moving averages
+CONTEXT = 64  # tokens before the passes that are timed
+REPEATS = 3
+
+
+@dataclass(frozen=True)
+class Costs:
+    """Seconds of a pass: an AR step, the denoiser's over a block, the context tower's over a block with its head."""
+
+    step: float
+    draft: float
+    check: float
+
+
+@dataclass
+class Average:
+    """A moving average; None before its first value."""
+
+    value: float | None = None
+
+    def add(self, value: float) -> None:
+        self.value = value if self.value is None else self.value + RATE * (value - self.value)
+
+
+@dataclass
+class Recent:
+    """What texts lately were like: drafted tokens kept a round, the passes of its draft, the share of looked-at drafted
+    tokens that AR agreed with, denoiser passes a block in diffusion."""
+
+    kept: Average = field(default_factory=Average)
+    passes: Average = field(default_factory=Average)
+    agreement: Average = field(default_factory=Average)
+    block_passes: Average = field(default_factory=Average)
+
+    def learn(self, outputs: Sequence[Generation], block_size: int) -> None:
+        """From the outputs of one batch, all of one mode."""
+        drafts = sum(out.drafts for out in outputs)
+        if drafts:
+            kept = sum(out.accepted for out in outputs)
+            self.kept.add(kept / drafts)
+            self.passes.add(sum(out.denoiser_passes for out in outputs) / drafts)
+            self.agreement.add(kept / max(kept + sum(out.rejected for out in outputs), 1))
+        whole = [out for out in outputs if out.mode == "diffusion" and out.tokens]
+        if whole:
+            blocks = sum(-(-len(out.tokens) // block_size) for out in whole)
+            self.block_passes.add(sum(out.denoiser_passes for out in whole) / blocks)
+
+
+@dataclass(frozen=True)
+class Choice:
+    """A mode, and why, in words."""
+
+    mode: Mode
+    why: str
+
+
+@dataclass
+class Chooser:
+    """Chooses for one model, and learns from everything it writes in this mode."""
+
+    recent: Recent = field(default_factory=Recent)
+    costs: dict[tuple[int, int], Costs] = field(default_factory=dict)
+    asked: int = 0
+
+    def choose(self, costs: Costs, block_size: int) -> Choice:
+        """For the next request."""
+        self.asked += 1
+        recent = self.recent
+        price = f"a pass over {block_size} tokens costs {costs.draft / costs.step:.2f} AR steps"
+        if recent.kept.value is None or recent.passes.value is None or recent.agreement.value is None:
+            return Choice("verified", f"nothing is known yet of what drafts are worth; {price}")
+        if self.asked % LOOK_AGAIN == 0:
+            return Choice("verified", f"every {LOOK_AGAIN}th request looks again at what drafts are worth; {price}")
+        kept, agreement = recent.kept.value, recent.agreement.value
+        seconds: dict[Mode, float] = {
+            "ar": costs.step,
+            "verified": (recent.passes.value * costs.draft + costs.check) / (kept + 1),
+        }
+        if agreement >= AGREEMENT:
+            passes = recent.block_passes.value
+            if passes is None:  # a draft's passes for its kept tokens, up to a whole block
+                passes = max(recent.passes.value, 1.0) * block_size / (kept + 1)
+            seconds["diffusion"] = (passes * costs.draft + costs.check) / block_size
+        best = min(seconds, key=lambda mode: seconds[mode])
+        gain = ", ".join(f"{mode} {costs.step / each:.2f}×" for mode, each in seconds.items() if mode != "ar")
+        without = "" if agreement >= AGREEMENT else f", too little for diffusion ({AGREEMENT:.0%})"
+        return Choice(
+            best,
+            f"expected against AR: {gain}; lately {kept:.1f} drafted tokens kept a round, AR agreed with "
+            f"{agreement:.1%} of what it looked at{without}; {price}",
+        )
+
+
+_choosers: WeakKeyDictionary[TwoTowerForCausalLM, Chooser] = WeakKeyDictionary()
+
+
+def chooser_of(model: TwoTowerForCausalLM) -> Chooser:
+    """The one that has learned from this model's requests so far."""
+    return _choosers.setdefault(model, Chooser())
+
+
+def resolve(model: TwoTowerForCausalLM, params: GenerationParams, rows: int) -> tuple[GenerationParams, str]:
+    """Parameters with a mode that writes, and why that one ("" where it was asked for)."""
+    if params.mode != AUTO:
+        return params, ""
+    if model.denoiser is None:
+        return replace(params, mode="ar"), "only the context tower was loaded"
+    chooser = chooser_of(model)
+    key = bucket(rows), params.block_size
+    if key not in chooser.costs:
+        chooser.costs[key] = measure(model, *key)
+    choice = chooser.choose(chooser.costs[key], params.block_size)
+    return replace(params, mode=choice.mode), choice.why
+
+
+@torch.no_grad()
+def measure(model: TwoTowerForCausalLM, rows: int, block_size: int) -> Costs:
+    """Times each kind of pass: the fastest of some, after one that is not counted."""
+    context = min(CONTEXT, model.config.backbone.max_position_embeddings - block_size)
+    device = model.device
+    state = model.new_state(rows, context + block_size)
+    lengths = torch.full((rows,), context, device=device)
+    model.prefill(torch.zeros(rows, context, dtype=torch.long, device=device), lengths, state)
+    reader = model.reader(state)
+    block = torch.full((rows, block_size), model.config.mask_token, device=device)
+
+    def extend(width: int) -> Callable[[], None]:
+        def run() -> None:
+            model.extend(block[:, :width], state, logits=True)
+            state.rollback(lengths)
+            state.tighten(context)
+
+        return run
+
+    def draft() -> None:
+        view = reader.view()
+        away = view.lengths.device
+        model.denoise(block.to(away), torch.ones(rows, device=away), view)
+
+    def fastest(run: Callable[[], None]) -> float:
+        seconds = []
+        for _ in range(REPEATS + 1):
+            model.synchronize()
+            started = time.perf_counter()
+            run()
+            model.synchronize()
+            seconds.append(time.perf_counter() - started)
+        return min(seconds[1:])
+
+    return Costs(step=fastest(extend(1)), draft=fastest(draft), check=fastest(extend(block_size)))

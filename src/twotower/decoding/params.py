@@ -1,0 +1,180 @@
+"""What a caller asks for, checked before any work is done."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+
+from twotower.config import TwoTowerConfig
+from twotower.decoding.modes import ASKABLE, AUTO, BLOCK_MODES
+from twotower.decoding.unmasking import POLICIES
+from twotower.errors import ArgumentError
+
+
+@dataclass(frozen=True, kw_only=True)
+class GenerationParams:
+    """Parameters of one call; every row of a batch has the same, except its seed.
+
+    mode: one of those that write, or "auto", which chooses of AR, verified and diffusion (`generation.automatic`).
+    max_new_tokens: tokens after the prompt, at most. temperature: 0 (or less) is greedy. top_k, top_p: filters
+    of the candidate's distribution after the temperature. eos_token_id: one id or several; a row ends at its
+    first. seed: one for all rows or one for each; None draws fresh ones from torch's generator. stop: strings
+    that end a row. For diffusion: block_size positions denoised in at most steps_per_block passes; policy (one, or one
+    for each row) says which positions a pass commits, at least one, and knob is its one number (None: its default; of
+    the policy "threshold" that is confidence_threshold). See `unmasking.POLICIES`. For verified decoding: block_size is
+    the longest draft with the token it continues, filled in draft_steps passes (None: what pays), by the same policies;
+    acceptance 1 keeps what the AR model itself chooses, α < 1 also tokens it gives α times its best one's probability.
+
+    Raises:
+        ArgumentError (a ValueError): what, value and remedy, in one line.
+    """
+
+    mode: str = "diffusion"
+    max_new_tokens: int = 128
+    temperature: float = 0.0
+    top_k: int | None = None
+    top_p: float | None = None
+    eos_token_id: tuple[int, ...] = ()
+    seed: int | tuple[int, ...] | None = None
+    stop: tuple[str, ...] = ()
+    block_size: int = 16
+    steps_per_block: int = 16
+    mask_token_id: int = 3
+    confidence_threshold: float = 0.9
+    policy: str | tuple[str, ...] = "threshold"
+    knob: float | tuple[float, ...] | None = None
+    draft_steps: int | None = None
+    acceptance: float = 1.0
+
+    def __post_init__(self) -> None:
+        for name in ("eos_token_id", "stop"):  # a lone one is meant as one, a string not as its letters
+            object.__setattr__(self, name, _tuple(getattr(self, name)))
+        if self.mode not in ASKABLE:
+            raise ArgumentError(f"mode is {self.mode!r}; choose one of {', '.join(ASKABLE)}")
+        _whole("max_new_tokens", self.max_new_tokens, least=0)
+        _whole("block_size", self.block_size, least=1)
+        _whole("steps_per_block", self.steps_per_block, least=1)
+        _whole("mask_token_id", self.mask_token_id, least=0)
+        _number("temperature", self.temperature, None, None)
+        _number("confidence_threshold", self.confidence_threshold, 0.0, 1.0)
+        _number("acceptance", self.acceptance, 0.0, 1.0)
+        if self.draft_steps is not None:
+            _whole("draft_steps", self.draft_steps, least=0)
+        if self.top_k is not None:
+            _whole("top_k", self.top_k, least=1)
+        if self.top_p is not None:
+            _number("top_p", self.top_p, 0.0, 1.0)
+        self._check_policies()
+        for seed in () if self.seed is None else _tuple(self.seed):
+            _whole("seed", seed, least=0)
+            if seed >= 2**63:
+                raise ArgumentError(f"seed is {seed}; it must be below 2**63")
+        for text in self.stop:
+            if not isinstance(text, str) or not text:
+                raise ArgumentError(f"stop has {text!r}; each stop must be a non-empty string")
+
+    def _check_policies(self) -> None:
+        names = _tuple(self.policy)
+        for name in names:
+            if not isinstance(name, str) or name not in POLICIES:
+                raise ArgumentError(f"policy is {name!r}; choose one of {', '.join(POLICIES)}")
+        if not names:
+            raise ArgumentError("policy is empty; name one, or one for each prompt")
+        knobs = _tuple(self.knob)
+        if len(names) > 1 and len(knobs) > 1 and len(names) != len(knobs):
+            raise ArgumentError(f"{len(knobs)} knobs for {len(names)} policies; give one, or one for each")
+        for name in set(names):
+            policy = POLICIES[name]
+            own = knobs if len(knobs) != len(names) else [k for n, k in zip(names, knobs, strict=True) if n == name]
+            for knob in own:
+                _number(f"knob ({name}: {policy.knob})", knob, policy.low, policy.high)
+
+    @classmethod
+    def of(
+        cls,
+        *,
+        eos_token_id: int | Sequence[int] | None = None,
+        seed: int | Sequence[int] | None = None,
+        stop: str | Sequence[str] | None = None,
+        **values: Any,
+    ) -> GenerationParams:
+        """From the looser types of the public API."""
+        unknown = sorted(set(values) - set(cls.__dataclass_fields__))
+        if unknown:
+            known = ", ".join(cls.__dataclass_fields__)
+            raise ArgumentError(f"unknown argument {', '.join(unknown)}; known are {known}")
+        seeds = _tuple(seed) if isinstance(seed, Sequence) else seed
+        for name in ("policy", "knob"):
+            if isinstance(values.get(name), list):
+                values[name] = tuple(values[name])
+        return cls(eos_token_id=_tuple(eos_token_id), seed=seeds, stop=_tuple(stop), **values)
+
+    def check_against(self, config: TwoTowerConfig, prompt_lengths: Sequence[int]) -> None:
+        """The checks that need the model's configuration and the prompts."""
+        vocab = config.backbone.vocab_size
+        if self.mode in BLOCK_MODES and self.mask_token_id >= vocab:
+            raise ArgumentError(f"mask_token_id is {self.mask_token_id}; the vocabulary ends at {vocab - 1}")
+        for token in self.eos_token_id:
+            if not isinstance(token, int) or isinstance(token, bool) or not 0 <= token < vocab:
+                raise ArgumentError(f"eos_token_id is {token!r}; it must be a token id from 0 to {vocab - 1}")
+        window = config.backbone.max_position_embeddings
+        longest = max(prompt_lengths)
+        if longest + self.max_new_tokens > window:
+            raise ArgumentError(
+                f"a prompt of {longest} tokens plus max_new_tokens {self.max_new_tokens} is beyond the context window "
+                f"of {window}; shorten one of them"
+            )
+        for given, what in ((self.seed, "seeds"), (self.policy, "policies"), (self.knob, "knobs")):
+            if isinstance(given, tuple) and len(given) != len(prompt_lengths):
+                raise ArgumentError(f"{len(given)} {what} for {len(prompt_lengths)} prompts; give one, or one for each")
+
+    @property
+    def fixed_draft(self) -> int | None:
+        """Denoiser passes of every draft; None: round by round what pays.
+
+        Under relaxed acceptance the draft shows in the text, so there it is one unless the caller says otherwise: the
+        same seed gives the same text, whatever the clock said.
+        """
+        return 1 if self.draft_steps is None and self.acceptance < 1 else self.draft_steps
+
+    @property
+    def adapts(self) -> bool:
+        """Whether the passes it takes depend on what they cost."""
+        return self.mode == AUTO or (self.mode == "verified" and self.fixed_draft is None)
+
+    def row_policies(self, rows: int) -> tuple[list[str], list[float]]:
+        """The policy and the knob of each row."""
+        names = list(self.policy) if isinstance(self.policy, tuple) else [self.policy] * rows
+        given = self.knob if isinstance(self.knob, tuple) else (self.knob,) * rows
+        usual = {name: POLICIES[name].default for name in names} | {"threshold": self.confidence_threshold}
+        return names, [usual[name] if knob is None else knob for name, knob in zip(names, given, strict=True)]
+
+    def row_seeds(self, rows: int) -> list[int]:
+        """One seed a row; the same prompt with the same seed gives the same text wherever it stands in a batch."""
+        if isinstance(self.seed, tuple):
+            return list(self.seed)
+        if self.seed is not None:
+            return [self.seed] * rows
+        return [int(x) for x in torch.randint(2**62, (rows,))]
+
+
+def _tuple(value: Any) -> tuple[Any, ...]:
+    if value is None:
+        return ()
+    return tuple(value) if isinstance(value, Sequence | set) and not isinstance(value, str) else (value,)
+
+
+def _whole(name: str, value: Any, least: int) -> None:
+    if not isinstance(value, int) or isinstance(value, bool) or value < least:
+        raise ArgumentError(f"{name} is {value!r}; it must be a whole number of at least {least}")
+
+
+def _number(name: str, value: Any, low: float | None, high: float | None) -> None:
+    good = isinstance(value, int | float) and not isinstance(value, bool) and math.isfinite(value)
+    if not good or (low is not None and value < low) or (high is not None and value > high):
+        span = "a finite number" if low is None else f"between {low:g} and {high:g}"
+        raise ArgumentError(f"{name} is {value!r}; it must be {span}")

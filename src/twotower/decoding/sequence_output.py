@@ -1,0 +1,146 @@
+"""What one row has written so far, and what it took: the same for a batch and for an engine."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from typing import Any, cast
+
+from twotower.decoding.modes import Mode
+from twotower.decoding.output import BlockEvent, Generation, TokenLogprob
+from twotower.decoding.params import GenerationParams
+from twotower.decoding.stopping import RowProgress
+
+
+@dataclass
+class RowRecord:
+    """One row: its tokens and text (`progress`), counts as in `Generation`, and clock readings."""
+
+    row: int
+    mode: str
+    prompt_tokens: int
+    progress: RowProgress
+    why: str = ""
+    error: str = ""
+    denoiser_passes: int = 0
+    context_passes: int = 0
+    drafts: int = 0
+    drafted: int = 0
+    accepted: int = 0
+    rejected: int = 0
+    cached_tokens: int = 0
+    blocks: int = 0
+    committed_at: list[int] = field(default_factory=list)
+    confidence: list[float] = field(default_factory=list)
+    logprobs: list[TokenLogprob] = field(default_factory=list)
+    prompt_logprobs: list[TokenLogprob | None] = field(default_factory=list)
+    started: float = field(default_factory=time.perf_counter)
+    prefilled: float = 0.0
+    ended: float = 0.0
+
+    @classmethod
+    def of(cls, row: int, params: GenerationParams, prompt_tokens: int, tokenizer: Any, why: str = "") -> RowRecord:
+        """Of a row that begins."""
+        progress = RowProgress(params.max_new_tokens, params.eos_token_id, params.stop, tokenizer)
+        return cls(row, params.mode, prompt_tokens, progress, why)
+
+    @property
+    def running(self) -> bool:
+        return self.progress.finish_reason is None
+
+    @property
+    def length(self) -> int:
+        """Tokens of the text so far, the prompt included."""
+        return self.prompt_tokens + len(self.progress.tokens)
+
+    @property
+    def room(self) -> int:
+        """New tokens it may still get."""
+        return self.progress.limit - len(self.progress.tokens)
+
+    def checked(self, drafted: int, kept: int) -> None:
+        """Counts a round of verified decoding: so many tokens drafted, so many kept."""
+        self.drafted += drafted
+        self.accepted += kept
+        self.drafts += drafted > 0
+        self.rejected += kept < drafted
+
+    def take(
+        self,
+        tokens: list[int],
+        committed_at: list[int],
+        confidence: list[float],
+        draft: Sequence[int] = (),
+        logprobs: Sequence[TokenLogprob] = (),
+        complete: bool = False,
+    ) -> BlockEvent:
+        """Books a block as far as the row goes. complete: with it the text is, and nothing may follow."""
+        start = len(self.progress.tokens)
+        count, text = self.progress.take(tokens, complete)
+        self.committed_at += committed_at[:count]
+        self.confidence += confidence[:count]
+        self.logprobs += logprobs[:count]
+        if not self.running:
+            self.ended = time.perf_counter()
+        self.blocks += 1
+        return BlockEvent(
+            row=self.row,
+            block=self.blocks - 1,
+            start=start,
+            tokens=tokens[:count],
+            committed_at=committed_at[:count],
+            confidence=confidence[:count],
+            text=text,
+            draft=tuple(draft),
+            logprobs=tuple(logprobs[:count]),
+            prompt_logprobs=tuple(self.prompt_logprobs) if self.blocks == 1 else (),
+            result=None if self.running else self.result(),
+        )
+
+    def nothing(self) -> BlockEvent:
+        """The last event of a row that ends without another token."""
+        return BlockEvent(
+            row=self.row,
+            block=self.blocks,
+            start=len(self.progress.tokens),
+            tokens=[],
+            committed_at=[],
+            confidence=[],
+            text="",
+            prompt_logprobs=() if self.blocks else tuple(self.prompt_logprobs),
+            result=self.result(),
+        )
+
+    def fail(self, error: Exception) -> BlockEvent:
+        """Ends the row for something that went wrong."""
+        self.progress.finish_reason = "error"
+        self.error = f"{type(error).__name__}: {error}"
+        self.ended = time.perf_counter()
+        return self.nothing()
+
+    def result(self) -> Generation:
+        """Of a row that has ended."""
+        assert self.progress.finish_reason is not None
+        return Generation(
+            mode=cast(Mode, self.mode),
+            tokens=self.progress.tokens,
+            text=self.progress.text,
+            finish_reason=self.progress.finish_reason,
+            prompt_tokens=self.prompt_tokens,
+            committed_at=self.committed_at,
+            confidence=self.confidence,
+            denoiser_passes=self.denoiser_passes,
+            context_passes=self.context_passes,
+            drafts=self.drafts,
+            drafted=self.drafted,
+            accepted=self.accepted,
+            rejected=self.rejected,
+            cached_tokens=self.cached_tokens,
+            why=self.why,
+            error=self.error,
+            logprobs=tuple(self.logprobs),
+            prompt_logprobs=tuple(self.prompt_logprobs),
+            prefill_seconds=max(self.prefilled - self.started, 0.0),
+            decode_seconds=max(self.ended - self.prefilled, 0.0) if self.prefilled else 0.0,
+        )

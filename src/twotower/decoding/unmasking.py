@@ -1,0 +1,249 @@
+"""Commit policies: which masked positions of a block become final after a pass.
+
+A policy is a pure function of what one pass gave (`Pass`) and of one number, its knob; it says which positions are
+sure, and in what order the others would follow. `commit` turns that into progress: at least one position a pass, and
+enough for the block to be done in the given number of steps. `POLICIES` is the table; `register_policy` adds to it.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor
+
+from twotower.decoding.sampling import by_tiles
+from twotower.errors import ArgumentError
+from twotower.ops.precision import widened
+
+KL_BOUND, KL_PASSES = 0.01, 1  # KLASS: how far a stable distribution may move, and for how many passes in a row
+DECAYED = 0.5  # what the decaying threshold has come down to in the last step, as a share of the first
+
+
+class Pass(NamedTuple):
+    """What a policy sees: B rows, L positions, after a row's pass number `step` (B, 1), from 0, of at most `steps`.
+
+    logits (B, L, V) in the model's own dtype, the mask token barred with −∞; candidate (B, L) the tokens that would be
+    committed and confidence (B, L) their probability, untempered; masked (B, L) what is open; memory: what the policy
+    returned after the pass before, None after a block's first.
+    """
+
+    logits: Tensor
+    candidate: Tensor
+    confidence: Tensor
+    masked: Tensor
+    step: Tensor
+    steps: Tensor
+    memory: Any = None
+
+
+class Verdict(NamedTuple):
+    """sure (B, L) bool: commit these (only masked ones count); order (B, L): where more must go, the largest first,
+    equal ones from the left; memory: for the next pass of the block."""
+
+    sure: Tensor
+    order: Tensor
+    memory: Any = None
+
+
+Rule = Callable[[Pass, Tensor], Verdict]  # the knob comes as (B, 1), a value a row
+
+
+@dataclass(frozen=True)
+class Policy:
+    """A rule with its knob: what it means, its default, its range, and where the rule comes from."""
+
+    name: str
+    rule: Rule
+    knob: str
+    default: float
+    low: float = 0.0
+    high: float = math.inf
+    source: str = ""
+
+
+# --- rules ----------------------------------------------------------------------------------------------------------
+
+
+def threshold(seen: Pass, knob: Tensor) -> Verdict:
+    """Every position whose confidence is above the knob (the released rule, spec §3)."""
+    return Verdict(seen.confidence > knob, seen.confidence)
+
+
+def top_k(seen: Pass, knob: Tensor) -> Verdict:
+    """The k most confident positions, whatever their confidence."""
+    return Verdict(ranks(seen.confidence, seen.masked) < knob, seen.confidence)
+
+
+def factor(seen: Pass, knob: Tensor) -> Verdict:
+    """The n most confident ones for the largest n with (n + 1)(1 − c₍ₙ₎) < f, c₍ₙ₎ the least of their confidences."""
+    within = (ranks(seen.confidence, seen.masked) + 2) * (1 - seen.confidence) < knob
+    return Verdict(within, seen.confidence)
+
+
+def entropy(seen: Pass, knob: Tensor) -> Verdict:
+    """Positions in order of entropy while Σ H − max H ≤ γ (nats): a bound on what they tell of each other."""
+    own = by_tiles(lambda logits: torch.special.entr(widened(logits).softmax(-1)).sum(-1), seen.logits)
+    ordered, place = own.masked_fill(~seen.masked, torch.inf).sort(dim=1, stable=True)
+    # In ascending order the largest of a set is its last, so the sum without it is that of those before.
+    before = torch.cat([torch.zeros_like(ordered[:, :1]), ordered[:, :-1].cumsum(1)], dim=1)
+    return Verdict((before <= knob).gather(1, place.argsort(1)), -own)
+
+
+def margin(seen: Pass, knob: Tensor) -> Verdict:
+    """Positions whose likeliest token leads the second by more than the knob."""
+    best = by_tiles(lambda logits: widened(logits).softmax(-1).topk(2, dim=-1).values, seen.logits)
+    lead = best[..., 0] - best[..., 1]
+    return Verdict(lead > knob, lead)
+
+
+def stability(seen: Pass, knob: Tensor) -> Verdict:
+    """Positions that are confident and whose distribution has moved by less than KL_BOUND nats since the last pass."""
+    norm = by_tiles(lambda logits: widened(logits).logsumexp(-1), seen.logits)
+    if seen.memory is None:
+        still = torch.zeros_like(seen.masked, dtype=torch.long)
+    else:
+        before, norm_before, still = seen.memory
+        moved = by_tiles(_divergence, seen.logits, norm, before, norm_before)
+        still = torch.where(moved < KL_BOUND, still + 1, 0)
+    return Verdict((still >= KL_PASSES) & (seen.confidence > knob), seen.confidence, (seen.logits, norm, still))
+
+
+def _divergence(logits: Tensor, norm: Tensor, before: Tensor, norm_before: Tensor) -> Tensor:
+    """KL(now ‖ before) in nats of n positions: logits (n, V) and their log-sums (n,), now and before → (n,)."""
+    now = widened(logits) - norm[:, None]
+    moved = now - (widened(before) - norm_before[:, None])
+    return (now.exp() * moved.masked_fill(now == -torch.inf, 0.0)).sum(-1)
+
+
+def span(seen: Pass, knob: Tensor) -> Verdict:
+    """From the left, up to the first masked position whose confidence is not above the knob."""
+    unsure = seen.masked & ~(seen.confidence > knob)
+    places = torch.arange(seen.masked.shape[1], 0, -1, device=seen.masked.device, dtype=seen.confidence.dtype)
+    return Verdict(unsure.cumsum(1) == 0, places.expand_as(seen.confidence))
+
+
+def decay(seen: Pass, knob: Tensor) -> Verdict:
+    """Confidence above a threshold that falls evenly over the steps, from the knob to half of it."""
+    done = seen.step / (seen.steps - 1).clamp(min=1)
+    return Verdict(seen.confidence > knob * (1 - (1 - DECAYED) * done), seen.confidence)
+
+
+POLICIES: dict[str, Policy] = {}
+
+
+def register_policy(
+    name: str,
+    rule: Rule,
+    *,
+    knob: str,
+    default: float,
+    low: float = 0.0,
+    high: float = math.inf,
+    source: str = "",
+) -> None:
+    """Makes a rule available under a name, here and in every place that takes one.
+
+    Raises:
+        ArgumentError: the name is taken, or the default is out of range.
+    """
+    if name in POLICIES:
+        raise ArgumentError(f"policy {name!r} exists already; choose another name")
+    if not low <= default <= high:
+        raise ArgumentError(f"policy {name!r}: the default {default:g} is not between {low:g} and {high:g}")
+    POLICIES[name] = Policy(name, rule, knob, default, low, high, source)
+
+
+register_policy(
+    "threshold", threshold, knob="confidence", default=0.9, high=1.0, source="Nemotron-Labs-TwoTower, released"
+)
+register_policy("top-k", top_k, knob="positions a pass", default=2, low=1, source="LLaDA (Nie et al. 2025)")
+register_policy("factor", factor, knob="f", default=1.0, source="Fast-dLLM (Wu et al. 2025)")
+register_policy(
+    "entropy", entropy, knob="γ, nats", default=0.1, source="EB-Sampler (Ben-Hamu et al. 2025, arXiv 2505.24857)"
+)
+register_policy(
+    "margin", margin, knob="probability of the best less the second", default=0.8, high=1.0,
+    source="top-probability margin (Kim et al. 2025, arXiv 2502.06768)",
+)  # fmt: skip
+register_policy(
+    "klass", stability, knob="confidence", default=0.8, high=1.0, source="KLASS (Kim et al. 2025, arXiv 2511.05664)"
+)
+register_policy("span", span, knob="confidence", default=0.8, high=1.0, source="left to right, as a draft is read")
+register_policy(
+    "decay", decay, knob="confidence in the first pass", default=0.95, high=1.0,
+    source="progress-aware thresholds (Mohamed et al. 2025)",
+)  # fmt: skip
+
+
+# --- applying them --------------------------------------------------------------------------------------------------
+
+
+def ranks(score: Tensor, masked: Tensor) -> Tensor:
+    """(B, L) → 0 for each row's best masked position, 1 for the next, …; equal ones from the left, open ones first."""
+    return _best_first(score, masked).argsort(dim=1)
+
+
+def _best_first(score: Tensor, masked: Tensor) -> Tensor:
+    """(B, L) → each row's positions in that order."""
+    return score.masked_fill(~masked, -torch.inf).argsort(dim=1, descending=True, stable=True)
+
+
+def commit(verdict: Verdict, masked: Tensor, step: Tensor, steps: Tensor) -> Tensor:
+    """→ bool (B, L), the positions to commit: the k first of each row's masked ones, sure ones before others, where
+    k = min(#masked, max(#sure, 1, ⌈#masked / (steps − step)⌉)); the last step commits all."""
+    left = masked.sum(1, keepdim=True)
+    sure = masked & verdict.sure
+    due = -(-left // (steps - step))
+    count = torch.minimum(left, torch.maximum(sure.sum(1, keepdim=True), due.clamp(min=1)))
+    # By order, then sure ones to the front: two stable sorts are one by both.
+    by_order = _best_first(verdict.order, masked)
+    by_both = by_order.gather(1, sure.gather(1, by_order).byte().argsort(dim=1, descending=True, stable=True))
+    return masked & (by_both.argsort(dim=1) < count)
+
+
+def decide(name: str, seen: Pass, knobs: Tensor) -> tuple[Tensor, Any]:
+    """What rows of one policy commit, bool (B, L), and what it remembers for their next pass."""
+    verdict = POLICIES[name].rule(seen, knobs)
+    return commit(verdict, seen.masked, seen.step, seen.steps), verdict.memory
+
+
+class Unmasking:
+    """The policies of a batch's rows, with what they remember of the block at work."""
+
+    def __init__(self, names: Sequence[str], knobs: Sequence[float]) -> None:
+        self.names, self.knobs = list(names), list(knobs)
+        self._memory: dict[str, Any] = {}
+        self._groups: list[tuple[str, Tensor | None, Tensor]] = []  # policy, its rows (None: all), their knobs
+
+    def select(self, rows: Sequence[int]) -> Unmasking:
+        """Of the given rows, between blocks."""
+        return Unmasking([self.names[i] for i in rows], [self.knobs[i] for i in rows])
+
+    def begin(self, like: Tensor) -> None:
+        """A new block: nothing is remembered. like: a tensor of the device and dtype of the passes' confidences."""
+        self._memory.clear()
+        knobs = torch.tensor(self.knobs, dtype=like.dtype, device=like.device)[:, None]
+        places = {name: [i for i, own in enumerate(self.names) if own == name] for name in self.names}
+        if len(places) == 1:
+            self._groups = [(self.names[0], None, knobs)]
+        else:
+            rows = {name: torch.tensor(own, device=like.device) for name, own in places.items()}
+            self._groups = [(name, own, knobs[own]) for name, own in rows.items()]
+
+    def __call__(self, seen: Pass) -> Tensor:
+        """→ bool (B, L), the positions to commit. `seen` holds all rows; its memory is not used."""
+        out = torch.zeros_like(seen.masked)
+        for name, rows, knobs in self._groups:
+            if rows is None:
+                return self._apply(name, seen, knobs)
+            own = Pass(*(field[rows] for field in seen[:-1]))
+            out[rows] = self._apply(name, own, knobs)
+        return out
+
+    def _apply(self, name: str, seen: Pass, knobs: Tensor) -> Tensor:
+        chosen, self._memory[name] = decide(name, seen._replace(memory=self._memory.get(name)), knobs)
+        return chosen

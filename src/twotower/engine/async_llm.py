@@ -1,0 +1,159 @@
+"""`AsyncLLM`: an engine in a thread of its own, for programs that serve many requests from an event loop."""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+import queue
+import threading
+from collections.abc import AsyncGenerator, Callable, Sequence
+from typing import Any
+
+from twotower.decoding.output import Event, Generation
+from twotower.engine.llm import LLM
+from twotower.engine.sequence import Request
+from twotower.errors import TwoTowerError
+
+Tell = Callable[[Event | Exception], object]
+
+
+class _Call:
+    """A request that somebody in an event loop waits for. number: in the engine, once it is there."""
+
+    def __init__(self, request: Request, tell: Tell) -> None:
+        self.request, self.tell = request, tell
+        self.loop = asyncio.get_running_loop()
+        self.number: int | None = None
+
+
+class AsyncLLM:
+    """Runs an engine's steps while there is work; nobody else may use the engine meanwhile. Close it when done."""
+
+    def __init__(self, llm: LLM) -> None:
+        self.llm = llm
+        self._orders: queue.SimpleQueue[Callable[[], object] | None] = queue.SimpleQueue()  # None: stop
+        self._lock = threading.Lock()  # of the two below: once ended, no further call is open
+        self._open: set[_Call] = set()
+        self._ended: TwoTowerError | None = None
+        self._running: dict[int, _Call] = {}  # by their number in the engine; the engine's thread's own
+        self._thread = threading.Thread(target=self._run, name="twotower-engine", daemon=True)
+        self._thread.start()
+
+    async def stream(self, request: Request) -> AsyncGenerator[Event, None]:
+        """Events of a request as they come; leaving the loop early gives the request up.
+
+        Raises:
+            ArgumentError: it can never run here; says why.
+            TwoTowerError: the engine has failed or is closed.
+        """
+        heard: asyncio.Queue[Event | Exception] = asyncio.Queue()
+        give_up = self.listen(request, heard.put_nowait)
+        try:
+            while True:
+                event = await heard.get()
+                if isinstance(event, Exception):
+                    raise event
+                yield event
+                if event.result is not None:
+                    return
+        finally:
+            give_up()
+
+    async def generate(self, request: Request) -> Generation:
+        """The whole result of a request."""
+        async for event in self.stream(request):
+            if event.result is not None:
+                return event.result
+        raise TwoTowerError("the engine ended without an answer")
+
+    def listen(self, request: Request, tell: Tell) -> Callable[[], None]:
+        """Asks for a request; `tell` is called in the running event loop with each of its events, or with the exception
+        that ends it → what gives it up, to be called in any case.
+
+        Raises:
+            TwoTowerError: the engine has failed or is closed.
+        """
+        call = _Call(request, tell)
+        with self._lock:
+            if self._ended is not None:
+                raise self._ended
+            self._open.add(call)
+        self._orders.put(lambda: self._add(call))
+
+        def give_up() -> None:
+            with self._lock:
+                self._open.discard(call)
+            self._orders.put(lambda: self._forget(call))
+
+        return give_up
+
+    @property
+    def alive(self) -> bool:
+        """Whether it takes requests: it has neither failed nor been closed."""
+        return self._ended is None
+
+    def close(self) -> None:
+        """Stops after the step that is running; requests that have not ended hear a TwoTowerError."""
+        self._orders.put(None)
+        self._thread.join()
+
+    # --- the engine's thread --------------------------------------------------------------------------------------
+
+    def _run(self) -> None:
+        end = TwoTowerError("the engine is closed")
+        try:
+            while self._obey():
+                events = self.llm.step()
+                _deliver([(self._running[event.row], event) for event in events if event.row in self._running])
+        except Exception as error:
+            end = TwoTowerError(f"the engine has failed: {error}")
+            end.__cause__ = error
+        with self._lock:
+            self._ended = end
+            calls = list(self._open)
+        _deliver([(call, end) for call in calls])
+
+    def _obey(self) -> bool:
+        """Carries out what was asked for, and waits while there is nothing to do → False: stop."""
+        while True:
+            try:
+                order = self._orders.get(block=not self.llm.has_work)
+            except queue.Empty:
+                return True
+            if order is None:
+                return False
+            order()
+
+    def _add(self, call: _Call) -> None:
+        try:
+            call.number = self.llm.add_request(call.request)
+        except Exception as error:
+            _deliver([(call, error)])
+        else:
+            self._running[call.number] = call
+
+    def _forget(self, call: _Call) -> None:
+        if call.number is not None:
+            self._running.pop(call.number, None)
+            self.llm.abort(call.number)
+
+    def __enter__(self) -> AsyncLLM:
+        return self
+
+    def __exit__(self, *_: Any) -> None:
+        self.close()
+
+
+def _deliver(news: Sequence[tuple[_Call, Event | Exception]]) -> None:
+    """Tells all of it, waking each event loop once: a step has news for many calls."""
+    by_loop: dict[asyncio.AbstractEventLoop, list[tuple[_Call, Event | Exception]]] = {}
+    for call, event in news:
+        by_loop.setdefault(call.loop, []).append((call, event))
+    for loop, own in by_loop.items():
+        with contextlib.suppress(RuntimeError):  # the loop is closed: nobody waits any more
+            loop.call_soon_threadsafe(_tell, own)
+
+
+def _tell(news: Sequence[tuple[_Call, Event | Exception]]) -> None:
+    for call, event in news:
+        call.tell(event)

@@ -1,0 +1,97 @@
+"""Rows whose text must follow a grammar: what it forbids is out before the AR model chooses."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import TYPE_CHECKING
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+from torch import Tensor
+
+from twotower.decoding.modes import CONSTRAINED
+from twotower.decoding.output import BlockEvent
+from twotower.decoding.structured import Constraint, Matcher
+from twotower.errors import ArgumentError, TwoTowerError
+from twotower.ops.host_transfer import placed
+
+if TYPE_CHECKING:
+    from twotower.engine.context_step import Work
+    from twotower.engine.sequence import Row
+
+
+def check_constraint(constraint: Constraint, mode: str, vocab_size: int) -> None:
+    """Raises ArgumentError where a request of this mode, of a model with so many tokens, cannot follow it."""
+    if mode not in CONSTRAINED:
+        raise ArgumentError(
+            f"mode is {mode!r}, which cannot follow a constraint: only the AR model chooses token by token; use mode "
+            '"ar" or "verified"'
+        )
+    if constraint.vocab_size > vocab_size:
+        raise ArgumentError(
+            f"the constraint's tokenizer has {constraint.vocab_size} tokens and this model {vocab_size}; make the "
+            "constraint with model.tokenizer"
+        )
+
+
+def restrict(works: Sequence[Work], logits: Tensor) -> list[int] | None:
+    """Sets to −∞, in logits (n, L, V) and in place, what the works' grammars forbid after the pending token and after
+    each token of a draft, as far as the draft is allowed → how many tokens each work may keep of its draft; None: no
+    work has a grammar. A row whose matcher fails has an `error`."""
+    constrained = [(place, work) for place, work in enumerate(works) if work.row.matcher is not None]
+    if not constrained:
+        return None
+    drafted = [len(work.tokens) - 1 for work in works]
+    walked, masks = [], []
+    for place, work in constrained:
+        assert work.row.matcher is not None
+        try:
+            found, drafted[place] = _walk(work.row.matcher, work.tokens[1:], logits.shape[2])
+        except Exception as error:
+            work.row.error = error
+            continue
+        if not found[-1].any():  # the text is complete there, and what is chosen is not looked at
+            found.pop()
+        walked.append((place, len(found)))
+        masks += found
+    if masks:
+        forbidden = unpacked(~np.stack(masks), logits.device)[:, : logits.shape[2]]
+        counts = [count for _, count in walked]
+        for (place, count), part in zip(walked, forbidden.split(counts), strict=True):
+            logits[place, :count].masked_fill_(part, -torch.inf)  # a slice: an index would copy the logits
+    return drafted
+
+
+def unpacked(masks: NDArray[np.uint8], device: torch.device) -> Tensor:
+    """Bits (n, ⌈V / 8⌉), the lowest first, as bool (n, V rounded up); eight cross to an accelerator as a byte."""
+    if device.type == "cpu":
+        return torch.from_numpy(np.unpackbits(masks, axis=1, bitorder="little")).view(torch.bool)
+    return shifted(placed(masks, device))
+
+
+def shifted(masks: Tensor) -> Tensor:
+    """`unpacked`, where the masks are."""
+    bit = torch.arange(8, dtype=torch.uint8, device=masks.device)
+    return ((masks[..., None] >> bit) & 1).bool().flatten(1)
+
+
+def _walk(matcher: Matcher, draft: Sequence[int], size: int) -> tuple[list[NDArray[np.uint8]], int]:
+    masks, count = matcher.walk(draft, size)
+    if not masks[0].any():
+        raise TwoTowerError("the grammar allows no token here")
+    return masks, count
+
+
+def follow(row: Row, tokens: list[int]) -> tuple[list[int], bool] | BlockEvent:
+    """The row's grammar goes on with its new tokens → those of them that belong to the text, and whether it is
+    complete; or the row's end, where the matcher has failed."""
+    if row.matcher is None:
+        return tokens, False
+    try:
+        if row.error is not None:
+            raise row.error
+        count, complete = row.matcher.take(tokens)
+    except Exception as error:
+        return row.record.fail(error)
+    return tokens[:count], complete

@@ -1,0 +1,155 @@
+"""What each way of decoding keeps of the AR model's quality: accuracy on the suite, paired with AR, and its passes."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from dataclasses import asdict, dataclass
+from functools import partial
+from typing import Any
+
+from twotower.decoding.presets import Setting, beside_ar
+from twotower.engine import Request
+from twotower.engine.generation import Generation
+from twotower.errors import ArgumentError
+from twotower.evaluation.comparison import Paired, compare
+from twotower.evaluation.likelihood import continuation_nats
+from twotower.evaluation.running import run
+from twotower.evaluation.tasks import FAMILIES
+from twotower.evaluation.tasks.problems import Problem, stream
+from twotower.evaluation.tasks.scoring import OVERALL, is_right, wilson
+from twotower.model_loading import eos_of
+from twotower.modeling_twotower import TwoTowerForCausalLM
+
+
+@dataclass(frozen=True)
+class Line:
+    """One setting's figures, by family and overall. accuracy, interval: shares in 0..1; against_ar: the same problems
+    paired with AR; passes: prefill apart. Of all problems: nll, the context tower's −ln p of the answers, nats a token;
+    accepted, drafted tokens kept a draft."""
+
+    setting: str
+    accuracy: dict[str, float]
+    interval: dict[str, tuple[float, float]]
+    against_ar: dict[str, Paired]
+    tokens: dict[str, int]
+    denoiser_passes: dict[str, int]
+    context_passes: dict[str, int]
+    accepted: float
+    nll: float
+    repeated_4grams: float
+
+    @property
+    def tokens_per_pass(self) -> dict[str, float]:
+        """New tokens for a pass of either tower."""
+        return {
+            name: tokens / max(self.denoiser_passes[name] + self.context_passes[name], 1)
+            for name, tokens in self.tokens.items()
+        }
+
+    def to_dict(self) -> dict[str, Any]:
+        """Plain data, the derived figures included."""
+        pairs = {
+            name: asdict(pair) | {"difference": pair.difference, "interval": pair.interval, "kept": pair.kept}
+            for name, pair in self.against_ar.items()
+        }
+        return asdict(self) | {"tokens_per_pass": self.tokens_per_pass, "against_ar": pairs}
+
+
+def chosen_problems(families: Sequence[str], per_family: int, difficulties: Sequence[int], seed: int) -> list[Problem]:
+    """`per_family` test problems of each family, evenly over the difficulties."""
+    if per_family < 1:
+        raise ArgumentError(f"problems is {per_family}; ask for at least 1 of each family")
+    out: list[Problem] = []
+    for family in families or tuple(FAMILIES):
+        problems = stream("test", seed, (family,), difficulties)
+        out += [next(problems) for _ in range(per_family)]
+    return out
+
+
+def evaluate(
+    model: TwoTowerForCausalLM,
+    settings: Sequence[Setting],
+    problems: Sequence[Problem],
+    *,
+    max_new_tokens: int = 160,
+    rows: int = 64,
+    likelihood: bool = True,
+    progress: Callable[[str, int], object] | None = None,
+) -> list[Line]:
+    """A line for AR, which is always run, and one for each other setting, in order. progress: told the setting's label
+    and how many of its problems are done."""
+    base: list[bool] = []
+    lines = []
+    for setting in beside_ar(settings):
+        tell = None if progress is None else partial(progress, setting.label)
+        requests, outputs = answer(model, setting, problems, max_new_tokens=max_new_tokens, rows=rows, progress=tell)
+        right = marks(problems, outputs)
+        base = base or right
+        prompts = [list(request.prompt) for request in requests]
+        lines.append(_line(model, setting, problems, prompts, outputs, right, base, likelihood))
+    return lines
+
+
+def answer(
+    model: TwoTowerForCausalLM,
+    setting: Setting,
+    problems: Sequence[Problem],
+    *,
+    max_new_tokens: int = 160,
+    rows: int = 64,
+    progress: Callable[[int], object] | None = None,
+) -> tuple[list[Request], list[Generation]]:
+    """What was asked, and what one setting answers, problem by problem."""
+    shared = {"eos_token_id": eos_of(model), "mask_token_id": model.config.mask_token, "seed": 0}
+    params = setting.params(max_new_tokens=max_new_tokens, **shared)
+    requests = [Request(model.tokenizer(problem.prompt)["input_ids"], params) for problem in problems]
+    return requests, run(model, requests, rows, progress)
+
+
+def marks(problems: Sequence[Problem], outputs: Sequence[Generation]) -> list[bool]:
+    """Which answers are right."""
+    return [is_right(problem, out.text) for problem, out in zip(problems, outputs, strict=True)]
+
+
+def _line(
+    model: TwoTowerForCausalLM,
+    setting: Setting,
+    problems: Sequence[Problem],
+    prompts: Sequence[list[int]],
+    outputs: Sequence[Generation],
+    right: Sequence[bool],
+    base: Sequence[bool],
+    likelihood: bool,
+) -> Line:
+    groups = {family: [i for i, p in enumerate(problems) if p.family == family] for family in FAMILIES}
+    groups = {family: places for family, places in groups.items() if places} | {OVERALL: list(range(len(problems)))}
+    hits = {name: [right[i] for i in places] for name, places in groups.items()}
+    nats, tokens = continuation_nats(model, prompts, outputs) if likelihood else (float("nan"), 1)
+
+    def summed(count: Callable[[Generation], int]) -> dict[str, int]:
+        return {name: sum(count(outputs[i]) for i in places) for name, places in groups.items()}
+
+    drafts = sum(out.drafts for out in outputs)
+    return Line(
+        setting=setting.label,
+        accuracy={name: sum(own) / len(own) for name, own in hits.items()},
+        interval={name: wilson(sum(own), len(own)) for name, own in hits.items()},
+        against_ar={name: compare([base[i] for i in places], hits[name]) for name, places in groups.items()},
+        tokens=summed(lambda out: len(out.tokens)),
+        denoiser_passes=summed(lambda out: out.denoiser_passes),
+        context_passes=summed(lambda out: out.context_passes),
+        accepted=sum(out.accepted for out in outputs) / drafts if drafts else 0.0,
+        nll=nats / tokens,
+        repeated_4grams=repeated_share(outputs),
+    )
+
+
+def repeated_share(results: Sequence[Generation], size: int = 4) -> float:
+    """Share of n-grams that occurred before in the same text."""
+    grams = repeats = 0
+    for result in results:
+        seen = set()
+        for gram in zip(*(result.tokens[k:] for k in range(size)), strict=False):
+            grams, repeats = grams + 1, repeats + (gram in seen)
+            seen.add(gram)
+    return repeats / max(grams, 1)

@@ -1,0 +1,49 @@
+"""The same problems answered by two ways of decoding: the difference of their accuracies, with its uncertainty."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+from twotower.errors import ArgumentError
+from twotower.evaluation.tasks.scoring import Z95
+
+
+@dataclass(frozen=True)
+class Paired:
+    """Of `count` problems: right by both, by the first alone (lost), by the second alone (gained)."""
+
+    count: int
+    both: int
+    lost: int
+    gained: int
+
+    @property
+    def difference(self) -> float:
+        """Accuracy of the second less that of the first."""
+        return (self.gained - self.lost) / self.count
+
+    @property
+    def interval(self) -> tuple[float, float]:
+        """95 % interval of the difference: Wald's after half a problem is added to each of the four cells (Agresti and
+        Min 2005, Statistics in Medicine 24:729–740)."""
+        count, gained, lost = self.count + 2, self.gained + 0.5, self.lost + 0.5
+        difference = (gained - lost) / count
+        half = Z95 * math.sqrt(max(gained + lost - count * difference**2, 0.0)) / count
+        return difference - half, difference + half
+
+    @property
+    def kept(self) -> tuple[float, float, float]:
+        """The second's accuracy as a share of the first's, and that share at both ends of the interval."""
+        base = (self.both + self.lost) / self.count
+        low, high = self.interval
+        return tuple(1 + d / base if base else math.nan for d in (self.difference, low, high))  # type: ignore[return-value]
+
+
+def compare(first: Sequence[bool], second: Sequence[bool]) -> Paired:
+    """first, second: whether each problem was answered right."""
+    if not first or len(first) != len(second):
+        raise ArgumentError(f"{len(second)} answers against {len(first)}; give one for each problem, and at least one")
+    pairs = list(zip(first, second, strict=True))
+    return Paired(len(pairs), pairs.count((True, True)), pairs.count((True, False)), pairs.count((False, True)))

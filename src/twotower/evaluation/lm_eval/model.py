@@ -1,0 +1,265 @@
+"""The adapter: `--model twotower` for lm-evaluation-harness.
+
+    twotower lm-eval run --model twotower --model_args setting=verified --tasks gsm8k_cot --limit 20
+
+`generate_until` decodes by a setting of the dial; `loglikelihood` is the context tower's, whatever the setting, or with
+`likelihood=bound` a lower bound under the denoiser.
+"""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from lm_eval.api.instance import Instance
+from lm_eval.api.model import TemplateLM
+from lm_eval.api.registry import register_model
+from tqdm import tqdm
+
+from twotower import model_loading
+from twotower.decoding.presets import Setting, parse_setting
+from twotower.engine import Request
+from twotower.engine.generation import Generation
+from twotower.errors import ArgumentError
+from twotower.evaluation.likelihood import Likelihood, continuation_bound, continuation_likelihood
+from twotower.evaluation.running import run
+from twotower.modeling_twotower import TwoTowerForCausalLM
+
+log = logging.getLogger(__name__)
+
+NEW_TOKENS = 256  # where a task does not say, as lm-evaluation-harness's own models do
+LIKELIHOODS = ("context", "bound")
+KNOWN = ("until", "max_gen_toks", "max_new_tokens", "do_sample", "temperature", "top_k", "top_p", "seed")
+
+
+@dataclass
+class Spent:
+    """What generating took, over all requests so far."""
+
+    tokens: int = 0
+    denoiser_passes: int = 0
+    context_passes: int = 0
+    shortened: int = 0  # prompts whose beginning was left out
+
+    @property
+    def tokens_per_pass(self) -> float:
+        """Of both towers, prefill apart."""
+        return self.tokens / max(self.denoiser_passes + self.context_passes, 1)
+
+    def add(self, output: Generation) -> None:
+        self.tokens += len(output.tokens)
+        self.denoiser_passes += output.denoiser_passes
+        self.context_passes += output.context_passes
+
+
+@register_model("twotower")
+class TwoTowerLM(TemplateLM):
+    """
+    Args:
+        pretrained: a checkpoint directory, a hub id or a loaded model; None: the bundled model.
+        setting: how to decode (`evaluation.settings`), e.g. "ar", "verified", "diffusion:0.8".
+        likelihood: "context": ln P by the context tower, exact; "bound": a lower bound under the denoiser, estimated
+            from `samples` draws, and `is_greedy` False, since a bound does not say.
+        batch_size: rows of a batch.
+        dtype, quantization: how the weights are kept, as on the command line.
+        max_length: of prompt and answer; None: the model's context window.
+
+    Raises:
+        ArgumentError: a setting or value that there is not; generation arguments that mean nothing here.
+    """
+
+    def __init__(
+        self,
+        pretrained: str | TwoTowerForCausalLM | None = None,
+        setting: str | Setting = "diffusion:0.8",
+        likelihood: str = "context",
+        samples: int = 8,
+        batch_size: int | str | None = 16,
+        max_length: int | None = None,
+        dtype: str = "auto",
+        quantization: str = "none",
+        device: str | None = None,
+        denoiser_device: str | None = None,
+        **unknown: Any,
+    ) -> None:
+        super().__init__()
+        unknown.pop("max_batch_size", None)  # lm-evaluation-harness always gives it
+        if unknown:
+            raise ArgumentError(f"model_args: unknown {', '.join(sorted(unknown))}; see TwoTowerLM for the known ones")
+        if likelihood not in LIKELIHOODS:
+            raise ArgumentError(f"likelihood is {likelihood!r}; choose one of {', '.join(LIKELIHOODS)}")
+        if isinstance(pretrained, TwoTowerForCausalLM):
+            self.model, self.name = pretrained, pretrained.config.name_or_path
+        else:
+            source = model_loading.source_of(pretrained)
+            if device in ("cuda", "cuda:0") and not torch.cuda.is_available():
+                device = None  # lm-evaluation-harness's default, not a wish
+            self.model, self.name = (
+                model_loading.load(
+                    source,
+                    dtype=dtype,
+                    quantization=quantization,
+                    context_device=device,
+                    denoiser_device=denoiser_device,
+                ),
+                model_loading.name_of(source),
+            )
+            model_loading.need_tokenizer(self.model, source, "it cannot read tasks; put one there")
+        self.setting = parse_setting(setting) if isinstance(setting, str) else setting
+        self.likelihood, self.samples = likelihood, int(samples)
+        self.rows = _rows(batch_size)
+        window = self.model.config.backbone.max_position_embeddings
+        self.max_length = min(int(max_length), window) if max_length else window
+        self.tokenizer = self.model.tokenizer
+        self.spent = Spent()
+        self.progress: Callable[[int, int], object] | None = None  # told (done, of how many) in place of a bar
+
+    # --- what lm-evaluation-harness asks ---------------------------------------------------------------------------
+
+    @property
+    def eot_token_id(self) -> int:
+        eos = model_loading.eos_of(self.model)
+        if eos is None:
+            raise ArgumentError("the model names no end-of-text token; a text without a beginning cannot be scored")
+        return int(eos[0] if isinstance(eos, Sequence) else eos)
+
+    @property
+    def prefix_token_id(self) -> int:
+        bos = getattr(self.tokenizer, "bos_token_id", None)
+        return int(bos) if bos is not None else self.eot_token_id
+
+    @property
+    def device(self) -> torch.device:
+        return self.model.device
+
+    @property
+    def tokenizer_name(self) -> str:
+        return str(self.name).replace("/", "__")
+
+    def tok_encode(self, string: str, add_special_tokens: bool | None = None, **kwargs: Any) -> list[int]:
+        ids: list[int] = self.tokenizer(string, add_special_tokens=add_special_tokens is not False)["input_ids"]
+        return ids
+
+    def apply_chat_template(self, chat_history: list[dict[str, str]], add_generation_prompt: bool = True) -> str:
+        text: str = self.tokenizer.apply_chat_template(
+            chat_history, tokenize=False, add_generation_prompt=add_generation_prompt
+        )
+        return text
+
+    def _loglikelihood_tokens(
+        self, requests: list[tuple[Any, list[int], list[int]]], disable_tqdm: bool = False, **kwargs: Any
+    ) -> list[tuple[float, bool]]:
+        # The last token is never read, so what is read fits where all but one do.
+        pairs = [(self._left_cut(given, self.max_length + 1 - len(text)), text) for _, given, text in requests]
+        with self._bar(f"ln P by the {self._scorer}", len(pairs), disable_tqdm) as tell:
+            found = self._score(pairs, tell)
+        for (asked, _, _), (value, greedy) in zip(requests, found, strict=True):
+            if asked is not None:
+                self.cache_hook.add_partial("loglikelihood", asked, (value, greedy))
+        return found
+
+    def loglikelihood_rolling(self, requests: list[Instance], disable_tqdm: bool = False) -> list[float]:
+        pairs, owners = [], []
+        for number, request in enumerate(requests):
+            for given, text in self._windows(self.tok_encode(request.args[0], add_special_tokens=False)):
+                pairs.append((given, text))
+                owners.append(number)
+        sums = [0.0] * len(requests)
+        for owner, (value, _) in zip(owners, self._score(pairs), strict=True):
+            sums[owner] += value
+        return sums
+
+    def generate_until(self, requests: list[Instance], disable_tqdm: bool = False) -> list[str]:
+        asked = [self._request(*request.args) for request in requests]
+        with self._bar(self.setting.label, len(asked), disable_tqdm) as tell:
+            outputs = run(self.model, asked, self.rows, tell)
+        for request, output in zip(requests, outputs, strict=True):
+            self.spent.add(output)
+            self.cache_hook.add_partial("generate_until", request.args, output.text)
+        return [output.text for output in outputs]
+
+    # ---------------------------------------------------------------------------------------------------------------
+
+    @contextmanager
+    def _bar(self, what: str, count: int, disabled: bool) -> Iterator[Callable[[int], object]]:
+        """Progress as lm-evaluation-harness shows it, unless somebody else wants to know."""
+        if self.progress is not None:
+            yield lambda done: self.progress and self.progress(done, count)
+            return
+        with tqdm(total=count, desc=what, disable=disabled) as bar:
+            yield lambda done: bar.update(done - bar.n)
+
+    @property
+    def _scorer(self) -> str:
+        return "context tower" if self.likelihood == "context" else "denoiser's bound"
+
+    def _score(self, pairs: list[tuple[list[int], list[int]]], progress: Any = None) -> list[tuple[float, bool]]:
+        if self.likelihood == "bound":
+            size = int(self.setting.values.get("block_size", 16))
+            bounds = continuation_bound(self.model, pairs, block_size=size, samples=self.samples, progress=progress)
+            return [(value, False) for value in bounds]
+        found: list[Likelihood] = continuation_likelihood(self.model, pairs, progress)
+        return [(one.log_prob, one.greedy) for one in found]
+
+    def _request(self, context: str, arguments: dict[str, Any]) -> Request:
+        """A prompt and its parameters. Stop strings end a row while it is generated: a base model does not stop after
+        the answer of a few-shot prompt."""
+        unknown = sorted(set(arguments) - set(KNOWN))
+        if unknown:
+            raise ArgumentError(f"gen_kwargs: {', '.join(unknown)} means nothing here; known are {', '.join(KNOWN)}")
+        until = arguments.get("until") or []
+        stops = [stop for stop in ([until] if isinstance(until, str) else until) if stop]
+        limit = int(arguments.get("max_gen_toks") or arguments.get("max_new_tokens") or NEW_TOKENS)
+        limit = min(limit, self.max_length - 1)
+        shared: dict[str, Any] = {
+            "max_new_tokens": limit,
+            "stop": stops,
+            "eos_token_id": model_loading.eos_of(self.model),
+            "mask_token_id": self.model.config.mask_token,
+            "seed": int(arguments.get("seed", 0)),
+        }
+        if arguments.get("do_sample"):
+            shared |= {name: arguments[name] for name in ("temperature", "top_k", "top_p") if name in arguments}
+            shared.setdefault("temperature", 1.0)
+        return Request(self._left_cut(self.tok_encode(context), self.max_length - limit), self.setting.params(**shared))
+
+    def _left_cut(self, tokens: list[int], room: int) -> list[int]:
+        """Its last `room` tokens, one at least."""
+        if len(tokens) <= room:
+            return tokens
+        if room < 1:
+            raise ArgumentError(f"an answer leaves no room for its prompt within {self.max_length} tokens")
+        if not self.spent.shortened:
+            log.warning("a prompt of %d tokens is cut from the left to %d (and maybe others)", len(tokens), room)
+        self.spent.shortened += 1
+        return tokens[-room:]
+
+    def _windows(self, tokens: list[int]) -> list[tuple[list[int], list[int]]]:
+        """A text in parts that fit, each given as many tokens before it as there is room for, the first the prefix."""
+        text = [self.prefix_token_id, *tokens]
+        parts, start = [], 1
+        while start < len(text):
+            end = (
+                min(start + self.max_length - 1, len(text))
+                if start == 1
+                else min(start + self.max_length // 2, len(text))
+            )
+            parts.append((text[max(0, end - self.max_length) : start], text[start:end]))
+            start = end
+        return parts
+
+
+def _rows(batch_size: int | str | None) -> int:
+    if batch_size is None or str(batch_size).startswith("auto"):
+        return 16
+    try:
+        rows = int(batch_size)
+    except ValueError:
+        rows = 0
+    if rows < 1:
+        raise ArgumentError(f"batch_size is {batch_size!r}; give a whole number of at least 1, or auto")
+    return rows

@@ -1,0 +1,205 @@
+"""Speed of ways to decode, against AR with the same kernels in the same run."""
+
+from __future__ import annotations
+
+import random
+import statistics
+import time
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import asdict, dataclass, field
+from typing import Any
+
+from twotower.decoding.presets import AR, Setting, beside_ar
+from twotower.engine import Request
+from twotower.errors import ArgumentError
+from twotower.evaluation.running import run
+from twotower.evaluation.tasks import problems
+from twotower.model_loading import eos_of
+from twotower.modeling_twotower import TwoTowerForCausalLM
+
+TOWERS = {"denoise": "denoiser", "extend": "context"}  # the verb whose calls are a tower's passes
+
+
+@dataclass
+class Watch:
+    """Seconds in each tower's passes and their number, of one run."""
+
+    seconds: dict[str, float] = field(default_factory=lambda: dict.fromkeys(TOWERS.values(), 0.0))
+    passes: dict[str, int] = field(default_factory=lambda: dict.fromkeys(TOWERS.values(), 0))
+
+
+@dataclass(frozen=True)
+class Measured:
+    """One setting at one batch size and context length; medians over rounds, spread: lowest and highest.
+
+    tokens: new ones of a round, up to each row's end; seconds: of a round's batches, each from the end of its prefill
+    until its last row ended; prefill_seconds: of a batch; first_seconds: until a batch's first row had its whole
+    answer, prefill included. times_ar: the median over rounds of this
+    setting's tokens per second ÷ AR's in the same round. tokens_per_pass: a row's tokens per pass of either tower.
+    pass_seconds: the mean of each tower's passes, in a run of its own; pass_cost: the same in AR steps.
+    """
+
+    setting: str
+    rows: int
+    context: int
+    tokens: int
+    seconds: float
+    spread: tuple[float, float]
+    prefill_seconds: float
+    first_seconds: float
+    tokens_per_second: float
+    times_ar: float
+    times_ar_spread: tuple[float, float]
+    tokens_per_pass: float
+    pass_seconds: dict[str, float]
+    pass_cost: dict[str, float]
+
+    def to_dict(self) -> dict[str, Any]:
+        return asdict(self)
+
+
+@dataclass(frozen=True)
+class Round:
+    """One run of one setting over all batches; prefill and first: means of them."""
+
+    tokens: int
+    seconds: float
+    prefill: float
+    first: float
+    per_pass: float
+
+
+def bench(
+    model: TwoTowerForCausalLM,
+    settings: Sequence[Setting],
+    *,
+    batch_sizes: Sequence[int] = (1,),
+    contexts: Sequence[int] = (128,),
+    new_tokens: int = 128,
+    batches: int = 4,
+    rounds: int = 5,
+    ignore_eos: bool = False,
+    progress: Callable[[str], object] | None = None,
+) -> list[Measured]:
+    """Every setting and AR at every batch size and context length. In a round the settings take turns, so that whatever
+    else the machine does falls on all of them; it is of several batches, not one answer's luck. One more
+    round warms up before, and one times passes afterwards."""
+    chosen = beside_ar(settings)
+    shared: dict[str, Any] = {"max_new_tokens": new_tokens, "mask_token_id": model.config.mask_token, "seed": 0}
+    if not ignore_eos:
+        shared["eos_token_id"] = eos_of(model)
+    found = []
+    for context in contexts:
+        for rows in batch_sizes:
+            texts = few_shot_prompts(model, rows * batches, context)
+            runs: dict[str, list[Round]] = {setting.label: [] for setting in chosen}
+            for number in range(rounds + 1):
+                for setting in chosen:
+                    if progress is not None:
+                        progress(f"{rows} rows after {context} tokens, round {number} of {rounds}, {setting.label}")
+                    measured = one_round(model, texts, rows, setting, shared)
+                    if number:
+                        runs[setting.label].append(measured)
+            passes = {setting.label: pass_seconds(model, texts, rows, setting, shared) for setting in chosen}
+            for label, own in runs.items():
+                found.append(_measured(label, rows, context, own, runs[AR.label], passes))
+    return found
+
+
+def few_shot_prompts(model: TwoTowerForCausalLM, rows: int, context: int) -> list[list[int]]:
+    """Prompts of exactly `context` tokens: solved problems of the suite, and at the end one that is not."""
+    if context < 2:
+        raise ArgumentError(f"context is {context}; give at least 2 tokens")
+    rng = random.Random(0)
+    pool = [model.tokenizer(problem.text + "\n")["input_ids"] for problem in problems("test", 120, 0)]
+    asked = [model.tokenizer(problem.prompt)["input_ids"] for problem in problems("test", rows, 1, difficulties=(1,))]
+    out = []
+    for last in asked:
+        text = list(last)
+        while len(text) < context:
+            text = rng.choice(pool) + text
+        out.append(text[-context:])
+    return out
+
+
+def one_round(
+    model: TwoTowerForCausalLM, texts: list[list[int]], rows: int, setting: Setting, shared: dict[str, Any]
+) -> Round:
+    """One run of batches of `rows`."""
+    params = setting.params(**shared)
+    requests = [Request(text, params) for text in texts]
+    batches = [run(model, requests[start : start + rows], rows) for start in range(0, len(requests), rows)]
+    results = [result for batch in batches for result in batch]
+    passes = sum(result.passes_of_both for result in results)
+    tokens = sum(len(result.tokens) for result in results)
+    prefill = [batch[0].prefill_seconds for batch in batches]
+    ends = [[result.decode_seconds for result in batch] for batch in batches]
+    return Round(
+        tokens=tokens,
+        seconds=sum(map(max, ends)),
+        prefill=statistics.mean(prefill),
+        first=statistics.mean(before + min(own) for before, own in zip(prefill, ends, strict=True)),
+        per_pass=tokens / max(passes, 1),
+    )
+
+
+def pass_seconds(
+    model: TwoTowerForCausalLM, texts: list[list[int]], rows: int, setting: Setting, shared: dict[str, Any]
+) -> dict[str, float]:
+    """The mean pass of each tower in one more run, 0 where it has none."""
+    with watching(model) as watch:
+        one_round(model, texts, rows, setting, shared)
+    return {tower: seconds / max(watch.passes[tower], 1) for tower, seconds in watch.seconds.items()}
+
+
+@contextmanager
+def watching(model: TwoTowerForCausalLM) -> Iterator[Watch]:
+    """Times the passes of both towers inside the block. An accelerator is waited for after each: its passes would
+    otherwise be timed by how long they took to launch."""
+    watch = Watch()
+
+    def timed(verb: str) -> Callable[..., Any]:
+        real, tower = getattr(model, verb), TOWERS[verb]
+
+        def call(*args: Any, **kwargs: Any) -> Any:
+            model.synchronize()
+            started = time.perf_counter()
+            out = real(*args, **kwargs)
+            model.synchronize()
+            watch.seconds[tower] += time.perf_counter() - started
+            watch.passes[tower] += 1
+            return out
+
+        return call
+
+    for verb in TOWERS:
+        setattr(model, verb, timed(verb))
+    try:
+        yield watch
+    finally:
+        for verb in TOWERS:
+            delattr(model, verb)  # the class's own again
+
+
+def _measured(
+    label: str, rows: int, context: int, own: Sequence[Round], ar: Sequence[Round], passes: dict[str, dict[str, float]]
+) -> Measured:
+    ratios = [(a.tokens / a.seconds) / (b.tokens / b.seconds) for a, b in zip(own, ar, strict=True)]
+    seconds = [one.seconds for one in own]
+    return Measured(
+        setting=label,
+        rows=rows,
+        context=context,
+        tokens=own[0].tokens,
+        seconds=statistics.median(seconds),
+        spread=(min(seconds), max(seconds)),
+        prefill_seconds=statistics.median(one.prefill for one in own),
+        first_seconds=statistics.median(one.first for one in own),
+        tokens_per_second=statistics.median(one.tokens / one.seconds for one in own),
+        times_ar=statistics.median(ratios),
+        times_ar_spread=(min(ratios), max(ratios)),
+        tokens_per_pass=statistics.median(one.per_pass for one in own),
+        pass_seconds=passes[label],
+        pass_cost={tower: seconds / passes[AR.label]["context"] for tower, seconds in passes[label].items()},
+    )

@@ -1,0 +1,26 @@
+"""Text tasks with one exact answer each, made by a program: what does diffusion decoding lose against AR decoding?
+
+    python -m twotower.evaluation.tasks --split train --count 1000 --seed 1 -o train.jsonl
+
+Answers take about one to five blocks of 16 tokens and write out each intermediate result, so that a token committed too
+early shows. `families.py` has the tasks, `problems.py` draws seeded, disjoint train and test sets, `scoring.py` counts.
+"""
+
+from twotower.evaluation.tasks.families import FAMILIES, LEVELS
+from twotower.evaluation.tasks.problems import Problem, Split, problems, side, stream, write_jsonl
+from twotower.evaluation.tasks.scoring import Score, accuracy, score, wilson
+
+__all__ = [
+    "FAMILIES",
+    "LEVELS",
+    "Problem",
+    "Score",
+    "Split",
+    "accuracy",
+    "problems",
+    "score",
+    "side",
+    "stream",
+    "wilson",
+    "write_jsonl",
+]

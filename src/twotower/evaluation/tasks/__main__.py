@@ -1,0 +1,58 @@
+"""`python -m twotower.evaluation.tasks`: problems as JSON lines."""
+
+from __future__ import annotations
+
+import sys
+from pathlib import Path
+from typing import get_args
+
+import click
+
+from twotower.errors import TwoTowerError
+from twotower.evaluation.tasks.families import FAMILIES
+from twotower.evaluation.tasks.problems import DEFAULT_DIFFICULTIES, Split, problems, write_jsonl
+
+
+@click.command()
+@click.option("--split", type=click.Choice(get_args(Split)), required=True)
+@click.option("--count", type=int, default=1000, show_default=True)
+@click.option("--seed", type=int, default=1, show_default=True)
+@click.option(
+    "--family", "families", type=click.Choice(list(FAMILIES)), multiple=True, help="Repeatable; default: all."
+)
+@click.option(
+    "--difficulty", "difficulties", type=int, multiple=True, default=DEFAULT_DIFFICULTIES, show_default=True,
+    help="1 to 5, repeatable.",
+)  # fmt: skip
+@click.option("-o", "--output", type=click.Path(dir_okay=False, path_type=Path), help="A file instead of stdout.")
+def suite(
+    split: Split, count: int, seed: int, families: tuple[str, ...], difficulties: tuple[int, ...], output: Path | None
+) -> None:
+    """Writes problems as JSON lines: prompt, text (the answer), family, difficulty."""
+    made = problems(split, count, seed, families or None, difficulties)
+    if output:
+        write_jsonl(output, made)
+        click.echo(f"{count} problems written to {output}", err=True)
+    else:
+        for problem in made:
+            click.echo(problem.line())
+
+
+def run(args: list[str] | None = None) -> int:
+    """Runs one command line → its exit code: 0, or 2 after one line about an error of the user's."""
+    try:
+        code = suite.main(args=args, prog_name="python -m twotower.evaluation.tasks", standalone_mode=False)
+    except click.ClickException as error:
+        message = error.format_message()
+    except click.Abort:
+        return 130
+    except (TwoTowerError, OSError) as error:
+        message = str(error)
+    else:
+        return code if isinstance(code, int) else 0
+    click.echo("Error: " + " ".join(message.split()), err=True)
+    return 2
+
+
+if __name__ == "__main__":
+    sys.exit(run())

@@ -1,0 +1,128 @@
+"""A model ready to compute: found by name, loaded, and placed where and as a few options say.
+
+What the command line, evaluation and serving have in common. Importing it is light.
+"""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from twotower import allocator
+from twotower.assets import bundled_model
+from twotower.errors import ArgumentError, CheckpointError
+
+if TYPE_CHECKING:
+    from twotower.modeling_twotower import Towers, TwoTowerForCausalLM
+
+# Operations this small gain nothing from a second thread, and waiting for one on a busy machine is 3× slower.
+ONE_THREAD_BELOW = 50_000_000
+# A bf16 model this small is widened to fp32, which is exact, where the processor only emulates bf16: its passes over
+# blocks would cost so much more than AR's steps that denoising could not pay.
+WIDENED_BELOW = 500_000_000
+DTYPES = ("auto", "bfloat16", "float32", "float64")
+QUANTIZATIONS = ("none", "int8")
+
+
+def source_of(model: str | None) -> Path | str:
+    """The model as named, or the bundled model's directory.
+
+    Raises:
+        CheckpointError: there is no bundled model in this installation.
+    """
+    if model is not None:
+        return model
+    bundled = bundled_model()
+    if not bundled.is_dir():
+        raise CheckpointError("no bundled model in this installation; name a checkpoint directory or a hub id")
+    return bundled
+
+
+def name_of(source: Path | str) -> str:
+    """What people call it."""
+    return f"bundled/{Path(source).name}" if Path(source) == bundled_model() else str(source)
+
+
+def load(
+    source: Path | str,
+    *,
+    towers: Towers = "both",
+    dtype: str = "auto",
+    quantization: str = "none",
+    context_device: str | None = None,
+    denoiser_device: str | None = None,
+    threads: int | None = None,
+) -> TwoTowerForCausalLM:
+    """The model, ready to compute. Without devices named: the first CUDA device, else the CPU.
+
+    dtype "auto": as stored, but a small bf16 model in fp32 where a device has no arithmetic for bf16. On a processor
+    weights are packed where there is memory to spare (`TWOTOWER_PACK=0`: never). quantization "int8": the large
+    matrices in int8, the rest in dtype.
+
+    Raises:
+        TwoTowerError: an unknown device, no such checkpoint, or one that does not fit its config.
+    """
+    import torch
+
+    from twotower.checkpoint.reader import tensors
+    from twotower.modeling_twotower import TwoTowerForCausalLM
+    from twotower.ops.precision import multiplies_bf16_fast
+    from twotower.runners import packed_weights
+
+    allocator.keep_large_blocks()
+    if threads is not None:
+        torch.set_num_threads(threads)
+    context = context_device or ("cuda:0" if torch.cuda.is_available() else "cpu")
+    devices = {"context device": context, "denoiser device": denoiser_device or context}
+    for role, device in devices.items():
+        _check_device(role, device)
+    model = TwoTowerForCausalLM.from_pretrained(
+        source,
+        dtype=dtype,
+        quantization=quantization,
+        towers=towers,
+        context_device=devices["context device"],
+        denoiser_device=devices["denoiser device"],
+    )
+    emulated = not all(multiplies_bf16_fast(torch.device(device)) for device in devices.values())
+    size = sum(tensor.numel() for _, tensor in tensors(model))
+    if dtype == "auto" and model.dtype == torch.bfloat16 and emulated and size < WIDENED_BELOW:
+        model.float()
+        model.config.dtype = model.dtype
+    if threads is None and size < ONE_THREAD_BELOW:
+        torch.set_num_threads(1)
+    if packed_weights.refusal(model) is None:
+        model.pack()
+    return model
+
+
+def placement(model: TwoTowerForCausalLM) -> dict[str, Any]:
+    """dtype, quantization and devices of a loaded model, for `--json`."""
+    return {
+        "dtype": str(model.dtype).removeprefix("torch."),
+        "quantization": model.quantization,
+        "context_device": str(model.device),
+        "denoiser_device": str(model.denoiser.device) if model.denoiser is not None else None,
+    }
+
+
+def eos_of(model: TwoTowerForCausalLM) -> Any:
+    """The config's end-of-text token(s); the tokenizer's where the config has none."""
+    eos = model.config.eos_token_id
+    return eos if eos is not None else getattr(model.tokenizer, "eos_token_id", None)
+
+
+def need_tokenizer(model: TwoTowerForCausalLM, source: Path | str, consequence: str) -> None:
+    """Raises CheckpointError where the model has none."""
+    if model.tokenizer is None:
+        raise CheckpointError(f"{source}: has no tokenizer.json, so {consequence}")
+
+
+def _check_device(role: str, device: str) -> None:
+    import torch
+
+    try:
+        torch.empty(0, device=device)
+    except (RuntimeError, AssertionError, NotImplementedError, ValueError) as error:
+        reason = str(error).splitlines()[0]
+        raise ArgumentError(f"the {role} is {device!r}, which this machine cannot use ({reason}); try cpu") from None

@@ -1,0 +1,466 @@
+"""`TwoTowerForCausalLM`: both towers, the three verbs, and the published API.
+
+Verbs (tensors only, no host synchronisation): `prefill` and `extend` write a context state, `denoise` reads
+one. Everything that generates is built from them in `twotower.engine.generation`.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Sequence
+from pathlib import Path
+from typing import Any, Literal
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+from transformers import AutoModel, AutoModelForCausalLM, PreTrainedModel
+from transformers.modeling_outputs import CausalLMOutput
+
+from twotower.cache.hybrid_cache import ContextView, TowerState
+from twotower.cache.replica import LocalReader, Mirror, Reader, Transport
+from twotower.checkpoint import pretrained, reader
+from twotower.checkpoint.quantize import Quantization, quantization_of
+from twotower.config import TwoTowerConfig
+from twotower.decoding.output import BlockEvent
+from twotower.decoding.params import GenerationParams
+from twotower.decoding.prompts import Prompts
+from twotower.engine import generation
+from twotower.errors import ArgumentError, TwoTowerError
+from twotower.model.conditioning import TimeConditioning
+from twotower.model.layer_io import Visibility
+from twotower.model.packed_forward import Layout, context_pass
+from twotower.model.tower import Tower
+from twotower.ops.precision import widened
+from twotower.runners import fused_cpu, packed_weights
+
+Towers = Literal["both", "context"]
+PREFILL_CHUNK = 512  # tokens of a prompt read in one pass, layer by layer
+
+
+class TwoTowerForCausalLM(PreTrainedModel):
+    """A frozen autoregressive context tower and a denoiser that fills blocks, coupled layer by layer.
+
+    `towers="context"` builds the context tower alone: autoregressive use on half the memory.
+    """
+
+    config_class = TwoTowerConfig
+    config: TwoTowerConfig
+    base_model_prefix = ""
+    main_input_name = "input_ids"
+    _supports_sdpa = True
+
+    def __init__(self, config: TwoTowerConfig, towers: Towers = "both") -> None:
+        config = TwoTowerConfig.of(config)  # AutoModel.from_config hands over transformers' own
+        super().__init__(config)
+        backbone = config.backbone
+        self.context = Tower(backbone)
+        self.denoiser = Tower(backbone) if towers == "both" else None
+        self.time = TimeConditioning(backbone.hidden_size, backbone.num_layers) if towers == "both" else None
+        self.tokenizer_source: Path | None = None
+        self._tokenizer: Any = None
+        self.transport: Transport | None = None
+        self._last_nfe = 0
+        if self.context.device.type != "meta":
+            self.reset_parameters()
+        self._apply(lambda tensor: tensor)  # whatever the default dtype, the tensors that must not be narrow are wide
+
+    def reset_parameters(self) -> None:
+        """Random weights; the time conditioning is the identity."""
+        for tower in (self.context, self.denoiser):
+            if tower is not None:
+                tower.reset_parameters()
+
+    # --- loading and saving (the work is in checkpoint.py) -----------------------------------------------------
+
+    @classmethod
+    def from_pretrained(cls, pretrained_model_name_or_path: Any, *args: Any, **kwargs: Any) -> TwoTowerForCausalLM:
+        """Loads a two-tower checkpoint: a directory in the released layout, or a hub id.
+
+        Keyword arguments: dtype (or torch_dtype; "auto": as the config says), quantization ("none" | "int8": the large
+        matrices, quantised as they are read; the rest in dtype), towers ("both" | "context"), context_device,
+        denoiser_device (or device_map: one device for both), and the hub's revision, cache_dir, token,
+        local_files_only, force_download.
+
+        Raises:
+            CheckpointError, ConfigError: what is wrong, in which file and tensor.
+            ArgumentError: an argument with no meaning here.
+        """
+        return pretrained.from_pretrained(cls, pretrained_model_name_or_path, *args, **kwargs)
+
+    def save_pretrained(self, save_directory: Any, max_shard_size: int | str = "5GB", **kwargs: Any) -> None:  # type: ignore[override]
+        """Writes the released layout, with a config and a code file that AutoModelForCausalLM can load from."""
+        pretrained.save_pretrained(self, Path(save_directory), max_shard_size, **kwargs)
+
+    @property
+    def tokenizer(self) -> Any:
+        """The checkpoint's tokenizer, loaded when first asked for; None where it has none. Can be set."""
+        if self._tokenizer is None:
+            self._tokenizer = pretrained.load_tokenizer(self.tokenizer_source)
+        return self._tokenizer
+
+    @tokenizer.setter
+    def tokenizer(self, tokenizer: Any) -> None:
+        self._tokenizer = tokenizer
+
+    # --- where things are ---------------------------------------------------------------------------------------
+
+    @property
+    def device(self) -> torch.device:
+        """The context tower's device."""
+        return self.context.device
+
+    @property
+    def dtype(self) -> torch.dtype:
+        return self.context.embeddings.weight.dtype
+
+    @property
+    def quantization(self) -> Quantization:
+        """How the large matrices are kept."""
+        return quantization_of(self)
+
+    def train(self, mode: bool = True) -> TwoTowerForCausalLM:
+        """As in torch.
+
+        Raises:
+            ArgumentError: its weights are int8.
+        """
+        if mode and self.quantization != "none":
+            raise ArgumentError(f"{self.quantization} weights do not train; load the model without quantization")
+        return super().train(mode)
+
+    def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> TwoTowerForCausalLM:
+        """Where `.to`, `.bfloat16`, … end: the tensors that must not be narrow stay wide."""
+        return super()._apply(reader.keeping_wide(self, fn), recurse)
+
+    def pack(self) -> int:
+        """For inference on a processor: copies the large weights into the order that passes read fastest → bytes taken.
+
+        The command line does it where there is memory to spare. Weights changed afterwards (in torch's own ways) are
+        noticed and read as they lie; call it again then.
+        """
+        return packed_weights.pack(self)
+
+    def unpack(self) -> None:
+        """Gives the memory of `pack` back."""
+        packed_weights.unpack(self)
+
+    def place_towers_on_devices(
+        self, ctx_device: str | torch.device = "cuda:0", den_device: str | torch.device = "cuda:1"
+    ) -> TwoTowerForCausalLM:
+        """Moves the towers; returns the model."""
+        self.context.to(ctx_device)
+        if self.denoiser is not None and self.time is not None:
+            self.denoiser.to(den_device)
+            self.time.to(den_device)
+        return self
+
+    # --- verbs ----------------------------------------------------------------------------------------------------
+
+    def synchronize(self) -> None:
+        """Waits until accelerators have done what was launched on them; for clocks."""
+        for tower in (self.context, self.denoiser):
+            if tower is not None and tower.device.type == "cuda":
+                torch.cuda.synchronize(tower.device)
+
+    def new_state(self, rows: int, capacity: int, columns: int | None = None) -> TowerState:
+        """An empty context state for `rows` texts of up to `capacity` tokens (it can grow: `reserve`), or that share
+        `columns` of them (`open`)."""
+        return TowerState(self.context.config, rows, capacity, self.context.device, self.dtype, columns)
+
+    def reader(self, state: TowerState) -> Reader:
+        """How the denoiser reads `state`: in place, or through a mirror on its own device."""
+        denoiser = self._denoiser()
+        if self.transport is None and denoiser.device == self.context.device:
+            return LocalReader(state)
+        return Mirror(state, denoiser.device, self.transport or Transport())
+
+    @property
+    def prompt_piece(self) -> int:
+        """Tokens of a prompt that are best read in one pass."""
+        with torch.no_grad():
+            return fused_cpu.LONGEST if fused_cpu.serves(self.context) else PREFILL_CHUNK
+
+    def prefill(self, tokens: Tensor, lengths: Tensor, state: TowerState, rows: Tensor | None = None) -> Tensor:
+        """Reads prompts piece by piece.
+
+        tokens (B, S), of which the first lengths (B,) count (0 allowed) → logits (B, V) after each row's last
+        token (of no meaning for a row of length 0), in at least fp32.
+        """
+        state.reserve(state.bound + tokens.shape[1])
+        last: Tensor = torch.zeros(len(lengths), self.context.config.hidden_size, device=self.device, dtype=self.dtype)
+        piece = self.prompt_piece
+        for start in range(0, tokens.shape[1], piece):
+            part = tokens[:, start : start + piece]
+            valid = (lengths - start).clamp(0, part.shape[1])
+            hidden = self._extend(part, valid, state, rows)
+            at = (valid - 1).clamp(min=0)[:, None, None].expand(-1, 1, hidden.shape[-1])
+            last = torch.where((valid > 0)[:, None], hidden.gather(1, at)[:, 0], last)
+        state.settle()
+        return _logits(self.context, last)
+
+    def extend(
+        self,
+        tokens: Tensor,
+        state: TowerState,
+        lengths: Tensor | None = None,
+        rows: Tensor | None = None,
+        logits: bool | Tensor = True,
+        wide: bool = True,
+    ) -> Tensor | None:
+        """The context tower reads tokens (B, L), of which the first lengths (B,) count (None: all; 0 allowed).
+
+        rows (B,): slots of the state, None for all of them in order. logits: whether any are wanted, or of which n of
+        the B rows (n,) → logits (B or n, L, V) in at least fp32 (wide=False: in the model's own dtype), or None.
+        `state.rollback` takes any suffix back until the state is read again.
+        """
+        state.reserve(state.bound + tokens.shape[1])
+        hidden = self._extend(tokens, lengths, state, rows)
+        if isinstance(logits, Tensor):
+            return _logits(self.context, hidden[logits], wide)
+        return _logits(self.context, hidden, wide) if logits else None
+
+    def denoise(
+        self,
+        block: Tensor,
+        t: Tensor | None,
+        view: ContextView,
+        causal: bool = False,
+        lengths: Tensor | None = None,
+        wide: bool = True,
+    ) -> Tensor:
+        """The denoiser reads block (B, L), of which the first lengths (B,) count (None: all), after the text that
+        `view` shows; writes nothing.
+
+        t (B,): the fraction of the block still masked; None: no time conditioning at all. causal: attention
+        inside the block sees earlier positions only (mock-AR) → logits (B, L, V) in at least fp32 (wide=False: in the
+        model's own dtype).
+        """
+        denoiser = self._denoiser()
+        sees = Visibility(valid=_counting(block, lengths), causal=causal, start=view.lengths)
+        modulation = None if t is None or self.time is None else self.time(t)
+        hidden, _ = denoiser(block, sees, view.past, modulation, trace=False)
+        return _logits(denoiser, hidden, wide)
+
+    def _extend(self, tokens: Tensor, lengths: Tensor | None, state: TowerState, rows: Tensor | None) -> Tensor:
+        view = state.view(rows)
+        sees = Visibility(valid=_counting(tokens, lengths), start=view.lengths)
+        hidden, added = self.context(tokens, sees, view.past)
+        if lengths is None:
+            lengths = torch.full((tokens.shape[0],), tokens.shape[1], device=tokens.device)
+        state.append(added, lengths, tokens.shape[1], rows)
+        return hidden
+
+    def _denoiser(self) -> Tower:
+        if self.denoiser is None:
+            raise TwoTowerError('this model was loaded with towers="context"; load it with towers="both" to denoise')
+        return self.denoiser
+
+    # --- the context tower as an ordinary causal language model ---------------------------------------------------
+
+    def forward(
+        self, input_ids: Tensor, attention_mask: Tensor | None = None, labels: Tensor | None = None, **kwargs: Any
+    ) -> CausalLMOutput:
+        """The context tower over whole sequences (B, S): fp32 logits (B, S, V) and, with labels, the AR loss.
+
+        attention_mask (B, S): 0 at padding, on either side; labels: −100 is ignored.
+        """
+        _refuse_unknown("forward", {k: v for k, v in kwargs.items() if k not in {"use_cache", "return_dict"}})
+        for name, given in (("attention_mask", attention_mask), ("labels", labels)):
+            if given is not None and given.shape != input_ids.shape:
+                raise ArgumentError(f"forward: {name} is {tuple(given.shape)}, input_ids {tuple(input_ids.shape)}")
+        input_ids = input_ids.to(self.device)
+        valid = torch.ones_like(input_ids) if attention_mask is None else attention_mask.to(self.device)
+        length = input_ids.shape[1]
+        chunk = max(min(self.context.config.chunk_size, length), 1)
+        pad = (0, -length % chunk)
+        layout = Layout(F.pad(valid.bool().long() - 1, pad, value=-1), chunk)
+        hidden = context_pass(self.context, F.pad(input_ids, pad), layout)
+        logits = _logits(self.context, hidden[:, :length])
+        loss = None
+        if labels is not None:
+            targets = labels[:, 1:].to(self.device).flatten()
+            loss = F.cross_entropy(logits[:, :-1].flatten(0, 1), targets, ignore_index=-100)
+        return CausalLMOutput(loss=loss, logits=logits)
+
+    # --- the published API (spec §3): names, defaults and positional order are the release's ----------------------
+
+    def generate_ar(
+        self,
+        input_ids: Prompts,
+        max_new_tokens: int = 128,
+        temperature: float = 0.0,
+        top_k: int | None = None,
+        top_p: float | None = None,
+        eos_token_id: int | Sequence[int] | None = None,
+        *,
+        attention_mask: Tensor | None = None,
+        seed: int | Sequence[int] | None = None,
+        stop: str | Sequence[str] | None = None,
+    ) -> Tensor:
+        """Context tower and its head only, one token a pass → prompt + new tokens (B, S + n)."""
+        params = GenerationParams.of(
+            mode="ar",
+            max_new_tokens=max_new_tokens,
+            temperature=temperature,
+            top_k=top_k,
+            top_p=top_p,
+            eos_token_id=eos_token_id,
+            seed=seed,
+            stop=stop,
+        )
+        return self._generate(input_ids, params, attention_mask)
+
+    def generate_mock_ar(
+        self,
+        input_ids: Prompts,
+        max_new_tokens: int = 128,
+        temperature: float = 0.0,
+        top_k: int | None = None,
+        top_p: float | None = None,
+        eos_token_id: int | Sequence[int] | None = None,
+        *,
+        attention_mask: Tensor | None = None,
+        seed: int | Sequence[int] | None = None,
+        stop: str | Sequence[str] | None = None,
+    ) -> Tensor:
+        """The denoiser as a next-token predictor, without time conditioning → prompt + new tokens (B, S + n)."""
+        params = GenerationParams.of(
+            mode="mock_ar",
+            max_new_tokens=max_new_tokens,
+            temperature=temperature,
+            top_k=top_k,
+            top_p=top_p,
+            eos_token_id=eos_token_id,
+            seed=seed,
+            stop=stop,
+        )
+        return self._generate(input_ids, params, attention_mask)
+
+    def generate_mask_diffusion(
+        self,
+        input_ids: Prompts,
+        max_new_tokens: int = 128,
+        block_size: int = 16,
+        steps_per_block: int = 16,
+        mask_token_id: int = 3,
+        temperature: float = 0.0,
+        top_k: int | None = None,
+        confidence_threshold: float = 0.9,
+        eos_token_id: int | Sequence[int] | None = None,
+        step_callback: Callable[..., None] | None = None,
+        *,
+        top_p: float | None = None,
+        attention_mask: Tensor | None = None,
+        seed: int | Sequence[int] | None = None,
+        stop: str | Sequence[str] | None = None,
+        policy: str | Sequence[str] | None = None,
+        knob: float | Sequence[float] | None = None,
+    ) -> Tensor:
+        """Masked diffusion, block by block → prompt + new tokens (B, S + n).
+
+        policy, knob: which positions a pass commits (`generation.unmasking.POLICIES`), for all rows or each.
+
+        step_callback(step, steps, block, t=, logits=, block_idx=): once per block with t 1.0 and logits None,
+        then after each pass with the block (B, L) as it was before that pass's commits.
+        """
+        params = GenerationParams.of(
+            mode="diffusion",
+            block_size=block_size,
+            steps_per_block=steps_per_block,
+            mask_token_id=mask_token_id,
+            confidence_threshold=confidence_threshold,
+            max_new_tokens=max_new_tokens,
+            temperature=temperature,
+            top_k=top_k,
+            top_p=top_p,
+            eos_token_id=eos_token_id,
+            seed=seed,
+            stop=stop,
+            policy="threshold" if policy is None else policy,
+            knob=knob,
+        )
+        return self._generate(input_ids, params, attention_mask, step_callback)
+
+    def generate_verified(
+        self,
+        input_ids: Prompts,
+        max_new_tokens: int = 128,
+        block_size: int = 16,
+        draft_steps: int | None = None,
+        mask_token_id: int = 3,
+        temperature: float = 0.0,
+        top_k: int | None = None,
+        top_p: float | None = None,
+        eos_token_id: int | Sequence[int] | None = None,
+        *,
+        acceptance: float = 1.0,
+        attention_mask: Tensor | None = None,
+        seed: int | Sequence[int] | None = None,
+        stop: str | Sequence[str] | None = None,
+        policy: str | Sequence[str] | None = None,
+        knob: float | Sequence[float] | None = None,
+    ) -> Tensor:
+        """The tokens of `generate_ar` with the same seed, drafted by the denoiser and checked by the context tower, a
+        block a pass → prompt + new tokens (B, S + n).
+
+        draft_steps: denoiser passes for a draft; None: as many as have lately paid, none where none do. acceptance
+        below 1 also keeps drafted tokens that the AR model gives at least that share of its best one's probability.
+        """
+        params = GenerationParams.of(
+            mode="verified",
+            block_size=block_size,
+            draft_steps=draft_steps,
+            mask_token_id=mask_token_id,
+            acceptance=acceptance,
+            max_new_tokens=max_new_tokens,
+            temperature=temperature,
+            top_k=top_k,
+            top_p=top_p,
+            eos_token_id=eos_token_id,
+            seed=seed,
+            stop=stop,
+            policy="threshold" if policy is None else policy,
+            knob=knob,
+        )
+        return self._generate(input_ids, params, attention_mask)
+
+    def stream(self, input_ids: Prompts, mode: str = "diffusion", **parameters: Any) -> Iterator[BlockEvent]:
+        """Yields a `BlockEvent` per row and block as it is committed (AR: blocks of one); arguments as generate_*.
+
+        A row's last event carries its `Generation`: counts, timings, finish reason. Arguments are checked at the
+        call, before the first event is asked for.
+        """
+        return generation.stream(self, input_ids, mode, **parameters)
+
+    def generate(self, *args: Any, **kwargs: Any) -> Tensor:
+        """transformers' entry point: plain AR generation, or a refusal that names the three methods."""
+        return generation.generate_like_transformers(self, *args, **kwargs)
+
+    def _generate(
+        self,
+        input_ids: Prompts,
+        params: GenerationParams,
+        attention_mask: Tensor | None,
+        callback: Callable[..., None] | None = None,
+    ) -> Tensor:
+        tokens, self._last_nfe = generation.generate_tensor(self, input_ids, params, attention_mask, callback)
+        return tokens
+
+
+def _counting(tokens: Tensor, lengths: Tensor | None) -> Tensor | None:
+    """(B, L) whether each token counts, of which the first lengths (B,) do; None: all."""
+    return None if lengths is None else torch.arange(tokens.shape[1], device=tokens.device) < lengths[:, None]
+
+
+def _logits(tower: Tower, hidden: Tensor, wide: bool = True) -> Tensor:
+    logits = tower.head(hidden)
+    return widened(logits) if wide else logits
+
+
+def _refuse_unknown(where: str, kwargs: dict[str, Any]) -> None:
+    if kwargs:
+        raise ArgumentError(f"{where}: {', '.join(sorted(kwargs))} has no meaning for a two-tower model; leave it out")
+
+
+for _auto in (AutoModel, AutoModelForCausalLM):
+    _auto.register(TwoTowerConfig, TwoTowerForCausalLM, exist_ok=True)

@@ -1,0 +1,168 @@
+// Attention of a short block over [cached keys ; its own], each row's cache where it lies and as long as it is.
+#pragma once
+#include "matmul.h"
+#include "small_gemm.h"
+
+// Keys of a task (beside its own block's), and of one turn of its running softmax.
+constexpr long SPAN = 1024, CHUNK = 256, LD_CHUNK = CHUNK + 16;
+
+// What some queries have seen so far: the greatest score, the sum of exp(score − most), and the values weighed by it.
+struct Seen { float *most, *total, *acc; };
+
+// The scores of n more keys, of query m in a row of LD_CHUNK, become weights; what was seen before shrinks to fit.
+inline void soften(float* scores, long n, long M, long D, Seen seen, long ld) {
+    float base[TILE];
+    for (long m = 0; m < M; m++) {
+        float* row = scores + m * LD_CHUNK;
+        store(row + n, splat(-INFINITY));  // to the end of a vector
+        vec highest = splat(seen.most[m]);
+        for (long r = 0; r < n; r += W) {
+            const vec next = load(row + r);
+            highest = next > highest ? next : highest;
+        }
+        const float top = greatest(highest), before = seen.most[m];
+        if (top != before && before != -INFINITY) {
+            const float shrink = std::exp(before - top);
+            seen.total[m] *= shrink;
+            for (long d = 0; d < D; d++) seen.acc[m * ld + d] *= shrink;
+        }
+        seen.most[m] = top;
+        base[m] = top == -INFINITY ? 0 : top;  // nothing seen yet: no weight
+    }
+    for (long m = 0; m < M; m++) {
+        float* row = scores + m * LD_CHUNK;
+        vec weights = {};
+        for (long r = 0; r < n; r += W) {
+            const vec e = exp(load(row + r) - base[m]);
+            weights += e;
+            store(row + r, e);
+        }
+        seen.total[m] += sum(weights);
+    }
+}
+
+template <class T> inline void divide(const float* x, float by, long n, T* y) {
+    long i = 0;
+    for (; i + W <= n; i += W) store(y + i, load(x + i) / by);
+    for (; i < n; i++) put(y + i, x[i] / by);
+}
+
+// q (B, L, Hq, D), k and v (B, L, Hkv, D) → out (B, L, Hq, D). Cached: of row b, head h, token t < lengths[b] the vector
+// start[b] + h·stride[b] + t of past_k, past_v.
+template <class T>
+void attention(const T* q, const T* k, const T* v, const uint8_t* valid, int causal, const T* past_k, const T* past_v,
+               const int64_t* start, const int64_t* stride, const int64_t* lengths, T* out, long B, long L, long Hq,
+               long Hkv, long D, int threads) {
+    const long group = Hq / Hkv, Q = group * L, ld = padded(D), part_size = Q * (ld + 2);
+    struct Task { long b, h, from, to; };  // of [cached keys ; its own block]; the block is in the row's last
+    static thread_local std::vector<Task> list;
+    static thread_local std::vector<long> firsts;
+    list.clear();
+    firsts.clear();
+    long work = 0;
+    for (long b = 0; b < B; b++)
+        for (long h = 0; h < Hkv; h++) {
+            firsts.push_back(long(list.size()));
+            const long length = past_k ? lengths[b] : 0;
+            long t = 0;
+            for (; t + SPAN < length; t += SPAN) list.push_back({b, h, t, t + SPAN});
+            list.push_back({b, h, t, length + L});
+            work += (length + L) * Q * D;
+        }
+    firsts.push_back(long(list.size()));
+    const Task* tasks = list.data();
+    const long *first = firsts.data(), count = long(list.size());
+    float* partial = scratch(0, count * part_size);
+    const float scale = 1.0f / std::sqrt(float(D));
+    parallel(threads, work > WORTH, [&](int part, int parts) {
+        float* queries = scratch(1, Q * ld);
+        float* scores = scratch(2, TILE * LD_CHUNK + W);
+        float* turned = scratch(3, D * LD_CHUNK + W);
+        float* place = scratch(4, L + W);
+        float* one = scratch(5, part_size);
+        Range own = share(count, part, parts);
+        for (long at = own.lo; at < own.hi; at++) {
+            const Task task = tasks[at];
+            const long b = task.b, h = task.h, length = past_k ? lengths[b] : 0, wide = Hkv * D;
+            const T *own_k = k + (b * L * Hkv + h) * D, *own_v = v + (b * L * Hkv + h) * D;
+            const long base = past_k ? start[b] + h * stride[b] : 0;
+            for (long g = 0; g < group; g++)
+                for (long l = 0; l < L; l++)
+                    scaled(q + ((b * L + l) * Hq + h * group + g) * D, D, scale, queries + (g * L + l) * ld);
+            // A query sees the keys of its block whose place is not beyond its limit, and itself.
+            bool masked = causal;
+            for (long l = 0; l < L; l++) {
+                const bool counts = !valid || valid[b * L + l];
+                place[l] = counts ? float(l) : INFINITY;
+                masked |= !counts;
+            }
+            const bool alone = first[b * Hkv + h] + 1 == first[b * Hkv + h + 1];
+            float* most = alone ? one : partial + at * part_size;
+            const Seen seen{most, most + Q, most + 2 * Q};
+            std::fill(seen.most, seen.most + Q, -INFINITY);
+            std::fill(seen.total, seen.total + Q + Q * ld, 0.0f);
+            for (long t = task.from; t < task.to; t += CHUNK) {
+                const long n = std::min(CHUNK, task.to - t), past = std::min(std::max(length - t, 0L), n);
+                const long begin = std::max(t - length, 0L);  // of its own keys
+                const T *keys = own_k + begin * wide, *values = own_v + begin * wide;
+                const T *past_keys = past_k + (base + t) * D, *past_values = past_v + (base + t) * D;
+                if (Q > FEW_ROWS) {
+                    turn(past_keys, D, past, D, turned, LD_CHUNK);
+                    turn(keys, wide, n - past, D, turned + past, LD_CHUNK);
+                }
+                for (long m = 0; m < Q; m += TILE) {
+                    const long M = std::min(long(TILE), Q - m), last = m % L + M <= L ? m % L + M - 1 : L - 1;
+                    const long near = std::max(causal ? std::min(n - past, last + 1 - begin) : n - past, 0L);
+                    if (Q > FEW_ROWS) {
+                        weigh_all(queries + m * ld, ld, 1, turned, LD_CHUNK, D, M, whole(past + near), scores, LD_CHUNK, 0,
+                                  ahead(past_values, past * D));
+                    } else {
+                        few_products(queries, ld, Q, past_keys, D, past, D, scores, LD_CHUNK, ahead(past_values, past * D));
+                        few_products(queries, ld, Q, keys, wide, near, D, scores + past, LD_CHUNK);
+                    }
+                    if (masked)
+                        for (long i = 0; i < M; i++) {
+                            const long l = (m + i) % L;
+                            const float limit = causal ? float(l) : float(L);
+                            float *row = scores + i * LD_CHUNK + past, *itself = row + l - begin;
+                            const bool here = l >= begin && l < begin + near;
+                            const float kept = here ? *itself : 0;
+                            for (long r = 0; r < near; r += W)
+                                store(row + r, load(place + begin + r) > limit ? splat(-INFINITY) : load(row + r));
+                            if (here) *itself = kept;
+                        }
+                    const Seen tile{seen.most + m, seen.total + m, seen.acc + m * ld};
+                    soften(scores, past + near, M, D, tile, ld);
+                    weigh_all(scores, LD_CHUNK, 1, past_values, D, past, M, D, tile.acc, ld, 1,
+                              ahead(past_keys + past * D, std::min(CHUNK, std::max(length - t - CHUNK, 0L)) * D));
+                    weigh_all(scores + past, LD_CHUNK, 1, values, wide, near, M, D, tile.acc, ld, 1);
+                }
+            }
+            if (alone)
+                for (long m = 0; m < Q; m++) {
+                    T* to = out + ((b * L + m % L) * Hq + h * group + m / L) * D;
+                    divide(seen.acc + m * ld, seen.total[m], D, to);
+                }
+        }
+        if (count == B * Hkv) return;
+        barrier(parts);
+        own = share(B * Hkv, part, parts);
+        for (long at = own.lo; at < own.hi; at++) {
+            if (first[at + 1] - first[at] == 1) continue;
+            const long b = at / Hkv, h = at % Hkv;
+            for (long m = 0; m < Q; m++) {
+                float top = -INFINITY, total = 0;
+                for (long i = first[at]; i < first[at + 1]; i++) top = std::max(top, partial[i * part_size + m]);
+                float* sum_ = queries;
+                std::fill(sum_, sum_ + D, 0.0f);
+                for (long i = first[at]; i < first[at + 1]; i++) {
+                    const float* p = partial + i * part_size;
+                    const float by = std::exp(p[m] - top);
+                    total += p[Q + m] * by;
+                    for (long d = 0; d < D; d++) sum_[d] += p[2 * Q + m * ld + d] * by;
+                }
+                divide(sum_, total, D, out + ((b * L + m % L) * Hq + h * group + m / L) * D);
+            }
+        }
+    });
+}

@@ -1,0 +1,189 @@
+// The middle of a Mamba-2 mixer over one short block, and the state after a prefix of it.
+#pragma once
+#include "matmul.h"
+#include "small_gemm.h"
+
+struct Mamba { long heads, P, groups, N, taps; float low, high, eps; };
+
+// out[l] = SiLU(bias + Σ_k taps[k] · in[l + k]) over C channels; the bias stands after the K taps. KNOWN: K, or 0.
+template <int KNOWN> inline void convolve(const float* in, const float* taps, long any, long L, long C, float* out) {
+    const long K = KNOWN ? KNOWN : any;
+    long c = 0;
+    for (; c + W <= C; c += W)
+        for (long l = 0; l < L; l++) {
+            vec v = load(taps + K * C + c);
+            for (long k = 0; k < K; k++) v = fused(load(in + (l + k) * C + c), load(taps + k * C + c), v);
+            store(out + l * C + c, silu(v));
+        }
+    for (; c < C; c++)
+        for (long l = 0; l < L; l++) {
+            float v = taps[K * C + c];
+            for (long k = 0; k < K; k++) v = std::fma(in[(l + k) * C + c], taps[k * C + c], v);
+            out[l * C + c] = v / (1.0f + std::exp(-v));
+        }
+}
+
+// by[l][m] = score[l][m] · exp(cum[l] − cum[m]) · dt[m] for m ≤ l < L, then zeros as far as tokens are weighed together.
+inline void discount(const float* score, const float* cum, const float* dt, long L, float* by, long ld) {
+    for (long l = 0; l < L; l++) {
+        const long end = std::min(L, (l / TILE + 1) * TILE);
+        for (long m = 0; m < end; m += W) {
+            const vec passed = cum[l] - load(cum + m);
+            const vec taken = load(score + l * ld + m) * exp(passed) * load(dt + m);
+            store(by + l * ld + m, COUNT + float(m) > float(l) ? vec{} : taken);
+        }
+    }
+}
+
+// y = norm(x · SiLU(z)) · weight over n channels; x is written over.
+template <class T> inline void gate_and_norm(float* x, const T* z, const T* weight, long n, float eps, T* y) {
+    vec squares = {};
+    long c = 0;
+    for (; c + W <= n; c += W) {
+        const vec v = load(x + c) * silu(load(z + c));
+        squares += v * v;
+        store(x + c, v);
+    }
+    float total = sum(squares);
+    for (; c < n; c++) {
+        const float gate = widen(z[c]);
+        x[c] *= gate / (1.0f + std::exp(-gate));
+        total += x[c] * x[c];
+    }
+    const float by = 1.0f / std::sqrt(total / n + eps);
+    for (c = 0; c + W <= n; c += W) store(y + c, load(x + c) * by * load(weight + c));
+    for (; c < n; c++) put(y + c, x[c] * by * widen(weight[c]));
+}
+
+// projected (B, L, z | xBC | dt) → mixed (B, L, inner): convolution seeded with window, SiLU, scan seeded with state,
+// D·x, gate, group norm. Row b reads slot slots[b] of window (R, K−1, C) and state (R, H, P, N). With a trace (xBC not
+// null) it leaves what `fold` needs.
+template <class T>
+void mamba_block(const T* projected, const uint8_t* valid, const T* window, const float* state, const int64_t* slots,
+                 const T* conv_weight, const T* conv_bias, const float* dt_bias, const float* A_log, const float* D,
+                 const T* norm_weight, T* mixed, T* trace_xBC, float* trace_x, float* trace_dt, float* trace_decay,
+                 float* trace_B, long rows, long L, Mamba dims, int threads) {
+    const long H = dims.heads, P = dims.P, G = dims.groups, N = dims.N, K = dims.taps;
+    const long inner = H * P, C = inner + 2 * G * N, wide = inner + C + H, each = H / G, X = each * P, own_C = X + 2 * N;
+    const long ldl = whole(L) + W, ldp = whole(P) + W;
+    parallel(threads, rows * L * H * P * N > WORTH, [&](int part, int parts) {
+        Range tasks = share(rows * G, part, parts);
+        float* in = scratch(0, (L + K - 1) * own_C);   // this group's inputs to the convolution: x | B | C
+        float* out = scratch(1, L * own_C + W);        // and its outputs after SiLU
+        float* taps = scratch(2, (K + 1) * own_C);
+        float* y = scratch(3, L * X);
+        float* score = scratch(4, L * ldl);            // C·B of each two tokens
+        float* by = scratch(5, L * ldl);               // what a token takes of each up to itself
+        float* turned = scratch(6, N * std::max(ldl, ldp));
+        float* steps = scratch(7, (each + 1) * ldl);
+        float* seen = scratch(14, L * ldp);            // C·state
+        long prepared = -1;
+        for (long task = tasks.lo; task < tasks.hi; task++) {
+            const long g = task / rows, b = task % rows, slot = slots ? slots[b] : b;
+            // Where the group's channels lie among all C: three runs.
+            const long from[3] = {g * X, inner + g * N, inner + (G + g) * N}, size[3] = {X, N, N};
+            for (long run = 0, at = 0; run < 3 && g != prepared; at += size[run++])
+                for (long c = 0; c < size[run]; c++) {
+                    const T* w = conv_weight + (from[run] + c) * K;
+                    for (long k = 0; k < K; k++) taps[k * own_C + at + c] = widen(w[k]);
+                    taps[K * own_C + at + c] = conv_bias ? widen(conv_bias[from[run] + c]) : 0.0f;
+                }
+            prepared = g;
+            for (long l = 0; l < L + K - 1; l++) {
+                const long token = b * L + l - (K - 1);
+                const bool counts = l < K - 1 ? window != nullptr : !valid || valid[token];
+                for (long run = 0, at = 0; run < 3; at += size[run++]) {
+                    const T* source = l < K - 1 ? window + (slot * (K - 1) + l) * C + from[run]
+                                                : projected + token * wide + inner + from[run];
+                    if (counts) widened(source, size[run], in + l * own_C + at);
+                    else std::fill_n(in + l * own_C + at, size[run], 0.0f);
+                    if (!trace_xBC || l < K - 1) continue;
+                    T* to = trace_xBC + token * C + from[run];
+                    if (counts) std::memcpy(to, source, size[run] * sizeof(T));
+                    else std::memset(to, 0, size[run] * sizeof(T));
+                }
+            }
+            if (K == 4) convolve<4>(in, taps, K, L, own_C, out);
+            else convolve<0>(in, taps, K, L, own_C, out);
+            const float *B = out + X, *Cs = out + X + N;  // both with stride own_C
+            products(Cs, own_C, L, B, own_C, L, N, score, ldl, turned, ldl);
+            for (long l = 0; l < L && trace_B; l++) {
+                std::memcpy(trace_B + ((b * L + l) * G + g) * N, B + l * own_C, N * sizeof(float));
+                std::memcpy(trace_x + (b * L + l) * inner + g * X, out + l * own_C, X * sizeof(float));
+            }
+            float* cum = steps + each * ldl;
+            for (long i = 0; i < each; i++) {
+                const long h = g * each + i;
+                float* dt = steps + i * ldl;
+                for (long l = 0; l < L; l++) dt[l] = widen(projected[(b * L + l) * wide + inner + C + h]) + dt_bias[h];
+            }
+            for (long l = 0; l < each * ldl; l += W) {
+                vec step = softplus(load(steps + l));
+                step = step < dims.low ? splat(dims.low) : step;
+                store(steps + l, step > dims.high ? splat(dims.high) : step);
+            }
+            for (long i = 0; i < each; i++) {
+                const long h = g * each + i;
+                float* dt = steps + i * ldl;
+                const float rate = -std::exp(A_log[h]);
+                float total = 0;
+                for (long l = 0; l < L; l++) {
+                    const long token = b * L + l;
+                    if (valid && !valid[token]) dt[l] = 0;
+                    const float decay = dt[l] * rate;
+                    cum[l] = total += decay;
+                    if (trace_dt) trace_dt[token * H + h] = dt[l], trace_decay[token * H + h] = decay;
+                }
+                discount(score, cum, dt, L, by, ldl);
+                for (long l = 0; l < L; l++) by[l * ldl + l] += D[h];
+                float* to = y + i * P;
+                if (state) {
+                    products(Cs, own_C, L, state + (slot * H + h) * P * N, N, P, N, seen, ldp, turned, ldp);
+                    for (long l = 0; l < L; l++) scaled(seen + l * ldp, P, std::exp(cum[l]), to + l * X);
+                }
+                for (long l = 0; l < L; l += TILE) {
+                    const long M = std::min(long(TILE), L - l);
+                    weigh_all(by + l * ldl, ldl, 1, out + i * P, own_C, l + M, M, P, to + l * X, X, state ? 1 : 0);
+                }
+            }
+            for (long l = 0; l < L; l++) {
+                const long token = b * L + l;
+                gate_and_norm(y + l * X, projected + token * wide + g * X, norm_weight + g * X, X, dims.eps,
+                              mixed + token * inner + g * X);
+            }
+        }
+    });
+}
+
+// The window and the state of the slots, in place, after the first accepted[b] tokens of the trace.
+template <class T>
+void fold(T* window, float* state, const int64_t* slots, const T* xBC, const float* x, const float* dt,
+          const float* decay, const float* B, const int64_t* accepted, long rows, long L, Mamba dims, int threads) {
+    const long H = dims.heads, P = dims.P, G = dims.groups, N = dims.N, K = dims.taps, C = H * P + 2 * G * N;
+    parallel(threads, rows * L * H * P * N > WORTH, [&](int part, int parts) {
+        Range tasks = share(rows * H, part, parts);
+        float* fed = scratch(0, L * P + L);
+        float* by = fed + L * P;
+        for (long task = tasks.lo; task < tasks.hi; task++) {
+            const long b = task / H, h = task % H, g = h / (H / G), count = accepted[b];
+            if (!count) continue;
+            float total = 0;
+            for (long l = 0; l < count; l++) by[l] = total += decay[(b * L + l) * H + h];
+            for (long l = 0; l < count; l++) {
+                const float left = std::exp(total - by[l]) * dt[(b * L + l) * H + h];
+                for (long p = 0; p < P; p++) fed[l * P + p] = x[((b * L + l) * H + h) * P + p] * left;
+            }
+            float* own = state + ((slots ? slots[b] : b) * H + h) * P * N;
+            weigh_all(fed, 1, P, B + (b * L * G + g) * N, G * N, count, P, N, own, N, std::exp(total));
+        }
+        Range own = share(rows, part, parts);
+        for (long b = own.lo; b < own.hi; b++) {
+            const long count = accepted[b];
+            T* to = window + (slots ? slots[b] : b) * (K - 1) * C;
+            for (long k = 0; count && k < K - 1; k++) {  // oldest first: what is read is not yet written over
+                const long l = k + count - (K - 1);
+                std::memcpy(to + k * C, l < 0 ? to + (k + count) * C : xBC + (b * L + l) * C, C * sizeof(T));
+            }
+        }
+    });
+}

@@ -1,0 +1,112 @@
+// The C interface: each function once for fp32 and once for bf16 (type 0 and 1).
+#include <type_traits>
+#include "attention.h"
+#include "argmax.h"
+#include "tower.h"
+
+#define BOTH(call)                                 \
+    if (type == 0) { using T = float; call; }      \
+    else { using T = bf16; call; }
+#define P(x) static_cast<const T*>(x)
+#define Q(x) static_cast<T*>(x)
+#define W_(w) Matrix<T>{P(w), w##_panels, w##_scale}
+
+extern "C" {
+// Of a weight w: as it lies, in panels, and the scales of int8 panels; null where there is none (see `Matrix`).
+void linear_(int type, const void* x, const void* w, const void* w_panels, const float* w_scale, const void* bias, void* y,
+             long M, long K, long N, int threads) {
+    BOTH(linear(P(x), W_(w), P(bias), Q(y), M, K, N, threads))
+}
+
+void pack_(int type, const void* w, void* panels, long matrices, long N, long K, int threads) {
+    BOTH(pack(P(w), Q(panels), matrices, N, K, threads))
+}
+
+void experts_(int type, const void* x, const int64_t* choice, const float* weight, const void* up, const void* up_panels,
+              const float* up_scale, const void* down, const void* down_panels, const float* down_scale, void* y,
+              long tokens, long top, long E, long I, long H, int threads) {
+    BOTH(experts(P(x), choice, weight, W_(up), W_(down), Q(y), tokens, top, E, I, H, threads))
+}
+
+void route_(int type, const void* x, const void* w, const float* bias, int64_t* choice, float* weight, long tokens,
+            long H, long E, long groups, long kept, long top, int normalise, float factor, int threads) {
+    BOTH(route(P(x), P(w), bias, choice, weight, tokens, H, E, groups, kept, top, normalise, factor, threads))
+}
+
+// wide: x is fp32 although the weights are bf16 (residual_in_fp32).
+void rms_norm_(int type, int wide, const void* x, const void* weight, const void* shift, const void* scale, void* y,
+               long tokens, long H, long each, long stride, int order, float eps, int threads) {
+    if (wide && type) {
+        using T = bf16;
+        rms_norm(static_cast<const float*>(x), P(weight), P(shift), P(scale), Q(y), tokens, H, each, stride, order, eps, threads);
+    } else {
+        BOTH(rms_norm(P(x), P(weight), P(shift), P(scale), Q(y), tokens, H, each, stride, order, eps, threads))
+    }
+}
+
+void mamba_block_(int type, const void* projected, const uint8_t* valid, const void* window, const float* state,
+                  const int64_t* slots, const void* conv_weight, const void* conv_bias, const float* dt_bias,
+                  const float* A_log, const float* D, const void* norm_weight, void* mixed, void* xBC, float* x, float* dt,
+                  float* decay, float* B, long rows, long L, long heads, long head_dim, long groups, long N, long taps,
+                  float low, float high, float eps, int threads) {
+    Mamba dims{heads, head_dim, groups, N, taps, low, high, eps};
+    BOTH(mamba_block(P(projected), valid, P(window), state, slots, P(conv_weight), P(conv_bias), dt_bias, A_log, D,
+                     P(norm_weight), Q(mixed), Q(xBC), x, dt, decay, B, rows, L, dims, threads))
+}
+
+// parts: of each layer the pools, window and state, and its trace: xBC, x, dt, decay, B.
+void fold_(int type, long layers, void* const* parts, const int64_t* slots, const int64_t* accepted, long rows, long L,
+           long heads, long head_dim, long groups, long N, long taps, int threads) {
+    Mamba dims{heads, head_dim, groups, N, taps, 0, 0, 0};
+    for (void* const* own = parts; own < parts + 7 * layers; own += 7) {
+        const auto f = [&](int i) { return static_cast<float*>(own[i]); };
+        BOTH(fold(Q(own[0]), f(1), slots, P(own[2]), f(3), f(4), f(5), f(6), accepted, rows, L, dims, threads))
+    }
+}
+
+// The vectors of `parts` blocks (tokens, heads, D), of rows of L tokens, into as many pools at the ends of the rows' texts.
+void append_(int type, long parts, void* const* pools, const void* const* blocks, const int64_t* start,
+             const int64_t* stride, const int64_t* lengths, const int64_t* valid, long tokens, long L, long heads, long D,
+             int) {
+    const long bytes = D * (type ? 2 : 4);
+    for (long part = 0; part < parts; part++)
+        for (long t = 0; t < tokens; t++) {
+            const long b = t / L, l = t % L, column = lengths[b] + l;
+            if (l >= valid[b] || column >= stride[b]) continue;
+            const char* from = static_cast<const char*>(blocks[part]) + t * heads * bytes;
+            for (long h = 0; h < heads; h++)
+                std::memcpy(static_cast<char*>(pools[part]) + (start[b] + h * stride[b] + column) * bytes, from + h * bytes,
+                            bytes);
+        }
+}
+
+void choose_(int type, const void* logits, const int64_t* excluded, int64_t* tokens, float* confidence, long positions,
+             long each, long V, int threads) {
+    BOTH(choose(P(logits), excluded, tokens, confidence, positions, each, V, threads))
+}
+
+void attention_(int type, const void* q, const void* k, const void* v, const uint8_t* valid, int causal, const void* past_k,
+                const void* past_v, const int64_t* start, const int64_t* stride, const int64_t* lengths, void* out, long B,
+                long L, long Hq, long Hkv, long D, int threads) {
+    BOTH(attention(P(q), P(k), P(v), valid, causal, P(past_k), P(past_v), start, stride, lengths, Q(out), B, L, Hq, Hkv, D,
+                   threads))
+}
+
+// x: the embedded tokens, which become the residual stream. sizes: the integers of `Shape` in its order.
+void tower_(int type, void* x, const int64_t* kinds, const void* const* weights, const void* const* panels,
+            const void* const* scales, const void* const* inputs, const void* norm_f, void* hidden, const uint8_t* valid,
+            int causal, const int64_t* start, const int64_t* stride, const int64_t* lengths, const int64_t* sizes, float low,
+            float high, float eps, float factor, int threads) {
+    const int64_t* n = sizes;
+    Shape s{n[0], n[1], n[2], n[3], n[4], n[5], {n[6], n[7], n[8], n[9], n[10], low, high, eps}, n[11], n[12], n[13],
+            n[14], n[15], n[16], n[17], n[18], n[19], n[20], factor, n[21], eps};
+    if (type && s.wide) {
+        using T = bf16;
+        tower(static_cast<float*>(x), kinds, weights, panels, scales, inputs, P(norm_f), Q(hidden), valid, causal, start,
+              stride, lengths, s, threads);
+    } else {
+        BOTH(tower(static_cast<T*>(x), kinds, weights, panels, scales, inputs, P(norm_f), Q(hidden), valid, causal, start,
+                   stride, lengths, s, threads))
+    }
+}
+}

@@ -1,0 +1,112 @@
+"""Weights as int8 with a scale for each output row: w[n, k] ≈ scale[n] · q[n, k], q in −127…127. Activations stay as
+wide as they are.
+
+q lies in panels of 16 rows, as compiled kernels read it fastest: (…, ⌈out / 16⌉, in, 16), zeros where no row is. The
+functions of this file are the twins of those kernels and run on any device: q is widened to the activations' dtype,
+which is exact, multiplied, and the scale goes on the result.
+"""
+
+from __future__ import annotations
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from twotower.ops.reference.experts import by_expert, combine, weighted
+
+LEVELS = 127  # symmetric: −128 is not used
+PANEL = 16  # rows, as in ops/cpu/packed_weights.h
+PART, PART_ON_GPU = 2**17, 2**24  # weights widened at a time while they are quantised
+
+
+def quantized(weight: Tensor) -> tuple[Tensor, Tensor]:
+    """weight (…, out, in) of any float dtype → q (…, out / 16, in, 16) int8, scale (…, out) fp32."""
+    *lead, out, width = weight.shape
+    q = torch.empty(*lead, -(-out // PANEL), width, PANEL, dtype=torch.int8, device=weight.device)
+    scale = torch.empty_like(weight[..., 0], dtype=torch.float32)
+    quantize_into(q, scale, weight.detach())
+    return q, scale
+
+
+def quantize_into(q: Tensor, scale: Tensor, weight: Tensor) -> None:
+    """Fills q and scale, as of `quantized`, from weight (…, out, in), which may be on another device, part by part.
+
+    A row's largest magnitude becomes 127. Rows of zeros stay zeros; one that is not finite has no finite result either.
+    """
+    if q.is_meta:
+        return
+    if weight.dim() > 2:
+        for parts in zip(q, scale, weight, strict=True):
+            quantize_into(*parts)
+        return
+    most = PART_ON_GPU if q.device.type == "cuda" else PART  # in a processor's caches; a GPU's time goes to launching
+    many = max(most // max(weight.shape[1], 1) // PANEL, 1) * PANEL
+    for i in range(0, len(weight), many):
+        part = weight[i : i + many].to(q.device, torch.float32)
+        low, high = part.aminmax(dim=1)
+        step = torch.maximum(high, -low) / LEVELS
+        rounded = (part / step.where(step > 0, 1.0)[:, None]).round_()
+        rounded = F.pad(rounded, (0, 0, 0, -len(rounded) % PANEL))
+        q[i // PANEL : (i + many) // PANEL] = rounded.unflatten(0, (-1, PANEL)).transpose(1, 2)
+        scale[i : i + many] = step
+
+
+def shape(q: Tensor, scale: Tensor) -> tuple[int, ...]:
+    """(…, out, in) of the weight that they stand for."""
+    return (*scale.shape, q.shape[-2])
+
+
+def widened(q: Tensor, scale: Tensor, dtype: torch.dtype) -> Tensor:
+    """q as (…, out, in) in `dtype`."""
+    return q.to(dtype).transpose(-1, -2).flatten(-3, -2)[..., : scale.shape[-1], :]
+
+
+def linear(x: Tensor, q: Tensor, scale: Tensor, bias: Tensor | None = None) -> Tensor:
+    """`F.linear`: x (…, in), q (out / 16, in, 16), scale (out,), bias (out,) or None → (…, out)."""
+    out = F.linear(x, widened(q, scale, x.dtype)) * scale
+    return (out if bias is None else out + bias).to(x.dtype)
+
+
+def experts_sorted(
+    hidden: Tensor, choice: Tensor, weight: Tensor, up: Tensor, up_scale: Tensor, down: Tensor, down_scale: Tensor
+) -> Tensor:
+    """`experts.experts_sorted`: of up (E, I, H) and down (E, H, I) q and scale (E, I) and (E, H)."""
+
+    def through(expert: int, rows: Tensor) -> Tensor:
+        inner = linear(rows, up[expert], up_scale[expert])
+        return linear(F.relu(inner).square(), down[expert], down_scale[expert])
+
+    return by_expert(hidden, choice, weight, len(up), through)
+
+
+def experts_gathered(
+    hidden: Tensor, choice: Tensor, weight: Tensor, up: Tensor, up_scale: Tensor, down: Tensor, down_scale: Tensor
+) -> Tensor:
+    """`experts.experts_gathered`: what is copied is int8, and widened after."""
+    pairs = choice.flatten()
+
+    def product(x: Tensor, q: Tensor, scale: Tensor) -> Tensor:
+        wide = widened(q[pairs], scale, x.dtype)
+        return ((wide @ x[:, :, None])[:, :, 0] * scale[pairs]).to(x.dtype)
+
+    inner = product(hidden.repeat_interleave(choice.shape[1], 0), up, up_scale)
+    return weighted(product(F.relu(inner).square(), down, down_scale), weight)
+
+
+def experts_grouped(
+    hidden: Tensor, choice: Tensor, weight: Tensor, up: Tensor, up_scale: Tensor, down: Tensor, down_scale: Tensor
+) -> Tensor:
+    """`experts.experts_grouped` on all experts widened, one projection at a time; for fewer tokens than that pays for,
+    `experts_gathered`."""
+    if choice.numel() < len(up):
+        return experts_gathered(hidden, choice, weight, up, up_scale, down, down_scale)
+    flat = choice.flatten()
+    order = flat.argsort(stable=True)
+    ends = F.one_hot(flat, len(up)).sum(0).cumsum(0).to(torch.int32)
+
+    def product(x: Tensor, q: Tensor, scale: Tensor) -> Tensor:
+        out = torch._grouped_mm(x, widened(q, scale, x.dtype).transpose(1, 2), offs=ends)
+        return (out * scale[flat[order]]).to(x.dtype)
+
+    inner = product(hidden[order // choice.shape[1]], up, up_scale)
+    return combine(product(F.relu(inner).square(), down, down_scale), order, weight)

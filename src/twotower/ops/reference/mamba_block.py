@@ -1,0 +1,167 @@
+"""The middle of a Mamba-2 mixer, from in_proj's output to out_proj's input, over one block; and the state after it.
+
+    z | xBC | dt = projected            xBC: padding zeroed; dt = softplus(dt + dt_bias), clamped, 0 at padding
+    x | B | C = SiLU(conv(window ; xBC))
+    y = scan(x, dt, B, C) from the state, + D·x
+    mixed = group RMSNorm(y · SiLU(z))
+
+`mamba_block` and `fold` are the torch twins of the kernels in `triton_mamba.py`; everything but z is computed in at
+least fp32. H heads of width P, G groups, state size N, K taps, C = H·P + 2·G·N channels of the convolution.
+"""
+
+from __future__ import annotations
+
+from typing import NamedTuple
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from twotower.ops.precision import accumulation_dtype
+from twotower.ops.reference.conv import causal_conv
+from twotower.ops.reference.kv_write import put
+from twotower.ops.reference.ssd import advance, ssd_block
+
+
+class MambaWeights(NamedTuple):
+    """A Mamba-2 mixer without its projections.
+
+    conv_weight (C, 1, K); conv_bias (C,) or None; dt_bias, A_log, D (H,); norm_weight (H·P,);
+    time_step_limit: the least and the largest dt.
+    """
+
+    conv_weight: Tensor
+    conv_bias: Tensor | None
+    dt_bias: Tensor
+    A_log: Tensor
+    D: Tensor
+    norm_weight: Tensor
+    n_groups: int
+    eps: float
+    time_step_limit: tuple[float, float]
+
+    @property
+    def inner(self) -> int:
+        return self.norm_weight.shape[0]
+
+    @property
+    def heads(self) -> int:
+        return self.A_log.shape[0]
+
+    @property
+    def head_dim(self) -> int:
+        return self.inner // self.heads
+
+    @property
+    def conv_dim(self) -> int:
+        return self.conv_weight.shape[0]
+
+    @property
+    def taps(self) -> int:
+        return self.conv_weight.shape[2]
+
+    @property
+    def state_size(self) -> int:
+        return (self.conv_dim - self.inner) // (2 * self.n_groups)
+
+
+class MambaTrace(NamedTuple):
+    """What L tokens did to a Mamba-2 layer: enough to rebuild the state after any prefix of them.
+
+    xBC (B, L, C) raw convolution inputs; x (B, L, H, P), dt and log_decay (B, L, H), B (B, L, G, N) as the scan
+    saw them.
+    """
+
+    xBC: Tensor
+    x: Tensor
+    dt: Tensor
+    log_decay: Tensor
+    B: Tensor
+
+
+def empty_trace(xBC: Tensor, heads: int, head_dim: int, groups: int, state_size: int) -> MambaTrace:
+    """For a kernel to fill, beside the convolution inputs xBC (…, B, L, C), which may be there already."""
+    lead = xBC.shape[:-1]
+    sizes = ((heads, head_dim), (heads,), (heads,), (groups, state_size))
+    return MambaTrace(xBC, *(xBC.new_empty(lead + size, dtype=torch.float32) for size in sizes))
+
+
+def mamba_block(
+    projected: Tensor,
+    valid: Tensor | None,
+    window: Tensor | None,
+    state: Tensor | None,
+    weights: MambaWeights,
+    trace: bool = True,
+) -> tuple[Tensor, MambaTrace | None]:
+    """projected (B, L, H·P + C + H), valid (B, L) False at padding (None: none), window (B, K−1, C) and state
+    (B, H, P, N) before the block (None: zeros) → mixed (B, L, H·P) in projected's dtype, and the trace, if wanted.
+    """
+    z, xBC, dt, log_decay = split(projected, valid, weights)
+    kept, C = convolve(xBC, window, dt, log_decay, weights)
+    y = ssd_block(kept.x, kept.dt, kept.log_decay, kept.B, C, state)
+    return gate_and_norm(y, kept.x, z, weights), kept if trace else None
+
+
+def fold(
+    conv_window: Tensor, ssm_state: Tensor, trace: MambaTrace, accepted: Tensor, rows: Tensor | None = None
+) -> tuple[Tensor, Tensor]:
+    """The pools conv_window (R, K−1, C) and ssm_state (R, H, P, N) with the first `accepted` (B,) tokens of the trace
+    folded into slots rows (B,), all different (None: R = B, all in order).
+
+    → the pools to go on with: the given ones changed in place where slots are given, new ones otherwise and under
+    autograd. A backend may change the given ones in any case without autograd.
+    """
+    if rows is None:
+        return _folded(conv_window, ssm_state, trace, accepted)
+    window, state = _folded(conv_window[rows], ssm_state[rows], trace, accepted)
+    return put(conv_window, rows, window), put(ssm_state, rows, state)
+
+
+# --- the parts, also of a mixer over longer sequences ----------------------------------------------------------------
+
+
+def split(projected: Tensor, valid: Tensor | None, weights: MambaWeights) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    """projected (B, L, …) → z, xBC before the convolution, dt and log_decay; padding leaves no mark on any state:
+    no input to the convolution, and no time passes."""
+    acc = accumulation_dtype(projected.dtype)
+    z, xBC, dt = projected.split([weights.inner, weights.conv_dim, weights.heads], dim=-1)
+    dt = F.softplus(dt.to(acc) + weights.dt_bias.to(acc)).clamp(*weights.time_step_limit)
+    if valid is not None:
+        xBC = xBC * valid[..., None]
+        dt = dt * valid[..., None]
+    return z, xBC, dt, dt * -weights.A_log.to(acc).exp()
+
+
+def convolve(
+    xBC: Tensor, window: Tensor | None, dt: Tensor, log_decay: Tensor, weights: MambaWeights
+) -> tuple[MambaTrace, Tensor]:
+    """→ the trace (x, B and what they came from) and C (B, L, G, N)."""
+    active = F.silu(causal_conv(xBC, window, weights.conv_weight, weights.conv_bias))
+    bc = weights.n_groups * weights.state_size
+    x, B, C = active.split([weights.inner, bc, bc], dim=-1)
+    x = x.unflatten(-1, (weights.heads, weights.head_dim))
+    B, C = (v.unflatten(-1, (weights.n_groups, weights.state_size)) for v in (B, C))
+    return MambaTrace(xBC, x, dt, log_decay, B), C
+
+
+def gate_and_norm(y: Tensor, x: Tensor, z: Tensor, weights: MambaWeights) -> Tensor:
+    """y, x (B, L, H, P), z (B, L, H·P) → the norm of y + D·x, gated by z, (B, L, H·P)."""
+    y = y + x * weights.D.to(x.dtype)[:, None]
+    return gated_group_norm(y.flatten(2), z, weights.norm_weight, weights.n_groups, weights.eps)
+
+
+def gated_group_norm(y: Tensor, z: Tensor, weight: Tensor, groups: int, eps: float) -> Tensor:
+    """y, z (..., width) → RMSNorm(y · SiLU(z)) within each of `groups` groups, times weight, in z's dtype (spec §6)."""
+    acc = accumulation_dtype(z.dtype)
+    gated = (y.to(acc) * F.silu(z.to(acc))).unflatten(-1, (groups, z.shape[-1] // groups))
+    normed = F.rms_norm(gated, gated.shape[-1:], eps=eps).flatten(-2)
+    return (normed * weight.to(acc)).to(z.dtype)
+
+
+def _folded(window: Tensor, state: Tensor, trace: MambaTrace, accepted: Tensor) -> tuple[Tensor, Tensor]:
+    counted = (torch.arange(trace.dt.shape[1], device=accepted.device) < accepted[:, None])[..., None]
+    ssm = advance(trace.x, trace.dt * counted, trace.log_decay * counted, trace.B, state)
+    inputs = torch.cat([window, trace.xBC.to(window.dtype)], dim=1)
+    columns = accepted[:, None] + torch.arange(window.shape[1], device=accepted.device)
+    return inputs.gather(1, columns[..., None].expand(-1, -1, inputs.shape[2])), ssm

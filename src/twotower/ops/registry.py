@@ -1,0 +1,191 @@
+"""One catalogue of the operations a tower is made of, and which implementation each one uses.
+
+Each op lists its backends in order of preference; the first that fits a device and dtype is taken, once, and
+`report` says which and why. Every fast backend has a slow twin beside it that the tests hold it to. A compiled kernel
+is also held to it on the machine it is to run on, before it is first used: one that gives wrong numbers is refused with
+a warning. `TWOTOWER_TRITON=0` refuses all Triton kernels, `TWOTOWER_NATIVE=0` those compiled for the processor.
+"""
+
+from __future__ import annotations
+
+import importlib
+import warnings
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, replace
+from functools import cache
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from twotower.ops import self_check
+from twotower.ops.cpu import kernels as native_ops
+from twotower.ops.reference import argmax, attention, experts, int8, kv_write, mamba_block, norm, routing
+from twotower.ops.reference.kv_write import Pair
+from twotower.ops.reference.mamba_block import MambaTrace
+from twotower.ops.self_check_cases import CASES
+from twotower.ops.triton.launch import refusal as triton_refusal
+
+
+@dataclass(frozen=True)
+class Backend:
+    """One implementation. `refusal(device, dtype)` is None where it fits, else the reason why not.
+
+    compiled: a kernel of this package. Autograd cannot see through it, and it is not trusted: before it is first used
+    it is run on the op's `CASES` beside the op's last backend.
+    """
+
+    name: str
+    function: Callable[..., Any]
+    why: str
+    refusal: Callable[[torch.device, torch.dtype], str | None] = lambda device, dtype: None
+    compiled: bool = False
+
+
+def _grouped_refusal(device: torch.device, dtype: torch.dtype) -> str | None:
+    if device.type != "cuda":
+        return "needs CUDA"
+    if dtype != torch.bfloat16:
+        return "takes bf16 only"
+    if torch.cuda.get_device_capability(device) < (9, 0):
+        return "needs compute capability 9.0"
+    return None
+
+
+def _host_refusal(device: torch.device, dtype: torch.dtype) -> str | None:
+    return None if device.type == "cpu" else "would wait for the device"
+
+
+def _triton(module: str, name: str, why: str) -> Backend:
+    """A function of a module that may be imported only where Triton is there."""
+
+    def call(*args: Any) -> Any:
+        return getattr(importlib.import_module(f"twotower.ops.registry.{module}"), name)(*args)
+
+    return Backend("triton", call, why, triton_refusal, compiled=True)
+
+
+def _native(function: Callable[..., Any], why: str) -> Backend:
+    """A kernel for processors."""
+    return Backend("native", function, why, native_ops.refusal, compiled=True)
+
+
+def _each_layer(backend: Backend) -> Backend:
+    """`mamba_block.fold` of one layer as the op, which takes the pools and the traces of all."""
+
+    def each(pools: Sequence[Pair], traces: Sequence[MambaTrace], accepted: Tensor, rows: Tensor | None) -> list[Pair]:
+        both = zip(pools, traces, strict=True)
+        return [backend.function(*pair, trace, accepted, rows) for pair, trace in both]
+
+    return replace(backend, function=each)
+
+
+CATALOGUE: dict[str, tuple[Backend, ...]] = {
+    "attention": (
+        _triton("attention", "attention", "shares out each row's cache where it lies, as long as it is"),
+        _native(native_ops.attention, "each row's cache where it lies, as long as it is"),
+        Backend("two-part", attention.attention, "joins scores; copies the cache only where rows lie anywhere"),
+    ),
+    "mamba_block": (
+        _triton("mamba_block", "mamba_block", "one kernel from in_proj to out_proj"),
+        _native(native_ops.mamba_block, "one kernel from in_proj to out_proj"),
+        Backend("torch", mamba_block.mamba_block, "plain torch, differentiable"),
+    ),
+    "fold": (
+        _each_layer(_triton("fold", "fold", "one kernel a layer, states change in place")),
+        _native(native_ops.fold, "all layers in one call, states change in place"),
+        _each_layer(Backend("torch", mamba_block.fold, "plain torch, differentiable")),
+    ),
+    "append": (
+        _native(native_ops.append, "all layers in one call"),
+        Backend("torch", kv_write.append, "plain torch; out of place under autograd"),
+    ),
+    "choose": (
+        _triton("argmax", "choose", "reads the logits once"),
+        _native(native_ops.choose, "reads the logits once"),
+        Backend("tiles", argmax.choose, "plain torch, widens one tile at a time"),
+    ),
+    "linear": (
+        _native(native_ops.linear, "reads weights once, as they lie, for few tokens"),
+        Backend("torch", F.linear, "plain torch"),
+    ),
+    "linear_int8": (
+        _triton("int8", "linear_int8", "reads int8 once and widens it in registers, for few tokens"),
+        _native(native_ops.linear_int8, "widens int8 in registers, for few tokens"),
+        Backend("torch", int8.linear, "widens the whole matrix, then plain torch"),
+    ),
+    "rms_norm": (
+        _triton("norm", "rms_norm", "norm and modulation in one"),
+        _native(native_ops.rms_norm, "norm and modulation in one"),
+        Backend("torch", norm.rms_norm, "plain torch"),
+    ),
+    "route": (
+        _triton("routing", "route", "scores and choice in two"),
+        _native(native_ops.route, "scores and choice in one"),
+        Backend("torch", routing.route, "plain torch"),
+    ),
+    "experts": (
+        Backend("grouped-gemm", experts.experts_grouped, "one grouped GEMM, no host read", _grouped_refusal),
+        _triton("experts", "experts", "reads each chosen expert once, no host read"),
+        _native(native_ops.experts, "reads each chosen expert once"),
+        Backend(
+            "sorted-loop",
+            experts.experts_sorted,
+            "visits chosen experts only; host memory needs no sync",
+            _host_refusal,
+        ),
+        Backend("gathered", experts.experts_gathered, "static shapes, no host read; copies the chosen weights"),
+    ),
+    "experts_int8": (
+        _triton("experts", "experts_int8", "reads each chosen expert once, widens int8 in registers"),
+        # For GPUs without Triton, and under autograd, where kernels of this package are left out.
+        Backend("grouped-gemm", int8.experts_grouped, "widens all experts, then one grouped GEMM", _grouped_refusal),
+        _native(native_ops.experts_int8, "reads each chosen expert once, widens int8 in registers"),
+        Backend("sorted-loop", int8.experts_sorted, "widens chosen experts only", _host_refusal),
+        Backend("gathered", int8.experts_gathered, "static shapes, no host read; copies the chosen weights"),
+    ),
+}
+
+
+def select(op: str, device: torch.device, dtype: torch.dtype, differentiable: bool | None = None) -> Backend:
+    """The first backend of `op` that fits. differentiable: whether gradients may be asked for (None: whether autograd
+    records now, or a dispatch mode watches)."""
+    if differentiable is None:  # a dispatch mode (a FLOP counter, fake tensors, tracing) must see every operation too
+        differentiable = torch.is_grad_enabled() or torch._C._len_torch_dispatch_stack() > 0
+    return _select(op, device, dtype, differentiable)
+
+
+@cache
+def _select(op: str, device: torch.device, dtype: torch.dtype, differentiable: bool) -> Backend:
+    fitting = (b for b in CATALOGUE[op] if not (b.compiled and differentiable))
+    return next(b for b in fitting if _refusal(op, b, device, dtype) is None)
+
+
+@cache
+def _refusal(op: str, backend: Backend, device: torch.device, dtype: torch.dtype) -> str | None:
+    """Why a backend is not taken: it does not fit, or it has just been found wrong (once, with a warning)."""
+    reason = backend.refusal(device, dtype)
+    if reason is not None or not backend.compiled:
+        return reason
+    if device.type == "cuda" and torch.cuda.is_current_stream_capturing():
+        raise RuntimeError(
+            f"{op} is checked when it is first used, which a capture cannot hold: run the pass once before"
+        )
+    with torch.no_grad():
+        wrong = self_check.disagreement(backend.function, CATALOGUE[op][-1].function, CASES[op](device, dtype))
+    if wrong is None:
+        return None
+    warnings.warn(f"{op}: {backend.name} is not used on {device} in {dtype}: it {wrong}", RuntimeWarning, stacklevel=4)
+    return f"is not used: it {wrong}"
+
+
+def report(device: torch.device, dtype: torch.dtype) -> list[tuple[str, str, str]]:
+    """(op, backend, why) for each op of a pass without gradients, with the reasons why better ones were passed over."""
+    rows = []
+    for op, backends in CATALOGUE.items():
+        chosen = select(op, device, dtype, differentiable=False)
+        passed = [f"{b.name} {_refusal(op, b, device, dtype)}" for b in backends[: backends.index(chosen)]]
+        checked = ["agreed with its twin here"] if chosen.compiled else []
+        rows.append((op, chosen.name, "; ".join([chosen.why, *checked, *passed])))
+    return rows

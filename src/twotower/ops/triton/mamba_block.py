@@ -1,0 +1,301 @@
+# mypy: allow-untyped-defs
+"""Triton kernel of `mamba_block`: one program a row and group of heads.
+
+No loop over tokens: a block is one tile of matrix products, and a block of one token takes sums instead of them. Sizes
+are padded to powers of two and masked. Everything is fp32 inside. Nothing waits for the device, and shapes and grids
+depend on shapes alone, so passes can be captured. Import this only where a kernel is to run.
+
+Bytes moved for one row of the 30B shapes (H 64, P 64, N 128, G 8, K 4, bf16), L = 16: the state 2 MiB read once,
+z | xBC | dt 322 KiB read, mixed 128 KiB written, and 256 KiB of fp32 in between, written and read back by the same
+program (cache). The trace, where it is wanted: 520 KiB written.
+"""
+
+from __future__ import annotations
+
+import torch
+import triton
+import triton.language as tl
+from torch import Tensor
+
+from twotower.ops.reference import mamba_block as twin
+from twotower.ops.reference.mamba_block import MambaTrace, MambaWeights, empty_trace
+from twotower.ops.triton.launch import dense_from, device_of, precision, tile_of, too_large
+
+
+def mamba_block(
+    projected: Tensor,
+    valid: Tensor | None,
+    window: Tensor | None,
+    state: Tensor | None,
+    weights: MambaWeights,
+    trace: bool = True,
+) -> tuple[Tensor, MambaTrace | None]:
+    """As `twotower.ops.reference.mamba_block.mamba_block`, without gradients."""
+    rows, length = projected.shape[:2]
+    if too_large(length, weights.head_dim, weights.state_size) or not rows * length:
+        return twin.mamba_block(projected, valid, window, state, weights, trace)
+    projected = dense_from(projected, 2)
+    window = None if window is None else dense_from(window, 1)
+    state = None if state is None else dense_from(state, 1)
+    mixed = projected.new_empty(rows, length, weights.inner)
+    # The norm needs a whole group: its heads wait here, wide, until the last of them is known.
+    gated = mixed if mixed.dtype == torch.float32 else torch.empty_like(mixed, dtype=torch.float32)
+    kept = None
+    if trace:
+        xBC = projected[..., weights.inner : weights.inner + weights.conv_dim]  # without padding it stays where it is
+        xBC = xBC if valid is None else torch.empty_like(xBC, memory_format=torch.contiguous_format)
+        kept = empty_trace(xBC, weights.heads, weights.head_dim, weights.n_groups, weights.state_size)
+    tile = 1 if length == 1 else tile_of(length)
+    with device_of(projected):
+        _block_kernel[(rows, weights.n_groups)](
+            projected,
+            None if valid is None else valid.bool().contiguous().view(torch.uint8),
+            window,
+            state,
+            weights.conv_weight.contiguous(),
+            weights.conv_bias,
+            weights.dt_bias,
+            weights.A_log,
+            weights.D,
+            weights.norm_weight,
+            gated,
+            mixed,
+            *(kept or (None,) * 5),
+            projected.stride(0),
+            projected.stride(1),
+            0 if window is None else window.stride(0),
+            0 if state is None else state.stride(0),
+            length,
+            weights.eps,
+            *map(float, weights.time_step_limit),
+            HAS_VALID=valid is not None,
+            HAS_WINDOW=window is not None,
+            HAS_STATE=state is not None,
+            HAS_BIAS=weights.conv_bias is not None,
+            TRACE=trace,
+            HEADS=weights.heads,
+            GROUPS=weights.n_groups,
+            WIDTH=weights.head_dim,
+            SIZE=weights.state_size,
+            TAPS=weights.taps,
+            TOKENS=tile,
+            WIDTH_TILE=tile_of(weights.head_dim),
+            SIZE_TILE=tile_of(weights.state_size),
+            PRECISION=precision(projected.dtype),
+            num_warps=4 if tile == 1 else 8,
+            num_stages=2 if tile <= 32 else 1,  # the next head's state is on its way; shared memory, at 64: 128 KiB
+        )
+    return mixed, kept
+
+
+# --- kernels ---------------------------------------------------------------------------------------------------------
+
+
+@triton.jit
+def _silu(x):
+    return x / (1.0 + tl.exp(-x))
+
+
+@triton.jit
+def _softplus(x):
+    """max(x, 0) + log(1 + e), e = exp(−|x|), the log as 2·artanh(e / (2 + e)): a plain log would lose e's digits."""
+    e = tl.exp(-tl.abs(x))
+    s = e / (2.0 + e)
+    q = s * s  # at most 1/9: the term left out is below 2⁻²⁹
+    series = 1 + q * (1 / 3 + q * (1 / 5 + q * (1 / 7 + q * (1 / 9 + q * (1 / 11 + q * (1 / 13 + q * (1 / 15)))))))
+    return tl.maximum(x, 0.0) + 2.0 * s * series
+
+
+@triton.jit
+def _activated(
+    xBC,
+    valid,
+    window,
+    conv_weight,
+    conv_bias,
+    trace_xBC,
+    token_stride,
+    length,
+    tokens,
+    channels,
+    live,
+    HAS_VALID: tl.constexpr,
+    HAS_WINDOW: tl.constexpr,
+    HAS_BIAS: tl.constexpr,
+    TRACE: tl.constexpr,
+    CONV_DIM: tl.constexpr,
+    TAPS: tl.constexpr,
+):
+    """SiLU(conv) of some channels → (tokens, channels). Pointers are at the row's first token; live: which exist.
+
+    Each tap reads the tile again, shifted by a token: the cache serves all but the first.
+    """
+    total = tl.zeros([tokens.shape[0], channels.shape[0]], dtype=tl.float32)
+    for k in tl.static_range(TAPS):
+        source = tokens + (k - (TAPS - 1))
+        inside = (source >= 0) & (source < length)
+        if HAS_VALID:
+            inside = inside & (tl.load(valid + source, mask=inside, other=0) != 0)
+        at = xBC + source[:, None] * token_stride + channels[None, :]
+        tile = tl.load(at, mask=inside[:, None] & live[None, :], other=0.0)
+        if HAS_WINDOW and k < TAPS - 1:
+            at = window + (source[:, None] + (TAPS - 1)) * CONV_DIM + channels[None, :]
+            seen = tl.load(at, mask=(source < 0)[:, None] & live[None, :], other=0.0)
+            tile = tl.where((source < 0)[:, None], seen.to(tile.dtype), tile)
+        if TRACE and HAS_VALID and k == TAPS - 1:
+            at = trace_xBC + tokens[:, None] * CONV_DIM + channels[None, :]
+            tl.store(at, tile, mask=(tokens < length)[:, None] & live[None, :])
+        tap = tl.load(conv_weight + channels * TAPS + k, mask=live, other=0.0).to(tl.float32)
+        total += tile.to(tl.float32) * tap[None, :]
+    if HAS_BIAS:
+        total += tl.load(conv_bias + channels, mask=live, other=0.0).to(tl.float32)[None, :]
+    return _silu(total)
+
+
+@triton.jit
+def _block_kernel(
+    projected,
+    valid,
+    window,
+    state,
+    conv_weight,
+    conv_bias,
+    dt_bias,
+    A_log,
+    D,
+    norm_weight,
+    gated,
+    mixed,
+    trace_xBC,
+    trace_x,
+    trace_dt,
+    trace_decay,
+    trace_B,
+    row_stride,
+    token_stride,
+    window_stride,
+    state_stride,
+    length,
+    eps,
+    least_dt,
+    largest_dt,
+    HAS_VALID: tl.constexpr,
+    HAS_WINDOW: tl.constexpr,
+    HAS_STATE: tl.constexpr,
+    HAS_BIAS: tl.constexpr,
+    TRACE: tl.constexpr,
+    HEADS: tl.constexpr,
+    GROUPS: tl.constexpr,
+    WIDTH: tl.constexpr,
+    SIZE: tl.constexpr,
+    TAPS: tl.constexpr,
+    TOKENS: tl.constexpr,
+    WIDTH_TILE: tl.constexpr,
+    SIZE_TILE: tl.constexpr,
+    PRECISION: tl.constexpr,
+):
+    """One row (axis 0), one group of heads (axis 1)."""
+    INNER: tl.constexpr = HEADS * WIDTH
+    CONV_DIM: tl.constexpr = INNER + 2 * GROUPS * SIZE
+    SHARE: tl.constexpr = HEADS // GROUPS
+    row = tl.program_id(0).to(tl.int64)
+    group = tl.program_id(1)
+    projected += row * row_stride
+    first = row * length  # the row's first token in what is written
+    gated += first * INNER
+    mixed += first * INNER
+    xBC = projected + INNER
+    if HAS_VALID:
+        valid += first
+    if HAS_WINDOW:
+        window += row * window_stride
+    if HAS_STATE:
+        state += row * state_stride
+    if TRACE:
+        trace_x += first * INNER
+        trace_dt += first * HEADS
+        trace_decay += first * HEADS
+        trace_B += first * GROUPS * SIZE
+        if HAS_VALID:
+            trace_xBC += first * CONV_DIM
+
+    tokens = tl.arange(0, TOKENS)
+    here = tokens < length
+    counted = here
+    if HAS_VALID:
+        counted = here & (tl.load(valid + tokens, mask=here, other=0) != 0)
+    n = tl.arange(0, SIZE_TILE)
+    p = tl.arange(0, WIDTH_TILE)
+    of_state = n < SIZE
+    of_head = p < WIDTH
+
+    channels = INNER + group * SIZE + n
+    # fmt: off
+    B = _activated(
+        xBC, valid, window, conv_weight, conv_bias, trace_xBC, token_stride, length, tokens, channels, of_state,
+        HAS_VALID, HAS_WINDOW, HAS_BIAS, TRACE, CONV_DIM, TAPS,
+    )
+    channels += GROUPS * SIZE
+    C = _activated(
+        xBC, valid, window, conv_weight, conv_bias, trace_xBC, token_stride, length, tokens, channels, of_state,
+        HAS_VALID, HAS_WINDOW, HAS_BIAS, TRACE, CONV_DIM, TAPS,
+    )
+    # fmt: on
+    if TRACE:
+        of_group = trace_B + tokens[:, None] * (GROUPS * SIZE) + group * SIZE + n[None, :]
+        tl.store(of_group, B, mask=here[:, None] & of_state[None, :])
+    if TOKENS == 1:  # noqa: SIM108  a constexpr branch: the other side is not compiled
+        scores = tl.sum(C * B, axis=1)[:, None]
+    else:
+        scores = tl.dot(C, tl.trans(B), input_precision=PRECISION)  # (TOKENS, TOKENS)
+    causal = tokens[:, None] >= tokens[None, :]
+
+    squares = tl.zeros([TOKENS], dtype=tl.float32)
+    for i in range(SHARE):
+        head = group * SHARE + i
+        columns = head * WIDTH + p
+        exists = here[:, None] & of_head[None, :]
+        dt = tl.load(xBC + CONV_DIM + tokens * token_stride + head, mask=here, other=0.0).to(tl.float32)
+        dt = _softplus(dt + tl.load(dt_bias + head).to(tl.float32))
+        dt = tl.where(counted, tl.minimum(tl.maximum(dt, least_dt), largest_dt), 0.0)
+        log_decay = dt * -tl.exp(tl.load(A_log + head).to(tl.float32))
+        # fmt: off
+        x = _activated(
+            xBC, valid, window, conv_weight, conv_bias, trace_xBC, token_stride, length, tokens, columns, of_head,
+            HAS_VALID, HAS_WINDOW, HAS_BIAS, TRACE, CONV_DIM, TAPS,
+        )
+        # fmt: on
+        if TRACE:
+            tl.store(trace_x + tokens[:, None] * INNER + columns[None, :], x, mask=exists)
+            tl.store(trace_dt + tokens * HEADS + head, dt, mask=here)
+            tl.store(trace_decay + tokens * HEADS + head, log_decay, mask=here)
+        if TOKENS == 1:
+            decay = log_decay
+            y = scores * dt[:, None] * x
+        else:
+            decay = tl.cumsum(log_decay, axis=0)
+            # Masked before exp: the future would overflow.
+            left = tl.exp(tl.where(causal, decay[:, None] - decay[None, :], -float("inf")))
+            y = tl.dot(scores * left * dt[None, :], x, input_precision=PRECISION)  # (TOKENS, WIDTH_TILE)
+        if HAS_STATE:
+            of_h = state + columns[:, None] * SIZE + n[None, :]
+            h = tl.load(of_h, mask=of_head[:, None] & of_state[None, :], other=0.0).to(tl.float32)
+            if TOKENS == 1:  # noqa: SIM108
+                seen = tl.sum(h * C, axis=1)[None, :]
+            else:
+                seen = tl.dot(C, tl.trans(h), input_precision=PRECISION)
+            y += seen * tl.exp(decay)[:, None]
+        y += x * tl.load(D + head).to(tl.float32)
+        z = tl.load(projected + tokens[:, None] * token_stride + columns[None, :], mask=exists, other=0.0)
+        y *= _silu(z.to(tl.float32))
+        squares += tl.sum(y * y, axis=1)
+        tl.store(gated + tokens[:, None] * INNER + columns[None, :], y, mask=exists)
+
+    scale = tl.rsqrt(squares / (SHARE * WIDTH) + eps)
+    tl.debug_barrier()  # another thread may read what one wrote
+    for i in range(SHARE):
+        columns = (group * SHARE + i) * WIDTH + p
+        exists = here[:, None] & of_head[None, :]
+        y = tl.load(gated + tokens[:, None] * INNER + columns[None, :], mask=exists, other=0.0)
+        y *= scale[:, None] * tl.load(norm_weight + columns, mask=of_head, other=0.0).to(tl.float32)[None, :]
+        tl.store(mixed + tokens[:, None] * INNER + columns[None, :], y.to(mixed.dtype.element_ty), mask=exists)

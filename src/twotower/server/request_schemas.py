@@ -1,0 +1,234 @@
+"""What clients send: the OpenAI requests, with what two-tower decoding adds; and the errors they get.
+
+Every field either does what it says or is refused by name. A field of the published API that is not supported may be
+sent with the value that means "off" (null, 0, an empty list), as some clients always do.
+"""
+
+from __future__ import annotations
+
+from typing import Annotated, Any, Literal, Self
+
+from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, GetJsonSchemaHandler, model_validator
+from pydantic_core import CoreSchema
+
+from twotower.decoding.modes import MEANT_FOR, Mode
+
+ModeName = Literal[Mode, "auto"]
+Whole = Annotated[int, BeforeValidator(lambda value: int(value) if _is_whole(value) else value)]
+TokenIds = list[Annotated[Whole, Field(ge=0, lt=2**31)]]
+StopText = Annotated[str, Field(min_length=1, max_length=256)]
+
+# Fields of the published API that have no meaning here, and the values with which they ask for nothing.
+OFF: dict[str, tuple[Any, ...]] = {
+    "frequency_penalty": (0,), "presence_penalty": (0,), "best_of": (1,), "suffix": ("",), "logit_bias": ({},),
+    "tools": ([],), "tool_choice": ("none", "auto"), "parallel_tool_calls": (False, True), "functions": ([],),
+    "function_call": ("none", "auto"), "store": (False,), "metadata": ({},), "service_tier": ("auto", "default"),
+    "modalities": (["text"],), "audio": (), "prediction": (), "reasoning_effort": (), "web_search_options": (),
+    "verbosity": (), "prompt_cache_key": (), "safety_identifier": (),
+}  # fmt: skip
+
+
+def _is_whole(value: Any) -> bool:
+    """A float without a fraction: JSON does not tell 1.0 from 1."""
+    return isinstance(value, float) and value.is_integer()
+
+
+class RequestError(Exception):
+    """Something a client can mend, or has to wait for: an HTTP status and a line that says what, which and how."""
+
+    def __init__(
+        self,
+        message: str,
+        *,
+        status: int = 400,
+        param: str | None = None,
+        code: str | None = None,
+        retry_after: int | None = None,
+    ) -> None:
+        super().__init__(message)
+        self.message, self.status, self.param, self.code = message, status, param, code
+        self.retry_after = retry_after
+
+    def body(self) -> dict[str, Any]:
+        """As the published API says it."""
+        kinds = {401: "authentication_error", 404: "not_found_error", 429: "rate_limit_error"}
+        kind = kinds.get(self.status, "invalid_request_error" if self.status < 500 else "server_error")
+        return {"error": {"message": self.message, "type": kind, "param": self.param, "code": self.code}}
+
+
+class Strict(BaseModel):
+    """Nothing is taken for something else, and no field passes unseen."""
+
+    model_config = ConfigDict(extra="forbid", strict=True, allow_inf_nan=False)
+
+
+class StreamOptions(Strict):
+    """include_usage: a last chunk with the whole request's usage."""
+
+    include_usage: bool = False
+    include_obfuscation: Literal[False] = False
+
+
+class JsonSchema(Strict):
+    """A JSON schema that the text has to fit."""
+
+    model_config = ConfigDict(extra="forbid", strict=True, protected_namespaces=(), populate_by_name=True)
+
+    name: str = ""
+    description: str | None = None
+    json_schema: dict[str, Any] | None = Field(default=None, alias="schema")
+    strict: bool | None = None
+
+
+class ResponseFormat(Strict):
+    """text (anything), json_object, json_schema, or, beyond the published API, a regular expression (`regex`) or a Lark
+    grammar (`grammar`) that the text has to fit. In the modes ar and verified."""
+
+    type: Literal["text", "json_object", "json_schema", "regex", "grammar"]
+    json_schema: JsonSchema | None = None
+    regex: str | None = None
+    grammar: str | None = None
+
+    @model_validator(mode="after")
+    def _has_its_part(self) -> Self:
+        for part in ("json_schema", "regex", "grammar"):
+            if (getattr(self, part) is not None) != (self.type == part):
+                raise ValueError(f'"{part}" goes with the type "{part}", and with no other')
+        if self.json_schema is not None and self.json_schema.json_schema is None:
+            raise ValueError('"json_schema" has no "schema"')
+        return self
+
+
+class Asked(Strict):
+    """What both endpoints take. See `GenerationParams` for the decoding fields, which are beyond the published API."""
+
+    model: str | None = Field(None, description="The served model; may be left out.")
+    temperature: float = Field(1.0, ge=0, le=2, description="0 is greedy.")
+    top_p: float = Field(1.0, gt=0, le=1)
+    top_k: Whole | None = Field(None, ge=1, description="Sample among the k likeliest tokens.")
+    stop: StopText | Annotated[list[StopText], Field(max_length=16)] | None = None
+    seed: Whole | None = Field(None, ge=0, lt=2**62, description="Same seed, same text; choice i has seed + i.")
+    n: Whole = Field(1, ge=1, le=64, description="Choices for each prompt.")
+    stream: bool = False
+    stream_options: StreamOptions | None = None
+    user: str | None = None
+    response_format: ResponseFormat | None = None
+    mode: ModeName | None = Field(None, description="How to decode. Left out: as the server was started.")
+    threshold: float | None = Field(None, ge=0, le=1, description="Commit what is more certain than this.")
+    policy: str | None = Field(None, description="Which positions a pass commits.")
+    knob: float | None = Field(None, description="The policy's one number, instead of threshold.")
+    block_size: Whole | None = Field(None, ge=1, le=4096, description="Positions denoised together.")
+    steps: Whole | None = Field(None, ge=1, le=4096, description="Diffusion: passes a block, at most.")
+    draft_steps: Whole | None = Field(None, ge=0, le=4096, description="Verified: passes a draft. Left out: what pays.")
+    acceptance: float | None = Field(None, ge=0, le=1, description="Verified: 1 is lossless.")
+    stream_denoising: bool = Field(False, description="Streams show every pass over a block, and its tokens.")
+
+    @model_validator(mode="before")
+    @classmethod
+    def _without_what_is_off(cls, fields: Any) -> Any:
+        if not isinstance(fields, dict):
+            return fields
+        known = OFF.keys() | cls.model_fields.keys()
+        kept = {name: value for name, value in fields.items() if value is not None or name not in known}
+        for name in OFF.keys() - cls.model_fields.keys():
+            if name in kept and not any(_same(kept[name], off) for off in OFF[name]):
+                raise RequestError(f"{name} is not supported; leave it out", param=name, code="unsupported")
+            kept.pop(name, None)
+        return kept
+
+    @classmethod
+    def __get_pydantic_json_schema__(cls, core: CoreSchema, handler: GetJsonSchemaHandler) -> dict[str, Any]:
+        """null stands for a field's default, as in the published API."""
+        schema = handler.resolve_ref_schema(handler(core))
+        for name, field in cls.model_fields.items():
+            own = schema["properties"][name]
+            if not field.is_required() and {"type": "null"} not in own.get("anyOf", ()):
+                described = {key: own.pop(key) for key in ("title", "description", "default") if key in own}
+                schema["properties"][name] = {"anyOf": [own, {"type": "null"}], **described}
+        return schema
+
+    def check(self, mode: str) -> None:
+        """Raises RequestError where a field means nothing in this mode, or without another field."""
+        for name, modes in MEANT_FOR.items():
+            if mode not in modes and getattr(self, name) is not None:
+                raise RequestError(
+                    f"{name} means nothing in mode {mode}; leave it out, or use {' or '.join(modes)}", param=name
+                )
+        if self.threshold is not None and (self.knob is not None or self.policy not in (None, "threshold")):
+            other = f"policy {self.policy}" if self.knob is None else "knob"
+            raise RequestError(f"threshold means nothing beside {other}; leave one of them out", param="threshold")
+        if self.stream_options is not None and not self.stream:
+            raise RequestError("stream_options goes with stream: true", param="stream_options")
+        if self.stream_denoising and not self.stream:
+            raise RequestError("stream_denoising goes with stream: true", param="stream_denoising")
+        if self.stream_denoising and mode in ("ar", "mock_ar"):
+            raise RequestError(f"stream_denoising: mode {mode} fills no blocks", param="stream_denoising")
+
+    @property
+    def stops(self) -> tuple[str, ...]:
+        return (self.stop,) if isinstance(self.stop, str) else tuple(self.stop or ())
+
+    @property
+    def with_usage(self) -> bool:
+        return self.stream_options is not None and self.stream_options.include_usage
+
+
+def _same(value: Any, off: Any) -> bool:
+    """Equal, but True is not 1."""
+    return value == off and isinstance(value, bool) == isinstance(off, bool)
+
+
+class CompletionAsked(Asked):
+    """`POST /v1/completions`."""
+
+    prompt: str | TokenIds | list[str] | list[TokenIds] = Field(
+        description="Text or token ids; a list of either for several prompts."
+    )
+    max_tokens: Whole = Field(16, ge=0, description="New tokens, at most.")
+    echo: bool = Field(False, description="Give the prompt back in front of the text.")
+    logprobs: Whole | None = Field(None, ge=0, le=20, description="The AR model's, with so many alternatives.")
+
+    @property
+    def prompts(self) -> list[str] | list[list[int]]:
+        """One entry a prompt."""
+        if isinstance(self.prompt, str):
+            return [self.prompt]
+        if self.prompt and isinstance(self.prompt[0], int):
+            return [self.prompt]
+        return self.prompt  # type: ignore[return-value]
+
+
+class TextPart(Strict):
+    """A part of a message."""
+
+    type: Literal["text"]
+    text: str
+
+
+class Message(Strict):
+    """One turn of a chat."""
+
+    role: Literal["system", "developer", "user", "assistant"]
+    content: str | list[TextPart]
+    name: str | None = None
+
+    @property
+    def text(self) -> str:
+        return self.content if isinstance(self.content, str) else "".join(part.text for part in self.content)
+
+
+class ChatAsked(Asked):
+    """`POST /v1/chat/completions`."""
+
+    messages: Annotated[list[Message], Field(min_length=1)]
+    max_tokens: Whole | None = Field(None, ge=0, description="New tokens, at most. Left out: as many as fit.")
+    max_completion_tokens: Whole | None = Field(None, ge=0, description="The same by its newer name.")
+    logprobs: bool = Field(False, description="The AR model's, whatever the mode.")
+    top_logprobs: Whole | None = Field(None, ge=0, le=20, description="With so many alternatives.")
+
+    def check(self, mode: str) -> None:
+        super().check(mode)
+        if self.top_logprobs is not None and not self.logprobs:
+            raise RequestError("top_logprobs goes with logprobs: true", param="top_logprobs")
+        if None not in (self.max_tokens, self.max_completion_tokens) and self.max_tokens != self.max_completion_tokens:
+            raise RequestError("max_tokens and max_completion_tokens differ; give one of them", param="max_tokens")

@@ -1,0 +1,281 @@
+"""From results to what clients get, whole or chunk by chunk (`responses.py` has the shapes).
+
+Only fields that were set are sent: an absent `usage` is not the same as a null one.
+"""
+
+from __future__ import annotations
+
+import json
+import time
+import uuid
+from collections.abc import Iterable, Sequence
+from typing import Any
+
+from pydantic import BaseModel
+
+from twotower.decoding.output import BlockEvent, Event, Generation, StepEvent, TokenLogprob
+from twotower.server.request_schemas import Asked, ChatAsked, CompletionAsked
+from twotower.server.response_schemas import (
+    ChatChoice,
+    ChatChunk,
+    ChatChunkChoice,
+    ChatCompletion,
+    ChatLogprob,
+    ChatLogprobs,
+    Committed,
+    Completion,
+    CompletionChoice,
+    CompletionLogprobs,
+    Decoding,
+    Delta,
+    Denoising,
+    ModelCard,
+    PromptDetails,
+    Reason,
+    ReplyMessage,
+    TopLogprob,
+    Usage,
+)
+from twotower.server.service import Job, Service
+from twotower.server.tokenizer_adapter import Reading
+from twotower.version import VERSION
+
+REASONS: dict[str, Reason] = {"eos": "stop", "stop": "stop", "length": "length"}
+
+
+class Answer:
+    """Builds one request's answer, whole or chunk by chunk; the two endpoints differ in the parts below."""
+
+    prefix: str
+    shape: type[BaseModel]  # of a chunk, and what it calls itself
+    kind: str
+
+    def __init__(self, service: Service, asked: Asked, jobs: Sequence[Job]) -> None:
+        self.asked, self.jobs, self.texts = asked, jobs, service.texts
+        self.head: dict[str, Any] = {
+            "id": f"{self.prefix}-{uuid.uuid4().hex}",
+            "created": int(time.time()),
+            "model": service.settings.name,
+            "system_fingerprint": f"twotower-{VERSION}",
+        }
+        self._begun: set[int] = set()  # choices of which some text is out
+        self._results: dict[int, Generation] = {}
+
+    def whole(self, results: Sequence[Generation]) -> bytes:
+        """All choices, as JSON."""
+        raise NotImplementedError
+
+    def opening(self, job: Job) -> bytes | None:
+        """The first chunk of a choice, where there is something to say before its first block."""
+        raise NotImplementedError
+
+    def chunk(self, job: Job, event: BlockEvent) -> bytes | None:
+        """What a block adds; None: nothing yet."""
+        raise NotImplementedError
+
+    def _chunk(self, **fields: Any) -> bytes:
+        empty = {"usage": None} if self.asked.with_usage else {}
+        return _json(self.shape(**self.head, object=self.kind, **(empty | fields)))
+
+    def step(self, job: Job, event: StepEvent) -> bytes:
+        """A chunk without text that shows a block being denoised."""
+        denoising = Denoising(
+            **self._tokens(job, event),
+            step=event.step,
+            steps=event.steps,
+            masked=event.masked,
+        )
+        return self._chunk(choices=[], denoising=denoising)
+
+    def _tokens(self, job: Job, event: Event) -> dict[str, Any]:
+        """Where an event's tokens stand, what they are, and how sure the model is of each."""
+        return {
+            "index": job.place,
+            "start": event.start,
+            "tokens": event.tokens,
+            "texts": [self.texts.shown(token) for token in event.tokens],
+            "confidence": [round(believed, 4) for believed in event.confidence],
+        }
+
+    def _committed(self, job: Job, event: BlockEvent) -> dict[str, Any]:
+        """For who watches: what the block's tokens are, beside their text, which may still wait for half a letter."""
+        if not self.asked.stream_denoising:
+            return {}
+        committed = Committed(
+            **self._tokens(job, event),
+            committed_at=event.committed_at,
+            drafted=list(event.draft),
+        )
+        return {"committed": committed}
+
+    def closing(self) -> bytes | None:
+        """The chunk with the usage, where it was asked for."""
+        if not self.asked.with_usage:
+            return None
+        return self._chunk(choices=[], usage=self._usage([self._results[job.place] for job in self.jobs]))
+
+    def _text(self, job: Job, text: str) -> str:
+        """A piece of a choice's text, without white space before its first letter where that is left out."""
+        if job.trimmed and job.place not in self._begun:
+            text = text.lstrip()
+        if text:
+            self._begun.add(job.place)
+        return text
+
+    def _end(self, job: Job, result: Generation | None) -> dict[str, Any]:
+        """What a choice's last chunk has beside its text."""
+        if result is None:
+            return {"finish_reason": None}
+        self._results[job.place] = result
+        return {"finish_reason": REASONS[result.finish_reason], "decoding": self._decoding(job, result)}
+
+    def _decoding(self, job: Job, result: Generation) -> Decoding:
+        return Decoding(
+            mode=result.mode,
+            seed=job.seed,
+            denoiser_passes=result.denoiser_passes,
+            context_passes=result.context_passes,
+            tokens_per_pass=round(result.tokens_per_pass, 4),
+            drafted=result.drafted,
+            accepted=result.accepted,
+            seconds=round(result.prefill_seconds + result.decode_seconds, 6),
+            **({"why": result.why} if result.why else {}),
+        )
+
+    def _usage(self, results: Sequence[Generation]) -> Usage:
+        """A prompt counts once, however many choices it has."""
+        prompts = results[:: self.asked.n]
+        read, written = sum(result.prompt_tokens for result in prompts), sum(len(result.tokens) for result in results)
+        passes = sum(result.passes for result in results)
+        return Usage(
+            prompt_tokens=read,
+            completion_tokens=written,
+            total_tokens=read + written,
+            prompt_tokens_details=PromptDetails(cached_tokens=sum(result.cached_tokens for result in prompts)),
+            passes=passes,
+            tokens_per_pass=round(written / passes, 4) if passes else 0.0,
+        )
+
+
+class CompletionAnswer(Answer):
+    """`POST /v1/completions`."""
+
+    prefix, shape, kind = "cmpl", Completion, "text_completion"
+    asked: CompletionAsked
+
+    def __init__(self, service: Service, asked: CompletionAsked, jobs: Sequence[Job]) -> None:
+        super().__init__(service, asked, jobs)
+        self._reading: dict[int, Reading] = {}
+
+    def whole(self, results: Sequence[Generation]) -> bytes:
+        choices = []
+        for job, result in zip(self.jobs, results, strict=True):
+            logprobs = None
+            if self.asked.logprobs is not None:
+                logprobs = self._scored(job, (*result.prompt_logprobs, *result.logprobs))
+            text = job.echo + result.text
+            choices.append(CompletionChoice(index=job.place, text=text, logprobs=logprobs, **self._end(job, result)))
+        return _json(Completion(**self.head, object="text_completion", choices=choices, usage=self._usage(results)))
+
+    def opening(self, job: Job) -> bytes | None:
+        if not job.echo or self.asked.logprobs is not None:  # the prompt's scores come with the first block
+            return None
+        choice = CompletionChoice(index=job.place, text=job.echo, logprobs=None, finish_reason=None)
+        return self._chunk(choices=[choice])
+
+    def chunk(self, job: Job, event: BlockEvent) -> bytes | None:
+        text, logprobs = event.text, None
+        if self.asked.logprobs is not None:
+            logprobs = self._scored(job, (*event.prompt_logprobs, *event.logprobs))
+            if event.prompt_logprobs:
+                text = job.echo + text
+        elif not text and event.result is None and not self.asked.stream_denoising:
+            return None
+        choice = CompletionChoice(index=job.place, text=text, logprobs=logprobs, **self._end(job, event.result))
+        return self._chunk(choices=[choice], **self._committed(job, event))
+
+    def _scored(self, job: Job, scores: Iterable[TokenLogprob | None]) -> CompletionLogprobs:
+        """A choice's next tokens, its prompt's among them where that is given back."""
+        text = self._reading.setdefault(job.place, Reading(self.texts))
+        tokens: list[str] = []
+        values: list[float | None] = []
+        tops: list[dict[str, float] | None] = []
+        offsets = []
+        for score in scores:
+            token = job.request.prompt[0] if score is None else score.token
+            own = self.texts.shown(token)
+            tokens.append(own)
+            offsets.append(text.offset(token))
+            values.append(None if score is None else score.logprob)
+            if score is None:
+                tops.append(None)
+            else:
+                tops.append({own: score.logprob} | {self.texts.shown(token): value for token, value in score.top})
+        return CompletionLogprobs(tokens=tokens, token_logprobs=values, top_logprobs=tops, text_offset=offsets)
+
+
+class ChatAnswer(Answer):
+    """`POST /v1/chat/completions`."""
+
+    prefix, shape, kind = "chatcmpl", ChatChunk, "chat.completion.chunk"
+    asked: ChatAsked
+
+    def whole(self, results: Sequence[Generation]) -> bytes:
+        choices = []
+        for job, result in zip(self.jobs, results, strict=True):
+            message = ReplyMessage(role="assistant", content=self._text(job, result.text), refusal=None)
+            logprobs = self._scored(result.logprobs) if self.asked.logprobs else None
+            end = self._end(job, result)
+            choices.append(ChatChoice(index=job.place, message=message, logprobs=logprobs, **end))
+        return _json(ChatCompletion(**self.head, object="chat.completion", choices=choices, usage=self._usage(results)))
+
+    def opening(self, job: Job) -> bytes | None:
+        delta = Delta(role="assistant", content="")
+        choice = ChatChunkChoice(index=job.place, delta=delta, logprobs=None, finish_reason=None)
+        return self._chunk(choices=[choice])
+
+    def chunk(self, job: Job, event: BlockEvent) -> bytes | None:
+        text = self._text(job, event.text)
+        logprobs = self._scored(event.logprobs) if self.asked.logprobs else None
+        if not text and logprobs is None and event.result is None and not self.asked.stream_denoising:
+            return None
+        delta = Delta(content=text) if text else Delta()
+        end = self._end(job, event.result)
+        choice = ChatChunkChoice(index=job.place, delta=delta, logprobs=logprobs, **end)
+        return self._chunk(choices=[choice], **self._committed(job, event))
+
+    def _scored(self, scores: Iterable[TokenLogprob | None]) -> ChatLogprobs:
+        content = []
+        for score in scores:
+            assert score is not None
+            top = [TopLogprob(**self._alternative(token, value)) for token, value in score.top]
+            content.append(ChatLogprob(**self._alternative(score.token, score.logprob), top_logprobs=top))
+        return ChatLogprobs(content=content)
+
+    def _alternative(self, token: int, logprob: float) -> dict[str, Any]:
+        return {"token": self.texts.shown(token), "logprob": logprob, "bytes": list(self.texts.bytes_of(token))}
+
+
+def answer_to(service: Service, asked: CompletionAsked | ChatAsked, jobs: Sequence[Job]) -> Answer:
+    """The one that goes with the request."""
+    return ChatAnswer(service, asked, jobs) if isinstance(asked, ChatAsked) else CompletionAnswer(service, asked, jobs)
+
+
+def card(service: Service) -> ModelCard:
+    """What `/v1/models` says."""
+    modes = ["ar"] if service.model.denoiser is None else ["diffusion", "verified", "ar", "auto", "mock_ar"]
+    return ModelCard(
+        id=service.settings.name,
+        created=service.started,
+        owned_by="twotower",
+        max_model_len=service.engine.llm.length,
+        modes=modes,
+        default_mode=str(service.settings.decoding["mode"]),
+        block_size=service.engine.llm.blocks.size,
+        mask_token_id=service.model.config.mask_token,
+    )
+
+
+def _json(model: BaseModel) -> bytes:
+    """In ASCII, so that half a surrogate pair in what a client sent cannot break the answer."""
+    return json.dumps(model.model_dump(exclude_unset=True)).encode()

@@ -1,0 +1,119 @@
+"""Between clients' texts and the model's tokens: prompts, chats, and the text of single tokens."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Sequence
+from functools import cached_property
+from typing import Any
+
+from twotower.decoding.stopping import Detokenizer
+from twotower.server.request_schemas import Message, RequestError
+
+SPEAKERS = {"system": "System", "developer": "System", "user": "User", "assistant": "Assistant"}
+
+
+class Texts:
+    """A tokenizer, as a server needs it."""
+
+    def __init__(self, tokenizer: Any, vocab_size: int) -> None:
+        self.tokenizer = tokenizer
+        self.vocab_size = vocab_size
+        self._bytes: dict[int, bytes] = {}  # of the tokens that were asked about: looking one up takes a while
+
+    def tokens(self, prompt: str | Sequence[int]) -> list[int]:
+        """A prompt's tokens.
+
+        Raises:
+            RequestError: it is empty, not text, or has ids beyond the vocabulary.
+        """
+        found = self._encode(prompt, True, "prompt") if isinstance(prompt, str) else list(prompt)
+        if not found:
+            raise RequestError("the prompt is empty; give at least one token", param="prompt")
+        beyond = [token for token in found if not 0 <= token < self.vocab_size]
+        if beyond:
+            raise RequestError(
+                f"the prompt has token id {beyond[0]}; the vocabulary is 0 to {self.vocab_size - 1}", param="prompt"
+            )
+        return found
+
+    def chat(self, messages: Sequence[Message]) -> tuple[list[int], tuple[str, ...]]:
+        """A chat's tokens up to where the assistant speaks, by the tokenizer's template or a plain one; and the stop
+        strings that end its turn in the plain one."""
+        if getattr(self.tokenizer, "chat_template", None):
+            turns = [{"role": message.role, "content": message.text} for message in messages]
+            try:
+                text = self.tokenizer.apply_chat_template(turns, add_generation_prompt=True, tokenize=False)
+            except Exception as error:  # templates refuse what they do not know, each in its own way
+                raise RequestError(f"the chat template refuses these messages: {error}", param="messages") from None
+            return self._encode(text, False, "messages"), ()
+        lines = [f"{SPEAKERS[message.role]}: {message.text.strip()}" for message in messages]
+        ends = tuple(f"\n{speaker}:" for speaker in dict.fromkeys(SPEAKERS.values()))
+        return self._encode("\n".join([*lines, "Assistant:"]), True, "messages"), ends
+
+    def text(self, tokens: Sequence[int]) -> str:
+        """Of a prompt that is given back."""
+        return str(self.tokenizer.decode(list(tokens), skip_special_tokens=True))
+
+    def bytes_of(self, token: int) -> bytes:
+        """What one token stands for."""
+        if token not in self._bytes:
+            self._bytes[token] = self._looked_up(token)
+        return self._bytes[token]
+
+    def _looked_up(self, token: int) -> bytes:
+        name = self.tokenizer.convert_ids_to_tokens(token)
+        if name is None:
+            return b""
+        if self._byte_level and all(letter in BYTES for letter in name):
+            return bytes(BYTES[letter] for letter in name)
+        return str(self.tokenizer.decode([token], skip_special_tokens=False)).encode()
+
+    def shown(self, token: int) -> str:
+        """One token as text; a part of a character by its bytes, as the published API writes it."""
+        raw = self.bytes_of(token)
+        try:
+            return raw.decode()
+        except UnicodeDecodeError:
+            return "bytes:" + "".join(f"\\x{byte:02x}" for byte in raw)
+
+    def _encode(self, text: str, special: bool, field: str) -> list[int]:
+        try:
+            text.encode()
+        except UnicodeEncodeError:
+            raise RequestError(
+                f"{field} has half a surrogate pair in it, which is no character; remove it", param=field
+            ) from None
+        return list(self.tokenizer(text, add_special_tokens=special)["input_ids"])
+
+    @cached_property
+    def _byte_level(self) -> bool:
+        backend = getattr(self.tokenizer, "backend_tokenizer", None)
+        decoder = json.loads(backend.to_str()).get("decoder") if backend is not None else None
+        steps = (decoder or {}).get("decoders", [decoder or {}])
+        return any(step.get("type") == "ByteLevel" for step in steps)
+
+
+class Reading:
+    """Where the tokens of a text begin in it; one that is no text, or part of a character, where the next does."""
+
+    def __init__(self, texts: Texts) -> None:
+        self._detokenizer = Detokenizer(texts.tokenizer)
+        self._length = 0
+
+    def offset(self, token: int) -> int:
+        """Of the next token."""
+        before = self._length
+        self._length += len(self._detokenizer.push(token))
+        return before
+
+
+def _bytes() -> dict[str, int]:
+    """The letters by which byte-level vocabularies write bytes: printable ones stand for themselves, the others are
+    moved behind the first 256 (GPT-2)."""
+    own = [*range(ord("!"), ord("~") + 1), *range(ord("¡"), ord("¬") + 1), *range(ord("®"), ord("ÿ") + 1)]
+    moved = [byte for byte in range(256) if byte not in own]
+    return {chr(byte): byte for byte in own} | {chr(256 + place): byte for place, byte in enumerate(moved)}
+
+
+BYTES = _bytes()

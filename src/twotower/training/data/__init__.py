@@ -1,0 +1,37 @@
+"""Text from anywhere → batches of packed documents: deterministic, sharded by rank, resumable between any two.
+
+source (records) → encoder (documents) → lanes (pieces, packed) → rows → Batch
+"""
+
+from twotower.training.data.batch import Batch
+from twotower.training.data.documents import Document, Encoder, Record
+from twotower.training.data.held_out import held_out_batches
+from twotower.training.data.loader import Rows, Statistics, merge_states
+from twotower.training.data.packing import Offset, Piece, fill_row, lay_out, place
+from twotower.training.data.sources import Source, Spec, parse_spec
+from twotower.training.data.tokenizer import BOS, EOS, MASK, PAD, SPECIAL_TOKENS, train_tokenizer
+
+__all__ = [
+    "BOS",
+    "EOS",
+    "MASK",
+    "PAD",
+    "SPECIAL_TOKENS",
+    "Batch",
+    "Document",
+    "Encoder",
+    "Offset",
+    "Piece",
+    "Record",
+    "Rows",
+    "Source",
+    "Spec",
+    "Statistics",
+    "fill_row",
+    "held_out_batches",
+    "lay_out",
+    "merge_states",
+    "parse_spec",
+    "place",
+    "train_tokenizer",
+]

@@ -1,0 +1,54 @@
+"""What must hold before a run begins; each failure is one clear line."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+from twotower.errors import ArgumentError
+from twotower.training.data.documents import BadRecord, Encoder
+from twotower.training.data.opening import Stream
+from twotower.training.data.readers import too_few, whole_pass
+from twotower.training.data.sources import Source
+
+
+def check_sizes(rows: int, row_length: int, block_size: int, rank: int, world: int) -> None:
+    """Whole blocks in a row, whole ranks in a batch."""
+    if block_size < 1:
+        raise ArgumentError(f"block_size is {block_size}; give at least 1")
+    if row_length < block_size or row_length % block_size:
+        raise ArgumentError(f"row_length is {row_length}; give a multiple of the block size, {block_size}")
+    if not 0 <= rank < world:
+        raise ArgumentError(f"rank is {rank} of {world}; ranks are 0 to {world - 1}")
+    if rows < 1 or rows % world:
+        raise ArgumentError(f"a batch of {rows} rows cannot be shared by {world} ranks; give a multiple of {world}")
+
+
+def require_enough(sources: Sequence[Source], encoder: Encoder, rows: int, block_size: int) -> None:
+    """At least one document from each source, `rows` of them and a block of tokens in all; reads no more than that.
+
+    A stream is not opened for it: its first pass shows.
+    """
+    documents = tokens = 0
+    for source in sources:
+        if isinstance(source.records, Stream):
+            documents, tokens = rows, block_size
+            continue
+        found = False
+        for record in whole_pass(source):
+            try:
+                tokens += len(encoder.encode(record).tokens) if tokens < block_size else 0
+            except BadRecord as bad:
+                source.reject(record.place, str(bad))
+                continue
+            found, documents = True, documents + 1
+            if documents >= rows and tokens >= block_size:
+                break
+        if not found:
+            raise too_few(source.name, 0, rows)
+    names = ", ".join(source.name for source in sources)
+    if documents < rows:
+        raise too_few(names, documents, rows)
+    if tokens < block_size:
+        raise ArgumentError(
+            f"{names}: {tokens} tokens in all, less than a block of {block_size}; give more data or smaller blocks"
+        )

@@ -1,0 +1,72 @@
+"""The validation documents as batches: once, in their own order, never shuffled."""
+
+from __future__ import annotations
+
+import itertools
+from collections import deque
+from collections.abc import Iterator, Sequence
+
+from twotower.errors import ArgumentError
+from twotower.training.data.batch import Batch
+from twotower.training.data.checks import check_sizes
+from twotower.training.data.documents import BadRecord, Document, Encoder
+from twotower.training.data.loader import LOOK_AHEAD
+from twotower.training.data.packing import Piece, fill_row, lay_out, place
+from twotower.training.data.readers import whole_pass
+from twotower.training.data.sources import Source
+
+
+def held_out_batches(
+    sources: Sequence[Source],
+    encoder: Encoder,
+    *,
+    rows: int,
+    row_length: int,
+    block_size: int,
+    documents: int | None = None,
+    rank: int = 0,
+    world: int = 1,
+) -> Iterator[Batch]:
+    """At most `documents` documents, the sources' in turn, each beginning with a block → batches of (rows / W, S).
+
+    Every rank gets as many batches; the last one's missing rows are padding, without text. `index` counts rows.
+
+    Raises:
+        ArgumentError: there are none.
+    """
+    check_sizes(rows, row_length, block_size, rank, world)
+    unread = itertools.islice(_in_turn(sources, encoder), documents)
+    waiting: list[Piece] = []
+
+    def refill() -> None:
+        for document in itertools.islice(unread, LOOK_AHEAD - len(waiting)):
+            waiting.append(place(document, block_size, "fixed"))
+
+    first = 0
+    while packed := list(
+        itertools.takewhile(bool, (fill_row(waiting, refill, row_length, block_size) for _ in range(rows)))
+    ):
+        packed += [[]] * (rows - len(packed))
+        own = range(rank, rows, world)
+        ids = {"eos": encoder.eos_token_id, "pad": encoder.pad_token_id}
+        yield lay_out([packed[i] for i in own], [first + i for i in own], row_length, block_size, **ids)
+        first += rows
+    if not first:
+        raise ArgumentError(
+            f"{', '.join(source.name for source in sources)}: no held-out documents; raise held_out_fraction or give "
+            "validation data of its own"
+        )
+
+
+def _in_turn(sources: Sequence[Source], encoder: Encoder) -> Iterator[Document]:
+    queue = deque((source, whole_pass(source)) for source in sources)
+    while queue:
+        source, records = queue.popleft()
+        record = next(records, None)
+        if record is None:
+            continue
+        queue.append((source, records))
+        try:
+            yield encoder.encode(record)
+        except BadRecord as bad:
+            source.reject(record.place, str(bad))

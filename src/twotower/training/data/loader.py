@@ -1,0 +1,258 @@
+"""The batches of a training run: deterministic, the same for any number of processes, resumable between any two."""
+
+from __future__ import annotations
+
+import bisect
+import itertools
+from collections.abc import Sequence
+from dataclasses import dataclass, field, replace
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from twotower.errors import ArgumentError
+from twotower.training.data.batch import Batch
+from twotower.training.data.checks import check_sizes, require_enough
+from twotower.training.data.documents import BadRecord, Encoder
+from twotower.training.data.draws import uniform
+from twotower.training.data.packing import Offset, Piece, fill_row, lay_out, place
+from twotower.training.data.readers import open_reader
+from twotower.training.data.sources import Source
+
+LOOK_AHEAD = 32
+
+
+@dataclass
+class Statistics:
+    """What this process has read and packed.
+
+    documents and tokens (EOS included) that it encoded; columns of the rows it made, and text in them; bad: the
+    number of different bad records of each source, and messages about the first ones.
+    """
+
+    documents: int = 0
+    tokens: int = 0
+    columns: int = 0
+    text: int = 0
+    bad: dict[str, int] = field(default_factory=dict)
+    first_bad: list[str] = field(default_factory=list)
+
+    @property
+    def efficiency(self) -> float:
+        """The share of all columns that holds documents' own tokens (neither padding nor repeated EOS)."""
+        return self.text / max(self.columns, 1)
+
+
+@dataclass
+class _Lane:
+    """One row of every batch. number: how many documents it has read; waiting: those not yet placed."""
+
+    lane: int
+    number: int = 0
+    waiting: list[Piece] = field(default_factory=list)
+    ended: bool = False
+
+
+class Rows:
+    """A global batch has R rows, one for each of R lanes. Lane ℓ's documents have the numbers ℓ, ℓ + R, ℓ + 2R, …; it
+    packs them into its own row of every batch. Rank r of W has the lanes ℓ with ℓ mod W = r, and reads no others: W = 1
+    sees the ranks' rows of larger W interleaved, bit for bit.
+
+    The source of a document is drawn by weight, keyed by its number; within a source each lane has its own share, a
+    new order each epoch (streams keep theirs). Lanes are read at the pace of their packing, so a stream's slower lanes
+    leave records in memory.
+
+    Args:
+        rows: R, over all ranks. row_length: columns of a row. Both in whole ranks and blocks.
+        offset: "random" lets block edges fall anywhere in a text, by (seed, document number); "fixed" begins a block
+            with each document.
+        max_epochs: how often each source is read; None: again and again.
+
+    Raises:
+        ArgumentError: sizes that do not divide; fewer documents than rows; less text than a block.
+    """
+
+    def __init__(
+        self,
+        sources: Sequence[Source],
+        encoder: Encoder,
+        *,
+        rows: int,
+        row_length: int,
+        block_size: int,
+        seed: int = 0,
+        offset: Offset = "random",
+        max_epochs: int | None = None,
+        look_ahead: int = LOOK_AHEAD,
+        rank: int = 0,
+        world: int = 1,
+    ) -> None:
+        check_sizes(rows, row_length, block_size, rank, world)
+        if not sources:
+            raise ArgumentError("no data; give at least one source")
+        if max_epochs is not None and max_epochs < 1:
+            raise ArgumentError(f"max_epochs is {max_epochs}; give at least 1, or None to repeat the data")
+        if offset not in ("random", "fixed"):
+            raise ArgumentError(f"offset is {offset!r}; give 'random' or 'fixed'")
+        require_enough(sources, encoder, rows, block_size)
+        self.sources, self.encoder = list(sources), encoder
+        self.rows, self.row_length, self.block_size = rows, row_length, block_size
+        self.seed, self.offset, self.look_ahead = seed, offset, max(1, look_ahead)
+        self.step = 0
+        self._first = rank == 0
+        own = range(rank, rows, world)
+        self._lanes = [_Lane(lane) for lane in own]
+        self._readers = [open_reader(s, rows, own, max_epochs, seed, i) for i, s in enumerate(sources)]
+        self._counts = Statistics()
+
+    def use(self, block_size: int) -> None:
+        """Packs from now on in blocks of this size (a later stage of training)."""
+        if block_size == self.block_size:
+            return
+        check_sizes(self.rows, self.row_length, block_size, 0, 1)
+        self.block_size = block_size
+        for lane in self._lanes:  # the new blocks begin where prompts end, too
+            leads = ((-p.context if p.prompted else p.lead) % block_size for p in lane.waiting)
+            lane.waiting = [replace(piece, lead=lead) for piece, lead in zip(lane.waiting, leads, strict=True)]
+
+    def exhausted(self) -> bool:
+        """Nothing is left for this rank's lanes: `next` gives rows of padding. Never so while epochs repeat."""
+        for lane in self._lanes:
+            self._refill(lane)  # the end shows only when more is asked for
+        return not any(lane.waiting for lane in self._lanes)
+
+    def next(self) -> Batch:
+        """This rank's rows of the next batch: (R / W, row_length)."""
+        packed = []
+        for lane in self._lanes:
+            row = fill_row(lane.waiting, partial(self._refill, lane), self.row_length, self.block_size)
+            self._counts.columns += self.row_length
+            self._counts.text += sum(len(piece.tokens) for piece in row)
+            packed.append(row)
+        index = [self.step * self.rows + lane.lane for lane in self._lanes]
+        self.step += 1
+        ids = {"eos": self.encoder.eos_token_id, "pad": self.encoder.pad_token_id}
+        return lay_out(packed, index, self.row_length, self.block_size, **ids)
+
+    def statistics(self) -> Statistics:
+        """Counts so far, of this rank, over the whole run."""
+        bad = {source.name: len(source.bad) for source in self.sources}
+        firsts = (list(itertools.islice(source.bad.items(), 5)) for source in self.sources)
+        messages = [f"{where}: {why}" for first in firsts for where, why in first]
+        counts = self._counts
+        return Statistics(counts.documents, counts.tokens, counts.columns, counts.text, bad, messages)
+
+    def state_dict(self) -> dict[str, Any]:
+        """Everything that the next batch depends on: integers, strings and int32 tensors."""
+        counts = self._counts
+        return {
+            "step": self.step,
+            "block_size": self.block_size,
+            "layout": self._layout(),
+            "counts": [counts.documents, counts.tokens, counts.columns, counts.text],
+            "lanes": {str(lane.lane): self._lane_state(lane) for lane in self._lanes},
+            "readers": [reader.state_dict() for reader in self._readers],
+            "bad": [dict(source.bad) for source in self.sources],
+        }
+
+    def load_state_dict(self, state: dict[str, Any]) -> None:
+        """Goes on after the batch at which the state was taken, with its block size (until `use` says another).
+
+        Raises:
+            ArgumentError: the state is of other data or sizes, or of other ranks (see `merge_states`).
+        """
+        for name, value in self._layout().items():
+            if state["layout"].get(name) != value:
+                raise ArgumentError(
+                    f"{name} is {value}, but the run to be resumed had {state['layout'].get(name)}; give the same, or "
+                    "start a new run"
+                )
+        missing = [lane.lane for lane in self._lanes if str(lane.lane) not in state["lanes"]]
+        if missing:
+            raise ArgumentError(
+                f"the data's state has no lane {missing[0]}: it is of another rank or number of ranks; join all ranks' "
+                "states with merge_states"
+            )
+        self.step, self.block_size = state["step"], state["block_size"]
+        # Joined counts are the whole run's: one rank goes on with them, so that a sum over ranks stays right.
+        self._counts = Statistics(*state["counts"]) if not state.get("merged") or self._first else Statistics()
+        for lane in self._lanes:
+            saved = state["lanes"][str(lane.lane)]
+            lane.number, lane.ended = saved["number"], False
+            tokens = saved["tokens"].numpy().copy()
+            ends = itertools.accumulate(length for length, *_ in saved["waiting"].tolist())
+            lane.waiting = [
+                Piece(tokens[end - length : end], context, lead, bool(ends_here), bool(prompted))
+                for end, (length, context, lead, ends_here, prompted) in zip(
+                    ends, saved["waiting"].tolist(), strict=True
+                )
+            ]
+        for i, (reader, saved) in enumerate(zip(self._readers, state["readers"], strict=True)):
+            positions = {lane.lane: state["lanes"][str(lane.lane)]["positions"][i] for lane in self._lanes}
+            reader.load_state_dict(saved, positions)
+        for source, bad in zip(self.sources, state["bad"], strict=True):
+            source.bad.clear()
+            source.bad.update(bad)
+
+    def _refill(self, lane: _Lane) -> None:
+        while len(lane.waiting) < self.look_ahead and not lane.ended:
+            piece = self._read(lane)
+            if piece is None:
+                lane.ended = True
+            else:
+                lane.waiting.append(piece)
+
+    def _read(self, lane: _Lane) -> Piece | None:
+        """The lane's next document with its lead; None when all sources are."""
+        number = lane.lane + lane.number * self.rows
+        draw = uniform("source", self.seed, number)
+        live = list(range(len(self.sources)))
+        while live:
+            below = list(itertools.accumulate(self.sources[i].weight for i in live))
+            chosen = live[min(bisect.bisect_right(below, draw * below[-1]), len(live) - 1)]
+            record = self._readers[chosen].next(lane.lane)
+            if record is None:
+                live.remove(chosen)  # its epochs are over: the others share what it would have had
+                continue
+            try:
+                document = self.encoder.encode(record)
+            except BadRecord as bad:
+                self.sources[chosen].reject(record.place, str(bad))
+                continue
+            lane.number += 1
+            self._counts.documents += 1
+            self._counts.tokens += len(document.tokens)
+            return place(document, self.block_size, self.offset, self.seed, number)
+        return None
+
+    def _lane_state(self, lane: _Lane) -> dict[str, Any]:
+        parts = [torch.from_numpy(piece.tokens) for piece in lane.waiting]
+        waiting = [[len(p.tokens), p.context, p.lead, int(p.ends), int(p.prompted)] for p in lane.waiting]
+        return {
+            "number": lane.number,
+            "positions": [reader.positions[lane.lane] for reader in self._readers],
+            "tokens": torch.cat(parts) if parts else torch.zeros(0, dtype=torch.int32),
+            "waiting": torch.tensor(waiting, dtype=torch.int64).reshape(-1, 5),
+        }
+
+    def _layout(self) -> dict[str, int | str]:
+        """What batches are a function of; it must not change in the middle of a run."""
+        sizes = {"rows": self.rows, "row_length": self.row_length, "seed": self.seed}
+        mixture = " ".join(f"{Path(s.name).name}*{s.weight:g}-{s.held_out_fraction:g}" for s in self.sources)
+        return {**sizes, "offset": self.offset, "look_ahead": self.look_ahead, "mixture": mixture}
+
+
+def merge_states(states: Sequence[dict[str, Any]]) -> dict[str, Any]:
+    """The states of all ranks after one step → a state that any number of ranks can go on from."""
+    if len({state["step"] for state in states}) != 1:
+        raise ArgumentError(f"states of steps {sorted({s['step'] for s in states})} cannot be joined; take one step's")
+    merged = dict(states[0])
+    merged["lanes"] = {lane: saved for state in states for lane, saved in state["lanes"].items()}
+    merged["counts"] = [sum(column) for column in zip(*(state["counts"] for state in states), strict=True)]
+    per_source = zip(*(state["readers"] for state in states), strict=True)
+    merged["readers"] = [min(saved, key=lambda mark: mark.get("at", 0)) for saved in per_source]  # the slowest's mark
+    bad = zip(*(state["bad"] for state in states), strict=True)
+    merged["bad"] = [{place: why for part in parts for place, why in part.items()} for parts in bad]
+    return merged | {"merged": 1}

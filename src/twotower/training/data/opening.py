@@ -1,0 +1,200 @@
+"""Opens a source's records: at random access (`Records`), or one after the other (`Stream`)."""
+
+from __future__ import annotations
+
+import copy
+import json
+import os
+import re
+import tempfile
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any, Protocol
+
+from twotower.errors import ArgumentError, TwoTowerError
+from twotower.training.data.files import PARQUET, LineFiles, LineStream, Raw, Reading, find_files, refuse_json_array
+
+
+class Records(Protocol):
+    """Records by number, in any order."""
+
+    def __len__(self) -> int: ...
+
+    def __getitem__(self, number: int) -> Raw: ...
+
+
+class Table:
+    """A map-style `datasets.Dataset`."""
+
+    def __init__(self, dataset: Any, name: str) -> None:
+        self.dataset, self.name = dataset, name
+
+    def __len__(self) -> int:
+        return len(self.dataset)
+
+    def __getitem__(self, number: int) -> Raw:
+        return Raw(f"{self.name} record {number}", self.dataset[number])
+
+
+class DatasetStream:
+    """A `datasets.IterableDataset`, read in its own order, any number of times."""
+
+    def __init__(self, dataset: Any, name: str) -> None:
+        self.dataset, self.name = dataset, name
+
+    def read(self, state: str = "") -> Reading:
+        """Reads from the beginning, or on from a reading's state."""
+        return _DatasetReading(self, state)
+
+
+class _DatasetReading:
+    def __init__(self, stream: DatasetStream, state: str) -> None:
+        self.name, self.number = stream.name, 0
+        self._dataset = copy.deepcopy(stream.dataset)  # a dataset counts where it is, for all who read it
+        if state:
+            self.number, place = json.loads(state)
+            self._dataset.load_state_dict(place)
+        self._rows = iter(self._dataset)
+
+    def next(self) -> Raw | None:
+        try:
+            row = next(self._rows, None)
+        except Exception as error:  # any of the many errors of a network or a parser
+            raise TwoTowerError(f"{self.name}: reading failed ({_one_line(error)})") from error
+        if row is None:
+            return None
+        self.number += 1
+        return Raw(f"{self.name} record {self.number - 1}", row)
+
+    def state(self) -> str:
+        return json.dumps([self.number, self._dataset.state_dict()])
+
+
+Stream = LineStream | DatasetStream
+
+
+def open_records(
+    data: Any,
+    *,
+    name: str,
+    split: str | None,
+    config: str | None,
+    streaming: bool,
+    fields: Sequence[str],
+    cache_dir: str | Path | None,
+) -> Records | Stream:
+    """fields: the columns to keep; the first must be there.
+
+    Raises:
+        ArgumentError: it cannot be opened, is empty, or lacks the field.
+    """
+    if not isinstance(data, str):
+        return _wrap(data, name, fields)
+    path = Path(data).expanduser()
+    if not path.exists():
+        return _wrap(_open_hub(data, split, config, streaming, cache_dir), name, fields)
+    if config is not None:
+        raise ArgumentError(f"{name}: local data has no configurations; leave out @{config}")
+    if path.is_dir() and ((path / "state.json").exists() or (path / "dataset_dict.json").exists()):
+        return _wrap(_open_saved(path, split, streaming), name, fields)
+    paths = find_files(path, split)
+    if paths[0].suffix in PARQUET:
+        cache = str(cache_dir or _temporary_cache())
+        found = {"data_files": [str(p) for p in paths], "split": "train", "streaming": streaming}
+        return _wrap(_load(data, "parquet", **found, cache_dir=cache), name, fields)
+    for file in paths:
+        if ".json" in file.suffixes:
+            refuse_json_array(file)
+    if streaming:
+        return LineStream(paths, name)
+    lines = LineFiles(paths)
+    if not len(lines):
+        raise ArgumentError(f"{name}: holds no records; give a file that is not empty")
+    return lines
+
+
+def _temporary_cache() -> Path:
+    """For what is converted from local files: no home folder need be writable."""
+    user = os.getuid() if hasattr(os, "getuid") else os.environ.get("USERNAME", "")
+    return Path(tempfile.gettempdir()) / f"twotower-datasets-{user}"
+
+
+def _open_hub(data: str, split: str | None, config: str | None, streaming: bool, cache_dir: str | Path | None) -> Any:
+    looks_local = data.startswith(("/", ".", "~")) or Path(data).suffix in (
+        ".jsonl",
+        ".json",
+        ".txt",
+        ".gz",
+        ".parquet",
+    )
+    if looks_local or not re.fullmatch(r"[\w.-]+(/[\w.-]+)?", data):
+        raise ArgumentError(f"{data}: no such file or folder; give a path that exists, or a hub data set as OWNER/NAME")
+    cache = None if cache_dir is None else str(cache_dir)
+    return _load(data, data, name=config, split=split or "train", streaming=streaming, cache_dir=cache)
+
+
+def _load(shown: str, *args: Any, **options: Any) -> Any:
+    with quiet() as datasets:
+        try:
+            return datasets.load_dataset(*args, **options)
+        except Exception as error:  # `datasets` raises its own, the hub's, fsspec's and pyarrow's errors
+            raise ArgumentError(
+                f"{shown}: cannot be loaded ({_one_line(error)}); give a local path, or a hub data set as OWNER/NAME"
+                "[:SPLIT][@CONFIG]"
+            ) from error
+
+
+def _open_saved(path: Path, split: str | None, streaming: bool) -> Any:
+    with quiet() as datasets:
+        saved = datasets.load_from_disk(str(path))
+    if isinstance(saved, dict):
+        if (split or "train") not in saved:
+            raise ArgumentError(f"{path}: no split {split or 'train'!r}; it has {', '.join(saved)}")
+        saved = saved[split or "train"]
+    elif split is not None:
+        raise ArgumentError(f"{path}:{split}: what was saved there has no splits; leave out :{split}")
+    return saved.to_iterable_dataset() if streaming else saved
+
+
+def _wrap(dataset: Any, name: str, fields: Sequence[str]) -> Table | Stream:
+    """Only the columns that are read: the others may be images or worse."""
+    with quiet() as datasets:
+        if not isinstance(dataset, datasets.Dataset | datasets.IterableDataset):
+            raise ArgumentError(f"{name}: not a Dataset or IterableDataset of `datasets`; pick one of its splits")
+        columns = dataset.column_names
+        if columns is not None:
+            if fields[0] not in columns:
+                raise ArgumentError(
+                    f"{name}: no field {fields[0]!r}; it has {', '.join(columns)}: name one as text_field"
+                )
+            dataset = dataset.select_columns([field for field in fields if field in columns])
+        if isinstance(dataset, datasets.IterableDataset):
+            return DatasetStream(dataset, name)
+        if not len(dataset):
+            raise ArgumentError(f"{name}: holds no records; give data that is not empty")
+        return Table(dataset.with_format(None), name)
+
+
+@contextmanager
+def quiet() -> Iterator[Any]:
+    """The package `datasets`, imported now, without its progress bars and chatter while this lasts."""
+    try:
+        import datasets
+    except ImportError:
+        raise TwoTowerError("this data needs the package `datasets`: pip install 'twotower[train]'") from None
+    bars = datasets.are_progress_bars_disabled()
+    level = datasets.utils.logging.get_verbosity()
+    datasets.disable_progress_bars()
+    datasets.utils.logging.set_verbosity_error()
+    try:
+        yield datasets
+    finally:
+        datasets.utils.logging.set_verbosity(level)
+        if not bars:
+            datasets.enable_progress_bars()
+
+
+def _one_line(error: BaseException) -> str:
+    text = str(error).strip() or type(error).__name__
+    return text.splitlines()[0][:200]

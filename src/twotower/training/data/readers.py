@@ -1,0 +1,183 @@
+"""Which records a lane reads, and in which order. Record p of the run belongs to lane p mod R.
+
+A lane's share of a source does not depend on how fast other lanes read, nor on the number of processes.
+"""
+
+from __future__ import annotations
+
+from collections import deque
+from collections.abc import Iterator, Sequence
+from typing import Any, Protocol
+
+import numpy as np
+
+from twotower.errors import ArgumentError, TwoTowerError
+from twotower.training.data.documents import Record
+from twotower.training.data.draws import permutation
+from twotower.training.data.files import Raw
+from twotower.training.data.opening import Records, Stream
+from twotower.training.data.sources import Source
+
+MARK_EVERY = 256  # records of a stream between two places where reading can start again
+
+
+class Reader(Protocol):
+    """positions: for each lane of this process, the number of the next record it reads, counted over all epochs."""
+
+    positions: dict[int, int]
+
+    def next(self, lane: int) -> Record | None:
+        """The lane's next usable record; None when `max_epochs` are over."""
+        ...
+
+    def state_dict(self) -> dict[str, Any]:
+        """What is needed beside `positions`."""
+        ...
+
+    def load_state_dict(self, state: dict[str, Any], positions: dict[int, int]) -> None: ...
+
+
+def open_reader(source: Source, rows: int, lanes: Sequence[int], max_epochs: int | None, *key: int | str) -> Reader:
+    """rows: R, the lanes of all processes; lanes: those of this one; key: of the source's order."""
+    if isinstance(source.records, Stream):
+        return _InOrder(source, source.records, rows, lanes, max_epochs)
+    return _Shuffled(source, rows, lanes, max_epochs, key)
+
+
+class _Shuffled:
+    """Each epoch in an order of its own: a permutation by (key, epoch), so the state is the positions alone."""
+
+    def __init__(
+        self, source: Source, rows: int, lanes: Sequence[int], max_epochs: int | None, key: Sequence[int | str]
+    ) -> None:
+        assert not isinstance(source.records, Stream)
+        self.source, self.records = source, source.records
+        self.rows, self.max_epochs, self.key = rows, max_epochs, key
+        self.positions = {lane: lane for lane in lanes}
+        self._orders: dict[int, np.ndarray] = {}
+
+    def next(self, lane: int) -> Record | None:
+        while True:
+            epoch, place = divmod(self.positions[lane], len(self.records))
+            if self.max_epochs is not None and epoch >= self.max_epochs:
+                return None
+            self.positions[lane] += self.rows
+            record = self.source.understand(self.records[int(self._order(epoch)[place])])
+            if record is not None:
+                return record
+
+    def state_dict(self) -> dict[str, Any]:
+        return {"records": len(self.records)}
+
+    def load_state_dict(self, state: dict[str, Any], positions: dict[int, int]) -> None:
+        if state["records"] != len(self.records):
+            raise ArgumentError(
+                f"{self.source.name}: has {len(self.records)} records, but the run began with {state['records']}; "
+                "give the same data, or start a new run"
+            )
+        self.positions = dict(positions)
+
+    def _order(self, epoch: int) -> np.ndarray:
+        if epoch not in self._orders:
+            if len(self._orders) > 2:  # lanes are a few records apart: in two epochs at once, seldom more
+                del self._orders[min(self._orders)]
+            self._orders[epoch] = permutation(len(self.records), "order", *self.key, epoch)
+        return self._orders[epoch]
+
+
+class _InOrder:
+    """A stream, pass after pass. Lanes read at their own pace: what the fastest has passed is kept for the others.
+
+    The state is a mark: a place in the stream that no lane has yet passed. Resuming reads on from there and drops
+    what was read before.
+    """
+
+    def __init__(self, source: Source, stream: Stream, rows: int, lanes: Sequence[int], max_epochs: int | None) -> None:
+        self.source, self.stream = source, stream
+        self.rows, self.max_epochs = rows, max_epochs
+        self.positions = {lane: lane for lane in lanes}
+        self._ahead: dict[int, Raw] = {}
+        self._begin({"at": 0, "pass_start": 0, "passes": 0, "stream": ""})
+
+    def next(self, lane: int) -> Record | None:
+        last = self.passes + 2
+        while True:
+            position = self.positions[lane]
+            while self.at <= position and (self.max_epochs is None or self.passes < self.max_epochs):
+                self._advance()
+            if self.at <= position:
+                return None
+            self.positions[lane] += self.rows
+            record = self.source.understand(self._ahead.pop(position))
+            if record is not None:
+                return record
+            if self.passes > last:
+                raise TwoTowerError(
+                    f"{self.source.name}: no usable document in two passes ({len(self.source.bad)} bad records); give "
+                    "other data or fewer rows per batch"
+                )
+
+    def state_dict(self) -> dict[str, Any]:
+        self._prune()
+        return dict(self._marks[0])
+
+    def load_state_dict(self, state: dict[str, Any], positions: dict[int, int]) -> None:
+        self.positions = dict(positions)
+        self._ahead.clear()
+        self._begin(state)
+
+    def _begin(self, mark: dict[str, Any]) -> None:
+        self.at, self.pass_start, self.passes = mark["at"], mark["pass_start"], mark["passes"]
+        self._marks = deque([dict(mark)])
+        self._reading = self.stream.read(mark["stream"])
+
+    def _advance(self) -> None:
+        """Reads one record, or begins the next pass."""
+        raw = self._reading.next()
+        if raw is None:
+            length = self.at - self.pass_start
+            if length < self.rows:
+                raise too_few(self.source.name, length, self.rows)
+            self.passes, self.pass_start = self.passes + 1, self.at
+            self._reading = self.stream.read()
+            return
+        if self.positions.get(self.at % self.rows, self.at + 1) <= self.at:
+            self._ahead[self.at] = raw
+        self.at += 1
+        if self.at % MARK_EVERY == 0:
+            mark = {"at": self.at, "pass_start": self.pass_start, "passes": self.passes}
+            self._marks.append(mark | {"stream": self._reading.state()})
+            self._prune()
+
+    def _prune(self) -> None:
+        """Drops marks that every lane is past."""
+        slowest = min(self.positions.values())
+        while len(self._marks) > 1 and self._marks[1]["at"] <= slowest:
+            self._marks.popleft()
+
+
+def too_few(name: str, documents: int, rows: int) -> ArgumentError:
+    if documents == 0:
+        return ArgumentError(f"{name}: holds no usable document; give data that is not empty, bad or held out")
+    return ArgumentError(
+        f"{name}: {documents} document{'s' * (documents > 1)} for the {rows} rows of a batch (at least one a rank); "
+        "give more data or fewer rows"
+    )
+
+
+def whole_pass(source: Source) -> Iterator[Record]:
+    """Every usable record once, in the source's own order."""
+    for raw in _raws(source.records):
+        record = source.understand(raw)
+        if record is not None:
+            yield record
+
+
+def _raws(records: Records | Stream) -> Iterator[Raw]:
+    if isinstance(records, Stream):
+        reading = records.read()
+        while (raw := reading.next()) is not None:
+            yield raw
+    else:
+        for number in range(len(records)):
+            yield records[number]

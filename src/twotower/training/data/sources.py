@@ -1,0 +1,194 @@
+"""Where documents come from: one `Source` for each `--data` item.
+
+    PATH | HUB_ID  [:SPLIT] [@CONFIG] [=WEIGHT]
+
+PATH is a .jsonl, .json (an object a line), .ndjson, .txt (a document a line) or .parquet file, all but the last also
+as .gz, a folder of those (with train, valid and test files: say which, `folder:train`), or what `save_to_disk` of
+`datasets` wrote. Any other NAME or OWNER/NAME is a data set of the Hugging Face hub. WEIGHT (default 1) is the share of
+*documents*, not of tokens, that come from this source. A path that exists as written is taken whole.
+"""
+
+from __future__ import annotations
+
+import json
+import math
+import re
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, Literal
+
+from twotower.errors import ArgumentError, TwoTowerError
+from twotower.training.data.documents import BadRecord, Record
+from twotower.training.data.draws import fraction
+from twotower.training.data.files import Raw
+from twotower.training.data.opening import Records, Stream, open_records
+
+Part = Literal["train", "valid"]
+
+# What may follow a name, outermost last.
+_WEIGHT = re.compile(r"(.+)=([+-]?[\d.]+(?:[eE][+-]?\d+)?)")
+_CONFIG = re.compile(r"(.+)@([\w.-]+)")
+_SPLIT = re.compile(r"([^:]+):([\w.\-\[\]:%+]+)")
+
+
+@dataclass(frozen=True)
+class Spec:
+    """A `--data` item taken apart; see the grammar above."""
+
+    where: str
+    split: str | None = None
+    config: str | None = None
+    weight: float = 1.0
+
+
+def parse_spec(item: str) -> Spec:
+    """`PATH|HUB_ID[:SPLIT][@CONFIG][=WEIGHT]` → its parts.
+
+    Raises:
+        ArgumentError: empty, or a weight that is not above zero.
+    """
+    parts: dict[str, str] = {}
+    where = item
+    for name, pattern in (("weight", _WEIGHT), ("config", _CONFIG), ("split", _SPLIT)):
+        if not Path(where).expanduser().exists() and (found := pattern.fullmatch(where)):
+            where, parts[name] = found.groups()
+    if not where.strip():
+        raise ArgumentError(f"data {item!r}: names nothing; expected PATH or HUB_ID, then [:SPLIT][@CONFIG][=WEIGHT]")
+    try:
+        weight = float(parts.get("weight", 1.0))
+    except ValueError:
+        weight = math.nan
+    if not 0 < weight < math.inf:
+        raise ArgumentError(f"data {item!r}: the weight is {parts['weight']}; give a number above 0")
+    return Spec(where, parts.get("split"), parts.get("config"), weight)
+
+
+class Source:
+    """Records of one origin: understood, counted where they are bad, and divided into training and held-out ones.
+
+    Args:
+        data: an item of the grammar above, or a `datasets.Dataset` or `IterableDataset`.
+        part: "train": what is not held out; "valid": what is.
+        held_out_fraction: the share held out, by a hash of a record's text: it does not depend on order or on what
+            else is in the data, and equal texts go together. A source of its own for validation has part "train"
+            and fraction 0.
+        weight: overrides the item's.
+        streaming: read in the source's own order, without loading or indexing it first.
+        text_field, prompt_field: where a record's text is, and the prompt it answers if it has one (None: never).
+        max_bad_records: this many different bad records are skipped in one process; one more is an error.
+        cache_dir: where `datasets` keeps what it converts; default: a folder in the system's temporary one for local
+            files, its own for the hub.
+
+    Raises:
+        ArgumentError: no such file, data set, split or field; names what there is.
+    """
+
+    def __init__(
+        self,
+        data: Any,
+        *,
+        part: Part = "train",
+        held_out_fraction: float = 0.0,
+        weight: float | None = None,
+        streaming: bool = False,
+        text_field: str = "text",
+        prompt_field: str | None = "prompt",
+        max_bad_records: int = 100,
+        cache_dir: str | Path | None = None,
+        name: str | None = None,
+    ) -> None:
+        if not 0.0 <= held_out_fraction < 1.0:
+            raise ArgumentError(f"held_out_fraction is {held_out_fraction}; give a number from 0 up to 1, like 0.01")
+        if part not in ("train", "valid"):
+            raise ArgumentError(f"part is {part!r}; give 'train' or 'valid'")
+        spec = parse_spec(str(data)) if isinstance(data, str | Path) else Spec(type(data).__name__)
+        self.name = name or (str(data) if isinstance(data, str | Path) else spec.where)
+        self.weight = spec.weight if weight is None else weight
+        if not 0 < self.weight < math.inf:
+            raise ArgumentError(f"{self.name}: the weight is {weight}; give a number above 0")
+        self.part, self.held_out_fraction = part, held_out_fraction
+        self.text_field, self.prompt_field = text_field, prompt_field
+        self.max_bad_records = max_bad_records
+        self.bad: dict[str, str] = {}  # place → reason, in the order met
+        fields = [field for field in (text_field, prompt_field) if field is not None]
+        self.records: Records | Stream = open_records(
+            spec.where if isinstance(data, str | Path) else data,
+            name=self.name,
+            split=spec.split,
+            config=spec.config,
+            streaming=streaming,
+            fields=fields,
+            cache_dir=cache_dir,
+        )
+
+    def understand(self, raw: Raw) -> Record | None:
+        """The record, or None: it is blank, bad, or of the other part.
+
+        Raises:
+            TwoTowerError: one bad record too many; names it.
+        """
+        try:
+            record = self._record(raw)
+        except BadRecord as bad:
+            self.reject(raw.place, str(bad))
+            return None
+        return record if record is not None and self._wanted(record) else None
+
+    def reject(self, place: str, reason: str) -> None:
+        """Counts a bad record, once however often it comes."""
+        if place in self.bad:
+            return
+        self.bad[place] = reason
+        if len(self.bad) > self.max_bad_records:
+            raise TwoTowerError(
+                f"{self.name}: {len(self.bad)} bad records, {self.max_bad_records} are allowed; the last is {place}: "
+                f"{reason}; mend the data or raise max_bad_records"
+            )
+
+    def _record(self, raw: Raw) -> Record | None:
+        content = raw.content
+        if isinstance(content, bytes):
+            if not content.strip():
+                return None  # a blank line is no record, so no bad one either
+            try:
+                line = content.decode("utf-8-sig")
+            except UnicodeDecodeError as error:
+                raise BadRecord(f"not UTF-8 ({error.reason} at byte {error.start})") from None
+            if raw.plain:
+                return Record(line.rstrip("\r\n"), None, raw.place)
+            try:
+                content = json.loads(line)
+            except (ValueError, RecursionError) as error:
+                raise BadRecord(f"broken JSON ({error})") from None
+        if not isinstance(content, dict):
+            raise BadRecord(f"a JSON {type(content).__name__}, not an object")
+        if self.text_field not in content:
+            raise BadRecord(f"no field {self.text_field!r} (it has {_some(list(content))})")
+        text = self._string(content, self.text_field)
+        if not text.strip():
+            raise BadRecord(f"field {self.text_field!r} is empty")
+        prompt = None
+        if self.prompt_field is not None and content.get(self.prompt_field) is not None:
+            prompt = self._string(content, self.prompt_field)
+        return Record(text, prompt, raw.place)
+
+    def _string(self, content: dict[str, Any], field: str) -> str:
+        value = content[field]
+        if not isinstance(value, str):
+            raise BadRecord(f"field {field!r} is {'null' if value is None else f'a {type(value).__name__}'}, not text")
+        try:
+            value.encode()
+        except UnicodeEncodeError:
+            raise BadRecord(f"field {field!r} holds half a surrogate pair") from None
+        return value
+
+    def _wanted(self, record: Record) -> bool:
+        if self.held_out_fraction == 0.0:
+            return self.part == "train"
+        held_out = fraction(((record.prompt or "") + record.text).encode()) < self.held_out_fraction
+        return held_out == (self.part == "valid")
+
+
+def _some(names: Sequence[str]) -> str:
+    return ", ".join(names[:8]) + (", …" if len(names) > 8 else "") if names else "none"

@@ -1,0 +1,160 @@
+"""One process or many, the same code: torch's FSDP2 over a mesh of all processes, a single one included."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Iterable
+from contextlib import suppress
+from dataclasses import dataclass
+from datetime import timedelta
+from typing import Any
+
+import torch
+import torch.distributed as dist
+from torch import Tensor, nn
+from torch.distributed.device_mesh import DeviceMesh, init_device_mesh
+from torch.distributed.fsdp import FSDPModule, MixedPrecisionPolicy, fully_shard
+from torch.distributed.tensor import DTensor
+
+from twotower.checkpoint.reader import is_wide
+from twotower.errors import ArgumentError
+
+
+@dataclass(frozen=True)
+class World:
+    """The processes of a run; rank 0 writes."""
+
+    rank: int
+    size: int
+    device: torch.device
+    mesh: DeviceMesh
+
+    @property
+    def first(self) -> bool:
+        return self.rank == 0
+
+    def total(self, value: float | Tensor) -> float:
+        """The sum over all processes, in float64 (a float64 scalar crosses; on every process the same result)."""
+        whole = torch.as_tensor(value, dtype=torch.float64).detach().to(self.device).reshape(1)
+        if self.size > 1:
+            dist.all_reduce(whole)
+        return float(whole)
+
+    def barrier(self) -> None:
+        if self.size > 1:
+            dist.barrier()
+
+    def broadcast(self, value: Any) -> Any:
+        """Rank 0's object, on every process."""
+        if self.size == 1:
+            return value
+        box = [value]
+        dist.broadcast_object_list(box, src=0, device=self.device)
+        return box[0]
+
+    def gather(self, value: Any) -> list[Any]:
+        """Every process's object, in order of rank, on every process."""
+        if self.size == 1:
+            return [value]
+        box: list[Any] = [None] * self.size
+        dist.all_gather_object(box, value)
+        return box
+
+
+def start(device: str | None = None) -> World:
+    """Joins the processes that torchrun started, or begins a world of one.
+
+    device: "cpu" or "cuda"; None: CUDA where there is one. Each process takes the GPU of its local rank.
+
+    Raises:
+        ArgumentError: a device that is not there; fewer GPUs than processes on this machine.
+    """
+    kind = device or ("cuda" if torch.cuda.is_available() else "cpu")
+    if kind not in ("cpu", "cuda"):
+        raise ArgumentError(f"device is {device!r}; choose cpu or cuda")
+    if kind == "cuda" and not torch.cuda.is_available():
+        raise ArgumentError("device is cuda, but torch finds no GPU here; use --device cpu")
+    local = int(os.environ.get("LOCAL_RANK", "0"))
+    place = torch.device("cpu")
+    if kind == "cuda":
+        if local >= torch.cuda.device_count():
+            raise ArgumentError(
+                f"{local + 1} or more processes on this machine, but only {torch.cuda.device_count()} GPUs; "
+                "start torchrun with a smaller --nproc-per-node"
+            )
+        place = torch.device("cuda", local)
+        torch.cuda.set_device(place)
+    if not dist.is_initialized():
+        backend = "nccl" if kind == "cuda" else "gloo"
+        if "RANK" in os.environ:
+            dist.init_process_group(backend, timeout=timedelta(minutes=30))
+        else:
+            dist.init_process_group(backend, store=dist.HashStore(), rank=0, world_size=1)
+    size = dist.get_world_size()
+    return World(dist.get_rank(), size, place, init_device_mesh(kind, (size,)))
+
+
+def stop() -> None:
+    """Leaves the process group."""
+    with suppress(Exception):  # an interpreter that is going down has nothing to leave
+        if dist.is_initialized():
+            dist.destroy_process_group()
+
+
+def shard(objective: nn.Module, units: Iterable[nn.Module], world: World, dtype: torch.dtype) -> None:
+    """Spreads the objective over all processes, unit by unit: parameters, gradients and optimizer state.
+
+    What trains is kept in fp32 (master weights) and computes in `dtype`; what is frozen is kept in `dtype`. The few
+    tensors that must not be narrow (`checkpoint.WIDE_SUFFIXES`: a number per head) are left whole on every process;
+    `sum_whole_gradients` adds theirs up. Gradients are summed, not averaged: the loss is already divided by the
+    number of targets over all processes.
+    """
+    for name, parameter in objective.named_parameters():
+        place = parameter.device if parameter.device.type == "meta" else world.device
+        wide = dtype if parameter.dtype == torch.float64 else torch.promote_types(dtype, torch.float32)
+        keep = wide if parameter.requires_grad or is_wide(name) else dtype
+        parameter.data = parameter.data.to(place, keep)
+    for buffer in objective.buffers():
+        if buffer.device.type != "meta":
+            buffer.data = buffer.data.to(world.device)
+    whole = {parameter for name, parameter in objective.named_parameters() if is_wide(name)}
+    settings: dict[str, Any] = {
+        "mesh": world.mesh,
+        "mp_policy": MixedPrecisionPolicy(
+            param_dtype=dtype, reduce_dtype=torch.promote_types(dtype, torch.float32), cast_forward_inputs=False
+        ),
+        "ignored_params": whole,
+        "reshard_after_forward": world.size > 1,
+    }
+    for unit in units:
+        fully_shard(unit, **settings)
+    fully_shard(objective, **settings)
+    for module in sharded(objective):
+        module.set_gradient_divide_factor(1.0)
+        module.set_force_sum_reduction_for_comms(True)
+
+
+def sharded(objective: nn.Module) -> list[FSDPModule]:
+    """The units and the objective itself, as FSDP sees them."""
+    return [module for module in objective.modules() if isinstance(module, FSDPModule)]
+
+
+def sum_whole_gradients(parameters: list[nn.Parameter], world: World) -> None:
+    """Adds up over all processes the gradients of the parameters that are not sharded, in one message."""
+    grads = [p.grad for p in parameters if p.grad is not None]
+    if world.size == 1 or not grads:
+        return
+    flat = torch.cat([grad.flatten() for grad in grads])
+    dist.all_reduce(flat)
+    for grad, part in zip(grads, flat.split([grad.numel() for grad in grads]), strict=True):
+        grad.copy_(part.view_as(grad))
+
+
+def local(tensor: Tensor) -> Tensor:
+    """This process's part of a sharded tensor, or the whole of another."""
+    return tensor.to_local() if isinstance(tensor, DTensor) else tensor
+
+
+def full(tensor: Tensor) -> Tensor:
+    """The whole of a sharded tensor, on every process (all must ask)."""
+    return tensor.full_tensor() if isinstance(tensor, DTensor) else tensor

@@ -1,0 +1,73 @@
+"""The units a training pass is made of: what is sharded together, and recomputed together where memory matters.
+
+Context layer i and denoiser layer i form one unit: its inputs are the two residual streams, and with recomputation
+they are all it keeps. Keys, values and boundary states never outlive it.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.utils.checkpoint import checkpoint
+
+from twotower.model.conditioning import Modulation
+from twotower.model.layer_io import Past
+from twotower.model.packed_forward import Layout, denoise_layer, read_layer
+from twotower.model.tower import Layer
+
+COUPLED = frozenset("M*")
+
+
+class ReadingLayer(nn.Module):
+    """One layer of an autoregressive model over packed rows."""
+
+    def __init__(self, layer: Layer) -> None:
+        super().__init__()
+        self.layer = layer
+
+    def forward(self, x: Tensor, layout: Layout) -> Tensor:
+        """x (B, S, H) → (B, S, H)."""
+        return read_layer(self.layer, x, layout)[0]
+
+
+class PairedLayer(nn.Module):
+    """Context layer i and denoiser layer i. reads: whether the context layer runs at all (after the last layer that a
+    denoiser layer reads from, it need not)."""
+
+    def __init__(self, context: Layer, denoiser: Layer, *, train_context: bool, reads: bool) -> None:
+        super().__init__()
+        self.context = context
+        self.denoiser = denoiser
+        self.train_context, self.reads = train_context, reads
+
+    def forward(
+        self, clean: Tensor, noisy: Tensor, modulation: Modulation | None, layout: Layout
+    ) -> tuple[Tensor | None, Tensor]:
+        """clean (B, S, H), noisy (N, L, H) → both residual streams after it; None for one that does not change."""
+        past: Past = None
+        read = None
+        if self.reads:
+            with torch.set_grad_enabled(self.train_context and torch.is_grad_enabled()):
+                read, past = read_layer(self.context, clean, layout)
+        return read, denoise_layer(self.denoiser, noisy, past, modulation, layout)
+
+
+def pair_layers(
+    context: list[Layer], denoiser: list[Layer], *, train_context: bool, whole_context: bool
+) -> list[PairedLayer]:
+    """One unit a layer. whole_context: the context's own output is wanted, so every context layer runs."""
+    last = max((i for i, layer in enumerate(denoiser) if layer.kind in COUPLED), default=-1)
+    return [
+        PairedLayer(reader, writer, train_context=train_context, reads=whole_context or i <= last)
+        for i, (reader, writer) in enumerate(zip(context, denoiser, strict=True))
+    ]
+
+
+def run_unit(unit: Callable[..., Any], recompute: bool, *inputs: Any) -> Any:
+    """The unit's output; with `recompute` only its inputs are kept and it runs again in the backward pass."""
+    if recompute and torch.is_grad_enabled():
+        return checkpoint(unit, *inputs, use_reentrant=False, preserve_rng_state=False)
+    return unit(*inputs)

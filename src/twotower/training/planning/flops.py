@@ -1,0 +1,156 @@
+"""How many floating-point operations a training step takes: the matrix products, from their shapes.
+
+Two per multiply-add; elementwise work is left out. Figures are for one packed row; attention is counted over all keys
+a tile is given, masked or not, because that is what the kernels multiply. A fused attention that forms its scores again
+in the backward pass does half a forward more than counted here, as usual.
+"""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass
+
+from twotower.config import BackboneConfig
+from twotower.model.conditioning import SINUSOID_SIZE
+from twotower.model.packed_forward import TILE
+from twotower.training.layer_pair import COUPLED
+from twotower.training.objective import LOGITS_AT_ONCE
+
+MASKED_SHARE = 0.5  # of the columns, on average: t is uniform
+
+
+@dataclass(frozen=True)
+class LayerWork:
+    """One layer over one row.
+
+    last: its last product, which a recomputation that nothing follows stops before. past: the backward pass of what
+    the denoiser reads of it alone, which is all that is left of it where no later layer reads its output.
+    """
+
+    forward: float
+    backward: float
+    last: float
+    past: float = 0.0
+
+
+@dataclass(frozen=True, kw_only=True)
+class StepFlops:
+    """FLOPs of one row, forward and backward, by part; `recomputed` is what recomputation adds."""
+
+    context: float
+    denoiser: float
+    head: float
+    time: float
+    recomputed: float
+
+    @property
+    def total(self) -> float:
+        return self.context + self.denoiser + self.head + self.time + self.recomputed
+
+
+def two_tower_step(
+    config: BackboneConfig, row_length: int, block_size: int, *, recompute: bool, train_context: bool = False
+) -> StepFlops:
+    """The denoising objective: the context without its head and without the layers nothing reads, the denoiser, and
+    the head at masked positions."""
+    pattern = config.hybrid_override_pattern
+    last = max((i for i, kind in enumerate(pattern) if kind in COUPLED), default=-1)
+    reading = [layer_work(kind, config, row_length, block_size, "context") for kind in pattern[: last + 1]]
+    role = "coupled denoiser" if train_context else "denoiser"
+    denoising = [layer_work(kind, config, row_length, block_size, role) for kind in pattern]
+    forward = sum(work.forward for work in [*reading, *denoising])
+    return StepFlops(
+        context=sum(work.forward for work in reading) + (_through(reading) if train_context else 0.0),
+        denoiser=sum(work.forward + work.backward for work in denoising),
+        head=_head(config, row_length * MASKED_SHARE),
+        time=_time(config.hidden_size, row_length // block_size),
+        recomputed=forward if recompute else 0.0,
+    )
+
+
+def _through(reading: list[LayerWork]) -> float:
+    """The backward pass of a context tower that ends at the last layer a denoiser layer reads."""
+    return sum(work.backward for work in reading[:-1]) + sum(work.past for work in reading[-1:])
+
+
+def autoregressive_step(config: BackboneConfig, row_length: int, block_size: int, *, recompute: bool) -> StepFlops:
+    """Next-token prediction with one tower of the same backbone, for comparison."""
+    layers = [layer_work(kind, config, row_length, block_size, "context") for kind in config.hybrid_override_pattern]
+    return StepFlops(
+        context=sum(work.forward + work.backward for work in layers),
+        denoiser=0.0,
+        head=_head(config, row_length - 1),
+        time=0.0,
+        recomputed=sum(work.forward - work.last for work in layers) if recompute else 0.0,
+    )
+
+
+def layer_work(kind: str, config: BackboneConfig, row_length: int, block_size: int, role: str) -> LayerWork:
+    """One layer over one row. role: "context", "denoiser", or "coupled denoiser", whose past takes gradients too."""
+    hidden, tokens, past = config.hidden_size, row_length, 0.0
+    match kind:
+        case "M":
+            return _mamba(config, tokens, block_size, role)
+        case "*":
+            queries, keys = (
+                heads * config.head_dim for heads in (config.num_attention_heads, config.num_key_value_heads)
+            )
+            seen = _attended(tokens, block_size, own=role != "context")
+            out = 2.0 * tokens * hidden * queries
+            forward = out + 2.0 * tokens * hidden * (queries + 2 * keys) + 4.0 * queries * seen
+            past = 2 * 2.0 * tokens * hidden * 2 * keys
+        case "E":
+            chosen = tokens * config.num_experts_per_tok
+            out = 2.0 * tokens * hidden * config.moe_shared_expert_intermediate_size
+            forward = 2 * out + 4.0 * chosen * hidden * config.moe_intermediate_size
+            forward += 2.0 * tokens * hidden * config.n_routed_experts + 2.0 * chosen * hidden  # router, weighted sum
+        case _:
+            out = 2.0 * tokens * hidden * config.intermediate_size
+            forward = 2 * out
+    return LayerWork(forward, 2 * forward, out, past)
+
+
+def _mamba(config: BackboneConfig, tokens: int, block_size: int, role: str) -> LayerWork:
+    hidden, inner, state = config.hidden_size, config.mamba_inner, config.ssm_state_size
+    out = 2.0 * tokens * inner * hidden
+    dense = out + 2.0 * tokens * hidden * (inner + config.conv_dim + config.mamba_num_heads)
+    chunk = block_size if role == "context" else min(block_size, config.chunk_size)
+    inside = 2.0 * tokens * chunk * (config.n_groups * state + inner)
+    seeded = 2.0 * tokens * inner * state  # what the state before a chunk adds to its outputs
+    carried = 0.0  # states at the chunks' ends, and from chunk to chunk
+    if role == "context":
+        carried = 2.0 * tokens * inner * state + _states(tokens // chunk, inner * state)
+    elif chunk < block_size:
+        per_block = _states(math.ceil(block_size / chunk), inner * state)
+        carried = 2.0 * tokens * inner * state + per_block * tokens / block_size
+    forward = dense + inside + seeded + carried
+    # A frozen past takes no gradient: of the two products behind `seeded`, one is left.
+    spared = seeded if role == "denoiser" and not carried else 0.0
+    return LayerWork(forward, 2 * forward - spared, out, 2 * (dense - out + carried))
+
+
+def _states(chunks: int, size: int) -> float:
+    """`ssd.states_before` over so many chunks: groups of about √n."""
+    if chunks <= 64:
+        return 2.0 * chunks * chunks * size
+    group = math.isqrt(chunks - 1) + 1
+    groups = math.ceil(chunks / group)
+    return 2.0 * groups * group * group * size + _states(groups, size)
+
+
+def _attended(tokens: int, block_size: int, own: bool) -> float:
+    """Query–key pairs of one row, tile by tile; own: the denoiser's own keys of the tile besides."""
+    step = max(TILE // block_size, 1) * block_size
+    tiles = [(lo, min(lo + step, tokens)) for lo in range(0, tokens, step)]
+    return float(sum((hi - lo) * (hi + (hi - lo if own else 0)) for lo, hi in tiles))
+
+
+def _head(config: BackboneConfig, positions: float) -> float:
+    """Forward and backward; where logits are formed piece by piece, once more in the backward pass."""
+    at_once = max(LOGITS_AT_ONCE // config.vocab_size, 1)
+    return (4 if positions > at_once else 3) * 2.0 * config.hidden_size * config.vocab_size * positions
+
+
+def _time(hidden: int, levels: int) -> float:
+    """The time conditioning of one row: its first input takes no gradient."""
+    return 2.0 * levels * hidden * (2 * SINUSOID_SIZE + 3 * hidden + 9 * hidden)

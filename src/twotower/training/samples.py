@@ -1,0 +1,113 @@
+"""What a model in training writes: greedy continuations of held-out texts, one of them pass by pass."""
+
+from __future__ import annotations
+
+import itertools
+from collections import Counter
+from collections.abc import Iterable, Iterator, Sequence
+from contextlib import contextmanager
+from typing import Any
+
+from torch import Tensor, nn
+from torch.distributed.fsdp import FSDPModule
+
+from twotower.engine.generation import Generation, GenerationParams, generate
+from twotower.modeling_twotower import TwoTowerForCausalLM
+from twotower.training.data.batch import Batch
+from twotower.training.fsdp import World
+
+FIRST_PART = 128  # tokens of a text without prompt that are given, at most
+
+
+@contextmanager
+def whole(modules: Iterable[nn.Module]) -> Iterator[None]:
+    """All parameters of these sharded modules on every process, in the dtype they compute in; sharded again afterwards,
+    as the optimizer and checkpoints need them. Every process must enter it."""
+    parts = [module for module in modules if isinstance(module, FSDPModule)]
+    try:
+        for part in parts:
+            part.unshard()
+        yield
+    finally:
+        for part in parts:
+            part.reshard()
+
+
+def cut_prompts(sources: Iterable[Iterable[Batch]], count: int, longest: int) -> list[list[int]]:
+    """The first `count` documents, the sources' in turn, cut where their prompt ends, or after their first half (128
+    tokens at most); those with a longer prompt than `longest` are passed over."""
+    streams = [(p for batch in batches for p in _prompts(batch) if 0 < len(p) <= longest) for batches in sources]
+    in_turn = (prompt for prompts in itertools.zip_longest(*streams) for prompt in prompts if prompt)
+    return list(itertools.islice(in_turn, count))
+
+
+def documents(batch: Batch) -> Iterator[tuple[int, Tensor]]:
+    """→ (row, its columns (S,) bool) for each document, row by row: its own tokens, EOS included."""
+    for row in range(len(batch)):
+        for number in range(int(batch.document[row].max()) + 1):
+            yield row, batch.text[row] & (batch.document[row] == number)
+
+
+def _prompts(batch: Batch) -> Iterator[list[int]]:
+    for row, columns in documents(batch):
+        tokens = batch.tokens[row][columns].tolist()
+        given = int(batch.prompt[row][columns].sum())
+        if given < len(tokens):  # otherwise a row's end cut the document off within its prompt
+            yield tokens[: given or min(len(tokens) // 2, FIRST_PART)]
+
+
+def write(
+    model: TwoTowerForCausalLM, prompts: Sequence[list[int]], params: GenerationParams, world: World
+) -> dict[str, Any]:
+    """Continues all prompts, shared out over the processes; every process calls it and gets the same.
+
+    → tokens_per_pass (diffusion only): new tokens, up to and including EOS, a denoiser pass, over all prompts; and
+    sample: the first prompt, its continuation and how that came about (`trace`).
+    """
+    own = list(prompts[world.rank :: world.size])
+    passes: Counter[int] = Counter()
+
+    def count(step: int, steps: int, block: Tensor, *, t: Any, logits: Any, block_idx: int) -> None:
+        passes[block_idx] += logits is not None and bool((block[0] == params.mask_token_id).any())
+
+    diffusion = params.mode == "diffusion"
+    results = generate(model, own, params, step_callback=count if diffusion else None) if own else []
+    record: dict[str, Any] = {}
+    if diffusion:
+        tokens = world.total(sum(len(result.tokens) for result in results))
+        record["tokens_per_pass"] = tokens / world.total(sum(result.denoiser_passes for result in results))
+    sample: dict[str, Any] = {}
+    if world.first:
+        first = results[0]
+        sample = {
+            "prompt": _text(model.tokenizer, prompts[0]),
+            "text": _text(model.tokenizer, first.tokens) if model.tokenizer is None else first.text,
+            "finish_reason": first.finish_reason,
+            "tokens": len(first.tokens),
+        }
+        if diffusion:
+            sample |= {
+                "passes": first.denoiser_passes,
+                "trace": trace(first, params.block_size, passes, model.tokenizer),
+            }
+    return record | {"sample": world.broadcast(sample)}
+
+
+def trace(result: Generation, block_size: int, passes: Counter[int], tokenizer: Any) -> dict[str, Any]:
+    """One row's denoising as plain data: new token i stood at position i mod block_size of block i div block_size.
+
+    tokens: each as text. step: the pass within its block, from 0, that committed it. passes: of each block; a block's
+    last ones may have committed only what EOS cut off.
+    """
+    blocks = -(-len(result.tokens) // block_size)
+    return {
+        "block_size": block_size,
+        "passes": [passes[block] for block in range(blocks)],
+        "tokens": [_text(tokenizer, [token]) for token in result.tokens],
+        "step": result.committed_at,
+    }
+
+
+def _text(tokenizer: Any, tokens: Sequence[int]) -> str:
+    """Special tokens included; numbers where there is no tokenizer."""
+    return " ".join(map(str, tokens)) if tokenizer is None else str(tokenizer.decode(list(tokens)))

@@ -1,0 +1,285 @@
+"""What a training run is told by every N steps: likelihoods on held-out text, and what the model writes.
+
+Both classes are a trainer's `validate`: called on every process, with the objective sharded or not, they return the
+same plain numbers there, and the same numbers for the same weights.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterable, Mapping, Sequence
+from functools import partial
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+from torch.distributed.fsdp import register_fsdp_forward_method
+
+from twotower.engine.generation import GenerationParams
+from twotower.errors import ArgumentError
+from twotower.model.packed_forward import Layout, read_layer
+from twotower.modeling_twotower import TwoTowerForCausalLM
+from twotower.ops.precision import widened
+from twotower.training.data.batch import Batch
+from twotower.training.fsdp import World, sharded
+from twotower.training.layer_pair import PairedLayer
+from twotower.training.noise import Corruption
+from twotower.training.objective import LOGITS_AT_ONCE, AutoregressiveObjective, DenoisingObjective, next_tokens
+from twotower.training.samples import cut_prompts, documents, whole, write
+
+# Noise levels. All but the last are the middles of equal parts of (0, 1]: together they estimate the training loss.
+# The last is what the first pass over a block sees.
+LEVELS = (0.1, 0.3, 0.5, 0.7, 0.9, 1.0)
+CONFIDENCE = 0.8  # γ of the published figures
+
+
+class DenoisingValidation:
+    """Validation of a denoiser in training.
+
+    masked_nll: −ln p of the true token in nats, over all masked positions (EOS repeats included, as in training) of
+        the levels below 1. masked_nll_by_t: of each level, that of wholly masked blocks ("1.0") included.
+    ar_nll: of the context tower, over the tokens of the same blocks, EOS repeats left out; nats per token.
+    agreement: share of masked positions of the levels below 1 where the denoiser's likeliest token, the mask token
+        excepted, is the context tower's after the true text so far; EOS repeats left out.
+    tokens_per_pass, sample: greedy diffusion at γ 0.8 (`samples.write`).
+
+    Masks are a function of (seed, row number). A frozen context is scored once; its figures are repeated.
+
+    Args:
+        model: whose towers the objective trains.
+        held_out: for each source, this process's batches, equally many on each (`corpus.held_out_batches`), packed in
+            blocks of block_size.
+        prompts: how many documents are continued; 0: none, and parameters are never whole on one process (for a model
+            too large for that).
+        max_new_tokens: for each; rounded up to whole blocks.
+
+    Raises:
+        ArgumentError: no held-out document has a block to denoise; prompts and new tokens beyond the context window.
+    """
+
+    def __init__(
+        self,
+        model: TwoTowerForCausalLM,
+        objective: DenoisingObjective,
+        held_out: Mapping[str, Iterable[Batch]],
+        world: World,
+        *,
+        block_size: int,
+        eos_token_id: int | Sequence[int] | None,
+        prompts: int = 8,
+        max_new_tokens: int = 128,
+        seed: int = 0,
+    ) -> None:
+        self.model, self.objective, self.world = model, objective, world
+        sources = [list(batches) for batches in held_out.values()]
+        self.batches = [batch for batches in sources for batch in batches]
+        self.block_size, self.seed = block_size, seed
+        if not world.total(sum(int(batch.denoised.sum()) for batch in self.batches)):
+            raise ArgumentError(
+                f"no held-out document has a whole block of {block_size} tokens to denoise; give longer ones"
+            )
+        self._greedy: list[Tensor] = []  # of each batch (B, S): the context's choice for the column; −1 where none
+        self._context_sums, self._ar_nll = [0.0, 0.0], 0.0  # its −ln p and tokens, on this process; nats per token
+        self._registered = False
+        self.params = GenerationParams.of(
+            mode="diffusion",
+            block_size=block_size,
+            steps_per_block=block_size,
+            mask_token_id=objective.options.mask_token_id,
+            confidence_threshold=CONFIDENCE,
+            max_new_tokens=-(-max_new_tokens // block_size) * block_size,
+            eos_token_id=eos_token_id,
+            seed=0,
+        )
+        self.prompts = _prompts(model, sources, prompts, self.params, world)
+
+    @torch.no_grad()
+    def __call__(self, step: int) -> dict[str, Any]:
+        """Everything above, for a log record."""
+        if not self._registered:
+            register_fsdp_forward_method(self.objective, "examine")
+            self._registered = True
+        try:
+            record = self._likelihood()
+        finally:
+            for module in sharded(self.objective):
+                module.reshard()
+        if self.prompts:
+            with whole(self.objective.modules()):
+                record |= write(self.model, self.prompts, self.params, self.world)
+        return record
+
+    def _likelihood(self) -> dict[str, Any]:
+        if self.objective.options.train_context:
+            self._greedy.clear()
+        if context_unknown := not self._greedy:
+            self._context_sums = [0.0, 0.0]
+        found = torch.zeros(len(LEVELS), 4, dtype=torch.float64)  # a row for each level: `_compare`
+        for number, batch in enumerate(self.batches):
+            uniform = _uniform(batch, self.seed)
+            on_device = batch.to(self.world.device)
+            for i, level in enumerate(LEVELS):
+                noise = _at_level(level, batch, uniform, self.block_size).to(self.world.device)
+                look = partial(self._look, number, on_device, noise.masked)
+                found[i] += self.objective.examine(on_device, noise, self.block_size, look).cpu()
+        totals = [[self.world.total(value) for value in row] for row in found]
+        if context_unknown:
+            ar_nats, ar_tokens = map(self.world.total, self._context_sums)
+            self._ar_nll = ar_nats / max(ar_tokens, 1.0)
+        nats, masked, agreed, compared = (sum(column) for column in zip(*totals[:-1], strict=True))
+        return {
+            "masked_nll": nats / max(masked, 1.0),
+            "masked_nll_by_t": {
+                str(level): row[0] / row[1] for level, row in zip(LEVELS, totals, strict=True) if row[1]
+            },
+            "ar_nll": self._ar_nll,
+            "agreement": agreed / max(compared, 1.0),
+        }
+
+    def _look(self, number: int, batch: Batch, masked: Tensor, hidden: Tensor, clean: Tensor) -> Tensor:
+        """At one pass over batch `number`, while heads are whole."""
+        if len(self._greedy) == number:
+            self._greedy.append(self._read(batch, clean))
+        return self._compare(batch, masked, hidden, self._greedy[number])
+
+    def _read(self, batch: Batch, clean: Tensor) -> Tensor:
+        """The context's residual stream (B, S, H) → its greedy choice for each column (B, S), −1 where it is not asked.
+        Counts its −ln p."""
+        objective, layout = self.objective, Layout(batch.document, self.block_size)
+        for unit in objective.units:
+            assert isinstance(unit, PairedLayer)
+            if not unit.reads:  # after the last context layer that the denoiser needs
+                with whole([unit]):
+                    clean, _ = read_layer(unit.context, clean, layout)
+        asked = next_tokens(batch) & batch.denoised[:, 1:]
+        hidden = objective.context_norm_f(clean)[:, :-1][asked]
+        nll, choice = _score(objective.context_head, hidden, batch.tokens[:, 1:][asked])
+        self._context_sums[0] += float(nll.double().sum())
+        self._context_sums[1] += len(choice)
+        greedy = torch.full_like(batch.tokens, -1)
+        greedy[:, 1:][asked] = choice
+        return greedy
+
+    def _compare(self, batch: Batch, masked: Tensor, hidden: Tensor, greedy: Tensor) -> Tensor:
+        """(4,): −ln p summed over masked positions, and their number; agreements with greedy (B, S), and how many were
+        compared."""
+        mask_token = self.objective.options.mask_token_id
+        nll, choice = _score(self.objective.head, hidden[masked], batch.tokens[masked], mask_token)
+        wanted = greedy[masked]
+        counts = (masked.sum(), (choice == wanted).sum(), (wanted >= 0).sum())
+        return torch.stack([nll.double().sum(), *(count.double() for count in counts)])
+
+
+class AutoregressiveValidation:
+    """Validation of an autoregressive model in training.
+
+    nll, nll_by_source: −ln p in nats a token, over what its objective scores of the held-out documents.
+    bits_per_byte, bits_per_byte_by_source: the same a byte of text (UTF-8, of the scored tokens, special ones left
+        out), with a tokenizer.
+    sample: one greedy continuation.
+
+    Args:
+        model: with the tower that the objective trains as its context tower.
+        held_out: for each source, this process's batches, equally many on each, in blocks of block_size.
+        prompts: 0: no sample, and parameters are never whole on one process.
+    """
+
+    def __init__(
+        self,
+        model: TwoTowerForCausalLM,
+        objective: AutoregressiveObjective,
+        held_out: Mapping[str, Iterable[Batch]],
+        world: World,
+        *,
+        block_size: int,
+        eos_token_id: int | Sequence[int] | None,
+        prompts: int = 1,
+        max_new_tokens: int = 64,
+    ) -> None:
+        self.model, self.objective, self.world = model, objective, world
+        self.held_out = {name: list(batches) for name, batches in held_out.items()}
+        self.block_size = block_size
+        self.params = GenerationParams.of(mode="ar", max_new_tokens=max_new_tokens, eos_token_id=eos_token_id, seed=0)
+        self.prompts = _prompts(model, list(self.held_out.values()), min(prompts, 1), self.params, world)
+        self.tokens = {name: world.total(sum(map(objective.targets, part))) for name, part in self.held_out.items()}
+        for name, tokens in self.tokens.items():
+            if not tokens:
+                raise ArgumentError(f"{name}: no held-out token to predict; give longer documents")
+        self.bytes: dict[str, float] = {}
+        if model.tokenizer is not None:
+            self.bytes = {name: world.total(self._bytes(part)) for name, part in self.held_out.items()}
+
+    @torch.no_grad()
+    def __call__(self, step: int) -> dict[str, Any]:
+        """Everything above, for a log record."""
+        nats = {}
+        try:
+            for name, batches in self.held_out.items():
+                parts = [self.objective(b.to(self.world.device), None, self.block_size) for b in batches]
+                nats[name] = self.world.total(sum(float(part) for part in parts))
+        finally:
+            for module in sharded(self.objective):
+                module.reshard()
+        record: dict[str, Any] = {
+            "nll": sum(nats.values()) / sum(self.tokens.values()),
+            "nll_by_source": {name: nats[name] / self.tokens[name] for name in nats},
+        }
+        if all(self.bytes.get(name) for name in nats):
+            bits = {name: value / math.log(2) for name, value in nats.items()}
+            record["bits_per_byte"] = sum(bits.values()) / sum(self.bytes.values())
+            record["bits_per_byte_by_source"] = {name: bits[name] / self.bytes[name] for name in bits}
+        if self.prompts:
+            with whole(self.objective.modules()):
+                record |= write(self.model, self.prompts, self.params, self.world)
+        return record
+
+    def _bytes(self, batches: Sequence[Batch]) -> int:
+        total = 0
+        for batch in batches:
+            scored = F.pad(next_tokens(batch, self.objective.prompt_loss), (1, 0))
+            for row, columns in documents(batch):
+                tokens = batch.tokens[row][columns & scored[row]].tolist()
+                total += len(self.model.tokenizer.decode(tokens, skip_special_tokens=True).encode())
+        return total
+
+
+def _prompts(
+    model: TwoTowerForCausalLM, sources: Sequence[Sequence[Batch]], count: int, params: GenerationParams, world: World
+) -> list[list[int]]:
+    """From the first process's documents, on every process."""
+    room = model.config.backbone.max_position_embeddings - params.max_new_tokens
+    if count and room < 1:
+        raise ArgumentError(
+            f"max_new_tokens {params.max_new_tokens} leaves no room for a prompt in the context window of "
+            f"{room + params.max_new_tokens}; lower it"
+        )
+    prompts: list[list[int]] = world.broadcast(cut_prompts(sources, count, room))
+    if prompts:
+        params.check_against(model.config, list(map(len, prompts)))
+    return prompts
+
+
+def _uniform(batch: Batch, seed: int) -> Tensor:
+    """(B, S) in [0, 1), a row's by its number: a column masked at one level is masked at all higher ones."""
+    generators = [torch.Generator().manual_seed((seed << 40) + index) for index in batch.index.tolist()]
+    return torch.stack([torch.rand(batch.tokens.shape[1], generator=generator) for generator in generators])
+
+
+def _at_level(level: float, batch: Batch, uniform: Tensor, block_size: int) -> Corruption:
+    t = torch.full((len(batch), batch.tokens.shape[1] // block_size), level)
+    return Corruption(t, batch.denoised & (uniform < level))
+
+
+def _score(head: nn.Module, hidden: Tensor, tokens: Tensor, barred: int | None = None) -> tuple[Tensor, Tensor]:
+    """hidden (N, H), tokens (N,) → −ln p (N,) in nats, and the likeliest token (N,) other than `barred`."""
+    at_once = max(LOGITS_AT_ONCE // int(head.weight.shape[0]), 1)  # type: ignore[index]
+    parts = []
+    for part, true in zip(hidden.split(at_once), tokens.split(at_once), strict=True):
+        logits = widened(head(part))
+        nll = F.cross_entropy(logits, true, reduction="none")
+        if barred is not None:
+            logits[:, barred] = -torch.inf
+        parts.append((nll, logits.argmax(-1)))
+    nll, choice = (torch.cat(column) for column in zip(*parts, strict=True))
+    return nll, choice
