@@ -451,7 +451,7 @@ def test_without_the_package(triton_on: pytest.MonkeyPatch) -> None:
 
 
 def test_gradients_go_through_the_twin(triton_on: pytest.MonkeyPatch) -> None:
-    triton_on.setattr(registry.verification, "disagreement", lambda *_: None)
+    triton_on.setattr(registry.self_check, "disagreement", lambda *_: None)
     with torch.enable_grad():
         assert registry.select("mamba_block", DEVICE, torch.float32).name == "torch"
     assert registry.select("mamba_block", DEVICE, torch.float32).name == "triton"
@@ -467,7 +467,7 @@ def test_a_model_through_the_kernels(
     for setting in ("0", "1"):
         triton_on.setenv("TWOTOWER_TRITON", setting)
         _forget()
-        triton_on.setattr(registry.verification, "disagreement", lambda *_: None)
+        triton_on.setattr(registry.self_check, "disagreement", lambda *_: None)
         model = random_model("M*", seed=5, mamba_num_heads=2, n_groups=1).to(DEVICE)
         assert registry.select("fold", DEVICE, torch.float32).name == {"0": "torch", "1": "triton"}[setting]
         state = model.new_state(3, 40)

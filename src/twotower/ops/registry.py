@@ -61,7 +61,7 @@ def _triton(module: str, name: str, why: str) -> Backend:
     """A function of a module that may be imported only where Triton is there."""
 
     def call(*args: Any) -> Any:
-        return getattr(importlib.import_module(f"twotower.ops.registry.{module}"), name)(*args)
+        return getattr(importlib.import_module(f"twotower.ops.triton.{module}"), name)(*args)
 
     return Backend("triton", call, why, triton_refusal, compiled=True)
 
