@@ -10,7 +10,7 @@ import torch
 from conftest import EVERY_KIND, build_random_model
 from torch import Tensor, nn
 
-from twotower import LLM, GenerationParams, Request, bundled_model, model_loading
+from twotower import LLM, GenerationParams, Request, bundled_model, model_loading, options
 from twotower.model.layer_io import Visibility
 from twotower.ops import self_check_cases
 from twotower.ops.cpu import kernels, library, packed_weights
@@ -175,9 +175,8 @@ def test_loading_packs_where_there_is_room(monkeypatch: pytest.MonkeyPatch) -> N
         return all(packed_weights.of(weight) is not None for weight in packing.matrices(model))
 
     assert packed()
-    monkeypatch.setenv("TWOTOWER_PACK", "0")
-    assert not packed()
-    monkeypatch.delenv("TWOTOWER_PACK")
+    with options.override(pack=False):
+        assert not packed()
     monkeypatch.setattr(packing, "available_memory", lambda: 1 << 20)
     assert not packed()
     monkeypatch.setattr(packing, "available_memory", lambda: None)
