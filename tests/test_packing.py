@@ -171,7 +171,7 @@ def test_what_cannot_be_packed_is_left() -> None:
 
 def test_loading_packs_where_there_is_room(monkeypatch: pytest.MonkeyPatch) -> None:
     def packed() -> bool:
-        model = model_loading.load(bundled_model())
+        model = model_loading.load_model(bundled_model())
         return all(packed_weights.of(weight) is not None for weight in packing.matrices(model))
 
     assert packed()
@@ -185,7 +185,7 @@ def test_loading_packs_where_there_is_room(monkeypatch: pytest.MonkeyPatch) -> N
 
 def test_verified_is_ar_when_packed() -> None:
     """As without copies: a checked block and single steps give the same bits."""
-    model = model_loading.load(bundled_model())
+    model = model_loading.load_model(bundled_model())
     prompts = [model.tokenizer(text)["input_ids"] for text in ("User: I need a taxi.", "12+30=", "User: Hi")]
     texts: list[Any] = []
     for mode in ("ar", "verified"):
