@@ -6,6 +6,7 @@ import ast
 import dataclasses
 import os
 import re
+import shutil
 import subprocess
 import sys
 import threading
@@ -206,6 +207,16 @@ def test_the_compiler_and_the_cache_follow_an_override(tmp_path: Path) -> None:
         assert library.library() == "broken could not compile them: error: no"
         assert (tmp_path / "cache" / "twotower").is_dir()
     assert library.library() != "broken could not compile them: error: no"
+
+
+@pytest.mark.skipif(shutil.which("c++") is None, reason="needs a C++ compiler")
+def test_a_user_without_a_home_folder_gets_a_reason(monkeypatch: pytest.MonkeyPatch) -> None:
+    def refuse() -> Path:
+        raise RuntimeError("Could not determine home directory.")
+
+    monkeypatch.setattr(Path, "home", refuse)
+    with options.override(cxx=shutil.which("c++"), cache_home=None):
+        assert library.library() == "Could not determine home directory. Set XDG_CACHE_HOME."
 
 
 def test_triton_follows_an_override() -> None:

@@ -255,6 +255,9 @@ def current() -> Options:
 def override(**changes: Any) -> Iterator[Options]:
     """Options with some fields changed, in all threads of the process, until the `with` block ends.
 
+    Begin and end a block while no other thread computes: a pass must not mix kernels of two sets of options. Processes
+    that are started within the block read the environment.
+
     Raises:
         ArgumentError: no such option, or a value that is not allowed.
     """
