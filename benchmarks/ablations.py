@@ -22,9 +22,9 @@ from typing import Any
 
 import click
 
-from twotower.allocator import keep_large_blocks
+from twotower.process import configure_process
 
-keep_large_blocks()
+configure_process()
 
 import torch  # noqa: E402
 from torch import Tensor, nn  # noqa: E402
@@ -383,8 +383,7 @@ def main(
     threads: int | None,
 ) -> None:  # fmt: skip
     """Runs what is not done yet, then prints the table."""
-    if threads:
-        torch.set_num_threads(threads)
+    configure_process(threads)
     out.mkdir(parents=True, exist_ok=True)
     world = fsdp.start(device)
     material = prepare(data, out, backbone_steps, world)

@@ -21,9 +21,9 @@ from typing import Any
 
 import click
 
-from twotower.allocator import keep_large_blocks
+from twotower.process import configure_process
 
-keep_large_blocks()
+configure_process()
 
 import floor  # noqa: E402
 import torch  # noqa: E402
@@ -169,8 +169,7 @@ def main(
     threads: int | None, output: Path | None, quick: bool, as_json: bool,
 ) -> None:  # fmt: skip
     """Measures one model."""
-    if threads:
-        torch.set_num_threads(threads)
+    configure_process(threads)
     torch.manual_seed(0)
     if quick:
         lengths, repeats = (1024, 8192, 32768), 3
@@ -179,7 +178,7 @@ def main(
     where, what = torch.device(device), getattr(torch, dtype)
     shape = None if quick and config is None else config or MIDSIZE
     if path is not None:
-        model = model_loading.load(path, dtype=dtype, context_device=device, threads=threads)
+        model = model_loading.load_model(path, dtype=dtype, context_device=device)
     else:
         model = random_model(config_of(shape), what, where)
     found = measure(model, floor.measure(where, what, quick=quick), lengths=lengths, repeats=repeats)

@@ -21,9 +21,9 @@ from typing import Any, NamedTuple
 
 import click
 
-from twotower.allocator import keep_large_blocks
+from twotower.process import configure_process
 
-keep_large_blocks()
+configure_process()
 
 import torch  # noqa: E402
 from models import MIDSIZE, config_of  # noqa: E402
@@ -258,8 +258,7 @@ def described(rates: Rates) -> str:
 @click.option("--json", "as_json", is_flag=True, help="No table.")
 def main(config: Path, device: str, dtype: str, context: int, threads: int | None, quick: bool, as_json: bool) -> None:
     """Measures the machine."""
-    if threads:
-        torch.set_num_threads(threads)
+    configure_process(threads)
     torch.manual_seed(0)
     where, what = torch.device(device), getattr(torch, dtype)
     rates = measure(where, what, quick=quick)

@@ -28,9 +28,9 @@ from typing import Any
 
 import click
 
-from twotower.allocator import keep_large_blocks
+from twotower.process import configure_process
 
-keep_large_blocks()
+configure_process()
 
 import context as lengths_of  # noqa: E402
 import floor  # noqa: E402
@@ -150,7 +150,7 @@ def equality(setting: Setting, out: dict[str, Any]) -> None:
 
     on_cpu = written(cpu, mode="ar")
     for dtype in ("float32", "bfloat16"):
-        model = model_loading.load(bundled_model(), dtype=dtype, context_device=str(setting.device))
+        model = model_loading.load_model(bundled_model(), dtype=dtype, context_device=str(setting.device))
         ar = written(model, mode="ar")
         for steps in (1,) if setting.tiny else (1, 2):
             verified = written(model, mode="verified", draft_steps=steps)
@@ -292,7 +292,7 @@ def full_memory(setting: Setting, out: dict[str, Any]) -> None:
 def engine(setting: Setting, out: dict[str, Any]) -> None:
     """`throughput.py`: the bundled model, 1 … 64 requests at once."""
     setting.release()
-    model = model_loading.load(bundled_model(), context_device=str(setting.device))
+    model = model_loading.load_model(bundled_model(), context_device=str(setting.device))
     if setting.tiny:
         few: dict[str, Any] = {"at_once": (1, 2), "modes": ("ar",), "texts": 2}
         out |= throughput.measure(model, rounds=1, tokens=12, context=24, **few)
@@ -337,7 +337,7 @@ def two_devices(setting: Setting, out: dict[str, Any]) -> None:
     out["full shape"] = ways.apart(model, other, prompts=prompts, **{"at_once": (1, 2, 8, 32), "kinds": kinds} | few)
     del model
     setting.release()
-    model = model_loading.load(bundled_model(), context_device=str(setting.device))
+    model = model_loading.load_model(bundled_model(), context_device=str(setting.device))
     prompts = few_shot_prompts(model, 2 if setting.tiny else 64, 48)
     kinds = ("verified", "diffusion")
     out["bundled model"] = ways.apart(model, other, prompts=prompts, **{"at_once": (1, 8, 64), "kinds": kinds} | few)

@@ -29,9 +29,9 @@ from typing import Any
 
 import click
 
-from twotower.allocator import keep_large_blocks
+from twotower.process import configure_process
 
-keep_large_blocks()
+configure_process()
 
 import torch  # noqa: E402
 from floor import DTYPES  # noqa: E402
@@ -86,10 +86,13 @@ def child(task: dict[str, Any]) -> dict[str, Any]:
     """Loads, writes one block (AR: as many tokens), and says what that took."""
     device = torch.device(task["device"])
     before, anonymous = resident("VmRSS"), resident("RssAnon")
-    names = ("towers", "dtype", "threads")
+    names = ("towers", "dtype")
+    configure_process(task["threads"])
     with watching_anonymous() as seen:
         started = time.perf_counter()
-        model = model_loading.load(task["path"], context_device=task["device"], **{name: task[name] for name in names})
+        model = model_loading.load_model(
+            task["path"], context_device=task["device"], **{name: task[name] for name in names}
+        )
         model.synchronize()
         loaded = time.perf_counter() - started
     after_load = resident()
@@ -269,8 +272,7 @@ def main(
     if task is not None:
         print(json.dumps(child(json.loads(task))))
         return
-    if threads:
-        torch.set_num_threads(threads)
+    configure_process(threads)
     if quick:
         lengths, prompt, rounds = (1024, 4096), 16, 2
     torch.manual_seed(0)
@@ -279,7 +281,7 @@ def main(
     shared: dict[str, Any] = {"device": device, "dtype": dtype, "threads": threads, "prompt": prompt, "rounds": rounds}
     shared["cases"] = ("diffusion",) if quick else tuple(CASES)
     if path is not None:
-        model = model_loading.load(path, dtype=dtype, context_device=device, threads=threads)
+        model = model_loading.load_model(path, dtype=dtype, context_device=device)
         found = measure_states(model, lengths)
         found["loads"] = loads(path, **shared)
     else:

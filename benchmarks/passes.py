@@ -28,9 +28,9 @@ from typing import Any
 
 import click
 
-from twotower.allocator import keep_large_blocks
+from twotower.process import configure_process
 
-keep_large_blocks()
+configure_process()
 
 import floor  # noqa: E402
 import torch  # noqa: E402
@@ -352,8 +352,7 @@ def main(
     context: int, repeats: int, tokens: int, rounds: int, threads: int | None, quick: bool, as_json: bool,
 ) -> None:  # fmt: skip
     """Measures one model, dtype by dtype."""
-    if threads:
-        torch.set_num_threads(threads)
+    configure_process(threads)
     where = torch.device(device)
     if not dtypes:
         dtypes = floor.DTYPES if multiplies_bf16_fast(where) and not quick else floor.DTYPES[:1]
@@ -365,9 +364,7 @@ def main(
         torch.manual_seed(0)
         started = time.perf_counter()
         if path is not None:
-            model = model_loading.load(
-                path, dtype=dtype, quantization=quantization, context_device=device, threads=threads
-            )
+            model = model_loading.load_model(path, dtype=dtype, quantization=quantization, context_device=device)
         else:
             model = random_model(config_of(shape), getattr(torch, dtype), where)
             if quantization == "int8":

@@ -26,9 +26,9 @@ from typing import Any
 
 import click
 
-from twotower.allocator import keep_large_blocks
+from twotower.process import configure_process
 
-keep_large_blocks()
+configure_process()
 
 import torch  # noqa: E402
 from models import BLOCK  # noqa: E402
@@ -320,7 +320,8 @@ def main(
     if quick:
         at_once, texts, context, tokens, rounds = (1, 3), 3, 24, 36, 1
     source = model_loading.source_of(None if path is None else str(path))
-    model = model_loading.load(source, dtype=dtype, context_device=device, threads=threads)
+    configure_process(threads)
+    model = model_loading.load_model(source, dtype=dtype, context_device=device)
     found = measure(
         model, at_once=at_once, modes=chosen, texts=texts, context=context, tokens=tokens, rounds=rounds,
         progress=lambda text: print(text, file=sys.stderr),

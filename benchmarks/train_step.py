@@ -19,9 +19,9 @@ from typing import Any
 
 import click
 
-from twotower.allocator import keep_large_blocks
+from twotower.process import configure_process
 
-keep_large_blocks()
+configure_process()
 
 import torch  # noqa: E402
 from rich.console import Console  # noqa: E402
@@ -166,8 +166,7 @@ def main(
     device: str | None, dtype: str, repeats: int, rows: int, row_length: int, threads: int | None, as_json: bool
 ) -> None:
     """Measures both shapes."""
-    if threads:
-        torch.set_num_threads(threads)
+    configure_process(threads)
     world = fsdp.start(device)
     compute = compute_dtype(dtype, world.device)
     results = [measure(name, shape, world, compute, repeats, rows, row_length) for name, shape in shapes().items()]

@@ -18,11 +18,10 @@ from pathlib import Path
 
 import click
 
-from twotower.allocator import keep_large_blocks
+from twotower.process import configure_process
 
-keep_large_blocks()
+configure_process()
 
-import torch  # noqa: E402
 from rich.console import Console  # noqa: E402
 from rich.table import Table  # noqa: E402
 
@@ -65,7 +64,7 @@ def written(
 @click.option("--json", "as_json", is_flag=True, help="No table.")
 def main(path: Path | None, texts: int, tokens: int, rounds: int, threads: int, dtype: str, as_json: bool) -> None:
     """Measures it."""
-    torch.set_num_threads(threads)
+    configure_process(threads)
     model = TwoTowerForCausalLM.from_pretrained(path or bundled_model(), dtype=dtype)
     table = Table("text", "verified ÷ AR, seconds", "lowest … highest", "drafts", "kept a draft", "texts that differ")
     found = []

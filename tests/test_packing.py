@@ -10,7 +10,7 @@ import torch
 from conftest import EVERY_KIND, build_random_model
 from torch import Tensor, nn
 
-from twotower import LLM, GenerationParams, Request, bundled_model, model_loading
+from twotower import LLM, GenerationParams, Request, bundled_model, model_loading, options
 from twotower.model.layer_io import Visibility
 from twotower.ops import self_check_cases
 from twotower.ops.cpu import kernels, library, packed_weights
@@ -171,13 +171,12 @@ def test_what_cannot_be_packed_is_left() -> None:
 
 def test_loading_packs_where_there_is_room(monkeypatch: pytest.MonkeyPatch) -> None:
     def packed() -> bool:
-        model = model_loading.load(bundled_model())
+        model = model_loading.load_model(bundled_model())
         return all(packed_weights.of(weight) is not None for weight in packing.matrices(model))
 
     assert packed()
-    monkeypatch.setenv("TWOTOWER_PACK", "0")
-    assert not packed()
-    monkeypatch.delenv("TWOTOWER_PACK")
+    with options.override(pack=False):
+        assert not packed()
     monkeypatch.setattr(packing, "available_memory", lambda: 1 << 20)
     assert not packed()
     monkeypatch.setattr(packing, "available_memory", lambda: None)
@@ -186,7 +185,7 @@ def test_loading_packs_where_there_is_room(monkeypatch: pytest.MonkeyPatch) -> N
 
 def test_verified_is_ar_when_packed() -> None:
     """As without copies: a checked block and single steps give the same bits."""
-    model = model_loading.load(bundled_model())
+    model = model_loading.load_model(bundled_model())
     prompts = [model.tokenizer(text)["input_ids"] for text in ("User: I need a taxi.", "12+30=", "User: Hi")]
     texts: list[Any] = []
     for mode in ("ar", "verified"):

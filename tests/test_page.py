@@ -426,7 +426,9 @@ def test_the_page_fetches_nothing_from_elsewhere() -> None:
 
 def test_the_recording_is_what_the_model_does() -> None:
     kept = json.loads((page.FOLDER / "how.json").read_text("utf-8"))
-    made = page_trace.record(model_loading.load(model_loading.source_of(None), dtype="float32"), page_trace.PROMPT)
+    made = page_trace.record(
+        model_loading.load_model(model_loading.source_of(None), dtype="float32"), page_trace.PROMPT
+    )
     assert _without_numbers(made) == _without_numbers(kept)
     assert _numbers(made) == pytest.approx(_numbers(kept), rel=0.02, abs=0.01)
 

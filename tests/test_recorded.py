@@ -19,7 +19,7 @@ from test_native import only_torch
 from torch import Tensor
 from torch.fx.experimental.proxy_tensor import make_fx
 
-from twotower import LLM, TwoTowerForCausalLM
+from twotower import LLM, TwoTowerForCausalLM, options
 from twotower.model.tower import Tower
 from twotower.ops import registry
 from twotower.ops.self_check import _tensors
@@ -171,8 +171,8 @@ def test_gradients_and_many_tokens_are_left_to_the_layers(model: TwoTowerForCaus
     assert not made
 
 
-def test_on_a_processor_nothing_is_recorded(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_on_a_processor_nothing_is_recorded() -> None:
     assert cuda_graph.refusal(torch.device("cpu")) == "needs CUDA"
     assert cuda_graph.refusal(torch.device("cuda")) is None
-    monkeypatch.setenv("TWOTOWER_GRAPHS", "0")
-    assert cuda_graph.refusal(torch.device("cuda")) == "is turned off by TWOTOWER_GRAPHS=0"
+    with options.override(graphs=False):
+        assert cuda_graph.refusal(torch.device("cuda")) == "is turned off by TWOTOWER_GRAPHS=0"

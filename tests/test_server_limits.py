@@ -19,8 +19,9 @@ import httpx
 import pytest
 from serving import PATIENCE, Served, events_of, logged, serving, texts_of, until, written
 
+from twotower import options
 from twotower.errors import ArgumentError
-from twotower.server.settings import KEYS_VARIABLE, Limits, read_keys
+from twotower.server.settings import Limits, read_keys
 
 PATH = "/v1/completions"
 LONG = {"prompt": "the quick", "mode": "ar", "max_tokens": 200, "seed": 1}
@@ -218,13 +219,13 @@ def test_a_key_has_a_bound_of_its_own(keyed: Served, pool: ThreadPoolExecutor) -
     assert not keyed.service._open
 
 
-def test_keys_are_read_from_a_file_and_the_environment(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_keys_are_read_from_a_file_and_the_environment(tmp_path: Path) -> None:
     file = tmp_path / "keys"
     file.write_text("# whose\n\n  one \ntwo\none\n", encoding="utf-8")
-    monkeypatch.setenv(KEYS_VARIABLE, " three, one,, ")
-    assert set(read_keys(file)) == {"one", "two", "three"}
-    assert read_keys(None) == ("three", "one")
-    monkeypatch.delenv(KEYS_VARIABLE)
+    given = options.from_environment({"TWOTOWER_API_KEYS": " three, one,, "})
+    with options.override(api_keys=given.api_keys):
+        assert set(read_keys(file)) == {"one", "two", "three"}
+        assert read_keys(None) == ("three", "one")
     assert read_keys(None) == ()
     file.write_text("# nothing\n", encoding="utf-8")
     with pytest.raises(ArgumentError, match="holds no key"):
@@ -618,8 +619,8 @@ def test_open_doors_are_warned_of(
 ) -> None:
     ran: list[Any] = []
     monkeypatch.setattr("twotower.server.run.serve", lambda service, *_: (ran.append(service), service.close()))
-    monkeypatch.setenv(KEYS_VARIABLE, keys)
-    result = cli("serve", "--port", "0", "--host", host, "--rows", "1", "--length", "64")
+    with options.override(api_keys=(keys,) if keys else ()):
+        result = cli("serve", "--port", "0", "--host", host, "--rows", "1", "--length", "64")
     assert result.code == 0, result.err
     assert ("Warning" in result.err) == warns
     assert ran[0].settings.keys == ((keys,) if keys else ())

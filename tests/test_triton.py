@@ -18,7 +18,7 @@ import torch
 import triton_mode
 from torch import Tensor
 
-from twotower import TwoTowerForCausalLM
+from twotower import TwoTowerForCausalLM, options
 from twotower.ops import registry
 from twotower.ops.reference import argmax, mamba_block
 from twotower.ops.reference.mamba_block import MambaTrace, MambaWeights
@@ -327,9 +327,9 @@ def triton_on(monkeypatch: pytest.MonkeyPatch) -> Iterator[pytest.MonkeyPatch]:
     """Triton or torch, and nothing decided yet; afterwards nothing is left of what was decided."""
     for op, backends in registry.CATALOGUE.items():
         monkeypatch.setitem(registry.CATALOGUE, op, tuple(b for b in backends if b.name != "native"))
-    monkeypatch.setenv("TWOTOWER_TRITON", "1")
     _forget()
-    yield monkeypatch
+    with options.override(triton=True):
+        yield monkeypatch
     monkeypatch.undo()
     _forget()
 
@@ -390,12 +390,10 @@ def test_a_broken_kernel_is_refused_loudly(
     random_model: Callable[..., TwoTowerForCausalLM],
 ) -> None:
     """Its twin is taken; a model computes what it did, and `report` says why."""
-    triton_on.setenv("TWOTOWER_TRITON", "0")
     model = random_model("M*", seed=3).to(DEVICE)
     tokens = torch.arange(12, device=DEVICE).view(2, 6)
-    expected = model.extend(tokens, model.new_state(2, 8))
-    triton_on.setenv("TWOTOWER_TRITON", "1")
-    _forget()
+    with options.override(triton=False):
+        expected = model.extend(tokens, model.new_state(2, 8))
     for op in set(OPS) - {"mamba_block"}:
         triton_on.setitem(registry.CATALOGUE, op, registry.CATALOGUE[op][-1:])
     right, twin = registry.CATALOGUE["mamba_block"]
@@ -425,20 +423,19 @@ def test_a_wrong_token_is_found() -> None:
 
 
 @pytest.mark.parametrize(
-    ("device", "dtype", "setting", "interpret", "why"),
+    ("device", "dtype", "triton", "interpret", "why"),
     [
-        (DEVICE, torch.float32, "0", "1", "turned off by TWOTOWER_TRITON=0"),
-        (DEVICE, torch.float64, "1", "1", "takes fp32 and bf16 only"),
-        (torch.device("cpu"), torch.float32, "1", "0", "needs CUDA"),
-        (torch.device("meta"), torch.float32, "1", "1", "needs CUDA"),
+        (DEVICE, torch.float32, False, True, "turned off by TWOTOWER_TRITON=0"),
+        (DEVICE, torch.float64, True, True, "takes fp32 and bf16 only"),
+        (torch.device("cpu"), torch.float32, True, False, "needs CUDA"),
+        (torch.device("meta"), torch.float32, True, True, "needs CUDA"),
     ],
 )
 def test_refusals(
-    device: torch.device, dtype: torch.dtype, setting: str, interpret: str, why: str, triton_on: pytest.MonkeyPatch
+    device: torch.device, dtype: torch.dtype, triton: bool, interpret: bool, why: str, triton_on: pytest.MonkeyPatch
 ) -> None:
-    triton_on.setenv("TWOTOWER_TRITON", setting)
-    triton_on.setenv("TRITON_INTERPRET", interpret)
-    found = {op: (backend, said) for op, backend, said in registry.report(device, dtype)}
+    with options.override(triton=triton, triton_interpret=interpret):
+        found = {op: (backend, said) for op, backend, said in registry.report(device, dtype)}
     for op in OPS:
         assert found[op][0] != "triton"
         assert why in found[op][1]
@@ -463,13 +460,10 @@ def test_a_model_through_the_kernels(
     length: int, triton_on: pytest.MonkeyPatch, random_model: Callable[..., TwoTowerForCausalLM]
 ) -> None:
     """Some rows, a denoised block, a block read, rolled back, a token read: both towers' logits, and the state."""
-    outs = []
-    for setting in ("0", "1"):
-        triton_on.setenv("TWOTOWER_TRITON", setting)
-        _forget()
-        triton_on.setattr(registry.self_check, "disagreement", lambda *_: None)
+    triton_on.setattr(registry.self_check, "disagreement", lambda *_: None)
+
+    def outputs() -> list[Tensor]:
         model = random_model("M*", seed=5, mamba_num_heads=2, n_groups=1).to(DEVICE)
-        assert registry.select("fold", DEVICE, torch.float32).name == {"0": "torch", "1": "triton"}[setting]
         state = model.new_state(3, 40)
         tokens = torch.arange(3 * 9, device=DEVICE).view(3, 9)
         rows = torch.tensor([2, 0], device=DEVICE)
@@ -480,6 +474,11 @@ def test_a_model_through_the_kernels(
         after = model.extend(tokens[:, :1], state)
         state.settle()
         pools = [t for pool in state.pools if hasattr(pool, "ssm_state") for t in (pool.conv_window, pool.ssm_state)]
-        outs.append([drafted, scored, after, *pools])
-    for found, expected in zip(outs[1], outs[0], strict=True):
+        return [drafted, scored, after, *pools]
+
+    with options.override(triton=False):
+        assert registry.select("fold", DEVICE, torch.float32).name == "torch"
+        reference = outputs()
+    assert registry.select("fold", DEVICE, torch.float32).name == "triton"
+    for found, expected in zip(outputs(), reference, strict=True):
         torch.testing.assert_close(found, expected, rtol=1e-4, atol=1e-4)

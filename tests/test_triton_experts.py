@@ -16,7 +16,7 @@ from torch import Tensor
 
 from twotower import TwoTowerForCausalLM
 from twotower.checkpoint.quantize import quantize_
-from twotower.ops import registry
+from twotower.ops import registry, self_check_cases
 from twotower.ops.reference import experts, int8
 from twotower.ops.self_check import disagreement
 from twotower.ops.self_check_cases import Draw
@@ -317,7 +317,7 @@ def test_experts_agree_on_what_they_are_checked_with(dtype: torch.dtype) -> None
     """test_triton has the other two checked; here a GPU may prefer torch's grouped product."""
     (backend,) = (b for b in registry.CATALOGUE["experts"] if b.name == "triton")
     twin = registry.CATALOGUE["experts"][-1].function
-    assert disagreement(backend.function, twin, registry.CASES["experts"](DEVICE, dtype)) is None
+    assert disagreement(backend.function, twin, self_check_cases.CASES["experts"](DEVICE, dtype)) is None
 
 
 @pytest.mark.parametrize("quantized", [False, True])

@@ -3,7 +3,8 @@
     from twotower import TwoTowerForCausalLM
     model = TwoTowerForCausalLM.from_pretrained("path/to/checkpoint")
 
-Importing the package is light: torch and transformers are loaded when a name below is first used.
+Importing the package is light: torch and transformers are loaded when a name below is first used. The import has one
+effect: transformers' Auto classes recognise two-tower checkpoints (`twotower.auto`).
 """
 
 from __future__ import annotations

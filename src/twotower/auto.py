@@ -1,69 +1,103 @@
-"""Makes transformers' Auto classes tell a two-tower checkpoint from a plain `nemotron_h` one.
+"""The one effect of importing twotower: transformers' Auto classes recognise two-tower checkpoints.
 
-Both have `model_type: nemotron_h`; only `architectures` differs. Without this AutoModel would build transformers'
-own class for ours and leave every weight random; plain checkpoints load as before.
+A two-tower checkpoint and a plain Nemotron-H one have the same `model_type`, `nemotron_h`; only `architectures`
+differs. Without this registration, `AutoModelForCausalLM.from_pretrained` builds transformers' own class for a
+two-tower checkpoint and leaves its weights random. Plain checkpoints load as before.
+
+The rule replaces `auto_factory._get_model_class`, which chooses the class. transformers' table of classes cannot hold
+the rule: the table is keyed by configuration class, and `trust_remote_code` brings in other classes of the same name.
 """
 
 from __future__ import annotations
 
-import importlib.abc
-import importlib.machinery
-import importlib.util
 import sys
-from collections.abc import Sequence
-from types import ModuleType
-from typing import Any
+import warnings
+from typing import TYPE_CHECKING, Any
 
-_REGISTRY = "transformers.models.auto.modeling_auto"
+if TYPE_CHECKING:
+    from collections.abc import Sequence
+    from importlib.machinery import ModuleSpec
+    from types import ModuleType
+
+_FACTORY = "transformers.models.auto.auto_factory"
+# Marks what a registration leaves behind. A string, because a reload of this module makes new classes and functions.
+_MARK = "_twotower_registration"
 
 
 def register() -> None:
-    """Teaches transformers' registry now if it is loaded, else when it is: importing twotower stays light."""
-    if _REGISTRY in sys.modules:
-        _extend_registry()
-    else:
-        sys.meta_path.insert(0, _AfterImport())
+    """Extends transformers now if it is imported, else as soon as it is. Further calls change nothing.
 
-
-def _extend_registry() -> None:
-    """Any configuration whose `architectures` names the two-tower model gets our class.
-
-    The rule stands where transformers picks a class, not in its table: the table knows configuration classes by
-    name, and `trust_remote_code` brings in others of the same name.
+    The import hook stays, so that a second import or a reload of transformers is extended too.
     """
-    from transformers.models.auto import auto_factory
+    if not any(hasattr(finder, _MARK) for finder in sys.meta_path):
+        sys.meta_path.insert(0, _FactoryHook())
+    if (factory := sys.modules.get(_FACTORY)) is not None:
+        _extend(factory)
 
-    pick = auto_factory._get_model_class
 
-    def pick_by_architecture(config: Any, mapping: Any) -> Any:
+def _extend(factory: Any) -> None:
+    """Every configuration whose `architectures` names the two-tower model gets the class of this package."""
+    choose = getattr(factory, "_get_model_class", None)
+    if choose is None:
+        warnings.warn(
+            "AutoModelForCausalLM does not recognise two-tower checkpoints with this version of transformers, and "
+            "would leave their weights random; use twotower.TwoTowerForCausalLM.from_pretrained",
+            RuntimeWarning,
+            stacklevel=2,
+        )
+        return
+    if hasattr(choose, _MARK):
+        return
+
+    def choose_by_architecture(config: Any, mapping: Any) -> Any:
         from twotower.config import ARCHITECTURE
 
         if ARCHITECTURE not in (getattr(config, "architectures", None) or ()):
-            return pick(config, mapping)
+            return choose(config, mapping)
         from twotower.modeling_twotower import TwoTowerForCausalLM
 
         return TwoTowerForCausalLM
 
-    auto_factory._get_model_class = pick_by_architecture
+    setattr(choose_by_architecture, _MARK, True)
+    factory._get_model_class = choose_by_architecture
 
 
-class _AfterImport(importlib.abc.MetaPathFinder):
-    """Runs `_extend_registry` right after transformers' registry module has been executed."""
+class _FactoryHook:
+    """Finds transformers' module as the other finders do, with a loader that extends the module."""
 
-    def find_spec(
-        self, name: str, path: Sequence[str] | None, target: ModuleType | None = None
-    ) -> importlib.machinery.ModuleSpec | None:
-        if name != _REGISTRY:
+    def __init__(self) -> None:
+        setattr(self, _MARK, True)
+
+    def find_spec(self, name: str, path: Sequence[str] | None, target: ModuleType | None = None) -> ModuleSpec | None:
+        if name != _FACTORY:
             return None
-        sys.meta_path.remove(self)
-        spec = importlib.util.find_spec(name)
-        if spec is not None and spec.loader is not None:
-            loader: Any = spec.loader
-            execute = loader.exec_module
+        for finder in sys.meta_path:
+            find = None if hasattr(finder, _MARK) else getattr(finder, "find_spec", None)
+            spec: Any = None if find is None else find(name, path, target)
+            if spec is not None:
+                if hasattr(spec.loader, "exec_module"):
+                    spec.loader = _ExtendingLoader(spec.loader)
+                return spec
+        return None
 
-            def exec_module(module: ModuleType) -> None:
-                execute(module)
-                _extend_registry()
 
-            loader.exec_module = exec_module
-        return spec
+class _ExtendingLoader:
+    """The loader of another finder; the module that it has executed is extended."""
+
+    def __init__(self, loader: Any) -> None:
+        self.loader = loader
+
+    def __getattr__(self, name: str) -> Any:
+        """What `inspect` and others ask of a loader, such as `get_source`."""
+        if name == "loader":  # not set yet, in a copy
+            raise AttributeError(name)
+        return getattr(self.loader, name)
+
+    def create_module(self, spec: ModuleSpec) -> ModuleType | None:
+        module = self.loader.create_module(spec)
+        assert module is None or isinstance(module, ModuleType)
+        return module
+
+    def exec_module(self, module: ModuleType) -> None:
+        self.loader.exec_module(module)
+        _extend(module)

@@ -8,15 +8,13 @@ from __future__ import annotations
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from twotower import allocator
+from twotower import process
 from twotower.assets import bundled_model
 from twotower.errors import ArgumentError, CheckpointError
 
 if TYPE_CHECKING:
     from twotower.modeling_twotower import Towers, TwoTowerForCausalLM
 
-# Operations this small gain nothing from a second thread, and waiting for one on a busy machine is 3× slower.
-ONE_THREAD_BELOW = 50_000_000
 # A bf16 model this small is widened to fp32, which is exact, where the processor only emulates bf16: its passes over
 # blocks would cost so much more than AR's steps that denoising could not pay.
 WIDENED_BELOW = 500_000_000
@@ -43,7 +41,7 @@ def name_of(source: Path | str) -> str:
     return f"bundled/{Path(source).name}" if Path(source) == bundled_model() else str(source)
 
 
-def load(
+def load_model(
     source: Path | str,
     *,
     towers: Towers = "both",
@@ -51,12 +49,11 @@ def load(
     quantization: str = "none",
     context_device: str | None = None,
     denoiser_device: str | None = None,
-    threads: int | None = None,
 ) -> TwoTowerForCausalLM:
     """The model, ready to compute. Without devices named: the first CUDA device, else the CPU.
 
     dtype "auto": as stored, but a small bf16 model in fp32 where a device has no arithmetic for bf16. On a processor
-    weights are packed where there is memory to spare (`TWOTOWER_PACK=0`: never). quantization "int8": the large
+    weights are packed where there is memory to spare and the option `pack` allows it. quantization "int8": the large
     matrices in int8, the rest in dtype.
 
     Raises:
@@ -69,9 +66,6 @@ def load(
     from twotower.ops.precision import multiplies_bf16_fast
     from twotower.runners import packed_weights
 
-    allocator.keep_large_blocks()
-    if threads is not None:
-        torch.set_num_threads(threads)
     context = context_device or ("cuda:0" if torch.cuda.is_available() else "cpu")
     devices = {"context device": context, "denoiser device": denoiser_device or context}
     for role, device in devices.items():
@@ -89,8 +83,7 @@ def load(
     if dtype == "auto" and model.dtype == torch.bfloat16 and emulated and size < WIDENED_BELOW:
         model.float()
         model.config.dtype = model.dtype
-    if threads is None and size < ONE_THREAD_BELOW:
-        torch.set_num_threads(1)
+    process.fit_threads_to_model(size)
     if packed_weights.refusal(model) is None:
         model.pack()
     return model

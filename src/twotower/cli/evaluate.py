@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Any
 import click
 from click.core import ParameterSource
 
-from twotower import model_loading
+from twotower import model_loading, options
 from twotower.cli import model_options as models
 from twotower.cli import tasks as published
 from twotower.cli.terminal import console_on, passing_line
@@ -35,9 +35,9 @@ ROWS = {"suite": 64, "tasks": 16}  # of a batch; few-shot prompts are long
 @click.option("-t", "--task", "tasks", multiple=True, metavar="NAME", help="A task of the published table, or all.")
 @click.option(
     "--data",
-    envvar="TWOTOWER_DATA",
+    default=lambda: options.current().data_dir,
     type=click.Path(path_type=Path),
-    help="Folder with the tasks' files.  [default: the hub]",
+    help="Folder with the tasks' files.  [default: TWOTOWER_DATA, else the hub]",
 )
 @click.option("--limit", type=click.IntRange(1), help="Items of a task, and of each language or subject of it.")
 @click.option("--run-code", is_flag=True, help="Let tasks run, sandboxed, programs that the model writes.")

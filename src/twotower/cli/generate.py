@@ -17,6 +17,7 @@ from twotower.cli import model_options as models
 from twotower.cli import prompt as prompts
 from twotower.decoding.modes import ASKABLE, BLOCK_MODES, MEANT_FOR
 from twotower.errors import ArgumentError
+from twotower.process import configure_process
 
 if TYPE_CHECKING:
     from twotower.cli.watch import Watcher
@@ -213,14 +214,14 @@ def run(request: Request) -> None:
         from twotower.engine.generation import GenerationParams
 
         GenerationParams.of(**request.parameters())  # a bad argument is told before any weights are read
-        model = model_loading.load(
+        configure_process(request.threads)
+        model = model_loading.load_model(
             source,
             towers="context" if request.mode == "ar" else "both",
             dtype=request.dtype,
             quantization=request.quantization,
             context_device=request.context_device,
             denoiser_device=request.denoiser_device,
-            threads=request.threads,
         )
     model_loading.need_tokenizer(model, source, "it can neither read nor write text; put one there")
     parameters = request.parameters() | {

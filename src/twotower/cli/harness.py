@@ -7,6 +7,7 @@ import sys
 import click
 
 from twotower.cli.tasks import need_lm_eval
+from twotower.process import configure_process
 
 
 @click.command("lm-eval", context_settings={"ignore_unknown_options": True, "help_option_names": []})
@@ -24,6 +25,7 @@ def lm_eval(arguments: tuple[str, ...]) -> None:
     need_lm_eval()
     from lm_eval.__main__ import cli_evaluate
 
+    configure_process()
     before = sys.argv
     sys.argv = ["twotower lm-eval", *arguments]
     try:

@@ -12,6 +12,7 @@ import click
 from twotower import model_loading
 from twotower.cli.terminal import passing_line
 from twotower.decoding.modes import SETTINGS
+from twotower.process import configure_process
 
 if TYPE_CHECKING:
     from twotower.modeling_twotower import TwoTowerForCausalLM
@@ -50,15 +51,16 @@ def opened(
     quantization: str = "none",
     threads: int | None = None,
 ) -> tuple[TwoTowerForCausalLM, Path | str]:
-    """The model that `--model` means, ready to read and write text, and where it is from. consequence: of its having no
-    tokenizer.
+    """Configures the process → the model that `--model` means, ready to read and write text, and where it is from.
+    consequence: of its having no tokenizer.
 
     Raises:
         TwoTowerError: no such model, one that does not fit its config, or one without a tokenizer.
     """
     source = model_loading.source_of(model)
     with note(f"loading {model_loading.name_of(source)} …"):
-        loaded = model_loading.load(source, dtype=dtype, quantization=quantization, threads=threads)
+        configure_process(threads)
+        loaded = model_loading.load_model(source, dtype=dtype, quantization=quantization)
     model_loading.need_tokenizer(loaded, source, consequence)
     return loaded, source
 

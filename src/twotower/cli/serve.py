@@ -12,6 +12,7 @@ import click
 from twotower import model_loading
 from twotower.cli import model_options as models
 from twotower.errors import ArgumentError
+from twotower.process import configure_process
 
 
 @click.command()
@@ -107,9 +108,10 @@ def serve(
     _check_free(host, port)
     source = model_loading.source_of(model)
     with models.note(f"loading {model_loading.name_of(source)} …"):
-        loaded = model_loading.load(
+        configure_process(threads)
+        loaded = model_loading.load_model(
             source, dtype=dtype, quantization=quantization, context_device=context_device,
-            denoiser_device=denoiser_device, threads=threads,
+            denoiser_device=denoiser_device,
         )  # fmt: skip
     model_loading.need_tokenizer(loaded, source, "it can neither read nor write text; put one there")
     window = loaded.config.backbone.max_position_embeddings

@@ -10,8 +10,9 @@ from typing import TYPE_CHECKING, Any
 
 import click
 
-from twotower import allocator, model_loading
+from twotower import model_loading
 from twotower.errors import ArgumentError
+from twotower.process import configure_process
 
 if TYPE_CHECKING:
     from twotower.training.fsdp import World
@@ -83,13 +84,15 @@ def common(command: Callable[..., Any]) -> Callable[..., Any]:
               help="Documents begin at multiples of so many columns.")  # fmt: skip
 @click.option("--prompt-loss/--no-prompt-loss", default=True, help="Whether prompts are learned too.")
 @common
-def pretrain(output: Path | None, device: str | None, steps: int, align: int, **options: Any) -> None:
+def pretrain(
+    output: Path | None, device: str | None, threads: int | None, steps: int, align: int, **options: Any
+) -> None:
     """Train a small autoregressive backbone from scratch.
 
     RUN/model is a Nemotron-H checkpoint; `twotower init --from RUN/model` makes the two towers of it.
     """
     output = _needed(output)
-    allocator.keep_large_blocks()
+    configure_process(threads)
     _need_extra(options["tensorboard"])
     from twotower.training import runs
     from twotower.training.settings import PretrainSettings, Stage
@@ -135,6 +138,7 @@ def train(
     model: str,
     output: Path | None,
     device: str | None,
+    threads: int | None,
     stages: str | None,
     block_size: int,
     steps: int,
@@ -162,7 +166,7 @@ def train(
         _show_plan(source, figures, options, as_json)
         return
     output = _needed(output)
-    allocator.keep_large_blocks()
+    configure_process(threads)
     _need_extra(options["tensorboard"])
     from twotower.training import runs
     from twotower.training.settings import DenoiserSettings, Stage, parse_stages

@@ -15,7 +15,6 @@ from typing import Any
 import click
 from tokenizers import Tokenizer
 
-from twotower.allocator import keep_large_blocks
 from twotower.assets import bundled_model
 from twotower.decoding.modes import SETTINGS
 from twotower.decoding.presets import AR, beside_ar, parse_setting
@@ -26,6 +25,7 @@ from twotower.evaluation.ngram import KneserNey
 from twotower.evaluation.running import run
 from twotower.evaluation.tasks import problems
 from twotower.modeling_twotower import TwoTowerForCausalLM
+from twotower.process import configure_process
 from twotower.training.data import EOS, Source
 from twotower.training.data.readers import whole_pass
 
@@ -103,7 +103,7 @@ def main(
     dtype: str,
 ) -> None:
     """Measures a model on held-out dialogues and the suite."""
-    keep_large_blocks()
+    configure_process()
     model = TwoTowerForCausalLM.from_pretrained(path or bundled_model(), dtype=dtype)
     tokenizer = model.tokenizer.backend_tokenizer
     texts = read_documents(data / "valid.jsonl.gz")

@@ -3,7 +3,8 @@
 Each op lists its backends in order of preference; the first that fits a device and dtype is taken, once, and
 `report` says which and why. Every fast backend has a slow twin beside it that the tests hold it to. A compiled kernel
 is also held to it on the machine it is to run on, before it is first used: one that gives wrong numbers is refused with
-a warning. `TWOTOWER_TRITON=0` refuses all Triton kernels, `TWOTOWER_NATIVE=0` those compiled for the processor.
+a warning. The options `triton` and `native` (`twotower.options`) allow or forbid the kernels. Choices are cached for
+each set of options.
 """
 
 from __future__ import annotations
@@ -19,6 +20,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from twotower import options
 from twotower.ops import self_check
 from twotower.ops.cpu import kernels as native_ops
 from twotower.ops.reference import argmax, attention, experts, int8, kv_write, mamba_block, norm, routing
@@ -153,18 +155,21 @@ def select(op: str, device: torch.device, dtype: torch.dtype, differentiable: bo
     records now, or a dispatch mode watches)."""
     if differentiable is None:  # a dispatch mode (a FLOP counter, fake tensors, tracing) must see every operation too
         differentiable = torch.is_grad_enabled() or torch._C._len_torch_dispatch_stack() > 0
-    return _select(op, device, dtype, differentiable)
+    return _select(op, device, dtype, differentiable, options.current().kernels_key)
 
 
 @cache
-def _select(op: str, device: torch.device, dtype: torch.dtype, differentiable: bool) -> Backend:
+def _select(op: str, device: torch.device, dtype: torch.dtype, differentiable: bool, options_key: str) -> Backend:
     fitting = (b for b in CATALOGUE[op] if not (b.compiled and differentiable))
-    return next(b for b in fitting if _refusal(op, b, device, dtype) is None)
+    return next(b for b in fitting if _refusal(op, b, device, dtype, options_key) is None)
 
 
 @cache
-def _refusal(op: str, backend: Backend, device: torch.device, dtype: torch.dtype) -> str | None:
-    """Why a backend is not taken: it does not fit, or it has just been found wrong (once, with a warning)."""
+def _refusal(op: str, backend: Backend, device: torch.device, dtype: torch.dtype, options_key: str) -> str | None:
+    """Why a backend is not taken: it does not fit, or it has just been found wrong (once, with a warning).
+
+    options_key: `Options.kernels_key` of the options in force, which the backends' own refusals read.
+    """
     reason = backend.refusal(device, dtype)
     if reason is not None or not backend.compiled:
         return reason
@@ -182,10 +187,10 @@ def _refusal(op: str, backend: Backend, device: torch.device, dtype: torch.dtype
 
 def report(device: torch.device, dtype: torch.dtype) -> list[tuple[str, str, str]]:
     """(op, backend, why) for each op of a pass without gradients, with the reasons why better ones were passed over."""
-    rows = []
+    rows, key = [], options.current().kernels_key
     for op, backends in CATALOGUE.items():
         chosen = select(op, device, dtype, differentiable=False)
-        passed = [f"{b.name} {_refusal(op, b, device, dtype)}" for b in backends[: backends.index(chosen)]]
+        passed = [f"{b.name} {_refusal(op, b, device, dtype, key)}" for b in backends[: backends.index(chosen)]]
         checked = ["agreed with its twin here"] if chosen.compiled else []
         rows.append((op, chosen.name, "; ".join([chosen.why, *checked, *passed])))
     return rows

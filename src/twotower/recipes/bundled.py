@@ -28,7 +28,7 @@ from typing import Any
 
 import click
 
-from twotower.allocator import keep_large_blocks
+from twotower.process import configure_process
 
 SEED = 1
 STAGES = ("text", "backbone", "start", "continuations", "denoiser", "longer", "export", "figures")
@@ -114,8 +114,7 @@ def _load(path: Path) -> None:
 
     from twotower.modeling_twotower import TwoTowerForCausalLM
 
-    keep_large_blocks()
-    torch.set_num_threads(1)
+    configure_process(threads=1)
     _loaded = TwoTowerForCausalLM.from_pretrained(path, towers="context", dtype=torch.float32)
 
 
@@ -217,7 +216,7 @@ def main(
     processes: int,
 ) -> None:  # fmt: skip
     """Makes the bundled model."""
-    keep_large_blocks()
+    configure_process()
     out.mkdir(parents=True, exist_ok=True)
     results = {
         "text": "hard.jsonl", "backbone": "backbone/model", "start": "start", "continuations": "continuations.jsonl",

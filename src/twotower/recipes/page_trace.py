@@ -22,6 +22,7 @@ from twotower.cache.hybrid_cache import AttentionPool, ContextView, MambaPool, T
 from twotower.decoding.sampling import confidence
 from twotower.decoding.unmasking import Pass, decide
 from twotower.model.layer_io import MambaPast
+from twotower.process import configure_process
 from twotower.server import page
 from twotower.server.tokenizer_adapter import Texts
 
@@ -37,8 +38,8 @@ BLOCK, STEPS, THRESHOLD = 16, 16, 0.9
 @click.option("-o", "--output", type=click.Path(path_type=Path), default=page.FOLDER / "how.json", show_default=True)
 def main(prompt: str, output: Path) -> None:
     """Record the block."""
-    torch.set_num_threads(1)
-    model = model_loading.load(model_loading.source_of(None), dtype="float32")
+    configure_process(threads=1)
+    model = model_loading.load_model(model_loading.source_of(None), dtype="float32")
     trace = record(model, prompt)
     output.write_text(json.dumps(trace, ensure_ascii=False, separators=(",", ":")) + "\n", encoding="utf-8")
     click.echo(f"{output}: {len(trace['passes'])} passes, {output.stat().st_size / 1024:.1f} KiB")

@@ -11,7 +11,6 @@ Each recording is replayed beside the layers one by one before it is used, and r
 
 from __future__ import annotations
 
-import os
 import warnings
 from collections import OrderedDict
 from collections.abc import Callable, Hashable, Sequence
@@ -23,6 +22,7 @@ from weakref import WeakKeyDictionary
 import torch
 from torch import Tensor, nn
 
+from twotower import options
 from twotower.model.conditioning import Modulation
 from twotower.model.layer_io import Added, MambaPast, Past, Visibility
 from twotower.ops.reference.attention import Cached
@@ -104,6 +104,7 @@ def run(tower: Tower, reads: Reads) -> Result | None:
         tuple(plan.where()),
         tower.norm_f.weight.data_ptr(),
         tower.embeddings.weight.data_ptr(),
+        options.current().kernels_key,  # a recording replays the kernels that were chosen when it was made
     )
     recording = known.by_shape.get(shape)
     if recording is None:
@@ -133,7 +134,7 @@ def _made(tower: Tower, reads: Reads, rows: int, known: Recordings) -> Recording
 
 def refusal(device: torch.device) -> str | None:
     """Why passes are not recorded on a device, or None."""
-    if os.environ.get("TWOTOWER_GRAPHS") == "0":
+    if not options.current().graphs:
         return "is turned off by TWOTOWER_GRAPHS=0"
     return None if device.type == "cuda" else "needs CUDA"
 

@@ -13,6 +13,7 @@ from pathlib import Path
 import torch
 from torch import Tensor, nn
 
+from twotower import options
 from twotower.model.linear import Linear
 from twotower.model.moe import Experts
 from twotower.ops.cpu import kernels, packed_weights
@@ -31,7 +32,7 @@ def matrices(model: nn.Module) -> Iterator[Tensor]:
 
 def refusal(model: nn.Module, device: torch.device | None = None, dtype: torch.dtype | None = None) -> str | None:
     """Why copies are not made unasked, or None. device, dtype: as if the weights were there and such."""
-    if os.environ.get("TWOTOWER_PACK") == "0":
+    if not options.current().pack:
         return "TWOTOWER_PACK=0"
     needed = 0
     for weight in matrices(model):

@@ -2,15 +2,13 @@
 
 from __future__ import annotations
 
-import os
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
+from twotower import options
 from twotower.errors import ArgumentError
-
-KEYS_VARIABLE = "TWOTOWER_API_KEYS"
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -45,12 +43,12 @@ class Settings:
 
 
 def read_keys(file: Path | None) -> tuple[str, ...]:
-    """API keys, one a line of the file, and those of the environment, separated by commas.
+    """API keys, one a line of the file, and those of the option `api_keys`.
 
     Raises:
         ArgumentError: the file has none, or is no text.
     """
-    given = os.environ.get(KEYS_VARIABLE, "").split(",")
+    given = list(options.current().api_keys)
     if file is not None:
         try:
             lines = [line.strip() for line in file.read_text(encoding="utf-8").splitlines()]

@@ -290,8 +290,6 @@ def _shape(config: TwoTowerConfig) -> dict[str, Any]:
 
 
 def _prepare(settings: Settings) -> None:
-    if settings.threads:
-        torch.set_num_threads(settings.threads)
     if settings.deterministic:
         torch.use_deterministic_algorithms(True)
 

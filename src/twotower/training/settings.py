@@ -15,7 +15,7 @@ Dtype = Literal["auto", "bfloat16", "float32", "float64"]
 Offset = Literal["random", "fixed"]
 
 # What may change between the parts of one run: none of it changes what is computed.
-FREE = ("checkpoint_every", "tensorboard", "threads")
+FREE = ("checkpoint_every", "tensorboard")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -54,7 +54,6 @@ class Settings:
     validate_every: int = 500
     validation_documents: int = 64
     tensorboard: bool = True
-    threads: int | None = None
 
     def __post_init__(self) -> None:
         if not self.data:

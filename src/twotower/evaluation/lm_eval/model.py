@@ -99,7 +99,7 @@ class TwoTowerLM(TemplateLM):
             if device in ("cuda", "cuda:0") and not torch.cuda.is_available():
                 device = None  # lm-evaluation-harness's default, not a wish
             self.model, self.name = (
-                model_loading.load(
+                model_loading.load_model(
                     source,
                     dtype=dtype,
                     quantization=quantization,

@@ -15,6 +15,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from twotower import options
 from twotower.ops.cpu import packed_weights
 from twotower.ops.cpu.library import library
 from twotower.ops.precision import multiplies_bf16_fast
@@ -72,7 +73,8 @@ def few(dtype: torch.dtype, at_once: bool = False, packed: bool = False) -> int:
 
 
 @cache
-def _function(name: str) -> Callable[..., None]:
+def _function(name: str, options_key: str) -> Callable[..., None]:
+    """options_key: `Options.kernels_key` of the options in force."""
     found = library()
     assert not isinstance(found, str)
     function = getattr(found, name)
@@ -84,7 +86,7 @@ def _function(name: str) -> Callable[..., None]:
 def call(name: str, type_of: Tensor, *arguments: Any) -> None:
     """Tensors go as addresses, None as null; whoever calls keeps them alive and contiguous."""
     plain = [value.data_ptr() if isinstance(value, Tensor) else value for value in arguments]
-    _function(name)(TYPES[type_of.dtype], *plain, torch.get_num_threads())
+    _function(name, options.current().kernels_key)(TYPES[type_of.dtype], *plain, torch.get_num_threads())
 
 
 def _addresses(tensors: Sequence[Tensor]) -> ctypes.Array[ctypes.c_void_p]:

@@ -1,14 +1,13 @@
 """Kernels for processors: C++ sources beside this file, compiled on this machine when they are first wanted.
 
 The compiler of the system is used (c++, g++ or clang++; CXX overrides), for exactly this processor, and the result is
-kept in the user's cache. Where there is none, torch's own operations do the work. `TWOTOWER_NATIVE=0` forbids them.
+kept in the user's cache. Where there is none, torch's own operations do the work. The option `native` forbids them.
 """
 
 from __future__ import annotations
 
 import ctypes
 import hashlib
-import os
 import platform
 import shutil
 import subprocess
@@ -17,35 +16,43 @@ import tempfile
 from functools import cache
 from pathlib import Path
 
+from twotower import options
+from twotower.options import Options
+
 HERE = Path(__file__).parent
 FLAGS = ("-std=c++17", "-O3", "-ffp-contract=fast", "-fPIC", "-shared")
 # The first set that compiles is taken: one thread is better than none.
 VARIANTS = (("-march=native", "-fopenmp"), ("-mcpu=native", "-fopenmp"), ("-march=native",), ("-mcpu=native",), ())
 
 
-@cache
 def library() -> ctypes.CDLL | str:
-    """The compiled kernels, or why there are none."""
-    if os.environ.get("TWOTOWER_NATIVE") == "0":
+    """The kernels compiled as the options say, or why there are none."""
+    return _library(options.current().kernels_key)
+
+
+@cache
+def _library(options_key: str) -> ctypes.CDLL | str:
+    """options_key: `Options.kernels_key` of the options in force."""
+    chosen = options.current()
+    if not chosen.native:
         return "TWOTOWER_NATIVE=0"
     if sys.platform == "win32":
         return "not built on Windows"
     try:
-        path = _compiled()
+        path = _compiled(chosen)
         return path if isinstance(path, str) else ctypes.CDLL(str(path))
     except (OSError, subprocess.SubprocessError) as error:
         return (str(error).splitlines() or [type(error).__name__])[0]
 
 
-def _compiled() -> Path | str:
-    compiler = next(filter(None, map(shutil.which, (os.environ.get("CXX") or "c++", "g++", "clang++"))), None)
+def _compiled(chosen: Options) -> Path | str:
+    compiler = next(filter(None, map(shutil.which, (chosen.cxx or "c++", "g++", "clang++"))), None)
     if compiler is None:
         return "no C++ compiler found (c++, g++, clang++)"
     version = subprocess.run([compiler, "--version"], capture_output=True, text=True, timeout=30, check=True).stdout
     sources = b"".join(path.read_bytes() for path in [*sorted(HERE.glob("*.h")), HERE / "native.cpp"])
     key = hashlib.sha256(b"\0".join([sources, version.encode(), _processor().encode(), repr(VARIANTS).encode()]))
-    cache_home = os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache"
-    target = Path(cache_home) / "twotower" / f"native-{key.hexdigest()[:16]}.so"
+    target = chosen.cache_dir / f"native-{key.hexdigest()[:16]}.so"
     if target.exists():
         return target
     target.parent.mkdir(parents=True, exist_ok=True)

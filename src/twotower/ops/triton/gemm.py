@@ -9,17 +9,18 @@ Import this only where a kernel is to run.
 
 from __future__ import annotations
 
-import os
 from typing import NamedTuple
 
 import torch
 import triton
 import triton.language as tl
 
+from twotower import options
+
 OUTS = 64  # outputs of a program: the 30B shape's 1856, 2688 and 4096 are multiples
 # The interpreter multiplies bf16 as integers and cuts off where it should round: there, what lies between two kernels
 # stays wide, and so do products' operands, which changes none of them.
-INTERPRETED = os.environ.get("TRITON_INTERPRET") == "1"
+INTERPRETED = options.current().triton_interpret
 
 
 class Launch(NamedTuple):

@@ -3,11 +3,12 @@
 from __future__ import annotations
 
 import importlib.util
-import os
 from contextlib import AbstractContextManager, nullcontext
 
 import torch
 from torch import Tensor
+
+from twotower import options
 
 # What one program can hold: the (L, L) products of a block, and the state of a head.
 MAX_LENGTH = 64
@@ -43,9 +44,10 @@ def dense_from(tensor: Tensor, dim: int) -> Tensor:
 
 def refusal(device: torch.device, dtype: torch.dtype) -> str | None:
     """Why Triton kernels do not run here, or None. TRITON_INTERPRET=1 runs them on a CPU: slow, for tests."""
-    if os.environ.get("TWOTOWER_TRITON") == "0":
+    chosen = options.current()
+    if not chosen.triton:
         return "is turned off by TWOTOWER_TRITON=0"
-    if device.type != "cuda" and not (device.type == "cpu" and os.environ.get("TRITON_INTERPRET") == "1"):
+    if device.type != "cuda" and not (device.type == "cpu" and chosen.triton_interpret):
         return "needs CUDA"
     if dtype not in (torch.float32, torch.bfloat16):
         return "takes fp32 and bf16 only"
