@@ -26,7 +26,7 @@ from twotower.engine import Request
 from twotower.engine.generation import Generation
 from twotower.errors import ArgumentError
 from twotower.evaluation.likelihood import Likelihood, continuation_bound, continuation_likelihood
-from twotower.evaluation.running import run
+from twotower.evaluation.running import generate_all
 from twotower.modeling_twotower import TwoTowerForCausalLM
 
 log = logging.getLogger(__name__)
@@ -176,7 +176,7 @@ class TwoTowerLM(TemplateLM):
     def generate_until(self, requests: list[Instance], disable_tqdm: bool = False) -> list[str]:
         asked = [self._request(*request.args) for request in requests]
         with self._bar(self.setting.label, len(asked), disable_tqdm) as tell:
-            outputs = run(self.model, asked, self.rows, tell)
+            outputs = generate_all(self.model, asked, self.rows, tell)
         for request, output in zip(requests, outputs, strict=True):
             self.spent.add(output)
             self.cache_hook.add_partial("generate_until", request.args, output.text)

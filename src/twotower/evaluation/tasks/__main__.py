@@ -38,7 +38,7 @@ def suite(
             click.echo(problem.line())
 
 
-def run(args: list[str] | None = None) -> int:
+def run_suite(args: list[str] | None = None) -> int:
     """Runs one command line → its exit code: 0, or 2 after one line about an error of the user's."""
     try:
         code = suite.main(args=args, prog_name="python -m twotower.evaluation.tasks", standalone_mode=False)
@@ -55,4 +55,4 @@ def run(args: list[str] | None = None) -> int:
 
 
 if __name__ == "__main__":
-    sys.exit(run())
+    sys.exit(run_suite())
