@@ -50,7 +50,7 @@ from twotower.training.objective import (  # noqa: E402
     DenoisingOptions,
     blocks_with_masks,
 )
-from twotower.training.runs import Rows, encoder_for, load_tokenizer  # noqa: E402
+from twotower.training.run_tokenizer import encoder_for, load_tokenizer  # noqa: E402
 from twotower.training.settings import Settings  # noqa: E402
 from twotower.training.trainer import Run, Stage, train  # noqa: E402
 

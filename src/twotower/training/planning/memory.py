@@ -30,7 +30,7 @@ from twotower.training.planning.stand_ins import FusedAttention, tower_with_grou
 def build(
     config: BackboneConfig, *, dtype: torch.dtype, context: ContextRole, recompute: bool
 ) -> tuple[DenoisingObjective, int]:
-    """The objective without storage, as `parallel.shard` hands it to a forward pass → and a tower's parameters."""
+    """The objective without storage, as `fsdp.shard` hands it to a forward pass → and a tower's parameters."""
     make_tower = tower_with_grouped_experts if dtype == torch.bfloat16 else Tower
     with torch.device("meta"):
         denoiser = make_tower(config)
@@ -148,7 +148,7 @@ def _measure(live: LiveBytes, module: nn.Module, forward: Callable[[], tuple[Ten
 
 
 def _shares(objective: DenoisingObjective) -> tuple[list[Share], Share, int, int]:
-    """The parameters of each unit and of the root, as `parallel.shard` groups them, and the numbers
+    """The parameters of each unit and of the root, as `fsdp.shard` groups them, and the numbers
     in whole ones, all and trained."""
     taken: set[nn.Parameter] = set()
     groups: list[Share] = []

@@ -1,7 +1,7 @@
 """What a training run needs before it is begun: memory on each GPU, hours, messages. Needs no GPU and no weights.
 
 Parameters and activations are counted on tensors without storage (`memory.py`), FLOPs from shapes (`flops.py`); what
-`parallel.shard` does to them with torch's FSDP2 is arithmetic, and here. Utilisation, bandwidth and the reserve are
+`fsdp.shard` does to them with torch's FSDP2 is arithmetic, and here. Utilisation, bandwidth and the reserve are
 assumptions: the plan names them as such.
 """
 
