@@ -42,7 +42,7 @@ from twotower.model.tower import Layer, Tower  # noqa: E402
 from twotower.modeling_twotower import TwoTowerForCausalLM  # noqa: E402
 from twotower.recipes.bundled import SHAPE  # noqa: E402
 from twotower.training import fsdp, weights  # noqa: E402
-from twotower.training.data import EOS, MASK, Batch, Source, held_out_batches  # noqa: E402
+from twotower.training.data import EOS, MASK, Batch, Rows, Source, held_out_batches  # noqa: E402
 from twotower.training.noise import Corruption  # noqa: E402
 from twotower.training.objective import (  # noqa: E402
     AutoregressiveObjective,

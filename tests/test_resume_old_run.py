@@ -15,7 +15,7 @@ COMMAND = (
     "--no-tensorboard --no-generate"
 )  # of the run that was recorded
 REACHED, STEPS = 6, 10  # steps of the stored checkpoint and of the whole run
-# The recording machine gives the same bits. Another processor rounds differently, and four steps enlarge the difference.
+# The recording machine gives the same bits. Another processor rounds differently; four steps enlarge the difference.
 TOLERANCE = 1e-3
 
 

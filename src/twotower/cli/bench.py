@@ -16,6 +16,7 @@ if TYPE_CHECKING:
     from rich.table import Table
 
     from twotower.evaluation.speed import Measured
+    from twotower.evaluation.timed_towers import TowerName
 
 
 @click.command()
@@ -102,12 +103,13 @@ def tables(found: list[Measured]) -> Iterator[Table]:
                     "1" if one.setting == "ar" else f"{one.times_ar:.2f} ({low:.2f}–{high:.2f})",
                     f"{one.tokens_per_pass:.2f}",
                     f"{one.first_seconds:.2f} s",
-                    *(_cost(one, tower) for tower in ("denoiser", "context")),
+                    _cost(one, "denoiser"),
+                    _cost(one, "context"),
                 )
         yield out
 
 
-def _cost(one: Measured, tower: str) -> str:
+def _cost(one: Measured, tower: TowerName) -> str:
     seconds = one.pass_seconds[tower]
     if one.setting == "ar" and seconds:
         return f"{1e3 * seconds:.1f} ms"

@@ -192,8 +192,10 @@ def _carry_out(device: str | None, job: Callable[[World], Path], following: Call
 
 
 def _watch_backbone(parts: Parts) -> Validate:
+    from twotower.training.objective import AutoregressiveObjective
     from twotower.training.validation import AutoregressiveValidation
 
+    assert isinstance(parts.objective, AutoregressiveObjective)
     return AutoregressiveValidation(
         parts.model,
         parts.objective,
@@ -205,11 +207,13 @@ def _watch_backbone(parts: Parts) -> Validate:
 
 
 def _watch_denoiser(parts: Parts) -> Validate:
+    from twotower.training.objective import DenoisingObjective
     from twotower.training.settings import DenoiserSettings
     from twotower.training.validation import DenoisingValidation
 
     settings = parts.settings
     assert isinstance(settings, DenoiserSettings)
+    assert isinstance(parts.objective, DenoisingObjective)
     return DenoisingValidation(
         parts.model,
         parts.objective,
