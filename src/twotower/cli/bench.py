@@ -51,10 +51,19 @@ if TYPE_CHECKING:
 @models.threads_option
 @click.option("--json", "as_json", is_flag=True, help="No table.")
 def bench(
-    model: str | None, settings: tuple[str, ...], batch_sizes: tuple[int, ...], contexts: tuple[int, ...],
-    max_new_tokens: int, batches: int, rounds: int, ignore_eos: bool, dtype: str, quantization: str,
-    threads: int | None, as_json: bool,
-) -> None:  # fmt: skip
+    model: str | None,
+    settings: tuple[str, ...],
+    batch_sizes: tuple[int, ...],
+    contexts: tuple[int, ...],
+    max_new_tokens: int,
+    batches: int,
+    rounds: int,
+    ignore_eos: bool,
+    dtype: str,
+    quantization: str,
+    threads: int | None,
+    as_json: bool,
+) -> None:
     """Tokens a second, passes and what a pass costs, beside AR with the same kernels.
 
     Settings take turns in every round. Prompt tokens are never counted, nor is anything after a row's end. A table goes
@@ -71,9 +80,16 @@ def bench(
     )
     with passing_line() as tell:
         found = measuring.bench(
-            loaded, parsed, batch_sizes=batch_sizes, contexts=contexts, new_tokens=max_new_tokens, batches=batches,
-            rounds=rounds, ignore_eos=ignore_eos, progress=tell,
-        )  # fmt: skip
+            loaded,
+            parsed,
+            batch_sizes=batch_sizes,
+            contexts=contexts,
+            new_tokens=max_new_tokens,
+            batches=batches,
+            rounds=rounds,
+            ignore_eos=ignore_eos,
+            progress=tell,
+        )
     machine = machine_of(loaded)
     if not as_json:
         console = console_on("stderr")

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING
 
 from tokenizers import Tokenizer
 
@@ -16,12 +16,15 @@ from twotower.training.fsdp import World
 from twotower.training.settings import PretrainSettings
 from twotower.training.trainer import TOKENIZER_FILE
 
+if TYPE_CHECKING:
+    from transformers import PreTrainedTokenizerBase
+
 TOKENIZER_TEXTS = 50_000  # documents that a new tokenizer is trained on, at most
 
 
 def tokenizer_of_run(
     settings: PretrainSettings, config: TwoTowerConfig, sources: list[Source], directory: Path, world: World
-) -> Any:
+) -> PreTrainedTokenizerBase:
     """The tokenizer given, or a new one trained on the data and kept in the run."""
     if settings.tokenizer is not None:
         return load_tokenizer(settings.tokenizer)
@@ -39,10 +42,10 @@ def tokenizer_of_run(
     return load_tokenizer(file)
 
 
-def load_tokenizer(path: Path) -> Any:
+def load_tokenizer(path: Path) -> PreTrainedTokenizerBase:
     """A tokenizer.json, or a directory that transformers can load one from."""
     if path.is_dir():
-        tokenizer = pretrained.load_tokenizer(path)
+        tokenizer: PreTrainedTokenizerBase | None = pretrained.load_tokenizer(path)
         if tokenizer is None:
             raise ArgumentError(f"{path}: holds no tokenizer")
         return tokenizer
@@ -68,7 +71,7 @@ def _texts(sources: list[Source]) -> list[str]:
     return texts
 
 
-def encoder_for(tokenizer: Any, config: TwoTowerConfig) -> Encoder:
+def encoder_for(tokenizer: PreTrainedTokenizerBase, config: TwoTowerConfig) -> Encoder:
     """Text → documents of this model.
 
     Raises:
@@ -88,7 +91,7 @@ def encoder_for(tokenizer: Any, config: TwoTowerConfig) -> Encoder:
     )
 
 
-def take_special_ids(config: TwoTowerConfig, tokenizer: Any) -> None:
+def take_special_ids(config: TwoTowerConfig, tokenizer: PreTrainedTokenizerBase) -> None:
     """The config of a new model names its tokenizer's special tokens."""
     ours = {"bos": BOS, "eos": EOS, "pad": PAD, "mask": MASK}
     for name, default in ours.items():

@@ -24,6 +24,8 @@ from twotower.training.run_tokenizer import encoder_for, take_special_ids, token
 from twotower.training.settings import DenoiserSettings, PretrainSettings, Settings
 from twotower.training.trainer import Run, Validate, claim, train
 
+DTYPES = {"bfloat16": torch.bfloat16, "float32": torch.float32, "float64": torch.float64}
+
 
 @dataclass(frozen=True, kw_only=True)
 class Parts:
@@ -142,7 +144,7 @@ def train_denoiser(
 def compute_dtype(wanted: str, device: torch.device) -> torch.dtype:
     """ "auto": bf16 where the machine multiplies it fast, else fp32."""
     if wanted != "auto":
-        return getattr(torch, wanted)
+        return DTYPES[wanted]
     return torch.bfloat16 if multiplies_bf16_fast(device) else torch.float32
 
 

@@ -152,9 +152,14 @@ def _step(run: Run, objective: Objective, optimizer: Optimizer, rows: Rows, worl
     optimizer.step(rate, norm)
     tokens = int(world.total(batch.text.sum()))
     return {
-        "step": step + 1, "loss": loss, "targets": int(targets), "tokens": tokens, "rate": rate, "norm": norm,
+        "step": step + 1,
+        "loss": loss,
+        "targets": int(targets),
+        "tokens": tokens,
+        "rate": rate,
+        "norm": norm,
         "block_size": size,
-    }  # fmt: skip
+    }
 
 
 def state(objective: nn.Module, optimizer: Optimizer) -> dict[str, Tensor]:

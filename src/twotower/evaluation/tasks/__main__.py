@@ -21,9 +21,14 @@ from twotower.evaluation.tasks.problems import DEFAULT_DIFFICULTIES, Split, prob
     "--family", "families", type=click.Choice(list(FAMILIES)), multiple=True, help="Repeatable; default: all."
 )
 @click.option(
-    "--difficulty", "difficulties", type=int, multiple=True, default=DEFAULT_DIFFICULTIES, show_default=True,
+    "--difficulty",
+    "difficulties",
+    type=int,
+    multiple=True,
+    default=DEFAULT_DIFFICULTIES,
+    show_default=True,
     help="1 to 5, repeatable.",
-)  # fmt: skip
+)
 @click.option("-o", "--output", type=click.Path(dir_okay=False, path_type=Path), help="A file instead of stdout.")
 def suite(
     split: Split, count: int, seed: int, families: tuple[str, ...], difficulties: tuple[int, ...], output: Path | None

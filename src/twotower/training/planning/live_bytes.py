@@ -15,7 +15,7 @@ class LiveBytes(TorchDispatchMode):
     counts nothing."""
 
     def __init__(self) -> None:
-        super().__init__()
+        TorchDispatchMode.__init__(self)
         self.live = self.peak = 0
         self._known: set[int] = set()
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from typing import Any
 
 import torch
@@ -38,7 +39,8 @@ class FusedAttention(TorchFunctionMode):
         kwargs = kwargs or {}
         if func is not F.scaled_dot_product_attention:
             return func(*args, **kwargs)
-        return _Fused.apply(*args, kwargs["attn_mask"])
+        q, k, v = args
+        return fused_attention(q, k, v, kwargs["attn_mask"])
 
 
 class _Fused(torch.autograd.Function):
@@ -53,3 +55,6 @@ class _Fused(torch.autograd.Function):
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, Tensor, Tensor, None]:
         q, k, v, *_ = ctx.saved_tensors
         return torch.empty_like(q), torch.empty_like(k), torch.empty_like(v), None
+
+
+fused_attention: Callable[[Tensor, Tensor, Tensor, Tensor], Tensor] = _Fused.apply
