@@ -67,6 +67,7 @@ class TwoTowerLM(TemplateLM):
         batch_size: rows of a batch.
         dtype, quantization: how the weights are kept, as on the command line.
         max_length: of prompt and answer; None: the model's context window.
+        progress: called with (done, of how many) instead of showing a bar.
 
     Raises:
         ArgumentError: a setting or value that there is not; generation arguments that mean nothing here.
@@ -84,6 +85,7 @@ class TwoTowerLM(TemplateLM):
         quantization: str = "none",
         device: str | None = None,
         denoiser_device: str | None = None,
+        progress: Callable[[int, int], object] | None = None,
         **unknown: Any,
     ) -> None:
         super().__init__()
@@ -116,7 +118,7 @@ class TwoTowerLM(TemplateLM):
         self.max_length = min(int(max_length), window) if max_length else window
         self.tokenizer = self.model.tokenizer
         self.spent = Spent()
-        self.progress: Callable[[int, int], object] | None = None  # told (done, of how many) in place of a bar
+        self.progress = progress
 
     # --- what lm-evaluation-harness asks ---------------------------------------------------------------------------
 
