@@ -42,7 +42,7 @@ from twotower.model.tower import Layer, Tower  # noqa: E402
 from twotower.modeling_twotower import TwoTowerForCausalLM  # noqa: E402
 from twotower.recipes.bundled import SHAPE  # noqa: E402
 from twotower.training import fsdp, weights  # noqa: E402
-from twotower.training.data import EOS, MASK, Batch, Source, held_out_batches  # noqa: E402
+from twotower.training.data import EOS, MASK, Batch, Rows, Source, held_out_batches  # noqa: E402
 from twotower.training.noise import Corruption  # noqa: E402
 from twotower.training.objective import (  # noqa: E402
     AutoregressiveObjective,
@@ -50,7 +50,7 @@ from twotower.training.objective import (  # noqa: E402
     DenoisingOptions,
     blocks_with_masks,
 )
-from twotower.training.runs import Rows, encoder_for, load_tokenizer  # noqa: E402
+from twotower.training.run_tokenizer import encoder_for, load_tokenizer  # noqa: E402
 from twotower.training.settings import Settings  # noqa: E402
 from twotower.training.trainer import Run, Stage, train  # noqa: E402
 

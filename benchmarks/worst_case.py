@@ -29,7 +29,7 @@ from twotower import TwoTowerForCausalLM, bundled_model  # noqa: E402
 from twotower.engine import Request  # noqa: E402
 from twotower.engine.generation import Generation, GenerationParams  # noqa: E402
 from twotower.evaluation.machine import machine  # noqa: E402
-from twotower.evaluation.running import run  # noqa: E402
+from twotower.evaluation.running import generate_all  # noqa: E402
 from twotower.evaluation.tasks import problems  # noqa: E402
 
 PROMPT = 24  # random tokens
@@ -50,7 +50,7 @@ def written(
     params = GenerationParams.of(
         mode=mode, max_new_tokens=tokens, temperature=warm, seed=number, mask_token_id=model.config.mask_token
     )
-    (output,) = run(model, [Request(prompt, params)], rows=1)
+    (output,) = generate_all(model, [Request(prompt, params)], rows=1)
     return output
 
 

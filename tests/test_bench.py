@@ -12,8 +12,10 @@ from conftest import build_random_model
 
 from twotower import TwoTowerForCausalLM, bundled_model
 from twotower.decoding.presets import parse_setting
+from twotower.engine import LLM, Request
 from twotower.engine.generation import generate
 from twotower.evaluation import speed as measuring
+from twotower.evaluation.timed_towers import TimedTowers
 
 
 @pytest.fixture(scope="module")
@@ -42,7 +44,6 @@ def test_every_setting_at_every_size_beside_ar(model: TwoTowerForCausalLM) -> No
             assert one.tokens / one.spread[1] <= one.tokens_per_second <= one.tokens / one.spread[0]
             assert one.first_seconds > one.prefill_seconds > 0
         assert diffusion.pass_cost["denoiser"] == diffusion.pass_seconds["denoiser"] / ar.pass_seconds["context"]
-    assert "extend" not in vars(model)  # nothing is left of the measuring
 
 
 def test_prompts_have_the_length_asked_for(model: TwoTowerForCausalLM) -> None:
@@ -67,6 +68,28 @@ def test_tokens_after_the_end_are_not_counted() -> None:
     passes = measuring.pass_seconds(model, texts, 2, setting, shared)
     assert passes["context"] > 0
     assert passes["denoiser"] == 0
+
+
+@pytest.mark.parametrize("setting", ["ar", "diffusion:0.5", "verified:draft_steps=1"])
+def test_the_timed_passes_are_the_passes_of_the_text(model: TwoTowerForCausalLM, setting: str) -> None:
+    """One more pass of the context tower reads the prompt. The text is the same, and the model object is unchanged."""
+    params = parse_setting(setting).params(max_new_tokens=32, mask_token_id=model.config.mask_token)
+    request, before = Request(measuring.few_shot_prompts(model, 1, 40)[0], params), dict(vars(model))
+    (plain,) = LLM.fitting(model, [request], 1).generate([request])
+    timed = TimedTowers(model)
+    (found,) = LLM.fitting(timed, [request], 1).generate([request])
+    assert found.tokens == plain.tokens
+    assert timed.times.passes == {"context": found.context_passes + 1, "denoiser": found.denoiser_passes}
+    assert {tower for tower, seconds in timed.times.means().items() if seconds > 0} == (
+        {"context"} if setting == "ar" else {"context", "denoiser"}
+    )
+    assert vars(model) == before
+
+
+def test_auto_is_timed_as_the_mode_that_it_chooses(model: TwoTowerForCausalLM) -> None:
+    shared = {"max_new_tokens": 8, "mask_token_id": model.config.mask_token, "seed": 0}
+    passes = measuring.pass_seconds(model, measuring.few_shot_prompts(model, 2, 20), 2, parse_setting("auto"), shared)
+    assert passes["context"] > 0
 
 
 def test_the_verb_prints_tables_and_one_line_of_json(cli: Callable[..., Result]) -> None:

@@ -12,7 +12,9 @@ from click.testing import CliRunner
 
 from twotower.cli.curves import curves
 from twotower.errors import ArgumentError
-from twotower.training.plots.curves import _seconds, _short, _stages, draw, load, smoothed, summary
+from twotower.training.plots.curves import draw
+from twotower.training.plots.log_records import load, smoothed, stages, step_seconds, summary
+from twotower.training.plots.validation_figure import short_names
 
 SAMPLE = {
     "prompt": "a $5 bill^2 \x07 she said:\n", "text": "one two", "finish_reason": "eos", "tokens": 21, "passes": 7,
@@ -113,9 +115,9 @@ def test_without_matplotlib_it_says_what_to_install(tmp_path: Path, monkeypatch:
 def test_small_things() -> None:
     assert smoothed([4.0] * 200) == pytest.approx(4.0)
     assert smoothed([8.0] + [4.0] * 199)[[0, 199]] == pytest.approx([8.0, 4.0], abs=1e-3)
-    assert _stages([record(1, 32), record(2, 32), record(3, 16), record(4, 32)]) == [(1, 32), (3, 16), (4, 32)]
-    assert _seconds([record(1), record(2), record(3, seconds=0.2), record(4, seconds=0.5)]) == [
+    assert stages([record(1, 32), record(2, 32), record(3, 16), record(4, 32)]) == [(1, 32), (3, 16), (4, 32)]
+    assert step_seconds([record(1), record(2), record(3, seconds=0.2), record(4, seconds=0.5)]) == [
         0.5, 0.5, 0.2, pytest.approx(0.3)
     ]  # fmt: skip
-    assert _short(["data/a/x.jsonl", "data/b/x.jsonl=0.5"]) == ["a/x", "b/x"]
-    assert _short(["/data/corpus/train.jsonl.gz"]) == ["train"]
+    assert short_names(["data/a/x.jsonl", "data/b/x.jsonl=0.5"]) == ["a/x", "b/x"]
+    assert short_names(["/data/corpus/train.jsonl.gz"]) == ["train"]

@@ -20,7 +20,7 @@ from twotower.engine.generation import generate
 from twotower.errors import ArgumentError
 from twotower.evaluation.accuracy import chosen_problems, evaluate
 from twotower.evaluation.comparison import Paired, compare
-from twotower.evaluation.running import run
+from twotower.evaluation.running import generate_all
 from twotower.evaluation.tasks import FAMILIES
 
 # --- settings -------------------------------------------------------------------------------------------------------
@@ -81,14 +81,14 @@ def test_requests_of_all_kinds_get_what_they_would_get_alone() -> None:
         for _ in range(30)
     ]
     told: list[int] = []
-    outputs = run(model, requests, rows=4, progress=told.append)
+    outputs = generate_all(model, requests, rows=4, progress=told.append)
     assert told == sorted(told)
     assert told[-1] == 30
     for request, output in zip(requests, outputs, strict=True):
         (alone,) = generate(model, [list(request.prompt)], request.params)
         assert output.tokens == alone.tokens
         assert output.mode == request.params.mode
-    assert run(model, []) == []
+    assert generate_all(model, []) == []
 
 
 # --- paired differences ---------------------------------------------------------------------------------------------

@@ -208,7 +208,7 @@ def test_a_task_asks_in_the_harness_words_and_counts_right_answers(
             for _ in requests
         ]  # fmt: skip
 
-    monkeypatch.setattr(adapter, "run", answering)
+    monkeypatch.setattr(adapter, "generate_all", answering)
     (score,) = run_tasks(model, [], [name], data=data, run_code=True)
     assert (score.setting, score.items, score.score) == ("ar", ITEMS[name], SCORES[name])
     assert score.tokens_per_pass == 1.0

@@ -24,8 +24,12 @@ from twotower.training.data.batch import Batch
 from twotower.training.noise import Corruption
 from twotower.training.objective import AutoregressiveObjective, DenoisingObjective, DenoisingOptions
 from twotower.training.planning.flops import autoregressive_step, two_tower_step
-from twotower.training.planning.memory import LiveBytes, Profile, profile
-from twotower.training.planning.plan import GIB, Plan, Setup, memory_of, plan, plan_from
+from twotower.training.planning.live_bytes import LiveBytes
+from twotower.training.planning.memory import profile
+from twotower.training.planning.plan import Plan, plan, plan_from
+from twotower.training.planning.profile import Profile
+from twotower.training.planning.setup import GIB, Setup
+from twotower.training.planning.step_memory import memory_of
 
 RELEASED = Path(__file__).parent / "golden" / "released"
 BLOCK = 16

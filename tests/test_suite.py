@@ -14,7 +14,7 @@ import pytest
 
 from twotower.errors import ArgumentError
 from twotower.evaluation.tasks import FAMILIES, LEVELS, Problem, accuracy, problems, score, stream, wilson, write_jsonl
-from twotower.evaluation.tasks.__main__ import run
+from twotower.evaluation.tasks.__main__ import run_suite
 from twotower.evaluation.tasks.problems import TEST_SHARE, side
 
 GOLDEN = "ddbed5e55c4a7cc3eb59ad934c21a41daf15d5ccbc58c10ae3288e414bd59d7d"
@@ -234,9 +234,9 @@ def test_files_and_command_line(tmp_path: Any, capsys: pytest.CaptureFixture[str
     made = problems("test", 5, 9, ["edits"], [2, 4])
     write_jsonl(tmp_path / "a", made)
     options = ["--split=test", "--count=5", "--seed=9", "--family=edits", "--difficulty=2", "--difficulty=4"]
-    assert run([*options, "-o", str(tmp_path / "b")]) == 0
+    assert run_suite([*options, "-o", str(tmp_path / "b")]) == 0
     assert capsys.readouterr().out == ""
-    assert run(options) == 0
+    assert run_suite(options) == 0
     assert capsys.readouterr().out.encode() == (tmp_path / "a").read_bytes() == (tmp_path / "b").read_bytes()
     rows = [json.loads(line) for line in (tmp_path / "a").read_text().splitlines()]
     assert [Problem(r["family"], r["difficulty"], r["prompt"], r["text"]) for r in rows] == made
@@ -248,7 +248,7 @@ def test_files_and_command_line(tmp_path: Any, capsys: pytest.CaptureFixture[str
      "--split test -o /nowhere/at/all"],
 )  # fmt: skip
 def test_a_users_error_is_one_line_and_code_2(options: str, capsys: pytest.CaptureFixture[str]) -> None:
-    assert run(options.split()) == 2
+    assert run_suite(options.split()) == 2
     out, err = capsys.readouterr()
     assert out == ""
     assert re.fullmatch(r"Error: [^\n]+\n", err)

@@ -22,9 +22,10 @@ from twotower.training.data import Batch, Document, lay_out, place
 from twotower.training.fsdp import World
 from twotower.training.objective import AutoregressiveObjective, DenoisingObjective, DenoisingOptions
 from twotower.training.optimizer import Schedule
-from twotower.training.samples import cut_prompts
 from twotower.training.trainer import Run, Stage, train
-from twotower.training.validation import LEVELS, AutoregressiveValidation, DenoisingValidation, _at_level, _uniform
+from twotower.training.validation import AutoregressiveValidation, DenoisingValidation
+from twotower.training.validation.denoising import LEVELS, _at_level, _uniform
+from twotower.training.validation.samples import cut_prompts
 
 BOS, EOS, MASK, BLOCK, LENGTH = 1, 2, 3, 4, 32
 PATTERN = "M*E-"  # the last two context layers are read by no denoiser layer

@@ -20,6 +20,7 @@ from twotower.errors import ConfigError
 
 LayerKind = Literal["M", "*", "E", "-"]
 KIND_NAMES: dict[str, str] = {"M": "Mamba-2", "*": "attention", "E": "MoE", "-": "MLP"}
+COUPLED_KINDS = frozenset("M*")  # a denoiser layer of such a kind reads what its context layer left behind
 ARCHITECTURE = "NemotronHTwoTowerForCausalLM"
 MODEL_TYPE = "nemotron_h"
 MASK_TOKEN_ID = 3  # by convention: released configs carry no mask_token_id

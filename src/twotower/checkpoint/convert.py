@@ -132,7 +132,8 @@ def _pieces(tower: OneTower, dtype: torch.dtype | None, time: dict[str, Tensor],
 
 
 def _read(file: Any, place: Slot) -> Tensor:
-    return file.get_tensor(place.disk) if place.expert is None else file.get_slice(place.disk)[place.expert]
+    tensor: Tensor = file.get_tensor(place.disk) if place.expert is None else file.get_slice(place.disk)[place.expert]
+    return tensor
 
 
 def _time_conditioning(config: TwoTowerConfig, seed: int, dtype: torch.dtype) -> dict[str, Tensor]:

@@ -136,7 +136,7 @@ def write(directory: Path, weights: dict[str, torch.Tensor], config: TwoTowerCon
         part = slot.memory.removeprefix("context.")
         tensor = weights[part] if slot.expert is None else weights[part][slot.expert]
         disk = "lm_head.weight" if part == "head.weight" else slot.disk.replace("context_tower.", "backbone.", 1)
-        pieces.append(Piece(disk, slot.shape, tensor.dtype, lambda tensor=tensor: tensor))  # type: ignore[misc]
+        pieces.append(Piece.of(disk, slot.shape, tensor))
     write_shards(directory, pieces)
     dtype = str(weights["embeddings.weight"].dtype).removeprefix("torch.")
     values = {key: value for key, value in pretrained.config_to_write(model).items() if key != "auto_map"}

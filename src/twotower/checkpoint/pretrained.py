@@ -168,7 +168,7 @@ def stored_dtype(directory: Path) -> torch.dtype:
     """The dtype a checkpoint is in: what its config says, else that of its embeddings."""
     said = TwoTowerConfig.read(directory).dtype
     if said is None:
-        return reader.scan(directory)["context_tower.embeddings.weight"].torch_dtype
+        said = reader.scan(directory)["context_tower.embeddings.weight"].torch_dtype
     found = getattr(torch, said) if isinstance(said, str) else said
     assert isinstance(found, torch.dtype)
     return found
@@ -206,7 +206,7 @@ def _dtype(dtype: Any, config: TwoTowerConfig) -> torch.dtype | None:
         dtype, said = config.dtype, "config.json's torch_dtype"
         if dtype is None:
             return None
-    found = getattr(torch, dtype, None) if isinstance(dtype, str) else dtype
+    found: torch.dtype | None = getattr(torch, dtype, None) if isinstance(dtype, str) else dtype
     if found not in (torch.bfloat16, torch.float32, torch.float64):
         raise ArgumentError(f"{said} is {dtype!r}; choose dtype bfloat16, float32 or float64")
     return found

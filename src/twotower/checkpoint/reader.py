@@ -315,5 +315,5 @@ def save_weights(model: nn.Module, directory: Path, max_shard_size: int | str) -
     pieces = []
     for slot in slots(model):
         tensor = memory[slot.memory] if slot.expert is None else memory[slot.memory][slot.expert]
-        pieces.append(Piece(slot.disk, slot.shape, tensor.dtype, lambda tensor=tensor: tensor))  # type: ignore[misc]
+        pieces.append(Piece.of(slot.disk, slot.shape, tensor))
     write_shards(directory, pieces, max_shard_size)

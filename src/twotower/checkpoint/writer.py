@@ -33,6 +33,11 @@ class Piece:
     dtype: torch.dtype
     make: Callable[[], Tensor]
 
+    @classmethod
+    def of(cls, name: str, shape: tuple[int, ...], tensor: Tensor) -> Piece:
+        """A tensor that is in memory already, in its own dtype."""
+        return cls(name, shape, tensor.dtype, lambda: tensor)
+
     @property
     def nbytes(self) -> int:
         return math.prod(self.shape) * self.dtype.itemsize

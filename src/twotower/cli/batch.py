@@ -19,9 +19,13 @@ from twotower.cli.terminal import passing_line
 )
 @models.model_option
 @click.option(
-    "-s", "--setting", default="verified", show_default=True, metavar="MODE[:KNOB,NAME=X…]",
+    "-s",
+    "--setting",
+    default="verified",
+    show_default=True,
+    metavar="MODE[:KNOB,NAME=X…]",
     help="How to decode where a line says nothing else, e.g. ar, diffusion:0.8, verified:draft_steps=1.",
-)  # fmt: skip
+)
 @click.option("-n", "--max-new-tokens", metavar="N", type=click.IntRange(min=1), default=128, show_default=True)
 @click.option(
     "--seed", metavar="N", type=click.IntRange(0, 2**62), default=0, show_default=True, help="Plus a line's number."
@@ -32,9 +36,18 @@ from twotower.cli.terminal import passing_line
 @models.quantization_option
 @models.threads_option
 def batch(
-    prompts: Path, out: Path, model: str | None, setting: str, max_new_tokens: int, seed: int, rows: int,
-    memory: float | None, dtype: str, quantization: str, threads: int | None,
-) -> None:  # fmt: skip
+    prompts: Path,
+    out: Path,
+    model: str | None,
+    setting: str,
+    max_new_tokens: int,
+    seed: int,
+    rows: int,
+    memory: float | None,
+    dtype: str,
+    quantization: str,
+    threads: int | None,
+) -> None:
     """Continue every prompt of a JSONL file.
 
     A line of PROMPTS is an object with a "prompt" and, as it likes, an "id", which is given back, and parameters of its

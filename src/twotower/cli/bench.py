@@ -16,6 +16,7 @@ if TYPE_CHECKING:
     from rich.table import Table
 
     from twotower.evaluation.speed import Measured
+    from twotower.evaluation.timed_towers import TowerName
 
 
 @click.command()
@@ -50,10 +51,19 @@ if TYPE_CHECKING:
 @models.threads_option
 @click.option("--json", "as_json", is_flag=True, help="No table.")
 def bench(
-    model: str | None, settings: tuple[str, ...], batch_sizes: tuple[int, ...], contexts: tuple[int, ...],
-    max_new_tokens: int, batches: int, rounds: int, ignore_eos: bool, dtype: str, quantization: str,
-    threads: int | None, as_json: bool,
-) -> None:  # fmt: skip
+    model: str | None,
+    settings: tuple[str, ...],
+    batch_sizes: tuple[int, ...],
+    contexts: tuple[int, ...],
+    max_new_tokens: int,
+    batches: int,
+    rounds: int,
+    ignore_eos: bool,
+    dtype: str,
+    quantization: str,
+    threads: int | None,
+    as_json: bool,
+) -> None:
     """Tokens a second, passes and what a pass costs, beside AR with the same kernels.
 
     Settings take turns in every round. Prompt tokens are never counted, nor is anything after a row's end. A table goes
@@ -70,9 +80,16 @@ def bench(
     )
     with passing_line() as tell:
         found = measuring.bench(
-            loaded, parsed, batch_sizes=batch_sizes, contexts=contexts, new_tokens=max_new_tokens, batches=batches,
-            rounds=rounds, ignore_eos=ignore_eos, progress=tell,
-        )  # fmt: skip
+            loaded,
+            parsed,
+            batch_sizes=batch_sizes,
+            contexts=contexts,
+            new_tokens=max_new_tokens,
+            batches=batches,
+            rounds=rounds,
+            ignore_eos=ignore_eos,
+            progress=tell,
+        )
     machine = machine_of(loaded)
     if not as_json:
         console = console_on("stderr")
@@ -102,12 +119,13 @@ def tables(found: list[Measured]) -> Iterator[Table]:
                     "1" if one.setting == "ar" else f"{one.times_ar:.2f} ({low:.2f}–{high:.2f})",
                     f"{one.tokens_per_pass:.2f}",
                     f"{one.first_seconds:.2f} s",
-                    *(_cost(one, tower) for tower in ("denoiser", "context")),
+                    _cost(one, "denoiser"),
+                    _cost(one, "context"),
                 )
         yield out
 
 
-def _cost(one: Measured, tower: str) -> str:
+def _cost(one: Measured, tower: TowerName) -> str:
     seconds = one.pass_seconds[tower]
     if one.setting == "ar" and seconds:
         return f"{1e3 * seconds:.1f} ms"

@@ -18,11 +18,12 @@ def curves(run: Path, output: Path | None, as_json: bool) -> None:
     Writes training.png (loss, learning rate, gradient norm, speed) and, once something was validated, validation.png
     (held-out losses, agreement, tokens per pass, a sample's denoising). A run that still goes on can be drawn too.
     """
-    from twotower.training.plots import curves as pictures
+    from twotower.training.plots.curves import draw
+    from twotower.training.plots.log_records import load, summary
 
-    records = pictures.load(run)
-    paths = pictures.draw(run, output)
-    lines = pictures.summary(records)
+    records = load(run)
+    paths = draw(run, output)
+    lines = summary(records)
     if as_json:
         click.echo(json.dumps({"pictures": [str(path) for path in paths], "summary": lines}, ensure_ascii=False))
         return

@@ -55,11 +55,25 @@ ROWS = {"suite": 64, "tasks": 16}  # of a batch; few-shot prompts are long
 @click.option("--json", "as_json", is_flag=True, help="No table.")
 @click.pass_context
 def evaluate(
-    context: click.Context, model: str | None, settings: tuple[str, ...], problems: int, families: tuple[str, ...],
-    difficulties: tuple[int, ...], seed: int, max_new_tokens: int, tasks: tuple[str, ...], data: Path | None,
-    limit: int | None, run_code: bool, likelihood: str, rows: int | None, dtype: str, quantization: str,
-    threads: int | None, as_json: bool,
-) -> None:  # fmt: skip
+    context: click.Context,
+    model: str | None,
+    settings: tuple[str, ...],
+    problems: int,
+    families: tuple[str, ...],
+    difficulties: tuple[int, ...],
+    seed: int,
+    max_new_tokens: int,
+    tasks: tuple[str, ...],
+    data: Path | None,
+    limit: int | None,
+    run_code: bool,
+    likelihood: str,
+    rows: int | None,
+    dtype: str,
+    quantization: str,
+    threads: int | None,
+    as_json: bool,
+) -> None:
     """Accuracy of each setting and of AR, on problems with one right answer.
 
     The problems are generated (the suite's test split), or with --task those of the published table, in
@@ -81,17 +95,27 @@ def evaluate(
     facts: dict[str, Any] = {"model": str(source), **model_loading.placement(loaded)}
     if tasks:
         scores = published.measure(
-            loaded, parsed, tasks, data=data, limit=limit, run_code=run_code, likelihood=likelihood,
+            loaded,
+            parsed,
+            tasks,
+            data=data,
+            limit=limit,
+            run_code=run_code,
+            likelihood=likelihood,
             rows=rows or ROWS["tasks"],
-        )  # fmt: skip
+        )
         found = {"tasks": [score.to_dict() for score in scores]}
         shown: tuple[Table, ...] = (published.table(scores),)
     else:
         with passing_line() as tell:
             lines = measure(
-                loaded, parsed, chosen, max_new_tokens=max_new_tokens, rows=rows or ROWS["suite"],
+                loaded,
+                parsed,
+                chosen,
+                max_new_tokens=max_new_tokens,
+                rows=rows or ROWS["suite"],
                 progress=lambda label, done: tell(f"{label}: {done} of {len(chosen)} problems"),
-            )  # fmt: skip
+            )
         facts |= {"problems": len(chosen), "seed": seed, "difficulties": list(difficulties)}
         found = {"settings": [line.to_dict() for line in lines]}
         shown = tables(lines)

@@ -113,7 +113,7 @@ SAMPLING_ONLY = ("seed", "top_k", "top_p")
 @click.option("--denoiser-device", metavar="DEVICE", help="[default: the context's]")
 @click.option("--threads", metavar="N", type=click.IntRange(min=1), help="CPU threads.")
 @click.pass_context
-def generate(ctx: click.Context, **options: Any) -> None:
+def generate(ctx: click.Context, /, **options: Any) -> None:
     """Continue PROMPT. Without one (or with -) it is read from stdin.
 
     Text goes to stdout, everything else to stderr.

@@ -199,9 +199,10 @@ def _backends(model: TwoTowerForCausalLM, dtype: str) -> dict[str, list[dict[str
 def _weights(directory: Path, model: TwoTowerForCausalLM) -> dict[str, Any]:
     """What lies on disk, and whether it passes the check that loading makes."""
     from twotower.checkpoint import reader
+    from twotower.checkpoint.writer import INDEX_FILE, SINGLE_FILE
 
     nothing: dict[str, Any] = {"present": False, "files": [], "dtypes": {}, "problem": None}
-    if not any((directory / name).exists() for name in (reader.INDEX_FILE, reader.SINGLE_FILE)):
+    if not any((directory / name).exists() for name in (INDEX_FILE, SINGLE_FILE)):
         return nothing
     try:
         found = reader.scan(directory)

@@ -8,7 +8,9 @@ from collections.abc import Iterator
 import click
 
 from twotower.config import KIND_NAMES
-from twotower.training.planning.plan import GIB, UTILISATIONS, Memory, Plan, Setup
+from twotower.training.planning.plan import UTILISATIONS, Plan
+from twotower.training.planning.setup import GIB, Setup
+from twotower.training.planning.step_memory import Memory
 
 _INDENT = 14
 _WIDTH = 100

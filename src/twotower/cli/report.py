@@ -16,9 +16,14 @@ from twotower.cli.terminal import passing_line
 @click.command()
 @models.model_option
 @click.option(
-    "-o", "--output", type=click.Path(file_okay=False, path_type=Path), default=Path("report"), show_default=True,
-    metavar="DIR", help="Gets report.png, report.md and answers.jsonl.",
-)  # fmt: skip
+    "-o",
+    "--output",
+    type=click.Path(file_okay=False, path_type=Path),
+    default=Path("report"),
+    show_default=True,
+    metavar="DIR",
+    help="Gets report.png, report.md and answers.jsonl.",
+)
 @click.option("-s", "--setting", "settings", multiple=True, metavar="MODE[:…]", help="Instead of the whole grid.")
 @click.option("-n", "--problems", type=click.IntRange(1), default=200, show_default=True, help="Of each family.")
 @click.option("--timed", type=click.IntRange(1), default=24, show_default=True, help="Problems that are timed.")
@@ -31,10 +36,20 @@ from twotower.cli.terminal import passing_line
 @models.threads_option
 @click.option("--json", "as_json", is_flag=True, help="One JSON object instead of text.")
 def report(
-    model: str | None, output: Path, settings: tuple[str, ...], problems: int, timed: int,
-    difficulties: tuple[int, ...], seed: int, rows: int, quick: bool, dtype: str, quantization: str,
-    threads: int | None, as_json: bool,
-) -> None:  # fmt: skip
+    model: str | None,
+    output: Path,
+    settings: tuple[str, ...],
+    problems: int,
+    timed: int,
+    difficulties: tuple[int, ...],
+    seed: int,
+    rows: int,
+    quick: bool,
+    dtype: str,
+    quantization: str,
+    threads: int | None,
+    as_json: bool,
+) -> None:
     """Sweep modes, policies, knobs and block sizes: quality kept against speed.
 
     Answers the procedural suite with every setting, and times each beside AR. Draws quality against tokens per pass and
@@ -60,9 +75,17 @@ def report(
     output.mkdir(parents=True, exist_ok=True)
     with passing_line() as tell:
         points = sweep.sweep(
-            loaded, chosen, per_family=problems, timed=timed, difficulties=difficulties, seed=seed, rows=rows,
-            kept_in=output / "answers.jsonl", facts=facts, progress=tell,
-        )  # fmt: skip
+            loaded,
+            chosen,
+            per_family=problems,
+            timed=timed,
+            difficulties=difficulties,
+            seed=seed,
+            rows=rows,
+            kept_in=output / "answers.jsonl",
+            facts=facts,
+            progress=tell,
+        )
     where = machine(loaded)
     place = described(where)
     levels = ", ".join(map(str, difficulties))

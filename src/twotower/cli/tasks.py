@@ -36,17 +36,31 @@ def need(names: Sequence[str], data: Path | None, run_code: bool) -> None:
 
 
 def measure(
-    model: TwoTowerForCausalLM, settings: Sequence[Setting], names: Sequence[str], *, data: Path | None,
-    limit: int | None, run_code: bool, likelihood: str, rows: int,
-) -> list[Score]:  # fmt: skip
+    model: TwoTowerForCausalLM,
+    settings: Sequence[Setting],
+    names: Sequence[str],
+    *,
+    data: Path | None,
+    limit: int | None,
+    run_code: bool,
+    likelihood: str,
+    rows: int,
+) -> list[Score]:
     """Scores of every task under AR and every other setting."""
     from twotower.evaluation.lm_eval.run import run_tasks
 
     with passing_line() as tell:
         return run_tasks(
-            model, settings, _chosen(names), data=data, limit=limit, run_code=run_code, likelihood=likelihood,
-            rows=rows, progress=tell,
-        )  # fmt: skip
+            model,
+            settings,
+            _chosen(names),
+            data=data,
+            limit=limit,
+            run_code=run_code,
+            likelihood=likelihood,
+            rows=rows,
+            progress=tell,
+        )
 
 
 def table(scores: Sequence[Score]) -> Table:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import functools
 import json
 from collections.abc import Callable
 from pathlib import Path
@@ -11,6 +10,7 @@ from typing import TYPE_CHECKING, Any
 import click
 
 from twotower import model_loading
+from twotower.cli.train_options import common_options
 from twotower.errors import ArgumentError
 from twotower.process import configure_process
 
@@ -19,71 +19,32 @@ if TYPE_CHECKING:
     from twotower.training.runs import Parts
     from twotower.training.trainer import Validate
 
-DTYPES = ("auto", "bfloat16", "float32", "float64")
 NOISE = ("row", "document", "block")
 OFFSETS = ("random", "fixed")
-FOLDER = click.Path(file_okay=False, path_type=Path)
-
-
-def common(command: Callable[..., Any]) -> Callable[..., Any]:
-    """The options that both verbs have."""
-    options = (
-        click.option("--data", multiple=True, metavar="ITEM",
-                     help="PATH or hub id, then [:SPLIT][@CONFIG][=WEIGHT]; repeat it for a mixture."),
-        click.option("--validation", multiple=True, metavar="ITEM", help="Validation data. [default: held out]"),
-        click.option("--held-out", type=float, default=0.01, show_default=True, metavar="SHARE",
-                     help="Of the data, by a hash of the text, where there is no --validation."),
-        click.option("-o", "--output", "output", type=FOLDER, metavar="RUN",
-                     help="The run's directory; the same command again continues it."),
-        click.option("--text-field", default="text", show_default=True),
-        click.option("--prompt-field", default="prompt", show_default=True,
-                     help="A record's prompt: context only, blocks begin where it ends."),
-        click.option("--streaming", is_flag=True, help="Read hub data as a stream, in its own order."),
-        click.option("--epochs", type=click.IntRange(1), help="Read the data so often. [default: again and again]"),
-        click.option("--max-bad-records", type=click.IntRange(0), default=100, show_default=True),
-        click.option("--rows", type=click.IntRange(1), default=8, show_default=True,
-                     help="Rows of a batch, over all processes."),
-        click.option("--row-length", type=click.IntRange(1), default=1024, show_default=True, help="Tokens of a row."),
-        click.option("--micro-rows", type=click.IntRange(0), default=0,
-                     help="Rows of one pass on a process. [default: all]"),
-        click.option("--rate", type=float, default=1e-4, show_default=True, help="Peak learning rate."),
-        click.option("--warmup", type=click.IntRange(0), default=100, show_default=True, help="Steps."),
-        click.option("--decay", type=float, default=0.3, show_default=True, help="Share of the steps, at the end."),
-        click.option("--final", type=float, default=0.01, show_default=True, help="Share of the rate at the very end."),
-        click.option("--weight-decay", type=float, default=0.1, show_default=True),
-        click.option("--clip", type=float, default=1.0, show_default=True, help="Gradient norm; 0: do not clip."),
-        click.option("--balance-rate", type=float, default=1e-3, show_default=True,
-                     help="Step of the experts' selection biases; 0: leave them."),
-        click.option("--seed", type=click.IntRange(0), default=0, show_default=True),
-        click.option("--dtype", type=click.Choice(DTYPES), default="auto", show_default=True,
-                     help="To compute in; auto: bfloat16 where the machine is fast in it, else float32."),
-        click.option("--device", type=click.Choice(("cpu", "cuda")), help="[default: cuda where there is one]"),
-        click.option("--threads", type=click.IntRange(1), help="[default: torch's]"),
-        click.option("--recompute", is_flag=True, help="Keep two residual streams a layer, compute the rest again."),
-        click.option("--deterministic", is_flag=True, help="The same bits again on CUDA, slower."),
-        click.option("--checkpoint-every", type=click.IntRange(1), default=200, show_default=True, help="Steps."),
-        click.option("--validate-every", type=click.IntRange(0), default=500, show_default=True,
-                     help="Steps; 0: at the end only."),
-        click.option("--validation-documents", type=click.IntRange(1), default=64, show_default=True,
-                     help="Of each source, at most."),
-        click.option("--tensorboard/--no-tensorboard", default=True, help="Also log for TensorBoard."),
-    )  # fmt: skip
-    return functools.reduce(lambda wrapped, option: option(wrapped), reversed(options), command)
 
 
 @click.command()
 @click.option(
     "--config", required=True, type=click.Path(path_type=Path), metavar="FILE", help="The backbone's config.json."
 )
-@click.option("--tokenizer", type=click.Path(path_type=Path), metavar="PATH",
-              help="A tokenizer.json or a directory with one. [default: train one on the data]")  # fmt: skip
+@click.option(
+    "--tokenizer",
+    type=click.Path(path_type=Path),
+    metavar="PATH",
+    help="A tokenizer.json or a directory with one. [default: train one on the data]",
+)
 @click.option("--vocab-size", type=click.IntRange(300), help="Of a new tokenizer. [default: the backbone's]")
 @click.option("--split-digits", is_flag=True, help="A new tokenizer makes every digit a token.")
 @click.option("--steps", type=click.IntRange(1), default=1000, show_default=True)
-@click.option("--align", type=click.IntRange(1), default=16, show_default=True,
-              help="Documents begin at multiples of so many columns.")  # fmt: skip
+@click.option(
+    "--align",
+    type=click.IntRange(1),
+    default=16,
+    show_default=True,
+    help="Documents begin at multiples of so many columns.",
+)
 @click.option("--prompt-loss/--no-prompt-loss", default=True, help="Whether prompts are learned too.")
-@common
+@common_options
 def pretrain(
     output: Path | None, device: str | None, threads: int | None, steps: int, align: int, **options: Any
 ) -> None:
@@ -95,7 +56,8 @@ def pretrain(
     configure_process(threads)
     _need_extra(options["tensorboard"])
     from twotower.training import runs
-    from twotower.training.settings import PretrainSettings, Stage
+    from twotower.training.settings import PretrainSettings
+    from twotower.training.trainer import Stage
 
     settings = PretrainSettings(stages=(Stage(align, steps),), **options)
     _carry_out(
@@ -114,8 +76,13 @@ def pretrain(
     "--block-size", type=click.IntRange(1), default=16, show_default=True, help="Where there are no --stages."
 )
 @click.option("--steps", type=click.IntRange(1), default=1000, show_default=True, help="Where there are no --stages.")
-@click.option("--noise", type=click.Choice(NOISE), default="document", show_default=True,
-              help="What shares one noise level; row: as released.")  # fmt: skip
+@click.option(
+    "--noise",
+    type=click.Choice(NOISE),
+    default="document",
+    show_default=True,
+    help="What shares one noise level; row: as released.",
+)
 @click.option(
     "--offset", type=click.Choice(OFFSETS), default="random", show_default=True, help="Of block edges in a text."
 )
@@ -133,7 +100,7 @@ def pretrain(
 @click.option("--peak-tflops", type=float, default=989.0, show_default=True, help="Of one GPU, dense; of the plan.")
 @click.option("--utilisation", type=float, default=0.35, show_default=True, help="Of that peak; the plan assumes it.")
 @click.option("--json", "as_json", is_flag=True, help="The plan as one JSON object.")
-@common
+@common_options
 def train(
     model: str,
     output: Path | None,
@@ -160,16 +127,21 @@ def train(
     source = str(model_loading.source_of(None if model == "bundled" else model))
     if plan_only:
         figures = {
-            "gpus": gpus, "gpu_memory_gib": gpu_memory, "tokens": tokens, "peak_tflops": peak_tflops,
-            "utilisation": utilisation, "block_size": block_size,
-        }  # fmt: skip
+            "gpus": gpus,
+            "gpu_memory_gib": gpu_memory,
+            "tokens": tokens,
+            "peak_tflops": peak_tflops,
+            "utilisation": utilisation,
+            "block_size": block_size,
+        }
         _show_plan(source, figures, options, as_json)
         return
     output = _needed(output)
     configure_process(threads)
     _need_extra(options["tensorboard"])
     from twotower.training import runs
-    from twotower.training.settings import DenoiserSettings, Stage, parse_stages
+    from twotower.training.settings import DenoiserSettings, parse_stages
+    from twotower.training.trainer import Stage
 
     course = parse_stages(stages) if stages else (Stage(block_size, steps),)
     source = str(model_loading.source_of(None if model == "bundled" else model))
@@ -196,8 +168,10 @@ def _carry_out(device: str | None, job: Callable[[World], Path], following: Call
 
 
 def _watch_backbone(parts: Parts) -> Validate:
+    from twotower.training.objective import AutoregressiveObjective
     from twotower.training.validation import AutoregressiveValidation
 
+    assert isinstance(parts.objective, AutoregressiveObjective)
     return AutoregressiveValidation(
         parts.model,
         parts.objective,
@@ -209,11 +183,13 @@ def _watch_backbone(parts: Parts) -> Validate:
 
 
 def _watch_denoiser(parts: Parts) -> Validate:
+    from twotower.training.objective import DenoisingObjective
     from twotower.training.settings import DenoiserSettings
     from twotower.training.validation import DenoisingValidation
 
     settings = parts.settings
     assert isinstance(settings, DenoiserSettings)
+    assert isinstance(parts.objective, DenoisingObjective)
     return DenoisingValidation(
         parts.model,
         parts.objective,

@@ -13,7 +13,7 @@ from twotower.engine.generation import Generation
 from twotower.errors import ArgumentError
 from twotower.evaluation.comparison import Paired, compare
 from twotower.evaluation.likelihood import continuation_nats
-from twotower.evaluation.running import run
+from twotower.evaluation.running import generate_all
 from twotower.evaluation.tasks import FAMILIES
 from twotower.evaluation.tasks.problems import Problem, stream
 from twotower.evaluation.tasks.scoring import OVERALL, is_right, wilson
@@ -103,7 +103,7 @@ def answer(
     shared = {"eos_token_id": eos_of(model), "mask_token_id": model.config.mask_token, "seed": 0}
     params = setting.params(max_new_tokens=max_new_tokens, **shared)
     requests = [Request(model.tokenizer(problem.prompt)["input_ids"], params) for problem in problems]
-    return requests, run(model, requests, rows, progress)
+    return requests, generate_all(model, requests, rows, progress)
 
 
 def marks(problems: Sequence[Problem], outputs: Sequence[Generation]) -> list[bool]:

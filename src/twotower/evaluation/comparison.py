@@ -36,9 +36,9 @@ class Paired:
     @property
     def kept(self) -> tuple[float, float, float]:
         """The second's accuracy as a share of the first's, and that share at both ends of the interval."""
-        base = (self.both + self.lost) / self.count
+        base = (self.both + self.lost) / self.count or math.nan
         low, high = self.interval
-        return tuple(1 + d / base if base else math.nan for d in (self.difference, low, high))  # type: ignore[return-value]
+        return 1 + self.difference / base, 1 + low / base, 1 + high / base
 
 
 def compare(first: Sequence[bool], second: Sequence[bool]) -> Paired:

@@ -22,7 +22,7 @@ from twotower.engine import Request
 from twotower.evaluation.accuracy import evaluate, repeated_share
 from twotower.evaluation.likelihood import ar_nats, continuation_nats
 from twotower.evaluation.ngram import KneserNey
-from twotower.evaluation.running import run
+from twotower.evaluation.running import generate_all
 from twotower.evaluation.tasks import problems
 from twotower.modeling_twotower import TwoTowerForCausalLM
 from twotower.process import configure_process
@@ -63,7 +63,7 @@ def measure_dialogues(model: TwoTowerForCausalLM, texts: Sequence[str], count: i
     shared = {"max_new_tokens": limit, "eos_token_id": EOS, "mask_token_id": model.config.mask_token, "seed": 0}
     for setting in beside_ar([parse_setting(text) for text in SETTINGS]):
         params = setting.params(**shared)
-        results = run(model, [Request(prompt, params) for prompt in prompts], rows=40)
+        results = generate_all(model, [Request(prompt, params) for prompt in prompts], rows=40)
         nats, tokens = continuation_nats(model, prompts, results)
         passes = {name: sum(getattr(r, name) for r in results) for name in ("denoiser_passes", "context_passes")}
         figures[setting.label] = {

@@ -20,10 +20,10 @@ from twotower.training.data.batch import Batch
 from twotower.training.data.packing import whole
 from twotower.training.noise import Corruption
 from twotower.training.objective import (
-    LOGITS_AT_ONCE,
     AutoregressiveObjective,
     DenoisingObjective,
     DenoisingOptions,
+    in_pieces,
 )
 
 Item = TypeVar("Item")
@@ -75,9 +75,8 @@ def _read(model: TwoTowerForCausalLM, texts: Sequence[Sequence[int]]) -> Tensor:
 def _score(model: TwoTowerForCausalLM, hidden: Tensor, continuation: Sequence[int]) -> Likelihood:
     """hidden (N, H) at the positions before each token of the continuation (N,)."""
     tokens = torch.tensor(continuation, device=hidden.device)
-    at_once = max(LOGITS_AT_ONCE // model.context.config.vocab_size, 1)
     total, greedy = 0.0, True
-    for h, y in zip(hidden.split(at_once), tokens.split(at_once), strict=True):
+    for h, y in in_pieces(model.context.head, hidden, tokens):
         chances = widened(model.context.head(h)).log_softmax(-1)
         total += float(chances.gather(-1, y[:, None]).sum())
         greedy = greedy and bool((chances.argmax(-1) == y).all())
@@ -120,9 +119,14 @@ def continuation_bound(
 
 
 def _bounds(
-    objective: DenoisingObjective, device: torch.device, pairs: Sequence[Pair], block_size: int, samples: int,
-    seed: int, progress: Progress,
-) -> list[float]:  # fmt: skip
+    objective: DenoisingObjective,
+    device: torch.device,
+    pairs: Sequence[Pair],
+    block_size: int,
+    samples: int,
+    seed: int,
+    progress: Progress,
+) -> list[float]:
     sums = [0.0] * len(pairs)
     draws = list(enumerate(number for number in range(len(pairs)) for _ in range(samples)))
     done = 0
@@ -179,7 +183,7 @@ def ar_nats(model: TwoTowerForCausalLM, documents: Sequence[Sequence[int]]) -> f
     chunk = model.config.backbone.chunk_size
     objective = AutoregressiveObjective(model.context)
     with torch.no_grad():
-        return sum(objective(batch, None, chunk).item() for batch in _documents(documents, 16, chunk))
+        return sum(float(objective(batch, None, chunk)) for batch in _documents(documents, 16, chunk))
 
 
 def continuation_nats(

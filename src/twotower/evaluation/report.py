@@ -56,9 +56,15 @@ def _panel(axes: Axes, points: Sequence[Point], speed: Callable[[Point], float],
         series.setdefault(point.series, []).append(point)
     best = front(points, speed)
     axes.plot(
-        [speed(p) for p in best], [100 * p.kept[0] for p in best], color="black", lw=5, alpha=0.12,
-        solid_capstyle="round", label="Pareto front", zorder=1,
-    )  # fmt: skip
+        [speed(p) for p in best],
+        [100 * p.kept[0] for p in best],
+        color="black",
+        lw=5,
+        alpha=0.12,
+        solid_capstyle="round",
+        label="Pareto front",
+        zorder=1,
+    )
     for name, own in series.items():
         x, y = [speed(p) for p in own], [100 * p.kept[0] for p in own]
         if name == "ar":

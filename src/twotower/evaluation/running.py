@@ -1,4 +1,4 @@
-"""`run(requests) → outputs`: the one way in which evaluation generates."""
+"""`generate_all(requests) → outputs`: the one function with which evaluation generates."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ from twotower.engine.generation import Generation
 from twotower.modeling_twotower import TwoTowerForCausalLM
 
 
-def run(
+def generate_all(
     model: TwoTowerForCausalLM,
     requests: Sequence[Request],
     rows: int = 64,

@@ -4,29 +4,19 @@ from __future__ import annotations
 
 import random
 import statistics
-import time
-from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
-from dataclasses import asdict, dataclass, field
-from typing import Any
+from collections.abc import Callable, Sequence
+from dataclasses import asdict, dataclass
+from typing import Any, cast
 
+from twotower.decoding.auto_mode import resolve
 from twotower.decoding.presets import AR, Setting, beside_ar
-from twotower.engine import Request
+from twotower.engine import LLM, Request
 from twotower.errors import ArgumentError
-from twotower.evaluation.running import run
+from twotower.evaluation.running import generate_all
 from twotower.evaluation.tasks import problems
+from twotower.evaluation.timed_towers import TimedTowers, TowerName
 from twotower.model_loading import eos_of
 from twotower.modeling_twotower import TwoTowerForCausalLM
-
-TOWERS = {"denoise": "denoiser", "extend": "context"}  # the verb whose calls are a tower's passes
-
-
-@dataclass
-class Watch:
-    """Seconds in each tower's passes and their number, of one run."""
-
-    seconds: dict[str, float] = field(default_factory=lambda: dict.fromkeys(TOWERS.values(), 0.0))
-    passes: dict[str, int] = field(default_factory=lambda: dict.fromkeys(TOWERS.values(), 0))
 
 
 @dataclass(frozen=True)
@@ -52,8 +42,8 @@ class Measured:
     times_ar: float
     times_ar_spread: tuple[float, float]
     tokens_per_pass: float
-    pass_seconds: dict[str, float]
-    pass_cost: dict[str, float]
+    pass_seconds: dict[TowerName, float]
+    pass_cost: dict[TowerName, float]
 
     def to_dict(self) -> dict[str, Any]:
         return asdict(self)
@@ -129,7 +119,7 @@ def one_round(
     """One run of batches of `rows`."""
     params = setting.params(**shared)
     requests = [Request(text, params) for text in texts]
-    batches = [run(model, requests[start : start + rows], rows) for start in range(0, len(requests), rows)]
+    batches = [generate_all(model, requests[start : start + rows], rows) for start in range(0, len(requests), rows)]
     results = [result for batch in batches for result in batch]
     passes = sum(result.passes_of_both for result in results)
     tokens = sum(len(result.tokens) for result in results)
@@ -146,44 +136,23 @@ def one_round(
 
 def pass_seconds(
     model: TwoTowerForCausalLM, texts: list[list[int]], rows: int, setting: Setting, shared: dict[str, Any]
-) -> dict[str, float]:
-    """The mean pass of each tower in one more run, 0 where it has none."""
-    with watching(model) as watch:
-        one_round(model, texts, rows, setting, shared)
-    return {tower: seconds / max(watch.passes[tower], 1) for tower, seconds in watch.seconds.items()}
-
-
-@contextmanager
-def watching(model: TwoTowerForCausalLM) -> Iterator[Watch]:
-    """Times the passes of both towers inside the block. An accelerator is waited for after each: its passes would
-    otherwise be timed by how long they took to launch."""
-    watch = Watch()
-
-    def timed(verb: str) -> Callable[..., Any]:
-        real, tower = getattr(model, verb), TOWERS[verb]
-
-        def call(*args: Any, **kwargs: Any) -> Any:
-            model.synchronize()
-            started = time.perf_counter()
-            out = real(*args, **kwargs)
-            model.synchronize()
-            watch.seconds[tower] += time.perf_counter() - started
-            watch.passes[tower] += 1
-            return out
-
-        return call
-
-    for verb in TOWERS:
-        setattr(model, verb, timed(verb))
-    try:
-        yield watch
-    finally:
-        for verb in TOWERS:
-            delattr(model, verb)  # the class's own again
+) -> dict[TowerName, float]:
+    """The mean pass of each tower in one more run, 0 where it has none. mode "auto": of the mode it now chooses."""
+    params, _ = resolve(model, setting.params(**shared), 1)
+    timed = TimedTowers(model)
+    for start in range(0, len(texts), rows):
+        requests = [Request(text, params) for text in texts[start : start + rows]]
+        LLM.fitting(cast(TwoTowerForCausalLM, timed), requests, rows).generate(requests)
+    return timed.times.means()
 
 
 def _measured(
-    label: str, rows: int, context: int, own: Sequence[Round], ar: Sequence[Round], passes: dict[str, dict[str, float]]
+    label: str,
+    rows: int,
+    context: int,
+    own: Sequence[Round],
+    ar: Sequence[Round],
+    passes: dict[str, dict[TowerName, float]],
 ) -> Measured:
     ratios = [(a.tokens / a.seconds) / (b.tokens / b.seconds) for a, b in zip(own, ar, strict=True)]
     seconds = [one.seconds for one in own]

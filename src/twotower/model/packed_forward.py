@@ -7,7 +7,7 @@ block b. A block in which nothing is masked has nothing to be learned from, and 
 need not read it, so prompts and padding cost it nothing (`Layout.chosen`).
 
 Both towers go layer by layer (`read_layer`, `denoise_layer`), so that context layer i and denoiser layer i can
-run as one unit that keeps nothing but the two residual streams (`training/paired.py`).
+run as one unit that keeps nothing but the two residual streams (`training/layer_pair.py`).
 """
 
 from __future__ import annotations

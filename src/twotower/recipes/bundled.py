@@ -146,19 +146,41 @@ def commands(
 
     return {
         "backbone": [
-            "pretrain", "--config", f"{out / 'shape.json'}", "-o", f"{out / 'backbone'}",
-            "--steps", str(backbone_steps), *mixture("backbone", data / "train.jsonl.gz"), *PRETRAIN, *COMMON,
+            "pretrain",
+            "--config",
+            f"{out / 'shape.json'}",
+            "-o",
+            f"{out / 'backbone'}",
+            "--steps",
+            str(backbone_steps),
+            *mixture("backbone", data / "train.jsonl.gz"),
+            *PRETRAIN,
+            *COMMON,
         ],
         "start": ["init", "--from", f"{out / 'backbone' / 'model'}", "-o", f"{out / 'start'}"],
         "denoiser": [
-            "train", f"{out / 'start'}", "-o", f"{out / 'denoiser'}",
-            "--steps", str(denoiser_steps), *mixture("denoiser", out / "continuations.jsonl"), *TRAIN, *COMMON,
+            "train",
+            f"{out / 'start'}",
+            "-o",
+            f"{out / 'denoiser'}",
+            "--steps",
+            str(denoiser_steps),
+            *mixture("denoiser", out / "continuations.jsonl"),
+            *TRAIN,
+            *COMMON,
         ],
         "longer": [
-            "train", f"{out / 'denoiser' / 'model'}", "-o", f"{out / 'longer'}",
-            "--steps", str(longer_steps), *mixture("longer", out / "continuations.jsonl"), *LONGER, *COMMON,
+            "train",
+            f"{out / 'denoiser' / 'model'}",
+            "-o",
+            f"{out / 'longer'}",
+            "--steps",
+            str(longer_steps),
+            *mixture("longer", out / "continuations.jsonl"),
+            *LONGER,
+            *COMMON,
         ],
-    }  # fmt: skip
+    }
 
 
 def export(out: Path) -> None:
@@ -212,16 +234,27 @@ def measure(data: Path, out: Path) -> None:
     "--processes", type=int, default=1, show_default=True, help="Processes; 2 or 3 divide the batch's 6 rows."
 )
 def main(
-    data: Path, out: Path, stages: tuple[str, ...], backbone_steps: int, denoiser_steps: int, longer_steps: int,
+    data: Path,
+    out: Path,
+    stages: tuple[str, ...],
+    backbone_steps: int,
+    denoiser_steps: int,
+    longer_steps: int,
     processes: int,
-) -> None:  # fmt: skip
+) -> None:
     """Makes the bundled model."""
     configure_process()
     out.mkdir(parents=True, exist_ok=True)
     results = {
-        "text": "hard.jsonl", "backbone": "backbone/model", "start": "start", "continuations": "continuations.jsonl",
-        "denoiser": "denoiser/model", "longer": "longer/model", "export": "model", "figures": "model/metrics.json",
-    }  # fmt: skip
+        "text": "hard.jsonl",
+        "backbone": "backbone/model",
+        "start": "start",
+        "continuations": "continuations.jsonl",
+        "denoiser": "denoiser/model",
+        "longer": "longer/model",
+        "export": "model",
+        "figures": "model/metrics.json",
+    }
     programs = commands(data, out, backbone_steps, denoiser_steps, longer_steps)
     for stage in stages or STAGES:
         if not stages and (out / results[stage]).exists():

@@ -13,12 +13,11 @@ import torch
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
+from twotower.config import COUPLED_KINDS
 from twotower.model.conditioning import Modulation
 from twotower.model.layer_io import Past
 from twotower.model.packed_forward import Layout, denoise_layer, read_layer
 from twotower.model.tower import Layer
-
-COUPLED = frozenset("M*")
 
 
 class ReadingLayer(nn.Module):
@@ -59,7 +58,7 @@ def pair_layers(
     context: list[Layer], denoiser: list[Layer], *, train_context: bool, whole_context: bool
 ) -> list[PairedLayer]:
     """One unit a layer. whole_context: the context's own output is wanted, so every context layer runs."""
-    last = max((i for i, layer in enumerate(denoiser) if layer.kind in COUPLED), default=-1)
+    last = max((i for i, layer in enumerate(denoiser) if layer.kind in COUPLED_KINDS), default=-1)
     return [
         PairedLayer(reader, writer, train_context=train_context, reads=whole_context or i <= last)
         for i, (reader, writer) in enumerate(zip(context, denoiser, strict=True))

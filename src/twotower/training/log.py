@@ -7,7 +7,10 @@ import sys
 import time
 from contextlib import suppress
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from rich.progress import Progress as Bar
 
 LOG_FILE = "log.jsonl"
 BOARD_FOLDER = "tensorboard"
@@ -74,16 +77,19 @@ class Progress:
         self.steps, self.first, self.shown = steps, done, shown
         self.started = self._said = time.perf_counter()
         self._tokens = 0
-        self._bar: Any = None
+        self._bar: Bar | None = None
         if shown and sys.stderr.isatty():
+            from rich import progress as rich_progress
             from rich.console import Console
-            from rich.progress import BarColumn, MofNCompleteColumn, TextColumn, TimeRemainingColumn
-            from rich.progress import Progress as Bar
 
-            self._bar = Bar(
-                MofNCompleteColumn(), BarColumn(), TextColumn("{task.description}"), TimeRemainingColumn(),
-                console=Console(stderr=True), transient=False,
-            )  # fmt: skip
+            self._bar = rich_progress.Progress(
+                rich_progress.MofNCompleteColumn(),
+                rich_progress.BarColumn(),
+                rich_progress.TextColumn("{task.description}"),
+                rich_progress.TimeRemainingColumn(),
+                console=Console(stderr=True),
+                transient=False,
+            )
             self._task = self._bar.add_task("", total=steps, completed=done)
             self._bar.start()
 

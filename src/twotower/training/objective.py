@@ -5,7 +5,7 @@ Both give summed losses; the trainer divides by the number of targets over all p
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from typing import Protocol, TypeVar
 
@@ -14,6 +14,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from twotower.model.conditioning import Modulation, TimeConditioning
+from twotower.model.linear import Linear
 from twotower.model.packed_forward import Layout
 from twotower.model.tower import Tower
 from twotower.ops.precision import widened
@@ -187,7 +188,7 @@ class DenoisingObjective(nn.Module):
 
 def blocks_with_masks(noise: Corruption, block_size: int) -> Tensor:
     """(N,) the blocks in which something is masked, counted through all rows."""
-    return noise.masked.unflatten(1, (-1, block_size)).any(-1).flatten().nonzero()[:, 0]
+    return torch.unflatten(noise.masked, 1, (-1, block_size)).any(-1).flatten().nonzero()[:, 0]
 
 
 def next_tokens(batch: Batch, prompts: bool = True) -> Tensor:
@@ -197,17 +198,22 @@ def next_tokens(batch: Batch, prompts: bool = True) -> Tensor:
     return wanted if prompts else wanted & ~batch.prompt[:, 1:]
 
 
-def negative_log_likelihood(head: nn.Module, hidden: Tensor, tokens: Tensor) -> Tensor:
+def negative_log_likelihood(head: Linear, hidden: Tensor, tokens: Tensor) -> Tensor:
     """hidden (N, H), tokens (N,) → −ln p (N,) in nats, at least fp32. Many positions times a large vocabulary are done
     piece by piece, each formed again in the backward pass."""
-    vocabulary = head.weight.shape[0]  # type: ignore[index]
-    at_once = max(LOGITS_AT_ONCE // int(vocabulary), 1)
-    if len(tokens) <= at_once:
+    pieces = list(in_pieces(head, hidden, tokens))
+    if len(pieces) == 1:
         return _nll(head, hidden, tokens)
-    pieces = zip(hidden.split(at_once), tokens.split(at_once), strict=True)
     return torch.cat([run_unit(_nll, True, head, h, y) for h, y in pieces])
 
 
-def _nll(head: nn.Module, hidden: Tensor, tokens: Tensor) -> Tensor:
+def in_pieces(head: Linear, hidden: Tensor, tokens: Tensor) -> Iterator[tuple[Tensor, Tensor]]:
+    """hidden (N, H), tokens (N,) → the same in pieces, at least one, whose logits are few enough to be formed at
+    once."""
+    at_once = max(LOGITS_AT_ONCE // int(head.weight.shape[0]), 1)
+    yield from zip(torch.split(hidden, at_once), torch.split(tokens, at_once), strict=True)
+
+
+def _nll(head: Linear, hidden: Tensor, tokens: Tensor) -> Tensor:
     logits = head(hidden)
     return F.cross_entropy(widened(logits), tokens, reduction="none")

@@ -68,7 +68,8 @@ class Optimizer:
         sum_whole_gradients(self.whole, self.world)
         parts = [local(p.grad) for p in self.parts if p.grad is not None]
         square = self.world.total(_square(parts))
-        return float(square + _square([p.grad for p in self.whole if p.grad is not None])) ** 0.5
+        norm: float = float(square + _square([p.grad for p in self.whole if p.grad is not None])) ** 0.5
+        return norm
 
     def step(self, rate: float, norm: float) -> None:
         """One update from gradients of norm `norm`, clipped; forgets them."""

@@ -5,12 +5,10 @@ from __future__ import annotations
 import shutil
 from collections.abc import Callable
 from dataclasses import asdict, dataclass
-from functools import partial
 from pathlib import Path
 from typing import Any
 
 import torch
-from tokenizers import Tokenizer
 
 from twotower.checkpoint import one_tower, pretrained
 from twotower.config import TwoTowerConfig
@@ -18,24 +16,25 @@ from twotower.errors import ArgumentError
 from twotower.modeling_twotower import TwoTowerForCausalLM
 from twotower.ops.precision import multiplies_bf16_fast
 from twotower.training import weights
-from twotower.training.data import BOS, EOS, MASK, PAD, Batch, Encoder, Rows, Source, held_out_batches, train_tokenizer
-from twotower.training.data.readers import whole_pass
+from twotower.training.data import Batch
 from twotower.training.fsdp import World, shard
 from twotower.training.objective import AutoregressiveObjective, DenoisingObjective, DenoisingOptions
+from twotower.training.run_data import open_held_out, open_rows, open_sources
+from twotower.training.run_tokenizer import encoder_for, take_special_ids, tokenizer_of_run
 from twotower.training.settings import DenoiserSettings, PretrainSettings, Settings
-from twotower.training.trainer import TOKENIZER_FILE, Run, Validate, claim, train
+from twotower.training.trainer import Run, Validate, claim, train
 
-TOKENIZER_TEXTS = 50_000  # documents that a new tokenizer is trained on, at most
+DTYPES = {"bfloat16": torch.bfloat16, "float32": torch.float32, "float64": torch.float64}
 
 
 @dataclass(frozen=True, kw_only=True)
 class Parts:
-    """What a validation is made from. objective: an `AutoregressiveObjective` or `DenoisingObjective`, sharded;
-    held_out: this process's batches of each validation source."""
+    """What a validation is made from. objective: sharded. held_out: this process's batches of each validation
+    source."""
 
     settings: Settings
     model: TwoTowerForCausalLM
-    objective: Any
+    objective: AutoregressiveObjective | DenoisingObjective
     held_out: dict[str, list[Batch]]
     world: World
     eos_token_id: int
@@ -56,11 +55,11 @@ def pretrain(
     config = TwoTowerConfig.read(settings.config)
     claim(directory, settings.fixed() | _shape(config), world)
     sources, held_out = open_sources(settings)
-    tokenizer = _tokenizer_for(settings, config, sources, directory, world)
-    _take_special_ids(config, tokenizer)
+    tokenizer = tokenizer_of_run(settings, config, sources, directory, world)
+    take_special_ids(config, tokenizer)
     encoder = encoder_for(tokenizer, config)
-    rows = _rows(settings, sources, encoder, "fixed", world)
-    batches = _held_out(settings, held_out, encoder, world)
+    rows = open_rows(settings, sources, encoder, "fixed", world)
+    batches = open_held_out(settings, held_out, encoder, world)
     torch.manual_seed(settings.seed)
     model = TwoTowerForCausalLM(config, towers="context")
     model.tokenizer = tokenizer
@@ -96,8 +95,8 @@ def train_denoiser(
         raise ArgumentError(f"{source}: holds no tokenizer; put the backbone's tokenizer.json beside its weights")
     encoder = encoder_for(tokenizer, config)
     sources, held_out = open_sources(settings)
-    rows = _rows(settings, sources, encoder, settings.offset, world)
-    batches = _held_out(settings, held_out, encoder, world)
+    rows = open_rows(settings, sources, encoder, settings.offset, world)
+    batches = open_held_out(settings, held_out, encoder, world)
     with torch.device("meta"):
         model = TwoTowerForCausalLM(config)
     assert model.denoiser is not None
@@ -142,145 +141,10 @@ def train_denoiser(
     return directory / "model"
 
 
-# --- data ----------------------------------------------------------------------------------------------------------
-
-
-def open_sources(settings: Settings) -> tuple[list[Source], list[Source]]:
-    """Training and validation sources."""
-    share = 0.0 if settings.validation else settings.held_out
-    open_source = partial(
-        Source,
-        text_field=settings.text_field,
-        prompt_field=settings.prompt_field,
-        max_bad_records=settings.max_bad_records,
-        streaming=settings.streaming,
-    )
-    training = [open_source(item, held_out_fraction=share) for item in settings.data]
-    if settings.validation:
-        return training, [open_source(item) for item in settings.validation]
-    if not share:
-        return training, []
-    return training, [open_source(item, part="valid", held_out_fraction=share) for item in settings.data]
-
-
-def encoder_for(tokenizer: Any, config: TwoTowerConfig) -> Encoder:
-    """Text → documents of this model.
-
-    Raises:
-        ArgumentError: the tokenizer does not fit the model, or there is no end-of-text token.
-    """
-    eos = config.eos_token_id if config.eos_token_id is not None else getattr(tokenizer, "eos_token_id", None)
-    eos = eos[0] if isinstance(eos, list) else eos
-    if eos is None:
-        raise ArgumentError("neither config.json nor the tokenizer names an end-of-text token; set eos_token_id")
-    return Encoder(
-        tokenizer,
-        vocab_size=config.backbone.vocab_size,
-        eos_token_id=eos,
-        mask_token_id=config.mask_token,
-        bos_token_id=config.bos_token_id,
-        pad_token_id=config.pad_token_id if config.pad_token_id is not None else 0,
-    )
-
-
-def _rows(settings: Settings, sources: list[Source], encoder: Encoder, offset: Any, world: World) -> Rows:
-    return Rows(
-        sources,
-        encoder,
-        rows=settings.rows,
-        row_length=settings.row_length,
-        block_size=settings.stages[0].block_size,
-        seed=settings.seed,
-        offset=offset,
-        max_epochs=settings.epochs,
-        rank=world.rank,
-        world=world.size,
-    )
-
-
-def _held_out(settings: Settings, sources: list[Source], encoder: Encoder, world: World) -> dict[str, list[Batch]]:
-    """Each validation source's batches under its name."""
-    return {
-        source.name: list(
-            held_out_batches(
-                [source],
-                encoder,
-                rows=settings.rows,
-                row_length=settings.row_length,
-                block_size=settings.stages[-1].block_size,
-                documents=settings.validation_documents,
-                rank=world.rank,
-                world=world.size,
-            )
-        )
-        for source in sources
-    }
-
-
-def _tokenizer_for(
-    settings: PretrainSettings, config: TwoTowerConfig, sources: list[Source], directory: Path, world: World
-) -> Any:
-    """The tokenizer given, or a new one trained on the data and kept in the run."""
-    if settings.tokenizer is not None:
-        return load_tokenizer(settings.tokenizer)
-    file = directory / TOKENIZER_FILE
-    if world.first and not file.exists():
-        size = config.backbone.vocab_size if settings.vocab_size is None else settings.vocab_size
-        if size > config.backbone.vocab_size:
-            raise ArgumentError(
-                f"vocab_size is {size}, but the backbone's is {config.backbone.vocab_size}; give one no larger"
-            )
-        partial = file.with_suffix(".partial")
-        train_tokenizer(_texts(sources), size, split_digits=settings.split_digits).save(str(partial))
-        partial.replace(file)
-    world.barrier()
-    return load_tokenizer(file)
-
-
-def load_tokenizer(path: Path) -> Any:
-    """A tokenizer.json, or a directory that transformers can load one from."""
-    if path.is_dir():
-        tokenizer = pretrained.load_tokenizer(path)
-        if tokenizer is None:
-            raise ArgumentError(f"{path}: holds no tokenizer")
-        return tokenizer
-    from transformers import PreTrainedTokenizerFast
-
-    try:
-        backend = Tokenizer.from_file(str(path))
-    except Exception as error:  # the library raises a bare Exception
-        raise ArgumentError(f"{path}: not a tokenizer.json ({error})") from None
-    names = {f"{name}_token": f"<{name}>" for name in ("bos", "eos", "pad", "mask")}
-    known = {key: token for key, token in names.items() if backend.token_to_id(token) is not None}
-    return PreTrainedTokenizerFast(tokenizer_object=backend, **known)
-
-
-def _texts(sources: list[Source]) -> list[str]:
-    """Texts of all sources, in the proportion of their weights."""
-    total = sum(source.weight for source in sources)
-    texts = []
-    for source in sources:
-        wanted = int(TOKENIZER_TEXTS * source.weight / total)
-        for _, record in zip(range(wanted), whole_pass(source), strict=False):
-            texts.append((record.prompt or "") + record.text)
-    return texts
-
-
-def _take_special_ids(config: TwoTowerConfig, tokenizer: Any) -> None:
-    """The config of a new model names its tokenizer's special tokens."""
-    ours = {"bos": BOS, "eos": EOS, "pad": PAD, "mask": MASK}
-    for name, default in ours.items():
-        value = getattr(tokenizer, f"{name}_token_id", None)
-        setattr(config, f"{name}_token_id", default if value is None and name == "mask" else value)
-
-
-# --- running -------------------------------------------------------------------------------------------------------
-
-
 def compute_dtype(wanted: str, device: torch.device) -> torch.dtype:
     """ "auto": bf16 where the machine multiplies it fast, else fp32."""
     if wanted != "auto":
-        return getattr(torch, wanted)
+        return DTYPES[wanted]
     return torch.bfloat16 if multiplies_bf16_fast(device) else torch.float32
 
 

@@ -96,8 +96,9 @@ class PretrainSettings(Settings):
 
     def fixed(self) -> dict[str, Any]:
         return super().fixed() | {
-            "config": str(self.config), "tokenizer": str(self.tokenizer) if self.tokenizer else None
-        }  # fmt: skip
+            "config": str(self.config),
+            "tokenizer": str(self.tokenizer) if self.tokenizer else None,
+        }
 
 
 @dataclass(frozen=True, kw_only=True)

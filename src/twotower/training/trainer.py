@@ -26,7 +26,7 @@ TOKENIZER_FILE = "tokenizer.json"  # of a run that trains one
 
 
 class Rows(Protocol):
-    """This process's rows of each global batch (`corpus.stream`)."""
+    """This process's rows of each global batch (`data.Rows`)."""
 
     def use(self, block_size: int) -> None: ...
 
@@ -80,7 +80,7 @@ Validate = Callable[[int], dict[str, Any]]  # after a step, on every process →
 
 
 def train(run: Run, objective: Objective, rows: Rows, world: World, validate: Validate | None = None) -> None:
-    """Minimises a sharded objective (`parallel.shard`); continues from the run's last whole checkpoint, if any.
+    """Minimises a sharded objective (`fsdp.shard`); continues from the run's last whole checkpoint, if any.
 
     Raises:
         TwoTowerError: the loss or gradient is no longer finite (names the checkpoint to go back to); a checkpoint
@@ -152,9 +152,14 @@ def _step(run: Run, objective: Objective, optimizer: Optimizer, rows: Rows, worl
     optimizer.step(rate, norm)
     tokens = int(world.total(batch.text.sum()))
     return {
-        "step": step + 1, "loss": loss, "targets": int(targets), "tokens": tokens, "rate": rate, "norm": norm,
+        "step": step + 1,
+        "loss": loss,
+        "targets": int(targets),
+        "tokens": tokens,
+        "rate": rate,
+        "norm": norm,
         "block_size": size,
-    }  # fmt: skip
+    }
 
 
 def state(objective: nn.Module, optimizer: Optimizer) -> dict[str, Tensor]:

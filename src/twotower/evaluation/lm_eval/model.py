@@ -26,7 +26,7 @@ from twotower.engine import Request
 from twotower.engine.generation import Generation
 from twotower.errors import ArgumentError
 from twotower.evaluation.likelihood import Likelihood, continuation_bound, continuation_likelihood
-from twotower.evaluation.running import run
+from twotower.evaluation.running import generate_all
 from twotower.modeling_twotower import TwoTowerForCausalLM
 
 log = logging.getLogger(__name__)
@@ -67,6 +67,7 @@ class TwoTowerLM(TemplateLM):
         batch_size: rows of a batch.
         dtype, quantization: how the weights are kept, as on the command line.
         max_length: of prompt and answer; None: the model's context window.
+        progress: called with (done, of how many) instead of showing a bar.
 
     Raises:
         ArgumentError: a setting or value that there is not; generation arguments that mean nothing here.
@@ -84,6 +85,7 @@ class TwoTowerLM(TemplateLM):
         quantization: str = "none",
         device: str | None = None,
         denoiser_device: str | None = None,
+        progress: Callable[[int, int], object] | None = None,
         **unknown: Any,
     ) -> None:
         super().__init__()
@@ -116,7 +118,7 @@ class TwoTowerLM(TemplateLM):
         self.max_length = min(int(max_length), window) if max_length else window
         self.tokenizer = self.model.tokenizer
         self.spent = Spent()
-        self.progress: Callable[[int, int], object] | None = None  # told (done, of how many) in place of a bar
+        self.progress = progress
 
     # --- what lm-evaluation-harness asks ---------------------------------------------------------------------------
 
@@ -176,7 +178,7 @@ class TwoTowerLM(TemplateLM):
     def generate_until(self, requests: list[Instance], disable_tqdm: bool = False) -> list[str]:
         asked = [self._request(*request.args) for request in requests]
         with self._bar(self.setting.label, len(asked), disable_tqdm) as tell:
-            outputs = run(self.model, asked, self.rows, tell)
+            outputs = generate_all(self.model, asked, self.rows, tell)
         for request, output in zip(requests, outputs, strict=True):
             self.spent.add(output)
             self.cache_hook.add_partial("generate_until", request.args, output.text)

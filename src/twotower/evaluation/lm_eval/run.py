@@ -81,9 +81,14 @@ def run_tasks(
             by = None if TASKS[name].kind == "generate" else "context" if setting is AR else likelihood
             key = (setting.label, "") if by is None else ("", by)
             if key not in known:
-                lm = TwoTowerLM(model, setting=setting, likelihood=by or "context", batch_size=rows)
-                if progress is not None:
-                    lm.progress = partial(_tell, progress, f"{name}, {setting.label if by is None else by}")
+                what = f"{name}, {setting.label if by is None else by}"
+                lm = TwoTowerLM(
+                    model,
+                    setting=setting,
+                    likelihood=by or "context",
+                    batch_size=rows,
+                    progress=None if progress is None else partial(_tell, progress, what),
+                )
                 began = time.perf_counter()
                 items = _items(lm, manager, name, data, limit, run_code)
                 known[key] = items, lm.spent, time.perf_counter() - began

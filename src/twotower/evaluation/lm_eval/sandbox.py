@@ -84,9 +84,16 @@ def run_program(program: str, seconds: float = SECONDS, memory: int = MEMORY) ->
     with tempfile.TemporaryDirectory(prefix="twotower-") as empty:
         try:
             done = subprocess.run(
-                [sys.executable, "-I", "-B", os.path.abspath(__file__)], input=order, capture_output=True, text=True,
-                errors="replace", timeout=seconds + 5, cwd=empty, env=environment, start_new_session=True,
-            )  # fmt: skip
+                [sys.executable, "-I", "-B", os.path.abspath(__file__)],
+                input=order,
+                capture_output=True,
+                text=True,
+                errors="replace",
+                timeout=seconds + 5,
+                cwd=empty,
+                env=environment,
+                start_new_session=True,
+            )
         except subprocess.TimeoutExpired:
             return Outcome(False, "timed out")
     said = done.stdout.strip().splitlines()

@@ -19,9 +19,21 @@ Spec = dict[str, Any]  # what lm-evaluation-harness calls a task's config
 LANGUAGES = ("bn", "de", "en", "es", "fr", "ja", "ru", "sw", "te", "th", "zh")
 GLOBAL_LANGUAGES = ("ar", "bn", "de", "en", "es", "fr", "hi", "id", "it", "ja", "ko", "pt", "sw", "yo", "zh")
 CATEGORIES = (
-    "biology", "business", "chemistry", "computer_science", "economics", "engineering", "health", "history", "law",
-    "math", "other", "philosophy", "physics", "psychology",
-)  # fmt: skip
+    "biology",
+    "business",
+    "chemistry",
+    "computer_science",
+    "economics",
+    "engineering",
+    "health",
+    "history",
+    "law",
+    "math",
+    "other",
+    "philosophy",
+    "physics",
+    "psychology",
+)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -115,10 +127,12 @@ def _humaneval(data: Path | None) -> list[Spec]:
             "process_results": _humaneval_passed,
             "num_fewshot": 0,
             "generation_kwargs": {
-                "until": ["\nclass", "\ndef", "\n#", "\nif", "\nprint"], "max_gen_toks": 1024, "do_sample": False,
+                "until": ["\nclass", "\ndef", "\n#", "\nif", "\nprint"],
+                "max_gen_toks": 1024,
+                "do_sample": False,
             },
         }
-    ]  # fmt: skip
+    ]
 
 
 def _mbpp(data: Path | None) -> list[Spec]:
@@ -167,46 +181,83 @@ TASKS: dict[str, PublishedTask] = {
         title="MMLU", shots=5, metric="acc,none", kind="choose", leaves=_mmlu, published=(78.56, 78.24)
     ),
     "mmlu_pro": PublishedTask(
-        title="MMLU-Pro", shots=5, metric="exact_match,custom-extract", kind="generate", leaves=_mmlu_pro,
+        title="MMLU-Pro",
+        shots=5,
+        metric="exact_match,custom-extract",
+        kind="generate",
+        leaves=_mmlu_pro,
         published=(62.59, 60.93),
     ),
     "arc_challenge": PublishedTask(
-        title="ARC-Challenge", shots=25, metric="acc_norm,none", kind="choose",
-        leaves=_one("arc_challenge", "arc_challenge", validation_split=None), published=(91.72, 92.66),
+        title="ARC-Challenge",
+        shots=25,
+        metric="acc_norm,none",
+        kind="choose",
+        leaves=_one("arc_challenge", "arc_challenge", validation_split=None),
+        published=(91.72, 92.66),
     ),
     "winogrande": PublishedTask(
         title="WinoGrande", shots=5, metric="acc,none", kind="choose", leaves=_winogrande, published=(76.09, 76.09)
     ),
     "race": PublishedTask(
-        title="RACE", shots=0, metric="acc,none", kind="choose", leaves=_hub_only({"task": "race"}),
+        title="RACE",
+        shots=0,
+        metric="acc,none",
+        kind="choose",
+        leaves=_hub_only({"task": "race"}),
         published=(88.90, 88.90),
     ),
     "humaneval": PublishedTask(
-        title="HumanEval", shots=0, metric="pass@1,none", kind="generate", leaves=_humaneval, published=(79.27, 75.58),
+        title="HumanEval",
+        shots=0,
+        metric="pass@1,none",
+        kind="generate",
+        leaves=_humaneval,
+        published=(79.27, 75.58),
         code=True,
     ),
     "mbpp": PublishedTask(
-        title="MBPP sanitized", shots=3, metric="pass@1,none", kind="generate", leaves=_mbpp, published=(74.71, 74.28),
+        title="MBPP sanitized",
+        shots=3,
+        metric="pass@1,none",
+        kind="generate",
+        leaves=_mbpp,
+        published=(74.71, 74.28),
         code=True,
     ),
     "gsm8k": PublishedTask(
-        title="GSM8K", shots=8, metric="exact_match,flexible-extract", kind="generate",
-        leaves=_one("gsm8k_cot", "gsm8k"), published=(92.49, 90.14),
+        title="GSM8K",
+        shots=8,
+        metric="exact_match,flexible-extract",
+        kind="generate",
+        leaves=_one("gsm8k_cot", "gsm8k"),
+        published=(92.49, 90.14),
     ),
     "math500": PublishedTask(
-        title="MATH-500", shots=4, metric="math_verify,none", kind="generate",
-        leaves=_one("minerva_math500", "math500"), published=(84.40, 80.60),
+        title="MATH-500",
+        shots=4,
+        metric="math_verify,none",
+        kind="generate",
+        leaves=_one("minerva_math500", "math500"),
+        published=(84.40, 80.60),
     ),
     "global_mmlu_lite": PublishedTask(
-        title="Global-MMLU-Lite", shots=5, metric="acc,none", kind="choose",
+        title="Global-MMLU-Lite",
+        shots=5,
+        metric="acc,none",
+        kind="choose",
         leaves=_hub_only(*({"group": f"global_mmlu_{language}"} for language in GLOBAL_LANGUAGES)),
         published=(73.97, 73.94),
     ),
     "mgsm": PublishedTask(
-        title="MGSM", shots=8, metric="exact_match,flexible-extract", kind="generate", leaves=_mgsm,
+        title="MGSM",
+        shots=8,
+        metric="exact_match,flexible-extract",
+        kind="generate",
+        leaves=_mgsm,
         published=(80.80, 80.40),
     ),
-}  # fmt: skip
+}
 
 
 def parts_of(name: str, data: Path | None) -> list[Spec]:

@@ -21,9 +21,14 @@ from twotower.evaluation.tasks.problems import DEFAULT_DIFFICULTIES, Split, prob
     "--family", "families", type=click.Choice(list(FAMILIES)), multiple=True, help="Repeatable; default: all."
 )
 @click.option(
-    "--difficulty", "difficulties", type=int, multiple=True, default=DEFAULT_DIFFICULTIES, show_default=True,
+    "--difficulty",
+    "difficulties",
+    type=int,
+    multiple=True,
+    default=DEFAULT_DIFFICULTIES,
+    show_default=True,
     help="1 to 5, repeatable.",
-)  # fmt: skip
+)
 @click.option("-o", "--output", type=click.Path(dir_okay=False, path_type=Path), help="A file instead of stdout.")
 def suite(
     split: Split, count: int, seed: int, families: tuple[str, ...], difficulties: tuple[int, ...], output: Path | None
@@ -38,7 +43,7 @@ def suite(
             click.echo(problem.line())
 
 
-def run(args: list[str] | None = None) -> int:
+def run_suite(args: list[str] | None = None) -> int:
     """Runs one command line → its exit code: 0, or 2 after one line about an error of the user's."""
     try:
         code = suite.main(args=args, prog_name="python -m twotower.evaluation.tasks", standalone_mode=False)
@@ -55,4 +60,4 @@ def run(args: list[str] | None = None) -> int:
 
 
 if __name__ == "__main__":
-    sys.exit(run())
+    sys.exit(run_suite())

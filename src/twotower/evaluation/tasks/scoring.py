@@ -60,6 +60,6 @@ def score(problems: Sequence[Problem], answers: Sequence[str]) -> dict[str, Scor
     return {**table, OVERALL: Score(sum(s.right for s in table.values()), len(problems))}
 
 
-def accuracy(run: Callable[[list[str]], Sequence[str]], problems: Sequence[Problem]) -> dict[str, Score]:
-    """The `score` of what `run` makes of all prompts: a list of prompts → the texts that follow them, without EOS."""
-    return score(problems, run([problem.prompt for problem in problems]))
+def accuracy(complete: Callable[[list[str]], Sequence[str]], problems: Sequence[Problem]) -> dict[str, Score]:
+    """The `score` of the answers of `complete`: a list of prompts → the text that follows each prompt, without EOS."""
+    return score(problems, complete([problem.prompt for problem in problems]))

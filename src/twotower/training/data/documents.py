@@ -4,12 +4,17 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass
-from typing import Any
+from typing import TYPE_CHECKING
 
 import numpy as np
 from tokenizers import Tokenizer
 
 from twotower.errors import ArgumentError
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedTokenizerBase
+
+    AnyTokenizer = Tokenizer | PreTrainedTokenizerBase
 
 
 class BadRecord(Exception):
@@ -59,7 +64,7 @@ class Encoder:
 
     def __init__(
         self,
-        tokenizer: Any,
+        tokenizer: AnyTokenizer,
         *,
         vocab_size: int,
         eos_token_id: int,
@@ -118,13 +123,14 @@ class Encoder:
         return Document(tokens, len(first) if prompted else int(has_bos), prompted, self.add_eos)
 
 
-def _reader(tokenizer: Any) -> tuple[Callable[[str, bool], list[int]], int]:
+def _reader(tokenizer: AnyTokenizer) -> tuple[Callable[[str, bool], list[int]], int]:
     """→ (text, with special tokens?) → ids; and the highest id."""
-    fast = getattr(tokenizer, "backend_tokenizer", tokenizer)
+    fast = tokenizer if isinstance(tokenizer, Tokenizer) else getattr(tokenizer, "backend_tokenizer", None)
     if isinstance(fast, Tokenizer):
-        own: Any = Tokenizer.from_str(fast.to_str())  # a copy: its file may ask for truncation or padding
+        own = Tokenizer.from_str(fast.to_str())  # a copy: its file may ask for truncation or padding
         own.no_truncation()
         own.no_padding()
         highest = max(own.get_vocab(with_added_tokens=True).values(), default=0)
         return (lambda text, special: own.encode(text, add_special_tokens=special).ids), highest
+    assert not isinstance(tokenizer, Tokenizer)
     return (lambda text, special: list(tokenizer(text, add_special_tokens=special)["input_ids"])), len(tokenizer) - 1

@@ -10,10 +10,9 @@ from __future__ import annotations
 import math
 from dataclasses import dataclass
 
-from twotower.config import BackboneConfig
+from twotower.config import COUPLED_KINDS, BackboneConfig
 from twotower.model.conditioning import SINUSOID_SIZE
 from twotower.model.packed_forward import TILE
-from twotower.training.layer_pair import COUPLED
 from twotower.training.objective import LOGITS_AT_ONCE
 
 MASKED_SHARE = 0.5  # of the columns, on average: t is uniform
@@ -54,7 +53,7 @@ def two_tower_step(
     """The denoising objective: the context without its head and without the layers nothing reads, the denoiser, and
     the head at masked positions."""
     pattern = config.hybrid_override_pattern
-    last = max((i for i, kind in enumerate(pattern) if kind in COUPLED), default=-1)
+    last = max((i for i, kind in enumerate(pattern) if kind in COUPLED_KINDS), default=-1)
     reading = [layer_work(kind, config, row_length, block_size, "context") for kind in pattern[: last + 1]]
     role = "coupled denoiser" if train_context else "denoiser"
     denoising = [layer_work(kind, config, row_length, block_size, role) for kind in pattern]

@@ -1,7 +1,7 @@
 """What a training run needs before it is begun: memory on each GPU, hours, messages. Needs no GPU and no weights.
 
 Parameters and activations are counted on tensors without storage (`memory.py`), FLOPs from shapes (`flops.py`); what
-`parallel.shard` does to them with torch's FSDP2 is arithmetic, and here. Utilisation, bandwidth and the reserve are
+`fsdp.shard` does to them with torch's FSDP2 is arithmetic, and here. Utilisation, bandwidth and the reserve are
 assumptions: the plan names them as such.
 """
 
@@ -10,77 +10,22 @@ from __future__ import annotations
 import dataclasses
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
-from typing import Any, Literal, get_args
+from typing import Any
 
 import torch
 
 from twotower.config import BackboneConfig, TwoTowerConfig
 from twotower.errors import ArgumentError
 from twotower.training.planning.flops import StepFlops, autoregressive_step, two_tower_step
-from twotower.training.planning.memory import ContextRole, Profile, Share, profile
+from twotower.training.planning.memory import profile
+from twotower.training.planning.profile import Profile, Share
+from twotower.training.planning.setup import GIB, Setup
+from twotower.training.planning.step_memory import FP32, Memory, memory_of
 
-GIB = 2**30
-PlanDtype = Literal["bfloat16", "float32"]
 UTILISATIONS = (0.25, 0.45)  # the range that hours are given for
-RECIPE_TOKENS = 2.1e12  # the released denoiser's
 SHORTER = (1e9, 1e10, 1e11)
 NODE = 8  # GPUs of a machine
 MOST_GPUS = 1024
-FP32 = 4
-STATE = 4 * FP32  # of a trained number: itself, its gradient, two moments
-
-
-@dataclass(frozen=True, kw_only=True)
-class Setup:
-    """A run in question.
-
-    rows: of one step over all GPUs (None: one micro-batch each); micro_rows: of one pass on one GPU. peak_tflops: one
-    GPU's dense rate in dtype. Assumed: utilisation of it, recomputation counted as work; bandwidth_gb, GB/s at which
-    one GPU gathers (NCCL's bus bandwidth); reserve_gib: CUDA's own, NCCL's buffers, fragments.
-    """
-
-    gpus: int = 8
-    gpu_memory_gib: float = 80.0
-    row_length: int = 8192
-    rows: int | None = None
-    micro_rows: int = 1
-    block_size: int = 16
-    dtype: PlanDtype = "bfloat16"
-    recompute: bool = True
-    context: ContextRole = "frozen"
-    tokens: float = RECIPE_TOKENS
-    peak_tflops: float = 989.0
-    utilisation: float = 0.35
-    bandwidth_gb: float = 300.0
-    reserve_gib: float = 4.0
-
-    def __post_init__(self) -> None:
-        positive = ("gpus", "gpu_memory_gib", "row_length", "micro_rows", "block_size", "tokens", "peak_tflops")
-        for name in (*positive, "utilisation", "bandwidth_gb"):
-            if not getattr(self, name) > 0:
-                raise ArgumentError(f"{name} is {getattr(self, name)}; it must be above 0")
-        if self.reserve_gib < 0:
-            raise ArgumentError(f"reserve_gib is {self.reserve_gib}; it must be 0 or more")
-        if self.utilisation > 1:
-            raise ArgumentError(f"utilisation is {self.utilisation}; it is a fraction of the peak, as 0.35")
-        if self.row_length % self.block_size:
-            raise ArgumentError(f"rows of {self.row_length} columns do not divide into blocks of {self.block_size}")
-        if self.rows is not None and self.rows < self.gpus:
-            raise ArgumentError(f"{self.rows} rows a step are fewer than {self.gpus} GPUs; each needs at least one")
-        for name, choices in (("dtype", get_args(PlanDtype)), ("context", get_args(ContextRole))):
-            if getattr(self, name) not in choices:
-                raise ArgumentError(f"{name} is {getattr(self, name)!r}; choose one of {', '.join(choices)}")
-
-    @property
-    def step_rows(self) -> int:
-        """Rows of one step over all GPUs."""
-        return self.rows or self.gpus * self.micro_rows
-
-    @property
-    def micro_batches(self) -> int:
-        """Passes of one GPU in one step."""
-        rows = -(-self.step_rows // self.gpus)
-        return -(-rows // self.micro_rows)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -91,32 +36,6 @@ class Parameters:
     per_tower: int
     trained: int
     frozen: int
-
-
-@dataclass(frozen=True, kw_only=True)
-class Memory:
-    """Bytes on one GPU at the fullest moment of a step.
-
-    weights, gradients, moments: its share of what trains, in fp32; frozen: its share, in the compute dtype; root:
-    embeddings, head and time conditioning, gathered for the whole pass; gathered: the unit at work and its neighbours'
-    messages; kept: activations and time conditioning; working: what the pass of that one unit needs besides.
-    Gradients are summed over the GPUs after each micro-batch, so none is kept whole.
-    """
-
-    weights: int
-    gradients: int
-    moments: int
-    frozen: int
-    root: int
-    gathered: int
-    kept: int
-    working: int
-    reserve: int
-    moment: str
-
-    @property
-    def total(self) -> int:
-        return sum(value for value in dataclasses.astuple(self) if isinstance(value, int))
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -229,57 +148,6 @@ def plan(config: BackboneConfig, setup: Setup) -> Plan:
     )
 
 
-def memory_of(measured: Profile, setup: Setup) -> Memory:
-    """The fullest moment of a step: which unit is at work, forward or backward, and what is there then."""
-    gpus, size = setup.gpus, measured.itemsize
-    shares = [*(unit.share for unit in measured.units), measured.root]
-    trained = sum(share.padded(gpus, True) for share in shares) // gpus
-    frozen = sum(share.padded(gpus, False) for share in shares) // gpus
-    at, gathered, activations, kept = max(_moments(measured, gpus), key=lambda moment: moment[1] + moment[2])
-    alone = gpus == 1  # nothing is given back after use: every unit stays gathered
-    return Memory(
-        weights=FP32 * (trained + measured.whole),
-        gradients=FP32 * (trained + measured.whole_trained),
-        moments=2 * FP32 * (trained + measured.whole_trained),
-        frozen=size * frozen,
-        root=size * measured.root.count(),
-        gathered=sum(size * unit.share.count() for unit in measured.units) if alone else gathered,
-        kept=kept,
-        working=activations - kept,
-        reserve=int(setup.reserve_gib * GIB),
-        moment=at,
-    )
-
-
-def _moments(measured: Profile, gpus: int) -> Iterator[tuple[str, int, int, int]]:
-    """(when, bytes of gathered weights and messages, bytes of activations, of these kept) through a step, as FSDP2
-    goes: a unit's weights are gathered into one message, copied out of it and dropped after use. Forward, a message
-    is there until the next one has come; backward, the next one is on its way meanwhile, and gradients leave in an
-    fp32 message that is there until the next unit's."""
-    size, units = measured.itemsize, measured.units
-    message = [size * unit.share.padded(gpus) for unit in units]
-    copied = [size * unit.share.count() for unit in units]
-    grads = [size * unit.share.count(True) for unit in units]
-    leaving = [FP32 * unit.share.padded(gpus, True) for unit in units] + [0]
-    count = len(units)
-    for i in range(count):
-        kept = measured.fixed + measured.kept(i)
-        arriving = message[i] + max(message[i - 1] if i else 0, copied[i])
-        yield f"layer {i}, gathered for its forward pass", arriving, kept, kept
-        yield f"layer {i}, forward", copied[i] + message[i], measured.forward(i), kept
-    kept = measured.fixed + measured.kept(count)
-    yield "the loss, forward", message[-1], measured.forward(count), kept
-    yield "the loss, backward", message[-1], measured.backward(count), kept
-    for i in reversed(range(count)):
-        kept = measured.left(i) + units[i].use.kept
-        before = message[i - 1] if i else 0
-        yield f"layer {i}, gathered for its backward pass", copied[i] + message[i] + leaving[i + 1], kept, kept
-        yield f"layer {i}, backward", copied[i] + before + leaving[i + 1], measured.backward(i), kept
-        yield f"layer {i}, its gradients sent", grads[i] + leaving[i] + before, measured.left(i), measured.left(i)
-    root = size * measured.root.count(True) + FP32 * measured.root.padded(gpus, True)
-    yield "embeddings' and head's gradients sent", root, measured.left(0), measured.left(0)
-
-
 def _traffic(measured: Profile, setup: Setup, flops: StepFlops) -> Traffic:
     shares: list[Share] = [*(unit.share for unit in measured.units), measured.root]
     moved = (setup.gpus - 1) / setup.gpus
@@ -317,7 +185,7 @@ def _remedies(config: BackboneConfig, measured: Profile, setup: Setup) -> Iterat
         rows = None if setup.rows is None or setup.micro_batches == 1 else setup.rows
         yield remedy("micro-batches of 1 row", dataclasses.replace(setup, micro_rows=1, rows=rows))
     if fewest := _smallest(measured, setup):
-        yield remedy(f"{fewest} GPUs", _on(setup, fewest), anew=False)
+        yield remedy(f"{fewest} GPUs", setup.on(fewest), anew=False)
     columns = setup.row_length // 2
     if columns >= 512 and columns % setup.block_size == 0:
         yield remedy(f"rows of {columns} columns", dataclasses.replace(setup, row_length=columns))
@@ -327,13 +195,7 @@ def _smallest(measured: Profile, setup: Setup) -> int | None:
     limit = setup.gpu_memory_gib * GIB
 
     counts = range(NODE, MOST_GPUS + 1, NODE)
-    return next((gpus for gpus in counts if memory_of(measured, _on(setup, gpus)).total <= limit), None)
-
-
-def _on(setup: Setup, gpus: int) -> Setup:
-    """The same run on other GPUs: as many rows a step, or at least one for each."""
-    rows = None if setup.rows is None else max(setup.rows, gpus)
-    return dataclasses.replace(setup, gpus=gpus, rows=rows)
+    return next((gpus for gpus in counts if memory_of(measured, setup.on(gpus)).total <= limit), None)
 
 
 def _measured(config: BackboneConfig, setup: Setup) -> Profile:

@@ -21,7 +21,7 @@ CHARACTERS = 9  # of a token that fit in its cell
 class TraceMap:
     """Where each token stood, and in which pass of its block it was committed.
 
-    passes, tokens, step, block_size: as `evaluation.samples.trace` has them.
+    passes, tokens, step, block_size: as `validation.samples.trace` has them.
     """
 
     prompt: str
@@ -73,9 +73,15 @@ class TraceMap:
             if np.isfinite(pass_):
                 luminance = np.dot(colours((pass_ - 0.5) / most)[:3], (0.3, 0.6, 0.1))
                 axis.text(
-                    x, y, _shown(self.tokens[lines[y][1] + x]), ha="center", va="center", parse_math=False,
-                    color="black" if luminance > 0.45 else "white", fontsize=9 if columns <= 8 else 7.5,
-                )  # fmt: skip
+                    x,
+                    y,
+                    _shown(self.tokens[lines[y][1] + x]),
+                    ha="center",
+                    va="center",
+                    parse_math=False,
+                    color="black" if luminance > 0.45 else "white",
+                    fontsize=9 if columns <= 8 else 7.5,
+                )
         axis.grid(False)
         axis.set_xticks(range(columns), [str(x + 1) for x in range(columns)])
         axis.set_yticks(range(len(lines)), [self._label(i) for i in range(len(lines))], fontsize=8.5)

@@ -1,23 +1,19 @@
-"""What a training run is told by every N steps: likelihoods on held-out text, and what the model writes.
-
-Both classes are a trainer's `validate`: called on every process, with the objective sharded or not, they return the
-same plain numbers there, and the same numbers for the same weights.
-"""
+"""Validation of a denoiser: likelihood by noise level, agreement with the context tower, and greedy diffusion."""
 
 from __future__ import annotations
 
-import math
 from collections.abc import Iterable, Mapping, Sequence
 from functools import partial
 from typing import Any
 
 import torch
 import torch.nn.functional as F
-from torch import Tensor, nn
+from torch import Tensor
 from torch.distributed.fsdp import register_fsdp_forward_method
 
 from twotower.engine.generation import GenerationParams
 from twotower.errors import ArgumentError
+from twotower.model.linear import Linear
 from twotower.model.packed_forward import Layout, read_layer
 from twotower.modeling_twotower import TwoTowerForCausalLM
 from twotower.ops.precision import widened
@@ -25,8 +21,8 @@ from twotower.training.data.batch import Batch
 from twotower.training.fsdp import World, sharded
 from twotower.training.layer_pair import PairedLayer
 from twotower.training.noise import Corruption
-from twotower.training.objective import LOGITS_AT_ONCE, AutoregressiveObjective, DenoisingObjective, next_tokens
-from twotower.training.samples import cut_prompts, documents, whole, write
+from twotower.training.objective import DenoisingObjective, in_pieces, next_tokens
+from twotower.training.validation.samples import shared_prompts, whole, write
 
 # Noise levels. All but the last are the middles of equal parts of (0, 1]: together they estimate the training loss.
 # The last is what the first pass over a block sees.
@@ -48,7 +44,7 @@ class DenoisingValidation:
 
     Args:
         model: whose towers the objective trains.
-        held_out: for each source, this process's batches, equally many on each (`corpus.held_out_batches`), packed in
+        held_out: for each source, this process's batches, equally many on each (`data.held_out_batches`), packed in
             blocks of block_size.
         prompts: how many documents are continued; 0: none, and parameters are never whole on one process (for a model
             too large for that).
@@ -92,7 +88,7 @@ class DenoisingValidation:
             eos_token_id=eos_token_id,
             seed=0,
         )
-        self.prompts = _prompts(model, sources, prompts, self.params, world)
+        self.prompts = shared_prompts(model, sources, prompts, self.params, world)
 
     @torch.no_grad()
     def __call__(self, step: int) -> dict[str, Any]:
@@ -171,95 +167,6 @@ class DenoisingValidation:
         return torch.stack([nll.double().sum(), *(count.double() for count in counts)])
 
 
-class AutoregressiveValidation:
-    """Validation of an autoregressive model in training.
-
-    nll, nll_by_source: −ln p in nats a token, over what its objective scores of the held-out documents.
-    bits_per_byte, bits_per_byte_by_source: the same a byte of text (UTF-8, of the scored tokens, special ones left
-        out), with a tokenizer.
-    sample: one greedy continuation.
-
-    Args:
-        model: with the tower that the objective trains as its context tower.
-        held_out: for each source, this process's batches, equally many on each, in blocks of block_size.
-        prompts: 0: no sample, and parameters are never whole on one process.
-    """
-
-    def __init__(
-        self,
-        model: TwoTowerForCausalLM,
-        objective: AutoregressiveObjective,
-        held_out: Mapping[str, Iterable[Batch]],
-        world: World,
-        *,
-        block_size: int,
-        eos_token_id: int | Sequence[int] | None,
-        prompts: int = 1,
-        max_new_tokens: int = 64,
-    ) -> None:
-        self.model, self.objective, self.world = model, objective, world
-        self.held_out = {name: list(batches) for name, batches in held_out.items()}
-        self.block_size = block_size
-        self.params = GenerationParams.of(mode="ar", max_new_tokens=max_new_tokens, eos_token_id=eos_token_id, seed=0)
-        self.prompts = _prompts(model, list(self.held_out.values()), min(prompts, 1), self.params, world)
-        self.tokens = {name: world.total(sum(map(objective.targets, part))) for name, part in self.held_out.items()}
-        for name, tokens in self.tokens.items():
-            if not tokens:
-                raise ArgumentError(f"{name}: no held-out token to predict; give longer documents")
-        self.bytes: dict[str, float] = {}
-        if model.tokenizer is not None:
-            self.bytes = {name: world.total(self._bytes(part)) for name, part in self.held_out.items()}
-
-    @torch.no_grad()
-    def __call__(self, step: int) -> dict[str, Any]:
-        """Everything above, for a log record."""
-        nats = {}
-        try:
-            for name, batches in self.held_out.items():
-                parts = [self.objective(b.to(self.world.device), None, self.block_size) for b in batches]
-                nats[name] = self.world.total(sum(float(part) for part in parts))
-        finally:
-            for module in sharded(self.objective):
-                module.reshard()
-        record: dict[str, Any] = {
-            "nll": sum(nats.values()) / sum(self.tokens.values()),
-            "nll_by_source": {name: nats[name] / self.tokens[name] for name in nats},
-        }
-        if all(self.bytes.get(name) for name in nats):
-            bits = {name: value / math.log(2) for name, value in nats.items()}
-            record["bits_per_byte"] = sum(bits.values()) / sum(self.bytes.values())
-            record["bits_per_byte_by_source"] = {name: bits[name] / self.bytes[name] for name in bits}
-        if self.prompts:
-            with whole(self.objective.modules()):
-                record |= write(self.model, self.prompts, self.params, self.world)
-        return record
-
-    def _bytes(self, batches: Sequence[Batch]) -> int:
-        total = 0
-        for batch in batches:
-            scored = F.pad(next_tokens(batch, self.objective.prompt_loss), (1, 0))
-            for row, columns in documents(batch):
-                tokens = batch.tokens[row][columns & scored[row]].tolist()
-                total += len(self.model.tokenizer.decode(tokens, skip_special_tokens=True).encode())
-        return total
-
-
-def _prompts(
-    model: TwoTowerForCausalLM, sources: Sequence[Sequence[Batch]], count: int, params: GenerationParams, world: World
-) -> list[list[int]]:
-    """From the first process's documents, on every process."""
-    room = model.config.backbone.max_position_embeddings - params.max_new_tokens
-    if count and room < 1:
-        raise ArgumentError(
-            f"max_new_tokens {params.max_new_tokens} leaves no room for a prompt in the context window of "
-            f"{room + params.max_new_tokens}; lower it"
-        )
-    prompts: list[list[int]] = world.broadcast(cut_prompts(sources, count, room))
-    if prompts:
-        params.check_against(model.config, list(map(len, prompts)))
-    return prompts
-
-
 def _uniform(batch: Batch, seed: int) -> Tensor:
     """(B, S) in [0, 1), a row's by its number: a column masked at one level is masked at all higher ones."""
     generators = [torch.Generator().manual_seed((seed << 40) + index) for index in batch.index.tolist()]
@@ -271,11 +178,10 @@ def _at_level(level: float, batch: Batch, uniform: Tensor, block_size: int) -> C
     return Corruption(t, batch.denoised & (uniform < level))
 
 
-def _score(head: nn.Module, hidden: Tensor, tokens: Tensor, barred: int | None = None) -> tuple[Tensor, Tensor]:
+def _score(head: Linear, hidden: Tensor, tokens: Tensor, barred: int | None = None) -> tuple[Tensor, Tensor]:
     """hidden (N, H), tokens (N,) → −ln p (N,) in nats, and the likeliest token (N,) other than `barred`."""
-    at_once = max(LOGITS_AT_ONCE // int(head.weight.shape[0]), 1)  # type: ignore[index]
     parts = []
-    for part, true in zip(hidden.split(at_once), tokens.split(at_once), strict=True):
+    for part, true in in_pieces(head, hidden, tokens):
         logits = widened(head(part))
         nll = F.cross_entropy(logits, true, reduction="none")
         if barred is not None:

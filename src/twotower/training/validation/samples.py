@@ -12,6 +12,7 @@ from torch import Tensor, nn
 from torch.distributed.fsdp import FSDPModule
 
 from twotower.engine.generation import Generation, GenerationParams, generate
+from twotower.errors import ArgumentError
 from twotower.modeling_twotower import TwoTowerForCausalLM
 from twotower.training.data.batch import Batch
 from twotower.training.fsdp import World
@@ -54,6 +55,22 @@ def _prompts(batch: Batch) -> Iterator[list[int]]:
         given = int(batch.prompt[row][columns].sum())
         if given < len(tokens):  # otherwise a row's end cut the document off within its prompt
             yield tokens[: given or min(len(tokens) // 2, FIRST_PART)]
+
+
+def shared_prompts(
+    model: TwoTowerForCausalLM, sources: Sequence[Sequence[Batch]], count: int, params: GenerationParams, world: World
+) -> list[list[int]]:
+    """The prompts that every process uses, cut from the documents of the first process."""
+    room = model.config.backbone.max_position_embeddings - params.max_new_tokens
+    if count and room < 1:
+        raise ArgumentError(
+            f"max_new_tokens {params.max_new_tokens} leaves no room for a prompt in the context window of "
+            f"{room + params.max_new_tokens}; lower it"
+        )
+    prompts: list[list[int]] = world.broadcast(cut_prompts(sources, count, room))
+    if prompts:
+        params.check_against(model.config, list(map(len, prompts)))
+    return prompts
 
 
 def write(

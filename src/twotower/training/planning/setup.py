@@ -1,0 +1,71 @@
+"""The training run that a plan is made for, and the assumptions of the plan."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, replace
+from typing import Literal, get_args
+
+from twotower.errors import ArgumentError
+
+ContextRole = Literal["frozen", "trained", "tied"]
+PlanDtype = Literal["bfloat16", "float32"]
+GIB = 2**30
+RECIPE_TOKENS = 2.1e12  # the released denoiser's
+
+
+@dataclass(frozen=True, kw_only=True)
+class Setup:
+    """A run in question.
+
+    rows: of one step over all GPUs (None: one micro-batch each); micro_rows: of one pass on one GPU. peak_tflops: one
+    GPU's dense rate in dtype. Assumed: utilisation of it, recomputation counted as work; bandwidth_gb, GB/s at which
+    one GPU gathers (NCCL's bus bandwidth); reserve_gib: CUDA's own, NCCL's buffers, fragments.
+    """
+
+    gpus: int = 8
+    gpu_memory_gib: float = 80.0
+    row_length: int = 8192
+    rows: int | None = None
+    micro_rows: int = 1
+    block_size: int = 16
+    dtype: PlanDtype = "bfloat16"
+    recompute: bool = True
+    context: ContextRole = "frozen"
+    tokens: float = RECIPE_TOKENS
+    peak_tflops: float = 989.0
+    utilisation: float = 0.35
+    bandwidth_gb: float = 300.0
+    reserve_gib: float = 4.0
+
+    def __post_init__(self) -> None:
+        positive = ("gpus", "gpu_memory_gib", "row_length", "micro_rows", "block_size", "tokens", "peak_tflops")
+        for name in (*positive, "utilisation", "bandwidth_gb"):
+            if not getattr(self, name) > 0:
+                raise ArgumentError(f"{name} is {getattr(self, name)}; it must be above 0")
+        if self.reserve_gib < 0:
+            raise ArgumentError(f"reserve_gib is {self.reserve_gib}; it must be 0 or more")
+        if self.utilisation > 1:
+            raise ArgumentError(f"utilisation is {self.utilisation}; it is a fraction of the peak, as 0.35")
+        if self.row_length % self.block_size:
+            raise ArgumentError(f"rows of {self.row_length} columns do not divide into blocks of {self.block_size}")
+        if self.rows is not None and self.rows < self.gpus:
+            raise ArgumentError(f"{self.rows} rows a step are fewer than {self.gpus} GPUs; each needs at least one")
+        for name, choices in (("dtype", get_args(PlanDtype)), ("context", get_args(ContextRole))):
+            if getattr(self, name) not in choices:
+                raise ArgumentError(f"{name} is {getattr(self, name)!r}; choose one of {', '.join(choices)}")
+
+    @property
+    def step_rows(self) -> int:
+        """Rows of one step over all GPUs."""
+        return self.rows or self.gpus * self.micro_rows
+
+    @property
+    def micro_batches(self) -> int:
+        """Passes of one GPU in one step."""
+        rows = -(-self.step_rows // self.gpus)
+        return -(-rows // self.micro_rows)
+
+    def on(self, gpus: int) -> Setup:
+        """The same run on other GPUs: as many rows a step, or at least one for each."""
+        rows = None if self.rows is None else max(self.rows, gpus)
+        return replace(self, gpus=gpus, rows=rows)

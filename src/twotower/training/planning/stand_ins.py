@@ -1,0 +1,60 @@
+"""Operations on tensors without storage that keep what the CUDA kernels of a training pass keep."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+from torch.overrides import TorchFunctionMode
+
+from twotower.config import BackboneConfig
+from twotower.model.moe import Experts, MoE
+from twotower.model.tower import Tower
+from twotower.ops.reference.experts import experts_grouped
+
+
+class GroupedExperts(Experts):
+    """Routed experts on the grouped backend, which CUDA takes in bf16. On the meta device `Experts` takes another."""
+
+    def forward(self, hidden: Tensor, choice: Tensor, weight: Tensor) -> Tensor:
+        return experts_grouped(hidden, choice, weight, self.up_proj, self.down_proj)
+
+
+def tower_with_grouped_experts(config: BackboneConfig) -> Tower:
+    """A tower whose MoE layers compute with `GroupedExperts`."""
+    tower = Tower(config)
+    for module in tower.modules():
+        if isinstance(module, MoE):
+            module.experts = GroupedExperts(config)
+    return tower
+
+
+class FusedAttention(TorchFunctionMode):
+    """Attention that keeps what a fused kernel keeps, instead of the scores that torch's fall-back would form."""
+
+    def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        kwargs = kwargs or {}
+        if func is not F.scaled_dot_product_attention:
+            return func(*args, **kwargs)
+        q, k, v = args
+        return fused_attention(q, k, v, kwargs["attn_mask"])
+
+
+class _Fused(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx: Any, q: Tensor, k: Tensor, v: Tensor, mask: Tensor) -> Tensor:
+        out, bias = torch.empty_like(q), torch.empty_like(mask, dtype=q.dtype)
+        log_sum = torch.empty(q.shape[:-1], dtype=torch.promote_types(q.dtype, torch.float32), device=q.device)
+        ctx.save_for_backward(q, k, v, bias, out, log_sum)
+        return out
+
+    @staticmethod
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, Tensor, Tensor, None]:
+        q, k, v, *_ = ctx.saved_tensors
+        return torch.empty_like(q), torch.empty_like(k), torch.empty_like(v), None
+
+
+fused_attention: Callable[[Tensor, Tensor, Tensor, Tensor], Tensor] = _Fused.apply

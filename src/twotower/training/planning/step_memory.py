@@ -1,0 +1,89 @@
+"""Bytes on one GPU at the fullest moment of a training step under torch's FSDP2, from a measured profile."""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Iterator
+from dataclasses import dataclass
+
+from twotower.training.planning.profile import Profile
+from twotower.training.planning.setup import GIB, Setup
+
+FP32 = 4  # bytes
+
+
+@dataclass(frozen=True, kw_only=True)
+class Memory:
+    """Bytes on one GPU at the fullest moment of a step.
+
+    weights, gradients, moments: its share of what trains, in fp32; frozen: its share, in the compute dtype; root:
+    embeddings, head and time conditioning, gathered for the whole pass; gathered: the unit at work and its neighbours'
+    messages; kept: activations and time conditioning; working: what the pass of that one unit needs besides.
+    Gradients are summed over the GPUs after each micro-batch, so none is kept whole.
+    """
+
+    weights: int
+    gradients: int
+    moments: int
+    frozen: int
+    root: int
+    gathered: int
+    kept: int
+    working: int
+    reserve: int
+    moment: str
+
+    @property
+    def total(self) -> int:
+        return sum(value for value in dataclasses.astuple(self) if isinstance(value, int))
+
+
+def memory_of(measured: Profile, setup: Setup) -> Memory:
+    """The fullest moment of a step: which unit is at work, forward or backward, and what is there then."""
+    gpus, size = setup.gpus, measured.itemsize
+    shares = [*(unit.share for unit in measured.units), measured.root]
+    trained = sum(share.padded(gpus, True) for share in shares) // gpus
+    frozen = sum(share.padded(gpus, False) for share in shares) // gpus
+    at, gathered, activations, kept = max(_moments(measured, gpus), key=lambda moment: moment[1] + moment[2])
+    alone = gpus == 1  # nothing is given back after use: every unit stays gathered
+    return Memory(
+        weights=FP32 * (trained + measured.whole),
+        gradients=FP32 * (trained + measured.whole_trained),
+        moments=2 * FP32 * (trained + measured.whole_trained),
+        frozen=size * frozen,
+        root=size * measured.root.count(),
+        gathered=sum(size * unit.share.count() for unit in measured.units) if alone else gathered,
+        kept=kept,
+        working=activations - kept,
+        reserve=int(setup.reserve_gib * GIB),
+        moment=at,
+    )
+
+
+def _moments(measured: Profile, gpus: int) -> Iterator[tuple[str, int, int, int]]:
+    """(when, bytes of gathered weights and messages, bytes of activations, of these kept) through a step, as FSDP2
+    goes: a unit's weights are gathered into one message, copied out of it and dropped after use. Forward, a message
+    is there until the next one has come; backward, the next one is on its way meanwhile, and gradients leave in an
+    fp32 message that is there until the next unit's."""
+    size, units = measured.itemsize, measured.units
+    message = [size * unit.share.padded(gpus) for unit in units]
+    copied = [size * unit.share.count() for unit in units]
+    grads = [size * unit.share.count(True) for unit in units]
+    leaving = [FP32 * unit.share.padded(gpus, True) for unit in units] + [0]
+    count = len(units)
+    for i in range(count):
+        kept = measured.fixed + measured.kept(i)
+        arriving = message[i] + max(message[i - 1] if i else 0, copied[i])
+        yield f"layer {i}, gathered for its forward pass", arriving, kept, kept
+        yield f"layer {i}, forward", copied[i] + message[i], measured.forward(i), kept
+    kept = measured.fixed + measured.kept(count)
+    yield "the loss, forward", message[-1], measured.forward(count), kept
+    yield "the loss, backward", message[-1], measured.backward(count), kept
+    for i in reversed(range(count)):
+        kept = measured.left(i) + units[i].use.kept
+        before = message[i - 1] if i else 0
+        yield f"layer {i}, gathered for its backward pass", copied[i] + message[i] + leaving[i + 1], kept, kept
+        yield f"layer {i}, backward", copied[i] + before + leaving[i + 1], measured.backward(i), kept
+        yield f"layer {i}, its gradients sent", grads[i] + leaving[i] + before, measured.left(i), measured.left(i)
+    root = size * measured.root.count(True) + FP32 * measured.root.padded(gpus, True)
+    yield "embeddings' and head's gradients sent", root, measured.left(0), measured.left(0)

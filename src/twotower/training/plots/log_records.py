@@ -1,0 +1,95 @@
+"""A run's log, read for the pictures: its records, and what they say in numbers and words."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from itertools import pairwise
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+
+from twotower.errors import ArgumentError
+from twotower.training.log import LOG_FILE, read_log
+
+Records = Sequence[dict[str, Any]]
+SMOOTHED = 50  # a smoothed curve averages over this part of the run
+
+
+def load(run: Path) -> list[dict[str, Any]]:
+    """The records of a run's log, of which there is at least one.
+
+    Raises:
+        ArgumentError: there is none, or a line of it is broken.
+    """
+    path = run / LOG_FILE
+    if not path.is_file():
+        raise ArgumentError(f"{path}: no such file; give the directory of a training run")
+    try:
+        records = read_log(path)
+        steps = [int(record["step"]) for record in records]
+    except (ValueError, KeyError, TypeError) as error:
+        raise ArgumentError(f"{path}: not a training log ({type(error).__name__}: {error})") from None
+    if not steps:
+        raise ArgumentError(f"{path}: no step was logged yet")
+    return records
+
+
+def summary(records: Records) -> list[str]:
+    """Three lines: how far, how well, and the last validation."""
+    first, last = records[0], records[-1]
+    seconds, tokens = sum(step_seconds(records)), sum(record["tokens"] for record in records)
+    sizes = " then ".join(str(size) for _, size in stages(records))
+    smooth = smoothed([record["loss"] for record in records])
+    shown = last["step"] if "validation" in last else max((r["step"] for r in records if "validation" in r), default=0)
+    found = "no validation yet"
+    if shown:
+        numbers = next(r["validation"] for r in records if r["step"] == shown)
+        values = (f"{k.replace('_', ' ')} {v:.4g}" for k, v in numbers.items() if isinstance(v, int | float))
+        found = f"validation at step {shown}: " + ", ".join(values)
+    return [
+        f"steps {first['step']} to {last['step']}, blocks of {sizes}: {with_prefix(tokens)} tokens in "
+        f"{readable_time(seconds)}, {with_prefix(tokens / seconds)} tokens/s",
+        f"loss {smooth[-1]:.4g} (at first {first['loss']:.4g}), gradient norm {last['norm']:.3g}, "
+        f"learning rate {last['rate']:.2g}",
+        found,
+    ]
+
+
+def smoothed(values: Sequence[float]) -> NDArray[np.float64]:
+    """A running mean over the last 1/50 of the run (exponential, without a start-up bias)."""
+    keep = 1 - 1 / max(len(values) / SMOOTHED, 1)
+    out, total, weight = np.empty(len(values)), 0.0, 0.0
+    for i, value in enumerate(values):
+        total, weight = keep * total + value, keep * weight + 1
+        out[i] = total / weight
+    return out
+
+
+def stages(records: Records) -> list[tuple[int, int]]:
+    """(first step, block size) of each stretch of steps with one block size."""
+    found: list[tuple[int, int]] = []
+    for record in records:
+        if not found or record["block_size"] != found[-1][1]:
+            found.append((record["step"], record["block_size"]))
+    return found
+
+
+def step_seconds(records: Records) -> list[float]:
+    """How long each step took; the clock starts anew when a run is continued."""
+    clock = [0.0, *(record["timing"]["seconds"] for record in records)]
+    return [now - before if now > before else now for before, now in pairwise(clock)]
+
+
+def with_prefix(number: float) -> str:
+    for size, sign in ((1e12, " T"), (1e9, " G"), (1e6, " M"), (1e3, " k")):
+        if number >= size:
+            return f"{number / size:.3g}{sign}"
+    return f"{number:.3g}"
+
+
+def readable_time(seconds: float) -> str:
+    if seconds < 100:
+        return f"{seconds:.3g} s"
+    return f"{seconds / 60:.3g} min" if seconds < 6000 else f"{seconds / 3600:.3g} h"

@@ -1,0 +1,147 @@
+"""The figure of a run's validation: held-out loss, smaller curves, and the last sample."""
+
+from __future__ import annotations
+
+import itertools
+import re
+from collections.abc import Iterable, Sequence
+from itertools import pairwise
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+
+from twotower.plotting import BLUE, GREEN, GREY, ORANGE, PURPLE, SKY, YELLOW
+from twotower.training.plots.log_records import Records
+from twotower.training.plots.sample_picture import Passage, TraceMap
+from twotower.training.plots.training_figure import WIDTH, fit_steps
+
+if TYPE_CHECKING:
+    from matplotlib.axes import Axes
+    from matplotlib.figure import Figure, SubFigure
+    from matplotlib.typing import ColorType
+
+SOURCES = (BLUE, GREEN, PURPLE, YELLOW, SKY, GREY)
+_ENDING = re.compile(r"(\.(jsonl|json|ndjson|txt|parquet|gz))*(=[\d.eE+-]+)?$")
+
+
+def validation_figure(records: Records) -> Figure:
+    from matplotlib.figure import Figure
+
+    steps = [record["step"] for record in records]
+    found = [record["validation"] for record in records]
+    last = found[-1]
+    sample = last.get("sample")
+    small = [name for name in ("agreement", "tokens_per_pass", "bits_per_byte") if name in last]
+    picture = (TraceMap.of(sample) if "trace" in sample else Passage.of(sample)) if sample else None
+    height = 4.0 + (2.4 if small else 0.0)
+    below = picture.height if picture else 0.0
+    figure = Figure(figsize=(WIDTH, height + below))
+    curves: Figure | SubFigure = figure
+    under: SubFigure | None = None
+    if picture:
+        halves = figure.add_gridspec(2, 1, height_ratios=[height, below], left=0, right=1, bottom=0, top=1)
+        curves, under = figure.add_subfigure(halves[0]), figure.add_subfigure(halves[1])
+    grid = curves.add_gridspec(2 if small else 1, max(len(small), 1), height_ratios=[4.0, 2.4] if small else None)
+    _likelihood(curves.add_subplot(grid[0, :]), steps, found)
+    for i, name in enumerate(small):
+        _single(curves.add_subplot(grid[1, i]), name, steps, [values.get(name) for values in found])
+    if picture and under:
+        picture.draw(under, steps[-1])
+    return figure
+
+
+def _likelihood(axis: Axes, steps: Sequence[int], found: Sequence[dict[str, Any]]) -> None:
+    """The denoiser by noise level, with the context tower as reference; or an autoregressive model by source."""
+    import matplotlib
+
+    denoiser = "masked_nll_by_t" in found[-1]
+    group = "masked_nll_by_t" if denoiser else "nll_by_source"
+    names = list(found[-1].get(group, {}))
+    shades: Iterable[ColorType] = itertools.cycle(SOURCES)
+    if denoiser:
+        shades = list(matplotlib.colormaps["viridis"](np.linspace(0.85, 0.0, max(len(names), 2))))
+    ends: list[tuple[float, str, ColorType]] = []
+    for shade, name, label in zip(shades, names, names if denoiser else short_names(names), strict=False):
+        values = [entry.get(group, {}).get(name, np.nan) for entry in found]
+        axis.plot(steps, values, color=shade, marker="o", markersize=3, linewidth=1.6)
+        ends.append((values[-1], f"t = {label}" if denoiser else label, shade))
+    whole = "masked_nll" if denoiser else "nll"
+    if denoiser or len(names) > 1:
+        values = [entry.get(whole, np.nan) for entry in found]
+        axis.plot(steps, values, color=ORANGE, linewidth=2.2, linestyle=(0, (5, 2)))
+        ends.append((values[-1], "all t < 1" if denoiser else "all", ORANGE))
+    if denoiser and "ar_nll" in found[-1]:
+        values = [entry.get("ar_nll", np.nan) for entry in found]
+        axis.plot(steps, values, color="black", linewidth=1.6, linestyle=(0, (1, 1.5)))
+        ends.append((values[-1], "context tower, AR", "black"))
+    title = "Held-out loss of the denoiser by noise level t" if denoiser else "Held-out loss"
+    axis.set(title=title, ylabel="nats per masked token" if denoiser else "nats per token", xlabel="step")
+    fit_steps([axis], steps)
+    _name_ends(axis, ends)
+
+
+def short_names(sources: Sequence[str]) -> list[str]:
+    """Names of data sources without weights, endings and the folders that all of them share."""
+    parts = [_ENDING.sub("", source).split("/") for source in sources]
+    folders = [part[:-1] for part in parts]
+    same = itertools.takewhile(lambda names: len(set(names)) == 1, zip(*folders, strict=False))
+    shared = len(list(same))
+    names = ["/".join(part[shared:]) for part in parts]
+    return [name if len(name) <= 26 else "…" + name[-25:] for name in names]
+
+
+def _name_ends(axis: Axes, ends: Sequence[tuple[float, str, ColorType]]) -> None:
+    """Each curve's name at its right end; names that would touch are moved apart."""
+    ends = sorted((end for end in ends if np.isfinite(end[0])), key=lambda end: end[0])
+    low, high = axis.get_ylim()
+    step = (high - low) * 0.058  # a line of text
+    places = [end[0] for end in ends]
+    for _ in range(100):
+        for i, (a, b) in enumerate(pairwise(places)):
+            if b - a < step:
+                push = (step - (b - a)) / 2
+                places[i], places[i + 1] = a - push, b + push
+    axis.set_ylim(min([low, *(place - step for place in places)]), max([high, *(place + step for place in places)]))
+    for place, (value, name, colour) in zip(places, ends, strict=True):
+        axis.annotate(
+            name,
+            (1.0, value),
+            xycoords=("axes fraction", "data"),
+            xytext=(1.012, place),
+            va="center",
+            textcoords=("axes fraction", "data"),
+            fontsize=9.5,
+            annotation_clip=False,
+            color="black",
+            parse_math=False,
+            bbox={"boxstyle": "square,pad=0.1", "facecolor": "white", "edgecolor": "none"},
+        )
+        axis.plot(
+            [1.0, 1.01],
+            [value, place],
+            color=colour,
+            linewidth=1.4,
+            clip_on=False,
+            transform=axis.get_yaxis_transform(),
+        )
+
+
+_SINGLE = {
+    "agreement": ("Agreement with the context tower's greedy choice", "% of masked positions", BLUE, 100.0),
+    "tokens_per_pass": ("Tokens per denoiser pass (greedy, γ 0.8)", "tokens per pass", GREEN, 1.0),
+    "bits_per_byte": ("Held-out bits per byte", "bits per byte", GREEN, 1.0),
+}
+
+
+def _single(axis: Axes, name: str, steps: Sequence[int], values: Sequence[float | None]) -> None:
+    title, unit, colour, scale = _SINGLE[name]
+    shown = [np.nan if value is None else scale * value for value in values]
+    axis.plot(steps, shown, color=colour, marker="o", markersize=3, linewidth=1.8)
+    axis.set(title=title, ylabel=unit, xlabel="step")
+    fit_steps([axis], steps)
+    axis.margins(y=0.2)
+    if name != "bits_per_byte":
+        axis.set_ylim(0, 1.2 * float(np.nanmax(shown)) or 1.0)
+    axis.annotate(
+        f"{shown[-1]:.3g}", (steps[-1], shown[-1]), xytext=(0, 6), textcoords="offset points", ha="right", fontsize=9.5
+    )

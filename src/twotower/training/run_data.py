@@ -1,0 +1,62 @@
+"""The data of a training run, opened as its settings say: sources, rows and held-out batches."""
+
+from __future__ import annotations
+
+from functools import partial
+
+from twotower.training.data import Batch, Encoder, Offset, Rows, Source, held_out_batches
+from twotower.training.fsdp import World
+from twotower.training.settings import Settings
+
+
+def open_sources(settings: Settings) -> tuple[list[Source], list[Source]]:
+    """Training and validation sources."""
+    share = 0.0 if settings.validation else settings.held_out
+    open_source = partial(
+        Source,
+        text_field=settings.text_field,
+        prompt_field=settings.prompt_field,
+        max_bad_records=settings.max_bad_records,
+        streaming=settings.streaming,
+    )
+    training = [open_source(item, held_out_fraction=share) for item in settings.data]
+    if settings.validation:
+        return training, [open_source(item) for item in settings.validation]
+    if not share:
+        return training, []
+    return training, [open_source(item, part="valid", held_out_fraction=share) for item in settings.data]
+
+
+def open_rows(settings: Settings, sources: list[Source], encoder: Encoder, offset: Offset, world: World) -> Rows:
+    """This process's rows of each global batch."""
+    return Rows(
+        sources,
+        encoder,
+        rows=settings.rows,
+        row_length=settings.row_length,
+        block_size=settings.stages[0].block_size,
+        seed=settings.seed,
+        offset=offset,
+        max_epochs=settings.epochs,
+        rank=world.rank,
+        world=world.size,
+    )
+
+
+def open_held_out(settings: Settings, sources: list[Source], encoder: Encoder, world: World) -> dict[str, list[Batch]]:
+    """This process's batches of each validation source, under the name of the source."""
+    return {
+        source.name: list(
+            held_out_batches(
+                [source],
+                encoder,
+                rows=settings.rows,
+                row_length=settings.row_length,
+                block_size=settings.stages[-1].block_size,
+                documents=settings.validation_documents,
+                rank=world.rank,
+                world=world.size,
+            )
+        )
+        for source in sources
+    }

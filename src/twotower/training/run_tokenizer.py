@@ -1,0 +1,99 @@
+"""The tokenizer of a training run: loaded, or trained on the run's own data; and its special tokens."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from tokenizers import Tokenizer
+
+from twotower.checkpoint import pretrained
+from twotower.config import TwoTowerConfig
+from twotower.errors import ArgumentError
+from twotower.training.data import BOS, EOS, MASK, PAD, Encoder, Source, train_tokenizer
+from twotower.training.data.readers import whole_pass
+from twotower.training.fsdp import World
+from twotower.training.settings import PretrainSettings
+from twotower.training.trainer import TOKENIZER_FILE
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedTokenizerBase
+
+TOKENIZER_TEXTS = 50_000  # documents that a new tokenizer is trained on, at most
+
+
+def tokenizer_of_run(
+    settings: PretrainSettings, config: TwoTowerConfig, sources: list[Source], directory: Path, world: World
+) -> PreTrainedTokenizerBase:
+    """The tokenizer given, or a new one trained on the data and kept in the run."""
+    if settings.tokenizer is not None:
+        return load_tokenizer(settings.tokenizer)
+    file = directory / TOKENIZER_FILE
+    if world.first and not file.exists():
+        size = config.backbone.vocab_size if settings.vocab_size is None else settings.vocab_size
+        if size > config.backbone.vocab_size:
+            raise ArgumentError(
+                f"vocab_size is {size}, but the backbone's is {config.backbone.vocab_size}; give one no larger"
+            )
+        partial = file.with_suffix(".partial")
+        train_tokenizer(_texts(sources), size, split_digits=settings.split_digits).save(str(partial))
+        partial.replace(file)
+    world.barrier()
+    return load_tokenizer(file)
+
+
+def load_tokenizer(path: Path) -> PreTrainedTokenizerBase:
+    """A tokenizer.json, or a directory that transformers can load one from."""
+    if path.is_dir():
+        tokenizer: PreTrainedTokenizerBase | None = pretrained.load_tokenizer(path)
+        if tokenizer is None:
+            raise ArgumentError(f"{path}: holds no tokenizer")
+        return tokenizer
+    from transformers import PreTrainedTokenizerFast
+
+    try:
+        backend = Tokenizer.from_file(str(path))
+    except Exception as error:  # the library raises a bare Exception
+        raise ArgumentError(f"{path}: not a tokenizer.json ({error})") from None
+    names = {f"{name}_token": f"<{name}>" for name in ("bos", "eos", "pad", "mask")}
+    known = {key: token for key, token in names.items() if backend.token_to_id(token) is not None}
+    return PreTrainedTokenizerFast(tokenizer_object=backend, **known)
+
+
+def _texts(sources: list[Source]) -> list[str]:
+    """Texts of all sources, in the proportion of their weights."""
+    total = sum(source.weight for source in sources)
+    texts = []
+    for source in sources:
+        wanted = int(TOKENIZER_TEXTS * source.weight / total)
+        for _, record in zip(range(wanted), whole_pass(source), strict=False):
+            texts.append((record.prompt or "") + record.text)
+    return texts
+
+
+def encoder_for(tokenizer: PreTrainedTokenizerBase, config: TwoTowerConfig) -> Encoder:
+    """Text → documents of this model.
+
+    Raises:
+        ArgumentError: the tokenizer does not fit the model, or there is no end-of-text token.
+    """
+    eos = config.eos_token_id if config.eos_token_id is not None else getattr(tokenizer, "eos_token_id", None)
+    eos = eos[0] if isinstance(eos, list) else eos
+    if eos is None:
+        raise ArgumentError("neither config.json nor the tokenizer names an end-of-text token; set eos_token_id")
+    return Encoder(
+        tokenizer,
+        vocab_size=config.backbone.vocab_size,
+        eos_token_id=eos,
+        mask_token_id=config.mask_token,
+        bos_token_id=config.bos_token_id,
+        pad_token_id=config.pad_token_id if config.pad_token_id is not None else 0,
+    )
+
+
+def take_special_ids(config: TwoTowerConfig, tokenizer: PreTrainedTokenizerBase) -> None:
+    """The config of a new model names its tokenizer's special tokens."""
+    ours = {"bos": BOS, "eos": EOS, "pad": PAD, "mask": MASK}
+    for name, default in ours.items():
+        value = getattr(tokenizer, f"{name}_token_id", None)
+        setattr(config, f"{name}_token_id", default if value is None and name == "mask" else value)
