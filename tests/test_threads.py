@@ -104,6 +104,23 @@ def serving_of(engine: AsyncLLM) -> Iterator[Served]:
         yield found
 
 
+class FailingLLM(LLM):
+    """Fails for a reason of its own when a request comes."""
+
+    def add_request(self, request: Request) -> int:
+        raise ZeroDivisionError("a secret of the engine")
+
+
+def test_an_engine_that_cannot_take_a_request_says_so() -> None:
+    """In one line, without the exception's text."""
+    with serving_of(AsyncLLM(FailingLLM(tiny_model(), rows=1, length=LENGTH))) as served:
+        answer = served.complete()
+        assert answer.status_code == 500
+        assert answer.json()["error"]["code"] == "failed"
+        assert answer.json()["error"]["message"] == "the request failed: ZeroDivisionError"
+        assert served.get("/health").status_code == 200
+
+
 # --- tokenizers -------------------------------------------------------------------------------------------------------
 
 

@@ -43,8 +43,10 @@ async def choice_events(
                 yield None
                 continue
             choice, event = message
-            if isinstance(event, Exception):
+            if isinstance(event, TimeoutError):
                 raise event
+            if isinstance(event, Exception):
+                raise request_error(event)
             if not begun:
                 begun = True
                 metrics.first.observe(time.monotonic() - started)
