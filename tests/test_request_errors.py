@@ -17,6 +17,7 @@ from twotower import LLM, GenerationParams, Request
 from twotower.decoding.presets import parse_setting
 from twotower.decoding.prompts import read_prompts
 from twotower.decoding.structured import Constraint
+from twotower.engine.admission import check_model
 from twotower.engine.jobs import engine_for, read_lines, run_job
 from twotower.errors import ArgumentError
 from twotower.server.request_errors import request_error
@@ -229,7 +230,7 @@ def test_a_batch_job_refuses_in_the_engine_s_words(tmp_path: Path) -> None:
     shared = {"mode": "ar", "max_new_tokens": 4, "seed": 1}
     lines = read_lines(path, model, shared)
     with pytest.raises(ArgumentError) as error:
-        LLM(model, rows=1).add_request(Request([5], GenerationParams(mode="ar", max_new_tokens=999999999)))
+        check_model(model, GenerationParams(mode="ar", max_new_tokens=999999999), [1])
     assert lines[1].error == str(error.value)
     assert run_job(engine_for(model, lines, 2), lines, out) == (3, 1)
     out.unlink()
