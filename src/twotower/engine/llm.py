@@ -40,10 +40,12 @@ from twotower.decoding.output import BlockEvent, Event, Generation
 from twotower.decoding.sequence_output import RowRecord
 from twotower.engine import admission, context_step, denoiser_ar
 from twotower.engine.budget import memory_for, shares
-from twotower.engine.context_step import Work, following, grouped, some
+from twotower.engine.context_step import following, grouped, some
 from twotower.engine.denoiser_step import Blocks
 from twotower.engine.oom import in_parts, out_of_memory
+from twotower.engine.scheduled import ScheduledTokens
 from twotower.engine.sequence import Phase, Request, Row
+from twotower.engine.stats import EngineStats
 from twotower.errors import ArgumentError
 from twotower.ops.host_transfer import placed
 
@@ -78,12 +80,13 @@ class LLM:
     ) -> None:
         for name, value in (("rows", rows), ("length", length), ("block_size", block_size)):
             if value is not None and value < 1:
-                raise ArgumentError(f"{name} is {value}; it must be at least 1")
+                raise ArgumentError(f"{name} is {value}; it must be at least 1", param=name)
         window = model.config.backbone.max_position_embeddings
         self.model = model
         self.length = min(length or window, window)
         rows, columns, spare = shares(model, rows, self.length + block_size, PROMPT_CHUNK, memory)
         self.state = model.new_state(rows, 0, columns)
+        self._state_bytes = self.state.nbytes  # constant: the pools are allocated once
         self.prefixes = Prefixes(PROMPT_CHUNK, spare)
         self.reader = model.reader(self.state) if model.denoiser is not None else None
         self.apart = isinstance(self.reader, Mirror)  # each tower on a device of its own
@@ -118,7 +121,8 @@ class LLM:
         if memory is not None and memory < (least := cls.memory_for(model, 1, length, block)):
             raise ArgumentError(
                 f"a text of {length} tokens takes {least / 2**20:.1f} MiB of state, more than the "
-                f"{memory / 2**20:.1f} MiB allowed; allow more or ask for shorter texts"
+                f"{memory / 2**20:.1f} MiB allowed; allow more or ask for shorter texts",
+                param="memory",
             )
         return cls(model, rows=min(rows, max(len(requests), 1)), length=length, block_size=block, memory=memory)
 
@@ -160,6 +164,22 @@ class LLM:
     def has_work(self) -> bool:
         """Whether `step` has anything to do or to tell."""
         return bool(self.waiting or self.rows or self._unseen)
+
+    def stats(self) -> EngineStats:
+        """A snapshot of the engine's load. Call this only from the thread that runs `step`."""
+        return EngineStats(
+            slots=self.state.rows,
+            free_slots=len(self.free),
+            running=len(self.rows),
+            waiting=len(self.waiting),
+            max_seq_len=self.length,
+            max_block_size=self.blocks.size,
+            state_bytes=self._state_bytes,
+            prefix_bytes=self.prefixes.nbytes,
+            prefix_tokens=len(self.prefixes.nodes) * self.prefixes.chunk,
+            prompt_tokens=self.prefixes.asked,
+            reused_tokens=self.prefixes.found,
+        )
 
     def generate(
         self, requests: Sequence[Request], progress: Callable[[int], object] | None = None
@@ -260,13 +280,15 @@ class LLM:
             end = min(row.read + min(budget, self.model.prompt_piece), edge, row.prompt_end)
             part = list(row.request.prompt[row.read : end])
             if part:
-                works.append(Work(row, part, scored=False, following=following(row, len(part))))
+                works.append(ScheduledTokens(row, part, scored=False, following=following(row, len(part))))
                 budget -= len(part)
-        works += [Work(row, [row.pending], scored=True) for row in self._of(Phase.STEP)]
-        works += [Work(row, row.block, scored=True) for row in self._of(Phase.CHECK)]
+        works += [ScheduledTokens(row, [row.pending], scored=True) for row in self._of(Phase.STEP)]
+        works += [ScheduledTokens(row, row.block, scored=True) for row in self._of(Phase.CHECK)]
         for row in self._of(Phase.COMMIT):
             first = row.after is not None  # the held tokens are the block itself, so its first follows what was read
-            works.append(Work(row, row.block, scored=False, following=row.held[first:] if row.held else None))
+            works.append(
+                ScheduledTokens(row, row.block, scored=False, following=row.held[first:] if row.held else None)
+            )
         return [c for group in grouped(works) for c in in_parts(self._read_group, group, self._relieve, self._fail)]
 
     def _going(self, phase: Phase) -> list[Row]:
@@ -282,13 +304,13 @@ class LLM:
         return sorted((row for row in going if row.phase is phase), key=lambda row: row.slot)
 
     @staticmethod
-    def _fail(of: Work | Row, error: Exception) -> list[Collect]:
+    def _fail(of: ScheduledTokens | Row, error: Exception) -> list[Collect]:
         """The end of a row whose pass does not fit the memory even alone."""
-        row = of.row if isinstance(of, Work) else of
+        row = of.row if isinstance(of, ScheduledTokens) else of
         then = row.phase, row.opened
         return [lambda: [_failed(row, error)] if then == (row.phase, row.opened) else []]
 
-    def _read_group(self, group: Sequence[Work]) -> list[Collect]:
+    def _read_group(self, group: Sequence[ScheduledTokens]) -> list[Collect]:
         """One pass of the context tower, and what each row does next."""
         rows = [work.row for work in group]
         with self._shared(rows):

@@ -17,7 +17,7 @@ from twotower.errors import ArgumentError, TwoTowerError
 from twotower.ops.host_transfer import placed
 
 if TYPE_CHECKING:
-    from twotower.engine.context_step import Work
+    from twotower.engine.scheduled import ScheduledTokens
     from twotower.engine.sequence import Row
 
 
@@ -26,16 +26,18 @@ def check_constraint(constraint: Constraint, mode: str, vocab_size: int) -> None
     if mode not in CONSTRAINED:
         raise ArgumentError(
             f"mode is {mode!r}, which cannot follow a constraint: only the AR model chooses token by token; use mode "
-            '"ar" or "verified"'
+            '"ar" or "verified"',
+            param="constraint",
         )
     if constraint.vocab_size > vocab_size:
         raise ArgumentError(
             f"the constraint's tokenizer has {constraint.vocab_size} tokens and this model {vocab_size}; make the "
-            "constraint with model.tokenizer"
+            "constraint with model.tokenizer",
+            param="constraint",
         )
 
 
-def restrict(works: Sequence[Work], logits: Tensor) -> list[int] | None:
+def restrict(works: Sequence[ScheduledTokens], logits: Tensor) -> list[int] | None:
     """Sets to −∞, in logits (n, L, V) and in place, what the works' grammars forbid after the pending token and after
     each token of a draft, as far as the draft is allowed → how many tokens each work may keep of its draft; None: no
     work has a grammar. A row whose matcher fails has an `error`."""

@@ -53,9 +53,9 @@ def read_keys(file: Path | None) -> tuple[str, ...]:
         try:
             lines = [line.strip() for line in file.read_text(encoding="utf-8").splitlines()]
         except UnicodeDecodeError:
-            raise ArgumentError(f"{file}: is no text; write one key on each line") from None
+            raise ArgumentError(f"{file}: is no text; write one key on each line", param="file") from None
         found = [line for line in lines if line and not line.startswith("#")]
         if not found:
-            raise ArgumentError(f"{file}: holds no key; write one on each line")
+            raise ArgumentError(f"{file}: holds no key; write one on each line", param="file")
         given += found
     return tuple(dict.fromkeys(key.strip() for key in given if key.strip()))
