@@ -15,6 +15,8 @@ from twotower.decoding.presets import parse_setting
 from twotower.engine.generation import generate
 from twotower.evaluation import speed as measuring
 
+FP32 = ("--dtype", "float32")
+
 
 @pytest.fixture(scope="module")
 def model() -> TwoTowerForCausalLM:
@@ -70,12 +72,13 @@ def test_tokens_after_the_end_are_not_counted() -> None:
 
 
 def test_the_verb_prints_tables_and_one_line_of_json(cli: Callable[..., Result]) -> None:
-    result = cli("bench", "-n", "8", "--rounds", "1", "-c", "16", "-b", "1", "-b", "2", "-s", "diffusion:0.8")
+    result = cli("bench", "-n", "8", "--rounds", "1", "-c", "16", "-b", "1", "-b", "2", "-s", "diffusion:0.8", *FP32)
     assert result.code == 0
     facts = json.loads(result.out)
     assert [(one["setting"], one["rows"]) for one in facts["measured"]] == [
         ("ar", 1), ("diffusion:0.8", 1), ("ar", 2), ("diffusion:0.8", 2),
     ]  # fmt: skip
+    assert facts["machine"]["dtype"] == "float32"
     assert {"device", "threads", "dtype", "torch", "commit", "weights_bytes", "peak_bytes"} <= set(facts["machine"])
     for words in ("× AR", "tokens/pass", "1 row after 16 tokens", "2 rows after 16 tokens"):
         assert words in result.err
@@ -83,4 +86,4 @@ def test_the_verb_prints_tables_and_one_line_of_json(cli: Callable[..., Result])
 
 def test_bad_input_is_one_line(cli: Callable[..., Result]) -> None:
     assert_one_line_error(cli("bench", "-s", "quick"), "mode is 'quick'")
-    assert_one_line_error(cli("bench", "-c", "100000", "-s", "ar"), "context window")
+    assert_one_line_error(cli("bench", "-c", "100000", "-s", "ar", *FP32), "context window")
