@@ -12,6 +12,7 @@ serve: .venv/.installed-serve
 	@$(BIN)/twotower serve
 
 # Two processes, each with files of its own and one thread: the tests are small, and a second thread only gets in the way.
+# The last lines name the code paths (instruction sets) that were covered: tests/code_paths.py.
 test: .venv/.installed-dev browser
 	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n 2 --dist loadfile
 

@@ -11,6 +11,7 @@ from pathlib import Path
 import pytest
 import torch
 import triton_mode  # noqa: F401  before anything that imports Triton
+from code_paths import PROPERTY
 from command import Result
 from torch import nn
 
@@ -52,6 +53,15 @@ SHAPE = {
     "topk_group": 1,
     "routed_scaling_factor": 1.5,
 }
+
+
+def pytest_terminal_summary(terminalreporter: pytest.TerminalReporter) -> None:
+    """Says which code paths ran, and why others did not."""
+    reports = [report for found in terminalreporter.stats.values() for report in found]
+    said = {value for report in reports for name, value in getattr(report, "user_properties", ()) if name == PROPERTY}
+    if said:
+        terminalreporter.section("code paths of this processor")
+        terminalreporter.write_line("\n".join(sorted(said)))
 
 
 @pytest.fixture(scope="session")

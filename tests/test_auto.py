@@ -127,7 +127,7 @@ def test_what_auto_cannot_mean_is_told() -> None:
 
 
 def test_the_command_line_says_what_was_chosen(cli: Callable[..., Result]) -> None:
-    result = cli("User: I need", "--mode", "auto", "-n", "6")
+    result = cli("User: I need", "--mode", "auto", "-n", "6", "--dtype", "float32")
     assert result.code == 0
     assert "verified · 6 tokens" in result.err
     assert "chose verified: nothing is known yet" in result.err

@@ -25,6 +25,7 @@ from twotower.evaluation.tasks import problems
 pytestmark = pytest.mark.skipif(not bundled_model().is_dir(), reason="there is no bundled model in this checkout")
 
 Cli = Callable[..., Result]
+FP32 = ("--dtype", "float32")
 
 
 @pytest.fixture(scope="module")
@@ -66,7 +67,7 @@ def test_answers_and_errors_in_order(cli: Cli, tmp_path: Path, model: TwoTowerFo
         {"prompt": ""},  # this tokenizer begins every text with a token of its own
     )
     out = tmp_path / "out.jsonl"
-    result = cli("batch", path, "-o", out, "-n", "20", "--rows", "2", "-s", "verified:draft_steps=1")
+    result = cli("batch", path, "-o", out, "-n", "20", "--rows", "2", "-s", "verified:draft_steps=1", *FP32)
     assert (result.code, result.out) == (0, "")
     assert "9 lines written, 5 with an error" in result.err
     lines = said(out)
@@ -149,7 +150,7 @@ def test_killed_and_started_again(tmp_path: Path) -> None:
     def command(target: Path) -> list[str]:
         return [
             sys.executable, "-m", "twotower", "batch", str(path), "-o", str(target), "-s", "ar", "-n", "60",
-            "--rows", "2", "--threads", "1",
+            "--rows", "2", "--threads", "1", *FP32,
         ]  # fmt: skip
 
     job = subprocess.Popen(command(out), stderr=subprocess.DEVNULL)
@@ -170,11 +171,11 @@ def test_killed_and_started_again(tmp_path: Path) -> None:
 
 def test_a_file_that_answers_something_else_is_left_alone(cli: Cli, tmp_path: Path) -> None:
     path, out = asked(tmp_path, *some(3)), tmp_path / "out.jsonl"
-    assert cli("batch", path, "-o", out, "-n", "4").code == 0
+    assert cli("batch", path, "-o", out, "-n", "4", *FP32).code == 0
     before = out.read_bytes()
-    assert_one_line_error(cli("batch", path, "-o", out, "-n", "5"), "does not answer line 1 as it is asked now")
+    assert_one_line_error(cli("batch", path, "-o", out, "-n", "5", *FP32), "does not answer line 1 as it is asked now")
     asked(tmp_path, *some(2))
-    assert_one_line_error(cli("batch", path, "-o", out, "-n", "4"), "has 3 lines for 2 of input")
+    assert_one_line_error(cli("batch", path, "-o", out, "-n", "4", *FP32), "has 3 lines for 2 of input")
     assert out.read_bytes() == before
 
 

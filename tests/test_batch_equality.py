@@ -220,6 +220,16 @@ def test_rows_alone_equal_rows_in_a_batch(mode: str, greedy: bool, rows: int, ba
         print(f"{kind}, bfloat16: {compare(mode, torch.bfloat16, greedy, rows, batch, new, explain=False)}")
 
 
+@pytest.mark.code_path
+@pytest.mark.parametrize("mode", MODES)
+def test_rows_of_fp32_alone_equal_rows_in_a_batch(mode: str) -> None:
+    """The short form of the above, in the dtype whose results depend on the instruction set."""
+    count = compare(mode, torch.float32, False, rows=8, batch=8, new=20)
+    assert count.rows == 8
+    assert all(margin < NEAR_TIE for _, margin in count.margins), count.margins
+
+
+@pytest.mark.code_path
 def test_a_row_that_saw_its_neighbours_would_be_found() -> None:
     """The reference's flaw, one t for the whole batch, put back: what differs then is no near-tie."""
     denoise = TwoTowerForCausalLM.denoise

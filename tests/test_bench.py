@@ -17,6 +17,8 @@ from twotower.engine.generation import generate
 from twotower.evaluation import speed as measuring
 from twotower.evaluation.timed_towers import TimedTowers
 
+FP32 = ("--dtype", "float32")
+
 
 @pytest.fixture(scope="module")
 def model() -> TwoTowerForCausalLM:
@@ -93,12 +95,13 @@ def test_auto_is_timed_as_the_mode_that_it_chooses(model: TwoTowerForCausalLM) -
 
 
 def test_the_verb_prints_tables_and_one_line_of_json(cli: Callable[..., Result]) -> None:
-    result = cli("bench", "-n", "8", "--rounds", "1", "-c", "16", "-b", "1", "-b", "2", "-s", "diffusion:0.8")
+    result = cli("bench", "-n", "8", "--rounds", "1", "-c", "16", "-b", "1", "-b", "2", "-s", "diffusion:0.8", *FP32)
     assert result.code == 0
     facts = json.loads(result.out)
     assert [(one["setting"], one["rows"]) for one in facts["measured"]] == [
         ("ar", 1), ("diffusion:0.8", 1), ("ar", 2), ("diffusion:0.8", 2),
     ]  # fmt: skip
+    assert facts["machine"]["dtype"] == "float32"
     assert {"device", "threads", "dtype", "torch", "commit", "weights_bytes", "peak_bytes"} <= set(facts["machine"])
     for words in ("× AR", "tokens/pass", "1 row after 16 tokens", "2 rows after 16 tokens"):
         assert words in result.err
@@ -106,4 +109,4 @@ def test_the_verb_prints_tables_and_one_line_of_json(cli: Callable[..., Result])
 
 def test_bad_input_is_one_line(cli: Callable[..., Result]) -> None:
     assert_one_line_error(cli("bench", "-s", "quick"), "mode is 'quick'")
-    assert_one_line_error(cli("bench", "-c", "100000", "-s", "ar"), "context window")
+    assert_one_line_error(cli("bench", "-c", "100000", "-s", "ar", *FP32), "context window")

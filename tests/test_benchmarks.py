@@ -76,8 +76,10 @@ def test_passes() -> None:
     assert found["transformers"]["same until"] == found["transformers"]["tokens"] == 48
 
 
+@pytest.mark.code_path
 def test_throughput() -> None:
-    facts = bench("throughput", "--quick")
+    facts = bench("throughput", "--quick", "--dtype", "float32")
+    assert facts["machine"]["dtype"] == "float32"
     assert [(row["mode"], row["at once"]) for row in facts["measured"]] == [
         (mode, rows) for mode in ("ar", "diffusion", "verified") for rows in (1, 3)
     ]

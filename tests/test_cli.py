@@ -14,6 +14,7 @@ from pathlib import Path
 from xml.etree import ElementTree
 
 import pytest
+import torch
 from command import Result, assert_one_line_error
 from rich.console import Console
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers
@@ -24,6 +25,7 @@ from twotower.cli.generate import generate as generate_command
 from twotower.cli.trace import drawing, title
 from twotower.cli.watch import Frame, Screen, Silent, TokenNames, Watcher, colour, running_text
 from twotower.engine.generation import GenerationParams
+from twotower.ops.precision import multiplies_bf16_fast
 
 PROMPT = "Once upon a time"
 SPECIAL = ["<pad>", "<bos>", "<eos>", "<mask>"]
@@ -449,6 +451,8 @@ def test_demo_of_the_bundled_model(cli: Callable[..., Result], monkeypatch: pyte
     if not bundled_model().is_dir():
         pytest.skip("the bundled model is not in this tree")
     answer = json.loads(cli("demo", "--json").out)
+    fast = multiplies_bf16_fast(torch.device("cpu"))
+    assert answer["dtype"] == ("bfloat16" if fast else "float32")
     modes = {one["mode"]: one for one in answer["modes"]}
     assert set(modes) == {"diffusion", "verified", "ar", "mock_ar"}
     assert modes["ar"]["times_ar"] == 1.0

@@ -18,6 +18,7 @@ from twotower.decoding.sampling import confidence
 from twotower.model.conditioning import timestep_sinusoid
 from twotower.ops.reference.attention import Cached
 
+pytestmark = pytest.mark.code_path
 FIXTURES = ("tiny-hybrid", "tiny-groups")
 LOGITS, STATES, LOGITS_WITH_T, TIME, CONFIDENCE = 2e-4, 1e-4, 2e-3, 1e-4, 1e-3
 PROMPT = 23  # tokens of the prompts whose states are golden

@@ -285,7 +285,7 @@ def test_reference_solutions_pass_and_others_do_not(name: str, count: int | None
 
 def test_the_verb_runs_tasks(cli: Callable[..., Result], data: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(adapter, "NEW_TOKENS", 12)
-    options = ("--data", str(data), "--limit", "1", "-s", "verified:draft_steps=1")
+    options = ("--data", str(data), "--limit", "1", "-s", "verified:draft_steps=1", "--dtype", "float32")
     result = cli("eval", "-t", "winogrande", "-t", "gsm8k", *options)
     assert result.code == 0, result.err
     found = json.loads(result.out)["tasks"]
@@ -331,8 +331,8 @@ def test_the_harness_own_command_line_knows_the_model(cli: Callable[..., Result]
         "metric_list:\n  - metric: acc\n"
     )
     result = cli(
-        "lm-eval", "run", "--model", "twotower", "--model_args", "setting=ar", "--tasks", "own", "--include_path",
-        str(tmp_path), "--output_path", str(tmp_path / "out"),
+        "lm-eval", "run", "--model", "twotower", "--model_args", "setting=ar,dtype=float32", "--tasks", "own",
+        "--include_path", str(tmp_path), "--output_path", str(tmp_path / "out"),
     )  # fmt: skip
     assert result.code == 0, result.err
     assert "|own" in result.out

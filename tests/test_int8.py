@@ -28,6 +28,7 @@ from twotower.ops.reference import int8
 from twotower.ops.reference.experts import experts_dense
 from twotower.runners import fused_cpu
 
+pytestmark = pytest.mark.code_path
 CPU = torch.device("cpu")
 BIASES = {"use_bias": True, "mlp_bias": True, "attention_bias": True}
 compiled = pytest.mark.skipif(isinstance(library.library(), str), reason="the kernels are not compiled here")
@@ -355,7 +356,7 @@ def test_a_row_of_the_engine_gets_what_it_gets_alone(mode: str) -> None:
 def test_the_bundled_model_says_the_same_in_ar(cli: Callable[..., Result]) -> None:
     prompt = "User: I want to book a table for two in San Jose.\nAssistant:"
     outs = [
-        json.loads(cli("generate", prompt, "--mode", "ar", "-n", "24", "--json", *more).out)
+        json.loads(cli("generate", prompt, "--mode", "ar", "-n", "24", "--json", "--dtype", "float32", *more).out)
         for more in ((), ("--quantization", "int8"))
     ]
     assert [out["quantization"] for out in outs] == ["none", "int8"]

@@ -21,6 +21,7 @@ from twotower.ops.reference.experts import experts_dense, experts_gathered, expe
 from twotower.ops.reference.ssd import advance, ssd_block, ssd_chunked, ssd_sequential, states_before
 from twotower.ops.registry import CATALOGUE, report, select
 
+pytestmark = pytest.mark.code_path
 F64 = torch.float64
 
 

@@ -2,12 +2,7 @@
 
 from __future__ import annotations
 
-import platform
-import shutil
-import subprocess
-import sys
 import warnings
-from pathlib import Path
 from typing import Any
 
 import pytest
@@ -34,6 +29,7 @@ NARROW = (torch.float32, torch.bfloat16)
 if isinstance(library.library(), str):
     pytest.skip(f"the compiled kernels are not tested: {library.library()}", allow_module_level=True)
 
+pytestmark = pytest.mark.code_path
 NATIVE = [(op, backend) for op, backends in CATALOGUE.items() for backend in backends if backend.name == "native"]
 
 
@@ -173,37 +169,6 @@ def test_wrong_numbers_are_refused_aloud(monkeypatch: pytest.MonkeyPatch) -> Non
     monkeypatch.setattr(registry, "_select", registry._select.__wrapped__)
     with pytest.warns(RuntimeWarning, match="linear: native is not used on cpu"):
         assert registry.select("linear", CPU, torch.float32, differentiable=False).name == "torch"
-
-
-@pytest.mark.parametrize(
-    ("environment", "says"),
-    [({"TWOTOWER_NATIVE": "0"}, "TWOTOWER_NATIVE=0"), ({"CXX": "none", "PATH": "{python}"}, "no C++ compiler found"),
-     ({"CXX": "{broken}"}, "broken could not compile them")],
-)  # fmt: skip
-def test_without_a_compiler_torch_does_the_work(environment: dict[str, str], says: str, tmp_path: Path) -> None:
-    broken = tmp_path / "broken"
-    broken.write_text('#!/bin/sh\n[ "$1" = --version ] && exit 0\necho error: no >&2; exit 1\n')
-    broken.chmod(0o755)
-    places = {"python": str(tmp_path), "broken": str(broken)}
-    given = {name: value.format(**places) for name, value in environment.items()}
-    code = (
-        "import torch; from twotower.ops import registry; from twotower.ops.cpu.library import library;"
-        "print(library()); print(registry.select('linear', torch.device('cpu'), torch.float32, False).name)"
-    )
-    base = {"PATH": "/usr/bin:/bin", "HOME": str(tmp_path), "PYTHONPATH": ":".join(sys.path)}
-    done = subprocess.run([sys.executable, "-c", code], env=base | given, capture_output=True, text=True, check=True)
-    assert says in done.stdout
-    assert done.stdout.splitlines()[-1] == "torch"
-
-
-@pytest.mark.skipif(shutil.which("c++") is None, reason="needs a C++ compiler")
-def test_they_compile_without_a_warning(tmp_path: Path) -> None:
-    """For this processor and for one with half as wide vectors."""
-    narrower = ["-mavx2", "-mfma"] if platform.machine() == "x86_64" else ["-O2"]
-    for flags in (["-march=native", "-fopenmp"], narrower):
-        command = ["c++", *library.FLAGS, *flags, "-Wall", "-Wextra", "-Werror", "-fsyntax-only"]
-        done = subprocess.run([*command, str(library.HERE / "native.cpp")], capture_output=True, text=True, check=False)
-        assert done.returncode == 0, done.stderr[:2000]
 
 
 def test_no_kernel_was_refused_on_this_machine() -> None:

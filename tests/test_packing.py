@@ -18,6 +18,7 @@ from twotower.ops.reference import experts
 from twotower.runners import fused_cpu
 from twotower.runners import packed_weights as packing
 
+pytestmark = pytest.mark.code_path
 CPU = torch.device("cpu")
 NARROW = (torch.float32, torch.bfloat16)
 
@@ -72,10 +73,19 @@ def test_experts(which: tuple[bool, bool], dtype: torch.dtype) -> None:
         torch.testing.assert_close(mine, expected, rtol=tolerance, atol=tolerance * float(expected.std()))
 
 
-@pytest.mark.parametrize("dtype", NARROW)
+@pytest.mark.parametrize(
+    ("dtype", "fast_bf16", "at_once"),
+    [(torch.float32, False, True), (torch.bfloat16, False, True), (torch.bfloat16, True, False)],
+    ids=["fp32", "emulated-bf16", "fast-bf16"],
+)
 @pytest.mark.parametrize("residual_in_fp32", [False, True])
-def test_a_packed_model_says_the_same(residual_in_fp32: bool, dtype: torch.dtype) -> None:
-    """Prefill, steps, blocks and drafts, ragged rows; its passes run in one call, of many tokens too."""
+def test_a_packed_model_says_the_same(
+    residual_in_fp32: bool, dtype: torch.dtype, fast_bf16: bool, at_once: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Prefill, steps, blocks and drafts, ragged rows. at_once: whether a pass of 180 tokens runs in one call; torch's
+    own products are faster at that size where the processor has instructions for bf16 products. Both answers to that
+    question are tested on every processor."""
+    monkeypatch.setattr(kernels, "multiplies_bf16_fast", lambda device: fast_bf16)
     overrides = {"residual_in_fp32": residual_in_fp32, "use_bias": True, "mlp_bias": True, "attention_bias": True}
     model = build_random_model(EVERY_KIND, dtype=dtype, **overrides)
     tokens = torch.randint(4, 60, (9, 60), generator=torch.Generator().manual_seed(0))
@@ -93,11 +103,10 @@ def test_a_packed_model_says_the_same(residual_in_fp32: bool, dtype: torch.dtype
     for mine, twin in zip(*outs[::-1], strict=True):
         assert (mine - twin).abs().max() < (5e-4 if dtype == torch.float32 else 0.2) * twin.std()
     assert fused_cpu.plan_of(model.context).all_packed
-    with torch.no_grad():
-        assert (
-            fused_cpu.run(model.context, model.context.embed(tokens[:, :20]), Visibility(), None, None, True)
-            is not None
-        )
+    for length, expected in ((20, at_once), (5, True)):  # 9 rows: 180 tokens and 45
+        with torch.no_grad():
+            run = fused_cpu.run(model.context, model.context.embed(tokens[:, :length]), Visibility(), None, None, True)
+        assert (run is not None) == expected
     model.unpack()
     assert all(packed_weights.of(weight) is None for weight in packing.matrices(model))
 
@@ -171,7 +180,7 @@ def test_what_cannot_be_packed_is_left() -> None:
 
 def test_loading_packs_where_there_is_room(monkeypatch: pytest.MonkeyPatch) -> None:
     def packed() -> bool:
-        model = model_loading.load_model(bundled_model())
+        model = model_loading.load_model(bundled_model(), dtype="float32")
         return all(packed_weights.of(weight) is not None for weight in packing.matrices(model))
 
     assert packed()
@@ -185,7 +194,7 @@ def test_loading_packs_where_there_is_room(monkeypatch: pytest.MonkeyPatch) -> N
 
 def test_verified_is_ar_when_packed() -> None:
     """As without copies: a checked block and single steps give the same bits."""
-    model = model_loading.load_model(bundled_model())
+    model = model_loading.load_model(bundled_model(), dtype="float32")
     prompts = [model.tokenizer(text)["input_ids"] for text in ("User: I need a taxi.", "12+30=", "User: Hi")]
     texts: list[Any] = []
     for mode in ("ar", "verified"):

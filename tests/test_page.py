@@ -48,7 +48,7 @@ needs_browser = pytest.mark.skipif(
 @contextmanager
 def serving(**environment: str) -> Iterator[tuple[str, subprocess.Popen[str]]]:
     """`twotower serve` with the bundled model on a free port → its address, its process."""
-    command = [sys.executable, "-m", "twotower", "serve", "--port", "0", "--threads", "1"]
+    command = [sys.executable, "-m", "twotower", "serve", "--port", "0", "--threads", "1", "--dtype", "float32"]
     process = subprocess.Popen(command, stderr=subprocess.PIPE, text=True, env=os.environ | environment)
     assert process.stderr is not None
     try:

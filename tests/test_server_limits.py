@@ -517,7 +517,7 @@ class Program:
 def programs() -> Iterator[list[Program]]:
     """Two, started at once: most of a start is waiting for imports."""
     with ThreadPoolExecutor(2) as pool:
-        found = list(pool.map(lambda _: Program("--port", "0", "--rows", "2"), range(2)))
+        found = list(pool.map(lambda _: Program("--port", "0", "--rows", "2", "--dtype", "float32"), range(2)))
     yield found
     for one in found:
         one.process.kill()
@@ -620,7 +620,7 @@ def test_open_doors_are_warned_of(
     ran: list[Any] = []
     monkeypatch.setattr("twotower.server.run.serve", lambda service, *_: (ran.append(service), service.close()))
     with options.override(api_keys=(keys,) if keys else ()):
-        result = cli("serve", "--port", "0", "--host", host, "--rows", "1", "--length", "64")
+        result = cli("serve", "--port", "0", "--host", host, "--rows", "1", "--length", "64", "--dtype", "float32")
     assert result.code == 0, result.err
     assert ("Warning" in result.err) == warns
     assert ran[0].settings.keys == ((keys,) if keys else ())

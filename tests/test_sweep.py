@@ -68,7 +68,7 @@ def test_the_table_is_the_papers(tmp_path: Path) -> None:
 
 
 def test_a_sweep_goes_on_where_it_stopped(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    model = TwoTowerForCausalLM.from_pretrained(module_model())
+    model = TwoTowerForCausalLM.from_pretrained(module_model(), dtype="float32")
     settings = [parse_setting(text) for text in ("diffusion:0.9", "verified:draft_steps=1")]
     asked: list[str] = []
     real = module.answer
@@ -106,16 +106,16 @@ def test_a_sweep_goes_on_where_it_stopped(tmp_path: Path, monkeypatch: pytest.Mo
 
 
 def test_a_model_that_knows_no_answer_has_nothing_to_keep(monkeypatch: pytest.MonkeyPatch) -> None:
-    model = TwoTowerForCausalLM.from_pretrained(module_model())
+    model = TwoTowerForCausalLM.from_pretrained(module_model(), dtype="float32")
     monkeypatch.setattr(module, "marks", lambda problems, outputs: [False] * len(problems))
     with pytest.raises(ArgumentError, match="AR answers none of the 6 problems"):
         sweep(model, [], per_family=1, timed=1)
 
 
 def test_a_fingerprint_knows_both_towers() -> None:
-    model = TwoTowerForCausalLM.from_pretrained(module_model())
+    model = TwoTowerForCausalLM.from_pretrained(module_model(), dtype="float32")
     before = fingerprint(model)
-    assert before == fingerprint(TwoTowerForCausalLM.from_pretrained(module_model()))
+    assert before == fingerprint(TwoTowerForCausalLM.from_pretrained(module_model(), dtype="float32"))
     assert model.denoiser is not None
     model.denoiser.norm_f.weight.data[0] += 1
     assert fingerprint(model) != before
@@ -133,7 +133,7 @@ def test_the_verb_writes_picture_and_table(
     monkeypatch.setattr(module, "marks", lambda problems, outputs: [True] * len(problems))
     monkeypatch.setattr(module, "answer", partial(module.answer, max_new_tokens=8))
     out = tmp_path / "new" / "report"
-    options = ("-n", "1", "--timed", "1", "--difficulty", "1", "-o", str(out))
+    options = ("-n", "1", "--timed", "1", "--difficulty", "1", "-o", str(out), "--dtype", "float32")
     result = cli("report", *options, "-s", "diffusion:0.8", "--json")
     assert result.code == 0, result.err
     found = json.loads(result.out)

@@ -7,6 +7,9 @@ from functools import cache
 import torch
 from torch import Tensor
 
+from twotower.ops import cpu_target
+from twotower.ops.cpu_target import CPUTarget
+
 
 def accumulation_dtype(dtype: torch.dtype) -> torch.dtype:
     """float64 for a float64 model, fp32 for every narrower one: norms, scan, router, softmax, confidences."""
@@ -18,8 +21,12 @@ def widened(values: Tensor) -> Tensor:
     return values.to(accumulation_dtype(values.dtype))
 
 
+def multiplies_bf16_fast(device: torch.device, target: CPUTarget | None = None) -> bool:
+    """Whether a bf16 product is at least as fast as one in fp32: on CUDA, and on processors with AVX-512 BF16 or AMX.
+    Elsewhere it takes three times as long. target: the CPU target to answer for (None: that of the options)."""
+    return device.type == "cuda" or _multiplies_bf16(target or cpu_target.chosen())
+
+
 @cache
-def multiplies_bf16_fast(device: torch.device) -> bool:
-    """CUDA, and processors with AVX512-BF16 or AMX; elsewhere a product in bf16 takes three times one in fp32."""
-    probes = ("_is_avx512_bf16_supported", "_is_amx_tile_supported")
-    return device.type == "cuda" or any(getattr(torch.cpu, probe, lambda: False)() for probe in probes)
+def _multiplies_bf16(target: CPUTarget) -> bool:
+    return cpu_target.multiplies_bf16(target)

@@ -1,7 +1,8 @@
 """Kernels for processors: C++ sources beside this file, compiled on this machine when they are first wanted.
 
-The compiler of the system is used (c++, g++ or clang++; CXX overrides), for exactly this processor, and the result is
-kept in the user's cache. Where there is none, torch's own operations do the work. The option `native` forbids them.
+The compiler of the system is used (c++, g++ or clang++; CXX overrides), for exactly this processor or for the
+instruction set that the option `cpu_target` names, and the result is kept in the user's cache. Where there is no
+compiler, torch's own operations do the work. The option `native` forbids the kernels.
 """
 
 from __future__ import annotations
@@ -17,12 +18,12 @@ from functools import cache
 from pathlib import Path
 
 from twotower import options
-from twotower.options import Options
+from twotower.ops import cpu_target
+from twotower.ops.cpu_target import CPUTarget
 
 HERE = Path(__file__).parent
 FLAGS = ("-std=c++17", "-O3", "-ffp-contract=fast", "-fPIC", "-shared")
-# The first set that compiles is taken: one thread is better than none.
-VARIANTS = (("-march=native", "-fopenmp"), ("-mcpu=native", "-fopenmp"), ("-march=native",), ("-mcpu=native",), ())
+THREADED = ("-fopenmp",)
 
 
 def library() -> ctypes.CDLL | str:
@@ -33,39 +34,62 @@ def library() -> ctypes.CDLL | str:
 @cache
 def _library(options_key: str) -> ctypes.CDLL | str:
     """options_key: `Options.kernels_key` of the options in force."""
-    chosen = options.current()
-    if not chosen.native:
+    path = build(cpu_target.chosen())
+    try:
+        return path if isinstance(path, str) else ctypes.CDLL(str(path))
+    except OSError as error:
+        return _first_line(error)
+
+
+def build(target: CPUTarget) -> Path | str:
+    """The file with the kernels for a target, compiled where it is not there yet; or why there is none."""
+    if not options.current().native:
         return "TWOTOWER_NATIVE=0"
     if sys.platform == "win32":
         return "not built on Windows"
+    if not target.flags:
+        return f"{cpu_target.VARIABLE}={target.name}"
+    reason = cpu_target.unsupported_reason(target)
+    if reason is not None:
+        return f"{cpu_target.VARIABLE}={target.name}: {reason}"
     try:
-        path = _compiled(chosen)
-        return path if isinstance(path, str) else ctypes.CDLL(str(path))
+        return _compiled(target)
     except (OSError, subprocess.SubprocessError) as error:
-        return (str(error).splitlines() or [type(error).__name__])[0]
+        return _first_line(error)
 
 
-def _compiled(chosen: Options) -> Path | str:
-    compiler = next(filter(None, map(shutil.which, (chosen.cxx or "c++", "g++", "clang++"))), None)
+def _first_line(error: Exception) -> str:
+    return (str(error).splitlines() or [type(error).__name__])[0]
+
+
+def variants(target: CPUTarget) -> list[tuple[str, ...]]:
+    """Compiler flags for a target, the best first: one thread is better than no kernels."""
+    return [(*flags, *more) for more in (THREADED, ()) for flags in target.flags]
+
+
+def _compiled(target: CPUTarget) -> Path | str:
+    compiler = next(filter(None, map(shutil.which, (options.current().cxx or "c++", "g++", "clang++"))), None)
     if compiler is None:
         return "no C++ compiler found (c++, g++, clang++)"
     version = subprocess.run([compiler, "--version"], capture_output=True, text=True, timeout=30, check=True).stdout
     sources = b"".join(path.read_bytes() for path in [*sorted(HERE.glob("*.h")), HERE / "native.cpp"])
-    key = hashlib.sha256(b"\0".join([sources, version.encode(), _processor().encode(), repr(VARIANTS).encode()]))
-    target = chosen.cache_dir / f"native-{key.hexdigest()[:16]}.so"
-    if target.exists():
-        return target
-    target.parent.mkdir(parents=True, exist_ok=True)
-    print(f"compiling kernels for this processor, once (about 20 s) → {target}", file=sys.stderr, flush=True)
+    attempts = variants(target)
+    key = hashlib.sha256(b"\0".join([sources, version.encode(), _processor().encode(), repr(attempts).encode()]))
+    path = options.current().cache_dir / f"{target.name}-{key.hexdigest()[:16]}.so"
+    if path.exists():
+        return path
+    path.parent.mkdir(parents=True, exist_ok=True)
+    processor = "this processor" if target is cpu_target.NATIVE else target.name
+    print(f"compiling kernels for {processor}, once (about 20 s) → {path}", file=sys.stderr, flush=True)
     errors = ""
-    with tempfile.TemporaryDirectory(dir=target.parent) as folder:
-        made = Path(folder) / target.name
-        for variant in VARIANTS:
+    with tempfile.TemporaryDirectory(dir=path.parent) as folder:
+        made = Path(folder) / path.name
+        for variant in attempts:
             command = [compiler, *FLAGS, *variant, str(HERE / "native.cpp"), "-o", str(made)]
             done = subprocess.run(command, capture_output=True, text=True, timeout=300, check=False)
             if done.returncode == 0:
-                made.replace(target)  # atomic: another process may be at the same
-                return target
+                made.replace(path)  # atomic: another process may be at the same
+                return path
             errors = errors or next((line for line in done.stderr.splitlines() if "error" in line), "it failed")
     return f"{Path(compiler).name} could not compile them: {errors}"
 

@@ -12,6 +12,8 @@
 #define W_(w) Matrix<T>{P(w), w##_panels, w##_scale}
 
 extern "C" {
+int vector_width() { return W; }  // floats in a vector: which code the compiler's flags selected
+
 // Of a weight w: as it lies, in panels, and the scales of int8 panels; null where there is none (see `Matrix`).
 void linear_(int type, const void* x, const void* w, const void* w_panels, const float* w_scale, const void* bias, void* y,
              long M, long K, long N, int threads) {

@@ -1,0 +1,75 @@
+"""The instruction set that work on the CPU is prepared for: the processor's own, or a smaller one that a user names.
+
+The option `cpu_target` (`TWOTOWER_CPU_TARGET`) names the target. The target selects the compiler flags of the C++ kernels
+and answers whether bf16 products count as fast. It does not configure torch: `ATEN_CPU_CAPABILITY` and
+`ONEDNN_MAX_CPU_ISA` do.
+"""
+
+from __future__ import annotations
+
+import platform
+from dataclasses import dataclass
+
+import torch
+
+from twotower import options
+
+VARIABLE = "TWOTOWER_CPU_TARGET"
+X86_64 = ("x86_64", "AMD64")
+
+
+@dataclass(frozen=True, kw_only=True)
+class CPUTarget:
+    """One instruction set. flags: alternatives for the compiler, the first that compiles is used; none: no kernels.
+
+    probe: the function of `torch.cpu` that says whether an x86-64 processor has it; None: any processor has it.
+    may_use_bf16: whether the target contains instructions for bf16 products.
+    """
+
+    name: str
+    flags: tuple[tuple[str, ...], ...]
+    probe: str | None = None
+    may_use_bf16: bool = False
+
+
+NATIVE = CPUTarget(name="native", flags=(("-march=native",), ("-mcpu=native",), ()), may_use_bf16=True)
+TARGETS = {
+    target.name: target
+    for target in (
+        NATIVE,
+        CPUTarget(
+            name="avx512_bf16",
+            flags=(("-march=x86-64-v4", "-mavx512bf16"),),
+            probe="_is_avx512_bf16_supported",
+            may_use_bf16=True,
+        ),
+        CPUTarget(name="avx512", flags=(("-march=x86-64-v4",),), probe="_is_avx512_supported"),
+        CPUTarget(name="avx2", flags=(("-march=x86-64-v3",),), probe="_is_avx2_supported"),
+        CPUTarget(name="none", flags=()),
+    )
+}
+
+
+def chosen() -> CPUTarget:
+    """The target that the options name."""
+    return TARGETS[options.current().cpu_target]
+
+
+def unsupported_reason(target: CPUTarget) -> str | None:
+    """Why this processor cannot run code for the target, or None."""
+    if target.probe is None:
+        return None
+    if platform.machine() not in X86_64:
+        return f"{target.name} needs an x86-64 processor; this one is {platform.machine()}"
+    return None if _has(target.probe) else f"this processor has no {target.name}"
+
+
+def multiplies_bf16(target: CPUTarget) -> bool:
+    """Whether the processor has bf16 products (AVX-512 BF16 or AMX) that the target may use."""
+    probes = ("_is_avx512_bf16_supported", "_is_amx_tile_supported")
+    return target.may_use_bf16 and platform.machine() in X86_64 and any(map(_has, probes))
+
+
+def _has(probe: str) -> bool:
+    """What torch says of the processor; False where this version of torch does not know."""
+    return bool(getattr(torch.cpu, probe, lambda: False)())

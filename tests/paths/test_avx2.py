@@ -1,0 +1,17 @@
+"""AVX2: see `code_paths`. A file for each path, so that several workers share them."""
+
+from __future__ import annotations
+
+import pytest
+from code_paths import LIMIT, Record, run_path
+
+pytestmark = pytest.mark.timeout(LIMIT)
+
+
+def test_the_subset(record_property: Record) -> None:
+    run_path("avx2", "subset", record_property)
+
+
+@pytest.mark.slow
+def test_everything_concerned(record_property: Record) -> None:
+    run_path("avx2", "everything", record_property)

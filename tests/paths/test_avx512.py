@@ -1,0 +1,17 @@
+"""AVX-512 without bf16 products: see `code_paths`. A file for each path, so that several workers share them."""
+
+from __future__ import annotations
+
+import pytest
+from code_paths import LIMIT, Record, run_path
+
+pytestmark = pytest.mark.timeout(LIMIT)
+
+
+def test_the_subset(record_property: Record) -> None:
+    run_path("avx512", "subset", record_property)
+
+
+@pytest.mark.slow
+def test_everything_concerned(record_property: Record) -> None:
+    run_path("avx512", "everything", record_property)

@@ -1,0 +1,147 @@
+"""The instruction set that work on the CPU is prepared for, and what a process does that names one."""
+
+from __future__ import annotations
+
+import ctypes
+import platform
+import shutil
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+from code_paths import PATHS, PROPERTY, forced, run_path
+
+from twotower import bundled_model, model_loading, options
+from twotower.errors import ArgumentError
+from twotower.ops import cpu_target
+from twotower.ops.cpu import library
+from twotower.ops.cpu_target import TARGETS
+from twotower.ops.precision import multiplies_bf16_fast
+
+CPU = torch.device("cpu")
+WIDTHS = {"avx2": 8, "avx512": 16, "avx512_bf16": 16}
+ARM_COMPILER = shutil.which("aarch64-linux-gnu-g++")
+
+
+@pytest.mark.code_path
+def test_this_process_runs_the_code_that_it_was_told_to_run() -> None:
+    """A subset that runs under a name must not run other code. Without a name nothing is known."""
+    path = forced()
+    if path is None:
+        pytest.skip("no target is forced in this process")
+    assert torch.backends.cpu.get_cpu_capability() == PATHS[path]["ATEN_CPU_CAPABILITY"].upper()
+    assert multiplies_bf16_fast(CPU) == (path == "avx512_bf16")
+    found = library.library()
+    if path == "none":
+        assert found == "TWOTOWER_CPU_TARGET=none"
+    else:
+        assert isinstance(found, ctypes.CDLL), found
+        assert found.vector_width() == WIDTHS[path]
+
+
+def test_an_unknown_target_is_one_line() -> None:
+    with pytest.raises(ArgumentError, match="cpu_target is 'avx1024'"), options.override(cpu_target="avx1024"):
+        library.library()
+
+
+@pytest.mark.parametrize("name", ["avx512_bf16", "avx512", "avx2"])
+def test_a_target_that_the_processor_lacks_is_refused(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(torch.cpu, TARGETS[name].probe or "", lambda: False)
+    monkeypatch.setattr(platform, "machine", lambda: "x86_64")
+    assert library.build(TARGETS[name]) == f"TWOTOWER_CPU_TARGET={name}: this processor has no {name}"
+
+
+@pytest.mark.parametrize(
+    ("bf16", "amx", "expected"),
+    [(False, False, set()), (True, False, {"native", "avx512_bf16"}), (False, True, {"native", "avx512_bf16"})],
+)
+def test_bf16_is_fast_where_processor_and_target_have_it(
+    bf16: bool, amx: bool, expected: set[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(platform, "machine", lambda: "x86_64")
+    monkeypatch.setattr(torch.cpu, "_is_avx512_bf16_supported", lambda: bf16, raising=False)
+    monkeypatch.setattr(torch.cpu, "_is_amx_tile_supported", lambda: amx, raising=False)
+    assert {name for name, target in TARGETS.items() if cpu_target.multiplies_bf16(target)} == expected
+    assert multiplies_bf16_fast(torch.device("cuda"), TARGETS["none"])
+
+
+@pytest.mark.parametrize(("fast", "expected"), [(True, torch.bfloat16), (False, torch.float32)])
+def test_auto_is_bf16_where_that_is_fast(fast: bool, expected: torch.dtype, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The only tests of `dtype="auto"` on a stored bf16 model: every other test names its dtype."""
+    monkeypatch.setattr("twotower.ops.precision.multiplies_bf16_fast", lambda device: fast)
+    model = model_loading.load_model(bundled_model(), dtype="auto")
+    assert model.dtype == model.config.dtype == expected
+
+
+@pytest.mark.parametrize(
+    ("environment", "says"),
+    [({"TWOTOWER_NATIVE": "0"}, "TWOTOWER_NATIVE=0"), ({"CXX": "none", "PATH": "{python}"}, "no C++ compiler found"),
+     ({"CXX": "{broken}"}, "broken could not compile them")],
+)  # fmt: skip
+def test_without_a_compiler_torch_does_the_work(environment: dict[str, str], says: str, tmp_path: Path) -> None:
+    broken = tmp_path / "broken"
+    broken.write_text('#!/bin/sh\n[ "$1" = --version ] && exit 0\necho error: no >&2; exit 1\n')
+    broken.chmod(0o755)
+    places = {"python": str(tmp_path), "broken": str(broken)}
+    given = {name: value.format(**places) for name, value in environment.items()}
+    code = (
+        "import torch; from twotower.ops import registry; from twotower.ops.cpu.library import library;"
+        "print(library()); print(registry.select('linear', torch.device('cpu'), torch.float32, False).name)"
+    )
+    base = {"PATH": "/usr/bin:/bin", "HOME": str(tmp_path), "PYTHONPATH": ":".join(sys.path)}
+    done = subprocess.run([sys.executable, "-c", code], env=base | given, capture_output=True, text=True, check=True)
+    assert says in done.stdout
+    assert done.stdout.splitlines()[-1] == "torch"
+
+
+def test_a_path_that_did_not_run_is_named(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(platform, "machine", lambda: "aarch64")
+    said: list[tuple[str, object]] = []
+    with options.override(cpu_target="native"), pytest.raises(pytest.skip.Exception):
+        run_path("avx2", "subset", lambda *pair: said.append(pair))
+    ((name, value),) = said
+    assert name == PROPERTY
+    assert str(value).startswith("avx2: not covered: ")
+
+
+# --- Arm --------------------------------------------------------------------------------------------------------------
+
+
+def test_an_arm_processor_is_asked_for_nothing_of_another(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(platform, "machine", lambda: "aarch64")
+    refused = {name for name, target in TARGETS.items() if cpu_target.unsupported_reason(target) is not None}
+    assert refused == {"avx512_bf16", "avx512", "avx2"}
+    said = "TWOTOWER_CPU_TARGET=avx2: avx2 needs an x86-64 processor; this one is aarch64"
+    assert library.build(TARGETS["avx2"]) == said
+    assert not any(map(cpu_target.multiplies_bf16, TARGETS.values()))
+
+
+@pytest.mark.skipif(
+    ARM_COMPILER is None, reason="no aarch64-linux-gnu-g++; on Debian: apt-get install g++-aarch64-linux-gnu"
+)
+def test_the_kernels_compile_for_arm(tmp_path: Path) -> None:
+    made = tmp_path / "native.so"
+    flags = [flag for flag in library.FLAGS if flag != "-O3"]  # what the optimizer makes of the code is not run here
+    command = [str(ARM_COMPILER), *flags, "-O1", "-fopenmp", "-Wall", "-Wextra", "-Werror"]
+    done = _run([*command, str(library.HERE / "native.cpp"), "-o", str(made)])
+    assert done.returncode == 0, done.stderr[:2000]
+    machine = made.read_bytes()[18:20]
+    assert int.from_bytes(machine, "little") == 183  # of the ELF header: AArch64
+
+
+@pytest.mark.skipif(shutil.which("c++") is None, reason="needs a C++ compiler")
+@pytest.mark.parametrize("name", ["native", "avx512_bf16", "avx512", "avx2"])
+def test_the_kernels_compile_for_every_target_without_a_warning(name: str) -> None:
+    """Whether or not this processor can run the result."""
+    if TARGETS[name].probe is not None and platform.machine() not in cpu_target.X86_64:
+        pytest.skip("these are flags of x86-64 compilers")
+    flags = TARGETS[name].flags[0]
+    command = ["c++", *library.FLAGS, *flags, "-fopenmp", "-Wall", "-Wextra", "-Werror", "-fsyntax-only"]
+    done = _run([*command, str(library.HERE / "native.cpp")])
+    assert done.returncode == 0, done.stderr[:2000]
+
+
+def _run(command: list[str]) -> subprocess.CompletedProcess[str]:
+    return subprocess.run(command, capture_output=True, text=True, check=False, timeout=300)
