@@ -1,25 +1,22 @@
-"""Loading time, peak memory, time to the first block, and what the state of a text takes.
+"""Loading time, peak memory, time to the first block, and the memory of a text's state.
 
-    python benchmarks/memory.py [--model DIR | --config FILE] [--dtype float32] [--device cuda] [--lengths 1024,8192]
+Every load happens in a process of its own: AR on the context tower alone, AR and diffusion with both towers. Peak is
+the process's highest resident memory (VmHWM) less what the imported libraries took before the load. Mapped pages of the
+checkpoint's file count in the peak; the system can take those back, so the highest anonymous memory during the load,
+sampled, stands beside it. On CUDA also `max_memory_allocated`.
 
-Every load happens in a fresh process: AR on the context tower alone, AR and diffusion with both towers. Peak is the
-process's highest resident memory (VmHWM) less what the imported libraries took before the load. Pages of the
-checkpoint's file count in it while they are mapped; the system can take those back, so the highest anonymous memory
-during the load, sampled, stands beside it. On CUDA also `max_memory_allocated`. Of --config (default:
-benchmarks/midsize.json) random weights are written to a temporary directory first; the page cache holds them then.
-
-State: what is really held, storages counted once, after a text of that length got its last token by an AR step, and
-after it got its last block by diffusion (a denoiser pass, then the commit). The texts are not read but made up, so the
-lengths cost nothing (`models.Texts`). Of the published 30B shape the same by its formulas alone.
+State: the storages held, each counted once, after a text of that length got its last token by an AR step, and after it
+got its last block by diffusion (a denoiser pass, then the commit). The texts are made up, not read (`models.Texts`). Of
+the published 30B shape the same by the formulas of its state alone.
 """
 
 from __future__ import annotations
 
 import json
+import os
 import statistics
 import subprocess
 import sys
-import tempfile
 import threading
 import time
 from collections.abc import Iterator, Sequence
@@ -27,23 +24,11 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
-import click
+import torch
 
-from twotower.allocator import keep_large_blocks
-
-keep_large_blocks()
-
-import torch  # noqa: E402
-from floor import DTYPES  # noqa: E402
-from models import BLOCK, MIDSIZE, PUBLISHED, Texts, config_of, random_model, random_tokens  # noqa: E402
-from rich.console import Console  # noqa: E402
-from rich.table import Table  # noqa: E402
-from throughput import numbers  # noqa: E402
-
-from twotower import TwoTowerConfig, TwoTowerForCausalLM, model_loading  # noqa: E402
-from twotower.cache.hybrid_cache import TowerState  # noqa: E402
-from twotower.decoding.output import BlockEvent  # noqa: E402
-from twotower.evaluation.machine import surroundings  # noqa: E402
+from common.models import BLOCK, PUBLISHED, Texts, config_of, random_tokens
+from twotower import BlockEvent, TwoTowerConfig, TwoTowerForCausalLM, model_loading
+from twotower.cache.hybrid_cache import TowerState
 
 LENGTHS = tuple(1024 << i for i in range(8))  # 1K … 128K
 CASES = {
@@ -131,9 +116,11 @@ def first_block(model: TwoTowerForCausalLM, prompt: list[int], mode: str) -> tup
 
 
 def in_own_process(task: dict[str, Any]) -> dict[str, Any]:
-    """What `child` says of it."""
-    command = [sys.executable, __file__, "--child", json.dumps(task)]
-    done = subprocess.run(command, capture_output=True, text=True, timeout=1800)
+    """The answer of `child`, from a process of its own."""
+    command = [sys.executable, "-m", "common.memory", json.dumps(task)]
+    path = os.pathsep.join([str(Path(__file__).parent.parent), *filter(None, [os.environ.get("PYTHONPATH")])])
+    environment = os.environ | {"PYTHONPATH": path}
+    done = subprocess.run(command, capture_output=True, text=True, timeout=1800, env=environment)
     if done.returncode:
         raise RuntimeError(f"a load failed:\n{done.stderr}")
     found: dict[str, Any] = json.loads(done.stdout)
@@ -195,15 +182,6 @@ def state_of_a_text(model: TwoTowerForCausalLM, length: int) -> dict[str, float]
     return {"length": length, "AR": ar, "two-tower": both, "scratch": both - ar, "ratio": both / ar}
 
 
-def states(model: TwoTowerForCausalLM, lengths: Sequence[int]) -> list[dict[str, float]]:
-    return [state_of_a_text(model, length) for length in lengths]
-
-
-def per_token(rows: Sequence[dict[str, float]], name: str) -> float:
-    """Bytes a token, from the shortest and the longest text."""
-    return (rows[-1][name] - rows[0][name]) / (rows[-1]["length"] - rows[0]["length"])
-
-
 def by_formula(config: TwoTowerConfig, dtype: torch.dtype, lengths: Sequence[int]) -> list[dict[str, int]]:
     """What `TowerState` would allocate for a row."""
     meta = torch.device("meta")
@@ -214,87 +192,17 @@ def by_formula(config: TwoTowerConfig, dtype: torch.dtype, lengths: Sequence[int
 
 def measure_states(model: TwoTowerForCausalLM, lengths: Sequence[int]) -> dict[str, Any]:
     """Of the model at hand, and of the published shape."""
-    rows = states(model, lengths)
+    rows = [state_of_a_text(model, length) for length in lengths]
+    first, last = rows[0], rows[-1]
     published = by_formula(config_of(PUBLISHED), torch.bfloat16, lengths)
     return {
         "states": rows,
-        "state bytes a token": {name: per_token(rows, name) for name in ("AR", "two-tower")},
+        "state bytes a token": {
+            name: (last[name] - first[name]) / (last["length"] - first["length"]) for name in ("AR", "two-tower")
+        },
         "published shape, bf16": published,
     }
 
 
-# --- one command ------------------------------------------------------------------------------------------------------
-
-
-def show(found: dict[str, Any], console: Console) -> None:
-    def size(value: float) -> str:
-        return f"{value / 2**20:.1f} MiB"
-
-    table = Table("", "weights", "load, s", "load's peak", "anonymous", "peak", "first tokens, ms", "block, ms")
-    for name, one in found["loads"].items():
-        table.add_row(
-            name, size(one["weights bytes"]), f"{one['load seconds']:.2f}", size(one["peak of the load"]),
-            size(one["anonymous peak of the load"]), size(one.get("peak on device", one["peak"])),
-            f"{one['first event'] * 1e3:.1f}", f"{one['first block'] * 1e3:.1f}",
-        )  # fmt: skip
-    console.print(table)
-    table = Table("text", "AR", "two-tower", "more", "ratio", "published shape, bf16")
-    for row, big in zip(found["states"], found["published shape, bf16"], strict=True):
-        table.add_row(
-            f"{row['length']:,}", size(row["AR"]), size(row["two-tower"]), size(row["scratch"]),
-            f"{row['ratio']:.4f}", size(big["bytes"]),
-        )  # fmt: skip
-    console.print(table)
-    tokens = found["state bytes a token"]
-    console.print(f"bytes a token: AR {tokens['AR']:.0f}, two-tower {tokens['two-tower']:.0f}")
-
-
-@click.command()
-@click.option("--model", "path", type=click.Path(exists=True, file_okay=False, path_type=Path), default=None)
-@click.option("--config", type=click.Path(exists=True, dir_okay=False, path_type=Path), default=None)
-@click.option("--device", type=click.Choice(("cpu", "cuda")), default="cpu", show_default=True)
-@click.option("--dtype", type=click.Choice(DTYPES), default="float32", show_default=True)
-@click.option("--lengths", callback=numbers, default=",".join(map(str, LENGTHS)), show_default=True)
-@click.option("--prompt", default=128, show_default=True, help="Tokens before the first block.")
-@click.option("--rounds", default=5, show_default=True, help="First blocks in each process; the first warms up.")
-@click.option("--threads", type=int, default=None, help="[default: the product's choice]")
-@click.option("--quick", is_flag=True, help="A tiny model, seconds.")
-@click.option("--json", "as_json", is_flag=True, help="No tables.")
-@click.option("--child", "task", default=None, hidden=True)
-def main(
-    path: Path | None, config: Path | None, device: str, dtype: str, lengths: tuple[int, ...], prompt: int,
-    rounds: int, threads: int | None, quick: bool, as_json: bool, task: str | None,
-) -> None:  # fmt: skip
-    """Measures one model."""
-    if task is not None:
-        print(json.dumps(child(json.loads(task))))
-        return
-    if threads:
-        torch.set_num_threads(threads)
-    if quick:
-        lengths, prompt, rounds = (1024, 4096), 16, 2
-    torch.manual_seed(0)
-    where, what = torch.device(device), getattr(torch, dtype)
-    shape = None if quick and config is None else config or MIDSIZE
-    shared: dict[str, Any] = {"device": device, "dtype": dtype, "threads": threads, "prompt": prompt, "rounds": rounds}
-    shared["cases"] = ("diffusion",) if quick else tuple(CASES)
-    if path is not None:
-        model = model_loading.load(path, dtype=dtype, context_device=device, threads=threads)
-        found = measure_states(model, lengths)
-        found["loads"] = loads(path, **shared)
-    else:
-        model = random_model(config_of(shape), what, where)
-        found = measure_states(model, lengths)
-        with tempfile.TemporaryDirectory() as directory:
-            model.save_pretrained(directory)
-            del model
-            found["loads"] = loads(Path(directory), **shared)
-    if not as_json:
-        show(found, Console(stderr=True, width=120))
-    source = str(path or (shape.name if shape else "tiny"))
-    facts = {"benchmark": "memory", "model": source, "machine": surroundings(where, what)}
-    print(json.dumps(facts | {"prompt": prompt, "block_size": BLOCK} | found))
-
-
 if __name__ == "__main__":
-    main()
+    print(json.dumps(child(json.loads(sys.argv[1]))))
