@@ -38,9 +38,9 @@ bench-quick: .venv/.installed
 bench: .venv/.installed-dev
 	@mkdir -p build/bench
 	$(BIN)/python benchmarks/passes.py > build/bench/passes.json
-	$(BIN)/python benchmarks/throughput.py > build/bench/throughput.json
-	$(BIN)/python benchmarks/memory.py > build/bench/memory.json
-	$(BIN)/python benchmarks/context.py -o build/bench/context.png > build/bench/context.json
+	$(BIN)/python benchmarks/throughput.py requests > build/bench/throughput.json
+	$(BIN)/python benchmarks/context.py memory > build/bench/memory.json
+	$(BIN)/python benchmarks/context.py time -o build/bench/context.png > build/bench/context.json
 	$(BIN)/python benchmarks/serve.py > build/bench/serve.json
 
 # About 15 minutes on one core: every setting of the dial → report/report.png, report/report.md.

@@ -1,43 +1,42 @@
-"""What a pass costs against the length of the text before it, beside what reading its keys and values takes.
+"""What does a long text cost, in time and in memory?
 
-    python benchmarks/context.py [--config FILE | --model DIR] [--lengths 1024,2048,…] [-o curve.png] [--quick]
+    python benchmarks/context.py time [--config FILE | --model DIR] [--lengths 1024,2048,…] [-o curve.png] [--quick]
+    python benchmarks/context.py memory [--config FILE | --model DIR] [--lengths 1024,8192,…] [--quick]
 
-An AR step, a denoiser pass and a commit after texts of 1K … 32K tokens (131072 can be asked for), all lengths and
-passes in turn. Nothing but attention should grow with the text, so the slope, milliseconds for 1,000 tokens, stands
-beside the floor's: bytes of K/V ÷ the best read rate of the same run; and beside the slope of the pass's own floor,
-which for a block of 16 on a processor is that of attention's products. The texts are made up, not read: random K/V and
-Mamba states are written into the state's pools (`models.Texts`), which costs seconds where a prefill takes minutes.
+time: an AR step, a denoiser pass and a commit after texts of 1K … 32K tokens (131072 can be asked for), all lengths and
+passes in turn. Only attention should grow with the text. The slope, milliseconds for 1,000 tokens, stands beside two
+floors: bytes of K/V ÷ the best read rate of the same run, and the slope of the pass's own floor, which for a block of
+16 on a processor is that of attention's products. The texts are made up, not read: random K/V and Mamba states are
+written into the state's pools (`models.Texts`), which takes seconds where a prefill takes minutes.
+
+memory: loading time, peak memory, time to the first block, and the memory of a text's state (`common/memory.py`). The
+random weights of --config are written to a temporary directory first; the page cache holds them then.
 """
 
 from __future__ import annotations
 
-import json
 import math
 import sys
-from collections.abc import Sequence
+import tempfile
+from collections.abc import Iterator, Sequence
 from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
 import click
+import torch
+from common import memory, roofline
+from common.models import BLOCK, model_for, name_of
+from common.pass_runs import PassRuns
+from common.program import CONFIG, DEVICE, DTYPE, JSON, MODEL, QUICK, THREADS, numbers, publish, start
+from common.timing import interleaved, medians
+from rich.console import RenderableType
+from rich.table import Table
 
-from twotower.process import configure_process
-
-configure_process()
-
-import floor  # noqa: E402
-import torch  # noqa: E402
-from models import BLOCK, MIDSIZE, Texts, config_of, random_model, random_tokens  # noqa: E402
-from rich.console import Console  # noqa: E402
-from rich.table import Table  # noqa: E402
-from throughput import numbers  # noqa: E402
-from timing import Run, interleaved, medians  # noqa: E402
-
-from twotower import TwoTowerForCausalLM, model_loading  # noqa: E402
-from twotower.cache.hybrid_cache import ContextView  # noqa: E402
-from twotower.config import BackboneConfig  # noqa: E402
-from twotower.evaluation.machine import machine  # noqa: E402
-from twotower.plotting import BLUE, DPI, GREEN, GREY, ORANGE, drawing  # noqa: E402
+from twotower import TwoTowerForCausalLM
+from twotower.config import BackboneConfig
+from twotower.evaluation.machine import machine, surroundings
+from twotower.plotting import BLUE, DPI, GREEN, GREY, ORANGE, drawing
 
 LENGTHS = (1024, 2048, 4096, 8192, 16384, 32768)
 PASSES = ("AR step", "denoiser pass", "commit")
@@ -46,49 +45,21 @@ PER_PASS = 3.0  # tokens per pass, where a figure per committed token is wanted
 
 @torch.no_grad()
 def measure(
-    model: TwoTowerForCausalLM, rates: floor.Rates, *, lengths: Sequence[int] = LENGTHS, repeats: int = 7
+    model: TwoTowerForCausalLM, rates: roofline.Rates, *, lengths: Sequence[int] = LENGTHS, repeats: int = 7
 ) -> dict[str, Any]:
     """Every pass after every length."""
-    device, config = model.device, model.config.backbone
-    texts = Texts.random(model, 1, max(lengths) + 2 * BLOCK)
-    reader = model.reader(texts.state)
-    block, t = random_tokens(model, 1, BLOCK), torch.full((1,), 0.5, device=device)
-    views: list[ContextView] = []
-
-    def shorten(length: int) -> None:
-        texts.set_length(length)
-
-    def look(length: int) -> None:
-        shorten(length)
-        views[:] = [reader.view()]
-
-    def step() -> None:
-        model.extend(block[:, :1], texts.state)
-
-    def stepped(length: int) -> None:
-        """So that the step finds the last one's token to be folded into the Mamba states, as usual."""
-        shorten(length - 1)
-        step()
-
-    def commit() -> None:
-        model.extend(block, texts.state, logits=False)
-        texts.state.settle()
-
-    runs: dict[str, Run] = {}
-    for length in lengths:
-        runs[f"AR step {length}"] = Run(step, lambda n=length: stepped(n))
-        runs[f"denoiser pass {length}"] = Run(lambda: model.denoise(block, t, views[0]), lambda n=length: look(n))
-        runs[f"commit {length}"] = Run(commit, lambda n=length: shorten(n))
-    seconds = medians(interleaved(runs, device, repeats, warm_up=2))
+    config, passes = model.config.backbone, PassRuns(model, max(lengths))
+    runs = {f"{name} {length}": run for length in lengths for name, run in passes.after(length).items()}
+    seconds = medians(interleaved(runs, model.device, repeats, warm_up=2))
     curves = {name: [seconds[f"{name} {length}"] for length in lengths] for name in PASSES}
     slopes = {name: slope(lengths, curve) for name, curve in curves.items()}
     widths = {"AR step": 1, "denoiser pass": BLOCK, "commit": BLOCK}
     added = {name: added_by_a_token(config, model.dtype, width) for name, width in widths.items()}
     floor_slope = added["AR step"][0] / rates.bytes_per_second
-    own_slopes = {name: floor.floor(*more, rates) for name, more in added.items()}
-    passes = math.ceil(BLOCK / PER_PASS)
+    own_slopes = {name: roofline.floor(*more, rates) for name, more in added.items()}
+    count = math.ceil(BLOCK / PER_PASS)
     committed = [
-        (passes * one + two) / BLOCK for one, two in zip(curves["denoiser pass"], curves["commit"], strict=True)
+        (count * one + two) / BLOCK for one, two in zip(curves["denoiser pass"], curves["commit"], strict=True)
     ]
     return {
         "lengths": list(lengths),
@@ -98,7 +69,7 @@ def measure(
         "times floor slope": {name: value / floor_slope for name, value in slopes.items()} if floor_slope else {},
         "own floor slopes": {name: value * 1e6 for name, value in own_slopes.items()},
         "times own floor slope": {name: slopes[name] / value for name, value in own_slopes.items() if value},
-        "committed token": {"tokens per pass": BLOCK / passes, "seconds": committed,
+        "committed token": {"tokens per pass": BLOCK / count, "seconds": committed,
                             "last to first": committed[-1] / committed[0]},
         "rates": asdict(rates),
     }  # fmt: skip
@@ -106,7 +77,7 @@ def measure(
 
 def added_by_a_token(config: BackboneConfig, dtype: torch.dtype, width: int) -> tuple[float, float]:
     """Bytes and operations that a pass takes more for one more token before it."""
-    none, one = (floor.work(config, dtype, rows=1, width=width, context=n) for n in (0, 1))
+    none, one = (roofline.work(config, dtype, rows=1, width=width, context=n) for n in (0, 1))
     return one.bytes - none.bytes, one.operations - none.operations
 
 
@@ -136,7 +107,7 @@ def draw(found: dict[str, Any], title: str, path: Path) -> None:
         plt.close(figure)
 
 
-def show(found: dict[str, Any], console: Console) -> None:
+def time_tables(found: dict[str, Any]) -> Iterator[RenderableType]:
     table = Table("tokens before", *(f"{name}, ms" for name in PASSES))
     for i, length in enumerate(found["lengths"]):
         table.add_row(f"{length:,}", *(f"{found['seconds'][name][i] * 1e3:.3f}" for name in PASSES))
@@ -145,51 +116,106 @@ def show(found: dict[str, Any], console: Console) -> None:
     if found["times floor slope"]:
         table.add_row("× reading K/V", *(f"{found['times floor slope'][name]:.2f}" for name in PASSES))
         table.add_row("× its own floor", *(f"{found['times own floor slope'][name]:.2f}" for name in PASSES))
-    console.print(table)
+    yield table
     one = found["committed token"]
-    console.print(
+    yield (
         f"K/V alone: {found['floor slope']:.4f} ms per 1K; at {one['tokens per pass']:.2f} tokens a pass a committed "
         f"one costs {one['last to first']:.2f}× as much after {found['lengths'][-1]:,} as after {found['lengths'][0]:,}"
     )
 
 
-@click.command()
-@click.option("--model", "path", type=click.Path(exists=True, file_okay=False, path_type=Path), default=None)
-@click.option("--config", type=click.Path(exists=True, dir_okay=False, path_type=Path), default=None)
-@click.option("--device", type=click.Choice(("cpu", "cuda")), default="cpu", show_default=True)
-@click.option("--dtype", type=click.Choice(floor.DTYPES), default="float32", show_default=True)
+def memory_tables(found: dict[str, Any]) -> Iterator[RenderableType]:
+    def size(value: float) -> str:
+        return f"{value / 2**20:.1f} MiB"
+
+    table = Table("", "weights", "load, s", "load's peak", "anonymous", "peak", "first tokens, ms", "block, ms")
+    for name, one in found["loads"].items():
+        table.add_row(
+            name, size(one["weights bytes"]), f"{one['load seconds']:.2f}", size(one["peak of the load"]),
+            size(one["anonymous peak of the load"]), size(one.get("peak on device", one["peak"])),
+            f"{one['first event'] * 1e3:.1f}", f"{one['first block'] * 1e3:.1f}",
+        )  # fmt: skip
+    yield table
+    table = Table("text", "AR", "two-tower", "more", "ratio", "published shape, bf16")
+    for row, big in zip(found["states"], found["published shape, bf16"], strict=True):
+        table.add_row(
+            f"{row['length']:,}", size(row["AR"]), size(row["two-tower"]), size(row["scratch"]),
+            f"{row['ratio']:.4f}", size(big["bytes"]),
+        )  # fmt: skip
+    yield table
+    tokens = found["state bytes a token"]
+    yield f"bytes a token: AR {tokens['AR']:.0f}, two-tower {tokens['two-tower']:.0f}"
+
+
+@click.group()
+def main() -> None:
+    """Costs of a long text."""
+
+
+@main.command("time")
+@MODEL
+@CONFIG
+@DEVICE
+@DTYPE
 @click.option("--lengths", callback=numbers, default=",".join(map(str, LENGTHS)), show_default=True)
 @click.option("--repeats", default=7, show_default=True)
-@click.option("--threads", type=int, default=None, help="[default: torch's]")
 @click.option("-o", "--output", type=click.Path(dir_okay=False, path_type=Path), default=None, help="A PNG.")
-@click.option("--quick", is_flag=True, help="A tiny model, seconds.")
-@click.option("--json", "as_json", is_flag=True, help="No table.")
-def main(
+@THREADS
+@QUICK
+@JSON
+def time_of_passes(
     path: Path | None, config: Path | None, device: str, dtype: str, lengths: tuple[int, ...], repeats: int,
-    threads: int | None, output: Path | None, quick: bool, as_json: bool,
+    output: Path | None, threads: int | None, quick: bool, as_json: bool,
 ) -> None:  # fmt: skip
-    """Measures one model."""
-    configure_process(threads)
-    torch.manual_seed(0)
+    """The cost of a pass against the length of the text before it."""
+    start(threads)
     if quick:
         lengths, repeats = (1024, 8192, 32768), 3
     if len(set(lengths)) < 2:
         raise click.BadParameter("give at least two lengths", param_hint="--lengths")
-    where, what = torch.device(device), getattr(torch, dtype)
-    shape = None if quick and config is None else config or MIDSIZE
-    if path is not None:
-        model = model_loading.load_model(path, dtype=dtype, context_device=device)
-    else:
-        model = random_model(config_of(shape), what, where)
-    found = measure(model, floor.measure(where, what, quick=quick), lengths=lengths, repeats=repeats)
-    source = str(path or (shape.name if shape else "tiny"))
-    if not as_json:
-        show(found, Console(stderr=True, width=120))
-    facts = {"benchmark": "context", "model": source, "machine": machine(model)}
+    model = model_for(path, config, quick, dtype=dtype, device=device, threads=threads)
+    rates = roofline.measure(model.device, model.dtype, quick=quick)
+    found = measure(model, rates, lengths=lengths, repeats=repeats)
+    name, where = name_of(path, config, quick), machine(model)
+    facts = {"model": name, "machine": where, "block_size": BLOCK} | found
     if output is not None:
-        draw(found, f"{source}, {dtype}, {facts['machine']['threads']} threads", output)
+        draw(found, f"{name}, {dtype}, {where['threads']} threads", output)
         print(f"{output} drawn", file=sys.stderr)
-    print(json.dumps(facts | {"block_size": BLOCK} | found))
+    publish("context time", facts, time_tables(found), as_json)
+
+
+@main.command("memory")
+@MODEL
+@CONFIG
+@DEVICE
+@DTYPE
+@click.option("--lengths", callback=numbers, default=",".join(map(str, memory.LENGTHS)), show_default=True)
+@click.option("--prompt", default=128, show_default=True, help="Tokens before the first block.")
+@click.option("--rounds", default=5, show_default=True, help="First blocks in each process; the first warms up.")
+@THREADS
+@QUICK
+@JSON
+def memory_of_texts(
+    path: Path | None, config: Path | None, device: str, dtype: str, lengths: tuple[int, ...], prompt: int,
+    rounds: int, threads: int | None, quick: bool, as_json: bool,
+) -> None:  # fmt: skip
+    """Loading, peak memory, time to the first block, and the state of a text."""
+    start(threads)
+    if quick:
+        lengths, prompt, rounds = (1024, 4096), 16, 2
+    model = model_for(path, config, quick, dtype=dtype, device=device, threads=threads)
+    found = memory.measure_states(model, lengths)
+    with tempfile.TemporaryDirectory() as directory:
+        if path is None:
+            model.save_pretrained(directory)
+        del model
+        cases = ("diffusion",) if quick else tuple(memory.CASES)
+        found["loads"] = memory.loads(
+            path or Path(directory), cases, device=device, dtype=dtype, threads=threads, prompt=prompt, rounds=rounds
+        )
+    where = surroundings(torch.device(device), getattr(torch, dtype))
+    facts = {"model": name_of(path, config, quick), "machine": where, "prompt": prompt, "block_size": BLOCK} | found
+    publish("context memory", facts, memory_tables(found), as_json)
 
 
 if __name__ == "__main__":

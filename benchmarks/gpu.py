@@ -33,14 +33,14 @@ from twotower.process import configure_process
 configure_process()
 
 import context as lengths_of  # noqa: E402
-import floor  # noqa: E402
-import memory  # noqa: E402
 import passes  # noqa: E402
 import throughput  # noqa: E402
 import torch  # noqa: E402
-import ways  # noqa: E402
-from models import BLOCK, MIDSIZE, PUBLISHED, Texts, config_of, cut_to, random_model, random_tokens, tower_bytes  # noqa: E402
-from timing import synchronize  # noqa: E402
+from common import engine_comparison as ways  # noqa: E402
+from common import memory  # noqa: E402
+from common import roofline as floor  # noqa: E402
+from common.models import BLOCK, MIDSIZE, PUBLISHED, Texts, config_of, cut_to, random_model, random_tokens, tower_bytes  # noqa: E402
+from common.timing import synchronize  # noqa: E402
 
 from twotower import GenerationParams, TwoTowerForCausalLM, bundled_model, generate, model_loading  # noqa: E402
 from twotower.checkpoint.quantize import quantize_  # noqa: E402

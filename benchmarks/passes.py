@@ -1,132 +1,94 @@
-"""What passes cost, beside their floors, and what that is worth: AR, the denoiser, the commit.
+"""What does a pass cost beside its roofline, beside transformers, and beside a naive implementation?
 
     python benchmarks/passes.py [--config FILE | --model DIR] [--dtype float32] [--quantization int8] [--device cuda]
         [--threads 2] [--quick]
+    python benchmarks/passes.py --rates-only [--config FILE] [--context 256]
 
-- an AR step, a denoiser pass and a commit of one text, each beside its floor (`floor.py`);
-- the denoiser pass against the naive twin (`naive.py`), whose logits are compared first; a pass of the twin is counted
-  with its share of the block's clone of the cache;
+- an AR step, a denoiser pass and a commit of one text, each beside its floor (`common/roofline.py`);
+- the denoiser pass against the naive reference (`common/naive.py`), whose logits are compared first; a pass of the
+  reference is counted with its share of the block's clone of the cache;
 - AR end to end against transformers' `NemotronHForCausalLM.generate` with the same weights and dtype;
-- diffusion against AR at a forced number of tokens per pass of the denoiser (`Schedule`, a policy of `unmasking`), run
-  through `twotower.generate`, so that random weights give honest timings.
+- diffusion against AR at a forced number of tokens per pass of the denoiser, through `twotower.generate`.
 
-All of a dtype in turn in one process; medians. Without --model: random weights of the shape in --config. Blocks hold
-random tokens instead of masks, so that they visit as many experts as chance would (`models.random_for_masks`).
+--rates-only measures the machine's rates and prints the floors of the three passes, with experts chosen by chance.
+
+All passes of a dtype take turns in one process; medians. Without --model: random weights of the shape in --config.
+Blocks hold random tokens instead of masks, so that they visit as many experts as chance would.
 """
 
 from __future__ import annotations
 
-import json
 import sys
 import time
 from collections.abc import Iterator
-from contextlib import contextmanager
 from dataclasses import asdict
 from itertools import product
 from pathlib import Path
 from typing import Any
 
 import click
+import torch
+from common import roofline
+from common.forced_rate import RATES, diffusion_against_ar
+from common.models import BLOCK, MIDSIZE, config_of, model_for, name_of, random_tokens
+from common.naive import NaiveDenoiser
+from common.pass_runs import PassRuns
+from common.program import CONFIG, DEVICE, JSON, MODEL, QUICK, THREADS, publish, start
+from common.timing import Run, interleaved, medians, ratio, synchronize
+from common.transformers_baseline import transformers_baseline
+from rich.console import RenderableType
+from rich.table import Table
 
-from twotower.process import configure_process
-
-configure_process()
-
-import floor  # noqa: E402
-import torch  # noqa: E402
-from models import BLOCK, MIDSIZE, Texts, config_of, random_for_masks, random_model, random_tokens  # noqa: E402
-from naive import NaiveDenoiser  # noqa: E402
-from rich.console import Console  # noqa: E402
-from rich.table import Table  # noqa: E402
-from timing import Run, interleaved, medians, ratio, synchronize  # noqa: E402
-from twin import transformers_twin  # noqa: E402
-
-from twotower import Generation, GenerationParams, TwoTowerForCausalLM, generate, model_loading  # noqa: E402
-from twotower.checkpoint.quantize import quantize_  # noqa: E402
-from twotower.decoding.unmasking import POLICIES, Pass, Verdict, ranks, register_policy  # noqa: E402
-from twotower.evaluation.machine import described, machine  # noqa: E402
-from twotower.ops.precision import multiplies_bf16_fast  # noqa: E402
-
-RATES = (1.5, 3.0, 5.0)
-
+from twotower import TwoTowerForCausalLM, model_loading
+from twotower.evaluation.machine import described, machine, surroundings
+from twotower.ops.precision import multiplies_bf16_fast
 
 # --- passes beside their floors -------------------------------------------------------------------------------------
 
 
 @torch.no_grad()
 def costs(
-    model: TwoTowerForCausalLM, rates: floor.Rates, *, context: int, repeats: int, naive: bool, per_pass: float = 3.0
+    model: TwoTowerForCausalLM, rates: roofline.Rates, *, context: int, repeats: int, naive: bool, per_pass: float = 3.0
 ) -> dict[str, Any]:
-    """Medians of every pass after a text of `context` tokens. per_pass: tokens per pass, by which the naive twin's
+    """Medians of every pass after a text of `context` tokens. per_pass: tokens per pass, by which the naive reference's
     clone of the cache, once a block, is shared out."""
     device, config, dtype = model.device, model.config.backbone, model.dtype
-    texts = Texts.random(model, 1, context + 2 * BLOCK)
-    texts.set_length(context)
-    block = random_tokens(model, 1, BLOCK)
-    t = torch.full((1,), 0.5, device=device)
-    still = Texts.random(model, 1, context + 2 * BLOCK)  # that nothing is written to: a view is good until then
-    still.set_length(context)
-    view = model.reader(still.state).view()
     assert model.denoiser is not None
     shape: dict[str, Any] = {"rows": 1, "context": context, "quantization": model.quantization}
     experts: dict[str, Any] = {}
+    runs = PassRuns(model, context).after(context)
 
-    def counted(name: str, tower: torch.nn.Module, call: Any, width: int) -> list[float]:
-        with floor.counting_experts(tower) as choices:
-            call()
+    def work_of(name: str, tower: torch.nn.Module, width: int, **more: bool) -> roofline.Work:
+        """With the experts that the tokens of the pass really choose."""
+        runs[name].before()
+        with roofline.counting_experts(tower) as choices:
+            runs[name].call()
         synchronize(device)
-        numbers, how = floor.visited(choices, config, width)
-        experts[name] = {"mean": sum(numbers) / max(len(numbers), 1), "how": how}
-        return numbers
+        visited, how = roofline.visited(choices, config, width)
+        experts[name] = {"mean": sum(visited) / max(len(visited), 1), "how": how}
+        return roofline.work(config, dtype, width=width, experts=visited, **more, **shape)
 
-    def step() -> None:
-        model.extend(block[:, :1], texts.state)
-
-    def denoise() -> None:
-        model.denoise(block, t, view)
-
-    def commit() -> None:  # with what it takes until a denoiser can read the text
-        model.extend(block, texts.state, logits=False)
-        texts.state.settle()
-
-    def before_step() -> None:
-        """The text is as long as before, and a step finds the last one to be folded into the Mamba states, as usual."""
-        texts.set_length(context - 1)
-        step()
-
-    def shorten() -> None:
-        texts.set_length(context)
-
-    runs = {
-        "AR step": Run(step, before_step),
-        "denoiser pass": Run(denoise),
-        "commit": Run(commit, shorten),
-    }
-    before_step()
-    step_experts = counted("AR step", model.context, step, 1)
-    pass_experts = counted("denoiser pass", model.denoiser, denoise, BLOCK)
-    shorten()
-    commit_experts = counted("commit", model.context, commit, BLOCK)
     works = {
-        "AR step": floor.work(config, dtype, width=1, experts=step_experts, **shape),
-        "denoiser pass": floor.work(config, dtype, width=BLOCK, experts=pass_experts, denoiser=True, **shape),
-        "commit": floor.work(config, dtype, width=BLOCK, experts=commit_experts, head=False, **shape),
+        "AR step": work_of("AR step", model.context, 1),
+        "denoiser pass": work_of("denoiser pass", model.denoiser, BLOCK, denoiser=True),
+        "commit": work_of("commit", model.context, BLOCK, head=False),
     }
     found: dict[str, Any] = {}
     if naive:
-        twin = NaiveDenoiser(model)
-        twin.begin(view)
-        found["naive logits differ by"] = difference(model.denoise(block, t, view), twin(block, t))
-        runs["naive pass"] = Run(lambda: twin(block, t))
-        runs["naive clone"] = Run(lambda: twin.begin(view))
+        still, reference = PassRuns(model, context), NaiveDenoiser(model)
+        view = still.look(context)
+        reference.begin(view)
+        found["naive logits differ by"] = difference(still.denoise(), reference(still.block, still.t))
+        runs["naive pass"] = Run(lambda: reference(still.block, still.t))
+        runs["naive clone"] = Run(lambda: reference.begin(view))
     times = interleaved(runs, device, repeats)
     seconds = medians(times)
     found["passes"] = {
         name: {
             "seconds": seconds[name],
             "best": min(times[name]),
-            "floor": floor.of(work, rates),
-            "times floor": seconds[name] / floor.of(work, rates),
+            "floor": roofline.of(work, rates),
+            "times floor": seconds[name] / roofline.of(work, rates),
             "AR steps": ratio(times[name], times["AR step"]),
             "bytes": work.bytes,
             "operations": work.operations,
@@ -158,7 +120,7 @@ def difference(ours: torch.Tensor, other: torch.Tensor) -> dict[str, float]:
 @torch.no_grad()
 def against_transformers(model: TwoTowerForCausalLM, *, context: int, tokens: int, rounds: int) -> dict[str, Any]:
     """Greedy continuations of one prompt, prefill included on both sides."""
-    hf = transformers_twin(model)
+    hf = transformers_baseline(model)
     prompt = random_tokens(model, 1, context, seed=2)
     written: dict[str, list[int]] = {}
 
@@ -185,85 +147,6 @@ def against_transformers(model: TwoTowerForCausalLM, *, context: int, tokens: in
     }
 
 
-# --- diffusion against AR -------------------------------------------------------------------------------------------
-
-
-class Schedule:
-    """A policy that commits `rate` positions a pass on average over the blocks of one text: after P passes ⌊rate · P⌋,
-    or the end of the block. Call `begin` before each text."""
-
-    def __init__(self) -> None:
-        self.begin()
-
-    def begin(self) -> None:
-        self.passes = self.blocks = 0
-
-    def __call__(self, seen: Pass, knob: torch.Tensor) -> Verdict:
-        if seen.memory is None:
-            self.blocks += 1
-        self.passes += 1
-        size = seen.masked.shape[1]
-        due = int(float(knob[0]) * self.passes) - size * (self.blocks - 1)
-        open_ = seen.masked.sum(1, keepdim=True)
-        return Verdict(ranks(seen.confidence, seen.masked) < due - (size - open_), seen.confidence, True)
-
-
-@contextmanager
-def forced() -> Iterator[Schedule]:
-    """The schedule as policy "forced"."""
-    schedule = Schedule()
-    register_policy("forced", schedule, knob="tokens a pass", default=1.0, low=1.0)
-    try:
-        yield schedule
-    finally:
-        del POLICIES["forced"]
-
-
-def diffusion_against_ar(
-    model: TwoTowerForCausalLM, *, context: int, tokens: int, rounds: int, per_pass: tuple[float, ...] = RATES
-) -> list[dict[str, Any]]:
-    """One text at each rate and AR, in turn; tokens per second after the prefill."""
-    with forced() as schedule:
-        return _at_rates(model, schedule, context, tokens, rounds, per_pass)
-
-
-def _at_rates(
-    model: TwoTowerForCausalLM, schedule: Schedule, context: int, tokens: int, rounds: int, per_pass: tuple[float, ...]
-) -> list[dict[str, Any]]:
-    prompt = [random_tokens(model, 1, context, seed=3)[0].tolist()]
-    shared: dict[str, Any] = {"max_new_tokens": tokens, "mask_token_id": model.config.mask_token, "seed": 0}
-    asked = {"ar": GenerationParams.of(mode="ar", **shared)}
-    for rate in per_pass:
-        asked[f"{rate:g}"] = GenerationParams.of(
-            mode="diffusion", block_size=BLOCK, steps_per_block=BLOCK, policy="forced", knob=rate, **shared
-        )
-    outputs: dict[str, Generation] = {}
-    launched: dict[str, int] = {}
-    seconds: dict[str, list[float]] = {name: [] for name in asked}
-
-    with random_for_masks(model, BLOCK) as counted:
-        for number in range(rounds + 1):
-            for name, params in asked.items():
-                schedule.begin()
-                counted["passes"] = 0
-                (outputs[name],) = generate(model, prompt, params)
-                launched[name] = counted["passes"]
-                if number:
-                    seconds[name].append(outputs[name].decode_seconds)
-    speed = {name: tokens / value for name, value in medians(seconds).items()}
-    return [
-        {
-            "asked": rate,
-            "tokens per pass": outputs[f"{rate:g}"].tokens_per_pass,
-            "passes launched": launched[f"{rate:g}"],
-            "tokens/s": speed[f"{rate:g}"],
-            "AR tokens/s": speed["ar"],
-            "times AR": ratio(seconds["ar"], seconds[f"{rate:g}"]),
-        }
-        for rate in per_pass
-    ]
-
-
 def from_passes(passes: dict[str, Any], per_pass: float) -> float:
     """× AR that the passes' own costs give at so many tokens per pass, with nothing between passes."""
     steps = passes["denoiser pass"]["AR steps"] * BLOCK / per_pass + passes["commit"]["AR steps"]
@@ -276,11 +159,11 @@ def from_passes(passes: dict[str, Any], per_pass: float) -> float:
 def measure(
     model: TwoTowerForCausalLM, *, context: int, repeats: int, tokens: int, rounds: int, quick: bool,
     transformers: bool = True, naive: bool = True, per_pass: tuple[float, ...] = RATES,
-    rates: floor.Rates | None = None,
+    rates: roofline.Rates | None = None,
 ) -> dict[str, Any]:  # fmt: skip
     """All of it, of one model."""
     if rates is None:
-        rates = floor.measure(model.device, model.dtype, quick=quick)
+        rates = roofline.measure(model.device, model.dtype, quick=quick)
     found: dict[str, Any] = {"machine": machine(model), "context": context, "rates": asdict(rates)}
     found |= costs(model, rates, context=context, repeats=repeats, naive=naive)
     found["diffusion"] = diffusion_against_ar(model, context=context, tokens=tokens, rounds=rounds, per_pass=per_pass)
@@ -291,10 +174,10 @@ def measure(
     return found
 
 
-def show(found: dict[str, Any], console: Console) -> None:
-    """Tables of one dtype."""
-    rates = floor.Rates(**found["rates"])
-    title = f"{described(found['machine'])}: {floor.described(rates)}"
+def tables(found: dict[str, Any]) -> Iterator[RenderableType]:
+    """Of one dtype."""
+    rates = roofline.Rates(**found["rates"])
+    title = f"{described(found['machine'])}: {roofline.described(rates)}"
     table = Table("pass", "ms", "floor, ms", "× floor", "AR steps", "reads", "experts a layer", title=title)
     for name, one in found["passes"].items():
         table.add_row(
@@ -302,10 +185,10 @@ def show(found: dict[str, Any], console: Console) -> None:
             f"{one['AR steps']:.2f}", f"{one['bytes'] / 1e6:.1f} MB",
             f"{one['experts']['mean']:.1f} {one['experts']['how']}",
         )  # fmt: skip
-    console.print(table)
+    yield table
     if "naive" in found:
         one, gap = found["naive"], found["naive logits differ by"]
-        console.print(
+        yield (
             f"naive denoiser: pass {one['pass seconds'] * 1e3:.2f} ms, clone {one['clone seconds'] * 1e3:.2f} ms a "
             f"block = [b]{one['times ours']:.2f}×[/b] ours; logits differ by at most {gap['largest']:.1e} σ"
         )
@@ -315,72 +198,90 @@ def show(found: dict[str, Any], console: Console) -> None:
             f"{row['tokens per pass']:.2f}", f"{row['tokens/s']:.1f}", f"{row['AR tokens/s']:.1f}",
             f"{row['times AR']:.2f}", f"{row['times AR by passes']:.2f}",
         )  # fmt: skip
-    console.print(table)
+    yield table
     if "transformers" in found:
         one = found["transformers"]
         same = "the same tokens" if one["same tokens"] else f"the same until token {one['same until']}"
-        console.print(
+        yield (
             f"AR end to end: {one['ours tokens/s']:.1f} tokens/s, transformers {one['theirs tokens/s']:.1f}: "
             f"[b]{one['ratio']:.2f}×[/b]; {same}"
         )
 
 
+def rates_and_floors(config: Path | None, device: str, dtype: str, context: int, quick: bool) -> dict[str, Any]:
+    """The machine's rates, and the floors of the passes over one text of the shape in `config`."""
+    where, what = torch.device(device), getattr(torch, dtype)
+    rates = roofline.measure(where, what, quick=quick)
+    works = roofline.passes_of(config_of(config or MIDSIZE).backbone, what, context)
+    return {
+        "machine": surroundings(where, what), "model": str(config or MIDSIZE.name), "rates": asdict(rates),
+        "work": {name: asdict(one) for name, one in works.items()},
+        "floors": {name: roofline.of(one, rates) for name, one in works.items()},
+    }  # fmt: skip
+
+
+def table_of_floors(found: dict[str, Any]) -> Table:
+    table = Table("pass", "reads", "computes", "floor", title=roofline.described(roofline.Rates(**found["rates"])))
+    for name, one in found["work"].items():
+        read = f"{sum(one['parts'].values()) / 1e6:.1f} MB"
+        table.add_row(name, read, f"{one['operations'] / 1e9:.3f} GFLOP", f"{found['floors'][name] * 1e3:.3f} ms")
+    return table
+
+
 @click.command()
-@click.option("--model", "path", type=click.Path(exists=True, file_okay=False, path_type=Path), default=None)
+@MODEL
+@CONFIG
+@DEVICE
 @click.option(
-    "--config", type=click.Path(exists=True, dir_okay=False, path_type=Path), default=None,
-    help="Random weights of this shape.  [default: benchmarks/midsize.json]",
-)  # fmt: skip
-@click.option("--device", type=click.Choice(("cpu", "cuda")), default="cpu", show_default=True)
-@click.option(
-    "--dtype", "dtypes", type=click.Choice(floor.DTYPES), multiple=True,
+    "--dtype", "dtypes", type=click.Choice(roofline.DTYPES), multiple=True,
     help="Can be repeated.  [default: float32, and bfloat16 where the device multiplies it]",
 )  # fmt: skip
 @click.option(
     "--quantization", "quantizations", type=click.Choice(model_loading.QUANTIZATIONS), multiple=True, default=("none",),
-    show_default=True, help="Can be repeated: each with each dtype. int8 without the twins.",
+    show_default=True, help="Can be repeated: each with each dtype. int8 without transformers and naive reference.",
 )  # fmt: skip
 @click.option("--context", default=256, show_default=True, help="Tokens before the pass.")
 @click.option("--repeats", default=30, show_default=True, help="Of each pass.")
 @click.option("--tokens", default=96, show_default=True, help="Of each text.")
 @click.option("--rounds", default=3, show_default=True, help="Of texts.")
-@click.option("--threads", type=int, default=None, help="[default: torch's]")
-@click.option("--quick", is_flag=True, help="A tiny model, seconds.")
-@click.option("--json", "as_json", is_flag=True, help="No tables.")
+@click.option("--rates-only", is_flag=True, help="Only the machine's rates and the floors, of the first dtype.")
+@THREADS
+@QUICK
+@JSON
 def main(
     path: Path | None, config: Path | None, device: str, dtypes: tuple[str, ...], quantizations: tuple[str, ...],
-    context: int, repeats: int, tokens: int, rounds: int, threads: int | None, quick: bool, as_json: bool,
+    context: int, repeats: int, tokens: int, rounds: int, rates_only: bool, threads: int | None, quick: bool,
+    as_json: bool,
 ) -> None:  # fmt: skip
     """Measures one model, dtype by dtype."""
-    configure_process(threads)
-    where = torch.device(device)
+    start(threads)
     if not dtypes:
-        dtypes = floor.DTYPES if multiplies_bf16_fast(where) and not quick else floor.DTYPES[:1]
+        both = multiplies_bf16_fast(torch.device(device)) and not quick
+        dtypes = roofline.DTYPES if both else roofline.DTYPES[:1]
+    if rates_only:
+        facts = rates_and_floors(config, device, dtypes[0], context, quick)
+        publish("passes", facts, [table_of_floors(facts)], as_json)
+        return
     if quick:
         context, repeats, tokens, rounds = 64, 5, 48, 1
-    shape = None if quick and config is None else config or MIDSIZE
-    console, results = Console(stderr=True, width=120), []
+    results: list[dict[str, Any]] = []
+    shown: list[RenderableType] = []
     for dtype, quantization in product(dtypes, quantizations):
-        torch.manual_seed(0)
         started = time.perf_counter()
-        if path is not None:
-            model = model_loading.load_model(path, dtype=dtype, quantization=quantization, context_device=device)
-        else:
-            model = random_model(config_of(shape), getattr(torch, dtype), where)
-            if quantization == "int8":
-                quantize_(model)
-        plain = quantization == "none"
+        model = model_for(
+            path, config, quick, dtype=dtype, device=device, threads=threads, quantization=quantization
+        )  # fmt: skip
         print(f"{dtype}: model made in {time.perf_counter() - started:.1f} s", file=sys.stderr)
+        plain = quantization == "none"
         found = measure(
             model, context=context, repeats=repeats, tokens=tokens, rounds=rounds, quick=quick, transformers=plain,
             naive=plain,
         )  # fmt: skip
-        if not as_json:
-            show(found, console)
+        shown += tables(found)
         results.append(found)
         del model
-    source = str(path or (shape.name if shape else "tiny"))
-    print(json.dumps({"benchmark": "passes", "model": source, "block_size": BLOCK, "measured": results}))
+    facts = {"model": name_of(path, config, quick), "block_size": BLOCK, "measured": results}
+    publish("passes", facts, shown, as_json)
 
 
 if __name__ == "__main__":

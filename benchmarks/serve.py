@@ -1,12 +1,12 @@
-"""A server under load: streaming clients on this machine, some of which leave early, beside the engine without HTTP.
+"""What does a server cost beside its engine, and how long do its clients wait?
 
     python benchmarks/serve.py [--at-once 1,4,16,64] [--modes ar,diffusion,verified] [--requests 192] [--dtype float64]
 
 One `twotower serve` of the bundled model answers on the loopback interface; the clients are tasks of this process. At
-every number of clients the same requests are asked for in each mode; every tenth is left after a random number of
-chunks. Beside it, in turn, an engine in this process writes the same texts with as many rows, without a server: the
-ratio is what HTTP, JSON and two processes cost, clients included. Every whole answer is compared with the engine's.
-Times of a request are from its connection on: to its first chunk with text (first block) and to its end.
+every number of clients the same requests are asked for in each mode; every tenth client leaves after a random number of
+chunks. In turn with the server, an engine in this process writes the same texts with as many rows: the ratio is the
+cost of HTTP, JSON and two processes, clients included. Every whole answer is compared with the engine's. Times of a
+request are from its connection on: to its first chunk with text (first block) and to its end.
 """
 
 from __future__ import annotations
@@ -22,29 +22,20 @@ import subprocess
 import sys
 import time
 import urllib.request
+from collections.abc import Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
 import click
+from common.models import DECODING
+from common.program import JSON, QUICK, names, numbers, publish, start
+from common.timing import percentile
+from rich.table import Table
 
-from twotower.process import configure_process
+from twotower import LLM, Generation, GenerationParams, Request, model_loading
+from twotower.evaluation.machine import machine
+from twotower.evaluation.speed import few_shot_prompts
 
-configure_process()
-
-from rich.console import Console  # noqa: E402
-from rich.table import Table  # noqa: E402
-from timing import percentile  # noqa: E402
-
-from twotower import LLM, Request, model_loading  # noqa: E402
-from twotower.engine.generation import Generation, GenerationParams  # noqa: E402
-from twotower.evaluation.machine import machine  # noqa: E402
-from twotower.evaluation.speed import few_shot_prompts  # noqa: E402
-
-MODES: dict[str, dict[str, Any]] = {
-    "ar": {"mode": "ar"},
-    "diffusion": {"mode": "diffusion", "block_size": 16, "threshold": 0.8},
-    "verified": {"mode": "verified", "block_size": 16, "draft_steps": 1},
-}
 CONTEXT = 128  # tokens of a prompt
 LEAVING = 0.1  # of the clients, after a random number of chunks
 PATIENCE = 120.0  # seconds for one answer: nothing here runs for ever
@@ -158,20 +149,18 @@ def offline(model: Any, requests: list[Request], rows: int) -> tuple[list[Genera
 
 
 async def measure(
-    at_once: list[int], modes: list[str], count: int, new: int, dtype: str, rounds: int
+    at_once: Sequence[int], modes: Sequence[str], count: int, new: int, dtype: str, rounds: int
 ) -> dict[str, Any]:
-    model = model_loading.load_model(model_loading.source_of(None), dtype=dtype)
+    model = model_loading.load(model_loading.source_of(None), dtype=dtype)
     tokens = few_shot_prompts(model, count, CONTEXT)
     shared = {"eos_token_id": model_loading.eos_of(model), "mask_token_id": model.config.mask_token, "temperature": 0.0}
     server = Server("--dtype", dtype, "--rows", str(max(at_once)), "--length", "2048", "--queue", str(2 * count))
     measured: list[dict[str, Any]] = []
     try:
         for mode in modes:
-            values = dict(MODES[mode])
-            asked = [{"prompt": prompt, "max_tokens": new, "temperature": 0, **values} for prompt in tokens]
-            if "threshold" in values:
-                values["confidence_threshold"] = values.pop("threshold")
-            params = GenerationParams.of(max_new_tokens=new, **(shared | values))
+            fields = {name.removeprefix("confidence_"): value for name, value in DECODING[mode].items()}
+            asked = [{"prompt": prompt, "max_tokens": new, "temperature": 0, **fields} for prompt in tokens]
+            params = GenerationParams.of(max_new_tokens=new, **(shared | DECODING[mode]))
             requests = [Request(prompt, params) for prompt in tokens]
             expected = [result.text for result in offline(model, requests, 1)[0]]
             for clients in at_once:
@@ -197,23 +186,15 @@ async def measure(
     finally:
         await server.stop()
     return {
-        "benchmark": "serve", "machine": machine(model), "dtype": dtype, "measured": measured, "busy_at_the_end": busy,
+        "machine": machine(model), "dtype": dtype, "measured": measured, "busy_at_the_end": busy,
         "exit_code": server.process.returncode,
     }  # fmt: skip
 
 
 def table(facts: dict[str, Any]) -> Table:
     out = Table(title=f"twotower serve, bundled model, {facts['dtype']}: streaming clients, one in ten leaves early")
-    for name in (
-        "mode",
-        "clients",
-        "answers",
-        "differ",
-        "tokens/s",
-        "÷ engine",
-        "first block p50 / p95 ms",
-        "end p50 / p95 ms",
-    ):
+    columns = "clients", "answers", "differ", "tokens/s", "÷ engine", "first block p50 / p95 ms", "end p50 / p95 ms"
+    for name in ("mode", *columns, "server, MiB"):
         out.add_column(name, justify="left" if name == "mode" else "right")
     for row in facts["measured"]:
         out.add_row(
@@ -226,21 +207,24 @@ def table(facts: dict[str, Any]) -> Table:
 
 
 @click.command()
-@click.option("--at-once", default="1,4,16,64", show_default=True, help="Clients.")
-@click.option("--modes", default=",".join(MODES), show_default=True)
+@click.option("--at-once", callback=numbers, default="1,4,16,64", show_default=True, help="Clients.")
+@click.option("--modes", default=",".join(DECODING), show_default=True)
 @click.option("--requests", "count", default=192, show_default=True, help="Texts in each mode and number, at most.")
 @click.option("--new", default=64, show_default=True, help="New tokens of a text, at most.")
 @click.option("--rounds", default=2, show_default=True)
-@click.option("--dtype", default="float32", show_default=True)
-@click.option("--quick", is_flag=True, help="A few texts, to see that it runs.")
-def main(at_once: str, modes: str, count: int, new: int, rounds: int, dtype: str, quick: bool) -> None:
-    """Prints a table on stderr and one JSON line on stdout."""
+@click.option("--dtype", type=click.Choice(model_loading.DTYPES), default="float32", show_default=True)
+@QUICK
+@JSON
+def main(
+    at_once: tuple[int, ...], modes: str, count: int, new: int, rounds: int, dtype: str, quick: bool, as_json: bool
+) -> None:
+    """Measures the bundled model's server."""
+    start()
+    chosen = names(modes, DECODING, "--modes")
     if quick:
-        at_once, count, new, rounds = "1,8", 16, 24, 1
-    facts = asyncio.run(measure([int(n) for n in at_once.split(",")], modes.split(","), count, new, dtype, rounds))
-    Console(stderr=True, width=160).print(table(facts))
-    click.echo(str(facts["machine"]), err=True)
-    print(json.dumps(facts))
+        at_once, count, new, rounds = (1, 8), 16, 24, 1
+    facts = asyncio.run(measure(at_once, chosen, count, new, dtype, rounds))
+    publish("serve", facts, [table(facts), str(facts["machine"])], as_json)
 
 
 if __name__ == "__main__":

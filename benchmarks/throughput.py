@@ -1,189 +1,53 @@
-"""Tokens per second against how many requests run at once, in the engine, beside what the pass's own matmuls allow.
+"""How fast is the engine with many requests at once, and with one whose drafts are worth little?
 
-    python benchmarks/throughput.py [--model DIR] [--at-once 1,2,4,8,16,32,64] [--modes ar,diffusion,verified] [--quick]
+    python benchmarks/throughput.py requests [--model DIR] [--at-once 1,2,4,8,16,32,64] [--modes ar,diffusion,verified]
+    python benchmarks/throughput.py worst-case [--model DIR] [--texts 8] [--tokens 256] [--rounds 5] [--threads 1]
 
-The same texts at every number of requests at once (in groups, where fewer run at once than there are texts); each group
-is handed to the engine in one go. A rate counts the tokens between the first moment when every row of the group writes
-and the first end of one (prefill apart: "overall" includes it). Latency is from a request's arrival to its end, the
-first block's to its first new tokens; a request that waits for its prompt to be read waits in both. Where the number
-of passes depends on the text (diffusion, verified) beginnings may be easier than ends, which favours N > 1 a little;
-"overall times one", in the JSON, counts everything, the emptying at the end included.
+requests: tokens a second against the number of requests at once, beside the ratio that the pass's own matmuls allow
+(`common/matmuls.py`). The same texts at every number at once (in groups, where fewer run at once than there are texts);
+a group is handed to the engine in one go. A rate counts the tokens between the first moment when every row of the group
+writes and the first end of one ("overall" includes the prefill). Latency is from a request's arrival to its end, the
+first block's to its first new tokens; both include waiting for the prompt to be read. Where the number of passes
+depends on the text (diffusion, verified) beginnings may be easier than ends, which favours N > 1 a little; "overall
+times one", in the JSON, counts everything. Modes and numbers take turns within a round.
 
-The matmuls' ratio: the modules with weights of the passes that a block (or a step) takes, called one after the other
-on random inputs for one row and for N rows, N · seconds(1) ÷ seconds(N). Modes and numbers in turn within a round.
+worst-case: seconds of verified decoding with an adaptive number of passes ÷ AR's on the same texts, one request at a
+time. Three kinds of text, from bad to good: random prompts continued at temperature 1.5, random prompts continued
+greedily, and problems of the suite continued past their answers. AR and verified decoding take turns text by text with
+the same seeds, so both write the same text. Ratios of a round's seconds, medians. What a model learns about its drafts
+is kept from round to round, as between requests.
 """
 
 from __future__ import annotations
 
-import json
+import random
 import statistics
 import sys
-import time
-from collections.abc import Callable, Sequence
-from dataclasses import dataclass, field
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
 import click
+import torch
+from common.engine_comparison import Group, join, run_group
+from common.matmuls import covered_share, matmul_ratios, matmul_runs
+from common.models import BLOCK, DECODING
+from common.program import DEVICE, JSON, MODEL, QUICK, THREADS, names, numbers, publish, start
+from common.timing import interleaved, medians, percentile
+from rich.console import RenderableType
+from rich.table import Table
 
-from twotower.process import configure_process
-
-configure_process()
-
-import torch  # noqa: E402
-from models import BLOCK  # noqa: E402
-from rich.console import Console  # noqa: E402
-from rich.table import Table  # noqa: E402
-from timing import Run, interleaved, medians, percentile, ratio, synchronize  # noqa: E402
-from torch import nn  # noqa: E402
-
-from twotower import LLM, Request, TwoTowerForCausalLM, model_loading  # noqa: E402
-from twotower.engine.generation import GenerationParams  # noqa: E402
-from twotower.evaluation.machine import machine  # noqa: E402
-from twotower.evaluation.speed import few_shot_prompts  # noqa: E402
-from twotower.model.moe import Experts  # noqa: E402
-from twotower.model.tower import Tower  # noqa: E402
+from twotower import LLM, Generation, GenerationParams, Request, TwoTowerForCausalLM, bundled_model, model_loading
+from twotower.evaluation.machine import machine
+from twotower.evaluation.running import run
+from twotower.evaluation.speed import few_shot_prompts
+from twotower.evaluation.tasks import problems
 
 AT_ONCE = (1, 2, 4, 8, 16, 32, 64)
-MODES: dict[str, dict[str, Any]] = {
-    "ar": {"mode": "ar"},
-    "diffusion": {"mode": "diffusion", "block_size": BLOCK, "confidence_threshold": 0.8},
-    "verified": {"mode": "verified", "block_size": BLOCK, "draft_steps": 1},
-}
+NOISE = 24  # random tokens of a prompt
 
 
-@dataclass
-class Group:
-    """What running some requests at once gave; tokens and seconds: of the stretch in which all rows write."""
-
-    tokens: int = 0
-    seconds: float = 0.0
-    all_tokens: int = 0
-    all_seconds: float = 0.0
-    latency: list[float] = field(default_factory=list)
-    first: list[float] = field(default_factory=list)
-    texts: list[tuple[int, ...]] = field(default_factory=list)
-    denoiser_passes: int = 0
-    context_passes: int = 0
-
-
-def run_group(llm: LLM, prompts: Sequence[list[int]], params: GenerationParams) -> Group:
-    """All of them at once, to their ends."""
-    device = llm.model.device
-    synchronize(device)
-    started = time.perf_counter()
-    numbers = [llm.add_request(Request(prompt, params)) for prompt in prompts]
-    first: dict[int, float] = {}
-    ended: dict[int, Any] = {}
-    out, opened = Group(), 0.0
-    while len(ended) < len(numbers):
-        events = llm.step()
-        now = time.perf_counter()  # events hold tokens on the host: what they tell of is done
-        if opened and not ended:
-            out.tokens += sum(len(event.tokens) for event in events)
-            out.seconds = now - opened
-        for event in events:
-            if event.tokens:
-                first.setdefault(event.row, now - started)
-            if event.result is not None:
-                ended[event.row] = event.result
-                out.latency.append(now - started)
-        if not opened and len(first) == len(numbers):
-            opened = now
-    out.all_seconds = time.perf_counter() - started
-    results = [ended[number] for number in numbers]
-    out.all_tokens = sum(len(result.tokens) for result in results)
-    out.first = [first[number] for number in numbers]
-    out.texts = [tuple(result.tokens) for result in results]
-    out.denoiser_passes = sum(result.denoiser_passes for result in results)
-    out.context_passes = sum(result.context_passes for result in results)
-    return out
-
-
-def join(groups: Sequence[Group]) -> Group:
-    """The groups one after the other."""
-    out = Group()
-    for group in groups:
-        for name in vars(out):
-            setattr(out, name, getattr(out, name) + getattr(group, name))
-    return out
-
-
-# --- the matmuls alone ----------------------------------------------------------------------------------------------
-
-
-def matmuls(tower: Tower, tokens: int, head: bool) -> tuple[list[Callable[[], object]], int]:
-    """A tower's modules with weights, each on so many tokens of random input, and the bytes of those weights."""
-    calls: list[Callable[[], object]] = []
-    covered = 0
-    weight = next(tower.parameters())
-    for name, module in tower.named_modules():
-        if name == "head" and not head:
-            continue
-        if isinstance(module, nn.Linear):
-            x = torch.randn(1, tokens, module.in_features, device=weight.device, dtype=weight.dtype)
-            calls.append(lambda module=module, x=x: module(x))
-        elif isinstance(module, Experts):
-            config = tower.config
-            x = torch.randn(tokens, config.hidden_size, device=weight.device, dtype=weight.dtype)
-            scores = torch.rand(tokens, config.n_routed_experts, device=weight.device)
-            share, choice = scores.topk(config.num_experts_per_tok, -1)
-            calls.append(lambda module=module, x=x, choice=choice, share=share: module(x, choice, share))
-        else:
-            continue  # routers, a few rows, are neither run nor counted as covered
-        covered += sum(parameter.nbytes for parameter in module.parameters())
-    return calls, covered
-
-
-@dataclass
-class Matmuls:
-    """The passes at a number of rows: the denoiser over blocks, the context tower over blocks or tokens."""
-
-    model: TwoTowerForCausalLM
-    rows: int
-
-    def runs(self) -> dict[str, Run]:
-        model = self.model
-        assert model.denoiser is not None
-        made = {
-            "step": matmuls(model.context, self.rows, True),
-            "denoise": matmuls(model.denoiser, self.rows * BLOCK, True),
-            "commit": matmuls(model.context, self.rows * BLOCK, False),
-            "check": matmuls(model.context, self.rows * BLOCK, True),
-        }
-        return {
-            f"{kind} {self.rows}": Run(lambda calls=calls: [call() for call in calls])
-            for kind, (calls, _) in made.items()
-        }
-
-
-def covered_share(model: TwoTowerForCausalLM) -> float:
-    """Of a tower's weights, the embedding apart: how much of them the matmuls that are timed read."""
-    _, covered = matmuls(model.context, 1, True)
-    every = sum(parameter.nbytes for parameter in model.context.parameters())
-    return covered / (every - model.context.embeddings.weight.nbytes)
-
-
-def matmul_ratios(times: dict[str, list[float]], at_once: Sequence[int], passes: float) -> dict[str, dict[int, float]]:
-    """N rows' rate ÷ one row's, by the matmuls alone; a block of diffusion takes `passes` of the denoiser and a
-    commit, a round of verified decoding one pass and a check."""
-
-    def of(rows: int, weights: dict[str, float]) -> list[float]:
-        columns = [[share * value for value in times[f"{kind} {rows}"]] for kind, share in weights.items()]
-        return [sum(column) for column in zip(*columns, strict=True)]
-
-    kinds = {
-        "ar": {"step": 1.0},
-        "diffusion": {"denoise": passes, "commit": 1.0},
-        "verified": {"denoise": 1.0, "check": 1.0},
-    }
-    return {
-        mode: {rows: rows * ratio(of(1, weights), of(rows, weights)) for rows in at_once}
-        for mode, weights in kinds.items()
-    }
-
-
-# --- measuring --------------------------------------------------------------------------------------------------------
+# --- requests at once -------------------------------------------------------------------------------------------------
 
 
 @torch.no_grad()
@@ -191,7 +55,7 @@ def measure(
     model: TwoTowerForCausalLM,
     *,
     at_once: Sequence[int] = AT_ONCE,
-    modes: Sequence[str] = tuple(MODES),
+    modes: Sequence[str] = tuple(DECODING),
     texts: int = 16,
     context: int = 64,
     tokens: int = 128,
@@ -203,7 +67,7 @@ def measure(
     most = max(texts, *at_once)
     prompts = prompts or few_shot_prompts(model, most, context)
     shared = {"max_new_tokens": tokens, "mask_token_id": model.config.mask_token, "seed": 0}
-    asked = {mode: GenerationParams.of(**MODES[mode], **shared) for mode in modes}
+    asked = {mode: GenerationParams.of(**DECODING[mode], **shared) for mode in modes}
     length = max(map(len, prompts)) + tokens
     engines = {rows: LLM(model, rows=rows, length=length, block_size=BLOCK) for rows in at_once}
     found: dict[tuple[str, int], list[Group]] = {(mode, rows): [] for mode in modes for rows in at_once}
@@ -217,7 +81,7 @@ def measure(
                 groups.append(group)
     first = found[modes[0], at_once[0]]
     assert all(group.tokens for groups in found.values() for group in groups), "texts too short to measure a rate"
-    runs = {name: run for rows in at_once for name, run in Matmuls(model, rows).runs().items()}
+    runs = {name: run for rows in at_once for name, run in matmul_runs(model, rows).items()}
     progress("matmuls alone")
     times = interleaved(runs, model.device, max(3 * rounds, 3), warm_up=2, least=0.002)
     per_block = statistics.mean(
@@ -267,7 +131,7 @@ def measure(
     }  # fmt: skip
 
 
-def show(found: dict[str, Any], console: Console) -> None:
+def tables(found: dict[str, Any]) -> Iterator[RenderableType]:
     table = Table(
         "mode", "at once", "tokens/s", "× one", "matmuls", "share", "overall", "p50, ms", "p95, ms", "first p50",
         "first p95", title=f"{found['context']} tokens of prompt, {found['tokens']} new ones",
@@ -278,61 +142,126 @@ def show(found: dict[str, Any], console: Console) -> None:
             f"{row['matmuls allow']:.2f}", f"{row['share of it']:.2f}", f"{row['overall tokens/s']:.0f}",
             *(f"{row[f'{what} {part}'] * 1e3:.0f}" for what in ("latency", "first block") for part in ("p50", "p95")),
         )  # fmt: skip
-    console.print(table)
-    differ = [row for row in found["measured"] if row["same texts as alone"] < 1]
-    for row in differ:
-        console.print(f"{row['mode']}, {row['at once']} at once: {row['same texts as alone']:.1%} of texts as alone")
+    yield table
+    for row in found["measured"]:
+        if row["same texts as alone"] < 1:
+            yield f"{row['mode']}, {row['at once']} at once: {row['same texts as alone']:.1%} of texts as alone"
 
 
-def numbers(_: Any, __: Any, text: str) -> tuple[int, ...]:
-    """A comma-separated list."""
-    try:
-        return tuple(int(part) for part in text.split(","))
-    except ValueError:
-        raise click.BadParameter(f"{text!r} is no list of numbers; give some as 1,2,4") from None
+# --- worst case of adaptive drafting ----------------------------------------------------------------------------------
 
 
-@click.command()
-@click.option("--model", "path", type=click.Path(exists=True, file_okay=False, path_type=Path), default=None)
-@click.option("--device", type=click.Choice(("cpu", "cuda")), default="cpu", show_default=True)
+def kinds(model: TwoTowerForCausalLM, texts: int) -> dict[str, tuple[list[list[int]], float]]:
+    """Prompts and temperature of each kind of text."""
+    rng = random.Random(0)
+    noise = [[rng.randrange(4, model.config.vocab_size) for _ in range(NOISE)] for _ in range(texts)]
+    solved = [model.tokenizer(problem.prompt)["input_ids"] for problem in problems("test", texts, 0)]
+    return {"noise, temperature 1.5": (noise, 1.5), "noise, greedy": (noise, 0.0), "suite, greedy": (solved, 0.0)}
+
+
+def written(
+    model: TwoTowerForCausalLM, mode: str, number: int, prompt: list[int], tokens: int, warm: float
+) -> Generation:
+    """A text alone; no end of text, so that all are equally long."""
+    params = GenerationParams.of(
+        mode=mode, max_new_tokens=tokens, temperature=warm, seed=number, mask_token_id=model.config.mask_token
+    )
+    (output,) = run(model, [Request(prompt, params)], rows=1)
+    return output
+
+
+def worst_case(model: TwoTowerForCausalLM, texts: int, tokens: int, rounds: int) -> Iterator[dict[str, Any]]:
+    """Each kind of text."""
+    for name, (prompts, warm) in kinds(model, texts).items():
+        ratios: list[float] = []
+        for number in range(rounds + 1):
+            print(f"{name}: round {number} of {rounds}", file=sys.stderr)
+            outputs: dict[str, list[Generation]] = {"ar": [], "verified": []}
+            for i, prompt in enumerate(prompts):
+                for mode in sorted(outputs, reverse=(i + number) % 2 == 0):
+                    outputs[mode].append(written(model, mode, i, prompt, tokens, warm))
+            ar, verified = outputs["ar"], outputs["verified"]
+            if number:  # the first round warms up
+                ratios.append(sum(o.decode_seconds for o in verified) / sum(o.decode_seconds for o in ar))
+        yield {
+            "text": name, "ratio": statistics.median(ratios), "ratios": ratios,
+            "drafts": sum(o.drafts for o in verified), "kept": sum(o.accepted for o in verified),
+            "differ": sum(a.tokens != b.tokens for a, b in zip(ar, verified, strict=True)),
+        }  # fmt: skip
+
+
+def table_of_worst_case(found: Sequence[dict[str, Any]], texts: int) -> Table:
+    table = Table("text", "verified ÷ AR, seconds", "lowest … highest", "drafts", "kept a draft", "texts that differ")
+    for row in found:
+        table.add_row(
+            row["text"], f"{row['ratio']:.3f}", f"{min(row['ratios']):.3f} … {max(row['ratios']):.3f}",
+            str(row["drafts"]), f"{row['kept'] / max(row['drafts'], 1):.2f}", f"{row['differ']} of {texts}",
+        )  # fmt: skip
+    return table
+
+
+# --- two commands -----------------------------------------------------------------------------------------------------
+
+
+@click.group()
+def main() -> None:
+    """Tokens a second of the engine."""
+
+
+@main.command("requests")
+@MODEL
+@DEVICE
 @click.option("--dtype", type=click.Choice(model_loading.DTYPES), default="auto", show_default=True)
 @click.option("--at-once", callback=numbers, default=",".join(map(str, AT_ONCE)), show_default=True)
-@click.option("--modes", default=",".join(MODES), show_default=True)
+@click.option("--modes", default=",".join(DECODING), show_default=True)
 @click.option("--texts", default=16, show_default=True, help="At least so many, at every number at once.")
 @click.option("--context", default=64, show_default=True, help="Tokens of a prompt.")
 @click.option("--tokens", default=128, show_default=True, help="New ones of a text.")
 @click.option("--rounds", default=2, show_default=True)
-@click.option("--threads", type=int, default=None, help="[default: the product's choice]")
-@click.option("--quick", is_flag=True, help="Seconds.")
-@click.option("--json", "as_json", is_flag=True, help="No table.")
-def main(
+@THREADS
+@QUICK
+@JSON
+def requests_at_once(
     path: Path | None, device: str, dtype: str, at_once: tuple[int, ...], modes: str, texts: int, context: int,
     tokens: int, rounds: int, threads: int | None, quick: bool, as_json: bool,
 ) -> None:  # fmt: skip
-    """Measures the bundled model, or another that knows the suite's texts."""
-    torch.manual_seed(0)
-    chosen = tuple(modes.split(","))
-    unknown = sorted(set(chosen) - set(MODES))
-    if unknown:
-        raise click.BadParameter(f"{', '.join(unknown)}: choose of {', '.join(MODES)}", param_hint="--modes")
+    """Many requests at once; the bundled model, or another that knows the suite's texts."""
+    start()
+    chosen = names(modes, DECODING, "--modes")
     if at_once[0] != 1:
         at_once = (1, *at_once)
     if quick:
         at_once, texts, context, tokens, rounds = (1, 3), 3, 24, 36, 1
     source = model_loading.source_of(None if path is None else str(path))
-    configure_process(threads)
-    model = model_loading.load_model(source, dtype=dtype, context_device=device)
+    model = model_loading.load(source, dtype=dtype, context_device=device, threads=threads)
     found = measure(
         model, at_once=at_once, modes=chosen, texts=texts, context=context, tokens=tokens, rounds=rounds,
         progress=lambda text: print(text, file=sys.stderr),
     )  # fmt: skip
-    if not as_json:
-        show(found, Console(stderr=True, width=140))
-    print(
-        json.dumps(
-            {"benchmark": "throughput", "model": model_loading.name_of(source), "machine": machine(model)} | found
-        )
-    )
+    facts = {"model": model_loading.name_of(source), "machine": machine(model)} | found
+    publish("throughput requests", facts, tables(found), as_json)
+
+
+@main.command("worst-case")
+@MODEL
+@click.option("--texts", default=8, show_default=True)
+@click.option("--tokens", default=256, show_default=True)
+@click.option("--rounds", default=5, show_default=True)
+@click.option("--threads", default=1, show_default=True)
+@click.option("--dtype", default="float32", show_default=True)
+@QUICK
+@JSON
+def worst_case_of_drafting(
+    path: Path | None, texts: int, tokens: int, rounds: int, threads: int, dtype: str, quick: bool, as_json: bool
+) -> None:
+    """Verified decoding where drafts are worth little, against AR."""
+    start(threads)
+    if quick:
+        texts, tokens, rounds = 1, 24, 1
+    model = TwoTowerForCausalLM.from_pretrained(path or bundled_model(), dtype=dtype)
+    found = list(worst_case(model, texts, tokens, rounds))
+    facts = {"machine": machine(model), "texts": texts, "tokens": tokens, "measured": found}
+    publish("throughput worst-case", facts, [table_of_worst_case(found, texts)], as_json)
 
 
 if __name__ == "__main__":

@@ -28,8 +28,8 @@ MODELS = {
 }
 
 
-TWIN = Path(__file__).parent.parent / "benchmarks" / "twin.py"
-theirs: Callable[[TwoTowerForCausalLM], NemotronHForCausalLM] = run_path(str(TWIN))["transformers_twin"]
+BASELINE = Path(__file__).parent.parent / "benchmarks" / "common" / "transformers_baseline.py"
+theirs: Callable[[TwoTowerForCausalLM], NemotronHForCausalLM] = run_path(str(BASELINE))["transformers_baseline"]
 
 
 def agree(ours: Tensor, other: Tensor, dtype: torch.dtype = torch.float32) -> None:

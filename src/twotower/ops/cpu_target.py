@@ -1,7 +1,7 @@
 """The instruction set that work on the CPU is prepared for: the processor's own, or a smaller one that a user names.
 
-The option `cpu_target` (`TWOTOWER_CPU_TARGET`) names the target. The target selects the compiler flags of the C++ kernels
-and answers whether bf16 products count as fast. It does not configure torch: `ATEN_CPU_CAPABILITY` and
+The option `cpu_target` (`TWOTOWER_CPU_TARGET`) names the target. The target selects the compiler flags of the C++
+kernels and answers whether bf16 products count as fast. It does not configure torch: `ATEN_CPU_CAPABILITY` and
 `ONEDNN_MAX_CPU_ISA` do.
 """
 

@@ -1,9 +1,9 @@
-"""The denoiser written naively: what the fast pass is measured against.
+"""The naive reference of the denoiser: what the fast pass is measured against.
 
 Same weights and same mathematics, in the way of the public reference: `F.linear` on weights as they are stored, a
 Python loop over all experts, keys and values repeated and concatenated, and a context cache that is cloned for every
-block. None of the model's code computes in it: only the config and the cache that it copies are the model's. `begin` is
-what a block costs once, calling it is a pass.
+block. No code of the model computes here: the config and the cache that is copied are the model's. `begin` is the cost
+of a block once, a call is one pass.
 """
 
 from __future__ import annotations

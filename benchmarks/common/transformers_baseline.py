@@ -1,4 +1,4 @@
-"""transformers' own model with a context tower's weights: what AR is timed against, and what the tests hold it to."""
+"""transformers' `NemotronHForCausalLM` with a context tower's weights: the baseline of AR, and its oracle in tests."""
 
 from __future__ import annotations
 
@@ -8,8 +8,8 @@ from transformers import NemotronHConfig, NemotronHForCausalLM
 from twotower import TwoTowerForCausalLM
 
 
-def transformers_twin(model: TwoTowerForCausalLM) -> NemotronHForCausalLM:
-    """Every weight of theirs is set, every one of ours is used; everything else as they choose."""
+def transformers_baseline(model: TwoTowerForCausalLM) -> NemotronHForCausalLM:
+    """Sets every weight of the baseline and uses every weight of the tower; all other choices are transformers'."""
     config = model.config.to_dict()
     names = NemotronHConfig().to_dict().keys() - {"architectures", "dtype", "layer_types", "layers_block_type"}
     kept = {name: value for name, value in config.items() if name in names}

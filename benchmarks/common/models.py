@@ -1,8 +1,8 @@
-"""Models and states to measure on: random weights where no others are needed, and texts of any length at once.
+"""Models and states to measure on: a checkpoint or random weights, and texts of any length without reading them.
 
-A pass costs what it costs whatever the weights are, with one exception: which experts tokens choose. Masks all look
-alike to random weights, so a block of them would go to a handful of experts where a trained model visits most of what
-chance would. So blocks that are timed hold random tokens in place of masks (`random_for_masks`).
+The cost of a pass does not depend on the weights, with one exception: the experts that tokens choose. With random
+weights all masks of a block choose the same few experts; in a trained model a block visits nearly as many experts as
+chance would. Blocks that are timed therefore hold random tokens instead of masks (`random_for_masks`).
 """
 
 from __future__ import annotations
@@ -16,14 +16,21 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from twotower import TwoTowerConfig, TwoTowerForCausalLM
+from twotower import TwoTowerConfig, TwoTowerForCausalLM, model_loading
 from twotower.cache.hybrid_cache import AttentionPool, MambaPool, TowerState
+from twotower.checkpoint.quantize import quantize_
 from twotower.config import read_object
 from twotower.model.conditioning import TimeConditioning
 from twotower.runners import packed_weights
 
-HERE = Path(__file__).parent
+HERE = Path(__file__).parent.parent
 BLOCK = 16  # tokens of a block, everywhere
+# The decoding that is measured where nothing else is said.
+DECODING: dict[str, dict[str, Any]] = {
+    "ar": {"mode": "ar"},
+    "diffusion": {"mode": "diffusion", "block_size": BLOCK, "confidence_threshold": 0.8},
+    "verified": {"mode": "verified", "block_size": BLOCK, "draft_steps": 1},
+}
 MIDSIZE, PUBLISHED = HERE / "midsize.json", HERE / "published.json"
 # Every kind of layer in a few kilobytes, for trying a benchmark out.
 TINY: dict[str, Any] = {
@@ -33,6 +40,31 @@ TINY: dict[str, Any] = {
     "num_experts_per_tok": 2, "moe_intermediate_size": 48, "moe_shared_expert_intermediate_size": 96,
     "routed_scaling_factor": 2.5,
 }  # fmt: skip
+
+
+def model_for(
+    path: Path | None, config: Path | None, quick: bool, *, dtype: str, device: str, threads: int | None = None,
+    quantization: str = "none",
+) -> TwoTowerForCausalLM:  # fmt: skip
+    """The checkpoint at `path`, else random weights of the shape in `config` (None: midsize, or tiny if quick)."""
+    torch.manual_seed(0)
+    if path is not None:
+        return model_loading.load(path, dtype=dtype, quantization=quantization, context_device=device, threads=threads)
+    model = random_model(config_of(shape_of(config, quick)), getattr(torch, dtype), torch.device(device))
+    if quantization == "int8":
+        quantize_(model)
+    return model
+
+
+def shape_of(config: Path | None, quick: bool) -> Path | None:
+    """The config.json of the random weights; None: the tiny shape."""
+    return None if quick and config is None else config or MIDSIZE
+
+
+def name_of(path: Path | None, config: Path | None, quick: bool) -> str:
+    """Name of what `model_for` returns, for the JSON."""
+    shape = shape_of(config, quick)
+    return str(path or (shape.name if shape else "tiny"))
 
 
 def config_of(path: Path | None) -> TwoTowerConfig:

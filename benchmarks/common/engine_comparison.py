@@ -1,29 +1,89 @@
-"""The engine in two ways, in turns: its towers on one device and on two; waiting for each pass, or a pass ahead.
+"""Groups of requests in an engine, and two engines in turns.
 
-Parts of `gpu.py`. The copy on two devices has the same weights, so it makes the same passes.
+Two engines differ in where the towers are (one device or two), or in when the denoiser's next pass is launched (after
+the results of the last pass, or before). The copy of the model on two devices has the same weights and makes the same
+passes.
 """
 
 from __future__ import annotations
 
 import copy
 import statistics
+import time
 from collections.abc import Callable, Sequence
+from dataclasses import dataclass, field
 from typing import Any
 
 import torch
-from models import BLOCK
-from throughput import Group, run_group
 from torch import nn
 
-from twotower import LLM, TwoTowerForCausalLM
+from common.models import BLOCK, DECODING
+from common.timing import synchronize
+from twotower import LLM, Request, TwoTowerForCausalLM
 from twotower.cache.replica import Transport
 from twotower.engine.generation import GenerationParams
 
-KINDS: dict[str, dict[str, Any]] = {
-    "verified": {"mode": "verified", "draft_steps": 1},
-    "diffusion": {"mode": "diffusion", "confidence_threshold": 0.8},
-    "diffusion, 4 passes a block": {"mode": "diffusion", "policy": "top-k", "knob": BLOCK // 4},
-}
+KINDS = DECODING | {"diffusion, 4 passes a block": {"mode": "diffusion", "policy": "top-k", "knob": BLOCK // 4}}
+
+
+@dataclass
+class Group:
+    """What running some requests at once gave; tokens and seconds: of the stretch in which all rows write."""
+
+    tokens: int = 0
+    seconds: float = 0.0
+    all_tokens: int = 0
+    all_seconds: float = 0.0
+    latency: list[float] = field(default_factory=list)
+    first: list[float] = field(default_factory=list)
+    texts: list[tuple[int, ...]] = field(default_factory=list)
+    denoiser_passes: int = 0
+    context_passes: int = 0
+
+
+def run_group(llm: LLM, prompts: Sequence[list[int]], params: GenerationParams) -> Group:
+    """All of them at once, to their ends."""
+    device = llm.model.device
+    synchronize(device)
+    started = time.perf_counter()
+    numbers = [llm.add_request(Request(prompt, params)) for prompt in prompts]
+    first: dict[int, float] = {}
+    ended: dict[int, Any] = {}
+    out, opened = Group(), 0.0
+    while len(ended) < len(numbers):
+        events = llm.step()
+        now = time.perf_counter()  # events hold tokens on the host: what they tell of is done
+        if opened and not ended:
+            out.tokens += sum(len(event.tokens) for event in events)
+            out.seconds = now - opened
+        for event in events:
+            if event.tokens:
+                first.setdefault(event.row, now - started)
+            if event.result is not None:
+                ended[event.row] = event.result
+                out.latency.append(now - started)
+        if not opened and len(first) == len(numbers):
+            opened = now
+    out.all_seconds = time.perf_counter() - started
+    results = [ended[number] for number in numbers]
+    out.all_tokens = sum(len(result.tokens) for result in results)
+    out.first = [first[number] for number in numbers]
+    out.texts = [tuple(result.tokens) for result in results]
+    out.denoiser_passes = sum(result.denoiser_passes for result in results)
+    out.context_passes = sum(result.context_passes for result in results)
+    return out
+
+
+def join(groups: Sequence[Group]) -> Group:
+    """The groups one after the other."""
+    out = Group()
+    for group in groups:
+        for name in vars(out):
+            setattr(out, name, getattr(out, name) + getattr(group, name))
+    return out
+
+
+# --- two engines ------------------------------------------------------------------------------------------------------
 
 
 def spread(model: TwoTowerForCausalLM, device: torch.device) -> TwoTowerForCausalLM:
@@ -80,9 +140,9 @@ def in_turns(
     for rows in at_once:
         engines = engines_of(rows=rows, length=length, block_size=BLOCK)
         model = next(iter(engines.values())).model
-        shared = {"max_new_tokens": tokens, "block_size": BLOCK, "mask_token_id": model.config.mask_token, "seed": 0}
+        shared = {"max_new_tokens": tokens, "mask_token_id": model.config.mask_token, "seed": 0}
         for kind in kinds:
-            params = GenerationParams.of(**KINDS[kind], **shared)
+            params = GenerationParams.of(**{"block_size": BLOCK} | KINDS[kind] | shared)
             runs: dict[str, list[Group]] = {name: [] for name in engines}
             for number in range(rounds + 1):
                 for name, engine in engines.items():

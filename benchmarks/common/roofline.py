@@ -1,43 +1,27 @@
-"""The floor of a pass: what it must read at the best read rate, or what it must compute at the best matmul rate.
+"""The roofline of a pass: the bytes it must read at the best read rate, or its operations at the best matmul rate.
 
-    python benchmarks/floor.py [--device cuda] [--dtype bfloat16] [--threads 1] [--quick] [--json]
-
-Prints both rates and, for the model of --config, the floors of an AR step, a denoiser pass and a commit. The other
-benchmarks import this module and measure the rates in their own run.
-
-What a pass must read: the weights of its layers (of routed experts only those that its tokens choose), the head where
-logits are wanted, K/V of the text so far, and the Mamba states. Every rate is the best of several ways and repeats, so
-no pass can honestly beat the floor unless its weights stay in a cache.
+The larger of the two times is the pass's floor. A program measures both rates in its own run (`measure`). A pass must
+read the weights of its layers (of routed experts only those that its tokens choose), the head where logits are wanted,
+K/V of the text so far, and the Mamba states. A rate is the best of several operations and repeats, so a pass cannot be
+faster than its floor unless its weights stay in a cache.
 """
 
 from __future__ import annotations
 
-import json
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
-from dataclasses import asdict, dataclass
-from pathlib import Path
+from dataclasses import dataclass
 from typing import Any, NamedTuple
 
-import click
+import torch
+from torch import Tensor, nn
 
-from twotower.process import configure_process
-
-configure_process()
-
-import torch  # noqa: E402
-from models import MIDSIZE, config_of  # noqa: E402
-from rich.console import Console  # noqa: E402
-from rich.table import Table  # noqa: E402
-from timing import seconds  # noqa: E402
-from torch import Tensor, nn  # noqa: E402
-
-from twotower.checkpoint.quantize import Quantization  # noqa: E402
-from twotower.config import BackboneConfig  # noqa: E402
-from twotower.evaluation.machine import surroundings  # noqa: E402
-from twotower.model.conditioning import SINUSOID_SIZE  # noqa: E402
-from twotower.model.moe import Router  # noqa: E402
-from twotower.ops.precision import accumulation_dtype  # noqa: E402
+from common.timing import seconds
+from twotower.checkpoint.quantize import Quantization
+from twotower.config import BackboneConfig
+from twotower.model.conditioning import SINUSOID_SIZE
+from twotower.model.moe import Router
+from twotower.ops.precision import accumulation_dtype
 
 DTYPES = ("float32", "bfloat16")
 PATIENCE = 1.0  # seconds
@@ -246,33 +230,3 @@ def passes_of(config: BackboneConfig, dtype: torch.dtype, context: int, block_si
 def described(rates: Rates) -> str:
     """In one line."""
     return f"reads {rates.bytes_per_second / 1e9:.1f} GB/s, multiplies {rates.operations_per_second / 1e9:.0f} GFLOP/s"
-
-
-@click.command()
-@click.option("--config", type=click.Path(exists=True, dir_okay=False, path_type=Path), default=MIDSIZE)
-@click.option("--device", type=click.Choice(("cpu", "cuda")), default="cpu", show_default=True)
-@click.option("--dtype", type=click.Choice(DTYPES), default="float32", show_default=True)
-@click.option("--context", default=256, show_default=True, help="Tokens before the pass.")
-@click.option("--threads", type=int, default=None, help="[default: torch's]")
-@click.option("--quick", is_flag=True, help="Smaller arrays, seconds.")
-@click.option("--json", "as_json", is_flag=True, help="No table.")
-def main(config: Path, device: str, dtype: str, context: int, threads: int | None, quick: bool, as_json: bool) -> None:
-    """Measures the machine."""
-    configure_process(threads)
-    torch.manual_seed(0)
-    where, what = torch.device(device), getattr(torch, dtype)
-    rates = measure(where, what, quick=quick)
-    passes = passes_of(config_of(config).backbone, what, context)
-    floors = {name: of(work, rates) for name, work in passes.items()}
-    if not as_json:
-        table = Table("pass", "reads", "computes", "floor", title=described(rates))
-        for name, one in passes.items():
-            cells = f"{one.bytes / 1e6:.1f} MB", f"{one.operations / 1e9:.3f} GFLOP", f"{floors[name] * 1e3:.3f} ms"
-            table.add_row(name, *cells)
-        Console(stderr=True, width=120).print(table)
-    found = {"rates": asdict(rates), "work": {name: asdict(one) for name, one in passes.items()}, "floors": floors}
-    print(json.dumps({"benchmark": "floor", "machine": surroundings(where, what), "config": str(config)} | found))
-
-
-if __name__ == "__main__":
-    main()

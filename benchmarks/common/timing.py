@@ -1,4 +1,4 @@
-"""Clocks of the benchmarks: everything in turn in one process, so that whatever else the machine does falls on all."""
+"""Clocks: all runs take turns in one process, so that other load on the machine falls on all of them."""
 
 from __future__ import annotations
 

@@ -1,0 +1,78 @@
+"""The matmuls of a pass alone: the modules with weights, called one after the other on random inputs.
+
+For N rows N · seconds(1) ÷ seconds(N) is the gain that the matmuls allow when N requests share a pass.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+
+import torch
+from torch import nn
+
+from common.models import BLOCK
+from common.timing import Run, ratio
+from twotower import TwoTowerForCausalLM
+from twotower.model.moe import Experts
+from twotower.model.tower import Tower
+
+
+def matmuls(tower: Tower, tokens: int, head: bool) -> tuple[list[Callable[[], object]], int]:
+    """A tower's modules with weights, each on so many tokens of random input, and the bytes of those weights."""
+    calls: list[Callable[[], object]] = []
+    covered = 0
+    weight = next(tower.parameters())
+    for name, module in tower.named_modules():
+        if name == "head" and not head:
+            continue
+        if isinstance(module, nn.Linear):
+            x = torch.randn(1, tokens, module.in_features, device=weight.device, dtype=weight.dtype)
+            calls.append(lambda module=module, x=x: module(x))
+        elif isinstance(module, Experts):
+            config = tower.config
+            x = torch.randn(tokens, config.hidden_size, device=weight.device, dtype=weight.dtype)
+            scores = torch.rand(tokens, config.n_routed_experts, device=weight.device)
+            share, choice = scores.topk(config.num_experts_per_tok, -1)
+            calls.append(lambda module=module, x=x, choice=choice, share=share: module(x, choice, share))
+        else:
+            continue  # routers, a few rows, are neither run nor counted as covered
+        covered += sum(parameter.nbytes for parameter in module.parameters())
+    return calls, covered
+
+
+def matmul_runs(model: TwoTowerForCausalLM, rows: int) -> dict[str, Run]:
+    """The passes at a number of rows: the denoiser over blocks, the context tower over blocks or tokens."""
+    assert model.denoiser is not None
+    made = {
+        "step": matmuls(model.context, rows, True),
+        "denoise": matmuls(model.denoiser, rows * BLOCK, True),
+        "commit": matmuls(model.context, rows * BLOCK, False),
+        "check": matmuls(model.context, rows * BLOCK, True),
+    }
+    return {f"{kind} {rows}": Run(lambda calls=calls: [call() for call in calls]) for kind, (calls, _) in made.items()}
+
+
+def covered_share(model: TwoTowerForCausalLM) -> float:
+    """Of a tower's weights, the embedding apart: how much of them the matmuls that are timed read."""
+    _, covered = matmuls(model.context, 1, True)
+    every = sum(parameter.nbytes for parameter in model.context.parameters())
+    return covered / (every - model.context.embeddings.weight.nbytes)
+
+
+def matmul_ratios(times: dict[str, list[float]], at_once: Sequence[int], passes: float) -> dict[str, dict[int, float]]:
+    """N rows' rate ÷ one row's, by the matmuls alone; a block of diffusion takes `passes` of the denoiser and a
+    commit, a round of verified decoding one pass and a check."""
+
+    def of(rows: int, weights: dict[str, float]) -> list[float]:
+        columns = [[share * value for value in times[f"{kind} {rows}"]] for kind, share in weights.items()]
+        return [sum(column) for column in zip(*columns, strict=True)]
+
+    kinds = {
+        "ar": {"step": 1.0},
+        "diffusion": {"denoise": passes, "commit": 1.0},
+        "verified": {"denoise": 1.0, "check": 1.0},
+    }
+    return {
+        mode: {rows: rows * ratio(of(1, weights), of(rows, weights)) for rows in at_once}
+        for mode, weights in kinds.items()
+    }

@@ -1,0 +1,51 @@
+"""An AR step, a denoiser pass and a commit after a text of any length, each repeatable."""
+
+from __future__ import annotations
+
+import torch
+
+from common.models import BLOCK, Texts, random_tokens
+from common.timing import Run
+from twotower import TwoTowerForCausalLM
+from twotower.cache.hybrid_cache import ContextView
+
+
+class PassRuns:
+    """Of one text of up to `longest` tokens; `before` of a run restores its length."""
+
+    def __init__(self, model: TwoTowerForCausalLM, longest: int) -> None:
+        self.model = model
+        self.texts = Texts.random(model, 1, longest + 2 * BLOCK)
+        self.reader = model.reader(self.texts.state)
+        self.block, self.t = random_tokens(model, 1, BLOCK), torch.full((1,), 0.5, device=model.device)
+        self.view: ContextView
+
+    def after(self, length: int) -> dict[str, Run]:
+        """The three passes after so many tokens."""
+        return {
+            "AR step": Run(self._step, lambda: self._before_step(length)),
+            "denoiser pass": Run(self.denoise, lambda: self.look(length)),
+            "commit": Run(self._commit, lambda: self.texts.set_length(length)),
+        }
+
+    def look(self, length: int) -> ContextView:
+        """What the denoiser sees of so many tokens, until the next step or commit."""
+        self.texts.set_length(length)
+        self.view = self.reader.view()
+        return self.view
+
+    def denoise(self) -> torch.Tensor:
+        return self.model.denoise(self.block, self.t, self.view)
+
+    def _step(self) -> None:
+        self.model.extend(self.block[:, :1], self.texts.state)
+
+    def _before_step(self, length: int) -> None:
+        """As usual, a step folds the token of the last step into the Mamba states."""
+        self.texts.set_length(length - 1)
+        self._step()
+
+    def _commit(self) -> None:
+        """With the work that is left until a denoiser can read the text."""
+        self.model.extend(self.block, self.texts.state, logits=False)
+        self.texts.state.settle()

@@ -1,0 +1,165 @@
+"""Variations of the design that an ablation trains: their units, objective and model."""
+
+from __future__ import annotations
+
+import contextlib
+from collections.abc import Iterator
+from dataclasses import dataclass, field, replace
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from twotower.config import BackboneConfig
+from twotower.model import conditioning
+from twotower.model.conditioning import TimeConditioning
+from twotower.model.layer_io import MambaPast, Past
+from twotower.model.packed_forward import Layout, denoise_layer, read_layer
+from twotower.model.tower import Layer
+from twotower.modeling_twotower import TwoTowerForCausalLM
+from twotower.training.data import Batch
+from twotower.training.noise import Corruption
+from twotower.training.objective import DenoisingObjective, DenoisingOptions, blocks_with_masks
+
+
+@dataclass(frozen=True)
+class Variation:
+    """One departure from the base. change: of the pasts a denoiser layer reads; options: of the objective."""
+
+    name: str
+    options: dict[str, Any] = field(default_factory=dict)
+    block_size: int = 16
+    offset: str = "random"
+    seeded: bool = True
+    coupling: str = "layers"  # or "last": every layer reads the context's final hidden state
+    kept: str = ""  # "half": every other denoiser layer
+    norm_first: bool = False
+    gates: str = "one"
+    tied: bool = False
+
+    @property
+    def generates(self) -> bool:
+        """Whether the ordinary generation loop runs the model that this one trains."""
+        return self.coupling == "layers" and not self.kept
+
+
+VARIATIONS = (
+    Variation("base"),
+    Variation("no Mamba seeding", seeded=False),
+    Variation("no time conditioning", options={"time": False}),
+    Variation("modulate after norm everywhere", norm_first=True),
+    Variation("gates near 0 (randn/√H)", gates="near zero"),
+    Variation("one tied network", options={"train_context": True, "ar_weight": 1.0}, tied=True),
+    Variation("coupling to the last hidden state", coupling="last"),
+    Variation("training block 8", block_size=8),
+    Variation("training block 32", block_size=32),
+    Variation("t per block", options={"scope": "block"}),
+    Variation("t per packed row (released)", options={"scope": "row"}),
+    Variation("block offsets fixed", offset="fixed"),
+    Variation("half the denoiser layers", kept="half"),
+)
+
+
+class Unit(nn.Module):
+    """A context layer, and the denoiser layer that goes with it if it was kept."""
+
+    def __init__(self, context: Layer, denoiser: Layer | None, seeded: bool, train_context: bool) -> None:
+        super().__init__()
+        self.context, self.denoiser, self.seeded, self.train_context = context, denoiser, seeded, train_context
+        self.reads = True
+
+    def forward(self, clean: Tensor, noisy: Tensor, modulation: Any, layout: Layout) -> tuple[Tensor, Tensor]:
+        with torch.set_grad_enabled(self.train_context and torch.is_grad_enabled()):
+            clean, past = read_layer(self.context, clean, layout)
+        if self.denoiser is None:
+            return clean, noisy
+        return clean, denoise_layer(self.denoiser, noisy, past if self.seeded else unseeded(past), modulation, layout)
+
+
+class LastStateUnit(Unit):
+    """A denoiser layer that projects keys and values from the context's final hidden state; Mamba starts from zero.
+    Without a noisy stream it is the context layer: all of those run first. (Both through `forward`, where FSDP2 gathers
+    the parameters.)"""
+
+    def forward(self, clean: Tensor, noisy: Tensor | None, modulation: Any, layout: Layout) -> tuple[Tensor, Any]:
+        if noisy is None:
+            return read_layer(self.context, clean, layout)[0], None
+        assert self.denoiser is not None
+        mixer, past = self.denoiser.mixer, None
+        if self.denoiser.kind == "*":
+            past = mixer.project(clean)[1]  # type: ignore[operator]
+        elif self.denoiser.kind == "M":
+            past = _zeros(mixer.config, clean, layout)
+        return clean, denoise_layer(self.denoiser, noisy, past, modulation, layout)
+
+
+def unseeded(past: Past) -> Past:
+    """A Mamba layer's past forgotten; keys and values as they are."""
+    if isinstance(past, MambaPast):
+        return MambaPast(torch.zeros_like(past.conv_window), torch.zeros_like(past.ssm_state))
+    return past
+
+
+def _zeros(config: BackboneConfig, clean: Tensor, layout: Layout) -> MambaPast:
+    rows = layout.document.shape[0] * layout.blocks
+    state = (rows, config.mamba_num_heads, config.mamba_head_dim, config.ssm_state_size)
+    return MambaPast(clean.new_zeros(rows, config.conv_kernel - 1, config.conv_dim), clean.new_zeros(state))
+
+
+class Varied(DenoisingObjective):
+    """The objective with other units."""
+
+    def __init__(self, model: TwoTowerForCausalLM, variation: Variation, options: DenoisingOptions) -> None:
+        assert model.denoiser is not None
+        assert model.time is not None
+        super().__init__(model.context, model.denoiser, model.time, options)
+        contexts, denoisers = list(model.context.all_layers()), list(model.denoiser.all_layers())
+        kept = set(range(0, len(denoisers), 2)) if variation.kept else set(range(len(denoisers)))
+        self.variation, self.kept = variation, kept
+        make = LastStateUnit if variation.coupling == "last" else Unit
+        self.units = nn.ModuleList(
+            make(context, denoiser if i in kept else None, variation.seeded, options.train_context)
+            for i, (context, denoiser) in enumerate(zip(contexts, denoisers, strict=True))
+        )
+        for i, layer in enumerate(denoisers):
+            layer.requires_grad_(i in kept)
+
+    def hidden(self, batch: Batch, noise: Corruption, block_size: int) -> tuple[Tensor, Tensor]:
+        if self.variation.coupling != "last":
+            return super().hidden(batch, noise, block_size)
+        layout = Layout(batch.document, block_size, chosen=blocks_with_masks(noise, block_size))
+        with torch.no_grad():
+            clean = self._embed_clean(batch.tokens)
+            for unit in self.units:
+                clean, _ = unit(clean, None, None, layout)
+            clean = self.context_norm_f(clean)
+        noisy = self._embed_corrupted(batch, noise, layout)
+        for unit, change in zip(self.units, self._modulations(noise, layout), strict=True):
+            clean, noisy = unit(clean, noisy, change, layout)
+        return layout.to_rows(self.norm_f(noisy)), clean
+
+
+@contextlib.contextmanager
+def norm_order(variation: Variation) -> Iterator[None]:
+    """Where modulation goes while the variation trains and generates."""
+    usual = conditioning.MODULATE_BEFORE_NORM
+    if variation.norm_first:
+        conditioning.MODULATE_BEFORE_NORM = frozenset()
+    try:
+        yield
+    finally:
+        conditioning.MODULATE_BEFORE_NORM = usual
+
+
+class Blind(TwoTowerForCausalLM):
+    """Its denoiser's Mamba layers always start from zero."""
+
+    def denoise(self, block: Tensor, t: Tensor | None, view: Any, *rest: Any, **options: Any) -> Tensor:
+        return super().denoise(block, t, replace(view, past=[unseeded(past) for past in view.past]), *rest, **options)
+
+
+def released_gates(time: TimeConditioning, hidden: int, seed: int) -> None:
+    generator = torch.Generator().manual_seed(seed)
+    with torch.no_grad():
+        for table in time.scale_shift_tables:
+            table.copy_(torch.randn(table.shape, generator=generator) / hidden**0.5)

@@ -1,0 +1,217 @@
+"""What the decoder costs beside its passes, and beside another commit.
+
+    python benchmarks/overhead.py --against DIR [--entry generate|engine] [--against-entry generate|engine]
+        [--pairs 15] [--case ar …] [--profile] [--json]
+
+Compares this checkout (A) with another one (B, its root directory), each in a process of its own with its own
+`twotower`, in pairs within one run: A then B, next time B then A. Both processes live through the whole run and answer
+one at a time: fp32, packed, one thread, malloc keeps large blocks. Ratios are of a pair's two times, medians and
+quartiles over pairs; the first round of every case warms up and is not counted. Short cases run several times in a row
+within one time (`--least`).
+
+--entry generate measures `model.generate_*`, --entry engine measures `twotower.LLM`. With `--against .` and two
+different entries the two entry points of one checkout are compared. A prompt of one case has 2,000 tokens and one new
+token: the time to the first token. Greedy; AR and verified decoding must give the same texts on both sides, otherwise
+the exit code is 1.
+
+--profile measures how much of a token's time passes inside the verbs of the towers (prefill, extend, denoise) and how
+much outside, on both sides.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import statistics
+import subprocess
+import sys
+from collections.abc import Iterator
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+
+import click
+from common.program import DIRECTORY, JSON, QUICK, publish
+from rich.console import RenderableType
+from rich.table import Table
+
+HERE = Path(__file__).resolve().parent
+ENTRIES = ("generate", "engine")
+# Big temporaries stay mapped, as `twotower.allocator` does it, from the start of the process.
+ENVIRONMENT = {"OMP_NUM_THREADS": "1", "MALLOC_MMAP_MAX_": "0", "MALLOC_TRIM_THRESHOLD_": str(2**31 - 1)}
+
+
+@dataclass(frozen=True)
+class Case:
+    mode: str
+    rows: int = 1
+    prompt: int = 0  # tokens; 0: a sentence
+    tokens: int = 128  # new ones of each row
+
+    @property
+    def exact(self) -> bool:
+        """Whether the text depends on the model alone, not on the rules of denoising."""
+        return self.mode != "diffusion"
+
+
+MODES = ("ar", "verified", "diffusion")
+CASES = {mode: Case(mode) for mode in MODES} | {f"{mode} x8": Case(mode, rows=8) for mode in MODES}
+CASES["first token"] = Case("ar", prompt=2000, tokens=1)
+
+
+class Side:
+    """A process with one checkout's `twotower`."""
+
+    def __init__(self, root: Path, entry: str, model: Path | None, profile: bool) -> None:
+        source = root.resolve() / "src"
+        if not (source / "twotower" / "__init__.py").is_file():
+            raise click.BadParameter(f"{root} has no src/twotower; give the root directory of a checkout")
+        self.root, self.entry = root.resolve(), entry
+        command = [sys.executable, "-P", str(HERE / "common" / "checkout_child.py"), "--entry", entry]
+        command += ["--model", str(model.resolve())] if model else []
+        command += ["--profile"] if profile else []
+        self.process = subprocess.Popen(
+            command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True,
+            env=os.environ | ENVIRONMENT | {"PYTHONPATH": str(source)},
+        )  # fmt: skip
+        package = self._answer()["package"]
+        if Path(package) != source / "twotower":
+            raise click.ClickException(f"the process for {root} imports twotower from {package}, not from {source}")
+
+    def run(self, case: Case, times: int) -> dict[str, Any]:
+        """Runs a case so often in a row."""
+        assert self.process.stdin is not None
+        self.process.stdin.write(json.dumps(asdict(case) | {"times": times}) + "\n")
+        self.process.stdin.flush()
+        return self._answer()
+
+    def _answer(self) -> dict[str, Any]:
+        assert self.process.stdout is not None
+        line = self.process.stdout.readline()
+        if not line:
+            raise click.ClickException(f"the process for {self.root} ended with exit code {self.process.wait()}")
+        answer: dict[str, Any] = json.loads(line)
+        return answer
+
+    def close(self) -> None:
+        assert self.process.stdin is not None
+        self.process.stdin.close()
+        self.process.wait(timeout=60)
+
+    def facts(self) -> dict[str, Any]:
+        """What was measured, for the JSON."""
+        command = ["git", "-C", str(self.root), "describe", "--always", "--dirty"]
+        commit = subprocess.run(command, capture_output=True, text=True, check=False).stdout.strip()
+        return {"commit": commit or None, "entry": self.entry}
+
+
+def measure(sides: tuple[Side, Side], cases: dict[str, Case], pairs: int, least: float) -> dict[str, Any]:
+    """Runs all cases in every round → the figures of each case."""
+    answers: dict[str, list[tuple[dict[str, Any], dict[str, Any]]]] = {name: [] for name in cases}
+    times = dict.fromkeys(cases, 1)
+    for name, case in cases.items():  # warm-up: the second answer knows what a run takes
+        first = [[side.run(case, 1)["seconds"] for side in sides] for _ in range(2)][1]
+        times[name] = 1 if case.prompt else max(1, round(least / min(first)))  # an engine would know the prompt again
+    for number in range(pairs):
+        print(f"pair {number + 1} of {pairs}", file=sys.stderr)
+        for name, case in cases.items():
+            order = (0, 1) if number % 2 == 0 else (1, 0)
+            own = {place: sides[place].run(case, times[name]) for place in order}
+            answers[name].append((own[0], own[1]))
+    return {name: summary(case, answers[name]) for name, case in cases.items()}
+
+
+def summary(case: Case, pairs: list[tuple[dict[str, Any], dict[str, Any]]]) -> dict[str, Any]:
+    """Of one case: ratio A ÷ B with quartiles, µs a token of both sides, and whether the texts are equal."""
+    ratios = [a["seconds"] / b["seconds"] for a, b in pairs]
+    low, _, high = statistics.quantiles(ratios, n=4, method="inclusive") if len(ratios) > 1 else ratios * 3
+    new = case.rows * case.tokens
+    found = {
+        "ratio": statistics.median(ratios), "quartiles": [low, high], "ratios": ratios,
+        "prompt tokens": pairs[0][0]["prompt"], "new tokens": new,
+        "texts equal": all(a["texts"] == b["texts"] for a, b in pairs),
+    }  # fmt: skip
+    for place, side in enumerate("AB"):
+        runs = [pair[place] for pair in pairs]
+        found[side] = {"us a token": statistics.median(run["seconds"] for run in runs) / new * 1e6}
+        if "verbs" in runs[0]:
+            found[side] |= inside_and_outside(runs, new)
+    return found
+
+
+def inside_and_outside(runs: list[dict[str, Any]], new: int) -> dict[str, Any]:
+    """µs a token in each verb and outside all of them."""
+    verbs = sorted(runs[0]["verbs"])
+    if not verbs:
+        raise click.ClickException("--profile saw no call of extend or denoise; do the towers' verbs have other names?")
+    outside = [run["seconds"] - sum(verb["seconds"] for verb in run["verbs"].values()) for run in runs]
+    parts = {
+        verb: {
+            "us a token": statistics.median(run["verbs"][verb]["seconds"] for run in runs) / new * 1e6,
+            "calls": runs[0]["verbs"][verb]["calls"],
+        }
+        for verb in verbs
+    }
+    return {"verbs": parts, "outside, us a token": statistics.median(outside) / new * 1e6}
+
+
+def tables(found: dict[str, Any]) -> Iterator[RenderableType]:
+    table = Table("case", "A ÷ B", "quartiles", "A, µs a token", "B, µs a token", "texts")
+    for name, one in found.items():
+        low, high = one["quartiles"]
+        table.add_row(
+            name, f"{one['ratio']:.3f}", f"{low:.3f} … {high:.3f}", f"{one['A']['us a token']:.1f}",
+            f"{one['B']['us a token']:.1f}", "equal" if one["texts equal"] else "DIFFER",
+        )  # fmt: skip
+    yield table
+    if any("verbs" in one["A"] for one in found.values()):
+        parts = Table("case", "side", "µs a token", "in the verbs", "outside", "calls")
+        for name, one in found.items():
+            for side in "AB":
+                verbs = one[side]["verbs"]
+                parts.add_row(
+                    name, side, f"{one[side]['us a token']:.1f}",
+                    ", ".join(f"{verb} {own['us a token']:.1f}" for verb, own in verbs.items()),
+                    f"{one[side]['outside, us a token']:.1f}",
+                    ", ".join(f"{verb} {own['calls']:g}" for verb, own in verbs.items()),
+                )  # fmt: skip
+        yield parts
+
+
+@click.command()
+@click.option("--against", type=DIRECTORY, required=True, help="Root directory of checkout B.")
+@click.option("--entry", type=click.Choice(ENTRIES), default="generate", show_default=True, help="Of A.")
+@click.option("--against-entry", type=click.Choice(ENTRIES), default="generate", show_default=True, help="Of B.")
+@click.option("--model", type=DIRECTORY, default=None, help="[default: each checkout's bundled model]")
+@click.option("--case", "chosen", type=click.Choice(tuple(CASES)), multiple=True, help="[default: all]")
+@click.option("--pairs", type=click.IntRange(min=1), default=15, show_default=True)
+@click.option("--least", default=0.2, show_default=True, help="Seconds that one time should last.")
+@click.option("--profile", is_flag=True, help="How much of the time is spent in the towers' verbs.")
+@QUICK
+@JSON
+def main(
+    against: Path, entry: str, against_entry: str, model: Path | None, chosen: tuple[str, ...], pairs: int,
+    least: float, profile: bool, quick: bool, as_json: bool,
+) -> None:  # fmt: skip
+    """Compares this checkout with another one."""
+    cases = {name: CASES[name] for name in chosen or CASES}
+    if quick:
+        pairs, least = 2, 0.0
+        cases = {n: Case(c.mode, c.rows, min(c.prompt, 300), min(c.tokens, 16)) for n, c in cases.items()}
+    sides = Side(HERE.parent, entry, model, profile), Side(against, against_entry, model, profile)
+    try:
+        found = measure(sides, cases, pairs, least)
+        facts = {name: side.facts() for name, side in zip("AB", sides, strict=True)}
+    finally:
+        for side in sides:
+            side.close()
+    for name, case in cases.items():
+        if found[name]["prompt tokens"] < case.prompt:
+            print(f"{name}: the model's window permits only {found[name]['prompt tokens']} tokens", file=sys.stderr)
+    publish("overhead", {"pairs": pairs} | facts | {"cases": found}, tables(found), as_json)
+    if not all(found[name]["texts equal"] for name, case in cases.items() if case.exact):
+        raise click.ClickException("AR or verified decoding gave other texts on the two sides")
+
+
+if __name__ == "__main__":
+    main()

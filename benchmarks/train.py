@@ -1,0 +1,216 @@
+"""What does a training step cost, and what is each part of the design worth in training?
+
+    python benchmarks/train.py step [--device cuda] [--dtype bfloat16] [--quick] [--json]
+    python benchmarks/train.py ablations DATA OUT [--steps 1200] [--seed 1 --seed 2] [--only NAME …]
+
+step: a training step of the denoiser against an autoregressive step of the same backbone on the same tokens. Both steps
+(forward, backward, AdamW) take turns in one process; the ratio is of medians. Memory is what autograd keeps between
+forward and backward, parameters not counted, for one row of 4,096 tokens.
+
+ablations: a backbone of about a million parameters is trained once on dialogues and the suite's problems. Each
+variation then trains a denoiser from it for the same number of steps, and is measured on the same held-out text: masked
+NLL in nats by noise level, and, where generation supports the variation, tokens per pass and the suite's exact-match
+accuracy at γ 0.8. Runs that are done are kept in OUT and not repeated; the table shows those that are there.
+"""
+
+from __future__ import annotations
+
+import statistics
+from collections.abc import Sequence
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import click
+import torch
+from common import ablations
+from common.models import BLOCK
+from common.program import DIRECTORY, JSON, QUICK, THREADS, publish, start
+from common.timing import Run, interleaved
+from rich.table import Table
+
+from twotower.config import BackboneConfig, TwoTowerConfig
+from twotower.evaluation.machine import surroundings
+from twotower.modeling_twotower import TwoTowerForCausalLM
+from twotower.recipes.bundled import SHAPE
+from twotower.training import fsdp
+from twotower.training.data import Batch
+from twotower.training.objective import AutoregressiveObjective, DenoisingObjective, DenoisingOptions
+from twotower.training.optimizer import Optimizer
+from twotower.training.runs import compute_dtype
+
+MASK = 3
+
+
+def shapes() -> dict[str, BackboneConfig]:
+    """The bundled model's, and one of ten times its parameters."""
+    bundled = TwoTowerConfig(**{key: value for key, value in SHAPE.items() if key != "model_type"}).backbone
+    large = replace(
+        bundled, hidden_size=640, mamba_num_heads=20, num_attention_heads=20, num_key_value_heads=4,
+        intermediate_size=1920, moe_intermediate_size=640, moe_shared_expert_intermediate_size=1280, vocab_size=2048,
+    )  # fmt: skip
+    return {"bundled": bundled, "ten times": large}
+
+
+def packed(rows: int, length: int, vocabulary: int, device: torch.device) -> Batch:
+    """Rows of two documents each, random tokens, every block trained."""
+    generator = torch.Generator().manual_seed(0)
+    tokens = torch.randint(4, vocabulary, (rows, length), generator=generator)
+    document = (torch.arange(length) * 2 // length).expand(rows, -1).contiguous()
+    yes = torch.ones(rows, length, dtype=torch.bool)
+    return Batch(tokens, document, yes, yes, ~yes, torch.arange(rows)).to(device)
+
+
+def objectives(shape: BackboneConfig, world: fsdp.World, dtype: torch.dtype, recompute: bool) -> dict[str, Any]:
+    """Both, on towers of their own, sharded as in training."""
+    config = TwoTowerConfig(**{name: getattr(shape, name) for name in shape.__dataclass_fields__})
+    torch.manual_seed(0)
+    alone, both = TwoTowerForCausalLM(config, towers="context"), TwoTowerForCausalLM(config)
+    assert both.denoiser is not None
+    assert both.time is not None
+    made = {
+        "ar": AutoregressiveObjective(alone.context, recompute=recompute),
+        "denoiser": DenoisingObjective(
+            both.context, both.denoiser, both.time, DenoisingOptions(mask_token_id=MASK, recompute=recompute)
+        ),
+    }
+    for objective in made.values():
+        fsdp.shard(objective, objective.units, world, dtype)
+    return made
+
+
+def step(objective: Any, optimizer: Optimizer, batch: Batch, noise: Any) -> None:
+    """One update."""
+    (objective(batch, noise, BLOCK) / batch.tokens.numel()).backward()
+    optimizer.step(1e-5, optimizer.gradient_norm())
+
+
+def kept_bytes(objective: Any, batch: Batch, noise: Any) -> int:
+    """What autograd saves in a forward pass, each storage once, without parameters."""
+    own = {fsdp.local(p.detach()).untyped_storage().data_ptr() for p in objective.parameters()}
+    found: dict[int, int] = {}
+
+    def pack(tensor: torch.Tensor) -> torch.Tensor:
+        storage = fsdp.local(tensor.detach()).untyped_storage()
+        if storage.data_ptr() not in own and not isinstance(tensor, torch.nn.Parameter):
+            found[storage.data_ptr()] = storage.nbytes()
+        return tensor
+
+    with torch.autograd.graph.saved_tensors_hooks(pack, lambda tensor: tensor):
+        loss = objective(batch, noise, BLOCK)
+    total = sum(found.values())
+    loss.backward()
+    objective.zero_grad()
+    return total
+
+
+def measure(
+    name: str, shape: BackboneConfig, world: fsdp.World, dtype: torch.dtype, *, repeats: int, rows: int,
+    length: int, kept_length: int,
+) -> dict[str, Any]:  # fmt: skip
+    """Both steps of one shape."""
+    batch = packed(rows, length, shape.vocab_size, world.device)
+    long = packed(1, kept_length, shape.vocab_size, world.device)
+    result: dict[str, Any] = {"shape": name, "kept_length": kept_length, "kept_bytes": {}}
+    for recompute in (False, True):
+        made = objectives(shape, world, dtype, recompute)
+        for kind, objective in made.items():
+            noise = objective.draw(long, BLOCK)
+            noise = noise and noise.to(world.device)
+            result["kept_bytes"][f"{kind}{' recompute' if recompute else ''}"] = kept_bytes(objective, long, noise)
+        runs = {}
+        for kind, objective in made.items():
+            noise = objective.draw(batch, BLOCK)
+            noise = noise and noise.to(world.device)
+            optimizer = Optimizer(objective, world, 0.1, 1.0)
+            runs[kind] = Run(lambda o=objective, p=optimizer, noise=noise: step(o, p, batch, noise))
+        times = interleaved(runs, world.device, repeats, warm_up=1)
+        median = {kind: statistics.median(values) for kind, values in times.items()}
+        result["recompute" if recompute else "plain"] = {
+            "ar_seconds": median["ar"],
+            "denoiser_seconds": median["denoiser"],
+            "ratio": median["denoiser"] / median["ar"],
+            "ratio_of_best": min(times["denoiser"]) / min(times["ar"]),
+        }
+        result["parameters_per_tower"] = sum(p.numel() for p in made["ar"].parameters())
+    return result
+
+
+def table_of_steps(results: Sequence[dict[str, Any]]) -> Table:
+    table = Table("shape", "parameters", "", "AR step s", "denoiser step s", "ratio", "kept, AR", "kept, denoiser")
+    for result in results:
+        for label, suffix in (("plain", ""), ("recompute", " recompute")):
+            row, kept = result[label], result["kept_bytes"]
+            table.add_row(
+                result["shape"], f"{result['parameters_per_tower'] / 1e6:.1f} M", label,
+                f"{row['ar_seconds']:.3f}", f"{row['denoiser_seconds']:.3f}", f"{row['ratio']:.2f}",
+                f"{kept['ar' + suffix] / 2**20:.0f} MiB", f"{kept['denoiser' + suffix] / 2**20:.0f} MiB",
+            )  # fmt: skip
+    return table
+
+
+@click.group()
+def main() -> None:
+    """Costs of training, and what its parts are worth."""
+
+
+@main.command("step")
+@click.option("--device", type=click.Choice(("cpu", "cuda")), default=None, help="[default: CUDA where there is one]")
+@click.option("--dtype", type=click.Choice(("auto", "bfloat16", "float32")), default="auto", show_default=True)
+@click.option("--repeats", default=7, show_default=True)
+@click.option("--rows", default=4, show_default=True)
+@click.option("--row-length", default=512, show_default=True)
+@THREADS
+@QUICK
+@JSON
+def step_costs(
+    device: str | None, dtype: str, repeats: int, rows: int, row_length: int, threads: int | None, quick: bool,
+    as_json: bool,
+) -> None:  # fmt: skip
+    """A denoiser's step against an AR step, in both shapes (--quick: the bundled one, on few tokens)."""
+    start(threads)
+    kept_length, chosen = 4096, shapes()
+    if quick:
+        repeats, rows, row_length, kept_length = 1, 1, 64, 64
+        chosen = {"bundled": chosen["bundled"]}
+    world = fsdp.start(device)
+    compute = compute_dtype(dtype, world.device)
+    results = [
+        measure(
+            name, shape, world, compute, repeats=repeats, rows=rows, length=row_length, kept_length=kept_length
+        )
+        for name, shape in chosen.items()
+    ]  # fmt: skip
+    facts = {"machine": surroundings(world.device, compute), "block_size": BLOCK, "results": results}
+    publish("train step", facts, [table_of_steps(results)], as_json)
+    fsdp.stop()
+
+
+@main.command("ablations")
+@click.argument("data", type=DIRECTORY)
+@click.argument("out", type=click.Path(file_okay=False, path_type=Path))
+@click.option("--steps", default=1200, show_default=True, help="Of each denoiser.")
+@click.option("--backbone-steps", default=2500, show_default=True)
+@click.option("--seed", "seeds", type=int, multiple=True, default=(1, 2), show_default=True)
+@click.option("--only", multiple=True, type=click.Choice([one.name for one in ablations.VARIATIONS]))
+@click.option("--device", type=click.Choice(("cpu", "cuda")), default="cpu", show_default=True)
+@THREADS
+def ablations_of_the_design(
+    data: Path, out: Path, steps: int, backbone_steps: int, seeds: tuple[int, ...], only: tuple[str, ...], device: str,
+    threads: int | None,
+) -> None:  # fmt: skip
+    """Trains each variation that is not done yet, then prints the table in Markdown."""
+    start(threads)
+    out.mkdir(parents=True, exist_ok=True)
+    world = fsdp.start(device)
+    material = ablations.prepare(data, out, backbone_steps, world)
+    for seed in seeds:
+        for variation in ablations.VARIATIONS:
+            if not only or variation.name in only:
+                ablations.run_once(material, variation, seed, steps, out)
+    print("\n".join(ablations.table(out, seeds)))
+    fsdp.stop()
+
+
+if __name__ == "__main__":
+    main()
