@@ -12,11 +12,12 @@ from torch import Tensor, nn
 
 from twotower import LLM, GenerationParams, Request, bundled_model, model_loading
 from twotower.model.layer_io import Visibility
+from twotower.model.tower import PassInputs, Tower
 from twotower.ops import self_check_cases
 from twotower.ops.cpu import kernels, library, packed_weights
 from twotower.ops.reference import experts
-from twotower.runners import fused_cpu
 from twotower.runners import packed_weights as packing
+from twotower.runners.fused_cpu import FusedCPURunner
 
 CPU = torch.device("cpu")
 NARROW = (torch.float32, torch.bfloat16)
@@ -92,14 +93,17 @@ def test_a_packed_model_says_the_same(residual_in_fp32: bool, dtype: torch.dtype
             outs.append((last, logits, draft, step))
     for mine, twin in zip(*outs[::-1], strict=True):
         assert (mine - twin).abs().max() < (5e-4 if dtype == torch.float32 else 0.2) * twin.std()
-    assert fused_cpu.plan_of(model.context).all_packed
+    assert all_packed(model.context)
     with torch.no_grad():
-        assert (
-            fused_cpu.run(model.context, model.context.embed(tokens[:, :20]), Visibility(), None, None, True)
-            is not None
-        )
+        assert FusedCPURunner().run(model.context, PassInputs(tokens[:, :20], Visibility())) is not None
     model.unpack()
     assert all(packed_weights.of(weight) is None for weight in packing.matrices(model))
+
+
+def all_packed(tower: Tower) -> bool:
+    """Whether the last pass of the tower read packed weights in every product."""
+    (runner,) = (runner for runner in tower.runners if isinstance(runner, FusedCPURunner))
+    return runner.weights is not None and runner.weights.all_packed
 
 
 def _linear(width: int = 24, out: int = 40) -> tuple[nn.Parameter, Tensor]:
@@ -129,7 +133,7 @@ def test_a_model_changed_in_any_way_says_what_it_now_is(change: str) -> None:
     weight = tower.layers[EVERY_KIND.index("M")].mixer.in_proj.weight
     with torch.no_grad():
         before = tower(tokens, Visibility())[0]
-        assert fused_cpu.plan_of(tower).all_packed
+        assert all_packed(tower)
         match change:
             case "step":
                 weight.add_(0.5)

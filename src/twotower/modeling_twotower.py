@@ -31,7 +31,8 @@ from twotower.model.layer_io import Visibility
 from twotower.model.packed_forward import Layout, context_pass
 from twotower.model.tower import Tower
 from twotower.ops.precision import widened
-from twotower.runners import fused_cpu, packed_weights
+from twotower.runners import packed_weights
+from twotower.runners.attach import attach_runners
 
 Towers = Literal["both", "context"]
 PREFILL_CHUNK = 512  # tokens of a prompt read in one pass, layer by layer
@@ -56,6 +57,9 @@ class TwoTowerForCausalLM(PreTrainedModel):
         self.context = Tower(backbone)
         self.denoiser = Tower(backbone) if towers == "both" else None
         self.time = TimeConditioning(backbone.hidden_size, backbone.num_layers) if towers == "both" else None
+        for tower in (self.context, self.denoiser):
+            if tower is not None:
+                attach_runners(tower)
         self.tokenizer_source: Path | None = None
         self._tokenizer: Any = None
         self.transport: Transport | None = None
@@ -178,7 +182,8 @@ class TwoTowerForCausalLM(PreTrainedModel):
     def prompt_piece(self) -> int:
         """Tokens of a prompt that are best read in one pass."""
         with torch.no_grad():
-            return fused_cpu.LONGEST if fused_cpu.serves(self.context) else PREFILL_CHUNK
+            pieces = (runner.prompt_piece(self.context) for runner in self.context.runners)
+            return next((piece for piece in pieces if piece is not None), PREFILL_CHUNK)
 
     def prefill(self, tokens: Tensor, lengths: Tensor, state: TowerState, rows: Tensor | None = None) -> Tensor:
         """Reads prompts piece by piece.
