@@ -120,7 +120,7 @@ class CUDAGraphRunner:
         """The weights as they are now; None where a recording cannot stand for the tower."""
         if self._plan is None or not self._plan.holds():
             self._plan, self._weights = ModulePlan(tower), None
-        if not self._plan.runs_as_written():
+        if not self._plan.runs_as_written(tower):
             return None
         if self._weights is None or not self._plan.unchanged(self._weights):
             self._weights = self._plan.weights()

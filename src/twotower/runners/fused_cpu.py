@@ -51,7 +51,7 @@ class FusedCPURunner:
         if not 0 < count <= few(weight.dtype, packed=True) or inputs.tokens.shape[1] > LONGEST:
             return None
         plan = self._plan_of(tower)
-        if not self._serves(plan, weight) or not plan.runs_as_written():
+        if not self._serves(plan, weight) or not plan.runs_as_written(tower):
             return None
         weights = self.weights
         if weights is None or not weights.still_true(plan, weight.dtype):

@@ -6,9 +6,9 @@ own, that no hook watches a module, and that each weight is the same tensor at t
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
-from itertools import repeat
-from operator import contains, eq, is_
+from collections.abc import Callable
+from itertools import compress, repeat
+from operator import contains, eq
 from typing import Any, NamedTuple
 
 from torch import Tensor, nn
@@ -29,13 +29,15 @@ OWN_MODULES: frozenset[type[nn.Module]] = frozenset({
 
 
 _tensor: Callable[[dict[str, Any], str], Tensor | None] = dict.get
+_address: Callable[[Any], int] = Tensor.data_ptr
 
 
 class Weights(NamedTuple):
-    """Every parameter and buffer of a tower at one moment, and the addresses of those that are not None."""
+    """Every parameter and buffer of a tower at one moment: its identity, whether it is not None, and, if so, its
+    address. No reference is kept."""
 
-    tensors: Sequence[Tensor | None]
-    present: Sequence[Tensor]
+    ids: list[int]
+    present: list[bool]
     addresses: tuple[int, ...]
 
 
@@ -48,13 +50,13 @@ class ModulePlan:
         # The dictionaries of a module are made with the module and stay the same objects.
         self._children = [module._modules for module in modules]
         self._known_children = [dict(children) for children in self._children]
-        self._attributes = [module.__dict__ for module in modules]
+        self._attributes = [module.__dict__ for module in modules[1:]]  # not the tower: its dictionary holds the runner
         self._hooks = [hooks for module in modules for hooks in (module._forward_hooks, module._forward_pre_hooks)]
         self.int8 = any(isinstance(module, Int8Linear | Int8Experts) for module in modules)
         self._own = all(type(module) in OWN_MODULES for module in modules)
-        holders: list[dict[str, Any]] = [
-            holder for module in modules for holder in (module._parameters, module._buffers)
-        ]
+        holders: list[dict[str, Any]] = []
+        for module in modules:
+            holders += module._parameters, module._buffers
         self._holders = [holder for holder in holders for _ in holder]
         self._names = [name for holder in holders for name in holder]
 
@@ -62,20 +64,21 @@ class ModulePlan:
         """Whether the tower still consists of the same modules."""
         return all(map(eq, self._children, self._known_children))
 
-    def runs_as_written(self) -> bool:
+    def runs_as_written(self, tower: Tower) -> bool:
         """Whether every module is this package's own, and none has hooks or another `forward`."""
-        if not self._own or _has_any_global_hook():
+        if not self._own or _has_any_global_hook() or "forward" in tower.__dict__:
             return False
         return not any(self._hooks) and not any(map(contains, self._attributes, repeat("forward")))
 
     def weights(self) -> Weights:
         """The weights as they are now."""
         tensors = list(map(_tensor, self._holders, self._names))
-        present = [tensor for tensor in tensors if tensor is not None]
-        return Weights(tensors, present, tuple(map(Tensor.data_ptr, present)))
+        addresses = tuple(tensor.data_ptr() for tensor in tensors if tensor is not None)
+        return Weights(list(map(id, tensors)), [tensor is not None for tensor in tensors], addresses)
 
     def unchanged(self, known: Weights) -> bool:
         """Whether each weight is still the same tensor at the same address. (A value changed in place is not seen.)"""
-        if not all(map(is_, map(_tensor, self._holders, self._names), known.tensors)):
+        tensors = list(map(_tensor, self._holders, self._names))
+        if list(map(id, tensors)) != known.ids:
             return False
-        return all(map(eq, map(Tensor.data_ptr, known.present), known.addresses))
+        return tuple(map(_address, compress(tensors, known.present))) == known.addresses

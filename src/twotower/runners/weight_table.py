@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
-from operator import attrgetter, eq
+from collections.abc import Callable, Iterator
+from operator import attrgetter, eq, is_
 from typing import NamedTuple
 
 import numpy as np
@@ -11,8 +11,9 @@ import torch
 from torch import Tensor, nn
 
 from twotower.model.tower import Layer, Tower
-from twotower.ops.cpu import packed_weights
+from twotower.ops.cpu.packed_weights import PackedWeight
 from twotower.runners.module_plan import ModulePlan
+from twotower.runners.packed_weights import matrices
 
 KINDS = {"M": 0, "*": 1, "E": 2, "-": 3}
 PLACES_PER_LAYER = 12  # WEIGHTS in tower.h
@@ -30,8 +31,10 @@ PLACES = {
     ),
     "-": ("up_proj.weight", "up_proj.bias", "down_proj.weight", "down_proj.bias"),
 }  # fmt: skip
-# Of those places the ones that are read from packed weights where there are any.
-PRODUCTS = {"M": (1, 9), "*": (1, 3, 5, 7), "E": (3, 4, 5, 7), "-": (1, 3)}
+
+
+_panels_of: Callable[[PackedWeight], Tensor | None] = attrgetter("panels")
+_version_of: Callable[[Tensor], int] = attrgetter("_version")
 
 
 class Place(NamedTuple):
@@ -41,7 +44,7 @@ class Place(NamedTuple):
     tensor: Tensor | None
     dtype: torch.dtype
     optional: bool = False
-    product: bool = False
+    packed: PackedWeight | None = None
 
 
 class WeightTable:
@@ -59,17 +62,18 @@ class WeightTable:
         self.fits = all(map(_fits, places)) and tower.norm_f.weight.dtype == self.dtype
         self._table = np.zeros(3 * size, np.uintp)
         self._packed: list[Tensor] = []
-        self._changes = packed_weights.changes()
+        self._copies = [place.packed for place in places if place.packed is not None]
         for place in places:
             if place.tensor is None:
                 continue
             self._table[place.slot] = place.tensor.data_ptr()
-            panels = packed_weights.of(place.tensor) if place.product else None
+            panels = None if place.packed is None else place.packed.of(place.tensor)
             if panels is not None:
                 self._table[place.slot + size] = panels.data_ptr()
                 self._packed.append(place.tensor)
-        self._versions = list(map(attrgetter("_version"), self._packed))
-        self.all_packed = len(self._packed) == sum(place.product for place in places)
+        self._versions = list(map(_version_of, self._packed))
+        self._panels = list(map(_panels_of, self._copies))
+        self.all_packed = all(panels is not None for panels in self._panels)
         self.norm_f = tower.norm_f.weight.data_ptr()
         self._kinds = np.array([KINDS[layer.kind] for layer in tower.all_layers()], np.int64)
         self.kinds = self._kinds.ctypes.data
@@ -79,8 +83,8 @@ class WeightTable:
         """Whether the weights are the same tensors at the same addresses, and the packed ones unchanged."""
         return (
             dtype == self.dtype
-            and self._changes == packed_weights.changes()
-            and all(map(eq, map(attrgetter("_version"), self._packed), self._versions))
+            and all(map(is_, map(_panels_of, self._copies), self._panels))
+            and all(map(eq, map(_version_of, self._packed), self._versions))
             and plan.unchanged(self._weights)
         )
 
@@ -94,6 +98,7 @@ def _fits(place: Place) -> bool:
 def _places(tower: Tower, size: int) -> Iterator[Place]:
     """Every weight of the layers. size: of one of the three parts of the table."""
     dtype = tower.embeddings.weight.dtype
+    packed = {id(weight): copy for weight, copy in matrices(tower)}
     for i, layer in enumerate(tower.all_layers()):
         for place, name in enumerate(("norm.weight", *(f"mixer.{name}" for name in PLACES[layer.kind]))):
             module, leaf = _holder(layer, name.rstrip("!"))
@@ -104,7 +109,7 @@ def _places(tower: Tower, size: int) -> Iterator[Place]:
                 yield Place(slot + 2 * size, scale, torch.float32)
                 continue
             wanted = torch.float32 if name.endswith("!") else dtype
-            yield Place(slot, tensor, wanted, leaf == "bias", place in PRODUCTS[layer.kind])
+            yield Place(slot, tensor, wanted, leaf == "bias", packed.get(id(tensor)))
 
 
 def _holder(layer: Layer, name: str) -> tuple[nn.Module, str]:
