@@ -26,8 +26,9 @@ from transformers import AutoModelForCausalLM, PreTrainedTokenizerFast
 from twotower import TwoTowerForCausalLM
 from twotower.checkpoint import convert as conversion
 from twotower.checkpoint.convert import Converted, convert
-from twotower.checkpoint.reader import INDEX_FILE, SINGLE_FILE, WIDE_SUFFIXES
+from twotower.checkpoint.reader import INDEX_FILE, SINGLE_FILE
 from twotower.errors import ArgumentError
+from twotower.model.wide_tensors import WIDE_SUFFIXES
 
 ORIGINAL, CURRENT = "original", "transformers 5"
 LAYOUTS = (ORIGINAL, CURRENT)
@@ -718,7 +719,7 @@ def test_memory_is_far_below_the_size(tmp_path: Path, layout: str) -> None:
 def write_large(directory: Path, pattern: str, shape: dict[str, int], layout: str) -> None:
     """A one-tower checkpoint in bf16, in five shards."""
     from twotower import TwoTowerConfig
-    from twotower.checkpoint.reader import one_tower_slots
+    from twotower.checkpoint.names import one_tower_slots
     from twotower.checkpoint.writer import Piece, write_shards
 
     config = TwoTowerConfig(hybrid_override_pattern=pattern, **shape)

@@ -16,14 +16,16 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from twotower import GenerationParams, TwoTowerForCausalLM, generate, modeling_twotower
+from twotower import GenerationParams, TwoTowerForCausalLM, generate
 from twotower.checkpoint.quantize import quantization_of, quantize_
-from twotower.checkpoint.reader import SINGLE_FILE, tensors
+from twotower.checkpoint.reader import SINGLE_FILE
 from twotower.engine import LLM, Request
 from twotower.errors import ArgumentError
 from twotower.model.layer_io import Visibility
 from twotower.model.linear import Int8Linear
 from twotower.model.tower import PassInputs
+from twotower.model.towers import PREFILL_CHUNK
+from twotower.model.wide_tensors import tensors
 from twotower.ops import self_check_cases
 from twotower.ops.cpu import kernels, library
 from twotower.ops.reference import int8
@@ -217,7 +219,7 @@ def test_a_wrong_int8_kernel_costs_only_int8_towers(name: str, monkeypatch: pyte
     with torch.no_grad():
         model = build_random_model(EVERY_KIND)
         assert model.prompt_piece == fused_cpu.LONGEST
-        assert quantize_(model).prompt_piece == modeling_twotower.PREFILL_CHUNK
+        assert quantize_(model).prompt_piece == PREFILL_CHUNK
 
 
 # --- what is quantised, and what moving it does -----------------------------------------------------------------------

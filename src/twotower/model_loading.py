@@ -13,7 +13,8 @@ from twotower.assets import bundled_model
 from twotower.errors import ArgumentError, CheckpointError
 
 if TYPE_CHECKING:
-    from twotower.modeling_twotower import Towers, TwoTowerForCausalLM
+    from twotower.model.towers import Towers, TwoTowerModel
+    from twotower.modeling_twotower import TwoTowerForCausalLM
 
 # Operations this small gain nothing from a second thread, and waiting for one on a busy machine is 3× slower.
 ONE_THREAD_BELOW = 50_000_000
@@ -64,7 +65,7 @@ def load(
     """
     import torch
 
-    from twotower.checkpoint.reader import tensors
+    from twotower.model.wide_tensors import tensors
     from twotower.modeling_twotower import TwoTowerForCausalLM
     from twotower.ops.precision import multiplies_bf16_fast
     from twotower.runners import packed_weights
@@ -106,7 +107,7 @@ def placement(model: TwoTowerForCausalLM) -> dict[str, Any]:
     }
 
 
-def eos_of(model: TwoTowerForCausalLM) -> Any:
+def eos_of(model: TwoTowerModel) -> Any:
     """The config's end-of-text token(s); the tokenizer's where the config has none."""
     eos = model.config.eos_token_id
     return eos if eos is not None else getattr(model.tokenizer, "eos_token_id", None)

@@ -10,7 +10,7 @@ from twotower.engine.structured import check_constraint
 from twotower.errors import ArgumentError
 
 if TYPE_CHECKING:
-    from twotower.modeling_twotower import TwoTowerForCausalLM
+    from twotower.model.towers import TwoTowerModel
 
 
 def columns(request: Request, block_size: int) -> int:
@@ -20,7 +20,7 @@ def columns(request: Request, block_size: int) -> int:
     return len(request.prompt) + params.max_new_tokens + min(params.block_size, block_size)
 
 
-def check(model: TwoTowerForCausalLM, request: Request, length: int, block_size: int, most_columns: int) -> None:
+def check(model: TwoTowerModel, request: Request, length: int, block_size: int, most_columns: int) -> None:
     """length, block_size: of the engine's longest text and block; most_columns: that its memory holds.
 
     Raises:

@@ -19,7 +19,7 @@ from twotower.ops.host_transfer import Fetched, placed
 
 if TYPE_CHECKING:
     from twotower.cache.hybrid_cache import TowerState
-    from twotower.modeling_twotower import TwoTowerForCausalLM
+    from twotower.model.towers import TwoTowerModel
 
 SMALL = 64  # tokens: a pass of so few costs hardly more than one of a single token, so padding it is free
 
@@ -76,7 +76,7 @@ class Reading:
     told: Told | None
 
 
-def launch(model: TwoTowerForCausalLM, state: TowerState, works: Sequence[Work]) -> Reading:
+def launch(model: TwoTowerModel, state: TowerState, works: Sequence[Work]) -> Reading:
     """Puts one context pass over the works' tokens on its way; scored rows choose and check. From here on the state,
     and each row, count the tokens as read."""
     device = state.lengths.device

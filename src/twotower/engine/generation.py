@@ -24,7 +24,7 @@ from twotower.engine.loops.speculative import verified
 from twotower.errors import ArgumentError
 
 if TYPE_CHECKING:
-    from twotower.modeling_twotower import TwoTowerForCausalLM
+    from twotower.model.towers import TwoTowerModel
 
 __all__ = ["MODES", "BlockEvent", "Generation", "GenerationParams", "generate", "stream"]
 
@@ -38,7 +38,7 @@ LOOPS: dict[str, Loop] = {
 
 
 def generate(
-    model: TwoTowerForCausalLM,
+    model: TwoTowerModel,
     prompts: Prompts,
     params: GenerationParams,
     attention_mask: Tensor | None = None,
@@ -54,7 +54,7 @@ def generate(
 
 
 def stream(
-    model: TwoTowerForCausalLM,
+    model: TwoTowerModel,
     prompts: Prompts,
     mode: str = "diffusion",
     *,
@@ -69,7 +69,7 @@ def stream(
 
 
 def generate_tensor(
-    model: TwoTowerForCausalLM,
+    model: TwoTowerModel,
     prompts: Prompts,
     params: GenerationParams,
     attention_mask: Tensor | None = None,
@@ -87,7 +87,7 @@ def generate_tensor(
 
 
 def generate_like_transformers(
-    model: TwoTowerForCausalLM,
+    model: TwoTowerModel,
     inputs: Tensor | None = None,
     generation_config: Any = None,
     *,
@@ -121,7 +121,7 @@ def generate_like_transformers(
 
 
 def _checked(
-    model: TwoTowerForCausalLM, prompts: Prompts, params: GenerationParams, attention_mask: Tensor | None
+    model: TwoTowerModel, prompts: Prompts, params: GenerationParams, attention_mask: Tensor | None
 ) -> PromptRows:
     vocab_size = model.config.backbone.vocab_size
     rows = read_prompts(prompts, attention_mask, model.tokenizer, vocab_size, _pad_token(model))
@@ -129,7 +129,7 @@ def _checked(
     return rows
 
 
-def check(model: TwoTowerForCausalLM, params: GenerationParams, prompt_lengths: Sequence[int]) -> None:
+def check(model: TwoTowerModel, params: GenerationParams, prompt_lengths: Sequence[int]) -> None:
     """Raises ArgumentError where this model cannot do what is asked."""
     params.check_against(model.config, prompt_lengths)
     if params.stop and model.tokenizer is None:
@@ -138,7 +138,7 @@ def check(model: TwoTowerForCausalLM, params: GenerationParams, prompt_lengths: 
         raise ArgumentError(f'mode is {params.mode!r} but only the context tower was loaded; load with towers="both"')
 
 
-def _session(model: TwoTowerForCausalLM, rows: PromptRows, params: GenerationParams) -> Session:
+def _session(model: TwoTowerModel, rows: PromptRows, params: GenerationParams) -> Session:
     chosen, why = resolve(model, params, len(rows.ids))
     return Session(model, rows.ids, chosen, model.tokenizer, why)
 
@@ -152,7 +152,7 @@ def _run_to_end(session: Session, asked: GenerationParams, callback: StepCallbac
 
 @torch.no_grad()
 def _events(
-    model: TwoTowerForCausalLM, rows: PromptRows, params: GenerationParams, callback: StepCallback | None
+    model: TwoTowerModel, rows: PromptRows, params: GenerationParams, callback: StepCallback | None
 ) -> Iterator[BlockEvent]:
     session = _session(model, rows, params)
     for events in LOOPS[session.params.mode](session, callback):
@@ -170,6 +170,6 @@ def _learned(session: Session, asked: GenerationParams) -> list[Generation]:
     return results
 
 
-def _pad_token(model: TwoTowerForCausalLM) -> int:
+def _pad_token(model: TwoTowerModel) -> int:
     pad = getattr(model.config, "pad_token_id", None)  # transformers 5 sets it only where the file has it
     return pad if isinstance(pad, int) else 0

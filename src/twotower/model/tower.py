@@ -159,6 +159,11 @@ class Tower(nn.Module):
             added.append(new)
         return self.norm_f(x), added
 
+    def logits(self, hidden: Tensor, wide: bool = True) -> Tensor:
+        """hidden (…, H) → logits (…, V) in at least fp32 (wide=False: in the tower's own dtype)."""
+        logits = self.head(hidden)
+        return widened(logits) if wide else logits
+
     def release(self) -> None:
         """Frees what the runners have prepared; they prepare it again when it is needed."""
         for runner in self.runners:

@@ -200,7 +200,7 @@ def experts_int8_cases(device: torch.device, dtype: torch.dtype, width: int = 37
     """Those of `experts` that are not packed."""
 
     def arguments(case: Case) -> tuple[Any, ...]:
-        *routed, up, down = case.arguments()
+        *routed, up, down, _ = case.arguments()
         return *routed, *quantized(up), *quantized(down)
 
     return [_case(case.name, arguments, case) for case in experts_cases(device, dtype, width, inner, (False,))]

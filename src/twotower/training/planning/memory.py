@@ -21,12 +21,12 @@ from torch import Tensor, nn
 from torch.overrides import TorchFunctionMode
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from twotower.checkpoint.reader import cast, is_wide
 from twotower.config import BackboneConfig
 from twotower.model.conditioning import Modulation, TimeConditioning
 from twotower.model.moe import Experts
 from twotower.model.packed_forward import Layout
 from twotower.model.tower import Tower
+from twotower.model.wide_tensors import cast, is_wide
 from twotower.ops.reference.experts import experts_grouped
 from twotower.training.layer_pair import PairedLayer, run_unit
 from twotower.training.objective import DenoisingObjective, DenoisingOptions, negative_log_likelihood
