@@ -41,6 +41,11 @@ class FusedCPURunner:
         self.weights: WeightTable | None = None
         self._tables: OrderedDict[PassShape, PassTables] = OrderedDict()
 
+    @property
+    def prepared(self) -> int:
+        """Shapes of pass that are prepared."""
+        return len(self._tables)
+
     def prompt_piece(self, tower: Tower) -> int | None:
         """Tokens of a prompt that are best read in one pass; None where this runner does not serve the tower."""
         return LONGEST if self._serves(self._plan_of(tower), tower.embeddings.weight) else None
