@@ -50,7 +50,7 @@ class TwoTowerForCausalLM(TwoTowerModel, PreTrainedModel):
         self.tokenizer_source: Path | None = None
         self._tokenizer: Any = None
 
-    # --- loading and saving (the work is in checkpoint.py) -----------------------------------------------------
+    # --- loading and saving (the work is in checkpoint/) -------------------------------------------------------
 
     @classmethod
     def from_pretrained(cls, pretrained_model_name_or_path: Any, *args: Any, **kwargs: Any) -> TwoTowerForCausalLM:
