@@ -57,13 +57,17 @@ class PassTables:
     """The tables of one shape. Only one pass at a time may use them."""
 
     def __init__(self, config: BackboneConfig, shape: PassShape, residual: torch.dtype) -> None:
-        self._shape, self._config = shape, config
+        self._layers = config.num_layers
         pattern = config.hybrid_override_pattern
         reads = {MambaPast: True, Cached: shape.has_context}
         self._past = [i for i, kind in enumerate(shape.past) if reads.get(kind, False)]
-        self._traces = AddedPart([i for i, kind in enumerate(pattern) if kind == "M" and shape.trace])
-        self._keys = AddedPart([i for i, kind in enumerate(pattern) if kind == "*"])
-        self._key_size = shape.rows, shape.length, config.num_key_value_heads, config.head_dim
+        mamba = [i for i, kind in enumerate(pattern) if kind == "M" and shape.trace]
+        attention = [i for i, kind in enumerate(pattern) if kind == "*"]
+        inputs = torch.empty(len(mamba), shape.rows, shape.length, config.conv_dim, dtype=shape.dtype)
+        heads = config.mamba_num_heads, config.mamba_head_dim, config.n_groups, config.ssm_state_size
+        keys = shape.rows, shape.length, config.num_key_value_heads, config.head_dim
+        self._traces = AddedPart(mamba, empty_trace(inputs, *heads))
+        self._keys = AddedPart(attention, [torch.empty(len(attention), *keys, dtype=shape.dtype)] * 2)
         self._inputs = np.zeros(len(pattern) * PLACES_PER_LAYER, np.uintp)
         self._modulation_places = _places(range(len(pattern)), *MODULATION)
         self._past_places = _places(self._past, *PAST)
@@ -96,41 +100,33 @@ class PassTables:
         return kept
 
     def added(self, like: Tensor) -> list[Added]:
-        """Memory for what the layers add, beside the tensor `like`: one tensor for all layers of a kind, since a small
-        tensor takes longer to make than to fill."""
-        config, shape = self._config, self._shape
-        added: list[Added] = [None] * config.num_layers
-        if layers := self._traces.layers:
-            xBC = like.new_empty(len(layers), shape.rows, shape.length, config.conv_dim)
-            sizes = config.mamba_num_heads, config.mamba_head_dim, config.n_groups, config.ssm_state_size
-            stacked = empty_trace(xBC, *sizes)
-            self._traces.put(stacked, self._inputs)
-            for i, parts in zip(layers, zip(*map(Tensor.unbind, stacked), strict=True), strict=True):
-                added[i] = MambaTrace(*parts)
-        if layers := self._keys.layers:
-            pair = like.new_empty(2, len(layers), *self._key_size)
-            self._keys.put(pair.unbind(), self._inputs)
-            keys, values = pair.transpose(3, 4).unbind()
-            for i, k, v in zip(layers, keys.unbind(), values.unbind(), strict=True):
-                added[i] = KeyValue(k, v)
+        """Memory for what the layers add, beside the tensor `like`."""
+        added: list[Added] = [None] * self._layers
+        for i, parts in self._traces.allocate(like, self._inputs):
+            added[i] = MambaTrace(*parts)
+        for i, (k, v) in self._keys.allocate(like, self._inputs):
+            added[i] = KeyValue(k.transpose(1, 2), v.transpose(1, 2))
         return added
 
 
 class AddedPart:
-    """Where the layers of one kind stand in the table with what they add."""
+    """What the layers of one kind add: one tensor (layers, …) for each part, since a small tensor takes longer to make
+    than to fill. like: a tensor of each part's shape and dtype."""
 
-    def __init__(self, layers: list[int]) -> None:
-        self.layers = layers
-        self._places: np.ndarray | None = None  # made with the offsets, from the first tensors
-        self._offsets: np.ndarray | None = None
+    def __init__(self, layers: list[int], like: Sequence[Tensor]) -> None:
+        self._layers = layers
+        self._parts = [(part.shape, part.dtype) for part in like]
+        steps = np.array([part.stride(0) * part.element_size() for part in like], np.uintp)
+        self._offsets = np.arange(len(layers), dtype=np.uintp)[:, None] * steps
+        self._places = _places(layers, ADDED, ADDED + len(like)).reshape(self._offsets.shape)
 
-    def put(self, stacked: Sequence[Tensor], table: np.ndarray) -> None:
-        """The address of each layer's part of tensors (layers, …), of the same shapes at each call."""
-        if self._places is None or self._offsets is None:
-            self._places = _places(self.layers, ADDED, ADDED + len(stacked)).reshape(len(self.layers), len(stacked))
-            steps = np.array([part.stride(0) * part.element_size() for part in stacked], np.uintp)
-            self._offsets = np.arange(len(self.layers), dtype=np.uintp)[:, None] * steps
-        table[self._places] = self._offsets + _addresses(stacked)
+    def allocate(self, like: Tensor, table: np.ndarray) -> Iterable[tuple[int, tuple[Tensor, ...]]]:
+        """New memory, entered in the table → each layer with its parts."""
+        if not self._layers:
+            return ()
+        parts = [like.new_empty(size, dtype=dtype) for size, dtype in self._parts]
+        table[self._places] = self._offsets + _addresses(parts)
+        return zip(self._layers, zip(*map(Tensor.unbind, parts), strict=True), strict=True)
 
 
 def _places(layers: Iterable[int], first: int, end: int) -> np.ndarray:
