@@ -16,13 +16,13 @@ from command import Result
 from torch import nn
 
 from twotower import TwoTowerConfig, TwoTowerForCausalLM
-from twotower.checkpoint.reader import cast
 from twotower.cli.main import run
 from twotower.model.conditioning import TimeConditioning
 from twotower.model.linear import Linear
 from twotower.model.mamba2 import Mamba2
 from twotower.model.moe import Experts, Router
 from twotower.model.norm import GatedGroupRMSNorm, RMSNorm
+from twotower.model.wide_tensors import cast
 from twotower.ops.cpu import library
 
 library.library()  # compiled now if ever: not in the middle of a test that reads stderr

@@ -22,8 +22,7 @@ from twotower.model.moe import Router
 
 # The package gives two of its functions the names of their modules, so the modules are asked for by name.
 diffusion, autoregressive, speculative = (
-    importlib.import_module(f"twotower.engine.loops.{name}")
-    for name in ("diffusion", "autoregressive", "speculative")
+    importlib.import_module(f"twotower.engine.loops.{name}") for name in ("diffusion", "autoregressive", "speculative")
 )
 
 Key = tuple[Any, ...]  # (kind of pass, block, step, what)

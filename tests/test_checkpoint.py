@@ -14,8 +14,10 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor
 
 from twotower import TwoTowerForCausalLM
-from twotower.checkpoint.reader import INDEX_FILE, SINGLE_FILE, WIDE_SUFFIXES, cast, slots
+from twotower.checkpoint.names import slots
+from twotower.checkpoint.reader import INDEX_FILE, SINGLE_FILE
 from twotower.errors import ArgumentError, CheckpointError, ConfigError, TwoTowerError
+from twotower.model.wide_tensors import WIDE_SUFFIXES, cast
 
 Factory = Callable[..., TwoTowerForCausalLM]
 PROMPT = torch.arange(5, 25)[None]

@@ -18,15 +18,20 @@ from torch.nn import functional as F
 
 from twotower import GenerationParams, TwoTowerForCausalLM, generate
 from twotower.checkpoint.quantize import quantization_of, quantize_
-from twotower.checkpoint.reader import SINGLE_FILE, tensors
+from twotower.checkpoint.reader import SINGLE_FILE
 from twotower.engine import LLM, Request
 from twotower.errors import ArgumentError
+from twotower.model.layer_io import Visibility
 from twotower.model.linear import Int8Linear
+from twotower.model.tower import PassInputs
+from twotower.model.towers import PREFILL_CHUNK
+from twotower.model.wide_tensors import tensors
 from twotower.ops import self_check_cases
 from twotower.ops.cpu import kernels, library
 from twotower.ops.reference import int8
 from twotower.ops.reference.experts import experts_dense
 from twotower.runners import fused_cpu
+from twotower.runners.fused_cpu import FusedCPURunner
 
 pytestmark = pytest.mark.code_path
 CPU = torch.device("cpu")
@@ -170,7 +175,7 @@ def test_a_tower_in_one_call_is_its_layers(length: int, dtype: torch.dtype, monk
     outs = []
     for at_once in (True, False):
         if not at_once:
-            monkeypatch.setattr(fused_cpu, "run", lambda *_: None)
+            monkeypatch.setattr(FusedCPURunner, "run", lambda *_: None)
         with torch.no_grad():
             state = model.new_state(3, 60)
             model.prefill(tokens[:, :12], torch.tensor([12, 7, 0]), state)
@@ -190,7 +195,7 @@ def test_a_quantised_tower_does_run_in_one_call() -> None:
 
     def ran() -> bool:
         with torch.no_grad():
-            return fused_cpu.run(tower, tower.embed(tokens), fused_cpu.Visibility(), None, None, False) is not None
+            return FusedCPURunner().run(tower, PassInputs(tokens, Visibility(), trace=False)) is not None
 
     assert ran()
     quantize_(tower.layers[0])
@@ -207,15 +212,15 @@ def test_a_quantised_tower_does_run_in_one_call() -> None:
 def test_a_wrong_int8_kernel_costs_only_int8_towers(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
     real = fused_cpu.select
 
-    def select(op: str, *arguments: Any) -> Any:
-        backend = real(op, *arguments)
+    def select(op: str, *arguments: Any, **options: Any) -> Any:
+        backend = real(op, *arguments, **options)
         return dataclasses.replace(backend, name="torch") if op == name else backend
 
     monkeypatch.setattr(fused_cpu, "select", select)
     with torch.no_grad():
         model = build_random_model(EVERY_KIND)
-        assert fused_cpu.serves(model.context)
-        assert not fused_cpu.serves(quantize_(model).context)
+        assert model.prompt_piece == fused_cpu.LONGEST
+        assert quantize_(model).prompt_piece == PREFILL_CHUNK
 
 
 # --- what is quantised, and what moving it does -----------------------------------------------------------------------

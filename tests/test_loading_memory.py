@@ -12,7 +12,9 @@ import torch
 from safetensors.torch import save_file
 
 from twotower import TwoTowerConfig, TwoTowerForCausalLM
-from twotower.checkpoint.reader import INDEX_FILE, SINGLE_FILE, Slot, slots, wanted_dtype
+from twotower.checkpoint.names import Slot, slots
+from twotower.checkpoint.reader import INDEX_FILE, SINGLE_FILE
+from twotower.model.wide_tensors import wanted_dtype
 
 pytestmark = pytest.mark.skipif(not Path("/proc/self/status").exists(), reason="RssAnon is Linux's")
 

@@ -13,7 +13,7 @@ from torch.utils.flop_counter import FlopCounterMode
 
 from twotower.model.layer_io import Visibility
 from twotower.model.linear import Linear
-from twotower.model.tower import Tower
+from twotower.model.tower import PassInputs, Tower
 from twotower.ops import registry, self_check_cases
 from twotower.ops.cpu import kernels as ops
 from twotower.ops.cpu import library
@@ -21,7 +21,8 @@ from twotower.ops.reference.attention import Cached
 from twotower.ops.reference.mamba_block import MambaTrace
 from twotower.ops.registry import CATALOGUE, Backend
 from twotower.ops.self_check import Case, disagreement
-from twotower.runners import fused_cpu
+from twotower.runners import fused_cpu, module_plan
+from twotower.runners.fused_cpu import FusedCPURunner
 
 CPU = torch.device("cpu")
 NARROW = (torch.float32, torch.bfloat16)
@@ -100,8 +101,7 @@ def test_padding_visits_no_expert_that_no_token_visits(counts: list[list[int]], 
     assert set(chosen[0].flatten().tolist()) & set(idle)
     mixer.experts.up_proj.data[idle] = torch.nan
     if at_once:
-        assert fused_cpu.serves(tower)
-        run = fused_cpu.run(tower, tower.embed(tokens), sees, None, None, True)
+        run = FusedCPURunner().run(tower, PassInputs(tokens, sees))
         assert run is not None
         after = run[0]
     else:
@@ -203,14 +203,14 @@ def test_a_tower_in_one_call_is_its_layers(
     outs = []
     for at_once in (True, False):
         calls = []
-        real = fused_cpu.run
+        real = FusedCPURunner.run
 
         def run(*arguments: Any, at_once: bool = at_once, real: Any = real, calls: list[bool] = calls) -> Any:
             out = real(*arguments) if at_once else None
             calls.append(out is not None)
             return out
 
-        monkeypatch.setattr(fused_cpu, "run", run)
+        monkeypatch.setattr(FusedCPURunner, "run", run)
         with torch.no_grad():
             state = model.new_state(4, 0, 200)
             for row in (3, 0, 1):
@@ -286,12 +286,12 @@ def test_a_plan_outlives_hooks(monkeypatch: pytest.MonkeyPatch) -> None:
     tower = build_random_model(EVERY_KIND).context
     made: list[bool] = []
 
-    class Counted(fused_cpu.Plan):
+    class Counted(module_plan.ModulePlan):
         def __init__(self, tower: Tower) -> None:
             made.append(True)
             super().__init__(tower)
 
-    monkeypatch.setattr(fused_cpu, "Plan", Counted)
+    monkeypatch.setattr(fused_cpu, "ModulePlan", Counted)
 
     def ran() -> list[bool]:
         return [_at_once(tower) for _ in range(3)]
@@ -316,7 +316,7 @@ def test_a_tower_of_another_dtype_runs_at_once_too(monkeypatch: pytest.MonkeyPat
         assert _at_once(tower) == (tower.embeddings.weight.dtype != torch.float64)
         with torch.no_grad():
             at_once, _ = tower(tokens, Visibility())
-            monkeypatch.setattr(fused_cpu, "run", lambda *_: None)
+            monkeypatch.setattr(FusedCPURunner, "run", lambda *_: None)
             one_by_one, _ = tower(tokens, Visibility())
             monkeypatch.undo()
         torch.testing.assert_close(at_once, one_by_one, rtol=1e-5, atol=1e-5)
@@ -324,7 +324,8 @@ def test_a_tower_of_another_dtype_runs_at_once_too(monkeypatch: pytest.MonkeyPat
 
 def _at_once(tower: Tower) -> bool:
     with torch.no_grad():
-        return fused_cpu.run(tower, tower.embed(torch.tensor([[5, 6, 7]])), Visibility(), None, None, True) is not None
+        (runner,) = (runner for runner in tower.runners if isinstance(runner, FusedCPURunner))
+        return runner.run(tower, PassInputs(torch.tensor([[5, 6, 7]]), Visibility())) is not None
 
 
 @torch.no_grad()
@@ -337,7 +338,7 @@ def test_a_pass_longer_than_a_chunk_is_the_chunked_scan(length: int, monkeypatch
     outs = []
     for at_once in (True, False):
         if not at_once:
-            monkeypatch.setattr(fused_cpu, "run", lambda *_: None)
+            monkeypatch.setattr(FusedCPURunner, "run", lambda *_: None)
         assert _at_once(model.context) == at_once
         state = model.new_state(1, 2 * length)
         logits = [model.extend(tokens, state) for _ in range(2)]

@@ -3,20 +3,25 @@
 from __future__ import annotations
 
 import copy
+import gc
+import pickle
+import weakref
 from typing import Any
 
 import pytest
 import torch
 from conftest import EVERY_KIND, build_random_model
-from torch import Tensor, nn
+from torch import nn
 
 from twotower import LLM, GenerationParams, Request, bundled_model, model_loading, options
 from twotower.model.layer_io import Visibility
+from twotower.model.linear import Linear
+from twotower.model.tower import PassInputs, Tower
 from twotower.ops import self_check_cases
 from twotower.ops.cpu import kernels, library, packed_weights
 from twotower.ops.reference import experts
-from twotower.runners import fused_cpu
 from twotower.runners import packed_weights as packing
+from twotower.runners.fused_cpu import FusedCPURunner
 
 pytestmark = pytest.mark.code_path
 CPU = torch.device("cpu")
@@ -32,11 +37,14 @@ if isinstance(library.library(), str):
 def test_products_of_any_size(tokens: int, width: int, out: int, dtype: torch.dtype) -> None:
     draw = self_check_cases.Draw(1, CPU)
     x, weight, bias = draw(2, tokens, width).to(dtype), draw(out, width).to(dtype), draw(out).to(dtype)
-    assert kernels.pack(weight)
+    panels = kernels.pack(weight)
+    assert panels is not None
     tolerance = 1e-4 if dtype == torch.float32 else 4e-2
     for given in (bias, None):
         expected = torch.nn.functional.linear(x.double(), weight.double(), None if given is None else given.double())
-        torch.testing.assert_close(kernels.linear(x, weight, given).double(), expected, rtol=tolerance, atol=tolerance)
+        torch.testing.assert_close(
+            kernels.linear(x, weight, given, panels).double(), expected, rtol=tolerance, atol=tolerance
+        )
 
 
 @pytest.mark.parametrize("dtype", NARROW)
@@ -44,14 +52,14 @@ def test_a_tokens_result_does_not_depend_on_its_neighbours(dtype: torch.dtype) -
     """Bit for bit, whatever tile it falls into; nor on the number of threads."""
     draw = self_check_cases.Draw(2, CPU)
     x, weight = draw(60, 301).to(dtype), draw(170, 301).to(dtype)
-    kernels.pack(weight)
-    together = kernels.linear(x, weight)
+    panels = kernels.pack(weight)
+    together = kernels.linear(x, weight, None, panels)
     before = torch.get_num_threads()
     try:
         for threads in (1, 2, 3):
             torch.set_num_threads(threads)
             for count in (1, 2, 3, 4, 5, 6, 7, 8, 9, 16, 60):
-                assert torch.equal(kernels.linear(x[:count], weight), together[:count])
+                assert torch.equal(kernels.linear(x[:count], weight, None, panels), together[:count])
     finally:
         torch.set_num_threads(before)
 
@@ -62,13 +70,13 @@ def test_experts(which: tuple[bool, bool], dtype: torch.dtype) -> None:
     """Odd widths; one of the two may have lost its copy."""
     draw = self_check_cases.Draw(3, CPU)
     up, down = draw(5, 27, 39).to(dtype) / 4, draw(5, 39, 27).to(dtype) / 4
-    for weight, packed in zip((up, down), which, strict=True):
-        assert not packed or kernels.pack(weight)
+    panels = tuple(kernels.pack(weight) if packed else None for weight, packed in zip((up, down), which, strict=True))
+    assert [part is not None for part in panels] == list(which)
     for tokens in (1, 2, 30):
         hidden, weight = draw(tokens, 39).to(dtype), draw(tokens, 2).abs()
         choice = draw(tokens, 5).argsort(-1)[:, :2].contiguous()
         expected = experts.experts_dense(hidden.double(), choice, weight.double(), up.double(), down.double())
-        mine = kernels.experts(hidden, choice, weight, up, down).double()
+        mine = kernels.experts(hidden, choice, weight, up, down, panels).double()
         tolerance = 1e-4 if dtype == torch.float32 else 4e-2
         torch.testing.assert_close(mine, expected, rtol=tolerance, atol=tolerance * float(expected.std()))
 
@@ -102,31 +110,47 @@ def test_a_packed_model_says_the_same(
             outs.append((last, logits, draft, step))
     for mine, twin in zip(*outs[::-1], strict=True):
         assert (mine - twin).abs().max() < (5e-4 if dtype == torch.float32 else 0.2) * twin.std()
-    assert fused_cpu.plan_of(model.context).all_packed
+    assert all_packed(model.context)
     for length, expected in ((20, at_once), (5, True)):  # 9 rows: 180 tokens and 45
         with torch.no_grad():
-            run = fused_cpu.run(model.context, model.context.embed(tokens[:, :length]), Visibility(), None, None, True)
+            run = FusedCPURunner().run(model.context, PassInputs(tokens[:, :length], Visibility()))
         assert (run is not None) == expected
     model.unpack()
-    assert all(packed_weights.of(weight) is None for weight in packing.matrices(model))
+    assert all(packed.of(weight) is None for weight, packed in packing.matrices(model))
 
 
-def _linear(width: int = 24, out: int = 40) -> tuple[nn.Parameter, Tensor]:
-    weight = nn.Parameter(self_check_cases.Draw(4, CPU)(out, width))
-    assert kernels.pack(weight)
-    return weight, self_check_cases.Draw(5, CPU)(3, width)
+def all_packed(tower: Tower) -> bool:
+    """Whether the last pass of the tower read packed weights in every product."""
+    (runner,) = (runner for runner in tower.runners if isinstance(runner, FusedCPURunner))
+    return runner.weights is not None and runner.weights.all_packed
 
 
 def test_a_weight_changed_in_place_has_no_copy() -> None:
-    weight, x = _linear()
-    optimizer = torch.optim.SGD([weight], lr=0.1)
-    weight.grad = torch.ones_like(weight)
+    draw = self_check_cases.Draw(4, CPU)
+    layer, x = Linear(24, 40, bias=False), draw(3, 24)
+    layer.weight = nn.Parameter(draw(40, 24))
+    assert packing.pack(layer) == packed_weights.size(layer.weight) * 4
+    optimizer = torch.optim.SGD([layer.weight], lr=0.1)
+    layer.weight.grad = torch.ones_like(layer.weight)
     optimizer.step()
-    assert packed_weights.of(weight) is None
-    assert torch.equal(kernels.linear(x, weight), kernels.linear(x, weight.detach().clone()))
-    assert kernels.pack(weight)  # again
-    assert packed_weights.of(weight) is not None
-    torch.testing.assert_close(kernels.linear(x, weight), torch.nn.functional.linear(x, weight))
+    assert layer.packed.of(layer.weight) is None
+    with torch.no_grad():
+        assert torch.equal(layer(x), kernels.linear(x, layer.weight))
+    packing.pack(layer)  # again
+    assert layer.packed.of(layer.weight) is not None
+    with torch.no_grad():
+        torch.testing.assert_close(layer(x), torch.nn.functional.linear(x, layer.weight))
+
+
+def test_another_weight_at_the_same_address_has_no_copy() -> None:
+    """Same address, dtype and version: it is another tensor."""
+    layer = Linear(24, 40, bias=False)
+    layer.weight = nn.Parameter(torch.randn(40, 24))
+    packing.pack(layer)
+    other = nn.Parameter(layer.weight.data)
+    assert (other.data_ptr(), other._version) == (layer.weight.data_ptr(), layer.weight._version)
+    assert layer.packed.of(layer.weight) is not None
+    assert layer.packed.of(other) is None
 
 
 @pytest.mark.parametrize("change", ["step", "load", "assign", "to and fro", "replace"])
@@ -138,7 +162,7 @@ def test_a_model_changed_in_any_way_says_what_it_now_is(change: str) -> None:
     weight = tower.layers[EVERY_KIND.index("M")].mixer.in_proj.weight
     with torch.no_grad():
         before = tower(tokens, Visibility())[0]
-        assert fused_cpu.plan_of(tower).all_packed
+        assert all_packed(tower)
         match change:
             case "step":
                 weight.add_(0.5)
@@ -155,33 +179,42 @@ def test_a_model_changed_in_any_way_says_what_it_now_is(change: str) -> None:
         torch.testing.assert_close(after, tower(tokens, Visibility())[0], rtol=1e-4, atol=1e-4)
 
 
-def test_copies_are_nobodys_but_the_weights() -> None:
-    """Not in a state dict, not in a model's copy, gone with the weight."""
-    model = build_random_model("M*", dtype=torch.float32)
+@pytest.mark.parametrize("duplicate", [copy.deepcopy, lambda model: pickle.loads(pickle.dumps(model))])
+def test_packed_weights_belong_to_their_module(duplicate: Any) -> None:
+    """Not in a state dict, not in a model's copy; freed with the model, without the garbage collector."""
+    model = build_random_model("M*E", dtype=torch.float32)
     names = set(model.state_dict())
     model.pack()
+    with torch.no_grad():
+        model.context(torch.tensor([[5, 6, 7]]), Visibility())
+    assert all_packed(model.context)
     assert set(model.state_dict()) == names
-    assert all(packed_weights.of(weight) is None for weight in packing.matrices(copy.deepcopy(model)))
-    count = len(packed_weights._COPIES)
-    of_model = len(list(packing.matrices(model)))
-    del model
-    assert len(packed_weights._COPIES) == count - of_model
+    other = duplicate(model)
+    assert all(packed.panels is None for _, packed in packing.matrices(other))
+    assert other.context.runners != model.context.runners
+    panels = [weakref.ref(packed.of(weight)) for weight, packed in packing.matrices(model)]
+    gc.collect()
+    gc.disable()
+    try:
+        del model
+        assert all(ref() is None for ref in panels)
+    finally:
+        gc.enable()
 
 
 def test_what_cannot_be_packed_is_left() -> None:
     weight = torch.randn(8, 8)
-    assert not kernels.pack(weight.double())
-    assert not kernels.pack(weight.t())
-    assert not kernels.pack(weight.to("meta"))
+    for unfit in (weight.double(), weight.t(), weight.to("meta"), weight[0]):
+        assert kernels.pack(unfit) is None
     with torch.inference_mode():
-        assert not kernels.pack(torch.randn(8, 8))  # nobody counts its changes
+        assert kernels.pack(torch.randn(8, 8)) is None  # nobody counts its changes
     assert build_random_model("M*", dtype=torch.float64).pack() == 0
 
 
 def test_loading_packs_where_there_is_room(monkeypatch: pytest.MonkeyPatch) -> None:
     def packed() -> bool:
         model = model_loading.load_model(bundled_model(), dtype="float32")
-        return all(packed_weights.of(weight) is not None for weight in packing.matrices(model))
+        return all(packed.of(weight) is not None for weight, packed in packing.matrices(model))
 
     assert packed()
     with options.override(pack=False):

@@ -20,12 +20,17 @@ from torch import Tensor
 from torch.fx.experimental.proxy_tensor import make_fx
 
 from twotower import LLM, TwoTowerForCausalLM, options
-from twotower.model.tower import Tower
+from twotower.model.tower import PassResult, Tower
 from twotower.ops import registry
 from twotower.ops.self_check import _tensors
 from twotower.runners import cuda_graph
+from twotower.runners.cuda_graph import CUDAGraphRunner
 
-Result = cuda_graph.Result
+
+def graphs(tower: Tower) -> CUDAGraphRunner:
+    """The tower's runner of graphs."""
+    (runner,) = (runner for runner in tower.runners if isinstance(runner, CUDAGraphRunner))
+    return runner
 
 
 @pytest.fixture
@@ -38,7 +43,7 @@ def made(monkeypatch: pytest.MonkeyPatch) -> list[int]:
     """Passes are recorded on the CPU, by plain torch → grows by one with each recording."""
     recordings: list[int] = []
 
-    def record(compute: Callable[[], Result]) -> tuple[Callable[[], object], Result]:
+    def record(compute: Callable[[], PassResult]) -> tuple[Callable[[], object], PassResult]:
         recordings.append(len(recordings))
         traced = make_fx(lambda: list(_tensors(compute())))()
         result = compute()
@@ -55,7 +60,7 @@ def made(monkeypatch: pytest.MonkeyPatch) -> list[int]:
     experts = tuple(b for b in registry.CATALOGUE["experts"] if b.name == "gathered")  # what a GPU without bf16 takes
     monkeypatch.setattr(registry, "CATALOGUE", registry.CATALOGUE | {"experts": experts})
     monkeypatch.setattr(cuda_graph, "refusal", lambda device: None)
-    monkeypatch.setattr(cuda_graph, "recorder", lambda device: record)
+    monkeypatch.setattr(cuda_graph, "recorder", lambda device, pool: record)
     return recordings
 
 
@@ -72,9 +77,9 @@ def test_an_engine_writes_the_same_from_few_recordings(
     written = [output.tokens for output in llm.generate(requests)]
     assert 4 <= len(made) <= 16
     with monkeypatch.context() as patch:
-        patch.setattr(cuda_graph, "run", lambda *_: None)
+        patch.setattr(CUDAGraphRunner, "run", lambda *_: None)
         assert written == [alone(model, request).tokens for request in requests]
-    assert not any(known.wrong for known in cuda_graph._RECORDINGS.values())
+    assert not any(graphs(tower).wrong for tower in (model.context, model.denoiser))
 
 
 def test_a_recording_serves_other_numbers_of_rows_and_other_contexts(
@@ -98,7 +103,7 @@ def test_a_recording_serves_other_numbers_of_rows_and_other_contexts(
         torch.manual_seed(rows)
         replayed = passes(tokens)
         with pytest.MonkeyPatch.context() as patch:
-            patch.setattr(cuda_graph, "run", lambda *_: None)
+            patch.setattr(CUDAGraphRunner, "run", lambda *_: None)
             torch.manual_seed(rows)
             assert torch.allclose(replayed, passes(tokens), rtol=1e-11, atol=1e-11)
     # Of four rows, a commit on an empty context and on one, and a denoising pass; pools of another state lie elsewhere.
@@ -131,26 +136,26 @@ def test_a_recording_that_differs_is_refused_aloud(
     model: TwoTowerForCausalLM, made: list[int], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """As a capture that fails is; the layers one by one do the work, and nobody tries again."""
-    real = cuda_graph.recorder(torch.device("cpu"))
+    real = cuda_graph.recorder(torch.device("cpu"), cuda_graph.MemoryPool())
 
-    def wrong(compute: Callable[[], Result]) -> tuple[Callable[[], object], Result]:
+    def wrong(compute: Callable[[], PassResult]) -> tuple[Callable[[], object], PassResult]:
         replay, result = real(compute)
         return lambda: (replay(), result[0].mul_(1.01)), result
 
     tokens = torch.randint(64, (2, 3))
     with torch.no_grad():
         expected = TwoTowerForCausalLM.extend(model, tokens, model.new_state(2, 8))
-    cuda_graph._RECORDINGS.clear()
+    graphs(model.context).release()
     for recorder, words in ((wrong, "differs from its twin: result 0 by 1.0e-02"), (failing, "raised RuntimeError")):
-        monkeypatch.setattr(cuda_graph, "recorder", lambda device, recorder=recorder: recorder)
+        monkeypatch.setattr(cuda_graph, "recorder", lambda device, pool, recorder=recorder: recorder)
         with pytest.warns(RuntimeWarning, match=f"passes are not recorded on cpu: one {words}"), torch.no_grad():
             assert torch.equal(model.extend(tokens, model.new_state(2, 8)), expected)
         with torch.no_grad():
             assert torch.equal(model.extend(tokens, model.new_state(2, 8)), expected)
-        cuda_graph._RECORDINGS.clear()
+        graphs(model.context).release()
 
 
-def failing(compute: Callable[[], Result]) -> tuple[Callable[[], object], Result]:
+def failing(compute: Callable[[], PassResult]) -> tuple[Callable[[], object], PassResult]:
     raise RuntimeError("operation not permitted when stream is capturing")
 
 
@@ -159,7 +164,7 @@ def test_few_are_kept(model: TwoTowerForCausalLM, made: list[int], monkeypatch: 
     with torch.no_grad():
         for length in (1, 2, 3, 1):
             model.extend(torch.randint(64, (1, length)), model.new_state(1, 8))
-    assert len(cuda_graph._RECORDINGS[model.context].by_shape) == 2
+    assert len(graphs(model.context).recordings) == 2
     assert len(made) == 4
 
 

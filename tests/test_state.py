@@ -13,10 +13,10 @@ from conftest import EVERY_KIND, build_random_model
 from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from twotower import TwoTowerForCausalLM, modeling_twotower
+from twotower import TwoTowerForCausalLM
 from twotower.cache.hybrid_cache import AttentionPool, MambaPool, TowerState, sizes
 from twotower.cache.replica import Mirror, Transport
-from twotower.model import moe
+from twotower.model import moe, towers
 from twotower.ops.reference.attention import Cached
 from twotower.ops.registry import CATALOGUE, select
 
@@ -153,7 +153,7 @@ def test_extending_in_steps_equals_one_prefill(model: TwoTowerForCausalLM, width
 
 def test_prefill_in_chunks_equals_one_pass(model: TwoTowerForCausalLM) -> None:
     """Ragged prompts around the edges of the 512-token chunks; logits are those after each row's last token."""
-    chunk = modeling_twotower.PREFILL_CHUNK
+    chunk = towers.PREFILL_CHUNK
     rows = texts((1, chunk - 1, chunk, chunk + 1, 2 * chunk + 30))
     state = model.new_state(len(rows), 64)
     last = model.prefill(*padded(rows), state)

@@ -13,7 +13,8 @@ from twotower.assets import bundled_model
 from twotower.errors import ArgumentError, CheckpointError
 
 if TYPE_CHECKING:
-    from twotower.modeling_twotower import Towers, TwoTowerForCausalLM
+    from twotower.model.towers import Towers, TwoTowerModel
+    from twotower.modeling_twotower import TwoTowerForCausalLM
 
 # A bf16 model this small is widened to fp32, which is exact, where the processor only emulates bf16: its passes over
 # blocks would cost so much more than AR's steps that denoising could not pay.
@@ -61,7 +62,7 @@ def load_model(
     """
     import torch
 
-    from twotower.checkpoint.reader import tensors
+    from twotower.model.wide_tensors import tensors
     from twotower.modeling_twotower import TwoTowerForCausalLM
     from twotower.ops.precision import multiplies_bf16_fast
     from twotower.runners import packed_weights
@@ -99,7 +100,7 @@ def placement(model: TwoTowerForCausalLM) -> dict[str, Any]:
     }
 
 
-def eos_of(model: TwoTowerForCausalLM) -> Any:
+def eos_of(model: TwoTowerModel) -> Any:
     """The config's end-of-text token(s); the tokenizer's where the config has none."""
     eos = model.config.eos_token_id
     return eos if eos is not None else getattr(model.tokenizer, "eos_token_id", None)

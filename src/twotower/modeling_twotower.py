@@ -1,14 +1,13 @@
-"""`TwoTowerForCausalLM`: both towers, the three verbs, and the published API.
+"""`TwoTowerForCausalLM`: the Hugging Face face of `TwoTowerModel`, with the published API.
 
-Verbs (tensors only, no host synchronisation): `prefill` and `extend` write a context state, `denoise` reads
-one. Everything that generates is built from them in `twotower.engine.generation`.
+Everything that generates is built from the verbs of `TwoTowerModel` in `twotower.engine.generation`.
 """
 
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any
 
 import torch
 import torch.nn.functional as F
@@ -16,28 +15,21 @@ from torch import Tensor
 from transformers import AutoModel, AutoModelForCausalLM, PreTrainedModel
 from transformers.modeling_outputs import CausalLMOutput
 
-from twotower.cache.hybrid_cache import ContextView, TowerState
-from twotower.cache.replica import LocalReader, Mirror, Reader, Transport
-from twotower.checkpoint import pretrained, reader
+from twotower.checkpoint import pretrained
 from twotower.checkpoint.quantize import Quantization, quantization_of
 from twotower.config import TwoTowerConfig
 from twotower.decoding.output import BlockEvent
 from twotower.decoding.params import GenerationParams
 from twotower.decoding.prompts import Prompts
 from twotower.engine import generation
-from twotower.errors import ArgumentError, TwoTowerError
-from twotower.model.conditioning import TimeConditioning
-from twotower.model.layer_io import Visibility
+from twotower.errors import ArgumentError
 from twotower.model.packed_forward import Layout, context_pass
-from twotower.model.tower import Tower
-from twotower.ops.precision import widened
-from twotower.runners import fused_cpu, packed_weights
-
-Towers = Literal["both", "context"]
-PREFILL_CHUNK = 512  # tokens of a prompt read in one pass, layer by layer
+from twotower.model.towers import Towers, TwoTowerModel
+from twotower.runners import packed_weights
+from twotower.runners.attach import attach_runners
 
 
-class TwoTowerForCausalLM(PreTrainedModel):
+class TwoTowerForCausalLM(TwoTowerModel, PreTrainedModel):
     """A frozen autoregressive context tower and a denoiser that fills blocks, coupled layer by layer.
 
     `towers="context"` builds the context tower alone: autoregressive use on half the memory.
@@ -51,26 +43,14 @@ class TwoTowerForCausalLM(PreTrainedModel):
 
     def __init__(self, config: TwoTowerConfig, towers: Towers = "both") -> None:
         config = TwoTowerConfig.of(config)  # AutoModel.from_config hands over transformers' own
-        super().__init__(config)
-        backbone = config.backbone
-        self.context = Tower(backbone)
-        self.denoiser = Tower(backbone) if towers == "both" else None
-        self.time = TimeConditioning(backbone.hidden_size, backbone.num_layers) if towers == "both" else None
+        PreTrainedModel.__init__(self, config)
+        self.build_towers(config, towers)
+        for tower in self.towers():
+            attach_runners(tower)
         self.tokenizer_source: Path | None = None
         self._tokenizer: Any = None
-        self.transport: Transport | None = None
-        self._last_nfe = 0
-        if self.context.device.type != "meta":
-            self.reset_parameters()
-        self._apply(lambda tensor: tensor)  # whatever the default dtype, the tensors that must not be narrow are wide
 
-    def reset_parameters(self) -> None:
-        """Random weights; the time conditioning is the identity."""
-        for tower in (self.context, self.denoiser):
-            if tower is not None:
-                tower.reset_parameters()
-
-    # --- loading and saving (the work is in checkpoint.py) -----------------------------------------------------
+    # --- loading and saving (the work is in checkpoint/) -------------------------------------------------------
 
     @classmethod
     def from_pretrained(cls, pretrained_model_name_or_path: Any, *args: Any, **kwargs: Any) -> TwoTowerForCausalLM:
@@ -85,11 +65,13 @@ class TwoTowerForCausalLM(PreTrainedModel):
             CheckpointError, ConfigError: what is wrong, in which file and tensor.
             ArgumentError: an argument with no meaning here.
         """
-        return pretrained.from_pretrained(cls, pretrained_model_name_or_path, *args, **kwargs)
+        model, source = pretrained.from_pretrained(cls, pretrained_model_name_or_path, *args, **kwargs)
+        model.tokenizer_source = source
+        return model.eval()
 
     def save_pretrained(self, save_directory: Any, max_shard_size: int | str = "5GB", **kwargs: Any) -> None:  # type: ignore[override]
         """Writes the released layout, with a config and a code file that AutoModelForCausalLM can load from."""
-        pretrained.save_pretrained(self, Path(save_directory), max_shard_size, **kwargs)
+        pretrained.save_pretrained(self, self.tokenizer, Path(save_directory), max_shard_size, **kwargs)
 
     @property
     def tokenizer(self) -> Any:
@@ -103,15 +85,6 @@ class TwoTowerForCausalLM(PreTrainedModel):
         self._tokenizer = tokenizer
 
     # --- where things are ---------------------------------------------------------------------------------------
-
-    @property
-    def device(self) -> torch.device:
-        """The context tower's device."""
-        return self.context.device
-
-    @property
-    def dtype(self) -> torch.dtype:
-        return self.context.embeddings.weight.dtype
 
     @property
     def quantization(self) -> Quantization:
@@ -128,10 +101,6 @@ class TwoTowerForCausalLM(PreTrainedModel):
             raise ArgumentError(f"{self.quantization} weights do not train; load the model without quantization")
         return super().train(mode)
 
-    def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> TwoTowerForCausalLM:
-        """Where `.to`, `.bfloat16`, … end: the tensors that must not be narrow stay wide."""
-        return super()._apply(reader.keeping_wide(self, fn), recurse)
-
     def pack(self) -> int:
         """For inference on a processor: copies the large weights into the order that passes read fastest → bytes taken.
 
@@ -144,116 +113,12 @@ class TwoTowerForCausalLM(PreTrainedModel):
         """Gives the memory of `pack` back."""
         packed_weights.unpack(self)
 
-    def place_towers_on_devices(
-        self, ctx_device: str | torch.device = "cuda:0", den_device: str | torch.device = "cuda:1"
-    ) -> TwoTowerForCausalLM:
-        """Moves the towers; returns the model."""
-        self.context.to(ctx_device)
-        if self.denoiser is not None and self.time is not None:
-            self.denoiser.to(den_device)
-            self.time.to(den_device)
-        return self
-
-    # --- verbs ----------------------------------------------------------------------------------------------------
-
-    def synchronize(self) -> None:
-        """Waits until accelerators have done what was launched on them; for clocks."""
-        for tower in (self.context, self.denoiser):
-            if tower is not None and tower.device.type == "cuda":
-                torch.cuda.synchronize(tower.device)
-
-    def new_state(self, rows: int, capacity: int, columns: int | None = None) -> TowerState:
-        """An empty context state for `rows` texts of up to `capacity` tokens (it can grow: `reserve`), or that share
-        `columns` of them (`open`)."""
-        return TowerState(self.context.config, rows, capacity, self.context.device, self.dtype, columns)
-
-    def reader(self, state: TowerState) -> Reader:
-        """How the denoiser reads `state`: in place, or through a mirror on its own device."""
-        denoiser = self._denoiser()
-        if self.transport is None and denoiser.device == self.context.device:
-            return LocalReader(state)
-        return Mirror(state, denoiser.device, self.transport or Transport())
-
-    @property
-    def prompt_piece(self) -> int:
-        """Tokens of a prompt that are best read in one pass."""
-        with torch.no_grad():
-            return fused_cpu.LONGEST if fused_cpu.serves(self.context) else PREFILL_CHUNK
-
-    def prefill(self, tokens: Tensor, lengths: Tensor, state: TowerState, rows: Tensor | None = None) -> Tensor:
-        """Reads prompts piece by piece.
-
-        tokens (B, S), of which the first lengths (B,) count (0 allowed) → logits (B, V) after each row's last
-        token (of no meaning for a row of length 0), in at least fp32.
-        """
-        state.reserve(state.bound + tokens.shape[1])
-        last: Tensor = torch.zeros(len(lengths), self.context.config.hidden_size, device=self.device, dtype=self.dtype)
-        piece = self.prompt_piece
-        for start in range(0, tokens.shape[1], piece):
-            part = tokens[:, start : start + piece]
-            valid = (lengths - start).clamp(0, part.shape[1])
-            hidden = self._extend(part, valid, state, rows)
-            at = (valid - 1).clamp(min=0)[:, None, None].expand(-1, 1, hidden.shape[-1])
-            last = torch.where((valid > 0)[:, None], hidden.gather(1, at)[:, 0], last)
-        state.settle()
-        return _logits(self.context, last)
-
-    def extend(
-        self,
-        tokens: Tensor,
-        state: TowerState,
-        lengths: Tensor | None = None,
-        rows: Tensor | None = None,
-        logits: bool | Tensor = True,
-        wide: bool = True,
-    ) -> Tensor | None:
-        """The context tower reads tokens (B, L), of which the first lengths (B,) count (None: all; 0 allowed).
-
-        rows (B,): slots of the state, None for all of them in order. logits: whether any are wanted, or of which n of
-        the B rows (n,) → logits (B or n, L, V) in at least fp32 (wide=False: in the model's own dtype), or None.
-        `state.rollback` takes any suffix back until the state is read again.
-        """
-        state.reserve(state.bound + tokens.shape[1])
-        hidden = self._extend(tokens, lengths, state, rows)
-        if isinstance(logits, Tensor):
-            return _logits(self.context, hidden[logits], wide)
-        return _logits(self.context, hidden, wide) if logits else None
-
-    def denoise(
-        self,
-        block: Tensor,
-        t: Tensor | None,
-        view: ContextView,
-        causal: bool = False,
-        lengths: Tensor | None = None,
-        wide: bool = True,
-    ) -> Tensor:
-        """The denoiser reads block (B, L), of which the first lengths (B,) count (None: all), after the text that
-        `view` shows; writes nothing.
-
-        t (B,): the fraction of the block still masked; None: no time conditioning at all. causal: attention
-        inside the block sees earlier positions only (mock-AR) → logits (B, L, V) in at least fp32 (wide=False: in the
-        model's own dtype).
-        """
-        denoiser = self._denoiser()
-        sees = Visibility(valid=_counting(block, lengths), causal=causal, start=view.lengths)
-        modulation = None if t is None or self.time is None else self.time(t)
-        hidden, _ = denoiser(block, sees, view.past, modulation, trace=False)
-        return _logits(denoiser, hidden, wide)
-
-    def _extend(self, tokens: Tensor, lengths: Tensor | None, state: TowerState, rows: Tensor | None) -> Tensor:
-        view = state.view(rows)
-        sees = Visibility(valid=_counting(tokens, lengths), start=view.lengths)
-        hidden, added = self.context(tokens, sees, view.past)
-        if lengths is None:
-            lengths = torch.full((tokens.shape[0],), tokens.shape[1], device=tokens.device)
-        state.append(added, lengths, tokens.shape[1], rows)
-        return hidden
-
-    def _denoiser(self) -> Tower:
-        if self.denoiser is None:
-            raise TwoTowerError('this model was loaded with towers="context"; load it with towers="both" to denoise')
-        return self.denoiser
+    def release(self) -> None:
+        """Frees what runners and generation have prepared for this model; they prepare it again when it is needed."""
+        super().release()
+        workspace = getattr(self, "workspace", None)
+        if workspace is not None:
+            workspace.release()
 
     # --- the context tower as an ordinary causal language model ---------------------------------------------------
 
@@ -275,7 +140,7 @@ class TwoTowerForCausalLM(PreTrainedModel):
         pad = (0, -length % chunk)
         layout = Layout(F.pad(valid.bool().long() - 1, pad, value=-1), chunk)
         hidden = context_pass(self.context, F.pad(input_ids, pad), layout)
-        logits = _logits(self.context, hidden[:, :length])
+        logits = self.context.logits(hidden[:, :length])
         loss = None
         if labels is not None:
             targets = labels[:, 1:].to(self.device).flatten()
@@ -445,16 +310,6 @@ class TwoTowerForCausalLM(PreTrainedModel):
     ) -> Tensor:
         tokens, self._last_nfe = generation.generate_tensor(self, input_ids, params, attention_mask, callback)
         return tokens
-
-
-def _counting(tokens: Tensor, lengths: Tensor | None) -> Tensor | None:
-    """(B, L) whether each token counts, of which the first lengths (B,) do; None: all."""
-    return None if lengths is None else torch.arange(tokens.shape[1], device=tokens.device) < lengths[:, None]
-
-
-def _logits(tower: Tower, hidden: Tensor, wide: bool = True) -> Tensor:
-    logits = tower.head(hidden)
-    return widened(logits) if wide else logits
 
 
 def _refuse_unknown(where: str, kwargs: dict[str, Any]) -> None:

@@ -21,13 +21,14 @@ import torch
 from safetensors import safe_open
 from torch import Tensor
 
-from twotower.checkpoint import one_tower, pretrained, reader
+from twotower.checkpoint import names, one_tower, pretrained, reader
+from twotower.checkpoint.names import Slot
 from twotower.checkpoint.one_tower import OneTower
-from twotower.checkpoint.reader import Slot
 from twotower.checkpoint.writer import Piece, write_shards
 from twotower.config import TwoTowerConfig
 from twotower.errors import ArgumentError, CheckpointError
 from twotower.model.conditioning import TimeConditioning
+from twotower.model.wide_tensors import wanted_dtype
 
 UNFINISHED = ".unfinished"  # marks a directory that is still being written, and so may be removed
 SPARE_BYTES = 64 * 2**20  # headers, index, tokenizer
@@ -95,7 +96,7 @@ def convert(
             written = _counter(total, progress)
             weights = write_shards(folder, pieces, max_shard_size, written)
             _write_rest(tower, folder, model_dtype)
-            known = reader.slots(tower.model)
+            known = names.slots(tower.model)
             reader.check(folder, reader.scan(folder), known, known, config.hybrid_override_pattern)
     return Converted(
         source=str(source),
@@ -120,14 +121,14 @@ def _pieces(tower: OneTower, dtype: torch.dtype | None, time: dict[str, Tensor],
         file: files.enter_context(safe_open(file, framework="pt"))
         for file in sorted({stored.file for stored in tower.stored.values()})
     }
-    for slot in reader.slots(tower.model):
+    for slot in names.slots(tower.model):
         which, _, part = slot.memory.partition(".")
         if which == "time":
             yield Piece(slot.disk, slot.shape, time[part].dtype, partial(time.__getitem__, part))
             continue
         place = tower.places[part, slot.expert]
         stored = tower.stored[place.disk]
-        kept = reader.wanted_dtype(slot.memory, dtype or stored.torch_dtype)
+        kept = wanted_dtype(slot.memory, dtype or stored.torch_dtype)
         yield Piece(slot.disk, slot.shape, kept, partial(_read, opened[stored.file], place))
 
 
@@ -155,7 +156,7 @@ def _check_stored(tower: OneTower, dtype: torch.dtype | None) -> None:
 
 
 def _parameters(tower: OneTower, prefix: str) -> int:
-    return sum(math.prod(slot.shape) for slot in reader.slots(tower.model) if slot.memory.startswith(prefix))
+    return sum(math.prod(slot.shape) for slot in names.slots(tower.model) if slot.memory.startswith(prefix))
 
 
 def _counter(total: int, progress: Callable[[int, int], None] | None) -> Callable[[int], None]:

@@ -12,12 +12,13 @@ from typing import Any
 
 import torch
 
-from twotower.checkpoint import pretrained, reader
-from twotower.checkpoint.reader import Slot, Stored
+from twotower.checkpoint import names, pretrained, reader
+from twotower.checkpoint.names import Slot
+from twotower.checkpoint.reader import Stored
 from twotower.checkpoint.writer import Piece, write_shards
 from twotower.config import ARCHITECTURE, MASK_TOKEN_ID, MODEL_TYPE, BackboneConfig, TwoTowerConfig, read_object
 from twotower.errors import ArgumentError, CheckpointError, ConfigError
-from twotower.modeling_twotower import TwoTowerForCausalLM
+from twotower.model.towers import TwoTowerModel
 
 SUPPORTED = f"a backbone of the Nemotron-H family (model_type {MODEL_TYPE}, dense or MoE) is needed"
 _EXTRA_HEADS = re.compile(r"(?:^|\.)mtp")  # multi-token prediction: heads that draft, which the denoiser replaces
@@ -48,7 +49,7 @@ class OneTower:
     """
 
     directory: Path
-    model: TwoTowerForCausalLM
+    model: TwoTowerModel
     stored: dict[str, Stored]
     places: dict[tuple[str, int | None], Slot]
     notes: tuple[str, ...]
@@ -70,8 +71,8 @@ def read(directory: Path) -> OneTower:
     if root is None:
         raise CheckpointError(f"{directory}: has no tensors named backbone.* or model.*; {SUPPORTED}")
     with torch.device("meta"):
-        model = TwoTowerForCausalLM(config)
-    places = reader.one_tower_slots(model, stored, root)
+        model = TwoTowerModel(config)
+    places = names.one_tower_slots(model, stored, root)
     needed = list({slot.disk: slot for slot in places.values()}.values())
     reader.check_tensors(directory, stored, needed, needed, config.hybrid_override_pattern)
     return OneTower(
@@ -130,9 +131,9 @@ def write(directory: Path, weights: dict[str, torch.Tensor], config: TwoTowerCon
     weights: a tower's tensors under their names in memory (experts stacked).
     """
     with torch.device("meta"):
-        model = TwoTowerForCausalLM(config, towers="context")
+        model = TwoTowerModel(config, towers="context")
     pieces = []
-    for slot in reader.slots(model):
+    for slot in names.slots(model):
         part = slot.memory.removeprefix("context.")
         tensor = weights[part] if slot.expert is None else weights[part][slot.expert]
         disk = "lm_head.weight" if part == "head.weight" else slot.disk.replace("context_tower.", "backbone.", 1)

@@ -5,19 +5,20 @@ from __future__ import annotations
 import copy
 import json
 import shutil
+from collections.abc import Callable
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, get_args
+from typing import Any, TypeVar, get_args
 
 import torch
 from transformers import AutoTokenizer, PretrainedConfig
 
-from twotower.checkpoint import reader
-from twotower.checkpoint.quantize import Quantization, quantize_
+from twotower.checkpoint import names, reader
+from twotower.checkpoint.quantize import Quantization, quantization_of, quantize_
 from twotower.config import ARCHITECTURE, MODEL_TYPE, TwoTowerConfig
 from twotower.errors import ArgumentError, CheckpointError
+from twotower.model.towers import Towers, TwoTowerModel
 
-if TYPE_CHECKING:
-    from twotower.modeling_twotower import TwoTowerForCausalLM
+Model = TypeVar("Model", bound=TwoTowerModel)
 
 TOKENIZER_FILES = ("tokenizer.json", "tokenizer_config.json")
 # A tokenizer's files, to be copied as they are.
@@ -45,8 +46,11 @@ _IGNORED = {
 }  # fmt: skip
 
 
-def from_pretrained(cls: type[TwoTowerForCausalLM], source: Any, *args: Any, **kwargs: Any) -> TwoTowerForCausalLM:
-    """See `TwoTowerForCausalLM.from_pretrained`."""
+def from_pretrained(
+    build: Callable[[TwoTowerConfig, Towers], Model], source: Any, *args: Any, **kwargs: Any
+) -> tuple[Model, Path]:
+    """A model made by `build`, with the weights of a checkpoint, and the local directory they are from; arguments as
+    `TwoTowerForCausalLM.from_pretrained` takes them."""
     if args:
         raise ArgumentError("from_pretrained takes one positional argument, the checkpoint; name the others")
     hub = {name: kwargs.pop(name) for name in list(kwargs) if name in _HUB_ARGUMENTS}
@@ -76,27 +80,29 @@ def from_pretrained(cls: type[TwoTowerForCausalLM], source: Any, *args: Any, **k
         )
     config._name_or_path = str(source)
     with torch.device("meta"):
-        model = cls(config, towers=towers)
-        known = reader.slots(model if towers == "both" else cls(config))
+        model = build(config, towers)
+        known = names.slots(model if towers == "both" else build(config, "both"))
         if quantization == "int8":
             quantize_(model)
     wanted = _dtype(dtype, config)
     reader.load_weights(model, directory, config.hybrid_override_pattern, known, wanted, devices)
     model.config.dtype = model.dtype
-    model.tokenizer_source = directory
-    return model.eval()
+    return model, directory
 
 
-def save_pretrained(model: TwoTowerForCausalLM, directory: Path, max_shard_size: int | str, **kwargs: Any) -> None:
+def save_pretrained(
+    model: TwoTowerModel, tokenizer: Any, directory: Path, max_shard_size: int | str, **kwargs: Any
+) -> None:
     """See `TwoTowerForCausalLM.save_pretrained`."""
     unknown = sorted(set(kwargs) - {"safe_serialization", "is_main_process", "push_to_hub"})
     if unknown or kwargs.get("push_to_hub") or kwargs.get("safe_serialization") is False:
         raise ArgumentError(
             f"save_pretrained: {', '.join(unknown or kwargs)} is not supported; it writes safetensors locally"
         )
-    if model.quantization != "none":
+    quantization = quantization_of(model)
+    if quantization != "none":
         raise ArgumentError(
-            f"save_pretrained: the weights are {model.quantization}, which checkpoints do not hold; keep the one that "
+            f"save_pretrained: the weights are {quantization}, which checkpoints do not hold; keep the one that "
             "the model was loaded from"
         )
     if model.denoiser is None:
@@ -111,11 +117,11 @@ def save_pretrained(model: TwoTowerForCausalLM, directory: Path, max_shard_size:
     reader.save_weights(model, directory, max_shard_size)
     (directory / CODE_FILE).write_text(CODE)
     (directory / "config.json").write_text(json.dumps(config_to_write(model), indent=2, sort_keys=True) + "\n")
-    if model.tokenizer is not None:
-        model.tokenizer.save_pretrained(directory)
+    if tokenizer is not None:
+        tokenizer.save_pretrained(directory)
 
 
-def config_to_write(model: TwoTowerForCausalLM) -> dict[str, Any]:
+def config_to_write(model: TwoTowerModel) -> dict[str, Any]:
     """config.json: the released keys, `Infinity` included (the reference reads it), and our auto_map."""
     plain = PretrainedConfig().to_dict()  # what transformers adds to every config says nothing here
     values = {key: value for key, value in model.config.to_dict().items() if value != plain.get(key, ...)}

@@ -1,15 +1,13 @@
-"""The released checkpoint layout: the one home of its tensor names. Reads and writes it, strictly both ways.
+"""Reads and writes the weights of a checkpoint directory, strictly both ways.
 
 Weights are built once: the model is made on the meta device, each tensor is allocated where it belongs and
-filled from the memory-mapped file. Experts are stacked in memory and single on disk.
+filled from the memory-mapped file.
 """
 
 from __future__ import annotations
 
 import json
-import re
 from collections import defaultdict
-from collections.abc import Callable, Container, Iterator
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -17,123 +15,12 @@ import torch
 from safetensors import SafetensorError, safe_open
 from torch import Tensor, nn
 
+from twotower.checkpoint.names import KIND_MARKS, LAYER, SCALE, Slot, slots
 from twotower.checkpoint.writer import DTYPE_NAMES, INDEX_FILE, SINGLE_FILE, Piece, write_shards
 from twotower.config import KIND_NAMES
 from twotower.errors import CheckpointError
+from twotower.model.wide_tensors import tensors, wanted_dtype
 from twotower.ops.reference import int8
-
-# Kept in at least fp32 in a narrower model: a rounded decay rate or selection bias changes what a layer does.
-WIDE_SUFFIXES = (".A_log", ".dt_bias", ".D", ".e_score_correction_bias", "_scale")
-SCALE = "_scale"  # after the name of an int8 tensor: its rows' scales, which have no place on disk
-
-_TOWERS = {"context": ("context_tower.", "context_lm_head."), "denoiser": ("denoiser_tower.", "lm_head.")}
-_EXPERTS = re.compile(r"(.*\.experts)\.(up_proj|down_proj)$")
-_LAYER = re.compile(r"(?:(?:context|denoiser)_tower|backbone|model)\.layers\.(\d+)\.(.*)")
-# Tensors that give a layer's kind away, for the message when the pattern and the file disagree.
-_KIND_MARKS = {"mixer.in_proj.": "M", "mixer.q_proj.": "*", "mixer.gate.": "E", "mixer.up_proj.": "-"}
-
-
-@dataclass(frozen=True)
-class Slot:
-    """One tensor on disk and its place in memory: a whole parameter, or one expert of a stacked one."""
-
-    disk: str
-    memory: str
-    expert: int | None
-    shape: tuple[int, ...]
-
-
-def tensors(model: nn.Module) -> Iterator[tuple[str, Tensor]]:
-    """Every parameter and buffer under its name in memory."""
-    yield from model.named_parameters()
-    yield from model.named_buffers()
-
-
-def slots(model: nn.Module) -> list[Slot]:
-    """Every tensor of a two-tower model (a meta one will do) on disk, in model order; int8 ones as what they are made
-    of."""
-    out = []
-    every = dict(tensors(model))
-    for memory, tensor in every.items():
-        if memory.endswith(SCALE):
-            continue
-        scale = every.get(memory + SCALE)
-        shape = tuple(tensor.shape) if scale is None else int8.shape(tensor, scale)
-        disk = disk_name(memory)
-        stacked = _EXPERTS.match(disk)
-        if stacked is None:
-            out.append(Slot(disk, memory, None, shape))
-            continue
-        prefix, projection = stacked.groups()
-        for j in range(shape[0]):
-            out.append(Slot(f"{prefix}.{j}.{projection}.weight", memory, j, shape[1:]))
-    return out
-
-
-def disk_name(memory: str) -> str:
-    """context.head.weight → context_lm_head.weight, time.t_block.1.bias → t_block.1.bias, …"""
-    first, rest = memory.split(".", 1)
-    if first == "time":
-        return rest
-    tower, head = _TOWERS[first]
-    return head + rest.removeprefix("head.") if rest.startswith("head.") else tower + rest
-
-
-def one_tower_slots(model: nn.Module, found: Container[str], root: str) -> dict[tuple[str, int | None], Slot]:
-    """Where a one-tower checkpoint, which conversion starts from, keeps the tensors of a tower.
-
-    root: "backbone." (the original layout, experts single) or "model." (transformers 5, experts stacked); `found`, the
-    names on disk, tells which experts are stacked, and whether there is a head or the embedding serves as one.
-    → (name in a tower in memory, expert) → the slot on disk, where `expert` indexes a stacked tensor of that shape.
-    """
-    stacked = {memory: tuple(tensor.shape) for memory, tensor in tensors(model)}
-    out = {}
-    for slot in slots(model):
-        tower, _, part = slot.memory.partition(".")
-        if tower != "context":
-            continue
-        if part == "head.weight":
-            disk = "lm_head.weight" if "lm_head.weight" in found else f"{root}embeddings.weight"
-            place = Slot(disk, slot.memory, None, slot.shape)
-        elif slot.expert is not None and root + part in found:
-            place = Slot(root + part, slot.memory, slot.expert, stacked[slot.memory])
-        else:
-            place = Slot(root + slot.disk.removeprefix("context_tower."), slot.memory, None, slot.shape)
-        out[part, slot.expert] = place
-    return out
-
-
-def is_wide(memory: str) -> bool:
-    """Whether a tensor of this name is kept in at least fp32."""
-    return f".{memory}".endswith(WIDE_SUFFIXES)
-
-
-def wanted_dtype(memory: str, dtype: torch.dtype) -> torch.dtype:
-    """The dtype a tensor has in a model of `dtype`."""
-    return torch.promote_types(dtype, torch.float32) if is_wide(memory) else dtype
-
-
-def cast(model: nn.Module, dtype: torch.dtype) -> nn.Module:
-    """A model in `dtype`, in place, with the tensors that must stay wide left wide."""
-    for name, tensor in tensors(model):
-        if tensor.is_floating_point():
-            tensor.data = tensor.data.to(wanted_dtype(name, dtype))
-    return model
-
-
-def keeping_wide(model: nn.Module, change: Callable[[Tensor], Tensor]) -> Callable[[Tensor], Tensor]:
-    """`change` as `Module._apply` takes it (`.to`, `.bfloat16`, …), but it leaves the wide tensors wide."""
-    names = {id(part): name for name, tensor in tensors(model) for part in (tensor, tensor.grad)}
-
-    def changed(tensor: Tensor) -> Tensor:
-        out = change(tensor)
-        dtype = wanted_dtype(names.get(id(tensor), ""), out.dtype)
-        return out if out.dtype == dtype else tensor.to(out.device, dtype)
-
-    return changed
-
-
-# --- reading -------------------------------------------------------------------------------------------------------
 
 
 @dataclass(frozen=True)
@@ -241,7 +128,7 @@ def check_tensors(
 
 def _check_kinds(found: dict[str, Stored], pattern: str) -> None:
     for name, stored in found.items():
-        layer = _LAYER.match(name)
+        layer = LAYER.match(name)
         if layer is None:
             continue
         i = int(layer[1])
@@ -249,7 +136,7 @@ def _check_kinds(found: dict[str, Stored], pattern: str) -> None:
             raise CheckpointError(
                 f"{stored.file}: has {name}, but hybrid_override_pattern names only {len(pattern)} layers"
             )
-        kind = next((kind for mark, kind in _KIND_MARKS.items() if layer[2].startswith(mark)), pattern[i])
+        kind = next((kind for mark, kind in KIND_MARKS.items() if layer[2].startswith(mark)), pattern[i])
         if kind != pattern[i]:
             raise CheckpointError(
                 f"{stored.file}: {name} belongs to a layer of kind '{kind}' ({KIND_NAMES[kind]}), but letter {i} of "

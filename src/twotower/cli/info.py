@@ -144,7 +144,7 @@ def _memory(model: TwoTowerForCausalLM, dtype: str) -> dict[str, int]:
     """Bytes of weights, what is not quantised in `dtype`; the time conditioning lives with the denoiser."""
     import torch
 
-    from twotower.checkpoint.reader import wanted_dtype
+    from twotower.model.wide_tensors import wanted_dtype
 
     context = denoiser = 0
     for name, tensor in [*model.named_parameters(), *model.named_buffers()]:
@@ -198,7 +198,7 @@ def _backends(model: TwoTowerForCausalLM, dtype: str) -> dict[str, list[dict[str
 
 def _weights(directory: Path, model: TwoTowerForCausalLM) -> dict[str, Any]:
     """What lies on disk, and whether it passes the check that loading makes."""
-    from twotower.checkpoint import reader
+    from twotower.checkpoint import names, reader
     from twotower.checkpoint.writer import INDEX_FILE, SINGLE_FILE
 
     nothing: dict[str, Any] = {"present": False, "files": [], "dtypes": {}, "problem": None}
@@ -206,7 +206,7 @@ def _weights(directory: Path, model: TwoTowerForCausalLM) -> dict[str, Any]:
         return nothing
     try:
         found = reader.scan(directory)
-        known = reader.slots(model)
+        known = names.slots(model)
         problem = None
     except CheckpointError as error:
         return nothing | {"present": True, "problem": str(error)}

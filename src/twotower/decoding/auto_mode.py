@@ -25,7 +25,7 @@ from twotower.decoding.output import Generation
 from twotower.decoding.params import GenerationParams
 
 if TYPE_CHECKING:
-    from twotower.modeling_twotower import TwoTowerForCausalLM
+    from twotower.model.towers import TwoTowerModel
 
 AGREEMENT = 0.98  # of drafted tokens that AR looked at
 LOOK_AGAIN = 8  # requests: what was not chosen meanwhile may have become better
@@ -122,15 +122,15 @@ class Chooser:
         )
 
 
-_choosers: WeakKeyDictionary[TwoTowerForCausalLM, Chooser] = WeakKeyDictionary()
+_choosers: WeakKeyDictionary[TwoTowerModel, Chooser] = WeakKeyDictionary()
 
 
-def chooser_of(model: TwoTowerForCausalLM) -> Chooser:
+def chooser_of(model: TwoTowerModel) -> Chooser:
     """The one that has learned from this model's requests so far."""
     return _choosers.setdefault(model, Chooser())
 
 
-def resolve(model: TwoTowerForCausalLM, params: GenerationParams, rows: int) -> tuple[GenerationParams, str]:
+def resolve(model: TwoTowerModel, params: GenerationParams, rows: int) -> tuple[GenerationParams, str]:
     """Parameters with a mode that writes, and why that one ("" where it was asked for)."""
     if params.mode != AUTO:
         return params, ""
@@ -145,7 +145,7 @@ def resolve(model: TwoTowerForCausalLM, params: GenerationParams, rows: int) -> 
 
 
 @torch.no_grad()
-def measure(model: TwoTowerForCausalLM, rows: int, block_size: int) -> Costs:
+def measure(model: TwoTowerModel, rows: int, block_size: int) -> Costs:
     """Times each kind of pass: the fastest of some, after one that is not counted."""
     context = min(CONTEXT, model.config.backbone.max_position_embeddings - block_size)
     device = model.device

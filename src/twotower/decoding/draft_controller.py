@@ -17,7 +17,7 @@ from weakref import WeakKeyDictionary
 if TYPE_CHECKING:
     from twotower.decoding.params import GenerationParams
     from twotower.engine.loops.session import Session
-    from twotower.modeling_twotower import TwoTowerForCausalLM
+    from twotower.model.towers import TwoTowerModel
 
 CHOICES = (0, 1, 2, 4)  # denoiser passes a round; 0 is AR
 CREDIT_STEPS, CREDIT_SHARE = 3.0, 0.04  # what trying may cost: so many AR steps, and this share of AR's time
@@ -132,7 +132,7 @@ class Pace:
             self.arms[k].tokens = self.ease * worth
 
 
-_paces: WeakKeyDictionary[TwoTowerForCausalLM, dict[tuple[int, ...], Pace]] = WeakKeyDictionary()
+_paces: WeakKeyDictionary[TwoTowerModel, dict[tuple[int, ...], Pace]] = WeakKeyDictionary()
 
 
 def pace_of(session: Session) -> Pace:

@@ -9,19 +9,19 @@ from twotower.cache.hybrid_cache import sizes
 from twotower.errors import ArgumentError
 
 if TYPE_CHECKING:
-    from twotower.modeling_twotower import TwoTowerForCausalLM
+    from twotower.model.towers import TwoTowerModel
 
 PREFIX_SHARE = 0.2  # of the memory, for prompts' beginnings
 PREFIXES = 8  # of their chunks are remembered at least where no memory is given
 
 
-def memory_for(model: TwoTowerForCausalLM, rows: int, longest: int) -> int:
+def memory_for(model: TwoTowerModel, rows: int, longest: int) -> int:
     """Bytes in which `rows` texts of `longest` tokens fit, one block included."""
     per_row, per_token = sizes(model.context.config, model.dtype)
     return math.ceil(rows * (per_row + per_token * longest) / (1 - PREFIX_SHARE)) + 1
 
 
-def shares(model: TwoTowerForCausalLM, rows: int, longest: int, chunk: int, memory: int | None) -> tuple[int, int, int]:
+def shares(model: TwoTowerModel, rows: int, longest: int, chunk: int, memory: int | None) -> tuple[int, int, int]:
     """→ rows, as many of these as leave columns for a text of `longest` tokens beside their states; columns of keys and
     values for all of them; bytes for prompts' beginnings, in chunks of `chunk` tokens.
 

@@ -14,10 +14,10 @@ from twotower.ops.host_transfer import Fetched, placed
 
 if TYPE_CHECKING:
     from twotower.cache.hybrid_cache import ContextView
-    from twotower.modeling_twotower import TwoTowerForCausalLM
+    from twotower.model.towers import TwoTowerModel
 
 
-def launch(model: TwoTowerForCausalLM, rows: Sequence[Row], view: ContextView) -> Fetched:
+def launch(model: TwoTowerModel, rows: Sequence[Row], view: ContextView) -> Fetched:
     """Puts one pass over the rows' pending tokens on its way → the tokens after them (n, 1), and the confidence in
     them."""
     device = view.lengths.device

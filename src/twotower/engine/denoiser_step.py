@@ -21,7 +21,7 @@ from twotower.ops.precision import accumulation_dtype
 
 if TYPE_CHECKING:
     from twotower.cache.hybrid_cache import ContextView
-    from twotower.modeling_twotower import TwoTowerForCausalLM
+    from twotower.model.towers import TwoTowerModel
 
 
 class Blocks:
@@ -29,7 +29,7 @@ class Blocks:
     device; step, steps, sizes, purpose, mask (R, 1): passes done and allowed, positions, what the noise is for, mask
     token."""
 
-    def __init__(self, model: TwoTowerForCausalLM, rows: int, size: int, device: torch.device) -> None:
+    def __init__(self, model: TwoTowerModel, rows: int, size: int, device: torch.device) -> None:
         self.model = model
         self.size = size
         self.device = device

@@ -51,7 +51,7 @@ from twotower.ops.host_transfer import placed
 
 if TYPE_CHECKING:
     from twotower.cache.hybrid_cache import ContextView
-    from twotower.modeling_twotower import TwoTowerForCausalLM
+    from twotower.model.towers import TwoTowerModel
 
 Collect = Callable[[], Sequence[Event]]  # waits for a pass that was launched, and books it
 PROMPT_CHUNK = 256  # a prompt is read up to multiples of this, where its state can serve another prompt
@@ -71,7 +71,7 @@ class LLM:
 
     def __init__(
         self,
-        model: TwoTowerForCausalLM,
+        model: TwoTowerModel,
         *,
         rows: int = 16,
         length: int | None = None,
@@ -103,14 +103,12 @@ class LLM:
         self._number = 0
 
     @staticmethod
-    def memory_for(model: TwoTowerForCausalLM, rows: int, length: int, block_size: int = 16) -> int:
+    def memory_for(model: TwoTowerModel, rows: int, length: int, block_size: int = 16) -> int:
         """Bytes in which so many texts of up to `length` tokens fit at once; twice with the towers on two devices."""
         return memory_for(model, rows, length + block_size)
 
     @classmethod
-    def fitting(
-        cls, model: TwoTowerForCausalLM, requests: Sequence[Request], rows: int, memory: int | None = None
-    ) -> LLM:
+    def fitting(cls, model: TwoTowerModel, requests: Sequence[Request], rows: int, memory: int | None = None) -> LLM:
         """One that all of these requests fit, with at most `rows` at work at once, in so much memory.
 
         Raises:

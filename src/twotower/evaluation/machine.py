@@ -13,7 +13,7 @@ import torch
 from torch import nn
 
 from twotower.checkpoint.quantize import quantization_of
-from twotower.checkpoint.reader import tensors
+from twotower.model.wide_tensors import tensors
 from twotower.version import VERSION
 
 

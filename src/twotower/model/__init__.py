@@ -1,1 +1,1 @@
-"""The network: mixers, towers, conditioning, and the Hugging Face model that holds both towers."""
+"""The network: mixers, towers, conditioning, and the model that couples both towers."""

@@ -9,20 +9,25 @@ from collections.abc import Callable
 
 from torch import Tensor, nn
 
-from twotower.ops.cpu import packed_weights
+from twotower.ops.cpu.packed_weights import PackedWeight
 from twotower.ops.reference import int8
 from twotower.ops.registry import select
 
 
 class Linear(nn.Linear):
-    """y = x·Wᵀ + b, weight (out, in)."""
+    """y = x·Wᵀ + b, weight (out, in). packed: a second copy of the weight, neither saved nor copied."""
+
+    def __init__(self, in_features: int, out_features: int, bias: bool = True) -> None:
+        super().__init__(in_features, out_features, bias)
+        self.packed = PackedWeight()
 
     def forward(self, input: Tensor) -> Tensor:
-        return select("linear", input.device, input.dtype).function(input, self.weight, self.bias)
+        backend = select("linear", input.device, input.dtype)
+        return backend.function(input, self.weight, self.bias, self.packed.of(self.weight))
 
     def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> Linear:
         super()._apply(fn, recurse)
-        packed_weights.of(self.weight)  # a copy of what has just changed or moved is forgotten
+        self.packed.of(self.weight)  # releases the copy of a weight that has just changed or moved
         return self
 
 

@@ -11,8 +11,9 @@ from torch import Tensor, nn
 from twotower.config import BackboneConfig
 from twotower.model.layer_io import Visibility
 from twotower.model.linear import Linear
-from twotower.ops.cpu import packed_weights
+from twotower.ops.cpu.packed_weights import PackedWeight
 from twotower.ops.reference import int8
+from twotower.ops.reference.experts import Panels
 from twotower.ops.reference.routing import Routing
 from twotower.ops.registry import select
 
@@ -61,15 +62,18 @@ class Experts(nn.Module):
         shape = (config.n_routed_experts, config.moe_intermediate_size, config.hidden_size)
         self.up_proj = nn.Parameter(torch.empty(shape))
         self.down_proj = nn.Parameter(torch.empty(shape[0], shape[2], shape[1]))
+        self.packed_up, self.packed_down = PackedWeight(), PackedWeight()  # as in `Linear`
 
     def forward(self, hidden: Tensor, choice: Tensor, weight: Tensor) -> Tensor:
         backend = select("experts", hidden.device, hidden.dtype)
-        return backend.function(hidden, choice, weight, self.up_proj, self.down_proj)
+        return backend.function(hidden, choice, weight, self.up_proj, self.down_proj, self._panels())
+
+    def _panels(self) -> Panels:
+        return self.packed_up.of(self.up_proj), self.packed_down.of(self.down_proj)
 
     def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> Experts:
         super()._apply(fn, recurse)
-        for weight in (self.up_proj, self.down_proj):
-            packed_weights.of(weight)  # as in `Linear`
+        self._panels()  # as in `Linear`
         return self
 
 

@@ -2,21 +2,22 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
+from typing import NamedTuple, Protocol
 
 import torch
 from torch import Tensor, nn
 
+from twotower.cache.layer_cache import Added, Past
 from twotower.config import BackboneConfig, LayerKind
 from twotower.model.attention import Attention
 from twotower.model.conditioning import Modulation, normed_input
-from twotower.model.layer_io import Added, Past, Visibility
+from twotower.model.layer_io import Visibility
 from twotower.model.linear import Linear
 from twotower.model.mamba2 import Mamba2
 from twotower.model.moe import MLP, Experts, MoE, Router
 from twotower.model.norm import RMSNorm
 from twotower.ops.precision import widened
-from twotower.runners import cuda_graph, fused_cpu
 
 
 def build_mixer(kind: LayerKind, config: BackboneConfig) -> nn.Module:
@@ -64,8 +65,42 @@ class Layer(nn.Module):
         return x + out if modulation is None else x + out * modulation.gate
 
 
+class PassInputs(NamedTuple):
+    """Everything that one pass of a tower reads beside the weights; see `Tower.forward`."""
+
+    tokens: Tensor
+    sees: Visibility
+    past: list[Past] | None = None
+    modulation: list[Modulation] | None = None
+    trace: bool = True
+
+
+PassResult = tuple[Tensor, list[Added]]
+
+
+class Runner(Protocol):
+    """Runs a whole pass of one tower at once, with the result of `Tower.layer_by_layer`.
+
+    A runner keeps what it prepares for its tower. A copy of a runner (deepcopy, pickle) is empty.
+    """
+
+    def run(self, tower: Tower, inputs: PassInputs) -> PassResult | None:
+        """The result of the pass; None where the runner does not serve it."""
+
+    def prompt_piece(self, tower: Tower) -> int | None:
+        """Tokens of a prompt that are best read in one pass; None: no preference."""
+
+    def release(self) -> None:
+        """Frees everything prepared for the tower."""
+
+
 class Tower(nn.Module):
-    """Tokens (B, L) in, final hidden states (B, L, H) out; `head` turns those into logits (B, L, V)."""
+    """Tokens (B, L) in, final hidden states (B, L, H) out; `head` turns those into logits (B, L, V).
+
+    runners: asked in turn for each pass; `runners.attach` sets them.
+    """
+
+    runners: tuple[Runner, ...] = ()
 
     def __init__(self, config: BackboneConfig) -> None:
         super().__init__()
@@ -96,15 +131,17 @@ class Tower(nn.Module):
         past: list[Past] | None = None,
         modulation: list[Modulation] | None = None,
         trace: bool = True,
-    ) -> tuple[Tensor, list[Added]]:
+    ) -> PassResult:
         """One pass over tokens (B, L), after `past` → hidden (B, L, H) and, layer by layer, what it adds.
 
         trace: whether the Mamba layers' traces are wanted; a pass that nothing is to remember does without.
         """
-        at_once = cuda_graph.run(self, cuda_graph.Reads(tokens, sees, past, modulation, trace))
-        if at_once is None:
-            at_once = fused_cpu.run(self, self.embed(tokens), sees, past, modulation, trace)
-        return self.layer_by_layer(tokens, sees, past, modulation, trace) if at_once is None else at_once
+        inputs = PassInputs(tokens, sees, past, modulation, trace)
+        for runner in self.runners:
+            result = runner.run(self, inputs)
+            if result is not None:
+                return result
+        return self.layer_by_layer(*inputs)
 
     def layer_by_layer(
         self,
@@ -113,14 +150,29 @@ class Tower(nn.Module):
         past: list[Past] | None = None,
         modulation: list[Modulation] | None = None,
         trace: bool = True,
-    ) -> tuple[Tensor, list[Added]]:
-        """`forward` as it is defined; what does all of a pass at once gives the same."""
+    ) -> PassResult:
+        """Reference forward; every runner must match it."""
         x, sees = self.embed(tokens), sees.with_counting()
         added: list[Added] = []
         for i, layer in enumerate(self.layers):
             x, new = layer(x, past[i] if past else None, sees, modulation[i] if modulation else None, trace)
             added.append(new)
         return self.norm_f(x), added
+
+    def logits(self, hidden: Tensor, wide: bool = True) -> Tensor:
+        """hidden (…, H) → logits (…, V) in at least fp32 (wide=False: in the tower's own dtype)."""
+        logits = self.head(hidden)
+        return widened(logits) if wide else logits
+
+    def release(self) -> None:
+        """Frees what the runners have prepared; they prepare it again when it is needed."""
+        for runner in self.runners:
+            runner.release()
+
+    def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> Tower:
+        self.release()  # what was prepared for the weights as they were
+        super()._apply(fn, recurse)
+        return self
 
     def reset_parameters(self) -> None:
         """Random weights for training from scratch: N(0, initializer_range), projections into the residual

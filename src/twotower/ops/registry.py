@@ -17,13 +17,12 @@ from functools import cache
 from typing import Any
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor
 
 from twotower import options
 from twotower.ops import self_check
 from twotower.ops.cpu import kernels as native_ops
-from twotower.ops.reference import argmax, attention, experts, int8, kv_write, mamba_block, norm, routing
+from twotower.ops.reference import argmax, attention, experts, int8, kv_write, linear, mamba_block, norm, routing
 from twotower.ops.reference.kv_write import Pair
 from twotower.ops.reference.mamba_block import MambaTrace
 from twotower.ops.self_check_cases import CASES
@@ -110,7 +109,7 @@ CATALOGUE: dict[str, tuple[Backend, ...]] = {
     ),
     "linear": (
         _native(native_ops.linear, "reads weights once, as they lie, for few tokens"),
-        Backend("torch", F.linear, "plain torch"),
+        Backend("torch", linear.linear, "plain torch"),
     ),
     "linear_int8": (
         _triton("int8", "linear_int8", "reads int8 once and widens it in registers, for few tokens"),

@@ -173,8 +173,9 @@ def linear_cases(device: torch.device, dtype: torch.dtype) -> list[Case]:
 
     def arguments(tokens: int, width: int, out: int, bias: bool, packed: bool) -> tuple[Any, ...]:
         draw = Draw(5, device)
-        weight = _packed(draw(out, width).to(dtype), packed)
-        return draw(tokens, width).to(dtype), weight, draw(out).to(dtype) if bias else None
+        weight = draw(out, width).to(dtype)
+        x, bias_drawn = draw(tokens, width).to(dtype), draw(out).to(dtype) if bias else None
+        return x, weight, bias_drawn, _panels(weight, packed)
 
     return [
         _case(f"{size[0]} tokens of width {size[1]}{', packed' * packed}", arguments, *size, packed)
@@ -199,7 +200,7 @@ def experts_int8_cases(device: torch.device, dtype: torch.dtype, width: int = 37
     """Those of `experts` that are not packed."""
 
     def arguments(case: Case) -> tuple[Any, ...]:
-        *routed, up, down = case.arguments()
+        *routed, up, down, _ = case.arguments()
         return *routed, *quantized(up), *quantized(down)
 
     return [_case(case.name, arguments, case) for case in experts_cases(device, dtype, width, inner, (False,))]
@@ -217,9 +218,10 @@ def experts_cases(
 
     def arguments(tokens: int, top: int, count: int, width: int, inner: int, packed: bool) -> tuple[Any, ...]:
         draw = Draw(6, device)
-        up, down = (_packed(draw(count, *shape).to(dtype), packed) for shape in ((inner, width), (width, inner)))
+        up, down = (draw(count, *shape).to(dtype) for shape in ((inner, width), (width, inner)))
         hidden, choice = draw(tokens, width).to(dtype) / 4, draw(tokens, count).argsort(-1)[:, :top]
-        return hidden, choice.contiguous(), draw(tokens, top).abs(), up, down
+        panels = _panels(up, packed), _panels(down, packed)
+        return hidden, choice.contiguous(), draw(tokens, top).abs(), up, down, panels
 
     sizes = [(1, 2, 7, width, inner), (19, 3, 7, width, inner)]
     if device.type == "cuda":
@@ -235,12 +237,12 @@ def _packings(device: torch.device) -> tuple[bool, ...]:
     return (False, True) if device.type == "cpu" else (False,)
 
 
-def _packed(weight: Tensor, packed: bool) -> Tensor:
-    if packed:
-        from twotower.ops.cpu import kernels
+def _panels(weight: Tensor, packed: bool) -> Tensor | None:
+    if not packed:
+        return None
+    from twotower.ops.cpu import kernels
 
-        kernels.pack(weight)
-    return weight
+    return kernels.pack(weight)
 
 
 def route_cases(device: torch.device, dtype: torch.dtype) -> list[Case]:

@@ -1,7 +1,7 @@
-"""A second copy of a model's large weights, in the order that products on a processor read fastest.
+"""Packs the large weights of a model for inference on a CPU: a second copy, in the order that products read fastest.
 
-It serves inference: a weight that training or loading changes afterwards goes back to being read as it lies, until it
-is packed again. What is saved, moved or sharded is always the weight itself.
+A weight that training or loading changes afterwards is read as it lies until it is packed again. What is saved, moved
+or sharded is always the weight itself.
 """
 
 from __future__ import annotations
@@ -16,18 +16,20 @@ from torch import Tensor, nn
 from twotower import options
 from twotower.model.linear import Linear
 from twotower.model.moe import Experts
-from twotower.ops.cpu import kernels, packed_weights
+from twotower.ops.cpu import kernels
+from twotower.ops.cpu.packed_weights import PackedWeight, size
 
 SPARE_SHARE = 0.5  # of the memory that is free: as much may the copies take where nobody asked for them
 
 
-def matrices(model: nn.Module) -> Iterator[Tensor]:
-    """The weights of products that a copy speeds up."""
+def matrices(model: nn.Module) -> Iterator[tuple[Tensor, PackedWeight]]:
+    """The weights of products that a packed copy speeds up, and the place of each copy."""
     for module in model.modules():
         if isinstance(module, Linear):
-            yield module.weight
+            yield module.weight, module.packed
         elif isinstance(module, Experts):
-            yield from (module.up_proj, module.down_proj)
+            yield module.up_proj, module.packed_up
+            yield module.down_proj, module.packed_down
 
 
 def refusal(model: nn.Module, device: torch.device | None = None, dtype: torch.dtype | None = None) -> str | None:
@@ -35,10 +37,10 @@ def refusal(model: nn.Module, device: torch.device | None = None, dtype: torch.d
     if not options.current().pack:
         return "TWOTOWER_PACK=0"
     needed = 0
-    for weight in matrices(model):
+    for weight, _ in matrices(model):
         kind = dtype or weight.dtype
         if kernels.refusal(device or weight.device, kind) is None:
-            needed += packed_weights.size(weight) * kind.itemsize
+            needed += size(weight) * kind.itemsize
     if not needed:
         return "no compiled kernels read them"
     free = available_memory()
@@ -50,14 +52,22 @@ def refusal(model: nn.Module, device: torch.device | None = None, dtype: torch.d
 
 def pack(model: nn.Module) -> int:
     """Copies every weight that compiled kernels read → bytes of all copies."""
-    packed = [weight for weight in matrices(model) if kernels.pack(weight)]
-    return sum(packed_weights.size(weight) * weight.element_size() for weight in packed)
+    taken = 0
+    for weight, packed in matrices(model):
+        panels = packed.of(weight)
+        if panels is None:
+            panels = kernels.pack(weight)
+            if panels is None:
+                continue
+            packed.keep(weight, panels)
+        taken += panels.nbytes
+    return taken
 
 
 def unpack(model: nn.Module) -> None:
     """Gives the copies' memory back."""
-    for weight in matrices(model):
-        packed_weights.forget(weight)
+    for _, packed in matrices(model):
+        packed.release()
 
 
 def available_memory() -> int | None:

@@ -16,8 +16,8 @@ from torch.distributed.device_mesh import DeviceMesh, init_device_mesh
 from torch.distributed.fsdp import FSDPModule, MixedPrecisionPolicy, fully_shard
 from torch.distributed.tensor import DTensor
 
-from twotower.checkpoint.reader import is_wide
 from twotower.errors import ArgumentError
+from twotower.model.wide_tensors import is_wide
 
 
 @dataclass(frozen=True)

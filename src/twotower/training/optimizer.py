@@ -8,8 +8,8 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from twotower.checkpoint.reader import is_wide
 from twotower.errors import ArgumentError
+from twotower.model.wide_tensors import is_wide
 from twotower.training.fsdp import World, local, sum_whole_gradients
 
 

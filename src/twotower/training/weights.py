@@ -10,8 +10,10 @@ from safetensors import safe_open
 from torch import Tensor, nn
 from torch.distributed.tensor import DTensor
 
-from twotower.checkpoint import reader
-from twotower.checkpoint.reader import Slot, Stored, wanted_dtype
+from twotower.checkpoint import names, reader
+from twotower.checkpoint.names import Slot
+from twotower.checkpoint.reader import Stored
+from twotower.model.wide_tensors import tensors, wanted_dtype
 from twotower.training.fsdp import World, full, local
 
 if TYPE_CHECKING:
@@ -27,15 +29,15 @@ def fill(model: TwoTowerForCausalLM, objective: nn.Module, directory: Path, worl
         CheckpointError: the files do not fit the model.
     """
     found = reader.scan(directory)
-    needed = reader.slots(model)
+    needed = names.slots(model)
     with torch.device("meta"):
-        known = reader.slots(type(model)(model.config))  # of two towers, even where one serves as both
+        known = names.slots(type(model)(model.config))  # of two towers, even where one serves as both
     reader.check(directory, found, known, needed, model.config.hybrid_override_pattern)
     objective.to_empty(device=world.device)
-    tensors = dict(reader.tensors(model))
+    memory = dict(tensors(model))
     with torch.no_grad():
         for slot in needed:
-            _read(slot, found[slot.disk], tensors[slot.memory], world)
+            _read(slot, found[slot.disk], memory[slot.memory], world)
 
 
 def gather(model: nn.Module, dtype: torch.dtype, world: World) -> dict[str, Tensor]:
@@ -44,7 +46,7 @@ def gather(model: nn.Module, dtype: torch.dtype, world: World) -> dict[str, Tens
     All processes must call it.
     """
     whole = {}
-    for name, tensor in reader.tensors(model):
+    for name, tensor in tensors(model):
         value = full(tensor.detach())
         if world.first:
             whole[name] = value.to("cpu", wanted_dtype(name, dtype), copy=True)

@@ -16,7 +16,7 @@ from twotower.decoding.sequence_output import RowRecord
 from twotower.decoding.unmasking import Unmasking
 
 if TYPE_CHECKING:
-    from twotower.modeling_twotower import TwoTowerForCausalLM
+    from twotower.model.towers import TwoTowerModel
 
 
 class Session:
@@ -27,7 +27,7 @@ class Session:
 
     def __init__(
         self,
-        model: TwoTowerForCausalLM,
+        model: TwoTowerModel,
         prompts: Sequence[Sequence[int]],
         params: GenerationParams,
         tokenizer: Any,

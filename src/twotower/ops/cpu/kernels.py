@@ -22,6 +22,7 @@ from twotower.ops.precision import multiplies_bf16_fast
 from twotower.ops.reference import experts as torch_experts
 from twotower.ops.reference import int8
 from twotower.ops.reference.attention import Cached
+from twotower.ops.reference.experts import Panels
 from twotower.ops.reference.kv_write import Ends, Pair
 from twotower.ops.reference.mamba_block import MambaTrace, MambaWeights, empty_trace
 from twotower.ops.reference.norm import Order
@@ -94,30 +95,26 @@ def _addresses(tensors: Sequence[Tensor]) -> ctypes.Array[ctypes.c_void_p]:
     return (ctypes.c_void_p * len(tensors))(*(tensor.data_ptr() for tensor in tensors))
 
 
-def pack(weight: Tensor) -> bool:
-    """Makes a copy of a weight (…, out, in) in panels → whether it has one: in host memory, fp32 or bf16, in a row."""
-    if packed_weights.of(weight) is not None:
-        return True
+def pack(weight: Tensor) -> Tensor | None:
+    """The panels of a weight (…, out, in); None for one that is not contiguous fp32 or bf16 in host memory."""
     unfit = weight.dim() < 2 or not weight.numel() or not weight.is_contiguous() or weight.is_inference()
     if unfit or refusal(weight.device, weight.dtype) is not None:
-        return False
+        return None
     copy = torch.empty(packed_weights.size(weight), dtype=weight.dtype)
     out, width = weight.shape[-2:]
     call("pack_", weight, weight, copy, weight.numel() // (out * width), out, width)
-    packed_weights.keep(weight, copy)
-    return True
+    return copy
 
 
-def linear(x: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
-    """`F.linear`: x (…, in), weight (out, in), bias (out,) or None → (…, out)."""
+def linear(x: Tensor, weight: Tensor, bias: Tensor | None = None, panels: Tensor | None = None) -> Tensor:
+    """x (…, in), weight (out, in), bias (out,) or None, panels: the packed weight, if there is one → (…, out)."""
     width = weight.shape[1]
     tokens = x.numel() // width
-    packed = packed_weights.of(weight)
-    if tokens > few(x.dtype, packed=packed is not None) or not weight.is_contiguous() or x.dtype != weight.dtype:
+    if tokens > few(x.dtype, packed=panels is not None) or not weight.is_contiguous() or x.dtype != weight.dtype:
         return F.linear(x, weight, bias)
     x = x.contiguous()
     out = x.new_empty(*x.shape[:-1], weight.shape[0])
-    call("linear_", x, x, weight, packed, None, bias, out, tokens, width, weight.shape[0])
+    call("linear_", x, x, weight, panels, None, bias, out, tokens, width, weight.shape[0])
     return out
 
 
@@ -133,15 +130,16 @@ def linear_int8(x: Tensor, q: Tensor, scale: Tensor, bias: Tensor | None = None)
     return y
 
 
-def experts(hidden: Tensor, choice: Tensor, weight: Tensor, up: Tensor, down: Tensor) -> Tensor:
-    """hidden (T, H); choice (T, k); weight (T, k); up (E, I, H); down (E, H, I) → (T, H)."""
-    packed = packed_weights.of(up), packed_weights.of(down)
-    most = few(hidden.dtype, packed=None not in packed)
+def experts(
+    hidden: Tensor, choice: Tensor, weight: Tensor, up: Tensor, down: Tensor, panels: Panels = (None, None)
+) -> Tensor:
+    """hidden (T, H); choice (T, k); weight (T, k); up (E, I, H); down (E, H, I); panels: both packed → (T, H)."""
+    most = few(hidden.dtype, packed=all(part is not None for part in panels))
     if choice.numel() > most * up.shape[0]:  # as many tokens for an average expert
         return torch_experts.experts_sorted(hidden, choice, weight, up, down)
     hidden, choice, weight = hidden.contiguous(), choice.contiguous(), weight.float().contiguous()
     out = torch.empty_like(hidden)
-    matrices = up, packed[0], None, down, packed[1], None
+    matrices = up, panels[0], None, down, panels[1], None
     call("experts_", hidden, hidden, choice, weight, *matrices, out, *choice.shape, *up.shape)
     return out
 

@@ -1,64 +1,54 @@
-"""Second copies of weights, repacked in panels (panels.h): what passes are fastest with. `ops.pack` makes them.
+"""A second copy of a weight, repacked in panels (packed_weights.h) for the fastest products on a CPU.
 
-A weight that was changed or moved since has none: its copy is forgotten when it is next looked for. Only changes behind
-torch's back (through `.data` or another library's view of the memory) go unseen.
+The module that holds a weight holds its `PackedWeight`. A packed weight is for inference: a weight that was changed,
+moved or replaced since is read as it lies. Only changes behind torch's back (through `.data` or another library's view
+of the memory) go unseen.
 """
 
 from __future__ import annotations
 
 import math
-from typing import NamedTuple
+import weakref
 
 from torch import Tensor
-from torch.utils.weak import WeakTensorKeyDictionary
 
 from twotower.ops.reference.int8 import PANEL
 
 
-class Packed(NamedTuple):
-    """A copy, and what the weight was like when it was made."""
+class PackedWeight:
+    """The panels of one weight, and the weight they were made from: the object, its address and version. Copying or
+    pickling gives an empty one."""
 
-    panels: Tensor
-    address: int
-    version: int
+    def __init__(self) -> None:
+        self.panels: Tensor | None = None
+        self._of: weakref.ref[Tensor] | None = None
+        self._address = self._version = 0
 
+    def __reduce__(self) -> tuple[type[PackedWeight], tuple[()]]:
+        return type(self), ()
 
-_COPIES = WeakTensorKeyDictionary()
-_changes = 0
+    def keep(self, weight: Tensor, panels: Tensor) -> None:
+        """Stores panels made from the weight just now."""
+        self.panels, self._of = panels, weakref.ref(weight)
+        self._address, self._version = weight.data_ptr(), weight._version
+
+    def of(self, weight: Tensor) -> Tensor | None:
+        """The panels, if they were made from this weight as it is; else they are released."""
+        panels = self.panels
+        if panels is None:
+            return None
+        same = self._of is not None and self._of() is weight and panels.dtype == weight.dtype
+        if same and (self._address, self._version) == (weight.data_ptr(), weight._version):
+            return panels
+        self.release()
+        return None
+
+    def release(self) -> None:
+        """Frees the panels."""
+        self.panels = self._of = None
 
 
 def size(weight: Tensor) -> int:
-    """Elements of the copy of a weight (…, out, in)."""
+    """Elements of the panels of a weight (…, out, in)."""
     *matrices, out, width = weight.shape
     return math.prod(matrices) * -(-out // PANEL) * PANEL * (width + width % 2)
-
-
-def keep(weight: Tensor, panels: Tensor) -> None:
-    """Remembers a copy made just now."""
-    global _changes
-    _COPIES[weight] = Packed(panels, weight.data_ptr(), weight._version)
-    _changes += 1
-
-
-def forget(weight: Tensor) -> None:
-    """Gives a weight's copy up."""
-    global _changes
-    if _COPIES.pop(weight, None) is not None:
-        _changes += 1
-
-
-def of(weight: Tensor) -> Tensor | None:
-    """The weight's copy, if it has one that is still true."""
-    packed = _COPIES.get(weight) if _COPIES else None
-    if packed is None:
-        return None
-    panels, *when = packed
-    if when == [weight.data_ptr(), weight._version] and panels.dtype == weight.dtype:
-        return panels
-    forget(weight)
-    return None
-
-
-def changes() -> int:
-    """Goes up whenever a copy is made or given up: what `of` said stays true until then."""
-    return _changes

@@ -1,6 +1,7 @@
 """Mixture-of-experts matmuls: each token through its own few experts, down(relu(up·x)²), weighted and summed.
 
-hidden (T, H); choice (T, k) expert ids; weight (T, k); up (E, I, H); down (E, H, I) → (T, H).
+hidden (T, H); choice (T, k) expert ids; weight (T, k); up (E, I, H); down (E, H, I) → (T, H). panels: `up` and `down`
+packed for compiled kernels; not read here.
 No backend visits an expert that nothing chose, and none synchronises the host once per expert.
 """
 
@@ -12,8 +13,12 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+Panels = tuple[Tensor | None, Tensor | None]
 
-def experts_sorted(hidden: Tensor, choice: Tensor, weight: Tensor, up: Tensor, down: Tensor) -> Tensor:
+
+def experts_sorted(
+    hidden: Tensor, choice: Tensor, weight: Tensor, up: Tensor, down: Tensor, panels: Panels = (None, None)
+) -> Tensor:
     """Tokens sorted by expert, one matmul pair per chosen expert. One host read of the counts (free on a CPU)."""
 
     def through(expert: int, rows: Tensor) -> Tensor:
@@ -35,7 +40,9 @@ def by_expert(
     return combine(torch.cat(parts) if parts else through(0, gathered), order, weight)
 
 
-def experts_gathered(hidden: Tensor, choice: Tensor, weight: Tensor, up: Tensor, down: Tensor) -> Tensor:
+def experts_gathered(
+    hidden: Tensor, choice: Tensor, weight: Tensor, up: Tensor, down: Tensor, panels: Panels = (None, None)
+) -> Tensor:
     """Copies the chosen experts' weights and multiplies in one batch: shapes depend only on T, no host read."""
     pairs = choice.flatten()
     x = hidden.repeat_interleave(choice.shape[1], 0)[:, :, None]  # (T·k, H, 1)
@@ -43,7 +50,9 @@ def experts_gathered(hidden: Tensor, choice: Tensor, weight: Tensor, up: Tensor,
     return weighted(out[..., 0], weight)
 
 
-def experts_grouped(hidden: Tensor, choice: Tensor, weight: Tensor, up: Tensor, down: Tensor) -> Tensor:
+def experts_grouped(
+    hidden: Tensor, choice: Tensor, weight: Tensor, up: Tensor, down: Tensor, panels: Panels = (None, None)
+) -> Tensor:
     """One grouped GEMM per projection (bf16 on CUDA); group ends stay on the device."""
     if not len(hidden):
         return experts_sorted(hidden, choice, weight, up, down)
@@ -55,7 +64,9 @@ def experts_grouped(hidden: Tensor, choice: Tensor, weight: Tensor, up: Tensor, 
     return combine(torch._grouped_mm(inner, down.transpose(1, 2), offs=ends), order, weight)
 
 
-def experts_dense(hidden: Tensor, choice: Tensor, weight: Tensor, up: Tensor, down: Tensor) -> Tensor:
+def experts_dense(
+    hidden: Tensor, choice: Tensor, weight: Tensor, up: Tensor, down: Tensor, panels: Panels = (None, None)
+) -> Tensor:
     """Slow twin: every expert on every token, weighted by zero where it was not chosen."""
     share = weight.new_zeros(hidden.shape[0], up.shape[0]).scatter_add(1, choice, weight)  # (T, E)
     every = torch.stack([F.linear(F.relu(F.linear(hidden, u)).square(), d) for u, d in zip(up, down, strict=True)], 1)

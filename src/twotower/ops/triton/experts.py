@@ -20,6 +20,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from twotower.ops.reference.experts import Panels
 from twotower.ops.triton.gemm import OUTS, in_pairs, kept_in, launch_of, most_rows, product
 from twotower.ops.triton.launch import dense_from, device_of, tile_of
 
@@ -28,8 +29,10 @@ LANES = 2048  # pairs that a program looks at together
 COLUMNS = 512  # of a token's result, a program
 
 
-def experts(hidden: Tensor, choice: Tensor, weight: Tensor, up: Tensor, down: Tensor) -> Tensor:
-    """As `twotower.ops.reference.experts.experts_sorted`, without gradients."""
+def experts(
+    hidden: Tensor, choice: Tensor, weight: Tensor, up: Tensor, down: Tensor, panels: Panels = (None, None)
+) -> Tensor:
+    """As `twotower.ops.reference.experts.experts_sorted`, without gradients. panels: not read."""
     return _mixture(hidden, choice, weight, (up.contiguous(), None), (down.contiguous(), None), up.shape[1])
 
 

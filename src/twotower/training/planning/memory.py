@@ -14,11 +14,11 @@ from collections.abc import Callable
 import torch
 from torch import Tensor, nn
 
-from twotower.checkpoint.reader import cast, is_wide
 from twotower.config import BackboneConfig
 from twotower.model.conditioning import Modulation, TimeConditioning
 from twotower.model.packed_forward import Layout
 from twotower.model.tower import Tower
+from twotower.model.wide_tensors import cast, is_wide
 from twotower.training.layer_pair import PairedLayer, run_unit
 from twotower.training.objective import DenoisingObjective, DenoisingOptions, negative_log_likelihood
 from twotower.training.planning.live_bytes import LiveBytes

@@ -1,0 +1,11 @@
+"""Matrix product with a weight as it lies."""
+
+from __future__ import annotations
+
+import torch.nn.functional as F
+from torch import Tensor
+
+
+def linear(x: Tensor, weight: Tensor, bias: Tensor | None = None, panels: Tensor | None = None) -> Tensor:
+    """x (…, in), weight (out, in), bias (out,) or None → (…, out). panels: the packed weight, which is not read."""
+    return F.linear(x, weight, bias)

@@ -1,0 +1,84 @@
+"""Cached module list and weight pointers of a tower, and cheap checks that they still hold.
+
+A runner prepares its work once for a tower. Before each pass it has to know that every module is still this package's
+own, that no hook watches a module, and that each weight is the same tensor at the same address.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from itertools import compress, repeat
+from operator import contains, eq
+from typing import Any, NamedTuple
+
+from torch import Tensor, nn
+from torch.nn.modules.module import _has_any_global_hook
+
+from twotower.model.attention import Attention
+from twotower.model.linear import Int8Linear, Linear
+from twotower.model.mamba2 import CausalConv, Mamba2
+from twotower.model.moe import MLP, Experts, Int8Experts, MoE, Router
+from twotower.model.norm import GatedGroupRMSNorm, RMSNorm
+from twotower.model.tower import Layer, Tower
+
+# The modules whose `forward` the runners stand for.
+OWN_MODULES: frozenset[type[nn.Module]] = frozenset({
+    Tower, Layer, nn.Embedding, nn.ModuleList, RMSNorm, GatedGroupRMSNorm, Linear, Mamba2, CausalConv, Attention, MLP,
+    MoE, Router, Experts, Int8Linear, Int8Experts,
+})  # fmt: skip
+
+
+_tensor: Callable[[dict[str, Any], str], Tensor | None] = dict.get
+_address: Callable[[Any], int] = Tensor.data_ptr
+
+
+class Weights(NamedTuple):
+    """Every parameter and buffer of a tower at one moment: its identity, whether it is not None, and, if so, its
+    address. No reference is kept."""
+
+    ids: list[int]
+    present: list[bool]
+    addresses: tuple[int, ...]
+
+
+class ModulePlan:
+    """The modules of a tower when the plan was made. Checking a plan is much cheaper than making one, so a runner keeps
+    its plan for as long as the tower consists of the same modules, whether they may be run or not."""
+
+    def __init__(self, tower: Tower) -> None:
+        modules = list(tower.modules())
+        # The dictionaries of a module are made with the module and stay the same objects.
+        self._children = [module._modules for module in modules]
+        self._known_children = [dict(children) for children in self._children]
+        self._attributes = [module.__dict__ for module in modules[1:]]  # not the tower: its dictionary holds the runner
+        self._hooks = [hooks for module in modules for hooks in (module._forward_hooks, module._forward_pre_hooks)]
+        self.int8 = any(isinstance(module, Int8Linear | Int8Experts) for module in modules)
+        self._own = all(type(module) in OWN_MODULES for module in modules)
+        holders: list[dict[str, Any]] = []
+        for module in modules:
+            holders += module._parameters, module._buffers
+        self._holders = [holder for holder in holders for _ in holder]
+        self._names = [name for holder in holders for name in holder]
+
+    def holds(self) -> bool:
+        """Whether the tower still consists of the same modules."""
+        return all(map(eq, self._children, self._known_children))
+
+    def runs_as_written(self, tower: Tower) -> bool:
+        """Whether every module is this package's own, and none has hooks or another `forward`."""
+        if not self._own or _has_any_global_hook() or "forward" in tower.__dict__:
+            return False
+        return not any(self._hooks) and not any(map(contains, self._attributes, repeat("forward")))
+
+    def weights(self) -> Weights:
+        """The weights as they are now."""
+        tensors = list(map(_tensor, self._holders, self._names))
+        addresses = tuple(tensor.data_ptr() for tensor in tensors if tensor is not None)
+        return Weights(list(map(id, tensors)), [tensor is not None for tensor in tensors], addresses)
+
+    def unchanged(self, known: Weights) -> bool:
+        """Whether each weight is still the same tensor at the same address. (A value changed in place is not seen.)"""
+        tensors = list(map(_tensor, self._holders, self._names))
+        if list(map(id, tensors)) != known.ids:
+            return False
+        return tuple(map(_address, compress(tensors, known.present))) == known.addresses
