@@ -22,8 +22,9 @@ from twotower.cache.replica import Mirror, Transport
 from twotower.decoding.output import StepEvent
 from twotower.decoding.unmasking import POLICIES, Pass, Verdict, register_policy
 from twotower.engine import LLM, Request
-from twotower.engine.context_step import Work, grouped
+from twotower.engine.context_step import grouped
 from twotower.engine.generation import Generation, GenerationParams, generate
+from twotower.engine.scheduled import ScheduledTokens
 from twotower.errors import ArgumentError
 
 LENGTH = 160
@@ -220,7 +221,7 @@ def test_first_come_first_served(model: TwoTowerForCausalLM) -> None:
 def test_a_pass_is_padded_little() -> None:
     def widths(*given: int) -> list[list[int]]:
         rows = [SimpleNamespace(slot=slot) for slot in range(len(given))]
-        works = [Work(row, [0] * width, scored=False) for row, width in zip(rows, given, strict=True)]  # type: ignore[arg-type]
+        works = [ScheduledTokens(row, [0] * width, scored=False) for row, width in zip(rows, given, strict=True)]  # type: ignore[arg-type]
         groups = grouped(works)
         assert all([work.row.slot for work in group] == sorted(work.row.slot for work in group) for group in groups)
         return [sorted(len(work.tokens) for work in group) for group in groups]

@@ -13,8 +13,8 @@ from dataclasses import dataclass, field
 from typing import Any
 
 from twotower.decoding.modes import ASKABLE
+from twotower.decoding.params import GenerationParams
 from twotower.decoding.unmasking import POLICIES
-from twotower.engine.generation import GenerationParams
 from twotower.errors import ArgumentError
 
 WHOLE = ("block_size", "steps_per_block", "draft_steps", "top_k", "seed")

@@ -13,6 +13,7 @@ from twotower.decoding.output import BlockEvent, TokenLogprob
 from twotower.decoding.sampling import AR_TOKEN, confidence, pick_by_rule
 from twotower.engine.logprobs import Scores, Told
 from twotower.engine.loops.speculative import keep
+from twotower.engine.scheduled import ScheduledTokens
 from twotower.engine.sequence import Phase, Row
 from twotower.engine.structured import follow, restrict
 from twotower.ops.host_transfer import Fetched, placed
@@ -24,24 +25,6 @@ if TYPE_CHECKING:
 SMALL = 64  # tokens: a pass of so few costs hardly more than one of a single token, so padding it is free
 
 
-@dataclass
-class Work:
-    """Tokens that a row's slot gets; scored: whether the AR model chooses what follows them.
-
-    following: of those that choose nothing, tokens that stand after each and whose log-probabilities are asked for.
-    """
-
-    row: Row
-    tokens: list[int]
-    scored: bool
-    following: list[int] | None = None
-
-    @property
-    def asks(self) -> bool:
-        """Whether log-probabilities are wanted of it."""
-        return self.following is not None or (self.scored and self.row.request.logprobs is not None)
-
-
 def following(row: Row, count: int) -> list[int] | None:
     """What follows each of the next `count` tokens of its prompt, where anybody asks how likely that is."""
     end = row.read + count
@@ -51,9 +34,9 @@ def following(row: Row, count: int) -> list[int] | None:
     return [] if first_block else None
 
 
-def grouped(works: Sequence[Work]) -> list[list[Work]]:
+def grouped(works: Sequence[ScheduledTokens]) -> list[list[ScheduledTokens]]:
     """Passes: works of like width together, so that little of a pass is padding."""
-    groups: list[list[Work]] = []
+    groups: list[list[ScheduledTokens]] = []
     for work in sorted(works, key=lambda work: len(work.tokens)):
         group = groups[-1] if groups else []
         tokens = sum(len(other.tokens) for other in group) + len(work.tokens)
@@ -70,13 +53,13 @@ class Reading:
     """A context pass on its way. choosing: the works whose next token the AR model chooses, and of each the tokens,
     the confidence in them, and how many drafted ones are kept; asking: those that want log-probabilities."""
 
-    choosing: Sequence[Work]
+    choosing: Sequence[ScheduledTokens]
     choice: Fetched | None
-    asking: Sequence[Work]
+    asking: Sequence[ScheduledTokens]
     told: Told | None
 
 
-def launch(model: TwoTowerForCausalLM, state: TowerState, works: Sequence[Work]) -> Reading:
+def launch(model: TwoTowerForCausalLM, state: TowerState, works: Sequence[ScheduledTokens]) -> Reading:
     """Puts one context pass over the works' tokens on its way; scored rows choose and check. From here on the state,
     and each row, count the tokens as read."""
     device = state.lengths.device
@@ -134,7 +117,7 @@ def some(rows: Sequence[Row], every: int, device: torch.device) -> Tensor | None
 
 
 def _choose(
-    state: TowerState, works: Sequence[Work], tokens: Tensor, lengths: Tensor, logits: Tensor
+    state: TowerState, works: Sequence[ScheduledTokens], tokens: Tensor, lengths: Tensor, logits: Tensor
 ) -> tuple[Tensor, Tensor, Tensor]:
     """The AR model's choice after each token; of a draft what agrees with it is kept, then its own follows.
 
@@ -183,7 +166,7 @@ def _book(
     return events
 
 
-def _book_told(works: Sequence[Work], told: dict[int, list[TokenLogprob]]) -> list[BlockEvent]:
+def _book_told(works: Sequence[ScheduledTokens], told: dict[int, list[TokenLogprob]]) -> list[BlockEvent]:
     """Of works that chose nothing: a prompt's log-probabilities, and blocks that waited for theirs."""
     events = []
     for row in [work.row for work in works if not work.scored]:

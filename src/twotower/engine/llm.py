@@ -40,9 +40,10 @@ from twotower.decoding.output import BlockEvent, Event, Generation
 from twotower.decoding.sequence_output import RowRecord
 from twotower.engine import admission, context_step, denoiser_ar
 from twotower.engine.budget import memory_for, shares
-from twotower.engine.context_step import Work, following, grouped, some
+from twotower.engine.context_step import following, grouped, some
 from twotower.engine.denoiser_step import Blocks
 from twotower.engine.oom import in_parts, out_of_memory
+from twotower.engine.scheduled import ScheduledTokens
 from twotower.engine.sequence import Phase, Request, Row
 from twotower.errors import ArgumentError
 from twotower.ops.host_transfer import placed
@@ -260,13 +261,15 @@ class LLM:
             end = min(row.read + min(budget, self.model.prompt_piece), edge, row.prompt_end)
             part = list(row.request.prompt[row.read : end])
             if part:
-                works.append(Work(row, part, scored=False, following=following(row, len(part))))
+                works.append(ScheduledTokens(row, part, scored=False, following=following(row, len(part))))
                 budget -= len(part)
-        works += [Work(row, [row.pending], scored=True) for row in self._of(Phase.STEP)]
-        works += [Work(row, row.block, scored=True) for row in self._of(Phase.CHECK)]
+        works += [ScheduledTokens(row, [row.pending], scored=True) for row in self._of(Phase.STEP)]
+        works += [ScheduledTokens(row, row.block, scored=True) for row in self._of(Phase.CHECK)]
         for row in self._of(Phase.COMMIT):
             first = row.after is not None  # the held tokens are the block itself, so its first follows what was read
-            works.append(Work(row, row.block, scored=False, following=row.held[first:] if row.held else None))
+            works.append(
+                ScheduledTokens(row, row.block, scored=False, following=row.held[first:] if row.held else None)
+            )
         return [c for group in grouped(works) for c in in_parts(self._read_group, group, self._relieve, self._fail)]
 
     def _going(self, phase: Phase) -> list[Row]:
@@ -282,13 +285,13 @@ class LLM:
         return sorted((row for row in going if row.phase is phase), key=lambda row: row.slot)
 
     @staticmethod
-    def _fail(of: Work | Row, error: Exception) -> list[Collect]:
+    def _fail(of: ScheduledTokens | Row, error: Exception) -> list[Collect]:
         """The end of a row whose pass does not fit the memory even alone."""
-        row = of.row if isinstance(of, Work) else of
+        row = of.row if isinstance(of, ScheduledTokens) else of
         then = row.phase, row.opened
         return [lambda: [_failed(row, error)] if then == (row.phase, row.opened) else []]
 
-    def _read_group(self, group: Sequence[Work]) -> list[Collect]:
+    def _read_group(self, group: Sequence[ScheduledTokens]) -> list[Collect]:
         """One pass of the context tower, and what each row does next."""
         rows = [work.row for work in group]
         with self._shared(rows):

@@ -15,7 +15,7 @@ from twotower.ops.host_transfer import Fetched, placed
 from twotower.ops.precision import widened
 
 if TYPE_CHECKING:
-    from twotower.engine.context_step import Work
+    from twotower.engine.scheduled import ScheduledTokens
 
 
 class Scores:
@@ -24,7 +24,7 @@ class Scores:
     Made before anything is left out of the logits and asked once the tokens are chosen.
     """
 
-    def __init__(self, works: Sequence[Work], logits: Tensor) -> None:
+    def __init__(self, works: Sequence[ScheduledTokens], logits: Tensor) -> None:
         self.works = works
         self.read = Beliefs(logits, _alternatives(works))
         self.opening = [work for work in works if work.row.held and work.row.after is not None]
@@ -56,10 +56,10 @@ class Told:
     was read before. known: what follows the tokens of the works that chose nothing. afters: by request number, the
     logits (V,) after the last token, of rows whose next block begins there."""
 
-    works: Sequence[Work]
+    works: Sequence[ScheduledTokens]
     known: Sequence[list[int]]
     read: Fetched
-    opening: Sequence[Work]
+    opening: Sequence[ScheduledTokens]
     before: Fetched | None
     afters: dict[int, Tensor]
 
@@ -98,7 +98,9 @@ class Beliefs:
         return self.logits.gather(-1, ids).to(total.dtype) - total
 
 
-def _listed(found: Fetched, following: Sequence[list[int]], works: Sequence[Work]) -> list[list[TokenLogprob]]:
+def _listed(
+    found: Fetched, following: Sequence[list[int]], works: Sequence[ScheduledTokens]
+) -> list[list[TokenLogprob]]:
     """Of each row its tokens (up to L), in order, with as many alternatives as its request wants."""
     own, best, values = found.lists()
     out = []
@@ -109,9 +111,9 @@ def _listed(found: Fetched, following: Sequence[list[int]], works: Sequence[Work
     return out
 
 
-def _alternatives(works: Sequence[Work]) -> int:
+def _alternatives(works: Sequence[ScheduledTokens]) -> int:
     return max((work.row.request.logprobs or 0 for work in works), default=0)
 
 
-def _numbers(works: Sequence[Work]) -> list[int]:
+def _numbers(works: Sequence[ScheduledTokens]) -> list[int]:
     return [work.row.record.row for work in works]

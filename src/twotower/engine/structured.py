@@ -17,7 +17,7 @@ from twotower.errors import ArgumentError, TwoTowerError
 from twotower.ops.host_transfer import placed
 
 if TYPE_CHECKING:
-    from twotower.engine.context_step import Work
+    from twotower.engine.scheduled import ScheduledTokens
     from twotower.engine.sequence import Row
 
 
@@ -35,7 +35,7 @@ def check_constraint(constraint: Constraint, mode: str, vocab_size: int) -> None
         )
 
 
-def restrict(works: Sequence[Work], logits: Tensor) -> list[int] | None:
+def restrict(works: Sequence[ScheduledTokens], logits: Tensor) -> list[int] | None:
     """Sets to −∞, in logits (n, L, V) and in place, what the works' grammars forbid after the pending token and after
     each token of a draft, as far as the draft is allowed → how many tokens each work may keep of its draft; None: no
     work has a grammar. A row whose matcher fails has an `error`."""
