@@ -29,6 +29,7 @@ keep_large_blocks()
 import torch  # noqa: E402
 from torch import Tensor, nn  # noqa: E402
 
+from twotower.cache.layer_cache import MambaPast, Past  # noqa: E402
 from twotower.config import BackboneConfig, TwoTowerConfig  # noqa: E402
 from twotower.decoding.presets import parse_setting  # noqa: E402
 from twotower.evaluation.accuracy import evaluate  # noqa: E402
@@ -36,7 +37,6 @@ from twotower.evaluation.tasks import problems, write_jsonl  # noqa: E402
 from twotower.evaluation.tasks.scoring import OVERALL  # noqa: E402
 from twotower.model import conditioning  # noqa: E402
 from twotower.model.conditioning import TimeConditioning  # noqa: E402
-from twotower.model.layer_io import MambaPast, Past  # noqa: E402
 from twotower.model.packed_forward import Layout, denoise_layer, read_layer  # noqa: E402
 from twotower.model.tower import Layer, Tower  # noqa: E402
 from twotower.modeling_twotower import TwoTowerForCausalLM  # noqa: E402

@@ -16,7 +16,7 @@ from torch import Tensor
 
 from twotower import TwoTowerForCausalLM
 from twotower.cache.hybrid_cache import ContextView
-from twotower.model.layer_io import KeyValue, MambaPast
+from twotower.cache.layer_cache import KeyValue, MambaPast
 from twotower.ops.reference.attention import Cached
 
 

@@ -21,7 +21,7 @@ from packed import (
 from torch import Tensor, nn
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from twotower.model.layer_io import KeyValue, MambaPast, Past
+from twotower.cache.layer_cache import KeyValue, MambaPast, Past
 from twotower.model.mamba2 import Mamba2
 from twotower.model.packed_forward import Layout, read_layer, read_mamba
 from twotower.ops.reference.attention import Cached

@@ -16,12 +16,13 @@ import torch
 from torch import Tensor
 
 from twotower.cache.kv_slots import Segments
+from twotower.cache.layer_cache import Added, KeyValue, MambaPast, Past
 from twotower.config import BackboneConfig
-from twotower.model.layer_io import Added, KeyValue, MambaPast, MambaTrace, Past
 from twotower.ops.host_transfer import placed
 from twotower.ops.precision import accumulation_dtype
 from twotower.ops.reference.attention import Cached
 from twotower.ops.reference.kv_write import Ends, emptied, put
+from twotower.ops.reference.mamba_block import MambaTrace
 from twotower.ops.registry import select
 
 BUCKET = 64  # the context length a pass sees is rounded up to this, so shapes change rarely

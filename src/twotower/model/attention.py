@@ -4,8 +4,9 @@ from __future__ import annotations
 
 from torch import Tensor, nn
 
+from twotower.cache.layer_cache import KeyValue
 from twotower.config import BackboneConfig
-from twotower.model.layer_io import KeyValue, Visibility
+from twotower.model.layer_io import Visibility
 from twotower.model.linear import Linear
 from twotower.ops.reference.attention import Cached
 from twotower.ops.registry import select

@@ -1,37 +1,11 @@
-"""What passes between a context layer and its denoiser layer, and between one pass of a tower and the next.
-
-Mixers are pure: (hidden, read-only past) → (output, what this pass adds). Only `state.py` keeps anything.
-"""
+"""What the tokens of one pass may see: of each other, and of the text before them."""
 
 from __future__ import annotations
 
 from dataclasses import dataclass, replace
-from typing import NamedTuple
 
 import torch
 from torch import Tensor
-
-from twotower.ops.reference.attention import Cached
-from twotower.ops.reference.mamba_block import MambaTrace
-
-
-class KeyValue(NamedTuple):
-    """Attention: keys and values, each (B, Hkv, T, D)."""
-
-    k: Tensor
-    v: Tensor
-
-
-class MambaPast(NamedTuple):
-    """Mamba-2 at one point of the text: the last K−1 raw convolution inputs (B, K−1, C), oldest first,
-    and the SSM state (B, H, P, N)."""
-
-    conv_window: Tensor
-    ssm_state: Tensor
-
-
-Past = KeyValue | Cached | MambaPast | None  # KeyValue in training, over whole sequences
-Added = KeyValue | MambaTrace | None
 
 
 @dataclass(frozen=True, kw_only=True)

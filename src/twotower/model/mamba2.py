@@ -8,8 +8,9 @@ from collections.abc import Callable
 import torch
 from torch import Tensor, nn
 
+from twotower.cache.layer_cache import MambaPast
 from twotower.config import BackboneConfig
-from twotower.model.layer_io import MambaPast, Visibility
+from twotower.model.layer_io import Visibility
 from twotower.model.linear import Linear
 from twotower.model.norm import GatedGroupRMSNorm
 from twotower.ops.reference.mamba_block import MambaTrace, MambaWeights, convolve, gate_and_norm, split

@@ -20,9 +20,10 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from twotower.cache.layer_cache import KeyValue, MambaPast, Past
 from twotower.model.attention import Attention
 from twotower.model.conditioning import Modulation, normed_input
-from twotower.model.layer_io import KeyValue, MambaPast, Past, Visibility, context_visible
+from twotower.model.layer_io import Visibility, context_visible
 from twotower.model.mamba2 import Mamba2
 from twotower.model.tower import Layer, Tower
 from twotower.ops.reference.attention import Tile, tiled_attention

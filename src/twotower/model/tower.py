@@ -7,10 +7,11 @@ from collections.abc import Iterator
 import torch
 from torch import Tensor, nn
 
+from twotower.cache.layer_cache import Added, Past
 from twotower.config import BackboneConfig, LayerKind
 from twotower.model.attention import Attention
 from twotower.model.conditioning import Modulation, normed_input
-from twotower.model.layer_io import Added, Past, Visibility
+from twotower.model.layer_io import Visibility
 from twotower.model.linear import Linear
 from twotower.model.mamba2 import Mamba2
 from twotower.model.moe import MLP, Experts, MoE, Router

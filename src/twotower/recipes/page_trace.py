@@ -19,9 +19,9 @@ from torch import Tensor
 
 from twotower import model_loading
 from twotower.cache.hybrid_cache import AttentionPool, ContextView, MambaPool, TowerState
+from twotower.cache.layer_cache import MambaPast
 from twotower.decoding.sampling import confidence
 from twotower.decoding.unmasking import Pass, decide
-from twotower.model.layer_io import MambaPast
 from twotower.server import page
 from twotower.server.tokenizer_adapter import Texts
 

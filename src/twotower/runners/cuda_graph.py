@@ -23,8 +23,9 @@ from weakref import WeakKeyDictionary
 import torch
 from torch import Tensor, nn
 
+from twotower.cache.layer_cache import Added, MambaPast, Past
 from twotower.model.conditioning import Modulation
-from twotower.model.layer_io import Added, MambaPast, Past, Visibility
+from twotower.model.layer_io import Visibility
 from twotower.ops.reference.attention import Cached
 from twotower.ops.registry import select
 from twotower.ops.self_check import difference

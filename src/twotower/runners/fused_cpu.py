@@ -19,9 +19,10 @@ import torch
 from torch import Tensor, nn
 from torch.nn.modules.module import _has_any_global_hook
 
+from twotower.cache.layer_cache import Added, KeyValue, MambaPast, Past
 from twotower.model.attention import Attention
 from twotower.model.conditioning import Modulation
-from twotower.model.layer_io import Added, KeyValue, MambaPast, Past, Visibility
+from twotower.model.layer_io import Visibility
 from twotower.model.linear import Int8Linear, Linear
 from twotower.model.mamba2 import CausalConv, Mamba2
 from twotower.model.moe import MLP, Experts, Int8Experts, MoE, Router

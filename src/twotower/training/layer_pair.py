@@ -13,8 +13,8 @@ import torch
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
+from twotower.cache.layer_cache import Past
 from twotower.model.conditioning import Modulation
-from twotower.model.layer_io import Past
 from twotower.model.packed_forward import Layout, denoise_layer, read_layer
 from twotower.model.tower import Layer
 
