@@ -14,4 +14,12 @@ class CheckpointError(TwoTowerError, ValueError):
 
 
 class ArgumentError(TwoTowerError, ValueError):
-    """A bad argument of a public call, found before any work is done."""
+    """A bad argument of a public call, found before any work is done.
+
+    param: the name of the parameter that the error is about, as the call spells the name; None: several parameters, or
+    no parameter of a call.
+    """
+
+    def __init__(self, message: str, *, param: str | None = None) -> None:
+        super().__init__(message)
+        self.param = param

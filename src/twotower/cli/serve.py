@@ -86,7 +86,6 @@ def serve(
     Only this machine can reach it unless --host says otherwise. SIGTERM or Ctrl-C lets requests end; twice stops now.
     """
     from twotower.decoding.presets import parse_setting
-    from twotower.engine.generation import GenerationParams
 
     try:
         from twotower.server.run import serve as run
@@ -100,7 +99,6 @@ def serve(
         if given is not None and not math.isfinite(given):
             raise ArgumentError(f"{option} is {given}; it must be a finite number")
     decoding = parse_setting(setting).values
-    GenerationParams.of(**decoding)
     keys = read_keys(api_keys)
     if per_key is not None and not keys:
         raise ArgumentError("--per-key goes with API keys; give some with --api-keys or TWOTOWER_API_KEYS")
@@ -126,8 +124,9 @@ def serve(
     if not keys and not _loopback(host):
         click.echo(f"Warning: {host} can be reached from other machines, and no API key is asked for.", err=True)
 
+    mib = engine.stats().state_bytes / 2**20
+
     def listening(address: str) -> None:
-        mib = engine.state.nbytes / 2**20
         click.echo(
             f"{settings.name} at {address}: the page at /, the API at /v1; {rows} texts at once in {mib:,.0f} MiB",
             err=True,

@@ -54,7 +54,7 @@ class GenerationParams:
         for name in ("eos_token_id", "stop"):  # a lone one is meant as one, a string not as its letters
             object.__setattr__(self, name, _tuple(getattr(self, name)))
         if self.mode not in ASKABLE:
-            raise ArgumentError(f"mode is {self.mode!r}; choose one of {', '.join(ASKABLE)}")
+            raise ArgumentError(f"mode is {self.mode!r}; choose one of {', '.join(ASKABLE)}", param="mode")
         _whole("max_new_tokens", self.max_new_tokens, least=0)
         _whole("block_size", self.block_size, least=1)
         _whole("steps_per_block", self.steps_per_block, least=1)
@@ -72,26 +72,28 @@ class GenerationParams:
         for seed in () if self.seed is None else _tuple(self.seed):
             _whole("seed", seed, least=0)
             if seed >= 2**63:
-                raise ArgumentError(f"seed is {seed}; it must be below 2**63")
+                raise ArgumentError(f"seed is {seed}; it must be below 2**63", param="seed")
         for text in self.stop:
             if not isinstance(text, str) or not text:
-                raise ArgumentError(f"stop has {text!r}; each stop must be a non-empty string")
+                raise ArgumentError(f"stop has {text!r}; each stop must be a non-empty string", param="stop")
 
     def _check_policies(self) -> None:
         names = _tuple(self.policy)
         for name in names:
             if not isinstance(name, str) or name not in POLICIES:
-                raise ArgumentError(f"policy is {name!r}; choose one of {', '.join(POLICIES)}")
+                raise ArgumentError(f"policy is {name!r}; choose one of {', '.join(POLICIES)}", param="policy")
         if not names:
-            raise ArgumentError("policy is empty; name one, or one for each prompt")
+            raise ArgumentError("policy is empty; name one, or one for each prompt", param="policy")
         knobs = _tuple(self.knob)
         if len(names) > 1 and len(knobs) > 1 and len(names) != len(knobs):
-            raise ArgumentError(f"{len(knobs)} knobs for {len(names)} policies; give one, or one for each")
+            raise ArgumentError(
+                f"{len(knobs)} knobs for {len(names)} policies; give one, or one for each", param="knob"
+            )
         for name in set(names):
             policy = POLICIES[name]
             own = knobs if len(knobs) != len(names) else [k for n, k in zip(names, knobs, strict=True) if n == name]
             for knob in own:
-                _number(f"knob ({name}: {policy.knob})", knob, policy.low, policy.high)
+                _number("knob", knob, policy.low, policy.high, f" ({name}: {policy.knob})")
 
     @classmethod
     def of(
@@ -106,7 +108,7 @@ class GenerationParams:
         unknown = sorted(set(values) - set(cls.__dataclass_fields__))
         if unknown:
             known = ", ".join(cls.__dataclass_fields__)
-            raise ArgumentError(f"unknown argument {', '.join(unknown)}; known are {known}")
+            raise ArgumentError(f"unknown argument {', '.join(unknown)}; known are {known}", param=unknown[0])
         seeds = _tuple(seed) if isinstance(seed, Sequence) else seed
         for name in ("policy", "knob"):
             if isinstance(values.get(name), list):
@@ -117,20 +119,28 @@ class GenerationParams:
         """The checks that need the model's configuration and the prompts."""
         vocab = config.backbone.vocab_size
         if self.mode in BLOCK_MODES and self.mask_token_id >= vocab:
-            raise ArgumentError(f"mask_token_id is {self.mask_token_id}; the vocabulary ends at {vocab - 1}")
+            raise ArgumentError(
+                f"mask_token_id is {self.mask_token_id}; the vocabulary ends at {vocab - 1}", param="mask_token_id"
+            )
         for token in self.eos_token_id:
             if not isinstance(token, int) or isinstance(token, bool) or not 0 <= token < vocab:
-                raise ArgumentError(f"eos_token_id is {token!r}; it must be a token id from 0 to {vocab - 1}")
+                raise ArgumentError(
+                    f"eos_token_id is {token!r}; it must be a token id from 0 to {vocab - 1}", param="eos_token_id"
+                )
         window = config.backbone.max_position_embeddings
         longest = max(prompt_lengths)
         if longest + self.max_new_tokens > window:
             raise ArgumentError(
                 f"a prompt of {longest} tokens plus max_new_tokens {self.max_new_tokens} is beyond the context window "
-                f"of {window}; shorten one of them"
+                f"of {window}; shorten one of them",
+                param="max_new_tokens",
             )
-        for given, what in ((self.seed, "seeds"), (self.policy, "policies"), (self.knob, "knobs")):
+        for name, plural in (("seed", "seeds"), ("policy", "policies"), ("knob", "knobs")):
+            given = getattr(self, name)
             if isinstance(given, tuple) and len(given) != len(prompt_lengths):
-                raise ArgumentError(f"{len(given)} {what} for {len(prompt_lengths)} prompts; give one, or one for each")
+                raise ArgumentError(
+                    f"{len(given)} {plural} for {len(prompt_lengths)} prompts; give one, or one for each", param=name
+                )
 
     @property
     def fixed_draft(self) -> int | None:
@@ -170,11 +180,12 @@ def _tuple(value: Any) -> tuple[Any, ...]:
 
 def _whole(name: str, value: Any, least: int) -> None:
     if not isinstance(value, int) or isinstance(value, bool) or value < least:
-        raise ArgumentError(f"{name} is {value!r}; it must be a whole number of at least {least}")
+        raise ArgumentError(f"{name} is {value!r}; it must be a whole number of at least {least}", param=name)
 
 
-def _number(name: str, value: Any, low: float | None, high: float | None) -> None:
+def _number(name: str, value: Any, low: float | None, high: float | None, detail: str = "") -> None:
+    """detail: follows the name in the message."""
     good = isinstance(value, int | float) and not isinstance(value, bool) and math.isfinite(value)
     if not good or (low is not None and value < low) or (high is not None and value > high):
         span = "a finite number" if low is None else f"between {low:g} and {high:g}"
-        raise ArgumentError(f"{name} is {value!r}; it must be {span}")
+        raise ArgumentError(f"{name}{detail} is {value!r}; it must be {span}", param=name)

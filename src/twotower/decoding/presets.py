@@ -53,7 +53,7 @@ def parse_setting(text: str) -> Setting:
     """
     mode, _, rest = text.partition(":")
     if mode not in ASKABLE:
-        raise ArgumentError(f"setting {text!r}: mode is {mode!r}; choose one of {', '.join(ASKABLE)}")
+        raise ArgumentError(f"setting {text!r}: mode is {mode!r}; choose one of {', '.join(ASKABLE)}", param="setting")
     values: dict[str, Any] = {"mode": mode}
     for part in filter(None, rest.split(",")):
         name, equals, value = part.partition("=")
@@ -67,7 +67,9 @@ def parse_setting(text: str) -> Setting:
             values[name] = _number(text, part, value)
         else:
             known = ", ".join((*WHOLE, *NUMBERS, *POLICIES))
-            raise ArgumentError(f"setting {text!r}: {name!r} is no parameter and no policy; known are {known}")
+            raise ArgumentError(
+                f"setting {text!r}: {name!r} is no parameter and no policy; known are {known}", param="setting"
+            )
     setting = Setting(text, values)
     setting.params()  # what it says is checked now
     return setting
@@ -78,5 +80,5 @@ def _number(text: str, part: str, value: str, whole: bool = False) -> float:
         return int(value) if whole else float(value)
     except ValueError:
         raise ArgumentError(
-            f"setting {text!r}: {part!r} needs a {'whole ' if whole else ''}number after the ="
+            f"setting {text!r}: {part!r} needs a {'whole ' if whole else ''}number after the =", param="setting"
         ) from None

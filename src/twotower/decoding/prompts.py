@@ -33,17 +33,21 @@ def read_prompts(
     if isinstance(prompts, Tensor):
         rows = _from_tensor(prompts, attention_mask)
     elif attention_mask is not None:
-        raise ArgumentError("attention_mask goes with a tensor of input_ids; a list of prompts needs none")
+        raise ArgumentError(
+            "attention_mask goes with a tensor of input_ids; a list of prompts needs none", param="attention_mask"
+        )
     else:
         rows = _from_list(prompts, tokenizer)
     if not rows:
-        raise ArgumentError("no prompts; give at least one")
+        raise ArgumentError("no prompts; give at least one", param="input_ids")
     for i, row in enumerate(rows):
         if not row:
-            raise ArgumentError(f"prompt {i} is empty; give at least one token")
+            raise ArgumentError(f"prompt {i} is empty; give at least one token", param="input_ids")
         outside = [token for token in row if not 0 <= token < vocab_size]
         if outside:
-            raise ArgumentError(f"prompt {i} has token id {outside[0]}; the vocabulary is 0 to {vocab_size - 1}")
+            raise ArgumentError(
+                f"prompt {i} has token id {outside[0]}; the vocabulary is 0 to {vocab_size - 1}", param="input_ids"
+            )
     if isinstance(prompts, Tensor):
         holds_any_id = prompts.dtype in (torch.int32, torch.int64)
         return PromptRows(rows, prompts if holds_any_id else prompts.long())
@@ -55,18 +59,24 @@ def read_prompts(
 def _from_tensor(ids: Tensor, mask: Tensor | None) -> list[list[int]]:
     if ids.dim() != 2 or ids.is_floating_point() or ids.dtype == torch.bool:
         raise ArgumentError(
-            f"input_ids is {tuple(ids.shape)} of {ids.dtype}; a (batch, length) integer tensor is expected"
+            f"input_ids is {tuple(ids.shape)} of {ids.dtype}; a (batch, length) integer tensor is expected",
+            param="input_ids",
         )
     if mask is None:
         return ids.tolist()
     if not isinstance(mask, Tensor) or mask.shape != ids.shape:
         found = tuple(mask.shape) if isinstance(mask, Tensor) else f"a {type(mask).__name__}"
-        raise ArgumentError(f"attention_mask is {found} but input_ids is {tuple(ids.shape)}; give that shape")
+        raise ArgumentError(
+            f"attention_mask is {found} but input_ids is {tuple(ids.shape)}; give that shape", param="attention_mask"
+        )
     real = mask.bool()
     starts = (real & ~torch.nn.functional.pad(real, (1, 0))[:, :-1]).sum(1)
     if (starts > 1).any():
         row = int((starts > 1).nonzero()[0])
-        raise ArgumentError(f"attention_mask of row {row} has a gap; padding may stand on the left or the right only")
+        raise ArgumentError(
+            f"attention_mask of row {row} has a gap; padding may stand on the left or the right only",
+            param="attention_mask",
+        )
     return [row[keep].tolist() for row, keep in zip(ids.cpu(), real.cpu(), strict=True)]
 
 
@@ -75,7 +85,8 @@ def _from_list(prompts: Any, tokenizer: Any) -> list[list[int]]:
         prompts = [prompts]
     if not isinstance(prompts, list | tuple):
         raise ArgumentError(
-            f"input_ids is a {type(prompts).__name__}; give a (batch, length) tensor, a string, or a list of prompts"
+            f"input_ids is a {type(prompts).__name__}; give a (batch, length) tensor, a string, or a list of prompts",
+            param="input_ids",
         )
     if prompts and all(map(_is_id, prompts)):
         prompts = [prompts]
@@ -86,15 +97,18 @@ def _row(i: int, prompt: Any, tokenizer: Any) -> list[int]:
     if isinstance(prompt, str):
         if tokenizer is None:
             raise ArgumentError(
-                f"prompt {i} is text, but the model has no tokenizer; set model.tokenizer or give token ids"
+                f"prompt {i} is text, but the model has no tokenizer; set model.tokenizer or give token ids",
+                param="input_ids",
             )
         return list(tokenizer(prompt)["input_ids"])
     ids = prompt.tolist() if isinstance(prompt, Tensor) and prompt.dim() == 1 else prompt
     if not isinstance(ids, list | tuple):
-        raise ArgumentError(f"prompt {i} is a {type(prompt).__name__}; give a string or a list of token ids")
+        raise ArgumentError(
+            f"prompt {i} is a {type(prompt).__name__}; give a string or a list of token ids", param="input_ids"
+        )
     strange = [token for token in ids if not _is_id(token)]
     if strange:
-        raise ArgumentError(f"prompt {i} has {strange[0]!r}; token ids are whole numbers")
+        raise ArgumentError(f"prompt {i} has {strange[0]!r}; token ids are whole numbers", param="input_ids")
     return list(ids)
 
 

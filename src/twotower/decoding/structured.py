@@ -49,15 +49,17 @@ class Constraint:
         compiled = _compiled(llguidance.LLMatcher, self.kind, self.source)
         problem, said = llguidance.LLMatcher.validate_grammar_with_warnings(compiled, tables)
         if problem:
-            raise ArgumentError(f"{self.kind} cannot be used: {_one_line(said[0])}; change it")
+            raise ArgumentError(f"{self.kind} cannot be used: {_one_line(said[0])}; change it", param=self.kind)
         self.vocab_size = tables.vocab_size - 1  # the last token is END
         self._start = llguidance.LLMatcher(tables, compiled, log_level=0)
         try:
             possible = bool(self.matcher(()).allowed(self.vocab_size).any())
         except TwoTowerError as error:
-            raise ArgumentError(f"{self.kind} cannot be used: {error}; change it") from None
+            raise ArgumentError(f"{self.kind} cannot be used: {error}; change it", param=self.kind) from None
         if not possible:
-            raise ArgumentError(f"{self.kind} allows no text that this tokenizer could write; change it")
+            raise ArgumentError(
+                f"{self.kind} allows no text that this tokenizer could write; change it", param=self.kind
+            )
 
     def matcher(self, eos: Sequence[int]) -> Matcher:
         """Of a text that begins; `eos` ends it where it may end."""
@@ -141,11 +143,12 @@ def _library() -> Any:
 def _tables(tokenizer: Any) -> Any:
     """llguidance's view of a tokenizer's tokens as bytes, END after them."""
     if tokenizer is None:
-        raise ArgumentError("a constraint needs a tokenizer; set model.tokenizer")
+        raise ArgumentError("a constraint needs a tokenizer; set model.tokenizer", param="tokenizer")
     if not hasattr(tokenizer, "backend_tokenizer"):
         raise ArgumentError(
             f"a constraint needs a tokenizer of the tokenizers library, not a {type(tokenizer).__name__}; use one "
-            "with a tokenizer.json"
+            "with a tokenizer.json",
+            param="tokenizer",
         )
     found = TABLES.get(tokenizer)
     if found is None:
@@ -158,7 +161,9 @@ def _tables(tokenizer: Any) -> Any:
         try:
             found = _library().LLTokenizer(own.to_str(), eos_token=own.token_to_id(END))
         except ValueError as error:
-            raise ArgumentError(f"llguidance cannot read this tokenizer: {_one_line(str(error))}") from None
+            raise ArgumentError(
+                f"llguidance cannot read this tokenizer: {_one_line(str(error))}; use another", param="tokenizer"
+            ) from None
         TABLES[tokenizer] = found
     return found
 
@@ -167,7 +172,7 @@ def _compiled(matcher: Any, kind: str, source: Any) -> str:
     """In llguidance's own form."""
     if kind in ("regex", "grammar"):
         if not isinstance(source, str):
-            raise ArgumentError(f"{kind} is a {type(source).__name__}; give a string")
+            raise ArgumentError(f"{kind} is a {type(source).__name__}; give a string", param=kind)
         _encode(kind, source)
         return str(matcher.grammar_from_regex(source) if kind == "regex" else matcher.grammar_from_lark(source))
     schema = {"type": "object"} if kind == "json_object" else source
@@ -176,9 +181,9 @@ def _compiled(matcher: Any, kind: str, source: Any) -> str:
         schema = json.loads(text, parse_constant=_refuse)
         plain = json.dumps(schema, ensure_ascii=False)
     except (ValueError, TypeError, RecursionError) as error:
-        raise ArgumentError(f"json_schema is not JSON: {_one_line(str(error))}; change it") from None
+        raise ArgumentError(f"json_schema is not JSON: {_one_line(str(error))}; change it", param=kind) from None
     if not isinstance(schema, dict):
-        raise ArgumentError(f"json_schema is {plain[:40]}; give an object, {{}} for any JSON value")
+        raise ArgumentError(f"json_schema is {plain[:40]}; give an object, {{}} for any JSON value", param=kind)
     _encode("json_schema", plain)
     schema.setdefault(
         "x-guidance", {"whitespace_pattern": WHITESPACE}
@@ -194,7 +199,7 @@ def _encode(kind: str, text: str) -> None:
     try:
         text.encode()
     except UnicodeEncodeError:
-        raise ArgumentError(f"{kind} has half of a surrogate pair, which is no text; remove it") from None
+        raise ArgumentError(f"{kind} has half of a surrogate pair, which is no text; remove it", param=kind) from None
 
 
 def _one_line(message: str) -> str:

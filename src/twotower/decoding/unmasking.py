@@ -151,9 +151,11 @@ def register_policy(
         ArgumentError: the name is taken, or the default is out of range.
     """
     if name in POLICIES:
-        raise ArgumentError(f"policy {name!r} exists already; choose another name")
+        raise ArgumentError(f"policy {name!r} exists already; choose another name", param="name")
     if not low <= default <= high:
-        raise ArgumentError(f"policy {name!r}: the default {default:g} is not between {low:g} and {high:g}")
+        raise ArgumentError(
+            f"policy {name!r}: the default {default:g} is not between {low:g} and {high:g}", param="default"
+        )
     POLICIES[name] = Policy(name, rule, knob, default, low, high, source)
 
 

@@ -3,5 +3,6 @@
 from twotower.engine.async_llm import AsyncLLM
 from twotower.engine.llm import LLM
 from twotower.engine.sequence import Request
+from twotower.engine.stats import EngineStats
 
-__all__ = ["LLM", "AsyncLLM", "Request"]
+__all__ = ["LLM", "AsyncLLM", "EngineStats", "Request"]

@@ -1,10 +1,16 @@
-"""Whether a request can ever run in an engine, and how much of its memory it can need."""
+"""The checks that a request passes before it enters an engine, and how much of the engine's memory it can need.
+
+`GenerationParams` and `Request` check types and ranges when they are made. Everything that depends on a model or on an
+engine is checked here, for every caller: `LLM.add_request`, the server, batch jobs and the `generate_*` methods.
+"""
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import TYPE_CHECKING
 
-from twotower.engine.generation import check as check_parameters
+from twotower.decoding.modes import AUTO
+from twotower.decoding.params import GenerationParams
 from twotower.engine.sequence import Request
 from twotower.engine.structured import check_constraint
 from twotower.errors import ArgumentError
@@ -20,28 +26,46 @@ def columns(request: Request, block_size: int) -> int:
     return len(request.prompt) + params.max_new_tokens + min(params.block_size, block_size)
 
 
+def check_model(model: TwoTowerForCausalLM, params: GenerationParams, prompt_lengths: Sequence[int]) -> None:
+    """Raises ArgumentError where this model cannot do what the parameters ask for, whatever engine runs the model."""
+    params.check_against(model.config, prompt_lengths)
+    if params.stop and model.tokenizer is None:
+        raise ArgumentError("stop strings need a tokenizer; set model.tokenizer", param="stop")
+    if params.mode not in ("ar", AUTO) and model.denoiser is None:
+        raise ArgumentError(
+            f'mode is {params.mode!r} but only the context tower was loaded; load with towers="both"', param="mode"
+        )
+
+
 def check(model: TwoTowerForCausalLM, request: Request, length: int, block_size: int, most_columns: int) -> None:
     """length, block_size: of the engine's longest text and block; most_columns: that its memory holds.
 
     Raises:
         ArgumentError: the request can never run there; says why, with the numbers.
     """
-    params, prompt = request.params, len(request.prompt)
-    check_parameters(model, params, [prompt])
+    params, prompt, vocab_size = request.params, len(request.prompt), model.config.backbone.vocab_size
+    if not (min(request.prompt) >= 0 and max(request.prompt) < vocab_size):
+        beyond = next(token for token in request.prompt if not 0 <= token < vocab_size)
+        raise ArgumentError(
+            f"the prompt has token id {beyond}; the vocabulary is 0 to {vocab_size - 1}", param="prompt"
+        )
+    check_model(model, params, [prompt])
     if prompt + params.max_new_tokens > length:
         raise ArgumentError(
             f"a prompt of {prompt} tokens plus max_new_tokens {params.max_new_tokens} is longer than the {length} "
-            "tokens that this engine keeps for a text; shorten one of them or raise length"
+            "tokens that this engine keeps for a text; shorten one of them or raise length",
+            param="max_new_tokens",
         )
     if params.block_size > block_size and params.mode not in ("ar", "mock_ar"):
-        raise ArgumentError(f"block_size is {params.block_size}; this engine's blocks have at most {block_size}")
-    if not prompt:
-        raise ArgumentError("the prompt is empty; give at least one token")
+        raise ArgumentError(
+            f"block_size is {params.block_size}; this engine's blocks have at most {block_size}", param="block_size"
+        )
     if request.constraint is not None:
-        check_constraint(request.constraint, params.mode, model.config.backbone.vocab_size)
+        check_constraint(request.constraint, params.mode, vocab_size)
     need = columns(request, block_size)
     if need > most_columns:
         raise ArgumentError(
             f"a prompt of {prompt} tokens plus max_new_tokens {params.max_new_tokens} can need the keys and values of "
-            f"{need} tokens, and this engine's memory holds {most_columns}; shorten one of them or raise memory"
+            f"{need} tokens, and this engine's memory holds {most_columns}; shorten one of them or raise memory",
+            param="max_new_tokens",
         )

@@ -12,6 +12,7 @@ from typing import Any
 from twotower.decoding.output import Event, Generation
 from twotower.engine.llm import LLM
 from twotower.engine.sequence import Request
+from twotower.engine.stats import EngineStats
 from twotower.errors import TwoTowerError
 
 Tell = Callable[[Event | Exception], object]
@@ -27,10 +28,15 @@ class _Call:
 
 
 class AsyncLLM:
-    """Runs an engine's steps while there is work; nobody else may use the engine meanwhile. Close it when done."""
+    """Runs an engine's steps in one thread while there is work. Close it when done.
+
+    Until then no other thread may use the engine: other threads read `stats` and call `check`. The engine's thread
+    decodes with `model.tokenizer`; a thread that encodes text meanwhile needs a copy of that tokenizer.
+    """
 
     def __init__(self, llm: LLM) -> None:
         self.llm = llm
+        self._stats = llm.stats()
         self._orders: queue.SimpleQueue[Callable[[], object] | None] = queue.SimpleQueue()  # None: stop
         self._lock = threading.Lock()  # of the two below: once ended, no further call is open
         self._open: set[_Call] = set()
@@ -87,6 +93,15 @@ class AsyncLLM:
 
         return give_up
 
+    def check(self, request: Request) -> None:
+        """Raises ArgumentError where a request can never run here; says why. From any thread."""
+        self.llm.check(request)
+
+    @property
+    def stats(self) -> EngineStats:
+        """The engine's last snapshot. From any thread."""
+        return self._stats
+
     @property
     def alive(self) -> bool:
         """Whether it takes requests: it has neither failed nor been closed."""
@@ -104,6 +119,7 @@ class AsyncLLM:
         try:
             while self._obey():
                 events = self.llm.step()
+                self._stats = self.llm.stats()
                 _deliver([(self._running[event.row], event) for event in events if event.row in self._running])
         except Exception as error:
             end = TwoTowerError(f"the engine has failed: {error}")
@@ -123,6 +139,7 @@ class AsyncLLM:
             if order is None:
                 return False
             order()
+            self._stats = self.llm.stats()
 
     def _add(self, call: _Call) -> None:
         try:

@@ -6,7 +6,7 @@ padded tensor. All three check every argument first and run the same loops.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -17,6 +17,7 @@ from twotower.decoding.modes import AUTO, MODES
 from twotower.decoding.output import BlockEvent, Generation
 from twotower.decoding.params import GenerationParams
 from twotower.decoding.prompts import PromptRows, Prompts, read_prompts
+from twotower.engine.admission import check_model
 from twotower.engine.loops.autoregressive import autoregressive, mock_autoregressive
 from twotower.engine.loops.diffusion import StepCallback, diffusion
 from twotower.engine.loops.session import Session
@@ -99,14 +100,15 @@ def generate_like_transformers(
     """transformers' `generate` in its plain form, answered by AR; anything it cannot mean here is refused."""
     prompts = inputs if inputs is not None else input_ids
     if prompts is None:
-        raise ArgumentError("generate: no input_ids; give a (batch, length) tensor of token ids")
+        raise ArgumentError("generate: no input_ids; give a (batch, length) tensor of token ids", param="input_ids")
     known = {"max_new_tokens", "temperature", "top_k", "top_p", "eos_token_id", "pad_token_id", "seed"}
     kwargs["generation_config"] = generation_config
     unknown = sorted(name for name, value in kwargs.items() if name not in known and value is not None)
     if unknown:
         raise ArgumentError(
             f"generate: {', '.join(unknown)} is not supported; generate is plain AR here. Use generate_mask_diffusion, "
-            "generate_ar or generate_mock_ar"
+            "generate_ar or generate_mock_ar",
+            param=unknown[0],
         )
     kwargs.pop("pad_token_id", None)
     kwargs = {name: value for name, value in kwargs.items() if name in known and value is not None}
@@ -125,17 +127,8 @@ def _checked(
 ) -> PromptRows:
     vocab_size = model.config.backbone.vocab_size
     rows = read_prompts(prompts, attention_mask, model.tokenizer, vocab_size, _pad_token(model))
-    check(model, params, [len(ids) for ids in rows.ids])
+    check_model(model, params, [len(ids) for ids in rows.ids])
     return rows
-
-
-def check(model: TwoTowerForCausalLM, params: GenerationParams, prompt_lengths: Sequence[int]) -> None:
-    """Raises ArgumentError where this model cannot do what is asked."""
-    params.check_against(model.config, prompt_lengths)
-    if params.stop and model.tokenizer is None:
-        raise ArgumentError("stop strings need a tokenizer; set model.tokenizer")
-    if params.mode not in ("ar", AUTO) and model.denoiser is None:
-        raise ArgumentError(f'mode is {params.mode!r} but only the context tower was loaded; load with towers="both"')
 
 
 def _session(model: TwoTowerForCausalLM, rows: PromptRows, params: GenerationParams) -> Session:

@@ -15,7 +15,7 @@ from typing import Any
 
 from twotower.decoding.output import Generation
 from twotower.decoding.params import GenerationParams
-from twotower.engine.generation import check
+from twotower.engine.admission import check_model
 from twotower.engine.llm import LLM
 from twotower.engine.sequence import Request
 from twotower.errors import ArgumentError, TwoTowerError
@@ -71,12 +71,11 @@ def _line(number: int, text: str, asked: str, model: TwoTowerForCausalLM, shared
     try:
         params = GenerationParams.of(**(shared | {"seed": shared["seed"] + number} | fields))
         tokens = model.tokenizer(prompt.encode().decode())["input_ids"]  # half a surrogate pair is no text
-        if not tokens:
-            raise ArgumentError("the prompt is empty; give at least one token")
-        check(model, params, [len(tokens)])
+        request = Request(tokens, params)
+        check_model(model, params, [len(tokens)])  # before there is an engine: its size follows from these requests
     except (TwoTowerError, UnicodeError) as error:
         return Line(number, asked, name, error=str(error))
-    return Line(number, asked, name, Request(tokens, params))
+    return Line(number, asked, name, request)
 
 
 def engine_for(model: TwoTowerForCausalLM, lines: Sequence[Line], rows: int, memory: int | None = None) -> LLM:

@@ -45,6 +45,7 @@ from twotower.engine.denoiser_step import Blocks
 from twotower.engine.oom import in_parts, out_of_memory
 from twotower.engine.scheduled import ScheduledTokens
 from twotower.engine.sequence import Phase, Request, Row
+from twotower.engine.stats import EngineStats
 from twotower.errors import ArgumentError
 from twotower.ops.host_transfer import placed
 
@@ -79,12 +80,13 @@ class LLM:
     ) -> None:
         for name, value in (("rows", rows), ("length", length), ("block_size", block_size)):
             if value is not None and value < 1:
-                raise ArgumentError(f"{name} is {value}; it must be at least 1")
+                raise ArgumentError(f"{name} is {value}; it must be at least 1", param=name)
         window = model.config.backbone.max_position_embeddings
         self.model = model
         self.length = min(length or window, window)
         rows, columns, spare = shares(model, rows, self.length + block_size, PROMPT_CHUNK, memory)
         self.state = model.new_state(rows, 0, columns)
+        self._state_bytes = self.state.nbytes  # constant: the pools are allocated once
         self.prefixes = Prefixes(PROMPT_CHUNK, spare)
         self.reader = model.reader(self.state) if model.denoiser is not None else None
         self.apart = isinstance(self.reader, Mirror)  # each tower on a device of its own
@@ -119,7 +121,8 @@ class LLM:
         if memory is not None and memory < (least := cls.memory_for(model, 1, length, block)):
             raise ArgumentError(
                 f"a text of {length} tokens takes {least / 2**20:.1f} MiB of state, more than the "
-                f"{memory / 2**20:.1f} MiB allowed; allow more or ask for shorter texts"
+                f"{memory / 2**20:.1f} MiB allowed; allow more or ask for shorter texts",
+                param="memory",
             )
         return cls(model, rows=min(rows, max(len(requests), 1)), length=length, block_size=block, memory=memory)
 
@@ -161,6 +164,22 @@ class LLM:
     def has_work(self) -> bool:
         """Whether `step` has anything to do or to tell."""
         return bool(self.waiting or self.rows or self._unseen)
+
+    def stats(self) -> EngineStats:
+        """A snapshot of the engine's load. Call this only from the thread that runs `step`."""
+        return EngineStats(
+            slots=self.state.rows,
+            free_slots=len(self.free),
+            running=len(self.rows),
+            waiting=len(self.waiting),
+            max_seq_len=self.length,
+            max_block_size=self.blocks.size,
+            state_bytes=self._state_bytes,
+            prefix_bytes=self.prefixes.nbytes,
+            prefix_tokens=len(self.prefixes.nodes) * self.prefixes.chunk,
+            prompt_tokens=self.prefixes.asked,
+            reused_tokens=self.prefixes.found,
+        )
 
     def generate(
         self, requests: Sequence[Request], progress: Callable[[int], object] | None = None

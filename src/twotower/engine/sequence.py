@@ -21,7 +21,7 @@ MOST_ALTERNATIVES = 20
 
 @dataclass(frozen=True)
 class Request:
-    """A prompt (token ids) and how to continue it; the parameters hold one seed, one policy, one knob.
+    """A prompt (at least one token id) and how to continue it; the parameters hold one seed, one policy, one knob.
 
     logprobs: asks for ln P of each new token by the AR model, whatever the mode, and for so many of the likeliest
     tokens at its place (None: not asked). prompt_logprobs: the same of the prompt, which is then read in full even
@@ -41,15 +41,31 @@ class Request:
     watched: bool = False
 
     def __post_init__(self) -> None:
+        _check_prompt(self.prompt)
         count = self.logprobs
         if count is not None and (type(count) is not int or not 0 <= count <= MOST_ALTERNATIVES):
             raise ArgumentError(
-                f"logprobs is {count!r}; it must be a whole number from 0 to {MOST_ALTERNATIVES}, or None"
+                f"logprobs is {count!r}; it must be a whole number from 0 to {MOST_ALTERNATIVES}, or None",
+                param="logprobs",
             )
         if not isinstance(self.prompt_logprobs, bool):
-            raise ArgumentError(f"prompt_logprobs is {self.prompt_logprobs!r}; it must be True or False")
+            raise ArgumentError(
+                f"prompt_logprobs is {self.prompt_logprobs!r}; it must be True or False", param="prompt_logprobs"
+            )
         if self.constraint is not None and not isinstance(self.constraint, Constraint):
-            raise ArgumentError(f"constraint is a {type(self.constraint).__name__}; give a Constraint")
+            raise ArgumentError(
+                f"constraint is a {type(self.constraint).__name__}; give a Constraint", param="constraint"
+            )
+
+
+def _check_prompt(prompt: Sequence[int]) -> None:
+    if isinstance(prompt, str) or not isinstance(prompt, Sequence):
+        raise ArgumentError(f"prompt is a {type(prompt).__name__}; give a list of token ids", param="prompt")
+    if not prompt:
+        raise ArgumentError("the prompt is empty; give at least one token", param="prompt")
+    if not set(map(type, prompt)) <= {int}:
+        strange = next(token for token in prompt if type(token) is not int)
+        raise ArgumentError(f"the prompt has {strange!r}; token ids are whole numbers", param="prompt")
 
 
 class Phase(Enum):

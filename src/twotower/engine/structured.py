@@ -26,12 +26,14 @@ def check_constraint(constraint: Constraint, mode: str, vocab_size: int) -> None
     if mode not in CONSTRAINED:
         raise ArgumentError(
             f"mode is {mode!r}, which cannot follow a constraint: only the AR model chooses token by token; use mode "
-            '"ar" or "verified"'
+            '"ar" or "verified"',
+            param="constraint",
         )
     if constraint.vocab_size > vocab_size:
         raise ArgumentError(
             f"the constraint's tokenizer has {constraint.vocab_size} tokens and this model {vocab_size}; make the "
-            "constraint with model.tokenizer"
+            "constraint with model.tokenizer",
+            param="constraint",
         )
 
 

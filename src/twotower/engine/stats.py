@@ -1,0 +1,29 @@
+"""`EngineStats`: a snapshot of an engine's load and sizes, for other threads to read."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class EngineStats:
+    """The engine's own thread makes a snapshot after each step; a snapshot never changes.
+
+    slots: requests that can run at once; free_slots: slots without a request. running, waiting: requests in a slot, and
+    requests that wait for a slot or for memory. max_seq_len: tokens of the longest text, its prompt included;
+    max_block_size: positions of the longest block. state_bytes: memory of the slots. prefix_bytes, prefix_tokens: the
+    prefix cache's memory, and the prompt tokens it holds. prompt_tokens: of all admitted requests so far;
+    reused_tokens: those of them that came from the prefix cache.
+    """
+
+    slots: int
+    free_slots: int
+    running: int
+    waiting: int
+    max_seq_len: int
+    max_block_size: int
+    state_bytes: int
+    prefix_bytes: int
+    prefix_tokens: int
+    prompt_tokens: int
+    reused_tokens: int
