@@ -36,7 +36,8 @@ from rich.table import Table  # noqa: E402
 from timing import percentile  # noqa: E402
 
 from twotower import LLM, Request, model_loading  # noqa: E402
-from twotower.engine.generation import Generation, GenerationParams  # noqa: E402
+from twotower.decoding.output import Generation  # noqa: E402
+from twotower.decoding.params import GenerationParams  # noqa: E402
 from twotower.evaluation.machine import machine  # noqa: E402
 from twotower.evaluation.speed import few_shot_prompts  # noqa: E402
 

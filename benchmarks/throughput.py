@@ -38,7 +38,7 @@ from timing import Run, interleaved, medians, percentile, ratio, synchronize  # 
 from torch import nn  # noqa: E402
 
 from twotower import LLM, Request, TwoTowerForCausalLM, model_loading  # noqa: E402
-from twotower.engine.generation import GenerationParams  # noqa: E402
+from twotower.decoding.params import GenerationParams  # noqa: E402
 from twotower.evaluation.machine import machine  # noqa: E402
 from twotower.evaluation.speed import few_shot_prompts  # noqa: E402
 from twotower.model.moe import Experts  # noqa: E402

@@ -17,7 +17,7 @@ from torch import nn
 
 from twotower import LLM, TwoTowerForCausalLM
 from twotower.cache.replica import Transport
-from twotower.engine.generation import GenerationParams
+from twotower.decoding.params import GenerationParams
 
 KINDS: dict[str, dict[str, Any]] = {
     "verified": {"mode": "verified", "draft_steps": 1},

@@ -27,8 +27,9 @@ from rich.console import Console  # noqa: E402
 from rich.table import Table  # noqa: E402
 
 from twotower import TwoTowerForCausalLM, bundled_model  # noqa: E402
+from twotower.decoding.output import Generation  # noqa: E402
+from twotower.decoding.params import GenerationParams  # noqa: E402
 from twotower.engine import Request  # noqa: E402
-from twotower.engine.generation import Generation, GenerationParams  # noqa: E402
 from twotower.evaluation.machine import machine  # noqa: E402
 from twotower.evaluation.running import run  # noqa: E402
 from twotower.evaluation.tasks import problems  # noqa: E402

@@ -19,12 +19,13 @@ from test_engine import LENGTH, alone, assert_as_alone, drive, facts, moody_poli
 from test_overlap import asking, told
 from test_two_devices import CountingTransport
 from torch import Tensor
+from twotower.engine.loops.diffusion import StopTest
 
 from twotower import LLM, TwoTowerForCausalLM
 from twotower.decoding.output import StepEvent
+from twotower.decoding.params import GenerationParams
 from twotower.decoding.unmasking import POLICIES, Pass, Verdict, register_policy
-from twotower.engine.generation import GenerationParams, generate
-from twotower.engine.loops.diffusion import StopTest
+from twotower.engine.generation import generate
 from twotower.engine.sequence import Phase
 
 

@@ -13,7 +13,7 @@ from conftest import EVERY_KIND, build_random_model
 from test_engine import alone, some_request
 
 from twotower import LLM, AsyncLLM, Request, TwoTowerForCausalLM
-from twotower.engine.generation import GenerationParams
+from twotower.decoding.params import GenerationParams
 from twotower.errors import ArgumentError, TwoTowerError
 
 

@@ -13,8 +13,9 @@ from conftest import build_random_model
 from twotower.decoding import auto_mode
 from twotower.decoding.auto_mode import LOOK_AGAIN, Chooser, Costs, Recent, chooser_of, measure
 from twotower.decoding.output import Generation
+from twotower.decoding.params import GenerationParams
 from twotower.decoding.presets import parse_setting
-from twotower.engine.generation import GenerationParams, generate, stream
+from twotower.engine.generation import generate, stream
 from twotower.errors import ArgumentError
 
 CHEAP = Costs(step=1.0, draft=1.2, check=1.3)  # AR steps

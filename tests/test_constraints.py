@@ -23,11 +23,11 @@ from test_stopping import EOS, TOKENIZER, VOCABULARY, sentence_pieces
 
 from twotower import LLM, Constraint, GenerationParams, Request, TwoTowerForCausalLM, bundled_model
 from twotower.decoding import structured as constraints
+from twotower.decoding.output import Generation
 from twotower.decoding.sampling import AR_TOKEN, Sampling, pick
 from twotower.decoding.structured import Matcher
 from twotower.engine import context_step as reading_module
 from twotower.engine import structured
-from twotower.engine.generation import Generation
 from twotower.errors import ArgumentError, TwoTowerError
 
 PERSON = {

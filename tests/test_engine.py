@@ -19,11 +19,12 @@ from torch import Tensor
 
 from twotower import TwoTowerForCausalLM
 from twotower.cache.replica import Mirror, Transport
-from twotower.decoding.output import StepEvent
+from twotower.decoding.output import Generation, StepEvent
+from twotower.decoding.params import GenerationParams
 from twotower.decoding.unmasking import POLICIES, Pass, Verdict, register_policy
 from twotower.engine import LLM, Request
 from twotower.engine.context_step import grouped
-from twotower.engine.generation import Generation, GenerationParams, generate
+from twotower.engine.generation import generate
 from twotower.engine.scheduled import ScheduledTokens
 from twotower.errors import ArgumentError
 

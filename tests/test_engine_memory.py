@@ -18,8 +18,8 @@ from twotower import LLM, Request, TwoTowerForCausalLM
 from twotower.cache.hybrid_cache import sizes
 from twotower.cache.kv_slots import Segments
 from twotower.cache.prefix_cache import Prefixes
+from twotower.decoding.params import GenerationParams
 from twotower.engine import llm as engine_module
-from twotower.engine.generation import GenerationParams
 from twotower.engine.oom import in_parts, out_of_memory
 from twotower.errors import ArgumentError
 

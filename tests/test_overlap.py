@@ -23,7 +23,7 @@ from twotower import LLM, Request, TwoTowerForCausalLM
 from twotower.cache.hybrid_cache import sizes
 from twotower.cache.replica import Mirror
 from twotower.decoding.output import StepEvent
-from twotower.engine.generation import GenerationParams
+from twotower.decoding.params import GenerationParams
 from twotower.engine.sequence import Phase
 from twotower.ops.host_transfer import Fetched, placed
 

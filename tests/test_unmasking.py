@@ -13,8 +13,9 @@ from conftest import EVERY_KIND, build_random_model
 from torch import Tensor
 
 from twotower.decoding import sampling
+from twotower.decoding.params import GenerationParams
 from twotower.decoding.unmasking import POLICIES, Pass, Unmasking, Verdict, commit, register_policy
-from twotower.engine.generation import GenerationParams, generate
+from twotower.engine.generation import generate
 from twotower.errors import ArgumentError
 
 ROWS, LENGTH, WORDS, STEPS = 6, 9, 12, 7

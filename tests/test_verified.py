@@ -16,14 +16,16 @@ import pytest
 import torch
 from conftest import EVERY_KIND, GOLDEN, build_random_model
 from torch import Tensor
+from twotower.engine.loops.diffusion import DenoisedBlock
+from twotower.engine.loops.speculative import agreement
 
 from twotower import TwoTowerForCausalLM, bundled_model
 from twotower.cache.replica import Transport
 from twotower.decoding.draft_controller import CREDIT_SHARE, CREDIT_STEPS, SAVED_STEPS, Pace, pace_of
+from twotower.decoding.output import Generation
+from twotower.decoding.params import GenerationParams
 from twotower.decoding.sampling import AR_TOKEN, noise
-from twotower.engine.generation import Generation, GenerationParams, generate, stream
-from twotower.engine.loops.diffusion import DenoisedBlock
-from twotower.engine.loops.speculative import agreement
+from twotower.engine.generation import generate, stream
 from twotower.errors import ArgumentError
 from twotower.evaluation.held_out import cut_dialogue, read_documents
 from twotower.evaluation.tasks import problems

@@ -13,6 +13,7 @@ from twotower.assets import bundled_model
 from twotower.errors import ArgumentError, CheckpointError
 
 if TYPE_CHECKING:
+    from twotower.engine.towers import Towers as AnyTowers
     from twotower.modeling_twotower import Towers, TwoTowerForCausalLM
 
 # Operations this small gain nothing from a second thread, and waiting for one on a busy machine is 3× slower.
@@ -106,7 +107,7 @@ def placement(model: TwoTowerForCausalLM) -> dict[str, Any]:
     }
 
 
-def eos_of(model: TwoTowerForCausalLM) -> Any:
+def eos_of(model: AnyTowers) -> Any:
     """The config's end-of-text token(s); the tokenizer's where the config has none."""
     eos = model.config.eos_token_id
     return eos if eos is not None else getattr(model.tokenizer, "eos_token_id", None)

@@ -25,6 +25,7 @@ from twotower.decoding.output import BlockEvent
 from twotower.decoding.params import GenerationParams
 from twotower.decoding.prompts import Prompts
 from twotower.engine import generation
+from twotower.engine.workspace import Workspace
 from twotower.errors import ArgumentError, TwoTowerError
 from twotower.model.conditioning import TimeConditioning
 from twotower.model.layer_io import Visibility
@@ -60,6 +61,7 @@ class TwoTowerForCausalLM(PreTrainedModel):
         self._tokenizer: Any = None
         self.transport: Transport | None = None
         self._last_nfe = 0
+        self.workspace = Workspace()
         if self.context.device.type != "meta":
             self.reset_parameters()
         self._apply(lambda tensor: tensor)  # whatever the default dtype, the tensors that must not be narrow are wide
@@ -434,7 +436,9 @@ class TwoTowerForCausalLM(PreTrainedModel):
 
     def generate(self, *args: Any, **kwargs: Any) -> Tensor:
         """transformers' entry point: plain AR generation, or a refusal that names the three methods."""
-        return generation.generate_like_transformers(self, *args, **kwargs)
+        tokens = generation.generate_like_transformers(self, *args, **kwargs)
+        self._last_nfe = 0
+        return tokens
 
     def _generate(
         self,

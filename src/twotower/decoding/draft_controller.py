@@ -11,6 +11,7 @@ much from round to round, so all drafts speak for one another:
 from __future__ import annotations
 
 from dataclasses import dataclass, field
+
 CHOICES = (0, 1, 2, 4)  # denoiser passes a round; 0 is AR
 CREDIT_STEPS, CREDIT_SHARE = 3.0, 0.04  # what trying may cost: so many AR steps, and this share of AR's time
 SAVED_STEPS = 8.0  # of what drafts gained, so many AR steps may be risked as well
@@ -43,7 +44,7 @@ class Arm:
 
 @dataclass
 class DraftController:
-    """Chooses for one batch after another (`Workspace.controller`): an answer of thirty tokens is too short to find out anything.
+    """Chooses for one sequence after another: an answer of thirty tokens is too short to find out anything.
 
     Rounds that were slower than AR would have been are a loss; drafts are tried only while the loss is below a few AR
     steps and a small share of AR's time, so drafting that does not pay costs that and no more. A few steps of what was

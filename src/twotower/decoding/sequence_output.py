@@ -40,7 +40,9 @@ class SequenceOutput:
     ended: float = 0.0
 
     @classmethod
-    def of(cls, row: int, params: GenerationParams, prompt_tokens: int, tokenizer: Any, why: str = "") -> SequenceOutput:
+    def of(
+        cls, row: int, params: GenerationParams, prompt_tokens: int, tokenizer: Any, why: str = ""
+    ) -> SequenceOutput:
         """Of a row that begins."""
         progress = RowProgress(params.max_new_tokens, params.eos_token_id, params.stop, tokenizer)
         return cls(row, params.mode, prompt_tokens, progress, why)

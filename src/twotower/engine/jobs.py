@@ -18,8 +18,8 @@ from twotower.decoding.params import GenerationParams
 from twotower.engine.admission import check_model
 from twotower.engine.llm import LLM
 from twotower.engine.sequence import Request
+from twotower.engine.towers import Towers
 from twotower.errors import ArgumentError, TwoTowerError
-from twotower.modeling_twotower import TwoTowerForCausalLM
 
 OWN = ("mode", "max_new_tokens", "temperature", "top_k", "top_p", "seed", "stop", "block_size", "steps_per_block",
        "confidence_threshold", "policy", "knob", "draft_steps", "acceptance")  # fmt: skip
@@ -37,7 +37,7 @@ class Line:
     error: str = ""
 
 
-def read_lines(path: Path, model: TwoTowerForCausalLM, shared: dict[str, Any], whence: str = "") -> list[Line]:
+def read_lines(path: Path, model: Towers, shared: dict[str, Any], whence: str = "") -> list[Line]:
     """Every line that is not blank. shared: parameters of lines that say nothing else; a line without a seed gets the
     shared one plus its number. whence: which model is asked, for the digest.
 
@@ -55,7 +55,7 @@ def read_lines(path: Path, model: TwoTowerForCausalLM, shared: dict[str, Any], w
     return lines
 
 
-def _line(number: int, text: str, asked: str, model: TwoTowerForCausalLM, shared: dict[str, Any]) -> Line:
+def _line(number: int, text: str, asked: str, model: Towers, shared: dict[str, Any]) -> Line:
     try:
         fields = json.loads(text)
     except ValueError as error:
@@ -78,7 +78,7 @@ def _line(number: int, text: str, asked: str, model: TwoTowerForCausalLM, shared
     return Line(number, asked, name, request)
 
 
-def engine_for(model: TwoTowerForCausalLM, lines: Sequence[Line], rows: int, memory: int | None = None) -> LLM:
+def engine_for(model: Towers, lines: Sequence[Line], rows: int, memory: int | None = None) -> LLM:
     """One that every line fits, with as many of `rows` as `memory` bytes of state allow."""
     return LLM.fitting(model, [line.request for line in lines if line.request is not None], rows, memory)
 

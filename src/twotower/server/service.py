@@ -15,9 +15,9 @@ from typing import TYPE_CHECKING, Any
 
 from twotower.decoding.modes import CONSTRAINED
 from twotower.decoding.output import Event, Generation
+from twotower.decoding.params import GenerationParams
 from twotower.decoding.structured import Constraint
 from twotower.engine import AsyncLLM, Request
-from twotower.engine.generation import GenerationParams
 from twotower.errors import ArgumentError, TwoTowerError
 from twotower.model_loading import eos_of
 from twotower.server.metrics import Metrics
