@@ -174,11 +174,16 @@ class Served:
 
 @contextmanager
 def serving(
-    rows: int = 4, drain: int = 5, model: TwoTowerForCausalLM | None = None, **settings: Any
+    rows: int = 4,
+    drain: int = 5,
+    model: TwoTowerForCausalLM | None = None,
+    service: Service | None = None,
+    **settings: Any,
 ) -> Iterator[Served]:
-    """A server of a model, or of the tiny one, on any free port."""
+    """A server of a model, or of the tiny one, or a service of its own, on any free port."""
     settings = {"name": NAME, "decoding": DECODING, "limits": Limits(queue=64)} | settings
-    service = Service(AsyncLLM(LLM(model or tiny_model(), rows=rows, length=LENGTH)), Settings(**settings))
+    if service is None:
+        service = Service(AsyncLLM(LLM(model or tiny_model(), rows=rows, length=LENGTH)), Settings(**settings))
     found: list[str] = []
     listens = threading.Event()
 

@@ -279,7 +279,7 @@ def test_a_chat_by_the_tokenizer_s_template(served: Served, monkeypatch: pytest.
 def test_a_reply_ends_where_the_other_would_speak(served: Served) -> None:
     """The speakers' names are stop strings of the plain template, beside the request's own."""
     asked = ChatAsked.model_validate({"messages": TURNS, "stop": "xyz"})
-    jobs = asyncio.run(served.service.jobs(asked))
+    jobs = asyncio.run(served.service.choices(asked))
     assert set(jobs[0].request.params.stop) == {"xyz", "\nSystem:", "\nUser:", "\nAssistant:"}
 
 
@@ -349,7 +349,7 @@ def test_denoising_shown_is_what_happened(served: Served, path: str, mode: str) 
 
 def test_a_quiet_stream_is_kept_open(served: Served, monkeypatch: pytest.MonkeyPatch) -> None:
     """Comments, which clients skip, while there is nothing to say."""
-    monkeypatch.setattr("twotower.server.service.BEAT", 0.01)
+    monkeypatch.setattr("twotower.server.choice_events.BEAT", 0.01)
     with served.valve.closed(), served.client() as client:
         fields = {"prompt": PROMPT, "stream": True, "seed": 1, "max_tokens": 4}
         with client.stream("POST", BOTH[0], json=fields) as answer:
@@ -670,7 +670,7 @@ def test_a_fault_of_the_server_is_500_and_in_its_log(served: Served, monkeypatch
     def broken(*_: Any) -> None:
         raise Broken("a secret of the server")
 
-    monkeypatch.setattr(served.service, "_jobs", broken)
+    monkeypatch.setattr(served.service._builder, "build", broken)
     before = served.counts().get(("twotower_requests_total", BOTH[0], "500"), 0)
     with logged() as lines:
         answer = served.complete()

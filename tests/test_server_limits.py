@@ -215,7 +215,7 @@ def test_a_key_has_a_bound_of_its_own(keyed: Served, pool: ThreadPoolExecutor) -
         until(lambda: keyed.service.open == 4)
     assert [found.result(PATIENCE).status_code for found in asked] == [200] * 3
     assert param_of(keyed.post(PATH, LONG | {"n": 3}, **key("first")), 400) == "n"
-    assert not keyed.service._open
+    assert not keyed.service.open
 
 
 def test_keys_are_read_from_a_file_and_the_environment(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

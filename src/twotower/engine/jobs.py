@@ -129,10 +129,12 @@ def run_job(
         while written < len(lines):
             while following < len(lines) and following - written < AHEAD * llm.state.rows:
                 line = lines[following]
-                if line.request is None:
-                    answers[following] = {"error": line.error}
-                else:
+                try:
+                    if line.request is None:
+                        raise ArgumentError(line.error)
                     places[llm.add_request(line.request)] = following
+                except ArgumentError as error:
+                    answers[following] = {"error": str(error)}
                 following += 1
             for event in llm.step():
                 tokens += len(event.tokens)

@@ -12,8 +12,10 @@ from twotower.ops.host_transfer import placed
 
 
 def slots_of(sequences: Sequence[RunningSequence], rows: int, device: torch.device) -> Tensor | None:
-    """The sequences' slots (B,) in pools of `rows` rows; None where they are all rows in order: a pass then reads the pools
-    where they are instead of gathering."""
+    """The sequences' slots (B,) in pools of `rows` rows.
+
+    None where they are all rows in order: a pass then reads the pools where they are instead of gathering.
+    """
     if len(sequences) == rows and all(sequence.slot == row for row, sequence in enumerate(sequences)):
         return None
     return placed([sequence.slot for sequence in sequences], device)

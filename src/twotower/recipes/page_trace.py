@@ -23,7 +23,7 @@ from twotower.cache.layer_cache import MambaPast
 from twotower.decoding.sampling import confidence
 from twotower.decoding.unmasking import Pass, decide
 from twotower.server import page
-from twotower.server.tokenizer_adapter import Texts
+from twotower.server.tokenizer_adapter import TokenizerAdapter
 
 if TYPE_CHECKING:
     from twotower.modeling_twotower import TwoTowerForCausalLM
@@ -47,7 +47,7 @@ def main(prompt: str, output: Path) -> None:
 @torch.inference_mode()
 def record(model: TwoTowerForCausalLM, prompt: str) -> dict[str, Any]:
     """All of it, as plain data."""
-    texts = Texts(model.tokenizer, model.config.backbone.vocab_size)
+    texts = TokenizerAdapter(model.tokenizer)
     read = texts.tokens(prompt)
     state = model.new_state(1, len(read) + BLOCK)
     model.prefill(torch.tensor([read]), torch.tensor([len(read)]), state)
@@ -73,7 +73,9 @@ def record(model: TwoTowerForCausalLM, prompt: str) -> dict[str, Any]:
     }
 
 
-def denoise(model: TwoTowerForCausalLM, view: ContextView, texts: Texts) -> tuple[Tensor, list[dict[str, Any]]]:
+def denoise(
+    model: TwoTowerForCausalLM, view: ContextView, texts: TokenizerAdapter
+) -> tuple[Tensor, list[dict[str, Any]]]:
     """The block (1, L), and its passes: t before each, guesses, confidences, what was masked and what became final."""
     block, memory = _masks(model), None
     passes: list[dict[str, Any]] = []
@@ -131,7 +133,9 @@ def _masks(model: TwoTowerForCausalLM) -> Tensor:
     return torch.full((1, BLOCK), model.config.mask_token)
 
 
-def _pass(model: TwoTowerForCausalLM, block: Tensor, t: Tensor, view: ContextView, texts: Texts) -> dict[str, Any]:
+def _pass(
+    model: TwoTowerForCausalLM, block: Tensor, t: Tensor, view: ContextView, texts: TokenizerAdapter
+) -> dict[str, Any]:
     logits = model.denoise(block, t, view)
     logits[..., model.config.mask_token] = -torch.inf
     tokens = logits.argmax(-1)

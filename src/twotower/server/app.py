@@ -10,12 +10,14 @@ from fastapi import FastAPI, Request, Response
 from fastapi.exceptions import RequestValidationError
 from starlette.exceptions import HTTPException
 
+from twotower.server.choices import Choice
 from twotower.server.middleware import Gate, refusal
 from twotower.server.page import add_page
-from twotower.server.request_schemas import Asked, ChatAsked, CompletionAsked, RequestError
+from twotower.server.request_errors import RequestError
+from twotower.server.request_schemas import Asked, ChatAsked, CompletionAsked
 from twotower.server.response_builder import answer_to, card
 from twotower.server.response_schemas import ChatChunk, ChatCompletion, Completion, ErrorBody, ModelCard, ModelList
-from twotower.server.service import Job, Service
+from twotower.server.service import Service
 from twotower.server.streaming import EventStream, Gone, chunks, until_gone
 from twotower.version import VERSION
 
@@ -73,14 +75,14 @@ def create_app(service: Service) -> FastAPI:
 
 def _add_writing(app: FastAPI, service: Service) -> None:
     async def write(asked: CompletionAsked | ChatAsked, request: Request) -> Response:
-        jobs = await service.jobs(asked)
-        _note(request, asked, jobs, service)
-        answer = answer_to(service, asked, jobs)
+        choices = await service.choices(asked)
+        _note(request, asked, choices, service)
+        answer = answer_to(service, asked, choices)
         with ExitStack() as stack:
-            stack.enter_context(service.admitted(len(jobs), request.state.key))
+            stack.enter_context(service.admitted(len(choices), request.state.key))
             if asked.stream:
-                return EventStream(chunks(service, answer, jobs), stack.pop_all())
-            results = await until_gone(request, service.results(jobs))
+                return EventStream(chunks(service, answer, choices), stack.pop_all())
+            results = await until_gone(request, service.results(choices))
             return Response(answer.whole(results), media_type="application/json")
 
     @app.post("/v1/completions", response_model=Completion, responses=_streamed("Completion") | ERRORS)
@@ -126,20 +128,20 @@ def _add_state(app: FastAPI, service: Service) -> None:
         return Response(service.metrics.text(), media_type="text/plain; version=0.0.4")
 
 
-def _note(request: Request, asked: Asked, jobs: list[Job], service: Service) -> None:
+def _note(request: Request, asked: Asked, choices: list[Choice], service: Service) -> None:
     """What the log says of a request. Its texts only where the server was asked for that."""
     facts = request.state.facts
     facts |= {
-        "mode": jobs[0].request.params.mode,
-        "choices": len(jobs),
-        "prompt_tokens": sum(len(job.request.prompt) for job in jobs[:: asked.n]),
-        "max_tokens": jobs[0].request.params.max_new_tokens,
+        "mode": choices[0].request.params.mode,
+        "choices": len(choices),
+        "prompt_tokens": sum(len(choice.request.prompt) for choice in choices[:: asked.n]),
+        "max_tokens": choices[0].request.params.max_new_tokens,
         "stream": asked.stream,
     }
     if asked.user:
         facts["user"] = asked.user
     if service.settings.log_prompts:
-        facts["prompts"] = [service.texts.text(job.request.prompt) for job in jobs[:: asked.n]]
+        facts["prompts"] = [service.tokenizer.text(choice.request.prompt) for choice in choices[:: asked.n]]
 
 
 # --- errors -----------------------------------------------------------------------------------------------------------

@@ -5,14 +5,12 @@ from __future__ import annotations
 import math
 import time
 from collections.abc import Sequence
-from typing import TYPE_CHECKING, Any, TypeVar
+from typing import Any, TypeVar
 
 from prometheus_client import CollectorRegistry, Counter, Gauge, Histogram, ProcessCollector, generate_latest
 
 from twotower.decoding.output import Generation
-
-if TYPE_CHECKING:
-    from twotower.engine import LLM
+from twotower.engine import AsyncLLM
 
 SECONDS = (0.01, 0.025, 0.05, 0.1, 0.25, 0.5, 1, 2.5, 5, 10, 30, 60, 120, 300)
 PER_PASS = (1, 1.25, 1.5, 2, 2.5, 3, 4, 5, 6, 8, 12, 16)
@@ -24,17 +22,17 @@ Kind = TypeVar("Kind", Counter, Gauge, Histogram)
 class Metrics:
     """One registry a server, so that two of them in a process do not mix."""
 
-    def __init__(self, llm: LLM) -> None:
+    def __init__(self, engine: AsyncLLM) -> None:
         self.registry = CollectorRegistry()
         ProcessCollector(registry=self.registry)
         self._usual_seconds = 1.0  # that a choice takes, of late
         for name, text, read in (
-            ("queue_requests", "Choices that wait for a place", lambda: len(llm.waiting)),
-            ("running_requests", "Choices at work", lambda: len(llm.rows)),
-            ("state_bytes", "Keys, values and states, for all texts", lambda: llm.state.nbytes),
-            ("prefix_bytes", "Prompts' beginnings that are kept", lambda: llm.prefixes.nbytes),
-            ("prefix_asked_tokens", "Prompt tokens that came", lambda: llm.prefixes.asked),
-            ("prefix_found_tokens", "Prompt tokens that were known and not read", lambda: llm.prefixes.found),
+            ("queue_requests", "Choices that wait for a place", lambda: engine.stats.waiting),
+            ("running_requests", "Choices at work", lambda: engine.stats.running),
+            ("state_bytes", "Keys, values and states, for all texts", lambda: engine.stats.state_bytes),
+            ("prefix_bytes", "Prompts' beginnings that are kept", lambda: engine.stats.prefix_bytes),
+            ("prefix_asked_tokens", "Prompt tokens that came", lambda: engine.stats.prompt_tokens),
+            ("prefix_found_tokens", "Prompt tokens that were known and not read", lambda: engine.stats.reused_tokens),
         ):
             self._own(Gauge, name, text).set_function(read)
         self.requests = self._own(Counter, "requests", "HTTP requests", ["route", "status"])

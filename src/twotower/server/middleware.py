@@ -19,7 +19,7 @@ from starlette.responses import Response
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
 from twotower.server.logs import log
-from twotower.server.request_schemas import RequestError
+from twotower.server.request_errors import RequestError
 
 if TYPE_CHECKING:
     from twotower.server.service import Service

@@ -1,4 +1,4 @@
-"""What clients send: the OpenAI requests, with what two-tower decoding adds; and the errors they get.
+"""What clients send: the OpenAI requests, with what two-tower decoding adds.
 
 Every field either does what it says or is refused by name. A field of the published API that is not supported may be
 sent with the value that means "off" (null, 0, an empty list), as some clients always do.
@@ -12,11 +12,19 @@ from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, GetJsonSchem
 from pydantic_core import CoreSchema
 
 from twotower.decoding.modes import MEANT_FOR, Mode
+from twotower.server.request_errors import RequestError
 
 ModeName = Literal[Mode, "auto"]
 Whole = Annotated[int, BeforeValidator(lambda value: int(value) if _is_whole(value) else value)]
 TokenIds = list[Annotated[Whole, Field(ge=0, lt=2**31)]]
 StopText = Annotated[str, Field(min_length=1, max_length=256)]
+
+# Fields that set a parameter of `GenerationParams`, and the parameter's name.
+PARAMETERS = {
+    "threshold": "confidence_threshold", "policy": "policy", "knob": "knob", "block_size": "block_size",
+    "steps": "steps_per_block", "draft_steps": "draft_steps", "acceptance": "acceptance", "top_k": "top_k",
+}  # fmt: skip
+FIELDS = {name: field for field, name in PARAMETERS.items()}  # the reverse
 
 # Fields of the published API that have no meaning here, and the values with which they ask for nothing.
 OFF: dict[str, tuple[Any, ...]] = {
@@ -31,29 +39,6 @@ OFF: dict[str, tuple[Any, ...]] = {
 def _is_whole(value: Any) -> bool:
     """A float without a fraction: JSON does not tell 1.0 from 1."""
     return isinstance(value, float) and value.is_integer()
-
-
-class RequestError(Exception):
-    """Something a client can mend, or has to wait for: an HTTP status and a line that says what, which and how."""
-
-    def __init__(
-        self,
-        message: str,
-        *,
-        status: int = 400,
-        param: str | None = None,
-        code: str | None = None,
-        retry_after: int | None = None,
-    ) -> None:
-        super().__init__(message)
-        self.message, self.status, self.param, self.code = message, status, param, code
-        self.retry_after = retry_after
-
-    def body(self) -> dict[str, Any]:
-        """As the published API says it."""
-        kinds = {401: "authentication_error", 404: "not_found_error", 429: "rate_limit_error"}
-        kind = kinds.get(self.status, "invalid_request_error" if self.status < 500 else "server_error")
-        return {"error": {"message": self.message, "type": kind, "param": self.param, "code": self.code}}
 
 
 class Strict(BaseModel):
@@ -164,6 +149,25 @@ class Asked(Strict):
         if self.stream_denoising and mode in ("ar", "mock_ar"):
             raise RequestError(f"stream_denoising: mode {mode} fills no blocks", param="stream_denoising")
 
+    def field_of(self, param: str | None) -> str | None:
+        """The field of this request that sets a parameter of `GenerationParams` or of the engine's `Request`; None: no
+        field sets the parameter."""
+        own = {"constraint": "response_format", "prompt": self.prompt_field, "prompt_logprobs": "echo"}
+        if param == "max_new_tokens":
+            return self.length_field or self.prompt_field  # without a length, only the prompt can be too long
+        field = None if param is None else (own | FIELDS).get(param, param)
+        return field if field in type(self).model_fields else None
+
+    @property
+    def prompt_field(self) -> str:
+        """The field that holds what the text continues."""
+        raise NotImplementedError
+
+    @property
+    def length_field(self) -> str | None:
+        """The field in which this request gives its number of new tokens; None: it gives none."""
+        return "max_tokens" if "max_tokens" in self.model_fields_set else None
+
     @property
     def stops(self) -> tuple[str, ...]:
         return (self.stop,) if isinstance(self.stop, str) else tuple(self.stop or ())
@@ -187,6 +191,15 @@ class CompletionAsked(Asked):
     max_tokens: Whole = Field(16, ge=0, description="New tokens, at most.")
     echo: bool = Field(False, description="Give the prompt back in front of the text.")
     logprobs: Whole | None = Field(None, ge=0, le=20, description="The AR model's, with so many alternatives.")
+
+    @property
+    def prompt_field(self) -> str:
+        return "prompt"
+
+    @property
+    def new_tokens(self) -> int | None:
+        """How many are asked for, or usual; None: as many as fit."""
+        return self.max_tokens
 
     @property
     def prompts(self) -> list[str] | list[list[int]]:
@@ -225,6 +238,19 @@ class ChatAsked(Asked):
     max_completion_tokens: Whole | None = Field(None, ge=0, description="The same by its newer name.")
     logprobs: bool = Field(False, description="The AR model's, whatever the mode.")
     top_logprobs: Whole | None = Field(None, ge=0, le=20, description="With so many alternatives.")
+
+    @property
+    def prompt_field(self) -> str:
+        return "messages"
+
+    @property
+    def length_field(self) -> str | None:
+        return "max_completion_tokens" if self.max_completion_tokens is not None else super().length_field
+
+    @property
+    def new_tokens(self) -> int | None:
+        """How many are asked for; None: as many as fit."""
+        return self.max_tokens if self.max_completion_tokens is None else self.max_completion_tokens
 
     def check(self, mode: str) -> None:
         super().check(mode)

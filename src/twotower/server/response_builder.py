@@ -14,6 +14,7 @@ from typing import Any
 from pydantic import BaseModel
 
 from twotower.decoding.output import BlockEvent, Event, Generation, StepEvent, TokenLogprob
+from twotower.server.choices import Choice
 from twotower.server.request_schemas import Asked, ChatAsked, CompletionAsked
 from twotower.server.response_schemas import (
     ChatChoice,
@@ -36,7 +37,7 @@ from twotower.server.response_schemas import (
     TopLogprob,
     Usage,
 )
-from twotower.server.service import Job, Service
+from twotower.server.service import Service
 from twotower.server.tokenizer_adapter import Reading
 from twotower.version import VERSION
 
@@ -50,8 +51,8 @@ class Answer:
     shape: type[BaseModel]  # of a chunk, and what it calls itself
     kind: str
 
-    def __init__(self, service: Service, asked: Asked, jobs: Sequence[Job]) -> None:
-        self.asked, self.jobs, self.texts = asked, jobs, service.texts
+    def __init__(self, service: Service, asked: Asked, choices: Sequence[Choice]) -> None:
+        self.asked, self.choices, self.tokenizer = asked, choices, service.tokenizer
         self.head: dict[str, Any] = {
             "id": f"{self.prefix}-{uuid.uuid4().hex}",
             "created": int(time.time()),
@@ -65,11 +66,11 @@ class Answer:
         """All choices, as JSON."""
         raise NotImplementedError
 
-    def opening(self, job: Job) -> bytes | None:
+    def opening(self, choice: Choice) -> bytes | None:
         """The first chunk of a choice, where there is something to say before its first block."""
         raise NotImplementedError
 
-    def chunk(self, job: Job, event: BlockEvent) -> bytes | None:
+    def chunk(self, choice: Choice, event: BlockEvent) -> bytes | None:
         """What a block adds; None: nothing yet."""
         raise NotImplementedError
 
@@ -77,32 +78,32 @@ class Answer:
         empty = {"usage": None} if self.asked.with_usage else {}
         return _json(self.shape(**self.head, object=self.kind, **(empty | fields)))
 
-    def step(self, job: Job, event: StepEvent) -> bytes:
+    def step(self, choice: Choice, event: StepEvent) -> bytes:
         """A chunk without text that shows a block being denoised."""
         denoising = Denoising(
-            **self._tokens(job, event),
+            **self._tokens(choice, event),
             step=event.step,
             steps=event.steps,
             masked=event.masked,
         )
         return self._chunk(choices=[], denoising=denoising)
 
-    def _tokens(self, job: Job, event: Event) -> dict[str, Any]:
+    def _tokens(self, choice: Choice, event: Event) -> dict[str, Any]:
         """Where an event's tokens stand, what they are, and how sure the model is of each."""
         return {
-            "index": job.place,
+            "index": choice.place,
             "start": event.start,
             "tokens": event.tokens,
-            "texts": [self.texts.shown(token) for token in event.tokens],
+            "texts": [self.tokenizer.shown(token) for token in event.tokens],
             "confidence": [round(believed, 4) for believed in event.confidence],
         }
 
-    def _committed(self, job: Job, event: BlockEvent) -> dict[str, Any]:
+    def _committed(self, choice: Choice, event: BlockEvent) -> dict[str, Any]:
         """For who watches: what the block's tokens are, beside their text, which may still wait for half a letter."""
         if not self.asked.stream_denoising:
             return {}
         committed = Committed(
-            **self._tokens(job, event),
+            **self._tokens(choice, event),
             committed_at=event.committed_at,
             drafted=list(event.draft),
         )
@@ -112,27 +113,27 @@ class Answer:
         """The chunk with the usage, where it was asked for."""
         if not self.asked.with_usage:
             return None
-        return self._chunk(choices=[], usage=self._usage([self._results[job.place] for job in self.jobs]))
+        return self._chunk(choices=[], usage=self._usage([self._results[choice.place] for choice in self.choices]))
 
-    def _text(self, job: Job, text: str) -> str:
+    def _text(self, choice: Choice, text: str) -> str:
         """A piece of a choice's text, without white space before its first letter where that is left out."""
-        if job.trimmed and job.place not in self._begun:
+        if choice.trimmed and choice.place not in self._begun:
             text = text.lstrip()
         if text:
-            self._begun.add(job.place)
+            self._begun.add(choice.place)
         return text
 
-    def _end(self, job: Job, result: Generation | None) -> dict[str, Any]:
+    def _end(self, choice: Choice, result: Generation | None) -> dict[str, Any]:
         """What a choice's last chunk has beside its text."""
         if result is None:
             return {"finish_reason": None}
-        self._results[job.place] = result
-        return {"finish_reason": REASONS[result.finish_reason], "decoding": self._decoding(job, result)}
+        self._results[choice.place] = result
+        return {"finish_reason": REASONS[result.finish_reason], "decoding": self._decoding(choice, result)}
 
-    def _decoding(self, job: Job, result: Generation) -> Decoding:
+    def _decoding(self, choice: Choice, result: Generation) -> Decoding:
         return Decoding(
             mode=result.mode,
-            seed=job.seed,
+            seed=choice.seed,
             denoiser_passes=result.denoiser_passes,
             context_passes=result.context_passes,
             tokens_per_pass=round(result.tokens_per_pass, 4),
@@ -163,54 +164,56 @@ class CompletionAnswer(Answer):
     prefix, shape, kind = "cmpl", Completion, "text_completion"
     asked: CompletionAsked
 
-    def __init__(self, service: Service, asked: CompletionAsked, jobs: Sequence[Job]) -> None:
-        super().__init__(service, asked, jobs)
+    def __init__(self, service: Service, asked: CompletionAsked, choices: Sequence[Choice]) -> None:
+        super().__init__(service, asked, choices)
         self._reading: dict[int, Reading] = {}
 
     def whole(self, results: Sequence[Generation]) -> bytes:
         choices = []
-        for job, result in zip(self.jobs, results, strict=True):
+        for choice, result in zip(self.choices, results, strict=True):
             logprobs = None
             if self.asked.logprobs is not None:
-                logprobs = self._scored(job, (*result.prompt_logprobs, *result.logprobs))
-            text = job.echo + result.text
-            choices.append(CompletionChoice(index=job.place, text=text, logprobs=logprobs, **self._end(job, result)))
+                logprobs = self._scored(choice, (*result.prompt_logprobs, *result.logprobs))
+            text = choice.echo + result.text
+            choices.append(
+                CompletionChoice(index=choice.place, text=text, logprobs=logprobs, **self._end(choice, result))
+            )
         return _json(Completion(**self.head, object="text_completion", choices=choices, usage=self._usage(results)))
 
-    def opening(self, job: Job) -> bytes | None:
-        if not job.echo or self.asked.logprobs is not None:  # the prompt's scores come with the first block
+    def opening(self, choice: Choice) -> bytes | None:
+        if not choice.echo or self.asked.logprobs is not None:  # the prompt's scores come with the first block
             return None
-        choice = CompletionChoice(index=job.place, text=job.echo, logprobs=None, finish_reason=None)
-        return self._chunk(choices=[choice])
+        part = CompletionChoice(index=choice.place, text=choice.echo, logprobs=None, finish_reason=None)
+        return self._chunk(choices=[part])
 
-    def chunk(self, job: Job, event: BlockEvent) -> bytes | None:
+    def chunk(self, choice: Choice, event: BlockEvent) -> bytes | None:
         text, logprobs = event.text, None
         if self.asked.logprobs is not None:
-            logprobs = self._scored(job, (*event.prompt_logprobs, *event.logprobs))
+            logprobs = self._scored(choice, (*event.prompt_logprobs, *event.logprobs))
             if event.prompt_logprobs:
-                text = job.echo + text
+                text = choice.echo + text
         elif not text and event.result is None and not self.asked.stream_denoising:
             return None
-        choice = CompletionChoice(index=job.place, text=text, logprobs=logprobs, **self._end(job, event.result))
-        return self._chunk(choices=[choice], **self._committed(job, event))
+        part = CompletionChoice(index=choice.place, text=text, logprobs=logprobs, **self._end(choice, event.result))
+        return self._chunk(choices=[part], **self._committed(choice, event))
 
-    def _scored(self, job: Job, scores: Iterable[TokenLogprob | None]) -> CompletionLogprobs:
+    def _scored(self, choice: Choice, scores: Iterable[TokenLogprob | None]) -> CompletionLogprobs:
         """A choice's next tokens, its prompt's among them where that is given back."""
-        text = self._reading.setdefault(job.place, Reading(self.texts))
+        text = self._reading.setdefault(choice.place, Reading(self.tokenizer))
         tokens: list[str] = []
         values: list[float | None] = []
         tops: list[dict[str, float] | None] = []
         offsets = []
         for score in scores:
-            token = job.request.prompt[0] if score is None else score.token
-            own = self.texts.shown(token)
+            token = choice.request.prompt[0] if score is None else score.token
+            own = self.tokenizer.shown(token)
             tokens.append(own)
             offsets.append(text.offset(token))
             values.append(None if score is None else score.logprob)
             if score is None:
                 tops.append(None)
             else:
-                tops.append({own: score.logprob} | {self.texts.shown(token): value for token, value in score.top})
+                tops.append({own: score.logprob} | {self.tokenizer.shown(token): value for token, value in score.top})
         return CompletionLogprobs(tokens=tokens, token_logprobs=values, top_logprobs=tops, text_offset=offsets)
 
 
@@ -222,27 +225,27 @@ class ChatAnswer(Answer):
 
     def whole(self, results: Sequence[Generation]) -> bytes:
         choices = []
-        for job, result in zip(self.jobs, results, strict=True):
-            message = ReplyMessage(role="assistant", content=self._text(job, result.text), refusal=None)
+        for choice, result in zip(self.choices, results, strict=True):
+            message = ReplyMessage(role="assistant", content=self._text(choice, result.text), refusal=None)
             logprobs = self._scored(result.logprobs) if self.asked.logprobs else None
-            end = self._end(job, result)
-            choices.append(ChatChoice(index=job.place, message=message, logprobs=logprobs, **end))
+            end = self._end(choice, result)
+            choices.append(ChatChoice(index=choice.place, message=message, logprobs=logprobs, **end))
         return _json(ChatCompletion(**self.head, object="chat.completion", choices=choices, usage=self._usage(results)))
 
-    def opening(self, job: Job) -> bytes | None:
+    def opening(self, choice: Choice) -> bytes | None:
         delta = Delta(role="assistant", content="")
-        choice = ChatChunkChoice(index=job.place, delta=delta, logprobs=None, finish_reason=None)
-        return self._chunk(choices=[choice])
+        part = ChatChunkChoice(index=choice.place, delta=delta, logprobs=None, finish_reason=None)
+        return self._chunk(choices=[part])
 
-    def chunk(self, job: Job, event: BlockEvent) -> bytes | None:
-        text = self._text(job, event.text)
+    def chunk(self, choice: Choice, event: BlockEvent) -> bytes | None:
+        text = self._text(choice, event.text)
         logprobs = self._scored(event.logprobs) if self.asked.logprobs else None
         if not text and logprobs is None and event.result is None and not self.asked.stream_denoising:
             return None
         delta = Delta(content=text) if text else Delta()
-        end = self._end(job, event.result)
-        choice = ChatChunkChoice(index=job.place, delta=delta, logprobs=logprobs, **end)
-        return self._chunk(choices=[choice], **self._committed(job, event))
+        end = self._end(choice, event.result)
+        part = ChatChunkChoice(index=choice.place, delta=delta, logprobs=logprobs, **end)
+        return self._chunk(choices=[part], **self._committed(choice, event))
 
     def _scored(self, scores: Iterable[TokenLogprob | None]) -> ChatLogprobs:
         content = []
@@ -253,12 +256,16 @@ class ChatAnswer(Answer):
         return ChatLogprobs(content=content)
 
     def _alternative(self, token: int, logprob: float) -> dict[str, Any]:
-        return {"token": self.texts.shown(token), "logprob": logprob, "bytes": list(self.texts.bytes_of(token))}
+        return {"token": self.tokenizer.shown(token), "logprob": logprob, "bytes": list(self.tokenizer.bytes_of(token))}
 
 
-def answer_to(service: Service, asked: CompletionAsked | ChatAsked, jobs: Sequence[Job]) -> Answer:
+def answer_to(service: Service, asked: CompletionAsked | ChatAsked, choices: Sequence[Choice]) -> Answer:
     """The one that goes with the request."""
-    return ChatAnswer(service, asked, jobs) if isinstance(asked, ChatAsked) else CompletionAnswer(service, asked, jobs)
+    return (
+        ChatAnswer(service, asked, choices)
+        if isinstance(asked, ChatAsked)
+        else CompletionAnswer(service, asked, choices)
+    )
 
 
 def card(service: Service) -> ModelCard:
@@ -268,10 +275,10 @@ def card(service: Service) -> ModelCard:
         id=service.settings.name,
         created=service.started,
         owned_by="twotower",
-        max_model_len=service.engine.llm.length,
+        max_model_len=service.engine.stats.max_seq_len,
         modes=modes,
         default_mode=str(service.settings.decoding["mode"]),
-        block_size=service.engine.llm.blocks.size,
+        block_size=service.engine.stats.max_block_size,
         mask_token_id=service.model.config.mask_token,
     )
 

@@ -13,9 +13,10 @@ from fastapi.responses import StreamingResponse
 from starlette.types import Receive, Scope, Send
 
 from twotower.decoding.output import StepEvent
-from twotower.server.request_schemas import RequestError
+from twotower.server.choices import Choice
+from twotower.server.request_errors import RequestError
 from twotower.server.response_builder import Answer
-from twotower.server.service import Job, Service
+from twotower.server.service import Service
 
 DONE = b"data: [DONE]\n\n"
 Result = TypeVar("Result")
@@ -64,20 +65,20 @@ class EventStream(StreamingResponse):
             self.held.close()
 
 
-async def chunks(service: Service, answer: Answer, jobs: Sequence[Job]) -> AsyncGenerator[bytes, None]:
+async def chunks(service: Service, answer: Answer, choices: Sequence[Choice]) -> AsyncGenerator[bytes, None]:
     """One request's stream: a chunk for each block, and for each pass over one where that was asked for. An error after
     the start is the last event, in the form of an error's body."""
     try:
-        for job in jobs:
-            if (opening := answer.opening(job)) is not None:
+        for choice in choices:
+            if (opening := answer.opening(choice)) is not None:
                 yield _data(opening)
-        async with aclosing(service.events(jobs)) as events:
+        async with aclosing(service.events(choices)) as events:
             async for news in events:
                 if news is None:
                     yield b": still at work\n\n"
                     continue
-                job, event = news
-                chunk = answer.step(job, event) if isinstance(event, StepEvent) else answer.chunk(job, event)
+                choice, event = news
+                chunk = answer.step(choice, event) if isinstance(event, StepEvent) else answer.chunk(choice, event)
                 if chunk is not None:
                     yield _data(chunk)
         if (closing := answer.closing()) is not None:

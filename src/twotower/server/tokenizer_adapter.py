@@ -2,40 +2,41 @@
 
 from __future__ import annotations
 
+import copy
 import json
+import threading
 from collections.abc import Sequence
 from functools import cached_property
 from typing import Any
 
 from twotower.decoding.stopping import Detokenizer
-from twotower.server.request_schemas import Message, RequestError
+from twotower.server.request_errors import RequestError
+from twotower.server.request_schemas import Message
 
 SPEAKERS = {"system": "System", "developer": "System", "user": "User", "assistant": "Assistant"}
 
 
-class Texts:
-    """A tokenizer, as a server needs it."""
+class TokenizerAdapter:
+    """A tokenizer for a server's threads, beside the engine's thread.
 
-    def __init__(self, tokenizer: Any, vocab_size: int) -> None:
+    A fast tokenizer keeps the settings of its last call (truncation, padding), so two threads that encode with one
+    tokenizer can get each other's settings: a prompt is cut without an error. Here a copy encodes, one thread at a
+    time. The tokenizer itself, which the engine's thread decodes with, only decodes; that changes no setting.
+    """
+
+    def __init__(self, tokenizer: Any) -> None:
         self.tokenizer = tokenizer
-        self.vocab_size = vocab_size
+        self._encoder = copy.deepcopy(tokenizer)
+        self._encoding = threading.Lock()
         self._bytes: dict[int, bytes] = {}  # of the tokens that were asked about: looking one up takes a while
 
     def tokens(self, prompt: str | Sequence[int]) -> list[int]:
         """A prompt's tokens.
 
         Raises:
-            RequestError: it is empty, not text, or has ids beyond the vocabulary.
+            RequestError: it is not text.
         """
-        found = self._encode(prompt, True, "prompt") if isinstance(prompt, str) else list(prompt)
-        if not found:
-            raise RequestError("the prompt is empty; give at least one token", param="prompt")
-        beyond = [token for token in found if not 0 <= token < self.vocab_size]
-        if beyond:
-            raise RequestError(
-                f"the prompt has token id {beyond[0]}; the vocabulary is 0 to {self.vocab_size - 1}", param="prompt"
-            )
-        return found
+        return self._encode(prompt, True, "prompt") if isinstance(prompt, str) else list(prompt)
 
     def chat(self, messages: Sequence[Message]) -> tuple[list[int], tuple[str, ...]]:
         """A chat's tokens up to where the assistant speaks, by the tokenizer's template or a plain one; and the stop
@@ -84,7 +85,8 @@ class Texts:
             raise RequestError(
                 f"{field} has half a surrogate pair in it, which is no character; remove it", param=field
             ) from None
-        return list(self.tokenizer(text, add_special_tokens=special)["input_ids"])
+        with self._encoding:
+            return list(self._encoder(text, add_special_tokens=special)["input_ids"])
 
     @cached_property
     def _byte_level(self) -> bool:
@@ -97,8 +99,8 @@ class Texts:
 class Reading:
     """Where the tokens of a text begin in it; one that is no text, or part of a character, where the next does."""
 
-    def __init__(self, texts: Texts) -> None:
-        self._detokenizer = Detokenizer(texts.tokenizer)
+    def __init__(self, tokenizer: TokenizerAdapter) -> None:
+        self._detokenizer = Detokenizer(tokenizer.tokenizer)
         self._length = 0
 
     def offset(self, token: int) -> int:

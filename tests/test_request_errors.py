@@ -1,0 +1,239 @@
+"""Errors name their parameter: in the engine's words from Python, in the request's words over HTTP."""
+
+from __future__ import annotations
+
+import ast
+import pickle
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from serving import LENGTH, Served, serving, tiny_model, until
+
+import twotower.server
+from twotower import LLM, GenerationParams, Request
+from twotower.decoding.presets import parse_setting
+from twotower.decoding.prompts import read_prompts
+from twotower.decoding.structured import Constraint
+from twotower.engine.jobs import engine_for, read_lines, run_job
+from twotower.errors import ArgumentError
+from twotower.server.request_errors import request_error
+from twotower.server.request_schemas import ChatAsked, CompletionAsked
+from twotower.server.settings import Limits
+
+COMPLETIONS, CHAT = "/v1/completions", "/v1/chat/completions"
+ASKED = {COMPLETIONS: CompletionAsked, CHAT: ChatAsked}
+START: dict[str, dict[str, Any]] = {
+    COMPLETIONS: {"prompt": "x"},
+    CHAT: {"messages": [{"role": "user", "content": "x"}]},
+}
+SCHEMA = {"type": "json_schema", "json_schema": {"schema": {"type": "nonsense"}}}
+
+# Of each field: bad values, each with the other fields of its request. A value is refused by the request's schema, by
+# GenerationParams, by the engine, or by the server's limits.
+BAD: dict[str, list[tuple[Any, dict[str, Any]]]] = {
+    "model": [(5, {})],
+    "temperature": [(-1, {}), ("1", {})],
+    "top_p": [(0, {}), (2, {})],
+    "top_k": [(0, {})],
+    "stop": [("", {}), ([5], {})],
+    "seed": [(-1, {})],
+    "n": [(0, {}), (65, {}), (20, {})],
+    "stream": [("yes", {})],
+    "stream_options": [({"include_usage": True}, {})],
+    "user": [(5, {})],
+    "response_format": [
+        ({"type": "regex"}, {}),
+        ({"type": "regex", "regex": "("}, {"mode": "ar"}),
+        ({"type": "grammar", "grammar": "nonsense"}, {"mode": "ar"}),
+        (SCHEMA, {"mode": "verified"}),
+        ({"type": "json_object"}, {"mode": "diffusion"}),
+        ({"type": "json_object"}, {"mode": "mock_ar"}),
+    ],
+    "mode": [("fast", {})],
+    "threshold": [(2, {}), (0.5, {"mode": "ar"})],
+    "policy": [("unknown", {}), ("threshold", {"mode": "ar"})],
+    "knob": [(-1, {"policy": "threshold"}), (0, {"policy": "top-k"})],
+    "block_size": [(0, {}), (17, {}), (17, {"mode": "verified"}), (17, {"mode": "auto"})],
+    "steps": [(0, {}), (4, {"mode": "verified"})],
+    "draft_steps": [(-1, {"mode": "verified"}), (1, {"mode": "diffusion"})],
+    "acceptance": [(2, {"mode": "verified"})],
+    "stream_denoising": [(True, {}), (True, {"stream": True, "mode": "ar"})],
+    "max_tokens": [(-1, {}), (LENGTH, {}), (10**9, {}), (10**30, {})],
+    "max_completion_tokens": [(-1, {}), (LENGTH, {}), (10**9, {"max_tokens": 10**9})],
+    "prompt": [("", {}), ([], {}), ([320], {}), ([5, 10**6], {}), ([5] * LENGTH, {}), ([5] * (LENGTH + 9), {})],
+    "messages": [([], {}), ([{"role": "user", "content": "x " * LENGTH}], {})],
+    "echo": [(1, {})],
+    "logprobs": [("yes", {}), (1.5, {})],
+    "top_logprobs": [(21, {"logprobs": True}), (2, {})],
+}
+LENGTHS = ("max_tokens", "max_completion_tokens", "prompt", "messages")
+CASES = [
+    (path, field, value, others)
+    for path, asked in ASKED.items()
+    for field in asked.model_fields
+    for value, others in BAD[field]
+]
+
+
+@pytest.fixture(scope="module")
+def served() -> Iterator[Served]:
+    with serving(limits=Limits(queue=4)) as found:
+        yield found
+        until(found.is_idle)
+
+
+@pytest.mark.parametrize(("path", "field", "value", "others"), CASES, ids=lambda part: str(part)[:40])
+def test_a_bad_field_is_named(served: Served, path: str, field: str, value: Any, others: dict[str, Any]) -> None:
+    answer = served.post(path, START[path] | ({} if field in LENGTHS else {"max_tokens": 4}) | others | {field: value})
+    assert answer.status_code == 400, answer.text
+    assert answer.json()["error"]["param"] == field, answer.text
+
+
+# --- from Python ------------------------------------------------------------------------------------------------------
+
+BAD_PARAMETERS: dict[str, list[Any]] = {
+    "mode": ["fast", None], "max_new_tokens": [-1, 1.5, True], "temperature": [float("nan"), "1"], "top_k": [0],
+    "top_p": [2], "seed": [-1, 2**63], "stop": [[""], 5], "block_size": [0], "steps_per_block": [0],
+    "mask_token_id": [-1, 10**6], "confidence_threshold": [2], "policy": ["unknown", ()], "knob": [-1],
+    "draft_steps": [-1], "acceptance": [-1], "eos_token_id": [10**6, "x"],
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("name", GenerationParams.__dataclass_fields__)
+def test_a_bad_parameter_is_named(name: str) -> None:
+    llm = LLM(tiny_model(), rows=1, length=64)
+    for value in BAD_PARAMETERS[name]:
+        with pytest.raises(ArgumentError) as error:
+            llm.add_request(Request([5], GenerationParams.of(**{"max_new_tokens": 4, name: value})))
+        assert error.value.param == name, value
+
+
+@pytest.mark.parametrize(
+    ("name", "values"),
+    [
+        ("prompt", ["text", [], [5, "a"], [True], [-1], [320], None]),
+        ("logprobs", [-1, 21, True]),
+        ("prompt_logprobs", [1]),
+        ("constraint", ["[a-z]+"]),
+    ],
+)
+def test_a_bad_part_of_a_request_is_named(name: str, values: list[Any]) -> None:
+    llm = LLM(tiny_model(), rows=1, length=64)
+    for value in values:
+        with pytest.raises(ArgumentError) as error:
+            llm.add_request(Request(**{"prompt": [5], "params": GenerationParams(mode="ar"), name: value}))
+        assert error.value.param == name, value
+
+
+@pytest.mark.parametrize("kind", ["json_schema", "regex", "grammar"])
+def test_a_bad_constraint_names_its_kind(kind: str) -> None:
+    for value in ("(", "\ud800", 5):
+        with pytest.raises(ArgumentError) as error:
+            Constraint(tiny_model().tokenizer, **{kind: value})
+        assert error.value.param == kind
+
+
+def test_bad_prompts_and_settings_are_named() -> None:
+    ids = torch.ones(1, 3, dtype=torch.long)
+    for prompts, mask, name in (
+        ([], None, "input_ids"), ([[]], None, "input_ids"), ([[999]], None, "input_ids"), (5, None, "input_ids"),
+        (ids.float(), None, "input_ids"), ("x", None, "input_ids"), ([["a"]], None, "input_ids"),
+        (ids, ids[:, :2], "attention_mask"), ("x", ids, "attention_mask"),
+        (ids, torch.tensor([[1, 0, 1]]), "attention_mask"),
+    ):  # fmt: skip
+        with pytest.raises(ArgumentError) as error:
+            read_prompts(prompts, mask, None, 320, 0)  # type: ignore[arg-type]
+        assert error.value.param == name, prompts
+    for text in ("fast", "diffusion:x", "ar:colour=1", "ar:top_k=x"):
+        with pytest.raises(ArgumentError) as error:
+            parse_setting(text)
+        assert error.value.param == "setting"
+
+
+def test_the_parameter_survives_pickling() -> None:
+    found = pickle.loads(pickle.dumps(ArgumentError("top_k is 0", param="top_k")))
+    assert (str(found), found.param) == ("top_k is 0", "top_k")
+
+
+# --- no message is read -----------------------------------------------------------------------------------------------
+
+
+def test_the_field_does_not_depend_on_the_message() -> None:
+    asked = CompletionAsked.model_validate({"prompt": "x", "max_tokens": 5})
+    error = ArgumentError("top_k is 0; the prompt is empty", param="steps_per_block")
+    assert request_error(error, asked.field_of(error.param)).param == "steps"
+    assert request_error(ArgumentError("top_k is 0"), asked.field_of(None)).param is None
+
+
+def test_the_engine_s_names_are_the_request_s() -> None:
+    whole = CompletionAsked.model_validate({"prompt": "x", "max_tokens": 5})
+    short = CompletionAsked.model_validate({"prompt": "x"})
+    chat = ChatAsked.model_validate(START[CHAT])
+    newer = ChatAsked.model_validate(START[CHAT] | {"max_completion_tokens": 5})
+    lengths = [asked.field_of("max_new_tokens") for asked in (whole, short, chat, newer)]
+    assert lengths == ["max_tokens", "prompt", "messages", "max_completion_tokens"]
+    assert (whole.field_of("prompt"), chat.field_of("prompt")) == ("prompt", "messages")
+    assert (whole.field_of("prompt_logprobs"), chat.field_of("prompt_logprobs")) == ("echo", None)
+    assert whole.field_of("constraint") == "response_format"
+    assert whole.field_of("mask_token_id") is None  # the server's own
+
+
+def test_no_code_of_the_server_reads_a_message() -> None:
+    """An exception that is caught is passed on or printed: nothing takes its text apart."""
+    for file in Path(twotower.server.__file__).parent.glob("*.py"):
+        tree = ast.parse(file.read_text(encoding="utf-8"))
+        for node in ast.walk(tree):
+            inner = node.value if isinstance(node, ast.Attribute | ast.Subscript) else None
+            if isinstance(node, ast.Compare):
+                inner = next((part for part in (node.left, *node.comparators) if _is_message(part)), None)
+            assert not _is_message(inner), f"{file.name}:{getattr(node, 'lineno', 0)} reads a message"
+
+
+def _is_message(node: ast.AST | None) -> bool:
+    """str(error), error.args or error.message, of a variable that is called error."""
+    match node:
+        case ast.Call(func=ast.Name(id="str"), args=[ast.Name(id="error")]):
+            return True
+        case ast.Attribute(value=ast.Name(id="error"), attr="args" | "message"):
+            return True
+    return False
+
+
+# --- one door ---------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    ("fields", "values"),
+    [
+        ({"max_tokens": LENGTH}, {"max_new_tokens": LENGTH}),
+        ({"max_tokens": 10**9}, {"max_new_tokens": 10**9}),
+        ({"max_tokens": 4, "block_size": 17}, {"max_new_tokens": 4, "block_size": 17}),
+        ({"max_tokens": 4, "policy": "unknown"}, {"max_new_tokens": 4, "policy": "unknown"}),
+    ],
+)
+def test_the_server_refuses_in_the_engine_s_words(
+    served: Served, fields: dict[str, Any], values: dict[str, Any]
+) -> None:
+    with pytest.raises(ArgumentError) as error:
+        LLM(tiny_model(), rows=1, length=LENGTH).add_request(Request([5], GenerationParams.of(**values)))
+    assert served.complete([5], **fields).json()["error"]["message"] == str(error.value)
+
+
+def test_a_batch_job_refuses_in_the_engine_s_words(tmp_path: Path) -> None:
+    """Also where only the engine can tell: the line gets the error, the others their answer."""
+    path, out, model = tmp_path / "in.jsonl", tmp_path / "out.jsonl", tiny_model()
+    path.write_text('{"prompt": "x"}\n{"prompt": "x", "max_new_tokens": 999999999}\n{"prompt": "x"}\n')
+    shared = {"mode": "ar", "max_new_tokens": 4, "seed": 1}
+    lines = read_lines(path, model, shared)
+    with pytest.raises(ArgumentError) as error:
+        LLM(model, rows=1).add_request(Request([5], GenerationParams(mode="ar", max_new_tokens=999999999)))
+    assert lines[1].error == str(error.value)
+    assert run_job(engine_for(model, lines, 2), lines, out) == (3, 1)
+    out.unlink()
+    with pytest.raises(ArgumentError) as error:
+        LLM(model, rows=1, length=4).add_request(Request([5], GenerationParams(mode="ar", max_new_tokens=4)))
+    assert run_job(LLM(model, rows=1, length=4), lines, out) == (3, 3)
+    assert str(error.value) in out.read_text()
