@@ -36,8 +36,8 @@ def model() -> TwoTowerForCausalLM:
 
 def ahead(model: TwoTowerForCausalLM, rows: int, length: int = LENGTH) -> LLM:
     llm = LLM(model, rows=rows, length=length)
-    assert not llm.ahead
-    llm.ahead = True
+    assert not llm.async_scheduling
+    llm.async_scheduling = True
     return llm
 
 
@@ -99,7 +99,7 @@ def test_drafts_of_one_pass_are_not_put_off(model: TwoTowerForCausalLM) -> None:
     ways = []
     for early in (True, False):
         llm, steps = LLM(model, rows=2, length=LENGTH), 0
-        llm.ahead = early
+        llm.async_scheduling = early
         for _ in range(2):
             llm.add_request(asking([5, 6], "verified", 20, draft_steps=1))
         while llm.has_work:
@@ -163,7 +163,7 @@ def test_a_policy_that_raises_ends_its_own_request_once(model: TwoTowerForCausal
         by_number = dict(results)
         assert by_number[numbers[0]].error == "ZeroDivisionError: in a bad mood"
         assert_as_alone(model, requests[1], by_number[numbers[1]])
-        assert sorted(llm.free) == [0, 1]
+        assert sorted(llm.scheduler.free) == [0, 1]
 
 
 @pytest.mark.parametrize("most", [0, 2])
@@ -195,9 +195,9 @@ def test_a_row_given_up_between_launch_and_collection_is_not_heard_of(model: Two
     number = llm.add_request(slow)
     llm.step()
     assert llm._late
-    (row,) = llm.rows.values()
+    (row,) = llm.scheduler.running.values()
     llm.abort(number)
-    assert row.phase is Phase.GONE
+    assert row.phase is Phase.FINISHED
     other = asking([7, 8, 9], "diffusion", 20, block_size=8)
     (output,) = llm.generate([other])
     assert_as_alone(model, other, output)

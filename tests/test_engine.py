@@ -107,8 +107,8 @@ def drive(llm: LLM, requests: list[Request], rng: random.Random, aborted: float)
             number = rng.choice(live)
             llm.abort(number)
             del numbers[number]
-    assert sorted(llm.free) == list(range(llm.state.rows))
-    assert not llm.rows
+    assert sorted(llm.scheduler.free) == list(range(llm.state.rows))
+    assert not llm.scheduler.running
     return outputs
 
 
@@ -214,7 +214,7 @@ def test_first_come_first_served(model: TwoTowerForCausalLM) -> None:
     begun: list[int] = []
     while llm.has_work:
         llm.step()
-        begun += [number for number in llm.rows if number not in begun]
+        begun += [number for number in llm.scheduler.running if number not in begun]
     assert begun == sorted(begun)
     assert set(begun) <= set(numbers)
 
@@ -265,7 +265,7 @@ def test_a_stream_given_up_frees_its_slot(model: TwoTowerForCausalLM) -> None:
     next(events)
     events.close()
     assert not llm.has_work
-    assert llm.free == [0]
+    assert llm.scheduler.free == [0]
 
 
 def test_nothing_is_heard_of_a_request_given_up(model: TwoTowerForCausalLM) -> None:
@@ -345,7 +345,7 @@ def test_a_policy_that_raises_ends_its_own_request_only(model: TwoTowerForCausal
         assert outputs[1].tokens == []
         for place in (0, 2, 3):
             assert_as_alone(model, requests[place], outputs[place])
-        assert len(llm.free) == 4
+        assert len(llm.scheduler.free) == 4
 
 
 def test_auto_chooses_and_says_why(model: TwoTowerForCausalLM) -> None:

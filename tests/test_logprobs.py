@@ -153,7 +153,7 @@ def test_a_prompt_alone(model: TwoTowerForCausalLM, mode: str, length: int, monk
     assert output.decode_seconds == 0
     assert_right(model, request, output)
     assert_as_alone(model, beside, other)
-    assert sorted(llm.free) == [0, 1]
+    assert sorted(llm.scheduler.free) == [0, 1]
     unasked = passes(model, lambda: llm.generate([plain(request)]))
     assert unasked == (0, 0)
 
