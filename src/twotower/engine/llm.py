@@ -38,10 +38,11 @@ from twotower.decoding.draft_controller import Pace, begun
 from twotower.decoding.modes import AUTO
 from twotower.decoding.output import BlockEvent, Event, Generation
 from twotower.decoding.sequence_output import RowRecord
-from twotower.engine import admission, context_step, denoiser_ar
+from twotower.engine import admission, context_step, denoiser_ar, drafting
 from twotower.engine.budget import memory_for, shares
 from twotower.engine.context_step import Work, following, grouped, some
 from twotower.engine.denoiser_step import Blocks
+from twotower.engine.drafting import Drafter
 from twotower.engine.oom import in_parts, out_of_memory
 from twotower.engine.sequence import Phase, Request, Row
 from twotower.errors import ArgumentError
@@ -61,7 +62,8 @@ class LLM:
 
     rows: texts at work at once; length: tokens of the longest text with its answer (None: the model's window);
     block_size: the longest block. memory: bytes for what the texts keep, a fifth of it for prompts' beginnings (None:
-    for `rows` texts of that length, and a fifth more). A text takes as much as its request can need.
+    for `rows` texts of that length, and a fifth more). A text takes as much as its request can need. drafter: proposes
+    what verified decoding checks (None: the denoiser).
 
     Raises:
         ArgumentError: a size is less than 1; the memory holds no text at all.
@@ -75,12 +77,14 @@ class LLM:
         length: int | None = None,
         block_size: int = 16,
         memory: int | None = None,
+        drafter: Drafter | None = None,
     ) -> None:
         for name, value in (("rows", rows), ("length", length), ("block_size", block_size)):
             if value is not None and value < 1:
                 raise ArgumentError(f"{name} is {value}; it must be at least 1")
         window = model.config.backbone.max_position_embeddings
         self.model = model
+        self.drafter = drafter
         self.length = min(length or window, window)
         rows, columns, spare = shares(model, rows, self.length + block_size, PROMPT_CHUNK, memory)
         self.state = model.new_state(rows, 0, columns)
@@ -203,10 +207,10 @@ class LLM:
         unseen, self._unseen = self._unseen, []
         events: list[Event] = [*self._admit()]
         if self.apart:
-            for collect in [*self._denoise(), *self._mock(), *self._read()]:
+            for collect in [*self._draft(), *self._denoise(), *self._mock(), *self._read()]:
                 events += collect()
         else:
-            for launch in (self._read, self._denoise, self._mock):
+            for launch in (self._read, self._draft, self._denoise, self._mock):
                 for collect in launch():
                     events += collect()
         for event in events:
@@ -363,10 +367,20 @@ class LLM:
                 row.allowed = row.pace.passes()
                 if min(params.block_size, row.record.room) == 1:  # nothing to draft
                     row.allowed = 0
-        if row.allowed:
+        if row.allowed and row.mode == "verified" and self.drafter is not None:
+            row.phase = Phase.DRAFT
+        elif row.allowed:
             row.phase = Phase.DENOISE
             row.opened += 1
             self._opening.append(row)
+
+    def _draft(self) -> list[Collect]:
+        """Drafts of the engine's drafter; nothing of them is left to collect."""
+        rows = self._of(Phase.DRAFT)
+        if rows and self.drafter is not None:
+            with self._shared(rows):
+                drafting.fill(self.drafter, rows)
+        return []
 
     def _denoise(self) -> list[Collect]:
         """The denoiser's pass over open blocks."""

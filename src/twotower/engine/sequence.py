@@ -58,6 +58,7 @@ class Phase(Enum):
     PROMPT = "the context tower reads more of the prompt"
     STEP = "it reads the pending token and chooses the next"
     DENOISE = "the denoiser fills the row's block"
+    DRAFT = "the engine's drafter proposes the row's block"
     CHECK = "the context tower reads the pending token and the draft, and keeps what it agrees with"
     COMMIT = "the context tower reads the finished block"
     MOCK = "the denoiser proposes the token after the pending one"
