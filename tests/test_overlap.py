@@ -333,7 +333,9 @@ def test_nobody_waits_twice(model: TwoTowerForCausalLM) -> None:
         llm.step()
         for number, row in llm.scheduler.running.items():
             still = before.get(number) == (row.phase, row.record.denoiser_passes)
-            waited[number] = waited.get(number, 0) + 1 if still and row.phase in (Phase.DENOISE, Phase.DENOISER_AR) else 0
+            waited[number] = (
+                waited.get(number, 0) + 1 if still and row.phase in (Phase.DENOISE, Phase.DENOISER_AR) else 0
+            )
             held += waited[number] > 0
             older_ended = any(other < number and other not in llm.scheduler.running for other in before)
             assert waited[number] <= 1 or older_ended

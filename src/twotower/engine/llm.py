@@ -35,11 +35,11 @@ from twotower.cache.replica import Fresh, Mirror
 from twotower.decoding.modes import AUTO
 from twotower.decoding.output import BlockEvent, Event, Generation
 from twotower.decoding.sequence_output import SequenceOutput
-from twotower.engine import admission, context_step, denoiser_ar
+from twotower.engine import admission, context_step, denoiser_ar, drafting
 from twotower.engine.budget import memory_for, shares
 from twotower.engine.context_step import grouped
 from twotower.engine.denoiser_step import OpenBlocks, StepCallback
-from twotower.engine.drafter import Drafter
+from twotower.engine.drafting import Drafter
 from twotower.engine.mode_choice import resolve
 from twotower.engine.oom import in_parts, out_of_memory
 from twotower.engine.row_constants import RowConstants
@@ -256,12 +256,13 @@ class LLM:
         """One pass of each tower for every sequence that needs it → what became final since the last step."""
         unseen, self._unseen = self._unseen, []
         events: list[Event] = [*self._admit()]
-        launches = (self._launch_denoiser, self._launch_denoiser_ar, self._launch_context)
+        denoiser = (self._launch_denoiser, self._launch_denoiser_ar)
+        self._draft()
         if self.two_devices:
-            for collect in [collect for launch in launches for collect in launch()]:
+            for collect in [collect for launch in (*denoiser, self._launch_context) for collect in launch()]:
                 events += collect()
         else:
-            for launch in (self._launch_context, self._launch_denoiser, self._launch_denoiser_ar):
+            for launch in (self._launch_context, *denoiser):
                 for collect in launch():
                     events += collect()
         for event in events:
@@ -412,24 +413,20 @@ class LLM:
         if not sequence.allowed:
             return
         if sequence.mode == "verified" and self.options.drafter is not None:
-            self._draft(sequence, self.options.drafter)
+            sequence.phase = Phase.DRAFT
             return
         sequence.phase = Phase.DENOISE
         sequence.opened += 1
         self._opening.append(sequence)
 
-    def _draft(self, sequence: RunningSequence, drafter: Drafter) -> None:
-        """Takes the draft of this round from elsewhere than the denoiser."""
-        length = self._draft_length(sequence) - 1
-        text = [*sequence.request.prompt, *sequence.output.progress.tokens]
-        drafted = list(drafter(text, length))[:length]
-        sequence.block = [sequence.pending, *drafted]
-        sequence.committed_at = [0] * len(sequence.block)
-        sequence.phase = Phase.CHECK
-
-    def _draft_length(self, sequence: RunningSequence) -> int:
-        """Positions of the block worth checking, the pending one included."""
-        return min(sequence.output.room, sequence.controller.length(sequence.params.block_size))
+    def _draft(self) -> None:
+        """Drafts of the engine's drafter, if there is one."""
+        if self.options.drafter is not None:
+            sequences = self.scheduler.of_phase(Phase.DRAFT)
+            if sequences:
+                started = time.perf_counter()
+                drafting.fill(self.options.drafter, sequences)
+                _charge(sequences, started)
 
     # --- the denoiser ---------------------------------------------------------------------------------------------
 
@@ -480,7 +477,7 @@ class LLM:
         """A finished block or draft goes to the context tower."""
         if sequence.mode == "verified":
             sequence.phase = Phase.CHECK
-            sequence.block = sequence.block[: self._draft_length(sequence)]
+            sequence.block = sequence.block[: sequence.draft_length]
             return []
         sequence.phase = Phase.COMMIT
         if sequence.request.logprobs is not None:  # the context tower has yet to say how likely the block is

@@ -39,6 +39,10 @@ class Scheduler:
             self.free.append(sequence.slot)
         return sequence
 
+    def of_phase(self, phase: Phase) -> list[RunningSequence]:
+        """Sequences of one phase, in the order of their slots."""
+        return [sequence for sequence in self._by_slot if sequence.phase is phase]
+
     def context_works(self, prompt_piece: int) -> list[ScheduledTokens]:
         """What the context tower reads next: pieces of prompts, pending tokens, drafts and finished blocks."""
         works: list[ScheduledTokens] = []

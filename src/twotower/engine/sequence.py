@@ -76,6 +76,7 @@ class Phase(Enum):
     PROMPT = "the context tower reads more of the prompt"
     STEP = "the context tower reads the pending token and chooses the next"
     DENOISE = "the denoiser fills the block"
+    DRAFT = "the engine's drafter proposes the block"
     CHECK = "the context tower reads the pending token and the draft, and accepts what it agrees with"
     COMMIT = "the context tower reads the finished block"
     DENOISER_AR = "the denoiser proposes the token after the pending one"
@@ -139,6 +140,11 @@ class RunningSequence:
     def in_last_pass(self) -> bool:
         """Whether the context tower is certain to be needed after the denoiser's next pass."""
         return self.phase is Phase.DENOISER_AR or self.launched == self.allowed - 1
+
+    @property
+    def draft_length(self) -> int:
+        """Positions of the draft block worth checking, the pending token included."""
+        return min(self.output.room, self.controller.length(self.params.block_size))
 
     def fail(self, error: Exception) -> BlockEvent:
         """Ends the sequence with an error; passes of it that are on their way count no more."""
