@@ -435,7 +435,7 @@ class LLM:
         sequences = self._denoising(Phase.DENOISE)
         launched: list[Collect] = []
         if sequences:
-            self.blocks.open(self._opening)
+            self.blocks.open(sorted(self._opening, key=lambda sequence: sequence.slot))
             self._opening.clear()
             launched = self._in_parts(self._launch_blocks, sequences)
         if self.async_scheduling and any(sequence.needs_denoiser for sequence in sequences):
