@@ -34,7 +34,7 @@ from decoding_models import decoding_model
 from twotower import LLM, BlockEvent, Generation, Request, generate
 from twotower.decoding.unmasking import POLICIES
 
-SHORT_ALONE, SHORT_BATCHES = 60, 40
+SHORT_ALONE, SHORT_BATCHES = 48, 24
 DTYPES = [torch.float64, torch.float32]
 FORMS = ["short", pytest.param("full", marks=[pytest.mark.slow, pytest.mark.timeout(1800)])]
 DRAFTED = ("tokens", "text", "end", "at", "sure", "passes")  # what a row of a verified batch has in common with today
@@ -144,7 +144,7 @@ def test_a_batch(dtype: torch.dtype, form: str) -> None:
                 assert [event[:2] for event in events[place]] == [event[:2] for event in row["events"]], where
                 pairs = zip(events[place], row["events"], strict=True)
                 assert all(_one_begins_the_other(a[2], b[2]) for a, b in pairs), where
-            padding = [model.config.pad_token_id or 0] * (width - len(row["tokens"]))
+            padding = [getattr(model.config, "pad_token_id", None) or 0] * (width - len(row["tokens"]))
             assert len(tokens[place]) == width, where
             assert "alone" in row or tokens[place] == row["tokens"] + padding, where
 
@@ -171,6 +171,7 @@ def test_what_the_goldens_hold() -> None:
     assert {golden["params"]["max_new_tokens"] for golden in alone} >= {0, 1, 40}
     drafts = [row["drafts"] for _, row in rows if "drafts" in row]
     drafted, kept = sum(each[1] for each in drafts), sum(each[2] for each in drafts)
-    assert 0.1 < kept / drafted < 0.9
+    assert 0.05 < kept / drafted < 0.9
+    assert sum(0 < each[2] < each[1] for each in drafts) >= 50
     assert sum("calls" in golden for golden in goldens()) >= 50
     assert sum(not golden["fp32"] for golden in goldens()) <= NEAR_TIES * len(goldens())

@@ -14,6 +14,7 @@ import json
 import random
 from collections import Counter
 from functools import cache
+from typing import NamedTuple
 
 import torch
 from decoding_goldens import (
@@ -30,13 +31,27 @@ from decoding_goldens import (
     row_of,
     streamed,
 )
-from decoding_models import decoding_model
+from decoding_models import NAMES, decoding_model
 from decoding_requests import some_request
 from near_ties import perturbed
 
 from twotower import TwoTowerForCausalLM, generate
 
-ALONE, BATCHES = 340, 72
+
+class Part(NamedTuple):
+    """Requests of one seed: so many alone and in batches, of these modes and models."""
+
+    seed: int
+    alone: int
+    batches: int
+    modes: tuple[str, ...]
+    names: tuple[str, ...]
+
+
+PARTS = (
+    Part(20, 340, 72, ("diffusion", "diffusion", "verified", "verified", "ar", "mock_ar"), NAMES),
+    Part(21, 50, 20, ("verified",), ("biased", "agreeing")),  # whose drafts are often kept in part
+)
 PERTURBED = 5
 
 
@@ -114,17 +129,27 @@ def _bare(seen: Golden) -> Golden:
     return seen | {"rows": rows}
 
 
-def main() -> None:
-    rng = random.Random(20)
+def record(part: Part) -> list[Golden]:
+    """Its goldens."""
+    rng = random.Random(part.seed)
     goldens: list[Golden] = []
-    for number in range(ALONE + BATCHES):
-        batch = number >= ALONE
-        mode = rng.choice(["diffusion", "diffusion", "verified", "verified", "ar", "mock_ar"])
-        golden = some_request(rng, mode, rng.randint(2, 8) if batch else 1)
+    for number in range(part.alone + part.batches):
+        batch = number >= part.alone
+        mode = rng.choice(part.modes)
+        golden = some_request(rng, mode, rng.randint(2, 8) if batch else 1, names=part.names)
         with_calls = mode in ("diffusion", "verified") and not adapts(golden) and rng.random() < 0.5
         goldens.append(complete(golden, with_calls))
         if number % 20 == 0:
             print(number, flush=True)
+    return goldens
+
+
+def main() -> None:
+    write([golden for part in PARTS for golden in record(part)])
+
+
+def write(goldens: list[Golden]) -> None:
+    """Into the file, byte for byte the same for the same goldens."""
     FILE.parent.mkdir(exist_ok=True)
     with open(FILE, "wb") as raw, gzip.GzipFile(fileobj=raw, mode="wb", compresslevel=9, mtime=0, filename="") as file:
         for golden in goldens:
