@@ -398,7 +398,7 @@ class LLM:
     def _begin_round(self, sequence: RunningSequence, draft_passes: int, room: int) -> None:
         """draft_passes: the draft controller's choice; room: new tokens that may still be written."""
         params = sequence.params
-        sequence.allowed, sequence.launched, sequence.seconds = 0, 0, 0.0
+        sequence.room, sequence.allowed, sequence.launched, sequence.seconds = room, 0, 0, 0.0
         match sequence.mode:
             case "ar":
                 sequence.phase = Phase.STEP

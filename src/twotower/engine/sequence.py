@@ -88,7 +88,7 @@ class RunningSequence:
     """A running request: its slot of the state, what it needs next, and its output so far.
 
     read: tokens of the text that the state holds. pending: the text's last token, where the state does not hold it yet.
-    block, committed_at, confidence: the finished block or draft. allowed: denoiser passes that this round may take (0:
+    block, committed_at, confidence: the finished block or draft. room: new tokens that this round may write. allowed: denoiser passes that this round may take (0:
     none); launched: those that were launched for the open block; opened: blocks opened so far. seen: tokens of the text
     that the denoiser was shown (−1: nothing of this text). seconds: this sequence's share of the passes of its round.
     held: new tokens that wait for their log-probabilities. after (V,): diffusion with log-probabilities: the AR model's
@@ -112,6 +112,7 @@ class RunningSequence:
     has_masks: bool = False
     step_events: list[StepEvent] = field(default_factory=list)
     accepted: int = 0
+    room: int = 0
     allowed: int = 0
     launched: int = 0
     opened: int = 0
@@ -144,7 +145,7 @@ class RunningSequence:
     @property
     def draft_length(self) -> int:
         """Positions of the draft block worth checking, the pending token included."""
-        return min(self.output.room, self.controller.length(self.params.block_size))
+        return min(self.room, self.controller.length(self.params.block_size))
 
     def fail(self, error: Exception) -> BlockEvent:
         """Ends the sequence with an error; passes of it that are on their way count no more."""
