@@ -19,13 +19,10 @@ from test_engine import LENGTH, alone, assert_as_alone, drive, facts, moody_poli
 from test_overlap import asking, told
 from test_two_devices import CountingTransport
 from torch import Tensor
-from twotower.engine.loops.diffusion import StopTest
 
 from twotower import LLM, TwoTowerForCausalLM
 from twotower.decoding.output import StepEvent
-from twotower.decoding.params import GenerationParams
 from twotower.decoding.unmasking import POLICIES, Pass, Verdict, register_policy
-from twotower.engine.generation import generate
 from twotower.engine.sequence import Phase
 
 
@@ -201,24 +198,3 @@ def test_a_row_given_up_between_launch_and_collection_is_not_heard_of(model: Two
     other = asking([7, 8, 9], "diffusion", 20, block_size=8)
     (output,) = llm.generate([other])
     assert_as_alone(model, other, output)
-
-
-def test_a_batch_in_lockstep_whose_stop_test_lags(model: TwoTowerForCausalLM) -> None:
-    """As on an accelerator: rows that are done have no tokens in the passes that follow, and nothing else changes."""
-    params = GenerationParams.of(mode="diffusion", max_new_tokens=24, block_size=8, confidence_threshold=0.2)
-    prompts = [[5, 6, 7], [8], [9, 10, 11, 12]]
-    expected = generate(model, prompts, params)
-    real, lengths = TwoTowerForCausalLM.denoise, []
-
-    def noting(self: Any, block: Tensor, t: Tensor, view: Any, **options: Any) -> Tensor:
-        lengths.append(options["lengths"].tolist())
-        return real(self, block, t, view, **options)
-
-    def lagging(test: StopTest, device: torch.device) -> None:
-        test.lags, test.previous = True, None
-
-    with patch.object(StopTest, "__init__", lagging), patch.object(TwoTowerForCausalLM, "denoise", noting):
-        found = generate(model, prompts, params)
-    assert [facts(output, True) for output in found] == [facts(output, True) for output in expected]
-    assert [0, 0, 0] in lengths
-    assert {length for own in lengths for length in own} == {0, 8}

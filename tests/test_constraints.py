@@ -379,7 +379,7 @@ def test_memory_that_gives_out_moves_no_grammar(model: TwoTowerForCausalLM, of_b
     rng = random.Random(9)
     requests = [constrained_request(rng, constraint) for constraint in of_bytes.values() for _ in range(2)]
     expected = LLM(model, rows=6, length=LENGTH).generate(requests)
-    real = reading_module.restrict
+    real = reading_module.mask_logits
 
     def scarce(works: Any, logits: torch.Tensor) -> Any:
         out = real(works, logits)
@@ -387,7 +387,7 @@ def test_memory_that_gives_out_moves_no_grammar(model: TwoTowerForCausalLM, of_b
             raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 2.00 GiB")
         return out
 
-    with patch.object(reading_module, "restrict", scarce):
+    with patch.object(reading_module, "mask_logits", scarce):
         outputs = LLM(model, rows=6, length=LENGTH).generate(requests)
     assert [output.tokens for output in outputs] == [output.tokens for output in expected]
     assert [output.finish_reason for output in outputs] == [output.finish_reason for output in expected]

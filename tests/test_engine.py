@@ -224,7 +224,9 @@ def test_a_pass_is_padded_little() -> None:
         rows = [SimpleNamespace(slot=slot) for slot in range(len(given))]
         works = [ScheduledTokens(row, [0] * width, scored=False) for row, width in zip(rows, given, strict=True)]  # type: ignore[arg-type]
         groups = grouped(works)
-        assert all([work.row.slot for work in group] == sorted(work.row.slot for work in group) for group in groups)
+        assert all(
+            [work.sequence.slot for work in group] == sorted(work.sequence.slot for work in group) for group in groups
+        )
         return [sorted(len(work.tokens) for work in group) for group in groups]
 
     assert widths(16, 1, 1) == [[1, 1, 16]]  # as many tokens as fill a pass anyway

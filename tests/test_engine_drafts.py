@@ -169,7 +169,9 @@ def test_a_given_draft_counts_as_in_the_oracle(name: str, acceptance: float) -> 
     right = [[*text, *result.tokens] for text, result in zip(texts, whole, strict=True)]
     guesses = Guesses(right, passes=2)
     params = GenerationParams.of(mode="verified", block_size=8, draft_steps=2, acceptance=acceptance, **asked)
-    results = LLM(model, rows=3, length=64, drafter=guesses).generate([Request(text, params) for text in texts])
+    results = LLM(model, rows=3, length=64, options=EngineOptions(drafter=guesses)).generate(
+        [Request(text, params) for text in texts]
+    )
     for row, found in enumerate(results):
         expected = oracle.decode(model, texts[row], params, guesses.of_row(row))
         assert agrees(row_of(found), row_of(expected), 2e-6), (row, expected, found)
@@ -188,7 +190,7 @@ def test_other_modes_do_not_ask_it() -> None:
         asked.extend(request.number for request in requests)
         return [Draft([9] * request.size) for request in requests]
 
-    first, second = LLM(model, rows=2, length=64, drafter=drafter).generate([diffusion, drafted])
+    first, second = LLM(model, rows=2, length=64, options=EngineOptions(drafter=drafter)).generate([diffusion, drafted])
     (alone,) = generate(model, [[5, 6, 7]], diffusion.params)
     assert (first.tokens, first.denoiser_passes) == (alone.tokens, alone.denoiser_passes)
     assert second.tokens == run(model, [[5, 6, 7]], mode="ar", max_new_tokens=20)[0].tokens

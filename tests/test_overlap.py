@@ -245,10 +245,10 @@ def test_only_the_rows_that_were_read_cross(model: TwoTowerForCausalLM, transpor
         llm.step()
         expected = 0
         for number, row in llm.scheduler.running.items():
-            if row.shown > shown.get(number, -1):
-                expected += per_row + (row.shown - max(shown.get(number, 0), 0)) * per_token
-                shown[number] = row.shown
-                varied.add(row.shown if number not in before else 0)
+            if row.seen > shown.get(number, -1):
+                expected += per_row + (row.seen - max(shown.get(number, 0), 0)) * per_token
+                shown[number] = row.seen
+                varied.add(row.seen if number not in before else 0)
         if llm.reader.copy.segments.version != version:  # type: ignore[union-attr]
             version = llm.reader.copy.segments.version  # type: ignore[union-attr]
             expected += segments
@@ -309,7 +309,7 @@ def test_blocks_of_several_passes_part_at_their_last(model: TwoTowerForCausalLM,
         while llm.has_work:
             llm.step()
             if len(llm.scheduler.running) == 4:
-                taken.append([row.taken for row in llm.scheduler.running.values()])
+                taken.append([row.launched for row in llm.scheduler.running.values()])
     if not apart:
         assert all(len(set(now)) == 1 for now in taken)
         return
@@ -329,10 +329,10 @@ def test_nobody_waits_twice(model: TwoTowerForCausalLM) -> None:
     waited: dict[int, int] = {}
     held = 0
     while llm.has_work:
-        before = {number: (row.phase, row.record.denoiser_passes) for number, row in llm.scheduler.running.items()}
+        before = {number: (row.phase, row.output.denoiser_passes) for number, row in llm.scheduler.running.items()}
         llm.step()
         for number, row in llm.scheduler.running.items():
-            still = before.get(number) == (row.phase, row.record.denoiser_passes)
+            still = before.get(number) == (row.phase, row.output.denoiser_passes)
             waited[number] = (
                 waited.get(number, 0) + 1 if still and row.phase in (Phase.DENOISE, Phase.DENOISER_AR) else 0
             )

@@ -88,11 +88,13 @@ class RunningSequence:
     """A running request: its slot of the state, what it needs next, and its output so far.
 
     read: tokens of the text that the state holds. pending: the text's last token, where the state does not hold it yet.
-    block, committed_at, confidence: the finished block or draft. room: new tokens that this round may write. allowed: denoiser passes that this round may take (0:
-    none); launched: those that were launched for the open block; opened: blocks opened so far. seen: tokens of the text
-    that the denoiser was shown (−1: nothing of this text). seconds: this sequence's share of the passes of its round.
-    held: new tokens that wait for their log-probabilities. after (V,): diffusion with log-probabilities: the AR model's
-    logits after what is read. memory: what the commit policy remembers of the block. error: what the matcher raised.
+    block, committed_at, confidence: the finished block or draft; has_masks: whether the open block has masks left.
+    room: new tokens that this round may write. allowed: denoiser passes that this round may take (0: none); launched:
+    those launched for the open block; opened: blocks opened so far. seen: text tokens that the denoiser was shown
+    (−1: nothing of this text). accepted: drafted tokens of the last round. seconds: this sequence's share of the passes
+    of its round. held: new tokens that wait for their log-probabilities. after (V,): diffusion with log-probabilities:
+    the AR model's logits after what is read. memory: what the commit policy remembers of the block. error: what the
+    matcher raised.
     """
 
     request: Request

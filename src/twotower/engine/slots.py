@@ -27,8 +27,6 @@ def at(pool: Tensor, slots: Tensor | None) -> Tensor:
 
 
 def stored(pool: Tensor, slots: Tensor | None, values: Tensor) -> Tensor:
-    """The pool with `values` (B, …) at `slots`. With slots None the values become the pool."""
-    if slots is None:
-        return values
-    pool[slots] = values
-    return pool
+    """A pool with `values` (B, …) at `slots`; with slots None the values themselves. The old pool is not written to:
+    results of an earlier pass, which nobody has collected yet, may be the same memory."""
+    return values if slots is None else pool.index_copy(0, slots, values)
