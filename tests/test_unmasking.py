@@ -13,7 +13,7 @@ from torch import Tensor
 
 from twotower.decoding import sampling
 from twotower.decoding.params import GenerationParams
-from twotower.decoding.unmasking import POLICIES, Pass, Unmasking, Verdict, commit, register_policy
+from twotower.decoding.unmasking import POLICIES, Pass, Verdict, commit, decide, register_policy
 from twotower.engine.generation import generate
 from twotower.errors import ArgumentError
 
@@ -112,12 +112,11 @@ def test_a_block_is_done_in_its_steps_and_each_pass_commits(name: str) -> None:
     policy = POLICIES[name]
     never = {"top-k": 1.0, "factor": 0.0, "entropy": 0.0}.get(name, 1.0)
     for steps in (1, 3, LENGTH):
-        unmasking = Unmasking([name] * ROWS, [never] * ROWS)
-        unmasking.begin(torch.zeros((), dtype=torch.float64))
+        memory: Any = None
         masked = torch.ones(ROWS, LENGTH, dtype=torch.bool)
         for step in range(steps):
             seen = draw(step)._replace(masked=masked, step=each(step), steps=each(steps))
-            chosen = unmasking(seen)
+            chosen, memory = decide(name, seen._replace(memory=memory), torch.full((ROWS, 1), never).double())
             assert (chosen & ~masked).sum() == 0
             assert (chosen.sum(1) >= masked.any(1).long()).all()
             masked = masked & ~chosen
