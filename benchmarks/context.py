@@ -173,7 +173,7 @@ def time_of_passes(
         lengths, repeats = (1024, 8192, 32768), 3
     if len(set(lengths)) < 2:
         raise click.BadParameter("give at least two lengths", param_hint="--lengths")
-    model = model_for(path, config, quick, dtype=dtype, device=device, threads=threads)
+    model = model_for(path, config, quick, dtype=dtype, device=device)
     rates = roofline.measure(model.device, model.dtype, quick=quick)
     found = measure(model, rates, lengths=lengths, repeats=repeats)
     name, where = name_of(path, config, quick), machine(model)
@@ -203,7 +203,7 @@ def memory_of_texts(
     start(threads)
     if quick:
         lengths, prompt, rounds = (1024, 4096), 16, 2
-    model = model_for(path, config, quick, dtype=dtype, device=device, threads=threads)
+    model = model_for(path, config, quick, dtype=dtype, device=device)
     found = memory.measure_states(model, lengths)
     with tempfile.TemporaryDirectory() as directory:
         if path is None:

@@ -269,7 +269,7 @@ def main(
     for dtype, quantization in product(dtypes, quantizations):
         started = time.perf_counter()
         model = model_for(
-            path, config, quick, dtype=dtype, device=device, threads=threads, quantization=quantization
+            path, config, quick, dtype=dtype, device=device, quantization=quantization
         )  # fmt: skip
         print(f"{dtype}: model made in {time.perf_counter() - started:.1f} s", file=sys.stderr)
         plain = quantization == "none"

@@ -151,7 +151,7 @@ def offline(model: Any, requests: list[Request], rows: int) -> tuple[list[Genera
 async def measure(
     at_once: Sequence[int], modes: Sequence[str], count: int, new: int, dtype: str, rounds: int
 ) -> dict[str, Any]:
-    model = model_loading.load(model_loading.source_of(None), dtype=dtype)
+    model = model_loading.load_model(model_loading.source_of(None), dtype=dtype)
     tokens = few_shot_prompts(model, count, CONTEXT)
     shared = {"eos_token_id": model_loading.eos_of(model), "mask_token_id": model.config.mask_token, "temperature": 0.0}
     server = Server("--dtype", dtype, "--rows", str(max(at_once)), "--length", "2048", "--queue", str(2 * count))

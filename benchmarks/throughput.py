@@ -39,7 +39,7 @@ from rich.table import Table
 
 from twotower import LLM, Generation, GenerationParams, Request, TwoTowerForCausalLM, bundled_model, model_loading
 from twotower.evaluation.machine import machine
-from twotower.evaluation.running import run
+from twotower.evaluation.running import generate_all
 from twotower.evaluation.speed import few_shot_prompts
 from twotower.evaluation.tasks import problems
 
@@ -166,7 +166,7 @@ def written(
     params = GenerationParams.of(
         mode=mode, max_new_tokens=tokens, temperature=warm, seed=number, mask_token_id=model.config.mask_token
     )
-    (output,) = run(model, [Request(prompt, params)], rows=1)
+    (output,) = generate_all(model, [Request(prompt, params)], rows=1)
     return output
 
 
@@ -226,14 +226,14 @@ def requests_at_once(
     tokens: int, rounds: int, threads: int | None, quick: bool, as_json: bool,
 ) -> None:  # fmt: skip
     """Many requests at once; the bundled model, or another that knows the suite's texts."""
-    start()
+    start(threads)
     chosen = names(modes, DECODING, "--modes")
     if at_once[0] != 1:
         at_once = (1, *at_once)
     if quick:
         at_once, texts, context, tokens, rounds = (1, 3), 3, 24, 36, 1
     source = model_loading.source_of(None if path is None else str(path))
-    model = model_loading.load(source, dtype=dtype, context_device=device, threads=threads)
+    model = model_loading.load_model(source, dtype=dtype, context_device=device)
     found = measure(
         model, at_once=at_once, modes=chosen, texts=texts, context=context, tokens=tokens, rounds=rounds,
         progress=lambda text: print(text, file=sys.stderr),

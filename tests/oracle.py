@@ -1,87 +1,254 @@
-"""Generation that recomputes everything: no cache, no batch, no state. Every fast path must equal it.
+"""Decoding that recomputes everything: no cache, no batch, no state. Every fast path must equal it.
 
-For each step the text so far is read again from its first token, position by position (the slow twins of the
-kernels), one row at a time. It shares the weights, the layers' norms, the router and the time conditioning with the
-model, which the golden values test, and nothing of `state.py` or `generation/`.
+One request at a time, token by token, from `GenerationParams` alone; each tower reads the text from its first token
+(`oracle_tower`). Nothing of `state.py`, `generation/` or `engine/` is used, but for the parameters' plain data. Follow
+it beside the description of the three modes: masked diffusion, AR, mock-AR; then verified decoding.
 """
 
 from __future__ import annotations
 
 import math
 from collections.abc import Callable
+from dataclasses import dataclass, field
+from typing import Any, NamedTuple
 
 import torch
-import torch.nn.functional as F
+from naive_policies import NAIVE, NaiveRow, naive_commit
+from oracle_tower import read
 from torch import Tensor
 
-from twotower import TwoTowerForCausalLM
-from twotower.model.tower import Tower
-from twotower.ops.reference.conv import causal_conv_sequential
-from twotower.ops.reference.experts import experts_dense
-from twotower.ops.reference.ssd import ssd_sequential
+from twotower import GenerationParams, TwoTowerForCausalLM
 
-MASK = 3
-Pick = Callable[[Tensor, int, int], int]  # (logits (V,), absolute position, step) → token
+AR_TOKEN, DIFFUSION_CANDIDATE = 1, 2  # what noise is for
+BROKEN = "\ufffd"  # bytes that are not a character
 
 
-def diffusion(
-    model: TwoTowerForCausalLM,
-    prompt: list[int],
-    new: int,
-    block_size: int,
-    steps: int,
-    threshold: float,
-    pick: Pick | None = None,
-) -> tuple[list[int], int]:
-    """Masked diffusion of one prompt → its new tokens and the denoiser passes they took (spec §3)."""
-    text, passes = list(prompt), 0
-    while len(text) < len(prompt) + new:
-        _, past = read(model.context, text)
-        block: list[int | None] = [None] * block_size
-        for step in range(steps):
-            masked = [i for i, token in enumerate(block) if token is None]
-            if not masked:
-                break
-            time = model.time(torch.tensor([len(masked) / block_size], dtype=torch.float64))
-            noisy = [MASK if token is None else token for token in block]
-            logits, _ = read(model.denoiser, noisy, past, causal=False, time=time)
-            passes += 1
-            logits[:, MASK] = -math.inf
-            candidate = [(pick or greedy)(logits[i], len(text) + i, step) for i in range(block_size)]
-            sure = [float(logits[i].softmax(-1)[candidate[i]]) for i in range(block_size)]
-            above = sum(sure[i] > threshold for i in masked)
-            count = min(len(masked), max(above, 1, math.ceil(len(masked) / (steps - step))))
-            for i in sorted(masked, key=lambda i: -sure[i])[:count]:
-                block[i] = candidate[i]
-        text += block
-    return text[len(prompt) :][:new], passes
+class Block(NamedTuple):
+    """A filled block: its tokens, the pass that committed each, the confidence in each; passes it took."""
+
+    tokens: list[int]
+    committed_at: list[int]
+    confidence: list[float]
+    passes: int
 
 
-def autoregressive(model: TwoTowerForCausalLM, prompt: list[int], new: int, pick: Pick | None = None) -> list[int]:
-    """The context tower alone, one token at a time."""
-    text = list(prompt)
-    for _ in range(new):
-        logits, _ = read(model.context, text)
-        text.append((pick or greedy)(logits[-1], len(text), 0))
-    return text[len(prompt) :]
+Drafter = Callable[[list[int], int], Block]  # (the text, positions) → a block; its first token is the text's last
 
 
-def mock_autoregressive(model: TwoTowerForCausalLM, prompt: list[int], new: int, pick: Pick | None = None) -> list[int]:
-    """The denoiser reads the last token after the context of all before it."""
-    text = list(prompt)
-    for _ in range(new):
-        past = read(model.context, text[:-1])[1] if text[:-1] else None
-        logits, _ = read(model.denoiser, text[-1:], past)
-        text.append((pick or greedy)(logits[-1], len(text), 0))
-    return text[len(prompt) :]
+@dataclass
+class Decoded:
+    """What a request gives."""
+
+    tokens: list[int] = field(default_factory=list)
+    text: str = ""
+    finish_reason: str = ""
+    committed_at: list[int] = field(default_factory=list)
+    confidence: list[float] = field(default_factory=list)
+    denoiser_passes: int = 0
+    context_passes: int = 0
+    drafts: int = 0
+    drafted: int = 0
+    accepted: int = 0
+    rejected: int = 0
 
 
-def greedy(logits: Tensor, position: int, step: int) -> int:
-    return int(logits.argmax())
+def decode(
+    model: TwoTowerForCausalLM, prompt: list[int], params: GenerationParams, drafter: Drafter | None = None
+) -> Decoded:
+    """A lone request; params hold one seed, one policy, one knob. drafter: in place of the denoiser, verified only."""
+    row = _Row(model, prompt, params, Decoded(), drafter)
+    if params.max_new_tokens == 0:
+        row.out.finish_reason = "length"
+    modes = {"diffusion": _diffusion, "ar": _autoregressive, "mock_ar": _mock_autoregressive, "verified": _verified}
+    while not row.out.finish_reason:
+        modes[params.mode](row)
+    return row.out
 
 
-def sampler(seed: int, purpose: int, temperature: float) -> Pick:
-    """Gumbel-max with noise that is a function of (seed, position, purpose, step): splitmix64 in Python integers."""
+@dataclass
+class _Row:
+    model: TwoTowerForCausalLM
+    prompt: list[int]
+    params: GenerationParams
+    out: Decoded
+    drafter: Drafter | None
+
+    @property
+    def text(self) -> list[int]:
+        return self.prompt + self.out.tokens
+
+    def take(self, tokens: list[int], committed_at: list[int], confidence: list[float]) -> None:
+        """Adds tokens until the row ends."""
+        out, params = self.out, self.params
+        for token, at, sure in zip(tokens, committed_at, confidence, strict=True):
+            out.tokens.append(token)
+            out.committed_at.append(at)
+            out.confidence.append(sure)
+            out.text, found = cut(self.model.tokenizer, out.tokens, params.eos_token_id, params.stop)
+            if found:
+                out.finish_reason = "stop"
+            elif token in params.eos_token_id:
+                out.finish_reason = "eos"
+            elif len(out.tokens) == params.max_new_tokens:
+                out.finish_reason = "length"
+            if out.finish_reason:
+                return
+
+    def pick(self, logits: Tensor, position: int, purpose: int, step: int = 0) -> int:
+        return pick(logits, self.params, position, purpose, step)
+
+
+# --- the modes ------------------------------------------------------------------------------------------------------
+
+
+def _autoregressive(row: _Row) -> None:
+    """The context tower reads the text; its head chooses the next token."""
+    logits, _ = read(row.model.context, row.text)
+    row.out.context_passes += 1
+    token = row.pick(logits[-1], len(row.text), AR_TOKEN)
+    row.take([token], [0], [probability(logits[-1], token)])
+
+
+def _mock_autoregressive(row: _Row) -> None:
+    """The denoiser reads the last token after the context of all before it, without time conditioning."""
+    assert row.model.denoiser is not None
+    logits, _ = read(row.model.denoiser, row.text[-1:], _past(row.model, row.text[:-1]))
+    row.out.denoiser_passes += 1
+    token = row.pick(logits[-1], len(row.text), AR_TOKEN)
+    row.take([token], [0], [probability(logits[-1], token)])
+    row.out.context_passes += not row.out.finish_reason  # after the last token the context is not read any more
+
+
+def _diffusion(row: _Row) -> None:
+    """A block of masks is filled and cut where the row ends; then the context tower reads it."""
+    size, mask = row.params.block_size, row.params.mask_token_id
+    block = fill(row, row.text, [mask] * size, list(range(size)), row.params.steps_per_block, DIFFUSION_CANDIDATE)
+    row.out.denoiser_passes += block.passes
+    row.take(block.tokens, block.committed_at, block.confidence)
+    row.out.context_passes += not row.out.finish_reason
+
+
+def _verified(row: _Row) -> None:
+    """A draft after the last token; what the AR model agrees with is kept, then its own choice follows."""
+    params, out, text = row.params, row.out, row.text
+    room = params.max_new_tokens - len(out.tokens)
+    length = min(params.block_size, room)  # of the draft with the token before it
+    steps = params.draft_steps
+    if steps is None:
+        steps = 1  # below acceptance 1 only: there the draft shows in the text
+        assert params.acceptance < 1, "how many passes a draft gets depends on the clock"
+    if length == 1:
+        steps = 0
+    draft, committed_at = [], []
+    if steps:
+        block = (row.drafter or _denoisers_draft(row, steps))(text, params.block_size)
+        out.denoiser_passes += block.passes
+        draft, committed_at = block.tokens[1:length], block.committed_at[1:length]
+    logits = read(row.model.context, text + draft)[0][len(text) - 1 :]
+    out.context_passes += 1
+    own = [row.pick(logits[i], len(text) + i, AR_TOKEN) for i in range(len(draft) + 1)]
+    kept = 0
+    while kept < len(draft) and _accepted(draft[kept], own[kept], logits[kept], params.acceptance):
+        kept += 1
+    out.drafts += bool(draft)
+    out.drafted += len(draft)
+    out.accepted += kept
+    out.rejected += kept < len(draft)
+    tokens = draft[:kept] + own[kept : kept + 1]
+    sure = [probability(logits[i], token) for i, token in enumerate(tokens)]
+    row.take(tokens, [*committed_at[:kept], steps], sure)
+
+
+def _denoisers_draft(row: _Row, steps: int) -> Drafter:
+    """The block begins with the text's last token; the rest are masks, filled with the noise of AR's tokens."""
+
+    def draft(text: list[int], size: int) -> Block:
+        begun = text[-1:] + [row.params.mask_token_id] * (size - 1)
+        return fill(row, text[:-1], begun, list(range(1, size)), steps, AR_TOKEN)
+
+    return draft
+
+
+def _accepted(drafted: int, own: int, logits: Tensor, acceptance: float) -> bool:
+    near = probability(logits, drafted) >= acceptance * float(logits.softmax(-1).max())
+    return drafted == own or (acceptance < 1 and near)
+
+
+def fill(row: _Row, before: list[int], begun: list[int], masked: list[int], steps: int, purpose: int) -> Block:
+    """Denoises a block after the text `before`: `masked` positions of `begun`, in at most `steps` passes."""
+    model, params, size = row.model, row.params, len(begun)
+    assert model.denoiser is not None
+    assert model.time is not None
+    assert isinstance(params.policy, str)
+    assert not isinstance(params.knob, tuple)
+    usual = params.confidence_threshold if params.policy == "threshold" else NAIVE[params.policy].default
+    knob = usual if params.knob is None else params.knob
+    block, masked = list(begun), list(masked)
+    committed_at, confidence, seen, passes = [0] * size, [0.0] * size, None, 0
+    past = _past(model, before)
+    for step in range(steps):
+        if not masked:
+            break
+        time = model.time(torch.tensor([len(masked) / size], dtype=torch.float64))
+        logits, _ = read(model.denoiser, block, past, causal=False, time=time)
+        passes += 1
+        logits[:, params.mask_token_id] = -math.inf
+        noise_step = step if purpose == DIFFUSION_CANDIDATE else 0
+        candidate = [row.pick(logits[i], len(before) + i, purpose, noise_step) for i in range(size)]
+        chances = logits.softmax(-1).tolist()
+        sure = [chances[i][candidate[i]] for i in range(size)]
+        for i in naive_commit(params.policy, NaiveRow(chances, sure, masked, seen, step, steps), knob):
+            block[i], committed_at[i], confidence[i] = candidate[i], step, sure[i]
+            masked.remove(i)
+        seen = chances
+    return Block(block, committed_at, confidence, passes)
+
+
+def _past(model: TwoTowerForCausalLM, text: list[int]) -> list[Any] | None:
+    """What the context tower leaves of a text for a block after it; None: there is none."""
+    return read(model.context, text)[1] if text else None
+
+
+# --- tokens, noise, text --------------------------------------------------------------------------------------------
+
+
+def probability(logits: Tensor, token: int) -> float:
+    """Untempered and unfiltered."""
+    return float(logits.softmax(-1)[token])
+
+
+def pick(logits: Tensor, params: GenerationParams, position: int, purpose: int, step: int) -> int:
+    """The likeliest token, or a Gumbel-max sample at the temperature of what top-k and then top-p leave."""
+    values = logits.tolist()
+    if params.temperature <= 0:
+        return max(range(len(values)), key=values.__getitem__)
+    assert isinstance(params.seed, int)
+    scaled = [value / params.temperature for value in values]
+    uniform = noise(params.seed, position, purpose, step, len(values))
+    scores = {i: scaled[i] - math.log(-math.log(uniform[i])) for i in left(scaled, params.top_k, params.top_p)}
+    return max(scores, key=scores.__getitem__)
+
+
+def left(scaled: list[float], top_k: int | None, top_p: float | None) -> list[int]:
+    """Tokens that the filters leave: ties of the k-th largest stay; then the smallest set whose sum exceeds p."""
+    tokens = sorted(range(len(scaled)), key=lambda i: -scaled[i])
+    if top_k is not None and top_k < len(tokens):
+        least = scaled[tokens[top_k - 1]]
+        tokens = [i for i in tokens if scaled[i] >= least]
+    if top_p is None or top_p >= 1:
+        return tokens
+    weights = [math.exp(scaled[i] - scaled[tokens[0]]) for i in tokens]
+    kept, before = [], 0.0
+    for token, weight in zip(tokens, weights, strict=True):
+        if before > top_p:
+            break
+        kept.append(token)
+        before += weight / sum(weights)
+    return kept
+
+
+def noise(seed: int, position: int, purpose: int, step: int, size: int) -> list[float]:
+    """A uniform number a token, a function of the four: splitmix64 in Python's integers."""
     golden, wrap = 0x9E3779B97F4A7C15, 2**64
 
     def mix(z: int) -> int:
@@ -89,77 +256,17 @@ def sampler(seed: int, purpose: int, temperature: float) -> Pick:
         z = (z ^ (z >> 27)) * 0x94D049BB133111EB % wrap
         return z ^ (z >> 31)
 
-    def pick(logits: Tensor, position: int, step: int) -> int:
-        key = mix(seed)
-        for part in (position, purpose, step):
-            key = mix((key + golden * (part + 1)) % wrap)
-        scores = []
-        for token, logit in enumerate(logits.tolist(), start=1):
-            uniform = ((mix((key + golden * token) % wrap) >> 11) + 0.5) * 2.0**-53
-            scores.append(logit / temperature - math.log(-math.log(uniform)))
-        return max(range(len(scores)), key=scores.__getitem__)
-
-    return pick
+    key = mix(seed)
+    for part in (position, purpose, step):
+        key = mix((key + golden * (part + 1)) % wrap)
+    return [((mix((key + golden * i) % wrap) >> 11) + 0.5) * 2.0**-53 for i in range(1, size + 1)]
 
 
-# --- one tower over one text --------------------------------------------------------------------------------------
-
-
-def read(
-    tower: Tower, tokens: list[int], past: list | None = None, causal: bool = True, time: list | None = None
-) -> tuple[Tensor, list]:
-    """→ logits (L, V) in float64 or fp32, and per layer what a later block sees of this text."""
-    x = tower.embeddings(torch.tensor([tokens]))
-    seen = []
-    for i, layer in enumerate(tower.layers):
-        shift, scale, gate = time[i] if time else (0.0, 0.0, 1.0)
-        before = past[i] if past else None
-        hidden = layer.norm(x * (1 + scale) + shift) if layer.kind in "M*" else layer.norm(x) * (1 + scale) + shift
-        out, after = {"M": _mamba, "*": _attention, "E": _moe, "-": _mlp}[layer.kind](
-            layer.mixer, hidden, before, causal
-        )
-        x = x + gate * out
-        seen.append(after)
-    return tower.head(tower.norm_f(x))[0], seen
-
-
-def _attention(mixer, hidden, before, causal):
-    q, k, v = (p(hidden)[0].unflatten(-1, (-1, mixer.head_dim)) for p in (mixer.q_proj, mixer.k_proj, mixer.v_proj))
-    if before:
-        k, v = torch.cat([before[0], k]), torch.cat([before[1], v])
-    groups = q.shape[1] // k.shape[1]
-    out = torch.empty_like(q)
-    for i in range(len(q)):
-        end = len(k) - len(q) + i + 1 if causal else len(k)
-        for h in range(q.shape[1]):
-            scores = k[:end, h // groups] @ q[i, h] / math.sqrt(mixer.head_dim)
-            out[i, h] = scores.softmax(-1) @ v[:end, h // groups]
-    return mixer.o_proj(out.flatten(1))[None], (k, v)
-
-
-def _mamba(mixer, hidden, before, causal):
-    config = mixer.config
-    z, xBC, dt = mixer.in_proj(hidden).split([config.mamba_inner, config.conv_dim, config.mamba_num_heads], dim=-1)
-    window, state = before or (xBC.new_zeros(1, config.conv_kernel - 1, config.conv_dim), None)
-    active = F.silu(causal_conv_sequential(xBC, window, mixer.conv1d.weight, mixer.conv1d.bias))
-    bc = config.n_groups * config.ssm_state_size
-    x, B, C = active.split([config.mamba_inner, bc, bc], dim=-1)
-    x = x.unflatten(-1, (config.mamba_num_heads, -1))
-    B, C = (v.unflatten(-1, (config.n_groups, -1)) for v in (B, C))
-    dt = F.softplus(dt + mixer.dt_bias).clamp(*config.time_step_limit)
-    y, state = ssd_sequential(x, dt, -dt * mixer.A_log.exp(), B, C, state)
-    y = (y + x * mixer.D[:, None]).flatten(2)
-    inputs = torch.cat([window, xBC], dim=1)
-    gated = (y * F.silu(z)).unflatten(-1, (config.n_groups, -1))
-    rms = (gated.square().mean(-1, keepdim=True) + config.layer_norm_epsilon).sqrt()
-    return mixer.out_proj((gated / rms).flatten(-2) * mixer.norm.weight), (inputs[:, xBC.shape[1] :], state)
-
-
-def _moe(mixer, hidden, before, causal):
-    choice, weight = mixer.gate(hidden[0])
-    routed = experts_dense(hidden[0], choice, weight, mixer.experts.up_proj, mixer.experts.down_proj)
-    return routed[None] + _mlp(mixer.shared_experts, hidden, before, causal)[0], None
-
-
-def _mlp(mixer, hidden, before, causal):
-    return mixer.down_proj(mixer.up_proj(hidden).relu() ** 2), None
+def cut(tokenizer: Any, tokens: list[int], eos: tuple[int, ...], stop: tuple[str, ...]) -> tuple[str, bool]:
+    """The text of the tokens, without special ones, an unfinished character at its end, and whatever begins with the
+    first stop string; and whether there is one."""
+    if tokenizer is None:
+        return "", False
+    text = tokenizer.decode([t for t in tokens if t not in eos], skip_special_tokens=True).rstrip(BROKEN)
+    found = [at for at in (text.find(each) for each in stop) if at >= 0]
+    return (text[: min(found)], True) if found else (text, False)

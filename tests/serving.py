@@ -169,7 +169,10 @@ class Served:
     def is_idle(self) -> bool:
         """Nobody holds a place, in the server or in the engine."""
         llm = self.llm
-        return not (self.service.open or llm.rows or llm.waiting) and len(llm.free) == llm.state.rows
+        return (
+            not (self.service.open or llm.scheduler.running or llm.scheduler.waiting)
+            and len(llm.scheduler.free) == llm.state.rows
+        )
 
 
 @contextmanager

@@ -23,8 +23,6 @@ from torch import Tensor
 from twotower import LLM, TwoTowerForCausalLM
 from twotower.decoding.output import StepEvent
 from twotower.decoding.unmasking import POLICIES, Pass, Verdict, register_policy
-from twotower.engine.generation import GenerationParams, generate
-from twotower.engine.loops.diffusion import StopTest
 from twotower.engine.sequence import Phase
 
 
@@ -35,8 +33,8 @@ def model() -> TwoTowerForCausalLM:
 
 def ahead(model: TwoTowerForCausalLM, rows: int, length: int = LENGTH) -> LLM:
     llm = LLM(model, rows=rows, length=length)
-    assert not llm.ahead
-    llm.ahead = True
+    assert not llm.async_scheduling
+    llm.async_scheduling = True
     return llm
 
 
@@ -98,7 +96,7 @@ def test_drafts_of_one_pass_are_not_put_off(model: TwoTowerForCausalLM) -> None:
     ways = []
     for early in (True, False):
         llm, steps = LLM(model, rows=2, length=LENGTH), 0
-        llm.ahead = early
+        llm.async_scheduling = early
         for _ in range(2):
             llm.add_request(asking([5, 6], "verified", 20, draft_steps=1))
         while llm.has_work:
@@ -162,7 +160,7 @@ def test_a_policy_that_raises_ends_its_own_request_once(model: TwoTowerForCausal
         by_number = dict(results)
         assert by_number[numbers[0]].error == "ZeroDivisionError: in a bad mood"
         assert_as_alone(model, requests[1], by_number[numbers[1]])
-        assert sorted(llm.free) == [0, 1]
+        assert sorted(llm.scheduler.free) == [0, 1]
 
 
 @pytest.mark.parametrize("most", [0, 2])
@@ -194,30 +192,9 @@ def test_a_row_given_up_between_launch_and_collection_is_not_heard_of(model: Two
     number = llm.add_request(slow)
     llm.step()
     assert llm._late
-    (row,) = llm.rows.values()
+    (row,) = llm.scheduler.running.values()
     llm.abort(number)
-    assert row.phase is Phase.GONE
+    assert row.phase is Phase.FINISHED
     other = asking([7, 8, 9], "diffusion", 20, block_size=8)
     (output,) = llm.generate([other])
     assert_as_alone(model, other, output)
-
-
-def test_a_batch_in_lockstep_whose_stop_test_lags(model: TwoTowerForCausalLM) -> None:
-    """As on an accelerator: rows that are done have no tokens in the passes that follow, and nothing else changes."""
-    params = GenerationParams.of(mode="diffusion", max_new_tokens=24, block_size=8, confidence_threshold=0.2)
-    prompts = [[5, 6, 7], [8], [9, 10, 11, 12]]
-    expected = generate(model, prompts, params)
-    real, lengths = TwoTowerForCausalLM.denoise, []
-
-    def noting(self: Any, block: Tensor, t: Tensor, view: Any, **options: Any) -> Tensor:
-        lengths.append(options["lengths"].tolist())
-        return real(self, block, t, view, **options)
-
-    def lagging(test: StopTest, device: torch.device) -> None:
-        test.lags, test.previous = True, None
-
-    with patch.object(StopTest, "__init__", lagging), patch.object(TwoTowerForCausalLM, "denoise", noting):
-        found = generate(model, prompts, params)
-    assert [facts(output, True) for output in found] == [facts(output, True) for output in expected]
-    assert [0, 0, 0] in lengths
-    assert {length for own in lengths for length in own} == {0, 8}

@@ -10,25 +10,27 @@ import torch
 from command import Result
 from conftest import build_random_model
 
-from twotower.decoding import auto_mode
-from twotower.decoding.auto_mode import LOOK_AGAIN, Chooser, Costs, Recent, chooser_of, measure
+from twotower.decoding.auto_mode import LOOK_AGAIN, Costs, ModeChooser, Recent
 from twotower.decoding.output import Generation
+from twotower.decoding.params import GenerationParams
 from twotower.decoding.presets import parse_setting
-from twotower.engine.generation import GenerationParams, generate, stream
+from twotower.engine import mode_choice
+from twotower.engine.generation import generate, stream
+from twotower.engine.mode_choice import measure
 from twotower.errors import ArgumentError
 
 CHEAP = Costs(step=1.0, draft=1.2, check=1.3)  # AR steps
 DEAR = Costs(step=1.0, draft=9.0, check=9.0)
 
 
-def chooser(kept: float, agreement: float, passes: float = 1.0, block_passes: float | None = None) -> Chooser:
+def chooser(kept: float, agreement: float, passes: float = 1.0, block_passes: float | None = None) -> ModeChooser:
     recent = Recent()
     recent.kept.add(kept)
     recent.passes.add(passes)
     recent.agreement.add(agreement)
     if block_passes is not None:
         recent.block_passes.add(block_passes)
-    return Chooser(recent)
+    return ModeChooser(recent)
 
 
 @pytest.mark.parametrize(
@@ -42,7 +44,7 @@ def chooser(kept: float, agreement: float, passes: float = 1.0, block_passes: fl
         (chooser(4.0, 0.9799, block_passes=1), CHEAP, "verified", "too little for diffusion (98%)"),
     ],
 )
-def test_it_chooses_what_it_expects_to_be_fastest(made: Chooser, costs: Costs, mode: str, words: str) -> None:
+def test_it_chooses_what_it_expects_to_be_fastest(made: ModeChooser, costs: Costs, mode: str, words: str) -> None:
     choice = made.choose(costs, block_size=16)
     assert choice.mode == mode
     assert words in choice.why
@@ -50,9 +52,9 @@ def test_it_chooses_what_it_expects_to_be_fastest(made: Chooser, costs: Costs, m
 
 
 def test_it_looks_before_it_judges_and_looks_again() -> None:
-    fresh = Chooser()
+    fresh = ModeChooser()
     assert fresh.choose(DEAR, 16).mode == "verified"
-    assert "nothing is known" in Chooser().choose(DEAR, 16).why
+    assert "nothing is known" in ModeChooser().choose(DEAR, 16).why
     settled = chooser(0.1, 0.1)
     modes = [settled.choose(DEAR, 16).mode for _ in range(2 * LOOK_AGAIN)]
     assert modes.count("verified") == 2
@@ -84,7 +86,7 @@ def test_it_learns_from_what_was_written() -> None:
 def test_a_request_gets_a_mode_and_the_reason(monkeypatch: pytest.MonkeyPatch) -> None:
     model = build_random_model(dtype=torch.float64)
     measured: list[tuple[int, int]] = []
-    monkeypatch.setattr(auto_mode, "measure", lambda _, rows, size: measured.append((rows, size)) or DEAR)
+    monkeypatch.setattr(mode_choice, "measure", lambda _, rows, size: measured.append((rows, size)) or DEAR)
     params = GenerationParams.of(mode="auto", max_new_tokens=12, block_size=4, seed=1, temperature=0.7)
     want = generate(model, [[5, 6, 7], [8]], GenerationParams.of(mode="ar", max_new_tokens=12, seed=1, temperature=0.7))
     for expected in ("verified", "ar"):  # first it looks, then it knows: drafts of a random model are worth nothing
@@ -98,7 +100,7 @@ def test_a_request_gets_a_mode_and_the_reason(monkeypatch: pytest.MonkeyPatch) -
     assert last.result.mode == "ar"
     assert measured == [(2, 4), (1, 4)]
     assert want[0].why == ""
-    assert chooser_of(build_random_model("M")).recent.kept.value is None  # another model's own
+    assert build_random_model("M").workspace.mode_chooser.recent.kept.value is None  # another model's own
 
 
 def test_one_tower_leaves_one_choice() -> None:

@@ -16,7 +16,8 @@ import pytest
 from command import Result, assert_one_line_error
 
 from twotower import TwoTowerForCausalLM, bundled_model
-from twotower.engine.generation import GenerationParams, generate
+from twotower.decoding.params import GenerationParams
+from twotower.engine.generation import generate
 from twotower.engine.jobs import engine_for, finished, read_lines, run_job
 from twotower.engine.llm import LLM
 from twotower.errors import ArgumentError

@@ -24,7 +24,7 @@ from twotower import TwoTowerForCausalLM, bundled_model
 from twotower.cli.generate import generate as generate_command
 from twotower.cli.trace import drawing, title
 from twotower.cli.watch import Frame, Screen, Silent, TokenNames, Watcher, colour, running_text
-from twotower.engine.generation import GenerationParams
+from twotower.decoding.params import GenerationParams
 from twotower.ops.precision import multiplies_bf16_fast
 
 PROMPT = "Once upon a time"

@@ -23,11 +23,11 @@ from test_stopping import EOS, TOKENIZER, VOCABULARY, sentence_pieces
 
 from twotower import LLM, Constraint, GenerationParams, Request, TwoTowerForCausalLM, bundled_model
 from twotower.decoding import structured as constraints
+from twotower.decoding.output import Generation
 from twotower.decoding.sampling import AR_TOKEN, Sampling, pick
 from twotower.decoding.structured import Matcher
 from twotower.engine import context_step as reading_module
 from twotower.engine import structured
-from twotower.engine.generation import Generation
 from twotower.errors import ArgumentError, TwoTowerError
 
 PERSON = {
@@ -379,7 +379,7 @@ def test_memory_that_gives_out_moves_no_grammar(model: TwoTowerForCausalLM, of_b
     rng = random.Random(9)
     requests = [constrained_request(rng, constraint) for constraint in of_bytes.values() for _ in range(2)]
     expected = LLM(model, rows=6, length=LENGTH).generate(requests)
-    real = reading_module.restrict
+    real = reading_module.mask_logits
 
     def scarce(works: Any, logits: torch.Tensor) -> Any:
         out = real(works, logits)
@@ -387,7 +387,7 @@ def test_memory_that_gives_out_moves_no_grammar(model: TwoTowerForCausalLM, of_b
             raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 2.00 GiB")
         return out
 
-    with patch.object(reading_module, "restrict", scarce):
+    with patch.object(reading_module, "mask_logits", scarce):
         outputs = LLM(model, rows=6, length=LENGTH).generate(requests)
     assert [output.tokens for output in outputs] == [output.tokens for output in expected]
     assert [output.finish_reason for output in outputs] == [output.finish_reason for output in expected]
@@ -410,7 +410,7 @@ def test_a_matcher_that_fails_ends_its_own_request_only(
             outputs = llm.generate(requests)
         assert [output.finish_reason for output in outputs] == ["stop", "error", "length"] * 2
         assert [outputs[0].tokens, outputs[2].tokens] == [output.tokens for output in expected]
-        assert len(llm.free) == 6
+        assert len(llm.scheduler.free) == 6
         return [outputs[1], outputs[4]]
 
     def marked(self: Constraint, eos: Any) -> Matcher:

@@ -14,16 +14,17 @@ from unittest.mock import patch
 import pytest
 import torch
 from conftest import EVERY_KIND, build_random_model
-from decisions import nearest_tie, watching
+from near_ties import is_near_tie
 from torch import Tensor
 
 from twotower import TwoTowerForCausalLM
 from twotower.cache.replica import Mirror, Transport
-from twotower.decoding.output import StepEvent
+from twotower.decoding.output import Generation, StepEvent
+from twotower.decoding.params import GenerationParams
 from twotower.decoding.unmasking import POLICIES, Pass, Verdict, register_policy
 from twotower.engine import LLM, Request
 from twotower.engine.context_step import grouped
-from twotower.engine.generation import Generation, GenerationParams, generate
+from twotower.engine.generation import generate
 from twotower.engine.scheduled import ScheduledTokens
 from twotower.errors import ArgumentError
 
@@ -106,8 +107,8 @@ def drive(llm: LLM, requests: list[Request], rng: random.Random, aborted: float)
             number = rng.choice(live)
             llm.abort(number)
             del numbers[number]
-    assert sorted(llm.free) == list(range(llm.state.rows))
-    assert not llm.rows
+    assert sorted(llm.scheduler.free) == list(range(llm.state.rows))
+    assert not llm.scheduler.running
     return outputs
 
 
@@ -213,7 +214,7 @@ def test_first_come_first_served(model: TwoTowerForCausalLM) -> None:
     begun: list[int] = []
     while llm.has_work:
         llm.step()
-        begun += [number for number in llm.rows if number not in begun]
+        begun += [number for number in llm.scheduler.running if number not in begun]
     assert begun == sorted(begun)
     assert set(begun) <= set(numbers)
 
@@ -223,7 +224,9 @@ def test_a_pass_is_padded_little() -> None:
         rows = [SimpleNamespace(slot=slot) for slot in range(len(given))]
         works = [ScheduledTokens(row, [0] * width, scored=False) for row, width in zip(rows, given, strict=True)]  # type: ignore[arg-type]
         groups = grouped(works)
-        assert all([work.row.slot for work in group] == sorted(work.row.slot for work in group) for group in groups)
+        assert all(
+            [work.sequence.slot for work in group] == sorted(work.sequence.slot for work in group) for group in groups
+        )
         return [sorted(len(work.tokens) for work in group) for group in groups]
 
     assert widths(16, 1, 1) == [[1, 1, 16]]  # as many tokens as fill a pass anyway
@@ -264,7 +267,7 @@ def test_a_stream_given_up_frees_its_slot(model: TwoTowerForCausalLM) -> None:
     next(events)
     events.close()
     assert not llm.has_work
-    assert llm.free == [0]
+    assert llm.scheduler.free == [0]
 
 
 def test_nothing_is_heard_of_a_request_given_up(model: TwoTowerForCausalLM) -> None:
@@ -344,7 +347,7 @@ def test_a_policy_that_raises_ends_its_own_request_only(model: TwoTowerForCausal
         assert outputs[1].tokens == []
         for place in (0, 2, 3):
             assert_as_alone(model, requests[place], outputs[place])
-        assert len(llm.free) == 4
+        assert len(llm.scheduler.free) == 4
 
 
 def test_auto_chooses_and_says_why(model: TwoTowerForCausalLM) -> None:
@@ -421,7 +424,5 @@ def test_a_thousand_requests_as_alone() -> None:
         if dtype == torch.float64:
             assert not differ
         elif dtype == torch.float32:
-            for place in differ:
-                with watching(exact) as run:
-                    alone(exact, requests[place])
-                assert nearest_tie(run) < 1e-4, requests[place]
+            for request in [requests[place] for place in differ]:
+                assert is_near_tie(exact, lambda m, request=request: alone(m, request).tokens), request

@@ -18,8 +18,8 @@ from twotower import LLM, Request, TwoTowerForCausalLM
 from twotower.cache.hybrid_cache import sizes
 from twotower.cache.kv_slots import Segments
 from twotower.cache.prefix_cache import Prefixes
+from twotower.decoding.params import GenerationParams
 from twotower.engine import llm as engine_module
-from twotower.engine.generation import GenerationParams
 from twotower.engine.oom import in_parts, out_of_memory
 from twotower.errors import ArgumentError
 
@@ -67,7 +67,7 @@ def test_a_text_takes_what_it_needs(model: TwoTowerForCausalLM) -> None:
     long = asking(list(range(3, 60)), n=100)
     numbers = [llm.add_request(request) for request in (*short[:8], long, *short[8:])]
     llm.step()
-    assert len(llm.rows) == 8
+    assert len(llm.scheduler.running) == 8
     ended: list[int] = []
     results: dict[int, Any] = {}
     while llm.has_work:
@@ -75,12 +75,12 @@ def test_a_text_takes_what_it_needs(model: TwoTowerForCausalLM) -> None:
             if event.result is not None:
                 ended.append(event.row)
                 results[event.row] = event.result
-        started = set(llm.rows) | set(ended)
-        assert started == set(range(1, len(started) + 1))  # in order of arrival
+        started = set(llm.scheduler.running) | set(ended)
+        assert started == set(range(len(started)))  # in order of arrival
     assert sorted(ended) == numbers
-    assert results[9].tokens == alone(model, long).tokens
+    assert results[8].tokens == alone(model, long).tokens
     assert not llm.state.segments.taken
-    assert len(llm.free) == 8
+    assert len(llm.scheduler.free) == 8
 
 
 def test_what_can_never_fit_is_refused_with_the_numbers(model: TwoTowerForCausalLM) -> None:
@@ -218,7 +218,7 @@ def test_memory_that_gives_out_costs_the_fewest(model: TwoTowerForCausalLM, verb
             assert "out of memory" in output.error
         elif verb == "denoise" or not poisoned:
             assert output.tokens == expected[place], place
-    assert len(llm.free) == 6
+    assert len(llm.scheduler.free) == 6
     assert llm.generate([requests[0]])[0].tokens == expected[0]  # the engine lives
 
 
@@ -236,8 +236,8 @@ def soak(count: int) -> None:
         llm.state.settle()
         gc.collect()
         levels.append((llm.state.nbytes, psutil.Process().memory_info().rss))
-        assert len(llm.free) == 8
-        for left in (llm.rows, llm.waiting, llm._opening, llm._unseen, llm.state.segments.taken):
+        assert len(llm.scheduler.free) == 8
+        for left in (llm.scheduler.running, llm.scheduler.waiting, llm._opening, llm._unseen, llm.state.segments.taken):
             assert not left, part
     assert len({held for held, _ in levels}) == 1
     grown = (levels[-1][1] - levels[1][1]) / 2**20

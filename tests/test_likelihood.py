@@ -9,7 +9,8 @@ import torch
 from conftest import build_random_model
 
 from twotower import TwoTowerForCausalLM
-from twotower.engine.generation import GenerationParams, generate
+from twotower.decoding.params import GenerationParams
+from twotower.engine.generation import generate
 from twotower.errors import ArgumentError
 from twotower.evaluation import likelihood
 from twotower.evaluation.likelihood import continuation_bound, continuation_likelihood

@@ -16,10 +16,10 @@ from test_stopping import EOS, TOKENIZER, VOCABULARY
 
 from twotower import LLM, Request, TwoTowerForCausalLM
 from twotower.cache.replica import Transport
-from twotower.decoding.output import TokenLogprob
+from twotower.decoding.output import BlockEvent, Generation, TokenLogprob
+from twotower.decoding.params import GenerationParams
 from twotower.engine import llm as engine_module
 from twotower.engine import logprobs
-from twotower.engine.generation import BlockEvent, Generation, GenerationParams
 from twotower.errors import ArgumentError
 
 NEAR = {"rel": 0.0, "abs": 1e-9}
@@ -153,7 +153,7 @@ def test_a_prompt_alone(model: TwoTowerForCausalLM, mode: str, length: int, monk
     assert output.decode_seconds == 0
     assert_right(model, request, output)
     assert_as_alone(model, beside, other)
-    assert sorted(llm.free) == [0, 1]
+    assert sorted(llm.scheduler.free) == [0, 1]
     unasked = passes(model, lambda: llm.generate([plain(request)]))
     assert unasked == (0, 0)
 

@@ -23,7 +23,7 @@ from twotower import LLM, Request, TwoTowerForCausalLM
 from twotower.cache.hybrid_cache import sizes
 from twotower.cache.replica import Mirror
 from twotower.decoding.output import StepEvent
-from twotower.engine.generation import GenerationParams
+from twotower.decoding.params import GenerationParams
 from twotower.engine.sequence import Phase
 from twotower.ops.host_transfer import Fetched, placed
 
@@ -114,7 +114,7 @@ def test_a_policy_that_raises_ends_its_own_request_only(model: TwoTowerForCausal
         assert broken.error == "ZeroDivisionError: in a bad mood"
         with patch.object(model, "transport", None):
             assert_as_alone(model, requests[1], whole)
-        assert len(llm.free) == 2
+        assert len(llm.scheduler.free) == 2
 
 
 # --- in which order -------------------------------------------------------------------------------------------------
@@ -244,11 +244,11 @@ def test_only_the_rows_that_were_read_cross(model: TwoTowerForCausalLM, transpor
         before = set(shown)
         llm.step()
         expected = 0
-        for number, row in llm.rows.items():
-            if row.shown > shown.get(number, -1):
-                expected += per_row + (row.shown - max(shown.get(number, 0), 0)) * per_token
-                shown[number] = row.shown
-                varied.add(row.shown if number not in before else 0)
+        for number, row in llm.scheduler.running.items():
+            if row.seen > shown.get(number, -1):
+                expected += per_row + (row.seen - max(shown.get(number, 0), 0)) * per_token
+                shown[number] = row.seen
+                varied.add(row.seen if number not in before else 0)
         if llm.reader.copy.segments.version != version:  # type: ignore[union-attr]
             version = llm.reader.copy.segments.version  # type: ignore[union-attr]
             expected += segments
@@ -269,11 +269,11 @@ def test_rows_that_need_no_denoiser_never_cross(model: TwoTowerForCausalLM, tran
 def phases(llm: LLM) -> list[list[Phase]]:
     """What each row needs, after every step in which all are there."""
     out = []
-    rows = len(llm.waiting)
+    rows = len(llm.scheduler.waiting)
     while llm.has_work:
         llm.step()
-        if len(llm.rows) == rows:
-            out.append([row.phase for row in llm.rows.values()])
+        if len(llm.scheduler.running) == rows:
+            out.append([row.phase for row in llm.scheduler.running.values()])
     return out
 
 
@@ -286,7 +286,7 @@ def test_rows_in_phase_part_for_good(model: TwoTowerForCausalLM, mode: str, rows
     for _ in range(rows):
         llm.add_request(asking([5, 6, 7], mode, draft_steps=1))
     seen = phases(llm)
-    denoising = {Phase.DENOISE, Phase.MOCK}
+    denoising = {Phase.DENOISE, Phase.DENOISER_AR}
     older = (rows + 1) // 2
     assert {phase in denoising for phase in seen[0]} == {True}
     assert sum(Phase.STEP not in now for now in seen) > 10
@@ -308,8 +308,8 @@ def test_blocks_of_several_passes_part_at_their_last(model: TwoTowerForCausalLM,
         taken = []
         while llm.has_work:
             llm.step()
-            if len(llm.rows) == 4:
-                taken.append([row.taken for row in llm.rows.values()])
+            if len(llm.scheduler.running) == 4:
+                taken.append([row.launched for row in llm.scheduler.running.values()])
     if not apart:
         assert all(len(set(now)) == 1 for now in taken)
         return
@@ -329,13 +329,15 @@ def test_nobody_waits_twice(model: TwoTowerForCausalLM) -> None:
     waited: dict[int, int] = {}
     held = 0
     while llm.has_work:
-        before = {number: (row.phase, row.record.denoiser_passes) for number, row in llm.rows.items()}
+        before = {number: (row.phase, row.output.denoiser_passes) for number, row in llm.scheduler.running.items()}
         llm.step()
-        for number, row in llm.rows.items():
-            still = before.get(number) == (row.phase, row.record.denoiser_passes)
-            waited[number] = waited.get(number, 0) + 1 if still and row.phase in (Phase.DENOISE, Phase.MOCK) else 0
+        for number, row in llm.scheduler.running.items():
+            still = before.get(number) == (row.phase, row.output.denoiser_passes)
+            waited[number] = (
+                waited.get(number, 0) + 1 if still and row.phase in (Phase.DENOISE, Phase.DENOISER_AR) else 0
+            )
             held += waited[number] > 0
-            older_ended = any(other < number and other not in llm.rows for other in before)
+            older_ended = any(other < number and other not in llm.scheduler.running for other in before)
             assert waited[number] <= 1 or older_ended
     assert held > 0
 

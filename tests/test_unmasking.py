@@ -2,19 +2,19 @@
 
 from __future__ import annotations
 
-import math
-from collections.abc import Callable
 from typing import Any
 from unittest.mock import patch
 
 import pytest
 import torch
 from conftest import EVERY_KIND, build_random_model
+from naive_policies import NAIVE, NaiveRow, naive_commit
 from torch import Tensor
 
 from twotower.decoding import sampling
-from twotower.decoding.unmasking import POLICIES, Pass, Unmasking, Verdict, commit, register_policy
-from twotower.engine.generation import GenerationParams, generate
+from twotower.decoding.params import GenerationParams
+from twotower.decoding.unmasking import POLICIES, Pass, Verdict, commit, decide, register_policy
+from twotower.engine.generation import generate
 from twotower.errors import ArgumentError
 
 ROWS, LENGTH, WORDS, STEPS = 6, 9, 12, 7
@@ -37,85 +37,24 @@ def each(step: int, rows: int = ROWS) -> Tensor:
     return torch.full((rows, 1), step)
 
 
-# --- rules, one row at a time in plain Python -----------------------------------------------------------------------
+# --- rules, against the same in plain Python ------------------------------------------------------------------------
 
-Row = dict[str, Any]  # p: distributions, c: confidences, open: masked positions, before: the pass before's p
-
-
-def naive_threshold(row: Row, knob: float) -> set[int]:
-    return {i for i in row["open"] if row["c"][i] > knob}
-
-
-def naive_top_k(row: Row, knob: float) -> set[int]:
-    return set(sorted(row["open"], key=lambda i: -row["c"][i])[: int(knob)])
-
-
-def naive_factor(row: Row, knob: float) -> set[int]:
-    best: set[int] = set()
-    ordered = sorted(row["open"], key=lambda i: -row["c"][i])
-    for n in range(1, len(ordered) + 1):
-        if (n + 1) * (1 - row["c"][ordered[n - 1]]) < knob:
-            best = set(ordered[:n])
-    return best
-
-
-def naive_entropy(row: Row, knob: float) -> set[int]:
-    own = {i: -sum(p * math.log(p) for p in row["p"][i] if p > 0) for i in row["open"]}
-    ordered, best = sorted(own, key=lambda i: own[i]), set()
-    for n in range(1, len(ordered) + 1):
-        taken = [own[i] for i in ordered[:n]]
-        if sum(taken) - max(taken) <= knob:
-            best = set(ordered[:n])
-    return best
-
-
-def naive_margin(row: Row, knob: float) -> set[int]:
-    def lead(i: int) -> float:
-        first, second = sorted(row["p"][i], reverse=True)[:2]
-        return first - second
-
-    return {i for i in row["open"] if lead(i) > knob}
-
-
-def naive_klass(row: Row, knob: float) -> set[int]:
-    if row["before"] is None:
-        return set()
-
-    def moved(i: int) -> float:
-        pairs = zip(row["p"][i], row["before"][i], strict=True)
-        return sum(p * math.log(p / q) for p, q in pairs if p > 0)
-
-    return {i for i in row["open"] if row["c"][i] > knob and moved(i) < 0.01}
-
-
-def naive_span(row: Row, knob: float) -> set[int]:
-    found: set[int] = set()
-    for i in sorted(row["open"]):
-        if row["c"][i] <= knob:
-            break
-        found.add(i)
-    return found
-
-
-def naive_decay(row: Row, knob: float) -> set[int]:
-    return {i for i in row["open"] if row["c"][i] > knob * (1 - 0.5 * row["step"] / (STEPS - 1))}
-
-
-NAIVE: dict[str, tuple[Callable[[Row, float], set[int]], tuple[float, ...]]] = {
-    "threshold": (naive_threshold, (0.0, 0.3, 0.8, 1.0)),
-    "top-k": (naive_top_k, (1, 3, 20)),
-    "factor": (naive_factor, (0.0, 0.7, 1.5, 4.0)),
-    "entropy": (naive_entropy, (0.0, 0.3, 1.0, 9.0)),
-    "margin": (naive_margin, (0.0, 0.4, 0.9)),
-    "klass": (naive_klass, (0.0, 0.3, 0.8)),
-    "span": (naive_span, (0.0, 0.2, 0.6)),
-    "decay": (naive_decay, (0.2, 0.6, 1.0)),
+KNOBS: dict[str, tuple[float, ...]] = {
+    "threshold": (0.0, 0.3, 0.8, 1.0),
+    "top-k": (1, 3, 20),
+    "factor": (0.0, 0.7, 1.5, 4.0),
+    "entropy": (0.0, 0.3, 1.0, 9.0),
+    "margin": (0.0, 0.4, 0.9),
+    "klass": (0.0, 0.3, 0.8),
+    "span": (0.0, 0.2, 0.6),
+    "decay": (0.2, 0.6, 1.0),
 }
 
 
 def test_every_policy_has_a_twin_a_source_and_a_meaning() -> None:
-    assert set(NAIVE) == set(POLICIES)
-    for policy in POLICIES.values():
+    assert set(NAIVE) == set(KNOBS) == set(POLICIES)
+    for name, policy in POLICIES.items():
+        assert NAIVE[name].default == policy.default
         assert policy.knob
         assert policy.source
         assert policy.low <= policy.default <= policy.high
@@ -123,7 +62,6 @@ def test_every_policy_has_a_twin_a_source_and_a_meaning() -> None:
 
 @pytest.mark.parametrize("name", NAIVE)
 def test_a_rule_is_what_its_twin_says(name: str) -> None:
-    twin, knobs = NAIVE[name]
     some = 0
     for seed in range(12):
         seen = draw(seed)
@@ -131,18 +69,21 @@ def test_a_rule_is_what_its_twin_says(name: str) -> None:
         if name == "klass":  # a pass before, near enough for some positions to count as still
             earlier = seen._replace(logits=seen.logits + 0.2 * draw(seed + 100).logits.nan_to_num(neginf=0.0))
             memory = POLICIES[name].rule(earlier, torch.zeros(ROWS, 1)).memory
-        for knob in knobs:
+        for knob in KNOBS[name]:
             verdict = POLICIES[name].rule(seen._replace(memory=memory), torch.full((ROWS, 1), float(knob)))
             for r in range(ROWS):
-                row = {
-                    "p": seen.logits[r].softmax(-1).tolist(),
-                    "c": seen.confidence[r].tolist(),
-                    "open": seen.masked[r].nonzero()[:, 0].tolist(),
-                    "before": None if memory is None else memory[0][r].softmax(-1).tolist(),
-                    "step": int(seen.step[r]),
-                }
+                row = NaiveRow(
+                    p=seen.logits[r].softmax(-1).tolist(),
+                    c=seen.confidence[r].tolist(),
+                    open=seen.masked[r].nonzero()[:, 0].tolist(),
+                    before=None if memory is None else memory[0][r].softmax(-1).tolist(),
+                    step=int(seen.step[r]),
+                    steps=STEPS,
+                )
                 sure = (verdict.sure & seen.masked)[r].nonzero()[:, 0].tolist()
-                assert set(sure) == twin(row, knob), (seed, knob, r)
+                assert set(sure) == NAIVE[name].sure(row, knob), (seed, knob, r)
+                chosen = commit(verdict, seen.masked, seen.step, seen.steps)[r].nonzero()[:, 0].tolist()
+                assert set(chosen) == naive_commit(name, row, knob), (seed, knob, r)
                 some += len(sure)
     assert some > 0
 
@@ -171,12 +112,11 @@ def test_a_block_is_done_in_its_steps_and_each_pass_commits(name: str) -> None:
     policy = POLICIES[name]
     never = {"top-k": 1.0, "factor": 0.0, "entropy": 0.0}.get(name, 1.0)
     for steps in (1, 3, LENGTH):
-        unmasking = Unmasking([name] * ROWS, [never] * ROWS)
-        unmasking.begin(torch.zeros((), dtype=torch.float64))
+        memory: Any = None
         masked = torch.ones(ROWS, LENGTH, dtype=torch.bool)
         for step in range(steps):
             seen = draw(step)._replace(masked=masked, step=each(step), steps=each(steps))
-            chosen = unmasking(seen)
+            chosen, memory = decide(name, seen._replace(memory=memory), torch.full((ROWS, 1), never).double())
             assert (chosen & ~masked).sum() == 0
             assert (chosen.sum(1) >= masked.any(1).long()).all()
             masked = masked & ~chosen

@@ -2,13 +2,10 @@
 
 from __future__ import annotations
 
-import copy
-import importlib
 import itertools
 import math
 import random
 from collections.abc import Callable, Iterator
-from dataclasses import dataclass
 from typing import Any
 from unittest.mock import patch
 
@@ -19,16 +16,15 @@ from torch import Tensor
 
 from twotower import TwoTowerForCausalLM, bundled_model
 from twotower.cache.replica import Transport
-from twotower.decoding.draft_controller import CREDIT_SHARE, CREDIT_STEPS, SAVED_STEPS, Pace, pace_of
+from twotower.decoding.acceptance import agreement
+from twotower.decoding.draft_controller import CREDIT_SHARE, CREDIT_STEPS, SAVED_STEPS, DraftController
+from twotower.decoding.output import Generation
+from twotower.decoding.params import GenerationParams
 from twotower.decoding.sampling import AR_TOKEN, noise
-from twotower.engine.generation import Generation, GenerationParams, generate, stream
-from twotower.engine.loops.diffusion import DenoisedBlock
-from twotower.engine.loops.speculative import agreement
+from twotower.engine.generation import generate, stream
 from twotower.errors import ArgumentError
 from twotower.evaluation.held_out import cut_dialogue, read_documents
 from twotower.evaluation.tasks import problems
-
-speculative = importlib.import_module("twotower.engine.loops.speculative")
 
 SAMPLINGS: dict[str, dict[str, Any]] = {
     "greedy": {},
@@ -46,82 +42,7 @@ def by(mode: str, model: TwoTowerForCausalLM, texts: list, **arguments: Any) -> 
     return generate(model, texts, GenerationParams.of(mode=mode, **arguments))
 
 
-@dataclass
-class Drafts:
-    """In place of the denoiser: the AR model's own continuations, but for one token of each."""
-
-    model: TwoTowerForCausalLM
-    texts: list[list[int]]  # prompt and continuation
-    spoilt: Callable[[int, int], int]  # (round, row) → the place of the wrong token
-    lengths: list[int]  # accepted lengths that should come out
-
-    def whatever_the_text(self, session: Any, callback: Any, *, decided: Tensor, **_: Any) -> DenoisedBlock:
-        """The same places of the given texts, even where the text has become another."""
-        rows = [self.texts[row][session.records[row].length :][: session.params.block_size - 1] for row in session.rows]
-        block = torch.cat([decided, torch.tensor(rows)], dim=1)
-        nothing = torch.zeros_like(block)
-        return DenoisedBlock(block, nothing, nothing.double(), nothing[:, 0])
-
-    def __call__(self, session: Any, callback: Any, *, decided: Tensor, steps: int, purpose: int) -> DenoisedBlock:
-        assert purpose == AR_TOKEN
-        size = session.params.block_size
-        rows = []
-        for slot, row in enumerate(session.rows):
-            at = session.records[row].length
-            text = self.texts[row]
-            assert decided[slot].tolist() == text[at - 1 : at]
-            right = (text[at : at + size - 1] + [5] * size)[: size - 1]
-            wrong = self.spoilt(session.blocks, row)
-            kept = [(token + 1) % 64 if i == wrong else token for i, token in enumerate(right)]
-            longest = min(size, max(record.room for record in session.running)) - 1  # no draft is read further
-            self.lengths.append(min(wrong, longest))
-            rows.append([text[at - 1], *kept])
-        block = torch.tensor(rows)
-        nothing = torch.zeros_like(block)
-        return DenoisedBlock(block, nothing, nothing.double(), nothing[:, 0] + steps)
-
-
 # --- the same tokens as AR ------------------------------------------------------------------------------------------
-
-
-@pytest.mark.parametrize("sampling", SAMPLINGS)
-@pytest.mark.parametrize("pattern", ["M", "*", "ME*-", EVERY_KIND])
-def test_equal_to_ar_whatever_the_draft(pattern: str, sampling: str) -> None:
-    """In float64, a ragged batch whose rows end at different times; drafts of the denoiser, in one pass and in several
-    and as many as pay; and drafts that are right for any number of tokens."""
-    model = build_random_model(pattern, dtype=torch.float64)
-    texts = prompts(10, 30)
-    whole = by("ar", model, texts, max_new_tokens=40, **SAMPLINGS[sampling])
-    asked = SAMPLINGS[sampling] | {"max_new_tokens": 26, "eos_token_id": [whole[0].tokens[9], whole[1].tokens[17]]}
-    expected = [result.tokens for result in by("ar", model, texts, **asked)]
-    assert len({len(tokens) for tokens in expected}) > 1
-    asked["block_size"] = 8
-    for steps in (None, 1, 3):
-        found = by("verified", model, texts, draft_steps=steps, **asked)
-        assert [result.tokens for result in found] == expected, steps
-    right = [text + result.tokens for text, result in zip(texts, whole, strict=True)]
-    for name, spoilt in {"never": lambda at, row: 8, "all": lambda at, row: (3 * at + row) % 8}.items():
-        drafts = Drafts(model, right, spoilt, [])
-        with patch.object(speculative, "denoise_block", drafts):
-            found = by("verified", model, texts, draft_steps=1, **asked)
-        assert [result.tokens for result in found] == expected, name
-        assert sum(result.accepted for result in found) == sum(drafts.lengths)
-    assert set(drafts.lengths) == set(range(8))
-
-
-@pytest.mark.parametrize("new", [1, 2, 7, 8, 9, 16, 17])
-def test_any_length(new: int) -> None:
-    model = build_random_model("M*", dtype=torch.float64)
-    texts = prompts(3, 9)
-    expected = by("ar", model, texts, max_new_tokens=new)
-    whole = by("ar", model, texts, max_new_tokens=new + 8)
-    right = [text + result.tokens for text, result in zip(texts, whole, strict=True)]
-    drafts = Drafts(model, right, lambda at, row: 8, [])
-    with patch.object(speculative, "denoise_block", drafts):
-        found = by("verified", model, texts, max_new_tokens=new, block_size=8, draft_steps=1)
-    assert [a.tokens for a in found] == [b.tokens for b in expected]
-    assert {a.context_passes for a in found} == {math.ceil(new / 8)}
-    assert {a.finish_reason for a in found} == {"length"}
 
 
 @pytest.mark.parametrize("draft_steps", [None, 1])
@@ -177,28 +98,6 @@ def test_towers_apart() -> None:
 
 
 # --- the rule -------------------------------------------------------------------------------------------------------
-
-
-def test_the_joint_distribution_is_that_of_ar() -> None:
-    """Three tokens of two choices each, from many seeds: against the probabilities of all eight texts."""
-    model = build_random_model("M*", dtype=torch.float64)
-    prompt, seeds = [9, 10, 11], 4000
-    expected = _texts(model, prompt, 3)
-    assert sum(expected.values()) == pytest.approx(1)
-    asked = {"max_new_tokens": 3, "temperature": 1.0, "top_k": 2, "seed": list(range(seeds))}
-    rng = random.Random(1)
-    drafts = Drafts(
-        model, [[*prompt, *rng.choice(list(expected)), 0, 0, 0] for _ in range(seeds)], lambda at, row: 8, []
-    )
-    with patch.object(speculative, "denoise_block", drafts.whatever_the_text):
-        found = by("verified", model, [prompt] * seeds, block_size=4, draft_steps=1, **asked)
-    counts: dict[tuple[int, ...], int] = {}
-    for result in found:
-        counts[tuple(result.tokens)] = counts.get(tuple(result.tokens), 0) + 1
-    assert set(counts) <= set(expected)
-    chi = sum((counts.get(text, 0) - seeds * p) ** 2 / (seeds * p) for text, p in expected.items())
-    assert chi < 24.3  # 7 degrees of freedom: one in a thousand
-    assert seeds / 2 < sum(result.accepted for result in found) < 3 * seeds / 2
 
 
 def _texts(model: TwoTowerForCausalLM, prompt: list[int], more: int) -> dict[tuple[int, ...], float]:
@@ -322,9 +221,11 @@ def test_relaxed_acceptance() -> None:
 # --- when it pays ---------------------------------------------------------------------------------------------------
 
 
-def simulate(cost: Callable[[int], float], gain: Callable[[int, int], int], tokens: int) -> tuple[float, Pace]:
+def simulate(
+    cost: Callable[[int], float], gain: Callable[[int, int], int], tokens: int
+) -> tuple[float, DraftController]:
     """Rounds until so many tokens are there: one with k passes takes cost(k) and keeps gain(k, tokens so far)."""
-    pace, seconds, made = Pace(), 0.0, 0
+    pace, seconds, made = DraftController(), 0.0, 0
     while made < tokens:
         passes = pace.passes()
         kept, took = gain(passes, made) if passes else 0, cost(passes)
@@ -354,19 +255,21 @@ def test_the_best_number_of_passes_is_found() -> None:
 
 
 def test_what_was_learned_outlives_a_request() -> None:
-    """Batches of like shape share one pace; a fixed number of passes, and a draft that shows in the text, have none."""
+    """Sequences of like shape share one controller; a fixed number of passes, and a draft that shows in the text, have
+    a controller of their own."""
     model = build_random_model("M*", dtype=torch.float64)
-    paces = []
-    with patch.object(speculative, "pace_of", lambda session: paces.append(pace_of(session)) or paces[-1]):
+    asked: list[DraftController] = []
+    given = model.workspace.draft_controller
+    with patch.object(model.workspace, "draft_controller", lambda *a: asked.append(given(*a)) or asked[-1]):
         for texts in (prompts(1, 30), prompts(1, 30), prompts(3, 30)):
             by("verified", model, texts, max_new_tokens=12)
-        rounds = paces[0].rounds
+        rounds = asked[0].rounds
         by("verified", model, prompts(1, 30), max_new_tokens=12, draft_steps=2)
         by("verified", model, prompts(1, 30), max_new_tokens=12, acceptance=0.5)
-    assert paces[0] is paces[1]
-    assert paces[0] is not paces[2]
-    assert [pace.steps for pace in paces] == [None, None, None, 2, 1]
-    assert paces[0].rounds == rounds > 2
+    assert asked[0] is asked[1]
+    assert asked[0] is not asked[2]
+    assert [controller.steps for controller in asked] == [None] * 5 + [2, 1]
+    assert asked[0].rounds == rounds > 2
 
 
 def test_a_slow_first_step_is_not_believed_for_long() -> None:
@@ -394,7 +297,7 @@ def test_what_good_text_gained_is_not_all_risked_on_bad_text(good: int) -> None:
 def test_a_batch_does_not_answer_for_losses_before_it() -> None:
     """Texts of 30 tokens, the first ten bad, then good ones: drafts are back with the first of them or soon after."""
     cost = {0: 1.0, 1: 2.5, 2: 3.6, 4: 5.8}
-    pace, seconds = Pace(), []
+    pace, seconds = DraftController(), []
     for text in range(20):
         taken, made = 0.0, 0
         pace.begin()
@@ -459,51 +362,3 @@ def lead(model: TwoTowerForCausalLM, text: list[int], a: int, b: int, seed: int,
         uniform = noise(torch.tensor([seed]), torch.tensor([[len(text)]]), AR_TOKEN, 0, len(scores))[0, 0]
         scores = scores / temperature - torch.log(-torch.log(uniform))
     return float((scores[a] - scores[b]).abs())
-
-
-@pytest.mark.slow
-@pytest.mark.timeout(3600)
-@pytest.mark.parametrize("sampling", ["greedy", "sampled"])
-@pytest.mark.parametrize("kind", ["random", "bundled"])
-def test_equal_to_ar_in_full(kind: str, sampling: str) -> None:
-    """In ragged batches: in float64 without exception; in fp32 a row may leave AR's text only where float64 hardly
-    prefers one token to the other; of bf16 the rate is printed."""
-    count, new = FULL
-    if kind == "bundled":
-        exact = TwoTowerForCausalLM.from_pretrained(bundled_model(), dtype="float64")
-        texts = [exact.tokenizer(text)["input_ids"] for text in full_prompts(count)]
-    else:
-        exact = build_random_model(EVERY_KIND, dtype=torch.float64)
-        texts = prompts(count, 60)
-    asked = {"max_new_tokens": new} | ({"temperature": 1.0, "seed": 11} if sampling == "sampled" else {})
-    for dtype in (torch.float64, torch.float32, torch.bfloat16):
-        model = copy.deepcopy(exact).to(dtype)
-        apart, worst, kept = 0, 0.0, 0
-        asking = count // 5 if dtype == torch.bfloat16 else count  # only its rate is wanted, and CPUs emulate it
-        for start in range(0, asking, 50):
-            part = texts[start : start + 50]
-            expected = by("ar", model, part, **asked)
-            right = by("ar", model, part, **(asked | {"max_new_tokens": new + 16}))
-            full = [text + result.tokens for text, result in zip(part, right, strict=True)]
-            spoilt = Drafts(model, full, lambda at, row: (5 * at + row) % 16, [])
-            given = spoilt if dtype == torch.float64 else spoilt.whatever_the_text
-            for draft_steps, drafts in ((1, None), (None, None), (1, given)):
-                with patch.object(speculative, "denoise_block", drafts or speculative.denoise_block):
-                    found = by("verified", model, part, draft_steps=draft_steps, **asked)
-                kept += sum(result.accepted for result in found)
-                for text, a, b in zip(part, found, expected, strict=True):
-                    if a.tokens == b.tokens:
-                        continue
-                    apart += 1
-                    at = next(i for i, (x, y) in enumerate(zip(a.tokens, b.tokens, strict=True)) if x != y)
-                    margin = lead(
-                        exact, text + a.tokens[:at], a.tokens[at], b.tokens[at], 11, asked.get("temperature", 0.0)
-                    )
-                    worst = max(worst, margin)
-                if drafts is not None and dtype == torch.float64:
-                    assert sum(result.accepted for result in found) == sum(spoilt.lengths)
-        print(f"{kind}, {sampling}, {dtype}: {apart} of {3 * asking} rows differ, margin {worst:.1e}, {kept} kept")
-        if dtype == torch.float64:
-            assert apart == 0
-        elif dtype == torch.float32:
-            assert worst < 1e-4

@@ -25,10 +25,10 @@ from twotower.model.tower import Tower
 from twotower.modeling_twotower import TwoTowerForCausalLM
 from twotower.recipes.bundled import SHAPE
 from twotower.training import fsdp, weights
-from twotower.training.data import EOS, MASK, Source, held_out_batches, train_tokenizer
+from twotower.training.data import EOS, MASK, Rows, Source, held_out_batches, train_tokenizer
 from twotower.training.noise import Corruption
 from twotower.training.objective import AutoregressiveObjective, DenoisingObjective, DenoisingOptions
-from twotower.training.runs import Rows, encoder_for, load_tokenizer
+from twotower.training.run_tokenizer import encoder_for, load_tokenizer
 from twotower.training.settings import Settings
 from twotower.training.trainer import Run, Stage, train
 

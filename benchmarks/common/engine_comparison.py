@@ -21,7 +21,7 @@ from common.models import BLOCK, DECODING
 from common.timing import synchronize
 from twotower import LLM, Request, TwoTowerForCausalLM
 from twotower.cache.replica import Transport
-from twotower.engine.generation import GenerationParams
+from twotower.decoding.params import GenerationParams
 
 KINDS = DECODING | {"diffusion, 4 passes a block": {"mode": "diffusion", "policy": "top-k", "knob": BLOCK // 4}}
 
@@ -118,7 +118,7 @@ def ahead(model: TwoTowerForCausalLM, **asked: Any) -> list[dict[str, Any]]:
     def engines(**sizes: int) -> dict[str, LLM]:
         both = {"waiting": LLM(model, **sizes), "ahead": LLM(model, **sizes)}
         for name, engine in both.items():
-            engine.ahead = name == "ahead"
+            engine.async_scheduling = name == "ahead"
         return both
 
     return in_turns(engines, **asked)

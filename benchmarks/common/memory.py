@@ -71,10 +71,12 @@ def child(task: dict[str, Any]) -> dict[str, Any]:
     """Loads, writes one block (AR: as many tokens), and says what that took."""
     device = torch.device(task["device"])
     before, anonymous = resident("VmRSS"), resident("RssAnon")
-    names = ("towers", "dtype", "threads")
+    configure_process(task["threads"])
     with watching_anonymous() as seen:
         started = time.perf_counter()
-        model = model_loading.load(task["path"], context_device=task["device"], **{name: task[name] for name in names})
+        model = model_loading.load_model(
+            task["path"], context_device=task["device"], towers=task["towers"], dtype=task["dtype"]
+        )
         model.synchronize()
         loaded = time.perf_counter() - started
     after_load = resident()

@@ -43,13 +43,13 @@ TINY: dict[str, Any] = {
 
 
 def model_for(
-    path: Path | None, config: Path | None, quick: bool, *, dtype: str, device: str, threads: int | None = None,
+    path: Path | None, config: Path | None, quick: bool, *, dtype: str, device: str,
     quantization: str = "none",
 ) -> TwoTowerForCausalLM:  # fmt: skip
     """The checkpoint at `path`, else random weights of the shape in `config` (None: midsize, or tiny if quick)."""
     torch.manual_seed(0)
     if path is not None:
-        return model_loading.load(path, dtype=dtype, quantization=quantization, context_device=device, threads=threads)
+        return model_loading.load_model(path, dtype=dtype, quantization=quantization, context_device=device)
     model = random_model(config_of(shape_of(config, quick)), getattr(torch, dtype), torch.device(device))
     if quantization == "int8":
         quantize_(model)

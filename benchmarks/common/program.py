@@ -12,7 +12,7 @@ import torch
 from rich.console import Console, RenderableType
 
 from common.roofline import DTYPES
-from twotower.allocator import keep_large_blocks
+from twotower.process import configure_process
 
 
 def numbers(_: Any, __: Any, text: str) -> tuple[int, ...]:
@@ -47,9 +47,7 @@ JSON = click.option("--json", "as_json", is_flag=True, help="No tables.")
 
 def start(threads: int | None = None) -> None:
     """The first call of every program: malloc keeps large blocks, torch has its threads and a seed."""
-    keep_large_blocks()
-    if threads:
-        torch.set_num_threads(threads)
+    configure_process(threads)
     torch.manual_seed(0)
 
 

@@ -50,10 +50,12 @@ __all__ = [
 if TYPE_CHECKING:
     from twotower.assets import bundled_model
     from twotower.config import TwoTowerConfig
+    from twotower.decoding.output import BlockEvent, Generation
+    from twotower.decoding.params import GenerationParams
     from twotower.decoding.structured import Constraint
     from twotower.decoding.unmasking import register_policy
     from twotower.engine import LLM, AsyncLLM, Request
-    from twotower.engine.generation import BlockEvent, Generation, GenerationParams, generate
+    from twotower.engine.generation import generate
     from twotower.errors import TwoTowerError
     from twotower.modeling_twotower import TwoTowerForCausalLM
 

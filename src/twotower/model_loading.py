@@ -13,7 +13,8 @@ from twotower.assets import bundled_model
 from twotower.errors import ArgumentError, CheckpointError
 
 if TYPE_CHECKING:
-    from twotower.model.towers import Towers, TwoTowerModel
+    from twotower.engine.towers import Towers as AnyTowers
+    from twotower.model.towers import Towers
     from twotower.modeling_twotower import TwoTowerForCausalLM
 
 # A bf16 model this small is widened to fp32, which is exact, where the processor only emulates bf16: its passes over
@@ -100,7 +101,7 @@ def placement(model: TwoTowerForCausalLM) -> dict[str, Any]:
     }
 
 
-def eos_of(model: TwoTowerModel) -> Any:
+def eos_of(model: AnyTowers) -> Any:
     """The config's end-of-text token(s); the tokenizer's where the config has none."""
     eos = model.config.eos_token_id
     return eos if eos is not None else getattr(model.tokenizer, "eos_token_id", None)

@@ -22,6 +22,7 @@ from twotower.decoding.output import BlockEvent
 from twotower.decoding.params import GenerationParams
 from twotower.decoding.prompts import Prompts
 from twotower.engine import generation
+from twotower.engine.workspace import Workspace
 from twotower.errors import ArgumentError
 from twotower.model.packed_forward import Layout, context_pass
 from twotower.model.towers import Towers, TwoTowerModel
@@ -49,6 +50,7 @@ class TwoTowerForCausalLM(TwoTowerModel, PreTrainedModel):
             attach_runners(tower)
         self.tokenizer_source: Path | None = None
         self._tokenizer: Any = None
+        self.workspace = Workspace()
 
     # --- loading and saving (the work is in checkpoint/) -------------------------------------------------------
 
@@ -299,7 +301,9 @@ class TwoTowerForCausalLM(TwoTowerModel, PreTrainedModel):
 
     def generate(self, *args: Any, **kwargs: Any) -> Tensor:
         """transformers' entry point: plain AR generation, or a refusal that names the three methods."""
-        return generation.generate_like_transformers(self, *args, **kwargs)
+        tokens = generation.generate_like_transformers(self, *args, **kwargs)
+        self._last_nfe = 0
+        return tokens
 
     def _generate(
         self,

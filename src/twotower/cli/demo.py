@@ -19,7 +19,7 @@ if TYPE_CHECKING:
     from rich.console import Console
     from rich.text import Text
 
-    from twotower.engine.generation import Generation
+    from twotower.decoding.output import Generation
     from twotower.modeling_twotower import TwoTowerForCausalLM
 
 PROMPT = "User: I am looking for a place to eat.\nAssistant:"

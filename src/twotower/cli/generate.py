@@ -21,7 +21,7 @@ from twotower.process import configure_process
 
 if TYPE_CHECKING:
     from twotower.cli.watch import Watcher
-    from twotower.engine.generation import BlockEvent, Generation
+    from twotower.decoding.output import BlockEvent, Generation
     from twotower.modeling_twotower import TwoTowerForCausalLM
 
 WATCHED = ("diffusion", "verified")  # modes in which there are passes over a block to show
@@ -211,7 +211,7 @@ def run(request: Request) -> None:
 
     source = model_loading.source_of(request.model)
     with models.note(f"loading {model_loading.name_of(source)} …"):
-        from twotower.engine.generation import GenerationParams
+        from twotower.decoding.params import GenerationParams
 
         GenerationParams.of(**request.parameters())  # a bad argument is told before any weights are read
         configure_process(request.threads)

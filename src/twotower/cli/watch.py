@@ -21,7 +21,7 @@ from rich.text import Text
 if TYPE_CHECKING:
     from torch import Tensor
 
-    from twotower.engine.generation import BlockEvent
+    from twotower.decoding.output import BlockEvent
 
 FRAME_SECONDS = 0.09  # a frame stays at least this long on a terminal: small models are faster than the eye
 MASK = " ░░"

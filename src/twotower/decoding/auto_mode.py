@@ -11,27 +11,15 @@ buys little; elsewhere the text would not be AR's. Costs are measured once for a
 
 from __future__ import annotations
 
-import time
-from collections.abc import Callable, Sequence
-from dataclasses import dataclass, field, replace
-from typing import TYPE_CHECKING
-from weakref import WeakKeyDictionary
+from collections.abc import Sequence
+from dataclasses import dataclass, field
 
-import torch
-
-from twotower.decoding.draft_controller import bucket
-from twotower.decoding.modes import AUTO, Mode
+from twotower.decoding.modes import Mode
 from twotower.decoding.output import Generation
-from twotower.decoding.params import GenerationParams
-
-if TYPE_CHECKING:
-    from twotower.model.towers import TwoTowerModel
 
 AGREEMENT = 0.98  # of drafted tokens that AR looked at
 LOOK_AGAIN = 8  # requests: what was not chosen meanwhile may have become better
 RATE = 0.3  # of the moving averages
-CONTEXT = 64  # tokens before the passes that are timed
-REPEATS = 3
 
 
 @dataclass(frozen=True)
@@ -86,7 +74,7 @@ class Choice:
 
 
 @dataclass
-class Chooser:
+class ModeChooser:
     """Chooses for one model, and learns from everything it writes in this mode."""
 
     recent: Recent = field(default_factory=Recent)
@@ -120,62 +108,3 @@ class Chooser:
             f"expected against AR: {gain}; lately {kept:.1f} drafted tokens kept a round, AR agreed with "
             f"{agreement:.1%} of what it looked at{without}; {price}",
         )
-
-
-_choosers: WeakKeyDictionary[TwoTowerModel, Chooser] = WeakKeyDictionary()
-
-
-def chooser_of(model: TwoTowerModel) -> Chooser:
-    """The one that has learned from this model's requests so far."""
-    return _choosers.setdefault(model, Chooser())
-
-
-def resolve(model: TwoTowerModel, params: GenerationParams, rows: int) -> tuple[GenerationParams, str]:
-    """Parameters with a mode that writes, and why that one ("" where it was asked for)."""
-    if params.mode != AUTO:
-        return params, ""
-    if model.denoiser is None:
-        return replace(params, mode="ar"), "only the context tower was loaded"
-    chooser = chooser_of(model)
-    key = bucket(rows), params.block_size
-    if key not in chooser.costs:
-        chooser.costs[key] = measure(model, *key)
-    choice = chooser.choose(chooser.costs[key], params.block_size)
-    return replace(params, mode=choice.mode), choice.why
-
-
-@torch.no_grad()
-def measure(model: TwoTowerModel, rows: int, block_size: int) -> Costs:
-    """Times each kind of pass: the fastest of some, after one that is not counted."""
-    context = min(CONTEXT, model.config.backbone.max_position_embeddings - block_size)
-    device = model.device
-    state = model.new_state(rows, context + block_size)
-    lengths = torch.full((rows,), context, device=device)
-    model.prefill(torch.zeros(rows, context, dtype=torch.long, device=device), lengths, state)
-    reader = model.reader(state)
-    block = torch.full((rows, block_size), model.config.mask_token, device=device)
-
-    def extend(width: int) -> Callable[[], None]:
-        def run() -> None:
-            model.extend(block[:, :width], state, logits=True)
-            state.rollback(lengths)
-            state.tighten(context)
-
-        return run
-
-    def draft() -> None:
-        view = reader.view()
-        away = view.lengths.device
-        model.denoise(block.to(away), torch.ones(rows, device=away), view)
-
-    def fastest(run: Callable[[], None]) -> float:
-        seconds = []
-        for _ in range(REPEATS + 1):
-            model.synchronize()
-            started = time.perf_counter()
-            run()
-            model.synchronize()
-            seconds.append(time.perf_counter() - started)
-        return min(seconds[1:])
-
-    return Costs(step=fastest(extend(1)), draft=fastest(draft), check=fastest(extend(block_size)))

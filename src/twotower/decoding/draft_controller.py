@@ -11,13 +11,6 @@ much from round to round, so all drafts speak for one another:
 from __future__ import annotations
 
 from dataclasses import dataclass, field
-from typing import TYPE_CHECKING
-from weakref import WeakKeyDictionary
-
-if TYPE_CHECKING:
-    from twotower.decoding.params import GenerationParams
-    from twotower.engine.loops.session import Session
-    from twotower.model.towers import TwoTowerModel
 
 CHOICES = (0, 1, 2, 4)  # denoiser passes a round; 0 is AR
 CREDIT_STEPS, CREDIT_SHARE = 3.0, 0.04  # what trying may cost: so many AR steps, and this share of AR's time
@@ -50,8 +43,8 @@ class Arm:
 
 
 @dataclass
-class Pace:
-    """Chooses for one batch after another (`pace_of`): an answer of thirty tokens is too short to find out anything.
+class DraftController:
+    """Chooses for one sequence after another: an answer of thirty tokens is too short to find out anything.
 
     Rounds that were slower than AR would have been are a loss; drafts are tried only while the loss is below a few AR
     steps and a small share of AR's time, so drafting that does not pay costs that and no more. A few steps of what was
@@ -69,7 +62,7 @@ class Pace:
     reached: float = 0.0  # the longest draft that was kept, forgotten slowly
     rounds: int = 0
 
-    def begin(self) -> Pace:
+    def begin(self) -> DraftController:
         """A batch begins."""
         self.lost = min(self.lost, 0.0)
         return self
@@ -132,24 +125,6 @@ class Pace:
             self.arms[k].tokens = self.ease * worth
 
 
-_paces: WeakKeyDictionary[TwoTowerModel, dict[tuple[int, ...], Pace]] = WeakKeyDictionary()
-
-
-def pace_of(session: Session) -> Pace:
-    """The pace of a batch that begins: its own where the number of passes is fixed, else the one that the model's
-    batches of like size and length (within a factor of 4) have had so far."""
-    rows, longest = len(session.records), max(record.length for record in session.records)
-    key = bucket(rows), session.params.block_size, longest.bit_length() // 2
-    return begun(_paces.setdefault(session.model, {}), session.params, key)
-
-
 def bucket(rows: int) -> int:
-    """The next power of two: batches of up to so many rows, and more than half, are taken for alike."""
+    """The next power of two: batches of more than half of that many rows share measurements."""
     return 1 << (rows - 1).bit_length()
-
-
-def begun(paces: dict[tuple[int, ...], Pace], params: GenerationParams, key: tuple[int, ...]) -> Pace:
-    """Of a batch or a row that begins: one of its own where the number of passes is fixed, else what `paces` has."""
-    if params.fixed_draft is not None:
-        return Pace(params.fixed_draft)
-    return paces.setdefault(key, Pace()).begin()

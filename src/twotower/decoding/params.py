@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
@@ -162,6 +162,12 @@ class GenerationParams:
         given = self.knob if isinstance(self.knob, tuple) else (self.knob,) * rows
         usual = {name: POLICIES[name].default for name in names} | {"threshold": self.confidence_threshold}
         return names, [usual[name] if knob is None else knob for name, knob in zip(names, given, strict=True)]
+
+    def by_row(self, rows: int) -> list[GenerationParams]:
+        """The parameters of each row by itself: one seed, one policy, one knob."""
+        policies, knobs = self.row_policies(rows)
+        parts = zip(policies, knobs, self.row_seeds(rows), strict=True)
+        return [replace(self, policy=policy, knob=knob, seed=seed) for policy, knob, seed in parts]
 
     def row_seeds(self, rows: int) -> list[int]:
         """One seed a row; the same prompt with the same seed gives the same text wherever it stands in a batch."""

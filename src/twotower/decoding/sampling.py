@@ -7,7 +7,7 @@ token id, never of a generator's history. Batching, preemption, resuming and ver
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from typing import NamedTuple
 
 import torch
@@ -34,12 +34,6 @@ class Sampling:
     top_k: int | None = None
     top_p: float | None = None
 
-    def select(self, rows: Tensor) -> Sampling:
-        return replace(self, seeds=self.seeds[rows])
-
-    def to(self, device: torch.device) -> Sampling:
-        return replace(self, seeds=self.seeds.to(device))
-
 
 class Rule(NamedTuple):
     """How a row samples."""
@@ -49,18 +43,46 @@ class Rule(NamedTuple):
     top_p: float | None = None
 
 
-def pick_by_rule(
-    logits: Tensor, rules: Sequence[Rule], seeds: Tensor, positions: Tensor, purpose: Tensor, step: Tensor
-) -> tuple[Tensor, Tensor]:
-    """`pick` with a rule for each row: seeds (B,), purpose and step (B, 1)."""
+class NoiseKeys(NamedTuple):
+    """What the noise of B rows and L positions is keyed by: seeds (B,), absolute positions (B, L), purpose and step
+    (B, 1)."""
+
+    seeds: Tensor
+    positions: Tensor
+    purpose: Tensor
+    step: Tensor
+
+    def select(self, rows: Tensor) -> NoiseKeys:
+        return NoiseKeys(*(part[rows] for part in self))
+
+
+def pick_rows(logits: Tensor, rules: Sequence[Rule], keys: Callable[[], NoiseKeys]) -> tuple[Tensor, Tensor]:
+    """`pick` with a rule for each row of logits (B, L, V) → tokens and the confidence in them (B, L).
+
+    keys: called only if some row samples.
+    """
+    if all(rule.temperature <= 0 for rule in rules):
+        return greedy(logits)
+    known = keys()
     if len(set(rules)) == 1:
-        return pick(logits, Sampling(seeds=seeds, **rules[0]._asdict()), positions, purpose, step)
-    tokens = torch.empty_like(positions)
-    sure = torch.empty(positions.shape, dtype=accumulation_dtype(logits.dtype), device=logits.device)
+        return _pick_by(rules[0], logits, known)
+    tokens = torch.empty_like(known.positions)
+    sure = torch.empty(known.positions.shape, dtype=accumulation_dtype(logits.dtype), device=logits.device)
     for rule in set(rules):
         rows = placed([i for i, own in enumerate(rules) if own == rule], logits.device)
-        sampling = Sampling(seeds=seeds[rows], **rule._asdict())
-        tokens[rows], sure[rows] = pick(logits[rows], sampling, positions[rows], purpose[rows], step[rows])
+        tokens[rows], sure[rows] = _pick_by(rule, logits[rows], known.select(rows))
+    return tokens, sure
+
+
+def _pick_by(rule: Rule, logits: Tensor, keys: NoiseKeys) -> tuple[Tensor, Tensor]:
+    sampling = Sampling(seeds=keys.seeds, **rule._asdict())
+    return pick(logits, sampling, keys.positions, keys.purpose, keys.step)
+
+
+def greedy(logits: Tensor) -> tuple[Tensor, Tensor]:
+    """The most probable token of each position of logits (B, L, V), and the confidence in it, in one reading."""
+    nothing = torch.full((len(logits),), -1, device=logits.device)
+    tokens, sure = select("choose", logits.device, logits.dtype).function(logits, nothing)
     return tokens, sure
 
 
@@ -69,8 +91,7 @@ def pick(
 ) -> tuple[Tensor, Tensor]:
     """`choose`, and the `confidence` in what was chosen; greedily both in one reading of the logits."""
     if sampling.temperature <= 0:
-        nothing = torch.full((len(logits),), -1, device=logits.device)
-        return select("choose", logits.device, logits.dtype).function(logits, nothing)
+        return greedy(logits)
     tokens = choose(logits, sampling, positions, purpose, step)
     return tokens, confidence(logits, tokens)
 

@@ -14,8 +14,8 @@ from twotower.decoding.stopping import RowProgress
 
 
 @dataclass
-class RowRecord:
-    """One row: its tokens and text (`progress`), counts as in `Generation`, and clock readings."""
+class SequenceOutput:
+    """One sequence: its tokens and text (`progress`), counts as in `Generation`, and clock readings."""
 
     row: int
     mode: str
@@ -40,7 +40,9 @@ class RowRecord:
     ended: float = 0.0
 
     @classmethod
-    def of(cls, row: int, params: GenerationParams, prompt_tokens: int, tokenizer: Any, why: str = "") -> RowRecord:
+    def of(
+        cls, row: int, params: GenerationParams, prompt_tokens: int, tokenizer: Any, why: str = ""
+    ) -> SequenceOutput:
         """Of a row that begins."""
         progress = RowProgress(params.max_new_tokens, params.eos_token_id, params.stop, tokenizer)
         return cls(row, params.mode, prompt_tokens, progress, why)

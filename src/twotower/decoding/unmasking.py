@@ -8,7 +8,7 @@ enough for the block to be done in the given number of steps. `POLICIES` is the 
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any, NamedTuple
 
@@ -211,41 +211,3 @@ def decide(name: str, seen: Pass, knobs: Tensor) -> tuple[Tensor, Any]:
     """What rows of one policy commit, bool (B, L), and what it remembers for their next pass."""
     verdict = POLICIES[name].rule(seen, knobs)
     return commit(verdict, seen.masked, seen.step, seen.steps), verdict.memory
-
-
-class Unmasking:
-    """The policies of a batch's rows, with what they remember of the block at work."""
-
-    def __init__(self, names: Sequence[str], knobs: Sequence[float]) -> None:
-        self.names, self.knobs = list(names), list(knobs)
-        self._memory: dict[str, Any] = {}
-        self._groups: list[tuple[str, Tensor | None, Tensor]] = []  # policy, its rows (None: all), their knobs
-
-    def select(self, rows: Sequence[int]) -> Unmasking:
-        """Of the given rows, between blocks."""
-        return Unmasking([self.names[i] for i in rows], [self.knobs[i] for i in rows])
-
-    def begin(self, like: Tensor) -> None:
-        """A new block: nothing is remembered. like: a tensor of the device and dtype of the passes' confidences."""
-        self._memory.clear()
-        knobs = torch.tensor(self.knobs, dtype=like.dtype, device=like.device)[:, None]
-        places = {name: [i for i, own in enumerate(self.names) if own == name] for name in self.names}
-        if len(places) == 1:
-            self._groups = [(self.names[0], None, knobs)]
-        else:
-            rows = {name: torch.tensor(own, device=like.device) for name, own in places.items()}
-            self._groups = [(name, own, knobs[own]) for name, own in rows.items()]
-
-    def __call__(self, seen: Pass) -> Tensor:
-        """→ bool (B, L), the positions to commit. `seen` holds all rows; its memory is not used."""
-        out = torch.zeros_like(seen.masked)
-        for name, rows, knobs in self._groups:
-            if rows is None:
-                return self._apply(name, seen, knobs)
-            own = Pass(*(field[rows] for field in seen[:-1]))
-            out[rows] = self._apply(name, own, knobs)
-        return out
-
-    def _apply(self, name: str, seen: Pass, knobs: Tensor) -> Tensor:
-        chosen, self._memory[name] = decide(name, seen._replace(memory=self._memory.get(name)), knobs)
-        return chosen

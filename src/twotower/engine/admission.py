@@ -7,16 +7,13 @@ engine is checked here, for every caller: `LLM.add_request`, the server, batch j
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import TYPE_CHECKING
 
 from twotower.decoding.modes import AUTO
 from twotower.decoding.params import GenerationParams
 from twotower.engine.sequence import Request
 from twotower.engine.structured import check_constraint
+from twotower.engine.towers import Towers
 from twotower.errors import ArgumentError
-
-if TYPE_CHECKING:
-    from twotower.modeling_twotower import TwoTowerForCausalLM
 
 
 def columns(request: Request, block_size: int) -> int:
@@ -26,7 +23,7 @@ def columns(request: Request, block_size: int) -> int:
     return len(request.prompt) + params.max_new_tokens + min(params.block_size, block_size)
 
 
-def check_model(model: TwoTowerForCausalLM, params: GenerationParams, prompt_lengths: Sequence[int]) -> None:
+def check_model(model: Towers, params: GenerationParams, prompt_lengths: Sequence[int]) -> None:
     """Raises ArgumentError where this model cannot do what the parameters ask for, whatever engine runs the model."""
     params.check_against(model.config, prompt_lengths)
     if params.stop and model.tokenizer is None:
@@ -37,7 +34,7 @@ def check_model(model: TwoTowerForCausalLM, params: GenerationParams, prompt_len
         )
 
 
-def check(model: TwoTowerForCausalLM, request: Request, length: int, block_size: int, most_columns: int) -> None:
+def check(model: Towers, request: Request, length: int, block_size: int, most_columns: int) -> None:
     """length, block_size: of the engine's longest text and block; most_columns: that its memory holds.
 
     Raises:

@@ -3,25 +3,22 @@
 from __future__ import annotations
 
 import math
-from typing import TYPE_CHECKING
 
 from twotower.cache.hybrid_cache import sizes
+from twotower.engine.towers import Towers
 from twotower.errors import ArgumentError
-
-if TYPE_CHECKING:
-    from twotower.model.towers import TwoTowerModel
 
 PREFIX_SHARE = 0.2  # of the memory, for prompts' beginnings
 PREFIXES = 8  # of their chunks are remembered at least where no memory is given
 
 
-def memory_for(model: TwoTowerModel, rows: int, longest: int) -> int:
+def memory_for(model: Towers, rows: int, longest: int) -> int:
     """Bytes in which `rows` texts of `longest` tokens fit, one block included."""
-    per_row, per_token = sizes(model.context.config, model.dtype)
+    per_row, per_token = sizes(model.config.backbone, model.dtype)
     return math.ceil(rows * (per_row + per_token * longest) / (1 - PREFIX_SHARE)) + 1
 
 
-def shares(model: TwoTowerModel, rows: int, longest: int, chunk: int, memory: int | None) -> tuple[int, int, int]:
+def shares(model: Towers, rows: int, longest: int, chunk: int, memory: int | None) -> tuple[int, int, int]:
     """→ rows, as many of these as leave columns for a text of `longest` tokens beside their states; columns of keys and
     values for all of them; bytes for prompts' beginnings, in chunks of `chunk` tokens.
 
@@ -30,7 +27,7 @@ def shares(model: TwoTowerModel, rows: int, longest: int, chunk: int, memory: in
     Raises:
         ArgumentError: it holds no text at all.
     """
-    per_row, per_token = sizes(model.context.config, model.dtype)
+    per_row, per_token = sizes(model.config.backbone, model.dtype)
     if memory is None:
         whole = rows * (per_row + per_token * longest)
         return rows, rows * longest, max(round(whole * PREFIX_SHARE), PREFIXES * (per_row + per_token * chunk))

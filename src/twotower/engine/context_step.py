@@ -1,41 +1,43 @@
-"""What the context tower reads for the rows of an engine: prompts, pending tokens, drafts and finished blocks."""
+"""One pass of the context tower: prompts, pending tokens, drafts and finished blocks that it reads together."""
 
 from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import torch
 from torch import Tensor
 
+from twotower.cache.hybrid_cache import TowerState
+from twotower.decoding.acceptance import accept
 from twotower.decoding.output import BlockEvent, TokenLogprob
-from twotower.decoding.sampling import AR_TOKEN, confidence, pick_by_rule
-from twotower.engine.logprobs import Scores, Told
-from twotower.engine.loops.speculative import keep
+from twotower.decoding.sampling import AR_TOKEN, NoiseKeys, confidence, pick_rows
+from twotower.engine.logprobs import LogprobRequest, PendingLogprobs
+from twotower.engine.row_constants import RowConstants
 from twotower.engine.scheduled import ScheduledTokens
-from twotower.engine.sequence import Phase, Row
-from twotower.engine.structured import follow, restrict
+from twotower.engine.sequence import Phase, RunningSequence
+from twotower.engine.slots import at, slots_of
+from twotower.engine.structured import advance, mask_logits
+from twotower.engine.towers import Towers
 from twotower.ops.host_transfer import Fetched, placed
 
-if TYPE_CHECKING:
-    from twotower.cache.hybrid_cache import TowerState
-    from twotower.modeling_twotower import TwoTowerForCausalLM
-
-SMALL = 64  # tokens: a pass of so few costs hardly more than one of a single token, so padding it is free
+SMALL = 64  # tokens: a pass of so few costs hardly more than a pass of one token, so padding it is free
 
 
-def following(row: Row, count: int) -> list[int] | None:
-    """What follows each of the next `count` tokens of its prompt, where anybody asks how likely that is."""
-    end = row.read + count
-    if row.request.prompt_logprobs:
-        return list(row.request.prompt[row.read + 1 : end + 1])
-    first_block = row.request.logprobs is not None and row.mode == "diffusion" and end == row.prompt_end
-    return [] if first_block else None
+def following(sequence: RunningSequence, count: int) -> list[int] | None:
+    """What follows each of the next `count` prompt tokens, where log-probabilities of the prompt are wanted."""
+    end = sequence.read + count
+    if sequence.request.prompt_logprobs:
+        return list(sequence.request.prompt[sequence.read + 1 : end + 1])
+    wanted = sequence.request.logprobs is not None and sequence.mode == "diffusion"
+    return [] if wanted and end == sequence.prompt_end else None
 
 
 def grouped(works: Sequence[ScheduledTokens]) -> list[list[ScheduledTokens]]:
     """Passes: works of like width together, so that little of a pass is padding."""
+    if len(works) <= 1:
+        return [list(works)] if works else []
     groups: list[list[ScheduledTokens]] = []
     for work in sorted(works, key=lambda work: len(work.tokens)):
         group = groups[-1] if groups else []
@@ -45,135 +47,172 @@ def grouped(works: Sequence[ScheduledTokens]) -> list[list[ScheduledTokens]]:
             group.append(work)
         else:
             groups.append([work])
-    return [sorted(group, key=lambda work: work.row.slot) for group in groups]
+    return [sorted(group, key=lambda work: work.sequence.slot) for group in groups]
 
 
 @dataclass(frozen=True)
-class Reading:
-    """A context pass on its way. choosing: the works whose next token the AR model chooses, and of each the tokens,
-    the confidence in them, and how many drafted ones are kept; asking: those that want log-probabilities."""
+class PendingContext:
+    """A launched context pass. choosing: the works whose next token the AR model chooses, and of each the tokens, the
+    confidence in them, and how many drafted ones are accepted; asking: those that want log-probabilities."""
 
     choosing: Sequence[ScheduledTokens]
     choice: Fetched | None
     asking: Sequence[ScheduledTokens]
-    told: Told | None
+    logprobs: PendingLogprobs | None
 
 
-def launch(model: TwoTowerForCausalLM, state: TowerState, works: Sequence[ScheduledTokens]) -> Reading:
-    """Puts one context pass over the works' tokens on its way; scored rows choose and check. From here on the state,
-    and each row, count the tokens as read."""
+@dataclass(frozen=True)
+class _Scored:
+    """The works of a pass that need logits. places: where they stand in the pass (None: all of them, in order), those
+    that choose first, and of these the ones that ask last."""
+
+    choosing: list[ScheduledTokens]
+    asking: list[ScheduledTokens]
+    places: list[int] | None
+
+    @classmethod
+    def of(cls, works: Sequence[ScheduledTokens]) -> _Scored:
+        asks = [work.asks for work in works]
+        if not any(asks) and all(work.scored for work in works):
+            return cls(list(works), [], None)
+        scored = [i for i, work in enumerate(works) if work.scored or asks[i]]
+        scored.sort(key=lambda i: asks[i] + (not works[i].scored))
+        choosing = [works[i] for i in scored if works[i].scored]
+        return cls(choosing, [works[i] for i in scored if asks[i]], scored)
+
+
+def launch(
+    model: Towers, state: TowerState, constants: RowConstants, works: Sequence[ScheduledTokens]
+) -> PendingContext:
+    """Launches one context pass over the works' tokens; scored works choose and check. From here on the state, and each
+    sequence, count the tokens as read."""
     device = state.lengths.device
     width = max(len(work.tokens) for work in works)
     tokens = placed([work.tokens + [0] * (width - len(work.tokens)) for work in works], device)
-    lengths = placed([len(work.tokens) for work in works], device)
-    scored = [i for i, work in enumerate(works) if work.scored or work.asks]
-    scored.sort(key=lambda i: works[i].asks + (not works[i].scored))  # those that choose are a slice, and who asks too
-    places = placed(scored, device, torch.long)
-    choosing = [works[i] for i in scored if works[i].scored]
-    asking = [works[i] for i in scored if works[i].asks]
-    state.bound = max(work.row.read for work in works)  # of the rows of this pass; the others are not looked at
-    rows = some([work.row for work in works], state.rows, device)
     ragged = any(len(work.tokens) < width for work in works)
+    lengths = placed([len(work.tokens) for work in works], device) if ragged else None
+    scored = _Scored.of(works)
+    places = None if scored.places is None else placed(scored.places, device, torch.long)
+    wanted: bool | Tensor = True if places is None else places if len(places) else False
+    sequences = [work.sequence for work in works]
+    state.bound = max(sequence.read for sequence in sequences)  # of this pass; other sequences are not looked at
+    slots = slots_of(sequences, state.rows, device)
     before = state.lengths
-    choice = told = chosen = None
+    choice = logprobs = None
     try:
-        wanted = places if scored else False
-        logits = model.extend(tokens, state, lengths if ragged else None, rows=rows, logits=wanted, wide=False)
+        logits = model.extend(tokens, state, lengths, rows=slots, logits=wanted, wide=False)
         if logits is not None:
-            scores = Scores(asking, logits[-len(asking) :]) if asking else None
-            if choosing:
-                own = places[: len(choosing)]
-                chosen, *others = _choose(state, choosing, tokens[own], lengths[own], logits[: len(choosing)])
+            request = LogprobRequest(scored.asking, logits[-len(scored.asking) :]) if scored.asking else None
+            chosen = None
+            if scored.choosing:
+                if places is not None:  # fewer than all, or in another order
+                    own = places[: len(scored.choosing)]
+                    tokens, lengths = tokens[own], None if lengths is None else lengths[own]
+                    slots = own if slots is None else slots[own]
+                own_logits = logits[: len(scored.choosing)]
+                chosen, *others = _choose(state, constants, scored.choosing, _Read(tokens, lengths, slots), own_logits)
                 choice = Fetched(chosen, *others)
-            if scores is not None:
-                silent = sum(not work.asks for work in choosing)
-                told = scores.ask(None if chosen is None else chosen[silent:])
+            if request is not None:
+                silent = sum(not work.asks for work in scored.choosing)
+                logprobs = request.gather(None if chosen is None else chosen[silent:])
     except Exception:
         if state.lengths is not before:  # the tokens are in, but nobody knows what follows: a later attempt reads them
             state.rollback(before)
         raise
     for work in works:
-        work.row.read += len(work.tokens)
-        work.row.record.context_passes += work.row.phase is not Phase.PROMPT
-    return Reading(choosing, choice, asking, told)
+        work.sequence.read += len(work.tokens)
+        work.sequence.output.context_passes += work.sequence.phase is not Phase.PROMPT
+    return PendingContext(scored.choosing, choice, scored.asking, logprobs)
 
 
-def collect(reading: Reading) -> list[BlockEvent]:
+def collect(pending: PendingContext) -> list[BlockEvent]:
     """Books what the pass gave, once it is done."""
-    new, sure, kept = reading.choice.lists() if reading.choice is not None else ([], [], [])
-    told: dict[int, list[TokenLogprob]] = {}
-    if reading.told is not None:
-        taken = zip(reading.choosing, new, kept, strict=True)
-        told = reading.told.by_number([tokens[: count + 1] for work, tokens, count in taken if work.asks])
-        for work in reading.asking:
-            work.row.after = reading.told.afters.get(work.row.record.row)
-    return _book([work.row for work in reading.choosing], (new, sure, kept), told) + _book_told(reading.asking, told)
+    new, sure, accepted = pending.choice.lists() if pending.choice is not None else ([], [], [])
+    found: dict[int, list[TokenLogprob]] = {}
+    if pending.logprobs is not None:
+        taken = zip(pending.choosing, new, accepted, strict=True)
+        found = pending.logprobs.by_number([tokens[: count + 1] for work, tokens, count in taken if work.asks])
+        for work in pending.asking:
+            work.sequence.after = pending.logprobs.afters.get(work.sequence.output.row)
+    events = _book([work.sequence for work in pending.choosing], (new, sure, accepted), found)
+    return events + _book_logprobs(pending.asking, found) if pending.asking else events
 
 
-def some(rows: Sequence[Row], every: int, device: torch.device) -> Tensor | None:
-    """The rows' slots (B,) of a pool of `every`; None where they are all of it, in order: nothing is gathered then."""
-    slots = [row.slot for row in rows]
-    return None if slots == list(range(every)) else placed(slots, device)
+@dataclass(frozen=True)
+class _Read:
+    """What the choosing works read: tokens (n, L), of which the first lengths (n,) count (None: all), slots (n,) (None:
+    all)."""
+
+    tokens: Tensor
+    lengths: Tensor | None
+    slots: Tensor | None
 
 
 def _choose(
-    state: TowerState, works: Sequence[ScheduledTokens], tokens: Tensor, lengths: Tensor, logits: Tensor
+    state: TowerState, constants: RowConstants, works: Sequence[ScheduledTokens], read: _Read, logits: Tensor
 ) -> tuple[Tensor, Tensor, Tensor]:
-    """The AR model's choice after each token; of a draft what agrees with it is kept, then its own follows.
+    """The AR model's choice after each token; what agrees with it is accepted of a draft, then its own token follows.
 
-    → tokens and the confidence in them (n, L), and how many drafted ones are kept (n,). The state keeps as many.
+    → tokens and the confidence in them (n, L), and how many drafted ones are accepted (n,). The state keeps as many.
     """
-    device = tokens.device
-    allowed = restrict(works, logits)
-    rows = [work.row for work in works]
-    slots = placed([row.slot for row in rows], device)
-    before = state.lengths[slots] - lengths
-    seeds = placed([row.seed for row in rows], device)
-    purpose = torch.full((len(rows), 1), AR_TOKEN, device=device)
-    positions = before[:, None] + torch.arange(1, tokens.shape[1] + 1, device=device)
-    rules = [row.rule for row in rows]
-    own, sureness = pick_by_rule(logits, rules, seeds, positions, purpose, torch.zeros_like(purpose))
-    accepted = torch.zeros_like(lengths)
-    chosen = own
-    if tokens.shape[1] > 1:
-        asked = [row.params.acceptance for row in rows]
-        relaxed = placed(asked, device, sureness.dtype)[:, None] if min(asked) < 1 else 1.0
-        most = lengths if allowed is None else placed(allowed, device) + 1
-        chosen, accepted = keep(tokens, own, logits, relaxed, most)
-        if min(asked) < 1:  # what is kept need not be what AR would have chosen
-            sureness = confidence(logits, chosen)
-        state.rollback(state.lengths.index_copy(0, slots, before + 1 + accepted))
-    return chosen, sureness, accepted
+    tokens, device, width = read.tokens, logits.device, read.tokens.shape[1]
+    allowed = mask_logits(works, logits)
+    sequences = [work.sequence for work in works]
+
+    def before() -> Tensor:
+        return at(state.lengths, read.slots) - (width if read.lengths is None else read.lengths)
+
+    def keys() -> NoiseKeys:
+        positions = before()[:, None] + torch.arange(1, width + 1, device=device)
+        purpose = torch.full((len(works), 1), AR_TOKEN, device=device)
+        return NoiseKeys(at(constants.seeds, read.slots), positions, purpose, torch.zeros_like(purpose))
+
+    own, sure = pick_rows(logits, [sequence.rule for sequence in sequences], keys)
+    if width == 1:
+        return own, sure, torch.zeros(len(works), dtype=torch.long, device=device)
+    relaxed = any(sequence.params.acceptance < 1 for sequence in sequences)
+    most = read.lengths if allowed is None else placed(allowed, device) + 1
+    acceptance = at(constants.acceptance, read.slots) if relaxed else 1.0
+    chosen, accepted = accept(tokens, own, logits, acceptance, most)
+    if relaxed:  # what is accepted need not be what the AR model would have chosen
+        sure = confidence(logits, chosen)
+    kept = before() + 1 + accepted
+    state.rollback(kept if read.slots is None else state.lengths.index_copy(0, read.slots, kept))
+    return chosen, sure, accepted
 
 
 def _book(
-    rows: Sequence[Row], choice: tuple[list[Any], list[Any], list[Any]], told: dict[int, list[TokenLogprob]]
+    sequences: Sequence[RunningSequence],
+    choice: tuple[list[Any], list[Any], list[Any]],
+    found: dict[int, list[TokenLogprob]],
 ) -> list[BlockEvent]:
+    """The round's tokens of each sequence: the accepted part of its draft, and the AR model's own token."""
     events = []
-    for row, new, sure, kept in zip(rows, *choice, strict=True):
-        drafted = len(row.block) - 1 if row.phase is Phase.CHECK else 0
-        row.read -= drafted - kept
-        row.record.checked(drafted, kept)
-        steps = [*row.committed_at[1 : kept + 1], row.allowed] if drafted else [row.allowed]
-        draft, logprobs = row.block[1:] if drafted else (), told.get(row.record.row, [])
-        row.pending, row.kept = new[kept], kept
-        followed = follow(row, new[: kept + 1])
-        if isinstance(followed, BlockEvent):
-            events.append(followed)
+    for sequence, new, sure, accepted in zip(sequences, *choice, strict=True):
+        drafted = len(sequence.block) - 1 if sequence.phase is Phase.CHECK else 0
+        sequence.read -= drafted - accepted
+        sequence.output.checked(drafted, accepted)
+        steps = [*sequence.committed_at[1 : accepted + 1], sequence.allowed] if drafted else [sequence.allowed]
+        draft, logprobs = sequence.block[1:] if drafted else (), found.get(sequence.output.row, [])
+        sequence.pending, sequence.accepted = new[accepted], accepted
+        advanced = advance(sequence, new[: accepted + 1])
+        if isinstance(advanced, BlockEvent):
+            events.append(advanced)
         else:
-            text, complete = followed
-            events.append(row.record.take(text, steps, sure[: kept + 1], draft, logprobs, complete))
+            text, complete = advanced
+            events.append(sequence.output.take(text, steps, sure[: accepted + 1], draft, logprobs, complete))
     return events
 
 
-def _book_told(works: Sequence[ScheduledTokens], told: dict[int, list[TokenLogprob]]) -> list[BlockEvent]:
+def _book_logprobs(works: Sequence[ScheduledTokens], found: dict[int, list[TokenLogprob]]) -> list[BlockEvent]:
     """Of works that chose nothing: a prompt's log-probabilities, and blocks that waited for theirs."""
     events = []
-    for row in [work.row for work in works if not work.scored]:
-        logprobs = told[row.record.row]
-        if row.phase is Phase.PROMPT:
-            row.record.prompt_logprobs += logprobs
+    for sequence in [work.sequence for work in works if not work.scored]:
+        logprobs = found[sequence.output.row]
+        if sequence.phase is Phase.PROMPT:
+            sequence.output.prompt_logprobs += logprobs
         else:
-            events.append(row.record.take(row.held, row.committed_at, row.confidence, logprobs=logprobs))
-            row.held = []
+            output = sequence.output
+            events.append(output.take(sequence.held, sequence.committed_at, sequence.confidence, logprobs=logprobs))
+            sequence.held = []
     return events

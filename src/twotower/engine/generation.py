@@ -1,45 +1,33 @@
-"""Text from a two-tower model: one function per kind of answer, one table of modes.
+"""A batch of prompts on a model: thin calls of the engine.
 
-`generate` gives typed results, `stream` the events that lead to them, `generate_tensor` the published API's
-padded tensor. All three check every argument first and run the same loops.
+`generate` gives typed results, `stream` the events that lead to them, `generate_tensor` the published API's padded
+tensor. Each call checks every argument first, makes an engine for its prompts, and lets the engine go at the end.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
-from typing import TYPE_CHECKING, Any
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from typing import Any
 
 import torch
 from torch import Tensor
 
-from twotower.decoding.auto_mode import chooser_of, resolve
-from twotower.decoding.modes import AUTO, MODES
+from twotower.decoding.modes import AUTO
 from twotower.decoding.output import BlockEvent, Generation
 from twotower.decoding.params import GenerationParams
 from twotower.decoding.prompts import PromptRows, Prompts, read_prompts
 from twotower.engine.admission import check_model
-from twotower.engine.loops.autoregressive import autoregressive, mock_autoregressive
-from twotower.engine.loops.diffusion import StepCallback, diffusion
-from twotower.engine.loops.session import Session
-from twotower.engine.loops.speculative import verified
+from twotower.engine.denoiser_step import StepCallback
+from twotower.engine.llm import LLM, EngineOptions
+from twotower.engine.mode_choice import resolve
+from twotower.engine.sequence import Request
+from twotower.engine.towers import Towers
 from twotower.errors import ArgumentError
-
-if TYPE_CHECKING:
-    from twotower.modeling_twotower import TwoTowerForCausalLM
-
-__all__ = ["MODES", "BlockEvent", "Generation", "GenerationParams", "generate", "stream"]
-
-Loop = Callable[[Session, StepCallback | None], Iterator[list[BlockEvent]]]
-LOOPS: dict[str, Loop] = {
-    "diffusion": diffusion,
-    "verified": verified,
-    "ar": lambda session, _: autoregressive(session),
-    "mock_ar": lambda session, _: mock_autoregressive(session),
-}
 
 
 def generate(
-    model: TwoTowerForCausalLM,
+    model: Towers,
     prompts: Prompts,
     params: GenerationParams,
     attention_mask: Tensor | None = None,
@@ -49,13 +37,14 @@ def generate(
 
     Raises:
         ArgumentError (a ValueError): before any work.
+        Exception: what a commit policy or the callback raises, unchanged.
     """
     rows = _checked(model, prompts, params, attention_mask)
-    return _run_to_end(_session(model, rows, params), params, step_callback)
+    return _run(model, rows, params, step_callback)[0]
 
 
 def stream(
-    model: TwoTowerForCausalLM,
+    model: Towers,
     prompts: Prompts,
     mode: str = "diffusion",
     *,
@@ -70,25 +59,24 @@ def stream(
 
 
 def generate_tensor(
-    model: TwoTowerForCausalLM,
+    model: Towers,
     prompts: Prompts,
     params: GenerationParams,
     attention_mask: Tensor | None = None,
     step_callback: StepCallback | None = None,
 ) -> tuple[Tensor, int]:
-    """→ prompts and new tokens (B, S + n), padded on the right with the pad token, and the denoiser passes."""
+    """→ prompts and new tokens (B, S + n), padded on the right with the pad token, and the denoiser passes that ran."""
     rows = _checked(model, prompts, params, attention_mask)
-    session = _session(model, rows, params)
-    results = _run_to_end(session, params, step_callback)
+    results, passes = _run(model, rows, params, step_callback)
     width = max(len(result.tokens) for result in results)
     pad = _pad_token(model)
     new = torch.tensor([result.tokens + [pad] * (width - len(result.tokens)) for result in results], dtype=torch.long)
     padded = rows.padded
-    return torch.cat([padded, new.view(len(results), width).to(padded.device, padded.dtype)], dim=1), session.passes
+    return torch.cat([padded, new.view(len(results), width).to(padded.device, padded.dtype)], dim=1), passes
 
 
 def generate_like_transformers(
-    model: TwoTowerForCausalLM,
+    model: Towers,
     inputs: Tensor | None = None,
     generation_config: Any = None,
     *,
@@ -118,51 +106,68 @@ def generate_like_transformers(
         kwargs.setdefault("temperature", 1.0)
     eos = getattr(model.config, "eos_token_id", None)
     kwargs.setdefault("eos_token_id", eos)  # one id, several, or none
-    tokens, model._last_nfe = generate_tensor(model, prompts, GenerationParams.of(mode="ar", **kwargs), attention_mask)
-    return tokens
+    return generate_tensor(model, prompts, GenerationParams.of(mode="ar", **kwargs), attention_mask)[0]
 
 
-def _checked(
-    model: TwoTowerForCausalLM, prompts: Prompts, params: GenerationParams, attention_mask: Tensor | None
-) -> PromptRows:
+def _checked(model: Towers, prompts: Prompts, params: GenerationParams, attention_mask: Tensor | None) -> PromptRows:
     vocab_size = model.config.backbone.vocab_size
     rows = read_prompts(prompts, attention_mask, model.tokenizer, vocab_size, _pad_token(model))
     check_model(model, params, [len(ids) for ids in rows.ids])
     return rows
 
 
-def _session(model: TwoTowerForCausalLM, rows: PromptRows, params: GenerationParams) -> Session:
-    chosen, why = resolve(model, params, len(rows.ids))
-    return Session(model, rows.ids, chosen, model.tokenizer, why)
+@contextmanager
+def _engine(
+    model: Towers, rows: PromptRows, params: GenerationParams, callback: StepCallback | None
+) -> Iterator[tuple[LLM, Sequence[Request]]]:
+    """An engine for one batch, and the batch's requests. Its state goes back to the model's workspace at the end,
+    unless an exception interrupted the work."""
+    chosen, reason = resolve(model, params, len(rows.ids))
+    requests = [
+        Request(ids, own, mode_reason=reason) for ids, own in zip(rows.ids, chosen.by_row(len(rows.ids)), strict=True)
+    ]
+    options = EngineOptions(prefix_cache=False, prompt_budget=None, step_callback=callback, raise_errors=True)
+    llm = LLM.fitting(model, requests, rows=len(requests), options=options)
+    try:
+        yield llm, requests
+    except GeneratorExit:
+        llm.close()
+        raise
+    llm.close()
 
 
-@torch.no_grad()
-def _run_to_end(session: Session, asked: GenerationParams, callback: StepCallback | None) -> list[Generation]:
-    for _ in LOOPS[session.params.mode](session, callback):
-        pass
-    return _learned(session, asked)
+def _run(
+    model: Towers, rows: PromptRows, params: GenerationParams, callback: StepCallback | None
+) -> tuple[list[Generation], int]:
+    """→ the results, and the denoiser passes that ran."""
+    with _engine(model, rows, params, callback) as (llm, requests):
+        results = llm.generate(requests)
+    _learn(model, params, results)
+    return results, llm.blocks.passes
 
 
-@torch.no_grad()
 def _events(
-    model: TwoTowerForCausalLM, rows: PromptRows, params: GenerationParams, callback: StepCallback | None
+    model: Towers, rows: PromptRows, params: GenerationParams, callback: StepCallback | None
 ) -> Iterator[BlockEvent]:
-    session = _session(model, rows, params)
-    for events in LOOPS[session.params.mode](session, callback):
-        yield from events
-    if params.max_new_tokens == 0:  # no block, but every row has an end
-        yield from (record.nothing() for record in session.records)
-    _learned(session, params)
+    results = []
+    with _engine(model, rows, params, callback) as (llm, requests):
+        for request in requests:
+            llm.add_request(request)
+        while llm.has_work:
+            for event in llm.step():
+                assert isinstance(event, BlockEvent)
+                if event.result is not None:
+                    results.append(event.result)
+                yield event
+    _learn(model, params, results)
 
 
-def _learned(session: Session, asked: GenerationParams) -> list[Generation]:
-    """The results, from which mode "auto" learns."""
-    results = [record.result() for record in session.records]
+def _learn(model: Towers, asked: GenerationParams, results: Sequence[Generation]) -> None:
+    """Mode "auto" learns from what a batch wrote."""
     if asked.mode == AUTO:
-        chooser_of(session.model).recent.learn(results, asked.block_size)
-    return results
+        model.workspace.mode_chooser.recent.learn(results, asked.block_size)
 
 
-def _pad_token(model: TwoTowerForCausalLM) -> int:
+def _pad_token(model: Towers) -> int:
     pad = getattr(model.config, "pad_token_id", None)  # transformers 5 sets it only where the file has it
     return pad if isinstance(pad, int) else 0

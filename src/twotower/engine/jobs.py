@@ -18,8 +18,8 @@ from twotower.decoding.params import GenerationParams
 from twotower.engine.admission import check_model
 from twotower.engine.llm import LLM
 from twotower.engine.sequence import Request
+from twotower.engine.towers import Towers
 from twotower.errors import ArgumentError, TwoTowerError
-from twotower.model.towers import TwoTowerModel
 
 OWN = ("mode", "max_new_tokens", "temperature", "top_k", "top_p", "seed", "stop", "block_size", "steps_per_block",
        "confidence_threshold", "policy", "knob", "draft_steps", "acceptance")  # fmt: skip
@@ -37,7 +37,7 @@ class Line:
     error: str = ""
 
 
-def read_lines(path: Path, model: TwoTowerModel, shared: dict[str, Any], whence: str = "") -> list[Line]:
+def read_lines(path: Path, model: Towers, shared: dict[str, Any], whence: str = "") -> list[Line]:
     """Every line that is not blank. shared: parameters of lines that say nothing else; a line without a seed gets the
     shared one plus its number. whence: which model is asked, for the digest.
 
@@ -55,7 +55,7 @@ def read_lines(path: Path, model: TwoTowerModel, shared: dict[str, Any], whence:
     return lines
 
 
-def _line(number: int, text: str, asked: str, model: TwoTowerModel, shared: dict[str, Any]) -> Line:
+def _line(number: int, text: str, asked: str, model: Towers, shared: dict[str, Any]) -> Line:
     try:
         fields = json.loads(text)
     except ValueError as error:
@@ -78,7 +78,7 @@ def _line(number: int, text: str, asked: str, model: TwoTowerModel, shared: dict
     return Line(number, asked, name, request)
 
 
-def engine_for(model: TwoTowerModel, lines: Sequence[Line], rows: int, memory: int | None = None) -> LLM:
+def engine_for(model: Towers, lines: Sequence[Line], rows: int, memory: int | None = None) -> LLM:
     """One that every line fits, with as many of `rows` as `memory` bytes of state allow."""
     return LLM.fitting(model, [line.request for line in lines if line.request is not None], rows, memory)
 
@@ -129,13 +129,12 @@ def run_job(
         while written < len(lines):
             while following < len(lines) and following - written < AHEAD * llm.state.rows:
                 line = lines[following]
-                if line.request is None:
-                    answers[following] = {"error": line.error}
-                else:
-                    try:
-                        places[llm.add_request(line.request)] = following
-                    except ArgumentError as error:
-                        answers[following] = {"error": str(error)}
+                try:
+                    if line.request is None:
+                        raise ArgumentError(line.error)
+                    places[llm.add_request(line.request)] = following
+                except ArgumentError as error:
+                    answers[following] = {"error": str(error)}
                 following += 1
             for event in llm.step():
                 tokens += len(event.tokens)

@@ -18,7 +18,7 @@ if TYPE_CHECKING:
     from twotower.engine.scheduled import ScheduledTokens
 
 
-class Scores:
+class LogprobRequest:
     """What the AR model believes after each token of the works that ask, the choosing ones first: logits (n, L, V).
 
     Made before anything is left out of the logits and asked once the tokens are chosen.
@@ -26,32 +26,34 @@ class Scores:
 
     def __init__(self, works: Sequence[ScheduledTokens], logits: Tensor) -> None:
         self.works = works
-        self.read = Beliefs(logits, _alternatives(works))
-        self.opening = [work for work in works if work.row.held and work.row.after is not None]
-        afters = [work.row.after for work in self.opening if work.row.after is not None]
-        self.before = Beliefs(torch.stack(afters)[:, None], _alternatives(self.opening)) if afters else None
+        self.read = LogitStats(logits, _alternatives(works))
+        self.opening = [work for work in works if work.sequence.held and work.sequence.after is not None]
+        afters = [work.sequence.after for work in self.opening if work.sequence.after is not None]
+        self.before = LogitStats(torch.stack(afters)[:, None], _alternatives(self.opening)) if afters else None
 
-    def ask(self, chosen: Tensor | None) -> Told:
+    def gather(self, chosen: Tensor | None) -> PendingLogprobs:
         """Of the tokens chosen (k, L) by the first k works (None: by none) and of those that stand there anyway."""
         known = [work.following or [] for work in self.works[0 if chosen is None else len(chosen) :]]
         ids = self.read.padded(known)
         read = self.read.of(ids if chosen is None else torch.cat([chosen, ids]))
         before = None
         if self.before is not None:  # a block's first token follows what was read before it
-            before = self.before.of(self.before.padded([work.row.held[:1] for work in self.opening]))
-        return Told(self.works, known, read, self.opening, before, self._afters())
+            before = self.before.of(self.before.padded([work.sequence.held[:1] for work in self.opening]))
+        return PendingLogprobs(self.works, known, read, self.opening, before, self._afters())
 
     def _afters(self) -> dict[int, Tensor]:
         wanted = [
             (place, work)
             for place, work in enumerate(self.works)
-            if work.row.mode == "diffusion" and work.row.request.logprobs is not None
+            if work.sequence.mode == "diffusion" and work.sequence.request.logprobs is not None
         ]
-        return {work.row.record.row: self.read.logits[place, len(work.tokens) - 1].clone() for place, work in wanted}
+        return {
+            work.sequence.output.row: self.read.logits[place, len(work.tokens) - 1].clone() for place, work in wanted
+        }
 
 
 @dataclass(frozen=True)
-class Told:
+class PendingLogprobs:
     """Log-probabilities on their way: after what the works read, and of the first tokens of blocks, which follow what
     was read before. known: what follows the tokens of the works that chose nothing. afters: by request number, the
     logits (V,) after the last token, of rows whose next block begins there."""
@@ -67,13 +69,13 @@ class Told:
         """By request number. chosen: the tokens of the works that chose, as far as they count."""
         told = dict(zip(_numbers(self.works), _listed(self.read, [*chosen, *self.known], self.works), strict=True))
         if self.before is not None:
-            firsts = _listed(self.before, [work.row.held[:1] for work in self.opening], self.opening)
+            firsts = _listed(self.before, [work.sequence.held[:1] for work in self.opening], self.opening)
             for number, first in zip(_numbers(self.opening), firsts, strict=True):
                 told[number] = first + told[number]
         return told
 
 
-class Beliefs:
+class LogitStats:
     """logits (n, L, V); total (n, L): ln Σ exp of them; best (n, L, top) and their log-probabilities."""
 
     def __init__(self, logits: Tensor, top: int) -> None:
@@ -105,15 +107,15 @@ def _listed(
     own, best, values = found.lists()
     out = []
     for place, (tokens, work) in enumerate(zip(following, works, strict=True)):
-        top = work.row.request.logprobs or 0
+        top = work.sequence.request.logprobs or 0
         columns = zip(tokens, own[place], best[place], values[place], strict=False)
         out.append([TokenLogprob(t, p, tuple(zip(b, v, strict=True))[:top]) for t, p, b, v in columns])
     return out
 
 
 def _alternatives(works: Sequence[ScheduledTokens]) -> int:
-    return max((work.row.request.logprobs or 0 for work in works), default=0)
+    return max((work.sequence.request.logprobs or 0 for work in works), default=0)
 
 
 def _numbers(works: Sequence[ScheduledTokens]) -> list[int]:
-    return [work.row.record.row for work in works]
+    return [work.sequence.output.row for work in works]

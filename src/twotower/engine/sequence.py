@@ -1,4 +1,4 @@
-"""A request, and the row that it becomes while it runs."""
+"""A request, and the sequence that it becomes while it runs."""
 
 from __future__ import annotations
 
@@ -8,11 +8,11 @@ from enum import Enum
 
 from torch import Tensor
 
-from twotower.decoding.draft_controller import Pace
-from twotower.decoding.output import StepEvent
+from twotower.decoding.draft_controller import DraftController
+from twotower.decoding.output import BlockEvent, StepEvent
 from twotower.decoding.params import GenerationParams
 from twotower.decoding.sampling import Rule
-from twotower.decoding.sequence_output import RowRecord
+from twotower.decoding.sequence_output import SequenceOutput
 from twotower.decoding.structured import Constraint, Matcher
 from twotower.errors import ArgumentError
 
@@ -27,7 +27,8 @@ class Request:
     tokens at its place (None: not asked). prompt_logprobs: the same of the prompt, which is then read in full even
     where its beginning is known; with max_new_tokens 0 that is all that is done. constraint: what the text must be, in
     the modes ar and verified; it ends with finish_reason "stop" where it is complete.
-    watched: its blocks are shown after every pass of the denoiser, as `StepEvent`s.
+    watched: its blocks are shown after every pass of the denoiser, as `StepEvent`s. mode_reason: why its mode was
+    chosen, where mode "auto" was resolved before.
 
     Raises:
         ArgumentError: what, value and remedy.
@@ -39,6 +40,7 @@ class Request:
     prompt_logprobs: bool = False
     constraint: Constraint | None = None
     watched: bool = False
+    mode_reason: str = ""
 
     def __post_init__(self) -> None:
         _check_prompt(self.prompt)
@@ -69,70 +71,85 @@ def _check_prompt(prompt: Sequence[int]) -> None:
 
 
 class Phase(Enum):
-    """What a row needs next."""
+    """What a sequence needs next."""
 
     PROMPT = "the context tower reads more of the prompt"
-    STEP = "it reads the pending token and chooses the next"
-    DENOISE = "the denoiser fills the row's block"
-    CHECK = "the context tower reads the pending token and the draft, and keeps what it agrees with"
+    STEP = "the context tower reads the pending token and chooses the next"
+    DENOISE = "the denoiser fills the block"
+    DRAFT = "the engine's drafter proposes the block"
+    CHECK = "the context tower reads the pending token and the draft, and accepts what it agrees with"
     COMMIT = "the context tower reads the finished block"
-    MOCK = "the denoiser proposes the token after the pending one"
-    GONE = "nothing: it has ended or was given up"
+    DENOISER_AR = "the denoiser proposes the token after the pending one"
+    FINISHED = "nothing: the sequence has ended or was aborted"
 
 
-@dataclass
-class Row:
-    """A running request: its slot of the state, what it needs next, and what it has written."""
+@dataclass(eq=False)
+class RunningSequence:
+    """A running request: its slot of the state, what it needs next, and its output so far.
+
+    read: tokens of the text that the state holds. pending: the text's last token, where the state does not hold it yet.
+    block, committed_at, confidence: the finished block or draft; has_masks: whether the open block has masks left.
+    room: new tokens that this round may write. allowed: denoiser passes that this round may take (0: none); launched:
+    those launched for the open block; opened: blocks opened so far. seen: text tokens that the denoiser was shown
+    (−1: nothing of this text). accepted: drafted tokens of the last round. seconds: this sequence's share of the passes
+    of its round. held: new tokens that wait for their log-probabilities. after (V,): diffusion with log-probabilities:
+    the AR model's logits after what is read. memory: what the commit policy remembers of the block. error: what the
+    matcher raised.
+    """
 
     request: Request
-    record: RowRecord
+    output: SequenceOutput
     slot: int
     seed: int
     policy: str
-    knob: float
-    pace: Pace
+    policy_value: float
+    controller: DraftController
+    matcher: Matcher | None = None
     phase: Phase = Phase.PROMPT
-    read: int = 0  # tokens of the text that the state holds
-    pending: int = -1  # the text's last token where the state does not hold it yet
-    block: list[int] = field(default_factory=list)  # the finished block or draft
+    read: int = 0
+    pending: int = -1
+    block: list[int] = field(default_factory=list)
     committed_at: list[int] = field(default_factory=list)
     confidence: list[float] = field(default_factory=list)
-    seen: list[StepEvent] = field(default_factory=list)  # of a watched request, not yet told
-    kept: int = 0  # drafted tokens of the last round
-    allowed: int = 0  # passes of the denoiser that this round may take; 0: none
-    taken: int = 0  # and those that its block has been given
-    opened: int = 0  # blocks that the denoiser has been asked for
-    shown: int = -1  # tokens of the text that the denoiser has been shown; −1: it knows nothing of this text
-    seconds: float = 0.0  # this row's share of the passes of its round
-    held: list[int] = field(default_factory=list)  # new tokens that wait for their log-probabilities
-    after: Tensor | None = None  # (V,): diffusion with logprobs: the AR model's logits after what is read
-    matcher: Matcher | None = None  # where its text stands in the grammar that it must follow
-    memory: object = None  # what its policy remembers of the block
-    error: Exception | None = None  # what its matcher raised
+    has_masks: bool = False
+    step_events: list[StepEvent] = field(default_factory=list)
+    accepted: int = 0
+    room: int = 0
+    allowed: int = 0
+    launched: int = 0
+    opened: int = 0
+    seen: int = -1
+    seconds: float = 0.0
+    held: list[int] = field(default_factory=list)
+    after: Tensor | None = None
+    memory: object = None
+    error: Exception | None = None
 
-    @property
-    def params(self) -> GenerationParams:
-        return self.request.params
-
-    @property
-    def mode(self) -> str:
-        return self.record.mode
-
-    @property
-    def rule(self) -> Rule:
-        return Rule(self.params.temperature, self.params.top_k, self.params.top_p)
+    def __post_init__(self) -> None:
+        self.params: GenerationParams = self.request.params
+        self.mode = self.output.mode
+        self.rule = Rule(self.params.temperature, self.params.top_k, self.params.top_p)
+        # Prompt tokens to read before anything is written: all in diffusion, else all but the pending one.
+        self.prompt_end = len(self.request.prompt) - (self.mode != "diffusion" or not self.params.max_new_tokens)
 
     @property
     def needs_denoiser(self) -> bool:
-        """Whether the denoiser has a pass to make for it, as far as is known."""
-        return self.phase is Phase.MOCK or (self.phase is Phase.DENOISE and self.taken < self.allowed)
+        """Whether the denoiser has a pass to make for this sequence, as far as the host knows."""
+        if self.phase is Phase.DENOISE:
+            return self.launched < self.allowed
+        return self.phase is Phase.DENOISER_AR
 
     @property
     def in_last_pass(self) -> bool:
-        """Of a row that denoises: whether it is certain to need the context tower after the denoiser's next pass."""
-        return self.phase is Phase.MOCK or self.taken == self.allowed - 1
+        """Whether the context tower is certain to be needed after the denoiser's next pass."""
+        return self.phase is Phase.DENOISER_AR or self.launched == self.allowed - 1
 
     @property
-    def prompt_end(self) -> int:
-        """Prompt tokens that are read before anything is written: all in diffusion, else all but the pending one."""
-        return len(self.request.prompt) - (self.mode != "diffusion" or not self.params.max_new_tokens)
+    def draft_length(self) -> int:
+        """Positions of the draft block worth checking, the pending token included."""
+        return min(self.room, self.controller.length(self.params.block_size))
+
+    def fail(self, error: Exception) -> BlockEvent:
+        """Ends the sequence with an error; passes of it that are on their way count no more."""
+        self.phase = Phase.FINISHED
+        return self.output.fail(error)

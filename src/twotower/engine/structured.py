@@ -18,7 +18,7 @@ from twotower.ops.host_transfer import placed
 
 if TYPE_CHECKING:
     from twotower.engine.scheduled import ScheduledTokens
-    from twotower.engine.sequence import Row
+    from twotower.engine.sequence import RunningSequence
 
 
 def check_constraint(constraint: Constraint, mode: str, vocab_size: int) -> None:
@@ -37,21 +37,21 @@ def check_constraint(constraint: Constraint, mode: str, vocab_size: int) -> None
         )
 
 
-def restrict(works: Sequence[ScheduledTokens], logits: Tensor) -> list[int] | None:
+def mask_logits(works: Sequence[ScheduledTokens], logits: Tensor) -> list[int] | None:
     """Sets to −∞, in logits (n, L, V) and in place, what the works' grammars forbid after the pending token and after
     each token of a draft, as far as the draft is allowed → how many tokens each work may keep of its draft; None: no
-    work has a grammar. A row whose matcher fails has an `error`."""
-    constrained = [(place, work) for place, work in enumerate(works) if work.row.matcher is not None]
+    sequence has a grammar. A sequence whose matcher fails gets an `error`."""
+    constrained = [(place, work) for place, work in enumerate(works) if work.sequence.matcher is not None]
     if not constrained:
         return None
     drafted = [len(work.tokens) - 1 for work in works]
     walked, masks = [], []
     for place, work in constrained:
-        assert work.row.matcher is not None
+        assert work.sequence.matcher is not None
         try:
-            found, drafted[place] = _walk(work.row.matcher, work.tokens[1:], logits.shape[2])
+            found, drafted[place] = _walk(work.sequence.matcher, work.tokens[1:], logits.shape[2])
         except Exception as error:
-            work.row.error = error
+            work.sequence.error = error
             continue
         if not found[-1].any():  # the text is complete there, and what is chosen is not looked at
             found.pop()
@@ -85,15 +85,15 @@ def _walk(matcher: Matcher, draft: Sequence[int], size: int) -> tuple[list[NDArr
     return masks, count
 
 
-def follow(row: Row, tokens: list[int]) -> tuple[list[int], bool] | BlockEvent:
-    """The row's grammar goes on with its new tokens → those of them that belong to the text, and whether it is
-    complete; or the row's end, where the matcher has failed."""
-    if row.matcher is None:
+def advance(sequence: RunningSequence, tokens: list[int]) -> tuple[list[int], bool] | BlockEvent:
+    """Advances the grammar by the sequence's new tokens → those of them that belong to the text, and whether the text
+    is complete; or the sequence's last event, where the matcher has failed."""
+    if sequence.matcher is None:
         return tokens, False
     try:
-        if row.error is not None:
-            raise row.error
-        count, complete = row.matcher.take(tokens)
+        if sequence.error is not None:
+            raise sequence.error
+        count, complete = sequence.matcher.take(tokens)
     except Exception as error:
-        return row.record.fail(error)
+        return sequence.output.fail(error)
     return tokens[:count], complete

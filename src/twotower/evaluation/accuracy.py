@@ -7,9 +7,9 @@ from dataclasses import asdict, dataclass
 from functools import partial
 from typing import Any
 
+from twotower.decoding.output import Generation
 from twotower.decoding.presets import Setting, beside_ar
 from twotower.engine import Request
-from twotower.engine.generation import Generation
 from twotower.errors import ArgumentError
 from twotower.evaluation.comparison import Paired, compare
 from twotower.evaluation.likelihood import continuation_nats

@@ -10,7 +10,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from twotower.engine.generation import Generation
+from twotower.decoding.output import Generation
 from twotower.errors import ArgumentError
 from twotower.model.packed_forward import Layout, context_pass
 from twotower.modeling_twotower import TwoTowerForCausalLM

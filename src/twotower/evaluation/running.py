@@ -4,8 +4,8 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 
+from twotower.decoding.output import Generation
 from twotower.engine import LLM, Request
-from twotower.engine.generation import Generation
 from twotower.modeling_twotower import TwoTowerForCausalLM
 
 

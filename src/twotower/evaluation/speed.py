@@ -8,9 +8,9 @@ from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass
 from typing import Any, cast
 
-from twotower.decoding.auto_mode import resolve
 from twotower.decoding.presets import AR, Setting, beside_ar
 from twotower.engine import LLM, Request
+from twotower.engine.mode_choice import resolve
 from twotower.errors import ArgumentError
 from twotower.evaluation.running import generate_all
 from twotower.evaluation.tasks import problems

@@ -10,8 +10,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from twotower.decoding.output import Generation
 from twotower.decoding.presets import AR, Setting, beside_ar, parse_setting
-from twotower.engine.generation import Generation
 from twotower.errors import ArgumentError
 from twotower.evaluation.accuracy import answer, chosen_problems, marks
 from twotower.evaluation.comparison import compare

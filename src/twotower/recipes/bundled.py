@@ -120,7 +120,8 @@ def _load(path: Path) -> None:
 
 def _finish(texts: list[str]) -> list[str]:
     """Lines of JSON; a continuation that does not end is left out: cut short, it would teach a wrong ending."""
-    from twotower.engine.generation import GenerationParams, generate
+    from twotower.decoding.params import GenerationParams
+    from twotower.engine.generation import generate
 
     eos = _loaded.config.eos_token_id
     params = GenerationParams.of(mode="ar", max_new_tokens=CONTINUATION_LENGTH, eos_token_id=eos)

@@ -21,9 +21,9 @@ from lm_eval.api.registry import register_model
 from tqdm import tqdm
 
 from twotower import model_loading
+from twotower.decoding.output import Generation
 from twotower.decoding.presets import Setting, parse_setting
 from twotower.engine import Request
-from twotower.engine.generation import Generation
 from twotower.errors import ArgumentError
 from twotower.evaluation.likelihood import Likelihood, continuation_bound, continuation_likelihood
 from twotower.evaluation.running import generate_all

@@ -9,7 +9,7 @@ from typing import Any
 import torch
 import torch.nn.functional as F
 
-from twotower.engine.generation import GenerationParams
+from twotower.decoding.params import GenerationParams
 from twotower.errors import ArgumentError
 from twotower.modeling_twotower import TwoTowerForCausalLM
 from twotower.training.data.batch import Batch

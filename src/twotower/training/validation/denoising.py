@@ -11,7 +11,7 @@ import torch.nn.functional as F
 from torch import Tensor
 from torch.distributed.fsdp import register_fsdp_forward_method
 
-from twotower.engine.generation import GenerationParams
+from twotower.decoding.params import GenerationParams
 from twotower.errors import ArgumentError
 from twotower.model.linear import Linear
 from twotower.model.packed_forward import Layout, read_layer

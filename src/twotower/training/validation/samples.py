@@ -11,7 +11,9 @@ from typing import Any
 from torch import Tensor, nn
 from torch.distributed.fsdp import FSDPModule
 
-from twotower.engine.generation import Generation, GenerationParams, generate
+from twotower.decoding.output import Generation
+from twotower.decoding.params import GenerationParams
+from twotower.engine.generation import generate
 from twotower.errors import ArgumentError
 from twotower.modeling_twotower import TwoTowerForCausalLM
 from twotower.training.data.batch import Batch

@@ -1,0 +1,73 @@
+"""Applies the commit policies to the blocks of one pass: each row its own policy, rows of one policy together."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from twotower.decoding.unmasking import Pass, decide
+from twotower.engine.sequence import RunningSequence
+from twotower.ops.host_transfer import placed
+
+
+def commit_rows(
+    sequences: Sequence[RunningSequence], seen: Pass, values: Tensor, catch: bool
+) -> tuple[Tensor, dict[int, Exception]]:
+    """What each row's policy commits, bool (B, L), and what policies raised, by the row's place.
+
+    values (B, 1): the policies' numbers. catch: a row whose policy raises commits nothing; otherwise the exception is
+    raised.
+    """
+    groups: dict[tuple[str, bool], list[int]] = {}
+    for place, sequence in enumerate(sequences):
+        groups.setdefault((sequence.policy, sequence.memory is None), []).append(place)
+    if not catch and len(groups) == 1:
+        return _commit(sequences, seen, values), {}
+    out = torch.zeros_like(seen.masked)
+    errors: dict[int, Exception] = {}
+    waiting = list(groups.values())
+    while waiting:
+        members = waiting.pop()
+        own = [sequences[place] for place in members]
+        try:
+            if len(members) == len(sequences):
+                return _commit(own, seen, values), errors
+            places = placed(members, out.device)
+            out[places] = _commit(own, Pass(*(field[places] for field in seen[:-1])), values[places])
+        except Exception as error:  # a policy may be a caller's own
+            if not catch:
+                raise
+            if len(members) > 1:
+                waiting += [[place] for place in members]
+            else:
+                errors[members[0]] = error
+    return out, errors
+
+
+def _commit(sequences: Sequence[RunningSequence], seen: Pass, values: Tensor) -> Tensor:
+    """What rows of one policy commit. They are all in the first pass of their blocks, or none of them is."""
+    if sequences[0].memory is not None:
+        seen = seen._replace(memory=_joined([sequence.memory for sequence in sequences]))
+    chosen, memory = decide(sequences[0].policy, seen, values)
+    if memory is not None or seen.memory is not None:
+        for place, sequence in enumerate(sequences):
+            sequence.memory = _part(memory, place)
+    return chosen
+
+
+def _part(memory: Any, place: int) -> Any:
+    """One row's part of what a policy remembers: tensors whose first dimension is the rows, or tuples of them."""
+    if isinstance(memory, tuple):
+        return tuple(_part(part, place) for part in memory)
+    return memory[place : place + 1] if isinstance(memory, Tensor) else memory
+
+
+def _joined(memories: Sequence[Any]) -> Any:
+    """The rows' parts together again."""
+    first = memories[0]
+    if isinstance(first, tuple):
+        return tuple(_joined(parts) for parts in zip(*memories, strict=True))
+    return torch.cat(list(memories)) if isinstance(first, Tensor) else first

@@ -1,0 +1,69 @@
+"""`mode="auto"` on a model: resolves it for a batch, from measured costs of passes and from what drafts were worth."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable
+from dataclasses import replace
+
+import torch
+
+from twotower.decoding.auto_mode import Costs
+from twotower.decoding.draft_controller import bucket
+from twotower.decoding.modes import AUTO
+from twotower.decoding.params import GenerationParams
+from twotower.engine.towers import Towers
+
+CONTEXT = 64  # tokens before the passes that are timed
+REPEATS = 3
+
+
+def resolve(model: Towers, params: GenerationParams, rows: int) -> tuple[GenerationParams, str]:
+    """Parameters with a mode that writes, and why that mode ("" where it was asked for). rows: of the batch."""
+    if params.mode != AUTO:
+        return params, ""
+    if model.denoiser is None:
+        return replace(params, mode="ar"), "only the context tower was loaded"
+    chooser = model.workspace.mode_chooser
+    key = bucket(rows), params.block_size
+    if key not in chooser.costs:
+        chooser.costs[key] = measure(model, *key)
+    choice = chooser.choose(chooser.costs[key], params.block_size)
+    return replace(params, mode=choice.mode), choice.why
+
+
+@torch.no_grad()
+def measure(model: Towers, rows: int, block_size: int) -> Costs:
+    """Times each kind of pass: the fastest of some, after one that is not counted."""
+    context = min(CONTEXT, model.config.backbone.max_position_embeddings - block_size)
+    device = model.device
+    state = model.new_state(rows, context + block_size)
+    lengths = torch.full((rows,), context, device=device)
+    model.prefill(torch.zeros(rows, context, dtype=torch.long, device=device), lengths, state)
+    reader = model.reader(state)
+    block = torch.full((rows, block_size), model.config.mask_token, device=device)
+
+    def extend(width: int) -> Callable[[], None]:
+        def run() -> None:
+            model.extend(block[:, :width], state, logits=True)
+            state.rollback(lengths)
+            state.tighten(context)
+
+        return run
+
+    def draft() -> None:
+        view = reader.view()
+        away = view.lengths.device
+        model.denoise(block.to(away), torch.ones(rows, device=away), view)
+
+    def fastest(run: Callable[[], None]) -> float:
+        seconds = []
+        for _ in range(REPEATS + 1):
+            model.synchronize()
+            started = time.perf_counter()
+            run()
+            model.synchronize()
+            seconds.append(time.perf_counter() - started)
+        return min(seconds[1:])
+
+    return Costs(step=fastest(extend(1)), draft=fastest(draft), check=fastest(extend(block_size)))

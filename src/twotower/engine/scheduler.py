@@ -1,0 +1,106 @@
+"""Which requests wait, which run, and which sequences take part in the next pass of each tower."""
+
+from __future__ import annotations
+
+from bisect import insort
+from collections import deque
+
+from twotower.engine.context_step import following
+from twotower.engine.scheduled import ScheduledTokens
+from twotower.engine.sequence import Phase, Request, RunningSequence
+
+PROMPT_CHUNK = 256  # with a prefix cache, a prompt is read up to multiples of this many tokens
+
+
+class Scheduler:
+    """rows: slots. prompt_budget: prompt tokens read in one step, of all sequences together (None: no limit). chunk:
+    prompt tokens between two states that the prefix cache may keep (None: no prefix cache)."""
+
+    def __init__(self, rows: int, prompt_budget: int | None, chunk: int | None) -> None:
+        self.prompt_budget = prompt_budget
+        self.chunk = chunk
+        self.waiting: deque[tuple[int, Request]] = deque()
+        self.running: dict[int, RunningSequence] = {}  # by the request's number, oldest first
+        self.free = list(range(rows))[::-1]
+        self._by_slot: list[RunningSequence] = []
+
+    def start(self, sequence: RunningSequence) -> None:
+        """Adds a sequence that has been admitted."""
+        self.running[sequence.output.row] = sequence
+        insort(self._by_slot, sequence, key=lambda other: other.slot)
+
+    def forget(self, number: int) -> RunningSequence | None:
+        """Removes a request, waiting or running → the sequence that ran, whose slot is free now."""
+        self.waiting = deque(entry for entry in self.waiting if entry[0] != number)
+        sequence = self.running.pop(number, None)
+        if sequence is not None:
+            sequence.phase = Phase.FINISHED
+            self._by_slot.remove(sequence)
+            self.free.append(sequence.slot)
+        return sequence
+
+    def of_phase(self, phase: Phase) -> list[RunningSequence]:
+        """Sequences of one phase, in the order of their slots."""
+        return [sequence for sequence in self._by_slot if sequence.phase is phase]
+
+    def context_works(self, prompt_piece: int) -> list[ScheduledTokens]:
+        """What the context tower reads next: pieces of prompts, pending tokens, drafts and finished blocks."""
+        works: list[ScheduledTokens] = []
+        prompts = False
+        for sequence in self._by_slot:
+            match sequence.phase:
+                case Phase.PROMPT:
+                    prompts = True
+                case Phase.STEP:
+                    works.append(ScheduledTokens(sequence, [sequence.pending], scored=True))
+                case Phase.CHECK:
+                    works.append(ScheduledTokens(sequence, sequence.block, scored=True))
+                case Phase.COMMIT:
+                    works.append(_finished_block(sequence))
+                case _:
+                    pass
+        return self._prompt_works(prompt_piece) + works if prompts else works
+
+    def _prompt_works(self, prompt_piece: int) -> list[ScheduledTokens]:
+        """Pieces of prompts, oldest request first, within the budget."""
+        works, budget = [], self.prompt_budget
+        for sequence in self.running.values():
+            if sequence.phase is not Phase.PROMPT:
+                continue
+            end = min(sequence.read + prompt_piece, sequence.prompt_end)
+            if self.chunk is not None:
+                end = min(end, sequence.read - sequence.read % self.chunk + self.chunk)
+            if budget is not None:
+                end = min(end, sequence.read + budget)
+            tokens = list(sequence.request.prompt[sequence.read : end])
+            if tokens:
+                works.append(ScheduledTokens(sequence, tokens, False, following(sequence, len(tokens))))
+                budget = None if budget is None else budget - len(tokens)
+        return works
+
+    def denoiser_sequences(self, halves: bool, lockstep: bool) -> list[RunningSequence]:
+        """Sequences for which the denoiser makes a pass in this step, in the order of their slots.
+
+        All that need one. halves: the towers are on two devices; where every sequence would leave the denoiser for the
+        context tower at once, the younger half waits for one step, and from then on one half denoises while the context
+        tower reads the other. lockstep: none, until all running sequences are at a block.
+        """
+        found = [sequence for sequence in self._by_slot if sequence.needs_denoiser]
+        if not found or not (halves or lockstep):
+            return found
+        everyone = len(found) == len(self.running)
+        if lockstep:
+            return found if everyone else []
+        if everyone and all(sequence.in_last_pass for sequence in found):
+            older = [s for s in self.running.values() if s.needs_denoiser][: (len(found) + 1) // 2]
+            return sorted(older, key=lambda sequence: sequence.slot)
+        return found
+
+
+def _finished_block(sequence: RunningSequence) -> ScheduledTokens:
+    """A finished block to read. Where its tokens wait for log-probabilities, they follow one another; the first of them
+    follows what was read before, if those logits were kept."""
+    if not sequence.held:
+        return ScheduledTokens(sequence, sequence.block, scored=False)
+    first = sequence.after is not None
+    return ScheduledTokens(sequence, sequence.block, scored=False, following=sequence.held[first:])

@@ -1,0 +1,32 @@
+"""Which slots of the engine's pools a pass reads and writes."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import torch
+from torch import Tensor
+
+from twotower.engine.sequence import RunningSequence
+from twotower.ops.host_transfer import placed
+
+
+def slots_of(sequences: Sequence[RunningSequence], rows: int, device: torch.device) -> Tensor | None:
+    """The sequences' slots (B,) in pools of `rows` rows.
+
+    None where they are all rows in order: a pass then reads the pools where they are instead of gathering.
+    """
+    if len(sequences) == rows and all(sequence.slot == row for row, sequence in enumerate(sequences)):
+        return None
+    return placed([sequence.slot for sequence in sequences], device)
+
+
+def at(pool: Tensor, slots: Tensor | None) -> Tensor:
+    """The rows of a pool (R, …) at `slots` (B,), or the pool itself."""
+    return pool if slots is None else pool[slots]
+
+
+def stored(pool: Tensor, slots: Tensor | None, values: Tensor) -> Tensor:
+    """A pool with `values` (B, …) at `slots`; with slots None the values themselves. The old pool is not written to:
+    results of an earlier pass, which nobody has collected yet, may be the same memory."""
+    return values if slots is None else pool.index_copy(0, slots, values)

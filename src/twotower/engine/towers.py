@@ -1,0 +1,74 @@
+"""What the engine needs of a model: `Towers`. `TwoTowerForCausalLM` fulfils it."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING, Any, Protocol
+
+import torch
+from torch import Tensor
+
+from twotower.cache.hybrid_cache import ContextView, TowerState
+from twotower.cache.replica import Reader
+from twotower.config import TwoTowerConfig
+from twotower.engine.workspace import Workspace
+
+if TYPE_CHECKING:
+    from twotower.model.tower import Tower
+
+
+class Towers(Protocol):
+    """Two towers with their verbs (see `model.towers`), and what calls on them share.
+
+    denoiser: None where only the context tower is loaded. workspace: draft controllers, measured costs and a reusable
+    state, which outlive one call.
+    """
+
+    workspace: Workspace
+
+    @property
+    def config(self) -> TwoTowerConfig: ...
+
+    @property
+    def tokenizer(self) -> Any: ...
+
+    @property
+    def device(self) -> torch.device:
+        """The context tower's device."""
+
+    @property
+    def dtype(self) -> torch.dtype: ...
+
+    @property
+    def denoiser(self) -> Tower | None: ...
+
+    @property
+    def prompt_piece(self) -> int:
+        """Tokens of a prompt that one pass reads best."""
+
+    def new_state(self, rows: int, capacity: int, columns: int | None = None) -> TowerState: ...
+
+    def reader(self, state: TowerState) -> Reader: ...
+
+    def synchronize(self) -> None: ...
+
+    def prefill(self, tokens: Tensor, lengths: Tensor, state: TowerState, rows: Tensor | None = None) -> Tensor: ...
+
+    def extend(
+        self,
+        tokens: Tensor,
+        state: TowerState,
+        lengths: Tensor | None = None,
+        rows: Tensor | None = None,
+        logits: bool | Tensor = True,
+        wide: bool = True,
+    ) -> Tensor | None: ...
+
+    def denoise(
+        self,
+        block: Tensor,
+        t: Tensor | None,
+        view: ContextView,
+        causal: bool = False,
+        lengths: Tensor | None = None,
+        wide: bool = True,
+    ) -> Tensor: ...

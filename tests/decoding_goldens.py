@@ -1,0 +1,152 @@
+"""What public calls give for a request, as plain data: recorded once, compared afterwards.
+
+A golden (one line of JSON): `model` (a name of `decoding_models`), `prompts`, `params` (of GenerationParams, only those
+given), `rows` (see `Seen`), `nfe` (denoiser passes that ran; of a batch not compared), `calls` (step_callback's, where
+recorded), `fp32`: whether fp32 gives the same discrete results. A row of a verified batch may have `alone`: its last
+round is another one alone, since a batch drafts as long as its longest row needs; either result is right.
+"""
+
+from __future__ import annotations
+
+import gzip
+import json
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import Any
+
+import torch
+from conftest import GOLDEN
+from oracle import Decoded
+from torch import Tensor
+
+from twotower import BlockEvent, Generation, GenerationParams, TwoTowerForCausalLM, generate
+
+FILE = GOLDEN / "decoding" / "requests.jsonl.gz"
+TOLERANCE = {torch.float64: 2e-6, torch.float32: 1e-3}  # of confidences, stored with six digits
+Golden = dict[str, Any]
+Row = dict[str, Any]
+METHODS = {
+    "ar": "generate_ar",
+    "mock_ar": "generate_mock_ar",
+    "diffusion": "generate_mask_diffusion",
+    "verified": "generate_verified",
+}
+
+
+def read_goldens(path: Path = FILE) -> list[Golden]:
+    """All of them."""
+    with gzip.open(path, "rt") as file:
+        return [json.loads(line) for line in file]
+
+
+def params_of(golden: Golden) -> GenerationParams:
+    """The parameters of its request."""
+    return GenerationParams.of(**golden["params"])
+
+
+def adapts(golden: Golden) -> bool:
+    """Whether counts follow from clocks: only tokens, text and finish reason are recorded then."""
+    return params_of(golden).adapts
+
+
+# --- what a result and its events say -------------------------------------------------------------------------------
+
+
+def row_of(result: Generation | Decoded, counted: bool = True) -> Row:
+    """tokens, text, end; where counted: at (committed_at), sure (confidence), passes (denoiser, context), drafts
+    (drafts, drafted, accepted, rejected)."""
+    row: Row = {"tokens": result.tokens, "text": result.text, "end": result.finish_reason}
+    if counted:
+        row |= {
+            "at": result.committed_at,
+            "sure": [round(value, 6) for value in result.confidence],
+            "passes": [result.denoiser_passes, result.context_passes],
+            "drafts": [result.drafts, result.drafted, result.accepted, result.rejected],
+        }
+    return row
+
+
+def events_of(events: Sequence[BlockEvent], result: Generation) -> list[list[Any]]:
+    """One row's events: [tokens, characters, draft] of each; checks what the events must have in common with the
+    result, so that no more need be stored."""
+    assert [event.block for event in events] == list(range(len(events)))
+    assert [event.result is not None for event in events] == [False] * (len(events) - 1) + [True]
+    assert "".join(event.text for event in events) == result.text
+    for name, whole in (
+        ("tokens", result.tokens), ("committed_at", result.committed_at), ("confidence", result.confidence),
+    ):  # fmt: skip
+        assert [value for event in events for value in getattr(event, name)] == whole
+    starts = [sum(len(event.tokens) for event in events[:i]) for i in range(len(events))]
+    assert [event.start for event in events] == starts
+    return [[len(event.tokens), len(event.text), list(event.draft)] for event in events]
+
+
+def streamed(model: TwoTowerForCausalLM, golden: Golden) -> tuple[list[Generation], list[list[list[Any]]]]:
+    """By `model.stream` → each row's result and its events."""
+    by_row: list[list[BlockEvent]] = [[] for _ in golden["prompts"]]
+    for event in model.stream(golden["prompts"], **golden["params"]):
+        by_row[event.row].append(event)
+    results = [own[-1].result for own in by_row]
+    assert all(result is not None for result in results)
+    whole = [result for result in results if result is not None]
+    return whole, [events_of(own, result) for own, result in zip(by_row, whole, strict=True)]
+
+
+# --- step callbacks -------------------------------------------------------------------------------------------------
+
+
+def called(model: TwoTowerForCausalLM, golden: Golden) -> tuple[list[Generation], list[list[Any]]]:
+    """By `generate` with a step_callback → the results and its calls: [step, steps, block_idx, t, block, logits]."""
+    calls: list[list[Any]] = []
+
+    def callback(step: int, steps: int, block: Tensor, *, t: Any, logits: Tensor | None, block_idx: int) -> None:
+        level = t.tolist() if isinstance(t, Tensor) else t
+        calls.append([step, steps, block_idx, level, block.tolist(), None if logits is None else _digest(logits)])
+
+    params = params_of(golden)
+    return generate(model, golden["prompts"], params, step_callback=callback), calls
+
+
+def _digest(logits: Tensor) -> list[Any]:
+    """Logits (B, L, V) before the mask token is barred: the largest's place of each position, and three numbers."""
+    finite = logits[logits.isfinite()].double()
+    facts = [finite.mean(), finite.std(), finite.abs().max()]
+    return [logits.argmax(-1).tolist(), [round(float(fact), 5) for fact in facts], list(logits.shape)]
+
+
+# --- the published tensors ------------------------------------------------------------------------------------------
+
+
+def by_method(model: TwoTowerForCausalLM, golden: Golden) -> tuple[list[list[int]], int]:
+    """By `model.generate_*` → each row's new tokens with padding, and `_last_nfe`; the prompts come back in front."""
+    params = {name: value for name, value in golden["params"].items() if name != "mode"}
+    method: Callable[..., Tensor] = getattr(model, METHODS[golden["params"]["mode"]])
+    out = method(golden["prompts"], **params).tolist()
+    width = max(map(len, golden["prompts"]))
+    assert all(row[width - len(ids) : width] == ids for row, ids in zip(out, golden["prompts"], strict=True))
+    return [row[width:] for row in out], model._last_nfe
+
+
+# --- comparing ------------------------------------------------------------------------------------------------------
+
+
+def discrete(row: Row) -> Row:
+    """A row without its confidences."""
+    return {name: value for name, value in row.items() if name != "sure"}
+
+
+def near(a: Any, b: Any, tolerance: float) -> bool:
+    """Equal in structure, whole numbers and texts; fractions as far as tolerance."""
+    if isinstance(a, list):
+        return (
+            isinstance(b, list) and len(a) == len(b) and all(near(x, y, tolerance) for x, y in zip(a, b, strict=True))
+        )
+    if isinstance(a, float) and isinstance(b, float):
+        return abs(a - b) <= tolerance
+    return bool(a == b)
+
+
+def agrees(found: Row, golden: Row, tolerance: float, names: Sequence[str] | None = None) -> bool:
+    """Whether a row is the recorded one, in these fields (None: all recorded)."""
+    wanted = [name for name in golden if name not in ("alone", "events")] if names is None else names
+    return all(near(golden[name], found[name], tolerance) for name in wanted if name in golden)

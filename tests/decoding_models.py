@@ -1,0 +1,126 @@
+"""The models of the decoding goldens: weights from numpy's PCG64, the same on every processor and with every torch.
+
+Each weight is drawn by its name in the state_dict, in float64, and rounded to fp32, so that both dtypes hold the same
+numbers. No weight is stored.
+"""
+
+from __future__ import annotations
+
+import math
+import zlib
+from functools import cache
+from typing import NamedTuple
+
+import numpy as np
+import torch
+from conftest import EVERY_KIND, GOLDEN, SHAPE
+from numpy.typing import NDArray
+from tokenizers import Tokenizer, decoders, models
+from transformers import PreTrainedTokenizerFast
+
+from twotower import TwoTowerConfig, TwoTowerForCausalLM
+
+SPECIAL = ("<pad>", "<s>", "</s>", "<mask>")
+# Byte-level: Ġ is a space, Ċ a line break; ü, 世 and 👍 come byte by byte, so most sequences of theirs are broken.
+PIECES = (
+    *"etaoinshrdlucm",
+    *("Ġa", "Ġthe", "Ġof", "Ġto", "Ġ", "Ċ", ".", ",", ":", "!", "ing", "er", "on", "and", "User", "Ġis", "re", "st"),
+    *("Ã", "¼", "ä", "¸", "ĸ", "ð", "Ł", "ĳ", "į"),
+    *("0", "1", "2", "7", "=", "+", "ab", "ba", "aa", "bb", "Ġx", "Ġy", "ĊĊ", "User:", "end", "en", "nd", "ed", "ly"),
+)
+assert len(SPECIAL) + len(PIECES) == SHAPE["vocab_size"]
+
+
+class Kind(NamedTuple):
+    """sharpness: of the logits; prior: how much of them is the same at every position, by `axis`, the part that all
+    embeddings share; apart: how far the denoiser's weights are from the context tower's, at most 1. With a prior and
+    similar towers a draft agrees with the AR model now and then."""
+
+    pattern: str
+    sharpness: float
+    prior: float
+    axis: float
+    apart: float
+    options: dict[str, object]
+
+
+KINDS = {
+    "every-kind": Kind(EVERY_KIND, 3.0, 0.0, 0.0, 1.0, {}),
+    "agreeing": Kind("*E-M", 1.0, 1.0, 3.0, 0.3, {"n_groups": 4, "conv_kernel": 3}),
+    "biased": Kind("M*", 1.5, 3.0, 1.0, 0.3, {"use_bias": True, "attention_bias": True, "use_conv_bias": False}),
+}
+STORED = ("tiny-groups", "tiny-hybrid")  # checkpoints in `golden`, without a tokenizer
+NAMES = (*KINDS, "tiny-groups")  # of the goldens
+
+
+@cache
+def decoding_model(name: str, dtype: torch.dtype) -> TwoTowerForCausalLM:
+    """One of KINDS or STORED."""
+    if name in STORED:
+        return TwoTowerForCausalLM.from_pretrained(GOLDEN / name, dtype=dtype).eval()
+    kind = KINDS[name]
+    config = TwoTowerConfig(hybrid_override_pattern=kind.pattern, **{**SHAPE, **kind.options})
+    model = TwoTowerForCausalLM(config)
+    with torch.no_grad():
+        for key, tensor in model.state_dict().items():
+            own, shared = (
+                _drawn(key, tuple(tensor.shape), numbers(f"{name}/{source}"), kind)
+                for source in (key, key.replace("denoiser.", "context."))
+            )
+            drawn = kind.apart * own + (1 - kind.apart) * shared if key.startswith("denoiser.") else own
+            tensor.copy_(torch.from_numpy(drawn.astype(np.float32)))
+    model = model.to(dtype).eval()
+    model.tokenizer = tokenizer()
+    return model
+
+
+@cache
+def tokenizer() -> PreTrainedTokenizerFast:
+    """For decoding: prompts are token ids."""
+    vocabulary = {piece: i for i, piece in enumerate((*SPECIAL, *PIECES))}
+    whole = Tokenizer(models.BPE(vocabulary, []))
+    whole.decoder = decoders.ByteLevel()
+    names = {"pad_token": "<pad>", "bos_token": "<s>", "eos_token": "</s>", "mask_token": "<mask>"}
+    return PreTrainedTokenizerFast(tokenizer_object=whole, clean_up_tokenization_spaces=False, **names)
+
+
+def _drawn(key: str, shape: tuple[int, ...], rng: np.random.Generator, kind: Kind) -> NDArray[np.float64]:
+    """A weight's numbers, at a scale that keeps activations near one."""
+    normal = rng.standard_normal(shape)
+    part = key.rsplit("mixer.", 1)[-1]
+    if key.endswith("head.weight"):
+        logits = kind.sharpness * normal * shape[1] ** -0.5
+        return logits + kind.prior * _common("words", shape[0])[:, None] * _common("axis", shape[1]) / shape[1]
+    if key.endswith("embeddings.weight"):
+        if not kind.prior:
+            return normal
+        normal[3] = 0.0  # of a mask the denoiser knows no more than the prior
+        return normal + kind.axis * _common("axis", shape[1])
+    if key.endswith("norm.weight") or key.endswith("norm_f.weight"):
+        return 1.0 + 0.2 * normal
+    if "scale_shift_tables" in key:
+        return 0.3 * normal + np.array([0.0, 0.0, 1.0])[:, None]  # the gates
+    match part:
+        case "A_log":
+            return rng.uniform(0.0, math.log(8.0), shape)
+        case "dt_bias":
+            return normal - 2.0
+        case "D":
+            return 1.0 + 0.3 * normal
+        case "gate.e_score_correction_bias":
+            return rng.uniform(0.0, 0.3, shape)
+        case "conv1d.weight":
+            return 0.5 * normal
+    if len(shape) == 1:
+        return 0.2 * normal  # biases
+    return normal * shape[-1] ** -0.5
+
+
+def _common(what: str, size: int) -> NDArray[np.float64]:
+    """A vector that both towers share."""
+    return numbers(what).standard_normal(size)
+
+
+def numbers(name: str) -> np.random.Generator:
+    """Random ones of their own for each name."""
+    return np.random.Generator(np.random.PCG64(zlib.crc32(name.encode())))
