@@ -28,6 +28,7 @@ check: .venv/.installed-dev
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
 	$(BIN)/mypy
+	$(BIN)/lint-imports --no-cache
 
 # Minutes: speed beside AR, and accuracy on a few problems.
 bench-quick: .venv/.installed

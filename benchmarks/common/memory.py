@@ -29,6 +29,7 @@ import torch
 from common.models import BLOCK, PUBLISHED, Texts, config_of, random_tokens
 from twotower import BlockEvent, TwoTowerConfig, TwoTowerForCausalLM, model_loading
 from twotower.cache.hybrid_cache import TowerState
+from twotower.process import configure_process
 
 LENGTHS = tuple(1024 << i for i in range(8))  # 1K … 128K
 CASES = {
