@@ -170,8 +170,8 @@ class Served:
         """Nobody holds a place, in the server or in the engine."""
         llm = self.llm
         return (
-            not (self.service.open or llm.scheduler.running or llm.scheduler.waiting)
-            and len(llm.scheduler.free) == llm.state.rows
+            not (self.service.open or llm.core.scheduler.running or llm.core.scheduler.waiting)
+            and len(llm.core.scheduler.free) == llm.core.state.rows
         )
 
 

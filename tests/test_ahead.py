@@ -33,8 +33,8 @@ def model() -> TwoTowerForCausalLM:
 
 def ahead(model: TwoTowerForCausalLM, rows: int, length: int = LENGTH) -> LLM:
     llm = LLM(model, rows=rows, length=length)
-    assert not llm.async_scheduling
-    llm.async_scheduling = True
+    assert not llm.core.async_scheduling
+    llm.core.async_scheduling = True
     return llm
 
 
@@ -96,7 +96,7 @@ def test_drafts_of_one_pass_are_not_put_off(model: TwoTowerForCausalLM) -> None:
     ways = []
     for early in (True, False):
         llm, steps = LLM(model, rows=2, length=LENGTH), 0
-        llm.async_scheduling = early
+        llm.core.async_scheduling = early
         for _ in range(2):
             llm.add_request(asking([5, 6], "verified", 20, draft_steps=1))
         while llm.has_work:
@@ -160,7 +160,7 @@ def test_a_policy_that_raises_ends_its_own_request_once(model: TwoTowerForCausal
         by_number = dict(results)
         assert by_number[numbers[0]].error == "ZeroDivisionError: in a bad mood"
         assert_as_alone(model, requests[1], by_number[numbers[1]])
-        assert sorted(llm.scheduler.free) == [0, 1]
+        assert sorted(llm.core.scheduler.free) == [0, 1]
 
 
 @pytest.mark.parametrize("most", [0, 2])
@@ -191,8 +191,8 @@ def test_a_row_given_up_between_launch_and_collection_is_not_heard_of(model: Two
     slow = asking([5, 6], "diffusion", 16, block_size=16, policy="top-k", knob=1)
     number = llm.add_request(slow)
     llm.step()
-    assert llm._late
-    (row,) = llm.scheduler.running.values()
+    assert llm.core.late
+    (row,) = llm.core.scheduler.running.values()
     llm.abort(number)
     assert row.phase is Phase.FINISHED
     other = asking([7, 8, 9], "diffusion", 20, block_size=8)

@@ -45,7 +45,7 @@ def test_events_arrive_while_the_text_is_written(model: TwoTowerForCausalLM) -> 
                 tokens += event.tokens
                 if len(tokens) == 1:
                     assert event.result is None
-            return tokens, list(engine.llm.scheduler.free)
+            return tokens, list(engine.llm.core.scheduler.free)
 
     tokens, free = asyncio.run(ask())
     assert tokens == alone(model, long_request()).tokens
@@ -64,7 +64,7 @@ def test_whoever_stops_listening_frees_the_slot(model: TwoTowerForCausalLM) -> N
             with pytest.raises(asyncio.CancelledError):
                 await task
             assert (await engine.generate(long_request("verified"))).tokens == alone(model, long_request()).tokens
-            assert engine.llm.scheduler.free == [0]
+            assert engine.llm.core.scheduler.free == [0]
 
     asyncio.run(ask())
 

@@ -410,7 +410,7 @@ def test_a_matcher_that_fails_ends_its_own_request_only(
             outputs = llm.generate(requests)
         assert [output.finish_reason for output in outputs] == ["stop", "error", "length"] * 2
         assert [outputs[0].tokens, outputs[2].tokens] == [output.tokens for output in expected]
-        assert len(llm.scheduler.free) == 6
+        assert len(llm.core.scheduler.free) == 6
         return [outputs[1], outputs[4]]
 
     def marked(self: Constraint, eos: Any) -> Matcher:

@@ -107,8 +107,8 @@ def drive(llm: LLM, requests: list[Request], rng: random.Random, aborted: float)
             number = rng.choice(live)
             llm.abort(number)
             del numbers[number]
-    assert sorted(llm.scheduler.free) == list(range(llm.state.rows))
-    assert not llm.scheduler.running
+    assert sorted(llm.core.scheduler.free) == list(range(llm.core.state.rows))
+    assert not llm.core.scheduler.running
     return outputs
 
 
@@ -146,7 +146,7 @@ def test_towers_apart(model: TwoTowerForCausalLM) -> None:
     requests = [some_request(rng) for _ in range(30)]
     with patch.object(model, "transport", Transport()):
         llm = LLM(model, rows=4, length=LENGTH)
-        assert isinstance(llm.reader, Mirror)
+        assert isinstance(llm.core.reader, Mirror)
         outputs = drive(llm, requests, rng, aborted=0.05)
     for place, output in outputs.items():
         assert_as_alone(model, requests[place], output)
@@ -178,7 +178,7 @@ def test_a_full_pool_is_not_gathered(model: TwoTowerForCausalLM) -> None:
     """Where all slots take part a pass reads the state where it lies."""
     params = GenerationParams.of(mode="verified", max_new_tokens=20, draft_steps=1)
     llm = LLM(model, rows=3, length=64)
-    with patch.object(llm.state, "view", wraps=llm.state.view) as view:
+    with patch.object(llm.core.state, "view", wraps=llm.core.state.view) as view:
         outputs = llm.generate([Request([5, 6, 7], params)] * 3)
     assert len({tuple(output.tokens) for output in outputs}) == 1
     asked = [call.args[0] if call.args else None for call in view.call_args_list]
@@ -214,7 +214,7 @@ def test_first_come_first_served(model: TwoTowerForCausalLM) -> None:
     begun: list[int] = []
     while llm.has_work:
         llm.step()
-        begun += [number for number in llm.scheduler.running if number not in begun]
+        begun += [number for number in llm.core.scheduler.running if number not in begun]
     assert begun == sorted(begun)
     assert set(begun) <= set(numbers)
 
@@ -267,7 +267,7 @@ def test_a_stream_given_up_frees_its_slot(model: TwoTowerForCausalLM) -> None:
     next(events)
     events.close()
     assert not llm.has_work
-    assert llm.scheduler.free == [0]
+    assert llm.core.scheduler.free == [0]
 
 
 def test_nothing_is_heard_of_a_request_given_up(model: TwoTowerForCausalLM) -> None:
@@ -347,7 +347,7 @@ def test_a_policy_that_raises_ends_its_own_request_only(model: TwoTowerForCausal
         assert outputs[1].tokens == []
         for place in (0, 2, 3):
             assert_as_alone(model, requests[place], outputs[place])
-        assert len(llm.scheduler.free) == 4
+        assert len(llm.core.scheduler.free) == 4
 
 
 def test_auto_chooses_and_says_why(model: TwoTowerForCausalLM) -> None:
@@ -361,16 +361,16 @@ def test_the_state_does_not_grow(model: TwoTowerForCausalLM) -> None:
     llm = LLM(model, rows=3, length=LENGTH)
 
     def held() -> int:
-        return llm.state.nbytes
+        return llm.core.state.nbytes
 
     drive(llm, [some_request(rng) for _ in range(10)], rng, aborted=0.3)
-    llm.state.settle()
-    before, capacity = held(), llm.state.capacity
+    llm.core.state.settle()
+    before, capacity = held(), llm.core.state.capacity
     drive(llm, [some_request(rng) for _ in range(80)], rng, aborted=0.3)
-    llm.state.settle()
+    llm.core.state.settle()
     assert held() == before
-    assert llm.state.capacity == capacity
-    assert not llm._opening
+    assert llm.core.state.capacity == capacity
+    assert not llm.core.rounds.opening
 
 
 # --- being watched --------------------------------------------------------------------------------------------------

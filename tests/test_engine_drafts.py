@@ -20,7 +20,7 @@ from test_verified import FULL, SAMPLINGS, _texts, full_prompts, lead, prompts
 
 from twotower import LLM, Generation, GenerationParams, Request, TwoTowerForCausalLM, bundled_model, generate
 from twotower.engine.drafting import Draft, Drafter, DraftRequest
-from twotower.engine.llm import EngineOptions
+from twotower.engine.engine_options import EngineOptions
 from twotower.errors import ArgumentError
 
 

@@ -62,12 +62,12 @@ def test_a_text_takes_what_it_needs(model: TwoTowerForCausalLM) -> None:
     per_row, per_token = sizes(model.context.config, model.dtype)
     memory += 6 * per_row * 2
     llm = LLM(model, rows=8, length=LENGTH, memory=memory)
-    assert llm.state.nbytes + llm.prefixes.budget <= memory + 16 * per_token
+    assert llm.core.state.nbytes + llm.core.prefixes.budget <= memory + 16 * per_token
     short = [asking([5, 6, 7 + i], n=4) for i in range(20)]
     long = asking(list(range(3, 60)), n=100)
     numbers = [llm.add_request(request) for request in (*short[:8], long, *short[8:])]
     llm.step()
-    assert len(llm.scheduler.running) == 8
+    assert len(llm.core.scheduler.running) == 8
     ended: list[int] = []
     results: dict[int, Any] = {}
     while llm.has_work:
@@ -75,12 +75,12 @@ def test_a_text_takes_what_it_needs(model: TwoTowerForCausalLM) -> None:
             if event.result is not None:
                 ended.append(event.row)
                 results[event.row] = event.result
-        started = set(llm.scheduler.running) | set(ended)
+        started = set(llm.core.scheduler.running) | set(ended)
         assert started == set(range(len(started)))  # in order of arrival
     assert sorted(ended) == numbers
     assert results[8].tokens == alone(model, long).tokens
-    assert not llm.state.segments.taken
-    assert len(llm.scheduler.free) == 8
+    assert not llm.core.state.segments.taken
+    assert len(llm.core.scheduler.free) == 8
 
 
 def test_what_can_never_fit_is_refused_with_the_numbers(model: TwoTowerForCausalLM) -> None:
@@ -110,12 +110,12 @@ def test_a_known_beginning_is_not_read_again(model: TwoTowerForCausalLM, mode: s
     shared = list(range(5, 25))
     first, second = asking([*shared, *range(30, 41)], mode), asking([*shared, *range(40, 51)], mode)
     llm = LLM(model, rows=2, length=LENGTH)
-    llm.prefixes.budget = 2**24
+    llm.core.prefixes.budget = 2**24
     for request, cached in ((first, 0), (second, 16), (first, 24), (asking(shared[:16], mode), 8)):
         (output,) = llm.generate([request])
         assert output.cached_tokens == cached
         assert_as_alone(model, request, output)
-    assert (llm.prefixes.asked, llm.prefixes.found) == (31 * 3 + 16, 48)
+    assert (llm.core.prefixes.asked, llm.core.prefixes.found) == (31 * 3 + 16, 48)
 
 
 @pytest.mark.usefixtures("short_chunks")
@@ -123,13 +123,13 @@ def test_the_least_recently_used_is_forgotten_first(model: TwoTowerForCausalLM) 
     llm = LLM(model, rows=1, length=LENGTH)
     texts = [[10 * i + j for j in range(9)] for i in range(6)]
     llm.generate([asking(texts[0])])
-    llm.prefixes.budget = 3 * llm.prefixes.nbytes
+    llm.core.prefixes.budget = 3 * llm.core.prefixes.nbytes
     cached = []
     for which in (1, 2, 0, 3, 0, 1, 2):  # 3 pushes 1 out, 1 then 2, 2 then 3
         (output,) = llm.generate([asking(texts[which])])
         cached.append(output.cached_tokens)
-        assert llm.prefixes.nbytes <= llm.prefixes.budget
-        assert llm.prefixes.nbytes == sum(node.excerpt.nbytes for node in llm.prefixes.nodes.values())
+        assert llm.core.prefixes.nbytes <= llm.core.prefixes.budget
+        assert llm.core.prefixes.nbytes == sum(node.excerpt.nbytes for node in llm.core.prefixes.nodes.values())
     assert cached == [0, 0, 8, 0, 8, 0, 0]
 
 
@@ -139,13 +139,13 @@ def test_a_beginning_outlives_its_middle_never(model: TwoTowerForCausalLM) -> No
     rng, llm = random.Random(4), LLM(model, rows=3, length=LENGTH)
     stems = [[rng.randrange(3, 60) for _ in range(40)] for _ in range(3)]
     llm.generate([asking(stems[0][:9])])
-    llm.prefixes.budget = 6 * llm.prefixes.nbytes
+    llm.core.prefixes.budget = 6 * llm.core.prefixes.nbytes
     requests = [asking([*rng.choice(stems)[: rng.randrange(1, 40)], *([rng.randrange(3, 60)] * 3)]) for _ in range(60)]
     for request, output in zip(requests, llm.generate(requests), strict=True):
         assert_as_alone(model, request, output)
-    numbers = {node.number for node in llm.prefixes.nodes.values()} | {0}
-    assert all(parent in numbers for parent, _ in llm.prefixes.nodes)
-    assert llm.prefixes.found > 0
+    numbers = {node.number for node in llm.core.prefixes.nodes.values()} | {0}
+    assert all(parent in numbers for parent, _ in llm.core.prefixes.nodes)
+    assert llm.core.prefixes.found > 0
 
 
 @pytest.mark.usefixtures("short_chunks")
@@ -157,11 +157,11 @@ def test_any_requests_with_shared_beginnings_are_as_alone(model: TwoTowerForCaus
         request = some_request(rng)
         requests.append(Request([*stem[: rng.randrange(31)], *request.prompt], request.params))
     llm = LLM(model, rows=4, length=LENGTH + 40)
-    llm.prefixes.budget = 2**24
+    llm.core.prefixes.budget = 2**24
     outputs = drive(llm, requests, rng, aborted=0.1)
     for place, output in outputs.items():
         assert_as_alone(model, requests[place], output)
-    assert llm.prefixes.found > 100
+    assert llm.core.prefixes.found > 100
 
 
 def test_nothing_is_kept_without_room() -> None:
@@ -218,7 +218,7 @@ def test_memory_that_gives_out_costs_the_fewest(model: TwoTowerForCausalLM, verb
             assert "out of memory" in output.error
         elif verb == "denoise" or not poisoned:
             assert output.tokens == expected[place], place
-    assert len(llm.scheduler.free) == 6
+    assert len(llm.core.scheduler.free) == 6
     assert llm.generate([requests[0]])[0].tokens == expected[0]  # the engine lives
 
 
@@ -233,11 +233,17 @@ def soak(count: int) -> None:
     for part in range(5):
         requests = [some_request(rng) for _ in range(count // 5)]
         drive(llm, requests, rng, aborted=0.3)
-        llm.state.settle()
+        llm.core.state.settle()
         gc.collect()
-        levels.append((llm.state.nbytes, psutil.Process().memory_info().rss))
-        assert len(llm.scheduler.free) == 8
-        for left in (llm.scheduler.running, llm.scheduler.waiting, llm._opening, llm._unseen, llm.state.segments.taken):
+        levels.append((llm.core.state.nbytes, psutil.Process().memory_info().rss))
+        assert len(llm.core.scheduler.free) == 8
+        for left in (
+            llm.core.scheduler.running,
+            llm.core.scheduler.waiting,
+            llm.core.rounds.opening,
+            llm._unseen,
+            llm.core.state.segments.taken,
+        ):
             assert not left, part
     assert len({held for held, _ in levels}) == 1
     grown = (levels[-1][1] - levels[1][1]) / 2**20

@@ -153,7 +153,7 @@ def test_a_prompt_alone(model: TwoTowerForCausalLM, mode: str, length: int, monk
     assert output.decode_seconds == 0
     assert_right(model, request, output)
     assert_as_alone(model, beside, other)
-    assert sorted(llm.scheduler.free) == [0, 1]
+    assert sorted(llm.core.scheduler.free) == [0, 1]
     unasked = passes(model, lambda: llm.generate([plain(request)]))
     assert unasked == (0, 0)
 
@@ -165,7 +165,7 @@ def test_a_known_beginning_is_scored_all_the_same(model: TwoTowerForCausalLM, mo
     for mode in KINDS:
         params = GenerationParams.of(mode=mode, max_new_tokens=5, draft_steps=1)
         llm = LLM(model, rows=2, length=LENGTH)
-        llm.prefixes.budget = 2**24
+        llm.core.prefixes.budget = 2**24
         asking = Request(prompt, params, logprobs=2, prompt_logprobs=True)
         for request, cached in ((asking, 0), (asking, 0), (replace(asking, prompt_logprobs=False), 24)):
             (output,) = llm.generate([request])

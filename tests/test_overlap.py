@@ -58,7 +58,7 @@ def test_every_request_writes_what_it_writes_alone(model: TwoTowerForCausalLM, r
     requests = [some_request(rng) for _ in range(40)]
     asked = [replace(request, watched=rng.random() < 0.3, logprobs=rng.choice([None, None, 2])) for request in requests]
     llm = LLM(model, rows=rows, length=LENGTH)
-    assert isinstance(llm.reader, Mirror)
+    assert isinstance(llm.core.reader, Mirror)
     outputs = drive(llm, asked, rng, aborted=0.1)
     assert 15 < len(outputs) < 40
     with patch.object(model, "transport", None):
@@ -114,7 +114,7 @@ def test_a_policy_that_raises_ends_its_own_request_only(model: TwoTowerForCausal
         assert broken.error == "ZeroDivisionError: in a bad mood"
         with patch.object(model, "transport", None):
             assert_as_alone(model, requests[1], whole)
-        assert len(llm.scheduler.free) == 2
+        assert len(llm.core.scheduler.free) == 2
 
 
 # --- in which order -------------------------------------------------------------------------------------------------
@@ -225,7 +225,9 @@ def test_a_block_brings_its_own_columns_and_states_only(length: int, others: int
             llm.step()
             assert "context" not in {to for to, _ in transport.sent}
             counted.append(transport.take())
-    segments = 2 * llm.state.rows * torch.long.itemsize  # where the rows' columns lie: sent when a row is given some
+    segments = (
+        2 * llm.core.state.rows * torch.long.itemsize
+    )  # where the rows' columns lie: sent when a row is given some
     block = 4 * per_token + per_row
     # The prompt is read, then passes 1 and 2, the block is read, and so on; the last block is not read.
     assert counted == [0, length * per_token + per_row + segments, 0, 0, block, 0, 0, block, 0]
@@ -244,13 +246,13 @@ def test_only_the_rows_that_were_read_cross(model: TwoTowerForCausalLM, transpor
         before = set(shown)
         llm.step()
         expected = 0
-        for number, row in llm.scheduler.running.items():
+        for number, row in llm.core.scheduler.running.items():
             if row.seen > shown.get(number, -1):
                 expected += per_row + (row.seen - max(shown.get(number, 0), 0)) * per_token
                 shown[number] = row.seen
                 varied.add(row.seen if number not in before else 0)
-        if llm.reader.copy.segments.version != version:  # type: ignore[union-attr]
-            version = llm.reader.copy.segments.version  # type: ignore[union-attr]
+        if llm.core.reader.copy.segments.version != version:  # type: ignore[union-attr]
+            version = llm.core.reader.copy.segments.version  # type: ignore[union-attr]
             expected += segments
         assert transport.take() == expected
     assert len(varied) > 3
@@ -269,11 +271,11 @@ def test_rows_that_need_no_denoiser_never_cross(model: TwoTowerForCausalLM, tran
 def phases(llm: LLM) -> list[list[Phase]]:
     """What each row needs, after every step in which all are there."""
     out = []
-    rows = len(llm.scheduler.waiting)
+    rows = len(llm.core.scheduler.waiting)
     while llm.has_work:
         llm.step()
-        if len(llm.scheduler.running) == rows:
-            out.append([row.phase for row in llm.scheduler.running.values()])
+        if len(llm.core.scheduler.running) == rows:
+            out.append([row.phase for row in llm.core.scheduler.running.values()])
     return out
 
 
@@ -308,8 +310,8 @@ def test_blocks_of_several_passes_part_at_their_last(model: TwoTowerForCausalLM,
         taken = []
         while llm.has_work:
             llm.step()
-            if len(llm.scheduler.running) == 4:
-                taken.append([row.launched for row in llm.scheduler.running.values()])
+            if len(llm.core.scheduler.running) == 4:
+                taken.append([row.launched for row in llm.core.scheduler.running.values()])
     if not apart:
         assert all(len(set(now)) == 1 for now in taken)
         return
@@ -329,15 +331,15 @@ def test_nobody_waits_twice(model: TwoTowerForCausalLM) -> None:
     waited: dict[int, int] = {}
     held = 0
     while llm.has_work:
-        before = {number: (row.phase, row.output.denoiser_passes) for number, row in llm.scheduler.running.items()}
+        before = {number: (row.phase, row.output.denoiser_passes) for number, row in llm.core.scheduler.running.items()}
         llm.step()
-        for number, row in llm.scheduler.running.items():
+        for number, row in llm.core.scheduler.running.items():
             still = before.get(number) == (row.phase, row.output.denoiser_passes)
             waited[number] = (
                 waited.get(number, 0) + 1 if still and row.phase in (Phase.DENOISE, Phase.DENOISER_AR) else 0
             )
             held += waited[number] > 0
-            older_ended = any(other < number and other not in llm.scheduler.running for other in before)
+            older_ended = any(other < number and other not in llm.core.scheduler.running for other in before)
             assert waited[number] <= 1 or older_ended
     assert held > 0
 

@@ -73,7 +73,7 @@ def test_an_engine_writes_the_same_from_few_recordings(
     requests = [some_request(rng) for _ in range(8)]
     requests = [replace(one, params=replace(one.params, block_size=2, max_new_tokens=9)) for one in requests]
     llm = LLM(model, rows=2, length=160)
-    llm.async_scheduling = ahead
+    llm.core.async_scheduling = ahead
     written = [output.tokens for output in llm.generate(requests)]
     assert 4 <= len(made) <= 16
     with monkeypatch.context() as patch:

@@ -294,12 +294,12 @@ def test_a_client_that_leaves_frees_its_slot_within_a_step(
         served.valve.wait_blocked()
         served.valve.allow(3)
         served.valve.wait_blocked()
-        assert len(served.llm.scheduler.running) == 1
+        assert len(served.llm.core.scheduler.running) == 1
         go(connection)
         until(lambda: served.service.open == 0, "the server does not see it")
         before = served.valve.passed
         served.valve.allow(1)  # the step that was about to begin
-        until(lambda: len(served.llm.scheduler.free) == 2, "its slot is held")
+        until(lambda: len(served.llm.core.scheduler.free) == 2, "its slot is held")
         assert served.valve.passed == before + 1
         assert not served.llm.has_work
 
@@ -315,13 +315,13 @@ def test_a_client_that_leaves_the_queue_never_runs(served: Served, stream: bool)
         served.valve.wait_blocked()
         served.valve.allow(2)
         served.valve.wait_blocked()
-        assert len(served.llm.scheduler.waiting) == 1
+        assert len(served.llm.core.scheduler.waiting) == 1
         waiting.close()
         until(lambda: served.service.open == 2)
         served.valve.allow(1)
         served.valve.wait_blocked()
-        assert not served.llm.scheduler.waiting
-        assert len(served.llm.scheduler.running) == 2
+        assert not served.llm.core.scheduler.waiting
+        assert len(served.llm.core.scheduler.running) == 2
         for connection in first:
             connection.close()
 

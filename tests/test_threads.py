@@ -18,16 +18,18 @@ from test_stopping import TEXTS, byte_level
 
 from twotower import LLM, AsyncLLM, GenerationParams, Request
 from twotower.decoding.stopping import Detokenizer
+from twotower.engine.core import EngineCore
+from twotower.engine.engine_options import EngineOptions
 from twotower.server.request_schemas import Message
 from twotower.server.service import Service
 from twotower.server.settings import Limits, Settings
 from twotower.server.tokenizer_adapter import TokenizerAdapter
 
-CHANGING = ("rows", "waiting", "free", "prefixes", "paces")  # of an engine: what its steps change
+CHANGING = ("prefixes", "scheduler", "rounds")  # of an engine: what its steps change
 SECONDS = 1.5
 
 
-class ObservedLLM(LLM):
+class ObservedCore(EngineCore):
     """Records which threads read what its steps change."""
 
     readers: set[str]
@@ -52,7 +54,7 @@ def test_snapshots_follow_the_engine() -> None:
             idle = engine.stats
             assert (idle.slots, idle.free_slots, idle.running, idle.waiting) == (2, 2, 0, 0)
             assert (idle.max_seq_len, idle.max_block_size) == (LENGTH, 16)
-            assert idle.state_bytes == engine.llm.state.nbytes
+            assert idle.state_bytes == engine.llm.core.state.nbytes
             request = Request([5] * 300, GenerationParams(mode="ar", max_new_tokens=200))
             streams = [engine.stream(request) for _ in range(3)]
             for stream in streams[:2]:
@@ -80,9 +82,11 @@ def test_snapshots_follow_the_engine() -> None:
 
 def test_only_the_engine_s_thread_reads_what_its_steps_change() -> None:
     """Whatever clients ask of the server meanwhile."""
-    llm = ObservedLLM(tiny_model(), rows=2, length=LENGTH)
+    llm = LLM(tiny_model(), rows=2, length=LENGTH)
+    core = ObservedCore(tiny_model(), 2, LENGTH, 16, None, EngineOptions())
+    llm.core = core
     engine = AsyncLLM(llm)
-    llm.readers = set()
+    core.readers = set()
     with serving_of(engine) as served:
         with ThreadPoolExecutor(4) as pool:
             asked = [pool.submit(served.complete, "the quick", n=2, max_tokens=30) for _ in range(4)]
@@ -93,7 +97,7 @@ def test_only_the_engine_s_thread_reads_what_its_steps_change() -> None:
             assert {answer.result().status_code for answer in asked} <= {200, 429}
         until(lambda: engine.stats.free_slots == 2)
         assert served.counts()["twotower_prefix_asked_tokens",] == engine.stats.prompt_tokens
-    assert llm.readers == {"twotower-engine"}
+    assert core.readers == {"twotower-engine"}
 
 
 @contextmanager

@@ -118,7 +118,7 @@ def ahead(model: TwoTowerForCausalLM, **asked: Any) -> list[dict[str, Any]]:
     def engines(**sizes: int) -> dict[str, LLM]:
         both = {"waiting": LLM(model, **sizes), "ahead": LLM(model, **sizes)}
         for name, engine in both.items():
-            engine.async_scheduling = name == "ahead"
+            engine.core.async_scheduling = name == "ahead"
         return both
 
     return in_turns(engines, **asked)

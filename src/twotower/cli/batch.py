@@ -78,6 +78,9 @@ def batch(
     earlier = f", {before} were there" if before else ""
     errors = f", {failed} with an error" if failed else ""
     click.echo(f"{out}: {written} lines written{errors}{earlier}", err=True)
-    if found := engine.prefixes.found:
-        asked = engine.prefixes.asked
-        click.echo(f"{found:,} of {asked:,} prompt tokens were known from earlier prompts", err=True)
+    stats = engine.stats()
+    if stats.reused_tokens:
+        click.echo(
+            f"{stats.reused_tokens:,} of {stats.prompt_tokens:,} prompt tokens were known from earlier prompts",
+            err=True,
+        )

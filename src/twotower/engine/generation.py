@@ -19,7 +19,8 @@ from twotower.decoding.params import GenerationParams
 from twotower.decoding.prompts import PromptRows, Prompts, read_prompts
 from twotower.engine.admission import check_model
 from twotower.engine.denoiser_step import StepCallback
-from twotower.engine.llm import LLM, EngineOptions
+from twotower.engine.engine_options import EngineOptions
+from twotower.engine.llm import LLM
 from twotower.engine.mode_choice import resolve
 from twotower.engine.sequence import Request
 from twotower.engine.towers import Towers
@@ -143,7 +144,7 @@ def _run(
     with _engine(model, rows, params, callback) as (llm, requests):
         results = llm.generate(requests)
     _learn(model, params, results)
-    return results, llm.blocks.passes
+    return results, llm.denoiser_passes
 
 
 def _events(

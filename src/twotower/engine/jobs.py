@@ -127,7 +127,7 @@ def run_job(
     answers: dict[int, dict[str, Any]] = {}
     with out.open("a") as file:
         while written < len(lines):
-            while following < len(lines) and following - written < AHEAD * llm.state.rows:
+            while following < len(lines) and following - written < AHEAD * llm.rows:
                 line = lines[following]
                 try:
                     if line.request is None:

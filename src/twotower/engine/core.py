@@ -1,0 +1,334 @@
+"""`EngineCore`: one pass of each tower a step, for every sequence that needs it.
+
+Every pass is launched first and collected later. A launch gives the device its work without waiting; a collection waits
+for the results, books them, and says what the sequences need next. With the towers on two devices a step launches both
+towers' passes before it collects any. On one device the context tower's passes are collected first: a sequence that has
+been read then denoises in the same step.
+
+On an accelerator the passes of a block are scheduled asynchronously: the denoiser's next pass is launched before the
+last one is collected. The host then learns one pass late that a block is finished; that block has an idle pass, whose
+tokens do not count, so the pass reads no expert for it.
+"""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable, Sequence
+from typing import TypeVar
+
+import torch
+
+from twotower.cache.hybrid_cache import ContextView
+from twotower.cache.prefix_cache import Prefixes
+from twotower.cache.replica import Fresh, Mirror
+from twotower.decoding.modes import AUTO
+from twotower.decoding.output import BlockEvent, Event
+from twotower.decoding.sequence_output import SequenceOutput
+from twotower.engine import admission, context_step, denoiser_ar, drafting
+from twotower.engine.budget import shares
+from twotower.engine.context_step import grouped
+from twotower.engine.denoiser_step import OpenBlocks
+from twotower.engine.engine_options import EngineOptions
+from twotower.engine.mode_choice import resolve
+from twotower.engine.oom import in_parts, out_of_memory
+from twotower.engine.rounds import Rounds
+from twotower.engine.row_constants import RowConstants
+from twotower.engine.scheduled import ScheduledTokens
+from twotower.engine.scheduler import PROMPT_CHUNK, Scheduler
+from twotower.engine.sequence import Phase, Request, RunningSequence
+from twotower.engine.slots import slots_of
+from twotower.engine.stats import EngineStats
+from twotower.engine.towers import Towers
+from twotower.ops.host_transfer import placed
+from twotower.ops.precision import accumulation_dtype
+
+Item = TypeVar("Item", ScheduledTokens, RunningSequence)
+Collect = Callable[[], Sequence[Event]]  # waits for a pass that was launched, and books it
+
+
+class EngineCore:
+    """Runs sequences on a model. length: tokens of the longest text; block_size: positions of the longest block; rows,
+    memory: see `LLM`.
+
+    Raises:
+        ArgumentError: the memory holds no text at all.
+    """
+
+    def __init__(
+        self, model: Towers, rows: int, length: int, block_size: int, memory: int | None, options: EngineOptions
+    ) -> None:
+        self.model = model
+        self.options = options
+        rows, columns, spare = shares(model, rows, length + block_size, PROMPT_CHUNK, memory)
+        self.state = model.workspace.borrow_state(rows, columns, lambda: model.new_state(rows, 0, columns))
+        self._state_bytes = self.state.nbytes  # constant: the pools are allocated once
+        self.prefixes = Prefixes(PROMPT_CHUNK, spare)
+        self.reader = model.reader(self.state) if model.denoiser is not None else None
+        self.two_devices = isinstance(self.reader, Mirror)
+        device = model.device if model.denoiser is None else model.denoiser.device
+        self.async_scheduling = device.type == "cuda" and not options.lockstep  # on a CPU a launched pass is done
+        dtype = accumulation_dtype(model.dtype)
+        self.constants = RowConstants(rows, model.device, dtype)
+        there = RowConstants(rows, device, dtype) if self.two_devices else self.constants
+        self.blocks = OpenBlocks(model, there, block_size, options.step_callback, dtype)
+        self.scheduler = Scheduler(rows, options.prompt_budget, PROMPT_CHUNK if options.prefix_cache else None)
+        self.rounds = Rounds(self.scheduler.running, options)
+        self.late: list[Collect] = []  # of the denoiser's last pass, where the next is launched first
+
+    @torch.no_grad()
+    def step(self) -> list[Event]:
+        """One pass of each tower for every sequence that needs it → what became final."""
+        events: list[Event] = [*self._admit()]
+        self._draft()
+        denoiser = (self._launch_denoiser, self._launch_denoiser_ar)
+        if self.two_devices:
+            for collect in [collect for launch in (*denoiser, self._launch_context) for collect in launch()]:
+                events += collect()
+        else:
+            for launch in (self._launch_context, *denoiser):
+                for collect in launch():
+                    events += collect()
+        for event in events:
+            if event.result is not None:
+                self._leave(event)
+        return events
+
+    def release(self, number: int) -> RunningSequence | None:
+        """Forgets a request, waiting or running → the sequence that ran; its slot and columns are free at once."""
+        self.rounds.forget(number)
+        sequence = self.scheduler.forget(number)
+        if sequence is not None:
+            self.state.close(sequence.slot)
+        return sequence
+
+    def close(self) -> None:
+        """Forgets every request and returns the state to the model's workspace."""
+        for number in list(self.scheduler.running):
+            self.release(number)
+        self.scheduler.waiting.clear()
+        self.model.workspace.return_state(self.state)
+
+    def stats(self, length: int) -> EngineStats:
+        """A snapshot of the load. length: tokens of the longest text."""
+        return EngineStats(
+            slots=self.state.rows,
+            free_slots=len(self.scheduler.free),
+            running=len(self.scheduler.running),
+            waiting=len(self.scheduler.waiting),
+            max_seq_len=length,
+            max_block_size=self.blocks.size,
+            state_bytes=self._state_bytes,
+            prefix_bytes=self.prefixes.nbytes,
+            prefix_tokens=len(self.prefixes.nodes) * self.prefixes.chunk,
+            prompt_tokens=self.prefixes.asked,
+            reused_tokens=self.prefixes.found,
+        )
+
+    # --- requests become sequences --------------------------------------------------------------------------------
+
+    def _admit(self) -> list[BlockEvent]:
+        """Waiting requests take free slots and memory, first come, first served: none starves."""
+        events: list[BlockEvent] = []
+        waiting, free = self.scheduler.waiting, self.scheduler.free
+        if not waiting or not free:
+            return events
+        together = min(len(self.scheduler.running) + len(waiting), self.state.rows)
+        admitted = []
+        while waiting and free:
+            number, request = waiting[0]
+            columns = admission.columns(request, self.blocks.size)
+            idle = request.params.max_new_tokens == 0 and not request.prompt_logprobs
+            if not idle and self.state.segments.room_for(columns) is None:
+                break
+            waiting.popleft()
+            params, reason = resolve(self.model, request.params, 1)
+            reason = reason or request.mode_reason
+            output = SequenceOutput.of(number, params, len(request.prompt), self.model.tokenizer, reason)
+            if idle:
+                events.append(output.nothing())
+                continue
+            sequence = self._sequence(request, output, free.pop(), together)
+            self.state.open(sequence.slot, columns)
+            self.scheduler.start(sequence)
+            admitted.append(sequence)
+        if admitted:
+            self.constants.admit(admitted)
+            if self.two_devices:
+                self.blocks.constants.admit(admitted)
+            self.state.reset(placed([sequence.slot for sequence in admitted], self.model.device))
+            for sequence in admitted:
+                self._restore_prefix(sequence)
+            events += self.rounds.prompts_read([s for s in admitted if s.read == s.prompt_end])
+        return events
+
+    def _sequence(self, request: Request, output: SequenceOutput, slot: int, together: int) -> RunningSequence:
+        """together: sequences that will run beside one another."""
+        params = request.params
+        (policy,), (policy_value,) = params.row_policies(1)
+        (seed,) = params.row_seeds(1)
+        controller = self.model.workspace.draft_controller(params, together, len(request.prompt))
+        matcher = None if request.constraint is None else request.constraint.matcher(params.eos_token_id)
+        return RunningSequence(request, output, slot, seed, policy, policy_value, controller, matcher)
+
+    def _restore_prefix(self, sequence: RunningSequence) -> None:
+        """Puts the known beginning of the prompt into the sequence's slot."""
+        request, output = sequence.request, sequence.output
+        if request.prompt_logprobs:  # what is known of a prompt is not how likely it is
+            output.prompt_logprobs.append(None)
+        elif self.options.prefix_cache:
+            found = self.prefixes.restore(self.state, sequence.slot, request.prompt)
+            sequence.read = output.cached_tokens = found
+
+    def _leave(self, event: Event) -> None:
+        """An ended sequence's slot is free; mode "auto" learns from what it wrote."""
+        sequence = self.release(event.row)
+        if sequence is not None and sequence.params.mode == AUTO and event.result is not None:
+            self.model.workspace.mode_chooser.recent.learn([event.result], sequence.params.block_size)
+
+    # --- the context tower ----------------------------------------------------------------------------------------
+
+    def _launch_context(self) -> list[Collect]:
+        works = self.scheduler.context_works(self.model.prompt_piece)
+        return [collect for group in grouped(works) for collect in self._in_parts(self._launch_works, group)]
+
+    def _launch_works(self, works: Sequence[ScheduledTokens]) -> list[Collect]:
+        """One pass of the context tower, and what each sequence does next."""
+        sequences = [work.sequence for work in works]
+        started = time.perf_counter()
+        pending = context_step.launch(self.model, self.state, self.constants, works)
+        _charge(sequences, started)
+
+        def collect() -> list[BlockEvent]:
+            started = time.perf_counter()
+            events = context_step.collect(pending)
+            _charge(sequences, started)
+            return events + self._after_reading(works, events)
+
+        return [collect]
+
+    def _after_reading(self, works: Sequence[ScheduledTokens], events: Sequence[BlockEvent]) -> list[BlockEvent]:
+        """Says what the sequences of a pass need next → the ends of those that asked only about their prompts."""
+        tokens = {event.row: len(event.tokens) for event in events}
+        ready, read = [], []
+        for work in works:
+            sequence = work.sequence
+            if work.scored and sequence.mode == "verified":
+                brought = tokens[sequence.output.row]
+                sequence.controller.record(sequence.allowed, brought, sequence.accepted, sequence.seconds)
+            if sequence.phase is not Phase.PROMPT:
+                ready.append(sequence)
+                continue
+            self._keep_prefix(sequence)
+            if sequence.read == sequence.prompt_end:
+                read.append(sequence)
+        self.rounds.begin(ready)
+        return self.rounds.prompts_read(read)
+
+    def _keep_prefix(self, sequence: RunningSequence) -> None:
+        if not self.options.prefix_cache:
+            return
+        try:
+            self.prefixes.keep(self.state, sequence.slot, sequence.request.prompt, sequence.read)
+        except Exception as error:
+            if not out_of_memory(error):
+                raise
+            self._relieve()
+
+    # --- the denoiser ---------------------------------------------------------------------------------------------
+
+    def _draft(self) -> None:
+        """Drafts of the engine's drafter, if there is one."""
+        if self.options.drafter is None:
+            return
+        sequences = self.scheduler.of_phase(Phase.DRAFT)
+        if sequences:
+            started = time.perf_counter()
+            drafting.fill(self.options.drafter, sequences)
+            _charge(sequences, started)
+
+    def _launch_denoiser(self) -> list[Collect]:
+        """The denoiser's pass over open blocks."""
+        sequences = self._denoising(Phase.DENOISE)
+        launched: list[Collect] = []
+        if sequences:
+            self.blocks.open(sorted(self.rounds.opening, key=lambda sequence: sequence.slot))
+            self.rounds.opening.clear()
+            launched = self._in_parts(self._launch_blocks, sequences)
+        if self.async_scheduling and any(sequence.needs_denoiser for sequence in sequences):
+            launched, self.late = self.late, launched  # there is another pass to launch before this one is collected
+        else:
+            launched, self.late = self.late + launched, []
+        return launched
+
+    def _denoising(self, phase: Phase) -> list[RunningSequence]:
+        lockstep = self.options.lockstep
+        sequences = self.scheduler.denoiser_sequences(self.two_devices and not lockstep, lockstep)
+        return [sequence for sequence in sequences if sequence.phase is phase]
+
+    def _launch_blocks(self, sequences: Sequence[RunningSequence]) -> list[Collect]:
+        started = time.perf_counter()
+        view = self._view(sequences)
+        pending = self.blocks.launch(sequences, view, self.async_scheduling, not self.options.raise_errors)
+        _charge(sequences, started)
+
+        def collect() -> list[Event]:
+            live = [pending.sequences[place] for place in pending.live()]
+            started = time.perf_counter()
+            done = self.blocks.collect(pending)
+            _charge(live, started)
+            events: list[Event] = []
+            for sequence in live:
+                events += sequence.step_events
+                sequence.step_events.clear()
+            failed = [(pending.sequences[place], error) for place, error in pending.errors.items()]
+            events += [sequence.fail(error) for sequence, error in failed if sequence in live]
+            for sequence in done:
+                events += self.rounds.block_done(sequence)
+            return events
+
+        return [collect]
+
+    def _launch_denoiser_ar(self) -> list[Collect]:
+        """The denoiser's pass over pending tokens."""
+        return self._in_parts(self._launch_pending, self._denoising(Phase.DENOISER_AR))
+
+    def _launch_pending(self, sequences: Sequence[RunningSequence]) -> list[Collect]:
+        pending = denoiser_ar.launch(self.model, self.blocks.constants, sequences, self._view(sequences))
+        self.blocks.passes += 1
+        return [lambda: denoiser_ar.collect(sequences, pending)]
+
+    def _view(self, sequences: Sequence[RunningSequence]) -> ContextView:
+        """What the denoiser sees of the sequences' texts, brought to its device as far as it is new there."""
+        assert self.reader is not None
+        self.state.bound = max(sequence.read for sequence in sequences)
+        fresh = [Fresh(s.slot, max(s.seen, 0), s.read) for s in sequences if s.seen < s.read]
+        view = self.reader.view(slots_of(sequences, self.state.rows, self.blocks.device), fresh)
+        for sequence in sequences:
+            sequence.seen = sequence.read
+        return view
+
+    # --- out of memory --------------------------------------------------------------------------------------------
+
+    def _in_parts(self, launch: Callable[[Sequence[Item]], list[Collect]], items: Sequence[Item]) -> list[Collect]:
+        return in_parts(launch, items, self._relieve, self._fail) if items else []
+
+    def _fail(self, item: ScheduledTokens | RunningSequence, error: Exception) -> list[Collect]:
+        """The end of a sequence whose pass does not fit the memory even alone."""
+        if self.options.raise_errors:
+            raise error
+        sequence = item.sequence if isinstance(item, ScheduledTokens) else item
+        then = sequence.phase, sequence.opened
+        return [lambda: [sequence.fail(error)] if then == (sequence.phase, sequence.opened) else []]
+
+    def _relieve(self) -> None:
+        """Gives back memory that nobody's answer needs."""
+        self.prefixes.clear()
+        if torch.cuda.is_available():
+            torch.cuda.empty_cache()
+
+
+def _charge(sequences: Sequence[RunningSequence], started: float) -> None:
+    """Gives each sequence its share of the time since `started`: of a launch, or of the wait for its results."""
+    seconds = (time.perf_counter() - started) / max(len(sequences), 1)
+    for sequence in sequences:
+        sequence.seconds += seconds

@@ -1,0 +1,93 @@
+"""What each sequence needs after a pass: the next round of its mode's cycle.
+
+ar         STEP → STEP → …
+diffusion  DENOISE (its passes) → COMMIT → DENOISE → …
+verified   DENOISE or DRAFT → CHECK → DENOISE → …, or STEP where a draft would not pay
+mock_ar    DENOISER_AR → COMMIT → DENOISER_AR → …
+"""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Mapping, Sequence
+
+from twotower.decoding.output import BlockEvent
+from twotower.engine.engine_options import EngineOptions
+from twotower.engine.sequence import Phase, RunningSequence
+
+
+class Rounds:
+    """running: the engine's sequences, by number. opening: sequences that need a new block before the denoiser's next
+    pass."""
+
+    def __init__(self, running: Mapping[int, RunningSequence], options: EngineOptions) -> None:
+        self.running = running
+        self.options = options
+        self.opening: list[RunningSequence] = []
+        self._ready: list[RunningSequence] = []  # in lockstep: sequences that wait for the others
+
+    def forget(self, number: int) -> None:
+        """An aborted request begins nothing."""
+        self.opening = [sequence for sequence in self.opening if sequence.output.row != number]
+        self._ready = [sequence for sequence in self._ready if sequence.output.row != number]
+
+    def prompts_read(self, sequences: Sequence[RunningSequence]) -> list[BlockEvent]:
+        """The prompts of these sequences are read → the ends of those that asked about nothing but their prompts."""
+        for sequence in sequences:
+            sequence.output.prefilled = time.perf_counter()
+            sequence.pending = sequence.request.prompt[-1]
+        self.begin(sequences)
+        return [sequence.output.nothing() for sequence in sequences if not sequence.output.running]
+
+    def begin(self, ready: Sequence[RunningSequence]) -> None:
+        """Begins the next round of these sequences. In lockstep a round begins when all sequences are ready."""
+        if not self.options.lockstep:
+            for sequence in ready:
+                if sequence.output.running:
+                    self._begin(sequence, sequence.controller.passes(), sequence.output.room)
+            return
+        self._ready += ready
+        if len(self._ready) < len(self.running):
+            return
+        sequences = [sequence for sequence in self._ready if sequence.output.running]
+        self._ready.clear()
+        if sequences:
+            passes, room = sequences[0].controller.passes(), max(sequence.output.room for sequence in sequences)
+            for sequence in sequences:
+                self._begin(sequence, passes, room)
+
+    def _begin(self, sequence: RunningSequence, draft_passes: int, room: int) -> None:
+        """draft_passes: the draft controller's choice; room: new tokens that may still be written."""
+        params = sequence.params
+        sequence.room, sequence.allowed, sequence.launched, sequence.seconds = room, 0, 0, 0.0
+        match sequence.mode:
+            case "ar":
+                sequence.phase = Phase.STEP
+            case "mock_ar":
+                sequence.phase = Phase.DENOISER_AR
+            case "diffusion":
+                sequence.allowed = params.steps_per_block
+            case "verified":
+                sequence.phase = Phase.STEP
+                if min(params.block_size, room) > 1:  # else there is nothing to draft
+                    sequence.allowed = draft_passes
+        if sequence.allowed and sequence.mode == "verified" and self.options.drafter is not None:
+            sequence.phase = Phase.DRAFT
+        elif sequence.allowed:
+            sequence.phase = Phase.DENOISE
+            sequence.opened += 1
+            self.opening.append(sequence)
+
+    @staticmethod
+    def block_done(sequence: RunningSequence) -> list[BlockEvent]:
+        """A finished block or draft goes to the context tower → the event of a finished block, unless the block waits
+        for its log-probabilities."""
+        if sequence.mode == "verified":
+            sequence.phase = Phase.CHECK
+            sequence.block = sequence.block[: sequence.draft_length]
+            return []
+        sequence.phase = Phase.COMMIT
+        if sequence.request.logprobs is not None:
+            sequence.held = sequence.block = sequence.block[: sequence.output.room]
+            return []
+        return [sequence.output.take(sequence.block, sequence.committed_at, sequence.confidence)]
