@@ -301,7 +301,7 @@ def engine(setting: Setting, out: dict[str, Any]) -> None:
 
 
 def full_ahead(setting: Setting, out: dict[str, Any]) -> None:
-    """`ways.py` on the full shape: the engine waiting for each pass, and a pass ahead of what it knows."""
+    """`engine_comparison.py` on the full shape: the engine waiting for each pass, and a pass ahead of what it knows."""
     few: dict[str, Any] = {"at_once": (2,), "tokens": 6} if setting.tiny else {"at_once": (1, 8), "tokens": 48}
     model = setting.full_model()
     out["towers"] = setting.towers
@@ -324,7 +324,7 @@ def full_int8(setting: Setting, out: dict[str, Any]) -> None:
 
 
 def two_devices(setting: Setting, out: dict[str, Any]) -> None:
-    """`ways.py`: the engine with the towers on one GPU and on two, where there are two."""
+    """`engine_comparison.py`: the engine with the towers on one GPU and on two, where there are two."""
     if setting.device.type == "cuda" and torch.cuda.device_count() < 2:
         out["left out"] = "there is one GPU"
         return

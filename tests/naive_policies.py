@@ -1,4 +1,4 @@
-"""Commit policies in plain Python, one row at a time: the references of `generation/unmasking.py`.
+"""Commit policies in plain Python, one row at a time: the references of `decoding/unmasking.py`.
 
 A row: p, the distribution at each position; c, the candidates' confidences; open, the masked positions; before, p of
 the pass before (None in a block's first); step and steps.

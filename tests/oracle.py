@@ -1,7 +1,7 @@
 """Decoding that recomputes everything: no cache, no batch, no state. Every fast path must equal it.
 
 One request at a time, token by token, from `GenerationParams` alone; each tower reads the text from its first token
-(`oracle_tower`). Nothing of `state.py`, `generation/` or `engine/` is used, but for the parameters' plain data. Follow
+(`oracle_tower`). Nothing of `cache/`, `decoding/` or `engine/` is used, but for the parameters' plain data. Follow
 it beside the description of the three modes: masked diffusion, AR, mock-AR; then verified decoding.
 """
 

@@ -225,7 +225,7 @@ class TwoTowerForCausalLM(TwoTowerModel, PreTrainedModel):
     ) -> Tensor:
         """Masked diffusion, block by block → prompt + new tokens (B, S + n).
 
-        policy, knob: which positions a pass commits (`generation.unmasking.POLICIES`), for all rows or each.
+        policy, knob: which positions a pass commits (`decoding.unmasking.POLICIES`), for all rows or each.
 
         step_callback(step, steps, block, t=, logits=, block_idx=): once per block with t 1.0 and logits None,
         then after each pass with the block (B, L) as it was before that pass's commits.

@@ -269,7 +269,7 @@ class TowerState:
         self.segments = grown
 
     def open(self, row: int, length: int) -> None:
-        """Gives a row `length` of the shared columns; `segments.room_for` says whether it can."""
+        """Gives a row `length` of the shared columns; `Segments.room_for` says whether it can."""
         self.segments.open(row, length)
 
     def close(self, row: int) -> None:

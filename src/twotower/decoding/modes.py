@@ -18,6 +18,6 @@ MEANT_FOR: dict[str, tuple[str, ...]] = {
     "steps": ("diffusion", AUTO),
     **dict.fromkeys(("draft_steps", "acceptance"), ("verified", AUTO)),
 }
-# Ways to decode (evaluation/settings.py) that are compared with AR unless others are asked for: those of the bundled
+# Ways to decode (decoding/presets.py) that are compared with AR unless others are asked for: those of the bundled
 # model's card.
 SETTINGS = ("diffusion:0.8", "diffusion:0.9", "verified:draft_steps=1")

@@ -19,7 +19,7 @@ from twotower.errors import ArgumentError
 class GenerationParams:
     """Parameters of one call; every row of a batch has the same, except its seed.
 
-    mode: one of those that write, or "auto", which chooses of AR, verified and diffusion (`generation.automatic`).
+    mode: one of those that write, or "auto", which chooses of AR, verified and diffusion (`engine.mode_choice`).
     max_new_tokens: tokens after the prompt, at most. temperature: 0 (or less) is greedy. top_k, top_p: filters
     of the candidate's distribution after the temperature. eos_token_id: one id or several; a row ends at its
     first. seed: one for all rows or one for each; None draws fresh ones from torch's generator. stop: strings

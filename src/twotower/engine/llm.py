@@ -7,8 +7,10 @@ depend on its neighbours.
 
 from __future__ import annotations
 
+import warnings
 from collections.abc import Callable, Iterator, Sequence
 
+from twotower.cache.prefix_cache import Prefixes
 from twotower.decoding.output import Event, Generation
 from twotower.engine import admission
 from twotower.engine.budget import memory_for
@@ -90,6 +92,13 @@ class LLM:
     def denoiser_passes(self) -> int:
         """Passes that the denoiser has made so far."""
         return self.core.blocks.passes
+
+    @property
+    def prefixes(self) -> Prefixes:
+        """Deprecated: `stats()` has `prompt_tokens` and `reused_tokens`."""
+        message = "LLM.prefixes is deprecated; use LLM.stats().prompt_tokens and .reused_tokens"
+        warnings.warn(message, DeprecationWarning, stacklevel=2)
+        return self.core.prefixes
 
     def stats(self) -> EngineStats:
         """A snapshot of the engine's load. Call this only from the thread that runs `step`."""

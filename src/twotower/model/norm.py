@@ -18,13 +18,13 @@ class RMSNorm(nn.Module):
         self.eps = eps
 
     def forward(self, x: Tensor, modulation: tuple[Tensor, Tensor] | None = None, order: Order = "before") -> Tensor:
-        """x (B, L, H) → the same in the weight's dtype; modulation and order as in `kernels.norm.rms_norm`."""
+        """x (B, L, H) → the same in the weight's dtype; modulation and order as in `ops.reference.norm.rms_norm`."""
         backend = select("rms_norm", x.device, self.weight.dtype)
         return backend.function(x, self.weight, self.eps, modulation, order)
 
 
 class GatedGroupRMSNorm(nn.Module):
-    """Holder of the weight of Mamba's output norm, which is part of `kernels.mamba_block`: gate first, then RMSNorm
+    """Holder of the weight of Mamba's output norm, which is part of `ops.reference.mamba_block`: gate first, then RMSNorm
     within each group (spec §6)."""
 
     def __init__(self, width: int) -> None:

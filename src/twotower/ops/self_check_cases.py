@@ -1,4 +1,4 @@
-"""What a machine's kernels are tried on before they are used (`verification`): small arguments of every kind."""
+"""What a machine's kernels are tried on before they are used (`self_check`): small arguments of every kind."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""From results to what clients get, whole or chunk by chunk (`responses.py` has the shapes).
+"""From results to what clients get, whole or chunk by chunk (`response_schemas.py` has the shapes).
 
 Only fields that were set are sent: an absent `usage` is not the same as a null one.
 """

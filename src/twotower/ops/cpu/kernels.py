@@ -197,7 +197,7 @@ def mamba_block(
     weights: MambaWeights,
     trace: bool = True,
 ) -> tuple[Tensor, MambaTrace | None]:
-    """See `kernels.mamba_block.mamba_block`."""
+    """See `ops.reference.mamba_block.mamba_block`."""
     projected = projected.contiguous()
     rows, length = projected.shape[:2]
     mixed = projected.new_empty(rows, length, weights.inner)
@@ -218,7 +218,7 @@ def mamba_block(
 def fold(
     pools: Sequence[Pair], traces: Sequence[MambaTrace], accepted: Tensor, rows: Tensor | None = None
 ) -> list[Pair]:
-    """`kernels.mamba_block.fold` of each layer's pools and trace; the pools change in place."""
+    """`ops.reference.mamba_block.fold` of each layer's pools and trace; the pools change in place."""
     pools = [(window.contiguous(), state.contiguous()) for window, state in pools]
     window, state = pools[0]
     heads, width, size = state.shape[1:]
@@ -235,7 +235,7 @@ def fold(
 
 
 def append(pools: Sequence[Pair], new: Sequence[Pair], ends: Ends) -> list[Pair]:
-    """See `kernels.pools.append`; the pools change in place."""
+    """See `ops.reference.kv_write.append`; the pools change in place."""
     pools, kept = list(pools), [part.contiguous() for pair in new for part in pair]
     rows, length, heads, width = kept[0].shape
     into, by = _addresses([part for pair in pools for part in pair]), _addresses(kept)
@@ -260,7 +260,7 @@ def choose(logits: Tensor, excluded: Tensor) -> tuple[Tensor, Tensor]:
 def attention(
     q: Tensor, k: Tensor, v: Tensor, valid: Tensor | None, causal: bool, cached: Cached | None = None
 ) -> Tensor:
-    """See `kernels.attention.attention`."""
+    """See `ops.reference.attention.attention`."""
     q, k, v = q.contiguous(), k.contiguous(), v.contiguous()
     valid = None if valid is None else valid.contiguous()
     past: list[Tensor | None] = [None] * 5

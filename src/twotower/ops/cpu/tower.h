@@ -6,7 +6,7 @@
 
 enum Kind { MAMBA, ATTENTION, MOE, MLP };
 
-// What a layer is made of and reads, by place: see `Plan` in model/whole.py. Weights, panels and scales (null where
+// What a layer is made of and reads, by place: see runners/weight_table.py. Weights, panels and scales (null where
 // there is none: see `Matrix`), then what belongs to this pass.
 constexpr int WEIGHTS = 12, INPUTS = 12;
 

@@ -5,8 +5,9 @@
     y = scan(x, dt, B, C) from the state, + D·x
     mixed = group RMSNorm(y · SiLU(z))
 
-`mamba_block` and `fold` are the torch twins of the kernels in `triton_mamba.py`; everything but z is computed in at
-least fp32. H heads of width P, G groups, state size N, K taps, C = H·P + 2·G·N channels of the convolution.
+`mamba_block` and `fold` are the reference of the kernels in `ops/triton/mamba_block.py`, `ops/triton/fold.py` and
+`ops/cpu/mamba.h`; everything but z is computed in at least fp32. H heads of width P, G groups, state size N, K taps,
+C = H·P + 2·G·N channels of the convolution.
 """
 
 from __future__ import annotations

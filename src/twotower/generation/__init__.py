@@ -1,0 +1,1 @@
+"""Deprecated names of decoding. `twotower.decoding` has the rules, `twotower.engine` the decoder."""

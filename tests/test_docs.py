@@ -1,0 +1,141 @@
+"""The documents name things that exist: modules, files, links, commands, options, environment variables."""
+
+from __future__ import annotations
+
+import ast
+import importlib
+import re
+import shlex
+from collections.abc import Iterator
+from pathlib import Path
+
+import click
+import pytest
+
+from twotower.cli.main import cli
+from twotower.options import rows
+
+ROOT = Path(__file__).parent.parent
+CARD = ROOT / "src/twotower/assets/small/README.md"
+DOCUMENTS = [ROOT / "README.md", *sorted((ROOT / "docs").glob("*.md")), CARD]
+SOURCES = [
+    path
+    for folder, pattern in (("src", "*.py"), ("src", "*.h"), ("src", "*.cpp"), ("benchmarks", "*.py"), ("tests", "*.py"))
+    for path in sorted((ROOT / folder).rglob(pattern))
+]
+FILES = [path.relative_to(ROOT).as_posix() for folder in ("src", "tests", "benchmarks", "docs", ".ci")
+         for path in (ROOT / folder).rglob("*") if path.is_file()]  # fmt: skip
+FILE = re.compile(r"(?<![\w./*{-])((?:[\w-]+/)*[\w-]+\.(?:py|cpp|h))\b(?!\()")
+MODULE = re.compile(r"(?<![\w./-])twotower(?:\.[A-Za-z_]\w*)+(?!\w*/)")
+FENCE = re.compile(r"^```(\w*)\n(.*?)^```", re.MULTILINE | re.DOTALL)
+
+
+def relative(path: Path) -> str:
+    return path.relative_to(ROOT).as_posix()
+
+
+def is_there(name: str) -> bool:
+    """Whether a dotted name is a module, or an attribute of one."""
+    parts = name.split(".")
+    for count in range(len(parts), 0, -1):
+        try:
+            found: object = importlib.import_module(".".join(parts[:count]))
+        except ModuleNotFoundError as error:
+            if not (error.name or "").startswith("twotower"):
+                pytest.skip(f"{name} needs {error.name}")
+            continue
+        for part in parts[count:]:
+            if not hasattr(found, part):
+                return False
+            found = getattr(found, part)
+        return True
+    return False
+
+
+def fences(text: str, *languages: str) -> list[str]:
+    return [body for language, body in FENCE.findall(text) if language in languages]
+
+
+def commands(text: str) -> Iterator[list[str]]:
+    """The command lines of a document: in fenced blocks and in backticks, without comments."""
+    blocks = [line for body in fences(text, "") for line in body.replace("\\\n", " ").splitlines()]
+    inline = re.findall(r"`([^`\n]+)`", FENCE.sub("", text))
+    for line in [*blocks, *inline]:
+        try:
+            words = shlex.split(line.split(" #")[0])
+        except ValueError:
+            continue
+        if len(words) > 1:
+            yield words
+
+
+@pytest.mark.parametrize("document", DOCUMENTS, ids=relative)
+def test_modules_and_imports(document: Path) -> None:
+    text = document.read_text()
+    names = set(MODULE.findall(text))
+    for block in fences(text, "python"):
+        for node in ast.walk(ast.parse(block)):
+            if isinstance(node, ast.ImportFrom) and (node.module or "").split(".")[0] == "twotower":
+                names |= {f"{node.module}.{alias.name}" for alias in node.names}
+    assert [name for name in sorted(names) if not is_there(name)] == []
+
+
+@pytest.mark.parametrize("path", [*DOCUMENTS, *SOURCES], ids=relative)
+def test_files(path: Path) -> None:
+    missing = {
+        name
+        for name in FILE.findall(path.read_text())
+        if not any(file == name or file.endswith("/" + name) for file in FILES)
+    }
+    assert missing - MADE_UP == set()
+
+
+MADE_UP = {"broken.py", "train.py"}
+
+
+@pytest.mark.parametrize("document", DOCUMENTS, ids=relative)
+def test_links(document: Path) -> None:
+    targets = re.findall(r"\]\(([^)#\s]+)[^)]*\)", document.read_text())
+    assert [target for target in targets if "://" not in target and not (document.parent / target).exists()] == []
+
+
+@pytest.mark.parametrize("document", DOCUMENTS, ids=relative)
+def test_commands(document: Path) -> None:
+    unknown = []
+    for words in commands(document.read_text()):
+        words = words[words.index("-m") + 1 :] if words[0] in ("python", "torchrun") and "-m" in words else words
+        if words[0] == "twotower":
+            unknown += unknown_options(words[1:])
+        elif words[0] == "python" and words[1].startswith("benchmarks/"):
+            unknown += unknown_words(words[1], words[2:])
+        elif words[0] == "make":
+            targets = re.findall(r"^([\w-]+):", (ROOT / "Makefile").read_text(), re.MULTILINE)
+            unknown += [word for word in words[1:] if re.fullmatch(r"[a-z-]+", word) and word not in targets]
+    assert unknown == []
+
+
+def unknown_options(words: list[str]) -> list[str]:
+    verb = words[0] if words[0] in cli.commands else "generate"
+    command = cli.commands[verb]
+    while isinstance(command, click.Group):
+        words = words[1:]
+        command = command.commands[words[0]]
+    if verb == "lm-eval":  # lm-evaluation-harness's own options
+        return []
+    known = {option for parameter in command.params for option in (*parameter.opts, *parameter.secondary_opts)}
+    given = [word.split("=")[0] for word in words if re.match(r"-{1,2}[a-z]", word)]
+    return [f"twotower {verb} {option}" for option in given if option not in known | {"--help", "-h", "--version"}]
+
+
+def unknown_words(program: str, words: list[str]) -> list[str]:
+    """Options and subcommands that a benchmark's source does not name."""
+    source = "".join(path.read_text() for path in (ROOT / program, ROOT / "benchmarks/common/program.py"))
+    given = [word for word in words if re.fullmatch(r"--[a-z-]+", word)]
+    given += [word for word in words[:1] if re.fullmatch(r"[a-z-]+", word)]
+    return [f"{program} {word}" for word in given if f'"{word}"' not in source]
+
+
+@pytest.mark.parametrize("document", DOCUMENTS, ids=relative)
+def test_environment_variables(document: Path) -> None:
+    known = {row.variable for row in rows()}
+    assert set(re.findall(r"TWOTOWER_[A-Z_]+", document.read_text())) - known == set()
