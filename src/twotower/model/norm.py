@@ -24,8 +24,8 @@ class RMSNorm(nn.Module):
 
 
 class GatedGroupRMSNorm(nn.Module):
-    """Holder of the weight of Mamba's output norm, which is part of `ops.reference.mamba_block`: gate first, then RMSNorm
-    within each group (spec §6)."""
+    """Holder of the weight of Mamba's output norm, which is part of `ops.reference.mamba_block`: gate first, then
+    RMSNorm within each group (spec §6)."""
 
     def __init__(self, width: int) -> None:
         super().__init__()
