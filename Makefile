@@ -35,7 +35,7 @@ bench-quick: .venv/.installed
 	$(BIN)/twotower bench --rounds 3
 	$(BIN)/twotower eval -n 25
 
-# About 12 minutes on two cores, idle ones: passes beside their floors, the engine, memory, context, serving → build/bench/.
+# About 12 minutes on two idle cores: passes beside their roofline, the engine, memory, context, serving → build/bench/.
 bench: .venv/.installed-dev
 	@mkdir -p build/bench
 	$(BIN)/python benchmarks/passes.py > build/bench/passes.json
@@ -44,7 +44,7 @@ bench: .venv/.installed-dev
 	$(BIN)/python benchmarks/context.py time -o build/bench/context.png > build/bench/context.json
 	$(BIN)/python benchmarks/serve.py > build/bench/serve.json
 
-# About 15 minutes on one core: every setting of the dial → report/report.png, report/report.md.
+# About 15 minutes on one core: every setting of the sweep → report/report.png, report/report.md.
 report: .venv/.installed-dev
 	$(BIN)/twotower report -o report
 

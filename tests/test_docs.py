@@ -125,7 +125,7 @@ def test_options_in_prose(document: Path) -> None:
     """Options in backticks, without their verb: some verb or benchmark has them."""
     sources = "".join(path.read_text() for path in SOURCES if path.is_relative_to(ROOT / "benchmarks"))
     known = {option for command in all_commands(cli) for parameter in command.params for option in parameter.opts}
-    known |= {option for option in re.findall(r'"(--[a-z-]+)"', sources)}
+    known |= set(re.findall(r'"(--[a-z-]+)"', sources))
     inline = re.findall(r"`(--[a-z-]+)", FENCE.sub("", document.read_text()))
     assert set(inline) - known == set()
 

@@ -1,5 +1,6 @@
 """Deprecated: `twotower.evaluation.tasks`."""
 
+import sys
 import warnings
 
 from twotower.evaluation.tasks import (
@@ -37,3 +38,8 @@ warnings.warn(
     DeprecationWarning,
     stacklevel=2,
 )
+
+if __name__ == "__main__":
+    from twotower.evaluation.tasks.__main__ import run_suite
+
+    sys.exit(run_suite())
