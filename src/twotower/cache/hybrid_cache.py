@@ -11,6 +11,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from functools import lru_cache
 
 import torch
 from torch import Tensor
@@ -100,6 +101,12 @@ class TowerState:
         self.bound = 0  # no row is longer than this; known on the host, so shapes need no synchronisation
         self.appended = 0  # columns ever appended: what a mirror on another device has to catch up with
         self.pools: list[Pool] = [self._new_pool(kind, rows, device, dtype) for kind in config.hybrid_override_pattern]
+        self._index_pools()
+
+    def _index_pools(self) -> None:
+        """Lists the pools of each kind with their layers."""
+        self._attention = [(layer, pool) for layer, pool in enumerate(self.pools) if isinstance(pool, AttentionPool)]
+        self._mamba = [(layer, pool) for layer, pool in enumerate(self.pools) if isinstance(pool, MambaPool)]
 
     def _new_pool(self, kind: str, rows: int, device: torch.device, dtype: torch.dtype) -> Pool:
         config = self.config
@@ -140,14 +147,12 @@ class TowerState:
         self.settle()
         start, stride, lengths = self._places(rows)
         even = self.segments.even if rows is None else 0
-        past: list[Past] = []
-        for pool in self.pools:
-            if isinstance(pool, AttentionPool):
-                past.append(Cached(pool.k, pool.v, start, stride, lengths, self.bucket, even))
-            elif isinstance(pool, MambaPool):
-                past.append(_read(pool, rows))
-            else:
-                past.append(None)
+        width = self.bucket
+        past: list[Past] = [None] * len(self.pools)
+        for layer, attention in self._attention:
+            past[layer] = Cached(attention.k, attention.v, start, stride, lengths, width, even)
+        for layer, mamba in self._mamba:
+            past[layer] = _read(mamba, rows)
         return ContextView(past, lengths)
 
     def _places(self, rows: Tensor | None) -> tuple[Tensor, Tensor, Tensor]:
@@ -158,25 +163,29 @@ class TowerState:
     # --- writing ---------------------------------------------------------------------------------------------
 
     def append(self, added: Sequence[Added], valid: Tensor, width: int, rows: Tensor | None = None) -> None:
-        """Stores what an `extend` over `width` tokens added; of each row the first `valid` (B,) count.
+        """Stores what an `extend` over `width` tokens added; of each row the first `valid` (B,) count. The state keeps
+        `valid`.
 
         The caller has settled the state (by reading it) and reserved room for bound + width.
         """
         assert self.segments.shared or self.bound + width <= self.capacity, "append beyond the reserved capacity"
-        attention = [pool for pool in self.pools if isinstance(pool, AttentionPool)]
-        if attention:
-            new = [(k.transpose(1, 2), v.transpose(1, 2)) for k, v in (a for a in added if isinstance(a, KeyValue))]
+        if self._attention:
+            new = []
+            for layer, _ in self._attention:
+                part = added[layer]
+                assert isinstance(part, KeyValue)
+                new.append((part.k.transpose(1, 2), part.v.transpose(1, 2)))
             store = select("append", self.lengths.device, self.dtype).function
-            stored = store([(pool.k, pool.v) for pool in attention], new, Ends(*self._places(rows), valid))
-            for own, pair in zip(attention, stored, strict=True):
+            stored = store([(pool.k, pool.v) for _, pool in self._attention], new, Ends(*self._places(rows), valid))
+            for (_, own), pair in zip(self._attention, stored, strict=True):
                 own.k, own.v = pair
-        for pool, trace in zip(self.pools, added, strict=True):
-            if isinstance(pool, MambaPool):
-                assert isinstance(trace, MambaTrace)
-                pool.trace = trace
+        for layer, pool in self._mamba:
+            trace = added[layer]
+            assert isinstance(trace, MambaTrace)
+            pool.trace = trace
         self.traced = rows
         if rows is None:
-            self.accepted = valid.clone()
+            self.accepted = valid
         else:
             self.accepted = torch.zeros_like(self.lengths).index_add(0, rows, valid)
         self.lengths = self.lengths + self.accepted
@@ -196,7 +205,7 @@ class TowerState:
 
     def settle(self) -> None:
         """Folds the accepted part of the last `extend` into the Mamba states: one small matrix product for each."""
-        pending = [(pool, pool.trace) for pool in self.pools if isinstance(pool, MambaPool) and pool.trace is not None]
+        pending = [(pool, pool.trace) for _, pool in self._mamba if pool.trace is not None]
         if pending:
             rows = self.traced
             accepted = self.accepted if rows is None else self.accepted[rows]
@@ -321,6 +330,7 @@ class TowerState:
                 out.pools.append(MambaPool(change(pool.conv_window), change(pool.ssm_state), trace))
             else:
                 out.pools.append(None)
+        out._index_pools()
         return out
 
     def _tensors(self) -> list[Tensor]:
@@ -333,6 +343,7 @@ class TowerState:
         return out
 
 
+@lru_cache(maxsize=32)
 def sizes(config: BackboneConfig, dtype: torch.dtype) -> tuple[int, int]:
     """Bytes that a text takes: from the start, and for each of its tokens. Asked of a state without storage."""
     states = [TowerState(config, rows, capacity, torch.device("meta"), dtype) for rows, capacity in ((1, 1), (1, 2))]

@@ -9,7 +9,7 @@ from typing import Any
 
 import torch
 
-from twotower.config import TwoTowerConfig
+from twotower.config import BackboneConfig
 from twotower.decoding.modes import ASKABLE, AUTO, BLOCK_MODES
 from twotower.decoding.unmasking import POLICIES
 from twotower.errors import ArgumentError
@@ -115,9 +115,9 @@ class GenerationParams:
                 values[name] = tuple(values[name])
         return cls(eos_token_id=_tuple(eos_token_id), seed=seeds, stop=_tuple(stop), **values)
 
-    def check_against(self, config: TwoTowerConfig, prompt_lengths: Sequence[int]) -> None:
+    def check_against(self, config: BackboneConfig, prompt_lengths: Sequence[int]) -> None:
         """The checks that need the model's configuration and the prompts."""
-        vocab = config.backbone.vocab_size
+        vocab = config.vocab_size
         if self.mode in BLOCK_MODES and self.mask_token_id >= vocab:
             raise ArgumentError(
                 f"mask_token_id is {self.mask_token_id}; the vocabulary ends at {vocab - 1}", param="mask_token_id"
@@ -127,7 +127,7 @@ class GenerationParams:
                 raise ArgumentError(
                     f"eos_token_id is {token!r}; it must be a token id from 0 to {vocab - 1}", param="eos_token_id"
                 )
-        window = config.backbone.max_position_embeddings
+        window = config.max_position_embeddings
         longest = max(prompt_lengths)
         if longest + self.max_new_tokens > window:
             raise ArgumentError(

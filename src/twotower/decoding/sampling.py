@@ -81,8 +81,7 @@ def _pick_by(rule: Rule, logits: Tensor, keys: NoiseKeys) -> tuple[Tensor, Tenso
 
 def greedy(logits: Tensor) -> tuple[Tensor, Tensor]:
     """The most probable token of each position of logits (B, L, V), and the confidence in it, in one reading."""
-    nothing = torch.full((len(logits),), -1, device=logits.device)
-    tokens, sure = select("choose", logits.device, logits.dtype).function(logits, nothing)
+    tokens, sure = select("choose", logits.device, logits.dtype).function(logits)
     return tokens, sure
 
 

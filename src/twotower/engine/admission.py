@@ -25,7 +25,7 @@ def columns(request: Request, block_size: int) -> int:
 
 def check_model(model: Towers, params: GenerationParams, prompt_lengths: Sequence[int]) -> None:
     """Raises ArgumentError where this model cannot do what the parameters ask for, whatever engine runs the model."""
-    params.check_against(model.config, prompt_lengths)
+    params.check_against(model.backbone, prompt_lengths)
     if params.stop and model.tokenizer is None:
         raise ArgumentError("stop strings need a tokenizer; set model.tokenizer", param="stop")
     if params.mode not in ("ar", AUTO) and model.denoiser is None:
@@ -40,7 +40,7 @@ def check(model: Towers, request: Request, length: int, block_size: int, most_co
     Raises:
         ArgumentError: the request can never run there; says why, with the numbers.
     """
-    params, prompt, vocab_size = request.params, len(request.prompt), model.config.backbone.vocab_size
+    params, prompt, vocab_size = request.params, len(request.prompt), model.backbone.vocab_size
     if not (min(request.prompt) >= 0 and max(request.prompt) < vocab_size):
         beyond = next(token for token in request.prompt if not 0 <= token < vocab_size)
         raise ArgumentError(

@@ -14,7 +14,7 @@ PREFIXES = 8  # of their chunks are remembered at least where no memory is given
 
 def memory_for(model: Towers, rows: int, longest: int) -> int:
     """Bytes in which `rows` texts of `longest` tokens fit, one block included."""
-    per_row, per_token = sizes(model.config.backbone, model.dtype)
+    per_row, per_token = sizes(model.backbone, model.dtype)
     return math.ceil(rows * (per_row + per_token * longest) / (1 - PREFIX_SHARE)) + 1
 
 
@@ -27,7 +27,7 @@ def shares(model: Towers, rows: int, longest: int, chunk: int, memory: int | Non
     Raises:
         ArgumentError: it holds no text at all.
     """
-    per_row, per_token = sizes(model.config.backbone, model.dtype)
+    per_row, per_token = sizes(model.backbone, model.dtype)
     if memory is None:
         whole = rows * (per_row + per_token * longest)
         return rows, rows * longest, max(round(whole * PREFIX_SHARE), PREFIXES * (per_row + per_token * chunk))

@@ -3,8 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass
-from typing import Any
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
@@ -50,8 +49,7 @@ def grouped(works: Sequence[ScheduledTokens]) -> list[list[ScheduledTokens]]:
     return [sorted(group, key=lambda work: work.sequence.slot) for group in groups]
 
 
-@dataclass(frozen=True)
-class PendingContext:
+class PendingContext(NamedTuple):
     """A launched context pass. choosing: the works whose next token the AR model chooses, and of each the tokens, the
     confidence in them, and how many drafted ones are accepted; asking: those that want log-probabilities."""
 
@@ -61,8 +59,7 @@ class PendingContext:
     logprobs: PendingLogprobs | None
 
 
-@dataclass(frozen=True)
-class _Scored:
+class _Scored(NamedTuple):
     """The works of a pass that need logits. places: where they stand in the pass (None: all of them, in order), those
     that choose first, and of these the ones that ask last."""
 
@@ -87,15 +84,15 @@ def launch(
     """Launches one context pass over the works' tokens; scored works choose and check. From here on the state, and each
     sequence, count the tokens as read."""
     device = state.lengths.device
-    width = max(len(work.tokens) for work in works)
-    tokens = placed([work.tokens + [0] * (width - len(work.tokens)) for work in works], device)
-    ragged = any(len(work.tokens) < width for work in works)
-    lengths = placed([len(work.tokens) for work in works], device) if ragged else None
+    counts = [len(work.tokens) for work in works]
+    width = max(counts)
+    tokens = placed([work.tokens + [0] * (width - count) for work, count in zip(works, counts, strict=True)], device)
+    lengths = placed(counts, device) if min(counts) < width else None
     scored = _Scored.of(works)
     places = None if scored.places is None else placed(scored.places, device, torch.long)
     wanted: bool | Tensor = True if places is None else places if len(places) else False
     sequences = [work.sequence for work in works]
-    state.bound = max(sequence.read for sequence in sequences)  # of this pass; other sequences are not looked at
+    state.bound = max([sequence.read for sequence in sequences])  # of this pass; other sequences are not looked at
     slots = slots_of(sequences, state.rows, device)
     before = state.lengths
     choice = logprobs = None
@@ -127,7 +124,7 @@ def launch(
 
 def collect(pending: PendingContext) -> list[BlockEvent]:
     """Books what the pass gave, once it is done."""
-    new, sure, accepted = pending.choice.lists() if pending.choice is not None else ([], [], [])
+    new, sure, accepted = _chosen(pending)
     found: dict[int, list[TokenLogprob]] = {}
     if pending.logprobs is not None:
         taken = zip(pending.choosing, new, accepted, strict=True)
@@ -138,8 +135,15 @@ def collect(pending: PendingContext) -> list[BlockEvent]:
     return events + _book_logprobs(pending.asking, found) if pending.asking else events
 
 
-@dataclass(frozen=True)
-class _Read:
+def _chosen(pending: PendingContext) -> tuple[list[list[int]], list[list[float]], list[int]]:
+    """On the host: tokens and confidences of each choosing work, and how many drafted tokens are accepted."""
+    if pending.choice is None:
+        return [], [], []
+    new, sure, *accepted = pending.choice.lists()
+    return new, sure, accepted[0] if accepted else [0] * len(new)
+
+
+class _Read(NamedTuple):
     """What the choosing works read: tokens (n, L), of which the first lengths (n,) count (None: all), slots (n,) (None:
     all)."""
 
@@ -150,10 +154,11 @@ class _Read:
 
 def _choose(
     state: TowerState, constants: RowConstants, works: Sequence[ScheduledTokens], read: _Read, logits: Tensor
-) -> tuple[Tensor, Tensor, Tensor]:
+) -> tuple[Tensor, ...]:
     """The AR model's choice after each token; what agrees with it is accepted of a draft, then its own token follows.
 
-    → tokens and the confidence in them (n, L), and how many drafted ones are accepted (n,). The state keeps as many.
+    → tokens and the confidence in them (n, L), and, where a draft was read, how many of its tokens are accepted (n,).
+    The state keeps as many.
     """
     tokens, device, width = read.tokens, logits.device, read.tokens.shape[1]
     allowed = mask_logits(works, logits)
@@ -169,7 +174,7 @@ def _choose(
 
     own, sure = pick_rows(logits, [sequence.rule for sequence in sequences], keys)
     if width == 1:
-        return own, sure, torch.zeros(len(works), dtype=torch.long, device=device)
+        return own, sure
     relaxed = any(sequence.params.acceptance < 1 for sequence in sequences)
     most = read.lengths if allowed is None else placed(allowed, device) + 1
     acceptance = at(constants.acceptance, read.slots) if relaxed else 1.0
@@ -183,7 +188,7 @@ def _choose(
 
 def _book(
     sequences: Sequence[RunningSequence],
-    choice: tuple[list[Any], list[Any], list[Any]],
+    choice: tuple[list[list[int]], list[list[float]], list[int]],
     found: dict[int, list[TokenLogprob]],
 ) -> list[BlockEvent]:
     """The round's tokens of each sequence: the accepted part of its draft, and the AR model's own token."""

@@ -75,17 +75,18 @@ class EngineCore:
         self.rounds = Rounds(self.scheduler.running, options)
         self.late: list[Collect] = []  # of the denoiser's last pass, where the next is launched first
 
-    @torch.no_grad()
     def step(self) -> list[Event]:
         """One pass of each tower for every sequence that needs it → what became final."""
+        if torch.is_grad_enabled():
+            with torch.no_grad():
+                return self.step()
         events: list[Event] = [*self._admit()]
         self._draft()
-        denoiser = (self._launch_denoiser, self._launch_denoiser_ar)
         if self.two_devices:
-            for collect in [collect for launch in (*denoiser, self._launch_context) for collect in launch()]:
+            for collect in [*self._launch_denoiser(), *self._launch_context()]:
                 events += collect()
         else:
-            for launch in (self._launch_context, *denoiser):
+            for launch in (self._launch_context, self._launch_denoiser):
                 for collect in launch():
                     events += collect()
         for event in events:
@@ -188,7 +189,7 @@ class EngineCore:
     # --- the context tower ----------------------------------------------------------------------------------------
 
     def _launch_context(self) -> list[Collect]:
-        works = self.scheduler.context_works(self.model.prompt_piece)
+        works = self.scheduler.context_works(lambda: self.model.prompt_piece)
         return [collect for group in grouped(works) for collect in self._in_parts(self._launch_works, group)]
 
     def _launch_works(self, works: Sequence[ScheduledTokens]) -> list[Collect]:
@@ -208,13 +209,14 @@ class EngineCore:
 
     def _after_reading(self, works: Sequence[ScheduledTokens], events: Sequence[BlockEvent]) -> list[BlockEvent]:
         """Says what the sequences of a pass need next → the ends of those that asked only about their prompts."""
-        tokens = {event.row: len(event.tokens) for event in events}
+        checked = [work.sequence for work in works if work.scored and work.sequence.mode == "verified"]
+        if checked:
+            brought = {event.row: len(event.tokens) for event in events}
+            for sequence in checked:
+                tokens = brought[sequence.output.row]
+                sequence.controller.record(sequence.allowed, tokens, sequence.accepted, sequence.seconds)
         ready, read = [], []
-        for work in works:
-            sequence = work.sequence
-            if work.scored and sequence.mode == "verified":
-                brought = tokens[sequence.output.row]
-                sequence.controller.record(sequence.allowed, brought, sequence.accepted, sequence.seconds)
+        for sequence in [work.sequence for work in works]:
             if sequence.phase is not Phase.PROMPT:
                 ready.append(sequence)
                 continue
@@ -247,8 +249,17 @@ class EngineCore:
             _charge(sequences, started)
 
     def _launch_denoiser(self) -> list[Collect]:
-        """The denoiser's pass over open blocks."""
-        sequences = self._denoising(Phase.DENOISE)
+        """The denoiser's passes: over open blocks, and over the pending tokens of mock-AR."""
+        lockstep = self.options.lockstep
+        sequences = self.scheduler.denoiser_sequences(self.two_devices and not lockstep, lockstep)
+        if not sequences and not self.late:
+            return []
+        pending = [sequence for sequence in sequences if sequence.phase is Phase.DENOISER_AR]
+        open_ = [sequence for sequence in sequences if sequence.phase is Phase.DENOISE] if pending else sequences
+        return self._launch_open(open_) + self._in_parts(self._launch_pending, pending)
+
+    def _launch_open(self, sequences: Sequence[RunningSequence]) -> list[Collect]:
+        """A pass over open blocks; with asynchronous scheduling the collection of the pass before."""
         launched: list[Collect] = []
         if sequences:
             self.blocks.open(sorted(self.rounds.opening, key=lambda sequence: sequence.slot))
@@ -259,11 +270,6 @@ class EngineCore:
         else:
             launched, self.late = self.late + launched, []
         return launched
-
-    def _denoising(self, phase: Phase) -> list[RunningSequence]:
-        lockstep = self.options.lockstep
-        sequences = self.scheduler.denoiser_sequences(self.two_devices and not lockstep, lockstep)
-        return [sequence for sequence in sequences if sequence.phase is phase]
 
     def _launch_blocks(self, sequences: Sequence[RunningSequence]) -> list[Collect]:
         started = time.perf_counter()
@@ -288,11 +294,8 @@ class EngineCore:
 
         return [collect]
 
-    def _launch_denoiser_ar(self) -> list[Collect]:
-        """The denoiser's pass over pending tokens."""
-        return self._in_parts(self._launch_pending, self._denoising(Phase.DENOISER_AR))
-
     def _launch_pending(self, sequences: Sequence[RunningSequence]) -> list[Collect]:
+        """The denoiser's pass over pending tokens."""
         pending = denoiser_ar.launch(self.model, self.blocks.constants, sequences, self._view(sequences))
         self.blocks.passes += 1
         return [lambda: denoiser_ar.collect(sequences, pending)]

@@ -111,7 +111,7 @@ def generate_like_transformers(
 
 
 def _checked(model: Towers, prompts: Prompts, params: GenerationParams, attention_mask: Tensor | None) -> PromptRows:
-    vocab_size = model.config.backbone.vocab_size
+    vocab_size = model.backbone.vocab_size
     rows = read_prompts(prompts, attention_mask, model.tokenizer, vocab_size, _pad_token(model))
     check_model(model, params, [len(ids) for ids in rows.ids])
     return rows

@@ -46,7 +46,7 @@ class LLM:
         for name, value in (("rows", rows), ("length", length), ("block_size", block_size)):
             if value is not None and value < 1:
                 raise ArgumentError(f"{name} is {value}; it must be at least 1", param=name)
-        window = model.config.backbone.max_position_embeddings
+        window = model.backbone.max_position_embeddings
         self.model = model
         self.length = min(length or window, window)
         self.core = EngineCore(model, rows, self.length, block_size, memory, options or EngineOptions())

@@ -44,7 +44,7 @@ class Rounds:
         if not self.options.lockstep:
             for sequence in ready:
                 if sequence.output.running:
-                    self._begin(sequence, sequence.controller.passes(), sequence.output.room)
+                    self._begin(sequence, sequence.output.room)
             return
         self._ready += ready
         if len(self._ready) < len(self.running):
@@ -52,12 +52,13 @@ class Rounds:
         sequences = [sequence for sequence in self._ready if sequence.output.running]
         self._ready.clear()
         if sequences:
-            passes, room = sequences[0].controller.passes(), max(sequence.output.room for sequence in sequences)
+            room = max(sequence.output.room for sequence in sequences)
+            passes = sequences[0].controller.passes() if sequences[0].mode == "verified" else None
             for sequence in sequences:
-                self._begin(sequence, passes, room)
+                self._begin(sequence, room, passes)
 
-    def _begin(self, sequence: RunningSequence, draft_passes: int, room: int) -> None:
-        """draft_passes: the draft controller's choice; room: new tokens that may still be written."""
+    def _begin(self, sequence: RunningSequence, room: int, draft_passes: int | None = None) -> None:
+        """room: new tokens that may still be written; draft_passes: of a draft (None: the controller chooses)."""
         params = sequence.params
         sequence.room, sequence.allowed, sequence.launched, sequence.seconds = room, 0, 0, 0.0
         match sequence.mode:
@@ -69,8 +70,9 @@ class Rounds:
                 sequence.allowed = params.steps_per_block
             case "verified":
                 sequence.phase = Phase.STEP
+                passes = sequence.controller.passes() if draft_passes is None else draft_passes
                 if min(params.block_size, room) > 1:  # else there is nothing to draft
-                    sequence.allowed = draft_passes
+                    sequence.allowed = passes
         if sequence.allowed and sequence.mode == "verified" and self.options.drafter is not None:
             sequence.phase = Phase.DRAFT
         elif sequence.allowed:

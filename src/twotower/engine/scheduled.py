@@ -7,7 +7,7 @@ from dataclasses import dataclass
 from twotower.engine.sequence import RunningSequence
 
 
-@dataclass(eq=False)
+@dataclass(eq=False, slots=True)
 class ScheduledTokens:
     """Tokens to append to a sequence's slot; scored: whether the AR model chooses the tokens that follow them.
 

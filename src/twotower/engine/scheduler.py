@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from bisect import insort
 from collections import deque
+from collections.abc import Callable
 
 from twotower.engine.context_step import following
 from twotower.engine.scheduled import ScheduledTokens
@@ -43,8 +44,11 @@ class Scheduler:
         """Sequences of one phase, in the order of their slots."""
         return [sequence for sequence in self._by_slot if sequence.phase is phase]
 
-    def context_works(self, prompt_piece: int) -> list[ScheduledTokens]:
-        """What the context tower reads next: pieces of prompts, pending tokens, drafts and finished blocks."""
+    def context_works(self, prompt_piece: Callable[[], int]) -> list[ScheduledTokens]:
+        """What the context tower reads next: pieces of prompts, pending tokens, drafts and finished blocks.
+
+        prompt_piece: tokens of a prompt that one pass reads best; called only if there are prompts to read.
+        """
         works: list[ScheduledTokens] = []
         prompts = False
         for sequence in self._by_slot:
@@ -59,7 +63,7 @@ class Scheduler:
                     works.append(_finished_block(sequence))
                 case _:
                     pass
-        return self._prompt_works(prompt_piece) + works if prompts else works
+        return self._prompt_works(prompt_piece()) + works if prompts else works
 
     def _prompt_works(self, prompt_piece: int) -> list[ScheduledTokens]:
         """Pieces of prompts, oldest request first, within the budget."""

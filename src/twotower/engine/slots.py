@@ -16,9 +16,8 @@ def slots_of(sequences: Sequence[RunningSequence], rows: int, device: torch.devi
 
     None where they are all rows in order: a pass then reads the pools where they are instead of gathering.
     """
-    if len(sequences) == rows and all(sequence.slot == row for row, sequence in enumerate(sequences)):
-        return None
-    return placed([sequence.slot for sequence in sequences], device)
+    slots = [sequence.slot for sequence in sequences]
+    return None if slots == list(range(rows)) else placed(slots, device)
 
 
 def at(pool: Tensor, slots: Tensor | None) -> Tensor:

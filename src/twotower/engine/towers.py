@@ -9,7 +9,7 @@ from torch import Tensor
 
 from twotower.cache.hybrid_cache import ContextView, TowerState
 from twotower.cache.replica import Reader
-from twotower.config import TwoTowerConfig
+from twotower.config import BackboneConfig, TwoTowerConfig
 from twotower.engine.workspace import Workspace
 
 if TYPE_CHECKING:
@@ -27,6 +27,10 @@ class Towers(Protocol):
 
     @property
     def config(self) -> TwoTowerConfig: ...
+
+    @property
+    def backbone(self) -> BackboneConfig:
+        """The configuration that the layers were built from."""
 
     @property
     def tokenizer(self) -> Any: ...

@@ -14,7 +14,7 @@ from torch import Tensor, nn
 
 from twotower.cache.hybrid_cache import ContextView, TowerState
 from twotower.cache.replica import LocalReader, Mirror, Reader, Transport
-from twotower.config import TwoTowerConfig
+from twotower.config import BackboneConfig, TwoTowerConfig
 from twotower.errors import TwoTowerError
 from twotower.model.conditioning import TimeConditioning
 from twotower.model.layer_io import Visibility
@@ -68,6 +68,11 @@ class TwoTowerModel(nn.Module):
     def device(self) -> torch.device:
         """The context tower's device."""
         return self.context.device
+
+    @property
+    def backbone(self) -> BackboneConfig:
+        """The validated configuration that the layers were built from."""
+        return self.context.config
 
     @property
     def dtype(self) -> torch.dtype:
@@ -186,9 +191,9 @@ class TwoTowerModel(nn.Module):
         view = state.view(rows)
         sees = Visibility(valid=_counting(tokens, lengths), start=view.lengths)
         hidden, added = self.context(tokens, sees, view.past)
-        if lengths is None:
-            lengths = torch.full((tokens.shape[0],), tokens.shape[1], device=tokens.device)
-        state.append(added, lengths, tokens.shape[1], rows)
+        rows_read, width = tokens.shape
+        valid = torch.full((rows_read,), width, device=tokens.device) if lengths is None else lengths.clone()
+        state.append(added, valid, width, rows)
         return hidden
 
     def _denoiser(self) -> Tower:

@@ -12,6 +12,7 @@ from collections import OrderedDict
 import torch
 from torch import Tensor
 
+from twotower import options
 from twotower.model.tower import PassInputs, PassResult, Tower
 from twotower.ops.cpu.kernels import call, few
 from twotower.ops.precision import accumulation_dtype
@@ -40,6 +41,7 @@ class FusedCPURunner:
         self._plan: ModulePlan | None = None
         self.weights: WeightTable | None = None
         self._tables: OrderedDict[PassShape, PassTables] = OrderedDict()
+        self._served: tuple[tuple[str, torch.dtype], bool] | None = None
 
     @property
     def prepared(self) -> int:
@@ -80,17 +82,20 @@ class FusedCPURunner:
         plan = self._plan
         if plan is None or not plan.holds():
             plan = self._plan = ModulePlan(tower)
-            self.weights = None
+            self.weights = self._served = None
         return plan
 
-    @staticmethod
-    def _serves(plan: ModulePlan, weight: Tensor) -> bool:
+    def _serves(self, plan: ModulePlan, weight: Tensor) -> bool:
         """Whether every kernel that the tower needs is the chosen one for such a weight of the tower."""
         device, dtype = weight.device, weight.dtype
         if device.type != "cpu" or torch.is_grad_enabled() or torch._C._len_torch_dispatch_stack():
             return False
-        ops = OPS + INT8_OPS if plan.int8 else OPS
-        return all(select(op, device, dtype, differentiable=False).name == "native" for op in ops)
+        key = options.current().kernels_key, dtype
+        if self._served is None or self._served[0] != key:
+            ops = OPS + INT8_OPS if plan.int8 else OPS
+            chosen = (select(op, device, dtype, differentiable=False) for op in ops)
+            self._served = key, all(backend.name == "native" for backend in chosen)
+        return self._served[1]
 
 
 def _run(tower: Tower, weights: WeightTable, tables: PassTables, inputs: PassInputs) -> PassResult | None:

@@ -2,7 +2,8 @@
 #pragma once
 #include "matmul.h"
 
-// logits (positions, V); token excluded[position / each] is left out (−1: none). Of equal logits the lowest id wins.
+// logits (positions, V); token excluded[position / each] is left out (−1: none; null: none in
+// any row). Of equal logits the lowest id wins.
 template <class T>
 void choose(const T* logits, const int64_t* excluded, int64_t* tokens, float* confidence, long positions, long each, long V,
             int threads) {
@@ -12,7 +13,7 @@ void choose(const T* logits, const int64_t* excluded, int64_t* tokens, float* co
         for (long i = own.lo; i < own.hi; i++) {
             widened(logits + i * V, V, row);
             store(row + V, splat(-INFINITY));  // to the end of a vector
-            const long out = excluded[i / each];
+            const long out = excluded ? excluded[i / each] : -1;
             if (out >= 0 && out < V) row[out] = -INFINITY;
             vec most = splat(-INFINITY);
             ivec place = {};  // of a lane's greatest the first vector that has it

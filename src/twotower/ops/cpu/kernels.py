@@ -247,9 +247,9 @@ def append(pools: Sequence[Pair], new: Sequence[Pair], ends: Ends) -> list[Pair]
     return pools
 
 
-def choose(logits: Tensor, excluded: Tensor) -> tuple[Tensor, Tensor]:
-    """logits (B, L, V), excluded (B,) → tokens (B, L) and confidence (B, L) fp32."""
-    logits, excluded = logits.contiguous(), excluded.contiguous()
+def choose(logits: Tensor, excluded: Tensor | None = None) -> tuple[Tensor, Tensor]:
+    """logits (B, L, V), excluded (B,) or None → tokens (B, L) and confidence (B, L) fp32."""
+    logits, excluded = logits.contiguous(), None if excluded is None else excluded.contiguous()
     rows, length, size = logits.shape
     tokens = torch.empty(rows, length, dtype=torch.long)
     confidence = torch.empty(rows, length)

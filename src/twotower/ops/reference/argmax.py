@@ -10,8 +10,8 @@ from twotower.ops.precision import accumulation_dtype, widened
 TILE_BYTES = 8 << 20  # of widened logits, at a time
 
 
-def choose(logits: Tensor, excluded: Tensor) -> tuple[Tensor, Tensor]:
-    """logits (B, L, V), of which token excluded (B,) is left out in each row (the mask token; −1: none) → tokens (B, L)
+def choose(logits: Tensor, excluded: Tensor | None = None) -> tuple[Tensor, Tensor]:
+    """logits (B, L, V), of which token excluded (B,) is left out in each row (−1 or None: none) → tokens (B, L)
     int64 and confidence (B, L) in at least fp32: the token's probability among those that are not left out.
 
     Of equal logits the lowest id wins. Some logit of each position must be finite. Widens one tile of positions at a
@@ -19,6 +19,8 @@ def choose(logits: Tensor, excluded: Tensor) -> tuple[Tensor, Tensor]:
     """
     acc = accumulation_dtype(logits.dtype)
     flat = logits.flatten(0, 1)  # (B·L, V)
+    if excluded is None:
+        excluded = torch.full((len(logits),), -1, device=logits.device)
     left_out = excluded.repeat_interleave(logits.shape[1])[:, None]
     ids = torch.arange(logits.shape[2], device=logits.device)
     step = max(TILE_BYTES // (logits.shape[2] * acc.itemsize), 1)

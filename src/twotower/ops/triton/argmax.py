@@ -16,9 +16,11 @@ from twotower.ops.triton.launch import device_of
 LANES = 4096  # ids a program looks at together; each lane keeps its own running maximum and sum
 
 
-def choose(logits: Tensor, excluded: Tensor) -> tuple[Tensor, Tensor]:
+def choose(logits: Tensor, excluded: Tensor | None = None) -> tuple[Tensor, Tensor]:
     """As `twotower.ops.reference.argmax.choose`."""
     rows, length, size = logits.shape
+    if excluded is None:
+        excluded = torch.full((rows,), -1, device=logits.device)
     tokens = torch.empty((rows, length), dtype=torch.int64, device=logits.device)
     confidence = torch.empty((rows, length), dtype=torch.float32, device=logits.device)
     if rows * length:

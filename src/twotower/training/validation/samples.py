@@ -71,7 +71,7 @@ def shared_prompts(
         )
     prompts: list[list[int]] = world.broadcast(cut_prompts(sources, count, room))
     if prompts:
-        params.check_against(model.config, list(map(len, prompts)))
+        params.check_against(model.backbone, list(map(len, prompts)))
     return prompts
 
 
