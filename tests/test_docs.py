@@ -12,7 +12,9 @@ from pathlib import Path
 
 import click
 import pytest
+from conftest import build_random_model
 
+from twotower import LLM
 from twotower.cli.main import cli
 from twotower.options import rows
 
@@ -170,3 +172,9 @@ def test_documented_names_that_moved_still_work(old: str, new: str, name: str) -
     with pytest.warns(DeprecationWarning, match=new):
         module = importlib.import_module(old)
     assert getattr(module, name) is getattr(importlib.import_module(new), name)
+
+
+def test_llm_prefixes_still_works() -> None:
+    llm = LLM(build_random_model("M*-", seed=1), rows=1, length=32)
+    with pytest.warns(DeprecationWarning, match="prompt_tokens"):
+        assert llm.prefixes.asked == llm.stats().prompt_tokens == 0
