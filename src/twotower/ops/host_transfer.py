@@ -23,8 +23,8 @@ def placed(values: Sequence[Any] | NDArray[Any], device: torch.device, dtype: to
 
 
 class Fetched:
-    """Tensors of one device on their way to the host, which goes on meanwhile: from an accelerator in one copy. On a CPU
-    they are the tensors themselves, so nobody may write to them."""
+    """Tensors of one device on their way to the host, which goes on meanwhile: in one copy from an accelerator. On a
+    CPU they are the tensors themselves, so nobody may write to them."""
 
     def __init__(self, *tensors: Tensor) -> None:
         device = tensors[0].device
