@@ -34,8 +34,9 @@ def following(sequence: RunningSequence, count: int) -> list[int] | None:
 
 
 def grouped(works: Sequence[ScheduledTokens]) -> list[list[ScheduledTokens]]:
-    """Passes: works of like width together, so that little of a pass is padding."""
-    if len(works) <= 1:
+    """Passes: works of like width together, so that little of a pass is padding; each in the order of the slots, as the
+    works are given."""
+    if len({len(work.tokens) for work in works}) <= 1:
         return [list(works)] if works else []
     groups: list[list[ScheduledTokens]] = []
     for work in sorted(works, key=lambda work: len(work.tokens)):
@@ -116,9 +117,9 @@ def launch(
         if state.lengths is not before:  # the tokens are in, but nobody knows what follows: a later attempt reads them
             state.rollback(before)
         raise
-    for work in works:
-        work.sequence.read += len(work.tokens)
-        work.sequence.output.context_passes += work.sequence.phase is not Phase.PROMPT
+    for sequence, count in zip(sequences, counts, strict=True):
+        sequence.read += count
+        sequence.output.context_passes += sequence.phase is not Phase.PROMPT
     return PendingContext(scored.choosing, choice, scored.asking, logprobs)
 
 
@@ -194,18 +195,23 @@ def _book(
     """The round's tokens of each sequence: the accepted part of its draft, and the AR model's own token."""
     events = []
     for sequence, new, sure, accepted in zip(sequences, *choice, strict=True):
-        drafted = len(sequence.block) - 1 if sequence.phase is Phase.CHECK else 0
-        sequence.read -= drafted - accepted
-        sequence.output.checked(drafted, accepted)
-        steps = [*sequence.committed_at[1 : accepted + 1], sequence.allowed] if drafted else [sequence.allowed]
-        draft, logprobs = sequence.block[1:] if drafted else (), found.get(sequence.output.row, [])
+        draft: Sequence[int] = ()
+        steps = [sequence.allowed]
+        if sequence.phase is Phase.CHECK:
+            draft = sequence.block[1:]
+            steps = [*sequence.committed_at[1 : accepted + 1], sequence.allowed]
+            sequence.read -= len(draft) - accepted
+            sequence.output.checked(len(draft), accepted)
         sequence.pending, sequence.accepted = new[accepted], accepted
-        advanced = advance(sequence, new[: accepted + 1])
-        if isinstance(advanced, BlockEvent):
-            events.append(advanced)
-        else:
+        text, complete = new[: accepted + 1], False
+        if sequence.matcher is not None:
+            advanced = advance(sequence, sequence.matcher, text)
+            if isinstance(advanced, BlockEvent):
+                events.append(advanced)
+                continue
             text, complete = advanced
-            events.append(sequence.output.take(text, steps, sure[: accepted + 1], draft, logprobs, complete))
+        logprobs = found.get(sequence.output.row, [])
+        events.append(sequence.output.take(text, steps, sure[: accepted + 1], draft, logprobs, complete))
     return events
 
 

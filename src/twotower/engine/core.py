@@ -224,7 +224,7 @@ class EngineCore:
             if sequence.read == sequence.prompt_end:
                 read.append(sequence)
         self.rounds.begin(ready)
-        return self.rounds.prompts_read(read)
+        return self.rounds.prompts_read(read) if read else []
 
     def _keep_prefix(self, sequence: RunningSequence) -> None:
         if not self.options.prefix_cache:

@@ -63,7 +63,10 @@ class Scheduler:
                     works.append(_finished_block(sequence))
                 case _:
                     pass
-        return self._prompt_works(prompt_piece()) + works if prompts else works
+        if prompts:
+            works += self._prompt_works(prompt_piece())
+            works.sort(key=lambda work: work.sequence.slot)
+        return works
 
     def _prompt_works(self, prompt_piece: int) -> list[ScheduledTokens]:
         """Pieces of prompts, oldest request first, within the budget."""

@@ -85,15 +85,13 @@ def _walk(matcher: Matcher, draft: Sequence[int], size: int) -> tuple[list[NDArr
     return masks, count
 
 
-def advance(sequence: RunningSequence, tokens: list[int]) -> tuple[list[int], bool] | BlockEvent:
+def advance(sequence: RunningSequence, matcher: Matcher, tokens: list[int]) -> tuple[list[int], bool] | BlockEvent:
     """Advances the grammar by the sequence's new tokens → those of them that belong to the text, and whether the text
     is complete; or the sequence's last event, where the matcher has failed."""
-    if sequence.matcher is None:
-        return tokens, False
     try:
         if sequence.error is not None:
             raise sequence.error
-        count, complete = sequence.matcher.take(tokens)
+        count, complete = matcher.take(tokens)
     except Exception as error:
         return sequence.output.fail(error)
     return tokens[:count], complete

@@ -12,6 +12,8 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
+ALIGNMENT = 8  # bytes, of a tensor within a copy of several
+
 
 def placed(values: Sequence[Any] | NDArray[Any], device: torch.device, dtype: torch.dtype | None = None) -> Tensor:
     """A tensor of these numbers, in the order of the device's current stream."""
@@ -21,20 +23,46 @@ def placed(values: Sequence[Any] | NDArray[Any], device: torch.device, dtype: to
 
 
 class Fetched:
-    """Tensors of one device on their way to the host, which goes on meanwhile. On a CPU they are the tensors
-    themselves, so nobody may write to them."""
+    """Tensors of one device on their way to the host, which goes on meanwhile: in one copy from an accelerator. On a
+    CPU they are the tensors themselves, so nobody may write to them."""
 
     def __init__(self, *tensors: Tensor) -> None:
         device = tensors[0].device
-        self._tensors = [tensor.to("cpu", non_blocking=device.type == "cuda") for tensor in tensors]
-        self._there = torch.cuda.current_stream(device).record_event() if device.type == "cuda" else None
+        self._there = None
+        if device.type == "cuda":
+            self._layout = [(tensor.shape, tensor.dtype) for tensor in tensors]
+            self._bytes = as_bytes(tensors).to("cpu", non_blocking=True)
+            self._there = torch.cuda.current_stream(device).record_event()
+        else:
+            self._tensors = list(tensors)
 
     def wait(self) -> list[Tensor]:
         """The tensors, once they are here; what the device was given after them is not waited for."""
         if self._there is not None:
             self._there.synchronize()
+            self._tensors = from_bytes(self._bytes, self._layout)
+            self._there = None
         return self._tensors
 
     def lists(self) -> list[list[Any]]:
         """The same as Python's lists."""
         return [tensor.tolist() for tensor in self.wait()]
+
+
+def as_bytes(tensors: Sequence[Tensor]) -> Tensor:
+    """The tensors' values one after another (n,) uint8; each begins at a multiple of 8."""
+    parts = []
+    for tensor in tensors:
+        flat = tensor.contiguous().flatten().view(torch.uint8)
+        parts += [flat, flat.new_zeros(-len(flat) % ALIGNMENT)]
+    return torch.cat(parts)
+
+
+def from_bytes(flat: Tensor, layout: Sequence[tuple[torch.Size, torch.dtype]]) -> list[Tensor]:
+    """The tensors of these shapes and dtypes that `as_bytes` was given: views of `flat`."""
+    tensors, at = [], 0
+    for shape, dtype in layout:
+        size = shape.numel() * dtype.itemsize
+        tensors.append(flat[at : at + size].view(dtype).view(shape))
+        at += size + -size % ALIGNMENT
+    return tensors
