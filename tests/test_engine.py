@@ -134,7 +134,7 @@ def test_a_small_window_of_prompts_in_pieces(model: TwoTowerForCausalLM) -> None
     """Prompts are read in pieces while others go on writing."""
     rng = random.Random(8)
     requests = [some_request(rng, max_new_tokens=12) for _ in range(16)]
-    with patch("twotower.engine.llm.PROMPT_CHUNK", 16):
+    with patch("twotower.engine.core.PROMPT_CHUNK", 16):
         llm = LLM(model, rows=4, length=LENGTH)
         for request, output in zip(requests, llm.generate(requests), strict=True):
             assert_as_alone(model, request, output)

@@ -13,7 +13,7 @@ from torch import Tensor, nn
 from twotower.config import BackboneConfig
 from twotower.model import conditioning
 from twotower.model.conditioning import TimeConditioning
-from twotower.model.layer_io import MambaPast, Past
+from twotower.cache.layer_cache import MambaPast, Past
 from twotower.model.packed_forward import Layout, denoise_layer, read_layer
 from twotower.model.tower import Layer
 from twotower.modeling_twotower import TwoTowerForCausalLM

@@ -88,6 +88,8 @@ class EngineCore:
             for launch in (self._launch_context, *denoiser):
                 for collect in launch():
                     events += collect()
+                if events and self.options.lockstep:
+                    break  # the caller gets a block's events before the callback hears of the next block
         for event in events:
             if event.result is not None:
                 self._leave(event)
