@@ -253,7 +253,10 @@ class EngineCore:
         sequences = self._denoising(Phase.DENOISE)
         launched: list[Collect] = []
         if sequences:
-            self.blocks.open(sorted(self.rounds.opening, key=lambda sequence: sequence.slot))
+            opening = sorted(self.rounds.opening, key=lambda sequence: sequence.slot)
+            if opening and self.two_devices and self.options.lockstep:
+                self._view(opening)  # the text is there before the callback is told: between two calls nothing crosses
+            self.blocks.open(opening)
             self.rounds.opening.clear()
             launched = self._in_parts(self._launch_blocks, sequences)
         if self.async_scheduling and any(sequence.needs_denoiser for sequence in sequences):
