@@ -10,10 +10,10 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from twotower.cache.layer_cache import MambaPast, Past
 from twotower.config import BackboneConfig
 from twotower.model import conditioning
 from twotower.model.conditioning import TimeConditioning
-from twotower.cache.layer_cache import MambaPast, Past
 from twotower.model.packed_forward import Layout, denoise_layer, read_layer
 from twotower.model.tower import Layer
 from twotower.modeling_twotower import TwoTowerForCausalLM

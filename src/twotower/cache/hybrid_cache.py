@@ -124,6 +124,11 @@ class TowerState:
         return sum(t.nbytes for t in self._tensors())
 
     @property
+    def is_inference(self) -> bool:
+        """Whether a part of it was made in inference mode: such tensors cannot be written to elsewhere."""
+        return any(tensor.is_inference() for tensor in (*self._tensors(), self.segments.start, self.segments.stride))
+
+    @property
     def capacity(self) -> int:
         """Columns of a row; where rows share them, of all."""
         return self.segments.columns if self.segments.shared else self.segments.even
@@ -216,6 +221,14 @@ class TowerState:
         for pool in self.pools:
             if isinstance(pool, MambaPool):
                 pool.conv_window, pool.ssm_state = emptied(pool.conv_window, rows), emptied(pool.ssm_state, rows)
+
+    def forget(self) -> None:
+        """Drops what the last `extend` left to fold in: no row's text is wanted any more."""
+        for pool in self.pools:
+            if isinstance(pool, MambaPool):
+                pool.trace = None
+        self.traced = None
+        self.accepted = torch.zeros_like(self.accepted)
 
     def excerpt(self, row: int, lo: int, hi: int) -> Excerpt:
         """A copy of what the row keeps of its tokens lo…hi, and of its Mamba states; hi is its length."""

@@ -39,6 +39,7 @@ from twotower.engine.sequence import Phase, Request, RunningSequence
 from twotower.engine.slots import slots_of
 from twotower.engine.stats import EngineStats
 from twotower.engine.towers import Towers
+from twotower.engine.workspace import StateShape
 from twotower.ops.host_transfer import placed
 from twotower.ops.precision import accumulation_dtype
 
@@ -60,7 +61,8 @@ class EngineCore:
         self.model = model
         self.options = options
         rows, columns, spare = shares(model, rows, length + block_size, PROMPT_CHUNK, memory)
-        self.state = model.workspace.borrow_state(rows, columns, lambda: model.new_state(rows, 0, columns))
+        shape = StateShape(rows, columns, model.dtype, model.device)
+        self.state = model.workspace.borrow_state(shape, lambda: model.new_state(rows, 0, columns))
         self._state_bytes = self.state.nbytes  # constant: the pools are allocated once
         self.prefixes = Prefixes(PROMPT_CHUNK, spare)
         self.reader = model.reader(self.state) if model.denoiser is not None else None
@@ -73,6 +75,7 @@ class EngineCore:
         self.blocks = OpenBlocks(model, there, block_size, options.step_callback, dtype)
         self.scheduler = Scheduler(rows, options.prompt_budget, PROMPT_CHUNK if options.prefix_cache else None)
         self.rounds = Rounds(self.scheduler.running, options)
+        self.closed = False  # the state is another engine's
         self.late: list[Collect] = []  # of the denoiser's last pass, where the next is launched first
 
     @torch.no_grad()
@@ -104,7 +107,10 @@ class EngineCore:
         return sequence
 
     def close(self) -> None:
-        """Forgets every request and returns the state to the model's workspace."""
+        """Forgets every request and returns the state to the model's workspace, once."""
+        if self.closed:
+            return
+        self.closed = True
         for number in list(self.scheduler.running):
             self.release(number)
         self.scheduler.waiting.clear()
@@ -315,6 +321,8 @@ class EngineCore:
     # --- out of memory --------------------------------------------------------------------------------------------
 
     def _in_parts(self, launch: Callable[[Sequence[Item]], list[Collect]], items: Sequence[Item]) -> list[Collect]:
+        if self.options.lockstep:  # the callback is told of whole batches, and of each pass once
+            return launch(items) if items else []
         return in_parts(launch, items, self._relieve, self._fail) if items else []
 
     def _fail(self, item: ScheduledTokens | RunningSequence, error: Exception) -> list[Collect]:
