@@ -31,7 +31,7 @@ from twotower.engine.denoiser_step import OpenBlocks
 from twotower.engine.engine_options import EngineOptions
 from twotower.engine.mode_choice import resolve
 from twotower.engine.oom import in_parts, out_of_memory
-from twotower.engine.rounds import Rounds
+from twotower.engine.rounds import Rounds, in_step
 from twotower.engine.row_constants import RowConstants
 from twotower.engine.scheduled import ScheduledTokens
 from twotower.engine.scheduler import PROMPT_CHUNK, Scheduler
@@ -100,8 +100,8 @@ class EngineCore:
 
     def release(self, number: int) -> RunningSequence | None:
         """Forgets a request, waiting or running → the sequence that ran; its slot and columns are free at once."""
-        self.rounds.forget(number)
         sequence = self.scheduler.forget(number)
+        self.rounds.forget(number)
         if sequence is not None:
             self.state.close(sequence.slot)
         return sequence
@@ -138,12 +138,14 @@ class EngineCore:
         """Waiting requests take free slots and memory, first come, first served: none starves."""
         events: list[BlockEvent] = []
         waiting, free = self.scheduler.waiting, self.scheduler.free
-        if not waiting or not free:
+        if not waiting or not free or (self.options.lockstep and self.scheduler.running):
             return events
         together = min(len(self.scheduler.running) + len(waiting), self.state.rows)
         admitted = []
         while waiting and free:
             number, request = waiting[0]
+            if self.options.lockstep and admitted and not in_step(admitted[0].params, request.params):
+                break
             columns = admission.columns(request, self.blocks.size)
             idle = request.params.max_new_tokens == 0 and not request.prompt_logprobs
             if not idle and self.state.segments.room_for(columns) is None:
