@@ -131,3 +131,20 @@ def test_a_stream_moves_from_thread_to_thread(model: TwoTowerForCausalLM) -> Non
 
     in_threads(work)
     assert [tokens] == wanted
+
+
+def test_what_the_time_conditioning_remembers(model: TwoTowerForCausalLM) -> None:
+    """More noise levels than it remembers, so that one thread makes it forget what another is about to read."""
+    levels = torch.arange(1, 98, dtype=model.dtype) / 97
+    with torch.no_grad():
+        wanted = [model.time(levels[place : place + 1])[0].scale for place in range(len(levels))]
+
+    @torch.no_grad()
+    def work(number: int) -> None:
+        rng = random.Random(number)
+        for _ in range(1500):
+            place = rng.randrange(len(levels))
+            assert torch.equal(model.time(levels[place : place + 1])[0].scale, wanted[place])
+
+    sys.setswitchinterval(1e-6)
+    in_threads(work)

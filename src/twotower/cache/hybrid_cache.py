@@ -223,7 +223,9 @@ class TowerState:
                 pool.conv_window, pool.ssm_state = emptied(pool.conv_window, rows), emptied(pool.ssm_state, rows)
 
     def forget(self) -> None:
-        """Drops what the last `extend` left to fold in: no row's text is wanted any more."""
+        """No row's text is wanted any more: frees shared columns, and drops what the last `extend` left to fold in.
+        A row begins with `reset`, as always."""
+        self.segments.taken.clear()
         for pool in self.pools:
             if isinstance(pool, MambaPool):
                 pool.trace = None

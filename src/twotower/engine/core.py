@@ -157,8 +157,8 @@ class EngineCore:
             if idle:
                 events.append(output.nothing())
                 continue
-            sequence = self._sequence(request, output, free.pop(), together)
-            self.state.open(sequence.slot, columns)
+            sequence = self._sequence(request, output, free[-1], together)
+            self.state.open(free.pop(), columns)
             self.scheduler.start(sequence)
             admitted.append(sequence)
         if admitted:
