@@ -141,7 +141,7 @@ class EngineCore:
         if not waiting or not free or (self.options.lockstep and self.scheduler.running):
             return events
         together = min(len(self.scheduler.running) + len(waiting), self.state.rows)
-        admitted = []
+        admitted: list[RunningSequence] = []
         while waiting and free:
             number, request = waiting[0]
             if self.options.lockstep and admitted and not in_step(admitted[0].params, request.params):
