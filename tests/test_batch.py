@@ -191,11 +191,11 @@ def test_rows_are_as_many_as_memory_allows(tmp_path: Path, model: TwoTowerForCau
     lines = read_lines(asked(tmp_path, *some(9)), model, shared(model))
     requests = [line.request for line in lines if line.request is not None]
     roomy = engine_for(model, lines, 6)
-    assert roomy.state.rows == 6
-    each = LLM.memory_for(model, 1, roomy.length, roomy.blocks.size)
+    assert roomy.rows == 6
+    each = LLM.memory_for(model, 1, roomy.length, roomy.core.blocks.size)
     few = engine_for(model, lines, 6, memory=2 * each)
-    assert few.state.nbytes + few.prefixes.budget <= 2 * each + 1000 < 6 * each
+    assert few.core.state.nbytes + few.core.prefixes.budget <= 2 * each + 1000 < 6 * each
     assert [output.tokens for output in few.generate(requests)] == [o.tokens for o in roomy.generate(requests)]
-    assert engine_for(model, lines, 60).state.rows == 9
+    assert engine_for(model, lines, 60).rows == 9
     with pytest.raises(ArgumentError, match="MiB of state, more than the"):
         engine_for(model, lines, 6, memory=each - 1)

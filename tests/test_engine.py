@@ -24,6 +24,7 @@ from twotower.decoding.params import GenerationParams
 from twotower.decoding.unmasking import POLICIES, Pass, Verdict, register_policy
 from twotower.engine import LLM, Request
 from twotower.engine.context_step import grouped
+from twotower.engine.engine_options import EngineOptions
 from twotower.engine.generation import generate
 from twotower.engine.scheduled import ScheduledTokens
 from twotower.errors import ArgumentError
@@ -134,7 +135,7 @@ def test_a_small_window_of_prompts_in_pieces(model: TwoTowerForCausalLM) -> None
     """Prompts are read in pieces while others go on writing."""
     rng = random.Random(8)
     requests = [some_request(rng, max_new_tokens=12) for _ in range(16)]
-    with patch("twotower.engine.llm.PROMPT_CHUNK", 16):
+    with patch("twotower.engine.core.PROMPT_CHUNK", 16):
         llm = LLM(model, rows=4, length=LENGTH)
         for request, output in zip(requests, llm.generate(requests), strict=True):
             assert_as_alone(model, request, output)
@@ -426,3 +427,50 @@ def test_a_thousand_requests_as_alone() -> None:
         elif dtype == torch.float32:
             for request in [requests[place] for place in differ]:
                 assert is_near_tie(exact, lambda m, request=request: alone(m, request).tokens), request
+
+
+# --- in lockstep ------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("apart", [False, True], ids=["one device", "two devices"])
+@pytest.mark.parametrize("mode", ["diffusion", "verified"])
+def test_a_callback_hears_of_a_block_after_the_events_of_the_one_before(
+    model: TwoTowerForCausalLM, mode: str, apart: bool
+) -> None:
+    """Whoever shows blocks as they are filled has seen a block's text before the next one begins."""
+    told: list[tuple[str, int]] = []
+
+    def callback(step: int, steps: int, block: Tensor, t: Any, logits: Tensor | None, block_idx: int) -> None:
+        told.append(("pass", block_idx))
+
+    fixed = {"draft_steps": 2} if mode == "verified" else {}
+    with patch.object(model, "transport", Transport() if apart else None):
+        prompts = [[5, 6, 7], [8], [9] * 40]
+        events = model.stream(prompts, mode, max_new_tokens=24, block_size=8, step_callback=callback, **fixed)
+        for event in events:
+            told.append(("event", event.block))
+    for place, (what, block) in enumerate(told):
+        if what == "pass" and block:
+            assert told[:place].count(("event", block - 1)) >= 1
+            assert ("event", block) not in told[:place]
+
+
+@pytest.mark.parametrize("rows", [1, 2, 5])
+@pytest.mark.parametrize("aborted", [0.0, 0.05])
+@pytest.mark.timeout(60)
+def test_lockstep_with_any_requests(model: TwoTowerForCausalLM, rows: int, aborted: float) -> None:
+    """Of all modes and sizes, that come and leave at any time: none waits for ever, and the texts are the same."""
+    rng = random.Random(rows)
+    requests = [some_request(rng, draft_steps=2, policy="threshold") for _ in range(40)]
+    passes: list[int] = []
+
+    def callback(step: int, steps: int, block: Tensor, t: Any, logits: Tensor | None, block_idx: int) -> None:
+        passes.append(step)
+
+    options = EngineOptions(step_callback=callback, prompt_budget=16)
+    outputs = drive(LLM(model, rows=rows, length=LENGTH, options=options), requests, rng, aborted)
+    assert passes
+    assert len(outputs) > 15
+    for place, output in outputs.items():
+        expected = alone(model, requests[place])
+        assert (output.tokens, output.finish_reason) == (expected.tokens, expected.finish_reason)

@@ -19,7 +19,7 @@ from twotower.cache.hybrid_cache import sizes
 from twotower.cache.kv_slots import Segments
 from twotower.cache.prefix_cache import Prefixes
 from twotower.decoding.params import GenerationParams
-from twotower.engine import llm as engine_module
+from twotower.engine import core
 from twotower.engine.oom import in_parts, out_of_memory
 from twotower.errors import ArgumentError
 
@@ -100,7 +100,7 @@ def test_what_can_never_fit_is_refused_with_the_numbers(model: TwoTowerForCausal
 @pytest.fixture
 def short_chunks(monkeypatch: pytest.MonkeyPatch) -> None:
     """So that short prompts have several."""
-    monkeypatch.setattr(engine_module, "PROMPT_CHUNK", 8)
+    monkeypatch.setattr(core, "PROMPT_CHUNK", 8)
 
 
 @pytest.mark.usefixtures("short_chunks")

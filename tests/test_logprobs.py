@@ -18,8 +18,8 @@ from twotower import LLM, Request, TwoTowerForCausalLM
 from twotower.cache.replica import Transport
 from twotower.decoding.output import BlockEvent, Generation, TokenLogprob
 from twotower.decoding.params import GenerationParams
-from twotower.engine import llm as engine_module
-from twotower.engine import logprobs
+from twotower.engine import core, logprobs
+from twotower.engine.engine_options import EngineOptions
 from twotower.errors import ArgumentError
 
 NEAR = {"rel": 0.0, "abs": 1e-9}
@@ -102,7 +102,7 @@ def test_every_mode_greedy_and_sampled_with_long_prompts(
     model: TwoTowerForCausalLM, mode: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """Prompts of several pieces, blocks of several sizes, an end in the middle of one."""
-    monkeypatch.setattr(engine_module, "PROMPT_CHUNK", 16)
+    monkeypatch.setattr(core, "PROMPT_CHUNK", 16)
     rng = random.Random(4)
     requests = [
         replace(
@@ -115,8 +115,8 @@ def test_every_mode_greedy_and_sampled_with_long_prompts(
         for length in (1, 2, 15, 16, 17, 33, 100)
         for whole in (False, True)
     ]
-    with patch.object(engine_module, "PROMPT_BUDGET", 24):
-        outputs, _ = run(LLM(model, rows=6, length=LENGTH), requests)
+    llm = LLM(model, rows=6, length=LENGTH, options=EngineOptions(prompt_budget=24))
+    outputs, _ = run(llm, requests)
     assert {"eos", "length"} <= {output.finish_reason for output in outputs}
     for request, output in zip(requests, outputs, strict=True):
         assert_right(model, request, output)
@@ -130,7 +130,7 @@ def assert_as_alone_but_for_the_last_pass(model: TwoTowerForCausalLM, request: R
 
 def test_a_prompt_beyond_the_chunk(model: TwoTowerForCausalLM) -> None:
     rng = random.Random(6)
-    prompt = [rng.randrange(4, 64) for _ in range(2 * engine_module.PROMPT_CHUNK + 40)]
+    prompt = [rng.randrange(4, 64) for _ in range(2 * core.PROMPT_CHUNK + 40)]
     for mode in KINDS:
         params = GenerationParams.of(mode=mode, max_new_tokens=6)
         request = Request(prompt, params, logprobs=1, prompt_logprobs=True)
@@ -142,7 +142,7 @@ def test_a_prompt_beyond_the_chunk(model: TwoTowerForCausalLM) -> None:
 @pytest.mark.parametrize("length", [1, 2, 40])
 def test_a_prompt_alone(model: TwoTowerForCausalLM, mode: str, length: int, monkeypatch: pytest.MonkeyPatch) -> None:
     """Nothing is written: the prompt is read and scored, and that is the end."""
-    monkeypatch.setattr(engine_module, "PROMPT_CHUNK", 16)
+    monkeypatch.setattr(core, "PROMPT_CHUNK", 16)
     prompt = [5 + i for i in range(length)]
     request = Request(prompt, GenerationParams.of(mode=mode, max_new_tokens=0), prompt_logprobs=True, logprobs=4)
     llm = LLM(model, rows=2, length=64)
@@ -160,7 +160,7 @@ def test_a_prompt_alone(model: TwoTowerForCausalLM, mode: str, length: int, monk
 
 def test_a_known_beginning_is_scored_all_the_same(model: TwoTowerForCausalLM, monkeypatch: pytest.MonkeyPatch) -> None:
     """And what was read for it serves others."""
-    monkeypatch.setattr(engine_module, "PROMPT_CHUNK", 8)
+    monkeypatch.setattr(core, "PROMPT_CHUNK", 8)
     prompt = [5 + i for i in range(30)]
     for mode in KINDS:
         params = GenerationParams.of(mode=mode, max_new_tokens=5, draft_steps=1)
@@ -210,15 +210,15 @@ def test_memory_that_gives_out_books_nothing_twice(model: TwoTowerForCausalLM, l
     rng = random.Random(3)
     requests = [with_logprobs(rng, some_request(rng)) for _ in range(20)]
     if late:
-        real = logprobs.Scores.ask
+        real = logprobs.LogprobRequest.gather
 
-        def scarce(self: logprobs.Scores, *args: Any) -> Any:
+        def scarce(self: logprobs.LogprobRequest, *args: Any) -> Any:
             out = real(self, *args)
             if len(self.works) > 1:
                 raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 2.00 GiB")
             return out
 
-        patched = patch.object(logprobs.Scores, "ask", scarce)
+        patched = patch.object(logprobs.LogprobRequest, "gather", scarce)
     else:
         extend = TwoTowerForCausalLM.extend
 
@@ -241,7 +241,7 @@ def test_memory_that_gives_out_books_nothing_twice(model: TwoTowerForCausalLM, l
 
 def test_who_does_not_ask_pays_nothing(model: TwoTowerForCausalLM) -> None:
     """No pass is scored that was not, nothing is read that was not."""
-    with patch.object(logprobs, "Beliefs", side_effect=AssertionError("nobody asked")):
+    with patch.object(logprobs, "LogitStats", side_effect=AssertionError("nobody asked")):
         for mode in KINDS:
             request = Request([5, 6, 7], GenerationParams.of(mode=mode, max_new_tokens=12, draft_steps=1))
             with patch.object(model, "extend", wraps=model.extend) as extend:

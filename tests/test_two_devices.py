@@ -18,6 +18,8 @@ from torch.utils._pytree import tree_leaves
 
 from twotower import TwoTowerForCausalLM
 from twotower.cache.replica import LocalReader, Mirror, Transport
+from twotower.engine import denoiser_step
+from twotower.ops.host_transfer import Fetched
 from twotower.ops.precision import accumulation_dtype
 from twotower.ops.reference.attention import Cached
 
@@ -75,19 +77,23 @@ class CountingTransport(Transport):
         return total
 
 
-def state_bytes(model: TwoTowerForCausalLM, rows: int, columns: int) -> int:
-    """What a block has to bring over: `columns` new K/V columns, the Mamba states, two length vectors."""
+def state_bytes(model: TwoTowerForCausalLM, *columns: int) -> int:
+    """What a block has to bring over: each row's new K/V columns, and its Mamba states."""
     config = model.config.backbone
-    size = model.dtype.itemsize
-    total = 2 * rows * torch.long.itemsize
+    size, rows, total = model.dtype.itemsize, len(columns), 0
     for kind in config.hybrid_override_pattern:
         if kind == "*":
-            total += 2 * rows * columns * config.num_key_value_heads * config.head_dim * size
+            total += 2 * sum(columns) * config.num_key_value_heads * config.head_dim * size
         if kind == "M":
             total += rows * (config.conv_kernel - 1) * config.conv_dim * size
             state = config.mamba_num_heads * config.mamba_head_dim * config.ssm_state_size
             total += rows * state * accumulation_dtype(model.dtype).itemsize
     return total
+
+
+def slot_map_bytes(rows: int) -> int:
+    """Where each row's columns start and how far apart they lie: crosses when rows are given columns."""
+    return 2 * rows * torch.long.itemsize
 
 
 def prompts(*lengths: int) -> list[list[int]]:
@@ -150,19 +156,31 @@ def test_without_the_transport_the_towers_do_meet(apart: TwoTowerForCausalLM) ->
 
 @pytest.mark.parametrize("length", [1, 6, 90])
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
-def test_bytes_of_a_block(random_model: Factory, length: int, dtype: torch.dtype) -> None:
+def test_bytes_of_a_block(
+    random_model: Factory, length: int, dtype: torch.dtype, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The text crosses to the denoiser; its block reaches the context tower through the host, which reads results of a
+    pass that are a few bytes a position."""
+    fetched: list[int] = []
+
+    class CountingFetched(Fetched):
+        def __init__(self, *tensors: Tensor) -> None:
+            fetched.append(sum(tensor.nbytes for tensor in tensors))
+            super().__init__(*tensors)
+
+    monkeypatch.setattr(denoiser_step, "Fetched", CountingFetched)
     model = random_model("M*E-M*", seed=9, dtype=dtype)
     with torch.no_grad(), Homes(model) as homes:
         model.transport = transport = CountingTransport(homes)
         counted = []
         for _ in model.stream(prompts(length), max_new_tokens=5 * SIZE, block_size=SIZE):
-            to_context = sum(size for to, size in transport.sent if to == "context")
-            assert to_context == SIZE * torch.long.itemsize  # the block's tokens, nothing else
+            assert "context" not in {to for to, _ in transport.sent}  # the other way nothing
             counted.append(transport.take())
-    tokens = SIZE * torch.long.itemsize
     first, *others = counted
-    assert first == state_bytes(model, 1, length) + tokens
-    assert others == [state_bytes(model, 1, SIZE) + tokens] * 4  # whatever the length of the text
+    assert first == state_bytes(model, length) + slot_map_bytes(1)
+    assert others == [state_bytes(model, SIZE)] * 4  # whatever the length of the text
+    position = torch.bool.itemsize + 2 * torch.long.itemsize + accumulation_dtype(dtype).itemsize
+    assert set(fetched) == {SIZE * position}  # masked, token, pass, confidence
 
 
 def test_bytes_of_a_batch(apart: TwoTowerForCausalLM) -> None:
@@ -171,16 +189,18 @@ def test_bytes_of_a_batch(apart: TwoTowerForCausalLM) -> None:
     for event in apart.stream(prompts(3, 40, 11), max_new_tokens=3 * SIZE, block_size=SIZE):
         if event.row == 0:  # the rows of a block come together
             counted.append(transport.take())
-    tokens = 3 * SIZE * torch.long.itemsize
-    assert counted == [state_bytes(apart, 3, columns) + tokens for columns in (40, SIZE, SIZE)]
+    first, *others = counted
+    assert first == state_bytes(apart, 3, 40, 11) + slot_map_bytes(3)  # no padding
+    assert others == [state_bytes(apart, SIZE, SIZE, SIZE)] * 2
 
 
 @pytest.mark.parametrize("length", [2, 50])
 def test_bytes_of_a_mock_ar_token(apart: TwoTowerForCausalLM, length: int) -> None:
     transport = transport_of(apart)
     counted = [transport.take() for _ in apart.stream(prompts(length), "mock_ar", max_new_tokens=5)]
-    pending_and_new = 2 * torch.long.itemsize
-    assert counted == [state_bytes(apart, 1, columns) + pending_and_new for columns in (length - 1, 1, 1, 1, 1)]
+    first, *others = counted
+    assert first == state_bytes(apart, length - 1) + slot_map_bytes(1)
+    assert others == [state_bytes(apart, 1)] * 4
 
 
 def test_ar_needs_no_crossing(apart: TwoTowerForCausalLM) -> None:

@@ -86,7 +86,7 @@ def main() -> None:
             setattr(module, name, Compiler(getattr(module, name)))
     asked = sys.argv[1:]
     if "attention" in asked:
-        attention()
+        attentions()
     if "norms" in asked:
         norms_and_routers()
     if "products" in asked:
@@ -136,7 +136,7 @@ def _int8(weight: Tensor) -> tuple[Tensor, Tensor]:
     return torch.empty(*lead, -(-out // 16), width, 16, dtype=torch.int8), torch.empty(*lead, out)
 
 
-def attention() -> None:
+def attentions() -> None:
     """The released sizes over 128K tokens: a denoised block, a token, a block that is read; rows enough for one split;
     a prompt; and other sizes."""
     released, bf16, fp32 = (32, 2, 128), torch.bfloat16, torch.float32

@@ -131,6 +131,11 @@ class TowerState:
         return sum(t.nbytes for t in self._tensors())
 
     @property
+    def is_inference(self) -> bool:
+        """Whether a part of it was made in inference mode: such tensors cannot be written to elsewhere."""
+        return any(tensor.is_inference() for tensor in (*self._tensors(), self.segments.start, self.segments.stride))
+
+    @property
     def capacity(self) -> int:
         """Columns of a row; where rows share them, of all."""
         return self.segments.columns if self.segments.shared else self.segments.even
@@ -225,6 +230,16 @@ class TowerState:
         for pool in self.pools:
             if isinstance(pool, MambaPool):
                 pool.conv_window, pool.ssm_state = emptied(pool.conv_window, rows), emptied(pool.ssm_state, rows)
+
+    def forget(self) -> None:
+        """No row's text is wanted any more: frees shared columns, and drops what the last `extend` left to fold in.
+        A row begins with `reset`, as always."""
+        self.segments.taken.clear()
+        for pool in self.pools:
+            if isinstance(pool, MambaPool):
+                pool.trace = None
+        self.traced = None
+        self.accepted = torch.zeros_like(self.accepted)
 
     def excerpt(self, row: int, lo: int, hi: int) -> Excerpt:
         """A copy of what the row keeps of its tokens lo…hi, and of its Mamba states; hi is its length."""

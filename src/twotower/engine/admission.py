@@ -46,13 +46,13 @@ def check(model: Towers, request: Request, length: int, block_size: int, most_co
         raise ArgumentError(
             f"the prompt has token id {beyond}; the vocabulary is 0 to {vocab_size - 1}", param="prompt"
         )
+    check_model(model, params, [prompt])
     if prompt + params.max_new_tokens > length:
         raise ArgumentError(
             f"a prompt of {prompt} tokens plus max_new_tokens {params.max_new_tokens} is longer than the {length} "
             "tokens that this engine keeps for a text; shorten one of them or raise length",
             param="max_new_tokens",
         )
-    check_model(model, params, [prompt])
     if params.block_size > block_size and params.mode not in ("ar", "mock_ar"):
         raise ArgumentError(
             f"block_size is {params.block_size}; this engine's blocks have at most {block_size}", param="block_size"

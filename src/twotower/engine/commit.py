@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
@@ -13,10 +13,17 @@ from twotower.engine.sequence import RunningSequence
 from twotower.ops.host_transfer import placed
 
 
-def commit_rows(
-    sequences: Sequence[RunningSequence], seen: Pass, values: Tensor, catch: bool
-) -> tuple[Tensor, dict[int, Exception]]:
-    """What each row's policy commits, bool (B, L), and what policies raised, by the row's place.
+class Commits(NamedTuple):
+    """chosen (B, L): the positions that are committed. memories: what the policy remembers of each row's block. errors:
+    what policies raised, by the row's place."""
+
+    chosen: Tensor
+    memories: list[object]
+    errors: dict[int, Exception]
+
+
+def commit_rows(sequences: Sequence[RunningSequence], seen: Pass, values: Tensor, catch: bool) -> Commits:
+    """What each row's policy commits. The sequences stay as they are: the pass may yet fail.
 
     values (B, 1): the policies' numbers. catch: a row whose policy raises commits nothing; otherwise the exception is
     raised.
@@ -25,8 +32,9 @@ def commit_rows(
     for place, sequence in enumerate(sequences):
         groups.setdefault((sequence.policy, sequence.memory is None), []).append(place)
     if not catch and len(groups) == 1:
-        return _commit(sequences, seen, values), {}
+        return Commits(*_commit(sequences, seen, values), {})
     out = torch.zeros_like(seen.masked)
+    memories: list[object] = [None] * len(sequences)
     errors: dict[int, Exception] = {}
     waiting = list(groups.values())
     while waiting:
@@ -34,9 +42,11 @@ def commit_rows(
         own = [sequences[place] for place in members]
         try:
             if len(members) == len(sequences):
-                return _commit(own, seen, values), errors
+                return Commits(*_commit(own, seen, values), errors)
             places = placed(members, out.device)
-            out[places] = _commit(own, Pass(*(field[places] for field in seen[:-1])), values[places])
+            out[places], kept = _commit(own, Pass(*(field[places] for field in seen[:-1])), values[places])
+            for place, memory in zip(members, kept, strict=True):
+                memories[place] = memory
         except Exception as error:  # a policy may be a caller's own
             if not catch:
                 raise
@@ -44,18 +54,16 @@ def commit_rows(
                 waiting += [[place] for place in members]
             else:
                 errors[members[0]] = error
-    return out, errors
+    return Commits(out, memories, errors)
 
 
-def _commit(sequences: Sequence[RunningSequence], seen: Pass, values: Tensor) -> Tensor:
-    """What rows of one policy commit. They are all in the first pass of their blocks, or none of them is."""
+def _commit(sequences: Sequence[RunningSequence], seen: Pass, values: Tensor) -> tuple[Tensor, list[object]]:
+    """What rows of one policy commit, and what the policy remembers of each. They are all in the first pass of their
+    blocks, or none of them is."""
     if sequences[0].memory is not None:
         seen = seen._replace(memory=_joined([sequence.memory for sequence in sequences]))
     chosen, memory = decide(sequences[0].policy, seen, values)
-    if memory is not None or seen.memory is not None:
-        for place, sequence in enumerate(sequences):
-            sequence.memory = _part(memory, place)
-    return chosen
+    return chosen, [_part(memory, place) for place in range(len(sequences))]
 
 
 def _part(memory: Any, place: int) -> Any:

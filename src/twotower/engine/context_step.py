@@ -113,7 +113,7 @@ def launch(
             if request is not None:
                 silent = sum(not work.asks for work in scored.choosing)
                 logprobs = request.gather(None if chosen is None else chosen[silent:])
-    except Exception:
+    except BaseException:  # the user may have interrupted the pass
         if state.lengths is not before:  # the tokens are in, but nobody knows what follows: a later attempt reads them
             state.rollback(before)
         raise

@@ -31,7 +31,7 @@ from twotower.engine.denoiser_step import OpenBlocks
 from twotower.engine.engine_options import EngineOptions
 from twotower.engine.mode_choice import resolve
 from twotower.engine.oom import in_parts, out_of_memory
-from twotower.engine.rounds import Rounds
+from twotower.engine.rounds import Rounds, in_step
 from twotower.engine.row_constants import RowConstants
 from twotower.engine.scheduled import ScheduledTokens
 from twotower.engine.scheduler import PROMPT_CHUNK, Scheduler
@@ -39,6 +39,7 @@ from twotower.engine.sequence import Phase, Request, RunningSequence
 from twotower.engine.slots import slots_of
 from twotower.engine.stats import EngineStats
 from twotower.engine.towers import Towers
+from twotower.engine.workspace import StateShape
 from twotower.ops.host_transfer import placed
 from twotower.ops.precision import accumulation_dtype
 
@@ -60,7 +61,8 @@ class EngineCore:
         self.model = model
         self.options = options
         rows, columns, spare = shares(model, rows, length + block_size, PROMPT_CHUNK, memory)
-        self.state = model.workspace.borrow_state(rows, columns, lambda: model.new_state(rows, 0, columns))
+        shape = StateShape(rows, columns, model.dtype, model.device)
+        self.state = model.workspace.borrow_state(shape, lambda: model.new_state(rows, 0, columns))
         self._state_bytes = self.state.nbytes  # constant: the pools are allocated once
         self.prefixes = Prefixes(PROMPT_CHUNK, spare)
         self.reader = model.reader(self.state) if model.denoiser is not None else None
@@ -73,6 +75,7 @@ class EngineCore:
         self.blocks = OpenBlocks(model, there, block_size, options.step_callback, dtype)
         self.scheduler = Scheduler(rows, options.prompt_budget, PROMPT_CHUNK if options.prefix_cache else None)
         self.rounds = Rounds(self.scheduler.running, options)
+        self.closed = False  # the state is another engine's
         self.late: list[Collect] = []  # of the denoiser's last pass, where the next is launched first
 
     def step(self) -> list[Event]:
@@ -89,6 +92,8 @@ class EngineCore:
             for launch in (self._launch_context, self._launch_denoiser):
                 for collect in launch():
                     events += collect()
+                if events and self.options.lockstep:
+                    break  # the caller gets a block's events before the callback hears of the next block
         for event in events:
             if event.result is not None:
                 self._leave(event)
@@ -96,14 +101,17 @@ class EngineCore:
 
     def release(self, number: int) -> RunningSequence | None:
         """Forgets a request, waiting or running → the sequence that ran; its slot and columns are free at once."""
-        self.rounds.forget(number)
         sequence = self.scheduler.forget(number)
+        self.rounds.forget(number)
         if sequence is not None:
             self.state.close(sequence.slot)
         return sequence
 
     def close(self) -> None:
-        """Forgets every request and returns the state to the model's workspace."""
+        """Forgets every request and returns the state to the model's workspace, once."""
+        if self.closed:
+            return
+        self.closed = True
         for number in list(self.scheduler.running):
             self.release(number)
         self.scheduler.waiting.clear()
@@ -131,12 +139,14 @@ class EngineCore:
         """Waiting requests take free slots and memory, first come, first served: none starves."""
         events: list[BlockEvent] = []
         waiting, free = self.scheduler.waiting, self.scheduler.free
-        if not waiting or not free:
+        if not waiting or not free or (self.options.lockstep and self.scheduler.running):
             return events
         together = min(len(self.scheduler.running) + len(waiting), self.state.rows)
-        admitted = []
+        admitted: list[RunningSequence] = []
         while waiting and free:
             number, request = waiting[0]
+            if self.options.lockstep and admitted and not in_step(admitted[0].params, request.params):
+                break
             columns = admission.columns(request, self.blocks.size)
             idle = request.params.max_new_tokens == 0 and not request.prompt_logprobs
             if not idle and self.state.segments.room_for(columns) is None:
@@ -148,8 +158,8 @@ class EngineCore:
             if idle:
                 events.append(output.nothing())
                 continue
-            sequence = self._sequence(request, output, free.pop(), together)
-            self.state.open(sequence.slot, columns)
+            sequence = self._sequence(request, output, free[-1], together)
+            self.state.open(free.pop(), columns)
             self.scheduler.start(sequence)
             admitted.append(sequence)
         if admitted:
@@ -262,7 +272,10 @@ class EngineCore:
         """A pass over open blocks; with asynchronous scheduling the collection of the pass before."""
         launched: list[Collect] = []
         if sequences:
-            self.blocks.open(sorted(self.rounds.opening, key=lambda sequence: sequence.slot))
+            opening = sorted(self.rounds.opening, key=lambda sequence: sequence.slot)
+            if opening and self.two_devices and self.options.lockstep:
+                self._view(opening)  # the text is there before the callback is told: between two calls nothing crosses
+            self.blocks.open(opening)
             self.rounds.opening.clear()
             launched = self._in_parts(self._launch_blocks, sequences)
         if self.async_scheduling and any(sequence.needs_denoiser for sequence in sequences):
@@ -313,6 +326,8 @@ class EngineCore:
     # --- out of memory --------------------------------------------------------------------------------------------
 
     def _in_parts(self, launch: Callable[[Sequence[Item]], list[Collect]], items: Sequence[Item]) -> list[Collect]:
+        if self.options.lockstep:  # the callback is told of whole batches, and of each pass once
+            return launch(items) if items else []
         return in_parts(launch, items, self._relieve, self._fail) if items else []
 
     def _fail(self, item: ScheduledTokens | RunningSequence, error: Exception) -> list[Collect]:

@@ -112,14 +112,10 @@ class OpenBlocks:
         candidate, sure = pick_rows(logits, [sequence.rule for sequence in sequences], keys)
         values = at(constants.policy_value, slots)
         seen = Pass(logits, candidate, sure, masked, step, steps)
-        chosen, errors = commit_rows(sequences, seen, values, catch)
+        chosen, memories, errors = commit_rows(sequences, seen, values, catch)
         tokens, masked = torch.where(chosen, candidate, tokens), masked & ~chosen
         committed_at = torch.where(chosen, step, at(self.committed_at, slots))
         confidence = torch.where(chosen, sure, at(self.confidence, slots))
-        self.tokens, self.masked = stored(self.tokens, slots, tokens), stored(self.masked, slots, masked)
-        self.committed_at = stored(self.committed_at, slots, committed_at)
-        self.confidence = stored(self.confidence, slots, confidence)
-        self.step = stored(self.step, slots, step + 1)
         proposed = (candidate, sure) if any(sequence.request.watched for sequence in sequences) else ()
         pending = PendingDenoise(
             sequences=list(sequences),
@@ -128,7 +124,14 @@ class OpenBlocks:
             errors=errors,
             blocks=Fetched(masked, tokens, committed_at, confidence, *proposed),
         )
-        for sequence in sequences:
+        pools = self.tokens, self.masked, self.committed_at, self.confidence, self.step
+        values_of = tokens, masked, committed_at, confidence, step + 1
+        # All at once and last: a pass that fails has changed nothing.
+        self.tokens, self.masked, self.committed_at, self.confidence, self.step = (
+            stored(pool, slots, part) for pool, part in zip(pools, values_of, strict=True)
+        )
+        for sequence, memory in zip(sequences, memories, strict=True):
+            sequence.memory = memory
             sequence.launched += 1
         return pending
 

@@ -13,10 +13,10 @@ class EngineOptions:
     """prefix_cache: whether prompts that begin alike are read once. prompt_budget: prompt tokens read in one step, of
     all sequences together (None: no limit).
 
-    step_callback: told of every denoiser pass; the blocks of all sequences then run in lockstep, and all requests must
-    be added before the first step. raise_errors: what commit policies and allocations raise leaves `step` unchanged;
-    otherwise the exception ends its own request with finish_reason "error". drafter: drafts for verified decoding in
-    place of the denoiser.
+    step_callback: told of every denoiser pass. Sequences then run in lockstep: as many waiting requests of one kind as
+    there are slots, the next ones when all of these have ended; and a pass that does not fit the memory is not tried in
+    halves. raise_errors: what commit policies and allocations raise leaves `step` unchanged; otherwise the exception
+    ends its own request with finish_reason "error". drafter: drafts for verified decoding in place of the denoiser.
     """
 
     prefix_cache: bool = True

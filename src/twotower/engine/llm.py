@@ -19,7 +19,7 @@ from twotower.engine.engine_options import EngineOptions
 from twotower.engine.sequence import Request
 from twotower.engine.stats import EngineStats
 from twotower.engine.towers import Towers
-from twotower.errors import ArgumentError
+from twotower.errors import ArgumentError, TwoTowerError
 
 
 class LLM:
@@ -111,7 +111,10 @@ class LLM:
 
         Raises:
             ArgumentError: it can never run here; says why.
+            TwoTowerError: the engine is closed.
         """
+        if self.core.closed:
+            raise TwoTowerError("this engine is closed; make another")
         self.check(request)
         number = self._next_number
         self._next_number += 1
@@ -142,16 +145,24 @@ class LLM:
     def generate(
         self, requests: Sequence[Request], progress: Callable[[int], object] | None = None
     ) -> list[Generation]:
-        """Runs all of them → results in their order; progress is told how many have ended."""
-        numbers = [self.add_request(request) for request in requests]
-        wanted = set(numbers)
+        """Runs all of them → results in their order; progress is told how many have ended. An exception ends all of
+        them, and none stays behind."""
+        numbers: list[int] = []
         results: dict[int, Generation] = {}
-        while len(results) < len(numbers):
-            for event in self._step_for(wanted):
-                if event.result is not None:
-                    results[event.row] = event.result
-                    if progress is not None:
-                        progress(len(results))
+        try:
+            for request in requests:
+                numbers.append(self.add_request(request))
+            wanted = set(numbers)
+            while len(results) < len(numbers):
+                for event in self._step_for(wanted):
+                    if event.result is not None:
+                        results[event.row] = event.result
+                        if progress is not None:
+                            progress(len(results))
+        except BaseException:
+            for number in numbers:
+                self.abort(number)
+            raise
         return [results[number] for number in numbers]
 
     def stream(self, request: Request) -> Iterator[Event]:
@@ -168,8 +179,9 @@ class LLM:
             self.abort(number)
 
     def close(self) -> None:
-        """Aborts every request and lends the state's memory to the model's next call. The engine must not be used
-        again."""
+        """Aborts every request and lends the state's memory to the model's next call. A closed engine takes no
+        request."""
+        self._unseen.clear()
         self.core.close()
 
     def _step_for(self, numbers: set[int]) -> list[Event]:

@@ -11,9 +11,17 @@ from __future__ import annotations
 import time
 from collections.abc import Mapping, Sequence
 
+from twotower.decoding.modes import AUTO
 from twotower.decoding.output import BlockEvent
+from twotower.decoding.params import GenerationParams
 from twotower.engine.engine_options import EngineOptions
 from twotower.engine.sequence import Phase, RunningSequence
+
+
+def in_step(one: GenerationParams, other: GenerationParams) -> bool:
+    """Whether the rounds of two sequences can begin and end together."""
+    sizes = [(params.mode, params.block_size, params.steps_per_block, params.fixed_draft) for params in (one, other)]
+    return sizes[0] == sizes[1] and one.mode != AUTO
 
 
 class Rounds:
@@ -27,9 +35,11 @@ class Rounds:
         self._ready: list[RunningSequence] = []  # in lockstep: sequences that wait for the others
 
     def forget(self, number: int) -> None:
-        """An aborted request begins nothing."""
+        """A request that runs no more begins nothing, and in lockstep nobody waits for it."""
         self.opening = [sequence for sequence in self.opening if sequence.output.row != number]
         self._ready = [sequence for sequence in self._ready if sequence.output.row != number]
+        if self._ready:
+            self.begin(())
 
     def prompts_read(self, sequences: Sequence[RunningSequence]) -> list[BlockEvent]:
         """The prompts of these sequences are read → the ends of those that asked about nothing but their prompts."""

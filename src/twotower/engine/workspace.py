@@ -5,7 +5,10 @@ from __future__ import annotations
 import threading
 from collections import OrderedDict
 from collections.abc import Callable
-from typing import TypeVar
+from typing import NamedTuple
+from weakref import WeakSet
+
+import torch
 
 from twotower.cache.hybrid_cache import TowerState
 from twotower.decoding.auto_mode import ModeChooser
@@ -15,8 +18,18 @@ from twotower.decoding.params import GenerationParams
 MOST_CONTROLLERS = 64
 STATE_BYTES = 256 << 20  # a larger state is not kept between calls
 
-Key = tuple[int, ...]
-Item = TypeVar("Item")
+
+class StateShape(NamedTuple):
+    """What tells whether a state serves a call: its rows, the columns that they share, and where and how it is kept."""
+
+    rows: int
+    columns: int
+    dtype: torch.dtype
+    device: torch.device
+
+    @classmethod
+    def of(cls, state: TowerState) -> StateShape:
+        return cls(state.rows, state.capacity, state.dtype, state.lengths.device)
 
 
 class Workspace:
@@ -28,9 +41,10 @@ class Workspace:
 
     def __init__(self) -> None:
         self.mode_chooser = ModeChooser()
-        self._controllers: OrderedDict[Key, DraftController] = OrderedDict()
-        self._idle: tuple[Key, TowerState] | None = None
-        self._lock = threading.Lock()
+        self._controllers: OrderedDict[tuple[int, int, int], DraftController] = OrderedDict()
+        self._idle: TowerState | None = None
+        self._lent: WeakSet[TowerState] = WeakSet()  # since the last release: a state lent before it does not come back
+        self._lock = threading.RLock()  # garbage collection may close an abandoned stream at any allocation
 
     def draft_controller(self, params: GenerationParams, rows: int, longest: int) -> DraftController:
         """The controller for a sequence that begins: a new one where the draft depth is fixed, else the one of earlier
@@ -48,17 +62,25 @@ class Workspace:
                 self._controllers.popitem(last=False)
             return controller.begin()
 
-    def borrow_state(self, rows: int, columns: int, make: Callable[[], TowerState]) -> TowerState:
+    def borrow_state(self, shape: StateShape, make: Callable[[], TowerState]) -> TowerState:
         """The idle state, if it has this shape, else a new one. The borrower owns the state until `return_state`."""
         with self._lock:
-            idle, self._idle = self._idle, None
-        return idle[1] if idle is not None and idle[0] == (rows, columns) else make()
+            state, self._idle = self._idle, None
+        if state is None or StateShape.of(state) != shape:
+            state = make()
+        with self._lock:
+            self._lent.add(state)
+        return state
 
     def return_state(self, state: TowerState) -> None:
-        """Keeps a state without sequences for the next call, if the state is small enough."""
-        if state.nbytes <= STATE_BYTES:
-            with self._lock:
-                self._idle = (state.rows, state.capacity), state
+        """Keeps a state without sequences for the next call, if the state is small enough and can be written to
+        anywhere: tensors made in inference mode cannot."""
+        state.forget()
+        with self._lock:
+            if state in self._lent:
+                self._lent.discard(state)
+                if state.nbytes <= STATE_BYTES and not state.is_inference:
+                    self._idle = state
 
     def release(self) -> None:
         """Frees everything: memory, measurements, and what was learned."""
@@ -66,6 +88,7 @@ class Workspace:
             self.mode_chooser = ModeChooser()
             self._controllers.clear()
             self._idle = None
+            self._lent = WeakSet()
 
     def __reduce__(self) -> tuple[type[Workspace], tuple[()]]:
         return Workspace, ()

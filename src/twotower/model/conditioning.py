@@ -91,16 +91,16 @@ class TimeConditioning(nn.Module):
 
     def _remembered(self, value: float, like: Tensor) -> Tensor:
         """`_parts` of one t. On a processor forming them takes a fifth of a pass of the bundled model."""
-        key = value, like.dtype
-        if key not in self._known:
-            self._known[key] = self._parts(like.new_tensor([value]))
-        return self._known[key]
+        key, known = (value, like.dtype), self._known  # another thread may begin a new one meanwhile
+        parts = known.get(key)
+        if parts is None:
+            parts = known[key] = self._parts(like.new_tensor([value]))
+        return parts
 
     def _forget_if_changed(self) -> None:
         weights = [(weight.data_ptr(), weight._version) for weight in self.parameters()]
         if weights != self._weights or len(self._known) > MOST_KNOWN:
-            self._weights = weights
-            self._known.clear()
+            self._known, self._weights = {}, weights
 
 
 def normed_input(x: Tensor, norm: RMSNorm, kind: LayerKind, modulation: Modulation | None) -> Tensor:
