@@ -69,7 +69,8 @@ class TwoTowerForCausalLM(TwoTowerModel, PreTrainedModel):
         """
         model, source = pretrained.from_pretrained(cls, pretrained_model_name_or_path, *args, **kwargs)
         model.tokenizer_source = source
-        return model.eval()
+        model.eval()
+        return model
 
     def save_pretrained(self, save_directory: Any, max_shard_size: int | str = "5GB", **kwargs: Any) -> None:  # type: ignore[override]
         """Writes the released layout, with a config and a code file that AutoModelForCausalLM can load from."""
@@ -101,7 +102,8 @@ class TwoTowerForCausalLM(TwoTowerModel, PreTrainedModel):
         """
         if mode and self.quantization != "none":
             raise ArgumentError(f"{self.quantization} weights do not train; load the model without quantization")
-        return super().train(mode)
+        super().train(mode)
+        return self
 
     def pack(self) -> int:
         """For inference on a processor: copies the large weights into the order that passes read fastest → bytes taken.

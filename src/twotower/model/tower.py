@@ -100,6 +100,7 @@ class Tower(nn.Module):
     runners: asked in turn for each pass; `runners.attach` sets them.
     """
 
+    __call__: Callable[..., PassResult]
     runners: tuple[Runner, ...] = ()
 
     def __init__(self, config: BackboneConfig) -> None:

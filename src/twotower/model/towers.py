@@ -76,7 +76,8 @@ class TwoTowerModel(nn.Module):
     def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> Self:
         """Where `.to`, `.bfloat16`, … end: the tensors that must not be narrow stay wide."""
         self.release()  # what was prepared for the weights as they were
-        return super()._apply(keeping_wide(self, fn), recurse)
+        super()._apply(keeping_wide(self, fn), recurse)
+        return self
 
     def release(self) -> None:
         """Frees what the runners have prepared; they prepare it again when it is needed."""

@@ -1,4 +1,3 @@
-# mypy: allow-untyped-defs
 """Triton kernels of `experts` and `experts_int8`: every chosen expert's weights are read once for a tile of tokens, no
 other's, and the host waits for nothing.
 

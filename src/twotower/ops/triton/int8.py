@@ -1,4 +1,3 @@
-# mypy: allow-untyped-defs
 """Triton kernel of `linear_int8` for few tokens: int8 panels are read once and widened in registers.
 
 Bytes moved for `out_proj` of the 30B shape (4096 → 2688, bf16), 16 tokens: 10.5 MiB of weights; x, 128 KiB, by 42
