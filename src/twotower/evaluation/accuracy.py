@@ -19,6 +19,7 @@ from twotower.evaluation.tasks.problems import Problem, stream
 from twotower.evaluation.tasks.scoring import OVERALL, is_right, wilson
 from twotower.model_loading import eos_of
 from twotower.modeling_twotower import TwoTowerForCausalLM
+from twotower.tokenizer import required
 
 
 @dataclass(frozen=True)
@@ -102,7 +103,8 @@ def answer(
     """What was asked, and what one setting answers, problem by problem."""
     shared = {"eos_token_id": eos_of(model), "mask_token_id": model.config.mask_token, "seed": 0}
     params = setting.params(max_new_tokens=max_new_tokens, **shared)
-    requests = [Request(model.tokenizer(problem.prompt)["input_ids"], params) for problem in problems]
+    tokenizer = required(model.tokenizer)
+    requests = [Request(tokenizer(problem.prompt)["input_ids"], params) for problem in problems]
     return requests, generate_all(model, requests, rows, progress)
 
 

@@ -26,6 +26,7 @@ from twotower.evaluation.running import generate_all
 from twotower.evaluation.tasks import problems
 from twotower.modeling_twotower import TwoTowerForCausalLM
 from twotower.process import configure_process
+from twotower.tokenizer import required
 from twotower.training.data import EOS, Source
 from twotower.training.data.readers import whole_pass
 
@@ -57,7 +58,8 @@ def cut_dialogues(texts: Sequence[str], count: int) -> list[str]:
 
 def measure_dialogues(model: TwoTowerForCausalLM, texts: Sequence[str], count: int, limit: int) -> dict[str, Any]:
     """Greedy continuations of cut dialogues to their end, by each way in the card; at most `limit` new tokens."""
-    prompts = [model.tokenizer(text)["input_ids"] for text in cut_dialogues(texts, count)]
+    tokenizer = required(model.tokenizer)
+    prompts = [tokenizer(text)["input_ids"] for text in cut_dialogues(texts, count)]
     prompts.sort(key=len)  # like lengths share a batch
     figures: dict[str, Any] = {}
     shared = {"max_new_tokens": limit, "eos_token_id": EOS, "mask_token_id": model.config.mask_token, "seed": 0}
@@ -105,7 +107,7 @@ def main(
     """Measures a model on held-out dialogues and the suite."""
     configure_process()
     model = TwoTowerForCausalLM.from_pretrained(path or bundled_model(), dtype=dtype)
-    tokenizer = model.tokenizer.backend_tokenizer
+    tokenizer = required(model.tokenizer).backend_tokenizer
     texts = read_documents(data / "valid.jsonl.gz")
     figures: dict[str, Any] = {"dtype": dtype, "seed": SEED}
     if likelihood:

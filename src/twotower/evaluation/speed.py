@@ -17,6 +17,7 @@ from twotower.evaluation.tasks import problems
 from twotower.evaluation.timed_towers import TimedTowers, TowerName
 from twotower.model_loading import eos_of
 from twotower.modeling_twotower import TwoTowerForCausalLM
+from twotower.tokenizer import required
 
 
 @dataclass(frozen=True)
@@ -102,8 +103,9 @@ def few_shot_prompts(model: TwoTowerForCausalLM, rows: int, context: int) -> lis
     if context < 2:
         raise ArgumentError(f"context is {context}; give at least 2 tokens")
     rng = random.Random(0)
-    pool = [model.tokenizer(problem.text + "\n")["input_ids"] for problem in problems("test", 120, 0)]
-    asked = [model.tokenizer(problem.prompt)["input_ids"] for problem in problems("test", rows, 1, difficulties=(1,))]
+    tokenizer = required(model.tokenizer)
+    pool = [tokenizer(problem.text + "\n")["input_ids"] for problem in problems("test", 120, 0)]
+    asked = [tokenizer(problem.prompt)["input_ids"] for problem in problems("test", rows, 1, difficulties=(1,))]
     out = []
     for last in asked:
         text = list(last)

@@ -25,6 +25,7 @@ from twotower.decoding.unmasking import Pass, decide
 from twotower.process import configure_process
 from twotower.server import page
 from twotower.server.tokenizer_adapter import TokenizerAdapter
+from twotower.tokenizer import required
 
 if TYPE_CHECKING:
     from twotower.modeling_twotower import TwoTowerForCausalLM
@@ -48,7 +49,7 @@ def main(prompt: str, output: Path) -> None:
 @torch.inference_mode()
 def record(model: TwoTowerForCausalLM, prompt: str) -> dict[str, Any]:
     """All of it, as plain data."""
-    texts = TokenizerAdapter(model.tokenizer)
+    texts = TokenizerAdapter(required(model.tokenizer))
     read = texts.tokens(prompt)
     state = model.new_state(1, len(read) + BLOCK)
     model.prefill(torch.tensor([read]), torch.tensor([len(read)]), state)

@@ -28,6 +28,7 @@ from twotower.errors import ArgumentError
 from twotower.evaluation.likelihood import Likelihood, continuation_bound, continuation_likelihood
 from twotower.evaluation.running import generate_all
 from twotower.modeling_twotower import TwoTowerForCausalLM
+from twotower.tokenizer import required
 
 log = logging.getLogger(__name__)
 
@@ -116,7 +117,7 @@ class TwoTowerLM(TemplateLM):
         self.rows = _rows(batch_size)
         window = self.model.config.backbone.max_position_embeddings
         self.max_length = min(int(max_length), window) if max_length else window
-        self.tokenizer = self.model.tokenizer
+        self.tokenizer = required(self.model.tokenizer)
         self.spent = Spent()
         self.progress = progress
 
@@ -201,7 +202,8 @@ class TwoTowerLM(TemplateLM):
 
     def _score(self, pairs: list[tuple[list[int], list[int]]], progress: Any = None) -> list[tuple[float, bool]]:
         if self.likelihood == "bound":
-            size = int(self.setting.values.get("block_size", 16))
+            size = self.setting.values.get("block_size", 16)
+            assert isinstance(size, int)
             bounds = continuation_bound(self.model, pairs, block_size=size, samples=self.samples, progress=progress)
             return [(value, False) for value in bounds]
         found: list[Likelihood] = continuation_likelihood(self.model, pairs, progress)

@@ -12,6 +12,7 @@ import torch.nn.functional as F
 from twotower.decoding.params import GenerationParams
 from twotower.errors import ArgumentError
 from twotower.modeling_twotower import TwoTowerForCausalLM
+from twotower.tokenizer import required
 from twotower.training.data.batch import Batch
 from twotower.training.fsdp import World, sharded
 from twotower.training.objective import AutoregressiveObjective, next_tokens
@@ -87,5 +88,5 @@ class AutoregressiveValidation:
             scored = F.pad(next_tokens(batch, self.objective.prompt_loss), (1, 0))
             for row, columns in documents(batch):
                 tokens = batch.tokens[row][columns & scored[row]].tolist()
-                total += len(self.model.tokenizer.decode(tokens, skip_special_tokens=True).encode())
+                total += len(required(self.model.tokenizer).decode(tokens, skip_special_tokens=True).encode())
         return total
