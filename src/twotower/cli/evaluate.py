@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 import click
 from click.core import ParameterSource
@@ -92,7 +92,7 @@ def evaluate(
     loaded, source = models.opened(
         model, "it cannot read problems; put one there", dtype=dtype, quantization=quantization, threads=threads
     )
-    facts: dict[str, Any] = {"model": str(source), **model_loading.placement(loaded)}
+    facts: dict[str, object] = {"model": str(source), **model_loading.placement(loaded)}
     if tasks:
         scores = published.measure(
             loaded,

@@ -94,7 +94,7 @@ def report(
     )
     title = f"{model_loading.name_of(source)}: what each way of decoding keeps of AR's accuracy, and how fast it is"
     pictures.draw(points, output / "report.png", f"{title}\n{count}; {place}")
-    version = " ".join(filter(None, (where["twotower"], where["commit"])))
+    version = " ".join(str(where[name]) for name in ("twotower", "commit") if where[name])
     notes = [f"{count}. {place}; torch {where['torch']}, twotower {version}."]
     (output / "report.md").write_text(pictures.markdown(points, notes), encoding="utf-8")
     written = [str(output / name) for name in ("report.png", "report.md")]

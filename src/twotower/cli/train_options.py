@@ -5,7 +5,6 @@ from __future__ import annotations
 import functools
 from collections.abc import Callable
 from pathlib import Path
-from typing import Any
 
 import click
 
@@ -13,7 +12,7 @@ DTYPES = ("auto", "bfloat16", "float32", "float64")
 FOLDER = click.Path(file_okay=False, path_type=Path)
 
 
-def common_options(command: Callable[..., Any]) -> Callable[..., Any]:
+def common_options(command: Callable[..., object]) -> Callable[..., object]:
     """The options that both verbs have."""
     options = (
         click.option(

@@ -5,7 +5,6 @@ from __future__ import annotations
 from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass
 from functools import partial
-from typing import Any
 
 from twotower.decoding.output import Generation
 from twotower.decoding.presets import Setting, beside_ar
@@ -47,7 +46,7 @@ class Line:
             for name, tokens in self.tokens.items()
         }
 
-    def to_dict(self) -> dict[str, Any]:
+    def to_dict(self) -> dict[str, object]:
         """Plain data, the derived figures included."""
         pairs = {
             name: asdict(pair) | {"difference": pair.difference, "interval": pair.interval, "kept": pair.kept}

@@ -6,7 +6,7 @@ import random
 import statistics
 from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass
-from typing import Any, cast
+from typing import cast
 
 from twotower.decoding.presets import AR, Setting, beside_ar
 from twotower.engine import LLM, Request
@@ -46,7 +46,7 @@ class Measured:
     pass_seconds: dict[TowerName, float]
     pass_cost: dict[TowerName, float]
 
-    def to_dict(self) -> dict[str, Any]:
+    def to_dict(self) -> dict[str, object]:
         return asdict(self)
 
 
@@ -77,7 +77,7 @@ def bench(
     else the machine does falls on all of them; it is of several batches, not one answer's luck. One more
     round warms up before, and one times passes afterwards."""
     chosen = beside_ar(settings)
-    shared: dict[str, Any] = {"max_new_tokens": new_tokens, "mask_token_id": model.config.mask_token, "seed": 0}
+    shared: dict[str, object] = {"max_new_tokens": new_tokens, "mask_token_id": model.config.mask_token, "seed": 0}
     if not ignore_eos:
         shared["eos_token_id"] = eos_of(model)
     found = []
@@ -116,7 +116,7 @@ def few_shot_prompts(model: TwoTowerForCausalLM, rows: int, context: int) -> lis
 
 
 def one_round(
-    model: TwoTowerForCausalLM, texts: list[list[int]], rows: int, setting: Setting, shared: dict[str, Any]
+    model: TwoTowerForCausalLM, texts: list[list[int]], rows: int, setting: Setting, shared: dict[str, object]
 ) -> Round:
     """One run of batches of `rows`."""
     params = setting.params(**shared)
@@ -137,7 +137,7 @@ def one_round(
 
 
 def pass_seconds(
-    model: TwoTowerForCausalLM, texts: list[list[int]], rows: int, setting: Setting, shared: dict[str, Any]
+    model: TwoTowerForCausalLM, texts: list[list[int]], rows: int, setting: Setting, shared: dict[str, object]
 ) -> dict[TowerName, float]:
     """The mean pass of each tower in one more run, 0 where it has none. mode "auto": of the mode it now chooses."""
     params, _ = resolve(model, setting.params(**shared), 1)

@@ -8,7 +8,7 @@ from torch import Tensor
 
 
 class ReaderState(TypedDict, total=False):
-    """records: the number of them, of a source at random access. The rest: a mark in a stream, see `readers._InOrder`."""
+    """records: how many a source at random access has. The rest: a mark in a stream, see `readers._InOrder`."""
 
     records: int
     at: int
