@@ -24,9 +24,18 @@ SUPPORTED = f"a backbone of the Nemotron-H family (model_type {MODEL_TYPE}, dens
 _EXTRA_HEADS = re.compile(r"(?:^|\.)mtp")  # multi-token prediction: heads that draft, which the denoiser replaces
 # What config.json says of the old file, its code or those heads, and not of the model.
 _DROPPED = {
-    "architectures", "auto_map", "dtype", "model_type", "mtp_hybrid_override_pattern", "mtp_layers_block_type",
-    "num_nextn_predict_layers", "tie_word_embeddings", "torch_dtype", "transformers_version", "_name_or_path",
-}  # fmt: skip
+    "architectures",
+    "auto_map",
+    "dtype",
+    "model_type",
+    "mtp_hybrid_override_pattern",
+    "mtp_layers_block_type",
+    "num_nextn_predict_layers",
+    "tie_word_embeddings",
+    "torch_dtype",
+    "transformers_version",
+    "_name_or_path",
+}
 _OLDER_NAMES = {
     "attention_head_dim": "head_dim",
     "mamba_chunk_size": "chunk_size",

@@ -26,9 +26,16 @@ DeviceName = str | int | torch.device | None
 TOKENIZER_FILES = ("tokenizer.json", "tokenizer_config.json")
 # A tokenizer's files, to be copied as they are.
 TEXT_FILES = (
-    *TOKENIZER_FILES, "special_tokens_map.json", "added_tokens.json", "vocab.json", "vocab.txt", "merges.txt",
-    "tokenizer.model", "chat_template.jinja", "chat_template.json",
-)  # fmt: skip
+    *TOKENIZER_FILES,
+    "special_tokens_map.json",
+    "added_tokens.json",
+    "vocab.json",
+    "vocab.txt",
+    "merges.txt",
+    "tokenizer.model",
+    "chat_template.jinja",
+    "chat_template.json",
+)
 CODE_FILE = "modeling_twotower.py"
 CODE = '''"""Lets transformers' AutoModelForCausalLM load this directory; needs `pip install twotower`."""
 
@@ -44,9 +51,16 @@ AUTO_MAP = {
 _HUB_ARGUMENTS = {"revision", "cache_dir", "token", "local_files_only", "force_download"}
 # What the Auto classes pass along and what has no effect on how our weights are read.
 _IGNORED = {
-    "trust_remote_code", "adapter_kwargs", "_from_auto", "_commit_hash", "code_revision", "subfolder",
-    "low_cpu_mem_usage", "use_safetensors", "_from_pipeline",
-}  # fmt: skip
+    "trust_remote_code",
+    "adapter_kwargs",
+    "_from_auto",
+    "_commit_hash",
+    "code_revision",
+    "subfolder",
+    "low_cpu_mem_usage",
+    "use_safetensors",
+    "_from_pipeline",
+}
 
 
 def from_pretrained(

@@ -155,9 +155,13 @@ class Watcher:
         self.view.settled(event.text)
 
     def _add(
-        self, block: int, size: int, tokens: Sequence[int | None], confidence: Sequence[float | None],
+        self,
+        block: int,
+        size: int,
+        tokens: Sequence[int | None],
+        confidence: Sequence[float | None],
         checked: bool = False,
-    ) -> None:  # fmt: skip
+    ) -> None:
         frames = self.blocks[-1]
         nothing = [None] * len(tokens)
         before = [*frames[-1].tokens, *nothing] if frames else nothing

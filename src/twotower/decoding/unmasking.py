@@ -168,17 +168,25 @@ register_policy(
     "entropy", entropy, knob="γ, nats", default=0.1, source="EB-Sampler (Ben-Hamu et al. 2025, arXiv 2505.24857)"
 )
 register_policy(
-    "margin", margin, knob="probability of the best less the second", default=0.8, high=1.0,
+    "margin",
+    margin,
+    knob="probability of the best less the second",
+    default=0.8,
+    high=1.0,
     source="top-probability margin (Kim et al. 2025, arXiv 2502.06768)",
-)  # fmt: skip
+)
 register_policy(
     "klass", stability, knob="confidence", default=0.8, high=1.0, source="KLASS (Kim et al. 2025, arXiv 2511.05664)"
 )
 register_policy("span", span, knob="confidence", default=0.8, high=1.0, source="left to right, as a draft is read")
 register_policy(
-    "decay", decay, knob="confidence in the first pass", default=0.95, high=1.0,
+    "decay",
+    decay,
+    knob="confidence in the first pass",
+    default=0.95,
+    high=1.0,
     source="progress-aware thresholds (Mohamed et al. 2025)",
-)  # fmt: skip
+)
 
 
 # --- applying them --------------------------------------------------------------------------------------------------

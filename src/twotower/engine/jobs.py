@@ -21,8 +21,22 @@ from twotower.engine.towers import Towers
 from twotower.errors import ArgumentError, TwoTowerError
 from twotower.tokenizer import required
 
-OWN = ("mode", "max_new_tokens", "temperature", "top_k", "top_p", "seed", "stop", "block_size", "steps_per_block",
-       "confidence_threshold", "policy", "knob", "draft_steps", "acceptance")  # fmt: skip
+OWN = (
+    "mode",
+    "max_new_tokens",
+    "temperature",
+    "top_k",
+    "top_p",
+    "seed",
+    "stop",
+    "block_size",
+    "steps_per_block",
+    "confidence_threshold",
+    "policy",
+    "knob",
+    "draft_steps",
+    "acceptance",
+)
 AHEAD = 4  # requests at work or waiting, for each row of the engine: a slow one holds up the file, not the others
 
 

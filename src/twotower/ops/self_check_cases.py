@@ -179,8 +179,9 @@ def linear_cases(device: torch.device, dtype: torch.dtype) -> list[Case]:
 
     return [
         _case(f"{size[0]} tokens of width {size[1]}{', packed' * packed}", arguments, *size, packed)
-        for size in PRODUCTS for packed in _packings(device)
-    ]  # fmt: skip
+        for size in PRODUCTS
+        for packed in _packings(device)
+    ]
 
 
 def linear_int8_cases(device: torch.device, dtype: torch.dtype) -> list[Case]:
@@ -230,8 +231,9 @@ def experts_cases(
         sizes += [(96, 3, 7, width, inner), (2, 2, 3, 2688, 1856)]
     return [
         _case(f"{size[0]} tokens, {size[1]} experts each{', packed' * packed}", arguments, *size, packed)
-        for size in sizes for packed in packings or _packings(device)
-    ]  # fmt: skip
+        for size in sizes
+        for packed in packings or _packings(device)
+    ]
 
 
 def _packings(device: torch.device) -> tuple[bool, ...]:
@@ -302,8 +304,11 @@ def attention_cases(device: torch.device, dtype: torch.dtype) -> list[Case]:
         return q.to(dtype), k.to(dtype), v.to(dtype), valid, causal, cached
 
     sizes: tuple[tuple[object, ...], ...] = (
-        (1, 2, 24, True, False), (1, 8, 64, False, False), (7, 6, 37, True, True), (16, 4, 64, False, True)
-    )  # fmt: skip
+        (1, 2, 24, True, False),
+        (1, 8, 64, False, False),
+        (7, 6, 37, True, True),
+        (16, 4, 64, False, True),
+    )
     if device.type == "cuda":
         sizes += (1, 32, 128, True, False, 5000), (16, 32, 128, False, True, 5000), (16, 32, 128, True, True, 5000)
     return [_case(f"{size[0]} tokens, {size[1]} heads of {size[2]}", arguments, *size) for size in sizes]

@@ -99,11 +99,7 @@ def _linear_kernel(
     live = token < tokens
     start = tl.program_id(2) * PART
     rows = x + token.to(tl.int64) * x_stride
-    # fmt: off
-    total = product(
-        rows, live, weight, first, start, PART, OUT, IN, True, ROWS, OUTS, STEP, OPERAND, PRECISION
-    )
-    # fmt: on
+    total = product(rows, live, weight, first, start, PART, OUT, IN, True, ROWS, OUTS, STEP, OPERAND, PRECISION)
     outs = first + tl.arange(0, OUTS)
     exists = outs < OUT
     if WHOLE:
