@@ -29,6 +29,7 @@ check: .venv/.installed-dev
 	$(BIN)/ruff format --check .
 	$(BIN)/mypy
 	$(BIN)/lint-imports --no-cache
+	$(BIN)/python tools/ratchet.py
 
 # Minutes: speed beside AR, and accuracy on a few problems.
 bench-quick: .venv/.installed

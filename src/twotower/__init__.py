@@ -10,7 +10,7 @@ effect: transformers' Auto classes recognise two-tower checkpoints (`twotower.au
 from __future__ import annotations
 
 import importlib
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 from twotower.auto import register
 from twotower.version import VERSION as __version__
@@ -60,7 +60,7 @@ if TYPE_CHECKING:
     from twotower.modeling_twotower import TwoTowerForCausalLM
 
 
-def __getattr__(name: str) -> Any:
+def __getattr__(name: str) -> object:
     if name not in _HOMES:
         raise AttributeError(f"module 'twotower' has no attribute {name!r}")
     return getattr(importlib.import_module(_HOMES[name]), name)

@@ -12,14 +12,18 @@ from __future__ import annotations
 
 import sys
 import warnings
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 if TYPE_CHECKING:
     from collections.abc import Sequence
+    from importlib.abc import Loader
     from importlib.machinery import ModuleSpec
     from types import ModuleType
+else:
+    Loader = object  # importing `importlib.abc` would load a dozen modules
 
 _FACTORY = "transformers.models.auto.auto_factory"
+_CHOOSER = "_get_model_class"
 # Marks what a registration leaves behind. A string, because a reload of this module makes new classes and functions.
 _MARK = "_twotower_registration"
 
@@ -35,9 +39,9 @@ def register() -> None:
         _extend(factory)
 
 
-def _extend(factory: Any) -> None:
+def _extend(factory: ModuleType) -> None:
     """Every configuration whose `architectures` names the two-tower model gets the class of this package."""
-    choose = getattr(factory, "_get_model_class", None)
+    choose = getattr(factory, _CHOOSER, None)
     if choose is None:
         warnings.warn(
             "AutoModelForCausalLM does not recognise two-tower checkpoints with this version of transformers, and "
@@ -49,7 +53,7 @@ def _extend(factory: Any) -> None:
     if hasattr(choose, _MARK):
         return
 
-    def choose_by_architecture(config: Any, mapping: Any) -> Any:
+    def choose_by_architecture(config: object, mapping: object) -> object:
         from twotower.config import ARCHITECTURE
 
         if ARCHITECTURE not in (getattr(config, "architectures", None) or ()):
@@ -59,7 +63,7 @@ def _extend(factory: Any) -> None:
         return TwoTowerForCausalLM
 
     setattr(choose_by_architecture, _MARK, True)
-    factory._get_model_class = choose_by_architecture
+    setattr(factory, _CHOOSER, choose_by_architecture)
 
 
 class _FactoryHook:
@@ -73,21 +77,21 @@ class _FactoryHook:
             return None
         for finder in sys.meta_path:
             find = None if hasattr(finder, _MARK) else getattr(finder, "find_spec", None)
-            spec: Any = None if find is None else find(name, path, target)
+            spec: ModuleSpec | None = None if find is None else find(name, path, target)
             if spec is not None:
-                if hasattr(spec.loader, "exec_module"):
+                if spec.loader is not None and hasattr(spec.loader, "exec_module"):
                     spec.loader = _ExtendingLoader(spec.loader)
                 return spec
         return None
 
 
-class _ExtendingLoader:
+class _ExtendingLoader(Loader):
     """The loader of another finder; the module that it has executed is extended."""
 
-    def __init__(self, loader: Any) -> None:
+    def __init__(self, loader: Loader) -> None:
         self.loader = loader
 
-    def __getattr__(self, name: str) -> Any:
+    def __getattr__(self, name: str) -> object:
         """What `inspect` and others ask of a loader, such as `get_source`."""
         if name == "loader":  # not set yet, in a copy
             raise AttributeError(name)

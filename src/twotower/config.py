@@ -20,6 +20,7 @@ from twotower.errors import ConfigError
 
 LayerKind = Literal["M", "*", "E", "-"]
 KIND_NAMES: dict[str, str] = {"M": "Mamba-2", "*": "attention", "E": "MoE", "-": "MLP"}
+_KIND_OF_LETTER: dict[str, LayerKind] = {kind: kind for kind in get_args(LayerKind)}
 COUPLED_KINDS = frozenset("M*")  # a denoiser layer of such a kind reads what its context layer left behind
 ARCHITECTURE = "NemotronHTwoTowerForCausalLM"
 MODEL_TYPE = "nemotron_h"
@@ -115,6 +116,11 @@ class BackboneConfig:
             )
 
     @property
+    def layer_kinds(self) -> tuple[LayerKind, ...]:
+        """The kind of each layer, first to last."""
+        return tuple(_KIND_OF_LETTER[letter] for letter in self.hybrid_override_pattern)
+
+    @property
     def num_layers(self) -> int:
         return len(self.hybrid_override_pattern)
 
@@ -129,12 +135,12 @@ class BackboneConfig:
         return self.mamba_inner + 2 * self.n_groups * self.ssm_state_size
 
 
-def _is_number(value: Any) -> bool:
+def _is_number(value: object) -> bool:
     return isinstance(value, int | float) and not isinstance(value, bool) and value >= 0  # NaN is not
 
 
 # What a field of each type must be, in words and as a test.
-_EXPECTED: dict[str, tuple[str, Callable[[Any], bool]]] = {
+_EXPECTED: dict[str, tuple[str, Callable[[object], bool]]] = {
     "int": ("a positive integer", lambda v: isinstance(v, int) and not isinstance(v, bool) and v > 0),
     "float": ("a number of at least 0", _is_number),
     "bool": ("true or false", lambda v: isinstance(v, bool)),
@@ -147,7 +153,7 @@ _EXPECTED: dict[str, tuple[str, Callable[[Any], bool]]] = {
 _BACKBONE_FIELDS = {field.name for field in dataclasses.fields(BackboneConfig)}
 _DTYPES = ("bfloat16", "float16", "float32", "float64")
 # A value other than these is an architecture this package does not implement; refusing beats a wrong answer.
-_ONLY_SUPPORTED: dict[str, tuple[Any, ...]] = {
+_ONLY_SUPPORTED: dict[str, tuple[object, ...]] = {
     "mamba_hidden_act": ("silu",),
     "mlp_hidden_act": ("relu2",),
     "sliding_window": (None,),

@@ -6,13 +6,15 @@ What the command line, evaluation and serving have in common. Importing it is li
 from __future__ import annotations
 
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 from twotower import process
 from twotower.assets import bundled_model
 from twotower.errors import ArgumentError, CheckpointError
 
 if TYPE_CHECKING:
+    from collections.abc import Sequence
+
     from twotower.engine.towers import Towers as AnyTowers
     from twotower.model.towers import Towers
     from twotower.modeling_twotower import TwoTowerForCausalLM
@@ -91,7 +93,7 @@ def load_model(
     return model
 
 
-def placement(model: TwoTowerForCausalLM) -> dict[str, Any]:
+def placement(model: TwoTowerForCausalLM) -> dict[str, object]:
     """dtype, quantization and devices of a loaded model, for `--json`."""
     return {
         "dtype": str(model.dtype).removeprefix("torch."),
@@ -101,9 +103,9 @@ def placement(model: TwoTowerForCausalLM) -> dict[str, Any]:
     }
 
 
-def eos_of(model: AnyTowers) -> Any:
+def eos_of(model: AnyTowers) -> int | Sequence[int] | None:
     """The config's end-of-text token(s); the tokenizer's where the config has none."""
-    eos = model.config.eos_token_id
+    eos: int | Sequence[int] | None = model.config.eos_token_id
     return eos if eos is not None else getattr(model.tokenizer, "eos_token_id", None)
 
 

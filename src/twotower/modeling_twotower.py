@@ -6,8 +6,9 @@ Everything that generates is built from the verbs of `TwoTowerModel` in `twotowe
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Sequence
+from os import PathLike
 from pathlib import Path
-from typing import Any
+from typing import Any, Unpack
 
 import torch
 import torch.nn.functional as F
@@ -22,12 +23,14 @@ from twotower.decoding.output import BlockEvent
 from twotower.decoding.params import GenerationParams
 from twotower.decoding.prompts import Prompts
 from twotower.engine import generation
+from twotower.engine.generation import StreamArguments
 from twotower.engine.workspace import Workspace
 from twotower.errors import ArgumentError
 from twotower.model.packed_forward import Layout, context_pass
 from twotower.model.towers import Towers, TwoTowerModel
 from twotower.runners import packed_weights
 from twotower.runners.attach import attach_runners
+from twotower.tokenizer import Tokenizer
 
 
 class TwoTowerForCausalLM(TwoTowerModel, PreTrainedModel):
@@ -49,13 +52,15 @@ class TwoTowerForCausalLM(TwoTowerModel, PreTrainedModel):
         for tower in self.towers():
             attach_runners(tower)
         self.tokenizer_source: Path | None = None
-        self._tokenizer: Any = None
+        self._tokenizer: Tokenizer | None = None
         self.workspace = Workspace()
 
     # --- loading and saving (the work is in checkpoint/) -------------------------------------------------------
 
     @classmethod
-    def from_pretrained(cls, pretrained_model_name_or_path: Any, *args: Any, **kwargs: Any) -> TwoTowerForCausalLM:
+    def from_pretrained(
+        cls, pretrained_model_name_or_path: str | PathLike[str] | None, *args: Any, **kwargs: Any
+    ) -> TwoTowerForCausalLM:
         """Loads a two-tower checkpoint: a directory in the released layout, or a hub id.
 
         Keyword arguments: dtype (or torch_dtype; "auto": as the config says), quantization ("none" | "int8": the large
@@ -67,23 +72,30 @@ class TwoTowerForCausalLM(TwoTowerModel, PreTrainedModel):
             CheckpointError, ConfigError: what is wrong, in which file and tensor.
             ArgumentError: an argument with no meaning here.
         """
+        if pretrained_model_name_or_path is None:
+            raise ArgumentError("from_pretrained: no checkpoint; give a directory or a hub id")
         model, source = pretrained.from_pretrained(cls, pretrained_model_name_or_path, *args, **kwargs)
         model.tokenizer_source = source
-        return model.eval()
+        model.eval()
+        return model
 
-    def save_pretrained(self, save_directory: Any, max_shard_size: int | str = "5GB", **kwargs: Any) -> None:  # type: ignore[override]
+    def save_pretrained(
+        self, save_directory: str | PathLike[str], *args: object, max_shard_size: int | str = "5GB", **kwargs: Any
+    ) -> None:
         """Writes the released layout, with a config and a code file that AutoModelForCausalLM can load from."""
+        if args:
+            raise ArgumentError("save_pretrained takes one positional argument, the directory; name the others")
         pretrained.save_pretrained(self, self.tokenizer, Path(save_directory), max_shard_size, **kwargs)
 
     @property
-    def tokenizer(self) -> Any:
+    def tokenizer(self) -> Tokenizer | None:
         """The checkpoint's tokenizer, loaded when first asked for; None where it has none. Can be set."""
         if self._tokenizer is None:
             self._tokenizer = pretrained.load_tokenizer(self.tokenizer_source)
         return self._tokenizer
 
     @tokenizer.setter
-    def tokenizer(self, tokenizer: Any) -> None:
+    def tokenizer(self, tokenizer: Tokenizer | None) -> None:
         self._tokenizer = tokenizer
 
     # --- where things are ---------------------------------------------------------------------------------------
@@ -101,7 +113,8 @@ class TwoTowerForCausalLM(TwoTowerModel, PreTrainedModel):
         """
         if mode and self.quantization != "none":
             raise ArgumentError(f"{self.quantization} weights do not train; load the model without quantization")
-        return super().train(mode)
+        super().train(mode)
+        return self
 
     def pack(self) -> int:
         """For inference on a processor: copies the large weights into the order that passes read fastest → bytes taken.
@@ -125,7 +138,7 @@ class TwoTowerForCausalLM(TwoTowerModel, PreTrainedModel):
     # --- the context tower as an ordinary causal language model ---------------------------------------------------
 
     def forward(
-        self, input_ids: Tensor, attention_mask: Tensor | None = None, labels: Tensor | None = None, **kwargs: Any
+        self, input_ids: Tensor, attention_mask: Tensor | None = None, labels: Tensor | None = None, **kwargs: object
     ) -> CausalLMOutput:
         """The context tower over whole sequences (B, S): fp32 logits (B, S, V) and, with labels, the AR loss.
 
@@ -291,7 +304,9 @@ class TwoTowerForCausalLM(TwoTowerModel, PreTrainedModel):
         )
         return self._generate(input_ids, params, attention_mask)
 
-    def stream(self, input_ids: Prompts, mode: str = "diffusion", **parameters: Any) -> Iterator[BlockEvent]:
+    def stream(
+        self, input_ids: Prompts, mode: str = "diffusion", **parameters: Unpack[StreamArguments]
+    ) -> Iterator[BlockEvent]:
         """Yields a `BlockEvent` per row and block as it is committed (AR: blocks of one); arguments as generate_*.
 
         A row's last event carries its `Generation`: counts, timings, finish reason. Arguments are checked at the
@@ -316,7 +331,7 @@ class TwoTowerForCausalLM(TwoTowerModel, PreTrainedModel):
         return tokens
 
 
-def _refuse_unknown(where: str, kwargs: dict[str, Any]) -> None:
+def _refuse_unknown(where: str, kwargs: dict[str, object]) -> None:
     if kwargs:
         raise ArgumentError(f"{where}: {', '.join(sorted(kwargs))} has no meaning for a two-tower model; leave it out")
 

@@ -28,8 +28,8 @@ class Kind:
     """
 
     allowed: str
-    parse: Callable[[str], Any]
-    fits: Callable[[Any], bool]
+    parse: Callable[[str], object]
+    fits: Callable[[object], bool]
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -42,8 +42,8 @@ class Variable:
     default: str | None = None
 
 
-def _one_of(values: Mapping[str, Any]) -> Callable[[str], Any]:
-    def parse(text: str) -> Any:
+def _one_of(values: Mapping[str, object]) -> Callable[[str], object]:
+    def parse(text: str) -> object:
         if text not in values:
             raise ValueError(text)
         return values[text]

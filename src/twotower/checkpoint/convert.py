@@ -15,7 +15,6 @@ from contextlib import ExitStack, contextmanager
 from dataclasses import asdict, dataclass
 from functools import partial
 from pathlib import Path
-from typing import Any
 
 import torch
 from safetensors import safe_open
@@ -29,6 +28,7 @@ from twotower.config import TwoTowerConfig
 from twotower.errors import ArgumentError, CheckpointError
 from twotower.model.conditioning import TimeConditioning
 from twotower.model.wide_tensors import wanted_dtype
+from twotower.tokenizer import Tokenizer
 
 UNFINISHED = ".unfinished"  # marks a directory that is still being written, and so may be removed
 SPARE_BYTES = 64 * 2**20  # headers, index, tokenizer
@@ -49,7 +49,7 @@ class Converted:
     files: tuple[str, ...]
     notes: tuple[str, ...]
 
-    def to_dict(self) -> dict[str, Any]:
+    def to_dict(self) -> dict[str, object]:
         """Plain data, for `--json`."""
         return asdict(self) | {"directory": str(self.directory)}
 
@@ -132,7 +132,7 @@ def _pieces(tower: OneTower, dtype: torch.dtype | None, time: dict[str, Tensor],
         yield Piece(slot.disk, slot.shape, kept, partial(_read, opened[stored.file], place))
 
 
-def _read(file: Any, place: Slot) -> Tensor:
+def _read(file: safe_open, place: Slot) -> Tensor:
     tensor: Tensor = file.get_tensor(place.disk) if place.expert is None else file.get_slice(place.disk)[place.expert]
     return tensor
 
@@ -182,7 +182,7 @@ def _write_rest(tower: OneTower, folder: Path, dtype: torch.dtype) -> None:
     pretrained.copy_text_files(tower.directory, folder)
 
 
-def _text_notes(config: TwoTowerConfig, tokenizer: Any) -> Iterator[str]:
+def _text_notes(config: TwoTowerConfig, tokenizer: Tokenizer | None) -> Iterator[str]:
     if tokenizer is None:
         yield "there is no tokenizer beside the weights; put one there before training on text"
     elif one_tower.is_ordinary_token(config.mask_token, tokenizer):

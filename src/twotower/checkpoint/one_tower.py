@@ -8,7 +8,6 @@ import re
 from collections.abc import Iterable
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
 
 import torch
 
@@ -19,14 +18,24 @@ from twotower.checkpoint.writer import Piece, write_shards
 from twotower.config import ARCHITECTURE, MASK_TOKEN_ID, MODEL_TYPE, BackboneConfig, TwoTowerConfig, read_object
 from twotower.errors import ArgumentError, CheckpointError, ConfigError
 from twotower.model.towers import TwoTowerModel
+from twotower.tokenizer import Tokenizer
 
 SUPPORTED = f"a backbone of the Nemotron-H family (model_type {MODEL_TYPE}, dense or MoE) is needed"
 _EXTRA_HEADS = re.compile(r"(?:^|\.)mtp")  # multi-token prediction: heads that draft, which the denoiser replaces
 # What config.json says of the old file, its code or those heads, and not of the model.
 _DROPPED = {
-    "architectures", "auto_map", "dtype", "model_type", "mtp_hybrid_override_pattern", "mtp_layers_block_type",
-    "num_nextn_predict_layers", "tie_word_embeddings", "torch_dtype", "transformers_version", "_name_or_path",
-}  # fmt: skip
+    "architectures",
+    "auto_map",
+    "dtype",
+    "model_type",
+    "mtp_hybrid_override_pattern",
+    "mtp_layers_block_type",
+    "num_nextn_predict_layers",
+    "tie_word_embeddings",
+    "torch_dtype",
+    "transformers_version",
+    "_name_or_path",
+}
 _OLDER_NAMES = {
     "attention_head_dim": "head_dim",
     "mamba_chunk_size": "chunk_size",
@@ -110,10 +119,10 @@ def _config(file: Path) -> tuple[TwoTowerConfig, bool]:
         raise ConfigError(f"{file}: {error}") from None
 
 
-def _values(raw: dict[str, Any]) -> dict[str, Any]:
+def _values(raw: dict[str, object]) -> dict[str, object]:
     """The keys as `TwoTowerConfig` takes them. What a dense model leaves out may also be null or 0."""
     own = {field.name: field.type for field in dataclasses.fields(BackboneConfig)}
-    values: dict[str, Any] = {}
+    values: dict[str, object] = {}
     for key, value in raw.items():
         name = _OLDER_NAMES.get(key, key)
         absent = value is None or (value == 0 and own.get(name) == "int")
@@ -125,7 +134,7 @@ def _values(raw: dict[str, Any]) -> dict[str, Any]:
     return values
 
 
-def write(directory: Path, weights: dict[str, torch.Tensor], config: TwoTowerConfig, tokenizer: Any) -> None:
+def write(directory: Path, weights: dict[str, torch.Tensor], config: TwoTowerConfig, tokenizer: Tokenizer) -> None:
     """A one-tower checkpoint in the original layout, which transformers' NemotronHForCausalLM and `read` both take.
 
     weights: a tower's tensors under their names in memory (experts stacked).
@@ -149,7 +158,7 @@ def write(directory: Path, weights: dict[str, torch.Tensor], config: TwoTowerCon
 # --- vocabulary ----------------------------------------------------------------------------------------------------
 
 
-def tokenizer_of(directory: Path) -> Any:
+def tokenizer_of(directory: Path) -> Tokenizer | None:
     """The tokenizer beside the weights, or None.
 
     Raises:
@@ -162,7 +171,7 @@ def tokenizer_of(directory: Path) -> Any:
         raise CheckpointError(f"{directory}: its tokenizer cannot be read ({first}); fetch it again") from None
 
 
-def mask_token(given: int | None, config: TwoTowerConfig, tokenizer: Any) -> int:
+def mask_token(given: int | None, config: TwoTowerConfig, tokenizer: Tokenizer | None) -> int:
     """The mask's id: as given, else the config's, else the tokenizer's, else 3.
 
     Raises:
@@ -171,7 +180,7 @@ def mask_token(given: int | None, config: TwoTowerConfig, tokenizer: Any) -> int
     """
     size = config.vocab_size
     largest = max(tokenizer.get_vocab().values(), default=-1) if tokenizer is not None else -1
-    if largest >= size:
+    if tokenizer is not None and largest >= size:
         raise CheckpointError(
             f"{tokenizer.name_or_path}: the tokenizer has ids up to {largest}, but vocab_size is {size}; "
             "they do not belong together"
@@ -190,7 +199,7 @@ def mask_token(given: int | None, config: TwoTowerConfig, tokenizer: Any) -> int
     return mask
 
 
-def is_ordinary_token(mask: int, tokenizer: Any) -> bool:
+def is_ordinary_token(mask: int, tokenizer: Tokenizer | None) -> bool:
     """Whether the tokenizer can produce the id from ordinary text."""
     if tokenizer is None or mask not in tokenizer.get_vocab().values() or mask in tokenizer.all_special_ids:
         return False

@@ -6,8 +6,9 @@ import copy
 import json
 import shutil
 from collections.abc import Callable
+from os import PathLike
 from pathlib import Path
-from typing import Any, TypeVar, get_args
+from typing import Any, TypeVar, cast, get_args
 
 import torch
 from transformers import AutoTokenizer, PretrainedConfig
@@ -17,15 +18,24 @@ from twotower.checkpoint.quantize import Quantization, quantization_of, quantize
 from twotower.config import ARCHITECTURE, MODEL_TYPE, TwoTowerConfig
 from twotower.errors import ArgumentError, CheckpointError
 from twotower.model.towers import Towers, TwoTowerModel
+from twotower.tokenizer import Tokenizer
 
 Model = TypeVar("Model", bound=TwoTowerModel)
+DeviceName = str | int | torch.device | None
 
 TOKENIZER_FILES = ("tokenizer.json", "tokenizer_config.json")
 # A tokenizer's files, to be copied as they are.
 TEXT_FILES = (
-    *TOKENIZER_FILES, "special_tokens_map.json", "added_tokens.json", "vocab.json", "vocab.txt", "merges.txt",
-    "tokenizer.model", "chat_template.jinja", "chat_template.json",
-)  # fmt: skip
+    *TOKENIZER_FILES,
+    "special_tokens_map.json",
+    "added_tokens.json",
+    "vocab.json",
+    "vocab.txt",
+    "merges.txt",
+    "tokenizer.model",
+    "chat_template.jinja",
+    "chat_template.json",
+)
 CODE_FILE = "modeling_twotower.py"
 CODE = '''"""Lets transformers' AutoModelForCausalLM load this directory; needs `pip install twotower`."""
 
@@ -41,13 +51,20 @@ AUTO_MAP = {
 _HUB_ARGUMENTS = {"revision", "cache_dir", "token", "local_files_only", "force_download"}
 # What the Auto classes pass along and what has no effect on how our weights are read.
 _IGNORED = {
-    "trust_remote_code", "adapter_kwargs", "_from_auto", "_commit_hash", "code_revision", "subfolder",
-    "low_cpu_mem_usage", "use_safetensors", "_from_pipeline",
-}  # fmt: skip
+    "trust_remote_code",
+    "adapter_kwargs",
+    "_from_auto",
+    "_commit_hash",
+    "code_revision",
+    "subfolder",
+    "low_cpu_mem_usage",
+    "use_safetensors",
+    "_from_pipeline",
+}
 
 
 def from_pretrained(
-    build: Callable[[TwoTowerConfig, Towers], Model], source: Any, *args: Any, **kwargs: Any
+    build: Callable[[TwoTowerConfig, Towers], Model], source: str | PathLike[str], *args: object, **kwargs: Any
 ) -> tuple[Model, Path]:
     """A model made by `build`, with the weights of a checkpoint, and the local directory they are from; arguments as
     `TwoTowerForCausalLM.from_pretrained` takes them."""
@@ -91,7 +108,7 @@ def from_pretrained(
 
 
 def save_pretrained(
-    model: TwoTowerModel, tokenizer: Any, directory: Path, max_shard_size: int | str, **kwargs: Any
+    model: TwoTowerModel, tokenizer: Tokenizer | None, directory: Path, max_shard_size: int | str, **kwargs: object
 ) -> None:
     """See `TwoTowerForCausalLM.save_pretrained`."""
     unknown = sorted(set(kwargs) - {"safe_serialization", "is_main_process", "push_to_hub"})
@@ -121,7 +138,7 @@ def save_pretrained(
         tokenizer.save_pretrained(directory)
 
 
-def config_to_write(model: TwoTowerModel) -> dict[str, Any]:
+def config_to_write(model: TwoTowerModel) -> dict[str, object]:
     """config.json: the released keys, `Infinity` included (the reference reads it), and our auto_map."""
     plain = PretrainedConfig().to_dict()  # what transformers adds to every config says nothing here
     values = {key: value for key, value in model.config.to_dict().items() if value != plain.get(key, ...)}
@@ -136,14 +153,15 @@ def config_to_write(model: TwoTowerModel) -> dict[str, Any]:
     }
 
 
-def load_tokenizer(directory: Path | None) -> Any:
+def load_tokenizer(directory: Path | None) -> Tokenizer | None:
     """The tokenizer beside the weights, or None where there is none."""
     if directory is None or not any((directory / name).exists() for name in TOKENIZER_FILES):
         return None
-    return AutoTokenizer.from_pretrained(directory)
+    # transformers declares wider results, such as those for several texts, than `Tokenizer` needs.
+    return cast(Tokenizer, AutoTokenizer.from_pretrained(directory))
 
 
-def local(source: Any, hub: dict[str, Any]) -> Path:
+def local(source: str | PathLike[str], hub: dict[str, Any]) -> Path:
     """The directory itself, or the hub's snapshot of what we need."""
     directory = Path(source)
     if directory.is_dir():
@@ -180,7 +198,7 @@ def stored_dtype(directory: Path) -> torch.dtype:
     return found
 
 
-def _config(directory: Path, given: Any) -> TwoTowerConfig:
+def _config(directory: Path, given: PretrainedConfig | None) -> TwoTowerConfig:
     """The caller's configuration, else the directory's. The Auto classes pass transformers' own, in which the
     caller may have changed values but keys of the file are lost: those of the file that it has are taken from it."""
     if isinstance(given, TwoTowerConfig):
@@ -192,12 +210,14 @@ def _config(directory: Path, given: Any) -> TwoTowerConfig:
     return config
 
 
-def _device(named: Any, device_map: Any) -> torch.device:
+def _device(named: DeviceName, device_map: DeviceName | dict[str, DeviceName]) -> torch.device:
     """The tower's own device, else the one of both, else the CPU."""
     if isinstance(device_map, dict) and set(device_map) == {""}:  # transformers' way of saying "all of it"
-        device_map = device_map[""]
+        return _device(named, device_map[""])
     name, value = ("device_map", device_map) if named is None else ("device", named)
     try:
+        if isinstance(value, dict):
+            raise TypeError("a map of several devices")
         return torch.device("cpu" if value is None else value)
     except (RuntimeError, TypeError):
         raise ArgumentError(
@@ -205,7 +225,7 @@ def _device(named: Any, device_map: Any) -> torch.device:
         ) from None
 
 
-def _dtype(dtype: Any, config: TwoTowerConfig) -> torch.dtype | None:
+def _dtype(dtype: str | torch.dtype | None, config: TwoTowerConfig) -> torch.dtype | None:
     """What the caller asked for; "auto": what the config says, else (None) as the embeddings are stored."""
     said = "dtype"
     if dtype == "auto":

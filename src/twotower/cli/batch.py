@@ -61,7 +61,7 @@ def batch(
     loaded, source = models.opened(
         model, "it cannot read prompts; put one there", dtype=dtype, quantization=quantization, threads=threads
     )
-    shared = {"max_new_tokens": max_new_tokens, "eos_token_id": model_loading.eos_of(loaded)}
+    shared: dict[str, object] = {"max_new_tokens": max_new_tokens, "eos_token_id": model_loading.eos_of(loaded)}
     shared |= {"mask_token_id": loaded.config.mask_token, "seed": seed, **values}
     lines = read_lines(prompts, loaded, shared, model_loading.name_of(source))
     before = finished(out, lines)

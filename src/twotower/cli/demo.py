@@ -6,7 +6,7 @@ import json
 import sys
 import time
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 import click
 
@@ -20,6 +20,7 @@ if TYPE_CHECKING:
     from rich.text import Text
 
     from twotower.decoding.output import Generation
+    from twotower.decoding.params import Parameters
     from twotower.modeling_twotower import TwoTowerForCausalLM
 
 PROMPT = "User: I am looking for a place to eat.\nAssistant:"
@@ -71,22 +72,26 @@ def heading(source: str | Path, model: TwoTowerForCausalLM) -> Text:
     )
 
 
-def parameters(model: TwoTowerForCausalLM, mode: str) -> dict[str, Any]:
-    """The arguments of `model.stream`: greedy, the same length in every mode."""
-    shared = {"mode": mode, "max_new_tokens": NEW_TOKENS, "eos_token_id": model_loading.eos_of(model)}
+def parameters(model: TwoTowerForCausalLM, mode: str) -> Parameters:
+    """The arguments of `model.stream` beside the mode: greedy, the same length in every mode."""
+    shared: Parameters = {"max_new_tokens": NEW_TOKENS, "eos_token_id": model_loading.eos_of(model)}
     if mode not in BLOCK_MODES:
         return shared
-    return shared | {"confidence_threshold": THRESHOLD, "mask_token_id": model.config.mask_token}
+    shared["confidence_threshold"], shared["mask_token_id"] = THRESHOLD, model.config.mask_token
+    return shared
 
 
 def show(model: TwoTowerForCausalLM) -> None:
     """One run for the eye, not measured."""
     from twotower.cli.watch import Watcher, view_on
+    from twotower.tokenizer import required
 
     if not sys.stdout.isatty():
         click.echo(PROMPT + "\n")
-    with Watcher(model.tokenizer, model.config.mask_token, view_on("stdout", PROMPT, keep=True)) as watcher:
-        for _ in watcher.through(model.stream(PROMPT, step_callback=watcher.on_pass, **parameters(model, "diffusion"))):
+    view = view_on("stdout", PROMPT, keep=True)
+    with Watcher(required(model.tokenizer), model.config.mask_token, view) as watcher:
+        events = model.stream(PROMPT, "diffusion", step_callback=watcher.on_pass, **parameters(model, "diffusion"))
+        for _ in watcher.through(events):
             pass
     click.echo()
 
@@ -94,21 +99,22 @@ def show(model: TwoTowerForCausalLM) -> None:
 def measure(model: TwoTowerForCausalLM) -> dict[str, Generation]:
     """Each mode's run of median speed. The modes take turns, so that a busy moment does not fall on one of them."""
     for mode in MODES:  # the first run of anything is slower
-        run(model, parameters(model, mode) | {"max_new_tokens": 8})
+        run(model, mode, 8)
     runs: dict[str, list[Generation]] = {mode: [] for mode in MODES}
     started = time.perf_counter()
     for done in range(ROUNDS):
         if done and (time.perf_counter() - started) * (done + 1) / done > SECONDS:
             break
         for mode in MODES:
-            runs[mode].append(run(model, parameters(model, mode)))
+            runs[mode].append(run(model, mode))
     return {mode: sorted(some, key=lambda one: one.tokens_per_second)[len(some) // 2] for mode, some in runs.items()}
 
 
-def run(model: TwoTowerForCausalLM, arguments: dict[str, Any]) -> Generation:
+def run(model: TwoTowerForCausalLM, mode: str, new_tokens: int = NEW_TOKENS) -> Generation:
     """One run to its end."""
-    result = None
-    for event in model.stream(PROMPT, **arguments):
+    result, arguments = None, parameters(model, mode)
+    arguments["max_new_tokens"] = new_tokens
+    for event in model.stream(PROMPT, mode, **arguments):
         result = event.result or result
     assert result is not None
     return result

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 import click
 from click.core import ParameterSource
@@ -17,7 +17,10 @@ from twotower.cli.terminal import console_on, passing_line
 if TYPE_CHECKING:
     from rich.table import Table
 
+    from twotower.decoding.presets import Setting
     from twotower.evaluation.accuracy import Line
+    from twotower.evaluation.tasks.problems import Problem
+    from twotower.modeling_twotower import TwoTowerForCausalLM
 
 OF_THE_SUITE = {"problems", "families", "difficulties", "seed", "max_new_tokens"}
 OF_TASKS = {"limit", "run_code", "likelihood"}
@@ -82,7 +85,6 @@ def evaluate(
     """
     from twotower.decoding.presets import parse_setting
     from twotower.evaluation.accuracy import chosen_problems
-    from twotower.evaluation.accuracy import evaluate as measure
 
     _refuse(context, OF_THE_SUITE if tasks else OF_TASKS, "is the suite's" if tasks else "needs --task")
     if tasks:
@@ -92,7 +94,7 @@ def evaluate(
     loaded, source = models.opened(
         model, "it cannot read problems; put one there", dtype=dtype, quantization=quantization, threads=threads
     )
-    facts: dict[str, Any] = {"model": str(source), **model_loading.placement(loaded)}
+    facts: dict[str, object] = {"model": str(source), **model_loading.placement(loaded)}
     if tasks:
         scores = published.measure(
             loaded,
@@ -107,15 +109,7 @@ def evaluate(
         found = {"tasks": [score.to_dict() for score in scores]}
         shown: tuple[Table, ...] = (published.table(scores),)
     else:
-        with passing_line() as tell:
-            lines = measure(
-                loaded,
-                parsed,
-                chosen,
-                max_new_tokens=max_new_tokens,
-                rows=rows or ROWS["suite"],
-                progress=lambda label, done: tell(f"{label}: {done} of {len(chosen)} problems"),
-            )
+        lines = _measure_suite(loaded, parsed, chosen, max_new_tokens, rows or ROWS["suite"])
         facts |= {"problems": len(chosen), "seed": seed, "difficulties": list(difficulties)}
         found = {"settings": [line.to_dict() for line in lines]}
         shown = tables(lines)
@@ -124,6 +118,22 @@ def evaluate(
         for table in shown:
             console.print(table)
     click.echo(json.dumps(facts | found))
+
+
+def _measure_suite(
+    model: TwoTowerForCausalLM, settings: list[Setting], problems: list[Problem], max_new_tokens: int, rows: int
+) -> list[Line]:
+    from twotower.evaluation.accuracy import evaluate
+
+    with passing_line() as tell:
+        return evaluate(
+            model,
+            settings,
+            problems,
+            max_new_tokens=max_new_tokens,
+            rows=rows,
+            progress=lambda label, done: tell(f"{label}: {done} of {len(problems)} problems"),
+        )
 
 
 def _refuse(context: click.Context, names: set[str], why: str) -> None:

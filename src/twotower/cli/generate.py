@@ -22,6 +22,7 @@ from twotower.process import configure_process
 if TYPE_CHECKING:
     from twotower.cli.watch import Watcher
     from twotower.decoding.output import BlockEvent, Generation
+    from twotower.decoding.params import Parameters
     from twotower.modeling_twotower import TwoTowerForCausalLM
 
 WATCHED = ("diffusion", "verified")  # modes in which there are passes over a block to show
@@ -153,10 +154,9 @@ class Request:
     denoiser_device: str | None
     threads: int | None
 
-    def parameters(self) -> dict[str, Any]:
-        """The keyword arguments of `model.stream` that do not depend on the model."""
-        shared = {
-            "mode": self.mode,
+    def parameters(self) -> Parameters:
+        """The keyword arguments of `model.stream`, beside the mode, that do not depend on the model."""
+        shared: Parameters = {
             "max_new_tokens": self.max_new_tokens,
             "temperature": self.temperature,
             "top_k": self.top_k,
@@ -167,16 +167,12 @@ class Request:
         }
         if self.mode not in BLOCK_MODES:
             return shared
-        shared |= {
-            "block_size": self.block_size,
-            "confidence_threshold": self.threshold,
-            "policy": self.policy,
-            "knob": self.knob,
-        }
+        shared["block_size"], shared["confidence_threshold"] = self.block_size, self.threshold
+        shared["policy"], shared["knob"] = self.policy, self.knob
         if self.mode in MEANT_FOR["steps"]:
             shared["steps_per_block"] = self.steps
         if self.mode in MEANT_FOR["acceptance"]:
-            shared |= {"draft_steps": self.draft_steps, "acceptance": self.acceptance}
+            shared["draft_steps"], shared["acceptance"] = self.draft_steps, self.acceptance
         return shared
 
     def idle_options(self) -> Iterator[tuple[str, str]]:
@@ -213,7 +209,9 @@ def run(request: Request) -> None:
     with models.note(f"loading {model_loading.name_of(source)} …"):
         from twotower.decoding.params import GenerationParams
 
-        GenerationParams.of(**request.parameters())  # a bad argument is told before any weights are read
+        GenerationParams.of(
+            mode=request.mode, **request.parameters()
+        )  # a bad argument is told before any weights are read
         configure_process(request.threads)
         model = model_loading.load_model(
             source,
@@ -224,15 +222,15 @@ def run(request: Request) -> None:
             denoiser_device=request.denoiser_device,
         )
     model_loading.need_tokenizer(model, source, "it can neither read nor write text; put one there")
-    parameters = request.parameters() | {
-        "eos_token_id": model_loading.eos_of(model),
-        "mask_token_id": model.config.mask_token,
-    }
+    parameters = request.parameters()
+    parameters["eos_token_id"] = model_loading.eos_of(model)
+    parameters["mask_token_id"] = model.config.mask_token
 
     shown = request.mode in WATCHED and (request.watch or request.trace)
     watcher = _watcher(model, text, request) if shown else None
-    result = _stream(model, text, parameters, watcher, silent=request.as_json)
+    result = _stream(model, text, request.mode, parameters, watcher, silent=request.as_json)
     seed = parameters["seed"] if request.temperature > 0 else None
+    assert seed is None or isinstance(seed, int)
     if request.as_json:
         facts = {"prompt": text, "model": str(source), **model_loading.placement(model), "seed": seed}
         click.echo(json.dumps(facts | result.to_dict(), ensure_ascii=False))
@@ -249,17 +247,24 @@ def run(request: Request) -> None:
 
 def _watcher(model: TwoTowerForCausalLM, prompt: str, request: Request) -> Watcher:
     from twotower.cli.watch import Silent, Watcher, view_on
+    from twotower.tokenizer import required
 
     # Where the text goes to a file, what was watched is all that is left on the terminal.
     view = view_on("stderr", prompt, keep=not sys.stdout.isatty()) if request.watch else Silent()
-    return Watcher(model.tokenizer, model.config.mask_token, view, decided=int(request.mode == "verified"))
+    return Watcher(required(model.tokenizer), model.config.mask_token, view, decided=int(request.mode == "verified"))
 
 
 def _stream(
-    model: TwoTowerForCausalLM, prompt: str, parameters: dict[str, Any], watcher: Watcher | None, silent: bool
+    model: TwoTowerForCausalLM,
+    prompt: str,
+    mode: str,
+    parameters: Parameters,
+    watcher: Watcher | None,
+    *,
+    silent: bool,
 ) -> Generation:
     """Runs to the end, writing text as it becomes final."""
-    events = model.stream(prompt, step_callback=watcher.on_pass if watcher else None, **parameters)
+    events = model.stream(prompt, mode, step_callback=watcher.on_pass if watcher else None, **parameters)
     if watcher is None:
         return _write(events, silent)
     with watcher:

@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 from collections import Counter
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 import click
 
@@ -14,6 +14,9 @@ from twotower.cli import model_options as models
 from twotower.errors import CheckpointError, ConfigError
 
 if TYPE_CHECKING:
+    from torch import nn
+
+    from twotower.cli.info_facts import Facts, ParameterCounts, StateSizes, Weights
     from twotower.config import TwoTowerConfig
     from twotower.modeling_twotower import TwoTowerForCausalLM
 
@@ -46,7 +49,7 @@ def info(path: str | None, as_json: bool) -> None:
         raise CheckpointError(facts["weights"]["problem"])
 
 
-def describe(path: Path) -> dict[str, Any]:
+def describe(path: Path) -> Facts:
     """All facts about a checkpoint directory or config file, as plain data; sizes in bytes.
 
     Raises:
@@ -77,7 +80,7 @@ def describe(path: Path) -> dict[str, Any]:
         "shape": _shape(config),
         "parameters": _parameters(model),
         "memory": {name: _memory(model, name) for name in DTYPES} | {"int8": _memory(int8, "bfloat16")},
-        "state": {"dtype": dtype} | _state(config, dtype),
+        "state": _state(config, dtype),
         "backends": _backends(model, dtype),
         "weights": _weights(directory, model),
         "tokenizer": [name for name in TOKENIZER_FILES if (directory / name).exists()],
@@ -91,7 +94,7 @@ def _layers(config: TwoTowerConfig) -> dict[str, int]:
     return {name: counts[kind] for kind, name in KIND_NAMES.items() if counts[kind]}
 
 
-def _shape(config: TwoTowerConfig) -> dict[str, Any]:
+def _shape(config: TwoTowerConfig) -> dict[str, int]:
     """What fixes the sizes; the fields of layer kinds the model does not have are left out."""
     fields = ["hidden_size", "vocab_size", "max_position_embeddings"]
     of_kind = {
@@ -112,17 +115,14 @@ def _shape(config: TwoTowerConfig) -> dict[str, Any]:
     return {name: getattr(config.backbone, name) for name in fields}
 
 
-def _parameters(model: TwoTowerForCausalLM) -> dict[str, Any]:
-    """Counts of one tower: every tensor of the checkpoint, the router's correction bias included.
+def _parameters(model: TwoTowerForCausalLM) -> ParameterCounts:
+    from twotower.model.moe import MoE
 
-    active: what one token's pass uses: all but the routed experts it does not choose. The embedding table
-    counts in full, as published; active_without_embedding counts the one row that is read.
-    """
     backbone = model.config.backbone
     layers = list(model.context.all_layers())
     total = _count(model.context)
     moe = sum(_count(layer) for layer in layers if layer.kind == "E")
-    routed = sum(_count(layer.mixer.experts) for layer in layers if layer.kind == "E")
+    routed = sum(_count(layer.mixer.experts) for layer in layers if isinstance(layer.mixer, MoE))
     active = total - routed + routed * backbone.num_experts_per_tok // backbone.n_routed_experts
     table = _count(model.context.embeddings)
     return {
@@ -136,7 +136,7 @@ def _parameters(model: TwoTowerForCausalLM) -> dict[str, Any]:
     }
 
 
-def _count(module: Any) -> int:
+def _count(module: nn.Module) -> int:
     return sum(tensor.numel() for tensor in [*module.parameters(), *module.buffers()])
 
 
@@ -157,18 +157,16 @@ def _memory(model: TwoTowerForCausalLM, dtype: str) -> dict[str, int]:
     return {"context": context, "denoiser": denoiser, "both": context + denoiser}
 
 
-def _state(config: TwoTowerConfig, dtype: str) -> dict[str, int]:
-    """Bytes of the context's memory of one text: what each token adds, and what is there from the start.
-
-    Asked of the state itself, without storage, so there is no second formula to keep in step.
-    """
+def _state(config: TwoTowerConfig, dtype: str) -> StateSizes:
+    """Asked of the state itself, without storage, so there is no second formula to keep in step."""
     import torch
 
     from twotower.cache.hybrid_cache import sizes
 
     per_row, per_token = sizes(config.backbone, getattr(torch, dtype))
     window = config.backbone.max_position_embeddings
-    return {"per_token": per_token, "per_row": per_row, "full_context": per_row + window * per_token}
+    full = per_row + window * per_token
+    return {"dtype": dtype, "per_token": per_token, "per_row": per_row, "full_context": full}
 
 
 def _backends(model: TwoTowerForCausalLM, dtype: str) -> dict[str, list[dict[str, str]]]:
@@ -196,12 +194,12 @@ def _backends(model: TwoTowerForCausalLM, dtype: str) -> dict[str, list[dict[str
     return found
 
 
-def _weights(directory: Path, model: TwoTowerForCausalLM) -> dict[str, Any]:
+def _weights(directory: Path, model: TwoTowerForCausalLM) -> Weights:
     """What lies on disk, and whether it passes the check that loading makes."""
     from twotower.checkpoint import names, reader
     from twotower.checkpoint.writer import INDEX_FILE, SINGLE_FILE
 
-    nothing: dict[str, Any] = {"present": False, "files": [], "dtypes": {}, "problem": None}
+    nothing: Weights = {"present": False, "files": [], "dtypes": {}, "problem": None}
     if not any((directory / name).exists() for name in (INDEX_FILE, SINGLE_FILE)):
         return nothing
     try:

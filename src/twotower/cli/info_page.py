@@ -4,16 +4,19 @@ from __future__ import annotations
 
 import textwrap
 from collections.abc import Iterator
-from typing import Any
+from typing import TYPE_CHECKING
 
 import click
+
+if TYPE_CHECKING:
+    from twotower.cli.info_facts import Facts, ParameterCounts, StateSizes, Weights
 
 _INDENT = 12
 _WIDTH = 100
 _SHORT = {"bfloat16": "bf16", "float32": "fp32", "float64": "float64"}
 
 
-def page(facts: dict[str, Any]) -> Iterator[str]:
+def page(facts: Facts) -> Iterator[str]:
     """One heading a line, in the order a reader asks: what is it, how large, what does it need, is it all there."""
     yield click.style(facts["path"], bold=True)
     for name, lines in _sections(facts):
@@ -24,7 +27,7 @@ def page(facts: dict[str, Any]) -> Iterator[str]:
             yield from (" " * _INDENT + rest for rest in more)
 
 
-def _sections(facts: dict[str, Any]) -> Iterator[tuple[str, list[str]]]:
+def _sections(facts: Facts) -> Iterator[tuple[str, list[str]]]:
     layers = ", ".join(f"{count} {name}" for name, count in facts["layers"].items())
     yield "layers", [f"{len(facts['pattern'])}: {layers}", facts["pattern"]]
     yield "shape", list(_shape(facts["shape"]))
@@ -40,7 +43,7 @@ def _sections(facts: dict[str, Any]) -> Iterator[tuple[str, list[str]]]:
     yield "tokenizer", [", ".join(facts["tokenizer"]) or "none: token ids only"]
 
 
-def _shape(shape: dict[str, Any]) -> Iterator[str]:
+def _shape(shape: dict[str, int]) -> Iterator[str]:
     yield (
         f"hidden {shape['hidden_size']}, vocabulary {shape['vocab_size']}, "
         f"context {shape['max_position_embeddings']} tokens"
@@ -65,7 +68,7 @@ def _shape(shape: dict[str, Any]) -> Iterator[str]:
         yield f"MLP: width {shape['intermediate_size']}"
 
 
-def _parameters(count: dict[str, Any]) -> Iterator[str]:
+def _parameters(count: ParameterCounts) -> Iterator[str]:
     yield (
         f"{big(count['per_tower'])} per tower; {big(count['both_towers'])} in all, of which time conditioning "
         f"{big(count['time_conditioning'])}"
@@ -93,7 +96,7 @@ def _memory(memory: dict[str, dict[str, int]]) -> Iterator[str]:
     yield "int8: --quantization int8, what stays wide in bf16"
 
 
-def _state(state: dict[str, Any]) -> Iterator[str]:
+def _state(state: StateSizes) -> Iterator[str]:
     yield (
         f"{size_of(state['per_token'])} per token (K/V), {size_of(state['per_row'])} per text (convolution and SSM), "
         f"in {_SHORT.get(state['dtype'], state['dtype'])}"
@@ -101,7 +104,7 @@ def _state(state: dict[str, Any]) -> Iterator[str]:
     yield f"{size_of(state['full_context'])} for one text that fills the context; two devices keep a copy each"
 
 
-def _weights(weights: dict[str, Any]) -> Iterator[str]:
+def _weights(weights: Weights) -> Iterator[str]:
     if not weights["present"]:
         yield "none: a config without weights"
         return

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import difflib
 import sys
-from typing import Any
 
 import click
 
@@ -66,7 +65,7 @@ def run(args: list[str] | None = None) -> int:
         if hasattr(stream, "reconfigure"):
             stream.reconfigure(errors="replace")  # a terminal without Unicode shows "?" rather than a traceback
     try:
-        code: Any = cli.main(args=args, prog_name="twotower", standalone_mode=False)
+        code: object = cli.main(args=args, prog_name="twotower", standalone_mode=False)
     except click.Abort:
         return 130
     except click.ClickException as error:

@@ -5,12 +5,16 @@ from __future__ import annotations
 import json
 from dataclasses import asdict
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 import click
 
 from twotower import model_loading
 from twotower.cli import model_options as models
 from twotower.cli.terminal import passing_line
+
+if TYPE_CHECKING:
+    from twotower.evaluation.sweep import Point
 
 
 @click.command()
@@ -56,9 +60,8 @@ def report(
     against speed, and writes a table for a model card. Stopped and started again, it goes on where it was.
     """
     from twotower.decoding.presets import parse_setting
-    from twotower.evaluation import report as pictures
     from twotower.evaluation import sweep
-    from twotower.evaluation.machine import described, machine
+    from twotower.evaluation.machine import machine
     from twotower.plotting import drawing
 
     if quick and settings:
@@ -86,20 +89,27 @@ def report(
             facts=facts,
             progress=tell,
         )
-    where = machine(loaded)
-    place = described(where)
-    levels = ", ".join(map(str, difficulties))
-    count = (
+    where, levels = machine(loaded), ", ".join(map(str, difficulties))
+    asked = (
         f"{problems} problems of each family (levels {levels}, seed {seed}), greedy; {timed} of all timed one by one"
     )
-    title = f"{model_loading.name_of(source)}: what each way of decoding keeps of AR's accuracy, and how fast it is"
-    pictures.draw(points, output / "report.png", f"{title}\n{count}; {place}")
-    version = " ".join(filter(None, (where["twotower"], where["commit"])))
-    notes = [f"{count}. {place}; torch {where['torch']}, twotower {version}."]
-    (output / "report.md").write_text(pictures.markdown(points, notes), encoding="utf-8")
-    written = [str(output / name) for name in ("report.png", "report.md")]
+    written = _write(output, points, model_loading.name_of(source), asked, where)
     if as_json:
         found = [asdict(point) for point in points]
         click.echo(json.dumps({"files": written, "model": str(source), "machine": where, "points": found}))
     else:
         click.echo("\n".join(written))
+
+
+def _write(output: Path, points: list[Point], name: str, asked: str, where: dict[str, object]) -> list[str]:
+    """The picture and the table; asked: which problems were answered, and how → the files."""
+    from twotower.evaluation import report as pictures
+    from twotower.evaluation.machine import described
+
+    place = described(where)
+    title = f"{name}: what each way of decoding keeps of AR's accuracy, and how fast it is"
+    pictures.draw(points, output / "report.png", f"{title}\n{asked}; {place}")
+    version = " ".join(str(where[name]) for name in ("twotower", "commit") if where[name])
+    notes = [f"{asked}. {place}; torch {where['torch']}, twotower {version}."]
+    (output / "report.md").write_text(pictures.markdown(points, notes), encoding="utf-8")
+    return [str(output / name) for name in ("report.png", "report.md")]

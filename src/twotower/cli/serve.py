@@ -5,7 +5,9 @@ from __future__ import annotations
 import ipaddress
 import math
 import socket
+from dataclasses import dataclass
 from pathlib import Path
+from typing import TYPE_CHECKING, Any
 
 import click
 
@@ -14,6 +16,12 @@ from twotower.cli import model_options as models
 from twotower.errors import ArgumentError
 from twotower.process import configure_process
 
+if TYPE_CHECKING:
+    from twotower.engine import LLM
+    from twotower.server.settings import Limits
+
+USUAL_LENGTH = 8192  # tokens of a text where nobody says: windows of a million would take all memory at once
+
 
 @click.command()
 @models.model_option
@@ -21,9 +29,13 @@ from twotower.process import configure_process
 @click.option("--port", type=click.IntRange(0, 65535), default=8000, show_default=True, help="0: any free one.")
 @click.option("--name", help="What clients call the model.  [default: its directory's name]")
 @click.option(
-    "-s", "--setting", default="diffusion", show_default=True, metavar="MODE[:KNOB,NAME=X…]",
+    "-s",
+    "--setting",
+    default="diffusion",
+    show_default=True,
+    metavar="MODE[:KNOB,NAME=X…]",
     help="How to decode where a request says nothing else, e.g. verified, auto, diffusion:0.8.",
-)  # fmt: skip
+)
 @click.option("--rows", type=click.IntRange(min=1), default=16, show_default=True, help="Texts at work at once.")
 @click.option(
     "--length",
@@ -76,68 +88,122 @@ from twotower.process import configure_process
 @models.dtype_option
 @models.quantization_option
 @models.threads_option
-def serve(
-    model: str | None, host: str, port: int, name: str | None, setting: str, rows: int, length: int | None,
-    block_size: int, memory: float | None, queue: int, api_keys: Path | None, per_key: int | None,
-    max_prompt: int | None, max_tokens: int | None, timeout: float, drain: int, log_prompts: bool,
-    context_device: str | None, denoiser_device: str | None, dtype: str, quantization: str, threads: int | None,
-) -> None:  # fmt: skip
+def serve(**options: Any) -> None:
     """Serve a model: /v1/completions, /v1/chat/completions, and a page at / to see it think.
 
     Only this machine can reach it unless --host says otherwise. SIGTERM or Ctrl-C lets requests end; twice stops now.
     """
+    run(Command(**options))
+
+
+@dataclass(frozen=True, kw_only=True)
+class Command:
+    """One command line, as click checked it."""
+
+    model: str | None
+    host: str
+    port: int
+    name: str | None
+    setting: str
+    rows: int
+    length: int | None
+    block_size: int
+    memory: float | None
+    queue: int
+    api_keys: Path | None
+    per_key: int | None
+    max_prompt: int | None
+    max_tokens: int | None
+    timeout: float
+    drain: int
+    log_prompts: bool
+    context_device: str | None
+    denoiser_device: str | None
+    dtype: str
+    quantization: str
+    threads: int | None
+
+    def limits(self) -> Limits:
+        from twotower.server.settings import Limits
+
+        return Limits(
+            queue=self.queue,
+            per_key=self.per_key,
+            prompt_tokens=self.max_prompt,
+            output_tokens=self.max_tokens,
+            seconds=self.timeout,
+        )
+
+
+def run(command: Command) -> None:
+    """Everything `twotower serve` does.
+
+    Raises:
+        TwoTowerError: found before any weights are read where that can be.
+    """
     from twotower.decoding.presets import parse_setting
 
     try:
-        from twotower.server.run import serve as run
+        from twotower.server.run import serve as serve_until_signal
     except ImportError as error:
         raise ArgumentError(f"serving needs {error.name}; install it: pip install 'twotower[serve]'") from None
-    from twotower.engine import LLM, AsyncLLM
+    from twotower.engine import AsyncLLM
     from twotower.server.service import Service
-    from twotower.server.settings import Limits, Settings, read_keys
+    from twotower.server.settings import Settings, read_keys
 
-    for option, given in (("--timeout", timeout), ("--memory", memory)):
+    for option, given in (("--timeout", command.timeout), ("--memory", command.memory)):
         if given is not None and not math.isfinite(given):
             raise ArgumentError(f"{option} is {given}; it must be a finite number")
-    decoding = parse_setting(setting).values
-    keys = read_keys(api_keys)
-    if per_key is not None and not keys:
+    decoding = parse_setting(command.setting).values
+    keys = read_keys(command.api_keys)
+    if command.per_key is not None and not keys:
         raise ArgumentError("--per-key goes with API keys; give some with --api-keys or TWOTOWER_API_KEYS")
-    _check_free(host, port)
-    source = model_loading.source_of(model)
-    with models.note(f"loading {model_loading.name_of(source)} …"):
-        configure_process(threads)
-        loaded = model_loading.load_model(
-            source, dtype=dtype, quantization=quantization, context_device=context_device,
-            denoiser_device=denoiser_device,
-        )  # fmt: skip
-    model_loading.need_tokenizer(loaded, source, "it can neither read nor write text; put one there")
-    window = loaded.config.backbone.max_position_embeddings
-    engine = LLM(
-        loaded, rows=rows, length=min(window, USUAL_LENGTH) if length is None else length, block_size=block_size,
-        memory=None if memory is None else int(memory * 2**30),
-    )  # fmt: skip
-    limits = Limits(
-        queue=queue, per_key=per_key, prompt_tokens=max_prompt, output_tokens=max_tokens, seconds=timeout,
-    )  # fmt: skip
+    _check_free(command.host, command.port)
+    source = model_loading.source_of(command.model)
+    engine = _engine(command, source)
     settings = Settings(
-        name=name or Path(source).name, decoding=decoding, limits=limits, keys=keys, log_prompts=log_prompts
+        name=command.name or Path(source).name,
+        decoding=decoding,
+        limits=command.limits(),
+        keys=keys,
+        log_prompts=command.log_prompts,
     )
-    if not keys and not _loopback(host):
-        click.echo(f"Warning: {host} can be reached from other machines, and no API key is asked for.", err=True)
+    if not keys and not _loopback(command.host):
+        click.echo(
+            f"Warning: {command.host} can be reached from other machines, and no API key is asked for.", err=True
+        )
 
     mib = engine.stats().state_bytes / 2**20
 
     def listening(address: str) -> None:
-        click.echo(
-            f"{settings.name} at {address}: the page at /, the API at /v1; {rows} texts at once in {mib:,.0f} MiB",
-            err=True,
+        texts = f"{command.rows} texts at once in {mib:,.0f} MiB"
+        click.echo(f"{settings.name} at {address}: the page at /, the API at /v1; {texts}", err=True)
+
+    serve_until_signal(Service(AsyncLLM(engine), settings), command.host, command.port, command.drain, listening)
+
+
+def _engine(command: Command, source: Path | str) -> LLM:
+    """The model, loaded, and an engine for it."""
+    from twotower.engine import LLM
+
+    with models.note(f"loading {model_loading.name_of(source)} …"):
+        configure_process(command.threads)
+        model = model_loading.load_model(
+            source,
+            dtype=command.dtype,
+            quantization=command.quantization,
+            context_device=command.context_device,
+            denoiser_device=command.denoiser_device,
         )
-
-    run(Service(AsyncLLM(engine), settings), host, port, drain, listening)
-
-
-USUAL_LENGTH = 8192  # tokens of a text where nobody says: windows of a million would take all memory at once
+    model_loading.need_tokenizer(model, source, "it can neither read nor write text; put one there")
+    window = model.config.backbone.max_position_embeddings
+    return LLM(
+        model,
+        rows=command.rows,
+        length=min(window, USUAL_LENGTH) if command.length is None else command.length,
+        block_size=command.block_size,
+        memory=None if command.memory is None else int(command.memory * 2**30),
+    )
 
 
 def _loopback(host: str) -> bool:

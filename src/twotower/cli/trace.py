@@ -204,9 +204,16 @@ def _save_png(path: Path, trace: Trace) -> None:
                 axis.add_patch(Rectangle((x, y), width, 1, color=cell.paper, linewidth=0))
             if cell.text.strip():
                 axis.text(
-                    x, y + 0.5, cell.text.rstrip(), color=cell.ink, size=size, va="center_baseline", family="monospace",
-                    weight="bold" if cell.bold else "normal", parse_math=False,
-                )  # fmt: skip
+                    x,
+                    y + 0.5,
+                    cell.text.rstrip(),
+                    color=cell.ink,
+                    size=size,
+                    va="center_baseline",
+                    family="monospace",
+                    weight="bold" if cell.bold else "normal",
+                    parse_math=False,
+                )
             x += width
     figure.savefig(path, dpi=150)
 

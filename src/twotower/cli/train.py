@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -208,7 +208,7 @@ def _needed(output: Path | None) -> Path:
     return output
 
 
-def _show_plan(source: str, figures: dict[str, Any], options: dict[str, Any], as_json: bool) -> None:
+def _show_plan(source: str, figures: Mapping[str, object], options: Mapping[str, object], as_json: bool) -> None:
     from twotower.cli.plan_page import render
     from twotower.config import TwoTowerConfig
     from twotower.training.planning.plan import plan_from
@@ -217,7 +217,7 @@ def _show_plan(source: str, figures: dict[str, Any], options: dict[str, Any], as
     shared = {"row_length": options["row_length"], "recompute": options["recompute"], "context": context}
     if options["micro_rows"]:
         shared["micro_rows"] = options["micro_rows"]
-    plan = plan_from(TwoTowerConfig.read(Path(source)), figures | shared)
+    plan = plan_from(TwoTowerConfig.read(Path(source)), {**figures, **shared})
     click.echo(json.dumps(plan.to_dict()) if as_json else render(plan))
 
 

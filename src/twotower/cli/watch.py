@@ -11,7 +11,7 @@ import time
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, replace
 from itertools import pairwise
-from typing import TYPE_CHECKING, Any, Protocol
+from typing import TYPE_CHECKING, Protocol, TextIO
 
 from rich.console import Console, Group
 from rich.live import Live
@@ -22,6 +22,7 @@ if TYPE_CHECKING:
     from torch import Tensor
 
     from twotower.decoding.output import BlockEvent
+    from twotower.tokenizer import Tokenizer
 
 FRAME_SECONDS = 0.09  # a frame stays at least this long on a terminal: small models are faster than the eye
 MASK = " ░░"
@@ -60,7 +61,7 @@ class Frame:
 class TokenNames:
     """Each token as something to look at: special ones by name, line ends as ↵, pieces of a character as ·."""
 
-    def __init__(self, tokenizer: Any) -> None:
+    def __init__(self, tokenizer: Tokenizer) -> None:
         self.tokenizer = tokenizer
         self.special = set(tokenizer.all_special_ids)
 
@@ -96,7 +97,7 @@ class Watcher:
     decided: the positions at the start of every block that are text already (in verified decoding one).
     """
 
-    def __init__(self, tokenizer: Any, mask_token: int, view: View, decided: int = 0) -> None:
+    def __init__(self, tokenizer: Tokenizer, mask_token: int, view: View, decided: int = 0) -> None:
         self.names = TokenNames(tokenizer)
         self.mask_token = mask_token
         self.view = view
@@ -114,7 +115,7 @@ class Watcher:
     def __exit__(self, kind: type[BaseException] | None, *_: object) -> None:
         self.view.close(interrupted=kind is not None)
 
-    def on_pass(self, step: int, steps: int, block: Tensor, *, t: Any, logits: Any, block_idx: int) -> None:
+    def on_pass(self, step: int, steps: int, block: Tensor, *, t: float, logits: Tensor | None, block_idx: int) -> None:
         """`step_callback` of the published API."""
         started = time.perf_counter()
         row = block[0, self.decided :]
@@ -154,9 +155,13 @@ class Watcher:
         self.view.settled(event.text)
 
     def _add(
-        self, block: int, size: int, tokens: Sequence[int | None], confidence: Sequence[float | None],
+        self,
+        block: int,
+        size: int,
+        tokens: Sequence[int | None],
+        confidence: Sequence[float | None],
         checked: bool = False,
-    ) -> None:  # fmt: skip
+    ) -> None:
         frames = self.blocks[-1]
         nothing = [None] * len(tokens)
         before = [*frames[-1].tokens, *nothing] if frames else nothing
@@ -255,7 +260,7 @@ class Lines:
 
     owns_stdout = False
 
-    def __init__(self, stream: Any) -> None:
+    def __init__(self, stream: TextIO) -> None:
         self.stream = stream
 
     def open(self, names: TokenNames) -> None:

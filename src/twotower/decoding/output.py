@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import asdict, dataclass
-from typing import Any, Literal
+from typing import Literal
 
 from twotower.decoding.modes import Mode
 
@@ -82,7 +82,7 @@ class Generation:
         """New tokens per second after the prefill."""
         return len(self.tokens) / self.decode_seconds if self.decode_seconds else 0.0
 
-    def to_dict(self) -> dict[str, Any]:
+    def to_dict(self) -> dict[str, object]:
         """Plain data for JSON, the derived figures included; log-probabilities where there are any."""
         derived = ("tokens_per_pass", "tokens_per_second", "mean_accepted")
         out = asdict(self) | {name: getattr(self, name) for name in derived}

@@ -3,9 +3,9 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
-from typing import Any
+from typing import Any, TypedDict, TypeVar, Unpack, cast
 
 import torch
 
@@ -13,6 +13,33 @@ from twotower.config import BackboneConfig
 from twotower.decoding.modes import ASKABLE, AUTO, BLOCK_MODES
 from twotower.decoding.unmasking import POLICIES
 from twotower.errors import ArgumentError
+
+Element = TypeVar("Element")
+
+
+class RowIndependent(TypedDict, total=False):
+    """Parameters that are the same for every row of a batch; see `GenerationParams`."""
+
+    max_new_tokens: int
+    temperature: float
+    top_k: int | None
+    top_p: float | None
+    block_size: int
+    steps_per_block: int
+    mask_token_id: int
+    confidence_threshold: float
+    draft_steps: int | None
+    acceptance: float
+
+
+class Parameters(RowIndependent, total=False):
+    """Parameters of one call in the looser types of the public API, but for the mode."""
+
+    eos_token_id: int | Sequence[int] | None
+    seed: int | Sequence[int] | None
+    stop: str | Sequence[str] | None
+    policy: str | Sequence[str]
+    knob: float | Sequence[float] | None
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -99,21 +126,33 @@ class GenerationParams:
     def of(
         cls,
         *,
+        mode: str = "diffusion",
         eos_token_id: int | Sequence[int] | None = None,
         seed: int | Sequence[int] | None = None,
         stop: str | Sequence[str] | None = None,
-        **values: Any,
+        policy: str | Sequence[str] = "threshold",
+        knob: float | Sequence[float] | None = None,
+        **values: Unpack[RowIndependent],
     ) -> GenerationParams:
         """From the looser types of the public API."""
         unknown = sorted(set(values) - set(cls.__dataclass_fields__))
         if unknown:
             known = ", ".join(cls.__dataclass_fields__)
             raise ArgumentError(f"unknown argument {', '.join(unknown)}; known are {known}", param=unknown[0])
-        seeds = _tuple(seed) if isinstance(seed, Sequence) else seed
-        for name in ("policy", "knob"):
-            if isinstance(values.get(name), list):
-                values[name] = tuple(values[name])
-        return cls(eos_token_id=_tuple(eos_token_id), seed=seeds, stop=_tuple(stop), **values)
+        return cls(
+            mode=mode,
+            eos_token_id=_tuple(eos_token_id),
+            seed=_tuple(seed) if isinstance(seed, Sequence) else seed,
+            stop=_tuple(stop),
+            policy=tuple(policy) if isinstance(policy, Sequence) and not isinstance(policy, str) else policy,
+            knob=tuple(knob) if isinstance(knob, Sequence) and not isinstance(knob, str) else knob,
+            **values,
+        )
+
+    @classmethod
+    def from_mapping(cls, values: Mapping[str, object]) -> GenerationParams:
+        """From names and values of unknown types: JSON, a command line. The values are checked like all others."""
+        return cls.of(**cast(Mapping[str, Any], values))
 
     def check_against(self, config: BackboneConfig, prompt_lengths: Sequence[int]) -> None:
         """The checks that need the model's configuration and the prompts."""
@@ -178,20 +217,26 @@ class GenerationParams:
         return [int(x) for x in torch.randint(2**62, (rows,))]
 
 
-def _tuple(value: Any) -> tuple[Any, ...]:
+def _tuple(value: Element | Sequence[Element] | None) -> tuple[Element, ...]:
     if value is None:
         return ()
     return tuple(value) if isinstance(value, Sequence | set) and not isinstance(value, str) else (value,)
 
 
-def _whole(name: str, value: Any, least: int) -> None:
+def _whole(name: str, value: object, least: int) -> None:
     if not isinstance(value, int) or isinstance(value, bool) or value < least:
         raise ArgumentError(f"{name} is {value!r}; it must be a whole number of at least {least}", param=name)
 
 
-def _number(name: str, value: Any, low: float | None, high: float | None, detail: str = "") -> None:
+def _number(name: str, value: object, low: float | None, high: float | None, detail: str = "") -> None:
     """detail: follows the name in the message."""
-    good = isinstance(value, int | float) and not isinstance(value, bool) and math.isfinite(value)
-    if not good or (low is not None and value < low) or (high is not None and value > high):
+    good = (
+        isinstance(value, int | float)
+        and not isinstance(value, bool)
+        and math.isfinite(value)
+        and (low is None or value >= low)
+        and (high is None or value <= high)
+    )
+    if not good:
         span = "a finite number" if low is None else f"between {low:g} and {high:g}"
         raise ArgumentError(f"{name}{detail} is {value!r}; it must be {span}", param=name)

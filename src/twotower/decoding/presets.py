@@ -10,7 +10,6 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass, field
-from typing import Any
 
 from twotower.decoding.modes import ASKABLE
 from twotower.decoding.params import GenerationParams
@@ -26,15 +25,15 @@ class Setting:
     """label: as it was written; values: arguments of `GenerationParams.of`, the mode among them."""
 
     label: str
-    values: dict[str, Any] = field(hash=False)
+    values: dict[str, object] = field(hash=False)
 
     @property
     def mode(self) -> str:
         return str(self.values["mode"])
 
-    def params(self, **shared: Any) -> GenerationParams:
+    def params(self, **shared: object) -> GenerationParams:
         """With what all settings of a run share; the setting's own values win."""
-        return GenerationParams.of(**(shared | self.values))
+        return GenerationParams.from_mapping(shared | self.values)
 
 
 AR = Setting("ar", {"mode": "ar"})
@@ -54,7 +53,7 @@ def parse_setting(text: str) -> Setting:
     mode, _, rest = text.partition(":")
     if mode not in ASKABLE:
         raise ArgumentError(f"setting {text!r}: mode is {mode!r}; choose one of {', '.join(ASKABLE)}", param="setting")
-    values: dict[str, Any] = {"mode": mode}
+    values: dict[str, object] = {"mode": mode}
     for part in filter(None, rest.split(",")):
         name, equals, value = part.partition("=")
         if not equals:

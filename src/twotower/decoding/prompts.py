@@ -4,12 +4,12 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Any
 
 import torch
 from torch import Tensor
 
 from twotower.errors import ArgumentError
+from twotower.tokenizer import Tokenizer
 
 Prompts = Tensor | str | Sequence[str] | Sequence[int] | Sequence[Sequence[int]]
 
@@ -23,7 +23,7 @@ class PromptRows:
 
 
 def read_prompts(
-    prompts: Prompts, attention_mask: Tensor | None, tokenizer: Any, vocab_size: int, pad_token_id: int
+    prompts: Prompts, attention_mask: Tensor | None, tokenizer: Tokenizer | None, vocab_size: int, pad_token_id: int
 ) -> PromptRows:
     """A tensor (B, S) with or without an attention mask (padding on either side), token lists, or strings.
 
@@ -80,7 +80,7 @@ def _from_tensor(ids: Tensor, mask: Tensor | None) -> list[list[int]]:
     return [row[keep].tolist() for row, keep in zip(ids.cpu(), real.cpu(), strict=True)]
 
 
-def _from_list(prompts: Any, tokenizer: Any) -> list[list[int]]:
+def _from_list(prompts: object, tokenizer: Tokenizer | None) -> list[list[int]]:
     if isinstance(prompts, str):
         prompts = [prompts]
     if not isinstance(prompts, list | tuple):
@@ -93,7 +93,7 @@ def _from_list(prompts: Any, tokenizer: Any) -> list[list[int]]:
     return [_row(i, prompt, tokenizer) for i, prompt in enumerate(prompts)]
 
 
-def _row(i: int, prompt: Any, tokenizer: Any) -> list[int]:
+def _row(i: int, prompt: object, tokenizer: Tokenizer | None) -> list[int]:
     if isinstance(prompt, str):
         if tokenizer is None:
             raise ArgumentError(
@@ -112,5 +112,5 @@ def _row(i: int, prompt: Any, tokenizer: Any) -> list[int]:
     return list(ids)
 
 
-def _is_id(value: Any) -> bool:
+def _is_id(value: object) -> bool:
     return isinstance(value, int) and not isinstance(value, bool)

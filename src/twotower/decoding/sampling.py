@@ -130,7 +130,8 @@ def by_tiles(function: Callable[..., Tensor], logits: Tensor, *others: Tensor) -
     flat = [part.flatten(0, 1) for part in (logits, *others)]
     count = max(TILE_BYTES // (8 * logits.shape[2]), 1)
     outs = [function(*(part[at : at + count] for part in flat)) for at in range(0, max(len(flat[0]), 1), count)]
-    return torch.cat(outs).unflatten(0, logits.shape[:2])
+    joined: Tensor = torch.cat(outs).unflatten(0, logits.shape[:2])
+    return joined
 
 
 def filtered(logits: Tensor, top_k: int | None, top_p: float | None) -> Tensor:

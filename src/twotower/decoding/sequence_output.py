@@ -5,12 +5,13 @@ from __future__ import annotations
 import time
 from collections.abc import Sequence
 from dataclasses import dataclass, field
-from typing import Any, cast
+from typing import cast
 
 from twotower.decoding.modes import Mode
 from twotower.decoding.output import BlockEvent, Generation, TokenLogprob
 from twotower.decoding.params import GenerationParams
 from twotower.decoding.stopping import RowProgress
+from twotower.tokenizer import Tokenizer
 
 
 @dataclass
@@ -41,7 +42,7 @@ class SequenceOutput:
 
     @classmethod
     def of(
-        cls, row: int, params: GenerationParams, prompt_tokens: int, tokenizer: Any, why: str = ""
+        cls, row: int, params: GenerationParams, prompt_tokens: int, tokenizer: Tokenizer | None, why: str = ""
     ) -> SequenceOutput:
         """Of a row that begins."""
         progress = RowProgress(params.max_new_tokens, params.eos_token_id, params.stop, tokenizer)

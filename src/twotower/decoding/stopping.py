@@ -3,11 +3,11 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from typing import Any
 
 from transformers import PreTrainedTokenizerBase, PreTrainedTokenizerFast
 
 from twotower.decoding.output import FinishReason
+from twotower.tokenizer import Tokenizer
 
 BROKEN = "\ufffd"  # what decoders print for bytes that are not (yet) a character
 
@@ -15,7 +15,7 @@ BROKEN = "\ufffd"  # what decoders print for bytes that are not (yet) a characte
 class Detokenizer:
     """Tokens in, text out, never half a character: bytes wait until the character they belong to is whole."""
 
-    def __init__(self, tokenizer: Any) -> None:
+    def __init__(self, tokenizer: Tokenizer) -> None:
         self.decode = plain_decoder(tokenizer)
         self.tokens: list[int] = []
         self.settled = 0  # tokens whose text is out for good and no longer needed as decoding context
@@ -40,21 +40,20 @@ class Detokenizer:
         return str(self.decode(self.tokens[self.settled : end], skip_special_tokens=True))
 
 
-def plain_decoder(tokenizer: Any) -> Callable[..., str]:
+def plain_decoder(tokenizer: Tokenizer) -> Callable[..., str]:
     """What `tokenizer.decode` comes to for a list of ids: where transformers adds nothing to it, the decoder of the
     tokenizers library, in a quarter of the time, which an engine spends twice a token."""
     own = [getattr(type(tokenizer), name, None) for name in ("decode", "_decode")]
     plain = own == [PreTrainedTokenizerBase.decode, PreTrainedTokenizerFast._decode]
     if plain and not tokenizer.clean_up_tokenization_spaces:
-        tokenizer = tokenizer.backend_tokenizer
-    decode: Callable[..., str] = tokenizer.decode
-    return decode
+        return tokenizer.backend_tokenizer.decode
+    return tokenizer.decode
 
 
 class RowProgress:
     """One row's new tokens and text as they come; knows when the row has ended."""
 
-    def __init__(self, limit: int, eos: Sequence[int], stop: Sequence[str], tokenizer: Any) -> None:
+    def __init__(self, limit: int, eos: Sequence[int], stop: Sequence[str], tokenizer: Tokenizer | None) -> None:
         self.limit = limit
         self.eos = frozenset(eos)
         self.stop = tuple(stop)

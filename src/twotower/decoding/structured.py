@@ -9,17 +9,23 @@ from __future__ import annotations
 import json
 import re
 from collections.abc import Mapping, Sequence
-from typing import Any
+from types import ModuleType
+from typing import TYPE_CHECKING
 from weakref import WeakKeyDictionary
 
 import numpy as np
 from numpy.typing import NDArray
 
 from twotower.errors import ArgumentError, TwoTowerError
+from twotower.tokenizer import Tokenizer
+
+if TYPE_CHECKING:
+    from llguidance import LLMatcher, LLTokenizer
 
 END = "<|end of the grammar's text|>"
 WHITESPACE = r" |\n[ \t]{0,24}"  # between the parts of a JSON text: weak models go on for ever with more of it
-TABLES = WeakKeyDictionary[Any, Any]()  # of tokenizers, as llguidance sees them: making one takes up to a second
+# Of tokenizers, as llguidance sees them: making one takes up to a second.
+TABLES: WeakKeyDictionary[Tokenizer, LLTokenizer] = WeakKeyDictionary()
 
 
 class Constraint:
@@ -32,9 +38,9 @@ class Constraint:
 
     def __init__(
         self,
-        tokenizer: Any,
+        tokenizer: Tokenizer | None,
         *,
-        json_schema: Mapping[str, Any] | str | None = None,
+        json_schema: Mapping[str, object] | str | None = None,
         json_object: bool = False,
         regex: str | None = None,
         grammar: str | None = None,
@@ -72,7 +78,7 @@ class Constraint:
 class Matcher:
     """Where a text stands in its grammar."""
 
-    def __init__(self, matcher: Any, vocab_size: int, eos: Sequence[int]) -> None:
+    def __init__(self, matcher: LLMatcher, vocab_size: int, eos: Sequence[int]) -> None:
         self._matcher = matcher
         self._vocab_size = vocab_size
         self._eos = tuple(eos)
@@ -132,7 +138,7 @@ class Matcher:
             raise TwoTowerError(f"the grammar cannot be followed: {_one_line(self._matcher.get_error())}")
 
 
-def _library() -> Any:
+def _library() -> ModuleType:
     try:
         import llguidance
     except ImportError:
@@ -140,7 +146,7 @@ def _library() -> Any:
     return llguidance
 
 
-def _tables(tokenizer: Any) -> Any:
+def _tables(tokenizer: Tokenizer | None) -> LLTokenizer:
     """llguidance's view of a tokenizer's tokens as bytes, END after them."""
     if tokenizer is None:
         raise ArgumentError("a constraint needs a tokenizer; set model.tokenizer", param="tokenizer")
@@ -168,7 +174,7 @@ def _tables(tokenizer: Any) -> Any:
     return found
 
 
-def _compiled(matcher: Any, kind: str, source: Any) -> str:
+def _compiled(matcher: type[LLMatcher], kind: str, source: object) -> str:
     """In llguidance's own form."""
     if kind in ("regex", "grammar"):
         if not isinstance(source, str):

@@ -10,7 +10,7 @@ from __future__ import annotations
 import math
 from collections.abc import Callable
 from dataclasses import dataclass
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
@@ -37,7 +37,7 @@ class Pass(NamedTuple):
     masked: Tensor
     step: Tensor
     steps: Tensor
-    memory: Any = None
+    memory: object = None
 
 
 class Verdict(NamedTuple):
@@ -46,7 +46,7 @@ class Verdict(NamedTuple):
 
     sure: Tensor
     order: Tensor
-    memory: Any = None
+    memory: object = None
 
 
 Rule = Callable[[Pass, Tensor], Verdict]  # the knob comes as (B, 1), a value a row
@@ -103,12 +103,12 @@ def margin(seen: Pass, knob: Tensor) -> Verdict:
 def stability(seen: Pass, knob: Tensor) -> Verdict:
     """Positions that are confident and whose distribution has moved by less than KL_BOUND nats since the last pass."""
     norm = by_tiles(lambda logits: widened(logits).logsumexp(-1), seen.logits)
-    if seen.memory is None:
-        still = torch.zeros_like(seen.masked, dtype=torch.long)
-    else:
-        before, norm_before, still = seen.memory
-        moved = by_tiles(_divergence, seen.logits, norm, before, norm_before)
-        still = torch.where(moved < KL_BOUND, still + 1, 0)
+    match seen.memory:
+        case (Tensor() as before, Tensor() as norm_before, Tensor() as since):
+            moved = by_tiles(_divergence, seen.logits, norm, before, norm_before)
+            still = torch.where(moved < KL_BOUND, since + 1, 0)
+        case _:  # a block's first pass
+            still = torch.zeros_like(seen.masked, dtype=torch.long)
     return Verdict((still >= KL_PASSES) & (seen.confidence > knob), seen.confidence, (seen.logits, norm, still))
 
 
@@ -168,17 +168,25 @@ register_policy(
     "entropy", entropy, knob="γ, nats", default=0.1, source="EB-Sampler (Ben-Hamu et al. 2025, arXiv 2505.24857)"
 )
 register_policy(
-    "margin", margin, knob="probability of the best less the second", default=0.8, high=1.0,
+    "margin",
+    margin,
+    knob="probability of the best less the second",
+    default=0.8,
+    high=1.0,
     source="top-probability margin (Kim et al. 2025, arXiv 2502.06768)",
-)  # fmt: skip
+)
 register_policy(
     "klass", stability, knob="confidence", default=0.8, high=1.0, source="KLASS (Kim et al. 2025, arXiv 2511.05664)"
 )
 register_policy("span", span, knob="confidence", default=0.8, high=1.0, source="left to right, as a draft is read")
 register_policy(
-    "decay", decay, knob="confidence in the first pass", default=0.95, high=1.0,
+    "decay",
+    decay,
+    knob="confidence in the first pass",
+    default=0.95,
+    high=1.0,
     source="progress-aware thresholds (Mohamed et al. 2025)",
-)  # fmt: skip
+)
 
 
 # --- applying them --------------------------------------------------------------------------------------------------
@@ -207,7 +215,7 @@ def commit(verdict: Verdict, masked: Tensor, step: Tensor, steps: Tensor) -> Ten
     return masked & (by_both.argsort(dim=1) < count)
 
 
-def decide(name: str, seen: Pass, knobs: Tensor) -> tuple[Tensor, Any]:
+def decide(name: str, seen: Pass, knobs: Tensor) -> tuple[Tensor, object]:
     """What rows of one policy commit, bool (B, L), and what it remembers for their next pass."""
     verdict = POLICIES[name].rule(seen, knobs)
     return commit(verdict, seen.masked, seen.step, seen.steps), verdict.memory

@@ -7,7 +7,6 @@ import contextlib
 import queue
 import threading
 from collections.abc import AsyncGenerator, Callable, Sequence
-from typing import Any
 
 from twotower.decoding.output import Event, Generation
 from twotower.engine.llm import LLM
@@ -157,7 +156,7 @@ class AsyncLLM:
     def __enter__(self) -> AsyncLLM:
         return self
 
-    def __exit__(self, *_: Any) -> None:
+    def __exit__(self, *_: object) -> None:
         self.close()
 
 

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
@@ -66,16 +66,17 @@ def _commit(sequences: Sequence[RunningSequence], seen: Pass, values: Tensor) ->
     return chosen, [_part(memory, place) for place in range(len(sequences))]
 
 
-def _part(memory: Any, place: int) -> Any:
+def _part(memory: object, place: int) -> object:
     """One row's part of what a policy remembers: tensors whose first dimension is the rows, or tuples of them."""
     if isinstance(memory, tuple):
         return tuple(_part(part, place) for part in memory)
     return memory[place : place + 1] if isinstance(memory, Tensor) else memory
 
 
-def _joined(memories: Sequence[Any]) -> Any:
+def _joined(memories: Sequence[object]) -> object:
     """The rows' parts together again."""
     first = memories[0]
     if isinstance(first, tuple):
         return tuple(_joined(parts) for parts in zip(*memories, strict=True))
-    return torch.cat(list(memories)) if isinstance(first, Tensor) else first
+    tensors = [memory for memory in memories if isinstance(memory, Tensor)]
+    return torch.cat(tensors) if tensors else first

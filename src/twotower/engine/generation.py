@@ -8,14 +8,14 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
-from typing import Any
+from typing import Unpack
 
 import torch
 from torch import Tensor
 
 from twotower.decoding.modes import AUTO
 from twotower.decoding.output import BlockEvent, Generation
-from twotower.decoding.params import GenerationParams
+from twotower.decoding.params import GenerationParams, Parameters
 from twotower.decoding.prompts import PromptRows, Prompts, read_prompts
 from twotower.engine.admission import check_model
 from twotower.engine.denoiser_step import StepCallback
@@ -44,6 +44,13 @@ def generate(
     return _run(model, rows, params, step_callback)[0]
 
 
+class StreamArguments(Parameters, total=False):
+    """Keyword arguments of `stream`."""
+
+    attention_mask: Tensor | None
+    step_callback: StepCallback | None
+
+
 def stream(
     model: Towers,
     prompts: Prompts,
@@ -51,7 +58,7 @@ def stream(
     *,
     attention_mask: Tensor | None = None,
     step_callback: StepCallback | None = None,
-    **parameters: Any,
+    **parameters: Unpack[Parameters],
 ) -> Iterator[BlockEvent]:
     """Events of all rows as blocks are committed. Arguments are checked now, the work begins with the first event."""
     params = GenerationParams.of(mode=mode, **parameters)
@@ -79,12 +86,12 @@ def generate_tensor(
 def generate_like_transformers(
     model: Towers,
     inputs: Tensor | None = None,
-    generation_config: Any = None,
+    generation_config: object = None,
     *,
     input_ids: Tensor | None = None,
     attention_mask: Tensor | None = None,
     do_sample: bool = False,
-    **kwargs: Any,
+    **kwargs: object,
 ) -> Tensor:
     """transformers' `generate` in its plain form, answered by AR; anything it cannot mean here is refused."""
     prompts = inputs if inputs is not None else input_ids
@@ -107,7 +114,7 @@ def generate_like_transformers(
         kwargs.setdefault("temperature", 1.0)
     eos = getattr(model.config, "eos_token_id", None)
     kwargs.setdefault("eos_token_id", eos)  # one id, several, or none
-    return generate_tensor(model, prompts, GenerationParams.of(mode="ar", **kwargs), attention_mask)[0]
+    return generate_tensor(model, prompts, GenerationParams.from_mapping({"mode": "ar"} | kwargs), attention_mask)[0]
 
 
 def _checked(model: Towers, prompts: Prompts, params: GenerationParams, attention_mask: Tensor | None) -> PromptRows:

@@ -11,7 +11,6 @@ import json
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
 
 from twotower.decoding.output import Generation
 from twotower.decoding.params import GenerationParams
@@ -20,9 +19,24 @@ from twotower.engine.llm import LLM
 from twotower.engine.sequence import Request
 from twotower.engine.towers import Towers
 from twotower.errors import ArgumentError, TwoTowerError
+from twotower.tokenizer import required
 
-OWN = ("mode", "max_new_tokens", "temperature", "top_k", "top_p", "seed", "stop", "block_size", "steps_per_block",
-       "confidence_threshold", "policy", "knob", "draft_steps", "acceptance")  # fmt: skip
+OWN = (
+    "mode",
+    "max_new_tokens",
+    "temperature",
+    "top_k",
+    "top_p",
+    "seed",
+    "stop",
+    "block_size",
+    "steps_per_block",
+    "confidence_threshold",
+    "policy",
+    "knob",
+    "draft_steps",
+    "acceptance",
+)
 AHEAD = 4  # requests at work or waiting, for each row of the engine: a slow one holds up the file, not the others
 
 
@@ -32,12 +46,12 @@ class Line:
 
     number: int
     asked: str  # a digest of the line and of what it inherits
-    id: Any = None
+    id: object = None
     request: Request | None = None
     error: str = ""
 
 
-def read_lines(path: Path, model: Towers, shared: dict[str, Any], whence: str = "") -> list[Line]:
+def read_lines(path: Path, model: Towers, shared: dict[str, object], whence: str = "") -> list[Line]:
     """Every line that is not blank. shared: parameters of lines that say nothing else; a line without a seed gets the
     shared one plus its number. whence: which model is asked, for the digest.
 
@@ -55,7 +69,7 @@ def read_lines(path: Path, model: Towers, shared: dict[str, Any], whence: str = 
     return lines
 
 
-def _line(number: int, text: str, asked: str, model: Towers, shared: dict[str, Any]) -> Line:
+def _line(number: int, text: str, asked: str, model: Towers, shared: dict[str, object]) -> Line:
     try:
         fields = json.loads(text)
     except ValueError as error:
@@ -68,9 +82,11 @@ def _line(number: int, text: str, asked: str, model: Towers, shared: dict[str, A
     if unknown:
         known = ", ".join(("prompt", "id", *OWN))
         return Line(number, asked, name, error=f"unknown field {', '.join(unknown)}; known are {known}")
+    seed = shared["seed"]
+    assert isinstance(seed, int)
     try:
-        params = GenerationParams.of(**(shared | {"seed": shared["seed"] + number} | fields))
-        tokens = model.tokenizer(prompt.encode().decode())["input_ids"]  # half a surrogate pair is no text
+        params = GenerationParams.from_mapping(shared | {"seed": seed + number} | fields)
+        tokens = required(model.tokenizer)(prompt.encode().decode())["input_ids"]  # half a surrogate pair is no text
         request = Request(tokens, params)
         check_model(model, params, [len(tokens)])  # before there is an engine: its size follows from these requests
     except (TwoTowerError, UnicodeError) as error:
@@ -124,7 +140,7 @@ def run_job(
     failed = tokens = 0
     following = start  # the next line to be asked
     places: dict[int, int] = {}
-    answers: dict[int, dict[str, Any]] = {}
+    answers: dict[int, dict[str, object]] = {}
     with out.open("a") as file:
         while written < len(lines):
             while following < len(lines) and following - written < AHEAD * llm.rows:
@@ -152,7 +168,7 @@ def run_job(
     return written - start, failed
 
 
-def said(result: Generation) -> dict[str, Any]:
+def said(result: Generation) -> dict[str, object]:
     """What a line of output holds of a result."""
     if result.error:
         return {"error": result.error}

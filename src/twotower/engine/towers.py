@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING, Any, Protocol
+from typing import TYPE_CHECKING, Protocol
 
 import torch
 from torch import Tensor
@@ -11,6 +11,7 @@ from twotower.cache.hybrid_cache import ContextView, TowerState
 from twotower.cache.replica import Reader
 from twotower.config import BackboneConfig, TwoTowerConfig
 from twotower.engine.workspace import Workspace
+from twotower.tokenizer import Tokenizer
 
 if TYPE_CHECKING:
     from twotower.model.tower import Tower
@@ -33,7 +34,7 @@ class Towers(Protocol):
         """The configuration that the layers were built from."""
 
     @property
-    def tokenizer(self) -> Any: ...
+    def tokenizer(self) -> Tokenizer | None: ...
 
     @property
     def device(self) -> torch.device:

@@ -5,7 +5,6 @@ from __future__ import annotations
 from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass
 from functools import partial
-from typing import Any
 
 from twotower.decoding.output import Generation
 from twotower.decoding.presets import Setting, beside_ar
@@ -19,6 +18,7 @@ from twotower.evaluation.tasks.problems import Problem, stream
 from twotower.evaluation.tasks.scoring import OVERALL, is_right, wilson
 from twotower.model_loading import eos_of
 from twotower.modeling_twotower import TwoTowerForCausalLM
+from twotower.tokenizer import required
 
 
 @dataclass(frozen=True)
@@ -46,7 +46,7 @@ class Line:
             for name, tokens in self.tokens.items()
         }
 
-    def to_dict(self) -> dict[str, Any]:
+    def to_dict(self) -> dict[str, object]:
         """Plain data, the derived figures included."""
         pairs = {
             name: asdict(pair) | {"difference": pair.difference, "interval": pair.interval, "kept": pair.kept}
@@ -102,7 +102,8 @@ def answer(
     """What was asked, and what one setting answers, problem by problem."""
     shared = {"eos_token_id": eos_of(model), "mask_token_id": model.config.mask_token, "seed": 0}
     params = setting.params(max_new_tokens=max_new_tokens, **shared)
-    requests = [Request(model.tokenizer(problem.prompt)["input_ids"], params) for problem in problems]
+    tokenizer = required(model.tokenizer)
+    requests = [Request(tokenizer(problem.prompt)["input_ids"], params) for problem in problems]
     return requests, generate_all(model, requests, rows, progress)
 
 

@@ -6,8 +6,8 @@ import platform
 import resource
 import subprocess
 import sys
+from collections.abc import Mapping
 from pathlib import Path
-from typing import Any
 
 import torch
 from torch import nn
@@ -17,7 +17,7 @@ from twotower.model.wide_tensors import tensors
 from twotower.version import VERSION
 
 
-def machine(model: nn.Module) -> dict[str, Any]:
+def machine(model: nn.Module) -> dict[str, object]:
     """What a figure of this model depends on, its size included."""
     first = next(model.parameters())
     return surroundings(first.device, first.dtype) | {
@@ -26,13 +26,13 @@ def machine(model: nn.Module) -> dict[str, Any]:
     }
 
 
-def described(where: dict[str, Any]) -> str:
+def described(where: Mapping[str, object]) -> str:
     """What a reader of figures needs of it: weights, device, threads."""
     weights = where["dtype"] if where["quantization"] == "none" else f"{where['quantization']} and {where['dtype']}"
-    return f"{weights}, {where['device']}, {where['threads']} thread{'s' * (where['threads'] > 1)}"
+    return f"{weights}, {where['device']}, {where['threads']} thread{'s' * (where['threads'] != 1)}"
 
 
-def surroundings(device: torch.device, dtype: torch.dtype) -> dict[str, Any]:
+def surroundings(device: torch.device, dtype: torch.dtype) -> dict[str, object]:
     """Hardware, threads, dtype, versions and memory (the process's peak so far, or the accelerator's)."""
     cuda = device.type == "cuda"
     peak = torch.cuda.max_memory_allocated() if cuda else resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024

@@ -6,7 +6,7 @@ import random
 import statistics
 from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass
-from typing import Any, cast
+from typing import cast
 
 from twotower.decoding.presets import AR, Setting, beside_ar
 from twotower.engine import LLM, Request
@@ -17,6 +17,7 @@ from twotower.evaluation.tasks import problems
 from twotower.evaluation.timed_towers import TimedTowers, TowerName
 from twotower.model_loading import eos_of
 from twotower.modeling_twotower import TwoTowerForCausalLM
+from twotower.tokenizer import required
 
 
 @dataclass(frozen=True)
@@ -45,7 +46,7 @@ class Measured:
     pass_seconds: dict[TowerName, float]
     pass_cost: dict[TowerName, float]
 
-    def to_dict(self) -> dict[str, Any]:
+    def to_dict(self) -> dict[str, object]:
         return asdict(self)
 
 
@@ -76,7 +77,7 @@ def bench(
     else the machine does falls on all of them; it is of several batches, not one answer's luck. One more
     round warms up before, and one times passes afterwards."""
     chosen = beside_ar(settings)
-    shared: dict[str, Any] = {"max_new_tokens": new_tokens, "mask_token_id": model.config.mask_token, "seed": 0}
+    shared: dict[str, object] = {"max_new_tokens": new_tokens, "mask_token_id": model.config.mask_token, "seed": 0}
     if not ignore_eos:
         shared["eos_token_id"] = eos_of(model)
     found = []
@@ -102,8 +103,9 @@ def few_shot_prompts(model: TwoTowerForCausalLM, rows: int, context: int) -> lis
     if context < 2:
         raise ArgumentError(f"context is {context}; give at least 2 tokens")
     rng = random.Random(0)
-    pool = [model.tokenizer(problem.text + "\n")["input_ids"] for problem in problems("test", 120, 0)]
-    asked = [model.tokenizer(problem.prompt)["input_ids"] for problem in problems("test", rows, 1, difficulties=(1,))]
+    tokenizer = required(model.tokenizer)
+    pool = [tokenizer(problem.text + "\n")["input_ids"] for problem in problems("test", 120, 0)]
+    asked = [tokenizer(problem.prompt)["input_ids"] for problem in problems("test", rows, 1, difficulties=(1,))]
     out = []
     for last in asked:
         text = list(last)
@@ -114,7 +116,7 @@ def few_shot_prompts(model: TwoTowerForCausalLM, rows: int, context: int) -> lis
 
 
 def one_round(
-    model: TwoTowerForCausalLM, texts: list[list[int]], rows: int, setting: Setting, shared: dict[str, Any]
+    model: TwoTowerForCausalLM, texts: list[list[int]], rows: int, setting: Setting, shared: dict[str, object]
 ) -> Round:
     """One run of batches of `rows`."""
     params = setting.params(**shared)
@@ -135,7 +137,7 @@ def one_round(
 
 
 def pass_seconds(
-    model: TwoTowerForCausalLM, texts: list[list[int]], rows: int, setting: Setting, shared: dict[str, Any]
+    model: TwoTowerForCausalLM, texts: list[list[int]], rows: int, setting: Setting, shared: dict[str, object]
 ) -> dict[TowerName, float]:
     """The mean pass of each tower in one more run, 0 where it has none. mode "auto": of the mode it now chooses."""
     params, _ = resolve(model, setting.params(**shared), 1)

@@ -5,10 +5,10 @@ from __future__ import annotations
 import hashlib
 import json
 import random
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import TypedDict
 
 from twotower.decoding.output import Generation
 from twotower.decoding.presets import AR, Setting, beside_ar, parse_setting
@@ -70,6 +70,15 @@ def grid() -> list[Setting]:
     return [parse_setting(text) for text in texts]
 
 
+class Answers(TypedDict):
+    """A setting's answers. right: a digit a problem, 1 where its answer is right. passes: of both towers."""
+
+    setting: str
+    right: str
+    tokens: int
+    passes: int
+
+
 def sweep(
     model: TwoTowerForCausalLM,
     settings: Sequence[Setting],
@@ -80,7 +89,7 @@ def sweep(
     seed: int = 0,
     rows: int = 64,
     kept_in: Path | None = None,
-    facts: dict[str, Any] | None = None,
+    facts: Mapping[str, object] | None = None,
     progress: Callable[[str], object] | None = None,
 ) -> list[Point]:
     """A point for AR and one for each setting.
@@ -94,7 +103,8 @@ def sweep(
     """
     tell = progress or (lambda text: None)
     problems = chosen_problems((), per_family, difficulties, seed)
-    facts = (facts or {}) | {
+    facts = {
+        **(facts or {}),
         "weights": fingerprint(model),
         "per_family": per_family,
         "difficulties": list(difficulties),
@@ -156,7 +166,7 @@ def fingerprint(model: TwoTowerForCausalLM) -> str:
     return hashlib.sha256(data).hexdigest()[:16]
 
 
-def _record(setting: Setting, problems: Sequence[Problem], outputs: Sequence[Generation]) -> dict[str, Any]:
+def _record(setting: Setting, problems: Sequence[Problem], outputs: Sequence[Generation]) -> Answers:
     return {
         "setting": setting.label,
         "right": "".join("01"[right] for right in marks(problems, outputs)),
@@ -166,7 +176,11 @@ def _record(setting: Setting, problems: Sequence[Problem], outputs: Sequence[Gen
 
 
 def _point(
-    record: dict[str, Any], ar: dict[str, Any], problems: Sequence[Problem], tokens_per_pass: float, times_ar: float
+    record: Answers,
+    ar: Answers,
+    problems: Sequence[Problem],
+    tokens_per_pass: float,
+    times_ar: float,
 ) -> Point:
     right, base = ([mark == "1" for mark in each["right"]] for each in (record, ar))
     hits: dict[str, list[bool]] = {OVERALL: right}
@@ -181,7 +195,7 @@ def _point(
     )
 
 
-def _read(path: Path | None, facts: dict[str, Any]) -> dict[str, dict[str, Any]]:
+def _read(path: Path | None, facts: Mapping[str, object]) -> dict[str, Answers]:
     if path is None or not path.exists():
         return {}
     try:
@@ -194,7 +208,7 @@ def _read(path: Path | None, facts: dict[str, Any]) -> dict[str, dict[str, Any]]
     return {record["setting"]: record for record in records}
 
 
-def _append(path: Path | None, facts: dict[str, Any], known: dict[str, dict[str, Any]]) -> None:
+def _append(path: Path | None, facts: Mapping[str, object], known: dict[str, Answers]) -> None:
     """Whole, then in place: a run that is stopped leaves a file that can be read."""
     if path is None:
         return

@@ -5,7 +5,7 @@ from __future__ import annotations
 import time
 from collections.abc import Callable
 from dataclasses import dataclass, field
-from typing import Any, Literal, ParamSpec, TypeVar
+from typing import Literal, ParamSpec, TypeVar
 
 from twotower.modeling_twotower import TwoTowerForCausalLM
 
@@ -37,16 +37,16 @@ class TimedTowers:
         self._model = model
         self.times = PassTimes()
 
-    def __getattr__(self, name: str) -> Any:
+    def __getattr__(self, name: str) -> object:
         return getattr(self._model, name)
 
     @property
-    def extend(self) -> Callable[..., Any]:
+    def extend(self) -> Callable[..., object]:
         """The model's `extend`, timed as a pass of the context tower."""
         return self._timed("context", self._model.extend)
 
     @property
-    def denoise(self) -> Callable[..., Any]:
+    def denoise(self) -> Callable[..., object]:
         """The model's `denoise`, timed as a pass of the denoiser."""
         return self._timed("denoiser", self._model.denoise)
 

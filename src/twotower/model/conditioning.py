@@ -6,6 +6,7 @@ One small network turns t into (shift, scale, gate); each layer adds its own tab
 from __future__ import annotations
 
 import math
+from collections.abc import Callable
 from typing import NamedTuple
 
 import torch
@@ -44,12 +45,15 @@ def timestep_sinusoid(t: Tensor, dtype: torch.dtype) -> Tensor:
 class TimestepEmbedder(nn.Module):
     """`t_embedder`: sinusoid → Linear, SiLU, Linear."""
 
+    __call__: Callable[..., Tensor]
+
     def __init__(self, hidden: int) -> None:
         super().__init__()
         self.mlp = nn.Sequential(Linear(SINUSOID_SIZE, hidden), nn.SiLU(), Linear(hidden, hidden))
 
     def forward(self, t: Tensor) -> Tensor:
-        return self.mlp(timestep_sinusoid(t, next(self.parameters()).dtype))
+        out: Tensor = self.mlp(timestep_sinusoid(t, next(self.parameters()).dtype))
+        return out
 
 
 class TimeConditioning(nn.Module):
@@ -85,7 +89,7 @@ class TimeConditioning(nn.Module):
 
     def _parts(self, t: Tensor) -> Tensor:
         """t (B,) → (B, 3·layers, 1, H): shift, scale and gate of every layer."""
-        shared = self.t_block(self.t_embedder(t)).unflatten(-1, self.scale_shift_tables[0].shape)  # (B, 3, H)
+        shared: Tensor = self.t_block(self.t_embedder(t)).unflatten(-1, self.scale_shift_tables[0].shape)  # (B, 3, H)
         tables = torch.stack(tuple(self.scale_shift_tables))  # (layers, 3, H)
         return (shared[:, None] + tables).flatten(1, 2)[:, :, None]  # one operation for all layers
 

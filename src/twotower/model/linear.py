@@ -17,13 +17,16 @@ from twotower.ops.registry import select
 class Linear(nn.Linear):
     """y = x·Wᵀ + b, weight (out, in). packed: a second copy of the weight, neither saved nor copied."""
 
+    __call__: Callable[..., Tensor]
+
     def __init__(self, in_features: int, out_features: int, bias: bool = True) -> None:
         super().__init__(in_features, out_features, bias)
         self.packed = PackedWeight()
 
     def forward(self, input: Tensor) -> Tensor:
         backend = select("linear", input.device, input.dtype)
-        return backend.function(input, self.weight, self.bias, self.packed.of(self.weight))
+        out: Tensor = backend.function(input, self.weight, self.bias, self.packed.of(self.weight))
+        return out
 
     def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> Linear:
         super()._apply(fn, recurse)
@@ -46,4 +49,5 @@ class Int8Linear(nn.Module):
 
     def forward(self, input: Tensor) -> Tensor:
         backend = select("linear_int8", input.device, input.dtype)
-        return backend.function(input, self.weight, self.weight_scale, self.bias)
+        out: Tensor = backend.function(input, self.weight, self.weight_scale, self.bias)
+        return out

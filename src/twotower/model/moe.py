@@ -21,6 +21,8 @@ from twotower.ops.registry import select
 class MLP(nn.Module):
     """down(relu(up·x)²), no gate."""
 
+    __call__: Callable[..., Tensor]
+
     def __init__(self, hidden: int, intermediate: int, bias: bool) -> None:
         super().__init__()
         self.up_proj = Linear(hidden, intermediate, bias=bias)
@@ -51,7 +53,8 @@ class Router(nn.Module):
     def forward(self, hidden: Tensor) -> tuple[Tensor, Tensor]:
         """hidden (T, H) → expert ids (T, k) and their weights (T, k), scores in at least fp32."""
         backend = select("route", hidden.device, hidden.dtype)
-        return backend.function(hidden, self.weight, self.e_score_correction_bias, self.rule)
+        choice: tuple[Tensor, Tensor] = backend.function(hidden, self.weight, self.e_score_correction_bias, self.rule)
+        return choice
 
 
 class Experts(nn.Module):
@@ -66,7 +69,8 @@ class Experts(nn.Module):
 
     def forward(self, hidden: Tensor, choice: Tensor, weight: Tensor) -> Tensor:
         backend = select("experts", hidden.device, hidden.dtype)
-        return backend.function(hidden, choice, weight, self.up_proj, self.down_proj, self._panels())
+        out: Tensor = backend.function(hidden, choice, weight, self.up_proj, self.down_proj, self._panels())
+        return out
 
     def _panels(self) -> Panels:
         return self.packed_up.of(self.up_proj), self.packed_down.of(self.down_proj)
@@ -95,7 +99,8 @@ class Int8Experts(nn.Module):
     def forward(self, hidden: Tensor, choice: Tensor, weight: Tensor) -> Tensor:
         backend = select("experts_int8", hidden.device, hidden.dtype)
         both = self.up_proj, self.up_proj_scale, self.down_proj, self.down_proj_scale
-        return backend.function(hidden, choice, weight, *both)
+        out: Tensor = backend.function(hidden, choice, weight, *both)
+        return out
 
 
 class MoE(nn.Module):
@@ -113,5 +118,5 @@ class MoE(nn.Module):
         choice, weight = self.gate(flat)
         if sees is not None:
             choice = sees.visited(choice)
-        routed = self.experts(flat, choice, weight).view_as(hidden)
+        routed: Tensor = self.experts(flat, choice, weight).view_as(hidden)
         return routed + self.shared_experts(hidden)

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
+
 import torch
 from torch import Tensor, nn
 
@@ -12,6 +14,8 @@ from twotower.ops.registry import select
 class RMSNorm(nn.Module):
     """x / rms(x) · weight over the last dimension."""
 
+    __call__: Callable[..., Tensor]
+
     def __init__(self, width: int, eps: float) -> None:
         super().__init__()
         self.weight = nn.Parameter(torch.ones(width))
@@ -20,7 +24,8 @@ class RMSNorm(nn.Module):
     def forward(self, x: Tensor, modulation: tuple[Tensor, Tensor] | None = None, order: Order = "before") -> Tensor:
         """x (B, L, H) → the same in the weight's dtype; modulation and order as in `ops.reference.norm.rms_norm`."""
         backend = select("rms_norm", x.device, self.weight.dtype)
-        return backend.function(x, self.weight, self.eps, modulation, order)
+        normed: Tensor = backend.function(x, self.weight, self.eps, modulation, order)
+        return normed
 
 
 class GatedGroupRMSNorm(nn.Module):

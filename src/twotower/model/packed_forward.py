@@ -63,7 +63,8 @@ class Layout:
     @cached_property
     def block_document(self) -> Tensor:
         """(B, blocks) the document of each block, −1 where a block is all padding."""
-        return self.document.unflatten(1, (-1, self.block_size)).amax(-1)
+        document: Tensor = self.document.unflatten(1, (-1, self.block_size)).amax(-1)
+        return document
 
     @cached_property
     def fresh(self) -> Tensor:
@@ -88,7 +89,8 @@ class Layout:
 
     def to_rows(self, chosen: Tensor) -> Tensor:
         """(N, L, …) → (B, S, …), 0 in blocks that are not chosen."""
-        return self.put_back(chosen).unflatten(0, (len(self.document), -1)).flatten(1, 2)
+        rows: Tensor = self.put_back(chosen).unflatten(0, (len(self.document), -1)).flatten(1, 2)
+        return rows
 
     def windows(self, columns: Tensor, taps: int) -> Tensor:
         """columns (B, S, C) → the `taps` columns before each block (B, blocks, taps, C), 0 where there is none or

@@ -100,13 +100,14 @@ class Tower(nn.Module):
     runners: asked in turn for each pass; `runners.attach` sets them.
     """
 
+    __call__: Callable[..., PassResult]
     runners: tuple[Runner, ...] = ()
 
     def __init__(self, config: BackboneConfig) -> None:
         super().__init__()
         self.config = config
         self.embeddings = nn.Embedding(config.vocab_size, config.hidden_size)
-        self.layers = nn.ModuleList(Layer(kind, config) for kind in config.hybrid_override_pattern)  # type: ignore[arg-type]
+        self.layers = nn.ModuleList(Layer(kind, config) for kind in config.layer_kinds)
         self.norm_f = RMSNorm(config.hidden_size, config.layer_norm_epsilon)
         self.head = Linear(config.hidden_size, config.vocab_size, bias=False)
 

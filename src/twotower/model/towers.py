@@ -7,7 +7,7 @@ The verbs take and return tensors and never synchronise the host: `prefill` and 
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator
-from typing import Any, Literal, Self
+from typing import Literal, Self
 
 import torch
 from torch import Tensor, nn
@@ -20,6 +20,7 @@ from twotower.model.conditioning import TimeConditioning
 from twotower.model.layer_io import Visibility
 from twotower.model.tower import Tower
 from twotower.model.wide_tensors import keeping_wide
+from twotower.tokenizer import Tokenizer
 
 Towers = Literal["both", "context"]
 PREFILL_CHUNK = 512  # tokens of a prompt read in one pass, layer by layer
@@ -32,7 +33,7 @@ class TwoTowerModel(nn.Module):
     """
 
     config: TwoTowerConfig
-    tokenizer: Any = None
+    tokenizer: Tokenizer | None = None
     _last_nfe = 0  # denoiser passes of the last `generate_*` call
 
     def __init__(self, config: TwoTowerConfig, towers: Towers = "both") -> None:
@@ -81,7 +82,8 @@ class TwoTowerModel(nn.Module):
     def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> Self:
         """Where `.to`, `.bfloat16`, … end: the tensors that must not be narrow stay wide."""
         self.release()  # what was prepared for the weights as they were
-        return super()._apply(keeping_wide(self, fn), recurse)
+        super()._apply(keeping_wide(self, fn), recurse)
+        return self
 
     def release(self) -> None:
         """Frees what the runners have prepared; they prepare it again when it is needed."""

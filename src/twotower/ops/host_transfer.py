@@ -8,6 +8,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from typing import Any
 
+import numpy as np
 import torch
 from numpy.typing import NDArray
 from torch import Tensor
@@ -15,7 +16,9 @@ from torch import Tensor
 ALIGNMENT = 8  # bytes, of a tensor within a copy of several
 
 
-def placed(values: Sequence[Any] | NDArray[Any], device: torch.device, dtype: torch.dtype | None = None) -> Tensor:
+def placed(
+    values: Sequence[object] | NDArray[np.generic], device: torch.device, dtype: torch.dtype | None = None
+) -> Tensor:
     """A tensor of these numbers, in the order of the device's current stream."""
     if device.type != "cuda" or not len(values):
         return torch.tensor(values, dtype=dtype, device=device)

@@ -61,13 +61,13 @@ def _host_refusal(device: torch.device, dtype: torch.dtype) -> str | None:
 def _triton(module: str, name: str, why: str) -> Backend:
     """A function of a module that may be imported only where Triton is there."""
 
-    def call(*args: Any) -> Any:
+    def call(*args: object) -> object:
         return getattr(importlib.import_module(f"twotower.ops.triton.{module}"), name)(*args)
 
     return Backend("triton", call, why, triton_refusal, compiled=True)
 
 
-def _native(function: Callable[..., Any], why: str) -> Backend:
+def _native(function: Callable[..., object], why: str) -> Backend:
     """A kernel for processors."""
     return Backend("native", function, why, native_ops.refusal, compiled=True)
 

@@ -6,9 +6,9 @@ tried with, a shape that nobody ran), and text looks almost right for a while. S
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from itertools import zip_longest
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
@@ -22,13 +22,13 @@ class Case(NamedTuple):
     """A name to be told by, and what makes the arguments anew (an op may change them), the same each time."""
 
     name: str
-    arguments: Callable[[], tuple[Any, ...]]
+    arguments: Callable[[], tuple[object, ...]]
 
 
-def disagreement(function: Callable[..., Any], twin: Callable[..., Any], cases: list[Case]) -> str | None:
+def disagreement(function: Callable[..., object], twin: Callable[..., object], cases: list[Case]) -> str | None:
     """None where `function` gives what `twin` gives in float64 on every case; else what is wrong, with numbers."""
     for name, arguments in cases:
-        expected = twin(*_wide(arguments()))
+        expected = twin(*map(_wide, arguments()))
         try:
             found = function(*arguments())
         except Exception as error:
@@ -40,7 +40,7 @@ def disagreement(function: Callable[..., Any], twin: Callable[..., Any], cases: 
     return None
 
 
-def difference(found: Any, expected: Any, where: str = "") -> str | None:
+def difference(found: object, expected: object, where: str = "") -> str | None:
     """None where two results, of the same parts, agree to within `TOLERANCE`; else what is wrong, with numbers."""
     pairs = list(zip_longest(_tensors(found), _tensors(expected)))
     for i, (actual, exact) in enumerate(pairs):
@@ -61,18 +61,19 @@ def difference(found: Any, expected: Any, where: str = "") -> str | None:
     return None
 
 
-def _wide(value: Any) -> Any:
+def _wide(value: object) -> object:
     if isinstance(value, Tensor):
         return value.double() if value.is_floating_point() else value
     if isinstance(value, tuple):
         parts = [_wide(part) for part in value]
-        return type(value)(*parts) if hasattr(value, "_fields") else tuple(parts)
+        make: Callable[..., object] = type(value)
+        return make(*parts) if hasattr(value, "_fields") else tuple(parts)
     return value
 
 
-def _tensors(value: Any) -> Iterator[Tensor]:
+def _tensors(value: object) -> Iterator[Tensor]:
     if isinstance(value, Tensor):
         yield value
-    elif value is not None:
+    elif isinstance(value, Iterable):
         for part in value:
             yield from _tensors(part)

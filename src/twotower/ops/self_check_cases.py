@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from functools import partial
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
@@ -39,7 +39,7 @@ def block_cases(device: torch.device, dtype: torch.dtype) -> list[Case]:
 def fold_cases(device: torch.device, dtype: torch.dtype) -> list[Case]:
     """The same sizes, two layers; into three of five slots, as many tokens as each row has."""
 
-    def arguments(sizes: Sizes, length: int) -> tuple[Any, ...]:
+    def arguments(sizes: Sizes, length: int) -> tuple[object, ...]:
         window, state, trace, accepted, rows = fold_arguments(sizes, length, device, dtype)
         other = MambaTrace(*(part * 0.5 for part in trace))
         return ((window, state), (window * 2, state * 3)), (trace, other), accepted, rows
@@ -47,7 +47,7 @@ def fold_cases(device: torch.device, dtype: torch.dtype) -> list[Case]:
     return _cases(device, arguments)
 
 
-def _cases(device: torch.device, arguments: Callable[[Sizes, int], tuple[Any, ...]]) -> list[Case]:
+def _cases(device: torch.device, arguments: Callable[[Sizes, int], tuple[object, ...]]) -> list[Case]:
     """Odd sizes, and on a GPU the released ones too: through the interpreter those would take minutes. 33 tokens need
     as much of a GPU's memory as any block."""
     pairs = [(ODD, 1), (ODD, 19)] + [(RELEASED, length) for length in (1, 16, 33) if device.type == "cuda"]
@@ -60,7 +60,7 @@ def _cases(device: torch.device, arguments: Callable[[Sizes, int], tuple[Any, ..
 def append_cases(device: torch.device, dtype: torch.dtype) -> list[Case]:
     """Two layers; rows of every length, one of no tokens, one whose columns end within the block."""
 
-    def arguments(length: int) -> tuple[Any, ...]:
+    def arguments(length: int) -> tuple[object, ...]:
         draw = Draw(10, device)
         pools = tuple((draw(161, 12).to(dtype), draw(161, 12).to(dtype)) for _ in range(2))
         start, stride, lengths = torch.tensor([[90, 0, 30], [20, 6, 30], [7, 5, 0]], device=device)
@@ -171,7 +171,7 @@ PRODUCTS = ((1, 67, 35, True), (3, 96, 64, False), (16, 131, 70, True), (21, 512
 def linear_cases(device: torch.device, dtype: torch.dtype) -> list[Case]:
     """One token, some, and more than a tile; widths that no vector divides; with a bias and without; packed and not."""
 
-    def arguments(tokens: int, width: int, out: int, bias: bool, packed: bool) -> tuple[Any, ...]:
+    def arguments(tokens: int, width: int, out: int, bias: bool, packed: bool) -> tuple[object, ...]:
         draw = Draw(5, device)
         weight = draw(out, width).to(dtype)
         x, bias_drawn = draw(tokens, width).to(dtype), draw(out).to(dtype) if bias else None
@@ -179,14 +179,15 @@ def linear_cases(device: torch.device, dtype: torch.dtype) -> list[Case]:
 
     return [
         _case(f"{size[0]} tokens of width {size[1]}{', packed' * packed}", arguments, *size, packed)
-        for size in PRODUCTS for packed in _packings(device)
-    ]  # fmt: skip
+        for size in PRODUCTS
+        for packed in _packings(device)
+    ]
 
 
 def linear_int8_cases(device: torch.device, dtype: torch.dtype) -> list[Case]:
     """Those of `linear`, and a row of zeros; on a GPU also the largest tiles, and a released size in several parts."""
 
-    def arguments(tokens: int, width: int, out: int, bias: bool) -> tuple[Any, ...]:
+    def arguments(tokens: int, width: int, out: int, bias: bool) -> tuple[object, ...]:
         draw = Draw(10, device)
         weight = draw(out, width)
         weight[out // 2] = 0
@@ -199,8 +200,10 @@ def linear_int8_cases(device: torch.device, dtype: torch.dtype) -> list[Case]:
 def experts_int8_cases(device: torch.device, dtype: torch.dtype, width: int = 37, inner: int = 21) -> list[Case]:
     """Those of `experts` that are not packed."""
 
-    def arguments(case: Case) -> tuple[Any, ...]:
+    def arguments(case: Case) -> tuple[object, ...]:
         *routed, up, down, _ = case.arguments()
+        assert isinstance(up, Tensor)
+        assert isinstance(down, Tensor)
         return *routed, *quantized(up), *quantized(down)
 
     return [_case(case.name, arguments, case) for case in experts_cases(device, dtype, width, inner, (False,))]
@@ -216,7 +219,7 @@ def experts_cases(
     """Few tokens and many, experts that nothing chose, odd widths; packed and not. On a GPU also the largest tiles, and
     three experts of the released size."""
 
-    def arguments(tokens: int, top: int, count: int, width: int, inner: int, packed: bool) -> tuple[Any, ...]:
+    def arguments(tokens: int, top: int, count: int, width: int, inner: int, packed: bool) -> tuple[object, ...]:
         draw = Draw(6, device)
         up, down = (draw(count, *shape).to(dtype) for shape in ((inner, width), (width, inner)))
         hidden, choice = draw(tokens, width).to(dtype) / 4, draw(tokens, count).argsort(-1)[:, :top]
@@ -228,8 +231,9 @@ def experts_cases(
         sizes += [(96, 3, 7, width, inner), (2, 2, 3, 2688, 1856)]
     return [
         _case(f"{size[0]} tokens, {size[1]} experts each{', packed' * packed}", arguments, *size, packed)
-        for size in sizes for packed in packings or _packings(device)
-    ]  # fmt: skip
+        for size in sizes
+        for packed in packings or _packings(device)
+    ]
 
 
 def _packings(device: torch.device) -> tuple[bool, ...]:
@@ -248,7 +252,7 @@ def _panels(weight: Tensor, packed: bool) -> Tensor | None:
 def route_cases(device: torch.device, dtype: torch.dtype) -> list[Case]:
     """One group and several, normalised or not; on a GPU the released sizes too. No choice is a near tie."""
 
-    def arguments(rule: Routing) -> tuple[Any, ...]:
+    def arguments(rule: Routing) -> tuple[object, ...]:
         draw = Draw(7, device)
         return draw(17, 45).to(dtype), draw(12, 45).to(dtype) / 8, draw(12), rule
 
@@ -269,7 +273,7 @@ def norm_cases(device: torch.device, dtype: torch.dtype, width: int | None = Non
     released one, or the given."""
     width = width or (2688 if device.type == "cuda" else 83)
 
-    def arguments(order: str | None, stream: torch.dtype, rows: int = 3) -> tuple[Any, ...]:
+    def arguments(order: str | None, stream: torch.dtype, rows: int = 3) -> tuple[object, ...]:
         draw = Draw(8, device)
         x, weight = draw(rows, 5, width).to(stream), (draw(width) / 4 + 1).to(dtype)
         both = draw(rows, 2, 1, width).to(dtype) / 2  # strided, as the time network gives them
@@ -286,7 +290,7 @@ def attention_cases(device: torch.device, dtype: torch.dtype) -> list[Case]:
 
     def arguments(
         length: int, heads: int, width: int, causal: bool, ragged: bool, longest: int = 1300
-    ) -> tuple[Any, ...]:
+    ) -> tuple[object, ...]:
         draw = Draw(9, device)
         lengths = torch.tensor([0, 5, longest], device=device)
         pool = draw(2, 2 * (longest + 100), width).to(dtype)
@@ -299,15 +303,18 @@ def attention_cases(device: torch.device, dtype: torch.dtype) -> list[Case]:
         q, k, v = draw(3, length, heads, width) / 2, draw(3, length, 2, width), draw(3, length, 2, width) / 16
         return q.to(dtype), k.to(dtype), v.to(dtype), valid, causal, cached
 
-    sizes: tuple[tuple[Any, ...], ...] = (
-        (1, 2, 24, True, False), (1, 8, 64, False, False), (7, 6, 37, True, True), (16, 4, 64, False, True)
-    )  # fmt: skip
+    sizes: tuple[tuple[object, ...], ...] = (
+        (1, 2, 24, True, False),
+        (1, 8, 64, False, False),
+        (7, 6, 37, True, True),
+        (16, 4, 64, False, True),
+    )
     if device.type == "cuda":
         sizes += (1, 32, 128, True, False, 5000), (16, 32, 128, False, True, 5000), (16, 32, 128, True, True, 5000)
     return [_case(f"{size[0]} tokens, {size[1]} heads of {size[2]}", arguments, *size) for size in sizes]
 
 
-def _case(name: str, arguments: Callable[..., tuple[Any, ...]], *chosen: Any) -> Case:
+def _case(name: str, arguments: Callable[..., tuple[object, ...]], *chosen: object) -> Case:
     return Case(name, partial(arguments, *chosen))
 
 

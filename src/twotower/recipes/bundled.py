@@ -22,13 +22,18 @@ import shutil
 import statistics
 import subprocess
 import sys
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING
 
 import click
 
 from twotower.process import configure_process
+from twotower.tokenizer import required
+
+if TYPE_CHECKING:
+    from twotower.modeling_twotower import TwoTowerForCausalLM
+    from twotower.training.log_schema import StepRecord
 
 SEED = 1
 STAGES = ("text", "backbone", "start", "continuations", "denoiser", "longer", "export", "figures")
@@ -105,7 +110,7 @@ def write_continuations(data: Path, out: Path, processes: int) -> None:
     partial.rename(out / "continuations.jsonl")
 
 
-_loaded: Any = None  # each worker's model
+_loaded: TwoTowerForCausalLM | None = None  # each worker's model
 
 
 def _load(path: Path) -> None:
@@ -123,9 +128,10 @@ def _finish(texts: list[str]) -> list[str]:
     from twotower.decoding.params import GenerationParams
     from twotower.engine.generation import generate
 
-    eos = _loaded.config.eos_token_id
+    assert _loaded is not None
+    eos, tokenizer = _loaded.config.eos_token_id, required(_loaded.tokenizer)
     params = GenerationParams.of(mode="ar", max_new_tokens=CONTINUATION_LENGTH, eos_token_id=eos)
-    results = generate(_loaded, [_loaded.tokenizer(text)["input_ids"] for text in texts], params)
+    results = generate(_loaded, [tokenizer(text)["input_ids"] for text in texts], params)
     return [
         json.dumps({"prompt": text, "text": result.text}) + "\n"
         for text, result in zip(texts, results, strict=True)
@@ -200,7 +206,7 @@ def export(out: Path) -> None:
     partial.rename(out / "model")
 
 
-def thinned(stage: str, records: list[dict[str, Any]]) -> Iterator[dict[str, Any]]:
+def thinned(stage: str, records: Sequence[StepRecord]) -> Iterator[dict[str, object]]:
     """One record for every LOGGED steps: the mean loss since the one before, and the validation where there was one."""
     for start in range(0, len(records), LOGGED):
         part = records[start : start + LOGGED]

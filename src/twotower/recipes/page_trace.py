@@ -11,7 +11,7 @@ from __future__ import annotations
 
 import json
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, NamedTuple
 
 import click
 import torch
@@ -25,6 +25,7 @@ from twotower.decoding.unmasking import Pass, decide
 from twotower.process import configure_process
 from twotower.server import page
 from twotower.server.tokenizer_adapter import TokenizerAdapter
+from twotower.tokenizer import required
 
 if TYPE_CHECKING:
     from twotower.modeling_twotower import TwoTowerForCausalLM
@@ -41,14 +42,16 @@ def main(prompt: str, output: Path) -> None:
     configure_process(threads=1)
     model = model_loading.load_model(model_loading.source_of(None), dtype="float32")
     trace = record(model, prompt)
+    passes = trace["passes"]
+    assert isinstance(passes, list)
     output.write_text(json.dumps(trace, ensure_ascii=False, separators=(",", ":")) + "\n", encoding="utf-8")
-    click.echo(f"{output}: {len(trace['passes'])} passes, {output.stat().st_size / 1024:.1f} KiB")
+    click.echo(f"{output}: {len(passes)} passes, {output.stat().st_size / 1024:.1f} KiB")
 
 
 @torch.inference_mode()
-def record(model: TwoTowerForCausalLM, prompt: str) -> dict[str, Any]:
+def record(model: TwoTowerForCausalLM, prompt: str) -> dict[str, object]:
     """All of it, as plain data."""
-    texts = TokenizerAdapter(model.tokenizer)
+    texts = TokenizerAdapter(required(model.tokenizer))
     read = texts.tokens(prompt)
     state = model.new_state(1, len(read) + BLOCK)
     model.prefill(torch.tensor([read]), torch.tensor([len(read)]), state)
@@ -67,7 +70,7 @@ def record(model: TwoTowerForCausalLM, prompt: str) -> dict[str, Any]:
         "prompt": prompt,
         "context": [texts.shown(token) for token in read],
         "before": before,
-        "unseeded": {name: unseeded[name] for name in ("texts", "confidence")},
+        "unseeded": {"texts": unseeded.texts, "confidence": unseeded.confidence},
         "passes": passes,
         "block": [texts.shown(token) for token in block[0].tolist()],
         "after": after,
@@ -76,27 +79,27 @@ def record(model: TwoTowerForCausalLM, prompt: str) -> dict[str, Any]:
 
 def denoise(
     model: TwoTowerForCausalLM, view: ContextView, texts: TokenizerAdapter
-) -> tuple[Tensor, list[dict[str, Any]]]:
+) -> tuple[Tensor, list[dict[str, object]]]:
     """The block (1, L), and its passes: t before each, guesses, confidences, what was masked and what became final."""
     block, memory = _masks(model), None
-    passes: list[dict[str, Any]] = []
+    passes: list[dict[str, object]] = []
     masked = torch.ones_like(block, dtype=torch.bool)
     while masked.any():
         t = masked.float().mean(1)
         seen = _pass(model, block, t, view, texts)
         at, allowed = torch.tensor([[len(passes)]]), torch.tensor([[STEPS]])
-        facts = Pass(seen["logits"], seen["tokens"], seen["sure"], masked, at, allowed, memory)
+        facts = Pass(seen.logits, seen.tokens, seen.sure, masked, at, allowed, memory)
         commit, memory = decide("threshold", facts, torch.tensor([[THRESHOLD]]))
         passes.append(
             {
                 "t": round(float(t), 4),
-                "texts": seen["texts"],
-                "confidence": seen["confidence"],
+                "texts": seen.texts,
+                "confidence": seen.confidence,
                 "masked": masked[0].int().tolist(),
                 "commit": commit[0].int().tolist(),
             }
         )
-        block, masked = torch.where(commit, seen["tokens"], block), masked & ~commit
+        block, masked = torch.where(commit, seen.tokens, block), masked & ~commit
     return block, passes
 
 
@@ -109,14 +112,14 @@ def without_states(view: ContextView) -> ContextView:
     return ContextView(past, view.lengths)
 
 
-def layers(state: TowerState) -> list[dict[str, Any]]:
+def layers(state: TowerState) -> list[dict[str, object]]:
     """What each layer keeps: of attention the tokens it has keys and values of, of Mamba the norm of each head's SSM
     state and of each column of the convolution window; of the others nothing."""
     state.settle()
     config = state.config
-    out: list[dict[str, Any]] = []
+    out: list[dict[str, object]] = []
     for kind, pool in zip(config.hybrid_override_pattern, state.pools, strict=True):
-        facts: dict[str, Any] = {"kind": kind}
+        facts: dict[str, object] = {"kind": kind}
         if isinstance(pool, AttentionPool):
             facts |= {"tokens": int(state.lengths[0]), "heads": config.num_key_value_heads, "size": config.head_dim}
         elif isinstance(pool, MambaPool):
@@ -134,20 +137,22 @@ def _masks(model: TwoTowerForCausalLM) -> Tensor:
     return torch.full((1, BLOCK), model.config.mask_token)
 
 
-def _pass(
-    model: TwoTowerForCausalLM, block: Tensor, t: Tensor, view: ContextView, texts: TokenizerAdapter
-) -> dict[str, Any]:
+class Guesses(NamedTuple):
+    """A pass over a block: logits (1, L, V), the likeliest tokens (1, L) and how sure the model is of each (1, L)."""
+
+    logits: Tensor
+    tokens: Tensor
+    sure: Tensor
+    texts: list[str]
+    confidence: list[float]
+
+
+def _pass(model: TwoTowerForCausalLM, block: Tensor, t: Tensor, view: ContextView, texts: TokenizerAdapter) -> Guesses:
     logits = model.denoise(block, t, view)
     logits[..., model.config.mask_token] = -torch.inf
     tokens = logits.argmax(-1)
     sure = confidence(logits, tokens)
-    return {
-        "logits": logits,
-        "tokens": tokens,
-        "sure": sure,
-        "texts": [texts.shown(token) for token in tokens[0].tolist()],
-        "confidence": _rounded(sure[0]),
-    }
+    return Guesses(logits, tokens, sure, [texts.shown(token) for token in tokens[0].tolist()], _rounded(sure[0]))
 
 
 def _rounded(values: Tensor) -> list[float]:

@@ -15,7 +15,7 @@ import warnings
 from collections import OrderedDict
 from collections.abc import Callable, Hashable, Sequence
 from dataclasses import replace
-from typing import Any
+from typing import TYPE_CHECKING
 
 import torch
 from torch import Tensor
@@ -29,6 +29,9 @@ from twotower.ops.reference.attention import Cached
 from twotower.ops.registry import select
 from twotower.ops.self_check import difference
 from twotower.runners.module_plan import ModulePlan, Weights
+
+if TYPE_CHECKING:
+    from torch.cuda import _POOL_HANDLE
 
 MOST_TOKENS = 256  # of a pass; with more of them its kernels take longer than their launches
 LEAST_WIDTH = 256  # columns of the context
@@ -62,10 +65,10 @@ class MemoryPool:
     """The pool that all recordings of a runner share: their results stay, and intermediate tensors reuse memory."""
 
     def __init__(self) -> None:
-        self._handle: Any = None
+        self._handle: _POOL_HANDLE | None = None
 
     @property
-    def handle(self) -> Any:
+    def handle(self) -> _POOL_HANDLE:
         if self._handle is None:
             self._handle = torch.cuda.graph_pool_handle()
         return self._handle
@@ -211,16 +214,18 @@ def _copied(inputs: PassInputs) -> list[Tensor]:
 def _with_own_memory(inputs: PassInputs, rows: int) -> PassInputs:
     """The same with room for `rows` rows of its own, but for the pools of keys and values. Surplus rows are empty."""
 
-    def room(tensor: Tensor | None) -> Any:
-        return None if tensor is None else tensor.new_zeros(rows, *tensor.shape[1:])
+    def room(tensor: Tensor) -> Tensor:
+        return tensor.new_zeros(rows, *tensor.shape[1:])
 
-    sees = Visibility(valid=room(inputs.sees.valid), causal=inputs.sees.causal, start=room(inputs.sees.start))
+    valid, start = (None if tensor is None else room(tensor) for tensor in (inputs.sees.valid, inputs.sees.start))
+    sees = Visibility(valid=valid, causal=inputs.sees.causal, start=start)
     past: list[Past] = []
-    segments: dict[str, Any] = {}
+    segments: tuple[Tensor, Tensor, Tensor] | None = None  # of all layers
     for own in inputs.past or ():
         if isinstance(own, Cached):
-            segments = segments or {name: room(getattr(own, name)) for name in ("start", "stride", "lengths")}
-            past.append(own._replace(**segments))
+            segments = segments or (room(own.start), room(own.stride), room(own.lengths))
+            starts, stride, lengths = segments
+            past.append(own._replace(start=starts, stride=stride, lengths=lengths))
         else:
             past.append(None if own is None else MambaPast(*map(room, own)))
     modulation = None if inputs.modulation is None else [Modulation(*map(room, parts)) for parts in inputs.modulation]

@@ -22,10 +22,26 @@ from twotower.model.norm import GatedGroupRMSNorm, RMSNorm
 from twotower.model.tower import Layer, Tower
 
 # The modules whose `forward` the runners stand for.
-OWN_MODULES: frozenset[type[nn.Module]] = frozenset({
-    Tower, Layer, nn.Embedding, nn.ModuleList, RMSNorm, GatedGroupRMSNorm, Linear, Mamba2, CausalConv, Attention, MLP,
-    MoE, Router, Experts, Int8Linear, Int8Experts,
-})  # fmt: skip
+OWN_MODULES: frozenset[type[nn.Module]] = frozenset(
+    {
+        Tower,
+        Layer,
+        nn.Embedding,
+        nn.ModuleList,
+        RMSNorm,
+        GatedGroupRMSNorm,
+        Linear,
+        Mamba2,
+        CausalConv,
+        Attention,
+        MLP,
+        MoE,
+        Router,
+        Experts,
+        Int8Linear,
+        Int8Experts,
+    }
+)
 
 
 _tensor: Callable[[dict[str, Any], str], Tensor | None] = dict.get

@@ -20,17 +20,30 @@ PLACES_PER_LAYER = 12  # WEIGHTS in tower.h
 # Where each weight of a mixer stands; 0 is the layer's norm. A name with ! is fp32 whatever the model's dtype.
 PLACES = {
     "M": (
-        "in_proj.weight", "in_proj.bias", "conv1d.weight", "conv1d.bias", "dt_bias!", "A_log!", "D!", "norm.weight",
-        "out_proj.weight", "out_proj.bias",
+        "in_proj.weight",
+        "in_proj.bias",
+        "conv1d.weight",
+        "conv1d.bias",
+        "dt_bias!",
+        "A_log!",
+        "D!",
+        "norm.weight",
+        "out_proj.weight",
+        "out_proj.bias",
     ),
     "*": tuple(f"{name}_proj.{part}" for name in "qkvo" for part in ("weight", "bias")),
     "E": (
-        "gate.weight", "gate.e_score_correction_bias!", "experts.up_proj", "experts.down_proj",
-        "shared_experts.up_proj.weight", "shared_experts.up_proj.bias",
-        "shared_experts.down_proj.weight", "shared_experts.down_proj.bias",
+        "gate.weight",
+        "gate.e_score_correction_bias!",
+        "experts.up_proj",
+        "experts.down_proj",
+        "shared_experts.up_proj.weight",
+        "shared_experts.up_proj.bias",
+        "shared_experts.down_proj.weight",
+        "shared_experts.down_proj.bias",
     ),
     "-": ("up_proj.weight", "up_proj.bias", "down_proj.weight", "down_proj.bias"),
-}  # fmt: skip
+}
 
 
 _panels_of: Callable[[PackedWeight], Tensor | None] = attrgetter("panels")

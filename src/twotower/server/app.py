@@ -4,7 +4,6 @@ from __future__ import annotations
 
 from collections.abc import AsyncIterator
 from contextlib import ExitStack, asynccontextmanager
-from typing import Any
 
 from fastapi import FastAPI, Request, Response
 from fastapi.exceptions import RequestValidationError
@@ -22,17 +21,21 @@ from twotower.server.streaming import EventStream, Gone, chunks, until_gone
 from twotower.version import VERSION
 
 MEANINGS = {
-    400: "The request cannot be done; says why, and which field.", 401: "No valid API key.",
-    404: "No such model.", 408: "The body did not arrive in time.", 413: "The body is too long.",
+    400: "The request cannot be done; says why, and which field.",
+    401: "No valid API key.",
+    404: "No such model.",
+    408: "The body did not arrive in time.",
+    413: "The body is too long.",
     429: "Too many requests; Retry-After says when to come again.",
-    503: "The server is stopping, or its engine failed.", 504: "It took too long.",
-}  # fmt: skip
-ERRORS: dict[int | str, dict[str, Any]] = {
+    503: "The server is stopping, or its engine failed.",
+    504: "It took too long.",
+}
+ERRORS: dict[int | str, dict[str, object]] = {
     status: {"description": meaning, "model": ErrorBody} for status, meaning in MEANINGS.items()
 }
 
 
-def _streamed(chunk: str) -> dict[int | str, dict[str, Any]]:
+def _streamed(chunk: str) -> dict[int | str, dict[str, object]]:
     """The successful answer of a path that streams such chunks: before version 3.2 of the specification, a stream's
     schema is that of each event."""
     shapes = [{"$ref": f"#/components/schemas/{name}"} for name in (chunk, "ErrorBody")]
@@ -182,8 +185,8 @@ def _in_words(error: RequestValidationError) -> RequestError:
         case "missing":
             return RequestError(f"{place} is missing", param=field, code="missing")
         case "extra_forbidden":
-            return RequestError(f"{place} is not a field that this server knows; see /openapi.json", param=field,
-                                code="unsupported")  # fmt: skip
+            words = f"{place} is not a field that this server knows; see /openapi.json"
+            return RequestError(words, param=field, code="unsupported")
         case "model_attributes_type" | "dict_type" if field is None:
             return RequestError("the body is no JSON object, sent as application/json", code="json")
     message = str(found["msg"]).removeprefix("Value error, ").removeprefix("Input ")

@@ -5,7 +5,6 @@ from __future__ import annotations
 import secrets
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Any
 
 from twotower.decoding.modes import CONSTRAINED
 from twotower.decoding.params import GenerationParams
@@ -64,16 +63,18 @@ class ChoiceBuilder:
         prompts, ends = self._prompts(asked)
         values = self._values(asked, mode, (*asked.stops, *ends), settings)
         seed = _seed(asked, mode, settings)
+        logprobs, of_prompt = _logprobs(asked)
         choices: list[Choice] = []
         for prompt in prompts:
             values["max_new_tokens"] = self._new_tokens(asked, len(prompt), settings.limits)
             requests = [
                 Request(
                     prompt,
-                    GenerationParams.of(**values, seed=seed + number),
+                    GenerationParams.from_mapping(values | {"seed": seed + number}),
                     constraint=constraint,
                     watched=asked.stream_denoising,
-                    **_logprobs(asked),
+                    logprobs=logprobs,
+                    prompt_logprobs=of_prompt,
                 )
                 for number in range(asked.n)
             ]
@@ -98,7 +99,7 @@ class ChoiceBuilder:
 
     def _values(
         self, asked: CompletionAsked | ChatAsked, mode: str, stops: Sequence[str], settings: Settings
-    ) -> dict[str, Any]:
+    ) -> dict[str, object]:
         """Arguments of `GenerationParams.of` but for the length and the seed: the server's own, where the request's
         mode is the server's, then the request's."""
         usual = dict(settings.decoding) if mode == settings.decoding["mode"] else {}
@@ -165,13 +166,14 @@ def _seed(asked: Asked, mode: str, settings: Settings) -> int:
     """The request's seed, else the server's where the mode is the server's, else a fresh one."""
     usual = settings.decoding.get("seed") if mode == settings.decoding["mode"] else None
     seed = usual if asked.seed is None else asked.seed
-    return secrets.randbits(48) if seed is None else int(seed)
+    if seed is None:
+        return secrets.randbits(48)
+    assert isinstance(seed, int)
+    return seed
 
 
-def _logprobs(asked: CompletionAsked | ChatAsked) -> dict[str, Any]:
-    """Which log-probabilities are asked for, as arguments of `Request`."""
+def _logprobs(asked: CompletionAsked | ChatAsked) -> tuple[int | None, bool]:
+    """Which log-probabilities are asked for: `logprobs` and `prompt_logprobs` of the engine's `Request`."""
     if isinstance(asked, ChatAsked):
-        return {"logprobs": asked.top_logprobs or 0} if asked.logprobs else {}
-    if asked.logprobs is None:
-        return {}
-    return {"logprobs": asked.logprobs, "prompt_logprobs": asked.echo}
+        return (asked.top_logprobs or 0 if asked.logprobs else None), False
+    return asked.logprobs, asked.logprobs is not None and asked.echo

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import asyncio
-from typing import Any
+from typing import cast
 
 from uvicorn.protocols.http.h11_impl import H11Protocol
 
@@ -15,14 +15,12 @@ class Connection(H11Protocol):
     """Uvicorn's own timer covers only the time between two requests: without these two, clients that drip headers or do
     not read would hold connections, and places in the queue, for ever."""
 
-    def __init__(self, *args: Any, **kwargs: Any) -> None:
-        super().__init__(*args, **kwargs)
-        self._head: asyncio.TimerHandle | None = None
-        self._stalled: asyncio.TimerHandle | None = None
+    _head: asyncio.TimerHandle | None = None
+    _stalled: asyncio.TimerHandle | None = None
 
-    def connection_made(self, transport: asyncio.Transport) -> None:  # type: ignore[override]
-        super().connection_made(transport)
-        self._head = self.loop.call_later(HEAD, transport.abort)
+    def connection_made(self, transport: asyncio.BaseTransport) -> None:
+        super().connection_made(cast(asyncio.Transport, transport))  # a connection's transport has both directions
+        self._head = self.loop.call_later(HEAD, self.transport.abort)
 
     def data_received(self, data: bytes) -> None:
         super().data_received(data)

@@ -6,12 +6,11 @@ import json
 import logging
 import sys
 import time
-from typing import Any
 
 LOGGER = logging.getLogger("twotower.server")
 
 
-def log(event: str, level: int = logging.INFO, **facts: Any) -> None:
+def log(event: str, level: int = logging.INFO, /, **facts: object) -> None:
     """Writes a line with the time, what happened and what belongs to it."""
     if LOGGER.isEnabledFor(level):
         now = time.strftime("%Y-%m-%dT%H:%M:%S", time.gmtime())

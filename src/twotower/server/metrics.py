@@ -5,7 +5,7 @@ from __future__ import annotations
 import math
 import time
 from collections.abc import Sequence
-from typing import Any, TypeVar
+from typing import TypeVar
 
 from prometheus_client import CollectorRegistry, Counter, Gauge, Histogram, ProcessCollector, generate_latest
 
@@ -16,7 +16,7 @@ SECONDS = (0.01, 0.025, 0.05, 0.1, 0.25, 0.5, 1, 2.5, 5, 10, 30, 60, 120, 300)
 PER_PASS = (1, 1.25, 1.5, 2, 2.5, 3, 4, 5, 6, 8, 12, 16)
 FORGETTING = 0.9  # of what is known about a choice's time, at each further one
 
-Kind = TypeVar("Kind", Counter, Gauge, Histogram)
+Kind = TypeVar("Kind", Counter, Gauge)
 
 
 class Metrics:
@@ -41,12 +41,15 @@ class Metrics:
         self.choices = self._own(Counter, "choices", "Choices that ended", ["mode", "reason"])
         self.drafted = self._own(Counter, "drafted_tokens", "Tokens drafted in verified decoding")
         self.accepted = self._own(Counter, "accepted_tokens", "Drafted tokens that were kept")
-        self.per_pass = self._own(Histogram, "tokens_per_pass", "Of a choice", ["mode"], buckets=PER_PASS)
-        self.first = self._own(Histogram, "time_to_first_block_seconds", "From the request", buckets=SECONDS)
-        self.whole = self._own(Histogram, "request_seconds", "From the request to its end", ["route"], buckets=SECONDS)
+        self.per_pass = self._histogram("tokens_per_pass", "Of a choice", PER_PASS, ["mode"])
+        self.first = self._histogram("time_to_first_block_seconds", "From the request", SECONDS)
+        self.whole = self._histogram("request_seconds", "From the request to its end", SECONDS, ["route"])
 
-    def _own(self, kind: type[Kind], name: str, text: str, labels: Sequence[str] = (), **rest: Any) -> Kind:
-        return kind(name, text, labels, namespace="twotower", registry=self.registry, **rest)
+    def _own(self, kind: type[Kind], name: str, text: str, labels: Sequence[str] = ()) -> Kind:
+        return kind(name, text, labels, namespace="twotower", registry=self.registry)
+
+    def _histogram(self, name: str, text: str, buckets: Sequence[float], labels: Sequence[str] = ()) -> Histogram:
+        return Histogram(name, text, labels, namespace="twotower", registry=self.registry, buckets=buckets)
 
     def ended(self, result: Generation) -> None:
         """Counts a choice."""

@@ -13,7 +13,7 @@ import logging
 import time
 import traceback
 import uuid
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 from starlette.responses import Response
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
@@ -43,7 +43,7 @@ class Gate:
         headers = {name.lower(): value for name, value in scope["headers"]}
         started, begun = time.perf_counter(), False
         status = 499  # the client went away before there was an answer
-        facts: dict[str, Any] = {}
+        facts: dict[str, object] = {}
         number = uuid.uuid4().hex
         scope.setdefault("state", {}).update(request_id=number, key=None, facts=facts)
 

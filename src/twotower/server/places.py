@@ -53,7 +53,7 @@ class Places:
                 "too many requests wait; try again later", status=429, code="overloaded", retry_after=wait
             )
         if limits.per_key is not None and self._taken[key] + count > limits.per_key:
-            raise RequestError(
-                f"this key has {self._taken[key]} choices at work and may have {limits.per_key}; wait for one to end",
-                status=429, code="too_many_at_once", retry_after=wait,
-            )  # fmt: skip
+            words = (
+                f"this key has {self._taken[key]} choices at work and may have {limits.per_key}; wait for one to end"
+            )
+            raise RequestError(words, status=429, code="too_many_at_once", retry_after=wait)

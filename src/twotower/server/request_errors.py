@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-from typing import Any
-
 from twotower.errors import ArgumentError, TwoTowerError
 
 
@@ -23,7 +21,7 @@ class RequestError(Exception):
         self.message, self.status, self.param, self.code = message, status, param, code
         self.retry_after = retry_after
 
-    def body(self) -> dict[str, Any]:
+    def body(self) -> dict[str, object]:
         """As the published API says it."""
         kinds = {401: "authentication_error", 404: "not_found_error", 429: "rate_limit_error"}
         kind = kinds.get(self.status, "invalid_request_error" if self.status < 500 else "server_error")

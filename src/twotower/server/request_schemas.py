@@ -6,7 +6,7 @@ sent with the value that means "off" (null, 0, an empty list), as some clients a
 
 from __future__ import annotations
 
-from typing import Annotated, Any, Literal, Self
+from typing import Annotated, Literal, Self
 
 from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, GetJsonSchemaHandler, model_validator
 from pydantic_core import CoreSchema
@@ -21,22 +21,44 @@ StopText = Annotated[str, Field(min_length=1, max_length=256)]
 
 # Fields that set a parameter of `GenerationParams`, and the parameter's name.
 PARAMETERS = {
-    "threshold": "confidence_threshold", "policy": "policy", "knob": "knob", "block_size": "block_size",
-    "steps": "steps_per_block", "draft_steps": "draft_steps", "acceptance": "acceptance", "top_k": "top_k",
-}  # fmt: skip
+    "threshold": "confidence_threshold",
+    "policy": "policy",
+    "knob": "knob",
+    "block_size": "block_size",
+    "steps": "steps_per_block",
+    "draft_steps": "draft_steps",
+    "acceptance": "acceptance",
+    "top_k": "top_k",
+}
 FIELDS = {name: field for field, name in PARAMETERS.items()}  # the reverse
 
 # Fields of the published API that have no meaning here, and the values with which they ask for nothing.
-OFF: dict[str, tuple[Any, ...]] = {
-    "frequency_penalty": (0,), "presence_penalty": (0,), "best_of": (1,), "suffix": ("",), "logit_bias": ({},),
-    "tools": ([],), "tool_choice": ("none", "auto"), "parallel_tool_calls": (False, True), "functions": ([],),
-    "function_call": ("none", "auto"), "store": (False,), "metadata": ({},), "service_tier": ("auto", "default"),
-    "modalities": (["text"],), "audio": (), "prediction": (), "reasoning_effort": (), "web_search_options": (),
-    "verbosity": (), "prompt_cache_key": (), "safety_identifier": (),
-}  # fmt: skip
+OFF: dict[str, tuple[object, ...]] = {
+    "frequency_penalty": (0,),
+    "presence_penalty": (0,),
+    "best_of": (1,),
+    "suffix": ("",),
+    "logit_bias": ({},),
+    "tools": ([],),
+    "tool_choice": ("none", "auto"),
+    "parallel_tool_calls": (False, True),
+    "functions": ([],),
+    "function_call": ("none", "auto"),
+    "store": (False,),
+    "metadata": ({},),
+    "service_tier": ("auto", "default"),
+    "modalities": (["text"],),
+    "audio": (),
+    "prediction": (),
+    "reasoning_effort": (),
+    "web_search_options": (),
+    "verbosity": (),
+    "prompt_cache_key": (),
+    "safety_identifier": (),
+}
 
 
-def _is_whole(value: Any) -> bool:
+def _is_whole(value: object) -> bool:
     """A float without a fraction: JSON does not tell 1.0 from 1."""
     return isinstance(value, float) and value.is_integer()
 
@@ -61,7 +83,7 @@ class JsonSchema(Strict):
 
     name: str = ""
     description: str | None = None
-    json_schema: dict[str, Any] | None = Field(default=None, alias="schema")
+    json_schema: dict[str, object] | None = Field(default=None, alias="schema")
     strict: bool | None = None
 
 
@@ -110,7 +132,7 @@ class Asked(Strict):
 
     @model_validator(mode="before")
     @classmethod
-    def _without_what_is_off(cls, fields: Any) -> Any:
+    def _without_what_is_off(cls, fields: object) -> object:
         if not isinstance(fields, dict):
             return fields
         known = OFF.keys() | cls.model_fields.keys()
@@ -122,7 +144,7 @@ class Asked(Strict):
         return kept
 
     @classmethod
-    def __get_pydantic_json_schema__(cls, core: CoreSchema, handler: GetJsonSchemaHandler) -> dict[str, Any]:
+    def __get_pydantic_json_schema__(cls, core: CoreSchema, handler: GetJsonSchemaHandler) -> dict[str, object]:
         """null stands for a field's default, as in the published API."""
         schema = handler.resolve_ref_schema(handler(core))
         for name, field in cls.model_fields.items():
@@ -177,7 +199,7 @@ class Asked(Strict):
         return self.stream_options is not None and self.stream_options.include_usage
 
 
-def _same(value: Any, off: Any) -> bool:
+def _same(value: object, off: object) -> bool:
     """Equal, but True is not 1."""
     return value == off and isinstance(value, bool) == isinstance(off, bool)
 
@@ -206,9 +228,9 @@ class CompletionAsked(Asked):
         """One entry a prompt."""
         if isinstance(self.prompt, str):
             return [self.prompt]
-        if self.prompt and isinstance(self.prompt[0], int):
-            return [self.prompt]
-        return self.prompt  # type: ignore[return-value]
+        texts = [part for part in self.prompt if isinstance(part, str)]
+        ids = [part for part in self.prompt if isinstance(part, int)]
+        return texts or ([ids] if ids else [part for part in self.prompt if isinstance(part, list)])
 
 
 class TextPart(Strict):

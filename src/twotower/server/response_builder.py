@@ -9,7 +9,7 @@ import json
 import time
 import uuid
 from collections.abc import Iterable, Sequence
-from typing import Any
+from typing import TypedDict
 
 from pydantic import BaseModel
 
@@ -44,6 +44,40 @@ from twotower.version import VERSION
 REASONS: dict[str, Reason] = {"eos": "stop", "stop": "stop", "length": "length"}
 
 
+class HeadFields(TypedDict):
+    """What every answer begins with."""
+
+    id: str
+    created: int
+    model: str
+    system_fingerprint: str
+
+
+class TokenFields(TypedDict):
+    """Where an event's tokens stand, what they are, and how sure the model is of each."""
+
+    index: int
+    start: int
+    tokens: list[int]
+    texts: list[str]
+    confidence: list[float]
+
+
+class EndFields(TypedDict, total=False):
+    """What a choice's last chunk has beside its text."""
+
+    finish_reason: Reason | None
+    decoding: Decoding
+
+
+class ScoreFields(TypedDict):
+    """A token and its log-probability."""
+
+    token: str
+    logprob: float
+    bytes: list[int]
+
+
 class Answer:
     """Builds one request's answer, whole or chunk by chunk; the two endpoints differ in the parts below."""
 
@@ -53,7 +87,7 @@ class Answer:
 
     def __init__(self, service: Service, asked: Asked, choices: Sequence[Choice]) -> None:
         self.asked, self.choices, self.tokenizer = asked, choices, service.tokenizer
-        self.head: dict[str, Any] = {
+        self.head: HeadFields = {
             "id": f"{self.prefix}-{uuid.uuid4().hex}",
             "created": int(time.time()),
             "model": service.settings.name,
@@ -74,7 +108,7 @@ class Answer:
         """What a block adds; None: nothing yet."""
         raise NotImplementedError
 
-    def _chunk(self, **fields: Any) -> bytes:
+    def _chunk(self, **fields: object) -> bytes:
         empty = {"usage": None} if self.asked.with_usage else {}
         return _json(self.shape(**self.head, object=self.kind, **(empty | fields)))
 
@@ -88,8 +122,7 @@ class Answer:
         )
         return self._chunk(choices=[], denoising=denoising)
 
-    def _tokens(self, choice: Choice, event: Event) -> dict[str, Any]:
-        """Where an event's tokens stand, what they are, and how sure the model is of each."""
+    def _tokens(self, choice: Choice, event: Event) -> TokenFields:
         return {
             "index": choice.place,
             "start": event.start,
@@ -98,7 +131,7 @@ class Answer:
             "confidence": [round(believed, 4) for believed in event.confidence],
         }
 
-    def _committed(self, choice: Choice, event: BlockEvent) -> dict[str, Any]:
+    def _committed(self, choice: Choice, event: BlockEvent) -> dict[str, object]:
         """For who watches: what the block's tokens are, beside their text, which may still wait for half a letter."""
         if not self.asked.stream_denoising:
             return {}
@@ -123,8 +156,7 @@ class Answer:
             self._begun.add(choice.place)
         return text
 
-    def _end(self, choice: Choice, result: Generation | None) -> dict[str, Any]:
-        """What a choice's last chunk has beside its text."""
+    def _end(self, choice: Choice, result: Generation | None) -> EndFields:
         if result is None:
             return {"finish_reason": None}
         self._results[choice.place] = result
@@ -228,8 +260,12 @@ class ChatAnswer(Answer):
         for choice, result in zip(self.choices, results, strict=True):
             message = ReplyMessage(role="assistant", content=self._text(choice, result.text), refusal=None)
             logprobs = self._scored(result.logprobs) if self.asked.logprobs else None
-            end = self._end(choice, result)
-            choices.append(ChatChoice(index=choice.place, message=message, logprobs=logprobs, **end))
+            reason, decoding = REASONS[result.finish_reason], self._decoding(choice, result)
+            choices.append(
+                ChatChoice(
+                    index=choice.place, message=message, logprobs=logprobs, finish_reason=reason, decoding=decoding
+                )
+            )
         return _json(ChatCompletion(**self.head, object="chat.completion", choices=choices, usage=self._usage(results)))
 
     def opening(self, choice: Choice) -> bytes | None:
@@ -255,7 +291,7 @@ class ChatAnswer(Answer):
             content.append(ChatLogprob(**self._alternative(score.token, score.logprob), top_logprobs=top))
         return ChatLogprobs(content=content)
 
-    def _alternative(self, token: int, logprob: float) -> dict[str, Any]:
+    def _alternative(self, token: int, logprob: float) -> ScoreFields:
         return {"token": self.tokenizer.shown(token), "logprob": logprob, "bytes": list(self.tokenizer.bytes_of(token))}
 
 

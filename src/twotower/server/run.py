@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import signal
+import socket
 from collections.abc import Callable
 from types import FrameType
 
@@ -24,14 +25,14 @@ class Server(uvicorn.Server):
         super().__init__(config)
         self.service, self.listening = service, listening
 
-    async def startup(self, sockets: list[object] | None = None) -> None:  # type: ignore[override]
-        await super().startup(sockets)  # type: ignore[arg-type]
+    async def startup(self, sockets: list[socket.socket] | None = None) -> None:
+        await super().startup(sockets)
         if self.started:
             host, port = self.servers[0].sockets[0].getsockname()[:2]
             self.listening(f"http://{f'[{host}]' if ':' in host else host}:{port}")
 
-    async def shutdown(self, sockets: list[object] | None = None) -> None:  # type: ignore[override]
-        await super().shutdown(sockets)  # type: ignore[arg-type]
+    async def shutdown(self, sockets: list[socket.socket] | None = None) -> None:
+        await super().shutdown(sockets)
         if self.force_exit:  # even then: a thread in the middle of a step is no good end for a program
             await self.lifespan.shutdown()
 
@@ -46,10 +47,18 @@ class Server(uvicorn.Server):
 def server_of(service: Service, host: str, port: int, drain: int, listening: Callable[[str], object]) -> Server:
     """drain: seconds that requests get to end. listening: told the address once it is open."""
     config = uvicorn.Config(
-        create_app(service), host=host, port=port, log_config=None, access_log=False, server_header=False,
-        timeout_graceful_shutdown=drain, timeout_keep_alive=IDLE, limit_concurrency=CONNECTIONS, lifespan="on",
+        create_app(service),
+        host=host,
+        port=port,
         http=Connection,
-    )  # fmt: skip
+        lifespan="on",
+        log_config=None,
+        access_log=False,
+        server_header=False,
+        limit_concurrency=CONNECTIONS,
+        timeout_keep_alive=IDLE,
+        timeout_graceful_shutdown=drain,
+    )
     return Server(config, service, listening)
 
 

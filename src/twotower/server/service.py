@@ -18,6 +18,7 @@ from twotower.server.request_errors import RequestError
 from twotower.server.request_schemas import ChatAsked, CompletionAsked
 from twotower.server.settings import Settings
 from twotower.server.tokenizer_adapter import TokenizerAdapter
+from twotower.tokenizer import required
 
 
 class Service:
@@ -27,7 +28,7 @@ class Service:
         self.engine = engine
         self.model = engine.llm.model
         self.settings = settings
-        self.tokenizer = TokenizerAdapter(self.model.tokenizer)
+        self.tokenizer = TokenizerAdapter(required(self.model.tokenizer))
         self.metrics = Metrics(engine)
         self.draining = False
         self.started = int(time.time())
@@ -52,10 +53,8 @@ class Service:
     def check_name(self, model: str) -> None:
         """Raises RequestError (404) where this is not the served model."""
         if model != self.settings.name:
-            raise RequestError(
-                f"there is no model {model!r}; this server has {self.settings.name!r}",
-                status=404, param="model", code="model_not_found",
-            )  # fmt: skip
+            words = f"there is no model {model!r}; this server has {self.settings.name!r}"
+            raise RequestError(words, status=404, param="model", code="model_not_found")
 
     @contextmanager
     def admitted(self, count: int, key: str | None) -> Iterator[None]:

@@ -5,7 +5,6 @@ from __future__ import annotations
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
 
 from twotower import options
 from twotower.errors import ArgumentError
@@ -36,7 +35,7 @@ class Settings:
     the mode among them; keys: API keys (none: everybody may ask); log_prompts: whether logs hold texts."""
 
     name: str
-    decoding: Mapping[str, Any] = field(default_factory=lambda: {"mode": "diffusion"})
+    decoding: Mapping[str, object] = field(default_factory=lambda: {"mode": "diffusion"})
     limits: Limits = field(default_factory=Limits)
     keys: tuple[str, ...] = ()
     log_prompts: bool = False

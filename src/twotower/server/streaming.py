@@ -6,7 +6,7 @@ import asyncio
 import json
 from collections.abc import AsyncGenerator, Coroutine, Sequence
 from contextlib import ExitStack, aclosing
-from typing import Any, TypeVar
+from typing import TypeVar
 
 from fastapi import Request
 from fastapi.responses import StreamingResponse
@@ -26,7 +26,7 @@ class Gone(Exception):
     """The client left."""
 
 
-async def until_gone(request: Request, work: Coroutine[Any, Any, Result]) -> Result:
+async def until_gone(request: Request, work: Coroutine[object, object, Result]) -> Result:
     """The work's result; the work is given up the moment the client is gone.
 
     Raises:

@@ -7,11 +7,11 @@ import json
 import threading
 from collections.abc import Sequence
 from functools import cached_property
-from typing import Any
 
 from twotower.decoding.stopping import Detokenizer
 from twotower.server.request_errors import RequestError
 from twotower.server.request_schemas import Message
+from twotower.tokenizer import Tokenizer
 
 SPEAKERS = {"system": "System", "developer": "System", "user": "User", "assistant": "Assistant"}
 
@@ -24,7 +24,7 @@ class TokenizerAdapter:
     time. The tokenizer itself, which the engine's thread decodes with, only decodes; that changes no setting.
     """
 
-    def __init__(self, tokenizer: Any) -> None:
+    def __init__(self, tokenizer: Tokenizer) -> None:
         self.tokenizer = tokenizer
         self._encoder = copy.deepcopy(tokenizer)
         self._encoding = threading.Lock()

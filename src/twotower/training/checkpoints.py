@@ -19,7 +19,7 @@ import zlib
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
-from typing import Any
+from typing import TypeVar
 
 import torch
 import torch.distributed.checkpoint as dcp
@@ -27,13 +27,16 @@ from torch import Tensor
 from torch.distributed.checkpoint.api import CheckpointException  # a BaseException
 
 from twotower.errors import TwoTowerError
+from twotower.training.data.state import LoaderState
 from twotower.training.fsdp import World
+
+Result = TypeVar("Result")
 
 MANIFEST = "manifest.json"
 KEPT = 2
 
 
-def save(directory: Path, step: int, tensors: dict[str, Tensor], rows: dict[str, Any], world: World) -> Path:
+def save(directory: Path, step: int, tensors: dict[str, Tensor], rows: LoaderState, world: World) -> Path:
     """Writes the state after `step` steps; every process calls it. A kill leaves a whole checkpoint or none.
 
     Raises:
@@ -115,7 +118,7 @@ def find(directory: Path, world: World) -> tuple[Path | None, list[str]]:
     return found, notes
 
 
-def load(path: Path, tensors: dict[str, Tensor], world: World) -> tuple[int, dict[str, Any]]:
+def load(path: Path, tensors: dict[str, Tensor], world: World) -> tuple[int, LoaderState]:
     """Fills `tensors` in place → the number of steps done, and this process's place in the data.
 
     Raises:
@@ -174,25 +177,25 @@ class _Failed(Exception):
     """On some process; its text says why."""
 
 
-def _together(action: Callable[[], Any], world: World) -> list[Any]:
+def _together(action: Callable[[], Result], world: World) -> list[Result]:
     """Every process's result of its action. Where one fails all raise: none waits for one that gave up.
 
     Raises:
         _Failed: with the first failure's reason.
     """
-    own: tuple[str | None, Any]
+    own: tuple[str | None, list[Result]]
     try:
-        own = None, action()
+        own = None, [action()]
     except (Exception, CheckpointException) as error:  # torch wraps what the disk said in errors of its own
-        own = _reason(error), None
+        own = _reason(error), []
     answers = world.gather(own)
     for reason, _ in answers:
         if reason:
             raise _Failed(reason)
-    return [result for _, result in answers]
+    return [result for _, results in answers for result in results]
 
 
-def _write(file: Path, state: dict[str, Any]) -> None:
+def _write(file: Path, state: LoaderState) -> None:
     buffer = io.BytesIO()
     torch.save(state, buffer)
     file.write_bytes(buffer.getbuffer())

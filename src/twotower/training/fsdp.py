@@ -7,7 +7,8 @@ from collections.abc import Iterable
 from contextlib import suppress
 from dataclasses import dataclass
 from datetime import timedelta
-from typing import Any
+from functools import partial
+from typing import TypeVar
 
 import torch
 import torch.distributed as dist
@@ -18,6 +19,8 @@ from torch.distributed.tensor import DTensor
 
 from twotower.errors import ArgumentError
 from twotower.model.wide_tensors import is_wide
+
+Value = TypeVar("Value")
 
 
 @dataclass(frozen=True)
@@ -44,7 +47,7 @@ class World:
         if self.size > 1:
             dist.barrier()
 
-    def broadcast(self, value: Any) -> Any:
+    def broadcast(self, value: Value) -> Value:
         """Rank 0's object, on every process."""
         if self.size == 1:
             return value
@@ -52,11 +55,11 @@ class World:
         dist.broadcast_object_list(box, src=0, device=self.device)
         return box[0]
 
-    def gather(self, value: Any) -> list[Any]:
+    def gather(self, value: Value) -> list[Value]:
         """Every process's object, in order of rank, on every process."""
         if self.size == 1:
             return [value]
-        box: list[Any] = [None] * self.size
+        box = [value] * self.size
         dist.all_gather_object(box, value)
         return box
 
@@ -118,17 +121,18 @@ def shard(objective: nn.Module, units: Iterable[nn.Module], world: World, dtype:
         if buffer.device.type != "meta":
             buffer.data = buffer.data.to(world.device)
     whole = {parameter for name, parameter in objective.named_parameters() if is_wide(name)}
-    settings: dict[str, Any] = {
-        "mesh": world.mesh,
-        "mp_policy": MixedPrecisionPolicy(
+    shard_one = partial(
+        fully_shard,
+        mesh=world.mesh,
+        mp_policy=MixedPrecisionPolicy(
             param_dtype=dtype, reduce_dtype=torch.promote_types(dtype, torch.float32), cast_forward_inputs=False
         ),
-        "ignored_params": whole,
-        "reshard_after_forward": world.size > 1,
-    }
+        ignored_params=whole,
+        reshard_after_forward=world.size > 1,
+    )
     for unit in units:
-        fully_shard(unit, **settings)
-    fully_shard(objective, **settings)
+        shard_one(unit)
+    shard_one(objective)
     for module in sharded(objective):
         module.set_gradient_divide_factor(1.0)
         module.set_force_sum_reduction_for_comms(True)

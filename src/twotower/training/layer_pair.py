@@ -7,7 +7,7 @@ they are all it keeps. Keys, values and boundary states never outlive it.
 from __future__ import annotations
 
 from collections.abc import Callable
-from typing import Any
+from typing import TypeVar
 
 import torch
 from torch import Tensor, nn
@@ -18,6 +18,8 @@ from twotower.config import COUPLED_KINDS
 from twotower.model.conditioning import Modulation
 from twotower.model.packed_forward import Layout, denoise_layer, read_layer
 from twotower.model.tower import Layer
+
+Output = TypeVar("Output")
 
 
 class ReadingLayer(nn.Module):
@@ -65,8 +67,9 @@ def pair_layers(
     ]
 
 
-def run_unit(unit: Callable[..., Any], recompute: bool, *inputs: Any) -> Any:
+def run_unit(unit: Callable[..., Output], recompute: bool, *inputs: object) -> Output:
     """The unit's output; with `recompute` only its inputs are kept and it runs again in the backward pass."""
     if recompute and torch.is_grad_enabled():
-        return checkpoint(unit, *inputs, use_reentrant=False, preserve_rng_state=False)
+        output: Output = checkpoint(unit, *inputs, use_reentrant=False, preserve_rng_state=False)
+        return output
     return unit(*inputs)

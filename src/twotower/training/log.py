@@ -5,12 +5,16 @@ from __future__ import annotations
 import json
 import sys
 import time
+from collections.abc import Mapping
 from contextlib import suppress
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
+
+from twotower.training.log_schema import StepRecord, Timing
 
 if TYPE_CHECKING:
     from rich.progress import Progress as Bar
+    from torch.utils.tensorboard import SummaryWriter
 
 LOG_FILE = "log.jsonl"
 BOARD_FOLDER = "tensorboard"
@@ -29,13 +33,13 @@ class Log:
             partial.write_text("".join(json.dumps(record) + "\n" for record in kept))
             partial.replace(self.path)
         self._out = self.path.open("a")
-        self._board: Any = None
+        self._board: SummaryWriter | None = None
         if tensorboard:
             from torch.utils.tensorboard import SummaryWriter
 
             self._board = SummaryWriter(str(directory / BOARD_FOLDER), purge_step=done + 1)
 
-    def write(self, record: dict[str, Any]) -> None:
+    def write(self, record: StepRecord) -> None:
         """One step's record."""
         self._out.write(json.dumps(record) + "\n")
         self._out.flush()
@@ -49,7 +53,7 @@ class Log:
             self._board.close()
 
 
-def read_log(path: Path) -> list[dict[str, Any]]:
+def read_log(path: Path) -> list[StepRecord]:
     """The whole lines of a log; one cut short by a kill or a full disk is left out."""
     records = []
     for line in path.read_text(errors="replace").splitlines():
@@ -58,7 +62,7 @@ def read_log(path: Path) -> list[dict[str, Any]]:
     return records
 
 
-def _scalars(record: dict[str, Any], prefix: str = "train/") -> list[tuple[str, float]]:
+def _scalars(record: Mapping[str, object], prefix: str = "train/") -> list[tuple[str, float]]:
     out: list[tuple[str, float]] = []
     for name, value in record.items():
         if name == "step":
@@ -93,7 +97,7 @@ class Progress:
             self._task = self._bar.add_task("", total=steps, completed=done)
             self._bar.start()
 
-    def step(self, step: int, loss: float, tokens: int) -> dict[str, float]:
+    def step(self, step: int, loss: float, tokens: int) -> Timing:
         """After step number `step` (from 1) → the step's timing."""
         self._tokens += tokens
         now = time.perf_counter()

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -88,7 +87,7 @@ class Optimizer:
 
     def moments(self, parameter: nn.Parameter) -> dict[str, torch.Tensor]:
         """AdamW's state of one parameter, made (zero) where no step was taken yet, so that a checkpoint can fill it."""
-        state: dict[str, Any] = self.adam.state[parameter]
+        state: dict[str, torch.Tensor] = self.adam.state[parameter]
         if not state:
             on = parameter.device if self.world.device.type == "cuda" else "cpu"
             state["step"] = torch.zeros((), dtype=torch.float32, device=on)

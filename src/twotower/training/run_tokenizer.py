@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, cast
 
 from tokenizers import Tokenizer
 
@@ -17,14 +17,14 @@ from twotower.training.settings import PretrainSettings
 from twotower.training.trainer import TOKENIZER_FILE
 
 if TYPE_CHECKING:
-    from transformers import PreTrainedTokenizerBase
+    from twotower.tokenizer import Tokenizer as ModelTokenizer
 
 TOKENIZER_TEXTS = 50_000  # documents that a new tokenizer is trained on, at most
 
 
 def tokenizer_of_run(
     settings: PretrainSettings, config: TwoTowerConfig, sources: list[Source], directory: Path, world: World
-) -> PreTrainedTokenizerBase:
+) -> ModelTokenizer:
     """The tokenizer given, or a new one trained on the data and kept in the run."""
     if settings.tokenizer is not None:
         return load_tokenizer(settings.tokenizer)
@@ -42,10 +42,10 @@ def tokenizer_of_run(
     return load_tokenizer(file)
 
 
-def load_tokenizer(path: Path) -> PreTrainedTokenizerBase:
+def load_tokenizer(path: Path) -> ModelTokenizer:
     """A tokenizer.json, or a directory that transformers can load one from."""
     if path.is_dir():
-        tokenizer: PreTrainedTokenizerBase | None = pretrained.load_tokenizer(path)
+        tokenizer = pretrained.load_tokenizer(path)
         if tokenizer is None:
             raise ArgumentError(f"{path}: holds no tokenizer")
         return tokenizer
@@ -57,7 +57,7 @@ def load_tokenizer(path: Path) -> PreTrainedTokenizerBase:
         raise ArgumentError(f"{path}: not a tokenizer.json ({error})") from None
     names = {f"{name}_token": f"<{name}>" for name in ("bos", "eos", "pad", "mask")}
     known = {key: token for key, token in names.items() if backend.token_to_id(token) is not None}
-    return PreTrainedTokenizerFast(tokenizer_object=backend, **known)
+    return cast("ModelTokenizer", PreTrainedTokenizerFast(tokenizer_object=backend, **known))
 
 
 def _texts(sources: list[Source]) -> list[str]:
@@ -71,7 +71,7 @@ def _texts(sources: list[Source]) -> list[str]:
     return texts
 
 
-def encoder_for(tokenizer: PreTrainedTokenizerBase, config: TwoTowerConfig) -> Encoder:
+def encoder_for(tokenizer: ModelTokenizer, config: TwoTowerConfig) -> Encoder:
     """Text → documents of this model.
 
     Raises:
@@ -91,7 +91,7 @@ def encoder_for(tokenizer: PreTrainedTokenizerBase, config: TwoTowerConfig) -> E
     )
 
 
-def take_special_ids(config: TwoTowerConfig, tokenizer: PreTrainedTokenizerBase) -> None:
+def take_special_ids(config: TwoTowerConfig, tokenizer: ModelTokenizer) -> None:
     """The config of a new model names its tokenizer's special tokens."""
     ours = {"bos": BOS, "eos": EOS, "pad": PAD, "mask": MASK}
     for name, default in ours.items():

@@ -6,7 +6,6 @@ import shutil
 from collections.abc import Callable
 from dataclasses import asdict, dataclass
 from pathlib import Path
-from typing import Any
 
 import torch
 
@@ -148,7 +147,7 @@ def compute_dtype(wanted: str, device: torch.device) -> torch.dtype:
     return torch.bfloat16 if multiplies_bf16_fast(device) else torch.float32
 
 
-def _shape(config: TwoTowerConfig) -> dict[str, Any]:
+def _shape(config: TwoTowerConfig) -> dict[str, object]:
     """What a run also depends on: config.json may be another under the same name."""
     return {f"config.{name}": value for name, value in asdict(config.backbone).items()}
 

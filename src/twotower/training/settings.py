@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from dataclasses import asdict, dataclass
 from pathlib import Path
-from typing import Any, Literal
+from typing import Literal
 
 from twotower.errors import ArgumentError
 from twotower.training.noise import NoiseScope
@@ -79,7 +79,7 @@ class Settings:
         steps = sum(stage.steps for stage in self.stages)
         return Schedule(steps=steps, peak=self.rate, warmup=min(self.warmup, steps), decay=self.decay, final=self.final)
 
-    def fixed(self) -> dict[str, Any]:
+    def fixed(self) -> dict[str, object]:
         """What must be the same when a run is continued."""
         return {name: value for name, value in asdict(self).items() if name not in FREE}
 
@@ -94,7 +94,7 @@ class PretrainSettings(Settings):
     split_digits: bool = False
     prompt_loss: bool = True
 
-    def fixed(self) -> dict[str, Any]:
+    def fixed(self) -> dict[str, object]:
         return super().fixed() | {
             "config": str(self.config),
             "tokenizer": str(self.tokenizer) if self.tokenizer else None,

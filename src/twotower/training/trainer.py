@@ -5,10 +5,10 @@ from __future__ import annotations
 import json
 import math
 import shutil
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Protocol
+from typing import Protocol
 
 from torch import Tensor, nn
 
@@ -16,8 +16,10 @@ from twotower.errors import ArgumentError, TwoTowerError
 from twotower.training import checkpoints
 from twotower.training.balance import LoadBalance
 from twotower.training.data.batch import Batch
+from twotower.training.data.state import LoaderState
 from twotower.training.fsdp import World
 from twotower.training.log import BOARD_FOLDER, LOG_FILE, Log, Progress
+from twotower.training.log_schema import StepRecord, Validation
 from twotower.training.objective import Objective
 from twotower.training.optimizer import Optimizer, Schedule
 
@@ -32,9 +34,9 @@ class Rows(Protocol):
 
     def next(self) -> Batch: ...
 
-    def state_dict(self) -> dict[str, Any]: ...
+    def state_dict(self) -> LoaderState: ...
 
-    def load_state_dict(self, state: dict[str, Any]) -> None: ...
+    def load_state_dict(self, state: LoaderState) -> None: ...
 
 
 @dataclass(frozen=True)
@@ -76,7 +78,7 @@ class Run:
         return self.stages[-1].block_size
 
 
-Validate = Callable[[int], dict[str, Any]]  # after a step, on every process → what goes into its log record
+Validate = Callable[[int], Validation]  # after a step, on every process → what goes into its log record
 
 
 def train(run: Run, objective: Objective, rows: Rows, world: World, validate: Validate | None = None) -> None:
@@ -108,7 +110,8 @@ def train(run: Run, objective: Objective, rows: Rows, world: World, validate: Va
                 record["validation"] = validate(step + 1)
                 progress.say(f"step {step + 1}: " + summary(record["validation"]))
             if log is not None:
-                log.write(record | {"timing": timing})
+                record["timing"] = timing
+                log.write(record)
             if last or (step + 1) % run.checkpoint_every == 0:
                 checkpoints.save(
                     run.directory / "checkpoints", step + 1, state(objective, optimizer), rows.state_dict(), world
@@ -120,7 +123,7 @@ def train(run: Run, objective: Objective, rows: Rows, world: World, validate: Va
             log.close()
 
 
-def _step(run: Run, objective: Objective, optimizer: Optimizer, rows: Rows, world: World, step: int) -> dict[str, Any]:
+def _step(run: Run, objective: Objective, optimizer: Optimizer, rows: Rows, world: World, step: int) -> StepRecord:
     """One update → its log record (but for the timing)."""
     size = run.block_size(step)
     rows.use(size)
@@ -173,7 +176,7 @@ def state(objective: nn.Module, optimizer: Optimizer) -> dict[str, Tensor]:
     return tensors | {f"buffers.{name}": buffer for name, buffer in objective.named_buffers()}
 
 
-def summary(validation: dict[str, Any]) -> str:
+def summary(validation: Mapping[str, object]) -> str:
     """The numbers of a validation in one line."""
     return "  ".join(f"{k} {v:.4g}" for k, v in validation.items() if isinstance(v, int | float))
 
@@ -187,7 +190,7 @@ def _resume(run: Run, objective: nn.Module, optimizer: Optimizer, rows: Rows, wo
     return done, notes
 
 
-def claim(directory: Path, settings: dict[str, Any], world: World) -> None:
+def claim(directory: Path, settings: dict[str, object], world: World) -> None:
     """Writes what a new run depends on into its directory, or compares it with what it was begun with.
 
     A run that has no checkpoint yet (a mistake in the command, say, or a loss that was not finite) holds nothing that
@@ -196,7 +199,7 @@ def claim(directory: Path, settings: dict[str, Any], world: World) -> None:
     Raises:
         ArgumentError: the directory holds a run with other settings; names the first that differs.
     """
-    problem = None
+    problem: str | None = None
     if world.first:
         directory.mkdir(parents=True, exist_ok=True)
         file = directory / SETTINGS_FILE

@@ -28,6 +28,7 @@ from twotower.errors import ArgumentError
 from twotower.evaluation.likelihood import Likelihood, continuation_bound, continuation_likelihood
 from twotower.evaluation.running import generate_all
 from twotower.modeling_twotower import TwoTowerForCausalLM
+from twotower.tokenizer import required
 
 log = logging.getLogger(__name__)
 
@@ -86,7 +87,7 @@ class TwoTowerLM(TemplateLM):
         device: str | None = None,
         denoiser_device: str | None = None,
         progress: Callable[[int, int], object] | None = None,
-        **unknown: Any,
+        **unknown: object,
     ) -> None:
         super().__init__()
         unknown.pop("max_batch_size", None)  # lm-evaluation-harness always gives it
@@ -116,7 +117,7 @@ class TwoTowerLM(TemplateLM):
         self.rows = _rows(batch_size)
         window = self.model.config.backbone.max_position_embeddings
         self.max_length = min(int(max_length), window) if max_length else window
-        self.tokenizer = self.model.tokenizer
+        self.tokenizer = required(self.model.tokenizer)
         self.spent = Spent()
         self.progress = progress
 
@@ -142,7 +143,7 @@ class TwoTowerLM(TemplateLM):
     def tokenizer_name(self) -> str:
         return str(self.name).replace("/", "__")
 
-    def tok_encode(self, string: str, add_special_tokens: bool | None = None, **kwargs: Any) -> list[int]:
+    def tok_encode(self, string: str, add_special_tokens: bool | None = None, **kwargs: object) -> list[int]:
         ids: list[int] = self.tokenizer(string, add_special_tokens=add_special_tokens is not False)["input_ids"]
         return ids
 
@@ -153,7 +154,7 @@ class TwoTowerLM(TemplateLM):
         return text
 
     def _loglikelihood_tokens(
-        self, requests: list[tuple[Any, list[int], list[int]]], disable_tqdm: bool = False, **kwargs: Any
+        self, requests: list[tuple[object, list[int], list[int]]], disable_tqdm: bool = False, **kwargs: object
     ) -> list[tuple[float, bool]]:
         # The last token is never read, so what is read fits where all but one do.
         pairs = [(self._left_cut(given, self.max_length + 1 - len(text)), text) for _, given, text in requests]
@@ -199,9 +200,12 @@ class TwoTowerLM(TemplateLM):
     def _scorer(self) -> str:
         return "context tower" if self.likelihood == "context" else "denoiser's bound"
 
-    def _score(self, pairs: list[tuple[list[int], list[int]]], progress: Any = None) -> list[tuple[float, bool]]:
+    def _score(
+        self, pairs: list[tuple[list[int], list[int]]], progress: Callable[[int], object] | None = None
+    ) -> list[tuple[float, bool]]:
         if self.likelihood == "bound":
-            size = int(self.setting.values.get("block_size", 16))
+            size = self.setting.values.get("block_size", 16)
+            assert isinstance(size, int)
             bounds = continuation_bound(self.model, pairs, block_size=size, samples=self.samples, progress=progress)
             return [(value, False) for value in bounds]
         found: list[Likelihood] = continuation_likelihood(self.model, pairs, progress)
@@ -217,7 +221,7 @@ class TwoTowerLM(TemplateLM):
         stops = [stop for stop in ([until] if isinstance(until, str) else until) if stop]
         limit = int(arguments.get("max_gen_toks") or arguments.get("max_new_tokens") or NEW_TOKENS)
         limit = min(limit, self.max_length - 1)
-        shared: dict[str, Any] = {
+        shared: dict[str, object] = {
             "max_new_tokens": limit,
             "stop": stops,
             "eos_token_id": model_loading.eos_of(self.model),

@@ -131,12 +131,12 @@ READERS: dict[str, Callable[..., Splits]] = {
 }
 
 
-def custom_dataset(name: str, folder: Path, *which: str) -> Callable[..., Any]:
+def custom_dataset(name: str, folder: Path, *which: str) -> Callable[..., object]:
     """What lm-evaluation-harness calls in place of the hub (its `custom_dataset`)."""
     return partial(_data_set, name, str(folder), which)
 
 
-def _data_set(name: str, folder: str, which: tuple[str, ...], **_: Any) -> Any:
+def _data_set(name: str, folder: str, which: tuple[str, ...], **_: object) -> object:
     from datasets import Dataset, DatasetDict
 
     splits = READERS[name](Path(folder), *which)

@@ -11,7 +11,6 @@ from dataclasses import asdict, dataclass
 from functools import cache, partial
 from pathlib import Path
 from statistics import fmean
-from typing import Any
 
 from lm_eval.evaluator import evaluate
 from lm_eval.tasks import TaskManager
@@ -42,7 +41,7 @@ class Score:
     shortened: int
     seconds: float
 
-    def to_dict(self) -> dict[str, Any]:
+    def to_dict(self) -> dict[str, object]:
         pair = self.against_ar
         extra = {} if pair is None else {"difference": pair.difference, "interval": pair.interval}
         return asdict(self) | extra

@@ -6,7 +6,7 @@ HumanEval and MBPP are described here, in its words, because its own run what a 
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal
@@ -15,7 +15,7 @@ from twotower.errors import ArgumentError
 from twotower.evaluation.lm_eval import offline
 from twotower.evaluation.lm_eval.sandbox import NoSandboxError, run_program
 
-Spec = dict[str, Any]  # what lm-evaluation-harness calls a task's config
+Spec = dict[str, object]  # what lm-evaluation-harness calls a task's config
 LANGUAGES = ("bn", "de", "en", "es", "fr", "ja", "ru", "sw", "te", "th", "zh")
 GLOBAL_LANGUAGES = ("ar", "bn", "de", "en", "es", "fr", "hi", "id", "it", "ja", "ko", "pt", "sw", "yo", "zh")
 CATEGORIES = (
@@ -54,7 +54,7 @@ class PublishedTask:
     code: bool = False
 
 
-def _one(name: str, folder_name: str, **more: Any) -> Callable[[Path | None], list[Spec]]:
+def _one(name: str, folder_name: str, **more: object) -> Callable[[Path | None], list[Spec]]:
     """A task of lm-evaluation-harness that has no parts."""
 
     def leaves(data: Path | None) -> list[Spec]:
@@ -104,12 +104,12 @@ def _winogrande(data: Path | None) -> list[Spec]:
     return [spec]
 
 
-def _hub_only(*specs: Spec) -> Callable[[Path | None], list[Spec]]:
+def _hub_only(*specs: Mapping[str, object]) -> Callable[[Path | None], list[Spec]]:
     def leaves(data: Path | None) -> list[Spec]:
         if data is not None:
             names = ", ".join(str(next(iter(spec.values()))) for spec in specs[:1])
             raise ArgumentError(f"{names}: has no reader for files; leave out --data to take it from the hub")
-        return list(specs)
+        return [dict(spec) for spec in specs]
 
     return leaves
 
@@ -166,7 +166,7 @@ def _source(data: Path | None, name: str, hub: str, part: str | None) -> Spec:
     return spec | {"custom_dataset": offline.custom_dataset(name, offline.set_folder(data, name))}
 
 
-def _humaneval_passed(doc: dict[str, Any], results: list[str]) -> dict[str, float]:
+def _humaneval_passed(doc: dict[str, object], results: list[str]) -> dict[str, float]:
     program = f"{doc['prompt']}{results[0]}\n{doc['test']}\ncheck({doc['entry_point']})\n"
     return {"pass@1": float(run_program(program).passed)}
 
@@ -271,7 +271,7 @@ def parts_of(name: str, data: Path | None) -> list[Spec]:
     return [leaf | {"num_fewshot": TASKS[name].shots} for leaf in TASKS[name].leaves(data)]
 
 
-def loadable(name: str, data: Path | None) -> list[Any]:
+def loadable(name: str, data: Path | None) -> list[object]:
     """A task as lm-evaluation-harness's `simple_evaluate` takes it: changes to its own, or one of ours."""
     from lm_eval.api.task import ConfigurableTask
 

@@ -103,7 +103,8 @@ def block_attention(
     out = probs[..., seen:] @ v
     if context is not None:
         out = out + probs[..., :seen] @ context[1]
-    return out.unflatten(2, (groups, length)).flatten(1, 2)
+    heads: Tensor = out.unflatten(2, (groups, length)).flatten(1, 2)
+    return heads
 
 
 class Tile(NamedTuple):

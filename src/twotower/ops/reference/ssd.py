@@ -89,7 +89,8 @@ def states_before(added: Tensor, totals: Tensor, state: Tensor | None, fresh: Te
     ends, whole = within[:, -1].unflatten(0, (rows, groups)), decay.sum(1).unflatten(0, (rows, groups))
     carried = states_before(ends, whole, None).flatten(0, 1)
     spread = decay.cumsum(1).exp()[..., None, None] * carried[:, None]
-    return (within + spread).unflatten(0, (rows, groups)).flatten(1, 2)[:, :n]
+    states: Tensor = (within + spread).unflatten(0, (rows, groups)).flatten(1, 2)[:, :n]
+    return states
 
 
 def ssd_sequential(

@@ -1,4 +1,3 @@
-# mypy: allow-untyped-defs
 """Triton kernel of `ops.reference.argmax.choose`: one pass over the logits of a position, one program each.
 
 Bytes of a position at V = 131072 in bf16: 256 KiB read, 12 written. Import this only where a kernel is to run.

@@ -1,4 +1,3 @@
-# mypy: allow-untyped-defs
 """Triton kernels of `attention`: the cached keys of a row are shared out among programs (splits), which stream them
 from the pool as they lie; a second kernel joins the splits.
 
@@ -58,7 +57,8 @@ def splits_of(programs: int, width: int, warps: int) -> int:
     """How many programs share up to `width` cached keys, where one each would be `programs` of so many warps."""
     filling = PROGRAMS * 8 // warps // programs
     evening = PROGRAMS * 8 // warps * MOST_ROUNDS // programs
-    return max(1, min(evening, triton.cdiv(width, MOST_KEYS)), min(filling, triton.cdiv(width, LEAST_KEYS)))
+    needed: int = max(1, min(evening, triton.cdiv(width, MOST_KEYS)), min(filling, triton.cdiv(width, LEAST_KEYS)))
+    return needed
 
 
 def attention(

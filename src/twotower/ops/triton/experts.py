@@ -1,4 +1,3 @@
-# mypy: allow-untyped-defs
 """Triton kernels of `experts` and `experts_int8`: every chosen expert's weights are read once for a tile of tokens, no
 other's, and the host waits for nothing.
 
@@ -220,11 +219,9 @@ def _expert_kernel(
     rows = x + source.to(tl.int64) * x_stride
     INT8: tl.constexpr = scale is not None
     SIZE: tl.constexpr = (OUT + 15) // 16 * 8 * IN if INT8 else OUT * IN  # of an expert, in elements as they are loaded
-    # fmt: off
     total = product(
         rows, live, weight + expert * SIZE, first, 0, IN, OUT, IN, INT8, ROWS, OUTS, STEP, OPERAND, PRECISION
     )
-    # fmt: on
     outs = first + tl.arange(0, OUTS)
     exists = outs < OUT
     if INT8:

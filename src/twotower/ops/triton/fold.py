@@ -1,4 +1,3 @@
-# mypy: allow-untyped-defs
 """Triton kernel of `fold`: one program a row and head, and some a row for the convolution window.
 
 Bytes moved for one row of the 30B shapes that accepts all of L = 16: the state 2 MiB read and 2 MiB written; of the

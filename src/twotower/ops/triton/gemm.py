@@ -1,4 +1,3 @@
-# mypy: allow-untyped-defs
 """What the Triton kernels for matrix products share: a tile of x·Wᵀ whose weights are read once, as they lie.
 
 Few tokens: the products wait for the weights, so all that counts is that every byte of them is on its way once and

@@ -1,4 +1,3 @@
-# mypy: allow-untyped-defs
 """Triton kernel of `linear_int8` for few tokens: int8 panels are read once and widened in registers.
 
 Bytes moved for `out_proj` of the 30B shape (4096 → 2688, bf16), 16 tokens: 10.5 MiB of weights; x, 128 KiB, by 42
@@ -100,11 +99,7 @@ def _linear_kernel(
     live = token < tokens
     start = tl.program_id(2) * PART
     rows = x + token.to(tl.int64) * x_stride
-    # fmt: off
-    total = product(
-        rows, live, weight, first, start, PART, OUT, IN, True, ROWS, OUTS, STEP, OPERAND, PRECISION
-    )
-    # fmt: on
+    total = product(rows, live, weight, first, start, PART, OUT, IN, True, ROWS, OUTS, STEP, OPERAND, PRECISION)
     outs = first + tl.arange(0, OUTS)
     exists = outs < OUT
     if WHOLE:

@@ -1,4 +1,3 @@
-# mypy: allow-untyped-defs
 """Triton kernel of `mamba_block`: one program a row and group of heads.
 
 No loop over tokens: a block is one tile of matrix products, and a block of one token takes sums instead of them. Sizes

@@ -1,4 +1,3 @@
-# mypy: allow-untyped-defs
 """Triton kernel of `rms_norm`: one program a token, which holds all of it, so everything is read once.
 
 Sums and modulation are fp32, and rounded once, at the end. Bytes of a token of the 30B shape (2688 wide, bf16): 5 KiB

@@ -1,4 +1,3 @@
-# mypy: allow-untyped-defs
 """Triton kernels of `route`: one for the products with the router's weight, one program a token for the choice.
 
 Products are exact (of bf16, or "ieee") and their sums fp32. The columns of hidden and weight are shared out among

@@ -12,9 +12,9 @@ from tokenizers import Tokenizer
 from twotower.errors import ArgumentError
 
 if TYPE_CHECKING:
-    from transformers import PreTrainedTokenizerBase
+    from twotower.tokenizer import Tokenizer as ModelTokenizer
 
-    AnyTokenizer = Tokenizer | PreTrainedTokenizerBase
+    AnyTokenizer = Tokenizer | ModelTokenizer
 
 
 class BadRecord(Exception):

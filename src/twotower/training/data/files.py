@@ -13,7 +13,7 @@ import zlib
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import IO, Any, Protocol
+from typing import IO, Protocol
 
 import numpy as np
 
@@ -34,7 +34,7 @@ class Raw:
     """A record before it is understood. content: a line of JSON, a line of text (`plain`), or fields."""
 
     place: str
-    content: bytes | Mapping[str, Any]
+    content: bytes | Mapping[str, object]
     plain: bool = False
 
 
@@ -197,7 +197,6 @@ def _split_of(name: str) -> str:
 
 def refuse_json_array(path: Path) -> None:
     """A .json file that is one array is another format, not a file of bad records."""
-    opener: Any = gzip.open if path.suffix == ".gz" else open
-    with opener(path, "rb") as source:
+    with gzip.open(path, "rb") if path.suffix == ".gz" else path.open("rb") as source:
         if source.read(4096).lstrip()[:1] == b"[":
             raise ArgumentError(f"{path}: is one JSON array; write one object a line, as a .jsonl file")

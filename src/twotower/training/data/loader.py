@@ -8,7 +8,6 @@ from collections.abc import Sequence
 from dataclasses import dataclass, field, replace
 from functools import partial
 from pathlib import Path
-from typing import Any
 
 import torch
 
@@ -20,6 +19,7 @@ from twotower.training.data.draws import uniform
 from twotower.training.data.packing import Offset, Piece, fill_row, lay_out, place
 from twotower.training.data.readers import open_reader
 from twotower.training.data.sources import Source
+from twotower.training.data.state import LaneState, LoaderState
 
 LOOK_AHEAD = 32
 
@@ -144,7 +144,7 @@ class Rows:
         counts = self._counts
         return Statistics(counts.documents, counts.tokens, counts.columns, counts.text, bad, messages)
 
-    def state_dict(self) -> dict[str, Any]:
+    def state_dict(self) -> LoaderState:
         """Everything that the next batch depends on: integers, strings and int32 tensors."""
         counts = self._counts
         return {
@@ -157,7 +157,7 @@ class Rows:
             "bad": [dict(source.bad) for source in self.sources],
         }
 
-    def load_state_dict(self, state: dict[str, Any]) -> None:
+    def load_state_dict(self, state: LoaderState) -> None:
         """Goes on after the batch at which the state was taken, with its block size (until `use` says another).
 
         Raises:
@@ -177,21 +177,23 @@ class Rows:
             )
         self.step, self.block_size = state["step"], state["block_size"]
         # Joined counts are the whole run's: one rank goes on with them, so that a sum over ranks stays right.
-        self._counts = Statistics(*state["counts"]) if not state.get("merged") or self._first else Statistics()
+        documents, tokens, columns, text = state["counts"]
+        goes_on = not state.get("merged") or self._first
+        self._counts = Statistics(documents, tokens, columns, text) if goes_on else Statistics()
         for lane in self._lanes:
             saved = state["lanes"][str(lane.lane)]
             lane.number, lane.ended = saved["number"], False
-            tokens = saved["tokens"].numpy().copy()
+            flat = saved["tokens"].numpy().copy()
             ends = itertools.accumulate(length for length, *_ in saved["waiting"].tolist())
             lane.waiting = [
-                Piece(tokens[end - length : end], context, lead, bool(ends_here), bool(prompted))
+                Piece(flat[end - length : end], context, lead, bool(ends_here), bool(prompted))
                 for end, (length, context, lead, ends_here, prompted) in zip(
                     ends, saved["waiting"].tolist(), strict=True
                 )
             ]
-        for i, (reader, saved) in enumerate(zip(self._readers, state["readers"], strict=True)):
+        for i, (reader, mark) in enumerate(zip(self._readers, state["readers"], strict=True)):
             positions = {lane.lane: state["lanes"][str(lane.lane)]["positions"][i] for lane in self._lanes}
-            reader.load_state_dict(saved, positions)
+            reader.load_state_dict(mark, positions)
         for source, bad in zip(self.sources, state["bad"], strict=True):
             source.bad.clear()
             source.bad.update(bad)
@@ -227,7 +229,7 @@ class Rows:
             return place(document, self.block_size, self.offset, self.seed, number)
         return None
 
-    def _lane_state(self, lane: _Lane) -> dict[str, Any]:
+    def _lane_state(self, lane: _Lane) -> LaneState:
         parts = [torch.from_numpy(piece.tokens) for piece in lane.waiting]
         waiting = [[len(p.tokens), p.context, p.lead, int(p.ends), int(p.prompted)] for p in lane.waiting]
         return {
@@ -244,15 +246,16 @@ class Rows:
         return {**sizes, "offset": self.offset, "look_ahead": self.look_ahead, "mixture": mixture}
 
 
-def merge_states(states: Sequence[dict[str, Any]]) -> dict[str, Any]:
+def merge_states(states: Sequence[LoaderState]) -> LoaderState:
     """The states of all ranks after one step → a state that any number of ranks can go on from."""
     if len({state["step"] for state in states}) != 1:
         raise ArgumentError(f"states of steps {sorted({s['step'] for s in states})} cannot be joined; take one step's")
-    merged = dict(states[0])
+    merged = states[0].copy()
     merged["lanes"] = {lane: saved for state in states for lane, saved in state["lanes"].items()}
     merged["counts"] = [sum(column) for column in zip(*(state["counts"] for state in states), strict=True)]
     per_source = zip(*(state["readers"] for state in states), strict=True)
     merged["readers"] = [min(saved, key=lambda mark: mark.get("at", 0)) for saved in per_source]  # the slowest's mark
     bad = zip(*(state["bad"] for state in states), strict=True)
     merged["bad"] = [{place: why for part in parts for place, why in part.items()} for parts in bad]
-    return merged | {"merged": 1}
+    merged["merged"] = 1
+    return merged

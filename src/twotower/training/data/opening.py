@@ -10,10 +10,14 @@ import tempfile
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
-from typing import Any, Protocol
+from types import ModuleType
+from typing import TYPE_CHECKING, Protocol
 
 from twotower.errors import ArgumentError, TwoTowerError
 from twotower.training.data.files import PARQUET, LineFiles, LineStream, Raw, Reading, find_files, refuse_json_array
+
+if TYPE_CHECKING:
+    from datasets import Dataset, IterableDataset
 
 
 class Records(Protocol):
@@ -27,7 +31,7 @@ class Records(Protocol):
 class Table:
     """A map-style `datasets.Dataset`."""
 
-    def __init__(self, dataset: Any, name: str) -> None:
+    def __init__(self, dataset: Dataset, name: str) -> None:
         self.dataset, self.name = dataset, name
 
     def __len__(self) -> int:
@@ -40,7 +44,7 @@ class Table:
 class DatasetStream:
     """A `datasets.IterableDataset`, read in its own order, any number of times."""
 
-    def __init__(self, dataset: Any, name: str) -> None:
+    def __init__(self, dataset: IterableDataset, name: str) -> None:
         self.dataset, self.name = dataset, name
 
     def read(self, state: str = "") -> Reading:
@@ -75,7 +79,7 @@ Stream = LineStream | DatasetStream
 
 
 def open_records(
-    data: Any,
+    data: object,
     *,
     name: str,
     split: str | None,
@@ -120,7 +124,9 @@ def _temporary_cache() -> Path:
     return Path(tempfile.gettempdir()) / f"twotower-datasets-{user}"
 
 
-def _open_hub(data: str, split: str | None, config: str | None, streaming: bool, cache_dir: str | Path | None) -> Any:
+def _open_hub(
+    data: str, split: str | None, config: str | None, streaming: bool, cache_dir: str | Path | None
+) -> Dataset | IterableDataset:
     looks_local = data.startswith(("/", ".", "~")) or Path(data).suffix in (
         ".jsonl",
         ".json",
@@ -134,10 +140,11 @@ def _open_hub(data: str, split: str | None, config: str | None, streaming: bool,
     return _load(data, data, name=config, split=split or "train", streaming=streaming, cache_dir=cache)
 
 
-def _load(shown: str, *args: Any, **options: Any) -> Any:
+def _load(shown: str, *args: str, **options: object) -> Dataset | IterableDataset:
     with quiet() as datasets:
         try:
-            return datasets.load_dataset(*args, **options)
+            loaded: Dataset | IterableDataset = datasets.load_dataset(*args, **options)
+            return loaded
         except Exception as error:  # `datasets` raises its own, the hub's, fsspec's and pyarrow's errors
             raise ArgumentError(
                 f"{shown}: cannot be loaded ({_one_line(error)}); give a local path, or a hub data set as OWNER/NAME"
@@ -145,7 +152,7 @@ def _load(shown: str, *args: Any, **options: Any) -> Any:
             ) from error
 
 
-def _open_saved(path: Path, split: str | None, streaming: bool) -> Any:
+def _open_saved(path: Path, split: str | None, streaming: bool) -> Dataset | IterableDataset:
     with quiet() as datasets:
         saved = datasets.load_from_disk(str(path))
     if isinstance(saved, dict):
@@ -154,30 +161,31 @@ def _open_saved(path: Path, split: str | None, streaming: bool) -> Any:
         saved = saved[split or "train"]
     elif split is not None:
         raise ArgumentError(f"{path}:{split}: what was saved there has no splits; leave out :{split}")
-    return saved.to_iterable_dataset() if streaming else saved
+    found: Dataset | IterableDataset = saved.to_iterable_dataset() if streaming else saved
+    return found
 
 
-def _wrap(dataset: Any, name: str, fields: Sequence[str]) -> Table | Stream:
+def _wrap(dataset: object, name: str, fields: Sequence[str]) -> Table | Stream:
     """Only the columns that are read: the others may be images or worse."""
     with quiet() as datasets:
         if not isinstance(dataset, datasets.Dataset | datasets.IterableDataset):
             raise ArgumentError(f"{name}: not a Dataset or IterableDataset of `datasets`; pick one of its splits")
-        columns = dataset.column_names
+        chosen, columns = dataset, dataset.column_names
         if columns is not None:
             if fields[0] not in columns:
                 raise ArgumentError(
                     f"{name}: no field {fields[0]!r}; it has {', '.join(columns)}: name one as text_field"
                 )
-            dataset = dataset.select_columns([field for field in fields if field in columns])
-        if isinstance(dataset, datasets.IterableDataset):
-            return DatasetStream(dataset, name)
-        if not len(dataset):
+            chosen = dataset.select_columns([field for field in fields if field in columns])
+        if isinstance(chosen, datasets.IterableDataset):
+            return DatasetStream(chosen, name)
+        if not len(chosen):
             raise ArgumentError(f"{name}: holds no records; give data that is not empty")
-        return Table(dataset.with_format(None), name)
+        return Table(chosen.with_format(None), name)
 
 
 @contextmanager
-def quiet() -> Iterator[Any]:
+def quiet() -> Iterator[ModuleType]:
     """The package `datasets`, imported now, without its progress bars and chatter while this lasts."""
     try:
         import datasets

@@ -7,7 +7,7 @@ from __future__ import annotations
 
 from collections import deque
 from collections.abc import Iterator, Sequence
-from typing import Any, Protocol
+from typing import Protocol
 
 import numpy as np
 
@@ -17,6 +17,7 @@ from twotower.training.data.draws import permutation
 from twotower.training.data.files import Raw
 from twotower.training.data.opening import Records, Stream
 from twotower.training.data.sources import Source
+from twotower.training.data.state import ReaderState
 
 MARK_EVERY = 256  # records of a stream between two places where reading can start again
 
@@ -30,11 +31,11 @@ class Reader(Protocol):
         """The lane's next usable record; None when `max_epochs` are over."""
         ...
 
-    def state_dict(self) -> dict[str, Any]:
+    def state_dict(self) -> ReaderState:
         """What is needed beside `positions`."""
         ...
 
-    def load_state_dict(self, state: dict[str, Any], positions: dict[int, int]) -> None: ...
+    def load_state_dict(self, state: ReaderState, positions: dict[int, int]) -> None: ...
 
 
 def open_reader(source: Source, rows: int, lanes: Sequence[int], max_epochs: int | None, *key: int | str) -> Reader:
@@ -66,10 +67,10 @@ class _Shuffled:
             if record is not None:
                 return record
 
-    def state_dict(self) -> dict[str, Any]:
+    def state_dict(self) -> ReaderState:
         return {"records": len(self.records)}
 
-    def load_state_dict(self, state: dict[str, Any], positions: dict[int, int]) -> None:
+    def load_state_dict(self, state: ReaderState, positions: dict[int, int]) -> None:
         if state["records"] != len(self.records):
             raise ArgumentError(
                 f"{self.source.name}: has {len(self.records)} records, but the run began with {state['records']}; "
@@ -117,18 +118,18 @@ class _InOrder:
                     "other data or fewer rows per batch"
                 )
 
-    def state_dict(self) -> dict[str, Any]:
+    def state_dict(self) -> ReaderState:
         self._prune()
-        return dict(self._marks[0])
+        return self._marks[0].copy()
 
-    def load_state_dict(self, state: dict[str, Any], positions: dict[int, int]) -> None:
+    def load_state_dict(self, state: ReaderState, positions: dict[int, int]) -> None:
         self.positions = dict(positions)
         self._ahead.clear()
         self._begin(state)
 
-    def _begin(self, mark: dict[str, Any]) -> None:
+    def _begin(self, mark: ReaderState) -> None:
         self.at, self.pass_start, self.passes = mark["at"], mark["pass_start"], mark["passes"]
-        self._marks = deque([dict(mark)])
+        self._marks = deque([mark.copy()])
         self._reading = self.stream.read(mark["stream"])
 
     def _advance(self) -> None:
@@ -145,8 +146,8 @@ class _InOrder:
             self._ahead[self.at] = raw
         self.at += 1
         if self.at % MARK_EVERY == 0:
-            mark = {"at": self.at, "pass_start": self.pass_start, "passes": self.passes}
-            self._marks.append(mark | {"stream": self._reading.state()})
+            place = self._reading.state()
+            self._marks.append({"at": self.at, "pass_start": self.pass_start, "passes": self.passes, "stream": place})
             self._prune()
 
     def _prune(self) -> None:

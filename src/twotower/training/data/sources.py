@@ -16,7 +16,7 @@ import re
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Literal
+from typing import Literal
 
 from twotower.errors import ArgumentError, TwoTowerError
 from twotower.training.data.documents import BadRecord, Record
@@ -86,7 +86,7 @@ class Source:
 
     def __init__(
         self,
-        data: Any,
+        data: object,
         *,
         part: Part = "train",
         held_out_fraction: float = 0.0,
@@ -173,7 +173,7 @@ class Source:
             prompt = self._string(content, self.prompt_field)
         return Record(text, prompt, raw.place)
 
-    def _string(self, content: dict[str, Any], field: str) -> str:
+    def _string(self, content: dict[str, object], field: str) -> str:
         value = content[field]
         if not isinstance(value, str):
             raise BadRecord(f"field {field!r} is {'null' if value is None else f'a {type(value).__name__}'}, not text")

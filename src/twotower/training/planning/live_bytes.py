@@ -3,8 +3,7 @@
 from __future__ import annotations
 
 import weakref
-from collections.abc import ValuesView
-from typing import Any
+from collections.abc import Callable, Mapping, Sequence, ValuesView
 
 from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
@@ -19,7 +18,13 @@ class LiveBytes(TorchDispatchMode):
         self.live = self.peak = 0
         self._known: set[int] = set()
 
-    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+    def __torch_dispatch__(
+        self,
+        func: Callable[..., object],
+        types: object,
+        args: Sequence[object] = (),
+        kwargs: Mapping[str, object] | None = None,
+    ) -> object:
         kwargs = kwargs or {}
         self._meet((args, kwargs.values()), new=False)
         out = func(*args, **kwargs)
@@ -29,7 +34,7 @@ class LiveBytes(TorchDispatchMode):
     def restart(self) -> None:
         self.peak = self.live
 
-    def _meet(self, value: Any, new: bool) -> None:
+    def _meet(self, value: object, new: bool) -> None:
         """Every tensor in an operation's arguments or results."""
         if isinstance(value, Tensor):
             self._follow(value, new)

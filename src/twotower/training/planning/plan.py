@@ -93,7 +93,7 @@ class Plan:
         """A column's work, as a multiple of next-token training of one tower."""
         return self.flops.total / self.autoregressive.total
 
-    def to_dict(self) -> dict[str, Any]:
+    def to_dict(self) -> dict[str, object]:
         """Plain data: bytes, FLOPs, seconds, hours."""
         facts = dataclasses.asdict(self)
         facts["memory"]["total"] = self.memory.total

@@ -2,12 +2,12 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
-from typing import Any
+from collections.abc import Callable, Mapping, Sequence
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
+from torch.autograd.function import BackwardCFunction, FunctionCtx
 from torch.overrides import TorchFunctionMode
 
 from twotower.config import BackboneConfig
@@ -35,25 +35,32 @@ def tower_with_grouped_experts(config: BackboneConfig) -> Tower:
 class FusedAttention(TorchFunctionMode):
     """Attention that keeps what a fused kernel keeps, instead of the scores that torch's fall-back would form."""
 
-    def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+    def __torch_function__(
+        self,
+        func: Callable[..., object],
+        types: object,
+        args: Sequence[object] = (),
+        kwargs: Mapping[str, object] | None = None,
+    ) -> object:
         kwargs = kwargs or {}
         if func is not F.scaled_dot_product_attention:
             return func(*args, **kwargs)
-        q, k, v = args
-        return fused_attention(q, k, v, kwargs["attn_mask"])
+        q, k, v, mask = (part for part in (*args, kwargs["attn_mask"]) if isinstance(part, Tensor))
+        return fused_attention(q, k, v, mask)
 
 
 class _Fused(torch.autograd.Function):
     @staticmethod
-    def forward(ctx: Any, q: Tensor, k: Tensor, v: Tensor, mask: Tensor) -> Tensor:
+    def forward(ctx: FunctionCtx, q: Tensor, k: Tensor, v: Tensor, mask: Tensor) -> Tensor:
         out, bias = torch.empty_like(q), torch.empty_like(mask, dtype=q.dtype)
         log_sum = torch.empty(q.shape[:-1], dtype=torch.promote_types(q.dtype, torch.float32), device=q.device)
         ctx.save_for_backward(q, k, v, bias, out, log_sum)
         return out
 
     @staticmethod
-    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, Tensor, Tensor, None]:
-        q, k, v, *_ = ctx.saved_tensors
+    def backward(ctx: BackwardCFunction, grad: Tensor) -> tuple[Tensor, Tensor, Tensor, None]:
+        saved: tuple[Tensor, ...] = ctx.saved_tensors
+        q, k, v, *_ = saved
         return torch.empty_like(q), torch.empty_like(k), torch.empty_like(v), None
 
 

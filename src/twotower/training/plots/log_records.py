@@ -2,22 +2,22 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from itertools import pairwise
 from pathlib import Path
-from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
 
 from twotower.errors import ArgumentError
 from twotower.training.log import LOG_FILE, read_log
+from twotower.training.log_schema import StepRecord
 
-Records = Sequence[dict[str, Any]]
+Records = Sequence[StepRecord]
 SMOOTHED = 50  # a smoothed curve averages over this part of the run
 
 
-def load(run: Path) -> list[dict[str, Any]]:
+def load(run: Path) -> list[StepRecord]:
     """The records of a run's log, of which there is at least one.
 
     Raises:
@@ -45,8 +45,8 @@ def summary(records: Records) -> list[str]:
     shown = last["step"] if "validation" in last else max((r["step"] for r in records if "validation" in r), default=0)
     found = "no validation yet"
     if shown:
-        numbers = next(r["validation"] for r in records if r["step"] == shown)
-        values = (f"{k.replace('_', ' ')} {v:.4g}" for k, v in numbers.items() if isinstance(v, int | float))
+        found_last = next(r["validation"] for r in records if r["step"] == shown)
+        values = (f"{k.replace('_', ' ')} {v:.4g}" for k, v in found_last.items() if isinstance(v, int | float))
         found = f"validation at step {shown}: " + ", ".join(values)
     return [
         f"steps {first['step']} to {last['step']}, blocks of {sizes}: {with_prefix(tokens)} tokens in "
@@ -55,6 +55,18 @@ def summary(records: Records) -> list[str]:
         f"learning rate {last['rate']:.2g}",
         found,
     ]
+
+
+def number(found: Mapping[str, object], name: str) -> float:
+    """A number of a record; NaN where the record has none of this name."""
+    value = found.get(name)
+    return float(value) if isinstance(value, int | float) else float("nan")
+
+
+def numbers(found: Mapping[str, object], name: str) -> dict[str, float]:
+    """Named numbers of a record; none where the record has none of this name."""
+    value = found.get(name)
+    return value if isinstance(value, dict) else {}
 
 
 def smoothed(values: Sequence[float]) -> NDArray[np.float64]:

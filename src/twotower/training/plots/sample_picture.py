@@ -4,9 +4,11 @@ from __future__ import annotations
 
 import textwrap
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 import numpy as np
+
+from twotower.training.log_schema import Sample
 
 if TYPE_CHECKING:
     from matplotlib.figure import Figure, SubFigure
@@ -31,7 +33,7 @@ class TraceMap:
     step: list[int]
 
     @classmethod
-    def of(cls, sample: dict[str, Any]) -> TraceMap | None:
+    def of(cls, sample: Sample) -> TraceMap | None:
         """None where nothing was written."""
         trace = sample["trace"]
         if not trace["tokens"]:
@@ -122,7 +124,7 @@ class Passage:
     lines: list[str]
 
     @classmethod
-    def of(cls, sample: dict[str, Any]) -> Passage | None:
+    def of(cls, sample: Sample) -> Passage | None:
         """None where nothing was written."""
         lines = textwrap.wrap("→ " + _visible(sample["text"]), 125)
         return cls(sample["prompt"], lines[:LINES]) if sample["text"] else None

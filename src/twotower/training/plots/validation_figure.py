@@ -4,14 +4,14 @@ from __future__ import annotations
 
 import itertools
 import re
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from itertools import pairwise
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 import numpy as np
 
 from twotower.plotting import BLUE, GREEN, GREY, ORANGE, PURPLE, SKY, YELLOW
-from twotower.training.plots.log_records import Records
+from twotower.training.plots.log_records import Records, number, numbers
 from twotower.training.plots.sample_picture import Passage, TraceMap
 from twotower.training.plots.training_figure import WIDTH, fit_steps
 
@@ -32,7 +32,9 @@ def validation_figure(records: Records) -> Figure:
     last = found[-1]
     sample = last.get("sample")
     small = [name for name in ("agreement", "tokens_per_pass", "bits_per_byte") if name in last]
-    picture = (TraceMap.of(sample) if "trace" in sample else Passage.of(sample)) if sample else None
+    picture: TraceMap | Passage | None = None
+    if sample:
+        picture = TraceMap.of(sample) if "trace" in sample else Passage.of(sample)
     height = 4.0 + (2.4 if small else 0.0)
     below = picture.height if picture else 0.0
     figure = Figure(figsize=(WIDTH, height + below))
@@ -44,34 +46,34 @@ def validation_figure(records: Records) -> Figure:
     grid = curves.add_gridspec(2 if small else 1, max(len(small), 1), height_ratios=[4.0, 2.4] if small else None)
     _likelihood(curves.add_subplot(grid[0, :]), steps, found)
     for i, name in enumerate(small):
-        _single(curves.add_subplot(grid[1, i]), name, steps, [values.get(name) for values in found])
+        _single(curves.add_subplot(grid[1, i]), name, steps, [number(values, name) for values in found])
     if picture and under:
         picture.draw(under, steps[-1])
     return figure
 
 
-def _likelihood(axis: Axes, steps: Sequence[int], found: Sequence[dict[str, Any]]) -> None:
+def _likelihood(axis: Axes, steps: Sequence[int], found: Sequence[Mapping[str, object]]) -> None:
     """The denoiser by noise level, with the context tower as reference; or an autoregressive model by source."""
     import matplotlib
 
     denoiser = "masked_nll_by_t" in found[-1]
     group = "masked_nll_by_t" if denoiser else "nll_by_source"
-    names = list(found[-1].get(group, {}))
+    names = list(numbers(found[-1], group))
     shades: Iterable[ColorType] = itertools.cycle(SOURCES)
     if denoiser:
         shades = list(matplotlib.colormaps["viridis"](np.linspace(0.85, 0.0, max(len(names), 2))))
     ends: list[tuple[float, str, ColorType]] = []
     for shade, name, label in zip(shades, names, names if denoiser else short_names(names), strict=False):
-        values = [entry.get(group, {}).get(name, np.nan) for entry in found]
+        values = [numbers(entry, group).get(name, np.nan) for entry in found]
         axis.plot(steps, values, color=shade, marker="o", markersize=3, linewidth=1.6)
         ends.append((values[-1], f"t = {label}" if denoiser else label, shade))
     whole = "masked_nll" if denoiser else "nll"
     if denoiser or len(names) > 1:
-        values = [entry.get(whole, np.nan) for entry in found]
+        values = [number(entry, whole) for entry in found]
         axis.plot(steps, values, color=ORANGE, linewidth=2.2, linestyle=(0, (5, 2)))
         ends.append((values[-1], "all t < 1" if denoiser else "all", ORANGE))
     if denoiser and "ar_nll" in found[-1]:
-        values = [entry.get("ar_nll", np.nan) for entry in found]
+        values = [number(entry, "ar_nll") for entry in found]
         axis.plot(steps, values, color="black", linewidth=1.6, linestyle=(0, (1, 1.5)))
         ends.append((values[-1], "context tower, AR", "black"))
     title = "Held-out loss of the denoiser by noise level t" if denoiser else "Held-out loss"
@@ -133,9 +135,9 @@ _SINGLE = {
 }
 
 
-def _single(axis: Axes, name: str, steps: Sequence[int], values: Sequence[float | None]) -> None:
+def _single(axis: Axes, name: str, steps: Sequence[int], values: Sequence[float]) -> None:
     title, unit, colour, scale = _SINGLE[name]
-    shown = [np.nan if value is None else scale * value for value in values]
+    shown = [scale * value for value in values]
     axis.plot(steps, shown, color=colour, marker="o", markersize=3, linewidth=1.8)
     axis.set(title=title, ylabel=unit, xlabel="step")
     fit_steps([axis], steps)

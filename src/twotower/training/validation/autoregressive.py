@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import math
 from collections.abc import Iterable, Mapping, Sequence
-from typing import Any
 
 import torch
 import torch.nn.functional as F
@@ -12,8 +11,10 @@ import torch.nn.functional as F
 from twotower.decoding.params import GenerationParams
 from twotower.errors import ArgumentError
 from twotower.modeling_twotower import TwoTowerForCausalLM
+from twotower.tokenizer import required
 from twotower.training.data.batch import Batch
 from twotower.training.fsdp import World, sharded
+from twotower.training.log_schema import Validation
 from twotower.training.objective import AutoregressiveObjective, next_tokens
 from twotower.training.validation.samples import documents, shared_prompts, whole, write
 
@@ -58,7 +59,7 @@ class AutoregressiveValidation:
             self.bytes = {name: world.total(self._bytes(part)) for name, part in self.held_out.items()}
 
     @torch.no_grad()
-    def __call__(self, step: int) -> dict[str, Any]:
+    def __call__(self, step: int) -> Validation:
         """Everything above, for a log record."""
         nats = {}
         try:
@@ -68,7 +69,7 @@ class AutoregressiveValidation:
         finally:
             for module in sharded(self.objective):
                 module.reshard()
-        record: dict[str, Any] = {
+        record: Validation = {
             "nll": sum(nats.values()) / sum(self.tokens.values()),
             "nll_by_source": {name: nats[name] / self.tokens[name] for name in nats},
         }
@@ -87,5 +88,5 @@ class AutoregressiveValidation:
             scored = F.pad(next_tokens(batch, self.objective.prompt_loss), (1, 0))
             for row, columns in documents(batch):
                 tokens = batch.tokens[row][columns & scored[row]].tolist()
-                total += len(self.model.tokenizer.decode(tokens, skip_special_tokens=True).encode())
+                total += len(required(self.model.tokenizer).decode(tokens, skip_special_tokens=True).encode())
         return total

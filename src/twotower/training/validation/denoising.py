@@ -4,7 +4,6 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Mapping, Sequence
 from functools import partial
-from typing import Any
 
 import torch
 import torch.nn.functional as F
@@ -20,6 +19,7 @@ from twotower.ops.precision import widened
 from twotower.training.data.batch import Batch
 from twotower.training.fsdp import World, sharded
 from twotower.training.layer_pair import PairedLayer
+from twotower.training.log_schema import Validation
 from twotower.training.noise import Corruption
 from twotower.training.objective import DenoisingObjective, in_pieces, next_tokens
 from twotower.training.validation.samples import shared_prompts, whole, write
@@ -91,7 +91,7 @@ class DenoisingValidation:
         self.prompts = shared_prompts(model, sources, prompts, self.params, world)
 
     @torch.no_grad()
-    def __call__(self, step: int) -> dict[str, Any]:
+    def __call__(self, step: int) -> Validation:
         """Everything above, for a log record."""
         if not self._registered:
             register_fsdp_forward_method(self.objective, "examine")
@@ -106,7 +106,7 @@ class DenoisingValidation:
                 record |= write(self.model, self.prompts, self.params, self.world)
         return record
 
-    def _likelihood(self) -> dict[str, Any]:
+    def _likelihood(self) -> Validation:
         if self.objective.options.train_context:
             self._greedy.clear()
         if context_unknown := not self._greedy:

@@ -6,7 +6,6 @@ import itertools
 from collections import Counter
 from collections.abc import Iterable, Iterator, Sequence
 from contextlib import contextmanager
-from typing import Any
 
 from torch import Tensor, nn
 from torch.distributed.fsdp import FSDPModule
@@ -16,8 +15,10 @@ from twotower.decoding.params import GenerationParams
 from twotower.engine.generation import generate
 from twotower.errors import ArgumentError
 from twotower.modeling_twotower import TwoTowerForCausalLM
+from twotower.tokenizer import Tokenizer
 from twotower.training.data.batch import Batch
 from twotower.training.fsdp import World
+from twotower.training.log_schema import Sample, Trace, Validation
 
 FIRST_PART = 128  # tokens of a text without prompt that are given, at most
 
@@ -77,7 +78,7 @@ def shared_prompts(
 
 def write(
     model: TwoTowerForCausalLM, prompts: Sequence[list[int]], params: GenerationParams, world: World
-) -> dict[str, Any]:
+) -> Validation:
     """Continues all prompts, shared out over the processes; every process calls it and gets the same.
 
     → tokens_per_pass (diffusion only): new tokens, up to and including EOS, a denoiser pass, over all prompts; and
@@ -86,16 +87,16 @@ def write(
     own = list(prompts[world.rank :: world.size])
     passes: Counter[int] = Counter()
 
-    def count(step: int, steps: int, block: Tensor, *, t: Any, logits: Any, block_idx: int) -> None:
+    def count(step: int, steps: int, block: Tensor, *, t: object, logits: object, block_idx: int) -> None:
         passes[block_idx] += logits is not None and bool((block[0] == params.mask_token_id).any())
 
     diffusion = params.mode == "diffusion"
     results = generate(model, own, params, step_callback=count if diffusion else None) if own else []
-    record: dict[str, Any] = {}
+    record: Validation = {}
     if diffusion:
         tokens = world.total(sum(len(result.tokens) for result in results))
         record["tokens_per_pass"] = tokens / world.total(sum(result.denoiser_passes for result in results))
-    sample: dict[str, Any] = {}
+    sample: Sample = {}
     if world.first:
         first = results[0]
         sample = {
@@ -105,19 +106,14 @@ def write(
             "tokens": len(first.tokens),
         }
         if diffusion:
-            sample |= {
-                "passes": first.denoiser_passes,
-                "trace": trace(first, params.block_size, passes, model.tokenizer),
-            }
-    return record | {"sample": world.broadcast(sample)}
+            sample["passes"] = first.denoiser_passes
+            sample["trace"] = trace(first, params.block_size, passes, model.tokenizer)
+    record["sample"] = world.broadcast(sample)
+    return record
 
 
-def trace(result: Generation, block_size: int, passes: Counter[int], tokenizer: Any) -> dict[str, Any]:
-    """One row's denoising as plain data: new token i stood at position i mod block_size of block i div block_size.
-
-    tokens: each as text. step: the pass within its block, from 0, that committed it. passes: of each block; a block's
-    last ones may have committed only what EOS cut off.
-    """
+def trace(result: Generation, block_size: int, passes: Counter[int], tokenizer: Tokenizer | None) -> Trace:
+    """One row's denoising as plain data."""
     blocks = -(-len(result.tokens) // block_size)
     return {
         "block_size": block_size,
@@ -127,6 +123,6 @@ def trace(result: Generation, block_size: int, passes: Counter[int], tokenizer: 
     }
 
 
-def _text(tokenizer: Any, tokens: Sequence[int]) -> str:
+def _text(tokenizer: Tokenizer | None, tokens: Sequence[int]) -> str:
     """Special tokens included; numbers where there is no tokenizer."""
     return " ".join(map(str, tokens)) if tokenizer is None else str(tokenizer.decode(list(tokens)))
