@@ -13,7 +13,8 @@ from safetensors.torch import load_file
 from torch import Tensor
 
 from twotower import TwoTowerForCausalLM
-from twotower.cache.hybrid_cache import AttentionPool, MambaPool, TowerState
+from twotower.cache.hybrid_cache import TowerState
+from twotower.cache.pools import AttentionPool, MambaPool
 from twotower.decoding.sampling import confidence
 from twotower.model.conditioning import timestep_sinusoid
 from twotower.ops.reference.attention import Cached

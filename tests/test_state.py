@@ -14,7 +14,8 @@ from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from twotower import TwoTowerForCausalLM
-from twotower.cache.hybrid_cache import AttentionPool, MambaPool, TowerState, sizes
+from twotower.cache.hybrid_cache import TowerState, sizes
+from twotower.cache.pools import AttentionPool, MambaPool
 from twotower.cache.replica import Mirror, Transport
 from twotower.model import moe, towers
 from twotower.ops.reference.attention import Cached

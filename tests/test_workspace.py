@@ -17,7 +17,8 @@ from conftest import EVERY_KIND, build_random_model
 from test_engine import KINDS
 
 from twotower import LLM, GenerationParams, Request, TwoTowerForCausalLM, generate
-from twotower.cache.hybrid_cache import MambaPool, TowerState
+from twotower.cache.hybrid_cache import TowerState
+from twotower.cache.pools import MambaPool
 from twotower.engine import workspace
 from twotower.engine.mode_choice import resolve
 from twotower.engine.workspace import MOST_CONTROLLERS, StateShape, Workspace

@@ -17,7 +17,8 @@ import torch
 from torch import Tensor, nn
 
 from twotower import TwoTowerConfig, TwoTowerForCausalLM, model_loading
-from twotower.cache.hybrid_cache import AttentionPool, MambaPool, TowerState
+from twotower.cache.hybrid_cache import TowerState
+from twotower.cache.pools import AttentionPool, MambaPool
 from twotower.checkpoint.quantize import quantize_
 from twotower.config import read_object
 from twotower.model.conditioning import TimeConditioning

@@ -15,8 +15,8 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from twotower import TwoTowerForCausalLM
-from twotower.cache.hybrid_cache import ContextView
 from twotower.cache.layer_cache import KeyValue, MambaPast
+from twotower.cache.pools import ContextView
 from twotower.ops.reference.attention import Cached
 
 

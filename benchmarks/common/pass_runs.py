@@ -7,7 +7,7 @@ import torch
 from common.models import BLOCK, Texts, random_tokens
 from common.timing import Run
 from twotower import TwoTowerForCausalLM
-from twotower.cache.hybrid_cache import ContextView
+from twotower.cache.pools import ContextView
 
 
 class PassRuns:

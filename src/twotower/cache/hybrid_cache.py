@@ -10,7 +10,6 @@ This is the only mutable inference state of the package. Under autograd writes a
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
 from functools import lru_cache
 
 import torch
@@ -18,6 +17,7 @@ from torch import Tensor
 
 from twotower.cache.kv_slots import Segments
 from twotower.cache.layer_cache import Added, KeyValue, MambaPast, Past
+from twotower.cache.pools import AttentionPool, ContextView, Excerpt, MambaPool, Pool, laid_out, mamba_past
 from twotower.config import BackboneConfig
 from twotower.ops.host_transfer import placed
 from twotower.ops.precision import accumulation_dtype
@@ -27,51 +27,6 @@ from twotower.ops.reference.mamba_block import MambaTrace
 from twotower.ops.registry import select
 
 BUCKET = 64  # the context length a pass sees is rounded up to this, so shapes change rarely
-
-
-@dataclass
-class AttentionPool:
-    """k, v (vectors + 1, D), which `Segments` shares among the rows; the last one takes the writes of padding."""
-
-    k: Tensor
-    v: Tensor
-
-
-@dataclass
-class MambaPool:
-    """conv_window (R, K−1, C) and ssm_state (R, H, P, N) before the last `extend`, and its trace, if any, of the rows
-    that it read (`TowerState.traced`)."""
-
-    conv_window: Tensor
-    ssm_state: Tensor
-    trace: MambaTrace | None = None
-
-
-Pool = AttentionPool | MambaPool | None
-
-
-@dataclass(frozen=True)
-class ContextView:
-    """A read-only look at the state: what one pass of a tower reads, layer by layer.
-
-    past: one entry a layer; lengths (B,). Good until the next `extend`.
-    """
-
-    past: list[Past]
-    lengths: Tensor
-
-
-@dataclass(frozen=True)
-class Excerpt:
-    """A part of one text's state, layer by layer: keys and values of its tokens (Hkv, T, D), or the Mamba state after
-    them."""
-
-    layers: list[KeyValue | MambaPast | None]
-    tokens: int
-
-    @property
-    def nbytes(self) -> int:
-        return sum(part.nbytes for layer in self.layers if layer is not None for part in layer)
 
 
 class TowerState:
@@ -157,7 +112,7 @@ class TowerState:
         for layer, attention in self._attention:
             past[layer] = Cached(attention.k, attention.v, start, stride, lengths, width, even)
         for layer, mamba in self._mamba:
-            past[layer] = _read(mamba, rows)
+            past[layer] = mamba_past(mamba, rows)
         return ContextView(past, lengths)
 
     def _places(self, rows: Tensor | None) -> tuple[Tensor, Tensor, Tensor]:
@@ -289,7 +244,7 @@ class TowerState:
         grown = Segments.of_rows(self.rows, old.heads, max(capacity, old.even * 3 // 2), self.lengths.device)
         for pool in self.pools:
             if isinstance(pool, AttentionPool):
-                pool.k, pool.v = (_laid_out(t, old, grown) for t in (pool.k, pool.v))
+                pool.k, pool.v = (laid_out(t, old, grown) for t in (pool.k, pool.v))
         self.segments = grown
 
     def open(self, row: int, length: int) -> None:
@@ -313,7 +268,7 @@ class TowerState:
             self.settle()
         old = self.segments
         chosen = Segments.of_rows(len(rows), old.heads, old.even, self.lengths.device)
-        return self._map(lambda t: t[rows], chosen, lambda t: _laid_out(t, old, chosen, rows))
+        return self._map(lambda t: t[rows], chosen, lambda t: laid_out(t, old, chosen, rows))
 
     def snapshot(self) -> TowerState:
         """An independent copy."""
@@ -365,18 +320,3 @@ def sizes(config: BackboneConfig, dtype: torch.dtype) -> tuple[int, int]:
     mamba = [pool for pool in states[0].pools if isinstance(pool, MambaPool)]
     per_row = sum(pool.conv_window.nbytes + pool.ssm_state.nbytes for pool in mamba)
     return per_row, states[1].nbytes - states[0].nbytes
-
-
-def _read(pool: MambaPool, rows: Tensor | None) -> MambaPast:
-    if rows is None:
-        return MambaPast(pool.conv_window, pool.ssm_state)
-    return MambaPast(pool.conv_window[rows], pool.ssm_state[rows])
-
-
-def _laid_out(pool: Tensor, old: Segments, new: Segments, rows: Tensor | None = None) -> Tensor:
-    """The pool of evenly laid out rows (or of the given ones) in another even layout, of no fewer columns."""
-    held = pool[: old.vectors].view(old.rows, old.heads, old.even, pool.shape[1])
-    held = held if rows is None else held[rows]
-    out = pool.new_zeros(new.vectors + 1, pool.shape[1])
-    out[: new.vectors].view(new.rows, new.heads, new.even, pool.shape[1])[:, :, : old.even] = held
-    return out

@@ -10,7 +10,8 @@ from collections import OrderedDict
 from collections.abc import Sequence
 from dataclasses import dataclass
 
-from twotower.cache.hybrid_cache import Excerpt, TowerState
+from twotower.cache.hybrid_cache import TowerState
+from twotower.cache.pools import Excerpt
 
 
 @dataclass

@@ -15,7 +15,8 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from twotower.cache.hybrid_cache import AttentionPool, ContextView, MambaPool, TowerState
+from twotower.cache.hybrid_cache import TowerState
+from twotower.cache.pools import AttentionPool, ContextView, MambaPool
 from twotower.ops.host_transfer import placed
 
 

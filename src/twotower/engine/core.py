@@ -18,7 +18,7 @@ from typing import TypeVar
 
 import torch
 
-from twotower.cache.hybrid_cache import ContextView
+from twotower.cache.pools import ContextView
 from twotower.cache.prefix_cache import Prefixes
 from twotower.cache.replica import Fresh, Mirror
 from twotower.decoding.modes import AUTO
@@ -35,7 +35,7 @@ from twotower.engine.rounds import Rounds, in_step
 from twotower.engine.row_constants import RowConstants
 from twotower.engine.scheduled import ScheduledTokens
 from twotower.engine.scheduler import PROMPT_CHUNK, Scheduler
-from twotower.engine.sequence import Phase, Request, RunningSequence
+from twotower.engine.sequence import Phase, Request, RunningSequence, charge
 from twotower.engine.slots import slots_of
 from twotower.engine.stats import EngineStats
 from twotower.engine.towers import Towers
@@ -207,12 +207,12 @@ class EngineCore:
         sequences = [work.sequence for work in works]
         started = time.perf_counter()
         pending = context_step.launch(self.model, self.state, self.constants, works)
-        _charge(sequences, started)
+        charge(sequences, started)
 
         def collect() -> list[BlockEvent]:
             started = time.perf_counter()
             events = context_step.collect(pending)
-            _charge(sequences, started)
+            charge(sequences, started)
             return events + self._after_reading(works, events)
 
         return [collect]
@@ -256,7 +256,7 @@ class EngineCore:
         if sequences:
             started = time.perf_counter()
             drafting.fill(self.options.drafter, sequences)
-            _charge(sequences, started)
+            charge(sequences, started)
 
     def _launch_denoiser(self) -> list[Collect]:
         """The denoiser's passes: over open blocks, and over the pending tokens of mock-AR."""
@@ -288,13 +288,13 @@ class EngineCore:
         started = time.perf_counter()
         view = self._view(sequences)
         pending = self.blocks.launch(sequences, view, self.async_scheduling, not self.options.raise_errors)
-        _charge(sequences, started)
+        charge(sequences, started)
 
         def collect() -> list[Event]:
             live = [pending.sequences[place] for place in pending.live()]
             started = time.perf_counter()
             done = self.blocks.collect(pending)
-            _charge(live, started)
+            charge(live, started)
             events: list[Event] = []
             for sequence in live:
                 events += sequence.step_events
@@ -343,10 +343,3 @@ class EngineCore:
         self.prefixes.clear()
         if torch.cuda.is_available():
             torch.cuda.empty_cache()
-
-
-def _charge(sequences: Sequence[RunningSequence], started: float) -> None:
-    """Gives each sequence its share of the time since `started`: of a launch, or of the wait for its results."""
-    seconds = (time.perf_counter() - started) / max(len(sequences), 1)
-    for sequence in sequences:
-        sequence.seconds += seconds

@@ -6,7 +6,7 @@ from collections.abc import Sequence
 
 import torch
 
-from twotower.cache.hybrid_cache import ContextView
+from twotower.cache.pools import ContextView
 from twotower.decoding.output import BlockEvent
 from twotower.decoding.sampling import AR_TOKEN, NoiseKeys, pick_rows
 from twotower.engine.row_constants import RowConstants

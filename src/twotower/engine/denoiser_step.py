@@ -13,7 +13,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
-from twotower.cache.hybrid_cache import ContextView
+from twotower.cache.pools import ContextView
 from twotower.decoding.output import StepEvent
 from twotower.decoding.sampling import DIFFUSION_CANDIDATE, NoiseKeys, pick_rows
 from twotower.decoding.unmasking import Pass

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import time
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 from enum import Enum
@@ -153,3 +154,10 @@ class RunningSequence:
         """Ends the sequence with an error; passes of it that are on their way count no more."""
         self.phase = Phase.FINISHED
         return self.output.fail(error)
+
+
+def charge(sequences: Sequence[RunningSequence], started: float) -> None:
+    """Gives each sequence its share of the time since `started`: of a launch, or of the wait for its results."""
+    seconds = (time.perf_counter() - started) / max(len(sequences), 1)
+    for sequence in sequences:
+        sequence.seconds += seconds

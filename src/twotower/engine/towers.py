@@ -7,7 +7,8 @@ from typing import TYPE_CHECKING, Protocol
 import torch
 from torch import Tensor
 
-from twotower.cache.hybrid_cache import ContextView, TowerState
+from twotower.cache.hybrid_cache import TowerState
+from twotower.cache.pools import ContextView
 from twotower.cache.replica import Reader
 from twotower.config import BackboneConfig, TwoTowerConfig
 from twotower.engine.workspace import Workspace

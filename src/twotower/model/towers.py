@@ -12,7 +12,8 @@ from typing import Literal, Self
 import torch
 from torch import Tensor, nn
 
-from twotower.cache.hybrid_cache import ContextView, TowerState
+from twotower.cache.hybrid_cache import TowerState
+from twotower.cache.pools import ContextView
 from twotower.cache.replica import LocalReader, Mirror, Reader, Transport
 from twotower.config import BackboneConfig, TwoTowerConfig
 from twotower.errors import TwoTowerError

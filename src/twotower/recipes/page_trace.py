@@ -18,8 +18,9 @@ import torch
 from torch import Tensor
 
 from twotower import model_loading
-from twotower.cache.hybrid_cache import AttentionPool, ContextView, MambaPool, TowerState
+from twotower.cache.hybrid_cache import TowerState
 from twotower.cache.layer_cache import MambaPast
+from twotower.cache.pools import AttentionPool, ContextView, MambaPool
 from twotower.decoding.sampling import confidence
 from twotower.decoding.unmasking import Pass, decide
 from twotower.process import configure_process
