@@ -218,7 +218,8 @@ class TwoTowerConfig(PretrainedConfig):
     def backbone(self) -> BackboneConfig:
         """The validated, frozen part the layers are built from."""
         values = {name: getattr(self, name) for name in _BACKBONE_FIELDS}
-        return BackboneConfig(**values | {"time_step_limit": _limits(self.time_step_limit)})
+        values["time_step_limit"] = _limits(self.time_step_limit)
+        return BackboneConfig(**values)
 
     @property
     def num_hidden_layers(self) -> int:
@@ -267,7 +268,7 @@ class TwoTowerConfig(PretrainedConfig):
             raise ConfigError(f"{file}: {error}") from None
 
 
-def _layer_kinds(own: dict[str, Any], kwargs: dict[str, Any]) -> dict[str, str]:
+def _layer_kinds(own: dict[str, object], kwargs: dict[str, object]) -> dict[str, object]:
     """The pattern from any of its spellings, which are taken out of kwargs; all that are given must agree."""
     pattern = own.get("hybrid_override_pattern")
     for key in ("layers_block_type", "layer_types"):
@@ -289,7 +290,7 @@ def _layer_kinds(own: dict[str, Any], kwargs: dict[str, Any]) -> dict[str, str]:
     return {"hybrid_override_pattern": pattern}
 
 
-def _pattern_of(key: str, types: Any) -> str:
+def _pattern_of(key: str, types: object) -> str:
     if not isinstance(types, list | tuple):
         raise ConfigError(f"config: {key} is {types!r}; it must be a list of layer kinds")
     unknown = [name for name in types if name not in _KIND_OF_BLOCK_TYPE]
@@ -298,7 +299,7 @@ def _pattern_of(key: str, types: Any) -> str:
     return "".join(_KIND_OF_BLOCK_TYPE[name] for name in types)
 
 
-def _limits(value: Any) -> Any:
+def _limits(value: object) -> object:
     """time_step_limit from JSON: a list, infinity as `Infinity` or as transformers writes it."""
     if not isinstance(value, list | tuple):
         return value
@@ -306,7 +307,9 @@ def _limits(value: Any) -> Any:
     return tuple(float(x) if isinstance(x, int | float) or x == "Infinity" else x for x in plain)
 
 
-def _mask_token(value: Any, vocab_size: int) -> int | None:
-    if value is not None and (not isinstance(value, int) or isinstance(value, bool) or not 0 <= value < vocab_size):
+def _mask_token(value: object, vocab_size: int) -> int | None:
+    if value is None:
+        return None
+    if not isinstance(value, int) or isinstance(value, bool) or not 0 <= value < vocab_size:
         raise ConfigError(f"config: mask_token_id is {value!r}; it must be a token id from 0 to {vocab_size - 1}")
     return value

@@ -15,6 +15,7 @@ import click
 
 WAYS = {"ar": "AR", "diffusion:0.8": "γ 0.8", "diffusion:0.9": "γ 0.9"}
 LOSSLESS = "verified:draft_steps=1"
+Figures = dict[str, Any]  # a JSON object of either file
 
 
 def tables(directory: Path) -> dict[str, list[str]]:
@@ -27,7 +28,7 @@ def tables(directory: Path) -> dict[str, list[str]]:
     return made
 
 
-def training(records: list[dict[str, Any]]) -> Iterator[str]:
+def training(records: list[Figures]) -> Iterator[str]:
     """Steps, tokens and the last validation of each stage."""
     yield "| stage | steps | tokens | of them targets | held-out NLL, nats a token |"
     yield "|---|---|---|---|---|"
@@ -39,12 +40,12 @@ def training(records: list[dict[str, Any]]) -> Iterator[str]:
         yield f"| {stage} | {own[-1]['step']:,} | {tokens:.1f} M | {targets:.1f} M | {nll} |"
 
 
-def dialogues(figures: dict[str, Any]) -> Iterator[str]:
+def dialogues(figures: Figures) -> Iterator[str]:
     """Continuations of held-out dialogues, a column a way."""
     ways = {name: figures[way] for way, name in {**WAYS, LOSSLESS: "verified"}.items()}
     yield "| | " + " | ".join(ways) + " |"
     yield "|---" * (len(ways) + 1) + "|"
-    rows: dict[str, Callable[[dict[str, Any]], str]] = {
+    rows: dict[str, Callable[[Figures], str]] = {
         "tokens per denoiser pass": lambda f: (
             f"{f['tokens'] / f['denoiser_passes']:.2f}" if f["denoiser_passes"] else ""
         ),
@@ -59,7 +60,7 @@ def dialogues(figures: dict[str, Any]) -> Iterator[str]:
         yield f"| {name} | " + " | ".join(map(show, ways.values())) + " |"
 
 
-def suite(figures: dict[str, Any]) -> Iterator[str]:
+def suite(figures: Figures) -> Iterator[str]:
     """Exact answers; tokens per denoiser pass; and, of lossless verified decoding, tokens per pass of both towers."""
     yield "| | " + " | ".join(f"{way} right" for way in WAYS.values()) + " | tokens/pass γ 0.8 | γ 0.9 | verified |"
     yield "|---" * (len(WAYS) + 4) + "|"
