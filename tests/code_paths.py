@@ -62,7 +62,7 @@ def run_path(name: str, what: Literal["subset", "everything"], record: Record) -
         record(PROPERTY, f"{name}: not covered: {built}")
         pytest.skip(built)
     command = [sys.executable, "-m", "pytest", "-p", "no:cacheprovider", "-p", "no:xdist", "-m", SELECTED[what]]
-    files = [str(TESTS / f"{file}.py") for file in CONCERNED]
+    files = [str(next(TESTS.rglob(f"{file}.py"))) for file in CONCERNED]
     environment = {**_without_pytest(), **PATHS[name], cpu_target.VARIABLE: name, "OMP_NUM_THREADS": "1"}
     started = time.monotonic()
     done = subprocess.run([*command, *files], env=environment, cwd=TESTS.parent, capture_output=True, text=True)

@@ -28,7 +28,7 @@ MODELS = {
 }
 
 
-BASELINE = Path(__file__).parent.parent / "benchmarks" / "common" / "transformers_baseline.py"
+BASELINE = Path(__file__).parents[2] / "benchmarks" / "common" / "transformers_baseline.py"
 theirs: Callable[[TwoTowerForCausalLM], NemotronHForCausalLM] = run_path(str(BASELINE))["transformers_baseline"]
 
 

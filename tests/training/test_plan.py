@@ -31,7 +31,7 @@ from twotower.training.planning.profile import Profile
 from twotower.training.planning.setup import GIB, Setup
 from twotower.training.planning.step_memory import memory_of
 
-RELEASED = Path(__file__).parent / "golden" / "released"
+RELEASED = Path(__file__).parents[1] / "golden" / "released"
 BLOCK = 16
 WIDE = SHAPE | {"hidden_size": 64, "head_dim": 16, "mamba_num_heads": 8, "mamba_head_dim": 16, "intermediate_size": 128}
 

@@ -23,7 +23,7 @@ from twotower.evaluation.lm_eval.model import TwoTowerLM
 from twotower.evaluation.lm_eval.run import run_tasks
 from twotower.evaluation.lm_eval.tasks import TASKS, parts_of
 
-SHARED = Path(__file__).parents[2] / "shared" / "data"
+SHARED = Path(__file__).parents[3] / "shared" / "data"
 
 
 @pytest.fixture(scope="module")

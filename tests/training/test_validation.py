@@ -195,7 +195,14 @@ def test_two_processes_say_the_same(alone: World, tmp_path: Path) -> None:
     with socket.socket() as free:
         free.bind(("localhost", 0))
         port = str(free.getsockname()[1])
-    as_torchrun = {"WORLD_SIZE": "2", "MASTER_ADDR": "localhost", "MASTER_PORT": port, "OMP_NUM_THREADS": "1"}
+    paths = os.pathsep.join(filter(None, sys.path))  # where this process found its own helpers
+    as_torchrun = {
+        "PYTHONPATH": paths,
+        "WORLD_SIZE": "2",
+        "MASTER_ADDR": "localhost",
+        "MASTER_PORT": port,
+        "OMP_NUM_THREADS": "1",
+    }
     workers = [
         subprocess.Popen(
             [sys.executable, __file__, str(tmp_path)],
