@@ -54,6 +54,16 @@ SHAPE = {
     "routed_scaling_factor": 1.5,
 }
 
+# Files that take long come first, so that no worker is left with one of them at the end.
+LONG_FILES = (
+    "test_benchmarks.py", "test_avx2.py", "test_avx512.py", "test_avx512_bf16.py", "test_none.py", "test_page.py",
+    "test_goldens_decoding.py", "test_two_processes.py", "test_trainer.py",
+)  # fmt: skip
+
+
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    items.sort(key=lambda item: item.path.name not in LONG_FILES)
+
 
 def pytest_terminal_summary(terminalreporter: pytest.TerminalReporter) -> None:
     """Says which code paths ran, and why others did not."""
