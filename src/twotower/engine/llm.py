@@ -139,8 +139,9 @@ class LLM:
 
     def step(self) -> list[Event]:
         """One pass of each tower for every sequence that needs it → what became final since the last step."""
-        unseen, self._unseen = self._unseen, []
-        return unseen + self.core.step()
+        events = self._unseen + self.core.step()
+        self._unseen = []
+        return events
 
     def generate(
         self, requests: Sequence[Request], progress: Callable[[int], object] | None = None
@@ -154,6 +155,8 @@ class LLM:
                 numbers.append(self.add_request(request))
             wanted = set(numbers)
             while len(results) < len(numbers):
+                if not (self.core.scheduler.waiting or self.core.scheduler.running):
+                    raise TwoTowerError("a request was aborted before it had ended")
                 for event in self._step_for(wanted):
                     if event.result is not None:
                         results[event.row] = event.result
@@ -166,15 +169,12 @@ class LLM:
         return [results[number] for number in numbers]
 
     def stream(self, request: Request) -> Iterator[Event]:
-        """Events of one request; others that wait or run go on meanwhile, and the next `step` returns their events.
-        Closing the iterator aborts the request."""
+        """Events of one request. Others that wait or run go on meanwhile; their own `stream`, or the next `step`,
+        returns their events. Closing the iterator aborts the request, and aborting the request ends the iterator."""
         number = self.add_request(request)
         try:
-            while True:
-                for event in self._step_for({number}):
-                    yield event
-                    if event.result is not None:
-                        return
+            while self._knows(number):
+                yield from self._step_for({number})
         finally:
             self.abort(number)
 
@@ -184,10 +184,12 @@ class LLM:
         self._unseen.clear()
         self.core.close()
 
+    def _knows(self, number: int) -> bool:
+        """Whether a request waits, runs or has events that nobody has asked for."""
+        return self.core.scheduler.has(number) or any(event.row == number for event in self._unseen)
+
     def _step_for(self, numbers: set[int]) -> list[Event]:
-        """A step → the events of these requests; those of others are kept for the next `step`."""
-        before, self._unseen = self._unseen, []
-        events = self.core.step()
-        others = [event for event in events if event.row not in numbers]
-        self._unseen = before + others
-        return [event for event in events if event.row in numbers] if others else events
+        """A step → the events of these requests since the last; those of others are kept for whoever asks for them."""
+        events = self.step()
+        self._unseen = [event for event in events if event.row not in numbers]
+        return [event for event in events if event.row in numbers] if self._unseen else events
