@@ -370,7 +370,7 @@ ANY_MODE = {
     "top_k": [0, -3, 2.0, True, "all"],
     "top_p": [-0.1, 1.1, nan, True, "most"],
     "eos_token_id": [-1, VOCABULARY, 2.0, "</s>", True, [2, VOCABULARY]],
-    "seed": [-1, 2**63, 1.5, True, "x", [1, 2], [], [None]],
+    "seed": [-1, 2**63, 1.5, True, "x", [1, 2], [], [None], {1}],
     "stop": ["", [""], [3], 7],
     "attention_mask": [torch.ones(1, 4), torch.ones(5), [[1] * 5], torch.tensor([[1, 0, 1, 1, 1]]), torch.zeros(1, 5)],
 }
