@@ -379,6 +379,7 @@ DIFFUSION = {
     "steps_per_block": [0, -1, 1.5, True],
     "mask_token_id": [-1, VOCABULARY, 10**9, 3.0, True, None],
     "confidence_threshold": [-0.01, 1.01, nan, inf, True, "0.9", None],
+    "step_callback": [5, "print"],
 }
 BAD = [(mode, name, value) for mode in MODES for name, values in ANY_MODE.items() for value in values]
 BAD += [("diffusion", name, value) for name, values in DIFFUSION.items() for value in values]
