@@ -278,6 +278,16 @@ def test_streams_side_by_side(model: TwoTowerForCausalLM) -> None:
     assert not llm.has_work
 
 
+def test_what_is_no_request(model: TwoTowerForCausalLM) -> None:
+    llm: Any = LLM(model, rows=1, length=LENGTH)
+    for no_request in ("text", None, [5, 6]):
+        with pytest.raises(ArgumentError, match="give a Request"):
+            llm.generate([no_request])
+    no_params: Any = "ar"
+    with pytest.raises(ArgumentError, match="params is a str; give GenerationParams"):
+        Request([5, 6], no_params)
+
+
 @pytest.mark.parametrize("end", ["abort", "close"])
 def test_a_request_aborted_while_somebody_waits_for_it(model: TwoTowerForCausalLM, end: str) -> None:
     """Its stream ends, and `generate` says so; neither waits for ever."""
@@ -312,8 +322,8 @@ def test_nothing_is_heard_of_a_request_given_up(model: TwoTowerForCausalLM) -> N
     assert llm.step() == []
 
 
-@pytest.mark.parametrize("given", [{"rows": 0}, {"length": 0}, {"block_size": -1}])
-def test_an_engine_of_nothing(model: TwoTowerForCausalLM, given: dict[str, int]) -> None:
+@pytest.mark.parametrize("given", [{"rows": 0}, {"length": 0}, {"block_size": -1}, {"rows": None}, {"rows": 1.5}])
+def test_an_engine_of_nothing(model: TwoTowerForCausalLM, given: dict[str, Any]) -> None:
     (name,) = given
     with pytest.raises(ArgumentError, match=f"{name} is .*at least 1"):
         LLM(model, **given)

@@ -30,7 +30,7 @@ class LLM:
     `rows` texts of that length, and a fifth more). A text takes as much as its request can need.
 
     Raises:
-        ArgumentError: a size is less than 1; the memory holds no text at all.
+        ArgumentError: a size is no whole number of at least 1; the memory holds no text at all.
     """
 
     def __init__(
@@ -44,8 +44,10 @@ class LLM:
         options: EngineOptions | None = None,
     ) -> None:
         for name, value in (("rows", rows), ("length", length), ("block_size", block_size)):
-            if value is not None and value < 1:
-                raise ArgumentError(f"{name} is {value}; it must be at least 1", param=name)
+            if value is None and name == "length":
+                continue
+            if not isinstance(value, int) or isinstance(value, bool) or value < 1:
+                raise ArgumentError(f"{name} is {value!r}; it must be a whole number of at least 1", param=name)
         window = model.backbone.max_position_embeddings
         self.model = model
         self.length = min(length or window, window)
@@ -123,6 +125,8 @@ class LLM:
 
     def check(self, request: Request) -> None:
         """Raises ArgumentError where a request can never run here; says why. From any thread."""
+        if not isinstance(request, Request):
+            raise ArgumentError(f"request is a {type(request).__name__}; give a Request", param="request")
         core = self.core
         admission.check(self.model, request, self.length, core.blocks.size, core.state.segments.columns)
 
