@@ -266,6 +266,18 @@ def test_step_callback(model: TwoTowerForCausalLM) -> None:
         assert torch.equal(torch.where(kept == 3, final, kept), final)
 
 
+def test_a_callback_that_writes_to_its_tensors(model: TwoTowerForCausalLM) -> None:
+    """They are its own: the text stays as it is."""
+
+    def callback(step: int, steps: int, block: Tensor, *, t: float, logits: Tensor | None, block_idx: int) -> None:
+        block.fill_(7)
+        if logits is not None:
+            logits.fill_(0)
+
+    ids = torch.tensor([prompt(5)])
+    assert torch.equal(call(model, "diffusion", ids, 20, step_callback=callback), call(model, "diffusion", ids, 20))
+
+
 def test_step_callback_of_a_batch(model: TwoTowerForCausalLM) -> None:
     shapes = set()
     call(model, "diffusion", ROWS, 16, step_callback=lambda *a, t, logits, block_idx: shapes.add(tuple(a[2].shape)))
