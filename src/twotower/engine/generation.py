@@ -124,6 +124,8 @@ def _checked(
     attention_mask: Tensor | None,
     callback: StepCallback | None,
 ) -> PromptRows:
+    if not isinstance(params, GenerationParams):
+        raise ArgumentError(f"params is a {type(params).__name__}; give GenerationParams", param="params")
     if callback is not None and not callable(callback):
         raise ArgumentError(f"step_callback is {callback!r}; give a function", param="step_callback")
     vocab_size = model.backbone.vocab_size
