@@ -207,3 +207,5 @@ def test_a_name_is_taken_once() -> None:
         register_policy("span", _odd_first, knob="", default=0.0)
     with pytest.raises(ArgumentError, match="default 2 is not between 0 and 1"):
         register_policy("new", _odd_first, knob="", default=2, high=1.0)
+    with pytest.raises(ArgumentError, match="the rule is 5; give a function"):
+        register_policy("new", 5, knob="", default=0.0)

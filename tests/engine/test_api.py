@@ -266,6 +266,18 @@ def test_step_callback(model: TwoTowerForCausalLM) -> None:
         assert torch.equal(torch.where(kept == 3, final, kept), final)
 
 
+def test_a_callback_that_writes_to_its_tensors(model: TwoTowerForCausalLM) -> None:
+    """They are its own: the text stays as it is."""
+
+    def callback(step: int, steps: int, block: Tensor, *, t: float, logits: Tensor | None, block_idx: int) -> None:
+        block.fill_(7)
+        if logits is not None:
+            logits.fill_(0)
+
+    ids = torch.tensor([prompt(5)])
+    assert torch.equal(call(model, "diffusion", ids, 20, step_callback=callback), call(model, "diffusion", ids, 20))
+
+
 def test_step_callback_of_a_batch(model: TwoTowerForCausalLM) -> None:
     shapes = set()
     call(model, "diffusion", ROWS, 16, step_callback=lambda *a, t, logits, block_idx: shapes.add(tuple(a[2].shape)))
@@ -370,7 +382,7 @@ ANY_MODE = {
     "top_k": [0, -3, 2.0, True, "all"],
     "top_p": [-0.1, 1.1, nan, True, "most"],
     "eos_token_id": [-1, VOCABULARY, 2.0, "</s>", True, [2, VOCABULARY]],
-    "seed": [-1, 2**63, 1.5, True, "x", [1, 2], [], [None]],
+    "seed": [-1, 2**63, 1.5, True, "x", [1, 2], [], [None], {1}],
     "stop": ["", [""], [3], 7],
     "attention_mask": [torch.ones(1, 4), torch.ones(5), [[1] * 5], torch.tensor([[1, 0, 1, 1, 1]]), torch.zeros(1, 5)],
 }
@@ -379,6 +391,7 @@ DIFFUSION = {
     "steps_per_block": [0, -1, 1.5, True],
     "mask_token_id": [-1, VOCABULARY, 10**9, 3.0, True, None],
     "confidence_threshold": [-0.01, 1.01, nan, inf, True, "0.9", None],
+    "step_callback": [5, "print"],
 }
 BAD = [(mode, name, value) for mode in MODES for name, values in ANY_MODE.items() for value in values]
 BAD += [("diffusion", name, value) for name, values in DIFFUSION.items() for value in values]

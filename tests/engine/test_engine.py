@@ -27,7 +27,7 @@ from twotower.engine.context_step import grouped
 from twotower.engine.engine_options import EngineOptions
 from twotower.engine.generation import generate
 from twotower.engine.scheduled import ScheduledTokens
-from twotower.errors import ArgumentError
+from twotower.errors import ArgumentError, TwoTowerError
 
 LENGTH = 160
 KINDS: dict[str, Callable[[random.Random], dict[str, Any]]] = {
@@ -262,6 +262,46 @@ def test_a_stream_beside_others(model: TwoTowerForCausalLM) -> None:
         assert written[number] == outputs[number].tokens
 
 
+def test_streams_side_by_side(model: TwoTowerForCausalLM) -> None:
+    """Each gets its own events, whoever's call ran the step."""
+    params = GenerationParams.of(mode="ar", max_new_tokens=9)
+    requests = [Request([5, 6], params), Request([7, 8], params), Request([9], params)]
+    expected = [result.tokens for result in LLM(model, rows=3, length=LENGTH).generate(requests)]
+    llm = LLM(model, rows=3, length=LENGTH)
+    streams = [llm.stream(request) for request in requests[:2]]
+    written: list[list[int]] = [list(next(stream).tokens) for stream in streams]
+    (third,) = llm.generate(requests[2:])
+    for events in zip(*streams, strict=True):
+        for tokens, event in zip(written, events, strict=True):
+            tokens += event.tokens
+    assert [*written, third.tokens] == expected
+    assert not llm.has_work
+
+
+def test_what_is_no_request(model: TwoTowerForCausalLM) -> None:
+    llm: Any = LLM(model, rows=1, length=LENGTH)
+    for no_request in ("text", None, [5, 6]):
+        with pytest.raises(ArgumentError, match="give a Request"):
+            llm.generate([no_request])
+    no_params: Any = "ar"
+    with pytest.raises(ArgumentError, match="params is a str; give GenerationParams"):
+        Request([5, 6], no_params)
+
+
+@pytest.mark.parametrize("end", ["abort", "close"])
+def test_a_request_aborted_while_somebody_waits_for_it(model: TwoTowerForCausalLM, end: str) -> None:
+    """Its stream ends, and `generate` says so; neither waits for ever."""
+    llm = LLM(model, rows=2, length=LENGTH)
+    request = Request([5, 6], GenerationParams.of(mode="ar", max_new_tokens=50))
+    events = llm.stream(request)
+    next(events)
+    llm.abort(0)
+    assert list(events) == []
+    short = Request([5, 6], GenerationParams.of(mode="ar", max_new_tokens=5))
+    with pytest.raises(TwoTowerError, match="aborted"):
+        llm.generate([short, request], lambda ended: llm.abort(2) if end == "abort" else llm.close())
+
+
 def test_a_stream_given_up_frees_its_slot(model: TwoTowerForCausalLM) -> None:
     llm = LLM(model, rows=1, length=LENGTH)
     events = llm.stream(Request([5, 6], GenerationParams.of(mode="ar", max_new_tokens=50)))
@@ -282,8 +322,8 @@ def test_nothing_is_heard_of_a_request_given_up(model: TwoTowerForCausalLM) -> N
     assert llm.step() == []
 
 
-@pytest.mark.parametrize("given", [{"rows": 0}, {"length": 0}, {"block_size": -1}])
-def test_an_engine_of_nothing(model: TwoTowerForCausalLM, given: dict[str, int]) -> None:
+@pytest.mark.parametrize("given", [{"rows": 0}, {"length": 0}, {"block_size": -1}, {"rows": None}, {"rows": 1.5}])
+def test_an_engine_of_nothing(model: TwoTowerForCausalLM, given: dict[str, Any]) -> None:
     (name,) = given
     with pytest.raises(ArgumentError, match=f"{name} is .*at least 1"):
         LLM(model, **given)

@@ -80,6 +80,9 @@ class GenerationParams:
     def __post_init__(self) -> None:
         for name in ("eos_token_id", "stop"):  # a lone one is meant as one, a string not as its letters
             object.__setattr__(self, name, _tuple(getattr(self, name)))
+        for name in ("seed", "policy", "knob"):  # one for each row: the order counts
+            if isinstance(given := getattr(self, name), set):
+                raise ArgumentError(f"{name} is {given!r}, and a set has no order; give a list", param=name)
         if self.mode not in ASKABLE:
             raise ArgumentError(f"mode is {self.mode!r}; choose one of {', '.join(ASKABLE)}", param="mode")
         _whole("max_new_tokens", self.max_new_tokens, least=0)

@@ -148,8 +148,10 @@ def register_policy(
     """Makes a rule available under a name, here and in every place that takes one.
 
     Raises:
-        ArgumentError: the name is taken, or the default is out of range.
+        ArgumentError: the name is taken, the rule is no function, or the default is out of range.
     """
+    if not callable(rule):
+        raise ArgumentError(f"policy {name!r}: the rule is {rule!r}; give a function", param="rule")
     if name in POLICIES:
         raise ArgumentError(f"policy {name!r} exists already; choose another name", param="name")
     if not low <= default <= high:

@@ -79,7 +79,7 @@ class OpenBlocks:
             sequence.has_masks = sequence.mode != "verified" or sequence.params.block_size > 1
         if self.callback is not None:
             first = sequences[0]
-            self.callback(0, first.allowed, tokens, t=1.0, logits=None, block_idx=first.output.blocks)
+            self.callback(0, first.allowed, tokens.clone(), t=1.0, logits=None, block_idx=first.output.blocks)
 
     def launch(
         self, sequences: Sequence[RunningSequence], view: ContextView, may_be_done: bool, catch: bool
@@ -136,11 +136,11 @@ class OpenBlocks:
         return pending
 
     def _tell(self, first: RunningSequence, tokens: Tensor, t: Tensor, logits: Tensor) -> None:
-        """Calls the callback after a pass, before anything is committed."""
+        """Calls the callback after a pass, before anything is committed. The tensors are its own to change."""
         assert self.callback is not None
         level = float(t[0]) if len(t) == 1 else t
         own = logits.to(self.dtype, copy=True)
-        self.callback(first.launched, first.allowed, tokens, t=level, logits=own, block_idx=first.output.blocks)
+        self.callback(first.launched, first.allowed, tokens.clone(), t=level, logits=own, block_idx=first.output.blocks)
 
     def collect(self, pending: PendingDenoise) -> list[RunningSequence]:
         """Waits for a pass and books it → the sequences whose blocks are finished, with what is in the blocks."""

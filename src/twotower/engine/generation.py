@@ -40,7 +40,7 @@ def generate(
         ArgumentError (a ValueError): before any work.
         Exception: what a commit policy or the callback raises, unchanged.
     """
-    rows = _checked(model, prompts, params, attention_mask)
+    rows = _checked(model, prompts, params, attention_mask, step_callback)
     return _run(model, rows, params, step_callback)[0]
 
 
@@ -62,7 +62,7 @@ def stream(
 ) -> Iterator[BlockEvent]:
     """Events of all rows as blocks are committed. Arguments are checked now, the work begins with the first event."""
     params = GenerationParams.of(mode=mode, **parameters)
-    rows = _checked(model, prompts, params, attention_mask)
+    rows = _checked(model, prompts, params, attention_mask, step_callback)
     return _events(model, rows, params, step_callback)
 
 
@@ -74,7 +74,7 @@ def generate_tensor(
     step_callback: StepCallback | None = None,
 ) -> tuple[Tensor, int]:
     """→ prompts and new tokens (B, S + n), padded on the right with the pad token, and the denoiser passes that ran."""
-    rows = _checked(model, prompts, params, attention_mask)
+    rows = _checked(model, prompts, params, attention_mask, step_callback)
     results, passes = _run(model, rows, params, step_callback)
     width = max(len(result.tokens) for result in results)
     pad = _pad_token(model)
@@ -117,7 +117,17 @@ def generate_like_transformers(
     return generate_tensor(model, prompts, GenerationParams.from_mapping({"mode": "ar"} | kwargs), attention_mask)[0]
 
 
-def _checked(model: Towers, prompts: Prompts, params: GenerationParams, attention_mask: Tensor | None) -> PromptRows:
+def _checked(
+    model: Towers,
+    prompts: Prompts,
+    params: GenerationParams,
+    attention_mask: Tensor | None,
+    callback: StepCallback | None,
+) -> PromptRows:
+    if not isinstance(params, GenerationParams):
+        raise ArgumentError(f"params is a {type(params).__name__}; give GenerationParams", param="params")
+    if callback is not None and not callable(callback):
+        raise ArgumentError(f"step_callback is {callback!r}; give a function", param="step_callback")
     vocab_size = model.backbone.vocab_size
     rows = read_prompts(prompts, attention_mask, model.tokenizer, vocab_size, _pad_token(model))
     check_model(model, params, [len(ids) for ids in rows.ids])

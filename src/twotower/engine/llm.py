@@ -30,7 +30,7 @@ class LLM:
     `rows` texts of that length, and a fifth more). A text takes as much as its request can need.
 
     Raises:
-        ArgumentError: a size is less than 1; the memory holds no text at all.
+        ArgumentError: a size is no whole number of at least 1; the memory holds no text at all.
     """
 
     def __init__(
@@ -44,8 +44,10 @@ class LLM:
         options: EngineOptions | None = None,
     ) -> None:
         for name, value in (("rows", rows), ("length", length), ("block_size", block_size)):
-            if value is not None and value < 1:
-                raise ArgumentError(f"{name} is {value}; it must be at least 1", param=name)
+            if value is None and name == "length":
+                continue
+            if not isinstance(value, int) or isinstance(value, bool) or value < 1:
+                raise ArgumentError(f"{name} is {value!r}; it must be a whole number of at least 1", param=name)
         window = model.backbone.max_position_embeddings
         self.model = model
         self.length = min(length or window, window)
@@ -123,6 +125,8 @@ class LLM:
 
     def check(self, request: Request) -> None:
         """Raises ArgumentError where a request can never run here; says why. From any thread."""
+        if not isinstance(request, Request):
+            raise ArgumentError(f"request is a {type(request).__name__}; give a Request", param="request")
         core = self.core
         admission.check(self.model, request, self.length, core.blocks.size, core.state.segments.columns)
 
@@ -139,8 +143,9 @@ class LLM:
 
     def step(self) -> list[Event]:
         """One pass of each tower for every sequence that needs it → what became final since the last step."""
-        unseen, self._unseen = self._unseen, []
-        return unseen + self.core.step()
+        events = self._unseen + self.core.step()
+        self._unseen = []
+        return events
 
     def generate(
         self, requests: Sequence[Request], progress: Callable[[int], object] | None = None
@@ -154,6 +159,8 @@ class LLM:
                 numbers.append(self.add_request(request))
             wanted = set(numbers)
             while len(results) < len(numbers):
+                if not (self.core.scheduler.waiting or self.core.scheduler.running):
+                    raise TwoTowerError("a request was aborted before it had ended")
                 for event in self._step_for(wanted):
                     if event.result is not None:
                         results[event.row] = event.result
@@ -166,15 +173,12 @@ class LLM:
         return [results[number] for number in numbers]
 
     def stream(self, request: Request) -> Iterator[Event]:
-        """Events of one request; others that wait or run go on meanwhile, and the next `step` returns their events.
-        Closing the iterator aborts the request."""
+        """Events of one request. Others that wait or run go on meanwhile; their own `stream`, or the next `step`,
+        returns their events. Closing the iterator aborts the request, and aborting the request ends the iterator."""
         number = self.add_request(request)
         try:
-            while True:
-                for event in self._step_for({number}):
-                    yield event
-                    if event.result is not None:
-                        return
+            while self._knows(number):
+                yield from self._step_for({number})
         finally:
             self.abort(number)
 
@@ -184,10 +188,12 @@ class LLM:
         self._unseen.clear()
         self.core.close()
 
+    def _knows(self, number: int) -> bool:
+        """Whether a request waits, runs or has events that nobody has asked for."""
+        return self.core.scheduler.has(number) or any(event.row == number for event in self._unseen)
+
     def _step_for(self, numbers: set[int]) -> list[Event]:
-        """A step → the events of these requests; those of others are kept for the next `step`."""
-        before, self._unseen = self._unseen, []
-        events = self.core.step()
-        others = [event for event in events if event.row not in numbers]
-        self._unseen = before + others
-        return [event for event in events if event.row in numbers] if others else events
+        """A step → the events of these requests since the last; those of others are kept for whoever asks for them."""
+        events = self.step()
+        self._unseen = [event for event in events if event.row not in numbers]
+        return [event for event in events if event.row in numbers] if self._unseen else events

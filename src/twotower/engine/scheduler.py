@@ -30,6 +30,10 @@ class Scheduler:
         self.running[sequence.output.row] = sequence
         insort(self._by_slot, sequence, key=lambda other: other.slot)
 
+    def has(self, number: int) -> bool:
+        """Whether a request waits or runs."""
+        return number in self.running or any(waiting == number for waiting, _ in self.waiting)
+
     def forget(self, number: int) -> RunningSequence | None:
         """Removes a request, waiting or running → the sequence that ran, whose slot is free now."""
         self.waiting = deque(entry for entry in self.waiting if entry[0] != number)

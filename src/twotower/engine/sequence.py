@@ -45,6 +45,11 @@ class Request:
 
     def __post_init__(self) -> None:
         _check_prompt(self.prompt)
+        if not isinstance(self.params, GenerationParams):
+            raise ArgumentError(
+                f"params is a {type(self.params).__name__}; give GenerationParams, e.g. GenerationParams.of(mode='ar')",
+                param="params",
+            )
         count = self.logprobs
         if count is not None and (type(count) is not int or not 0 <= count <= MOST_ALTERNATIVES):
             raise ArgumentError(
