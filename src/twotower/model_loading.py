@@ -15,8 +15,8 @@ from twotower.errors import ArgumentError, CheckpointError
 if TYPE_CHECKING:
     from collections.abc import Sequence
 
-    from twotower.engine.towers import Towers as AnyTowers
-    from twotower.model.towers import Towers
+    from twotower.engine.towers import Towers
+    from twotower.model.towers import TowerSet
     from twotower.modeling_twotower import TwoTowerForCausalLM
 
 # A bf16 model this small is widened to fp32, which is exact, where the processor only emulates bf16: its passes over
@@ -48,7 +48,7 @@ def name_of(source: Path | str) -> str:
 def load_model(
     source: Path | str,
     *,
-    towers: Towers = "both",
+    towers: TowerSet = "both",
     dtype: str = "auto",
     quantization: str = "none",
     context_device: str | None = None,
@@ -103,7 +103,7 @@ def placement(model: TwoTowerForCausalLM) -> dict[str, object]:
     }
 
 
-def eos_of(model: AnyTowers) -> int | Sequence[int] | None:
+def eos_of(model: Towers) -> int | Sequence[int] | None:
     """The config's end-of-text token(s); the tokenizer's where the config has none."""
     eos: int | Sequence[int] | None = model.config.eos_token_id
     return eos if eos is not None else getattr(model.tokenizer, "eos_token_id", None)

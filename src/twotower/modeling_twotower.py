@@ -27,7 +27,7 @@ from twotower.engine.generation import StreamArguments
 from twotower.engine.workspace import Workspace
 from twotower.errors import ArgumentError
 from twotower.model.packed_forward import Layout, context_pass
-from twotower.model.towers import Towers, TwoTowerModel
+from twotower.model.towers import TowerSet, TwoTowerModel
 from twotower.runners import packed_weights
 from twotower.runners.attach import attach_runners
 from twotower.tokenizer import Tokenizer
@@ -45,7 +45,7 @@ class TwoTowerForCausalLM(TwoTowerModel, PreTrainedModel):
     main_input_name = "input_ids"
     _supports_sdpa = True
 
-    def __init__(self, config: TwoTowerConfig, towers: Towers = "both") -> None:
+    def __init__(self, config: TwoTowerConfig, towers: TowerSet = "both") -> None:
         config = TwoTowerConfig.of(config)  # AutoModel.from_config hands over transformers' own
         PreTrainedModel.__init__(self, config)
         self.build_towers(config, towers)
@@ -315,7 +315,7 @@ class TwoTowerForCausalLM(TwoTowerModel, PreTrainedModel):
         return generation.stream(self, input_ids, mode, **parameters)
 
     def generate(self, *args: Any, **kwargs: Any) -> Tensor:
-        """transformers' entry point: plain AR generation, or a refusal that names the three methods."""
+        """transformers' entry point: plain AR generation, or a refusal that names the other methods."""
         tokens = generation.generate_like_transformers(self, *args, **kwargs)
         self._last_nfe = 0
         return tokens

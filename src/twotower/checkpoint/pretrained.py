@@ -17,7 +17,7 @@ from twotower.checkpoint import names, reader
 from twotower.checkpoint.quantize import Quantization, quantization_of, quantize_
 from twotower.config import ARCHITECTURE, MODEL_TYPE, TwoTowerConfig
 from twotower.errors import ArgumentError, CheckpointError
-from twotower.model.towers import Towers, TwoTowerModel
+from twotower.model.towers import TowerSet, TwoTowerModel
 from twotower.tokenizer import Tokenizer
 
 Model = TypeVar("Model", bound=TwoTowerModel)
@@ -64,7 +64,7 @@ _IGNORED = {
 
 
 def from_pretrained(
-    build: Callable[[TwoTowerConfig, Towers], Model], source: str | PathLike[str], *args: object, **kwargs: Any
+    build: Callable[[TwoTowerConfig, TowerSet], Model], source: str | PathLike[str], *args: object, **kwargs: Any
 ) -> tuple[Model, Path]:
     """A model made by `build`, with the weights of a checkpoint, and the local directory they are from; arguments as
     `TwoTowerForCausalLM.from_pretrained` takes them."""

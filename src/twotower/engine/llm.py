@@ -159,7 +159,7 @@ class LLM:
                 numbers.append(self.add_request(request))
             wanted = set(numbers)
             while len(results) < len(numbers):
-                if not (self.core.scheduler.waiting or self.core.scheduler.running):
+                if not self.has_work:
                     raise TwoTowerError("a request was aborted before it had ended")
                 for event in self._step_for(wanted):
                     if event.result is not None:

@@ -23,7 +23,7 @@ from twotower.model.tower import Tower
 from twotower.model.wide_tensors import keeping_wide
 from twotower.tokenizer import Tokenizer
 
-Towers = Literal["both", "context"]
+TowerSet = Literal["both", "context"]
 PREFILL_CHUNK = 512  # tokens of a prompt read in one pass, layer by layer
 
 
@@ -37,12 +37,12 @@ class TwoTowerModel(nn.Module):
     tokenizer: Tokenizer | None = None
     _last_nfe = 0  # denoiser passes of the last `generate_*` call
 
-    def __init__(self, config: TwoTowerConfig, towers: Towers = "both") -> None:
+    def __init__(self, config: TwoTowerConfig, towers: TowerSet = "both") -> None:
         super().__init__()
         self.config = config
         self.build_towers(config, towers)
 
-    def build_towers(self, config: TwoTowerConfig, towers: Towers) -> None:
+    def build_towers(self, config: TwoTowerConfig, towers: TowerSet) -> None:
         """Makes the modules, with random weights unless they are on the meta device; part of `__init__`."""
         backbone = config.backbone
         self.context = Tower(backbone)
