@@ -85,22 +85,22 @@ class GenerationParams:
                 raise ArgumentError(f"{name} is {given!r}, and a set has no order; give a list", param=name)
         if self.mode not in ASKABLE:
             raise ArgumentError(f"mode is {self.mode!r}; choose one of {', '.join(ASKABLE)}", param="mode")
-        _whole("max_new_tokens", self.max_new_tokens, least=0)
-        _whole("block_size", self.block_size, least=1)
-        _whole("steps_per_block", self.steps_per_block, least=1)
-        _whole("mask_token_id", self.mask_token_id, least=0)
+        check_whole("max_new_tokens", self.max_new_tokens, least=0)
+        check_whole("block_size", self.block_size, least=1)
+        check_whole("steps_per_block", self.steps_per_block, least=1)
+        check_whole("mask_token_id", self.mask_token_id, least=0)
         _number("temperature", self.temperature, None, None)
         _number("confidence_threshold", self.confidence_threshold, 0.0, 1.0)
         _number("acceptance", self.acceptance, 0.0, 1.0)
         if self.draft_steps is not None:
-            _whole("draft_steps", self.draft_steps, least=0)
+            check_whole("draft_steps", self.draft_steps, least=0)
         if self.top_k is not None:
-            _whole("top_k", self.top_k, least=1)
+            check_whole("top_k", self.top_k, least=1)
         if self.top_p is not None:
             _number("top_p", self.top_p, 0.0, 1.0)
         self._check_policies()
         for seed in () if self.seed is None else _tuple(self.seed):
-            _whole("seed", seed, least=0)
+            check_whole("seed", seed, least=0)
             if seed >= 2**63:
                 raise ArgumentError(f"seed is {seed}; it must be below 2**63", param="seed")
         for text in self.stop:
@@ -226,7 +226,8 @@ def _tuple(value: Element | Sequence[Element] | None) -> tuple[Element, ...]:
     return tuple(value) if isinstance(value, Sequence | set) and not isinstance(value, str) else (value,)
 
 
-def _whole(name: str, value: object, least: int) -> None:
+def check_whole(name: str, value: object, least: int) -> None:
+    """Raises ArgumentError where the value of an argument is no whole number of at least `least`."""
     if not isinstance(value, int) or isinstance(value, bool) or value < least:
         raise ArgumentError(f"{name} is {value!r}; it must be a whole number of at least {least}", param=name)
 

@@ -101,7 +101,7 @@ class OpenBlocks:
         logits = self.model.denoise(tokens, t, view, lengths=lengths, wide=False)
         if self.callback is not None:
             self._tell(sequences[0], tokens, t, logits)
-        _bar_mask_token(sequences, logits, at(constants.mask_token, slots))
+        _bar_mask_token(sequences, logits, constants, slots)
 
         def keys() -> NoiseKeys:
             positions = view.lengths[:, None] + torch.arange(self.size, device=self.device)
@@ -207,11 +207,13 @@ class PendingDenoise(NamedTuple):
         sequence.step_events.append(event)
 
 
-def _bar_mask_token(sequences: Sequence[RunningSequence], logits: Tensor, mask: Tensor) -> None:
-    """Sets the logit of each row's mask token (n, 1) to −∞, in logits (n, S, V), in place."""
+def _bar_mask_token(
+    sequences: Sequence[RunningSequence], logits: Tensor, constants: RowConstants, slots: Tensor | None
+) -> None:
+    """Sets the logit of each row's mask token to −∞, in logits (n, S, V), in place."""
     tokens = {sequence.params.mask_token_id for sequence in sequences}
     if len(tokens) == 1:
         logits[..., tokens.pop()] = -torch.inf
     else:
-        index: Any = mask[..., None].expand(-1, logits.shape[1], -1)
+        index: Any = at(constants.mask_token, slots)[..., None].expand(-1, logits.shape[1], -1)
         logits.scatter_(2, index, -torch.inf)

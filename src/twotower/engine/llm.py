@@ -12,6 +12,7 @@ from collections.abc import Callable, Iterator, Sequence
 
 from twotower.cache.prefix_cache import Prefixes
 from twotower.decoding.output import Event, Generation
+from twotower.decoding.params import check_whole
 from twotower.engine import admission
 from twotower.engine.budget import memory_for
 from twotower.engine.core import EngineCore
@@ -43,11 +44,10 @@ class LLM:
         memory: int | None = None,
         options: EngineOptions | None = None,
     ) -> None:
-        for name, value in (("rows", rows), ("length", length), ("block_size", block_size)):
-            if value is None and name == "length":
-                continue
-            if not isinstance(value, int) or isinstance(value, bool) or value < 1:
-                raise ArgumentError(f"{name} is {value!r}; it must be a whole number of at least 1", param=name)
+        check_whole("rows", rows, least=1)
+        check_whole("block_size", block_size, least=1)
+        if length is not None:
+            check_whole("length", length, least=1)
         window = model.backbone.max_position_embeddings
         self.model = model
         self.length = min(length or window, window)

@@ -14,16 +14,16 @@ from twotower.ops.host_transfer import placed
 class RowConstants:
     """Constants by slot, written once when a request is admitted.
 
-    seeds (R,); block_size, steps, mask_token, purpose (R, 1): positions of a block, denoiser passes allowed for it, the
-    mask token, and what the noise of its candidates is for; policy_value, acceptance (R, 1).
+    seeds (R,); block_size, mask_token, purpose (R, 1): positions of a block, the mask token, and what the noise of its
+    candidates is for; policy_value, acceptance (R, 1).
     """
 
     def __init__(self, rows: int, device: torch.device, dtype: torch.dtype) -> None:
         self.rows, self.device = rows, device
-        self._whole = torch.zeros(rows, 5, dtype=torch.long, device=device)
+        self._whole = torch.zeros(rows, 4, dtype=torch.long, device=device)
         self._real = torch.zeros(rows, 2, dtype=dtype, device=device)
         self.seeds = self._whole[:, 0]
-        self.block_size, self.steps, self.mask_token, self.purpose = (self._whole[:, i : i + 1] for i in range(1, 5))
+        self.block_size, self.mask_token, self.purpose = (self._whole[:, i : i + 1] for i in range(1, 4))
         self.policy_value, self.acceptance = (self._real[:, i : i + 1] for i in range(2))
 
     def admit(self, sequences: Sequence[RunningSequence]) -> None:
@@ -32,7 +32,7 @@ class RowConstants:
         for sequence in sequences:
             params = sequence.params
             purpose = AR_TOKEN if sequence.mode == "verified" else DIFFUSION_CANDIDATE
-            whole.append((sequence.seed, params.block_size, params.steps_per_block, params.mask_token_id, purpose))
+            whole.append((sequence.seed, params.block_size, params.mask_token_id, purpose))
             real.append((sequence.policy_value, params.acceptance))
         slots = placed([sequence.slot for sequence in sequences], self.device)
         self._whole[slots] = placed(whole, self.device)

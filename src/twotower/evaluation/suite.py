@@ -3,35 +3,7 @@
 import sys
 import warnings
 
-from twotower.evaluation.tasks import (
-    FAMILIES,
-    LEVELS,
-    Problem,
-    Score,
-    Split,
-    accuracy,
-    problems,
-    score,
-    side,
-    stream,
-    wilson,
-    write_jsonl,
-)
-
-__all__ = [
-    "FAMILIES",
-    "LEVELS",
-    "Problem",
-    "Score",
-    "Split",
-    "accuracy",
-    "problems",
-    "score",
-    "side",
-    "stream",
-    "wilson",
-    "write_jsonl",
-]
+from twotower.evaluation.tasks import *  # noqa: F403
 
 warnings.warn(
     "twotower.evaluation.suite is deprecated; import from twotower.evaluation.tasks",
