@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import shlex
 import shutil
 import subprocess
 import sys
@@ -27,6 +28,7 @@ from twotower import TwoTowerForCausalLM
 from twotower.checkpoint import convert as conversion
 from twotower.checkpoint.convert import Converted, convert
 from twotower.checkpoint.reader import INDEX_FILE, SINGLE_FILE
+from twotower.cli.main import cli as verbs
 from twotower.errors import ArgumentError
 from twotower.model.wide_tensors import WIDE_SUFFIXES
 
@@ -442,12 +444,27 @@ def test_command(source: Path, tmp_path: Path, cli: Callable[..., Result]) -> No
     assert "M*E-M" in towers
     assert "mask token id 3" in size
     assert result.err.splitlines()[0].startswith("Note: the mask token id 3 is '<other>'")
-    assert f"next: twotower train --from {tmp_path / 'made'}" in result.err
+    assert next_command(result.err) == ["train", str(tmp_path / "made"), "--data", "PATH", "-o", "RUN"]
     result = cli("--from", source, "-o", tmp_path / "json", "--json", "--dtype", "bfloat16", "--mask-token-id", "5")
     facts = json.loads(result.out)
     assert (facts["dtype"], facts["mask_token_id"], facts["directory"]) == ("bfloat16", 5, str(tmp_path / "json"))
     assert facts["files"] == [SINGLE_FILE]
     assert facts["bytes"] < (tmp_path / "json" / SINGLE_FILE).stat().st_size < facts["bytes"] + 40_000
+
+
+def next_command(stderr: str) -> list[str]:
+    """The arguments of the command that `init` names, after the command line parser has accepted them."""
+    words = shlex.split(stderr.splitlines()[-1])
+    assert words[:2] == ["next:", "twotower"]
+    command = verbs.commands[words[2]]
+    context = command.make_context(words[2], words[3:])
+    assert context.params["model"] == words[3]
+    return words[2:]
+
+
+def test_the_next_command_quotes_the_directory(source: Path, tmp_path: Path, cli: Callable[..., Result]) -> None:
+    result = cli("--from", source, "-o", tmp_path / "a model")
+    assert next_command(result.err)[1] == str(tmp_path / "a model")
 
 
 def test_command_is_light() -> None:

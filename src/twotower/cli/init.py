@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import shlex
 import sys
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
@@ -11,7 +12,6 @@ from typing import TYPE_CHECKING
 
 import click
 
-from twotower.cli import info_page
 from twotower.cli import model_options as models
 from twotower.cli.info import DTYPES
 
@@ -70,11 +70,14 @@ def init(
         return
     for line in summary(made):
         click.echo(line)
-    click.secho(f"next: twotower train --from {made.directory} …", err=True, dim=True)
+    directory = shlex.quote(str(made.directory))
+    click.secho(f"next: twotower train {directory} --data PATH -o RUN", err=True, dim=True)
 
 
 def summary(made: Converted) -> Iterator[str]:
     """What was made, to read."""
+    from twotower.cli import info_page
+
     count, size = info_page.big, info_page.size_of
     files = f"{len(made.files)} files" if len(made.files) > 1 else made.files[0]
     yield click.style(str(made.directory), bold=True)

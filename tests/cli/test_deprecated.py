@@ -1,0 +1,68 @@
+"""`formerly`: the old spelling of an option sets the new parameter and says so."""
+
+from __future__ import annotations
+
+import click
+import pytest
+from click.testing import CliRunner, Result
+
+from twotower.cli.deprecated import formerly
+
+
+@click.command()
+@click.option("--lr", cls=formerly("--rate"), type=float, default=0.5, show_default=True, help="Peak learning rate.")
+@click.option("--data", cls=formerly("--item"), multiple=True)
+@click.option("--again/--no-again", cls=formerly("--twice/--no-twice"), default=True)
+@click.option("--activation-checkpointing", "recompute", cls=formerly("--recompute"), is_flag=True)
+def command(lr: float, data: tuple[str, ...], again: bool, recompute: bool) -> None:
+    click.echo(repr((lr, data, again, recompute)))
+
+
+def invoke(*args: str) -> Result:
+    return CliRunner().invoke(command, list(args))
+
+
+def test_the_new_spellings_say_nothing() -> None:
+    result = invoke("--lr", "0.1", "--data", "a", "--no-again", "--activation-checkpointing")
+    assert (result.stdout, result.stderr) == ("(0.1, ('a',), False, True)\n", "")
+    assert invoke().stdout == "(0.5, (), True, False)\n"
+
+
+@pytest.mark.parametrize(
+    ("given", "parameters", "names"),
+    [
+        (("--rate", "0.1"), "(0.1, (), True, False)", ("--rate", "--lr")),
+        (("--rate=0.1",), "(0.1, (), True, False)", ("--rate", "--lr")),
+        (("--item", "a", "--item", "b"), "(0.5, ('a', 'b'), True, False)", ("--item", "--data")),
+        (("--no-twice",), "(0.5, (), False, False)", ("--twice", "--again")),
+        (("--recompute",), "(0.5, (), True, True)", ("--recompute", "--activation-checkpointing")),
+    ],
+)
+def test_an_old_spelling_sets_the_parameter_and_prints_one_line(
+    given: tuple[str, ...], parameters: str, names: tuple[str, str]
+) -> None:
+    result = invoke(*given)
+    assert result.exit_code == 0
+    assert result.stdout == parameters + "\n"
+    assert result.stderr == f"{names[0]} is now {names[1]}; the old name goes in the next release\n"
+
+
+def test_an_old_spelling_is_checked_like_the_new() -> None:
+    result = invoke("--rate", "fast")
+    assert result.exit_code == 2
+    assert "'fast' is not a valid float" in result.stderr
+
+
+def test_both_spellings_are_one_error() -> None:
+    for given in (("--rate", "0.1", "--lr", "0.2"), ("--lr", "0.2", "--rate", "0.1")):
+        result = invoke(*given)
+        assert result.exit_code == 2
+        assert "Error: --rate is the old name of --lr; give only --lr\n" in result.stderr
+
+
+def test_the_help_hides_old_spellings() -> None:
+    help_text = invoke("--help").stdout
+    assert "--lr" in help_text
+    assert "--data" in help_text
+    for old in ("--rate", "--item", "--twice", "--recompute"):
+        assert old not in help_text
