@@ -21,9 +21,9 @@ from test_stopping import TOKENIZER, VOCABULARY
 
 from twotower import LLM, AsyncLLM, Generation, GenerationParams, TwoTowerForCausalLM, generate
 from twotower.server.logs import LOGGER
-from twotower.server.run import Server, server_of
 from twotower.server.service import Service
-from twotower.server.settings import Limits, Settings
+from twotower.server.settings import Limits, ServerSettings
+from twotower.server.uvicorn_server import DrainingServer, create_server
 
 NAME = "tiny"
 EOS = 2
@@ -110,7 +110,7 @@ class Valve:
 class Served:
     """A server that runs."""
 
-    def __init__(self, server: Server, service: Service, address: str) -> None:
+    def __init__(self, server: DrainingServer, service: Service, address: str) -> None:
         self.server, self.service, self.address = server, service, address
         self.llm = service.engine.llm
         self.valve = Valve(self.llm)
@@ -170,7 +170,7 @@ class Served:
         """Nobody holds a place, in the server or in the engine."""
         llm = self.llm
         return (
-            not (self.service.open or llm.core.scheduler.running or llm.core.scheduler.waiting)
+            not (self.service.active_choices or llm.core.scheduler.running or llm.core.scheduler.waiting)
             and len(llm.core.scheduler.free) == llm.core.state.rows
         )
 
@@ -186,7 +186,7 @@ def serving(
     """A server of a model, or of the tiny one, or a service of its own, on any free port."""
     settings = {"name": NAME, "decoding": DECODING, "limits": Limits(queue=64)} | settings
     if service is None:
-        service = Service(AsyncLLM(LLM(model or tiny_model(), rows=rows, length=LENGTH)), Settings(**settings))
+        service = Service(AsyncLLM(LLM(model or tiny_model(), rows=rows, length=LENGTH)), ServerSettings(**settings))
     found: list[str] = []
     listens = threading.Event()
 
@@ -194,7 +194,7 @@ def serving(
         found.append(address)
         listens.set()
 
-    server = server_of(service, "127.0.0.1", 0, drain, listening)
+    server = create_server(service, "127.0.0.1", 0, drain, listening)
     thread = threading.Thread(target=server.run, name="server", daemon=True)
     thread.start()
     assert listens.wait(PATIENCE)

@@ -98,7 +98,7 @@ def test_verbs_that_compute_configure_it(
     """The bundled model is small."""
     calls: list[str] = []
     monkeypatch.setattr(allocator, "keep_large_blocks", lambda: calls.append("malloc"))
-    monkeypatch.setattr("twotower.server.run.serve", lambda service, *_: service.close())
+    monkeypatch.setattr("twotower.server.uvicorn_server.serve_until_signal", lambda service, *_: service.close())
     arguments = {
         "generate": ("User: Hi", "-n", "1", "--mode", "ar"),
         "serve": ("--port", "0", "--rows", "1", "--length", "64"),

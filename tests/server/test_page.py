@@ -418,7 +418,7 @@ def test_by_keyboard_alone(browser: Browser, server: str) -> None:
 
 def test_the_page_fetches_nothing_from_elsewhere() -> None:
     for file in page.FOLDER.iterdir():
-        if file.suffix in page.KINDS:
+        if file.suffix in page.MEDIA_TYPES:
             text = file.read_text("utf-8").replace("http://www.w3.org/2000/svg", "")
             assert not re.search(r"(https?:)?//[a-z]+\.[a-z]", text), file.name
             assert not re.search(r"<script(?![^>]*\bsrc=)|\son[a-z]+=\"", text), file.name

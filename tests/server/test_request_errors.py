@@ -21,11 +21,11 @@ from twotower.engine.admission import check_model
 from twotower.engine.jobs import engine_for, read_lines, run_job
 from twotower.errors import ArgumentError
 from twotower.server.request_errors import request_error
-from twotower.server.request_schemas import ChatAsked, CompletionAsked
+from twotower.server.request_schemas import ChatCompletionRequest, CompletionRequest
 from twotower.server.settings import Limits
 
 COMPLETIONS, CHAT = "/v1/completions", "/v1/chat/completions"
-ASKED = {COMPLETIONS: CompletionAsked, CHAT: ChatAsked}
+ASKED = {COMPLETIONS: CompletionRequest, CHAT: ChatCompletionRequest}
 START: dict[str, dict[str, Any]] = {
     COMPLETIONS: {"prompt": "x"},
     CHAT: {"messages": [{"role": "user", "content": "x"}]},
@@ -163,17 +163,17 @@ def test_the_parameter_survives_pickling() -> None:
 
 
 def test_the_field_does_not_depend_on_the_message() -> None:
-    asked = CompletionAsked.model_validate({"prompt": "x", "max_tokens": 5})
+    asked = CompletionRequest.model_validate({"prompt": "x", "max_tokens": 5})
     error = ArgumentError("top_k is 0; the prompt is empty", param="steps_per_block")
     assert request_error(error, asked.field_of(error.param)).param == "steps"
     assert request_error(ArgumentError("top_k is 0"), asked.field_of(None)).param is None
 
 
 def test_the_engine_s_names_are_the_request_s() -> None:
-    whole = CompletionAsked.model_validate({"prompt": "x", "max_tokens": 5})
-    short = CompletionAsked.model_validate({"prompt": "x"})
-    chat = ChatAsked.model_validate(START[CHAT])
-    newer = ChatAsked.model_validate(START[CHAT] | {"max_completion_tokens": 5})
+    whole = CompletionRequest.model_validate({"prompt": "x", "max_tokens": 5})
+    short = CompletionRequest.model_validate({"prompt": "x"})
+    chat = ChatCompletionRequest.model_validate(START[CHAT])
+    newer = ChatCompletionRequest.model_validate(START[CHAT] | {"max_completion_tokens": 5})
     lengths = [asked.field_of("max_new_tokens") for asked in (whole, short, chat, newer)]
     assert lengths == ["max_tokens", "prompt", "messages", "max_completion_tokens"]
     assert (whole.field_of("prompt"), chat.field_of("prompt")) == ("prompt", "messages")

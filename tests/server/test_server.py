@@ -16,7 +16,7 @@ from torch import Tensor
 
 from twotower import GenerationParams, generate
 from twotower.decoding.unmasking import POLICIES, Pass, Verdict, register_policy
-from twotower.server.request_schemas import OFF, ChatAsked, CompletionAsked
+from twotower.server.request_schemas import UNSUPPORTED_FIELDS, ChatCompletionRequest, CompletionRequest
 
 PROMPT = "the quick"
 BOTH = ("/v1/completions", "/v1/chat/completions")
@@ -278,9 +278,9 @@ def test_a_chat_by_the_tokenizer_s_template(served: Served, monkeypatch: pytest.
 
 def test_a_reply_ends_where_the_other_would_speak(served: Served) -> None:
     """The speakers' names are stop strings of the plain template, beside the request's own."""
-    asked = ChatAsked.model_validate({"messages": TURNS, "stop": "xyz"})
-    jobs = asyncio.run(served.service.choices(asked))
-    assert set(jobs[0].request.params.stop) == {"xyz", "\nSystem:", "\nUser:", "\nAssistant:"}
+    asked = ChatCompletionRequest.model_validate({"messages": TURNS, "stop": "xyz"})
+    choices = asyncio.run(served.service.build_choices(asked))
+    assert set(choices[0].engine_request.params.stop) == {"xyz", "\nSystem:", "\nUser:", "\nAssistant:"}
 
 
 def test_a_reply_may_be_as_long_as_fits(served: Served) -> None:
@@ -349,7 +349,7 @@ def test_denoising_shown_is_what_happened(served: Served, path: str, mode: str) 
 
 def test_a_quiet_stream_is_kept_open(served: Served, monkeypatch: pytest.MonkeyPatch) -> None:
     """Comments, which clients skip, while there is nothing to say."""
-    monkeypatch.setattr("twotower.server.choice_events.BEAT", 0.01)
+    monkeypatch.setattr("twotower.server.choice_events.KEEPALIVE_SECONDS", 0.01)
     with served.valve.closed(), served.client() as client:
         fields = {"prompt": PROMPT, "stream": True, "seed": 1, "max_tokens": 4}
         with client.stream("POST", BOTH[0], json=fields) as answer:
@@ -419,13 +419,13 @@ ON: dict[str, Any] = {
 
 
 @pytest.mark.parametrize("path", BOTH)
-@pytest.mark.parametrize("name", OFF)
+@pytest.mark.parametrize("name", UNSUPPORTED_FIELDS)
 def test_fields_that_mean_nothing_here(served: Served, path: str, name: str) -> None:
     """Refused by name, unless they ask for nothing."""
     error = refused(served.post(path, START[path] | {name: ON[name]}), name)
     assert error["code"] == "unsupported"
     assert name in error["message"]
-    for off in (*OFF[name], None):
+    for off in (*UNSUPPORTED_FIELDS[name], None):
         answer = served.post(path, START[path] | {name: off, "seed": 1, "max_tokens": 2})
         assert answer.status_code == 200, answer.text
 
@@ -437,10 +437,12 @@ def test_unknown_fields_are_refused(served: Served, path: str) -> None:
         assert error["code"] == "unsupported"
 
 
-@pytest.mark.parametrize(("path", "asked"), list(zip(BOTH, (CompletionAsked, ChatAsked), strict=True)))
-def test_null_is_the_default(served: Served, path: str, asked: type[CompletionAsked] | type[ChatAsked]) -> None:
+@pytest.mark.parametrize(("path", "asked"), list(zip(BOTH, (CompletionRequest, ChatCompletionRequest), strict=True)))
+def test_null_is_the_default(
+    served: Served, path: str, asked: type[CompletionRequest] | type[ChatCompletionRequest]
+) -> None:
     needed = START[path]
-    nothing = {name: None for name in (*asked.model_fields, *OFF) if name not in needed}
+    nothing = {name: None for name in (*asked.model_fields, *UNSUPPORTED_FIELDS) if name not in needed}
     told = {name: field.default for name, field in asked.model_fields.items() if name not in needed}
     some = {"seed": 3, "max_tokens": 10}
     plain = text_of(served.post(path, needed | some))
@@ -647,14 +649,16 @@ def test_the_schema_names_every_field_and_status(served: Served) -> None:
     assert {"/v1/completions", "/v1/chat/completions", "/v1/models", "/health", "/ready", "/metrics"} <= set(
         schema["paths"]
     )
-    for path, asked in zip(BOTH, ("CompletionAsked", "ChatAsked"), strict=True):
+    for path, asked in zip(BOTH, ("CompletionRequest", "ChatCompletionRequest"), strict=True):
         operation = schema["paths"][path]["post"]
         assert {"200", "400", "401", "404", "408", "413", "429", "503", "504"} <= set(operation["responses"])
         assert "422" not in operation["responses"]
         assert set(operation["responses"]["200"]["content"]) == {"application/json", "text/event-stream"}
         fields = schema["components"]["schemas"][asked]
         assert fields["additionalProperties"] is False
-        known = {"CompletionAsked": CompletionAsked, "ChatAsked": ChatAsked}[asked].model_fields
+        known = {"CompletionRequest": CompletionRequest, "ChatCompletionRequest": ChatCompletionRequest}[
+            asked
+        ].model_fields
         assert set(fields["properties"]) == set(known)
     assert json.dumps(schema).count("HTTPValidationError") == 0
 

@@ -81,7 +81,7 @@ def read_all(connection: socket.socket) -> bytes:
 
 @pytest.mark.parametrize("chunked", [False, True])
 def test_a_body_may_be_too_long(served: Served, chunked: bool) -> None:
-    with served.limited(body=1000), served.client() as client:
+    with served.limited(body_bytes=1000), served.client() as client:
         body = json.dumps(LONG | {"user": "x" * 1000}).encode()
         content = iter([body[:500], body[500:]]) if chunked else body
         answer = client.post(PATH, content=content, headers={"content-type": "application/json"})
@@ -95,7 +95,7 @@ def test_a_body_may_be_too_long(served: Served, chunked: bool) -> None:
 
 def test_a_body_that_says_it_is_endless_is_not_read(served: Served) -> None:
     """Neither one that announces more than anybody may send, nor one that goes on and on."""
-    with served.limited(body=1000, body_seconds=PATIENCE):
+    with served.limited(body_bytes=1000, body_seconds=PATIENCE):
         for headers in (f"Content-Length: {10**15}", "Transfer-Encoding: chunked"):
             with served.connect() as connection:
                 connection.sendall(request(b"", headers))
@@ -147,7 +147,7 @@ def test_a_usual_length_is_within_the_cap(served: Served) -> None:
 def test_a_full_queue_says_when_to_come_again(served: Served, pool: ThreadPoolExecutor) -> None:
     with served.valve.closed():
         asked = [pool.submit(served.post, PATH, LONG | {"max_tokens": 2}) for _ in range(4)]  # all the places
-        until(lambda: served.service.open == 4)
+        until(lambda: served.service.active_choices == 4)
         for stream in (False, True):
             answer = served.complete(stream=stream)
             param_of(answer, 429)
@@ -166,10 +166,10 @@ def test_a_full_queue_says_when_to_come_again(served: Served, pool: ThreadPoolEx
 def test_choices_take_a_place_each(served: Served, pool: ThreadPoolExecutor) -> None:
     with served.valve.closed():
         asked = pool.submit(served.post, PATH, LONG | {"max_tokens": 2, "n": 3})
-        until(lambda: served.service.open == 3)
+        until(lambda: served.service.active_choices == 3)
         assert served.complete(n=2).status_code == 429
         last = pool.submit(served.complete, max_tokens=1)
-        until(lambda: served.service.open == 4)
+        until(lambda: served.service.active_choices == 4)
     assert asked.result(PATIENCE).status_code == last.result(PATIENCE).status_code == 200
 
 
@@ -178,7 +178,7 @@ def test_choices_take_a_place_each(served: Served, pool: ThreadPoolExecutor) -> 
 
 @pytest.fixture(scope="module")
 def keyed() -> Iterator[Served]:
-    with serving(rows=4, keys=("first", "zweiter-ß"), limits=Limits(queue=4, per_key=2)) as found:
+    with serving(rows=4, api_keys=("first", "zweiter-ß"), limits=Limits(queue=4, per_key=2)) as found:
         yield found
 
 
@@ -208,15 +208,15 @@ def test_who_has_no_key_is_told_before_the_body_is_read(keyed: Served) -> None:
 def test_a_key_has_a_bound_of_its_own(keyed: Served, pool: ThreadPoolExecutor) -> None:
     with keyed.valve.closed():
         asked = [pool.submit(keyed.post, PATH, LONG | {"max_tokens": 2}, **key("first")) for _ in range(2)]
-        until(lambda: keyed.service.open == 2)
+        until(lambda: keyed.service.active_choices == 2)
         answer = keyed.post(PATH, LONG, **key("first"))
         param_of(answer, 429)
         assert int(answer.headers["retry-after"]) >= 1
         asked.append(pool.submit(keyed.post, PATH, LONG | {"max_tokens": 2, "n": 2}, **key("zweiter-ß")))
-        until(lambda: keyed.service.open == 4)
+        until(lambda: keyed.service.active_choices == 4)
     assert [found.result(PATIENCE).status_code for found in asked] == [200] * 3
     assert param_of(keyed.post(PATH, LONG | {"n": 3}, **key("first")), 400) == "n"
-    assert not keyed.service.open
+    assert not keyed.service.active_choices
 
 
 def test_keys_are_read_from_a_file_and_the_environment(tmp_path: Path) -> None:
@@ -242,11 +242,11 @@ def test_keys_are_read_from_a_file_and_the_environment(tmp_path: Path) -> None:
 @pytest.mark.parametrize("stream", [False, True])
 def test_a_request_may_take_too_long(served: Served, pool: ThreadPoolExecutor, stream: bool, running: bool) -> None:
     """At work or still waiting: its client is told, and its place is free again."""
-    with served.limited(seconds=0.3), served.valve.closed():
+    with served.limited(request_seconds=0.3), served.valve.closed():
         n = 1 if running else 2
         other = pool.submit(served.post, PATH, LONG | {"n": 2}) if not running else None
         if other is not None:
-            until(lambda: served.service.open == 2)
+            until(lambda: served.service.active_choices == 2)
         answer = served.post(PATH, LONG | {"stream": stream, "n": n})
         if stream:
             assert answer.status_code == 200
@@ -257,7 +257,7 @@ def test_a_request_may_take_too_long(served: Served, pool: ThreadPoolExecutor, s
         assert error["code"] == "timeout"
         if other is not None:
             assert other.result(PATIENCE).status_code == 504
-        until(lambda: not served.service.open)
+        until(lambda: not served.service.active_choices)
     until(served.is_idle)
     assert is_served(served)
 
@@ -290,13 +290,13 @@ def test_a_client_that_leaves_frees_its_slot_within_a_step(
     served: Served, stream: bool, go: Callable[[socket.socket], None]
 ) -> None:
     with asking(served, stream) as connection, served.valve.closed():
-        until(lambda: served.service.open == 1)
+        until(lambda: served.service.active_choices == 1)
         served.valve.wait_blocked()
         served.valve.allow(3)
         served.valve.wait_blocked()
         assert len(served.llm.core.scheduler.running) == 1
         go(connection)
-        until(lambda: served.service.open == 0, "the server does not see it")
+        until(lambda: served.service.active_choices == 0, "the server does not see it")
         before = served.valve.passed
         served.valve.allow(1)  # the step that was about to begin
         until(lambda: len(served.llm.core.scheduler.free) == 2, "its slot is held")
@@ -309,15 +309,15 @@ def test_a_client_that_leaves_the_queue_never_runs(served: Served, stream: bool)
     with ExitStack() as stack:
         first = [stack.enter_context(asking(served, True)) for _ in range(2)]
         stack.enter_context(served.valve.closed())
-        until(lambda: served.service.open == 2)
+        until(lambda: served.service.active_choices == 2)
         waiting = stack.enter_context(asking(served, stream))
-        until(lambda: served.service.open == 3)
+        until(lambda: served.service.active_choices == 3)
         served.valve.wait_blocked()
         served.valve.allow(2)
         served.valve.wait_blocked()
         assert len(served.llm.core.scheduler.waiting) == 1
         waiting.close()
-        until(lambda: served.service.open == 2)
+        until(lambda: served.service.active_choices == 2)
         served.valve.allow(1)
         served.valve.wait_blocked()
         assert not served.llm.core.scheduler.waiting
@@ -329,7 +329,7 @@ def test_a_client_that_leaves_the_queue_never_runs(served: Served, stream: bool)
 def test_the_log_says_who_left(served: Served) -> None:
     with logged() as lines, served.valve.closed():
         with asking(served, False):
-            until(lambda: served.service.open == 1)
+            until(lambda: served.service.active_choices == 1)
         until(lambda: any(line.get("status") == 499 for line in lines))
 
 
@@ -349,7 +349,7 @@ def test_hanging_connections_are_in_nobody_s_way(served: Served) -> None:
 
 def test_headers_have_to_arrive(served: Served, monkeypatch: pytest.MonkeyPatch) -> None:
     """A letter now and then does not keep a connection."""
-    monkeypatch.setattr("twotower.server.connections.HEAD", 0.3)
+    monkeypatch.setattr("twotower.server.http_timeouts.HEADER_SECONDS", 0.3)
     for begun in (b"", b"POST /v1/", request(b"")[:-2]):
         with served.connect() as connection:
             connection.sendall(begun)
@@ -375,11 +375,11 @@ def test_headers_have_to_arrive(served: Served, monkeypatch: pytest.MonkeyPatch)
 
 def test_a_client_that_does_not_read_frees_its_place(served: Served, monkeypatch: pytest.MonkeyPatch) -> None:
     """Its stream fills the buffers between it and the server, and then waits for it: not for ever."""
-    monkeypatch.setattr("twotower.server.connections.STALLED", 0.3)
-    monkeypatch.setattr("twotower.server.streaming._data", lambda body: b"data: " + body.ljust(2**20) + b"\n\n")
+    monkeypatch.setattr("twotower.server.http_timeouts.WRITE_SECONDS", 0.3)
+    monkeypatch.setattr("twotower.server.streaming._sse_event", lambda body: b"data: " + body.ljust(2**20) + b"\n\n")
     with asking(served, True):
-        until(lambda: served.service.open == 1)
-        until(lambda: served.service.open == 0, "it holds its place")
+        until(lambda: served.service.active_choices == 1)
+        until(lambda: served.service.active_choices == 0, "it holds its place")
 
 
 GARBAGE = [
@@ -577,7 +577,7 @@ def test_draining_has_an_end() -> None:
             served.server.handle_exit(signal.SIGTERM, None)
             for _ in lines:
                 pass
-        until(lambda: served.service.open == 0)
+        until(lambda: served.service.active_choices == 0)
 
 
 def test_wrong_starts_are_told_in_a_line(cli: Callable[..., Any], tmp_path: Path) -> None:
@@ -618,9 +618,11 @@ def test_open_doors_are_warned_of(
     cli: Callable[..., Any], monkeypatch: pytest.MonkeyPatch, host: str, keys: str, warns: bool
 ) -> None:
     ran: list[Any] = []
-    monkeypatch.setattr("twotower.server.run.serve", lambda service, *_: (ran.append(service), service.close()))
+    monkeypatch.setattr(
+        "twotower.server.uvicorn_server.serve_until_signal", lambda service, *_: (ran.append(service), service.close())
+    )
     with options.override(api_keys=(keys,) if keys else ()):
         result = cli("serve", "--port", "0", "--host", host, "--rows", "1", "--length", "64", "--dtype", "float32")
     assert result.code == 0, result.err
     assert ("Warning" in result.err) == warns
-    assert ran[0].settings.keys == ((keys,) if keys else ())
+    assert ran[0].settings.api_keys == ((keys,) if keys else ())

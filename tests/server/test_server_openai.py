@@ -20,7 +20,7 @@ MESSAGES = [{"role": "user", "content": PROMPT}]
 
 @pytest.fixture(scope="module")
 def served() -> Iterator[Served]:
-    with serving(rows=2, keys=("right",), limits=Limits(queue=2)) as found:
+    with serving(rows=2, api_keys=("right",), limits=Limits(queue=2)) as found:
         yield found
         until(found.is_idle)
 
@@ -158,15 +158,15 @@ def test_errors(served: Served, client: openai.OpenAI) -> None:
             with pytest.raises(openai.RateLimitError) as full:
                 client.completions.create(model=NAME, prompt=PROMPT)
             assert int(full.value.response.headers["retry-after"]) >= 1
-        until(lambda: not served.service.open)
-        with served.limited(seconds=0.2), pytest.raises(openai.InternalServerError) as late:
+        until(lambda: not served.service.active_choices)
+        with served.limited(request_seconds=0.2), pytest.raises(openai.InternalServerError) as late:
             client.completions.create(model=NAME, prompt=PROMPT)
         assert late.value.status_code == 504
 
 
 def test_an_error_in_a_stream_is_raised(served: Served, client: openai.OpenAI) -> None:
-    with served.limited(seconds=0.2), served.valve.closed():
+    with served.limited(request_seconds=0.2), served.valve.closed():
         stream = client.completions.create(model=NAME, prompt=PROMPT, stream=True)
         with pytest.raises(openai.APIError, match="longer than"):
             list(stream)
-        until(lambda: not served.service.open)
+        until(lambda: not served.service.active_choices)

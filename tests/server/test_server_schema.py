@@ -27,7 +27,7 @@ CHECKED = ("not_a_server_error", "status_code_conformance", "content_type_confor
 
 @pytest.fixture(scope="module")
 def served() -> Iterator[Served]:
-    limits = Limits(output_tokens=8, choices=4, prompt_tokens=300, seconds=60)
+    limits = Limits(output_tokens=8, choices=4, prompt_tokens=300, request_seconds=60)
     with serving(rows=4, limits=limits) as found:
         yield found
         until(found.is_idle)

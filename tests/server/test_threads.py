@@ -22,7 +22,7 @@ from twotower.engine.core import EngineCore
 from twotower.engine.engine_options import EngineOptions
 from twotower.server.request_schemas import Message
 from twotower.server.service import Service
-from twotower.server.settings import Limits, Settings
+from twotower.server.settings import Limits, ServerSettings
 from twotower.server.tokenizer_adapter import TokenizerAdapter
 
 CHANGING = ("prefixes", "scheduler", "rounds")  # of an engine: what its steps change
@@ -96,14 +96,14 @@ def test_only_the_engine_s_thread_reads_what_its_steps_change() -> None:
             assert served.complete([5], max_tokens=10**9).status_code == 400
             assert {answer.result().status_code for answer in asked} <= {200, 429}
         until(lambda: engine.stats.free_slots == 2)
-        assert served.counts()["twotower_prefix_asked_tokens",] == engine.stats.prompt_tokens
+        assert served.counts()["twotower_prefix_query_tokens",] == engine.stats.prompt_tokens
     assert core.readers == {"twotower-engine"}
 
 
 @contextmanager
 def serving_of(engine: AsyncLLM) -> Iterator[Served]:
     with serving(
-        service=Service(engine, Settings(name=NAME, decoding={"mode": "ar"}, limits=Limits(queue=2)))
+        service=Service(engine, ServerSettings(name=NAME, decoding={"mode": "ar"}, limits=Limits(queue=2)))
     ) as found:
         yield found
 
@@ -167,7 +167,7 @@ def test_prompts_stay_whole_whoever_else_encodes(prompt: str) -> None:
         assert detokenizer.decode(whole, skip_special_tokens=True) == text
 
     def encode() -> None:
-        assert adapter.tokens(prompt) == whole
+        assert adapter.encode_prompt(prompt) == whole
 
     assert in_threads(encode, encode, encode_as_others_do, decode_as_the_engine_does) > 20
 
@@ -176,13 +176,13 @@ def test_the_adapter_encodes_for_several_threads(prompt: str) -> None:
     """Prompts with and without special tokens, and the text of tokens, side by side."""
     adapter = TokenizerAdapter(byte_level())
     message = Message(role="user", content=prompt)
-    whole, chat = adapter.tokens(prompt), adapter.chat([message])
-    shown = [adapter.shown(token) for token in range(50)]
+    whole, chat = adapter.encode_prompt(prompt), adapter.encode_chat([message])
+    shown = [adapter.token_text(token) for token in range(50)]
 
     def same() -> None:
-        assert adapter.tokens(prompt) == whole
-        assert adapter.chat([message]) == chat
-        assert [adapter.shown(token) for token in range(50)] == shown
+        assert adapter.encode_prompt(prompt) == whole
+        assert adapter.encode_chat([message]) == chat
+        assert [adapter.token_text(token) for token in range(50)] == shown
 
     assert in_threads(same, same, same) > 5
 
@@ -192,5 +192,5 @@ def test_the_adapter_leaves_the_model_s_tokenizer_alone() -> None:
     tokenizer = byte_level()
     tokenizer.backend_tokenizer.enable_truncation(8)
     adapter = TokenizerAdapter(tokenizer)
-    assert len(adapter.tokens(TEXTS[0])) > 8
+    assert len(adapter.encode_prompt(TEXTS[0])) > 8
     assert tokenizer.backend_tokenizer.truncation["max_length"] == 8

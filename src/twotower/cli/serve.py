@@ -131,7 +131,7 @@ class Command:
             per_key=self.per_key,
             prompt_tokens=self.max_prompt,
             output_tokens=self.max_tokens,
-            seconds=self.timeout,
+            request_seconds=self.timeout,
         )
 
 
@@ -144,12 +144,12 @@ def run(command: Command) -> None:
     from twotower.decoding.presets import parse_setting
 
     try:
-        from twotower.server.run import serve as serve_until_signal
+        from twotower.server.uvicorn_server import serve_until_signal
     except ImportError as error:
         raise ArgumentError(f"serving needs {error.name}; install it: pip install 'twotower[serve]'") from None
     from twotower.engine import AsyncLLM
     from twotower.server.service import Service
-    from twotower.server.settings import Settings, read_keys
+    from twotower.server.settings import ServerSettings, read_keys
 
     for option, given in (("--timeout", command.timeout), ("--memory", command.memory)):
         if given is not None and not math.isfinite(given):
@@ -161,11 +161,11 @@ def run(command: Command) -> None:
     _check_free(command.host, command.port)
     source = model_loading.source_of(command.model)
     engine = _engine(command, source)
-    settings = Settings(
+    settings = ServerSettings(
         name=command.name or Path(source).name,
         decoding=decoding,
         limits=command.limits(),
-        keys=keys,
+        api_keys=keys,
         log_prompts=command.log_prompts,
     )
     if not keys and not _loopback(command.host):

@@ -52,14 +52,14 @@ def main(prompt: str, output: Path) -> None:
 @torch.inference_mode()
 def record(model: TwoTowerForCausalLM, prompt: str) -> dict[str, object]:
     """All of it, as plain data."""
-    texts = TokenizerAdapter(required(model.tokenizer))
-    read = texts.tokens(prompt)
+    tokenizer = TokenizerAdapter(required(model.tokenizer))
+    read = tokenizer.encode_prompt(prompt)
     state = model.new_state(1, len(read) + BLOCK)
     model.prefill(torch.tensor([read]), torch.tensor([len(read)]), state)
     before = layers(state)
     view = state.view()
-    unseeded = _pass(model, _masks(model), torch.ones(1), without_states(view), texts)
-    block, passes = denoise(model, view, texts)
+    unseeded = _pass(model, _masks(model), torch.ones(1), without_states(view), tokenizer)
+    block, passes = denoise(model, view, tokenizer)
     model.extend(block, state, logits=False)
     after = layers(state)
     return {
@@ -69,17 +69,17 @@ def record(model: TwoTowerForCausalLM, prompt: str) -> dict[str, object]:
         "threshold": THRESHOLD,
         "steps": STEPS,
         "prompt": prompt,
-        "context": [texts.shown(token) for token in read],
+        "context": [tokenizer.token_text(token) for token in read],
         "before": before,
         "unseeded": {"texts": unseeded.texts, "confidence": unseeded.confidence},
         "passes": passes,
-        "block": [texts.shown(token) for token in block[0].tolist()],
+        "block": [tokenizer.token_text(token) for token in block[0].tolist()],
         "after": after,
     }
 
 
 def denoise(
-    model: TwoTowerForCausalLM, view: ContextView, texts: TokenizerAdapter
+    model: TwoTowerForCausalLM, view: ContextView, tokenizer: TokenizerAdapter
 ) -> tuple[Tensor, list[dict[str, object]]]:
     """The block (1, L), and its passes: t before each, guesses, confidences, what was masked and what became final."""
     block, memory = _masks(model), None
@@ -87,7 +87,7 @@ def denoise(
     masked = torch.ones_like(block, dtype=torch.bool)
     while masked.any():
         t = masked.float().mean(1)
-        seen = _pass(model, block, t, view, texts)
+        seen = _pass(model, block, t, view, tokenizer)
         at, allowed = torch.tensor([[len(passes)]]), torch.tensor([[STEPS]])
         facts = Pass(seen.logits, seen.tokens, seen.sure, masked, at, allowed, memory)
         commit, memory = decide("threshold", facts, torch.tensor([[THRESHOLD]]))
@@ -148,12 +148,16 @@ class Guesses(NamedTuple):
     confidence: list[float]
 
 
-def _pass(model: TwoTowerForCausalLM, block: Tensor, t: Tensor, view: ContextView, texts: TokenizerAdapter) -> Guesses:
+def _pass(
+    model: TwoTowerForCausalLM, block: Tensor, t: Tensor, view: ContextView, tokenizer: TokenizerAdapter
+) -> Guesses:
     logits = model.denoise(block, t, view)
     logits[..., model.config.mask_token] = -torch.inf
     tokens = logits.argmax(-1)
     sure = confidence(logits, tokens)
-    return Guesses(logits, tokens, sure, [texts.shown(token) for token in tokens[0].tolist()], _rounded(sure[0]))
+    return Guesses(
+        logits, tokens, sure, [tokenizer.token_text(token) for token in tokens[0].tolist()], _rounded(sure[0])
+    )
 
 
 def _rounded(values: Tensor) -> list[float]:

@@ -14,9 +14,9 @@ from twotower.server.choices import Choice
 from twotower.server.metrics import Metrics
 from twotower.server.request_errors import RequestError, request_error
 
-BEAT = 15.0  # seconds without an event after which a stream says that it is still there
+KEEPALIVE_SECONDS = 15.0  # seconds without an event after which a stream says that it is still there
 
-Message = tuple[Choice, Event | Exception] | None  # None: nothing has come for BEAT seconds
+Message = tuple[Choice, Event | Exception] | None  # None: nothing has come for KEEPALIVE_SECONDS seconds
 
 
 async def choice_events(
@@ -36,7 +36,7 @@ async def choice_events(
     left, begun = len(choices), False
     try:
         for choice in choices:
-            calls.append(engine.listen(choice.request, partial(_post, queue, choice)))
+            calls.append(engine.listen(choice.engine_request, partial(_post, queue, choice)))
         while left:
             message = await _next(queue)
             if message is None:
@@ -52,7 +52,7 @@ async def choice_events(
                 metrics.first.observe(time.monotonic() - started)
             if event.result is not None:
                 left -= 1
-                metrics.ended(event.result)
+                metrics.observe_result(event.result)
                 if event.result.error:
                     raise RequestError(f"the request failed: {event.result.error}", status=500, code="failed")
             yield choice, event
@@ -70,7 +70,7 @@ async def choice_events(
 
 
 async def _next(queue: asyncio.Queue[Message]) -> Message:
-    beat = asyncio.get_running_loop().call_later(BEAT, queue.put_nowait, None)
+    beat = asyncio.get_running_loop().call_later(KEEPALIVE_SECONDS, queue.put_nowait, None)
     try:
         return await queue.get()
     finally:

@@ -10,33 +10,33 @@ import time
 LOGGER = logging.getLogger("twotower.server")
 
 
-def log(event: str, level: int = logging.INFO, /, **facts: object) -> None:
+def log_event(event: str, level: int = logging.INFO, /, **fields: object) -> None:
     """Writes a line with the time, what happened and what belongs to it."""
     if LOGGER.isEnabledFor(level):
         now = time.strftime("%Y-%m-%dT%H:%M:%S", time.gmtime())
         head = {"time": f"{now}Z", "level": logging.getLevelName(level).lower(), "event": event}
-        LOGGER.log(level, json.dumps(head | facts, default=str))
+        LOGGER.log(level, json.dumps(head | fields, default=str))
 
 
-def to_stderr() -> None:
+def configure_logging() -> None:
     """Sends this program's lines, and warnings of the HTTP server, to stderr."""
     handler = logging.StreamHandler(sys.stderr)
     handler.setFormatter(logging.Formatter("%(message)s"))
     LOGGER.handlers[:] = [handler]
     LOGGER.setLevel(logging.INFO)
     LOGGER.propagate = False
-    theirs = logging.StreamHandler(sys.stderr)
-    theirs.setFormatter(_AsJson())
+    uvicorn_handler = logging.StreamHandler(sys.stderr)
+    uvicorn_handler.setFormatter(_JsonFormatter())
     for name in ("uvicorn", "uvicorn.error"):
-        logging.getLogger(name).handlers[:] = [theirs]
+        logging.getLogger(name).handlers[:] = [uvicorn_handler]
         logging.getLogger(name).setLevel(logging.WARNING)
         logging.getLogger(name).propagate = False
 
 
-class _AsJson(logging.Formatter):
+class _JsonFormatter(logging.Formatter):
     def format(self, record: logging.LogRecord) -> str:
         now = time.strftime("%Y-%m-%dT%H:%M:%SZ", time.gmtime(record.created))
-        facts = {"time": now, "level": record.levelname.lower(), "event": record.name, "message": record.getMessage()}
+        fields = {"time": now, "level": record.levelname.lower(), "event": record.name, "message": record.getMessage()}
         if record.exc_info:
-            facts["trace"] = self.formatException(record.exc_info)
-        return json.dumps(facts)
+            fields["trace"] = self.formatException(record.exc_info)
+        return json.dumps(fields)

@@ -18,72 +18,72 @@ from typing import TYPE_CHECKING
 from starlette.responses import Response
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
-from twotower.server.logs import log
-from twotower.server.request_errors import RequestError
+from twotower.server.logs import log_event
+from twotower.server.request_errors import ClientDisconnected, RequestError
 
 if TYPE_CHECKING:
     from twotower.server.service import Service
 
-GUARDED = "/v1/"  # paths that need a key where there are keys
-LARGEST_ANSWERLESS = 1 << 20  # bytes of a refused body that are read, so that its sender sees why
+AUTHENTICATED_PREFIX = "/v1/"  # paths that need a key where there are keys
+MAX_DISCARDED_BYTES = 1 << 20  # bytes of a refused body that are read, so that its sender sees why
 
 
-class Gate:
-    """Wraps an app. What routes may want to know of a request is in scope["state"]: key, request_id, facts."""
+class ServerMiddleware:
+    """Wraps an app. What routes may want to know of a request is in scope["state"]: key, request_id, log_fields."""
 
     def __init__(self, app: ASGIApp, service: Service) -> None:
         self.app = app
         self.service = service
-        self.keys = [_digest(key.encode()) for key in service.settings.keys]
+        self.keys = [_digest(key.encode()) for key in service.settings.api_keys]
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         if scope["type"] != "http":
             await self.app(scope, receive, send)
             return
         headers = {name.lower(): value for name, value in scope["headers"]}
-        started, begun = time.perf_counter(), False
+        started, response_started = time.perf_counter(), False
         status = 499  # the client went away before there was an answer
-        facts: dict[str, object] = {}
-        number = uuid.uuid4().hex
-        scope.setdefault("state", {}).update(request_id=number, key=None, facts=facts)
+        log_fields: dict[str, object] = {}
+        request_id = uuid.uuid4().hex
+        scope.setdefault("state", {}).update(request_id=request_id, key=None, log_fields=log_fields)
 
-        async def answer(message: Message) -> None:
-            nonlocal status, begun
+        async def send_response(message: Message) -> None:
+            nonlocal status, response_started
             if message["type"] == "http.response.start":
-                status, begun = message["status"], True
-                message["headers"] = [*message.get("headers", ()), (b"x-request-id", number.encode())]
+                status, response_started = message["status"], True
+                message["headers"] = [*message.get("headers", ()), (b"x-request-id", request_id.encode())]
             await send(message)
 
         try:
-            if scope["path"].startswith(GUARDED):
-                scope["state"]["key"] = self._key(headers.get(b"authorization", b""))
+            if scope["path"].startswith(AUTHENTICATED_PREFIX):
+                scope["state"]["key"] = self._authenticate(headers.get(b"authorization", b""))
             if scope["method"] in ("POST", "PUT", "PATCH"):
-                receive = await self._read(headers, receive)
-            await self.app(scope, receive, answer)
+                receive = await self._read_body(headers, receive)
+            await self.app(scope, receive, send_response)
         except RequestError as error:
-            await refusal(error)(scope, receive, answer)
-        except _Gone:
+            await error_response(error)(scope, receive, send_response)
+        except ClientDisconnected:
             pass
         except Exception as error:  # here rather than outside, so that it is counted and logged like every answer
-            log("error", logging.ERROR, id=number, trace="".join(traceback.format_exception(error)))
-            if not begun:
+            log_event("error", logging.ERROR, id=request_id, trace="".join(traceback.format_exception(error)))
+            if not response_started:
                 words = "the server failed; its log says how"
-                await refusal(RequestError(words, status=500, code="internal"))(scope, receive, answer)
+                await error_response(RequestError(words, status=500, code="internal"))(scope, receive, send_response)
         finally:
             route = getattr(scope.get("route"), "path", "other")
-            self.service.metrics.served(route, status, started)
+            self.service.metrics.observe_request(route, status, started)
             seconds = round(time.perf_counter() - started, 4)
-            log(
+            log_event(
                 "request",
-                id=number,
+                id=request_id,
                 method=scope["method"],
                 path=scope["path"],
                 status=status,
                 seconds=seconds,
-                **facts,
+                **log_fields,
             )
 
-    def _key(self, header: bytes) -> str | None:
+    def _authenticate(self, header: bytes) -> str | None:
         """The digest of a request's key, by which its choices are counted.
 
         Raises:
@@ -98,7 +98,7 @@ class Gate:
             raise RequestError("no valid API key; send the header Authorization: Bearer KEY", status=401, code="key")
         return digest
 
-    async def _read(self, headers: dict[bytes, bytes], receive: Receive) -> Receive:
+    async def _read_body(self, headers: dict[bytes, bytes], receive: Receive) -> Receive:
         """Takes the whole body in → a `receive` that gives it out again.
 
         Raises:
@@ -106,17 +106,17 @@ class Gate:
         """
         limits = self.service.settings.limits
         said = headers.get(b"content-length", b"")
-        too_long = said.isdigit() and int(said) > limits.body
+        too_long = said.isdigit() and int(said) > limits.body_bytes
         parts: list[bytes] = []
         size, more = 0, True
         try:
             async with asyncio.timeout(limits.body_seconds):
-                while more and size <= limits.body + (LARGEST_ANSWERLESS if too_long else 0):
+                while more and size <= limits.body_bytes + (MAX_DISCARDED_BYTES if too_long else 0):
                     message = await receive()
                     if message["type"] == "http.disconnect":
-                        raise _Gone
+                        raise ClientDisconnected
                     size += len(message.get("body", b""))
-                    too_long |= size > limits.body
+                    too_long |= size > limits.body_bytes
                     if not too_long:
                         parts.append(message.get("body", b""))
                     more = message.get("more_body", False)
@@ -125,20 +125,18 @@ class Gate:
                 f"the request's body did not arrive in {limits.body_seconds:g} s", status=408, code="timeout"
             ) from None
         if too_long:
-            raise RequestError(f"the request's body is longer than {limits.body} bytes", status=413, code="too_long")
+            raise RequestError(
+                f"the request's body is longer than {limits.body_bytes} bytes", status=413, code="too_long"
+            )
         body = [b"".join(parts)]
 
-        async def again() -> Message:
+        async def replay() -> Message:
             return {"type": "http.request", "body": body.pop(), "more_body": False} if body else await receive()
 
-        return again
+        return replay
 
 
-class _Gone(Exception):
-    """The client left before its request was whole."""
-
-
-def refusal(error: RequestError, headers: dict[str, str] | None = None) -> Response:
+def error_response(error: RequestError, headers: dict[str, str] | None = None) -> Response:
     """The answer to what cannot be done."""
     out = Response(json.dumps(error.body()), error.status, headers, "application/json")
     if error.retry_after is not None:

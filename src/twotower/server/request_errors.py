@@ -5,6 +5,10 @@ from __future__ import annotations
 from twotower.errors import ArgumentError, TwoTowerError
 
 
+class ClientDisconnected(Exception):
+    """The client closed its connection before its answer was complete."""
+
+
 class RequestError(Exception):
     """Something a client can mend, or has to wait for: an HTTP status and a line that says what, which and how."""
 

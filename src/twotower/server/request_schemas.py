@@ -15,12 +15,12 @@ from twotower.decoding.modes import MEANT_FOR, Mode
 from twotower.server.request_errors import RequestError
 
 ModeName = Literal[Mode, "auto"]
-Whole = Annotated[int, BeforeValidator(lambda value: int(value) if _is_whole(value) else value)]
-TokenIds = list[Annotated[Whole, Field(ge=0, lt=2**31)]]
+JsonInteger = Annotated[int, BeforeValidator(lambda value: int(value) if _is_integral(value) else value)]
+TokenIds = list[Annotated[JsonInteger, Field(ge=0, lt=2**31)]]
 StopText = Annotated[str, Field(min_length=1, max_length=256)]
 
 # Fields that set a parameter of `GenerationParams`, and the parameter's name.
-PARAMETERS = {
+PARAMETER_OF_FIELD = {
     "threshold": "confidence_threshold",
     "policy": "policy",
     "knob": "knob",
@@ -30,10 +30,10 @@ PARAMETERS = {
     "acceptance": "acceptance",
     "top_k": "top_k",
 }
-FIELDS = {name: field for field, name in PARAMETERS.items()}  # the reverse
+FIELD_OF_PARAMETER = {name: field for field, name in PARAMETER_OF_FIELD.items()}  # the reverse
 
 # Fields of the published API that have no meaning here, and the values with which they ask for nothing.
-OFF: dict[str, tuple[object, ...]] = {
+UNSUPPORTED_FIELDS: dict[str, tuple[object, ...]] = {
     "frequency_penalty": (0,),
     "presence_penalty": (0,),
     "best_of": (1,),
@@ -58,25 +58,25 @@ OFF: dict[str, tuple[object, ...]] = {
 }
 
 
-def _is_whole(value: object) -> bool:
+def _is_integral(value: object) -> bool:
     """A float without a fraction: JSON does not tell 1.0 from 1."""
     return isinstance(value, float) and value.is_integer()
 
 
-class Strict(BaseModel):
+class StrictModel(BaseModel):
     """Nothing is taken for something else, and no field passes unseen."""
 
     model_config = ConfigDict(extra="forbid", strict=True, allow_inf_nan=False)
 
 
-class StreamOptions(Strict):
+class StreamOptions(StrictModel):
     """include_usage: a last chunk with the whole request's usage."""
 
     include_usage: bool = False
     include_obfuscation: Literal[False] = False
 
 
-class JsonSchema(Strict):
+class JsonSchema(StrictModel):
     """A JSON schema that the text has to fit."""
 
     model_config = ConfigDict(extra="forbid", strict=True, protected_namespaces=(), populate_by_name=True)
@@ -87,7 +87,7 @@ class JsonSchema(Strict):
     strict: bool | None = None
 
 
-class ResponseFormat(Strict):
+class ResponseFormat(StrictModel):
     """text (anything), json_object, json_schema, or, beyond the published API, a regular expression (`regex`) or a Lark
     grammar (`grammar`) that the text has to fit. In the modes ar and verified."""
 
@@ -97,7 +97,7 @@ class ResponseFormat(Strict):
     grammar: str | None = None
 
     @model_validator(mode="after")
-    def _has_its_part(self) -> Self:
+    def _check_type(self) -> Self:
         for part in ("json_schema", "regex", "grammar"):
             if (getattr(self, part) is not None) != (self.type == part):
                 raise ValueError(f'"{part}" goes with the type "{part}", and with no other')
@@ -106,16 +106,16 @@ class ResponseFormat(Strict):
         return self
 
 
-class Asked(Strict):
+class BaseRequest(StrictModel):
     """What both endpoints take. See `GenerationParams` for the decoding fields, which are beyond the published API."""
 
     model: str | None = Field(None, description="The served model; may be left out.")
     temperature: float = Field(1.0, ge=0, le=2, description="0 is greedy.")
     top_p: float = Field(1.0, gt=0, le=1)
-    top_k: Whole | None = Field(None, ge=1, description="Sample among the k likeliest tokens.")
+    top_k: JsonInteger | None = Field(None, ge=1, description="Sample among the k likeliest tokens.")
     stop: StopText | Annotated[list[StopText], Field(max_length=16)] | None = None
-    seed: Whole | None = Field(None, ge=0, lt=2**62, description="Same seed, same text; choice i has seed + i.")
-    n: Whole = Field(1, ge=1, le=64, description="Choices for each prompt.")
+    seed: JsonInteger | None = Field(None, ge=0, lt=2**62, description="Same seed, same text; choice i has seed + i.")
+    n: JsonInteger = Field(1, ge=1, le=64, description="Choices for each prompt.")
     stream: bool = False
     stream_options: StreamOptions | None = None
     user: str | None = None
@@ -124,21 +124,23 @@ class Asked(Strict):
     threshold: float | None = Field(None, ge=0, le=1, description="Commit what is more certain than this.")
     policy: str | None = Field(None, description="Which positions a pass commits.")
     knob: float | None = Field(None, description="The policy's one number, instead of threshold.")
-    block_size: Whole | None = Field(None, ge=1, le=4096, description="Positions denoised together.")
-    steps: Whole | None = Field(None, ge=1, le=4096, description="Diffusion: passes a block, at most.")
-    draft_steps: Whole | None = Field(None, ge=0, le=4096, description="Verified: passes a draft. Left out: what pays.")
+    block_size: JsonInteger | None = Field(None, ge=1, le=4096, description="Positions denoised together.")
+    steps: JsonInteger | None = Field(None, ge=1, le=4096, description="Diffusion: passes a block, at most.")
+    draft_steps: JsonInteger | None = Field(
+        None, ge=0, le=4096, description="Verified: passes a draft. Left out: what pays."
+    )
     acceptance: float | None = Field(None, ge=0, le=1, description="Verified: 1 is lossless.")
     stream_denoising: bool = Field(False, description="Streams show every pass over a block, and its tokens.")
 
     @model_validator(mode="before")
     @classmethod
-    def _without_what_is_off(cls, fields: object) -> object:
+    def _drop_disabled_fields(cls, fields: object) -> object:
         if not isinstance(fields, dict):
             return fields
-        known = OFF.keys() | cls.model_fields.keys()
+        known = UNSUPPORTED_FIELDS.keys() | cls.model_fields.keys()
         kept = {name: value for name, value in fields.items() if value is not None or name not in known}
-        for name in OFF.keys() - cls.model_fields.keys():
-            if name in kept and not any(_same(kept[name], off) for off in OFF[name]):
+        for name in UNSUPPORTED_FIELDS.keys() - cls.model_fields.keys():
+            if name in kept and not any(_same(kept[name], off) for off in UNSUPPORTED_FIELDS[name]):
                 raise RequestError(f"{name} is not supported; leave it out", param=name, code="unsupported")
             kept.pop(name, None)
         return kept
@@ -154,7 +156,7 @@ class Asked(Strict):
                 schema["properties"][name] = {"anyOf": [own, {"type": "null"}], **described}
         return schema
 
-    def check(self, mode: str) -> None:
+    def check_mode(self, mode: str) -> None:
         """Raises RequestError where a field means nothing in this mode, or without another field."""
         for name, modes in MEANT_FOR.items():
             if mode not in modes and getattr(self, name) is not None:
@@ -177,7 +179,7 @@ class Asked(Strict):
         own = {"constraint": "response_format", "prompt": self.prompt_field, "prompt_logprobs": "echo"}
         if param == "max_new_tokens":
             return self.length_field or self.prompt_field  # without a length, only the prompt can be too long
-        field = None if param is None else (own | FIELDS).get(param, param)
+        field = None if param is None else (own | FIELD_OF_PARAMETER).get(param, param)
         return field if field in type(self).model_fields else None
 
     @property
@@ -191,11 +193,11 @@ class Asked(Strict):
         return "max_tokens" if "max_tokens" in self.model_fields_set else None
 
     @property
-    def stops(self) -> tuple[str, ...]:
+    def stop_strings(self) -> tuple[str, ...]:
         return (self.stop,) if isinstance(self.stop, str) else tuple(self.stop or ())
 
     @property
-    def with_usage(self) -> bool:
+    def include_usage(self) -> bool:
         return self.stream_options is not None and self.stream_options.include_usage
 
 
@@ -204,27 +206,27 @@ def _same(value: object, off: object) -> bool:
     return value == off and isinstance(value, bool) == isinstance(off, bool)
 
 
-class CompletionAsked(Asked):
+class CompletionRequest(BaseRequest):
     """`POST /v1/completions`."""
 
     prompt: str | TokenIds | list[str] | list[TokenIds] = Field(
         description="Text or token ids; a list of either for several prompts."
     )
-    max_tokens: Whole = Field(16, ge=0, description="New tokens, at most.")
+    max_tokens: JsonInteger = Field(16, ge=0, description="New tokens, at most.")
     echo: bool = Field(False, description="Give the prompt back in front of the text.")
-    logprobs: Whole | None = Field(None, ge=0, le=20, description="The AR model's, with so many alternatives.")
+    logprobs: JsonInteger | None = Field(None, ge=0, le=20, description="The AR model's, with so many alternatives.")
 
     @property
     def prompt_field(self) -> str:
         return "prompt"
 
     @property
-    def new_tokens(self) -> int | None:
+    def requested_tokens(self) -> int | None:
         """How many are asked for, or usual; None: as many as fit."""
         return self.max_tokens
 
     @property
-    def prompts(self) -> list[str] | list[list[int]]:
+    def prompt_list(self) -> list[str] | list[list[int]]:
         """One entry a prompt."""
         if isinstance(self.prompt, str):
             return [self.prompt]
@@ -233,14 +235,14 @@ class CompletionAsked(Asked):
         return texts or ([ids] if ids else [part for part in self.prompt if isinstance(part, list)])
 
 
-class TextPart(Strict):
+class TextPart(StrictModel):
     """A part of a message."""
 
     type: Literal["text"]
     text: str
 
 
-class Message(Strict):
+class Message(StrictModel):
     """One turn of a chat."""
 
     role: Literal["system", "developer", "user", "assistant"]
@@ -252,14 +254,14 @@ class Message(Strict):
         return self.content if isinstance(self.content, str) else "".join(part.text for part in self.content)
 
 
-class ChatAsked(Asked):
+class ChatCompletionRequest(BaseRequest):
     """`POST /v1/chat/completions`."""
 
     messages: Annotated[list[Message], Field(min_length=1)]
-    max_tokens: Whole | None = Field(None, ge=0, description="New tokens, at most. Left out: as many as fit.")
-    max_completion_tokens: Whole | None = Field(None, ge=0, description="The same by its newer name.")
+    max_tokens: JsonInteger | None = Field(None, ge=0, description="New tokens, at most. Left out: as many as fit.")
+    max_completion_tokens: JsonInteger | None = Field(None, ge=0, description="The same by its newer name.")
     logprobs: bool = Field(False, description="The AR model's, whatever the mode.")
-    top_logprobs: Whole | None = Field(None, ge=0, le=20, description="With so many alternatives.")
+    top_logprobs: JsonInteger | None = Field(None, ge=0, le=20, description="With so many alternatives.")
 
     @property
     def prompt_field(self) -> str:
@@ -270,13 +272,16 @@ class ChatAsked(Asked):
         return "max_completion_tokens" if self.max_completion_tokens is not None else super().length_field
 
     @property
-    def new_tokens(self) -> int | None:
+    def requested_tokens(self) -> int | None:
         """How many are asked for; None: as many as fit."""
         return self.max_tokens if self.max_completion_tokens is None else self.max_completion_tokens
 
-    def check(self, mode: str) -> None:
-        super().check(mode)
+    def check_mode(self, mode: str) -> None:
+        super().check_mode(mode)
         if self.top_logprobs is not None and not self.logprobs:
             raise RequestError("top_logprobs goes with logprobs: true", param="top_logprobs")
         if None not in (self.max_tokens, self.max_completion_tokens) and self.max_tokens != self.max_completion_tokens:
             raise RequestError("max_tokens and max_completion_tokens differ; give one of them", param="max_tokens")
+
+
+GenerationRequest = CompletionRequest | ChatCompletionRequest

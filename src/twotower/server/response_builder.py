@@ -15,33 +15,33 @@ from pydantic import BaseModel
 
 from twotower.decoding.output import BlockEvent, Event, Generation, StepEvent, TokenLogprob
 from twotower.server.choices import Choice
-from twotower.server.request_schemas import Asked, ChatAsked, CompletionAsked
+from twotower.server.request_schemas import BaseRequest, ChatCompletionRequest, CompletionRequest, GenerationRequest
 from twotower.server.response_schemas import (
+    AssistantMessage,
     ChatChoice,
-    ChatChunk,
-    ChatChunkChoice,
     ChatCompletion,
+    ChatCompletionChunk,
+    ChatCompletionChunkChoice,
     ChatLogprob,
     ChatLogprobs,
-    Committed,
+    ChoiceDelta,
+    CommittedBlock,
     Completion,
     CompletionChoice,
     CompletionLogprobs,
-    Decoding,
-    Delta,
-    Denoising,
+    DecodingStats,
+    DenoisingStep,
+    FinishReason,
     ModelCard,
-    PromptDetails,
-    Reason,
-    ReplyMessage,
+    PromptTokensDetails,
     TopLogprob,
     Usage,
 )
 from twotower.server.service import Service
-from twotower.server.tokenizer_adapter import Reading
+from twotower.server.tokenizer_adapter import TextOffsets
 from twotower.version import VERSION
 
-REASONS: dict[str, Reason] = {"eos": "stop", "stop": "stop", "length": "length"}
+FINISH_REASONS: dict[str, FinishReason] = {"eos": "stop", "stop": "stop", "length": "length"}
 
 
 class HeadFields(TypedDict):
@@ -66,8 +66,8 @@ class TokenFields(TypedDict):
 class EndFields(TypedDict, total=False):
     """What a choice's last chunk has beside its text."""
 
-    finish_reason: Reason | None
-    decoding: Decoding
+    finish_reason: FinishReason | None
+    decoding: DecodingStats
 
 
 class ScoreFields(TypedDict):
@@ -78,15 +78,15 @@ class ScoreFields(TypedDict):
     bytes: list[int]
 
 
-class Answer:
+class ResponseBuilder:
     """Builds one request's answer, whole or chunk by chunk; the two endpoints differ in the parts below."""
 
     prefix: str
     shape: type[BaseModel]  # of a chunk, and what it calls itself
     kind: str
 
-    def __init__(self, service: Service, asked: Asked, choices: Sequence[Choice]) -> None:
-        self.asked, self.choices, self.tokenizer = asked, choices, service.tokenizer
+    def __init__(self, service: Service, request: BaseRequest, choices: Sequence[Choice]) -> None:
+        self.request, self.choices, self.tokenizer = request, choices, service.tokenizer
         self.head: HeadFields = {
             "id": f"{self.prefix}-{uuid.uuid4().hex}",
             "created": int(time.time()),
@@ -96,25 +96,25 @@ class Answer:
         self._begun: set[int] = set()  # choices of which some text is out
         self._results: dict[int, Generation] = {}
 
-    def whole(self, results: Sequence[Generation]) -> bytes:
+    def full_response(self, results: Sequence[Generation]) -> bytes:
         """All choices, as JSON."""
         raise NotImplementedError
 
-    def opening(self, choice: Choice) -> bytes | None:
+    def first_chunk(self, choice: Choice) -> bytes | None:
         """The first chunk of a choice, where there is something to say before its first block."""
         raise NotImplementedError
 
-    def chunk(self, choice: Choice, event: BlockEvent) -> bytes | None:
+    def block_chunk(self, choice: Choice, event: BlockEvent) -> bytes | None:
         """What a block adds; None: nothing yet."""
         raise NotImplementedError
 
     def _chunk(self, **fields: object) -> bytes:
-        empty = {"usage": None} if self.asked.with_usage else {}
+        empty = {"usage": None} if self.request.include_usage else {}
         return _json(self.shape(**self.head, object=self.kind, **(empty | fields)))
 
-    def step(self, choice: Choice, event: StepEvent) -> bytes:
+    def denoising_chunk(self, choice: Choice, event: StepEvent) -> bytes:
         """A chunk without text that shows a block being denoised."""
-        denoising = Denoising(
+        denoising = DenoisingStep(
             **self._tokens(choice, event),
             step=event.step,
             steps=event.steps,
@@ -124,46 +124,46 @@ class Answer:
 
     def _tokens(self, choice: Choice, event: Event) -> TokenFields:
         return {
-            "index": choice.place,
+            "index": choice.index,
             "start": event.start,
             "tokens": event.tokens,
-            "texts": [self.tokenizer.shown(token) for token in event.tokens],
+            "texts": [self.tokenizer.token_text(token) for token in event.tokens],
             "confidence": [round(believed, 4) for believed in event.confidence],
         }
 
     def _committed(self, choice: Choice, event: BlockEvent) -> dict[str, object]:
         """For who watches: what the block's tokens are, beside their text, which may still wait for half a letter."""
-        if not self.asked.stream_denoising:
+        if not self.request.stream_denoising:
             return {}
-        committed = Committed(
+        committed = CommittedBlock(
             **self._tokens(choice, event),
             committed_at=event.committed_at,
             drafted=list(event.draft),
         )
         return {"committed": committed}
 
-    def closing(self) -> bytes | None:
+    def usage_chunk(self) -> bytes | None:
         """The chunk with the usage, where it was asked for."""
-        if not self.asked.with_usage:
+        if not self.request.include_usage:
             return None
-        return self._chunk(choices=[], usage=self._usage([self._results[choice.place] for choice in self.choices]))
+        return self._chunk(choices=[], usage=self._usage([self._results[choice.index] for choice in self.choices]))
 
     def _text(self, choice: Choice, text: str) -> str:
         """A piece of a choice's text, without white space before its first letter where that is left out."""
-        if choice.trimmed and choice.place not in self._begun:
+        if choice.strip_leading_space and choice.index not in self._begun:
             text = text.lstrip()
         if text:
-            self._begun.add(choice.place)
+            self._begun.add(choice.index)
         return text
 
     def _end(self, choice: Choice, result: Generation | None) -> EndFields:
         if result is None:
             return {"finish_reason": None}
-        self._results[choice.place] = result
-        return {"finish_reason": REASONS[result.finish_reason], "decoding": self._decoding(choice, result)}
+        self._results[choice.index] = result
+        return {"finish_reason": FINISH_REASONS[result.finish_reason], "decoding": self._decoding(choice, result)}
 
-    def _decoding(self, choice: Choice, result: Generation) -> Decoding:
-        return Decoding(
+    def _decoding(self, choice: Choice, result: Generation) -> DecodingStats:
+        return DecodingStats(
             mode=result.mode,
             seed=choice.seed,
             denoiser_passes=result.denoiser_passes,
@@ -177,110 +177,112 @@ class Answer:
 
     def _usage(self, results: Sequence[Generation]) -> Usage:
         """A prompt counts once, however many choices it has."""
-        prompts = results[:: self.asked.n]
+        prompts = results[:: self.request.n]
         read, written = sum(result.prompt_tokens for result in prompts), sum(len(result.tokens) for result in results)
         passes = sum(result.passes for result in results)
         return Usage(
             prompt_tokens=read,
             completion_tokens=written,
             total_tokens=read + written,
-            prompt_tokens_details=PromptDetails(cached_tokens=sum(result.cached_tokens for result in prompts)),
+            prompt_tokens_details=PromptTokensDetails(cached_tokens=sum(result.cached_tokens for result in prompts)),
             passes=passes,
             tokens_per_pass=round(written / passes, 4) if passes else 0.0,
         )
 
 
-class CompletionAnswer(Answer):
+class CompletionResponseBuilder(ResponseBuilder):
     """`POST /v1/completions`."""
 
     prefix, shape, kind = "cmpl", Completion, "text_completion"
-    asked: CompletionAsked
+    request: CompletionRequest
 
-    def __init__(self, service: Service, asked: CompletionAsked, choices: Sequence[Choice]) -> None:
-        super().__init__(service, asked, choices)
-        self._reading: dict[int, Reading] = {}
+    def __init__(self, service: Service, request: CompletionRequest, choices: Sequence[Choice]) -> None:
+        super().__init__(service, request, choices)
+        self._reading: dict[int, TextOffsets] = {}
 
-    def whole(self, results: Sequence[Generation]) -> bytes:
+    def full_response(self, results: Sequence[Generation]) -> bytes:
         choices = []
         for choice, result in zip(self.choices, results, strict=True):
             logprobs = None
-            if self.asked.logprobs is not None:
+            if self.request.logprobs is not None:
                 logprobs = self._scored(choice, (*result.prompt_logprobs, *result.logprobs))
             text = choice.echo + result.text
             choices.append(
-                CompletionChoice(index=choice.place, text=text, logprobs=logprobs, **self._end(choice, result))
+                CompletionChoice(index=choice.index, text=text, logprobs=logprobs, **self._end(choice, result))
             )
         return _json(Completion(**self.head, object="text_completion", choices=choices, usage=self._usage(results)))
 
-    def opening(self, choice: Choice) -> bytes | None:
-        if not choice.echo or self.asked.logprobs is not None:  # the prompt's scores come with the first block
+    def first_chunk(self, choice: Choice) -> bytes | None:
+        if not choice.echo or self.request.logprobs is not None:  # the prompt's scores come with the first block
             return None
-        part = CompletionChoice(index=choice.place, text=choice.echo, logprobs=None, finish_reason=None)
+        part = CompletionChoice(index=choice.index, text=choice.echo, logprobs=None, finish_reason=None)
         return self._chunk(choices=[part])
 
-    def chunk(self, choice: Choice, event: BlockEvent) -> bytes | None:
+    def block_chunk(self, choice: Choice, event: BlockEvent) -> bytes | None:
         text, logprobs = event.text, None
-        if self.asked.logprobs is not None:
+        if self.request.logprobs is not None:
             logprobs = self._scored(choice, (*event.prompt_logprobs, *event.logprobs))
             if event.prompt_logprobs:
                 text = choice.echo + text
-        elif not text and event.result is None and not self.asked.stream_denoising:
+        elif not text and event.result is None and not self.request.stream_denoising:
             return None
-        part = CompletionChoice(index=choice.place, text=text, logprobs=logprobs, **self._end(choice, event.result))
+        part = CompletionChoice(index=choice.index, text=text, logprobs=logprobs, **self._end(choice, event.result))
         return self._chunk(choices=[part], **self._committed(choice, event))
 
     def _scored(self, choice: Choice, scores: Iterable[TokenLogprob | None]) -> CompletionLogprobs:
         """A choice's next tokens, its prompt's among them where that is given back."""
-        text = self._reading.setdefault(choice.place, Reading(self.tokenizer))
+        text = self._reading.setdefault(choice.index, TextOffsets(self.tokenizer))
         tokens: list[str] = []
         values: list[float | None] = []
         tops: list[dict[str, float] | None] = []
         offsets = []
         for score in scores:
-            token = choice.request.prompt[0] if score is None else score.token
-            own = self.tokenizer.shown(token)
+            token = choice.engine_request.prompt[0] if score is None else score.token
+            own = self.tokenizer.token_text(token)
             tokens.append(own)
             offsets.append(text.offset(token))
             values.append(None if score is None else score.logprob)
             if score is None:
                 tops.append(None)
             else:
-                tops.append({own: score.logprob} | {self.tokenizer.shown(token): value for token, value in score.top})
+                tops.append(
+                    {own: score.logprob} | {self.tokenizer.token_text(token): value for token, value in score.top}
+                )
         return CompletionLogprobs(tokens=tokens, token_logprobs=values, top_logprobs=tops, text_offset=offsets)
 
 
-class ChatAnswer(Answer):
+class ChatResponseBuilder(ResponseBuilder):
     """`POST /v1/chat/completions`."""
 
-    prefix, shape, kind = "chatcmpl", ChatChunk, "chat.completion.chunk"
-    asked: ChatAsked
+    prefix, shape, kind = "chatcmpl", ChatCompletionChunk, "chat.completion.chunk"
+    request: ChatCompletionRequest
 
-    def whole(self, results: Sequence[Generation]) -> bytes:
+    def full_response(self, results: Sequence[Generation]) -> bytes:
         choices = []
         for choice, result in zip(self.choices, results, strict=True):
-            message = ReplyMessage(role="assistant", content=self._text(choice, result.text), refusal=None)
-            logprobs = self._scored(result.logprobs) if self.asked.logprobs else None
-            reason, decoding = REASONS[result.finish_reason], self._decoding(choice, result)
+            message = AssistantMessage(role="assistant", content=self._text(choice, result.text), refusal=None)
+            logprobs = self._scored(result.logprobs) if self.request.logprobs else None
+            reason, decoding = FINISH_REASONS[result.finish_reason], self._decoding(choice, result)
             choices.append(
                 ChatChoice(
-                    index=choice.place, message=message, logprobs=logprobs, finish_reason=reason, decoding=decoding
+                    index=choice.index, message=message, logprobs=logprobs, finish_reason=reason, decoding=decoding
                 )
             )
         return _json(ChatCompletion(**self.head, object="chat.completion", choices=choices, usage=self._usage(results)))
 
-    def opening(self, choice: Choice) -> bytes | None:
-        delta = Delta(role="assistant", content="")
-        part = ChatChunkChoice(index=choice.place, delta=delta, logprobs=None, finish_reason=None)
+    def first_chunk(self, choice: Choice) -> bytes | None:
+        delta = ChoiceDelta(role="assistant", content="")
+        part = ChatCompletionChunkChoice(index=choice.index, delta=delta, logprobs=None, finish_reason=None)
         return self._chunk(choices=[part])
 
-    def chunk(self, choice: Choice, event: BlockEvent) -> bytes | None:
+    def block_chunk(self, choice: Choice, event: BlockEvent) -> bytes | None:
         text = self._text(choice, event.text)
-        logprobs = self._scored(event.logprobs) if self.asked.logprobs else None
-        if not text and logprobs is None and event.result is None and not self.asked.stream_denoising:
+        logprobs = self._scored(event.logprobs) if self.request.logprobs else None
+        if not text and logprobs is None and event.result is None and not self.request.stream_denoising:
             return None
-        delta = Delta(content=text) if text else Delta()
+        delta = ChoiceDelta(content=text) if text else ChoiceDelta()
         end = self._end(choice, event.result)
-        part = ChatChunkChoice(index=choice.place, delta=delta, logprobs=logprobs, **end)
+        part = ChatCompletionChunkChoice(index=choice.index, delta=delta, logprobs=logprobs, **end)
         return self._chunk(choices=[part], **self._committed(choice, event))
 
     def _scored(self, scores: Iterable[TokenLogprob | None]) -> ChatLogprobs:
@@ -292,19 +294,23 @@ class ChatAnswer(Answer):
         return ChatLogprobs(content=content)
 
     def _alternative(self, token: int, logprob: float) -> ScoreFields:
-        return {"token": self.tokenizer.shown(token), "logprob": logprob, "bytes": list(self.tokenizer.bytes_of(token))}
+        return {
+            "token": self.tokenizer.token_text(token),
+            "logprob": logprob,
+            "bytes": list(self.tokenizer.token_bytes(token)),
+        }
 
 
-def answer_to(service: Service, asked: CompletionAsked | ChatAsked, choices: Sequence[Choice]) -> Answer:
+def response_builder_for(service: Service, request: GenerationRequest, choices: Sequence[Choice]) -> ResponseBuilder:
     """The one that goes with the request."""
     return (
-        ChatAnswer(service, asked, choices)
-        if isinstance(asked, ChatAsked)
-        else CompletionAnswer(service, asked, choices)
+        ChatResponseBuilder(service, request, choices)
+        if isinstance(request, ChatCompletionRequest)
+        else CompletionResponseBuilder(service, request, choices)
     )
 
 
-def card(service: Service) -> ModelCard:
+def model_card(service: Service) -> ModelCard:
     """What `/v1/models` says."""
     modes = ["ar"] if service.model.denoiser is None else ["diffusion", "verified", "ar", "auto", "mock_ar"]
     return ModelCard(

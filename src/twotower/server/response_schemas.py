@@ -6,10 +6,10 @@ from typing import Literal
 
 from pydantic import BaseModel
 
-Reason = Literal["stop", "length"]
+FinishReason = Literal["stop", "length"]
 
 
-class PromptDetails(BaseModel):
+class PromptTokensDetails(BaseModel):
     """cached_tokens: known from earlier prompts, and not read again."""
 
     cached_tokens: int
@@ -21,12 +21,12 @@ class Usage(BaseModel):
     prompt_tokens: int
     completion_tokens: int
     total_tokens: int
-    prompt_tokens_details: PromptDetails
+    prompt_tokens_details: PromptTokensDetails
     passes: int
     tokens_per_pass: float
 
 
-class Decoding(BaseModel):
+class DecodingStats(BaseModel):
     """How a choice came about. why: what mode auto says of its choice. Drafted, accepted: in verified decoding."""
 
     mode: str
@@ -40,7 +40,7 @@ class Decoding(BaseModel):
     why: str = ""
 
 
-class Denoising(BaseModel):
+class DenoisingStep(BaseModel):
     """A choice's block after a pass of the denoiser. start: its first position among the choice's new tokens (−1: the
     block begins with the token before them). texts: what stands at each position or, where it is still `masked`, what
     the denoiser would put there."""
@@ -55,7 +55,7 @@ class Denoising(BaseModel):
     confidence: list[float]
 
 
-class Committed(BaseModel):
+class CommittedBlock(BaseModel):
     """The tokens that a chunk adds to a choice. start: of the first among the choice's new tokens. committed_at: the
     step that fixed each; confidence: in it. drafted: what verified decoding had drafted, of which `tokens` begin with
     the part that was kept."""
@@ -104,11 +104,11 @@ class CompletionChoice(BaseModel):
     index: int
     text: str
     logprobs: CompletionLogprobs | None = None
-    finish_reason: Reason | None = None
-    decoding: Decoding | None = None
+    finish_reason: FinishReason | None = None
+    decoding: DecodingStats | None = None
 
 
-class ReplyMessage(BaseModel):
+class AssistantMessage(BaseModel):
     """What the assistant says."""
 
     role: Literal["assistant"]
@@ -116,7 +116,7 @@ class ReplyMessage(BaseModel):
     refusal: None = None
 
 
-class Delta(BaseModel):
+class ChoiceDelta(BaseModel):
     """What is new in it."""
 
     role: Literal["assistant"] | None = None
@@ -127,23 +127,23 @@ class ChatChoice(BaseModel):
     """A reply."""
 
     index: int
-    message: ReplyMessage
+    message: AssistantMessage
     logprobs: ChatLogprobs | None = None
-    finish_reason: Reason
-    decoding: Decoding
+    finish_reason: FinishReason
+    decoding: DecodingStats
 
 
-class ChatChunkChoice(BaseModel):
+class ChatCompletionChunkChoice(BaseModel):
     """A part of a reply. decoding: in its last chunk."""
 
     index: int
-    delta: Delta
+    delta: ChoiceDelta
     logprobs: ChatLogprobs | None = None
-    finish_reason: Reason | None = None
-    decoding: Decoding | None = None
+    finish_reason: FinishReason | None = None
+    decoding: DecodingStats | None = None
 
 
-class Head(BaseModel):
+class ResponseHead(BaseModel):
     """What every answer begins with."""
 
     id: str
@@ -152,17 +152,17 @@ class Head(BaseModel):
     system_fingerprint: str
 
 
-class Completion(Head):
+class Completion(ResponseHead):
     """The answer of `POST /v1/completions`, whole or a chunk of its stream."""
 
     object: Literal["text_completion"] = "text_completion"
     choices: list[CompletionChoice]
     usage: Usage | None = None
-    denoising: Denoising | None = None
-    committed: Committed | None = None
+    denoising: DenoisingStep | None = None
+    committed: CommittedBlock | None = None
 
 
-class ChatCompletion(Head):
+class ChatCompletion(ResponseHead):
     """The answer of `POST /v1/chat/completions`."""
 
     object: Literal["chat.completion"] = "chat.completion"
@@ -170,14 +170,14 @@ class ChatCompletion(Head):
     usage: Usage
 
 
-class ChatChunk(Head):
+class ChatCompletionChunk(ResponseHead):
     """A chunk of its stream."""
 
     object: Literal["chat.completion.chunk"] = "chat.completion.chunk"
-    choices: list[ChatChunkChoice]
+    choices: list[ChatCompletionChunkChoice]
     usage: Usage | None = None
-    denoising: Denoising | None = None
-    committed: Committed | None = None
+    denoising: DenoisingStep | None = None
+    committed: CommittedBlock | None = None
 
 
 class ErrorDetail(BaseModel):

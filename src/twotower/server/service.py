@@ -11,12 +11,12 @@ from contextlib import aclosing, contextmanager
 from twotower.decoding.output import Event, Generation
 from twotower.engine import AsyncLLM
 from twotower.server.choice_events import choice_events
-from twotower.server.choices import Choice, ChoiceBuilder, constraint_of
+from twotower.server.choices import Choice, ChoiceBuilder, build_constraint
+from twotower.server.concurrency import ConcurrencyLimiter
 from twotower.server.metrics import Metrics
-from twotower.server.places import Places
 from twotower.server.request_errors import RequestError
-from twotower.server.request_schemas import ChatAsked, CompletionAsked
-from twotower.server.settings import Settings
+from twotower.server.request_schemas import GenerationRequest
+from twotower.server.settings import ServerSettings
 from twotower.server.tokenizer_adapter import TokenizerAdapter
 from twotower.tokenizer import required
 
@@ -24,7 +24,7 @@ from twotower.tokenizer import required
 class Service:
     """One model, its engine, and what clients may ask of them."""
 
-    def __init__(self, engine: AsyncLLM, settings: Settings) -> None:
+    def __init__(self, engine: AsyncLLM, settings: ServerSettings) -> None:
         self.engine = engine
         self.model = engine.llm.model
         self.settings = settings
@@ -33,31 +33,33 @@ class Service:
         self.draining = False
         self.started = int(time.time())
         self._builder = ChoiceBuilder(engine, self.tokenizer)
-        self._places = Places(engine, self.metrics)
+        self._limiter = ConcurrencyLimiter(engine, self.metrics)
         # Long texts must not hold up the event loop, nor large formats other clients' texts.
-        self._writer = ThreadPoolExecutor(1, "twotower-texts")
-        self._compiler = ThreadPoolExecutor(1, "twotower-formats")
+        self._tokenizing = ThreadPoolExecutor(1, "twotower-texts")
+        self._compiling = ThreadPoolExecutor(1, "twotower-formats")
 
-    async def choices(self, asked: CompletionAsked | ChatAsked) -> list[Choice]:
+    async def build_choices(self, request: GenerationRequest) -> list[Choice]:
         """Everything that one request wants written.
 
         Raises:
             RequestError: it cannot be done; says why.
         """
-        if asked.model is not None:
-            self.check_name(asked.model)
+        if request.model is not None:
+            self.check_model_name(request.model)
         loop = asyncio.get_running_loop()
-        constraint = await loop.run_in_executor(self._compiler, constraint_of, self.tokenizer, asked.response_format)
-        return await loop.run_in_executor(self._writer, self._builder.build, asked, constraint, self.settings)
+        constraint = await loop.run_in_executor(
+            self._compiling, build_constraint, self.tokenizer, request.response_format
+        )
+        return await loop.run_in_executor(self._tokenizing, self._builder.build, request, constraint, self.settings)
 
-    def check_name(self, model: str) -> None:
+    def check_model_name(self, model: str) -> None:
         """Raises RequestError (404) where this is not the served model."""
         if model != self.settings.name:
             words = f"there is no model {model!r}; this server has {self.settings.name!r}"
             raise RequestError(words, status=404, param="model", code="model_not_found")
 
     @contextmanager
-    def admitted(self, count: int, key: str | None) -> Iterator[None]:
+    def admit(self, count: int, key: str | None) -> Iterator[None]:
         """Holds places for so many choices.
 
         Raises:
@@ -65,26 +67,26 @@ class Service:
         """
         if self.draining:
             raise RequestError("the server is stopping", status=503, code="stopping", retry_after=5)
-        with self._places.hold(count, key, self.settings.limits):
+        with self._limiter.acquire(count, key, self.settings.limits):
             yield
 
     def events(self, choices: Sequence[Choice]) -> AsyncGenerator[tuple[Choice, Event] | None, None]:
         """Runs choices that were admitted. See `choice_events`."""
-        return choice_events(self.engine, choices, self.settings.limits.seconds, self.metrics)
+        return choice_events(self.engine, choices, self.settings.limits.request_seconds, self.metrics)
 
     async def results(self, choices: Sequence[Choice]) -> list[Generation]:
         """The choices' results, in order."""
         found: dict[int, Generation] = {}
         async with aclosing(self.events(choices)) as events:
-            async for news in events:
-                if news is not None and news[1].result is not None:
-                    found[news[0].place] = news[1].result
-        return [found[choice.place] for choice in choices]
+            async for item in events:
+                if item is not None and item[1].result is not None:
+                    found[item[0].index] = item[1].result
+        return [found[choice.index] for choice in choices]
 
     @property
-    def open(self) -> int:
+    def active_choices(self) -> int:
         """Choices at work or waiting."""
-        return self._places.taken
+        return self._limiter.active
 
     @property
     def alive(self) -> bool:
@@ -94,5 +96,5 @@ class Service:
     def close(self) -> None:
         """Stops the engine."""
         self.engine.close()
-        self._writer.shutdown(wait=False)
-        self._compiler.shutdown(wait=False)
+        self._tokenizing.shutdown(wait=False)
+        self._compiling.shutdown(wait=False)

@@ -15,8 +15,9 @@ class Limits:
     """What one client may take from the others.
 
     queue: choices that may wait for a place; per_key: choices of one API key at once, waiting ones included (None: no
-    bound); prompt_tokens, output_tokens of one choice (None: what the engine holds); choices of one request; seconds a
-    request may take (None: no bound); body: bytes of a request, and body_seconds in which it has to arrive.
+    bound); prompt_tokens, output_tokens of one choice (None: what the engine holds); choices of one request;
+    request_seconds that a request may take (None: no bound); body_bytes of a
+    request, and body_seconds in which it has to arrive.
     """
 
     queue: int = 256
@@ -24,20 +25,20 @@ class Limits:
     prompt_tokens: int | None = None
     output_tokens: int | None = None
     choices: int = 64
-    seconds: float | None = 600.0
-    body: int = 4 * 2**20
+    request_seconds: float | None = 600.0
+    body_bytes: int = 4 * 2**20
     body_seconds: float = 30.0
 
 
 @dataclass(frozen=True, kw_only=True)
-class Settings:
+class ServerSettings:
     """name: what the model is called; decoding: arguments of `GenerationParams.of` where a request says nothing else,
-    the mode among them; keys: API keys (none: everybody may ask); log_prompts: whether logs hold texts."""
+    the mode among them; api_keys (none: everybody may ask); log_prompts: whether logs hold texts."""
 
     name: str
     decoding: Mapping[str, object] = field(default_factory=lambda: {"mode": "diffusion"})
     limits: Limits = field(default_factory=Limits)
-    keys: tuple[str, ...] = ()
+    api_keys: tuple[str, ...] = ()
     log_prompts: bool = False
 
 

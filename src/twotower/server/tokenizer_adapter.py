@@ -13,7 +13,7 @@ from twotower.server.request_errors import RequestError
 from twotower.server.request_schemas import Message
 from twotower.tokenizer import Tokenizer
 
-SPEAKERS = {"system": "System", "developer": "System", "user": "User", "assistant": "Assistant"}
+ROLE_NAMES = {"system": "System", "developer": "System", "user": "User", "assistant": "Assistant"}
 
 
 class TokenizerAdapter:
@@ -27,10 +27,10 @@ class TokenizerAdapter:
     def __init__(self, tokenizer: Tokenizer) -> None:
         self.tokenizer = tokenizer
         self._encoder = copy.deepcopy(tokenizer)
-        self._encoding = threading.Lock()
+        self._encoder_lock = threading.Lock()
         self._bytes: dict[int, bytes] = {}  # of the tokens that were asked about: looking one up takes a while
 
-    def tokens(self, prompt: str | Sequence[int]) -> list[int]:
+    def encode_prompt(self, prompt: str | Sequence[int]) -> list[int]:
         """A prompt's tokens.
 
         Raises:
@@ -38,7 +38,7 @@ class TokenizerAdapter:
         """
         return self._encode(prompt, True, "prompt") if isinstance(prompt, str) else list(prompt)
 
-    def chat(self, messages: Sequence[Message]) -> tuple[list[int], tuple[str, ...]]:
+    def encode_chat(self, messages: Sequence[Message]) -> tuple[list[int], tuple[str, ...]]:
         """A chat's tokens up to where the assistant speaks, by the tokenizer's template or a plain one; and the stop
         strings that end its turn in the plain one."""
         if getattr(self.tokenizer, "chat_template", None):
@@ -48,31 +48,31 @@ class TokenizerAdapter:
             except Exception as error:  # templates refuse what they do not know, each in its own way
                 raise RequestError(f"the chat template refuses these messages: {error}", param="messages") from None
             return self._encode(text, False, "messages"), ()
-        lines = [f"{SPEAKERS[message.role]}: {message.text.strip()}" for message in messages]
-        ends = tuple(f"\n{speaker}:" for speaker in dict.fromkeys(SPEAKERS.values()))
+        lines = [f"{ROLE_NAMES[message.role]}: {message.text.strip()}" for message in messages]
+        ends = tuple(f"\n{speaker}:" for speaker in dict.fromkeys(ROLE_NAMES.values()))
         return self._encode("\n".join([*lines, "Assistant:"]), True, "messages"), ends
 
-    def text(self, tokens: Sequence[int]) -> str:
+    def decode(self, tokens: Sequence[int]) -> str:
         """Of a prompt that is given back."""
         return str(self.tokenizer.decode(list(tokens), skip_special_tokens=True))
 
-    def bytes_of(self, token: int) -> bytes:
+    def token_bytes(self, token: int) -> bytes:
         """What one token stands for."""
         if token not in self._bytes:
-            self._bytes[token] = self._looked_up(token)
+            self._bytes[token] = self._find_token_bytes(token)
         return self._bytes[token]
 
-    def _looked_up(self, token: int) -> bytes:
+    def _find_token_bytes(self, token: int) -> bytes:
         name = self.tokenizer.convert_ids_to_tokens(token)
         if name is None:
             return b""
-        if self._byte_level and all(letter in BYTES for letter in name):
-            return bytes(BYTES[letter] for letter in name)
+        if self._byte_level and all(letter in BYTE_OF_CHARACTER for letter in name):
+            return bytes(BYTE_OF_CHARACTER[letter] for letter in name)
         return str(self.tokenizer.decode([token], skip_special_tokens=False)).encode()
 
-    def shown(self, token: int) -> str:
+    def token_text(self, token: int) -> str:
         """One token as text; a part of a character by its bytes, as the published API writes it."""
-        raw = self.bytes_of(token)
+        raw = self.token_bytes(token)
         try:
             return raw.decode()
         except UnicodeDecodeError:
@@ -85,7 +85,7 @@ class TokenizerAdapter:
             raise RequestError(
                 f"{field} has half a surrogate pair in it, which is no character; remove it", param=field
             ) from None
-        with self._encoding:
+        with self._encoder_lock:
             return list(self._encoder(text, add_special_tokens=special)["input_ids"])
 
     @cached_property
@@ -96,7 +96,7 @@ class TokenizerAdapter:
         return any(step.get("type") == "ByteLevel" for step in steps)
 
 
-class Reading:
+class TextOffsets:
     """Where the tokens of a text begin in it; one that is no text, or part of a character, where the next does."""
 
     def __init__(self, tokenizer: TokenizerAdapter) -> None:
@@ -110,7 +110,7 @@ class Reading:
         return before
 
 
-def _bytes() -> dict[str, int]:
+def _byte_level_alphabet() -> dict[str, int]:
     """The letters by which byte-level vocabularies write bytes: printable ones stand for themselves, the others are
     moved behind the first 256 (GPT-2)."""
     own = [*range(ord("!"), ord("~") + 1), *range(ord("¡"), ord("¬") + 1), *range(ord("®"), ord("ÿ") + 1)]
@@ -118,4 +118,4 @@ def _bytes() -> dict[str, int]:
     return {chr(byte): byte for byte in own} | {chr(256 + place): byte for place, byte in enumerate(moved)}
 
 
-BYTES = _bytes()
+BYTE_OF_CHARACTER = _byte_level_alphabet()

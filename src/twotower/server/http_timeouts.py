@@ -7,11 +7,11 @@ from typing import cast
 
 from uvicorn.protocols.http.h11_impl import H11Protocol
 
-HEAD = 20.0  # seconds in which a request's line and headers have to arrive
-STALLED = 60.0  # seconds after which a client that takes nothing of its answer is gone
+HEADER_SECONDS = 20.0  # seconds in which a request's line and headers have to arrive
+WRITE_SECONDS = 60.0  # seconds after which a client that takes nothing of its answer is gone
 
 
-class Connection(H11Protocol):
+class TimeoutH11Protocol(H11Protocol):
     """Uvicorn's own timer covers only the time between two requests: without these two, clients that drip headers or do
     not read would hold connections, and places in the queue, for ever."""
 
@@ -20,19 +20,19 @@ class Connection(H11Protocol):
 
     def connection_made(self, transport: asyncio.BaseTransport) -> None:
         super().connection_made(cast(asyncio.Transport, transport))  # a connection's transport has both directions
-        self._head = self.loop.call_later(HEAD, self.transport.abort)
+        self._head = self.loop.call_later(HEADER_SECONDS, self.transport.abort)
 
     def data_received(self, data: bytes) -> None:
         super().data_received(data)
         if self.cycle is not None and not self.cycle.response_complete:
             self._head = _cancelled(self._head)  # it is here
         elif self._head is None:
-            self._head = self.loop.call_later(HEAD, self.transport.abort)
+            self._head = self.loop.call_later(HEADER_SECONDS, self.transport.abort)
 
     def pause_writing(self) -> None:
         super().pause_writing()
         _cancelled(self._stalled)
-        self._stalled = self.loop.call_later(STALLED, self.transport.abort)
+        self._stalled = self.loop.call_later(WRITE_SECONDS, self.transport.abort)
 
     def resume_writing(self) -> None:
         super().resume_writing()

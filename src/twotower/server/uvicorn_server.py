@@ -10,15 +10,15 @@ from types import FrameType
 import uvicorn
 
 from twotower.server.app import create_app
-from twotower.server.connections import Connection
-from twotower.server.logs import log, to_stderr
+from twotower.server.http_timeouts import TimeoutH11Protocol
+from twotower.server.logs import configure_logging, log_event
 from twotower.server.service import Service
 
-CONNECTIONS = 2048  # at once; beyond them the answer is 503
-IDLE = 75  # seconds after which a connection without a request is closed
+MAX_CONNECTIONS = 2048  # at once; beyond them the answer is 503
+KEEPALIVE_TIMEOUT = 75  # seconds after which a connection without a request is closed
 
 
-class Server(uvicorn.Server):
+class DrainingServer(uvicorn.Server):
     """Says when it listens; the first SIGTERM or Ctrl-C lets requests end, the second does not."""
 
     def __init__(self, config: uvicorn.Config, service: Service, listening: Callable[[str], object]) -> None:
@@ -40,32 +40,34 @@ class Server(uvicorn.Server):
         self.service.draining = True
         if self.should_exit:
             self.force_exit = True
-        log("stopping", signal=signal.Signals(sig).name, open=self.service.open, now=self.force_exit)
+        log_event("stopping", signal=signal.Signals(sig).name, open=self.service.active_choices, now=self.force_exit)
         self.should_exit = True
 
 
-def server_of(service: Service, host: str, port: int, drain: int, listening: Callable[[str], object]) -> Server:
+def create_server(
+    service: Service, host: str, port: int, drain: int, listening: Callable[[str], object]
+) -> DrainingServer:
     """drain: seconds that requests get to end. listening: told the address once it is open."""
     config = uvicorn.Config(
         create_app(service),
         host=host,
         port=port,
-        http=Connection,
+        http=TimeoutH11Protocol,
         lifespan="on",
         log_config=None,
         access_log=False,
         server_header=False,
-        limit_concurrency=CONNECTIONS,
-        timeout_keep_alive=IDLE,
+        limit_concurrency=MAX_CONNECTIONS,
+        timeout_keep_alive=KEEPALIVE_TIMEOUT,
         timeout_graceful_shutdown=drain,
     )
-    return Server(config, service, listening)
+    return DrainingServer(config, service, listening)
 
 
-def serve(service: Service, host: str, port: int, drain: int, listening: Callable[[str], object]) -> None:
-    """Serves until a signal. See `server_of`."""
-    to_stderr()
+def serve_until_signal(service: Service, host: str, port: int, drain: int, listening: Callable[[str], object]) -> None:
+    """Serves until a signal. See `create_server`."""
+    configure_logging()
     try:
-        server_of(service, host, port, drain, listening).run()
+        create_server(service, host, port, drain, listening).run()
     finally:
         service.close()  # told to stop now, the server does not
