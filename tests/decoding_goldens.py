@@ -44,9 +44,9 @@ def params_of(golden: Golden) -> GenerationParams:
     return GenerationParams.of(**golden["params"])
 
 
-def adapts(golden: Golden) -> bool:
+def depends_on_timing(golden: Golden) -> bool:
     """Whether counts follow from clocks: only tokens, text and finish reason are recorded then."""
-    return params_of(golden).adapts
+    return params_of(golden).depends_on_timing
 
 
 # --- what a result and its events say -------------------------------------------------------------------------------

@@ -84,7 +84,7 @@ def facts(output: Generation, counted: bool) -> tuple[Any, ...]:
 
 
 def assert_as_alone(model: TwoTowerForCausalLM, request: Request, output: Generation) -> None:
-    counted = not request.params.adapts
+    counted = not request.params.depends_on_timing
     expected = alone(model, request)
     assert facts(output, counted) == facts(expected, counted), request
     torch.testing.assert_close(torch.tensor(output.confidence), torch.tensor(expected.confidence), rtol=1e-5, atol=1e-6)

@@ -81,7 +81,7 @@ def test_they_are_those_of_a_full_forward(model: TwoTowerForCausalLM, rows: int)
     expected = LLM(model, rows=rows, length=LENGTH).generate([plain(request) for request in requests])
     for request, output, without, told in zip(requests, outputs, expected, events, strict=True):
         assert_right(model, request, output)
-        if request.params.adapts:
+        if request.params.depends_on_timing:
             assert output.tokens == without.tokens
         else:
             assert facts(output, counted=False) == facts(without, counted=False)

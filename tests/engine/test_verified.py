@@ -225,32 +225,32 @@ def simulate(
     cost: Callable[[int], float], gain: Callable[[int, int], int], tokens: int
 ) -> tuple[float, DraftController]:
     """Rounds until so many tokens are there: one with k passes takes cost(k) and keeps gain(k, tokens so far)."""
-    pace, seconds, made = DraftController(), 0.0, 0
+    controller, seconds, made = DraftController(), 0.0, 0
     while made < tokens:
-        passes = pace.passes()
+        passes = controller.choose_depth()
         kept, took = gain(passes, made) if passes else 0, cost(passes)
         made += kept + 1
         seconds += took
-        pace.record(passes, kept + 1, kept, took)
-    return seconds, pace
+        controller.record(passes, kept + 1, kept, took)
+    return seconds, controller
 
 
 @pytest.mark.parametrize("tokens", [40, 64, 400, 4000])
 @pytest.mark.parametrize("cost", [1.5, 3.0, 10.0])
 def test_drafting_that_never_pays_costs_little(tokens: int, cost: float) -> None:
-    seconds, pace = simulate(lambda k: 1.0 if k == 0 else cost * (1 + k / 4), lambda k, made: 0, tokens)
+    seconds, controller = simulate(lambda k: 1.0 if k == 0 else cost * (1 + k / 4), lambda k, made: 0, tokens)
     largest = cost * 2  # the most one try can lose beyond the credit
     assert seconds <= tokens * (1 + CREDIT_SHARE) + CREDIT_STEPS + largest
     if tokens >= 400:
         assert seconds < 1.1 * tokens
-    assert pace.arms[0].rounds > 0
+    assert controller.stats[0].rounds > 0
 
 
 def test_the_best_number_of_passes_is_found() -> None:
     gains = {1: 3, 2: 9, 4: 11}
     cost = {0: 1.0, 1: 2.2, 2: 3.2, 4: 5.2}
-    seconds, pace = simulate(lambda k: cost[k], lambda k, made: gains[k], 2000)
-    assert max(pace.arms, key=lambda k: pace.arms[k].rounds) == 2
+    seconds, controller = simulate(lambda k: cost[k], lambda k, made: gains[k], 2000)
+    assert max(controller.stats, key=lambda k: controller.stats[k].rounds) == 2
     assert 2000 / seconds > 0.9 * (10 / 3.2)
 
 
@@ -268,15 +268,15 @@ def test_what_was_learned_outlives_a_request() -> None:
         by("verified", model, prompts(1, 30), max_new_tokens=12, acceptance=0.5)
     assert asked[0] is asked[1]
     assert asked[0] is not asked[2]
-    assert [controller.steps for controller in asked] == [None] * 5 + [2, 1]
+    assert [controller.fixed_depth for controller in asked] == [None] * 5 + [2, 1]
     assert asked[0].rounds == rounds > 2
 
 
 def test_a_slow_first_step_is_not_believed_for_long() -> None:
     """AR's first step took twenty times its time; drafts never pay."""
     first = iter([20.0])
-    seconds, pace = simulate(lambda k: next(first, 1.0) if k == 0 else 3.0, lambda k, made: 0, 300)
-    assert pace.arms[0].rounds > 250
+    seconds, controller = simulate(lambda k: next(first, 1.0) if k == 0 else 3.0, lambda k, made: 0, 300)
+    assert controller.stats[0].rounds > 250
     assert seconds < 1.25 * 300
 
 
@@ -297,16 +297,16 @@ def test_what_good_text_gained_is_not_all_risked_on_bad_text(good: int) -> None:
 def test_a_batch_does_not_answer_for_losses_before_it() -> None:
     """Texts of 30 tokens, the first ten bad, then good ones: drafts are back with the first of them or soon after."""
     cost = {0: 1.0, 1: 2.5, 2: 3.6, 4: 5.8}
-    pace, seconds = DraftController(), []
+    controller, seconds = DraftController(), []
     for text in range(20):
         taken, made = 0.0, 0
-        pace.begin()
+        controller.begin_batch()
         while made < 30:
-            passes = pace.passes()
+            passes = controller.choose_depth()
             taken += cost[passes]
             kept = 8 if passes and text >= 10 else 0
             made += kept + 1
-            pace.record(passes, kept + 1, kept, cost[passes])
+            controller.record(passes, kept + 1, kept, cost[passes])
         seconds.append(taken)
     assert sum(seconds[:10]) < 1.15 * 300
     assert sum(seconds[15:]) < 5 * 15

@@ -21,7 +21,7 @@ from twotower.cache.hybrid_cache import TowerState
 from twotower.cache.pools import MambaPool
 from twotower.engine import workspace
 from twotower.engine.mode_choice import resolve
-from twotower.engine.workspace import MOST_CONTROLLERS, StateShape, Workspace
+from twotower.engine.workspace import MAX_CONTROLLERS, StateShape, Workspace
 from twotower.errors import ArgumentError, TwoTowerError
 
 LONG, SHORT = [5 + i % 50 for i in range(90)], [7, 8]
@@ -90,7 +90,7 @@ def test_an_idle_state_keeps_nothing_of_its_last_pass(model: TwoTowerForCausalLM
 
 
 def test_a_large_state_is_not_kept(model: TwoTowerForCausalLM, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(workspace, "STATE_BYTES", 1000)
+    monkeypatch.setattr(workspace, "MAX_IDLE_STATE_BYTES", 1000)
     texts(model, [LONG], "ar")
     assert idle(model) is None
 
@@ -196,9 +196,9 @@ def test_a_refused_list_leaves_nothing_in_the_engine(model: TwoTowerForCausalLM)
 
 def test_controllers_are_bounded() -> None:
     own = Workspace()
-    params = [GenerationParams.of(mode="verified", block_size=size) for size in range(2, MOST_CONTROLLERS + 40)]
+    params = [GenerationParams.of(mode="verified", block_size=size) for size in range(2, MAX_CONTROLLERS + 40)]
     kept = [own.draft_controller(each, 1, 10) for each in params]
-    assert len(own._controllers) == MOST_CONTROLLERS
+    assert len(own._controllers) == MAX_CONTROLLERS
     assert own.draft_controller(params[-1], 1, 10) is kept[-1]
     assert own.draft_controller(params[0], 1, 10) is not kept[0]  # used longest ago
     fixed = GenerationParams.of(mode="verified", draft_steps=2)

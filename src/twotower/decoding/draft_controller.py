@@ -1,130 +1,136 @@
-"""How many denoiser passes a round of verified decoding gets: learned from what rounds bring, within a bounded loss.
+"""Draft depth of verified decoding: how many denoising passes the next draft gets, adapted to recent throughput.
 
-What a choice is worth is tokens ÷ seconds. Seconds hardly vary and are averaged for each choice by itself. Tokens vary
-much from round to round, so all drafts speak for one another:
+The controller maximises tokens per second. Seconds per round vary little, so each depth has its own moving average.
+Tokens per round vary much, so all drafts share one estimate:
 
-    tokens of a draft of k passes ≈ ease of the text (quick to change) × worth of k passes (slow to change)
+    tokens of a draft of depth k ≈ rate (adapts fast) × multiplier of depth k (adapts slowly)
 
-`ease` is in tokens of one-pass drafts, so worth[1] = 1. A row gets at least one token a round, AR's own.
+`rate` is the number of tokens a round of depth 1 adds, so multipliers[1] = 1. Every round adds at least one token to a
+sequence: the AR model's own.
 """
 
 from __future__ import annotations
 
 from dataclasses import dataclass, field
 
-CHOICES = (0, 1, 2, 4)  # denoiser passes a round; 0 is AR
-CREDIT_STEPS, CREDIT_SHARE = 3.0, 0.04  # what trying may cost: so many AR steps, and this share of AR's time
-SAVED_STEPS = 8.0  # of what drafts gained, so many AR steps may be risked as well
-AGAIN, BACK_OFF = 32, 3  # rounds until another choice is tried again; doubled up to so often for one that stays worse
-EASE, WORTH = 4.0, {1: 1.0, 2: 1.2, 4: 1.4}  # believed beforehand, as strongly as PRIOR rounds
-PRIOR = 4
-QUICK, SLOW = 0.08, 0.03  # least rates of the moving averages
+DEPTHS = (0, 1, 2, 4)  # denoising passes per draft; depth 0 is an AR step
+CREDIT_STEPS, CREDIT_SHARE = 3.0, 0.04  # allowed loss by drafting: this many AR steps, and this share of AR time
+SAVED_STEPS = 8.0  # of earlier gains, at most this many AR steps count as credit
+RETRY_ROUNDS, MAX_BACKOFF = 32, 3  # rounds until a retry of another depth; doubled after each failure, so often at most
+INITIAL_RATE, INITIAL_MULTIPLIERS = 4.0, {1: 1.0, 2: 1.2, 4: 1.4}  # these estimates count as PRIOR_ROUNDS rounds
+PRIOR_ROUNDS = 4
+FAST_WEIGHT, SLOW_WEIGHT = 0.08, 0.03  # least weights of a new value in the moving averages
 
 
 @dataclass
-class Arm:
-    """A choice: a moving average of its seconds a round, tokens expected of a row, and when it was used."""
+class DepthStats:
+    """Measurements of one draft depth.
+
+    tokens: expected tokens a round, per sequence; seconds: moving average of a round's time; rounds: rounds so far;
+    last_round: the last round with this depth; failed_retries: retries in a row in which another depth stayed better.
+    """
 
     tokens: float = 1.0
     seconds: float = 0.0
     rounds: int = 0
-    last: int = 0  # the round it was last used in
-    worse: int = 0  # times it was tried again in vain
+    last_round: int = 0
+    failed_retries: int = 0
 
-    def took(self, seconds: float, now: int) -> None:
+    def add_time(self, seconds: float, this_round: int) -> None:
+        """Adds the time of a round."""
         self.rounds += 1
-        self.last = now
-        rate = max(QUICK, 1 / max(self.rounds - 1, 1))  # the second takes the place of the first, which warmed up
-        self.seconds += rate * (seconds - self.seconds)
+        self.last_round = this_round
+        weight = max(FAST_WEIGHT, 1 / max(self.rounds - 1, 1))  # the second round replaces the first, a warm-up
+        self.seconds += weight * (seconds - self.seconds)
 
     @property
-    def speed(self) -> float:
+    def tokens_per_second(self) -> float:
         return self.tokens / self.seconds if self.seconds else 0.0
 
 
 @dataclass
 class DraftController:
-    """Chooses for one sequence after another: an answer of thirty tokens is too short to find out anything.
+    """Chooses the draft depth of every round. Sequences share a controller, because one short answer shows too little.
 
-    Rounds that were slower than AR would have been are a loss; drafts are tried only while the loss is below a few AR
-    steps and a small share of AR's time, so drafting that does not pay costs that and no more. A few steps of what was
-    gained are kept for bad luck: rounds differ much even where drafting pays twice over. A batch does not answer for
-    losses of those before it.
+    The loss is the time by which rounds were slower than AR steps would have been. Drafts are tried only while the loss
+    is below a few AR steps and a small share of AR time, so the loss by drafting is bounded. A few AR steps of earlier
+    gains count as credit, because rounds vary much even where drafting pays. A batch does not pay for losses of batches
+    before it.
 
-    steps: this many passes in every round, and no choice.
+    fixed_depth: this depth in every round (None: adaptive).
     """
 
-    steps: int | None = None
-    arms: dict[int, Arm] = field(default_factory=lambda: {passes: Arm() for passes in CHOICES})
-    ease: float = EASE
-    worth: dict[int, float] = field(default_factory=lambda: dict(WORTH))
-    lost: float = 0.0  # seconds, less the share of AR's time; below 0: gained
-    reached: float = 0.0  # the longest draft that was kept, forgotten slowly
+    fixed_depth: int | None = None
+    stats: dict[int, DepthStats] = field(default_factory=lambda: {depth: DepthStats() for depth in DEPTHS})
+    rate: float = INITIAL_RATE
+    multipliers: dict[int, float] = field(default_factory=lambda: dict(INITIAL_MULTIPLIERS))
+    loss: float = 0.0  # seconds, less the allowed share of AR time; negative: a gain
+    longest: float = 0.0  # the longest accepted draft, decaying
     rounds: int = 0
 
-    def begin(self) -> DraftController:
-        """A batch begins."""
-        self.lost = min(self.lost, 0.0)
+    def begin_batch(self) -> DraftController:
+        """Forgets the loss, but not the gain, of earlier batches."""
+        self.loss = min(self.loss, 0.0)
         return self
 
-    def passes(self) -> int:
-        """Of the round that begins now."""
-        if self.steps is not None:
-            return self.steps
-        ar, drafts = self.arms[0], {passes: arm for passes, arm in self.arms.items() if passes}
-        if not ar.rounds or self.lost > CREDIT_STEPS * ar.seconds:
+    def choose_depth(self) -> int:
+        """The draft depth of the round that begins now."""
+        if self.fixed_depth is not None:
+            return self.fixed_depth
+        ar, drafts = self.stats[0], {depth: stats for depth, stats in self.stats.items() if depth}
+        if not ar.rounds or self.loss > CREDIT_STEPS * ar.seconds:
             return 0
         if not drafts[1].rounds:
             return 1
-        likeliest = max(drafts, key=lambda passes: drafts[passes].speed)
-        drafts[likeliest].worse = 0
-        for passes, arm in drafts.items():
-            patience = AGAIN << min(arm.worse, BACK_OFF)
-            if passes == likeliest:  # few drafts say little
-                patience = min(AGAIN, 2 * self.drafts)
-            if self.rounds - arm.last >= patience:
-                arm.worse += passes != likeliest
-                return passes
-        if self.rounds - ar.last >= min(4 << ar.rounds, 4 * AGAIN):  # what a step costs grows with the text
+        best = max(drafts, key=lambda depth: drafts[depth].tokens_per_second)
+        drafts[best].failed_retries = 0
+        for depth, stats in drafts.items():
+            patience = RETRY_ROUNDS << min(stats.failed_retries, MAX_BACKOFF)
+            if depth == best:  # after few drafts the estimates are unsure
+                patience = min(RETRY_ROUNDS, 2 * self.drafts)
+            if self.rounds - stats.last_round >= patience:
+                stats.failed_retries += depth != best
+                return depth
+        if self.rounds - ar.last_round >= min(4 << ar.rounds, 4 * RETRY_ROUNDS):  # an AR step slows as the text grows
             return 0
-        return likeliest if drafts[likeliest].speed > ar.speed else 0
+        return best if drafts[best].tokens_per_second > ar.tokens_per_second else 0
 
     @property
     def drafts(self) -> int:
-        """Rounds with one so far."""
-        return sum(arm.rounds for passes, arm in self.arms.items() if passes)
+        """Rounds with a draft so far."""
+        return sum(stats.rounds for depth, stats in self.stats.items() if depth)
 
-    def length(self, block_size: int) -> int:
-        """Positions of the block worth reading, the pending one included: some more than lately were kept."""
-        if self.steps is not None or self.rounds < len(self.arms):
+    def draft_length(self, block_size: int) -> int:
+        """Positions of the block to verify, the pending token included: some more than were recently accepted."""
+        if self.fixed_depth is not None or self.rounds < len(self.stats):
             return block_size
-        return min(block_size, 4 + int(1.5 * self.reached))
+        return min(block_size, 4 + int(1.5 * self.longest))
 
-    def record(self, passes: int, tokens: float, accepted: int, seconds: float) -> None:
-        """What a round brought and took: new tokens a row, and the longest draft that was kept."""
+    def record(self, depth: int, tokens: float, accepted: int, seconds: float) -> None:
+        """Adds a round of `depth`: new tokens per sequence, the longest accepted draft, and the time of the round."""
         self.rounds += 1
-        if self.steps is not None:
+        if self.fixed_depth is not None:
             return
-        self.arms[passes].took(seconds, self.rounds)
-        if passes:
-            self._learn(passes, tokens)
-            self.reached = max(accepted, 0.9 * self.reached)
-        ar = self.arms[0].seconds
-        as_ar = tokens * ar
-        spent = seconds - as_ar if passes else 0.0
-        self.lost = max(self.lost + spent - CREDIT_SHARE * as_ar, -SAVED_STEPS * ar)
+        self.stats[depth].add_time(seconds, self.rounds)
+        if depth:
+            self._update_rate(depth, tokens)
+            self.longest = max(accepted, 0.9 * self.longest)
+        ar = self.stats[0].seconds
+        ar_seconds = tokens * ar
+        extra = seconds - ar_seconds if depth else 0.0
+        self.loss = max(self.loss + extra - CREDIT_SHARE * ar_seconds, -SAVED_STEPS * ar)
 
-    def _learn(self, passes: int, tokens: float) -> None:
-        """A draft of so many passes brought so many tokens a row."""
-        if passes != 1:
-            rate = max(SLOW, 1 / (self.arms[passes].rounds + PRIOR))
-            self.worth[passes] += rate * (tokens / self.ease - self.worth[passes])
-        rate = max(QUICK, 1 / (self.drafts + PRIOR))
-        self.ease += rate * (tokens / self.worth[passes] - self.ease)
-        for k, worth in self.worth.items():
-            self.arms[k].tokens = self.ease * worth
+    def _update_rate(self, depth: int, tokens: float) -> None:
+        """Updates the shared estimate from a draft that added `tokens` per sequence."""
+        if depth != 1:
+            weight = max(SLOW_WEIGHT, 1 / (self.stats[depth].rounds + PRIOR_ROUNDS))
+            self.multipliers[depth] += weight * (tokens / self.rate - self.multipliers[depth])
+        weight = max(FAST_WEIGHT, 1 / (self.drafts + PRIOR_ROUNDS))
+        self.rate += weight * (tokens / self.multipliers[depth] - self.rate)
+        for k, multiplier in self.multipliers.items():
+            self.stats[k].tokens = self.rate * multiplier
 
 
-def bucket(rows: int) -> int:
-    """The next power of two: batches of more than half of that many rows share measurements."""
+def round_up_to_power_of_two(rows: int) -> int:
+    """Batch sizes with the same result share measurements."""
     return 1 << (rows - 1).bit_length()

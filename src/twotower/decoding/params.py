@@ -185,7 +185,7 @@ class GenerationParams:
                 )
 
     @property
-    def fixed_draft(self) -> int | None:
+    def fixed_draft_depth(self) -> int | None:
         """Denoiser passes of every draft; None: round by round what pays.
 
         Under relaxed acceptance the draft shows in the text, so there it is one unless the caller says otherwise: the
@@ -194,9 +194,9 @@ class GenerationParams:
         return 1 if self.draft_steps is None and self.acceptance < 1 else self.draft_steps
 
     @property
-    def adapts(self) -> bool:
+    def depends_on_timing(self) -> bool:
         """Whether the passes it takes depend on what they cost."""
-        return self.mode == AUTO or (self.mode == "verified" and self.fixed_draft is None)
+        return self.mode == AUTO or (self.mode == "verified" and self.fixed_draft_depth is None)
 
     def row_policies(self, rows: int) -> tuple[list[str], list[float]]:
         """The policy and the knob of each row."""

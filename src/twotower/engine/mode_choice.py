@@ -9,7 +9,7 @@ from dataclasses import replace
 import torch
 
 from twotower.decoding.auto_mode import Costs
-from twotower.decoding.draft_controller import bucket
+from twotower.decoding.draft_controller import round_up_to_power_of_two
 from twotower.decoding.modes import AUTO
 from twotower.decoding.params import GenerationParams
 from twotower.engine.towers import Towers
@@ -25,7 +25,7 @@ def resolve(model: Towers, params: GenerationParams, rows: int) -> tuple[Generat
     if model.denoiser is None:
         return replace(params, mode="ar"), "only the context tower was loaded"
     chooser = model.workspace.mode_chooser
-    key = bucket(rows), params.block_size
+    key = round_up_to_power_of_two(rows), params.block_size
     if key not in chooser.costs:
         chooser.costs[key] = measure(model, *key)
     choice = chooser.choose(chooser.costs[key], params.block_size)

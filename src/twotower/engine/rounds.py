@@ -20,7 +20,9 @@ from twotower.engine.sequence import Phase, RunningSequence
 
 def in_step(one: GenerationParams, other: GenerationParams) -> bool:
     """Whether the rounds of two sequences can begin and end together."""
-    sizes = [(params.mode, params.block_size, params.steps_per_block, params.fixed_draft) for params in (one, other)]
+    sizes = [
+        (params.mode, params.block_size, params.steps_per_block, params.fixed_draft_depth) for params in (one, other)
+    ]
     return sizes[0] == sizes[1] and one.mode != AUTO
 
 
@@ -63,7 +65,7 @@ class Rounds:
         self._ready.clear()
         if sequences:
             room = max(sequence.output.room for sequence in sequences)
-            passes = sequences[0].controller.passes() if sequences[0].mode == "verified" else None
+            passes = sequences[0].controller.choose_depth() if sequences[0].mode == "verified" else None
             for sequence in sequences:
                 self._begin(sequence, room, passes)
 
@@ -80,7 +82,7 @@ class Rounds:
                 sequence.allowed = params.steps_per_block
             case "verified":
                 sequence.phase = Phase.STEP
-                passes = sequence.controller.passes() if draft_passes is None else draft_passes
+                passes = sequence.controller.choose_depth() if draft_passes is None else draft_passes
                 if min(params.block_size, room) > 1:  # else there is nothing to draft
                     sequence.allowed = passes
         if sequence.allowed and sequence.mode == "verified" and self.options.drafter is not None:

@@ -153,7 +153,7 @@ class RunningSequence:
     @property
     def draft_length(self) -> int:
         """Positions of the draft block worth checking, the pending token included."""
-        return min(self.room, self.controller.length(self.params.block_size))
+        return min(self.room, self.controller.draft_length(self.params.block_size))
 
     def fail(self, error: Exception) -> BlockEvent:
         """Ends the sequence with an error; passes of it that are on their way count no more."""

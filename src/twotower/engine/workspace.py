@@ -12,11 +12,11 @@ import torch
 
 from twotower.cache.hybrid_cache import TowerState
 from twotower.decoding.auto_mode import ModeChooser
-from twotower.decoding.draft_controller import DraftController, bucket
+from twotower.decoding.draft_controller import DraftController, round_up_to_power_of_two
 from twotower.decoding.params import GenerationParams
 
-MOST_CONTROLLERS = 64
-STATE_BYTES = 256 << 20  # a larger state is not kept between calls
+MAX_CONTROLLERS = 64
+MAX_IDLE_STATE_BYTES = 256 << 20  # a larger state is not kept between calls
 
 
 class StateShape(NamedTuple):
@@ -52,15 +52,15 @@ class Workspace:
 
         rows: sequences that run together; longest: tokens of the longest text so far.
         """
-        if params.fixed_draft is not None:
-            return DraftController(params.fixed_draft)
-        key = bucket(rows), params.block_size, longest.bit_length() // 2
+        if params.fixed_draft_depth is not None:
+            return DraftController(params.fixed_draft_depth)
+        key = round_up_to_power_of_two(rows), params.block_size, longest.bit_length() // 2
         with self._lock:
             controller = self._controllers.setdefault(key, DraftController())
             self._controllers.move_to_end(key)
-            if len(self._controllers) > MOST_CONTROLLERS:
+            if len(self._controllers) > MAX_CONTROLLERS:
                 self._controllers.popitem(last=False)
-            return controller.begin()
+            return controller.begin_batch()
 
     def borrow_state(self, shape: StateShape, make: Callable[[], TowerState]) -> TowerState:
         """The idle state, if it has this shape, else a new one. The borrower owns the state until `return_state`."""
@@ -79,7 +79,7 @@ class Workspace:
         with self._lock:
             if state in self._lent:
                 self._lent.discard(state)
-                if state.nbytes <= STATE_BYTES and not state.is_inference:
+                if state.nbytes <= MAX_IDLE_STATE_BYTES and not state.is_inference:
                     self._idle = state
 
     def release(self) -> None:

@@ -127,7 +127,7 @@ def sweep(
     points = []
     for setting in chosen:
         record, (speed, per_pass) = known[setting.label], alone[setting.label]
-        if not setting.params().adapts:
+        if not setting.params().depends_on_timing:
             per_pass = record["tokens"] / max(record["passes"], 1)
         points.append(_point(record, known[AR.label], problems, per_pass, speed / alone[AR.label][0]))
     return points
