@@ -47,7 +47,7 @@ from twotower.checkpoint.quantize import quantize_  # noqa: E402
 from twotower.evaluation.machine import surroundings  # noqa: E402
 from twotower.evaluation.speed import few_shot_prompts  # noqa: E402
 from twotower.ops import self_check, self_check_cases  # noqa: E402
-from twotower.ops.registry import CATALOGUE, Backend, report  # noqa: E402
+from twotower.ops.registry import REGISTRY, Backend, report  # noqa: E402
 
 PUBLISHED_RATES = (1.2, 1.5, 1.9, 3.0, 3.3, 5.0)  # tokens per pass: the published ones (spec §5), and others
 SPARE = 6 << 30  # bytes of the device that weights leave to states, logits and libraries
@@ -111,19 +111,19 @@ def free_bytes(device: torch.device) -> int:
 
 
 def kernels(setting: Setting, out: dict[str, Any]) -> None:
-    """Every backend that fits the device against its slow twin in float64, on the device."""
+    """Every backend that fits the device against its reference in float64, on the device."""
     out["catalogue"] = [dict(zip(("op", "backend", "why"), row, strict=True)) for row in report(
         setting.device, setting.dtype
     )]  # fmt: skip
     rows = out["checked"] = []
-    for op, backends in CATALOGUE.items():
+    for op, backends in REGISTRY.items():
         for backend in backends:
-            refused = backend.refusal(setting.device, setting.dtype)
+            refused = backend.unsupported_reason(setting.device, setting.dtype)
             row: dict[str, Any] = {"op": op, "backend": backend.name, "refused": refused or ""}
             rows.append(row)
             if not refused:
                 tried = cases_of(op, backend, setting)
-                wrong = self_check.disagreement(backend.function, backends[-1].function, tried)
+                wrong = self_check.find_mismatch(backend.function, backends[-1].function, tried)
                 row["verdict"] = "agrees" if wrong is None else f"DIFFERS: it {wrong}"
 
 
@@ -181,7 +181,7 @@ def floors(setting: Setting, out: dict[str, Any]) -> None:
 
 
 def midsize(setting: Setting, out: dict[str, Any]) -> None:
-    """`passes.py` on the midsize shape, transformers and the naive twin included."""
+    """`passes.py` on the midsize shape, transformers and the naive reference included."""
     torch.manual_seed(0)
     model = random_model(config_of(None if setting.tiny else MIDSIZE), setting.dtype, setting.device)
     rates = setting.floors()

@@ -222,10 +222,10 @@ def test_a_user_without_a_home_folder_gets_a_reason(monkeypatch: pytest.MonkeyPa
 def test_triton_follows_an_override() -> None:
     cuda = torch.device("cuda")
     with options.override(triton=True, triton_interpret=False):
-        assert launch.refusal(CPU, torch.float32) == "needs CUDA"
+        assert launch.triton_unsupported_reason(CPU, torch.float32) == "needs CUDA"
         with options.override(triton=False):
-            assert launch.refusal(cuda, torch.float32) == "is turned off by TWOTOWER_TRITON=0"
-        assert launch.refusal(cuda, torch.float64) == "takes fp32 and bf16 only"
+            assert launch.triton_unsupported_reason(cuda, torch.float32) == "is turned off by TWOTOWER_TRITON=0"
+        assert launch.triton_unsupported_reason(cuda, torch.float64) == "takes fp32 and bf16 only"
 
 
 def test_only_options_that_change_the_choice_of_kernels_are_in_its_key() -> None:

@@ -19,14 +19,14 @@ from twotower.ops.reference.attention import Cached
 from twotower.ops.self_check_cases import (
     RELEASED,
     Sizes,
+    argmax_arguments,
     block_arguments,
-    choose_arguments,
-    fold_arguments,
     norm_cases,
     released_routing,
     route_cases,
+    state_update_arguments,
 )
-from twotower.ops.triton import argmax, attention, experts, fold, int8, mamba_block, norm, routing
+from twotower.ops.triton import argmax, attention, experts, int8, mamba_block, norm, routing, state_update
 
 SHARED_MEMORY = 227 << 10  # of an H100's program
 TYPES = {
@@ -39,7 +39,7 @@ TYPES = {
 }
 CPU = torch.device("cpu")
 MODULES = (
-    attention, experts, fold, argmax, int8, mamba_block, norm, routing,
+    attention, experts, state_update, argmax, int8, mamba_block, norm, routing,
 )  # fmt: skip
 
 
@@ -105,11 +105,11 @@ def blocks(lengths: list[int]) -> None:
     ):
         arguments = block_arguments(sizes, length, CPU, dtype, rows=2)
         mamba_block.mamba_block(*arguments, trace)
-        fold.fold(*fold_arguments(sizes, length, CPU, dtype))
+        state_update.state_update(*state_update_arguments(sizes, length, CPU, dtype))
     projected, *_, weights = arguments
     mamba_block.mamba_block(projected, None, None, None, weights._replace(conv_bias=None), False)
     for dtype in (torch.bfloat16, torch.float32):
-        argmax.choose(*choose_arguments(131072, CPU, dtype))
+        argmax.argmax(*argmax_arguments(131072, CPU, dtype))
 
 
 def products() -> None:

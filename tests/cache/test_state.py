@@ -19,7 +19,7 @@ from twotower.cache.pools import AttentionPool, MambaPool
 from twotower.cache.replica import Mirror, Transport
 from twotower.model import moe, towers
 from twotower.ops.reference.attention import Cached
-from twotower.ops.registry import CATALOGUE, select
+from twotower.ops.registry import REGISTRY, select
 
 MASK = 3
 LENGTHS = (0, 1, 2, 3, 5, 17, 70)  # nothing, around the convolution's window, several chunks, two buckets
@@ -461,7 +461,7 @@ def test_the_work_of_a_pass_does_not_depend_on_what_the_rows_hold(
     model: TwoTowerForCausalLM, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """Same rows, width and bucket, other tokens, lengths and rollbacks: the same operations on the same shapes."""
-    gathered = next(b for b in CATALOGUE["experts"] if b.name == "gathered")  # the one used on an accelerator
+    gathered = next(b for b in REGISTRY["experts"] if b.name == "gathered")  # the one used on an accelerator
     monkeypatch.setattr(moe, "select", lambda op, *rest: gathered if op == "experts" else select(op, *rest))
     logs = []
     for seed, lengths, kept in ((0, (5, 12), (1, 0, 2)), (1, (0, 12), (0, 0, 0)), (2, (12, 1), (1, 0, 1))):

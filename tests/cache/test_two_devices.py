@@ -19,7 +19,7 @@ from torch.utils._pytree import tree_leaves
 from twotower import TwoTowerForCausalLM
 from twotower.cache.replica import LocalReader, Mirror, Transport
 from twotower.engine import denoiser_step
-from twotower.ops.host_transfer import Fetched
+from twotower.ops.host_transfer import AsyncHostCopy
 from twotower.ops.precision import accumulation_dtype
 from twotower.ops.reference.attention import Cached
 
@@ -163,12 +163,12 @@ def test_bytes_of_a_block(
     pass that are a few bytes a position."""
     fetched: list[int] = []
 
-    class CountingFetched(Fetched):
+    class CountingFetched(AsyncHostCopy):
         def __init__(self, *tensors: Tensor) -> None:
             fetched.append(sum(tensor.nbytes for tensor in tensors))
             super().__init__(*tensors)
 
-    monkeypatch.setattr(denoiser_step, "Fetched", CountingFetched)
+    monkeypatch.setattr(denoiser_step, "AsyncHostCopy", CountingFetched)
     model = random_model("M*E-M*", seed=9, dtype=dtype)
     with torch.no_grad(), Homes(model) as homes:
         model.transport = transport = CountingTransport(homes)

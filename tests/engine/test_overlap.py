@@ -25,7 +25,7 @@ from twotower.cache.replica import Mirror
 from twotower.decoding.output import StepEvent
 from twotower.decoding.params import GenerationParams
 from twotower.engine.sequence import Phase
-from twotower.ops.host_transfer import Fetched, placed
+from twotower.ops.host_transfer import AsyncHostCopy, to_device_async
 
 CUDA = pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")
 
@@ -145,7 +145,7 @@ def told(model: TwoTowerForCausalLM, run: Callable[[], object]) -> list[str]:
             stack.enter_context(patch.object(model, name, noting(name, getattr(model, name), True)))
         for name in READS:
             stack.enter_context(patch.object(Tensor, name, noting(name, getattr(Tensor, name), False)))
-        stack.enter_context(patch.object(Fetched, "wait", noting("read", Fetched.wait, False)))
+        stack.enter_context(patch.object(AsyncHostCopy, "wait", noting("read", AsyncHostCopy.wait, False)))
         run()
     return log
 
@@ -350,12 +350,12 @@ def test_nobody_waits_twice(model: TwoTowerForCausalLM) -> None:
 @pytest.mark.parametrize("device", ["cpu", pytest.param("cuda", marks=CUDA)])
 def test_numbers_arrive_as_they_are(device: str) -> None:
     there = torch.device(device)
-    numbers, narrow = placed([[1, 2], [3, 2**40]], there), placed([0.5, 1], there, torch.float64)
+    numbers, narrow = to_device_async([[1, 2], [3, 2**40]], there), to_device_async([0.5, 1], there, torch.float64)
     assert (numbers.dtype, narrow.dtype, numbers.device.type) == (torch.long, torch.float64, device)
-    assert placed([], there, torch.long).shape == (0,)
-    fetched = Fetched(numbers * 2, narrow > 0.7)
+    assert to_device_async([], there, torch.long).shape == (0,)
+    fetched = AsyncHostCopy(numbers * 2, narrow > 0.7)
     assert all(tensor.device.type == "cpu" for tensor in fetched.wait())
-    assert fetched.lists() == [[[2, 4], [6, 2**41]], [False, True]]
+    assert fetched.tolist() == [[[2, 4], [6, 2**41]], [False, True]]
 
 
 @CUDA
@@ -364,14 +364,14 @@ def test_the_host_waits_for_what_it_asked_for_only() -> None:
     there = torch.device("cuda")
     early, big = torch.arange(5, device=there), torch.randn(8192, 8192, device=there)
     big @ big
-    placed([1], there)
+    to_device_async([1], there)
     torch.cuda.synchronize()
-    fetched = Fetched(early)
+    fetched = AsyncHostCopy(early)
     for _ in range(30):
         big = (big @ big).clamp(-1, 1)
     later = torch.cuda.current_stream().record_event()
-    placed([1, 2, 3], there)
-    assert fetched.lists() == [[0, 1, 2, 3, 4]]
+    to_device_async([1, 2, 3], there)
+    assert fetched.tolist() == [[0, 1, 2, 3, 4]]
     assert not later.query()
 
 

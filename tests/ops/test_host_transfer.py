@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import torch
 
-from twotower.ops.host_transfer import Fetched, as_bytes, from_bytes
+from twotower.ops.host_transfer import AsyncHostCopy, as_bytes, from_bytes
 
 
 def test_tensors_come_back_from_one_copy() -> None:
@@ -26,6 +26,6 @@ def test_tensors_come_back_from_one_copy() -> None:
 
 def test_on_a_cpu_nothing_is_copied() -> None:
     tensor = torch.arange(3)
-    fetched = Fetched(tensor, tensor + 1)
+    fetched = AsyncHostCopy(tensor, tensor + 1)
     assert fetched.wait()[0] is tensor
-    assert fetched.lists() == [[0, 1, 2], [1, 2, 3]]
+    assert fetched.tolist() == [[0, 1, 2], [1, 2, 3]]

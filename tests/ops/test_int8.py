@@ -1,4 +1,4 @@
-"""int8 weights: arithmetic against its definition, kernels against their twins, loading, everything that generates."""
+"""int8 weights: arithmetic against its definition, kernels against their references, loading and generation."""
 
 from __future__ import annotations
 
@@ -41,7 +41,7 @@ compiled = pytest.mark.skipif(isinstance(library.library(), str), reason="the ke
 
 def meant(q: Tensor, scale: Tensor) -> Tensor:
     """The weights that are stood for, in float64."""
-    return int8.widened(q, scale, torch.float64) * scale.double()[..., None]
+    return int8.unpacked(q, scale, torch.float64) * scale.double()[..., None]
 
 
 def as_meant(model: TwoTowerForCausalLM) -> TwoTowerForCausalLM:
@@ -71,7 +71,7 @@ def test_no_weight_moves_by_more_than_half_a_step(
     assert torch.equal(weight, before)
     if weight.numel():
         assert ((meant(q, scale) - weight.double()).abs() <= scale[..., None] * 0.5001).all()
-        assert (int8.widened(q, scale, torch.float32).abs().amax(-1) == int8.LEVELS).all()
+        assert (int8.unpacked(q, scale, torch.float32).abs().amax(-1) == int8.LEVELS).all()
 
 
 def test_rows_of_zeros_and_what_is_not_finite() -> None:
@@ -85,7 +85,7 @@ def test_rows_of_zeros_and_what_is_not_finite() -> None:
     assert abs(out[4] - 1) < 0.01
 
 
-# --- the twins, in float64 --------------------------------------------------------------------------------------------
+# --- the references, in float64 --------------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize("bias", [True, False])
@@ -131,8 +131,8 @@ def test_a_model_in_float64_computes_with_the_weights_that_are_meant(pattern: st
             logits = each.extend(tokens, state)
             draft = each.denoise(tokens[:, :6], torch.tensor([1.0, 0.3]), each.reader(state).view())
         outs.append((logits, draft, each(tokens).logits))
-    for mine, twin in zip(*outs, strict=True):
-        torch.testing.assert_close(mine, twin, rtol=1e-9, atol=1e-9)
+    for actual, expected in zip(*outs, strict=True):
+        torch.testing.assert_close(actual, expected, rtol=1e-9, atol=1e-9)
 
 
 # --- the compiled kernels ---------------------------------------------------------------------------------------------
@@ -182,9 +182,9 @@ def test_a_tower_in_one_call_is_its_layers(length: int, dtype: torch.dtype, monk
             logits = model.extend(tokens[:, 12 : 12 + length], state, torch.tensor([length, 1, 0]))
             draft = model.denoise(tokens[:, -length:], torch.tensor([1.0, 0.5, 0.2]), model.reader(state).view())
         outs.append((logits, draft))
-    for mine, twin in zip(*outs, strict=True):
-        assert torch.equal(mine, twin) or dtype == torch.float32
-        torch.testing.assert_close(mine, twin, rtol=1e-5, atol=1e-5)
+    for actual, expected in zip(*outs, strict=True):
+        assert torch.equal(actual, expected) or dtype == torch.float32
+        torch.testing.assert_close(actual, expected, rtol=1e-5, atol=1e-5)
 
 
 @compiled

@@ -1,4 +1,4 @@
-"""Each fast kernel against its slow twin, over all its arguments, in float64: values and gradients."""
+"""Each fast kernel against its reference, over all its arguments, in float64: values and gradients."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ from twotower.ops.reference.attention import Tile, block_attention, tiled_attent
 from twotower.ops.reference.conv import causal_conv, causal_conv_sequential
 from twotower.ops.reference.experts import experts_dense, experts_gathered, experts_grouped, experts_sorted
 from twotower.ops.reference.ssd import advance, ssd_block, ssd_chunked, ssd_sequential, states_before
-from twotower.ops.registry import CATALOGUE, report, select
+from twotower.ops.registry import REGISTRY, report, select
 
 pytestmark = pytest.mark.code_path
 F64 = torch.float64
@@ -213,7 +213,7 @@ def test_experts(kernel: Callable[..., Tensor], tokens: int, per_token: int) -> 
 
 
 def test_an_expert_that_nothing_chose_is_not_visited() -> None:
-    """Its weights may be anything; the dense twin would read them."""
+    """Its weights may be anything; the dense reference would read them."""
     arguments = expert_arguments(5, 2)
     arguments["choice"] %= 2
     expected = experts_sorted(**arguments)
@@ -223,7 +223,7 @@ def test_an_expert_that_nothing_chose_is_not_visited() -> None:
     torch.testing.assert_close(experts_gathered(**arguments), expected)
 
 
-def _grouped_mm_refusal(device: str, dtype: torch.dtype) -> str | None:
+def _grouped_mm_unsupported_reason(device: str, dtype: torch.dtype) -> str | None:
     """Why torch._grouped_mm does not run here, found by running it."""
     if device == "cuda" and not torch.cuda.is_available():
         return "there is no CUDA device"
@@ -242,9 +242,9 @@ def _grouped_mm_refusal(device: str, dtype: torch.dtype) -> str | None:
 )
 @pytest.mark.parametrize(("tokens", "per_token"), [(1, 1), (64, 3)])
 def test_grouped_experts(device: str, dtype: torch.dtype, tolerance: float, tokens: int, per_token: int) -> None:
-    refusal = _grouped_mm_refusal(device, dtype)
-    if refusal:
-        pytest.skip(f"experts_grouped is not tested on {device} in {dtype}: {refusal}")
+    reason = _grouped_mm_unsupported_reason(device, dtype)
+    if reason:
+        pytest.skip(f"experts_grouped is not tested on {device} in {dtype}: {reason}")
     arguments = {n: t.to(device) for n, t in expert_arguments(tokens, per_token, dtype=dtype).items()}
     exact = experts_dense(**{n: t.double() if t.is_floating_point() else t for n, t in arguments.items()})
     grouped = experts_grouped(**arguments)
@@ -468,7 +468,7 @@ def test_layout_tiles(length: int, block_size: int) -> None:
 def test_the_catalogue_names_a_backend_and_a_reason_for_every_operation() -> None:
     cpu = torch.device("cpu")
     rows = report(cpu, torch.float32)
-    assert [op for op, _, _ in rows] == list(CATALOGUE)
+    assert [op for op, _, _ in rows] == list(REGISTRY)
     assert all(why for _, _, why in rows)
     assert select("experts", cpu, torch.float32, differentiable=True).name == "sorted-loop"
     assert "needs CUDA" in {op: why for op, _, why in rows}["experts"]

@@ -1,4 +1,4 @@
-"""The compiled kernels for processors against their torch twins: every argument, rows alone and together."""
+"""The compiled kernels for processors against their torch references: every argument, rows alone and together."""
 
 from __future__ import annotations
 
@@ -18,9 +18,9 @@ from twotower.ops import registry, self_check_cases
 from twotower.ops.cpu import kernels as ops
 from twotower.ops.cpu import library
 from twotower.ops.reference.attention import Cached
-from twotower.ops.reference.mamba_block import MambaTrace
-from twotower.ops.registry import CATALOGUE, Backend
-from twotower.ops.self_check import Case, disagreement
+from twotower.ops.reference.mamba_block import MambaStepInputs
+from twotower.ops.registry import REGISTRY, Backend
+from twotower.ops.self_check import Case, find_mismatch
 from twotower.runners import fused_cpu, module_plan
 from twotower.runners.fused_cpu import FusedCPURunner
 
@@ -31,13 +31,13 @@ if isinstance(library.library(), str):
     pytest.skip(f"the compiled kernels are not tested: {library.library()}", allow_module_level=True)
 
 pytestmark = pytest.mark.code_path
-NATIVE = [(op, backend) for op, backends in CATALOGUE.items() for backend in backends if backend.name == "native"]
+NATIVE = [(op, backend) for op, backends in REGISTRY.items() for backend in backends if backend.name == "native"]
 
 
 @pytest.mark.parametrize("dtype", NARROW)
 @pytest.mark.parametrize(("op", "backend"), NATIVE, ids=[op for op, _ in NATIVE])
 def test_each_agrees_with_its_twin_in_float64(op: str, backend: Backend, dtype: torch.dtype) -> None:
-    assert disagreement(backend.function, CATALOGUE[op][-1].function, self_check_cases.CASES[op](CPU, dtype)) is None
+    assert find_mismatch(backend.function, REGISTRY[op][-1].function, self_check_cases.CASES[op](CPU, dtype)) is None
 
 
 @pytest.mark.parametrize("dtype", NARROW)
@@ -150,22 +150,22 @@ def test_a_model_says_the_same_without_them(dtype: torch.dtype, monkeypatch: pyt
             draft = model.denoise(tokens[:, :8], torch.tensor([1.0, 0.5, 0.1]), state.view(rows))
             step = model.extend(tokens[:, 9:10], state, rows=rows)
             outs.append((logits[0], logits[1, :3], logits[2, :6], draft, step))
-    for mine, twin in zip(*outs, strict=True):
+    for actual, expected in zip(*outs, strict=True):
         limit = 5e-4 if dtype == torch.float32 else 0.2
-        assert (mine - twin).abs().max() < limit * twin.std()
+        assert (actual - expected).abs().max() < limit * expected.std()
 
 
 def only_torch(monkeypatch: pytest.MonkeyPatch) -> None:
-    plain = {op: tuple(b for b in backends if b.name != "native") for op, backends in CATALOGUE.items()}
-    monkeypatch.setattr(registry, "CATALOGUE", plain)
+    plain = {op: tuple(b for b in backends if b.name != "native") for op, backends in REGISTRY.items()}
+    monkeypatch.setattr(registry, "REGISTRY", plain)
     registry._select.cache_clear()
     monkeypatch.setattr(registry, "_select", registry._select.__wrapped__)
 
 
 def test_wrong_numbers_are_refused_aloud(monkeypatch: pytest.MonkeyPatch) -> None:
     right = next(backend for op, backend in NATIVE if op == "linear")
-    wrong = Backend("native", lambda *a: right.function(*a) * 1.01, "", right.refusal, compiled=True)
-    monkeypatch.setattr(registry, "CATALOGUE", CATALOGUE | {"linear": (wrong, CATALOGUE["linear"][-1])})
+    wrong = Backend("native", lambda *a: right.function(*a) * 1.01, "", right.unsupported_reason, compiled=True)
+    monkeypatch.setattr(registry, "REGISTRY", REGISTRY | {"linear": (wrong, REGISTRY["linear"][-1])})
     monkeypatch.setattr(registry, "_select", registry._select.__wrapped__)
     with pytest.warns(RuntimeWarning, match="linear: native is not used on cpu"):
         assert registry.select("linear", CPU, torch.float32, differentiable=False).name == "torch"
@@ -228,9 +228,9 @@ def test_a_tower_in_one_call_is_its_layers(
             outs.append([logits, *drafts, *state._tensors()])
         assert calls == [at_once] * 3
         monkeypatch.undo()
-    for mine, twin in zip(*outs, strict=True):  # in fp32 but for gate and sum in one rounding
-        assert torch.equal(mine, twin) or dtype == torch.float32
-        torch.testing.assert_close(mine, twin, rtol=1e-5, atol=1e-5)
+    for actual, expected in zip(*outs, strict=True):  # in fp32 but for gate and sum in one rounding
+        assert torch.equal(actual, expected) or dtype == torch.float32
+        torch.testing.assert_close(actual, expected, rtol=1e-5, atol=1e-5)
 
 
 def test_a_tower_that_was_changed_runs_as_written() -> None:
@@ -344,8 +344,8 @@ def test_a_pass_longer_than_a_chunk_is_the_chunked_scan(length: int, monkeypatch
         logits = [model.extend(tokens, state) for _ in range(2)]
         state.settle()
         outs.append([*logits, *state._tensors()])
-    for mine, twin in zip(*outs, strict=True):
-        torch.testing.assert_close(mine, twin, rtol=1e-4, atol=1e-4)
+    for actual, expected in zip(*outs, strict=True):
+        torch.testing.assert_close(actual, expected, rtol=1e-4, atol=1e-4)
 
 
 # --- shapes that take a path of their own -----------------------------------------------------------------------------
@@ -438,13 +438,13 @@ def test_a_mamba_block_of_any_shape(sizes: self_check_cases.Sizes, length: int, 
     projected, valid, window, state, weights = self_check_cases.block_arguments(sizes, length, CPU, dtype)
     for seen, past, before in ((valid, window, state), (None, window, state), (None, None, None)):
         case = Case("any shape", lambda a=(projected, seen, past, before, weights): a)
-        assert disagreement(ops.mamba_block, registry.mamba_block.mamba_block, [case]) is None
+        assert find_mismatch(ops.mamba_block, registry.mamba_block.mamba_block, [case]) is None
 
-    def fold(window: Tensor, state: Tensor, trace: MambaTrace, accepted: Tensor, rows: Tensor) -> Any:
-        return ops.fold([(window, state)], [trace], accepted, rows)[0]
+    def state_update(window: Tensor, state: Tensor, inputs: MambaStepInputs, accepted: Tensor, rows: Tensor) -> Any:
+        return ops.state_update([(window, state)], [inputs], accepted, rows)[0]
 
-    case = Case("any shape", lambda: self_check_cases.fold_arguments(sizes, length, CPU, dtype))
-    assert disagreement(fold, registry.mamba_block.fold, [case]) is None
+    case = Case("any shape", lambda: self_check_cases.state_update_arguments(sizes, length, CPU, dtype))
+    assert find_mismatch(state_update, registry.mamba_block.state_update, [case]) is None
 
 
 def test_a_mamba_token_is_the_same_alone_and_in_any_company() -> None:
@@ -466,7 +466,7 @@ def test_strong_and_weak_decay() -> None:
     for shift in (-60.0, -20.0, 0.0, 15.0, 60.0):  # steps from nothing to long ones
         moved = torch.cat([projected[..., :-width], projected[..., -width:] + shift], -1)
         case = Case("decay", lambda a=(moved, None, window, state, weights): a)
-        assert disagreement(ops.mamba_block, registry.mamba_block.mamba_block, [case]) is None
+        assert find_mismatch(ops.mamba_block, registry.mamba_block.mamba_block, [case]) is None
 
 
 @pytest.mark.parametrize("dtype", NARROW)
@@ -476,7 +476,7 @@ def test_choosing_in_any_vocabulary(size: int, dtype: torch.dtype) -> None:
     if size > 1:
         logits = (self_check_cases.Draw(12, CPU)(size, 3, size) * 2).round().to(dtype)
         case = Case("any vocabulary", lambda: (logits, torch.arange(size)))
-        assert disagreement(ops.choose, registry.argmax.choose, [case]) is None
-    tokens, sure = ops.choose(torch.zeros(1, 2, size, dtype=dtype), torch.tensor([-1]))
+        assert find_mismatch(ops.argmax, registry.argmax.argmax, [case]) is None
+    tokens, sure = ops.argmax(torch.zeros(1, 2, size, dtype=dtype), torch.tensor([-1]))
     assert tokens.tolist() == [[0, 0]]
     torch.testing.assert_close(sure, torch.full((1, 2), 1 / size))

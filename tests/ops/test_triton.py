@@ -1,4 +1,4 @@
-"""Triton kernels beside their torch twins, over all their arguments: on a GPU, or through Triton's interpreter.
+"""Triton kernels beside their torch references, over all their arguments: on a GPU, or through Triton's interpreter.
 
 `triton_mode` (imported by conftest) chooses the interpreter where there is no GPU. Attention, norms and routers:
 test_triton_attention, test_triton_norm_route.
@@ -21,15 +21,15 @@ from torch import Tensor
 from twotower import TwoTowerForCausalLM, options
 from twotower.ops import registry
 from twotower.ops.reference import argmax, mamba_block
-from twotower.ops.reference.mamba_block import MambaTrace, MambaWeights
+from twotower.ops.reference.mamba_block import MambaStepInputs, MambaWeights
 from twotower.ops.registry import Backend
-from twotower.ops.self_check import disagreement
+from twotower.ops.self_check import find_mismatch
 from twotower.ops.self_check_cases import (
     Sizes,
+    argmax_arguments,
+    argmax_cases,
     block_arguments,
-    choose_arguments,
-    choose_cases,
-    fold_arguments,
+    state_update_arguments,
     weights_of,
 )
 
@@ -38,9 +38,9 @@ if importlib.util.find_spec("triton") is None:
 
 triton_mode.mend_interpreter()
 
-from twotower.ops.triton import argmax as triton_greedy  # noqa: E402
-from twotower.ops.triton import fold as triton_fold  # noqa: E402
+from twotower.ops.triton import argmax as triton_argmax  # noqa: E402
 from twotower.ops.triton import mamba_block as triton_mamba  # noqa: E402
+from twotower.ops.triton import state_update as triton_state_update  # noqa: E402
 
 DEVICE = torch.device("cuda", 0) if torch.cuda.is_available() else torch.device("cpu")
 TINY_HYBRID = Sizes(heads=8, groups=2, width=16, state=16, taps=4)
@@ -48,7 +48,7 @@ TINY_GROUPS = Sizes(heads=6, groups=2, width=12, state=24, taps=4)
 SMALL = Sizes(heads=2, groups=1, width=5, state=3, taps=4)
 BOTH = pytest.mark.parametrize("sizes", [TINY_HYBRID, TINY_GROUPS], ids=["tiny-hybrid", "tiny-groups"])
 # That are done by Triton kernels wherever these run; experts in bf16 only where torch has no grouped product.
-OPS = ("attention", "mamba_block", "fold", "choose", "rms_norm", "route", "experts_int8", "linear_int8")
+OPS = ("attention", "mamba_block", "state_update", "argmax", "rms_norm", "route", "experts_int8", "linear_int8")
 DTYPES = pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=["fp32", "bf16"])
 
 
@@ -74,13 +74,13 @@ def close(actual: Tensor, expected: Tensor) -> None:
 
 
 def check_block(*arguments: Any) -> None:
-    """The twin's output, and its trace."""
+    """The reference's output, and its inputs."""
     expected, kept = mamba_block.mamba_block(*arguments, True)
-    mixed, trace = triton_mamba.mamba_block(*arguments, True)
+    mixed, inputs = triton_mamba.mamba_block(*arguments, True)
     close(mixed, expected)
     assert kept is not None
-    assert trace is not None
-    for actual, wanted in zip(trace, kept, strict=True):
+    assert inputs is not None
+    for actual, wanted in zip(inputs, kept, strict=True):
         close(actual, wanted)
 
 
@@ -100,8 +100,8 @@ def test_block(sizes: Sizes, dtype: torch.dtype, length: int) -> None:
 @DTYPES
 def test_block_without_a_trace(dtype: torch.dtype) -> None:
     arguments = block_arguments(SMALL, 3, DEVICE, dtype)
-    mixed, trace = triton_mamba.mamba_block(*arguments, False)
-    assert trace is None
+    mixed, inputs = triton_mamba.mamba_block(*arguments, False)
+    assert inputs is None
     assert torch.equal(mixed, triton_mamba.mamba_block(*arguments, True)[0])
 
 
@@ -171,12 +171,12 @@ def test_block_reads_slices_in_place() -> None:
 
 
 @pytest.mark.parametrize("length", [64, 65])
-def test_longer_blocks_go_to_the_twin(length: int, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_longer_blocks_go_to_the_reference(length: int, monkeypatch: pytest.MonkeyPatch) -> None:
     arguments = block_arguments(Sizes(2, 1, 4, 3, 4), length, DEVICE, torch.float32)
     expected, _ = mamba_block.mamba_block(*arguments)
     close(triton_mamba.mamba_block(*arguments)[0], expected)
-    monkeypatch.setattr(mamba_block, "mamba_block", lambda *_: "the twin")
-    assert (triton_mamba.mamba_block(*arguments) == "the twin") == (length > 64)
+    monkeypatch.setattr(mamba_block, "mamba_block", lambda *_: "the reference")
+    assert (triton_mamba.mamba_block(*arguments) == "the reference") == (length > 64)
 
 
 @pytest.mark.parametrize("shape", [(0, 4), (2, 0)])
@@ -192,10 +192,12 @@ def test_a_block_of_nothing(shape: tuple[int, int]) -> None:
 # --- the fold --------------------------------------------------------------------------------------------------------
 
 
-def check_fold(window: Tensor, state: Tensor, trace: MambaTrace, accepted: Tensor, rows: Tensor | None) -> None:
-    """The twin's pools, in place."""
-    expected = mamba_block.fold(window.clone(), state.clone(), trace, accepted, rows)
-    found = triton_fold.fold(window, state, trace, accepted, rows)
+def check_state_update(
+    window: Tensor, state: Tensor, inputs: MambaStepInputs, accepted: Tensor, rows: Tensor | None
+) -> None:
+    """The reference's pools, in place."""
+    expected = mamba_block.state_update(window.clone(), state.clone(), inputs, accepted, rows)
+    found = triton_state_update.state_update(window, state, inputs, accepted, rows)
     assert found[0] is window
     assert found[1] is state
     for actual, wanted in zip(found, expected, strict=True):
@@ -206,26 +208,26 @@ def check_fold(window: Tensor, state: Tensor, trace: MambaTrace, accepted: Tenso
 @DTYPES
 @pytest.mark.parametrize("length", [1, 2, 17])
 def test_fold(sizes: Sizes, dtype: torch.dtype, length: int) -> None:
-    check_fold(*fold_arguments(sizes, length, DEVICE, dtype))
+    check_state_update(*state_update_arguments(sizes, length, DEVICE, dtype))
 
 
 @pytest.mark.parametrize("taps", [1, 2, 4, 6])
 def test_fold_accepts_any_number_of_tokens(taps: int) -> None:
     """0, 1, …, L tokens of each row, all slots in order; also where the window is wider than what is new."""
     length = 4
-    window, state, trace, _, _ = fold_arguments(
+    window, state, inputs, _, _ = state_update_arguments(
         TINY_GROUPS._replace(taps=taps), length, DEVICE, torch.float32, slots=(0, 1, 2, 3, 4)
     )
     for shift in range(2):
         accepted = (torch.arange(5, device=DEVICE) + shift) % (length + 1)
-        check_fold(window.clone(), state.clone(), trace, accepted, None)
+        check_state_update(window.clone(), state.clone(), inputs, accepted, None)
 
 
 @pytest.mark.parametrize("slots", [(2,), (4, 1), (1, 2, 3, 4, 0)])
 def test_fold_leaves_other_slots_alone(slots: tuple[int, ...]) -> None:
-    window, state, trace, accepted, rows = fold_arguments(TINY_GROUPS, 3, DEVICE, torch.float32, slots)
+    window, state, inputs, accepted, rows = state_update_arguments(TINY_GROUPS, 3, DEVICE, torch.float32, slots)
     before = window.clone(), state.clone()
-    check_fold(window, state, trace, accepted, rows)
+    check_state_update(window, state, inputs, accepted, rows)
     others = [slot for slot in range(5) if slot not in slots]
     assert all(torch.equal(now[others], then[others]) for now, then in zip((window, state), before, strict=True))
     idle = rows[accepted == 0]
@@ -235,31 +237,34 @@ def test_fold_leaves_other_slots_alone(slots: tuple[int, ...]) -> None:
 def test_fold_of_wide_windows() -> None:
     """More channels than one program of the fold takes."""
     sizes = Sizes(heads=2, groups=1, width=140, state=20, taps=4)
-    check_fold(*fold_arguments(sizes, 5, DEVICE, torch.bfloat16))
+    check_state_update(*state_update_arguments(sizes, 5, DEVICE, torch.bfloat16))
 
 
 @pytest.mark.parametrize("given", [True, False])
 def test_fold_of_long_traces(given: bool) -> None:
-    """The twin's work, in place all the same."""
+    """The reference's work, in place all the same."""
     slots = (3, 0, 4) if given else (0, 1, 2, 3, 4)
-    arguments = fold_arguments(SMALL, 65, DEVICE, torch.float32, slots)
-    check_fold(*arguments[:4], arguments[4] if given else None)
+    arguments = state_update_arguments(SMALL, 65, DEVICE, torch.float32, slots)
+    check_state_update(*arguments[:4], arguments[4] if given else None)
 
 
 def test_fold_of_a_blocks_own_trace() -> None:
-    """Block by block through the kernels and through the twins: the states stay together."""
+    """Block by block through the kernels and through the references: the states stay together."""
     projected, valid, window, state, weights = block_arguments(SMALL, 12, DEVICE, torch.bfloat16)
     pools = [(window.clone(), state.clone()) for _ in range(2)]
     for part in (projected[:, :5], projected[:, 5:6], projected[:, 6:]):
         outs = []
-        for i, (block, fold) in enumerate(
-            ((mamba_block.mamba_block, mamba_block.fold), (triton_mamba.mamba_block, triton_fold.fold))
+        for i, (block, state_update) in enumerate(
+            (
+                (mamba_block.mamba_block, mamba_block.state_update),
+                (triton_mamba.mamba_block, triton_state_update.state_update),
+            )
         ):
             length = part.shape[1]
-            mixed, trace = block(part, valid[:, :length], *pools[i], weights, True)
-            assert trace is not None
+            mixed, inputs = block(part, valid[:, :length], *pools[i], weights, True)
+            assert inputs is not None
             accepted = torch.tensor([length, 0, length // 2], device=DEVICE)
-            pools[i] = fold(*pools[i], trace, accepted, None)
+            pools[i] = state_update(*pools[i], inputs, accepted, None)
             outs.append(mixed)
         close(outs[1], outs[0])
     for actual, expected in zip(pools[1], pools[0], strict=True):
@@ -271,27 +276,25 @@ def test_fold_of_a_blocks_own_trace() -> None:
 
 @DTYPES
 @pytest.mark.parametrize("size", [1, 7, 64, 4096, 9001])
-def test_choose(dtype: torch.dtype, size: int) -> None:
+def test_argmax(dtype: torch.dtype, size: int) -> None:
     """Many equal logits; a row that leaves out nothing, one its best, one its last."""
-    logits, excluded = choose_arguments(size, DEVICE, dtype)
+    logits, excluded = argmax_arguments(size, DEVICE, dtype)
     if size == 1:
         excluded[:] = -1
-    expected, found = argmax.choose(logits, excluded), triton_greedy.choose(logits, excluded)
+    expected, found = argmax.argmax(logits, excluded), triton_argmax.argmax(logits, excluded)
     assert torch.equal(found[0], expected[0])
     close(found[1], expected[1])
 
 
-@pytest.mark.parametrize("choose", [argmax.choose, triton_greedy.choose])
-def test_choose_by_its_definition(
-    choose: Callable[..., tuple[Tensor, Tensor]], monkeypatch: pytest.MonkeyPatch
-) -> None:
+@pytest.mark.parametrize("find", [argmax.argmax, triton_argmax.argmax])
+def test_argmax_by_its_definition(find: Callable[..., tuple[Tensor, Tensor]], monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(argmax, "TILE_BYTES", 4 * 50 * 2)  # tiles of two positions
     generator = torch.Generator().manual_seed(0)
     logits = (torch.randn(3, 3, 50, generator=generator) * 3).to(DEVICE)
     logits[0, 1, 10:] = -torch.inf
     logits[2, 2] = 1.0  # all are equal
     excluded = torch.tensor([3, -1, 0], device=DEVICE)
-    tokens, confidence = choose(logits, excluded)
+    tokens, confidence = find(logits, excluded)
     rest = logits.clone()
     rest[0, :, 3] = rest[2, :, 0] = -torch.inf
     assert torch.equal(tokens, rest.argmax(-1))
@@ -300,13 +303,13 @@ def test_choose_by_its_definition(
     assert confidence.dtype == torch.float32
 
 
-@pytest.mark.parametrize("choose", [argmax.choose, triton_greedy.choose])
-def test_choose_of_slices_and_of_nothing(choose: Callable[..., tuple[Tensor, Tensor]]) -> None:
-    logits, excluded = choose_arguments(40, DEVICE, torch.float32)
-    whole = choose(logits, excluded)
+@pytest.mark.parametrize("find", [argmax.argmax, triton_argmax.argmax])
+def test_argmax_of_slices_and_of_nothing(find: Callable[..., tuple[Tensor, Tensor]]) -> None:
+    logits, excluded = argmax_arguments(40, DEVICE, torch.float32)
+    whole = find(logits, excluded)
     for part in (logits[:, 1:], logits.transpose(0, 2).contiguous().transpose(0, 2)[:, 1:]):
-        assert all(torch.equal(a, b[:, 1:]) for a, b in zip(choose(part, excluded), whole, strict=True))
-    assert [tuple(t.shape) for t in choose(logits[:, :0], excluded)] == [(3, 0), (3, 0)]
+        assert all(torch.equal(a, b[:, 1:]) for a, b in zip(find(part, excluded), whole, strict=True))
+    assert [tuple(t.shape) for t in find(logits[:, :0], excluded)] == [(3, 0), (3, 0)]
 
 
 # --- the compiler ----------------------------------------------------------------------------------------------------
@@ -316,7 +319,7 @@ def test_choose_of_slices_and_of_nothing(choose: Callable[..., tuple[Tensor, Ten
 def test_the_kernels_compile_for_a_gpu(lengths: list[str], tmp_path: Path) -> None:
     """For an H100, also where there is none; each as its wrapper launches it."""
     found = triton_mode.compiled(*lengths, cache_dir=tmp_path)
-    assert found == {"_block_kernel", "_fold_kernel", "_choose_kernel"}
+    assert found == {"_block_kernel", "_state_update_kernel", "_argmax_kernel"}
 
 
 # --- the catalogue ---------------------------------------------------------------------------------------------------
@@ -325,8 +328,8 @@ def test_the_kernels_compile_for_a_gpu(lengths: list[str], tmp_path: Path) -> No
 @pytest.fixture
 def triton_on(monkeypatch: pytest.MonkeyPatch) -> Iterator[pytest.MonkeyPatch]:
     """Triton or torch, and nothing decided yet; afterwards nothing is left of what was decided."""
-    for op, backends in registry.CATALOGUE.items():
-        monkeypatch.setitem(registry.CATALOGUE, op, tuple(b for b in backends if b.name != "native"))
+    for op, backends in registry.REGISTRY.items():
+        monkeypatch.setitem(registry.REGISTRY, op, tuple(b for b in backends if b.name != "native"))
     _forget()
     with options.override(triton=True):
         yield monkeypatch
@@ -336,7 +339,7 @@ def triton_on(monkeypatch: pytest.MonkeyPatch) -> Iterator[pytest.MonkeyPatch]:
 
 def _forget() -> None:
     registry._select.cache_clear()
-    registry._refusal.cache_clear()
+    registry._unsupported_reason.cache_clear()
 
 
 @DTYPES
@@ -347,11 +350,11 @@ def test_kernels_that_agree_are_taken(dtype: torch.dtype, triton_on: pytest.Monk
         rows = {op: (backend, why) for op, backend, why in registry.report(DEVICE, dtype)}
     for op in OPS:
         assert registry.select(op, DEVICE, dtype).name == rows[op][0] == "triton"
-        assert "agreed with its twin here" in rows[op][1]
+        assert "agreed with its reference on this machine" in rows[op][1]
 
 
-def _garbage(projected: Tensor, valid: Any, window: Any, state: Any, weights: MambaWeights, trace: bool) -> Any:
-    mixed, kept = mamba_block.mamba_block(projected, valid, window, state, weights, trace)
+def _garbage(projected: Tensor, valid: Any, window: Any, state: Any, weights: MambaWeights, inputs: bool) -> Any:
+    mixed, kept = mamba_block.mamba_block(projected, valid, window, state, weights, inputs)
     return mixed * 1.05, kept
 
 
@@ -376,11 +379,11 @@ def _forgets(*arguments: Any) -> Any:
 @pytest.mark.parametrize(
     ("broken", "said"),
     [
-        (_garbage, r"differs from its twin on 6 heads of 12, 1 tokens: result 0 by 5\.\de-02, tolerance 0\.0001"),
+        (_garbage, r"differs from its reference on 6 heads of 12, 1 tokens: result 0 by 5\.\de-02, tolerance 0\.0001"),
         (_no_number, "result 0 by nan"),
         (_raises, "raised RuntimeError on 6 heads of 12, 1 tokens: ptxas died"),
         (_narrow, "the shape"),
-        (_forgets, "gave less than its twin on 6 heads of 12, 1 tokens"),
+        (_forgets, "gave less than its reference on 6 heads of 12, 1 tokens"),
     ],
 )
 def test_a_broken_kernel_is_refused_loudly(
@@ -389,21 +392,21 @@ def test_a_broken_kernel_is_refused_loudly(
     triton_on: pytest.MonkeyPatch,
     random_model: Callable[..., TwoTowerForCausalLM],
 ) -> None:
-    """Its twin is taken; a model computes what it did, and `report` says why."""
+    """Its reference is taken; a model computes what it did, and `report` says why."""
     model = random_model("M*", seed=3).to(DEVICE)
     tokens = torch.arange(12, device=DEVICE).view(2, 6)
     with options.override(triton=False):
         expected = model.extend(tokens, model.new_state(2, 8))
     for op in set(OPS) - {"mamba_block"}:
-        triton_on.setitem(registry.CATALOGUE, op, registry.CATALOGUE[op][-1:])
-    right, twin = registry.CATALOGUE["mamba_block"]
-    wrong = Backend("triton", broken, right.why, right.refusal, compiled=True)
-    triton_on.setitem(registry.CATALOGUE, "mamba_block", (wrong, twin))
+        triton_on.setitem(registry.REGISTRY, op, registry.REGISTRY[op][-1:])
+    right, reference = registry.REGISTRY["mamba_block"]
+    wrong = Backend("triton", broken, right.why, right.unsupported_reason, compiled=True)
+    triton_on.setitem(registry.REGISTRY, "mamba_block", (wrong, reference))
     with pytest.warns(RuntimeWarning, match=said):
-        assert registry.select("mamba_block", DEVICE, torch.float32) is twin
+        assert registry.select("mamba_block", DEVICE, torch.float32) is reference
     with warnings.catch_warnings():
         warnings.simplefilter("error")  # said once
-        assert registry.select("mamba_block", DEVICE, torch.float32) is twin
+        assert registry.select("mamba_block", DEVICE, torch.float32) is reference
         (row,) = (row for row in registry.report(DEVICE, torch.float32) if row[0] == "mamba_block")
     assert row[1] == "torch"
     assert "triton is not used: it " in row[2]
@@ -414,12 +417,12 @@ def test_a_wrong_token_is_found() -> None:
     """One token of many, and the confidences are right."""
 
     def broken(logits: Tensor, excluded: Tensor) -> tuple[Tensor, Tensor]:
-        tokens, confidence = argmax.choose(logits, excluded)
+        tokens, confidence = argmax.argmax(logits, excluded)
         tokens[0, 0] += 1
         return tokens, confidence
 
-    said = disagreement(broken, argmax.choose, choose_cases(DEVICE, torch.float32))
-    assert said == "differs from its twin on a vocabulary of 13: result 0 in 1 of 6 numbers"
+    said = find_mismatch(broken, argmax.argmax, argmax_cases(DEVICE, torch.float32))
+    assert said == "differs from its reference on a vocabulary of 13: result 0 in 1 of 6 numbers"
 
 
 @pytest.mark.parametrize(
@@ -443,12 +446,14 @@ def test_refusals(
 
 def test_without_the_package(triton_on: pytest.MonkeyPatch) -> None:
     triton_on.setattr(importlib.util, "find_spec", lambda name: None)
-    assert registry.select("fold", DEVICE, torch.float32).name == "torch"
-    assert "needs the package triton" in {op: why for op, _, why in registry.report(DEVICE, torch.float32)}["fold"]
+    assert registry.select("state_update", DEVICE, torch.float32).name == "torch"
+    assert (
+        "needs the package triton" in {op: why for op, _, why in registry.report(DEVICE, torch.float32)}["state_update"]
+    )
 
 
-def test_gradients_go_through_the_twin(triton_on: pytest.MonkeyPatch) -> None:
-    triton_on.setattr(registry.self_check, "disagreement", lambda *_: None)
+def test_gradients_go_through_the_reference(triton_on: pytest.MonkeyPatch) -> None:
+    triton_on.setattr(registry.self_check, "find_mismatch", lambda *_: None)
     with torch.enable_grad():
         assert registry.select("mamba_block", DEVICE, torch.float32).name == "torch"
     assert registry.select("mamba_block", DEVICE, torch.float32).name == "triton"
@@ -460,7 +465,7 @@ def test_a_model_through_the_kernels(
     length: int, triton_on: pytest.MonkeyPatch, random_model: Callable[..., TwoTowerForCausalLM]
 ) -> None:
     """Some rows, a denoised block, a block read, rolled back, a token read: both towers' logits, and the state."""
-    triton_on.setattr(registry.self_check, "disagreement", lambda *_: None)
+    triton_on.setattr(registry.self_check, "find_mismatch", lambda *_: None)
 
     def outputs() -> list[Tensor]:
         model = random_model("M*", seed=5, mamba_num_heads=2, n_groups=1).to(DEVICE)
@@ -477,8 +482,8 @@ def test_a_model_through_the_kernels(
         return [drafted, scored, after, *pools]
 
     with options.override(triton=False):
-        assert registry.select("fold", DEVICE, torch.float32).name == "torch"
+        assert registry.select("state_update", DEVICE, torch.float32).name == "torch"
         reference = outputs()
-    assert registry.select("fold", DEVICE, torch.float32).name == "triton"
+    assert registry.select("state_update", DEVICE, torch.float32).name == "triton"
     for found, expected in zip(outputs(), reference, strict=True):
         torch.testing.assert_close(found, expected, rtol=1e-4, atol=1e-4)

@@ -1,4 +1,4 @@
-"""Attention in Triton beside its twin in float64, over all its arguments: on a GPU, or through Triton's interpreter."""
+"""Triton attention against its reference in float64, over all its arguments, on a GPU or in Triton's interpreter."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ import torch
 import triton_mode
 from torch import Tensor
 
-from twotower.ops.reference import attention as twin
+from twotower.ops.reference import attention as reference
 from twotower.ops.reference.attention import Cached
 from twotower.ops.self_check_cases import Draw
 from twotower.ops.triton.launch import MAX_HEAD
@@ -71,12 +71,12 @@ def arguments(
 
 
 def check(*given: Any) -> Tensor:
-    """The twin's numbers, up to what the dtype rounds. The twin multiplies by 0 what does not exist."""
+    """The reference's numbers, up to what the dtype rounds. The reference multiplies by 0 what does not exist."""
     q, k, v, valid, causal, cached = given
     wide = (
         None if cached is None else cached._replace(k=cached.k.double().nan_to_num(), v=cached.v.double().nan_to_num())
     )
-    expected = twin.attention(q.double(), k.double(), v.double(), valid, causal, wide)
+    expected = reference.attention(q.double(), k.double(), v.double(), valid, causal, wide)
     found = attention.attention(*given)
     assert found.dtype == q.dtype
     share = {torch.float32: 2e-6, torch.bfloat16: 8e-3}[q.dtype]
@@ -197,10 +197,10 @@ def test_an_even_layout() -> None:
     check(q, k, v, valid, causal, cached)
 
 
-def test_wide_heads_go_to_the_twin(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_wide_heads_go_to_the_reference(monkeypatch: pytest.MonkeyPatch) -> None:
     given = arguments(2, (3,), width=MAX_HEAD + 1)
-    monkeypatch.setattr(twin, "attention", lambda *_: "the twin")
-    assert attention.attention(*given) == "the twin"
+    monkeypatch.setattr(reference, "attention", lambda *_: "the reference")
+    assert attention.attention(*given) == "the reference"
 
 
 @pytest.mark.parametrize("shape", [(0, 4), (2, 0)])

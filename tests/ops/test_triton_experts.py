@@ -1,4 +1,4 @@
-"""The Triton kernels of experts and int8 products beside their torch twins, over all their arguments: on a GPU, or
+"""The Triton kernels of experts and int8 products beside their torch references, over all their arguments: on a GPU, or
 through Triton's interpreter."""
 
 from __future__ import annotations
@@ -18,7 +18,7 @@ from twotower import TwoTowerForCausalLM
 from twotower.checkpoint.quantize import quantize_
 from twotower.ops import registry, self_check_cases
 from twotower.ops.reference import experts, int8
-from twotower.ops.self_check import disagreement
+from twotower.ops.self_check import find_mismatch
 from twotower.ops.self_check_cases import Draw
 
 if importlib.util.find_spec("triton") is None:
@@ -67,7 +67,7 @@ class Mixture:
         both = self.draw(count, inner, width) / width**0.5, self.draw(count, width, inner) / inner**0.5
         self.weights = [w for one in both for w in (int8.quantized(one) if as_int8 else (one.to(dtype),))]
         self.function = triton_experts.experts_int8 if as_int8 else triton_experts.experts
-        self.twin = int8.experts_sorted if as_int8 else experts.experts_sorted
+        self.reference = int8.experts_sorted if as_int8 else experts.experts_sorted
 
     def tokens(self, tokens: int, top: int) -> tuple[Tensor, Tensor, Tensor]:
         """hidden, choice, weight."""
@@ -79,7 +79,7 @@ class Mixture:
 
     def check(self, hidden: Tensor, choice: Tensor, weight: Tensor) -> None:
         wide = [w.double() if w.is_floating_point() else w for w in self.weights]
-        close(self(hidden, choice, weight), self.twin(hidden.double(), choice, weight.double(), *wide), self.dtype)
+        close(self(hidden, choice, weight), self.reference(hidden.double(), choice, weight.double(), *wide), self.dtype)
 
 
 # --- experts ----------------------------------------------------------------------------------------------------------
@@ -246,12 +246,12 @@ def test_a_row_does_not_depend_on_its_neighbours(dtype: torch.dtype) -> None:
     assert same(triton_int8.linear_int8(wider, q, scale)[4:], together[4:])
 
 
-def test_many_tokens_go_to_the_twin(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(int8, "linear", lambda *_: "the twin")
+def test_many_tokens_go_to_the_reference(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(int8, "linear", lambda *_: "the reference")
     q, scale = int8.quantized(Draw(5, DEVICE)(3, 4))
     most = triton_int8.MOST_TOKENS
-    assert triton_int8.linear_int8(torch.ones(most + 1, 4, device=DEVICE), q, scale) == "the twin"
-    assert triton_int8.linear_int8(torch.ones(2, most // 2, 4, device=DEVICE), q, scale) != "the twin"
+    assert triton_int8.linear_int8(torch.ones(most + 1, 4, device=DEVICE), q, scale) == "the reference"
+    assert triton_int8.linear_int8(torch.ones(2, most // 2, 4, device=DEVICE), q, scale) != "the reference"
 
 
 # --- widening ---------------------------------------------------------------------------------------------------------
@@ -315,9 +315,9 @@ def test_the_kernels_compile_for_a_gpu(tmp_path: Path) -> None:
 @DTYPES
 def test_experts_agree_on_what_they_are_checked_with(dtype: torch.dtype) -> None:
     """test_triton has the other two checked; here a GPU may prefer torch's grouped product."""
-    (backend,) = (b for b in registry.CATALOGUE["experts"] if b.name == "triton")
-    twin = registry.CATALOGUE["experts"][-1].function
-    assert disagreement(backend.function, twin, self_check_cases.CASES["experts"](DEVICE, dtype)) is None
+    (backend,) = (b for b in registry.REGISTRY["experts"] if b.name == "triton")
+    reference = registry.REGISTRY["experts"][-1].function
+    assert find_mismatch(backend.function, reference, self_check_cases.CASES["experts"](DEVICE, dtype)) is None
 
 
 @pytest.mark.parametrize("quantized", [False, True])
@@ -339,20 +339,22 @@ def test_a_model_through_the_kernels(
 
     expected = logits()
     for op in ("experts", "experts_int8", "linear_int8"):
-        (backend,) = (b for b in registry.CATALOGUE[op] if b.name == "triton")
-        monkeypatch.setitem(registry.CATALOGUE, op, (replace(backend, refusal=lambda *_: None, compiled=False),))
+        (backend,) = (b for b in registry.REGISTRY[op] if b.name == "triton")
+        monkeypatch.setitem(
+            registry.REGISTRY, op, (replace(backend, unsupported_reason=lambda *_: None, compiled=False),)
+        )
     found = logits()
     for op in ("experts_int8", "linear_int8") if quantized else ("experts",):
         assert registry.select(op, DEVICE, torch.float32).name == "triton"
     monkeypatch.undo()
     registry._select.cache_clear()
-    for mine, twin in zip(found, expected, strict=True):
-        torch.testing.assert_close(mine, twin, rtol=1e-4, atol=1e-4)
+    for actual, wanted in zip(found, expected, strict=True):
+        torch.testing.assert_close(actual, wanted, rtol=1e-4, atol=1e-4)
 
 
 def test_an_order_that_needs_no_measurement() -> None:
     """Triton where torch has nothing that reads a chosen expert once; never behind a backend that copies weights."""
-    names = {op: [b.name for b in backends] for op, backends in registry.CATALOGUE.items()}
+    names = {op: [b.name for b in backends] for op, backends in registry.REGISTRY.items()}
     assert names["experts"][:2] == ["grouped-gemm", "triton"]
     assert names["experts_int8"][:2] == ["triton", "grouped-gemm"]
     assert names["linear_int8"][0] == "triton"

@@ -1,4 +1,4 @@
-"""Norms and routers in Triton beside their twins, over all their arguments: on a GPU, or through the interpreter."""
+"""Triton norms and routers against their references, over all arguments, on a GPU or in Triton's interpreter."""
 
 from __future__ import annotations
 
@@ -93,9 +93,9 @@ def test_norm_of_slices() -> None:
 
 
 def test_tokens_too_wide_for_a_norm(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(norm, "rms_norm", lambda *_: "the twin")
+    monkeypatch.setattr(norm, "rms_norm", lambda *_: "the reference")
     x = torch.zeros(1, 1, MAX_TOKEN + 1, device=DEVICE)
-    assert triton_norm.rms_norm(x, x[0, 0], 1e-5) == "the twin"
+    assert triton_norm.rms_norm(x, x[0, 0], 1e-5) == "the reference"
 
 
 @pytest.mark.parametrize("shape", [(0, 4), (2, 0)])
@@ -118,7 +118,7 @@ def route_arguments(
 
 
 def check_route(hidden: Tensor, weight: Tensor, bias: Tensor, rule: Routing) -> tuple[Tensor, Tensor]:
-    """The twin's ids, in its order, and its weights."""
+    """The reference's ids, in its order, and its weights."""
     expected = routing.route(hidden.double(), weight.double(), bias.double(), rule)
     choice, chosen = triton_route.route(hidden, weight, bias, rule)
     assert torch.equal(choice, expected[0])

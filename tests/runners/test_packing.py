@@ -108,8 +108,8 @@ def test_a_packed_model_says_the_same(
             draft = model.denoise(tokens[:, 30:46], torch.full((9,), 0.5), state.view())
             step = model.extend(tokens[:, 56:57], state)
             outs.append((last, logits, draft, step))
-    for mine, twin in zip(*outs[::-1], strict=True):
-        assert (mine - twin).abs().max() < (5e-4 if dtype == torch.float32 else 0.2) * twin.std()
+    for actual, expected in zip(*outs[::-1], strict=True):
+        assert (actual - expected).abs().max() < (5e-4 if dtype == torch.float32 else 0.2) * expected.std()
     assert all_packed(model.context)
     for length, expected in ((20, at_once), (5, True)):  # 9 rows: 180 tokens and 45
         with torch.no_grad():

@@ -57,8 +57,8 @@ def made(monkeypatch: pytest.MonkeyPatch) -> list[int]:
         return replay, result
 
     only_torch(monkeypatch)
-    experts = tuple(b for b in registry.CATALOGUE["experts"] if b.name == "gathered")  # what a GPU without bf16 takes
-    monkeypatch.setattr(registry, "CATALOGUE", registry.CATALOGUE | {"experts": experts})
+    experts = tuple(b for b in registry.REGISTRY["experts"] if b.name == "gathered")  # what a GPU without bf16 takes
+    monkeypatch.setattr(registry, "REGISTRY", registry.REGISTRY | {"experts": experts})
     monkeypatch.setattr(cuda_graph, "refusal", lambda device: None)
     monkeypatch.setattr(cuda_graph, "recorder", lambda device, pool: record)
     return recordings
@@ -146,7 +146,10 @@ def test_a_recording_that_differs_is_refused_aloud(
     with torch.no_grad():
         expected = TwoTowerForCausalLM.extend(model, tokens, model.new_state(2, 8))
     graphs(model.context).release()
-    for recorder, words in ((wrong, "differs from its twin: result 0 by 1.0e-02"), (failing, "raised RuntimeError")):
+    for recorder, words in (
+        (wrong, "differs from its reference: result 0 by 1.0e-02"),
+        (failing, "raised RuntimeError"),
+    ):
         monkeypatch.setattr(cuda_graph, "recorder", lambda device, pool, recorder=recorder: recorder)
         with pytest.warns(RuntimeWarning, match=f"passes are not recorded on cpu: one {words}"), torch.no_grad():
             assert torch.equal(model.extend(tokens, model.new_state(2, 8)), expected)

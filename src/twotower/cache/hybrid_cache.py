@@ -19,11 +19,11 @@ from twotower.cache.kv_slots import Segments
 from twotower.cache.layer_cache import Added, KeyValue, MambaPast, Past
 from twotower.cache.pools import AttentionPool, ContextView, Excerpt, MambaPool, Pool, laid_out, mamba_past
 from twotower.config import BackboneConfig
-from twotower.ops.host_transfer import placed
+from twotower.ops.host_transfer import to_device_async
 from twotower.ops.precision import accumulation_dtype
 from twotower.ops.reference.attention import Cached
 from twotower.ops.reference.kv_write import Ends, emptied, put
-from twotower.ops.reference.mamba_block import MambaTrace
+from twotower.ops.reference.mamba_block import MambaStepInputs
 from twotower.ops.registry import select
 
 BUCKET = 64  # the context length a pass sees is rounded up to this, so shapes change rarely
@@ -141,7 +141,7 @@ class TowerState:
                 own.k, own.v = pair
         for layer, pool in self._mamba:
             trace = added[layer]
-            assert isinstance(trace, MambaTrace)
+            assert isinstance(trace, MambaStepInputs)
             pool.trace = trace
         self.traced = rows
         if rows is None:
@@ -169,7 +169,7 @@ class TowerState:
         if pending:
             rows = self.traced
             accepted = self.accepted if rows is None else self.accepted[rows]
-            fold = select("fold", self.lengths.device, self.dtype).function
+            fold = select("state_update", self.lengths.device, self.dtype).function
             pools = [(pool.conv_window, pool.ssm_state) for pool, _ in pending]
             folded = fold(pools, [trace for _, trace in pending], accepted, rows)
             for (pool, _), pair in zip(pending, folded, strict=True):
@@ -215,7 +215,7 @@ class TowerState:
         self.settle()
         length = sum(part.tokens for part in parts)
         vectors = self._vectors(row, 0, length).flatten()
-        slot = placed([row], self.lengths.device)
+        slot = to_device_async([row], self.lengths.device)
         for layer, pool in enumerate(self.pools):
             pieces = [part.layers[layer] for part in parts]
             if isinstance(pool, AttentionPool):
@@ -232,7 +232,7 @@ class TowerState:
     def _vectors(self, row: int, lo: int, hi: int) -> Tensor:
         """(Hkv, T): where the row keeps its tokens lo…hi."""
         columns = torch.arange(lo, hi, device=self.lengths.device)[None]
-        slot = placed([row], self.lengths.device)
+        slot = to_device_async([row], self.lengths.device)
         return self.segments.at(slot, columns, torch.ones_like(columns, dtype=torch.bool))[0].T
 
     def reserve(self, capacity: int) -> None:
@@ -296,7 +296,7 @@ class TowerState:
             if isinstance(pool, AttentionPool):
                 out.pools.append(AttentionPool(change_vectors(pool.k), change_vectors(pool.v)))
             elif isinstance(pool, MambaPool):
-                trace = None if pool.trace is None else MambaTrace(*map(change, pool.trace))
+                trace = None if pool.trace is None else MambaStepInputs(*map(change, pool.trace))
                 out.pools.append(MambaPool(change(pool.conv_window), change(pool.ssm_state), trace))
             else:
                 out.pools.append(None)

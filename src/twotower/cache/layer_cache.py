@@ -10,7 +10,7 @@ from typing import NamedTuple
 from torch import Tensor
 
 from twotower.ops.reference.attention import Cached
-from twotower.ops.reference.mamba_block import MambaTrace
+from twotower.ops.reference.mamba_block import MambaStepInputs
 
 
 class KeyValue(NamedTuple):
@@ -29,4 +29,4 @@ class MambaPast(NamedTuple):
 
 
 Past = KeyValue | Cached | MambaPast | None  # KeyValue in training, over whole sequences
-Added = KeyValue | MambaTrace | None
+Added = KeyValue | MambaStepInputs | None

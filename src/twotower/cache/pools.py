@@ -8,7 +8,7 @@ from torch import Tensor
 
 from twotower.cache.kv_slots import Segments
 from twotower.cache.layer_cache import KeyValue, MambaPast, Past
-from twotower.ops.reference.mamba_block import MambaTrace
+from twotower.ops.reference.mamba_block import MambaStepInputs
 
 
 @dataclass
@@ -26,7 +26,7 @@ class MambaPool:
 
     conv_window: Tensor
     ssm_state: Tensor
-    trace: MambaTrace | None = None
+    trace: MambaStepInputs | None = None
 
 
 Pool = AttentionPool | MambaPool | None

@@ -17,7 +17,7 @@ from torch import Tensor
 
 from twotower.cache.hybrid_cache import TowerState
 from twotower.cache.pools import AttentionPool, ContextView, MambaPool
-from twotower.ops.host_transfer import placed
+from twotower.ops.host_transfer import to_device_async
 
 
 class Fresh(NamedTuple):
@@ -95,9 +95,9 @@ class Mirror:
         tokens = [(row.slot, column) for row in fresh for column in range(row.start, row.end)]
         slots, ends = [row.slot for row in fresh], [row.end for row in fresh]
         here, there = (_vectors(state, tokens) for state in (self.state, self.copy))
-        rows = placed(slots, self.device)
-        self._move(here, there, placed(slots, self.state.lengths.device), rows)
-        self.copy.lengths[rows] = placed(ends, self.device)
+        rows = to_device_async(slots, self.device)
+        self._move(here, there, to_device_async(slots, self.state.lengths.device), rows)
+        self.copy.lengths[rows] = to_device_async(ends, self.device)
 
     def _follow_segments(self) -> None:
         if self.copy.segments.version != self.state.segments.version:
@@ -142,5 +142,5 @@ def _new(state: TowerState, old: Tensor, lengths: Tensor, width: int) -> Tensor:
 
 def _vectors(state: TowerState, tokens: Sequence[tuple[int, int]]) -> Tensor:
     """The vectors of tokens, each a row and its column there."""
-    slots, columns = placed(tokens, state.lengths.device, torch.long).view(-1, 2).unbind(1)
+    slots, columns = to_device_async(tokens, state.lengths.device, torch.long).view(-1, 2).unbind(1)
     return state.segments.at(slots, columns[:, None], torch.ones_like(columns, dtype=torch.bool)[:, None]).flatten()

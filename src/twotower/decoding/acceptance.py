@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 
 from twotower.decoding.sampling import by_tiles
-from twotower.ops.precision import widened
+from twotower.ops.precision import upcast
 
 
 def accept(
@@ -51,5 +51,5 @@ def agreement(drafted: Tensor, own: Tensor, logits: Tensor, acceptance: float | 
 
 def _share_of_best(logits: Tensor, tokens: Tensor) -> Tensor:
     """The tokens' probability (n,) as a share of the most probable one's: logits (n, V)."""
-    wide = widened(logits)
+    wide = upcast(logits)
     return (wide.gather(-1, tokens[..., None])[..., 0] - wide.amax(-1)).exp()

@@ -13,8 +13,8 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from twotower.ops.host_transfer import placed
-from twotower.ops.precision import accumulation_dtype, widened
+from twotower.ops.host_transfer import to_device_async
+from twotower.ops.precision import accumulation_dtype, upcast
 from twotower.ops.registry import select
 
 # What a draw is for; part of the noise's key.
@@ -69,7 +69,7 @@ def pick_rows(logits: Tensor, rules: Sequence[Rule], keys: Callable[[], NoiseKey
     tokens = torch.empty_like(known.positions)
     sure = torch.empty(known.positions.shape, dtype=accumulation_dtype(logits.dtype), device=logits.device)
     for rule in set(rules):
-        rows = placed([i for i, own in enumerate(rules) if own == rule], logits.device)
+        rows = to_device_async([i for i, own in enumerate(rules) if own == rule], logits.device)
         tokens[rows], sure[rows] = _pick_by(rule, logits[rows], known.select(rows))
     return tokens, sure
 
@@ -81,7 +81,7 @@ def _pick_by(rule: Rule, logits: Tensor, keys: NoiseKeys) -> tuple[Tensor, Tenso
 
 def greedy(logits: Tensor) -> tuple[Tensor, Tensor]:
     """The most probable token of each position of logits (B, L, V), and the confidence in it, in one reading."""
-    tokens, sure = select("choose", logits.device, logits.dtype).function(logits)
+    tokens, sure = select("argmax", logits.device, logits.dtype).function(logits)
     return tokens, sure
 
 
@@ -118,7 +118,7 @@ def confidence(logits: Tensor, tokens: Tensor) -> Tensor:
     """The untempered, unfiltered probability of each token: logits (B, L, V), tokens (B, L) → (B, L)."""
 
     def probability(logits: Tensor, tokens: Tensor) -> Tensor:
-        wide = widened(logits)
+        wide = upcast(logits)
         return (wide.gather(-1, tokens[..., None])[..., 0] - wide.logsumexp(-1)).exp()
 
     return by_tiles(probability, logits, tokens)

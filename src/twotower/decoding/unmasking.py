@@ -17,7 +17,7 @@ from torch import Tensor
 
 from twotower.decoding.sampling import by_tiles
 from twotower.errors import ArgumentError
-from twotower.ops.precision import widened
+from twotower.ops.precision import upcast
 
 KL_BOUND, KL_PASSES = 0.01, 1  # KLASS: how far a stable distribution may move, and for how many passes in a row
 DECAYED = 0.5  # what the decaying threshold has come down to in the last step, as a share of the first
@@ -86,7 +86,7 @@ def factor(seen: Pass, knob: Tensor) -> Verdict:
 
 def entropy(seen: Pass, knob: Tensor) -> Verdict:
     """Positions in order of entropy while Σ H − max H ≤ γ (nats): a bound on what they tell of each other."""
-    own = by_tiles(lambda logits: torch.special.entr(widened(logits).softmax(-1)).sum(-1), seen.logits)
+    own = by_tiles(lambda logits: torch.special.entr(upcast(logits).softmax(-1)).sum(-1), seen.logits)
     ordered, place = own.masked_fill(~seen.masked, torch.inf).sort(dim=1, stable=True)
     # In ascending order the largest of a set is its last, so the sum without it is that of those before.
     before = torch.cat([torch.zeros_like(ordered[:, :1]), ordered[:, :-1].cumsum(1)], dim=1)
@@ -95,14 +95,14 @@ def entropy(seen: Pass, knob: Tensor) -> Verdict:
 
 def margin(seen: Pass, knob: Tensor) -> Verdict:
     """Positions whose likeliest token leads the second by more than the knob."""
-    best = by_tiles(lambda logits: widened(logits).softmax(-1).topk(2, dim=-1).values, seen.logits)
+    best = by_tiles(lambda logits: upcast(logits).softmax(-1).topk(2, dim=-1).values, seen.logits)
     lead = best[..., 0] - best[..., 1]
     return Verdict(lead > knob, lead)
 
 
 def stability(seen: Pass, knob: Tensor) -> Verdict:
     """Positions that are confident and whose distribution has moved by less than KL_BOUND nats since the last pass."""
-    norm = by_tiles(lambda logits: widened(logits).logsumexp(-1), seen.logits)
+    norm = by_tiles(lambda logits: upcast(logits).logsumexp(-1), seen.logits)
     match seen.memory:
         case (Tensor() as before, Tensor() as norm_before, Tensor() as since):
             moved = by_tiles(_divergence, seen.logits, norm, before, norm_before)
@@ -114,8 +114,8 @@ def stability(seen: Pass, knob: Tensor) -> Verdict:
 
 def _divergence(logits: Tensor, norm: Tensor, before: Tensor, norm_before: Tensor) -> Tensor:
     """KL(now ‖ before) in nats of n positions: logits (n, V) and their log-sums (n,), now and before → (n,)."""
-    now = widened(logits) - norm[:, None]
-    moved = now - (widened(before) - norm_before[:, None])
+    now = upcast(logits) - norm[:, None]
+    moved = now - (upcast(before) - norm_before[:, None])
     return (now.exp() * moved.masked_fill(now == -torch.inf, 0.0)).sum(-1)
 
 

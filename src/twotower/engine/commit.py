@@ -10,7 +10,7 @@ from torch import Tensor
 
 from twotower.decoding.unmasking import Pass, decide
 from twotower.engine.sequence import RunningSequence
-from twotower.ops.host_transfer import placed
+from twotower.ops.host_transfer import to_device_async
 
 
 class Commits(NamedTuple):
@@ -43,7 +43,7 @@ def commit_rows(sequences: Sequence[RunningSequence], seen: Pass, values: Tensor
         try:
             if len(members) == len(sequences):
                 return Commits(*_commit(own, seen, values), errors)
-            places = placed(members, out.device)
+            places = to_device_async(members, out.device)
             out[places], kept = _commit(own, Pass(*(field[places] for field in seen[:-1])), values[places])
             for place, memory in zip(members, kept, strict=True):
                 memories[place] = memory

@@ -19,7 +19,7 @@ from twotower.engine.sequence import Phase, RunningSequence
 from twotower.engine.slots import at, slots_of
 from twotower.engine.structured import advance, mask_logits
 from twotower.engine.towers import Towers
-from twotower.ops.host_transfer import Fetched, placed
+from twotower.ops.host_transfer import AsyncHostCopy, to_device_async
 
 SMALL = 64  # tokens: a pass of so few costs hardly more than a pass of one token, so padding it is free
 
@@ -55,7 +55,7 @@ class PendingContext(NamedTuple):
     confidence in them, and how many drafted ones are accepted; asking: those that want log-probabilities."""
 
     choosing: Sequence[ScheduledTokens]
-    choice: Fetched | None
+    choice: AsyncHostCopy | None
     asking: Sequence[ScheduledTokens]
     logprobs: PendingLogprobs | None
 
@@ -87,10 +87,12 @@ def launch(
     device = state.lengths.device
     counts = [len(work.tokens) for work in works]
     width = max(counts)
-    tokens = placed([work.tokens + [0] * (width - count) for work, count in zip(works, counts, strict=True)], device)
-    lengths = placed(counts, device) if min(counts) < width else None
+    tokens = to_device_async(
+        [work.tokens + [0] * (width - count) for work, count in zip(works, counts, strict=True)], device
+    )
+    lengths = to_device_async(counts, device) if min(counts) < width else None
     scored = _Scored.of(works)
-    places = None if scored.places is None else placed(scored.places, device, torch.long)
+    places = None if scored.places is None else to_device_async(scored.places, device, torch.long)
     wanted: bool | Tensor = True if places is None else places if len(places) else False
     sequences = [work.sequence for work in works]
     state.bound = max([sequence.read for sequence in sequences])  # of this pass; other sequences are not looked at
@@ -109,7 +111,7 @@ def launch(
                     slots = own if slots is None else slots[own]
                 own_logits = logits[: len(scored.choosing)]
                 chosen, *others = _choose(state, constants, scored.choosing, _Read(tokens, lengths, slots), own_logits)
-                choice = Fetched(chosen, *others)
+                choice = AsyncHostCopy(chosen, *others)
             if request is not None:
                 silent = sum(not work.asks for work in scored.choosing)
                 logprobs = request.gather(None if chosen is None else chosen[silent:])
@@ -140,7 +142,7 @@ def _chosen(pending: PendingContext) -> tuple[list[list[int]], list[list[float]]
     """On the host: tokens and confidences of each choosing work, and how many drafted tokens are accepted."""
     if pending.choice is None:
         return [], [], []
-    new, sure, *accepted = pending.choice.lists()
+    new, sure, *accepted = pending.choice.tolist()
     return new, sure, accepted[0] if accepted else [0] * len(new)
 
 
@@ -177,7 +179,7 @@ def _choose(
     if width == 1:
         return own, sure
     relaxed = any(sequence.params.acceptance < 1 for sequence in sequences)
-    most = read.lengths if allowed is None else placed(allowed, device) + 1
+    most = read.lengths if allowed is None else to_device_async(allowed, device) + 1
     acceptance = at(constants.acceptance, read.slots) if relaxed else 1.0
     chosen, accepted = accept(tokens, own, logits, acceptance, most)
     if relaxed:  # what is accepted need not be what the AR model would have chosen

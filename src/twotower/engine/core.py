@@ -40,7 +40,7 @@ from twotower.engine.slots import slots_of
 from twotower.engine.stats import EngineStats
 from twotower.engine.towers import Towers
 from twotower.engine.workspace import StateShape
-from twotower.ops.host_transfer import placed
+from twotower.ops.host_transfer import to_device_async
 from twotower.ops.precision import accumulation_dtype
 
 Item = TypeVar("Item", ScheduledTokens, RunningSequence)
@@ -166,7 +166,7 @@ class EngineCore:
             self.constants.admit(admitted)
             if self.two_devices:
                 self.blocks.constants.admit(admitted)
-            self.state.reset(placed([sequence.slot for sequence in admitted], self.model.device))
+            self.state.reset(to_device_async([sequence.slot for sequence in admitted], self.model.device))
             for sequence in admitted:
                 self._restore_prefix(sequence)
             events += self.rounds.prompts_read([s for s in admitted if s.read == s.prompt_end])

@@ -13,13 +13,15 @@ from twotower.engine.row_constants import RowConstants
 from twotower.engine.sequence import Phase, RunningSequence
 from twotower.engine.slots import at, slots_of
 from twotower.engine.towers import Towers
-from twotower.ops.host_transfer import Fetched, placed
+from twotower.ops.host_transfer import AsyncHostCopy, to_device_async
 
 
-def launch(model: Towers, constants: RowConstants, sequences: Sequence[RunningSequence], view: ContextView) -> Fetched:
+def launch(
+    model: Towers, constants: RowConstants, sequences: Sequence[RunningSequence], view: ContextView
+) -> AsyncHostCopy:
     """Launches one pass over the pending tokens → the tokens after them (n, 1), and the confidence in them."""
     device = view.lengths.device
-    pending = placed([[sequence.pending] for sequence in sequences], device)
+    pending = to_device_async([[sequence.pending] for sequence in sequences], device)
     logits = model.denoise(pending, None, view, causal=True, wide=False)
 
     def keys() -> NoiseKeys:
@@ -27,13 +29,13 @@ def launch(model: Towers, constants: RowConstants, sequences: Sequence[RunningSe
         purpose = torch.full((len(sequences), 1), AR_TOKEN, device=device)
         return NoiseKeys(seeds, view.lengths[:, None] + 1, purpose, torch.zeros_like(purpose))
 
-    return Fetched(*pick_rows(logits, [sequence.rule for sequence in sequences], keys))
+    return AsyncHostCopy(*pick_rows(logits, [sequence.rule for sequence in sequences], keys))
 
 
-def collect(sequences: Sequence[RunningSequence], proposed: Fetched) -> list[BlockEvent]:
+def collect(sequences: Sequence[RunningSequence], proposed: AsyncHostCopy) -> list[BlockEvent]:
     """Books the tokens, once they are there; the context tower reads the pending ones next."""
     events = []
-    for sequence, (token,), sure in zip(sequences, *proposed.lists(), strict=True):
+    for sequence, (token,), sure in zip(sequences, *proposed.tolist(), strict=True):
         sequence.output.denoiser_passes += 1
         if sequence.request.logprobs is None:
             events.append(sequence.output.take([token], [0], sure))

@@ -22,7 +22,7 @@ from twotower.engine.row_constants import RowConstants
 from twotower.engine.sequence import Phase, RunningSequence
 from twotower.engine.slots import at, slots_of, stored
 from twotower.engine.towers import Towers
-from twotower.ops.host_transfer import Fetched, placed
+from twotower.ops.host_transfer import AsyncHostCopy, to_device_async
 
 # Called as callback(step, steps, block, t=, logits=, block_idx=): see `TwoTowerForCausalLM.generate_mask_diffusion`.
 StepCallback = Callable[..., None]
@@ -62,7 +62,7 @@ class OpenBlocks:
         tokens = mask.repeat(1, self.size)
         masked = torch.arange(self.size, device=self.device) < sizes
         facts = [(s.allowed, s.mode == "verified", s.pending) for s in sequences]
-        allowed, drafts, pending = placed(facts, self.device).unbind(1)
+        allowed, drafts, pending = to_device_async(facts, self.device).unbind(1)
         if any(draft for _, draft, _ in facts):
             decided = drafts.bool()
             tokens[:, 0] = torch.where(decided, pending, tokens[:, 0])
@@ -122,7 +122,7 @@ class OpenBlocks:
             opened=[sequence.opened for sequence in sequences],
             steps=[sequence.launched for sequence in sequences],
             errors=errors,
-            blocks=Fetched(masked, tokens, committed_at, confidence, *proposed),
+            blocks=AsyncHostCopy(masked, tokens, committed_at, confidence, *proposed),
         )
         pools = self.tokens, self.masked, self.committed_at, self.confidence, self.step
         values_of = tokens, masked, committed_at, confidence, step + 1
@@ -182,7 +182,7 @@ class PendingDenoise(NamedTuple):
     opened: Sequence[int]
     steps: Sequence[int]
     errors: dict[int, Exception]
-    blocks: Fetched
+    blocks: AsyncHostCopy
 
     def live(self) -> list[int]:
         """Places of the sequences that are still at that block: the others have finished it, ended or been aborted."""

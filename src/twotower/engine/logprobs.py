@@ -11,8 +11,8 @@ from torch import Tensor
 
 from twotower.decoding.output import TokenLogprob
 from twotower.decoding.sampling import by_tiles
-from twotower.ops.host_transfer import Fetched, placed
-from twotower.ops.precision import widened
+from twotower.ops.host_transfer import AsyncHostCopy, to_device_async
+from twotower.ops.precision import upcast
 
 if TYPE_CHECKING:
     from twotower.engine.scheduled import ScheduledTokens
@@ -60,9 +60,9 @@ class PendingLogprobs:
 
     works: Sequence[ScheduledTokens]
     known: Sequence[list[int]]
-    read: Fetched
+    read: AsyncHostCopy
     opening: Sequence[ScheduledTokens]
-    before: Fetched | None
+    before: AsyncHostCopy | None
     afters: dict[int, Tensor]
 
     def by_number(self, chosen: Sequence[list[int]]) -> dict[int, list[TokenLogprob]]:
@@ -80,7 +80,7 @@ class LogitStats:
 
     def __init__(self, logits: Tensor, top: int) -> None:
         self.logits = logits
-        self.total = by_tiles(lambda part: widened(part).logsumexp(-1), logits)
+        self.total = by_tiles(lambda part: upcast(part).logsumexp(-1), logits)
         self.best = by_tiles(lambda part: part.topk(min(top, part.shape[-1])).indices, logits)
         self.best_logprobs = self._logprobs(self.best)
 
@@ -88,11 +88,11 @@ class LogitStats:
         """(len(rows), L): tokens of each row, up to L of them."""
         width = self.logits.shape[1]
         filled = [tokens + [0] * (width - len(tokens)) for tokens in rows]
-        return placed(filled, self.logits.device, torch.long).view(len(rows), width)
+        return to_device_async(filled, self.logits.device, torch.long).view(len(rows), width)
 
-    def of(self, ids: Tensor) -> Fetched:
+    def of(self, ids: Tensor) -> AsyncHostCopy:
         """Of tokens (n, L), one at each position: their log-probabilities, and the best tokens with theirs."""
-        return Fetched(self._logprobs(ids[..., None])[..., 0], self.best, self.best_logprobs)
+        return AsyncHostCopy(self._logprobs(ids[..., None])[..., 0], self.best, self.best_logprobs)
 
     def _logprobs(self, ids: Tensor) -> Tensor:
         """Of tokens (n, L, k) at each position."""
@@ -101,10 +101,10 @@ class LogitStats:
 
 
 def _listed(
-    found: Fetched, following: Sequence[list[int]], works: Sequence[ScheduledTokens]
+    found: AsyncHostCopy, following: Sequence[list[int]], works: Sequence[ScheduledTokens]
 ) -> list[list[TokenLogprob]]:
     """Of each row its tokens (up to L), in order, with as many alternatives as its request wants."""
-    own, best, values = found.lists()
+    own, best, values = found.tolist()
     out = []
     for place, (tokens, work) in enumerate(zip(following, works, strict=True)):
         top = work.sequence.request.logprobs or 0

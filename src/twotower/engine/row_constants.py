@@ -8,7 +8,7 @@ import torch
 
 from twotower.decoding.sampling import AR_TOKEN, DIFFUSION_CANDIDATE
 from twotower.engine.sequence import RunningSequence
-from twotower.ops.host_transfer import placed
+from twotower.ops.host_transfer import to_device_async
 
 
 class RowConstants:
@@ -34,6 +34,6 @@ class RowConstants:
             purpose = AR_TOKEN if sequence.mode == "verified" else DIFFUSION_CANDIDATE
             whole.append((sequence.seed, params.block_size, params.mask_token_id, purpose))
             real.append((sequence.policy_value, params.acceptance))
-        slots = placed([sequence.slot for sequence in sequences], self.device)
-        self._whole[slots] = placed(whole, self.device)
-        self._real[slots] = placed(real, self.device, self._real.dtype)
+        slots = to_device_async([sequence.slot for sequence in sequences], self.device)
+        self._whole[slots] = to_device_async(whole, self.device)
+        self._real[slots] = to_device_async(real, self.device, self._real.dtype)

@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 
 from twotower.engine.sequence import RunningSequence
-from twotower.ops.host_transfer import placed
+from twotower.ops.host_transfer import to_device_async
 
 
 def slots_of(sequences: Sequence[RunningSequence], rows: int, device: torch.device) -> Tensor | None:
@@ -17,7 +17,7 @@ def slots_of(sequences: Sequence[RunningSequence], rows: int, device: torch.devi
     None where they are all rows in order: a pass then reads the pools where they are instead of gathering.
     """
     slots = [sequence.slot for sequence in sequences]
-    return None if slots == list(range(rows)) else placed(slots, device)
+    return None if slots == list(range(rows)) else to_device_async(slots, device)
 
 
 def at(pool: Tensor, slots: Tensor | None) -> Tensor:

@@ -14,7 +14,7 @@ from twotower.decoding.modes import CONSTRAINED
 from twotower.decoding.output import BlockEvent
 from twotower.decoding.structured import Constraint, Matcher
 from twotower.errors import ArgumentError, TwoTowerError
-from twotower.ops.host_transfer import placed
+from twotower.ops.host_transfer import to_device_async
 
 if TYPE_CHECKING:
     from twotower.engine.scheduled import ScheduledTokens
@@ -69,7 +69,7 @@ def unpacked(masks: NDArray[np.uint8], device: torch.device) -> Tensor:
     """Bits (n, ⌈V / 8⌉), the lowest first, as bool (n, V rounded up); eight cross to an accelerator as a byte."""
     if device.type == "cpu":
         return torch.from_numpy(np.unpackbits(masks, axis=1, bitorder="little")).view(torch.bool)
-    return shifted(placed(masks, device))
+    return shifted(to_device_async(masks, device))
 
 
 def shifted(masks: Tensor) -> Tensor:

@@ -14,7 +14,7 @@ from twotower.decoding.output import Generation
 from twotower.errors import ArgumentError
 from twotower.model.packed_forward import Layout, context_pass
 from twotower.modeling_twotower import TwoTowerForCausalLM
-from twotower.ops.precision import widened
+from twotower.ops.precision import upcast
 from twotower.training.data import Piece, lay_out
 from twotower.training.data.batch import Batch
 from twotower.training.data.packing import whole
@@ -77,7 +77,7 @@ def _score(model: TwoTowerForCausalLM, hidden: Tensor, continuation: Sequence[in
     tokens = torch.tensor(continuation, device=hidden.device)
     total, greedy = 0.0, True
     for h, y in in_pieces(model.context.head, hidden, tokens):
-        chances = widened(model.context.head(h)).log_softmax(-1)
+        chances = upcast(model.context.head(h)).log_softmax(-1)
         total += float(chances.gather(-1, y[:, None]).sum())
         greedy = greedy and bool((chances.argmax(-1) == y).all())
     return Likelihood(total, greedy)

@@ -13,7 +13,7 @@ from twotower.config import BackboneConfig
 from twotower.model.layer_io import Visibility
 from twotower.model.linear import Linear
 from twotower.model.norm import GatedGroupRMSNorm
-from twotower.ops.reference.mamba_block import MambaTrace, MambaWeights, convolve, gate_and_norm, split
+from twotower.ops.reference.mamba_block import MambaStepInputs, MambaWeights, convolve, gate_and_norm, split
 from twotower.ops.reference.ssd import advance, ssd_block, ssd_chunked, states_before
 from twotower.ops.registry import select
 
@@ -55,7 +55,7 @@ class Mamba2(nn.Module):
 
     def forward(
         self, hidden: Tensor, past: MambaPast | None, sees: Visibility, trace: bool = True
-    ) -> tuple[Tensor, MambaTrace | None]:
+    ) -> tuple[Tensor, MambaStepInputs | None]:
         """hidden (B, L, H) → output (B, L, H) and, if wanted, the trace the state after any prefix is rebuilt from."""
         projected, weights = self.in_proj(hidden), self.weights
         window, state = (None, None) if past is None else past

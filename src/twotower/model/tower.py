@@ -17,7 +17,7 @@ from twotower.model.linear import Linear
 from twotower.model.mamba2 import Mamba2
 from twotower.model.moe import MLP, Experts, MoE, Router
 from twotower.model.norm import RMSNorm
-from twotower.ops.precision import widened
+from twotower.ops.precision import upcast
 
 
 def build_mixer(kind: LayerKind, config: BackboneConfig) -> nn.Module:
@@ -123,7 +123,7 @@ class Tower(nn.Module):
 
     def embed(self, tokens: Tensor) -> Tensor:
         x = self.embeddings(tokens)
-        return widened(x) if self.config.residual_in_fp32 else x
+        return upcast(x) if self.config.residual_in_fp32 else x
 
     def forward(
         self,
@@ -163,7 +163,7 @@ class Tower(nn.Module):
     def logits(self, hidden: Tensor, wide: bool = True) -> Tensor:
         """hidden (…, H) → logits (…, V) in at least fp32 (wide=False: in the tower's own dtype)."""
         logits = self.head(hidden)
-        return widened(logits) if wide else logits
+        return upcast(logits) if wide else logits
 
     def release(self) -> None:
         """Frees what the runners have prepared; they prepare it again when it is needed."""

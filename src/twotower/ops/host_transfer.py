@@ -16,7 +16,7 @@ from torch import Tensor
 ALIGNMENT = 8  # bytes, of a tensor within a copy of several
 
 
-def placed(
+def to_device_async(
     values: Sequence[object] | NDArray[np.generic], device: torch.device, dtype: torch.dtype | None = None
 ) -> Tensor:
     """A tensor of these numbers, in the order of the device's current stream."""
@@ -25,7 +25,7 @@ def placed(
     return torch.tensor(values, dtype=dtype, pin_memory=True).to(device, non_blocking=True)
 
 
-class Fetched:
+class AsyncHostCopy:
     """Tensors of one device on their way to the host, which goes on meanwhile: in one copy from an accelerator. On a
     CPU they are the tensors themselves, so nobody may write to them."""
 
@@ -47,7 +47,7 @@ class Fetched:
             self._there = None
         return self._tensors
 
-    def lists(self) -> list[list[Any]]:
+    def tolist(self) -> list[list[Any]]:
         """The same as Python's lists."""
         return [tensor.tolist() for tensor in self.wait()]
 

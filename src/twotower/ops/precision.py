@@ -16,7 +16,7 @@ def accumulation_dtype(dtype: torch.dtype) -> torch.dtype:
     return torch.promote_types(dtype, torch.float32)
 
 
-def widened(values: Tensor) -> Tensor:
+def upcast(values: Tensor) -> Tensor:
     """The values in at least fp32."""
     return values.to(accumulation_dtype(values.dtype))
 

@@ -1,7 +1,7 @@
 """One catalogue of the operations a tower is made of, and which implementation each one uses.
 
 Each op lists its backends in order of preference; the first that fits a device and dtype is taken, once, and
-`report` says which and why. Every fast backend has a slow twin beside it that the tests hold it to. A compiled kernel
+`report` says which and why. Every fast backend has a reference beside it that the tests hold it to. A compiled kernel
 is also held to it on the machine it is to run on, before it is first used: one that gives wrong numbers is refused with
 a warning. The options `triton` and `native` (`twotower.options`) allow or forbid the kernels. Choices are cached for
 each set of options.
@@ -24,14 +24,14 @@ from twotower.ops import self_check
 from twotower.ops.cpu import kernels as native_ops
 from twotower.ops.reference import argmax, attention, experts, int8, kv_write, linear, mamba_block, norm, routing
 from twotower.ops.reference.kv_write import Pair
-from twotower.ops.reference.mamba_block import MambaTrace
+from twotower.ops.reference.mamba_block import MambaStepInputs
 from twotower.ops.self_check_cases import CASES
-from twotower.ops.triton.launch import refusal as triton_refusal
+from twotower.ops.triton.launch import triton_unsupported_reason
 
 
 @dataclass(frozen=True)
 class Backend:
-    """One implementation. `refusal(device, dtype)` is None where it fits, else the reason why not.
+    """One implementation. `unsupported_reason(device, dtype)` is None where it fits, else the reason why not.
 
     compiled: a kernel of this package. Autograd cannot see through it, and it is not trusted: before it is first used
     it is run on the op's `CASES` beside the op's last backend.
@@ -40,11 +40,11 @@ class Backend:
     name: str
     function: Callable[..., Any]
     why: str
-    refusal: Callable[[torch.device, torch.dtype], str | None] = lambda device, dtype: None
+    unsupported_reason: Callable[[torch.device, torch.dtype], str | None] = lambda device, dtype: None
     compiled: bool = False
 
 
-def _grouped_refusal(device: torch.device, dtype: torch.dtype) -> str | None:
+def _grouped_unsupported_reason(device: torch.device, dtype: torch.dtype) -> str | None:
     if device.type != "cuda":
         return "needs CUDA"
     if dtype != torch.bfloat16:
@@ -54,7 +54,7 @@ def _grouped_refusal(device: torch.device, dtype: torch.dtype) -> str | None:
     return None
 
 
-def _host_refusal(device: torch.device, dtype: torch.dtype) -> str | None:
+def _host_unsupported_reason(device: torch.device, dtype: torch.dtype) -> str | None:
     return None if device.type == "cpu" else "would wait for the device"
 
 
@@ -64,25 +64,27 @@ def _triton(module: str, name: str, why: str) -> Backend:
     def call(*args: object) -> object:
         return getattr(importlib.import_module(f"twotower.ops.triton.{module}"), name)(*args)
 
-    return Backend("triton", call, why, triton_refusal, compiled=True)
+    return Backend("triton", call, why, triton_unsupported_reason, compiled=True)
 
 
 def _native(function: Callable[..., object], why: str) -> Backend:
     """A kernel for processors."""
-    return Backend("native", function, why, native_ops.refusal, compiled=True)
+    return Backend("native", function, why, native_ops.cpu_unsupported_reason, compiled=True)
 
 
 def _each_layer(backend: Backend) -> Backend:
-    """`mamba_block.fold` of one layer as the op, which takes the pools and the traces of all."""
+    """`mamba_block.state_update` of one layer as the op, which takes the pools and the traces of all."""
 
-    def each(pools: Sequence[Pair], traces: Sequence[MambaTrace], accepted: Tensor, rows: Tensor | None) -> list[Pair]:
-        both = zip(pools, traces, strict=True)
-        return [backend.function(*pair, trace, accepted, rows) for pair, trace in both]
+    def each(
+        pools: Sequence[Pair], inputs: Sequence[MambaStepInputs], accepted: Tensor, rows: Tensor | None
+    ) -> list[Pair]:
+        both = zip(pools, inputs, strict=True)
+        return [backend.function(*pair, own, accepted, rows) for pair, own in both]
 
     return replace(backend, function=each)
 
 
-CATALOGUE: dict[str, tuple[Backend, ...]] = {
+REGISTRY: dict[str, tuple[Backend, ...]] = {
     "attention": (
         _triton("attention", "attention", "shares out each row's cache where it lies, as long as it is"),
         _native(native_ops.attention, "each row's cache where it lies, as long as it is"),
@@ -93,19 +95,19 @@ CATALOGUE: dict[str, tuple[Backend, ...]] = {
         _native(native_ops.mamba_block, "one kernel from in_proj to out_proj"),
         Backend("torch", mamba_block.mamba_block, "plain torch, differentiable"),
     ),
-    "fold": (
-        _each_layer(_triton("fold", "fold", "one kernel a layer, states change in place")),
-        _native(native_ops.fold, "all layers in one call, states change in place"),
-        _each_layer(Backend("torch", mamba_block.fold, "plain torch, differentiable")),
+    "state_update": (
+        _each_layer(_triton("state_update", "state_update", "one kernel a layer, states change in place")),
+        _native(native_ops.state_update, "all layers in one call, states change in place"),
+        _each_layer(Backend("torch", mamba_block.state_update, "plain torch, differentiable")),
     ),
     "append": (
         _native(native_ops.append, "all layers in one call"),
         Backend("torch", kv_write.append, "plain torch; out of place under autograd"),
     ),
-    "choose": (
-        _triton("argmax", "choose", "reads the logits once"),
-        _native(native_ops.choose, "reads the logits once"),
-        Backend("tiles", argmax.choose, "plain torch, widens one tile at a time"),
+    "argmax": (
+        _triton("argmax", "argmax", "reads the logits once"),
+        _native(native_ops.argmax, "reads the logits once"),
+        Backend("tiles", argmax.argmax, "plain torch, widens one tile at a time"),
     ),
     "linear": (
         _native(native_ops.linear, "reads weights once, as they lie, for few tokens"),
@@ -127,23 +129,28 @@ CATALOGUE: dict[str, tuple[Backend, ...]] = {
         Backend("torch", routing.route, "plain torch"),
     ),
     "experts": (
-        Backend("grouped-gemm", experts.experts_grouped, "one grouped GEMM, no host read", _grouped_refusal),
+        Backend("grouped-gemm", experts.experts_grouped, "one grouped GEMM, no host read", _grouped_unsupported_reason),
         _triton("experts", "experts", "reads each chosen expert once, no host read"),
         _native(native_ops.experts, "reads each chosen expert once"),
         Backend(
             "sorted-loop",
             experts.experts_sorted,
             "visits chosen experts only; host memory needs no sync",
-            _host_refusal,
+            _host_unsupported_reason,
         ),
         Backend("gathered", experts.experts_gathered, "static shapes, no host read; copies the chosen weights"),
     ),
     "experts_int8": (
         _triton("experts", "experts_int8", "reads each chosen expert once, widens int8 in registers"),
         # For GPUs without Triton, and under autograd, where kernels of this package are left out.
-        Backend("grouped-gemm", int8.experts_grouped, "widens all experts, then one grouped GEMM", _grouped_refusal),
+        Backend(
+            "grouped-gemm",
+            int8.experts_grouped,
+            "widens all experts, then one grouped GEMM",
+            _grouped_unsupported_reason,
+        ),
         _native(native_ops.experts_int8, "reads each chosen expert once, widens int8 in registers"),
-        Backend("sorted-loop", int8.experts_sorted, "widens chosen experts only", _host_refusal),
+        Backend("sorted-loop", int8.experts_sorted, "widens chosen experts only", _host_unsupported_reason),
         Backend("gathered", int8.experts_gathered, "static shapes, no host read; copies the chosen weights"),
     ),
 }
@@ -159,17 +166,19 @@ def select(op: str, device: torch.device, dtype: torch.dtype, differentiable: bo
 
 @cache
 def _select(op: str, device: torch.device, dtype: torch.dtype, differentiable: bool, options_key: str) -> Backend:
-    fitting = (b for b in CATALOGUE[op] if not (b.compiled and differentiable))
-    return next(b for b in fitting if _refusal(op, b, device, dtype, options_key) is None)
+    fitting = (b for b in REGISTRY[op] if not (b.compiled and differentiable))
+    return next(b for b in fitting if _unsupported_reason(op, b, device, dtype, options_key) is None)
 
 
 @cache
-def _refusal(op: str, backend: Backend, device: torch.device, dtype: torch.dtype, options_key: str) -> str | None:
+def _unsupported_reason(
+    op: str, backend: Backend, device: torch.device, dtype: torch.dtype, options_key: str
+) -> str | None:
     """Why a backend is not taken: it does not fit, or it has just been found wrong (once, with a warning).
 
     options_key: `Options.kernels_key` of the options in force, which the backends' own refusals read.
     """
-    reason = backend.refusal(device, dtype)
+    reason = backend.unsupported_reason(device, dtype)
     if reason is not None or not backend.compiled:
         return reason
     if device.type == "cuda" and torch.cuda.is_current_stream_capturing():
@@ -177,7 +186,7 @@ def _refusal(op: str, backend: Backend, device: torch.device, dtype: torch.dtype
             f"{op} is checked when it is first used, which a capture cannot hold: run the pass once before"
         )
     with torch.no_grad():
-        wrong = self_check.disagreement(backend.function, CATALOGUE[op][-1].function, CASES[op](device, dtype))
+        wrong = self_check.find_mismatch(backend.function, REGISTRY[op][-1].function, CASES[op](device, dtype))
     if wrong is None:
         return None
     warnings.warn(f"{op}: {backend.name} is not used on {device} in {dtype}: it {wrong}", RuntimeWarning, stacklevel=4)
@@ -187,9 +196,11 @@ def _refusal(op: str, backend: Backend, device: torch.device, dtype: torch.dtype
 def report(device: torch.device, dtype: torch.dtype) -> list[tuple[str, str, str]]:
     """(op, backend, why) for each op of a pass without gradients, with the reasons why better ones were passed over."""
     rows, key = [], options.current().kernels_key
-    for op, backends in CATALOGUE.items():
+    for op, backends in REGISTRY.items():
         chosen = select(op, device, dtype, differentiable=False)
-        passed = [f"{b.name} {_refusal(op, b, device, dtype, key)}" for b in backends[: backends.index(chosen)]]
-        checked = ["agreed with its twin here"] if chosen.compiled else []
+        passed = [
+            f"{b.name} {_unsupported_reason(op, b, device, dtype, key)}" for b in backends[: backends.index(chosen)]
+        ]
+        checked = ["agreed with its reference on this machine"] if chosen.compiled else []
         rows.append((op, chosen.name, "; ".join([chosen.why, *checked, *passed])))
     return rows

@@ -1,4 +1,4 @@
-"""Whether a compiled kernel computes what it should on this machine: a few small cases beside its torch twin.
+"""Whether a compiled kernel computes what it should on this machine: a few small cases beside its torch reference.
 
 A kernel that compiles and returns garbage is a known failure of hybrid models (a toolchain that a kernel was never
 tried with, a shape that nobody ran), and text looks almost right for a while. So a kernel earns its place at start-up.
@@ -25,47 +25,47 @@ class Case(NamedTuple):
     arguments: Callable[[], tuple[object, ...]]
 
 
-def disagreement(function: Callable[..., object], twin: Callable[..., object], cases: list[Case]) -> str | None:
-    """None where `function` gives what `twin` gives in float64 on every case; else what is wrong, with numbers."""
+def find_mismatch(function: Callable[..., object], reference: Callable[..., object], cases: list[Case]) -> str | None:
+    """None where `function` gives what `reference` gives in float64 on every case; else what is wrong, with numbers."""
     for name, arguments in cases:
-        expected = twin(*map(_wide, arguments()))
+        expected = reference(*map(_as_float64, arguments()))
         try:
             found = function(*arguments())
         except Exception as error:
             first_line = (str(error).splitlines() or [""])[0]
             return f"raised {type(error).__name__} on {name}: {first_line}"
-        wrong = difference(found, expected, f" on {name}")
+        wrong = compare(found, expected, f" on {name}")
         if wrong is not None:
             return wrong
     return None
 
 
-def difference(found: object, expected: object, where: str = "") -> str | None:
+def compare(found: object, expected: object, where: str = "") -> str | None:
     """None where two results, of the same parts, agree to within `TOLERANCE`; else what is wrong, with numbers."""
     pairs = list(zip_longest(_tensors(found), _tensors(expected)))
     for i, (actual, exact) in enumerate(pairs):
         if actual is None or exact is None:
-            return f"gave {'less' if actual is None else 'more'} than its twin{where}"
+            return f"gave {'less' if actual is None else 'more'} than its reference{where}"
         if actual.shape != exact.shape:
             return f"gave result {i} the shape {tuple(actual.shape)}, not {tuple(exact.shape)},{where}"
         if not actual.is_floating_point():
             differing = int((actual != exact).sum())
             if differing:
-                return f"differs from its twin{where}: result {i} in {differing} of {exact.numel()} numbers"
+                return f"differs from its reference{where}: result {i} in {differing} of {exact.numel()} numbers"
             continue
         tolerance = TOLERANCE.get(actual.dtype, TOLERANCE[torch.float32])
         off = float((actual.double() - exact.double()).abs().max())
         off /= float(exact.abs().max()) or 1.0
         if not off <= tolerance:  # no number is wrong too
-            return f"differs from its twin{where}: result {i} by {off:.1e}, tolerance {tolerance}"
+            return f"differs from its reference{where}: result {i} by {off:.1e}, tolerance {tolerance}"
     return None
 
 
-def _wide(value: object) -> object:
+def _as_float64(value: object) -> object:
     if isinstance(value, Tensor):
         return value.double() if value.is_floating_point() else value
     if isinstance(value, tuple):
-        parts = [_wide(part) for part in value]
+        parts = [_as_float64(part) for part in value]
         make: Callable[..., object] = type(value)
         return make(*parts) if hasattr(value, "_fields") else tuple(parts)
     return value

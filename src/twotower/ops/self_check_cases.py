@@ -12,7 +12,7 @@ from torch import Tensor
 from twotower.ops.reference.attention import Cached
 from twotower.ops.reference.int8 import quantized
 from twotower.ops.reference.kv_write import Ends
-from twotower.ops.reference.mamba_block import MambaTrace, MambaWeights
+from twotower.ops.reference.mamba_block import MambaStepInputs, MambaWeights
 from twotower.ops.reference.routing import Routing
 from twotower.ops.self_check import Case
 
@@ -36,13 +36,13 @@ def block_cases(device: torch.device, dtype: torch.dtype) -> list[Case]:
     return _cases(device, lambda sizes, length: (*block_arguments(sizes, length, device, dtype), True))
 
 
-def fold_cases(device: torch.device, dtype: torch.dtype) -> list[Case]:
+def state_update_cases(device: torch.device, dtype: torch.dtype) -> list[Case]:
     """The same sizes, two layers; into three of five slots, as many tokens as each row has."""
 
     def arguments(sizes: Sizes, length: int) -> tuple[object, ...]:
-        window, state, trace, accepted, rows = fold_arguments(sizes, length, device, dtype)
-        other = MambaTrace(*(part * 0.5 for part in trace))
-        return ((window, state), (window * 2, state * 3)), (trace, other), accepted, rows
+        window, state, inputs, accepted, rows = state_update_arguments(sizes, length, device, dtype)
+        other = MambaStepInputs(*(part * 0.5 for part in inputs))
+        return ((window, state), (window * 2, state * 3)), (inputs, other), accepted, rows
 
     return _cases(device, arguments)
 
@@ -69,7 +69,7 @@ def append_cases(device: torch.device, dtype: torch.dtype) -> list[Case]:
         counts = (step < valid[:, None]) & (lengths[:, None] + step < stride[:, None])
         new = tuple(
             tuple(draw(3, length, 3, 12).to(dtype) * counts[..., None, None] for _ in "kv") for _ in range(2)
-        )  # zeros where nothing counts: the twin writes them to the last vector
+        )  # zeros where nothing counts: the reference writes them to the last vector
         for pair in pools:
             for pool in pair:
                 pool[-1] = 0
@@ -78,10 +78,10 @@ def append_cases(device: torch.device, dtype: torch.dtype) -> list[Case]:
     return [_case(f"{length} tokens", arguments, length) for length in (1, 9)]
 
 
-def choose_cases(device: torch.device, dtype: torch.dtype) -> list[Case]:
+def argmax_cases(device: torch.device, dtype: torch.dtype) -> list[Case]:
     """A small odd vocabulary with ties, and a large one."""
     return [
-        Case(f"a vocabulary of {size}", partial(choose_arguments, size, device, dtype))
+        Case(f"a vocabulary of {size}", partial(argmax_arguments, size, device, dtype))
         for size in (13, 131072 + 1 if device.type == "cuda" else 4096 + 1)
     ]
 
@@ -117,15 +117,15 @@ def block_arguments(
     return projected.to(dtype), valid, window.to(dtype), state, weights
 
 
-def fold_arguments(
+def state_update_arguments(
     sizes: Sizes, length: int, device: torch.device, dtype: torch.dtype, slots: tuple[int, ...] = (3, 0, 4)
-) -> tuple[Tensor, Tensor, MambaTrace, Tensor, Tensor]:
-    """The arguments of `fold`: rows that accept 0, …, `length` tokens, into the given ones of five slots."""
+) -> tuple[Tensor, Tensor, MambaStepInputs, Tensor, Tensor]:
+    """The arguments of `state_update`: rows that accept 0, …, `length` tokens, into the given ones of five slots."""
     draw = Draw(3, device)
     rows = len(slots)
     channels = sizes.heads * sizes.width + 2 * sizes.groups * sizes.state
     dt = draw(rows, length, sizes.heads).abs()
-    trace = MambaTrace(
+    inputs = MambaStepInputs(
         draw(rows, length, channels).to(dtype),
         draw(rows, length, sizes.heads, sizes.width),
         dt,
@@ -134,10 +134,10 @@ def fold_arguments(
     )
     window = draw(5, sizes.taps - 1, channels).to(dtype)
     state = draw(5, sizes.heads, sizes.width, sizes.state)
-    return window, state, trace, lengths_up_to(length, rows, device), torch.tensor(slots, device=device)
+    return window, state, inputs, lengths_up_to(length, rows, device), torch.tensor(slots, device=device)
 
 
-def choose_arguments(size: int, device: torch.device, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
+def argmax_arguments(size: int, device: torch.device, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
     """Logits (3, 2, size), rounded so that many are equal, one position's all, and what each row leaves out: nothing,
     the best, another."""
     logits = (Draw(4, device)(3, 2, size) * 8).round() / 2
@@ -322,9 +322,9 @@ def _case(name: str, arguments: Callable[..., tuple[object, ...]], *chosen: obje
 CASES: dict[str, Callable[[torch.device, torch.dtype], list[Case]]] = {
     "attention": attention_cases,
     "mamba_block": block_cases,
-    "fold": fold_cases,
+    "state_update": state_update_cases,
     "append": append_cases,
-    "choose": choose_cases,
+    "argmax": argmax_cases,
     "linear": linear_cases,
     "rms_norm": norm_cases,
     "route": route_cases,

@@ -27,7 +27,7 @@ from twotower.model.layer_io import Visibility
 from twotower.model.tower import PassInputs, PassResult, Tower
 from twotower.ops.reference.attention import Cached
 from twotower.ops.registry import select
-from twotower.ops.self_check import difference
+from twotower.ops.self_check import compare
 from twotower.runners.module_plan import ModulePlan, Weights
 
 if TYPE_CHECKING:
@@ -134,7 +134,7 @@ class CUDAGraphRunner:
         """A new recording, checked beside the layers; None, with a warning, where it cannot be had."""
         try:
             recording = Recording(tower, inputs, rows, self._pool)
-            self.wrong = difference(recording.run(inputs), tower.layer_by_layer(*inputs))
+            self.wrong = compare(recording.run(inputs), tower.layer_by_layer(*inputs))
         except Exception as error:  # a capture can fail in many ways, and the pass can do without
             self.wrong = f"raised {type(error).__name__}: {(str(error).splitlines() or [''])[0]}"
         if self.wrong is None:

@@ -39,7 +39,7 @@ def refusal(model: nn.Module, device: torch.device | None = None, dtype: torch.d
     needed = 0
     for weight, _ in matrices(model):
         kind = dtype or weight.dtype
-        if kernels.refusal(device or weight.device, kind) is None:
+        if kernels.cpu_unsupported_reason(device or weight.device, kind) is None:
             needed += size(weight) * kind.itemsize
     if not needed:
         return "no compiled kernels read them"

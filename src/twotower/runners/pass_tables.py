@@ -18,7 +18,7 @@ from twotower.cache.layer_cache import Added, KeyValue, MambaPast
 from twotower.config import BackboneConfig
 from twotower.model.tower import PassInputs
 from twotower.ops.reference.attention import Cached
-from twotower.ops.reference.mamba_block import MambaTrace, empty_trace
+from twotower.ops.reference.mamba_block import MambaStepInputs, empty_step_inputs
 
 PLACES_PER_LAYER = 12  # INPUTS in tower.h
 MODULATION, PAST, ADDED = (0, 3), (3, 5), 5  # shift, scale, gate; two tensors of the past; what the pass adds
@@ -66,7 +66,7 @@ class PassTables:
         inputs = torch.empty(len(mamba), shape.rows, shape.length, config.conv_dim, dtype=shape.dtype)
         heads = config.mamba_num_heads, config.mamba_head_dim, config.n_groups, config.ssm_state_size
         keys = shape.rows, shape.length, config.num_key_value_heads, config.head_dim
-        self._traces = AddedPart(mamba, empty_trace(inputs, *heads))
+        self._step_inputs = AddedPart(mamba, empty_step_inputs(inputs, *heads))
         self._keys = AddedPart(attention, [torch.empty(len(attention), *keys, dtype=shape.dtype)] * 2)
         self._inputs = np.zeros(len(pattern) * PLACES_PER_LAYER, np.uintp)
         self._modulation_places = _places(range(len(pattern)), *MODULATION)
@@ -102,8 +102,8 @@ class PassTables:
     def added(self, like: Tensor) -> list[Added]:
         """Memory for what the layers add, beside the tensor `like`."""
         added: list[Added] = [None] * self._layers
-        for i, parts in self._traces.allocate(like, self._inputs):
-            added[i] = MambaTrace(*parts)
+        for i, parts in self._step_inputs.allocate(like, self._inputs):
+            added[i] = MambaStepInputs(*parts)
         for i, (k, v) in self._keys.allocate(like, self._inputs):
             added[i] = KeyValue(k.transpose(1, 2), v.transpose(1, 2))
         return added

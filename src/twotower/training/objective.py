@@ -17,7 +17,7 @@ from twotower.model.conditioning import Modulation, TimeConditioning
 from twotower.model.linear import Linear
 from twotower.model.packed_forward import Layout
 from twotower.model.tower import Tower
-from twotower.ops.precision import widened
+from twotower.ops.precision import upcast
 from twotower.training.data.batch import Batch
 from twotower.training.layer_pair import ReadingLayer, pair_layers, run_unit
 from twotower.training.noise import Corruption, NoiseScope, corrupt
@@ -216,4 +216,4 @@ def in_pieces(head: Linear, hidden: Tensor, tokens: Tensor) -> Iterator[tuple[Te
 
 def _nll(head: Linear, hidden: Tensor, tokens: Tensor) -> Tensor:
     logits = head(hidden)
-    return F.cross_entropy(widened(logits), tokens, reduction="none")
+    return F.cross_entropy(upcast(logits), tokens, reduction="none")

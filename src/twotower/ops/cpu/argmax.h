@@ -5,7 +5,7 @@
 // logits (positions, V); token excluded[position / each] is left out (−1: none; null: none in
 // any row). Of equal logits the lowest id wins.
 template <class T>
-void choose(const T* logits, const int64_t* excluded, int64_t* tokens, float* confidence, long positions, long each, long V,
+void argmax(const T* logits, const int64_t* excluded, int64_t* tokens, float* confidence, long positions, long each, long V,
             int threads) {
     parallel(threads, positions * V > (1 << 14), [&](int part, int parts) {
         Range own = share(positions, part, parts);

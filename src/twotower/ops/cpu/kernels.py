@@ -1,7 +1,7 @@
-"""The compiled kernels as functions of tensors, with the signatures of their torch twins.
+"""The compiled kernels as functions of tensors, with the signatures of their torch references.
 
 fp32 and bf16 (widened in registers: bf16 weights cost half the reading, int8 a quarter, whatever the processor's own
-arithmetic for them). None builds a graph: under autograd the twins work.
+arithmetic for them). None builds a graph: under autograd the references work.
 """
 
 from __future__ import annotations
@@ -24,7 +24,7 @@ from twotower.ops.reference import int8
 from twotower.ops.reference.attention import Cached
 from twotower.ops.reference.experts import Panels
 from twotower.ops.reference.kv_write import Ends, Pair
-from twotower.ops.reference.mamba_block import MambaTrace, MambaWeights, empty_trace
+from twotower.ops.reference.mamba_block import MambaStepInputs, MambaWeights, empty_step_inputs
 from twotower.ops.reference.norm import Order
 from twotower.ops.reference.routing import Routing
 
@@ -45,15 +45,15 @@ SIGNATURES = {
     "route_": "ippppp" + "llllll" + "if",
     "rms_norm_": "iippppp" + "llll" + "if",
     "mamba_block_": "ippppp" + "pppppp" + "p" + "ppppp" + "lllllll" + "fff",
-    "fold_": "ilppp" + "lllllll",
+    "state_update_": "ilppp" + "lllllll",
     "append_": "ilpppppp" + "llll",
-    "choose_": "ipppplll",
+    "argmax_": "ipppplll",
     "tower_": "ippp" + "pppppp" + "ippp" + "p" + "ffff",
     "attention_": "ippppi" + "pppppp" + "lllll",
 }
 
 
-def refusal(device: torch.device, dtype: torch.dtype) -> str | None:
+def cpu_unsupported_reason(device: torch.device, dtype: torch.dtype) -> str | None:
     """Why these kernels cannot serve, or None."""
     if device.type != "cpu":
         return "needs host memory"
@@ -98,7 +98,7 @@ def _addresses(tensors: Sequence[Tensor]) -> ctypes.Array[ctypes.c_void_p]:
 def pack(weight: Tensor) -> Tensor | None:
     """The panels of a weight (…, out, in); None for one that is not contiguous fp32 or bf16 in host memory."""
     unfit = weight.dim() < 2 or not weight.numel() or not weight.is_contiguous() or weight.is_inference()
-    if unfit or refusal(weight.device, weight.dtype) is not None:
+    if unfit or cpu_unsupported_reason(weight.device, weight.dtype) is not None:
         return None
     copy = torch.empty(packed_weights.size(weight), dtype=weight.dtype)
     out, width = weight.shape[-2:]
@@ -195,16 +195,16 @@ def mamba_block(
     window: Tensor | None,
     state: Tensor | None,
     weights: MambaWeights,
-    trace: bool = True,
-) -> tuple[Tensor, MambaTrace | None]:
+    keep_inputs: bool = True,
+) -> tuple[Tensor, MambaStepInputs | None]:
     """See `ops.reference.mamba_block.mamba_block`."""
     projected = projected.contiguous()
     rows, length = projected.shape[:2]
     mixed = projected.new_empty(rows, length, weights.inner)
     kept = None
-    if trace:
+    if keep_inputs:
         xBC = projected.new_empty(rows, length, weights.conv_dim)
-        kept = empty_trace(xBC, weights.heads, weights.head_dim, weights.n_groups, weights.state_size)
+        kept = empty_step_inputs(xBC, weights.heads, weights.head_dim, weights.n_groups, weights.state_size)
     valid, window, state = (None if part is None else part.contiguous() for part in (valid, window, state))
     vectors = [part.float() for part in (weights.dt_bias, weights.A_log, weights.D)]
     call(
@@ -215,21 +215,21 @@ def mamba_block(
     return mixed, kept
 
 
-def fold(
-    pools: Sequence[Pair], traces: Sequence[MambaTrace], accepted: Tensor, rows: Tensor | None = None
+def state_update(
+    pools: Sequence[Pair], inputs: Sequence[MambaStepInputs], accepted: Tensor, rows: Tensor | None = None
 ) -> list[Pair]:
-    """`ops.reference.mamba_block.fold` of each layer's pools and trace; the pools change in place."""
+    """`ops.reference.mamba_block.state_update` of each layer's pools and trace; the pools change in place."""
     pools = [(window.contiguous(), state.contiguous()) for window, state in pools]
     window, state = pools[0]
     heads, width, size = state.shape[1:]
-    count, length, groups = traces[0].B.shape[:3]
-    kept = [part for pair, trace in zip(pools, traces, strict=True) for part in (
-        *pair, trace.xBC.to(window.dtype).contiguous(), *(part.contiguous() for part in trace[1:]),
+    count, length, groups = inputs[0].B.shape[:3]
+    kept = [part for pair, own in zip(pools, inputs, strict=True) for part in (
+        *pair, own.xBC.to(window.dtype).contiguous(), *(part.contiguous() for part in own[1:]),
     )]  # fmt: skip
     table = _addresses(kept)
     call(
-        "fold_", window, len(pools), ctypes.addressof(table), rows, accepted.contiguous(), count, length, heads, width,
-        groups, size, window.shape[1] + 1,
+        "state_update_", window, len(pools), ctypes.addressof(table), rows, accepted.contiguous(), count, length, heads,
+        width, groups, size, window.shape[1] + 1,
     )  # fmt: skip
     return pools
 
@@ -247,13 +247,13 @@ def append(pools: Sequence[Pair], new: Sequence[Pair], ends: Ends) -> list[Pair]
     return pools
 
 
-def choose(logits: Tensor, excluded: Tensor | None = None) -> tuple[Tensor, Tensor]:
+def argmax(logits: Tensor, excluded: Tensor | None = None) -> tuple[Tensor, Tensor]:
     """logits (B, L, V), excluded (B,) or None → tokens (B, L) and confidence (B, L) fp32."""
     logits, excluded = logits.contiguous(), None if excluded is None else excluded.contiguous()
     rows, length, size = logits.shape
     tokens = torch.empty(rows, length, dtype=torch.long)
     confidence = torch.empty(rows, length)
-    call("choose_", logits, logits, excluded, tokens, confidence, rows * length, max(length, 1), size)
+    call("argmax_", logits, logits, excluded, tokens, confidence, rows * length, max(length, 1), size)
     return tokens, confidence
 
 

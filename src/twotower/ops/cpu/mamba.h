@@ -57,12 +57,12 @@ template <class T> inline void gate_and_norm(float* x, const T* z, const T* weig
 
 // projected (B, L, z | xBC | dt) → mixed (B, L, inner): convolution seeded with window, SiLU, scan seeded with state,
 // D·x, gate, group norm. Row b reads slot slots[b] of window (R, K−1, C) and state (R, H, P, N). With a trace (xBC not
-// null) it leaves what `fold` needs.
+// null) it leaves what `state_update` needs.
 template <class T>
 void mamba_block(const T* projected, const uint8_t* valid, const T* window, const float* state, const int64_t* slots,
                  const T* conv_weight, const T* conv_bias, const float* dt_bias, const float* A_log, const float* D,
-                 const T* norm_weight, T* mixed, T* trace_xBC, float* trace_x, float* trace_dt, float* trace_decay,
-                 float* trace_B, long rows, long L, Mamba dims, int threads) {
+                 const T* norm_weight, T* mixed, T* kept_xBC, float* kept_x, float* kept_dt, float* kept_decay,
+                 float* kept_B, long rows, long L, Mamba dims, int threads) {
     const long H = dims.heads, P = dims.P, G = dims.groups, N = dims.N, K = dims.taps;
     const long inner = H * P, C = inner + 2 * G * N, wide = inner + C + H, each = H / G, X = each * P, own_C = X + 2 * N;
     const long ldl = whole(L) + W, ldp = whole(P) + W;
@@ -97,8 +97,8 @@ void mamba_block(const T* projected, const uint8_t* valid, const T* window, cons
                                                 : projected + token * wide + inner + from[run];
                     if (counts) widened(source, size[run], in + l * own_C + at);
                     else std::fill_n(in + l * own_C + at, size[run], 0.0f);
-                    if (!trace_xBC || l < K - 1) continue;
-                    T* to = trace_xBC + token * C + from[run];
+                    if (!kept_xBC || l < K - 1) continue;
+                    T* to = kept_xBC + token * C + from[run];
                     if (counts) std::memcpy(to, source, size[run] * sizeof(T));
                     else std::memset(to, 0, size[run] * sizeof(T));
                 }
@@ -107,9 +107,9 @@ void mamba_block(const T* projected, const uint8_t* valid, const T* window, cons
             else convolve<0>(in, taps, K, L, own_C, out);
             const float *B = out + X, *Cs = out + X + N;  // both with stride own_C
             products(Cs, own_C, L, B, own_C, L, N, score, ldl, turned, ldl);
-            for (long l = 0; l < L && trace_B; l++) {
-                std::memcpy(trace_B + ((b * L + l) * G + g) * N, B + l * own_C, N * sizeof(float));
-                std::memcpy(trace_x + (b * L + l) * inner + g * X, out + l * own_C, X * sizeof(float));
+            for (long l = 0; l < L && kept_B; l++) {
+                std::memcpy(kept_B + ((b * L + l) * G + g) * N, B + l * own_C, N * sizeof(float));
+                std::memcpy(kept_x + (b * L + l) * inner + g * X, out + l * own_C, X * sizeof(float));
             }
             float* cum = steps + each * ldl;
             for (long i = 0; i < each; i++) {
@@ -132,7 +132,7 @@ void mamba_block(const T* projected, const uint8_t* valid, const T* window, cons
                     if (valid && !valid[token]) dt[l] = 0;
                     const float decay = dt[l] * rate;
                     cum[l] = total += decay;
-                    if (trace_dt) trace_dt[token * H + h] = dt[l], trace_decay[token * H + h] = decay;
+                    if (kept_dt) kept_dt[token * H + h] = dt[l], kept_decay[token * H + h] = decay;
                 }
                 discount(score, cum, dt, L, by, ldl);
                 for (long l = 0; l < L; l++) by[l * ldl + l] += D[h];
@@ -155,9 +155,9 @@ void mamba_block(const T* projected, const uint8_t* valid, const T* window, cons
     });
 }
 
-// The window and the state of the slots, in place, after the first accepted[b] tokens of the trace.
+// The window and the state of the slots, in place, after the first accepted[b] tokens of the inputs.
 template <class T>
-void fold(T* window, float* state, const int64_t* slots, const T* xBC, const float* x, const float* dt,
+void state_update(T* window, float* state, const int64_t* slots, const T* xBC, const float* x, const float* dt,
           const float* decay, const float* B, const int64_t* accepted, long rows, long L, Mamba dims, int threads) {
     const long H = dims.heads, P = dims.P, G = dims.groups, N = dims.N, K = dims.taps, C = H * P + 2 * G * N;
     parallel(threads, rows * L * H * P * N > WORTH, [&](int part, int parts) {

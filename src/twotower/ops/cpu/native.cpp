@@ -56,13 +56,13 @@ void mamba_block_(int type, const void* projected, const uint8_t* valid, const v
                      P(norm_weight), Q(mixed), Q(xBC), x, dt, decay, B, rows, L, dims, threads))
 }
 
-// parts: of each layer the pools, window and state, and its trace: xBC, x, dt, decay, B.
-void fold_(int type, long layers, void* const* parts, const int64_t* slots, const int64_t* accepted, long rows, long L,
+// parts: of each layer the pools, window and state, and its inputs: xBC, x, dt, decay, B.
+void state_update_(int type, long layers, void* const* parts, const int64_t* slots, const int64_t* accepted, long rows, long L,
            long heads, long head_dim, long groups, long N, long taps, int threads) {
     Mamba dims{heads, head_dim, groups, N, taps, 0, 0, 0};
     for (void* const* own = parts; own < parts + 7 * layers; own += 7) {
         const auto f = [&](int i) { return static_cast<float*>(own[i]); };
-        BOTH(fold(Q(own[0]), f(1), slots, P(own[2]), f(3), f(4), f(5), f(6), accepted, rows, L, dims, threads))
+        BOTH(state_update(Q(own[0]), f(1), slots, P(own[2]), f(3), f(4), f(5), f(6), accepted, rows, L, dims, threads))
     }
 }
 
@@ -82,9 +82,9 @@ void append_(int type, long parts, void* const* pools, const void* const* blocks
         }
 }
 
-void choose_(int type, const void* logits, const int64_t* excluded, int64_t* tokens, float* confidence, long positions,
+void argmax_(int type, const void* logits, const int64_t* excluded, int64_t* tokens, float* confidence, long positions,
              long each, long V, int threads) {
-    BOTH(choose(P(logits), excluded, tokens, confidence, positions, each, V, threads))
+    BOTH(argmax(P(logits), excluded, tokens, confidence, positions, each, V, threads))
 }
 
 void attention_(int type, const void* q, const void* k, const void* v, const uint8_t* valid, int causal, const void* past_k,

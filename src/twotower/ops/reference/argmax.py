@@ -5,12 +5,12 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from twotower.ops.precision import accumulation_dtype, widened
+from twotower.ops.precision import accumulation_dtype, upcast
 
 TILE_BYTES = 8 << 20  # of widened logits, at a time
 
 
-def choose(logits: Tensor, excluded: Tensor | None = None) -> tuple[Tensor, Tensor]:
+def argmax(logits: Tensor, excluded: Tensor | None = None) -> tuple[Tensor, Tensor]:
     """logits (B, L, V), of which token excluded (B,) is left out in each row (−1 or None: none) → tokens (B, L)
     int64 and confidence (B, L) in at least fp32: the token's probability among those that are not left out.
 
@@ -26,7 +26,7 @@ def choose(logits: Tensor, excluded: Tensor | None = None) -> tuple[Tensor, Tens
     step = max(TILE_BYTES // (logits.shape[2] * acc.itemsize), 1)
     parts = []
     for start in range(0, len(flat), step):
-        tile = widened(flat[start : start + step])
+        tile = upcast(flat[start : start + step])
         tile = tile.masked_fill(ids == left_out[start : start + step], -torch.inf)
         tokens = tile.argmax(-1, keepdim=True)  # the first of equals
         confidence = (tile.gather(-1, tokens)[:, 0] - tile.logsumexp(-1)).exp()

@@ -12,7 +12,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from twotower.ops.precision import widened
+from twotower.ops.precision import upcast
 from twotower.ops.reference.kv_write import vectors_at
 
 
@@ -99,7 +99,7 @@ def block_attention(
             past = past.masked_fill(~context_mask[:, None, None], -torch.inf)
         scores = torch.cat([past, scores], dim=-1)
     scale = q.shape[-1] ** -0.5  # after widening: in bf16 it would round q
-    probs = torch.softmax(widened(scores) * scale, dim=-1).to(v.dtype)
+    probs = torch.softmax(upcast(scores) * scale, dim=-1).to(v.dtype)
     out = probs[..., seen:] @ v
     if context is not None:
         out = out + probs[..., :seen] @ context[1]

@@ -27,7 +27,7 @@ def causal_conv(x: Tensor, window: Tensor | None, weight: Tensor, bias: Tensor |
 
 
 def causal_conv_sequential(x: Tensor, window: Tensor | None, weight: Tensor, bias: Tensor | None) -> Tensor:
-    """Slow twin: one output position at a time."""
+    """Slow reference: one output position at a time."""
     taps = weight.shape[-1]
     seen = x.new_zeros(x.shape[0], taps - 1, x.shape[2]) if window is None else window
     outs = []

@@ -67,7 +67,7 @@ def experts_grouped(
 def experts_dense(
     hidden: Tensor, choice: Tensor, weight: Tensor, up: Tensor, down: Tensor, panels: Panels = (None, None)
 ) -> Tensor:
-    """Slow twin: every expert on every token, weighted by zero where it was not chosen."""
+    """Slow reference: every expert on every token, weighted by zero where it was not chosen."""
     share = weight.new_zeros(hidden.shape[0], up.shape[0]).scatter_add(1, choice, weight)  # (T, E)
     every = torch.stack([F.linear(F.relu(F.linear(hidden, u)).square(), d) for u, d in zip(up, down, strict=True)], 1)
     return (every * share[..., None]).sum(1).to(hidden.dtype)

@@ -2,8 +2,8 @@
 wide as they are.
 
 q lies in panels of 16 rows, as compiled kernels read it fastest: (…, ⌈out / 16⌉, in, 16), zeros where no row is. The
-functions of this file are the twins of those kernels and run on any device: q is widened to the activations' dtype,
-which is exact, multiplied, and the scale goes on the result.
+functions of this file are the references of those kernels and run on any device. They upcast q to the activations'
+dtype, which is exact, multiply, and apply the scale to the result.
 """
 
 from __future__ import annotations
@@ -56,14 +56,14 @@ def shape(q: Tensor, scale: Tensor) -> tuple[int, ...]:
     return (*scale.shape, q.shape[-2])
 
 
-def widened(q: Tensor, scale: Tensor, dtype: torch.dtype) -> Tensor:
+def unpacked(q: Tensor, scale: Tensor, dtype: torch.dtype) -> Tensor:
     """q as (…, out, in) in `dtype`."""
     return q.to(dtype).transpose(-1, -2).flatten(-3, -2)[..., : scale.shape[-1], :]
 
 
 def linear(x: Tensor, q: Tensor, scale: Tensor, bias: Tensor | None = None) -> Tensor:
     """`F.linear`: x (…, in), q (out / 16, in, 16), scale (out,), bias (out,) or None → (…, out)."""
-    out = F.linear(x, widened(q, scale, x.dtype)) * scale
+    out = F.linear(x, unpacked(q, scale, x.dtype)) * scale
     return (out if bias is None else out + bias).to(x.dtype)
 
 
@@ -86,7 +86,7 @@ def experts_gathered(
     pairs = choice.flatten()
 
     def product(x: Tensor, q: Tensor, scale: Tensor) -> Tensor:
-        wide = widened(q[pairs], scale, x.dtype)
+        wide = unpacked(q[pairs], scale, x.dtype)
         return ((wide @ x[:, :, None])[:, :, 0] * scale[pairs]).to(x.dtype)
 
     inner = product(hidden.repeat_interleave(choice.shape[1], 0), up, up_scale)
@@ -105,7 +105,7 @@ def experts_grouped(
     ends = F.one_hot(flat, len(up)).sum(0).cumsum(0).to(torch.int32)
 
     def product(x: Tensor, q: Tensor, scale: Tensor) -> Tensor:
-        out = torch._grouped_mm(x, widened(q, scale, x.dtype).transpose(1, 2), offs=ends)
+        out = torch._grouped_mm(x, unpacked(q, scale, x.dtype).transpose(1, 2), offs=ends)
         return (out * scale[flat[order]]).to(x.dtype)
 
     inner = product(hidden[order // choice.shape[1]], up, up_scale)

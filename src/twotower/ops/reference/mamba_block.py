@@ -5,9 +5,9 @@
     y = scan(x, dt, B, C) from the state, + D·x
     mixed = group RMSNorm(y · SiLU(z))
 
-`mamba_block` and `fold` are the reference of the kernels in `ops/triton/mamba_block.py`, `ops/triton/fold.py` and
-`ops/cpu/mamba.h`; everything but z is computed in at least fp32. H heads of width P, G groups, state size N, K taps,
-C = H·P + 2·G·N channels of the convolution.
+`mamba_block` and `state_update` are the references of the kernels in `ops/triton/mamba_block.py`,
+`ops/triton/state_update.py` and `ops/cpu/mamba.h`. Everything but z is computed in at least fp32. H heads of width P,
+G groups, state size N, K convolution taps, C = H·P + 2·G·N channels of the convolution.
 """
 
 from __future__ import annotations
@@ -66,7 +66,7 @@ class MambaWeights(NamedTuple):
         return (self.conv_dim - self.inner) // (2 * self.n_groups)
 
 
-class MambaTrace(NamedTuple):
+class MambaStepInputs(NamedTuple):
     """What L tokens did to a Mamba-2 layer: enough to rebuild the state after any prefix of them.
 
     xBC (B, L, C) raw convolution inputs; x (B, L, H, P), dt and log_decay (B, L, H), B (B, L, G, N) as the scan
@@ -80,11 +80,11 @@ class MambaTrace(NamedTuple):
     B: Tensor
 
 
-def empty_trace(xBC: Tensor, heads: int, head_dim: int, groups: int, state_size: int) -> MambaTrace:
+def empty_step_inputs(xBC: Tensor, heads: int, head_dim: int, groups: int, state_size: int) -> MambaStepInputs:
     """For a kernel to fill, beside the convolution inputs xBC (…, B, L, C), which may be there already."""
     lead = xBC.shape[:-1]
     sizes = ((heads, head_dim), (heads,), (heads,), (groups, state_size))
-    return MambaTrace(xBC, *(xBC.new_empty(lead + size, dtype=torch.float32) for size in sizes))
+    return MambaStepInputs(xBC, *(xBC.new_empty(lead + size, dtype=torch.float32) for size in sizes))
 
 
 def mamba_block(
@@ -93,29 +93,30 @@ def mamba_block(
     window: Tensor | None,
     state: Tensor | None,
     weights: MambaWeights,
-    trace: bool = True,
-) -> tuple[Tensor, MambaTrace | None]:
+    keep_inputs: bool = True,
+) -> tuple[Tensor, MambaStepInputs | None]:
     """projected (B, L, H·P + C + H), valid (B, L) False at padding (None: none), window (B, K−1, C) and state
-    (B, H, P, N) before the block (None: zeros) → mixed (B, L, H·P) in projected's dtype, and the trace, if wanted.
+    (B, H, P, N) before the block (None: zeros) → mixed (B, L, H·P) in projected's dtype, and the step
+    inputs, if `keep_inputs`.
     """
     z, xBC, dt, log_decay = split(projected, valid, weights)
     kept, C = convolve(xBC, window, dt, log_decay, weights)
     y = ssd_block(kept.x, kept.dt, kept.log_decay, kept.B, C, state)
-    return gate_and_norm(y, kept.x, z, weights), kept if trace else None
+    return gate_and_norm(y, kept.x, z, weights), kept if keep_inputs else None
 
 
-def fold(
-    conv_window: Tensor, ssm_state: Tensor, trace: MambaTrace, accepted: Tensor, rows: Tensor | None = None
+def state_update(
+    conv_window: Tensor, ssm_state: Tensor, inputs: MambaStepInputs, accepted: Tensor, rows: Tensor | None = None
 ) -> tuple[Tensor, Tensor]:
-    """The pools conv_window (R, K−1, C) and ssm_state (R, H, P, N) with the first `accepted` (B,) tokens of the trace
-    folded into slots rows (B,), all different (None: R = B, all in order).
+    """Advances the states in slots `rows` (B,) by the first `accepted` (B,) tokens of the step inputs.
 
-    → the pools to go on with: the given ones changed in place where slots are given, new ones otherwise and under
-    autograd. A backend may change the given ones in any case without autograd.
+    conv_window (R, K−1, C) and ssm_state (R, H, P, N) are the pools. The slots are distinct; rows None: R = B, slot b
+    is row b. Returns the updated pools: changed in place if `rows` is given, new tensors otherwise and under autograd.
+    Without autograd, a backend may update in place in both cases.
     """
     if rows is None:
-        return _folded(conv_window, ssm_state, trace, accepted)
-    window, state = _folded(conv_window[rows], ssm_state[rows], trace, accepted)
+        return _updated(conv_window, ssm_state, inputs, accepted)
+    window, state = _updated(conv_window[rows], ssm_state[rows], inputs, accepted)
     return put(conv_window, rows, window), put(ssm_state, rows, state)
 
 
@@ -136,14 +137,14 @@ def split(projected: Tensor, valid: Tensor | None, weights: MambaWeights) -> tup
 
 def convolve(
     xBC: Tensor, window: Tensor | None, dt: Tensor, log_decay: Tensor, weights: MambaWeights
-) -> tuple[MambaTrace, Tensor]:
-    """→ the trace (x, B and what they came from) and C (B, L, G, N)."""
+) -> tuple[MambaStepInputs, Tensor]:
+    """→ the step inputs and C (B, L, G, N)."""
     active = F.silu(causal_conv(xBC, window, weights.conv_weight, weights.conv_bias))
     bc = weights.n_groups * weights.state_size
     x, B, C = active.split([weights.inner, bc, bc], dim=-1)
     x = x.unflatten(-1, (weights.heads, weights.head_dim))
     B, C = (v.unflatten(-1, (weights.n_groups, weights.state_size)) for v in (B, C))
-    return MambaTrace(xBC, x, dt, log_decay, B), C
+    return MambaStepInputs(xBC, x, dt, log_decay, B), C
 
 
 def gate_and_norm(y: Tensor, x: Tensor, z: Tensor, weights: MambaWeights) -> Tensor:
@@ -160,9 +161,9 @@ def gated_group_norm(y: Tensor, z: Tensor, weight: Tensor, groups: int, eps: flo
     return (normed * weight.to(acc)).to(z.dtype)
 
 
-def _folded(window: Tensor, state: Tensor, trace: MambaTrace, accepted: Tensor) -> tuple[Tensor, Tensor]:
-    counted = (torch.arange(trace.dt.shape[1], device=accepted.device) < accepted[:, None])[..., None]
-    ssm = advance(trace.x, trace.dt * counted, trace.log_decay * counted, trace.B, state)
-    inputs = torch.cat([window, trace.xBC.to(window.dtype)], dim=1)
+def _updated(window: Tensor, state: Tensor, inputs: MambaStepInputs, accepted: Tensor) -> tuple[Tensor, Tensor]:
+    counted = (torch.arange(inputs.dt.shape[1], device=accepted.device) < accepted[:, None])[..., None]
+    ssm = advance(inputs.x, inputs.dt * counted, inputs.log_decay * counted, inputs.B, state)
+    conv_inputs = torch.cat([window, inputs.xBC.to(window.dtype)], dim=1)
     columns = accepted[:, None] + torch.arange(window.shape[1], device=accepted.device)
-    return inputs.gather(1, columns[..., None].expand(-1, -1, inputs.shape[2])), ssm
+    return conv_inputs.gather(1, columns[..., None].expand(-1, -1, conv_inputs.shape[2])), ssm

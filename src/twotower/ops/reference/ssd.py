@@ -4,7 +4,7 @@
     y_i = C_i·h_i
 
 A block of L tokens is one chunk: three matrix products, no loop over tokens. Longer sequences are cut into
-chunks whose states are combined by one more small product. `ssd_sequential` is the slow twin.
+chunks whose states are combined by one more small product. `ssd_sequential` is the slow reference.
 
 Shapes: x (B, L, H, P); dt (B, L, H) and log_decay = dt·A ≤ 0 (B, L, H), both 0 at padding (the state passes
 through unchanged); B, C (B, L, G, N), head h reads group h // (H/G); states (B, H, P, N). Everything is computed
@@ -96,7 +96,7 @@ def states_before(added: Tensor, totals: Tensor, state: Tensor | None, fresh: Te
 def ssd_sequential(
     x: Tensor, dt: Tensor, log_decay: Tensor, B: Tensor, C: Tensor, state: Tensor | None
 ) -> tuple[Tensor, Tensor]:
-    """Slow twin: the recurrence as written above, token by token → y and the final state."""
+    """Slow reference: the recurrence as written above, token by token → y and the final state."""
     rows, length, heads, width = x.shape
     B, C = (v.repeat_interleave(heads // v.shape[2], 2) for v in (B, C))
     h = x.new_zeros(rows, heads, width, B.shape[-1]) if state is None else state

@@ -1,4 +1,4 @@
-"""Triton kernel of `ops.reference.argmax.choose`: one pass over the logits of a position, one program each.
+"""Triton kernel of `ops.reference.argmax.argmax`: one pass over the logits of a position, one program each.
 
 Bytes of a position at V = 131072 in bf16: 256 KiB read, 12 written. Import this only where a kernel is to run.
 """
@@ -15,8 +15,8 @@ from twotower.ops.triton.launch import device_of
 LANES = 4096  # ids a program looks at together; each lane keeps its own running maximum and sum
 
 
-def choose(logits: Tensor, excluded: Tensor | None = None) -> tuple[Tensor, Tensor]:
-    """As `twotower.ops.reference.argmax.choose`."""
+def argmax(logits: Tensor, excluded: Tensor | None = None) -> tuple[Tensor, Tensor]:
+    """As `twotower.ops.reference.argmax.argmax`."""
     rows, length, size = logits.shape
     if excluded is None:
         excluded = torch.full((rows,), -1, device=logits.device)
@@ -26,7 +26,7 @@ def choose(logits: Tensor, excluded: Tensor | None = None) -> tuple[Tensor, Tens
         logits = logits if logits.stride(2) == 1 else logits.contiguous()
         lanes = min(LANES, max(16, triton.next_power_of_2(size)))
         with device_of(logits):
-            _choose_kernel[(rows * length,)](
+            _argmax_kernel[(rows * length,)](
                 logits,
                 excluded.contiguous(),
                 tokens,
@@ -42,7 +42,7 @@ def choose(logits: Tensor, excluded: Tensor | None = None) -> tuple[Tensor, Tens
 
 
 @triton.jit
-def _choose_kernel(
+def _argmax_kernel(
     logits,
     excluded,
     tokens,

@@ -21,7 +21,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from twotower.ops.reference import attention as twin
+from twotower.ops.reference import attention as reference
 from twotower.ops.reference.attention import Cached
 from twotower.ops.triton.launch import MAX_HEAD, device_of, tile_of
 
@@ -67,7 +67,7 @@ def attention(
     """As `twotower.ops.reference.attention.attention`, without gradients."""
     rows, length, all_heads, width = q.shape
     if tile_of(width) > MAX_HEAD:
-        return twin.attention(q, k, v, valid, causal, cached)
+        return reference.attention(q, k, v, valid, causal, cached)
     heads = k.shape[2]
     out = q.new_empty(q.shape)
     if not out.numel():

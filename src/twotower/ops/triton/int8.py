@@ -13,7 +13,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from twotower.ops.reference import int8 as twin
+from twotower.ops.reference import int8 as reference
 from twotower.ops.triton.gemm import OUTS, in_pairs, launch_of, most_rows, product
 from twotower.ops.triton.launch import dense_from, device_of, tile_of
 
@@ -29,7 +29,7 @@ def linear_int8(x: Tensor, q: Tensor, scale: Tensor, bias: Tensor | None = None)
     """As `twotower.ops.reference.int8.linear`, without gradients."""
     width, out = x.shape[-1], len(scale)
     if not 0 < x.numel() <= MOST_TOKENS * width or not out:
-        return twin.linear(x, q, scale, bias)
+        return reference.linear(x, q, scale, bias)
     flat = dense_from(x.reshape(-1, width), 1)
     tokens = len(flat)
     rows = min(most_rows(x.dtype), tile_of(tokens))

@@ -18,7 +18,7 @@ MAX_TOKEN = 16384  # width of a token that a norm holds in the registers of 16 w
 
 
 def too_large(length: int, width: int, size: int) -> bool:
-    """Whether a block of `length` tokens, or a head of width P with a state of size N, is left to the torch twin."""
+    """Whether the reference must run: a block of `length` tokens or a state (width P, size N) exceeds one program."""
     return length > MAX_LENGTH or tile_of(width) * tile_of(size) > MAX_STATE
 
 
@@ -42,7 +42,7 @@ def dense_from(tensor: Tensor, dim: int) -> Tensor:
     return tensor if tensor.is_contiguous() or tensor[(0,) * dim].is_contiguous() else tensor.contiguous()
 
 
-def refusal(device: torch.device, dtype: torch.dtype) -> str | None:
+def triton_unsupported_reason(device: torch.device, dtype: torch.dtype) -> str | None:
     """Why Triton kernels do not run here, or None. TRITON_INTERPRET=1 runs them on a CPU: slow, for tests."""
     chosen = options.current()
     if not chosen.triton:

@@ -6,7 +6,7 @@ depend on shapes alone, so passes can be captured. Import this only where a kern
 
 Bytes moved for one row of the 30B shapes (H 64, P 64, N 128, G 8, K 4, bf16), L = 16: the state 2 MiB read once,
 z | xBC | dt 322 KiB read, mixed 128 KiB written, and 256 KiB of fp32 in between, written and read back by the same
-program (cache). The trace, where it is wanted: 520 KiB written.
+program (cache). The inputs, where it is wanted: 520 KiB written.
 """
 
 from __future__ import annotations
@@ -16,8 +16,8 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from twotower.ops.reference import mamba_block as twin
-from twotower.ops.reference.mamba_block import MambaTrace, MambaWeights, empty_trace
+from twotower.ops.reference import mamba_block as reference
+from twotower.ops.reference.mamba_block import MambaStepInputs, MambaWeights, empty_step_inputs
 from twotower.ops.triton.launch import dense_from, device_of, precision, tile_of, too_large
 
 
@@ -27,12 +27,12 @@ def mamba_block(
     window: Tensor | None,
     state: Tensor | None,
     weights: MambaWeights,
-    trace: bool = True,
-) -> tuple[Tensor, MambaTrace | None]:
+    keep_inputs: bool = True,
+) -> tuple[Tensor, MambaStepInputs | None]:
     """As `twotower.ops.reference.mamba_block.mamba_block`, without gradients."""
     rows, length = projected.shape[:2]
     if too_large(length, weights.head_dim, weights.state_size) or not rows * length:
-        return twin.mamba_block(projected, valid, window, state, weights, trace)
+        return reference.mamba_block(projected, valid, window, state, weights, keep_inputs)
     projected = dense_from(projected, 2)
     window = None if window is None else dense_from(window, 1)
     state = None if state is None else dense_from(state, 1)
@@ -40,10 +40,10 @@ def mamba_block(
     # The norm needs a whole group: its heads wait here, wide, until the last of them is known.
     gated = mixed if mixed.dtype == torch.float32 else torch.empty_like(mixed, dtype=torch.float32)
     kept = None
-    if trace:
+    if keep_inputs:
         xBC = projected[..., weights.inner : weights.inner + weights.conv_dim]  # without padding it stays where it is
         xBC = xBC if valid is None else torch.empty_like(xBC, memory_format=torch.contiguous_format)
-        kept = empty_trace(xBC, weights.heads, weights.head_dim, weights.n_groups, weights.state_size)
+        kept = empty_step_inputs(xBC, weights.heads, weights.head_dim, weights.n_groups, weights.state_size)
     tile = 1 if length == 1 else tile_of(length)
     with device_of(projected):
         _block_kernel[(rows, weights.n_groups)](
@@ -71,7 +71,7 @@ def mamba_block(
             HAS_WINDOW=window is not None,
             HAS_STATE=state is not None,
             HAS_BIAS=weights.conv_bias is not None,
-            TRACE=trace,
+            KEEP_INPUTS=keep_inputs,
             HEADS=weights.heads,
             GROUPS=weights.n_groups,
             WIDTH=weights.head_dim,
@@ -112,7 +112,7 @@ def _activated(
     window,
     conv_weight,
     conv_bias,
-    trace_xBC,
+    kept_xBC,
     token_stride,
     length,
     tokens,
@@ -121,7 +121,7 @@ def _activated(
     HAS_VALID: tl.constexpr,
     HAS_WINDOW: tl.constexpr,
     HAS_BIAS: tl.constexpr,
-    TRACE: tl.constexpr,
+    KEEP_INPUTS: tl.constexpr,
     CONV_DIM: tl.constexpr,
     TAPS: tl.constexpr,
 ):
@@ -141,8 +141,8 @@ def _activated(
             at = window + (source[:, None] + (TAPS - 1)) * CONV_DIM + channels[None, :]
             seen = tl.load(at, mask=(source < 0)[:, None] & live[None, :], other=0.0)
             tile = tl.where((source < 0)[:, None], seen.to(tile.dtype), tile)
-        if TRACE and HAS_VALID and k == TAPS - 1:
-            at = trace_xBC + tokens[:, None] * CONV_DIM + channels[None, :]
+        if KEEP_INPUTS and HAS_VALID and k == TAPS - 1:
+            at = kept_xBC + tokens[:, None] * CONV_DIM + channels[None, :]
             tl.store(at, tile, mask=(tokens < length)[:, None] & live[None, :])
         tap = tl.load(conv_weight + channels * TAPS + k, mask=live, other=0.0).to(tl.float32)
         total += tile.to(tl.float32) * tap[None, :]
@@ -165,11 +165,11 @@ def _block_kernel(
     norm_weight,
     gated,
     mixed,
-    trace_xBC,
-    trace_x,
-    trace_dt,
-    trace_decay,
-    trace_B,
+    kept_xBC,
+    kept_x,
+    kept_dt,
+    kept_decay,
+    kept_B,
     row_stride,
     token_stride,
     window_stride,
@@ -182,7 +182,7 @@ def _block_kernel(
     HAS_WINDOW: tl.constexpr,
     HAS_STATE: tl.constexpr,
     HAS_BIAS: tl.constexpr,
-    TRACE: tl.constexpr,
+    KEEP_INPUTS: tl.constexpr,
     HEADS: tl.constexpr,
     GROUPS: tl.constexpr,
     WIDTH: tl.constexpr,
@@ -210,13 +210,13 @@ def _block_kernel(
         window += row * window_stride
     if HAS_STATE:
         state += row * state_stride
-    if TRACE:
-        trace_x += first * INNER
-        trace_dt += first * HEADS
-        trace_decay += first * HEADS
-        trace_B += first * GROUPS * SIZE
+    if KEEP_INPUTS:
+        kept_x += first * INNER
+        kept_dt += first * HEADS
+        kept_decay += first * HEADS
+        kept_B += first * GROUPS * SIZE
         if HAS_VALID:
-            trace_xBC += first * CONV_DIM
+            kept_xBC += first * CONV_DIM
 
     tokens = tl.arange(0, TOKENS)
     here = tokens < length
@@ -231,17 +231,17 @@ def _block_kernel(
     channels = INNER + group * SIZE + n
     # fmt: off
     B = _activated(
-        xBC, valid, window, conv_weight, conv_bias, trace_xBC, token_stride, length, tokens, channels, of_state,
-        HAS_VALID, HAS_WINDOW, HAS_BIAS, TRACE, CONV_DIM, TAPS,
+        xBC, valid, window, conv_weight, conv_bias, kept_xBC, token_stride, length, tokens, channels, of_state,
+        HAS_VALID, HAS_WINDOW, HAS_BIAS, KEEP_INPUTS, CONV_DIM, TAPS,
     )
     channels += GROUPS * SIZE
     C = _activated(
-        xBC, valid, window, conv_weight, conv_bias, trace_xBC, token_stride, length, tokens, channels, of_state,
-        HAS_VALID, HAS_WINDOW, HAS_BIAS, TRACE, CONV_DIM, TAPS,
+        xBC, valid, window, conv_weight, conv_bias, kept_xBC, token_stride, length, tokens, channels, of_state,
+        HAS_VALID, HAS_WINDOW, HAS_BIAS, KEEP_INPUTS, CONV_DIM, TAPS,
     )
     # fmt: on
-    if TRACE:
-        of_group = trace_B + tokens[:, None] * (GROUPS * SIZE) + group * SIZE + n[None, :]
+    if KEEP_INPUTS:
+        of_group = kept_B + tokens[:, None] * (GROUPS * SIZE) + group * SIZE + n[None, :]
         tl.store(of_group, B, mask=here[:, None] & of_state[None, :])
     if TOKENS == 1:  # noqa: SIM108  a constexpr branch: the other side is not compiled
         scores = tl.sum(C * B, axis=1)[:, None]
@@ -260,14 +260,14 @@ def _block_kernel(
         log_decay = dt * -tl.exp(tl.load(A_log + head).to(tl.float32))
         # fmt: off
         x = _activated(
-            xBC, valid, window, conv_weight, conv_bias, trace_xBC, token_stride, length, tokens, columns, of_head,
-            HAS_VALID, HAS_WINDOW, HAS_BIAS, TRACE, CONV_DIM, TAPS,
+            xBC, valid, window, conv_weight, conv_bias, kept_xBC, token_stride, length, tokens, columns, of_head,
+            HAS_VALID, HAS_WINDOW, HAS_BIAS, KEEP_INPUTS, CONV_DIM, TAPS,
         )
         # fmt: on
-        if TRACE:
-            tl.store(trace_x + tokens[:, None] * INNER + columns[None, :], x, mask=exists)
-            tl.store(trace_dt + tokens * HEADS + head, dt, mask=here)
-            tl.store(trace_decay + tokens * HEADS + head, log_decay, mask=here)
+        if KEEP_INPUTS:
+            tl.store(kept_x + tokens[:, None] * INNER + columns[None, :], x, mask=exists)
+            tl.store(kept_dt + tokens * HEADS + head, dt, mask=here)
+            tl.store(kept_decay + tokens * HEADS + head, log_decay, mask=here)
         if TOKENS == 1:
             decay = log_decay
             y = scores * dt[:, None] * x

@@ -12,7 +12,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from twotower.ops.reference import norm as twin
+from twotower.ops.reference import norm as reference
 from twotower.ops.reference.norm import Order
 from twotower.ops.triton.launch import MAX_TOKEN, dense_from, device_of, tile_of
 
@@ -24,7 +24,7 @@ def rms_norm(
     rows, length, width = x.shape
     tile = tile_of(width)
     if tile > MAX_TOKEN:
-        return twin.rms_norm(x, weight, eps, modulation, order)
+        return reference.rms_norm(x, weight, eps, modulation, order)
     out = torch.empty(x.shape, dtype=weight.dtype, device=x.device)
     if not out.numel():
         return out

@@ -158,7 +158,7 @@ def _choice_kernel(
         for _ in range(KEPT):
             left = tl.where(group == _first(left, expert, COUNT) // SIZE, -float("inf"), left)
         kept = left != worth
-        biased = tl.where(real & (kept == 0), 0.0, biased)  # 0, not −∞: the twin's rule
+        biased = tl.where(real & (kept == 0), 0.0, biased)  # 0, not −∞: the reference's rule
 
     slot = tl.arange(0, TOP_TILE)
     ids = tl.zeros([TOP_TILE], dtype=tl.int32)

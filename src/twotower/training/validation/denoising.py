@@ -15,7 +15,7 @@ from twotower.errors import ArgumentError
 from twotower.model.linear import Linear
 from twotower.model.packed_forward import Layout, read_layer
 from twotower.modeling_twotower import TwoTowerForCausalLM
-from twotower.ops.precision import widened
+from twotower.ops.precision import upcast
 from twotower.training.data.batch import Batch
 from twotower.training.fsdp import World, sharded
 from twotower.training.layer_pair import PairedLayer
@@ -182,7 +182,7 @@ def _score(head: Linear, hidden: Tensor, tokens: Tensor, barred: int | None = No
     """hidden (N, H), tokens (N,) → −ln p (N,) in nats, and the likeliest token (N,) other than `barred`."""
     parts = []
     for part, true in in_pieces(head, hidden, tokens):
-        logits = widened(head(part))
+        logits = upcast(head(part))
         nll = F.cross_entropy(logits, true, reduction="none")
         if barred is not None:
             logits[:, barred] = -torch.inf

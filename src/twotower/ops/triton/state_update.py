@@ -1,4 +1,4 @@
-"""Triton kernel of `fold`: one program a row and head, and some a row for the convolution window.
+"""Triton kernel of `state_update`: one program a row and head, and some a row for the convolution window.
 
 Bytes moved for one row of the 30B shapes that accepts all of L = 16: the state 2 MiB read and 2 MiB written; of the
 trace x 256 KiB, B 64 KiB, dt and log_decay 8 KiB; window and its new inputs 36 KiB read, 36 KiB written. Import this
@@ -11,37 +11,37 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from twotower.ops.reference import mamba_block as twin
-from twotower.ops.reference.mamba_block import MambaTrace
+from twotower.ops.reference import mamba_block as reference
+from twotower.ops.reference.mamba_block import MambaStepInputs
 from twotower.ops.triton.launch import dense_from, device_of, precision, tile_of, too_large
 
 WINDOW_CHANNELS = 256  # of the convolution window, a program
 
 
-def fold(
-    conv_window: Tensor, ssm_state: Tensor, trace: MambaTrace, accepted: Tensor, rows: Tensor | None = None
+def state_update(
+    conv_window: Tensor, ssm_state: Tensor, inputs: MambaStepInputs, accepted: Tensor, rows: Tensor | None = None
 ) -> tuple[Tensor, Tensor]:
-    """As `twotower.ops.reference.mamba_block.fold`, always in place. Rows that accept nothing cost nothing."""
-    batch, length, heads = trace.dt.shape
+    """As `twotower.ops.reference.mamba_block.state_update`, always in place. Rows that accept nothing cost nothing."""
+    batch, length, heads = inputs.dt.shape
     taps, channels = conv_window.shape[1] + 1, conv_window.shape[2]
     if not batch * length:
         return conv_window, ssm_state
     if too_large(length, *ssm_state.shape[2:]):
-        new = twin.fold(conv_window, ssm_state, trace, accepted, rows)
+        new = reference.state_update(conv_window, ssm_state, inputs, accepted, rows)
         return (conv_window.copy_(new[0]), ssm_state.copy_(new[1])) if rows is None else new
     assert conv_window.is_contiguous(), "a pool is contiguous"
     assert ssm_state.is_contiguous(), "a pool is contiguous"
-    xBC, x, B = (dense_from(v, 2) for v in (trace.xBC, trace.x, trace.B))
+    xBC, x, B = (dense_from(v, 2) for v in (inputs.xBC, inputs.x, inputs.B))
     width, size = ssm_state.shape[2:]
     grid = (batch, heads + (triton.cdiv(channels, WINDOW_CHANNELS) if taps > 1 else 0))
     with device_of(ssm_state):
-        _fold_kernel[grid](
+        _state_update_kernel[grid](
             conv_window,
             ssm_state,
             xBC,
             x,
-            trace.dt.contiguous(),
-            trace.log_decay.contiguous(),
+            inputs.dt.contiguous(),
+            inputs.log_decay.contiguous(),
             B,
             accepted.contiguous(),
             None if rows is None else rows.contiguous(),
@@ -49,7 +49,7 @@ def fold(
             length,
             HAS_ROWS=rows is not None,
             HEADS=heads,
-            GROUPS=trace.B.shape[2],
+            GROUPS=inputs.B.shape[2],
             WIDTH=width,
             SIZE=size,
             TAPS=taps,
@@ -66,7 +66,7 @@ def fold(
 
 
 @triton.jit
-def _fold_state(
+def _update_state(
     state,
     x,
     dt,
@@ -106,7 +106,7 @@ def _fold_state(
 
 
 @triton.jit
-def _fold_window(
+def _update_window(
     window, xBC, xBC_token, channels, count, TAPS: tl.constexpr, CHANNELS: tl.constexpr, TAPS_TILE: tl.constexpr
 ):
     """The last K − 1 of [window ; the first `count` inputs], some channels of a row."""
@@ -124,7 +124,7 @@ def _fold_window(
 
 
 @triton.jit
-def _fold_kernel(
+def _state_update_kernel(
     conv_window,
     ssm_state,
     xBC,
@@ -165,7 +165,7 @@ def _fold_kernel(
     if count > 0:
         if part < HEADS:
             of_head = row * length * HEADS + part
-            _fold_state(
+            _update_state(
                 ssm_state + (slot * HEADS + part) * (WIDTH * SIZE),
                 x + row * x_row + part * WIDTH,
                 dt + of_head,
@@ -183,7 +183,7 @@ def _fold_kernel(
                 PRECISION,
             )
         else:
-            _fold_window(
+            _update_window(
                 conv_window + slot * ((TAPS - 1) * CHANNELS),
                 xBC + row * xBC_row,
                 xBC_token,
