@@ -35,7 +35,7 @@ from rich.table import Table
 
 from twotower import TwoTowerForCausalLM
 from twotower.config import BackboneConfig
-from twotower.evaluation.machine import machine, surroundings
+from twotower.evaluation.machine import device_facts, machine_facts
 from twotower.plotting import BLUE, DPI, GREEN, GREY, ORANGE, drawing
 
 LENGTHS = (1024, 2048, 4096, 8192, 16384, 32768)
@@ -176,7 +176,7 @@ def time_of_passes(
     model = model_for(path, config, quick, dtype=dtype, device=device)
     rates = roofline.measure(model.device, model.dtype, quick=quick)
     found = measure(model, rates, lengths=lengths, repeats=repeats)
-    name, where = name_of(path, config, quick), machine(model)
+    name, where = name_of(path, config, quick), machine_facts(model)
     facts = {"model": name, "machine": where, "block_size": BLOCK} | found
     if output is not None:
         draw(found, f"{name}, {dtype}, {where['threads']} threads", output)
@@ -213,7 +213,7 @@ def memory_of_texts(
         found["loads"] = memory.loads(
             path or Path(directory), cases, device=device, dtype=dtype, threads=threads, prompt=prompt, rounds=rounds
         )
-    where = surroundings(torch.device(device), getattr(torch, dtype))
+    where = device_facts(torch.device(device), getattr(torch, dtype))
     facts = {"model": name_of(path, config, quick), "machine": where, "prompt": prompt, "block_size": BLOCK} | found
     publish("context memory", facts, memory_tables(found), as_json)
 

@@ -44,7 +44,7 @@ from common.timing import synchronize  # noqa: E402
 
 from twotower import GenerationParams, TwoTowerForCausalLM, bundled_model, generate, model_loading  # noqa: E402
 from twotower.checkpoint.quantize import quantize_  # noqa: E402
-from twotower.evaluation.machine import surroundings  # noqa: E402
+from twotower.evaluation.machine import device_facts  # noqa: E402
 from twotower.evaluation.speed import few_shot_prompts  # noqa: E402
 from twotower.ops import self_check, self_check_cases  # noqa: E402
 from twotower.ops.registry import REGISTRY, Backend, report  # noqa: E402
@@ -501,7 +501,7 @@ def main(device: str, dtype: str, minutes: float, out: Path, parts: str, tiny: b
         raise click.BadParameter("no CUDA device here; --device cpu --tiny tries the script out", param_hint="--device")
     torch.manual_seed(0)
     setting = Setting(torch.device(device), getattr(torch, dtype), tiny)
-    facts = {"benchmark": "gpu", "machine": surroundings(setting.device, setting.dtype), "tiny": tiny}
+    facts = {"benchmark": "gpu", "machine": device_facts(setting.device, setting.dtype), "tiny": tiny}
     found = Report(out, facts)
     for name in parts.split(","):
         left = 60 * minutes - (time.perf_counter() - started)

@@ -40,7 +40,7 @@ from rich.console import RenderableType
 from rich.table import Table
 
 from twotower import TwoTowerForCausalLM, model_loading
-from twotower.evaluation.machine import described, machine, surroundings
+from twotower.evaluation.machine import device_facts, machine_facts, machine_summary
 from twotower.ops.precision import multiplies_bf16_fast
 
 # --- passes beside their floors -------------------------------------------------------------------------------------
@@ -164,7 +164,7 @@ def measure(
     """All of it, of one model."""
     if rates is None:
         rates = roofline.measure(model.device, model.dtype, quick=quick)
-    found: dict[str, Any] = {"machine": machine(model), "context": context, "rates": asdict(rates)}
+    found: dict[str, Any] = {"machine": machine_facts(model), "context": context, "rates": asdict(rates)}
     found |= costs(model, rates, context=context, repeats=repeats, naive=naive)
     found["diffusion"] = diffusion_against_ar(model, context=context, tokens=tokens, rounds=rounds, per_pass=per_pass)
     for row in found["diffusion"]:
@@ -177,7 +177,7 @@ def measure(
 def tables(found: dict[str, Any]) -> Iterator[RenderableType]:
     """Of one dtype."""
     rates = roofline.Rates(**found["rates"])
-    title = f"{described(found['machine'])}: {roofline.described(rates)}"
+    title = f"{machine_summary(found['machine'])}: {roofline.described(rates)}"
     table = Table("pass", "ms", "floor, ms", "× floor", "AR steps", "reads", "experts a layer", title=title)
     for name, one in found["passes"].items():
         table.add_row(
@@ -214,7 +214,7 @@ def rates_and_floors(config: Path | None, device: str, dtype: str, context: int,
     rates = roofline.measure(where, what, quick=quick)
     works = roofline.passes_of(config_of(config or MIDSIZE).backbone, what, context)
     return {
-        "machine": surroundings(where, what), "model": str(config or MIDSIZE.name), "rates": asdict(rates),
+        "machine": device_facts(where, what), "model": str(config or MIDSIZE.name), "rates": asdict(rates),
         "work": {name: asdict(one) for name, one in works.items()},
         "floors": {name: roofline.of(one, rates) for name, one in works.items()},
     }  # fmt: skip

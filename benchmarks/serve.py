@@ -33,7 +33,7 @@ from common.timing import percentile
 from rich.table import Table
 
 from twotower import LLM, Generation, GenerationParams, Request, model_loading
-from twotower.evaluation.machine import machine
+from twotower.evaluation.machine import machine_facts
 from twotower.evaluation.speed import few_shot_prompts
 
 CONTEXT = 128  # tokens of a prompt
@@ -186,7 +186,7 @@ async def measure(
     finally:
         await server.stop()
     return {
-        "machine": machine(model), "dtype": dtype, "measured": measured, "busy_at_the_end": busy,
+        "machine": machine_facts(model), "dtype": dtype, "measured": measured, "busy_at_the_end": busy,
         "exit_code": server.process.returncode,
     }  # fmt: skip
 

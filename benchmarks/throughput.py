@@ -38,10 +38,10 @@ from rich.console import RenderableType
 from rich.table import Table
 
 from twotower import LLM, Generation, GenerationParams, Request, TwoTowerForCausalLM, bundled_model, model_loading
-from twotower.evaluation.machine import machine
+from twotower.evaluation.machine import machine_facts
 from twotower.evaluation.running import generate_all
 from twotower.evaluation.speed import few_shot_prompts
-from twotower.evaluation.tasks import problems
+from twotower.evaluation.tasks import make_problems
 
 AT_ONCE = (1, 2, 4, 8, 16, 32, 64)
 NOISE = 24  # random tokens of a prompt
@@ -155,7 +155,7 @@ def kinds(model: TwoTowerForCausalLM, texts: int) -> dict[str, tuple[list[list[i
     """Prompts and temperature of each kind of text."""
     rng = random.Random(0)
     noise = [[rng.randrange(4, model.config.vocab_size) for _ in range(NOISE)] for _ in range(texts)]
-    solved = [model.tokenizer(problem.prompt)["input_ids"] for problem in problems("test", texts, 0)]
+    solved = [model.tokenizer(problem.prompt)["input_ids"] for problem in make_problems("test", texts, 0)]
     return {"noise, temperature 1.5": (noise, 1.5), "noise, greedy": (noise, 0.0), "suite, greedy": (solved, 0.0)}
 
 
@@ -238,7 +238,7 @@ def requests_at_once(
         model, at_once=at_once, modes=chosen, texts=texts, context=context, tokens=tokens, rounds=rounds,
         progress=lambda text: print(text, file=sys.stderr),
     )  # fmt: skip
-    facts = {"model": model_loading.name_of(source), "machine": machine(model)} | found
+    facts = {"model": model_loading.name_of(source), "machine": machine_facts(model)} | found
     publish("throughput requests", facts, tables(found), as_json)
 
 
@@ -260,7 +260,7 @@ def worst_case_of_drafting(
         texts, tokens, rounds = 1, 24, 1
     model = TwoTowerForCausalLM.from_pretrained(path or bundled_model(), dtype=dtype)
     found = list(worst_case(model, texts, tokens, rounds))
-    facts = {"machine": machine(model), "texts": texts, "tokens": tokens, "measured": found}
+    facts = {"machine": machine_facts(model), "texts": texts, "tokens": tokens, "measured": found}
     publish("throughput worst-case", facts, [table_of_worst_case(found, texts)], as_json)
 
 

@@ -30,7 +30,7 @@ from common.timing import Run, interleaved
 from rich.table import Table
 
 from twotower.config import BackboneConfig, TwoTowerConfig
-from twotower.evaluation.machine import surroundings
+from twotower.evaluation.machine import device_facts
 from twotower.modeling_twotower import TwoTowerForCausalLM
 from twotower.recipes.bundled import SHAPE
 from twotower.training import fsdp
@@ -181,7 +181,7 @@ def step_costs(
         )
         for name, shape in chosen.items()
     ]  # fmt: skip
-    facts = {"machine": surroundings(world.device, compute), "block_size": BLOCK, "results": results}
+    facts = {"machine": device_facts(world.device, compute), "block_size": BLOCK, "results": results}
     publish("train step", facts, [table_of_steps(results)], as_json)
     fsdp.stop()
 

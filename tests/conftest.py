@@ -16,7 +16,7 @@ from command import Result
 from torch import nn
 
 from twotower import TwoTowerConfig, TwoTowerForCausalLM
-from twotower.cli.main import run
+from twotower.cli.main import run_cli
 from twotower.model.conditioning import TimeConditioning
 from twotower.model.linear import Linear
 from twotower.model.mamba2 import Mamba2
@@ -145,7 +145,7 @@ def cli(capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch) -> 
     def call(*args: str | Path, stdin: bytes = b"") -> Result:
         monkeypatch.setattr(sys, "stdin", io.TextIOWrapper(io.BytesIO(stdin)))
         capsys.readouterr()
-        code = run([str(arg) for arg in args])
+        code = run_cli([str(arg) for arg in args])
         return Result(code, *capsys.readouterr())
 
     return call

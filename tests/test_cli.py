@@ -22,7 +22,7 @@ from transformers import PreTrainedTokenizerFast
 
 from twotower import TwoTowerForCausalLM, bundled_model
 from twotower.cli.generate import generate as generate_command
-from twotower.cli.trace import drawing, title
+from twotower.cli.pass_picture import drawing, title
 from twotower.cli.watch import Frame, Screen, Silent, TokenNames, Watcher, colour, running_text
 from twotower.decoding.params import GenerationParams
 from twotower.ops.precision import multiplies_bf16_fast
@@ -66,7 +66,7 @@ def python(code: str) -> str:
 def test_help_is_quick() -> None:
     def seconds() -> float:
         started = time.perf_counter()
-        python("from twotower.cli.main import run; run(['--help'])")
+        python("from twotower.cli.main import run_cli; run_cli(['--help'])")
         return time.perf_counter() - started
 
     assert min(seconds() for _ in range(3)) < 1.0
@@ -74,13 +74,14 @@ def test_help_is_quick() -> None:
 
 @pytest.mark.parametrize("args", [["--help"], ["generate", "--help"], ["info", "--help"], ["demo", "--help"]])
 def test_help_imports_nothing_heavy(args: list[str]) -> None:
-    code = f"import sys; from twotower.cli.main import run; run({args}); print(*sorted(sys.modules))"
+    code = f"import sys; from twotower.cli.main import run_cli; run_cli({args}); print(*sorted(sys.modules))"
     loaded = python(code).splitlines()[-1].split()
     assert not {"torch", "transformers", "numpy", "rich.console"} & set(loaded)
 
 
 def test_a_mistake_in_an_option_is_told_without_heavy_imports() -> None:
-    code = "import sys; from twotower.cli.main import run; print(run(['x', '--mode', 'foo']), 'torch' in sys.modules)"
+    code = "import sys; from twotower.cli.main import run_cli; code = run_cli(['x', '--mode', 'foo']); "
+    code += "print(code, 'torch' in sys.modules)"
     assert python(code) == "2 False\n"
 
 

@@ -28,7 +28,7 @@ from conftest import build_random_model
 from safetensors.torch import load_file
 from transformers import PreTrainedTokenizerFast
 
-from twotower.cli.main import run
+from twotower.cli.main import run_cli
 from twotower.training.data import train_tokenizer
 
 VOCABULARY = 301  # odd, as are the widths below: no part of it can be shared evenly by two processes
@@ -146,7 +146,7 @@ def given() -> Given:
 def uninterrupted(verb: str, *more: str) -> Path:
     """The directory of a run of one process, which later tests compare theirs with and leave as it is."""
     output = folder() / "-".join([verb, *more]).replace("/", "_")
-    assert run(getattr(given(), verb)(output, *more)) == 0
+    assert run_cli(getattr(given(), verb)(output, *more)) == 0
     return output
 
 
@@ -259,4 +259,4 @@ def _be_rank(args: list[str], rank: int, size: int, port: int, said: str, file_l
     torch.set_num_threads(1)
     if file_limit is not None:
         resource.setrlimit(resource.RLIMIT_FSIZE, (file_limit, file_limit))
-    sys.exit(run(args))
+    sys.exit(run_cli(args))

@@ -19,7 +19,7 @@ from twotower.config import TwoTowerConfig
 from twotower.decoding.presets import parse_setting
 from twotower.evaluation.accuracy import evaluate
 from twotower.evaluation.held_out import read_documents
-from twotower.evaluation.tasks import problems, write_jsonl
+from twotower.evaluation.tasks import make_problems, write_jsonl
 from twotower.evaluation.tasks.scoring import OVERALL
 from twotower.model.tower import Tower
 from twotower.modeling_twotower import TwoTowerForCausalLM
@@ -131,7 +131,7 @@ def generate(material: Material, variation: Variation, whole: dict[str, Tensor])
         model.time = None
     model.tokenizer = material.tokenizer
     size = min(variation.block_size, 16)
-    asked = problems("test", 180, seed=11, difficulties=(1,))
+    asked = make_problems("test", 180, seed=11, difficulties=(1,))
     ar, found = evaluate(model.eval(), [parse_setting(f"diffusion:0.8,block_size={size}")], asked, likelihood=False)
     return {
         "tokens_per_pass": found.tokens[OVERALL] / found.denoiser_passes[OVERALL],
@@ -144,7 +144,7 @@ def prepare(data: Path, out: Path, steps: int, world: fsdp.World) -> Material:
     """Text, tokenizer and backbone, made once."""
     suite, tokens, saved = out / "suite.jsonl", out / "tokenizer.json", out / "backbone.pt"
     if not suite.exists():
-        write_jsonl(suite, problems("train", 60_000, seed=1, difficulties=(1,)))
+        write_jsonl(suite, make_problems("train", 60_000, seed=1, difficulties=(1,)))
     if not tokens.exists():
         lines = [json.loads(line) for line in suite.read_text().splitlines()[:20_000]]
         texts = [line["prompt"] + line["text"] for line in lines]

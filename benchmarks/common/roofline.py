@@ -227,6 +227,6 @@ def passes_of(config: BackboneConfig, dtype: torch.dtype, context: int, block_si
     }
 
 
-def described(rates: Rates) -> str:
+def machine_summary(rates: Rates) -> str:
     """In one line."""
     return f"reads {rates.bytes_per_second / 1e9:.1f} GB/s, multiplies {rates.operations_per_second / 1e9:.0f} GFLOP/s"

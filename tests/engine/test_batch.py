@@ -21,7 +21,7 @@ from twotower.engine.generation import generate
 from twotower.engine.jobs import engine_for, finished, read_lines, run_job
 from twotower.engine.llm import LLM
 from twotower.errors import ArgumentError
-from twotower.evaluation.tasks import problems
+from twotower.evaluation.tasks import make_problems
 
 pytestmark = pytest.mark.skipif(not bundled_model().is_dir(), reason="there is no bundled model in this checkout")
 
@@ -46,7 +46,7 @@ def asked(folder: Path, *lines: dict[str, Any] | str) -> Path:
 
 
 def some(count: int) -> list[dict[str, Any]]:
-    return [{"prompt": problem.prompt, "id": f"p{i}"} for i, problem in enumerate(problems("test", count, 0))]
+    return [{"prompt": problem.prompt, "id": f"p{i}"} for i, problem in enumerate(make_problems("test", count, 0))]
 
 
 def said(path: Path) -> list[dict[str, Any]]:

@@ -24,7 +24,7 @@ from twotower.decoding.sampling import AR_TOKEN, noise
 from twotower.engine.generation import generate, stream
 from twotower.errors import ArgumentError
 from twotower.evaluation.held_out import cut_dialogue, read_documents
-from twotower.evaluation.tasks import problems
+from twotower.evaluation.tasks import make_problems
 
 SAMPLINGS: dict[str, dict[str, Any]] = {
     "greedy": {},
@@ -351,7 +351,7 @@ def full_prompts(count: int) -> list[str]:
     dialogues = read_documents(GOLDEN / "dialogues" / "held_out.jsonl")
     rng = random.Random(0)
     cut = [cut_dialogue(rng.choice(dialogues), rng) for _ in range(count // 2)]
-    return cut + [problem.prompt for problem in problems("test", count - len(cut), 5)]
+    return cut + [problem.prompt for problem in make_problems("test", count - len(cut), 5)]
 
 
 def lead(model: TwoTowerForCausalLM, text: list[int], a: int, b: int, seed: int, temperature: float) -> float:

@@ -28,7 +28,7 @@ def model() -> TwoTowerForCausalLM:
 def test_every_setting_at_every_size_beside_ar(model: TwoTowerForCausalLM) -> None:
     told: list[str] = []
     settings = [parse_setting(text) for text in ("diffusion:0.5", "verified:draft_steps=1", "ar")]
-    found = measuring.bench(
+    found = measuring.measure_speed(
         model, settings, batch_sizes=(1, 3), contexts=(20, 40), new_tokens=12, batches=2, rounds=2,
         ignore_eos=True, progress=told.append,
     )  # fmt: skip
@@ -62,10 +62,10 @@ def test_tokens_after_the_end_are_not_counted() -> None:
     texts = [[5, 6, 7], [8, 9, 10]]
     setting = parse_setting("ar")
     shared = {"max_new_tokens": 20, "seed": 0}
-    whole = measuring.one_round(model, texts, 2, setting, shared)
+    whole = measuring.run_round(model, texts, 2, setting, shared)
     assert whole.tokens == 40
     (first, _) = generate(model, texts, setting.params(**shared))
-    cut = measuring.one_round(model, texts, 2, setting, shared | {"eos_token_id": first.tokens[4]})
+    cut = measuring.run_round(model, texts, 2, setting, shared | {"eos_token_id": first.tokens[4]})
     assert cut.tokens < 40
     passes = measuring.pass_seconds(model, texts, 2, setting, shared)
     assert passes["context"] > 0

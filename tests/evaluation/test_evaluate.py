@@ -18,8 +18,8 @@ from twotower.decoding.presets import parse_setting
 from twotower.engine import Request
 from twotower.engine.generation import generate
 from twotower.errors import ArgumentError
-from twotower.evaluation.accuracy import chosen_problems, evaluate
-from twotower.evaluation.comparison import Paired, compare
+from twotower.evaluation.accuracy import chosen_problems, measure_accuracy
+from twotower.evaluation.comparison import PairedComparison, compare
 from twotower.evaluation.running import generate_all
 from twotower.evaluation.tasks import FAMILIES
 
@@ -96,7 +96,7 @@ def test_requests_of_all_kinds_get_what_they_would_get_alone() -> None:
 
 def test_pairs_are_counted() -> None:
     pair = compare([True, True, True, False, False], [True, False, False, True, False])
-    assert pair == Paired(count=5, both=1, lost=2, gained=1)
+    assert pair == PairedComparison(count=5, both=1, lost=2, gained=1)
     assert pair.difference == pytest.approx(-0.2)
     assert pair.kept[0] == pytest.approx(2 / 3)
     low, high = pair.interval
@@ -121,7 +121,7 @@ def test_the_interval_covers_the_true_difference() -> None:
         for _ in range(1500):
             draws = [rng.random() for _ in range(count)]
             a, b = sum(d < lost for d in draws), sum(lost <= d < lost + gained for d in draws)
-            low, high = Paired(count, count - a - b, a, b).interval
+            low, high = PairedComparison(count, count - a - b, a, b).interval
             covered += low <= gained - lost <= high
         assert 0.93 <= covered / 1500 <= 0.985
 
@@ -142,7 +142,7 @@ def test_lossless_decoding_keeps_all_of_ar() -> None:
     model = TwoTowerForCausalLM.from_pretrained(bundled_model(), dtype="float64")
     problems = chosen_problems(("sorting", "recall"), 3, (1,), seed=0)
     settings = [parse_setting(text) for text in ("ar", "verified:draft_steps=1", "diffusion:0.5")]
-    ar, verified, diffusion = evaluate(model, settings, problems, max_new_tokens=24, rows=4)
+    ar, verified, diffusion = measure_accuracy(model, settings, problems, max_new_tokens=24, rows=4)
     assert (ar.setting, verified.setting, diffusion.setting) == ("ar", "verified:draft_steps=1", "diffusion:0.5")
     assert ar.accuracy == verified.accuracy
     assert ar.nll == pytest.approx(verified.nll, abs=1e-9)

@@ -30,7 +30,7 @@ def test_the_context_tower_scores_what_a_plain_forward_says(monkeypatch: pytest.
     pairs = pairs_of(12)
     given, last = pairs[0]
     pairs += [(given, [*last[:-1], other]) for other in (7, 8, 9)]  # one question, several answers
-    monkeypatch.setattr(likelihood, "COLUMNS", 96)  # several batches
+    monkeypatch.setattr(likelihood, "MAX_BATCH_TOKENS", 96)  # several batches
     told: list[int] = []
     found = continuation_likelihood(model, pairs, told.append)
     assert told[-1] == len(pairs)
@@ -101,7 +101,7 @@ def test_many_pairs_at_once_are_each_alone(monkeypatch: pytest.MonkeyPatch) -> N
     wants = [p.requires_grad for p in model.parameters()]
     told: list[int] = []
     together = continuation_bound(model, pairs, block_size=4, samples=3, progress=told.append)
-    monkeypatch.setattr(likelihood, "COLUMNS", 1)  # a row a batch
+    monkeypatch.setattr(likelihood, "MAX_BATCH_TOKENS", 1)  # a row a batch
     assert continuation_bound(model, pairs, block_size=4, samples=3) == pytest.approx(together, abs=1e-9)
     assert told[-1] == 6
     assert [p.requires_grad for p in model.parameters()] == wants

@@ -13,9 +13,19 @@ from typing import Any
 import pytest
 
 from twotower.errors import ArgumentError
-from twotower.evaluation.tasks import FAMILIES, LEVELS, Problem, accuracy, problems, score, stream, wilson, write_jsonl
+from twotower.evaluation.tasks import (
+    FAMILIES,
+    LEVELS,
+    Problem,
+    accuracy,
+    make_problems,
+    score,
+    stream_problems,
+    wilson,
+    write_jsonl,
+)
 from twotower.evaluation.tasks.__main__ import run_suite
-from twotower.evaluation.tasks.problems import TEST_SHARE, side
+from twotower.evaluation.tasks.problem_sets import TEST_SHARE, split_of
 
 GOLDEN = "ddbed5e55c4a7cc3eb59ad934c21a41daf15d5ccbc58c10ae3288e414bd59d7d"
 
@@ -131,7 +141,7 @@ def approximate_tokens(text: str) -> int:
 @pytest.mark.parametrize("difficulty", LEVELS)
 @pytest.mark.parametrize("family", FAMILIES)
 def test_answers_are_right_and_of_bounded_length(family: str, difficulty: int) -> None:
-    for problem in problems("train", 150, 5, [family], [difficulty]):
+    for problem in make_problems("train", 150, 5, [family], [difficulty]):
         assert (problem.family, problem.difficulty) == (family, difficulty)
         assert problem.answer == " " + SOLVERS[family](problem.prompt), problem
         assert problem.text.isascii()
@@ -145,25 +155,25 @@ def test_every_family_has_a_solver() -> None:
 
 
 def test_the_same_problems_on_every_machine() -> None:
-    lines = [problem.line() for split in ("train", "test") for problem in problems(split, 50, 1)]  # type: ignore[arg-type]
+    lines = [problem.line() for split in ("train", "test") for problem in make_problems(split, 50, 1)]  # type: ignore[arg-type]
     assert hashlib.sha256("\n".join(lines).encode()).hexdigest() == GOLDEN
 
 
 @pytest.mark.parametrize("split", ["train", "test"])
 def test_any_slice_can_be_made_alone(split: Any) -> None:
-    whole = problems(split, 60, 3)
-    assert problems(split, 25, 3) == whole[:25]
-    assert list(itertools.islice(stream(split, 3, start=40), 20)) == whole[40:]
-    assert problems(split, 60, 4) != whole
+    whole = make_problems(split, 60, 3)
+    assert make_problems(split, 25, 3) == whole[:25]
+    assert list(itertools.islice(stream_problems(split, 3, start=40), 20)) == whole[40:]
+    assert make_problems(split, 60, 4) != whole
     assert {(p.family, p.difficulty) for p in whole[:18]} == set(itertools.product(FAMILIES, (1, 2, 3)))
 
 
 def test_train_and_test_never_meet() -> None:
-    train = {" ".join(p.prompt.split()) for p in problems("train", 20_000, 1)}
-    test = [" ".join(p.prompt.split()) for p in problems("test", 2_000, 1)]
+    train = {" ".join(p.prompt.split()) for p in make_problems("train", 20_000, 1)}
+    test = [" ".join(p.prompt.split()) for p in make_problems("test", 2_000, 1)]
     assert len(set(test)) == len(test)
     assert train.isdisjoint(test)
-    assert all(side(f"  {prompt.replace(' ', '   ')}\n") == "test" for prompt in test[:100])
+    assert all(split_of(f"  {prompt.replace(' ', '   ')}\n") == "test" for prompt in test[:100])
 
 
 @pytest.mark.parametrize("family", FAMILIES)
@@ -177,12 +187,12 @@ def test_each_family_has_at_least_100_000_problems_at_its_easiest(family: str) -
 
 def test_asking_for_more_than_there_are(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setitem(FAMILIES, "toy", lambda rng, difficulty: (f"{int(rng.random() * 100)} =>", " x"))
-    count = sum(side(f"{n} =>") == "test" for n in range(100))
+    count = sum(split_of(f"{n} =>") == "test" for n in range(100))
     assert 0 < count < 100 // TEST_SHARE * 3
-    assert len(problems("test", count, 1, ["toy"], [1])) == count
+    assert len(make_problems("test", count, 1, ["toy"], [1])) == count
     with pytest.raises(ArgumentError, match=f"toy at difficulty 1 has no unused test problem left after {count}"):
-        problems("test", count + 1, 1, ["toy"], [1])
-    assert len(problems("train", 300, 1, ["toy"], [1])) == 300  # training problems may repeat
+        make_problems("test", count + 1, 1, ["toy"], [1])
+    assert len(make_problems("train", 300, 1, ["toy"], [1])) == 300  # training problems may repeat
 
 
 @pytest.mark.parametrize(
@@ -198,9 +208,9 @@ def test_asking_for_more_than_there_are(monkeypatch: pytest.MonkeyPatch) -> None
 )
 def test_bad_arguments(arguments: dict[str, Any], message: str) -> None:
     with pytest.raises(ArgumentError, match=message):
-        problems(**{"split": "train", "count": 1, "seed": 1, **arguments})
+        make_problems(**{"split": "train", "count": 1, "seed": 1, **arguments})
     with pytest.raises(ArgumentError, match="start is -1"):
-        stream("train", 1, start=-1)
+        stream_problems("train", 1, start=-1)
 
 
 def test_wilson_interval() -> None:
@@ -212,7 +222,7 @@ def test_wilson_interval() -> None:
 
 
 def test_scores_are_exact_matches_by_family() -> None:
-    asked = problems("test", 40, 2, ["sorting", "recall"])
+    asked = make_problems("test", 40, 2, ["sorting", "recall"])
     answers = [f"{p.answer}\n" if p.family == "recall" else f"{p.answer} 0" for p in asked]
     answers[0] = asked[0].answer.strip()
     table = score(asked, answers)
@@ -231,7 +241,7 @@ def test_scores_are_exact_matches_by_family() -> None:
 
 
 def test_files_and_command_line(tmp_path: Any, capsys: pytest.CaptureFixture[str]) -> None:
-    made = problems("test", 5, 9, ["edits"], [2, 4])
+    made = make_problems("test", 5, 9, ["edits"], [2, 4])
     write_jsonl(tmp_path / "a", made)
     options = ["--split=test", "--count=5", "--seed=9", "--family=edits", "--difficulty=2", "--difficulty=4"]
     assert run_suite([*options, "-o", str(tmp_path / "b")]) == 0

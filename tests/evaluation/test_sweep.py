@@ -1,4 +1,4 @@
-"""`twotower report`: the sweep goes on where it stopped, the front is a front, table and picture say what was found."""
+"""`twotower report`: continues where it stopped, its Pareto front is one, table and picture say what was found."""
 
 from __future__ import annotations
 
@@ -14,8 +14,8 @@ from twotower import TwoTowerForCausalLM
 from twotower.decoding.presets import parse_setting
 from twotower.errors import ArgumentError
 from twotower.evaluation import sweep as module
-from twotower.evaluation.report import draw, markdown
-from twotower.evaluation.sweep import Point, fingerprint, front, grid, sweep
+from twotower.evaluation.report import draw_report, report_markdown
+from twotower.evaluation.sweep import Point, fingerprint, grid, pareto_front, sweep_settings
 
 
 def point(setting: str, kept: float, passes: float, times: float) -> Point:
@@ -34,7 +34,7 @@ POINTS = [
 
 
 def test_the_front_is_what_nothing_beats_in_both() -> None:
-    best = front(POINTS, lambda p: p.times_ar)
+    best = pareto_front(POINTS, lambda p: p.times_ar)
     assert [p.setting for p in best] == [
         "verified:draft_steps=1", "verified:draft_steps=1,acceptance=0.2", "diffusion:threshold=0.8",
         "diffusion:threshold=0.5",
@@ -56,14 +56,14 @@ def test_settings_that_differ_in_a_knob_are_one_series() -> None:
 
 
 def test_the_table_is_the_papers(tmp_path: Path) -> None:
-    text = markdown(POINTS, ["measured on a slate"])
+    text = report_markdown(POINTS, ["measured on a slate"])
     head = next(line for line in text.splitlines() if line.startswith("| task"))
     assert head.split(" | ")[1:3] == ["AR", "`verified:draft_steps=1`"]
     assert "| sorting | 80.0 | 80.0 | 80.0 | 80.0 | 80.0 |" in text
     assert "| generation throughput | 1.0× | 1.40× | 1.80× | 1.90× | 3.10× |" in text
     assert "| `diffusion:threshold=0.8` | 97.0% | 95.0% to 99.0% | 3.00 | 1.90 |" in text
     assert text.rstrip().endswith("measured on a slate")
-    draw(POINTS, tmp_path / "report.png", "a title")
+    draw_report(POINTS, tmp_path / "report.png", "a title")
     assert (tmp_path / "report.png").read_bytes().startswith(b"\x89PNG")
 
 
@@ -81,11 +81,11 @@ def test_a_sweep_goes_on_where_it_stopped(tmp_path: Path, monkeypatch: pytest.Mo
         return requests, outputs
 
     monkeypatch.setattr(module, "answer", answer)
-    monkeypatch.setattr(module, "marks", lambda problems, outputs: [i % 2 == 0 for i in range(len(problems))])
+    monkeypatch.setattr(module, "answers_right", lambda problems, outputs: [i % 2 == 0 for i in range(len(problems))])
     file = tmp_path / "answers.jsonl"
 
     def again(**facts: object) -> list[Point]:
-        return sweep(model, settings, per_family=1, timed=1, kept_in=file, facts={"model": "m", **facts})
+        return sweep_settings(model, settings, per_family=1, timed=1, kept_in=file, facts={"model": "m", **facts})
 
     with pytest.raises(KeyboardInterrupt):
         again()
@@ -107,9 +107,9 @@ def test_a_sweep_goes_on_where_it_stopped(tmp_path: Path, monkeypatch: pytest.Mo
 
 def test_a_model_that_knows_no_answer_has_nothing_to_keep(monkeypatch: pytest.MonkeyPatch) -> None:
     model = TwoTowerForCausalLM.from_pretrained(module_model(), dtype="float32")
-    monkeypatch.setattr(module, "marks", lambda problems, outputs: [False] * len(problems))
+    monkeypatch.setattr(module, "answers_right", lambda problems, outputs: [False] * len(problems))
     with pytest.raises(ArgumentError, match="AR answers none of the 6 problems"):
-        sweep(model, [], per_family=1, timed=1)
+        sweep_settings(model, [], per_family=1, timed=1)
 
 
 def test_a_fingerprint_knows_both_towers() -> None:
@@ -130,7 +130,7 @@ def module_model() -> Path:
 def test_the_verb_writes_picture_and_table(
     cli: Callable[..., Result], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(module, "marks", lambda problems, outputs: [True] * len(problems))
+    monkeypatch.setattr(module, "answers_right", lambda problems, outputs: [True] * len(problems))
     monkeypatch.setattr(module, "answer", partial(module.answer, max_new_tokens=8))
     out = tmp_path / "new" / "report"
     options = ("-n", "1", "--timed", "1", "--difficulty", "1", "-o", str(out), "--dtype", "float32")

@@ -13,7 +13,7 @@ from serving import Served, events_of, serving, texts_of
 
 from twotower import TwoTowerForCausalLM, bundled_model
 from twotower.evaluation.lm_eval.model import TwoTowerLM
-from twotower.evaluation.tasks.problems import problems
+from twotower.evaluation.tasks.problem_sets import make_problems
 
 # What both tasks have in common: documents from a file, prompts as they are.
 TASK: dict[str, Any] = {
@@ -58,7 +58,7 @@ def evaluated(lm: Any, task: dict[str, Any], folder: Path) -> list[dict[str, Any
     from lm_eval.evaluator import simple_evaluate
     from lm_eval.tasks import TaskManager
 
-    asked = problems("test", 12, 3, difficulties=(1,))
+    asked = make_problems("test", 12, 3, difficulties=(1,))
     lines = [
         {"question": problem.prompt, "answer": problem.answer, "choices": [problem.answer, " 7", " none"]}
         for problem in asked

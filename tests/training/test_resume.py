@@ -12,7 +12,7 @@ from pathlib import Path
 import pytest
 import tiny_run
 import torch
-from tiny_run import checkpoints, column, launch, log_text, model_bytes, run, uninterrupted
+from tiny_run import checkpoints, column, launch, log_text, model_bytes, run_cli, uninterrupted
 
 from twotower.training import checkpoints as saving
 from twotower.training import fsdp
@@ -76,7 +76,7 @@ def test_a_run_killed_three_times_ends_as_one_that_was_not(tmp_path: Path) -> No
 def test_the_command_of_a_finished_run_does_nothing_new(copy: Path, capfd: pytest.CaptureFixture) -> None:
     """Killed just before its end, it writes the model; given once more, it writes it again."""
     for _ in range(2):
-        assert run(tiny_run.given().train(copy)) == 0
+        assert run_cli(tiny_run.given().train(copy)) == 0
         assert f"continuing after step {STEPS}" in capfd.readouterr().err
         assert_same_end(copy, uninterrupted("train"))
 
@@ -126,7 +126,7 @@ def test_a_damaged_checkpoint_costs_one_interval(
 ) -> None:
     folder = copy / "checkpoints" / "step-00000022"
     why = damage(folder)
-    assert run(tiny_run.given().train(copy)) == 0
+    assert run_cli(tiny_run.given().train(copy)) == 0
     said = capfd.readouterr().err.splitlines()
     assert said[:2] == [f"{folder}: passed over, {why}", "continuing after step 20"]
     assert_same_end(copy, uninterrupted("train"))
@@ -144,7 +144,7 @@ def test_other_damage_is_found(damage: Callable[[Path], str], copy: Path, world:
 def test_without_a_whole_checkpoint_a_run_starts_over(copy: Path, capfd: pytest.CaptureFixture) -> None:
     for name in checkpoints(copy):
         flip(copy / "checkpoints" / name)
-    assert run(tiny_run.given().train(copy)) == 0
+    assert run_cli(tiny_run.given().train(copy)) == 0
     said = capfd.readouterr().err.splitlines()
     assert [line.partition(": ")[2] for line in said[:3]] == [
         "passed over, __0_0.distcp is damaged",
@@ -195,7 +195,7 @@ def test_a_full_disk_loses_nothing(tmp_path: Path) -> None:
     assert errors[0].startswith(f"Error: {failed}: the checkpoint could not be written (")
     assert f"); the last good one is {kept}; make room and give the same command again" in errors[0]
     assert checkpoints(output) == [kept.name]
-    assert run(args) == 0
+    assert run_cli(args) == 0
     assert_same_end(output, uninterrupted("train"))
 
 
@@ -240,7 +240,7 @@ def test_other_settings_are_refused(
 ) -> None:
     output = uninterrupted("train")
     before = log_text(output), model_bytes(output)
-    assert run(tiny_run.given().train(output, *change)) == 2
+    assert run_cli(tiny_run.given().train(output, *change)) == 2
     assert capfd.readouterr().err == (
         f"Error: {output} holds a run with {name} {was}, and this command says {now}; continue it with the same "
         "command, or give another directory\n"
@@ -251,7 +251,7 @@ def test_other_settings_are_refused(
 def test_settings_that_compute_nothing_may_change(copy: Path) -> None:
     (copy / "checkpoints" / "step-00000022" / "manifest.json").unlink()
     more = ["--checkpoint-every", "1", "--threads", "1", "--tensorboard"]
-    assert run(tiny_run.given().train(copy, *more)) == 0
+    assert run_cli(tiny_run.given().train(copy, *more)) == 0
     assert_same_end(copy, uninterrupted("train"))
 
 
@@ -270,7 +270,7 @@ def test_a_run_without_a_checkpoint_may_begin_anew(tmp_path: Path) -> None:
     output, short = tmp_path / "run", ("--stages", "32:3", "--held-out", "0", "--checkpoint-every", "3")
     stop = launch(tiny_run.given().train(output, "--rate", "0.5"), tmp_path / "said")
     assert stop.kill_when(lambda: steps_logged(output) >= 2)
-    assert run(tiny_run.given().train(output, *short)) == 0
+    assert run_cli(tiny_run.given().train(output, *short)) == 0
     assert column(output, "step").tolist() == [1, 2, 3]
     assert column(output, "rate").max() == 1e-3
     assert json.loads((output / "settings.json").read_text())["rate"] == 1e-3

@@ -7,7 +7,7 @@ import tarfile
 from pathlib import Path
 
 import pytest
-from tiny_run import log, run
+from tiny_run import log, run_cli
 
 COMMAND = (
     "train model --data data.jsonl -o run --stages 16:4,8:6 --rows 2 --row-length 32 --rate 1e-2 --warmup 2 "
@@ -27,7 +27,7 @@ def test_a_run_of_an_earlier_version_goes_on(
     with tarfile.open(golden / f"step-{REACHED}.tar.xz") as archive:
         archive.extractall(tmp_path, filter="data")
     monkeypatch.chdir(tmp_path)
-    assert run(COMMAND.split()) == 0
+    assert run_cli(COMMAND.split()) == 0
     assert capfd.readouterr().err.startswith(f"continuing after step {REACHED}\n")
     records = log(tmp_path / "run")
     assert [record["step"] for record in records] == list(range(1, STEPS + 1))

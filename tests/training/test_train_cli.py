@@ -18,7 +18,7 @@ from tiny_run import (
     launch,
     log_text,
     model_bytes,
-    run,
+    run_cli,
     texts,
     uninterrupted,
     weights,
@@ -34,7 +34,7 @@ Spoil = Callable[[Path], Sequence[str]]  # folder for what is needed → options
 def complaint(args: Sequence[str], capfd: pytest.CaptureFixture) -> str:
     """What a command says that fails: one line, without a traceback, and nothing on stdout."""
     capfd.readouterr()
-    assert run(list(args)) == 2
+    assert run_cli(list(args)) == 2
     captured = capfd.readouterr()
     assert captured.out == ""
     lines = captured.err.splitlines()
@@ -231,7 +231,7 @@ def test_a_corrected_command_works_in_the_same_directory(tmp_path: Path, capfd: 
         folder = tmp_path / mistake
         folder.mkdir()
         complaint(train_args(output, FOR_TRAIN[mistake][0](folder)), capfd)
-    assert run(tiny_run.given().train(output)) == 0
+    assert run_cli(tiny_run.given().train(output)) == 0
     captured = capfd.readouterr()
     assert captured.out == f"{output / 'model'}\n"
     assert captured.err.splitlines()[-1].startswith(f"next: twotower generate --model {output / 'model'}")
@@ -316,8 +316,8 @@ def test_a_tokenizer_of_a_wrong_command_is_not_kept(tmp_path: Path, capfd: pytes
     said = complaint(pretrain_args(output, too_large, own_tokenizer=True), capfd)
     assert said == f"vocab_size is {VOCABULARY + 1}, but the backbone's is {VOCABULARY}; give one no larger"
     short = ["--steps", "2", "--held-out", "0"]
-    assert run(pretrain_args(output, short, own_tokenizer=True)) == 0
-    assert run(pretrain_args(tmp_path / "fresh", short, own_tokenizer=True)) == 0
+    assert run_cli(pretrain_args(output, short, own_tokenizer=True)) == 0
+    assert run_cli(pretrain_args(tmp_path / "fresh", short, own_tokenizer=True)) == 0
     assert model_bytes(output) == model_bytes(tmp_path / "fresh")
     assert "xyzzy" not in (output / "tokenizer.json").read_text()
     assert read(output / "model").model.config.vocab_size == VOCABULARY
@@ -327,7 +327,7 @@ def test_another_config_under_the_same_name_is_refused(tmp_path: Path, capfd: py
     config = tmp_path / "config.json"
     config.write_text(json.dumps(GOOD))
     args = pretrain_args(tmp_path / "run", ["--config", str(config), "--steps", "2", "--held-out", "0"])
-    assert run(args) == 0
+    assert run_cli(args) == 0
     config.write_text(json.dumps(GOOD | {"hidden_size": 35}))
     assert "holds a run with config.hidden_size 33, and this command says 35" in complaint(args, capfd)
 
@@ -344,7 +344,7 @@ def test_rows_that_two_processes_cannot_share(tmp_path: Path) -> None:
 
 @pytest.mark.parametrize("verb", ["train", "pretrain"])
 def test_help_is_quick_to_read(verb: str, capfd: pytest.CaptureFixture) -> None:
-    assert run([verb, "--help"]) == 0
+    assert run_cli([verb, "--help"]) == 0
     shown = capfd.readouterr().out
     for option in ("--data", "--rows", "--row-length", "--checkpoint-every", "--recompute", "-o, --output RUN"):
         assert option in shown

@@ -12,7 +12,7 @@ from pathlib import Path
 import pytest
 import tiny_run
 import torch
-from tiny_run import checkpoints, column, log, run, texts, two_towers, uninterrupted, weights, write_data
+from tiny_run import checkpoints, column, log, run_cli, texts, two_towers, uninterrupted, weights, write_data
 from torch import nn
 
 from twotower import TwoTowerForCausalLM
@@ -143,11 +143,11 @@ def test_tensorboard_reads_the_curves(tmp_path: Path) -> None:
 
     args = tiny_run.given().train(tmp_path, *LITTLE, "--validate-every", "4", "--held-out", "0.05", "--tensorboard")
     args += ["--checkpoint-every", "5"]
-    assert run(args) == 0
+    assert run_cli(args) == 0
     newest = saving.newest(tmp_path / "checkpoints", 8)
     assert newest is not None
     (newest / "manifest.json").unlink()
-    assert run(args) == 0
+    assert run_cli(args) == 0
     curves = EventAccumulator(str(tmp_path / "tensorboard"))
     curves.Reload()
     assert {"train/loss", "train/norm", "train/rate", "validation/masked_nll"} <= set(curves.Tags()["scalars"])
@@ -178,7 +178,7 @@ def test_the_trained_checkpoint_loads_and_has_its_tokenizer() -> None:
 
 
 def test_a_tied_network_is_both_towers(tmp_path: Path) -> None:
-    assert run(tiny_run.given().train(tmp_path, *LITTLE, "--tie", "--ar-weight", "0.5")) == 0
+    assert run_cli(tiny_run.given().train(tmp_path, *LITTLE, "--tie", "--ar-weight", "0.5")) == 0
     before, after = weights(tiny_run.given().model), weights(tmp_path)
     assert before.keys() == after.keys()
     for name, tensor in after.items():
@@ -189,7 +189,7 @@ def test_a_tied_network_is_both_towers(tmp_path: Path) -> None:
 
 
 def test_a_trained_context_learns_too(tmp_path: Path) -> None:
-    assert run(tiny_run.given().train(tmp_path, *LITTLE, "--train-context", "--ar-weight", "0.5")) == 0
+    assert run_cli(tiny_run.given().train(tmp_path, *LITTLE, "--train-context", "--ar-weight", "0.5")) == 0
     before, after = weights(tiny_run.given().model), weights(tmp_path)
     assert [name for name in before if before[name].equal(after[name])] == []
     assert column(tmp_path, "loss")[-1] < column(tmp_path, "loss")[0]
@@ -199,7 +199,7 @@ def test_bfloat16_learns_and_keeps_the_dtype_of_the_checkpoint(tmp_path: Path) -
     """Its small steps are not lost: the weights that train are fp32 until the end."""
     source = two_towers(tmp_path / "source", dtype=torch.bfloat16)
     args = tiny_run.given().train(tmp_path / "run", *LITTLE, "--dtype", "bfloat16", "--rate", "3e-3", model=source)
-    assert run(args) == 0
+    assert run_cli(args) == 0
     before, after = weights(source), weights(tmp_path / "run")
     for name, tensor in before.items():
         assert after[name].dtype == tensor.dtype, name
@@ -234,7 +234,7 @@ def test_a_loss_that_is_no_number_stops_the_run(tmp_path: Path, capfd: pytest.Ca
     )
     args[args.index("--data") + 1] = str(data)
     for _ in range(2):
-        assert run(args) == 2
+        assert run_cli(args) == 2
         last = capfd.readouterr().err.splitlines()[-1]
         kept = tmp_path / "run" / "checkpoints" / checkpoints(tmp_path / "run")[-1]
         step = len(log(tmp_path / "run")) + 1
@@ -254,7 +254,7 @@ def test_a_loss_that_is_no_number_at_once(tmp_path: Path, capfd: pytest.CaptureF
     with torch.no_grad():
         model.denoiser.norm_f.weight[0] = math.inf
     model.save_pretrained(source)
-    assert run(tiny_run.given().train(tmp_path / "run", *LITTLE, model=source)) == 2
+    assert run_cli(tiny_run.given().train(tmp_path / "run", *LITTLE, model=source)) == 2
     said = capfd.readouterr().err.splitlines()
     assert len(said) == 1
     assert said[0].startswith("Error: loss is nan at step 1; no checkpoint was written yet")

@@ -72,7 +72,10 @@ def test_two_processes_give_the_losses_of_one(verb: str, tmp_path: Path) -> None
 def test_passes_over_fewer_rows_change_nothing(tmp_path: Path) -> None:
     """Three rows and then one, in one process."""
     one = uninterrupted("train")
-    assert tiny_run.run(tiny_run.given().train(tmp_path / "run", "--micro-rows", "3", "--checkpoint-every", "100")) == 0
+    assert (
+        tiny_run.run_cli(tiny_run.given().train(tmp_path / "run", "--micro-rows", "3", "--checkpoint-every", "100"))
+        == 0
+    )
     report("micro-rows", one, tmp_path / "run")
     assert deviation(one, tmp_path / "run") < 1e-6
     assert difference(one, tmp_path / "run") < 1e-5
@@ -101,7 +104,7 @@ def test_every_variant_in_double_precision(more: tuple[str, ...], processes: int
     given: Given = tiny_run.given()
     source = two_towers(tmp_path / "source", dtype=torch.float64)
     one, many = tmp_path / "one", tmp_path / "many"
-    assert tiny_run.run(given.train(one, *EXACT, *more, model=source)) == 0
+    assert tiny_run.run_cli(given.train(one, *EXACT, *more, model=source)) == 0
     run_two(given.train(many, *EXACT, *more, *HARD, model=source), tmp_path / "said", processes)
     report(f"{processes} processes, {' '.join(more) or 'frozen'}", one, many)
     assert deviation(one, many) < 1e-9
@@ -112,7 +115,7 @@ def test_every_variant_in_double_precision(more: tuple[str, ...], processes: int
 @pytest.mark.parametrize("processes", [2, 4])
 def test_a_backbone_in_double_precision(processes: int, tmp_path: Path) -> None:
     one, many = tmp_path / "one", tmp_path / "many"
-    assert tiny_run.run(tiny_run.given().pretrain(one, *EXACT)) == 0
+    assert tiny_run.run_cli(tiny_run.given().pretrain(one, *EXACT)) == 0
     run_two(tiny_run.given().pretrain(many, *EXACT, *HARD), tmp_path / "said", processes)
     assert deviation(one, many) < 1e-9
     assert difference(one, many) < 1e-8
@@ -124,7 +127,7 @@ def test_other_stacks(pattern: str, tmp_path: Path) -> None:
     """A model whose context has layers that nothing reads, one without any state, a deep one."""
     source = two_towers(tmp_path / "source", pattern)
     one, two = tmp_path / "one", tmp_path / "two"
-    assert tiny_run.run(tiny_run.given().train(one, model=source)) == 0
+    assert tiny_run.run_cli(tiny_run.given().train(one, model=source)) == 0
     run_two(tiny_run.given().train(two, *HARD, model=source), tmp_path / "said")
     report(pattern, one, two)
     assert deviation(one, two) < 1e-5

@@ -9,7 +9,7 @@ import click
 
 from twotower import model_loading
 from twotower.cli import model_options as models
-from twotower.cli.terminal import passing_line
+from twotower.cli.terminal import status_line
 
 
 @click.command()
@@ -58,7 +58,7 @@ def batch(
     from twotower.engine.jobs import engine_for, finished, read_lines, run_job
 
     values = parse_setting(setting).values
-    loaded, source = models.opened(
+    loaded, source = models.load_text_model(
         model, "it cannot read prompts; put one there", dtype=dtype, quantization=quantization, threads=threads
     )
     shared: dict[str, object] = {"max_new_tokens": max_new_tokens, "eos_token_id": model_loading.eos_of(loaded)}
@@ -67,7 +67,7 @@ def batch(
     before = finished(out, lines)
     engine = engine_for(loaded, lines, rows, None if memory is None else int(memory * 2**30))
     started = time.perf_counter()
-    with passing_line() as tell:
+    with status_line() as tell:
 
         def progress(written: int, tokens: int) -> None:
             seconds = time.perf_counter() - started

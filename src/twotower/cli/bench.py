@@ -10,12 +10,12 @@ import click
 
 from twotower import model_loading
 from twotower.cli import model_options as models
-from twotower.cli.terminal import console_on, passing_line
+from twotower.cli.terminal import console_on, status_line
 
 if TYPE_CHECKING:
     from rich.table import Table
 
-    from twotower.evaluation.speed import Measured
+    from twotower.evaluation.speed import SpeedResult
     from twotower.evaluation.timed_towers import TowerName
 
 
@@ -71,15 +71,14 @@ def bench(
     """
     from twotower.decoding.presets import parse_setting
     from twotower.evaluation import speed as measuring
-    from twotower.evaluation.machine import described
-    from twotower.evaluation.machine import machine as machine_of
+    from twotower.evaluation.machine import machine_facts, machine_summary
 
     parsed = [parse_setting(text) for text in settings]
-    loaded, source = models.opened(
+    loaded, source = models.load_text_model(
         model, "there are no prompts; put one there", dtype=dtype, quantization=quantization, threads=threads
     )
-    with passing_line() as tell:
-        found = measuring.bench(
+    with status_line() as tell:
+        found = measuring.measure_speed(
             loaded,
             parsed,
             batch_sizes=batch_sizes,
@@ -90,16 +89,16 @@ def bench(
             ignore_eos=ignore_eos,
             progress=tell,
         )
-    machine = machine_of(loaded)
+    machine = machine_facts(loaded)
     if not as_json:
         console = console_on("stderr")
-        console.print(f"{model_loading.name_of(source)}, {described(machine)}")
+        console.print(f"{model_loading.name_of(source)}, {machine_summary(machine)}")
         for table in tables(found):
             console.print(table)
     click.echo(json.dumps({"model": str(source), "machine": machine, "measured": [one.to_dict() for one in found]}))
 
 
-def tables(found: list[Measured]) -> Iterator[Table]:
+def tables(found: list[SpeedResult]) -> Iterator[Table]:
     """One for each batch size and context length; a row a setting."""
     from rich import box
     from rich.table import Table
@@ -125,7 +124,7 @@ def tables(found: list[Measured]) -> Iterator[Table]:
         yield out
 
 
-def _cost(one: Measured, tower: TowerName) -> str:
+def _cost(one: SpeedResult, tower: TowerName) -> str:
     seconds = one.pass_seconds[tower]
     if one.setting == "ar" and seconds:
         return f"{1e3 * seconds:.1f} ms"

@@ -40,7 +40,7 @@ def demo(model: str | None, threads: int | None, as_json: bool) -> None:
 
     Greedy, one prompt, everything measured in this run.
     """
-    loaded, source = models.opened(model, "there is no text to show; take another model", threads=threads)
+    loaded, source = models.load_text_model(model, "there is no text to show; take another model", threads=threads)
     console = console_on("stdout")
     if not as_json:
         console.print(heading(source, loaded), end="\n\n", soft_wrap=not console.is_terminal)
@@ -99,18 +99,18 @@ def show(model: TwoTowerForCausalLM) -> None:
 def measure(model: TwoTowerForCausalLM) -> dict[str, Generation]:
     """Each mode's run of median speed. The modes take turns, so that a busy moment does not fall on one of them."""
     for mode in MODES:  # the first run of anything is slower
-        run(model, mode, 8)
+        generate_once(model, mode, 8)
     runs: dict[str, list[Generation]] = {mode: [] for mode in MODES}
     started = time.perf_counter()
     for done in range(ROUNDS):
         if done and (time.perf_counter() - started) * (done + 1) / done > SECONDS:
             break
         for mode in MODES:
-            runs[mode].append(run(model, mode))
+            runs[mode].append(generate_once(model, mode))
     return {mode: sorted(some, key=lambda one: one.tokens_per_second)[len(some) // 2] for mode, some in runs.items()}
 
 
-def run(model: TwoTowerForCausalLM, mode: str, new_tokens: int = NEW_TOKENS) -> Generation:
+def generate_once(model: TwoTowerForCausalLM, mode: str, new_tokens: int = NEW_TOKENS) -> Generation:
     """One run to its end."""
     result, arguments = None, parameters(model, mode)
     arguments["max_new_tokens"] = new_tokens

@@ -11,15 +11,15 @@ from click.core import ParameterSource
 
 from twotower import model_loading, options
 from twotower.cli import model_options as models
-from twotower.cli import tasks as published
-from twotower.cli.terminal import console_on, passing_line
+from twotower.cli import published_tasks
+from twotower.cli.terminal import console_on, status_line
 
 if TYPE_CHECKING:
     from rich.table import Table
 
     from twotower.decoding.presets import Setting
-    from twotower.evaluation.accuracy import Line
-    from twotower.evaluation.tasks.problems import Problem
+    from twotower.evaluation.accuracy import SettingAccuracy
+    from twotower.evaluation.tasks.problem_sets import Problem
     from twotower.modeling_twotower import TwoTowerForCausalLM
 
 OF_THE_SUITE = {"problems", "families", "difficulties", "seed", "max_new_tokens"}
@@ -88,15 +88,15 @@ def evaluate(
 
     _refuse(context, OF_THE_SUITE if tasks else OF_TASKS, "is the suite's" if tasks else "needs --task")
     if tasks:
-        published.need(tasks, data, run_code)
+        published_tasks.check_tasks(tasks, data, run_code)
     parsed = [parse_setting(text) for text in settings]
     chosen = [] if tasks else chosen_problems(families, problems, difficulties, seed)
-    loaded, source = models.opened(
+    loaded, source = models.load_text_model(
         model, "it cannot read problems; put one there", dtype=dtype, quantization=quantization, threads=threads
     )
     facts: dict[str, object] = {"model": str(source), **model_loading.placement(loaded)}
     if tasks:
-        scores = published.measure(
+        scores = published_tasks.measure_tasks(
             loaded,
             parsed,
             tasks,
@@ -107,7 +107,7 @@ def evaluate(
             rows=rows or ROWS["tasks"],
         )
         found = {"tasks": [score.to_dict() for score in scores]}
-        shown: tuple[Table, ...] = (published.table(scores),)
+        shown: tuple[Table, ...] = (published_tasks.task_table(scores),)
     else:
         lines = _measure_suite(loaded, parsed, chosen, max_new_tokens, rows or ROWS["suite"])
         facts |= {"problems": len(chosen), "seed": seed, "difficulties": list(difficulties)}
@@ -122,11 +122,11 @@ def evaluate(
 
 def _measure_suite(
     model: TwoTowerForCausalLM, settings: list[Setting], problems: list[Problem], max_new_tokens: int, rows: int
-) -> list[Line]:
-    from twotower.evaluation.accuracy import evaluate
+) -> list[SettingAccuracy]:
+    from twotower.evaluation.accuracy import measure_accuracy
 
-    with passing_line() as tell:
-        return evaluate(
+    with status_line() as tell:
+        return measure_accuracy(
             model,
             settings,
             problems,
@@ -144,7 +144,7 @@ def _refuse(context: click.Context, names: set[str], why: str) -> None:
             raise click.UsageError(f"{parameter.opts[-1]} {why}; leave it out")
 
 
-def tables(lines: list[Line]) -> tuple[Table, ...]:
+def tables(lines: list[SettingAccuracy]) -> tuple[Table, ...]:
     """What each setting costs and keeps, then its accuracy by family; a row a setting."""
     from rich import box
     from rich.table import Table

@@ -14,7 +14,7 @@ import click
 
 from twotower import model_loading
 from twotower.cli import model_options as models
-from twotower.cli import prompt as prompts
+from twotower.cli.prompt import read_prompt
 from twotower.decoding.modes import ASKABLE, BLOCK_MODES, MEANT_FOR
 from twotower.errors import ArgumentError
 from twotower.process import configure_process
@@ -120,11 +120,11 @@ def generate(ctx: click.Context, /, **options: Any) -> None:
     Text goes to stdout, everything else to stderr.
     """
     given = {name for name in options if ctx.get_parameter_source(name) is not click.core.ParameterSource.DEFAULT}
-    run(Request(given=frozenset(given), **options))
+    generate_text(GenerateOptions(given=frozenset(given), **options))
 
 
 @dataclass(frozen=True, kw_only=True)
-class Request:
+class GenerateOptions:
     """One command line, as click checked it. given: the names of the options that were on it."""
 
     given: frozenset[str]
@@ -188,70 +188,70 @@ class Request:
             yield from ((name, "at temperature 0") for name in SAMPLING_ONLY)
 
 
-def run(request: Request) -> None:
+def generate_text(options: GenerateOptions) -> None:
     """Everything `twotower generate` does.
 
     Raises:
         TwoTowerError: found as early as possible, before any weights are read where that can be.
     """
-    text = prompts.read(request.prompt, request.file)
-    for name, why in request.idle_options():
-        if name in request.given:
+    text = read_prompt(options.prompt, options.file)
+    for name, why in options.idle_options():
+        if name in options.given:
             click.echo(f"Warning: --{name.replace('_', '-')} has no effect {why}.", err=True)
-    if request.trace is not None and not request.trace.absolute().parent.is_dir():
-        raise ArgumentError(f"--trace {request.trace}: {request.trace.parent} is no directory; make it first")
-    if request.trace is not None:
-        from twotower.cli.trace import check_format
+    if options.trace is not None and not options.trace.absolute().parent.is_dir():
+        raise ArgumentError(f"--trace {options.trace}: {options.trace.parent} is no directory; make it first")
+    if options.trace is not None:
+        from twotower.cli.pass_picture import check_format
 
-        check_format(request.trace)
+        check_format(options.trace)
 
-    source = model_loading.source_of(request.model)
-    with models.note(f"loading {model_loading.name_of(source)} …"):
+    source = model_loading.source_of(options.model)
+    with models.status(f"loading {model_loading.name_of(source)} …"):
         from twotower.decoding.params import GenerationParams
 
         GenerationParams.of(
-            mode=request.mode, **request.parameters()
+            mode=options.mode, **options.parameters()
         )  # a bad argument is told before any weights are read
-        configure_process(request.threads)
+        configure_process(options.threads)
         model = model_loading.load_model(
             source,
-            towers="context" if request.mode == "ar" else "both",
-            dtype=request.dtype,
-            quantization=request.quantization,
-            context_device=request.context_device,
-            denoiser_device=request.denoiser_device,
+            towers="context" if options.mode == "ar" else "both",
+            dtype=options.dtype,
+            quantization=options.quantization,
+            context_device=options.context_device,
+            denoiser_device=options.denoiser_device,
         )
     model_loading.need_tokenizer(model, source, "it can neither read nor write text; put one there")
-    parameters = request.parameters()
+    parameters = options.parameters()
     parameters["eos_token_id"] = model_loading.eos_of(model)
     parameters["mask_token_id"] = model.config.mask_token
 
-    shown = request.mode in WATCHED and (request.watch or request.trace)
-    watcher = _watcher(model, text, request) if shown else None
-    result = _stream(model, text, request.mode, parameters, watcher, silent=request.as_json)
-    seed = parameters["seed"] if request.temperature > 0 else None
+    shown = options.mode in WATCHED and (options.watch or options.trace)
+    watcher = _watcher(model, text, options) if shown else None
+    result = _stream(model, text, options.mode, parameters, watcher, silent=options.as_json)
+    seed = parameters["seed"] if options.temperature > 0 else None
     assert seed is None or isinstance(seed, int)
-    if request.as_json:
+    if options.as_json:
         facts = {"prompt": text, "model": str(source), **model_loading.placement(model), "seed": seed}
         click.echo(json.dumps(facts | result.to_dict(), ensure_ascii=False))
     else:
         click.secho(statistics(result, seed), err=True, dim=True)
         if result.why:
             click.secho(f"chose {result.mode}: {result.why}", err=True, dim=True)
-    if watcher is not None and request.trace is not None:
-        from twotower.cli.trace import Trace, save_picture
+    if watcher is not None and options.trace is not None:
+        from twotower.cli.pass_picture import PassPicture, save_picture
 
         line = statistics(result, seed)
-        save_picture(request.trace, Trace(watcher.blocks, watcher.names, text, result.text, line))
+        save_picture(options.trace, PassPicture(watcher.blocks, watcher.names, text, result.text, line))
 
 
-def _watcher(model: TwoTowerForCausalLM, prompt: str, request: Request) -> Watcher:
+def _watcher(model: TwoTowerForCausalLM, prompt: str, options: GenerateOptions) -> Watcher:
     from twotower.cli.watch import Silent, Watcher, view_on
     from twotower.tokenizer import required
 
     # Where the text goes to a file, what was watched is all that is left on the terminal.
-    view = view_on("stderr", prompt, keep=not sys.stdout.isatty()) if request.watch else Silent()
-    return Watcher(required(model.tokenizer), model.config.mask_token, view, decided=int(request.mode == "verified"))
+    view = view_on("stderr", prompt, keep=not sys.stdout.isatty()) if options.watch else Silent()
+    return Watcher(required(model.tokenizer), model.config.mask_token, view, decided=int(options.mode == "verified"))
 
 
 def _stream(

@@ -16,7 +16,7 @@ from twotower.errors import CheckpointError, ConfigError
 if TYPE_CHECKING:
     from torch import nn
 
-    from twotower.cli.info_facts import Facts, ParameterCounts, StateSizes, Weights
+    from twotower.cli.info_facts import Facts, ParameterCounts, StateSizes, StoredWeights
     from twotower.config import TwoTowerConfig
     from twotower.modeling_twotower import TwoTowerForCausalLM
 
@@ -55,7 +55,7 @@ def describe(path: Path) -> Facts:
     Raises:
         ConfigError: nothing there, or a config no model can be built from.
     """
-    with models.note("reading …"):
+    with models.status("reading …"):
         import torch
 
         from twotower.checkpoint.pretrained import TOKENIZER_FILES
@@ -194,12 +194,12 @@ def _backends(model: TwoTowerForCausalLM, dtype: str) -> dict[str, list[dict[str
     return found
 
 
-def _weights(directory: Path, model: TwoTowerForCausalLM) -> Weights:
+def _weights(directory: Path, model: TwoTowerForCausalLM) -> StoredWeights:
     """What lies on disk, and whether it passes the check that loading makes."""
     from twotower.checkpoint import names, reader
     from twotower.checkpoint.writer import INDEX_FILE, SINGLE_FILE
 
-    nothing: Weights = {"present": False, "files": [], "dtypes": {}, "problem": None}
+    nothing: StoredWeights = {"present": False, "files": [], "dtypes": {}, "problem": None}
     if not any((directory / name).exists() for name in (INDEX_FILE, SINGLE_FILE)):
         return nothing
     try:

@@ -38,7 +38,7 @@ class WeightFile(TypedDict):
     tensors: int
 
 
-class Weights(TypedDict):
+class StoredWeights(TypedDict):
     """What lies on disk. problem: why the weights cannot be loaded."""
 
     present: bool
@@ -60,5 +60,5 @@ class Facts(TypedDict):
     memory: dict[str, dict[str, int]]
     state: StateSizes
     backends: dict[str, list[dict[str, str]]]
-    weights: Weights
+    weights: StoredWeights
     tokenizer: list[str]

@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING
 import click
 
 if TYPE_CHECKING:
-    from twotower.cli.info_facts import Facts, ParameterCounts, StateSizes, Weights
+    from twotower.cli.info_facts import Facts, ParameterCounts, StateSizes, StoredWeights
 
 _INDENT = 12
 _WIDTH = 100
@@ -104,7 +104,7 @@ def _state(state: StateSizes) -> Iterator[str]:
     yield f"{size_of(state['full_context'])} for one text that fills the context; two devices keep a copy each"
 
 
-def _weights(weights: Weights) -> Iterator[str]:
+def _weights(weights: StoredWeights) -> Iterator[str]:
     if not weights["present"]:
         yield "none: a config without weights"
         return

@@ -50,7 +50,7 @@ def init(
     conditioning as the identity: the new denoiser computes what the backbone does until it is trained. Weights pass
     through one tensor at a time, so memory does not limit the model's size.
     """
-    with models.note("reading …"):
+    with models.status("reading …"):
         from twotower.checkpoint.convert import convert
     with _bar() as progress:
         made = convert(

@@ -13,9 +13,9 @@ from twotower.cli.curves import curves
 from twotower.cli.demo import demo
 from twotower.cli.evaluate import evaluate
 from twotower.cli.generate import generate
-from twotower.cli.harness import lm_eval
 from twotower.cli.info import info
 from twotower.cli.init import init
+from twotower.cli.lm_eval import lm_eval
 from twotower.cli.report import report
 from twotower.cli.serve import serve
 from twotower.cli.train import pretrain, train
@@ -59,7 +59,7 @@ for verb in (generate, batch, serve, demo, info, init, pretrain, train, curves, 
     cli.add_command(verb)
 
 
-def run(args: list[str] | None = None) -> int:
+def run_cli(args: list[str] | None = None) -> int:
     """Runs one command line → its exit code: 0, 2 for an error of the user's, 130 after Ctrl-C."""
     for stream in (sys.stdout, sys.stderr):
         if hasattr(stream, "reconfigure"):
@@ -88,4 +88,4 @@ def _complain(message: str) -> int:
 
 def main() -> None:
     """The console script."""
-    sys.exit(run())
+    sys.exit(run_cli())

@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING
 import click
 
 from twotower import model_loading
-from twotower.cli.terminal import passing_line
+from twotower.cli.terminal import status_line
 from twotower.decoding.modes import SETTINGS
 from twotower.process import configure_process
 
@@ -43,7 +43,7 @@ quantization_option = click.option(
 threads_option = click.option("--threads", type=click.IntRange(min=1), help="CPU threads.")
 
 
-def opened(
+def load_text_model(
     model: str | None,
     consequence: str,
     *,
@@ -58,7 +58,7 @@ def opened(
         TwoTowerError: no such model, one that does not fit its config, or one without a tokenizer.
     """
     source = model_loading.source_of(model)
-    with note(f"loading {model_loading.name_of(source)} …"):
+    with status(f"loading {model_loading.name_of(source)} …"):
         configure_process(threads)
         loaded = model_loading.load_model(source, dtype=dtype, quantization=quantization)
     model_loading.need_tokenizer(loaded, source, consequence)
@@ -66,8 +66,8 @@ def opened(
 
 
 @contextmanager
-def note(text: str) -> Iterator[None]:
+def status(text: str) -> Iterator[None]:
     """A line on a terminal's stderr while something takes its time; gone afterwards."""
-    with passing_line() as tell:
+    with status_line() as tell:
         tell(text)
         yield

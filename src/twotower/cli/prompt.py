@@ -8,7 +8,7 @@ from pathlib import Path
 from twotower.errors import ArgumentError
 
 
-def read(argument: str | None, file: Path | None) -> str:
+def read_prompt(argument: str | None, file: Path | None) -> str:
     """The prompt as text. One line end at the end of a file or of stdin is not part of it.
 
     Raises:

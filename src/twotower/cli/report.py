@@ -11,7 +11,7 @@ import click
 
 from twotower import model_loading
 from twotower.cli import model_options as models
-from twotower.cli.terminal import passing_line
+from twotower.cli.terminal import status_line
 
 if TYPE_CHECKING:
     from twotower.evaluation.sweep import Point
@@ -61,7 +61,7 @@ def report(
     """
     from twotower.decoding.presets import parse_setting
     from twotower.evaluation import sweep
-    from twotower.evaluation.machine import machine
+    from twotower.evaluation.machine import machine_facts
     from twotower.plotting import drawing
 
     if quick and settings:
@@ -69,15 +69,15 @@ def report(
     chosen = [parse_setting(text) for text in settings or (sweep.QUICK if quick else ())] or sweep.grid()
     with drawing():  # a missing library is told before an hour's work
         pass
-    loaded, source = models.opened(
+    loaded, source = models.load_text_model(
         model, "it cannot read problems; put one there", dtype=dtype, quantization=quantization, threads=threads
     )
     facts = {"model": model_loading.name_of(source), "dtype": str(loaded.dtype)}
     if quantization != "none":
         facts["quantization"] = quantization
     output.mkdir(parents=True, exist_ok=True)
-    with passing_line() as tell:
-        points = sweep.sweep(
+    with status_line() as tell:
+        points = sweep.sweep_settings(
             loaded,
             chosen,
             per_family=problems,
@@ -89,7 +89,7 @@ def report(
             facts=facts,
             progress=tell,
         )
-    where, levels = machine(loaded), ", ".join(map(str, difficulties))
+    where, levels = machine_facts(loaded), ", ".join(map(str, difficulties))
     asked = (
         f"{problems} problems of each family (levels {levels}, seed {seed}), greedy; {timed} of all timed one by one"
     )
@@ -104,12 +104,12 @@ def report(
 def _write(output: Path, points: list[Point], name: str, asked: str, where: dict[str, object]) -> list[str]:
     """The picture and the table; asked: which problems were answered, and how → the files."""
     from twotower.evaluation import report as pictures
-    from twotower.evaluation.machine import described
+    from twotower.evaluation.machine import machine_summary
 
-    place = described(where)
+    place = machine_summary(where)
     title = f"{name}: what each way of decoding keeps of AR's accuracy, and how fast it is"
-    pictures.draw(points, output / "report.png", f"{title}\n{asked}; {place}")
+    pictures.draw_report(points, output / "report.png", f"{title}\n{asked}; {place}")
     version = " ".join(str(where[name]) for name in ("twotower", "commit") if where[name])
     notes = [f"{asked}. {place}; torch {where['torch']}, twotower {version}."]
-    (output / "report.md").write_text(pictures.markdown(points, notes), encoding="utf-8")
+    (output / "report.md").write_text(pictures.report_markdown(points, notes), encoding="utf-8")
     return [str(output / name) for name in ("report.png", "report.md")]

@@ -93,11 +93,11 @@ def serve(**options: Any) -> None:
 
     Only this machine can reach it unless --host says otherwise. SIGTERM or Ctrl-C lets requests end; twice stops now.
     """
-    run(Command(**options))
+    start_server(ServeOptions(**options))
 
 
 @dataclass(frozen=True, kw_only=True)
-class Command:
+class ServeOptions:
     """One command line, as click checked it."""
 
     model: str | None
@@ -135,7 +135,7 @@ class Command:
         )
 
 
-def run(command: Command) -> None:
+def start_server(options: ServeOptions) -> None:
     """Everything `twotower serve` does.
 
     Raises:
@@ -151,58 +151,58 @@ def run(command: Command) -> None:
     from twotower.server.service import Service
     from twotower.server.settings import ServerSettings, read_keys
 
-    for option, given in (("--timeout", command.timeout), ("--memory", command.memory)):
+    for option, given in (("--timeout", options.timeout), ("--memory", options.memory)):
         if given is not None and not math.isfinite(given):
             raise ArgumentError(f"{option} is {given}; it must be a finite number")
-    decoding = parse_setting(command.setting).values
-    keys = read_keys(command.api_keys)
-    if command.per_key is not None and not keys:
+    decoding = parse_setting(options.setting).values
+    keys = read_keys(options.api_keys)
+    if options.per_key is not None and not keys:
         raise ArgumentError("--per-key goes with API keys; give some with --api-keys or TWOTOWER_API_KEYS")
-    _check_free(command.host, command.port)
-    source = model_loading.source_of(command.model)
-    engine = _engine(command, source)
+    _check_free(options.host, options.port)
+    source = model_loading.source_of(options.model)
+    engine = _engine(options, source)
     settings = ServerSettings(
-        name=command.name or Path(source).name,
+        name=options.name or Path(source).name,
         decoding=decoding,
-        limits=command.limits(),
+        limits=options.limits(),
         api_keys=keys,
-        log_prompts=command.log_prompts,
+        log_prompts=options.log_prompts,
     )
-    if not keys and not _loopback(command.host):
+    if not keys and not _loopback(options.host):
         click.echo(
-            f"Warning: {command.host} can be reached from other machines, and no API key is asked for.", err=True
+            f"Warning: {options.host} can be reached from other machines, and no API key is asked for.", err=True
         )
 
     mib = engine.stats().state_bytes / 2**20
 
     def listening(address: str) -> None:
-        texts = f"{command.rows} texts at once in {mib:,.0f} MiB"
+        texts = f"{options.rows} texts at once in {mib:,.0f} MiB"
         click.echo(f"{settings.name} at {address}: the page at /, the API at /v1; {texts}", err=True)
 
-    serve_until_signal(Service(AsyncLLM(engine), settings), command.host, command.port, command.drain, listening)
+    serve_until_signal(Service(AsyncLLM(engine), settings), options.host, options.port, options.drain, listening)
 
 
-def _engine(command: Command, source: Path | str) -> LLM:
+def _engine(options: ServeOptions, source: Path | str) -> LLM:
     """The model, loaded, and an engine for it."""
     from twotower.engine import LLM
 
-    with models.note(f"loading {model_loading.name_of(source)} …"):
-        configure_process(command.threads)
+    with models.status(f"loading {model_loading.name_of(source)} …"):
+        configure_process(options.threads)
         model = model_loading.load_model(
             source,
-            dtype=command.dtype,
-            quantization=command.quantization,
-            context_device=command.context_device,
-            denoiser_device=command.denoiser_device,
+            dtype=options.dtype,
+            quantization=options.quantization,
+            context_device=options.context_device,
+            denoiser_device=options.denoiser_device,
         )
     model_loading.need_tokenizer(model, source, "it can neither read nor write text; put one there")
     window = model.config.backbone.max_position_embeddings
     return LLM(
         model,
-        rows=command.rows,
-        length=min(window, USUAL_LENGTH) if command.length is None else command.length,
-        block_size=command.block_size,
-        memory=None if command.memory is None else int(command.memory * 2**30),
+        rows=options.rows,
+        length=min(window, USUAL_LENGTH) if options.length is None else options.length,
+        block_size=options.block_size,
+        memory=None if options.memory is None else int(options.memory * 2**30),
     )
 
 

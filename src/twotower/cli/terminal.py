@@ -22,7 +22,7 @@ def console_on(stream: Literal["stdout", "stderr"]) -> Console:
 
 
 @contextmanager
-def passing_line() -> Iterator[Callable[[str], None]]:
+def status_line() -> Iterator[Callable[[str], None]]:
     """A line on a terminal's stderr that says what was last told; gone afterwards."""
     stream = sys.stderr  # the one of now: what works meanwhile may have its own taken away
     shown = stream.isatty()

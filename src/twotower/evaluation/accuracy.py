@@ -10,11 +10,11 @@ from twotower.decoding.output import Generation
 from twotower.decoding.presets import Setting, beside_ar
 from twotower.engine import Request
 from twotower.errors import ArgumentError
-from twotower.evaluation.comparison import Paired, compare
+from twotower.evaluation.comparison import PairedComparison, compare
 from twotower.evaluation.likelihood import continuation_nats
 from twotower.evaluation.running import generate_all
 from twotower.evaluation.tasks import FAMILIES
-from twotower.evaluation.tasks.problems import Problem, stream
+from twotower.evaluation.tasks.problem_sets import Problem, stream_problems
 from twotower.evaluation.tasks.scoring import OVERALL, is_right, wilson
 from twotower.model_loading import eos_of
 from twotower.modeling_twotower import TwoTowerForCausalLM
@@ -22,7 +22,7 @@ from twotower.tokenizer import required
 
 
 @dataclass(frozen=True)
-class Line:
+class SettingAccuracy:
     """One setting's figures, by family and overall. accuracy, interval: shares in 0..1; against_ar: the same problems
     paired with AR; passes: prefill apart. Of all problems: nll, the context tower's −ln p of the answers, nats a token;
     accepted, drafted tokens kept a draft."""
@@ -30,7 +30,7 @@ class Line:
     setting: str
     accuracy: dict[str, float]
     interval: dict[str, tuple[float, float]]
-    against_ar: dict[str, Paired]
+    against_ar: dict[str, PairedComparison]
     tokens: dict[str, int]
     denoiser_passes: dict[str, int]
     context_passes: dict[str, int]
@@ -61,12 +61,12 @@ def chosen_problems(families: Sequence[str], per_family: int, difficulties: Sequ
         raise ArgumentError(f"problems is {per_family}; ask for at least 1 of each family")
     out: list[Problem] = []
     for family in families or tuple(FAMILIES):
-        problems = stream("test", seed, (family,), difficulties)
+        problems = stream_problems("test", seed, (family,), difficulties)
         out += [next(problems) for _ in range(per_family)]
     return out
 
 
-def evaluate(
+def measure_accuracy(
     model: TwoTowerForCausalLM,
     settings: Sequence[Setting],
     problems: Sequence[Problem],
@@ -75,22 +75,24 @@ def evaluate(
     rows: int = 64,
     likelihood: bool = True,
     progress: Callable[[str, int], object] | None = None,
-) -> list[Line]:
+) -> list[SettingAccuracy]:
     """A line for AR, which is always run, and one for each other setting, in order. progress: told the setting's label
     and how many of its problems are done."""
     base: list[bool] = []
     lines = []
     for setting in beside_ar(settings):
         tell = None if progress is None else partial(progress, setting.label)
-        requests, outputs = answer(model, setting, problems, max_new_tokens=max_new_tokens, rows=rows, progress=tell)
-        right = marks(problems, outputs)
+        requests, outputs = answer_problems(
+            model, setting, problems, max_new_tokens=max_new_tokens, rows=rows, progress=tell
+        )
+        right = answers_right(problems, outputs)
         base = base or right
         prompts = [list(request.prompt) for request in requests]
         lines.append(_line(model, setting, problems, prompts, outputs, right, base, likelihood))
     return lines
 
 
-def answer(
+def answer_problems(
     model: TwoTowerForCausalLM,
     setting: Setting,
     problems: Sequence[Problem],
@@ -107,7 +109,7 @@ def answer(
     return requests, generate_all(model, requests, rows, progress)
 
 
-def marks(problems: Sequence[Problem], outputs: Sequence[Generation]) -> list[bool]:
+def answers_right(problems: Sequence[Problem], outputs: Sequence[Generation]) -> list[bool]:
     """Which answers are right."""
     return [is_right(problem, out.text) for problem, out in zip(problems, outputs, strict=True)]
 
@@ -121,7 +123,7 @@ def _line(
     right: Sequence[bool],
     base: Sequence[bool],
     likelihood: bool,
-) -> Line:
+) -> SettingAccuracy:
     groups = {family: [i for i, p in enumerate(problems) if p.family == family] for family in FAMILIES}
     groups = {family: places for family, places in groups.items() if places} | {OVERALL: list(range(len(problems)))}
     hits = {name: [right[i] for i in places] for name, places in groups.items()}
@@ -131,7 +133,7 @@ def _line(
         return {name: sum(count(outputs[i]) for i in places) for name, places in groups.items()}
 
     drafts = sum(out.drafts for out in outputs)
-    return Line(
+    return SettingAccuracy(
         setting=setting.label,
         accuracy={name: sum(own) / len(own) for name, own in hits.items()},
         interval={name: wilson(sum(own), len(own)) for name, own in hits.items()},

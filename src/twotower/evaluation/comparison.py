@@ -11,7 +11,7 @@ from twotower.evaluation.tasks.scoring import Z95
 
 
 @dataclass(frozen=True)
-class Paired:
+class PairedComparison:
     """Of `count` problems: right by both, by the first alone (lost), by the second alone (gained)."""
 
     count: int
@@ -41,9 +41,11 @@ class Paired:
         return 1 + self.difference / base, 1 + low / base, 1 + high / base
 
 
-def compare(first: Sequence[bool], second: Sequence[bool]) -> Paired:
+def compare(first: Sequence[bool], second: Sequence[bool]) -> PairedComparison:
     """first, second: whether each problem was answered right."""
     if not first or len(first) != len(second):
         raise ArgumentError(f"{len(second)} answers against {len(first)}; give one for each problem, and at least one")
     pairs = list(zip(first, second, strict=True))
-    return Paired(len(pairs), pairs.count((True, True)), pairs.count((True, False)), pairs.count((False, True)))
+    return PairedComparison(
+        len(pairs), pairs.count((True, True)), pairs.count((True, False)), pairs.count((False, True))
+    )

@@ -18,11 +18,11 @@ from twotower.assets import bundled_model
 from twotower.decoding.modes import SETTINGS
 from twotower.decoding.presets import AR, beside_ar, parse_setting
 from twotower.engine import Request
-from twotower.evaluation.accuracy import evaluate, repeated_share
+from twotower.evaluation.accuracy import measure_accuracy, repeated_share
 from twotower.evaluation.likelihood import ar_nats, continuation_nats
 from twotower.evaluation.ngram import KneserNey
 from twotower.evaluation.running import generate_all
-from twotower.evaluation.tasks import problems
+from twotower.evaluation.tasks import make_problems
 from twotower.modeling_twotower import TwoTowerForCausalLM
 from twotower.process import configure_process
 from twotower.tokenizer import required
@@ -84,8 +84,8 @@ def measure_dialogues(model: TwoTowerForCausalLM, texts: Sequence[str], count: i
 
 def measure_suite(model: TwoTowerForCausalLM, count: int, level: int) -> dict[str, object]:
     """The suite's accuracy by each way in the card, `count` test problems of all families."""
-    asked = problems("test", count, SEED, difficulties=(level,))
-    lines = evaluate(model, [parse_setting(text) for text in SETTINGS], asked, likelihood=False)
+    asked = make_problems("test", count, SEED, difficulties=(level,))
+    lines = measure_accuracy(model, [parse_setting(text) for text in SETTINGS], asked, likelihood=False)
     return {line.setting: line.to_dict() for line in lines} | {"problems": count}
 
 

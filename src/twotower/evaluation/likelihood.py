@@ -28,7 +28,7 @@ from twotower.training.objective import (
 
 Item = TypeVar("Item")
 Pair = tuple[Sequence[int], Sequence[int]]  # token ids: what is given (at least one), and its continuation
-COLUMNS = 8192  # of a batch, padding included
+MAX_BATCH_TOKENS = 8192  # of a batch, padding included
 PAD = 0
 Progress = Callable[[int], object] | None
 
@@ -210,12 +210,12 @@ def _check(pairs: Sequence[Pair]) -> None:
 
 
 def _batches(items: list[Item], length: Callable[[Item], int]) -> Iterator[list[Item]]:
-    """Like lengths together, at most `COLUMNS` padded columns each."""
+    """Like lengths together, at most `MAX_BATCH_TOKENS` padded columns each."""
     ordered = sorted(items, key=length)
     start = 0
     while start < len(ordered):
         end = start + 1
-        while end < len(ordered) and (end + 1 - start) * length(ordered[end]) <= COLUMNS:
+        while end < len(ordered) and (end + 1 - start) * length(ordered[end]) <= MAX_BATCH_TOKENS:
             end += 1
         yield ordered[start:end]
         start = end

@@ -17,22 +17,22 @@ from twotower.model.wide_tensors import tensors
 from twotower.version import VERSION
 
 
-def machine(model: nn.Module) -> dict[str, object]:
+def machine_facts(model: nn.Module) -> dict[str, object]:
     """What a figure of this model depends on, its size included."""
     first = next(model.parameters())
-    return surroundings(first.device, first.dtype) | {
+    return device_facts(first.device, first.dtype) | {
         "quantization": quantization_of(model),
         "weights_bytes": sum(tensor.nbytes for _, tensor in tensors(model)),
     }
 
 
-def described(where: Mapping[str, object]) -> str:
+def machine_summary(where: Mapping[str, object]) -> str:
     """What a reader of figures needs of it: weights, device, threads."""
     weights = where["dtype"] if where["quantization"] == "none" else f"{where['quantization']} and {where['dtype']}"
     return f"{weights}, {where['device']}, {where['threads']} thread{'s' * (where['threads'] != 1)}"
 
 
-def surroundings(device: torch.device, dtype: torch.dtype) -> dict[str, object]:
+def device_facts(device: torch.device, dtype: torch.dtype) -> dict[str, object]:
     """Hardware, threads, dtype, versions and memory (the process's peak so far, or the accelerator's)."""
     cuda = device.type == "cuda"
     peak = torch.cuda.max_memory_allocated() if cuda else resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024

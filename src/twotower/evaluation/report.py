@@ -6,7 +6,7 @@ from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from twotower.evaluation.sweep import Point, front
+from twotower.evaluation.sweep import Point, pareto_front
 from twotower.evaluation.tasks.scoring import OVERALL
 from twotower.plotting import BLUE, DPI, GREEN, GREY, ORANGE, PURPLE, SKY, YELLOW, drawing
 
@@ -14,7 +14,7 @@ if TYPE_CHECKING:
     from matplotlib.axes import Axes
 
 PUBLISHED = (2.42, 0.987)  # throughput × AR, quality kept (spec §5)
-LOOKS = {  # series: colour, marker
+SERIES_STYLES = {  # series: colour, marker
     "threshold": (BLUE, "o"),
     "top-k": (GREY, "s"),
     "factor": (GREEN, "^"),
@@ -27,10 +27,10 @@ LOOKS = {  # series: colour, marker
     "verified": (ORANGE, "o"),
     "verified, relaxed": (ORANGE, "^"),
 }
-LOWEST = 0.5  # of AR's accuracy: what is worse is told in the table
+MIN_QUALITY_DRAWN = 0.5  # of AR's accuracy: what is worse is told in the table
 
 
-def draw(points: Sequence[Point], path: Path, title: str) -> None:
+def draw_report(points: Sequence[Point], path: Path, title: str) -> None:
     """Quality kept against tokens per pass and against measured speed, the Pareto front marked.
 
     Raises:
@@ -54,7 +54,7 @@ def _panel(axes: Axes, points: Sequence[Point], speed: Callable[[Point], float],
     series: dict[str, list[Point]] = {}
     for point in points:
         series.setdefault(point.series, []).append(point)
-    best = front(points, speed)
+    best = pareto_front(points, speed)
     axes.plot(
         [speed(p) for p in best],
         [100 * p.kept[0] for p in best],
@@ -70,7 +70,7 @@ def _panel(axes: Axes, points: Sequence[Point], speed: Callable[[Point], float],
         if name == "ar":
             axes.plot(x, y, "k+", ms=12, mew=2, label="AR", zorder=4)
             continue
-        colour, marker = LOOKS.get(name, (GREY, "o"))
+        colour, marker = SERIES_STYLES.get(name, (GREY, "o"))
         line = "-" if name not in ("verified", "block size") else "none"
         axes.plot(x, y, color=colour, marker=marker, ms=5, lw=1, ls=line, alpha=0.85, label=name, zorder=3)
     for point in best:
@@ -78,14 +78,14 @@ def _panel(axes: Axes, points: Sequence[Point], speed: Callable[[Point], float],
         axes.plot([speed(point)] * 2, [low, high], color="black", lw=0.8, alpha=0.5, zorder=2)
     axes.plot(PUBLISHED[0], 100 * PUBLISHED[1], "r*", ms=13, label="published, 30B on 2 H100", zorder=5)
     axes.axhline(100, color=GREY, lw=0.7, ls=":")
-    lowest = min((100 * p.kept[0] for p in points if p.kept[0] >= LOWEST), default=50.0)
-    axes.set(xlabel=label, ylim=(max(100 * LOWEST, lowest - 3), 103), xlim=(0, None))
+    lowest = min((100 * p.kept[0] for p in points if p.kept[0] >= MIN_QUALITY_DRAWN), default=50.0)
+    axes.set(xlabel=label, ylim=(max(100 * MIN_QUALITY_DRAWN, lowest - 3), 103), xlim=(0, None))
 
 
-def markdown(points: Sequence[Point], facts: Sequence[str]) -> str:
+def report_markdown(points: Sequence[Point], facts: Sequence[str]) -> str:
     """The paper's table: a row a task and a column a setting, the Pareto front's; then every setting in a line."""
     ar = next(point for point in points if point.setting == "ar")
-    best = [p for p in front(points, lambda p: p.times_ar) if p is not ar]
+    best = [p for p in pareto_front(points, lambda p: p.times_ar) if p is not ar]
     families = [name for name in ar.accuracy if name != OVERALL]
     rows = [["task", "AR", *(f"`{p.setting}`" for p in best)], ["---", *["---:"] * (len(best) + 1)]]
     for name in (*families, OVERALL):

@@ -13,7 +13,7 @@ from twotower.engine import LLM, Request
 from twotower.engine.mode_choice import resolve
 from twotower.errors import ArgumentError
 from twotower.evaluation.running import generate_all
-from twotower.evaluation.tasks import problems
+from twotower.evaluation.tasks import make_problems
 from twotower.evaluation.timed_towers import TimedTowers, TowerName
 from twotower.model_loading import eos_of
 from twotower.modeling_twotower import TwoTowerForCausalLM
@@ -21,7 +21,7 @@ from twotower.tokenizer import required
 
 
 @dataclass(frozen=True)
-class Measured:
+class SpeedResult:
     """One setting at one batch size and context length; medians over rounds, spread: lowest and highest.
 
     tokens: new ones of a round, up to each row's end; seconds: of a round's batches, each from the end of its prefill
@@ -51,7 +51,7 @@ class Measured:
 
 
 @dataclass(frozen=True)
-class Round:
+class RoundResult:
     """One run of one setting over all batches; prefill and first: means of them."""
 
     tokens: int
@@ -61,7 +61,7 @@ class Round:
     per_pass: float
 
 
-def bench(
+def measure_speed(
     model: TwoTowerForCausalLM,
     settings: Sequence[Setting],
     *,
@@ -72,7 +72,7 @@ def bench(
     rounds: int = 5,
     ignore_eos: bool = False,
     progress: Callable[[str], object] | None = None,
-) -> list[Measured]:
+) -> list[SpeedResult]:
     """Every setting and AR at every batch size and context length. In a round the settings take turns, so that whatever
     else the machine does falls on all of them; it is of several batches, not one answer's luck. One more
     round warms up before, and one times passes afterwards."""
@@ -84,12 +84,12 @@ def bench(
     for context in contexts:
         for rows in batch_sizes:
             texts = few_shot_prompts(model, rows * batches, context)
-            runs: dict[str, list[Round]] = {setting.label: [] for setting in chosen}
+            runs: dict[str, list[RoundResult]] = {setting.label: [] for setting in chosen}
             for number in range(rounds + 1):
                 for setting in chosen:
                     if progress is not None:
                         progress(f"{rows} rows after {context} tokens, round {number} of {rounds}, {setting.label}")
-                    measured = one_round(model, texts, rows, setting, shared)
+                    measured = run_round(model, texts, rows, setting, shared)
                     if number:
                         runs[setting.label].append(measured)
             passes = {setting.label: pass_seconds(model, texts, rows, setting, shared) for setting in chosen}
@@ -104,8 +104,8 @@ def few_shot_prompts(model: TwoTowerForCausalLM, rows: int, context: int) -> lis
         raise ArgumentError(f"context is {context}; give at least 2 tokens")
     rng = random.Random(0)
     tokenizer = required(model.tokenizer)
-    pool = [tokenizer(problem.text + "\n")["input_ids"] for problem in problems("test", 120, 0)]
-    asked = [tokenizer(problem.prompt)["input_ids"] for problem in problems("test", rows, 1, difficulties=(1,))]
+    pool = [tokenizer(problem.text + "\n")["input_ids"] for problem in make_problems("test", 120, 0)]
+    asked = [tokenizer(problem.prompt)["input_ids"] for problem in make_problems("test", rows, 1, difficulties=(1,))]
     out = []
     for last in asked:
         text = list(last)
@@ -115,9 +115,9 @@ def few_shot_prompts(model: TwoTowerForCausalLM, rows: int, context: int) -> lis
     return out
 
 
-def one_round(
+def run_round(
     model: TwoTowerForCausalLM, texts: list[list[int]], rows: int, setting: Setting, shared: dict[str, object]
-) -> Round:
+) -> RoundResult:
     """One run of batches of `rows`."""
     params = setting.params(**shared)
     requests = [Request(text, params) for text in texts]
@@ -127,7 +127,7 @@ def one_round(
     tokens = sum(len(result.tokens) for result in results)
     prefill = [batch[0].prefill_seconds for batch in batches]
     ends = [[result.decode_seconds for result in batch] for batch in batches]
-    return Round(
+    return RoundResult(
         tokens=tokens,
         seconds=sum(map(max, ends)),
         prefill=statistics.mean(prefill),
@@ -152,13 +152,13 @@ def _measured(
     label: str,
     rows: int,
     context: int,
-    own: Sequence[Round],
-    ar: Sequence[Round],
+    own: Sequence[RoundResult],
+    ar: Sequence[RoundResult],
     passes: dict[str, dict[TowerName, float]],
-) -> Measured:
+) -> SpeedResult:
     ratios = [(a.tokens / a.seconds) / (b.tokens / b.seconds) for a, b in zip(own, ar, strict=True)]
     seconds = [one.seconds for one in own]
-    return Measured(
+    return SpeedResult(
         setting=label,
         rows=rows,
         context=context,

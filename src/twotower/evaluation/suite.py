@@ -4,6 +4,9 @@ import sys
 import warnings
 
 from twotower.evaluation.tasks import *  # noqa: F403
+from twotower.evaluation.tasks import make_problems as problems  # noqa: F401  this module's names
+from twotower.evaluation.tasks import split_of as side  # noqa: F401
+from twotower.evaluation.tasks import stream_problems as stream  # noqa: F401
 
 warnings.warn(
     "twotower.evaluation.suite is deprecated; import from twotower.evaluation.tasks",

@@ -13,14 +13,14 @@ from typing import TypedDict
 from twotower.decoding.output import Generation
 from twotower.decoding.presets import AR, Setting, beside_ar, parse_setting
 from twotower.errors import ArgumentError
-from twotower.evaluation.accuracy import answer, chosen_problems, marks
+from twotower.evaluation.accuracy import answer_problems, answers_right, chosen_problems
 from twotower.evaluation.comparison import compare
-from twotower.evaluation.tasks.problems import Problem
+from twotower.evaluation.tasks.problem_sets import Problem
 from twotower.evaluation.tasks.scoring import OVERALL
 from twotower.modeling_twotower import TwoTowerForCausalLM
 
 # Every policy over its useful range, every way of checking, every block size at the released policy.
-KNOBS: dict[str, tuple[float, ...]] = {
+POLICY_VALUES: dict[str, tuple[float, ...]] = {
     "threshold": (0.5, 0.6, 0.7, 0.8, 0.9, 0.95, 0.99),
     "top-k": (1, 2, 4, 8),
     "factor": (0.25, 0.5, 1.0, 2.0),
@@ -63,14 +63,14 @@ class Point:
 
 def grid() -> list[Setting]:
     """Every setting of a whole report."""
-    texts = [f"diffusion:{policy}={knob:g}" for policy, knobs in KNOBS.items() for knob in knobs]
+    texts = [f"diffusion:{policy}={knob:g}" for policy, knobs in POLICY_VALUES.items() for knob in knobs]
     texts += [f"diffusion:0.8,block_size={size},steps_per_block={size}" for size in BLOCK_SIZES]
     texts += [f"verified:draft_steps={steps}" for steps in DRAFT_STEPS] + ["verified"]
     texts += [f"verified:draft_steps=1,acceptance={acceptance:g}" for acceptance in ACCEPTANCES]
     return [parse_setting(text) for text in texts]
 
 
-class Answers(TypedDict):
+class AnswerRecord(TypedDict):
     """A setting's answers. right: a digit a problem, 1 where its answer is right. passes: of both towers."""
 
     setting: str
@@ -79,7 +79,7 @@ class Answers(TypedDict):
     passes: int
 
 
-def sweep(
+def sweep_settings(
     model: TwoTowerForCausalLM,
     settings: Sequence[Setting],
     *,
@@ -115,7 +115,7 @@ def sweep(
     for number, setting in enumerate(chosen, 1):
         if setting.label not in known:
             tell(f"setting {number} of {len(chosen)}, {setting.label}: {len(problems)} problems")
-            _, outputs = answer(model, setting, problems, rows=rows)
+            _, outputs = answer_problems(model, setting, problems, rows=rows)
             known[setting.label] = _record(setting, problems, outputs)
             _append(kept_in, facts, known)
         if "1" not in known[AR.label]["right"]:
@@ -123,7 +123,7 @@ def sweep(
                 f"AR answers none of the {len(problems)} problems, so there is no accuracy to keep; choose easier ones "
                 "(--difficulty) or a model that was trained on such problems"
             )
-    alone = time_singly(model, chosen, random.Random(seed).sample(problems, min(timed, len(problems))), tell)
+    alone = time_single_requests(model, chosen, random.Random(seed).sample(problems, min(timed, len(problems))), tell)
     points = []
     for setting in chosen:
         record, (speed, per_pass) = known[setting.label], alone[setting.label]
@@ -133,7 +133,7 @@ def sweep(
     return points
 
 
-def time_singly(
+def time_single_requests(
     model: TwoTowerForCausalLM, settings: Sequence[Setting], problems: Sequence[Problem], tell: Callable[[str], object]
 ) -> dict[str, tuple[float, float]]:
     """New tokens a second after the prefill, and tokens per pass of both towers, of requests alone; each problem is
@@ -142,7 +142,7 @@ def time_singly(
     for number, problem in enumerate([problems[0], *problems]):
         tell(f"timing: problem {number} of {len(problems)}")
         for setting in settings:
-            _, (output,) = answer(model, setting, [problem], rows=1)
+            _, (output,) = answer_problems(model, setting, [problem], rows=1)
             if number:
                 seconds[setting.label] += output.decode_seconds
                 tokens[setting.label] += len(output.tokens)
@@ -150,7 +150,7 @@ def time_singly(
     return {label: (tokens[label] / seconds[label], tokens[label] / max(passes[label], 1)) for label in seconds}
 
 
-def front(points: Sequence[Point], speed: Callable[[Point], float]) -> list[Point]:
+def pareto_front(points: Sequence[Point], speed: Callable[[Point], float]) -> list[Point]:
     """The points that no other beats in accuracy kept and in speed, slowest first (Pareto)."""
     out: list[Point] = []
     for point in sorted(points, key=lambda p: (-speed(p), -p.kept[0])):
@@ -166,18 +166,18 @@ def fingerprint(model: TwoTowerForCausalLM) -> str:
     return hashlib.sha256(data).hexdigest()[:16]
 
 
-def _record(setting: Setting, problems: Sequence[Problem], outputs: Sequence[Generation]) -> Answers:
+def _record(setting: Setting, problems: Sequence[Problem], outputs: Sequence[Generation]) -> AnswerRecord:
     return {
         "setting": setting.label,
-        "right": "".join("01"[right] for right in marks(problems, outputs)),
+        "right": "".join("01"[right] for right in answers_right(problems, outputs)),
         "tokens": sum(len(out.tokens) for out in outputs),
         "passes": sum(out.passes_of_both for out in outputs),
     }
 
 
 def _point(
-    record: Answers,
-    ar: Answers,
+    record: AnswerRecord,
+    ar: AnswerRecord,
     problems: Sequence[Problem],
     tokens_per_pass: float,
     times_ar: float,
@@ -195,7 +195,7 @@ def _point(
     )
 
 
-def _read(path: Path | None, facts: Mapping[str, object]) -> dict[str, Answers]:
+def _read(path: Path | None, facts: Mapping[str, object]) -> dict[str, AnswerRecord]:
     if path is None or not path.exists():
         return {}
     try:
@@ -208,7 +208,7 @@ def _read(path: Path | None, facts: Mapping[str, object]) -> dict[str, Answers]:
     return {record["setting"]: record for record in records}
 
 
-def _append(path: Path | None, facts: Mapping[str, object], known: dict[str, Answers]) -> None:
+def _append(path: Path | None, facts: Mapping[str, object], known: dict[str, AnswerRecord]) -> None:
     """Whole, then in place: a run that is stopped leaves a file that can be read."""
     if path is None:
         return

@@ -77,14 +77,14 @@ HARD_SHARE = 0.35
 
 def write_text(out: Path) -> None:
     """The suite's training problems and the backbone's config."""
-    from twotower.evaluation.tasks import FAMILIES, problems, write_jsonl
+    from twotower.evaluation.tasks import FAMILIES, make_problems, write_jsonl
 
     families = (*FAMILIES, *PRACTISED_TWICE)
     (out / "shape.json").write_text(json.dumps(SHAPE, indent=2) + "\n")
     partial = out / "suite.partial"
-    write_jsonl(partial, problems("train", PROBLEMS, SEED, families, DIFFICULTIES))
+    write_jsonl(partial, make_problems("train", PROBLEMS, SEED, families, DIFFICULTIES))
     partial.rename(out / "suite.jsonl")
-    write_jsonl(partial, problems("train", HARD_PROBLEMS, SEED + 1, HARD_TO_DENOISE, DIFFICULTIES))
+    write_jsonl(partial, make_problems("train", HARD_PROBLEMS, SEED + 1, HARD_TO_DENOISE, DIFFICULTIES))
     partial.rename(out / "hard.jsonl")
 
 

@@ -34,11 +34,11 @@ log = logging.getLogger(__name__)
 
 NEW_TOKENS = 256  # where a task does not say, as lm-evaluation-harness's own models do
 LIKELIHOODS = ("context", "bound")
-KNOWN = ("until", "max_gen_toks", "max_new_tokens", "do_sample", "temperature", "top_k", "top_p", "seed")
+GENERATION_ARGUMENTS = ("until", "max_gen_toks", "max_new_tokens", "do_sample", "temperature", "top_k", "top_p", "seed")
 
 
 @dataclass
-class Spent:
+class GenerationCost:
     """What generating took, over all requests so far."""
 
     tokens: int = 0
@@ -118,7 +118,7 @@ class TwoTowerLM(TemplateLM):
         window = self.model.config.backbone.max_position_embeddings
         self.max_length = min(int(max_length), window) if max_length else window
         self.tokenizer = required(self.model.tokenizer)
-        self.spent = Spent()
+        self.cost = GenerationCost()
         self.progress = progress
 
     # --- what lm-evaluation-harness asks ---------------------------------------------------------------------------
@@ -181,7 +181,7 @@ class TwoTowerLM(TemplateLM):
         with self._bar(self.setting.label, len(asked), disable_tqdm) as tell:
             outputs = generate_all(self.model, asked, self.rows, tell)
         for request, output in zip(requests, outputs, strict=True):
-            self.spent.add(output)
+            self.cost.add(output)
             self.cache_hook.add_partial("generate_until", request.args, output.text)
         return [output.text for output in outputs]
 
@@ -214,9 +214,11 @@ class TwoTowerLM(TemplateLM):
     def _request(self, context: str, arguments: dict[str, Any]) -> Request:
         """A prompt and its parameters. Stop strings end a row while it is generated: a base model does not stop after
         the answer of a few-shot prompt."""
-        unknown = sorted(set(arguments) - set(KNOWN))
+        unknown = sorted(set(arguments) - set(GENERATION_ARGUMENTS))
         if unknown:
-            raise ArgumentError(f"gen_kwargs: {', '.join(unknown)} means nothing here; known are {', '.join(KNOWN)}")
+            raise ArgumentError(
+                f"gen_kwargs: {', '.join(unknown)} means nothing here; known are {', '.join(GENERATION_ARGUMENTS)}"
+            )
         until = arguments.get("until") or []
         stops = [stop for stop in ([until] if isinstance(until, str) else until) if stop]
         limit = int(arguments.get("max_gen_toks") or arguments.get("max_new_tokens") or NEW_TOKENS)
@@ -239,9 +241,9 @@ class TwoTowerLM(TemplateLM):
             return tokens
         if room < 1:
             raise ArgumentError(f"an answer leaves no room for its prompt within {self.max_length} tokens")
-        if not self.spent.shortened:
+        if not self.cost.shortened:
             log.warning("a prompt of %d tokens is cut from the left to %d (and maybe others)", len(tokens), room)
-        self.spent.shortened += 1
+        self.cost.shortened += 1
         return tokens[-room:]
 
     def _windows(self, tokens: list[int]) -> list[tuple[list[int], list[int]]]:

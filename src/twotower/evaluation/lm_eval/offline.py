@@ -34,7 +34,7 @@ def set_folder(data: Path, name: str) -> Path:
 
 
 @lru_cache(maxsize=4)  # a set is asked for once for each of its parts
-def read(folder: Path, *names: str) -> Records:
+def read_records(folder: Path, *names: str) -> Records:
     """The records of the first of these files that is there, with or without .gz.
 
     Raises:
@@ -52,20 +52,20 @@ def read(folder: Path, *names: str) -> Records:
 
 
 def gsm8k(folder: Path) -> Splits:
-    return {"test": read(folder, "test.jsonl")}
+    return {"test": read_records(folder, "test.jsonl")}
 
 
 def math500(folder: Path) -> Splits:
-    return {"test": read(folder, "test.jsonl")}
+    return {"test": read_records(folder, "test.jsonl")}
 
 
 def humaneval(folder: Path) -> Splits:
-    return {"test": read(folder, "HumanEval.jsonl")}
+    return {"test": read_records(folder, "HumanEval.jsonl")}
 
 
 def mbpp(folder: Path) -> Splits:
     splits: Splits = {}
-    for record in read(folder, "sanitized-mbpp.jsonl"):
+    for record in read_records(folder, "sanitized-mbpp.jsonl"):
         splits.setdefault(record["split"], []).append(record)
     return splits
 
@@ -74,11 +74,11 @@ def mgsm(folder: Path, language: str) -> Splits:
     """answer: only of the examples, whose questions begin with the language's word for one."""
     number = [
         {"question": r["question"], "answer": None, "answer_number": r["answer_number"]}
-        for r in read(folder, f"mgsm_{language}.jsonl")
+        for r in read_records(folder, f"mgsm_{language}.jsonl")
     ]
     examples = [
         {"question": r["q"], "answer": r["a"], "answer_number": 0}
-        for r in read(folder, "exemplars.jsonl")
+        for r in read_records(folder, "exemplars.jsonl")
         if r["lang"] == language
     ]
     return {"train": examples, "test": number}
@@ -88,12 +88,15 @@ def mmlu(folder: Path, subject: str) -> Splits:
     def of(records: Records) -> Records:
         return [r | {"answer": LETTERS.index(r["answer"])} for r in records if r["subject"] == subject]
 
-    return {"dev": of(read(folder, "dev.jsonl")), "test": of(read(folder, "test_full.jsonl", "test_subset500.jsonl"))}
+    return {
+        "dev": of(read_records(folder, "dev.jsonl")),
+        "test": of(read_records(folder, "test_full.jsonl", "test_subset500.jsonl")),
+    }
 
 
 def mmlu_pro(folder: Path) -> Splits:
-    test = read(folder, "test_full.jsonl", "test_subset500.jsonl")
-    return {"validation": read(folder, "validation.jsonl"), "test": test}
+    test = read_records(folder, "test_full.jsonl", "test_subset500.jsonl")
+    return {"validation": read_records(folder, "validation.jsonl"), "test": test}
 
 
 def arc_challenge(folder: Path) -> Splits:
@@ -107,14 +110,14 @@ def arc_challenge(folder: Path) -> Splits:
             for r in records
         ]
 
-    return {"train": of(read(folder, "train.jsonl")), "test": of(read(folder, "test.jsonl"))}
+    return {"train": of(read_records(folder, "train.jsonl")), "test": of(read_records(folder, "test.jsonl"))}
 
 
 def winogrande(folder: Path) -> Splits:
     """The labelled development set. Where there is no train.jsonl, its other items are the examples."""
-    splits = {"validation": read(folder, "dev.jsonl")}
+    splits = {"validation": read_records(folder, "dev.jsonl")}
     if (folder / "train.jsonl").exists():
-        splits["train"] = read(folder, "train.jsonl")
+        splits["train"] = read_records(folder, "train.jsonl")
     return splits
 
 
@@ -145,4 +148,4 @@ def _data_set(name: str, folder: str, which: tuple[str, ...], **_: object) -> ob
 
 def subjects(folder: Path) -> list[str]:
     """MMLU's, by name."""
-    return sorted({record["subject"] for record in read(folder, "dev.jsonl")})
+    return sorted({record["subject"] for record in read_records(folder, "dev.jsonl")})

@@ -260,7 +260,7 @@ TASKS: dict[str, PublishedTask] = {
 }
 
 
-def parts_of(name: str, data: Path | None) -> list[Spec]:
+def task_parts(name: str, data: Path | None) -> list[Spec]:
     """The specs of a task's parts.
 
     Raises:
@@ -271,24 +271,24 @@ def parts_of(name: str, data: Path | None) -> list[Spec]:
     return [leaf | {"num_fewshot": TASKS[name].shots} for leaf in TASKS[name].leaves(data)]
 
 
-def loadable(name: str, data: Path | None) -> list[object]:
+def lm_eval_tasks(name: str, data: Path | None) -> list[object]:
     """A task as lm-evaluation-harness's `simple_evaluate` takes it: changes to its own, or one of ours."""
     from lm_eval.api.task import ConfigurableTask
 
-    parts = parts_of(name, data)
+    parts = task_parts(name, data)
     if TASKS[name].code:
         return [ConfigurableTask(config=part) for part in parts]
     return [{"group": f"twotower_{name}", "task": parts}]
 
 
-def check(names: Sequence[str], data: Path | None, run_code: bool) -> None:
+def check_tasks(names: Sequence[str], data: Path | None, run_code: bool) -> None:
     """Everything that can be wrong with a choice of tasks before a model is at hand.
 
     Raises:
         ArgumentError: an unknown task, files that are missing, or programs that may not or cannot be run.
     """
     for name in names:
-        parts_of(name, data)
+        task_parts(name, data)
         if TASKS[name].code and not run_code:
             raise ArgumentError(f"{name} runs programs that the model writes (sandboxed); say --run-code to allow it")
     if any(TASKS[name].code for name in names):

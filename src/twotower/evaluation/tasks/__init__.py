@@ -7,7 +7,7 @@ early shows. `families.py` has the tasks, `problems.py` draws seeded, disjoint t
 """
 
 from twotower.evaluation.tasks.families import FAMILIES, LEVELS
-from twotower.evaluation.tasks.problems import Problem, Split, problems, side, stream, write_jsonl
+from twotower.evaluation.tasks.problem_sets import Problem, Split, make_problems, split_of, stream_problems, write_jsonl
 from twotower.evaluation.tasks.scoring import Score, accuracy, score, wilson
 
 __all__ = [
@@ -17,10 +17,10 @@ __all__ = [
     "Score",
     "Split",
     "accuracy",
-    "problems",
+    "make_problems",
     "score",
-    "side",
-    "stream",
+    "split_of",
+    "stream_problems",
     "wilson",
     "write_jsonl",
 ]

@@ -10,7 +10,7 @@ import click
 
 from twotower.errors import TwoTowerError
 from twotower.evaluation.tasks.families import FAMILIES
-from twotower.evaluation.tasks.problems import DEFAULT_DIFFICULTIES, Split, problems, write_jsonl
+from twotower.evaluation.tasks.problem_sets import DEFAULT_DIFFICULTIES, Split, make_problems, write_jsonl
 
 
 @click.command()
@@ -34,12 +34,12 @@ def suite(
     split: Split, count: int, seed: int, families: tuple[str, ...], difficulties: tuple[int, ...], output: Path | None
 ) -> None:
     """Writes problems as JSON lines: prompt, text (the answer), family, difficulty."""
-    made = problems(split, count, seed, families or None, difficulties)
+    problems = make_problems(split, count, seed, families or None, difficulties)
     if output:
-        write_jsonl(output, made)
+        write_jsonl(output, problems)
         click.echo(f"{count} problems written to {output}", err=True)
     else:
-        for problem in made:
+        for problem in problems:
             click.echo(problem.line())
 
 

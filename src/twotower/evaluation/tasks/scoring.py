@@ -7,7 +7,7 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
 from twotower.errors import ArgumentError
-from twotower.evaluation.tasks.problems import Problem
+from twotower.evaluation.tasks.problem_sets import Problem
 
 OVERALL = "overall"
 Z95 = 1.959963984540054  # the standard normal's 97.5 % quantile

@@ -20,8 +20,8 @@ from twotower.errors import ArgumentError
 from twotower.evaluation.likelihood import continuation_bound
 from twotower.evaluation.lm_eval import model as adapter
 from twotower.evaluation.lm_eval.model import TwoTowerLM
-from twotower.evaluation.lm_eval.run import run_tasks
-from twotower.evaluation.lm_eval.tasks import TASKS, parts_of
+from twotower.evaluation.lm_eval.task_scores import run_tasks
+from twotower.evaluation.lm_eval.tasks import TASKS, task_parts
 
 SHARED = Path(__file__).parents[3] / "shared" / "data"
 
@@ -68,7 +68,7 @@ def test_it_scores_as_the_harness_scores_any_hugging_face_model(model: TwoTowerF
     long = "User: I want to eat something good tonight. " * 14
     (cut,) = instances("loglikelihood", (long, " Please."))
     assert ours.loglikelihood([cut])[0][0] == pytest.approx(theirs.loglikelihood([cut])[0][0], rel=1e-4)
-    assert ours.spent.shortened == 1
+    assert ours.cost.shortened == 1
     rolling, whole = (instances("", words) for words in (("User: hello there.",), ("", "User: hello there.")))
     assert ours.loglikelihood_rolling(rolling)[0] == pytest.approx(theirs.loglikelihood(whole)[0][0], rel=1e-4)
     windows = ours._windows(ours.tok_encode(long, add_special_tokens=False))
@@ -86,8 +86,8 @@ def test_it_writes_by_the_setting_and_stops_inside(model: TwoTowerForCausalLM) -
     assert text == same
     assert text
     assert "Assistant" not in text
-    assert ar.spent.tokens == ar.spent.context_passes < 40  # it ended at the stop string, not at the limit
-    assert verified.spent.tokens_per_pass > ar.spent.tokens_per_pass == 1
+    assert ar.cost.tokens == ar.cost.context_passes < 40  # it ended at the stop string, not at the limit
+    assert verified.cost.tokens_per_pass > ar.cost.tokens_per_pass == 1
     (sampled,) = instances("generate_until", ("User: I", {"do_sample": True, "temperature": 2.0, "max_gen_toks": 8}))
     request = ar._request(*sampled.args)
     assert (request.params.temperature, request.params.max_new_tokens) == (2.0, 8)
@@ -154,7 +154,7 @@ def data(tmp_path: Path) -> Path:
     human = {"prompt": 'def add(a, b):\n    """Sum."""\n', "entry_point": "add", "canonical_solution": ""}
     lines(
         folder / "humaneval/HumanEval.jsonl",
-        *(human | {"task_id": i, "test": f"def check(f):\n    assert f({i}, 2) == {i + 2}\n"} for i in range(2)),
+        *(human | {"task_id": i, "test": f"def check_tasks(f):\n    assert f({i}, 2) == {i + 2}\n"} for i in range(2)),
     )
     task = {"prompt": "Add.", "code": "def f(a): return a + 1", "test_imports": ["import math"], "test_list": []}
     lines(
@@ -239,7 +239,7 @@ def test_tasks_are_those_of_the_published_table() -> None:
     assert two / ar == pytest.approx(0.987, abs=5e-4)  # "quality kept" in the paper
     assert [name for name, task in TASKS.items() if task.code] == ["humaneval", "mbpp"]
     for name in TASKS:
-        parts = parts_of(name, None)
+        parts = task_parts(name, None)
         assert all(part["num_fewshot"] == TASKS[name].shots for part in parts)
 
 
@@ -252,7 +252,7 @@ def test_tasks_are_those_of_the_published_table() -> None:
     ],
 )  # fmt: skip
 def test_official_sets_are_whole(name: str, counts: Any) -> None:
-    parts = parts_of(name, SHARED)
+    parts = task_parts(name, SHARED)
     if name == "mmlu_pro":  # its parts are cut from one set
         parts = parts[:1]
         counts = counts[:1]
@@ -268,7 +268,7 @@ def test_official_sets_are_whole(name: str, counts: Any) -> None:
 @pytest.mark.parametrize("name", ["humaneval", "mbpp"])
 def test_reference_solutions_pass_and_others_do_not(name: str, count: int | None) -> None:
     """In the sandbox, as programs of a model would be run."""
-    (part,) = parts_of(name, SHARED)
+    (part,) = task_parts(name, SHARED)
     judge = part["process_results"]
     failed = []
     for item in part["custom_dataset"]()["test"].to_list()[:count]:

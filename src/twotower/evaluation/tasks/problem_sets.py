@@ -44,13 +44,13 @@ def canonical(prompt: str) -> str:
     return " ".join(prompt.split())
 
 
-def side(prompt: str) -> Split:
+def split_of(prompt: str) -> Split:
     """The split a prompt belongs to, whatever the seed: "test" if BLAKE2b of its canonical form is 0 mod 10."""
     digest = hashlib.blake2b(canonical(prompt).encode(), digest_size=8).digest()
     return "test" if int.from_bytes(digest, "big") % TEST_SHARE == 0 else "train"
 
 
-def stream(
+def stream_problems(
     split: Split,
     seed: int,
     families: Sequence[str] | None = None,
@@ -75,15 +75,15 @@ def stream(
     return itertools.islice(_unique(split, seed, slots), start, None)
 
 
-def problems(
+def make_problems(
     split: Split,
     count: int,
     seed: int,
     families: Sequence[str] | None = None,
     difficulties: Sequence[int] = DEFAULT_DIFFICULTIES,
 ) -> list[Problem]:
-    """The first `count` problems of `stream`; all families where `families` is None."""
-    endless = stream(split, seed, families, difficulties)
+    """The first `count` problems of `stream_problems`; all families where `families` is None."""
+    endless = stream_problems(split, seed, families, difficulties)
     if count < 1:
         raise ArgumentError(f"count is {count}; ask for at least 1 problem.")
     return list(itertools.islice(endless, count))
@@ -121,7 +121,7 @@ def _draw(split: Split, seed: int, i: int, difficulty: int, family: str, seen: s
     rng = random.Random(f"{split}/{seed}/{i}/{family}/{difficulty}")
     for _ in range(TRIES):
         prompt, answer = FAMILIES[family](rng, difficulty)
-        if side(prompt) == split and canonical(prompt) not in seen:
+        if split_of(prompt) == split and canonical(prompt) not in seen:
             return Problem(family, difficulty, prompt, answer)
     raise ArgumentError(
         f"{family} at difficulty {difficulty} has no unused {split} problem left after {len(seen)} problems "

@@ -145,7 +145,7 @@ svg {{ min-width: 60rem; width: 100%; }}
 
 
 @dataclass(frozen=True)
-class Trace:
+class PassPicture:
     """What there is to draw, and what a page says besides."""
 
     blocks: Sequence[Sequence[Frame]]
@@ -155,9 +155,9 @@ class Trace:
     facts: str
 
 
-def svg(trace: Trace) -> str:
+def svg(picture: PassPicture) -> str:
     """The picture, self-contained."""
-    lines = drawing(trace.blocks, trace.names)
+    lines = drawing(picture.blocks, picture.names)
     whole = Text()
     for i, line in enumerate(lines):
         whole.append("\n" if i else "")
@@ -171,23 +171,23 @@ def svg(trace: Trace) -> str:
     return console.export_svg(theme=_THEME, code_format=template)
 
 
-def _save_svg(path: Path, trace: Trace) -> None:
-    path.write_text(svg(trace), encoding="utf-8")
+def _save_svg(path: Path, picture: PassPicture) -> None:
+    path.write_text(svg(picture), encoding="utf-8")
 
 
-def _save_html(path: Path, trace: Trace) -> None:
-    words = {name: html.escape(getattr(trace, name)) for name in ("prompt", "text", "facts")}
-    page = _PAGE.format(ground=GROUND, words=WORDS, label=LABEL, svg=svg(trace), **words)
+def _save_html(path: Path, picture: PassPicture) -> None:
+    words = {name: html.escape(getattr(picture, name)) for name in ("prompt", "text", "facts")}
+    page = _PAGE.format(ground=GROUND, words=WORDS, label=LABEL, svg=svg(picture), **words)
     path.write_text(page, encoding="utf-8")
 
 
-def _save_png(path: Path, trace: Trace) -> None:
+def _save_png(path: Path, picture: PassPicture) -> None:
     """Drawn by matplotlib, in the font that comes with it."""
     from matplotlib.backends.backend_agg import FigureCanvasAgg
     from matplotlib.figure import Figure
     from matplotlib.patches import Rectangle
 
-    lines = drawing(trace.blocks, trace.names)
+    lines = drawing(picture.blocks, picture.names)
     wide, high, size = 0.0843, 0.19, 10  # inches a character takes, and its points
     columns = max(map(width_of, lines))
     figure = Figure(figsize=(columns * wide + 0.4, len(lines) * high + 0.4), facecolor=GROUND)
@@ -218,7 +218,7 @@ def _save_png(path: Path, trace: Trace) -> None:
     figure.savefig(path, dpi=150)
 
 
-FORMATS: dict[str, Callable[[Path, Trace], None]] = {".svg": _save_svg, ".html": _save_html, ".png": _save_png}
+FORMATS: dict[str, Callable[[Path, PassPicture], None]] = {".svg": _save_svg, ".html": _save_html, ".png": _save_png}
 
 
 def check_format(path: Path) -> None:
@@ -234,6 +234,6 @@ def check_format(path: Path) -> None:
             ) from None
 
 
-def save_picture(path: Path, trace: Trace) -> None:
+def save_picture(path: Path, picture: PassPicture) -> None:
     """In the format that the file's ending names."""
-    FORMATS[path.suffix](path, trace)
+    FORMATS[path.suffix](path, picture)

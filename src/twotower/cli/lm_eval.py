@@ -6,7 +6,7 @@ import sys
 
 import click
 
-from twotower.cli.tasks import need_lm_eval
+from twotower.cli.published_tasks import require_lm_eval
 from twotower.process import configure_process
 
 
@@ -22,7 +22,7 @@ def lm_eval(arguments: tuple[str, ...]) -> None:
     model_args: pretrained, setting, likelihood (context or bound), samples, batch_size, max_length, dtype,
     quantization (none or int8), device, denoiser_device.
     """
-    need_lm_eval()
+    require_lm_eval()
     from lm_eval.__main__ import cli_evaluate
 
     configure_process()

@@ -8,34 +8,34 @@ from pathlib import Path
 from statistics import fmean
 from typing import TYPE_CHECKING
 
-from twotower.cli.terminal import passing_line
+from twotower.cli.terminal import status_line
 from twotower.errors import ArgumentError
 
 if TYPE_CHECKING:
     from rich.table import Table
 
     from twotower.decoding.presets import Setting
-    from twotower.evaluation.lm_eval.run import Score
+    from twotower.evaluation.lm_eval.task_scores import TaskScore
     from twotower.modeling_twotower import TwoTowerForCausalLM
 
-EVERY = "all"  # in place of a task's name
+ALL_TASKS = "all"  # in place of a task's name
 
 
-def need_lm_eval() -> None:
+def require_lm_eval() -> None:
     """Raises ArgumentError where lm-evaluation-harness is not installed."""
     if importlib.util.find_spec("lm_eval") is None:
         raise ArgumentError("this needs lm-evaluation-harness; pip install 'twotower[eval]'")
 
 
-def need(names: Sequence[str], data: Path | None, run_code: bool) -> None:
+def check_tasks(names: Sequence[str], data: Path | None, run_code: bool) -> None:
     """What can be refused before a model is loaded."""
-    need_lm_eval()
-    from twotower.evaluation.lm_eval.tasks import check
+    require_lm_eval()
+    from twotower.evaluation.lm_eval.tasks import check_tasks as check_choice
 
-    check(_chosen(names), data, run_code)
+    check_choice(_chosen(names), data, run_code)
 
 
-def measure(
+def measure_tasks(
     model: TwoTowerForCausalLM,
     settings: Sequence[Setting],
     names: Sequence[str],
@@ -45,11 +45,11 @@ def measure(
     run_code: bool,
     likelihood: str,
     rows: int,
-) -> list[Score]:
+) -> list[TaskScore]:
     """Scores of every task under AR and every other setting."""
-    from twotower.evaluation.lm_eval.run import run_tasks
+    from twotower.evaluation.lm_eval.task_scores import run_tasks
 
-    with passing_line() as tell:
+    with status_line() as tell:
         return run_tasks(
             model,
             settings,
@@ -63,7 +63,7 @@ def measure(
         )
 
 
-def table(scores: Sequence[Score]) -> Table:
+def task_table(scores: Sequence[TaskScore]) -> Table:
     """A row a task: AR's score, every other setting's and its tokens per pass; last the mean and what it keeps."""
     from rich import box
     from rich.table import Table
@@ -107,4 +107,4 @@ def table(scores: Sequence[Score]) -> Table:
 def _chosen(names: Sequence[str]) -> list[str]:
     from twotower.evaluation.lm_eval.tasks import TASKS
 
-    return list(TASKS) if EVERY in names else list(dict.fromkeys(names))
+    return list(TASKS) if ALL_TASKS in names else list(dict.fromkeys(names))

@@ -17,16 +17,16 @@ from lm_eval.tasks import TaskManager
 
 from twotower.decoding.presets import AR, Setting, beside_ar
 from twotower.errors import ArgumentError
-from twotower.evaluation.comparison import Paired, compare
-from twotower.evaluation.lm_eval.model import Spent, TwoTowerLM
-from twotower.evaluation.lm_eval.tasks import TASKS, check, loadable
+from twotower.evaluation.comparison import PairedComparison, compare
+from twotower.evaluation.lm_eval.model import GenerationCost, TwoTowerLM
+from twotower.evaluation.lm_eval.tasks import TASKS, check_tasks, lm_eval_tasks
 from twotower.modeling_twotower import TwoTowerForCausalLM
 
 EXAMPLES_SEED = 1234  # lm-evaluation-harness's default: which examples stand in the prompts
 
 
 @dataclass(frozen=True)
-class Score:
+class TaskScore:
     """One task under one setting. score: a share in 0..1; items: how many there were. against_ar: the same items paired
     with AR's. tokens_per_pass: of both towers, None where nothing was generated. by: who gave the likelihoods, of tasks
     whose answers are chosen by them. shortened: prompts whose beginning did not fit."""
@@ -35,7 +35,7 @@ class Score:
     setting: str
     score: float
     items: int
-    against_ar: Paired | None
+    against_ar: PairedComparison | None
     tokens_per_pass: float | None
     by: str | None
     shortened: int
@@ -58,7 +58,7 @@ def run_tasks(
     likelihood: str = "context",
     rows: int = 16,
     progress: Callable[[str], object] | None = None,
-) -> list[Score]:
+) -> list[TaskScore]:
     """Every task under AR and every other setting, task by task. limit: items of each part of a task (of each language,
     each subject), at most.
 
@@ -68,13 +68,13 @@ def run_tasks(
     Raises:
         ArgumentError: an unknown task, a task that runs programs without run_code, or files that are missing.
     """
-    check(names, data, run_code)
+    check_tasks(names, data, run_code)
     logging.getLogger("lm_eval").setLevel(logging.ERROR)
     logging.getLogger("datasets").setLevel(logging.ERROR)
     manager = _manager()
     scores = []
     for name in names:
-        known: dict[tuple[str, str], tuple[list[float], Spent, float]] = {}
+        known: dict[tuple[str, str], tuple[list[float], GenerationCost, float]] = {}
         base: list[float] = []
         for setting in beside_ar(settings):
             by = None if TASKS[name].kind == "generate" else "context" if setting is AR else likelihood
@@ -90,19 +90,19 @@ def run_tasks(
                 )
                 began = time.perf_counter()
                 items = _items(lm, manager, name, data, limit, run_code)
-                known[key] = items, lm.spent, time.perf_counter() - began
-            items, spent, seconds = known[key]
+                known[key] = items, lm.cost, time.perf_counter() - began
+            items, cost, seconds = known[key]
             base = base or items
             scores.append(
-                Score(
+                TaskScore(
                     task=name,
                     setting=setting.label,
                     score=fmean(items),
                     items=len(items),
                     against_ar=None if setting is AR else compare([x > 0.5 for x in base], [x > 0.5 for x in items]),
-                    tokens_per_pass=spent.tokens_per_pass if by is None else None,
+                    tokens_per_pass=cost.tokens_per_pass if by is None else None,
                     by=by,
-                    shortened=spent.shortened,
+                    shortened=cost.shortened,
                     seconds=seconds,
                 )
             )
@@ -125,7 +125,7 @@ def _items(
     """The score of each item, in an order that depends on the task alone."""
     try:
         with redirect_stderr(io.StringIO()):  # a bar for each part, which says less than our line
-            loaded = manager.load(loadable(name, data))
+            loaded = manager.load(lm_eval_tasks(name, data))
             for task in loaded["tasks"].values():
                 task.set_fewshot_seed(seed=EXAMPLES_SEED)
             found = evaluate(lm, loaded, limit=limit, bootstrap_iters=0, confirm_run_unsafe_code=run_code)
