@@ -164,7 +164,7 @@ def test_the_tour_names_every_file() -> None:
     ("old", "new", "name"),
     [
         ("twotower.generation.unmasking", "twotower.decoding.unmasking", "Verdict"),
-        ("twotower.evaluation.suite", "twotower.evaluation.tasks", "problems"),
+        ("twotower.evaluation.suite", "twotower.evaluation.tasks", "make_problems"),
     ],
 )
 def test_documented_names_that_moved_still_work(old: str, new: str, name: str) -> None:

@@ -3,10 +3,12 @@
 from __future__ import annotations
 
 import hashlib
+import importlib
 import itertools
 import json
 import random
 import re
+import sys
 from collections.abc import Callable
 from typing import Any
 
@@ -262,3 +264,10 @@ def test_a_users_error_is_one_line_and_code_2(options: str, capsys: pytest.Captu
     out, err = capsys.readouterr()
     assert out == ""
     assert re.fullmatch(r"Error: [^\n]+\n", err)
+
+
+def test_the_deprecated_module_keeps_the_old_names_of_functions() -> None:
+    sys.modules.pop("twotower.evaluation.suite", None)
+    with pytest.warns(DeprecationWarning, match=r"twotower\.evaluation\.tasks"):
+        suite = importlib.import_module("twotower.evaluation.suite")
+    assert (suite.problems, suite.side, suite.stream) == (make_problems, split_of, stream_problems)

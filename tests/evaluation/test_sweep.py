@@ -71,7 +71,7 @@ def test_a_sweep_goes_on_where_it_stopped(tmp_path: Path, monkeypatch: pytest.Mo
     model = TwoTowerForCausalLM.from_pretrained(module_model(), dtype="float32")
     settings = [parse_setting(text) for text in ("diffusion:0.9", "verified:draft_steps=1")]
     asked: list[str] = []
-    real = module.answer
+    real = module.answer_problems
 
     def answer(model, setting, problems, **more):  # type: ignore[no-untyped-def]
         asked.append(setting.label)
@@ -80,7 +80,7 @@ def test_a_sweep_goes_on_where_it_stopped(tmp_path: Path, monkeypatch: pytest.Mo
         requests, outputs = real(model, setting, problems, max_new_tokens=8, **more)
         return requests, outputs
 
-    monkeypatch.setattr(module, "answer", answer)
+    monkeypatch.setattr(module, "answer_problems", answer)
     monkeypatch.setattr(module, "answers_right", lambda problems, outputs: [i % 2 == 0 for i in range(len(problems))])
     file = tmp_path / "answers.jsonl"
 
@@ -131,7 +131,7 @@ def test_the_verb_writes_picture_and_table(
     cli: Callable[..., Result], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(module, "answers_right", lambda problems, outputs: [True] * len(problems))
-    monkeypatch.setattr(module, "answer", partial(module.answer, max_new_tokens=8))
+    monkeypatch.setattr(module, "answer_problems", partial(module.answer_problems, max_new_tokens=8))
     out = tmp_path / "new" / "report"
     options = ("-n", "1", "--timed", "1", "--difficulty", "1", "-o", str(out), "--dtype", "float32")
     result = cli("report", *options, "-s", "diffusion:0.8", "--json")

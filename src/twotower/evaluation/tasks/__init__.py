@@ -2,8 +2,9 @@
 
     python -m twotower.evaluation.tasks --split train --count 1000 --seed 1 -o train.jsonl
 
-Answers take about one to five blocks of 16 tokens and write out each intermediate result, so that a token committed too
-early shows. `families.py` has the tasks, `problems.py` draws seeded, disjoint train and test sets, `scoring.py` counts.
+An answer takes one to five blocks of 16 tokens and writes out each intermediate result, so a token that was committed
+too early is visible. `families.py` defines the tasks, `problem_sets.py` draws seeded, disjoint train and test sets, and
+`scoring.py` counts right answers.
 """
 
 from twotower.evaluation.tasks.families import FAMILIES, LEVELS
