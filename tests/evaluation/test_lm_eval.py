@@ -154,7 +154,7 @@ def data(tmp_path: Path) -> Path:
     human = {"prompt": 'def add(a, b):\n    """Sum."""\n', "entry_point": "add", "canonical_solution": ""}
     lines(
         folder / "humaneval/HumanEval.jsonl",
-        *(human | {"task_id": i, "test": f"def check_tasks(f):\n    assert f({i}, 2) == {i + 2}\n"} for i in range(2)),
+        *(human | {"task_id": i, "test": f"def check(f):\n    assert f({i}, 2) == {i + 2}\n"} for i in range(2)),
     )
     task = {"prompt": "Add.", "code": "def f(a): return a + 1", "test_imports": ["import math"], "test_list": []}
     lines(
