@@ -2,7 +2,7 @@
 PYTHON ?= python3
 BIN := .venv/bin
 
-.PHONY: demo serve test test-slow browser check clean bundled-model bench bench-quick report
+.PHONY: demo serve test test-slow browser check docs clean bundled-model bench bench-quick report
 
 demo: .venv/.installed
 	@$(BIN)/twotower demo
@@ -30,6 +30,10 @@ check: .venv/.installed-dev
 	$(BIN)/mypy
 	$(BIN)/lint-imports --no-cache
 	$(BIN)/python tools/ratchet.py
+
+# docs/cli.md from the command line's options, docs/environment.md from src/twotower/options.py.
+docs: .venv/.installed
+	$(BIN)/python tools/generate_docs.py
 
 # Minutes: speed beside AR, and accuracy on a few problems.
 bench-quick: .venv/.installed

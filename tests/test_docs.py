@@ -57,7 +57,7 @@ def fences(text: str, *languages: str) -> list[str]:
 
 def commands(text: str) -> Iterator[list[str]]:
     """The command lines of a document: in fenced blocks and in backticks, without comments."""
-    blocks = [line for body in fences(text, "") for line in body.replace("\\\n", " ").splitlines()]
+    blocks = [line for body in fences(text, "", "bash") for line in body.replace("\\\n", " ").splitlines()]
     inline = re.findall(r"`([^`\n]+)`", FENCE.sub("", text))
     for line in [*blocks, *inline]:
         try:
@@ -108,7 +108,7 @@ def test_commands(document: Path) -> None:
 
 def unknown_options(words: list[str]) -> list[str]:
     """Options that the verb does not have, or the verb itself."""
-    if words[0] not in cli.commands and re.fullmatch(r"[a-z-]+", words[0]):
+    if words[0] not in cli.commands and re.fullmatch(r"[a-z][a-z-]*", words[0]):
         return [f"twotower {words[0]}"]
     verb = words[0] if words[0] in cli.commands else "generate"
     command = cli.commands[verb]
