@@ -198,34 +198,34 @@ def test_a_whole_race(browser: Browser, server: str, shots: Path, mode: str) -> 
 
     text, count = answer_of(server, mode=mode, **asked, **blocks)
     ar, _ = answer_of(server, mode="ar", **asked)
-    assert browser.text("#lane-mode .whole") == text
-    assert browser.text("#lane-ar .whole") == ar
+    assert browser.text("#panel-mode .whole") == text
+    assert browser.text("#panel-ar .whole") == ar
     assert f"{count} tokens in" in said
-    assert "× as many tokens a second" in said
-    assert (text == ar) == ("Both wrote the same text" in said)
-    assert browser.text("#lane-mode .tokens") == str(count)
-    assert len(browser.all(".heat td")) == count
-    assert not browser.all(".heat td.later")
+    assert "× as many tokens per second" in said
+    assert (text == ar) == ("The texts are identical" in said)
+    assert browser.text("#panel-mode .tokens") == str(count)
+    assert len(browser.all(".heatmap td")) == count
+    assert not browser.all(".heatmap td.later")
 
     slider = browser.one("#clock")
     slider.click()
     browser.press("HOME")
     assert float(slider.get_property("value")) == 0
     assert "pass 0 of" in slider.get_attribute("aria-valuetext")
-    assert browser.text("#lane-mode .whole") == ""
-    assert len(browser.all(".heat td.later")) == count
+    assert browser.text("#panel-mode .whole") == ""
+    assert len(browser.all(".heatmap td.later")) == count
     browser.press("ARROW_RIGHT", "ARROW_RIGHT", "ARROW_RIGHT")
     assert 0 < float(slider.get_property("value")) < float(slider.get_attribute("max"))
-    assert 0 < len(browser.all(".heat td.later")) < count
-    assert float(browser.text("#lane-mode .time").split()[0]) > 0
+    assert 0 < len(browser.all(".heatmap td.later")) < count
+    assert float(browser.text("#panel-mode .time").split()[0]) > 0
     browser.shot(shots / f"race-{mode}.png")
     browser.press("END")
-    assert browser.text("#lane-mode .whole") == text
+    assert browser.text("#panel-mode .whole") == text
 
-    browser.one(".heat td").click()
+    browser.one(".heatmap td").click()
     browser.press("ARROW_RIGHT")
-    assert re.search(r"position|written by", browser.text("#heat-detail"))
-    assert "confidence" in browser.text("#heat-detail")
+    assert re.search(r"position|from the context tower", browser.text("#heatmap-detail"))
+    assert "confidence" in browser.text("#heatmap-detail")
     assert not browser.complaints()
 
 
@@ -263,10 +263,10 @@ def test_every_mode_and_example(browser: Browser, server: str) -> None:
     for mode in ("ar", "mock_ar", "auto", "verified", "diffusion"):
         browser.choose("#mode", mode)
         assert "tokens in" in browser.run()
-        assert browser.one("#lane-ar").is_displayed() == (mode != "ar")
+        assert browser.one("#panel-ar").is_displayed() == (mode != "ar")
     for example in browser.all("#examples button")[:1]:
         example.click()
-        assert "Both wrote the same text" in browser.run()
+        assert "The texts are identical" in browser.run()
     assert not browser.complaints()
 
 
@@ -295,10 +295,10 @@ def test_how_it_works_by_keyboard(browser: Browser, server: str, shots: Path) ->
     trace = json.loads((page.FOLDER / "how.json").read_text("utf-8"))
     browser.open(f"{server}/#how")
     browser.until(lambda: browser.all("#how .cells"))
-    titles = [browser.one("#how .tale h3").text]
+    titles = [browser.one("#how .explanation h3").text]
     while browser.one("#how-next").is_enabled():
         browser.press("ARROW_RIGHT")
-        titles.append(browser.one("#how .tale h3").text)
+        titles.append(browser.one("#how .explanation h3").text)
         assert len(browser.one("#how .words").text) > 40
         if titles[-1].startswith("Pass 4"):
             browser.shot(shots / "how.png")
@@ -307,9 +307,9 @@ def test_how_it_works_by_keyboard(browser: Browser, server: str, shots: Path) ->
     assert [cell.text for cell in browser.all("#how .cell .what")] == words
     assert f"K/V of {len(trace['context']) + len(words)} tokens" in browser.text("#how .towers")
     browser.press("ARROW_LEFT")
-    assert browser.one("#how .tale h3").text == titles[-2]
+    assert browser.one("#how .explanation h3").text == titles[-2]
     browser.press("HOME")
-    assert browser.one("#how .tale h3").text == titles[0]
+    assert browser.one("#how .explanation h3").text == titles[0]
     assert not browser.complaints()
 
 
@@ -324,7 +324,7 @@ def test_how_it_works_needs_files_only(browser: Browser) -> None:
         browser.open(f"http://127.0.0.1:{files.server_port}/#how")
         browser.until(lambda: browser.all("#how .cells"))
         browser.press("END")
-        assert "passes" in browser.one("#how .tale h3").text
+        assert "passes" in browser.one("#how .explanation h3").text
         browser.one('a[href="#try"]').click()
         assert "no twotower server behind this page" in browser.one("#error").text
     finally:
@@ -409,7 +409,7 @@ def test_by_keyboard_alone(browser: Browser, server: str) -> None:
         assert outline != "none", where
         seen.append(where)
     wanted = {"prompt", "mode", "threshold", "block_size", "steps", "max_tokens", "temperature", "seed", "run", "clock",
-              "play", "back", "ahead", "speed", "TD", "show-curl", "show-python", "copy"}  # fmt: skip
+              "play", "back", "forward", "speed", "TD", "show-curl", "show-python", "copy"}  # fmt: skip
     assert wanted <= set(seen)
 
 

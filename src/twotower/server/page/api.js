@@ -1,9 +1,9 @@
-// Talking to the server: requests, streams of events, and errors in words.
+// Requests to the server: the model card, streamed completions, and errors as sentences.
 
-const KEY = "twotower-key"; // in sessionStorage only: it ends with the tab
+const KEY = "twotower-key"; // in sessionStorage, so the browser forgets the key when the tab is closed
 
-/** Something went wrong that a reader can be told. param: the field of the request that is meant, if any. */
-export class Refusal extends Error {
+/** An error to show to the user. status: HTTP status, 0 without a response; param: the request field, if known. */
+export class ApiError extends Error {
   constructor(message, { status = 0, param = null } = {}) {
     super(message);
     this.status = status;
@@ -16,29 +16,31 @@ export const key = {
   set: (value) => (value ? sessionStorage.setItem(KEY, value) : sessionStorage.removeItem(KEY)),
 };
 
-/** The served model's card. */
+/** The model card of the served model. */
 export async function model() {
-  const answer = await send("v1/models");
-  return (await answer.json()).data[0];
+  const response = await send("v1/models");
+  return (await response.json()).data[0];
 }
 
-/** The events of a streamed completion: {chunk, at}, `at` by performance.now() when it arrived. */
-export async function* stream(asked, signal) {
-  const body = JSON.stringify({ ...asked, stream: true, stream_options: { include_usage: true } });
-  const answer = await send("v1/completions", { method: "POST", body, signal });
-  const reader = answer.body.pipeThrough(new TextDecoderStream()).getReader();
+/** Yields the events of a streamed completion as {chunk, at}; `at`: arrival time by performance.now(). */
+export async function* stream(request, signal) {
+  const body = JSON.stringify({ ...request, stream: true, stream_options: { include_usage: true } });
+  const response = await send("v1/completions", { method: "POST", body, signal });
+  const reader = response.body.pipeThrough(new TextDecoderStream()).getReader();
   let rest = "";
   for (;;) {
-    const { value, done } = await broken(reader.read(), signal);
+    const { value, done } = await readChunk(reader.read(), signal);
     const at = performance.now();
-    if (done) throw new Refusal("The server ended the connection before the text was whole. It may have been stopped.");
+    if (done) {
+      throw new ApiError("The server closed the connection before the text was complete. Run the request again.");
+    }
     const events = (rest + value).split("\n\n");
     rest = events.pop();
     for (const event of events) {
       if (!event.startsWith("data: ")) continue; // a comment that keeps the connection open
       if (event === "data: [DONE]") return;
       const chunk = JSON.parse(event.slice(6));
-      if (chunk.error) throw new Refusal(sentence(chunk.error.message), { param: chunk.error.param });
+      if (chunk.error) throw new ApiError(sentence(chunk.error.message), { param: chunk.error.param });
       yield { chunk, at };
     }
   }
@@ -47,33 +49,33 @@ export async function* stream(asked, signal) {
 async function send(path, options = {}) {
   const headers = { "content-type": "application/json" };
   if (key.get()) headers.authorization = `Bearer ${key.get()}`;
-  let answer;
+  let response;
   try {
-    answer = await fetch(path, { ...options, headers });
+    response = await fetch(path, { ...options, headers });
   } catch (error) {
     if (error.name === "AbortError") throw error;
-    throw new Refusal("The server cannot be reached. It may have been stopped: start it again with “twotower serve”.");
+    throw new ApiError("The server cannot be reached. Check that “twotower serve” is running, then try again.");
   }
-  if (answer.ok) return answer;
-  const said = await answer.json().catch(() => null);
-  const none = [404, 405, 501].includes(answer.status) && !said; // a server of files alone
-  const unsaid = none
-    ? "There is no twotower server behind this page. “How it works” needs none"
-    : `The server answered ${answer.status} without saying why`;
-  const message = said?.error?.message ?? unsaid;
-  const wait = answer.headers.get("retry-after");
-  throw new Refusal(sentence(message) + (wait ? ` It says to come again in ${wait} s.` : ""), {
-    status: answer.status,
-    param: said?.error?.param ?? null,
+  if (response.ok) return response;
+  const body = await response.json().catch(() => null);
+  const staticFilesOnly = [404, 405, 501].includes(response.status) && !body;
+  const fallback = staticFilesOnly
+    ? "There is no twotower server behind this page. Start one with “twotower serve”; “How it works” needs no server"
+    : `The server returned status ${response.status} without a message; its log may have the cause`;
+  const message = body?.error?.message ?? fallback;
+  const wait = response.headers.get("retry-after");
+  throw new ApiError(sentence(message) + (wait ? ` Try again in ${wait} s.` : ""), {
+    status: response.status,
+    param: body?.error?.param ?? null,
   });
 }
 
-async function broken(reading, signal) {
+async function readChunk(reading, signal) {
   try {
     return await reading;
   } catch (error) {
     if (signal?.aborted) throw new DOMException("stopped", "AbortError");
-    throw new Refusal("The connection broke before the text was whole. The server may have been stopped.");
+    throw new ApiError("The connection was lost before the text was complete. Check that the server is running.");
   }
 }
 

@@ -1,10 +1,10 @@
-// The page: the form, the race of the chosen mode and AR, and what is shown of it.
+// The page: the form, the comparison of the selected mode with AR, and the views of both runs.
 
-import { Refusal, key, model, stream } from "./api.js";
-import { Heat } from "./heat.js";
+import { ApiError, key, model, stream } from "./api.js";
+import { Heatmap } from "./heatmap.js";
 import { How } from "./how.js";
-import { Lane } from "./lane.js";
-import { Recording } from "./record.js";
+import { Panel } from "./panel.js";
+import { Recording } from "./recording.js";
 import { Replay } from "./replay.js";
 import { copy, curl, python } from "./snippets.js";
 import { el, legend } from "./tokens.js";
@@ -12,60 +12,81 @@ import { el, legend } from "./tokens.js";
 const find = (id) => document.getElementById(id);
 const form = find("form");
 
-// Prompts of kinds that the bundled model was trained on.
+// Prompts of tasks that the bundled model was trained on.
 const EXAMPLES = [
   ["Column addition", { prompt: "Add: 4821 + 3579 =>", max_tokens: 64, threshold: 0.8 }],
   ["Book a flight", { prompt: "User: I need a flight to Paris.\nAssistant:", max_tokens: 64, threshold: 0.8 }],
-  ["Word problem", { prompt: "Story: Mia has 4 boxes of 6 pens. Mia finds 13. How many pens does Mia have? =>", max_tokens: 48, threshold: 0.8 }],
+  [
+    "Word problem",
+    {
+      prompt: "Story: Mia has 4 boxes of 6 pens. Mia finds 13. How many pens does Mia have? =>",
+      max_tokens: 48,
+      threshold: 0.8,
+    },
+  ],
   ["Sort numbers", { prompt: "Sort: 64 12 87 35 50 29 71 =>", max_tokens: 32, threshold: 0.8 }],
 ];
 
-// name: in a menu and as a title; uses: fields that mean something in the mode and are refused in others.
+// name: in the menu and in titles; uses: the fields that the mode accepts (the server rejects them in other modes).
 const MODES = {
   diffusion: {
     name: "Diffusion",
     uses: ["threshold", "block_size", "steps"],
-    hint: "The denoiser fills each block; a pass makes final what is surer than γ, and at least one token.",
+    hint:
+      "The denoiser fills a block in several passes. " +
+      "Each pass commits the tokens whose confidence is above γ, at least one.",
   },
   verified: {
     name: "Verified",
     uses: ["threshold", "block_size"],
-    hint: "The denoiser drafts a block and the context tower checks it: the text is AR's, token for token.",
+    hint:
+      "The denoiser drafts tokens and the context tower verifies them. The text is the AR text: " +
+      "exactly in fp32 and float64, up to near ties in bf16.",
   },
   auto: {
     name: "Auto",
     uses: ["threshold", "block_size", "steps"],
-    hint: "Picks AR, verified or diffusion by what passes cost and drafts were worth so far.",
+    hint:
+      "Chooses AR, verified or diffusion for each request, from measured pass times and recent acceptance. " +
+      "The choice, and so the text, can differ between runs with the same seed.",
   },
-  ar: { name: "AR", uses: [], hint: "The context tower alone, one token a pass." },
+  ar: { name: "AR", uses: [], hint: "The context tower alone, one token per pass." },
   mock_ar: {
     name: "Mock AR",
     uses: [],
-    hint: "The denoiser as a next-token predictor, which learning to fill blocks does not ask of it.",
+    hint: "The denoiser as a next-token predictor, one token per pass. Its training does not include this task.",
   },
 };
-const FILLS_BLOCKS = ["diffusion", "verified", "auto"];
-const WARM_UP = 8; // tokens
+const BLOCK_MODES = ["diffusion", "verified", "auto"];
+const WARM_UP_TOKENS = 8;
 
-const lanes = [new Lane(find("lane-mode"), "Diffusion"), new Lane(find("lane-ar"), "AR")];
+const panels = [new Panel(find("panel-mode"), "Diffusion"), new Panel(find("panel-ar"), "AR")];
 const replay = new Replay(find("replay"), show);
-const heat = new Heat({ card: find("heat-card"), says: find("heat-says"), table: find("heat"), detail: find("heat-detail") });
-const still = matchMedia("(prefers-reduced-motion: reduce)");
-const warm = new Set(); // what was warmed up already
-let card = null; // what the server says of its model
-let running = null; // the AbortController of a race
+const heatmap = new Heatmap({
+  card: find("heatmap-card"),
+  caption: find("heatmap-caption"),
+  table: find("heatmap"),
+  detail: find("heatmap-detail"),
+});
+const reducedMotion = matchMedia("(prefers-reduced-motion: reduce)");
+const warm = new Set(); // requests that have been warmed up
+let card = null; // the model card
+let running = null; // the AbortController of a running comparison
 let language = curl;
-let modeChosen = false; // by the reader; until then it is the server's own
+let modeSelected = false; // by the user; until then the form has the server's default mode
 
-// --- the form -------------------------------------------------------------------------------------------------------
+// --- the form --------------------------------------------------------------------------------------------------------
 
-/** The request that the form describes. Fields left empty are left out, and so are those that mean nothing. */
-function asked(mode = form.elements.mode.value) {
+/** The request that the form describes, without empty fields and without fields that the mode does not accept. */
+function readForm(mode = form.elements.mode.value) {
   const out = { prompt: form.elements.prompt.value, mode };
   const numbers = ["max_tokens", "temperature", "seed", ...(MODES[mode]?.uses ?? [])];
   for (const name of numbers) {
     const field = form.elements[name];
-    if (field.validity.badInput) throw new Refusal(`${labelOf(field)}: this is not a number.`, { param: name });
+    if (field.validity.badInput) {
+      const message = `${labelOf(field)} must be a number; correct the value or leave the field empty.`;
+      throw new ApiError(message, { param: name });
+    }
     if (field.value !== "") out[name] = Number(field.value);
   }
   return out;
@@ -75,12 +96,12 @@ function labelOf(field) {
   return form.querySelector(`label[for="${field.id}"]`)?.textContent ?? field.name;
 }
 
-/** What goes out: the same, as a stream that shows every pass where there are blocks. */
-function watched(request) {
-  return FILLS_BLOCKS.includes(request.mode) ? { ...request, stream_denoising: true } : request;
+/** The request with an event for every denoising pass, in modes that fill blocks. */
+function withDenoising(request) {
+  return BLOCK_MODES.includes(request.mode) ? { ...request, stream_denoising: true } : request;
 }
 
-function formChanged() {
+function updateForm() {
   const mode = form.elements.mode.value;
   for (const field of form.querySelectorAll("[data-for]")) {
     field.hidden = !MODES[mode]?.uses.includes(field.dataset.for);
@@ -89,52 +110,53 @@ function formChanged() {
   find("threshold-range").value = form.elements.threshold.value;
   const origin = new URL("./", location.href).href.replace(/[?#].*/, "");
   try {
-    find("code").textContent = language(asked(), origin, card?.id ?? "small");
+    find("code").textContent = language(readForm(), origin, card?.id ?? "small");
   } catch (error) {
     find("code").textContent = error.message;
   }
 }
 
-function fillIn(example) {
+function applyExample(example) {
   const { prompt, ...numbers } = example;
   form.elements.prompt.value = prompt;
   for (const [name, value] of Object.entries(numbers)) form.elements[name].value = value;
-  formChanged();
+  updateForm();
 }
 
 function showModel() {
   const modes = card?.modes ?? Object.keys(MODES);
   const menu = form.elements.mode;
-  const before = (modeChosen && menu.value) || card?.default_mode || "diffusion";
+  const before = (modeSelected && menu.value) || card?.default_mode || "diffusion";
   menu.replaceChildren(...modes.map((mode) => new Option(MODES[mode]?.name ?? mode, mode)));
   menu.value = modes.includes(before) ? before : modes[0];
   if (card) {
-    find("served").textContent = `Serving ${card.id}: texts of up to ${card.max_model_len.toLocaleString("en")} tokens`;
+    const length = card.max_model_len.toLocaleString("en");
+    find("served").textContent = `Serving ${card.id}: up to ${length} tokens per sequence`;
     form.elements.block_size.max = card.block_size;
     if (Number(form.elements.block_size.value) > card.block_size) form.elements.block_size.value = card.block_size;
   }
-  formChanged();
+  updateForm();
 }
 
-async function learnModel() {
+async function fetchModel() {
   try {
     card = await model();
     find("key-field").hidden = !key.get();
-    say("");
-    complain(null);
+    setStatus("");
+    showError(null);
     showModel();
   } catch (error) {
-    tell(error);
+    handleError(error);
   }
 }
 
-// --- words ----------------------------------------------------------------------------------------------------------
+// --- messages --------------------------------------------------------------------------------------------------------
 
-function say(words) {
+function setStatus(words) {
   find("status").textContent = words;
 }
 
-function complain(error) {
+function showError(error) {
   for (const field of form.querySelectorAll("[aria-invalid]")) {
     field.removeAttribute("aria-invalid");
     field.removeAttribute("aria-describedby");
@@ -149,93 +171,93 @@ function complain(error) {
   }
 }
 
-function tell(error) {
+function handleError(error) {
   if (error.name === "AbortError") {
-    say("Stopped.");
+    setStatus("Stopped.");
     return;
   }
-  say("");
-  if (!(error instanceof Refusal)) {
-    complain(new Refusal(`The page itself failed: ${error.message}`));
+  setStatus("");
+  if (!(error instanceof ApiError)) {
+    showError(new ApiError(`The page has failed: ${error.message}. Reload it`));
     throw error;
   }
-  complain(error);
+  showError(error);
   if (error.status === 401) {
     find("key-field").hidden = false;
     find("key").focus();
   }
 }
 
-// --- the race -------------------------------------------------------------------------------------------------------
+// --- the comparison --------------------------------------------------------------------------------------------------
 
-async function race() {
-  complain(null);
+async function compare() {
+  showError(null);
   let request;
   try {
-    request = asked();
+    request = readForm();
   } catch (error) {
-    tell(error);
+    handleError(error);
     return;
   }
-  const rivals = request.mode === "ar" ? [request] : [request, asked("ar")];
+  const requests = request.mode === "ar" ? [request] : [request, readForm("ar")];
   running = new AbortController();
-  working(true);
+  setBusy(true);
   replay.clear();
-  heat.clear();
-  lanes[1].root.hidden = rivals.length < 2;
-  rivals.forEach((rival, i) => {
-    lanes[i].title.textContent = titleOf(rival);
-    lanes[i].clear(rival.prompt);
+  heatmap.clear();
+  panels[1].root.hidden = requests.length < 2;
+  requests.forEach((request, i) => {
+    panels[i].title.textContent = titleOf(request);
+    panels[i].clear(request.prompt);
   });
-  find("race").scrollIntoView({ block: "nearest", behavior: still.matches ? "auto" : "smooth" });
+  find("comparison").scrollIntoView({ block: "nearest", behavior: reducedMotion.matches ? "auto" : "smooth" });
   const recordings = [];
   try {
-    if (!card) await learnQuietly();
-    for (const rival of rivals) await warmUp(rival);
-    for (const [i, rival] of rivals.entries()) {
-      say(`${MODES[rival.mode].name} is running …`);
-      recordings.push(await run(rival, lanes[i]));
+    if (!card) await fetchModelOnce();
+    for (const request of requests) await warmUp(request);
+    for (const [i, request] of requests.entries()) {
+      setStatus(`Running ${MODES[request.mode].name} …`);
+      recordings.push(await run(request, panels[i]));
     }
     finish(recordings);
   } catch (error) {
-    tell(error);
+    handleError(error);
   } finally {
     running = null;
-    working(false);
+    setBusy(false);
   }
 }
 
 function titleOf(request) {
   const { name, uses } = MODES[request.mode];
   const threshold = uses.includes("threshold") && "threshold" in request ? `, γ ${request.threshold}` : "";
-  const size = uses.includes("block_size") && "block_size" in request ? `, blocks of ${request.block_size}` : "";
+  const size = uses.includes("block_size") && "block_size" in request ? `, block size ${request.block_size}` : "";
   return name + threshold + size;
 }
 
-async function learnQuietly() {
+async function fetchModelOnce() {
   card = await model();
   showModel();
 }
 
-/** A few tokens of the same request, unseen: whoever runs first would pay for what is done once. */
+/** Runs a few tokens of a request without showing them, so that one-time costs do not count in the comparison. */
 async function warmUp(request) {
-  const known = JSON.stringify([request.prompt, request.mode, request.block_size]);
-  if (warm.has(known) || !(request.max_tokens > WARM_UP)) return;
-  say("Warming up …");
-  for await (const _ of stream(watched({ ...request, max_tokens: WARM_UP }), running.signal));
-  warm.add(known);
+  const id = JSON.stringify([request.prompt, request.mode, request.block_size]);
+  if (warm.has(id) || !(request.max_tokens > WARM_UP_TOKENS)) return;
+  setStatus("Warming up …");
+  for await (const _ of stream(withDenoising({ ...request, max_tokens: WARM_UP_TOKENS }), running.signal));
+  warm.add(id);
 }
 
-async function run(request, lane) {
+async function run(request, panel) {
   const recording = new Recording({ block_size: card?.block_size, ...request }, performance.now());
   let drawn = 0;
   const draw = () => {
     drawn = 0;
-    if (!recording.end) lane.show(recording, performance.now() - recording.started);
+    if (!recording.end) panel.show(recording, performance.now() - recording.started);
   };
-  const clock = setInterval(() => (drawn ||= requestAnimationFrame(draw)), 50); // while nothing arrives, time goes on
+  const clock = setInterval(() => (drawn ||= requestAnimationFrame(draw)), 50); // the clock also runs between events
   try {
-    for await (const { chunk, at } of stream(watched(request), running.signal)) {
+    for await (const { chunk, at } of stream(withDenoising(request), running.signal)) {
       recording.add(chunk, at);
       drawn ||= requestAnimationFrame(draw);
     }
@@ -243,50 +265,51 @@ async function run(request, lane) {
     clearInterval(clock);
     cancelAnimationFrame(drawn);
   }
-  lane.show(recording, recording.length);
+  panel.show(recording, recording.length);
   return recording;
 }
 
 function finish(recordings) {
   const [first] = recordings;
-  heat.load(first);
-  replay.load(recordings); // shows the end
-  lanes.forEach((lane) => lane.hold());
-  say(summary(recordings));
-  if (!still.matches) replay.play();
+  heatmap.load(first);
+  replay.load(recordings);
+  panels.forEach((panel) => panel.lockHeight());
+  setStatus(summary(recordings));
+  if (!reducedMotion.matches) replay.play();
 }
 
-/** What came of it, with the figures that the lanes show. */
-function summary([own, ar]) {
-  const name = MODES[own.asked.mode].name;
+/** The status line after a comparison, with the figures of the panels. */
+function summary([selected, ar]) {
+  const name = MODES[selected.request.mode].name;
   const speed = ({ count, end }) => count / end.seconds;
-  const one = `${name}: ${own.count} tokens in ${own.end.seconds.toFixed(3)} s.`;
-  const why = own.end.decoding?.why ? ` It chose ${own.end.decoding.mode}: ${own.end.decoding.why}.` : "";
-  if (!ar) return one + why;
-  const times = speed(own) / speed(ar);
-  const same = own.text === ar.text ? "Both wrote the same text." : "The texts differ.";
+  const figures = `${name}: ${selected.count} tokens in ${selected.end.seconds.toFixed(3)} s.`;
+  const { mode, mode_reason: reason } = selected.end.decoding ?? {};
+  const modeReason = reason ? ` Auto chose ${mode}: ${reason}.` : "";
+  if (!ar) return figures + modeReason;
+  const ratio = speed(selected) / speed(ar);
+  const same = selected.text === ar.text ? "The texts are identical." : "The texts differ.";
   return (
-    `${one} AR: ${ar.count} tokens in ${ar.end.seconds.toFixed(3)} s. ` +
-    `${name} made ${times.toFixed(2)}× as many tokens a second here. ${same}${why}`
+    `${figures} AR: ${ar.count} tokens in ${ar.end.seconds.toFixed(3)} s. ` +
+    `${name} generated ${ratio.toFixed(2)}× as many tokens per second. ${same}${modeReason}`
   );
 }
 
 function show(t) {
-  replay.recordings.forEach((recording, i) => lanes[i].show(recording, t));
-  heat.show(t);
+  replay.recordings.forEach((recording, i) => panels[i].show(recording, t));
+  heatmap.show(t);
 }
 
-function working(now) {
-  find("run").disabled = now;
-  find("stop").hidden = !now;
-  find("race").setAttribute("aria-busy", now);
+function setBusy(busy) {
+  find("run").disabled = busy;
+  find("stop").hidden = !busy;
+  find("comparison").setAttribute("aria-busy", busy);
 }
 
-// --- the parts of the page ------------------------------------------------------------------------------------------
+// --- sections of the page --------------------------------------------------------------------------------------------
 
 const how = new How(find("how-body"));
 
-function route() {
+function showSection() {
   const part = location.hash === "#how" ? "how" : "try";
   for (const id of ["try", "how"]) {
     find(id).hidden = id !== part;
@@ -301,34 +324,34 @@ function route() {
 find("examples").append(
   ...EXAMPLES.map(([name, example]) => {
     const button = el("button", { type: "button" }, name);
-    button.addEventListener("click", () => fillIn(example));
+    button.addEventListener("click", () => applyExample(example));
     return button;
   }),
 );
 form.addEventListener("submit", (event) => {
   event.preventDefault();
-  if (!running) race();
+  if (!running) compare();
 });
 form.addEventListener("change", (event) => {
-  if (event.target.id === "mode") modeChosen = true;
-  formChanged();
+  if (event.target.id === "mode") modeSelected = true;
+  updateForm();
 });
 form.addEventListener("input", (event) => {
   if (event.target.id === "threshold-range") form.elements.threshold.value = event.target.value;
   if (event.target.id === "key") key.set(event.target.value.trim());
-  formChanged();
+  updateForm();
 });
-find("key").addEventListener("change", () => !card && learnModel());
+find("key").addEventListener("change", () => !card && fetchModel());
 form.elements.prompt.addEventListener("keydown", (event) => {
   if (event.key === "Enter" && (event.ctrlKey || event.metaKey)) form.requestSubmit();
 });
 find("stop").addEventListener("click", () => running?.abort());
-for (const [id, made] of [["show-curl", curl], ["show-python", python]]) {
+for (const [id, snippet] of [["show-curl", curl], ["show-python", python]]) {
   find(id).addEventListener("click", () => {
-    language = made;
-    find("show-curl").setAttribute("aria-pressed", made === curl);
-    find("show-python").setAttribute("aria-pressed", made === python);
-    formChanged();
+    language = snippet;
+    find("show-curl").setAttribute("aria-pressed", snippet === curl);
+    find("show-python").setAttribute("aria-pressed", snippet === python);
+    updateForm();
   });
 }
 find("copy").addEventListener("click", async () => {
@@ -336,11 +359,11 @@ find("copy").addEventListener("click", async () => {
   find("copy").textContent = done ? "Copied" : "Not copied: press Ctrl + C";
   setTimeout(() => (find("copy").textContent = "Copy"), 2000);
 });
-addEventListener("hashchange", route);
+addEventListener("hashchange", showSection);
 
 legend(find("legend"));
 key.get() && (find("key").value = key.get());
 showModel();
-fillIn(EXAMPLES[0][1]);
-route();
-learnModel();
+applyExample(EXAMPLES[0][1]);
+showSection();
+fetchModel();

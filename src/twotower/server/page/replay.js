@@ -1,37 +1,39 @@
-// The replay: both recordings on one clock, at true speed or slower, and a slider over it.
+// The replay: both recordings on one clock, at true speed or slower, with a slider.
 
 const SPEEDS = [1, 0.5, 0.25, 0.1, 0.05, 0.02, 0.01];
-const PLEASANT = 8000; // ms that a replay should take unless a reader chose a speed
+const TARGET_DURATION = 8000; // ms of a replay, unless the user has chosen a speed
 
 export class Replay {
-  /** show(t): draws everything as it was at t ms. */
+  /** show(t): draws the page as it was at t ms. */
   constructor(root, show) {
     this.root = root;
     this.show = show;
     this.find = (id) => root.querySelector(`#${id}`);
     this.slider = this.find("clock");
     this.playing = false;
-    this.chosen = false; // whether the reader picked the speed
+    this.speedChosen = false; // by the user
     this.recordings = [];
     const speed = this.find("speed");
     speed.append(...SPEEDS.map((value) => new Option(value === 1 ? "true speed" : `${value}×`, value)));
-    speed.addEventListener("change", () => (this.chosen = true));
+    speed.addEventListener("change", () => (this.speedChosen = true));
     this.slider.addEventListener("input", () => this.seek(Number(this.slider.value)));
-    this.slider.addEventListener("keydown", (event) => this.key(event));
+    this.slider.addEventListener("keydown", (event) => this.onKeydown(event));
     this.find("play").addEventListener("click", () => (this.playing ? this.pause() : this.play()));
     this.find("back").addEventListener("click", () => this.step(-1));
-    this.find("ahead").addEventListener("click", () => this.step(1));
+    this.find("forward").addEventListener("click", () => this.step(1));
   }
 
-  /** Takes the recordings of a race, the chosen mode's first, and shows their end. */
+  /** Takes the recordings of a comparison (the selected mode first) and shows their end. */
   load(recordings) {
     this.pause();
     this.recordings = recordings;
-    this.length = Math.max(...recordings.map((one) => one.length));
-    this.moments = moments(recordings);
+    this.length = Math.max(...recordings.map((recording) => recording.length));
+    this.moments = momentsOf(recordings);
     this.slider.max = this.length;
-    if (!this.chosen) this.find("speed").value = SPEEDS.find((one) => this.length / one >= PLEASANT / 2) ?? SPEEDS.at(-1);
-    this.ticks();
+    if (!this.speedChosen) {
+      this.find("speed").value = SPEEDS.find((speed) => this.length / speed >= TARGET_DURATION / 2) ?? SPEEDS.at(-1);
+    }
+    this.drawTicks();
     this.root.hidden = false;
     this.seek(this.length);
   }
@@ -68,13 +70,13 @@ export class Replay {
     this.move(t);
   }
 
-  /** To the pass before or after this moment. */
+  /** Moves to the previous (-1) or next (1) pass. */
   step(direction) {
-    const nearly = 1e-6;
+    const tolerance = 1e-6;
     const next =
       direction > 0
-        ? this.moments.find((t) => t > this.t + nearly)
-        : this.moments.findLast((t) => t < this.t - nearly);
+        ? this.moments.find((t) => t > this.t + tolerance)
+        : this.moments.findLast((t) => t < this.t - tolerance);
     this.seek(next ?? (direction > 0 ? this.length : 0));
   }
 
@@ -82,15 +84,15 @@ export class Replay {
     this.t = Math.min(Math.max(t, 0), this.length);
     this.slider.value = this.t;
     const [first] = this.recordings;
-    const frame = first.at(this.t);
+    const frame = first.frameAt(this.t);
     const all = first.end?.usage?.passes ?? first.frames.at(-1).passes;
-    const words = `${(this.t / 1000).toFixed(3)} s, pass ${frame.what === "end" ? all : frame.passes} of ${all}`;
+    const words = `${(this.t / 1000).toFixed(3)} s, pass ${frame.event === "end" ? all : frame.passes} of ${all}`;
     this.slider.setAttribute("aria-valuetext", words);
     this.find("moment").textContent = words;
     this.show(this.t);
   }
 
-  key(event) {
+  onKeydown(event) {
     const direction = { ArrowRight: 1, ArrowUp: 1, ArrowLeft: -1, ArrowDown: -1 }[event.key];
     if (direction) this.step(direction);
     else if (event.key === "Home") this.seek(0);
@@ -100,16 +102,16 @@ export class Replay {
     event.preventDefault();
   }
 
-  /** A mark for every pass of each recording, above the slider's way. */
-  ticks() {
+  /** Draws a tick for each pass above the slider, one row per recording. */
+  drawTicks() {
     const svg = this.find("ticks");
     svg.setAttribute("viewBox", "0 0 1000 22");
     svg.setAttribute("preserveAspectRatio", "none");
-    const rows = this.recordings.map((one, row) => {
+    const rows = this.recordings.map((recording, row) => {
       const path = document.createElementNS("http://www.w3.org/2000/svg", "path");
-      const at = one.frames.filter((frame) => frame.what === "pass" || frame.what === "token" || frame.what === "end");
+      const frames = recording.frames.filter((frame) => ["pass", "token", "end"].includes(frame.event));
       const y = row * 12;
-      path.setAttribute("d", at.map(({ t }) => `M${((1000 * t) / this.length).toFixed(1)} ${y}v9`).join(""));
+      path.setAttribute("d", frames.map(({ t }) => `M${((1000 * t) / this.length).toFixed(1)} ${y}v9`).join(""));
       path.setAttribute("class", `row-${row}`);
       return path;
     });
@@ -117,8 +119,8 @@ export class Replay {
   }
 }
 
-/** When there is something new to see: by the chosen mode, and then by AR alone. */
-function moments([first, second]) {
+/** Times of the frames: those of the selected mode, then those of AR after the selected mode has ended. */
+function momentsOf([first, second]) {
   const own = first.frames.map((frame) => frame.t);
   const later = second?.frames.map((frame) => frame.t).filter((t) => t > first.length) ?? [];
   return [...own, ...later];

@@ -1,19 +1,19 @@
-// The request for the current settings, as a command and as a program.
+// The request of the current settings as a curl command and as a Python program.
 
 import { key } from "./api.js";
 
-const BASE = ["prompt", "max_tokens", "temperature", "seed"]; // the published API's own; the rest goes beside it
+const OPENAI_FIELDS = ["prompt", "max_tokens", "temperature", "seed"]; // other fields go into extra_body
 
-export function curl(asked, origin) {
+export function curl(request, origin) {
   const lines = [`curl -s ${origin}v1/completions`, `-H 'Content-Type: application/json'`];
   if (key.get()) lines.push(`-H "Authorization: Bearer $TWOTOWER_API_KEY"`);
-  lines.push(`-d '${JSON.stringify(asked).replaceAll("'", `'\\''`)}'`);
+  lines.push(`-d '${JSON.stringify(request).replaceAll("'", `'\\''`)}'`);
   return lines.join(" \\\n  ");
 }
 
-export function python(asked, origin, model) {
-  const own = BASE.filter((name) => name in asked).map((name) => `    ${name}=${JSON.stringify(asked[name])},`);
-  const rest = Object.entries(asked).filter(([name]) => !BASE.includes(name));
+export function python(request, origin, model) {
+  const standard = OPENAI_FIELDS.filter((name) => name in request);
+  const extra = Object.entries(request).filter(([name]) => !OPENAI_FIELDS.includes(name));
   const secret = key.get() ? `os.environ["TWOTOWER_API_KEY"]` : `"none"`;
   return [
     ...(key.get() ? ["import os", ""] : []),
@@ -22,14 +22,14 @@ export function python(asked, origin, model) {
     `client = OpenAI(base_url="${origin}v1", api_key=${secret})`,
     "answer = client.completions.create(",
     `    model=${JSON.stringify(model)},`,
-    ...own,
-    `    extra_body={${rest.map(([name, value]) => `"${name}": ${JSON.stringify(value)}`).join(", ")}},`,
+    ...standard.map((name) => `    ${name}=${JSON.stringify(request[name])},`),
+    `    extra_body={${extra.map(([name, value]) => `"${name}": ${JSON.stringify(value)}`).join(", ")}},`,
     ")",
     "print(answer.choices[0].text)",
   ].join("\n");
 }
 
-/** Into the clipboard; where the browser forbids that (pages that are not on this machine), by selecting it. */
+/** Copies an element's text; where the browser forbids the clipboard API (http, other hosts), through a selection. */
 export async function copy(element) {
   try {
     await navigator.clipboard.writeText(element.textContent);

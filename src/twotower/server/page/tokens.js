@@ -1,6 +1,6 @@
-// How tokens look: what cannot be seen is made visible, and confidence is a colour.
+// How tokens are drawn: invisible characters get a sign, and the colour shows the confidence.
 
-// Dark violet to pale green, each step lighter than the one before: read in order without telling hues apart.
+// Dark violet to pale green. Each colour is lighter than the one before, so the order does not depend on the hue.
 const RAMP = [
   [0.0, [78, 63, 128]],
   [0.3, [70, 96, 158]],
@@ -10,7 +10,7 @@ const RAMP = [
   [1.0, [213, 235, 178]],
 ];
 
-/** The ground for a confidence from 0 to 1, and the ink that is readable on it. */
+/** The background colour of a confidence from 0 to 1, and a text colour with enough contrast. */
 export function colours(confidence) {
   const sure = Math.min(Math.max(confidence ?? 0, 0), 1);
   const above = Math.max(1, RAMP.findIndex(([at]) => sure <= at));
@@ -23,22 +23,23 @@ export function colours(confidence) {
   return { ground: `rgb(${rgb.join(" ")})`, ink: light > 0.19 ? "#06080c" : "#ffffff" };
 }
 
-/** A token's text without anything invisible. */
+/** A token's text with signs for its invisible characters. */
 export function visible(text) {
   if (text.startsWith("bytes:")) return "·"; // a part of a character
   const signs = { "\n": "↵", "\t": "⇥", "\r": "␍", "\u00a0": "⍽" };
-  return text.replace(/[\u0000-\u001f\u007f-\u00a0\u200b-\u200f\u2028-\u202f\ufeff\ufffd]/g, (c) => signs[c] ?? "·") || "·";
+  const invisible = /[\u0000-\u001f\u007f-\u00a0\u200b-\u200f\u2028-\u202f\ufeff\ufffd]/g;
+  return text.replace(invisible, (character) => signs[character] ?? "·") || "·";
 }
 
-/** A token in a sentence about it. */
-export function named(text) {
+/** A token's text in quotation marks, for sentences. */
+export function quoted(text) {
   return `“${visible(text).trim() || "␣"}”`;
 }
 
-const SAID = { final: "final", guess: "as a guess", draft: "as a draft", rejected: "not kept" };
+const STATE_LABELS = { final: "final", prediction: "predicted", draft: "drafted", rejected: "rejected" };
 
-/** A token as an element. kind: "final", "guess" (what the denoiser would put at a mask), "draft" (to be checked),
- * "rejected", "plain". */
+/** A token as an element. kind: "final", "prediction" (of the denoiser, at a masked position), "draft" (not yet
+ * verified), "rejected" or "plain" (without confidence). */
 export function chip(cell, kind) {
   const span = document.createElement("span");
   span.className = `token ${kind}${cell.fresh ? " fresh" : ""}`;
@@ -48,34 +49,39 @@ export function chip(cell, kind) {
     const { ground, ink } = colours(cell.confidence);
     span.style.setProperty("--ground", ground);
     span.style.setProperty("--ink", ink);
-    span.title = `${named(cell.text)} ${SAID[kind]}, confidence ${cell.confidence.toFixed(2)}`;
+    span.title = `${quoted(cell.text)} ${STATE_LABELS[kind]}, confidence ${cell.confidence.toFixed(2)}`;
   }
   if ((kind === "final" || kind === "plain") && cell.text?.endsWith("\n")) span.append(document.createElement("br"));
   return span;
 }
 
-/** What the colours mean, and the looks. */
+/** The legend: the colour scale and the kinds of tokens. */
 export function legend(root) {
   const stops = Array.from({ length: 21 }, (_, i) => colours(i / 20).ground);
   root.replaceChildren(
     el("span", { class: "legend-scale" }, [
       "confidence 0 ",
-      el("span", { class: "ramp", style: `--ramp: linear-gradient(90deg, ${stops.join(", ")})`, role: "img", "aria-label": "from dark violet to pale green" }),
+      el("span", {
+        class: "ramp",
+        style: `--ramp: linear-gradient(90deg, ${stops.join(", ")})`,
+        role: "img",
+        "aria-label": "from dark violet to pale green",
+      }),
       " 1",
     ]),
     el("span", {}, [chip({ text: "word", confidence: 0.98 }, "final"), " final"]),
-    el("span", {}, [chip({ text: "word", confidence: 0.98, fresh: true }, "final"), " by this pass"]),
-    el("span", {}, [chip({ text: "word", confidence: 0.6 }, "guess"), " masked: a guess"]),
+    el("span", {}, [chip({ text: "word", confidence: 0.98, fresh: true }, "final"), " committed in this pass"]),
+    el("span", {}, [chip({ text: "word", confidence: 0.6 }, "prediction"), " masked: prediction"]),
     el("span", {}, [chip({ text: "word", confidence: 0.8 }, "draft"), " drafted"]),
-    el("span", {}, [chip({ text: "word" }, "rejected"), " not kept"]),
+    el("span", {}, [chip({ text: "word" }, "rejected"), " rejected"]),
   );
 }
 
-/** An element in one line. */
+/** Creates an element. */
 export function el(name, attributes = {}, children = []) {
   const element = document.createElement(name);
   for (const [key, value] of Object.entries(attributes)) {
-    if (key === "style") element.style.cssText = value; // through the object model: the policy allows no style in markup
+    if (key === "style") element.style.cssText = value;
     else if (value === true) element.setAttribute(key, "");
     else if (value !== false && value != null) element.setAttribute(key, value);
   }
