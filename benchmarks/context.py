@@ -5,9 +5,9 @@
 
 time: an AR step, a denoiser pass and a commit after texts of 1K … 32K tokens (131072 can be asked for), all lengths and
 passes in turn. Only attention should grow with the text. The slope, milliseconds for 1,000 tokens, stands beside two
-floors: bytes of K/V ÷ the best read rate of the same run, and the slope of the pass's own floor, which for a block of
-16 on a processor is that of attention's products. The texts are made up, not read: random K/V and Mamba states are
-written into the state's pools (`models.Texts`), which takes seconds where a prefill takes minutes.
+rooflines: bytes of K/V ÷ the best read rate of the same run, and the slope of the pass's own roofline, which for a
+block of 16 on a processor is that of attention's products. The texts are made up, not read: random K/V and Mamba
+states are written into the state's pools (`models.Texts`), which takes seconds where a prefill takes minutes.
 
 memory: loading time, peak memory, time to the first block, and the memory of a text's state (`common/memory.py`). The
 random weights of --config are written to a temporary directory first; the page cache holds them then.
@@ -55,8 +55,8 @@ def measure(
     slopes = {name: slope(lengths, curve) for name, curve in curves.items()}
     widths = {"AR step": 1, "denoiser pass": BLOCK, "commit": BLOCK}
     added = {name: added_by_a_token(config, model.dtype, width) for name, width in widths.items()}
-    floor_slope = added["AR step"][0] / rates.bytes_per_second
-    own_slopes = {name: roofline.floor(*more, rates) for name, more in added.items()}
+    roofline_slope = added["AR step"][0] / rates.bytes_per_second
+    own_slopes = {name: roofline.roofline_seconds(*more, rates) for name, more in added.items()}
     count = math.ceil(BLOCK / PER_PASS)
     committed = [
         (count * one + two) / BLOCK for one, two in zip(curves["denoiser pass"], curves["commit"], strict=True)
@@ -64,11 +64,11 @@ def measure(
     return {
         "lengths": list(lengths),
         "seconds": curves,
-        "floor slope": floor_slope * 1e6,  # ms for 1,000 tokens
+        "roofline slope": roofline_slope * 1e6,  # ms for 1,000 tokens
         "slopes": {name: value * 1e6 for name, value in slopes.items()},
-        "times floor slope": {name: value / floor_slope for name, value in slopes.items()} if floor_slope else {},
-        "own floor slopes": {name: value * 1e6 for name, value in own_slopes.items()},
-        "times own floor slope": {name: slopes[name] / value for name, value in own_slopes.items() if value},
+        "times roofline slope": {name: value / roofline_slope for name, value in slopes.items() if roofline_slope},
+        "own roofline slopes": {name: value * 1e6 for name, value in own_slopes.items()},
+        "times own roofline slope": {name: slopes[name] / value for name, value in own_slopes.items() if value},
         "committed token": {"tokens per pass": BLOCK / count, "seconds": committed,
                             "last to first": committed[-1] / committed[0]},
         "rates": asdict(rates),
@@ -89,7 +89,7 @@ def slope(lengths: Sequence[int], curve: Sequence[float]) -> float:
 
 
 def draw(found: dict[str, Any], title: str, path: Path) -> None:
-    """The curves, and for each the line that starts where it does and rises as the floor."""
+    """The curves, and for each the line that starts where it does and rises as the roofline."""
     with drawing():
         import matplotlib.pyplot as plt
 
@@ -98,9 +98,9 @@ def draw(found: dict[str, Any], title: str, path: Path) -> None:
         for (name, curve), colour in zip(found["seconds"].items(), (BLUE, ORANGE, GREEN), strict=True):
             label = f"{name}: {found['slopes'][name]:.3f} ms per 1K"
             axes.plot(lengths, [value * 1e3 for value in curve], "o-", color=colour, label=label, markersize=4)
-            rising = [curve[0] * 1e3 + found["floor slope"] * (n - lengths[0]) / 1e3 for n in lengths]
+            rising = [curve[0] * 1e3 + found["roofline slope"] * (n - lengths[0]) / 1e3 for n in lengths]
             axes.plot(lengths, rising, ":", color=GREY)
-        axes.plot([], [], ":", color=GREY, label=f"reading K/V alone: {found['floor slope']:.3f} ms per 1K")
+        axes.plot([], [], ":", color=GREY, label=f"reading K/V alone: {found['roofline slope']:.3f} ms per 1K")
         axes.set(xlabel="tokens before the pass", ylabel="ms", title=title, ylim=(0, None))
         axes.legend()
         figure.savefig(path, dpi=DPI)
@@ -113,14 +113,15 @@ def time_tables(found: dict[str, Any]) -> Iterator[RenderableType]:
         table.add_row(f"{length:,}", *(f"{found['seconds'][name][i] * 1e3:.3f}" for name in PASSES))
     table.add_section()
     table.add_row("ms per 1K tokens", *(f"{found['slopes'][name]:.4f}" for name in PASSES))
-    if found["times floor slope"]:
-        table.add_row("× reading K/V", *(f"{found['times floor slope'][name]:.2f}" for name in PASSES))
-        table.add_row("× its own floor", *(f"{found['times own floor slope'][name]:.2f}" for name in PASSES))
+    if found["times roofline slope"]:
+        table.add_row("× reading K/V", *(f"{found['times roofline slope'][name]:.2f}" for name in PASSES))
+        table.add_row("× its own roofline", *(f"{found['times own roofline slope'][name]:.2f}" for name in PASSES))
     yield table
     one = found["committed token"]
     yield (
-        f"K/V alone: {found['floor slope']:.4f} ms per 1K; at {one['tokens per pass']:.2f} tokens a pass a committed "
-        f"one costs {one['last to first']:.2f}× as much after {found['lengths'][-1]:,} as after {found['lengths'][0]:,}"
+        f"K/V alone: {found['roofline slope']:.4f} ms per 1K; at {one['tokens per pass']:.2f} tokens a pass a "
+        f"committed one costs {one['last to first']:.2f}× as much after {found['lengths'][-1]:,} "
+        f"as after {found['lengths'][0]:,}"
     )
 
 

@@ -1,6 +1,6 @@
-"""Everything on one GPU in one call: kernels checked, the bundled model's equality, floors, passes, the 30B shape.
+"""Everything on one GPU in one call: kernels checked, the bundled model's equality, rooflines, passes, the 30B shape.
 
-    python benchmarks/gpu.py [--minutes 8.5] [--out build/gpu] [--parts floors,full-passes]
+    python benchmarks/gpu.py [--minutes 8.5] [--out build/gpu] [--parts rooflines,full-passes]
     python benchmarks/gpu.py --device cpu --tiny --minutes 1
 
 Parts run one after the other; after each, `results.json` and `results.md` in --out hold all there is so far. A part
@@ -36,9 +36,7 @@ import context as lengths_of  # noqa: E402
 import passes  # noqa: E402
 import throughput  # noqa: E402
 import torch  # noqa: E402
-from common import engine_comparison as ways  # noqa: E402
-from common import memory  # noqa: E402
-from common import roofline as floor  # noqa: E402
+from common import engine_comparison, memory, roofline  # noqa: E402
 from common.models import BLOCK, MIDSIZE, PUBLISHED, Texts, config_of, cut_to, random_model, random_tokens, tower_bytes  # noqa: E402
 from common.timing import synchronize  # noqa: E402
 
@@ -64,13 +62,13 @@ class Setting:
     device: torch.device
     dtype: torch.dtype
     tiny: bool
-    rates: floor.Rates | None = None
+    rates: roofline.Rates | None = None
     full: TwoTowerForCausalLM | None = None
     towers: str = ""
 
-    def floors(self) -> floor.Rates:
+    def measured_rates(self) -> roofline.Rates:
         if self.rates is None:
-            self.rates = floor.measure(self.device, self.dtype, quick=self.tiny)
+            self.rates = roofline.measure(self.device, self.dtype, quick=self.tiny)
         return self.rates
 
     def full_model(self) -> TwoTowerForCausalLM:
@@ -167,15 +165,20 @@ def same(one: list[list[int]], other: list[list[int]]) -> str:
     return f"{sum(a == b for a, b in zip(one, other, strict=True))} of {len(one)} texts"
 
 
-def floors(setting: Setting, out: dict[str, Any]) -> None:
+def rooflines(setting: Setting, out: dict[str, Any]) -> None:
     """The rates that everything else is held against."""
-    rates = setting.floors()
-    out["summary"] = floor.described(rates)
+    rates = setting.measured_rates()
+    out["summary"] = roofline.rates_summary(rates)
     out["rates"] = asdict(rates)
     config = config_of(None if setting.tiny else PUBLISHED).backbone
-    works = floor.passes_of(config, setting.dtype, 1024)
+    works = roofline.passes_of(config, setting.dtype, 1024)
     out["full shape, by chance"] = [
-        {"pass": name, "GB": work.bytes / 1e9, "GFLOP": work.operations / 1e9, "floor, ms": floor.of(work, rates) * 1e3}
+        {
+            "pass": name,
+            "GB": work.bytes / 1e9,
+            "GFLOP": work.operations / 1e9,
+            "roofline, ms": roofline.pass_seconds(work, rates) * 1e3,
+        }
         for name, work in works.items()
     ]
 
@@ -184,7 +187,7 @@ def midsize(setting: Setting, out: dict[str, Any]) -> None:
     """`passes.py` on the midsize shape, transformers and the naive reference included."""
     torch.manual_seed(0)
     model = random_model(config_of(None if setting.tiny else MIDSIZE), setting.dtype, setting.device)
-    rates = setting.floors()
+    rates = setting.measured_rates()
     repeats, tokens, rounds = (3, 16, 1) if setting.tiny else (20, 96, 2)
     out |= passes.costs(model, rates, context=256, repeats=repeats, naive=True)
     out["diffusion"] = passes.diffusion_against_ar(model, context=256, tokens=tokens, rounds=rounds)
@@ -193,7 +196,7 @@ def midsize(setting: Setting, out: dict[str, Any]) -> None:
 
 
 def full_passes(setting: Setting, out: dict[str, Any]) -> None:
-    """The full shape: each pass beside its floor."""
+    """The full shape: each pass beside its roofline."""
     started = time.perf_counter()
     model = setting.full_model()
     synchronize(setting.device)
@@ -201,7 +204,7 @@ def full_passes(setting: Setting, out: dict[str, Any]) -> None:
     out["seconds to make it"] = time.perf_counter() - started
     out["weights, GB"] = sum({p.data_ptr(): p.nbytes for p in model.parameters()}.values()) / 1e9
     repeats = 3 if setting.tiny else 20
-    out |= passes.costs(model, setting.floors(), context=1024, repeats=repeats, naive=False)
+    out |= passes.costs(model, setting.measured_rates(), context=1024, repeats=repeats, naive=False)
     out["times AR by the passes alone"] = [
         {"tokens per pass": rate, "times AR": passes.from_passes(out["passes"], rate)} for rate in PUBLISHED_RATES
     ]
@@ -273,7 +276,7 @@ def full_context(setting: Setting, out: dict[str, Any]) -> None:
     lengths = (1024, 4096) if setting.tiny else memory.LENGTHS
     repeats = 2 if setting.tiny else 7
     out["towers"] = setting.towers
-    out |= lengths_of.measure(setting.full_model(), setting.floors(), lengths=lengths, repeats=repeats)
+    out |= lengths_of.measure(setting.full_model(), setting.measured_rates(), lengths=lengths, repeats=repeats)
 
 
 def full_memory(setting: Setting, out: dict[str, Any]) -> None:
@@ -284,7 +287,7 @@ def full_memory(setting: Setting, out: dict[str, Any]) -> None:
     if setting.device.type == "cuda":
         torch.cuda.reset_peak_memory_stats()
         before = torch.cuda.memory_allocated()
-        passes.costs(model, setting.floors(), context=max(lengths), repeats=1, naive=False)
+        passes.costs(model, setting.measured_rates(), context=max(lengths), repeats=1, naive=False)
         out["peak of passes after the longest text, GB"] = (torch.cuda.max_memory_allocated() - before) / 1e9
         out["of which the text's state, GB"] = out["states"][-1]["AR"] / 1e9
 
@@ -306,12 +309,14 @@ def full_ahead(setting: Setting, out: dict[str, Any]) -> None:
     model = setting.full_model()
     out["towers"] = setting.towers
     prompts = random_tokens(model, 8, 16 if setting.tiny else 256).tolist()
-    out["engine"] = ways.ahead(model, prompts=prompts, kinds=("diffusion, 4 passes a block",), rounds=1, **few)
+    out["engine"] = engine_comparison.ahead(
+        model, prompts=prompts, kinds=("diffusion, 4 passes a block",), rounds=1, **few
+    )
 
 
 def full_int8(setting: Setting, out: dict[str, Any]) -> None:
-    """The full shape with its large matrices as int8: each pass beside its own floor. Last of the full ones: the model
-    stays as it is."""
+    """The full shape with its large matrices as int8: each pass beside its own roofline. Last of the full ones: the
+    model stays as it is."""
     model = setting.full_model()
     started = time.perf_counter()
     quantize_(model)
@@ -319,7 +324,7 @@ def full_int8(setting: Setting, out: dict[str, Any]) -> None:
     out["towers"] = setting.towers
     out["seconds to quantise it"] = time.perf_counter() - started
     repeats = 3 if setting.tiny else 20
-    out |= passes.costs(model, setting.floors(), context=1024, repeats=repeats, naive=False)
+    out |= passes.costs(model, setting.measured_rates(), context=1024, repeats=repeats, naive=False)
     setting.release()
 
 
@@ -334,13 +339,17 @@ def two_devices(setting: Setting, out: dict[str, Any]) -> None:
     out["towers on one"] = setting.towers
     prompts = random_tokens(model, 32, 16 if setting.tiny else 256).tolist()
     kinds = ("verified", "diffusion, 4 passes a block")
-    out["full shape"] = ways.apart(model, other, prompts=prompts, **{"at_once": (1, 2, 8, 32), "kinds": kinds} | few)
+    out["full shape"] = engine_comparison.apart(
+        model, other, prompts=prompts, **{"at_once": (1, 2, 8, 32), "kinds": kinds} | few
+    )
     del model
     setting.release()
     model = model_loading.load_model(bundled_model(), context_device=str(setting.device))
     prompts = few_shot_prompts(model, 2 if setting.tiny else 64, 48)
     kinds = ("verified", "diffusion")
-    out["bundled model"] = ways.apart(model, other, prompts=prompts, **{"at_once": (1, 8, 64), "kinds": kinds} | few)
+    out["bundled model"] = engine_comparison.apart(
+        model, other, prompts=prompts, **{"at_once": (1, 8, 64), "kinds": kinds} | few
+    )
 
 
 def loading(setting: Setting, out: dict[str, Any]) -> None:
@@ -358,7 +367,7 @@ def loading(setting: Setting, out: dict[str, Any]) -> None:
 PARTS: dict[str, tuple[Callable[[Setting, dict[str, Any]], None], float]] = {  # and each one's limit in minutes
     "kernels": (kernels, 0.5),
     "equality": (equality, 1.0),
-    "floors": (floors, 0.5),
+    "rooflines": (rooflines, 0.5),
     "full-passes": (full_passes, 2.0),
     "full-profile": (full_profile, 0.7),
     "full-diffusion": (full_diffusion, 1.5),
@@ -486,7 +495,7 @@ def run_part(name: str, setting: Setting, seconds: float) -> dict[str, Any]:
 
 @click.command()
 @click.option("--device", type=click.Choice(("cpu", "cuda")), default="cuda", show_default=True)
-@click.option("--dtype", type=click.Choice(floor.DTYPES), default="bfloat16", show_default=True)
+@click.option("--dtype", type=click.Choice(roofline.DTYPES), default="bfloat16", show_default=True)
 @click.option("--minutes", default=8.5, show_default=True, help="For everything.")
 @click.option("--out", type=click.Path(file_okay=False, path_type=Path), default=Path("build/gpu"), show_default=True)
 @click.option("--parts", default=",".join(PARTS), show_default=True)

@@ -4,13 +4,13 @@
         [--threads 2] [--quick]
     python benchmarks/passes.py --rates-only [--config FILE] [--context 256]
 
-- an AR step, a denoiser pass and a commit of one text, each beside its floor (`common/roofline.py`);
+- an AR step, a denoiser pass and a commit of one text, each beside its roofline (`common/roofline.py`);
 - the denoiser pass against the naive reference (`common/naive.py`), whose logits are compared first; a pass of the
   reference is counted with its share of the block's clone of the cache;
 - AR end to end against transformers' `NemotronHForCausalLM.generate` with the same weights and dtype;
 - diffusion against AR at a forced number of tokens per pass of the denoiser, through `twotower.generate`.
 
---rates-only measures the machine's rates and prints the floors of the three passes, with experts chosen by chance.
+--rates-only measures the machine's rates and prints the rooflines of the three passes, with experts chosen by chance.
 
 All passes of a dtype take turns in one process; medians. Without --model: random weights of the shape in --config.
 Blocks hold random tokens instead of masks, so that they visit as many experts as chance would.
@@ -43,7 +43,7 @@ from twotower import TwoTowerForCausalLM, model_loading
 from twotower.evaluation.machine import device_facts, machine_facts, machine_summary
 from twotower.ops.precision import multiplies_bf16_fast
 
-# --- passes beside their floors -------------------------------------------------------------------------------------
+# --- passes beside their rooflines ----------------------------------------------------------------------------------
 
 
 @torch.no_grad()
@@ -87,8 +87,8 @@ def costs(
         name: {
             "seconds": seconds[name],
             "best": min(times[name]),
-            "floor": roofline.of(work, rates),
-            "times floor": seconds[name] / roofline.of(work, rates),
+            "roofline": roofline.pass_seconds(work, rates),
+            "times roofline": seconds[name] / roofline.pass_seconds(work, rates),
             "AR steps": ratio(times[name], times["AR step"]),
             "bytes": work.bytes,
             "operations": work.operations,
@@ -177,11 +177,11 @@ def measure(
 def tables(found: dict[str, Any]) -> Iterator[RenderableType]:
     """Of one dtype."""
     rates = roofline.Rates(**found["rates"])
-    title = f"{machine_summary(found['machine'])}: {roofline.described(rates)}"
-    table = Table("pass", "ms", "floor, ms", "× floor", "AR steps", "reads", "experts a layer", title=title)
+    title = f"{machine_summary(found['machine'])}: {roofline.rates_summary(rates)}"
+    table = Table("pass", "ms", "roofline, ms", "× roofline", "AR steps", "reads", "experts a layer", title=title)
     for name, one in found["passes"].items():
         table.add_row(
-            name, f"{one['seconds'] * 1e3:.2f}", f"{one['floor'] * 1e3:.2f}", f"{one['times floor']:.2f}",
+            name, f"{one['seconds'] * 1e3:.2f}", f"{one['roofline'] * 1e3:.2f}", f"{one['times roofline']:.2f}",
             f"{one['AR steps']:.2f}", f"{one['bytes'] / 1e6:.1f} MB",
             f"{one['experts']['mean']:.1f} {one['experts']['how']}",
         )  # fmt: skip
@@ -208,23 +208,25 @@ def tables(found: dict[str, Any]) -> Iterator[RenderableType]:
         )
 
 
-def rates_and_floors(config: Path | None, device: str, dtype: str, context: int, quick: bool) -> dict[str, Any]:
-    """The machine's rates, and the floors of the passes over one text of the shape in `config`."""
+def rates_and_rooflines(config: Path | None, device: str, dtype: str, context: int, quick: bool) -> dict[str, Any]:
+    """The machine's rates, and the rooflines of the passes over one text of the shape in `config`."""
     where, what = torch.device(device), getattr(torch, dtype)
     rates = roofline.measure(where, what, quick=quick)
     works = roofline.passes_of(config_of(config or MIDSIZE).backbone, what, context)
     return {
         "machine": device_facts(where, what), "model": str(config or MIDSIZE.name), "rates": asdict(rates),
         "work": {name: asdict(one) for name, one in works.items()},
-        "floors": {name: roofline.of(one, rates) for name, one in works.items()},
+        "rooflines": {name: roofline.pass_seconds(one, rates) for name, one in works.items()},
     }  # fmt: skip
 
 
-def table_of_floors(found: dict[str, Any]) -> Table:
-    table = Table("pass", "reads", "computes", "floor", title=roofline.described(roofline.Rates(**found["rates"])))
+def roofline_table(found: dict[str, Any]) -> Table:
+    table = Table(
+        "pass", "reads", "computes", "roofline", title=roofline.rates_summary(roofline.Rates(**found["rates"]))
+    )
     for name, one in found["work"].items():
         read = f"{sum(one['parts'].values()) / 1e6:.1f} MB"
-        table.add_row(name, read, f"{one['operations'] / 1e9:.3f} GFLOP", f"{found['floors'][name] * 1e3:.3f} ms")
+        table.add_row(name, read, f"{one['operations'] / 1e9:.3f} GFLOP", f"{found['rooflines'][name] * 1e3:.3f} ms")
     return table
 
 
@@ -244,7 +246,7 @@ def table_of_floors(found: dict[str, Any]) -> Table:
 @click.option("--repeats", default=30, show_default=True, help="Of each pass.")
 @click.option("--tokens", default=96, show_default=True, help="Of each text.")
 @click.option("--rounds", default=3, show_default=True, help="Of texts.")
-@click.option("--rates-only", is_flag=True, help="Only the machine's rates and the floors, of the first dtype.")
+@click.option("--rates-only", is_flag=True, help="Only the machine's rates and the rooflines, of the first dtype.")
 @THREADS
 @QUICK
 @JSON
@@ -259,8 +261,8 @@ def main(
         both = multiplies_bf16_fast(torch.device(device)) and not quick
         dtypes = roofline.DTYPES if both else roofline.DTYPES[:1]
     if rates_only:
-        facts = rates_and_floors(config, device, dtypes[0], context, quick)
-        publish("passes", facts, [table_of_floors(facts)], as_json)
+        facts = rates_and_rooflines(config, device, dtypes[0], context, quick)
+        publish("passes", facts, [roofline_table(facts)], as_json)
         return
     if quick:
         context, repeats, tokens, rounds = 64, 5, 48, 1

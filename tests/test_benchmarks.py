@@ -43,25 +43,25 @@ def modules(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
             del sys.modules[name]
 
 
-def test_rates_and_floors() -> None:
+def test_rates_and_rooflines() -> None:
     facts = bench("passes", "--rates-only", "--quick", "--dtype", "float32")
     rates = facts["rates"]
     assert rates["bytes_per_second"] == max(rates["reads"].values()) > 1e8
     assert rates["operations_per_second"] == max(rates["products"].values()) > 1e8
-    for name, floor in facts["floors"].items():
+    for name, roofline in facts["rooflines"].items():
         work = facts["work"][name]
         reading = sum(work["parts"].values()) / rates["bytes_per_second"]
         computing = work["operations"] / rates["operations_per_second"]
-        assert floor == pytest.approx(max(reading, computing))
-    assert facts["floors"]["AR step"] < facts["floors"]["denoiser pass"]
+        assert roofline == pytest.approx(max(reading, computing))
+    assert facts["rooflines"]["AR step"] < facts["rooflines"]["denoiser pass"]
 
 
 def test_passes() -> None:
     (found,) = bench("passes", "--quick", "--dtype", "float32")["measured"]
     assert found["passes"].keys() == {"AR step", "denoiser pass", "commit"}
     for one in found["passes"].values():
-        assert 0 < one["floor"] < one["best"] <= one["seconds"]
-        assert one["times floor"] == pytest.approx(one["seconds"] / one["floor"])
+        assert 0 < one["roofline"] < one["best"] <= one["seconds"]
+        assert one["times roofline"] == pytest.approx(one["seconds"] / one["roofline"])
         assert one["experts"]["how"] == "counted"
     assert found["passes"]["AR step"]["experts"]["mean"] == 2
     assert found["passes"]["AR step"]["AR steps"] == 1
@@ -138,14 +138,14 @@ def test_context(tmp_path: Path) -> None:
     facts = bench("context time", "--quick", "--dtype", "float32", "-o", str(picture))
     assert picture.read_bytes().startswith(b"\x89PNG")
     assert facts["lengths"] == [1024, 8192, 32768]
-    assert facts["floor slope"] == pytest.approx(256 * 1e6 / facts["rates"]["bytes_per_second"])
+    assert facts["roofline slope"] == pytest.approx(256 * 1e6 / facts["rates"]["bytes_per_second"])
     for name, curve in facts["seconds"].items():
         assert len(curve) == 3
         assert min(curve) > 0
         if name != "AR step":  # a tiny model's pass over a block is mostly attention after so long a text
             assert curve[2] > curve[0]
-            assert 5 * facts["slopes"][name] > facts["own floor slopes"][name]  # rates were low if others were busy
-        assert facts["own floor slopes"][name] >= facts["floor slope"] * (1 - 1e-9)
+            assert 5 * facts["slopes"][name] > facts["own roofline slopes"][name]  # rates were low if others were busy
+        assert facts["own roofline slopes"][name] >= facts["roofline slope"] * (1 - 1e-9)
 
 
 def test_gpu_script_on_the_cpu(tmp_path: Path) -> None:
@@ -153,8 +153,8 @@ def test_gpu_script_on_the_cpu(tmp_path: Path) -> None:
     assert json.loads((tmp_path / "results.json").read_text()) == facts
     parts = facts["parts"]
     assert list(parts) == [
-        "kernels", "equality", "floors", "full-passes", "full-profile", "full-diffusion", "full-context", "full-memory",
-        "full-ahead", "full-int8", "midsize", "engine", "two-devices", "loading",
+        "kernels", "equality", "rooflines", "full-passes", "full-profile", "full-diffusion", "full-context",
+        "full-memory", "full-ahead", "full-int8", "midsize", "engine", "two-devices", "loading",
     ]  # fmt: skip
     assert {name: (part["state"], part.get("error")) for name, part in parts.items()} == dict.fromkeys(
         parts, ("done", None)
@@ -163,7 +163,7 @@ def test_gpu_script_on_the_cpu(tmp_path: Path) -> None:
     assert "agrees" in verdicts
     assert not any("DIFFERS" in verdict or "Error" in verdict for verdict in verdicts)
     assert parts["equality"]["found"]["float32: verified, 1 passes a draft, as AR"] == "2 of 2 texts"
-    assert parts["full-passes"]["found"]["passes"]["AR step"]["floor"] > 0
+    assert parts["full-passes"]["found"]["passes"]["AR step"]["roofline"] > 0
     assert parts["full-profile"]["found"]["AR step"]["longest"]
     for rows in (parts["two-devices"]["found"][name] for name in ("full shape", "bundled model")):
         for row in rows:  # of one round

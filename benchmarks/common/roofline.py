@@ -1,9 +1,9 @@
 """The roofline of a pass: the bytes it must read at the best read rate, or its operations at the best matmul rate.
 
-The larger of the two times is the pass's floor. A program measures both rates in its own run (`measure`). A pass must
-read the weights of its layers (of routed experts only those that its tokens choose), the head where logits are wanted,
-K/V of the text so far, and the Mamba states. A rate is the best of several operations and repeats, so a pass cannot be
-faster than its floor unless its weights stay in a cache.
+The larger of the two times is the pass's roofline. A program measures both rates in its own run (`measure`). A pass
+must read the weights of its layers (of routed experts only those that its tokens choose), the head where logits are
+wanted, K/V of the text so far, and the Mamba states. A rate is the best of several operations and repeats, so a pass
+cannot be faster than its roofline unless its weights stay in a cache.
 """
 
 from __future__ import annotations
@@ -49,14 +49,14 @@ class Work:
         return sum(self.parts.values())
 
 
-def floor(bytes: float, operations: float, rates: Rates) -> float:
-    """Seconds."""
+def roofline_seconds(bytes: float, operations: float, rates: Rates) -> float:
+    """The roofline of this many bytes and operations, in seconds."""
     return max(bytes / rates.bytes_per_second, operations / rates.operations_per_second)
 
 
-def of(work: Work, rates: Rates) -> float:
-    """A pass's floor in seconds."""
-    return floor(work.bytes, work.operations, rates)
+def pass_seconds(work: Work, rates: Rates) -> float:
+    """The roofline of a pass, in seconds."""
+    return roofline_seconds(work.bytes, work.operations, rates)
 
 
 # --- rates ----------------------------------------------------------------------------------------------------------
@@ -227,6 +227,6 @@ def passes_of(config: BackboneConfig, dtype: torch.dtype, context: int, block_si
     }
 
 
-def machine_summary(rates: Rates) -> str:
+def rates_summary(rates: Rates) -> str:
     """In one line."""
     return f"reads {rates.bytes_per_second / 1e9:.1f} GB/s, multiplies {rates.operations_per_second / 1e9:.0f} GFLOP/s"

@@ -13,7 +13,7 @@ from typing import Any
 
 import click
 
-WAYS = {"ar": "AR", "diffusion:0.8": "γ 0.8", "diffusion:0.9": "γ 0.9"}
+TITLES = {"ar": "AR", "diffusion:0.8": "γ 0.8", "diffusion:0.9": "γ 0.9"}
 LOSSLESS = "verified:draft_steps=1"
 Figures = dict[str, Any]  # a JSON object of either file
 
@@ -41,10 +41,10 @@ def training(records: list[Figures]) -> Iterator[str]:
 
 
 def dialogues(figures: Figures) -> Iterator[str]:
-    """Continuations of held-out dialogues, a column a way."""
-    ways = {name: figures[way] for way, name in {**WAYS, LOSSLESS: "verified"}.items()}
-    yield "| | " + " | ".join(ways) + " |"
-    yield "|---" * (len(ways) + 1) + "|"
+    """Continuations of held-out dialogues, a column for each setting."""
+    columns = {name: figures[setting] for setting, name in {**TITLES, LOSSLESS: "verified"}.items()}
+    yield "| | " + " | ".join(columns) + " |"
+    yield "|---" * (len(columns) + 1) + "|"
     rows: dict[str, Callable[[Figures], str]] = {
         "tokens per denoiser pass": lambda f: (
             f"{f['tokens'] / f['denoiser_passes']:.2f}" if f["denoiser_passes"] else ""
@@ -57,16 +57,19 @@ def dialogues(figures: Figures) -> Iterator[str]:
         "ended by EOS": lambda f: f"{f['ended_by_eos']:.1%}",
     }
     for name, show in rows.items():
-        yield f"| {name} | " + " | ".join(map(show, ways.values())) + " |"
+        yield f"| {name} | " + " | ".join(map(show, columns.values())) + " |"
 
 
 def suite(figures: Figures) -> Iterator[str]:
     """Exact answers; tokens per denoiser pass; and, of lossless verified decoding, tokens per pass of both towers."""
-    yield "| | " + " | ".join(f"{way} right" for way in WAYS.values()) + " | tokens/pass γ 0.8 | γ 0.9 | verified |"
-    yield "|---" * (len(WAYS) + 4) + "|"
+    yield (
+        "| | " + " | ".join(f"{title} right" for title in TITLES.values()) + " | tokens/pass γ 0.8 | γ 0.9 | verified |"
+    )
+    yield "|---" * (len(TITLES) + 4) + "|"
     for family in figures["ar"]["accuracy"]:
-        shares = [f"{figures[way]['accuracy'][family]:.1%}" for way in WAYS]
-        speeds = [figures[way]["tokens"][family] / figures[way]["denoiser_passes"][family] for way in list(WAYS)[1:]]
+        shares = [f"{figures[setting]['accuracy'][family]:.1%}" for setting in TITLES]
+        diffusion = [figures[setting] for setting in TITLES if setting != "ar"]
+        speeds = [found["tokens"][family] / found["denoiser_passes"][family] for found in diffusion]
         speeds.append(figures[LOSSLESS]["tokens_per_pass"][family])
         yield f"| {family} | " + " | ".join(shares + [f"{speed:.2f}" for speed in speeds]) + " |"
 
