@@ -22,8 +22,8 @@ from transformers import PreTrainedTokenizerFast
 
 from twotower import TwoTowerForCausalLM, bundled_model
 from twotower.cli.generate import generate as generate_command
-from twotower.cli.pass_picture import drawing, title
-from twotower.cli.watch import Frame, Screen, Silent, TokenNames, Watcher, colour, running_text
+from twotower.cli.pass_picture import block_title, picture_lines
+from twotower.cli.watch import Frame, LiveView, NullView, TokenNames, Watcher, block_text, colour
 from twotower.decoding.params import GenerationParams
 from twotower.ops.precision import multiplies_bf16_fast
 
@@ -253,17 +253,17 @@ def recorded(checkpoint: Path, view: object, tokens: int = 20) -> tuple[Watcher,
     watcher = Watcher(model.tokenizer, model.config.mask_token, view)  # type: ignore[arg-type]
     with watcher:
         events = model.stream(PROMPT, max_new_tokens=tokens, step_callback=watcher.on_pass)
-        *_, last = watcher.through(events)
+        *_, last = watcher.watch(events)
     assert last.result is not None
     return watcher, last.result.tokens, last.result.confidence
 
 
 def test_frames_retell_the_run(checkpoint: Path) -> None:
     """Every token appears in the pass that committed it, with the confidence it was committed with."""
-    watcher, tokens, confidence = recorded(checkpoint, Silent())
+    watcher, tokens, confidence = recorded(checkpoint, NullView())
     finals = [frames[-1] for frames in watcher.blocks]
     assert [token for frame in finals for token in frame.tokens] == tokens
-    seen = [sure for frame in finals for sure in frame.confidence[: len(frame.tokens)]]
+    seen = [probability for frame in finals for probability in frame.confidence[: len(frame.tokens)]]
     assert seen == pytest.approx(confidence, abs=1e-6)
     for frames in watcher.blocks:
         assert frames[0].t == 1.0
@@ -271,38 +271,38 @@ def test_frames_retell_the_run(checkpoint: Path) -> None:
         assert frames[-1].t == 0.0
         fresh = [sum(frame.fresh[i] for frame in frames) for i in range(len(frames[-1].tokens))]
         assert fresh == [1] * len(frames[-1].tokens)
-    assert finals[-1].all_tokens == 20
+    assert finals[-1].total_tokens == 20
 
 
 def test_frames_retell_a_verified_run() -> None:
     """What was drafted, what the context tower made of it, and which rounds had no draft; on a trained model."""
     model = TwoTowerForCausalLM.from_pretrained(bundled_model(), dtype="float32")
     for steps in (0, 1, 2, None):
-        watcher = Watcher(model.tokenizer, model.config.mask_token, Silent(), decided=1)
+        watcher = Watcher(model.tokenizer, model.config.mask_token, NullView(), known_positions=1)
         with watcher:
             options = {"mode": "verified", "max_new_tokens": 30, "draft_steps": steps}
             stream = model.stream("User: I want to", step_callback=watcher.on_pass, **options)
-            events = list(watcher.through(stream))
+            events = list(watcher.watch(stream))
         result = events[-1].result
         assert result is not None
         assert [token for frames in watcher.blocks for token in frames[-1].tokens] == result.tokens
-        assert all(frames[-1].checked for frames in watcher.blocks)
+        assert all(frames[-1].verified for frames in watcher.blocks)
         assert sum(frames[-1].passes for frames in watcher.blocks) == result.passes
         drafted = kept = 0
         for frames, event in zip(watcher.blocks, events, strict=True):
             if not event.draft:
                 assert len(frames) == 2
-                assert "context tower's own" in title(frames)
+                assert "context tower's own" in block_title(frames)
                 continue
             draft, final = frames[-2].tokens, frames[-1].tokens
             assert draft == list(event.draft)
             assert final[:-1] == draft[: len(final) - 1]
             drafted, kept = drafted + len(draft), kept + len(final) - 1
-            assert f"of {len(draft)} drafted ones kept" in title(frames)
+            assert f"of {len(draft)} drafted ones kept" in block_title(frames)
             assert frames[-1].fresh[:-1] == [False] * (len(final) - 1)
         assert drafted == result.drafted
         assert kept == result.accepted
-        titles = [line[0].text for line in drawing(watcher.blocks, watcher.names) if line and line[0].bold]
+        titles = [line[0].text for line in picture_lines(watcher.blocks, watcher.names) if line and line[0].bold]
         if steps == 0:
             assert titles == ["rounds 1 to 30: 30 tokens of the context tower's own"]
         if steps:
@@ -313,7 +313,7 @@ def test_frames_retell_a_verified_run() -> None:
 def test_screen_shows_masks_and_settled_text(checkpoint: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("twotower.cli.watch.FRAME_SECONDS", 0.0)
     console = Console(file=io.StringIO(), force_terminal=True, width=60, height=12, color_system="truecolor")
-    recorded(checkpoint, Screen(console, PROMPT, keep=True))
+    recorded(checkpoint, LiveView(console, PROMPT, keep=True))
     shown = console.file.getvalue()  # type: ignore[attr-defined]
     assert "░" in shown
     assert "tokens/pass" in shown
@@ -337,10 +337,10 @@ def test_a_fresh_token_wears_its_confidence(byte_tokenizer: PreTrainedTokenizerF
         tokens=[a, None],
         fresh=[True, False],
         confidence=[0.2, 0.1],
-        all_passes=1,
-        all_tokens=1,
+        total_passes=1,
+        total_tokens=1,
     )
-    text = running_text(frame, TokenNames(byte_tokenizer))
+    text = block_text(frame, TokenNames(byte_tokenizer))
     assert text.plain == "a ░░"
     assert text.spans[0].style.bgcolor.get_truecolor() == colour(0.2)  # type: ignore[union-attr]
 

@@ -85,7 +85,7 @@ def test_a_sweep_goes_on_where_it_stopped(tmp_path: Path, monkeypatch: pytest.Mo
     file = tmp_path / "answers.jsonl"
 
     def again(**facts: object) -> list[Point]:
-        return sweep_settings(model, settings, per_family=1, timed=1, kept_in=file, facts={"model": "m", **facts})
+        return sweep_settings(model, settings, per_family=1, timed=1, answers_file=file, facts={"model": "m", **facts})
 
     with pytest.raises(KeyboardInterrupt):
         again()

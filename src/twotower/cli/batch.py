@@ -67,12 +67,12 @@ def batch(
     before = finished(out, lines)
     engine = engine_for(loaded, lines, rows, None if memory is None else int(memory * 2**30))
     started = time.perf_counter()
-    with status_line() as tell:
+    with status_line() as update:
 
         def progress(written: int, tokens: int) -> None:
             seconds = time.perf_counter() - started
             rest = (len(lines) - written) * seconds / max(written - before, 1)
-            tell(f"{written} of {len(lines)} lines, {tokens / seconds:,.0f} tokens/s, {rest / 60:.1f} min left")
+            update(f"{written} of {len(lines)} lines, {tokens / seconds:,.0f} tokens/s, {rest / 60:.1f} min left")
 
         written, failed = run_job(engine, lines, out, progress, before)
     earlier = f", {before} were there" if before else ""

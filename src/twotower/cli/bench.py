@@ -77,7 +77,7 @@ def bench(
     loaded, source = models.load_text_model(
         model, "there are no prompts; put one there", dtype=dtype, quantization=quantization, threads=threads
     )
-    with status_line() as tell:
+    with status_line() as update:
         found = measuring.measure_speed(
             loaded,
             parsed,
@@ -87,7 +87,7 @@ def bench(
             batches=batches,
             rounds=rounds,
             ignore_eos=ignore_eos,
-            progress=tell,
+            progress=update,
         )
     machine = machine_facts(loaded)
     if not as_json:

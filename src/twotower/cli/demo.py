@@ -43,19 +43,19 @@ def demo(model: str | None, threads: int | None, as_json: bool) -> None:
     loaded, source = models.load_text_model(model, "there is no text to show; take another model", threads=threads)
     console = console_on("stdout")
     if not as_json:
-        console.print(heading(source, loaded), end="\n\n", soft_wrap=not console.is_terminal)
-        show(loaded)
-    results = measure(loaded)
+        console.print(model_summary(source, loaded), end="\n\n", soft_wrap=not console.is_terminal)
+        show_run(loaded)
+    results = measure_modes(loaded)
     if as_json:
         facts = {"prompt": PROMPT, "model": str(source), **model_loading.placement(loaded)}
         modes = [result.to_dict() | {"times_ar": times_ar(results, mode)} for mode, result in results.items()]
         click.echo(json.dumps(facts | {"confidence_threshold": THRESHOLD, "modes": modes}, ensure_ascii=False))
         return
     print_tables(console, results)
-    console.print(verdict(results), soft_wrap=not console.is_terminal)
+    console.print(speed_summary(results), soft_wrap=not console.is_terminal)
 
 
-def heading(source: str | Path, model: TwoTowerForCausalLM) -> Text:
+def model_summary(source: str | Path, model: TwoTowerForCausalLM) -> Text:
     """Which model, where."""
     import torch
     from rich.text import Text
@@ -72,7 +72,7 @@ def heading(source: str | Path, model: TwoTowerForCausalLM) -> Text:
     )
 
 
-def parameters(model: TwoTowerForCausalLM, mode: str) -> Parameters:
+def stream_arguments(model: TwoTowerForCausalLM, mode: str) -> Parameters:
     """The arguments of `model.stream` beside the mode: greedy, the same length in every mode."""
     shared: Parameters = {"max_new_tokens": NEW_TOKENS, "eos_token_id": model_loading.eos_of(model)}
     if mode not in BLOCK_MODES:
@@ -81,22 +81,24 @@ def parameters(model: TwoTowerForCausalLM, mode: str) -> Parameters:
     return shared
 
 
-def show(model: TwoTowerForCausalLM) -> None:
+def show_run(model: TwoTowerForCausalLM) -> None:
     """One run for the eye, not measured."""
-    from twotower.cli.watch import Watcher, view_on
+    from twotower.cli.watch import Watcher, make_view
     from twotower.tokenizer import required
 
     if not sys.stdout.isatty():
         click.echo(PROMPT + "\n")
-    view = view_on("stdout", PROMPT, keep=True)
+    view = make_view("stdout", PROMPT, keep=True)
     with Watcher(required(model.tokenizer), model.config.mask_token, view) as watcher:
-        events = model.stream(PROMPT, "diffusion", step_callback=watcher.on_pass, **parameters(model, "diffusion"))
-        for _ in watcher.through(events):
+        events = model.stream(
+            PROMPT, "diffusion", step_callback=watcher.on_pass, **stream_arguments(model, "diffusion")
+        )
+        for _ in watcher.watch(events):
             pass
     click.echo()
 
 
-def measure(model: TwoTowerForCausalLM) -> dict[str, Generation]:
+def measure_modes(model: TwoTowerForCausalLM) -> dict[str, Generation]:
     """Each mode's run of median speed. The modes take turns, so that a busy moment does not fall on one of them."""
     for mode in MODES:  # the first run of anything is slower
         generate_once(model, mode, 8)
@@ -112,7 +114,7 @@ def measure(model: TwoTowerForCausalLM) -> dict[str, Generation]:
 
 def generate_once(model: TwoTowerForCausalLM, mode: str, new_tokens: int = NEW_TOKENS) -> Generation:
     """One run to its end."""
-    result, arguments = None, parameters(model, mode)
+    result, arguments = None, stream_arguments(model, mode)
     arguments["max_new_tokens"] = new_tokens
     for event in model.stream(PROMPT, mode, **arguments):
         result = event.result or result
@@ -160,7 +162,7 @@ def print_tables(console: Console, results: dict[str, Generation]) -> None:
         console.print(table, end="" if console.is_terminal else "\n\n")
 
 
-def verdict(results: dict[str, Generation]) -> str:
+def speed_summary(results: dict[str, Generation]) -> str:
     """Why the speed is what it is: tokens gained per pass against what a pass costs."""
     ar, diffusion = results["ar"], results["diffusion"]
     passes = diffusion.passes_of_both

@@ -22,9 +22,9 @@ if TYPE_CHECKING:
     from twotower.evaluation.tasks.problem_sets import Problem
     from twotower.modeling_twotower import TwoTowerForCausalLM
 
-OF_THE_SUITE = {"problems", "families", "difficulties", "seed", "max_new_tokens"}
-OF_TASKS = {"limit", "run_code", "likelihood"}
-ROWS = {"suite": 64, "tasks": 16}  # of a batch; few-shot prompts are long
+SUITE_OPTIONS = {"problems", "families", "difficulties", "seed", "max_new_tokens"}
+TASK_OPTIONS = {"limit", "run_code", "likelihood"}
+DEFAULT_ROWS = {"suite": 64, "tasks": 16}  # of a batch; few-shot prompts are long
 
 
 @click.command("eval")
@@ -86,7 +86,7 @@ def evaluate(
     from twotower.decoding.presets import parse_setting
     from twotower.evaluation.accuracy import chosen_problems
 
-    _refuse(context, OF_THE_SUITE if tasks else OF_TASKS, "is the suite's" if tasks else "needs --task")
+    _reject_options(context, SUITE_OPTIONS if tasks else TASK_OPTIONS, "is the suite's" if tasks else "needs --task")
     if tasks:
         published_tasks.check_tasks(tasks, data, run_code)
     parsed = [parse_setting(text) for text in settings]
@@ -104,12 +104,12 @@ def evaluate(
             limit=limit,
             run_code=run_code,
             likelihood=likelihood,
-            rows=rows or ROWS["tasks"],
+            rows=rows or DEFAULT_ROWS["tasks"],
         )
         found = {"tasks": [score.to_dict() for score in scores]}
         shown: tuple[Table, ...] = (published_tasks.task_table(scores),)
     else:
-        lines = _measure_suite(loaded, parsed, chosen, max_new_tokens, rows or ROWS["suite"])
+        lines = _measure_suite(loaded, parsed, chosen, max_new_tokens, rows or DEFAULT_ROWS["suite"])
         facts |= {"problems": len(chosen), "seed": seed, "difficulties": list(difficulties)}
         found = {"settings": [line.to_dict() for line in lines]}
         shown = tables(lines)
@@ -125,18 +125,18 @@ def _measure_suite(
 ) -> list[SettingAccuracy]:
     from twotower.evaluation.accuracy import measure_accuracy
 
-    with status_line() as tell:
+    with status_line() as update:
         return measure_accuracy(
             model,
             settings,
             problems,
             max_new_tokens=max_new_tokens,
             rows=rows,
-            progress=lambda label, done: tell(f"{label}: {done} of {len(problems)} problems"),
+            progress=lambda label, done: update(f"{label}: {done} of {len(problems)} problems"),
         )
 
 
-def _refuse(context: click.Context, names: set[str], why: str) -> None:
+def _reject_options(context: click.Context, names: set[str], why: str) -> None:
     """An option that would have no effect is an error."""
     for parameter in context.command.params:
         given = context.get_parameter_source(parameter.name or "") is ParameterSource.COMMANDLINE

@@ -25,8 +25,9 @@ if TYPE_CHECKING:
     from twotower.decoding.params import Parameters
     from twotower.modeling_twotower import TwoTowerForCausalLM
 
-WATCHED = ("diffusion", "verified")  # modes in which there are passes over a block to show
-OPTIONS = {**MEANT_FOR, **dict.fromkeys(("watch", "trace"), WATCHED)}  # and the modes they mean something to
+WATCHABLE_MODES = ("diffusion", "verified")  # modes in which there are passes over a block to show
+# The modes that use an option; all modes use the other options.
+OPTION_MODES = {**MEANT_FOR, **dict.fromkeys(("watch", "trace"), WATCHABLE_MODES)}
 SAMPLING_ONLY = ("seed", "top_k", "top_p")
 
 
@@ -42,7 +43,7 @@ SAMPLING_ONLY = ("seed", "top_k", "top_p")
     default="diffusion",
     show_default=True,
     help="Blocks of tokens; the context tower alone; the denoiser token by token; blocks that the context tower "
-    "checks, so that the text is its own; or what of AR, blocks and checked blocks pays here.",
+    "checks, so that the text is its own; or what of AR, blocks and verified blocks pays here.",
 )
 @click.option("-n", "--max-new-tokens", metavar="N", type=click.IntRange(min=1), default=128, show_default=True)
 @click.option(
@@ -175,9 +176,11 @@ class GenerateOptions:
             shared["draft_steps"], shared["acceptance"] = self.draft_steps, self.acceptance
         return shared
 
-    def idle_options(self) -> Iterator[tuple[str, str]]:
+    def ignored_options(self) -> Iterator[tuple[str, str]]:
         """(option, why) for each given option that has no effect on this run."""
-        yield from ((name, f"with --mode {self.mode}") for name, modes in OPTIONS.items() if self.mode not in modes)
+        yield from (
+            (name, f"with --mode {self.mode}") for name, modes in OPTION_MODES.items() if self.mode not in modes
+        )
         if self.mode in BLOCK_MODES and (self.policy != "threshold" or self.knob is not None):
             yield "threshold", f"with --policy {self.policy}" if self.knob is None else "beside --knob"
         if self.mode == "diffusion" and self.steps > self.block_size:
@@ -195,9 +198,9 @@ def generate_text(options: GenerateOptions) -> None:
         TwoTowerError: found as early as possible, before any weights are read where that can be.
     """
     text = read_prompt(options.prompt, options.file)
-    for name, why in options.idle_options():
+    for name, reason in options.ignored_options():
         if name in options.given:
-            click.echo(f"Warning: --{name.replace('_', '-')} has no effect {why}.", err=True)
+            click.echo(f"Warning: --{name.replace('_', '-')} has no effect {reason}.", err=True)
     if options.trace is not None and not options.trace.absolute().parent.is_dir():
         raise ArgumentError(f"--trace {options.trace}: {options.trace.parent} is no directory; make it first")
     if options.trace is not None:
@@ -226,7 +229,7 @@ def generate_text(options: GenerateOptions) -> None:
     parameters["eos_token_id"] = model_loading.eos_of(model)
     parameters["mask_token_id"] = model.config.mask_token
 
-    shown = options.mode in WATCHED and (options.watch or options.trace)
+    shown = options.mode in WATCHABLE_MODES and (options.watch or options.trace)
     watcher = _watcher(model, text, options) if shown else None
     result = _stream(model, text, options.mode, parameters, watcher, silent=options.as_json)
     seed = parameters["seed"] if options.temperature > 0 else None
@@ -246,12 +249,14 @@ def generate_text(options: GenerateOptions) -> None:
 
 
 def _watcher(model: TwoTowerForCausalLM, prompt: str, options: GenerateOptions) -> Watcher:
-    from twotower.cli.watch import Silent, Watcher, view_on
+    from twotower.cli.watch import NullView, Watcher, make_view
     from twotower.tokenizer import required
 
     # Where the text goes to a file, what was watched is all that is left on the terminal.
-    view = view_on("stderr", prompt, keep=not sys.stdout.isatty()) if options.watch else Silent()
-    return Watcher(required(model.tokenizer), model.config.mask_token, view, decided=int(options.mode == "verified"))
+    view = make_view("stderr", prompt, keep=not sys.stdout.isatty()) if options.watch else NullView()
+    return Watcher(
+        required(model.tokenizer), model.config.mask_token, view, known_positions=int(options.mode == "verified")
+    )
 
 
 def _stream(
@@ -269,7 +274,7 @@ def _stream(
         return _write(events, silent)
     with watcher:
         # Text and picture on one terminal would disturb each other: there the text comes when the picture is done.
-        last = _write(watcher.through(events), silent or watcher.view.owns_stdout)
+        last = _write(watcher.watch(events), silent or watcher.view.owns_stdout)
     if watcher.view.owns_stdout and not silent:
         click.echo(last.text)
     return last

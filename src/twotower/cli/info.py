@@ -178,19 +178,19 @@ def _backends(model: TwoTowerForCausalLM, dtype: str) -> dict[str, list[dict[str
     found: dict[str, list[dict[str, str]]] = {}
     for device in ["cpu"] + (["cuda:0"] if torch.cuda.is_available() else []):
         rows = registry.report(torch.device(device), getattr(torch, dtype))
-        refusal = cuda_graph.refusal(torch.device(device))
-        if refusal is None:
+        unsupported = cuda_graph.refusal(torch.device(device))
+        if unsupported is None:
             rows.append(("pass", "recorded", "one launch for all layers, checked when it is recorded"))
         else:
             at_once = all(backend == "native" for op, backend, _ in rows if op in fused_cpu.OPS)
             way = "one call" if at_once else "layer by layer"
-            rows.append(("pass", way, f"of few tokens; a recording {refusal}"))
+            rows.append(("pass", way, f"of few tokens; a recording {unsupported}"))
         if device == "cpu":
-            reason = packed_weights.refusal(model, torch.device(device), getattr(torch, dtype))
-            why = "a second copy, in the order that passes read fastest" if reason is None else reason
-            rows.append(("weights", "packed" if reason is None else "as they lie", why))
+            unpacked = packed_weights.refusal(model, torch.device(device), getattr(torch, dtype))
+            packed = "a second copy of the weights, in the order in which passes read them"
+            rows.append(("weights", "packed", packed) if unpacked is None else ("weights", "not packed", unpacked))
         rows.append(("torch.compile", "off", _COMPILE[torch.device(device).type]))
-        found[device] = [{"op": op, "backend": backend, "why": why} for op, backend, why in rows]
+        found[device] = [{"op": op, "backend": backend, "reason": reason} for op, backend, reason in rows]
     return found
 
 

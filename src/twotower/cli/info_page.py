@@ -37,7 +37,7 @@ def _sections(facts: Facts) -> Iterator[tuple[str, list[str]]]:
     for device, rows in facts["backends"].items():
         yield (
             f"{device} {_SHORT.get(facts['dtype'], facts['dtype'])}",
-            [f"{row['op']:<14}{row['backend']:<13}{row['why']}" for row in rows],
+            [f"{row['op']:<14}{row['backend']:<13}{row['reason']}" for row in rows],
         )
     yield "files", list(_weights(facts["weights"]))
     yield "tokenizer", [", ".join(facts["tokenizer"]) or "none: token ids only"]
@@ -70,11 +70,11 @@ def _shape(shape: dict[str, int]) -> Iterator[str]:
 
 def _parameters(count: ParameterCounts) -> Iterator[str]:
     yield (
-        f"{big(count['per_tower'])} per tower; {big(count['both_towers'])} in all, of which time conditioning "
-        f"{big(count['time_conditioning'])}"
+        f"{format_count(count['per_tower'])} per tower; {format_count(count['both_towers'])} in all, "
+        f"of which time conditioning {format_count(count['time_conditioning'])}"
     )
-    yield f"{big(count['active'])} active per token: all but the routed experts that it does not choose"
-    yield f"{big(count['active_without_embedding'])} of them read: of the embedding one row only"
+    yield f"{format_count(count['active'])} active per token: all but the routed experts that it does not choose"
+    yield f"{format_count(count['active_without_embedding'])} of them read: of the embedding one row only"
     if count["moe_share"]:
         yield (
             f"{count['moe_share']:.1%} of a tower in MoE layers, {count['routed_expert_share']:.1%} in routed experts"
@@ -98,10 +98,10 @@ def _memory(memory: dict[str, dict[str, int]]) -> Iterator[str]:
 
 def _state(state: StateSizes) -> Iterator[str]:
     yield (
-        f"{size_of(state['per_token'])} per token (K/V), {size_of(state['per_row'])} per text (convolution and SSM), "
-        f"in {_SHORT.get(state['dtype'], state['dtype'])}"
+        f"{format_bytes(state['per_token'])} per token (K/V), {format_bytes(state['per_row'])} per sequence "
+        f"(convolution and SSM), in {_SHORT.get(state['dtype'], state['dtype'])}"
     )
-    yield f"{size_of(state['full_context'])} for one text that fills the context; two devices keep a copy each"
+    yield f"{format_bytes(state['full_context'])} for one text that fills the context; two devices keep a copy each"
 
 
 def _weights(weights: StoredWeights) -> Iterator[str]:
@@ -112,18 +112,18 @@ def _weights(weights: StoredWeights) -> Iterator[str]:
     if files:
         names = files[0]["name"] if len(files) == 1 else f"{files[0]['name']} … {files[-1]['name']} ({len(files)})"
         dtypes = ", ".join(f"{count} {name}" for name, count in weights["dtypes"].items())
-        yield f"{names}: {size_of(sum(file['bytes'] for file in files))}, tensors: {dtypes}"
+        yield f"{names}: {format_bytes(sum(file['bytes'] for file in files))}, tensors: {dtypes}"
     yield "do not fit (see below)" if weights["problem"] else "complete: every tensor is there and has its shape"
 
 
-def big(count: int) -> str:
+def format_count(count: int) -> str:
     for size, name in ((10**9, "B"), (10**6, "M"), (10**3, "k")):
         if count >= size:
             return f"{count / size:.2f} {name}"
     return str(count)
 
 
-def size_of(count: int) -> str:
+def format_bytes(count: int) -> str:
     unit, divisor = _unit(count)
     return f"{count / divisor:.{0 if divisor == 1 else 1}f} {unit}"
 

@@ -78,7 +78,7 @@ def summary(made: Converted) -> Iterator[str]:
     """What was made, to read."""
     from twotower.cli import info_page
 
-    count, size = info_page.big, info_page.size_of
+    count, size = info_page.format_count, info_page.format_bytes
     files = f"{len(made.files)} files" if len(made.files) > 1 else made.files[0]
     yield click.style(str(made.directory), bold=True)
     yield (

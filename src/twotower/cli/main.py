@@ -69,19 +69,19 @@ def run_cli(args: list[str] | None = None) -> int:
     except click.Abort:
         return 130
     except click.ClickException as error:
-        return _complain(error.format_message())
+        return _print_error(error.format_message())
     except TwoTowerError as error:
-        return _complain(str(error))
+        return _print_error(str(error))
     except OSError as error:
-        return _complain(str(error))
+        return _print_error(str(error))
     except RuntimeError as error:
         if type(error).__name__ != "OutOfMemoryError":  # torch's; torch is not imported here
             raise
-        return _complain(f"{error} Use a narrower --dtype, fewer tokens, or a second device.")
+        return _print_error(f"{error} Use a narrower --dtype, fewer tokens, or a second device.")
     return code if isinstance(code, int) else 0
 
 
-def _complain(message: str) -> int:
+def _print_error(message: str) -> int:
     click.echo("Error: " + " ".join(line.strip() for line in message.splitlines()), err=True)
     return 2
 

@@ -68,6 +68,6 @@ def load_text_model(
 @contextmanager
 def status(text: str) -> Iterator[None]:
     """A line on a terminal's stderr while something takes its time; gone afterwards."""
-    with status_line() as tell:
-        tell(text)
+    with status_line() as update:
+        update(text)
         yield

@@ -15,11 +15,11 @@ from rich.style import Style
 from rich.terminal_theme import TerminalTheme
 from rich.text import Text
 
-from twotower.cli.watch import INK, Frame, TokenNames, blend, colour, hex_colour
+from twotower.cli.watch import DARK_TEXT, Frame, TokenNames, blend, colour, hex_colour
 from twotower.errors import ArgumentError
 
-GROUND, WORDS, LABEL = "#161a22", "#d8dee9", "#7d8799"
-_PAPER = (38, 43, 54)  # a masked position about which nothing is known
+BACKGROUND, FOREGROUND, LABEL = "#161a22", "#d8dee9", "#7d8799"
+_MASKED = (38, 43, 54)  # a masked position about which nothing is known
 
 
 @dataclass(frozen=True)
@@ -27,24 +27,24 @@ class Cell:
     """A piece of a line: text, its colour, and that of its ground (None: the picture's)."""
 
     text: str
-    ink: str = WORDS
-    paper: str | None = None
+    foreground: str = FOREGROUND
+    background: str | None = None
     bold: bool = False
 
 
 Line = list[Cell]
 
 
-def drawing(blocks: Sequence[Sequence[Frame]], names: TokenNames) -> list[Line]:
+def picture_lines(blocks: Sequence[Sequence[Frame]], names: TokenNames) -> list[Line]:
     """A table for each block, and what the colours mean."""
     lines: list[Line] = []
-    for alone, group in groupby(blocks, key=lambda frames: frames[-1].checked and frames[-1].passes == 1):
-        for frames in [one_by_one(list(group))] if alone else group:
-            lines += [[Cell(title(frames), bold=True)], *grid(frames, names), []]
+    for alone, group in groupby(blocks, key=lambda frames: frames[-1].verified and frames[-1].passes == 1):
+        for frames in [merge_rounds(list(group))] if alone else group:
+            lines += [[Cell(block_title(frames), bold=True)], *block_lines(frames, names), []]
     return [*lines, legend()]
 
 
-def one_by_one(blocks: Sequence[Sequence[Frame]]) -> list[Frame]:
+def merge_rounds(blocks: Sequence[Sequence[Frame]]) -> list[Frame]:
     """Successive rounds without a draft, as one."""
     last = [frames[-1] for frames in blocks]
     return [
@@ -53,16 +53,16 @@ def one_by_one(blocks: Sequence[Sequence[Frame]]) -> list[Frame]:
             size=len(last),
             tokens=[token for frame in last for token in frame.tokens],
             fresh=[True] * len(last),
-            confidence=[sure for frame in last for sure in frame.confidence],
+            confidence=[probability for frame in last for probability in frame.confidence],
         )
     ]
 
 
-def title(frames: Sequence[Frame]) -> str:
+def block_title(frames: Sequence[Frame]) -> str:
     """Of one block, or of a round of verified decoding."""
     last = frames[-1]
     count, number = len(last.tokens), last.block + 1
-    if not last.checked:
+    if not last.verified:
         cut = f" (of {last.size} positions; the text ends here)" if count < last.size else ""
         return f"block {number}: {count} tokens in {last.passes} passes{cut}"
     if last.passes == 1:
@@ -73,7 +73,7 @@ def title(frames: Sequence[Frame]) -> str:
     return f"round {number}: {count} tokens in {last.passes - 1} + 1 passes, {kept} of {drafted} drafted ones kept"
 
 
-def grid(frames: Sequence[Frame], names: TokenNames) -> Iterator[Line]:
+def block_lines(frames: Sequence[Frame], names: TokenNames) -> Iterator[Line]:
     """One block: a line for each pass, a column for each token, colour for confidence.
 
     A token stands out in the line of the pass that committed it. Only tokens that belong to the text have a column.
@@ -81,29 +81,29 @@ def grid(frames: Sequence[Frame], names: TokenNames) -> Iterator[Line]:
     seen = [{frame.tokens[i] for frame in frames if i < len(frame.tokens)} for i in range(len(frames[-1].tokens))]
     widths = [max(2, *(cell_len(names(token)) for token in tokens if token is not None)) + 1 for tokens in seen]
     for frame in frames:
-        what = "check" if frame.checked else f"pass {frame.passes:<2} t {frame.t:4.2f}"
+        what = "check" if frame.verified else f"pass {frame.passes:<2} t {frame.t:4.2f}"
         line = [Cell(f"{what:<16}", LABEL)]
         for i, width in enumerate(widths):
-            token, sure = (frame.tokens[i], frame.confidence[i]) if i < len(frame.tokens) else (None, None)
+            token, probability = (frame.tokens[i], frame.confidence[i]) if i < len(frame.tokens) else (None, None)
             if token is None:
-                shade = _PAPER if sure is None else blend(_PAPER, colour(sure), 0.35 * sure)
-                line.append(Cell(" " * width, paper=hex_colour(shade)))
+                shade = _MASKED if probability is None else blend(_MASKED, colour(probability), 0.35 * probability)
+                line.append(Cell(" " * width, background=hex_colour(shade)))
             elif frame.fresh[i]:
-                line.append(Cell(set_cell_size(names(token), width), INK, hex_colour(colour(sure or 0.0))))
+                line.append(Cell(set_cell_size(names(token), width), DARK_TEXT, hex_colour(colour(probability or 0.0))))
             else:
-                line.append(Cell(set_cell_size(names(token), width), hex_colour(colour(sure or 0.0))))
+                line.append(Cell(set_cell_size(names(token), width), hex_colour(colour(probability or 0.0))))
             line.append(Cell(" "))
         yield line
 
 
 def legend() -> Line:
     """What the colours mean."""
-    ramp = [Cell(" ", paper=hex_colour(colour(i / 20))) for i in range(21)]
+    ramp = [Cell(" ", background=hex_colour(colour(i / 20))) for i in range(21)]
     meaning = " 1     dark: still masked, lighter as the best candidate gets surer"
     return [Cell("confidence  0 ", LABEL), *ramp, Cell(meaning, LABEL)]
 
 
-def width_of(line: Line) -> int:
+def line_width(line: Line) -> int:
     """In characters."""
     return sum(cell_len(cell.text) for cell in line)
 
@@ -121,7 +121,7 @@ _SVG = """<svg xmlns="http://www.w3.org/2000/svg" viewBox="-16 -14 WIDTH HEIGHT"
 {styles}
 </style>
 <defs>{lines}</defs>
-<rect x="-16" y="-14" width="100%" height="100%" rx="10" fill="GROUND"/>
+<rect x="-16" y="-14" width="100%" height="100%" rx="10" fill="BACKGROUND"/>
 {backgrounds}
 <g class="{unique_id}-matrix">{matrix}</g>
 </svg>
@@ -130,7 +130,7 @@ _PAGE = """<!doctype html>
 <html lang="en"><meta charset="utf-8"><meta name="viewport" content="width=device-width">
 <title>Denoising trace</title>
 <style>
-body {{ margin: 2rem auto; max-width: 90rem; padding: 0 1rem; background: {ground}; color: {words};
+body {{ margin: 2rem auto; max-width: 90rem; padding: 0 1rem; background: {background}; color: {foreground};
        font: 16px/1.5 ui-sans-serif, system-ui, sans-serif; }}
 .text {{ white-space: pre-wrap; max-width: 60rem; }}
 .prompt, .facts {{ color: {label}; }}
@@ -157,17 +157,17 @@ class PassPicture:
 
 def svg(picture: PassPicture) -> str:
     """The picture, self-contained."""
-    lines = drawing(picture.blocks, picture.names)
+    lines = picture_lines(picture.blocks, picture.names)
     whole = Text()
     for i, line in enumerate(lines):
         whole.append("\n" if i else "")
         for cell in line:
-            whole.append(cell.text, Style(color=cell.ink, bgcolor=cell.paper, bold=cell.bold))
-    width = max(map(width_of, lines))
+            whole.append(cell.text, Style(color=cell.foreground, bgcolor=cell.background, bold=cell.bold))
+    width = max(map(line_width, lines))
     console = Console(record=True, width=width, file=io.StringIO(), color_system="truecolor", legacy_windows=False)
     console.print(whole, no_wrap=True, overflow="ignore", crop=False)
     size = {"WIDTH": f"{width * _CHARACTER[0] + 32:.0f}", "HEIGHT": f"{len(lines) * _CHARACTER[1] + 28:.0f}"}
-    template = _SVG.replace("WIDTH", size["WIDTH"]).replace("HEIGHT", size["HEIGHT"]).replace("GROUND", GROUND)
+    template = _SVG.replace("WIDTH", size["WIDTH"]).replace("HEIGHT", size["HEIGHT"]).replace("BACKGROUND", BACKGROUND)
     return console.export_svg(theme=_THEME, code_format=template)
 
 
@@ -177,7 +177,7 @@ def _save_svg(path: Path, picture: PassPicture) -> None:
 
 def _save_html(path: Path, picture: PassPicture) -> None:
     words = {name: html.escape(getattr(picture, name)) for name in ("prompt", "text", "facts")}
-    page = _PAGE.format(ground=GROUND, words=WORDS, label=LABEL, svg=svg(picture), **words)
+    page = _PAGE.format(background=BACKGROUND, foreground=FOREGROUND, label=LABEL, svg=svg(picture), **words)
     path.write_text(page, encoding="utf-8")
 
 
@@ -187,10 +187,10 @@ def _save_png(path: Path, picture: PassPicture) -> None:
     from matplotlib.figure import Figure
     from matplotlib.patches import Rectangle
 
-    lines = drawing(picture.blocks, picture.names)
+    lines = picture_lines(picture.blocks, picture.names)
     wide, high, size = 0.0843, 0.19, 10  # inches a character takes, and its points
-    columns = max(map(width_of, lines))
-    figure = Figure(figsize=(columns * wide + 0.4, len(lines) * high + 0.4), facecolor=GROUND)
+    columns = max(map(line_width, lines))
+    figure = Figure(figsize=(columns * wide + 0.4, len(lines) * high + 0.4), facecolor=BACKGROUND)
     FigureCanvasAgg(figure)
     axis = figure.add_axes((0, 0, 1, 1))
     axis.set_axis_off()
@@ -200,14 +200,14 @@ def _save_png(path: Path, picture: PassPicture) -> None:
         x = 0
         for cell in line:
             width = cell_len(cell.text)
-            if cell.paper:
-                axis.add_patch(Rectangle((x, y), width, 1, color=cell.paper, linewidth=0))
+            if cell.background:
+                axis.add_patch(Rectangle((x, y), width, 1, color=cell.background, linewidth=0))
             if cell.text.strip():
                 axis.text(
                     x,
                     y + 0.5,
                     cell.text.rstrip(),
-                    color=cell.ink,
+                    color=cell.foreground,
                     size=size,
                     va="center_baseline",
                     family="monospace",

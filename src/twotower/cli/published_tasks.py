@@ -49,7 +49,7 @@ def measure_tasks(
     """Scores of every task under AR and every other setting."""
     from twotower.evaluation.lm_eval.task_scores import run_tasks
 
-    with status_line() as tell:
+    with status_line() as update:
         return run_tasks(
             model,
             settings,
@@ -59,7 +59,7 @@ def measure_tasks(
             run_code=run_code,
             likelihood=likelihood,
             rows=rows,
-            progress=tell,
+            progress=update,
         )
 
 

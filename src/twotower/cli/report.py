@@ -76,7 +76,7 @@ def report(
     if quantization != "none":
         facts["quantization"] = quantization
     output.mkdir(parents=True, exist_ok=True)
-    with status_line() as tell:
+    with status_line() as update:
         points = sweep.sweep_settings(
             loaded,
             chosen,
@@ -85,9 +85,9 @@ def report(
             difficulties=difficulties,
             seed=seed,
             rows=rows,
-            kept_in=output / "answers.jsonl",
+            answers_file=output / "answers.jsonl",
             facts=facts,
-            progress=tell,
+            progress=update,
         )
     where, levels = machine_facts(loaded), ", ".join(map(str, difficulties))
     asked = (

@@ -27,12 +27,12 @@ def status_line() -> Iterator[Callable[[str], None]]:
     stream = sys.stderr  # the one of now: what works meanwhile may have its own taken away
     shown = stream.isatty()
 
-    def tell(text: str) -> None:
+    def update(text: str) -> None:
         if shown:
             click.secho(f"\r\x1b[K{text}", file=stream, nl=False, dim=True)
 
     try:
-        yield tell
+        yield update
     finally:
         if shown:
             click.echo("\r\x1b[K", file=stream, nl=False)

@@ -35,7 +35,7 @@ class Frame:
 
     tokens: None where still masked; in a block's last frame only those that belong to the text. fresh: committed
     by the last pass. confidence: at commit, or of the best candidate so far; None before the first pass.
-    all_passes, all_tokens: of the run so far. checked: what the context tower made of a draft, its own token last.
+    total_passes, total_tokens: of the run so far. verified: what the context tower made of a draft, its own token last.
     """
 
     block: int
@@ -44,9 +44,9 @@ class Frame:
     tokens: list[int | None]
     fresh: list[bool]
     confidence: list[float | None]
-    all_passes: int
-    all_tokens: int
-    checked: bool = False
+    total_passes: int
+    total_tokens: int
+    verified: bool = False
 
     @property
     def t(self) -> float:
@@ -55,7 +55,7 @@ class Frame:
 
     @property
     def tokens_per_pass(self) -> float:
-        return self.all_tokens / self.all_passes if self.all_passes else 0.0
+        return self.total_tokens / self.total_passes if self.total_passes else 0.0
 
 
 class TokenNames:
@@ -87,23 +87,23 @@ class View(Protocol):
 
     def open(self, names: TokenNames) -> None: ...
     def frame(self, frame: Frame) -> None: ...
-    def settled(self, text: str) -> None: ...
+    def append_text(self, text: str) -> None: ...
     def close(self, interrupted: bool) -> None: ...
 
 
 class Watcher:
     """Records row 0 of a run: give `on_pass` as step callback, and take the events `through` it.
 
-    decided: the positions at the start of every block that are text already (in verified decoding one).
+    known_positions: the positions at the start of every block that are text already (in verified decoding one).
     """
 
-    def __init__(self, tokenizer: Tokenizer, mask_token: int, view: View, decided: int = 0) -> None:
+    def __init__(self, tokenizer: Tokenizer, mask_token: int, view: View, known_positions: int = 0) -> None:
         self.names = TokenNames(tokenizer)
         self.mask_token = mask_token
         self.view = view
-        self.decided = decided
+        self.known_positions = known_positions
         self.blocks: list[list[Frame]] = []
-        self._begun = False  # whether the last of them still waits for its event
+        self._block_open = False  # whether the last of them still waits for its event
         self._logits: Tensor | None = None  # of the last pass, whose commits are still to be seen
         self._drawing_seconds = 0.0
         self._passes = self._tokens = 0  # of the blocks before this one
@@ -118,54 +118,56 @@ class Watcher:
     def on_pass(self, step: int, steps: int, block: Tensor, *, t: float, logits: Tensor | None, block_idx: int) -> None:
         """`step_callback` of the published API."""
         started = time.perf_counter()
-        row = block[0, self.decided :]
+        row = block[0, self.known_positions :]
         if logits is None:
-            self._begin()
+            self._open_block()
         if logits is None or step > 0:
             tokens = [None if token == self.mask_token else token for token in row.tolist()]
-            self._add(block_idx, len(tokens), tokens, self._confidence(tokens))
-        self._logits = None if logits is None else logits[0, self.decided :].clone()
+            self._add_frame(block_idx, len(tokens), tokens, self._confidence(tokens))
+        self._logits = None if logits is None else logits[0, self.known_positions :].clone()
         self._drawing_seconds += time.perf_counter() - started
 
-    def through(self, events: Iterator[BlockEvent]) -> Iterator[BlockEvent]:
+    def watch(self, events: Iterator[BlockEvent]) -> Iterator[BlockEvent]:
         """The same events, with the time spent on drawing taken off the result's."""
         for event in events:
             if event.result is not None:
                 seconds = event.result.decode_seconds - self._drawing_seconds
                 event = replace(event, result=replace(event.result, decode_seconds=seconds))
             started = time.perf_counter()
-            self._end_block(event)
+            self._close_block(event)
             self._drawing_seconds += time.perf_counter() - started
             yield event
 
-    def _begin(self) -> None:
+    def _open_block(self) -> None:
         self.blocks.append([])
-        self._logits, self._begun = None, True
+        self._logits, self._block_open = None, True
 
-    def _end_block(self, event: BlockEvent) -> None:
-        if not self._begun:  # a token of the context tower's alone
-            self._begin()
-            self._add(event.block, len(event.tokens), [None] * len(event.tokens), [None] * len(event.tokens))
+    def _close_block(self, event: BlockEvent) -> None:
+        if not self._block_open:  # a token of the context tower's alone
+            self._open_block()
+            self._add_frame(event.block, len(event.tokens), [None] * len(event.tokens), [None] * len(event.tokens))
         frames = self.blocks[-1]
         if event.draft:
-            self._add(event.block, len(event.draft), event.draft, self._confidence(event.draft))
-        self._add(event.block, frames[0].size, event.tokens, event.confidence, checked=bool(self.decided))
-        self._passes, self._tokens = frames[-1].all_passes, frames[-1].all_tokens
-        self._begun = False
-        self.view.settled(event.text)
+            self._add_frame(event.block, len(event.draft), event.draft, self._confidence(event.draft))
+        self._add_frame(
+            event.block, frames[0].size, event.tokens, event.confidence, verified=bool(self.known_positions)
+        )
+        self._passes, self._tokens = frames[-1].total_passes, frames[-1].total_tokens
+        self._block_open = False
+        self.view.append_text(event.text)
 
-    def _add(
+    def _add_frame(
         self,
         block: int,
         size: int,
         tokens: Sequence[int | None],
         confidence: Sequence[float | None],
-        checked: bool = False,
+        verified: bool = False,
     ) -> None:
         frames = self.blocks[-1]
         nothing = [None] * len(tokens)
         before = [*frames[-1].tokens, *nothing] if frames else nothing
-        sureness = [*frames[-1].confidence, *nothing] if frames else nothing
+        old_confidence = [*frames[-1].confidence, *nothing] if frames else nothing
         frame = Frame(
             block=block,
             size=size,
@@ -174,12 +176,12 @@ class Watcher:
             fresh=[token is not None and before[i] != token for i, token in enumerate(tokens)],
             # A committed token keeps the confidence it was committed with.
             confidence=[
-                sure if before[i] is None or before[i] != tokens[i] else sureness[i]
-                for i, sure in enumerate(confidence)
+                probability if before[i] is None or before[i] != tokens[i] else old_confidence[i]
+                for i, probability in enumerate(confidence)
             ],
-            all_passes=self._passes + len(frames),
-            all_tokens=self._tokens + sum(token is not None for token in tokens),
-            checked=checked,
+            total_passes=self._passes + len(frames),
+            total_tokens=self._tokens + sum(token is not None for token in tokens),
+            verified=verified,
         )
         frames.append(frame)
         self.view.frame(frame)
@@ -194,15 +196,15 @@ class Watcher:
         logits[:, self.mask_token] = float("-inf")
         best = logits.argmax(-1)
         chosen = best.new_tensor([self.mask_token if token is None else token for token in tokens])
-        looked_at = chosen.where(chosen != self.mask_token, best)
-        return [float(sure) for sure in confidence(logits[None], looked_at[None])[0].tolist()]
+        scored = chosen.where(chosen != self.mask_token, best)
+        return [float(probability) for probability in confidence(logits[None], scored[None])[0].tolist()]
 
 
 # --- colours --------------------------------------------------------------------------------------------------------
 
 # Confidence 0 … 1, warm to cool: told apart without telling red from green, and dark text is readable on all of it.
 _RAMP = ((0.0, (224, 142, 121)), (0.5, (232, 197, 122)), (0.9, (143, 193, 169)), (1.0, (111, 179, 201)))
-INK = "#1b202b"
+DARK_TEXT = "#1b202b"
 
 
 def colour(confidence: float) -> tuple[int, int, int]:
@@ -224,13 +226,13 @@ def hex_colour(rgb: tuple[int, int, int]) -> str:
 
 
 def _on(rgb: tuple[int, int, int]) -> Style:
-    return Style(color=INK, bgcolor=hex_colour(rgb))
+    return Style(color=DARK_TEXT, bgcolor=hex_colour(rgb))
 
 
 # --- views ----------------------------------------------------------------------------------------------------------
 
 
-def running_text(frame: Frame, names: TokenNames) -> Text:
+def block_text(frame: Frame, names: TokenNames) -> Text:
     """The block as a piece of text: ░ where masked, what the last pass committed in its confidence's colour."""
     out = Text()
     for i, token in enumerate(frame.tokens):
@@ -244,18 +246,18 @@ def running_text(frame: Frame, names: TokenNames) -> Text:
     return out
 
 
-class Silent:
+class NullView:
     """Shows nothing; for a record alone."""
 
     owns_stdout = False
 
     def open(self, names: TokenNames) -> None: ...
     def frame(self, frame: Frame) -> None: ...
-    def settled(self, text: str) -> None: ...
+    def append_text(self, text: str) -> None: ...
     def close(self, interrupted: bool) -> None: ...
 
 
-class Lines:
+class LineView:
     """One line a pass, for logs and pipes."""
 
     owns_stdout = False
@@ -271,11 +273,11 @@ class Lines:
         self.stream.write(f"block {frame.block + 1:>2}  pass {frame.passes:>2}  t {frame.t:4.2f}  {text}\n")
         self.stream.flush()
 
-    def settled(self, text: str) -> None: ...
+    def append_text(self, text: str) -> None: ...
     def close(self, interrupted: bool) -> None: ...
 
 
-class Screen:
+class LiveView:
     """The text so far and the block at work, redrawn in place on a terminal."""
 
     def __init__(self, console: Console, prompt: str, keep: bool) -> None:
@@ -295,9 +297,9 @@ class Screen:
     def frame(self, frame: Frame) -> None:
         status = f"block {frame.block + 1} · pass {frame.passes} · t {frame.t:.2f}"
         status += f" · {frame.tokens_per_pass:.1f} tokens/pass"
-        self._show(running_text(frame, self.names), Text(status, Style(dim=True)))
+        self._show(block_text(frame, self.names), Text(status, Style(dim=True)))
 
-    def settled(self, text: str) -> None:
+    def append_text(self, text: str) -> None:
         self.text += text
 
     def close(self, interrupted: bool) -> None:
@@ -319,8 +321,8 @@ class Screen:
         self._last = time.perf_counter()
 
 
-def view_on(stream: str, prompt: str, keep: bool) -> View:
+def make_view(stream: str, prompt: str, keep: bool) -> View:
     """The view that suits "stdout" or "stderr": a screen on a terminal, lines anywhere else."""
     if getattr(sys, stream).isatty():
-        return Screen(Console(stderr=stream == "stderr", highlight=False), prompt, keep)
-    return Lines(getattr(sys, stream))
+        return LiveView(Console(stderr=stream == "stderr", highlight=False), prompt, keep)
+    return LineView(getattr(sys, stream))

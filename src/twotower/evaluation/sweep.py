@@ -88,20 +88,20 @@ def sweep_settings(
     difficulties: Sequence[int] = (1, 2),
     seed: int = 0,
     rows: int = 64,
-    kept_in: Path | None = None,
+    answers_file: Path | None = None,
     facts: Mapping[str, object] | None = None,
     progress: Callable[[str], object] | None = None,
 ) -> list[Point]:
     """A point for AR and one for each setting.
 
     per_family: problems answered in batches of `rows`, for accuracy; timed: problems, of all families, answered one at
-    a time by every setting in turn, for speed. kept_in: a file that keeps each setting's answers as soon as they are
-    known; a call with the same facts goes on from there.
+    a time by every setting in turn, for speed. answers_file: each setting's answers are saved there when they are
+    complete, and a call with the same facts continues from the file.
 
     Raises:
-        ArgumentError: kept_in holds the answers of another model or to other problems; AR answers none of them right.
+        ArgumentError: answers_file belongs to another model or to other problems; AR answers no problem right.
     """
-    tell = progress or (lambda text: None)
+    report_progress = progress or (lambda text: None)
     problems = chosen_problems((), per_family, difficulties, seed)
     facts = {
         **(facts or {}),
@@ -110,20 +110,22 @@ def sweep_settings(
         "difficulties": list(difficulties),
         "seed": seed,
     }
-    known = _read(kept_in, facts)
+    known = _read(answers_file, facts)
     chosen = beside_ar(settings)
     for number, setting in enumerate(chosen, 1):
         if setting.label not in known:
-            tell(f"setting {number} of {len(chosen)}, {setting.label}: {len(problems)} problems")
+            report_progress(f"setting {number} of {len(chosen)}, {setting.label}: {len(problems)} problems")
             _, outputs = answer_problems(model, setting, problems, rows=rows)
             known[setting.label] = _record(setting, problems, outputs)
-            _append(kept_in, facts, known)
+            _append(answers_file, facts, known)
         if "1" not in known[AR.label]["right"]:
             raise ArgumentError(
                 f"AR answers none of the {len(problems)} problems, so there is no accuracy to keep; choose easier ones "
                 "(--difficulty) or a model that was trained on such problems"
             )
-    alone = time_single_requests(model, chosen, random.Random(seed).sample(problems, min(timed, len(problems))), tell)
+    alone = time_single_requests(
+        model, chosen, random.Random(seed).sample(problems, min(timed, len(problems))), report_progress
+    )
     points = []
     for setting in chosen:
         record, (speed, per_pass) = known[setting.label], alone[setting.label]
@@ -134,13 +136,16 @@ def sweep_settings(
 
 
 def time_single_requests(
-    model: TwoTowerForCausalLM, settings: Sequence[Setting], problems: Sequence[Problem], tell: Callable[[str], object]
+    model: TwoTowerForCausalLM,
+    settings: Sequence[Setting],
+    problems: Sequence[Problem],
+    report_progress: Callable[[str], object],
 ) -> dict[str, tuple[float, float]]:
     """New tokens a second after the prefill, and tokens per pass of both towers, of requests alone; each problem is
     answered by every setting in turn. One problem more goes before and is not counted."""
     seconds, tokens, passes = (dict.fromkeys((setting.label for setting in settings), 0.0) for _ in range(3))
     for number, problem in enumerate([problems[0], *problems]):
-        tell(f"timing: problem {number} of {len(problems)}")
+        report_progress(f"timing: problem {number} of {len(problems)}")
         for setting in settings:
             _, (output,) = answer_problems(model, setting, [problem], rows=1)
             if number:
