@@ -19,7 +19,7 @@ from twotower.process import ONE_THREAD_BELOW, configure_process, fit_threads_to
 SOURCE = Path(twotower.__file__).parent
 # The programs: what calls `configure_process`. Every other module is a library, for which its caller decides.
 PROGRAMS = {
-    "cli/generate.py", "cli/harness.py", "cli/model_options.py", "cli/serve.py", "cli/train.py",
+    "cli/generate.py", "cli/lm_eval.py", "cli/model_options.py", "cli/serve.py", "cli/train.py",
     "evaluation/held_out.py", "recipes/bundled.py", "recipes/page_trace.py",
 }  # fmt: skip
 

@@ -62,10 +62,10 @@ def run_once(material: Material, variation: Variation, seed: int, steps: int, ou
     result = folder.with_suffix(".json")
     if not result.exists():
         print(f"{variation.name}, seed {seed}", file=sys.stderr, flush=True)
-        result.write_text(json.dumps(run(material, variation, seed, steps, folder)))
+        result.write_text(json.dumps(run_variation(material, variation, seed, steps, folder)))
 
 
-def run(material: Material, variation: Variation, seed: int, steps: int, folder: Path) -> dict[str, Any]:
+def run_variation(material: Material, variation: Variation, seed: int, steps: int, folder: Path) -> dict[str, Any]:
     """Trains and measures one variation → its figures."""
     world = material.world
     torch.manual_seed(seed)

@@ -68,7 +68,7 @@ def test_it_scores_as_the_harness_scores_any_hugging_face_model(model: TwoTowerF
     long = "User: I want to eat something good tonight. " * 14
     (cut,) = instances("loglikelihood", (long, " Please."))
     assert ours.loglikelihood([cut])[0][0] == pytest.approx(theirs.loglikelihood([cut])[0][0], rel=1e-4)
-    assert ours.cost.shortened == 1
+    assert ours.cost.truncated_prompts == 1
     rolling, whole = (instances("", words) for words in (("User: hello there.",), ("", "User: hello there.")))
     assert ours.loglikelihood_rolling(rolling)[0] == pytest.approx(theirs.loglikelihood(whole)[0][0], rel=1e-4)
     windows = ours._windows(ours.tok_encode(long, add_special_tokens=False))
@@ -212,7 +212,7 @@ def test_a_task_asks_in_the_harness_words_and_counts_right_answers(
     (score,) = run_tasks(model, [], [name], data=data, run_code=True)
     assert (score.setting, score.items, score.score) == ("ar", ITEMS[name], SCORES[name])
     assert score.tokens_per_pass == 1.0
-    assert score.by is None
+    assert score.scored_by is None
     shots, mark, end = PROMPTS[name]
     texts = [model.tokenizer.decode(request.prompt, skip_special_tokens=True) for request in seen]
     text = next(text for text in texts if text.endswith(end))
@@ -225,12 +225,12 @@ def test_given_answers_are_chosen_by_the_context_tower(name: str, data: Path, mo
     settings = [parse_setting("diffusion:0.8")]
     ar, diffusion = run_tasks(model, settings, [name], data=data, limit=2)
     assert ar.items == (4 if name == "mmlu" else 2)  # of each subject
-    assert (ar.score, ar.by, ar.tokens_per_pass) == (diffusion.score, "context", None)
-    assert diffusion.by == "context"
+    assert (ar.score, ar.scored_by, ar.tokens_per_pass) == (diffusion.score, "context", None)
+    assert diffusion.scored_by == "context"
     assert diffusion.against_ar is not None
     assert diffusion.against_ar.difference == 0
     _, bound = run_tasks(model, settings, [name], data=data, limit=1, likelihood="bound")
-    assert bound.by == "bound"
+    assert bound.scored_by == "bound"
 
 
 def test_tasks_are_those_of_the_published_table() -> None:

@@ -88,7 +88,7 @@ def task_table(scores: Sequence[TaskScore]) -> Table:
             cells.append(f"{score.score:.1%}")
             if score.against_ar is not None:
                 low, high = score.against_ar.interval
-                cells.append(f"{100 * low:+.1f}…{100 * high:+.1f}" if score.by != "context" else "same by AR")
+                cells.append(f"{100 * low:+.1f}…{100 * high:+.1f}" if score.scored_by != "context" else "same by AR")
                 cells.append(f"{score.tokens_per_pass:.2f}" if score.tokens_per_pass is not None else "")
         out.add_row(*cells)
     means = {setting: fmean(found[task, setting].score for task in tasks) for setting in settings}
@@ -99,8 +99,8 @@ def task_table(scores: Sequence[TaskScore]) -> Table:
             kept += [f"keeps {means[setting] / means['ar']:.1%}" if means["ar"] else "", ""]
     out.add_section()
     out.add_row(*kept)
-    if shortened := sum(score.shortened for score in scores):
-        out.caption = f"{shortened} prompts did not fit the context window and lost their beginning"
+    if truncated := sum(score.truncated_prompts for score in scores):
+        out.caption = f"{truncated} prompts did not fit the context window and lost their beginning"
     return out
 
 

@@ -44,7 +44,7 @@ class GenerationCost:
     tokens: int = 0
     denoiser_passes: int = 0
     context_passes: int = 0
-    shortened: int = 0  # prompts whose beginning was left out
+    truncated_prompts: int = 0  # prompts whose beginning was left out
 
     @property
     def tokens_per_pass(self) -> float:
@@ -157,7 +157,7 @@ class TwoTowerLM(TemplateLM):
         self, requests: list[tuple[object, list[int], list[int]]], disable_tqdm: bool = False, **kwargs: object
     ) -> list[tuple[float, bool]]:
         # The last token is never read, so what is read fits where all but one do.
-        pairs = [(self._left_cut(given, self.max_length + 1 - len(text)), text) for _, given, text in requests]
+        pairs = [(self._truncate_left(given, self.max_length + 1 - len(text)), text) for _, given, text in requests]
         with self._bar(f"ln P by the {self._scorer}", len(pairs), disable_tqdm) as tell:
             found = self._score(pairs, tell)
         for (asked, _, _), (value, greedy) in zip(requests, found, strict=True):
@@ -233,17 +233,19 @@ class TwoTowerLM(TemplateLM):
         if arguments.get("do_sample"):
             shared |= {name: arguments[name] for name in ("temperature", "top_k", "top_p") if name in arguments}
             shared.setdefault("temperature", 1.0)
-        return Request(self._left_cut(self.tok_encode(context), self.max_length - limit), self.setting.params(**shared))
+        return Request(
+            self._truncate_left(self.tok_encode(context), self.max_length - limit), self.setting.params(**shared)
+        )
 
-    def _left_cut(self, tokens: list[int], room: int) -> list[int]:
+    def _truncate_left(self, tokens: list[int], room: int) -> list[int]:
         """Its last `room` tokens, one at least."""
         if len(tokens) <= room:
             return tokens
         if room < 1:
             raise ArgumentError(f"an answer leaves no room for its prompt within {self.max_length} tokens")
-        if not self.cost.shortened:
+        if not self.cost.truncated_prompts:
             log.warning("a prompt of %d tokens is cut from the left to %d (and maybe others)", len(tokens), room)
-        self.cost.shortened += 1
+        self.cost.truncated_prompts += 1
         return tokens[-room:]
 
     def _windows(self, tokens: list[int]) -> list[tuple[list[int], list[int]]]:

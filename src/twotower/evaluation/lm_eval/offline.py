@@ -20,7 +20,7 @@ Splits = dict[str, Records]
 LETTERS = "ABCDEFGHIJ"
 
 
-def set_folder(data: Path, name: str) -> Path:
+def dataset_folder(data: Path, name: str) -> Path:
     """The folder of one set: DATA/name, or DATA/eval/name.
 
     Raises:

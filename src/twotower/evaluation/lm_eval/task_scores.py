@@ -37,8 +37,8 @@ class TaskScore:
     items: int
     against_ar: PairedComparison | None
     tokens_per_pass: float | None
-    by: str | None
-    shortened: int
+    scored_by: str | None
+    truncated_prompts: int
     seconds: float
 
     def to_dict(self) -> dict[str, object]:
@@ -77,14 +77,14 @@ def run_tasks(
         known: dict[tuple[str, str], tuple[list[float], GenerationCost, float]] = {}
         base: list[float] = []
         for setting in beside_ar(settings):
-            by = None if TASKS[name].kind == "generate" else "context" if setting is AR else likelihood
-            key = (setting.label, "") if by is None else ("", by)
+            scorer = None if TASKS[name].kind == "generate" else "context" if setting is AR else likelihood
+            key = (setting.label, "") if scorer is None else ("", scorer)
             if key not in known:
-                what = f"{name}, {setting.label if by is None else by}"
+                what = f"{name}, {setting.label if scorer is None else scorer}"
                 lm = TwoTowerLM(
                     model,
                     setting=setting,
-                    likelihood=by or "context",
+                    likelihood=scorer or "context",
                     batch_size=rows,
                     progress=None if progress is None else partial(_tell, progress, what),
                 )
@@ -100,9 +100,9 @@ def run_tasks(
                     score=fmean(items),
                     items=len(items),
                     against_ar=None if setting is AR else compare([x > 0.5 for x in base], [x > 0.5 for x in items]),
-                    tokens_per_pass=cost.tokens_per_pass if by is None else None,
-                    by=by,
-                    shortened=cost.shortened,
+                    tokens_per_pass=cost.tokens_per_pass if scorer is None else None,
+                    scored_by=scorer,
+                    truncated_prompts=cost.truncated_prompts,
                     seconds=seconds,
                 )
             )

@@ -60,7 +60,7 @@ def _one(name: str, folder_name: str, **more: object) -> Callable[[Path | None],
     def leaves(data: Path | None) -> list[Spec]:
         if data is None:
             return [{"task": name}]
-        folder = offline.set_folder(data, folder_name)
+        folder = offline.dataset_folder(data, folder_name)
         return [{"task": name, "custom_dataset": offline.custom_dataset(folder_name, folder), **more}]
 
     return leaves
@@ -69,7 +69,7 @@ def _one(name: str, folder_name: str, **more: object) -> Callable[[Path | None],
 def _mmlu(data: Path | None) -> list[Spec]:
     if data is None:
         return [{"group": "mmlu"}]
-    folder = offline.set_folder(data, "mmlu")
+    folder = offline.dataset_folder(data, "mmlu")
     return [
         {"task": f"mmlu_{subject}", "custom_dataset": offline.custom_dataset("mmlu", folder, subject)}
         for subject in offline.subjects(folder)
@@ -79,14 +79,14 @@ def _mmlu(data: Path | None) -> list[Spec]:
 def _mmlu_pro(data: Path | None) -> list[Spec]:
     if data is None:
         return [{"task": f"mmlu_pro_{category}"} for category in CATEGORIES]
-    folder = offline.set_folder(data, "mmlu_pro")
+    folder = offline.dataset_folder(data, "mmlu_pro")
     own = offline.custom_dataset("mmlu_pro", folder)
     there = {record["category"].replace(" ", "_") for record in offline.mmlu_pro(folder)["test"]}
     return [{"task": f"mmlu_pro_{category}", "custom_dataset": own} for category in CATEGORIES if category in there]
 
 
 def _mgsm(data: Path | None) -> list[Spec]:
-    folder = None if data is None else offline.set_folder(data, "mgsm")
+    folder = None if data is None else offline.dataset_folder(data, "mgsm")
     return [
         {"task": f"mgsm_native_cot_{language}"}
         | ({} if folder is None else {"custom_dataset": offline.custom_dataset("mgsm", folder, language)})
@@ -97,7 +97,7 @@ def _mgsm(data: Path | None) -> list[Spec]:
 def _winogrande(data: Path | None) -> list[Spec]:
     if data is None:
         return [{"task": "winogrande"}]
-    folder = offline.set_folder(data, "winogrande")
+    folder = offline.dataset_folder(data, "winogrande")
     spec: Spec = {"task": "winogrande", "custom_dataset": offline.custom_dataset("winogrande", folder)}
     if not (folder / "train.jsonl").exists():  # lm-evaluation-harness leaves the item itself out of its examples
         spec |= {"training_split": None, "fewshot_split": "validation"}
@@ -163,7 +163,7 @@ def _source(data: Path | None, name: str, hub: str, part: str | None) -> Spec:
     }
     if data is None:
         return spec | {"dataset_path": hub} | ({} if part is None else {"dataset_name": part})
-    return spec | {"custom_dataset": offline.custom_dataset(name, offline.set_folder(data, name))}
+    return spec | {"custom_dataset": offline.custom_dataset(name, offline.dataset_folder(data, name))}
 
 
 def _humaneval_passed(doc: dict[str, object], results: list[str]) -> dict[str, float]:
