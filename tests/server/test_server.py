@@ -354,7 +354,7 @@ def test_a_quiet_stream_is_kept_open(served: Served, monkeypatch: pytest.MonkeyP
         fields = {"prompt": PROMPT, "stream": True, "seed": 1, "max_tokens": 4}
         with client.stream("POST", BOTH[0], json=fields) as answer:
             lines = answer.iter_lines()
-            assert next(lines) == ": still at work"
+            assert next(lines) == ": keep-alive"
             served.valve.allow(None)
             found = texts_of(events_of("\n".join(lines)))
     assert found == {0: written(PROMPT, seed=1, max_tokens=4).text}

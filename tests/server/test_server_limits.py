@@ -228,7 +228,7 @@ def test_keys_are_read_from_a_file_and_the_environment(tmp_path: Path) -> None:
         assert read_keys(None) == ("three", "one")
     assert read_keys(None) == ()
     file.write_text("# nothing\n", encoding="utf-8")
-    with pytest.raises(ArgumentError, match="holds no key"):
+    with pytest.raises(ArgumentError, match="has no key"):
         read_keys(file)
     file.write_bytes(b"\xff\xfe\x00")
     with pytest.raises(ArgumentError, match="keys"):

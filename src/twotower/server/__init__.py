@@ -1,1 +1,1 @@
-"""An HTTP server with the OpenAI endpoints over one engine, and a page to see it think: `twotower serve`."""
+"""HTTP server with the OpenAI endpoints and a web page, over one engine: `twotower serve`."""

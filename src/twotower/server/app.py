@@ -1,4 +1,4 @@
-"""The routes."""
+"""The routes of the server, and its OpenAPI schema."""
 
 from __future__ import annotations
 
@@ -28,14 +28,14 @@ from twotower.server.streaming import EventStreamResponse, event_stream, run_unt
 from twotower.version import VERSION
 
 ERROR_DESCRIPTIONS = {
-    400: "The request cannot be done; says why, and which field.",
-    401: "No valid API key.",
-    404: "No such model.",
+    400: "The request is invalid. The error names the field and the reason.",
+    401: "The API key is missing or wrong.",
+    404: "The server has no model of this name.",
     408: "The body did not arrive in time.",
     413: "The body is too long.",
-    429: "Too many requests; Retry-After says when to come again.",
-    503: "The server is stopping, or its engine failed.",
-    504: "It took too long.",
+    429: "Too many requests. The header Retry-After has the seconds to wait.",
+    503: "The server is stopping, or its engine has failed.",
+    504: "The request took longer than the server's time limit.",
 }
 ERROR_RESPONSES: dict[int | str, dict[str, object]] = {
     status: {"description": meaning, "model": ErrorBody} for status, meaning in ERROR_DESCRIPTIONS.items()
@@ -43,23 +43,25 @@ ERROR_RESPONSES: dict[int | str, dict[str, object]] = {
 
 
 def _streaming_response(chunk: str) -> dict[int | str, dict[str, object]]:
-    """The successful answer of a path that streams such chunks: before version 3.2 of the specification, a stream's
-    schema is that of each event."""
+    """OpenAPI response of a route that also streams. chunk: schema of its chunks.
+
+    Before OpenAPI 3.2, the schema of a stream is the schema of one event.
+    """
     shapes = [{"$ref": f"#/components/schemas/{name}"} for name in (chunk, "ErrorBody")]
     chunk_schema = {"type": "string", "contentMediaType": "application/json", "contentSchema": {"anyOf": shapes}}
     event = {
         "type": "object",
         "title": "Event",
-        "description": "data: a chunk as JSON; where something went wrong, an error; at the end [DONE].",
+        "description": "data: a chunk as JSON, or an error that ends the stream. The last event is [DONE].",
         "properties": {"data": {"anyOf": [{"const": "[DONE]"}, chunk_schema]}},
         "required": ["data"],
     }
-    words = "The answer; with stream: true, server-sent events with chunks of it, and [DONE] at the end."
+    words = "The response. With stream: true, server-sent events with its chunks, then [DONE]."
     return {200: {"description": words, "content": {"text/event-stream": {"schema": event}}}}
 
 
 def create_app(service: Service) -> FastAPI:
-    """The HTTP side of a service; it ends the service's engine when the server stops."""
+    """The ASGI app of a service. At shutdown the app stops the engine of the service."""
 
     @asynccontextmanager
     async def lifespan(_: FastAPI) -> AsyncIterator[None]:
@@ -69,9 +71,9 @@ def create_app(service: Service) -> FastAPI:
     app = FastAPI(
         title="twotower",
         version=VERSION,
-        description="Two-tower diffusion language models behind the OpenAI endpoints.",
+        description="Two-tower diffusion language models with the endpoints of the OpenAI API.",
         lifespan=lifespan,
-        docs_url=None,  # its pages would fetch their code from elsewhere
+        docs_url=None,  # FastAPI's pages load scripts from other hosts
         redoc_url=None,
     )
     app.add_middleware(ServerMiddleware, service=service)
@@ -99,7 +101,7 @@ def _add_generation_routes(app: FastAPI, service: Service) -> None:
         "/v1/completions", response_model=Completion, responses=_streaming_response("Completion") | ERROR_RESPONSES
     )
     async def completions(request: CompletionRequest, raw_request: Request) -> Response:
-        """Continues prompts. With `stream`, one chunk of final text for each block."""
+        """Completes prompts. With `stream`, one chunk of final text for each block."""
         return await generate(request, raw_request)
 
     @app.post(
@@ -115,37 +117,38 @@ def _add_generation_routes(app: FastAPI, service: Service) -> None:
 def _add_status_routes(app: FastAPI, service: Service) -> None:
     @app.get("/v1/models", responses={401: ERROR_RESPONSES[401]})
     async def models() -> ModelList:
-        """The served model."""
+        """The list of models, with the served model as its only entry."""
         return ModelList(data=[model_card(service)])
 
     @app.get("/v1/models/{name:path}", responses={401: ERROR_RESPONSES[401], 404: ERROR_RESPONSES[404]})
     async def model(name: str) -> ModelCard:
-        """A model by its name."""
+        """The served model, by its name."""
         service.check_model_name(name)
         return model_card(service)
 
     @app.get("/health", responses={503: ERROR_RESPONSES[503]})
     async def health() -> dict[str, str]:
-        """Whether the engine runs."""
+        """Status 200 while the engine runs."""
         if not service.alive:
-            raise RequestError("the engine has failed; start the server again", status=503, code="engine")
+            raise RequestError("the engine has failed; restart the server", status=503, code="engine")
         return {"status": "ok"}
 
     @app.get("/ready", responses={503: ERROR_RESPONSES[503]})
-    async def ready() -> dict[str, str]:
-        """Whether new requests are taken."""
+    async def readiness() -> dict[str, str]:
+        """Status 200 while the server accepts new requests."""
         if service.draining or not service.alive:
-            raise RequestError("the server is stopping", status=503, code="stopping")
+            words = "the server is stopping; send the request to another server or retry after a restart"
+            raise RequestError(words, status=503, code="stopping")
         return {"status": "ready"}
 
     @app.get("/metrics", response_class=Response, responses={200: {"content": {"text/plain": {}}}})
     async def metrics() -> Response:
-        """For Prometheus."""
+        """Metrics in the Prometheus text format."""
         return Response(service.metrics.exposition(), media_type="text/plain; version=0.0.4")
 
 
 def _add_log_fields(raw_request: Request, request: BaseRequest, choices: list[Choice], service: Service) -> None:
-    """What the log says of a request. Its texts only where the server was asked for that."""
+    """Adds the facts of a request to its log line; prompts only with `--log-prompts`."""
     log_fields = raw_request.state.log_fields
     log_fields |= {
         "mode": choices[0].engine_request.params.mode,
@@ -172,7 +175,7 @@ def _add_error_handlers(app: FastAPI) -> None:
 
     @app.exception_handler(ClientDisconnected)
     async def disconnected(_: Request, __: ClientDisconnected) -> Response:
-        return Response(status_code=499)  # nobody reads it; the log does
+        return Response(status_code=499)  # for the log and the metrics: the client is gone
 
     @app.exception_handler(RequestValidationError)
     async def invalid(_: Request, error: RequestValidationError) -> Response:
@@ -180,30 +183,36 @@ def _add_error_handlers(app: FastAPI) -> None:
 
     @app.exception_handler(HTTPException)
     async def other(_: Request, error: HTTPException) -> Response:
-        words = {404: "there is no such path; see /openapi.json", 405: "this path takes another method"}
+        words = {
+            404: "this path does not exist; /openapi.json lists the paths",
+            405: "this path does not accept this method; the header Allow lists the accepted methods",
+        }
         message = words.get(error.status_code, str(error.detail))
         return error_response(RequestError(message, status=error.status_code), dict(error.headers or {}))
 
 
 def _validation_message(error: RequestValidationError) -> RequestError:
-    """The error furthest inside the body, in one line: of a value that fits none of several types, all are
-    told, and the one that got furthest says most."""
-    found = max(error.errors(), key=lambda one: len(one["loc"]))
+    """The validation error at the deepest location of the body, in one line.
+
+    If a value fits none of several types, pydantic reports an error for each type; the deepest is the most specific.
+    """
+    found = max(error.errors(), key=lambda detail: len(detail["loc"]))
     names = [str(part) for part in found["loc"] if part != "body"]
     field = names[0] if names else None
     place = ".".join(name for name in names if "[" not in name and name not in ("str", "int"))
     match found["type"]:
         case "json_invalid":
-            return RequestError(f"the body is not JSON: {found.get('ctx', {}).get('error', '')}", code="json")
+            reason = found.get("ctx", {}).get("error", "")
+            return RequestError(f"the body is not valid JSON ({reason}); send a JSON object", code="json")
         case "missing" if field is None:
             return RequestError("the body is empty; send a JSON object", code="json")
         case "missing":
-            return RequestError(f"{place} is missing", param=field, code="missing")
+            return RequestError(f"{place} is missing; the request needs this field", param=field, code="missing")
         case "extra_forbidden":
-            words = f"{place} is not a field that this server knows; see /openapi.json"
+            words = f"{place} is an unknown field; omit it, /openapi.json lists the fields"
             return RequestError(words, param=field, code="unsupported")
         case "model_attributes_type" | "dict_type" if field is None:
-            return RequestError("the body is no JSON object, sent as application/json", code="json")
+            return RequestError("the body must be a JSON object with content-type application/json", code="json")
     message = str(found["msg"]).removeprefix("Value error, ").removeprefix("Input ")
     value = repr(found["input"])
     shown = value if len(value) <= 80 else value[:77] + "…"
@@ -211,8 +220,7 @@ def _validation_message(error: RequestValidationError) -> RequestError:
 
 
 def _complete_schema(app: FastAPI) -> None:
-    """Takes the framework's own 422 out of the schema (what is invalid gets 400 here), and puts the chunks of a chat's
-    stream in."""
+    """Corrects FastAPI's schema: invalid requests get 400 instead of 422, and chat streams have their own chunks."""
     schema = app.openapi()
     for path in schema["paths"].values():
         for operation in path.values():

@@ -1,4 +1,4 @@
-"""Runs the choices of one request side by side in the engine, and yields their events."""
+"""Runs the choices of one request concurrently in the engine, and yields their events."""
 
 from __future__ import annotations
 
@@ -14,30 +14,31 @@ from twotower.server.choices import Choice
 from twotower.server.metrics import Metrics
 from twotower.server.request_errors import RequestError, request_error
 
-KEEPALIVE_SECONDS = 15.0  # seconds without an event after which a stream says that it is still there
+KEEPALIVE_SECONDS = 15.0  # a stream sends a comment after this time without an event
 
-Message = tuple[Choice, Event | Exception] | None  # None: nothing has come for KEEPALIVE_SECONDS seconds
+Message = tuple[Choice, Event | Exception] | None  # None: no event for KEEPALIVE_SECONDS
 
 
 async def choice_events(
     engine: AsyncLLM, choices: Sequence[Choice], seconds: float | None, metrics: Metrics
 ) -> AsyncGenerator[tuple[Choice, Event] | None, None]:
-    """The choices' events as they come, and None whenever there was none for a while. Leaving early gives all choices
-    up. seconds: how long they may take together (None: no bound).
+    """Yields the events of all choices in order of arrival, and None after `KEEPALIVE_SECONDS` without an event.
+
+    Closing the generator aborts the choices. seconds: time limit for all choices together; None: no limit.
 
     Raises:
-        RequestError: it took too long (504); the engine failed (503), or the request did (500).
+        RequestError: The choices took longer than `seconds` (504), the engine failed (503) or the request failed (500).
     """
     loop, started = asyncio.get_running_loop(), time.monotonic()
     queue: asyncio.Queue[Message] = asyncio.Queue()
-    # Timeouts are posted to the same queue: a time limit on each wait would cost more than the event.
+    # The timeout is posted to the same queue, because a time limit on each wait would cost more than the event.
     deadline = None if seconds is None else loop.call_later(seconds, queue.put_nowait, (choices[0], TimeoutError()))
-    calls: list[Callable[[], None]] = []
-    left, begun = len(choices), False
+    aborts: list[Callable[[], None]] = []
+    unfinished, first_event = len(choices), True
     try:
         for choice in choices:
-            calls.append(engine.listen(choice.engine_request, partial(_post, queue, choice)))
-        while left:
+            aborts.append(engine.listen(choice.engine_request, partial(_post, queue, choice)))
+        while unfinished:
             message = await _next(queue)
             if message is None:
                 yield None
@@ -47,34 +48,34 @@ async def choice_events(
                 raise event
             if isinstance(event, Exception):
                 raise request_error(event)
-            if not begun:
-                begun = True
+            if first_event:
+                first_event = False
                 metrics.first.observe(time.monotonic() - started)
             if event.result is not None:
-                left -= 1
+                unfinished -= 1
                 metrics.observe_result(event.result)
                 if event.result.error:
                     raise RequestError(f"the request failed: {event.result.error}", status=500, code="failed")
             yield choice, event
     except TimeoutError:
         raise RequestError(
-            f"the request took longer than {seconds:g} s; ask for less", status=504, code="timeout"
+            f"the request took longer than {seconds:g} s; reduce max_tokens or n", status=504, code="timeout"
         ) from None
     except TwoTowerError as error:
         raise request_error(error) from None
     finally:
         if deadline is not None:
             deadline.cancel()
-        for give_up in calls:
-            give_up()
+        for abort in aborts:
+            abort()
 
 
 async def _next(queue: asyncio.Queue[Message]) -> Message:
-    beat = asyncio.get_running_loop().call_later(KEEPALIVE_SECONDS, queue.put_nowait, None)
+    timer = asyncio.get_running_loop().call_later(KEEPALIVE_SECONDS, queue.put_nowait, None)
     try:
         return await queue.get()
     finally:
-        beat.cancel()
+        timer.cancel()
 
 
 def _post(queue: asyncio.Queue[Message], choice: Choice, event: Event | Exception) -> None:

@@ -1,4 +1,4 @@
-"""From a client's request to the engine's: one `Choice` for each text that is to be written."""
+"""Converts a client's request to requests of the engine: one `Choice` for each text to generate."""
 
 from __future__ import annotations
 
@@ -30,8 +30,11 @@ COMMIT_POLICY_PARAMETERS = {"confidence_threshold", "policy", "knob"}
 
 @dataclass(frozen=True)
 class Choice:
-    """A text to be written. index: its position in the answer; echo: the prompt, where it is given back;
-    strip_leading_space: whether white space before its text is left out."""
+    """A text to generate.
+
+    index: its index in the response; echo: the prompt, if the response repeats it; strip_leading_space: whether the
+    response omits white space before the text.
+    """
 
     index: int
     engine_request: EngineRequest
@@ -41,21 +44,23 @@ class Choice:
 
 
 class ChoiceBuilder:
-    """Makes the choices of requests to one engine."""
+    """Builds the choices of requests to one engine."""
 
     def __init__(self, engine: AsyncLLM, tokenizer: TokenizerAdapter) -> None:
         self.engine, self.tokenizer = engine, tokenizer
         model = engine.llm.model
-        self._structured_mode = "ar" if model.denoiser is None else "verified"  # of formats, where no mode is asked for
+        self._structured_mode = (
+            "ar" if model.denoiser is None else "verified"
+        )  # mode of a request with a response format and no mode
         self._shared = {"eos_token_id": eos_of(model), "mask_token_id": model.config.mask_token}
 
     def build(
         self, request: GenerationRequest, constraint: Constraint | None, settings: ServerSettings
     ) -> list[Choice]:
-        """Everything that one request wants written.
+        """Returns the choices of one request.
 
         Raises:
-            RequestError: it cannot be done; says why, and which field.
+            RequestError: The request is invalid. The error names the field and the reason.
         """
         try:
             return self._build(request, constraint, settings)
@@ -86,7 +91,7 @@ class ChoiceBuilder:
                 )
                 for number in range(request.n)
             ]
-            self.engine.check(engine_requests[0])  # the others differ in their seed alone
+            self.engine.check(engine_requests[0])  # the other requests differ only in the seed
             echo = self.tokenizer.decode(prompt) if isinstance(request, CompletionRequest) and request.echo else ""
             for number, engine_request in enumerate(engine_requests):
                 choices.append(
@@ -95,7 +100,7 @@ class ChoiceBuilder:
         return choices
 
     def _prompts(self, request: GenerationRequest) -> tuple[list[list[int]], tuple[str, ...]]:
-        """Token ids of each prompt, and the stop strings that belong to the prompts' form."""
+        """Token ids of each prompt, and the stop strings of the plain chat format."""
         if isinstance(request, ChatCompletionRequest):
             tokens, ends = self.tokenizer.encode_chat(request.messages)
             return [tokens], ends
@@ -110,15 +115,17 @@ class ChoiceBuilder:
     def _values(
         self, request: GenerationRequest, mode: str, stops: Sequence[str], settings: ServerSettings
     ) -> dict[str, object]:
-        """Arguments of `GenerationParams.of` but for the length and the seed: the server's own, where the request's
-        mode is the server's, then the request's."""
+        """Arguments of `GenerationParams.of` without length and seed.
+
+        The server's defaults apply if the request has the server's mode; the fields of the request override them.
+        """
         defaults = dict(settings.decoding) if mode == settings.decoding["mode"] else {}
         given = {
             name: getattr(request, field)
             for field, name in PARAMETER_OF_FIELD.items()
             if getattr(request, field) is not None
         }
-        if given.keys() & COMMIT_POLICY_PARAMETERS:  # one choice, not to be mixed with the server's
+        if given.keys() & COMMIT_POLICY_PARAMETERS:  # a request's commit policy replaces the server's as a whole
             defaults = {name: value for name, value in defaults.items() if name not in COMMIT_POLICY_PARAMETERS}
         defaults.pop("seed", None)  # see `_seed`
         sampling = {"temperature": request.temperature, "top_p": request.top_p}
@@ -128,31 +135,35 @@ class ChoiceBuilder:
         return self._shared | defaults | given | own | {"mode": mode, "stop": tuple(stops)}
 
     def _new_tokens(self, request: GenerationRequest, prompt: int, limits: Limits) -> int:
-        """New tokens after a prompt of so many, at most. Whether the engine has room for them is the engine's to check.
+        """Maximum number of new tokens after a prompt of `prompt` tokens. The engine checks that they fit.
 
         Raises:
-            RequestError: more than this server's limits allow.
+            RequestError: The prompt or the length exceeds the server's limits.
         """
         if limits.prompt_tokens is not None and prompt > limits.prompt_tokens:
             raise RequestError(
-                f"the prompt has {prompt} tokens; this server takes at most {limits.prompt_tokens}",
+                f"the prompt has {prompt} tokens; this server accepts at most {limits.prompt_tokens}, so shorten it",
                 param=request.field_of("prompt"),
             )
-        wanted, said = request.requested_tokens, request.length_field
-        if said is not None and wanted is not None:
+        wanted, field = request.requested_tokens, request.length_field
+        if field is not None and wanted is not None:
             if limits.output_tokens is not None and wanted > limits.output_tokens:
-                raise RequestError(f"{said} is {wanted}; this server writes at most {limits.output_tokens}", param=said)
+                raise RequestError(
+                    f"{field} is {wanted}; this server allows at most {limits.output_tokens} new tokens", param=field
+                )
             return wanted
         room = self.engine.stats.max_seq_len - prompt
         most = room if limits.output_tokens is None else min(room, limits.output_tokens)
-        return max(1, most if wanted is None else min(wanted, most))  # at least one: a full text is refused
+        return max(
+            1, most if wanted is None else min(wanted, most)
+        )  # at least one, so that the engine rejects a prompt without room
 
 
 def build_constraint(tokenizer: TokenizerAdapter, wanted: ResponseFormat | None) -> Constraint | None:
-    """What a response format makes of the text.
+    """Builds the constraint of a response format; None: no constraint.
 
     Raises:
-        RequestError: the format cannot be used; says why.
+        RequestError: The format is invalid.
     """
     if wanted is None or wanted.type == "text":
         return None
@@ -171,15 +182,16 @@ def build_constraint(tokenizer: TokenizerAdapter, wanted: ResponseFormat | None)
 def _check_count(request: GenerationRequest, limits: Limits) -> None:
     prompts = len(request.prompt_list) if isinstance(request, CompletionRequest) else 1
     if not prompts:
-        raise RequestError("prompt is an empty list; give at least one", param="prompt")
+        raise RequestError("prompt is an empty list; give at least one prompt", param="prompt")
     if (count := prompts * request.n) > limits.choices:
         raise RequestError(
-            f"{count} choices are asked for; this server writes at most {limits.choices} for a request", param="n"
+            f"the request has {count} choices; this server allows at most {limits.choices}, so reduce n or the prompts",
+            param="n",
         )
 
 
 def _seed(request: BaseRequest, mode: str, settings: ServerSettings) -> int:
-    """The request's seed, else the server's where the mode is the server's, else a fresh one."""
+    """The seed of the request, else the server's seed if the request has the server's mode, else a random seed."""
     default = settings.decoding.get("seed") if mode == settings.decoding["mode"] else None
     seed = default if request.seed is None else request.seed
     if seed is None:
@@ -189,7 +201,7 @@ def _seed(request: BaseRequest, mode: str, settings: ServerSettings) -> int:
 
 
 def _logprobs(request: GenerationRequest) -> tuple[int | None, bool]:
-    """Which log-probabilities are asked for: `logprobs` and `prompt_logprobs` of the engine's `Request`."""
+    """`logprobs` and `prompt_logprobs` of the engine's `Request`."""
     if isinstance(request, ChatCompletionRequest):
         return (request.top_logprobs or 0 if request.logprobs else None), False
     return request.logprobs, request.logprobs is not None and request.echo

@@ -1,4 +1,4 @@
-"""The places of a server: how many choices may run or wait at once, of all clients and of each API key."""
+"""Limits the choices that run or wait at once, of all clients and of each API key."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ from twotower.server.settings import Limits
 
 
 class ConcurrencyLimiter:
-    """Counts the choices that run or wait; used from the event loop's thread only."""
+    """Counts the choices that run or wait. Only the thread of the event loop may use it."""
 
     def __init__(self, engine: AsyncLLM, metrics: Metrics) -> None:
         self.engine, self.metrics = engine, metrics
@@ -21,15 +21,16 @@ class ConcurrencyLimiter:
 
     @property
     def active(self) -> int:
-        """Choices that run or wait."""
+        """Number of choices that run or wait."""
         return self._active.total()
 
     @contextmanager
     def acquire(self, count: int, key: str | None, limits: Limits) -> Iterator[None]:
-        """Holds places for so many choices.
+        """Counts `count` choices as active while the context is open.
 
         Raises:
-            RequestError: the choices never fit (400), the queue is full, or the key has too many choices at once (429).
+            RequestError: The request exceeds the limits even of an idle server (400), the queue is full, or the key has
+                too many active choices (429).
         """
         self._check(count, key, limits)
         self._active[key] += count
@@ -44,16 +45,19 @@ class ConcurrencyLimiter:
         slots = self.engine.stats.slots
         most = slots + limits.queue
         if count > most:
-            raise RequestError(f"{count} choices never fit this server's {most} places", param="n")
+            words = f"the request has {count} choices; this server runs and queues at most {most}, so reduce n"
+            raise RequestError(words, param="n")
         if limits.per_key is not None and count > limits.per_key:
-            raise RequestError(f"{count} choices are more than the {limits.per_key} that a key may have", param="n")
+            words = (
+                f"the request has {count} choices; an API key may have at most {limits.per_key} at once, so reduce n"
+            )
+            raise RequestError(words, param="n")
         wait = self.metrics.expected_wait(self.active, slots)
         if self.active + count > most:
             raise RequestError(
-                "too many requests wait; try again later", status=429, code="overloaded", retry_after=wait
+                f"the queue is full; try again in {wait} s", status=429, code="overloaded", retry_after=wait
             )
         if limits.per_key is not None and self._active[key] + count > limits.per_key:
-            words = (
-                f"this key has {self._active[key]} choices at work and may have {limits.per_key}; wait for one to end"
-            )
+            active = self._active[key]
+            words = f"this API key has {active} of at most {limits.per_key} choices at once; try again in {wait} s"
             raise RequestError(words, status=429, code="too_many_at_once", retry_after=wait)

@@ -1,4 +1,4 @@
-"""One JSON object a line on stderr. Prompts and texts are in it only where the server was asked for that."""
+"""The log: one JSON object per line on stderr. Prompts are logged only with `--log-prompts`."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ LOGGER = logging.getLogger("twotower.server")
 
 
 def log_event(event: str, level: int = logging.INFO, /, **fields: object) -> None:
-    """Writes a line with the time, what happened and what belongs to it."""
+    """Writes a log line with the time, the level, the event and its fields."""
     if LOGGER.isEnabledFor(level):
         now = time.strftime("%Y-%m-%dT%H:%M:%S", time.gmtime())
         head = {"time": f"{now}Z", "level": logging.getLevelName(level).lower(), "event": event}
@@ -19,7 +19,7 @@ def log_event(event: str, level: int = logging.INFO, /, **fields: object) -> Non
 
 
 def configure_logging() -> None:
-    """Sends this program's lines, and warnings of the HTTP server, to stderr."""
+    """Sends the log of this package, and warnings of uvicorn, to stderr."""
     handler = logging.StreamHandler(sys.stderr)
     handler.setFormatter(logging.Formatter("%(message)s"))
     LOGGER.handlers[:] = [handler]

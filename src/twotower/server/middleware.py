@@ -1,6 +1,6 @@
-"""What stands between the network and the routes: a bound on bodies, API keys, request numbers, counts and logs.
+"""The ASGI middleware: size limit of bodies, API keys, request ids, metrics and the log.
 
-Plain ASGI: a route sees its client's disconnect the moment it happens.
+Plain ASGI instead of Starlette's `BaseHTTPMiddleware`, so that a route is told at once when its client disconnects.
 """
 
 from __future__ import annotations
@@ -24,12 +24,12 @@ from twotower.server.request_errors import ClientDisconnected, RequestError
 if TYPE_CHECKING:
     from twotower.server.service import Service
 
-AUTHENTICATED_PREFIX = "/v1/"  # paths that need a key where there are keys
-MAX_DISCARDED_BYTES = 1 << 20  # bytes of a refused body that are read, so that its sender sees why
+AUTHENTICATED_PREFIX = "/v1/"  # of the paths that need a key, if the server has API keys
+MAX_DISCARDED_BYTES = 1 << 20  # read from a body that is too long, so that the client receives the error
 
 
 class ServerMiddleware:
-    """Wraps an app. What routes may want to know of a request is in scope["state"]: key, request_id, log_fields."""
+    """Wraps an app. Routes find key, request_id and log_fields of a request in `scope["state"]`."""
 
     def __init__(self, app: ASGIApp, service: Service) -> None:
         self.app = app
@@ -42,7 +42,7 @@ class ServerMiddleware:
             return
         headers = {name.lower(): value for name, value in scope["headers"]}
         started, response_started = time.perf_counter(), False
-        status = 499  # the client went away before there was an answer
+        status = 499  # the client disconnected before the response started
         log_fields: dict[str, object] = {}
         request_id = uuid.uuid4().hex
         scope.setdefault("state", {}).update(request_id=request_id, key=None, log_fields=log_fields)
@@ -64,10 +64,10 @@ class ServerMiddleware:
             await error_response(error)(scope, receive, send_response)
         except ClientDisconnected:
             pass
-        except Exception as error:  # here rather than outside, so that it is counted and logged like every answer
+        except Exception as error:  # here, so that metrics and log count it like other responses
             log_event("error", logging.ERROR, id=request_id, trace="".join(traceback.format_exception(error)))
             if not response_started:
-                words = "the server failed; its log says how"
+                words = "the server failed; its log has the cause under the id of the header x-request-id"
                 await error_response(RequestError(words, status=500, code="internal"))(scope, receive, send_response)
         finally:
             route = getattr(scope.get("route"), "path", "other")
@@ -84,29 +84,32 @@ class ServerMiddleware:
             )
 
     def _authenticate(self, header: bytes) -> str | None:
-        """The digest of a request's key, by which its choices are counted.
+        """Returns the digest of the request's API key, or None if the server has no API keys.
 
         Raises:
-            RequestError: there are keys, and this is none of them (401).
+            RequestError: The key is missing or wrong (401).
         """
         if not self.keys:
             return None
         kind, _, given = header.partition(b" ")
         digest = _digest(given.strip())
-        # Every key is compared, each in the same time, so the answer's delay tells nothing about any of them.
+        # All keys are compared in constant time, so that the response time does not reveal a part of a key.
         if not sum([hmac.compare_digest(digest, key) for key in self.keys]) or kind.lower() != b"bearer":
-            raise RequestError("no valid API key; send the header Authorization: Bearer KEY", status=401, code="key")
+            raise RequestError(
+                "the API key is missing or wrong; send the header Authorization: Bearer KEY", status=401, code="key"
+            )
         return digest
 
     async def _read_body(self, headers: dict[bytes, bytes], receive: Receive) -> Receive:
-        """Takes the whole body in → a `receive` that gives it out again.
+        """Reads the whole body and returns a `receive` that yields the body again.
 
         Raises:
-            RequestError: it is too long (413), or does not arrive in time (408).
+            RequestError: The body is too long (413) or does not arrive in time (408).
+            ClientDisconnected: The client disconnected before the end of the body.
         """
         limits = self.service.settings.limits
-        said = headers.get(b"content-length", b"")
-        too_long = said.isdigit() and int(said) > limits.body_bytes
+        declared = headers.get(b"content-length", b"")
+        too_long = declared.isdigit() and int(declared) > limits.body_bytes
         parts: list[bytes] = []
         size, more = 0, True
         try:
@@ -122,11 +125,15 @@ class ServerMiddleware:
                     more = message.get("more_body", False)
         except TimeoutError:
             raise RequestError(
-                f"the request's body did not arrive in {limits.body_seconds:g} s", status=408, code="timeout"
+                f"the body did not arrive within {limits.body_seconds:g} s; send the request again",
+                status=408,
+                code="timeout",
             ) from None
         if too_long:
             raise RequestError(
-                f"the request's body is longer than {limits.body_bytes} bytes", status=413, code="too_long"
+                f"the body is longer than the allowed {limits.body_bytes} bytes; shorten it",
+                status=413,
+                code="too_long",
             )
         body = [b"".join(parts)]
 
@@ -137,7 +144,7 @@ class ServerMiddleware:
 
 
 def error_response(error: RequestError, headers: dict[str, str] | None = None) -> Response:
-    """The answer to what cannot be done."""
+    """The HTTP response for an error."""
     out = Response(json.dumps(error.body()), error.status, headers, "application/json")
     if error.retry_after is not None:
         out.headers["retry-after"] = str(error.retry_after)
@@ -149,5 +156,5 @@ def error_response(error: RequestError, headers: dict[str, str] | None = None) -
 
 
 def _digest(key: bytes) -> str:
-    """Of one length for all keys."""
+    """A digest of the same length for every key."""
     return hashlib.sha256(key).hexdigest()

@@ -1,4 +1,4 @@
-"""The errors that clients get, and how the engine's errors become them."""
+"""Errors in HTTP responses, and their conversion from errors of the engine."""
 
 from __future__ import annotations
 
@@ -6,11 +6,11 @@ from twotower.errors import ArgumentError, TwoTowerError
 
 
 class ClientDisconnected(Exception):
-    """The client closed its connection before its answer was complete."""
+    """The client disconnected before the response was complete."""
 
 
 class RequestError(Exception):
-    """Something a client can mend, or has to wait for: an HTTP status and a line that says what, which and how."""
+    """An error for the client. message: one line with the value, what is allowed and the remedy."""
 
     def __init__(
         self,
@@ -26,17 +26,16 @@ class RequestError(Exception):
         self.retry_after = retry_after
 
     def body(self) -> dict[str, object]:
-        """As the published API says it."""
+        """The JSON body, in the form of the OpenAI API."""
         kinds = {401: "authentication_error", 404: "not_found_error", 429: "rate_limit_error"}
         kind = kinds.get(self.status, "invalid_request_error" if self.status < 500 else "server_error")
         return {"error": {"message": self.message, "type": kind, "param": self.param, "code": self.code}}
 
 
 def request_error(error: Exception, field: str | None = None) -> RequestError:
-    """The client's form of an error that the engine raised. field: the request's field that sets the parameter which
-    an `ArgumentError` is about."""
+    """Converts an error of the engine. field: the request's field for the parameter of an `ArgumentError`."""
     if isinstance(error, ArgumentError):
-        # A format's error is about a part of the field, and names that part alone.
+        # The message about a format names only a part of the field.
         message = f"{field}: {error}" if field == "response_format" else str(error)
         return RequestError(message, param=field)
     if isinstance(error, TwoTowerError):

@@ -1,7 +1,7 @@
-"""What clients send: the OpenAI requests, with what two-tower decoding adds.
+"""Request bodies: those of the OpenAI API, with additional fields for two-tower decoding.
 
-Every field either does what it says or is refused by name. A field of the published API that is not supported may be
-sent with the value that means "off" (null, 0, an empty list), as some clients always do.
+A field that is unknown or not supported is an error that names the field. Some clients always send fields of the
+OpenAI API that are not supported here. Such a field is accepted with a value that turns it off (null, 0, []).
 """
 
 from __future__ import annotations
@@ -19,7 +19,7 @@ JsonInteger = Annotated[int, BeforeValidator(lambda value: int(value) if _is_int
 TokenIds = list[Annotated[JsonInteger, Field(ge=0, lt=2**31)]]
 StopText = Annotated[str, Field(min_length=1, max_length=256)]
 
-# Fields that set a parameter of `GenerationParams`, and the parameter's name.
+# Field of a request → parameter of `GenerationParams` that the field sets.
 PARAMETER_OF_FIELD = {
     "threshold": "confidence_threshold",
     "policy": "policy",
@@ -30,9 +30,9 @@ PARAMETER_OF_FIELD = {
     "acceptance": "acceptance",
     "top_k": "top_k",
 }
-FIELD_OF_PARAMETER = {name: field for field, name in PARAMETER_OF_FIELD.items()}  # the reverse
+FIELD_OF_PARAMETER = {name: field for field, name in PARAMETER_OF_FIELD.items()}
 
-# Fields of the published API that have no meaning here, and the values with which they ask for nothing.
+# Unsupported field of the OpenAI API → the values that turn it off, beside null.
 UNSUPPORTED_FIELDS: dict[str, tuple[object, ...]] = {
     "frequency_penalty": (0,),
     "presence_penalty": (0,),
@@ -59,25 +59,25 @@ UNSUPPORTED_FIELDS: dict[str, tuple[object, ...]] = {
 
 
 def _is_integral(value: object) -> bool:
-    """A float without a fraction: JSON does not tell 1.0 from 1."""
+    """Whether a value is a float without a fraction. JSON does not distinguish 1.0 from 1."""
     return isinstance(value, float) and value.is_integer()
 
 
 class StrictModel(BaseModel):
-    """Nothing is taken for something else, and no field passes unseen."""
+    """Rejects unknown fields, values of another type, NaN and infinity."""
 
     model_config = ConfigDict(extra="forbid", strict=True, allow_inf_nan=False)
 
 
 class StreamOptions(StrictModel):
-    """include_usage: a last chunk with the whole request's usage."""
+    """Options of a stream."""
 
-    include_usage: bool = False
+    include_usage: bool = Field(False, description="Send a last chunk with the usage of the whole request.")
     include_obfuscation: Literal[False] = False
 
 
 class JsonSchema(StrictModel):
-    """A JSON schema that the text has to fit."""
+    """A JSON schema that the text must match."""
 
     model_config = ConfigDict(extra="forbid", strict=True, protected_namespaces=(), populate_by_name=True)
 
@@ -88,8 +88,11 @@ class JsonSchema(StrictModel):
 
 
 class ResponseFormat(StrictModel):
-    """text (anything), json_object, json_schema, or, beyond the published API, a regular expression (`regex`) or a Lark
-    grammar (`grammar`) that the text has to fit. In the modes ar and verified."""
+    """Format of the text: text (no constraint), json_object or json_schema.
+
+    Beyond the OpenAI API: regex (a regular expression) and grammar (a Lark grammar). Formats other than text need mode
+    ar or verified.
+    """
 
     type: Literal["text", "json_object", "json_schema", "regex", "grammar"]
     json_schema: JsonSchema | None = None
@@ -100,37 +103,55 @@ class ResponseFormat(StrictModel):
     def _check_type(self) -> Self:
         for part in ("json_schema", "regex", "grammar"):
             if (getattr(self, part) is not None) != (self.type == part):
-                raise ValueError(f'"{part}" goes with the type "{part}", and with no other')
+                raise ValueError(f'must have "{part}" if and only if "type" is "{part}"')
         if self.json_schema is not None and self.json_schema.json_schema is None:
-            raise ValueError('"json_schema" has no "schema"')
+            raise ValueError('must have a "schema" in "json_schema"')
         return self
 
 
 class BaseRequest(StrictModel):
-    """What both endpoints take. See `GenerationParams` for the decoding fields, which are beyond the published API."""
+    """Fields of both endpoints. `GenerationParams` documents the decoding fields, which the OpenAI API lacks."""
 
-    model: str | None = Field(None, description="The served model; may be left out.")
-    temperature: float = Field(1.0, ge=0, le=2, description="0 is greedy.")
-    top_p: float = Field(1.0, gt=0, le=1)
-    top_k: JsonInteger | None = Field(None, ge=1, description="Sample among the k likeliest tokens.")
-    stop: StopText | Annotated[list[StopText], Field(max_length=16)] | None = None
-    seed: JsonInteger | None = Field(None, ge=0, lt=2**62, description="Same seed, same text; choice i has seed + i.")
-    n: JsonInteger = Field(1, ge=1, le=64, description="Choices for each prompt.")
-    stream: bool = False
-    stream_options: StreamOptions | None = None
-    user: str | None = None
-    response_format: ResponseFormat | None = None
-    mode: ModeName | None = Field(None, description="How to decode. Left out: as the server was started.")
-    threshold: float | None = Field(None, ge=0, le=1, description="Commit what is more certain than this.")
-    policy: str | None = Field(None, description="Which positions a pass commits.")
-    knob: float | None = Field(None, description="The policy's one number, instead of threshold.")
-    block_size: JsonInteger | None = Field(None, ge=1, le=4096, description="Positions denoised together.")
-    steps: JsonInteger | None = Field(None, ge=1, le=4096, description="Diffusion: passes a block, at most.")
-    draft_steps: JsonInteger | None = Field(
-        None, ge=0, le=4096, description="Verified: passes a draft. Left out: what pays."
+    model: str | None = Field(None, description="Name of the served model. Optional.")
+    temperature: float = Field(1.0, ge=0, le=2, description="Sampling temperature. 0: greedy decoding.")
+    top_p: float = Field(1.0, gt=0, le=1, description="Sample from the smallest set of tokens with this probability.")
+    top_k: JsonInteger | None = Field(None, ge=1, description="Sample from the k most likely tokens.")
+    stop: StopText | Annotated[list[StopText], Field(max_length=16)] | None = Field(
+        None, description="Strings that end the text. The text stops before the first of them."
     )
-    acceptance: float | None = Field(None, ge=0, le=1, description="Verified: 1 is lossless.")
-    stream_denoising: bool = Field(False, description="Streams show every pass over a block, and its tokens.")
+    seed: JsonInteger | None = Field(
+        None,
+        ge=0,
+        lt=2**62,
+        description="Seed of the sampling; choice i uses seed + i. In a fixed mode, in fp32 or float64, the same seed "
+        "gives the same text. With mode auto, or in bf16, the text can differ. Default: a random seed.",
+    )
+    n: JsonInteger = Field(1, ge=1, le=64, description="Number of choices for each prompt.")
+    stream: bool = Field(False, description="Send server-sent events with chunks of final text.")
+    stream_options: StreamOptions | None = None
+    user: str | None = Field(None, description="Written to the server's log.")
+    response_format: ResponseFormat | None = None
+    mode: ModeName | None = Field(None, description="Decoding mode. Default: the mode of the server's --setting.")
+    threshold: float | None = Field(
+        None, ge=0, le=1, description="A pass commits positions with a higher confidence than this."
+    )
+    policy: str | None = Field(None, description="Commit policy: which positions a pass commits.")
+    knob: float | None = Field(None, description="The policy's one number, instead of threshold.")
+    block_size: JsonInteger | None = Field(None, ge=1, le=4096, description="Number of positions in a block.")
+    steps: JsonInteger | None = Field(
+        None, ge=1, le=4096, description="Diffusion: maximum number of passes for a block."
+    )
+    draft_steps: JsonInteger | None = Field(
+        None, ge=0, le=4096, description="Verified: denoising passes per draft. Default: chosen from recent speed."
+    )
+    acceptance: float | None = Field(
+        None,
+        ge=0,
+        le=1,
+        description="Verified: accept drafted tokens with at least this share of the probability of the AR model's "
+        "best token. 1: only the AR tokens.",
+    )
+    stream_denoising: bool = Field(False, description="Also send an event for every denoising pass, with the block.")
 
     @model_validator(mode="before")
     @classmethod
@@ -141,13 +162,13 @@ class BaseRequest(StrictModel):
         kept = {name: value for name, value in fields.items() if value is not None or name not in known}
         for name in UNSUPPORTED_FIELDS.keys() - cls.model_fields.keys():
             if name in kept and not any(_same(kept[name], off) for off in UNSUPPORTED_FIELDS[name]):
-                raise RequestError(f"{name} is not supported; leave it out", param=name, code="unsupported")
+                raise RequestError(f"{name} is not supported; omit it", param=name, code="unsupported")
             kept.pop(name, None)
         return kept
 
     @classmethod
     def __get_pydantic_json_schema__(cls, core: CoreSchema, handler: GetJsonSchemaHandler) -> dict[str, object]:
-        """null stands for a field's default, as in the published API."""
+        """The JSON schema, in which every optional field also accepts null: the default, as in the OpenAI API."""
         schema = handler.resolve_ref_schema(handler(core))
         for name, field in cls.model_fields.items():
             own = schema["properties"][name]
@@ -157,25 +178,25 @@ class BaseRequest(StrictModel):
         return schema
 
     def check_mode(self, mode: str) -> None:
-        """Raises RequestError where a field means nothing in this mode, or without another field."""
+        """Raises RequestError if a field has no effect in this mode, or needs another field."""
         for name, modes in MEANT_FOR.items():
             if mode not in modes and getattr(self, name) is not None:
                 raise RequestError(
-                    f"{name} means nothing in mode {mode}; leave it out, or use {' or '.join(modes)}", param=name
+                    f"{name} has no effect in mode {mode}; omit it, or use mode {' or '.join(modes)}", param=name
                 )
         if self.threshold is not None and (self.knob is not None or self.policy not in (None, "threshold")):
             other = f"policy {self.policy}" if self.knob is None else "knob"
-            raise RequestError(f"threshold means nothing beside {other}; leave one of them out", param="threshold")
+            raise RequestError(f"threshold and {other} exclude each other; omit one of them", param="threshold")
         if self.stream_options is not None and not self.stream:
-            raise RequestError("stream_options goes with stream: true", param="stream_options")
+            raise RequestError("stream_options needs stream: true; set stream or omit it", param="stream_options")
         if self.stream_denoising and not self.stream:
-            raise RequestError("stream_denoising goes with stream: true", param="stream_denoising")
+            raise RequestError("stream_denoising needs stream: true; set stream or omit it", param="stream_denoising")
         if self.stream_denoising and mode in ("ar", "mock_ar"):
-            raise RequestError(f"stream_denoising: mode {mode} fills no blocks", param="stream_denoising")
+            words = f"stream_denoising has no effect in mode {mode}, which has no blocks; omit it or use another mode"
+            raise RequestError(words, param="stream_denoising")
 
     def field_of(self, param: str | None) -> str | None:
-        """The field of this request that sets a parameter of `GenerationParams` or of the engine's `Request`; None: no
-        field sets the parameter."""
+        """The field that sets a parameter of `GenerationParams` or of the engine's `Request`; None: no field does."""
         own = {"constraint": "response_format", "prompt": self.prompt_field, "prompt_logprobs": "echo"}
         if param == "max_new_tokens":
             return self.length_field or self.prompt_field  # without a length, only the prompt can be too long
@@ -184,12 +205,12 @@ class BaseRequest(StrictModel):
 
     @property
     def prompt_field(self) -> str:
-        """The field that holds what the text continues."""
+        """Name of the field with the prompt."""
         raise NotImplementedError
 
     @property
     def length_field(self) -> str | None:
-        """The field in which this request gives its number of new tokens; None: it gives none."""
+        """Name of the field that limits the new tokens in this request; None: the request has no limit."""
         return "max_tokens" if "max_tokens" in self.model_fields_set else None
 
     @property
@@ -202,19 +223,21 @@ class BaseRequest(StrictModel):
 
 
 def _same(value: object, off: object) -> bool:
-    """Equal, but True is not 1."""
+    """Whether two JSON values are equal; true differs from 1."""
     return value == off and isinstance(value, bool) == isinstance(off, bool)
 
 
 class CompletionRequest(BaseRequest):
-    """`POST /v1/completions`."""
+    """Body of `POST /v1/completions`."""
 
     prompt: str | TokenIds | list[str] | list[TokenIds] = Field(
-        description="Text or token ids; a list of either for several prompts."
+        description="Text or token ids, or a list of either for several prompts."
     )
-    max_tokens: JsonInteger = Field(16, ge=0, description="New tokens, at most.")
-    echo: bool = Field(False, description="Give the prompt back in front of the text.")
-    logprobs: JsonInteger | None = Field(None, ge=0, le=20, description="The AR model's, with so many alternatives.")
+    max_tokens: JsonInteger = Field(16, ge=0, description="Maximum number of new tokens.")
+    echo: bool = Field(False, description="Return the prompt before the text.")
+    logprobs: JsonInteger | None = Field(
+        None, ge=0, le=20, description="Return log-probabilities of the AR model, with this many alternatives."
+    )
 
     @property
     def prompt_field(self) -> str:
@@ -222,12 +245,12 @@ class CompletionRequest(BaseRequest):
 
     @property
     def requested_tokens(self) -> int | None:
-        """How many are asked for, or usual; None: as many as fit."""
+        """Maximum number of new tokens."""
         return self.max_tokens
 
     @property
     def prompt_list(self) -> list[str] | list[list[int]]:
-        """One entry a prompt."""
+        """The prompts as a list of texts or of token ids."""
         if isinstance(self.prompt, str):
             return [self.prompt]
         texts = [part for part in self.prompt if isinstance(part, str)]
@@ -236,7 +259,7 @@ class CompletionRequest(BaseRequest):
 
 
 class TextPart(StrictModel):
-    """A part of a message."""
+    """A text part of a message."""
 
     type: Literal["text"]
     text: str
@@ -255,13 +278,15 @@ class Message(StrictModel):
 
 
 class ChatCompletionRequest(BaseRequest):
-    """`POST /v1/chat/completions`."""
+    """Body of `POST /v1/chat/completions`."""
 
-    messages: Annotated[list[Message], Field(min_length=1)]
-    max_tokens: JsonInteger | None = Field(None, ge=0, description="New tokens, at most. Left out: as many as fit.")
-    max_completion_tokens: JsonInteger | None = Field(None, ge=0, description="The same by its newer name.")
-    logprobs: bool = Field(False, description="The AR model's, whatever the mode.")
-    top_logprobs: JsonInteger | None = Field(None, ge=0, le=20, description="With so many alternatives.")
+    messages: Annotated[list[Message], Field(min_length=1, description="The turns of the chat so far.")]
+    max_tokens: JsonInteger | None = Field(
+        None, ge=0, description="Maximum number of new tokens. Default: as many as fit."
+    )
+    max_completion_tokens: JsonInteger | None = Field(None, ge=0, description="The newer name of max_tokens.")
+    logprobs: bool = Field(False, description="Return log-probabilities of the AR model, in every mode.")
+    top_logprobs: JsonInteger | None = Field(None, ge=0, le=20, description="Number of alternatives for each token.")
 
     @property
     def prompt_field(self) -> str:
@@ -273,15 +298,18 @@ class ChatCompletionRequest(BaseRequest):
 
     @property
     def requested_tokens(self) -> int | None:
-        """How many are asked for; None: as many as fit."""
+        """Maximum number of new tokens; None: as many as fit."""
         return self.max_tokens if self.max_completion_tokens is None else self.max_completion_tokens
 
     def check_mode(self, mode: str) -> None:
         super().check_mode(mode)
         if self.top_logprobs is not None and not self.logprobs:
-            raise RequestError("top_logprobs goes with logprobs: true", param="top_logprobs")
+            raise RequestError("top_logprobs needs logprobs: true; set logprobs or omit it", param="top_logprobs")
         if None not in (self.max_tokens, self.max_completion_tokens) and self.max_tokens != self.max_completion_tokens:
-            raise RequestError("max_tokens and max_completion_tokens differ; give one of them", param="max_tokens")
+            words = (
+                f"max_tokens is {self.max_tokens}, max_completion_tokens {self.max_completion_tokens}; give one of them"
+            )
+            raise RequestError(words, param="max_tokens")
 
 
 GenerationRequest = CompletionRequest | ChatCompletionRequest

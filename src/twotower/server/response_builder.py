@@ -1,6 +1,6 @@
-"""From results to what clients get, whole or chunk by chunk (`response_schemas.py` has the shapes).
+"""Builds responses and stream chunks from results. `response_schemas.py` has their schemas.
 
-Only fields that were set are sent: an absent `usage` is not the same as a null one.
+Only fields that were set are sent: clients distinguish an absent `usage` from null.
 """
 
 from __future__ import annotations
@@ -45,7 +45,7 @@ FINISH_REASONS: dict[str, FinishReason] = {"eos": "stop", "stop": "stop", "lengt
 
 
 class HeadFields(TypedDict):
-    """What every answer begins with."""
+    """Fields of every response and chunk."""
 
     id: str
     created: int
@@ -54,7 +54,7 @@ class HeadFields(TypedDict):
 
 
 class TokenFields(TypedDict):
-    """Where an event's tokens stand, what they are, and how sure the model is of each."""
+    """Tokens of an event: their start, ids, texts and confidence."""
 
     index: int
     start: int
@@ -64,7 +64,7 @@ class TokenFields(TypedDict):
 
 
 class EndFields(TypedDict, total=False):
-    """What a choice's last chunk has beside its text."""
+    """Fields of the last chunk of a choice, beside its text."""
 
     finish_reason: FinishReason | None
     decoding: DecodingStats
@@ -79,11 +79,11 @@ class ScoreFields(TypedDict):
 
 
 class ResponseBuilder:
-    """Builds one request's answer, whole or chunk by chunk; the two endpoints differ in the parts below."""
+    """Builds the response to one request, as a whole or in chunks. Each endpoint has a subclass."""
 
     prefix: str
-    shape: type[BaseModel]  # of a chunk, and what it calls itself
-    kind: str
+    chunk_model: type[BaseModel]
+    chunk_object: str  # the field `object` of a chunk
 
     def __init__(self, service: Service, request: BaseRequest, choices: Sequence[Choice]) -> None:
         self.request, self.choices, self.tokenizer = request, choices, service.tokenizer
@@ -93,27 +93,27 @@ class ResponseBuilder:
             "model": service.settings.name,
             "system_fingerprint": f"twotower-{VERSION}",
         }
-        self._begun: set[int] = set()  # choices of which some text is out
+        self._started: set[int] = set()  # choices with text that has been sent
         self._results: dict[int, Generation] = {}
 
     def full_response(self, results: Sequence[Generation]) -> bytes:
-        """All choices, as JSON."""
+        """The response with all choices, as JSON."""
         raise NotImplementedError
 
     def first_chunk(self, choice: Choice) -> bytes | None:
-        """The first chunk of a choice, where there is something to say before its first block."""
+        """The chunk of a choice before its first block, if the endpoint has one."""
         raise NotImplementedError
 
     def block_chunk(self, choice: Choice, event: BlockEvent) -> bytes | None:
-        """What a block adds; None: nothing yet."""
+        """The chunk of a block; None: the block adds nothing yet."""
         raise NotImplementedError
 
     def _chunk(self, **fields: object) -> bytes:
         empty = {"usage": None} if self.request.include_usage else {}
-        return _json(self.shape(**self.head, object=self.kind, **(empty | fields)))
+        return _json(self.chunk_model(**self.head, object=self.chunk_object, **(empty | fields)))
 
     def denoising_chunk(self, choice: Choice, event: StepEvent) -> bytes:
-        """A chunk without text that shows a block being denoised."""
+        """The chunk of a denoising pass: the block after the pass, without text."""
         denoising = DenoisingStep(
             **self._tokens(choice, event),
             step=event.step,
@@ -128,11 +128,11 @@ class ResponseBuilder:
             "start": event.start,
             "tokens": event.tokens,
             "texts": [self.tokenizer.token_text(token) for token in event.tokens],
-            "confidence": [round(believed, 4) for believed in event.confidence],
+            "confidence": [round(confidence, 4) for confidence in event.confidence],
         }
 
     def _committed(self, choice: Choice, event: BlockEvent) -> dict[str, object]:
-        """For who watches: what the block's tokens are, beside their text, which may still wait for half a letter."""
+        """The tokens of a block, with `stream_denoising`. The text of the chunk may lack an incomplete character."""
         if not self.request.stream_denoising:
             return {}
         committed = CommittedBlock(
@@ -143,17 +143,17 @@ class ResponseBuilder:
         return {"committed": committed}
 
     def usage_chunk(self) -> bytes | None:
-        """The chunk with the usage, where it was asked for."""
+        """The last chunk, with the usage; None: the request does not ask for usage."""
         if not self.request.include_usage:
             return None
         return self._chunk(choices=[], usage=self._usage([self._results[choice.index] for choice in self.choices]))
 
     def _text(self, choice: Choice, text: str) -> str:
-        """A piece of a choice's text, without white space before its first letter where that is left out."""
-        if choice.strip_leading_space and choice.index not in self._begun:
+        """A piece of a choice's text, without the leading white space if the choice omits it."""
+        if choice.strip_leading_space and choice.index not in self._started:
             text = text.lstrip()
         if text:
-            self._begun.add(choice.index)
+            self._started.add(choice.index)
         return text
 
     def _end(self, choice: Choice, result: Generation | None) -> EndFields:
@@ -176,7 +176,7 @@ class ResponseBuilder:
         )
 
     def _usage(self, results: Sequence[Generation]) -> Usage:
-        """A prompt counts once, however many choices it has."""
+        """The usage of all choices. A prompt counts once, for any number of choices."""
         prompts = results[:: self.request.n]
         read, written = sum(result.prompt_tokens for result in prompts), sum(len(result.tokens) for result in results)
         passes = sum(result.passes for result in results)
@@ -193,19 +193,19 @@ class ResponseBuilder:
 class CompletionResponseBuilder(ResponseBuilder):
     """`POST /v1/completions`."""
 
-    prefix, shape, kind = "cmpl", Completion, "text_completion"
+    prefix, chunk_model, chunk_object = "cmpl", Completion, "text_completion"
     request: CompletionRequest
 
     def __init__(self, service: Service, request: CompletionRequest, choices: Sequence[Choice]) -> None:
         super().__init__(service, request, choices)
-        self._reading: dict[int, TextOffsets] = {}
+        self._offsets: dict[int, TextOffsets] = {}
 
     def full_response(self, results: Sequence[Generation]) -> bytes:
         choices = []
         for choice, result in zip(self.choices, results, strict=True):
             logprobs = None
             if self.request.logprobs is not None:
-                logprobs = self._scored(choice, (*result.prompt_logprobs, *result.logprobs))
+                logprobs = self._logprobs(choice, (*result.prompt_logprobs, *result.logprobs))
             text = choice.echo + result.text
             choices.append(
                 CompletionChoice(index=choice.index, text=text, logprobs=logprobs, **self._end(choice, result))
@@ -213,7 +213,9 @@ class CompletionResponseBuilder(ResponseBuilder):
         return _json(Completion(**self.head, object="text_completion", choices=choices, usage=self._usage(results)))
 
     def first_chunk(self, choice: Choice) -> bytes | None:
-        if not choice.echo or self.request.logprobs is not None:  # the prompt's scores come with the first block
+        if (
+            not choice.echo or self.request.logprobs is not None
+        ):  # the log-probabilities of the prompt come with the first block
             return None
         part = CompletionChoice(index=choice.index, text=choice.echo, logprobs=None, finish_reason=None)
         return self._chunk(choices=[part])
@@ -221,7 +223,7 @@ class CompletionResponseBuilder(ResponseBuilder):
     def block_chunk(self, choice: Choice, event: BlockEvent) -> bytes | None:
         text, logprobs = event.text, None
         if self.request.logprobs is not None:
-            logprobs = self._scored(choice, (*event.prompt_logprobs, *event.logprobs))
+            logprobs = self._logprobs(choice, (*event.prompt_logprobs, *event.logprobs))
             if event.prompt_logprobs:
                 text = choice.echo + text
         elif not text and event.result is None and not self.request.stream_denoising:
@@ -229,9 +231,9 @@ class CompletionResponseBuilder(ResponseBuilder):
         part = CompletionChoice(index=choice.index, text=text, logprobs=logprobs, **self._end(choice, event.result))
         return self._chunk(choices=[part], **self._committed(choice, event))
 
-    def _scored(self, choice: Choice, scores: Iterable[TokenLogprob | None]) -> CompletionLogprobs:
-        """A choice's next tokens, its prompt's among them where that is given back."""
-        text = self._reading.setdefault(choice.index, TextOffsets(self.tokenizer))
+    def _logprobs(self, choice: Choice, scores: Iterable[TokenLogprob | None]) -> CompletionLogprobs:
+        """Log-probabilities of the next tokens of a choice, or of its prompt with `echo`."""
+        text_offsets = self._offsets.setdefault(choice.index, TextOffsets(self.tokenizer))
         tokens: list[str] = []
         values: list[float | None] = []
         tops: list[dict[str, float] | None] = []
@@ -240,7 +242,7 @@ class CompletionResponseBuilder(ResponseBuilder):
             token = choice.engine_request.prompt[0] if score is None else score.token
             own = self.tokenizer.token_text(token)
             tokens.append(own)
-            offsets.append(text.offset(token))
+            offsets.append(text_offsets.offset(token))
             values.append(None if score is None else score.logprob)
             if score is None:
                 tops.append(None)
@@ -254,14 +256,14 @@ class CompletionResponseBuilder(ResponseBuilder):
 class ChatResponseBuilder(ResponseBuilder):
     """`POST /v1/chat/completions`."""
 
-    prefix, shape, kind = "chatcmpl", ChatCompletionChunk, "chat.completion.chunk"
+    prefix, chunk_model, chunk_object = "chatcmpl", ChatCompletionChunk, "chat.completion.chunk"
     request: ChatCompletionRequest
 
     def full_response(self, results: Sequence[Generation]) -> bytes:
         choices = []
         for choice, result in zip(self.choices, results, strict=True):
             message = AssistantMessage(role="assistant", content=self._text(choice, result.text), refusal=None)
-            logprobs = self._scored(result.logprobs) if self.request.logprobs else None
+            logprobs = self._logprobs(result.logprobs) if self.request.logprobs else None
             reason, decoding = FINISH_REASONS[result.finish_reason], self._decoding(choice, result)
             choices.append(
                 ChatChoice(
@@ -277,7 +279,7 @@ class ChatResponseBuilder(ResponseBuilder):
 
     def block_chunk(self, choice: Choice, event: BlockEvent) -> bytes | None:
         text = self._text(choice, event.text)
-        logprobs = self._scored(event.logprobs) if self.request.logprobs else None
+        logprobs = self._logprobs(event.logprobs) if self.request.logprobs else None
         if not text and logprobs is None and event.result is None and not self.request.stream_denoising:
             return None
         delta = ChoiceDelta(content=text) if text else ChoiceDelta()
@@ -285,7 +287,7 @@ class ChatResponseBuilder(ResponseBuilder):
         part = ChatCompletionChunkChoice(index=choice.index, delta=delta, logprobs=logprobs, **end)
         return self._chunk(choices=[part], **self._committed(choice, event))
 
-    def _scored(self, scores: Iterable[TokenLogprob | None]) -> ChatLogprobs:
+    def _logprobs(self, scores: Iterable[TokenLogprob | None]) -> ChatLogprobs:
         content = []
         for score in scores:
             assert score is not None
@@ -302,7 +304,7 @@ class ChatResponseBuilder(ResponseBuilder):
 
 
 def response_builder_for(service: Service, request: GenerationRequest, choices: Sequence[Choice]) -> ResponseBuilder:
-    """The one that goes with the request."""
+    """The builder for a request."""
     return (
         ChatResponseBuilder(service, request, choices)
         if isinstance(request, ChatCompletionRequest)
@@ -311,7 +313,7 @@ def response_builder_for(service: Service, request: GenerationRequest, choices: 
 
 
 def model_card(service: Service) -> ModelCard:
-    """What `/v1/models` says."""
+    """The model card of the served model."""
     modes = ["ar"] if service.model.denoiser is None else ["diffusion", "verified", "ar", "auto", "mock_ar"]
     return ModelCard(
         id=service.settings.name,
@@ -326,5 +328,5 @@ def model_card(service: Service) -> ModelCard:
 
 
 def _json(model: BaseModel) -> bytes:
-    """In ASCII, so that half a surrogate pair in what a client sent cannot break the answer."""
+    """JSON in ASCII, so that a lone surrogate from a request cannot break the encoding of the response."""
     return json.dumps(model.model_dump(exclude_unset=True)).encode()

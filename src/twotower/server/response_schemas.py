@@ -1,4 +1,4 @@
-"""The shapes of what clients get: the OpenAI responses and stream chunks, with what two-tower decoding adds."""
+"""Schemas of responses and stream chunks: those of the OpenAI API, with additional fields for two-tower decoding."""
 
 from __future__ import annotations
 
@@ -10,13 +10,16 @@ FinishReason = Literal["stop", "length"]
 
 
 class PromptTokensDetails(BaseModel):
-    """cached_tokens: known from earlier prompts, and not read again."""
+    """Details of the prompt tokens. cached_tokens: tokens found in the prefix cache."""
 
     cached_tokens: int
 
 
 class Usage(BaseModel):
-    """passes: of the tower that proposes tokens (verified: of both), tokens_per_pass: new tokens for each of them."""
+    """Token counts of a request.
+
+    passes: passes of the tower that generates tokens (verified: of both towers); tokens_per_pass: new tokens per pass.
+    """
 
     prompt_tokens: int
     completion_tokens: int
@@ -27,7 +30,7 @@ class Usage(BaseModel):
 
 
 class DecodingStats(BaseModel):
-    """How a choice came about. why: what mode auto says of its choice. Drafted, accepted: in verified decoding."""
+    """How a choice was decoded. why: why mode auto chose its mode; drafted, accepted: tokens in mode verified."""
 
     mode: str
     seed: int
@@ -41,9 +44,11 @@ class DecodingStats(BaseModel):
 
 
 class DenoisingStep(BaseModel):
-    """A choice's block after a pass of the denoiser. start: its first position among the choice's new tokens (−1: the
-    block begins with the token before them). texts: what stands at each position or, where it is still `masked`, what
-    the denoiser would put there."""
+    """The block of a choice after a denoising pass.
+
+    start: index of the block's first position among the new tokens (−1: the block begins with the token before them).
+    tokens, texts: the token at each position; at `masked` positions, the current prediction of the denoiser.
+    """
 
     index: int
     start: int
@@ -56,9 +61,11 @@ class DenoisingStep(BaseModel):
 
 
 class CommittedBlock(BaseModel):
-    """The tokens that a chunk adds to a choice. start: of the first among the choice's new tokens. committed_at: the
-    step that fixed each; confidence: in it. drafted: what verified decoding had drafted, of which `tokens` begin with
-    the part that was kept."""
+    """The tokens that a chunk adds to a choice.
+
+    start: index of the first token among the new tokens. committed_at: the step that committed each token; confidence:
+    in that step. drafted: the draft in mode verified; `tokens` begins with the accepted part of the draft.
+    """
 
     index: int
     start: int
@@ -70,7 +77,10 @@ class CommittedBlock(BaseModel):
 
 
 class CompletionLogprobs(BaseModel):
-    """The AR model's, one entry a token; null for a text's first token. text_offset: where in the text each begins."""
+    """Log-probabilities of the AR model, one entry per token; null for the first token of a text.
+
+    text_offset: index of each token's first character in the text.
+    """
 
     tokens: list[str]
     token_logprobs: list[float | None]
@@ -79,7 +89,7 @@ class CompletionLogprobs(BaseModel):
 
 
 class TopLogprob(BaseModel):
-    """An alternative."""
+    """A token and its log-probability."""
 
     token: str
     logprob: float
@@ -87,19 +97,19 @@ class TopLogprob(BaseModel):
 
 
 class ChatLogprob(TopLogprob):
-    """A token and the AR model's alternatives to it."""
+    """A token, its log-probability, and the most likely alternatives of the AR model."""
 
     top_logprobs: list[TopLogprob]
 
 
 class ChatLogprobs(BaseModel):
-    """The AR model's."""
+    """Log-probabilities of the AR model, one entry per token."""
 
     content: list[ChatLogprob]
 
 
 class CompletionChoice(BaseModel):
-    """decoding: in the choice's last chunk."""
+    """A text, or a piece of it in a stream. decoding: only in the last chunk of a choice."""
 
     index: int
     text: str
@@ -109,7 +119,7 @@ class CompletionChoice(BaseModel):
 
 
 class AssistantMessage(BaseModel):
-    """What the assistant says."""
+    """The reply of the assistant."""
 
     role: Literal["assistant"]
     content: str
@@ -117,14 +127,14 @@ class AssistantMessage(BaseModel):
 
 
 class ChoiceDelta(BaseModel):
-    """What is new in it."""
+    """The new part of a reply."""
 
     role: Literal["assistant"] | None = None
     content: str | None = None
 
 
 class ChatChoice(BaseModel):
-    """A reply."""
+    """A reply and how it was decoded."""
 
     index: int
     message: AssistantMessage
@@ -134,7 +144,7 @@ class ChatChoice(BaseModel):
 
 
 class ChatCompletionChunkChoice(BaseModel):
-    """A part of a reply. decoding: in its last chunk."""
+    """A piece of a reply in a stream. decoding: only in the last chunk of a choice."""
 
     index: int
     delta: ChoiceDelta
@@ -144,7 +154,7 @@ class ChatCompletionChunkChoice(BaseModel):
 
 
 class ResponseHead(BaseModel):
-    """What every answer begins with."""
+    """Fields of every response and chunk."""
 
     id: str
     created: int
@@ -153,7 +163,7 @@ class ResponseHead(BaseModel):
 
 
 class Completion(ResponseHead):
-    """The answer of `POST /v1/completions`, whole or a chunk of its stream."""
+    """The response of `POST /v1/completions`, or a chunk of its stream."""
 
     object: Literal["text_completion"] = "text_completion"
     choices: list[CompletionChoice]
@@ -163,7 +173,7 @@ class Completion(ResponseHead):
 
 
 class ChatCompletion(ResponseHead):
-    """The answer of `POST /v1/chat/completions`."""
+    """The response of `POST /v1/chat/completions`."""
 
     object: Literal["chat.completion"] = "chat.completion"
     choices: list[ChatChoice]
@@ -171,7 +181,7 @@ class ChatCompletion(ResponseHead):
 
 
 class ChatCompletionChunk(ResponseHead):
-    """A chunk of its stream."""
+    """A chunk of the stream of `POST /v1/chat/completions`."""
 
     object: Literal["chat.completion.chunk"] = "chat.completion.chunk"
     choices: list[ChatCompletionChunkChoice]
@@ -181,7 +191,7 @@ class ChatCompletionChunk(ResponseHead):
 
 
 class ErrorDetail(BaseModel):
-    """What is wrong, which field, and how to mend it."""
+    """An error. message: the cause and the remedy; param: the field of the request."""
 
     message: str
     type: str
@@ -190,13 +200,13 @@ class ErrorDetail(BaseModel):
 
 
 class ErrorBody(BaseModel):
-    """Every answer that is not 200."""
+    """The body of every response with an error status."""
 
     error: ErrorDetail
 
 
 class ModelCard(BaseModel):
-    """A served model. max_model_len: tokens of a text with its prompt; modes, block_size: what it can be asked for."""
+    """A served model. max_model_len: maximum tokens of prompt and text; block_size: the largest allowed block."""
 
     id: str
     object: Literal["model"] = "model"
@@ -210,7 +220,7 @@ class ModelCard(BaseModel):
 
 
 class ModelList(BaseModel):
-    """All of them."""
+    """The list of served models."""
 
     object: Literal["list"] = "list"
     data: list[ModelCard]

@@ -1,4 +1,4 @@
-"""One model, its engine, and what clients may ask of them: nothing here knows HTTP."""
+"""The service behind the routes: one model, its engine and its limits. This module is independent of HTTP."""
 
 from __future__ import annotations
 
@@ -22,7 +22,7 @@ from twotower.tokenizer import required
 
 
 class Service:
-    """One model, its engine, and what clients may ask of them."""
+    """Serves one model: builds the choices of requests, limits them and runs them."""
 
     def __init__(self, engine: AsyncLLM, settings: ServerSettings) -> None:
         self.engine = engine
@@ -34,15 +34,15 @@ class Service:
         self.started = int(time.time())
         self._builder = ChoiceBuilder(engine, self.tokenizer)
         self._limiter = ConcurrencyLimiter(engine, self.metrics)
-        # Long texts must not hold up the event loop, nor large formats other clients' texts.
+        # Threads, so that long prompts do not block the event loop, and large response formats do not delay prompts.
         self._tokenizing = ThreadPoolExecutor(1, "twotower-texts")
         self._compiling = ThreadPoolExecutor(1, "twotower-formats")
 
     async def build_choices(self, request: GenerationRequest) -> list[Choice]:
-        """Everything that one request wants written.
+        """Returns the choices of one request.
 
         Raises:
-            RequestError: it cannot be done; says why.
+            RequestError: The request is invalid (400), or names another model (404).
         """
         if request.model is not None:
             self.check_model_name(request.model)
@@ -53,29 +53,31 @@ class Service:
         return await loop.run_in_executor(self._tokenizing, self._builder.build, request, constraint, self.settings)
 
     def check_model_name(self, model: str) -> None:
-        """Raises RequestError (404) where this is not the served model."""
+        """Raises RequestError (404) unless this is the name of the served model."""
         if model != self.settings.name:
-            words = f"there is no model {model!r}; this server has {self.settings.name!r}"
+            words = (
+                f"there is no model {model!r}; this server serves {self.settings.name!r}, so name that or omit model"
+            )
             raise RequestError(words, status=404, param="model", code="model_not_found")
 
     @contextmanager
     def admit(self, count: int, key: str | None) -> Iterator[None]:
-        """Holds places for so many choices.
+        """Counts `count` choices as active while the context is open.
 
         Raises:
-            RequestError: the server stops (503), the queue is full, or the key has too many at once (429).
+            RequestError: The server is stopping (503), or see `ConcurrencyLimiter.acquire`.
         """
         if self.draining:
-            raise RequestError("the server is stopping", status=503, code="stopping", retry_after=5)
+            raise RequestError("the server is stopping; try again in 5 s", status=503, code="stopping", retry_after=5)
         with self._limiter.acquire(count, key, self.settings.limits):
             yield
 
     def events(self, choices: Sequence[Choice]) -> AsyncGenerator[tuple[Choice, Event] | None, None]:
-        """Runs choices that were admitted. See `choice_events`."""
+        """Runs admitted choices. See `choice_events`."""
         return choice_events(self.engine, choices, self.settings.limits.request_seconds, self.metrics)
 
     async def results(self, choices: Sequence[Choice]) -> list[Generation]:
-        """The choices' results, in order."""
+        """Runs admitted choices and returns their results in order."""
         found: dict[int, Generation] = {}
         async with aclosing(self.events(choices)) as events:
             async for item in events:
@@ -85,7 +87,7 @@ class Service:
 
     @property
     def active_choices(self) -> int:
-        """Choices at work or waiting."""
+        """Number of choices that run or wait."""
         return self._limiter.active
 
     @property
@@ -94,7 +96,7 @@ class Service:
         return self.engine.alive
 
     def close(self) -> None:
-        """Stops the engine."""
+        """Stops the engine and the threads."""
         self.engine.close()
         self._tokenizing.shutdown(wait=False)
         self._compiling.shutdown(wait=False)

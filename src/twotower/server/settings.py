@@ -1,4 +1,4 @@
-"""What a server is started with."""
+"""Settings of a server."""
 
 from __future__ import annotations
 
@@ -12,28 +12,27 @@ from twotower.errors import ArgumentError
 
 @dataclass(frozen=True, kw_only=True)
 class Limits:
-    """What one client may take from the others.
+    """Limits of requests. None: no limit, or the limit of the engine."""
 
-    queue: choices that may wait for a place; per_key: choices of one API key at once, waiting ones included (None: no
-    bound); prompt_tokens, output_tokens of one choice (None: what the engine holds); choices of one request;
-    request_seconds that a request may take (None: no bound); body_bytes of a
-    request, and body_seconds in which it has to arrive.
-    """
-
-    queue: int = 256
-    per_key: int | None = None
+    queue: int = 256  # choices that wait
+    per_key: int | None = None  # choices of one API key that run or wait
     prompt_tokens: int | None = None
-    output_tokens: int | None = None
-    choices: int = 64
+    output_tokens: int | None = None  # of one choice
+    choices: int = 64  # of one request
     request_seconds: float | None = 600.0
     body_bytes: int = 4 * 2**20
-    body_seconds: float = 30.0
+    body_seconds: float = 30.0  # in which a body must arrive
 
 
 @dataclass(frozen=True, kw_only=True)
 class ServerSettings:
-    """name: what the model is called; decoding: arguments of `GenerationParams.of` where a request says nothing else,
-    the mode among them; api_keys (none: everybody may ask); log_prompts: whether logs hold texts."""
+    """Settings of a server.
+
+    name: name of the model for clients.
+    decoding: defaults for `GenerationParams.of`, including the mode.
+    api_keys: empty if requests need no key.
+    log_prompts: whether the log contains prompts.
+    """
 
     name: str
     decoding: Mapping[str, object] = field(default_factory=lambda: {"mode": "diffusion"})
@@ -43,19 +42,19 @@ class ServerSettings:
 
 
 def read_keys(file: Path | None) -> tuple[str, ...]:
-    """API keys, one a line of the file, and those of the option `api_keys`.
+    """Reads API keys from the option `api_keys` and from a file with one key per line; lines with `#` are comments.
 
     Raises:
-        ArgumentError: the file has none, or is no text.
+        ArgumentError: The file is not UTF-8 text or has no key.
     """
     given = list(options.current().api_keys)
     if file is not None:
         try:
             lines = [line.strip() for line in file.read_text(encoding="utf-8").splitlines()]
         except UnicodeDecodeError:
-            raise ArgumentError(f"{file}: is no text; write one key on each line", param="file") from None
+            raise ArgumentError(f"{file} is not UTF-8 text; write one key per line", param="file") from None
         found = [line for line in lines if line and not line.startswith("#")]
         if not found:
-            raise ArgumentError(f"{file}: holds no key; write one on each line", param="file")
+            raise ArgumentError(f"{file} has no key; write one key per line", param="file")
         given += found
     return tuple(dict.fromkeys(key.strip() for key in given if key.strip()))

@@ -1,4 +1,4 @@
-"""Answers that come in pieces, and what happens when nobody waits for them any more."""
+"""Streamed responses, and the handling of clients that disconnect."""
 
 from __future__ import annotations
 
@@ -23,21 +23,21 @@ Result = TypeVar("Result")
 
 
 async def run_until_disconnect(raw_request: Request, work: Coroutine[object, object, Result]) -> Result:
-    """The work's result; the work is given up the moment the client is gone.
+    """Runs `work` and returns its result; cancels `work` if the client disconnects.
 
     Raises:
-        ClientDisconnected: it is.
+        ClientDisconnected: The client disconnected first.
     """
-    working, left = asyncio.create_task(work), asyncio.create_task(_wait_for_disconnect(raw_request))
+    working, disconnect = asyncio.create_task(work), asyncio.create_task(_wait_for_disconnect(raw_request))
     try:
-        await asyncio.wait({working, left}, return_when=asyncio.FIRST_COMPLETED)
+        await asyncio.wait({working, disconnect}, return_when=asyncio.FIRST_COMPLETED)
         if working.done():
             return working.result()
         raise ClientDisconnected
     finally:
-        for task in (working, left):
+        for task in (working, disconnect):
             task.cancel()
-        await asyncio.gather(working, left, return_exceptions=True)
+        await asyncio.gather(working, disconnect, return_exceptions=True)
 
 
 async def _wait_for_disconnect(raw_request: Request) -> None:
@@ -46,7 +46,7 @@ async def _wait_for_disconnect(raw_request: Request) -> None:
 
 
 class EventStreamResponse(StreamingResponse):
-    """Server-sent events. However it ends, the events' source is closed at once, and `resources` after it."""
+    """Server-sent events. At the end of the response, or of the connection, it closes `events`, then `resources`."""
 
     def __init__(self, events: AsyncGenerator[bytes, None], resources: ExitStack) -> None:
         headers = {"cache-control": "no-cache", "x-accel-buffering": "no"}
@@ -64,8 +64,10 @@ class EventStreamResponse(StreamingResponse):
 async def event_stream(
     service: Service, builder: ResponseBuilder, choices: Sequence[Choice]
 ) -> AsyncGenerator[bytes, None]:
-    """One request's stream: a chunk for each block, and for each pass over one where that was asked for. An error after
-    the start is the last event, in the form of an error's body."""
+    """Yields the events of one request: a chunk for each block, and with `stream_denoising` for each pass.
+
+    An error after the start of the stream is its last event, as the JSON body of an error response.
+    """
     try:
         for choice in choices:
             if (chunk := builder.first_chunk(choice)) is not None:
@@ -73,7 +75,7 @@ async def event_stream(
         async with aclosing(service.events(choices)) as events:
             async for item in events:
                 if item is None:
-                    yield b": still at work\n\n"
+                    yield b": keep-alive\n\n"
                     continue
                 choice, event = item
                 chunk = (

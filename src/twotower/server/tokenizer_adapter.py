@@ -1,4 +1,4 @@
-"""Between clients' texts and the model's tokens: prompts, chats, and the text of single tokens."""
+"""Converts between text and tokens: prompts, chats, and the text of single tokens."""
 
 from __future__ import annotations
 
@@ -17,47 +17,55 @@ ROLE_NAMES = {"system": "System", "developer": "System", "user": "User", "assist
 
 
 class TokenizerAdapter:
-    """A tokenizer for a server's threads, beside the engine's thread.
+    """A tokenizer that several threads of a server may use while the engine's thread decodes.
 
-    A fast tokenizer keeps the settings of its last call (truncation, padding), so two threads that encode with one
-    tokenizer can get each other's settings: a prompt is cut without an error. Here a copy encodes, one thread at a
-    time. The tokenizer itself, which the engine's thread decodes with, only decodes; that changes no setting.
+    A fast tokenizer stores the settings of its last call (truncation, padding). If two threads encode with one
+    tokenizer, a thread can get the settings of the other, and its prompt is truncated without an error. So a copy of
+    the tokenizer encodes, one thread at a time. The original only decodes, which changes no setting.
     """
 
     def __init__(self, tokenizer: Tokenizer) -> None:
         self.tokenizer = tokenizer
         self._encoder = copy.deepcopy(tokenizer)
         self._encoder_lock = threading.Lock()
-        self._bytes: dict[int, bytes] = {}  # of the tokens that were asked about: looking one up takes a while
+        self._bytes: dict[int, bytes] = {}  # cache of `token_bytes`
 
     def encode_prompt(self, prompt: str | Sequence[int]) -> list[int]:
-        """A prompt's tokens.
+        """Token ids of a prompt, which is a text or token ids.
 
         Raises:
-            RequestError: it is not text.
+            RequestError: The text has a lone surrogate.
         """
         return self._encode(prompt, True, "prompt") if isinstance(prompt, str) else list(prompt)
 
     def encode_chat(self, messages: Sequence[Message]) -> tuple[list[int], tuple[str, ...]]:
-        """A chat's tokens up to where the assistant speaks, by the tokenizer's template or a plain one; and the stop
-        strings that end its turn in the plain one."""
+        """Token ids of a chat up to the assistant's reply, and the stop strings that end the reply.
+
+        Uses the chat template of the tokenizer. Without a template, a turn is written as `Role: text`, and the role
+        names are the stop strings.
+
+        Raises:
+            RequestError: The template rejects the messages, or a text has a lone surrogate.
+        """
         if getattr(self.tokenizer, "chat_template", None):
             turns = [{"role": message.role, "content": message.text} for message in messages]
             try:
                 text = self.tokenizer.apply_chat_template(turns, add_generation_prompt=True, tokenize=False)
-            except Exception as error:  # templates refuse what they do not know, each in its own way
-                raise RequestError(f"the chat template refuses these messages: {error}", param="messages") from None
+            except Exception as error:  # a template can raise any error
+                raise RequestError(
+                    f"the chat template of the model rejects these messages: {error}", param="messages"
+                ) from None
             return self._encode(text, False, "messages"), ()
         lines = [f"{ROLE_NAMES[message.role]}: {message.text.strip()}" for message in messages]
         ends = tuple(f"\n{speaker}:" for speaker in dict.fromkeys(ROLE_NAMES.values()))
         return self._encode("\n".join([*lines, "Assistant:"]), True, "messages"), ends
 
     def decode(self, tokens: Sequence[int]) -> str:
-        """Of a prompt that is given back."""
+        """The text of tokens, without special tokens."""
         return str(self.tokenizer.decode(list(tokens), skip_special_tokens=True))
 
     def token_bytes(self, token: int) -> bytes:
-        """What one token stands for."""
+        """The UTF-8 bytes of one token."""
         if token not in self._bytes:
             self._bytes[token] = self._find_token_bytes(token)
         return self._bytes[token]
@@ -71,7 +79,7 @@ class TokenizerAdapter:
         return str(self.tokenizer.decode([token], skip_special_tokens=False)).encode()
 
     def token_text(self, token: int) -> str:
-        """One token as text; a part of a character by its bytes, as the published API writes it."""
+        """The text of one token; a part of a character as `bytes:` and its bytes, as in the OpenAI API."""
         raw = self.token_bytes(token)
         try:
             return raw.decode()
@@ -83,7 +91,7 @@ class TokenizerAdapter:
             text.encode()
         except UnicodeEncodeError:
             raise RequestError(
-                f"{field} has half a surrogate pair in it, which is no character; remove it", param=field
+                f"{field} has a lone surrogate, which is not a character; remove it", param=field
             ) from None
         with self._encoder_lock:
             return list(self._encoder(text, add_special_tokens=special)["input_ids"])
@@ -97,22 +105,25 @@ class TokenizerAdapter:
 
 
 class TextOffsets:
-    """Where the tokens of a text begin in it; one that is no text, or part of a character, where the next does."""
+    """Computes where each token of a text starts in the text.
+
+    A token without text, or with a part of a character, starts where the next token starts.
+    """
 
     def __init__(self, tokenizer: TokenizerAdapter) -> None:
         self._detokenizer = Detokenizer(tokenizer.tokenizer)
         self._length = 0
 
     def offset(self, token: int) -> int:
-        """Of the next token."""
+        """The offset of the next token, in characters."""
         before = self._length
         self._length += len(self._detokenizer.push(token))
         return before
 
 
 def _byte_level_alphabet() -> dict[str, int]:
-    """The letters by which byte-level vocabularies write bytes: printable ones stand for themselves, the others are
-    moved behind the first 256 (GPT-2)."""
+    """Character → byte in byte-level vocabularies (GPT-2): 188 characters stand for their own byte, and the characters
+    from U+0100 on for the other bytes."""
     own = [*range(ord("!"), ord("~") + 1), *range(ord("¡"), ord("¬") + 1), *range(ord("®"), ord("ÿ") + 1)]
     moved = [byte for byte in range(256) if byte not in own]
     return {chr(byte): byte for byte in own} | {chr(256 + place): byte for place, byte in enumerate(moved)}

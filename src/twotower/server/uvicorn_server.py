@@ -1,4 +1,4 @@
-"""Runs an app until it is told to stop: once to finish what it has begun, twice to stop now."""
+"""Runs the server: the first SIGTERM or Ctrl-C lets requests finish, the second stops at once."""
 
 from __future__ import annotations
 
@@ -14,12 +14,12 @@ from twotower.server.http_timeouts import TimeoutH11Protocol
 from twotower.server.logs import configure_logging, log_event
 from twotower.server.service import Service
 
-MAX_CONNECTIONS = 2048  # at once; beyond them the answer is 503
-KEEPALIVE_TIMEOUT = 75  # seconds after which a connection without a request is closed
+MAX_CONNECTIONS = 2048  # further connections get 503
+KEEPALIVE_TIMEOUT = 75  # seconds until an idle connection is closed
 
 
 class DrainingServer(uvicorn.Server):
-    """Says when it listens; the first SIGTERM or Ctrl-C lets requests end, the second does not."""
+    """A uvicorn server that calls `listening` with its address, and drains requests at the first signal."""
 
     def __init__(self, config: uvicorn.Config, service: Service, listening: Callable[[str], object]) -> None:
         super().__init__(config)
@@ -33,7 +33,7 @@ class DrainingServer(uvicorn.Server):
 
     async def shutdown(self, sockets: list[socket.socket] | None = None) -> None:
         await super().shutdown(sockets)
-        if self.force_exit:  # even then: a thread in the middle of a step is no good end for a program
+        if self.force_exit:  # the engine's thread must end before the process
             await self.lifespan.shutdown()
 
     def handle_exit(self, sig: int, frame: FrameType | None) -> None:
@@ -47,7 +47,7 @@ class DrainingServer(uvicorn.Server):
 def create_server(
     service: Service, host: str, port: int, drain: int, listening: Callable[[str], object]
 ) -> DrainingServer:
-    """drain: seconds that requests get to end. listening: told the address once it is open."""
+    """drain: seconds that running requests have to finish; listening: called with the address of the open socket."""
     config = uvicorn.Config(
         create_app(service),
         host=host,
@@ -65,9 +65,9 @@ def create_server(
 
 
 def serve_until_signal(service: Service, host: str, port: int, drain: int, listening: Callable[[str], object]) -> None:
-    """Serves until a signal. See `create_server`."""
+    """Runs a server until a signal stops it. See `create_server`."""
     configure_logging()
     try:
         create_server(service, host, port, drain, listening).run()
     finally:
-        service.close()  # told to stop now, the server does not
+        service.close()  # after a second signal, uvicorn does not run the shutdown of the app

@@ -1,4 +1,4 @@
-"""The page at `/`: static files of this folder, which need no build and fetch nothing from elsewhere."""
+"""The page at `/`: static files of this folder. They need no build step and load nothing from other hosts."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ CONTENT_SECURITY_POLICY = (
 
 
 def add_page(app: FastAPI) -> None:
-    """Adds a route for each file; `index.html` is `/`."""
+    """Adds a route for each file; the path of `index.html` is `/`."""
     for file in sorted(FOLDER.iterdir()):
         if file.suffix in MEDIA_TYPES:
             _add(app, "/" if file.name == "index.html" else f"/{file.name}", file)

@@ -1,8 +1,13 @@
 // The steps of "How it works", built from the recording of one block (how.json).
 //
-// Fields of a step: title, words, and the state of the figure: context, denoiser (whether the tower runs); links (kinds
-// of layers whose connection is active); cache (the cache to show: null, "before" or "after"); cells (the block, or
-// null); rows (the passes so far, one block each).
+// Fields of a step:
+//
+// - title, words: the text.
+// - context, denoiser: whether the tower runs.
+// - links: kinds of layers whose connection is active.
+// - cache: the cache to show: null, "before" or "after".
+// - cells: the block, or null.
+// - rows: the passes so far, one block each.
 
 import { quoted } from "./tokens.js";
 

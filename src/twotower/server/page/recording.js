@@ -1,9 +1,13 @@
 // The stream of one request as a recording: its final tokens, and a frame for each moment at which something changed.
 //
-// Fields of a frame: t (ms since the request was sent), event ("start", "pass", "commit", "token" or "end"),
-// final (number of final tokens), block (cells of the open block, or null), draft (whether the block is an unverified
-// draft), rejected (texts of rejected drafted tokens), accepted (accepted drafted tokens of a commit, or null),
-// passes, generated (tokens so far, with those of the open block), number (of the block), step, steps.
+// Fields of a frame:
+//
+// - t: ms since the request was sent.
+// - event: "start", "pass", "commit", "token" or "end".
+// - final: number of final tokens; generated: with the tokens of the open block; passes: number of passes.
+// - block: cells of the open block, or null; draft: whether the block is an unverified draft.
+// - rejected: texts of rejected drafted tokens; accepted: number of accepted drafted tokens in a commit, or null.
+// - number: number of the block; step, steps: of a pass.
 
 const MIN_GAP = 0.01; // ms between two frames, so that events which arrive together stay separate
 
