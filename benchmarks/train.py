@@ -61,7 +61,9 @@ def packed(rows: int, length: int, vocabulary: int, device: torch.device) -> Bat
     return Batch(tokens, document, yes, yes, ~yes, torch.arange(rows)).to(device)
 
 
-def objectives(shape: BackboneConfig, world: fsdp.World, dtype: torch.dtype, recompute: bool) -> dict[str, Any]:
+def objectives(
+    shape: BackboneConfig, world: fsdp.World, dtype: torch.dtype, activation_checkpointing: bool
+) -> dict[str, Any]:
     """Both, on towers of their own, sharded as in training."""
     config = TwoTowerConfig(**{name: getattr(shape, name) for name in shape.__dataclass_fields__})
     torch.manual_seed(0)
@@ -69,9 +71,12 @@ def objectives(shape: BackboneConfig, world: fsdp.World, dtype: torch.dtype, rec
     assert both.denoiser is not None
     assert both.time is not None
     made = {
-        "ar": AutoregressiveObjective(alone.context, recompute=recompute),
+        "ar": AutoregressiveObjective(alone.context, activation_checkpointing=activation_checkpointing),
         "denoiser": DenoisingObjective(
-            both.context, both.denoiser, both.time, DenoisingOptions(mask_token_id=MASK, recompute=recompute)
+            both.context,
+            both.denoiser,
+            both.time,
+            DenoisingOptions(mask_token_id=MASK, activation_checkpointing=activation_checkpointing),
         ),
     }
     for objective in made.values():
@@ -112,12 +117,14 @@ def measure(
     batch = packed(rows, length, shape.vocab_size, world.device)
     long = packed(1, kept_length, shape.vocab_size, world.device)
     result: dict[str, Any] = {"shape": name, "kept_length": kept_length, "kept_bytes": {}}
-    for recompute in (False, True):
-        made = objectives(shape, world, dtype, recompute)
+    for activation_checkpointing in (False, True):
+        made = objectives(shape, world, dtype, activation_checkpointing)
         for kind, objective in made.items():
             noise = objective.draw(long, BLOCK)
             noise = noise and noise.to(world.device)
-            result["kept_bytes"][f"{kind}{' recompute' if recompute else ''}"] = kept_bytes(objective, long, noise)
+            result["kept_bytes"][f"{kind}{' activation checkpointing' if activation_checkpointing else ''}"] = (
+                kept_bytes(objective, long, noise)
+            )
         runs = {}
         for kind, objective in made.items():
             noise = objective.draw(batch, BLOCK)
@@ -126,7 +133,7 @@ def measure(
             runs[kind] = Run(lambda o=objective, p=optimizer, noise=noise: step(o, p, batch, noise))
         times = interleaved(runs, world.device, repeats, warm_up=1)
         median = {kind: statistics.median(values) for kind, values in times.items()}
-        result["recompute" if recompute else "plain"] = {
+        result["activation checkpointing" if activation_checkpointing else "plain"] = {
             "ar_seconds": median["ar"],
             "denoiser_seconds": median["denoiser"],
             "ratio": median["denoiser"] / median["ar"],
@@ -139,7 +146,7 @@ def measure(
 def table_of_steps(results: Sequence[dict[str, Any]]) -> Table:
     table = Table("shape", "parameters", "", "AR step s", "denoiser step s", "ratio", "kept, AR", "kept, denoiser")
     for result in results:
-        for label, suffix in (("plain", ""), ("recompute", " recompute")):
+        for label, suffix in (("plain", ""), ("activation checkpointing", " activation checkpointing")):
             row, kept = result[label], result["kept_bytes"]
             table.add_row(
                 result["shape"], f"{result['parameters_per_tower'] / 1e6:.1f} M", label,

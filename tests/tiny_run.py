@@ -120,7 +120,7 @@ class Given(NamedTuple):
 
     def _common(self, output: Path) -> list[str]:
         return [
-            "--data", str(self.data), "-o", str(output), "--rows", "4", "--row-length", "64", "--rate", "1e-3",
+            "--data", str(self.data), "-o", str(output), "--batch-size", "4", "--row-length", "64", "--lr", "1e-3",
             "--warmup", "3", "--held-out", "0.05", "--dtype", "float32", "--device", "cpu", "--checkpoint-every", "4",
             "--validate-every", "11", "--validation-documents", "4", "--no-tensorboard",
         ]  # fmt: skip

@@ -25,11 +25,11 @@ from twotower.model.tower import Tower
 from twotower.modeling_twotower import TwoTowerForCausalLM
 from twotower.recipes.bundled import SHAPE
 from twotower.training import fsdp, weights
-from twotower.training.data import EOS, MASK, Rows, Source, held_out_batches, train_tokenizer
+from twotower.training.data import EOS, MASK, RowLoader, Source, held_out_batches, train_tokenizer
 from twotower.training.noise import Corruption
 from twotower.training.objective import AutoregressiveObjective, DenoisingObjective, DenoisingOptions
+from twotower.training.run_settings import RunSettings
 from twotower.training.run_tokenizer import encoder_for, load_tokenizer
-from twotower.training.settings import Settings
 from twotower.training.trainer import Run, Stage, train
 
 SMALL = {
@@ -83,18 +83,18 @@ def run_variation(material: Material, variation: Variation, seed: int, steps: in
     objective = Varied(model, variation, options)
     fsdp.shard(objective, objective.units, world, torch.float32)
     encoder = encoder_for(material.tokenizer, material.config)
-    rows = Rows(
-        material.sources("train"), encoder, rows=ROWS, row_length=LENGTH, block_size=variation.block_size, seed=seed,
-        offset=variation.offset,  # type: ignore[arg-type]
+    loader = RowLoader(
+        material.sources("train"), encoder, batch_size=ROWS, row_length=LENGTH, block_size=variation.block_size,
+        seed=seed, offset=variation.offset,  # type: ignore[arg-type]
     )  # fmt: skip
-    settings = Settings(data=material.data, rate=RATE, stages=(Stage(variation.block_size, steps),))
+    settings = RunSettings(data=material.data, lr=RATE, stages=(Stage(variation.block_size, steps),))
     started = time.perf_counter()
     plan = Run(
         directory=folder, schedule=settings.schedule(), stages=settings.stages, checkpoint_every=steps,
         validate_every=0, tensorboard=False,
     )  # fmt: skip
     with norm_order(variation):
-        train(plan, objective, rows, world)
+        train(plan, objective, loader, world)
         figures = {"seconds": time.perf_counter() - started, "nll": nll(material, objective, seed)}
         whole = weights.gather(model, torch.float32, world)
         if variation.generates:
@@ -106,7 +106,7 @@ def nll(material: Material, objective: DenoisingObjective, seed: int) -> dict[st
     """Masked NLL in nats at each level, on the same masks for every variation, in blocks of 16."""
     encoder = encoder_for(material.tokenizer, material.config)
     batches = held_out_batches(
-        material.sources("valid"), encoder, rows=ROWS, row_length=LENGTH, block_size=16, documents=150
+        material.sources("valid"), encoder, batch_size=ROWS, row_length=LENGTH, block_size=16, documents=150
     )
     sums = {level: [0.0, 0.0] for level in LEVELS}
     for number, batch in enumerate(batches):
@@ -163,13 +163,15 @@ def prepare(data: Path, out: Path, steps: int, world: fsdp.World) -> Material:
         objective = AutoregressiveObjective(tower, prompt_loss=False)
         fsdp.shard(objective, objective.units, world, torch.float32)
         sources = [Source(item, held_out_fraction=0.005) for item in items]
-        rows = Rows(sources, encoder_for(tokenizer, config), rows=ROWS, row_length=LENGTH, block_size=ALIGN)
-        settings = Settings(data=items, rate=RATE, stages=(Stage(ALIGN, steps),))
+        loader = RowLoader(
+            sources, encoder_for(tokenizer, config), batch_size=ROWS, row_length=LENGTH, block_size=ALIGN
+        )
+        settings = RunSettings(data=items, lr=RATE, stages=(Stage(ALIGN, steps),))
         plan = Run(
             directory=out / "backbone", schedule=settings.schedule(), stages=settings.stages, tensorboard=False,
             validate_every=0,
         )  # fmt: skip
-        train(plan, objective, rows, world)
+        train(plan, objective, loader, world)
         torch.save(weights.gather(tower, torch.float32, world), saved)
     return Material(config, tokenizer, items, torch.load(saved, weights_only=True), world)
 

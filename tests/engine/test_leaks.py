@@ -192,7 +192,7 @@ def input_gradients(training: DenoisingObjective, step: Case, block: Block) -> t
 def test_gradients_reach_exactly_what_a_block_may_see(pattern: str, tied: bool) -> None:
     """Of the clean stream every earlier column of its document, of the noisy one its own block; else zero."""
     step = case(pattern)
-    training = objective(step.model, tied=tied, train_context=True, recompute=tied)
+    training = objective(step.model, tied=tied, train_context=True, activation_checkpointing=tied)
     for block in trained_blocks(step):
         clean, _ = may_see(step, block)
         noisy = torch.zeros_like(clean)
@@ -237,14 +237,14 @@ UNREAD = {
 }
 
 
-@pytest.mark.parametrize("recompute", [False, True])
+@pytest.mark.parametrize("activation_checkpointing", [False, True])
 @pytest.mark.parametrize("pattern", [EVERY_KIND, "M*E-"])
-def test_nothing_trains_but_what_should(pattern: str, recompute: bool) -> None:
+def test_nothing_trains_but_what_should(pattern: str, activation_checkpointing: bool) -> None:
     step = case(pattern)
     model = step.model
 
     def trains(**options: Any) -> set[str]:
-        training = objective(model, recompute=recompute, **options)
+        training = objective(model, activation_checkpointing=activation_checkpointing, **options)
         return trained(model, training(*step[1:]))
 
     denoiser, time = names_in(model, "denoiser."), names_in(model, "time.")

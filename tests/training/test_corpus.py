@@ -36,7 +36,7 @@ from twotower.training.data import (
     Encoder,
     Piece,
     Record,
-    Rows,
+    RowLoader,
     Source,
     fill_row,
     held_out_batches,
@@ -91,7 +91,7 @@ def same(a: Batch, b: Batch) -> bool:
     )
 
 
-def batches_of(rows: Rows, count: int) -> list[Batch]:
+def batches_of(rows: RowLoader, count: int) -> list[Batch]:
     return [rows.next() for _ in range(count)]
 
 
@@ -110,7 +110,7 @@ def decoded(tokenizer: Tokenizer, batches: Sequence[Batch]) -> list[str]:
     return [tokenizer.decode(ids) for ids in documents_of(batches)]
 
 
-def until_the_end(rows: Rows) -> list[Batch]:
+def until_the_end(rows: RowLoader) -> list[Batch]:
     found = []
     while not rows.exhausted():
         found.append(rows.next())
@@ -462,7 +462,9 @@ def test_bad_records_are_counted_named_and_skipped(tmp_path: Path, streaming: bo
     path = tmp_path / "a.jsonl"
     write_jsonl(path, lines)
     path.write_bytes(path.read_bytes() + b'{"text": "\xff"}\n\n')
-    rows = Rows([Source(path, streaming=streaming)], encoder, rows=1, row_length=64, block_size=BLOCK, max_epochs=2)
+    rows = RowLoader(
+        [Source(path, streaming=streaming)], encoder, batch_size=1, row_length=64, block_size=BLOCK, max_epochs=2
+    )
     batches = until_the_end(rows)
     assert len(documents_of(batches)) == 16
     found = rows.statistics()
@@ -477,12 +479,14 @@ def test_bad_records_are_counted_named_and_skipped(tmp_path: Path, streaming: bo
 
 def test_one_bad_record_too_many(tmp_path: Path, encoder: Encoder) -> None:
     path = write_jsonl(tmp_path / "a.jsonl", [{"text": "a"}, "{", "{", {"text": "b"}, "{", *as_records(texts(30))])
-    rows = Rows([Source(path, max_bad_records=3)], encoder, rows=1, row_length=64, block_size=BLOCK)
+    rows = RowLoader([Source(path, max_bad_records=3)], encoder, batch_size=1, row_length=64, block_size=BLOCK)
     batches_of(rows, 20)
     with pytest.raises(
         TwoTowerError, match=r"3 bad records, 2 are allowed; the last is .* line \d: broken JSON .*mend"
     ):
-        batches_of(Rows([Source(path, max_bad_records=2)], encoder, rows=1, row_length=64, block_size=BLOCK), 40)
+        batches_of(
+            RowLoader([Source(path, max_bad_records=2)], encoder, batch_size=1, row_length=64, block_size=BLOCK), 40
+        )
 
 
 def test_held_out_records_are_chosen_by_their_text_alone(tmp_path: Path) -> None:
@@ -575,8 +579,8 @@ def mixed(folder: Path, kind: Kind, **options: Any) -> list[Source]:
     return [lines_of, table]
 
 
-def rows_of(sources: list[Source], encoder: Encoder, **options: Any) -> Rows:
-    return Rows(sources, encoder, **{"rows": 4, "row_length": 48, "block_size": BLOCK, "seed": 1, **options})
+def rows_of(sources: list[Source], encoder: Encoder, **options: Any) -> RowLoader:
+    return RowLoader(sources, encoder, **{"batch_size": 4, "row_length": 48, "block_size": BLOCK, "seed": 1, **options})
 
 
 @pytest.fixture(scope="module")
@@ -621,7 +625,7 @@ def test_resuming_with_another_number_of_ranks(folder: Path, encoder: Encoder, k
     for rank in ranks:
         batches_of(rank, 40)
     alone = rows_of(mixed(folder, kind), encoder)
-    with pytest.raises(ArgumentError, match=r"no lane 1: .*join all ranks' states with merge_states"):
+    with pytest.raises(ArgumentError, match=r"no row 1: .*join all ranks' states with merge_states"):
         alone.load_state_dict(ranks[0].state_dict())
     merged = merge_states([rank.state_dict() for rank in ranks])
     alone.load_state_dict(merged)
@@ -727,7 +731,7 @@ def test_weights_are_shares_of_documents(
 def test_documents_of_any_length(tmp_path: Path, encoder: Encoder) -> None:
     """Longer than many rows, and next to nothing."""
     path = write_jsonl(tmp_path / "a.jsonl", as_records([" ".join(WORDS * 40), "a", "b", " ".join(WORDS)]))
-    rows = rows_of([Source(path)], encoder, rows=2, row_length=LENGTH, max_epochs=1)
+    rows = rows_of([Source(path)], encoder, batch_size=2, row_length=LENGTH, max_epochs=1)
     total = sum(int(batch.text.sum()) for batch in until_the_end(rows))
     assert total == rows.statistics().tokens
     assert rows.statistics().documents == 4
@@ -750,7 +754,11 @@ def test_statistics(folder: Path, encoder: Encoder) -> None:
         ([" "], {}, r"a\.txt: holds no usable document; give data that is not empty"),
         (["a b"] * 9, {"held_out_fraction": 0.999999}, "holds no usable document"),
         (["a"] * 4, {"block_size": 48}, "12 tokens in all, less than a block of 48; give more data or smaller blocks"),
-        (["a"] * 9, {"rows": 5, "world": 2}, "a batch of 5 rows cannot be shared by 2 ranks; give a multiple of 2"),
+        (
+            ["a"] * 9,
+            {"batch_size": 5, "world": 2},
+            "a batch of 5 rows cannot be shared by 2 ranks; give a multiple of 2",
+        ),
         (["a"] * 9, {"row_length": 50}, "row_length is 50; give a multiple of the block size, 4"),
         (["a"] * 9, {"block_size": 0}, "block_size is 0"),
         (["a"] * 9, {"rank": 2, "world": 2}, "rank is 2 of 2; ranks are 0 to 1"),
@@ -841,7 +849,7 @@ def test_two_readers_of_one_stream_do_not_disturb_each_other(encoder: Encoder) -
     for step in range(40):
         assert same(train.next(), alone[step])
         if step % 10 == 3:
-            list(held_out_batches([other], encoder, rows=2, row_length=64, block_size=BLOCK, documents=9))
+            list(held_out_batches([other], encoder, batch_size=2, row_length=64, block_size=BLOCK, documents=9))
             train.state_dict()
 
 
@@ -849,7 +857,9 @@ def test_two_readers_of_one_stream_do_not_disturb_each_other(encoder: Encoder) -
 
 
 def held_out(sources: list[Source], encoder: Encoder, **options: Any) -> list[Batch]:
-    return list(held_out_batches(sources, encoder, **{"rows": 4, "row_length": 64, "block_size": BLOCK, **options}))
+    return list(
+        held_out_batches(sources, encoder, **{"batch_size": 4, "row_length": 64, "block_size": BLOCK, **options})
+    )
 
 
 @pytest.mark.parametrize("streaming", [False, True])

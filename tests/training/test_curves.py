@@ -27,7 +27,7 @@ SAMPLE = {
 
 def record(step: int, size: int = 16, seconds: float | None = None, **found: Any) -> dict[str, Any]:
     return {
-        "step": step, "loss": 6.0 / step, "targets": 90, "tokens": 100, "rate": 1e-3, "norm": 0.5 + 1 / step,
+        "step": step, "loss": 6.0 / step, "targets": 90, "tokens": 100, "lr": 1e-3, "grad_norm": 0.5 + 1 / step,
         "block_size": size, **found, "timing": {"seconds": seconds or 0.5 * step, "tokens_per_second": 200.0},
     }  # fmt: skip
 

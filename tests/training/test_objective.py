@@ -150,11 +150,11 @@ def test_one_pass_equals_generation_over_many_blocks(rows: Any, scope: str) -> N
     same(nll.sum(), naive.sum(), step.model, EXACT, f"float64 M*M, {step.batch.tokens.shape[1]} columns")
 
 
-FROZEN: list[dict[str, Any]] = [{}, {"elbo": True, "recompute": True}]
+FROZEN: list[dict[str, Any]] = [{}, {"elbo": True, "activation_checkpointing": True}]
 UNFROZEN: list[dict[str, Any]] = [
-    {"train_context": True, "recompute": True},
+    {"train_context": True, "activation_checkpointing": True},
     {"train_context": True, "ar_weight": 0.3},
-    {"train_context": True, "ar_weight": 0.3, "elbo": True, "recompute": True},
+    {"train_context": True, "ar_weight": 0.3, "elbo": True, "activation_checkpointing": True},
 ]
 
 
@@ -269,7 +269,7 @@ def test_the_number_of_operations_does_not_grow_with_the_blocks() -> None:
     counts = []
     for length in (30, 118):
         step = case("M*-M", 4, rows=(((length, "bos"),),))
-        for options in ({}, {"train_context": True, "recompute": True}):
+        for options in ({}, {"train_context": True, "activation_checkpointing": True}):
             training = objective(step.model, **options)
             with Operations() as operations:
                 training(step.batch, step.noise, 4).backward()
@@ -331,11 +331,13 @@ class _Reading(nn.Module):
         return out, *past
 
 
-@pytest.mark.parametrize(("tied", "recompute"), [(False, False), (False, True), (True, True)])
-def test_the_whole_objective_is_differentiable(tied: bool, recompute: bool) -> None:
+@pytest.mark.parametrize(("tied", "activation_checkpointing"), [(False, False), (False, True), (True, True)])
+def test_the_whole_objective_is_differentiable(tied: bool, activation_checkpointing: bool) -> None:
     """Along one random direction in each layer of either tower, in the embeddings, the heads and the time network."""
     step = case("M*EM", 2, rows=TWO, **TINY)
-    training = objective(step.model, tied=tied, train_context=True, ar_weight=0.5, recompute=recompute)
+    training = objective(
+        step.model, tied=tied, train_context=True, ar_weight=0.5, activation_checkpointing=activation_checkpointing
+    )
     parameters = dict(training.named_parameters())
     torch.manual_seed(0)
     directions = {name: torch.randn_like(value) for name, value in parameters.items()}
@@ -419,8 +421,10 @@ def test_the_context_pass_gives_what_generation_keeps() -> None:
 def test_next_token_prediction_is_that_of_each_document_alone(block_size: int, prompts: bool) -> None:
     step = case(block_size=block_size)
     naive = naive_next_token_nll(step.model, step.batch, prompts)
-    for recompute in (False, True):
-        training = AutoregressiveObjective(step.model.context, recompute=recompute, prompt_loss=prompts)
+    for activation_checkpointing in (False, True):
+        training = AutoregressiveObjective(
+            step.model.context, activation_checkpointing=activation_checkpointing, prompt_loss=prompts
+        )
         assert training.draw(step.batch, block_size) is None
         assert training.targets(step.batch) == len(naive)
         same(training(step.batch, None, block_size), naive.sum(), step.model.context, EXACT)

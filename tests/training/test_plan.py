@@ -37,13 +37,15 @@ WIDE = SHAPE | {"hidden_size": 64, "head_dim": 16, "mamba_num_heads": 8, "mamba_
 
 
 def objective_of(
-    pattern: str, dtype: torch.dtype = torch.float32, context: str = "frozen", recompute: bool = False
+    pattern: str, dtype: torch.dtype = torch.float32, context: str = "frozen", activation_checkpointing: bool = False
 ) -> DenoisingObjective:
     model = build_random_model(pattern, dtype=dtype, **WIDE)
     assert model.denoiser is not None
     assert model.time is not None
     denoiser = model.context if context == "tied" else model.denoiser
-    options = DenoisingOptions(mask_token_id=3, recompute=recompute, train_context=context != "frozen")
+    options = DenoisingOptions(
+        mask_token_id=3, activation_checkpointing=activation_checkpointing, train_context=context != "frozen"
+    )
     return DenoisingObjective(model.context, denoiser, model.time, options)
 
 
@@ -60,27 +62,31 @@ def rows(count: int, length: int, masked: float, block: int = BLOCK) -> tuple[Ba
 
 
 @pytest.mark.parametrize(
-    ("pattern", "recompute", "context"),
+    ("pattern", "activation_checkpointing", "context"),
     [("M*E-ME", False, "frozen"), ("M*E-ME", True, "trained"), ("E*", True, "frozen")],
 )
-def test_flops_are_those_that_torch_counts(pattern: str, recompute: bool, context: str) -> None:
-    objective = objective_of(pattern, context=context, recompute=recompute)
+def test_flops_are_those_that_torch_counts(pattern: str, activation_checkpointing: bool, context: str) -> None:
+    objective = objective_of(pattern, context=context, activation_checkpointing=activation_checkpointing)
     config = build_random_model(pattern, **WIDE).config.backbone
     batch, noise = rows(1, 320, masked=0.5, block=4)  # 80 blocks: their states are combined in groups
     with sdpa_kernel(SDPBackend.MATH), FlopCounterMode(display=False) as counter:
         objective(batch, noise, 4).backward()
-    counted = two_tower_step(config, 320, 4, recompute=recompute, train_context=context != "frozen").total
+    counted = two_tower_step(
+        config, 320, 4, activation_checkpointing=activation_checkpointing, train_context=context != "frozen"
+    ).total
     assert counted == pytest.approx(counter.get_total_flops(), rel=1e-6)
 
 
 def test_flops_of_next_token_training_are_those_that_torch_counts() -> None:
     model = build_random_model("M*E-ME", **WIDE)
     batch, _ = rows(1, 256, masked=0.5)
-    for recompute in (False, True):
-        objective = AutoregressiveObjective(model.context, recompute=recompute)
+    for activation_checkpointing in (False, True):
+        objective = AutoregressiveObjective(model.context, activation_checkpointing=activation_checkpointing)
         with sdpa_kernel(SDPBackend.MATH), FlopCounterMode(display=False) as counter:
             objective(batch, None, BLOCK).backward()
-        counted = autoregressive_step(model.config.backbone, 256, BLOCK, recompute=recompute).total
+        counted = autoregressive_step(
+            model.config.backbone, 256, BLOCK, activation_checkpointing=activation_checkpointing
+        ).total
         assert counted == pytest.approx(counter.get_total_flops(), rel=1e-6)
 
 
@@ -93,7 +99,7 @@ def peak_of(measured: Profile) -> int:
 
 
 @pytest.mark.parametrize(
-    ("pattern", "dtype", "context", "recompute", "tolerance"),
+    ("pattern", "dtype", "context", "activation_checkpointing", "tolerance"),
     [
         ("M*-M", torch.float32, "frozen", False, 0.002),
         ("MM-", torch.float32, "frozen", True, 0.02),
@@ -103,9 +109,9 @@ def peak_of(measured: Profile) -> int:
     ],
 )
 def test_activations_are_those_of_a_real_pass(
-    pattern: str, dtype: torch.dtype, context: str, recompute: bool, tolerance: float
+    pattern: str, dtype: torch.dtype, context: str, activation_checkpointing: bool, tolerance: float
 ) -> None:
-    objective = objective_of(pattern, dtype, context, recompute)
+    objective = objective_of(pattern, dtype, context, activation_checkpointing)
     for parameter in objective.parameters():
         if parameter.requires_grad:
             parameter.register_post_accumulate_grad_hook(lambda p: setattr(p, "grad", None))
@@ -116,7 +122,13 @@ def test_activations_are_those_of_a_real_pass(
         loss.backward()
     config = build_random_model(pattern, **WIDE).config.backbone
     measured = profile(
-        config, row_length=256, micro_rows=2, block_size=BLOCK, dtype=dtype, context=context, recompute=recompute
+        config,
+        row_length=256,
+        micro_batch_size=2,
+        block_size=BLOCK,
+        dtype=dtype,
+        context=context,
+        activation_checkpointing=activation_checkpointing,
     )
     assert peak_of(measured) == pytest.approx(live.peak, rel=tolerance)
     if context == "frozen":  # else the last context layer's own output is let go, which no loss reads
@@ -153,21 +165,21 @@ def shard_over_eight() -> None:
     shape = WIDE | {"hidden_size": 128, "n_routed_experts": 16, "moe_intermediate_size": 256}
     shape |= {"intermediate_size": 512}
     found = []
-    for pattern, length, recompute in (("M*EME", 128, True), ("-M*", 256, False)):
+    for pattern, length, activation_checkpointing in (("M*EME", 128, True), ("-M*", 256, False)):
         model = build_random_model(pattern, **shape)
         assert model.denoiser is not None
         assert model.time is not None
-        options = DenoisingOptions(mask_token_id=3, recompute=recompute)
+        options = DenoisingOptions(mask_token_id=3, activation_checkpointing=activation_checkpointing)
         objective = DenoisingObjective(model.context, model.denoiser, model.time, options)
         shard(objective, objective.units, world, torch.bfloat16)
         batch, noise = rows(1, length, masked=1.0)
         objective(batch, noise, BLOCK).backward()  # from here on gradients exist, as in any step but the first
         with allocated() as most:
             objective(batch, noise, BLOCK).backward()
-        setup = Setup(row_length=length, recompute=recompute)
+        setup = Setup(row_length=length, activation_checkpointing=activation_checkpointing)
         measured = profile(
-            model.config.backbone, row_length=length, micro_rows=1, block_size=BLOCK, dtype=torch.bfloat16,
-            recompute=recompute,
+            model.config.backbone, row_length=length, micro_batch_size=1, block_size=BLOCK, dtype=torch.bfloat16,
+            activation_checkpointing=activation_checkpointing,
         )  # fmt: skip
         planned = memory_of(measured, setup)
         own = [local(parameter) for parameter in objective.parameters()]
@@ -227,7 +239,15 @@ def test_the_page_names_verdict_and_assumptions(eight: Plan) -> None:
 
 def test_remedies_come_in_order_and_do_what_they_say() -> None:
     config = TwoTowerConfig(**WIDE, hybrid_override_pattern="ME*M").backbone
-    setup = Setup(gpus=8, gpu_memory_gib=0.03, row_length=1024, rows=64, micro_rows=4, recompute=False, reserve_gib=0.0)
+    setup = Setup(
+        gpus=8,
+        gpu_memory_gib=0.03,
+        row_length=1024,
+        batch_size=64,
+        micro_batch_size=4,
+        activation_checkpointing=False,
+        reserve_gib=0.0,
+    )
     made = plan(config, setup)
     assert made.setup.micro_batches == 2
     assert [remedy.change for remedy in made.remedies[:2]] == ["recomputation", "micro-batches of 1 row"]
@@ -255,7 +275,7 @@ def test_one_gpu_keeps_every_layer_gathered() -> None:
     [
         ({"gpus": 0}, "gpus is 0"),
         ({"row_length": 100}, "do not divide"),
-        ({"rows": 4}, "fewer than 8 GPUs"),
+        ({"batch_size": 4}, "fewer than 8 GPUs"),
         ({"utilisation": 35}, "fraction"),
         ({"dtype": "int8"}, "choose one of"),
         ({"gpu": 8}, "gpu is no option"),

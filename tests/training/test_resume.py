@@ -229,8 +229,8 @@ def test_a_full_disk_of_one_process_stops_all(tmp_path: Path) -> None:
 @pytest.mark.parametrize(
     ("change", "name", "was", "now"),
     [
-        (["--rate", "2e-3"], "rate", "0.001", "0.002"),
-        (["--rows", "8"], "rows", "4", "8"),
+        (["--lr", "2e-3"], "lr", "0.001", "0.002"),
+        (["--batch-size", "8"], "batch_size", "4", "8"),
         (["--noise", "row"], "noise", "'document'", "'row'"),
         (["--seed", "1"], "seed", "0", "1"),
     ],
@@ -268,12 +268,12 @@ def test_another_number_of_processes_is_refused(copy: Path, tmp_path: Path) -> N
 def test_a_run_without_a_checkpoint_may_begin_anew(tmp_path: Path) -> None:
     """With another learning rate, after one that went wrong at once. Nothing of the first is left."""
     output, short = tmp_path / "run", ("--stages", "32:3", "--held-out", "0", "--checkpoint-every", "3")
-    stop = launch(tiny_run.given().train(output, "--rate", "0.5"), tmp_path / "said")
+    stop = launch(tiny_run.given().train(output, "--lr", "0.5"), tmp_path / "said")
     assert stop.kill_when(lambda: steps_logged(output) >= 2)
     assert run_cli(tiny_run.given().train(output, *short)) == 0
     assert column(output, "step").tolist() == [1, 2, 3]
-    assert column(output, "rate").max() == 1e-3
-    assert json.loads((output / "settings.json").read_text())["rate"] == 1e-3
+    assert column(output, "lr").max() == 1e-3
+    assert json.loads((output / "settings.json").read_text())["lr"] == 1e-3
 
 
 # --- in full -------------------------------------------------------------------------------------------------------

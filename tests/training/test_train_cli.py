@@ -70,7 +70,7 @@ DATA: dict[str, tuple[Spoil, str]] = {
     ),
     "fewer documents than rows": (
         with_data(texts(3), "--held-out", "0"),
-        r"bad.jsonl: 3 documents for the 4 rows of a batch \(at least one a rank\); give more data or fewer rows",
+        r"bad.jsonl: 3 documents for the 4 rows of a batch \(at least one a rank\); give more data or a smaller batch",
     ),
     "another field": (with_data([{"body": "a"}] * 200, "--max-bad-records", "9"), r"bad.jsonl.*no field 'text'"),
     "not JSON": (
@@ -89,13 +89,13 @@ NUMBERS: dict[str, tuple[Spoil, str]] = {
         options("--row-length", "100"),
         r"row_length is 100, which is no multiple of the block size (16|32); give (112|128)",
     ),
-    "a rate beyond reason": (options("--rate", "3"), r"learning rate is 3.0; choose one in \(0, 1\)"),
-    "no rate": (options("--rate", "0"), r"learning rate is 0.0"),
+    "a rate beyond reason": (options("--lr", "3"), r"learning rate is 3.0; choose one in \(0, 1\)"),
+    "no rate": (options("--lr", "0"), r"learning rate is 0.0"),
     "a share above one": (options("--decay", "2"), r"decay is 2.0; choose a fraction in \[0, 1\]"),
     "all held out": (options("--held-out", "1"), r"held_out is 1.0; give a share from 0 up to 1"),
     "negative clipping": (options("--clip", "-1"), r"clip is -1.0; give 0 or more"),
-    "no rows": (options("--rows", "0"), r"Invalid value for '--rows': 0 is not in the range x>=1"),
-    "no number": (options("--rows", "x"), r"Invalid value for '--rows'"),
+    "no rows": (options("--batch-size", "0"), r"Invalid value for '--batch-size': 0 is not in the range x>=1"),
+    "no number": (options("--batch-size", "x"), r"Invalid value for '--batch-size'"),
     "unknown option": (options("--rosw", "4"), r"No such option '?--rosw'?"),
     "unknown dtype": (options("--dtype", "int8"), r"Invalid value for '--dtype'"),
 }
@@ -336,7 +336,7 @@ def test_another_config_under_the_same_name_is_refused(tmp_path: Path, capfd: py
 
 
 def test_rows_that_two_processes_cannot_share(tmp_path: Path) -> None:
-    launched = launch(train_args(tmp_path / "run", ["--rows", "3"]), tmp_path / "said", 2)
+    launched = launch(train_args(tmp_path / "run", ["--batch-size", "3"]), tmp_path / "said", 2)
     assert launched.codes() == [2, 2]
     for rank in range(2):
         assert launched.stderr(rank) == ["Error: a batch of 3 rows cannot be shared by 2 ranks; give a multiple of 2"]
@@ -346,6 +346,13 @@ def test_rows_that_two_processes_cannot_share(tmp_path: Path) -> None:
 def test_help_is_quick_to_read(verb: str, capfd: pytest.CaptureFixture) -> None:
     assert run_cli([verb, "--help"]) == 0
     shown = capfd.readouterr().out
-    for option in ("--data", "--rows", "--row-length", "--checkpoint-every", "--recompute", "-o, --output RUN"):
+    for option in (
+        "--data",
+        "--batch-size",
+        "--row-length",
+        "--checkpoint-every",
+        "--activation-checkpointing",
+        "-o, --output RUN",
+    ):
         assert option in shown
     assert checkpoints(uninterrupted("train"))  # `-o` of every example here is such a directory

@@ -38,8 +38,8 @@ def world() -> Iterator[World]:
 
 
 def test_schedule_warms_up_stays_and_decays() -> None:
-    schedule = Schedule(steps=1000, peak=1e-3, warmup=100, decay=0.3, final=0.01)
-    rates = [schedule.rate(step) for step in range(1000)]
+    schedule = Schedule(steps=1000, peak_lr=1e-3, warmup=100, decay=0.3, final_lr_ratio=0.01)
+    rates = [schedule.lr(step) for step in range(1000)]
     assert rates[0] == pytest.approx(1e-5)
     assert rates[:100] == sorted(rates[:100])
     assert rates[99:701] == pytest.approx([1e-3] * 602)
@@ -115,11 +115,11 @@ def test_the_log_holds_every_step(capfd: pytest.CaptureFixture) -> None:
     records = log(uninterrupted("train"))
     assert [record["step"] for record in records] == list(range(1, 23))
     assert [record["block_size"] for record in records] == [32] * 8 + [16] * 14
-    schedule = Schedule(steps=22, peak=1e-3, warmup=3)
-    assert [record["rate"] for record in records] == [schedule.rate(step) for step in range(22)]
+    schedule = Schedule(steps=22, peak_lr=1e-3, warmup=3)
+    assert [record["lr"] for record in records] == [schedule.lr(step) for step in range(22)]
     for record in records:
         assert 0 < record["loss"] < 2 * math.log(tiny_run.VOCABULARY)
-        assert 0 < record["norm"] < 100
+        assert 0 < record["grad_norm"] < 100
         assert 0 < record["targets"] < 256
         assert 64 < record["tokens"] <= 256
         assert ("validation" in record) == (record["step"] in (11, 22))
@@ -150,8 +150,8 @@ def test_tensorboard_reads_the_curves(tmp_path: Path) -> None:
     assert run_cli(args) == 0
     curves = EventAccumulator(str(tmp_path / "tensorboard"))
     curves.Reload()
-    assert {"train/loss", "train/norm", "train/rate", "validation/masked_nll"} <= set(curves.Tags()["scalars"])
-    for name in ("loss", "norm", "rate"):
+    assert {"train/loss", "train/grad_norm", "train/lr", "validation/masked_nll"} <= set(curves.Tags()["scalars"])
+    for name in ("loss", "grad_norm", "lr"):
         events = curves.Scalars(f"train/{name}")
         assert [event.step for event in events] == list(range(1, 9))
         assert torch.tensor([event.value for event in events], dtype=torch.float64).allclose(column(tmp_path, name))
@@ -198,8 +198,13 @@ def test_a_trained_context_learns_too(tmp_path: Path) -> None:
 def test_bfloat16_learns_and_keeps_the_dtype_of_the_checkpoint(tmp_path: Path) -> None:
     """Its small steps are not lost: the weights that train are fp32 until the end."""
     source = two_towers(tmp_path / "source", dtype=torch.bfloat16)
+<<<<<<< HEAD
     args = tiny_run.given().train(tmp_path / "run", *LITTLE, "--dtype", "bfloat16", "--rate", "3e-3", model=source)
     assert run_cli(args) == 0
+=======
+    args = tiny_run.given().train(tmp_path / "run", *LITTLE, "--dtype", "bfloat16", "--lr", "3e-3", model=source)
+    assert run(args) == 0
+>>>>>>> 70e9e39 (Training: --lr, --batch-size, --micro-batch-size, --final-lr-ratio and --activation-checkpointing; old spellings and old run directories still work; lanes are rows, claim is lock_run_dir)
     before, after = weights(source), weights(tmp_path / "run")
     for name, tensor in before.items():
         assert after[name].dtype == tensor.dtype, name
@@ -263,7 +268,7 @@ def test_a_loss_that_is_no_number_at_once(tmp_path: Path, capfd: pytest.CaptureF
 @pytest.mark.slow
 def test_a_learning_rate_that_is_far_too_high(tmp_path: Path) -> None:
     """In bf16, unclipped: it ends in one line or, if it holds, in a finite loss."""
-    args = tiny_run.given().train(tmp_path, "--rate", "0.99", "--clip", "0", "--warmup", "0", "--dtype", "bfloat16")
+    args = tiny_run.given().train(tmp_path, "--lr", "0.99", "--clip", "0", "--warmup", "0", "--dtype", "bfloat16")
     done = subprocess.run([sys.executable, "-m", "twotower", *args], capture_output=True, text=True)
     errors = [line for line in done.stderr.splitlines() if line.startswith("Error: ")]
     assert (done.returncode, len(errors)) in ((0, 0), (2, 1)), done.stderr

@@ -147,28 +147,28 @@ def test_units_keep_two_residual_streams() -> None:
     pattern = "M*E-"
     step = long_step(pattern)
     table = {
-        "AR, recompute": step.autoregressive(recompute=True),
+        "AR, checkpointing": step.autoregressive(activation_checkpointing=True),
         "denoiser": step.denoising(),
-        "denoiser, recompute": step.denoising(recompute=True),
+        "denoiser, checkpointing": step.denoising(activation_checkpointing=True),
     }
     show(pattern, table)
-    check(step, pattern, table["denoiser, recompute"])
-    assert table["denoiser"].saved > 5 * table["denoiser, recompute"].saved
+    check(step, pattern, table["denoiser, checkpointing"])
+    assert table["denoiser"].saved > 5 * table["denoiser, checkpointing"].saved
 
 
 @pytest.mark.slow
 def test_memory_of_a_step_against_next_token_prediction() -> None:
     step = long_step()
     table = {}
-    for recompute in (False, True):
-        name = ", recompute" * recompute
+    for activation_checkpointing in (False, True):
+        name = ", checkpointing" * activation_checkpointing
         table |= {
-            "AR" + name: step.autoregressive(recompute=recompute),
-            "denoiser" + name: step.denoising(recompute=recompute),
-            "both towers" + name: step.denoising(train_context=True, recompute=recompute),
+            "AR" + name: step.autoregressive(activation_checkpointing=activation_checkpointing),
+            "denoiser" + name: step.denoising(activation_checkpointing=activation_checkpointing),
+            "both towers" + name: step.denoising(train_context=True, activation_checkpointing=activation_checkpointing),
         }
     show(PATTERN, table)
-    for name in ("denoiser, recompute", "both towers, recompute"):
+    for name in ("denoiser, checkpointing", "both towers, checkpointing"):
         check(step, PATTERN, table[name])
     assert table["denoiser"].peak < 1.2 * table["AR"].peak
-    assert table["denoiser, recompute"].peak < 1.45 * table["AR, recompute"].peak
+    assert table["denoiser, checkpointing"].peak < 1.45 * table["AR, checkpointing"].peak

@@ -18,10 +18,10 @@ VALIDATED = ("masked_nll", "ar_nll", "nll", "bits_per_byte")
 
 def deviation(one: Path, two: Path) -> float:
     """The largest relative difference of losses and norms; all that is counted must be the same."""
-    for name in ("step", "targets", "tokens", "rate", "block_size"):
+    for name in ("step", "targets", "tokens", "lr", "block_size"):
         assert column(one, name).equal(column(two, name)), name
     assert len(log(one)) >= 20
-    pairs = [(column(one, name), column(two, name)) for name in ("loss", "norm")]
+    pairs = [(column(one, name), column(two, name)) for name in ("loss", "grad_norm")]
     pairs += [(validated(one, name), validated(two, name)) for name in VALIDATED]
     return max(float(((b - a).abs() / a).max()) for a, b in pairs if len(a))
 
@@ -53,7 +53,7 @@ def report(name: str, one: Path, two: Path) -> None:
 
 
 # A pass for each row, everything recomputed: together they must still change nothing.
-HARD = ("--micro-rows", "1", "--recompute", "--checkpoint-every", "100")
+HARD = ("--micro-batch-size", "1", "--activation-checkpointing", "--checkpoint-every", "100")
 
 
 @pytest.mark.parametrize("verb", ["train", "pretrain"])
@@ -73,7 +73,11 @@ def test_passes_over_fewer_rows_change_nothing(tmp_path: Path) -> None:
     """Three rows and then one, in one process."""
     one = uninterrupted("train")
     assert (
+<<<<<<< HEAD
         tiny_run.run_cli(tiny_run.given().train(tmp_path / "run", "--micro-rows", "3", "--checkpoint-every", "100"))
+=======
+        tiny_run.run(tiny_run.given().train(tmp_path / "run", "--micro-batch-size", "3", "--checkpoint-every", "100"))
+>>>>>>> 70e9e39 (Training: --lr, --batch-size, --micro-batch-size, --final-lr-ratio and --activation-checkpointing; old spellings and old run directories still work; lanes are rows, claim is lock_run_dir)
         == 0
     )
     report("micro-rows", one, tmp_path / "run")

@@ -83,7 +83,7 @@ def run(directory: Path, world: World, validated: bool, **options: Any) -> tuple
     directory.mkdir(parents=True, exist_ok=True)
     objective, validation = build(world, **options)
     course = Run(
-        directory=directory, schedule=Schedule(steps=3, peak=1e-2, warmup=1), stages=(Stage(BLOCK, 3),),
+        directory=directory, schedule=Schedule(steps=3, peak_lr=1e-2, warmup=1), stages=(Stage(BLOCK, 3),),
         checkpoint_every=3, validate_every=2, tensorboard=False,
     )  # fmt: skip
     fsdp.shard(objective, objective.units, world, torch.float32)

@@ -56,7 +56,7 @@ def _verdict(plan: Plan) -> Iterator[str]:
         yield f"does not fit: {where}; what would help, each by itself:"
         for remedy in plan.remedies:
             yield f"  {remedy.change}: {_gib(remedy.total)} GiB, {'fits' if remedy.fits else 'not enough'}"
-    rows = f"with {setup.micro_rows} row{'s'[: setup.micro_rows > 1]} of {setup.row_length} at a time"
+    rows = f"with {setup.micro_batch_size} row{'s'[: setup.micro_batch_size > 1]} of {setup.row_length} at a time"
     if plan.smallest_gpus is None:
         yield f"no number of GPUs of this size is enough {rows}"
     else:
@@ -66,10 +66,10 @@ def _verdict(plan: Plan) -> Iterator[str]:
 def _run(setup: Setup) -> Iterator[str]:
     yield (
         f"{setup.step_rows} rows of {setup.row_length} columns a step ({_big(setup.step_rows * setup.row_length)}), "
-        f"{setup.micro_batches} × {setup.micro_rows} on each GPU; blocks of {setup.block_size}"
+        f"{setup.micro_batches} × {setup.micro_batch_size} on each GPU; blocks of {setup.block_size}"
     )
     yield (
-        f"{setup.dtype}; {'with' if setup.recompute else 'without'} recomputation; "
+        f"{setup.dtype}; {'with' if setup.activation_checkpointing else 'without'} recomputation; "
         + {"frozen": "context tower frozen", "trained": "context tower trained too", "tied": "one tied network"}[
             setup.context
         ]
@@ -125,7 +125,7 @@ def _messages(plan: Plan) -> Iterator[str]:
         factor = traffic.seconds / traffic.compute_seconds
         yield (
             f"WARNING: messages take longer than the work; multiply the hours below, which count the work alone, by "
-            f"{factor:.1f}, or take more --micro-rows"
+            f"{factor:.1f}, or take more --micro-batch-size"
         )
 
 

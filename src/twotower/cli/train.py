@@ -56,7 +56,7 @@ def pretrain(
     configure_process(threads)
     _need_extra(options["tensorboard"])
     from twotower.training import runs
-    from twotower.training.settings import PretrainSettings
+    from twotower.training.run_settings import PretrainSettings
     from twotower.training.trainer import Stage
 
     settings = PretrainSettings(stages=(Stage(align, steps),), **options)
@@ -140,7 +140,7 @@ def train(
     configure_process(threads)
     _need_extra(options["tensorboard"])
     from twotower.training import runs
-    from twotower.training.settings import DenoiserSettings, parse_stages
+    from twotower.training.run_settings import DenoiserSettings, parse_stages
     from twotower.training.trainer import Stage
 
     course = parse_stages(stages) if stages else (Stage(block_size, steps),)
@@ -184,7 +184,7 @@ def _watch_backbone(parts: Parts) -> Validate:
 
 def _watch_denoiser(parts: Parts) -> Validate:
     from twotower.training.objective import DenoisingObjective
-    from twotower.training.settings import DenoiserSettings
+    from twotower.training.run_settings import DenoiserSettings
     from twotower.training.validation import DenoisingValidation
 
     settings = parts.settings
@@ -214,9 +214,13 @@ def _show_plan(source: str, figures: Mapping[str, object], options: Mapping[str,
     from twotower.training.planning.plan import plan_from
 
     context = "tied" if options["tie"] else "trained" if options["train_context"] else "frozen"
-    shared = {"row_length": options["row_length"], "recompute": options["recompute"], "context": context}
-    if options["micro_rows"]:
-        shared["micro_rows"] = options["micro_rows"]
+    shared = {
+        "row_length": options["row_length"],
+        "activation_checkpointing": options["activation_checkpointing"],
+        "context": context,
+    }
+    if options["micro_batch_size"]:
+        shared["micro_batch_size"] = options["micro_batch_size"]
     plan = plan_from(TwoTowerConfig.read(Path(source)), {**figures, **shared})
     click.echo(json.dumps(plan.to_dict()) if as_json else render(plan))
 

@@ -8,6 +8,8 @@ from pathlib import Path
 
 import click
 
+from twotower.cli.deprecated import formerly
+
 DTYPES = ("auto", "bfloat16", "float32", "float64")
 FOLDER = click.Path(file_okay=False, path_type=Path)
 
@@ -47,16 +49,34 @@ OPTIONS = (
     click.option("--epochs", type=click.IntRange(1), help="Read the data so often. [default: again and again]"),
     click.option("--max-bad-records", type=click.IntRange(0), default=100, show_default=True),
     click.option(
-        "--rows", type=click.IntRange(1), default=8, show_default=True, help="Rows of a batch, over all processes."
+        "--batch-size",
+        cls=formerly("--rows"),
+        type=click.IntRange(1),
+        default=8,
+        show_default=True,
+        help="Rows of one optimizer step, over all processes.",
     ),
     click.option("--row-length", type=click.IntRange(1), default=1024, show_default=True, help="Tokens of a row."),
     click.option(
-        "--micro-rows", type=click.IntRange(0), default=0, help="Rows of one pass on a process. [default: all]"
+        "--micro-batch-size",
+        cls=formerly("--micro-rows"),
+        type=click.IntRange(0),
+        default=0,
+        help="Rows of one forward pass on one process. [default: all]",
     ),
-    click.option("--rate", type=float, default=1e-4, show_default=True, help="Peak learning rate."),
+    click.option(
+        "--lr", cls=formerly("--rate"), type=float, default=1e-4, show_default=True, help="Peak learning rate."
+    ),
     click.option("--warmup", type=click.IntRange(0), default=100, show_default=True, help="Steps."),
     click.option("--decay", type=float, default=0.3, show_default=True, help="Share of the steps, at the end."),
-    click.option("--final", type=float, default=0.01, show_default=True, help="Share of the rate at the very end."),
+    click.option(
+        "--final-lr-ratio",
+        cls=formerly("--final"),
+        type=float,
+        default=0.01,
+        show_default=True,
+        help="Learning rate of the last step, as a share of the peak.",
+    ),
     click.option("--weight-decay", type=float, default=0.1, show_default=True),
     click.option("--clip", type=float, default=1.0, show_default=True, help="Gradient norm; 0: do not clip."),
     click.option(
@@ -76,7 +96,12 @@ OPTIONS = (
     ),
     click.option("--device", type=click.Choice(("cpu", "cuda")), help="[default: cuda where there is one]"),
     click.option("--threads", type=click.IntRange(1), help="[default: torch's]"),
-    click.option("--recompute", is_flag=True, help="Keep two residual streams a layer, compute the rest again."),
+    click.option(
+        "--activation-checkpointing",
+        cls=formerly("--recompute"),
+        is_flag=True,
+        help="Keep two residual streams a layer; recompute the rest in the backward pass.",
+    ),
     click.option("--deterministic", is_flag=True, help="The same bits again on CUDA, slower."),
     click.option("--checkpoint-every", type=click.IntRange(1), default=200, show_default=True, help="Steps."),
     click.option(

@@ -67,10 +67,10 @@ SHAPE = {
     "routed_scaling_factor": 1.0,
 }
 # The same for both trainings. A weight is a share of documents; a dialogue is about six times as long as a problem.
-COMMON = ["--rows", "6", "--row-length", "512", "--seed", str(SEED), "--validate-every", "400"]
-PRETRAIN = ["--no-prompt-loss", "--split-digits", "--rate", "2e-3", "--decay", "0.4"]
-TRAIN = ["--block-size", "16", "--rate", "1.5e-3"]
-LONGER = ["--block-size", "16", "--rate", "1e-3", "--decay", "0.6"]
+COMMON = ["--batch-size", "6", "--row-length", "512", "--seed", str(SEED), "--validate-every", "400"]
+PRETRAIN = ["--no-prompt-loss", "--split-digits", "--lr", "2e-3", "--decay", "0.4"]
+TRAIN = ["--block-size", "16", "--lr", "1.5e-3"]
+LONGER = ["--block-size", "16", "--lr", "1e-3", "--decay", "0.6"]
 DIALOGUE_SHARE = {"backbone": 0.09, "denoiser": 0.14, "longer": 0.09}
 HARD_SHARE = 0.35
 
@@ -217,7 +217,7 @@ def thinned(stage: str, records: Sequence[StepRecord]) -> Iterator[dict[str, obj
             "stage": stage,
             "step": part[-1]["step"],
             "loss": round(statistics.mean(record["loss"] for record in part), 5),
-            "rate": part[-1]["rate"],
+            "lr": part[-1]["lr"],
             "tokens": sum(record["tokens"] for record in part),
             "targets": sum(record["targets"] for record in part),
         } | ({"validation": numbers} if numbers else {})

@@ -19,7 +19,7 @@ import zlib
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
-from typing import TypeVar
+from typing import TypeVar, cast
 
 import torch
 import torch.distributed.checkpoint as dcp
@@ -29,6 +29,7 @@ from torch.distributed.checkpoint.api import CheckpointException  # a BaseExcept
 from twotower.errors import TwoTowerError
 from twotower.training.data.state import LoaderState
 from twotower.training.fsdp import World
+from twotower.training.old_names import LOADER_LAYOUT, LOADER_STATE, with_present_names
 
 Result = TypeVar("Result")
 
@@ -131,8 +132,9 @@ def load(path: Path, tensors: dict[str, Tensor], world: World) -> tuple[int, Loa
         raise TwoTowerError(
             f"{path}: is no checkpoint of this run ({_reason(error)}); give another directory"
         ) from None
-    rows = torch.load(path / f"rows-{world.rank}.pt", weights_only=True)
-    return int(json.loads((path / MANIFEST).read_text())["step"]), rows
+    rows = with_present_names(torch.load(path / f"rows-{world.rank}.pt", weights_only=True), LOADER_STATE)
+    rows["layout"] = with_present_names(rows["layout"], LOADER_LAYOUT)
+    return int(json.loads((path / MANIFEST).read_text())["step"]), cast("LoaderState", rows)
 
 
 def any_in(directory: Path) -> bool:

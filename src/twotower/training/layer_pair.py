@@ -67,9 +67,9 @@ def pair_layers(
     ]
 
 
-def run_unit(unit: Callable[..., Output], recompute: bool, *inputs: object) -> Output:
-    """The unit's output; with `recompute` only its inputs are kept and it runs again in the backward pass."""
-    if recompute and torch.is_grad_enabled():
+def run_unit(unit: Callable[..., Output], activation_checkpointing: bool, *inputs: object) -> Output:
+    """The unit's output. With activation checkpointing it keeps only its inputs and runs again in the backward pass."""
+    if activation_checkpointing and torch.is_grad_enabled():
         output: Output = checkpoint(unit, *inputs, use_reentrant=False, preserve_rng_state=False)
         return output
     return unit(*inputs)

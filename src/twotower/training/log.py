@@ -7,10 +7,12 @@ import sys
 import time
 from collections.abc import Mapping
 from contextlib import suppress
+from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING
 
 from twotower.training.log_schema import StepRecord, Timing
+from twotower.training.old_names import LOG_RECORD, with_present_names
 
 if TYPE_CHECKING:
     from rich.progress import Progress as Bar
@@ -56,9 +58,10 @@ class Log:
 def read_log(path: Path) -> list[StepRecord]:
     """The whole lines of a log; one cut short by a kill or a full disk is left out."""
     records = []
+    present = partial(with_present_names, renamed=LOG_RECORD)
     for line in path.read_text(errors="replace").splitlines():
         with suppress(ValueError):
-            records.append(json.loads(line))
+            records.append(json.loads(line, object_hook=present))
     return records
 
 

@@ -52,14 +52,14 @@ class Validation(TypedDict, total=False):
 
 
 class StepRecord(TypedDict):
-    """One step. loss: nats per target. rate: the learning rate. norm: the gradient's, before clipping."""
+    """One step. loss: nats per target. lr: the learning rate. grad_norm: before clipping."""
 
     step: int
     loss: float
     targets: int
     tokens: int
-    rate: float
-    norm: float
+    lr: float
+    grad_norm: float
     block_size: int
     validation: NotRequired[Validation]
     timing: NotRequired[Timing]

@@ -49,11 +49,11 @@ class AutoregressiveObjective(nn.Module):
     """Next-token cross-entropy over the documents' own tokens after their first; prompt_loss False leaves out those of
     prompts that came with their text."""
 
-    def __init__(self, tower: Tower, *, recompute: bool = False, prompt_loss: bool = True) -> None:
+    def __init__(self, tower: Tower, *, activation_checkpointing: bool = False, prompt_loss: bool = True) -> None:
         super().__init__()
         self.embeddings, self.norm_f, self.head = tower.embeddings, tower.norm_f, tower.head
         self.units = nn.ModuleList(ReadingLayer(layer) for layer in tower.all_layers())
-        self.recompute, self.prompt_loss = recompute, prompt_loss
+        self.activation_checkpointing, self.prompt_loss = activation_checkpointing, prompt_loss
         self._embed = tower.embed
 
     def draw(self, batch: Batch, block_size: int) -> None:
@@ -70,7 +70,7 @@ class AutoregressiveObjective(nn.Module):
         layout = Layout(batch.document, block_size)
         x = self._embed(batch.tokens)
         for unit in self.units:
-            x = run_unit(unit, self.recompute, x, layout)
+            x = run_unit(unit, self.activation_checkpointing, x, layout)
         wanted = next_tokens(batch, self.prompt_loss)
         return negative_log_likelihood(self.head, self.norm_f(x[:, :-1][wanted]), batch.tokens[:, 1:][wanted]).sum()
 
@@ -81,8 +81,8 @@ class DenoisingOptions:
 
     scope: what shares a noise level. elbo: weight 1/t and divide by all trained tokens: the bound on −ln p instead of
     the mean over masked positions. train_context: the context tower learns too, through keys, values and states.
-    ar_weight: with train_context, so much of the next-token loss of the context tower on top. recompute: keep only the
-    two residual streams at each layer. time: whether the denoiser is told t.
+    ar_weight: with train_context, the weight of the context tower's next-token loss, which is added.
+    activation_checkpointing: keep only the two residual streams at each layer. time: whether the denoiser is told t.
     """
 
     mask_token_id: int
@@ -91,7 +91,7 @@ class DenoisingOptions:
     elbo: bool = False
     train_context: bool = False
     ar_weight: float = 0.0
-    recompute: bool = False
+    activation_checkpointing: bool = False
     time: bool = True
 
 
@@ -167,7 +167,7 @@ class DenoisingObjective(nn.Module):
             clean = self._embed_clean(batch.tokens)
         noisy = self._embed_corrupted(batch, noise, layout)
         for i, unit in enumerate(self.units):
-            read, noisy = run_unit(unit, self.options.recompute, clean, noisy, change[i], layout)
+            read, noisy = run_unit(unit, self.options.activation_checkpointing, clean, noisy, change[i], layout)
             clean = clean if read is None else read
         return layout.to_rows(self.norm_f(noisy)), clean
 

@@ -14,30 +14,30 @@ from twotower.training.fsdp import World, local, sum_whole_gradients
 
 @dataclass(frozen=True, kw_only=True)
 class Schedule:
-    """Warm-up–stable–decay: linear up over `warmup` steps, flat, linear down to `final`·peak over the last
-    `decay` fraction of `steps`."""
+    """Warm-up–stable–decay: linear up to `peak_lr` over `warmup` steps, flat, linear down to
+    `final_lr_ratio`·`peak_lr` over the last `decay` fraction of `steps`."""
 
     steps: int
-    peak: float
+    peak_lr: float
     warmup: int = 100
     decay: float = 0.3
-    final: float = 0.01
+    final_lr_ratio: float = 0.01
 
     def __post_init__(self) -> None:
         if self.steps < 1:
             raise ArgumentError(f"steps is {self.steps}; at least one is needed")
-        if not 0 < self.peak < 1:
-            raise ArgumentError(f"learning rate is {self.peak}; choose one in (0, 1), as 1e-4")
-        for name in ("decay", "final"):
+        if not 0 < self.peak_lr < 1:
+            raise ArgumentError(f"learning rate is {self.peak_lr}; choose one in (0, 1), as 1e-4")
+        for name in ("decay", "final_lr_ratio"):
             if not 0 <= getattr(self, name) <= 1:
                 raise ArgumentError(f"{name} is {getattr(self, name)}; choose a fraction in [0, 1]")
 
-    def rate(self, step: int) -> float:
+    def lr(self, step: int) -> float:
         """The learning rate of step 0, 1, …"""
         if step < self.warmup:
-            return self.peak * (step + 1) / self.warmup
+            return self.peak_lr * (step + 1) / self.warmup
         left = (self.steps - step) / max(1.0, self.decay * self.steps)
-        return self.peak * (self.final + (1 - self.final) * min(1.0, left))
+        return self.peak_lr * (self.final_lr_ratio + (1 - self.final_lr_ratio) * min(1.0, left))
 
 
 class Optimizer:
@@ -70,14 +70,14 @@ class Optimizer:
         norm: float = float(square + _square([p.grad for p in self.whole if p.grad is not None])) ** 0.5
         return norm
 
-    def step(self, rate: float, norm: float) -> None:
+    def step(self, lr: float, norm: float) -> None:
         """One update from gradients of norm `norm`, clipped; forgets them."""
         if self.clip and norm > self.clip:
             for p in [*self.parts, *self.whole]:
                 if p.grad is not None:
                     local(p.grad).mul_(self.clip / norm)
         for group in self.adam.param_groups:
-            group["lr"] = rate
+            group["lr"] = lr
         self.adam.step()
         self.adam.zero_grad()
 

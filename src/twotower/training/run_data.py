@@ -1,15 +1,15 @@
-"""The data of a training run, opened as its settings say: sources, rows and held-out batches."""
+"""The data of a training run, opened as its settings say: sources, loader and held-out batches."""
 
 from __future__ import annotations
 
 from functools import partial
 
-from twotower.training.data import Batch, Encoder, Offset, Rows, Source, held_out_batches
+from twotower.training.data import Batch, Encoder, Offset, RowLoader, Source, held_out_batches
 from twotower.training.fsdp import World
-from twotower.training.settings import Settings
+from twotower.training.run_settings import RunSettings
 
 
-def open_sources(settings: Settings) -> tuple[list[Source], list[Source]]:
+def open_sources(settings: RunSettings) -> tuple[list[Source], list[Source]]:
     """Training and validation sources."""
     share = 0.0 if settings.validation else settings.held_out
     open_source = partial(
@@ -27,12 +27,14 @@ def open_sources(settings: Settings) -> tuple[list[Source], list[Source]]:
     return training, [open_source(item, part="valid", held_out_fraction=share) for item in settings.data]
 
 
-def open_rows(settings: Settings, sources: list[Source], encoder: Encoder, offset: Offset, world: World) -> Rows:
+def open_loader(
+    settings: RunSettings, sources: list[Source], encoder: Encoder, offset: Offset, world: World
+) -> RowLoader:
     """This process's rows of each global batch."""
-    return Rows(
+    return RowLoader(
         sources,
         encoder,
-        rows=settings.rows,
+        batch_size=settings.batch_size,
         row_length=settings.row_length,
         block_size=settings.stages[0].block_size,
         seed=settings.seed,
@@ -43,14 +45,16 @@ def open_rows(settings: Settings, sources: list[Source], encoder: Encoder, offse
     )
 
 
-def open_held_out(settings: Settings, sources: list[Source], encoder: Encoder, world: World) -> dict[str, list[Batch]]:
+def open_held_out(
+    settings: RunSettings, sources: list[Source], encoder: Encoder, world: World
+) -> dict[str, list[Batch]]:
     """This process's batches of each validation source, under the name of the source."""
     return {
         source.name: list(
             held_out_batches(
                 [source],
                 encoder,
-                rows=settings.rows,
+                batch_size=settings.batch_size,
                 row_length=settings.row_length,
                 block_size=settings.stages[-1].block_size,
                 documents=settings.validation_documents,

@@ -13,7 +13,7 @@ from twotower.errors import ArgumentError
 from twotower.training.data import BOS, EOS, MASK, PAD, Encoder, Source, train_tokenizer
 from twotower.training.data.readers import whole_pass
 from twotower.training.fsdp import World
-from twotower.training.settings import PretrainSettings
+from twotower.training.run_settings import PretrainSettings
 from twotower.training.trainer import TOKENIZER_FILE
 
 if TYPE_CHECKING:

@@ -18,10 +18,10 @@ from twotower.training import weights
 from twotower.training.data import Batch
 from twotower.training.fsdp import World, shard
 from twotower.training.objective import AutoregressiveObjective, DenoisingObjective, DenoisingOptions
-from twotower.training.run_data import open_held_out, open_rows, open_sources
+from twotower.training.run_data import open_held_out, open_loader, open_sources
+from twotower.training.run_settings import DenoiserSettings, PretrainSettings, RunSettings
 from twotower.training.run_tokenizer import encoder_for, take_special_ids, tokenizer_of_run
-from twotower.training.settings import DenoiserSettings, PretrainSettings, Settings
-from twotower.training.trainer import Run, Validate, claim, train
+from twotower.training.trainer import Run, Validate, lock_run_dir, train
 
 DTYPES = {"bfloat16": torch.bfloat16, "float32": torch.float32, "float64": torch.float64}
 
@@ -31,7 +31,7 @@ class Parts:
     """What a validation is made from. objective: sharded. held_out: this process's batches of each validation
     source."""
 
-    settings: Settings
+    settings: RunSettings
     model: TwoTowerForCausalLM
     objective: AutoregressiveObjective | DenoisingObjective
     held_out: dict[str, list[Batch]]
@@ -52,17 +52,19 @@ def pretrain(
 ) -> Path:
     """An autoregressive backbone from random weights → the checkpoint (original Nemotron-H layout) in RUN/model."""
     config = TwoTowerConfig.read(settings.config)
-    claim(directory, settings.fixed() | _shape(config), world)
+    lock_run_dir(directory, settings.fixed() | _shape(config), world)
     sources, held_out = open_sources(settings)
     tokenizer = tokenizer_of_run(settings, config, sources, directory, world)
     take_special_ids(config, tokenizer)
     encoder = encoder_for(tokenizer, config)
-    rows = open_rows(settings, sources, encoder, "fixed", world)
+    loader = open_loader(settings, sources, encoder, "fixed", world)
     batches = open_held_out(settings, held_out, encoder, world)
     torch.manual_seed(settings.seed)
     model = TwoTowerForCausalLM(config, towers="context")
     model.tokenizer = tokenizer
-    objective = AutoregressiveObjective(model.context, recompute=settings.recompute, prompt_loss=settings.prompt_loss)
+    objective = AutoregressiveObjective(
+        model.context, activation_checkpointing=settings.activation_checkpointing, prompt_loss=settings.prompt_loss
+    )
     dtype = compute_dtype(settings.dtype, world.device)
     _prepare(settings)
     shard(objective, objective.units, world, dtype)
@@ -74,7 +76,7 @@ def pretrain(
         world=world,
         eos_token_id=encoder.eos_token_id,
     )
-    train(_run(settings, directory), objective, rows, world, validation(parts) if validation and batches else None)
+    train(_run(settings, directory), objective, loader, world, validation(parts) if validation and batches else None)
     whole = weights.gather(model.context, dtype, world)
     if world.first:
         _publish(directory, lambda folder: one_tower.write(folder, whole, config, tokenizer))
@@ -88,13 +90,13 @@ def train_denoiser(
     """The denoiser of a two-tower checkpoint → the trained checkpoint in RUN/model, in the source's dtype."""
     source = pretrained.local(settings.model, {})
     config = TwoTowerConfig.read(source)
-    claim(directory, settings.fixed() | _shape(config), world)
+    lock_run_dir(directory, settings.fixed() | _shape(config), world)
     tokenizer = one_tower.tokenizer_of(source)
     if tokenizer is None:
         raise ArgumentError(f"{source}: holds no tokenizer; put the backbone's tokenizer.json beside its weights")
     encoder = encoder_for(tokenizer, config)
     sources, held_out = open_sources(settings)
-    rows = open_rows(settings, sources, encoder, settings.offset, world)
+    loader = open_loader(settings, sources, encoder, settings.offset, world)
     batches = open_held_out(settings, held_out, encoder, world)
     with torch.device("meta"):
         model = TwoTowerForCausalLM(config)
@@ -109,7 +111,7 @@ def train_denoiser(
         elbo=settings.elbo,
         train_context=settings.train_context or settings.tie,
         ar_weight=settings.ar_weight,
-        recompute=settings.recompute,
+        activation_checkpointing=settings.activation_checkpointing,
     )
     objective = DenoisingObjective(model.context, model.denoiser, model.time, options)
     _prepare(settings)
@@ -125,7 +127,7 @@ def train_denoiser(
         world=world,
         eos_token_id=encoder.eos_token_id,
     )
-    train(_run(settings, directory), objective, rows, world, validation(parts) if validation and batches else None)
+    train(_run(settings, directory), objective, loader, world, validation(parts) if validation and batches else None)
     stored = pretrained.stored_dtype(source)
     whole = weights.gather(model, stored, world)
     if world.first:
@@ -152,12 +154,12 @@ def _shape(config: TwoTowerConfig) -> dict[str, object]:
     return {f"config.{name}": value for name, value in asdict(config.backbone).items()}
 
 
-def _prepare(settings: Settings) -> None:
+def _prepare(settings: RunSettings) -> None:
     if settings.deterministic:
         torch.use_deterministic_algorithms(True)
 
 
-def _run(settings: Settings, directory: Path) -> Run:
+def _run(settings: RunSettings, directory: Path) -> Run:
     return Run(
         directory=directory,
         schedule=settings.schedule(),
@@ -165,7 +167,7 @@ def _run(settings: Settings, directory: Path) -> Run:
         weight_decay=settings.weight_decay,
         clip=settings.clip,
         balance_rate=settings.balance_rate,
-        micro_rows=settings.micro_rows,
+        micro_batch_size=settings.micro_batch_size,
         checkpoint_every=settings.checkpoint_every,
         validate_every=settings.validate_every,
         tensorboard=settings.tensorboard,

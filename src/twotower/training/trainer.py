@@ -1,4 +1,4 @@
-"""The training loop: an objective, rows of data, many steps; resumable after a kill at any moment."""
+"""The training loop: an objective, a loader of batches, many steps; resumable after a kill at any moment."""
 
 from __future__ import annotations
 
@@ -21,14 +21,15 @@ from twotower.training.fsdp import World
 from twotower.training.log import BOARD_FOLDER, LOG_FILE, Log, Progress
 from twotower.training.log_schema import StepRecord, Validation
 from twotower.training.objective import Objective
+from twotower.training.old_names import SETTINGS, with_present_names
 from twotower.training.optimizer import Optimizer, Schedule
 
 SETTINGS_FILE = "settings.json"
 TOKENIZER_FILE = "tokenizer.json"  # of a run that trains one
 
 
-class Rows(Protocol):
-    """This process's rows of each global batch (`data.Rows`)."""
+class Loader(Protocol):
+    """This process's rows of each global batch (`data.RowLoader`)."""
 
     def use(self, block_size: int) -> None: ...
 
@@ -51,7 +52,7 @@ class Stage:
 class Run:
     """Where a run keeps itself, and how it goes.
 
-    micro_rows: rows of one forward pass on a process (0: all at once).
+    micro_batch_size: rows of one forward pass on a process (0: all at once).
     """
 
     directory: Path
@@ -60,7 +61,7 @@ class Run:
     weight_decay: float = 0.1
     clip: float = 1.0
     balance_rate: float = 1e-3
-    micro_rows: int = 0
+    micro_batch_size: int = 0
     checkpoint_every: int = 200
     validate_every: int = 500
     tensorboard: bool = True
@@ -81,7 +82,7 @@ class Run:
 Validate = Callable[[int], Validation]  # after a step, on every process → what goes into its log record
 
 
-def train(run: Run, objective: Objective, rows: Rows, world: World, validate: Validate | None = None) -> None:
+def train(run: Run, objective: Objective, loader: Loader, world: World, validate: Validate | None = None) -> None:
     """Minimises a sharded objective (`fsdp.shard`); continues from the run's last whole checkpoint, if any.
 
     Raises:
@@ -93,7 +94,7 @@ def train(run: Run, objective: Objective, rows: Rows, world: World, validate: Va
         run.directory.mkdir(parents=True, exist_ok=True)
     optimizer = Optimizer(objective, world, run.weight_decay, run.clip)
     balance = LoadBalance(objective, run.balance_rate, world)
-    done, notes = _resume(run, objective, optimizer, rows, world)
+    done, notes = _resume(run, objective, optimizer, loader, world)
     log = Log(run.directory, done, run.tensorboard) if world.first else None
     progress = Progress(run.schedule.steps, done, shown=world.first)
     for note in notes:
@@ -102,7 +103,7 @@ def train(run: Run, objective: Objective, rows: Rows, world: World, validate: Va
         progress.say(f"continuing after step {done}")
     try:
         for step in range(done, run.schedule.steps):
-            record = _step(run, objective, optimizer, rows, world, step)
+            record = _step(run, objective, optimizer, loader, world, step)
             balance.step()
             timing = progress.step(step + 1, record["loss"], record["tokens"])
             last = step + 1 == run.schedule.steps
@@ -114,7 +115,7 @@ def train(run: Run, objective: Objective, rows: Rows, world: World, validate: Va
                 log.write(record)
             if last or (step + 1) % run.checkpoint_every == 0:
                 checkpoints.save(
-                    run.directory / "checkpoints", step + 1, state(objective, optimizer), rows.state_dict(), world
+                    run.directory / "checkpoints", step + 1, state(objective, optimizer), loader.state_dict(), world
                 )
     finally:
         balance.close()
@@ -123,15 +124,15 @@ def train(run: Run, objective: Objective, rows: Rows, world: World, validate: Va
             log.close()
 
 
-def _step(run: Run, objective: Objective, optimizer: Optimizer, rows: Rows, world: World, step: int) -> StepRecord:
+def _step(run: Run, objective: Objective, optimizer: Optimizer, loader: Loader, world: World, step: int) -> StepRecord:
     """One update → its log record (but for the timing)."""
     size = run.block_size(step)
-    rows.use(size)
-    batch = rows.next()
+    loader.use(size)
+    batch = loader.next()
     noise = objective.draw(batch, size)
     targets = world.total(objective.targets(batch, noise))
     ratio = targets / max(world.total(objective.further_targets(batch)), 1.0)
-    micro = run.micro_rows or len(batch)
+    micro = run.micro_batch_size or len(batch)
     starts = range(0, len(batch), micro)
     loss = 0.0
     for start in starts:
@@ -151,16 +152,16 @@ def _step(run: Run, objective: Objective, optimizer: Optimizer, rows: Rows, worl
             + (f"the last good checkpoint is {kept}" if kept else "no checkpoint was written yet")
             + "; a lower learning rate or a longer warm-up may help"
         )
-    rate = run.schedule.rate(step)
-    optimizer.step(rate, norm)
+    lr = run.schedule.lr(step)
+    optimizer.step(lr, norm)
     tokens = int(world.total(batch.text.sum()))
     return {
         "step": step + 1,
         "loss": loss,
         "targets": int(targets),
         "tokens": tokens,
-        "rate": rate,
-        "norm": norm,
+        "lr": lr,
+        "grad_norm": norm,
         "block_size": size,
     }
 
@@ -181,16 +182,18 @@ def summary(validation: Mapping[str, object]) -> str:
     return "  ".join(f"{k} {v:.4g}" for k, v in validation.items() if isinstance(v, int | float))
 
 
-def _resume(run: Run, objective: nn.Module, optimizer: Optimizer, rows: Rows, world: World) -> tuple[int, list[str]]:
+def _resume(
+    run: Run, objective: nn.Module, optimizer: Optimizer, loader: Loader, world: World
+) -> tuple[int, list[str]]:
     found, notes = checkpoints.find(run.directory / "checkpoints", world)
     if found is None:
         return 0, notes
     done, where = checkpoints.load(found, state(objective, optimizer), world)
-    rows.load_state_dict(where)
+    loader.load_state_dict(where)
     return done, notes
 
 
-def claim(directory: Path, settings: dict[str, object], world: World) -> None:
+def lock_run_dir(directory: Path, settings: dict[str, object], world: World) -> None:
     """Writes what a new run depends on into its directory, or compares it with what it was begun with.
 
     A run that has no checkpoint yet (a mistake in the command, say, or a loss that was not finite) holds nothing that
@@ -204,7 +207,7 @@ def claim(directory: Path, settings: dict[str, object], world: World) -> None:
         directory.mkdir(parents=True, exist_ok=True)
         file = directory / SETTINGS_FILE
         wanted = json.loads(json.dumps(settings))
-        begun = json.loads(file.read_text()) if file.exists() else {}
+        begun = with_present_names(json.loads(file.read_text()), SETTINGS) if file.exists() else {}
         changed = [name for name in sorted(set(begun) | set(wanted)) if begun.get(name) != wanted.get(name)]
         if changed and begun and (checkpoints.any_in(directory / "checkpoints") or (directory / "model").exists()):
             problem = (

@@ -1,12 +1,12 @@
 """Text from anywhere → batches of packed documents: deterministic, sharded by rank, resumable between any two.
 
-source (records) → encoder (documents) → lanes (pieces, packed) → rows → Batch
+source (records) → encoder (documents) → row streams (pieces, packed) → rows → Batch
 """
 
 from twotower.training.data.batch import Batch
 from twotower.training.data.documents import Document, Encoder, Record
 from twotower.training.data.held_out import held_out_batches
-from twotower.training.data.loader import Rows, Statistics, merge_states
+from twotower.training.data.loader import RowLoader, Statistics, merge_states
 from twotower.training.data.packing import Offset, Piece, fill_row, lay_out, place
 from twotower.training.data.sources import Source, Spec, parse_spec
 from twotower.training.data.tokenizer import BOS, EOS, MASK, PAD, SPECIAL_TOKENS, train_tokenizer
@@ -23,7 +23,7 @@ __all__ = [
     "Offset",
     "Piece",
     "Record",
-    "Rows",
+    "RowLoader",
     "Source",
     "Spec",
     "Statistics",

@@ -11,7 +11,7 @@ from twotower.training.data.readers import too_few, whole_pass
 from twotower.training.data.sources import Source
 
 
-def check_sizes(rows: int, row_length: int, block_size: int, rank: int, world: int) -> None:
+def check_sizes(batch_size: int, row_length: int, block_size: int, rank: int, world: int) -> None:
     """Whole blocks in a row, whole ranks in a batch."""
     if block_size < 1:
         raise ArgumentError(f"block_size is {block_size}; give at least 1")
@@ -19,19 +19,21 @@ def check_sizes(rows: int, row_length: int, block_size: int, rank: int, world: i
         raise ArgumentError(f"row_length is {row_length}; give a multiple of the block size, {block_size}")
     if not 0 <= rank < world:
         raise ArgumentError(f"rank is {rank} of {world}; ranks are 0 to {world - 1}")
-    if rows < 1 or rows % world:
-        raise ArgumentError(f"a batch of {rows} rows cannot be shared by {world} ranks; give a multiple of {world}")
+    if batch_size < 1 or batch_size % world:
+        raise ArgumentError(
+            f"a batch of {batch_size} rows cannot be shared by {world} ranks; give a multiple of {world}"
+        )
 
 
-def require_enough(sources: Sequence[Source], encoder: Encoder, rows: int, block_size: int) -> None:
-    """At least one document from each source, `rows` of them and a block of tokens in all; reads no more than that.
+def require_enough(sources: Sequence[Source], encoder: Encoder, batch_size: int, block_size: int) -> None:
+    """Checks for a document of each source, `batch_size` documents and a block of tokens in all; reads no more.
 
-    A stream is not opened for it: its first pass shows.
+    A stream is not opened: its first epoch shows whether there is enough.
     """
     documents = tokens = 0
     for source in sources:
         if isinstance(source.records, Stream):
-            documents, tokens = rows, block_size
+            documents, tokens = batch_size, block_size
             continue
         found = False
         for record in whole_pass(source):
@@ -41,13 +43,13 @@ def require_enough(sources: Sequence[Source], encoder: Encoder, rows: int, block
                 source.reject(record.place, str(bad))
                 continue
             found, documents = True, documents + 1
-            if documents >= rows and tokens >= block_size:
+            if documents >= batch_size and tokens >= block_size:
                 break
         if not found:
-            raise too_few(source.name, 0, rows)
+            raise too_few(source.name, 0, batch_size)
     names = ", ".join(source.name for source in sources)
-    if documents < rows:
-        raise too_few(names, documents, rows)
+    if documents < batch_size:
+        raise too_few(names, documents, batch_size)
     if tokens < block_size:
         raise ArgumentError(
             f"{names}: {tokens} tokens in all, less than a block of {block_size}; give more data or smaller blocks"

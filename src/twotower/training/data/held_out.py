@@ -20,21 +20,22 @@ def held_out_batches(
     sources: Sequence[Source],
     encoder: Encoder,
     *,
-    rows: int,
+    batch_size: int,
     row_length: int,
     block_size: int,
     documents: int | None = None,
     rank: int = 0,
     world: int = 1,
 ) -> Iterator[Batch]:
-    """At most `documents` documents, the sources' in turn, each beginning with a block → batches of (rows / W, S).
+    """At most `documents` documents, one source after the other in turn → this rank's batches (batch_size / W, S).
 
-    Every rank gets as many batches; the last one's missing rows are padding, without text. `index` counts rows.
+    A document begins with a block. Every rank gets equally many batches; rows that the last batch lacks are padding,
+    without text. `index` counts rows.
 
     Raises:
         ArgumentError: there are none.
     """
-    check_sizes(rows, row_length, block_size, rank, world)
+    check_sizes(batch_size, row_length, block_size, rank, world)
     unread = itertools.islice(_in_turn(sources, encoder), documents)
     waiting: list[Piece] = []
 
@@ -44,13 +45,13 @@ def held_out_batches(
 
     first = 0
     while packed := list(
-        itertools.takewhile(bool, (fill_row(waiting, refill, row_length, block_size) for _ in range(rows)))
+        itertools.takewhile(bool, (fill_row(waiting, refill, row_length, block_size) for _ in range(batch_size)))
     ):
-        packed += [[]] * (rows - len(packed))
-        own = range(rank, rows, world)
+        packed += [[]] * (batch_size - len(packed))
+        own = range(rank, batch_size, world)
         ids = {"eos": encoder.eos_token_id, "pad": encoder.pad_token_id}
         yield lay_out([packed[i] for i in own], [first + i for i in own], row_length, block_size, **ids)
-        first += rows
+        first += batch_size
     if not first:
         raise ArgumentError(
             f"{', '.join(source.name for source in sources)}: no held-out documents; raise held_out_fraction or give "

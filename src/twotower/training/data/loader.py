@@ -19,7 +19,7 @@ from twotower.training.data.draws import uniform
 from twotower.training.data.packing import Offset, Piece, fill_row, lay_out, place
 from twotower.training.data.readers import open_reader
 from twotower.training.data.sources import Source
-from twotower.training.data.state import LaneState, LoaderState
+from twotower.training.data.state import LoaderState, RowStreamState
 
 LOOK_AHEAD = 32
 
@@ -46,26 +46,27 @@ class Statistics:
 
 
 @dataclass
-class _Lane:
-    """One row of every batch. number: how many documents it has read; waiting: those not yet placed."""
+class _RowStream:
+    """The documents of one row of every batch. number: how many were read; waiting: those not placed yet."""
 
-    lane: int
+    row: int
     number: int = 0
     waiting: list[Piece] = field(default_factory=list)
     ended: bool = False
 
 
-class Rows:
-    """A global batch has R rows, one for each of R lanes. Lane ℓ's documents have the numbers ℓ, ℓ + R, ℓ + 2R, …; it
-    packs them into its own row of every batch. Rank r of W has the lanes ℓ with ℓ mod W = r, and reads no others: W = 1
-    sees the ranks' rows of larger W interleaved, bit for bit.
+class RowLoader:
+    """This rank's rows of each batch. Row ℓ of R takes the documents ℓ, ℓ + R, ℓ + 2R, … and packs them by itself.
 
-    The source of a document is drawn by weight, keyed by its number; within a source each lane has its own share, a
-    new order each epoch (streams keep theirs). Lanes are read at the pace of their packing, so a stream's slower lanes
-    leave records in memory.
+    Rank r of W has the rows ℓ with ℓ mod W = r, and reads no other documents. One rank gives the rows of W ranks
+    interleaved, bit for bit.
+
+    The source of a document is drawn by weight, keyed by the document's number. Within a source each row reads its own
+    share, in a new order each epoch (streams keep their order). Rows read as fast as they pack, so the records that a
+    stream's slower rows have not read yet stay in memory.
 
     Args:
-        rows: R, over all ranks. row_length: columns of a row. Both in whole ranks and blocks.
+        batch_size: R, the rows over all ranks: a multiple of the ranks. row_length: tokens of a row, in whole blocks.
         offset: "random" lets block edges fall anywhere in a text, by (seed, document number); "fixed" begins a block
             with each document.
         max_epochs: how often each source is read; None: again and again.
@@ -79,7 +80,7 @@ class Rows:
         sources: Sequence[Source],
         encoder: Encoder,
         *,
-        rows: int,
+        batch_size: int,
         row_length: int,
         block_size: int,
         seed: int = 0,
@@ -89,49 +90,49 @@ class Rows:
         rank: int = 0,
         world: int = 1,
     ) -> None:
-        check_sizes(rows, row_length, block_size, rank, world)
+        check_sizes(batch_size, row_length, block_size, rank, world)
         if not sources:
             raise ArgumentError("no data; give at least one source")
         if max_epochs is not None and max_epochs < 1:
             raise ArgumentError(f"max_epochs is {max_epochs}; give at least 1, or None to repeat the data")
         if offset not in ("random", "fixed"):
             raise ArgumentError(f"offset is {offset!r}; give 'random' or 'fixed'")
-        require_enough(sources, encoder, rows, block_size)
+        require_enough(sources, encoder, batch_size, block_size)
         self.sources, self.encoder = list(sources), encoder
-        self.rows, self.row_length, self.block_size = rows, row_length, block_size
+        self.batch_size, self.row_length, self.block_size = batch_size, row_length, block_size
         self.seed, self.offset, self.look_ahead = seed, offset, max(1, look_ahead)
         self.step = 0
         self._first = rank == 0
-        own = range(rank, rows, world)
-        self._lanes = [_Lane(lane) for lane in own]
-        self._readers = [open_reader(s, rows, own, max_epochs, seed, i) for i, s in enumerate(sources)]
+        own = range(rank, batch_size, world)
+        self._row_streams = [_RowStream(row) for row in own]
+        self._readers = [open_reader(s, batch_size, own, max_epochs, seed, i) for i, s in enumerate(sources)]
         self._counts = Statistics()
 
     def use(self, block_size: int) -> None:
         """Packs from now on in blocks of this size (a later stage of training)."""
         if block_size == self.block_size:
             return
-        check_sizes(self.rows, self.row_length, block_size, 0, 1)
+        check_sizes(self.batch_size, self.row_length, block_size, 0, 1)
         self.block_size = block_size
-        for lane in self._lanes:  # the new blocks begin where prompts end, too
-            leads = ((-p.context if p.prompted else p.lead) % block_size for p in lane.waiting)
-            lane.waiting = [replace(piece, lead=lead) for piece, lead in zip(lane.waiting, leads, strict=True)]
+        for stream in self._row_streams:  # the new blocks begin where prompts end, too
+            leads = ((-p.context if p.prompted else p.lead) % block_size for p in stream.waiting)
+            stream.waiting = [replace(piece, lead=lead) for piece, lead in zip(stream.waiting, leads, strict=True)]
 
     def exhausted(self) -> bool:
-        """Nothing is left for this rank's lanes: `next` gives rows of padding. Never so while epochs repeat."""
-        for lane in self._lanes:
-            self._refill(lane)  # the end shows only when more is asked for
-        return not any(lane.waiting for lane in self._lanes)
+        """Nothing is left for this rank: `next` gives rows of padding. Never so while epochs repeat."""
+        for stream in self._row_streams:
+            self._refill(stream)  # the end shows only when more is asked for
+        return not any(stream.waiting for stream in self._row_streams)
 
     def next(self) -> Batch:
         """This rank's rows of the next batch: (R / W, row_length)."""
         packed = []
-        for lane in self._lanes:
-            row = fill_row(lane.waiting, partial(self._refill, lane), self.row_length, self.block_size)
+        for stream in self._row_streams:
+            row = fill_row(stream.waiting, partial(self._refill, stream), self.row_length, self.block_size)
             self._counts.columns += self.row_length
             self._counts.text += sum(len(piece.tokens) for piece in row)
             packed.append(row)
-        index = [self.step * self.rows + lane.lane for lane in self._lanes]
+        index = [self.step * self.batch_size + stream.row for stream in self._row_streams]
         self.step += 1
         ids = {"eos": self.encoder.eos_token_id, "pad": self.encoder.pad_token_id}
         return lay_out(packed, index, self.row_length, self.block_size, **ids)
@@ -152,7 +153,7 @@ class Rows:
             "block_size": self.block_size,
             "layout": self._layout(),
             "counts": [counts.documents, counts.tokens, counts.columns, counts.text],
-            "lanes": {str(lane.lane): self._lane_state(lane) for lane in self._lanes},
+            "row_streams": {str(stream.row): self._stream_state(stream) for stream in self._row_streams},
             "readers": [reader.state_dict() for reader in self._readers],
             "bad": [dict(source.bad) for source in self.sources],
         }
@@ -169,10 +170,10 @@ class Rows:
                     f"{name} is {value}, but the run to be resumed had {state['layout'].get(name)}; give the same, or "
                     "start a new run"
                 )
-        missing = [lane.lane for lane in self._lanes if str(lane.lane) not in state["lanes"]]
+        missing = [stream.row for stream in self._row_streams if str(stream.row) not in state["row_streams"]]
         if missing:
             raise ArgumentError(
-                f"the data's state has no lane {missing[0]}: it is of another rank or number of ranks; join all ranks' "
+                f"the data's state has no row {missing[0]}: it is of another rank or number of ranks; join all ranks' "
                 "states with merge_states"
             )
         self.step, self.block_size = state["step"], state["block_size"]
@@ -180,41 +181,43 @@ class Rows:
         documents, tokens, columns, text = state["counts"]
         goes_on = not state.get("merged") or self._first
         self._counts = Statistics(documents, tokens, columns, text) if goes_on else Statistics()
-        for lane in self._lanes:
-            saved = state["lanes"][str(lane.lane)]
-            lane.number, lane.ended = saved["number"], False
+        for stream in self._row_streams:
+            saved = state["row_streams"][str(stream.row)]
+            stream.number, stream.ended = saved["number"], False
             flat = saved["tokens"].numpy().copy()
             ends = itertools.accumulate(length for length, *_ in saved["waiting"].tolist())
-            lane.waiting = [
+            stream.waiting = [
                 Piece(flat[end - length : end], context, lead, bool(ends_here), bool(prompted))
                 for end, (length, context, lead, ends_here, prompted) in zip(
                     ends, saved["waiting"].tolist(), strict=True
                 )
             ]
         for i, (reader, mark) in enumerate(zip(self._readers, state["readers"], strict=True)):
-            positions = {lane.lane: state["lanes"][str(lane.lane)]["positions"][i] for lane in self._lanes}
+            positions = {
+                stream.row: state["row_streams"][str(stream.row)]["positions"][i] for stream in self._row_streams
+            }
             reader.load_state_dict(mark, positions)
         for source, bad in zip(self.sources, state["bad"], strict=True):
             source.bad.clear()
             source.bad.update(bad)
 
-    def _refill(self, lane: _Lane) -> None:
-        while len(lane.waiting) < self.look_ahead and not lane.ended:
-            piece = self._read(lane)
+    def _refill(self, stream: _RowStream) -> None:
+        while len(stream.waiting) < self.look_ahead and not stream.ended:
+            piece = self._read(stream)
             if piece is None:
-                lane.ended = True
+                stream.ended = True
             else:
-                lane.waiting.append(piece)
+                stream.waiting.append(piece)
 
-    def _read(self, lane: _Lane) -> Piece | None:
-        """The lane's next document with its lead; None when all sources are."""
-        number = lane.lane + lane.number * self.rows
+    def _read(self, stream: _RowStream) -> Piece | None:
+        """The row's next document with its lead; None when every source is exhausted."""
+        number = stream.row + stream.number * self.batch_size
         draw = uniform("source", self.seed, number)
         live = list(range(len(self.sources)))
         while live:
             below = list(itertools.accumulate(self.sources[i].weight for i in live))
             chosen = live[min(bisect.bisect_right(below, draw * below[-1]), len(live) - 1)]
-            record = self._readers[chosen].next(lane.lane)
+            record = self._readers[chosen].next(stream.row)
             if record is None:
                 live.remove(chosen)  # its epochs are over: the others share what it would have had
                 continue
@@ -223,25 +226,25 @@ class Rows:
             except BadRecord as bad:
                 self.sources[chosen].reject(record.place, str(bad))
                 continue
-            lane.number += 1
+            stream.number += 1
             self._counts.documents += 1
             self._counts.tokens += len(document.tokens)
             return place(document, self.block_size, self.offset, self.seed, number)
         return None
 
-    def _lane_state(self, lane: _Lane) -> LaneState:
-        parts = [torch.from_numpy(piece.tokens) for piece in lane.waiting]
-        waiting = [[len(p.tokens), p.context, p.lead, int(p.ends), int(p.prompted)] for p in lane.waiting]
+    def _stream_state(self, stream: _RowStream) -> RowStreamState:
+        parts = [torch.from_numpy(piece.tokens) for piece in stream.waiting]
+        waiting = [[len(p.tokens), p.context, p.lead, int(p.ends), int(p.prompted)] for p in stream.waiting]
         return {
-            "number": lane.number,
-            "positions": [reader.positions[lane.lane] for reader in self._readers],
+            "number": stream.number,
+            "positions": [reader.positions[stream.row] for reader in self._readers],
             "tokens": torch.cat(parts) if parts else torch.zeros(0, dtype=torch.int32),
             "waiting": torch.tensor(waiting, dtype=torch.int64).reshape(-1, 5),
         }
 
     def _layout(self) -> dict[str, int | str]:
         """What batches are a function of; it must not change in the middle of a run."""
-        sizes = {"rows": self.rows, "row_length": self.row_length, "seed": self.seed}
+        sizes = {"batch_size": self.batch_size, "row_length": self.row_length, "seed": self.seed}
         mixture = " ".join(f"{Path(s.name).name}*{s.weight:g}-{s.held_out_fraction:g}" for s in self.sources)
         return {**sizes, "offset": self.offset, "look_ahead": self.look_ahead, "mixture": mixture}
 
@@ -251,7 +254,7 @@ def merge_states(states: Sequence[LoaderState]) -> LoaderState:
     if len({state["step"] for state in states}) != 1:
         raise ArgumentError(f"states of steps {sorted({s['step'] for s in states})} cannot be joined; take one step's")
     merged = states[0].copy()
-    merged["lanes"] = {lane: saved for state in states for lane, saved in state["lanes"].items()}
+    merged["row_streams"] = {row: saved for state in states for row, saved in state["row_streams"].items()}
     merged["counts"] = [sum(column) for column in zip(*(state["counts"] for state in states), strict=True)]
     per_source = zip(*(state["readers"] for state in states), strict=True)
     merged["readers"] = [min(saved, key=lambda mark: mark.get("at", 0)) for saved in per_source]  # the slowest's mark

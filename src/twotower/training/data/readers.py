@@ -1,6 +1,6 @@
-"""Which records a lane reads, and in which order. Record p of the run belongs to lane p mod R.
+"""Which records each row of the batches reads, and in which order. Record p of the run belongs to row p mod batch size.
 
-A lane's share of a source does not depend on how fast other lanes read, nor on the number of processes.
+The records of a row depend neither on how fast other rows read nor on the number of processes.
 """
 
 from __future__ import annotations
@@ -23,12 +23,12 @@ MARK_EVERY = 256  # records of a stream between two places where reading can sta
 
 
 class Reader(Protocol):
-    """positions: for each lane of this process, the number of the next record it reads, counted over all epochs."""
+    """positions: for each row of this process, the number of the next record to read, counted over all epochs."""
 
     positions: dict[int, int]
 
-    def next(self, lane: int) -> Record | None:
-        """The lane's next usable record; None when `max_epochs` are over."""
+    def next(self, row: int) -> Record | None:
+        """The row's next usable record; None when `max_epochs` are over."""
         ...
 
     def state_dict(self) -> ReaderState:
@@ -38,31 +38,33 @@ class Reader(Protocol):
     def load_state_dict(self, state: ReaderState, positions: dict[int, int]) -> None: ...
 
 
-def open_reader(source: Source, rows: int, lanes: Sequence[int], max_epochs: int | None, *key: int | str) -> Reader:
-    """rows: R, the lanes of all processes; lanes: those of this one; key: of the source's order."""
+def open_reader(
+    source: Source, batch_size: int, rows: Sequence[int], max_epochs: int | None, *key: int | str
+) -> Reader:
+    """batch_size: rows over all processes; rows: those of this process; key: of the source's order."""
     if isinstance(source.records, Stream):
-        return _InOrder(source, source.records, rows, lanes, max_epochs)
-    return _Shuffled(source, rows, lanes, max_epochs, key)
+        return _InOrder(source, source.records, batch_size, rows, max_epochs)
+    return _Shuffled(source, batch_size, rows, max_epochs, key)
 
 
 class _Shuffled:
     """Each epoch in an order of its own: a permutation by (key, epoch), so the state is the positions alone."""
 
     def __init__(
-        self, source: Source, rows: int, lanes: Sequence[int], max_epochs: int | None, key: Sequence[int | str]
+        self, source: Source, batch_size: int, rows: Sequence[int], max_epochs: int | None, key: Sequence[int | str]
     ) -> None:
         assert not isinstance(source.records, Stream)
         self.source, self.records = source, source.records
-        self.rows, self.max_epochs, self.key = rows, max_epochs, key
-        self.positions = {lane: lane for lane in lanes}
+        self.batch_size, self.max_epochs, self.key = batch_size, max_epochs, key
+        self.positions = {row: row for row in rows}
         self._orders: dict[int, np.ndarray] = {}
 
-    def next(self, lane: int) -> Record | None:
+    def next(self, row: int) -> Record | None:
         while True:
-            epoch, place = divmod(self.positions[lane], len(self.records))
+            epoch, place = divmod(self.positions[row], len(self.records))
             if self.max_epochs is not None and epoch >= self.max_epochs:
                 return None
-            self.positions[lane] += self.rows
+            self.positions[row] += self.batch_size
             record = self.source.understand(self.records[int(self._order(epoch)[place])])
             if record is not None:
                 return record
@@ -80,35 +82,37 @@ class _Shuffled:
 
     def _order(self, epoch: int) -> np.ndarray:
         if epoch not in self._orders:
-            if len(self._orders) > 2:  # lanes are a few records apart: in two epochs at once, seldom more
+            if len(self._orders) > 2:  # rows are a few records apart: in two epochs at once, seldom more
                 del self._orders[min(self._orders)]
             self._orders[epoch] = permutation(len(self.records), "order", *self.key, epoch)
         return self._orders[epoch]
 
 
 class _InOrder:
-    """A stream, pass after pass. Lanes read at their own pace: what the fastest has passed is kept for the others.
+    """A stream, epoch after epoch. Rows read at different speeds: records that the fastest row has passed are buffered.
 
-    The state is a mark: a place in the stream that no lane has yet passed. Resuming reads on from there and drops
-    what was read before.
+    The state is a mark: a place in the stream that no row has passed yet. Resuming reads on from the mark and drops
+    the records that were used before.
     """
 
-    def __init__(self, source: Source, stream: Stream, rows: int, lanes: Sequence[int], max_epochs: int | None) -> None:
+    def __init__(
+        self, source: Source, stream: Stream, batch_size: int, rows: Sequence[int], max_epochs: int | None
+    ) -> None:
         self.source, self.stream = source, stream
-        self.rows, self.max_epochs = rows, max_epochs
-        self.positions = {lane: lane for lane in lanes}
+        self.batch_size, self.max_epochs = batch_size, max_epochs
+        self.positions = {row: row for row in rows}
         self._ahead: dict[int, Raw] = {}
         self._begin({"at": 0, "pass_start": 0, "passes": 0, "stream": ""})
 
-    def next(self, lane: int) -> Record | None:
+    def next(self, row: int) -> Record | None:
         last = self.passes + 2
         while True:
-            position = self.positions[lane]
+            position = self.positions[row]
             while self.at <= position and (self.max_epochs is None or self.passes < self.max_epochs):
                 self._advance()
             if self.at <= position:
                 return None
-            self.positions[lane] += self.rows
+            self.positions[row] += self.batch_size
             record = self.source.understand(self._ahead.pop(position))
             if record is not None:
                 return record
@@ -137,12 +141,12 @@ class _InOrder:
         raw = self._reading.next()
         if raw is None:
             length = self.at - self.pass_start
-            if length < self.rows:
-                raise too_few(self.source.name, length, self.rows)
+            if length < self.batch_size:
+                raise too_few(self.source.name, length, self.batch_size)
             self.passes, self.pass_start = self.passes + 1, self.at
             self._reading = self.stream.read()
             return
-        if self.positions.get(self.at % self.rows, self.at + 1) <= self.at:
+        if self.positions.get(self.at % self.batch_size, self.at + 1) <= self.at:
             self._ahead[self.at] = raw
         self.at += 1
         if self.at % MARK_EVERY == 0:
@@ -151,18 +155,18 @@ class _InOrder:
             self._prune()
 
     def _prune(self) -> None:
-        """Drops marks that every lane is past."""
+        """Drops marks that every row has passed."""
         slowest = min(self.positions.values())
         while len(self._marks) > 1 and self._marks[1]["at"] <= slowest:
             self._marks.popleft()
 
 
-def too_few(name: str, documents: int, rows: int) -> ArgumentError:
+def too_few(name: str, documents: int, batch_size: int) -> ArgumentError:
     if documents == 0:
         return ArgumentError(f"{name}: holds no usable document; give data that is not empty, bad or held out")
     return ArgumentError(
-        f"{name}: {documents} document{'s' * (documents > 1)} for the {rows} rows of a batch (at least one a rank); "
-        "give more data or fewer rows"
+        f"{name}: {documents} document{'s' * (documents > 1)} for the {batch_size} rows of a batch "
+        "(at least one a rank); give more data or a smaller batch size"
     )
 
 

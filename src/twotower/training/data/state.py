@@ -17,8 +17,8 @@ class ReaderState(TypedDict, total=False):
     stream: str
 
 
-class LaneState(TypedDict):
-    """One lane. number: of documents read; positions: in each source; tokens, waiting (n, 5): its unfinished pieces."""
+class RowStreamState(TypedDict):
+    """One row. number: of documents read; positions: in each source; tokens, waiting (n, 5): pieces not placed yet."""
 
     number: int
     positions: list[int]
@@ -33,7 +33,7 @@ class LoaderState(TypedDict):
     block_size: int
     layout: dict[str, int | str]
     counts: list[int]
-    lanes: dict[str, LaneState]
+    row_streams: dict[str, RowStreamState]
     readers: list[ReaderState]
     bad: list[dict[str, str]]
     merged: NotRequired[int]

@@ -48,7 +48,12 @@ class StepFlops:
 
 
 def two_tower_step(
-    config: BackboneConfig, row_length: int, block_size: int, *, recompute: bool, train_context: bool = False
+    config: BackboneConfig,
+    row_length: int,
+    block_size: int,
+    *,
+    activation_checkpointing: bool,
+    train_context: bool = False,
 ) -> StepFlops:
     """The denoising objective: the context without its head and without the layers nothing reads, the denoiser, and
     the head at masked positions."""
@@ -63,7 +68,7 @@ def two_tower_step(
         denoiser=sum(work.forward + work.backward for work in denoising),
         head=_head(config, row_length * MASKED_SHARE),
         time=_time(config.hidden_size, row_length // block_size),
-        recomputed=forward if recompute else 0.0,
+        recomputed=forward if activation_checkpointing else 0.0,
     )
 
 
@@ -72,7 +77,9 @@ def _through(reading: list[LayerWork]) -> float:
     return sum(work.backward for work in reading[:-1]) + sum(work.past for work in reading[-1:])
 
 
-def autoregressive_step(config: BackboneConfig, row_length: int, block_size: int, *, recompute: bool) -> StepFlops:
+def autoregressive_step(
+    config: BackboneConfig, row_length: int, block_size: int, *, activation_checkpointing: bool
+) -> StepFlops:
     """Next-token prediction with one tower of the same backbone, for comparison."""
     layers = [layer_work(kind, config, row_length, block_size, "context") for kind in config.hybrid_override_pattern]
     return StepFlops(
@@ -80,7 +87,7 @@ def autoregressive_step(config: BackboneConfig, row_length: int, block_size: int
         denoiser=0.0,
         head=_head(config, row_length - 1),
         time=0.0,
-        recomputed=sum(work.forward - work.last for work in layers) if recompute else 0.0,
+        recomputed=sum(work.forward - work.last for work in layers) if activation_checkpointing else 0.0,
     )
 
 

@@ -28,7 +28,7 @@ from twotower.training.planning.stand_ins import FusedAttention, tower_with_grou
 
 
 def build(
-    config: BackboneConfig, *, dtype: torch.dtype, context: ContextRole, recompute: bool
+    config: BackboneConfig, *, dtype: torch.dtype, context: ContextRole, activation_checkpointing: bool
 ) -> tuple[DenoisingObjective, int]:
     """The objective without storage, as `fsdp.shard` hands it to a forward pass → and a tower's parameters."""
     make_tower = tower_with_grouped_experts if dtype == torch.bfloat16 else Tower
@@ -36,7 +36,9 @@ def build(
         denoiser = make_tower(config)
         reader = denoiser if context == "tied" else make_tower(config)
         time = TimeConditioning(config.hidden_size, config.num_layers)
-    options = DenoisingOptions(mask_token_id=0, train_context=context != "frozen", recompute=recompute)
+    options = DenoisingOptions(
+        mask_token_id=0, train_context=context != "frozen", activation_checkpointing=activation_checkpointing
+    )
     objective = DenoisingObjective(reader, denoiser, time, options)
     cast(objective, dtype)
     return objective, sum(p.numel() for p in denoiser.parameters())
@@ -46,29 +48,33 @@ def profile(
     config: BackboneConfig,
     *,
     row_length: int,
-    micro_rows: int,
+    micro_batch_size: int,
     block_size: int,
     dtype: torch.dtype,
     context: ContextRole = "frozen",
-    recompute: bool = True,
+    activation_checkpointing: bool = True,
 ) -> Profile:
     """Measures a micro-batch; every column is text and, for the head, masked: the most it can be. Takes seconds."""
-    objective, per_tower = build(config, dtype=dtype, context=context, recompute=recompute)
-    document = torch.zeros(micro_rows, row_length, dtype=torch.long, device="meta")
-    layout = Layout(document, block_size, chosen=torch.arange(micro_rows * row_length // block_size, device="meta"))
+    objective, per_tower = build(
+        config, dtype=dtype, context=context, activation_checkpointing=activation_checkpointing
+    )
+    document = torch.zeros(micro_batch_size, row_length, dtype=torch.long, device="meta")
+    layout = Layout(
+        document, block_size, chosen=torch.arange(micro_batch_size * row_length // block_size, device="meta")
+    )
     measured: dict[tuple[str, bool], UnitUse] = {}
     with FusedAttention(), LiveBytes() as live:
-        change = objective.time(torch.empty(micro_rows * row_length // block_size, device="meta"))
+        change = objective.time(torch.empty(micro_batch_size * row_length // block_size, device="meta"))
         modulation = 3 * change[0].gate.nbytes
         _ = layout.valid_chosen, layout.block_document, layout.fresh
         fixed = live.live
-        shape = (micro_rows, row_length, config.hidden_size)
+        shape = (micro_batch_size, row_length, config.hidden_size)
         stream = torch.promote_types(dtype, torch.float32) if config.residual_in_fp32 else dtype
         for unit in objective.units:
             assert isinstance(unit, PairedLayer)
             key = (unit.denoiser.kind, unit.reads)
             if key not in measured:
-                measured[key] = _measure_unit(live, unit, recompute, layout, change[0], shape, stream)
+                measured[key] = _measure_unit(live, unit, activation_checkpointing, layout, change[0], shape, stream)
         tail = _measure_tail(live, objective, shape, stream)
     units, root, whole, trained = _shares(objective)
     kinds = [(u.denoiser.kind, u.reads) for u in objective.units if isinstance(u, PairedLayer)]
@@ -89,7 +95,7 @@ def profile(
 def _measure_unit(
     live: LiveBytes,
     unit: PairedLayer,
-    recompute: bool,
+    activation_checkpointing: bool,
     layout: Layout,
     change: Modulation,
     shape: tuple[int, int, int],
@@ -103,7 +109,7 @@ def _measure_unit(
     modulation = Modulation(*(part.detach().requires_grad_() for part in change))
 
     def forward() -> tuple[Tensor, ...]:
-        clean, noisy = run_unit(unit, recompute, *inputs(), modulation, layout)
+        clean, noisy = run_unit(unit, activation_checkpointing, *inputs(), modulation, layout)
         return (clean, noisy) if unit.reads else (noisy,)  # a stream that only passes through is an input
 
     return _measure(live, unit, forward)

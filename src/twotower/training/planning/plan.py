@@ -123,7 +123,7 @@ def plan(config: BackboneConfig, setup: Setup) -> Plan:
         config,
         setup.row_length,
         setup.block_size,
-        recompute=setup.recompute,
+        activation_checkpointing=setup.activation_checkpointing,
         train_context=setup.context != "frozen",
     )
     everything = [unit.share for unit in measured.units] + [measured.root]
@@ -139,7 +139,9 @@ def plan(config: BackboneConfig, setup: Setup) -> Plan:
         ),
         memory=memory,
         flops=flops,
-        autoregressive=autoregressive_step(config, setup.row_length, setup.block_size, recompute=setup.recompute),
+        autoregressive=autoregressive_step(
+            config, setup.row_length, setup.block_size, activation_checkpointing=setup.activation_checkpointing
+        ),
         traffic=_traffic(measured, setup, flops),
         hours=tuple(_hours(setup, flops, tokens) for tokens in sorted({*SHORTER, setup.tokens})),
         remedies=() if memory.total <= limit else tuple(_remedies(config, measured, setup)),
@@ -179,11 +181,11 @@ def _remedies(config: BackboneConfig, measured: Profile, setup: Setup) -> Iterat
         total = memory_of(_measured(config, changed) if anew else measured, changed).total
         return Remedy(change=change, total=total, fits=total <= setup.gpu_memory_gib * GIB)
 
-    if not setup.recompute:
-        yield remedy("recomputation", dataclasses.replace(setup, recompute=True))
-    if setup.micro_rows > 1:
-        rows = None if setup.rows is None or setup.micro_batches == 1 else setup.rows
-        yield remedy("micro-batches of 1 row", dataclasses.replace(setup, micro_rows=1, rows=rows))
+    if not setup.activation_checkpointing:
+        yield remedy("recomputation", dataclasses.replace(setup, activation_checkpointing=True))
+    if setup.micro_batch_size > 1:
+        batch_size = None if setup.micro_batches == 1 else setup.batch_size
+        yield remedy("micro-batches of 1 row", dataclasses.replace(setup, micro_batch_size=1, batch_size=batch_size))
     if fewest := _smallest(measured, setup):
         yield remedy(f"{fewest} GPUs", setup.on(fewest), anew=False)
     columns = setup.row_length // 2
@@ -202,9 +204,9 @@ def _measured(config: BackboneConfig, setup: Setup) -> Profile:
     return profile(
         config,
         row_length=setup.row_length,
-        micro_rows=setup.micro_rows,
+        micro_batch_size=setup.micro_batch_size,
         block_size=setup.block_size,
         dtype=getattr(torch, setup.dtype),
         context=setup.context,
-        recompute=setup.recompute,
+        activation_checkpointing=setup.activation_checkpointing,
     )

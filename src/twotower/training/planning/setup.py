@@ -17,19 +17,20 @@ RECIPE_TOKENS = 2.1e12  # the released denoiser's
 class Setup:
     """A run in question.
 
-    rows: of one step over all GPUs (None: one micro-batch each); micro_rows: of one pass on one GPU. peak_tflops: one
-    GPU's dense rate in dtype. Assumed: utilisation of it, recomputation counted as work; bandwidth_gb, GB/s at which
-    one GPU gathers (NCCL's bus bandwidth); reserve_gib: CUDA's own, NCCL's buffers, fragments.
+    batch_size: rows of one step over all GPUs (None: one micro-batch each). micro_batch_size: rows of one pass on one
+    GPU. peak_tflops: of one GPU, dense, in dtype. Assumed: utilisation (a share of the peak, recomputation counted as
+    work); bandwidth_gb (GB/s at which one GPU gathers: NCCL's bus bandwidth); reserve_gib (CUDA's own memory, NCCL's
+    buffers, fragmentation).
     """
 
     gpus: int = 8
     gpu_memory_gib: float = 80.0
     row_length: int = 8192
-    rows: int | None = None
-    micro_rows: int = 1
+    batch_size: int | None = None
+    micro_batch_size: int = 1
     block_size: int = 16
     dtype: PlanDtype = "bfloat16"
-    recompute: bool = True
+    activation_checkpointing: bool = True
     context: ContextRole = "frozen"
     tokens: float = RECIPE_TOKENS
     peak_tflops: float = 989.0
@@ -38,7 +39,7 @@ class Setup:
     reserve_gib: float = 4.0
 
     def __post_init__(self) -> None:
-        positive = ("gpus", "gpu_memory_gib", "row_length", "micro_rows", "block_size", "tokens", "peak_tflops")
+        positive = ("gpus", "gpu_memory_gib", "row_length", "micro_batch_size", "block_size", "tokens", "peak_tflops")
         for name in (*positive, "utilisation", "bandwidth_gb"):
             if not getattr(self, name) > 0:
                 raise ArgumentError(f"{name} is {getattr(self, name)}; it must be above 0")
@@ -48,8 +49,10 @@ class Setup:
             raise ArgumentError(f"utilisation is {self.utilisation}; it is a fraction of the peak, as 0.35")
         if self.row_length % self.block_size:
             raise ArgumentError(f"rows of {self.row_length} columns do not divide into blocks of {self.block_size}")
-        if self.rows is not None and self.rows < self.gpus:
-            raise ArgumentError(f"{self.rows} rows a step are fewer than {self.gpus} GPUs; each needs at least one")
+        if self.batch_size is not None and self.batch_size < self.gpus:
+            raise ArgumentError(
+                f"{self.batch_size} rows a step are fewer than {self.gpus} GPUs; each needs at least one"
+            )
         for name, choices in (("dtype", get_args(PlanDtype)), ("context", get_args(ContextRole))):
             if getattr(self, name) not in choices:
                 raise ArgumentError(f"{name} is {getattr(self, name)!r}; choose one of {', '.join(choices)}")
@@ -57,15 +60,15 @@ class Setup:
     @property
     def step_rows(self) -> int:
         """Rows of one step over all GPUs."""
-        return self.rows or self.gpus * self.micro_rows
+        return self.batch_size or self.gpus * self.micro_batch_size
 
     @property
     def micro_batches(self) -> int:
         """Passes of one GPU in one step."""
         rows = -(-self.step_rows // self.gpus)
-        return -(-rows // self.micro_rows)
+        return -(-rows // self.micro_batch_size)
 
     def on(self, gpus: int) -> Setup:
         """The same run on other GPUs: as many rows a step, or at least one for each."""
-        rows = None if self.rows is None else max(self.rows, gpus)
-        return replace(self, gpus=gpus, rows=rows)
+        batch_size = None if self.batch_size is None else max(self.batch_size, gpus)
+        return replace(self, gpus=gpus, batch_size=batch_size)

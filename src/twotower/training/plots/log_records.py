@@ -51,8 +51,8 @@ def summary(records: Records) -> list[str]:
     return [
         f"steps {first['step']} to {last['step']}, blocks of {sizes}: {with_prefix(tokens)} tokens in "
         f"{readable_time(seconds)}, {with_prefix(tokens / seconds)} tokens/s",
-        f"loss {smooth[-1]:.4g} (at first {first['loss']:.4g}), gradient norm {last['norm']:.3g}, "
-        f"learning rate {last['rate']:.2g}",
+        f"loss {smooth[-1]:.4g} (at first {first['loss']:.4g}), gradient norm {last['grad_norm']:.3g}, "
+        f"learning rate {last['lr']:.2g}",
         found,
     ]
 

@@ -25,14 +25,14 @@ def training_figure(records: Records) -> Figure:
     speed = [r["tokens"] / max(s, 1e-9) for r, s in zip(records, step_seconds(records), strict=True)]
     figure = Figure(figsize=(WIDTH, 10.0))
     axes: list[Axes] = list(figure.subplots(4, 1, sharex=True, height_ratios=[3, 1, 1, 1]))
-    loss, rate, norm, pace = axes
+    loss, lr, norm, pace = axes
     _raw_and_smooth(loss, steps, [record["loss"] for record in records], BLUE)
     loss.set(title="Training loss", ylabel="nats per target token")
     loss.legend(loc="lower right", bbox_to_anchor=(1.0, 1.0), ncols=2, borderaxespad=0.2)
-    rate.plot(steps, [record["rate"] for record in records], color=GREEN)
-    rate.set(ylabel="learning rate", ylim=(0, None))
-    rate.ticklabel_format(axis="y", style="sci", scilimits=(0, 0))
-    _raw_and_smooth(norm, steps, [record["norm"] for record in records], ORANGE)
+    lr.plot(steps, [record["lr"] for record in records], color=GREEN)
+    lr.set(ylabel="learning rate", ylim=(0, None))
+    lr.ticklabel_format(axis="y", style="sci", scilimits=(0, 0))
+    _raw_and_smooth(norm, steps, [record["grad_norm"] for record in records], ORANGE)
     norm.set(ylabel="gradient norm", yscale="log")
     norm.yaxis.set_major_locator(LogLocator(subs=(1.0, 2.0, 5.0)))
     norm.yaxis.set_major_formatter(lambda value, _: f"{value:g}")

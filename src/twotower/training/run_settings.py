@@ -19,12 +19,12 @@ FREE = ("checkpoint_every", "tensorboard")
 
 
 @dataclass(frozen=True, kw_only=True)
-class Settings:
+class RunSettings:
     """Common to `pretrain` and `train`.
 
     data, validation: `PATH|HUB_ID[:SPLIT][@CONFIG][=WEIGHT]` items; without validation data, the held_out share of the
-    training data serves. rows × row_length: columns of a global batch, over all processes. micro_rows: rows of one
-    forward pass on one process, 0 for all. warmup in steps, decay as a fraction of them.
+    training data serves. batch_size: rows of one optimizer step, over all processes; each has row_length tokens.
+    micro_batch_size: rows of one forward pass on one process, 0 for all. warmup in steps, decay as a fraction of them.
     """
 
     data: tuple[str, ...]
@@ -35,20 +35,20 @@ class Settings:
     streaming: bool = False
     epochs: int | None = None
     max_bad_records: int = 100
-    rows: int = 8
+    batch_size: int = 8
     row_length: int = 1024
-    micro_rows: int = 0
+    micro_batch_size: int = 0
     stages: tuple[Stage, ...] = (Stage(16, 1000),)
-    rate: float = 1e-4
+    lr: float = 1e-4
     warmup: int = 100
     decay: float = 0.3
-    final: float = 0.01
+    final_lr_ratio: float = 0.01
     weight_decay: float = 0.1
     clip: float = 1.0
     balance_rate: float = 1e-3
     seed: int = 0
     dtype: Dtype = "auto"
-    recompute: bool = False
+    activation_checkpointing: bool = False
     deterministic: bool = False
     checkpoint_every: int = 200
     validate_every: int = 500
@@ -60,10 +60,10 @@ class Settings:
             raise ArgumentError("no data; give at least one --data PATH or hub id")
         if not 0 <= self.held_out < 1:
             raise ArgumentError(f"held_out is {self.held_out}; give a share from 0 up to 1, as 0.01")
-        for name in ("rows", "row_length", "checkpoint_every", "validation_documents"):
+        for name in ("batch_size", "row_length", "checkpoint_every", "validation_documents"):
             if getattr(self, name) < 1:
                 raise ArgumentError(f"{name} is {getattr(self, name)}; give at least 1")
-        for name in ("micro_rows", "validate_every", "warmup", "clip", "weight_decay", "balance_rate", "seed"):
+        for name in ("micro_batch_size", "validate_every", "warmup", "clip", "weight_decay", "balance_rate", "seed"):
             if getattr(self, name) < 0:
                 raise ArgumentError(f"{name} is {getattr(self, name)}; give 0 or more")
         for stage in self.stages:
@@ -77,7 +77,13 @@ class Settings:
     def schedule(self) -> Schedule:
         """The learning rate's course over all stages."""
         steps = sum(stage.steps for stage in self.stages)
-        return Schedule(steps=steps, peak=self.rate, warmup=min(self.warmup, steps), decay=self.decay, final=self.final)
+        return Schedule(
+            steps=steps,
+            peak_lr=self.lr,
+            warmup=min(self.warmup, steps),
+            decay=self.decay,
+            final_lr_ratio=self.final_lr_ratio,
+        )
 
     def fixed(self) -> dict[str, object]:
         """What must be the same when a run is continued."""
@@ -85,7 +91,7 @@ class Settings:
 
 
 @dataclass(frozen=True, kw_only=True)
-class PretrainSettings(Settings):
+class PretrainSettings(RunSettings):
     """An autoregressive backbone from nothing. prompt_loss: whether prompts that come with a text are learned too."""
 
     config: Path
@@ -102,7 +108,7 @@ class PretrainSettings(Settings):
 
 
 @dataclass(frozen=True, kw_only=True)
-class DenoiserSettings(Settings):
+class DenoiserSettings(RunSettings):
     """The denoiser of a two-tower checkpoint.
 
     noise: what shares one noise level. offset: whether block edges fall anywhere in a text or at its start. tie: one
