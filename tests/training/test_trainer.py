@@ -198,13 +198,8 @@ def test_a_trained_context_learns_too(tmp_path: Path) -> None:
 def test_bfloat16_learns_and_keeps_the_dtype_of_the_checkpoint(tmp_path: Path) -> None:
     """Its small steps are not lost: the weights that train are fp32 until the end."""
     source = two_towers(tmp_path / "source", dtype=torch.bfloat16)
-<<<<<<< HEAD
-    args = tiny_run.given().train(tmp_path / "run", *LITTLE, "--dtype", "bfloat16", "--rate", "3e-3", model=source)
-    assert run_cli(args) == 0
-=======
     args = tiny_run.given().train(tmp_path / "run", *LITTLE, "--dtype", "bfloat16", "--lr", "3e-3", model=source)
-    assert run(args) == 0
->>>>>>> 70e9e39 (Training: --lr, --batch-size, --micro-batch-size, --final-lr-ratio and --activation-checkpointing; old spellings and old run directories still work; lanes are rows, claim is lock_run_dir)
+    assert run_cli(args) == 0
     before, after = weights(source), weights(tmp_path / "run")
     for name, tensor in before.items():
         assert after[name].dtype == tensor.dtype, name

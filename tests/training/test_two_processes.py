@@ -73,11 +73,9 @@ def test_passes_over_fewer_rows_change_nothing(tmp_path: Path) -> None:
     """Three rows and then one, in one process."""
     one = uninterrupted("train")
     assert (
-<<<<<<< HEAD
-        tiny_run.run_cli(tiny_run.given().train(tmp_path / "run", "--micro-rows", "3", "--checkpoint-every", "100"))
-=======
-        tiny_run.run(tiny_run.given().train(tmp_path / "run", "--micro-batch-size", "3", "--checkpoint-every", "100"))
->>>>>>> 70e9e39 (Training: --lr, --batch-size, --micro-batch-size, --final-lr-ratio and --activation-checkpointing; old spellings and old run directories still work; lanes are rows, claim is lock_run_dir)
+        tiny_run.run_cli(
+            tiny_run.given().train(tmp_path / "run", "--micro-batch-size", "3", "--checkpoint-every", "100")
+        )
         == 0
     )
     report("micro-rows", one, tmp_path / "run")
