@@ -78,7 +78,7 @@ def command_lines(code: str) -> Iterator[str]:
 
 
 def commands(line: str) -> Iterator[list[str]]:
-    """The simple commands of a line, as words, without assignments before and redirections after them.
+    """The simple commands of a line, as words: the program without its folder, without assignments and redirections.
 
     Raises:
         ValueError: a quotation has no end.
@@ -91,7 +91,7 @@ def commands(line: str) -> Iterator[list[str]]:
             while words and re.match(r"[A-Za-z_]\w*=", words[0]):
                 words = words[1:]
             if words:
-                yield words
+                yield [words[0].rsplit("/", 1)[-1], *words[1:]]
             words = []
         elif word in {">", ">>", "<"}:
             words.append(word)
@@ -112,7 +112,7 @@ def command_problem(line: str) -> str | None:
                 parse(words[1:])
             except click.UsageError as error:
                 return f"{line}: {error.format_message()}"
-        elif Path(words[0]).name not in NOT_STARTED and shutil.which(words[0]) is None:
+        elif words[0] not in NOT_STARTED and shutil.which(words[0]) is None:
             return f"{line}: there is no program {words[0]}"
     return None
 
@@ -158,7 +158,7 @@ def run_bash(block: Block, folder: Path) -> None:
     """
     lines = list(command_lines(block.code))
     every = [words for line in lines for words in commands(line)]
-    kept = [words for words in every if not (Path(words[0]).name in NOT_STARTED or words[:2] == ["twotower", "serve"])]
+    kept = [words for words in every if not (words[0] in NOT_STARTED or words[:2] == ["twotower", "serve"])]
     if all(len(list(commands(line))) == 1 and is_plain(line) for line in lines if started(line)):
         for words in kept:
             _run_here(words[1:])
@@ -167,13 +167,13 @@ def run_bash(block: Block, folder: Path) -> None:
 
 
 def started(line: str) -> bool:
-    return any(Path(words[0]).name not in NOT_STARTED for words in commands(line))
+    return any(words[0] not in NOT_STARTED for words in commands(line))
 
 
 def is_plain(line: str) -> bool:
     """Whether a line is one `twotower` command that needs no shell: no operators, variables and patterns."""
     unquoted = re.sub(r"'[^']*'|\"[^\"]*\"", "", line.split(" #")[0])
-    return line.startswith("twotower ") and not re.search(r"[|&;<>$*~`]", unquoted)
+    return bool(re.match(r"(\S*/)?twotower\s", line)) and not re.search(r"[|&;<>$*~`]", unquoted)
 
 
 def _run_here(words: list[str]) -> None:
