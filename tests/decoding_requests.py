@@ -13,7 +13,7 @@ from decoding_models import NAMES, decoding_model
 from twotower import generate
 from twotower.decoding.unmasking import POLICIES
 
-KNOBS = {
+POLICY_VALUES = {
     "threshold": (0.05, 0.15, 0.3, 0.6), "top-k": (1, 2, 3, 7.5), "factor": (0.7, 1.5, 1.9, 4.0),
     "entropy": (0.1, 1.0, 3.0, 9.0), "margin": (0.02, 0.1, 0.4), "klass": (0.03, 0.1, 0.3), "span": (0.05, 0.15, 0.4),
     "decay": (0.1, 0.3, 0.7),
@@ -49,15 +49,17 @@ def some_params(rng: random.Random, mode: str, rows: int) -> dict[str, Any]:
 
 
 def some_policies(rng: random.Random, rows: int, mode: str) -> dict[str, Any]:
-    """One for all rows or one for each, with or without a knob."""
+    """One for all rows or one for each, with or without a policy value."""
     if rng.random() < 0.15:
         named = mode == "diffusion" and rng.random() < 0.8
         return {"confidence_threshold": rng.choice([0.05, 0.2, 0.5])} if named else {}
     if rows == 1 or rng.random() < 0.4:
         name = rng.choice(sorted(POLICIES))
-        return {"policy": name} | ({"knob": rng.choice(KNOBS[name])} if rng.random() < 0.8 else {})
+        return {"policy": name} | ({"policy_value": rng.choice(POLICY_VALUES[name])} if rng.random() < 0.8 else {})
     names = [rng.choice(sorted(POLICIES)) for _ in range(rows)]
-    return {"policy": names} | ({"knob": [rng.choice(KNOBS[name]) for name in names]} if rng.random() < 0.8 else {})
+    return {"policy": names} | (
+        {"policy_value": [rng.choice(POLICY_VALUES[name]) for name in names]} if rng.random() < 0.8 else {}
+    )
 
 
 def some_request(rng: random.Random, mode: str, rows: int, longest: int = 530, names: Sequence[str] = NAMES) -> Golden:

@@ -29,36 +29,36 @@ Order = Callable[[NaiveRow, int], float]  # of an open position; the largest goe
 
 
 class NaivePolicy(NamedTuple):
-    """sure: what a pass commits for the policy's own reasons; order: of what else is due; default: the knob's."""
+    """sure: what a pass commits for the policy's own reasons; order: of what else is due; default: the value's."""
 
     sure: Sure
     order: Order
     default: float
 
 
-def naive_threshold(row: NaiveRow, knob: float) -> set[int]:
-    return {i for i in row.open if row.c[i] > knob}
+def naive_threshold(row: NaiveRow, value: float) -> set[int]:
+    return {i for i in row.open if row.c[i] > value}
 
 
-def naive_top_k(row: NaiveRow, knob: float) -> set[int]:
-    return set(sorted(row.open, key=lambda i: -row.c[i])[: math.ceil(knob)])
+def naive_top_k(row: NaiveRow, value: float) -> set[int]:
+    return set(sorted(row.open, key=lambda i: -row.c[i])[: math.ceil(value)])
 
 
-def naive_factor(row: NaiveRow, knob: float) -> set[int]:
+def naive_factor(row: NaiveRow, value: float) -> set[int]:
     best: set[int] = set()
     ordered = sorted(row.open, key=lambda i: -row.c[i])
     for n in range(1, len(ordered) + 1):
-        if (n + 1) * (1 - row.c[ordered[n - 1]]) < knob:
+        if (n + 1) * (1 - row.c[ordered[n - 1]]) < value:
             best = set(ordered[:n])
     return best
 
 
-def naive_entropy(row: NaiveRow, knob: float) -> set[int]:
+def naive_entropy(row: NaiveRow, value: float) -> set[int]:
     own = {i: entropy(row, i) for i in row.open}
     ordered, best = sorted(own, key=lambda i: own[i]), set()
     for n in range(1, len(ordered) + 1):
         taken = [own[i] for i in ordered[:n]]
-        if sum(taken[:-1]) <= knob:  # all but the largest, which is the last
+        if sum(taken[:-1]) <= value:  # all but the largest, which is the last
             best = set(ordered[:n])
     return best
 
@@ -67,8 +67,8 @@ def entropy(row: NaiveRow, i: int) -> float:
     return -sum(p * math.log(p) for p in row.p[i] if p > 0)
 
 
-def naive_margin(row: NaiveRow, knob: float) -> set[int]:
-    return {i for i in row.open if lead(row, i) > knob}
+def naive_margin(row: NaiveRow, value: float) -> set[int]:
+    return {i for i in row.open if lead(row, i) > value}
 
 
 def lead(row: NaiveRow, i: int) -> float:
@@ -76,7 +76,7 @@ def lead(row: NaiveRow, i: int) -> float:
     return first - second
 
 
-def naive_klass(row: NaiveRow, knob: float) -> set[int]:
+def naive_klass(row: NaiveRow, value: float) -> set[int]:
     before = row.before
     if before is None:
         return set()
@@ -85,20 +85,20 @@ def naive_klass(row: NaiveRow, knob: float) -> set[int]:
         pairs = zip(row.p[i], before[i], strict=True)
         return sum(p * math.log(p / q) for p, q in pairs if p > 0)
 
-    return {i for i in row.open if row.c[i] > knob and moved(i) < 0.01}
+    return {i for i in row.open if row.c[i] > value and moved(i) < 0.01}
 
 
-def naive_span(row: NaiveRow, knob: float) -> set[int]:
+def naive_span(row: NaiveRow, value: float) -> set[int]:
     found: set[int] = set()
     for i in sorted(row.open):
-        if row.c[i] <= knob:
+        if row.c[i] <= value:
             break
         found.add(i)
     return found
 
 
-def naive_decay(row: NaiveRow, knob: float) -> set[int]:
-    return {i for i in row.open if row.c[i] > knob * (1 - 0.5 * row.step / max(row.steps - 1, 1))}
+def naive_decay(row: NaiveRow, value: float) -> set[int]:
+    return {i for i in row.open if row.c[i] > value * (1 - 0.5 * row.step / max(row.steps - 1, 1))}
 
 
 def confidence(row: NaiveRow, i: int) -> float:
@@ -117,10 +117,10 @@ NAIVE = {
 }
 
 
-def naive_commit(name: str, row: NaiveRow, knob: float) -> set[int]:
+def naive_commit(name: str, row: NaiveRow, value: float) -> set[int]:
     """What a pass commits: what is sure, at least one, and enough to be done in the steps that are left; sure ones
     first, then by the policy's order, equal ones from the left."""
     policy = NAIVE[name]
-    sure = policy.sure(row, knob)
+    sure = policy.sure(row, value)
     count = min(len(row.open), max(len(sure), 1, math.ceil(len(row.open) / (row.steps - row.step))))
     return set(sorted(sorted(row.open), key=lambda i: (i not in sure, -policy.order(row, i)))[:count])

@@ -55,7 +55,7 @@ class Decoded:
 def decode(
     model: TwoTowerForCausalLM, prompt: list[int], params: GenerationParams, drafter: Drafter | None = None
 ) -> Decoded:
-    """A lone request; params hold one seed, one policy, one knob. drafter: in place of the denoiser, verified only."""
+    """A lone request with one seed, policy and policy value. drafter: in place of the denoiser, verified only."""
     row = _Row(model, prompt, params, Decoded(), drafter)
     if params.max_new_tokens == 0:
         row.out.finish_reason = "length"
@@ -180,9 +180,9 @@ def fill(row: _Row, before: list[int], begun: list[int], masked: list[int], step
     assert model.denoiser is not None
     assert model.time is not None
     assert isinstance(params.policy, str)
-    assert not isinstance(params.knob, tuple)
+    assert not isinstance(params.policy_value, tuple)
     usual = params.confidence_threshold if params.policy == "threshold" else NAIVE[params.policy].default
-    knob = usual if params.knob is None else params.knob
+    policy_value = usual if params.policy_value is None else params.policy_value
     block, masked = list(begun), list(masked)
     committed_at, confidence, seen, passes = [0] * size, [0.0] * size, None, 0
     past = _past(model, before)
@@ -197,7 +197,7 @@ def fill(row: _Row, before: list[int], begun: list[int], masked: list[int], step
         candidate = [row.pick(logits[i], len(before) + i, purpose, noise_step) for i in range(size)]
         chances = logits.softmax(-1).tolist()
         sure = [chances[i][candidate[i]] for i in range(size)]
-        for i in naive_commit(params.policy, NaiveRow(chances, sure, masked, seen, step, steps), knob):
+        for i in naive_commit(params.policy, NaiveRow(chances, sure, masked, seen, step, steps), policy_value):
             block[i], committed_at[i], confidence[i] = candidate[i], step, sure[i]
             masked.remove(i)
         seen = chances

@@ -23,7 +23,7 @@ from twotower import LLM, Request, TwoTowerForCausalLM
 from twotower.cache.replica import Transport
 from twotower.decoding.params import GenerationParams
 
-KINDS = DECODING | {"diffusion, 4 passes a block": {"mode": "diffusion", "policy": "top-k", "knob": BLOCK // 4}}
+KINDS = DECODING | {"diffusion, 4 passes a block": {"mode": "diffusion", "policy": "top-k", "policy_value": BLOCK // 4}}
 
 
 @dataclass

@@ -26,12 +26,12 @@ class Schedule:
     def begin(self) -> None:
         self.passes = self.blocks = 0
 
-    def __call__(self, seen: Pass, knob: torch.Tensor) -> Verdict:
+    def __call__(self, seen: Pass, value: torch.Tensor) -> Verdict:
         if seen.memory is None:
             self.blocks += 1
         self.passes += 1
         size = seen.masked.shape[1]
-        due = int(float(knob[0]) * self.passes) - size * (self.blocks - 1)
+        due = int(float(value[0]) * self.passes) - size * (self.blocks - 1)
         open_ = seen.masked.sum(1, keepdim=True)
         return Verdict(ranks(seen.confidence, seen.masked) < due - (size - open_), seen.confidence, True)
 
@@ -40,7 +40,7 @@ class Schedule:
 def forced() -> Iterator[Schedule]:
     """The schedule as policy "forced"."""
     schedule = Schedule()
-    register_policy("forced", schedule, knob="tokens a pass", default=1.0, low=1.0)
+    register_policy("forced", schedule, value_meaning="tokens a pass", default=1.0, low=1.0)
     try:
         yield schedule
     finally:
@@ -59,7 +59,7 @@ def diffusion_against_ar(
         asked = {"ar": GenerationParams.of(mode="ar", **shared)}
         for rate in per_pass:
             asked[f"{rate:g}"] = GenerationParams.of(
-                mode="diffusion", block_size=BLOCK, steps_per_block=BLOCK, policy="forced", knob=rate, **shared
+                mode="diffusion", block_size=BLOCK, steps_per_block=BLOCK, policy="forced", policy_value=rate, **shared
             )
         seconds: dict[str, list[float]] = {name: [] for name in asked}
         for number in range(rounds + 1):

@@ -22,6 +22,7 @@ from twotower.config import TwoTowerConfig
 from twotower.decoding.output import BlockEvent
 from twotower.decoding.params import GenerationParams
 from twotower.decoding.prompts import Prompts
+from twotower.deprecation import renamed_argument
 from twotower.engine import generation
 from twotower.engine.generation import StreamArguments
 from twotower.engine.workspace import Workspace
@@ -216,6 +217,7 @@ class TwoTowerForCausalLM(TwoTowerModel, PreTrainedModel):
         )
         return self._generate(input_ids, params, attention_mask)
 
+    @renamed_argument("knob", "policy_value")
     def generate_mask_diffusion(
         self,
         input_ids: Prompts,
@@ -234,11 +236,11 @@ class TwoTowerForCausalLM(TwoTowerModel, PreTrainedModel):
         seed: int | Sequence[int] | None = None,
         stop: str | Sequence[str] | None = None,
         policy: str | Sequence[str] | None = None,
-        knob: float | Sequence[float] | None = None,
+        policy_value: float | Sequence[float] | None = None,
     ) -> Tensor:
         """Masked diffusion, block by block → prompt + new tokens (B, S + n).
 
-        policy, knob: which positions a pass commits (`decoding.unmasking.POLICIES`), for all rows or each.
+        policy, policy_value: which positions a pass commits (`decoding.unmasking.POLICIES`), for all rows or each.
 
         step_callback(step, steps, block, t=, logits=, block_idx=): once per block with t 1.0 and logits None,
         then after each pass with the block (B, L) as it was before that pass's commits.
@@ -257,10 +259,11 @@ class TwoTowerForCausalLM(TwoTowerModel, PreTrainedModel):
             seed=seed,
             stop=stop,
             policy="threshold" if policy is None else policy,
-            knob=knob,
+            policy_value=policy_value,
         )
         return self._generate(input_ids, params, attention_mask, step_callback)
 
+    @renamed_argument("knob", "policy_value")
     def generate_verified(
         self,
         input_ids: Prompts,
@@ -278,7 +281,7 @@ class TwoTowerForCausalLM(TwoTowerModel, PreTrainedModel):
         seed: int | Sequence[int] | None = None,
         stop: str | Sequence[str] | None = None,
         policy: str | Sequence[str] | None = None,
-        knob: float | Sequence[float] | None = None,
+        policy_value: float | Sequence[float] | None = None,
     ) -> Tensor:
         """The tokens of `generate_ar` with the same seed, drafted by the denoiser and checked by the context tower, a
         block a pass → prompt + new tokens (B, S + n).
@@ -300,10 +303,11 @@ class TwoTowerForCausalLM(TwoTowerModel, PreTrainedModel):
             seed=seed,
             stop=stop,
             policy="threshold" if policy is None else policy,
-            knob=knob,
+            policy_value=policy_value,
         )
         return self._generate(input_ids, params, attention_mask)
 
+    @renamed_argument("knob", "policy_value")
     def stream(
         self, input_ids: Prompts, mode: str = "diffusion", **parameters: Unpack[StreamArguments]
     ) -> Iterator[BlockEvent]:

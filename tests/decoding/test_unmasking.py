@@ -39,7 +39,7 @@ def each(step: int, rows: int = ROWS) -> Tensor:
 
 # --- rules, against the same in plain Python ------------------------------------------------------------------------
 
-KNOBS: dict[str, tuple[float, ...]] = {
+POLICY_VALUES: dict[str, tuple[float, ...]] = {
     "threshold": (0.0, 0.3, 0.8, 1.0),
     "top-k": (1, 3, 20),
     "factor": (0.0, 0.7, 1.5, 4.0),
@@ -52,10 +52,10 @@ KNOBS: dict[str, tuple[float, ...]] = {
 
 
 def test_every_policy_has_a_twin_a_source_and_a_meaning() -> None:
-    assert set(NAIVE) == set(KNOBS) == set(POLICIES)
+    assert set(NAIVE) == set(POLICY_VALUES) == set(POLICIES)
     for name, policy in POLICIES.items():
         assert NAIVE[name].default == policy.default
-        assert policy.knob
+        assert policy.value_meaning
         assert policy.source
         assert policy.low <= policy.default <= policy.high
 
@@ -69,8 +69,8 @@ def test_a_rule_is_what_its_twin_says(name: str) -> None:
         if name == "klass":  # a pass before, near enough for some positions to count as still
             earlier = seen._replace(logits=seen.logits + 0.2 * draw(seed + 100).logits.nan_to_num(neginf=0.0))
             memory = POLICIES[name].rule(earlier, torch.zeros(ROWS, 1)).memory
-        for knob in KNOBS[name]:
-            verdict = POLICIES[name].rule(seen._replace(memory=memory), torch.full((ROWS, 1), float(knob)))
+        for value in POLICY_VALUES[name]:
+            verdict = POLICIES[name].rule(seen._replace(memory=memory), torch.full((ROWS, 1), float(value)))
             for r in range(ROWS):
                 row = NaiveRow(
                     p=seen.logits[r].softmax(-1).tolist(),
@@ -81,24 +81,24 @@ def test_a_rule_is_what_its_twin_says(name: str) -> None:
                     steps=STEPS,
                 )
                 sure = (verdict.sure & seen.masked)[r].nonzero()[:, 0].tolist()
-                assert set(sure) == NAIVE[name].sure(row, knob), (seed, knob, r)
+                assert set(sure) == NAIVE[name].sure(row, value), (seed, value, r)
                 chosen = commit(verdict, seen.masked, seen.step, seen.steps)[r].nonzero()[:, 0].tolist()
-                assert set(chosen) == naive_commit(name, row, knob), (seed, knob, r)
+                assert set(chosen) == naive_commit(name, row, value), (seed, value, r)
                 some += len(sure)
     assert some > 0
 
 
 def test_what_klass_remembers_is_not_widened() -> None:
     """A pass's logits as they are, and two numbers a position; tiles of one position give the same."""
-    seen, knob = draw(3), torch.zeros(ROWS, 1)
+    seen, value = draw(3), torch.zeros(ROWS, 1)
     narrow = seen._replace(logits=seen.logits.bfloat16())
-    memory = POLICIES["klass"].rule(narrow, knob).memory
+    memory = POLICIES["klass"].rule(narrow, value).memory
     assert memory[0] is narrow.logits
     assert all(part.shape == seen.masked.shape for part in memory[1:])
     later = narrow._replace(logits=narrow.logits + 0.01, memory=memory)
-    whole = POLICIES["klass"].rule(later, knob)
+    whole = POLICIES["klass"].rule(later, value)
     with patch.object(sampling, "TILE_BYTES", 1):
-        by_one = POLICIES["klass"].rule(later, knob)
+        by_one = POLICIES["klass"].rule(later, value)
     assert torch.equal(whole.sure, by_one.sure)
     assert whole.sure.any()
 
@@ -108,7 +108,7 @@ def test_what_klass_remembers_is_not_widened() -> None:
 
 @pytest.mark.parametrize("name", POLICIES)
 def test_a_block_is_done_in_its_steps_and_each_pass_commits(name: str) -> None:
-    """Even with knobs that make nothing sure; a committed position is never touched again."""
+    """Even with values that make nothing sure; a committed position is never touched again."""
     policy = POLICIES[name]
     never = {"top-k": 1.0, "factor": 0.0, "entropy": 0.0}.get(name, 1.0)
     for steps in (1, 3, LENGTH):
@@ -146,13 +146,13 @@ ASKED: dict[str, Any] = {"mode": "diffusion", "max_new_tokens": 20, "block_size"
 def test_each_row_of_a_batch_has_its_own_policy() -> None:
     """What it gives there is what it gives alone, under every policy at once, one of them our caller's own."""
     model = build_random_model(EVERY_KIND, dtype=torch.float64)
-    register_policy("odd first", _odd_first, knob="nothing", default=0.5, high=1.0)
+    register_policy("odd first", _odd_first, value_meaning="nothing", default=0.5, high=1.0)
     try:
         names = ["threshold", "klass", "entropy", "odd first", "span", "decay", "top-k", "factor"]
-        knobs = [0.1, 0.05, 2.0, 0.5, 0.05, 0.2, 3.0, 1.9]
-        together = generate(model, PROMPTS, GenerationParams.of(policy=names, knob=knobs, **ASKED))
-        for prompt, name, knob, result in zip(PROMPTS, names, knobs, together, strict=True):
-            (alone,) = generate(model, [prompt], GenerationParams.of(policy=name, knob=knob, **ASKED))
+        values = [0.1, 0.05, 2.0, 0.5, 0.05, 0.2, 3.0, 1.9]
+        together = generate(model, PROMPTS, GenerationParams.of(policy=names, policy_value=values, **ASKED))
+        for prompt, name, value, result in zip(PROMPTS, names, values, together, strict=True):
+            (alone,) = generate(model, [prompt], GenerationParams.of(policy=name, policy_value=value, **ASKED))
             assert result.tokens == alone.tokens
             assert result.committed_at == alone.committed_at
             assert result.denoiser_passes == alone.denoiser_passes
@@ -162,7 +162,7 @@ def test_each_row_of_a_batch_has_its_own_policy() -> None:
         del POLICIES["odd first"]
 
 
-def _odd_first(seen: Pass, knob: Tensor) -> Verdict:
+def _odd_first(seen: Pass, value: Tensor) -> Verdict:
     """One position a pass: 1, 3, 5, … and then 0, 2, 4, …"""
     place = torch.arange(seen.masked.shape[1])
     order = -(place // 2 + (place % 2 == 0) * 100.0).expand(len(seen.masked), -1)
@@ -172,7 +172,7 @@ def _odd_first(seen: Pass, knob: Tensor) -> Verdict:
 def test_the_default_is_the_released_rule() -> None:
     model = build_random_model("M*E", dtype=torch.float64)
     usual = generate(model, PROMPTS, GenerationParams.of(confidence_threshold=0.2, **ASKED))
-    named = generate(model, PROMPTS, GenerationParams.of(policy="threshold", knob=0.2, **ASKED))
+    named = generate(model, PROMPTS, GenerationParams.of(policy="threshold", policy_value=0.2, **ASKED))
     assert [a.tokens for a in usual] == [b.tokens for b in named]
     assert [a.committed_at for a in usual] == [b.committed_at for b in named]
 
@@ -182,11 +182,14 @@ def test_the_default_is_the_released_rule() -> None:
     [
         ({"policy": "boldly"}, "policy is 'boldly'; choose one of threshold, top-k"),
         ({"policy": []}, "policy is empty"),
-        ({"policy": "margin", "knob": 1.5}, "knob (margin: probability of the best less the second) is 1.5"),
-        ({"policy": "top-k", "knob": 0}, "knob (top-k: positions a pass) is 0"),
-        ({"policy": ["span", "margin"], "knob": [0.5, 2]}, "knob (margin"),
-        ({"policy": ["span", "margin"], "knob": [0.5, 0.5, 0.5]}, "3 knobs for 2 policies"),
-        ({"knob": "0.9"}, "knob (threshold: confidence) is '0.9'"),
+        (
+            {"policy": "margin", "policy_value": 1.5},
+            "policy_value (margin: probability of the best less the second) is 1.5",
+        ),
+        ({"policy": "top-k", "policy_value": 0}, "policy_value (top-k: positions a pass) is 0"),
+        ({"policy": ["span", "margin"], "policy_value": [0.5, 2]}, "policy_value (margin"),
+        ({"policy": ["span", "margin"], "policy_value": [0.5, 0.5, 0.5]}, "3 policy values for 2 policies"),
+        ({"policy_value": "0.9"}, "policy_value (threshold: confidence) is '0.9'"),
     ],
 )
 def test_bad_policies_are_told(arguments: dict[str, Any], message: str) -> None:
@@ -197,15 +200,15 @@ def test_bad_policies_are_told(arguments: dict[str, Any], message: str) -> None:
 
 def test_one_for_each_prompt_or_one_for_all() -> None:
     model = build_random_model("M")
-    for name, values in (("policies", {"policy": ["span", "margin"]}), ("knobs", {"knob": [0.5, 0.6]})):
+    for name, values in (("policies", {"policy": ["span", "margin"]}), ("policy values", {"policy_value": [0.5, 0.6]})):
         with pytest.raises(ArgumentError, match=f"2 {name} for 3 prompts"):
             generate(model, PROMPTS[:3], GenerationParams.of(**values, **ASKED))
 
 
 def test_a_name_is_taken_once() -> None:
     with pytest.raises(ArgumentError, match="exists already"):
-        register_policy("span", _odd_first, knob="", default=0.0)
+        register_policy("span", _odd_first, value_meaning="", default=0.0)
     with pytest.raises(ArgumentError, match="default 2 is not between 0 and 1"):
-        register_policy("new", _odd_first, knob="", default=2, high=1.0)
+        register_policy("new", _odd_first, value_meaning="", default=2, high=1.0)
     with pytest.raises(ArgumentError, match="the rule is 5; give a function"):
-        register_policy("new", 5, knob="", default=0.0)
+        register_policy("new", 5, value_meaning="", default=0.0)

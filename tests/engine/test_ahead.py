@@ -81,7 +81,9 @@ def test_the_next_pass_is_launched_before_the_host_reads_the_last(model: TwoTowe
     """Within a block: every step launches first; where no row has another pass to make, nothing is put off."""
     llm = ahead(model, 2)
     for _ in range(2):
-        llm.add_request(asking([5, 6], "diffusion", 16, block_size=16, steps_per_block=6, policy="top-k", knob=1))
+        llm.add_request(
+            asking([5, 6], "diffusion", 16, block_size=16, steps_per_block=6, policy="top-k", policy_value=1)
+        )
     seen = []
     while llm.has_work:
         seen.append(told(model, llm.step))
@@ -116,7 +118,7 @@ def test_an_idle_pass_has_no_tokens(model: TwoTowerForCausalLM) -> None:
         return real(self, block, t, view, **options)
 
     at_once = asking([5, 6], "diffusion", 8, block_size=8, confidence_threshold=0.0)
-    slowly = asking([5, 6], "diffusion", 8, block_size=8, policy="top-k", knob=2)
+    slowly = asking([5, 6], "diffusion", 8, block_size=8, policy="top-k", policy_value=2)
     with patch.object(TwoTowerForCausalLM, "denoise", noting):
         first, second = ahead(model, 2).generate([at_once, slowly])
     assert (first.denoiser_passes, second.denoiser_passes) == (1, 4)
@@ -128,12 +130,12 @@ def test_an_idle_pass_has_no_tokens(model: TwoTowerForCausalLM) -> None:
 def nervous_policy() -> Iterator[None]:
     """A policy "nervous" which cannot bear a block without a mask."""
 
-    def nervous(seen: Pass, knob: Tensor) -> Verdict:
+    def nervous(seen: Pass, value: Tensor) -> Verdict:
         if not seen.masked.any(1).all():
             raise ZeroDivisionError("nothing to do")
-        return POLICIES["threshold"].rule(seen, knob)
+        return POLICIES["threshold"].rule(seen, value)
 
-    register_policy("nervous", nervous, knob="confidence", default=0.0)
+    register_policy("nervous", nervous, value_meaning="confidence", default=0.0)
     try:
         yield
     finally:
@@ -150,7 +152,10 @@ def test_what_a_policy_raises_in_an_idle_pass_is_nobodys_concern(model: TwoTower
 
 def test_a_policy_that_raises_ends_its_own_request_once(model: TwoTowerForCausalLM) -> None:
     with moody_policy():
-        requests = [asking([5, 6], "diffusion", 20, block_size=8, policy="moody", knob=knob) for knob in (2.0, 0.9)]
+        requests = [
+            asking([5, 6], "diffusion", 20, block_size=8, policy="moody", policy_value=policy_value)
+            for policy_value in (2.0, 0.9)
+        ]
         llm = ahead(model, 2, 64)
         numbers = [llm.add_request(request) for request in requests]
         results = []
@@ -188,7 +193,7 @@ def test_a_pass_that_does_not_fit(model: TwoTowerForCausalLM, most: int) -> None
 def test_a_row_given_up_between_launch_and_collection_is_not_heard_of(model: TwoTowerForCausalLM) -> None:
     """Its slot serves another at once."""
     llm = ahead(model, 1)
-    slow = asking([5, 6], "diffusion", 16, block_size=16, policy="top-k", knob=1)
+    slow = asking([5, 6], "diffusion", 16, block_size=16, policy="top-k", policy_value=1)
     number = llm.add_request(slow)
     llm.step()
     assert llm.core.late

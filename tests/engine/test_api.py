@@ -68,7 +68,7 @@ SIGNATURES = {
 KEYWORD_ONLY = {
     "generate_ar": {"attention_mask", "seed", "stop"},
     "generate_mock_ar": {"attention_mask", "seed", "stop"},
-    "generate_mask_diffusion": {"attention_mask", "seed", "stop", "top_p", "policy", "knob"},
+    "generate_mask_diffusion": {"attention_mask", "seed", "stop", "top_p", "policy", "policy_value"},
     "place_towers_on_devices": set(),
     "forward": set(),
 }

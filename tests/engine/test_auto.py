@@ -47,14 +47,14 @@ def chooser(kept: float, agreement: float, passes: float = 1.0, block_passes: fl
 def test_it_chooses_what_it_expects_to_be_fastest(made: ModeChooser, costs: Costs, mode: str, words: str) -> None:
     choice = made.choose(costs, block_size=16)
     assert choice.mode == mode
-    assert words in choice.why
-    assert f"costs {costs.draft:.2f} AR steps" in choice.why
+    assert words in choice.reason
+    assert f"costs {costs.draft:.2f} AR steps" in choice.reason
 
 
 def test_it_looks_before_it_judges_and_looks_again() -> None:
     fresh = ModeChooser()
     assert fresh.choose(DEAR, 16).mode == "verified"
-    assert "nothing is known" in ModeChooser().choose(DEAR, 16).why
+    assert "nothing is known" in ModeChooser().choose(DEAR, 16).reason
     settled = chooser(0.1, 0.1)
     modes = [settled.choose(DEAR, 16).mode for _ in range(2 * LOOK_AGAIN)]
     assert modes.count("verified") == 2
@@ -93,13 +93,13 @@ def test_a_request_gets_a_mode_and_the_reason(monkeypatch: pytest.MonkeyPatch) -
         found = generate(model, [[5, 6, 7], [8]], params)
         assert [one.mode for one in found] == [expected] * 2
         assert [one.tokens for one in found] == [one.tokens for one in want]
-        assert all(one.why for one in found)
+        assert all(one.mode_reason for one in found)
     assert measured == [(2, 4)]
     *_, last = stream(model, [[5, 6, 7]], mode="auto", max_new_tokens=5, block_size=4)
     assert last.result is not None
     assert last.result.mode == "ar"
     assert measured == [(2, 4), (1, 4)]
-    assert want[0].why == ""
+    assert want[0].mode_reason == ""
     assert build_random_model("M").workspace.mode_chooser.recent.kept.value is None  # another model's own
 
 
@@ -107,7 +107,7 @@ def test_one_tower_leaves_one_choice() -> None:
     model = build_random_model("M")
     model.denoiser = None
     (found,) = generate(model, [[5]], GenerationParams.of(mode="auto", max_new_tokens=3))
-    assert (found.mode, found.why) == ("ar", "only the context tower was loaded")
+    assert (found.mode, found.mode_reason) == ("ar", "only the context tower was loaded")
 
 
 def test_costs_are_measured_and_leave_nothing_behind() -> None:

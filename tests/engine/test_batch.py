@@ -101,7 +101,7 @@ def test_answers_and_errors_in_order(cli: Cli, tmp_path: Path, model: TwoTowerFo
     ("line", "message"),
     [
         ({"prompt": "x", "policy": {"a": 1}}, "policy is {'a': 1}"),
-        ({"prompt": "x", "knob": {"a": 1}}, "it must be between 0 and 1"),
+        ({"prompt": "x", "policy_value": {"a": 1}}, "it must be between 0 and 1"),
         ({"prompt": "x", "seed": [1, 2]}, "2 seeds for 1 prompts"),
         ({"prompt": "x", "stop": 5}, "each stop must be a non-empty string"),
         ({"prompt": "x", "mode": ["ar"]}, "mode is ['ar']"),
@@ -114,6 +114,13 @@ def test_whatever_a_line_holds(tmp_path: Path, model: TwoTowerForCausalLM, line:
     (found,) = read_lines(asked(tmp_path, line), model, shared(model))
     assert found.request is None
     assert message in found.error
+
+
+def test_a_line_may_say_knob(tmp_path: Path, model: TwoTowerForCausalLM) -> None:
+    """The old name of policy_value."""
+    (line,) = read_lines(asked(tmp_path, {"prompt": "x", "policy": "margin", "knob": 0.4}), model, shared(model))
+    assert line.request is not None
+    assert line.request.params.policy_value == 0.4
 
 
 def test_a_job_that_was_stopped_goes_on(tmp_path: Path, model: TwoTowerForCausalLM) -> None:

@@ -168,7 +168,9 @@ def passes(model: TwoTowerForCausalLM, run: Callable[[], object]) -> tuple[int, 
 
 @pytest.mark.parametrize("mode", sorted(KINDS))
 def test_rows_of_one_kind_take_no_more_passes_than_one(model: TwoTowerForCausalLM, mode: str) -> None:
-    params = GenerationParams.of(mode=mode, max_new_tokens=32, draft_steps=1, steps_per_block=4, policy="top-k", knob=4)
+    params = GenerationParams.of(
+        mode=mode, max_new_tokens=32, draft_steps=1, steps_per_block=4, policy="top-k", policy_value=4
+    )
     requests = [Request([5, 6, 7, 8], params)] * 6
     one = passes(model, lambda: LLM(model, rows=6, length=64).generate(requests[:1]))
     six = passes(model, lambda: LLM(model, rows=6, length=64).generate(requests))
@@ -188,8 +190,8 @@ def test_a_full_pool_is_not_gathered(model: TwoTowerForCausalLM) -> None:
 
 def test_nobody_waits_for_a_slower_neighbour(model: TwoTowerForCausalLM) -> None:
     """A row of 2 passes a block ends when it would alone, beside one of 16; a free slot is taken in the next step."""
-    quick = Request([5, 6], GenerationParams.of(max_new_tokens=32, steps_per_block=2, policy="top-k", knob=8))
-    slow = Request([7, 8], GenerationParams.of(max_new_tokens=32, steps_per_block=16, policy="top-k", knob=1))
+    quick = Request([5, 6], GenerationParams.of(max_new_tokens=32, steps_per_block=2, policy="top-k", policy_value=8))
+    slow = Request([7, 8], GenerationParams.of(max_new_tokens=32, steps_per_block=16, policy="top-k", policy_value=1))
 
     def steps(*requests: Request) -> list[int]:
         llm = LLM(model, rows=2, length=64)
@@ -361,14 +363,14 @@ def test_what_can_never_run_is_refused_at_once(
 
 @contextmanager
 def moody_policy() -> Iterator[None]:
-    """A policy "moody" which raises in a block's later passes where its knob is above 1."""
+    """A policy "moody" which raises in a block's later passes where its policy value is above 1."""
 
-    def moody(seen: Pass, knob: Tensor) -> Verdict:
-        if (knob > 1).any() and (seen.step > 1).any():
+    def moody(seen: Pass, value: Tensor) -> Verdict:
+        if (value > 1).any() and (seen.step > 1).any():
             raise ZeroDivisionError("in a bad mood")
-        return POLICIES["threshold"].rule(seen, knob)
+        return POLICIES["threshold"].rule(seen, value)
 
-    register_policy("moody", moody, knob="mood", default=0.5)
+    register_policy("moody", moody, value_meaning="mood", default=0.5)
     try:
         yield
     finally:
@@ -376,11 +378,14 @@ def moody_policy() -> Iterator[None]:
 
 
 def test_a_policy_that_raises_ends_its_own_request_only(model: TwoTowerForCausalLM) -> None:
-    """Beside rows of other policies, and of the same policy with another knob."""
+    """Beside rows of other policies, and of the same policy with another policy value."""
     with moody_policy():
         asked = {"max_new_tokens": 20, "block_size": 8, "steps_per_block": 8}
         policies = [("moody", 0.9), ("moody", 2.0), ("threshold", 0.9), ("moody", 0.8)]
-        requests = [Request([5, 6], GenerationParams.of(policy=name, knob=knob, **asked)) for name, knob in policies]
+        requests = [
+            Request([5, 6], GenerationParams.of(policy=name, policy_value=policy_value, **asked))
+            for name, policy_value in policies
+        ]
         llm = LLM(model, rows=4, length=64)
         outputs = llm.generate(requests)
         assert [output.finish_reason for output in outputs] == ["length", "error", "length", "length"]
@@ -394,7 +399,7 @@ def test_a_policy_that_raises_ends_its_own_request_only(model: TwoTowerForCausal
 def test_auto_chooses_and_says_why(model: TwoTowerForCausalLM) -> None:
     requests = [Request([5, 6, 7], GenerationParams.of(mode="auto", max_new_tokens=20))] * 3
     outputs = LLM(model, rows=2, length=64).generate(requests)
-    assert all(output.mode in KINDS and output.why for output in outputs)
+    assert all(output.mode in KINDS and output.mode_reason for output in outputs)
 
 
 def test_the_state_does_not_grow(model: TwoTowerForCausalLM) -> None:

@@ -96,12 +96,12 @@ def test_of_a_policy(model: TwoTowerForCausalLM, error: Exception, others: bool)
     """Always raised from the second pass on; memory that gives out is looked for in halves before."""
     before = written(model, asking(policy="klass"))
 
-    def rule(seen: Pass, knob: Tensor) -> Verdict:
+    def rule(seen: Pass, value: Tensor) -> Verdict:
         if int(seen.step.max()) > 0:
             raise error
-        return Verdict(seen.confidence > knob, seen.confidence)
+        return Verdict(seen.confidence > value, seen.confidence)
 
-    register_policy("raising", rule, knob="none", default=2.0)
+    register_policy("raising", rule, value_meaning="none", default=2.0)
     try:
         policies: Any = ("klass", "raising", "klass") if others else "raising"
         with same(error):
@@ -115,15 +115,15 @@ def test_memory_of_a_pass_that_failed_is_not_remembered(model: TwoTowerForCausal
     """One policy remembers the pass before, another runs out of memory once: the pass is made again, in halves, and
     the first has seen it once."""
     failed = [False]
-    policies = {"policy": ("patient", "klass", "klass"), "knob": (2.0, 0.01, 0.01)}  # klass is asked first
+    policies = {"policy": ("patient", "klass", "klass"), "policy_value": (2.0, 0.01, 0.01)}  # klass is asked first
 
-    def rule(seen: Pass, knob: Tensor) -> Verdict:
+    def rule(seen: Pass, value: Tensor) -> Verdict:
         if not failed[0] and int(seen.step.max()) == 2:
             failed[0] = True
             raise MemoryError
-        return Verdict(seen.confidence > knob, seen.confidence)
+        return Verdict(seen.confidence > value, seen.confidence)
 
-    register_policy("patient", rule, knob="least confidence", default=2.0)
+    register_policy("patient", rule, value_meaning="least confidence", default=2.0)
     try:
         interrupted = written(model, asking(**policies))
         assert failed[0]

@@ -108,7 +108,10 @@ def test_a_pass_that_does_not_fit_is_done_in_halves(model: TwoTowerForCausalLM, 
 @pytest.mark.usefixtures("transport")
 def test_a_policy_that_raises_ends_its_own_request_only(model: TwoTowerForCausalLM) -> None:
     with moody_policy():
-        requests = [asking([5, 6], "diffusion", 20, block_size=8, policy="moody", knob=knob) for knob in (2.0, 0.9)]
+        requests = [
+            asking([5, 6], "diffusion", 20, block_size=8, policy="moody", policy_value=policy_value)
+            for policy_value in (2.0, 0.9)
+        ]
         llm = LLM(model, rows=2, length=64)
         broken, whole = llm.generate(requests)
         assert broken.error == "ZeroDivisionError: in a bad mood"
@@ -152,7 +155,10 @@ def told(model: TwoTowerForCausalLM, run: Callable[[], object]) -> list[str]:
 
 MIXED = [
     *(asking([5, 6, 7 + i], "verified", draft_steps=1 + i % 2) for i in range(3)),
-    *(asking([9, 6 + i], "diffusion", block_size=8, steps_per_block=4, policy="top-k", knob=2 + i) for i in range(3)),
+    *(
+        asking([9, 6 + i], "diffusion", block_size=8, steps_per_block=4, policy="top-k", policy_value=2 + i)
+        for i in range(3)
+    ),
     *(asking([8] * (3 + i), "mock_ar") for i in range(2)),
     replace(asking([5, 6], "ar"), logprobs=2),
     replace(asking([5, 7], "diffusion", block_size=8, steps_per_block=2), logprobs=2, watched=True),
@@ -214,11 +220,13 @@ def test_a_block_brings_its_own_columns_and_states_only(length: int, others: int
         model.transport = transport = CountingTransport(homes)
         llm = LLM(model, rows=8, length=400)
         for i in range(others):  # their blocks take 16 passes, and none is read meanwhile
-            llm.add_request(asking([7 + i] * 30, "diffusion", 16, block_size=16, policy="top-k", knob=1))
+            llm.add_request(asking([7 + i] * 30, "diffusion", 16, block_size=16, policy="top-k", policy_value=1))
         if others:
             for _ in range(2):
                 llm.step()
-        llm.add_request(asking([5] * length, "diffusion", 12, block_size=4, steps_per_block=2, policy="top-k", knob=2))
+        llm.add_request(
+            asking([5] * length, "diffusion", 12, block_size=4, steps_per_block=2, policy="top-k", policy_value=2)
+        )
         transport.take()
         counted = []
         for _ in range(9):
@@ -304,7 +312,7 @@ def test_blocks_of_several_passes_part_at_their_last(model: TwoTowerForCausalLM,
     """Nobody waits before it is certain that everybody leaves the denoiser; on one device nobody waits at all."""
     with patch.object(model, "transport", CountingTransport() if apart else None):
         llm = LLM(model, rows=4, length=LENGTH)
-        given: dict[str, Any] = {"block_size": 8, "steps_per_block": 4, "policy": "top-k", "knob": 2}
+        given: dict[str, Any] = {"block_size": 8, "steps_per_block": 4, "policy": "top-k", "policy_value": 2}
         for _ in range(4):
             llm.add_request(asking([5, 6, 7], "diffusion", **given))
         taken = []

@@ -31,10 +31,10 @@ from twotower.evaluation.tasks import FAMILIES
     [
         ("ar", {"mode": "ar"}),
         ("diffusion", {"mode": "diffusion"}),
-        ("diffusion:0.8", {"mode": "diffusion", "policy": "threshold", "knob": 0.8}),
+        ("diffusion:0.8", {"mode": "diffusion", "policy": "threshold", "policy_value": 0.8}),
         (
             "diffusion:factor=1.2,block_size=32,steps_per_block=8",
-            {"mode": "diffusion", "policy": "factor", "knob": 1.2, "block_size": 32, "steps_per_block": 8},
+            {"mode": "diffusion", "policy": "factor", "policy_value": 1.2, "block_size": 32, "steps_per_block": 8},
         ),
         ("verified:draft_steps=2,acceptance=0.5", {"mode": "verified", "draft_steps": 2, "acceptance": 0.5}),
         ("ar:temperature=0.7,top_k=5", {"mode": "ar", "temperature": 0.7, "top_k": 5}),
@@ -56,7 +56,7 @@ def test_a_setting_is_what_it_says(text: str, values: dict[str, Any]) -> None:
         ("diffusion:boldness=3", "'boldness' is no parameter and no policy; known are block_size"),
         ("diffusion:block_size=2.5", "'block_size=2.5' needs a whole number"),
         ("diffusion:high", "'high' needs a number"),
-        ("diffusion:1.5", "knob (threshold: confidence) is 1.5"),
+        ("diffusion:1.5", "policy_value (threshold: confidence) is 1.5"),
         ("verified:acceptance=2", "acceptance is 2.0"),
     ],
 )
@@ -173,7 +173,7 @@ def test_the_verb_prints_a_table_and_one_line_of_json(cli: Callable[..., Result]
 @pytest.mark.parametrize(
     ("arguments", "words"),
     [
-        (("-s", "diffusion:9"), ("knob", "9")),
+        (("-s", "diffusion:9"), ("policy_value", "9")),
         (("--family", "poetry"), ("poetry", "addition")),
         (("--difficulty", "9"), ("difficulty is 9",)),
     ],

@@ -45,7 +45,7 @@ def test_the_front_is_what_nothing_beats_in_both() -> None:
         assert (one in best) != beaten
 
 
-def test_settings_that_differ_in_a_knob_are_one_series() -> None:
+def test_settings_that_differ_in_the_policy_value_are_one_series() -> None:
     assert [p.series for p in POINTS] == [
         "ar", "threshold", "threshold", "top-k", "verified", "verified, relaxed", "block size",
     ]  # fmt: skip

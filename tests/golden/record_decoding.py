@@ -98,7 +98,7 @@ def others(name: str) -> list[TwoTowerForCausalLM]:
 def alone(golden: Golden, place: int) -> Row:
     """A row of a batch, by itself."""
     params = dict(golden["params"])
-    for name in ("seed", "policy", "knob"):
+    for name in ("seed", "policy", "policy_value"):
         if isinstance(params.get(name), list):
             params[name] = params[name][place]
     lone: Golden = {"model": golden["model"], "prompts": [golden["prompts"][place]], "params": params}

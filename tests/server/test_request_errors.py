@@ -56,7 +56,7 @@ BAD: dict[str, list[tuple[Any, dict[str, Any]]]] = {
     "mode": [("fast", {})],
     "threshold": [(2, {}), (0.5, {"mode": "ar"})],
     "policy": [("unknown", {}), ("threshold", {"mode": "ar"})],
-    "knob": [(-1, {"policy": "threshold"}), (0, {"policy": "top-k"})],
+    "policy_value": [(-1, {"policy": "threshold"}), (0, {"policy": "top-k"})],
     "block_size": [(0, {}), (17, {}), (17, {"mode": "verified"}), (17, {"mode": "auto"})],
     "steps": [(0, {}), (4, {"mode": "verified"})],
     "draft_steps": [(-1, {"mode": "verified"}), (1, {"mode": "diffusion"})],
@@ -98,7 +98,7 @@ def test_a_bad_field_is_named(served: Served, path: str, field: str, value: Any,
 BAD_PARAMETERS: dict[str, list[Any]] = {
     "mode": ["fast", None], "max_new_tokens": [-1, 1.5, True], "temperature": [float("nan"), "1"], "top_k": [0],
     "top_p": [2], "seed": [-1, 2**63], "stop": [[""], 5], "block_size": [0], "steps_per_block": [0],
-    "mask_token_id": [-1, 10**6], "confidence_threshold": [2], "policy": ["unknown", ()], "knob": [-1],
+    "mask_token_id": [-1, 10**6], "confidence_threshold": [2], "policy": ["unknown", ()], "policy_value": [-1],
     "draft_steps": [-1], "acceptance": [-1], "eos_token_id": [10**6, "x"],
 }  # fmt: skip
 

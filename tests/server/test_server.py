@@ -100,7 +100,7 @@ def test_a_stream_has_a_chunk_for_each_block(served: Served) -> None:
 def test_auto_says_what_it_chose_and_why(served: Served) -> None:
     choice = served.complete(mode="auto", max_tokens=8).json()["choices"][0]
     assert choice["decoding"]["mode"] in ("ar", "verified", "diffusion")
-    assert choice["decoding"]["why"]
+    assert choice["decoding"]["mode_reason"]
 
 
 def test_eos_ends_a_text(served: Served) -> None:
@@ -166,15 +166,22 @@ def test_seeds(served: Served) -> None:
 
 def test_the_server_s_own_decoding_holds_where_a_request_is_silent(served: Served) -> None:
     """And a request's word counts, in whatever terms the server's was."""
-    ours = {"mode": "diffusion", "policy": "factor", "knob": 0.5, "block_size": 8, "temperature": 0.5, "seed": 7}
+    ours = {
+        "mode": "diffusion",
+        "policy": "factor",
+        "policy_value": 0.5,
+        "block_size": 8,
+        "temperature": 0.5,
+        "seed": 7,
+    }
     with served.set(decoding=ours):
         assert text_of(served.complete()) == written(PROMPT, **ours).text
         assert (
             text_of(served.complete(temperature=1, seed=8))
             == written(PROMPT, **ours | {"temperature": 1, "seed": 8}).text
         )
-        rest = {name: value for name, value in ours.items() if name not in ("policy", "knob")}
-        for given in ({"threshold": 0.01}, {"policy": "top-k"}, {"policy": "top-k", "knob": 4}):
+        rest = {name: value for name, value in ours.items() if name not in ("policy", "policy_value")}
+        for given in ({"threshold": 0.01}, {"policy": "top-k"}, {"policy": "top-k", "policy_value": 4}):
             assert text_of(served.complete(**given)) == written(PROMPT, **rest, **given).text
         assert text_of(served.complete(mode="ar", seed=1)) == written(PROMPT, mode="ar", seed=1).text
 
@@ -368,10 +375,10 @@ class Broken(Exception):
 def breaking() -> Iterator[str]:
     """A policy that fails at a text's second block."""
 
-    def decide(seen: Pass, knob: Tensor) -> Verdict:
+    def decide(seen: Pass, value: Tensor) -> Verdict:
         raise Broken("the policy broke")
 
-    register_policy("breaking", decide, knob="none", default=0.5)
+    register_policy("breaking", decide, value_meaning="none", default=0.5)
     yield "breaking"
     del POLICIES["breaking"]
 
@@ -465,7 +472,7 @@ WRONG: list[tuple[str, list[Any]]] = [
     ("mode", ["fast", 1, "", [], "DIFFUSION"]),
     ("threshold", [-0.1, 1.1, "0.5", True]),
     ("policy", ["unknown", 5, "", ["threshold"]]),
-    ("knob", ["1", True, [1], -1e300]),
+    ("policy_value", ["1", True, [1], -1e300]),
     ("block_size", [0, -1, 17, 4097, 1.5, "8", True]),
     ("steps", [0, -1, 4097, 1.5, "8", True]),
     ("draft_steps", [-1, 4097, 1.5, "8"]),
@@ -475,7 +482,7 @@ WRONG: list[tuple[str, list[Any]]] = [
     ("response_format", [5, {"type": "xml"}, {}, {"type": "json_schema"}, {"type": "text", "regex": "a"}]),
 ]
 MODE_OF = {"draft_steps": "verified", "acceptance": "verified"}
-WITH = {"knob": {"policy": "threshold"}}
+WITH = {"policy_value": {"policy": "threshold"}}
 
 
 @pytest.mark.parametrize("path", BOTH)
@@ -531,7 +538,7 @@ def test_bodies_that_are_no_requests(served: Served, path: str, body: bytes) -> 
 
 
 @pytest.mark.parametrize("number", ["NaN", "Infinity", "-Infinity", "1e999", "-1e999"])
-@pytest.mark.parametrize("name", ["temperature", "top_p", "threshold", "knob", "max_tokens", "seed", "n"])
+@pytest.mark.parametrize("name", ["temperature", "top_p", "threshold", "policy_value", "max_tokens", "seed", "n"])
 def test_numbers_that_are_none(served: Served, name: str, number: str) -> None:
     refused(served.post(BOTH[0], f'{{"prompt": "x", "{name}": {number}}}'.encode()), name)
 
@@ -558,13 +565,13 @@ def test_texts_with_strange_characters_are_texts(served: Served) -> None:
         ({"mode": "ar", "threshold": 0.5}, "threshold"),
         ({"mode": "ar", "policy": "threshold"}, "policy"),
         ({"mode": "mock_ar", "block_size": 8}, "block_size"),
-        ({"mode": "ar", "knob": 1}, "knob"),
+        ({"mode": "ar", "policy_value": 1}, "policy_value"),
         ({"mode": "ar", "steps": 4}, "steps"),
         ({"mode": "verified", "steps": 4}, "steps"),
         ({"mode": "diffusion", "draft_steps": 1}, "draft_steps"),
         ({"draft_steps": 1}, "draft_steps"),
         ({"mode": "ar", "acceptance": 1}, "acceptance"),
-        ({"threshold": 0.5, "knob": 0.5}, "threshold"),
+        ({"threshold": 0.5, "policy_value": 0.5}, "threshold"),
         ({"threshold": 0.5, "policy": "factor"}, "threshold"),
         ({"stream_options": {"include_usage": True}}, "stream_options"),
         ({"stream_denoising": True}, "stream_denoising"),

@@ -23,7 +23,7 @@ from twotower.cli.terminal import status_line
     "--setting",
     default="verified",
     show_default=True,
-    metavar="MODE[:KNOB,NAME=X…]",
+    metavar="MODE[:VALUE,NAME=X…]",
     help="How to decode where a line says nothing else, e.g. ar, diffusion:0.8, verified:draft_steps=1.",
 )
 @click.option("-n", "--max-new-tokens", metavar="N", type=click.IntRange(min=1), default=128, show_default=True)

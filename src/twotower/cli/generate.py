@@ -14,6 +14,7 @@ import click
 
 from twotower import model_loading
 from twotower.cli import model_options as models
+from twotower.cli.deprecated import formerly
 from twotower.cli.prompt import read_prompt
 from twotower.decoding.modes import ASKABLE, BLOCK_MODES, MEANT_FOR
 from twotower.errors import ArgumentError
@@ -61,7 +62,13 @@ SAMPLING_ONLY = ("seed", "top_k", "top_p")
     show_default=True,
     help="Diffusion: which positions a pass commits.",
 )
-@click.option("--knob", metavar="X", type=float, help="The policy's one number, instead of --threshold.")
+@click.option(
+    "--policy-value",
+    cls=formerly("--knob"),
+    metavar="X",
+    type=float,
+    help="The number that the policy compares with, instead of --threshold.",
+)
 @click.option(
     "--block-size", metavar="N", type=click.IntRange(min=1), default=16, show_default=True, help="Diffusion: positions."
 )
@@ -136,7 +143,7 @@ class GenerateOptions:
     max_new_tokens: int
     threshold: float
     policy: str
-    knob: float | None
+    policy_value: float | None
     block_size: int
     steps: int
     draft_steps: int | None
@@ -169,7 +176,7 @@ class GenerateOptions:
         if self.mode not in BLOCK_MODES:
             return shared
         shared["block_size"], shared["confidence_threshold"] = self.block_size, self.threshold
-        shared["policy"], shared["knob"] = self.policy, self.knob
+        shared["policy"], shared["policy_value"] = self.policy, self.policy_value
         if self.mode in MEANT_FOR["steps"]:
             shared["steps_per_block"] = self.steps
         if self.mode in MEANT_FOR["acceptance"]:
@@ -181,8 +188,8 @@ class GenerateOptions:
         yield from (
             (name, f"with --mode {self.mode}") for name, modes in OPTION_MODES.items() if self.mode not in modes
         )
-        if self.mode in BLOCK_MODES and (self.policy != "threshold" or self.knob is not None):
-            yield "threshold", f"with --policy {self.policy}" if self.knob is None else "beside --knob"
+        if self.mode in BLOCK_MODES and (self.policy != "threshold" or self.policy_value is not None):
+            yield "threshold", f"with --policy {self.policy}" if self.policy_value is None else "beside --policy-value"
         if self.mode == "diffusion" and self.steps > self.block_size:
             yield "steps", "beyond the block size: every pass commits at least one token"
         if self.mode == "ar":
@@ -239,8 +246,8 @@ def generate_text(options: GenerateOptions) -> None:
         click.echo(json.dumps(facts | result.to_dict(), ensure_ascii=False))
     else:
         click.secho(statistics(result, seed), err=True, dim=True)
-        if result.why:
-            click.secho(f"chose {result.mode}: {result.why}", err=True, dim=True)
+        if result.mode_reason:
+            click.secho(f"chose {result.mode}: {result.mode_reason}", err=True, dim=True)
     if watcher is not None and options.trace is not None:
         from twotower.cli.pass_picture import PassPicture, save_picture
 

@@ -28,7 +28,7 @@ setting_option = click.option(
     multiple=True,
     default=SETTINGS,
     show_default=True,
-    metavar="MODE[:KNOB,NAME=X…]",
+    metavar="MODE[:VALUE,NAME=X…]",
     help="A way to decode, e.g. diffusion:0.8, diffusion:factor=1.2,block_size=8, verified:acceptance=0.3. "
     "May be given several times; AR is always run.",
 )

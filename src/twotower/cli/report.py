@@ -54,7 +54,7 @@ def report(
     threads: int | None,
     as_json: bool,
 ) -> None:
-    """Sweep modes, policies, knobs and block sizes: quality kept against speed.
+    """Sweep modes, policies, policy values and block sizes: quality kept against speed.
 
     Answers the procedural suite with every setting, and times each beside AR. Draws quality against tokens per pass and
     against speed, and writes a table for a model card. Stopped and started again, it goes on where it was.

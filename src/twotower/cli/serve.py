@@ -33,7 +33,7 @@ USUAL_LENGTH = 8192  # tokens of a text where nobody says: windows of a million 
     "--setting",
     default="diffusion",
     show_default=True,
-    metavar="MODE[:KNOB,NAME=X…]",
+    metavar="MODE[:VALUE,NAME=X…]",
     help="How to decode where a request says nothing else, e.g. verified, auto, diffusion:0.8.",
 )
 @click.option("--rows", type=click.IntRange(min=1), default=16, show_default=True, help="Texts at work at once.")

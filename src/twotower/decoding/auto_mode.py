@@ -66,11 +66,11 @@ class Recent:
 
 
 @dataclass(frozen=True)
-class Choice:
-    """A mode, and why, in words."""
+class ModeChoice:
+    """A mode, and the reason for it in words."""
 
     mode: Mode
-    why: str
+    reason: str
 
 
 @dataclass
@@ -81,15 +81,15 @@ class ModeChooser:
     costs: dict[tuple[int, int], Costs] = field(default_factory=dict)
     asked: int = 0
 
-    def choose(self, costs: Costs, block_size: int) -> Choice:
+    def choose(self, costs: Costs, block_size: int) -> ModeChoice:
         """For the next request."""
         self.asked += 1
         recent = self.recent
         price = f"a pass over {block_size} tokens costs {costs.draft / costs.step:.2f} AR steps"
         if recent.kept.value is None or recent.passes.value is None or recent.agreement.value is None:
-            return Choice("verified", f"nothing is known yet of what drafts are worth; {price}")
+            return ModeChoice("verified", f"nothing is known yet of what drafts are worth; {price}")
         if self.asked % LOOK_AGAIN == 0:
-            return Choice("verified", f"every {LOOK_AGAIN}th request looks again at what drafts are worth; {price}")
+            return ModeChoice("verified", f"every {LOOK_AGAIN}th request looks again at what drafts are worth; {price}")
         kept, agreement = recent.kept.value, recent.agreement.value
         seconds: dict[Mode, float] = {
             "ar": costs.step,
@@ -103,7 +103,7 @@ class ModeChooser:
         best = min(seconds, key=lambda mode: seconds[mode])
         gain = ", ".join(f"{mode} {costs.step / each:.2f}×" for mode, each in seconds.items() if mode != "ar")
         without = "" if agreement >= AGREEMENT else f", too little for diffusion ({AGREEMENT:.0%})"
-        return Choice(
+        return ModeChoice(
             best,
             f"expected against AR: {gain}; lately {kept:.1f} drafted tokens kept a round, AR agreed with "
             f"{agreement:.1%} of what it looked at{without}; {price}",

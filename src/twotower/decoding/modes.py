@@ -14,7 +14,7 @@ CONSTRAINED = ("ar", "verified")  # those in which the AR model chooses every to
 
 # Which modes a field of a request means something to.
 MEANT_FOR: dict[str, tuple[str, ...]] = {
-    **dict.fromkeys(("threshold", "policy", "knob", "block_size"), BLOCK_MODES),
+    **dict.fromkeys(("threshold", "policy", "policy_value", "block_size"), BLOCK_MODES),
     "steps": ("diffusion", AUTO),
     **dict.fromkeys(("draft_steps", "acceptance"), ("verified", AUTO)),
 }

@@ -6,6 +6,7 @@ from dataclasses import asdict, dataclass
 from typing import Literal
 
 from twotower.decoding.modes import Mode
+from twotower.deprecation import renamed_attribute
 
 FinishReason = Literal["eos", "stop", "length", "error"]
 
@@ -28,9 +29,9 @@ class Generation:
     tokens and without the stop string ("" where the model has no tokenizer). committed_at: the denoising step, from
     0, that fixed each token within its block. Passes: forwards of each tower while this row was running, its
     prefill not counted. drafts, drafted, accepted (verified decoding): rounds with a draft, tokens in those drafts, and
-    those that were kept; rejected: drafts that ended at a token AR did not agree with. why: what mode "auto" says of
-    its choice. cached_tokens: of the prompt, known from an earlier one and not read again. decode_seconds: from the end
-    of the prefill to this row's end. error: what went wrong, where an engine ended the request with finish_reason
+    those that were kept; rejected: drafts that ended at a token AR did not agree with. mode_reason: why mode "auto"
+    chose this mode. cached_tokens: prompt tokens from the prefix cache, not read again. decode_seconds: from the end of
+    the prefill to this row's end. error: what went wrong, where an engine ended the request with finish_reason
     "error". logprobs, prompt_logprobs: of each new token and of each of the prompt (None for its first), where an
     engine was asked for them, else empty.
     """
@@ -51,10 +52,12 @@ class Generation:
     accepted: int = 0
     rejected: int = 0
     cached_tokens: int = 0
-    why: str = ""
+    mode_reason: str = ""
     error: str = ""
     logprobs: tuple[TokenLogprob, ...] = ()
     prompt_logprobs: tuple[TokenLogprob | None, ...] = ()
+
+    why = renamed_attribute("why", "mode_reason")
 
     @property
     def passes(self) -> int:

@@ -12,6 +12,7 @@ import torch
 from twotower.config import BackboneConfig
 from twotower.decoding.modes import ASKABLE, AUTO, BLOCK_MODES
 from twotower.decoding.unmasking import POLICIES
+from twotower.deprecation import renamed_argument, renamed_attribute
 from twotower.errors import ArgumentError
 
 Element = TypeVar("Element")
@@ -39,7 +40,7 @@ class Parameters(RowIndependent, total=False):
     seed: int | Sequence[int] | None
     stop: str | Sequence[str] | None
     policy: str | Sequence[str]
-    knob: float | Sequence[float] | None
+    policy_value: float | Sequence[float] | None
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -51,10 +52,11 @@ class GenerationParams:
     of the candidate's distribution after the temperature. eos_token_id: one id or several; a row ends at its
     first. seed: one for all rows or one for each; None draws fresh ones from torch's generator. stop: strings
     that end a row. For diffusion: block_size positions denoised in at most steps_per_block passes; policy (one, or one
-    for each row) says which positions a pass commits, at least one, and knob is its one number (None: its default; of
-    the policy "threshold" that is confidence_threshold). See `unmasking.POLICIES`. For verified decoding: block_size is
-    the longest draft with the token it continues, filled in draft_steps passes (None: what pays), by the same policies;
-    acceptance 1 keeps what the AR model itself chooses, α < 1 also tokens it gives α times its best one's probability.
+    for each row) says which positions a pass commits, at least one; policy_value is the number it compares with (None:
+    its default; of the policy "threshold" that is confidence_threshold). See `unmasking.POLICIES`. For verified
+    decoding: block_size is the longest draft with the token it continues, filled in draft_steps passes (None:
+    what pays), by the same policies. acceptance 1 keeps what the AR model itself chooses; α < 1 also keeps tokens that
+    the AR model gives α times the probability of its best token.
 
     Raises:
         ArgumentError (a ValueError): what, value and remedy, in one line.
@@ -73,14 +75,14 @@ class GenerationParams:
     mask_token_id: int = 3
     confidence_threshold: float = 0.9
     policy: str | tuple[str, ...] = "threshold"
-    knob: float | tuple[float, ...] | None = None
+    policy_value: float | tuple[float, ...] | None = None
     draft_steps: int | None = None
     acceptance: float = 1.0
 
     def __post_init__(self) -> None:
         for name in ("eos_token_id", "stop"):  # a lone one is meant as one, a string not as its letters
             object.__setattr__(self, name, _tuple(getattr(self, name)))
-        for name in ("seed", "policy", "knob"):  # one for each row: the order counts
+        for name in ("seed", "policy", "policy_value"):  # one for each row: the order counts
             if isinstance(given := getattr(self, name), set):
                 raise ArgumentError(f"{name} is {given!r}, and a set has no order; give a list", param=name)
         if self.mode not in ASKABLE:
@@ -114,18 +116,22 @@ class GenerationParams:
                 raise ArgumentError(f"policy is {name!r}; choose one of {', '.join(POLICIES)}", param="policy")
         if not names:
             raise ArgumentError("policy is empty; name one, or one for each prompt", param="policy")
-        knobs = _tuple(self.knob)
-        if len(names) > 1 and len(knobs) > 1 and len(names) != len(knobs):
+        values = _tuple(self.policy_value)
+        if len(names) > 1 and len(values) > 1 and len(names) != len(values):
             raise ArgumentError(
-                f"{len(knobs)} knobs for {len(names)} policies; give one, or one for each", param="knob"
+                f"{len(values)} policy values for {len(names)} policies; give one, or one for each",
+                param="policy_value",
             )
         for name in set(names):
             policy = POLICIES[name]
-            own = knobs if len(knobs) != len(names) else [k for n, k in zip(names, knobs, strict=True) if n == name]
-            for knob in own:
-                _number("knob", knob, policy.low, policy.high, f" ({name}: {policy.knob})")
+            own = values if len(values) != len(names) else [v for n, v in zip(names, values, strict=True) if n == name]
+            for value in own:
+                _number("policy_value", value, policy.low, policy.high, f" ({name}: {policy.value_meaning})")
+
+    knob = renamed_attribute("knob", "policy_value")
 
     @classmethod
+    @renamed_argument("knob", "policy_value")
     def of(
         cls,
         *,
@@ -134,7 +140,7 @@ class GenerationParams:
         seed: int | Sequence[int] | None = None,
         stop: str | Sequence[str] | None = None,
         policy: str | Sequence[str] = "threshold",
-        knob: float | Sequence[float] | None = None,
+        policy_value: float | Sequence[float] | None = None,
         **values: Unpack[RowIndependent],
     ) -> GenerationParams:
         """From the looser types of the public API."""
@@ -148,7 +154,9 @@ class GenerationParams:
             seed=_tuple(seed) if isinstance(seed, Sequence) else seed,
             stop=_tuple(stop),
             policy=tuple(policy) if isinstance(policy, Sequence) and not isinstance(policy, str) else policy,
-            knob=tuple(knob) if isinstance(knob, Sequence) and not isinstance(knob, str) else knob,
+            policy_value=tuple(policy_value)
+            if isinstance(policy_value, Sequence) and not isinstance(policy_value, str)
+            else policy_value,
             **values,
         )
 
@@ -177,7 +185,7 @@ class GenerationParams:
                 f"of {window}; shorten one of them",
                 param="max_new_tokens",
             )
-        for name, plural in (("seed", "seeds"), ("policy", "policies"), ("knob", "knobs")):
+        for name, plural in (("seed", "seeds"), ("policy", "policies"), ("policy_value", "policy values")):
             given = getattr(self, name)
             if isinstance(given, tuple) and len(given) != len(prompt_lengths):
                 raise ArgumentError(
@@ -199,17 +207,16 @@ class GenerationParams:
         return self.mode == AUTO or (self.mode == "verified" and self.fixed_draft_depth is None)
 
     def row_policies(self, rows: int) -> tuple[list[str], list[float]]:
-        """The policy and the knob of each row."""
+        """The policy and the policy value of each row."""
         names = list(self.policy) if isinstance(self.policy, tuple) else [self.policy] * rows
-        given = self.knob if isinstance(self.knob, tuple) else (self.knob,) * rows
-        usual = {name: POLICIES[name].default for name in names} | {"threshold": self.confidence_threshold}
-        return names, [usual[name] if knob is None else knob for name, knob in zip(names, given, strict=True)]
+        given = self.policy_value if isinstance(self.policy_value, tuple) else (self.policy_value,) * rows
+        default = {name: POLICIES[name].default for name in names} | {"threshold": self.confidence_threshold}
+        return names, [default[name] if value is None else value for name, value in zip(names, given, strict=True)]
 
     def by_row(self, rows: int) -> list[GenerationParams]:
-        """The parameters of each row by itself: one seed, one policy, one knob."""
-        policies, knobs = self.row_policies(rows)
-        parts = zip(policies, knobs, self.row_seeds(rows), strict=True)
-        return [replace(self, policy=policy, knob=knob, seed=seed) for policy, knob, seed in parts]
+        """The parameters of each row by itself: one seed, one policy, one policy value."""
+        parts = zip(*self.row_policies(rows), self.row_seeds(rows), strict=True)
+        return [replace(self, policy=policy, policy_value=value, seed=seed) for policy, value, seed in parts]
 
     def row_seeds(self, rows: int) -> list[int]:
         """One seed a row; the same prompt with the same seed gives the same text wherever it stands in a batch."""

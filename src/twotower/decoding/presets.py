@@ -1,8 +1,8 @@
 """Decoding settings as text: what `--setting` means in `twotower eval` and its neighbours.
 
 ar                                    a mode
-diffusion:0.8                         a mode and the knob of the default policy
-diffusion:factor=1.2,block_size=32    a policy and its knob, and parameters by name
+diffusion:0.8                         a mode and the policy value of the default policy
+diffusion:factor=1.2,block_size=32    a policy and its policy value, and parameters by name
 verified:draft_steps=1,acceptance=0.5
 """
 
@@ -59,7 +59,7 @@ def parse_setting(text: str) -> Setting:
         if not equals:
             name, value = "threshold", name
         if name in POLICIES:
-            values |= {"policy": name, "knob": _number(text, part, value)}
+            values |= {"policy": name, "policy_value": _number(text, part, value)}
         elif name in WHOLE:
             values[name] = int(_number(text, part, value, whole=True))
         elif name in NUMBERS:

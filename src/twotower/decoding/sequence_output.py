@@ -22,7 +22,7 @@ class SequenceOutput:
     mode: str
     prompt_tokens: int
     progress: RowProgress
-    why: str = ""
+    mode_reason: str = ""
     error: str = ""
     denoiser_passes: int = 0
     context_passes: int = 0
@@ -42,11 +42,11 @@ class SequenceOutput:
 
     @classmethod
     def of(
-        cls, row: int, params: GenerationParams, prompt_tokens: int, tokenizer: Tokenizer | None, why: str = ""
+        cls, row: int, params: GenerationParams, prompt_tokens: int, tokenizer: Tokenizer | None, mode_reason: str = ""
     ) -> SequenceOutput:
         """Of a row that begins."""
         progress = RowProgress(params.max_new_tokens, params.eos_token_id, params.stop, tokenizer)
-        return cls(row, params.mode, prompt_tokens, progress, why)
+        return cls(row, params.mode, prompt_tokens, progress, mode_reason)
 
     @property
     def running(self) -> bool:
@@ -140,7 +140,7 @@ class SequenceOutput:
             accepted=self.accepted,
             rejected=self.rejected,
             cached_tokens=self.cached_tokens,
-            why=self.why,
+            mode_reason=self.mode_reason,
             error=self.error,
             logprobs=tuple(self.logprobs),
             prompt_logprobs=tuple(self.prompt_logprobs),

@@ -1,8 +1,8 @@
 """Commit policies: which masked positions of a block become final after a pass.
 
-A policy is a pure function of what one pass gave (`Pass`) and of one number, its knob; it says which positions are
-sure, and in what order the others would follow. `commit` turns that into progress: at least one position a pass, and
-enough for the block to be done in the given number of steps. `POLICIES` is the table; `register_policy` adds to it.
+A policy is a pure function of the results of one pass (`Pass`) and of one number, the policy value. It says which
+positions are sure, and in what order the others would follow. `commit` turns that into progress: at least one position
+a pass, and enough to finish the block in the given number of passes. `register_policy` adds to the table `POLICIES`.
 """
 
 from __future__ import annotations
@@ -16,6 +16,7 @@ import torch
 from torch import Tensor
 
 from twotower.decoding.sampling import by_tiles
+from twotower.deprecation import renamed_argument
 from twotower.errors import ArgumentError
 from twotower.ops.precision import upcast
 
@@ -49,16 +50,16 @@ class Verdict(NamedTuple):
     memory: object = None
 
 
-Rule = Callable[[Pass, Tensor], Verdict]  # the knob comes as (B, 1), a value a row
+PolicyRule = Callable[[Pass, Tensor], Verdict]  # the second argument is (B, 1), one policy value a row
 
 
 @dataclass(frozen=True)
 class Policy:
-    """A rule with its knob: what it means, its default, its range, and where the rule comes from."""
+    """A rule, and its policy value: its meaning, default and range, and where the rule comes from."""
 
     name: str
-    rule: Rule
-    knob: str
+    rule: PolicyRule
+    value_meaning: str
     default: float
     low: float = 0.0
     high: float = math.inf
@@ -68,39 +69,39 @@ class Policy:
 # --- rules ----------------------------------------------------------------------------------------------------------
 
 
-def threshold(seen: Pass, knob: Tensor) -> Verdict:
-    """Every position whose confidence is above the knob (the released rule, spec §3)."""
-    return Verdict(seen.confidence > knob, seen.confidence)
+def threshold(seen: Pass, value: Tensor) -> Verdict:
+    """Every position whose confidence is above the policy value, the rule of the released model."""
+    return Verdict(seen.confidence > value, seen.confidence)
 
 
-def top_k(seen: Pass, knob: Tensor) -> Verdict:
+def top_k(seen: Pass, value: Tensor) -> Verdict:
     """The k most confident positions, whatever their confidence."""
-    return Verdict(ranks(seen.confidence, seen.masked) < knob, seen.confidence)
+    return Verdict(ranks(seen.confidence, seen.masked) < value, seen.confidence)
 
 
-def factor(seen: Pass, knob: Tensor) -> Verdict:
+def factor(seen: Pass, value: Tensor) -> Verdict:
     """The n most confident ones for the largest n with (n + 1)(1 − c₍ₙ₎) < f, c₍ₙ₎ the least of their confidences."""
-    within = (ranks(seen.confidence, seen.masked) + 2) * (1 - seen.confidence) < knob
+    within = (ranks(seen.confidence, seen.masked) + 2) * (1 - seen.confidence) < value
     return Verdict(within, seen.confidence)
 
 
-def entropy(seen: Pass, knob: Tensor) -> Verdict:
+def entropy(seen: Pass, value: Tensor) -> Verdict:
     """Positions in order of entropy while Σ H − max H ≤ γ (nats): a bound on what they tell of each other."""
     own = by_tiles(lambda logits: torch.special.entr(upcast(logits).softmax(-1)).sum(-1), seen.logits)
     ordered, place = own.masked_fill(~seen.masked, torch.inf).sort(dim=1, stable=True)
     # In ascending order the largest of a set is its last, so the sum without it is that of those before.
     before = torch.cat([torch.zeros_like(ordered[:, :1]), ordered[:, :-1].cumsum(1)], dim=1)
-    return Verdict((before <= knob).gather(1, place.argsort(1)), -own)
+    return Verdict((before <= value).gather(1, place.argsort(1)), -own)
 
 
-def margin(seen: Pass, knob: Tensor) -> Verdict:
-    """Positions whose likeliest token leads the second by more than the knob."""
+def margin(seen: Pass, value: Tensor) -> Verdict:
+    """Positions whose likeliest token leads the second by more than the policy value."""
     best = by_tiles(lambda logits: upcast(logits).softmax(-1).topk(2, dim=-1).values, seen.logits)
     lead = best[..., 0] - best[..., 1]
-    return Verdict(lead > knob, lead)
+    return Verdict(lead > value, lead)
 
 
-def stability(seen: Pass, knob: Tensor) -> Verdict:
+def stability(seen: Pass, value: Tensor) -> Verdict:
     """Positions that are confident and whose distribution has moved by less than KL_BOUND nats since the last pass."""
     norm = by_tiles(lambda logits: upcast(logits).logsumexp(-1), seen.logits)
     match seen.memory:
@@ -109,7 +110,7 @@ def stability(seen: Pass, knob: Tensor) -> Verdict:
             still = torch.where(moved < KL_BOUND, since + 1, 0)
         case _:  # a block's first pass
             still = torch.zeros_like(seen.masked, dtype=torch.long)
-    return Verdict((still >= KL_PASSES) & (seen.confidence > knob), seen.confidence, (seen.logits, norm, still))
+    return Verdict((still >= KL_PASSES) & (seen.confidence > value), seen.confidence, (seen.logits, norm, still))
 
 
 def _divergence(logits: Tensor, norm: Tensor, before: Tensor, norm_before: Tensor) -> Tensor:
@@ -119,33 +120,36 @@ def _divergence(logits: Tensor, norm: Tensor, before: Tensor, norm_before: Tenso
     return (now.exp() * moved.masked_fill(now == -torch.inf, 0.0)).sum(-1)
 
 
-def span(seen: Pass, knob: Tensor) -> Verdict:
-    """From the left, up to the first masked position whose confidence is not above the knob."""
-    unsure = seen.masked & ~(seen.confidence > knob)
+def span(seen: Pass, value: Tensor) -> Verdict:
+    """From the left, up to the first masked position whose confidence is not above the policy value."""
+    unsure = seen.masked & ~(seen.confidence > value)
     places = torch.arange(seen.masked.shape[1], 0, -1, device=seen.masked.device, dtype=seen.confidence.dtype)
     return Verdict(unsure.cumsum(1) == 0, places.expand_as(seen.confidence))
 
 
-def decay(seen: Pass, knob: Tensor) -> Verdict:
-    """Confidence above a threshold that falls evenly over the steps, from the knob to half of it."""
+def decay(seen: Pass, value: Tensor) -> Verdict:
+    """Confidence above a threshold that falls evenly over the steps, from the policy value to half of it."""
     done = seen.step / (seen.steps - 1).clamp(min=1)
-    return Verdict(seen.confidence > knob * (1 - (1 - DECAYED) * done), seen.confidence)
+    return Verdict(seen.confidence > value * (1 - (1 - DECAYED) * done), seen.confidence)
 
 
 POLICIES: dict[str, Policy] = {}
 
 
+@renamed_argument("knob", "value_meaning")
 def register_policy(
     name: str,
-    rule: Rule,
+    rule: PolicyRule,
     *,
-    knob: str,
+    value_meaning: str,
     default: float,
     low: float = 0.0,
     high: float = math.inf,
     source: str = "",
 ) -> None:
-    """Makes a rule available under a name, here and in every place that takes one.
+    """Registers a rule under a name, for every place that takes the name of a policy.
+
+    value_meaning: what the policy value is, in words, for error messages.
 
     Raises:
         ArgumentError: the name is taken, the rule is no function, or the default is out of range.
@@ -158,33 +162,44 @@ def register_policy(
         raise ArgumentError(
             f"policy {name!r}: the default {default:g} is not between {low:g} and {high:g}", param="default"
         )
-    POLICIES[name] = Policy(name, rule, knob, default, low, high, source)
+    POLICIES[name] = Policy(name, rule, value_meaning, default, low, high, source)
 
 
 register_policy(
-    "threshold", threshold, knob="confidence", default=0.9, high=1.0, source="Nemotron-Labs-TwoTower, released"
+    "threshold", threshold, value_meaning="confidence", default=0.9, high=1.0, source="Nemotron-Labs-TwoTower, released"
 )
-register_policy("top-k", top_k, knob="positions a pass", default=2, low=1, source="LLaDA (Nie et al. 2025)")
-register_policy("factor", factor, knob="f", default=1.0, source="Fast-dLLM (Wu et al. 2025)")
+register_policy("top-k", top_k, value_meaning="positions a pass", default=2, low=1, source="LLaDA (Nie et al. 2025)")
+register_policy("factor", factor, value_meaning="f", default=1.0, source="Fast-dLLM (Wu et al. 2025)")
 register_policy(
-    "entropy", entropy, knob="γ, nats", default=0.1, source="EB-Sampler (Ben-Hamu et al. 2025, arXiv 2505.24857)"
+    "entropy",
+    entropy,
+    value_meaning="γ, nats",
+    default=0.1,
+    source="EB-Sampler (Ben-Hamu et al. 2025, arXiv 2505.24857)",
 )
 register_policy(
     "margin",
     margin,
-    knob="probability of the best less the second",
+    value_meaning="probability of the best less the second",
     default=0.8,
     high=1.0,
     source="top-probability margin (Kim et al. 2025, arXiv 2502.06768)",
 )
 register_policy(
-    "klass", stability, knob="confidence", default=0.8, high=1.0, source="KLASS (Kim et al. 2025, arXiv 2511.05664)"
+    "klass",
+    stability,
+    value_meaning="confidence",
+    default=0.8,
+    high=1.0,
+    source="KLASS (Kim et al. 2025, arXiv 2511.05664)",
 )
-register_policy("span", span, knob="confidence", default=0.8, high=1.0, source="left to right, as a draft is read")
+register_policy(
+    "span", span, value_meaning="confidence", default=0.8, high=1.0, source="left to right, as a draft is read"
+)
 register_policy(
     "decay",
     decay,
-    knob="confidence in the first pass",
+    value_meaning="confidence in the first pass",
     default=0.95,
     high=1.0,
     source="progress-aware thresholds (Mohamed et al. 2025)",
@@ -217,7 +232,7 @@ def commit(verdict: Verdict, masked: Tensor, step: Tensor, steps: Tensor) -> Ten
     return masked & (by_both.argsort(dim=1) < count)
 
 
-def decide(name: str, seen: Pass, knobs: Tensor) -> tuple[Tensor, object]:
+def decide(name: str, seen: Pass, values: Tensor) -> tuple[Tensor, object]:
     """What rows of one policy commit, bool (B, L), and what it remembers for their next pass."""
-    verdict = POLICIES[name].rule(seen, knobs)
+    verdict = POLICIES[name].rule(seen, values)
     return commit(verdict, seen.masked, seen.step, seen.steps), verdict.memory

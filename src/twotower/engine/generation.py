@@ -17,6 +17,7 @@ from twotower.decoding.modes import AUTO
 from twotower.decoding.output import BlockEvent, Generation
 from twotower.decoding.params import GenerationParams, Parameters
 from twotower.decoding.prompts import PromptRows, Prompts, read_prompts
+from twotower.deprecation import renamed_argument
 from twotower.engine.admission import check_model
 from twotower.engine.denoiser_step import StepCallback
 from twotower.engine.engine_options import EngineOptions
@@ -51,6 +52,7 @@ class StreamArguments(Parameters, total=False):
     step_callback: StepCallback | None
 
 
+@renamed_argument("knob", "policy_value")
 def stream(
     model: Towers,
     prompts: Prompts,

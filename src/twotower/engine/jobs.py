@@ -33,7 +33,7 @@ OWN = (
     "steps_per_block",
     "confidence_threshold",
     "policy",
-    "knob",
+    "policy_value",
     "draft_steps",
     "acceptance",
 )
@@ -78,6 +78,8 @@ def _line(number: int, text: str, asked: str, model: Towers, shared: dict[str, o
         return Line(number, asked, error='no "prompt"; a line is a JSON object with one, a string')
     name = fields.pop("id", None)
     prompt = fields.pop("prompt")
+    if "knob" in fields and "policy_value" not in fields:  # the old name
+        fields["policy_value"] = fields.pop("knob")
     unknown = sorted(set(fields) - set(OWN))
     if unknown:
         known = ", ".join(("prompt", "id", *OWN))
@@ -174,4 +176,4 @@ def said(result: Generation) -> dict[str, object]:
         return {"error": result.error}
     fields = ("text", "mode", "finish_reason", "prompt_tokens", "denoiser_passes", "context_passes", "tokens_per_pass")
     found = {name: getattr(result, name) for name in fields} | {"new_tokens": len(result.tokens)}
-    return found | ({"why": result.why} if result.why else {})
+    return found | ({"mode_reason": result.mode_reason} if result.mode_reason else {})

@@ -29,7 +29,7 @@ def resolve(model: Towers, params: GenerationParams, rows: int) -> tuple[Generat
     if key not in chooser.costs:
         chooser.costs[key] = measure(model, *key)
     choice = chooser.choose(chooser.costs[key], params.block_size)
-    return replace(params, mode=choice.mode), choice.why
+    return replace(params, mode=choice.mode), choice.reason
 
 
 @torch.no_grad()

@@ -22,7 +22,7 @@ MOST_ALTERNATIVES = 20
 
 @dataclass(frozen=True)
 class Request:
-    """A prompt (at least one token id) and how to continue it; the parameters hold one seed, one policy, one knob.
+    """A prompt (at least one token id) and how to continue it. The parameters hold one seed, policy and policy value.
 
     logprobs: asks for ln P of each new token by the AR model, whatever the mode, and for so many of the likeliest
     tokens at its place (None: not asked). prompt_logprobs: the same of the prompt, which is then read in full even

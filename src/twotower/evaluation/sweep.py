@@ -50,7 +50,7 @@ class Point:
 
     @property
     def series(self) -> str:
-        """What a line of a picture joins: the settings that differ in a knob."""
+        """What a line of a picture joins: the settings that differ in a policy value."""
         mode, _, rest = self.setting.partition(":")
         if mode == "verified":
             return "verified, relaxed" if "acceptance" in rest else "verified"
@@ -63,7 +63,7 @@ class Point:
 
 def grid() -> list[Setting]:
     """Every setting of a whole report."""
-    texts = [f"diffusion:{policy}={knob:g}" for policy, knobs in POLICY_VALUES.items() for knob in knobs]
+    texts = [f"diffusion:{policy}={value:g}" for policy, values in POLICY_VALUES.items() for value in values]
     texts += [f"diffusion:0.8,block_size={size},steps_per_block={size}" for size in BLOCK_SIZES]
     texts += [f"verified:draft_steps={steps}" for steps in DRAFT_STEPS] + ["verified"]
     texts += [f"verified:draft_steps=1,acceptance={acceptance:g}" for acceptance in ACCEPTANCES]

@@ -25,7 +25,7 @@ from twotower.server.request_schemas import (
 from twotower.server.settings import Limits, ServerSettings
 from twotower.server.tokenizer_adapter import TokenizerAdapter
 
-COMMIT_POLICY_PARAMETERS = {"confidence_threshold", "policy", "knob"}
+COMMIT_POLICY_PARAMETERS = {"confidence_threshold", "policy", "policy_value"}
 
 
 @dataclass(frozen=True)

@@ -23,7 +23,7 @@ StopText = Annotated[str, Field(min_length=1, max_length=256)]
 PARAMETER_OF_FIELD = {
     "threshold": "confidence_threshold",
     "policy": "policy",
-    "knob": "knob",
+    "policy_value": "policy_value",
     "block_size": "block_size",
     "steps": "steps_per_block",
     "draft_steps": "draft_steps",
@@ -136,7 +136,7 @@ class BaseRequest(StrictModel):
         None, ge=0, le=1, description="A pass commits positions with a higher confidence than this."
     )
     policy: str | None = Field(None, description="Commit policy: which positions a pass commits.")
-    knob: float | None = Field(None, description="The policy's one number, instead of threshold.")
+    policy_value: float | None = Field(None, description="The policy's one number, instead of threshold.")
     block_size: JsonInteger | None = Field(None, ge=1, le=4096, description="Number of positions in a block.")
     steps: JsonInteger | None = Field(
         None, ge=1, le=4096, description="Diffusion: maximum number of passes for a block."
@@ -158,6 +158,10 @@ class BaseRequest(StrictModel):
     def _drop_disabled_fields(cls, fields: object) -> object:
         if not isinstance(fields, dict):
             return fields
+        if "knob" in fields:  # the old name of policy_value
+            if "policy_value" in fields:
+                raise RequestError("knob is the old name of policy_value; give only policy_value", param="knob")
+            fields = {"policy_value" if name == "knob" else name: value for name, value in fields.items()}
         known = UNSUPPORTED_FIELDS.keys() | cls.model_fields.keys()
         kept = {name: value for name, value in fields.items() if value is not None or name not in known}
         for name in UNSUPPORTED_FIELDS.keys() - cls.model_fields.keys():
@@ -184,8 +188,8 @@ class BaseRequest(StrictModel):
                 raise RequestError(
                     f"{name} has no effect in mode {mode}; omit it, or use mode {' or '.join(modes)}", param=name
                 )
-        if self.threshold is not None and (self.knob is not None or self.policy not in (None, "threshold")):
-            other = f"policy {self.policy}" if self.knob is None else "knob"
+        if self.threshold is not None and (self.policy_value is not None or self.policy not in (None, "threshold")):
+            other = f"policy {self.policy}" if self.policy_value is None else "policy_value"
             raise RequestError(f"threshold and {other} exclude each other; omit one of them", param="threshold")
         if self.stream_options is not None and not self.stream:
             raise RequestError("stream_options needs stream: true; set stream or omit it", param="stream_options")

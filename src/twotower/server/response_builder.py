@@ -172,7 +172,7 @@ class ResponseBuilder:
             drafted=result.drafted,
             accepted=result.accepted,
             seconds=round(result.prefill_seconds + result.decode_seconds, 6),
-            **({"why": result.why} if result.why else {}),
+            **({"mode_reason": result.mode_reason} if result.mode_reason else {}),
         )
 
     def _usage(self, results: Sequence[Generation]) -> Usage:

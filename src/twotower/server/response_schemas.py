@@ -30,7 +30,7 @@ class Usage(BaseModel):
 
 
 class DecodingStats(BaseModel):
-    """How a choice was decoded. why: why mode auto chose its mode; drafted, accepted: tokens in mode verified."""
+    """How a choice was decoded. mode_reason: why mode auto chose its mode; drafted, accepted: tokens in mode verified."""
 
     mode: str
     seed: int
@@ -40,7 +40,7 @@ class DecodingStats(BaseModel):
     drafted: int
     accepted: int
     seconds: float
-    why: str = ""
+    mode_reason: str = ""
 
 
 class DenoisingStep(BaseModel):
