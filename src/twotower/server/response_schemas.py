@@ -30,7 +30,7 @@ class Usage(BaseModel):
 
 
 class DecodingStats(BaseModel):
-    """How a choice was decoded. mode_reason: why mode auto chose its mode; drafted, accepted: tokens in mode verified."""
+    """How a choice was decoded. mode_reason: why mode auto chose its mode; drafted, accepted: tokens, if verified."""
 
     mode: str
     seed: int
