@@ -220,7 +220,7 @@ def full_profile(setting: Setting, out: dict[str, Any]) -> None:
     calls: dict[str, Callable[[], object]] = {
         "denoiser pass": lambda: model.denoise(block, t, view),
         "AR step": lambda: model.extend(block[:, :1], texts.state),
-        "commit": lambda: (model.extend(block, texts.state, logits=False), texts.state.settle()),
+        "commit": lambda: (model.extend(block, texts.state, logits=False), texts.state.commit_state()),
     }
     for name, call in calls.items():
         texts.set_length(context)

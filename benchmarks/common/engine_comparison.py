@@ -20,7 +20,7 @@ from torch import nn
 from common.models import BLOCK, DECODING
 from common.timing import synchronize
 from twotower import LLM, Request, TwoTowerForCausalLM
-from twotower.cache.replica import Transport
+from twotower.cache.replica import DeviceTransfer
 from twotower.decoding.params import GenerationParams
 
 KINDS = DECODING | {"diffusion, 4 passes a block": {"mode": "diffusion", "policy": "top-k", "policy_value": BLOCK // 4}}
@@ -93,7 +93,7 @@ def spread(model: TwoTowerForCausalLM, device: torch.device) -> TwoTowerForCausa
     other.context, other.tokenizer = model.context, model.tokenizer
     other.denoiser, other.time = moved(model.denoiser, device), moved(model.time, device)
     if device == model.device:  # tried out where there is only one
-        other.transport = Transport()
+        other.transfer = DeviceTransfer()
     return other.eval()
 
 

@@ -144,9 +144,9 @@ class Texts:
 
     def set_length(self, length: int) -> None:
         """Every row's text is so long now."""
-        self.state.settle()
+        self.state.commit_state()
         self.state.lengths = torch.full_like(self.state.lengths, length)
-        self.state.bound = length
+        self.state.max_seq_len = length
 
 
 def random_tokens(model: TwoTowerForCausalLM, rows: int, length: int, seed: int = 0) -> Tensor:

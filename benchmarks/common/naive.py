@@ -15,7 +15,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from twotower import TwoTowerForCausalLM
-from twotower.cache.layer_cache import KeyValue, MambaPast
+from twotower.cache.layer_cache import KeyValue, MambaCache
 from twotower.cache.pools import ContextView
 from twotower.ops.reference.attention import Cached
 
@@ -30,7 +30,7 @@ class NaiveDenoiser:
         self.dtype = model.dtype
         self.weights = {name: tensor.detach().clone() for name, tensor in model.denoiser.state_dict().items()}
         self.time = {name: tensor.detach().clone() for name, tensor in model.time.state_dict().items()}
-        self.past: list[KeyValue | MambaPast | None] = []
+        self.past: list[KeyValue | MambaCache | None] = []
 
     def begin(self, view: ContextView) -> None:
         """A new block: the whole cache of one text is copied, as long as it is."""
@@ -40,8 +40,8 @@ class NaiveDenoiser:
             if isinstance(past, Cached):
                 k, v, _ = past.dense(self.config.num_key_value_heads)
                 self.past.append(KeyValue(k[:, :, :length].clone(), v[:, :, :length].clone()))
-            elif isinstance(past, MambaPast):
-                self.past.append(MambaPast(past.conv_window.clone(), past.ssm_state.clone()))
+            elif isinstance(past, MambaCache):
+                self.past.append(MambaCache(past.conv_window.clone(), past.ssm_state.clone()))
             else:
                 self.past.append(None)
 
@@ -57,7 +57,7 @@ class NaiveDenoiser:
             else:
                 hidden = self._rms(x, norm) * (1 + scale) + shift
             name, past = f"layers.{i}.mixer.", self.past[i]
-            if isinstance(past, MambaPast):
+            if isinstance(past, MambaCache):
                 out = self._mamba(hidden, name, past)
             elif kind == "*":
                 out = self._attention(hidden, name, past if isinstance(past, KeyValue) else None)
@@ -125,7 +125,7 @@ class NaiveDenoiser:
                 out.index_add_(0, tokens, part.float() * weight[tokens, places, None].float())
         return out.to(self.dtype)[None] + self._mlp(hidden, name + "shared_experts.")
 
-    def _mamba(self, hidden: Tensor, name: str, past: MambaPast) -> Tensor:
+    def _mamba(self, hidden: Tensor, name: str, past: MambaCache) -> Tensor:
         config, w, length = self.config, self.weights, hidden.shape[1]
         heads, inner, groups = config.mamba_num_heads, config.mamba_inner, config.n_groups
         z, xBC, dt = self._linear(hidden, name + "in_proj").split([inner, config.conv_dim, heads], -1)

@@ -48,4 +48,4 @@ class PassRuns:
     def _commit(self) -> None:
         """With the work that is left until a denoiser can read the text."""
         self.model.extend(self.block, self.texts.state, logits=False)
-        self.texts.state.settle()
+        self.texts.state.commit_state()

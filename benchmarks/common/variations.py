@@ -10,7 +10,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from twotower.cache.layer_cache import MambaPast, Past
+from twotower.cache.layer_cache import LayerCache, MambaCache
 from twotower.config import BackboneConfig
 from twotower.model import conditioning
 from twotower.model.conditioning import TimeConditioning
@@ -93,17 +93,17 @@ class LastStateUnit(Unit):
         return clean, denoise_layer(self.denoiser, noisy, past, modulation, layout)
 
 
-def unseeded(past: Past) -> Past:
+def unseeded(past: LayerCache) -> LayerCache:
     """A Mamba layer's past forgotten; keys and values as they are."""
-    if isinstance(past, MambaPast):
-        return MambaPast(torch.zeros_like(past.conv_window), torch.zeros_like(past.ssm_state))
+    if isinstance(past, MambaCache):
+        return MambaCache(torch.zeros_like(past.conv_window), torch.zeros_like(past.ssm_state))
     return past
 
 
-def _zeros(config: BackboneConfig, clean: Tensor, layout: Layout) -> MambaPast:
+def _zeros(config: BackboneConfig, clean: Tensor, layout: Layout) -> MambaCache:
     rows = layout.document.shape[0] * layout.blocks
     state = (rows, config.mamba_num_heads, config.mamba_head_dim, config.ssm_state_size)
-    return MambaPast(clean.new_zeros(rows, config.conv_kernel - 1, config.conv_dim), clean.new_zeros(state))
+    return MambaCache(clean.new_zeros(rows, config.conv_kernel - 1, config.conv_dim), clean.new_zeros(state))
 
 
 class Varied(DenoisingObjective):

@@ -14,9 +14,9 @@ from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from twotower import TwoTowerForCausalLM
-from twotower.cache.hybrid_cache import TowerState, sizes
+from twotower.cache.hybrid_cache import TowerState, state_bytes
 from twotower.cache.pools import AttentionPool, MambaPool
-from twotower.cache.replica import Mirror, Transport
+from twotower.cache.replica import DeviceTransfer, Replica
 from twotower.model import moe, towers
 from twotower.ops.reference.attention import Cached
 from twotower.ops.registry import REGISTRY, select
@@ -53,7 +53,7 @@ def prefilled(model: TwoTowerForCausalLM, rows: Sequence[Tensor], capacity: int 
 
 def assert_same(actual: TowerState, expected: TowerState, model: TwoTowerForCausalLM) -> None:
     """Lengths, keys and values up to each row's length, Mamba states, and what both towers make of them."""
-    actual, expected = actual.snapshot(), expected.snapshot()
+    actual, expected = actual.clone(), expected.clone()
     views = actual.view(), expected.view()
     assert actual.lengths.tolist() == expected.lengths.tolist()
     for layer, (mine, theirs) in enumerate(zip(actual.pools, expected.pools, strict=True)):
@@ -168,9 +168,9 @@ def test_prefill_in_chunks_equals_one_pass(model: TwoTowerForCausalLM) -> None:
 
 def test_a_row_given_no_tokens_is_untouched(model: TwoTowerForCausalLM) -> None:
     state = prefilled(model, texts((6, 0, 30)))
-    before = state.select(torch.tensor([1, 2])).snapshot()
+    before = state.select(torch.tensor([1, 2])).clone()
     model.extend(some_tokens(3, 4), state, lengths=torch.tensor([4, 0, 0]))
-    state.settle()
+    state.commit_state()
     after = state.select(torch.tensor([1, 2]))
     for pool in (*before.pools, *after.pools):
         if isinstance(pool, AttentionPool):  # the spare vector takes the writes of padding
@@ -209,7 +209,7 @@ def test_blocks_of_several_lengths_in_one_pass(model: TwoTowerForCausalLM) -> No
         alone = model.denoise(block[row : row + 1, :size], t[row : row + 1], own.view())
         torch.testing.assert_close(together[row : row + 1, :size], alone, rtol=1e-8, atol=1e-9)
     wanted = torch.tensor([2, 0])
-    some = model.extend(block, state.snapshot(), lengths=torch.tensor(sizes), logits=wanted)
+    some = model.extend(block, state.clone(), lengths=torch.tensor(sizes), logits=wanted)
     every = model.extend(block, state, lengths=torch.tensor(sizes))
     assert some is not None
     assert every is not None
@@ -224,7 +224,7 @@ def test_passes_over_some_slots_one_after_another(model: TwoTowerForCausalLM) ->
         before = pool.lengths.clone()
         model.extend(block[slots], pool, rows=torch.tensor(slots))
         pool.rollback(before.index_add(0, torch.tensor(slots), torch.tensor(kept)))
-        copy = pool.snapshot()
+        copy = pool.clone()
     read = [block[0, :4], block[1, :5], block[2, :1], block[3, :6]]  # slot 0: 4 tokens, then none
     alone = prefilled(model, [torch.cat(parts) for parts in zip(prompts, read, strict=True)])
     assert_same(pool, alone, model)
@@ -247,8 +247,8 @@ def test_a_reset_row_begins_anew(model: TwoTowerForCausalLM) -> None:
 def test_emptying_and_filling_rows_costs_only_those_rows(model: TwoTowerForCausalLM, recorded: bool) -> None:
     """The pools stay where they lie, whatever their size; while autograd records, what they held stays as it was."""
     state = prefilled(model, texts((5, 9, 70)))
-    piece = state.excerpt(2, 0, 70)
-    before, old = state.snapshot(), _parts(state)
+    piece = state.snapshot_row(2, 0, 70)
+    before, old = state.clone(), _parts(state)
     rows = torch.tensor([1])
     with torch.set_grad_enabled(recorded):
         state.reset(rows)
@@ -278,7 +278,7 @@ def test_select_and_snapshot_are_independent_copies(model: TwoTowerForCausalLM) 
     prompts, block = texts((3, 11, 0)), some_tokens(3, 6)
     state = prefilled(model, prompts)
     model.extend(block, state)
-    copy, part = state.snapshot(), state.select(torch.tensor([2, 0]))
+    copy, part = state.clone(), state.select(torch.tensor([2, 0]))
     state.rollback(torch.tensor([3, 11, 0]))
     model.extend(some_tokens(3, 9, seed=5), state)
 
@@ -315,7 +315,7 @@ def test_nbytes_counts_what_is_held(model: TwoTowerForCausalLM) -> None:
     keys = 2 * config.num_key_value_heads * 100 * config.head_dim
     mamba = (config.conv_kernel - 1) * config.conv_dim + config.mamba_inner * config.ssm_state_size
     assert model.new_state(3, 100).nbytes == 8 * (3 * (keys + 2 * mamba + 3) + 2 * config.head_dim)
-    assert sizes(config, torch.float64) == (8 * 2 * mamba, 8 * keys // 100)
+    assert state_bytes(config, torch.float64) == (8 * 2 * mamba, 8 * keys // 100)
 
 
 # --- who may write ------------------------------------------------------------------------------------------------
@@ -432,7 +432,7 @@ def all_verbs(model: TwoTowerForCausalLM, prompts: tuple[Tensor, Tensor], kept: 
     block = torch.full((2, 8), MASK, device=device)
     model.prefill(tokens, lengths, state, rows)
     model.extend(block, state, lengths=lengths.clamp(max=8), rows=rows)
-    state.rollback(torch.where(state.accepted > 0, state.lengths - kept.to(device), state.lengths))
+    state.rollback(torch.where(state.uncommitted > 0, state.lengths - kept.to(device), state.lengths))
     model.denoise(block, torch.full((2,), 0.5, device=device), state.view(rows))
     model.extend(block[:, :1], state.select(rows))
     state.reset(rows)
@@ -476,7 +476,7 @@ def test_the_work_of_a_pass_does_not_depend_on_what_the_rows_hold(
 # --- the denoiser's copy on another device ------------------------------------------------------------------------
 
 
-class Counter(Transport):
+class Counter(DeviceTransfer):
     def __init__(self) -> None:
         self.bytes = 0
 
@@ -486,62 +486,62 @@ class Counter(Transport):
 
 
 @pytest.fixture
-def follow(model: TwoTowerForCausalLM) -> Callable[[TowerState, Mirror], None]:
-    """Checks that a mirror shows what the state does."""
+def follow(model: TwoTowerForCausalLM) -> Callable[[TowerState, Replica], None]:
+    """Checks that a replica shows what the state does."""
 
-    def check(state: TowerState, mirror: Mirror) -> None:
+    def check(state: TowerState, replica: Replica) -> None:
         block, half = torch.full((state.rows, 4), MASK), torch.full((state.rows,), 0.5)
-        through, local = (model.denoise(block, half, source.view()) for source in (mirror, state))
+        through, local = (model.denoise(block, half, source.view()) for source in (replica, state))
         assert torch.equal(through, local)
 
     return check
 
 
 def test_a_mirror_follows_extend_rollback_growth_and_select(
-    model: TwoTowerForCausalLM, follow: Callable[[TowerState, Mirror], None]
+    model: TwoTowerForCausalLM, follow: Callable[[TowerState, Replica], None]
 ) -> None:
     state = model.new_state(3, 16)
-    mirror = Mirror(state, torch.device("cpu"), Counter())
-    follow(state, mirror)
+    replica = Replica(state, torch.device("cpu"), Counter())
+    follow(state, replica)
     model.prefill(*padded(texts((5, 0, 30))), state)
-    follow(state, mirror)
+    follow(state, replica)
     model.extend(some_tokens(3, 6), state)
     state.rollback(torch.tensor([8, 6, 30]))
-    follow(state, mirror)
+    follow(state, replica)
     model.extend(some_tokens(3, 40), state, lengths=torch.tensor([1, 40, 0]))
     model.extend(some_tokens(3, 2), state)  # two appends between two looks
-    follow(state, mirror)
+    follow(state, replica)
     kept = torch.tensor([2, 0])
     state = state.select(kept)
-    mirror = mirror.select(state, kept)
+    replica = replica.select(state, kept)
     model.extend(some_tokens(2, 3), state)
-    follow(state, mirror)
+    follow(state, replica)
 
 
 def test_a_mirror_follows_a_row_that_begins_anew(
-    model: TwoTowerForCausalLM, follow: Callable[[TowerState, Mirror], None]
+    model: TwoTowerForCausalLM, follow: Callable[[TowerState, Replica], None]
 ) -> None:
     state = prefilled(model, texts((20, 20)))
-    mirror = Mirror(state, torch.device("cpu"), Counter())
-    follow(state, mirror)
+    replica = Replica(state, torch.device("cpu"), Counter())
+    follow(state, replica)
     for length in (5, 30):  # shorter and longer than the text before it
         state.reset(torch.tensor([1]))
         model.prefill(some_tokens(1, length), torch.tensor([length]), state, rows=torch.tensor([1]))
-        follow(state, mirror)
+        follow(state, replica)
     state.reset(torch.tensor([1]))
-    follow(state, mirror)  # nothing new to fetch, yet the row is empty
+    follow(state, replica)  # nothing new to fetch, yet the row is empty
 
 
 def test_a_mirror_fetches_only_what_is_new(model: TwoTowerForCausalLM) -> None:
     state, counter = prefilled(model, texts((200, 100)), capacity=400), Counter()
-    mirror = Mirror(state, torch.device("cpu"), counter)
-    mirror.view()
+    replica = Replica(state, torch.device("cpu"), counter)
+    replica.view()
     counter.bytes = 0
-    mirror.view()
+    replica.view()
     assert counter.bytes == 0
     model.extend(some_tokens(2, 8), state)
-    mirror.view()
-    per_row, per_token = sizes(state.config, state.dtype)
+    replica.view()
+    per_row, per_token = state_bytes(state.config, state.dtype)
     columns, mamba = 2 * 8 * per_token, 2 * per_row
     assert counter.bytes <= columns + mamba + 2 * state.lengths.nbytes
 

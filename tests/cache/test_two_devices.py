@@ -1,7 +1,7 @@
 """The towers may sit anywhere: what crosses between them is counted, and nothing else may.
 
 One CPU plays both devices: every tensor has a home, tensors of different homes may not meet in any operation, and
-only the transport changes a tensor's home. With a GPU the same is done in earnest.
+only the transfer changes a tensor's home. With a GPU the same is done in earnest.
 """
 
 from __future__ import annotations
@@ -17,7 +17,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
 from twotower import TwoTowerForCausalLM
-from twotower.cache.replica import LocalReader, Mirror, Transport
+from twotower.cache.replica import DeviceTransfer, LocalReader, Replica
 from twotower.engine import denoiser_step
 from twotower.ops.host_transfer import AsyncHostCopy
 from twotower.ops.precision import accumulation_dtype
@@ -55,7 +55,7 @@ class Homes(TorchDispatchMode):
         return out
 
 
-class CountingTransport(Transport):
+class CountingTransfer(DeviceTransfer):
     """Counts what crosses, by direction: the only way from one home to the other."""
 
     def __init__(self, homes: Homes | None = None) -> None:
@@ -118,16 +118,16 @@ def model(random_model: Factory) -> TwoTowerForCausalLM:
 
 @pytest.fixture
 def apart(model: TwoTowerForCausalLM) -> Iterator[TwoTowerForCausalLM]:
-    """The model with each tower in its own home, and a transport that counts."""
+    """The model with each tower in its own home, and a transfer that counts."""
     with torch.no_grad(), Homes(model) as homes:
-        model.transport = CountingTransport(homes)
+        model.transfer = CountingTransfer(homes)
         yield model
-    model.transport = None
+    model.transfer = None
 
 
-def transport_of(model: TwoTowerForCausalLM) -> CountingTransport:
-    assert isinstance(model.transport, CountingTransport)
-    return model.transport
+def transfer_of(model: TwoTowerForCausalLM) -> CountingTransfer:
+    assert isinstance(model.transfer, CountingTransfer)
+    return model.transfer
 
 
 # --- the watchers themselves --------------------------------------------------------------------------------------
@@ -139,8 +139,8 @@ def test_a_meeting_of_both_homes_is_noticed(apart: TwoTowerForCausalLM) -> None:
         a + b
     with pytest.raises(AssertionError, match="both towers"):
         torch.zeros_like(a).copy_(a).mul_(2).add_(b[0] * 2)
-    assert (a + transport_of(apart).send(b, apart.device)).shape == a.shape
-    assert transport_of(apart).take() == b.nbytes
+    assert (a + transfer_of(apart).send(b, apart.device)).shape == a.shape
+    assert transfer_of(apart).take() == b.nbytes
 
 
 def test_without_the_transport_the_towers_do_meet(apart: TwoTowerForCausalLM) -> None:
@@ -171,11 +171,11 @@ def test_bytes_of_a_block(
     monkeypatch.setattr(denoiser_step, "AsyncHostCopy", CountingFetched)
     model = random_model("M*E-M*", seed=9, dtype=dtype)
     with torch.no_grad(), Homes(model) as homes:
-        model.transport = transport = CountingTransport(homes)
+        model.transfer = transfer = CountingTransfer(homes)
         counted = []
         for _ in model.stream(prompts(length), max_new_tokens=5 * SIZE, block_size=SIZE):
-            assert "context" not in {to for to, _ in transport.sent}  # the other way nothing
-            counted.append(transport.take())
+            assert "context" not in {to for to, _ in transfer.sent}  # the other way nothing
+            counted.append(transfer.take())
     first, *others = counted
     assert first == state_bytes(model, length) + slot_map_bytes(1)
     assert others == [state_bytes(model, SIZE)] * 4  # whatever the length of the text
@@ -184,11 +184,11 @@ def test_bytes_of_a_block(
 
 
 def test_bytes_of_a_batch(apart: TwoTowerForCausalLM) -> None:
-    transport = transport_of(apart)
+    transfer = transfer_of(apart)
     counted = []
     for event in apart.stream(prompts(3, 40, 11), max_new_tokens=3 * SIZE, block_size=SIZE):
         if event.row == 0:  # the rows of a block come together
-            counted.append(transport.take())
+            counted.append(transfer.take())
     first, *others = counted
     assert first == state_bytes(apart, 3, 40, 11) + slot_map_bytes(3)  # no padding
     assert others == [state_bytes(apart, SIZE, SIZE, SIZE)] * 2
@@ -196,8 +196,8 @@ def test_bytes_of_a_batch(apart: TwoTowerForCausalLM) -> None:
 
 @pytest.mark.parametrize("length", [2, 50])
 def test_bytes_of_a_mock_ar_token(apart: TwoTowerForCausalLM, length: int) -> None:
-    transport = transport_of(apart)
-    counted = [transport.take() for _ in apart.stream(prompts(length), "mock_ar", max_new_tokens=5)]
+    transfer = transfer_of(apart)
+    counted = [transfer.take() for _ in apart.stream(prompts(length), "mock_ar", max_new_tokens=5)]
     first, *others = counted
     assert first == state_bytes(apart, length - 1) + slot_map_bytes(1)
     assert others == [state_bytes(apart, 1)] * 4
@@ -205,15 +205,15 @@ def test_bytes_of_a_mock_ar_token(apart: TwoTowerForCausalLM, length: int) -> No
 
 def test_ar_needs_no_crossing(apart: TwoTowerForCausalLM) -> None:
     runs(apart, prompts(4, 9), "ar", 6)
-    assert transport_of(apart).take() == 0
+    assert transfer_of(apart).take() == 0
 
 
 def test_steps_of_a_block_cross_nothing(apart: TwoTowerForCausalLM) -> None:
-    transport = transport_of(apart)
+    transfer = transfer_of(apart)
     seen: list[int] = []
 
     def callback(step: int, steps: int, block: Tensor, t: Any, logits: Tensor | None, block_idx: int) -> None:
-        seen.append(transport.take() if logits is not None else 0 * transport.take())
+        seen.append(transfer.take() if logits is not None else 0 * transfer.take())
 
     apart.generate_mask_diffusion(prompts(9), 2 * SIZE, SIZE, SIZE, confidence_threshold=1.0, step_callback=callback)
     assert len(seen) == 2 * (SIZE + 1)
@@ -232,41 +232,41 @@ def test_apart_is_as_together(model: TwoTowerForCausalLM, mode: str, arguments: 
     together = runs(model, rows, mode, 20, eos_token_id=eos, **arguments)
     assert len({len(tokens) for tokens in together}) > 2  # rows end at different times
     with torch.no_grad(), Homes(model) as homes:
-        model.transport = CountingTransport(homes)
+        model.transfer = CountingTransfer(homes)
         assert runs(model, rows, mode, 20, **arguments) == free
         assert runs(model, rows, mode, 20, eos_token_id=eos, **arguments) == together
-    model.transport = None
+    model.transfer = None
 
 
 def test_mirror_holds_what_the_state_holds(model: TwoTowerForCausalLM) -> None:
     """Over extends of any valid lengths, rollbacks, growth and rows that leave."""
     rows = [torch.tensor(p) for p in prompts(20, 20, 20)]
     state = model.new_state(3, 24)
-    model.transport = CountingTransport()
-    mirror = model.reader(state)
-    assert isinstance(mirror, Mirror)
+    model.transfer = CountingTransfer()
+    replica = model.reader(state)
+    assert isinstance(replica, Replica)
     tokens = torch.stack(rows)
     with torch.no_grad():
         model.prefill(tokens, torch.tensor([20, 3, 0]), state)
-        same(mirror, state)
+        same(replica, state)
         model.extend(tokens[:, :9], state, torch.tensor([9, 0, 4]), logits=False)
         state.rollback(torch.tensor([22, 3, 1]))
         model.extend(tokens[:, :5], state, torch.tensor([5, 5, 0]), logits=False)  # two extends, one crossing
-        same(mirror, state)
-        same(mirror, state)  # nothing new: nothing crosses
+        same(replica, state)
+        same(replica, state)  # nothing new: nothing crosses
         kept = torch.tensor([2, 0])
         model.extend(tokens[:, :2], state, logits=False)
         smaller = state.select(kept)
-        mirror = mirror.select(smaller, kept)
-        same(mirror, smaller)
+        replica = replica.select(smaller, kept)
+        same(replica, smaller)
         smaller.reset(torch.tensor([1]))
         model.extend(tokens[:2, :30], smaller, torch.tensor([1, 17]), logits=False)
-        same(mirror, smaller)
-    model.transport = None
+        same(replica, smaller)
+    model.transfer = None
 
 
-def same(mirror: Any, state: Any) -> None:
-    ours, theirs = mirror.view(), state.view()
+def same(replica: Any, state: Any) -> None:
+    ours, theirs = replica.view(), state.view()
     assert torch.equal(ours.lengths, theirs.lengths)
     heads = state.config.num_key_value_heads
     for a, b in zip(ours.past, theirs.past, strict=True):

@@ -17,7 +17,7 @@ import torch
 from conftest import EVERY_KIND, build_random_model
 from test_engine import LENGTH, alone, assert_as_alone, drive, facts, moody_policy, some_request
 from test_overlap import asking, told
-from test_two_devices import CountingTransport
+from test_two_devices import CountingTransfer
 from torch import Tensor
 
 from twotower import LLM, TwoTowerForCausalLM
@@ -45,7 +45,7 @@ def test_every_request_writes_what_it_writes_alone(model: TwoTowerForCausalLM, r
     rng = random.Random(rows + 100)
     requests = [some_request(rng) for _ in range(40)]
     asked = [replace(request, watched=rng.random() < 0.3, logprobs=rng.choice([None, None, 2])) for request in requests]
-    with patch.object(model, "transport", CountingTransport() if apart else None):
+    with patch.object(model, "transfer", CountingTransfer() if apart else None):
         outputs = drive(ahead(model, rows), asked, rng, aborted=0.1)
     assert 8 < len(outputs) < 40
     for place, output in outputs.items():

@@ -18,7 +18,7 @@ from near_ties import is_near_tie
 from torch import Tensor
 
 from twotower import TwoTowerForCausalLM
-from twotower.cache.replica import Mirror, Transport
+from twotower.cache.replica import DeviceTransfer, Replica
 from twotower.decoding.output import Generation, StepEvent
 from twotower.decoding.params import GenerationParams
 from twotower.decoding.unmasking import POLICIES, Pass, Verdict, register_policy
@@ -142,12 +142,12 @@ def test_a_small_window_of_prompts_in_pieces(model: TwoTowerForCausalLM) -> None
 
 
 def test_towers_apart(model: TwoTowerForCausalLM) -> None:
-    """The denoiser reads a mirror of the pool, as on a device of its own."""
+    """The denoiser reads a replica of the pool, as on a device of its own."""
     rng = random.Random(13)
     requests = [some_request(rng) for _ in range(30)]
-    with patch.object(model, "transport", Transport()):
+    with patch.object(model, "transfer", DeviceTransfer()):
         llm = LLM(model, rows=4, length=LENGTH)
-        assert isinstance(llm.core.reader, Mirror)
+        assert isinstance(llm.core.reader, Replica)
         outputs = drive(llm, requests, rng, aborted=0.05)
     for place, output in outputs.items():
         assert_as_alone(model, requests[place], output)
@@ -410,10 +410,10 @@ def test_the_state_does_not_grow(model: TwoTowerForCausalLM) -> None:
         return llm.core.state.nbytes
 
     drive(llm, [some_request(rng) for _ in range(10)], rng, aborted=0.3)
-    llm.core.state.settle()
+    llm.core.state.commit_state()
     before, capacity = held(), llm.core.state.capacity
     drive(llm, [some_request(rng) for _ in range(80)], rng, aborted=0.3)
-    llm.core.state.settle()
+    llm.core.state.commit_state()
     assert held() == before
     assert llm.core.state.capacity == capacity
     assert not llm.core.rounds.opening
@@ -489,7 +489,7 @@ def test_a_callback_hears_of_a_block_after_the_events_of_the_one_before(
         told.append(("pass", block_idx))
 
     fixed = {"draft_steps": 2} if mode == "verified" else {}
-    with patch.object(model, "transport", Transport() if apart else None):
+    with patch.object(model, "transfer", DeviceTransfer() if apart else None):
         prompts = [[5, 6, 7], [8], [9] * 40]
         events = model.stream(prompts, mode, max_new_tokens=24, block_size=8, step_callback=callback, **fixed)
         for event in events:

@@ -15,9 +15,9 @@ from conftest import EVERY_KIND, build_random_model
 from test_engine import KINDS, alone, assert_as_alone, drive, some_request
 
 from twotower import LLM, Request, TwoTowerForCausalLM
-from twotower.cache.hybrid_cache import sizes
-from twotower.cache.kv_slots import Segments
-from twotower.cache.prefix_cache import Prefixes
+from twotower.cache.hybrid_cache import state_bytes
+from twotower.cache.kv_slots import KVSlots
+from twotower.cache.prefix_cache import PrefixCache
 from twotower.decoding.params import GenerationParams
 from twotower.engine import core
 from twotower.engine.oom import in_parts, out_of_memory
@@ -35,31 +35,31 @@ def asking(prompt: list[int], mode: str = "ar", n: int = 6, **given: Any) -> Req
     return Request(prompt, GenerationParams.of(mode=mode, max_new_tokens=n, **given))
 
 
-# --- shared columns ---------------------------------------------------------------------------------------------------
+# --- shared KV slots --------------------------------------------------------------------------------------------------
 
 
 def test_segments_never_overlap_and_come_back() -> None:
-    rng, segments = random.Random(0), Segments(8, 2, 100, torch.device("cpu"))
+    rng, kv_slots = random.Random(0), KVSlots(8, 2, 100, torch.device("cpu"))
     for _ in range(500):
         row = rng.randrange(8)
-        if row in segments.taken:
-            segments.close(row)
-        elif segments.room_for(length := rng.randrange(1, 60)) is not None:
-            segments.open(row, length)
-            assert segments.start[row] == 2 * segments.taken[row][0]
-        spans = sorted((first, first + count) for first, count in segments.taken.values())
+        if row in kv_slots.allocated:
+            kv_slots.free(row)
+        elif kv_slots.first_fit(length := rng.randrange(1, 60)) is not None:
+            kv_slots.allocate(row, length)
+            assert kv_slots.start[row] == 2 * kv_slots.allocated[row][0]
+        spans = sorted((first, first + count) for first, count in kv_slots.allocated.values())
         assert all(one[1] <= other[0] for one, other in pairwise(spans))
         assert not spans or spans[-1][1] <= 100
-    for row in list(segments.taken):
-        segments.close(row)
-    assert segments.room_for(100) == 0
-    assert segments.room_for(101) is None
+    for row in list(kv_slots.allocated):
+        kv_slots.free(row)
+    assert kv_slots.first_fit(100) == 0
+    assert kv_slots.first_fit(101) is None
 
 
 def test_a_text_takes_what_it_needs(model: TwoTowerForCausalLM) -> None:
     """Memory for two of the longest texts holds eight short ones at once; a long one waits, and nobody overtakes it."""
     memory = LLM.memory_for(model, 2, LENGTH)
-    per_row, per_token = sizes(model.context.config, model.dtype)
+    per_row, per_token = state_bytes(model.context.config, model.dtype)
     memory += 6 * per_row * 2
     llm = LLM(model, rows=8, length=LENGTH, memory=memory)
     assert llm.core.state.nbytes + llm.core.prefixes.budget <= memory + 16 * per_token
@@ -79,7 +79,7 @@ def test_a_text_takes_what_it_needs(model: TwoTowerForCausalLM) -> None:
         assert started == set(range(len(started)))  # in order of arrival
     assert sorted(ended) == numbers
     assert results[8].tokens == alone(model, long).tokens
-    assert not llm.core.state.segments.taken
+    assert not llm.core.state.kv_slots.allocated
     assert len(llm.core.scheduler.free) == 8
 
 
@@ -115,7 +115,7 @@ def test_a_known_beginning_is_not_read_again(model: TwoTowerForCausalLM, mode: s
         (output,) = llm.generate([request])
         assert output.cached_tokens == cached
         assert_as_alone(model, request, output)
-    assert (llm.core.prefixes.asked, llm.core.prefixes.found) == (31 * 3 + 16, 48)
+    assert (llm.core.prefixes.queried_tokens, llm.core.prefixes.hit_tokens) == (31 * 3 + 16, 48)
 
 
 @pytest.mark.usefixtures("short_chunks")
@@ -129,7 +129,7 @@ def test_the_least_recently_used_is_forgotten_first(model: TwoTowerForCausalLM) 
         (output,) = llm.generate([asking(texts[which])])
         cached.append(output.cached_tokens)
         assert llm.core.prefixes.nbytes <= llm.core.prefixes.budget
-        assert llm.core.prefixes.nbytes == sum(node.excerpt.nbytes for node in llm.core.prefixes.nodes.values())
+        assert llm.core.prefixes.nbytes == sum(node.snapshot.nbytes for node in llm.core.prefixes.nodes.values())
     assert cached == [0, 0, 8, 0, 8, 0, 0]
 
 
@@ -145,7 +145,7 @@ def test_a_beginning_outlives_its_middle_never(model: TwoTowerForCausalLM) -> No
         assert_as_alone(model, request, output)
     numbers = {node.number for node in llm.core.prefixes.nodes.values()} | {0}
     assert all(parent in numbers for parent, _ in llm.core.prefixes.nodes)
-    assert llm.core.prefixes.found > 0
+    assert llm.core.prefixes.hit_tokens > 0
 
 
 @pytest.mark.usefixtures("short_chunks")
@@ -161,11 +161,11 @@ def test_any_requests_with_shared_beginnings_are_as_alone(model: TwoTowerForCaus
     outputs = drive(llm, requests, rng, aborted=0.1)
     for place, output in outputs.items():
         assert_as_alone(model, requests[place], output)
-    assert llm.core.prefixes.found > 100
+    assert llm.core.prefixes.hit_tokens > 100
 
 
 def test_nothing_is_kept_without_room() -> None:
-    assert not Prefixes(8, 0)._room_for(1, spared=[])
+    assert not PrefixCache(8, 0)._evict_for(1, spared=[])
 
 
 # --- memory gives out -------------------------------------------------------------------------------------------------
@@ -233,7 +233,7 @@ def soak(count: int) -> None:
     for part in range(5):
         requests = [some_request(rng) for _ in range(count // 5)]
         drive(llm, requests, rng, aborted=0.3)
-        llm.core.state.settle()
+        llm.core.state.commit_state()
         gc.collect()
         levels.append((llm.core.state.nbytes, psutil.Process().memory_info().rss))
         assert len(llm.core.scheduler.free) == 8
@@ -242,7 +242,7 @@ def soak(count: int) -> None:
             llm.core.scheduler.waiting,
             llm.core.rounds.opening,
             llm._unseen,
-            llm.core.state.segments.taken,
+            llm.core.state.kv_slots.allocated,
         ):
             assert not left, part
     assert len({held for held, _ in levels}) == 1

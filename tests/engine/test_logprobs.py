@@ -15,7 +15,7 @@ from test_engine import KINDS, LENGTH, assert_as_alone, drive, facts, passes, so
 from test_stopping import EOS, TOKENIZER, VOCABULARY
 
 from twotower import LLM, Request, TwoTowerForCausalLM
-from twotower.cache.replica import Transport
+from twotower.cache.replica import DeviceTransfer
 from twotower.decoding.output import BlockEvent, Generation, TokenLogprob
 from twotower.decoding.params import GenerationParams
 from twotower.engine import core, logprobs
@@ -176,7 +176,7 @@ def test_a_known_beginning_is_scored_all_the_same(model: TwoTowerForCausalLM, mo
 def test_towers_apart_and_requests_given_up(model: TwoTowerForCausalLM) -> None:
     rng = random.Random(13)
     requests = [with_logprobs(rng, some_request(rng)) for _ in range(30)]
-    with patch.object(model, "transport", Transport()):
+    with patch.object(model, "transfer", DeviceTransfer()):
         outputs = drive(LLM(model, rows=4, length=LENGTH), requests, rng, aborted=0.1)
     assert len(outputs) > 10
     for place, output in outputs.items():

@@ -1,6 +1,6 @@
 """Towers on two devices work at the same time: what is launched before anything is read, what crosses, and who waits.
 
-One CPU plays both devices, as in test_two_devices.py: a transport of its own is what makes an engine take them for two.
+One CPU plays both devices, as in test_two_devices.py: a transfer of its own is what makes an engine take them for two.
 """
 
 from __future__ import annotations
@@ -16,12 +16,12 @@ import pytest
 import torch
 from conftest import EVERY_KIND, build_random_model
 from test_engine import LENGTH, alone, assert_as_alone, drive, facts, moody_policy, some_request
-from test_two_devices import PLACES, CountingTransport, Homes
+from test_two_devices import PLACES, CountingTransfer, Homes
 from torch import Tensor
 
 from twotower import LLM, Request, TwoTowerForCausalLM
-from twotower.cache.hybrid_cache import sizes
-from twotower.cache.replica import Mirror
+from twotower.cache.hybrid_cache import state_bytes
+from twotower.cache.replica import Replica
 from twotower.decoding.output import StepEvent
 from twotower.decoding.params import GenerationParams
 from twotower.engine.sequence import Phase
@@ -36,11 +36,11 @@ def model() -> TwoTowerForCausalLM:
 
 
 @pytest.fixture
-def transport(model: TwoTowerForCausalLM) -> Iterator[CountingTransport]:
+def transfer(model: TwoTowerForCausalLM) -> Iterator[CountingTransfer]:
     """Engines made while it is there have their towers apart."""
-    with patch.object(model, "transport", CountingTransport()):
-        assert isinstance(model.transport, CountingTransport)
-        yield model.transport
+    with patch.object(model, "transfer", CountingTransfer()):
+        assert isinstance(model.transfer, CountingTransfer)
+        yield model.transfer
 
 
 def asking(prompt: list[int], mode: str, n: int = 40, **given: Any) -> Request:
@@ -50,7 +50,7 @@ def asking(prompt: list[int], mode: str, n: int = 40, **given: Any) -> Request:
 # --- what comes out -------------------------------------------------------------------------------------------------
 
 
-@pytest.mark.usefixtures("transport")
+@pytest.mark.usefixtures("transfer")
 @pytest.mark.parametrize("rows", [1, 2, 5])
 def test_every_request_writes_what_it_writes_alone(model: TwoTowerForCausalLM, rows: int) -> None:
     """Whoever comes and goes, in any mode, watched or with log-probabilities, which change nothing."""
@@ -58,10 +58,10 @@ def test_every_request_writes_what_it_writes_alone(model: TwoTowerForCausalLM, r
     requests = [some_request(rng) for _ in range(40)]
     asked = [replace(request, watched=rng.random() < 0.3, logprobs=rng.choice([None, None, 2])) for request in requests]
     llm = LLM(model, rows=rows, length=LENGTH)
-    assert isinstance(llm.core.reader, Mirror)
+    assert isinstance(llm.core.reader, Replica)
     outputs = drive(llm, asked, rng, aborted=0.1)
     assert 15 < len(outputs) < 40
-    with patch.object(model, "transport", None):
+    with patch.object(model, "transfer", None):
         for place, output in outputs.items():
             if asked[place].logprobs is None:
                 assert_as_alone(model, requests[place], output)
@@ -70,7 +70,7 @@ def test_every_request_writes_what_it_writes_alone(model: TwoTowerForCausalLM, r
                 assert len(output.logprobs) == len(output.tokens)
 
 
-@pytest.mark.usefixtures("transport")
+@pytest.mark.usefixtures("transfer")
 @pytest.mark.parametrize("mode", ["diffusion", "verified"])
 def test_watching_shows_the_passes_that_are_counted(model: TwoTowerForCausalLM, mode: str) -> None:
     llm = LLM(model, rows=3, length=LENGTH)
@@ -85,7 +85,7 @@ def test_watching_shows_the_passes_that_are_counted(model: TwoTowerForCausalLM, 
     assert looks == result.denoiser_passes > 0
 
 
-@pytest.mark.usefixtures("transport")
+@pytest.mark.usefixtures("transfer")
 @pytest.mark.parametrize("verb", ["extend", "denoise"])
 def test_a_pass_that_does_not_fit_is_done_in_halves(model: TwoTowerForCausalLM, verb: str) -> None:
     """The halves are launched one after the other, before any is collected."""
@@ -100,12 +100,12 @@ def test_a_pass_that_does_not_fit_is_done_in_halves(model: TwoTowerForCausalLM, 
     requests = [some_request(rng) for _ in range(15)]
     with patch.object(TwoTowerForCausalLM, verb, scarce):
         outputs = drive(LLM(model, rows=6, length=LENGTH), requests, rng, aborted=0.0)
-    with patch.object(model, "transport", None):
+    with patch.object(model, "transfer", None):
         for place, output in outputs.items():
             assert_as_alone(model, requests[place], output)
 
 
-@pytest.mark.usefixtures("transport")
+@pytest.mark.usefixtures("transfer")
 def test_a_policy_that_raises_ends_its_own_request_only(model: TwoTowerForCausalLM) -> None:
     with moody_policy():
         requests = [
@@ -115,7 +115,7 @@ def test_a_policy_that_raises_ends_its_own_request_only(model: TwoTowerForCausal
         llm = LLM(model, rows=2, length=64)
         broken, whole = llm.generate(requests)
         assert broken.error == "ZeroDivisionError: in a bad mood"
-        with patch.object(model, "transport", None):
+        with patch.object(model, "transfer", None):
             assert_as_alone(model, requests[1], whole)
         assert len(llm.core.scheduler.free) == 2
 
@@ -177,7 +177,7 @@ def steps(model: TwoTowerForCausalLM, requests: list[Request]) -> list[list[str]
     return out
 
 
-@pytest.mark.usefixtures("transport")
+@pytest.mark.usefixtures("transfer")
 def test_both_towers_are_at_work_before_the_host_reads_anything(model: TwoTowerForCausalLM) -> None:
     both = 0
     for log in steps(model, MIXED):
@@ -200,24 +200,24 @@ def test_on_one_device_the_context_is_read_first(model: TwoTowerForCausalLM) -> 
 # --- what crosses ---------------------------------------------------------------------------------------------------
 
 
-def crossing(llm: LLM, transport: CountingTransport) -> list[int]:
+def crossing(llm: LLM, transfer: CountingTransfer) -> list[int]:
     """Bytes that cross in each step until all is done."""
     out = []
     while llm.has_work:
-        transport.take()
+        transfer.take()
         llm.step()
-        out.append(transport.take())
+        out.append(transfer.take())
     return out
 
 
 @pytest.mark.parametrize("others", [0, 5])
 @pytest.mark.parametrize("length", [3, 90])
 def test_a_block_brings_its_own_columns_and_states_only(length: int, others: int) -> None:
-    """Whatever the length of the text and whoever else is there; and nothing crosses but through the transport."""
+    """Whatever the length of the text and whoever else is there; and nothing crosses but through the transfer."""
     model = build_random_model("M*E-M*", seed=9)
-    per_row, per_token = sizes(model.context.config, model.dtype)
+    per_row, per_token = state_bytes(model.context.config, model.dtype)
     with torch.no_grad(), Homes(model) as homes:
-        model.transport = transport = CountingTransport(homes)
+        model.transfer = transfer = CountingTransfer(homes)
         llm = LLM(model, rows=8, length=400)
         for i in range(others):  # their blocks take 16 passes, and none is read meanwhile
             llm.add_request(asking([7 + i] * 30, "diffusion", 16, block_size=16, policy="top-k", policy_value=1))
@@ -227,12 +227,12 @@ def test_a_block_brings_its_own_columns_and_states_only(length: int, others: int
         llm.add_request(
             asking([5] * length, "diffusion", 12, block_size=4, steps_per_block=2, policy="top-k", policy_value=2)
         )
-        transport.take()
+        transfer.take()
         counted = []
         for _ in range(9):
             llm.step()
-            assert "context" not in {to for to, _ in transport.sent}
-            counted.append(transport.take())
+            assert "context" not in {to for to, _ in transfer.sent}
+            counted.append(transfer.take())
     segments = (
         2 * llm.core.state.rows * torch.long.itemsize
     )  # where the rows' columns lie: sent when a row is given some
@@ -241,9 +241,9 @@ def test_a_block_brings_its_own_columns_and_states_only(length: int, others: int
     assert counted == [0, length * per_token + per_row + segments, 0, 0, block, 0, 0, block, 0]
 
 
-def test_only_the_rows_that_were_read_cross(model: TwoTowerForCausalLM, transport: CountingTransport) -> None:
+def test_only_the_rows_that_were_read_cross(model: TwoTowerForCausalLM, transfer: CountingTransfer) -> None:
     """Verified rows of every age: each step brings what was kept of the drafts that were checked, no padding."""
-    per_row, per_token = sizes(model.context.config, model.dtype)
+    per_row, per_token = state_bytes(model.context.config, model.dtype)
     rng = random.Random(2)
     llm = LLM(model, rows=4, length=LENGTH)
     for n in (10, 40, 25, 30, 17, 33):
@@ -259,18 +259,18 @@ def test_only_the_rows_that_were_read_cross(model: TwoTowerForCausalLM, transpor
                 expected += per_row + (row.seen - max(shown.get(number, 0), 0)) * per_token
                 shown[number] = row.seen
                 varied.add(row.seen if number not in before else 0)
-        if llm.core.reader.copy.segments.version != version:  # type: ignore[union-attr]
-            version = llm.core.reader.copy.segments.version  # type: ignore[union-attr]
+        if llm.core.reader.copy.kv_slots.version != version:  # type: ignore[union-attr]
+            version = llm.core.reader.copy.kv_slots.version  # type: ignore[union-attr]
             expected += segments
-        assert transport.take() == expected
+        assert transfer.take() == expected
     assert len(varied) > 3
 
 
-def test_rows_that_need_no_denoiser_never_cross(model: TwoTowerForCausalLM, transport: CountingTransport) -> None:
+def test_rows_that_need_no_denoiser_never_cross(model: TwoTowerForCausalLM, transfer: CountingTransfer) -> None:
     llm = LLM(model, rows=3, length=LENGTH)
     for i in range(3):
         llm.add_request(asking([5, 6, 7 + i], "ar", 20))
-    assert set(crossing(llm, transport)) == {0}
+    assert set(crossing(llm, transfer)) == {0}
 
 
 # --- who waits ------------------------------------------------------------------------------------------------------
@@ -287,7 +287,7 @@ def phases(llm: LLM) -> list[list[Phase]]:
     return out
 
 
-@pytest.mark.usefixtures("transport")
+@pytest.mark.usefixtures("transfer")
 @pytest.mark.parametrize("mode", ["verified", "mock_ar"])
 @pytest.mark.parametrize("rows", [2, 3, 6])
 def test_rows_in_phase_part_for_good(model: TwoTowerForCausalLM, mode: str, rows: int) -> None:
@@ -310,7 +310,7 @@ def test_rows_in_phase_part_for_good(model: TwoTowerForCausalLM, mode: str, rows
 @pytest.mark.parametrize("apart", [True, False])
 def test_blocks_of_several_passes_part_at_their_last(model: TwoTowerForCausalLM, apart: bool) -> None:
     """Nobody waits before it is certain that everybody leaves the denoiser; on one device nobody waits at all."""
-    with patch.object(model, "transport", CountingTransport() if apart else None):
+    with patch.object(model, "transfer", CountingTransfer() if apart else None):
         llm = LLM(model, rows=4, length=LENGTH)
         given: dict[str, Any] = {"block_size": 8, "steps_per_block": 4, "policy": "top-k", "policy_value": 2}
         for _ in range(4):
@@ -329,7 +329,7 @@ def test_blocks_of_several_passes_part_at_their_last(model: TwoTowerForCausalLM,
     assert len(taken) > first + 10
 
 
-@pytest.mark.usefixtures("transport")
+@pytest.mark.usefixtures("transfer")
 def test_nobody_waits_twice(model: TwoTowerForCausalLM) -> None:
     """Whoever is held back goes in the next step, or older ones have ended meanwhile."""
     rng = random.Random(6)

@@ -15,7 +15,7 @@ from conftest import EVERY_KIND, GOLDEN, build_random_model
 from torch import Tensor
 
 from twotower import TwoTowerForCausalLM, bundled_model
-from twotower.cache.replica import Transport
+from twotower.cache.replica import DeviceTransfer
 from twotower.decoding.acceptance import agreement
 from twotower.decoding.draft_controller import CREDIT_SHARE, CREDIT_STEPS, SAVED_STEPS, DraftController
 from twotower.decoding.output import Generation
@@ -74,7 +74,7 @@ def test_stop_strings_events_and_statistics() -> None:
     assert found[0].to_dict()["mean_accepted"] == found[0].mean_accepted
 
 
-class Counting(Transport):
+class Counting(DeviceTransfer):
     """Both towers on the CPU, but as if they were apart."""
 
     def __init__(self) -> None:
@@ -86,14 +86,14 @@ class Counting(Transport):
 
 
 def test_towers_apart() -> None:
-    """The mirror follows a state that was rolled back."""
+    """The replica follows a state that was rolled back."""
     model = build_random_model(EVERY_KIND, dtype=torch.float64)
     texts = prompts(5, 20)
     asked = {"max_new_tokens": 24, "block_size": 8, "draft_steps": 2}
     together = by("verified", model, texts, **asked)
-    model.transport = Counting()
+    model.transfer = Counting()
     apart = by("verified", model, texts, **asked)
-    assert model.transport.sent > 0
+    assert model.transfer.sent > 0
     assert [(a.tokens, a.accepted) for a in apart] == [(b.tokens, b.accepted) for b in together]
 
 

@@ -84,8 +84,8 @@ def test_an_idle_state_keeps_nothing_of_its_last_pass(model: TwoTowerForCausalLM
         llm.close()
         state = idle(model)
         assert state is llm.core.state
-        assert not state.segments.taken
-        assert all(pool.trace is None for pool in state.pools if isinstance(pool, MambaPool))
+        assert not state.kv_slots.allocated
+        assert all(pool.step_inputs is None for pool in state.pools if isinstance(pool, MambaPool))
     assert len(sizes) == 1
 
 

@@ -105,7 +105,7 @@ def test_context_layer_by_layer(golden: Golden, path: str) -> None:
 
 def check_state(golden: Golden, state: TowerState, where: str) -> None:
     """Every golden tensor under state/<where>/layer* against the pools; at least the Mamba states are there."""
-    state.settle()
+    state.commit_state()
     names = golden.names(f"state/{where}/layer")
     assert len(names) >= 2 * golden.pattern.count("M")
     for name in names:

@@ -14,7 +14,7 @@ from torch import Tensor
 
 from twotower import TwoTowerForCausalLM, bundled_model
 from twotower.checkpoint import names, reader
-from twotower.model.layer_io import Visibility
+from twotower.model.layer_io import AttentionMetadata
 from twotower.model.towers import TwoTowerModel
 from twotower.ops.cpu import library
 from twotower.runners.cuda_graph import CUDAGraphRunner
@@ -126,5 +126,5 @@ def test_threads_do_not_share_a_prepared_pass() -> None:
 def test_few_prepared_passes_are_kept() -> None:
     model = build_random_model("M*")
     for rows in range(1, KEPT + 10):
-        model.context(torch.full((rows, 1), 5), Visibility())
+        model.context(torch.full((rows, 1), 5), AttentionMetadata())
     assert fused(model).prepared == KEPT

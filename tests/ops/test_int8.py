@@ -21,7 +21,7 @@ from twotower.checkpoint.quantize import quantization_of, quantize_
 from twotower.checkpoint.reader import SINGLE_FILE
 from twotower.engine import LLM, Request
 from twotower.errors import ArgumentError
-from twotower.model.layer_io import Visibility
+from twotower.model.layer_io import AttentionMetadata
 from twotower.model.linear import Int8Linear
 from twotower.model.tower import PassInputs
 from twotower.model.towers import PREFILL_CHUNK
@@ -195,7 +195,7 @@ def test_a_quantised_tower_does_run_in_one_call() -> None:
 
     def ran() -> bool:
         with torch.no_grad():
-            return FusedCPURunner().run(tower, PassInputs(tokens, Visibility(), trace=False)) is not None
+            return FusedCPURunner().run(tower, PassInputs(tokens, AttentionMetadata(), trace=False)) is not None
 
     assert ran()
     quantize_(tower.layers[0])
@@ -219,8 +219,8 @@ def test_a_wrong_int8_kernel_costs_only_int8_towers(name: str, monkeypatch: pyte
     monkeypatch.setattr(fused_cpu, "select", select)
     with torch.no_grad():
         model = build_random_model(EVERY_KIND)
-        assert model.prompt_piece == fused_cpu.LONGEST
-        assert quantize_(model).prompt_piece == PREFILL_CHUNK
+        assert model.prefill_chunk == fused_cpu.LONGEST
+        assert quantize_(model).prefill_chunk == PREFILL_CHUNK
 
 
 # --- what is quantised, and what moving it does -----------------------------------------------------------------------

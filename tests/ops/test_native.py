@@ -11,7 +11,7 @@ from conftest import EVERY_KIND, build_random_model
 from torch import Tensor
 from torch.utils.flop_counter import FlopCounterMode
 
-from twotower.model.layer_io import Visibility
+from twotower.model.layer_io import AttentionMetadata
 from twotower.model.linear import Linear
 from twotower.model.tower import PassInputs, Tower
 from twotower.ops import registry, self_check_cases
@@ -91,21 +91,21 @@ def test_padding_visits_no_expert_that_no_token_visits(counts: list[list[int]], 
     """Experts that no counting token chose hold no numbers here. Where none counts, one token's are visited."""
     tower = build_random_model("ME", dtype=torch.float32).context
     tokens, valid = torch.tensor([[5, 6, 7, 8], [9, 10, 11, 12]]), torch.tensor(counts).bool()
-    sees, chosen = Visibility(valid=valid), []
+    meta, chosen = AttentionMetadata(valid=valid), []
     mixer = tower.layers[1].mixer
     hook = mixer.gate.register_forward_hook(lambda _, given, out: chosen.append(out[0]))
-    before, _ = tower.layer_by_layer(tokens, sees)
+    before, _ = tower.layer_by_layer(tokens, meta)
     hook.remove()
     visited = chosen[0][valid.flatten()] if valid.any() else chosen[0][:1]
     idle = [expert for expert in range(len(mixer.experts.up_proj)) if expert not in visited]
     assert set(chosen[0].flatten().tolist()) & set(idle)
     mixer.experts.up_proj.data[idle] = torch.nan
     if at_once:
-        run = FusedCPURunner().run(tower, PassInputs(tokens, sees))
+        run = FusedCPURunner().run(tower, PassInputs(tokens, meta))
         assert run is not None
         after = run[0]
     else:
-        after, _ = tower.layer_by_layer(tokens, sees)
+        after, _ = tower.layer_by_layer(tokens, meta)
     assert after.isfinite().all()
     torch.testing.assert_close(after[valid], before[valid], rtol=1e-4, atol=1e-5)
 
@@ -125,7 +125,7 @@ def test_gradients_and_float64_are_left_to_torch() -> None:
         assert registry.select("linear", CPU, torch.float32).name == "native"
         assert registry.select("linear", CPU, torch.float64).name == "torch"
         with FlopCounterMode(display=False) as counter:  # must see every operation
-            build_random_model("M*").context(torch.ones(1, 3, dtype=torch.long), Visibility())
+            build_random_model("M*").context(torch.ones(1, 3, dtype=torch.long), AttentionMetadata())
         assert counter.get_total_flops() > 0
     assert weight.grad is None
 
@@ -142,7 +142,7 @@ def test_a_model_says_the_same_without_them(dtype: torch.dtype, monkeypatch: pyt
             tokens = torch.randint(4, 60, (3, 40), generator=torch.Generator().manual_seed(0))
             state = model.new_state(5, 0, 300)
             for row, length in ((4, 100), (0, 50), (2, 90)):
-                state.open(row, length)
+                state.allocate(row, length)
             rows = torch.tensor([4, 0, 2])
             model.prefill(tokens, torch.tensor([40, 11, 0]), state, rows)
             logits = model.extend(tokens[:, :9], state, torch.tensor([9, 3, 6]), rows=rows)
@@ -214,17 +214,17 @@ def test_a_tower_in_one_call_is_its_layers(
         with torch.no_grad():
             state = model.new_state(4, 0, 200)
             for row in (3, 0, 1):
-                state.open(row, 60)
+                state.allocate(row, 60)
             rows, lengths = torch.tensor([3, 0, 1]), torch.tensor([length, 1, 0])
             model.prefill(tokens[:, :12], torch.tensor([12, 7, 0]), state, rows)
             calls.clear()
             logits = model.extend(tokens[:, 12 : 12 + length], state, lengths, rows=rows)
-            state.rollback(state.lengths - (state.accepted > 1).long())
+            state.rollback(state.lengths - (state.uncommitted > 1).long())
             view = state.view(rows)
             block = tokens[:, -length:]
             drafts = [model.denoise(block, t, view, causal=t is None, lengths=lengths.clamp(min=1))
                       for t in (None, torch.tensor([1.0, 0.5, 0.2]))]  # fmt: skip
-            state.settle()
+            state.commit_state()
             outs.append([logits, *drafts, *state._tensors()])
         assert calls == [at_once] * 3
         monkeypatch.undo()
@@ -247,7 +247,7 @@ def test_a_tower_that_was_changed_runs_as_written() -> None:
     hook = tower.layers[1].register_forward_hook(lambda *_: seen.append(1))
     assert not ran()
     with torch.no_grad():
-        tower(tokens, Visibility())
+        tower(tokens, AttentionMetadata())
     assert seen
     hook.remove()
     assert ran()
@@ -263,10 +263,10 @@ def test_a_tower_that_was_changed_runs_as_written() -> None:
     mixer.in_proj = old
     assert ran()
     with torch.no_grad():
-        before = tower(tokens, Visibility())[0]
+        before = tower(tokens, AttentionMetadata())[0]
         old.weight = torch.nn.Parameter(old.weight * 2)
         assert ran()
-        assert not torch.equal(tower(tokens, Visibility())[0], before)
+        assert not torch.equal(tower(tokens, AttentionMetadata())[0], before)
         old.weight = torch.nn.Parameter(old.weight.t().contiguous().t())
         assert not ran()
     old.weight = torch.nn.Parameter(old.weight.contiguous())
@@ -315,9 +315,9 @@ def test_a_tower_of_another_dtype_runs_at_once_too(monkeypatch: pytest.MonkeyPat
         change()
         assert _at_once(tower) == (tower.embeddings.weight.dtype != torch.float64)
         with torch.no_grad():
-            at_once, _ = tower(tokens, Visibility())
+            at_once, _ = tower(tokens, AttentionMetadata())
             monkeypatch.setattr(FusedCPURunner, "run", lambda *_: None)
-            one_by_one, _ = tower(tokens, Visibility())
+            one_by_one, _ = tower(tokens, AttentionMetadata())
             monkeypatch.undo()
         torch.testing.assert_close(at_once, one_by_one, rtol=1e-5, atol=1e-5)
 
@@ -325,7 +325,7 @@ def test_a_tower_of_another_dtype_runs_at_once_too(monkeypatch: pytest.MonkeyPat
 def _at_once(tower: Tower) -> bool:
     with torch.no_grad():
         (runner,) = (runner for runner in tower.runners if isinstance(runner, FusedCPURunner))
-        return runner.run(tower, PassInputs(torch.tensor([[5, 6, 7]]), Visibility())) is not None
+        return runner.run(tower, PassInputs(torch.tensor([[5, 6, 7]]), AttentionMetadata())) is not None
 
 
 @torch.no_grad()
@@ -342,7 +342,7 @@ def test_a_pass_longer_than_a_chunk_is_the_chunked_scan(length: int, monkeypatch
         assert _at_once(model.context) == at_once
         state = model.new_state(1, 2 * length)
         logits = [model.extend(tokens, state) for _ in range(2)]
-        state.settle()
+        state.commit_state()
         outs.append([*logits, *state._tensors()])
     for actual, expected in zip(*outs, strict=True):
         torch.testing.assert_close(actual, expected, rtol=1e-4, atol=1e-4)

@@ -477,7 +477,7 @@ def test_a_model_through_the_kernels(
         scored = model.extend(tokens[:, :length], state)
         state.rollback(state.lengths - torch.tensor([0, 1, length], device=DEVICE))
         after = model.extend(tokens[:, :1], state)
-        state.settle()
+        state.commit_state()
         pools = [t for pool in state.pools if hasattr(pool, "ssm_state") for t in (pool.conv_window, pool.ssm_state)]
         return [drafted, scored, after, *pools]
 

@@ -14,7 +14,7 @@ from conftest import EVERY_KIND, build_random_model
 from torch import nn
 
 from twotower import LLM, GenerationParams, Request, bundled_model, model_loading, options
-from twotower.model.layer_io import Visibility
+from twotower.model.layer_io import AttentionMetadata
 from twotower.model.linear import Linear
 from twotower.model.tower import PassInputs, Tower
 from twotower.ops import self_check_cases
@@ -113,7 +113,7 @@ def test_a_packed_model_says_the_same(
     assert all_packed(model.context)
     for length, expected in ((20, at_once), (5, True)):  # 9 rows: 180 tokens and 45
         with torch.no_grad():
-            run = FusedCPURunner().run(model.context, PassInputs(tokens[:, :length], Visibility()))
+            run = FusedCPURunner().run(model.context, PassInputs(tokens[:, :length], AttentionMetadata()))
         assert (run is not None) == expected
     model.unpack()
     assert all(packed.of(weight) is None for weight, packed in packing.matrices(model))
@@ -161,7 +161,7 @@ def test_a_model_changed_in_any_way_says_what_it_now_is(change: str) -> None:
     tower, tokens = model.context, torch.tensor([[5, 6, 7]])
     weight = tower.layers[EVERY_KIND.index("M")].mixer.in_proj.weight
     with torch.no_grad():
-        before = tower(tokens, Visibility())[0]
+        before = tower(tokens, AttentionMetadata())[0]
         assert all_packed(tower)
         match change:
             case "step":
@@ -173,10 +173,10 @@ def test_a_model_changed_in_any_way_says_what_it_now_is(change: str) -> None:
                 model.bfloat16().float()
             case "replace":
                 tower.layers[EVERY_KIND.index("M")].mixer.in_proj.weight = nn.Parameter(weight * 2)
-        after = tower(tokens, Visibility())[0]
+        after = tower(tokens, AttentionMetadata())[0]
         assert not torch.equal(after, before)
         model.unpack()
-        torch.testing.assert_close(after, tower(tokens, Visibility())[0], rtol=1e-4, atol=1e-4)
+        torch.testing.assert_close(after, tower(tokens, AttentionMetadata())[0], rtol=1e-4, atol=1e-4)
 
 
 @pytest.mark.parametrize("duplicate", [copy.deepcopy, lambda model: pickle.loads(pickle.dumps(model))])
@@ -186,7 +186,7 @@ def test_packed_weights_belong_to_their_module(duplicate: Any) -> None:
     names = set(model.state_dict())
     model.pack()
     with torch.no_grad():
-        model.context(torch.tensor([[5, 6, 7]]), Visibility())
+        model.context(torch.tensor([[5, 6, 7]]), AttentionMetadata())
     assert all_packed(model.context)
     assert set(model.state_dict()) == names
     other = duplicate(model)

@@ -88,7 +88,7 @@ def test_a_recording_serves_other_numbers_of_rows_and_other_contexts(
     def passes(tokens: Tensor) -> Tensor:
         state = model.new_state(8, 0, 8 * 64)
         for row in range(8):
-            state.open(row, 64)
+            state.allocate(row, 64)
         slots = torch.randperm(8)[: len(tokens)]
         with torch.no_grad():
             first = model.extend(tokens, state, rows=slots)

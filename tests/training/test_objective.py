@@ -21,7 +21,7 @@ from packed import (
 from torch import Tensor, nn
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from twotower.cache.layer_cache import KeyValue, MambaPast, Past
+from twotower.cache.layer_cache import KeyValue, LayerCache, MambaCache
 from twotower.model.mamba2 import Mamba2
 from twotower.model.packed_forward import Layout, read_layer, read_mamba
 from twotower.ops.reference.attention import Cached
@@ -393,7 +393,7 @@ def test_the_context_pass_gives_what_generation_keeps() -> None:
     model, batch = step.model, step.batch
     layout = Layout(batch.document, 4)
     x = model.context.embed(batch.tokens)
-    coupling: list[Past] = []
+    coupling: list[LayerCache] = []
     for layer in model.context.all_layers():
         x, past = read_layer(layer, x, layout)
         coupling.append(past)
@@ -404,8 +404,8 @@ def test_the_context_pass_gives_what_generation_keeps() -> None:
         seen = block.lo - block.first
         place = block.row * (batch.tokens.shape[1] // 4) + block.lo // 4
         for past, kept in zip(coupling, model.reader(state).view().past, strict=True):
-            if isinstance(past, MambaPast):
-                assert isinstance(kept, MambaPast)
+            if isinstance(past, MambaCache):
+                assert isinstance(kept, MambaCache)
                 for mine, theirs in zip(past, kept, strict=True):
                     torch.testing.assert_close(mine[place], theirs[0], rtol=EXACT, atol=EXACT)
             elif isinstance(past, KeyValue) and seen:

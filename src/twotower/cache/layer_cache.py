@@ -20,7 +20,7 @@ class KeyValue(NamedTuple):
     v: Tensor
 
 
-class MambaPast(NamedTuple):
+class MambaCache(NamedTuple):
     """A Mamba-2 layer at one position of the text: the last K−1 raw convolution inputs (B, K−1, C), oldest first, and
     the SSM state (B, H, P, N)."""
 
@@ -28,5 +28,5 @@ class MambaPast(NamedTuple):
     ssm_state: Tensor
 
 
-Past = KeyValue | Cached | MambaPast | None  # KeyValue in training, over whole sequences
-Added = KeyValue | MambaStepInputs | None
+LayerCache = KeyValue | Cached | MambaCache | None  # KeyValue in training, over whole sequences
+CacheUpdate = KeyValue | MambaStepInputs | None

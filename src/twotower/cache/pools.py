@@ -6,14 +6,14 @@ from dataclasses import dataclass
 
 from torch import Tensor
 
-from twotower.cache.kv_slots import Segments
-from twotower.cache.layer_cache import KeyValue, MambaPast, Past
+from twotower.cache.kv_slots import KVSlots
+from twotower.cache.layer_cache import KeyValue, LayerCache, MambaCache
 from twotower.ops.reference.mamba_block import MambaStepInputs
 
 
 @dataclass
 class AttentionPool:
-    """k, v (vectors + 1, D), which `Segments` shares among the rows; the last one takes the writes of padding."""
+    """k, v (vectors + 1, D), which `KVSlots` shares among the rows; the last one takes the writes of padding."""
 
     k: Tensor
     v: Tensor
@@ -22,11 +22,11 @@ class AttentionPool:
 @dataclass
 class MambaPool:
     """conv_window (R, K−1, C) and ssm_state (R, H, P, N) before the last `extend`, and its trace, if any, of the rows
-    that it read (`TowerState.traced`)."""
+    that it read (`TowerState.step_rows`)."""
 
     conv_window: Tensor
     ssm_state: Tensor
-    trace: MambaStepInputs | None = None
+    step_inputs: MambaStepInputs | None = None
 
 
 Pool = AttentionPool | MambaPool | None
@@ -39,16 +39,16 @@ class ContextView:
     past: one entry a layer; lengths (B,). Good until the next `extend`.
     """
 
-    past: list[Past]
+    past: list[LayerCache]
     lengths: Tensor
 
 
 @dataclass(frozen=True)
-class Excerpt:
+class CacheSnapshot:
     """A part of one text's state, layer by layer: keys and values of its tokens (Hkv, T, D), or the Mamba state after
     them."""
 
-    layers: list[KeyValue | MambaPast | None]
+    layers: list[KeyValue | MambaCache | None]
     tokens: int
 
     @property
@@ -56,17 +56,17 @@ class Excerpt:
         return sum(part.nbytes for layer in self.layers if layer is not None for part in layer)
 
 
-def mamba_past(pool: MambaPool, rows: Tensor | None) -> MambaPast:
+def mamba_cache(pool: MambaPool, rows: Tensor | None) -> MambaCache:
     """What a layer reads of a pool: of all rows, or of the given slots (B,)."""
     if rows is None:
-        return MambaPast(pool.conv_window, pool.ssm_state)
-    return MambaPast(pool.conv_window[rows], pool.ssm_state[rows])
+        return MambaCache(pool.conv_window, pool.ssm_state)
+    return MambaCache(pool.conv_window[rows], pool.ssm_state[rows])
 
 
-def laid_out(pool: Tensor, old: Segments, new: Segments, rows: Tensor | None = None) -> Tensor:
+def copy_to_layout(pool: Tensor, old: KVSlots, new: KVSlots, rows: Tensor | None = None) -> Tensor:
     """The pool of evenly laid out rows (or of the given ones) in another even layout, of no fewer columns."""
-    held = pool[: old.vectors].view(old.rows, old.heads, old.even, pool.shape[1])
+    held = pool[: old.num_vectors].view(old.rows, old.heads, old.slots_per_row, pool.shape[1])
     held = held if rows is None else held[rows]
-    out = pool.new_zeros(new.vectors + 1, pool.shape[1])
-    out[: new.vectors].view(new.rows, new.heads, new.even, pool.shape[1])[:, :, : old.even] = held
+    out = pool.new_zeros(new.num_vectors + 1, pool.shape[1])
+    out[: new.num_vectors].view(new.rows, new.heads, new.slots_per_row, pool.shape[1])[:, :, : old.slots_per_row] = held
     return out

@@ -11,7 +11,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 
 from twotower.cache.hybrid_cache import TowerState
-from twotower.cache.pools import Excerpt
+from twotower.cache.pools import CacheSnapshot
 
 
 @dataclass
@@ -20,14 +20,14 @@ class Node:
 
     number: int
     parent: Node | None
-    excerpt: Excerpt
+    snapshot: CacheSnapshot
     children: int = 0
 
 
-class Prefixes:
+class PrefixCache:
     """Keeps at most `budget` bytes, of texts cut into chunks of `chunk` tokens.
 
-    asked, found: prompt tokens of the requests that came, and those of them that need not be read.
+    queried_tokens, hit_tokens: prompt tokens of the requests that came, and those of them that need not be read.
     """
 
     def __init__(self, chunk: int, budget: int) -> None:
@@ -36,34 +36,34 @@ class Prefixes:
         self.nodes: OrderedDict[tuple[int, tuple[int, ...]], Node] = OrderedDict()  # by parent and tokens; oldest first
         self.nbytes = 0
         self._made = 0
-        self.asked = 0
-        self.found = 0
+        self.queried_tokens = 0
+        self.hit_tokens = 0
 
     def restore(self, state: TowerState, slot: int, prompt: Sequence[int]) -> int:
         """Puts the longest known beginning of a prompt into an empty slot → its tokens. The last token that is given is
         never part of it: somebody has to ask what follows."""
-        path = self._path(prompt, len(prompt) - 1)
+        path = self._match(prompt, len(prompt) - 1)
         if path:
-            state.restore(slot, [node.excerpt for node in path])
-        self.asked += len(prompt)
-        self.found += len(path) * self.chunk
+            state.restore(slot, [node.snapshot for node in path])
+        self.queried_tokens += len(prompt)
+        self.hit_tokens += len(path) * self.chunk
         return len(path) * self.chunk
 
-    def keep(self, state: TowerState, slot: int, prompt: Sequence[int], read: int) -> None:
+    def insert(self, state: TowerState, slot: int, prompt: Sequence[int], read: int) -> None:
         """Remembers the chunk that ends at `read`, if it is one and the text before it is known."""
         if not read or read % self.chunk or read > len(prompt):
             return
-        path = self._path(prompt, read)
+        path = self._match(prompt, read)
         if len(path) != read // self.chunk - 1:  # known already, or what came before is forgotten
             return
         parent = path[-1] if path else None
-        excerpt = state.excerpt(slot, read - self.chunk, read)
-        if not self._room_for(excerpt.nbytes, spared=path):
+        snapshot = state.snapshot_row(slot, read - self.chunk, read)
+        if not self._evict_for(snapshot.nbytes, spared=path):
             return
         self._made += 1
         key = (parent.number if parent else 0, tuple(prompt[read - self.chunk : read]))
-        self.nodes[key] = Node(self._made, parent, excerpt)
-        self.nbytes += excerpt.nbytes
+        self.nodes[key] = Node(self._made, parent, snapshot)
+        self.nbytes += snapshot.nbytes
         if parent is not None:
             parent.children += 1
 
@@ -72,7 +72,7 @@ class Prefixes:
         self.nodes.clear()
         self.nbytes = 0
 
-    def _path(self, prompt: Sequence[int], tokens: int) -> list[Node]:
+    def _match(self, prompt: Sequence[int], tokens: int) -> list[Node]:
         """The nodes of what is known of the first `tokens` of a prompt, now the most recently used."""
         path: list[Node] = []
         for start in range(0, tokens - self.chunk + 1, self.chunk):
@@ -84,7 +84,7 @@ class Prefixes:
             path.append(node)
         return path
 
-    def _room_for(self, nbytes: int, spared: Sequence[Node]) -> bool:
+    def _evict_for(self, nbytes: int, spared: Sequence[Node]) -> bool:
         """Forgets the oldest leaves until so many bytes fit → whether they do."""
         kept = {node.number for node in spared}
         while self.nbytes + nbytes > self.budget:
@@ -92,7 +92,7 @@ class Prefixes:
             if leaf is None:
                 return False
             node = self.nodes.pop(leaf)
-            self.nbytes -= node.excerpt.nbytes
+            self.nbytes -= node.snapshot.nbytes
             if node.parent is not None:
                 node.parent.children -= 1
         return True

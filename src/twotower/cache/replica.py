@@ -1,7 +1,7 @@
 """The context's state as the denoiser sees it when the towers sit on different devices.
 
 Once per block only what is new crosses: the K/V columns appended since the last time and the current Mamba
-states. Everything that crosses goes through one `Transport`, so crossings can be counted (and forbidden elsewhere).
+states. One `DeviceTransfer` makes all copies, so a test can count them.
 
 The copy is written in place by `view` and read by the denoiser's passes, all in the order of one stream, so no pass
 sees a later text. What crosses is gathered in the order of the context's stream, before a later `extend` writes there.
@@ -20,7 +20,7 @@ from twotower.cache.pools import AttentionPool, ContextView, MambaPool
 from twotower.ops.host_transfer import to_device_async
 
 
-class Fresh(NamedTuple):
+class PendingTransfer(NamedTuple):
     """A row whose text has changed: the copy holds its tokens up to `start`, the state up to `end`."""
 
     slot: int
@@ -28,7 +28,7 @@ class Fresh(NamedTuple):
     end: int
 
 
-class Transport:
+class DeviceTransfer:
     """Moves tensors between the towers' devices."""
 
     def send(self, tensor: Tensor, device: torch.device) -> Tensor:
@@ -44,66 +44,71 @@ class LocalReader:
     def __init__(self, state: TowerState) -> None:
         self.state = state
 
-    def view(self, rows: Tensor | None = None, fresh: Sequence[Fresh] | None = None) -> ContextView:
+    def view(self, rows: Tensor | None = None, pending: Sequence[PendingTransfer] | None = None) -> ContextView:
         return self.state.view(rows)
 
     def select(self, state: TowerState, rows: Tensor) -> LocalReader:
         return LocalReader(state)
 
 
-class Mirror:
+class Replica:
     """A copy of `state` on `device`, brought up to date by `view`."""
 
-    def __init__(self, state: TowerState, device: torch.device, transport: Transport) -> None:
+    def __init__(self, state: TowerState, device: torch.device, transfer: DeviceTransfer) -> None:
         self.state = state
         self.device = device
-        self.transport = transport
-        shared = state.segments.columns if state.segments.shared else None
+        self.transfer = transfer
+        shared = state.kv_slots.total if state.kv_slots.shared else None
         self.copy = TowerState(state.config, state.rows, state.capacity, device, state.dtype, shared)
         self.lengths = torch.zeros_like(state.lengths)  # on the context's device: how far the copy has come
-        self.texts = state.texts  # and of which text
+        self.reset_count = state.reset_count  # and of which text
 
-    def view(self, rows: Tensor | None = None, fresh: Sequence[Fresh] | None = None) -> ContextView:
+    def view(self, rows: Tensor | None = None, pending: Sequence[PendingTransfer] | None = None) -> ContextView:
         """What a pass reads, for all rows or the given slots (B,), which lie on the denoiser's device.
 
-        fresh: where the host knows which of those rows changed since they were last looked at; only that crosses. None:
-        all rows are brought up to date, each by as many columns as were appended.
+        pending: the tokens of those rows that the copy lacks, if the host knows them. None: all rows are brought up to
+        date, each by as many tokens as were appended.
         """
-        self.state.settle()
-        if fresh is None:
-            self._catch_up()
-        elif fresh:
-            self._bring(fresh)
-        self.copy.bound = self.state.bound
+        self.state.commit_state()
+        if pending is None:
+            self._transfer_appended()
+        elif pending:
+            self._transfer_pending(pending)
+        self.copy.max_seq_len = self.state.max_seq_len
         return self.copy.view(rows)
 
-    def _catch_up(self) -> None:
+    def _transfer_appended(self) -> None:
         state, copy = self.state, self.copy
-        width = state.appended - copy.appended
-        if width or self.texts is not state.texts:
+        width = state.total_appended - copy.total_appended
+        if width or self.reset_count is not state.reset_count:
             copy.reserve(state.capacity)
-            self._follow_segments()
-            old = torch.where(self.texts == state.texts, self.lengths, 0)
+            self._sync_kv_slots()
+            old = torch.where(self.reset_count == state.reset_count, self.lengths, 0)
             lengths = self._send(state.lengths)
-            self._move(_new(state, old, state.lengths, width), _new(copy, self._send(old), lengths, width))
+            self._copy_vectors(
+                _appended_vectors(state, old, state.lengths, width),
+                _appended_vectors(copy, self._send(old), lengths, width),
+            )
             copy.lengths = lengths
-        copy.appended = state.appended
-        self.lengths, self.texts = state.lengths, state.texts
+        copy.total_appended = state.total_appended
+        self.lengths, self.reset_count = state.lengths, state.reset_count
 
-    def _bring(self, fresh: Sequence[Fresh]) -> None:
-        self._follow_segments()
-        tokens = [(row.slot, column) for row in fresh for column in range(row.start, row.end)]
-        slots, ends = [row.slot for row in fresh], [row.end for row in fresh]
+    def _transfer_pending(self, pending: Sequence[PendingTransfer]) -> None:
+        self._sync_kv_slots()
+        tokens = [(row.slot, column) for row in pending for column in range(row.start, row.end)]
+        slots, ends = [row.slot for row in pending], [row.end for row in pending]
         here, there = (_vectors(state, tokens) for state in (self.state, self.copy))
         rows = to_device_async(slots, self.device)
-        self._move(here, there, to_device_async(slots, self.state.lengths.device), rows)
+        self._copy_vectors(here, there, to_device_async(slots, self.state.lengths.device), rows)
         self.copy.lengths[rows] = to_device_async(ends, self.device)
 
-    def _follow_segments(self) -> None:
-        if self.copy.segments.version != self.state.segments.version:
-            self.copy.segments = self.state.segments.map(self._send)
+    def _sync_kv_slots(self) -> None:
+        if self.copy.kv_slots.version != self.state.kv_slots.version:
+            self.copy.kv_slots = self.state.kv_slots.map(self._send)
 
-    def _move(self, here: Tensor, there: Tensor, slots: Tensor | None = None, rows: Tensor | None = None) -> None:
+    def _copy_vectors(
+        self, here: Tensor, there: Tensor, slots: Tensor | None = None, rows: Tensor | None = None
+    ) -> None:
         """Keys and values from vectors `here` of the state to `there` of the copy, and the Mamba states of slots (C,),
         which are `rows` on the copy's device (None: of all)."""
         for source, target in zip(self.state.pools, self.copy.pools, strict=True):
@@ -119,28 +124,30 @@ class Mirror:
                     target.ssm_state[rows] = self._send(source.ssm_state[slots])
 
     def _send(self, tensor: Tensor) -> Tensor:
-        return self.transport.send(tensor, self.device)
+        return self.transfer.send(tensor, self.device)
 
-    def select(self, state: TowerState, rows: Tensor) -> Mirror:
-        """The mirror of `state`, which holds the given rows of this one's."""
-        out = object.__new__(Mirror)
-        out.state, out.device, out.transport = state, self.device, self.transport
+    def select(self, state: TowerState, rows: Tensor) -> Replica:
+        """The replica of `state`, which holds the given rows of this one's."""
+        out = object.__new__(Replica)
+        out.state, out.device, out.transfer = state, self.device, self.transfer
         out.copy = self.copy.select(self._send(rows))
         out.lengths = self.lengths[rows]
-        out.texts = state.texts if self.texts is self.state.texts else self.texts[rows]
+        out.reset_count = state.reset_count if self.reset_count is self.state.reset_count else self.reset_count[rows]
         return out
 
 
-Reader = LocalReader | Mirror
+ContextReader = LocalReader | Replica
 
 
-def _new(state: TowerState, old: Tensor, lengths: Tensor, width: int) -> Tensor:
+def _appended_vectors(state: TowerState, old: Tensor, lengths: Tensor, width: int) -> Tensor:
     """The vectors of each row's columns from old (R,) to lengths (R,), at most `width`; the spare one beyond."""
     columns = old[:, None] + torch.arange(width, device=old.device)
-    return state.segments.at(None, columns, columns < lengths[:, None]).flatten()
+    return state.kv_slots.vectors_of(None, columns, columns < lengths[:, None]).flatten()
 
 
 def _vectors(state: TowerState, tokens: Sequence[tuple[int, int]]) -> Tensor:
     """The vectors of tokens, each a row and its column there."""
     slots, columns = to_device_async(tokens, state.lengths.device, torch.long).view(-1, 2).unbind(1)
-    return state.segments.at(slots, columns[:, None], torch.ones_like(columns, dtype=torch.bool)[:, None]).flatten()
+    return state.kv_slots.vectors_of(
+        slots, columns[:, None], torch.ones_like(columns, dtype=torch.bool)[:, None]
+    ).flatten()

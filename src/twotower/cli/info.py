@@ -161,9 +161,9 @@ def _state(config: TwoTowerConfig, dtype: str) -> StateSizes:
     """Asked of the state itself, without storage, so there is no second formula to keep in step."""
     import torch
 
-    from twotower.cache.hybrid_cache import sizes
+    from twotower.cache.hybrid_cache import state_bytes
 
-    per_row, per_token = sizes(config.backbone, getattr(torch, dtype))
+    per_row, per_token = state_bytes(config.backbone, getattr(torch, dtype))
     window = config.backbone.max_position_embeddings
     full = per_row + window * per_token
     return {"dtype": dtype, "per_token": per_token, "per_row": per_row, "full_context": full}

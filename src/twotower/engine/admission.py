@@ -16,7 +16,7 @@ from twotower.engine.towers import Towers
 from twotower.errors import ArgumentError
 
 
-def columns(request: Request, block_size: int) -> int:
+def kv_slots_needed(request: Request, block_size: int) -> int:
     """Tokens whose keys and values a request can need: its last block may go beyond the tokens it asks for.
     block_size: the engine's longest block."""
     params = request.params
@@ -34,8 +34,8 @@ def check_model(model: Towers, params: GenerationParams, prompt_lengths: Sequenc
         )
 
 
-def check(model: Towers, request: Request, length: int, block_size: int, most_columns: int) -> None:
-    """length, block_size: of the engine's longest text and block; most_columns: that its memory holds.
+def check(model: Towers, request: Request, length: int, block_size: int, max_kv_slots: int) -> None:
+    """length, block_size: of the engine's longest text and block; max_kv_slots: that its memory holds.
 
     Raises:
         ArgumentError: the request can never run there; says why, with the numbers.
@@ -59,10 +59,10 @@ def check(model: Towers, request: Request, length: int, block_size: int, most_co
         )
     if request.constraint is not None:
         check_constraint(request.constraint, params.mode, vocab_size)
-    need = columns(request, block_size)
-    if need > most_columns:
+    need = kv_slots_needed(request, block_size)
+    if need > max_kv_slots:
         raise ArgumentError(
             f"a prompt of {prompt} tokens plus max_new_tokens {params.max_new_tokens} can need the keys and values of "
-            f"{need} tokens, and this engine's memory holds {most_columns}; shorten one of them or raise memory",
+            f"{need} tokens, and this engine's memory holds {max_kv_slots}; shorten one of them or raise memory",
             param="max_new_tokens",
         )

@@ -95,7 +95,7 @@ def launch(
     places = None if scored.places is None else to_device_async(scored.places, device, torch.long)
     wanted: bool | Tensor = True if places is None else places if len(places) else False
     sequences = [work.sequence for work in works]
-    state.bound = max([sequence.read for sequence in sequences])  # of this pass; other sequences are not looked at
+    state.max_seq_len = max([sequence.read for sequence in sequences])  # of this pass only
     slots = slots_of(sequences, state.rows, device)
     before = state.lengths
     choice = logprobs = None

@@ -19,8 +19,8 @@ from typing import TypeVar
 import torch
 
 from twotower.cache.pools import ContextView
-from twotower.cache.prefix_cache import Prefixes
-from twotower.cache.replica import Fresh, Mirror
+from twotower.cache.prefix_cache import PrefixCache
+from twotower.cache.replica import PendingTransfer, Replica
 from twotower.decoding.modes import AUTO
 from twotower.decoding.output import BlockEvent, Event
 from twotower.decoding.sequence_output import SequenceOutput
@@ -60,13 +60,13 @@ class EngineCore:
     ) -> None:
         self.model = model
         self.options = options
-        rows, columns, spare = shares(model, rows, length + block_size, PROMPT_CHUNK, memory)
-        shape = StateShape(rows, columns, model.dtype, model.device)
-        self.state = model.workspace.borrow_state(shape, lambda: model.new_state(rows, 0, columns))
+        rows, kv_slots, spare = shares(model, rows, length + block_size, PROMPT_CHUNK, memory)
+        shape = StateShape(rows, kv_slots, model.dtype, model.device)
+        self.state = model.workspace.borrow_state(shape, lambda: model.new_state(rows, 0, kv_slots))
         self._state_bytes = self.state.nbytes  # constant: the pools are allocated once
-        self.prefixes = Prefixes(PROMPT_CHUNK, spare)
+        self.prefixes = PrefixCache(PROMPT_CHUNK, spare)
         self.reader = model.reader(self.state) if model.denoiser is not None else None
-        self.two_devices = isinstance(self.reader, Mirror)
+        self.two_devices = isinstance(self.reader, Replica)
         device = model.device if model.denoiser is None else model.denoiser.device
         self.async_scheduling = device.type == "cuda" and not options.lockstep  # on a CPU a launched pass is done
         dtype = accumulation_dtype(model.dtype)
@@ -100,11 +100,11 @@ class EngineCore:
         return events
 
     def release(self, number: int) -> RunningSequence | None:
-        """Forgets a request, waiting or running → the sequence that ran; its slot and columns are free at once."""
+        """Forgets a request, waiting or running → the sequence that ran; its slot and kv_slots are free at once."""
         sequence = self.scheduler.forget(number)
         self.rounds.forget(number)
         if sequence is not None:
-            self.state.close(sequence.slot)
+            self.state.free(sequence.slot)
         return sequence
 
     def close(self) -> None:
@@ -129,8 +129,8 @@ class EngineCore:
             state_bytes=self._state_bytes,
             prefix_bytes=self.prefixes.nbytes,
             prefix_tokens=len(self.prefixes.nodes) * self.prefixes.chunk,
-            prompt_tokens=self.prefixes.asked,
-            reused_tokens=self.prefixes.found,
+            prompt_tokens=self.prefixes.queried_tokens,
+            reused_tokens=self.prefixes.hit_tokens,
         )
 
     # --- requests become sequences --------------------------------------------------------------------------------
@@ -147,9 +147,9 @@ class EngineCore:
             number, request = waiting[0]
             if self.options.lockstep and admitted and not in_step(admitted[0].params, request.params):
                 break
-            columns = admission.columns(request, self.blocks.size)
+            kv_slots = admission.kv_slots_needed(request, self.blocks.size)
             idle = request.params.max_new_tokens == 0 and not request.prompt_logprobs
-            if not idle and self.state.segments.room_for(columns) is None:
+            if not idle and self.state.kv_slots.first_fit(kv_slots) is None:
                 break
             waiting.popleft()
             params, reason = resolve(self.model, request.params, 1)
@@ -159,7 +159,7 @@ class EngineCore:
                 events.append(output.nothing())
                 continue
             sequence = self._sequence(request, output, free[-1], together)
-            self.state.open(free.pop(), columns)
+            self.state.allocate(free.pop(), kv_slots)
             self.scheduler.start(sequence)
             admitted.append(sequence)
         if admitted:
@@ -199,7 +199,7 @@ class EngineCore:
     # --- the context tower ----------------------------------------------------------------------------------------
 
     def _launch_context(self) -> list[Collect]:
-        works = self.scheduler.context_works(lambda: self.model.prompt_piece)
+        works = self.scheduler.context_works(lambda: self.model.prefill_chunk)
         return [collect for group in grouped(works) for collect in self._in_parts(self._launch_works, group)]
 
     def _launch_works(self, works: Sequence[ScheduledTokens]) -> list[Collect]:
@@ -240,7 +240,7 @@ class EngineCore:
         if not self.options.prefix_cache:
             return
         try:
-            self.prefixes.keep(self.state, sequence.slot, sequence.request.prompt, sequence.read)
+            self.prefixes.insert(self.state, sequence.slot, sequence.request.prompt, sequence.read)
         except Exception as error:
             if not out_of_memory(error):
                 raise
@@ -316,9 +316,9 @@ class EngineCore:
     def _view(self, sequences: Sequence[RunningSequence]) -> ContextView:
         """What the denoiser sees of the sequences' texts, brought to its device as far as it is new there."""
         assert self.reader is not None
-        self.state.bound = max(sequence.read for sequence in sequences)
-        fresh = [Fresh(s.slot, max(s.seen, 0), s.read) for s in sequences if s.seen < s.read]
-        view = self.reader.view(slots_of(sequences, self.state.rows, self.blocks.device), fresh)
+        self.state.max_seq_len = max(sequence.read for sequence in sequences)
+        pending = [PendingTransfer(s.slot, max(s.seen, 0), s.read) for s in sequences if s.seen < s.read]
+        view = self.reader.view(slots_of(sequences, self.state.rows, self.blocks.device), pending)
         for sequence in sequences:
             sequence.seen = sequence.read
         return view

@@ -10,7 +10,7 @@ from __future__ import annotations
 import warnings
 from collections.abc import Callable, Iterator, Sequence
 
-from twotower.cache.prefix_cache import Prefixes
+from twotower.cache.prefix_cache import PrefixCache
 from twotower.decoding.output import Event, Generation
 from twotower.decoding.params import check_whole
 from twotower.engine import admission
@@ -96,7 +96,7 @@ class LLM:
         return self.core.blocks.passes
 
     @property
-    def prefixes(self) -> Prefixes:
+    def prefixes(self) -> PrefixCache:
         """Deprecated: `stats()` has `prompt_tokens` and `reused_tokens`."""
         message = "LLM.prefixes is deprecated; use LLM.stats().prompt_tokens and .reused_tokens"
         warnings.warn(message, DeprecationWarning, stacklevel=2)
@@ -128,7 +128,7 @@ class LLM:
         if not isinstance(request, Request):
             raise ArgumentError(f"request is a {type(request).__name__}; give a Request", param="request")
         core = self.core
-        admission.check(self.model, request, self.length, core.blocks.size, core.state.segments.columns)
+        admission.check(self.model, request, self.length, core.blocks.size, core.state.kv_slots.total)
 
     def abort(self, number: int) -> None:
         """Forgets a request, waiting or running: no event of it comes any more, and its slot is free at once. Unknown

@@ -47,7 +47,7 @@ def measure(model: Towers, rows: int, block_size: int) -> Costs:
         def run() -> None:
             model.extend(block[:, :width], state, logits=True)
             state.rollback(lengths)
-            state.tighten(context)
+            state.lower_max_seq_len(context)
 
         return run
 

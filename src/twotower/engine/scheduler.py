@@ -48,10 +48,10 @@ class Scheduler:
         """Sequences of one phase, in the order of their slots."""
         return [sequence for sequence in self._by_slot if sequence.phase is phase]
 
-    def context_works(self, prompt_piece: Callable[[], int]) -> list[ScheduledTokens]:
+    def context_works(self, prefill_chunk: Callable[[], int]) -> list[ScheduledTokens]:
         """What the context tower reads next: pieces of prompts, pending tokens, drafts and finished blocks.
 
-        prompt_piece: tokens of a prompt that one pass reads best; called only if there are prompts to read.
+        prefill_chunk: tokens of a prompt that one pass reads best; called only if there are prompts to read.
         """
         works: list[ScheduledTokens] = []
         prompts = False
@@ -68,17 +68,17 @@ class Scheduler:
                 case _:
                     pass
         if prompts:
-            works += self._prompt_works(prompt_piece())
+            works += self._prompt_works(prefill_chunk())
             works.sort(key=lambda work: work.sequence.slot)
         return works
 
-    def _prompt_works(self, prompt_piece: int) -> list[ScheduledTokens]:
+    def _prompt_works(self, prefill_chunk: int) -> list[ScheduledTokens]:
         """Pieces of prompts, oldest request first, within the budget."""
         works, budget = [], self.prompt_budget
         for sequence in self.running.values():
             if sequence.phase is not Phase.PROMPT:
                 continue
-            end = min(sequence.read + prompt_piece, sequence.prompt_end)
+            end = min(sequence.read + prefill_chunk, sequence.prompt_end)
             if self.chunk is not None:
                 end = min(end, sequence.read - sequence.read % self.chunk + self.chunk)
             if budget is not None:

@@ -9,7 +9,7 @@ from torch import Tensor
 
 from twotower.cache.hybrid_cache import TowerState
 from twotower.cache.pools import ContextView
-from twotower.cache.replica import Reader
+from twotower.cache.replica import ContextReader
 from twotower.config import BackboneConfig, TwoTowerConfig
 from twotower.engine.workspace import Workspace
 from twotower.tokenizer import Tokenizer
@@ -48,12 +48,12 @@ class Towers(Protocol):
     def denoiser(self) -> Tower | None: ...
 
     @property
-    def prompt_piece(self) -> int:
+    def prefill_chunk(self) -> int:
         """Tokens of a prompt that one pass reads best."""
 
-    def new_state(self, rows: int, capacity: int, columns: int | None = None) -> TowerState: ...
+    def new_state(self, rows: int, capacity: int, shared_kv_slots: int | None = None) -> TowerState: ...
 
-    def reader(self, state: TowerState) -> Reader: ...
+    def reader(self, state: TowerState) -> ContextReader: ...
 
     def synchronize(self) -> None: ...
 

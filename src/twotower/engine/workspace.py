@@ -20,10 +20,10 @@ MAX_IDLE_STATE_BYTES = 256 << 20  # a larger state is not kept between calls
 
 
 class StateShape(NamedTuple):
-    """What tells whether a state serves a call: its rows, the columns that they share, and where and how it is kept."""
+    """What tells whether a state serves a call: its rows, their shared KV slots, dtype and device."""
 
     rows: int
-    columns: int
+    kv_slots: int
     dtype: torch.dtype
     device: torch.device
 
@@ -75,7 +75,7 @@ class Workspace:
     def return_state(self, state: TowerState) -> None:
         """Keeps a state without sequences for the next call, if the state is small enough and can be written to
         anywhere: tensors made in inference mode cannot."""
-        state.forget()
+        state.free_all()
         with self._lock:
             if state in self._lent:
                 self._lent.discard(state)

@@ -107,7 +107,7 @@ class TimeConditioning(nn.Module):
             self._known, self._weights = {}, weights
 
 
-def normed_input(x: Tensor, norm: RMSNorm, kind: LayerKind, modulation: Modulation | None) -> Tensor:
+def modulated_norm(x: Tensor, norm: RMSNorm, kind: LayerKind, modulation: Modulation | None) -> Tensor:
     """What a layer's mixer reads. The order of norm and modulation depends on the layer's kind, and lives only here."""
     if modulation is None:
         return norm(x)

@@ -9,33 +9,33 @@ from torch import Tensor
 
 
 @dataclass(frozen=True, kw_only=True)
-class Visibility:
+class AttentionMetadata:
     """What the L tokens of one pass may see; the same for every layer.
 
     valid:        (B, L) False at padding, or None: every token counts.
     causal:       whether a token sees later tokens of its own pass (the denoiser's block does).
     start:        (B,) the first token's absolute position. Nemotron-H has no positional encoding; backbones with one
                   read it here.
-    counting:     (1,) place of a token that counts, among all B·L; None: not looked for (`with_counting`).
+    representative:     (1,) place of a token that counts, among all B·L; None: not looked for (`with_representative`).
     """
 
     valid: Tensor | None = None
     causal: bool = True
     start: Tensor | None = None
-    counting: Tensor | None = None
+    representative: Tensor | None = None
 
-    def with_counting(self) -> Visibility:
+    def with_representative(self) -> AttentionMetadata:
         """The same with `counting`, where there may be padding. Formed anew in each pass: recorded ones repeat it."""
         if self.valid is None:
             return self
-        return replace(self, counting=self.valid.flatten().byte().argmax(0, keepdim=True))
+        return replace(self, representative=self.valid.flatten().byte().argmax(0, keepdim=True))
 
-    def visited(self, choice: Tensor) -> Tensor:
+    def route_padding(self, choice: Tensor) -> Tensor:
         """choice (B·L, k), the experts of each token → those that are visited: padding goes where a token goes that
         counts, so that no expert's weights are read for it alone."""
-        if self.valid is None or self.counting is None:
+        if self.valid is None or self.representative is None:
             return choice
-        return torch.where(self.valid.flatten()[:, None], choice, choice.index_select(0, self.counting))
+        return torch.where(self.valid.flatten()[:, None], choice, choice.index_select(0, self.representative))
 
 
 def context_visible(key_positions: Tensor, block_start: Tensor) -> Tensor:

@@ -8,9 +8,9 @@ from collections.abc import Callable
 import torch
 from torch import Tensor, nn
 
-from twotower.cache.layer_cache import MambaPast
+from twotower.cache.layer_cache import MambaCache
 from twotower.config import BackboneConfig
-from twotower.model.layer_io import Visibility
+from twotower.model.layer_io import AttentionMetadata
 from twotower.model.linear import Linear
 from twotower.model.norm import GatedGroupRMSNorm
 from twotower.ops.reference.mamba_block import MambaStepInputs, MambaWeights, convolve, gate_and_norm, split
@@ -54,27 +54,28 @@ class Mamba2(nn.Module):
             self.dt_bias.copy_(steps + torch.log(-torch.expm1(-steps)))  # inverse of softplus
 
     def forward(
-        self, hidden: Tensor, past: MambaPast | None, sees: Visibility, trace: bool = True
+        self, hidden: Tensor, past: MambaCache | None, meta: AttentionMetadata, trace: bool = True
     ) -> tuple[Tensor, MambaStepInputs | None]:
         """hidden (B, L, H) → output (B, L, H) and, if wanted, the trace the state after any prefix is rebuilt from."""
         projected, weights = self.in_proj(hidden), self.weights
         window, state = (None, None) if past is None else past
         if hidden.shape[1] <= self.config.chunk_size:
             block = select("mamba_block", projected.device, projected.dtype).function
-            mixed, kept = block(projected, sees.valid, window, state, weights, trace)
+            mixed, kept = block(projected, meta.valid, window, state, weights, trace)
             return self.out_proj(mixed), kept
-        z, xBC, dt, log_decay = split(projected, sees.valid, weights)
+        z, xBC, dt, log_decay = split(projected, meta.valid, weights)
         kept, C = convolve(xBC, window, dt, log_decay, weights)
         y, _ = ssd_chunked(kept.x, kept.dt, kept.log_decay, kept.B, C, state, self.config.chunk_size)
         return self.out_proj(gate_and_norm(y, kept.x, z, weights)), kept if trace else None
 
     def forward_packed(
         self, hidden: Tensor, valid: Tensor, fresh: Tensor, windows: Callable[[Tensor], Tensor]
-    ) -> tuple[Tensor, MambaPast]:
+    ) -> tuple[Tensor, MambaCache]:
         """Packed rows from zero state, and the past before each of their blocks (training's context pass).
 
         hidden (B, S, H); valid (B, S); fresh (B, blocks): blocks that start from zero state; windows: raw convolution
-        inputs (B, S, C) → those before each block (B, blocks, K−1, C) → output (B, S, H), `MambaPast` of B·blocks rows.
+        inputs (B, S, C) → those before each block (B, blocks, K−1, C). Returns output (B, S, H), `MambaCache`
+        of B·blocks rows.
         """
         weights = self.weights
         z, xBC, dt, log_decay = split(self.in_proj(hidden), valid, weights)
@@ -87,7 +88,7 @@ class Mamba2(nn.Module):
         before = states_before(added, trace.log_decay.sum(1).unflatten(0, (-1, blocks)), None, fresh).flatten(0, 1)
         y = ssd_block(trace.x, trace.dt, trace.log_decay, trace.B, C, before)
         z = z.unflatten(1, (blocks, -1)).flatten(0, 1)
-        return self.out_proj(gate_and_norm(y, trace.x, z, weights)).view_as(hidden), MambaPast(window, before)
+        return self.out_proj(gate_and_norm(y, trace.x, z, weights)).view_as(hidden), MambaCache(window, before)
 
     @property
     def weights(self) -> MambaWeights:

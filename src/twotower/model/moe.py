@@ -9,7 +9,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from twotower.config import BackboneConfig
-from twotower.model.layer_io import Visibility
+from twotower.model.layer_io import AttentionMetadata
 from twotower.model.linear import Linear
 from twotower.ops.cpu.packed_weights import PackedWeight
 from twotower.ops.reference import int8
@@ -112,11 +112,11 @@ class MoE(nn.Module):
         self.experts = Experts(config)
         self.shared_experts = MLP(config.hidden_size, config.moe_shared_expert_intermediate_size, config.mlp_bias)
 
-    def forward(self, hidden: Tensor, sees: Visibility | None = None) -> Tensor:
-        """hidden (…, H) → (…, H); sees: which of (B, L) tokens count, where that is known to spare experts."""
+    def forward(self, hidden: Tensor, meta: AttentionMetadata | None = None) -> Tensor:
+        """hidden (…, H) → (…, H); meta: which of (B, L) tokens count, where that is known to spare experts."""
         flat = hidden.flatten(0, -2)
         choice, weight = self.gate(flat)
-        if sees is not None:
-            choice = sees.visited(choice)
+        if meta is not None:
+            choice = meta.route_padding(choice)
         routed: Tensor = self.experts(flat, choice, weight).view_as(hidden)
         return routed + self.shared_experts(hidden)

@@ -20,10 +20,10 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from twotower.cache.layer_cache import KeyValue, MambaPast, Past
+from twotower.cache.layer_cache import KeyValue, LayerCache, MambaCache
 from twotower.model.attention import Attention
-from twotower.model.conditioning import Modulation, normed_input
-from twotower.model.layer_io import Visibility, context_visible
+from twotower.model.conditioning import Modulation, modulated_norm
+from twotower.model.layer_io import AttentionMetadata, context_visible
 from twotower.model.mamba2 import Mamba2
 from twotower.model.tower import Layer, Tower
 from twotower.ops.reference.attention import Tile, tiled_attention
@@ -124,11 +124,11 @@ class Layout:
             yield lo, hi, keys, self.document[:, lo:hi, None] == self.document[:, None, :hi]
 
 
-def read_layer(layer: Layer, x: Tensor, layout: Layout) -> tuple[Tensor, Past]:
+def read_layer(layer: Layer, x: Tensor, layout: Layout) -> tuple[Tensor, LayerCache]:
     """One context layer over clean rows: x (B, S, H) → the residual stream after it, and its coupling: `KeyValue` of
-    all S columns, `MambaPast` of B·blocks block starts, or None."""
+    all S columns, `MambaCache` of B·blocks block starts, or None."""
     hidden = layer.norm(x)
-    past: Past = None
+    past: LayerCache = None
     if isinstance(layer.mixer, Mamba2):
         out, past = read_mamba(layer.mixer, hidden, layout)
     elif isinstance(layer.mixer, Attention):
@@ -139,7 +139,7 @@ def read_layer(layer: Layer, x: Tensor, layout: Layout) -> tuple[Tensor, Past]:
     return layer.residual(x, out, None), past
 
 
-def read_mamba(mixer: Mamba2, hidden: Tensor, layout: Layout) -> tuple[Tensor, MambaPast]:
+def read_mamba(mixer: Mamba2, hidden: Tensor, layout: Layout) -> tuple[Tensor, MambaCache]:
     """Packed rows (B, S, H) through a context tower's Mamba-2 mixer, one chunk a block."""
     out, past = mixer.forward_packed(
         hidden, layout.valid, layout.fresh, lambda xBC: layout.windows(xBC, mixer.config.conv_kernel - 1)
@@ -147,16 +147,16 @@ def read_mamba(mixer: Mamba2, hidden: Tensor, layout: Layout) -> tuple[Tensor, M
     return out, past
 
 
-def denoise_layer(layer: Layer, x: Tensor, past: Past, modulation: Modulation | None, layout: Layout) -> Tensor:
+def denoise_layer(layer: Layer, x: Tensor, past: LayerCache, modulation: Modulation | None, layout: Layout) -> Tensor:
     """One denoiser layer over corrupted blocks: x (N, L, H), the chosen ones → the same.
 
     past: what `read_layer` of the same context layer gave. modulation: tensors (N, 1, H).
     """
-    hidden = normed_input(x, layer.norm, layer.kind, modulation)
+    hidden = modulated_norm(x, layer.norm, layer.kind, modulation)
     if isinstance(layer.mixer, Mamba2):
-        assert isinstance(past, MambaPast)
-        own_past = MambaPast(layout.pick(past.conv_window), layout.pick(past.ssm_state))
-        out, _ = layer.mixer(hidden, own_past, Visibility(valid=layout.valid_chosen, causal=False), trace=False)
+        assert isinstance(past, MambaCache)
+        own_past = MambaCache(layout.pick(past.conv_window), layout.pick(past.ssm_state))
+        out, _ = layer.mixer(hidden, own_past, AttentionMetadata(valid=layout.valid_chosen, causal=False), trace=False)
     elif isinstance(layer.mixer, Attention):
         assert isinstance(past, KeyValue)
         q, own = layer.mixer.project(hidden)

@@ -8,11 +8,11 @@ from typing import NamedTuple, Protocol
 import torch
 from torch import Tensor, nn
 
-from twotower.cache.layer_cache import Added, Past
+from twotower.cache.layer_cache import CacheUpdate, LayerCache
 from twotower.config import BackboneConfig, LayerKind
 from twotower.model.attention import Attention
-from twotower.model.conditioning import Modulation, normed_input
-from twotower.model.layer_io import Visibility
+from twotower.model.conditioning import Modulation, modulated_norm
+from twotower.model.layer_io import AttentionMetadata
 from twotower.model.linear import Linear
 from twotower.model.mamba2 import Mamba2
 from twotower.model.moe import MLP, Experts, MoE, Router
@@ -43,19 +43,24 @@ class Layer(nn.Module):
         self.mixer = build_mixer(kind, config)
 
     def forward(
-        self, x: Tensor, past: Past, sees: Visibility, modulation: Modulation | None = None, trace: bool = True
-    ) -> tuple[Tensor, Added]:
+        self,
+        x: Tensor,
+        past: LayerCache,
+        meta: AttentionMetadata,
+        modulation: Modulation | None = None,
+        trace: bool = True,
+    ) -> tuple[Tensor, CacheUpdate]:
         """x (B, L, H) → the residual stream after the layer, and what the pass adds to the layer's state.
 
         trace: whether a Mamba layer's trace is wanted; without, it adds None.
         """
-        hidden = normed_input(x, self.norm, self.kind, modulation)
+        hidden = modulated_norm(x, self.norm, self.kind, modulation)
         if self.kind == "M":
-            out, added = self.mixer(hidden, past, sees, trace)
+            out, added = self.mixer(hidden, past, meta, trace)
         elif self.kind == "*":
-            out, added = self.mixer(hidden, past, sees)
+            out, added = self.mixer(hidden, past, meta)
         elif self.kind == "E":
-            out, added = self.mixer(hidden, sees), None
+            out, added = self.mixer(hidden, meta), None
         else:
             out, added = self.mixer(hidden), None
         return self.residual(x, out, modulation), added
@@ -69,13 +74,13 @@ class PassInputs(NamedTuple):
     """Everything that one pass of a tower reads beside the weights; see `Tower.forward`."""
 
     tokens: Tensor
-    sees: Visibility
-    past: list[Past] | None = None
+    meta: AttentionMetadata
+    past: list[LayerCache] | None = None
     modulation: list[Modulation] | None = None
     trace: bool = True
 
 
-PassResult = tuple[Tensor, list[Added]]
+PassResult = tuple[Tensor, list[CacheUpdate]]
 
 
 class Runner(Protocol):
@@ -87,7 +92,7 @@ class Runner(Protocol):
     def run(self, tower: Tower, inputs: PassInputs) -> PassResult | None:
         """The result of the pass; None where the runner does not serve it."""
 
-    def prompt_piece(self, tower: Tower) -> int | None:
+    def prefill_chunk(self, tower: Tower) -> int | None:
         """Tokens of a prompt that are best read in one pass; None: no preference."""
 
     def release(self) -> None:
@@ -128,8 +133,8 @@ class Tower(nn.Module):
     def forward(
         self,
         tokens: Tensor,
-        sees: Visibility,
-        past: list[Past] | None = None,
+        meta: AttentionMetadata,
+        past: list[LayerCache] | None = None,
         modulation: list[Modulation] | None = None,
         trace: bool = True,
     ) -> PassResult:
@@ -137,7 +142,7 @@ class Tower(nn.Module):
 
         trace: whether the Mamba layers' traces are wanted; a pass that nothing is to remember does without.
         """
-        inputs = PassInputs(tokens, sees, past, modulation, trace)
+        inputs = PassInputs(tokens, meta, past, modulation, trace)
         for runner in self.runners:
             result = runner.run(self, inputs)
             if result is not None:
@@ -147,16 +152,16 @@ class Tower(nn.Module):
     def layer_by_layer(
         self,
         tokens: Tensor,
-        sees: Visibility,
-        past: list[Past] | None = None,
+        meta: AttentionMetadata,
+        past: list[LayerCache] | None = None,
         modulation: list[Modulation] | None = None,
         trace: bool = True,
     ) -> PassResult:
         """Reference forward; every runner must match it."""
-        x, sees = self.embed(tokens), sees.with_counting()
-        added: list[Added] = []
+        x, meta = self.embed(tokens), meta.with_representative()
+        added: list[CacheUpdate] = []
         for i, layer in enumerate(self.layers):
-            x, new = layer(x, past[i] if past else None, sees, modulation[i] if modulation else None, trace)
+            x, new = layer(x, past[i] if past else None, meta, modulation[i] if modulation else None, trace)
             added.append(new)
         return self.norm_f(x), added
 

@@ -14,11 +14,11 @@ from torch import Tensor, nn
 
 from twotower.cache.hybrid_cache import TowerState
 from twotower.cache.pools import ContextView
-from twotower.cache.replica import LocalReader, Mirror, Reader, Transport
+from twotower.cache.replica import ContextReader, DeviceTransfer, LocalReader, Replica
 from twotower.config import BackboneConfig, TwoTowerConfig
 from twotower.errors import TwoTowerError
 from twotower.model.conditioning import TimeConditioning
-from twotower.model.layer_io import Visibility
+from twotower.model.layer_io import AttentionMetadata
 from twotower.model.tower import Tower
 from twotower.model.wide_tensors import keeping_wide
 from twotower.tokenizer import Tokenizer
@@ -48,7 +48,7 @@ class TwoTowerModel(nn.Module):
         self.context = Tower(backbone)
         self.denoiser = Tower(backbone) if towers == "both" else None
         self.time = TimeConditioning(backbone.hidden_size, backbone.num_layers) if towers == "both" else None
-        self.transport: Transport | None = None
+        self.transfer: DeviceTransfer | None = None
         if self.context.device.type != "meta":
             self.reset_parameters()
         self._apply(lambda tensor: tensor)  # whatever the default dtype, the tensors that must not be narrow are wide
@@ -110,23 +110,23 @@ class TwoTowerModel(nn.Module):
             if tower.device.type == "cuda":
                 torch.cuda.synchronize(tower.device)
 
-    def new_state(self, rows: int, capacity: int, columns: int | None = None) -> TowerState:
+    def new_state(self, rows: int, capacity: int, shared_kv_slots: int | None = None) -> TowerState:
         """An empty context state for `rows` texts of up to `capacity` tokens (it can grow: `reserve`), or that share
         `columns` of them (`open`)."""
-        return TowerState(self.context.config, rows, capacity, self.context.device, self.dtype, columns)
+        return TowerState(self.context.config, rows, capacity, self.context.device, self.dtype, shared_kv_slots)
 
-    def reader(self, state: TowerState) -> Reader:
-        """How the denoiser reads `state`: in place, or through a mirror on its own device."""
+    def reader(self, state: TowerState) -> ContextReader:
+        """How the denoiser reads `state`: in place, or through a replica on its own device."""
         denoiser = self._denoiser()
-        if self.transport is None and denoiser.device == self.context.device:
+        if self.transfer is None and denoiser.device == self.context.device:
             return LocalReader(state)
-        return Mirror(state, denoiser.device, self.transport or Transport())
+        return Replica(state, denoiser.device, self.transfer or DeviceTransfer())
 
     @property
-    def prompt_piece(self) -> int:
+    def prefill_chunk(self) -> int:
         """Tokens of a prompt that are best read in one pass."""
         with torch.no_grad():
-            pieces = (runner.prompt_piece(self.context) for runner in self.context.runners)
+            pieces = (runner.prefill_chunk(self.context) for runner in self.context.runners)
             return next((piece for piece in pieces if piece is not None), PREFILL_CHUNK)
 
     def prefill(self, tokens: Tensor, lengths: Tensor, state: TowerState, rows: Tensor | None = None) -> Tensor:
@@ -135,16 +135,16 @@ class TwoTowerModel(nn.Module):
         tokens (B, S), of which the first lengths (B,) count (0 allowed) → logits (B, V) after each row's last
         token (of no meaning for a row of length 0), in at least fp32.
         """
-        state.reserve(state.bound + tokens.shape[1])
+        state.reserve(state.max_seq_len + tokens.shape[1])
         last: Tensor = torch.zeros(len(lengths), self.context.config.hidden_size, device=self.device, dtype=self.dtype)
-        piece = self.prompt_piece
+        piece = self.prefill_chunk
         for start in range(0, tokens.shape[1], piece):
             part = tokens[:, start : start + piece]
             valid = (lengths - start).clamp(0, part.shape[1])
             hidden = self._extend(part, valid, state, rows)
             at = (valid - 1).clamp(min=0)[:, None, None].expand(-1, 1, hidden.shape[-1])
             last = torch.where((valid > 0)[:, None], hidden.gather(1, at)[:, 0], last)
-        state.settle()
+        state.commit_state()
         return self.context.logits(last)
 
     def extend(
@@ -162,7 +162,7 @@ class TwoTowerModel(nn.Module):
         the B rows (n,) → logits (B or n, L, V) in at least fp32 (wide=False: in the model's own dtype), or None.
         `state.rollback` takes any suffix back until the state is read again.
         """
-        state.reserve(state.bound + tokens.shape[1])
+        state.reserve(state.max_seq_len + tokens.shape[1])
         hidden = self._extend(tokens, lengths, state, rows)
         if isinstance(logits, Tensor):
             return self.context.logits(hidden[logits], wide)
@@ -185,15 +185,15 @@ class TwoTowerModel(nn.Module):
         model's own dtype).
         """
         denoiser = self._denoiser()
-        sees = Visibility(valid=_counting(block, lengths), causal=causal, start=view.lengths)
+        meta = AttentionMetadata(valid=_counting(block, lengths), causal=causal, start=view.lengths)
         modulation = None if t is None or self.time is None else self.time(t)
-        hidden, _ = denoiser(block, sees, view.past, modulation, trace=False)
+        hidden, _ = denoiser(block, meta, view.past, modulation, trace=False)
         return denoiser.logits(hidden, wide)
 
     def _extend(self, tokens: Tensor, lengths: Tensor | None, state: TowerState, rows: Tensor | None) -> Tensor:
         view = state.view(rows)
-        sees = Visibility(valid=_counting(tokens, lengths), start=view.lengths)
-        hidden, added = self.context(tokens, sees, view.past)
+        meta = AttentionMetadata(valid=_counting(tokens, lengths), start=view.lengths)
+        hidden, added = self.context(tokens, meta, view.past)
         rows_read, width = tokens.shape
         valid = torch.full((rows_read,), width, device=tokens.device) if lengths is None else lengths.clone()
         state.append(added, valid, width, rows)

@@ -19,7 +19,7 @@ from torch import Tensor
 
 from twotower import model_loading
 from twotower.cache.hybrid_cache import TowerState
-from twotower.cache.layer_cache import MambaPast
+from twotower.cache.layer_cache import MambaCache
 from twotower.cache.pools import AttentionPool, ContextView, MambaPool
 from twotower.decoding.sampling import confidence
 from twotower.decoding.unmasking import Pass, decide
@@ -107,7 +107,7 @@ def denoise(
 def without_states(view: ContextView) -> ContextView:
     """The same look at the context, with every Mamba layer as if there were no text before the block."""
     past = [
-        MambaPast(*(torch.zeros_like(part) for part in layer)) if isinstance(layer, MambaPast) else layer
+        MambaCache(*(torch.zeros_like(part) for part in layer)) if isinstance(layer, MambaCache) else layer
         for layer in view.past
     ]
     return ContextView(past, view.lengths)
@@ -116,7 +116,7 @@ def without_states(view: ContextView) -> ContextView:
 def layers(state: TowerState) -> list[dict[str, object]]:
     """What each layer keeps: of attention the tokens it has keys and values of, of Mamba the norm of each head's SSM
     state and of each column of the convolution window; of the others nothing."""
-    state.settle()
+    state.commit_state()
     config = state.config
     out: list[dict[str, object]] = []
     for kind, pool in zip(config.hybrid_override_pattern, state.pools, strict=True):

@@ -2,8 +2,9 @@
 
 A pass over a few tokens is some hundred small kernels, and launching them from Python takes longer than running them.
 A pass's inputs are copied to the addresses that the recording reads; keys and values are read in place. Results are
-valid until the next pass of the same shape: `append` stores keys and values, and `settle`, the first step of every view
-of a state, folds in the traces. Rows and context columns are rounded up to powers of two, so shapes are few.
+valid until the next pass of the same shape: `append` stores keys and values, and `commit_state`, the first step of
+every view of a state, updates the Mamba states. Rows and context columns are rounded up to powers of two, so
+shapes are few.
 
 Each recording is replayed beside the layers one by one before it is used, and refused with a warning if it differs.
 `TWOTOWER_GRAPHS=0` turns the runner off.
@@ -21,9 +22,9 @@ import torch
 from torch import Tensor
 
 from twotower import options
-from twotower.cache.layer_cache import MambaPast, Past
+from twotower.cache.layer_cache import LayerCache, MambaCache
 from twotower.model.conditioning import Modulation
-from twotower.model.layer_io import Visibility
+from twotower.model.layer_io import AttentionMetadata
 from twotower.model.tower import PassInputs, PassResult, Tower
 from twotower.ops.reference.attention import Cached
 from twotower.ops.registry import select
@@ -91,7 +92,7 @@ class CUDAGraphRunner:
         self._plan: ModulePlan | None = None
         self._weights: Weights | None = None
 
-    def prompt_piece(self, tower: Tower) -> int | None:
+    def prefill_chunk(self, tower: Tower) -> int | None:
         """No preference."""
         return None
 
@@ -104,9 +105,9 @@ class CUDAGraphRunner:
             return None
         inputs = inputs._replace(past=_widened(inputs.past))
         rows = _bucket(inputs)
-        if rows > len(inputs.tokens) and inputs.sees.valid is None:  # surplus rows are padding: they visit no expert
+        if rows > len(inputs.tokens) and inputs.meta.valid is None:  # surplus rows are padding: they visit no expert
             valid = torch.ones_like(inputs.tokens, dtype=torch.bool)
-            inputs = inputs._replace(sees=replace(inputs.sees, valid=valid))
+            inputs = inputs._replace(meta=replace(inputs.meta, valid=valid))
         key = options.current().kernels_key  # a recording replays the kernels that were chosen when it was made
         shape = rows, _shape(inputs), weights.addresses, key
         recording = self.recordings.get(shape)
@@ -162,7 +163,7 @@ def _wanted(tower: Tower, inputs: PassInputs) -> bool:
 # --- shapes -----------------------------------------------------------------------------------------------------------
 
 
-def _widened(past: list[Past] | None) -> list[Past] | None:
+def _widened(past: list[LayerCache] | None) -> list[LayerCache] | None:
     """With context columns rounded up: those beyond a row's length are masked in any case."""
     return None if past is None else [_wider(own) if isinstance(own, Cached) and own.width else own for own in past]
 
@@ -187,8 +188,8 @@ def _shape(inputs: PassInputs) -> Hashable:
             layers.append((own.width, own.even, own.k.data_ptr(), own.v.data_ptr()))
         elif own is not None:
             layers.append(tuple(part.shape[1:] for part in own))
-    sees = inputs.sees
-    kinds = (sees.valid is None, sees.causal, sees.start is None, inputs.modulation is None, inputs.trace)
+    meta = inputs.meta
+    kinds = (meta.valid is None, meta.causal, meta.start is None, inputs.modulation is None, inputs.trace)
     return inputs.tokens.shape[1], kinds, tuple(layers)
 
 
@@ -198,10 +199,10 @@ def _shape(inputs: PassInputs) -> Hashable:
 def _copied(inputs: PassInputs) -> list[Tensor]:
     """The tensors with a row each that a pass reads, always in the same order. Layers share where their rows lie."""
     out = [inputs.tokens]
-    out += [part for part in (inputs.sees.valid, inputs.sees.start) if part is not None]
+    out += [part for part in (inputs.meta.valid, inputs.meta.start) if part is not None]
     segments: Sequence[Tensor] = ()
     for own in inputs.past or ():
-        if isinstance(own, MambaPast):
+        if isinstance(own, MambaCache):
             out += own
         elif isinstance(own, Cached):
             segments = (own.start, own.stride, own.lengths)
@@ -217,9 +218,9 @@ def _with_own_memory(inputs: PassInputs, rows: int) -> PassInputs:
     def room(tensor: Tensor) -> Tensor:
         return tensor.new_zeros(rows, *tensor.shape[1:])
 
-    valid, start = (None if tensor is None else room(tensor) for tensor in (inputs.sees.valid, inputs.sees.start))
-    sees = Visibility(valid=valid, causal=inputs.sees.causal, start=start)
-    past: list[Past] = []
+    valid, start = (None if tensor is None else room(tensor) for tensor in (inputs.meta.valid, inputs.meta.start))
+    meta = AttentionMetadata(valid=valid, causal=inputs.meta.causal, start=start)
+    past: list[LayerCache] = []
     segments: tuple[Tensor, Tensor, Tensor] | None = None  # of all layers
     for own in inputs.past or ():
         if isinstance(own, Cached):
@@ -227,9 +228,9 @@ def _with_own_memory(inputs: PassInputs, rows: int) -> PassInputs:
             starts, stride, lengths = segments
             past.append(own._replace(start=starts, stride=stride, lengths=lengths))
         else:
-            past.append(None if own is None else MambaPast(*map(room, own)))
+            past.append(None if own is None else MambaCache(*map(room, own)))
     modulation = None if inputs.modulation is None else [Modulation(*map(room, parts)) for parts in inputs.modulation]
-    return PassInputs(room(inputs.tokens), sees, past if inputs.past else None, modulation, inputs.trace)
+    return PassInputs(room(inputs.tokens), meta, past if inputs.past else None, modulation, inputs.trace)
 
 
 # --- recording --------------------------------------------------------------------------------------------------------

@@ -48,7 +48,7 @@ class FusedCPURunner:
         """Shapes of pass that are prepared."""
         return len(self._tables)
 
-    def prompt_piece(self, tower: Tower) -> int | None:
+    def prefill_chunk(self, tower: Tower) -> int | None:
         """Tokens of a prompt that are best read in one pass; None where this runner does not serve the tower."""
         return LONGEST if self._serves(self._plan_of(tower), tower.embeddings.weight) else None
 
@@ -102,14 +102,14 @@ def _run(tower: Tower, weights: WeightTable, tables: PassTables, inputs: PassInp
     kept = tables.fill(inputs)
     if kept is None:
         return None
-    sees, cached = inputs.sees, cached_context(inputs)
+    meta, cached = inputs.meta, cached_context(inputs)
     x = tower.embed(inputs.tokens)  # written over by the pass
     hidden = x.new_empty(x.shape, dtype=weights.dtype)
     added = tables.added(hidden)
-    valid = None if sees.valid is None else sees.valid.contiguous()
+    valid = None if meta.valid is None else meta.valid.contiguous()
     rows = (None, None, None) if cached is None or not cached.width else (cached.start, cached.stride, cached.lengths)
     call(
         "tower_", hidden, x, weights.kinds, *weights.addresses, tables.inputs, weights.norm_f, hidden, valid,
-        int(sees.causal), *rows, tables.sizes, *tables.constants,
+        int(meta.causal), *rows, tables.sizes, *tables.constants,
     )  # fmt: skip
     return hidden, added

@@ -14,7 +14,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from twotower.cache.layer_cache import Added, KeyValue, MambaPast
+from twotower.cache.layer_cache import CacheUpdate, KeyValue, MambaCache
 from twotower.config import BackboneConfig
 from twotower.model.tower import PassInputs
 from twotower.ops.reference.attention import Cached
@@ -23,7 +23,7 @@ from twotower.ops.reference.mamba_block import MambaStepInputs, empty_step_input
 PLACES_PER_LAYER = 12  # INPUTS in tower.h
 MODULATION, PAST, ADDED = (0, 3), (3, 5), 5  # shift, scale, gate; two tensors of the past; what the pass adds
 ORDER_STRIDE = 4  # the place in `sizes` of the modulation's stride
-READABLE = {Cached, MambaPast, NoneType}  # not KeyValue: whole sequences, as in training
+READABLE = {Cached, MambaCache, NoneType}  # not KeyValue: whole sequences, as in training
 
 
 class PassShape(NamedTuple):
@@ -59,7 +59,7 @@ class PassTables:
     def __init__(self, config: BackboneConfig, shape: PassShape, residual: torch.dtype) -> None:
         self._layers = config.num_layers
         pattern = config.hybrid_override_pattern
-        reads = {MambaPast: True, Cached: shape.has_context}
+        reads = {MambaCache: True, Cached: shape.has_context}
         self._past = [i for i, kind in enumerate(shape.past) if reads.get(kind, False)]
         mamba = [i for i, kind in enumerate(pattern) if kind == "M" and shape.trace]
         attention = [i for i, kind in enumerate(pattern) if kind == "*"]
@@ -99,10 +99,10 @@ class PassTables:
             kept += past
         return kept
 
-    def added(self, like: Tensor) -> list[Added]:
+    def added(self, like: Tensor) -> list[CacheUpdate]:
         """Memory for what the layers add, beside the tensor `like`."""
-        added: list[Added] = [None] * self._layers
-        for i, parts in self._step_inputs.allocate(like, self._inputs):
+        added: list[CacheUpdate] = [None] * self._layers
+        for i, parts in self._traces.allocate(like, self._inputs):
             added[i] = MambaStepInputs(*parts)
         for i, (k, v) in self._keys.allocate(like, self._inputs):
             added[i] = KeyValue(k.transpose(1, 2), v.transpose(1, 2))
@@ -139,5 +139,5 @@ def _addresses(tensors: Sequence[Tensor]) -> np.ndarray:
 
 def _pair(past: object) -> tuple[Tensor, Tensor]:
     """The two tensors that a layer reads: keys and values, or window and state."""
-    assert isinstance(past, Cached | MambaPast)
+    assert isinstance(past, Cached | MambaCache)
     return past[0], past[1]

@@ -13,7 +13,7 @@ import torch
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
-from twotower.cache.layer_cache import Past
+from twotower.cache.layer_cache import LayerCache
 from twotower.config import COUPLED_KINDS
 from twotower.model.conditioning import Modulation
 from twotower.model.packed_forward import Layout, denoise_layer, read_layer
@@ -48,7 +48,7 @@ class PairedLayer(nn.Module):
         self, clean: Tensor, noisy: Tensor, modulation: Modulation | None, layout: Layout
     ) -> tuple[Tensor | None, Tensor]:
         """clean (B, S, H), noisy (N, L, H) → both residual streams after it; None for one that does not change."""
-        past: Past = None
+        past: LayerCache = None
         read = None
         if self.reads:
             with torch.set_grad_enabled(self.train_context and torch.is_grad_enabled()):
