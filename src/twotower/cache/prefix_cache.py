@@ -39,6 +39,16 @@ class PrefixCache:
         self.queried_tokens = 0
         self.hit_tokens = 0
 
+    @property
+    def asked(self) -> int:
+        """Deprecated name of `queried_tokens`, for users of the deprecated `LLM.prefixes`."""
+        return self.queried_tokens
+
+    @property
+    def found(self) -> int:
+        """Deprecated name of `hit_tokens`."""
+        return self.hit_tokens
+
     def restore(self, state: TowerState, slot: int, prompt: Sequence[int]) -> int:
         """Puts the longest known beginning of a prompt into an empty slot → its tokens. The last token that is given is
         never part of it: somebody has to ask what follows."""

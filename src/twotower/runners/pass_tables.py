@@ -102,7 +102,7 @@ class PassTables:
     def added(self, like: Tensor) -> list[CacheUpdate]:
         """Memory for what the layers add, beside the tensor `like`."""
         added: list[CacheUpdate] = [None] * self._layers
-        for i, parts in self._traces.allocate(like, self._inputs):
+        for i, parts in self._step_inputs.allocate(like, self._inputs):
             added[i] = MambaStepInputs(*parts)
         for i, (k, v) in self._keys.allocate(like, self._inputs):
             added[i] = KeyValue(k.transpose(1, 2), v.transpose(1, 2))
