@@ -115,7 +115,7 @@ def test_a_known_beginning_is_not_read_again(model: TwoTowerForCausalLM, mode: s
         (output,) = llm.generate([request])
         assert output.cached_tokens == cached
         assert_as_alone(model, request, output)
-    assert (llm.core.prefixes.queried_tokens, llm.core.prefixes.hit_tokens) == (31 * 3 + 16, 48)
+    assert (llm.core.prefixes.query_tokens, llm.core.prefixes.hit_tokens) == (31 * 3 + 16, 48)
 
 
 @pytest.mark.usefixtures("short_chunks")

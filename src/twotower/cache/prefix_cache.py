@@ -27,7 +27,7 @@ class Node:
 class PrefixCache:
     """Keeps at most `budget` bytes, of texts cut into chunks of `chunk` tokens.
 
-    queried_tokens, hit_tokens: prompt tokens of the requests that came, and those of them that need not be read.
+    query_tokens, hit_tokens: prompt tokens of the requests that came, and those of them that need not be read.
     """
 
     def __init__(self, chunk: int, budget: int) -> None:
@@ -36,13 +36,13 @@ class PrefixCache:
         self.nodes: OrderedDict[tuple[int, tuple[int, ...]], Node] = OrderedDict()  # by parent and tokens; oldest first
         self.nbytes = 0
         self._made = 0
-        self.queried_tokens = 0
+        self.query_tokens = 0
         self.hit_tokens = 0
 
     @property
     def asked(self) -> int:
-        """Deprecated name of `queried_tokens`, for users of the deprecated `LLM.prefixes`."""
-        return self.queried_tokens
+        """Deprecated name of `query_tokens`, for users of the deprecated `LLM.prefixes`."""
+        return self.query_tokens
 
     @property
     def found(self) -> int:
@@ -55,7 +55,7 @@ class PrefixCache:
         path = self._match(prompt, len(prompt) - 1)
         if path:
             state.restore(slot, [node.snapshot for node in path])
-        self.queried_tokens += len(prompt)
+        self.query_tokens += len(prompt)
         self.hit_tokens += len(path) * self.chunk
         return len(path) * self.chunk
 

@@ -129,7 +129,7 @@ class EngineCore:
             state_bytes=self._state_bytes,
             prefix_bytes=self.prefixes.nbytes,
             prefix_tokens=len(self.prefixes.nodes) * self.prefixes.chunk,
-            prompt_tokens=self.prefixes.queried_tokens,
+            prompt_tokens=self.prefixes.query_tokens,
             reused_tokens=self.prefixes.hit_tokens,
         )
 
