@@ -1,4 +1,4 @@
-"""`twotower serve`: the OpenAI endpoints, and a page."""
+"""`twotower serve`: an HTTP server with the OpenAI endpoints and a web page."""
 
 from __future__ import annotations
 
@@ -20,57 +20,84 @@ if TYPE_CHECKING:
     from twotower.engine import LLM
     from twotower.server.settings import Limits
 
-USUAL_LENGTH = 8192  # tokens of a text where nobody says: windows of a million would take all memory at once
+DEFAULT_LENGTH = 8192  # limit of the default --length: the cache of a window of a million tokens is too large
 
 
 @click.command()
 @models.model_option
-@click.option("--host", default="127.0.0.1", show_default=True, help="Address to listen on. 0.0.0.0: every one.")
-@click.option("--port", type=click.IntRange(0, 65535), default=8000, show_default=True, help="0: any free one.")
-@click.option("--name", help="What clients call the model.  [default: its directory's name]")
+@click.option("--host", default="127.0.0.1", show_default=True, help="Address to listen on. 0.0.0.0: all addresses.")
+@click.option(
+    "--port",
+    type=click.IntRange(0, 65535),
+    default=8000,
+    show_default=True,
+    help="Port to listen on. 0: any free port.",
+)
+@click.option("--name", help="Name of the model for clients.  [default: the name of its directory]")
 @click.option(
     "-s",
     "--setting",
     default="diffusion",
     show_default=True,
     metavar="MODE[:VALUE,NAME=X…]",
-    help="How to decode where a request says nothing else, e.g. verified, auto, diffusion:0.8.",
+    help="Default mode and decoding parameters of requests, e.g. verified, auto, diffusion:0.8.",
 )
-@click.option("--rows", type=click.IntRange(min=1), default=16, show_default=True, help="Texts at work at once.")
+@click.option(
+    "--rows",
+    type=click.IntRange(min=1),
+    default=16,
+    show_default=True,
+    help="Number of sequences that are generated at once.",
+)
 @click.option(
     "--length",
     metavar="N",
     type=click.IntRange(min=2),
-    help="Tokens of the longest text with its prompt.  [default: the model's window, at most 8192]",
+    help="Maximum tokens of a sequence, prompt included.  [default: the model's context window, at most 8192]",
 )
 @click.option(
-    "--block-size", metavar="N", type=click.IntRange(min=1), default=16, show_default=True, help="The longest block."
+    "--block-size",
+    metavar="N",
+    type=click.IntRange(min=1),
+    default=16,
+    show_default=True,
+    help="Largest block size that requests may use.",
 )
 @click.option(
     "--memory",
     metavar="GIB",
     type=click.FloatRange(min=0, min_open=True),
-    help="For the texts' state.  [default: for ROWS of the longest]",
+    help="Memory for KV caches and Mamba states, in GiB.  [default: enough for --rows sequences of --length tokens]",
 )
 @click.option(
-    "--queue", metavar="N", type=click.IntRange(min=0), default=256, show_default=True, help="Texts that may wait."
+    "--queue",
+    metavar="N",
+    type=click.IntRange(min=0),
+    default=256,
+    show_default=True,
+    help="Number of sequences that may wait.",
 )
 @click.option(
     "--api-keys",
     metavar="FILE",
     type=click.Path(exists=True, dir_okay=False, path_type=Path),
-    help="One a line; also TWOTOWER_API_KEYS, with commas.  [default: none is asked for]",
+    help="File with one API key per line. TWOTOWER_API_KEYS adds keys, separated by commas.  [default: no key needed]",
 )
-@click.option("--per-key", metavar="N", type=click.IntRange(min=1), help="Texts of one key at once.")
-@click.option("--max-prompt", metavar="N", type=click.IntRange(min=1), help="Tokens of a prompt, at most.")
-@click.option("--max-tokens", metavar="N", type=click.IntRange(min=1), help="New tokens of a text, at most.")
+@click.option(
+    "--per-key",
+    metavar="N",
+    type=click.IntRange(min=1),
+    help="Maximum sequences of one API key at once, waiting ones included.",
+)
+@click.option("--max-prompt", metavar="N", type=click.IntRange(min=1), help="Maximum tokens of a prompt.")
+@click.option("--max-tokens", metavar="N", type=click.IntRange(min=1), help="Maximum new tokens of a sequence.")
 @click.option(
     "--timeout",
     metavar="S",
     type=click.FloatRange(min=0, min_open=True),
     default=600.0,
     show_default=True,
-    help="Seconds that a request may take.",
+    help="Time limit of a request, in seconds.",
 )
 @click.option(
     "--drain",
@@ -78,27 +105,30 @@ USUAL_LENGTH = 8192  # tokens of a text where nobody says: windows of a million 
     type=click.IntRange(min=0),
     default=30,
     show_default=True,
-    help="Seconds that requests get to end when the server is told to stop.",
+    help="Seconds that running requests have to finish after SIGTERM or Ctrl-C.",
 )
-@click.option("--log-prompts", is_flag=True, help="Write prompts into the log, too.")
+@click.option("--log-prompts", is_flag=True, help="Also write prompts to the log.")
 @click.option(
-    "--context-device", metavar="DEVICE", help="E.g. cpu, cuda:0.  [default: the first CUDA device, else cpu]"
+    "--context-device",
+    metavar="DEVICE",
+    help="Device of the context tower, e.g. cpu or cuda:0.  [default: the first CUDA device, else cpu]",
 )
-@click.option("--denoiser-device", metavar="DEVICE", help="[default: the context's]")
+@click.option("--denoiser-device", metavar="DEVICE", help="Device of the denoiser.  [default: the context device]")
 @models.dtype_option
 @models.quantization_option
 @models.threads_option
 def serve(**options: Any) -> None:
-    """Serve a model: /v1/completions, /v1/chat/completions, and a page at / to see it think.
+    """Serve a model over HTTP: /v1/completions, /v1/chat/completions, and a page at / that shows the decoding.
 
-    Only this machine can reach it unless --host says otherwise. SIGTERM or Ctrl-C lets requests end; twice stops now.
+    By default only this machine can reach the server; see --host. The first SIGTERM or Ctrl-C lets running requests
+    finish, the second stops at once.
     """
     start_server(ServeOptions(**options))
 
 
 @dataclass(frozen=True, kw_only=True)
 class ServeOptions:
-    """One command line, as click checked it."""
+    """The options of a command line, after the checks of click."""
 
     model: str | None
     host: str
@@ -136,10 +166,10 @@ class ServeOptions:
 
 
 def start_server(options: ServeOptions) -> None:
-    """Everything `twotower serve` does.
+    """Loads the model and serves it until a signal.
 
     Raises:
-        TwoTowerError: found before any weights are read where that can be.
+        TwoTowerError: An option or the model is invalid. Most errors are found before weights are read.
     """
     from twotower.decoding.presets import parse_setting
 
@@ -157,7 +187,7 @@ def start_server(options: ServeOptions) -> None:
     decoding = parse_setting(options.setting).values
     keys = read_keys(options.api_keys)
     if options.per_key is not None and not keys:
-        raise ArgumentError("--per-key goes with API keys; give some with --api-keys or TWOTOWER_API_KEYS")
+        raise ArgumentError("--per-key needs API keys; set --api-keys or TWOTOWER_API_KEYS, or omit it")
     _check_free(options.host, options.port)
     source = model_loading.source_of(options.model)
     engine = _engine(options, source)
@@ -170,20 +200,21 @@ def start_server(options: ServeOptions) -> None:
     )
     if not keys and not _loopback(options.host):
         click.echo(
-            f"Warning: {options.host} can be reached from other machines, and no API key is asked for.", err=True
+            f"Warning: other machines can reach {options.host} without an API key; set --api-keys to require one.",
+            err=True,
         )
 
     mib = engine.stats().state_bytes / 2**20
 
     def listening(address: str) -> None:
-        texts = f"{options.rows} texts at once in {mib:,.0f} MiB"
-        click.echo(f"{settings.name} at {address}: the page at /, the API at /v1; {texts}", err=True)
+        capacity = f"{options.rows} sequences at once, {mib:,.0f} MiB of caches and states"
+        click.echo(f"{settings.name} at {address}: page at /, API at /v1; {capacity}", err=True)
 
     serve_until_signal(Service(AsyncLLM(engine), settings), options.host, options.port, options.drain, listening)
 
 
 def _engine(options: ServeOptions, source: Path | str) -> LLM:
-    """The model, loaded, and an engine for it."""
+    """Loads the model and builds its engine."""
     from twotower.engine import LLM
 
     with models.status(f"loading {model_loading.name_of(source)} …"):
@@ -195,12 +226,12 @@ def _engine(options: ServeOptions, source: Path | str) -> LLM:
             context_device=options.context_device,
             denoiser_device=options.denoiser_device,
         )
-    model_loading.need_tokenizer(model, source, "it can neither read nor write text; put one there")
+    model_loading.need_tokenizer(model, source, "the server cannot encode prompts; put that file into the directory")
     window = model.config.backbone.max_position_embeddings
     return LLM(
         model,
         rows=options.rows,
-        length=min(window, USUAL_LENGTH) if options.length is None else options.length,
+        length=min(window, DEFAULT_LENGTH) if options.length is None else options.length,
         block_size=options.block_size,
         memory=None if options.memory is None else int(options.memory * 2**30),
     )
@@ -214,7 +245,7 @@ def _loopback(host: str) -> bool:
 
 
 def _check_free(host: str, port: int) -> None:
-    """Raises ArgumentError where nobody can listen there: told before any weights are read."""
+    """Raises ArgumentError if the address is not available. Called before weights are read."""
     try:
         found = socket.getaddrinfo(host, port, type=socket.SOCK_STREAM, flags=socket.AI_PASSIVE)[0]
         with socket.socket(*found[:3]) as probe:
