@@ -102,7 +102,7 @@ def test_pairs_are_counted() -> None:
     low, high = pair.interval
     assert low < pair.difference < high
     assert pair.kept[1] < pair.kept[0] < pair.kept[2]
-    with pytest.raises(ArgumentError, match="2 answers against 1"):
+    with pytest.raises(ArgumentError, match="1 and 2 answers"):
         compare([True], [True, False])
 
 

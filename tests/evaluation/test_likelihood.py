@@ -112,7 +112,7 @@ def test_what_cannot_be_scored_is_told() -> None:
     model = build_random_model("M")
     with pytest.raises(ArgumentError, match="pair 1 has an empty continuation"):
         continuation_likelihood(model, [([1], [2]), ([1], [])])
-    with pytest.raises(ArgumentError, match="pair 0 has an empty beginning"):
+    with pytest.raises(ArgumentError, match="pair 0 has an empty prefix"):
         continuation_bound(model, [([], [2])])
     model.denoiser = None
     with pytest.raises(ArgumentError, match='towers="both"'):

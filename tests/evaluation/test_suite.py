@@ -238,7 +238,7 @@ def test_scores_are_exact_matches_by_family() -> None:
     known = {p.prompt: answer for p, answer in zip(asked, answers, strict=True)}
     assert accuracy(lambda prompts: [known[prompt] for prompt in prompts], asked) == table
     for bad in (asked, []), ([], []), (asked, answers[1:]):
-        with pytest.raises(ArgumentError, match="give one for each"):
+        with pytest.raises(ArgumentError, match="give one answer for each"):
             score(*bad)  # type: ignore[arg-type]
 
 

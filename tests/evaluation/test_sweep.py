@@ -98,10 +98,10 @@ def test_a_sweep_goes_on_where_it_stopped(tmp_path: Path, monkeypatch: pytest.Mo
     assert points[0].times_ar == 1
     assert points[0].tokens_per_pass == 1
     assert points[1].kept[0] == 1  # the same marks as AR
-    with pytest.raises(ArgumentError, match=r"answers\.jsonl: holds answers that differ in model"):
+    with pytest.raises(ArgumentError, match=r"answers\.jsonl: its answers differ in model"):
         again(model="other")
     file.write_text("not json\n")
-    with pytest.raises(ArgumentError, match="not a report's answers"):
+    with pytest.raises(ArgumentError, match="not a file of report answers"):
         again()
 
 

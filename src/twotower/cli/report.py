@@ -1,4 +1,4 @@
-"""`twotower report`: the whole dial, as a picture and a table."""
+"""`twotower report`: the quality/speed trade-off as a picture and a table."""
 
 from __future__ import annotations
 
@@ -26,19 +26,36 @@ if TYPE_CHECKING:
     default=Path("report"),
     show_default=True,
     metavar="DIR",
-    help="Gets report.png, report.md and answers.jsonl.",
+    help="Folder for report.png, report.md and answers.jsonl.",
 )
-@click.option("-s", "--setting", "settings", multiple=True, metavar="MODE[:…]", help="Instead of the whole grid.")
-@click.option("-n", "--problems", type=click.IntRange(1), default=200, show_default=True, help="Of each family.")
-@click.option("--timed", type=click.IntRange(1), default=24, show_default=True, help="Problems that are timed.")
-@click.option("--difficulty", "difficulties", type=int, multiple=True, default=(1, 2), show_default=True)
-@click.option("--seed", type=click.IntRange(0), default=0, show_default=True)
-@click.option("--rows", type=click.IntRange(1), default=64, show_default=True, help="Of a batch.")
-@click.option("--quick", is_flag=True, help="Four settings instead of the whole grid.")
+@click.option(
+    "-s",
+    "--setting",
+    "settings",
+    multiple=True,
+    metavar="MODE[:…]",
+    help="Measure this setting instead of all. Can be repeated.",
+)
+@click.option(
+    "-n", "--problems", type=click.IntRange(1), default=200, show_default=True, help="Problems of each family."
+)
+@click.option("--timed", type=click.IntRange(1), default=24, show_default=True, help="Problems to time, one at a time.")
+@click.option(
+    "--difficulty",
+    "difficulties",
+    type=int,
+    multiple=True,
+    default=(1, 2),
+    show_default=True,
+    help="Difficulty of the problems, 1 to 5. Can be repeated.",
+)
+@click.option("--seed", type=click.IntRange(0), default=0, show_default=True, help="Seed of the problems.")
+@click.option("--rows", type=click.IntRange(1), default=64, show_default=True, help="Rows of a batch.")
+@click.option("--quick", is_flag=True, help="Measure four settings instead of all.")
 @models.dtype_option
 @models.quantization_option
 @models.threads_option
-@click.option("--json", "as_json", is_flag=True, help="One JSON object instead of text.")
+@click.option("--json", "as_json", is_flag=True, help="Print one JSON object instead of text.")
 def report(
     model: str | None,
     output: Path,
@@ -54,10 +71,11 @@ def report(
     threads: int | None,
     as_json: bool,
 ) -> None:
-    """Sweep modes, policies, policy values and block sizes: quality kept against speed.
+    """Measure quality and speed of many settings, and draw the trade-off.
 
-    Answers the procedural suite with every setting, and times each beside AR. Draws quality against tokens per pass and
-    against speed, and writes a table for a model card. Stopped and started again, it goes on where it was.
+    The settings cover all modes, commit policies and block sizes. Each setting answers the procedural suite and is
+    timed in turn with AR. The command writes a picture (quality against tokens per pass, and against speed) and tables
+    for a model card. After an interruption, the same command continues.
     """
     from twotower.decoding.presets import parse_setting
     from twotower.evaluation import sweep
@@ -65,12 +83,12 @@ def report(
     from twotower.plotting import drawing
 
     if quick and settings:
-        raise click.UsageError("--quick and --setting both say which settings; leave one out")
+        raise click.UsageError("--quick and --setting are both given; leave one out")
     chosen = [parse_setting(text) for text in settings or (sweep.QUICK if quick else ())] or sweep.grid()
-    with drawing():  # a missing library is told before an hour's work
+    with drawing():  # reports a missing matplotlib before the long measurement
         pass
     loaded, source = models.load_text_model(
-        model, "it cannot read problems; put one there", dtype=dtype, quantization=quantization, threads=threads
+        model, "problems cannot be encoded; add a tokenizer", dtype=dtype, quantization=quantization, threads=threads
     )
     facts = {"model": model_loading.name_of(source), "dtype": str(loaded.dtype)}
     if quantization != "none":
@@ -91,7 +109,7 @@ def report(
         )
     where, levels = machine_facts(loaded), ", ".join(map(str, difficulties))
     asked = (
-        f"{problems} problems of each family (levels {levels}, seed {seed}), greedy; {timed} of all timed one by one"
+        f"{problems} problems of each family (difficulty {levels}, seed {seed}), greedy; {timed} timed one at a time"
     )
     written = _write(output, points, model_loading.name_of(source), asked, where)
     if as_json:
@@ -102,12 +120,12 @@ def report(
 
 
 def _write(output: Path, points: list[Point], name: str, asked: str, where: dict[str, object]) -> list[str]:
-    """The picture and the table; asked: which problems were answered, and how → the files."""
+    """Writes the picture and the tables, and returns the files. asked: which problems were answered, and how."""
     from twotower.evaluation import report as pictures
     from twotower.evaluation.machine import machine_summary
 
     place = machine_summary(where)
-    title = f"{name}: what each way of decoding keeps of AR's accuracy, and how fast it is"
+    title = f"{name}: accuracy kept and speed of decoding settings, compared with AR"
     pictures.draw_report(points, output / "report.png", f"{title}\n{asked}; {place}")
     version = " ".join(str(where[name]) for name in ("twotower", "commit") if where[name])
     notes = [f"{asked}. {place}; torch {where['torch']}, twotower {version}."]

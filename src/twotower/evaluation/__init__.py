@@ -1,1 +1,1 @@
-"""What a model is worth: held-out likelihood, tokens per pass, and the text it writes."""
+"""Evaluation of a model: accuracy, likelihood of given text, tokens per pass, and speed."""

@@ -1,4 +1,4 @@
-"""What each way of decoding keeps of the AR model's quality: accuracy on the suite, paired with AR, and its passes."""
+"""Accuracy of decoding settings on the procedural suite, paired with AR, and the passes that each setting needs."""
 
 from __future__ import annotations
 
@@ -23,9 +23,12 @@ from twotower.tokenizer import required
 
 @dataclass(frozen=True)
 class SettingAccuracy:
-    """One setting's figures, by family and overall. accuracy, interval: shares in 0..1; against_ar: the same problems
-    paired with AR; passes: prefill apart. Of all problems: nll, the context tower's −ln p of the answers, nats a token;
-    accepted, drafted tokens kept a draft."""
+    """Results of one setting, for each family of problems and overall.
+
+    accuracy: share of right answers, 0 to 1; interval: its 95 % interval; against_ar: comparison with AR on the same
+    problems. Passes do not include prefill. Over all problems: nll, −ln p of the answers under the context tower in
+    nats per token; accepted, drafted tokens accepted per draft.
+    """
 
     setting: str
     accuracy: dict[str, float]
@@ -40,14 +43,14 @@ class SettingAccuracy:
 
     @property
     def tokens_per_pass(self) -> dict[str, float]:
-        """New tokens for a pass of either tower."""
+        """New tokens per pass; passes of both towers count."""
         return {
             name: tokens / max(self.denoiser_passes[name] + self.context_passes[name], 1)
             for name, tokens in self.tokens.items()
         }
 
     def to_dict(self) -> dict[str, object]:
-        """Plain data, the derived figures included."""
+        """Plain data, with the derived figures."""
         pairs = {
             name: asdict(pair) | {"difference": pair.difference, "interval": pair.interval, "kept": pair.kept}
             for name, pair in self.against_ar.items()
@@ -56,9 +59,9 @@ class SettingAccuracy:
 
 
 def chosen_problems(families: Sequence[str], per_family: int, difficulties: Sequence[int], seed: int) -> list[Problem]:
-    """`per_family` test problems of each family, evenly over the difficulties."""
+    """`per_family` test problems of each family, spread evenly over the difficulties."""
     if per_family < 1:
-        raise ArgumentError(f"problems is {per_family}; ask for at least 1 of each family")
+        raise ArgumentError(f"problems is {per_family}; it must be at least 1 of each family")
     out: list[Problem] = []
     for family in families or tuple(FAMILIES):
         problems = stream_problems("test", seed, (family,), difficulties)
@@ -76,8 +79,10 @@ def measure_accuracy(
     likelihood: bool = True,
     progress: Callable[[str, int], object] | None = None,
 ) -> list[SettingAccuracy]:
-    """A line for AR, which is always run, and one for each other setting, in order. progress: told the setting's label
-    and how many of its problems are done."""
+    """Results for AR, which is always run, and for each other setting, in order.
+
+    progress: called with the setting's label and the number of its problems that are done.
+    """
     base: list[bool] = []
     lines = []
     for setting in beside_ar(settings):
@@ -101,7 +106,7 @@ def answer_problems(
     rows: int = 64,
     progress: Callable[[int], object] | None = None,
 ) -> tuple[list[Request], list[Generation]]:
-    """What was asked, and what one setting answers, problem by problem."""
+    """The requests for the problems, and one setting's answers to them, in the same order."""
     shared = {"eos_token_id": eos_of(model), "mask_token_id": model.config.mask_token, "seed": 0}
     params = setting.params(max_new_tokens=max_new_tokens, **shared)
     tokenizer = required(model.tokenizer)
@@ -110,7 +115,7 @@ def answer_problems(
 
 
 def answers_right(problems: Sequence[Problem], outputs: Sequence[Generation]) -> list[bool]:
-    """Which answers are right."""
+    """Whether each answer is right."""
     return [is_right(problem, out.text) for problem, out in zip(problems, outputs, strict=True)]
 
 
@@ -148,7 +153,7 @@ def _line(
 
 
 def repeated_share(results: Sequence[Generation], size: int = 4) -> float:
-    """Share of n-grams that occurred before in the same text."""
+    """Share of n-grams of `size` tokens that occurred before in the same text."""
     grams = repeats = 0
     for result in results:
         seen = set()

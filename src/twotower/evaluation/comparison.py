@@ -1,4 +1,4 @@
-"""The same problems answered by two ways of decoding: the difference of their accuracies, with its uncertainty."""
+"""Paired comparison of two decoding settings on the same problems, with a confidence interval."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ from twotower.evaluation.tasks.scoring import Z95
 
 @dataclass(frozen=True)
 class PairedComparison:
-    """Of `count` problems: right by both, by the first alone (lost), by the second alone (gained)."""
+    """Counts over `count` problems: right in both settings, only in the first (lost), only in the second (gained)."""
 
     count: int
     both: int
@@ -21,13 +21,15 @@ class PairedComparison:
 
     @property
     def difference(self) -> float:
-        """Accuracy of the second less that of the first."""
+        """Accuracy of the second setting minus accuracy of the first."""
         return (self.gained - self.lost) / self.count
 
     @property
     def interval(self) -> tuple[float, float]:
-        """95 % interval of the difference: Wald's after half a problem is added to each of the four cells (Agresti and
-        Min 2005, Statistics in Medicine 24:729–740)."""
+        """95 % interval of the difference: the Wald interval after 0.5 is added to each of the four counts.
+
+        Source: Agresti and Min 2005, Statistics in Medicine 24:729–740.
+        """
         count, gained, lost = self.count + 2, self.gained + 0.5, self.lost + 0.5
         difference = (gained - lost) / count
         half = Z95 * math.sqrt(max(gained + lost - count * difference**2, 0.0)) / count
@@ -35,16 +37,16 @@ class PairedComparison:
 
     @property
     def kept(self) -> tuple[float, float, float]:
-        """The second's accuracy as a share of the first's, and that share at both ends of the interval."""
+        """Accuracy of the second setting as a share of the first's, and that share at both ends of `interval`."""
         base = (self.both + self.lost) / self.count or math.nan
         low, high = self.interval
         return 1 + self.difference / base, 1 + low / base, 1 + high / base
 
 
 def compare(first: Sequence[bool], second: Sequence[bool]) -> PairedComparison:
-    """first, second: whether each problem was answered right."""
+    """Compares two settings; first, second: whether each problem was answered right."""
     if not first or len(first) != len(second):
-        raise ArgumentError(f"{len(second)} answers against {len(first)}; give one for each problem, and at least one")
+        raise ArgumentError(f"{len(first)} and {len(second)} answers; both settings need the same number, at least 1")
     pairs = list(zip(first, second, strict=True))
     return PairedComparison(
         len(pairs), pairs.count((True, True)), pairs.count((True, False)), pairs.count((False, True))

@@ -1,6 +1,6 @@
-"""The bundled model's figures, for its model card: `python -m twotower.evaluation.held_out DATA [--model DIR]`.
+"""Figures of the bundled model's card: `python -m twotower.evaluation.held_out DATA [--model DIR]`.
 
-DATA holds train.jsonl.gz (for the n-gram baseline) and valid.jsonl.gz. Prints one JSON object.
+DATA is a folder with train.jsonl.gz (for the n-gram baseline) and valid.jsonl.gz. The output is one JSON object.
 """
 
 from __future__ import annotations
@@ -33,35 +33,35 @@ SEED = 7
 
 
 def read_documents(path: Path) -> list[str]:
-    """The texts of a data file (`text` of each line)."""
+    """Texts of a data file: the field `text` of each line."""
     return [record.text for record in whole_pass(Source(str(path)))]
 
 
 def encode(tokenizer: Tokenizer, texts: Sequence[str]) -> list[list[int]]:
-    """<bos> text <eos> for each document."""
+    """Token ids of each document: <bos> text <eos>."""
     return [[*item.ids, EOS] for item in tokenizer.encode_batch(list(texts))]
 
 
 def cut_dialogue(text: str, rng: random.Random, before: float = 1.0) -> str:
-    """A prompt: the turns (lines) before a random one of its first part `before`, and that one's speaker (`User:`)."""
+    """A prompt: the turns (lines) before a random turn in the first share `before`, and its speaker (`User:`)."""
     turns = text.split("\n")
     at = rng.randrange(1, max(int(before * len(turns)), 2))
     return "\n".join([*turns[:at], turns[at].split(":")[0] + ":"])
 
 
 def cut_dialogues(texts: Sequence[str], count: int) -> list[str]:
-    """Random dialogues, each cut at a random turn."""
+    """`count` random dialogues, each cut at a random turn."""
     rng = random.Random(SEED)
     return [cut_dialogue(text, rng) for text in rng.sample(list(texts), count)]
 
 
 def measure_dialogues(model: TwoTowerForCausalLM, texts: Sequence[str], count: int, limit: int) -> dict[str, object]:
-    """Greedy continuations of cut dialogues to their end, by each way in the card; at most `limit` new tokens."""
+    """Greedy continuations of cut dialogues in each setting of the card, with at most `limit` new tokens."""
     tokenizer = required(model.tokenizer)
     prompts = [tokenizer(text)["input_ids"] for text in cut_dialogues(texts, count)]
-    prompts.sort(key=len)  # like lengths share a batch
+    prompts.sort(key=len)  # prompts of similar length share a batch
     figures: dict[str, object] = {}
-    nats_of_ar = math.nan  # a token; AR comes first
+    nats_of_ar = math.nan  # per token; AR comes first
     shared = {"max_new_tokens": limit, "eos_token_id": EOS, "mask_token_id": model.config.mask_token, "seed": 0}
     for setting in beside_ar([parse_setting(text) for text in SETTINGS]):
         params = setting.params(**shared)
@@ -83,7 +83,7 @@ def measure_dialogues(model: TwoTowerForCausalLM, texts: Sequence[str], count: i
 
 
 def measure_suite(model: TwoTowerForCausalLM, count: int, level: int) -> dict[str, object]:
-    """The suite's accuracy by each way in the card, `count` test problems of all families."""
+    """Accuracy on `count` test problems of all families in each setting of the card."""
     asked = make_problems("test", count, SEED, difficulties=(level,))
     lines = measure_accuracy(model, [parse_setting(text) for text in SETTINGS], asked, likelihood=False)
     return {line.setting: line.to_dict() for line in lines} | {"problems": count}
@@ -93,9 +93,15 @@ def measure_suite(model: TwoTowerForCausalLM, count: int, level: int) -> dict[st
 @click.argument("data", type=click.Path(exists=True, file_okay=False, path_type=Path))
 @click.option("--model", "path", type=click.Path(exists=True, file_okay=False, path_type=Path), default=None)
 @click.option("--dialogues", default=200, show_default=True, help="Held-out dialogues to continue.")
-@click.option("--limit", default=400, show_default=True, help="New tokens for each, at most.")
-@click.option("--problems", "problem_count", default=600, show_default=True, help="Of the suite's test split; 0: none.")
-@click.option("--likelihood/--no-likelihood", default=True, help="Also bits per byte against a 5-gram model.")
+@click.option("--limit", default=400, show_default=True, help="Largest number of new tokens for each dialogue.")
+@click.option(
+    "--problems",
+    "problem_count",
+    default=600,
+    show_default=True,
+    help="Problems of the suite's test split; 0 for none.",
+)
+@click.option("--likelihood/--no-likelihood", default=True, help="Measure bits per byte, and those of a 5-gram model.")
 @click.option("--dtype", default="float32", show_default=True)
 def main(
     data: Path,
@@ -106,7 +112,7 @@ def main(
     likelihood: bool,
     dtype: str,
 ) -> None:
-    """Measures a model on held-out dialogues and the suite."""
+    """Measure a model on held-out dialogues and on the procedural suite."""
     configure_process()
     model = TwoTowerForCausalLM.from_pretrained(path or bundled_model(), dtype=dtype)
     tokenizer = required(model.tokenizer).backend_tokenizer

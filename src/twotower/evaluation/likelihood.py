@@ -1,4 +1,4 @@
-"""How likely a model finds given text: exactly, by the context tower, or as the denoiser's bound."""
+"""Log-likelihood of given text: exact under the context tower, or a lower bound under the denoiser."""
 
 from __future__ import annotations
 
@@ -27,15 +27,15 @@ from twotower.training.objective import (
 )
 
 Item = TypeVar("Item")
-Pair = tuple[Sequence[int], Sequence[int]]  # token ids: what is given (at least one), and its continuation
-MAX_BATCH_TOKENS = 8192  # of a batch, padding included
+Pair = tuple[Sequence[int], Sequence[int]]  # token ids of a prefix and of its continuation, at least one each
+MAX_BATCH_TOKENS = 8192  # padding included
 PAD = 0
 Progress = Callable[[int], object] | None
 
 
 @dataclass(frozen=True)
 class Likelihood:
-    """log_prob: ln P(continuation | what is given), nats; greedy: whether AR would have written just that."""
+    """log_prob: ln P(continuation | prefix) in nats; greedy: whether greedy AR writes this continuation."""
 
     log_prob: float
     greedy: bool
@@ -45,8 +45,11 @@ class Likelihood:
 def continuation_likelihood(
     model: TwoTowerForCausalLM, pairs: Sequence[Pair], progress: Progress = None
 ) -> list[Likelihood]:
-    """By the context tower, as an ordinary AR model. Pairs that differ in their last token only (the answers A to D of
-    one question) are read once. progress: told how many pairs are done."""
+    """Log-likelihood of each continuation under the context tower, which is an ordinary AR model.
+
+    Pairs that differ only in the last token (for example, answers A to D of one question) share one pass.
+    progress: called with the number of pairs that are done.
+    """
     _check(pairs)
     asked: dict[tuple[int, ...], list[int]] = {}
     for number, (given, continuation) in enumerate(pairs):
@@ -64,7 +67,7 @@ def continuation_likelihood(
 
 
 def _read(model: TwoTowerForCausalLM, texts: Sequence[Sequence[int]]) -> Tensor:
-    """→ the context tower's final hidden states (rows, longest rounded up, H)."""
+    """Final hidden states of the context tower: (rows, longest text rounded up to a chunk, H)."""
     chunk = model.context.config.chunk_size
     pieces = [[Piece(np.array(text, dtype=np.int32), 0, 0, False)] for text in texts]
     batch = lay_out(pieces, range(len(texts)), whole(max(map(len, texts)), chunk), chunk, eos=PAD, pad=PAD)
@@ -73,7 +76,7 @@ def _read(model: TwoTowerForCausalLM, texts: Sequence[Sequence[int]]) -> Tensor:
 
 
 def _score(model: TwoTowerForCausalLM, hidden: Tensor, continuation: Sequence[int]) -> Likelihood:
-    """hidden (N, H) at the positions before each token of the continuation (N,)."""
+    """Scores a continuation of N tokens; hidden: (N, H), at the position before each token."""
     tokens = torch.tensor(continuation, device=hidden.device)
     total, greedy = 0.0, True
     for h, y in in_pieces(model.context.head, hidden, tokens):
@@ -93,21 +96,21 @@ def continuation_bound(
     seed: int = 0,
     progress: Progress = None,
 ) -> list[float]:
-    """A lower bound of ln P(continuation | what is given) under the denoiser, nats, estimated from `samples` draws.
+    """A lower bound of ln P(continuation | prefix) under the denoiser in nats, estimated from `samples` draws.
 
-    Blocks begin where the continuation does. A block whose n tokens are decided in a random order, each given those
-    before it, has E[ln P] = −E_m[n/m · Σ −ln p(masked)], m uniform on 1…n and the m masked ones drawn at random
-    (Hoogeboom et al. 2021, arXiv:2110.02037, eq. 3), which is a lower bound by Jensen's inequality. Positions after the
-    continuation stay masked, as in generation, and t is the masked share of the block.
+    The first block begins at the continuation. If the n tokens of a block are decided in a random order, each given
+    the earlier ones, then E[ln P] = −E_m[n/m · Σ −ln p(masked)]; m is uniform on 1…n, and m random positions are masked
+    (Hoogeboom et al. 2021, arXiv:2110.02037, eq. 3). By Jensen's inequality this is a lower bound. Positions after the
+    continuation stay masked, as in generation; t is the masked fraction of the block.
 
     Raises:
-        ArgumentError: no denoiser, towers on two devices, or an empty side of a pair.
+        ArgumentError: no denoiser, towers on two devices, or an empty prefix or continuation.
     """
     _check(pairs)
     if model.denoiser is None or model.time is None:
-        raise ArgumentError('the bound is the denoiser\'s; load the model with towers="both"')
+        raise ArgumentError('likelihood "bound" needs the denoiser; load the model with towers="both"')
     if model.denoiser.device != model.device:
-        raise ArgumentError("the bound needs both towers on one device; load the model with one")
+        raise ArgumentError('likelihood "bound" needs both towers on one device; load the model on one device')
     options = DenoisingOptions(mask_token_id=model.config.mask_token, train_context=model.context is model.denoiser)
     wanted = {parameter: parameter.requires_grad for parameter in model.parameters()}
     objective = DenoisingObjective(model.context, model.denoiser, model.time, options)
@@ -145,7 +148,7 @@ def _bounds(
 
 
 def _prompted(pairs: Sequence[Pair], block_size: int) -> Batch:
-    """A pair a row; its blocks begin where the continuation does, the last one's tail is filled."""
+    """One pair per row; the blocks begin at the continuation, and the last block is filled up."""
     pieces = [
         [Piece(np.array([*given, *text], dtype=np.int32), len(given), -len(given) % block_size, True, True)]
         for given, text in pairs
@@ -157,9 +160,9 @@ def _prompted(pairs: Sequence[Pair], block_size: int) -> Batch:
 def _any_order(
     batch: Batch, block_size: int, samples: int, places: Sequence[int], seed: int
 ) -> tuple[Corruption, Tensor]:
-    """Masks of one draw a row, and the weight (B, S) of each column's −ln p: n/m where it counts.
+    """Masks of one draw per row, and the weight (B, S) of −ln p at each position: n/m where masked, else 0.
 
-    places: the number of each row's draw; the m of `samples` successive ones are spread evenly over 1…n.
+    places: the number of the draw of each row; the m of `samples` successive draws are spread evenly over 1…n.
     """
     scored = (batch.denoised & batch.text).unflatten(1, (-1, block_size))
     tail = (batch.denoised & ~batch.text).unflatten(1, (-1, block_size))
@@ -179,7 +182,7 @@ def _any_order(
 
 
 def ar_nats(model: TwoTowerForCausalLM, documents: Sequence[Sequence[int]]) -> float:
-    """Summed −ln P of the context tower over every token after each document's first (its EOS included)."""
+    """−ln P of the context tower, summed over all tokens of the documents but the first of each (EOS included)."""
     chunk = model.config.backbone.chunk_size
     objective = AutoregressiveObjective(model.context)
     with torch.no_grad():
@@ -189,13 +192,13 @@ def ar_nats(model: TwoTowerForCausalLM, documents: Sequence[Sequence[int]]) -> f
 def continuation_nats(
     model: TwoTowerForCausalLM, prompts: Sequence[list[int]], results: Sequence[Generation]
 ) -> tuple[float, int]:
-    """−ln P of the context tower, summed over the new tokens only, and their number."""
+    """−ln P of the context tower, summed over the new tokens only, and the number of new tokens."""
     whole = ar_nats(model, [[*prompt, *result.tokens] for prompt, result in zip(prompts, results, strict=True)])
     return whole - ar_nats(model, prompts), sum(len(result.tokens) for result in results)
 
 
 def _documents(documents: Sequence[Sequence[int]], rows: int, chunk: int) -> Iterator[Batch]:
-    """Like lengths together, a document a row."""
+    """Batches of documents of similar length, one document per row."""
     ordered = sorted(documents, key=len)
     for start in range(0, len(ordered), rows):
         pieces = [[Piece(np.array(d, dtype=np.int32), 0, 0, False)] for d in ordered[start : start + rows]]
@@ -206,11 +209,13 @@ def _documents(documents: Sequence[Sequence[int]], rows: int, chunk: int) -> Ite
 def _check(pairs: Sequence[Pair]) -> None:
     for number, (given, continuation) in enumerate(pairs):
         if not given or not continuation:
-            raise ArgumentError(f"pair {number} has an empty {'continuation' if given else 'beginning'}; give a token")
+            raise ArgumentError(
+                f"pair {number} has an empty {'continuation' if given else 'prefix'}; it needs at least 1 token"
+            )
 
 
 def _batches(items: list[Item], length: Callable[[Item], int]) -> Iterator[list[Item]]:
-    """Like lengths together, at most `MAX_BATCH_TOKENS` padded columns each."""
+    """Batches of items of similar length, at most `MAX_BATCH_TOKENS` padded tokens each."""
     ordered = sorted(items, key=length)
     start = 0
     while start < len(ordered):

@@ -1,4 +1,4 @@
-"""What a measured figure depends on."""
+"""Description of the machine and the software on which a figure was measured."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ from twotower.version import VERSION
 
 
 def machine_facts(model: nn.Module) -> dict[str, object]:
-    """What a figure of this model depends on, its size included."""
+    """Facts about the machine, the software and the model's weights, for the record of a measurement."""
     first = next(model.parameters())
     return device_facts(first.device, first.dtype) | {
         "quantization": quantization_of(model),
@@ -27,13 +27,13 @@ def machine_facts(model: nn.Module) -> dict[str, object]:
 
 
 def machine_summary(where: Mapping[str, object]) -> str:
-    """What a reader of figures needs of it: weights, device, threads."""
+    """The facts of `machine_facts` that stand beside figures: weights, device, threads."""
     weights = where["dtype"] if where["quantization"] == "none" else f"{where['quantization']} and {where['dtype']}"
     return f"{weights}, {where['device']}, {where['threads']} thread{'s' * (where['threads'] != 1)}"
 
 
 def device_facts(device: torch.device, dtype: torch.dtype) -> dict[str, object]:
-    """Hardware, threads, dtype, versions and memory (the process's peak so far, or the accelerator's)."""
+    """Hardware, threads, dtype, versions and peak memory so far (of the process, or of the CUDA device)."""
     cuda = device.type == "cuda"
     peak = torch.cuda.max_memory_allocated() if cuda else resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
     return {
@@ -57,7 +57,7 @@ def _processor() -> str:
 
 
 def _commit() -> str | None:
-    """Of the checkout this runs from, if it is one."""
+    """Commit of the checkout that this file belongs to; None outside a checkout."""
     command = ["git", "-C", str(Path(__file__).parent), "describe", "--always", "--dirty"]
     try:
         return subprocess.run(command, capture_output=True, text=True, check=True, timeout=10).stdout.strip()

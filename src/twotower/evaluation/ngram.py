@@ -1,10 +1,10 @@
-"""An interpolated Kneser–Ney n-gram model: the baseline a neural language model has to beat.
+"""Interpolated Kneser–Ney n-gram model, a baseline for the bits per byte of the model card.
 
     P_n(w | h) = max(c(hw) − D, 0) / c(h) + D · N₁₊(h·) / c(h) · P_{n−1}(w | h′)
 
-with raw counts at the highest order and continuation counts (number of distinct left neighbours) below it; the
+The highest order uses raw counts, lower orders use continuation counts (number of distinct left neighbours). The
 unigram is mixed with the uniform distribution. D = n₁ / (n₁ + 2·n₂) for each order (Chen & Goodman 1999).
-Vectorised: an n-gram is one integer, counts are sorted arrays.
+An n-gram is coded as one integer, and counts are sorted arrays.
 """
 
 from __future__ import annotations
@@ -31,21 +31,23 @@ class _Order:
 
 
 class KneserNey:
-    """Documents are lists of token ids < vocab_size; each starts after order − 1 copies of its first token."""
+    """Counts n-grams of documents of token ids < vocab_size, each padded with order − 1 copies of its first token."""
 
     def __init__(self, documents: Sequence[Sequence[int]], order: int, vocab_size: int) -> None:
         if vocab_size**order >= 2**63:
-            raise ArgumentError(f"order {order} with vocabulary {vocab_size} does not fit 64-bit n-gram codes")
+            raise ArgumentError(
+                f"order {order} with vocab_size {vocab_size} exceeds 64-bit n-gram codes; use a lower order"
+            )
         self.order, self.vocab_size = order, vocab_size
         grams, counts = np.unique(self._grams(documents, order), return_counts=True)
         self.orders = [_order(grams, counts.astype(np.float64), vocab_size)]
-        for _ in range(order - 1):  # continuation counts: distinct n-grams by their last n − 1 tokens
+        for _ in range(order - 1):  # continuation counts: number of distinct n-grams that end in the same n − 1 tokens
             size = vocab_size ** (order - len(self.orders))
             grams, counts = np.unique(self.orders[-1].grams % size, return_counts=True)
             self.orders.append(_order(grams, counts.astype(np.float64), vocab_size))
 
     def nats(self, documents: Sequence[Sequence[int]]) -> float:
-        """Summed −ln P of every token after the first of each document."""
+        """−ln P, summed over all tokens of the documents but the first of each."""
         grams = self._grams(documents, self.order)
         prob = np.full(len(grams), 1.0 / self.vocab_size)
         for n, table in reversed(list(enumerate(self.orders))):
@@ -53,7 +55,7 @@ class KneserNey:
         return float(-np.log(prob).sum())
 
     def _grams(self, documents: Sequence[Sequence[int]], order: int) -> Codes:
-        """One code for each token after the first of each document: its `order − 1` predecessors and itself."""
+        """Codes of all n-grams: one for each token of a document but the first, with its `order − 1` predecessors."""
         codes = []
         for document in documents:
             ids = np.array([document[0]] * (order - 2) + list(document), dtype=np.int64)
@@ -73,7 +75,7 @@ def _order(grams: Codes, counts: NDArray[np.float64], vocab_size: int) -> _Order
 
 
 def _probability(table: _Order, grams: Codes, vocab_size: int, lower: NDArray[np.float64]) -> NDArray[np.float64]:
-    """One step of the recursion: an unseen history passes the lower order's probability through."""
+    """One step of the recursion; for an unseen history the result is the lower order's probability."""
     count = _look_up(table.grams, table.counts, grams)
     total = _look_up(table.histories, table.history_totals, grams // vocab_size)
     types = _look_up(table.histories, table.history_types, grams // vocab_size)

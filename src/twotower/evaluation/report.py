@@ -1,4 +1,4 @@
-"""A sweep as a picture and as a table for a model card."""
+"""Picture and Markdown tables of a sweep, for a model card."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ from twotower.plotting import BLUE, DPI, GREEN, GREY, ORANGE, PURPLE, SKY, YELLO
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
 
-PUBLISHED = (2.42, 0.987)  # throughput × AR, quality kept (spec §5)
+PUBLISHED = (2.42, 0.987)  # of the released 30B model (arXiv 2606.26493): throughput × AR, quality kept
 SERIES_STYLES = {  # series: colour, marker
     "threshold": (BLUE, "o"),
     "top-k": (GREY, "s"),
@@ -27,11 +27,11 @@ SERIES_STYLES = {  # series: colour, marker
     "verified": (ORANGE, "o"),
     "verified, relaxed": (ORANGE, "^"),
 }
-MIN_QUALITY_DRAWN = 0.5  # of AR's accuracy: what is worse is told in the table
+MIN_QUALITY_DRAWN = 0.5  # of AR's accuracy; worse settings are in the table only
 
 
 def draw_report(points: Sequence[Point], path: Path, title: str) -> None:
-    """Quality kept against tokens per pass and against measured speed, the Pareto front marked.
+    """Draws quality kept against tokens per pass and against measured speed, with the Pareto front.
 
     Raises:
         ArgumentError: matplotlib is missing.
@@ -41,8 +41,8 @@ def draw_report(points: Sequence[Point], path: Path, title: str) -> None:
 
         figure = Figure(figsize=(11.0, 5.6))
         left, right = figure.subplots(1, 2, sharey=True)
-        _panel(left, points, lambda p: p.tokens_per_pass, "tokens per pass, passes of both towers counted")
-        _panel(right, points, lambda p: p.times_ar, "measured speed, × AR (one request at a time)")
+        _panel(left, points, lambda p: p.tokens_per_pass, "tokens per pass (passes of both towers)")
+        _panel(right, points, lambda p: p.times_ar, "measured speed, × AR (single requests)")
         left.set_ylabel("accuracy kept, % of AR's")
         figure.suptitle(title, x=0.01, ha="left", fontsize=11)
         handles, labels = left.get_legend_handles_labels()
@@ -83,7 +83,7 @@ def _panel(axes: Axes, points: Sequence[Point], speed: Callable[[Point], float],
 
 
 def report_markdown(points: Sequence[Point], facts: Sequence[str]) -> str:
-    """The paper's table: a row a task and a column a setting, the Pareto front's; then every setting in a line."""
+    """Two tables: tasks by settings of the Pareto front, as in the paper; then one line for every setting."""
     ar = next(point for point in points if point.setting == "ar")
     best = [p for p in pareto_front(points, lambda p: p.times_ar) if p is not ar]
     families = [name for name in ar.accuracy if name != OVERALL]

@@ -1,4 +1,4 @@
-"""`generate_all(requests) → outputs`: the one function with which evaluation generates."""
+"""`generate_all`: all generation of the evaluation goes through this function."""
 
 from __future__ import annotations
 
@@ -15,6 +15,8 @@ def generate_all(
     rows: int = 64,
     progress: Callable[[int], object] | None = None,
 ) -> list[Generation]:
-    """Outputs in the order of the requests, each what it would be alone. rows: at work at once, at most; progress is
-    told how many requests have ended."""
+    """Outputs in the order of the requests. An output does not depend on the other requests of a batch.
+
+    rows: the largest number of sequences in a batch; progress: called with the number of requests that have ended.
+    """
     return LLM.fitting(model, requests, rows).generate(requests, progress) if requests else []

@@ -1,4 +1,4 @@
-"""Speed of ways to decode, against AR with the same kernels in the same run."""
+"""Speed of decoding settings, compared with AR with the same kernels in the same run."""
 
 from __future__ import annotations
 
@@ -22,13 +22,14 @@ from twotower.tokenizer import required
 
 @dataclass(frozen=True)
 class SpeedResult:
-    """One setting at one batch size and context length; medians over rounds, spread: lowest and highest.
+    """Speed of one setting at one batch size and context length: medians over rounds.
 
-    tokens: new ones of a round, up to each row's end; seconds: of a round's batches, each from the end of its prefill
-    until its last row ended; prefill_seconds: of a batch; first_seconds: until a batch's first row had its whole
-    answer, prefill included. times_ar: the median over rounds of this
-    setting's tokens per second ÷ AR's in the same round. tokens_per_pass: a row's tokens per pass of either tower.
-    pass_seconds: the mean of each tower's passes, in a run of its own; pass_cost: the same in AR steps.
+    tokens: new tokens of a round, up to the end of each row. seconds: decoding time of a round, summed over its
+    batches, each from the end of its prefill to the end of its last row; spread: the lowest and the highest.
+    prefill_seconds: of a batch. first_seconds: until the first row of a batch has ended, prefill included.
+    times_ar: median over rounds of this setting's tokens per second ÷ AR's in the same round. tokens_per_pass: new
+    tokens of a row per pass, passes of both towers counted. pass_seconds: mean time of a pass of each tower, from a
+    separate run; pass_cost: the same in AR steps.
     """
 
     setting: str
@@ -52,7 +53,7 @@ class SpeedResult:
 
 @dataclass(frozen=True)
 class RoundResult:
-    """One run of one setting over all batches; prefill and first: means of them."""
+    """One run of one setting over all batches; prefill and first: mean seconds of a batch."""
 
     tokens: int
     seconds: float
@@ -73,9 +74,11 @@ def measure_speed(
     ignore_eos: bool = False,
     progress: Callable[[str], object] | None = None,
 ) -> list[SpeedResult]:
-    """Every setting and AR at every batch size and context length. In a round the settings take turns, so that whatever
-    else the machine does falls on all of them; it is of several batches, not one answer's luck. One more
-    round warms up before, and one times passes afterwards."""
+    """Measures every setting and AR at every batch size and context length.
+
+    In each round all settings run in turn, so that other load on the machine affects all of them. One round before
+    the measured rounds warms up, and one round after them times the passes of each tower.
+    """
     chosen = beside_ar(settings)
     shared: dict[str, object] = {"max_new_tokens": new_tokens, "mask_token_id": model.config.mask_token, "seed": 0}
     if not ignore_eos:
@@ -99,9 +102,9 @@ def measure_speed(
 
 
 def few_shot_prompts(model: TwoTowerForCausalLM, rows: int, context: int) -> list[list[int]]:
-    """Prompts of exactly `context` tokens: solved problems of the suite, and at the end one that is not."""
+    """Prompts of exactly `context` tokens: solved problems of the suite, followed by one unsolved problem."""
     if context < 2:
-        raise ArgumentError(f"context is {context}; give at least 2 tokens")
+        raise ArgumentError(f"context is {context}; it must be at least 2 tokens")
     rng = random.Random(0)
     tokenizer = required(model.tokenizer)
     pool = [tokenizer(problem.text + "\n")["input_ids"] for problem in make_problems("test", 120, 0)]
@@ -118,7 +121,7 @@ def few_shot_prompts(model: TwoTowerForCausalLM, rows: int, context: int) -> lis
 def run_round(
     model: TwoTowerForCausalLM, texts: list[list[int]], rows: int, setting: Setting, shared: dict[str, object]
 ) -> RoundResult:
-    """One run of batches of `rows`."""
+    """Runs one setting over all texts, in batches of `rows`."""
     params = setting.params(**shared)
     requests = [Request(text, params) for text in texts]
     batches = [generate_all(model, requests[start : start + rows], rows) for start in range(0, len(requests), rows)]
@@ -139,7 +142,7 @@ def run_round(
 def pass_seconds(
     model: TwoTowerForCausalLM, texts: list[list[int]], rows: int, setting: Setting, shared: dict[str, object]
 ) -> dict[TowerName, float]:
-    """The mean pass of each tower in one more run, 0 where it has none. mode "auto": of the mode it now chooses."""
+    """Mean seconds of a pass of each tower, 0 for a tower without passes; mode "auto" times the mode it chooses now."""
     params, _ = resolve(model, setting.params(**shared), 1)
     timed = TimedTowers(model)
     for start in range(0, len(texts), rows):

@@ -1,4 +1,4 @@
-"""Deprecated: `twotower.evaluation.tasks`."""
+"""Deprecated; use `twotower.evaluation.tasks`."""
 
 import sys
 import warnings

@@ -1,4 +1,4 @@
-"""The dial as a whole: accuracy, passes and speed of many settings, each beside AR on the same problems."""
+"""The quality/speed trade-off: accuracy, passes and speed of many settings, compared with AR on the same problems."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ from twotower.evaluation.tasks.problem_sets import Problem
 from twotower.evaluation.tasks.scoring import OVERALL
 from twotower.modeling_twotower import TwoTowerForCausalLM
 
-# Every policy over its useful range, every way of checking, every block size at the released policy.
+# All policies over their useful ranges. The other constants: block sizes, acceptances and draft depths of `grid`.
 POLICY_VALUES: dict[str, tuple[float, ...]] = {
     "threshold": (0.5, 0.6, 0.7, 0.8, 0.9, 0.95, 0.99),
     "top-k": (1, 2, 4, 8),
@@ -38,9 +38,12 @@ QUICK = ("diffusion:0.8", "diffusion:0.9", "verified:draft_steps=1", "verified:d
 
 @dataclass(frozen=True)
 class Point:
-    """One setting. accuracy: of each family and overall, 0..1; kept: of AR's overall accuracy, with its 95 % interval;
-    tokens_per_pass counts passes of both towers; times_ar: tokens a second of lone requests ÷ AR's, taken in turns.
-    Where the passes follow from what they cost, those of the lone requests are counted, not those of the batches."""
+    """Results of one setting.
+
+    accuracy: of each family and overall, 0 to 1. kept: accuracy as a share of AR's overall accuracy, then the ends of
+    its 95 % interval. tokens_per_pass counts passes of both towers. times_ar: tokens per second of single requests ÷
+    AR's, measured in turns. For a setting that adapts to measured speed, tokens_per_pass is that of single requests.
+    """
 
     setting: str
     accuracy: dict[str, float]
@@ -50,7 +53,7 @@ class Point:
 
     @property
     def series(self) -> str:
-        """What a line of a picture joins: the settings that differ in a policy value."""
+        """Name of the line of a picture that joins this point: settings that differ in the policy value."""
         mode, _, rest = self.setting.partition(":")
         if mode == "verified":
             return "verified, relaxed" if "acceptance" in rest else "verified"
@@ -62,7 +65,7 @@ class Point:
 
 
 def grid() -> list[Setting]:
-    """Every setting of a whole report."""
+    """All settings of a full report."""
     texts = [f"diffusion:{policy}={value:g}" for policy, values in POLICY_VALUES.items() for value in values]
     texts += [f"diffusion:0.8,block_size={size},steps_per_block={size}" for size in BLOCK_SIZES]
     texts += [f"verified:draft_steps={steps}" for steps in DRAFT_STEPS] + ["verified"]
@@ -71,7 +74,7 @@ def grid() -> list[Setting]:
 
 
 class AnswerRecord(TypedDict):
-    """A setting's answers. right: a digit a problem, 1 where its answer is right. passes: of both towers."""
+    """Answers of one setting. right: one digit per problem, 1 for a right answer. passes: of both towers."""
 
     setting: str
     right: str
@@ -92,11 +95,11 @@ def sweep_settings(
     facts: Mapping[str, object] | None = None,
     progress: Callable[[str], object] | None = None,
 ) -> list[Point]:
-    """A point for AR and one for each setting.
+    """Measures AR and each setting; one point for each.
 
-    per_family: problems answered in batches of `rows`, for accuracy; timed: problems, of all families, answered one at
-    a time by every setting in turn, for speed. answers_file: each setting's answers are saved there when they are
-    complete, and a call with the same facts continues from the file.
+    per_family: problems per family, answered in batches of `rows`, for accuracy. timed: problems of all families that
+    every setting answers in turn, one at a time, for speed. answers_file: each setting's answers are saved there when
+    they are complete, and a call with the same facts continues from the file.
 
     Raises:
         ArgumentError: answers_file belongs to another model or to other problems; AR answers no problem right.
@@ -120,8 +123,8 @@ def sweep_settings(
             _append(answers_file, facts, known)
         if "1" not in known[AR.label]["right"]:
             raise ArgumentError(
-                f"AR answers none of the {len(problems)} problems, so there is no accuracy to keep; choose easier ones "
-                "(--difficulty) or a model that was trained on such problems"
+                f"AR answers none of the {len(problems)} problems right, so accuracy cannot be compared; choose easier "
+                "problems (--difficulty) or a model that was trained on such problems"
             )
     alone = time_single_requests(
         model, chosen, random.Random(seed).sample(problems, min(timed, len(problems))), report_progress
@@ -141,8 +144,10 @@ def time_single_requests(
     problems: Sequence[Problem],
     report_progress: Callable[[str], object],
 ) -> dict[str, tuple[float, float]]:
-    """New tokens a second after the prefill, and tokens per pass of both towers, of requests alone; each problem is
-    answered by every setting in turn. One problem more goes before and is not counted."""
+    """Decoding tokens per second, and tokens per pass of both towers, of single requests, by setting.
+
+    All settings answer each problem in turn. The first problem is answered once more before, to warm up.
+    """
     seconds, tokens, passes = (dict.fromkeys((setting.label for setting in settings), 0.0) for _ in range(3))
     for number, problem in enumerate([problems[0], *problems]):
         report_progress(f"timing: problem {number} of {len(problems)}")
@@ -156,7 +161,7 @@ def time_single_requests(
 
 
 def pareto_front(points: Sequence[Point], speed: Callable[[Point], float]) -> list[Point]:
-    """The points that no other beats in accuracy kept and in speed, slowest first (Pareto)."""
+    """The Pareto front: points that no other point beats in both quality kept and speed, slowest first."""
     out: list[Point] = []
     for point in sorted(points, key=lambda p: (-speed(p), -p.kept[0])):
         if not out or point.kept[0] > out[-1].kept[0]:
@@ -165,7 +170,7 @@ def pareto_front(points: Sequence[Point], speed: Callable[[Point], float]) -> li
 
 
 def fingerprint(model: TwoTowerForCausalLM) -> str:
-    """Of the weights: of both final norms, which any training moves."""
+    """Hash of both final norms' weights, which every training changes."""
     towers = [tower for tower in (model.context, model.denoiser) if tower is not None]
     data = b"".join(tower.norm_f.weight.detach().double().cpu().numpy().tobytes() for tower in towers)
     return hashlib.sha256(data).hexdigest()[:16]
@@ -206,15 +211,15 @@ def _read(path: Path | None, facts: Mapping[str, object]) -> dict[str, AnswerRec
     try:
         head, *records = [json.loads(line) for line in path.read_text().splitlines()]
     except ValueError:
-        raise ArgumentError(f"{path}: not a report's answers; remove it or choose another folder") from None
+        raise ArgumentError(f"{path}: not a file of report answers; remove it or choose another --output") from None
     if head != facts:
         differs = ", ".join(sorted(name for name in {*head, *facts} if head.get(name) != facts.get(name)))
-        raise ArgumentError(f"{path}: holds answers that differ in {differs}; remove it or choose another folder")
+        raise ArgumentError(f"{path}: its answers differ in {differs}; remove it or choose another --output")
     return {record["setting"]: record for record in records}
 
 
 def _append(path: Path | None, facts: Mapping[str, object], known: dict[str, AnswerRecord]) -> None:
-    """Whole, then in place: a run that is stopped leaves a file that can be read."""
+    """Writes the whole file beside `path`, then renames it, so that an interrupted run leaves a readable file."""
     if path is None:
         return
     partial = path.with_suffix(".partial")

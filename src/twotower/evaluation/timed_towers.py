@@ -1,4 +1,4 @@
-"""A model whose passes are timed, tower by tower."""
+"""Wrapper of a model that times the passes of each tower."""
 
 from __future__ import annotations
 
@@ -10,27 +10,27 @@ from typing import Literal, ParamSpec, TypeVar
 from twotower.modeling_twotower import TwoTowerForCausalLM
 
 TowerName = Literal["context", "denoiser"]
-Given = ParamSpec("Given")
+Arguments = ParamSpec("Arguments")
 Result = TypeVar("Result")
 
 
 @dataclass
 class PassTimes:
-    """The number of passes of each tower, and the seconds that they took."""
+    """Number of passes of each tower, and their total seconds."""
 
     seconds: dict[TowerName, float] = field(default_factory=lambda: {"context": 0.0, "denoiser": 0.0})
     passes: dict[TowerName, int] = field(default_factory=lambda: {"context": 0, "denoiser": 0})
 
     def means(self) -> dict[TowerName, float]:
-        """Seconds of each tower's mean pass, 0 for a tower without passes."""
+        """Mean seconds of a pass of each tower; 0 for a tower without passes."""
         return {tower: seconds / max(self.passes[tower], 1) for tower, seconds in self.seconds.items()}
 
 
 class TimedTowers:
-    """The towers of `model` for an engine, with every pass added to `times`.
+    """The towers of `model` for an engine; the time of every pass is added to `times`.
 
-    Only `extend` and `denoise` differ from the model's. Both wait for the device before they start the clock and
-    before they stop it: without waiting, only the launch of a pass on an accelerator would be timed.
+    Only `extend` and `denoise` are wrapped. Both synchronize the device before and after the pass, so that the whole
+    pass is timed and not only its launch.
     """
 
     def __init__(self, model: TwoTowerForCausalLM) -> None:
@@ -42,16 +42,16 @@ class TimedTowers:
 
     @property
     def extend(self) -> Callable[..., object]:
-        """The model's `extend`, timed as a pass of the context tower."""
+        """The model's `extend`, timed as a context pass."""
         return self._timed("context", self._model.extend)
 
     @property
     def denoise(self) -> Callable[..., object]:
-        """The model's `denoise`, timed as a pass of the denoiser."""
+        """The model's `denoise`, timed as a denoising pass."""
         return self._timed("denoiser", self._model.denoise)
 
-    def _timed(self, tower: TowerName, verb: Callable[Given, Result]) -> Callable[Given, Result]:
-        def call(*args: Given.args, **kwargs: Given.kwargs) -> Result:
+    def _timed(self, tower: TowerName, verb: Callable[Arguments, Result]) -> Callable[Arguments, Result]:
+        def call(*args: Arguments.args, **kwargs: Arguments.kwargs) -> Result:
             self._model.synchronize()
             started = time.perf_counter()
             out = verb(*args, **kwargs)

@@ -1,1 +1,1 @@
-"""lm-evaluation-harness: an adapter (`model.TwoTowerLM`), and the published table's tasks by name (`tasks.TASKS`)."""
+"""lm-evaluation-harness: the adapter (`model.TwoTowerLM`), and the tasks of the published table (`tasks.TASKS`)."""

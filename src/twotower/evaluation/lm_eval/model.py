@@ -1,9 +1,9 @@
-"""The adapter: `--model twotower` for lm-evaluation-harness.
+"""Adapter for lm-evaluation-harness: its `--model twotower`.
 
     twotower lm-eval run --model twotower --model_args setting=verified --tasks gsm8k_cot --limit 20
 
-`generate_until` decodes by a setting of the dial; `loglikelihood` is the context tower's, whatever the setting, or with
-`likelihood=bound` a lower bound under the denoiser.
+`generate_until` decodes with a setting. `loglikelihood` does not depend on the setting: it is computed by the context
+tower, or with `likelihood=bound` it is a lower bound under the denoiser.
 """
 
 from __future__ import annotations
@@ -32,23 +32,27 @@ from twotower.tokenizer import required
 
 log = logging.getLogger(__name__)
 
-NEW_TOKENS = 256  # where a task does not say, as lm-evaluation-harness's own models do
+NEW_TOKENS = 256  # if a task does not say; the default of lm-evaluation-harness's own models
 LIKELIHOODS = ("context", "bound")
+MODEL_ARGUMENTS = (
+    "pretrained", "setting", "likelihood", "samples", "batch_size", "max_length", "dtype", "quantization", "device",
+    "denoiser_device",
+)  # fmt: skip
 GENERATION_ARGUMENTS = ("until", "max_gen_toks", "max_new_tokens", "do_sample", "temperature", "top_k", "top_p", "seed")
 
 
 @dataclass
 class GenerationCost:
-    """What generating took, over all requests so far."""
+    """Tokens and passes of all requests so far."""
 
     tokens: int = 0
     denoiser_passes: int = 0
     context_passes: int = 0
-    truncated_prompts: int = 0  # prompts whose beginning was left out
+    truncated_prompts: int = 0  # prompts that lost their beginning
 
     @property
     def tokens_per_pass(self) -> float:
-        """Of both towers, prefill apart."""
+        """New tokens per pass; passes of both towers count, prefill does not."""
         return self.tokens / max(self.denoiser_passes + self.context_passes, 1)
 
     def add(self, output: Generation) -> None:
@@ -59,19 +63,20 @@ class GenerationCost:
 
 @register_model("twotower")
 class TwoTowerLM(TemplateLM):
-    """
+    """A two-tower model for lm-evaluation-harness.
+
     Args:
         pretrained: a checkpoint directory, a hub id or a loaded model; None: the bundled model.
-        setting: how to decode (`evaluation.settings`), e.g. "ar", "verified", "diffusion:0.8".
-        likelihood: "context": ln P by the context tower, exact; "bound": a lower bound under the denoiser, estimated
-            from `samples` draws, and `is_greedy` False, since a bound does not say.
+        setting: a decoding setting (`decoding.presets`), e.g. "ar", "verified", "diffusion:0.8".
+        likelihood: "context": exact ln P under the context tower; "bound": a lower bound under the denoiser,
+            estimated from `samples` draws, with `is_greedy` always False.
         batch_size: rows of a batch.
-        dtype, quantization: how the weights are kept, as on the command line.
-        max_length: of prompt and answer; None: the model's context window.
-        progress: called with (done, of how many) instead of showing a bar.
+        dtype, quantization: of the weights, as on the command line.
+        max_length: tokens of prompt and answer together; None: the model's context window.
+        progress: called with (number done, number in all) instead of showing a progress bar.
 
     Raises:
-        ArgumentError: a setting or value that there is not; generation arguments that mean nothing here.
+        ArgumentError: an unknown argument, an unknown setting, or a value that is not allowed.
     """
 
     def __init__(
@@ -90,9 +95,11 @@ class TwoTowerLM(TemplateLM):
         **unknown: object,
     ) -> None:
         super().__init__()
-        unknown.pop("max_batch_size", None)  # lm-evaluation-harness always gives it
+        unknown.pop("max_batch_size", None)  # lm-evaluation-harness always passes it
         if unknown:
-            raise ArgumentError(f"model_args: unknown {', '.join(sorted(unknown))}; see TwoTowerLM for the known ones")
+            raise ArgumentError(
+                f"model_args: unknown {', '.join(sorted(unknown))}; allowed are {', '.join(MODEL_ARGUMENTS)}"
+            )
         if likelihood not in LIKELIHOODS:
             raise ArgumentError(f"likelihood is {likelihood!r}; choose one of {', '.join(LIKELIHOODS)}")
         if isinstance(pretrained, TwoTowerForCausalLM):
@@ -100,7 +107,7 @@ class TwoTowerLM(TemplateLM):
         else:
             source = model_loading.source_of(pretrained)
             if device in ("cuda", "cuda:0") and not torch.cuda.is_available():
-                device = None  # lm-evaluation-harness's default, not a wish
+                device = None  # the default of lm-evaluation-harness, not a choice of the user
             self.model, self.name = (
                 model_loading.load_model(
                     source,
@@ -111,7 +118,7 @@ class TwoTowerLM(TemplateLM):
                 ),
                 model_loading.name_of(source),
             )
-            model_loading.need_tokenizer(self.model, source, "it cannot read tasks; put one there")
+            model_loading.need_tokenizer(self.model, source, "tasks cannot be encoded; add a tokenizer")
         self.setting = parse_setting(setting) if isinstance(setting, str) else setting
         self.likelihood, self.samples = likelihood, int(samples)
         self.rows = _rows(batch_size)
@@ -121,13 +128,15 @@ class TwoTowerLM(TemplateLM):
         self.cost = GenerationCost()
         self.progress = progress
 
-    # --- what lm-evaluation-harness asks ---------------------------------------------------------------------------
+    # --- interface of lm-evaluation-harness -------------------------------------------------------------------------
 
     @property
     def eot_token_id(self) -> int:
         eos = model_loading.eos_of(self.model)
         if eos is None:
-            raise ArgumentError("the model names no end-of-text token; a text without a beginning cannot be scored")
+            raise ArgumentError(
+                "text without a prefix cannot be scored: the model has no EOS token; set eos_token_id in its config"
+            )
         return int(eos[0] if isinstance(eos, Sequence) else eos)
 
     @property
@@ -156,7 +165,7 @@ class TwoTowerLM(TemplateLM):
     def _loglikelihood_tokens(
         self, requests: list[tuple[object, list[int], list[int]]], disable_tqdm: bool = False, **kwargs: object
     ) -> list[tuple[float, bool]]:
-        # The last token is never read, so what is read fits where all but one do.
+        # The last token is scored but not read, so one more token fits than the window has.
         pairs = [(self._truncate_left(given, self.max_length + 1 - len(text)), text) for _, given, text in requests]
         with self._bar(f"ln P by the {self._scorer}", len(pairs), disable_tqdm) as tell:
             found = self._score(pairs, tell)
@@ -189,7 +198,7 @@ class TwoTowerLM(TemplateLM):
 
     @contextmanager
     def _bar(self, what: str, count: int, disabled: bool) -> Iterator[Callable[[int], object]]:
-        """Progress as lm-evaluation-harness shows it, unless somebody else wants to know."""
+        """Reports progress to `self.progress`, or else by a bar, as lm-evaluation-harness does."""
         if self.progress is not None:
             yield lambda done: self.progress and self.progress(done, count)
             return
@@ -212,12 +221,11 @@ class TwoTowerLM(TemplateLM):
         return [(one.log_prob, one.greedy) for one in found]
 
     def _request(self, context: str, arguments: dict[str, Any]) -> Request:
-        """A prompt and its parameters. Stop strings end a row while it is generated: a base model does not stop after
-        the answer of a few-shot prompt."""
+        """A prompt and its parameters. Stop strings end a row during generation: a base model would continue."""
         unknown = sorted(set(arguments) - set(GENERATION_ARGUMENTS))
         if unknown:
             raise ArgumentError(
-                f"gen_kwargs: {', '.join(unknown)} means nothing here; known are {', '.join(GENERATION_ARGUMENTS)}"
+                f"gen_kwargs: unknown {', '.join(unknown)}; allowed are {', '.join(GENERATION_ARGUMENTS)}"
             )
         until = arguments.get("until") or []
         stops = [stop for stop in ([until] if isinstance(until, str) else until) if stop]
@@ -238,18 +246,20 @@ class TwoTowerLM(TemplateLM):
         )
 
     def _truncate_left(self, tokens: list[int], room: int) -> list[int]:
-        """Its last `room` tokens, one at least."""
+        """The last `room` tokens, at least one."""
         if len(tokens) <= room:
             return tokens
         if room < 1:
-            raise ArgumentError(f"an answer leaves no room for its prompt within {self.max_length} tokens")
+            raise ArgumentError(
+                f"max_length is {self.max_length}, and an answer leaves no room for its prompt; use a larger max_length"
+            )
         if not self.cost.truncated_prompts:
-            log.warning("a prompt of %d tokens is cut from the left to %d (and maybe others)", len(tokens), room)
+            log.warning("a prompt of %d tokens loses its beginning to fit into %d (others may too)", len(tokens), room)
         self.cost.truncated_prompts += 1
         return tokens[-room:]
 
     def _windows(self, tokens: list[int]) -> list[tuple[list[int], list[int]]]:
-        """A text in parts that fit, each given as many tokens before it as there is room for, the first the prefix."""
+        """Parts of a text, each with as many tokens before it as fit; the first part follows the prefix token."""
         text = [self.prefix_token_id, *tokens]
         parts, start = [], 1
         while start < len(text):
@@ -271,5 +281,5 @@ def _rows(batch_size: int | str | None) -> int:
     except ValueError:
         rows = 0
     if rows < 1:
-        raise ArgumentError(f"batch_size is {batch_size!r}; give a whole number of at least 1, or auto")
+        raise ArgumentError(f"batch_size is {batch_size!r}; it must be a whole number of at least 1, or auto")
     return rows

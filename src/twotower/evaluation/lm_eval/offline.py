@@ -1,7 +1,7 @@
-"""Evaluation sets from a folder of JSONL files, in the columns of their hub data sets, so that tasks need no network.
+"""Evaluation data sets from a folder of JSONL files, with the columns of the hub's data sets; needs no network.
 
-The folder has one folder a set: gsm8k/test.jsonl, mmlu/{dev,test*}.jsonl[.gz], mgsm/mgsm_<language>.jsonl, …
-(`READERS` says which files). An official set that is there whole (`test_full.jsonl.gz`) is preferred to a part of it.
+The folder has one folder per data set: gsm8k/test.jsonl, mmlu/{dev,test*}.jsonl[.gz], mgsm/mgsm_<language>.jsonl, …
+(the functions in `READERS` name the files). A complete set (`test_full.jsonl.gz`) is preferred to a subset.
 """
 
 from __future__ import annotations
@@ -21,24 +21,26 @@ LETTERS = "ABCDEFGHIJ"
 
 
 def dataset_folder(data: Path, name: str) -> Path:
-    """The folder of one set: DATA/name, or DATA/eval/name.
+    """The folder of one data set: DATA/name, or DATA/eval/name.
 
     Raises:
-        ArgumentError: neither is there.
+        ArgumentError: neither folder exists.
     """
     for folder in (data / name, data / "eval" / name):
         if folder.is_dir():
             return folder
     there = sorted({path.name for base in (data, data / "eval") if base.is_dir() for path in base.iterdir()})
-    raise ArgumentError(f"{data}: no folder {name} in it (there are {', '.join(there) or 'none'}); name another --data")
+    raise ArgumentError(
+        f"{data}: has no folder {name} (it has {', '.join(there) or 'no folders'}); choose another --data"
+    )
 
 
-@lru_cache(maxsize=4)  # a set is asked for once for each of its parts
+@lru_cache(maxsize=4)  # each part of a task reads the same file
 def read_records(folder: Path, *names: str) -> Records:
-    """The records of the first of these files that is there, with or without .gz.
+    """The records of the first of these files that exists, with or without .gz.
 
     Raises:
-        ArgumentError: none is, or a line is no JSON.
+        ArgumentError: none of the files exists, or a line is not JSON.
     """
     for name in names:
         for path in (folder / name, folder / f"{name}.gz"):
@@ -47,8 +49,8 @@ def read_records(folder: Path, *names: str) -> Records:
                     try:
                         return [json.loads(line) for line in lines if line.strip()]
                     except ValueError as error:
-                        raise ArgumentError(f"{path}: a line is no JSON ({error})") from None
-    raise ArgumentError(f"{folder}: none of {', '.join(names)} is there")
+                        raise ArgumentError(f"{path}: a line is not JSON ({error}); correct the file") from None
+    raise ArgumentError(f"{folder}: has none of {', '.join(names)}; add the file, or choose another --data")
 
 
 def gsm8k(folder: Path) -> Splits:
@@ -71,7 +73,7 @@ def mbpp(folder: Path) -> Splits:
 
 
 def mgsm(folder: Path, language: str) -> Splits:
-    """answer: only of the examples, whose questions begin with the language's word for one."""
+    """Only the few-shot examples have an answer; their questions begin with the language's word for "question"."""
     number = [
         {"question": r["question"], "answer": None, "answer_number": r["answer_number"]}
         for r in read_records(folder, f"mgsm_{language}.jsonl")
@@ -114,7 +116,7 @@ def arc_challenge(folder: Path) -> Splits:
 
 
 def winogrande(folder: Path) -> Splits:
-    """The labelled development set. Where there is no train.jsonl, its other items are the examples."""
+    """The labelled development set. Without train.jsonl, its other items serve as few-shot examples."""
     splits = {"validation": read_records(folder, "dev.jsonl")}
     if (folder / "train.jsonl").exists():
         splits["train"] = read_records(folder, "train.jsonl")
@@ -135,7 +137,7 @@ READERS: dict[str, Callable[..., Splits]] = {
 
 
 def custom_dataset(name: str, folder: Path, *which: str) -> Callable[..., object]:
-    """What lm-evaluation-harness calls in place of the hub (its `custom_dataset`)."""
+    """A loader for lm-evaluation-harness's `custom_dataset`, in place of the hub."""
     return partial(_data_set, name, str(folder), which)
 
 
@@ -147,5 +149,5 @@ def _data_set(name: str, folder: str, which: tuple[str, ...], **_: object) -> ob
 
 
 def subjects(folder: Path) -> list[str]:
-    """MMLU's, by name."""
+    """Names of the MMLU subjects, sorted."""
     return sorted({record["subject"] for record in read_records(folder, "dev.jsonl")})

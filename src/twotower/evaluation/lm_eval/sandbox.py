@@ -1,10 +1,10 @@
-"""Runs a program that a model wrote: in a process of its own, with limited time and memory, no network and no writing.
+"""Runs a program that a model wrote in a separate process, with limited time and memory, no network and no writing.
 
-The limits are the kernel's: resource limits, and a seccomp filter that fails the system calls with which a program
-reaches beyond itself (sockets, starting or signalling processes, opening files for writing, changing directories'
-contents). It needs no privileges and works inside containers. Linux on x86-64 or arm64; nothing is run elsewhere.
+The kernel enforces the limits: resource limits, and a seccomp filter that fails system calls with effects outside the
+process (sockets, starting or signalling processes, opening files for writing, changing folders). The sandbox needs no
+privileges and works in containers. It needs Linux on x86-64 or arm64; on other systems nothing is run.
 
-This file is also the program that runs inside: `python -I sandbox.py`, the text to run on its standard input.
+This file is also the program inside the sandbox: `python -I sandbox.py` reads the program to run from stdin.
 """
 
 from __future__ import annotations
@@ -23,9 +23,9 @@ import tempfile
 from dataclasses import dataclass
 
 SECONDS = 10.0
-MEMORY = 4 << 30  # of address space: numpy alone maps about one
+MEMORY = 4 << 30  # address space in bytes; numpy alone maps about 1 GiB
 
-# Numbers of the system calls, (x86-64, arm64); None: there is no such call.
+# Numbers of the denied system calls on (x86-64, arm64); None: the call does not exist.
 DENIED: dict[str, tuple[int, int | None]] = {
     "socket": (41, 198),
     "connect": (42, 203),
@@ -82,14 +82,14 @@ DENIED: dict[str, tuple[int, int | None]] = {
 ABSENT = {
     "clone3": (435, 435),
     "openat2": (437, 437),
-}  # the C library then uses clone and openat, which can be looked at
+}  # reported as missing, so that the C library uses clone and openat, whose arguments a filter can check
 OPEN, OPENAT, CLONE = (2, None), (257, 56), (56, 220)
-ARCHITECTURES = {"x86_64": (0, 0xC000003E), "aarch64": (1, 0xC00000B7)}  # column above, AUDIT_ARCH_*
+ARCHITECTURES = {"x86_64": (0, 0xC000003E), "aarch64": (1, 0xC00000B7)}  # index into the pairs above, AUDIT_ARCH_*
 
 EPERM, ENOSYS = 1, 38
 WRITING = os.O_WRONLY | os.O_RDWR | os.O_CREAT | os.O_TRUNC | os.O_APPEND
 CLONE_THREAD = 0x00010000
-X32 = 0x40000000  # numbers of x86-64's second table of calls begin here
+X32 = 0x40000000  # first number of x86-64's x32 table of system calls
 LOAD, EQUAL, AT_LEAST, ANY_BIT, RETURN = 0x20, 0x15, 0x35, 0x45, 0x06  # classic BPF
 ALLOW, FAIL, KILL = 0x7FFF0000, 0x00050000, 0x80000000
 PR_SET_SECCOMP, PR_SET_NO_NEW_PRIVS, FILTER = 22, 38, 2
@@ -97,25 +97,25 @@ NUMBER, ARCHITECTURE, ARGUMENTS = 0, 4, 16  # offsets in struct seccomp_data
 
 
 class NoSandboxError(RuntimeError):
-    """This machine has none, so nothing was run."""
+    """This machine has no sandbox; the program was not run."""
 
 
 @dataclass(frozen=True)
 class Outcome:
-    """passed: the program came to its end; reason: why not, in one line."""
+    """passed: the program ran to its end; reason: one line that says why it did not."""
 
     passed: bool
     reason: str = ""
 
 
 def run_program(program: str, seconds: float = SECONDS, memory: int = MEMORY) -> Outcome:
-    """Runs Python source to its end or to the limits. Its output is thrown away.
+    """Runs Python source to its end or to a limit, and discards its output.
 
     Raises:
-        NoSandboxError: the limits cannot be set here; the program was not run.
+        NoSandboxError: this machine cannot set the limits; the program was not run.
     """
     if sys.platform != "linux" or platform.machine() not in ARCHITECTURES:
-        raise NoSandboxError(f"no sandbox on {sys.platform} {platform.machine()}; Linux on x86-64 or arm64 has one")
+        raise NoSandboxError(f"no sandbox on {sys.platform} {platform.machine()}; it needs Linux on x86-64 or arm64")
     token = secrets.token_hex(16)
     order = json.dumps({"program": program, "token": token, "seconds": seconds, "memory": memory})
     environment = {"OMP_NUM_THREADS": "1", "PYTHONHASHSEED": "0", "LANG": "C.UTF-8"}
@@ -140,7 +140,7 @@ def run_program(program: str, seconds: float = SECONDS, memory: int = MEMORY) ->
     last = (done.stderr.strip().splitlines() or [f"ended with status {done.returncode}"])[-1]
     if last.startswith("NoSandbox: "):
         raise NoSandboxError(last.removeprefix("NoSandbox: "))
-    timed_out = done.returncode in (-9, -24)  # SIGKILL and SIGXCPU of the limit on processor time
+    timed_out = done.returncode in (-9, -24)  # SIGKILL or SIGXCPU, sent at the limit of CPU time
     return Outcome(False, "timed out" if timed_out else last[:200])
 
 
@@ -150,19 +150,19 @@ def _inside() -> None:
     try:
         _limit(order["seconds"], order["memory"])
     except OSError as error:
-        sys.exit(f"NoSandbox: the kernel refuses its limits ({error})")
+        sys.exit(f"NoSandbox: the kernel does not set its limits ({error})")
     sys.stdin = io.StringIO()
     failure = None
     with contextlib.redirect_stdout(io.StringIO()), contextlib.redirect_stderr(io.StringIO()):
         try:
             exec(compile(order["program"], "<program>", "exec"), {"__name__": "__main__"})
-        except BaseException as error:  # SystemExit too: a program that leaves early has not passed its tests
+        except BaseException as error:  # SystemExit too: a program that exits early has not passed its tests
             failure = f"{type(error).__name__}: {' '.join(str(error).split())}"
     if failure is None:
         os.write(report, order["token"].encode())
     else:
         os.write(2, failure.encode(errors="replace"))
-    os._exit(failure is not None)  # no exit handlers, no waiting for threads
+    os._exit(failure is not None)  # runs no exit handlers and does not wait for threads
 
 
 def _limit(seconds: float, memory: int) -> None:
@@ -173,7 +173,7 @@ def _limit(seconds: float, memory: int) -> None:
         (resource.RLIMIT_CPU, whole),
         (resource.RLIMIT_AS, memory),
         (resource.RLIMIT_CORE, 0),
-        (resource.RLIMIT_FSIZE, 1 << 20),  # of what it has open already, its output
+        (resource.RLIMIT_FSIZE, 1 << 20),  # applies to open files: the program's output
     ):
         _, hard = resource.getrlimit(limit)
         top = value if hard == resource.RLIM_INFINITY else min(value, hard)
@@ -188,11 +188,11 @@ def _limit(seconds: float, memory: int) -> None:
 
 
 def seccomp_filter(machine: str) -> list[tuple[int, int, int, int]]:
-    """Classic BPF, (code, jump if true, jump if false, operand) each: what to do with a system call."""
+    """The filter in classic BPF; an instruction is (code, jump if true, jump if false, operand)."""
     column, architecture = ARCHITECTURES[machine]
 
     def argument(index: int) -> tuple[int, int, int, int]:
-        return (LOAD, 0, 0, ARGUMENTS + 8 * index)  # its low half, on both architectures
+        return (LOAD, 0, 0, ARGUMENTS + 8 * index)  # the low half, on both architectures
 
     fail, allow = (RETURN, 0, 0, FAIL | EPERM), (RETURN, 0, 0, ALLOW)
     code = [(LOAD, 0, 0, ARCHITECTURE), (EQUAL, 1, 0, architecture), (RETURN, 0, 0, KILL), (LOAD, 0, 0, NUMBER)]

@@ -1,4 +1,4 @@
-"""Runs tasks of the published table under several settings, paired with AR item by item."""
+"""Scores of published tasks under several settings, compared with AR item by item."""
 
 from __future__ import annotations
 
@@ -22,14 +22,17 @@ from twotower.evaluation.lm_eval.model import GenerationCost, TwoTowerLM
 from twotower.evaluation.lm_eval.tasks import TASKS, check_tasks, lm_eval_tasks
 from twotower.modeling_twotower import TwoTowerForCausalLM
 
-EXAMPLES_SEED = 1234  # lm-evaluation-harness's default: which examples stand in the prompts
+EXAMPLES_SEED = 1234  # selects the few-shot examples; lm-evaluation-harness's default
 
 
 @dataclass(frozen=True)
 class TaskScore:
-    """One task under one setting. score: a share in 0..1; items: how many there were. against_ar: the same items paired
-    with AR's. tokens_per_pass: of both towers, None where nothing was generated. by: who gave the likelihoods, of tasks
-    whose answers are chosen by them. shortened: prompts whose beginning did not fit."""
+    """Score of one task under one setting.
+
+    score: 0 to 1; items: their number. against_ar: comparison with AR on the same items. tokens_per_pass: passes of
+    both towers count; None if nothing was generated. scored_by: for a task that compares likelihoods of given answers,
+    what computed them ("context" or "bound"). truncated_prompts: prompts that did not fit and lost their beginning.
+    """
 
     task: str
     setting: str
@@ -59,11 +62,11 @@ def run_tasks(
     rows: int = 16,
     progress: Callable[[str], object] | None = None,
 ) -> list[TaskScore]:
-    """Every task under AR and every other setting, task by task. limit: items of each part of a task (of each language,
-    each subject), at most.
+    """Scores every task under AR and every other setting.
 
-    A task whose answers are chosen by likelihood does not depend on the setting: it is scored once, by the context
-    tower, or with likelihood "bound" once more by the denoiser for the settings other than AR.
+    limit: the largest number of items of each part of a task (of each language or subject). A task that compares
+    likelihoods of given answers does not depend on the setting. It is scored once by the context tower; with likelihood
+    "bound" the denoiser scores it once more for the settings other than AR.
 
     Raises:
         ArgumentError: an unknown task, a task that runs programs without run_code, or files that are missing.
@@ -115,22 +118,22 @@ def _tell(progress: Callable[[str], object], what: str, done: int, count: int) -
 
 @cache
 def _manager() -> TaskManager:
-    """The index of all of lm-evaluation-harness's tasks, which takes seconds to read."""
+    """The index of lm-evaluation-harness's tasks; cached because reading takes seconds."""
     return TaskManager()
 
 
 def _items(
     lm: TwoTowerLM, manager: TaskManager, name: str, data: Path | None, limit: int | None, run_code: bool
 ) -> list[float]:
-    """The score of each item, in an order that depends on the task alone."""
+    """The score of each item, in an order that depends only on the task."""
     try:
-        with redirect_stderr(io.StringIO()):  # a bar for each part, which says less than our line
+        with redirect_stderr(io.StringIO()):  # hides one progress bar per part
             loaded = manager.load(lm_eval_tasks(name, data))
             for task in loaded["tasks"].values():
                 task.set_fewshot_seed(seed=EXAMPLES_SEED)
             found = evaluate(lm, loaded, limit=limit, bootstrap_iters=0, confirm_run_unsafe_code=run_code)
-    except OSError as error:  # of which the hub's are
-        raise ArgumentError(f"{name}: {error}; --data reads it from a folder of files instead") from None
+    except OSError as error:  # errors of the hub are OSErrors
+        raise ArgumentError(f"{name}: {error}; use --data to read the task from a folder of files") from None
     assert found is not None
     metric, wanted_filter = TASKS[name].metric.rsplit(",", 1)
     out = []
@@ -139,6 +142,6 @@ def _items(
         out += [float(sample[metric]) for sample in sorted(own, key=lambda sample: sample["doc_id"])]
     if not out:
         raise ArgumentError(
-            f"{name}: lm-evaluation-harness gave no {TASKS[name].metric}; is its version newer than known?"
+            f"{name}: lm-evaluation-harness returned no {TASKS[name].metric}; use lm-eval 0.4.13"
         )
     return out

@@ -1,7 +1,7 @@
-"""The eleven tasks of the published table (spec §5) by name, from the hub or from a folder of JSONL files.
+"""The eleven tasks of the published table (arXiv 2606.26493) by name, from the hub or from a folder of JSONL files.
 
-Prompts, answers' extraction and metrics are lm-evaluation-harness's own; from a folder only the data set is replaced.
-HumanEval and MBPP are described here, in its words, because its own run what a model wrote without a sandbox.
+Prompts, extraction of answers and metrics are those of lm-evaluation-harness; a folder replaces only the data set.
+HumanEval and MBPP are defined here with its prompts, because its own tasks run generated programs without a sandbox.
 """
 
 from __future__ import annotations
@@ -15,7 +15,7 @@ from twotower.errors import ArgumentError
 from twotower.evaluation.lm_eval import offline
 from twotower.evaluation.lm_eval.sandbox import NoSandboxError, run_program
 
-Spec = dict[str, object]  # what lm-evaluation-harness calls a task's config
+Spec = dict[str, object]  # a task's config in lm-evaluation-harness
 LANGUAGES = ("bn", "de", "en", "es", "fr", "ja", "ru", "sw", "te", "th", "zh")
 GLOBAL_LANGUAGES = ("ar", "bn", "de", "en", "es", "fr", "hi", "id", "it", "ja", "ko", "pt", "sw", "yo", "zh")
 CATEGORIES = (
@@ -38,11 +38,12 @@ CATEGORIES = (
 
 @dataclass(frozen=True, kw_only=True)
 class PublishedTask:
-    """One line of the table.
+    """One line of the published table.
 
-    shots: examples in the prompt; metric: lm-evaluation-harness's key of the score; kind: "generate", or "choose" where
-    the likelihoods of given answers are compared; leaves: specs of its parts, from a folder or (None) the hub;
-    published: AR's and TwoTower's score in the paper, per cent; code: runs programs that the model wrote.
+    shots: few-shot examples in the prompt. metric: lm-evaluation-harness's key of the score. kind: "generate", or
+    "choose" if likelihoods of given answers are compared. leaves: configs of the task's parts, from a folder or, for
+    None, from the hub. published: scores of AR and TwoTower in the paper, in per cent. code: the task runs programs
+    that the model wrote.
     """
 
     title: str
@@ -55,7 +56,7 @@ class PublishedTask:
 
 
 def _one(name: str, folder_name: str, **more: object) -> Callable[[Path | None], list[Spec]]:
-    """A task of lm-evaluation-harness that has no parts."""
+    """A task of lm-evaluation-harness without parts."""
 
     def leaves(data: Path | None) -> list[Spec]:
         if data is None:
@@ -99,7 +100,9 @@ def _winogrande(data: Path | None) -> list[Spec]:
         return [{"task": "winogrande"}]
     folder = offline.dataset_folder(data, "winogrande")
     spec: Spec = {"task": "winogrande", "custom_dataset": offline.custom_dataset("winogrande", folder)}
-    if not (folder / "train.jsonl").exists():  # lm-evaluation-harness leaves the item itself out of its examples
+    if not (
+        folder / "train.jsonl"
+    ).exists():  # examples from the same split: lm-evaluation-harness leaves out the item itself
         spec |= {"training_split": None, "fewshot_split": "validation"}
     return [spec]
 
@@ -108,7 +111,7 @@ def _hub_only(*specs: Mapping[str, object]) -> Callable[[Path | None], list[Spec
     def leaves(data: Path | None) -> list[Spec]:
         if data is not None:
             names = ", ".join(str(next(iter(spec.values()))) for spec in specs[:1])
-            raise ArgumentError(f"{names}: has no reader for files; leave out --data to take it from the hub")
+            raise ArgumentError(f"{names}: cannot be read from files; leave out --data to use the hub")
         return [dict(spec) for spec in specs]
 
     return leaves
@@ -261,18 +264,18 @@ TASKS: dict[str, PublishedTask] = {
 
 
 def task_parts(name: str, data: Path | None) -> list[Spec]:
-    """The specs of a task's parts.
+    """Configs of a task's parts.
 
     Raises:
-        ArgumentError: no such task, or its files are not in `data`.
+        ArgumentError: an unknown task, or `data` lacks its files.
     """
     if name not in TASKS:
-        raise ArgumentError(f"task {name!r}: choose of {', '.join(TASKS)}")
+        raise ArgumentError(f"task is {name!r}; choose one of {', '.join(TASKS)}")
     return [leaf | {"num_fewshot": TASKS[name].shots} for leaf in TASKS[name].leaves(data)]
 
 
 def lm_eval_tasks(name: str, data: Path | None) -> list[object]:
-    """A task as lm-evaluation-harness's `simple_evaluate` takes it: changes to its own, or one of ours."""
+    """A task in the form that lm-evaluation-harness loads: a config over its own task, or a task object."""
     from lm_eval.api.task import ConfigurableTask
 
     parts = task_parts(name, data)
@@ -282,17 +285,17 @@ def lm_eval_tasks(name: str, data: Path | None) -> list[object]:
 
 
 def check_tasks(names: Sequence[str], data: Path | None, run_code: bool) -> None:
-    """Everything that can be wrong with a choice of tasks before a model is at hand.
+    """Checks a choice of tasks before a model is loaded.
 
     Raises:
-        ArgumentError: an unknown task, files that are missing, or programs that may not or cannot be run.
+        ArgumentError: an unknown task, missing files, or a task that runs programs without run_code or a sandbox.
     """
     for name in names:
         task_parts(name, data)
         if TASKS[name].code and not run_code:
-            raise ArgumentError(f"{name} runs programs that the model writes (sandboxed); say --run-code to allow it")
+            raise ArgumentError(f"{name} runs programs that the model writes, in a sandbox; add --run-code to allow it")
     if any(TASKS[name].code for name in names):
         try:
             run_program("pass")
         except NoSandboxError as error:
-            raise ArgumentError(f"programs cannot be run here: {error}") from None
+            raise ArgumentError(f"programs of the model cannot be run: {error}") from None

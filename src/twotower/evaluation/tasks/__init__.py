@@ -1,4 +1,4 @@
-"""Text tasks with one exact answer each, made by a program: what does diffusion decoding lose against AR decoding?
+"""The procedural suite: generated text problems with one right answer, to compare diffusion decoding with AR.
 
     python -m twotower.evaluation.tasks --split train --count 1000 --seed 1 -o train.jsonl
 

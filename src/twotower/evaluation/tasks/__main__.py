@@ -1,4 +1,4 @@
-"""`python -m twotower.evaluation.tasks`: problems as JSON lines."""
+"""`python -m twotower.evaluation.tasks`: writes problems as JSON lines."""
 
 from __future__ import annotations
 
@@ -14,11 +14,15 @@ from twotower.evaluation.tasks.problem_sets import DEFAULT_DIFFICULTIES, Split, 
 
 
 @click.command()
-@click.option("--split", type=click.Choice(get_args(Split)), required=True)
-@click.option("--count", type=int, default=1000, show_default=True)
-@click.option("--seed", type=int, default=1, show_default=True)
+@click.option("--split", type=click.Choice(get_args(Split)), required=True, help="Training or test problems.")
+@click.option("--count", type=int, default=1000, show_default=True, help="Number of problems.")
+@click.option("--seed", type=int, default=1, show_default=True, help="Seed of the problems.")
 @click.option(
-    "--family", "families", type=click.Choice(list(FAMILIES)), multiple=True, help="Repeatable; default: all."
+    "--family",
+    "families",
+    type=click.Choice(list(FAMILIES)),
+    multiple=True,
+    help="Family of problems. Can be repeated.  [default: all]",
 )
 @click.option(
     "--difficulty",
@@ -27,13 +31,15 @@ from twotower.evaluation.tasks.problem_sets import DEFAULT_DIFFICULTIES, Split, 
     multiple=True,
     default=DEFAULT_DIFFICULTIES,
     show_default=True,
-    help="1 to 5, repeatable.",
+    help="Difficulty, 1 to 5. Can be repeated.",
 )
-@click.option("-o", "--output", type=click.Path(dir_okay=False, path_type=Path), help="A file instead of stdout.")
+@click.option(
+    "-o", "--output", type=click.Path(dir_okay=False, path_type=Path), help="Write to this file instead of stdout."
+)
 def suite(
     split: Split, count: int, seed: int, families: tuple[str, ...], difficulties: tuple[int, ...], output: Path | None
 ) -> None:
-    """Writes problems as JSON lines: prompt, text (the answer), family, difficulty."""
+    """Write problems as JSON lines with the fields prompt, text (the answer), family and difficulty."""
     problems = make_problems(split, count, seed, families or None, difficulties)
     if output:
         write_jsonl(output, problems)
@@ -44,7 +50,7 @@ def suite(
 
 
 def run_suite(args: list[str] | None = None) -> int:
-    """Runs one command line → its exit code: 0, or 2 after one line about an error of the user's."""
+    """Runs one command line and returns the exit code: 0, or 2 after a one-line error message."""
     try:
         code = suite.main(args=args, prog_name="python -m twotower.evaluation.tasks", standalone_mode=False)
     except click.ClickException as error:

@@ -1,6 +1,6 @@
-"""The families of tasks: pure functions of (rng, difficulty 1..5) → (prompt, answer).
+"""Families of problems: pure functions of (rng, difficulty 1 to 5) that return (prompt, answer).
 
-A prompt ends in " =>", an answer starts with a space and ends its document. Each prompt has exactly one right answer.
+A prompt ends in " =>". An answer starts with a space and ends its document. Each prompt has exactly one right answer.
 """
 
 from __future__ import annotations
@@ -26,7 +26,7 @@ GAINS = ("{a} buys {n} more.", "{a} finds {n}.", "{a} wins {n}.", "{b} gives {a}
 LOSSES = ("{a} sells {n}.", "{a} loses {n}.", "{a} drops {n}.", "{a} gives {b} {n}.", "{b} takes {n} from {a}.")
 ASIDES = ("{b} has {n} {other}.", "{b} buys {n} {other}.", "{b} sells {n} {other}.", "{b} wants {n} {things}.")
 
-# Python promises the same `random()` for a seed in every version, but not the same `choice`, `sample` or `shuffle`.
+# Only `random()` gives the same values for a seed in every Python version; `choice`, `sample` and `shuffle` do not.
 
 
 def below(rng: random.Random, n: int) -> int:
@@ -40,13 +40,13 @@ def pick(rng: random.Random, items: Sequence[T]) -> T:
 
 
 def draw(rng: random.Random, items: Sequence[T], count: int) -> list[T]:
-    """`count` items at different places of `items`, in random order."""
+    """`count` items of different indices, in random order."""
     left = list(items)
     return [left.pop(below(rng, len(left))) for _ in range(count)]
 
 
 def addition(rng: random.Random, difficulty: int) -> tuple[str, str]:
-    """Adds two numbers of 2 · difficulty + 2 digits column by column, ones first: digit + digit + carry = sum."""
+    """Addition of two numbers of 2 · difficulty + 2 digits, by columns from the right: digit + digit + carry = sum."""
     digits = 2 * difficulty + 2
     a, b = (10 ** (digits - 1) + below(rng, 9 * 10 ** (digits - 1)) for _ in range(2))
     columns, carry = [], 0
@@ -58,13 +58,13 @@ def addition(rng: random.Random, difficulty: int) -> tuple[str, str]:
 
 
 def step(rng: random.Random, value: int, limit: int) -> tuple[str, int, int]:
-    """One operation on `value` → its sign, its operand, the result below `limit`."""
+    """One operation on `value`: its sign, its operand, and the result, which is below `limit`."""
     largest = (limit - 1) // max(value, 1)
     if value >= 2 and largest >= 2 and rng.random() < 0.3:
         factor = 2 + below(rng, min(largest, 9) - 1)
         return "*", factor, value * factor
-    result = below(rng, limit - 1)  # the result is drawn, not the operand: values stay spread over the whole range
-    result += result >= value  # and no step adds nothing
+    result = below(rng, limit - 1)  # drawing the result, not the operand, keeps values spread over the whole range
+    result += result >= value  # the result differs from value
     return ("+" if result > value else "-"), abs(result - value), result
 
 
@@ -88,7 +88,7 @@ def sorting(rng: random.Random, difficulty: int) -> tuple[str, str]:
 
 
 def recall(rng: random.Random, difficulty: int) -> tuple[str, str]:
-    """Looks up difficulty + 2 keys, in the order asked, among 2 + 4 · difficulty pairs of key and two-digit value."""
+    """Looks up difficulty + 2 keys, in the given order, in 2 + 4 · difficulty pairs of key and two-digit value."""
     keys = draw(rng, KEYS, 2 + 4 * difficulty)
     pairs = {key: f"{key} {10 + below(rng, 90)}" for key in keys}
     asked = draw(rng, keys, difficulty + 2)
@@ -99,7 +99,7 @@ def recall(rng: random.Random, difficulty: int) -> tuple[str, str]:
 
 
 def edit(rng: random.Random, kind: str, text: str) -> tuple[str, str]:
-    """One edit of `text`, which holds at least two different letters → the instruction, the edited text."""
+    """One edit of `text`, which has at least two different letters: the instruction and the edited text."""
     present = sorted(set(text))
     a, b = draw(rng, present, 2)
     if kind == "reverse":
@@ -120,10 +120,10 @@ EDITS = ("reverse", "rotate", "drop", "double", "swap", "change")
 
 
 def edits(rng: random.Random, difficulty: int) -> tuple[str, str]:
-    """Edits a string of 5 + 2 · difficulty spaced letters, writing it out after each edit.
+    """Edits a string of 5 + 2 · difficulty spaced letters; the answer has the string after each edit.
 
-    Levels 1–2: one edit, levels 3–4: 2, level 5: 3. From level 4 two letters are repeated; below, all are different.
-    `rotate` moves the first letter to the end; every other edit takes all occurrences of its letters.
+    Levels 1 and 2 have one edit, levels 3 and 4 two, level 5 three. From level 4 two letters are repeated; below level
+    4 all letters differ. `rotate` moves the first letter to the end; the other edits apply to all occurrences.
     """
     length, repeats = 5 + 2 * difficulty, 0 if difficulty <= 3 else 2
     letters = draw(rng, LETTERS, length - repeats)
@@ -137,7 +137,7 @@ def edits(rng: random.Random, difficulty: int) -> tuple[str, str]:
 
 
 def word(rng: random.Random, difficulty: int) -> tuple[str, str]:
-    """A story of difficulty + 1 calculations with values below 100; from level 3 one aside to ignore, at 5 two."""
+    """A story of difficulty + 1 calculations below 100, with one irrelevant sentence at levels 3 and 4, two at 5."""
     a, b = draw(rng, NAMES, 2)
     things, other = draw(rng, THINGS, 2)
     value, told, written, steps = 2 + below(rng, 98), "", [], difficulty + 1

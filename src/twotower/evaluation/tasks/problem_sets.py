@@ -1,4 +1,4 @@
-"""Seeded train and test problems that cannot overlap."""
+"""Seeded training and test problems; the two splits are disjoint."""
 
 from __future__ import annotations
 
@@ -16,13 +16,13 @@ from twotower.evaluation.tasks.families import FAMILIES, LEVELS
 
 Split = Literal["train", "test"]
 DEFAULT_DIFFICULTIES = (1, 2, 3)
-TEST_SHARE = 10  # one prompt in ten is a test prompt
-TRIES = 2000  # draws for one problem; a test problem takes about ten
+TEST_SHARE = 10  # one prompt in ten belongs to the test split
+TRIES = 2000  # draws for one problem; a test problem needs about ten
 
 
 @dataclass(frozen=True)
 class Problem:
-    """A prompt and its one right continuation; a training document is their `text`, then EOS."""
+    """A prompt and its only right continuation. A training document is `text` followed by EOS."""
 
     family: str
     difficulty: int
@@ -34,18 +34,18 @@ class Problem:
         return self.prompt + self.answer
 
     def line(self) -> str:
-        """The problem as one line of JSON, without the line's end."""
+        """The problem as one line of JSON, without a newline."""
         fields = {"prompt": self.prompt, "text": self.answer, "family": self.family, "difficulty": self.difficulty}
         return json.dumps(fields)
 
 
 def canonical(prompt: str) -> str:
-    """The prompt with each run of white space as one space: what makes two prompts the same."""
+    """The prompt with each run of white space as one space. Prompts with equal results count as equal."""
     return " ".join(prompt.split())
 
 
 def split_of(prompt: str) -> Split:
-    """The split a prompt belongs to, whatever the seed: "test" if BLAKE2b of its canonical form is 0 mod 10."""
+    """The split of a prompt, for every seed: "test" if BLAKE2b of its canonical form is 0 mod 10."""
     digest = hashlib.blake2b(canonical(prompt).encode(), digest_size=8).digest()
     return "test" if int.from_bytes(digest, "big") % TEST_SHARE == 0 else "train"
 
@@ -57,18 +57,18 @@ def stream_problems(
     difficulties: Sequence[int] = DEFAULT_DIFFICULTIES,
     start: int = 0,
 ) -> Iterator[Problem]:
-    """Problems start, start + 1, … without end, cycling through the families, and more slowly the difficulties.
+    """Endless problems start, start + 1, …; families alternate, and difficulties change after each round of families.
 
-    Problem i is the same in every stream of the same split, seed, families and difficulties. Training problems may
-    repeat and each is drawn alone; test problems are unique, so those before `start` are drawn too. A family or
-    difficulty named twice gets twice the share.
+    Problem i depends only on split, seed, families and difficulties. Training problems may repeat. Test problems are
+    unique, so the problems before `start` are drawn too. A family or difficulty named twice gets twice the share.
 
-    Raises ArgumentError at once for a bad argument, and on the way where no unique test problem is left.
+    Raises:
+        ArgumentError: a wrong argument (at once), or no unique test problem left (during iteration).
     """
     names = tuple(FAMILIES if families is None else families)
     _check(split, names, difficulties)
     if start < 0:
-        raise ArgumentError(f"start is {start}; the first problem is 0.")
+        raise ArgumentError(f"start is {start}; it must be at least 0.")
     slots = list(itertools.product(difficulties, names))
     if split == "train":
         return (_draw(split, seed, i, *slots[i % len(slots)], set()) for i in itertools.count(start))
@@ -82,15 +82,15 @@ def make_problems(
     families: Sequence[str] | None = None,
     difficulties: Sequence[int] = DEFAULT_DIFFICULTIES,
 ) -> list[Problem]:
-    """The first `count` problems of `stream_problems`; all families where `families` is None."""
+    """The first `count` problems of `stream_problems`. families None: all families."""
     endless = stream_problems(split, seed, families, difficulties)
     if count < 1:
-        raise ArgumentError(f"count is {count}; ask for at least 1 problem.")
+        raise ArgumentError(f"count is {count}; it must be at least 1.")
     return list(itertools.islice(endless, count))
 
 
 def write_jsonl(path: str | Path, items: Iterable[Problem]) -> None:
-    """One line {"prompt", "text" (the answer), "family", "difficulty"} for each problem."""
+    """Writes one JSON line for each problem: "prompt", "text" (the answer), "family", "difficulty"."""
     with open(path, "w", encoding="utf-8", newline="\n") as file:
         file.writelines(problem.line() + "\n" for problem in items)
 
@@ -105,7 +105,7 @@ def _check(split: str, families: Sequence[str], difficulties: Sequence[int]) -> 
         if difficulty not in LEVELS:
             raise ArgumentError(f"difficulty is {difficulty!r}; it must be from {LEVELS[0]} to {LEVELS[-1]}.")
     if not families or not difficulties:
-        raise ArgumentError("families or difficulties is empty; name at least one of each, or leave it out.")
+        raise ArgumentError("families or difficulties is empty; give at least one of each, or leave it out.")
 
 
 def _unique(split: Split, seed: int, slots: Sequence[tuple[int, str]]) -> Iterator[Problem]:
@@ -117,7 +117,7 @@ def _unique(split: Split, seed: int, slots: Sequence[tuple[int, str]]) -> Iterat
 
 
 def _draw(split: Split, seed: int, i: int, difficulty: int, family: str, seen: set[str]) -> Problem:
-    # A string seeds through SHA-512, the same on every platform; hash() would not be.
+    # Python seeds from a string by SHA-512, which is the same on every platform; hash() is not.
     rng = random.Random(f"{split}/{seed}/{i}/{family}/{difficulty}")
     for _ in range(TRIES):
         prompt, answer = FAMILIES[family](rng, difficulty)

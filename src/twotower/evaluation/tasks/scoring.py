@@ -1,4 +1,4 @@
-"""Exact match, with its uncertainty."""
+"""Exact-match scores, with 95 % intervals."""
 
 from __future__ import annotations
 
@@ -10,11 +10,11 @@ from twotower.errors import ArgumentError
 from twotower.evaluation.tasks.problem_sets import Problem
 
 OVERALL = "overall"
-Z95 = 1.959963984540054  # the standard normal's 97.5 % quantile
+Z95 = 1.959963984540054  # 97.5 % quantile of the standard normal distribution
 
 
 def wilson(right: int, count: int) -> tuple[float, float]:
-    """The 95 % score interval of a share right / count (Wilson 1927, JASA 22:209–212), both ends in 0..1."""
+    """The 95 % score interval of the share right / count, both ends in 0 to 1 (Wilson 1927, JASA 22:209–212)."""
     if not 0 <= right <= count or count < 1:
         raise ArgumentError(f"right is {right} of count {count}; it must be from 0 to count, and count at least 1.")
     share, z2 = right / count, Z95 * Z95
@@ -26,7 +26,7 @@ def wilson(right: int, count: int) -> tuple[float, float]:
 
 @dataclass(frozen=True)
 class Score:
-    """How many of `count` answers were right; shares are in 0..1."""
+    """Number of right answers of `count`; shares are 0 to 1."""
 
     right: int
     count: int
@@ -45,14 +45,16 @@ class Score:
 
 
 def is_right(problem: Problem, answer: str) -> bool:
-    """Exact match, outer white space aside."""
+    """Whether the answer is an exact match, without leading and trailing white space."""
     return answer.strip() == problem.answer.strip()
 
 
 def score(problems: Sequence[Problem], answers: Sequence[str]) -> dict[str, Score]:
-    """Exact matches of answers (outer white space aside) for each family, in order of appearance, then "overall"."""
+    """Exact matches (`is_right`) for each family, in order of appearance, and then "overall"."""
     if not problems or len(problems) != len(answers):
-        raise ArgumentError(f"{len(answers)} answers to {len(problems)} problems; give one for each, and at least one.")
+        raise ArgumentError(
+            f"{len(answers)} answers to {len(problems)} problems; give one answer for each of at least 1 problem."
+        )
     right: dict[str, list[bool]] = {}
     for problem, answer in zip(problems, answers, strict=True):
         right.setdefault(problem.family, []).append(is_right(problem, answer))
@@ -61,5 +63,5 @@ def score(problems: Sequence[Problem], answers: Sequence[str]) -> dict[str, Scor
 
 
 def accuracy(complete: Callable[[list[str]], Sequence[str]], problems: Sequence[Problem]) -> dict[str, Score]:
-    """The `score` of the answers of `complete`: a list of prompts → the text that follows each prompt, without EOS."""
+    """`score` of the answers of `complete`, which maps prompts to the text after each prompt, without EOS."""
     return score(problems, complete([problem.prompt for problem in problems]))
