@@ -141,7 +141,5 @@ def _items(
         own = [sample for sample in found["samples"][part] if sample["filter"] == wanted_filter]
         out += [float(sample[metric]) for sample in sorted(own, key=lambda sample: sample["doc_id"])]
     if not out:
-        raise ArgumentError(
-            f"{name}: lm-evaluation-harness returned no {TASKS[name].metric}; use lm-eval 0.4.13"
-        )
+        raise ArgumentError(f"{name}: lm-evaluation-harness returned no {TASKS[name].metric}; use lm-eval 0.4.13")
     return out
