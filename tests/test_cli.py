@@ -14,7 +14,6 @@ from pathlib import Path
 from xml.etree import ElementTree
 
 import pytest
-import torch
 from command import Result, assert_one_line_error
 from rich.console import Console
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers
@@ -25,7 +24,6 @@ from twotower.cli.generate import generate as generate_command
 from twotower.cli.pass_picture import block_title, picture_lines
 from twotower.cli.watch import Frame, LiveView, NullView, TokenNames, Watcher, block_text, colour
 from twotower.decoding.params import GenerationParams
-from twotower.ops.precision import multiplies_bf16_fast
 
 PROMPT = "Once upon a time"
 SPECIAL = ["<pad>", "<bos>", "<eos>", "<mask>"]
@@ -388,6 +386,7 @@ def test_info_gives_the_published_figures(cli: Callable[..., Result], golden_dir
     assert facts["state"]["per_token"] == 6 * 2 * 2 * 128 * 2
     assert facts["state"]["per_row"] == 23 * (3 * 6144 * 2 + 64 * 64 * 128 * 4)
     assert facts["weights"] == {"present": False, "files": [], "dtypes": {}, "problem": None}
+    assert facts["computes_in"]["cpu"] == "bfloat16"  # too large for fp32 under --dtype auto
     ops = {row["op"] for row in facts["backends"]["cpu"]}
     assert ops >= {"attention", "mamba_block", "experts", "linear_int8", "pass", "weights", "torch.compile"}
 
@@ -452,8 +451,7 @@ def test_demo_of_the_bundled_model(cli: Callable[..., Result], monkeypatch: pyte
     if not bundled_model().is_dir():
         pytest.skip("the bundled model is not in this tree")
     answer = json.loads(cli("demo", "--json").out)
-    fast = multiplies_bf16_fast(torch.device("cpu"))
-    assert answer["dtype"] == ("bfloat16" if fast else "float32")
+    assert answer["dtype"] == "float32"
     modes = {one["mode"]: one for one in answer["modes"]}
     assert set(modes) == {"diffusion", "verified", "ar", "mock_ar"}
     assert modes["ar"]["times_ar"] == 1.0

@@ -13,15 +13,17 @@ from twotower.assets import bundled_model
 from twotower.errors import ArgumentError, CheckpointError
 
 if TYPE_CHECKING:
-    from collections.abc import Sequence
+    from collections.abc import Iterable, Sequence
+
+    import torch
 
     from twotower.engine.towers import Towers
     from twotower.model.towers import TowerSet
     from twotower.modeling_twotower import TwoTowerForCausalLM
 
-# A bf16 model this small is widened to fp32, which is exact, where the processor only emulates bf16: its passes over
-# blocks would cost so much more than AR's steps that denoising could not pay.
-WIDENED_BELOW = 500_000_000
+# On a CPU, dtype "auto" computes in fp32 for a bf16 model with fewer parameters: verified decoding is then exact.
+FP32_BELOW = 500_000_000
+FP32_SHARE = 0.5  # of the free memory: fp32 weights under dtype "auto" may take this much
 DTYPES = ("auto", "bfloat16", "float32", "float64")
 QUANTIZATIONS = ("none", "int8")
 
@@ -56,9 +58,9 @@ def load_model(
 ) -> TwoTowerForCausalLM:
     """The model, ready to compute. Without devices named: the first CUDA device, else the CPU.
 
-    dtype "auto": as stored, but a small bf16 model in fp32 where a device has no arithmetic for bf16. On a processor
-    weights are packed where there is memory to spare and the option `pack` allows it. quantization "int8": the large
-    matrices in int8, the rest in dtype.
+    dtype "auto": as stored, except that a bf16 model of less than `FP32_BELOW` parameters computes in fp32 on a CPU if
+    the fp32 weights take at most half of the free memory. On a CPU, weights are packed if enough memory is free and the
+    option `pack` allows it. quantization "int8": the large matrices in int8, the rest in dtype.
 
     Raises:
         TwoTowerError: an unknown device, no such checkpoint, or one that does not fit its config.
@@ -67,7 +69,6 @@ def load_model(
 
     from twotower.model.wide_tensors import tensors
     from twotower.modeling_twotower import TwoTowerForCausalLM
-    from twotower.ops.precision import multiplies_bf16_fast
     from twotower.runners import packed_weights
 
     context = context_device or ("cuda:0" if torch.cuda.is_available() else "cpu")
@@ -82,15 +83,40 @@ def load_model(
         context_device=devices["context device"],
         denoiser_device=devices["denoiser device"],
     )
-    emulated = not all(multiplies_bf16_fast(torch.device(device)) for device in devices.values())
     size = sum(tensor.numel() for _, tensor in tensors(model))
-    if dtype == "auto" and model.dtype == torch.bfloat16 and emulated and size < WIDENED_BELOW:
+    if dtype == "auto" and auto_dtype(model.dtype, size, devices.values()) != model.dtype:
         model.float()
         model.config.dtype = model.dtype
     process.fit_threads_to_model(size)
     if packed_weights.refusal(model) is None:
         model.pack()
     return model
+
+
+def auto_dtype(stored: torch.dtype, parameters: int, devices: Iterable[str]) -> torch.dtype:
+    """What dtype "auto" computes in, for a model of so many parameters in `stored` on these devices."""
+    import torch
+
+    from twotower.runners.packed_weights import available_memory
+
+    on_cpu = any(torch.device(device).type == "cpu" for device in devices)
+    if stored != torch.bfloat16 or not on_cpu or parameters >= FP32_BELOW:
+        return stored
+    free = available_memory()
+    fits = free is None or parameters * torch.float32.itemsize <= FP32_SHARE * free
+    return torch.float32 if fits else stored
+
+
+def dtype_note(model: TwoTowerForCausalLM, dtype: str) -> str | None:
+    """What a user should know about bf16 where `dtype` "auto" chose it, in one line."""
+    import torch
+
+    if dtype != "auto" or model.dtype != torch.bfloat16:
+        return None
+    return (
+        "computing in bfloat16: texts can differ from AR's, and between runs, where two tokens are almost equally "
+        "likely; --dtype float32 is exact, --deterministic repeats the same text"
+    )
 
 
 def placement(model: TwoTowerForCausalLM) -> dict[str, object]:

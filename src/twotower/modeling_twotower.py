@@ -145,7 +145,9 @@ class TwoTowerForCausalLM(TwoTowerModel, PreTrainedModel):
 
         attention_mask (B, S): 0 at padding, on either side; labels: −100 is ignored.
         """
-        _refuse_unknown("forward", {k: v for k, v in kwargs.items() if k not in {"use_cache", "return_dict"}})
+        unknown = sorted(kwargs.keys() - {"use_cache", "return_dict"})
+        if unknown:
+            raise ArgumentError(f"forward: {', '.join(unknown)} has no meaning for a two-tower model; leave it out")
         for name, given in (("attention_mask", attention_mask), ("labels", labels)):
             if given is not None and given.shape != input_ids.shape:
                 raise ArgumentError(f"forward: {name} is {tuple(given.shape)}, input_ids {tuple(input_ids.shape)}")
@@ -177,6 +179,7 @@ class TwoTowerForCausalLM(TwoTowerModel, PreTrainedModel):
         attention_mask: Tensor | None = None,
         seed: int | Sequence[int] | None = None,
         stop: str | Sequence[str] | None = None,
+        deterministic: bool = False,
     ) -> Tensor:
         """Context tower and its head only, one token a pass → prompt + new tokens (B, S + n)."""
         params = GenerationParams.of(
@@ -188,6 +191,7 @@ class TwoTowerForCausalLM(TwoTowerModel, PreTrainedModel):
             eos_token_id=eos_token_id,
             seed=seed,
             stop=stop,
+            deterministic=deterministic,
         )
         return self._generate(input_ids, params, attention_mask)
 
@@ -203,6 +207,7 @@ class TwoTowerForCausalLM(TwoTowerModel, PreTrainedModel):
         attention_mask: Tensor | None = None,
         seed: int | Sequence[int] | None = None,
         stop: str | Sequence[str] | None = None,
+        deterministic: bool = False,
     ) -> Tensor:
         """The denoiser as a next-token predictor, without time conditioning → prompt + new tokens (B, S + n)."""
         params = GenerationParams.of(
@@ -214,6 +219,7 @@ class TwoTowerForCausalLM(TwoTowerModel, PreTrainedModel):
             eos_token_id=eos_token_id,
             seed=seed,
             stop=stop,
+            deterministic=deterministic,
         )
         return self._generate(input_ids, params, attention_mask)
 
@@ -235,6 +241,7 @@ class TwoTowerForCausalLM(TwoTowerModel, PreTrainedModel):
         attention_mask: Tensor | None = None,
         seed: int | Sequence[int] | None = None,
         stop: str | Sequence[str] | None = None,
+        deterministic: bool = False,
         policy: str | Sequence[str] | None = None,
         policy_value: float | Sequence[float] | None = None,
     ) -> Tensor:
@@ -258,6 +265,7 @@ class TwoTowerForCausalLM(TwoTowerModel, PreTrainedModel):
             eos_token_id=eos_token_id,
             seed=seed,
             stop=stop,
+            deterministic=deterministic,
             policy="threshold" if policy is None else policy,
             policy_value=policy_value,
         )
@@ -280,6 +288,7 @@ class TwoTowerForCausalLM(TwoTowerModel, PreTrainedModel):
         attention_mask: Tensor | None = None,
         seed: int | Sequence[int] | None = None,
         stop: str | Sequence[str] | None = None,
+        deterministic: bool = False,
         policy: str | Sequence[str] | None = None,
         policy_value: float | Sequence[float] | None = None,
     ) -> Tensor:
@@ -302,6 +311,7 @@ class TwoTowerForCausalLM(TwoTowerModel, PreTrainedModel):
             eos_token_id=eos_token_id,
             seed=seed,
             stop=stop,
+            deterministic=deterministic,
             policy="threshold" if policy is None else policy,
             policy_value=policy_value,
         )
@@ -333,11 +343,6 @@ class TwoTowerForCausalLM(TwoTowerModel, PreTrainedModel):
     ) -> Tensor:
         tokens, self._last_nfe = generation.generate_tensor(self, input_ids, params, attention_mask, callback)
         return tokens
-
-
-def _refuse_unknown(where: str, kwargs: dict[str, object]) -> None:
-    if kwargs:
-        raise ArgumentError(f"{where}: {', '.join(sorted(kwargs))} has no meaning for a two-tower model; leave it out")
 
 
 for _auto in (AutoModel, AutoModelForCausalLM):

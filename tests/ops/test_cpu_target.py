@@ -13,7 +13,7 @@ import pytest
 import torch
 from code_paths import PATHS, PROPERTY, forced, run_path
 
-from twotower import bundled_model, model_loading, options
+from twotower import options
 from twotower.errors import ArgumentError
 from twotower.ops import cpu_target
 from twotower.ops.cpu import library
@@ -65,14 +65,6 @@ def test_bf16_is_fast_where_processor_and_target_have_it(
     monkeypatch.setattr(torch.cpu, "_is_amx_tile_supported", lambda: amx, raising=False)
     assert {name for name, target in TARGETS.items() if cpu_target.multiplies_bf16(target)} == expected
     assert multiplies_bf16_fast(torch.device("cuda"), TARGETS["none"])
-
-
-@pytest.mark.parametrize(("fast", "expected"), [(True, torch.bfloat16), (False, torch.float32)])
-def test_auto_is_bf16_where_that_is_fast(fast: bool, expected: torch.dtype, monkeypatch: pytest.MonkeyPatch) -> None:
-    """The only tests of `dtype="auto"` on a stored bf16 model: every other test names its dtype."""
-    monkeypatch.setattr("twotower.ops.precision.multiplies_bf16_fast", lambda device: fast)
-    model = model_loading.load_model(bundled_model(), dtype="auto")
-    assert model.dtype == model.config.dtype == expected
 
 
 @pytest.mark.parametrize(

@@ -32,6 +32,7 @@ from twotower.cli.terminal import status_line
 )
 @click.option("--rows", type=click.IntRange(min=1), default=16, show_default=True, help="Prompts at work at once.")
 @click.option("--memory", metavar="GIB", type=click.FloatRange(min=0, min_open=True), help="For their state, at most.")
+@models.deterministic_option
 @models.dtype_option
 @models.quantization_option
 @models.threads_option
@@ -44,6 +45,7 @@ def batch(
     seed: int,
     rows: int,
     memory: float | None,
+    deterministic: bool,
     dtype: str,
     quantization: str,
     threads: int | None,
@@ -58,6 +60,8 @@ def batch(
     from twotower.engine.jobs import engine_for, finished, read_lines, run_job
 
     values = parse_setting(setting).values
+    if deterministic:
+        values["deterministic"] = True
     loaded, source = models.load_text_model(
         model, "it cannot read prompts; put one there", dtype=dtype, quantization=quantization, threads=threads
     )

@@ -99,6 +99,7 @@ SAMPLING_ONLY = ("seed", "top_k", "top_p")
 @click.option(
     "--seed", metavar="N", type=click.IntRange(0, 2**63 - 1), help="Same seed, same text.  [default: drawn, and shown]"
 )
+@models.deterministic_option
 @click.option("--stop", multiple=True, metavar="TEXT", help="End before this text. May be given several times.")
 @click.option("--watch", is_flag=True, help="Show each block being denoised (on stderr).")
 @click.option(
@@ -108,13 +109,7 @@ SAMPLING_ONLY = ("seed", "top_k", "top_p")
     help="Draw the passes as a picture: .svg, .png or .html.",
 )
 @click.option("--json", "as_json", is_flag=True, help="One JSON object on stdout instead of text.")
-@click.option(
-    "--dtype",
-    type=click.Choice(model_loading.DTYPES),
-    default="auto",
-    show_default=True,
-    help="auto: as stored, but a small bf16 model in float32 on a CPU that only emulates bf16.",
-)
+@models.dtype_option
 @models.quantization_option
 @click.option(
     "--context-device", metavar="DEVICE", help="E.g. cpu, cuda:0.  [default: the first CUDA device, else cpu]"
@@ -152,6 +147,7 @@ class GenerateOptions:
     top_k: int | None
     top_p: float | None
     seed: int | None
+    deterministic: bool
     stop: tuple[str, ...]
     watch: bool
     trace: Path | None
@@ -172,6 +168,7 @@ class GenerateOptions:
             # Drawn here where none is given, so that it can be told and used again.
             "seed": secrets.randbits(31) if self.seed is None else self.seed,
             "stop": self.stop,
+            "deterministic": self.deterministic,
         }
         if self.mode not in BLOCK_MODES:
             return shared
@@ -231,6 +228,7 @@ def generate_text(options: GenerateOptions) -> None:
             context_device=options.context_device,
             denoiser_device=options.denoiser_device,
         )
+    models.tell_dtype(model, options.dtype)
     model_loading.need_tokenizer(model, source, "it can neither read nor write text; put one there")
     parameters = options.parameters()
     parameters["eos_token_id"] = model_loading.eos_of(model)

@@ -71,6 +71,7 @@ def describe(path: Path) -> Facts:
     dtype = str(getattr(config, "dtype", None) or "float32").removeprefix("torch.")
     if not isinstance(getattr(torch, dtype, None), torch.dtype):
         raise ConfigError(f"{path}: dtype is {dtype!r}; torch has no such dtype")
+    computes_in = _computes_in(model, dtype)
     return {
         "path": str(path),
         "architectures": config.architectures,
@@ -80,8 +81,9 @@ def describe(path: Path) -> Facts:
         "shape": _shape(config),
         "parameters": _parameters(model),
         "memory": {name: _memory(model, name) for name in DTYPES} | {"int8": _memory(int8, "bfloat16")},
-        "state": _state(config, dtype),
-        "backends": _backends(model, dtype),
+        "computes_in": computes_in,
+        "state": _state(config, list(computes_in.values())[-1]),
+        "backends": _backends(model, computes_in),
         "weights": _weights(directory, model),
         "tokenizer": [name for name in TOKENIZER_FILES if (directory / name).exists()],
     }
@@ -169,14 +171,26 @@ def _state(config: TwoTowerConfig, dtype: str) -> StateSizes:
     return {"dtype": dtype, "per_token": per_token, "per_row": per_row, "full_context": full}
 
 
-def _backends(model: TwoTowerForCausalLM, dtype: str) -> dict[str, list[dict[str, str]]]:
+def _computes_in(model: TwoTowerForCausalLM, stored: str) -> dict[str, str]:
+    """What `--dtype auto` computes in on each device of this machine; commands use the last one unless told."""
+    import torch
+
+    from twotower.model.wide_tensors import tensors
+
+    size = sum(tensor.numel() for _, tensor in tensors(model))
+    devices = ["cpu"] + (["cuda:0"] if torch.cuda.is_available() else [])
+    chosen = {device: model_loading.auto_dtype(getattr(torch, stored), size, [device]) for device in devices}
+    return {device: str(dtype).removeprefix("torch.") for device, dtype in chosen.items()}
+
+
+def _backends(model: TwoTowerForCausalLM, computes_in: dict[str, str]) -> dict[str, list[dict[str, str]]]:
     import torch
 
     from twotower.ops import registry
     from twotower.runners import cuda_graph, fused_cpu, packed_weights
 
     found: dict[str, list[dict[str, str]]] = {}
-    for device in ["cpu"] + (["cuda:0"] if torch.cuda.is_available() else []):
+    for device, dtype in computes_in.items():
         rows = registry.report(torch.device(device), getattr(torch, dtype))
         unsupported = cuda_graph.refusal(torch.device(device))
         if unsupported is None:

@@ -48,11 +48,13 @@ class StoredWeights(TypedDict):
 
 
 class Facts(TypedDict):
-    """All facts about a checkpoint directory or config file; sizes in bytes."""
+    """All facts about a checkpoint or a config file; sizes in bytes. computes_in: by device, what `--dtype auto`
+    computes in."""
 
     path: str
     architectures: list[str] | None
     dtype: str
+    computes_in: dict[str, str]
     pattern: str
     layers: dict[str, int]
     shape: dict[str, int]

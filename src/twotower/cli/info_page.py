@@ -36,7 +36,7 @@ def _sections(facts: Facts) -> Iterator[tuple[str, list[str]]]:
     yield "state", list(_state(facts["state"]))
     for device, rows in facts["backends"].items():
         yield (
-            f"{device} {_SHORT.get(facts['dtype'], facts['dtype'])}",
+            f"{device} {_SHORT.get(facts['computes_in'][device], facts['computes_in'][device])}",
             [f"{row['op']:<14}{row['backend']:<13}{row['reason']}" for row in rows],
         )
     yield "files", list(_weights(facts["weights"]))

@@ -32,7 +32,18 @@ setting_option = click.option(
     help="A way to decode, e.g. diffusion:0.8, diffusion:factor=1.2,block_size=8, verified:acceptance=0.3. "
     "May be given several times; AR is always run.",
 )
-dtype_option = click.option("--dtype", type=click.Choice(model_loading.DTYPES), default="auto", show_default=True)
+deterministic_option = click.option(
+    "--deterministic",
+    is_flag=True,
+    help="Repeat the same text in bf16 too: passes depend on neither measured times nor other requests. Slower.",
+)
+dtype_option = click.option(
+    "--dtype",
+    type=click.Choice(model_loading.DTYPES),
+    default="auto",
+    show_default=True,
+    help="auto: as stored, but float32 on a CPU for a bfloat16 model of less than 500 million parameters.",
+)
 quantization_option = click.option(
     "--quantization",
     type=click.Choice(model_loading.QUANTIZATIONS),
@@ -61,8 +72,16 @@ def load_text_model(
     with status(f"loading {model_loading.name_of(source)} …"):
         configure_process(threads)
         loaded = model_loading.load_model(source, dtype=dtype, quantization=quantization)
+    tell_dtype(loaded, dtype)
     model_loading.need_tokenizer(loaded, source, consequence)
     return loaded, source
+
+
+def tell_dtype(model: TwoTowerForCausalLM, dtype: str) -> None:
+    """Writes to stderr what follows from bfloat16 where --dtype auto chose it."""
+    text = model_loading.dtype_note(model, dtype)
+    if text is not None:
+        click.secho(text, err=True, dim=True)
 
 
 @contextmanager

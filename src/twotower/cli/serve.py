@@ -114,6 +114,7 @@ DEFAULT_LENGTH = 8192  # limit of the default --length: the cache of a window of
     help="Device of the context tower, e.g. cpu or cuda:0.  [default: the first CUDA device, else cpu]",
 )
 @click.option("--denoiser-device", metavar="DEVICE", help="Device of the denoiser.  [default: the context device]")
+@models.deterministic_option
 @models.dtype_option
 @models.quantization_option
 @models.threads_option
@@ -149,6 +150,7 @@ class ServeOptions:
     log_prompts: bool
     context_device: str | None
     denoiser_device: str | None
+    deterministic: bool
     dtype: str
     quantization: str
     threads: int | None
@@ -185,6 +187,8 @@ def start_server(options: ServeOptions) -> None:
         if given is not None and not math.isfinite(given):
             raise ArgumentError(f"{option} is {given}; it must be a finite number")
     decoding = parse_setting(options.setting).values
+    if options.deterministic:
+        decoding["deterministic"] = True
     keys = read_keys(options.api_keys)
     if options.per_key is not None and not keys:
         raise ArgumentError("--per-key needs API keys; set --api-keys or TWOTOWER_API_KEYS, or omit it")
@@ -226,6 +230,7 @@ def _engine(options: ServeOptions, source: Path | str) -> LLM:
             context_device=options.context_device,
             denoiser_device=options.denoiser_device,
         )
+    models.tell_dtype(model, options.dtype)
     model_loading.need_tokenizer(model, source, "the server cannot encode prompts; put that file into the directory")
     window = model.config.backbone.max_position_embeddings
     return LLM(

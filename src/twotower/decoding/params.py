@@ -31,6 +31,7 @@ class RowIndependent(TypedDict, total=False):
     confidence_threshold: float
     draft_steps: int | None
     acceptance: float
+    deterministic: bool
 
 
 class Parameters(RowIndependent, total=False):
@@ -57,6 +58,9 @@ class GenerationParams:
     decoding: block_size is the longest draft with the token it continues, filled in draft_steps passes (None:
     what pays), by the same policies. acceptance 1 keeps what the AR model itself chooses; α < 1 also keeps tokens that
     the AR model gives α times the probability of its best token.
+    deterministic: the request's passes do not depend on measured times or on other requests, so that its text repeats
+    itself in any dtype, on one machine: each sequence gets passes of its own, a draft has a fixed depth (draft_steps,
+    by default 1) and length, prompts are read in fixed pieces without the prefix cache, and mode "auto" means verified.
 
     Raises:
         ArgumentError (a ValueError): what, value and remedy, in one line.
@@ -78,6 +82,7 @@ class GenerationParams:
     policy_value: float | tuple[float, ...] | None = None
     draft_steps: int | None = None
     acceptance: float = 1.0
+    deterministic: bool = False
 
     def __post_init__(self) -> None:
         for name in ("eos_token_id", "stop"):  # a lone one is meant as one, a string not as its letters
@@ -96,6 +101,10 @@ class GenerationParams:
         _number("acceptance", self.acceptance, 0.0, 1.0)
         if self.draft_steps is not None:
             check_whole("draft_steps", self.draft_steps, least=0)
+        if not isinstance(self.deterministic, bool):
+            raise ArgumentError(
+                f"deterministic is {self.deterministic!r}; it must be True or False", param="deterministic"
+            )
         if self.top_k is not None:
             check_whole("top_k", self.top_k, least=1)
         if self.top_p is not None:
@@ -196,15 +205,18 @@ class GenerationParams:
     def fixed_draft_depth(self) -> int | None:
         """Denoiser passes of every draft; None: round by round what pays.
 
-        Under relaxed acceptance the draft shows in the text, so there it is one unless the caller says otherwise: the
-        same seed gives the same text, whatever the clock said.
+        Under relaxed acceptance the text depends on the draft, and in `deterministic` requests the rounding does. The
+        default depth is then 1, because an adaptive depth depends on measured times.
         """
-        return 1 if self.draft_steps is None and self.acceptance < 1 else self.draft_steps
+        fixed = self.acceptance < 1 or self.deterministic
+        return 1 if self.draft_steps is None and fixed else self.draft_steps
 
     @property
     def depends_on_timing(self) -> bool:
         """Whether the passes it takes depend on what they cost."""
-        return self.mode == AUTO or (self.mode == "verified" and self.fixed_draft_depth is None)
+        if self.mode == AUTO:
+            return not self.deterministic
+        return self.mode == "verified" and self.fixed_draft_depth is None
 
     def row_policies(self, rows: int) -> tuple[list[str], list[float]]:
         """The policy and the policy value of each row."""

@@ -4,6 +4,7 @@ ar                                    a mode
 diffusion:0.8                         a mode and the policy value of the default policy
 diffusion:factor=1.2,block_size=32    a policy and its policy value, and parameters by name
 verified:draft_steps=1,acceptance=0.5
+verified:deterministic=true
 """
 
 from __future__ import annotations
@@ -17,6 +18,7 @@ from twotower.decoding.unmasking import POLICIES
 from twotower.errors import ArgumentError
 
 WHOLE = ("block_size", "steps_per_block", "draft_steps", "top_k", "seed")
+FLAGS = ("deterministic",)
 NUMBERS = ("temperature", "top_p", "acceptance", "confidence_threshold")
 
 
@@ -62,16 +64,24 @@ def parse_setting(text: str) -> Setting:
             values |= {"policy": name, "policy_value": _number(text, part, value)}
         elif name in WHOLE:
             values[name] = int(_number(text, part, value, whole=True))
+        elif name in FLAGS:
+            values[name] = _flag(text, part, value)
         elif name in NUMBERS:
             values[name] = _number(text, part, value)
         else:
-            known = ", ".join((*WHOLE, *NUMBERS, *POLICIES))
+            known = ", ".join((*WHOLE, *NUMBERS, *FLAGS, *POLICIES))
             raise ArgumentError(
                 f"setting {text!r}: {name!r} is no parameter and no policy; known are {known}", param="setting"
             )
     setting = Setting(text, values)
     setting.params()  # what it says is checked now
     return setting
+
+
+def _flag(text: str, part: str, value: str) -> bool:
+    if value not in ("true", "false"):
+        raise ArgumentError(f"setting {text!r}: {part!r} needs true or false after the =", param="setting")
+    return value == "true"
 
 
 def _number(text: str, part: str, value: str, whole: bool = False) -> float:

@@ -14,7 +14,6 @@ from __future__ import annotations
 
 import time
 from collections.abc import Callable, Sequence
-from typing import TypeVar
 
 import torch
 
@@ -33,7 +32,7 @@ from twotower.engine.mode_choice import resolve
 from twotower.engine.oom import in_parts, out_of_memory
 from twotower.engine.rounds import Rounds, in_step
 from twotower.engine.row_constants import RowConstants
-from twotower.engine.scheduled import ScheduledTokens
+from twotower.engine.scheduled import Item, ScheduledTokens, passes
 from twotower.engine.scheduler import PROMPT_CHUNK, Scheduler
 from twotower.engine.sequence import Phase, Request, RunningSequence, charge
 from twotower.engine.slots import slots_of
@@ -43,7 +42,6 @@ from twotower.engine.workspace import StateShape
 from twotower.ops.host_transfer import to_device_async
 from twotower.ops.precision import accumulation_dtype
 
-Item = TypeVar("Item", ScheduledTokens, RunningSequence)
 Collect = Callable[[], Sequence[Event]]  # waits for a pass that was launched, and books it
 
 
@@ -186,7 +184,7 @@ class EngineCore:
         request, output = sequence.request, sequence.output
         if request.prompt_logprobs:  # what is known of a prompt is not how likely it is
             output.prompt_logprobs.append(None)
-        elif self.options.prefix_cache:
+        elif self.options.prefix_cache and not request.params.deterministic:
             found = self.prefixes.restore(self.state, sequence.slot, request.prompt)
             sequence.read = output.cached_tokens = found
 
@@ -237,7 +235,7 @@ class EngineCore:
         return self.rounds.prompts_read(read) if read else []
 
     def _keep_prefix(self, sequence: RunningSequence) -> None:
-        if not self.options.prefix_cache:
+        if not self.options.prefix_cache or sequence.params.deterministic:
             return
         try:
             self.prefixes.insert(self.state, sequence.slot, sequence.request.prompt, sequence.read)
@@ -328,7 +326,7 @@ class EngineCore:
     def _in_parts(self, launch: Callable[[Sequence[Item]], list[Collect]], items: Sequence[Item]) -> list[Collect]:
         if self.options.lockstep:  # the callback is told of whole batches, and of each pass once
             return launch(items) if items else []
-        return in_parts(launch, items, self._relieve, self._fail) if items else []
+        return [each for part in passes(items) for each in in_parts(launch, part, self._relieve, self._fail)]
 
     def _fail(self, item: ScheduledTokens | RunningSequence, error: Exception) -> list[Collect]:
         """The end of a sequence whose pass does not fit the memory even alone."""

@@ -90,12 +90,14 @@ class OpenBlocks:
         exception of a commit policy ends its own sequence; otherwise the exception is raised.
         """
         constants, slots = self.constants, slots_of(sequences, self.constants.rows, self.device)
-        tokens, masked, step = at(self.tokens, slots), at(self.masked, slots), at(self.step, slots)
+        width = sequences[0].params.block_size if sequences[0].params.deterministic else self.size
+        tokens, masked = at(self.tokens, slots)[:, :width], at(self.masked, slots)[:, :width]
+        step = at(self.step, slots)
         sizes, steps = at(constants.block_size, slots), at(self.steps, slots)
         lengths = None
         if may_be_done:
             lengths = sizes[:, 0] * masked.any(1)
-        elif any(sequence.params.block_size < self.size for sequence in sequences):
+        elif any(sequence.params.block_size < width for sequence in sequences):
             lengths = sizes[:, 0]
         t = masked.sum(1).to(self.dtype) / sizes[:, 0]
         logits = self.model.denoise(tokens, t, view, lengths=lengths, wide=False)
@@ -104,7 +106,7 @@ class OpenBlocks:
         _bar_mask_token(sequences, logits, constants, slots)
 
         def keys() -> NoiseKeys:
-            positions = view.lengths[:, None] + torch.arange(self.size, device=self.device)
+            positions = view.lengths[:, None] + torch.arange(width, device=self.device)
             purpose = at(constants.purpose, slots)
             noise_step = torch.where(purpose == DIFFUSION_CANDIDATE, step, 0)
             return NoiseKeys(at(constants.seeds, slots), positions, purpose, noise_step)
@@ -114,8 +116,8 @@ class OpenBlocks:
         seen = Pass(logits, candidate, sure, masked, step, steps)
         chosen, memories, errors = commit_rows(sequences, seen, values, catch)
         tokens, masked = torch.where(chosen, candidate, tokens), masked & ~chosen
-        committed_at = torch.where(chosen, step, at(self.committed_at, slots))
-        confidence = torch.where(chosen, sure, at(self.confidence, slots))
+        committed_at = torch.where(chosen, step, at(self.committed_at, slots)[:, :width])
+        confidence = torch.where(chosen, sure, at(self.confidence, slots)[:, :width])
         proposed = (candidate, sure) if any(sequence.request.watched for sequence in sequences) else ()
         pending = PendingDenoise(
             sequences=list(sequences),

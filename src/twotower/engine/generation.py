@@ -133,6 +133,12 @@ def _checked(
     vocab_size = model.backbone.vocab_size
     rows = read_prompts(prompts, attention_mask, model.tokenizer, vocab_size, _pad_token(model))
     check_model(model, params, [len(ids) for ids in rows.ids])
+    if callback is not None and params.deterministic and len(rows.ids) > 1:
+        raise ArgumentError(
+            f"step_callback with deterministic=True and {len(rows.ids)} prompts: a callback is told of passes over all "
+            "prompts at once, and deterministic prompts have passes of their own; give one prompt a call",
+            param="step_callback",
+        )
     return rows
 
 

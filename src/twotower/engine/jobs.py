@@ -36,6 +36,7 @@ OWN = (
     "policy_value",
     "draft_steps",
     "acceptance",
+    "deterministic",
 )
 AHEAD = 4  # requests at work or waiting, for each row of the engine: a slow one holds up the file, not the others
 

@@ -24,6 +24,8 @@ def resolve(model: Towers, params: GenerationParams, rows: int) -> tuple[Generat
         return params, ""
     if model.denoiser is None:
         return replace(params, mode="ar"), "only the context tower was loaded"
+    if params.deterministic:
+        return replace(params, mode="verified"), "deterministic: verified decoding, without measuring any pass"
     chooser = model.workspace.mode_chooser
     key = round_up_to_power_of_two(rows), params.block_size
     if key not in chooser.costs:

@@ -1,8 +1,10 @@
-"""The tokens that the context tower reads for one sequence in one pass."""
+"""The tokens that the context tower reads for one sequence in one pass, and which sequences share a pass."""
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
+from typing import TypeVar
 
 from twotower.engine.sequence import RunningSequence
 
@@ -21,6 +23,23 @@ class ScheduledTokens:
     following: list[int] | None = None
 
     @property
+    def deterministic(self) -> bool:
+        """Whether no pass may hold another sequence beside this one."""
+        return self.sequence.deterministic
+
+    @property
     def asks(self) -> bool:
         """Whether log-probabilities are wanted."""
         return self.following is not None or (self.scored and self.sequence.request.logprobs is not None)
+
+
+Item = TypeVar("Item", ScheduledTokens, RunningSequence)
+
+
+def passes(items: Sequence[Item]) -> list[Sequence[Item]]:
+    """The items of each pass: every deterministic one has a pass of its own, the others share one."""
+    together = [item for item in items if not item.deterministic]
+    parts: list[Sequence[Item]] = [[item] for item in items if item.deterministic]
+    if together:
+        parts.append(together)
+    return parts

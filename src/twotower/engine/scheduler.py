@@ -73,16 +73,22 @@ class Scheduler:
         return works
 
     def _prompt_works(self, prefill_chunk: int) -> list[ScheduledTokens]:
-        """Pieces of prompts, oldest request first, within the budget."""
+        """Pieces of prompts, oldest request first, within the budget.
+
+        The pieces of a deterministic request do not depend on the budget that others left: the last one may exceed it.
+        """
         works, budget = [], self.prompt_budget
         for sequence in self.running.values():
             if sequence.phase is not Phase.PROMPT:
                 continue
+            if budget is not None and budget <= 0:
+                break
             end = min(sequence.read + prefill_chunk, sequence.prompt_end)
-            if self.chunk is not None:
-                end = min(end, sequence.read - sequence.read % self.chunk + self.chunk)
-            if budget is not None:
-                end = min(end, sequence.read + budget)
+            if not sequence.params.deterministic:
+                if self.chunk is not None:
+                    end = min(end, sequence.read - sequence.read % self.chunk + self.chunk)
+                if budget is not None:
+                    end = min(end, sequence.read + budget)
             tokens = list(sequence.request.prompt[sequence.read : end])
             if tokens:
                 works.append(ScheduledTokens(sequence, tokens, False, following(sequence, len(tokens))))

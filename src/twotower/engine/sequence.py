@@ -139,6 +139,11 @@ class RunningSequence:
         self.prompt_end = len(self.request.prompt) - (self.mode != "diffusion" or not self.params.max_new_tokens)
 
     @property
+    def deterministic(self) -> bool:
+        """Whether no pass may hold another sequence beside this one."""
+        return self.params.deterministic
+
+    @property
     def needs_denoiser(self) -> bool:
         """Whether the denoiser has a pass to make for this sequence, as far as the host knows."""
         if self.phase is Phase.DENOISE:

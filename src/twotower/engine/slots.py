@@ -26,6 +26,9 @@ def at(pool: Tensor, slots: Tensor | None) -> Tensor:
 
 
 def stored(pool: Tensor, slots: Tensor | None, values: Tensor) -> Tensor:
-    """A pool with `values` (B, …) at `slots`; with slots None the values themselves. The old pool is not written to:
-    results of an earlier pass, which nobody has collected yet, may be the same memory."""
+    """A pool (R, S) with `values` (B, L) in the first L columns of `slots`; with slots None and L = S the values
+    themselves. The old pool is not written to: results of an earlier pass, which nobody has collected yet, may be the
+    same memory."""
+    if values.shape[1] < pool.shape[1]:
+        values = torch.cat([values, at(pool, slots)[:, values.shape[1] :]], dim=1)
     return values if slots is None else pool.index_copy(0, slots, values)

@@ -28,6 +28,7 @@ PARAMETER_OF_FIELD = {
     "steps": "steps_per_block",
     "draft_steps": "draft_steps",
     "acceptance": "acceptance",
+    "deterministic": "deterministic",
     "top_k": "top_k",
 }
 FIELD_OF_PARAMETER = {name: field for field, name in PARAMETER_OF_FIELD.items()}
@@ -150,6 +151,10 @@ class BaseRequest(StrictModel):
         le=1,
         description="Verified: accept drafted tokens with at least this share of the probability of the AR model's "
         "best token. 1: only the AR tokens.",
+    )
+    deterministic: bool | None = Field(
+        None,
+        description="Repeat the same text in bf16 too: passes do not depend on times or other requests.",
     )
     stream_denoising: bool = Field(False, description="Also send an event for every denoising pass, with the block.")
 
