@@ -7,20 +7,17 @@ blocks of one document run in their order, in one folder with the files of `FILE
 from __future__ import annotations
 
 import json
-import os
 import shutil
-import socket
-import subprocess
-import sys
-import time
-import urllib.request
 from collections.abc import Iterator
 from pathlib import Path
 
 import doc_blocks
 import pytest
 import torch
+from bundled_server import bundled_server
 from doc_blocks import ADDRESS, ROOT, Block, blocks_of, problem
+
+from twotower.decoding.unmasking import POLICIES
 
 CARD = ROOT / "src/twotower/assets/small/README.md"
 PATHS = [ROOT / "README.md", ROOT / "CONTRIBUTING.md", *sorted((ROOT / "docs").glob("*.md")), CARD]
@@ -43,31 +40,8 @@ def relative(path: Path) -> str:
 
 @pytest.fixture(scope="module")
 def server() -> Iterator[str]:
-    """The address of `twotower serve` with the bundled model."""
-    with socket.socket() as free:
-        free.bind(("127.0.0.1", 0))
-        port = free.getsockname()[1]
-    command = [sys.executable, "-m", "twotower", "serve", "--port", str(port), "--threads", "1"]
-    environment = {**os.environ, "PYTHONPATH": str(ROOT / "src")}
-    with subprocess.Popen(command, env=environment, stdout=subprocess.DEVNULL, stderr=subprocess.PIPE) as process:
-        try:
-            _wait_until_ready(f"http://127.0.0.1:{port}/ready", process)
-            yield f"127.0.0.1:{port}"
-        finally:
-            process.terminate()
-            process.communicate(timeout=30)
-
-
-def _wait_until_ready(url: str, process: subprocess.Popen[bytes]) -> None:
-    for _ in range(600):
-        assert process.poll() is None, process.communicate()[1].decode()
-        try:
-            with urllib.request.urlopen(url, timeout=5) as answer:
-                if answer.status == 200:
-                    return
-        except OSError:
-            time.sleep(0.1)
-    pytest.fail(f"{url} does not answer")
+    with bundled_server() as address:
+        yield address
 
 
 @pytest.fixture
@@ -78,9 +52,11 @@ def folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Path]:
     for name in LINKS:
         (tmp_path / name).symlink_to(ROOT / name)
     monkeypatch.chdir(tmp_path)
-    threads = torch.get_num_threads()
+    threads, policies = torch.get_num_threads(), set(POLICIES)
     yield tmp_path
     torch.set_num_threads(threads)
+    for name in POLICIES.keys() - policies:
+        del POLICIES[name]
 
 
 @pytest.mark.parametrize("document", list(BLOCKS), ids=relative)
