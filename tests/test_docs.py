@@ -20,7 +20,7 @@ from twotower.options import rows
 
 ROOT = Path(__file__).parent.parent
 CARD = ROOT / "src/twotower/assets/small/README.md"
-DOCUMENTS = [ROOT / "README.md", *sorted((ROOT / "docs").glob("*.md")), CARD]
+DOCUMENTS = [ROOT / "README.md", ROOT / "CONTRIBUTING.md", *sorted((ROOT / "docs").glob("*.md")), CARD]
 SOURCES = [path for folder in ("src", "benchmarks") for path in sorted((ROOT / folder).rglob("*.py"))]
 FILES = ["/" + path.relative_to(ROOT).as_posix() for folder in ("src", "tests", "benchmarks", "tools")
          for path in (ROOT / folder).rglob("*.*")]  # fmt: skip
