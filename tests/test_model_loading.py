@@ -72,4 +72,4 @@ def test_deterministic_reaches_the_engine(cli: Callable[..., Result]) -> None:
         for flags in ((), ("--deterministic",))
     )
     assert "deterministic" in repeatable["mode_reason"]
-    assert "deterministic" not in plain["why"]
+    assert "deterministic" not in plain["mode_reason"]
