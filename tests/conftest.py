@@ -18,11 +18,11 @@ from torch import nn
 from twotower import TwoTowerConfig, TwoTowerForCausalLM
 from twotower.cli.main import run_cli
 from twotower.model.conditioning import TimeConditioning
+from twotower.model.fp32_tensors import cast
 from twotower.model.linear import Linear
 from twotower.model.mamba2 import Mamba2
 from twotower.model.moe import Experts, Router
 from twotower.model.norm import GatedGroupRMSNorm, RMSNorm
-from twotower.model.wide_tensors import cast
 from twotower.ops.cpu import library
 
 library.library()  # compiled now if ever: not in the middle of a test that reads stderr

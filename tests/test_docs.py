@@ -16,7 +16,7 @@ from conftest import build_random_model
 
 from twotower import LLM
 from twotower.cli.main import cli
-from twotower.options import rows
+from twotower.options import table_rows
 
 ROOT = Path(__file__).parent.parent
 CARD = ROOT / "src/twotower/assets/small/README.md"
@@ -149,7 +149,7 @@ def unknown_words(program: str, words: list[str]) -> list[str]:
 
 @pytest.mark.parametrize("document", DOCUMENTS, ids=relative)
 def test_environment_variables(document: Path) -> None:
-    known = {row.variable for row in rows()}
+    known = {row.variable for row in table_rows()}
     assert set(re.findall(r"TWOTOWER_[A-Z_]+", document.read_text())) - known == set()
 
 

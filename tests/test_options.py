@@ -242,7 +242,7 @@ def test_only_options_that_change_the_choice_of_kernels_are_in_its_key() -> None
 
 
 def test_the_table_is_complete() -> None:
-    table = options.rows()
+    table = options.table_rows()
     assert [row.option for row in table] == [field.name for field in dataclasses.fields(Options)]
     assert len({row.variable for row in table}) == len(table)
     for row in table:
@@ -258,7 +258,7 @@ def test_the_table_is_complete() -> None:
 def test_every_variable_in_the_documents_is_in_the_table() -> None:
     """`TWOTOWER_API_KEY` is a client's, `TWOTOWER_SCREENSHOTS` is read by a test."""
     root = SOURCE.parents[1]
-    known = {row.variable for row in options.rows()} | {"TWOTOWER_API_KEY"}
+    known = {row.variable for row in options.table_rows()} | {"TWOTOWER_API_KEY"}
     files = [*root.glob("*.md"), *root.glob("docs/*.md"), root / "Makefile", *SOURCE.rglob("*.py")]
     for file in files:
         found = set(re.findall(r"\bTWOTOWER_[A-Z_]+", file.read_text(encoding="utf-8")))

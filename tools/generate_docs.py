@@ -19,7 +19,7 @@ ROOT = Path(__file__).resolve().parent.parent
 sys.path.insert(0, str(ROOT / "src"))
 
 from twotower.cli.main import cli  # noqa: E402  after the path of this checkout
-from twotower.options import rows  # noqa: E402
+from twotower.options import table_rows  # noqa: E402
 
 WIDTH = 120  # characters of a line
 UNBREAKABLE = "\N{NO-BREAK SPACE}"
@@ -110,7 +110,7 @@ def environment_page() -> str:
                 ("Option", f"`{row.option}`, of type `{row.type}`"),
             )
         )
-        for row in rows()
+        for row in table_rows()
     ]
     return "\n\n".join([ENVIRONMENT_TEXT.rstrip(), *sections]) + "\n"
 

@@ -89,7 +89,7 @@ def random_model(
     model.to_empty(device=device)
     fill(model)
     model.config.dtype = dtype
-    if packed_weights.refusal(model) is None:
+    if packed_weights.packing_unsupported_reason(model) is None:
         model.pack()
     return model.eval()
 

@@ -67,7 +67,7 @@ def load_model(
     """
     import torch
 
-    from twotower.model.wide_tensors import tensors
+    from twotower.model.fp32_tensors import named_tensors
     from twotower.modeling_twotower import TwoTowerForCausalLM
     from twotower.runners import packed_weights
 
@@ -83,12 +83,12 @@ def load_model(
         context_device=devices["context device"],
         denoiser_device=devices["denoiser device"],
     )
-    size = sum(tensor.numel() for _, tensor in tensors(model))
+    size = sum(tensor.numel() for _, tensor in named_tensors(model))
     if dtype == "auto" and auto_dtype(model.dtype, size, devices.values()) != model.dtype:
         model.float()
         model.config.dtype = model.dtype
     process.fit_threads_to_model(size)
-    if packed_weights.refusal(model) is None:
+    if packed_weights.packing_unsupported_reason(model) is None:
         model.pack()
     return model
 

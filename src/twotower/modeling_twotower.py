@@ -123,11 +123,11 @@ class TwoTowerForCausalLM(TwoTowerModel, PreTrainedModel):
         The command line does it where there is memory to spare. Weights changed afterwards (in torch's own ways) are
         noticed and read as they lie; call it again then.
         """
-        return packed_weights.pack(self)
+        return packed_weights.pack_weights(self)
 
     def unpack(self) -> None:
         """Gives the memory of `pack` back."""
-        packed_weights.unpack(self)
+        packed_weights.unpack_weights(self)
 
     def release(self) -> None:
         """Frees what runners and generation have prepared for this model; they prepare it again when it is needed."""

@@ -2,7 +2,8 @@
 
 `current()` reads the environment once, when an option is first needed, and returns the same object from then on.
 `override(triton=False)` changes options for the duration of a `with` block. Every other module asks `current()`;
-none of them reads `os.environ`. The fields of `Options` are the table of all variables; `rows()` returns it as text.
+none of them reads `os.environ`. The fields of `Options` are the table of all variables; `table_rows()` returns the
+table as text.
 """
 
 from __future__ import annotations
@@ -281,7 +282,7 @@ def override(**changes: Any) -> Iterator[Options]:
 # --- the table --------------------------------------------------------------------------------------------------------
 
 
-class Row(NamedTuple):
+class TableRow(NamedTuple):
     """One line of the table of variables, as text."""
 
     variable: str
@@ -292,12 +293,12 @@ class Row(NamedTuple):
     text: str
 
 
-def rows() -> list[Row]:
+def table_rows() -> list[TableRow]:
     """Every variable with its option, type, default, allowed values and meaning."""
     out = []
     for one in dataclasses.fields(Options):
         variable = variable_of(one)
         default = one.default
         shown = variable.default or (str(int(default)) if isinstance(default, bool) else str(default))
-        out.append(Row(variable.name, one.name, str(one.type), shown, variable.kind.allowed, variable.text))
+        out.append(TableRow(variable.name, one.name, str(one.type), shown, variable.kind.allowed, variable.text))
     return out

@@ -44,7 +44,7 @@ class Tokenizer(Protocol):
     def save_pretrained(self, save_directory: Path) -> object: ...
 
 
-def required(tokenizer: Tokenizer | None) -> Tokenizer:
+def require_tokenizer(tokenizer: Tokenizer | None) -> Tokenizer:
     """The tokenizer of a model that is to read or write text.
 
     Raises:

@@ -35,9 +35,9 @@ class Homes(TorchDispatchMode):
         super().__init__()
         self.known: dict[StorageWeakRef, str] = {}
         for name, tensor in model.state_dict(keep_vars=True).items():
-            self.settle(tensor, "context" if name.startswith("context.") else "denoiser")
+            self.assign(tensor, "context" if name.startswith("context.") else "denoiser")
 
-    def settle(self, tensor: Tensor, home: str) -> None:
+    def assign(self, tensor: Tensor, home: str) -> None:
         self.known[StorageWeakRef(tensor.untyped_storage())] = home
 
     def of(self, tensor: Tensor) -> str | None:
@@ -51,7 +51,7 @@ class Homes(TorchDispatchMode):
             raise AssertionError(f"{func} reads tensors of both towers")
         for tensor in [*inputs, *(x for x in tree_leaves(out) if isinstance(x, Tensor))]:
             if homes:
-                self.settle(tensor, *homes)
+                self.assign(tensor, *homes)
         return out
 
 
@@ -66,7 +66,7 @@ class CountingTransfer(DeviceTransfer):
         out = super().send(tensor, device).clone()
         home = None if self.homes is None else self.homes.of(tensor)
         if self.homes is not None and home is not None:
-            self.homes.settle(out, OTHER[home])
+            self.homes.assign(out, OTHER[home])
         self.sent.append((OTHER.get(home or ""), tensor.nbytes))
         return out
 

@@ -14,10 +14,10 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor
 
 from twotower import TwoTowerForCausalLM
-from twotower.checkpoint.names import slots
+from twotower.checkpoint.names import tensor_entries
 from twotower.checkpoint.reader import INDEX_FILE, SINGLE_FILE
 from twotower.errors import ArgumentError, CheckpointError, ConfigError, TwoTowerError
-from twotower.model.wide_tensors import WIDE_SUFFIXES, cast
+from twotower.model.fp32_tensors import FP32_SUFFIXES, cast
 
 Factory = Callable[..., TwoTowerForCausalLM]
 PROMPT = torch.arange(5, 25)[None]
@@ -64,7 +64,7 @@ def changed(directory: Path, change: Callable[[dict[str, Tensor]], object]) -> P
     return directory
 
 
-def refusal(directory: Path, *parts: str, **arguments: object) -> str:
+def load_error(directory: Path, *parts: str, **arguments: object) -> str:
     """The message with which loading fails: one line, naming all `parts`."""
     with pytest.raises((CheckpointError, ConfigError)) as caught:
         TwoTowerForCausalLM.from_pretrained(directory, **arguments)
@@ -122,7 +122,7 @@ def test_shards_keep_to_their_size(model: TwoTowerForCausalLM, sharded: Path) ->
     files = sorted(sharded.glob("*.safetensors"))
     index = json.loads((sharded / INDEX_FILE).read_text())
     assert len(files) > 3
-    assert set(index["weight_map"]) == {slot.disk for slot in slots(model)}
+    assert set(index["weight_map"]) == {entry.disk for entry in tensor_entries(model)}
     assert index["metadata"]["total_size"] == sum(p.nbytes for p in [*model.parameters(), *model.buffers()])
     for file in files:
         stored = load_file(file)
@@ -178,7 +178,7 @@ def test_config_is_written_as_released(golden_dir: Path, tmp_path: Path) -> None
 
 
 def wide(model: TwoTowerForCausalLM) -> dict[str, torch.dtype]:
-    return {name: t.dtype for name, t in model.state_dict().items() if f".{name}".endswith(WIDE_SUFFIXES)}
+    return {name: t.dtype for name, t in model.state_dict().items() if f".{name}".endswith(FP32_SUFFIXES)}
 
 
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32, torch.float64, "bfloat16"])
@@ -200,7 +200,7 @@ def test_wide_tensors_survive_a_narrow_model_exactly(model: TwoTowerForCausalLM,
     TwoTowerForCausalLM.from_pretrained(tmp_path / "full", dtype=torch.bfloat16).save_pretrained(tmp_path / "bf16")
     full, narrow = tensors(tmp_path / "full"), tensors(tmp_path / "bf16")
     for name in full:
-        expected = full[name] if name.endswith(WIDE_SUFFIXES) else full[name].bfloat16()
+        expected = full[name] if name.endswith(FP32_SUFFIXES) else full[name].bfloat16()
         assert torch.equal(narrow[name], expected)
         assert narrow[name].dtype == expected.dtype
 
@@ -226,7 +226,7 @@ def test_half_precision_files_load_in_a_dtype_we_have(saved: Path) -> None:
     assert TwoTowerForCausalLM.from_pretrained(saved, dtype=torch.float32).dtype == torch.float32
     config = json.loads((saved / "config.json").read_text())
     (saved / "config.json").write_text(json.dumps(config | {"torch_dtype": None}))
-    refusal(saved, SINGLE_FILE, "F16", "bfloat16")
+    load_error(saved, SINGLE_FILE, "F16", "bfloat16")
     (saved / "config.json").write_text(json.dumps(config | {"torch_dtype": "float16"}))
     with pytest.raises(ArgumentError, match=r"torch_dtype is torch.float16; choose dtype bfloat16"):
         TwoTowerForCausalLM.from_pretrained(saved)
@@ -288,9 +288,9 @@ def test_context_tower_loads_from_its_own_shards_only(saved: Path) -> None:
     """What the denoiser's tensors are like does not matter, that they have a place in the model does."""
     changed(saved, lambda t: t.update({"lm_head.weight": t["lm_head.weight"][:3]}))
     TwoTowerForCausalLM.from_pretrained(saved, towers="context")
-    refusal(saved, "lm_head.weight")
+    load_error(saved, "lm_head.weight")
     changed(saved, lambda t: t.update({"lm_feet.weight": t["lm_head.weight"]}))
-    refusal(saved, "lm_feet.weight", towers="context")
+    load_error(saved, "lm_feet.weight", towers="context")
 
 
 # --- wrong on disk ------------------------------------------------------------------------------------------------
@@ -310,13 +310,13 @@ def test_context_tower_loads_from_its_own_shards_only(saved: Path) -> None:
 def test_missing_tensor(saved: Path, name: str) -> None:
     shape = list(load_file(saved / SINGLE_FILE)[name].shape)
     changed(saved, lambda t: t.pop(name))
-    message = refusal(saved, str(saved / SINGLE_FILE), f"{name} is missing", str(shape))
+    message = load_error(saved, str(saved / SINGLE_FILE), f"{name} is missing", str(shape))
     assert "more" not in message
 
 
 def test_missing_tensors_are_counted(saved: Path) -> None:
     changed(saved, lambda t: [t.pop(name) for name in list(t) if ".layers.3." in name])
-    refusal(saved, "context_tower.layers.3.norm.weight is missing", "and 5 more")
+    load_error(saved, "context_tower.layers.3.norm.weight is missing", "and 5 more")
 
 
 @pytest.mark.parametrize(
@@ -324,14 +324,14 @@ def test_missing_tensors_are_counted(saved: Path) -> None:
 )
 def test_surplus_tensor(saved: Path, name: str) -> None:
     changed(saved, lambda t: t.update({name: torch.zeros(3)}))
-    refusal(saved, str(saved / SINGLE_FILE), name, "no place")
+    load_error(saved, str(saved / SINGLE_FILE), name, "no place")
 
 
 def test_one_expert_too_many(saved: Path) -> None:
     experts = "context_tower.layers.2.mixer.experts."
     parts = ("up_proj.weight", "down_proj.weight")
     changed(saved, lambda t: t.update({f"{experts}8.{part}": t[f"{experts}7.{part}"] for part in parts}))
-    refusal(saved, SINGLE_FILE, f"{experts}8.down_proj.weight", "nor have 1 more")
+    load_error(saved, SINGLE_FILE, f"{experts}8.down_proj.weight", "nor have 1 more")
 
 
 @pytest.mark.parametrize(
@@ -341,30 +341,30 @@ def test_misshapen_tensor(saved: Path, name: str) -> None:
     expected = list(load_file(saved / SINGLE_FILE)[name].shape)
     changed(saved, lambda t: t.update({name: t[name][..., :-1]}))
     found = [*expected[:-1], expected[-1] - 1]
-    refusal(saved, str(saved / SINGLE_FILE), name, f"has shape {found}", f"expects {expected}")
+    load_error(saved, str(saved / SINGLE_FILE), name, f"has shape {found}", f"expects {expected}")
 
 
 def test_tensor_that_is_not_of_floats(saved: Path) -> None:
     changed(saved, lambda t: t.update({QUERY: t[QUERY].to(torch.int8)}))
-    refusal(saved, str(saved / SINGLE_FILE), QUERY, "I8", "float")
+    load_error(saved, str(saved / SINGLE_FILE), QUERY, "I8", "float")
 
 
 @pytest.mark.parametrize("keep", [0, 4, 500, -1])
 def test_truncated_file(saved: Path, keep: int) -> None:
     whole = (saved / SINGLE_FILE).read_bytes()
     (saved / SINGLE_FILE).write_bytes(whole[:keep] if keep >= 0 else whole[:-100])
-    refusal(saved, str(saved / SINGLE_FILE), "not a whole safetensors file")
+    load_error(saved, str(saved / SINGLE_FILE), "not a whole safetensors file")
 
 
 def test_truncated_shard(sharded: Path) -> None:
     shard = sorted(sharded.glob("*.safetensors"))[2]
     shard.write_bytes(shard.read_bytes()[:-8])
-    refusal(sharded, str(shard), "not a whole safetensors file")
+    load_error(sharded, str(shard), "not a whole safetensors file")
 
 
 def test_not_safetensors_at_all(saved: Path) -> None:
     (saved / SINGLE_FILE).write_text("version https://git-lfs.github.com/spec/v1\noid sha256:4d7a\nsize 12\n")
-    refusal(saved, str(saved / SINGLE_FILE), "fetch it again")
+    load_error(saved, str(saved / SINGLE_FILE), "fetch it again")
 
 
 def test_pattern_of_another_model(saved: Path) -> None:
@@ -375,39 +375,39 @@ def test_pattern_of_another_model(saved: Path) -> None:
         (saved / "config.json").write_text(json.dumps(config | changes))
         return saved
 
-    refusal(with_pattern("MME-M"), SINGLE_FILE, "layers.1.mixer", "'*' (attention)", "letter 1", "'M' (Mamba-2)")
-    refusal(with_pattern("M*--M"), "layers.2.mixer", "'E' (MoE)", "letter 2", "'-' (MLP)")
-    refusal(with_pattern("M*EEM"), "layers.3.mixer", "'-' (MLP)", "letter 3", "'E' (MoE)")
-    refusal(with_pattern("**E-M"), "layers.0.mixer", "'M' (Mamba-2)", "'*' (attention)")
-    refusal(with_pattern("M*E-"), "layers.4.", "names only 4 layers")
-    refusal(with_pattern("M*E-M*"), "context_tower.layers.5.", "missing")
+    load_error(with_pattern("MME-M"), SINGLE_FILE, "layers.1.mixer", "'*' (attention)", "letter 1", "'M' (Mamba-2)")
+    load_error(with_pattern("M*--M"), "layers.2.mixer", "'E' (MoE)", "letter 2", "'-' (MLP)")
+    load_error(with_pattern("M*EEM"), "layers.3.mixer", "'-' (MLP)", "letter 3", "'E' (MoE)")
+    load_error(with_pattern("**E-M"), "layers.0.mixer", "'M' (Mamba-2)", "'*' (attention)")
+    load_error(with_pattern("M*E-"), "layers.4.", "names only 4 layers")
+    load_error(with_pattern("M*E-M*"), "context_tower.layers.5.", "missing")
 
 
 def test_layer_count_that_disagrees(saved: Path) -> None:
     config = json.loads((saved / "config.json").read_text())
     (saved / "config.json").write_text(json.dumps(config | {"num_hidden_layers": 4}))
-    refusal(saved, str(saved / "config.json"), "num_hidden_layers is 4", "5 letters")
+    load_error(saved, str(saved / "config.json"), "num_hidden_layers is 4", "5 letters")
 
 
 def test_config_of_another_size(saved: Path) -> None:
     config = json.loads((saved / "config.json").read_text())
     (saved / "config.json").write_text(json.dumps(config | {"hidden_size": 48}))
-    refusal(saved, "context_tower.", "expects")
+    load_error(saved, "context_tower.", "expects")
     (saved / "config.json").write_text(json.dumps(config | {"n_routed_experts": 4}))
-    refusal(saved, ".experts.", "no place")
+    load_error(saved, ".experts.", "no place")
 
 
 def test_not_two_tower(saved: Path, tmp_path: Path) -> None:
     config = json.loads((saved / "config.json").read_text())
     (saved / "config.json").write_text(json.dumps(config | {"architectures": ["NemotronHForCausalLM"]}))
-    refusal(saved, "config.json", "NemotronHForCausalLM", "NemotronHTwoTowerForCausalLM")
+    load_error(saved, "config.json", "NemotronHForCausalLM", "NemotronHTwoTowerForCausalLM")
     (saved / "config.json").write_text(json.dumps(config))
     save_file({"backbone.embeddings.weight": torch.zeros(64, 32)}, saved / SINGLE_FILE)
-    refusal(saved, str(saved), "one-tower model", "context_tower.*", "denoiser_tower.*")
+    load_error(saved, str(saved), "one-tower model", "context_tower.*", "denoiser_tower.*")
     save_file({"w": torch.zeros(2)}, saved / SINGLE_FILE)
-    refusal(saved, str(saved), "not a two-tower checkpoint")
+    load_error(saved, str(saved), "not a two-tower checkpoint")
     (saved / "config.json").write_text(json.dumps(config | {"model_type": "llama"}))
-    refusal(saved, "config.json", "'llama'", "'nemotron_h'")
+    load_error(saved, "config.json", "'llama'", "'nemotron_h'")
 
 
 # --- wrong index --------------------------------------------------------------------------------------------------
@@ -422,37 +422,37 @@ def edited(directory: Path, change: Callable[[dict], object]) -> None:
 @pytest.mark.parametrize("content", ["", "{", "[]", "{}", '{"weight_map": []}', '{"weight_map": 3}', "\x00"])
 def test_index_that_is_none(sharded: Path, content: str) -> None:
     (sharded / INDEX_FILE).write_text(content)
-    refusal(sharded, str(sharded / INDEX_FILE), "not a safetensors index")
+    load_error(sharded, str(sharded / INDEX_FILE), "not a safetensors index")
 
 
 def test_index_names_an_absent_file(sharded: Path) -> None:
     shard = sorted(sharded.glob("*.safetensors"))[1]
     shard.unlink()
-    refusal(sharded, str(sharded / INDEX_FILE), shard.name, "fetch it again")
+    load_error(sharded, str(sharded / INDEX_FILE), shard.name, "fetch it again")
 
 
 def test_index_puts_a_tensor_in_the_wrong_file(sharded: Path) -> None:
     first = sorted(sharded.glob("*.safetensors"))[0].name
     edited(sharded, lambda index: index["weight_map"].update({"lm_head.weight": first}))
-    refusal(sharded, str(sharded / INDEX_FILE), "lm_head.weight", first)
+    load_error(sharded, str(sharded / INDEX_FILE), "lm_head.weight", first)
 
 
 def test_index_lists_a_tensor_that_no_file_has(sharded: Path) -> None:
     first = sorted(sharded.glob("*.safetensors"))[0].name
     edited(sharded, lambda index: index["weight_map"].update({"ghost": first}))
-    refusal(sharded, str(sharded / INDEX_FILE), "ghost", first)
+    load_error(sharded, str(sharded / INDEX_FILE), "ghost", first)
 
 
 def test_index_leaves_a_tensor_out(sharded: Path) -> None:
     edited(sharded, lambda index: index["weight_map"].pop("lm_head.weight"))
-    refusal(sharded, "lm_head.weight", INDEX_FILE)
+    load_error(sharded, "lm_head.weight", INDEX_FILE)
 
 
 def test_two_shards_hold_the_same_tensor(sharded: Path) -> None:
     first, second = sorted(sharded.glob("*.safetensors"))[:2]
     twice = next(iter(load_file(first)))
     save_file(load_file(second) | {twice: load_file(first)[twice]}, second)
-    refusal(sharded, str(second), twice, first.name)
+    load_error(sharded, str(second), twice, first.name)
 
 
 def test_missing_tensor_of_a_sharded_checkpoint(sharded: Path) -> None:
@@ -461,19 +461,19 @@ def test_missing_tensor_of_a_sharded_checkpoint(sharded: Path) -> None:
     del stored["lm_head.weight"]
     save_file(stored, file)
     edited(sharded, lambda index: index["weight_map"].pop("lm_head.weight"))
-    refusal(sharded, str(sharded / INDEX_FILE), "lm_head.weight is missing")
+    load_error(sharded, str(sharded / INDEX_FILE), "lm_head.weight is missing")
 
 
 # --- wrong place --------------------------------------------------------------------------------------------------
 
 
 def test_wrong_places(saved: Path, tmp_path: Path) -> None:
-    refusal(tmp_path / "nowhere", "nowhere", "no such directory")
-    refusal(saved / "config.json", "is a file", "directory")
+    load_error(tmp_path / "nowhere", "nowhere", "no such directory")
+    load_error(saved / "config.json", "is a file", "directory")
     (tmp_path / "empty").mkdir()
-    refusal(tmp_path / "empty", "config.json", "no such file")
+    load_error(tmp_path / "empty", "config.json", "no such file")
     shutil.copy(saved / "config.json", tmp_path / "empty")
-    refusal(tmp_path / "empty", str(tmp_path / "empty"), SINGLE_FILE, INDEX_FILE)
+    load_error(tmp_path / "empty", str(tmp_path / "empty"), SINGLE_FILE, INDEX_FILE)
 
 
 def test_a_name_that_the_hub_does_not_have(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -481,7 +481,7 @@ def test_a_name_that_the_hub_does_not_have(monkeypatch: pytest.MonkeyPatch) -> N
         raise OSError("no network here\nand a second line")
 
     monkeypatch.setattr("huggingface_hub.snapshot_download", offline)
-    refusal("someone/some-model", "someone/some-model", "no network here")  # type: ignore[arg-type]
+    load_error("someone/some-model", "someone/some-model", "no network here")  # type: ignore[arg-type]
 
 
 def test_hub_snapshot_is_loaded(saved: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -26,11 +26,11 @@ from transformers import AutoModelForCausalLM, PreTrainedTokenizerFast
 
 from twotower import TwoTowerForCausalLM
 from twotower.checkpoint import convert as conversion
-from twotower.checkpoint.convert import Converted, convert
+from twotower.checkpoint.convert import ConversionResult, convert
 from twotower.checkpoint.reader import INDEX_FILE, SINGLE_FILE
 from twotower.cli.main import cli as verbs
 from twotower.errors import ArgumentError
-from twotower.model.wide_tensors import WIDE_SUFFIXES
+from twotower.model.fp32_tensors import FP32_SUFFIXES
 
 ORIGINAL, CURRENT = "original", "transformers 5"
 LAYOUTS = (ORIGINAL, CURRENT)
@@ -228,7 +228,7 @@ def test_dtypes(tmp_path: Path, layout: str) -> None:
         expected = torch.bfloat16 if dtype is None else torch.empty(0, dtype=getattr(torch, made.dtype)).dtype
         wide = torch.promote_types(expected, torch.float32)
         for name, tensor in tensors(tmp_path / f"made-{dtype}").items():
-            assert tensor.dtype == (wide if name.endswith(WIDE_SUFFIXES) else expected)
+            assert tensor.dtype == (wide if name.endswith(FP32_SUFFIXES) else expected)
             if name.startswith(("context_tower.layers.0", "denoiser_tower.layers.0")):
                 root = "backbone" if layout == ORIGINAL else "model"
                 assert torch.equal(tensor, stored[root + name[name.index(".") :]].to(tensor.dtype))
@@ -407,7 +407,7 @@ def test_tokenizer_is_copied_as_it_is(source: Path, tmp_path: Path) -> None:
 
 
 def test_mask_token(source: Path, tmp_path: Path) -> None:
-    def mask(**arguments: Any) -> Converted:
+    def mask(**arguments: Any) -> ConversionResult:
         made = convert(source, tmp_path / "made", overwrite=True, **arguments)
         assert TwoTowerForCausalLM.from_pretrained(tmp_path / "made").config.mask_token == made.mask_token_id
         return made
@@ -739,20 +739,22 @@ def test_memory_is_far_below_the_size(tmp_path: Path, layout: str) -> None:
 def write_large(directory: Path, pattern: str, shape: dict[str, int], layout: str) -> None:
     """A one-tower checkpoint in bf16, in five shards."""
     from twotower import TwoTowerConfig
-    from twotower.checkpoint.names import one_tower_slots
-    from twotower.checkpoint.writer import Piece, write_shards
+    from twotower.checkpoint.names import one_tower_entries
+    from twotower.checkpoint.writer import TensorToWrite, write_shards
 
     config = TwoTowerConfig(hybrid_override_pattern=pattern, **shape)
     with torch.device("meta"):
         model = TwoTowerForCausalLM(config)
     experts = {f"model.{name}" for name, _ in model.context.named_parameters() if ".experts." in name}
     root = "backbone." if layout == ORIGINAL else "model."
-    places = one_tower_slots(model, {"lm_head.weight", *experts}, root).values()
+    places = one_tower_entries(model, {"lm_head.weight", *experts}, root).values()
     directory.mkdir()
-    pieces = [
-        Piece(place.disk, place.shape, torch.bfloat16, lambda s=place.shape: torch.randn(s).mul(0.02).bfloat16())
+    to_write = [
+        TensorToWrite(
+            place.disk, place.shape, torch.bfloat16, lambda s=place.shape: torch.randn(s).mul(0.02).bfloat16()
+        )
         for place in {place.disk: place for place in places}.values()
     ]
-    write_shards(directory, pieces, "80MB")
+    write_shards(directory, to_write, "80MB")
     values = config.to_dict() | {"architectures": ["NemotronHForCausalLM"], "torch_dtype": "bfloat16"}
     (directory / "config.json").write_text(json.dumps(values | {"model_type": "nemotron_h"}))

@@ -12,9 +12,9 @@ import torch
 from safetensors.torch import save_file
 
 from twotower import TwoTowerConfig, TwoTowerForCausalLM
-from twotower.checkpoint.names import Slot, slots
+from twotower.checkpoint.names import TensorEntry, tensor_entries
 from twotower.checkpoint.reader import INDEX_FILE, SINGLE_FILE
-from twotower.model.wide_tensors import wanted_dtype
+from twotower.model.fp32_tensors import target_dtype
 
 pytestmark = pytest.mark.skipif(not Path("/proc/self/status").exists(), reason="RssAnon is Linux's")
 
@@ -77,21 +77,21 @@ def write_checkpoint(directory: Path, scale: int, shards: int) -> None:
     directory.mkdir()
     (directory / "config.json").write_text(json.dumps(config.to_dict()))
     with torch.device("meta"):
-        every = slots(TwoTowerForCausalLM(config))
+        every = tensor_entries(TwoTowerForCausalLM(config))
     if shards == 1:
-        save_file({slot.disk: _random(slot) for slot in every}, directory / SINGLE_FILE)
+        save_file({entry.disk: _random(entry) for entry in every}, directory / SINGLE_FILE)
         return
     weight_map = {}
     for i in range(shards):
         part = every[i * len(every) // shards : (i + 1) * len(every) // shards]
         name = f"model-{i + 1:05}-of-{shards:05}.safetensors"
-        save_file({slot.disk: _random(slot) for slot in part}, directory / name)
-        weight_map |= {slot.disk: name for slot in part}
+        save_file({entry.disk: _random(entry) for entry in part}, directory / name)
+        weight_map |= {entry.disk: name for entry in part}
     (directory / INDEX_FILE).write_text(json.dumps({"metadata": {}, "weight_map": weight_map}))
 
 
-def _random(slot: Slot) -> torch.Tensor:
-    return torch.empty(slot.shape, dtype=wanted_dtype(slot.memory, torch.bfloat16)).uniform_(-0.1, 0.1)
+def _random(entry: TensorEntry) -> torch.Tensor:
+    return torch.empty(entry.shape, dtype=target_dtype(entry.memory, torch.bfloat16)).uniform_(-0.1, 0.1)
 
 
 def loads(directory: Path, *cases: dict[str, str]) -> list[dict[str, float]]:

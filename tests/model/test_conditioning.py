@@ -27,15 +27,15 @@ def test_what_is_remembered_is_what_would_be_formed(time: TimeConditioning) -> N
     t = torch.tensor([0.5, 1.0, 0.25, 0.5]).double()
     formed = parts(time, t)  # with gradients nothing is remembered
     assert formed.requires_grad
-    assert not time._known
+    assert not time._cached
     with torch.no_grad():
         for again in range(2):
             assert torch.allclose(parts(time, t), formed, rtol=1e-12, atol=1e-12), again
         with patch.object(TimeConditioning, "_parts", side_effect=AssertionError("formed again")):
             assert torch.allclose(parts(time, t[1:3]), formed[:, 1:3], rtol=1e-12, atol=1e-12)
-        assert len(time._known) == 3
+        assert len(time._cached) == 3
         assert parts(time, t.float()).shape == formed.shape  # another dtype, another entry
-        assert len(time._known) == 6
+        assert len(time._cached) == 6
 
 
 @torch.no_grad()
@@ -54,4 +54,4 @@ def test_changed_weights_are_noticed(time: TimeConditioning) -> None:
 def test_few_are_kept(time: TimeConditioning) -> None:
     for step in range(200):
         time(torch.tensor([step / 200]).double())
-        assert len(time._known) <= conditioning.MOST_KNOWN + 1
+        assert len(time._cached) <= conditioning.MAX_CACHED_TIMES + 1

@@ -18,7 +18,7 @@ from twotower.model.layer_io import AttentionMetadata
 from twotower.model.towers import TwoTowerModel
 from twotower.ops.cpu import library
 from twotower.runners.cuda_graph import CUDAGraphRunner
-from twotower.runners.fused_cpu import KEPT, FusedCPURunner
+from twotower.runners.fused_cpu import MAX_TABLES, FusedCPURunner
 
 compiled = pytest.mark.skipif(isinstance(library.library(), str), reason="needs the compiled kernels")
 TOKENS = torch.tensor([[5, 6, 7], [8, 9, 10]])
@@ -43,9 +43,9 @@ def logits_of(model: TwoTowerModel) -> list[Tensor]:
 def test_names_in_memory_and_on_disk() -> None:
     """Every key of a state dict has a place in the checkpoint, every tensor of the checkpoint a key."""
     model = TwoTowerForCausalLM.from_pretrained(bundled_model())
-    slots = names.slots(model)
-    assert {slot.memory for slot in slots} == set(model.state_dict())
-    assert {slot.disk for slot in slots} == set(reader.scan(bundled_model()))
+    entries = names.tensor_entries(model)
+    assert {entry.memory for entry in entries} == set(model.state_dict())
+    assert {entry.disk for entry in entries} == set(reader.read_headers(bundled_model()))
     assert {name.split(".")[0] for name in model.state_dict()} == {"context", "denoiser", "time"}
 
 
@@ -125,6 +125,6 @@ def test_threads_do_not_share_a_prepared_pass() -> None:
 @torch.no_grad()
 def test_few_prepared_passes_are_kept() -> None:
     model = build_random_model("M*")
-    for rows in range(1, KEPT + 10):
+    for rows in range(1, MAX_TABLES + 10):
         model.context(torch.full((rows, 1), 5), AttentionMetadata())
-    assert fused(model).prepared == KEPT
+    assert fused(model).prepared == MAX_TABLES

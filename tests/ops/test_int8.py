@@ -21,11 +21,11 @@ from twotower.checkpoint.quantize import quantization_of, quantize_
 from twotower.checkpoint.reader import SINGLE_FILE
 from twotower.engine import LLM, Request
 from twotower.errors import ArgumentError
+from twotower.model.fp32_tensors import named_tensors
 from twotower.model.layer_io import AttentionMetadata
 from twotower.model.linear import Int8Linear
 from twotower.model.tower import PassInputs
 from twotower.model.towers import PREFILL_CHUNK
-from twotower.model.wide_tensors import tensors
 from twotower.ops import self_check_cases
 from twotower.ops.cpu import kernels, library
 from twotower.ops.reference import int8
@@ -47,8 +47,8 @@ def meant(q: Tensor, scale: Tensor) -> Tensor:
 def as_meant(model: TwoTowerForCausalLM) -> TwoTowerForCausalLM:
     """A float64 model of plain layers with the weights that an int8 model's stand for."""
     plain = TwoTowerForCausalLM(model.config).double().eval()
-    own = dict(tensors(model))
-    for name, tensor in tensors(plain):
+    own = dict(named_tensors(model))
+    for name, tensor in named_tensors(plain):
         scale = own.get(f"{name}_scale")
         tensor.data = own[name].double() if scale is None else meant(own[name], scale)
     return plain
@@ -219,7 +219,7 @@ def test_a_wrong_int8_kernel_costs_only_int8_towers(name: str, monkeypatch: pyte
     monkeypatch.setattr(fused_cpu, "select", select)
     with torch.no_grad():
         model = build_random_model(EVERY_KIND)
-        assert model.prefill_chunk == fused_cpu.LONGEST
+        assert model.prefill_chunk == fused_cpu.MAX_ROW_TOKENS
         assert quantize_(model).prefill_chunk == PREFILL_CHUNK
 
 
@@ -228,13 +228,13 @@ def test_a_wrong_int8_kernel_costs_only_int8_towers(name: str, monkeypatch: pyte
 
 def test_only_large_products_are() -> None:
     model = quantize_(build_random_model(EVERY_KIND))
-    kept = {name.split("mixer.")[-1] for name, tensor in tensors(model) if tensor.dtype == torch.int8}
+    kept = {name.split("mixer.")[-1] for name, tensor in named_tensors(model) if tensor.dtype == torch.int8}
     assert kept == {
         "in_proj.weight", "out_proj.weight", "q_proj.weight", "k_proj.weight", "v_proj.weight", "o_proj.weight",
         "experts.up_proj", "experts.down_proj", "shared_experts.up_proj.weight", "shared_experts.down_proj.weight",
         "up_proj.weight", "down_proj.weight", "context.head.weight", "denoiser.head.weight",
     }  # fmt: skip
-    assert all(not tensor.is_floating_point() or tensor.dtype == torch.float32 for _, tensor in tensors(model))
+    assert all(not tensor.is_floating_point() or tensor.dtype == torch.float32 for _, tensor in named_tensors(model))
     assert quantization_of(model) == model.quantization == "int8"
     assert quantization_of(build_random_model("M")) == "none"
 
@@ -250,10 +250,10 @@ def test_layers_that_are_shared_stay_shared() -> None:
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float64])
 def test_another_dtype_leaves_the_quantised_weights(dtype: torch.dtype) -> None:
     model = quantize_(build_random_model(EVERY_KIND))
-    before = {name: tensor.clone() for name, tensor in tensors(model)}
+    before = {name: tensor.clone() for name, tensor in named_tensors(model)}
     model.to(dtype)
     assert model.dtype == dtype
-    for name, tensor in tensors(model):
+    for name, tensor in named_tensors(model):
         if before[name].dtype == torch.int8:
             assert torch.equal(tensor, before[name])
         elif name.endswith("_scale"):
@@ -263,7 +263,7 @@ def test_another_dtype_leaves_the_quantised_weights(dtype: torch.dtype) -> None:
 
 def test_towers_move_with_their_scales() -> None:
     model = quantize_(build_random_model(EVERY_KIND)).place_towers_on_devices("cpu", "meta")
-    for name, tensor in tensors(model):
+    for name, tensor in named_tensors(model):
         assert tensor.device.type == ("cpu" if name.startswith("context.") else "meta"), name
 
 
@@ -279,8 +279,8 @@ def test_a_checkpoint_is_quantised_as_it_is_read(golden_dir: Path, name: str, dt
     plain = TwoTowerForCausalLM.from_pretrained(golden_dir / name, dtype=dtype)
     assert loaded.quantization == "int8"
     assert loaded.dtype == plain.dtype
-    own, widest = dict(tensors(plain)), dict(tensors(stored))
-    for key, tensor in tensors(loaded):
+    own, widest = dict(named_tensors(plain)), dict(named_tensors(stored))
+    for key, tensor in named_tensors(loaded):
         if tensor.dtype == torch.int8 or key.endswith("_scale"):
             assert torch.equal(tensor.double(), widest[key].double()), key
         else:
@@ -292,9 +292,9 @@ def test_a_context_tower_alone(golden_dir: Path) -> None:
     both = TwoTowerForCausalLM.from_pretrained(golden_dir / "tiny-hybrid", quantization="int8")
     alone = TwoTowerForCausalLM.from_pretrained(golden_dir / "tiny-hybrid", quantization="int8", towers="context")
     assert alone.denoiser is None
-    expected = {name: tensor for name, tensor in tensors(both) if name.startswith("context.")}
-    assert dict(tensors(alone)).keys() == expected.keys()
-    assert all(torch.equal(tensor, expected[name]) for name, tensor in tensors(alone))
+    expected = {name: tensor for name, tensor in named_tensors(both) if name.startswith("context.")}
+    assert dict(named_tensors(alone)).keys() == expected.keys()
+    assert all(torch.equal(tensor, expected[name]) for name, tensor in named_tensors(alone))
 
 
 def test_a_damaged_checkpoint_is_told_as_ever(golden_dir: Path, tmp_path: Path) -> None:
@@ -382,7 +382,7 @@ def test_every_verb_that_loads_takes_it(verb: str, cli: Callable[..., Result]) -
 def test_info_counts_what_loading_allocates(cli: Callable[..., Result], golden_dir: Path) -> None:
     facts = json.loads(cli("info", golden_dir / "tiny-hybrid", "--json").out)
     loaded = TwoTowerForCausalLM.from_pretrained(golden_dir / "tiny-hybrid", dtype="bfloat16", quantization="int8")
-    assert facts["memory"]["int8"]["both"] == sum(tensor.nbytes for _, tensor in tensors(loaded))
+    assert facts["memory"]["int8"]["both"] == sum(tensor.nbytes for _, tensor in named_tensors(loaded))
 
 
 def test_the_released_model_fits_eighty_gigabytes(cli: Callable[..., Result], golden_dir: Path) -> None:

@@ -418,7 +418,10 @@ def test_layout_of_blocks() -> None:
     assert layout.blocks == 5
     assert torch.equal(layout.valid, DOCUMENTS != -1)
     assert layout.block_document.tolist() == [[0, 0, 1, -1, 2], [0, 1, 1, 2, -1]]
-    assert [[i for i, f in enumerate(row) if f] for row in layout.fresh.tolist()] == [[0, 2, 3, 4], [0, 1, 3, 4]]
+    assert [[i for i, f in enumerate(row) if f] for row in layout.starts_document.tolist()] == [
+        [0, 2, 3, 4],
+        [0, 1, 3, 4],
+    ]
 
 
 @pytest.mark.parametrize("block_size", [1, 2, 4])

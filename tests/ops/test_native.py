@@ -329,7 +329,7 @@ def _at_once(tower: Tower) -> bool:
 
 
 @torch.no_grad()
-@pytest.mark.parametrize("length", [17, 60, fused_cpu.LONGEST])
+@pytest.mark.parametrize("length", [17, 60, fused_cpu.MAX_ROW_TOKENS])
 def test_a_pass_longer_than_a_chunk_is_the_chunked_scan(length: int, monkeypatch: pytest.MonkeyPatch) -> None:
     """What the layers do chunk by chunk is done in one piece, and leaves the same state."""
     model = build_random_model(EVERY_KIND, dtype=torch.float32)

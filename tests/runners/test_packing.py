@@ -116,7 +116,7 @@ def test_a_packed_model_says_the_same(
             run = FusedCPURunner().run(model.context, PassInputs(tokens[:, :length], AttentionMetadata()))
         assert (run is not None) == expected
     model.unpack()
-    assert all(packed.of(weight) is None for weight, packed in packing.matrices(model))
+    assert all(packed.of(weight) is None for weight, packed in packing.packable_weights(model))
 
 
 def all_packed(tower: Tower) -> bool:
@@ -129,14 +129,14 @@ def test_a_weight_changed_in_place_has_no_copy() -> None:
     draw = self_check_cases.Draw(4, CPU)
     layer, x = Linear(24, 40, bias=False), draw(3, 24)
     layer.weight = nn.Parameter(draw(40, 24))
-    assert packing.pack(layer) == packed_weights.size(layer.weight) * 4
+    assert packing.pack_weights(layer) == packed_weights.size(layer.weight) * 4
     optimizer = torch.optim.SGD([layer.weight], lr=0.1)
     layer.weight.grad = torch.ones_like(layer.weight)
     optimizer.step()
     assert layer.packed.of(layer.weight) is None
     with torch.no_grad():
         assert torch.equal(layer(x), kernels.linear(x, layer.weight))
-    packing.pack(layer)  # again
+    packing.pack_weights(layer)  # again
     assert layer.packed.of(layer.weight) is not None
     with torch.no_grad():
         torch.testing.assert_close(layer(x), torch.nn.functional.linear(x, layer.weight))
@@ -146,7 +146,7 @@ def test_another_weight_at_the_same_address_has_no_copy() -> None:
     """Same address, dtype and version: it is another tensor."""
     layer = Linear(24, 40, bias=False)
     layer.weight = nn.Parameter(torch.randn(40, 24))
-    packing.pack(layer)
+    packing.pack_weights(layer)
     other = nn.Parameter(layer.weight.data)
     assert (other.data_ptr(), other._version) == (layer.weight.data_ptr(), layer.weight._version)
     assert layer.packed.of(layer.weight) is not None
@@ -190,9 +190,9 @@ def test_packed_weights_belong_to_their_module(duplicate: Any) -> None:
     assert all_packed(model.context)
     assert set(model.state_dict()) == names
     other = duplicate(model)
-    assert all(packed.panels is None for _, packed in packing.matrices(other))
+    assert all(packed.panels is None for _, packed in packing.packable_weights(other))
     assert other.context.runners != model.context.runners
-    panels = [weakref.ref(packed.of(weight)) for weight, packed in packing.matrices(model)]
+    panels = [weakref.ref(packed.of(weight)) for weight, packed in packing.packable_weights(model)]
     gc.collect()
     gc.disable()
     try:
@@ -214,7 +214,7 @@ def test_what_cannot_be_packed_is_left() -> None:
 def test_loading_packs_where_there_is_room(monkeypatch: pytest.MonkeyPatch) -> None:
     def packed() -> bool:
         model = model_loading.load_model(bundled_model(), dtype="float32")
-        return all(packed.of(weight) is not None for weight, packed in packing.matrices(model))
+        return all(packed.of(weight) is not None for weight, packed in packing.packable_weights(model))
 
     assert packed()
     with options.override(pack=False):

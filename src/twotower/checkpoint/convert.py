@@ -21,13 +21,13 @@ from safetensors import safe_open
 from torch import Tensor
 
 from twotower.checkpoint import names, one_tower, pretrained, reader
-from twotower.checkpoint.names import Slot
-from twotower.checkpoint.one_tower import OneTower
-from twotower.checkpoint.writer import Piece, write_shards
+from twotower.checkpoint.names import TensorEntry
+from twotower.checkpoint.one_tower import OneTowerCheckpoint
+from twotower.checkpoint.writer import TensorToWrite, write_shards
 from twotower.config import TwoTowerConfig
 from twotower.errors import ArgumentError, CheckpointError
 from twotower.model.conditioning import TimeConditioning
-from twotower.model.wide_tensors import wanted_dtype
+from twotower.model.fp32_tensors import target_dtype
 from twotower.tokenizer import Tokenizer
 
 UNFINISHED = ".unfinished"  # marks a directory that is still being written, and so may be removed
@@ -35,7 +35,7 @@ SPARE_BYTES = 64 * 2**20  # headers, index, tokenizer
 
 
 @dataclass(frozen=True, kw_only=True)
-class Converted:
+class ConversionResult:
     """What was written. Sizes in bytes; notes: what the user should know, a sentence each."""
 
     source: str
@@ -64,7 +64,7 @@ def convert(
     seed: int = 0,
     overwrite: bool = False,
     progress: Callable[[int, int], None] | None = None,
-) -> Converted:
+) -> ConversionResult:
     """Makes a two-tower checkpoint from a one-tower Nemotron-H one (a directory or hub id).
 
     mask_token_id: None for the tokenizer's, else 3. dtype: bfloat16, float32 or float64; None keeps each tensor's own
@@ -78,7 +78,7 @@ def convert(
     """
     target = Path(directory).resolve()
     _check_target(target, overwrite)
-    origin = pretrained.local(source, {})
+    origin = pretrained.resolve_source(source, {})
     if origin.resolve() == target or target in origin.resolve().parents:
         raise ArgumentError(f"{target}: holds the checkpoint that is to be converted; write to another directory")
     tower = one_tower.read(origin)
@@ -90,15 +90,15 @@ def convert(
     model_dtype = wanted or tower.stored[tower.places["embeddings.weight", None].disk].torch_dtype
 
     with ExitStack() as files:
-        pieces = list(_pieces(tower, wanted, _time_conditioning(config, seed, model_dtype), files))
-        total = sum(piece.nbytes for piece in pieces)
+        to_write = list(_tensors_to_write(tower, wanted, _time_conditioning(config, seed, model_dtype), files))
+        total = sum(entry.nbytes for entry in to_write)
         with _unfinished(target, overwrite, total) as folder:
             written = _counter(total, progress)
-            weights = write_shards(folder, pieces, max_shard_size, written)
+            weights = write_shards(folder, to_write, max_shard_size, written)
             _write_rest(tower, folder, model_dtype)
-            known = names.slots(tower.model)
-            reader.check(folder, reader.scan(folder), known, known, config.hybrid_override_pattern)
-    return Converted(
+            known = names.tensor_entries(tower.model)
+            reader.check(folder, reader.read_headers(folder), known, known, config.hybrid_override_pattern)
+    return ConversionResult(
         source=str(source),
         directory=Path(directory),
         pattern=config.hybrid_override_pattern,
@@ -115,24 +115,26 @@ def convert(
 # --- tensors -------------------------------------------------------------------------------------------------------
 
 
-def _pieces(tower: OneTower, dtype: torch.dtype | None, time: dict[str, Tensor], files: ExitStack) -> Iterator[Piece]:
+def _tensors_to_write(
+    tower: OneTowerCheckpoint, dtype: torch.dtype | None, time: dict[str, Tensor], files: ExitStack
+) -> Iterator[TensorToWrite]:
     """Every tensor of the two-tower checkpoint, to be read when its turn comes; `files` keeps the mapped files open."""
     opened = {
         file: files.enter_context(safe_open(file, framework="pt"))
         for file in sorted({stored.file for stored in tower.stored.values()})
     }
-    for slot in names.slots(tower.model):
-        which, _, part = slot.memory.partition(".")
+    for entry in names.tensor_entries(tower.model):
+        which, _, part = entry.memory.partition(".")
         if which == "time":
-            yield Piece(slot.disk, slot.shape, time[part].dtype, partial(time.__getitem__, part))
+            yield TensorToWrite(entry.disk, entry.shape, time[part].dtype, partial(time.__getitem__, part))
             continue
-        place = tower.places[part, slot.expert]
+        place = tower.places[part, entry.expert]
         stored = tower.stored[place.disk]
-        kept = wanted_dtype(slot.memory, dtype or stored.torch_dtype)
-        yield Piece(slot.disk, slot.shape, kept, partial(_read, opened[stored.file], place))
+        kept = target_dtype(entry.memory, dtype or stored.torch_dtype)
+        yield TensorToWrite(entry.disk, entry.shape, kept, partial(_read, opened[stored.file], place))
 
 
-def _read(file: safe_open, place: Slot) -> Tensor:
+def _read(file: safe_open, place: TensorEntry) -> Tensor:
     tensor: Tensor = file.get_tensor(place.disk) if place.expert is None else file.get_slice(place.disk)[place.expert]
     return tensor
 
@@ -145,7 +147,7 @@ def _time_conditioning(config: TwoTowerConfig, seed: int, dtype: torch.dtype) ->
     return {name: tensor.to(dtype) for name, tensor in time.state_dict().items()}
 
 
-def _check_stored(tower: OneTower, dtype: torch.dtype | None) -> None:
+def _check_stored(tower: OneTowerCheckpoint, dtype: torch.dtype | None) -> None:
     for place in tower.places.values():
         stored = tower.stored[place.disk]
         if stored.dtype == "F16" and dtype is None:
@@ -155,8 +157,8 @@ def _check_stored(tower: OneTower, dtype: torch.dtype | None) -> None:
             )
 
 
-def _parameters(tower: OneTower, prefix: str) -> int:
-    return sum(math.prod(slot.shape) for slot in names.slots(tower.model) if slot.memory.startswith(prefix))
+def _parameters(tower: OneTowerCheckpoint, prefix: str) -> int:
+    return sum(math.prod(entry.shape) for entry in names.tensor_entries(tower.model) if entry.memory.startswith(prefix))
 
 
 def _counter(total: int, progress: Callable[[int, int], None] | None) -> Callable[[int], None]:
@@ -174,12 +176,12 @@ def _counter(total: int, progress: Callable[[int, int], None] | None) -> Callabl
 # --- everything else in the directory ------------------------------------------------------------------------------
 
 
-def _write_rest(tower: OneTower, folder: Path, dtype: torch.dtype) -> None:
+def _write_rest(tower: OneTowerCheckpoint, folder: Path, dtype: torch.dtype) -> None:
     name = str(dtype).removeprefix("torch.")
     config = pretrained.config_to_write(tower.model) | {"torch_dtype": name}
     (folder / "config.json").write_text(json.dumps(config, indent=2, sort_keys=True) + "\n")
     (folder / pretrained.CODE_FILE).write_text(pretrained.CODE)
-    pretrained.copy_text_files(tower.directory, folder)
+    pretrained.copy_tokenizer_files(tower.directory, folder)
 
 
 def _text_notes(config: TwoTowerConfig, tokenizer: Tokenizer | None) -> Iterator[str]:

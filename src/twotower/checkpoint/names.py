@@ -11,7 +11,7 @@ from dataclasses import dataclass
 
 from torch import nn
 
-from twotower.model.wide_tensors import tensors
+from twotower.model.fp32_tensors import named_tensors
 from twotower.ops.reference import int8
 
 SCALE = "_scale"  # after the name of an int8 tensor: its rows' scales, which have no place on disk
@@ -24,7 +24,7 @@ KIND_MARKS = {"mixer.in_proj.": "M", "mixer.q_proj.": "*", "mixer.gate.": "E", "
 
 
 @dataclass(frozen=True)
-class Slot:
+class TensorEntry:
     """One tensor on disk and its place in memory: a whole parameter, or one expert of a stacked one."""
 
     disk: str
@@ -33,11 +33,11 @@ class Slot:
     shape: tuple[int, ...]
 
 
-def slots(model: nn.Module) -> list[Slot]:
+def tensor_entries(model: nn.Module) -> list[TensorEntry]:
     """Every tensor of a two-tower model (a meta one will do) on disk, in model order; int8 ones as what they are made
     of."""
     out = []
-    every = dict(tensors(model))
+    every = dict(named_tensors(model))
     for memory, tensor in every.items():
         if memory.endswith(SCALE):
             continue
@@ -46,11 +46,11 @@ def slots(model: nn.Module) -> list[Slot]:
         disk = disk_name(memory)
         stacked = _EXPERTS.match(disk)
         if stacked is None:
-            out.append(Slot(disk, memory, None, shape))
+            out.append(TensorEntry(disk, memory, None, shape))
             continue
         prefix, projection = stacked.groups()
         for j in range(shape[0]):
-            out.append(Slot(f"{prefix}.{j}.{projection}.weight", memory, j, shape[1:]))
+            out.append(TensorEntry(f"{prefix}.{j}.{projection}.weight", memory, j, shape[1:]))
     return out
 
 
@@ -63,25 +63,25 @@ def disk_name(memory: str) -> str:
     return head + rest.removeprefix("head.") if rest.startswith("head.") else tower + rest
 
 
-def one_tower_slots(model: nn.Module, found: Container[str], root: str) -> dict[tuple[str, int | None], Slot]:
+def one_tower_entries(model: nn.Module, found: Container[str], root: str) -> dict[tuple[str, int | None], TensorEntry]:
     """Where a one-tower checkpoint, which conversion starts from, keeps the tensors of a tower.
 
     root: "backbone." (the original layout, experts single) or "model." (transformers 5, experts stacked); `found`, the
     names on disk, tells which experts are stacked, and whether there is a head or the embedding serves as one.
-    → (name in a tower in memory, expert) → the slot on disk, where `expert` indexes a stacked tensor of that shape.
+    → (name in a tower in memory, expert) → the entry on disk, where `expert` indexes a stacked tensor of that shape.
     """
-    stacked = {memory: tuple(tensor.shape) for memory, tensor in tensors(model)}
+    stacked = {memory: tuple(tensor.shape) for memory, tensor in named_tensors(model)}
     out = {}
-    for slot in slots(model):
-        tower, _, part = slot.memory.partition(".")
+    for entry in tensor_entries(model):
+        tower, _, part = entry.memory.partition(".")
         if tower != "context":
             continue
         if part == "head.weight":
             disk = "lm_head.weight" if "lm_head.weight" in found else f"{root}embeddings.weight"
-            place = Slot(disk, slot.memory, None, slot.shape)
-        elif slot.expert is not None and root + part in found:
-            place = Slot(root + part, slot.memory, slot.expert, stacked[slot.memory])
+            place = TensorEntry(disk, entry.memory, None, entry.shape)
+        elif entry.expert is not None and root + part in found:
+            place = TensorEntry(root + part, entry.memory, entry.expert, stacked[entry.memory])
         else:
-            place = Slot(root + slot.disk.removeprefix("context_tower."), slot.memory, None, slot.shape)
-        out[part, slot.expert] = place
+            place = TensorEntry(root + entry.disk.removeprefix("context_tower."), entry.memory, None, entry.shape)
+        out[part, entry.expert] = place
     return out

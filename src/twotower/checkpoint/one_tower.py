@@ -12,9 +12,9 @@ from pathlib import Path
 import torch
 
 from twotower.checkpoint import names, pretrained, reader
-from twotower.checkpoint.names import Slot
-from twotower.checkpoint.reader import Stored
-from twotower.checkpoint.writer import Piece, write_shards
+from twotower.checkpoint.names import TensorEntry
+from twotower.checkpoint.reader import StoredTensor
+from twotower.checkpoint.writer import TensorToWrite, write_shards
 from twotower.config import ARCHITECTURE, MASK_TOKEN_ID, MODEL_TYPE, BackboneConfig, TwoTowerConfig, read_object
 from twotower.errors import ArgumentError, CheckpointError, ConfigError
 from twotower.model.towers import TwoTowerModel
@@ -51,7 +51,7 @@ _OLDER_NAMES = {
 
 
 @dataclass(frozen=True, kw_only=True)
-class OneTower:
+class OneTowerCheckpoint:
     """A checkpoint whose headers have been checked against its config.
 
     model: the two-tower model it makes, without storage; places: (name in a tower, expert) → where it is stored.
@@ -59,12 +59,12 @@ class OneTower:
 
     directory: Path
     model: TwoTowerModel
-    stored: dict[str, Stored]
-    places: dict[tuple[str, int | None], Slot]
+    stored: dict[str, StoredTensor]
+    places: dict[tuple[str, int | None], TensorEntry]
     notes: tuple[str, ...]
 
 
-def read(directory: Path) -> OneTower:
+def read(directory: Path) -> OneTowerCheckpoint:
     """Config and headers; no weights.
 
     Raises:
@@ -72,7 +72,7 @@ def read(directory: Path) -> OneTower:
             tensor missing, surplus, of the wrong shape or kind.
     """
     config, tied = _config(directory / "config.json")
-    found = reader.scan(directory)
+    found = reader.read_headers(directory)
     if any(name.startswith("context_tower.") for name in found):
         raise CheckpointError(f"{directory}: is already a two-tower checkpoint; it needs no conversion")
     stored = {name: place for name, place in found.items() if not _EXTRA_HEADS.search(name)}
@@ -81,10 +81,10 @@ def read(directory: Path) -> OneTower:
         raise CheckpointError(f"{directory}: has no tensors named backbone.* or model.*; {SUPPORTED}")
     with torch.device("meta"):
         model = TwoTowerModel(config)
-    places = names.one_tower_slots(model, stored, root)
-    needed = list({slot.disk: slot for slot in places.values()}.values())
+    places = names.one_tower_entries(model, stored, root)
+    needed = list({entry.disk: entry for entry in places.values()}.values())
     reader.check_tensors(directory, stored, needed, needed, config.hybrid_override_pattern)
-    return OneTower(
+    return OneTowerCheckpoint(
         directory=directory,
         model=model,
         stored=stored,
@@ -141,13 +141,13 @@ def write(directory: Path, weights: dict[str, torch.Tensor], config: TwoTowerCon
     """
     with torch.device("meta"):
         model = TwoTowerModel(config, towers="context")
-    pieces = []
-    for slot in names.slots(model):
-        part = slot.memory.removeprefix("context.")
-        tensor = weights[part] if slot.expert is None else weights[part][slot.expert]
-        disk = "lm_head.weight" if part == "head.weight" else slot.disk.replace("context_tower.", "backbone.", 1)
-        pieces.append(Piece.of(disk, slot.shape, tensor))
-    write_shards(directory, pieces)
+    to_write = []
+    for entry in names.tensor_entries(model):
+        part = entry.memory.removeprefix("context.")
+        tensor = weights[part] if entry.expert is None else weights[part][entry.expert]
+        disk = "lm_head.weight" if part == "head.weight" else entry.disk.replace("context_tower.", "backbone.", 1)
+        to_write.append(TensorToWrite.of(disk, entry.shape, tensor))
+    write_shards(directory, to_write)
     dtype = str(weights["embeddings.weight"].dtype).removeprefix("torch.")
     values = {key: value for key, value in pretrained.config_to_write(model).items() if key != "auto_map"}
     values |= {"architectures": ["NemotronHForCausalLM"], "torch_dtype": dtype, "tie_word_embeddings": False}

@@ -25,7 +25,7 @@ DeviceName = str | int | torch.device | None
 
 TOKENIZER_FILES = ("tokenizer.json", "tokenizer_config.json")
 # A tokenizer's files, to be copied as they are.
-TEXT_FILES = (
+ALL_TOKENIZER_FILES = (
     *TOKENIZER_FILES,
     "special_tokens_map.json",
     "added_tokens.json",
@@ -89,7 +89,7 @@ def from_pretrained(
     if quantization not in get_args(Quantization):
         raise ArgumentError(f"quantization is {quantization!r}; choose {' or '.join(get_args(Quantization))}")
 
-    directory = local(source, hub)
+    directory = resolve_source(source, hub)
     config = _config(directory, given)
     if ARCHITECTURE not in (config.architectures or [ARCHITECTURE]):
         raise CheckpointError(
@@ -98,7 +98,7 @@ def from_pretrained(
     config._name_or_path = str(source)
     with torch.device("meta"):
         model = build(config, towers)
-        known = names.slots(model if towers == "both" else build(config, "both"))
+        known = names.tensor_entries(model if towers == "both" else build(config, "both"))
         if quantization == "int8":
             quantize_(model)
     wanted = _dtype(dtype, config)
@@ -161,7 +161,7 @@ def load_tokenizer(directory: Path | None) -> Tokenizer | None:
     return cast(Tokenizer, AutoTokenizer.from_pretrained(directory))
 
 
-def local(source: str | PathLike[str], hub: dict[str, Any]) -> Path:
+def resolve_source(source: str | PathLike[str], hub: dict[str, Any]) -> Path:
     """The directory itself, or the hub's snapshot of what we need."""
     directory = Path(source)
     if directory.is_dir():
@@ -181,9 +181,9 @@ def local(source: str | PathLike[str], hub: dict[str, Any]) -> Path:
         raise CheckpointError(f"{source}: no such directory, and not to be had from the hub ({first})") from None
 
 
-def copy_text_files(source: Path, target: Path) -> None:
+def copy_tokenizer_files(source: Path, target: Path) -> None:
     """The tokenizer's files, as they are."""
-    for name in TEXT_FILES:
+    for name in ALL_TOKENIZER_FILES:
         if (source / name).exists():
             shutil.copyfile(source / name, target / name)
 
@@ -192,7 +192,7 @@ def stored_dtype(directory: Path) -> torch.dtype:
     """The dtype a checkpoint is in: what its config says, else that of its embeddings."""
     said = TwoTowerConfig.read(directory).dtype
     if said is None:
-        said = reader.scan(directory)["context_tower.embeddings.weight"].torch_dtype
+        said = reader.read_headers(directory)["context_tower.embeddings.weight"].torch_dtype
     found = getattr(torch, said) if isinstance(said, str) else said
     assert isinstance(found, torch.dtype)
     return found

@@ -15,16 +15,16 @@ import torch
 from safetensors import SafetensorError, safe_open
 from torch import Tensor, nn
 
-from twotower.checkpoint.names import KIND_MARKS, LAYER, SCALE, Slot, slots
-from twotower.checkpoint.writer import DTYPE_NAMES, INDEX_FILE, SINGLE_FILE, Piece, write_shards
+from twotower.checkpoint.names import KIND_MARKS, LAYER, SCALE, TensorEntry, tensor_entries
+from twotower.checkpoint.writer import DTYPE_NAMES, INDEX_FILE, SINGLE_FILE, TensorToWrite, write_shards
 from twotower.config import KIND_NAMES
 from twotower.errors import CheckpointError
-from twotower.model.wide_tensors import tensors, wanted_dtype
+from twotower.model.fp32_tensors import named_tensors, target_dtype
 from twotower.ops.reference import int8
 
 
 @dataclass(frozen=True)
-class Stored:
+class StoredTensor:
     """Where a tensor lies on disk."""
 
     file: Path
@@ -36,7 +36,7 @@ class Stored:
         return next(dtype for dtype, name in DTYPE_NAMES.items() if name == self.dtype)
 
 
-def scan(directory: Path) -> dict[str, Stored]:
+def read_headers(directory: Path) -> dict[str, StoredTensor]:
     """Every tensor of a checkpoint directory, from the files' headers alone.
 
     Raises:
@@ -52,7 +52,7 @@ def scan(directory: Path) -> dict[str, Stored]:
         files = sorted(set(weight_map.values()))
     except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
         raise CheckpointError(f"{index}: not a safetensors index with a weight_map ({error!r})") from None
-    found: dict[str, Stored] = {}
+    found: dict[str, StoredTensor] = {}
     for name in files:
         file = directory / str(name)
         if not file.is_file():
@@ -71,19 +71,21 @@ def scan(directory: Path) -> dict[str, Stored]:
     return found
 
 
-def _header(file: Path) -> dict[str, Stored]:
+def _header(file: Path) -> dict[str, StoredTensor]:
     try:
         with safe_open(file, framework="pt") as handle:
             out = {}
             for name in handle.keys():  # noqa: SIM118 — not a dict
                 part = handle.get_slice(name)
-                out[name] = Stored(file, tuple(part.get_shape()), part.get_dtype())
+                out[name] = StoredTensor(file, tuple(part.get_shape()), part.get_dtype())
             return out
     except (SafetensorError, OSError) as error:
         raise CheckpointError(f"{file}: not a whole safetensors file ({error}); fetch it again") from None
 
 
-def check(directory: Path, found: dict[str, Stored], known: list[Slot], needed: list[Slot], pattern: str) -> None:
+def check(
+    directory: Path, found: dict[str, StoredTensor], known: list[TensorEntry], needed: list[TensorEntry], pattern: str
+) -> None:
     """The file against the model: nothing missing, nothing surplus, every shape right.
 
     known: all tensors of a two-tower model of this configuration; needed: those that will be loaded.
@@ -98,35 +100,37 @@ def check(directory: Path, found: dict[str, Stored], known: list[Slot], needed: 
 
 
 def check_tensors(
-    directory: Path, found: dict[str, Stored], known: list[Slot], needed: list[Slot], pattern: str
+    directory: Path, found: dict[str, StoredTensor], known: list[TensorEntry], needed: list[TensorEntry], pattern: str
 ) -> None:
     """`check` for either layout."""
     _check_kinds(found, pattern)
-    missing = [slot for slot in needed if slot.disk not in found]
+    missing = [entry for entry in needed if entry.disk not in found]
     if missing:
         listing = INDEX_FILE if (directory / INDEX_FILE).exists() else SINGLE_FILE
         raise CheckpointError(
             f"{directory / listing}: {missing[0].disk} is missing (shape {list(missing[0].shape)} expected)"
             + (f", and {len(missing) - 1} more" if len(missing) > 1 else "")
         )
-    surplus = sorted(set(found) - {slot.disk for slot in known})
+    surplus = sorted(set(found) - {entry.disk for entry in known})
     if surplus:
         raise CheckpointError(
             f"{found[surplus[0]].file}: {surplus[0]} has no place in a model of this config"
             + (f", nor have {len(surplus) - 1} more" if len(surplus) > 1 else "")
             + "; is config.json the one that belongs to these weights?"
         )
-    for slot in needed:
-        stored = found[slot.disk]
-        if stored.shape != slot.shape:
+    for entry in needed:
+        stored = found[entry.disk]
+        if stored.shape != entry.shape:
             raise CheckpointError(
-                f"{stored.file}: {slot.disk} has shape {list(stored.shape)}; the config expects {list(slot.shape)}"
+                f"{stored.file}: {entry.disk} has shape {list(stored.shape)}; the config expects {list(entry.shape)}"
             )
         if stored.dtype not in DTYPE_NAMES.values():
-            raise CheckpointError(f"{stored.file}: {slot.disk} is stored as {stored.dtype}; a float tensor is expected")
+            raise CheckpointError(
+                f"{stored.file}: {entry.disk} is stored as {stored.dtype}; a float tensor is expected"
+            )
 
 
-def _check_kinds(found: dict[str, Stored], pattern: str) -> None:
+def _check_kinds(found: dict[str, StoredTensor], pattern: str) -> None:
     for name, stored in found.items():
         layer = LAYER.match(name)
         if layer is None:
@@ -148,21 +152,21 @@ def load_weights(
     model: nn.Module,
     directory: Path,
     pattern: str,
-    known: list[Slot],
+    known: list[TensorEntry],
     dtype: torch.dtype | None,
     device_of: dict[str, torch.device],
 ) -> None:
     """Fills a meta model; what is int8 in it is quantised as it is read. dtype None: that of the stored embeddings.
     device_of: "context" and "denoiser"."""
-    found = scan(directory)
-    needed = slots(model)
+    found = read_headers(directory)
+    needed = tensor_entries(model)
     check(directory, found, known, needed, pattern)
     if dtype is None:
         dtype = _stored_dtype(found["context_tower.embeddings.weight"])
-    by_file: dict[Path, list[Slot]] = defaultdict(list)
-    for slot in needed:
-        by_file[found[slot.disk].file].append(slot)
-    empty = dict(tensors(model))
+    by_file: dict[Path, list[TensorEntry]] = defaultdict(list)
+    for entry in needed:
+        by_file[found[entry.disk].file].append(entry)
+    empty = dict(named_tensors(model))
     filled: dict[str, Tensor] = {}
 
     def place(name: str, expert: int | None) -> Tensor:
@@ -170,24 +174,24 @@ def load_weights(
         if name not in filled:
             filled[name] = torch.empty_like(
                 empty[name],
-                dtype=wanted_dtype(name, dtype) if empty[name].is_floating_point() else None,
+                dtype=target_dtype(name, dtype) if empty[name].is_floating_point() else None,
                 device=device_of["context" if name.startswith("context.") else "denoiser"],
             )
         return filled[name] if expert is None else filled[name][expert]
 
     for file, wanted in by_file.items():
         with safe_open(file, framework="pt") as handle:
-            for slot in wanted:
-                source = handle.get_tensor(slot.disk)
-                target = place(slot.memory, slot.expert)
-                if slot.memory + SCALE in empty:
-                    int8.quantize_into(target, place(slot.memory + SCALE, slot.expert), source)
+            for entry in wanted:
+                source = handle.get_tensor(entry.disk)
+                target = place(entry.memory, entry.expert)
+                if entry.memory + SCALE in empty:
+                    int8.quantize_into(target, place(entry.memory + SCALE, entry.expert), source)
                 else:
                     target.copy_(source)
     model.load_state_dict(filled, strict=True, assign=True)
 
 
-def _stored_dtype(stored: Stored) -> torch.dtype:
+def _stored_dtype(stored: StoredTensor) -> torch.dtype:
     if stored.dtype not in ("BF16", "F32", "F64"):
         raise CheckpointError(f"{stored.file}: is stored as {stored.dtype}; name the dtype to load it in, as bfloat16")
     return stored.torch_dtype
@@ -198,9 +202,9 @@ def _stored_dtype(stored: Stored) -> torch.dtype:
 
 def save_weights(model: nn.Module, directory: Path, max_shard_size: int | str) -> None:
     """Released names; one file, or shards with an index where it would be larger than max_shard_size."""
-    memory = dict(tensors(model))
-    pieces = []
-    for slot in slots(model):
-        tensor = memory[slot.memory] if slot.expert is None else memory[slot.memory][slot.expert]
-        pieces.append(Piece.of(slot.disk, slot.shape, tensor))
-    write_shards(directory, pieces, max_shard_size)
+    memory = dict(named_tensors(model))
+    to_write = []
+    for entry in tensor_entries(model):
+        tensor = memory[entry.memory] if entry.expert is None else memory[entry.memory][entry.expert]
+        to_write.append(TensorToWrite.of(entry.disk, entry.shape, tensor))
+    write_shards(directory, to_write, max_shard_size)

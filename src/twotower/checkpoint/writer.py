@@ -25,7 +25,7 @@ DTYPE_NAMES = {torch.bfloat16: "BF16", torch.float16: "F16", torch.float32: "F32
 
 
 @dataclass(frozen=True)
-class Piece:
+class TensorToWrite:
     """A tensor to be written as `dtype`; `make()` gives it, on any device and in any dtype, when its turn comes."""
 
     name: str
@@ -34,7 +34,7 @@ class Piece:
     make: Callable[[], Tensor]
 
     @classmethod
-    def of(cls, name: str, shape: tuple[int, ...], tensor: Tensor) -> Piece:
+    def of(cls, name: str, shape: tuple[int, ...], tensor: Tensor) -> TensorToWrite:
         """A tensor that is in memory already, in its own dtype."""
         return cls(name, shape, tensor.dtype, lambda: tensor)
 
@@ -45,7 +45,7 @@ class Piece:
 
 def write_shards(
     directory: Path,
-    pieces: Iterable[Piece],
+    to_write: Iterable[TensorToWrite],
     max_shard_size: int | str = "5GB",
     written: Callable[[int], None] = lambda nbytes: None,
 ) -> list[Path]:
@@ -56,11 +56,11 @@ def write_shards(
     Raises:
         ArgumentError: a max_shard_size that is no size.
     """
-    by_name = {piece.name: piece for piece in pieces}
+    by_name = {entry.name: entry for entry in to_write}
     try:
         plan = split_state_dict_into_shards_factory(
             by_name,
-            get_storage_size=lambda piece: piece.nbytes,
+            get_storage_size=lambda entry: entry.nbytes,
             filename_pattern="model{suffix}.safetensors",
             max_shard_size=max_shard_size,
         )
@@ -76,16 +76,16 @@ def write_shards(
     return [directory / file for file in plan.filename_to_tensors]
 
 
-def _write_file(file: Path, pieces: list[Piece], written: Callable[[int], None]) -> None:
+def _write_file(file: Path, to_write: list[TensorToWrite], written: Callable[[int], None]) -> None:
     """The safetensors format: the header's length (8 bytes), the header (JSON), the tensors without gaps."""
-    pieces = sorted(pieces, key=lambda piece: (-piece.dtype.itemsize, piece.name))  # widest first: all are aligned
+    to_write = sorted(to_write, key=lambda entry: (-entry.dtype.itemsize, entry.name))  # widest first: all are aligned
     header: dict[str, object] = {"__metadata__": {"format": "pt"}}
     at = 0
-    for piece in pieces:
-        end = at + piece.nbytes
-        header[piece.name] = {
-            "dtype": DTYPE_NAMES[piece.dtype],
-            "shape": list(piece.shape),
+    for entry in to_write:
+        end = at + entry.nbytes
+        header[entry.name] = {
+            "dtype": DTYPE_NAMES[entry.dtype],
+            "shape": list(entry.shape),
             "data_offsets": [at, end],
         }
         at = end
@@ -93,9 +93,9 @@ def _write_file(file: Path, pieces: list[Piece], written: Callable[[int], None])
     head += b" " * (-len(head) % 8)
     with file.open("wb") as out:
         out.write(len(head).to_bytes(8, "little") + head)
-        for piece in pieces:
-            values = piece.make().detach()
-            assert tuple(values.shape) == piece.shape, piece
+        for entry in to_write:
+            values = entry.make().detach()
+            assert tuple(values.shape) == entry.shape, entry
             for part in values.flatten().split(PART):
-                out.write(part.to("cpu", piece.dtype).view(torch.uint8).numpy().data)
-            written(piece.nbytes)
+                out.write(part.to("cpu", entry.dtype).view(torch.uint8).numpy().data)
+            written(entry.nbytes)

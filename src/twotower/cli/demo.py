@@ -84,12 +84,12 @@ def stream_arguments(model: TwoTowerForCausalLM, mode: str) -> Parameters:
 def show_run(model: TwoTowerForCausalLM) -> None:
     """One run for the eye, not measured."""
     from twotower.cli.watch import Watcher, make_view
-    from twotower.tokenizer import required
+    from twotower.tokenizer import require_tokenizer
 
     if not sys.stdout.isatty():
         click.echo(PROMPT + "\n")
     view = make_view("stdout", PROMPT, keep=True)
-    with Watcher(required(model.tokenizer), model.config.mask_token, view) as watcher:
+    with Watcher(require_tokenizer(model.tokenizer), model.config.mask_token, view) as watcher:
         events = model.stream(
             PROMPT, "diffusion", step_callback=watcher.on_pass, **stream_arguments(model, "diffusion")
         )

@@ -255,12 +255,15 @@ def generate_text(options: GenerateOptions) -> None:
 
 def _watcher(model: TwoTowerForCausalLM, prompt: str, options: GenerateOptions) -> Watcher:
     from twotower.cli.watch import NullView, Watcher, make_view
-    from twotower.tokenizer import required
+    from twotower.tokenizer import require_tokenizer
 
     # Where the text goes to a file, what was watched is all that is left on the terminal.
     view = make_view("stderr", prompt, keep=not sys.stdout.isatty()) if options.watch else NullView()
     return Watcher(
-        required(model.tokenizer), model.config.mask_token, view, known_positions=int(options.mode == "verified")
+        require_tokenizer(model.tokenizer),
+        model.config.mask_token,
+        view,
+        known_positions=int(options.mode == "verified"),
     )
 
 

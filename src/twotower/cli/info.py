@@ -146,11 +146,11 @@ def _memory(model: TwoTowerForCausalLM, dtype: str) -> dict[str, int]:
     """Bytes of weights, what is not quantised in `dtype`; the time conditioning lives with the denoiser."""
     import torch
 
-    from twotower.model.wide_tensors import wanted_dtype
+    from twotower.model.fp32_tensors import target_dtype
 
     context = denoiser = 0
     for name, tensor in [*model.named_parameters(), *model.named_buffers()]:
-        kept = wanted_dtype(name, getattr(torch, dtype)) if tensor.is_floating_point() else tensor.dtype
+        kept = target_dtype(name, getattr(torch, dtype)) if tensor.is_floating_point() else tensor.dtype
         size = tensor.numel() * kept.itemsize
         if name.startswith("context."):
             context += size
@@ -175,9 +175,9 @@ def _computes_in(model: TwoTowerForCausalLM, stored: str) -> dict[str, str]:
     """What `--dtype auto` computes in on each device of this machine; commands use the last one unless told."""
     import torch
 
-    from twotower.model.wide_tensors import tensors
+    from twotower.model.fp32_tensors import named_tensors
 
-    size = sum(tensor.numel() for _, tensor in tensors(model))
+    size = sum(tensor.numel() for _, tensor in named_tensors(model))
     devices = ["cpu"] + (["cuda:0"] if torch.cuda.is_available() else [])
     chosen = {device: model_loading.auto_dtype(getattr(torch, stored), size, [device]) for device in devices}
     return {device: str(dtype).removeprefix("torch.") for device, dtype in chosen.items()}
@@ -192,7 +192,7 @@ def _backends(model: TwoTowerForCausalLM, computes_in: dict[str, str]) -> dict[s
     found: dict[str, list[dict[str, str]]] = {}
     for device, dtype in computes_in.items():
         rows = registry.report(torch.device(device), getattr(torch, dtype))
-        unsupported = cuda_graph.refusal(torch.device(device))
+        unsupported = cuda_graph.cuda_graph_unsupported_reason(torch.device(device))
         if unsupported is None:
             rows.append(("pass", "recorded", "one launch for all layers, checked when it is recorded"))
         else:
@@ -200,7 +200,7 @@ def _backends(model: TwoTowerForCausalLM, computes_in: dict[str, str]) -> dict[s
             way = "one call" if at_once else "layer by layer"
             rows.append(("pass", way, f"of few tokens; a recording {unsupported}"))
         if device == "cpu":
-            unpacked = packed_weights.refusal(model, torch.device(device), getattr(torch, dtype))
+            unpacked = packed_weights.packing_unsupported_reason(model, torch.device(device), getattr(torch, dtype))
             packed = "a second copy of the weights, in the order in which passes read them"
             rows.append(("weights", "packed", packed) if unpacked is None else ("weights", "not packed", unpacked))
         rows.append(("torch.compile", "off", _COMPILE[torch.device(device).type]))
@@ -217,8 +217,8 @@ def _weights(directory: Path, model: TwoTowerForCausalLM) -> StoredWeights:
     if not any((directory / name).exists() for name in (INDEX_FILE, SINGLE_FILE)):
         return nothing
     try:
-        found = reader.scan(directory)
-        known = names.slots(model)
+        found = reader.read_headers(directory)
+        known = names.tensor_entries(model)
         problem = None
     except CheckpointError as error:
         return nothing | {"present": True, "problem": str(error)}

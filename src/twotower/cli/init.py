@@ -16,7 +16,7 @@ from twotower.cli import model_options as models
 from twotower.cli.info import DTYPES
 
 if TYPE_CHECKING:
-    from twotower.checkpoint.convert import Converted
+    from twotower.checkpoint.convert import ConversionResult
 
 
 @click.command()
@@ -74,7 +74,7 @@ def init(
     click.secho(f"next: twotower train {directory} --data PATH -o RUN", err=True, dim=True)
 
 
-def summary(made: Converted) -> Iterator[str]:
+def summary(made: ConversionResult) -> Iterator[str]:
     """What was made, to read."""
     from twotower.cli import info_page
 

@@ -100,7 +100,7 @@ def launch(
     before = state.lengths
     choice = logprobs = None
     try:
-        logits = model.extend(tokens, state, lengths, rows=slots, logits=wanted, wide=False)
+        logits = model.extend(tokens, state, lengths, rows=slots, logits=wanted, upcast_logits=False)
         if logits is not None:
             request = LogprobRequest(scored.asking, logits[-len(scored.asking) :]) if scored.asking else None
             chosen = None

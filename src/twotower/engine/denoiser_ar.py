@@ -22,7 +22,7 @@ def launch(
     """Launches one pass over the pending tokens → the tokens after them (n, 1), and the confidence in them."""
     device = view.lengths.device
     pending = to_device_async([[sequence.pending] for sequence in sequences], device)
-    logits = model.denoise(pending, None, view, causal=True, wide=False)
+    logits = model.denoise(pending, None, view, causal=True, upcast_logits=False)
 
     def keys() -> NoiseKeys:
         seeds = at(constants.seeds, slots_of(sequences, constants.rows, device))

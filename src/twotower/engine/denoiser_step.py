@@ -100,7 +100,7 @@ class OpenBlocks:
         elif any(sequence.params.block_size < width for sequence in sequences):
             lengths = sizes[:, 0]
         t = masked.sum(1).to(self.dtype) / sizes[:, 0]
-        logits = self.model.denoise(tokens, t, view, lengths=lengths, wide=False)
+        logits = self.model.denoise(tokens, t, view, lengths=lengths, upcast_logits=False)
         if self.callback is not None:
             self._tell(sequences[0], tokens, t, logits)
         _bar_mask_token(sequences, logits, constants, slots)

@@ -19,7 +19,7 @@ from twotower.engine.llm import LLM
 from twotower.engine.sequence import Request
 from twotower.engine.towers import Towers
 from twotower.errors import ArgumentError, TwoTowerError
-from twotower.tokenizer import required
+from twotower.tokenizer import require_tokenizer
 
 OWN = (
     "mode",
@@ -89,7 +89,9 @@ def _line(number: int, text: str, asked: str, model: Towers, shared: dict[str, o
     assert isinstance(seed, int)
     try:
         params = GenerationParams.from_mapping(shared | {"seed": seed + number} | fields)
-        tokens = required(model.tokenizer)(prompt.encode().decode())["input_ids"]  # half a surrogate pair is no text
+        tokens = require_tokenizer(model.tokenizer)(prompt.encode().decode())[
+            "input_ids"
+        ]  # half a surrogate pair is no text
         request = Request(tokens, params)
         check_model(model, params, [len(tokens)])  # before there is an engine: its size follows from these requests
     except (TwoTowerError, UnicodeError) as error:

@@ -66,7 +66,7 @@ class Towers(Protocol):
         lengths: Tensor | None = None,
         rows: Tensor | None = None,
         logits: bool | Tensor = True,
-        wide: bool = True,
+        upcast_logits: bool = True,
     ) -> Tensor | None: ...
 
     def denoise(
@@ -76,5 +76,5 @@ class Towers(Protocol):
         view: ContextView,
         causal: bool = False,
         lengths: Tensor | None = None,
-        wide: bool = True,
+        upcast_logits: bool = True,
     ) -> Tensor: ...

@@ -18,7 +18,7 @@ from twotower.evaluation.tasks.problem_sets import Problem, stream_problems
 from twotower.evaluation.tasks.scoring import OVERALL, is_right, wilson
 from twotower.model_loading import eos_of
 from twotower.modeling_twotower import TwoTowerForCausalLM
-from twotower.tokenizer import required
+from twotower.tokenizer import require_tokenizer
 
 
 @dataclass(frozen=True)
@@ -109,7 +109,7 @@ def answer_problems(
     """The requests for the problems, and one setting's answers to them, in the same order."""
     shared = {"eos_token_id": eos_of(model), "mask_token_id": model.config.mask_token, "seed": 0}
     params = setting.params(max_new_tokens=max_new_tokens, **shared)
-    tokenizer = required(model.tokenizer)
+    tokenizer = require_tokenizer(model.tokenizer)
     requests = [Request(tokenizer(problem.prompt)["input_ids"], params) for problem in problems]
     return requests, generate_all(model, requests, rows, progress)
 

@@ -25,7 +25,7 @@ from twotower.evaluation.running import generate_all
 from twotower.evaluation.tasks import make_problems
 from twotower.modeling_twotower import TwoTowerForCausalLM
 from twotower.process import configure_process
-from twotower.tokenizer import required
+from twotower.tokenizer import require_tokenizer
 from twotower.training.data import EOS, Source
 from twotower.training.data.readers import whole_pass
 
@@ -57,7 +57,7 @@ def cut_dialogues(texts: Sequence[str], count: int) -> list[str]:
 
 def measure_dialogues(model: TwoTowerForCausalLM, texts: Sequence[str], count: int, limit: int) -> dict[str, object]:
     """Greedy continuations of cut dialogues in each setting of the card, with at most `limit` new tokens."""
-    tokenizer = required(model.tokenizer)
+    tokenizer = require_tokenizer(model.tokenizer)
     prompts = [tokenizer(text)["input_ids"] for text in cut_dialogues(texts, count)]
     prompts.sort(key=len)  # prompts of similar length share a batch
     figures: dict[str, object] = {}
@@ -115,7 +115,7 @@ def main(
     """Measure a model on held-out dialogues and on the procedural suite."""
     configure_process()
     model = TwoTowerForCausalLM.from_pretrained(path or bundled_model(), dtype=dtype)
-    tokenizer = required(model.tokenizer).backend_tokenizer
+    tokenizer = require_tokenizer(model.tokenizer).backend_tokenizer
     texts = read_documents(data / "valid.jsonl.gz")
     figures: dict[str, object] = {"dtype": dtype, "seed": SEED}
     if likelihood:

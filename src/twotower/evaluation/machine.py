@@ -13,7 +13,7 @@ import torch
 from torch import nn
 
 from twotower.checkpoint.quantize import quantization_of
-from twotower.model.wide_tensors import tensors
+from twotower.model.fp32_tensors import named_tensors
 from twotower.version import VERSION
 
 
@@ -22,7 +22,7 @@ def machine_facts(model: nn.Module) -> dict[str, object]:
     first = next(model.parameters())
     return device_facts(first.device, first.dtype) | {
         "quantization": quantization_of(model),
-        "weights_bytes": sum(tensor.nbytes for _, tensor in tensors(model)),
+        "weights_bytes": sum(tensor.nbytes for _, tensor in named_tensors(model)),
     }
 
 

@@ -17,7 +17,7 @@ from twotower.evaluation.tasks import make_problems
 from twotower.evaluation.timed_towers import TimedTowers, TowerName
 from twotower.model_loading import eos_of
 from twotower.modeling_twotower import TwoTowerForCausalLM
-from twotower.tokenizer import required
+from twotower.tokenizer import require_tokenizer
 
 
 @dataclass(frozen=True)
@@ -106,7 +106,7 @@ def few_shot_prompts(model: TwoTowerForCausalLM, rows: int, context: int) -> lis
     if context < 2:
         raise ArgumentError(f"context is {context}; it must be at least 2 tokens")
     rng = random.Random(0)
-    tokenizer = required(model.tokenizer)
+    tokenizer = require_tokenizer(model.tokenizer)
     pool = [tokenizer(problem.text + "\n")["input_ids"] for problem in make_problems("test", 120, 0)]
     asked = [tokenizer(problem.prompt)["input_ids"] for problem in make_problems("test", rows, 1, difficulties=(1,))]
     out = []

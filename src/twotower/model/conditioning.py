@@ -17,7 +17,7 @@ from twotower.model.linear import Linear
 from twotower.model.norm import RMSNorm
 from twotower.ops.precision import accumulation_dtype
 
-MOST_KNOWN = 64  # values of t; a block of 16 has 17
+MAX_CACHED_TIMES = 64  # values of t; a block of 16 has 17
 SINUSOID_SIZE = 256
 MODULATE_BEFORE_NORM = frozenset("M*")  # in MoE and MLP layers modulation comes after the norm
 
@@ -64,7 +64,7 @@ class TimeConditioning(nn.Module):
         self.t_embedder = TimestepEmbedder(hidden)
         self.t_block = nn.Sequential(nn.SiLU(), Linear(hidden, 3 * hidden))
         self.scale_shift_tables = nn.ParameterList(nn.Parameter(torch.zeros(3, hidden)) for _ in range(layers))
-        self._known: dict[tuple[float, torch.dtype], Tensor] = {}  # of `_weights`, as they were then
+        self._cached: dict[tuple[float, torch.dtype], Tensor] = {}  # of `_weights`, as they were then
         self._weights: list[tuple[int, int]] = []
         self.reset_parameters()
 
@@ -81,8 +81,8 @@ class TimeConditioning(nn.Module):
         if not len(t) or torch.is_grad_enabled() or t.device.type != "cpu" or torch._C._len_torch_dispatch_stack():
             parts = self._parts(t)
         else:
-            self._forget_if_changed()
-            rows = [self._remembered(value, t) for value in t.tolist()]
+            self._clear_if_weights_changed()
+            rows = [self._cached_parts(value, t) for value in t.tolist()]
             parts = rows[0] if len(rows) == 1 else torch.cat(rows)
         each = parts.unbind(1)
         return [Modulation(*each[at : at + 3]) for at in range(0, len(each), 3)]
@@ -93,18 +93,18 @@ class TimeConditioning(nn.Module):
         tables = torch.stack(tuple(self.scale_shift_tables))  # (layers, 3, H)
         return (shared[:, None] + tables).flatten(1, 2)[:, :, None]  # one operation for all layers
 
-    def _remembered(self, value: float, like: Tensor) -> Tensor:
+    def _cached_parts(self, value: float, like: Tensor) -> Tensor:
         """`_parts` of one t. On a processor forming them takes a fifth of a pass of the bundled model."""
-        key, known = (value, like.dtype), self._known  # another thread may begin a new one meanwhile
-        parts = known.get(key)
+        key, cached = (value, like.dtype), self._cached  # another thread may begin a new one meanwhile
+        parts = cached.get(key)
         if parts is None:
-            parts = known[key] = self._parts(like.new_tensor([value]))
+            parts = cached[key] = self._parts(like.new_tensor([value]))
         return parts
 
-    def _forget_if_changed(self) -> None:
+    def _clear_if_weights_changed(self) -> None:
         weights = [(weight.data_ptr(), weight._version) for weight in self.parameters()]
-        if weights != self._weights or len(self._known) > MOST_KNOWN:
-            self._known, self._weights = {}, weights
+        if weights != self._weights or len(self._cached) > MAX_CACHED_TIMES:
+            self._cached, self._weights = {}, weights
 
 
 def modulated_norm(x: Tensor, norm: RMSNorm, kind: LayerKind, modulation: Modulation | None) -> Tensor:

@@ -69,23 +69,25 @@ class Mamba2(nn.Module):
         return self.out_proj(gate_and_norm(y, kept.x, z, weights)), kept if trace else None
 
     def forward_packed(
-        self, hidden: Tensor, valid: Tensor, fresh: Tensor, windows: Callable[[Tensor], Tensor]
+        self, hidden: Tensor, valid: Tensor, starts_document: Tensor, windows: Callable[[Tensor], Tensor]
     ) -> tuple[Tensor, MambaCache]:
         """Packed rows from zero state, and the past before each of their blocks (training's context pass).
 
-        hidden (B, S, H); valid (B, S); fresh (B, blocks): blocks that start from zero state; windows: raw convolution
-        inputs (B, S, C) → those before each block (B, blocks, K−1, C). Returns output (B, S, H), `MambaCache`
-        of B·blocks rows.
+        hidden (B, S, H); valid (B, S); starts_document (B, blocks): blocks that start from zero state;
+        windows: raw convolution inputs (B, S, C) → those before each block (B, blocks, K−1, C). Returns the output
+        (B, S, H) and a `MambaCache` of B·blocks rows.
         """
         weights = self.weights
         z, xBC, dt, log_decay = split(self.in_proj(hidden), valid, weights)
-        blocks = fresh.shape[1]
+        blocks = starts_document.shape[1]
         window = windows(xBC).flatten(0, 1)
         folded = [v.unflatten(1, (blocks, -1)).flatten(0, 1) for v in (xBC, dt, log_decay)]
         xBC, dt, log_decay = folded
         trace, C = convolve(xBC, window, dt, log_decay, weights)
         added = advance(trace.x, trace.dt, trace.log_decay, trace.B, None).unflatten(0, (-1, blocks))
-        before = states_before(added, trace.log_decay.sum(1).unflatten(0, (-1, blocks)), None, fresh).flatten(0, 1)
+        before = states_before(added, trace.log_decay.sum(1).unflatten(0, (-1, blocks)), None, starts_document).flatten(
+            0, 1
+        )
         y = ssd_block(trace.x, trace.dt, trace.log_decay, trace.B, C, before)
         z = z.unflatten(1, (blocks, -1)).flatten(0, 1)
         return self.out_proj(gate_and_norm(y, trace.x, z, weights)).view_as(hidden), MambaCache(window, before)

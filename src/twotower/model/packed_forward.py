@@ -67,15 +67,15 @@ class Layout:
         return document
 
     @cached_property
-    def fresh(self) -> Tensor:
+    def starts_document(self) -> Tensor:
         """(B, blocks) True where a block starts from zero state: the first of its document."""
         return self.block_document != F.pad(self.block_document, (1, 0), value=-1)[:, :-1]
 
-    def pick(self, blocks: Tensor) -> Tensor:
+    def select_blocks(self, blocks: Tensor) -> Tensor:
         """(B·blocks, …) → the chosen ones (N, …)."""
         return blocks if self.chosen is None else blocks.index_select(0, self.chosen)
 
-    def put_back(self, chosen: Tensor) -> Tensor:
+    def scatter_blocks(self, chosen: Tensor) -> Tensor:
         """(N, …) → (B·blocks, …), 0 in blocks that are not chosen."""
         if self.chosen is None:
             return chosen
@@ -85,11 +85,11 @@ class Layout:
 
     def to_blocks(self, columns: Tensor) -> Tensor:
         """(B, S, …) → the chosen blocks (N, L, …)."""
-        return self.pick(columns.unflatten(1, (-1, self.block_size)).flatten(0, 1))
+        return self.select_blocks(columns.unflatten(1, (-1, self.block_size)).flatten(0, 1))
 
     def to_rows(self, chosen: Tensor) -> Tensor:
         """(N, L, …) → (B, S, …), 0 in blocks that are not chosen."""
-        rows: Tensor = self.put_back(chosen).unflatten(0, (len(self.document), -1)).flatten(1, 2)
+        rows: Tensor = self.scatter_blocks(chosen).unflatten(0, (len(self.document), -1)).flatten(1, 2)
         return rows
 
     def windows(self, columns: Tensor, taps: int) -> Tensor:
@@ -142,7 +142,7 @@ def read_layer(layer: Layer, x: Tensor, layout: Layout) -> tuple[Tensor, LayerCa
 def read_mamba(mixer: Mamba2, hidden: Tensor, layout: Layout) -> tuple[Tensor, MambaCache]:
     """Packed rows (B, S, H) through a context tower's Mamba-2 mixer, one chunk a block."""
     out, past = mixer.forward_packed(
-        hidden, layout.valid, layout.fresh, lambda xBC: layout.windows(xBC, mixer.config.conv_kernel - 1)
+        hidden, layout.valid, layout.starts_document, lambda xBC: layout.windows(xBC, mixer.config.conv_kernel - 1)
     )
     return out, past
 
@@ -155,7 +155,7 @@ def denoise_layer(layer: Layer, x: Tensor, past: LayerCache, modulation: Modulat
     hidden = modulated_norm(x, layer.norm, layer.kind, modulation)
     if isinstance(layer.mixer, Mamba2):
         assert isinstance(past, MambaCache)
-        own_past = MambaCache(layout.pick(past.conv_window), layout.pick(past.ssm_state))
+        own_past = MambaCache(layout.select_blocks(past.conv_window), layout.select_blocks(past.ssm_state))
         out, _ = layer.mixer(hidden, own_past, AttentionMetadata(valid=layout.valid_chosen, causal=False), trace=False)
     elif isinstance(layer.mixer, Attention):
         assert isinstance(past, KeyValue)

@@ -165,10 +165,10 @@ class Tower(nn.Module):
             added.append(new)
         return self.norm_f(x), added
 
-    def logits(self, hidden: Tensor, wide: bool = True) -> Tensor:
-        """hidden (…, H) → logits (…, V) in at least fp32 (wide=False: in the tower's own dtype)."""
+    def logits(self, hidden: Tensor, upcast_logits: bool = True) -> Tensor:
+        """hidden (…, H) → logits (…, V) in at least fp32 (upcast_logits=False: in the tower's own dtype)."""
         logits = self.head(hidden)
-        return upcast(logits) if wide else logits
+        return upcast(logits) if upcast_logits else logits
 
     def release(self) -> None:
         """Frees what the runners have prepared; they prepare it again when it is needed."""

@@ -18,9 +18,9 @@ from twotower.cache.replica import ContextReader, DeviceTransfer, LocalReader, R
 from twotower.config import BackboneConfig, TwoTowerConfig
 from twotower.errors import TwoTowerError
 from twotower.model.conditioning import TimeConditioning
+from twotower.model.fp32_tensors import preserving_fp32
 from twotower.model.layer_io import AttentionMetadata
 from twotower.model.tower import Tower
-from twotower.model.wide_tensors import keeping_wide
 from twotower.tokenizer import Tokenizer
 
 TowerSet = Literal["both", "context"]
@@ -83,7 +83,7 @@ class TwoTowerModel(nn.Module):
     def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> Self:
         """Where `.to`, `.bfloat16`, … end: the tensors that must not be narrow stay wide."""
         self.release()  # what was prepared for the weights as they were
-        super()._apply(keeping_wide(self, fn), recurse)
+        super()._apply(preserving_fp32(self, fn), recurse)
         return self
 
     def release(self) -> None:
@@ -154,19 +154,20 @@ class TwoTowerModel(nn.Module):
         lengths: Tensor | None = None,
         rows: Tensor | None = None,
         logits: bool | Tensor = True,
-        wide: bool = True,
+        upcast_logits: bool = True,
     ) -> Tensor | None:
         """The context tower reads tokens (B, L), of which the first lengths (B,) count (None: all; 0 allowed).
 
         rows (B,): slots of the state, None for all of them in order. logits: whether any are wanted, or of which n of
-        the B rows (n,) → logits (B or n, L, V) in at least fp32 (wide=False: in the model's own dtype), or None.
+        the B rows (n,) → logits (B or n, L, V) in at least fp32 (upcast_logits=False: in the model's
+        dtype), or None.
         `state.rollback` takes any suffix back until the state is read again.
         """
         state.reserve(state.max_seq_len + tokens.shape[1])
         hidden = self._extend(tokens, lengths, state, rows)
         if isinstance(logits, Tensor):
-            return self.context.logits(hidden[logits], wide)
-        return self.context.logits(hidden, wide) if logits else None
+            return self.context.logits(hidden[logits], upcast_logits)
+        return self.context.logits(hidden, upcast_logits) if logits else None
 
     def denoise(
         self,
@@ -175,20 +176,20 @@ class TwoTowerModel(nn.Module):
         view: ContextView,
         causal: bool = False,
         lengths: Tensor | None = None,
-        wide: bool = True,
+        upcast_logits: bool = True,
     ) -> Tensor:
         """The denoiser reads block (B, L), of which the first lengths (B,) count (None: all), after the text that
         `view` shows; writes nothing.
 
         t (B,): the fraction of the block still masked; None: no time conditioning at all. causal: attention
-        inside the block sees earlier positions only (mock-AR) → logits (B, L, V) in at least fp32 (wide=False: in the
-        model's own dtype).
+        inside the block sees earlier positions only (mock-AR) → logits (B, L, V) in at least fp32 (upcast_logits=False:
+        in the model's dtype).
         """
         denoiser = self._denoiser()
         meta = AttentionMetadata(valid=_counting(block, lengths), causal=causal, start=view.lengths)
         modulation = None if t is None or self.time is None else self.time(t)
         hidden, _ = denoiser(block, meta, view.past, modulation, trace=False)
-        return denoiser.logits(hidden, wide)
+        return denoiser.logits(hidden, upcast_logits)
 
     def _extend(self, tokens: Tensor, lengths: Tensor | None, state: TowerState, rows: Tensor | None) -> Tensor:
         view = state.view(rows)

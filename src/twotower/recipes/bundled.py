@@ -29,7 +29,7 @@ from typing import TYPE_CHECKING
 import click
 
 from twotower.process import configure_process
-from twotower.tokenizer import required
+from twotower.tokenizer import require_tokenizer
 
 if TYPE_CHECKING:
     from twotower.modeling_twotower import TwoTowerForCausalLM
@@ -129,7 +129,7 @@ def _finish(texts: list[str]) -> list[str]:
     from twotower.engine.generation import generate
 
     assert _loaded is not None
-    eos, tokenizer = _loaded.config.eos_token_id, required(_loaded.tokenizer)
+    eos, tokenizer = _loaded.config.eos_token_id, require_tokenizer(_loaded.tokenizer)
     params = GenerationParams.of(mode="ar", max_new_tokens=CONTINUATION_LENGTH, eos_token_id=eos)
     results = generate(_loaded, [tokenizer(text)["input_ids"] for text in texts], params)
     return [

@@ -26,7 +26,7 @@ from twotower.decoding.unmasking import Pass, decide
 from twotower.process import configure_process
 from twotower.server import page
 from twotower.server.tokenizer_adapter import TokenizerAdapter
-from twotower.tokenizer import required
+from twotower.tokenizer import require_tokenizer
 
 if TYPE_CHECKING:
     from twotower.modeling_twotower import TwoTowerForCausalLM
@@ -52,7 +52,7 @@ def main(prompt: str, output: Path) -> None:
 @torch.inference_mode()
 def record(model: TwoTowerForCausalLM, prompt: str) -> dict[str, object]:
     """All of it, as plain data."""
-    tokenizer = TokenizerAdapter(required(model.tokenizer))
+    tokenizer = TokenizerAdapter(require_tokenizer(model.tokenizer))
     read = tokenizer.encode_prompt(prompt)
     state = model.new_state(1, len(read) + BLOCK)
     model.prefill(torch.tensor([read]), torch.tensor([len(read)]), state)

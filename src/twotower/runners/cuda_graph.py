@@ -6,7 +6,7 @@ valid until the next pass of the same shape: `append` stores keys and values, an
 every view of a state, updates the Mamba states. Rows and context columns are rounded up to powers of two, so
 shapes are few.
 
-Each recording is replayed beside the layers one by one before it is used, and refused with a warning if it differs.
+Each graph is replayed beside the layers one by one before it is used, and refused with a warning if it differs.
 `TWOTOWER_GRAPHS=0` turns the runner off.
 """
 
@@ -29,25 +29,25 @@ from twotower.model.tower import PassInputs, PassResult, Tower
 from twotower.ops.reference.attention import Cached
 from twotower.ops.registry import select
 from twotower.ops.self_check import compare
-from twotower.runners.module_plan import ModulePlan, Weights
+from twotower.runners.module_plan import ModulePlan, WeightPointers
 
 if TYPE_CHECKING:
     from torch.cuda import _POOL_HANDLE
 
-MOST_TOKENS = 256  # of a pass; with more of them its kernels take longer than their launches
-LEAST_WIDTH = 256  # columns of the context
-KEPT = 48  # recordings of a tower; the one used longest ago goes first
-WARM_UP = 2  # passes before a recording: libraries set themselves up in the first
+MAX_TOKENS = 256  # of a pass; with more of them its kernels take longer than their launches
+MIN_CONTEXT_WIDTH = 256  # columns of the context
+MAX_GRAPHS = 48  # recordings of a tower; the one used longest ago goes first
+WARMUP_PASSES = 2  # passes before a recording: libraries set themselves up in the first
 
 
-class Recording:
+class CapturedGraph:
     """One pass at fixed addresses, with room for `rows` rows."""
 
     def __init__(self, tower: Tower, inputs: PassInputs, rows: int, pool: MemoryPool) -> None:
-        own = _with_own_memory(inputs, rows)
-        self.inputs = _copied(own)
+        own = _static_inputs(inputs, rows)
+        self.inputs = _input_tensors(own)
         self._fill(inputs)
-        self.replay, self.result = recorder(tower.device, pool)(lambda: tower.layer_by_layer(*own))
+        self.replay, self.result = capturer(tower.device, pool)(lambda: tower.layer_by_layer(*own))
 
     def run(self, inputs: PassInputs) -> PassResult:
         """The pass over these inputs, of the recorded shape."""
@@ -59,7 +59,7 @@ class Recording:
 
     def _fill(self, inputs: PassInputs) -> None:
         rows = len(inputs.tokens)
-        torch._foreach_copy_([own[:rows] for own in self.inputs], _copied(inputs))
+        torch._foreach_copy_([own[:rows] for own in self.inputs], _input_tensors(inputs))
 
 
 class MemoryPool:
@@ -86,11 +86,11 @@ class CUDAGraphRunner:
 
     def release(self) -> None:
         """Frees the recordings and their memory."""
-        self.recordings: OrderedDict[Hashable, Recording] = OrderedDict()
-        self.wrong: str | None = None  # why passes are not recorded any more
+        self.graphs: OrderedDict[Hashable, CapturedGraph] = OrderedDict()
+        self.disabled_reason: str | None = None  # why passes are not recorded any more
         self._pool = MemoryPool()
         self._plan: ModulePlan | None = None
-        self._weights: Weights | None = None
+        self._weights: WeightPointers | None = None
 
     def prefill_chunk(self, tower: Tower) -> int | None:
         """No preference."""
@@ -98,64 +98,70 @@ class CUDAGraphRunner:
 
     def run(self, tower: Tower, inputs: PassInputs) -> PassResult | None:
         """What `Tower.forward` returns, from a recording of such a pass, made now if there is none; None: not here."""
-        if self.wrong is not None or not _wanted(tower, inputs):
+        if self.disabled_reason is not None or not _eligible(tower, inputs):
             return None
-        weights = self._weights_of(tower)
+        weights = self._current_weights(tower)
         if weights is None:
             return None
-        inputs = inputs._replace(past=_widened(inputs.past))
-        rows = _bucket(inputs)
+        inputs = inputs._replace(past=_bucket_widths(inputs.past))
+        rows = _bucket_rows(inputs)
         if rows > len(inputs.tokens) and inputs.meta.valid is None:  # surplus rows are padding: they visit no expert
             valid = torch.ones_like(inputs.tokens, dtype=torch.bool)
             inputs = inputs._replace(meta=replace(inputs.meta, valid=valid))
         key = options.current().kernels_key  # a recording replays the kernels that were chosen when it was made
-        shape = rows, _shape(inputs), weights.addresses, key
-        recording = self.recordings.get(shape)
-        if recording is None:
-            recording = self._recorded(tower, inputs, rows)
-            if recording is None:
+        shape = rows, _shape_key(inputs), weights.addresses, key
+        graph = self.graphs.get(shape)
+        if graph is None:
+            graph = self._capture(tower, inputs, rows)
+            if graph is None:
                 return None
-            self.recordings[shape] = recording
-            if len(self.recordings) > KEPT:
-                self.recordings.popitem(last=False)
-        self.recordings.move_to_end(shape)
-        return recording.run(inputs)
+            self.graphs[shape] = graph
+            if len(self.graphs) > MAX_GRAPHS:
+                self.graphs.popitem(last=False)
+        self.graphs.move_to_end(shape)
+        return graph.run(inputs)
 
-    def _weights_of(self, tower: Tower) -> Weights | None:
+    def _current_weights(self, tower: Tower) -> WeightPointers | None:
         """The weights as they are now; None where a recording cannot stand for the tower."""
-        if self._plan is None or not self._plan.holds():
+        if self._plan is None or not self._plan.is_current():
             self._plan, self._weights = ModulePlan(tower), None
-        if not self._plan.runs_as_written(tower):
+        if not self._plan.is_unmodified(tower):
             return None
-        if self._weights is None or not self._plan.unchanged(self._weights):
+        if self._weights is None or not self._plan.weights_unchanged(self._weights):
             self._weights = self._plan.weights()
         return self._weights
 
-    def _recorded(self, tower: Tower, inputs: PassInputs, rows: int) -> Recording | None:
+    def _capture(self, tower: Tower, inputs: PassInputs, rows: int) -> CapturedGraph | None:
         """A new recording, checked beside the layers; None, with a warning, where it cannot be had."""
         try:
-            recording = Recording(tower, inputs, rows, self._pool)
-            self.wrong = compare(recording.run(inputs), tower.layer_by_layer(*inputs))
+            graph = CapturedGraph(tower, inputs, rows, self._pool)
+            self.disabled_reason = compare(graph.run(inputs), tower.layer_by_layer(*inputs))
         except Exception as error:  # a capture can fail in many ways, and the pass can do without
-            self.wrong = f"raised {type(error).__name__}: {(str(error).splitlines() or [''])[0]}"
-        if self.wrong is None:
-            return recording
-        self.recordings.clear()
-        warnings.warn(f"passes are not recorded on {tower.device}: one {self.wrong}", RuntimeWarning, stacklevel=4)
+            self.disabled_reason = f"raised {type(error).__name__}: {(str(error).splitlines() or [''])[0]}"
+        if self.disabled_reason is None:
+            return graph
+        self.graphs.clear()
+        warnings.warn(
+            f"passes are not recorded on {tower.device}: one {self.disabled_reason}", RuntimeWarning, stacklevel=4
+        )
         return None
 
 
-def refusal(device: torch.device) -> str | None:
+def cuda_graph_unsupported_reason(device: torch.device) -> str | None:
     """Why passes are not recorded on a device, or None."""
     if not options.current().graphs:
         return "is turned off by TWOTOWER_GRAPHS=0"
     return None if device.type == "cuda" else "needs CUDA"
 
 
-def _wanted(tower: Tower, inputs: PassInputs) -> bool:
-    if torch.is_grad_enabled() or torch._C._len_torch_dispatch_stack() or refusal(tower.device) is not None:
+def _eligible(tower: Tower, inputs: PassInputs) -> bool:
+    if (
+        torch.is_grad_enabled()
+        or torch._C._len_torch_dispatch_stack()
+        or cuda_graph_unsupported_reason(tower.device) is not None
+    ):
         return False
-    if not 0 < inputs.tokens.numel() <= MOST_TOKENS or inputs.tokens.shape[1] > tower.config.chunk_size:
+    if not 0 < inputs.tokens.numel() <= MAX_TOKENS or inputs.tokens.shape[1] > tower.config.chunk_size:
         return False
     return select("experts", tower.device, tower.embeddings.weight.dtype).name != "sorted-loop"  # which asks the host
 
@@ -163,24 +169,26 @@ def _wanted(tower: Tower, inputs: PassInputs) -> bool:
 # --- shapes -----------------------------------------------------------------------------------------------------------
 
 
-def _widened(past: list[LayerCache] | None) -> list[LayerCache] | None:
+def _bucket_widths(past: list[LayerCache] | None) -> list[LayerCache] | None:
     """With context columns rounded up: those beyond a row's length are masked in any case."""
-    return None if past is None else [_wider(own) if isinstance(own, Cached) and own.width else own for own in past]
+    return (
+        None if past is None else [_bucket_width(own) if isinstance(own, Cached) and own.width else own for own in past]
+    )
 
 
-def _wider(cached: Cached) -> Cached:
-    width = max(LEAST_WIDTH, 1 << (cached.width - 1).bit_length())
+def _bucket_width(cached: Cached) -> Cached:
+    width = max(MIN_CONTEXT_WIDTH, 1 << (cached.width - 1).bit_length())
     return cached._replace(width=min(width, cached.even) if cached.even else width)
 
 
-def _bucket(inputs: PassInputs) -> int:
+def _bucket_rows(inputs: PassInputs) -> int:
     """Rows of the recording: a power of two, but as they are where keys and values are seen as one even layout."""
     rows = len(inputs.tokens)
     even = any(isinstance(own, Cached) and own.even for own in inputs.past or ())
     return rows if even else 1 << (rows - 1).bit_length()
 
 
-def _shape(inputs: PassInputs) -> Hashable:
+def _shape_key(inputs: PassInputs) -> Hashable:
     """What a recording depends on beside its rows."""
     layers: list[Hashable] = []
     for own in inputs.past or ():
@@ -196,23 +204,23 @@ def _shape(inputs: PassInputs) -> Hashable:
 # --- inputs -----------------------------------------------------------------------------------------------------------
 
 
-def _copied(inputs: PassInputs) -> list[Tensor]:
+def _input_tensors(inputs: PassInputs) -> list[Tensor]:
     """The tensors with a row each that a pass reads, always in the same order. Layers share where their rows lie."""
     out = [inputs.tokens]
     out += [part for part in (inputs.meta.valid, inputs.meta.start) if part is not None]
-    segments: Sequence[Tensor] = ()
+    row_layout: Sequence[Tensor] = ()
     for own in inputs.past or ():
         if isinstance(own, MambaCache):
             out += own
         elif isinstance(own, Cached):
-            segments = (own.start, own.stride, own.lengths)
-    out += segments
+            row_layout = (own.start, own.stride, own.lengths)
+    out += row_layout
     for modulation in inputs.modulation or ():
         out += modulation
     return out
 
 
-def _with_own_memory(inputs: PassInputs, rows: int) -> PassInputs:
+def _static_inputs(inputs: PassInputs, rows: int) -> PassInputs:
     """The same with room for `rows` rows of its own, but for the pools of keys and values. Surplus rows are empty."""
 
     def room(tensor: Tensor) -> Tensor:
@@ -221,11 +229,11 @@ def _with_own_memory(inputs: PassInputs, rows: int) -> PassInputs:
     valid, start = (None if tensor is None else room(tensor) for tensor in (inputs.meta.valid, inputs.meta.start))
     meta = AttentionMetadata(valid=valid, causal=inputs.meta.causal, start=start)
     past: list[LayerCache] = []
-    segments: tuple[Tensor, Tensor, Tensor] | None = None  # of all layers
+    row_layout: tuple[Tensor, Tensor, Tensor] | None = None  # of all layers
     for own in inputs.past or ():
         if isinstance(own, Cached):
-            segments = segments or (room(own.start), room(own.stride), room(own.lengths))
-            starts, stride, lengths = segments
+            row_layout = row_layout or (room(own.start), room(own.stride), room(own.lengths))
+            starts, stride, lengths = row_layout
             past.append(own._replace(start=starts, stride=stride, lengths=lengths))
         else:
             past.append(None if own is None else MambaCache(*map(room, own)))
@@ -235,18 +243,18 @@ def _with_own_memory(inputs: PassInputs, rows: int) -> PassInputs:
 
 # --- recording --------------------------------------------------------------------------------------------------------
 
-Recorder = Callable[[Callable[[], PassResult]], tuple[Callable[[], object], PassResult]]
+Capturer = Callable[[Callable[[], PassResult]], tuple[Callable[[], object], PassResult]]
 
 
-def recorder(device: torch.device, pool: MemoryPool) -> Recorder:
+def capturer(device: torch.device, pool: MemoryPool) -> Capturer:
     """What records: compute() → what does it again, and where its result then is."""
 
-    def record(compute: Callable[[], PassResult]) -> tuple[Callable[[], object], PassResult]:
+    def capture(compute: Callable[[], PassResult]) -> tuple[Callable[[], object], PassResult]:
         with torch.cuda.device(device):
             aside, now = torch.cuda.Stream(), torch.cuda.current_stream()
             aside.wait_stream(now)
             with torch.cuda.stream(aside):
-                for _ in range(WARM_UP):
+                for _ in range(WARMUP_PASSES):
                     compute()
             now.wait_stream(aside)
             graph = torch.cuda.CUDAGraph()
@@ -255,4 +263,4 @@ def recorder(device: torch.device, pool: MemoryPool) -> Recorder:
                 result = compute()
         return graph.replay, result
 
-    return record
+    return capture

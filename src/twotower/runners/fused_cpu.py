@@ -18,11 +18,11 @@ from twotower.ops.cpu.kernels import call, few
 from twotower.ops.precision import accumulation_dtype
 from twotower.ops.registry import select
 from twotower.runners.module_plan import ModulePlan
-from twotower.runners.pass_tables import READABLE, PassShape, PassTables, cached_context, shape_of
+from twotower.runners.pass_tables import SUPPORTED_CACHES, PassShape, PassTables, cached_context, shape_of
 from twotower.runners.weight_table import WeightTable
 
-LONGEST = 128  # tokens of a row: its Mamba layers compare each with each
-KEPT = 64  # shapes of pass whose tables are kept; the one used longest ago goes first
+MAX_ROW_TOKENS = 128  # tokens of a row: its Mamba layers compare each with each
+MAX_TABLES = 64  # shapes of pass whose tables are kept; the one used longest ago goes first
 OPS = ("linear", "rms_norm", "route", "experts", "attention", "mamba_block")
 INT8_OPS = ("linear_int8", "experts_int8")  # of a tower with int8 weights, besides
 
@@ -41,7 +41,7 @@ class FusedCPURunner:
         self._plan: ModulePlan | None = None
         self.weights: WeightTable | None = None
         self._tables: OrderedDict[PassShape, PassTables] = OrderedDict()
-        self._served: tuple[tuple[str, torch.dtype], bool] | None = None
+        self._supported: tuple[tuple[str, torch.dtype], bool] | None = None
 
     @property
     def prepared(self) -> int:
@@ -50,62 +50,62 @@ class FusedCPURunner:
 
     def prefill_chunk(self, tower: Tower) -> int | None:
         """Tokens of a prompt that are best read in one pass; None where this runner does not serve the tower."""
-        return LONGEST if self._serves(self._plan_of(tower), tower.embeddings.weight) else None
+        return MAX_ROW_TOKENS if self._supports(self._plan_of(tower), tower.embeddings.weight) else None
 
     def run(self, tower: Tower, inputs: PassInputs) -> PassResult | None:
         """What `Tower.forward` returns; None where the pass is not this runner's."""
         count, weight = inputs.tokens.numel(), tower.embeddings.weight
-        if not 0 < count <= few(weight.dtype, packed=True) or inputs.tokens.shape[1] > LONGEST:
+        if not 0 < count <= few(weight.dtype, packed=True) or inputs.tokens.shape[1] > MAX_ROW_TOKENS:
             return None
         plan = self._plan_of(tower)
-        if not self._serves(plan, weight) or not plan.runs_as_written(tower):
+        if not self._supports(plan, weight) or not plan.is_unmodified(tower):
             return None
         weights = self.weights
-        if weights is None or not weights.still_true(plan, weight.dtype):
+        if weights is None or not weights.is_current(plan, weight.dtype):
             weights = self.weights = WeightTable(tower, plan)
         if not weights.fits or count > few(weight.dtype, at_once=True, packed=weights.all_packed):
             return None
         shape = shape_of(inputs, weight.dtype)
-        if not READABLE.issuperset(shape.past):
+        if not SUPPORTED_CACHES.issuperset(shape.past):
             return None
         tables = self._tables.pop(shape, None)  # no other thread's pass may use the same tables meanwhile
         if tables is None:
             residual = accumulation_dtype(shape.dtype) if tower.config.residual_in_fp32 else shape.dtype
             tables = PassTables(tower.config, shape, residual)
-        result = _run(tower, weights, tables, inputs)
+        result = _fused_pass(tower, weights, tables, inputs)
         self._tables[shape] = tables
-        if len(self._tables) > KEPT:
+        if len(self._tables) > MAX_TABLES:
             self._tables.popitem(last=False)
         return result
 
     def _plan_of(self, tower: Tower) -> ModulePlan:
         plan = self._plan
-        if plan is None or not plan.holds():
+        if plan is None or not plan.is_current():
             plan = self._plan = ModulePlan(tower)
-            self.weights = self._served = None
+            self.weights = self._supported = None
         return plan
 
-    def _serves(self, plan: ModulePlan, weight: Tensor) -> bool:
+    def _supports(self, plan: ModulePlan, weight: Tensor) -> bool:
         """Whether every kernel that the tower needs is the chosen one for such a weight of the tower."""
         device, dtype = weight.device, weight.dtype
         if device.type != "cpu" or torch.is_grad_enabled() or torch._C._len_torch_dispatch_stack():
             return False
         key = options.current().kernels_key, dtype
-        if self._served is None or self._served[0] != key:
+        if self._supported is None or self._supported[0] != key:
             ops = OPS + INT8_OPS if plan.int8 else OPS
             chosen = (select(op, device, dtype, differentiable=False) for op in ops)
-            self._served = key, all(backend.name == "native" for backend in chosen)
-        return self._served[1]
+            self._supported = key, all(backend.name == "native" for backend in chosen)
+        return self._supported[1]
 
 
-def _run(tower: Tower, weights: WeightTable, tables: PassTables, inputs: PassInputs) -> PassResult | None:
+def _fused_pass(tower: Tower, weights: WeightTable, tables: PassTables, inputs: PassInputs) -> PassResult | None:
     kept = tables.fill(inputs)
     if kept is None:
         return None
     meta, cached = inputs.meta, cached_context(inputs)
     x = tower.embed(inputs.tokens)  # written over by the pass
     hidden = x.new_empty(x.shape, dtype=weights.dtype)
-    added = tables.added(hidden)
+    added = tables.updates(hidden)
     valid = None if meta.valid is None else meta.valid.contiguous()
     rows = (None, None, None) if cached is None or not cached.width else (cached.start, cached.stride, cached.lengths)
     call(

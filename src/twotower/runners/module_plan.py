@@ -48,7 +48,7 @@ _tensor: Callable[[dict[str, Any], str], Tensor | None] = dict.get
 _address: Callable[[Any], int] = Tensor.data_ptr
 
 
-class Weights(NamedTuple):
+class WeightPointers(NamedTuple):
     """Every parameter and buffer of a tower at one moment: its identity, whether it is not None, and, if so, its
     address. No reference is kept."""
 
@@ -76,23 +76,23 @@ class ModulePlan:
         self._holders = [holder for holder in holders for _ in holder]
         self._names = [name for holder in holders for name in holder]
 
-    def holds(self) -> bool:
+    def is_current(self) -> bool:
         """Whether the tower still consists of the same modules."""
         return all(map(eq, self._children, self._known_children))
 
-    def runs_as_written(self, tower: Tower) -> bool:
+    def is_unmodified(self, tower: Tower) -> bool:
         """Whether every module is this package's own, and none has hooks or another `forward`."""
         if not self._own or _has_any_global_hook() or "forward" in tower.__dict__:
             return False
         return not any(self._hooks) and not any(map(contains, self._attributes, repeat("forward")))
 
-    def weights(self) -> Weights:
+    def weights(self) -> WeightPointers:
         """The weights as they are now."""
         tensors = list(map(_tensor, self._holders, self._names))
         addresses = tuple(tensor.data_ptr() for tensor in tensors if tensor is not None)
-        return Weights(list(map(id, tensors)), [tensor is not None for tensor in tensors], addresses)
+        return WeightPointers(list(map(id, tensors)), [tensor is not None for tensor in tensors], addresses)
 
-    def unchanged(self, known: Weights) -> bool:
+    def weights_unchanged(self, known: WeightPointers) -> bool:
         """Whether each weight is still the same tensor at the same address. (A value changed in place is not seen.)"""
         tensors = list(map(_tensor, self._holders, self._names))
         if list(map(id, tensors)) != known.ids:

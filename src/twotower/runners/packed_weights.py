@@ -19,10 +19,10 @@ from twotower.model.moe import Experts
 from twotower.ops.cpu import kernels
 from twotower.ops.cpu.packed_weights import PackedWeight, size
 
-SPARE_SHARE = 0.5  # of the memory that is free: as much may the copies take where nobody asked for them
+MAX_MEMORY_FRACTION = 0.5  # of the memory that is free: as much may the copies take where nobody asked for them
 
 
-def matrices(model: nn.Module) -> Iterator[tuple[Tensor, PackedWeight]]:
+def packable_weights(model: nn.Module) -> Iterator[tuple[Tensor, PackedWeight]]:
     """The weights of products that a packed copy speeds up, and the place of each copy."""
     for module in model.modules():
         if isinstance(module, Linear):
@@ -32,28 +32,30 @@ def matrices(model: nn.Module) -> Iterator[tuple[Tensor, PackedWeight]]:
             yield module.down_proj, module.packed_down
 
 
-def refusal(model: nn.Module, device: torch.device | None = None, dtype: torch.dtype | None = None) -> str | None:
+def packing_unsupported_reason(
+    model: nn.Module, device: torch.device | None = None, dtype: torch.dtype | None = None
+) -> str | None:
     """Why copies are not made unasked, or None. device, dtype: as if the weights were there and such."""
     if not options.current().pack:
         return "TWOTOWER_PACK=0"
     needed = 0
-    for weight, _ in matrices(model):
+    for weight, _ in packable_weights(model):
         kind = dtype or weight.dtype
         if kernels.cpu_unsupported_reason(device or weight.device, kind) is None:
             needed += size(weight) * kind.itemsize
     if not needed:
         return "no compiled kernels read them"
     free = available_memory()
-    if free is None or needed > SPARE_SHARE * free:
+    if free is None or needed > MAX_MEMORY_FRACTION * free:
         room = "nobody knows how much" if free is None else f"{free / 2**30:.1f} GiB"
         return f"the copy takes {needed / 2**30:.1f} GiB and {room} is free"
     return None
 
 
-def pack(model: nn.Module) -> int:
+def pack_weights(model: nn.Module) -> int:
     """Copies every weight that compiled kernels read → bytes of all copies."""
     taken = 0
-    for weight, packed in matrices(model):
+    for weight, packed in packable_weights(model):
         panels = packed.of(weight)
         if panels is None:
             panels = kernels.pack(weight)
@@ -64,9 +66,9 @@ def pack(model: nn.Module) -> int:
     return taken
 
 
-def unpack(model: nn.Module) -> None:
+def unpack_weights(model: nn.Module) -> None:
     """Gives the copies' memory back."""
-    for _, packed in matrices(model):
+    for _, packed in packable_weights(model):
         packed.release()
 
 

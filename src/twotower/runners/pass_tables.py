@@ -23,7 +23,7 @@ from twotower.ops.reference.mamba_block import MambaStepInputs, empty_step_input
 PLACES_PER_LAYER = 12  # INPUTS in tower.h
 MODULATION, PAST, ADDED = (0, 3), (3, 5), 5  # shift, scale, gate; two tensors of the past; what the pass adds
 ORDER_STRIDE = 4  # the place in `sizes` of the modulation's stride
-READABLE = {Cached, MambaCache, NoneType}  # not KeyValue: whole sequences, as in training
+SUPPORTED_CACHES = {Cached, MambaCache, NoneType}  # not KeyValue: whole sequences, as in training
 
 
 class PassShape(NamedTuple):
@@ -66,8 +66,8 @@ class PassTables:
         inputs = torch.empty(len(mamba), shape.rows, shape.length, config.conv_dim, dtype=shape.dtype)
         heads = config.mamba_num_heads, config.mamba_head_dim, config.n_groups, config.ssm_state_size
         keys = shape.rows, shape.length, config.num_key_value_heads, config.head_dim
-        self._step_inputs = AddedPart(mamba, empty_step_inputs(inputs, *heads))
-        self._keys = AddedPart(attention, [torch.empty(len(attention), *keys, dtype=shape.dtype)] * 2)
+        self._step_inputs = UpdateBuffers(mamba, empty_step_inputs(inputs, *heads))
+        self._keys = UpdateBuffers(attention, [torch.empty(len(attention), *keys, dtype=shape.dtype)] * 2)
         self._inputs = np.zeros(len(pattern) * PLACES_PER_LAYER, np.uintp)
         self._modulation_places = _places(range(len(pattern)), *MODULATION)
         self._past_places = _places(self._past, *PAST)
@@ -99,7 +99,7 @@ class PassTables:
             kept += past
         return kept
 
-    def added(self, like: Tensor) -> list[CacheUpdate]:
+    def updates(self, like: Tensor) -> list[CacheUpdate]:
         """Memory for what the layers add, beside the tensor `like`."""
         added: list[CacheUpdate] = [None] * self._layers
         for i, parts in self._step_inputs.allocate(like, self._inputs):
@@ -109,7 +109,7 @@ class PassTables:
         return added
 
 
-class AddedPart:
+class UpdateBuffers:
     """What the layers of one kind add: one tensor (layers, …) for each part, since a small tensor takes longer to make
     than to fill. like: a tensor of each part's shape and dtype."""
 

@@ -13,12 +13,12 @@ from torch import Tensor, nn
 from twotower.model.tower import Layer, Tower
 from twotower.ops.cpu.packed_weights import PackedWeight
 from twotower.runners.module_plan import ModulePlan
-from twotower.runners.packed_weights import matrices
+from twotower.runners.packed_weights import packable_weights
 
 KINDS = {"M": 0, "*": 1, "E": 2, "-": 3}
 PLACES_PER_LAYER = 12  # WEIGHTS in tower.h
 # Where each weight of a mixer stands; 0 is the layer's norm. A name with ! is fp32 whatever the model's dtype.
-PLACES = {
+WEIGHT_ORDER = {
     "M": (
         "in_proj.weight",
         "in_proj.bias",
@@ -50,7 +50,7 @@ _panels_of: Callable[[PackedWeight], Tensor | None] = attrgetter("panels")
 _version_of: Callable[[Tensor], int] = attrgetter("_version")
 
 
-class Place(NamedTuple):
+class WeightEntry(NamedTuple):
     """A weight of the compiled pass: where it stands in the table and what it must be."""
 
     slot: int
@@ -61,7 +61,7 @@ class Place(NamedTuple):
 
 
 class WeightTable:
-    """The table of a tower, for as long as `still_true` says so.
+    """The table of a tower, for as long as `is_current` says so.
 
     fits: whether every weight has the type and layout that the compiled pass reads. all_packed: whether every product
     reads packed weights. addresses: of the weights as they lie, of packed weights, of int8 scales.
@@ -71,19 +71,19 @@ class WeightTable:
         self.dtype = tower.embeddings.weight.dtype
         self._weights = plan.weights()
         size = tower.config.num_layers * PLACES_PER_LAYER
-        places = list(_places(tower, size))
-        self.fits = all(map(_fits, places)) and tower.norm_f.weight.dtype == self.dtype
+        entries = list(_entries(tower, size))
+        self.fits = all(map(_fits, entries)) and tower.norm_f.weight.dtype == self.dtype
         self._table = np.zeros(3 * size, np.uintp)
         self._packed: list[Tensor] = []
-        self._copies = [place.packed for place in places if place.packed is not None]
-        for place in places:
-            if place.tensor is None:
+        self._copies = [entry.packed for entry in entries if entry.packed is not None]
+        for entry in entries:
+            if entry.tensor is None:
                 continue
-            self._table[place.slot] = place.tensor.data_ptr()
-            panels = None if place.packed is None else place.packed.of(place.tensor)
+            self._table[entry.slot] = entry.tensor.data_ptr()
+            panels = None if entry.packed is None else entry.packed.of(entry.tensor)
             if panels is not None:
-                self._table[place.slot + size] = panels.data_ptr()
-                self._packed.append(place.tensor)
+                self._table[entry.slot + size] = panels.data_ptr()
+                self._packed.append(entry.tensor)
         self._versions = list(map(_version_of, self._packed))
         self._panels = list(map(_panels_of, self._copies))
         self.all_packed = all(panels is not None for panels in self._panels)
@@ -92,37 +92,37 @@ class WeightTable:
         self.kinds = self._kinds.ctypes.data
         self.addresses = [self._table.ctypes.data + part * size * self._table.itemsize for part in range(3)]
 
-    def still_true(self, plan: ModulePlan, dtype: torch.dtype) -> bool:
+    def is_current(self, plan: ModulePlan, dtype: torch.dtype) -> bool:
         """Whether the weights are the same tensors at the same addresses, and the packed ones unchanged."""
         return (
             dtype == self.dtype
             and all(map(is_, map(_panels_of, self._copies), self._panels))
             and all(map(eq, map(_version_of, self._packed), self._versions))
-            and plan.unchanged(self._weights)
+            and plan.weights_unchanged(self._weights)
         )
 
 
-def _fits(place: Place) -> bool:
-    if place.tensor is None:
-        return place.optional
-    return place.tensor.dtype == place.dtype and place.tensor.is_contiguous()
+def _fits(entry: WeightEntry) -> bool:
+    if entry.tensor is None:
+        return entry.optional
+    return entry.tensor.dtype == entry.dtype and entry.tensor.is_contiguous()
 
 
-def _places(tower: Tower, size: int) -> Iterator[Place]:
+def _entries(tower: Tower, size: int) -> Iterator[WeightEntry]:
     """Every weight of the layers. size: of one of the three parts of the table."""
     dtype = tower.embeddings.weight.dtype
-    packed = {id(weight): copy for weight, copy in matrices(tower)}
+    packed = {id(weight): copy for weight, copy in packable_weights(tower)}
     for i, layer in enumerate(tower.all_layers()):
-        for place, name in enumerate(("norm.weight", *(f"mixer.{name}" for name in PLACES[layer.kind]))):
+        for place, name in enumerate(("norm.weight", *(f"mixer.{name}" for name in WEIGHT_ORDER[layer.kind]))):
             module, leaf = _holder(layer, name.rstrip("!"))
             slot, tensor = i * PLACES_PER_LAYER + place, getattr(module, leaf, None)
             scale = getattr(module, f"{leaf}_scale", None)
             if scale is not None:
-                yield Place(slot + size, tensor, torch.int8)
-                yield Place(slot + 2 * size, scale, torch.float32)
+                yield WeightEntry(slot + size, tensor, torch.int8)
+                yield WeightEntry(slot + 2 * size, scale, torch.float32)
                 continue
             wanted = torch.float32 if name.endswith("!") else dtype
-            yield Place(slot, tensor, wanted, leaf == "bias", packed.get(id(tensor)))
+            yield WeightEntry(slot, tensor, wanted, leaf == "bias", packed.get(id(tensor)))
 
 
 def _holder(layer: Layer, name: str) -> tuple[nn.Module, str]:

@@ -18,7 +18,7 @@ from twotower.server.request_errors import RequestError
 from twotower.server.request_schemas import GenerationRequest
 from twotower.server.settings import ServerSettings
 from twotower.server.tokenizer_adapter import TokenizerAdapter
-from twotower.tokenizer import required
+from twotower.tokenizer import require_tokenizer
 
 
 class Service:
@@ -28,7 +28,7 @@ class Service:
         self.engine = engine
         self.model = engine.llm.model
         self.settings = settings
-        self.tokenizer = TokenizerAdapter(required(self.model.tokenizer))
+        self.tokenizer = TokenizerAdapter(require_tokenizer(self.model.tokenizer))
         self.metrics = Metrics(engine)
         self.draining = False
         self.started = int(time.time())

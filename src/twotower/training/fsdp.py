@@ -18,7 +18,7 @@ from torch.distributed.fsdp import FSDPModule, MixedPrecisionPolicy, fully_shard
 from torch.distributed.tensor import DTensor
 
 from twotower.errors import ArgumentError
-from twotower.model.wide_tensors import is_wide
+from twotower.model.fp32_tensors import keeps_fp32
 
 Value = TypeVar("Value")
 
@@ -108,19 +108,19 @@ def shard(objective: nn.Module, units: Iterable[nn.Module], world: World, dtype:
     """Spreads the objective over all processes, unit by unit: parameters, gradients and optimizer state.
 
     What trains is kept in fp32 (master weights) and computes in `dtype`; what is frozen is kept in `dtype`. The few
-    tensors that must not be narrow (`checkpoint.WIDE_SUFFIXES`: a number per head) are left whole on every process;
+    tensors that must not be narrow (`checkpoint.FP32_SUFFIXES`: a number per head) are left whole on every process;
     `sum_whole_gradients` adds theirs up. Gradients are summed, not averaged: the loss is already divided by the
     number of targets over all processes.
     """
     for name, parameter in objective.named_parameters():
         place = parameter.device if parameter.device.type == "meta" else world.device
         wide = dtype if parameter.dtype == torch.float64 else torch.promote_types(dtype, torch.float32)
-        keep = wide if parameter.requires_grad or is_wide(name) else dtype
+        keep = wide if parameter.requires_grad or keeps_fp32(name) else dtype
         parameter.data = parameter.data.to(place, keep)
     for buffer in objective.buffers():
         if buffer.device.type != "meta":
             buffer.data = buffer.data.to(world.device)
-    whole = {parameter for name, parameter in objective.named_parameters() if is_wide(name)}
+    whole = {parameter for name, parameter in objective.named_parameters() if keeps_fp32(name)}
     shard_one = partial(
         fully_shard,
         mesh=world.mesh,

@@ -183,7 +183,7 @@ class DenoisingObjective(nn.Module):
         return self._embed(layout.to_blocks(tokens))
 
     def _modulations(self, noise: Corruption, layout: Layout) -> Sequence[Modulation | None]:
-        return self.time(layout.pick(noise.t.flatten())) if self.options.time else [None] * len(self.units)
+        return self.time(layout.select_blocks(noise.t.flatten())) if self.options.time else [None] * len(self.units)
 
 
 def blocks_with_masks(noise: Corruption, block_size: int) -> Tensor:

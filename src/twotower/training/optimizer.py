@@ -8,7 +8,7 @@ import torch
 from torch import Tensor, nn
 
 from twotower.errors import ArgumentError
-from twotower.model.wide_tensors import is_wide
+from twotower.model.fp32_tensors import keeps_fp32
 from twotower.training.fsdp import World, local, sum_whole_gradients
 
 
@@ -48,8 +48,8 @@ class Optimizer:
 
     def __init__(self, module: nn.Module, world: World, weight_decay: float, clip: float) -> None:
         trained = [(name, p) for name, p in module.named_parameters() if p.requires_grad]
-        self.whole = [p for name, p in trained if is_wide(name)]
-        sharded = [(name, p) for name, p in trained if not is_wide(name)]
+        self.whole = [p for name, p in trained if keeps_fp32(name)]
+        sharded = [(name, p) for name, p in trained if not keeps_fp32(name)]
         decayed = [p for name, p in sharded if p.dim() >= 2 and "scale_shift_tables" not in name]
         resting = [p for name, p in sharded if p.dim() < 2 or "scale_shift_tables" in name]
         self.parts = [p for _, p in sharded]

@@ -88,7 +88,7 @@ def train_denoiser(
     settings: DenoiserSettings, directory: Path, world: World, validation: MakeValidation | None = None
 ) -> Path:
     """The denoiser of a two-tower checkpoint → the trained checkpoint in RUN/model, in the source's dtype."""
-    source = pretrained.local(settings.model, {})
+    source = pretrained.resolve_source(settings.model, {})
     config = TwoTowerConfig.read(source)
     lock_run_dir(directory, settings.fixed() | _shape(config), world)
     tokenizer = one_tower.tokenizer_of(source)
@@ -189,4 +189,4 @@ def _write_two_towers(whole: dict[str, torch.Tensor], config: TwoTowerConfig, fo
         model = TwoTowerForCausalLM(config)
     model.load_state_dict(whole, strict=True, assign=True)
     model.save_pretrained(folder)
-    pretrained.copy_text_files(source, folder)
+    pretrained.copy_tokenizer_files(source, folder)

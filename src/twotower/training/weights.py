@@ -11,9 +11,9 @@ from torch import Tensor, nn
 from torch.distributed.tensor import DTensor
 
 from twotower.checkpoint import names, reader
-from twotower.checkpoint.names import Slot
-from twotower.checkpoint.reader import Stored
-from twotower.model.wide_tensors import tensors, wanted_dtype
+from twotower.checkpoint.names import TensorEntry
+from twotower.checkpoint.reader import StoredTensor
+from twotower.model.fp32_tensors import named_tensors, target_dtype
 from twotower.training.fsdp import World, full, local
 
 if TYPE_CHECKING:
@@ -28,16 +28,16 @@ def fill(model: TwoTowerForCausalLM, objective: nn.Module, directory: Path, worl
     Raises:
         CheckpointError: the files do not fit the model.
     """
-    found = reader.scan(directory)
-    needed = names.slots(model)
+    found = reader.read_headers(directory)
+    needed = names.tensor_entries(model)
     with torch.device("meta"):
-        known = names.slots(type(model)(model.config))  # of two towers, even where one serves as both
+        known = names.tensor_entries(type(model)(model.config))  # of two towers, even where one serves as both
     reader.check(directory, found, known, needed, model.config.hybrid_override_pattern)
     objective.to_empty(device=world.device)
-    memory = dict(tensors(model))
+    memory = dict(named_tensors(model))
     with torch.no_grad():
-        for slot in needed:
-            _read(slot, found[slot.disk], memory[slot.memory], world)
+        for entry in needed:
+            _read(entry, found[entry.disk], memory[entry.memory], world)
 
 
 def gather(model: nn.Module, dtype: torch.dtype, world: World) -> dict[str, Tensor]:
@@ -46,22 +46,22 @@ def gather(model: nn.Module, dtype: torch.dtype, world: World) -> dict[str, Tens
     All processes must call it.
     """
     whole = {}
-    for name, tensor in tensors(model):
+    for name, tensor in named_tensors(model):
         value = full(tensor.detach())
         if world.first:
-            whole[name] = value.to("cpu", wanted_dtype(name, dtype), copy=True)
+            whole[name] = value.to("cpu", target_dtype(name, dtype), copy=True)
     return whole
 
 
-def _read(slot: Slot, stored: Stored, tensor: Tensor, world: World) -> None:
+def _read(entry: TensorEntry, stored: StoredTensor, tensor: Tensor, world: World) -> None:
     own, first = local(tensor.detach()), 0
     if isinstance(tensor, DTensor):  # FSDP2 splits the first dimension as torch.chunk does
         size = -(-tensor.shape[0] // world.size)
         first = min(world.rank * size, tensor.shape[0])
         assert own.shape[0] == min(first + size, tensor.shape[0]) - first
     with safe_open(stored.file, framework="pt") as handle:
-        if slot.expert is None:
-            part = handle.get_slice(slot.disk)
+        if entry.expert is None:
+            part = handle.get_slice(entry.disk)
             own.copy_(part[first : first + own.shape[0]] if isinstance(tensor, DTensor) else part[:])
-        elif first <= slot.expert < first + own.shape[0]:
-            own[slot.expert - first].copy_(handle.get_tensor(slot.disk))
+        elif first <= entry.expert < first + own.shape[0]:
+            own[entry.expert - first].copy_(handle.get_tensor(entry.disk))

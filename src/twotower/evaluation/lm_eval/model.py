@@ -28,7 +28,7 @@ from twotower.errors import ArgumentError
 from twotower.evaluation.likelihood import Likelihood, continuation_bound, continuation_likelihood
 from twotower.evaluation.running import generate_all
 from twotower.modeling_twotower import TwoTowerForCausalLM
-from twotower.tokenizer import required
+from twotower.tokenizer import require_tokenizer
 
 log = logging.getLogger(__name__)
 
@@ -124,7 +124,7 @@ class TwoTowerLM(TemplateLM):
         self.rows = _rows(batch_size)
         window = self.model.config.backbone.max_position_embeddings
         self.max_length = min(int(max_length), window) if max_length else window
-        self.tokenizer = required(self.model.tokenizer)
+        self.tokenizer = require_tokenizer(self.model.tokenizer)
         self.cost = GenerationCost()
         self.progress = progress
 

@@ -16,9 +16,9 @@ from torch import Tensor, nn
 
 from twotower.config import BackboneConfig
 from twotower.model.conditioning import Modulation, TimeConditioning
+from twotower.model.fp32_tensors import cast, keeps_fp32
 from twotower.model.packed_forward import Layout
 from twotower.model.tower import Tower
-from twotower.model.wide_tensors import cast, is_wide
 from twotower.training.layer_pair import PairedLayer, run_unit
 from twotower.training.objective import DenoisingObjective, DenoisingOptions, negative_log_likelihood
 from twotower.training.planning.live_bytes import LiveBytes
@@ -66,7 +66,7 @@ def profile(
     with FusedAttention(), LiveBytes() as live:
         change = objective.time(torch.empty(micro_batch_size * row_length // block_size, device="meta"))
         modulation = 3 * change[0].gate.nbytes
-        _ = layout.valid_chosen, layout.block_document, layout.fresh
+        _ = layout.valid_chosen, layout.block_document, layout.starts_document
         fixed = live.live
         shape = (micro_batch_size, row_length, config.hidden_size)
         stream = torch.promote_types(dtype, torch.float32) if config.residual_in_fp32 else dtype
@@ -165,7 +165,7 @@ def _shares(objective: DenoisingObjective) -> tuple[list[Share], Share, int, int
             if parameter in taken:
                 continue
             taken.add(parameter)
-            if is_wide(name):
+            if keeps_fp32(name):
                 whole += parameter.numel()
                 trained += parameter.numel() * parameter.requires_grad
             else:

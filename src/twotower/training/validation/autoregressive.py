@@ -11,7 +11,7 @@ import torch.nn.functional as F
 from twotower.decoding.params import GenerationParams
 from twotower.errors import ArgumentError
 from twotower.modeling_twotower import TwoTowerForCausalLM
-from twotower.tokenizer import required
+from twotower.tokenizer import require_tokenizer
 from twotower.training.data.batch import Batch
 from twotower.training.fsdp import World, sharded
 from twotower.training.log_schema import Validation
@@ -88,5 +88,5 @@ class AutoregressiveValidation:
             scored = F.pad(next_tokens(batch, self.objective.prompt_loss), (1, 0))
             for row, columns in documents(batch):
                 tokens = batch.tokens[row][columns & scored[row]].tolist()
-                total += len(required(self.model.tokenizer).decode(tokens, skip_special_tokens=True).encode())
+                total += len(require_tokenizer(self.model.tokenizer).decode(tokens, skip_special_tokens=True).encode())
         return total

@@ -1,4 +1,4 @@
-"""Passes recorded once and replayed, as on a GPU: here the recorder traces a pass and plays its operations again.
+"""Passes recorded once and replayed, as on a GPU: here the capturer traces a pass and plays its operations again.
 
 A trace holds every operation with the addresses and the host's numbers of the moment, as a CUDA graph does, and it
 cannot be made of a pass that asks the host anything on the way.
@@ -59,8 +59,8 @@ def made(monkeypatch: pytest.MonkeyPatch) -> list[int]:
     only_torch(monkeypatch)
     experts = tuple(b for b in registry.REGISTRY["experts"] if b.name == "gathered")  # what a GPU without bf16 takes
     monkeypatch.setattr(registry, "REGISTRY", registry.REGISTRY | {"experts": experts})
-    monkeypatch.setattr(cuda_graph, "refusal", lambda device: None)
-    monkeypatch.setattr(cuda_graph, "recorder", lambda device, pool: record)
+    monkeypatch.setattr(cuda_graph, "cuda_graph_unsupported_reason", lambda device: None)
+    monkeypatch.setattr(cuda_graph, "capturer", lambda device, pool: record)
     return recordings
 
 
@@ -79,7 +79,7 @@ def test_an_engine_writes_the_same_from_few_recordings(
     with monkeypatch.context() as patch:
         patch.setattr(CUDAGraphRunner, "run", lambda *_: None)
         assert written == [alone(model, request).tokens for request in requests]
-    assert not any(graphs(tower).wrong for tower in (model.context, model.denoiser))
+    assert not any(graphs(tower).disabled_reason for tower in (model.context, model.denoiser))
 
 
 def test_a_recording_serves_other_numbers_of_rows_and_other_contexts(
@@ -136,7 +136,7 @@ def test_a_recording_that_differs_is_refused_aloud(
     model: TwoTowerForCausalLM, made: list[int], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """As a capture that fails is; the layers one by one do the work, and nobody tries again."""
-    real = cuda_graph.recorder(torch.device("cpu"), cuda_graph.MemoryPool())
+    real = cuda_graph.capturer(torch.device("cpu"), cuda_graph.MemoryPool())
 
     def wrong(compute: Callable[[], PassResult]) -> tuple[Callable[[], object], PassResult]:
         replay, result = real(compute)
@@ -146,11 +146,11 @@ def test_a_recording_that_differs_is_refused_aloud(
     with torch.no_grad():
         expected = TwoTowerForCausalLM.extend(model, tokens, model.new_state(2, 8))
     graphs(model.context).release()
-    for recorder, words in (
+    for capturer, words in (
         (wrong, "differs from its reference: result 0 by 1.0e-02"),
         (failing, "raised RuntimeError"),
     ):
-        monkeypatch.setattr(cuda_graph, "recorder", lambda device, pool, recorder=recorder: recorder)
+        monkeypatch.setattr(cuda_graph, "capturer", lambda device, pool, capturer=capturer: capturer)
         with pytest.warns(RuntimeWarning, match=f"passes are not recorded on cpu: one {words}"), torch.no_grad():
             assert torch.equal(model.extend(tokens, model.new_state(2, 8)), expected)
         with torch.no_grad():
@@ -163,11 +163,11 @@ def failing(compute: Callable[[], PassResult]) -> tuple[Callable[[], object], Pa
 
 
 def test_few_are_kept(model: TwoTowerForCausalLM, made: list[int], monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(cuda_graph, "KEPT", 2)
+    monkeypatch.setattr(cuda_graph, "MAX_GRAPHS", 2)
     with torch.no_grad():
         for length in (1, 2, 3, 1):
             model.extend(torch.randint(64, (1, length)), model.new_state(1, 8))
-    assert len(graphs(model.context).recordings) == 2
+    assert len(graphs(model.context).graphs) == 2
     assert len(made) == 4
 
 
@@ -175,12 +175,12 @@ def test_gradients_and_many_tokens_are_left_to_the_layers(model: TwoTowerForCaus
     assert isinstance(model.context, Tower)
     model.extend(torch.randint(64, (2, 3)), model.new_state(2, 8))
     with torch.no_grad():
-        model.extend(torch.randint(64, (cuda_graph.MOST_TOKENS + 1, 1)), model.new_state(cuda_graph.MOST_TOKENS + 1, 8))
+        model.extend(torch.randint(64, (cuda_graph.MAX_TOKENS + 1, 1)), model.new_state(cuda_graph.MAX_TOKENS + 1, 8))
     assert not made
 
 
 def test_on_a_processor_nothing_is_recorded() -> None:
-    assert cuda_graph.refusal(torch.device("cpu")) == "needs CUDA"
-    assert cuda_graph.refusal(torch.device("cuda")) is None
+    assert cuda_graph.cuda_graph_unsupported_reason(torch.device("cpu")) == "needs CUDA"
+    assert cuda_graph.cuda_graph_unsupported_reason(torch.device("cuda")) is None
     with options.override(graphs=False):
-        assert cuda_graph.refusal(torch.device("cuda")) == "is turned off by TWOTOWER_GRAPHS=0"
+        assert cuda_graph.cuda_graph_unsupported_reason(torch.device("cuda")) == "is turned off by TWOTOWER_GRAPHS=0"
