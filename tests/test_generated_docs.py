@@ -10,7 +10,7 @@ import click
 import pytest
 
 from twotower.cli.main import cli
-from twotower.options import rows
+from twotower.options import table_rows
 
 ROOT = Path(__file__).resolve().parent.parent
 
@@ -41,14 +41,14 @@ def test_every_verb_and_every_shown_option_is_on_the_page(generator: ModuleType)
 
 def test_every_variable_is_on_the_page(generator: ModuleType) -> None:
     page = generator.environment_page()
-    assert page.count("\n## ") == len(rows())
-    assert all(f"\n## {row.variable}\n" in page for row in rows())
+    assert page.count("\n## ") == len(table_rows())
+    assert all(f"\n## {row.variable}\n" in page for row in table_rows())
 
 
 def test_a_changed_help_text_makes_the_page_differ(generator: ModuleType, monkeypatch: pytest.MonkeyPatch) -> None:
     before = generator.cli_page()
     monkeypatch.setattr(cli.commands["train"], "help", "Another help.")
     assert generator.cli_page() != before
-    row = rows()[0]._replace(text="Another text.")
+    row = table_rows()[0]._replace(text="Another text.")
     monkeypatch.setattr(generator, "rows", lambda: [row])
     assert "Another text." in generator.environment_page()
