@@ -1,4 +1,4 @@
-"""The real server in a thread, on a tiny model, for tests of what it promises: over sockets, as its clients see it."""
+"""Runs the real server in a thread, on a tiny model, for tests over sockets."""
 
 from __future__ import annotations
 
@@ -28,51 +28,51 @@ from twotower.server.uvicorn_server import DrainingServer, create_server
 NAME = "tiny"
 EOS = 2
 LENGTH = 512
-NO_TLS = ssl.SSLContext(ssl.PROTOCOL_TLS_CLIENT)  # reading the system's certificates for each client takes its time
-QUICK = 0.02  # a threshold under which a block of this model, which is sure of nothing, takes a few passes
-PATIENCE = 20.0  # seconds after which something that should happen never will
-# A mode with arguments under which what it writes does not depend on a clock.
+NO_TLS = ssl.SSLContext(ssl.PROTOCOL_TLS_CLIENT)  # a client that loads the system's certificates takes long to create
+LOW_THRESHOLD = 0.02  # with this threshold, a block of the tiny model takes a few passes
+TIMEOUT = 20.0  # seconds
+# Modes with arguments for which the text does not depend on time measurements.
 MODES: dict[str, dict[str, Any]] = {
-    "diffusion": {"mode": "diffusion", "block_size": 8, "threshold": QUICK},
+    "diffusion": {"mode": "diffusion", "block_size": 8, "threshold": LOW_THRESHOLD},
     "ar": {"mode": "ar"},
-    "verified": {"mode": "verified", "block_size": 8, "draft_steps": 2, "threshold": QUICK},
+    "verified": {"mode": "verified", "block_size": 8, "draft_steps": 2, "threshold": LOW_THRESHOLD},
     "mock_ar": {"mode": "mock_ar"},
 }
-DECODING = {"mode": "diffusion", "confidence_threshold": QUICK}  # where a request says nothing
-# Where the Python API has another name for a field of a request.
-NAMES = {"max_tokens": "max_new_tokens", "threshold": "confidence_threshold", "steps": "steps_per_block"}
+DECODING = {"mode": "diffusion", "confidence_threshold": LOW_THRESHOLD}  # the server's defaults
+# Field of a request → parameter of the Python API with another name.
+PARAMETER_NAMES = {"max_tokens": "max_new_tokens", "threshold": "confidence_threshold", "steps": "steps_per_block"}
 
 
 @functools.cache
 def tiny_model() -> TwoTowerForCausalLM:
-    """Random, in float64, so that batches write what texts write alone; its texts are full of broken characters."""
+    """A random model in float64, so that a batch gives the same texts. They have incomplete characters."""
     model = build_random_model("M*-", seed=11, dtype=torch.float64, vocab_size=VOCABULARY, eos_token_id=EOS)
     model.tokenizer = TOKENIZER
     return model
 
 
-def written(prompt: str | list[int], **fields: Any) -> Generation:
-    """What the Python API writes where the server is sent these fields."""
+def expected_output(prompt: str | list[int], **fields: Any) -> Generation:
+    """The output of the Python API for a request with these fields."""
     values = {"temperature": 1.0, "max_new_tokens": 16} | (DECODING if "mode" not in fields else {})
-    values |= {NAMES.get(name, name): value for name, value in fields.items()}
-    return _written(
+    values |= {PARAMETER_NAMES.get(name, name): value for name, value in fields.items()}
+    return _expected_output(
         prompt if isinstance(prompt, str) else tuple(prompt), GenerationParams.of(**values, eos_token_id=EOS)
     )
 
 
 @functools.cache
-def _written(prompt: str | tuple[int, ...], params: GenerationParams) -> Generation:
+def _expected_output(prompt: str | tuple[int, ...], params: GenerationParams) -> Generation:
     (output,) = generate(tiny_model(), [prompt], params)
     return output
 
 
-class Valve:
-    """Stands before an engine's steps and counts them. Closed, it lets only those pass that are allowed."""
+class StepGate:
+    """Counts the steps of an engine. While closed, it blocks all steps that are not allowed."""
 
     def __init__(self, llm: LLM) -> None:
         self._step, self._allowed, self._change = llm.step, None, threading.Condition()
-        self.passed = 0
-        self.blocked = False  # a step stands before it
+        self.steps = 0
+        self.blocked = False  # a step is waiting
         llm.step = self.step  # type: ignore[method-assign]
 
     def step(self) -> Any:
@@ -81,25 +81,25 @@ class Valve:
             self._change.notify_all()
             self._change.wait_for(lambda: self._allowed is None or self._allowed > 0)
             self.blocked = False
-            self.passed += 1
+            self.steps += 1
             if self._allowed is not None:
                 self._allowed -= 1
         return self._step()
 
     def wait_blocked(self) -> None:
-        """Until a step stands before the valve."""
+        """Waits until a step is blocked."""
         with self._change:
-            assert self._change.wait_for(lambda: self.blocked and not self._allowed, PATIENCE)
+            assert self._change.wait_for(lambda: self.blocked and not self._allowed, TIMEOUT)
 
     def allow(self, steps: int | None) -> None:
-        """So many further ones; None: all."""
+        """Allows this number of further steps; None: all."""
         with self._change:
             self._allowed = steps
             self._change.notify_all()
 
     @contextmanager
     def closed(self) -> Iterator[None]:
-        """No step passes but by `allow`."""
+        """Blocks all steps except those of `allow`."""
         self.allow(0)
         try:
             yield
@@ -107,20 +107,20 @@ class Valve:
             self.allow(None)
 
 
-class Served:
-    """A server that runs."""
+class RunningServer:
+    """A running server and its client functions."""
 
     def __init__(self, server: DrainingServer, service: Service, address: str) -> None:
         self.server, self.service, self.address = server, service, address
         self.llm = service.engine.llm
-        self.valve = Valve(self.llm)
+        self.step_gate = StepGate(self.llm)
         self.port = int(address.rsplit(":", 1)[1])
 
     def client(self, **arguments: Any) -> httpx.Client:
-        return httpx.Client(base_url=self.address, timeout=PATIENCE, verify=NO_TLS, **arguments)
+        return httpx.Client(base_url=self.address, timeout=TIMEOUT, verify=NO_TLS, **arguments)
 
     def post(self, path: str, body: Any = None, **arguments: Any) -> httpx.Response:
-        """`body` as JSON, as a client sends it that escapes nothing it need not."""
+        """Posts `body` as JSON; bytes are sent unchanged."""
         content = body if isinstance(body, bytes) else json.dumps(body).encode()
         headers = {"content-type": "application/json"} | arguments.pop("headers", {})
         with self.client() as client:
@@ -148,17 +148,17 @@ class Served:
         }
 
     def connect(self) -> socket.socket:
-        return socket.create_connection(("127.0.0.1", self.port), PATIENCE)
+        return socket.create_connection(("127.0.0.1", self.port), TIMEOUT)
 
     @contextmanager
     def limited(self, **limits: Any) -> Iterator[None]:
-        """With other limits for a while."""
+        """Changes limits while the context is open."""
         with self.set(limits=replace(self.service.settings.limits, **limits)):
             yield
 
     @contextmanager
     def set(self, **settings: Any) -> Iterator[None]:
-        """With other settings for a while."""
+        """Changes settings while the context is open."""
         before = self.service.settings
         self.service.settings = replace(before, **settings)
         try:
@@ -167,7 +167,7 @@ class Served:
             self.service.settings = before
 
     def is_idle(self) -> bool:
-        """Nobody holds a place, in the server or in the engine."""
+        """Whether the server and the engine have no request."""
         llm = self.llm
         return (
             not (self.service.active_choices or llm.core.scheduler.running or llm.core.scheduler.waiting)
@@ -182,8 +182,8 @@ def serving(
     model: TwoTowerForCausalLM | None = None,
     service: Service | None = None,
     **settings: Any,
-) -> Iterator[Served]:
-    """A server of a model, or of the tiny one, or a service of its own, on any free port."""
+) -> Iterator[RunningServer]:
+    """Runs a server on a free port. model: default the tiny model; service: default a new one with `settings`."""
     settings = {"name": NAME, "decoding": DECODING, "limits": Limits(queue=64)} | settings
     if service is None:
         service = Service(AsyncLLM(LLM(model or tiny_model(), rows=rows, length=LENGTH)), ServerSettings(**settings))
@@ -197,34 +197,34 @@ def serving(
     server = create_server(service, "127.0.0.1", 0, drain, listening)
     thread = threading.Thread(target=server.run, name="server", daemon=True)
     thread.start()
-    assert listens.wait(PATIENCE)
-    served = Served(server, service, found[0])
+    assert listens.wait(TIMEOUT)
+    served = RunningServer(server, service, found[0])
     try:
         yield served
     finally:
-        served.valve.allow(None)
+        served.step_gate.allow(None)
         server.should_exit = True
-        thread.join(PATIENCE)
+        thread.join(TIMEOUT)
         assert not thread.is_alive()
 
 
-def until(condition: Callable[[], object], what: str = "") -> None:
-    """Waits for something that only another thread's state tells."""
-    end = time.monotonic() + PATIENCE
+def wait_until(condition: Callable[[], object], what: str = "") -> None:
+    """Waits until a condition that another thread changes is true."""
+    end = time.monotonic() + TIMEOUT
     while not condition():
-        assert time.monotonic() < end, what or "it never came"
+        assert time.monotonic() < end, what or "timeout"
         time.sleep(0.002)
 
 
 def events_of(text: str) -> list[dict[str, Any]]:
-    """The chunks of a whole stream, which must end with [DONE]."""
+    """The chunks of a complete stream, which must end with [DONE]."""
     lines = [line.strip() for line in text.split("\n\n") if line.strip()]
     assert lines[-1] == "data: [DONE]"
     return [json.loads(line.removeprefix("data: ")) for line in lines[:-1] if not line.startswith(":")]
 
 
 def texts_of(events: list[dict[str, Any]]) -> dict[int, str]:
-    """A stream's text by choice."""
+    """The text of each choice of a stream."""
     out: dict[int, str] = {}
     for event in events:
         for choice in event["choices"]:
@@ -234,8 +234,8 @@ def texts_of(events: list[dict[str, Any]]) -> dict[int, str]:
 
 
 @contextmanager
-def logged() -> Iterator[list[dict[str, Any]]]:
-    """The server's log lines, as they are written."""
+def captured_log() -> Iterator[list[dict[str, Any]]]:
+    """The server's log lines while the context is open."""
     lines: list[dict[str, Any]] = []
 
     class Keep(logging.Handler):

@@ -1,6 +1,6 @@
-"""The page at `/`, in a real browser: Chromium, without a window. Where it is missing these tests are skipped.
+"""The page at `/` in headless Chromium. Without Chromium, these tests are skipped.
 
-Screenshots of what was tested go to the folder that TWOTOWER_SCREENSHOTS names, else to pytest's own.
+Screenshots go to the folder in TWOTOWER_SCREENSHOTS, else to pytest's temporary folder.
 """
 
 from __future__ import annotations
@@ -35,19 +35,19 @@ FLAGS = (
 )
 DIALOGUE = "User: I need a flight to Paris.\nAssistant:"
 KEY = "a-key-of-this-test"
-SECONDS = 60  # that anything on the page may take
+SECONDS = 60  # time limit of any change on the page
 
 needs_browser = pytest.mark.skipif(
     not (BROWSER and DRIVER), reason="no Chromium; on Debian: sudo apt-get install chromium chromium-driver"
 )
 
 
-# --- what the tests use -----------------------------------------------------------------------------------------------
+# --- helpers ----------------------------------------------------------------------------------------------------------
 
 
 @contextmanager
 def serving(**environment: str) -> Iterator[tuple[str, subprocess.Popen[str]]]:
-    """`twotower serve` with the bundled model on a free port → its address, its process."""
+    """Runs `twotower serve` with the bundled model on a free port; yields its address and process."""
     command = [sys.executable, "-m", "twotower", "serve", "--port", "0", "--threads", "1", "--dtype", "float32"]
     process = subprocess.Popen(command, stderr=subprocess.PIPE, text=True, env=os.environ | environment)
     assert process.stderr is not None
@@ -57,7 +57,7 @@ def serving(**environment: str) -> Iterator[tuple[str, subprocess.Popen[str]]]:
                 break
         else:
             raise AssertionError(f"the server ended with {process.wait()}")
-        threading.Thread(target=process.stderr.read, daemon=True).start()  # its log must not fill the pipe
+        threading.Thread(target=process.stderr.read, daemon=True).start()  # so that the log does not fill the pipe
         yield found[0], process
     finally:
         process.kill()
@@ -79,7 +79,7 @@ def shots(tmp_path: Path) -> Path:
 
 
 class Browser:
-    """A window, and what a reader does in it."""
+    """A browser window and the actions of a user."""
 
     def __init__(self, profile: Path) -> None:
         from selenium import webdriver
@@ -110,7 +110,7 @@ class Browser:
         return self.driver.find_element("css selector", selector)
 
     def text(self, selector: str) -> str:
-        """As it stands in the document, hidden or not."""
+        """The text in the document, also of hidden elements."""
         return str(self.one(selector).get_property("textContent"))
 
     def type(self, selector: str, text: str) -> None:
@@ -124,7 +124,7 @@ class Browser:
         Select(self.one(selector)).select_by_value(value)
 
     def press(self, *keys: str) -> None:
-        """Wherever the focus is."""
+        """Sends keys to the element with the focus."""
         from selenium.webdriver.common.keys import Keys
 
         self.driver.switch_to.active_element.send_keys(*[getattr(Keys, key) for key in keys])
@@ -135,13 +135,13 @@ class Browser:
         return WebDriverWait(self.driver, SECONDS, poll_frequency=0.1).until(lambda _: true())
 
     def run(self) -> str:
-        """Runs what the form says, to the end → the status line, or the error."""
+        """Submits the form, waits for the end and returns the status line or the error."""
         self.one("#run").click()
         self.until(lambda: not self.one("#stop").is_displayed())
         return self.one("#status").text or self.one("#error").text
 
     def shot(self, path: Path) -> None:
-        """All of the page, as long as it is."""
+        """Takes a screenshot of the whole page."""
         size = "return [innerWidth, document.documentElement.scrollHeight]"
         width, height = self.driver.execute_script(size)
         clip = {"x": 0, "y": 0, "width": width, "height": height, "scale": 1}
@@ -149,7 +149,7 @@ class Browser:
         path.write_bytes(base64.b64decode(self.driver.execute_cdp_cmd("Page.captureScreenshot", options)["data"]))
 
     def complaints(self) -> list[str]:
-        """What the console says since it was last asked."""
+        """Console messages since the last call."""
         return [entry["message"] for entry in self.driver.get_log("browser") if entry["level"] != "INFO"]
 
 
@@ -169,7 +169,7 @@ def browser(chromium: Browser) -> Browser:
 
 
 def ask(server: str, **fields: Any) -> str:
-    """The API's whole answer, as it came."""
+    """The body of the API's response."""
     body = json.dumps(fields).encode()
     request = urllib.request.Request(f"{server}/v1/completions", body, {"content-type": "application/json"})
     with urllib.request.urlopen(request) as answer:
@@ -177,7 +177,7 @@ def ask(server: str, **fields: Any) -> str:
 
 
 def answer_of(server: str, **fields: Any) -> tuple[str, int]:
-    """The API's text, and how many tokens it has."""
+    """The API's text and its number of tokens."""
     answer = json.loads(ask(server, **fields))
     return answer["choices"][0]["text"], answer["usage"]["completion_tokens"]
 
@@ -187,17 +187,17 @@ def answer_of(server: str, **fields: Any) -> tuple[str, int]:
 
 @needs_browser
 @pytest.mark.parametrize("mode", ["diffusion", "verified"])
-def test_a_whole_race(browser: Browser, server: str, shots: Path, mode: str) -> None:
-    asked = {"prompt": DIALOGUE, "max_tokens": 40, "temperature": 0.7, "seed": 5}
+def test_a_comparison(browser: Browser, server: str, shots: Path, mode: str) -> None:
+    fields = {"prompt": DIALOGUE, "max_tokens": 40, "temperature": 0.7, "seed": 5}
     blocks = {"threshold": 0.9, "block_size": 8}
     browser.open(server)
     browser.choose("#mode", mode)
-    for field, value in (asked | blocks).items():
+    for field, value in (fields | blocks).items():
         browser.type(f"#{field}", str(value))
     said = browser.run()
 
-    text, count = answer_of(server, mode=mode, **asked, **blocks)
-    ar, _ = answer_of(server, mode="ar", **asked)
+    text, count = answer_of(server, mode=mode, **fields, **blocks)
+    ar, _ = answer_of(server, mode="ar", **fields)
     assert browser.text("#panel-mode .whole") == text
     assert browser.text("#panel-ar .whole") == ar
     assert f"{count} tokens in" in said
@@ -230,11 +230,11 @@ def test_a_whole_race(browser: Browser, server: str, shots: Path, mode: str) -> 
 
 
 @needs_browser
-def test_the_replay_plays(browser: Browser, server: str) -> None:
+def test_replay(browser: Browser, server: str) -> None:
     browser.window(1280, 900, motion="no-preference")
     browser.open(server)
     browser.run()
-    assert browser.one("#play").text == "Pause"  # by itself, for who has not asked for less motion
+    assert browser.one("#play").text == "Pause"  # starts by itself unless the user prefers reduced motion
     value = partial(browser.one("#clock").get_property, "value")
     before = float(value())
     browser.until(lambda: float(value()) != before)
@@ -272,7 +272,7 @@ def test_every_mode_and_example(browser: Browser, server: str) -> None:
 
 @needs_browser
 @pytest.mark.skipif(not shutil.which("curl"), reason="no curl")
-def test_the_shown_programs_run(browser: Browser, server: str) -> None:
+def test_code_snippets_run(browser: Browser, server: str) -> None:
     browser.open(server)
     prompt = "User: It's \"here\",\nisn't it?\nAssistant:"
     browser.type("#prompt", prompt)
@@ -314,7 +314,7 @@ def test_how_it_works_by_keyboard(browser: Browser, server: str, shots: Path) ->
 
 
 @needs_browser
-def test_how_it_works_needs_files_only(browser: Browser) -> None:
+def test_how_it_works_needs_no_server(browser: Browser) -> None:
     class Quiet(http.server.SimpleHTTPRequestHandler):
         def log_message(self, *_: Any) -> None: ...
 
@@ -333,7 +333,7 @@ def test_how_it_works_needs_files_only(browser: Browser) -> None:
 
 
 @needs_browser
-def test_errors_are_words(browser: Browser, shots: Path) -> None:
+def test_error_messages(browser: Browser, shots: Path) -> None:
     with serving(TWOTOWER_API_KEYS=KEY) as (server, process):
         browser.open(server)
         browser.until(lambda: browser.one("#key").is_displayed())
@@ -390,8 +390,8 @@ def test_on_a_phone(browser: Browser, server: str, shots: Path, scheme: str) -> 
 
 
 @needs_browser
-def test_by_keyboard_alone(browser: Browser, server: str) -> None:
-    """Tab reaches everything that can be used, and what has the focus has a name and can be seen to have it."""
+def test_keyboard_navigation(browser: Browser, server: str) -> None:
+    """Tab reaches every control; the focused element has a label and a visible outline."""
     browser.open(server)
     browser.run()
     browser.driver.execute_script("document.querySelector('.skip').focus()")
@@ -416,7 +416,7 @@ def test_by_keyboard_alone(browser: Browser, server: str) -> None:
 # --- without a browser ------------------------------------------------------------------------------------------------
 
 
-def test_the_page_fetches_nothing_from_elsewhere() -> None:
+def test_the_page_loads_nothing_from_other_hosts() -> None:
     for file in page.FOLDER.iterdir():
         if file.suffix in page.MEDIA_TYPES:
             text = file.read_text("utf-8").replace("http://www.w3.org/2000/svg", "")
@@ -424,7 +424,7 @@ def test_the_page_fetches_nothing_from_elsewhere() -> None:
             assert not re.search(r"<script(?![^>]*\bsrc=)|\son[a-z]+=\"", text), file.name
 
 
-def test_the_recording_is_what_the_model_does() -> None:
+def test_the_recording_matches_the_model() -> None:
     kept = json.loads((page.FOLDER / "how.json").read_text("utf-8"))
     made = page_trace.record(
         model_loading.load_model(model_loading.source_of(None), dtype="float32"), page_trace.PROMPT
@@ -456,16 +456,16 @@ def _without_numbers(of: Any) -> Any:
 
 
 @pytest.mark.parametrize("mode", ["diffusion", "verified", "auto"])
-def test_who_watches_is_told_every_token(server: str, mode: str) -> None:
-    asked = {"prompt": DIALOGUE, "max_tokens": 40, "temperature": 0, "seed": 1, "mode": mode}
-    stream = ask(server, **asked, stream=True, stream_denoising=True, stream_options={"include_usage": True})
+def test_stream_denoising_has_every_token(server: str, mode: str) -> None:
+    fields = {"prompt": DIALOGUE, "max_tokens": 40, "temperature": 0, "seed": 1, "mode": mode}
+    stream = ask(server, **fields, stream=True, stream_denoising=True, stream_options={"include_usage": True})
     chunks = [json.loads(line[6:]) for line in stream.splitlines() if line.startswith("data: {")]
-    settled = [chunk["committed"] for chunk in chunks if "committed" in chunk]
-    texts = [text for block in settled for text in block["texts"] if text != "<eos>"]
-    assert "".join(texts) == answer_of(server, **asked)[0] if mode != "auto" else texts
-    assert [block["start"] for block in settled] == [
-        sum(len(b["tokens"]) for b in settled[:i]) for i in range(len(settled))
+    committed = [chunk["committed"] for chunk in chunks if "committed" in chunk]
+    texts = [text for block in committed for text in block["texts"] if text != "<eos>"]
+    assert "".join(texts) == answer_of(server, **fields)[0] if mode != "auto" else texts
+    assert [block["start"] for block in committed] == [
+        sum(len(b["tokens"]) for b in committed[:i]) for i in range(len(committed))
     ]
-    assert sum(len(block["tokens"]) for block in settled) == chunks[-1]["usage"]["completion_tokens"]
-    for block in settled:
+    assert sum(len(block["tokens"]) for block in committed) == chunks[-1]["usage"]["completion_tokens"]
+    for block in committed:
         assert len(block["tokens"]) == len(block["texts"]) == len(block["committed_at"]) == len(block["confidence"])

@@ -1,4 +1,4 @@
-"""Errors name their parameter: in the engine's words from Python, in the request's words over HTTP."""
+"""Errors name their parameter: the engine's name in Python, the request's field over HTTP."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ from typing import Any
 
 import pytest
 import torch
-from serving import LENGTH, Served, serving, tiny_model, until
+from serving import LENGTH, RunningServer, serving, tiny_model, wait_until
 
 import twotower.server
 from twotower import LLM, GenerationParams, Request
@@ -25,15 +25,15 @@ from twotower.server.request_schemas import ChatCompletionRequest, CompletionReq
 from twotower.server.settings import Limits
 
 COMPLETIONS, CHAT = "/v1/completions", "/v1/chat/completions"
-ASKED = {COMPLETIONS: CompletionRequest, CHAT: ChatCompletionRequest}
+REQUEST_MODEL = {COMPLETIONS: CompletionRequest, CHAT: ChatCompletionRequest}
 START: dict[str, dict[str, Any]] = {
     COMPLETIONS: {"prompt": "x"},
     CHAT: {"messages": [{"role": "user", "content": "x"}]},
 }
 SCHEMA = {"type": "json_schema", "json_schema": {"schema": {"type": "nonsense"}}}
 
-# Of each field: bad values, each with the other fields of its request. A value is refused by the request's schema, by
-# GenerationParams, by the engine, or by the server's limits.
+# Field → invalid values, each with the other fields of its request. The request's schema, GenerationParams, the engine
+# or the server's limits reject the value.
 BAD: dict[str, list[tuple[Any, dict[str, Any]]]] = {
     "model": [(5, {})],
     "temperature": [(-1, {}), ("1", {})],
@@ -73,21 +73,21 @@ BAD: dict[str, list[tuple[Any, dict[str, Any]]]] = {
 LENGTHS = ("max_tokens", "max_completion_tokens", "prompt", "messages")
 CASES = [
     (path, field, value, others)
-    for path, asked in ASKED.items()
-    for field in asked.model_fields
+    for path, request_model in REQUEST_MODEL.items()
+    for field in request_model.model_fields
     for value, others in BAD[field]
 ]
 
 
 @pytest.fixture(scope="module")
-def served() -> Iterator[Served]:
+def served() -> Iterator[RunningServer]:
     with serving(limits=Limits(queue=4)) as found:
         yield found
-        until(found.is_idle)
+        wait_until(found.is_idle)
 
 
 @pytest.mark.parametrize(("path", "field", "value", "others"), CASES, ids=lambda part: str(part)[:40])
-def test_a_bad_field_is_named(served: Served, path: str, field: str, value: Any, others: dict[str, Any]) -> None:
+def test_a_bad_field_is_named(served: RunningServer, path: str, field: str, value: Any, others: dict[str, Any]) -> None:
     answer = served.post(path, START[path] | ({} if field in LENGTHS else {"max_tokens": 4}) | others | {field: value})
     assert answer.status_code == 400, answer.text
     assert answer.json()["error"]["param"] == field, answer.text
@@ -154,27 +154,27 @@ def test_bad_prompts_and_settings_are_named() -> None:
         assert error.value.param == "setting"
 
 
-def test_the_parameter_survives_pickling() -> None:
+def test_param_survives_pickling() -> None:
     found = pickle.loads(pickle.dumps(ArgumentError("top_k is 0", param="top_k")))
     assert (str(found), found.param) == ("top_k is 0", "top_k")
 
 
-# --- no message is read -----------------------------------------------------------------------------------------------
+# --- messages are opaque ----------------------------------------------------------------------------------------------
 
 
 def test_the_field_does_not_depend_on_the_message() -> None:
-    asked = CompletionRequest.model_validate({"prompt": "x", "max_tokens": 5})
+    request = CompletionRequest.model_validate({"prompt": "x", "max_tokens": 5})
     error = ArgumentError("top_k is 0; the prompt is empty", param="steps_per_block")
-    assert request_error(error, asked.field_of(error.param)).param == "steps"
-    assert request_error(ArgumentError("top_k is 0"), asked.field_of(None)).param is None
+    assert request_error(error, request.field_of(error.param)).param == "steps"
+    assert request_error(ArgumentError("top_k is 0"), request.field_of(None)).param is None
 
 
-def test_the_engine_s_names_are_the_request_s() -> None:
+def test_fields_of_engine_parameters() -> None:
     whole = CompletionRequest.model_validate({"prompt": "x", "max_tokens": 5})
     short = CompletionRequest.model_validate({"prompt": "x"})
     chat = ChatCompletionRequest.model_validate(START[CHAT])
     newer = ChatCompletionRequest.model_validate(START[CHAT] | {"max_completion_tokens": 5})
-    lengths = [asked.field_of("max_new_tokens") for asked in (whole, short, chat, newer)]
+    lengths = [request.field_of("max_new_tokens") for request in (whole, short, chat, newer)]
     assert lengths == ["max_tokens", "prompt", "messages", "max_completion_tokens"]
     assert (whole.field_of("prompt"), chat.field_of("prompt")) == ("prompt", "messages")
     assert (whole.field_of("prompt_logprobs"), chat.field_of("prompt_logprobs")) == ("echo", None)
@@ -182,8 +182,8 @@ def test_the_engine_s_names_are_the_request_s() -> None:
     assert whole.field_of("mask_token_id") is None  # the server's own
 
 
-def test_no_code_of_the_server_reads_a_message() -> None:
-    """An exception that is caught is passed on or printed: nothing takes its text apart."""
+def test_no_server_code_parses_messages() -> None:
+    """The server passes messages of exceptions on and never parses them."""
     for file in Path(twotower.server.__file__).parent.glob("*.py"):
         tree = ast.parse(file.read_text(encoding="utf-8"))
         for node in ast.walk(tree):
@@ -194,7 +194,7 @@ def test_no_code_of_the_server_reads_a_message() -> None:
 
 
 def _is_message(node: ast.AST | None) -> bool:
-    """str(error), error.args or error.message, of a variable that is called error."""
+    """Whether a node is str(error), error.args or error.message of a variable named error."""
     match node:
         case ast.Call(func=ast.Name(id="str"), args=[ast.Name(id="error")]):
             return True
@@ -203,7 +203,7 @@ def _is_message(node: ast.AST | None) -> bool:
     return False
 
 
-# --- one door ---------------------------------------------------------------------------------------------------------
+# --- same message everywhere ------------------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize(
@@ -215,16 +215,16 @@ def _is_message(node: ast.AST | None) -> bool:
         ({"max_tokens": 4, "policy": "unknown"}, {"max_new_tokens": 4, "policy": "unknown"}),
     ],
 )
-def test_the_server_refuses_in_the_engine_s_words(
-    served: Served, fields: dict[str, Any], values: dict[str, Any]
+def test_the_server_returns_the_engine_s_message(
+    served: RunningServer, fields: dict[str, Any], values: dict[str, Any]
 ) -> None:
     with pytest.raises(ArgumentError) as error:
         LLM(tiny_model(), rows=1, length=LENGTH).add_request(Request([5], GenerationParams.of(**values)))
     assert served.complete([5], **fields).json()["error"]["message"] == str(error.value)
 
 
-def test_a_batch_job_refuses_in_the_engine_s_words(tmp_path: Path) -> None:
-    """Also where only the engine can tell: the line gets the error, the others their answer."""
+def test_a_batch_job_has_the_engine_s_message(tmp_path: Path) -> None:
+    """Also for errors that only the engine finds: one line has the error, the other lines have outputs."""
     path, out, model = tmp_path / "in.jsonl", tmp_path / "out.jsonl", tiny_model()
     path.write_text('{"prompt": "x"}\n{"prompt": "x", "max_new_tokens": 999999999}\n{"prompt": "x"}\n')
     shared = {"mode": "ar", "max_new_tokens": 4, "seed": 1}

@@ -1,4 +1,4 @@
-"""What the server answers: the Python API's texts, whole and streamed, and a plain word about what it cannot do."""
+"""Responses of the server: the texts of the Python API, complete and streamed, and error messages."""
 
 from __future__ import annotations
 
@@ -10,7 +10,20 @@ from typing import Any
 
 import httpx
 import pytest
-from serving import EOS, LENGTH, MODES, NAME, Served, events_of, logged, serving, texts_of, tiny_model, until, written
+from serving import (
+    EOS,
+    LENGTH,
+    MODES,
+    NAME,
+    RunningServer,
+    captured_log,
+    events_of,
+    expected_output,
+    serving,
+    texts_of,
+    tiny_model,
+    wait_until,
+)
 from test_stopping import TOKENIZER
 from torch import Tensor
 
@@ -27,14 +40,14 @@ START = {
 
 
 @pytest.fixture(scope="module")
-def served() -> Iterator[Served]:
+def served() -> Iterator[RunningServer]:
     with serving() as found:
         yield found
-        until(found.is_idle, "somebody still holds a place")  # a stream is let go after its last event is read
+        wait_until(found.is_idle, "a request is still active")  # a stream ends after its last event has been read
 
 
-def refused(answer: httpx.Response, param: str | None, status: int = 400) -> dict[str, Any]:
-    """Asserts that a request was refused in the published form → the error."""
+def assert_error(answer: httpx.Response, param: str | None, status: int = 400) -> dict[str, Any]:
+    """Asserts that a response has an error in the form of the OpenAI API, and returns the error."""
     assert answer.status_code == status, answer.text
     assert answer.headers["content-type"] == "application/json"
     (error,) = answer.json().values()
@@ -54,32 +67,32 @@ def text_of(answer: httpx.Response) -> str:
 # --- texts ------------------------------------------------------------------------------------------------------------
 
 
-def test_whole_numbers_may_have_a_point(served: Served) -> None:
-    """JSON does not tell 3.0 from 3."""
+def test_integers_may_be_written_as_floats(served: RunningServer) -> None:
+    """JSON does not distinguish 3.0 from 3."""
     with_point = served.complete([77.0, 5.0], max_tokens=3.0, seed=1.0, n=2.0).json()["choices"]
     without = served.complete([77, 5], max_tokens=3, seed=1, n=2).json()["choices"]
     assert [choice["text"] for choice in with_point] == [choice["text"] for choice in without]
-    refused(served.complete(max_tokens=3.5), "max_tokens")
+    assert_error(served.complete(max_tokens=3.5), "max_tokens")
 
 
 @pytest.mark.parametrize("mode", MODES)
 @pytest.mark.parametrize("prompt", [PROMPT, [77, 5, 300, 301], "世界 👩‍👩‍👧"])
-def test_a_text_is_the_python_api_s(served: Served, mode: str, prompt: Any) -> None:
+def test_text_equals_python_api(served: RunningServer, mode: str, prompt: Any) -> None:
     fields = {"seed": 5, "max_tokens": 19, "top_p": 0.9, "top_k": 50, "temperature": 0.7, **MODES[mode]}
-    expected = written(prompt, **fields)
+    expected = expected_output(prompt, **fields)
     answer = served.complete(prompt, **fields)
     assert text_of(answer) == expected.text
-    told = answer.json()
-    assert told["object"] == "text_completion"
-    assert told["model"] == NAME
-    assert told["choices"][0]["finish_reason"] == {"eos": "stop", "length": "length"}[expected.finish_reason]
-    usage = told["usage"]
+    body = answer.json()
+    assert body["object"] == "text_completion"
+    assert body["model"] == NAME
+    assert body["choices"][0]["finish_reason"] == {"eos": "stop", "length": "length"}[expected.finish_reason]
+    usage = body["usage"]
     assert usage["prompt_tokens"] == expected.prompt_tokens
     assert usage["completion_tokens"] == len(expected.tokens)
     assert usage["total_tokens"] == expected.prompt_tokens + len(expected.tokens)
     assert usage["passes"] == expected.passes
     assert usage["tokens_per_pass"] == pytest.approx(expected.tokens_per_pass, abs=1e-4)
-    decoding = told["choices"][0]["decoding"]
+    decoding = body["choices"][0]["decoding"]
     for name in ("mode", "denoiser_passes", "context_passes", "drafted", "accepted"):
         assert decoding[name] == getattr(expected, name), name
     stream = events_of(served.complete(prompt, **fields, stream=True).text)
@@ -87,28 +100,28 @@ def test_a_text_is_the_python_api_s(served: Served, mode: str, prompt: Any) -> N
     assert stream[-1]["choices"][0]["decoding"]["denoiser_passes"] == expected.denoiser_passes
 
 
-def test_a_stream_has_a_chunk_for_each_block(served: Served) -> None:
+def test_a_stream_has_a_chunk_for_each_block(served: RunningServer) -> None:
     fields = {"seed": 5, "max_tokens": 40, "block_size": 8}
     events = events_of(served.complete(**fields, stream=True).text)
-    assert 3 <= len(events) <= 5  # a block of broken characters alone has nothing to say
+    assert 3 <= len(events) <= 5  # a block of incomplete characters has no chunk
     reasons = [event["choices"][0]["finish_reason"] for event in events]
     assert reasons == [None] * (len(events) - 1) + ["length"]
     assert len({event["id"] for event in events}) == 1
     assert all("usage" not in event for event in events)
 
 
-def test_auto_says_what_it_chose_and_why(served: Served) -> None:
+def test_auto_reports_mode_and_reason(served: RunningServer) -> None:
     choice = served.complete(mode="auto", max_tokens=8).json()["choices"][0]
     assert choice["decoding"]["mode"] in ("ar", "verified", "diffusion")
     assert choice["decoding"]["mode_reason"]
 
 
-def test_eos_ends_a_text(served: Served) -> None:
+def test_eos_ends_a_text(served: RunningServer) -> None:
     params = GenerationParams.of(mode="ar", max_new_tokens=16, temperature=1, seed=range(100), eos_token_id=EOS)
     outputs = generate(tiny_model(), [PROMPT] * 100, params)
     seed = [output.finish_reason for output in outputs].index("eos")
     answer = served.complete(seed=seed, mode="ar").json()
-    expected = written(PROMPT, seed=seed, mode="ar")
+    expected = expected_output(PROMPT, seed=seed, mode="ar")
     assert expected.tokens[-1] == EOS
     assert answer["choices"][0]["text"] == expected.text
     assert answer["choices"][0]["finish_reason"] == "stop"
@@ -116,29 +129,30 @@ def test_eos_ends_a_text(served: Served) -> None:
 
 
 @pytest.mark.parametrize("stream", [False, True])
-def test_several_prompts_and_choices_keep_their_order(served: Served, stream: bool) -> None:
-    """Choice i of every prompt is what asking with seed + i gives."""
+def test_order_of_prompts_and_choices(served: RunningServer, stream: bool) -> None:
+    """Choice i of a prompt equals the choice of a request with seed + i."""
     prompts = ["the quick", "brown fox jumps", "世界"]
     fields = {"seed": 40, "max_tokens": 9}
     answer = served.complete(prompts, n=3, **fields, stream=stream, **usage_if(stream))
     assert answer.status_code == 200
     expected = [
-        written(prompt, seed=40 + i, max_tokens=9).text for prompt, i in itertools.product(prompts, range(3))
+        expected_output(prompt, seed=40 + i, max_tokens=9).text for prompt, i in itertools.product(prompts, range(3))
     ]  # fmt: skip
     if stream:
         events = events_of(answer.text)
         assert texts_of(events) == dict(enumerate(expected))
         usage = events[-1]["usage"]
     else:
-        told = answer.json()
-        assert [choice["index"] for choice in told["choices"]] == list(range(9))
-        assert [choice["text"] for choice in told["choices"]] == expected
-        assert [choice["decoding"]["seed"] for choice in told["choices"]] == [40, 41, 42] * 3
-        usage = told["usage"]
+        body = answer.json()
+        assert [choice["index"] for choice in body["choices"]] == list(range(9))
+        assert [choice["text"] for choice in body["choices"]] == expected
+        assert [choice["decoding"]["seed"] for choice in body["choices"]] == [40, 41, 42] * 3
+        usage = body["usage"]
     read = sum(len(TOKENIZER(prompt)["input_ids"]) for prompt in prompts)
-    assert usage["prompt_tokens"] == read  # a prompt counts once, however many choices it has
+    assert usage["prompt_tokens"] == read  # a prompt counts once for all its choices
     assert usage["completion_tokens"] == sum(
-        len(written(prompt, seed=40 + i, max_tokens=9).tokens) for prompt, i in itertools.product(prompts, range(3))
+        len(expected_output(prompt, seed=40 + i, max_tokens=9).tokens)
+        for prompt, i in itertools.product(prompts, range(3))
     )
 
 
@@ -146,26 +160,28 @@ def usage_if(stream: bool) -> dict[str, Any]:
     return {"stream_options": {"include_usage": True}} if stream else {}
 
 
-def test_prompts_may_be_lists_of_ids(served: Served) -> None:
+def test_prompts_may_be_lists_of_ids(served: RunningServer) -> None:
     prompts = [[7, 8, 9], [300]]
-    told = served.complete(prompts, seed=1).json()
-    assert [choice["text"] for choice in told["choices"]] == [written(prompt, seed=1).text for prompt in prompts]
+    body = served.complete(prompts, seed=1).json()
+    assert [choice["text"] for choice in body["choices"]] == [
+        expected_output(prompt, seed=1).text for prompt in prompts
+    ]
 
 
-def test_seeds(served: Served) -> None:
-    """The same one, the same text; none, another text each time, and the answer says which seed gives it again."""
+def test_seeds(served: RunningServer) -> None:
+    """In float64 a seed repeats its text. Without a seed, the response has the seed that repeats the text."""
     assert text_of(served.complete(seed=9)) == text_of(served.complete(seed=9)) != text_of(served.complete(seed=10))
     first, second = (served.complete(max_tokens=40) for _ in range(2))
     assert text_of(first) != text_of(second)
     seed = first.json()["choices"][0]["decoding"]["seed"]
     assert text_of(served.complete(max_tokens=40, seed=seed)) == text_of(first)
-    assert text_of(served.complete(temperature=0)) == written(PROMPT, temperature=0).text
+    assert text_of(served.complete(temperature=0)) == expected_output(PROMPT, temperature=0).text
     largest = 2**62 - 1
-    assert text_of(served.complete(seed=largest)) == written(PROMPT, seed=largest).text
+    assert text_of(served.complete(seed=largest)) == expected_output(PROMPT, seed=largest).text
 
 
-def test_the_server_s_own_decoding_holds_where_a_request_is_silent(served: Served) -> None:
-    """And a request's word counts, in whatever terms the server's was."""
+def test_server_defaults_apply_to_absent_fields(served: RunningServer) -> None:
+    """Fields of a request override the defaults, also if the defaults use other parameters of the policy."""
     ours = {
         "mode": "diffusion",
         "policy": "factor",
@@ -175,20 +191,20 @@ def test_the_server_s_own_decoding_holds_where_a_request_is_silent(served: Serve
         "seed": 7,
     }
     with served.set(decoding=ours):
-        assert text_of(served.complete()) == written(PROMPT, **ours).text
+        assert text_of(served.complete()) == expected_output(PROMPT, **ours).text
         assert (
             text_of(served.complete(temperature=1, seed=8))
-            == written(PROMPT, **ours | {"temperature": 1, "seed": 8}).text
+            == expected_output(PROMPT, **ours | {"temperature": 1, "seed": 8}).text
         )
         rest = {name: value for name, value in ours.items() if name not in ("policy", "policy_value")}
         for given in ({"threshold": 0.01}, {"policy": "top-k"}, {"policy": "top-k", "policy_value": 4}):
-            assert text_of(served.complete(**given)) == written(PROMPT, **rest, **given).text
-        assert text_of(served.complete(mode="ar", seed=1)) == written(PROMPT, mode="ar", seed=1).text
+            assert text_of(served.complete(**given)) == expected_output(PROMPT, **rest, **given).text
+        assert text_of(served.complete(mode="ar", seed=1)) == expected_output(PROMPT, mode="ar", seed=1).text
 
 
 @pytest.mark.parametrize("path", BOTH)
 @pytest.mark.parametrize("stream", [False, True])
-def test_no_tokens_at_all(served: Served, path: str, stream: bool) -> None:
+def test_max_tokens_zero(served: RunningServer, path: str, stream: bool) -> None:
     answer = served.post(path, START[path] | {"max_tokens": 0, "stream": stream} | usage_if(stream))
     assert answer.status_code == 200
     if stream:
@@ -204,26 +220,26 @@ def test_no_tokens_at_all(served: Served, path: str, stream: bool) -> None:
 
 @pytest.mark.parametrize("stream", [False, True])
 @pytest.mark.parametrize("tokens", [0, 12])
-def test_echo(served: Served, stream: bool, tokens: int) -> None:
+def test_echo(served: RunningServer, stream: bool, tokens: int) -> None:
     answer = served.complete(["brown fox", "世界"], echo=True, seed=4, max_tokens=tokens, stream=stream)
     if stream:
         found = texts_of(events_of(answer.text))
     else:
         found = {choice["index"]: choice["text"] for choice in answer.json()["choices"]}
     assert found == {
-        place: prompt + written(prompt, seed=4, max_tokens=tokens).text
+        place: prompt + expected_output(prompt, seed=4, max_tokens=tokens).text
         for place, prompt in enumerate(["brown fox", "世界"])
     }
 
 
 @pytest.mark.parametrize("mode", MODES)
-def test_stop_strings_never_leak(served: Served, mode: str) -> None:
-    """Of every place in a text, across the edges of blocks too: whole, streamed and by the Python API the same."""
+def test_stop_strings_never_leak(served: RunningServer, mode: str) -> None:
+    """At every position of a text, also across blocks; the same complete, streamed and in the Python API."""
     fields = {"seed": 12, "max_tokens": 26, **MODES[mode]}
-    free = written(PROMPT, **fields).text
+    free = expected_output(PROMPT, **fields).text
     for at in range(2, len(free) - 4, 6):
         stop = [free[at : at + 4], "never there", free[at + 2 : at + 4] + "also not"]
-        expected = written(PROMPT, **fields, stop=stop)
+        expected = expected_output(PROMPT, **fields, stop=stop)
         assert expected.finish_reason == "stop"
         assert not any(text in expected.text for text in stop)
         answer = served.complete(**fields, stop=stop)
@@ -234,11 +250,11 @@ def test_stop_strings_never_leak(served: Served, mode: str) -> None:
         assert events[-1]["choices"][0]["finish_reason"] == "stop"
 
 
-def test_one_stop_string_need_not_be_in_a_list(served: Served) -> None:
+def test_stop_may_be_one_string(served: RunningServer) -> None:
     fields = {"seed": 12, "max_tokens": 40}
-    stop = written(PROMPT, **fields).text[9:12]
-    assert text_of(served.complete(**fields, stop=stop)) == written(PROMPT, **fields, stop=[stop]).text
-    assert text_of(served.complete(**fields, stop=[])) == written(PROMPT, **fields).text
+    stop = expected_output(PROMPT, **fields).text[9:12]
+    assert text_of(served.complete(**fields, stop=stop)) == expected_output(PROMPT, **fields, stop=[stop]).text
+    assert text_of(served.complete(**fields, stop=[])) == expected_output(PROMPT, **fields).text
 
 
 # --- chats ------------------------------------------------------------------------------------------------------------
@@ -252,11 +268,11 @@ TURNS = [
 
 
 @pytest.mark.parametrize("stream", [False, True])
-def test_a_chat_without_a_template_is_written_plainly(served: Served, stream: bool) -> None:
+def test_chat_without_a_template(served: RunningServer, stream: bool) -> None:
     prompt = "System: be brief\nUser: the quick\nAssistant: brown fox\nUser: again\nAssistant:"
     fields = {"seed": 6, "max_tokens": 30}
     stops = ["\nSystem:", "\nUser:", "\nAssistant:"]
-    expected = written(prompt, **fields, stop=stops).text.lstrip()
+    expected = expected_output(prompt, **fields, stop=stops).text.lstrip()
     answer = served.post(BOTH[1], {"messages": TURNS, **fields, "stream": stream})
     if stream:
         events = events_of(answer.text)
@@ -269,7 +285,7 @@ def test_a_chat_without_a_template_is_written_plainly(served: Served, stream: bo
         assert answer.json()["usage"]["prompt_tokens"] == len(TOKENIZER(prompt)["input_ids"])
 
 
-def test_a_chat_by_the_tokenizer_s_template(served: Served, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_chat_template(served: RunningServer, monkeypatch: pytest.MonkeyPatch) -> None:
     template = (
         "{% for m in messages %}<{{ m.role }}>{{ m.content }}\n{% endfor %}"
         "{% if messages[-1].role == 'assistant' %}{{ raise_exception('who asks?') }}{% endif %}<assistant>"
@@ -278,39 +294,39 @@ def test_a_chat_by_the_tokenizer_s_template(served: Served, monkeypatch: pytest.
     prompt = "<system>be brief\n<user>the quick\n<assistant>brown fox\n<user>  again  \n<assistant>"
     fields = {"seed": 6, "max_tokens": 30}
     answer = served.post(BOTH[1], {"messages": TURNS, **fields})
-    assert text_of(answer) == written(prompt, **fields).text
-    error = refused(served.post(BOTH[1], {"messages": TURNS[:3]}), "messages")
+    assert text_of(answer) == expected_output(prompt, **fields).text
+    error = assert_error(served.post(BOTH[1], {"messages": TURNS[:3]}), "messages")
     assert "who asks?" in error["message"]
 
 
-def test_a_reply_ends_where_the_other_would_speak(served: Served) -> None:
-    """The speakers' names are stop strings of the plain template, beside the request's own."""
-    asked = ChatCompletionRequest.model_validate({"messages": TURNS, "stop": "xyz"})
-    choices = asyncio.run(served.service.build_choices(asked))
+def test_role_names_are_stop_strings(served: RunningServer) -> None:
+    """Without a chat template, role names are stop strings beside those of the request."""
+    request = ChatCompletionRequest.model_validate({"messages": TURNS, "stop": "xyz"})
+    choices = asyncio.run(served.service.build_choices(request))
     assert set(choices[0].engine_request.params.stop) == {"xyz", "\nSystem:", "\nUser:", "\nAssistant:"}
 
 
-def test_a_reply_may_be_as_long_as_fits(served: Served) -> None:
+def test_default_length_of_a_reply(served: RunningServer) -> None:
     with served.limited(output_tokens=20):
         assert served.chat(mode="ar", seed=1).json()["usage"]["completion_tokens"] <= 20
-    told = served.chat(mode="ar", seed=1).json()
-    assert told["usage"]["total_tokens"] <= LENGTH
+    body = served.chat(mode="ar", seed=1).json()
+    assert body["usage"]["total_tokens"] <= LENGTH
     long = served.chat("x " * 600)
-    assert "longer than" in refused(long, "messages")["message"]
+    assert "longer than" in assert_error(long, "messages")["message"]
 
 
-def test_the_newer_name_of_max_tokens(served: Served) -> None:
+def test_max_completion_tokens(served: RunningServer) -> None:
     assert served.chat(max_completion_tokens=3, seed=1).json()["usage"]["completion_tokens"] == 3
     assert served.chat(max_completion_tokens=3, max_tokens=3, seed=1).json()["usage"]["completion_tokens"] == 3
-    refused(served.chat(max_completion_tokens=3, max_tokens=4), "max_tokens")
-    refused(served.complete(max_completion_tokens=3), "max_completion_tokens")
+    assert_error(served.chat(max_completion_tokens=3, max_tokens=4), "max_tokens")
+    assert_error(served.complete(max_completion_tokens=3), "max_completion_tokens")
 
 
 # --- streams ----------------------------------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize("path", BOTH)
-def test_usage_is_the_last_chunk_where_it_is_asked_for(served: Served, path: str) -> None:
+def test_include_usage_adds_a_last_chunk(served: RunningServer, path: str) -> None:
     fields = START[path] | {"seed": 2, "max_tokens": 20, "n": 2}
     events = events_of(served.post(path, fields | {"stream": True, "stream_options": {"include_usage": True}}).text)
     assert all(event["usage"] is None for event in events[:-1])
@@ -324,8 +340,8 @@ def test_usage_is_the_last_chunk_where_it_is_asked_for(served: Served, path: str
 
 @pytest.mark.parametrize("path", BOTH)
 @pytest.mark.parametrize("mode", ["diffusion", "verified"])
-def test_denoising_shown_is_what_happened(served: Served, path: str, mode: str) -> None:
-    """Every pass is shown; what was fixed stays; what the last pass over each block left is the text."""
+def test_stream_denoising(served: RunningServer, path: str, mode: str) -> None:
+    """Each pass has an event; committed tokens stay; the last event of each block has the text."""
     fields = START[path] | {"seed": 3, "max_tokens": 20, **MODES[mode]}
     events = events_of(served.post(path, fields | {"stream": True, "stream_denoising": True}).text)
     assert texts_of(events)[0] == text_of(served.post(path, fields))
@@ -349,22 +365,22 @@ def test_denoising_shown_is_what_happened(served: Served, path: str, mode: str) 
     if mode == "diffusion":
         prompt = fields.get("prompt") or "User: x\nAssistant:"
         arguments = {name: value for name, value in fields.items() if name not in ("prompt", "messages")}
-        tokens = written(prompt, **arguments).tokens
+        tokens = expected_output(prompt, **arguments).tokens
         final = {step["start"]: step["tokens"] for step in shown}
         assert [token for start in sorted(final) for token in final[start]][: len(tokens)] == tokens
 
 
-def test_a_quiet_stream_is_kept_open(served: Served, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Comments, which clients skip, while there is nothing to say."""
+def test_keep_alive_comments(served: RunningServer, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A stream without events sends comments, which clients ignore."""
     monkeypatch.setattr("twotower.server.choice_events.KEEPALIVE_SECONDS", 0.01)
-    with served.valve.closed(), served.client() as client:
+    with served.step_gate.closed(), served.client() as client:
         fields = {"prompt": PROMPT, "stream": True, "seed": 1, "max_tokens": 4}
         with client.stream("POST", BOTH[0], json=fields) as answer:
             lines = answer.iter_lines()
             assert next(lines) == ": keep-alive"
-            served.valve.allow(None)
+            served.step_gate.allow(None)
             found = texts_of(events_of("\n".join(lines)))
-    assert found == {0: written(PROMPT, seed=1, max_tokens=4).text}
+    assert found == {0: expected_output(PROMPT, seed=1, max_tokens=4).text}
 
 
 class Broken(Exception):
@@ -373,7 +389,7 @@ class Broken(Exception):
 
 @pytest.fixture
 def breaking() -> Iterator[str]:
-    """A policy that fails at a text's second block."""
+    """A commit policy that raises an error."""
 
     def decide(seen: Pass, value: Tensor) -> Verdict:
         raise Broken("the policy broke")
@@ -383,37 +399,40 @@ def breaking() -> Iterator[str]:
     del POLICIES["breaking"]
 
 
-def test_an_error_after_the_start_is_an_event(served: Served, breaking: str) -> None:
+def test_an_error_after_the_start_of_a_stream_is_an_event(served: RunningServer, breaking: str) -> None:
     events = events_of(served.chat(policy=breaking, stream=True).text)
     assert "error" not in events[0]
     assert set(events[-1]) == {"error"}
     assert events[-1]["error"]["type"] == "server_error"
     assert served.chat(policy=breaking).status_code == 500
-    assert text_of(served.complete(seed=1)) == written(PROMPT, seed=1).text  # the others never notice
-    until(served.is_idle)
+    assert text_of(served.complete(seed=1)) == expected_output(PROMPT, seed=1).text  # other requests are not affected
+    wait_until(served.is_idle)
 
 
-def test_an_engine_that_fails_is_told_to_everybody() -> None:
+def test_a_failed_engine_is_reported_everywhere() -> None:
     with serving() as served, served.client() as client:
-        with served.valve.closed(), client.stream("POST", BOTH[0], json={"prompt": PROMPT, "stream": True}) as answer:
-            served.valve.wait_blocked()
+        with (
+            served.step_gate.closed(),
+            client.stream("POST", BOTH[0], json={"prompt": PROMPT, "stream": True}) as answer,
+        ):
+            served.step_gate.wait_blocked()
 
             def fail() -> None:
                 raise RuntimeError("a kernel died")
 
-            served.valve._step = fail
-            served.valve.allow(None)
+            served.step_gate._step = fail
+            served.step_gate.allow(None)
             assert answer.status_code == 200
             (event,) = events_of("".join(answer.iter_text()))
         assert event["error"]["type"] == "server_error"
         assert "a kernel died" in event["error"]["message"]
         for path in ("/health", "/ready"):
-            refused(served.get(path), None, 503)
+            assert_error(served.get(path), None, 503)
         assert "retry-after" in served.complete().headers
-        refused(served.complete(), None, 503)
+        assert_error(served.complete(), None, 503)
 
 
-# --- what cannot be done ----------------------------------------------------------------------------------------------
+# --- invalid requests -------------------------------------------------------------------------------------------------
 
 ON: dict[str, Any] = {
     "frequency_penalty": 0.5, "presence_penalty": -0.1, "best_of": 2, "suffix": "end", "logit_bias": {"5": 1},
@@ -427,9 +446,9 @@ ON: dict[str, Any] = {
 
 @pytest.mark.parametrize("path", BOTH)
 @pytest.mark.parametrize("name", UNSUPPORTED_FIELDS)
-def test_fields_that_mean_nothing_here(served: Served, path: str, name: str) -> None:
-    """Refused by name, unless they ask for nothing."""
-    error = refused(served.post(path, START[path] | {name: ON[name]}), name)
+def test_unsupported_fields(served: RunningServer, path: str, name: str) -> None:
+    """An unsupported field is an error that names the field, except with a value that turns it off."""
+    error = assert_error(served.post(path, START[path] | {name: ON[name]}), name)
     assert error["code"] == "unsupported"
     assert name in error["message"]
     for off in (*UNSUPPORTED_FIELDS[name], None):
@@ -438,23 +457,25 @@ def test_fields_that_mean_nothing_here(served: Served, path: str, name: str) -> 
 
 
 @pytest.mark.parametrize("path", BOTH)
-def test_unknown_fields_are_refused(served: Served, path: str) -> None:
+def test_unknown_fields(served: RunningServer, path: str) -> None:
     for name in ("max_token", "", "ünknown", "prompt " if "chat" in path else "messages", "__class__"):
-        error = refused(served.post(path, START[path] | {name: None}), name)
+        error = assert_error(served.post(path, START[path] | {name: None}), name)
         assert error["code"] == "unsupported"
 
 
-@pytest.mark.parametrize(("path", "asked"), list(zip(BOTH, (CompletionRequest, ChatCompletionRequest), strict=True)))
+@pytest.mark.parametrize(
+    ("path", "request_model"), list(zip(BOTH, (CompletionRequest, ChatCompletionRequest), strict=True))
+)
 def test_null_is_the_default(
-    served: Served, path: str, asked: type[CompletionRequest] | type[ChatCompletionRequest]
+    served: RunningServer, path: str, request_model: type[CompletionRequest] | type[ChatCompletionRequest]
 ) -> None:
     needed = START[path]
-    nothing = {name: None for name in (*asked.model_fields, *UNSUPPORTED_FIELDS) if name not in needed}
-    told = {name: field.default for name, field in asked.model_fields.items() if name not in needed}
+    nothing = {name: None for name in (*request_model.model_fields, *UNSUPPORTED_FIELDS) if name not in needed}
+    defaults = {name: field.default for name, field in request_model.model_fields.items() if name not in needed}
     some = {"seed": 3, "max_tokens": 10}
     plain = text_of(served.post(path, needed | some))
     assert text_of(served.post(path, needed | nothing | some)) == plain
-    assert text_of(served.post(path, needed | told | some)) == plain
+    assert text_of(served.post(path, needed | defaults | some)) == plain
 
 
 WRONG: list[tuple[str, list[Any]]] = [
@@ -487,10 +508,10 @@ WITH = {"policy_value": {"policy": "threshold"}}
 
 @pytest.mark.parametrize("path", BOTH)
 @pytest.mark.parametrize(("name", "values"), WRONG, ids=[name for name, _ in WRONG])
-def test_wrong_values_are_refused_by_name(served: Served, path: str, name: str, values: list[Any]) -> None:
+def test_invalid_values(served: RunningServer, path: str, name: str, values: list[Any]) -> None:
     start = START[path] | {"mode": MODE_OF.get(name, "diffusion"), "max_tokens": 4} | WITH.get(name, {})
     for value in values:
-        refused(served.post(path, start | {name: value}), name)
+        assert_error(served.post(path, start | {name: value}), name)
 
 
 @pytest.mark.parametrize(
@@ -499,8 +520,8 @@ def test_wrong_values_are_refused_by_name(served: Served, path: str, name: str, 
      [["a"]], [[["a"]]], "\ud800", ["a", "b\udfff"]],
     ids=repr,
 )  # fmt: skip
-def test_prompts_that_are_none(served: Served, prompt: Any) -> None:
-    refused(served.complete(prompt), "prompt")
+def test_invalid_prompts(served: RunningServer, prompt: Any) -> None:
+    assert_error(served.complete(prompt), "prompt")
 
 
 @pytest.mark.parametrize(
@@ -511,14 +532,14 @@ def test_prompts_that_are_none(served: Served, prompt: Any) -> None:
      [{"role": "user", "content": "half \ud83d"}]],
     ids=repr,
 )  # fmt: skip
-def test_messages_that_are_none(served: Served, messages: Any) -> None:
-    refused(served.post(BOTH[1], {"messages": messages}), "messages")
+def test_invalid_messages(served: RunningServer, messages: Any) -> None:
+    assert_error(served.post(BOTH[1], {"messages": messages}), "messages")
 
 
 @pytest.mark.parametrize("path", BOTH)
-def test_what_is_needed_is_missing(served: Served, path: str) -> None:
+def test_missing_fields(served: RunningServer, path: str) -> None:
     (name,) = START[path]
-    assert refused(served.post(path, {}), name)["code"] == "missing"
+    assert assert_error(served.post(path, {}), name)["code"] == "missing"
 
 
 @pytest.mark.parametrize("path", BOTH)
@@ -531,7 +552,7 @@ def test_what_is_needed_is_missing(served: Served, path: str) -> None:
      b'{"\\ud800": 1, "prompt": "x"}'],
     ids=lambda body: repr(body[:20]),
 )  # fmt: skip
-def test_bodies_that_are_no_requests(served: Served, path: str, body: bytes) -> None:
+def test_invalid_bodies(served: RunningServer, path: str, body: bytes) -> None:
     answer = served.post(path, body)
     assert answer.status_code == 400, answer.text
     assert set(answer.json()["error"]) == {"message", "type", "param", "code"}
@@ -539,21 +560,21 @@ def test_bodies_that_are_no_requests(served: Served, path: str, body: bytes) -> 
 
 @pytest.mark.parametrize("number", ["NaN", "Infinity", "-Infinity", "1e999", "-1e999"])
 @pytest.mark.parametrize("name", ["temperature", "top_p", "threshold", "policy_value", "max_tokens", "seed", "n"])
-def test_numbers_that_are_none(served: Served, name: str, number: str) -> None:
-    refused(served.post(BOTH[0], f'{{"prompt": "x", "{name}": {number}}}'.encode()), name)
+def test_infinite_numbers_and_nan(served: RunningServer, name: str, number: str) -> None:
+    assert_error(served.post(BOTH[0], f'{{"prompt": "x", "{name}": {number}}}'.encode()), name)
 
 
-def test_a_body_of_another_kind_is_refused(served: Served) -> None:
+def test_other_content_types(served: RunningServer) -> None:
     body = b'{"prompt": "x"}'
     for kind in ("text/plain", "application/x-www-form-urlencoded", "multipart/form-data"):
         answer = served.post(BOTH[0], body, headers={"content-type": kind})
         assert answer.status_code == 400, answer.text
 
 
-def test_texts_with_strange_characters_are_texts(served: Served) -> None:
-    """Whole characters of every kind go through; in other fields half a pair does no harm."""
+def test_unusual_characters(served: RunningServer) -> None:
+    """Prompts with unusual characters work; a lone surrogate in another field causes no internal error."""
     for text in ("\x00", "\ufeff", "\u202e", "👍🏽", "\n\n", "<mask></s>"):
-        assert text_of(served.complete(text, seed=1, max_tokens=3)) == written(text, seed=1, max_tokens=3).text
+        assert text_of(served.complete(text, seed=1, max_tokens=3)) == expected_output(text, seed=1, max_tokens=3).text
     assert served.complete("x", stop="\ud800", max_tokens=2).status_code in (200, 400)
     assert served.complete("x", user="\ud800", max_tokens=2).status_code in (200, 400)
     assert served.complete("x", model="\ud800").status_code in (400, 404)
@@ -580,31 +601,31 @@ def test_texts_with_strange_characters_are_texts(served: Served) -> None:
     ],
 )
 @pytest.mark.parametrize("path", BOTH)
-def test_fields_that_mean_nothing_beside_others(served: Served, path: str, fields: dict[str, Any], param: str) -> None:
-    error = refused(served.post(path, START[path] | fields), param)
+def test_fields_that_exclude_each_other(served: RunningServer, path: str, fields: dict[str, Any], param: str) -> None:
+    error = assert_error(served.post(path, START[path] | fields), param)
     assert param in error["message"]
 
 
-def test_top_logprobs_goes_with_logprobs(served: Served) -> None:
-    refused(served.chat(top_logprobs=2), "top_logprobs")
+def test_top_logprobs_needs_logprobs(served: RunningServer) -> None:
+    assert_error(served.chat(top_logprobs=2), "top_logprobs")
 
 
-def test_too_many_choices(served: Served) -> None:
-    refused(served.complete(["a"] * 33, n=2), "n")
+def test_too_many_choices(served: RunningServer) -> None:
+    assert_error(served.complete(["a"] * 33, n=2), "n")
     with served.limited(choices=3):
-        refused(served.complete(n=4), "n")
+        assert_error(served.complete(n=4), "n")
         assert served.complete(n=3, max_tokens=1).status_code == 200
 
 
-def test_texts_that_do_not_fit(served: Served) -> None:
-    refused(served.complete([5] * 500, max_tokens=13), "max_tokens")
-    refused(served.complete([5] * 600, max_tokens=0), "max_tokens")
+def test_too_many_tokens(served: RunningServer) -> None:
+    assert_error(served.complete([5] * 500, max_tokens=13), "max_tokens")
+    assert_error(served.complete([5] * 600, max_tokens=0), "max_tokens")
     assert served.complete([5] * 500, max_tokens=12, mode="ar").status_code == 200
 
 
 @pytest.mark.parametrize("path", BOTH)
-def test_an_unknown_model_is_not_found(served: Served, path: str) -> None:
-    error = refused(served.post(path, START[path] | {"model": "other"}), "model", 404)
+def test_unknown_model(served: RunningServer, path: str) -> None:
+    error = assert_error(served.post(path, START[path] | {"model": "other"}), "model", 404)
     assert error["code"] == "model_not_found"
     assert served.post(path, START[path] | {"model": NAME, "max_tokens": 1}).status_code == 200
 
@@ -612,7 +633,7 @@ def test_an_unknown_model_is_not_found(served: Served, path: str) -> None:
 # --- the other routes -------------------------------------------------------------------------------------------------
 
 
-def test_the_model_is_listed(served: Served) -> None:
+def test_models(served: RunningServer) -> None:
     listed = served.get("/v1/models").json()
     assert listed["object"] == "list"
     (model,) = listed["data"]
@@ -622,19 +643,19 @@ def test_the_model_is_listed(served: Served) -> None:
     assert model["mask_token_id"] == tiny_model().config.mask_token
     assert served.get(f"/v1/models/{NAME}").json() == model
     for name in ("other", "tiny/other", "%ff", "%ed%a0%80"):
-        refused(served.get(f"/v1/models/{name}"), "model", 404)
+        assert_error(served.get(f"/v1/models/{name}"), "model", 404)
 
 
-def test_states(served: Served) -> None:
+def test_health_and_ready(served: RunningServer) -> None:
     assert served.get("/health").json() == {"status": "ok"}
     assert served.get("/ready").json() == {"status": "ready"}
     served.service.draining = True
     try:
-        refused(served.get("/ready"), None, 503)
+        assert_error(served.get("/ready"), None, 503)
         assert served.get("/health").status_code == 200
         answer = served.complete()
         assert int(answer.headers["retry-after"]) > 0
-        refused(answer, None, 503)
+        assert_error(answer, None, 503)
     finally:
         served.service.draining = False
 
@@ -644,60 +665,60 @@ def test_states(served: Served) -> None:
     [("GET", "/v1/completions", 405), ("DELETE", "/health", 405), ("GET", "/nothing", 404), ("GET", "/docs", 404),
      ("POST", "/v1/embeddings", 404), ("PUT", "/v1/models", 405), ("GET", "/%00", 404), ("GET", "/..%2f..%2fetc", 404)],
 )  # fmt: skip
-def test_other_paths(served: Served, method: str, path: str, status: int) -> None:
+def test_other_paths(served: RunningServer, method: str, path: str, status: int) -> None:
     with served.client() as client:
         answer = client.request(method, path)
-    refused(answer, None, status)
+    assert_error(answer, None, status)
     assert ("allow" in answer.headers) == (status == 405)
 
 
-def test_the_schema_names_every_field_and_status(served: Served) -> None:
+def test_the_schema_names_every_field_and_status(served: RunningServer) -> None:
     schema = served.get("/openapi.json").json()
     assert {"/v1/completions", "/v1/chat/completions", "/v1/models", "/health", "/ready", "/metrics"} <= set(
         schema["paths"]
     )
-    for path, asked in zip(BOTH, ("CompletionRequest", "ChatCompletionRequest"), strict=True):
+    for path, request_model in zip(BOTH, ("CompletionRequest", "ChatCompletionRequest"), strict=True):
         operation = schema["paths"][path]["post"]
         assert {"200", "400", "401", "404", "408", "413", "429", "503", "504"} <= set(operation["responses"])
         assert "422" not in operation["responses"]
         assert set(operation["responses"]["200"]["content"]) == {"application/json", "text/event-stream"}
-        fields = schema["components"]["schemas"][asked]
+        fields = schema["components"]["schemas"][request_model]
         assert fields["additionalProperties"] is False
         known = {"CompletionRequest": CompletionRequest, "ChatCompletionRequest": ChatCompletionRequest}[
-            asked
+            request_model
         ].model_fields
         assert set(fields["properties"]) == set(known)
     assert json.dumps(schema).count("HTTPValidationError") == 0
 
 
-def test_every_answer_has_a_number(served: Served) -> None:
+def test_every_response_has_a_request_id(served: RunningServer) -> None:
     answers = [served.complete(max_tokens=1), served.complete(5), served.get("/nothing"), served.get("/health")]
     numbers = [answer.headers["x-request-id"] for answer in answers]
     assert len(set(numbers)) == len(answers)
     assert all(answer.headers.get("server") is None for answer in answers)
 
 
-def test_a_fault_of_the_server_is_500_and_in_its_log(served: Served, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_an_internal_error_is_500_and_logged(served: RunningServer, monkeypatch: pytest.MonkeyPatch) -> None:
     def broken(*_: Any) -> None:
         raise Broken("a secret of the server")
 
     monkeypatch.setattr(served.service._builder, "build", broken)
     before = served.counts().get(("twotower_requests_total", BOTH[0], "500"), 0)
-    with logged() as lines:
+    with captured_log() as lines:
         answer = served.complete()
         number = answer.headers["x-request-id"]
-        # The answer is sent first, so it may be here before the server has counted and logged it.
-        until(lambda: any(line["event"] == "request" and line["id"] == number for line in lines))
+        # The response can arrive before the server has counted and logged it.
+        wait_until(lambda: any(line["event"] == "request" and line["id"] == number for line in lines))
     assert "secret" not in answer.text
-    refused(answer, None, 500)
+    assert_error(answer, None, 500)
     assert served.counts()["twotower_requests_total", BOTH[0], "500"] == before + 1
     ours = [line for line in lines if line["id"] == number]
     assert [line["event"] for line in ours] == ["error", "request"]
     assert "a secret of the server" in ours[0]["trace"]
 
 
-def test_many_at_once_write_what_each_writes_alone(served: Served) -> None:
-    """More requests than rows, of all modes, whole and streamed at once."""
+def test_concurrent_requests_equal_single_requests(served: RunningServer) -> None:
+    """More requests than rows, in all modes, complete and streamed."""
     from concurrent.futures import ThreadPoolExecutor
 
     def ask(number: int) -> str:
@@ -710,5 +731,5 @@ def test_many_at_once_write_what_each_writes_alone(served: Served) -> None:
         found = list(pool.map(ask, range(16)))
     for number, text in enumerate(found):
         fields = {"seed": number, "max_tokens": 1 + number, **list(MODES.values())[number % 4]}
-        assert text == written(PROMPT, **fields).text, number
-    until(served.is_idle)
+        assert text == expected_output(PROMPT, **fields).text, number
+    wait_until(served.is_idle)

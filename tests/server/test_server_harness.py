@@ -1,4 +1,4 @@
-"""The bundled model behind the server: as lm-evaluation-harness's own client of the API sees it, and in formats."""
+"""The server with the bundled model: lm-evaluation-harness through its API client, and response formats."""
 
 from __future__ import annotations
 
@@ -9,13 +9,13 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from serving import Served, events_of, serving, texts_of
+from serving import RunningServer, events_of, serving, texts_of
 
 from twotower import TwoTowerForCausalLM, bundled_model
 from twotower.evaluation.lm_eval.model import TwoTowerLM
 from twotower.evaluation.tasks.problem_sets import make_problems
 
-# What both tasks have in common: documents from a file, prompts as they are.
+# Shared by both tasks: documents from a file, prompts without changes.
 TASK: dict[str, Any] = {
     "dataset_path": "json", "test_split": "test", "doc_to_text": "{{question}}", "num_fewshot": 0,
     "metadata": {"version": 1.0},
@@ -37,14 +37,14 @@ def model() -> TwoTowerForCausalLM:
 
 
 @pytest.fixture(scope="module")
-def served(model: TwoTowerForCausalLM) -> Iterator[Served]:
+def served(model: TwoTowerForCausalLM) -> Iterator[RunningServer]:
     with serving(model=model, decoding={"mode": "verified", "draft_steps": 1}) as served:
         yield served
 
 
 @pytest.fixture(scope="module")
-def client(served: Served) -> Any:
-    """lm-evaluation-harness's `local-completions`; prompts begin with the token that the model was trained with."""
+def client(served: RunningServer) -> Any:
+    """The `local-completions` client of lm-evaluation-harness, with BOS before each prompt, as in training."""
     from lm_eval.models.openai_completions import LocalCompletionsAPI
 
     return LocalCompletionsAPI(
@@ -54,25 +54,25 @@ def client(served: Served) -> Any:
 
 
 def evaluated(lm: Any, task: dict[str, Any], folder: Path) -> list[dict[str, Any]]:
-    """A task's items as lm-evaluation-harness logs them."""
+    """The logged samples of a task, in order."""
     from lm_eval.evaluator import simple_evaluate
     from lm_eval.tasks import TaskManager
 
-    asked = make_problems("test", 12, 3, difficulties=(1,))
+    items = make_problems("test", 12, 3, difficulties=(1,))
     lines = [
         {"question": problem.prompt, "answer": problem.answer, "choices": [problem.answer, " 7", " none"]}
-        for problem in asked
+        for problem in items
     ]
     file = folder / "suite.jsonl"
     file.write_text("".join(json.dumps(line) + "\n" for line in lines))
     whole = task | {"dataset_kwargs": {"data_files": {"test": str(file)}, "cache_dir": str(folder / "cache")}}
-    manager = TaskManager(include_defaults=False)  # reading all of its own takes seconds
+    manager = TaskManager(include_defaults=False)  # loading the default tasks takes seconds
     found = simple_evaluate(model=lm, tasks=[whole], bootstrap_iters=0, log_samples=True, task_manager=manager)
     assert found is not None
     return sorted(found["samples"][task["task"]], key=lambda sample: sample["doc_id"])
 
 
-def test_a_generative_task_is_answered_as_by_the_model(client: Any, model: TwoTowerForCausalLM, tmp_path: Path) -> None:
+def test_generative_task_equals_local_model(client: Any, model: TwoTowerForCausalLM, tmp_path: Path) -> None:
     theirs = evaluated(client, GENERATIVE, tmp_path)
     ours = evaluated(TwoTowerLM(model, setting="verified:draft_steps=1"), GENERATIVE, tmp_path)
     assert [item["resps"] for item in theirs] == [item["resps"] for item in ours]
@@ -80,9 +80,7 @@ def test_a_generative_task_is_answered_as_by_the_model(client: Any, model: TwoTo
     assert any(item["resps"][0][0] for item in theirs)
 
 
-def test_a_task_of_likelihoods_is_scored_as_by_the_model(
-    client: Any, model: TwoTowerForCausalLM, tmp_path: Path
-) -> None:
+def test_likelihood_task_equals_local_model(client: Any, model: TwoTowerForCausalLM, tmp_path: Path) -> None:
     theirs, ours = (evaluated(lm, LIKELIHOOD, tmp_path) for lm in (client, TwoTowerLM(model)))
     assert [item["acc"] for item in theirs] == [item["acc"] for item in ours]
     for one, other in zip(theirs, ours, strict=True):
@@ -91,8 +89,8 @@ def test_a_task_of_likelihoods_is_scored_as_by_the_model(
             assert greedy == greedy_too
 
 
-def test_a_prompt_is_scored_without_writing(served: Served, model: TwoTowerForCausalLM) -> None:
-    """max_tokens 0 with echo and logprobs: the sum is the text's likelihood."""
+def test_prompt_logprobs_without_new_tokens(served: RunningServer, model: TwoTowerForCausalLM) -> None:
+    """With max_tokens 0, echo and logprobs, the sum is the log-likelihood of the text."""
     text = "User: I need a taxi to the airport.\nAssistant: Where should it pick you up?"
     (choice,) = served.complete(text, max_tokens=0, echo=True, logprobs=1).json()["choices"]
     assert choice["text"] == text
@@ -108,12 +106,12 @@ def test_a_prompt_is_scored_without_writing(served: Served, model: TwoTowerForCa
         assert text[offset:].startswith(token)
 
 
-# --- formats, over the network ----------------------------------------------------------------------------------------
+# --- response formats -------------------------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize("stream", [False, True])
-def test_a_reply_fits_its_format(served: Served, stream: bool) -> None:
-    """In both modes that can, whole and streamed; a request that names no mode of a diffusion server gets one."""
+def test_response_format(served: RunningServer, stream: bool) -> None:
+    """In ar and verified, complete and streamed, and in a request without a mode."""
     schema = {
         "type": "object",
         "properties": {"city": {"type": "string", "maxLength": 8}, "people": {"enum": [1, 2, 3]}},

@@ -1,4 +1,4 @@
-"""What one client can do to the others: nothing. Bounds, keys, clients that leave, hang or talk nonsense; the end."""
+"""One client cannot harm others: limits, API keys, disconnects, hanging clients, invalid HTTP; shutdown."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ from typing import Any
 
 import httpx
 import pytest
-from serving import PATIENCE, Served, events_of, logged, serving, texts_of, until, written
+from serving import TIMEOUT, RunningServer, captured_log, events_of, expected_output, serving, texts_of, wait_until
 
 from twotower import options
 from twotower.errors import ArgumentError
@@ -28,8 +28,8 @@ LONG = {"prompt": "the quick", "mode": "ar", "max_tokens": 200, "seed": 1}
 
 
 @pytest.fixture(scope="module")
-def served() -> Iterator[Served]:
-    """Two rows, and two more may wait."""
+def served() -> Iterator[RunningServer]:
+    """A server with two rows and a queue of two."""
     with serving(rows=2, limits=Limits(queue=2)) as found:
         yield found
 
@@ -38,7 +38,7 @@ def served() -> Iterator[Served]:
 def _nothing_is_left(request: pytest.FixtureRequest) -> Iterator[None]:
     yield
     if "served" in request.fixturenames:
-        until(request.getfixturevalue("served").is_idle, "a place is still held")
+        wait_until(request.getfixturevalue("served").is_idle, "a request is still active")
 
 
 @pytest.fixture
@@ -52,8 +52,8 @@ def param_of(answer: httpx.Response, status: int) -> str | None:
     return answer.json()["error"]["param"]
 
 
-def is_served(served: Served) -> bool:
-    return served.complete(seed=1, max_tokens=2).json()["choices"][0]["text"] == written(
+def is_served(served: RunningServer) -> bool:
+    return served.complete(seed=1, max_tokens=2).json()["choices"][0]["text"] == expected_output(
         "the quick", seed=1, max_tokens=2
     ).text  # fmt: skip
 
@@ -69,7 +69,7 @@ def whole(**fields: Any) -> bytes:
 
 
 def read_all(connection: socket.socket) -> bytes:
-    """Until the server closes it."""
+    """Reads until the server closes the connection."""
     parts = []
     while part := connection.recv(65536):
         parts.append(part)
@@ -80,7 +80,7 @@ def read_all(connection: socket.socket) -> bytes:
 
 
 @pytest.mark.parametrize("chunked", [False, True])
-def test_a_body_may_be_too_long(served: Served, chunked: bool) -> None:
+def test_body_size_limit(served: RunningServer, chunked: bool) -> None:
     with served.limited(body_bytes=1000), served.client() as client:
         body = json.dumps(LONG | {"user": "x" * 1000}).encode()
         content = iter([body[:500], body[500:]]) if chunked else body
@@ -93,9 +93,9 @@ def test_a_body_may_be_too_long(served: Served, chunked: bool) -> None:
         assert served.post(PATH, exact).status_code == 200
 
 
-def test_a_body_that_says_it_is_endless_is_not_read(served: Served) -> None:
-    """Neither one that announces more than anybody may send, nor one that goes on and on."""
-    with served.limited(body_bytes=1000, body_seconds=PATIENCE):
+def test_an_endless_body_is_not_read(served: RunningServer) -> None:
+    """Neither a body with a large content-length nor an endless chunked body."""
+    with served.limited(body_bytes=1000, body_seconds=TIMEOUT):
         for headers in (f"Content-Length: {10**15}", "Transfer-Encoding: chunked"):
             with served.connect() as connection:
                 connection.sendall(request(b"", headers))
@@ -112,7 +112,7 @@ def test_a_body_that_says_it_is_endless_is_not_read(served: Served) -> None:
 
 
 @pytest.mark.parametrize("headers", ["Content-Length: 500", "Transfer-Encoding: chunked"])
-def test_a_body_has_to_arrive(served: Served, headers: str) -> None:
+def test_body_time_limit(served: RunningServer, headers: str) -> None:
     with served.limited(body_seconds=0.2), served.connect() as connection:
         connection.sendall(request(b'{"prompt"' if "Length" in headers else b'5\r\n{"pro\r\n', headers))
         answer = read_all(connection)
@@ -120,10 +120,10 @@ def test_a_body_has_to_arrive(served: Served, headers: str) -> None:
     assert b"connection: close" in answer.lower()
 
 
-# --- how much ---------------------------------------------------------------------------------------------------------
+# --- limits -----------------------------------------------------------------------------------------------------------
 
 
-def test_caps(served: Served) -> None:
+def test_token_limits(served: RunningServer) -> None:
     with served.limited(prompt_tokens=4, output_tokens=6):
         assert param_of(served.complete([5] * 5), 400) == "prompt"
         assert param_of(served.complete([5] * 4, max_tokens=7), 400) == "max_tokens"
@@ -131,53 +131,53 @@ def test_caps(served: Served) -> None:
         assert "at most 6" in served.complete([5], max_tokens=7).text
 
 
-def test_caps_name_the_fields_of_a_chat(served: Served) -> None:
+def test_token_limits_of_a_chat(served: RunningServer) -> None:
     with served.limited(prompt_tokens=4, output_tokens=6):
         assert param_of(served.chat("the quick brown fox"), 400) == "messages"
     with served.limited(output_tokens=6):
         assert param_of(served.chat("x", max_completion_tokens=7), 400) == "max_completion_tokens"
 
 
-def test_a_usual_length_is_within_the_cap(served: Served) -> None:
-    """max_tokens is 16 where nobody says; a server that writes less at most writes that."""
+def test_default_length_respects_the_limit(served: RunningServer) -> None:
+    """A limit below 16, the default of max_tokens, shortens the text."""
     with served.limited(output_tokens=6):
         assert served.complete(seed=1, mode="ar").json()["usage"]["completion_tokens"] <= 6
 
 
-def test_a_full_queue_says_when_to_come_again(served: Served, pool: ThreadPoolExecutor) -> None:
-    with served.valve.closed():
-        asked = [pool.submit(served.post, PATH, LONG | {"max_tokens": 2}) for _ in range(4)]  # all the places
-        until(lambda: served.service.active_choices == 4)
+def test_full_queue_has_retry_after(served: RunningServer, pool: ThreadPoolExecutor) -> None:
+    with served.step_gate.closed():
+        requests = [pool.submit(served.post, PATH, LONG | {"max_tokens": 2}) for _ in range(4)]  # fills rows and queue
+        wait_until(lambda: served.service.active_choices == 4)
         for stream in (False, True):
             answer = served.complete(stream=stream)
             param_of(answer, 429)
             assert int(answer.headers["retry-after"]) >= 1
             assert answer.json()["error"]["type"] == "rate_limit_error"
-        served.valve.wait_blocked()
+        served.step_gate.wait_blocked()
         counts = served.counts()
         assert counts["twotower_running_requests",] + counts["twotower_queue_requests",] <= 4
-    assert [found.result(PATIENCE).status_code for found in asked] == [200] * 4
+    assert [found.result(TIMEOUT).status_code for found in requests] == [200] * 4
     assert is_served(served)
     answer = served.complete(n=5)
-    assert param_of(answer, 400) == "n"  # it will never fit: coming again would not help
+    assert param_of(answer, 400) == "n"  # never fits, so there is no retry-after
     assert "retry-after" not in answer.headers
 
 
-def test_choices_take_a_place_each(served: Served, pool: ThreadPoolExecutor) -> None:
-    with served.valve.closed():
-        asked = pool.submit(served.post, PATH, LONG | {"max_tokens": 2, "n": 3})
-        until(lambda: served.service.active_choices == 3)
+def test_each_choice_counts(served: RunningServer, pool: ThreadPoolExecutor) -> None:
+    with served.step_gate.closed():
+        requests = pool.submit(served.post, PATH, LONG | {"max_tokens": 2, "n": 3})
+        wait_until(lambda: served.service.active_choices == 3)
         assert served.complete(n=2).status_code == 429
         last = pool.submit(served.complete, max_tokens=1)
-        until(lambda: served.service.active_choices == 4)
-    assert asked.result(PATIENCE).status_code == last.result(PATIENCE).status_code == 200
+        wait_until(lambda: served.service.active_choices == 4)
+    assert requests.result(TIMEOUT).status_code == last.result(TIMEOUT).status_code == 200
 
 
 # --- keys -------------------------------------------------------------------------------------------------------------
 
 
 @pytest.fixture(scope="module")
-def keyed() -> Iterator[Served]:
+def keyed() -> Iterator[RunningServer]:
     with serving(rows=4, api_keys=("first", "zweiter-ß"), limits=Limits(queue=4, per_key=2)) as found:
         yield found
 
@@ -186,7 +186,7 @@ def key(text: str, kind: str = "Bearer") -> dict[str, Any]:
     return {"headers": {"authorization": f"{kind} {text}".encode()}}
 
 
-def test_keys(keyed: Served) -> None:
+def test_api_keys(keyed: RunningServer) -> None:
     wrongs = ["Bearer other", "Bearer", "Basic first", "Bearer firs", "Bearer first2", "Bearer first first", "first"]
     for wrong in [{}, *({"headers": {"authorization": text}} for text in (*wrongs, b"Bearer \xff\xfe"))]:
         for answer in (keyed.post(PATH, LONG, **wrong), keyed.get("/v1/models", **wrong), keyed.get("/v1/no", **wrong)):
@@ -199,27 +199,27 @@ def test_keys(keyed: Served) -> None:
         assert keyed.get(path).status_code == 200
 
 
-def test_who_has_no_key_is_told_before_the_body_is_read(keyed: Served) -> None:
+def test_a_missing_key_is_reported_before_the_body_is_read(keyed: RunningServer) -> None:
     with keyed.connect() as connection:
         connection.sendall(request(b"", "Content-Length: 1000"))
         assert connection.recv(1000).startswith(b"HTTP/1.1 401 ")
 
 
-def test_a_key_has_a_bound_of_its_own(keyed: Served, pool: ThreadPoolExecutor) -> None:
-    with keyed.valve.closed():
-        asked = [pool.submit(keyed.post, PATH, LONG | {"max_tokens": 2}, **key("first")) for _ in range(2)]
-        until(lambda: keyed.service.active_choices == 2)
+def test_limit_per_key(keyed: RunningServer, pool: ThreadPoolExecutor) -> None:
+    with keyed.step_gate.closed():
+        requests = [pool.submit(keyed.post, PATH, LONG | {"max_tokens": 2}, **key("first")) for _ in range(2)]
+        wait_until(lambda: keyed.service.active_choices == 2)
         answer = keyed.post(PATH, LONG, **key("first"))
         param_of(answer, 429)
         assert int(answer.headers["retry-after"]) >= 1
-        asked.append(pool.submit(keyed.post, PATH, LONG | {"max_tokens": 2, "n": 2}, **key("zweiter-ß")))
-        until(lambda: keyed.service.active_choices == 4)
-    assert [found.result(PATIENCE).status_code for found in asked] == [200] * 3
+        requests.append(pool.submit(keyed.post, PATH, LONG | {"max_tokens": 2, "n": 2}, **key("zweiter-ß")))
+        wait_until(lambda: keyed.service.active_choices == 4)
+    assert [found.result(TIMEOUT).status_code for found in requests] == [200] * 3
     assert param_of(keyed.post(PATH, LONG | {"n": 3}, **key("first")), 400) == "n"
     assert not keyed.service.active_choices
 
 
-def test_keys_are_read_from_a_file_and_the_environment(tmp_path: Path) -> None:
+def test_read_keys(tmp_path: Path) -> None:
     file = tmp_path / "keys"
     file.write_text("# whose\n\n  one \ntwo\none\n", encoding="utf-8")
     given = options.from_environment({"TWOTOWER_API_KEYS": " three, one,, "})
@@ -235,18 +235,18 @@ def test_keys_are_read_from_a_file_and_the_environment(tmp_path: Path) -> None:
         read_keys(file)
 
 
-# --- time, and clients that leave -------------------------------------------------------------------------------------
+# --- time limits and disconnects --------------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize("running", [False, True])
 @pytest.mark.parametrize("stream", [False, True])
-def test_a_request_may_take_too_long(served: Served, pool: ThreadPoolExecutor, stream: bool, running: bool) -> None:
-    """At work or still waiting: its client is told, and its place is free again."""
-    with served.limited(request_seconds=0.3), served.valve.closed():
+def test_request_time_limit(served: RunningServer, pool: ThreadPoolExecutor, stream: bool, running: bool) -> None:
+    """The client of a running or waiting request gets 504, and the slot is free again."""
+    with served.limited(request_seconds=0.3), served.step_gate.closed():
         n = 1 if running else 2
         other = pool.submit(served.post, PATH, LONG | {"n": 2}) if not running else None
         if other is not None:
-            until(lambda: served.service.active_choices == 2)
+            wait_until(lambda: served.service.active_choices == 2)
         answer = served.post(PATH, LONG | {"stream": stream, "n": n})
         if stream:
             assert answer.status_code == 200
@@ -256,14 +256,14 @@ def test_a_request_may_take_too_long(served: Served, pool: ThreadPoolExecutor, s
             error = answer.json()["error"]
         assert error["code"] == "timeout"
         if other is not None:
-            assert other.result(PATIENCE).status_code == 504
-        until(lambda: not served.service.active_choices)
-    until(served.is_idle)
+            assert other.result(TIMEOUT).status_code == 504
+        wait_until(lambda: not served.service.active_choices)
+    wait_until(served.is_idle)
     assert is_served(served)
 
 
 @contextmanager
-def asking(served: Served, stream: bool, **fields: Any) -> Iterator[socket.socket]:
+def asking(served: RunningServer, stream: bool, **fields: Any) -> Iterator[socket.socket]:
     with served.connect() as connection:
         connection.sendall(whole(stream=stream, **fields))
         yield connection
@@ -274,81 +274,81 @@ def leave(connection: socket.socket) -> None:
 
 
 def reset(connection: socket.socket) -> None:
-    """Without a goodbye."""
+    """Closes the connection with a TCP reset."""
     connection.setsockopt(socket.SOL_SOCKET, socket.SO_LINGER, b"\x01\x00\x00\x00\x00\x00\x00\x00")
     connection.close()
 
 
 def half_close(connection: socket.socket) -> None:
-    """It says no more; this server takes that for leaving, as it cannot tell the two apart."""
+    """Closes the sending side. The server cannot distinguish this from a disconnect."""
     connection.shutdown(socket.SHUT_WR)
 
 
 @pytest.mark.parametrize("go", [leave, reset, half_close])
 @pytest.mark.parametrize("stream", [False, True])
-def test_a_client_that_leaves_frees_its_slot_within_a_step(
-    served: Served, stream: bool, go: Callable[[socket.socket], None]
+def test_a_disconnect_frees_the_slot_within_a_step(
+    served: RunningServer, stream: bool, go: Callable[[socket.socket], None]
 ) -> None:
-    with asking(served, stream) as connection, served.valve.closed():
-        until(lambda: served.service.active_choices == 1)
-        served.valve.wait_blocked()
-        served.valve.allow(3)
-        served.valve.wait_blocked()
+    with asking(served, stream) as connection, served.step_gate.closed():
+        wait_until(lambda: served.service.active_choices == 1)
+        served.step_gate.wait_blocked()
+        served.step_gate.allow(3)
+        served.step_gate.wait_blocked()
         assert len(served.llm.core.scheduler.running) == 1
         go(connection)
-        until(lambda: served.service.active_choices == 0, "the server does not see it")
-        before = served.valve.passed
-        served.valve.allow(1)  # the step that was about to begin
-        until(lambda: len(served.llm.core.scheduler.free) == 2, "its slot is held")
-        assert served.valve.passed == before + 1
+        wait_until(lambda: served.service.active_choices == 0, "the server has not seen the disconnect")
+        before = served.step_gate.steps
+        served.step_gate.allow(1)  # the step that was blocked
+        wait_until(lambda: len(served.llm.core.scheduler.free) == 2, "the slot is not free")
+        assert served.step_gate.steps == before + 1
         assert not served.llm.has_work
 
 
 @pytest.mark.parametrize("stream", [False, True])
-def test_a_client_that_leaves_the_queue_never_runs(served: Served, stream: bool) -> None:
+def test_a_disconnect_removes_a_waiting_request(served: RunningServer, stream: bool) -> None:
     with ExitStack() as stack:
         first = [stack.enter_context(asking(served, True)) for _ in range(2)]
-        stack.enter_context(served.valve.closed())
-        until(lambda: served.service.active_choices == 2)
+        stack.enter_context(served.step_gate.closed())
+        wait_until(lambda: served.service.active_choices == 2)
         waiting = stack.enter_context(asking(served, stream))
-        until(lambda: served.service.active_choices == 3)
-        served.valve.wait_blocked()
-        served.valve.allow(2)
-        served.valve.wait_blocked()
+        wait_until(lambda: served.service.active_choices == 3)
+        served.step_gate.wait_blocked()
+        served.step_gate.allow(2)
+        served.step_gate.wait_blocked()
         assert len(served.llm.core.scheduler.waiting) == 1
         waiting.close()
-        until(lambda: served.service.active_choices == 2)
-        served.valve.allow(1)
-        served.valve.wait_blocked()
+        wait_until(lambda: served.service.active_choices == 2)
+        served.step_gate.allow(1)
+        served.step_gate.wait_blocked()
         assert not served.llm.core.scheduler.waiting
         assert len(served.llm.core.scheduler.running) == 2
         for connection in first:
             connection.close()
 
 
-def test_the_log_says_who_left(served: Served) -> None:
-    with logged() as lines, served.valve.closed():
+def test_a_disconnect_is_logged(served: RunningServer) -> None:
+    with captured_log() as lines, served.step_gate.closed():
         with asking(served, False):
-            until(lambda: served.service.active_choices == 1)
-        until(lambda: any(line.get("status") == 499 for line in lines))
+            wait_until(lambda: served.service.active_choices == 1)
+        wait_until(lambda: any(line.get("status") == 499 for line in lines))
 
 
-# --- clients that do harm ---------------------------------------------------------------------------------------------
+# --- slow or invalid clients ------------------------------------------------------------------------------------------
 
 
-def test_hanging_connections_are_in_nobody_s_way(served: Served) -> None:
-    """Fifty that say nothing, half a line, half the headers or half a body."""
+def test_hanging_connections_do_not_block_others(served: RunningServer) -> None:
+    """Fifty connections that send nothing, half a line, half the headers or half a body."""
     with ExitStack() as stack:
         for number in range(50):
             connection = stack.enter_context(served.connect())
             connection.sendall([b"", b"POST /v1/compl", request(b"")[:-2], whole()[:-9]][number % 4])
         assert is_served(served)
         events = events_of(served.complete(stream=True, seed=2, max_tokens=4).text)
-        assert texts_of(events)[0] == written("the quick", seed=2, max_tokens=4).text
+        assert texts_of(events)[0] == expected_output("the quick", seed=2, max_tokens=4).text
 
 
-def test_headers_have_to_arrive(served: Served, monkeypatch: pytest.MonkeyPatch) -> None:
-    """A letter now and then does not keep a connection."""
+def test_header_time_limit(served: RunningServer, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Sending one byte now and then does not keep a connection open."""
     monkeypatch.setattr("twotower.server.http_timeouts.HEADER_SECONDS", 0.3)
     for begun in (b"", b"POST /v1/", request(b"")[:-2]):
         with served.connect() as connection:
@@ -365,7 +365,7 @@ def test_headers_have_to_arrive(served: Served, monkeypatch: pytest.MonkeyPatch)
             thread = threading.Thread(target=drip)
             thread.start()
             try:
-                read_all(connection)  # ends, or the socket's own patience does
+                read_all(connection)  # returns, or the socket times out
             except ConnectionResetError:
                 pass
             finally:
@@ -373,13 +373,13 @@ def test_headers_have_to_arrive(served: Served, monkeypatch: pytest.MonkeyPatch)
                 thread.join()
 
 
-def test_a_client_that_does_not_read_frees_its_place(served: Served, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Its stream fills the buffers between it and the server, and then waits for it: not for ever."""
+def test_write_time_limit(served: RunningServer, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A client that does not read its stream is disconnected after the time limit."""
     monkeypatch.setattr("twotower.server.http_timeouts.WRITE_SECONDS", 0.3)
     monkeypatch.setattr("twotower.server.streaming._sse_event", lambda body: b"data: " + body.ljust(2**20) + b"\n\n")
     with asking(served, True):
-        until(lambda: served.service.active_choices == 1)
-        until(lambda: served.service.active_choices == 0, "it holds its place")
+        wait_until(lambda: served.service.active_choices == 1)
+        wait_until(lambda: served.service.active_choices == 0, "the request is still active")
 
 
 GARBAGE = [
@@ -398,7 +398,7 @@ GARBAGE = [
 
 
 @pytest.mark.parametrize("garbage", GARBAGE, ids=lambda garbage: repr(garbage[:20]))
-def test_garbage(served: Served, garbage: bytes) -> None:
+def test_garbage(served: RunningServer, garbage: bytes) -> None:
     with served.connect() as connection:
         try:
             connection.sendall(garbage)
@@ -410,8 +410,8 @@ def test_garbage(served: Served, garbage: bytes) -> None:
     assert is_served(served)
 
 
-def test_requests_may_follow_each_other_on_a_connection(served: Served) -> None:
-    """Sent before the first is answered, they are answered in their order."""
+def test_pipelined_requests(served: RunningServer) -> None:
+    """Requests that are sent before the first response get their responses in order."""
     bodies = [json.dumps(LONG | {"max_tokens": 3, "seed": seed}).encode() for seed in range(4)]
     lines = [request(body, f"Content-Length: {len(body)}") for body in bodies[:3]]
     lines.append(request(bodies[3], f"Content-Length: {len(bodies[3])}", "Connection: close"))
@@ -421,21 +421,21 @@ def test_requests_may_follow_each_other_on_a_connection(served: Served) -> None:
     assert answer.count(b"HTTP/1.1 200 OK") == 4
     found = re.findall(rb'"text": ("(?:[^"\\]|\\.)*")', answer)
     assert [json.loads(text) for text in found] == [
-        written("the quick", mode="ar", max_tokens=3, seed=seed).text for seed in range(4)
+        expected_output("the quick", mode="ar", max_tokens=3, seed=seed).text for seed in range(4)
     ]
 
 
-# --- what it tells ----------------------------------------------------------------------------------------------------
+# --- metrics and log --------------------------------------------------------------------------------------------------
 
 
-def test_metrics_count_what_was_asked() -> None:
+def test_metrics() -> None:
     with serving(rows=2) as served:
         results = []
         for fields in ({"mode": "ar", "max_tokens": 7}, {"mode": "verified", "max_tokens": 5, "draft_steps": 1}):
             assert served.complete(seed=1, **fields).status_code == 200
-            results.append(written("the quick", seed=1, **fields))
+            results.append(expected_output("the quick", seed=1, **fields))
         served.complete(seed=1, stream=True, n=2, max_tokens=3)
-        results += [written("the quick", seed=seed, max_tokens=3) for seed in (1, 2)]
+        results += [expected_output("the quick", seed=seed, max_tokens=3) for seed in (1, 2)]
         served.complete(5)
         served.get("/nothing")
         counts = served.counts()
@@ -455,28 +455,28 @@ def test_metrics_count_what_was_asked() -> None:
     assert counts["twotower_state_bytes",] > 0
 
 
-def test_unknown_paths_are_counted_together(served: Served) -> None:
-    """Nobody can fill the server's memory with names of counts."""
+def test_unknown_paths_are_counted_together(served: RunningServer) -> None:
+    """Clients cannot fill the server's memory with metric labels."""
     for number in range(3):
         served.get(f"/some/path/{number}")
     assert not any("/some" in part for name in served.counts() for part in name)
 
 
-def test_logs_hold_no_texts_unless_asked() -> None:
+def test_prompts_are_logged_only_on_request() -> None:
     secret = "brown fox"
     for wanted in (False, True):
-        with serving(rows=1, log_prompts=wanted) as served, logged() as lines:
+        with serving(rows=1, log_prompts=wanted) as served, captured_log() as lines:
             number = served.complete(secret, seed=1, max_tokens=4, user="u-1").headers["x-request-id"]
             served.post("/v1/chat/completions", {"messages": [{"role": "user", "content": secret}], "max_tokens": 1})
             served.complete([secret, 5])
             served.complete(secret, temperature=secret)
             served.post(PATH, json.dumps({"prompt": secret, secret: secret}).encode()[:-3])
-            until(lambda lines=lines: sum(line["event"] == "request" for line in lines) == 5)
+            wait_until(lambda lines=lines: sum(line["event"] == "request" for line in lines) == 5)
         assert (secret in json.dumps(lines)) == wanted
         (line,) = [line for line in lines if line.get("id") == number]
         assert line["status"] == 200
         assert line["path"] == PATH
-        assert line["prompt_tokens"] == written(secret, seed=1, max_tokens=4).prompt_tokens
+        assert line["prompt_tokens"] == expected_output(secret, seed=1, max_tokens=4).prompt_tokens
         assert line["max_tokens"] == 4
         assert line["user"] == "u-1"
         assert line.get("prompts") == ([secret] if wanted else None)
@@ -486,7 +486,7 @@ def test_logs_hold_no_texts_unless_asked() -> None:
 
 
 class Program:
-    """`twotower serve` in a process of its own, on the bundled model."""
+    """`twotower serve` with the bundled model, in a process."""
 
     def __init__(self, *args: str) -> None:
         self.process = subprocess.Popen(
@@ -504,18 +504,18 @@ class Program:
             raise AssertionError("".join(self.lines))
 
     def client(self) -> httpx.Client:
-        return httpx.Client(base_url=self.address, timeout=PATIENCE)
+        return httpx.Client(base_url=self.address, timeout=TIMEOUT)
 
     def end(self) -> int:
-        """Waits for its end → its exit code."""
-        _, rest = self.process.communicate(timeout=PATIENCE)
+        """Waits for the end of the process and returns its exit code."""
+        _, rest = self.process.communicate(timeout=TIMEOUT)
         self.lines += rest.splitlines()
         return self.process.returncode
 
 
 @pytest.fixture(scope="module")
 def programs() -> Iterator[list[Program]]:
-    """Two, started at once: most of a start is waiting for imports."""
+    """Two programs, started in parallel because imports take most of the time."""
     with ThreadPoolExecutor(2) as pool:
         found = list(pool.map(lambda _: Program("--port", "0", "--rows", "2", "--dtype", "float32"), range(2)))
     yield found
@@ -528,7 +528,7 @@ def streaming(client: httpx.Client, **fields: Any) -> Any:
     return client.stream("POST", PATH, json={"prompt": "The", "stream": True, "mode": "ar", "seed": 1, **fields})
 
 
-def test_sigterm_lets_requests_end(programs: list[Program]) -> None:
+def test_sigterm_lets_requests_finish(programs: list[Program]) -> None:
     server = programs[0]
     with server.client() as client:
         assert server.address.startswith("http://127.0.0.1:")
@@ -537,7 +537,7 @@ def test_sigterm_lets_requests_end(programs: list[Program]) -> None:
             lines = answer.iter_lines()
             first = next(lines)
             server.process.send_signal(signal.SIGTERM)
-            until(lambda: refuses(server.address))
+            wait_until(lambda: refuses(server.address))
             rest = [first, *lines]
         events = events_of("\n".join(rest))
         assert events[-1]["choices"][0]["finish_reason"] in ("stop", "length")
@@ -547,21 +547,21 @@ def test_sigterm_lets_requests_end(programs: list[Program]) -> None:
 
 
 def refuses(address: str) -> bool:
-    """No new connection is taken."""
+    """Whether the server accepts no new requests."""
     try:
-        return httpx.get(f"{address}/ready", timeout=PATIENCE).status_code == 503
+        return httpx.get(f"{address}/ready", timeout=TIMEOUT).status_code == 503
     except httpx.TransportError:
         return True
 
 
-def test_sigterm_twice_stops_now(programs: list[Program]) -> None:
+def test_second_sigterm_stops_at_once(programs: list[Program]) -> None:
     server = programs[1]
     with server.client() as client:
         with suppress(httpx.TransportError), streaming(client, max_tokens=4000, n=60, temperature=2) as answer:
             lines = answer.iter_lines()
             next(lines)
             server.process.send_signal(signal.SIGTERM)
-            until(lambda: refuses(server.address))
+            wait_until(lambda: refuses(server.address))
             server.process.send_signal(signal.SIGTERM)
             for _ in lines:
                 pass
@@ -569,7 +569,7 @@ def test_sigterm_twice_stops_now(programs: list[Program]) -> None:
         assert not any("Fatal" in line or "terminate called" in line for line in server.lines)
 
 
-def test_draining_has_an_end() -> None:
+def test_drain_time_limit() -> None:
     with serving(rows=1, drain=1) as served, served.client() as client:
         with pytest.raises(httpx.TransportError), streaming(client, n=8, max_tokens=400) as answer:  # noqa: PT012
             lines = answer.iter_lines()
@@ -577,10 +577,10 @@ def test_draining_has_an_end() -> None:
             served.server.handle_exit(signal.SIGTERM, None)
             for _ in lines:
                 pass
-        until(lambda: served.service.active_choices == 0)
+        wait_until(lambda: served.service.active_choices == 0)
 
 
-def test_wrong_starts_are_told_in_a_line(cli: Callable[..., Any], tmp_path: Path) -> None:
+def test_startup_errors_are_one_line(cli: Callable[..., Any], tmp_path: Path) -> None:
     empty, binary = tmp_path / "empty", tmp_path / "binary"
     empty.write_text("\n")
     binary.write_bytes(b"\xff\xfe")
@@ -614,7 +614,7 @@ def test_wrong_starts_are_told_in_a_line(cli: Callable[..., Any], tmp_path: Path
     [("0.0.0.0", "", True), ("::", "", True), ("0.0.0.0", "secret", False), ("127.0.0.1", "", False),
      ("localhost", "", False)],
 )  # fmt: skip
-def test_open_doors_are_warned_of(
+def test_warning_without_api_keys(
     cli: Callable[..., Any], monkeypatch: pytest.MonkeyPatch, host: str, keys: str, warns: bool
 ) -> None:
     ran: list[Any] = []

@@ -1,4 +1,4 @@
-"""The published client against the server: the Python API's texts, and the errors that its users know."""
+"""The `openai` client with the server: the texts of the Python API, and the client's errors."""
 
 from __future__ import annotations
 
@@ -7,7 +7,7 @@ from collections.abc import Iterator
 
 import httpx
 import pytest
-from serving import NAME, PATIENCE, Served, serving, until, written
+from serving import NAME, TIMEOUT, RunningServer, expected_output, serving, wait_until
 
 from twotower.server.settings import Limits
 
@@ -19,32 +19,32 @@ MESSAGES = [{"role": "user", "content": PROMPT}]
 
 
 @pytest.fixture(scope="module")
-def served() -> Iterator[Served]:
+def served() -> Iterator[RunningServer]:
     with serving(rows=2, api_keys=("right",), limits=Limits(queue=2)) as found:
         yield found
-        until(found.is_idle)
+        wait_until(found.is_idle)
 
 
 @pytest.fixture(scope="module")
-def client(served: Served) -> Iterator[openai.OpenAI]:
+def client(served: RunningServer) -> Iterator[openai.OpenAI]:
     with openai.OpenAI(
-        base_url=f"{served.address}/v1", api_key="right", max_retries=0, timeout=PATIENCE
+        base_url=f"{served.address}/v1", api_key="right", max_retries=0, timeout=TIMEOUT
     ) as found:  # fmt: skip
         yield found
 
 
 def reply(**fields: object) -> str:
-    """What a chat's reply is."""
-    return written(PLAIN, stop=ENDS, **fields).text.lstrip()
+    """The expected reply of a chat."""
+    return expected_output(PLAIN, stop=ENDS, **fields).text.lstrip()
 
 
 def test_completions(client: openai.OpenAI) -> None:
     answer = client.completions.create(model=NAME, prompt=[PROMPT, "brown"], max_tokens=12, seed=3, n=2, echo=False)
-    texts = [written(prompt, max_tokens=12, seed=seed).text for prompt in (PROMPT, "brown") for seed in (3, 4)]
+    texts = [expected_output(prompt, max_tokens=12, seed=seed).text for prompt in (PROMPT, "brown") for seed in (3, 4)]
     assert [choice.text for choice in sorted(answer.choices, key=lambda choice: choice.index)] == texts
     assert answer.usage is not None
     assert answer.usage.completion_tokens == sum(
-        len(written(prompt, max_tokens=12, seed=seed).tokens) for prompt in (PROMPT, "brown") for seed in (3, 4)
+        len(expected_output(prompt, max_tokens=12, seed=seed).tokens) for prompt in (PROMPT, "brown") for seed in (3, 4)
     )
 
 
@@ -54,7 +54,7 @@ def test_completions_in_a_stream(client: openai.OpenAI) -> None:
         extra_body={"mode": "verified", "draft_steps": 1},
     )  # fmt: skip
     chunks = list(stream)
-    expected = written(PROMPT, max_tokens=20, seed=3, mode="verified", draft_steps=1)
+    expected = expected_output(PROMPT, max_tokens=20, seed=3, mode="verified", draft_steps=1)
     assert "".join(chunk.choices[0].text for chunk in chunks if chunk.choices) == expected.text
     assert chunks[-1].usage is not None
     assert chunks[-1].usage.completion_tokens == len(expected.tokens)
@@ -71,8 +71,8 @@ def test_chats(client: openai.OpenAI) -> None:
     assert "".join(delta.content or "" for delta in deltas) == reply(max_tokens=20, seed=3)
 
 
-def test_the_client_s_own_way_of_streaming(client: openai.OpenAI) -> None:
-    """Its helper puts chunks together, and is strict about them."""
+def test_stream_helper_of_the_client(client: openai.OpenAI) -> None:
+    """The client's stream helper joins chunks and validates them."""
     stop = reply(max_tokens=20, seed=3)[8:10]
     with client.chat.completions.stream(model=NAME, messages=MESSAGES, max_tokens=20, seed=3, stop=stop) as stream:
         for _ in stream:
@@ -103,10 +103,10 @@ def test_models(client: openai.OpenAI) -> None:
         client.models.retrieve("other")
 
 
-def test_many_at_once(served: Served) -> None:
+def test_many_at_once(served: RunningServer) -> None:
     async def ask() -> None:
         async with openai.AsyncOpenAI(
-            base_url=f"{served.address}/v1", api_key="right", max_retries=0, timeout=PATIENCE
+            base_url=f"{served.address}/v1", api_key="right", max_retries=0, timeout=TIMEOUT
         ) as client:
 
             async def whole(seed: int) -> str:
@@ -121,22 +121,22 @@ def test_many_at_once(served: Served) -> None:
 
             texts = [whole, streamed]
             assert await asyncio.gather(*(texts[seed % 2](seed) for seed in range(4))) == [
-                written(PROMPT, max_tokens=6, seed=seed).text for seed in range(4)
+                expected_output(PROMPT, max_tokens=6, seed=seed).text for seed in range(4)
             ]
 
     asyncio.run(ask())
 
 
-def test_whoever_breaks_off_a_stream_is_gone(served: Served, client: openai.OpenAI) -> None:
+def test_closing_a_stream_frees_the_slot(served: RunningServer, client: openai.OpenAI) -> None:
     stream = client.completions.create(
         model=NAME, prompt=PROMPT, max_tokens=300, stream=True, extra_body={"mode": "ar"}
     )
     next(iter(stream))
     stream.close()
-    until(served.is_idle)
+    wait_until(served.is_idle)
 
 
-def test_errors(served: Served, client: openai.OpenAI) -> None:
+def test_errors(served: RunningServer, client: openai.OpenAI) -> None:
     with pytest.raises(openai.BadRequestError) as bad:
         client.completions.create(model=NAME, prompt=PROMPT, frequency_penalty=0.5)
     assert bad.value.param == "frequency_penalty"
@@ -150,7 +150,7 @@ def test_errors(served: Served, client: openai.OpenAI) -> None:
         client.completions.create(model="other", prompt=PROMPT)
     with pytest.raises(openai.AuthenticationError):
         client.with_options(api_key="wrong").completions.create(model=NAME, prompt=PROMPT)
-    with served.valve.closed():
+    with served.step_gate.closed():
         with httpx.Client(verify=False) as other, other.stream(
             "POST", f"{served.address}/v1/completions", headers={"authorization": "Bearer right"},
             json={"prompt": PROMPT, "n": 4, "stream": True, "max_tokens": 1},
@@ -158,15 +158,15 @@ def test_errors(served: Served, client: openai.OpenAI) -> None:
             with pytest.raises(openai.RateLimitError) as full:
                 client.completions.create(model=NAME, prompt=PROMPT)
             assert int(full.value.response.headers["retry-after"]) >= 1
-        until(lambda: not served.service.active_choices)
+        wait_until(lambda: not served.service.active_choices)
         with served.limited(request_seconds=0.2), pytest.raises(openai.InternalServerError) as late:
             client.completions.create(model=NAME, prompt=PROMPT)
         assert late.value.status_code == 504
 
 
-def test_an_error_in_a_stream_is_raised(served: Served, client: openai.OpenAI) -> None:
-    with served.limited(request_seconds=0.2), served.valve.closed():
+def test_an_error_in_a_stream_is_raised(served: RunningServer, client: openai.OpenAI) -> None:
+    with served.limited(request_seconds=0.2), served.step_gate.closed():
         stream = client.completions.create(model=NAME, prompt=PROMPT, stream=True)
         with pytest.raises(openai.APIError, match="longer than"):
             list(stream)
-        until(lambda: not served.service.active_choices)
+        wait_until(lambda: not served.service.active_choices)

@@ -1,4 +1,4 @@
-"""Requests made by the thousand from the server's own description: every answer is as described, and none is 5xx."""
+"""Random requests from the OpenAPI schema: every response matches the schema, and none is 5xx."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ import schemathesis
 from hypothesis import HealthCheck, Phase, Verbosity, given, seed, settings
 from schemathesis import GenerationMode
 from schemathesis.checks import CHECKS
-from serving import Served, serving, until
+from serving import RunningServer, serving, wait_until
 
 from twotower.decoding.modes import MEANT_FOR
 from twotower.server.settings import Limits
@@ -20,21 +20,21 @@ OPERATIONS = [
     ("/v1/completions", "POST"), ("/v1/chat/completions", "POST"), ("/v1/models", "GET"), ("/v1/models/{name}", "GET"),
     ("/health", "GET"), ("/ready", "GET"), ("/metrics", "GET"),
 ]  # fmt: skip
-WRITING = 2  # of them: those with a body, where most of the cases go
-BOUNDED = ("max_tokens", "max_completion_tokens", "n")  # by this server's limits
+WRITING = 2  # the first operations have a body and get most of the cases
+BOUNDED = ("max_tokens", "max_completion_tokens", "n")  # fields with limits of this server
 CHECKED = ("not_a_server_error", "status_code_conformance", "content_type_conformance", "response_schema_conformance")
 
 
 @pytest.fixture(scope="module")
-def served() -> Iterator[Served]:
+def served() -> Iterator[RunningServer]:
     limits = Limits(output_tokens=8, choices=4, prompt_tokens=300, request_seconds=60)
     with serving(rows=4, limits=limits) as found:
         yield found
-        until(found.is_idle)
+        wait_until(found.is_idle)
 
 
-def run(served: Served, path: str, method: str, cases: int, valid: bool) -> Counter[int]:
-    """So many cases of an operation → how often each status was answered."""
+def run(served: RunningServer, path: str, method: str, cases: int, valid: bool) -> Counter[int]:
+    """Sends `cases` requests of an operation and counts the statuses."""
     schema = schemathesis.openapi.from_url(f"{served.address}/openapi.json")
     mode = GenerationMode.POSITIVE if valid else GenerationMode.NEGATIVE
     strategy = schema[path][method].as_strategy(generation_mode=mode)
@@ -48,7 +48,7 @@ def run(served: Served, path: str, method: str, cases: int, valid: bool) -> Coun
     )  # fmt: skip
     @given(case=strategy)
     def ask(case: Any) -> None:
-        # No schema knows the server's model, limits and policies, and what suits a mode.
+        # The schema does not express the server's model, limits and policies, nor which fields a mode accepts.
         if valid and isinstance(case.body, dict) and statuses.total() % 2:
             for name in ("model", *MEANT_FOR, *BOUNDED, "stream_denoising", "stream_options"):
                 case.body.pop(name, None)
@@ -61,8 +61,8 @@ def run(served: Served, path: str, method: str, cases: int, valid: bool) -> Coun
     return statuses
 
 
-def run_all(served: Served, cases: int) -> Counter[int]:
-    """Half of a writing operation's cases fit the schema, half do not; other operations have few."""
+def run_all(served: RunningServer, cases: int) -> Counter[int]:
+    """For operations with a body, half of the cases match the schema; other operations get few cases."""
     statuses: Counter[int] = Counter()
     for place, (path, method) in enumerate(OPERATIONS):
         share = cases if place < WRITING else max(cases // 20, 5)
@@ -71,12 +71,12 @@ def run_all(served: Served, cases: int) -> Counter[int]:
     return statuses
 
 
-def test_the_operations_are_all_there_are(served: Served) -> None:
+def test_operations_exist(served: RunningServer) -> None:
     paths = served.get("/openapi.json").json()["paths"]
     assert {(path, method.upper()) for path, methods in paths.items() for method in methods} >= set(OPERATIONS)
 
 
-def test_no_request_brings_it_down(served: Served) -> None:
+def test_no_request_causes_a_5xx(served: RunningServer) -> None:
     statuses = run_all(served, 75)
     assert statuses[200] > 20
     assert statuses[400] > 20
@@ -84,7 +84,7 @@ def test_no_request_brings_it_down(served: Served) -> None:
 
 
 @pytest.mark.slow
-def test_no_request_brings_it_down_in_full(served: Served) -> None:
+def test_no_request_causes_a_5xx_full(served: RunningServer) -> None:
     statuses = run_all(served, 1200)
     assert statuses.total() >= 2000
     print(dict(statuses))

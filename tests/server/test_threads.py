@@ -1,4 +1,4 @@
-"""What several threads share: snapshots of an engine, and tokenizers that none of them changes under another."""
+"""State that several threads share: snapshots of an engine, and tokenizers."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ from dataclasses import FrozenInstanceError
 from typing import Any
 
 import pytest
-from serving import LENGTH, NAME, Served, serving, tiny_model, until
+from serving import LENGTH, NAME, RunningServer, serving, tiny_model, wait_until
 from test_stopping import TEXTS, byte_level
 
 from twotower import LLM, AsyncLLM, GenerationParams, Request
@@ -25,12 +25,12 @@ from twotower.server.service import Service
 from twotower.server.settings import Limits, ServerSettings
 from twotower.server.tokenizer_adapter import TokenizerAdapter
 
-CHANGING = ("prefixes", "scheduler", "rounds")  # of an engine: what its steps change
+CHANGING = ("prefixes", "scheduler", "rounds")  # attributes that the steps of an engine change
 SECONDS = 1.5
 
 
 class ObservedCore(EngineCore):
-    """Records which threads read what its steps change."""
+    """Records which threads read the attributes in `CHANGING`."""
 
     readers: set[str]
 
@@ -60,7 +60,7 @@ def test_snapshots_follow_the_engine() -> None:
             for stream in streams[:2]:
                 await anext(stream)
             third = asyncio.ensure_future(anext(streams[2]))
-            await asyncio.to_thread(until, lambda: engine.stats.waiting == 1)
+            await asyncio.to_thread(wait_until, lambda: engine.stats.waiting == 1)
             busy = engine.stats
             assert (busy.free_slots, busy.running) == (0, 2)
             assert busy.prompt_tokens == 600
@@ -69,10 +69,13 @@ def test_snapshots_follow_the_engine() -> None:
             await streams[0].aclose()
             await third
             assert engine.stats.prompt_tokens == 900
-            assert engine.stats.reused_tokens in (256, 512)  # the second may be admitted before the first is read
+            assert engine.stats.reused_tokens in (
+                256,
+                512,
+            )  # the second can be admitted before the first is in the cache
             for stream in streams:
                 await stream.aclose()
-            await asyncio.to_thread(until, lambda: engine.stats.free_slots == 2)
+            await asyncio.to_thread(wait_until, lambda: engine.stats.free_slots == 2)
             assert (engine.stats.running, engine.stats.waiting) == (0, 0)
             with pytest.raises(FrozenInstanceError):
                 idle.running = 1  # type: ignore[misc]
@@ -80,8 +83,8 @@ def test_snapshots_follow_the_engine() -> None:
     asyncio.run(ask())
 
 
-def test_only_the_engine_s_thread_reads_what_its_steps_change() -> None:
-    """Whatever clients ask of the server meanwhile."""
+def test_only_the_engine_s_thread_reads_changing_state() -> None:
+    """Also while clients use all routes."""
     llm = LLM(tiny_model(), rows=2, length=LENGTH)
     core = ObservedCore(tiny_model(), 2, LENGTH, 16, None, EngineOptions())
     llm.core = core
@@ -89,19 +92,19 @@ def test_only_the_engine_s_thread_reads_what_its_steps_change() -> None:
     core.readers = set()
     with serving_of(engine) as served:
         with ThreadPoolExecutor(4) as pool:
-            asked = [pool.submit(served.complete, "the quick", n=2, max_tokens=30) for _ in range(4)]
+            requests = [pool.submit(served.complete, "the quick", n=2, max_tokens=30) for _ in range(4)]
             for path in ("/metrics", "/ready", "/health", "/v1/models"):
                 assert served.get(path).status_code == 200
             assert served.complete(n=9).status_code == 400
             assert served.complete([5], max_tokens=10**9).status_code == 400
-            assert {answer.result().status_code for answer in asked} <= {200, 429}
-        until(lambda: engine.stats.free_slots == 2)
+            assert {answer.result().status_code for answer in requests} <= {200, 429}
+        wait_until(lambda: engine.stats.free_slots == 2)
         assert served.counts()["twotower_prefix_query_tokens",] == engine.stats.prompt_tokens
     assert core.readers == {"twotower-engine"}
 
 
 @contextmanager
-def serving_of(engine: AsyncLLM) -> Iterator[Served]:
+def serving_of(engine: AsyncLLM) -> Iterator[RunningServer]:
     with serving(
         service=Service(engine, ServerSettings(name=NAME, decoding={"mode": "ar"}, limits=Limits(queue=2)))
     ) as found:
@@ -109,14 +112,14 @@ def serving_of(engine: AsyncLLM) -> Iterator[Served]:
 
 
 class FailingLLM(LLM):
-    """Fails for a reason of its own when a request comes."""
+    """Raises an unexpected error for each request."""
 
     def add_request(self, request: Request) -> int:
         raise ZeroDivisionError("a secret of the engine")
 
 
-def test_an_engine_that_cannot_take_a_request_says_so() -> None:
-    """In one line, without the exception's text."""
+def test_an_engine_error_at_submission() -> None:
+    """The error is one line without the text of the exception."""
     with serving_of(AsyncLLM(FailingLLM(tiny_model(), rows=1, length=LENGTH))) as served:
         answer = served.complete()
         assert answer.status_code == 500
@@ -129,7 +132,7 @@ def test_an_engine_that_cannot_take_a_request_says_so() -> None:
 
 
 def in_threads(*works: Callable[[], object]) -> int:
-    """Runs each work again and again for a while, in a thread of its own; the first error is raised → rounds."""
+    """Repeats each function in its own thread for `SECONDS`; raises the first error, returns the number of calls."""
     end, rounds = time.monotonic() + SECONDS, 0
     interval = sys.getswitchinterval()
     sys.setswitchinterval(1e-6)
@@ -150,8 +153,8 @@ def in_threads(*works: Callable[[], object]) -> int:
     return rounds
 
 
-def test_prompts_stay_whole_whoever_else_encodes(prompt: str) -> None:
-    """Another thread encodes with the model's tokenizer, cut or padded; a third decodes with it, as the engine does."""
+def test_prompts_stay_complete_beside_other_encoders(prompt: str) -> None:
+    """Another thread encodes with the model's tokenizer and truncation, and a third decodes, as the engine does."""
     tokenizer = byte_level()
     adapter = TokenizerAdapter(tokenizer)
     whole = list(tokenizer(prompt)["input_ids"])
@@ -172,8 +175,8 @@ def test_prompts_stay_whole_whoever_else_encodes(prompt: str) -> None:
     assert in_threads(encode, encode, encode_as_others_do, decode_as_the_engine_does) > 20
 
 
-def test_the_adapter_encodes_for_several_threads(prompt: str) -> None:
-    """Prompts with and without special tokens, and the text of tokens, side by side."""
+def test_the_adapter_is_thread_safe(prompt: str) -> None:
+    """Prompts with and without special tokens, and texts of tokens, in three threads."""
     adapter = TokenizerAdapter(byte_level())
     message = Message(role="user", content=prompt)
     whole, chat = adapter.encode_prompt(prompt), adapter.encode_chat([message])
@@ -187,8 +190,8 @@ def test_the_adapter_encodes_for_several_threads(prompt: str) -> None:
     assert in_threads(same, same, same) > 5
 
 
-def test_the_adapter_leaves_the_model_s_tokenizer_alone() -> None:
-    """A tokenizer whose file asks for truncation: the settings that the adapter encodes with are its copy's."""
+def test_the_adapter_does_not_change_the_model_s_tokenizer() -> None:
+    """If the tokenizer's file enables truncation, the adapter encodes without it and leaves the original unchanged."""
     tokenizer = byte_level()
     tokenizer.backend_tokenizer.enable_truncation(8)
     adapter = TokenizerAdapter(tokenizer)
