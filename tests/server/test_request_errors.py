@@ -61,6 +61,7 @@ BAD: dict[str, list[tuple[Any, dict[str, Any]]]] = {
     "steps": [(0, {}), (4, {"mode": "verified"})],
     "draft_steps": [(-1, {"mode": "verified"}), (1, {"mode": "diffusion"})],
     "acceptance": [(2, {"mode": "verified"})],
+    "deterministic": [("yes", {}), (1, {})],
     "stream_denoising": [(True, {}), (True, {"stream": True, "mode": "ar"})],
     "max_tokens": [(-1, {}), (LENGTH, {}), (10**9, {}), (10**30, {})],
     "max_completion_tokens": [(-1, {}), (LENGTH, {}), (10**9, {"max_tokens": 10**9})],
@@ -99,7 +100,7 @@ BAD_PARAMETERS: dict[str, list[Any]] = {
     "mode": ["fast", None], "max_new_tokens": [-1, 1.5, True], "temperature": [float("nan"), "1"], "top_k": [0],
     "top_p": [2], "seed": [-1, 2**63], "stop": [[""], 5], "block_size": [0], "steps_per_block": [0],
     "mask_token_id": [-1, 10**6], "confidence_threshold": [2], "policy": ["unknown", ()], "policy_value": [-1],
-    "draft_steps": [-1], "acceptance": [-1], "eos_token_id": [10**6, "x"],
+    "draft_steps": [-1], "acceptance": [-1], "deterministic": [1], "eos_token_id": [10**6, "x"],
 }  # fmt: skip
 
 

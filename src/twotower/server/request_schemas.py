@@ -125,7 +125,8 @@ class BaseRequest(StrictModel):
         ge=0,
         lt=2**62,
         description="Seed of the sampling; choice i uses seed + i. In a fixed mode, in fp32 or float64, the same seed "
-        "gives the same text. With mode auto, or in bf16, the text can differ. Default: a random seed.",
+        "gives the same text. With mode auto, or in bf16, it can differ, unless deterministic is true. "
+        "Default: a random seed.",
     )
     n: JsonInteger = Field(1, ge=1, le=64, description="Number of choices for each prompt.")
     stream: bool = Field(False, description="Send server-sent events with chunks of final text.")
@@ -154,7 +155,7 @@ class BaseRequest(StrictModel):
     )
     deterministic: bool | None = Field(
         None,
-        description="Repeat the same text in bf16 too: passes do not depend on times or other requests.",
+        description="Passes do not depend on measured times or on other requests, so a seed repeats its text in bf16 too.",
     )
     stream_denoising: bool = Field(False, description="Also send an event for every denoising pass, with the block.")
 
