@@ -155,7 +155,7 @@ class BaseRequest(StrictModel):
     )
     deterministic: bool | None = Field(
         None,
-        description="Passes do not depend on measured times or on other requests, so a seed repeats its text in bf16 too.",
+        description="Passes do not depend on measured times or other requests, so a seed repeats its text in bf16 too.",
     )
     stream_denoising: bool = Field(False, description="Also send an event for every denoising pass, with the block.")
 
