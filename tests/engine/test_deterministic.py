@@ -15,6 +15,7 @@ from twotower.decoding.params import GenerationParams
 from twotower.decoding.presets import parse_setting
 from twotower.engine import Request, context_step
 from twotower.engine.denoiser_step import OpenBlocks
+from twotower.engine.engine_options import EngineOptions
 from twotower.engine.scheduled import ScheduledTokens
 from twotower.engine.sequence import RunningSequence
 from twotower.engine.towers import Towers
@@ -105,7 +106,7 @@ def test_every_pass_has_the_same_shape_alone_and_beside_others(model: TwoTowerFo
     engine = LLM(model, rows=1, length=900, block_size=8)
     with recorded(lone):
         engine.generate([Request(prompt, params(mode))])
-    engine = LLM(model, rows=4, length=900, block_size=16)
+    engine = LLM(model, rows=4, length=900, block_size=16, options=EngineOptions(prompt_budget=60))
     engine.generate([Request(prompt, params("ar", deterministic=False))])  # its beginning is in the prefix cache now
     found: list[Pass] = []
     with recorded(found):
