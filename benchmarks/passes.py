@@ -41,7 +41,7 @@ from rich.table import Table
 
 from twotower import TwoTowerForCausalLM, model_loading
 from twotower.evaluation.machine import device_facts, machine_facts, machine_summary
-from twotower.ops.precision import multiplies_bf16_fast
+from twotower.ops.precision import has_fast_bf16_matmul
 
 # --- passes beside their rooflines ----------------------------------------------------------------------------------
 
@@ -258,7 +258,7 @@ def main(
     """Measures one model, dtype by dtype."""
     start(threads)
     if not dtypes:
-        both = multiplies_bf16_fast(torch.device(device)) and not quick
+        both = has_fast_bf16_matmul(torch.device(device)) and not quick
         dtypes = roofline.DTYPES if both else roofline.DTYPES[:1]
     if rates_only:
         facts = rates_and_rooflines(config, device, dtypes[0], context, quick)

@@ -48,7 +48,7 @@ CONCERNED = (
 
 def forced() -> str | None:
     """The path that this process is held to, or None."""
-    name = cpu_target.chosen().name
+    name = cpu_target.selected().name
     return name if name in PATHS else None
 
 

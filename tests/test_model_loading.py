@@ -50,7 +50,7 @@ def test_auto_is_fp32_for_small_models_on_a_cpu(
 @pytest.mark.parametrize("path", ["native", "none"])
 def test_auto_does_not_depend_on_the_instruction_set(path: str, monkeypatch: pytest.MonkeyPatch) -> None:
     """The bundled model is stored in bf16, and computes in fp32 whether or not the processor multiplies bf16."""
-    monkeypatch.setattr("twotower.ops.precision.multiplies_bf16_fast", lambda device: path == "native")
+    monkeypatch.setattr("twotower.ops.precision.has_fast_bf16_matmul", lambda device: path == "native")
     model = model_loading.load_model(bundled_model(), dtype="auto")
     assert model.dtype == model.config.dtype == torch.float32
     assert model_loading.dtype_note(model, "auto") is None

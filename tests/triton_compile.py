@@ -15,14 +15,14 @@ from torch import Tensor
 from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource
 
-from twotower.ops.reference.attention import Cached
+from twotower.ops.reference.attention import CachedKV
 from twotower.ops.self_check_cases import (
-    RELEASED,
+    RELEASED_SIZES,
     Sizes,
     argmax_arguments,
-    block_arguments,
-    norm_cases,
-    released_routing,
+    mamba_block_arguments,
+    released_route_arguments,
+    rms_norm_cases,
     route_cases,
     state_update_arguments,
 )
@@ -100,10 +100,10 @@ def blocks(lengths: list[int]) -> None:
     """Mamba mixers and choices: of the released sizes and these lengths, and one of odd sizes."""
     odd = Sizes(heads=6, groups=2, width=12, state=24, taps=1)
     for sizes, length, dtype, trace in (
-        *((RELEASED, length, torch.bfloat16, length != 16) for length in lengths),
+        *((RELEASED_SIZES, length, torch.bfloat16, length != 16) for length in lengths),
         (odd, 5, torch.float32, True),
     ):
-        arguments = block_arguments(sizes, length, CPU, dtype, rows=2)
+        arguments = mamba_block_arguments(sizes, length, CPU, dtype, rows=2)
         mamba_block.mamba_block(*arguments, trace)
         state_update.state_update(*state_update_arguments(sizes, length, CPU, dtype))
     projected, *_, weights = arguments
@@ -155,14 +155,14 @@ def attentions() -> None:
         k = torch.zeros(rows, length, kv_heads, head_dim, dtype=dtype)
         pool, place = torch.zeros(16, head_dim, dtype=dtype), torch.zeros(rows, dtype=torch.int64)
         valid = torch.ones(rows, length, dtype=torch.bool) if padded else None
-        attention.attention(q, k, k, valid, causal, Cached(pool, pool, place, place, place, width, 0))
+        attention.attention(q, k, k, valid, causal, CachedKV(pool, pool, place, place, place, width, 0))
 
 
 def norms_and_routers() -> None:
     for dtype in (torch.bfloat16, torch.float32):
-        for case in norm_cases(CPU, dtype, 2688):
+        for case in rms_norm_cases(CPU, dtype, 2688):
             norm.rms_norm(*case.arguments())
-        routing.route(*released_routing(CPU, dtype))
+        routing.route(*released_route_arguments(CPU, dtype))
         for case in route_cases(CPU, dtype)[1:2]:  # of several groups
             routing.route(*case.arguments())
 

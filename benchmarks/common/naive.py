@@ -17,7 +17,7 @@ from torch import Tensor
 from twotower import TwoTowerForCausalLM
 from twotower.cache.layer_cache import KeyValue, MambaCache
 from twotower.cache.pools import ContextView
-from twotower.ops.reference.attention import Cached
+from twotower.ops.reference.attention import CachedKV
 
 
 class NaiveDenoiser:
@@ -37,7 +37,7 @@ class NaiveDenoiser:
         length = int(view.lengths[0])
         self.past = []
         for past in view.past:
-            if isinstance(past, Cached):
+            if isinstance(past, CachedKV):
                 k, v, _ = past.dense(self.config.num_key_value_heads)
                 self.past.append(KeyValue(k[:, :, :length].clone(), v[:, :, :length].clone()))
             elif isinstance(past, MambaCache):

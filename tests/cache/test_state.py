@@ -18,7 +18,7 @@ from twotower.cache.hybrid_cache import TowerState, state_bytes
 from twotower.cache.pools import AttentionPool, MambaPool
 from twotower.cache.replica import DeviceTransfer, Replica
 from twotower.model import moe, towers
-from twotower.ops.reference.attention import Cached
+from twotower.ops.reference.attention import CachedKV
 from twotower.ops.registry import REGISTRY, select
 
 MASK = 3
@@ -76,7 +76,7 @@ def assert_same(actual: TowerState, expected: TowerState, model: TwoTowerForCaus
 def keys_and_values(state: TowerState, layer: int) -> tuple[Tensor, Tensor]:
     """(R, Hkv, T, D) each."""
     past = state.view().past[layer]
-    assert isinstance(past, Cached)
+    assert isinstance(past, CachedKV)
     return past.dense(state.config.num_key_value_heads)[:2]
 
 
@@ -252,11 +252,11 @@ def test_emptying_and_filling_rows_costs_only_those_rows(model: TwoTowerForCausa
     rows = torch.tensor([1])
     with torch.set_grad_enabled(recorded):
         state.reset(rows)
-        emptied = _parts(state)
-        assert all((part[1] == 0).all() for part in emptied)
+        zero_slots = _parts(state)
+        assert all((part[1] == 0).all() for part in zero_slots)
         state.restore(1, [piece])
         filled = _parts(state)
-    places = [[part.data_ptr() for part in parts] for parts in (old, emptied, filled)]
+    places = [[part.data_ptr() for part in parts] for parts in (old, zero_slots, filled)]
     if recorded:
         assert all(torch.equal(now, then) for now, then in zip(old, _parts(before), strict=True))
         assert not any(set(places[0]) & set(after) for after in places[1:])

@@ -21,7 +21,7 @@ from twotower.cache.replica import DeviceTransfer, LocalReader, Replica
 from twotower.engine import denoiser_step
 from twotower.ops.host_transfer import AsyncHostCopy
 from twotower.ops.precision import accumulation_dtype
-from twotower.ops.reference.attention import Cached
+from twotower.ops.reference.attention import CachedKV
 
 Factory = Callable[..., TwoTowerForCausalLM]
 OTHER = {"context": "denoiser", "denoiser": "context"}
@@ -271,7 +271,7 @@ def same(replica: Any, state: Any) -> None:
     heads = state.config.num_key_value_heads
     for a, b in zip(ours.past, theirs.past, strict=True):
         assert (a is None) == (b is None)
-        if isinstance(a, Cached):
+        if isinstance(a, CachedKV):
             (*one, exists), (*other, _) = a.dense(heads), b.dense(heads)
             for mine, real in zip(one, other, strict=True):
                 assert torch.equal(mine * exists[:, None, :, None], real * exists[:, None, :, None])

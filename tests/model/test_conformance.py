@@ -17,7 +17,7 @@ from twotower.cache.hybrid_cache import TowerState
 from twotower.cache.pools import AttentionPool, MambaPool
 from twotower.decoding.sampling import confidence
 from twotower.model.conditioning import timestep_sinusoid
-from twotower.ops.reference.attention import Cached
+from twotower.ops.reference.attention import CachedKV
 
 pytestmark = pytest.mark.code_path
 FIXTURES = ("tiny-hybrid", "tiny-groups")
@@ -116,7 +116,7 @@ def check_state(golden: Golden, state: TowerState, where: str) -> None:
             length = expected.shape[2]
             assert state.lengths.tolist() == [length, length]
             past = state.view().past[int(layer)]
-            assert isinstance(past, Cached)
+            assert isinstance(past, CachedKV)
             keys, values, _ = past.dense(expected.shape[1])
             close((keys if kind == "k" else values)[:, :, :length], expected, STATES, name)
         else:

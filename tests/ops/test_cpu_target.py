@@ -18,7 +18,7 @@ from twotower.errors import ArgumentError
 from twotower.ops import cpu_target
 from twotower.ops.cpu import library
 from twotower.ops.cpu_target import TARGETS
-from twotower.ops.precision import multiplies_bf16_fast
+from twotower.ops.precision import has_fast_bf16_matmul
 
 CPU = torch.device("cpu")
 WIDTHS = {"avx2": 8, "avx512": 16, "avx512_bf16": 16}
@@ -32,7 +32,7 @@ def test_this_process_runs_the_code_that_it_was_told_to_run() -> None:
     if path is None:
         pytest.skip("no target is forced in this process")
     assert torch.backends.cpu.get_cpu_capability() == PATHS[path]["ATEN_CPU_CAPABILITY"].upper()
-    assert multiplies_bf16_fast(CPU) == (path == "avx512_bf16")
+    assert has_fast_bf16_matmul(CPU) == (path == "avx512_bf16")
     found = library.library()
     if path == "none":
         assert found == "TWOTOWER_CPU_TARGET=none"
@@ -63,8 +63,8 @@ def test_bf16_is_fast_where_processor_and_target_have_it(
     monkeypatch.setattr(platform, "machine", lambda: "x86_64")
     monkeypatch.setattr(torch.cpu, "_is_avx512_bf16_supported", lambda: bf16, raising=False)
     monkeypatch.setattr(torch.cpu, "_is_amx_tile_supported", lambda: amx, raising=False)
-    assert {name for name, target in TARGETS.items() if cpu_target.multiplies_bf16(target)} == expected
-    assert multiplies_bf16_fast(torch.device("cuda"), TARGETS["none"])
+    assert {name for name, target in TARGETS.items() if cpu_target.has_bf16_matmul(target)} == expected
+    assert has_fast_bf16_matmul(torch.device("cuda"), TARGETS["none"])
 
 
 @pytest.mark.parametrize(
@@ -107,7 +107,7 @@ def test_an_arm_processor_is_asked_for_nothing_of_another(monkeypatch: pytest.Mo
     assert refused == {"avx512_bf16", "avx512", "avx2"}
     said = "TWOTOWER_CPU_TARGET=avx2: avx2 needs an x86-64 processor; this one is aarch64"
     assert library.build(TARGETS["avx2"]) == said
-    assert not any(map(cpu_target.multiplies_bf16, TARGETS.values()))
+    assert not any(map(cpu_target.has_bf16_matmul, TARGETS.values()))
 
 
 @pytest.mark.skipif(

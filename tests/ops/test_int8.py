@@ -41,7 +41,7 @@ compiled = pytest.mark.skipif(isinstance(library.library(), str), reason="the ke
 
 def meant(q: Tensor, scale: Tensor) -> Tensor:
     """The weights that are stood for, in float64."""
-    return int8.unpacked(q, scale, torch.float64) * scale.double()[..., None]
+    return int8.unpack(q, scale, torch.float64) * scale.double()[..., None]
 
 
 def as_meant(model: TwoTowerForCausalLM) -> TwoTowerForCausalLM:
@@ -59,25 +59,25 @@ def as_meant(model: TwoTowerForCausalLM) -> TwoTowerForCausalLM:
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float64])
 @pytest.mark.parametrize("shape", [(5, 7), (1, 1), (3, 4, 6), (0, 4)])
-@pytest.mark.parametrize("part", [int8.PART, 10])
+@pytest.mark.parametrize("part", [int8.CHUNK, 10])
 def test_no_weight_moves_by_more_than_half_a_step(
     shape: tuple[int, ...], dtype: torch.dtype, part: int, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(int8, "PART", part)  # several parts, the last one short
-    weight = self_check_cases.Draw(0, CPU)(*shape).to(dtype)
+    monkeypatch.setattr(int8, "CHUNK", part)  # several parts, the last one short
+    weight = self_check_cases.Randn(0, CPU)(*shape).to(dtype)
     before = weight.clone()
-    q, scale = int8.quantized(weight)
-    assert (q.dtype, int8.shape(q, scale), scale.dtype) == (torch.int8, shape, torch.float32)
+    q, scale = int8.quantize(weight)
+    assert (q.dtype, int8.weight_shape(q, scale), scale.dtype) == (torch.int8, shape, torch.float32)
     assert torch.equal(weight, before)
     if weight.numel():
         assert ((meant(q, scale) - weight.double()).abs() <= scale[..., None] * 0.5001).all()
-        assert (int8.unpacked(q, scale, torch.float32).abs().amax(-1) == int8.LEVELS).all()
+        assert (int8.unpack(q, scale, torch.float32).abs().amax(-1) == int8.QMAX).all()
 
 
 def test_rows_of_zeros_and_what_is_not_finite() -> None:
     """Zeros stay zeros; a row with an infinity or no number in it never gives a number that looks right."""
     weight = torch.tensor([[0.0, 0.0], [1e-44, 0.0], [1.0, float("inf")], [float("nan"), 1.0], [2.0, -1.0]])
-    q, scale = int8.quantized(weight)
+    q, scale = int8.quantize(weight)
     out = int8.linear(torch.ones(1, 2), q, scale)[0]
     assert out[0] == 0
     assert abs(out[1]) < 1e-40
@@ -90,9 +90,9 @@ def test_rows_of_zeros_and_what_is_not_finite() -> None:
 
 @pytest.mark.parametrize("bias", [True, False])
 def test_linear_is_a_product_with_the_weights_that_are_meant(bias: bool) -> None:
-    draw = self_check_cases.Draw(1, CPU)
+    randn = self_check_cases.Randn(1, CPU)
     layer = Int8Linear(nn.Linear(31, 17, bias=bias))  # type: ignore[arg-type]
-    x = draw(2, 3, 31).double()
+    x = randn(2, 3, 31).double()
     own = None if layer.bias is None else layer.bias.double()
     expected = F.linear(x, meant(layer.weight, layer.weight_scale), own)
     torch.testing.assert_close(int8.linear(x, layer.weight, layer.weight_scale, own), expected, rtol=1e-12, atol=1e-12)
@@ -103,10 +103,10 @@ def test_linear_is_a_product_with_the_weights_that_are_meant(bias: bool) -> None
 def test_experts_are_those_of_the_weights_that_are_meant(
     backend: Callable[..., Tensor], tokens: int, top: int, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    draw = self_check_cases.Draw(2, CPU)
-    up, down = int8.quantized(draw(7, 21, 37)), int8.quantized(draw(7, 37, 21))
-    hidden, weight = draw(tokens, 37).double(), draw(tokens, top).double().abs()
-    choice = draw(tokens, 7).argsort(-1)[:, :top]
+    randn = self_check_cases.Randn(2, CPU)
+    up, down = int8.quantize(randn(7, 21, 37)), int8.quantize(randn(7, 37, 21))
+    hidden, weight = randn(tokens, 37).double(), randn(tokens, top).double().abs()
+    choice = randn(tokens, 7).argsort(-1)[:, :top]
     if backend is int8.experts_grouped:
         monkeypatch.setattr(torch, "_grouped_mm", grouped)
     expected = experts_dense(hidden, choice, weight, meant(*up), meant(*down))
@@ -140,11 +140,11 @@ def test_a_model_in_float64_computes_with_the_weights_that_are_meant(pattern: st
 
 @compiled
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
-@pytest.mark.parametrize("tokens", [0, 1, 2, 3, 4, 5, 7, 16, 47, 64, kernels.ANY, kernels.ANY + 1])
+@pytest.mark.parametrize("tokens", [0, 1, 2, 3, 4, 5, 7, 16, 47, 64, kernels.MAX_TOKENS, kernels.MAX_TOKENS + 1])
 @pytest.mark.parametrize(("width", "out"), [(1, 1), (15, 17), (64, 3), (200, 50), (352, 6)])
 def test_linear_of_any_size(tokens: int, width: int, out: int, dtype: torch.dtype) -> None:
-    draw = self_check_cases.Draw(3, CPU)
-    x, (q, scale), bias = draw(2, tokens, width).to(dtype)[:1], int8.quantized(draw(out, width)), draw(out).to(dtype)
+    randn = self_check_cases.Randn(3, CPU)
+    x, (q, scale), bias = randn(2, tokens, width).to(dtype)[:1], int8.quantize(randn(out, width)), randn(out).to(dtype)
     expected = F.linear(x.double(), meant(q, scale), bias.double())
     tolerance = 1e-4 if dtype == torch.float32 else 4e-2
     torch.testing.assert_close(
@@ -156,9 +156,9 @@ def test_linear_of_any_size(tokens: int, width: int, out: int, dtype: torch.dtyp
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 def test_a_tokens_result_does_not_depend_on_its_neighbours(dtype: torch.dtype) -> None:
     """Bit for bit, whatever tile it falls into."""
-    draw = self_check_cases.Draw(4, CPU)
-    x, bias = draw(48, 300).to(dtype), draw(71).to(dtype)
-    q, scale = int8.quantized(draw(71, 300))
+    randn = self_check_cases.Randn(4, CPU)
+    x, bias = randn(48, 300).to(dtype), randn(71).to(dtype)
+    q, scale = int8.quantize(randn(71, 300))
     together = kernels.linear_int8(x, q, scale, bias)
     for count in (1, 2, 3, 4, 5, 7, 16):
         for start in (0, 5):

@@ -15,10 +15,10 @@ from twotower.config import BackboneConfig
 from twotower.model.layer_io import context_visible
 from twotower.model.moe import Router
 from twotower.model.packed_forward import TILE, Layout
-from twotower.ops.reference.attention import Tile, block_attention, tiled_attention
+from twotower.ops.reference.attention import QueryTile, block_attention, tiled_attention
 from twotower.ops.reference.conv import causal_conv, causal_conv_sequential
 from twotower.ops.reference.experts import experts_dense, experts_gathered, experts_grouped, experts_sorted
-from twotower.ops.reference.ssd import advance, ssd_block, ssd_chunked, ssd_sequential, states_before
+from twotower.ops.reference.ssd import final_state, pass_states, ssd_block, ssd_chunked, ssd_sequential
 from twotower.ops.registry import REGISTRY, report, select
 
 pytestmark = pytest.mark.code_path
@@ -88,7 +88,7 @@ def test_a_block_is_one_chunk_of_the_recurrence(length: int, groups: int, state:
 def test_advance_gives_the_final_state_of_the_recurrence(length: int, groups: int, state: bool, padded: bool) -> None:
     arguments = scan_arguments(length, groups, state, padded)
     C = arguments.pop("C")
-    same(advance, lambda **a: ssd_sequential(**a, C=C)[1], arguments)
+    same(final_state, lambda **a: ssd_sequential(**a, C=C)[1], arguments)
 
 
 @pytest.mark.parametrize("chunk", [1, 4, 5, 33, 40])
@@ -116,7 +116,7 @@ def test_chunks_of_any_size_give_the_recurrence(chunk: int, groups: int, state: 
         pytest.param(4200, True, "some", marks=pytest.mark.slow),
     ],
 )
-def test_states_before_chunks(chunks: int, state: bool, fresh: str) -> None:
+def test_pass_states(chunks: int, state: bool, fresh: str) -> None:
     """The state that the recurrence has there, counted from the last fresh chunk; also in groups, and groups of those.
 
     Some: the first and the last of a group and several in a row among them. Nothing remembers the text before.
@@ -133,9 +133,9 @@ def test_states_before_chunks(chunks: int, state: bool, fresh: str) -> None:
         starts[2, [n for n in (0, 9, 10, 11, 12, 60) if n < chunks]] = True
 
     def fast(state: Tensor | None, **a: Tensor) -> Tensor:
-        added = advance(**{n: v.unflatten(1, (-1, 2)).flatten(0, 1) for n, v in a.items()}, state=None)
+        added = final_state(**{n: v.unflatten(1, (-1, 2)).flatten(0, 1) for n, v in a.items()}, state=None)
         totals = a["log_decay"].unflatten(1, (-1, 2)).sum(2)
-        return states_before(added.unflatten(0, (3, -1)), totals, state, None if fresh == "none" else starts)
+        return pass_states(added.unflatten(0, (3, -1)), totals, state, None if fresh == "none" else starts)
 
     def slow(state: Tensor | None, **a: Tensor) -> Tensor:
         h = torch.zeros(3, 4, 5, 6, dtype=F64) if state is None else state
@@ -160,7 +160,7 @@ def test_a_token_with_dt_zero_leaves_no_mark() -> None:
     for kernel in (lambda **a: ssd_block(**a), lambda **a: ssd_chunked(**a, chunk=5)[0]):
         assert torch.equal(kernel(**clean)[~padding], kernel(**dirty)[~padding])
     clean.pop("C"), dirty.pop("C")
-    assert torch.equal(advance(**clean), advance(**dirty))
+    assert torch.equal(final_state(**clean), final_state(**dirty))
 
 
 def test_the_scan_keeps_its_digits_over_many_chunks() -> None:
@@ -388,7 +388,7 @@ def test_tiled_attention(kv_heads: int, tile: int, own: bool) -> None:
         present[:, lo:hi, :lo] = present[:, lo:hi, hi:] = False
         (present if own else past)[:, range(lo, hi), range(lo, hi)] = True  # every query sees a key
         mask = torch.cat([past[:, lo:hi, :hi], present[:, lo:hi, lo:hi]], dim=-1) if own else past[:, lo:hi, :hi]
-        tiles.append(Tile(lo, hi, mask[:, None]))
+        tiles.append(QueryTile(lo, hi, mask[:, None]))
 
     def fast(q: Tensor, k: Tensor, v: Tensor, own_k: Tensor | None = None, own_v: Tensor | None = None) -> Tensor:
         return tiled_attention(q, k, v, tiles, None if own_k is None or own_v is None else (own_k, own_v))

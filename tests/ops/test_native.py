@@ -17,7 +17,7 @@ from twotower.model.tower import PassInputs, Tower
 from twotower.ops import registry, self_check_cases
 from twotower.ops.cpu import kernels as ops
 from twotower.ops.cpu import library
-from twotower.ops.reference.attention import Cached
+from twotower.ops.reference.attention import CachedKV
 from twotower.ops.reference.mamba_block import MambaStepInputs
 from twotower.ops.registry import REGISTRY, Backend
 from twotower.ops.self_check import Case, find_mismatch
@@ -44,8 +44,8 @@ def test_each_agrees_with_its_twin_in_float64(op: str, backend: Backend, dtype: 
 @pytest.mark.parametrize("tokens", [0, 1, 2, 3, 5, 16, 47, 48, 49, 130])
 @pytest.mark.parametrize(("width", "out"), [(1, 1), (15, 17), (64, 3), (200, 50)])
 def test_linear_of_any_size(tokens: int, width: int, out: int, dtype: torch.dtype) -> None:
-    draw = self_check_cases.Draw(1, CPU)
-    x, weight, bias = draw(2, tokens, width).to(dtype), draw(out, width).to(dtype), draw(out).to(dtype)
+    randn = self_check_cases.Randn(1, CPU)
+    x, weight, bias = randn(2, tokens, width).to(dtype), randn(out, width).to(dtype), randn(out).to(dtype)
     expected = torch.nn.functional.linear(x.double(), weight.double(), bias.double())
     tolerance = 1e-4 if dtype == torch.float32 else 4e-2
     torch.testing.assert_close(ops.linear(x, weight, bias).double(), expected, rtol=tolerance, atol=tolerance)
@@ -53,8 +53,8 @@ def test_linear_of_any_size(tokens: int, width: int, out: int, dtype: torch.dtyp
 
 def test_a_tokens_result_does_not_depend_on_its_neighbours() -> None:
     """Bit for bit: what lets a checked block equal single steps."""
-    draw = self_check_cases.Draw(2, CPU)
-    x, weight = draw(48, 300), draw(70, 300)
+    randn = self_check_cases.Randn(2, CPU)
+    x, weight = randn(48, 300), randn(70, 300)
     together = ops.linear(x, weight)
     for count in (1, 2, 3, 7, 16):
         assert torch.equal(ops.linear(x[:count], weight), together[:count])
@@ -112,8 +112,8 @@ def test_padding_visits_no_expert_that_no_token_visits(counts: list[list[int]], 
 
 @pytest.mark.parametrize("order", ["before", "after"])
 def test_modulation_of_rows(order: Any) -> None:
-    draw = self_check_cases.Draw(3, CPU)
-    x, weight, shift, scale = draw(4, 3, 48), draw(48), draw(4, 1, 48), draw(4, 1, 48)
+    randn = self_check_cases.Randn(3, CPU)
+    x, weight, shift, scale = randn(4, 3, 48), randn(48), randn(4, 1, 48), randn(4, 1, 48)
     expected = registry.norm.rms_norm(x, weight, 1e-5, (shift, scale), order)
     torch.testing.assert_close(ops.rms_norm(x, weight, 1e-5, (shift, scale), order), expected, rtol=1e-5, atol=1e-5)
 
@@ -358,14 +358,14 @@ def attention_arguments(
     length: int, heads: int, shared: int, width: int, contexts: tuple[int, ...], ragged: bool = False
 ) -> tuple[Any, ...]:
     """Of `ops.attention` but `causal`: a row for each context, anywhere in a pool."""
-    draw = self_check_cases.Draw(11, CPU)
+    randn = self_check_cases.Randn(11, CPU)
     rows, longest = len(contexts), max(contexts)
-    pool = draw(2, rows * shared * (longest + 3) + 1, width)
+    pool = randn(2, rows * shared * (longest + 3) + 1, width)
     start = torch.arange(rows).flip(0) * shared * (longest + 3)
-    cached = Cached(
+    cached = CachedKV(
         pool[0], pool[1], start, torch.full((rows,), longest + 3), torch.tensor(contexts), longest, 0
     )  # fmt: skip
-    q, k, v = draw(rows, length, heads, width), draw(rows, length, shared, width), draw(rows, length, shared, width)
+    q, k, v = randn(rows, length, heads, width), randn(rows, length, shared, width), randn(rows, length, shared, width)
     valid = None
     if ragged:  # padding on the right, on the left, and everywhere
         place = torch.arange(length)
@@ -413,7 +413,7 @@ def test_a_query_is_the_same_alone_and_in_any_company(causal: bool) -> None:
     for row, length in enumerate(lengths.tolist()):
         own = cached._replace(
             start=cached.start[row : row + 1], stride=cached.stride[row : row + 1],
-            lengths=cached.lengths[row : row + 1], width=int(cached.lengths[row]),
+            lengths=cached.lengths[row : row + 1], max_length=int(cached.lengths[row]),
         )  # fmt: skip
         alone = ops.attention(*(part[row : row + 1, :length] for part in (q, k, v)), None, causal, own)
         assert torch.equal(alone[0], together[row, :length])
@@ -435,7 +435,7 @@ SIZES = [
 @pytest.mark.parametrize("sizes", SIZES)
 def test_a_mamba_block_of_any_shape(sizes: self_check_cases.Sizes, length: int, dtype: torch.dtype) -> None:
     """Into a state and from none, ragged or not, and the state after it."""
-    projected, valid, window, state, weights = self_check_cases.block_arguments(sizes, length, CPU, dtype)
+    projected, valid, window, state, weights = self_check_cases.mamba_block_arguments(sizes, length, CPU, dtype)
     for seen, past, before in ((valid, window, state), (None, window, state), (None, None, None)):
         case = Case("any shape", lambda a=(projected, seen, past, before, weights): a)
         assert find_mismatch(ops.mamba_block, registry.mamba_block.mamba_block, [case]) is None
@@ -449,7 +449,7 @@ def test_a_mamba_block_of_any_shape(sizes: self_check_cases.Sizes, length: int, 
 
 def test_a_mamba_token_is_the_same_alone_and_in_any_company() -> None:
     """Bit for bit: beside other rows, more tokens after it, and padding."""
-    projected, valid, window, state, weights = self_check_cases.block_arguments(SIZES[1], 21, CPU, torch.float32)
+    projected, valid, window, state, weights = self_check_cases.mamba_block_arguments(SIZES[1], 21, CPU, torch.float32)
     together, _ = ops.mamba_block(projected, valid, window, state, weights)
     for row, length in enumerate(valid.sum(1).tolist()):
         for count in {min(length, 1), min(length, 8), length} - {0}:
@@ -460,7 +460,7 @@ def test_a_mamba_token_is_the_same_alone_and_in_any_company() -> None:
 
 def test_strong_and_weak_decay() -> None:
     """Heads that forget all within a token, whose exponentials leave what fp32 holds, beside those that keep all."""
-    projected, _, window, state, weights = self_check_cases.block_arguments(SIZES[1], 16, CPU, torch.float32)
+    projected, _, window, state, weights = self_check_cases.mamba_block_arguments(SIZES[1], 16, CPU, torch.float32)
     weights = weights._replace(A_log=torch.tensor([8.0, 5.0, 0.0, -3.0, -8.0, 2.0]), time_step_limit=(0.0, torch.inf))
     width = weights.heads
     for shift in (-60.0, -20.0, 0.0, 15.0, 60.0):  # steps from nothing to long ones
@@ -474,7 +474,7 @@ def test_strong_and_weak_decay() -> None:
 def test_choosing_in_any_vocabulary(size: int, dtype: torch.dtype) -> None:
     """Each token in turn left out, so that the best, the last and the only others are; ties go to the lowest id."""
     if size > 1:
-        logits = (self_check_cases.Draw(12, CPU)(size, 3, size) * 2).round().to(dtype)
+        logits = (self_check_cases.Randn(12, CPU)(size, 3, size) * 2).round().to(dtype)
         case = Case("any vocabulary", lambda: (logits, torch.arange(size)))
         assert find_mismatch(ops.argmax, registry.argmax.argmax, [case]) is None
     tokens, sure = ops.argmax(torch.zeros(1, 2, size, dtype=dtype), torch.tensor([-1]))

@@ -28,9 +28,9 @@ from twotower.ops.self_check_cases import (
     Sizes,
     argmax_arguments,
     argmax_cases,
-    block_arguments,
+    mamba_block_arguments,
+    mamba_weights,
     state_update_arguments,
-    weights_of,
 )
 
 if importlib.util.find_spec("triton") is None:
@@ -94,12 +94,12 @@ def check_block(*arguments: Any) -> None:
 )
 def test_block(sizes: Sizes, dtype: torch.dtype, length: int) -> None:
     """Three rows: all of the length, half of it, none of it."""
-    check_block(*block_arguments(sizes, length, DEVICE, dtype))
+    check_block(*mamba_block_arguments(sizes, length, DEVICE, dtype))
 
 
 @DTYPES
 def test_block_without_a_trace(dtype: torch.dtype) -> None:
-    arguments = block_arguments(SMALL, 3, DEVICE, dtype)
+    arguments = mamba_block_arguments(SMALL, 3, DEVICE, dtype)
     mixed, inputs = triton_mamba.mamba_block(*arguments, False)
     assert inputs is None
     assert torch.equal(mixed, triton_mamba.mamba_block(*arguments, True)[0])
@@ -111,7 +111,7 @@ def test_block_without_a_trace(dtype: torch.dtype) -> None:
 @pytest.mark.parametrize("state", [True, False])
 def test_block_without_some_arguments(length: int, valid: str, window: bool, state: bool) -> None:
     """Padding on the left too: there a row's window stands before padding."""
-    projected, ragged, seen, before, weights = block_arguments(SMALL, length, DEVICE, torch.float32, rows=2)
+    projected, ragged, seen, before, weights = mamba_block_arguments(SMALL, length, DEVICE, torch.float32, rows=2)
     ragged[1, : length // 2] = True
     padding = {"none": None, "ragged": ragged, "left": ragged.flip(1)}[valid]
     check_block(projected, padding, seen if window else None, before if state else None, weights)
@@ -122,8 +122,8 @@ def test_block_without_some_arguments(length: int, valid: str, window: bool, sta
 @pytest.mark.parametrize("bias", [True, False])
 def test_block_with_any_convolution(length: int, taps: int, bias: bool) -> None:
     sizes = SMALL._replace(taps=taps)
-    projected, valid, window, state, _ = block_arguments(sizes, length, DEVICE, torch.float32, rows=2)
-    check_block(projected, valid, window, state, weights_of(sizes, DEVICE, torch.float32, bias=bias))
+    projected, valid, window, state, _ = mamba_block_arguments(sizes, length, DEVICE, torch.float32, rows=2)
+    check_block(projected, valid, window, state, mamba_weights(sizes, DEVICE, torch.float32, bias=bias))
 
 
 @pytest.mark.parametrize(
@@ -132,18 +132,18 @@ def test_block_with_any_convolution(length: int, taps: int, bias: bool) -> None:
     ids=["one head", "groups of one", "a group of the 30B model"],
 )
 def test_block_of_other_sizes(sizes: Sizes) -> None:
-    check_block(*block_arguments(sizes, 6, DEVICE, torch.bfloat16, rows=2))
+    check_block(*mamba_block_arguments(sizes, 6, DEVICE, torch.bfloat16, rows=2))
 
 
 @pytest.mark.parametrize("limit", [(0.0, math.inf), (0.5, 0.6), (0, 1)])
 def test_block_clamps_the_time_step(limit: tuple[float, float]) -> None:
-    *arguments, weights = block_arguments(SMALL, 4, DEVICE, torch.float32)
+    *arguments, weights = mamba_block_arguments(SMALL, 4, DEVICE, torch.float32)
     check_block(*arguments, weights._replace(time_step_limit=limit))
 
 
 def test_block_of_extreme_time_steps() -> None:
     """softplus where it is nearly 0, nearly the identity, and between: each to its own last digits."""
-    projected, _, window, state, weights = block_arguments(SMALL, 16, DEVICE, torch.float32)
+    projected, _, window, state, weights = mamba_block_arguments(SMALL, 16, DEVICE, torch.float32)
     weights = weights._replace(time_step_limit=(0.0, math.inf))
     projected[..., -weights.heads :] = torch.linspace(-40, 40, 16, device=DEVICE)[:, None]
     _, expected = mamba_block.mamba_block(projected, None, window, state, weights)
@@ -154,7 +154,7 @@ def test_block_of_extreme_time_steps() -> None:
 
 
 def test_what_stands_at_padding_leaves_no_mark() -> None:
-    clean = block_arguments(SMALL, 9, DEVICE, torch.float32)
+    clean = mamba_block_arguments(SMALL, 9, DEVICE, torch.float32)
     dirty = (clean[0].masked_fill(~clean[1][..., None], torch.nan), *clean[1:])
     (expected, before), (found, after) = (triton_mamba.mamba_block(*arguments) for arguments in (clean, dirty))
     assert before is not None
@@ -165,14 +165,14 @@ def test_what_stands_at_padding_leaves_no_mark() -> None:
 
 def test_block_reads_slices_in_place() -> None:
     """Rows, windows and states that are slices of larger tensors, as they are in a pool."""
-    projected, valid, window, state, weights = block_arguments(SMALL, 9, DEVICE, torch.float32, rows=6)
+    projected, valid, window, state, weights = mamba_block_arguments(SMALL, 9, DEVICE, torch.float32, rows=6)
     check_block(projected[::2, :7], valid[::2, :7], window[1::2], state[3:], weights)
     check_block(projected.transpose(1, 2).contiguous().transpose(1, 2), valid, window, state, weights)
 
 
 @pytest.mark.parametrize("length", [64, 65])
 def test_longer_blocks_go_to_the_reference(length: int, monkeypatch: pytest.MonkeyPatch) -> None:
-    arguments = block_arguments(Sizes(2, 1, 4, 3, 4), length, DEVICE, torch.float32)
+    arguments = mamba_block_arguments(Sizes(2, 1, 4, 3, 4), length, DEVICE, torch.float32)
     expected, _ = mamba_block.mamba_block(*arguments)
     close(triton_mamba.mamba_block(*arguments)[0], expected)
     monkeypatch.setattr(mamba_block, "mamba_block", lambda *_: "the reference")
@@ -181,7 +181,7 @@ def test_longer_blocks_go_to_the_reference(length: int, monkeypatch: pytest.Monk
 
 @pytest.mark.parametrize("shape", [(0, 4), (2, 0)])
 def test_a_block_of_nothing(shape: tuple[int, int]) -> None:
-    projected, valid, window, state, weights = block_arguments(TINY_GROUPS, 4, DEVICE, torch.float32, rows=2)
+    projected, valid, window, state, weights = mamba_block_arguments(TINY_GROUPS, 4, DEVICE, torch.float32, rows=2)
     rows, length = shape
     mixed, _ = triton_mamba.mamba_block(
         projected[:rows, :length], valid[:rows, :length], window[:rows], state[:rows], weights
@@ -250,7 +250,7 @@ def test_fold_of_long_traces(given: bool) -> None:
 
 def test_fold_of_a_blocks_own_trace() -> None:
     """Block by block through the kernels and through the references: the states stay together."""
-    projected, valid, window, state, weights = block_arguments(SMALL, 12, DEVICE, torch.bfloat16)
+    projected, valid, window, state, weights = mamba_block_arguments(SMALL, 12, DEVICE, torch.bfloat16)
     pools = [(window.clone(), state.clone()) for _ in range(2)]
     for part in (projected[:, :5], projected[:, 5:6], projected[:, 6:]):
         outs = []
@@ -400,7 +400,7 @@ def test_a_broken_kernel_is_refused_loudly(
     for op in set(OPS) - {"mamba_block"}:
         triton_on.setitem(registry.REGISTRY, op, registry.REGISTRY[op][-1:])
     right, reference = registry.REGISTRY["mamba_block"]
-    wrong = Backend("triton", broken, right.why, right.unsupported_reason, compiled=True)
+    wrong = Backend("triton", broken, right.description, right.unsupported_reason, compiled=True)
     triton_on.setitem(registry.REGISTRY, "mamba_block", (wrong, reference))
     with pytest.warns(RuntimeWarning, match=said):
         assert registry.select("mamba_block", DEVICE, torch.float32) is reference

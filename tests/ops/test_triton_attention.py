@@ -13,8 +13,8 @@ import triton_mode
 from torch import Tensor
 
 from twotower.ops.reference import attention as reference
-from twotower.ops.reference.attention import Cached
-from twotower.ops.self_check_cases import Draw
+from twotower.ops.reference.attention import CachedKV
+from twotower.ops.self_check_cases import Randn
 from twotower.ops.triton.launch import MAX_HEAD
 
 if importlib.util.find_spec("triton") is None:
@@ -27,7 +27,7 @@ from twotower.ops.triton import attention  # noqa: E402
 DEVICE = torch.device("cuda", 0) if torch.cuda.is_available() else torch.device("cpu")
 DTYPES = pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=["fp32", "bf16"])
 ROOM = 400  # tokens of each row and head in a pool
-Arguments = tuple[Tensor, Tensor, Tensor, Tensor | None, bool, Cached | None]
+Arguments = tuple[Tensor, Tensor, Tensor, Tensor | None, bool, CachedKV | None]
 
 
 @pytest.fixture(autouse=True)
@@ -50,9 +50,9 @@ def arguments(
 ) -> Arguments:
     """Rows with so many cached tokens, their heads anywhere in a pool in which everything else is no number. valid:
     what is padding, none of it, or ever more from row to row at the end or at the beginning."""
-    draw, rows = Draw(0, device), len(lengths)
-    q = draw(rows, length, heads[0], width)
-    k, v = (draw(rows, length, heads[1], width) for _ in "kv")
+    randn, rows = Randn(0, device), len(lengths)
+    q = randn(rows, length, heads[0], width)
+    k, v = (randn(rows, length, heads[1], width) for _ in "kv")
     pools = [torch.full((rows * heads[1] * ROOM + 1, width), torch.nan, device=device) for _ in "kv"]
     start = torch.arange(rows, device=device).flip(0) * (heads[1] * ROOM)
     stride = torch.tensor([ROOM - 7 * row for row in range(rows)], device=device)
@@ -60,10 +60,10 @@ def arguments(
         for head in range(heads[1]):
             at = int(start[row] + head * stride[row]) if device.type != "meta" else 0
             for pool in pools:
-                pool[at : at + count] = draw(count, width)
+                pool[at : at + count] = randn(count, width)
     counts = torch.tensor([max(length - 2 * row, 0) for row in range(rows)], device=device)
     ragged = torch.arange(length, device=device) < counts[:, None]
-    cached = Cached(
+    cached = CachedKV(
         *(pool.to(dtype) for pool in pools), start, stride, torch.tensor(lengths, device=device), max(lengths), 0
     )
     mask = {"none": None, "end": ragged, "start": ragged.flip(1)}[valid]
@@ -119,9 +119,9 @@ def test_many_splits(length: int, dtype: torch.dtype) -> None:
     lengths = (1, 1300, 64)
     q, k, v, _, _, cached = arguments(length, (1, 300, 64), dtype=dtype)
     assert cached is not None
-    draw = Draw(1, DEVICE)
-    pool = [(draw(5000, 16) * factor).to(dtype) for factor in (torch.linspace(0, 8, 5000, device=DEVICE)[:, None], 1)]
-    cached = cached._replace(k=pool[0], v=pool[1], lengths=torch.tensor(lengths, device=DEVICE), width=2048)
+    randn = Randn(1, DEVICE)
+    pool = [(randn(5000, 16) * factor).to(dtype) for factor in (torch.linspace(0, 8, 5000, device=DEVICE)[:, None], 1)]
+    cached = cached._replace(k=pool[0], v=pool[1], lengths=torch.tensor(lengths, device=DEVICE), max_length=2048)
     check(q, k, v, None, True, cached._replace(start=torch.tensor([3000, 7, 1500], device=DEVICE)))
     assert attention.splits_of(3, 2048, 4) == 32 > attention.PARTS
 
@@ -130,8 +130,8 @@ def test_many_splits(length: int, dtype: torch.dtype) -> None:
 def test_the_rounded_width_of_a_recording(width: int) -> None:
     """Nothing beyond a row's length is read, however wide the pass is: the pool is no number there, and ends there."""
     *given, cached = arguments(2, (300, 0, 17))
-    check(*given, cached._replace(width=max(cached.lengths.tolist())))
-    found = attention.attention(*given, cached._replace(width=width))
+    check(*given, cached._replace(max_length=max(cached.lengths.tolist())))
+    found = attention.attention(*given, cached._replace(max_length=width))
     torch.testing.assert_close(found, attention.attention(*given, cached), rtol=1e-5, atol=1e-6)
     assert found.isfinite().all()
 
@@ -158,7 +158,7 @@ def test_what_stands_at_padding_leaves_no_mark(causal: bool) -> None:
 
 def test_queries_see_themselves_in_rows_of_padding() -> None:
     q, k, v, _, causal, cached = arguments(4, (0, 0), (2, 2))
-    found = check(q, k, v, torch.zeros(2, 4, dtype=torch.bool, device=DEVICE), causal, cached._replace(width=8))
+    found = check(q, k, v, torch.zeros(2, 4, dtype=torch.bool, device=DEVICE), causal, cached._replace(max_length=8))
     torch.testing.assert_close(found, v)
 
 
@@ -173,7 +173,7 @@ def test_large_scores() -> None:
 @DTYPES
 def test_without_context(cached: str, dtype: torch.dtype) -> None:
     *given, context = arguments(6, (0, 0), (4, 2), dtype=dtype, causal=True)
-    check(*given, None if cached == "none" else context._replace(width=0))
+    check(*given, None if cached == "none" else context._replace(max_length=0))
 
 
 def test_strided_inputs() -> None:
@@ -189,11 +189,11 @@ def test_strided_inputs() -> None:
 
 
 def test_an_even_layout() -> None:
-    """Rows one after the other, as `Cached.even` says."""
+    """Rows one after the other, as `CachedKV.uniform_stride` says."""
     q, k, v, valid, causal, _ = arguments(3, (0, 0), (4, 2))
-    pool = Draw(2, DEVICE)(2, 2 * 2 * 40 + 1, 16)
+    pool = Randn(2, DEVICE)(2, 2 * 2 * 40 + 1, 16)
     order = torch.arange(2, device=DEVICE)
-    cached = Cached(pool[0], pool[1], order * 80, order * 0 + 40, torch.tensor([40, 11], device=DEVICE), 40, 40)
+    cached = CachedKV(pool[0], pool[1], order * 80, order * 0 + 40, torch.tensor([40, 11], device=DEVICE), 40, 40)
     check(q, k, v, valid, causal, cached)
 
 
@@ -208,7 +208,7 @@ def test_attention_of_nothing(shape: tuple[int, int]) -> None:
     q, k, v, _, causal, cached = arguments(4, (3, 5))
     rows, length = shape
     q, k, v = (part[:rows, :length] for part in (q, k, v))
-    cached = Cached(*cached[:2], *(part[:rows] for part in cached[2:5]), *cached[5:])
+    cached = CachedKV(*cached[:2], *(part[:rows] for part in cached[2:5]), *cached[5:])
     assert attention.attention(q, k, v, None, causal, cached).shape == q.shape
 
 

@@ -19,7 +19,7 @@ from twotower.checkpoint.quantize import quantize_
 from twotower.ops import registry, self_check_cases
 from twotower.ops.reference import experts, int8
 from twotower.ops.self_check import find_mismatch
-from twotower.ops.self_check_cases import Draw
+from twotower.ops.self_check_cases import Randn
 
 if importlib.util.find_spec("triton") is None:
     pytest.skip("the Triton kernels are not tested: the package triton is not installed", allow_module_level=True)
@@ -62,17 +62,17 @@ class Mixture:
     """Weights of `count` experts from `width` to `inner` and back, plain or int8, and what they should give."""
 
     def __init__(self, count: int, width: int, inner: int, dtype: torch.dtype, as_int8: bool, seed: int = 1) -> None:
-        self.draw = Draw(seed, DEVICE)
+        self.randn = Randn(seed, DEVICE)
         self.count, self.width, self.dtype = count, width, dtype
-        both = self.draw(count, inner, width) / width**0.5, self.draw(count, width, inner) / inner**0.5
-        self.weights = [w for one in both for w in (int8.quantized(one) if as_int8 else (one.to(dtype),))]
+        both = self.randn(count, inner, width) / width**0.5, self.randn(count, width, inner) / inner**0.5
+        self.weights = [w for one in both for w in (int8.quantize(one) if as_int8 else (one.to(dtype),))]
         self.function = triton_experts.experts_int8 if as_int8 else triton_experts.experts
         self.reference = int8.experts_sorted if as_int8 else experts.experts_sorted
 
     def tokens(self, tokens: int, top: int) -> tuple[Tensor, Tensor, Tensor]:
         """hidden, choice, weight."""
-        hidden, choice = self.draw(tokens, self.width).to(self.dtype), self.draw(tokens, self.count).argsort(-1)
-        return hidden, choice[:, :top], self.draw(tokens, top).abs()
+        hidden, choice = self.randn(tokens, self.width).to(self.dtype), self.randn(tokens, self.count).argsort(-1)
+        return hidden, choice[:, :top], self.randn(tokens, top).abs()
 
     def __call__(self, hidden: Tensor, choice: Tensor, weight: Tensor) -> Tensor:
         return self.function(hidden, choice, weight, *self.weights)
@@ -132,7 +132,7 @@ def test_tensors_that_lie_anywhere(dtype: torch.dtype, as_int8: bool) -> None:
     mixture = Mixture(5, 24, 16, dtype, as_int8)
     hidden, choice, weight = mixture.tokens(12, 2)
     expected = mixture(hidden, choice.contiguous(), weight)
-    wider = mixture.draw(12, 3, 24).to(dtype)
+    wider = mixture.randn(12, 3, 24).to(dtype)
     wider[:, 1] = hidden
     for x in (wider[:, 1], hidden.t().contiguous().t()):
         assert torch.equal(mixture(x, choice, weight.t().contiguous().t()), expected)
@@ -178,7 +178,7 @@ def test_experts_that_nothing_chose_leave_no_mark(tokens: int, as_int8: bool) ->
 )
 def test_the_plan(pairs: int, count: int, rows: int) -> None:
     """Every pair once, by expert and in order; tiles of one expert each, as many as there are programs or fewer."""
-    choice = (Draw(2, DEVICE)(pairs, 1).abs() * count / 3).long().clamp(max=count - 1)
+    choice = (Randn(2, DEVICE)(pairs, 1).abs() * count / 3).long().clamp(max=count - 1)
     order, items = triton_experts.plan(choice, count, rows)
     flat = choice.flatten()
     assert torch.equal(order.long(), flat.argsort(stable=True))
@@ -202,9 +202,9 @@ def test_tiles_grow_with_the_tokens_of_an_expert(tokens: int, rows: int) -> None
 
 
 def check_linear(tokens: int, width: int, out: int, dtype: torch.dtype, bias: bool) -> None:
-    draw = Draw(3, DEVICE)
-    x, (q, scale) = draw(2, tokens, width)[:1].to(dtype), int8.quantized(draw(out, width))
-    own = draw(out).to(dtype) if bias else None
+    randn = Randn(3, DEVICE)
+    x, (q, scale) = randn(2, tokens, width)[:1].to(dtype), int8.quantize(randn(out, width))
+    own = randn(out).to(dtype) if bias else None
     expected = int8.linear(x.double(), q, scale.double(), None if own is None else own.double())
     close(triton_int8.linear_int8(x, q, scale, own), expected, dtype)
 
@@ -236,8 +236,8 @@ def test_parts_cover_a_sum_and_fill_a_gpu() -> None:
 
 @DTYPES
 def test_a_row_does_not_depend_on_its_neighbours(dtype: torch.dtype) -> None:
-    draw = Draw(4, DEVICE)
-    x, (q, scale) = draw(12, 1100).to(dtype), int8.quantized(draw(40, 1100))
+    randn = Randn(4, DEVICE)
+    x, (q, scale) = randn(12, 1100).to(dtype), int8.quantize(randn(40, 1100))
     together = triton_int8.linear_int8(x, q, scale)
     x[3] = torch.nan
     for some in (slice(0, 3), slice(5, 6), slice(4, 12)):
@@ -248,7 +248,7 @@ def test_a_row_does_not_depend_on_its_neighbours(dtype: torch.dtype) -> None:
 
 def test_many_tokens_go_to_the_reference(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(int8, "linear", lambda *_: "the reference")
-    q, scale = int8.quantized(Draw(5, DEVICE)(3, 4))
+    q, scale = int8.quantize(Randn(5, DEVICE)(3, 4))
     most = triton_int8.MOST_TOKENS
     assert triton_int8.linear_int8(torch.ones(most + 1, 4, device=DEVICE), q, scale) == "the reference"
     assert triton_int8.linear_int8(torch.ones(2, most // 2, 4, device=DEVICE), q, scale) != "the reference"

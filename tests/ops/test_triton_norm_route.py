@@ -14,7 +14,7 @@ from torch import Tensor
 from twotower.ops.reference import norm, routing
 from twotower.ops.reference.norm import Order
 from twotower.ops.reference.routing import Routing
-from twotower.ops.self_check_cases import Draw, released_routing, route_cases
+from twotower.ops.self_check_cases import Randn, released_route_arguments, route_cases
 from twotower.ops.triton.launch import MAX_TOKEN
 
 if importlib.util.find_spec("triton") is None:
@@ -44,9 +44,9 @@ Modulation = tuple[Tensor, Tensor] | None
 def norm_arguments(
     width: int, dtype: torch.dtype, stream: torch.dtype, order: Order | None, rows: int = 2, length: int = 3
 ) -> tuple[Tensor, Tensor, float, Modulation, Order]:
-    draw = Draw(0, DEVICE)
-    x, weight = (draw(rows, length, width) * 3).to(stream), (draw(width) / 4 + 1).to(dtype)
-    parts = (draw(rows, 6, 1, width) / 2).to(dtype)  # of which a layer has a slice, as the time network gives them
+    randn = Randn(0, DEVICE)
+    x, weight = (randn(rows, length, width) * 3).to(stream), (randn(width) / 4 + 1).to(dtype)
+    parts = (randn(rows, 6, 1, width) / 2).to(dtype)  # of which a layer has a slice, as the time network gives them
     return x, weight, 1e-5, None if order is None else (parts[:, 3], parts[:, 4]), order or "before"
 
 
@@ -112,9 +112,9 @@ def test_a_norm_of_nothing(shape: tuple[int, int]) -> None:
 def route_arguments(
     tokens: int, width: int, experts: int, dtype: torch.dtype, rule: Routing
 ) -> tuple[Tensor, Tensor, Tensor, Routing]:
-    draw = Draw(0, DEVICE)
-    weight = (draw(experts, width) / width**0.5).to(dtype)
-    return draw(tokens, width).to(dtype), weight, draw(experts).abs(), rule  # none as good as one that is left out
+    randn = Randn(0, DEVICE)
+    weight = (randn(experts, width) / width**0.5).to(dtype)
+    return randn(tokens, width).to(dtype), weight, randn(experts).abs(), rule  # none as good as one that is left out
 
 
 def check_route(hidden: Tensor, weight: Tensor, bias: Tensor, rule: Routing) -> tuple[Tensor, Tensor]:
@@ -194,7 +194,7 @@ def test_route_of_slices_and_of_several_dtypes() -> None:
 def test_no_case_is_a_near_tie(dtype: torch.dtype) -> None:
     """Which `route` is checked with before it is used: the last digits of a machine's sums decide nothing."""
     given = [case.arguments() for case in route_cases(torch.device("cpu"), dtype)]
-    for hidden, weight, bias, rule in (*given, released_routing(torch.device("cpu"), dtype)):
+    for hidden, weight, bias, rule in (*given, released_route_arguments(torch.device("cpu"), dtype)):
         biased = (hidden.double() @ weight.double().T).sigmoid() + bias
         if rule.n_group > 1:
             grouped = biased.unflatten(-1, (rule.n_group, -1))

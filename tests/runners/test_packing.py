@@ -1,4 +1,4 @@
-"""Copies of weights in panels: the same products, for any size, and never of a weight as it was."""
+"""Copies of weights in a packed layout: the same products, for any size, and never of a weight as it was."""
 
 from __future__ import annotations
 
@@ -35,31 +35,31 @@ if isinstance(library.library(), str):
 @pytest.mark.parametrize("tokens", [0, 1, 2, 5, 6, 7, 8, 9, 16, 17, 49, 300])
 @pytest.mark.parametrize(("width", "out"), [(1, 1), (15, 17), (64, 3), (201, 50), (32, 16), (8, 130)])
 def test_products_of_any_size(tokens: int, width: int, out: int, dtype: torch.dtype) -> None:
-    draw = self_check_cases.Draw(1, CPU)
-    x, weight, bias = draw(2, tokens, width).to(dtype), draw(out, width).to(dtype), draw(out).to(dtype)
-    panels = kernels.pack(weight)
-    assert panels is not None
+    randn = self_check_cases.Randn(1, CPU)
+    x, weight, bias = randn(2, tokens, width).to(dtype), randn(out, width).to(dtype), randn(out).to(dtype)
+    copy = kernels.pack(weight)
+    assert copy is not None
     tolerance = 1e-4 if dtype == torch.float32 else 4e-2
     for given in (bias, None):
         expected = torch.nn.functional.linear(x.double(), weight.double(), None if given is None else given.double())
         torch.testing.assert_close(
-            kernels.linear(x, weight, given, panels).double(), expected, rtol=tolerance, atol=tolerance
+            kernels.linear(x, weight, given, copy).double(), expected, rtol=tolerance, atol=tolerance
         )
 
 
 @pytest.mark.parametrize("dtype", NARROW)
 def test_a_tokens_result_does_not_depend_on_its_neighbours(dtype: torch.dtype) -> None:
     """Bit for bit, whatever tile it falls into; nor on the number of threads."""
-    draw = self_check_cases.Draw(2, CPU)
-    x, weight = draw(60, 301).to(dtype), draw(170, 301).to(dtype)
-    panels = kernels.pack(weight)
-    together = kernels.linear(x, weight, None, panels)
+    randn = self_check_cases.Randn(2, CPU)
+    x, weight = randn(60, 301).to(dtype), randn(170, 301).to(dtype)
+    copy = kernels.pack(weight)
+    together = kernels.linear(x, weight, None, copy)
     before = torch.get_num_threads()
     try:
         for threads in (1, 2, 3):
             torch.set_num_threads(threads)
             for count in (1, 2, 3, 4, 5, 6, 7, 8, 9, 16, 60):
-                assert torch.equal(kernels.linear(x[:count], weight, None, panels), together[:count])
+                assert torch.equal(kernels.linear(x[:count], weight, None, copy), together[:count])
     finally:
         torch.set_num_threads(before)
 
@@ -68,29 +68,29 @@ def test_a_tokens_result_does_not_depend_on_its_neighbours(dtype: torch.dtype) -
 @pytest.mark.parametrize("which", [(True, True), (True, False), (False, True)])
 def test_experts(which: tuple[bool, bool], dtype: torch.dtype) -> None:
     """Odd widths; one of the two may have lost its copy."""
-    draw = self_check_cases.Draw(3, CPU)
-    up, down = draw(5, 27, 39).to(dtype) / 4, draw(5, 39, 27).to(dtype) / 4
-    panels = tuple(kernels.pack(weight) if packed else None for weight, packed in zip((up, down), which, strict=True))
-    assert [part is not None for part in panels] == list(which)
+    randn = self_check_cases.Randn(3, CPU)
+    up, down = randn(5, 27, 39).to(dtype) / 4, randn(5, 39, 27).to(dtype) / 4
+    copies = tuple(kernels.pack(weight) if wanted else None for weight, wanted in zip((up, down), which, strict=True))
+    assert [part is not None for part in copies] == list(which)
     for tokens in (1, 2, 30):
-        hidden, weight = draw(tokens, 39).to(dtype), draw(tokens, 2).abs()
-        choice = draw(tokens, 5).argsort(-1)[:, :2].contiguous()
+        hidden, weight = randn(tokens, 39).to(dtype), randn(tokens, 2).abs()
+        choice = randn(tokens, 5).argsort(-1)[:, :2].contiguous()
         expected = experts.experts_dense(hidden.double(), choice, weight.double(), up.double(), down.double())
-        mine = kernels.experts(hidden, choice, weight, up, down, panels).double()
+        mine = kernels.experts(hidden, choice, weight, up, down, copies).double()
         tolerance = 1e-4 if dtype == torch.float32 else 4e-2
         torch.testing.assert_close(mine, expected, rtol=tolerance, atol=tolerance * float(expected.std()))
 
 
 @pytest.mark.parametrize(
-    ("dtype", "fast_bf16", "at_once"),
+    ("dtype", "fast_bf16", "whole_tower"),
     [(torch.float32, False, True), (torch.bfloat16, False, True), (torch.bfloat16, True, False)],
     ids=["fp32", "emulated-bf16", "fast-bf16"],
 )
 @pytest.mark.parametrize("residual_in_fp32", [False, True])
 def test_a_packed_model_says_the_same(
-    residual_in_fp32: bool, dtype: torch.dtype, fast_bf16: bool, at_once: bool, monkeypatch: pytest.MonkeyPatch
+    residual_in_fp32: bool, dtype: torch.dtype, fast_bf16: bool, whole_tower: bool, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """Prefill, steps, blocks and drafts, ragged rows. at_once: whether a pass of 180 tokens runs in one call; torch's
+    """Prefill, steps, blocks and drafts, ragged rows. whole_tower: whether a pass of 180 tokens runs in one call; torch's
     own products are faster at that size where the processor has instructions for bf16 products. Both answers to that
     question are tested on every processor."""
     monkeypatch.setattr(kernels, "multiplies_bf16_fast", lambda device: fast_bf16)
@@ -111,12 +111,12 @@ def test_a_packed_model_says_the_same(
     for actual, expected in zip(*outs[::-1], strict=True):
         assert (actual - expected).abs().max() < (5e-4 if dtype == torch.float32 else 0.2) * expected.std()
     assert all_packed(model.context)
-    for length, expected in ((20, at_once), (5, True)):  # 9 rows: 180 tokens and 45
+    for length, expected in ((20, whole_tower), (5, True)):  # 9 rows: 180 tokens and 45
         with torch.no_grad():
             run = FusedCPURunner().run(model.context, PassInputs(tokens[:, :length], AttentionMetadata()))
         assert (run is not None) == expected
     model.unpack()
-    assert all(packed.of(weight) is None for weight, packed in packing.packable_weights(model))
+    assert all(packed.get(weight) is None for weight, packed in packing.packable_weights(model))
 
 
 def all_packed(tower: Tower) -> bool:
@@ -126,18 +126,18 @@ def all_packed(tower: Tower) -> bool:
 
 
 def test_a_weight_changed_in_place_has_no_copy() -> None:
-    draw = self_check_cases.Draw(4, CPU)
-    layer, x = Linear(24, 40, bias=False), draw(3, 24)
-    layer.weight = nn.Parameter(draw(40, 24))
-    assert packing.pack_weights(layer) == packed_weights.size(layer.weight) * 4
+    randn = self_check_cases.Randn(4, CPU)
+    layer, x = Linear(24, 40, bias=False), randn(3, 24)
+    layer.weight = nn.Parameter(randn(40, 24))
+    assert packing.pack_weights(layer) == packed_weights.packed_size(layer.weight) * 4
     optimizer = torch.optim.SGD([layer.weight], lr=0.1)
     layer.weight.grad = torch.ones_like(layer.weight)
     optimizer.step()
-    assert layer.packed.of(layer.weight) is None
+    assert layer.packed.get(layer.weight) is None
     with torch.no_grad():
         assert torch.equal(layer(x), kernels.linear(x, layer.weight))
     packing.pack_weights(layer)  # again
-    assert layer.packed.of(layer.weight) is not None
+    assert layer.packed.get(layer.weight) is not None
     with torch.no_grad():
         torch.testing.assert_close(layer(x), torch.nn.functional.linear(x, layer.weight))
 
@@ -149,8 +149,8 @@ def test_another_weight_at_the_same_address_has_no_copy() -> None:
     packing.pack_weights(layer)
     other = nn.Parameter(layer.weight.data)
     assert (other.data_ptr(), other._version) == (layer.weight.data_ptr(), layer.weight._version)
-    assert layer.packed.of(layer.weight) is not None
-    assert layer.packed.of(other) is None
+    assert layer.packed.get(layer.weight) is not None
+    assert layer.packed.get(other) is None
 
 
 @pytest.mark.parametrize("change", ["step", "load", "assign", "to and fro", "replace"])
@@ -190,14 +190,14 @@ def test_packed_weights_belong_to_their_module(duplicate: Any) -> None:
     assert all_packed(model.context)
     assert set(model.state_dict()) == names
     other = duplicate(model)
-    assert all(packed.panels is None for _, packed in packing.packable_weights(other))
+    assert all(packed.data is None for _, packed in packing.packable_weights(other))
     assert other.context.runners != model.context.runners
-    panels = [weakref.ref(packed.of(weight)) for weight, packed in packing.packable_weights(model)]
+    copies = [weakref.ref(packed.get(weight)) for weight, packed in packing.packable_weights(model)]
     gc.collect()
     gc.disable()
     try:
         del model
-        assert all(ref() is None for ref in panels)
+        assert all(ref() is None for ref in copies)
     finally:
         gc.enable()
 
@@ -214,7 +214,7 @@ def test_what_cannot_be_packed_is_left() -> None:
 def test_loading_packs_where_there_is_room(monkeypatch: pytest.MonkeyPatch) -> None:
     def packed() -> bool:
         model = model_loading.load_model(bundled_model(), dtype="float32")
-        return all(packed.of(weight) is not None for weight, packed in packing.packable_weights(model))
+        return all(packed.get(weight) is not None for weight, packed in packing.packable_weights(model))
 
     assert packed()
     with options.override(pack=False):

@@ -24,7 +24,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from twotower.cache.layer_cache import KeyValue, LayerCache, MambaCache
 from twotower.model.mamba2 import Mamba2
 from twotower.model.packed_forward import Layout, read_layer, read_mamba
-from twotower.ops.reference.attention import Cached
+from twotower.ops.reference.attention import CachedKV
 from twotower.training import objective as objective_module
 from twotower.training.noise import Corruption, NoiseScope
 from twotower.training.objective import AutoregressiveObjective
@@ -409,7 +409,7 @@ def test_the_context_pass_gives_what_generation_keeps() -> None:
                 for mine, theirs in zip(past, kept, strict=True):
                     torch.testing.assert_close(mine[place], theirs[0], rtol=EXACT, atol=EXACT)
             elif isinstance(past, KeyValue) and seen:
-                assert isinstance(kept, Cached)
+                assert isinstance(kept, CachedKV)
                 for mine, theirs in zip(past, kept.dense(past.k.shape[1])[:2], strict=True):
                     own = mine[block.row, :, block.first : block.lo]
                     torch.testing.assert_close(own, theirs[0, :, :seen], rtol=EXACT, atol=EXACT)

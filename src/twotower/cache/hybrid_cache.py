@@ -21,8 +21,8 @@ from twotower.cache.pools import AttentionPool, CacheSnapshot, ContextView, Mamb
 from twotower.config import BackboneConfig
 from twotower.ops.host_transfer import to_device_async
 from twotower.ops.precision import accumulation_dtype
-from twotower.ops.reference.attention import Cached
-from twotower.ops.reference.kv_write import Ends, emptied, put
+from twotower.ops.reference.attention import CachedKV
+from twotower.ops.reference.kv_write import AppendPositions, write_slots, zero_slots
 from twotower.ops.reference.mamba_block import MambaStepInputs
 from twotower.ops.registry import select
 
@@ -110,7 +110,7 @@ class TowerState:
         width = self.context_width
         past: list[LayerCache] = [None] * len(self.pools)
         for layer, attention in self._attention:
-            past[layer] = Cached(attention.k, attention.v, start, stride, lengths, width, even)
+            past[layer] = CachedKV(attention.k, attention.v, start, stride, lengths, width, even)
         for layer, mamba in self._mamba:
             past[layer] = mamba_cache(mamba, rows)
         return ContextView(past, lengths)
@@ -135,8 +135,9 @@ class TowerState:
                 part = added[layer]
                 assert isinstance(part, KeyValue)
                 new.append((part.k.transpose(1, 2), part.v.transpose(1, 2)))
-            store = select("append", self.lengths.device, self.dtype).function
-            stored = store([(pool.k, pool.v) for _, pool in self._attention], new, Ends(*self._row_layout(rows), valid))
+            store = select("kv_append", self.lengths.device, self.dtype).function
+            positions = AppendPositions(*self._row_layout(rows), valid)
+            stored = store([(pool.k, pool.v) for _, pool in self._attention], new, positions)
             for (_, own), pair in zip(self._attention, stored, strict=True):
                 own.k, own.v = pair
         for layer, pool in self._mamba:
@@ -184,7 +185,7 @@ class TowerState:
         self.reset_count = self.reset_count.index_add(0, rows, torch.ones_like(rows))
         for pool in self.pools:
             if isinstance(pool, MambaPool):
-                pool.conv_window, pool.ssm_state = emptied(pool.conv_window, rows), emptied(pool.ssm_state, rows)
+                pool.conv_window, pool.ssm_state = zero_slots(pool.conv_window, rows), zero_slots(pool.ssm_state, rows)
 
     def free_all(self) -> None:
         """No row's text is wanted any more: frees shared columns, and drops what the last `extend` left to fold in.
@@ -220,12 +221,12 @@ class TowerState:
             pieces = [part.layers[layer] for part in parts]
             if isinstance(pool, AttentionPool):
                 keys, values = (torch.cat(part, dim=1).flatten(0, 1) for part in zip(*pieces, strict=True))
-                pool.k, pool.v = put(pool.k, vectors, keys), put(pool.v, vectors, values)
+                pool.k, pool.v = write_slots(pool.k, vectors, keys), write_slots(pool.v, vectors, values)
             elif isinstance(pool, MambaPool):
                 last = pieces[-1]
                 assert isinstance(last, MambaCache)
-                pool.conv_window = put(pool.conv_window, slot, last.conv_window[None])
-                pool.ssm_state = put(pool.ssm_state, slot, last.ssm_state[None])
+                pool.conv_window = write_slots(pool.conv_window, slot, last.conv_window[None])
+                pool.ssm_state = write_slots(pool.ssm_state, slot, last.ssm_state[None])
         self.lengths = self.lengths.index_fill(0, slot, length)
         self.total_appended += length
 

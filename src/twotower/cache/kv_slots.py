@@ -7,7 +7,7 @@ from collections.abc import Callable
 import torch
 from torch import Tensor
 
-from twotower.ops.reference.kv_write import places
+from twotower.ops.reference.kv_write import write_indices
 
 
 class KVSlots:
@@ -73,7 +73,7 @@ class KVSlots:
         The index is that of the spare vector where `exists` (B, W) is False or the token is beyond the row's slots.
         """
         start, stride = (part if rows is None else part[rows] for part in (self.start, self.stride))
-        return places(start, stride, self.heads, tokens, exists, self.num_vectors)
+        return write_indices(start, stride, self.heads, tokens, exists, self.num_vectors)
 
     def map(self, change: Callable[[Tensor], Tensor]) -> KVSlots:
         """The same layout with every tensor passed through `change` (a copy, or a move to another device)."""

@@ -9,7 +9,7 @@ from typing import NamedTuple
 
 from torch import Tensor
 
-from twotower.ops.reference.attention import Cached
+from twotower.ops.reference.attention import CachedKV
 from twotower.ops.reference.mamba_block import MambaStepInputs
 
 
@@ -28,5 +28,5 @@ class MambaCache(NamedTuple):
     ssm_state: Tensor
 
 
-LayerCache = KeyValue | Cached | MambaCache | None  # KeyValue in training, over whole sequences
+LayerCache = KeyValue | CachedKV | MambaCache | None  # KeyValue in training, over whole sequences
 CacheUpdate = KeyValue | MambaStepInputs | None

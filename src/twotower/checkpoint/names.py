@@ -42,7 +42,7 @@ def tensor_entries(model: nn.Module) -> list[TensorEntry]:
         if memory.endswith(SCALE):
             continue
         scale = every.get(memory + SCALE)
-        shape = tuple(tensor.shape) if scale is None else int8.shape(tensor, scale)
+        shape = tuple(tensor.shape) if scale is None else int8.weight_shape(tensor, scale)
         disk = disk_name(memory)
         stacked = _EXPERTS.match(disk)
         if stacked is None:

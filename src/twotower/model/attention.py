@@ -8,7 +8,7 @@ from twotower.cache.layer_cache import KeyValue
 from twotower.config import BackboneConfig
 from twotower.model.layer_io import AttentionMetadata
 from twotower.model.linear import Linear
-from twotower.ops.reference.attention import Cached
+from twotower.ops.reference.attention import CachedKV
 from twotower.ops.registry import select
 
 
@@ -37,7 +37,7 @@ class Attention(nn.Module):
         """(B, Hq, L, D) → (B, L, H)."""
         return self.o_proj(heads.transpose(1, 2).flatten(2))
 
-    def forward(self, hidden: Tensor, past: Cached | None, meta: AttentionMetadata) -> tuple[Tensor, KeyValue]:
+    def forward(self, hidden: Tensor, past: CachedKV | None, meta: AttentionMetadata) -> tuple[Tensor, KeyValue]:
         """hidden (B, L, H) → output (B, L, H) and the keys and values to append."""
         q, own = self.project(hidden)
         attend = select("attention", hidden.device, hidden.dtype).function

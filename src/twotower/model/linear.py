@@ -25,12 +25,12 @@ class Linear(nn.Linear):
 
     def forward(self, input: Tensor) -> Tensor:
         backend = select("linear", input.device, input.dtype)
-        out: Tensor = backend.function(input, self.weight, self.bias, self.packed.of(self.weight))
+        out: Tensor = backend.function(input, self.weight, self.bias, self.packed.get(self.weight))
         return out
 
     def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> Linear:
         super()._apply(fn, recurse)
-        self.packed.of(self.weight)  # releases the copy of a weight that has just changed or moved
+        self.packed.get(self.weight)  # releases the copy of a weight that has just changed or moved
         return self
 
 
@@ -42,7 +42,7 @@ class Int8Linear(nn.Module):
 
     def __init__(self, linear: Linear) -> None:
         super().__init__()
-        weight, scale = int8.quantized(linear.weight)
+        weight, scale = int8.quantize(linear.weight)
         self.register_buffer("weight", weight)
         self.register_buffer("weight_scale", scale)
         self.bias = linear.bias

@@ -14,7 +14,7 @@ from twotower.model.layer_io import AttentionMetadata
 from twotower.model.linear import Linear
 from twotower.model.norm import GatedGroupRMSNorm
 from twotower.ops.reference.mamba_block import MambaStepInputs, MambaWeights, convolve, gate_and_norm, split
-from twotower.ops.reference.ssd import advance, ssd_block, ssd_chunked, states_before
+from twotower.ops.reference.ssd import final_state, pass_states, ssd_block, ssd_chunked
 from twotower.ops.registry import select
 
 
@@ -84,8 +84,8 @@ class Mamba2(nn.Module):
         folded = [v.unflatten(1, (blocks, -1)).flatten(0, 1) for v in (xBC, dt, log_decay)]
         xBC, dt, log_decay = folded
         trace, C = convolve(xBC, window, dt, log_decay, weights)
-        added = advance(trace.x, trace.dt, trace.log_decay, trace.B, None).unflatten(0, (-1, blocks))
-        before = states_before(added, trace.log_decay.sum(1).unflatten(0, (-1, blocks)), None, starts_document).flatten(
+        added = final_state(trace.x, trace.dt, trace.log_decay, trace.B, None).unflatten(0, (-1, blocks))
+        before = pass_states(added, trace.log_decay.sum(1).unflatten(0, (-1, blocks)), None, starts_document).flatten(
             0, 1
         )
         y = ssd_block(trace.x, trace.dt, trace.log_decay, trace.B, C, before)

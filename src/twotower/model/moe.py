@@ -13,7 +13,7 @@ from twotower.model.layer_io import AttentionMetadata
 from twotower.model.linear import Linear
 from twotower.ops.cpu.packed_weights import PackedWeight
 from twotower.ops.reference import int8
-from twotower.ops.reference.experts import Panels
+from twotower.ops.reference.experts import PackedPair
 from twotower.ops.reference.routing import Routing
 from twotower.ops.registry import select
 
@@ -69,15 +69,15 @@ class Experts(nn.Module):
 
     def forward(self, hidden: Tensor, choice: Tensor, weight: Tensor) -> Tensor:
         backend = select("experts", hidden.device, hidden.dtype)
-        out: Tensor = backend.function(hidden, choice, weight, self.up_proj, self.down_proj, self._panels())
+        out: Tensor = backend.function(hidden, choice, weight, self.up_proj, self.down_proj, self._packed())
         return out
 
-    def _panels(self) -> Panels:
-        return self.packed_up.of(self.up_proj), self.packed_down.of(self.down_proj)
+    def _packed(self) -> PackedPair:
+        return self.packed_up.get(self.up_proj), self.packed_down.get(self.down_proj)
 
     def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> Experts:
         super()._apply(fn, recurse)
-        self._panels()  # as in `Linear`
+        self._packed()  # as in `Linear`
         return self
 
 
@@ -92,7 +92,7 @@ class Int8Experts(nn.Module):
     def __init__(self, experts: Experts) -> None:
         super().__init__()
         for name in ("up_proj", "down_proj"):
-            weight, scale = int8.quantized(getattr(experts, name))
+            weight, scale = int8.quantize(getattr(experts, name))
             self.register_buffer(name, weight)
             self.register_buffer(f"{name}_scale", scale)
 

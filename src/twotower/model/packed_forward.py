@@ -26,7 +26,7 @@ from twotower.model.conditioning import Modulation, modulated_norm
 from twotower.model.layer_io import AttentionMetadata, context_visible
 from twotower.model.mamba2 import Mamba2
 from twotower.model.tower import Layer, Tower
-from twotower.ops.reference.attention import Tile, tiled_attention
+from twotower.ops.reference.attention import QueryTile, tiled_attention
 
 TILE = 128  # queries of one attention call; a tile sees no key after its own end
 
@@ -99,19 +99,19 @@ class Layout:
         owner = F.pad(self.document, (taps, 0), value=-1).unfold(1, taps, self.block_size)[:, : self.blocks]
         return before * (owner == self.block_document[..., None])[..., None]
 
-    def causal_tiles(self) -> Iterator[Tile]:
+    def causal_tiles(self) -> Iterator[QueryTile]:
         """Attention of the context tower: earlier columns of the same document, and itself."""
         for lo, hi, keys, same in self._tiles():
-            yield Tile(lo, hi, (same & (keys <= keys[lo:hi, None]))[:, None])
+            yield QueryTile(lo, hi, (same & (keys <= keys[lo:hi, None]))[:, None])
 
-    def denoiser_tiles(self) -> Iterator[Tile]:
+    def denoiser_tiles(self) -> Iterator[QueryTile]:
         """Attention of the denoiser over [context keys ; denoiser keys of the tile]: the context strictly before the
         query's block, and the block itself, both ways."""
         for lo, hi, keys, same in self._tiles():
             start = keys // self.block_size * self.block_size
             past = same & context_visible(keys, start[lo:hi])
             own = same[:, :, lo:] & (start[lo:hi, None] == start[lo:hi])
-            yield Tile(lo, hi, torch.cat([past, own], dim=-1)[:, None])
+            yield QueryTile(lo, hi, torch.cat([past, own], dim=-1)[:, None])
 
     def _tiles(self) -> Iterator[tuple[int, int, Tensor, Tensor]]:
         """(first query, end, key positions (hi,), same document (B, hi − lo, hi)) for each tile. Tiles end at a

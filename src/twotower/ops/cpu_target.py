@@ -23,16 +23,16 @@ class CPUTarget:
     """One instruction set. flags: alternatives for the compiler, the first that compiles is used; none: no kernels.
 
     probe: the function of `torch.cpu` that says whether an x86-64 processor has it; None: any processor has it.
-    may_use_bf16: whether the target contains instructions for bf16 products.
+    allows_bf16: whether the target contains instructions for bf16 products.
     """
 
     name: str
     flags: tuple[tuple[str, ...], ...]
     probe: str | None = None
-    may_use_bf16: bool = False
+    allows_bf16: bool = False
 
 
-NATIVE = CPUTarget(name="native", flags=(("-march=native",), ("-mcpu=native",), ()), may_use_bf16=True)
+NATIVE = CPUTarget(name="native", flags=(("-march=native",), ("-mcpu=native",), ()), allows_bf16=True)
 TARGETS = {
     target.name: target
     for target in (
@@ -41,7 +41,7 @@ TARGETS = {
             name="avx512_bf16",
             flags=(("-march=x86-64-v4", "-mavx512bf16"),),
             probe="_is_avx512_bf16_supported",
-            may_use_bf16=True,
+            allows_bf16=True,
         ),
         CPUTarget(name="avx512", flags=(("-march=x86-64-v4",),), probe="_is_avx512_supported"),
         CPUTarget(name="avx2", flags=(("-march=x86-64-v3",),), probe="_is_avx2_supported"),
@@ -50,7 +50,7 @@ TARGETS = {
 }
 
 
-def chosen() -> CPUTarget:
+def selected() -> CPUTarget:
     """The target that the options name."""
     return TARGETS[options.current().cpu_target]
 
@@ -64,10 +64,10 @@ def unsupported_reason(target: CPUTarget) -> str | None:
     return None if _has(target.probe) else f"this processor has no {target.name}"
 
 
-def multiplies_bf16(target: CPUTarget) -> bool:
+def has_bf16_matmul(target: CPUTarget) -> bool:
     """Whether the processor has bf16 products (AVX-512 BF16 or AMX) that the target may use."""
     probes = ("_is_avx512_bf16_supported", "_is_amx_tile_supported")
-    return target.may_use_bf16 and platform.machine() in X86_64 and any(map(_has, probes))
+    return target.allows_bf16 and platform.machine() in X86_64 and any(map(_has, probes))
 
 
 def _has(probe: str) -> bool:

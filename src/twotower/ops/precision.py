@@ -21,12 +21,12 @@ def upcast(values: Tensor) -> Tensor:
     return values.to(accumulation_dtype(values.dtype))
 
 
-def multiplies_bf16_fast(device: torch.device, target: CPUTarget | None = None) -> bool:
+def has_fast_bf16_matmul(device: torch.device, target: CPUTarget | None = None) -> bool:
     """Whether a bf16 product is at least as fast as one in fp32: on CUDA, and on processors with AVX-512 BF16 or AMX.
     Elsewhere it takes three times as long. target: the CPU target to answer for (None: that of the options)."""
-    return device.type == "cuda" or _multiplies_bf16(target or cpu_target.chosen())
+    return device.type == "cuda" or _has_bf16_matmul(target or cpu_target.selected())
 
 
 @cache
-def _multiplies_bf16(target: CPUTarget) -> bool:
-    return cpu_target.multiplies_bf16(target)
+def _has_bf16_matmul(target: CPUTarget) -> bool:
+    return cpu_target.has_bf16_matmul(target)

@@ -23,7 +23,7 @@ from twotower import options
 from twotower.ops import self_check
 from twotower.ops.cpu import kernels as native_ops
 from twotower.ops.reference import argmax, attention, experts, int8, kv_write, linear, mamba_block, norm, routing
-from twotower.ops.reference.kv_write import Pair
+from twotower.ops.reference.kv_write import TensorPair
 from twotower.ops.reference.mamba_block import MambaStepInputs
 from twotower.ops.self_check_cases import CASES
 from twotower.ops.triton.launch import triton_unsupported_reason
@@ -39,7 +39,7 @@ class Backend:
 
     name: str
     function: Callable[..., Any]
-    why: str
+    description: str
     unsupported_reason: Callable[[torch.device, torch.dtype], str | None] = lambda device, dtype: None
     compiled: bool = False
 
@@ -58,26 +58,26 @@ def _host_unsupported_reason(device: torch.device, dtype: torch.dtype) -> str | 
     return None if device.type == "cpu" else "would wait for the device"
 
 
-def _triton(module: str, name: str, why: str) -> Backend:
+def _triton(module: str, name: str, description: str) -> Backend:
     """A function of a module that may be imported only where Triton is there."""
 
     def call(*args: object) -> object:
         return getattr(importlib.import_module(f"twotower.ops.triton.{module}"), name)(*args)
 
-    return Backend("triton", call, why, triton_unsupported_reason, compiled=True)
+    return Backend("triton", call, description, triton_unsupported_reason, compiled=True)
 
 
-def _native(function: Callable[..., object], why: str) -> Backend:
+def _native(function: Callable[..., object], description: str) -> Backend:
     """A kernel for processors."""
-    return Backend("native", function, why, native_ops.cpu_unsupported_reason, compiled=True)
+    return Backend("native", function, description, native_ops.cpu_unsupported_reason, compiled=True)
 
 
 def _each_layer(backend: Backend) -> Backend:
     """`mamba_block.state_update` of one layer as the op, which takes the pools and the traces of all."""
 
     def each(
-        pools: Sequence[Pair], inputs: Sequence[MambaStepInputs], accepted: Tensor, rows: Tensor | None
-    ) -> list[Pair]:
+        pools: Sequence[TensorPair], inputs: Sequence[MambaStepInputs], accepted: Tensor, rows: Tensor | None
+    ) -> list[TensorPair]:
         both = zip(pools, inputs, strict=True)
         return [backend.function(*pair, own, accepted, rows) for pair, own in both]
 
@@ -100,9 +100,9 @@ REGISTRY: dict[str, tuple[Backend, ...]] = {
         _native(native_ops.state_update, "all layers in one call, states change in place"),
         _each_layer(Backend("torch", mamba_block.state_update, "plain torch, differentiable")),
     ),
-    "append": (
-        _native(native_ops.append, "all layers in one call"),
-        Backend("torch", kv_write.append, "plain torch; out of place under autograd"),
+    "kv_append": (
+        _native(native_ops.kv_append, "all layers in one call"),
+        Backend("torch", kv_write.kv_append, "plain torch; out of place under autograd"),
     ),
     "argmax": (
         _triton("argmax", "argmax", "reads the logits once"),
@@ -202,5 +202,5 @@ def report(device: torch.device, dtype: torch.dtype) -> list[tuple[str, str, str
             f"{b.name} {_unsupported_reason(op, b, device, dtype, key)}" for b in backends[: backends.index(chosen)]
         ]
         checked = ["agreed with its reference on this machine"] if chosen.compiled else []
-        rows.append((op, chosen.name, "; ".join([chosen.why, *checked, *passed])))
+        rows.append((op, chosen.name, "; ".join([chosen.description, *checked, *passed])))
     return rows

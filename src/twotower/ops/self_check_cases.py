@@ -9,9 +9,9 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from twotower.ops.reference.attention import Cached
-from twotower.ops.reference.int8 import quantized
-from twotower.ops.reference.kv_write import Ends
+from twotower.ops.reference.attention import CachedKV
+from twotower.ops.reference.int8 import quantize
+from twotower.ops.reference.kv_write import AppendPositions
 from twotower.ops.reference.mamba_block import MambaStepInputs, MambaWeights
 from twotower.ops.reference.routing import Routing
 from twotower.ops.self_check import Case
@@ -27,13 +27,13 @@ class Sizes(NamedTuple):
     taps: int
 
 
-ODD = Sizes(heads=6, groups=2, width=12, state=24, taps=3)
-RELEASED = Sizes(heads=64, groups=8, width=64, state=128, taps=4)
+ODD_SIZES = Sizes(heads=6, groups=2, width=12, state=24, taps=3)
+RELEASED_SIZES = Sizes(heads=64, groups=8, width=64, state=128, taps=4)
 
 
-def block_cases(device: torch.device, dtype: torch.dtype) -> list[Case]:
+def mamba_block_cases(device: torch.device, dtype: torch.dtype) -> list[Case]:
     """A block and a single token; every row of another length, one of none; from states of their own."""
-    return _cases(device, lambda sizes, length: (*block_arguments(sizes, length, device, dtype), True))
+    return _mamba_cases(device, lambda sizes, length: (*mamba_block_arguments(sizes, length, device, dtype), True))
 
 
 def state_update_cases(device: torch.device, dtype: torch.dtype) -> list[Case]:
@@ -44,36 +44,37 @@ def state_update_cases(device: torch.device, dtype: torch.dtype) -> list[Case]:
         other = MambaStepInputs(*(part * 0.5 for part in inputs))
         return ((window, state), (window * 2, state * 3)), (inputs, other), accepted, rows
 
-    return _cases(device, arguments)
+    return _mamba_cases(device, arguments)
 
 
-def _cases(device: torch.device, arguments: Callable[[Sizes, int], tuple[object, ...]]) -> list[Case]:
+def _mamba_cases(device: torch.device, arguments: Callable[[Sizes, int], tuple[object, ...]]) -> list[Case]:
     """Odd sizes, and on a GPU the released ones too: through the interpreter those would take minutes. 33 tokens need
     as much of a GPU's memory as any block."""
-    pairs = [(ODD, 1), (ODD, 19)] + [(RELEASED, length) for length in (1, 16, 33) if device.type == "cuda"]
+    released = [(RELEASED_SIZES, length) for length in (1, 16, 33) if device.type == "cuda"]
+    pairs = [(ODD_SIZES, 1), (ODD_SIZES, 19), *released]
     return [
         Case(f"{sizes.heads} heads of {sizes.width}, {length} tokens", partial(arguments, sizes, length))
         for sizes, length in pairs
     ]
 
 
-def append_cases(device: torch.device, dtype: torch.dtype) -> list[Case]:
+def kv_append_cases(device: torch.device, dtype: torch.dtype) -> list[Case]:
     """Two layers; rows of every length, one of no tokens, one whose columns end within the block."""
 
     def arguments(length: int) -> tuple[object, ...]:
-        draw = Draw(10, device)
-        pools = tuple((draw(161, 12).to(dtype), draw(161, 12).to(dtype)) for _ in range(2))
+        randn = Randn(10, device)
+        pools = tuple((randn(161, 12).to(dtype), randn(161, 12).to(dtype)) for _ in range(2))
         start, stride, lengths = torch.tensor([[90, 0, 30], [20, 6, 30], [7, 5, 0]], device=device)
         valid = lengths_up_to(length, 3, device)
         step = torch.arange(length, device=device)
         counts = (step < valid[:, None]) & (lengths[:, None] + step < stride[:, None])
         new = tuple(
-            tuple(draw(3, length, 3, 12).to(dtype) * counts[..., None, None] for _ in "kv") for _ in range(2)
+            tuple(randn(3, length, 3, 12).to(dtype) * counts[..., None, None] for _ in "kv") for _ in range(2)
         )  # zeros where nothing counts: the reference writes them to the last vector
         for pair in pools:
             for pool in pair:
                 pool[-1] = 0
-        return pools, new, Ends(start, stride, lengths, valid)
+        return pools, new, AppendPositions(start, stride, lengths, valid)
 
     return [_case(f"{length} tokens", arguments, length) for length in (1, 9)]
 
@@ -86,33 +87,33 @@ def argmax_cases(device: torch.device, dtype: torch.dtype) -> list[Case]:
     ]
 
 
-def weights_of(sizes: Sizes, device: torch.device, dtype: torch.dtype, bias: bool = True) -> MambaWeights:
+def mamba_weights(sizes: Sizes, device: torch.device, dtype: torch.dtype, bias: bool = True) -> MambaWeights:
     """Random weights whose heads remember from a few to many tokens; what checkpoints keep wide is fp32."""
-    draw = Draw(1, device)
+    randn = Randn(1, device)
     inner = sizes.heads * sizes.width
     channels = inner + 2 * sizes.groups * sizes.state
     return MambaWeights(
-        draw(channels, 1, sizes.taps).to(dtype) * 0.5,
-        draw(channels).to(dtype) * 0.3 if bias else None,
-        draw(sizes.heads) - 2,
-        draw(sizes.heads) * 0.7 + 1,
-        draw(sizes.heads),
-        draw(inner).to(dtype) * 0.2 + 1,
+        randn(channels, 1, sizes.taps).to(dtype) * 0.5,
+        randn(channels).to(dtype) * 0.3 if bias else None,
+        randn(sizes.heads) - 2,
+        randn(sizes.heads) * 0.7 + 1,
+        randn(sizes.heads),
+        randn(inner).to(dtype) * 0.2 + 1,
         sizes.groups,
         1e-5,
         (0.01, 1.5),
     )
 
 
-def block_arguments(
+def mamba_block_arguments(
     sizes: Sizes, length: int, device: torch.device, dtype: torch.dtype, rows: int = 3
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, MambaWeights]:
     """The arguments of `mamba_block` but the last: rows of 0, …, `length` tokens, each from a state of its own."""
-    draw = Draw(2, device)
-    weights = weights_of(sizes, device, dtype)
-    projected = draw(rows, length, weights.inner + weights.conv_dim + weights.heads)
-    window = draw(rows, weights.taps - 1, weights.conv_dim)
-    state = draw(rows, weights.heads, weights.head_dim, weights.state_size)
+    randn = Randn(2, device)
+    weights = mamba_weights(sizes, device, dtype)
+    projected = randn(rows, length, weights.inner + weights.conv_dim + weights.heads)
+    window = randn(rows, weights.taps - 1, weights.conv_dim)
+    state = randn(rows, weights.heads, weights.head_dim, weights.state_size)
     valid = torch.arange(length, device=device) < lengths_up_to(length, rows, device)[:, None]
     return projected.to(dtype), valid, window.to(dtype), state, weights
 
@@ -121,26 +122,26 @@ def state_update_arguments(
     sizes: Sizes, length: int, device: torch.device, dtype: torch.dtype, slots: tuple[int, ...] = (3, 0, 4)
 ) -> tuple[Tensor, Tensor, MambaStepInputs, Tensor, Tensor]:
     """The arguments of `state_update`: rows that accept 0, …, `length` tokens, into the given ones of five slots."""
-    draw = Draw(3, device)
+    randn = Randn(3, device)
     rows = len(slots)
     channels = sizes.heads * sizes.width + 2 * sizes.groups * sizes.state
-    dt = draw(rows, length, sizes.heads).abs()
+    dt = randn(rows, length, sizes.heads).abs()
     inputs = MambaStepInputs(
-        draw(rows, length, channels).to(dtype),
-        draw(rows, length, sizes.heads, sizes.width),
+        randn(rows, length, channels).to(dtype),
+        randn(rows, length, sizes.heads, sizes.width),
         dt,
         -0.5 * dt,
-        draw(rows, length, sizes.groups, sizes.state),
+        randn(rows, length, sizes.groups, sizes.state),
     )
-    window = draw(5, sizes.taps - 1, channels).to(dtype)
-    state = draw(5, sizes.heads, sizes.width, sizes.state)
+    window = randn(5, sizes.taps - 1, channels).to(dtype)
+    state = randn(5, sizes.heads, sizes.width, sizes.state)
     return window, state, inputs, lengths_up_to(length, rows, device), torch.tensor(slots, device=device)
 
 
 def argmax_arguments(size: int, device: torch.device, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
     """Logits (3, 2, size), rounded so that many are equal, one position's all, and what each row leaves out: nothing,
     the best, another."""
-    logits = (Draw(4, device)(3, 2, size) * 8).round() / 2
+    logits = (Randn(4, device)(3, 2, size) * 8).round() / 2
     logits[2, 1] = 1.0
     best = logits[1, 0].argmax()
     return logits.to(dtype), torch.stack([best * 0 - 1, best, best * 0 + size - 1])
@@ -151,7 +152,7 @@ def lengths_up_to(length: int, rows: int, device: torch.device) -> Tensor:
     return torch.linspace(length, 0, rows, device=device).round().long()
 
 
-class Draw:
+class Randn:
     """Normal numbers from a generator of its own: the caller's stays as it was, on every device the same."""
 
     def __init__(self, seed: int, device: torch.device) -> None:
@@ -172,10 +173,10 @@ def linear_cases(device: torch.device, dtype: torch.dtype) -> list[Case]:
     """One token, some, and more than a tile; widths that no vector divides; with a bias and without; packed and not."""
 
     def arguments(tokens: int, width: int, out: int, bias: bool, packed: bool) -> tuple[object, ...]:
-        draw = Draw(5, device)
-        weight = draw(out, width).to(dtype)
-        x, bias_drawn = draw(tokens, width).to(dtype), draw(out).to(dtype) if bias else None
-        return x, weight, bias_drawn, _panels(weight, packed)
+        randn = Randn(5, device)
+        weight = randn(out, width).to(dtype)
+        x, bias_drawn = randn(tokens, width).to(dtype), randn(out).to(dtype) if bias else None
+        return x, weight, bias_drawn, _packed(weight, packed)
 
     return [
         _case(f"{size[0]} tokens of width {size[1]}{', packed' * packed}", arguments, *size, packed)
@@ -188,10 +189,10 @@ def linear_int8_cases(device: torch.device, dtype: torch.dtype) -> list[Case]:
     """Those of `linear`, and a row of zeros; on a GPU also the largest tiles, and a released size in several parts."""
 
     def arguments(tokens: int, width: int, out: int, bias: bool) -> tuple[object, ...]:
-        draw = Draw(10, device)
-        weight = draw(out, width)
+        randn = Randn(10, device)
+        weight = randn(out, width)
         weight[out // 2] = 0
-        return draw(tokens, width).to(dtype), *quantized(weight), draw(out).to(dtype) if bias else None
+        return randn(tokens, width).to(dtype), *quantize(weight), randn(out).to(dtype) if bias else None
 
     more = ((16, 4096, 2688, False), (70, 2688, 131, True)) if device.type == "cuda" else ()
     return [_case(f"{size[0]} tokens of width {size[1]}", arguments, *size) for size in PRODUCTS + more]
@@ -204,7 +205,7 @@ def experts_int8_cases(device: torch.device, dtype: torch.dtype, width: int = 37
         *routed, up, down, _ = case.arguments()
         assert isinstance(up, Tensor)
         assert isinstance(down, Tensor)
-        return *routed, *quantized(up), *quantized(down)
+        return *routed, *quantize(up), *quantize(down)
 
     return [_case(case.name, arguments, case) for case in experts_cases(device, dtype, width, inner, (False,))]
 
@@ -220,11 +221,11 @@ def experts_cases(
     three experts of the released size."""
 
     def arguments(tokens: int, top: int, count: int, width: int, inner: int, packed: bool) -> tuple[object, ...]:
-        draw = Draw(6, device)
-        up, down = (draw(count, *shape).to(dtype) for shape in ((inner, width), (width, inner)))
-        hidden, choice = draw(tokens, width).to(dtype) / 4, draw(tokens, count).argsort(-1)[:, :top]
-        panels = _panels(up, packed), _panels(down, packed)
-        return hidden, choice.contiguous(), draw(tokens, top).abs(), up, down, panels
+        randn = Randn(6, device)
+        up, down = (randn(count, *shape).to(dtype) for shape in ((inner, width), (width, inner)))
+        hidden, choice = randn(tokens, width).to(dtype) / 4, randn(tokens, count).argsort(-1)[:, :top]
+        copies = _packed(up, packed), _packed(down, packed)
+        return hidden, choice.contiguous(), randn(tokens, top).abs(), up, down, copies
 
     sizes = [(1, 2, 7, width, inner), (19, 3, 7, width, inner)]
     if device.type == "cuda":
@@ -237,11 +238,11 @@ def experts_cases(
 
 
 def _packings(device: torch.device) -> tuple[bool, ...]:
-    """Whether weights have copies in panels: only processors read such."""
+    """Whether to try weights with a packed copy: only CPU kernels read one."""
     return (False, True) if device.type == "cpu" else (False,)
 
 
-def _panels(weight: Tensor, packed: bool) -> Tensor | None:
+def _packed(weight: Tensor, packed: bool) -> Tensor | None:
     if not packed:
         return None
     from twotower.ops.cpu import kernels
@@ -253,30 +254,30 @@ def route_cases(device: torch.device, dtype: torch.dtype) -> list[Case]:
     """One group and several, normalised or not; on a GPU the released sizes too. No choice is a near tie."""
 
     def arguments(rule: Routing) -> tuple[object, ...]:
-        draw = Draw(7, device)
-        return draw(17, 45).to(dtype), draw(12, 45).to(dtype) / 8, draw(12), rule
+        randn = Randn(7, device)
+        return randn(17, 45).to(dtype), randn(12, 45).to(dtype) / 8, randn(12), rule
 
     rules = (Routing(1, 1, 2, True, 2.5), Routing(3, 2, 3, False, 2.5), Routing(4, 1, 2, True, 2.5))
     small = [_case(f"{rule.n_group} groups", arguments, rule) for rule in rules]
-    return small + [_case("128 experts", released_routing, device, dtype)] * (device.type == "cuda")
+    return small + [_case("128 experts", released_route_arguments, device, dtype)] * (device.type == "cuda")
 
 
-def released_routing(device: torch.device, dtype: torch.dtype) -> tuple[Tensor, Tensor, Tensor, Routing]:
+def released_route_arguments(device: torch.device, dtype: torch.dtype) -> tuple[Tensor, Tensor, Tensor, Routing]:
     """Arguments of `route` at the released sizes."""
-    draw = Draw(15, device)
-    hidden, weight = draw(5, 2688).to(dtype), (draw(128, 2688) / 2688**0.5).to(dtype)
-    return hidden, weight, draw(128) / 8, Routing(1, 1, 6, True, 2.5)
+    randn = Randn(15, device)
+    hidden, weight = randn(5, 2688).to(dtype), (randn(128, 2688) / 2688**0.5).to(dtype)
+    return hidden, weight, randn(128) / 8, Routing(1, 1, 6, True, 2.5)
 
 
-def norm_cases(device: torch.device, dtype: torch.dtype, width: int | None = None) -> list[Case]:
+def rms_norm_cases(device: torch.device, dtype: torch.dtype, width: int | None = None) -> list[Case]:
     """Each order of norm and modulation; a residual stream wider than the weights. Of an odd width, on a GPU of the
     released one, or the given."""
     width = width or (2688 if device.type == "cuda" else 83)
 
     def arguments(order: str | None, stream: torch.dtype, rows: int = 3) -> tuple[object, ...]:
-        draw = Draw(8, device)
-        x, weight = draw(rows, 5, width).to(stream), (draw(width) / 4 + 1).to(dtype)
-        both = draw(rows, 2, 1, width).to(dtype) / 2  # strided, as the time network gives them
+        randn = Randn(8, device)
+        x, weight = randn(rows, 5, width).to(stream), (randn(width) / 4 + 1).to(dtype)
+        both = randn(rows, 2, 1, width).to(dtype) / 2  # strided, as the time network gives them
         return x, weight, 1e-5, *((None,) if order is None else ((both[:, 0], both[:, 1]), order))
 
     kinds = ((None, dtype), ("before", dtype), ("after", dtype), ("before", torch.float32))
@@ -291,16 +292,16 @@ def attention_cases(device: torch.device, dtype: torch.dtype) -> list[Case]:
     def arguments(
         length: int, heads: int, width: int, causal: bool, ragged: bool, longest: int = 1300
     ) -> tuple[object, ...]:
-        draw = Draw(9, device)
+        randn = Randn(9, device)
         lengths = torch.tensor([0, 5, longest], device=device)
-        pool = draw(2, 2 * (longest + 100), width).to(dtype)
+        pool = randn(2, 2 * (longest + 100), width).to(dtype)
         pool[1, 30:48] /= 16
         start, stride = torch.tensor([[2 * longest + 100, 30, 60], [1, 9, longest + 5]], device=device)
-        cached = Cached(pool[0], pool[1], start, stride, lengths, longest, 0)
+        cached = CachedKV(pool[0], pool[1], start, stride, lengths, longest, 0)
         valid = None
         if ragged:
             valid = torch.arange(length, device=device) < torch.tensor([[length], [1], [length - 1]], device=device)
-        q, k, v = draw(3, length, heads, width) / 2, draw(3, length, 2, width), draw(3, length, 2, width) / 16
+        q, k, v = randn(3, length, heads, width) / 2, randn(3, length, 2, width), randn(3, length, 2, width) / 16
         return q.to(dtype), k.to(dtype), v.to(dtype), valid, causal, cached
 
     sizes: tuple[tuple[object, ...], ...] = (
@@ -321,12 +322,12 @@ def _case(name: str, arguments: Callable[..., tuple[object, ...]], *chosen: obje
 # What each op's compiled kernels are tried on.
 CASES: dict[str, Callable[[torch.device, torch.dtype], list[Case]]] = {
     "attention": attention_cases,
-    "mamba_block": block_cases,
+    "mamba_block": mamba_block_cases,
     "state_update": state_update_cases,
-    "append": append_cases,
+    "kv_append": kv_append_cases,
     "argmax": argmax_cases,
     "linear": linear_cases,
-    "rms_norm": norm_cases,
+    "rms_norm": rms_norm_cases,
     "route": route_cases,
     "experts": experts_cases,
     "linear_int8": linear_int8_cases,

@@ -26,7 +26,7 @@ from twotower.cache.layer_cache import LayerCache, MambaCache
 from twotower.model.conditioning import Modulation
 from twotower.model.layer_io import AttentionMetadata
 from twotower.model.tower import PassInputs, PassResult, Tower
-from twotower.ops.reference.attention import Cached
+from twotower.ops.reference.attention import CachedKV
 from twotower.ops.registry import select
 from twotower.ops.self_check import compare
 from twotower.runners.module_plan import ModulePlan, WeightPointers
@@ -171,20 +171,20 @@ def _eligible(tower: Tower, inputs: PassInputs) -> bool:
 
 def _bucket_widths(past: list[LayerCache] | None) -> list[LayerCache] | None:
     """With context columns rounded up: those beyond a row's length are masked in any case."""
-    return (
-        None if past is None else [_bucket_width(own) if isinstance(own, Cached) and own.width else own for own in past]
-    )
+    if past is None:
+        return None
+    return [_bucket_width(own) if isinstance(own, CachedKV) and own.max_length else own for own in past]
 
 
-def _bucket_width(cached: Cached) -> Cached:
-    width = max(MIN_CONTEXT_WIDTH, 1 << (cached.width - 1).bit_length())
-    return cached._replace(width=min(width, cached.even) if cached.even else width)
+def _bucket_width(cached: CachedKV) -> CachedKV:
+    width = max(MIN_CONTEXT_WIDTH, 1 << (cached.max_length - 1).bit_length())
+    return cached._replace(max_length=min(width, cached.uniform_stride) if cached.uniform_stride else width)
 
 
 def _bucket_rows(inputs: PassInputs) -> int:
     """Rows of the recording: a power of two, but as they are where keys and values are seen as one even layout."""
     rows = len(inputs.tokens)
-    even = any(isinstance(own, Cached) and own.even for own in inputs.past or ())
+    even = any(isinstance(own, CachedKV) and own.uniform_stride for own in inputs.past or ())
     return rows if even else 1 << (rows - 1).bit_length()
 
 
@@ -192,8 +192,8 @@ def _shape_key(inputs: PassInputs) -> Hashable:
     """What a recording depends on beside its rows."""
     layers: list[Hashable] = []
     for own in inputs.past or ():
-        if isinstance(own, Cached):
-            layers.append((own.width, own.even, own.k.data_ptr(), own.v.data_ptr()))
+        if isinstance(own, CachedKV):
+            layers.append((own.max_length, own.uniform_stride, own.k.data_ptr(), own.v.data_ptr()))
         elif own is not None:
             layers.append(tuple(part.shape[1:] for part in own))
     meta = inputs.meta
@@ -212,7 +212,7 @@ def _input_tensors(inputs: PassInputs) -> list[Tensor]:
     for own in inputs.past or ():
         if isinstance(own, MambaCache):
             out += own
-        elif isinstance(own, Cached):
+        elif isinstance(own, CachedKV):
             row_layout = (own.start, own.stride, own.lengths)
     out += row_layout
     for modulation in inputs.modulation or ():
@@ -231,7 +231,7 @@ def _static_inputs(inputs: PassInputs, rows: int) -> PassInputs:
     past: list[LayerCache] = []
     row_layout: tuple[Tensor, Tensor, Tensor] | None = None  # of all layers
     for own in inputs.past or ():
-        if isinstance(own, Cached):
+        if isinstance(own, CachedKV):
             row_layout = row_layout or (room(own.start), room(own.stride), room(own.lengths))
             starts, stride, lengths = row_layout
             past.append(own._replace(start=starts, stride=stride, lengths=lengths))

@@ -14,7 +14,7 @@ from torch import Tensor
 
 from twotower import options
 from twotower.model.tower import PassInputs, PassResult, Tower
-from twotower.ops.cpu.kernels import call, few
+from twotower.ops.cpu.kernels import call, max_tokens
 from twotower.ops.precision import accumulation_dtype
 from twotower.ops.registry import select
 from twotower.runners.module_plan import ModulePlan
@@ -55,7 +55,7 @@ class FusedCPURunner:
     def run(self, tower: Tower, inputs: PassInputs) -> PassResult | None:
         """What `Tower.forward` returns; None where the pass is not this runner's."""
         count, weight = inputs.tokens.numel(), tower.embeddings.weight
-        if not 0 < count <= few(weight.dtype, packed=True) or inputs.tokens.shape[1] > MAX_ROW_TOKENS:
+        if not 0 < count <= max_tokens(weight.dtype, packed=True) or inputs.tokens.shape[1] > MAX_ROW_TOKENS:
             return None
         plan = self._plan_of(tower)
         if not self._supports(plan, weight) or not plan.is_unmodified(tower):
@@ -63,7 +63,7 @@ class FusedCPURunner:
         weights = self.weights
         if weights is None or not weights.is_current(plan, weight.dtype):
             weights = self.weights = WeightTable(tower, plan)
-        if not weights.fits or count > few(weight.dtype, at_once=True, packed=weights.all_packed):
+        if not weights.fits or count > max_tokens(weight.dtype, whole_tower=True, packed=weights.all_packed):
             return None
         shape = shape_of(inputs, weight.dtype)
         if not SUPPORTED_CACHES.issuperset(shape.past):
@@ -107,7 +107,7 @@ def _fused_pass(tower: Tower, weights: WeightTable, tables: PassTables, inputs: 
     hidden = x.new_empty(x.shape, dtype=weights.dtype)
     added = tables.updates(hidden)
     valid = None if meta.valid is None else meta.valid.contiguous()
-    rows = (None, None, None) if cached is None or not cached.width else (cached.start, cached.stride, cached.lengths)
+    rows = cached[2:5] if cached is not None and cached.max_length else (None, None, None)  # start, stride, lengths
     call(
         "tower_", hidden, x, weights.kinds, *weights.addresses, tables.inputs, weights.norm_f, hidden, valid,
         int(meta.causal), *rows, tables.sizes, *tables.constants,

@@ -1,4 +1,4 @@
-"""Cached module list and weight pointers of a tower, and cheap checks that they still hold.
+"""CachedKV module list and weight pointers of a tower, and cheap checks that they still hold.
 
 A runner prepares its work once for a tower. Before each pass it has to know that every module is still this package's
 own, that no hook watches a module, and that each weight is the same tensor at the same address.

@@ -17,7 +17,7 @@ from twotower import options
 from twotower.model.linear import Linear
 from twotower.model.moe import Experts
 from twotower.ops.cpu import kernels
-from twotower.ops.cpu.packed_weights import PackedWeight, size
+from twotower.ops.cpu.packed_weights import PackedWeight, packed_size
 
 MAX_MEMORY_FRACTION = 0.5  # of the memory that is free: as much may the copies take where nobody asked for them
 
@@ -42,7 +42,7 @@ def packing_unsupported_reason(
     for weight, _ in packable_weights(model):
         kind = dtype or weight.dtype
         if kernels.cpu_unsupported_reason(device or weight.device, kind) is None:
-            needed += size(weight) * kind.itemsize
+            needed += packed_size(weight) * kind.itemsize
     if not needed:
         return "no compiled kernels read them"
     free = available_memory()
@@ -56,13 +56,13 @@ def pack_weights(model: nn.Module) -> int:
     """Copies every weight that compiled kernels read → bytes of all copies."""
     taken = 0
     for weight, packed in packable_weights(model):
-        panels = packed.of(weight)
-        if panels is None:
-            panels = kernels.pack(weight)
-            if panels is None:
+        copy = packed.get(weight)
+        if copy is None:
+            copy = kernels.pack(weight)
+            if copy is None:
                 continue
-            packed.keep(weight, panels)
-        taken += panels.nbytes
+            packed.store(weight, copy)
+        taken += copy.nbytes
     return taken
 
 

@@ -17,13 +17,13 @@ from torch import Tensor
 from twotower.cache.layer_cache import CacheUpdate, KeyValue, MambaCache
 from twotower.config import BackboneConfig
 from twotower.model.tower import PassInputs
-from twotower.ops.reference.attention import Cached
+from twotower.ops.reference.attention import CachedKV
 from twotower.ops.reference.mamba_block import MambaStepInputs, empty_step_inputs
 
 PLACES_PER_LAYER = 12  # INPUTS in tower.h
 MODULATION, PAST, ADDED = (0, 3), (3, 5), 5  # shift, scale, gate; two tensors of the past; what the pass adds
 ORDER_STRIDE = 4  # the place in `sizes` of the modulation's stride
-SUPPORTED_CACHES = {Cached, MambaCache, NoneType}  # not KeyValue: whole sequences, as in training
+SUPPORTED_CACHES = {CachedKV, MambaCache, NoneType}  # not KeyValue: whole sequences, as in training
 
 
 class PassShape(NamedTuple):
@@ -42,15 +42,15 @@ def shape_of(inputs: PassInputs, dtype: torch.dtype) -> PassShape:
     """The shape of a pass of a tower in `dtype`."""
     past = inputs.past or ()
     cached = cached_context(inputs)
-    has_context = cached is not None and cached.width > 0
+    has_context = cached is not None and cached.max_length > 0
     kinds = tuple(map(type, past))
     rows, length = inputs.tokens.shape
     return PassShape(rows, length, dtype, kinds, has_context, inputs.modulation is not None, inputs.trace)
 
 
-def cached_context(inputs: PassInputs) -> Cached | None:
+def cached_context(inputs: PassInputs) -> CachedKV | None:
     """Where keys and values lie; the same in all attention layers."""
-    return next((past for past in inputs.past or () if isinstance(past, Cached)), None)
+    return next((past for past in inputs.past or () if isinstance(past, CachedKV)), None)
 
 
 class PassTables:
@@ -59,7 +59,7 @@ class PassTables:
     def __init__(self, config: BackboneConfig, shape: PassShape, residual: torch.dtype) -> None:
         self._layers = config.num_layers
         pattern = config.hybrid_override_pattern
-        reads = {MambaCache: True, Cached: shape.has_context}
+        reads = {MambaCache: True, CachedKV: shape.has_context}
         self._past = [i for i, kind in enumerate(shape.past) if reads.get(kind, False)]
         mamba = [i for i, kind in enumerate(pattern) if kind == "M" and shape.trace]
         attention = [i for i, kind in enumerate(pattern) if kind == "*"]
@@ -139,5 +139,5 @@ def _addresses(tensors: Sequence[Tensor]) -> np.ndarray:
 
 def _pair(past: object) -> tuple[Tensor, Tensor]:
     """The two tensors that a layer reads: keys and values, or window and state."""
-    assert isinstance(past, Cached | MambaCache)
+    assert isinstance(past, CachedKV | MambaCache)
     return past[0], past[1]

@@ -46,7 +46,7 @@ WEIGHT_ORDER = {
 }
 
 
-_panels_of: Callable[[PackedWeight], Tensor | None] = attrgetter("panels")
+_packed_data: Callable[[PackedWeight], Tensor | None] = attrgetter("data")
 _version_of: Callable[[Tensor], int] = attrgetter("_version")
 
 
@@ -80,13 +80,13 @@ class WeightTable:
             if entry.tensor is None:
                 continue
             self._table[entry.slot] = entry.tensor.data_ptr()
-            panels = None if entry.packed is None else entry.packed.of(entry.tensor)
-            if panels is not None:
-                self._table[entry.slot + size] = panels.data_ptr()
+            copy = None if entry.packed is None else entry.packed.get(entry.tensor)
+            if copy is not None:
+                self._table[entry.slot + size] = copy.data_ptr()
                 self._packed.append(entry.tensor)
         self._versions = list(map(_version_of, self._packed))
-        self._panels = list(map(_panels_of, self._copies))
-        self.all_packed = all(panels is not None for panels in self._panels)
+        self._packed_data = list(map(_packed_data, self._copies))
+        self.all_packed = all(copy is not None for copy in self._packed_data)
         self.norm_f = tower.norm_f.weight.data_ptr()
         self._kinds = np.array([KINDS[layer.kind] for layer in tower.all_layers()], np.int64)
         self.kinds = self._kinds.ctypes.data
@@ -96,7 +96,7 @@ class WeightTable:
         """Whether the weights are the same tensors at the same addresses, and the packed ones unchanged."""
         return (
             dtype == self.dtype
-            and all(map(is_, map(_panels_of, self._copies), self._panels))
+            and all(map(is_, map(_packed_data, self._copies), self._packed_data))
             and all(map(eq, map(_version_of, self._packed), self._versions))
             and plan.weights_unchanged(self._weights)
         )

@@ -13,7 +13,7 @@ from twotower.checkpoint import one_tower, pretrained
 from twotower.config import TwoTowerConfig
 from twotower.errors import ArgumentError
 from twotower.modeling_twotower import TwoTowerForCausalLM
-from twotower.ops.precision import multiplies_bf16_fast
+from twotower.ops.precision import has_fast_bf16_matmul
 from twotower.training import weights
 from twotower.training.data import Batch
 from twotower.training.fsdp import World, shard
@@ -146,7 +146,7 @@ def compute_dtype(wanted: str, device: torch.device) -> torch.dtype:
     """ "auto": bf16 where the machine multiplies it fast, else fp32."""
     if wanted != "auto":
         return DTYPES[wanted]
-    return torch.bfloat16 if multiplies_bf16_fast(device) else torch.float32
+    return torch.bfloat16 if has_fast_bf16_matmul(device) else torch.float32
 
 
 def _shape(config: TwoTowerConfig) -> dict[str, object]:

@@ -8,21 +8,21 @@ template <class T>
 void argmax(const T* logits, const int64_t* excluded, int64_t* tokens, float* confidence, long positions, long each, long V,
             int threads) {
     parallel(threads, positions * V > (1 << 14), [&](int part, int parts) {
-        Range own = share(positions, part, parts);
+        Range own = partition(positions, part, parts);
         float* row = scratch(0, V + W);
         for (long i = own.lo; i < own.hi; i++) {
-            widened(logits + i * V, V, row);
+            upcast_row(logits + i * V, V, row);
             store(row + V, splat(-INFINITY));  // to the end of a vector
             const long out = excluded ? excluded[i / each] : -1;
             if (out >= 0 && out < V) row[out] = -INFINITY;
             vec most = splat(-INFINITY);
-            ivec place = {};  // of a lane's greatest the first vector that has it
+            ivec place = {};  // of a lane's max_lane the first vector that has it
             for (long v = 0; v < V; v += W) {
                 const vec x = load(row + v);
                 place = x > most ? ivec{} + int32_t(v) : place;
                 most = x > most ? x : most;
             }
-            const float best = greatest(most);
+            const float best = max_lane(most);
             int64_t token = V;
             for (int l = 0; l < W; l++)
                 if (most[l] == best) token = std::min(token, int64_t(place[l]) + l);

@@ -3,30 +3,30 @@
 #include "matmul.h"
 #include "small_gemm.h"
 
-// Keys of a task (beside its own block's), and of one turn of its running softmax.
+// Keys of a task (beside its own block's), and of one transpose of its running softmax.
 constexpr long SPAN = 1024, CHUNK = 256, LD_CHUNK = CHUNK + 16;
 
-// What some queries have seen so far: the greatest score, the sum of exp(score − most), and the values weighed by it.
-struct Seen { float *most, *total, *acc; };
+// What some queries have seen so far: the max_lane score, the sum of exp(score − most), and the values weighed by it.
+struct SoftmaxState { float *row_max, *row_sum, *acc; };
 
 // The scores of n more keys, of query m in a row of LD_CHUNK, become weights; what was seen before shrinks to fit.
-inline void soften(float* scores, long n, long M, long D, Seen seen, long ld) {
+inline void online_softmax(float* scores, long n, long M, long D, SoftmaxState seen, long ld) {
     float base[TILE];
     for (long m = 0; m < M; m++) {
         float* row = scores + m * LD_CHUNK;
         store(row + n, splat(-INFINITY));  // to the end of a vector
-        vec highest = splat(seen.most[m]);
+        vec highest = splat(seen.row_max[m]);
         for (long r = 0; r < n; r += W) {
             const vec next = load(row + r);
             highest = next > highest ? next : highest;
         }
-        const float top = greatest(highest), before = seen.most[m];
+        const float top = max_lane(highest), before = seen.row_max[m];
         if (top != before && before != -INFINITY) {
             const float shrink = std::exp(before - top);
-            seen.total[m] *= shrink;
+            seen.row_sum[m] *= shrink;
             for (long d = 0; d < D; d++) seen.acc[m * ld + d] *= shrink;
         }
-        seen.most[m] = top;
+        seen.row_max[m] = top;
         base[m] = top == -INFINITY ? 0 : top;  // nothing seen yet: no weight
     }
     for (long m = 0; m < M; m++) {
@@ -37,7 +37,7 @@ inline void soften(float* scores, long n, long M, long D, Seen seen, long ld) {
             weights += e;
             store(row + r, e);
         }
-        seen.total[m] += sum(weights);
+        seen.row_sum[m] += sum(weights);
     }
 }
 
@@ -47,7 +47,7 @@ template <class T> inline void divide(const float* x, float by, long n, T* y) {
     for (; i < n; i++) put(y + i, x[i] / by);
 }
 
-// q (B, L, Hq, D), k and v (B, L, Hkv, D) → out (B, L, Hq, D). Cached: of row b, head h, token t < lengths[b] the vector
+// q (B, L, Hq, D), k and v (B, L, Hkv, D) → out (B, L, Hq, D). CachedKV: of row b, head h, token t < lengths[b] the vector
 // start[b] + h·stride[b] + t of past_k, past_v.
 template <class T>
 void attention(const T* q, const T* k, const T* v, const uint8_t* valid, int causal, const T* past_k, const T* past_v,
@@ -74,13 +74,13 @@ void attention(const T* q, const T* k, const T* v, const uint8_t* valid, int cau
     const long *first = firsts.data(), count = long(list.size());
     float* partial = scratch(0, count * part_size);
     const float scale = 1.0f / std::sqrt(float(D));
-    parallel(threads, work > WORTH, [&](int part, int parts) {
+    parallel(threads, work > MIN_PARALLEL_WORK, [&](int part, int parts) {
         float* queries = scratch(1, Q * ld);
         float* scores = scratch(2, TILE * LD_CHUNK + W);
-        float* turned = scratch(3, D * LD_CHUNK + W);
+        float* transposed = scratch(3, D * LD_CHUNK + W);
         float* place = scratch(4, L + W);
         float* one = scratch(5, part_size);
-        Range own = share(count, part, parts);
+        Range own = partition(count, part, parts);
         for (long at = own.lo; at < own.hi; at++) {
             const Task task = tasks[at];
             const long b = task.b, h = task.h, length = past_k ? lengths[b] : 0, wide = Hkv * D;
@@ -98,27 +98,27 @@ void attention(const T* q, const T* k, const T* v, const uint8_t* valid, int cau
             }
             const bool alone = first[b * Hkv + h] + 1 == first[b * Hkv + h + 1];
             float* most = alone ? one : partial + at * part_size;
-            const Seen seen{most, most + Q, most + 2 * Q};
-            std::fill(seen.most, seen.most + Q, -INFINITY);
-            std::fill(seen.total, seen.total + Q + Q * ld, 0.0f);
+            const SoftmaxState seen{most, most + Q, most + 2 * Q};
+            std::fill(seen.row_max, seen.row_max + Q, -INFINITY);
+            std::fill(seen.row_sum, seen.row_sum + Q + Q * ld, 0.0f);
             for (long t = task.from; t < task.to; t += CHUNK) {
                 const long n = std::min(CHUNK, task.to - t), past = std::min(std::max(length - t, 0L), n);
                 const long begin = std::max(t - length, 0L);  // of its own keys
                 const T *keys = own_k + begin * wide, *values = own_v + begin * wide;
                 const T *past_keys = past_k + (base + t) * D, *past_values = past_v + (base + t) * D;
-                if (Q > FEW_ROWS) {
-                    turn(past_keys, D, past, D, turned, LD_CHUNK);
-                    turn(keys, wide, n - past, D, turned + past, LD_CHUNK);
+                if (Q > SMALL_ROWS) {
+                    transpose(past_keys, D, past, D, transposed, LD_CHUNK);
+                    transpose(keys, wide, n - past, D, transposed + past, LD_CHUNK);
                 }
                 for (long m = 0; m < Q; m += TILE) {
                     const long M = std::min(long(TILE), Q - m), last = m % L + M <= L ? m % L + M - 1 : L - 1;
                     const long near = std::max(causal ? std::min(n - past, last + 1 - begin) : n - past, 0L);
-                    if (Q > FEW_ROWS) {
-                        weigh_all(queries + m * ld, ld, 1, turned, LD_CHUNK, D, M, whole(past + near), scores, LD_CHUNK, 0,
-                                  ahead(past_values, past * D));
+                    if (Q > SMALL_ROWS) {
+                        gemm(queries + m * ld, ld, 1, transposed, LD_CHUNK, D, M, round_up(past + near), scores, LD_CHUNK, 0,
+                                  prefetcher(past_values, past * D));
                     } else {
-                        few_products(queries, ld, Q, past_keys, D, past, D, scores, LD_CHUNK, ahead(past_values, past * D));
-                        few_products(queries, ld, Q, keys, wide, near, D, scores + past, LD_CHUNK);
+                        gemm_nt_small(queries, ld, Q, past_keys, D, past, D, scores, LD_CHUNK, prefetcher(past_values, past * D));
+                        gemm_nt_small(queries, ld, Q, keys, wide, near, D, scores + past, LD_CHUNK);
                     }
                     if (masked)
                         for (long i = 0; i < M; i++) {
@@ -131,22 +131,22 @@ void attention(const T* q, const T* k, const T* v, const uint8_t* valid, int cau
                                 store(row + r, load(place + begin + r) > limit ? splat(-INFINITY) : load(row + r));
                             if (here) *itself = kept;
                         }
-                    const Seen tile{seen.most + m, seen.total + m, seen.acc + m * ld};
-                    soften(scores, past + near, M, D, tile, ld);
-                    weigh_all(scores, LD_CHUNK, 1, past_values, D, past, M, D, tile.acc, ld, 1,
-                              ahead(past_keys + past * D, std::min(CHUNK, std::max(length - t - CHUNK, 0L)) * D));
-                    weigh_all(scores + past, LD_CHUNK, 1, values, wide, near, M, D, tile.acc, ld, 1);
+                    const SoftmaxState tile{seen.row_max + m, seen.row_sum + m, seen.acc + m * ld};
+                    online_softmax(scores, past + near, M, D, tile, ld);
+                    gemm(scores, LD_CHUNK, 1, past_values, D, past, M, D, tile.acc, ld, 1,
+                              prefetcher(past_keys + past * D, std::min(CHUNK, std::max(length - t - CHUNK, 0L)) * D));
+                    gemm(scores + past, LD_CHUNK, 1, values, wide, near, M, D, tile.acc, ld, 1);
                 }
             }
             if (alone)
                 for (long m = 0; m < Q; m++) {
                     T* to = out + ((b * L + m % L) * Hq + h * group + m / L) * D;
-                    divide(seen.acc + m * ld, seen.total[m], D, to);
+                    divide(seen.acc + m * ld, seen.row_sum[m], D, to);
                 }
         }
         if (count == B * Hkv) return;
         barrier(parts);
-        own = share(B * Hkv, part, parts);
+        own = partition(B * Hkv, part, parts);
         for (long at = own.lo; at < own.hi; at++) {
             if (first[at + 1] - first[at] == 1) continue;
             const long b = at / Hkv, h = at % Hkv;

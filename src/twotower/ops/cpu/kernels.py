@@ -18,24 +18,24 @@ from torch import Tensor
 from twotower import options
 from twotower.ops.cpu import packed_weights
 from twotower.ops.cpu.library import library
-from twotower.ops.precision import multiplies_bf16_fast
+from twotower.ops.precision import has_fast_bf16_matmul
 from twotower.ops.reference import experts as torch_experts
 from twotower.ops.reference import int8
-from twotower.ops.reference.attention import Cached
-from twotower.ops.reference.experts import Panels
-from twotower.ops.reference.kv_write import Ends, Pair
+from twotower.ops.reference.attention import CachedKV
+from twotower.ops.reference.experts import PackedPair
+from twotower.ops.reference.kv_write import AppendPositions, TensorPair
 from twotower.ops.reference.mamba_block import MambaStepInputs, MambaWeights, empty_step_inputs
 from twotower.ops.reference.norm import Order
 from twotower.ops.reference.routing import Routing
 
-TYPES = {torch.float32: 0, torch.bfloat16: 1}
+DTYPE_CODES = {torch.float32: 0, torch.bfloat16: 1}
 # Tokens up to which reading the weights once, row by row, beats a blocked matrix product (fp32 on two AVX-512 cores:
 # 1.3 to 3 × at 16, equal near 48, half as fast at 128); and tokens up to which a whole tower in one call beats the
 # layers one by one, whose products may be faster (fp32: equal at 128). Where the processor only emulates bf16, products
 # that widen the weights in registers are faster than torch's at any number (1.3 × with AVX-512, 3 × with AVX2). So are
-# those with weights in panels in fp32 (0.9 to 1.3 × from 64 tokens on, 1.2 to 2.4 × below); the limit is for the memory
+# those with packed weights in fp32 (0.9 to 1.3 × from 64 tokens on, 1.2 to 2.4 × below); the limit is for the memory
 # that a pass takes.
-FEW, FEW_AT_ONCE, ANY = 48, 128, 2048
+SMALL_BATCH, SMALL_BATCH_TOWER, MAX_TOKENS = 48, 128, 2048
 _KINDS = {"i": ctypes.c_int, "l": ctypes.c_long, "f": ctypes.c_float, "p": ctypes.c_void_p}
 # i int, l long, f float, p pointer; each begins with the type (0 fp32, 1 bf16) and ends with the number of threads.
 SIGNATURES = {
@@ -46,7 +46,7 @@ SIGNATURES = {
     "rms_norm_": "iippppp" + "llll" + "if",
     "mamba_block_": "ippppp" + "pppppp" + "p" + "ppppp" + "lllllll" + "fff",
     "state_update_": "ilppp" + "lllllll",
-    "append_": "ilpppppp" + "llll",
+    "kv_append_": "ilpppppp" + "llll",
     "argmax_": "ipppplll",
     "tower_": "ippp" + "pppppp" + "ippp" + "p" + "ffff",
     "attention_": "ippppi" + "pppppp" + "lllll",
@@ -57,20 +57,20 @@ def cpu_unsupported_reason(device: torch.device, dtype: torch.dtype) -> str | No
     """Why these kernels cannot serve, or None."""
     if device.type != "cpu":
         return "needs host memory"
-    if dtype not in TYPES:
+    if dtype not in DTYPE_CODES:
         return "takes fp32 and bf16"
     found = library()
     return found if isinstance(found, str) else None
 
 
-def few(dtype: torch.dtype, at_once: bool = False, packed: bool = False) -> int:
+def max_tokens(dtype: torch.dtype, whole_tower: bool = False, packed: bool = False) -> int:
     """Tokens up to which these kernels are faster than torch's, one product or (at once) a whole tower, with weights as
     they lie or packed."""
-    if dtype == torch.bfloat16 and multiplies_bf16_fast(torch.device("cpu")):
-        return FEW
+    if dtype == torch.bfloat16 and has_fast_bf16_matmul(torch.device("cpu")):
+        return SMALL_BATCH
     if packed or dtype == torch.bfloat16:
-        return ANY
-    return FEW_AT_ONCE if at_once else FEW
+        return MAX_TOKENS
+    return SMALL_BATCH_TOWER if whole_tower else SMALL_BATCH
 
 
 @cache
@@ -87,7 +87,7 @@ def _function(name: str, options_key: str) -> Callable[..., None]:
 def call(name: str, type_of: Tensor, *arguments: Any) -> None:
     """Tensors go as addresses, None as null; whoever calls keeps them alive and contiguous."""
     plain = [value.data_ptr() if isinstance(value, Tensor) else value for value in arguments]
-    _function(name, options.current().kernels_key)(TYPES[type_of.dtype], *plain, torch.get_num_threads())
+    _function(name, options.current().kernels_key)(DTYPE_CODES[type_of.dtype], *plain, torch.get_num_threads())
 
 
 def _addresses(tensors: Sequence[Tensor]) -> ctypes.Array[ctypes.c_void_p]:
@@ -96,33 +96,33 @@ def _addresses(tensors: Sequence[Tensor]) -> ctypes.Array[ctypes.c_void_p]:
 
 
 def pack(weight: Tensor) -> Tensor | None:
-    """The panels of a weight (…, out, in); None for one that is not contiguous fp32 or bf16 in host memory."""
+    """The packed copy of a weight (…, out, in); None unless it is contiguous fp32 or bf16 in host memory."""
     unfit = weight.dim() < 2 or not weight.numel() or not weight.is_contiguous() or weight.is_inference()
     if unfit or cpu_unsupported_reason(weight.device, weight.dtype) is not None:
         return None
-    copy = torch.empty(packed_weights.size(weight), dtype=weight.dtype)
+    copy = torch.empty(packed_weights.packed_size(weight), dtype=weight.dtype)
     out, width = weight.shape[-2:]
     call("pack_", weight, weight, copy, weight.numel() // (out * width), out, width)
     return copy
 
 
-def linear(x: Tensor, weight: Tensor, bias: Tensor | None = None, panels: Tensor | None = None) -> Tensor:
-    """x (…, in), weight (out, in), bias (out,) or None, panels: the packed weight, if there is one → (…, out)."""
+def linear(x: Tensor, weight: Tensor, bias: Tensor | None = None, packed: Tensor | None = None) -> Tensor:
+    """x (…, in), weight (out, in), bias (out,) or None, packed: the packed weight, if there is one → (…, out)."""
     width = weight.shape[1]
     tokens = x.numel() // width
-    if tokens > few(x.dtype, packed=panels is not None) or not weight.is_contiguous() or x.dtype != weight.dtype:
+    if tokens > max_tokens(x.dtype, packed=packed is not None) or not weight.is_contiguous() or x.dtype != weight.dtype:
         return F.linear(x, weight, bias)
     x = x.contiguous()
     out = x.new_empty(*x.shape[:-1], weight.shape[0])
-    call("linear_", x, x, weight, panels, None, bias, out, tokens, width, weight.shape[0])
+    call("linear_", x, x, weight, packed, None, bias, out, tokens, width, weight.shape[0])
     return out
 
 
 def linear_int8(x: Tensor, q: Tensor, scale: Tensor, bias: Tensor | None = None) -> Tensor:
     """See `kernels.int8.linear`."""
-    width, out = int8.shape(q, scale)[::-1]
+    width, out = int8.weight_shape(q, scale)[::-1]
     tokens = x.numel() // width
-    if tokens > few(x.dtype, packed=True) or not q.is_contiguous():
+    if tokens > max_tokens(x.dtype, packed=True) or not q.is_contiguous():
         return int8.linear(x, q, scale, bias)
     x = x.contiguous()
     y = x.new_empty(*x.shape[:-1], out)
@@ -131,15 +131,15 @@ def linear_int8(x: Tensor, q: Tensor, scale: Tensor, bias: Tensor | None = None)
 
 
 def experts(
-    hidden: Tensor, choice: Tensor, weight: Tensor, up: Tensor, down: Tensor, panels: Panels = (None, None)
+    hidden: Tensor, choice: Tensor, weight: Tensor, up: Tensor, down: Tensor, packed: PackedPair = (None, None)
 ) -> Tensor:
-    """hidden (T, H); choice (T, k); weight (T, k); up (E, I, H); down (E, H, I); panels: both packed → (T, H)."""
-    most = few(hidden.dtype, packed=all(part is not None for part in panels))
+    """hidden (T, H); choice (T, k); weight (T, k); up (E, I, H); down (E, H, I); packed: both packed → (T, H)."""
+    most = max_tokens(hidden.dtype, packed=all(part is not None for part in packed))
     if choice.numel() > most * up.shape[0]:  # as many tokens for an average expert
         return torch_experts.experts_sorted(hidden, choice, weight, up, down)
     hidden, choice, weight = hidden.contiguous(), choice.contiguous(), weight.float().contiguous()
     out = torch.empty_like(hidden)
-    matrices = up, panels[0], None, down, panels[1], None
+    matrices = up, packed[0], None, down, packed[1], None
     call("experts_", hidden, hidden, choice, weight, *matrices, out, *choice.shape, *up.shape)
     return out
 
@@ -148,12 +148,12 @@ def experts_int8(
     hidden: Tensor, choice: Tensor, weight: Tensor, up: Tensor, up_scale: Tensor, down: Tensor, down_scale: Tensor
 ) -> Tensor:
     """See `kernels.int8.experts_sorted`."""
-    if choice.numel() > few(hidden.dtype, packed=True) * len(up):
+    if choice.numel() > max_tokens(hidden.dtype, packed=True) * len(up):
         return int8.experts_sorted(hidden, choice, weight, up, up_scale, down, down_scale)
     hidden, choice, weight = hidden.contiguous(), choice.contiguous(), weight.float().contiguous()
     out = torch.empty_like(hidden)
     matrices = None, up, up_scale.float(), None, down, down_scale.float()
-    call("experts_", hidden, hidden, choice, weight, *matrices, out, *choice.shape, *int8.shape(up, up_scale))
+    call("experts_", hidden, hidden, choice, weight, *matrices, out, *choice.shape, *int8.weight_shape(up, up_scale))
     return out
 
 
@@ -216,8 +216,8 @@ def mamba_block(
 
 
 def state_update(
-    pools: Sequence[Pair], inputs: Sequence[MambaStepInputs], accepted: Tensor, rows: Tensor | None = None
-) -> list[Pair]:
+    pools: Sequence[TensorPair], inputs: Sequence[MambaStepInputs], accepted: Tensor, rows: Tensor | None = None
+) -> list[TensorPair]:
     """`ops.reference.mamba_block.state_update` of each layer's pools and trace; the pools change in place."""
     pools = [(window.contiguous(), state.contiguous()) for window, state in pools]
     window, state = pools[0]
@@ -234,15 +234,15 @@ def state_update(
     return pools
 
 
-def append(pools: Sequence[Pair], new: Sequence[Pair], ends: Ends) -> list[Pair]:
-    """See `ops.reference.kv_write.append`; the pools change in place."""
+def kv_append(pools: Sequence[TensorPair], new: Sequence[TensorPair], positions: AppendPositions) -> list[TensorPair]:
+    """See `ops.reference.kv_write.kv_append`; the pools change in place."""
     pools, kept = list(pools), [part.contiguous() for pair in new for part in pair]
     rows, length, heads, width = kept[0].shape
     into, by = _addresses([part for pair in pools for part in pair]), _addresses(kept)
-    ends = Ends(*(part.contiguous() for part in ends))
+    positions = AppendPositions(*(part.contiguous() for part in positions))
     call(
-        "append_", kept[0], len(kept), ctypes.addressof(into), ctypes.addressof(by), *ends, rows * length, length,
-        heads, width,
+        "kv_append_", kept[0], len(kept), ctypes.addressof(into), ctypes.addressof(by), *positions, rows * length,
+        length, heads, width,
     )  # fmt: skip
     return pools
 
@@ -258,13 +258,13 @@ def argmax(logits: Tensor, excluded: Tensor | None = None) -> tuple[Tensor, Tens
 
 
 def attention(
-    q: Tensor, k: Tensor, v: Tensor, valid: Tensor | None, causal: bool, cached: Cached | None = None
+    q: Tensor, k: Tensor, v: Tensor, valid: Tensor | None, causal: bool, cached: CachedKV | None = None
 ) -> Tensor:
     """See `ops.reference.attention.attention`."""
     q, k, v = q.contiguous(), k.contiguous(), v.contiguous()
     valid = None if valid is None else valid.contiguous()
     past: list[Tensor | None] = [None] * 5
-    if cached is not None and cached.width:
+    if cached is not None and cached.max_length:
         past = [cached.k, cached.v, cached.start, cached.stride, cached.lengths]
     out = torch.empty_like(q)
     rows, length, heads, width = q.shape

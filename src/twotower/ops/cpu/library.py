@@ -34,7 +34,7 @@ def library() -> ctypes.CDLL | str:
 @cache
 def _library(options_key: str) -> ctypes.CDLL | str:
     """options_key: `Options.kernels_key` of the options in force."""
-    path = build(cpu_target.chosen())
+    path = build(cpu_target.selected())
     try:
         return path if isinstance(path, str) else ctypes.CDLL(str(path))
     except OSError as error:

@@ -12,7 +12,7 @@ template <int KNOWN> inline void convolve(const float* in, const float* taps, lo
     for (; c + W <= C; c += W)
         for (long l = 0; l < L; l++) {
             vec v = load(taps + K * C + c);
-            for (long k = 0; k < K; k++) v = fused(load(in + (l + k) * C + c), load(taps + k * C + c), v);
+            for (long k = 0; k < K; k++) v = fmadd(load(in + (l + k) * C + c), load(taps + k * C + c), v);
             store(out + l * C + c, silu(v));
         }
     for (; c < C; c++)
@@ -24,13 +24,13 @@ template <int KNOWN> inline void convolve(const float* in, const float* taps, lo
 }
 
 // by[l][m] = score[l][m] · exp(cum[l] − cum[m]) · dt[m] for m ≤ l < L, then zeros as far as tokens are weighed together.
-inline void discount(const float* score, const float* cum, const float* dt, long L, float* by, long ld) {
+inline void decay_scores(const float* score, const float* cum, const float* dt, long L, float* by, long ld) {
     for (long l = 0; l < L; l++) {
         const long end = std::min(L, (l / TILE + 1) * TILE);
         for (long m = 0; m < end; m += W) {
             const vec passed = cum[l] - load(cum + m);
             const vec taken = load(score + l * ld + m) * exp(passed) * load(dt + m);
-            store(by + l * ld + m, COUNT + float(m) > float(l) ? vec{} : taken);
+            store(by + l * ld + m, LANE_INDEX + float(m) > float(l) ? vec{} : taken);
         }
     }
 }
@@ -46,13 +46,13 @@ template <class T> inline void gate_and_norm(float* x, const T* z, const T* weig
     }
     float total = sum(squares);
     for (; c < n; c++) {
-        const float gate = widen(z[c]);
+        const float gate = upcast(z[c]);
         x[c] *= gate / (1.0f + std::exp(-gate));
         total += x[c] * x[c];
     }
     const float by = 1.0f / std::sqrt(total / n + eps);
     for (c = 0; c + W <= n; c += W) store(y + c, load(x + c) * by * load(weight + c));
-    for (; c < n; c++) put(y + c, x[c] * by * widen(weight[c]));
+    for (; c < n; c++) put(y + c, x[c] * by * upcast(weight[c]));
 }
 
 // projected (B, L, z | xBC | dt) → mixed (B, L, inner): convolution seeded with window, SiLU, scan seeded with state,
@@ -65,16 +65,16 @@ void mamba_block(const T* projected, const uint8_t* valid, const T* window, cons
                  float* kept_B, long rows, long L, Mamba dims, int threads) {
     const long H = dims.heads, P = dims.P, G = dims.groups, N = dims.N, K = dims.taps;
     const long inner = H * P, C = inner + 2 * G * N, wide = inner + C + H, each = H / G, X = each * P, own_C = X + 2 * N;
-    const long ldl = whole(L) + W, ldp = whole(P) + W;
-    parallel(threads, rows * L * H * P * N > WORTH, [&](int part, int parts) {
-        Range tasks = share(rows * G, part, parts);
+    const long ldl = round_up(L) + W, ldp = round_up(P) + W;
+    parallel(threads, rows * L * H * P * N > MIN_PARALLEL_WORK, [&](int part, int parts) {
+        Range tasks = partition(rows * G, part, parts);
         float* in = scratch(0, (L + K - 1) * own_C);   // this group's inputs to the convolution: x | B | C
         float* out = scratch(1, L * own_C + W);        // and its outputs after SiLU
         float* taps = scratch(2, (K + 1) * own_C);
         float* y = scratch(3, L * X);
         float* score = scratch(4, L * ldl);            // C·B of each two tokens
         float* by = scratch(5, L * ldl);               // what a token takes of each up to itself
-        float* turned = scratch(6, N * std::max(ldl, ldp));
+        float* transposed = scratch(6, N * std::max(ldl, ldp));
         float* steps = scratch(7, (each + 1) * ldl);
         float* seen = scratch(14, L * ldp);            // C·state
         long prepared = -1;
@@ -85,8 +85,8 @@ void mamba_block(const T* projected, const uint8_t* valid, const T* window, cons
             for (long run = 0, at = 0; run < 3 && g != prepared; at += size[run++])
                 for (long c = 0; c < size[run]; c++) {
                     const T* w = conv_weight + (from[run] + c) * K;
-                    for (long k = 0; k < K; k++) taps[k * own_C + at + c] = widen(w[k]);
-                    taps[K * own_C + at + c] = conv_bias ? widen(conv_bias[from[run] + c]) : 0.0f;
+                    for (long k = 0; k < K; k++) taps[k * own_C + at + c] = upcast(w[k]);
+                    taps[K * own_C + at + c] = conv_bias ? upcast(conv_bias[from[run] + c]) : 0.0f;
                 }
             prepared = g;
             for (long l = 0; l < L + K - 1; l++) {
@@ -95,7 +95,7 @@ void mamba_block(const T* projected, const uint8_t* valid, const T* window, cons
                 for (long run = 0, at = 0; run < 3; at += size[run++]) {
                     const T* source = l < K - 1 ? window + (slot * (K - 1) + l) * C + from[run]
                                                 : projected + token * wide + inner + from[run];
-                    if (counts) widened(source, size[run], in + l * own_C + at);
+                    if (counts) upcast_row(source, size[run], in + l * own_C + at);
                     else std::fill_n(in + l * own_C + at, size[run], 0.0f);
                     if (!kept_xBC || l < K - 1) continue;
                     T* to = kept_xBC + token * C + from[run];
@@ -106,7 +106,7 @@ void mamba_block(const T* projected, const uint8_t* valid, const T* window, cons
             if (K == 4) convolve<4>(in, taps, K, L, own_C, out);
             else convolve<0>(in, taps, K, L, own_C, out);
             const float *B = out + X, *Cs = out + X + N;  // both with stride own_C
-            products(Cs, own_C, L, B, own_C, L, N, score, ldl, turned, ldl);
+            gemm_nt(Cs, own_C, L, B, own_C, L, N, score, ldl, transposed, ldl);
             for (long l = 0; l < L && kept_B; l++) {
                 std::memcpy(kept_B + ((b * L + l) * G + g) * N, B + l * own_C, N * sizeof(float));
                 std::memcpy(kept_x + (b * L + l) * inner + g * X, out + l * own_C, X * sizeof(float));
@@ -115,7 +115,7 @@ void mamba_block(const T* projected, const uint8_t* valid, const T* window, cons
             for (long i = 0; i < each; i++) {
                 const long h = g * each + i;
                 float* dt = steps + i * ldl;
-                for (long l = 0; l < L; l++) dt[l] = widen(projected[(b * L + l) * wide + inner + C + h]) + dt_bias[h];
+                for (long l = 0; l < L; l++) dt[l] = upcast(projected[(b * L + l) * wide + inner + C + h]) + dt_bias[h];
             }
             for (long l = 0; l < each * ldl; l += W) {
                 vec step = softplus(load(steps + l));
@@ -134,16 +134,16 @@ void mamba_block(const T* projected, const uint8_t* valid, const T* window, cons
                     cum[l] = total += decay;
                     if (kept_dt) kept_dt[token * H + h] = dt[l], kept_decay[token * H + h] = decay;
                 }
-                discount(score, cum, dt, L, by, ldl);
+                decay_scores(score, cum, dt, L, by, ldl);
                 for (long l = 0; l < L; l++) by[l * ldl + l] += D[h];
                 float* to = y + i * P;
                 if (state) {
-                    products(Cs, own_C, L, state + (slot * H + h) * P * N, N, P, N, seen, ldp, turned, ldp);
+                    gemm_nt(Cs, own_C, L, state + (slot * H + h) * P * N, N, P, N, seen, ldp, transposed, ldp);
                     for (long l = 0; l < L; l++) scaled(seen + l * ldp, P, std::exp(cum[l]), to + l * X);
                 }
                 for (long l = 0; l < L; l += TILE) {
                     const long M = std::min(long(TILE), L - l);
-                    weigh_all(by + l * ldl, ldl, 1, out + i * P, own_C, l + M, M, P, to + l * X, X, state ? 1 : 0);
+                    gemm(by + l * ldl, ldl, 1, out + i * P, own_C, l + M, M, P, to + l * X, X, state ? 1 : 0);
                 }
             }
             for (long l = 0; l < L; l++) {
@@ -160,8 +160,8 @@ template <class T>
 void state_update(T* window, float* state, const int64_t* slots, const T* xBC, const float* x, const float* dt,
           const float* decay, const float* B, const int64_t* accepted, long rows, long L, Mamba dims, int threads) {
     const long H = dims.heads, P = dims.P, G = dims.groups, N = dims.N, K = dims.taps, C = H * P + 2 * G * N;
-    parallel(threads, rows * L * H * P * N > WORTH, [&](int part, int parts) {
-        Range tasks = share(rows * H, part, parts);
+    parallel(threads, rows * L * H * P * N > MIN_PARALLEL_WORK, [&](int part, int parts) {
+        Range tasks = partition(rows * H, part, parts);
         float* fed = scratch(0, L * P + L);
         float* by = fed + L * P;
         for (long task = tasks.lo; task < tasks.hi; task++) {
@@ -174,9 +174,9 @@ void state_update(T* window, float* state, const int64_t* slots, const T* xBC, c
                 for (long p = 0; p < P; p++) fed[l * P + p] = x[((b * L + l) * H + h) * P + p] * left;
             }
             float* own = state + ((slots ? slots[b] : b) * H + h) * P * N;
-            weigh_all(fed, 1, P, B + (b * L * G + g) * N, G * N, count, P, N, own, N, std::exp(total));
+            gemm(fed, 1, P, B + (b * L * G + g) * N, G * N, count, P, N, own, N, std::exp(total));
         }
-        Range own = share(rows, part, parts);
+        Range own = partition(rows, part, parts);
         for (long b = own.lo; b < own.hi; b++) {
             const long count = accepted[b];
             T* to = window + (slots ? slots[b] : b) * (K - 1) * C;

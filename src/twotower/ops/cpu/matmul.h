@@ -1,4 +1,4 @@
-// Dot products of weight rows with a few tokens: what a pass of up to some dozens of tokens is made of. Weights are read
+// Dot gemm_nt of weight rows with a few tokens: what a pass of up to some dozens of tokens is made of. Weights are read
 // once, as they lie (out, in), in whatever type they have; every token's result is the same whatever stands beside it.
 // Where a copy of them in panels was made (packed_weights.h), that is read instead.
 #pragma once
@@ -11,18 +11,18 @@ constexpr int TILE_ROWS = 4, TILE_TOKENS = 2;
 #endif
 
 template <int R, int M, class T, class Put>
-inline void dots(const T* w, long ldw, const float* x, long ldx, long K, bool ahead, Put put) {
+inline void dot_tile(const T* w, long ldw, const float* x, long ldx, long K, bool prefetch, Put put) {
     vec acc[R][M] = {};
     long k = 0;
     for (; k + W <= K; k += W) {
         vec weights[R];
         for (int r = 0; r < R; r++) {
             weights[r] = load(w + r * ldw + k);
-            if (ahead) __builtin_prefetch(w + (r + R) * ldw + k);
+            if (prefetch) __builtin_prefetch(w + (r + R) * ldw + k);
         }
         for (int m = 0; m < M; m++) {
             const vec token = load(x + m * ldx + k);
-            for (int r = 0; r < R; r++) acc[r][m] = fused(weights[r], token, acc[r][m]);
+            for (int r = 0; r < R; r++) acc[r][m] = fmadd(weights[r], token, acc[r][m]);
         }
     }
     constexpr int COLUMNS = M == 3 ? 4 : M;  // a power of two
@@ -34,7 +34,7 @@ inline void dots(const T* w, long ldw, const float* x, long ldx, long K, bool ah
     for (int m = 0; m < M; m++)
         for (int r = 0; r < R; r++)
             for (long j = k; j < K; j++)
-                totals[m * R + r] = std::fma(widen(w[r * ldw + j]), x[m * ldx + j], totals[m * R + r]);
+                totals[m * R + r] = std::fma(upcast(w[r * ldw + j]), x[m * ldx + j], totals[m * R + r]);
     for (int m = 0; m < M; m++) {
         if constexpr (R == 4) {
             vec4 four;
@@ -47,64 +47,64 @@ inline void dots(const T* w, long ldw, const float* x, long ldx, long K, bool ah
 }
 
 template <int R, class T, class Put>
-inline void dots_tokens(const T* w, long ldw, const float* x, long ldx, long M, long K, Put put) {
+inline void dot_tokens(const T* w, long ldw, const float* x, long ldx, long M, long K, Put put) {
     long m = 0;
     for (; m + TILE_TOKENS <= M; m += TILE_TOKENS)
-        dots<R, TILE_TOKENS>(w, ldw, x + m * ldx, ldx, K, m == 0, [&](int i, auto v) { put(m + i, v); });
+        dot_tile<R, TILE_TOKENS>(w, ldw, x + m * ldx, ldx, K, m == 0, [&](int i, auto v) { put(m + i, v); });
     if constexpr (TILE_TOKENS > 2) {
         if (M - m == 3) {
-            dots<R, 3>(w, ldw, x + m * ldx, ldx, K, m == 0, [&](int i, auto v) { put(m + i, v); });
+            dot_tile<R, 3>(w, ldw, x + m * ldx, ldx, K, m == 0, [&](int i, auto v) { put(m + i, v); });
             return;
         }
         if (M - m == 2) {
-            dots<R, 2>(w, ldw, x + m * ldx, ldx, K, m == 0, [&](int i, auto v) { put(m + i, v); });
+            dot_tile<R, 2>(w, ldw, x + m * ldx, ldx, K, m == 0, [&](int i, auto v) { put(m + i, v); });
             return;
         }
     }
-    if (M - m == 1) dots<R, 1>(w, ldw, x + m * ldx, ldx, K, m == 0, [&](int, auto v) { put(m, v); });
+    if (M - m == 1) dot_tile<R, 1>(w, ldw, x + m * ldx, ldx, K, m == 0, [&](int, auto v) { put(m, v); });
 }
 
 // put(row, token, value) for weight rows lo…hi; value is a float, or a vec4 of that row and the next three.
 template <class T, class Put>
-inline void rows_dot(const T* w, long ldw, long lo, long hi, const float* x, long ldx, long M, long K, Put put) {
+inline void dot_rows(const T* w, long ldw, long lo, long hi, const float* x, long ldx, long M, long K, Put put) {
     long n = lo;
     for (; n + TILE_ROWS <= hi; n += TILE_ROWS)
-        dots_tokens<TILE_ROWS>(w + n * ldw, ldw, x, ldx, M, K, [&](long m, vec4 v) { put(n, m, v); });
-    for (; n < hi; n++) dots_tokens<1>(w + n * ldw, ldw, x, ldx, M, K, [&](long m, float v) { put(n, m, v); });
+        dot_tokens<TILE_ROWS>(w + n * ldw, ldw, x, ldx, M, K, [&](long m, vec4 v) { put(n, m, v); });
+    for (; n < hi; n++) dot_tokens<1>(w + n * ldw, ldw, x, ldx, M, K, [&](long m, float v) { put(n, m, v); });
 }
 
-// Tokens as floats, each row a cache line longer than it need be: rows a power of two apart would share cache sets. Panels
+// Tokens as floats, each row a cache line longer than it need be: rows a power of two apart would partition cache sets. Panels
 // of an odd number of inputs read one more: it is 0 in a `padded_row`.
 inline long padded(long K) { return (K + 15) / 16 * 16 + 16; }
-template <class T> inline void widened(const T* x, long K, float* to) {
+template <class T> inline void upcast_row(const T* x, long K, float* to) {
     long k = 0;
     for (; k + W <= K; k += W) store(to + k, load(x + k));
-    for (; k < K; k++) to[k] = widen(x[k]);
+    for (; k < K; k++) to[k] = upcast(x[k]);
 }
 template <class T> inline void padded_row(const T* x, long K, float* to) {
-    widened(x, K, to);
+    upcast_row(x, K, to);
     to[K] = 0;
 }
-template <class T> inline const float* widened(const T* x, long M, long K, int which) {
+template <class T> inline const float* upcast_rows(const T* x, long M, long K, int which) {
     const long ld = padded(K);
     float* out = scratch(which, M * ld);
     for (long m = 0; m < M; m++) padded_row(x + m * K, K, out + m * ld);
     return out;
 }
 
-constexpr long WORTH = 1 << 16;  // multiply-adds below which a second thread does not pay
+constexpr long MIN_PARALLEL_WORK = 1 << 16;  // multiply-adds below which a second thread does not pay
 
 // A weight (out, in), or (experts, out, in): as it lies and its copy in panels, or null; or, with scales (…, out), int8
 // panels alone. A unit is a row or a panel.
 template <class T> struct Matrix {
     const T* rows;
-    const void* panels;
+    const void* packed;
     const float* scale;
-    long units(long N) const { return panels ? panel_count(N) : N; }
-    long grain() const { return panels ? 1 : TILE_ROWS; }
+    long units(long N) const { return packed ? panel_count(N) : N; }
+    long grain() const { return packed ? 1 : TILE_ROWS; }
     Matrix of(long expert, long N, long K) const {
         const long size = scale ? panel_size<int8_t>(K) : panel_size<T>(K) * long(sizeof(T));
-        const char* own = static_cast<const char*>(panels);
+        const char* own = static_cast<const char*>(packed);
         return {rows ? rows + expert * N * K : nullptr, own ? own + expert * panel_count(N) * size : nullptr,
                 scale ? scale + expert * N : nullptr};
     }
@@ -113,33 +113,33 @@ template <class T> struct Matrix {
 // Units lo…hi of w (N, K) with M tokens, and a bias or null; put(n, m, value, count): a float, a vec4 or the first `count` of
 // a vec, for output n and those after it.
 template <class T, class Put>
-inline void product(Matrix<T> w, const T* bias, long lo, long hi, const float* x, long ldx, long M, long K, long N, Put put) {
+inline void matmul(Matrix<T> w, const T* bias, long lo, long hi, const float* x, long ldx, long M, long K, long N, Put put) {
     const auto finished = [&](long n, long m, auto v, long count) {
         put(n, m, bias ? v + load<decltype(v)>(bias + n, count) : v, count);
     };
     if (w.scale)
-        panels_dot(static_cast<const int8_t*>(w.panels), lo, hi, x, ldx, M, K,
+        dot_panels(static_cast<const int8_t*>(w.packed), lo, hi, x, ldx, M, K,
                    [&](long n, long m, vec v) { finished(n, m, v * load<vec>(w.scale + n, N - n), N - n); });
-    else if (w.panels)
-        panels_dot(static_cast<const T*>(w.panels), lo, hi, x, ldx, M, K,
+    else if (w.packed)
+        dot_panels(static_cast<const T*>(w.packed), lo, hi, x, ldx, M, K,
                    [&](long n, long m, vec v) { finished(n, m, v, N - n); });
     else
-        rows_dot(w.rows, K, lo, hi, x, ldx, M, K, [&](long n, long m, auto v) { finished(n, m, v, 0); });
+        dot_rows(w.rows, K, lo, hi, x, ldx, M, K, [&](long n, long m, auto v) { finished(n, m, v, 0); });
 }
 
 template <class T> void linear(const T* x, Matrix<T> w, const T* bias, T* y, long M, long K, long N, int threads) {
-    const float* in = widened(x, M, K, 0);
-    parallel(threads, M * N * K > WORTH, [&](int part, int parts) {
-        Range own = share(w.units(N), part, parts, w.panels ? 1 : 16);
-        product(w, bias, own.lo, own.hi, in, padded(K), M, K, N,
+    const float* in = upcast_rows(x, M, K, 0);
+    parallel(threads, M * N * K > MIN_PARALLEL_WORK, [&](int part, int parts) {
+        Range own = partition(w.units(N), part, parts, w.packed ? 1 : 16);
+        matmul(w, bias, own.lo, own.hi, in, padded(K), M, K, N,
                 [&](long n, long m, auto v, long count) { put(y + m * N + n, v, count); });
     });
 }
 
-// Mixture of experts: y[t] = Σ_j weight[t, j] · down[e] relu(up[e] x[t])², e = choice[t, j]; one read of each chosen
+// Mixture of experts: y[t] = Σ_j weight[t, j] · down[e] relu(up[e] x[t])², e = topk_ids[t, j]; one read of each chosen
 // expert's weights.
 template <class T>
-void experts(const T* x, const int64_t* choice, const float* weight, Matrix<T> up, Matrix<T> down, T* y, long tokens,
+void experts(const T* x, const int64_t* topk_ids, const float* weight, Matrix<T> up, Matrix<T> down, T* y, long tokens,
              long top, long E, long I, long H, int threads) {
     long pairs = tokens * top;
     const long ldx = padded(H), ldi = padded(I);
@@ -149,7 +149,7 @@ void experts(const T* x, const int64_t* choice, const float* weight, Matrix<T> u
     start.assign(E + 1, 0);
     place.resize(pairs);
     list.clear();
-    for (long p = 0; p < pairs; p++) start[choice[p] + 1]++;
+    for (long p = 0; p < pairs; p++) start[topk_ids[p] + 1]++;
     for (long e = 0; e < E; e++) {
         if (start[e + 1]) list.push_back(e);
         start[e + 1] += start[e];
@@ -160,7 +160,7 @@ void experts(const T* x, const int64_t* choice, const float* weight, Matrix<T> u
     {
         std::vector<long> next(start.begin(), start.end() - 1);
         for (long p = 0; p < pairs; p++) {
-            place[p] = next[choice[p]]++;
+            place[p] = next[topk_ids[p]]++;
             padded_row(x + p / top * H, H, gathered + place[p] * ldx);
             inner[p * ldi + I] = 0;
         }
@@ -168,25 +168,25 @@ void experts(const T* x, const int64_t* choice, const float* weight, Matrix<T> u
     // Other threads see these through the pointers: thread_local names would be their own.
     const long *starts = start.data(), *places = place.data(), *active = list.data();
     long count = long(list.size());
-    // A thread's share of w[e] (N, K) with the tokens of every e; put(row among the pairs, n, value, count).
+    // A thread's partition of w[e] (N, K) with the tokens of every e; put(row among the pairs, n, value, count).
     const auto each = [&](Matrix<T> w, long N, long K, const float* from, long ld, int part, int parts, auto put) {
         const long units = w.units(N);
-        Range own = share(count * units, part, parts, w.grain());
+        Range own = partition(count * units, part, parts, w.grain());
         for (long at = own.lo; at < own.hi;) {
             const long e = active[at / units], lo = at % units, hi = std::min(units, lo + own.hi - at), first = starts[e];
-            product(w.of(e, N, K), no_bias, lo, hi, from + first * ld, ld, starts[e + 1] - first, K, N,
+            matmul(w.of(e, N, K), no_bias, lo, hi, from + first * ld, ld, starts[e + 1] - first, K, N,
                     [&](long n, long m, auto v, long left) { put(first + m, n, v, left); });
             at += hi - lo;
         }
     };
-    parallel(threads, pairs * H * I > WORTH, [&](int part, int parts) {
+    parallel(threads, pairs * H * I > MIN_PARALLEL_WORK, [&](int part, int parts) {
         each(up, I, H, gathered, ldx, part, parts,
              [&](long p, long i, auto v, long left) { put(inner + p * ldi + i, relu(v) * relu(v), left); });
         barrier(parts);
         each(down, H, I, inner, ldi, part, parts,
              [&](long p, long h, auto v, long left) { put(parts_out + p * H + h, v, left); });
         barrier(parts);
-        Range own = share(tokens, part, parts);
+        Range own = partition(tokens, part, parts);
         for (long t = own.lo; t < own.hi; t++)
             for (long h = 0; h < H; h++) {
                 float total = 0;

@@ -9,30 +9,30 @@
     else { using T = bf16; call; }
 #define P(x) static_cast<const T*>(x)
 #define Q(x) static_cast<T*>(x)
-#define W_(w) Matrix<T>{P(w), w##_panels, w##_scale}
+#define W_(w) Matrix<T>{P(w), w##_packed, w##_scale}
 
 extern "C" {
 int vector_width() { return W; }  // floats in a vector: which code the compiler's flags selected
 
 // Of a weight w: as it lies, in panels, and the scales of int8 panels; null where there is none (see `Matrix`).
-void linear_(int type, const void* x, const void* w, const void* w_panels, const float* w_scale, const void* bias, void* y,
+void linear_(int type, const void* x, const void* w, const void* w_packed, const float* w_scale, const void* bias, void* y,
              long M, long K, long N, int threads) {
     BOTH(linear(P(x), W_(w), P(bias), Q(y), M, K, N, threads))
 }
 
-void pack_(int type, const void* w, void* panels, long matrices, long N, long K, int threads) {
-    BOTH(pack(P(w), Q(panels), matrices, N, K, threads))
+void pack_(int type, const void* w, void* packed, long matrices, long N, long K, int threads) {
+    BOTH(pack(P(w), Q(packed), matrices, N, K, threads))
 }
 
-void experts_(int type, const void* x, const int64_t* choice, const float* weight, const void* up, const void* up_panels,
-              const float* up_scale, const void* down, const void* down_panels, const float* down_scale, void* y,
+void experts_(int type, const void* x, const int64_t* topk_ids, const float* weight, const void* up, const void* up_packed,
+              const float* up_scale, const void* down, const void* down_packed, const float* down_scale, void* y,
               long tokens, long top, long E, long I, long H, int threads) {
-    BOTH(experts(P(x), choice, weight, W_(up), W_(down), Q(y), tokens, top, E, I, H, threads))
+    BOTH(experts(P(x), topk_ids, weight, W_(up), W_(down), Q(y), tokens, top, E, I, H, threads))
 }
 
-void route_(int type, const void* x, const void* w, const float* bias, int64_t* choice, float* weight, long tokens,
+void route_(int type, const void* x, const void* w, const float* bias, int64_t* topk_ids, float* weight, long tokens,
             long H, long E, long groups, long kept, long top, int normalise, float factor, int threads) {
-    BOTH(route(P(x), P(w), bias, choice, weight, tokens, H, E, groups, kept, top, normalise, factor, threads))
+    BOTH(route(P(x), P(w), bias, topk_ids, weight, tokens, H, E, groups, kept, top, normalise, factor, threads))
 }
 
 // wide: x is fp32 although the weights are bf16 (residual_in_fp32).
@@ -67,7 +67,7 @@ void state_update_(int type, long layers, void* const* parts, const int64_t* slo
 }
 
 // The vectors of `parts` blocks (tokens, heads, D), of rows of L tokens, into as many pools at the ends of the rows' texts.
-void append_(int type, long parts, void* const* pools, const void* const* blocks, const int64_t* start,
+void kv_append_(int type, long parts, void* const* pools, const void* const* blocks, const int64_t* start,
              const int64_t* stride, const int64_t* lengths, const int64_t* valid, long tokens, long L, long heads, long D,
              int) {
     const long bytes = D * (type ? 2 : 4);
@@ -95,7 +95,7 @@ void attention_(int type, const void* q, const void* k, const void* v, const uin
 }
 
 // x: the embedded tokens, which become the residual stream. sizes: the integers of `Shape` in its order.
-void tower_(int type, void* x, const int64_t* kinds, const void* const* weights, const void* const* panels,
+void tower_(int type, void* x, const int64_t* kinds, const void* const* weights, const void* const* packed,
             const void* const* scales, const void* const* inputs, const void* norm_f, void* hidden, const uint8_t* valid,
             int causal, const int64_t* start, const int64_t* stride, const int64_t* lengths, const int64_t* sizes, float low,
             float high, float eps, float factor, int threads) {
@@ -104,10 +104,10 @@ void tower_(int type, void* x, const int64_t* kinds, const void* const* weights,
             n[14], n[15], n[16], n[17], n[18], n[19], n[20], factor, n[21], eps};
     if (type && s.wide) {
         using T = bf16;
-        tower(static_cast<float*>(x), kinds, weights, panels, scales, inputs, P(norm_f), Q(hidden), valid, causal, start,
+        tower(static_cast<float*>(x), kinds, weights, packed, scales, inputs, P(norm_f), Q(hidden), valid, causal, start,
               stride, lengths, s, threads);
     } else {
-        BOTH(tower(static_cast<T*>(x), kinds, weights, panels, scales, inputs, P(norm_f), Q(hidden), valid, causal, start,
+        BOTH(tower(static_cast<T*>(x), kinds, weights, packed, scales, inputs, P(norm_f), Q(hidden), valid, causal, start,
                    stride, lengths, s, threads))
     }
 }

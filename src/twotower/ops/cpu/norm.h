@@ -1,4 +1,4 @@
-// RMS norms with the modulation before or after, and the router's choice.
+// RMS norms with the modulation before or after, and the router's topk_ids.
 #pragma once
 #include "matmul.h"
 
@@ -7,8 +7,8 @@
 template <class X, class T>
 void rms_norm(const X* x, const T* weight, const T* shift, const T* scale, T* y, long tokens, long H, long each,
               long stride, int order, float eps, int threads) {
-    parallel(threads, tokens * H > WORTH, [&](int part, int parts) {
-        Range own = share(tokens, part, parts);
+    parallel(threads, tokens * H > MIN_PARALLEL_WORK, [&](int part, int parts) {
+        Range own = partition(tokens, part, parts);
         float* row = scratch(0, H + W);
         for (long t = own.lo; t < own.hi; t++) {
             const T *plus = shift + t / each * stride, *times = scale + t / each * stride;
@@ -22,8 +22,8 @@ void rms_norm(const X* x, const T* weight, const T* shift, const T* scale, T* y,
             }
             float total = sum(squares);
             for (; h < H; h++) {
-                float v = widen(x[t * H + h]);
-                if (order == 1) v = v * (1.0f + widen(times[h])) + widen(plus[h]);
+                float v = upcast(x[t * H + h]);
+                if (order == 1) v = v * (1.0f + upcast(times[h])) + upcast(plus[h]);
                 total += v * v;
                 row[h] = v;
             }
@@ -34,24 +34,24 @@ void rms_norm(const X* x, const T* weight, const T* shift, const T* scale, T* y,
                 store(y + t * H + h, v);
             }
             for (; h < H; h++) {
-                float v = row[h] * by * widen(weight[h]);
-                if (order == 2) v = v * (1.0f + widen(times[h])) + widen(plus[h]);
+                float v = row[h] * by * upcast(weight[h]);
+                if (order == 2) v = v * (1.0f + upcast(times[h])) + upcast(plus[h]);
                 put(y + t * H + h, v);
             }
         }
     });
 }
 
-// Sigmoid router: scores, selection by score + bias (within the best groups), weights of the chosen. choice, weight
-// (tokens, top), best first; the lower expert wins a tie.
+// Sigmoid router: scores, selection by score + bias (within the best groups), weights of the chosen. topk_ids, weight
+// (tokens, top), best first; the interleave_low expert wins a tie.
 template <class T>
-void route(const T* x, const T* w, const float* bias, int64_t* choice, float* weight, long tokens, long H, long E,
+void route(const T* x, const T* w, const float* bias, int64_t* topk_ids, float* weight, long tokens, long H, long E,
            long groups, long kept, long top, int normalise, float factor, int threads) {
-    const float* in = widened(x, tokens, H, 0);
+    const float* in = upcast_rows(x, tokens, H, 0);
     float* scores = scratch(1, tokens * E);
-    parallel(threads, tokens * H * E > WORTH, [&](int part, int parts) {
-        Range own = share(E, part, parts, 4);
-        rows_dot(w, H, own.lo, own.hi, in, padded(H), tokens, H, [&](long e, long t, auto v) { put(scores + t * E + e, v); });
+    parallel(threads, tokens * H * E > MIN_PARALLEL_WORK, [&](int part, int parts) {
+        Range own = partition(E, part, parts, 4);
+        dot_rows(w, H, own.lo, own.hi, in, padded(H), tokens, H, [&](long e, long t, auto v) { put(scores + t * E + e, v); });
     });
     float* ranked = scratch(2, E + groups);
     float* best = ranked + E;
@@ -83,7 +83,7 @@ void route(const T* x, const T* w, const float* bias, int64_t* choice, float* we
             long at = 0;
             for (long e = 1; e < E; e++) if (ranked[e] > ranked[at]) at = e;
             ranked[at] = -INFINITY;
-            choice[t * top + j] = at;
+            topk_ids[t * top + j] = at;
             total += weight[t * top + j] = score[at];
         }
         float by = normalise ? factor / (total + 1e-20f) : factor;

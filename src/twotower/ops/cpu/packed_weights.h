@@ -1,7 +1,7 @@
 // Products with weights repacked in panels: 16 output rows side by side, so that a vector holds the weights of 16 outputs
 // and nothing is summed within vectors. Fast from one token to hundreds. A panel holds, of its rows,
 //   fp32  [in][16]
-//   bf16  [in / 2][16][2], so that a shift and a mask widen two inputs' weights
+//   bf16  [in / 2][16][2], so that a shift and a mask upcast two inputs' weights
 //   int8  [in][16]; a scale for each row, not kept here, makes them weights
 // with zeros for rows and inputs that are not there. Every token's result is the same whatever stands beside it: each
 // output is one sum in the order of the inputs.
@@ -17,19 +17,19 @@ template <class T> inline long panel_size(long K) { return (K + STEP<T> - 1) / S
 inline long panel_count(long N) { return (N + PANEL - 1) / PANEL; }
 
 // The weights of the inputs k…k + STEP for W outputs.
-inline void widen_panel(const float* p, vec* to) { to[0] = load(p); }
-inline void widen_panel(const int8_t* p, vec* to) { to[0] = load(p); }
-inline void widen_panel(const bf16* p, vec* to) {
+inline void upcast_panel(const float* p, vec* to) { to[0] = load(p); }
+inline void upcast_panel(const int8_t* p, vec* to) { to[0] = load(p); }
+inline void upcast_panel(const bf16* p, vec* to) {
     uvec both; std::memcpy(&both, p, sizeof both);
     const uvec first = both << 16, second = both & 0xffff0000u;
     std::memcpy(to, &first, sizeof first);
     std::memcpy(to + 1, &second, sizeof second);
 }
 
-// Few tokens wait for memory: panels are asked for so many cache lines ahead, the next ones before these end. It gains 3 to
+// Few tokens wait for memory: panels are asked for so many cache lines prefetcher, the next ones before these end. It gains 3 to
 // 10 % in fp32 and 10 to 30 in bf16; int8 loses 5.
-constexpr long AHEAD = 32;
-constexpr int WAITING = 4;  // tokens, at most
+constexpr long PREFETCH_LINES = 32;
+constexpr int MEMORY_BOUND_TOKENS = 4;  // tokens, at most
 template <class T> constexpr int LINE = 64 / (PANEL * sizeof(T));  // inputs of a panel in a cache line
 
 // out[r][m]: W outputs of vector r of R panels, `apart` weights from one to the next, for token m of M.
@@ -37,19 +37,19 @@ template <int R, int M, class T> void tile(const T* w, long apart, const float* 
     constexpr int S = STEP<T>;
     vec acc[R * VECTORS][M] = {};
     for (long k = 0; k < K; k += S) {
-        if constexpr (M <= WAITING && sizeof(T) > 1) {
+        if constexpr (M <= MEMORY_BOUND_TOKENS && sizeof(T) > 1) {
             if (k % LINE<T> == 0) {
-                const long later = k + AHEAD * LINE<T>, next = later < K ? later * PANEL : R * apart + (later - K) * PANEL;
+                const long prefetch = k + PREFETCH_LINES * LINE<T>, next = prefetch < K ? prefetch * PANEL : R * apart + (prefetch - K) * PANEL;
                 for (int r = 0; r < R; r++) __builtin_prefetch(w + r * apart + next);
             }
         }
         vec weights[R * VECTORS][S];
         for (int r = 0; r < R; r++)
-            for (int v = 0; v < VECTORS; v++) widen_panel(w + r * apart + k * PANEL + S * v * W, weights[r * VECTORS + v]);
+            for (int v = 0; v < VECTORS; v++) upcast_panel(w + r * apart + k * PANEL + S * v * W, weights[r * VECTORS + v]);
         for (int s = 0; s < S; s++)
             for (int m = 0; m < M; m++) {
                 const vec token = splat(x[m * ldx + k + s]);
-                for (int r = 0; r < R * VECTORS; r++) acc[r][m] = fused(weights[r][s], token, acc[r][m]);
+                for (int r = 0; r < R * VECTORS; r++) acc[r][m] = fmadd(weights[r][s], token, acc[r][m]);
             }
     }
     for (int r = 0; r < R * VECTORS; r++)
@@ -70,7 +70,7 @@ template <class T, int R = 1, int M = 1> inline Tile<T> tile_of(long panels, lon
 
 // put(row, token, values) for the W rows from `row` on, of panels lo…hi.
 template <class T, class Put>
-inline void panels_dot(const T* w, long lo, long hi, const float* x, long ldx, long M, long K, Put put) {
+inline void dot_panels(const T* w, long lo, long hi, const float* x, long ldx, long M, long K, Put put) {
     if (!M) return;
     const long parts = (M + TOKENS - 1) / TOKENS, most = (M + parts - 1) / parts;  // tiles of about as many tokens each
     const long at_once = std::min(long(PANELS), SUMS / (VECTORS * most)), size = panel_size<T>(K);
@@ -90,7 +90,7 @@ inline void panels_dot(const T* w, long lo, long hi, const float* x, long ldx, l
 template <class T> void pack(const T* w, T* to, long matrices, long N, long K, int threads) {
     const long each = panel_count(N), size = panel_size<T>(K);
     parallel(threads, true, [&](int part, int parts) {
-        Range own = share(matrices * each, part, parts);
+        Range own = partition(matrices * each, part, parts);
         for (long p = own.lo; p < own.hi; p++) {
             T* panel = to + p * size;
             std::memset(static_cast<void*>(panel), 0, size * sizeof(T));

@@ -31,16 +31,16 @@ struct bf16 { uint16_t bits; };
 typedef float vec4 __attribute__((vector_size(16)));  // results of four neighbouring weight rows
 
 #ifdef __AVX512F__
-constexpr vec COUNT = {0, 1, 2, 3, 4, 5, 6, 7, 8, 9, 10, 11, 12, 13, 14, 15};
+constexpr vec LANE_INDEX = {0, 1, 2, 3, 4, 5, 6, 7, 8, 9, 10, 11, 12, 13, 14, 15};
 #else
-constexpr vec COUNT = {0, 1, 2, 3, 4, 5, 6, 7};
+constexpr vec LANE_INDEX = {0, 1, 2, 3, 4, 5, 6, 7};
 #endif
 
 inline vec splat(float x) { return x - vec{}; }
 
-// a·b + c, rounded once. Left to itself a compiler that tunes for some processors (GCC for Zen) takes the fused operation in
+// a·b + c, rounded once. Left to itself a compiler that tunes for some processors (GCC for Zen) takes the fmadd operation in
 // one loop and two in another, and a sum would depend on how many others run beside it.
-inline vec fused(vec a, vec b, vec c) {
+inline vec fmadd(vec a, vec b, vec c) {
 #if defined(__AVX512F__)
     return (vec)_mm512_fmadd_ps((__m512)a, (__m512)b, (__m512)c);
 #elif defined(__AVX2__) && defined(__FMA__)
@@ -49,11 +49,11 @@ inline vec fused(vec a, vec b, vec c) {
     return a * b + c;
 #endif
 }
-inline vec fused(float a, vec b, vec c) { return fused(splat(a), b, c); }
+inline vec fmadd(float a, vec b, vec c) { return fmadd(splat(a), b, c); }
 
 inline vec load(const float* p) { vec v; std::memcpy(&v, p, sizeof v); return v; }
 
-inline vec load(const bf16* p) {  // a bf16 is the upper half of a float
+inline vec load(const bf16* p) {  // a bf16 is the interleave_high half of a float
     u16vec half; std::memcpy(&half, p, sizeof half);
     uvec wide = __builtin_convertvector(half, uvec) << 16;
     vec v; std::memcpy(&v, &wide, sizeof v); return v;
@@ -70,9 +70,9 @@ inline vec load(const int8_t* p) {  // exact
 #endif
 }
 
-inline float widen(float x) { return x; }
-inline float widen(int8_t x) { return x; }
-inline float widen(bf16 x) { uint32_t b = uint32_t(x.bits) << 16; float f; std::memcpy(&f, &b, 4); return f; }
+inline float upcast(float x) { return x; }
+inline float upcast(int8_t x) { return x; }
+inline float upcast(bf16 x) { uint32_t b = uint32_t(x.bits) << 16; float f; std::memcpy(&f, &b, 4); return f; }
 
 inline void store(float* p, vec v) { std::memcpy(p, &v, sizeof v); }
 inline void put(float* p, float x) { *p = x; }
@@ -111,24 +111,24 @@ inline vec odds(vec a, vec b) {
     return __builtin_shufflevector(a, b, 1, 3, 5, 7, 9, 11, 13, 15);
 #endif
 }
-inline vec neighbours(vec a, vec b) { return evens(a, b) + odds(a, b); }
+inline vec pairwise_sums(vec a, vec b) { return evens(a, b) + odds(a, b); }
 template <int N> inline vec sums(const vec* v) {  // lane i (modulo N) is the sum of vector i
     if constexpr (N == 1) {
         vec s = v[0];
-        for (int n = W; n > 1; n /= 2) s = neighbours(s, s);
+        for (int n = W; n > 1; n /= 2) s = pairwise_sums(s, s);
         return s;
     } else {
         vec level[N];
         for (int i = 0; i < N; i++) level[i] = v[i];
         int done = 1;
         for (int n = N; n > 1; n /= 2, done *= 2)
-            for (int i = 0; i < n / 2; i++) level[i] = neighbours(level[2 * i], level[2 * i + 1]);
-        for (; done < W; done *= 2) level[0] = neighbours(level[0], level[0]);
+            for (int i = 0; i < n / 2; i++) level[i] = pairwise_sums(level[2 * i], level[2 * i + 1]);
+        for (; done < W; done *= 2) level[0] = pairwise_sums(level[0], level[0]);
         return level[0];
     }
 }
 inline float sum(vec v) { return sums<1>(&v)[0]; }
-inline float greatest(vec v) {
+inline float max_lane(vec v) {
     for (int n = W; n > 1; n /= 2) {
         const vec a = evens(v, v), b = odds(v, v);
         v = a > b ? a : b;
@@ -146,12 +146,12 @@ template <class T> inline void put(T* p, vec v, long count) {
     else for (long i = 0; i < count; i++) put(p + i, v[i]);
 }
 template <class V, class T> inline V load(const T* p, long count) {
-    if constexpr (std::is_same_v<V, float>) return widen(*p);
-    else if constexpr (std::is_same_v<V, vec4>) return vec4{widen(p[0]), widen(p[1]), widen(p[2]), widen(p[3])};
+    if constexpr (std::is_same_v<V, float>) return upcast(*p);
+    else if constexpr (std::is_same_v<V, vec4>) return vec4{upcast(p[0]), upcast(p[1]), upcast(p[2]), upcast(p[3])};
     else if (count >= W) return load(p);
     else {
         V v = {};
-        for (long i = 0; i < count; i++) v[i] = widen(p[i]);
+        for (long i = 0; i < count; i++) v[i] = upcast(p[i]);
         return v;
     }
 }
@@ -225,7 +225,7 @@ inline void barrier(int parts) {
 }
 
 struct Range { long lo, hi; };
-inline Range share(long n, int part, int parts, long grain = 1) {  // in multiples of grain
+inline Range partition(long n, int part, int parts, long grain = 1) {  // in multiples of grain
     long units = (n + grain - 1) / grain;
     return {std::min(n, units * part / parts * grain), std::min(n, units * (part + 1) / parts * grain)};
 }

@@ -27,14 +27,14 @@ template <class T> inline void relu_squared(T* x, long n) {
         const vec v = load(x + i), positive = v > 0.0f ? v : vec{};
         store(x + i, positive * positive);
     }
-    for (; i < n; i++) put(x + i, relu(widen(x[i])) * relu(widen(x[i])));
+    for (; i < n; i++) put(x + i, relu(upcast(x[i])) * relu(upcast(x[i])));
 }
 
 // x += y
 template <class T> inline void add(const T* y, long n, T* x) {
     long i = 0;
     for (; i + W <= n; i += W) store(x + i, load(x + i) + load(y + i));
-    for (; i < n; i++) put(x + i, widen(x[i]) + widen(y[i]));
+    for (; i < n; i++) put(x + i, upcast(x[i]) + upcast(y[i]));
 }
 
 // x += y · gate; the product is rounded to T before the sum. A gate of null is none.
@@ -43,8 +43,8 @@ template <class X, class T> inline void add_gated(const T* y, const T* gate, lon
     for (; i + W <= n; i += W) store(x + i, load(x + i) + (gate ? rounded<T>(load(y + i) * load(gate + i)) : load(y + i)));
     for (; i < n; i++) {
         T part = y[i];
-        if (gate) put(&part, widen(part) * widen(gate[i]));
-        put(x + i, widen(x[i]) + widen(part));
+        if (gate) put(&part, upcast(part) * upcast(gate[i]));
+        put(x + i, upcast(x[i]) + upcast(part));
     }
 }
 
@@ -57,7 +57,7 @@ inline void mlp(const T* x, Matrix<T> up, const T* up_bias, Matrix<T> down, cons
 }
 
 template <class X, class T>
-void tower(X* x, const int64_t* kinds, const void* const* weights, const void* const* panels, const void* const* scales,
+void tower(X* x, const int64_t* kinds, const void* const* weights, const void* const* packed, const void* const* scales,
            const void* const* inputs, const T* norm_f, T* hidden, const uint8_t* valid, int causal, const int64_t* start,
            const int64_t* stride, const int64_t* lengths, const Shape& s, int threads) {
     const long tokens = s.rows * s.L, H = s.H, d = s.head_dim;
@@ -68,16 +68,16 @@ void tower(X* x, const int64_t* kinds, const void* const* weights, const void* c
     T* out = reinterpret_cast<T*>(scratch(9, tokens * H));
     T* first = reinterpret_cast<T*>(scratch(10, tokens * widest));
     T* second = reinterpret_cast<T*>(scratch(11, tokens * std::max(widest, H)));
-    int64_t* choice = reinterpret_cast<int64_t*>(scratch(12, 2 * tokens * std::max(s.top, 1L)));
+    int64_t* topk_ids = reinterpret_cast<int64_t*>(scratch(12, 2 * tokens * std::max(s.top, 1L)));
     float* chosen = scratch(13, tokens * std::max(s.top, 1L));
-    long counting = 0;  // a token that counts, if any does
-    while (valid && counting < tokens - 1 && !valid[counting]) counting++;
-    if (valid && !valid[counting]) counting = 0;
+    long representative = 0;  // a token that counts, if any does
+    while (valid && representative < tokens - 1 && !valid[representative]) representative++;
+    if (valid && !valid[representative]) representative = 0;
     for (long layer = 0; layer < s.layers; layer++) {
         const auto w = [&](int i) { return static_cast<const T*>(weights[layer * WEIGHTS + i]); };
         const auto wide = [&](int i) { return static_cast<const float*>(weights[layer * WEIGHTS + i]); };
         const auto matrix = [&](int i) {
-            return Matrix<T>{w(i), panels[layer * WEIGHTS + i], static_cast<const float*>(scales[layer * WEIGHTS + i])};
+            return Matrix<T>{w(i), packed[layer * WEIGHTS + i], static_cast<const float*>(scales[layer * WEIGHTS + i])};
         };
         const auto in = [&](int i) { return const_cast<void*>(inputs[layer * INPUTS + i]); };
         const T *shift = static_cast<T*>(in(0)), *scale = static_cast<T*>(in(1)), *gate = static_cast<T*>(in(2));
@@ -101,11 +101,11 @@ void tower(X* x, const int64_t* kinds, const void* const* weights, const void* c
                       lengths, attended, s.rows, s.L, s.heads, s.kv_heads, d, threads);
             linear(attended, matrix(7), w(8), out, tokens, s.heads * d, H, threads);
         } else if (kind == MOE) {
-            route(normed, w(1), wide(2), choice, chosen, tokens, H, s.experts, s.groups, s.kept, s.top, int(s.normalise),
+            route(normed, w(1), wide(2), topk_ids, chosen, tokens, H, s.experts, s.groups, s.kept, s.top, int(s.normalise),
                   s.factor, threads);
             for (long t = 0; valid && t < tokens; t++)  // padding goes where a token goes that counts
-                if (!valid[t]) std::copy_n(choice + counting * s.top, s.top, choice + t * s.top);
-            experts(normed, choice, chosen, matrix(3), matrix(4), out, tokens, s.top, s.experts, s.inner, H, threads);
+                if (!valid[t]) std::copy_n(topk_ids + representative * s.top, s.top, topk_ids + t * s.top);
+            experts(normed, topk_ids, chosen, matrix(3), matrix(4), out, tokens, s.top, s.experts, s.inner, H, threads);
             mlp(normed, matrix(5), w(6), matrix(7), w(8), first, second, tokens, H, s.shared, threads);
             add(second, tokens * H, out);
         } else {

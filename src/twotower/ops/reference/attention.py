@@ -13,10 +13,10 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from twotower.ops.precision import upcast
-from twotower.ops.reference.kv_write import vectors_at
+from twotower.ops.reference.kv_write import slot_indices
 
 
-class Cached(NamedTuple):
+class CachedKV(NamedTuple):
     """Keys and values of earlier tokens where they lie: of row b, head h, token t < lengths[b] the vector start[b] +
     h·stride[b] + t of k, v (vectors, D).
 
@@ -29,39 +29,39 @@ class Cached(NamedTuple):
     start: Tensor
     stride: Tensor
     lengths: Tensor
-    width: int
-    even: int
+    max_length: int
+    uniform_stride: int
 
     def dense(self, heads: int) -> tuple[Tensor, Tensor, Tensor]:
         """k, v (B, heads, width, D), copied only where rows lie anywhere, and which exist (B, width)."""
-        token = torch.arange(self.width, device=self.lengths.device)
+        token = torch.arange(self.max_length, device=self.lengths.device)
         exists = token < self.lengths[:, None]
-        if self.even:
-            rows = len(self.lengths)
-            shape = (rows, heads, self.even, self.k.shape[1])
-            k, v = (pool[: rows * heads * self.even].view(shape)[:, :, : self.width] for pool in (self.k, self.v))
+        if self.uniform_stride:
+            vectors = len(self.lengths) * heads * self.uniform_stride
+            shape = (len(self.lengths), heads, self.uniform_stride, self.k.shape[1])
+            k, v = (pool[:vectors].view(shape)[:, :, : self.max_length] for pool in (self.k, self.v))
             return k, v, exists
-        where = torch.where(exists[:, None], vectors_at(self.start, self.stride, heads, token[None]), 0)
+        where = torch.where(exists[:, None], slot_indices(self.start, self.stride, heads, token[None]), 0)
         return self.k[where], self.v[where], exists
 
 
 def attention(
-    q: Tensor, k: Tensor, v: Tensor, valid: Tensor | None, causal: bool, cached: Cached | None = None
+    q: Tensor, k: Tensor, v: Tensor, valid: Tensor | None, causal: bool, cached: CachedKV | None = None
 ) -> Tensor:
     """q (B, L, Hq, D); k, v (B, L, Hkv, D), of which valid (B, L) count (None: all) → (B, L, Hq, D).
 
     A query sees the cached keys, those of its own block (causal: up to its own place), and in any case itself.
     """
-    mask = visible(q.shape[1], valid, causal, q.device)
+    mask = own_block_mask(q.shape[1], valid, causal, q.device)
     context, exists = None, None
-    if cached is not None and cached.width:
+    if cached is not None and cached.max_length:
         past_k, past_v, exists = cached.dense(k.shape[2])
         context = (past_k, past_v)
     q, k, v = (part.transpose(1, 2) for part in (q, k, v))
     return block_attention(q, k, v, mask, context, exists).transpose(1, 2)
 
 
-def visible(length: int, valid: Tensor | None, causal: bool, device: torch.device) -> Tensor | None:
+def own_block_mask(length: int, valid: Tensor | None, causal: bool, device: torch.device) -> Tensor | None:
     """(B or 1, L, L): which token of its own block a query sees. A padding query sees at least itself."""
     mask = torch.ones(1, length, length, dtype=torch.bool, device=device).tril() if causal else None
     if valid is not None:
@@ -107,7 +107,7 @@ def block_attention(
     return heads
 
 
-class Tile(NamedTuple):
+class QueryTile(NamedTuple):
     """Queries lo…hi of a long sequence, and mask (B, 1, hi − lo, keys): which keys each may see (at least one)."""
 
     lo: int
@@ -116,7 +116,7 @@ class Tile(NamedTuple):
 
 
 def tiled_attention(
-    q: Tensor, k: Tensor, v: Tensor, tiles: Iterable[Tile], own: tuple[Tensor, Tensor] | None = None
+    q: Tensor, k: Tensor, v: Tensor, tiles: Iterable[QueryTile], own: tuple[Tensor, Tensor] | None = None
 ) -> Tensor:
     """Whole sequences, one fused attention call for each tile of queries: q (B, Hq, S, D), k, v (B, Hkv, S, D) →
     (B, Hq, S, D). A tile's keys are k[:hi], then, with `own` keys and values of the same shape, own[lo:hi]."""

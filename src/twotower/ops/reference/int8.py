@@ -12,14 +12,15 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from twotower.ops.reference.experts import by_expert, combine, weighted
+from twotower.ops.reference.experts import combine, loop_over_experts, weighted_sum
 
-LEVELS = 127  # symmetric: −128 is not used
+QMAX = 127  # symmetric: −128 is not used
 PANEL = 16  # rows, as in ops/cpu/packed_weights.h
-PART, PART_ON_GPU = 2**17, 2**24  # weights widened at a time while they are quantised
+# Weights upcast at a time while quantizing: they fit a CPU's caches; on a GPU, launches dominate.
+CHUNK, CHUNK_GPU = 2**17, 2**24
 
 
-def quantized(weight: Tensor) -> tuple[Tensor, Tensor]:
+def quantize(weight: Tensor) -> tuple[Tensor, Tensor]:
     """weight (…, out, in) of any float dtype → q (…, out / 16, in, 16) int8, scale (…, out) fp32."""
     *lead, out, width = weight.shape
     q = torch.empty(*lead, -(-out // PANEL), width, PANEL, dtype=torch.int8, device=weight.device)
@@ -29,7 +30,7 @@ def quantized(weight: Tensor) -> tuple[Tensor, Tensor]:
 
 
 def quantize_into(q: Tensor, scale: Tensor, weight: Tensor) -> None:
-    """Fills q and scale, as of `quantized`, from weight (…, out, in), which may be on another device, part by part.
+    """Fills q and scale, as of `quantize`, from weight (…, out, in), which may be on another device, part by part.
 
     A row's largest magnitude becomes 127. Rows of zeros stay zeros; one that is not finite has no finite result either.
     """
@@ -39,31 +40,31 @@ def quantize_into(q: Tensor, scale: Tensor, weight: Tensor) -> None:
         for parts in zip(q, scale, weight, strict=True):
             quantize_into(*parts)
         return
-    most = PART_ON_GPU if q.device.type == "cuda" else PART  # in a processor's caches; a GPU's time goes to launching
+    most = CHUNK_GPU if q.device.type == "cuda" else CHUNK
     many = max(most // max(weight.shape[1], 1) // PANEL, 1) * PANEL
     for i in range(0, len(weight), many):
         part = weight[i : i + many].to(q.device, torch.float32)
         low, high = part.aminmax(dim=1)
-        step = torch.maximum(high, -low) / LEVELS
+        step = torch.maximum(high, -low) / QMAX
         rounded = (part / step.where(step > 0, 1.0)[:, None]).round_()
         rounded = F.pad(rounded, (0, 0, 0, -len(rounded) % PANEL))
         q[i // PANEL : (i + many) // PANEL] = rounded.unflatten(0, (-1, PANEL)).transpose(1, 2)
         scale[i : i + many] = step
 
 
-def shape(q: Tensor, scale: Tensor) -> tuple[int, ...]:
+def weight_shape(q: Tensor, scale: Tensor) -> tuple[int, ...]:
     """(…, out, in) of the weight that they stand for."""
     return (*scale.shape, q.shape[-2])
 
 
-def unpacked(q: Tensor, scale: Tensor, dtype: torch.dtype) -> Tensor:
+def unpack(q: Tensor, scale: Tensor, dtype: torch.dtype) -> Tensor:
     """q as (…, out, in) in `dtype`."""
     return q.to(dtype).transpose(-1, -2).flatten(-3, -2)[..., : scale.shape[-1], :]
 
 
 def linear(x: Tensor, q: Tensor, scale: Tensor, bias: Tensor | None = None) -> Tensor:
     """`F.linear`: x (…, in), q (out / 16, in, 16), scale (out,), bias (out,) or None → (…, out)."""
-    out = F.linear(x, unpacked(q, scale, x.dtype)) * scale
+    out = F.linear(x, unpack(q, scale, x.dtype)) * scale
     return (out if bias is None else out + bias).to(x.dtype)
 
 
@@ -72,11 +73,11 @@ def experts_sorted(
 ) -> Tensor:
     """`experts.experts_sorted`: of up (E, I, H) and down (E, H, I) q and scale (E, I) and (E, H)."""
 
-    def through(expert: int, rows: Tensor) -> Tensor:
+    def expert_mlp(expert: int, rows: Tensor) -> Tensor:
         inner = linear(rows, up[expert], up_scale[expert])
         return linear(F.relu(inner).square(), down[expert], down_scale[expert])
 
-    return by_expert(hidden, choice, weight, len(up), through)
+    return loop_over_experts(hidden, choice, weight, len(up), expert_mlp)
 
 
 def experts_gathered(
@@ -86,11 +87,11 @@ def experts_gathered(
     pairs = choice.flatten()
 
     def product(x: Tensor, q: Tensor, scale: Tensor) -> Tensor:
-        wide = unpacked(q[pairs], scale, x.dtype)
+        wide = unpack(q[pairs], scale, x.dtype)
         return ((wide @ x[:, :, None])[:, :, 0] * scale[pairs]).to(x.dtype)
 
     inner = product(hidden.repeat_interleave(choice.shape[1], 0), up, up_scale)
-    return weighted(product(F.relu(inner).square(), down, down_scale), weight)
+    return weighted_sum(product(F.relu(inner).square(), down, down_scale), weight)
 
 
 def experts_grouped(
@@ -105,7 +106,7 @@ def experts_grouped(
     ends = F.one_hot(flat, len(up)).sum(0).cumsum(0).to(torch.int32)
 
     def product(x: Tensor, q: Tensor, scale: Tensor) -> Tensor:
-        out = torch._grouped_mm(x, unpacked(q, scale, x.dtype).transpose(1, 2), offs=ends)
+        out = torch._grouped_mm(x, unpack(q, scale, x.dtype).transpose(1, 2), offs=ends)
         return (out * scale[flat[order]]).to(x.dtype)
 
     inner = product(hidden[order // choice.shape[1]], up, up_scale)

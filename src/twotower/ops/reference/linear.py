@@ -6,6 +6,6 @@ import torch.nn.functional as F
 from torch import Tensor
 
 
-def linear(x: Tensor, weight: Tensor, bias: Tensor | None = None, panels: Tensor | None = None) -> Tensor:
-    """x (…, in), weight (out, in), bias (out,) or None → (…, out). panels: the packed weight, which is not read."""
+def linear(x: Tensor, weight: Tensor, bias: Tensor | None = None, packed: Tensor | None = None) -> Tensor:
+    """x (…, in), weight (out, in), bias (out,) or None → (…, out). packed: the packed weight, which is not read."""
     return F.linear(x, weight, bias)

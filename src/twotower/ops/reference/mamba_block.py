@@ -20,8 +20,8 @@ from torch import Tensor
 
 from twotower.ops.precision import accumulation_dtype
 from twotower.ops.reference.conv import causal_conv
-from twotower.ops.reference.kv_write import put
-from twotower.ops.reference.ssd import advance, ssd_block
+from twotower.ops.reference.kv_write import write_slots
+from twotower.ops.reference.ssd import final_state, ssd_block
 
 
 class MambaWeights(NamedTuple):
@@ -117,7 +117,7 @@ def state_update(
     if rows is None:
         return _updated(conv_window, ssm_state, inputs, accepted)
     window, state = _updated(conv_window[rows], ssm_state[rows], inputs, accepted)
-    return put(conv_window, rows, window), put(ssm_state, rows, state)
+    return write_slots(conv_window, rows, window), write_slots(ssm_state, rows, state)
 
 
 # --- the parts, also of a mixer over longer sequences ----------------------------------------------------------------
@@ -163,7 +163,7 @@ def gated_group_norm(y: Tensor, z: Tensor, weight: Tensor, groups: int, eps: flo
 
 def _updated(window: Tensor, state: Tensor, inputs: MambaStepInputs, accepted: Tensor) -> tuple[Tensor, Tensor]:
     counted = (torch.arange(inputs.dt.shape[1], device=accepted.device) < accepted[:, None])[..., None]
-    ssm = advance(inputs.x, inputs.dt * counted, inputs.log_decay * counted, inputs.B, state)
+    ssm = final_state(inputs.x, inputs.dt * counted, inputs.log_decay * counted, inputs.B, state)
     conv_inputs = torch.cat([window, inputs.xBC.to(window.dtype)], dim=1)
     columns = accepted[:, None] + torch.arange(window.shape[1], device=accepted.device)
     return conv_inputs.gather(1, columns[..., None].expand(-1, -1, conv_inputs.shape[2])), ssm

@@ -33,7 +33,7 @@ def ssd_block(x: Tensor, dt: Tensor, log_decay: Tensor, B: Tensor, C: Tensor, st
     return y
 
 
-def advance(x: Tensor, dt: Tensor, log_decay: Tensor, B: Tensor, state: Tensor | None) -> Tensor:
+def final_state(x: Tensor, dt: Tensor, log_decay: Tensor, B: Tensor, state: Tensor | None) -> Tensor:
     """The state after the L tokens → (B, H, P, N); one matrix product over L, whatever L is."""
     groups, heads_per_group = B.shape[2], x.shape[2] // B.shape[2]
     decay = log_decay.cumsum(1)  # (B, L, H)
@@ -55,13 +55,13 @@ def ssd_chunked(
         x, dt, log_decay, B, C = (F.pad(v, (0, 0) * (v.dim() - 2) + (0, pad)) for v in (x, dt, log_decay, B, C))
     chunks = x.shape[1] // chunk  # they fold into the batch
     x, dt, log_decay, B, C = (v.unflatten(1, (chunks, chunk)).flatten(0, 1) for v in (x, dt, log_decay, B, C))
-    added = advance(x, dt, log_decay, B, None).unflatten(0, (rows, chunks))  # (rows, chunks, H, P, N)
-    before = states_before(added, log_decay.sum(1).unflatten(0, (rows, chunks)), state)
+    added = final_state(x, dt, log_decay, B, None).unflatten(0, (rows, chunks))  # (rows, chunks, H, P, N)
+    before = pass_states(added, log_decay.sum(1).unflatten(0, (rows, chunks)), state)
     y = ssd_block(x, dt, log_decay, B, C, before.flatten(0, 1)).unflatten(0, (rows, chunks)).flatten(1, 2)
     return y[:, :length], before
 
 
-def states_before(added: Tensor, totals: Tensor, state: Tensor | None, fresh: Tensor | None = None) -> Tensor:
+def pass_states(added: Tensor, totals: Tensor, state: Tensor | None, fresh: Tensor | None = None) -> Tensor:
     """The state before each of n chunks, from what each adds.
 
     added (B, n, H, P, N) from zero; totals (B, n, H) each chunk's summed log decay; state (B, H, P, N) before the
@@ -87,7 +87,7 @@ def states_before(added: Tensor, totals: Tensor, state: Tensor | None, fresh: Te
         return within
     # The state before a group's first chunk is in `within` only as far as it came from that group: carry the rest.
     ends, whole = within[:, -1].unflatten(0, (rows, groups)), decay.sum(1).unflatten(0, (rows, groups))
-    carried = states_before(ends, whole, None).flatten(0, 1)
+    carried = pass_states(ends, whole, None).flatten(0, 1)
     spread = decay.cumsum(1).exp()[..., None, None] * carried[:, None]
     states: Tensor = (within + spread).unflatten(0, (rows, groups)).flatten(1, 2)[:, :n]
     return states

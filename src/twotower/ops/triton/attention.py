@@ -22,7 +22,7 @@ import triton.language as tl
 from torch import Tensor
 
 from twotower.ops.reference import attention as reference
-from twotower.ops.reference.attention import Cached
+from twotower.ops.reference.attention import CachedKV
 from twotower.ops.triton.launch import MAX_HEAD, device_of, tile_of
 
 PROGRAMS = 132  # of 8 warps, that a launch has at least where there is work: one for each multiprocessor of an H100
@@ -62,7 +62,7 @@ def splits_of(programs: int, width: int, warps: int) -> int:
 
 
 def attention(
-    q: Tensor, k: Tensor, v: Tensor, valid: Tensor | None, causal: bool, cached: Cached | None = None
+    q: Tensor, k: Tensor, v: Tensor, valid: Tensor | None, causal: bool, cached: CachedKV | None = None
 ) -> Tensor:
     """As `twotower.ops.reference.attention.attention`, without gradients."""
     rows, length, all_heads, width = q.shape
@@ -79,11 +79,11 @@ def attention(
     grid = (triton.cdiv(stacked, tile.rows), 1, rows * heads)
     pools: tuple[Tensor | None, ...] = (None,) * 5
     parts, weights, splits = None, None, 1
-    if cached is not None and cached.width:
+    if cached is not None and cached.max_length:
         assert cached.k.is_contiguous(), "a pool is contiguous"
         assert cached.v.is_contiguous(), "a pool is contiguous"
         pools = (cached.k, cached.v, *(part.contiguous() for part in (cached.start, cached.stride, cached.lengths)))
-        splits = splits_of(grid[0] * grid[2], cached.width, tile.warps)
+        splits = splits_of(grid[0] * grid[2], cached.max_length, tile.warps)
     if splits > 1:
         parts = q.new_empty(rows * heads, splits, stacked, width, dtype=torch.float32)
         weights = q.new_empty(rows * heads, splits, stacked, dtype=torch.float32)

@@ -19,7 +19,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from twotower.ops.reference.experts import Panels
+from twotower.ops.reference.experts import PackedPair
 from twotower.ops.triton.gemm import OUTS, in_pairs, kept_in, launch_of, most_rows, product
 from twotower.ops.triton.launch import dense_from, device_of, tile_of
 
@@ -29,9 +29,9 @@ COLUMNS = 512  # of a token's result, a program
 
 
 def experts(
-    hidden: Tensor, choice: Tensor, weight: Tensor, up: Tensor, down: Tensor, panels: Panels = (None, None)
+    hidden: Tensor, choice: Tensor, weight: Tensor, up: Tensor, down: Tensor, packed: PackedPair = (None, None)
 ) -> Tensor:
-    """As `twotower.ops.reference.experts.experts_sorted`, without gradients. panels: not read."""
+    """As `twotower.ops.reference.experts.experts_sorted`, without gradients. packed: not read."""
     return _mixture(hidden, choice, weight, (up.contiguous(), None), (down.contiguous(), None), up.shape[1])
 
 

@@ -136,7 +136,7 @@ def _mamba(config: BackboneConfig, tokens: int, block_size: int, role: str) -> L
 
 
 def _states(chunks: int, size: int) -> float:
-    """`ssd.states_before` over so many chunks: groups of about √n."""
+    """`ssd.pass_states` over so many chunks: groups of about √n."""
     if chunks <= 64:
         return 2.0 * chunks * chunks * size
     group = math.isqrt(chunks - 1) + 1
