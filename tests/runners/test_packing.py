@@ -37,13 +37,13 @@ if isinstance(library.library(), str):
 def test_products_of_any_size(tokens: int, width: int, out: int, dtype: torch.dtype) -> None:
     randn = self_check_cases.Randn(1, CPU)
     x, weight, bias = randn(2, tokens, width).to(dtype), randn(out, width).to(dtype), randn(out).to(dtype)
-    copy = kernels.pack(weight)
-    assert copy is not None
+    packed = kernels.pack(weight)
+    assert packed is not None
     tolerance = 1e-4 if dtype == torch.float32 else 4e-2
     for given in (bias, None):
         expected = torch.nn.functional.linear(x.double(), weight.double(), None if given is None else given.double())
         torch.testing.assert_close(
-            kernels.linear(x, weight, given, copy).double(), expected, rtol=tolerance, atol=tolerance
+            kernels.linear(x, weight, given, packed).double(), expected, rtol=tolerance, atol=tolerance
         )
 
 
@@ -52,14 +52,14 @@ def test_a_tokens_result_does_not_depend_on_its_neighbours(dtype: torch.dtype) -
     """Bit for bit, whatever tile it falls into; nor on the number of threads."""
     randn = self_check_cases.Randn(2, CPU)
     x, weight = randn(60, 301).to(dtype), randn(170, 301).to(dtype)
-    copy = kernels.pack(weight)
-    together = kernels.linear(x, weight, None, copy)
+    packed = kernels.pack(weight)
+    together = kernels.linear(x, weight, None, packed)
     before = torch.get_num_threads()
     try:
         for threads in (1, 2, 3):
             torch.set_num_threads(threads)
             for count in (1, 2, 3, 4, 5, 6, 7, 8, 9, 16, 60):
-                assert torch.equal(kernels.linear(x[:count], weight, None, copy), together[:count])
+                assert torch.equal(kernels.linear(x[:count], weight, None, packed), together[:count])
     finally:
         torch.set_num_threads(before)
 
@@ -90,10 +90,11 @@ def test_experts(which: tuple[bool, bool], dtype: torch.dtype) -> None:
 def test_a_packed_model_says_the_same(
     residual_in_fp32: bool, dtype: torch.dtype, fast_bf16: bool, whole_tower: bool, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """Prefill, steps, blocks and drafts, ragged rows. whole_tower: whether a pass of 180 tokens runs in one call; torch's
-    own products are faster at that size where the processor has instructions for bf16 products. Both answers to that
-    question are tested on every processor."""
-    monkeypatch.setattr(kernels, "multiplies_bf16_fast", lambda device: fast_bf16)
+    """Prefill, steps, blocks and drafts of ragged rows. whole_tower: whether a pass of 180 tokens runs in one call.
+
+    At that size torch's products are faster if the processor has bf16 instructions; both cases run on every processor.
+    """
+    monkeypatch.setattr(kernels, "has_fast_bf16_matmul", lambda device: fast_bf16)
     overrides = {"residual_in_fp32": residual_in_fp32, "use_bias": True, "mlp_bias": True, "attention_bias": True}
     model = build_random_model(EVERY_KIND, dtype=dtype, **overrides)
     tokens = torch.randint(4, 60, (9, 60), generator=torch.Generator().manual_seed(0))
