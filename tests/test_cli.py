@@ -290,19 +290,19 @@ def test_frames_retell_a_verified_run() -> None:
         for frames, event in zip(watcher.blocks, events, strict=True):
             if not event.draft:
                 assert len(frames) == 2
-                assert "context tower's own" in block_title(frames)
+                assert "of the context tower" in block_title(frames)
                 continue
             draft, final = frames[-2].tokens, frames[-1].tokens
             assert draft == list(event.draft)
             assert final[:-1] == draft[: len(final) - 1]
             drafted, kept = drafted + len(draft), kept + len(final) - 1
-            assert f"of {len(draft)} drafted ones kept" in block_title(frames)
+            assert f"of {len(draft)} drafted tokens accepted" in block_title(frames)
             assert frames[-1].fresh[:-1] == [False] * (len(final) - 1)
         assert drafted == result.drafted
         assert kept == result.accepted
         titles = [line[0].text for line in picture_lines(watcher.blocks, watcher.names) if line and line[0].bold]
         if steps == 0:
-            assert titles == ["rounds 1 to 30: 30 tokens of the context tower's own"]
+            assert titles == ["rounds 1 to 30: 30 tokens of the context tower"]
         if steps:
             assert len(titles) == len(watcher.blocks)
             assert kept > 0

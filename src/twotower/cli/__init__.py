@@ -1,1 +1,1 @@
-"""One verb per file; heavy imports happen inside the commands, so `--help` is quick."""
+"""Command line: one verb per file. Verbs import torch only when they run, so that `--help` is quick."""

@@ -1,4 +1,4 @@
-"""`twotower batch`: a file of prompts in, a file of continuations out."""
+"""`twotower batch`: continues the prompts of a file."""
 
 from __future__ import annotations
 
@@ -15,7 +15,11 @@ from twotower.cli.terminal import status_line
 @click.command()
 @click.argument("prompts", type=click.Path(exists=True, dir_okay=False, path_type=Path))
 @click.option(
-    "-o", "--out", required=True, type=click.Path(dir_okay=False, path_type=Path), help="One JSON line for each prompt."
+    "-o",
+    "--out",
+    required=True,
+    type=click.Path(dir_okay=False, path_type=Path),
+    help="File for the results, one JSON line for each prompt.",
 )
 @models.model_option
 @click.option(
@@ -24,14 +28,32 @@ from twotower.cli.terminal import status_line
     default="verified",
     show_default=True,
     metavar="MODE[:VALUE,NAME=X…]",
-    help="How to decode where a line says nothing else, e.g. ar, diffusion:0.8, verified:draft_steps=1.",
+    help="Decoding setting of lines that do not name their own, e.g. ar, diffusion:0.8, verified:draft_steps=1.",
 )
-@click.option("-n", "--max-new-tokens", metavar="N", type=click.IntRange(min=1), default=128, show_default=True)
 @click.option(
-    "--seed", metavar="N", type=click.IntRange(0, 2**62), default=0, show_default=True, help="Plus a line's number."
+    "-n",
+    "--max-new-tokens",
+    metavar="N",
+    type=click.IntRange(min=1),
+    default=128,
+    show_default=True,
+    help="Largest number of new tokens of lines that do not name their own.",
 )
-@click.option("--rows", type=click.IntRange(min=1), default=16, show_default=True, help="Prompts at work at once.")
-@click.option("--memory", metavar="GIB", type=click.FloatRange(min=0, min_open=True), help="For their state, at most.")
+@click.option(
+    "--seed",
+    metavar="N",
+    type=click.IntRange(0, 2**62),
+    default=0,
+    show_default=True,
+    help="The seed of a line is N plus the number of the line.",
+)
+@click.option("--rows", type=click.IntRange(min=1), default=16, show_default=True, help="Rows of a batch.")
+@click.option(
+    "--memory",
+    metavar="GIB",
+    type=click.FloatRange(min=0, min_open=True),
+    help="Limit of memory for the state of the rows.",
+)
 @models.deterministic_option
 @models.dtype_option
 @models.quantization_option
@@ -52,9 +74,9 @@ def batch(
 ) -> None:
     """Continue every prompt of a JSONL file.
 
-    A line of PROMPTS is an object with a "prompt" and, as it likes, an "id", which is given back, and parameters of its
-    own: mode, max_new_tokens, temperature, top_p, seed, stop and others. A line that cannot be answered gets an
-    "error" in its place. The same command goes on where a killed one was.
+    A line of PROMPTS is a JSON object with a "prompt". It may have an "id", which the result repeats, and parameters:
+    mode, max_new_tokens, temperature, top_p, seed, stop and others. If a line cannot be answered, its result has an
+    "error". After an interruption, the same command continues.
     """
     from twotower.decoding.presets import parse_setting
     from twotower.engine.jobs import engine_for, finished, read_lines, run_job
@@ -63,7 +85,7 @@ def batch(
     if deterministic:
         values["deterministic"] = True
     loaded, source = models.load_text_model(
-        model, "it cannot read prompts; put one there", dtype=dtype, quantization=quantization, threads=threads
+        model, "prompts cannot be encoded; add a tokenizer", dtype=dtype, quantization=quantization, threads=threads
     )
     shared: dict[str, object] = {"max_new_tokens": max_new_tokens, "eos_token_id": model_loading.eos_of(loaded)}
     shared |= {"mask_token_id": loaded.config.mask_token, "seed": seed, **values}
@@ -79,12 +101,12 @@ def batch(
             update(f"{written} of {len(lines)} lines, {tokens / seconds:,.0f} tokens/s, {rest / 60:.1f} min left")
 
         written, failed = run_job(engine, lines, out, progress, before)
-    earlier = f", {before} were there" if before else ""
+    earlier = f", {before} more by an earlier run" if before else ""
     errors = f", {failed} with an error" if failed else ""
     click.echo(f"{out}: {written} lines written{errors}{earlier}", err=True)
     stats = engine.stats()
     if stats.reused_tokens:
         click.echo(
-            f"{stats.reused_tokens:,} of {stats.prompt_tokens:,} prompt tokens were known from earlier prompts",
+            f"{stats.reused_tokens:,} of {stats.prompt_tokens:,} prompt tokens came from the prefix cache",
             err=True,
         )

@@ -1,4 +1,4 @@
-"""`twotower bench`: speed of several ways of decoding, each against AR in the same run."""
+"""`twotower bench`: speed of decoding settings, compared with AR in the same run."""
 
 from __future__ import annotations
 
@@ -30,7 +30,7 @@ if TYPE_CHECKING:
     multiple=True,
     default=(1,),
     show_default=True,
-    help="Of a batch. May be given several times, as may --context.",
+    help="Rows of a batch. Can be repeated.",
 )
 @click.option(
     "-c",
@@ -40,16 +40,25 @@ if TYPE_CHECKING:
     multiple=True,
     default=(128,),
     show_default=True,
-    help="Tokens of each prompt.",
+    help="Tokens of each prompt. Can be repeated.",
 )
-@click.option("-n", "--max-new-tokens", type=click.IntRange(1), default=128, show_default=True)
-@click.option("--batches", type=click.IntRange(1), default=4, show_default=True, help="Of a round, answered in turn.")
-@click.option("--rounds", type=click.IntRange(1), default=5, show_default=True, help="Counted; one more warms up.")
-@click.option("--ignore-eos", is_flag=True, help="Every row goes on to the last token.")
+@click.option(
+    "-n",
+    "--max-new-tokens",
+    type=click.IntRange(1),
+    default=128,
+    show_default=True,
+    help="Largest number of new tokens of a row.",
+)
+@click.option("--batches", type=click.IntRange(1), default=4, show_default=True, help="Batches of a round.")
+@click.option(
+    "--rounds", type=click.IntRange(1), default=5, show_default=True, help="Measured rounds; one round more warms up."
+)
+@click.option("--ignore-eos", is_flag=True, help="Continue every row to --max-new-tokens.")
 @models.dtype_option
 @models.quantization_option
 @models.threads_option
-@click.option("--json", "as_json", is_flag=True, help="No table.")
+@click.option("--json", "as_json", is_flag=True, help="Print no table.")
 def bench(
     model: str | None,
     settings: tuple[str, ...],
@@ -64,10 +73,10 @@ def bench(
     threads: int | None,
     as_json: bool,
 ) -> None:
-    """Tokens a second, passes and what a pass costs, beside AR with the same kernels.
+    """Measure tokens per second, passes and the cost of a pass, compared with AR.
 
-    Settings take turns in every round. Prompt tokens are never counted, nor is anything after a row's end. A table goes
-    to stderr, one JSON line to stdout.
+    All settings run in turn in every round. Only new tokens up to the end of a row count. Tables go to stderr, one
+    JSON line to stdout.
     """
     from twotower.decoding.presets import parse_setting
     from twotower.evaluation import speed as measuring
@@ -75,7 +84,7 @@ def bench(
 
     parsed = [parse_setting(text) for text in settings]
     loaded, source = models.load_text_model(
-        model, "there are no prompts; put one there", dtype=dtype, quantization=quantization, threads=threads
+        model, "there are no prompts; add a tokenizer", dtype=dtype, quantization=quantization, threads=threads
     )
     with status_line() as update:
         found = measuring.measure_speed(
@@ -99,7 +108,7 @@ def bench(
 
 
 def tables(found: list[SpeedResult]) -> Iterator[Table]:
-    """One for each batch size and context length; a row a setting."""
+    """A table for each batch size and context length, with one row for each setting."""
     from rich import box
     from rich.table import Table
 
@@ -107,7 +116,7 @@ def tables(found: list[SpeedResult]) -> Iterator[Table]:
         title = f"{rows} {'rows' if rows > 1 else 'row'} after {context} tokens"
         out = Table(box=box.SIMPLE_HEAD, header_style="dim", title=title, title_justify="left", title_style="bold")
         out.add_column("setting", overflow="fold")
-        for name in ("tokens/s", "× AR", "tokens/pass", "answer", "denoiser\npass", "context\npass"):
+        for name in ("tokens/s", "× AR", "tokens/pass", "first answer", "denoiser\npass", "context\npass"):
             out.add_column(name, justify="right", no_wrap=True)
         for one in found:
             if (one.rows, one.context) == (rows, context):

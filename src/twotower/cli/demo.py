@@ -1,4 +1,4 @@
-"""`twotower demo`: the bundled model at its main job: one block after another denoised, then the modes compared."""
+"""`twotower demo`: shows blocks being denoised, then compares the modes."""
 
 from __future__ import annotations
 
@@ -25,22 +25,22 @@ if TYPE_CHECKING:
 
 PROMPT = "User: I am looking for a place to eat.\nAssistant:"
 NEW_TOKENS = 64
-THRESHOLD = 0.8  # the published operating point
-ROUNDS, SECONDS = 3, 5.0  # the median of so many runs, fewer where they would take longer than this
+THRESHOLD = 0.8  # the threshold of the published results
+ROUNDS, SECONDS = 3, 5.0  # runs of each mode for the median, fewer if they would take more than SECONDS
 SHOWN_CHARACTERS = 140
-MOCK_AR = "mock_ar: the denoiser as a next-token predictor, which learning to fill blocks does not ask of it."
+MOCK_AR = "mock_ar: the denoiser as a next-token predictor, for which it was not trained."
 
 
 @click.command()
 @models.model_option
 @models.threads_option
-@click.option("--json", "as_json", is_flag=True, help="Only measure: one JSON object on stdout.")
+@click.option("--json", "as_json", is_flag=True, help="Only measure, and print one JSON object.")
 def demo(model: str | None, threads: int | None, as_json: bool) -> None:
-    """Watch a block being denoised, then compare the modes.
+    """Show blocks being denoised, then compare the modes on one prompt.
 
-    Greedy, one prompt, everything measured in this run.
+    Decoding is greedy. All figures are measured in this run.
     """
-    loaded, source = models.load_text_model(model, "there is no text to show; take another model", threads=threads)
+    loaded, source = models.load_text_model(model, "there is no text to show; choose another model", threads=threads)
     console = console_on("stdout")
     if not as_json:
         console.print(model_summary(source, loaded), end="\n\n", soft_wrap=not console.is_terminal)
@@ -56,7 +56,7 @@ def demo(model: str | None, threads: int | None, as_json: bool) -> None:
 
 
 def model_summary(source: str | Path, model: TwoTowerForCausalLM) -> Text:
-    """Which model, where."""
+    """One line about the model: name, size, layers, dtype and device."""
     import torch
     from rich.text import Text
 
@@ -73,7 +73,7 @@ def model_summary(source: str | Path, model: TwoTowerForCausalLM) -> Text:
 
 
 def stream_arguments(model: TwoTowerForCausalLM, mode: str) -> Parameters:
-    """The arguments of `model.stream` beside the mode: greedy, the same length in every mode."""
+    """Arguments of `model.stream` without the mode: greedy, with the same length in every mode."""
     shared: Parameters = {"max_new_tokens": NEW_TOKENS, "eos_token_id": model_loading.eos_of(model)}
     if mode not in BLOCK_MODES:
         return shared
@@ -82,7 +82,7 @@ def stream_arguments(model: TwoTowerForCausalLM, mode: str) -> Parameters:
 
 
 def show_run(model: TwoTowerForCausalLM) -> None:
-    """One run for the eye, not measured."""
+    """Shows one run in mode diffusion, which is not measured."""
     from twotower.cli.watch import Watcher, make_view
     from twotower.tokenizer import require_tokenizer
 
@@ -99,8 +99,8 @@ def show_run(model: TwoTowerForCausalLM) -> None:
 
 
 def measure_modes(model: TwoTowerForCausalLM) -> dict[str, Generation]:
-    """Each mode's run of median speed. The modes take turns, so that a busy moment does not fall on one of them."""
-    for mode in MODES:  # the first run of anything is slower
+    """The run of median speed of each mode. The modes run in turn, so that other load affects all of them."""
+    for mode in MODES:  # warms up
         generate_once(model, mode, 8)
     runs: dict[str, list[Generation]] = {mode: [] for mode in MODES}
     started = time.perf_counter()
@@ -113,7 +113,7 @@ def measure_modes(model: TwoTowerForCausalLM) -> dict[str, Generation]:
 
 
 def generate_once(model: TwoTowerForCausalLM, mode: str, new_tokens: int = NEW_TOKENS) -> Generation:
-    """One run to its end."""
+    """Generates once and returns the result."""
     result, arguments = None, stream_arguments(model, mode)
     arguments["max_new_tokens"] = new_tokens
     for event in model.stream(PROMPT, mode, **arguments):
@@ -123,12 +123,12 @@ def generate_once(model: TwoTowerForCausalLM, mode: str, new_tokens: int = NEW_T
 
 
 def times_ar(results: dict[str, Generation], mode: str) -> float:
-    """Speed as a multiple of AR's."""
+    """Tokens per second as a multiple of AR's."""
     return results[mode].tokens_per_second / results["ar"].tokens_per_second
 
 
 def print_tables(console: Console, results: dict[str, Generation]) -> None:
-    """What each mode wrote, then the figures; AR, the yardstick, first."""
+    """Prints the text of each mode, then the figures; AR comes first."""
     from rich import box
     from rich.table import Table
     from rich.text import Text
@@ -148,7 +148,7 @@ def print_tables(console: Console, results: dict[str, Generation]) -> None:
         name = f"{mode} γ {THRESHOLD}" if mode == "diffusion" else mode
         text = visible(result.text.strip().replace("\n", " ↵ "))
         short = text if len(text) <= SHOWN_CHARACTERS else text[:SHOWN_CHARACTERS].rstrip() + " …"
-        texts.add_row(name, Text(short))  # not markup: a model may write [brackets]
+        texts.add_row(name, Text(short))  # plain text, because rich takes [brackets] for markup
         figures.add_row(
             name,
             str(len(result.tokens)),
@@ -163,15 +163,15 @@ def print_tables(console: Console, results: dict[str, Generation]) -> None:
 
 
 def speed_summary(results: dict[str, Generation]) -> str:
-    """Why the speed is what it is: tokens gained per pass against what a pass costs."""
+    """Explains the speed of diffusion: tokens per pass, and the cost of a pass in AR steps."""
     ar, diffusion = results["ar"], results["diffusion"]
     passes = diffusion.passes_of_both
     cost = (diffusion.decode_seconds / passes) / (ar.decode_seconds / ar.context_passes)
     ratio = times_ar(results, "diffusion")
     speed = "slower" if ratio < 1 else "faster"
     return (
-        f"Diffusion is {speed} than AR here, {ratio:.2f}×: it made {len(diffusion.tokens)} tokens in {passes} passes "
-        f"({diffusion.denoiser_passes} of the denoiser, {diffusion.context_passes} of the context tower), "
-        f"{len(diffusion.tokens) / passes:.2f} tokens each; one such pass costs {cost:.2f} AR steps. "
+        f"Diffusion is {speed} than AR here ({ratio:.2f}×). It wrote {len(diffusion.tokens)} tokens in {passes} passes "
+        f"({diffusion.denoiser_passes} of the denoiser, {diffusion.context_passes} of the context tower): "
+        f"{len(diffusion.tokens) / passes:.2f} tokens per pass. A pass costs as much as {cost:.2f} AR steps. "
         "All figures are from this run."
     )

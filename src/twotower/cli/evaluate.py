@@ -1,4 +1,4 @@
-"""`twotower eval`: accuracy of ways of decoding, on the procedural suite or on published tasks, paired with AR."""
+"""`twotower eval`: accuracy of decoding settings on the procedural suite or published tasks, compared with AR."""
 
 from __future__ import annotations
 
@@ -24,38 +24,67 @@ if TYPE_CHECKING:
 
 SUITE_OPTIONS = {"problems", "families", "difficulties", "seed", "max_new_tokens"}
 TASK_OPTIONS = {"limit", "run_code", "likelihood"}
-DEFAULT_ROWS = {"suite": 64, "tasks": 16}  # of a batch; few-shot prompts are long
+DEFAULT_ROWS = {"suite": 64, "tasks": 16}  # fewer for tasks, because few-shot prompts are long
 
 
 @click.command("eval")
 @models.model_option
 @models.setting_option
-@click.option("-n", "--problems", type=click.IntRange(1), default=100, show_default=True, help="Of each family.")
-@click.option("--family", "families", multiple=True, metavar="NAME", help="[default: all]")
-@click.option("--difficulty", "difficulties", type=int, multiple=True, default=(1, 2), show_default=True)
-@click.option("--seed", type=click.IntRange(0), default=0, show_default=True, help="Of the test problems.")
-@click.option("--max-new-tokens", type=click.IntRange(1), default=160, show_default=True)
-@click.option("-t", "--task", "tasks", multiple=True, metavar="NAME", help="A task of the published table, or all.")
+@click.option(
+    "-n", "--problems", type=click.IntRange(1), default=100, show_default=True, help="Problems of each family."
+)
+@click.option(
+    "--family", "families", multiple=True, metavar="NAME", help="Family of problems. Can be repeated.  [default: all]"
+)
+@click.option(
+    "--difficulty",
+    "difficulties",
+    type=int,
+    multiple=True,
+    default=(1, 2),
+    show_default=True,
+    help="Difficulty of the problems, 1 to 5. Can be repeated.",
+)
+@click.option("--seed", type=click.IntRange(0), default=0, show_default=True, help="Seed of the problems.")
+@click.option(
+    "--max-new-tokens",
+    type=click.IntRange(1),
+    default=160,
+    show_default=True,
+    help="Largest number of new tokens of an answer.",
+)
+@click.option(
+    "-t",
+    "--task",
+    "tasks",
+    multiple=True,
+    metavar="NAME",
+    help="Published task to measure instead of the suite, or all. Can be repeated.",
+)
 @click.option(
     "--data",
     default=lambda: options.current().data_dir,
     type=click.Path(path_type=Path),
-    help="Folder with the tasks' files.  [default: TWOTOWER_DATA, else the hub]",
+    help="Folder with the files of the tasks.  [default: TWOTOWER_DATA, else the hub]",
 )
-@click.option("--limit", type=click.IntRange(1), help="Items of a task, and of each language or subject of it.")
-@click.option("--run-code", is_flag=True, help="Let tasks run, sandboxed, programs that the model writes.")
+@click.option(
+    "--limit",
+    type=click.IntRange(1),
+    help="Largest number of items of a task, or of each of its languages or subjects.",
+)
+@click.option("--run-code", is_flag=True, help="Let tasks run programs that the model writes, in a sandbox.")
 @click.option(
     "--likelihood",
     type=click.Choice(("context", "bound")),
     default="context",
     show_default=True,
-    help="What chooses among given answers: the context tower, or also the denoiser's bound.",
+    help="Likelihood that chooses among given answers: of the context tower, or also the denoiser's lower bound.",
 )
-@click.option("--rows", type=click.IntRange(1), help="Of a batch.  [default: 64; with --task 16]")
+@click.option("--rows", type=click.IntRange(1), help="Rows of a batch.  [default: 64; with --task 16]")
 @models.dtype_option
 @models.quantization_option
 @models.threads_option
-@click.option("--json", "as_json", is_flag=True, help="No table.")
+@click.option("--json", "as_json", is_flag=True, help="Print no table.")
 @click.pass_context
 def evaluate(
     context: click.Context,
@@ -77,22 +106,24 @@ def evaluate(
     threads: int | None,
     as_json: bool,
 ) -> None:
-    """Accuracy of each setting and of AR, on problems with one right answer.
+    """Measure the accuracy of settings and of AR on problems with one right answer.
 
-    The problems are generated (the suite's test split), or with --task those of the published table, in
-    lm-evaluation-harness's prompts and metrics. Prints a table to stderr and one JSON line to stdout. Differences from
-    AR are those on the same problems, with their 95 % intervals; a pass is a forward of either tower.
+    The problems are those of the procedural suite's test split, or with --task those of published tasks, with the
+    prompts and metrics of lm-evaluation-harness. Tables go to stderr, one JSON line to stdout. Each setting is compared
+    with AR on the same problems, with a 95 % interval. Passes of both towers count.
     """
     from twotower.decoding.presets import parse_setting
     from twotower.evaluation.accuracy import chosen_problems
 
-    _reject_options(context, SUITE_OPTIONS if tasks else TASK_OPTIONS, "is the suite's" if tasks else "needs --task")
+    _reject_options(
+        context, SUITE_OPTIONS if tasks else TASK_OPTIONS, "does not go with --task" if tasks else "needs --task"
+    )
     if tasks:
         published_tasks.check_tasks(tasks, data, run_code)
     parsed = [parse_setting(text) for text in settings]
     chosen = [] if tasks else chosen_problems(families, problems, difficulties, seed)
     loaded, source = models.load_text_model(
-        model, "it cannot read problems; put one there", dtype=dtype, quantization=quantization, threads=threads
+        model, "problems cannot be encoded; add a tokenizer", dtype=dtype, quantization=quantization, threads=threads
     )
     facts: dict[str, object] = {"model": str(source), **model_loading.placement(loaded)}
     if tasks:
@@ -136,16 +167,16 @@ def _measure_suite(
         )
 
 
-def _reject_options(context: click.Context, names: set[str], why: str) -> None:
-    """An option that would have no effect is an error."""
+def _reject_options(context: click.Context, names: set[str], problem: str) -> None:
+    """Raises UsageError for a given option without effect."""
     for parameter in context.command.params:
         given = context.get_parameter_source(parameter.name or "") is ParameterSource.COMMANDLINE
         if parameter.name in names and given:
-            raise click.UsageError(f"{parameter.opts[-1]} {why}; leave it out")
+            raise click.UsageError(f"{parameter.opts[-1]} {problem}; leave it out")
 
 
 def tables(lines: list[SettingAccuracy]) -> tuple[Table, ...]:
-    """What each setting costs and keeps, then its accuracy by family; a row a setting."""
+    """Two tables with one row for each setting: quality and passes, and accuracy by family."""
     from rich import box
     from rich.table import Table
 

@@ -1,4 +1,4 @@
-"""`twotower generate`: a prompt in, its continuation out, as blocks become final."""
+"""`twotower generate`: continues a prompt and prints the text block by block."""
 
 from __future__ import annotations
 
@@ -26,7 +26,7 @@ if TYPE_CHECKING:
     from twotower.decoding.params import Parameters
     from twotower.modeling_twotower import TwoTowerForCausalLM
 
-WATCHABLE_MODES = ("diffusion", "verified")  # modes in which there are passes over a block to show
+WATCHABLE_MODES = ("diffusion", "verified")  # modes with denoising passes to show
 # The modes that use an option; all modes use the other options.
 OPTION_MODES = {**MEANT_FOR, **dict.fromkeys(("watch", "trace"), WATCHABLE_MODES)}
 SAMPLING_ONLY = ("seed", "top_k", "top_p")
@@ -43,34 +43,48 @@ SAMPLING_ONLY = ("seed", "top_k", "top_p")
     type=click.Choice(ASKABLE),
     default="diffusion",
     show_default=True,
-    help="Blocks of tokens; the context tower alone; the denoiser token by token; blocks that the context tower "
-    "checks, so that the text is its own; or what of AR, blocks and verified blocks pays here.",
+    help="diffusion: the denoiser fills blocks of tokens. ar: the context tower writes token by token. mock_ar: the "
+    "denoiser writes token by token. verified: the denoiser drafts blocks and the context tower verifies them; the "
+    "text is AR's (in bf16 up to near ties). auto: the mode that is fastest here, of ar, diffusion and verified.",
 )
-@click.option("-n", "--max-new-tokens", metavar="N", type=click.IntRange(min=1), default=128, show_default=True)
+@click.option(
+    "-n",
+    "--max-new-tokens",
+    metavar="N",
+    type=click.IntRange(min=1),
+    default=128,
+    show_default=True,
+    help="Largest number of new tokens.",
+)
 @click.option(
     "--threshold",
     metavar="P",
     type=click.FloatRange(0, 1),
     default=0.9,
     show_default=True,
-    help="Diffusion: commit what is more certain than this. Lower is faster.",
+    help="Diffusion: commit every token with a confidence above P. Lower values are faster and less accurate.",
 )
 @click.option(
     "--policy",
     metavar="NAME",
     default="threshold",
     show_default=True,
-    help="Diffusion: which positions a pass commits.",
+    help="Diffusion: commit policy, which chooses the positions that a pass commits.",
 )
 @click.option(
     "--policy-value",
     cls=formerly("--knob"),
     metavar="X",
     type=float,
-    help="The number that the policy compares with, instead of --threshold.",
+    help="Diffusion: value of the commit policy, instead of --threshold.",
 )
 @click.option(
-    "--block-size", metavar="N", type=click.IntRange(min=1), default=16, show_default=True, help="Diffusion: positions."
+    "--block-size",
+    metavar="N",
+    type=click.IntRange(min=1),
+    default=16,
+    show_default=True,
+    help="Diffusion: tokens of a block.",
 )
 @click.option(
     "--steps",
@@ -78,10 +92,13 @@ SAMPLING_ONLY = ("seed", "top_k", "top_p")
     type=click.IntRange(min=1),
     default=16,
     show_default=True,
-    help="Diffusion: passes a block, at most.",
+    help="Diffusion: largest number of denoising passes for a block.",
 )
 @click.option(
-    "--draft-steps", metavar="N", type=click.IntRange(min=0), help="Verified: passes a draft.  [default: what pays]"
+    "--draft-steps",
+    metavar="N",
+    type=click.IntRange(min=0),
+    help="Verified: draft depth, the denoising passes for a draft.  [default: adapts to measured speed]",
 )
 @click.option(
     "--acceptance",
@@ -89,38 +106,41 @@ SAMPLING_ONLY = ("seed", "top_k", "top_p")
     type=click.FloatRange(0, 1),
     default=1.0,
     show_default=True,
-    help="Verified: also keep tokens with A times the probability of AR's best. 1 is lossless.",
-)
-@click.option("--temperature", metavar="X", type=float, default=0.0, show_default=True, help="0 is greedy.")
-@click.option("--top-k", metavar="N", type=click.IntRange(min=1), help="Sample among the k likeliest tokens.")
-@click.option(
-    "--top-p", metavar="P", type=click.FloatRange(0, 1), help="Sample among the likeliest tokens of total mass p."
+    help="Verified: accept drafted tokens with at least A times the probability of AR's best token. 1 is lossless.",
 )
 @click.option(
-    "--seed", metavar="N", type=click.IntRange(0, 2**63 - 1), help="Same seed, same text.  [default: drawn, and shown]"
+    "--temperature", metavar="X", type=float, default=0.0, show_default=True, help="Sampling temperature; 0 is greedy."
+)
+@click.option("--top-k", metavar="N", type=click.IntRange(min=1), help="Sample among the N most likely tokens.")
+@click.option(
+    "--top-p",
+    metavar="P",
+    type=click.FloatRange(0, 1),
+    help="Sample among the most likely tokens with a total probability of P.",
+)
+@click.option(
+    "--seed", metavar="N", type=click.IntRange(0, 2**63 - 1), help="Seed of sampling.  [default: random, and printed]"
 )
 @models.deterministic_option
-@click.option("--stop", multiple=True, metavar="TEXT", help="End before this text. May be given several times.")
-@click.option("--watch", is_flag=True, help="Show each block being denoised (on stderr).")
+@click.option("--stop", multiple=True, metavar="TEXT", help="Stop string: end before this text. Can be repeated.")
+@click.option("--watch", is_flag=True, help="Show each denoising pass on stderr.")
 @click.option(
     "--trace",
     type=click.Path(dir_okay=False, path_type=Path),
     metavar="FILE",
-    help="Draw the passes as a picture: .svg, .png or .html.",
+    help="Write a picture of the denoising passes: .svg, .png or .html.",
 )
-@click.option("--json", "as_json", is_flag=True, help="One JSON object on stdout instead of text.")
+@click.option("--json", "as_json", is_flag=True, help="Print one JSON object instead of text.")
 @models.dtype_option
 @models.quantization_option
-@click.option(
-    "--context-device", metavar="DEVICE", help="E.g. cpu, cuda:0.  [default: the first CUDA device, else cpu]"
-)
-@click.option("--denoiser-device", metavar="DEVICE", help="[default: the context's]")
-@click.option("--threads", metavar="N", type=click.IntRange(min=1), help="CPU threads.")
+@models.context_device_option
+@models.denoiser_device_option
+@models.threads_option
 @click.pass_context
 def generate(ctx: click.Context, /, **options: Any) -> None:
-    """Continue PROMPT. Without one (or with -) it is read from stdin.
+    """Continue PROMPT, or the prompt on stdin if PROMPT is left out or is "-".
 
-    Text goes to stdout, everything else to stderr.
+    The text goes to stdout, everything else to stderr.
     """
     given = {name for name in options if ctx.get_parameter_source(name) is not click.core.ParameterSource.DEFAULT}
     generate_text(GenerateOptions(given=frozenset(given), **options))
@@ -128,7 +148,7 @@ def generate(ctx: click.Context, /, **options: Any) -> None:
 
 @dataclass(frozen=True, kw_only=True)
 class GenerateOptions:
-    """One command line, as click checked it. given: the names of the options that were on it."""
+    """The options of one command line. given: the names of the options that it names."""
 
     given: frozenset[str]
     prompt: str | None
@@ -159,13 +179,13 @@ class GenerateOptions:
     threads: int | None
 
     def parameters(self) -> Parameters:
-        """The keyword arguments of `model.stream`, beside the mode, that do not depend on the model."""
+        """Keyword arguments of `model.stream` that do not depend on the model, without the mode."""
         shared: Parameters = {
             "max_new_tokens": self.max_new_tokens,
             "temperature": self.temperature,
             "top_k": self.top_k,
             "top_p": self.top_p,
-            # Drawn here where none is given, so that it can be told and used again.
+            # A missing seed is drawn here, so that it can be printed and used again.
             "seed": secrets.randbits(31) if self.seed is None else self.seed,
             "stop": self.stop,
             "deterministic": self.deterministic,
@@ -181,32 +201,34 @@ class GenerateOptions:
         return shared
 
     def ignored_options(self) -> Iterator[tuple[str, str]]:
-        """(option, why) for each given option that has no effect on this run."""
+        """Options without effect on this run, each with the reason."""
         yield from (
             (name, f"with --mode {self.mode}") for name, modes in OPTION_MODES.items() if self.mode not in modes
         )
         if self.mode in BLOCK_MODES and (self.policy != "threshold" or self.policy_value is not None):
             yield "threshold", f"with --policy {self.policy}" if self.policy_value is None else "beside --policy-value"
         if self.mode == "diffusion" and self.steps > self.block_size:
-            yield "steps", "beyond the block size: every pass commits at least one token"
+            yield "steps", "above --block-size: every pass commits at least one token"
         if self.mode == "ar":
-            yield "denoiser_device", "with --mode ar, which runs the context tower alone"
+            yield "denoiser_device", "with --mode ar, which runs only the context tower"
         if self.temperature <= 0:
             yield from ((name, "at temperature 0") for name in SAMPLING_ONLY)
 
 
 def generate_text(options: GenerateOptions) -> None:
-    """Everything `twotower generate` does.
+    """Runs `twotower generate`.
 
     Raises:
-        TwoTowerError: found as early as possible, before any weights are read where that can be.
+        TwoTowerError: an error of the user, found before weights are read where possible.
     """
     text = read_prompt(options.prompt, options.file)
     for name, reason in options.ignored_options():
         if name in options.given:
             click.echo(f"Warning: --{name.replace('_', '-')} has no effect {reason}.", err=True)
     if options.trace is not None and not options.trace.absolute().parent.is_dir():
-        raise ArgumentError(f"--trace {options.trace}: {options.trace.parent} is no directory; make it first")
+        raise ArgumentError(
+            f"--trace {options.trace}: the folder {options.trace.parent} does not exist; create it first"
+        )
     if options.trace is not None:
         from twotower.cli.pass_picture import check_format
 
@@ -216,9 +238,7 @@ def generate_text(options: GenerateOptions) -> None:
     with models.status(f"loading {model_loading.name_of(source)} …"):
         from twotower.decoding.params import GenerationParams
 
-        GenerationParams.of(
-            mode=options.mode, **options.parameters()
-        )  # a bad argument is told before any weights are read
+        GenerationParams.of(mode=options.mode, **options.parameters())  # reports a bad argument before weights are read
         configure_process(options.threads)
         model = model_loading.load_model(
             source,
@@ -228,8 +248,8 @@ def generate_text(options: GenerateOptions) -> None:
             context_device=options.context_device,
             denoiser_device=options.denoiser_device,
         )
-    models.tell_dtype(model, options.dtype)
-    model_loading.need_tokenizer(model, source, "it can neither read nor write text; put one there")
+    models.print_dtype_note(model, options.dtype)
+    model_loading.need_tokenizer(model, source, "it cannot read or write text; add a tokenizer")
     parameters = options.parameters()
     parameters["eos_token_id"] = model_loading.eos_of(model)
     parameters["mask_token_id"] = model.config.mask_token
@@ -245,7 +265,7 @@ def generate_text(options: GenerateOptions) -> None:
     else:
         click.secho(statistics(result, seed), err=True, dim=True)
         if result.mode_reason:
-            click.secho(f"chose {result.mode}: {result.mode_reason}", err=True, dim=True)
+            click.secho(f"mode {result.mode}: {result.mode_reason}", err=True, dim=True)
     if watcher is not None and options.trace is not None:
         from twotower.cli.pass_picture import PassPicture, save_picture
 
@@ -257,7 +277,7 @@ def _watcher(model: TwoTowerForCausalLM, prompt: str, options: GenerateOptions) 
     from twotower.cli.watch import NullView, Watcher, make_view
     from twotower.tokenizer import require_tokenizer
 
-    # Where the text goes to a file, what was watched is all that is left on the terminal.
+    # If the text goes to a file, the last frame stays on the terminal.
     view = make_view("stderr", prompt, keep=not sys.stdout.isatty()) if options.watch else NullView()
     return Watcher(
         require_tokenizer(model.tokenizer),
@@ -276,12 +296,12 @@ def _stream(
     *,
     silent: bool,
 ) -> Generation:
-    """Runs to the end, writing text as it becomes final."""
+    """Runs to the end, and writes text when its block is final."""
     events = model.stream(prompt, mode, step_callback=watcher.on_pass if watcher else None, **parameters)
     if watcher is None:
         return _write(events, silent)
     with watcher:
-        # Text and picture on one terminal would disturb each other: there the text comes when the picture is done.
+        # On one terminal, text would disturb the view; it is printed after the view closes.
         last = _write(watcher.watch(events), silent or watcher.view.owns_stdout)
     if watcher.view.owns_stdout and not silent:
         click.echo(last.text)
@@ -301,10 +321,10 @@ def _write(events: Iterator[BlockEvent], silent: bool) -> Generation:
 
 
 def statistics(result: Generation, seed: int | None = None) -> str:
-    """One line about a run."""
+    """One line with the figures of a run."""
     passes = f"{result.passes} passes"
     if result.mode == "verified":
-        passes = f"{result.denoiser_passes} + {result.context_passes} passes, {result.accepted} tokens of drafts kept"
+        passes = f"{result.denoiser_passes} + {result.context_passes} passes, {result.accepted} drafted tokens accepted"
     parts = [
         result.mode,
         f"{len(result.tokens)} tokens",

@@ -1,4 +1,4 @@
-"""`twotower info`: what a checkpoint is and what it needs, from its config and the headers of its files."""
+"""`twotower info`: describes a checkpoint from its config and the headers of its files."""
 
 from __future__ import annotations
 
@@ -21,21 +21,21 @@ if TYPE_CHECKING:
     from twotower.modeling_twotower import TwoTowerForCausalLM
 
 DTYPES = ("bfloat16", "float32", "float64")
-# docs/log.md: a step that takes 6.2 ms in plain torch takes 4.1 compiled, and 2.3 in one call of the native kernels.
+# Measured on a CPU (docs/log.md): a step takes 6.2 ms in plain torch, 4.1 compiled, 2.3 in one native call.
 _COMPILE = {
-    "cpu": "it needs a compiler, and where there is one the native kernels are faster",
-    "cuda": "passes are recorded as graphs instead; it has not been measured on a GPU",
+    "cpu": "needs a C++ compiler, with which the native kernels are faster",
+    "cuda": "CUDA graphs are used instead; torch.compile has not been measured on a GPU",
 }
 
 
 @click.command()
 @click.argument("path", required=False)
-@click.option("--json", "as_json", is_flag=True, help="One JSON object instead of text.")
+@click.option("--json", "as_json", is_flag=True, help="Print one JSON object instead of text.")
 def info(path: str | None, as_json: bool) -> None:
-    """Describe a checkpoint, or a config.json alone.
+    """Describe a checkpoint: layers, parameters, memory, backends and files.
 
-    PATH is a directory or a config.json; without one the bundled model is described. Nothing is loaded: sizes are
-    counted on tensors without storage, so the largest model takes seconds and no memory.
+    PATH is a checkpoint directory or a config.json.  [default: the bundled model]  No weights are loaded, so that the
+    largest model takes seconds and little memory.
     """
     facts = describe(Path(model_loading.source_of(path)))
     if as_json:
@@ -50,10 +50,10 @@ def info(path: str | None, as_json: bool) -> None:
 
 
 def describe(path: Path) -> Facts:
-    """All facts about a checkpoint directory or config file, as plain data; sizes in bytes.
+    """Facts about a checkpoint directory or config file as plain data; sizes in bytes.
 
     Raises:
-        ConfigError: nothing there, or a config no model can be built from.
+        ConfigError: the config is missing, or no model can be built from it.
     """
     with models.status("reading …"):
         import torch
@@ -70,7 +70,7 @@ def describe(path: Path) -> Facts:
     directory = path if path.is_dir() else path.parent
     dtype = str(getattr(config, "dtype", None) or "float32").removeprefix("torch.")
     if not isinstance(getattr(torch, dtype, None), torch.dtype):
-        raise ConfigError(f"{path}: dtype is {dtype!r}; torch has no such dtype")
+        raise ConfigError(f"{path}: dtype is {dtype!r}, which torch does not have; correct it in the config")
     computes_in = _computes_in(model, dtype)
     return {
         "path": str(path),
@@ -97,7 +97,7 @@ def _layers(config: TwoTowerConfig) -> dict[str, int]:
 
 
 def _shape(config: TwoTowerConfig) -> dict[str, int]:
-    """What fixes the sizes; the fields of layer kinds the model does not have are left out."""
+    """Fields of the config that set the sizes, without those of layer kinds that the model does not have."""
     fields = ["hidden_size", "vocab_size", "max_position_embeddings"]
     of_kind = {
         "*": ["num_attention_heads", "num_key_value_heads", "head_dim"],
@@ -143,7 +143,7 @@ def _count(module: nn.Module) -> int:
 
 
 def _memory(model: TwoTowerForCausalLM, dtype: str) -> dict[str, int]:
-    """Bytes of weights, what is not quantised in `dtype`; the time conditioning lives with the denoiser."""
+    """Bytes of weights; weights that are not quantised are in `dtype`. Time conditioning counts to the denoiser."""
     import torch
 
     from twotower.model.fp32_tensors import target_dtype
@@ -160,7 +160,7 @@ def _memory(model: TwoTowerForCausalLM, dtype: str) -> dict[str, int]:
 
 
 def _state(config: TwoTowerConfig, dtype: str) -> StateSizes:
-    """Asked of the state itself, without storage, so there is no second formula to keep in step."""
+    """Sizes of the state, computed by the module that allocates it."""
     import torch
 
     from twotower.cache.hybrid_cache import state_bytes
@@ -194,11 +194,11 @@ def _backends(model: TwoTowerForCausalLM, computes_in: dict[str, str]) -> dict[s
         rows = registry.report(torch.device(device), getattr(torch, dtype))
         unsupported = cuda_graph.cuda_graph_unsupported_reason(torch.device(device))
         if unsupported is None:
-            rows.append(("pass", "recorded", "one launch for all layers, checked when it is recorded"))
+            rows.append(("pass", "recorded", "a CUDA graph of all layers, checked when it is recorded"))
         else:
             at_once = all(backend == "native" for op, backend, _ in rows if op in fused_cpu.OPS)
             way = "one call" if at_once else "layer by layer"
-            rows.append(("pass", way, f"of few tokens; a recording {unsupported}"))
+            rows.append(("pass", way, f"for few tokens; a CUDA graph {unsupported}"))
         if device == "cpu":
             unpacked = packed_weights.packing_unsupported_reason(model, torch.device(device), getattr(torch, dtype))
             packed = "a second copy of the weights, in the order in which passes read them"
@@ -209,7 +209,7 @@ def _backends(model: TwoTowerForCausalLM, computes_in: dict[str, str]) -> dict[s
 
 
 def _weights(directory: Path, model: TwoTowerForCausalLM) -> StoredWeights:
-    """What lies on disk, and whether it passes the check that loading makes."""
+    """Files of weights, and whether they pass the check that loading makes."""
     from twotower.checkpoint import names, reader
     from twotower.checkpoint.writer import INDEX_FILE, SINGLE_FILE
 

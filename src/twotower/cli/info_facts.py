@@ -1,4 +1,4 @@
-"""What `twotower info --json` prints."""
+"""Types of the JSON that `twotower info --json` prints."""
 
 from __future__ import annotations
 
@@ -6,10 +6,10 @@ from typing import TypedDict
 
 
 class ParameterCounts(TypedDict):
-    """Counts of one tower: every tensor of the checkpoint, the router's correction bias included.
+    """Counts of parameters of one tower, the router's correction bias included.
 
-    active: what one token's pass uses: all but the routed experts it does not choose. The embedding table
-    counts in full, as published; active_without_embedding counts the one row that is read.
+    active: parameters that the pass of one token uses, without the routed experts that are not selected. The embedding
+    table counts in full, as in the published figure; in active_without_embedding only the row that is read counts.
     """
 
     per_tower: int
@@ -22,7 +22,7 @@ class ParameterCounts(TypedDict):
 
 
 class StateSizes(TypedDict):
-    """Bytes of the context's memory of one text, in `dtype`: what each token adds, and what is there from the start."""
+    """Bytes of the context tower's state of one sequence in `dtype`: per token, per row, and for a full context."""
 
     dtype: str
     per_token: int
@@ -39,7 +39,7 @@ class WeightFile(TypedDict):
 
 
 class StoredWeights(TypedDict):
-    """What lies on disk. problem: why the weights cannot be loaded."""
+    """Files of weights on disk. problem: why the weights cannot be loaded."""
 
     present: bool
     files: list[WeightFile]
@@ -48,8 +48,8 @@ class StoredWeights(TypedDict):
 
 
 class Facts(TypedDict):
-    """All facts about a checkpoint or a config file; sizes in bytes. computes_in: by device, what `--dtype auto`
-    computes in."""
+    """Facts about a checkpoint directory or config file; sizes in bytes. computes_in: the dtype of `--dtype auto` by
+    device."""
 
     path: str
     architectures: list[str] | None

@@ -1,4 +1,4 @@
-"""The facts of `twotower info` as lines to read."""
+"""The facts of `twotower info` as text."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ _SHORT = {"bfloat16": "bf16", "float32": "fp32", "float64": "float64"}
 
 
 def page(facts: Facts) -> Iterator[str]:
-    """One heading a line, in the order a reader asks: what is it, how large, what does it need, is it all there."""
+    """Lines of text: layers, sizes, memory, backends and files, each with a heading."""
     yield click.style(facts["path"], bold=True)
     for name, lines in _sections(facts):
         for i, line in enumerate(lines):
@@ -40,7 +40,7 @@ def _sections(facts: Facts) -> Iterator[tuple[str, list[str]]]:
             [f"{row['op']:<14}{row['backend']:<13}{row['reason']}" for row in rows],
         )
     yield "files", list(_weights(facts["weights"]))
-    yield "tokenizer", [", ".join(facts["tokenizer"]) or "none: token ids only"]
+    yield "tokenizer", [", ".join(facts["tokenizer"]) or "none (the model takes token ids only)"]
 
 
 def _shape(shape: dict[str, int]) -> Iterator[str]:
@@ -51,7 +51,7 @@ def _shape(shape: dict[str, int]) -> Iterator[str]:
     if "num_attention_heads" in shape:
         yield (
             f"attention: {shape['num_attention_heads']} heads of {shape['head_dim']}, "
-            f"{shape['num_key_value_heads']} for keys and values"
+            f"{shape['num_key_value_heads']} K/V heads"
         )
     if "mamba_num_heads" in shape:
         yield (
@@ -73,8 +73,8 @@ def _parameters(count: ParameterCounts) -> Iterator[str]:
         f"{format_count(count['per_tower'])} per tower; {format_count(count['both_towers'])} in all, "
         f"of which time conditioning {format_count(count['time_conditioning'])}"
     )
-    yield f"{format_count(count['active'])} active per token: all but the routed experts that it does not choose"
-    yield f"{format_count(count['active_without_embedding'])} of them read: of the embedding one row only"
+    yield f"{format_count(count['active'])} active per token (without routed experts that the token does not select)"
+    yield f"{format_count(count['active_without_embedding'])} of them read (only one row of the embedding)"
     if count["moe_share"]:
         yield (
             f"{count['moe_share']:.1%} of a tower in MoE layers, {count['routed_expert_share']:.1%} in routed experts"
@@ -93,7 +93,7 @@ def _memory(memory: dict[str, dict[str, int]]) -> Iterator[str]:
     }
     for name, cells in rows.items():
         yield f"{name:<34}" + "".join(f"{cell:>10}" for cell in cells)
-    yield "int8: --quantization int8, what stays wide in bf16"
+    yield "int8: with --quantization int8; weights that are not quantised in bf16"
 
 
 def _state(state: StateSizes) -> Iterator[str]:
@@ -101,19 +101,23 @@ def _state(state: StateSizes) -> Iterator[str]:
         f"{format_bytes(state['per_token'])} per token (K/V), {format_bytes(state['per_row'])} per sequence "
         f"(convolution and SSM), in {_SHORT.get(state['dtype'], state['dtype'])}"
     )
-    yield f"{format_bytes(state['full_context'])} for one text that fills the context; two devices keep a copy each"
+    yield f"{format_bytes(state['full_context'])} for a sequence that fills the context; two devices have a copy each"
 
 
 def _weights(weights: StoredWeights) -> Iterator[str]:
     if not weights["present"]:
-        yield "none: a config without weights"
+        yield "none (a config without weights)"
         return
     files = weights["files"]
     if files:
         names = files[0]["name"] if len(files) == 1 else f"{files[0]['name']} … {files[-1]['name']} ({len(files)})"
         dtypes = ", ".join(f"{count} {name}" for name, count in weights["dtypes"].items())
         yield f"{names}: {format_bytes(sum(file['bytes'] for file in files))}, tensors: {dtypes}"
-    yield "do not fit (see below)" if weights["problem"] else "complete: every tensor is there and has its shape"
+    yield (
+        "do not fit the config (see the error below)"
+        if weights["problem"]
+        else "complete: all tensors with the right shapes"
+    )
 
 
 def format_count(count: int) -> str:

@@ -1,4 +1,4 @@
-"""`twotower lm-eval`: lm-evaluation-harness's own command line, with this package's models among its own."""
+"""`twotower lm-eval`: the command line of lm-evaluation-harness, with `--model twotower`."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ from twotower.process import configure_process
 @click.command("lm-eval", context_settings={"ignore_unknown_options": True, "help_option_names": []})
 @click.argument("arguments", nargs=-1, type=click.UNPROCESSED)
 def lm_eval(arguments: tuple[str, ...]) -> None:
-    """lm-evaluation-harness, with --model twotower. Arguments are its own.
+    """Run lm-evaluation-harness with --model twotower; takes its arguments.
 
     \b
     twotower lm-eval run --model twotower --model_args setting=verified --tasks lambada_openai

@@ -1,4 +1,4 @@
-"""The `twotower` command: finds the verb, and turns every error a user can cause into one line."""
+"""The `twotower` command: finds the verb, and prints every error of the user in one line."""
 
 from __future__ import annotations
 
@@ -26,10 +26,10 @@ DEFAULT_VERB = "generate"
 
 
 class Verbs(click.Group):
-    """A group whose verb may be left out: what is not a verb is a prompt for `generate`."""
+    """A group of verbs. If the first argument is no verb, the verb is `generate` and the argument its prompt."""
 
     def parse_args(self, ctx: click.Context, args: list[str]) -> list[str]:
-        if not args:  # something piped in is a prompt; a person at a terminal wants the help
+        if not args:  # piped input is a prompt; at a terminal the help is printed
             args = ["--help"] if sys.stdin.isatty() else [DEFAULT_VERB]
         elif args[0] not in self.commands and args[0] not in {"--help", "-h", "--version"}:
             self._mention_near_miss(args[0])
@@ -39,19 +39,19 @@ class Verbs(click.Group):
     def _mention_near_miss(self, word: str) -> None:
         near = difflib.get_close_matches(word, self.commands, n=1, cutoff=0.75)
         if near:
-            click.echo(f"Note: {word!r} is taken as a prompt; the verb is spelt {near[0]!r}.", err=True)
+            click.echo(f"Note: {word!r} is taken as a prompt; the verb is {near[0]!r}.", err=True)
 
 
 @click.group(cls=Verbs, context_settings={"help_option_names": ["-h", "--help"], "max_content_width": 100})
 @click.version_option(VERSION, message="%(prog)s %(version)s")
 def cli() -> None:
-    """Two-tower diffusion language models: run them, look at them.
+    """Run, train, measure and serve two-tower diffusion language models.
 
     \b
-    twotower "Once upon a time"           write on (the same as `twotower generate …`)
-    twotower generate --watch "Once …"    see each block being denoised
-    twotower demo                         the modes side by side
-    twotower serve                        the OpenAI endpoints, and a page to see it think
+    twotower "Once upon a time"           continue a prompt (same as `twotower generate "…"`)
+    twotower generate --watch "Once …"    show each denoising pass
+    twotower demo                         compare the modes on one prompt
+    twotower serve                        OpenAI-compatible API, and a page that shows denoising
     """
 
 
@@ -60,10 +60,10 @@ for verb in (generate, batch, serve, demo, info, init, pretrain, train, curves, 
 
 
 def run_cli(args: list[str] | None = None) -> int:
-    """Runs one command line → its exit code: 0, 2 for an error of the user's, 130 after Ctrl-C."""
+    """Runs one command line and returns the exit code: 0, 2 for an error of the user, 130 after Ctrl-C."""
     for stream in (sys.stdout, sys.stderr):
         if hasattr(stream, "reconfigure"):
-            stream.reconfigure(errors="replace")  # a terminal without Unicode shows "?" rather than a traceback
+            stream.reconfigure(errors="replace")  # without Unicode, "?" replaces a character
     try:
         code: object = cli.main(args=args, prog_name="twotower", standalone_mode=False)
     except click.Abort:
@@ -77,7 +77,7 @@ def run_cli(args: list[str] | None = None) -> int:
     except RuntimeError as error:
         if type(error).__name__ != "OutOfMemoryError":  # torch's; torch is not imported here
             raise
-        return _print_error(f"{error} Use a narrower --dtype, fewer tokens, or a second device.")
+        return _print_error(f"{error} Use a smaller --dtype, fewer tokens, or a second device.")
     return code if isinstance(code, int) else 0
 
 
@@ -87,5 +87,5 @@ def _print_error(message: str) -> int:
 
 
 def main() -> None:
-    """The console script."""
+    """Entry point of the console script."""
     sys.exit(run_cli())

@@ -1,4 +1,4 @@
-"""`--trace`: a run's blocks as one picture, pass by pass: SVG, PNG, or a page of HTML."""
+"""`--trace`: a picture of the denoising passes of a run, as SVG, PNG or HTML."""
 
 from __future__ import annotations
 
@@ -19,12 +19,12 @@ from twotower.cli.watch import DARK_TEXT, Frame, TokenNames, blend, colour, hex_
 from twotower.errors import ArgumentError
 
 BACKGROUND, FOREGROUND, LABEL = "#161a22", "#d8dee9", "#7d8799"
-_MASKED = (38, 43, 54)  # a masked position about which nothing is known
+_MASKED = (38, 43, 54)  # a masked position without a candidate
 
 
 @dataclass(frozen=True)
 class Cell:
-    """A piece of a line: text, its colour, and that of its ground (None: the picture's)."""
+    """A piece of a line. background: None for the background of the picture."""
 
     text: str
     foreground: str = FOREGROUND
@@ -36,7 +36,7 @@ Line = list[Cell]
 
 
 def picture_lines(blocks: Sequence[Sequence[Frame]], names: TokenNames) -> list[Line]:
-    """A table for each block, and what the colours mean."""
+    """The lines of the picture: a table for each block, then the legend."""
     lines: list[Line] = []
     for alone, group in groupby(blocks, key=lambda frames: frames[-1].verified and frames[-1].passes == 1):
         for frames in [merge_rounds(list(group))] if alone else group:
@@ -45,7 +45,7 @@ def picture_lines(blocks: Sequence[Sequence[Frame]], names: TokenNames) -> list[
 
 
 def merge_rounds(blocks: Sequence[Sequence[Frame]]) -> list[Frame]:
-    """Successive rounds without a draft, as one."""
+    """Merges successive rounds without a draft into one."""
     last = [frames[-1] for frames in blocks]
     return [
         replace(
@@ -59,7 +59,7 @@ def merge_rounds(blocks: Sequence[Sequence[Frame]]) -> list[Frame]:
 
 
 def block_title(frames: Sequence[Frame]) -> str:
-    """Of one block, or of a round of verified decoding."""
+    """Title of a block, or of a round of verified decoding."""
     last = frames[-1]
     count, number = len(last.tokens), last.block + 1
     if not last.verified:
@@ -67,21 +67,23 @@ def block_title(frames: Sequence[Frame]) -> str:
         return f"block {number}: {count} tokens in {last.passes} passes{cut}"
     if last.passes == 1:
         which = f"round {number}: 1 token" if count == 1 else f"rounds {number} to {number + count - 1}: {count} tokens"
-        return f"{which} of the context tower's own"
+        return f"{which} of the context tower"
     drafted = len(frames[-2].tokens)
     kept = sum(a == b for a, b in zip(last.tokens, frames[-2].tokens, strict=False))
-    return f"round {number}: {count} tokens in {last.passes - 1} + 1 passes, {kept} of {drafted} drafted ones kept"
+    return (
+        f"round {number}: {count} tokens in {last.passes - 1} + 1 passes, {kept} of {drafted} drafted tokens accepted"
+    )
 
 
 def block_lines(frames: Sequence[Frame], names: TokenNames) -> Iterator[Line]:
-    """One block: a line for each pass, a column for each token, colour for confidence.
+    """Lines of one block: a line for each pass, a column for each token of the text, colours for confidence.
 
-    A token stands out in the line of the pass that committed it. Only tokens that belong to the text have a column.
+    A token has a coloured background in the line of the pass that committed it.
     """
     seen = [{frame.tokens[i] for frame in frames if i < len(frame.tokens)} for i in range(len(frames[-1].tokens))]
     widths = [max(2, *(cell_len(names(token)) for token in tokens if token is not None)) + 1 for tokens in seen]
     for frame in frames:
-        what = "check" if frame.verified else f"pass {frame.passes:<2} t {frame.t:4.2f}"
+        what = "verify" if frame.verified else f"pass {frame.passes:<2} t {frame.t:4.2f}"
         line = [Cell(f"{what:<16}", LABEL)]
         for i, width in enumerate(widths):
             token, probability = (frame.tokens[i], frame.confidence[i]) if i < len(frame.tokens) else (None, None)
@@ -97,14 +99,14 @@ def block_lines(frames: Sequence[Frame], names: TokenNames) -> Iterator[Line]:
 
 
 def legend() -> Line:
-    """What the colours mean."""
+    """The legend of the colours."""
     ramp = [Cell(" ", background=hex_colour(colour(i / 20))) for i in range(21)]
-    meaning = " 1     dark: still masked, lighter as the best candidate gets surer"
+    meaning = " 1     dark: masked; lighter for a higher confidence of the best candidate"
     return [Cell("confidence  0 ", LABEL), *ramp, Cell(meaning, LABEL)]
 
 
 def line_width(line: Line) -> int:
-    """In characters."""
+    """Width of a line in characters."""
     return sum(cell_len(cell.text) for cell in line)
 
 
@@ -112,7 +114,7 @@ def line_width(line: Line) -> int:
 
 _CHARACTER = (12.2, 24.4)  # width and height of a character in rich's SVG
 _THEME = TerminalTheme((22, 26, 34), (216, 222, 233), [(0, 0, 0)] * 8)
-# Rich's own frame has window buttons and fetches a font from the net; a picture in a README can have neither.
+# The default template of rich has window buttons and loads a font from the network.
 _SVG = """<svg xmlns="http://www.w3.org/2000/svg" viewBox="-16 -14 WIDTH HEIGHT">
 <style>
 .{unique_id}-matrix {{
@@ -146,7 +148,7 @@ svg {{ min-width: 60rem; width: 100%; }}
 
 @dataclass(frozen=True)
 class PassPicture:
-    """What there is to draw, and what a page says besides."""
+    """Content of a picture, and the text of an HTML page around it. facts: one line of figures."""
 
     blocks: Sequence[Sequence[Frame]]
     names: TokenNames
@@ -156,7 +158,7 @@ class PassPicture:
 
 
 def svg(picture: PassPicture) -> str:
-    """The picture, self-contained."""
+    """The picture as a self-contained SVG."""
     lines = picture_lines(picture.blocks, picture.names)
     whole = Text()
     for i, line in enumerate(lines):
@@ -182,13 +184,13 @@ def _save_html(path: Path, picture: PassPicture) -> None:
 
 
 def _save_png(path: Path, picture: PassPicture) -> None:
-    """Drawn by matplotlib, in the font that comes with it."""
+    """Draws the picture with matplotlib, in its own font."""
     from matplotlib.backends.backend_agg import FigureCanvasAgg
     from matplotlib.figure import Figure
     from matplotlib.patches import Rectangle
 
     lines = picture_lines(picture.blocks, picture.names)
-    wide, high, size = 0.0843, 0.19, 10  # inches a character takes, and its points
+    wide, high, size = 0.0843, 0.19, 10  # width and height of a character in inches, and its size in points
     columns = max(map(line_width, lines))
     figure = Figure(figsize=(columns * wide + 0.4, len(lines) * high + 0.4), facecolor=BACKGROUND)
     FigureCanvasAgg(figure)
@@ -222,18 +224,18 @@ FORMATS: dict[str, Callable[[Path, PassPicture], None]] = {".svg": _save_svg, ".
 
 
 def check_format(path: Path) -> None:
-    """Raises ArgumentError where the file's ending names no format, or one that cannot be written here."""
+    """Raises ArgumentError if the file extension is no known format, or if matplotlib is missing for PNG."""
     if path.suffix not in FORMATS:
-        raise ArgumentError(f"--trace {path}: the ending says no format; choose one of {', '.join(FORMATS)}")
+        raise ArgumentError(f"--trace {path}: unknown file extension; choose one of {', '.join(FORMATS)}")
     if path.suffix == ".png":
         try:
             import matplotlib  # noqa: F401
         except ImportError:
             raise ArgumentError(
-                f"--trace {path}: PNG needs matplotlib; pip install 'twotower[plots]', or end the name in .svg"
+                f"--trace {path}: PNG needs matplotlib; install it (pip install 'twotower[plots]') or use .svg"
             ) from None
 
 
 def save_picture(path: Path, picture: PassPicture) -> None:
-    """In the format that the file's ending names."""
+    """Writes the picture in the format of the file extension."""
     FORMATS[path.suffix](path, picture)

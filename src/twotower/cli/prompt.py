@@ -1,4 +1,4 @@
-"""Where a prompt comes from: the command line, a file or stdin."""
+"""Reads a prompt from the command line, a file or stdin."""
 
 from __future__ import annotations
 
@@ -9,13 +9,13 @@ from twotower.errors import ArgumentError
 
 
 def read_prompt(argument: str | None, file: Path | None) -> str:
-    """The prompt as text. One line end at the end of a file or of stdin is not part of it.
+    """Returns the prompt as text, without the last newline of a file or of stdin.
 
     Raises:
-        ArgumentError: none given, two given, an empty one, or bytes that are not UTF-8.
+        ArgumentError: no prompt, two prompts, an empty prompt, or bytes that are not UTF-8.
     """
     if argument is not None and file is not None:
-        raise ArgumentError("a prompt and --file are both given; give one of them")
+        raise ArgumentError("PROMPT and --file are both given; leave one out")
     if file is not None:
         where, text = str(file), _decoded(file.read_bytes(), str(file))
     elif argument is None or argument == "-":
@@ -29,7 +29,7 @@ def read_prompt(argument: str | None, file: Path | None) -> str:
 
 def _from_stdin(asked: bool) -> str:
     if sys.stdin.isatty() and not asked:
-        raise ArgumentError("no prompt; give one in quotes, by --file, or on stdin")
+        raise ArgumentError("no prompt is given; give one in quotes, with --file, or on stdin")
     return _decoded(sys.stdin.buffer.read(), "stdin")
 
 
@@ -37,4 +37,4 @@ def _decoded(data: bytes, where: str) -> str:
     try:
         return data.decode("utf-8")
     except UnicodeDecodeError as error:
-        raise ArgumentError(f"{where}: not UTF-8 text (byte {error.start}); convert it first") from None
+        raise ArgumentError(f"{where}: not UTF-8 text (byte {error.start}); convert it to UTF-8") from None

@@ -1,4 +1,4 @@
-"""`twotower eval --task …`: the published table's tasks under several settings."""
+"""`twotower eval --task …`: published tasks under several settings."""
 
 from __future__ import annotations
 
@@ -18,17 +18,17 @@ if TYPE_CHECKING:
     from twotower.evaluation.lm_eval.task_scores import TaskScore
     from twotower.modeling_twotower import TwoTowerForCausalLM
 
-ALL_TASKS = "all"  # in place of a task's name
+ALL_TASKS = "all"  # stands for all names of tasks
 
 
 def require_lm_eval() -> None:
-    """Raises ArgumentError where lm-evaluation-harness is not installed."""
+    """Raises ArgumentError if lm-evaluation-harness is not installed."""
     if importlib.util.find_spec("lm_eval") is None:
-        raise ArgumentError("this needs lm-evaluation-harness; pip install 'twotower[eval]'")
+        raise ArgumentError("this command needs lm-evaluation-harness; install it: pip install 'twotower[eval]'")
 
 
 def check_tasks(names: Sequence[str], data: Path | None, run_code: bool) -> None:
-    """What can be refused before a model is loaded."""
+    """Checks the names of tasks and their files before a model is loaded."""
     require_lm_eval()
     from twotower.evaluation.lm_eval.tasks import check_tasks as check_choice
 
@@ -46,7 +46,7 @@ def measure_tasks(
     likelihood: str,
     rows: int,
 ) -> list[TaskScore]:
-    """Scores of every task under AR and every other setting."""
+    """Scores of all tasks under AR and the other settings."""
     from twotower.evaluation.lm_eval.task_scores import run_tasks
 
     with status_line() as update:
@@ -64,7 +64,7 @@ def measure_tasks(
 
 
 def task_table(scores: Sequence[TaskScore]) -> Table:
-    """A row a task: AR's score, every other setting's and its tokens per pass; last the mean and what it keeps."""
+    """A row for each task with the score and tokens per pass of each setting, and a row of means."""
     from rich import box
     from rich.table import Table
 
@@ -88,7 +88,7 @@ def task_table(scores: Sequence[TaskScore]) -> Table:
             cells.append(f"{score.score:.1%}")
             if score.against_ar is not None:
                 low, high = score.against_ar.interval
-                cells.append(f"{100 * low:+.1f}…{100 * high:+.1f}" if score.scored_by != "context" else "same by AR")
+                cells.append(f"{100 * low:+.1f}…{100 * high:+.1f}" if score.scored_by != "context" else "as AR")
                 cells.append(f"{score.tokens_per_pass:.2f}" if score.tokens_per_pass is not None else "")
         out.add_row(*cells)
     means = {setting: fmean(found[task, setting].score for task in tasks) for setting in settings}
@@ -96,11 +96,11 @@ def task_table(scores: Sequence[TaskScore]) -> Table:
     for setting in settings:
         kept.append(f"{means[setting]:.1%}")
         if setting != "ar":
-            kept += [f"keeps {means[setting] / means['ar']:.1%}" if means["ar"] else "", ""]
+            kept += [f"{means[setting] / means['ar']:.1%} of AR" if means["ar"] else "", ""]
     out.add_section()
     out.add_row(*kept)
     if truncated := sum(score.truncated_prompts for score in scores):
-        out.caption = f"{truncated} prompts did not fit the context window and lost their beginning"
+        out.caption = f"{truncated} prompts did not fit into the context window and lost their beginning"
     return out
 
 

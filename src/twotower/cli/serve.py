@@ -230,7 +230,7 @@ def _engine(options: ServeOptions, source: Path | str) -> LLM:
             context_device=options.context_device,
             denoiser_device=options.denoiser_device,
         )
-    models.tell_dtype(model, options.dtype)
+    models.print_dtype_note(model, options.dtype)
     model_loading.need_tokenizer(model, source, "the server cannot encode prompts; put that file into the directory")
     window = model.config.backbone.max_position_embeddings
     return LLM(

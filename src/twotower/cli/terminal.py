@@ -1,4 +1,4 @@
-"""What verbs show besides their result: tables, and a line that comes and goes while something takes its time."""
+"""Output beside the result of a verb: tables, and a status line during long work."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ if TYPE_CHECKING:
 
 
 def console_on(stream: Literal["stdout", "stderr"]) -> Console:
-    """For tables: as wide as the terminal, or 100 columns where there is none."""
+    """A console for tables, as wide as the terminal, or 100 columns without a terminal."""
     from rich.console import Console
 
     width = None if getattr(sys, stream).isatty() else 100
@@ -23,8 +23,8 @@ def console_on(stream: Literal["stdout", "stderr"]) -> Console:
 
 @contextmanager
 def status_line() -> Iterator[Callable[[str], None]]:
-    """A line on a terminal's stderr that says what was last told; gone afterwards."""
-    stream = sys.stderr  # the one of now: what works meanwhile may have its own taken away
+    """Yields a function that replaces the status line on stderr. Without a terminal, nothing is shown."""
+    stream = sys.stderr  # kept, because the work inside the block may redirect sys.stderr
     shown = stream.isatty()
 
     def update(text: str) -> None:

@@ -1,7 +1,7 @@
-"""A block being denoised, made visible: recorded pass by pass, shown live, or drawn as a picture.
+"""Records the denoising passes of a run, and shows them on a terminal.
 
-`Watcher` is the step callback; it turns each pass into a `Frame` and hands it to a view. Frames lag one pass
-behind: the callback sees a block before that pass's commits, so they show in the next call.
+`Watcher` has the step callback. It makes a `Frame` of each pass and gives the frame to a view. A frame is one pass
+late: the callback gets a block before the commits of its pass, so these commits are visible in the next call.
 """
 
 from __future__ import annotations
@@ -24,18 +24,19 @@ if TYPE_CHECKING:
     from twotower.decoding.output import BlockEvent
     from twotower.tokenizer import Tokenizer
 
-FRAME_SECONDS = 0.09  # a frame stays at least this long on a terminal: small models are faster than the eye
+FRAME_SECONDS = 0.09  # the shortest time of a frame on a terminal, so that it can be seen
 MASK = " ░░"
 MASK_PLAIN = "░"
 
 
 @dataclass(frozen=True)
 class Frame:
-    """A block after `passes` of its passes (0: all masked).
+    """A block after `passes` passes; with 0 passes, all positions are masked.
 
-    tokens: None where still masked; in a block's last frame only those that belong to the text. fresh: committed
-    by the last pass. confidence: at commit, or of the best candidate so far; None before the first pass.
-    total_passes, total_tokens: of the run so far. verified: what the context tower made of a draft, its own token last.
+    tokens: None for a masked position; the last frame of a block has only tokens of the text. fresh: committed by the
+    last pass. confidence: at the commit, or of the best candidate so far; None before the first pass. total_passes,
+    total_tokens: of the run so far. verified: whether the context tower has verified the block. Then the last token is
+    the context tower's own.
     """
 
     block: int
@@ -50,7 +51,7 @@ class Frame:
 
     @property
     def t(self) -> float:
-        """The fraction still masked."""
+        """The masked fraction of the block."""
         return sum(token is None for token in self.tokens) / self.size
 
     @property
@@ -59,7 +60,7 @@ class Frame:
 
 
 class TokenNames:
-    """Each token as something to look at: special ones by name, line ends as ↵, pieces of a character as ·."""
+    """Tokens as visible text: special tokens by name, newlines as ↵, parts of a character as ·."""
 
     def __init__(self, tokenizer: Tokenizer) -> None:
         self.tokenizer = tokenizer
@@ -72,7 +73,7 @@ class TokenNames:
 
 
 def visible(text: str, keep: str = "") -> str:
-    """What a model wrote, safe for a terminal: line ends and tabs as signs, other control characters as ·."""
+    """Text that is safe for a terminal: newlines and tabs as symbols, other control characters as ·."""
     signs = {"\n": "↵", "\t": "⇥", "\ufffd": "·"}
     return "".join(c if c in keep else signs.get(c, c if c.isprintable() else "·") for c in text)
 
@@ -81,7 +82,7 @@ def visible(text: str, keep: str = "") -> str:
 
 
 class View(Protocol):
-    """What shows frames. owns_stdout: text must not be written to stdout while the view is open."""
+    """Shows frames. owns_stdout: nothing may be written to stdout while the view is open."""
 
     owns_stdout: bool
 
@@ -92,9 +93,9 @@ class View(Protocol):
 
 
 class Watcher:
-    """Records row 0 of a run: give `on_pass` as step callback, and take the events `through` it.
+    """Records row 0 of a run: pass `on_pass` as step callback, and iterate over `watch(events)`.
 
-    known_positions: the positions at the start of every block that are text already (in verified decoding one).
+    known_positions: number of leading positions of every block that are text already (1 in verified decoding).
     """
 
     def __init__(self, tokenizer: Tokenizer, mask_token: int, view: View, known_positions: int = 0) -> None:
@@ -103,10 +104,10 @@ class Watcher:
         self.view = view
         self.known_positions = known_positions
         self.blocks: list[list[Frame]] = []
-        self._block_open = False  # whether the last of them still waits for its event
-        self._logits: Tensor | None = None  # of the last pass, whose commits are still to be seen
+        self._block_open = False  # whether the event of the last block is still to come
+        self._logits: Tensor | None = None  # of the last pass, whose commits come with the next call
         self._drawing_seconds = 0.0
-        self._passes = self._tokens = 0  # of the blocks before this one
+        self._passes = self._tokens = 0  # of the earlier blocks
 
     def __enter__(self) -> Watcher:
         self.view.open(self.names)
@@ -116,7 +117,7 @@ class Watcher:
         self.view.close(interrupted=kind is not None)
 
     def on_pass(self, step: int, steps: int, block: Tensor, *, t: float, logits: Tensor | None, block_idx: int) -> None:
-        """`step_callback` of the published API."""
+        """The `step_callback` of the published API."""
         started = time.perf_counter()
         row = block[0, self.known_positions :]
         if logits is None:
@@ -128,7 +129,7 @@ class Watcher:
         self._drawing_seconds += time.perf_counter() - started
 
     def watch(self, events: Iterator[BlockEvent]) -> Iterator[BlockEvent]:
-        """The same events, with the time spent on drawing taken off the result's."""
+        """Yields the events; the result's time excludes the time for drawing."""
         for event in events:
             if event.result is not None:
                 seconds = event.result.decode_seconds - self._drawing_seconds
@@ -143,7 +144,7 @@ class Watcher:
         self._logits, self._block_open = None, True
 
     def _close_block(self, event: BlockEvent) -> None:
-        if not self._block_open:  # a token of the context tower's alone
+        if not self._block_open:  # a token of the context tower, without a draft
             self._open_block()
             self._add_frame(event.block, len(event.tokens), [None] * len(event.tokens), [None] * len(event.tokens))
         frames = self.blocks[-1]
@@ -174,7 +175,7 @@ class Watcher:
             passes=len(frames),
             tokens=list(tokens),
             fresh=[token is not None and before[i] != token for i, token in enumerate(tokens)],
-            # A committed token keeps the confidence it was committed with.
+            # A committed token keeps the confidence of its commit.
             confidence=[
                 probability if before[i] is None or before[i] != tokens[i] else old_confidence[i]
                 for i, probability in enumerate(confidence)
@@ -187,7 +188,7 @@ class Watcher:
         self.view.frame(frame)
 
     def _confidence(self, tokens: Sequence[int | None]) -> list[float | None]:
-        """Of each committed token, or of the likeliest one where the block is masked, by the last pass."""
+        """Confidence in the last pass of each committed token, or of the most likely token of a masked position."""
         from twotower.decoding.sampling import confidence
 
         if self._logits is None:
@@ -202,13 +203,13 @@ class Watcher:
 
 # --- colours --------------------------------------------------------------------------------------------------------
 
-# Confidence 0 … 1, warm to cool: told apart without telling red from green, and dark text is readable on all of it.
+# Confidence 0 to 1 from warm to cool: safe for red-green colour blindness, and dark text is readable on all colours.
 _RAMP = ((0.0, (224, 142, 121)), (0.5, (232, 197, 122)), (0.9, (143, 193, 169)), (1.0, (111, 179, 201)))
 DARK_TEXT = "#1b202b"
 
 
 def colour(confidence: float) -> tuple[int, int, int]:
-    """The ramp's colour."""
+    """The colour of a confidence."""
     for (low, a), (high, b) in pairwise(_RAMP):
         if confidence <= high:
             return blend(a, b, (confidence - low) / (high - low))
@@ -233,7 +234,7 @@ def _on(rgb: tuple[int, int, int]) -> Style:
 
 
 def block_text(frame: Frame, names: TokenNames) -> Text:
-    """The block as a piece of text: ░ where masked, what the last pass committed in its confidence's colour."""
+    """The text of a block: ░ for masked positions; tokens of the last pass in the colour of their confidence."""
     out = Text()
     for i, token in enumerate(frame.tokens):
         if token is None:
@@ -247,7 +248,7 @@ def block_text(frame: Frame, names: TokenNames) -> Text:
 
 
 class NullView:
-    """Shows nothing; for a record alone."""
+    """Shows nothing; for runs that are only recorded."""
 
     owns_stdout = False
 
@@ -258,7 +259,7 @@ class NullView:
 
 
 class LineView:
-    """One line a pass, for logs and pipes."""
+    """Prints one line per pass, for logs and pipes."""
 
     owns_stdout = False
 
@@ -278,10 +279,10 @@ class LineView:
 
 
 class LiveView:
-    """The text so far and the block at work, redrawn in place on a terminal."""
+    """Shows the text so far and the current block, redrawn in place on a terminal."""
 
     def __init__(self, console: Console, prompt: str, keep: bool) -> None:
-        """keep: leave the finished text on the screen."""
+        """keep: leave the final text on the terminal."""
         self.console = console
         self.prompt = prompt
         self.keep = keep
@@ -303,7 +304,7 @@ class LiveView:
         self.text += text
 
     def close(self, interrupted: bool) -> None:
-        if self.keep or interrupted:  # what was settled before Ctrl-C stays readable
+        if self.keep or interrupted:  # after Ctrl-C, the final text stays readable
             self.live.transient = False
             self._show(Text(), None)
         self.live.stop()
@@ -313,7 +314,7 @@ class LiveView:
         if wait > 0 and status is not None:
             time.sleep(wait)
         room, width = max(self.console.height - 4, 3), self.console.width
-        text = visible(self.text[-room * width :], keep="\n")  # more does not fit, and wrapping takes time
+        text = visible(self.text[-room * width :], keep="\n")  # more does not fit, and wrapping it would take time
         prompt = visible(self.prompt[-room * width :], keep="\n") if len(self.text) < room * width else ""
         lines = list(Text.assemble((prompt, Style(dim=True)), text, block).wrap(self.console, width))[-room:]
         shown = Text("\n").join(lines)
@@ -322,7 +323,7 @@ class LiveView:
 
 
 def make_view(stream: str, prompt: str, keep: bool) -> View:
-    """The view that suits "stdout" or "stderr": a screen on a terminal, lines anywhere else."""
+    """A view for "stdout" or "stderr": live on a terminal, else one line per pass."""
     if getattr(sys, stream).isatty():
         return LiveView(Console(stderr=stream == "stderr", highlight=False), prompt, keep)
     return LineView(getattr(sys, stream))
