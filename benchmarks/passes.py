@@ -34,7 +34,7 @@ from common.models import BLOCK, MIDSIZE, config_of, model_for, name_of, random_
 from common.naive import NaiveDenoiser
 from common.pass_runs import PassRuns
 from common.program import CONFIG, DEVICE, JSON, MODEL, QUICK, THREADS, publish, start
-from common.timing import Run, interleaved, medians, ratio, synchronize
+from common.timing import TimedCall, interleaved, medians, ratio, synchronize
 from common.transformers_baseline import transformers_baseline
 from rich.console import RenderableType
 from rich.table import Table
@@ -79,8 +79,8 @@ def costs(
         view = still.look(context)
         reference.begin(view)
         found["naive logits differ by"] = difference(still.denoise(), reference(still.block, still.t))
-        runs["naive pass"] = Run(lambda: reference(still.block, still.t))
-        runs["naive clone"] = Run(lambda: reference.begin(view))
+        runs["naive pass"] = TimedCall(lambda: reference(still.block, still.t))
+        runs["naive clone"] = TimedCall(lambda: reference.begin(view))
     times = interleaved(runs, device, repeats)
     seconds = medians(times)
     found["passes"] = {
@@ -134,7 +134,7 @@ def against_transformers(model: TwoTowerForCausalLM, *, context: int, tokens: in
         )  # fmt: skip
         written["theirs"] = out[0, context:].tolist()
 
-    times = interleaved({"ours": Run(ours), "theirs": Run(theirs)}, model.device, rounds, warm_up=1)
+    times = interleaved({"ours": TimedCall(ours), "theirs": TimedCall(theirs)}, model.device, rounds, warm_up=1)
     seconds = medians(times)
     same = [a == b for a, b in zip(written["ours"], written["theirs"], strict=True)]
     return {

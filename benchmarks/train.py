@@ -26,7 +26,7 @@ import torch
 from common import ablations
 from common.models import BLOCK
 from common.program import DIRECTORY, JSON, QUICK, THREADS, publish, start
-from common.timing import Run, interleaved
+from common.timing import TimedCall, interleaved
 from rich.table import Table
 
 from twotower.config import BackboneConfig, TwoTowerConfig
@@ -36,7 +36,7 @@ from twotower.recipes.bundled import SHAPE
 from twotower.training import fsdp
 from twotower.training.data import Batch
 from twotower.training.objective import AutoregressiveObjective, DenoisingObjective, DenoisingOptions
-from twotower.training.optimizer import Optimizer
+from twotower.training.optimizer import ShardedAdamW
 from twotower.training.runs import compute_dtype
 
 MASK = 3
@@ -84,7 +84,7 @@ def objectives(
     return made
 
 
-def step(objective: Any, optimizer: Optimizer, batch: Batch, noise: Any) -> None:
+def step(objective: Any, optimizer: ShardedAdamW, batch: Batch, noise: Any) -> None:
     """One update."""
     (objective(batch, noise, BLOCK) / batch.tokens.numel()).backward()
     optimizer.step(1e-5, optimizer.gradient_norm())
@@ -120,17 +120,17 @@ def measure(
     for activation_checkpointing in (False, True):
         made = objectives(shape, world, dtype, activation_checkpointing)
         for kind, objective in made.items():
-            noise = objective.draw(long, BLOCK)
+            noise = objective.draw_noise(long, BLOCK)
             noise = noise and noise.to(world.device)
             result["kept_bytes"][f"{kind}{' activation checkpointing' if activation_checkpointing else ''}"] = (
                 kept_bytes(objective, long, noise)
             )
         runs = {}
         for kind, objective in made.items():
-            noise = objective.draw(batch, BLOCK)
+            noise = objective.draw_noise(batch, BLOCK)
             noise = noise and noise.to(world.device)
-            optimizer = Optimizer(objective, world, 0.1, 1.0)
-            runs[kind] = Run(lambda o=objective, p=optimizer, noise=noise: step(o, p, batch, noise))
+            optimizer = ShardedAdamW(objective, world, 0.1, 1.0)
+            runs[kind] = TimedCall(lambda o=objective, p=optimizer, noise=noise: step(o, p, batch, noise))
         times = interleaved(runs, world.device, repeats, warm_up=1)
         median = {kind: statistics.median(values) for kind, values in times.items()}
         result["activation checkpointing" if activation_checkpointing else "plain"] = {

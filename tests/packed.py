@@ -12,8 +12,8 @@ from conftest import EVERY_KIND, build_random_model
 from torch import Tensor
 
 from twotower import TwoTowerForCausalLM
-from twotower.training.data import BOS, EOS, MASK, PAD, Batch, Document, lay_out, place
-from twotower.training.data.packing import Offset, whole
+from twotower.training.data import BOS, EOS, MASK, PAD, Batch, Document, collate, to_piece
+from twotower.training.data.packing import Offset, round_up
 from twotower.training.noise import Corruption, NoiseScope, corrupt
 from twotower.training.objective import DenoisingObjective, DenoisingOptions
 
@@ -46,12 +46,12 @@ def packed(
 ) -> Batch:
     """Rows of documents, one after another, with random block offsets; as long as the longest row."""
     pieces = [
-        [place(document(length, kind, seed), block_size, offset, seed, r, n) for n, (length, kind) in enumerate(row)]
+        [to_piece(document(length, kind, seed), block_size, offset, seed, r, n) for n, (length, kind) in enumerate(row)]
         for r, row in enumerate(rows)
     ]
     length = max(sum(piece.columns(block_size) for piece in row) for row in pieces)
     index = range(first_index, first_index + len(rows))
-    return lay_out(pieces, index, whole(length, block_size), block_size, eos=EOS, pad=PAD)
+    return collate(pieces, index, round_up(length, block_size), block_size, eos=EOS, pad=PAD)
 
 
 def objective(model: TwoTowerForCausalLM, *, tied: bool = False, **options: object) -> DenoisingObjective:

@@ -32,7 +32,7 @@ SOURCE = Path(twotower.__file__).parent
 FOREIGN = {
     "options.py": "",
     "training/fsdp.py": "RANK and LOCAL_RANK, set by torchrun for each process",
-    "training/data/opening.py": "USERNAME, where the system has no getuid",
+    "training/data/records.py": "USERNAME, where the system has no getuid",
 }
 
 

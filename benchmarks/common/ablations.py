@@ -17,7 +17,7 @@ from torch import Tensor
 from common.variations import VARIATIONS, Blind, Variation, Varied, norm_order, released_gates
 from twotower.config import TwoTowerConfig
 from twotower.decoding.presets import parse_setting
-from twotower.evaluation.accuracy import evaluate
+from twotower.evaluation.accuracy import measure_accuracy
 from twotower.evaluation.held_out import read_documents
 from twotower.evaluation.tasks import make_problems, write_jsonl
 from twotower.evaluation.tasks.scoring import OVERALL
@@ -30,7 +30,7 @@ from twotower.training.noise import Corruption
 from twotower.training.objective import AutoregressiveObjective, DenoisingObjective, DenoisingOptions
 from twotower.training.run_settings import RunSettings
 from twotower.training.run_tokenizer import encoder_for, load_tokenizer
-from twotower.training.trainer import Run, Stage, train
+from twotower.training.trainer import Stage, TrainerOptions, train
 
 SMALL = {
     "hidden_size": 128, "hybrid_override_pattern": "M-M*M-M*-", "num_attention_heads": 4, "num_key_value_heads": 2,
@@ -89,14 +89,14 @@ def run_variation(material: Material, variation: Variation, seed: int, steps: in
     )  # fmt: skip
     settings = RunSettings(data=material.data, lr=RATE, stages=(Stage(variation.block_size, steps),))
     started = time.perf_counter()
-    plan = Run(
+    plan = TrainerOptions(
         directory=folder, schedule=settings.schedule(), stages=settings.stages, checkpoint_every=steps,
         validate_every=0, tensorboard=False,
     )  # fmt: skip
     with norm_order(variation):
         train(plan, objective, loader, world)
         figures = {"seconds": time.perf_counter() - started, "nll": nll(material, objective, seed)}
-        whole = weights.gather(model, torch.float32, world)
+        whole = weights.gather_weights(model, torch.float32, world)
         if variation.generates:
             figures |= generate(material, variation, whole)
     return figures
@@ -132,7 +132,9 @@ def generate(material: Material, variation: Variation, whole: dict[str, Tensor])
     model.tokenizer = material.tokenizer
     size = min(variation.block_size, 16)
     asked = make_problems("test", 180, seed=11, difficulties=(1,))
-    ar, found = evaluate(model.eval(), [parse_setting(f"diffusion:0.8,block_size={size}")], asked, likelihood=False)
+    ar, found = measure_accuracy(
+        model.eval(), [parse_setting(f"diffusion:0.8,block_size={size}")], asked, likelihood=False
+    )
     return {
         "tokens_per_pass": found.tokens[OVERALL] / found.denoiser_passes[OVERALL],
         "accuracy": found.accuracy[OVERALL],
@@ -167,12 +169,12 @@ def prepare(data: Path, out: Path, steps: int, world: fsdp.World) -> Material:
             sources, encoder_for(tokenizer, config), batch_size=ROWS, row_length=LENGTH, block_size=ALIGN
         )
         settings = RunSettings(data=items, lr=RATE, stages=(Stage(ALIGN, steps),))
-        plan = Run(
+        plan = TrainerOptions(
             directory=out / "backbone", schedule=settings.schedule(), stages=settings.stages, tensorboard=False,
             validate_every=0,
         )  # fmt: skip
         train(plan, objective, loader, world)
-        torch.save(weights.gather(tower, torch.float32, world), saved)
+        torch.save(weights.gather_weights(tower, torch.float32, world), saved)
     return Material(config, tokenizer, items, torch.load(saved, weights_only=True), world)
 
 

@@ -11,7 +11,7 @@ import torch
 from torch import nn
 
 from common.models import BLOCK
-from common.timing import Run, ratio
+from common.timing import TimedCall, ratio
 from twotower import TwoTowerForCausalLM
 from twotower.model.moe import Experts
 from twotower.model.tower import Tower
@@ -40,7 +40,7 @@ def matmuls(tower: Tower, tokens: int, head: bool) -> tuple[list[Callable[[], ob
     return calls, covered
 
 
-def matmul_runs(model: TwoTowerForCausalLM, rows: int) -> dict[str, Run]:
+def matmul_runs(model: TwoTowerForCausalLM, rows: int) -> dict[str, TimedCall]:
     """The passes at a number of rows: the denoiser over blocks, the context tower over blocks or tokens."""
     assert model.denoiser is not None
     made = {
@@ -49,7 +49,9 @@ def matmul_runs(model: TwoTowerForCausalLM, rows: int) -> dict[str, Run]:
         "commit": matmuls(model.context, rows * BLOCK, False),
         "check": matmuls(model.context, rows * BLOCK, True),
     }
-    return {f"{kind} {rows}": Run(lambda calls=calls: [call() for call in calls]) for kind, (calls, _) in made.items()}
+    return {
+        f"{kind} {rows}": TimedCall(lambda calls=calls: [call() for call in calls]) for kind, (calls, _) in made.items()
+    }
 
 
 def covered_share(model: TwoTowerForCausalLM) -> float:

@@ -5,7 +5,7 @@ from __future__ import annotations
 import torch
 
 from common.models import BLOCK, Texts, random_tokens
-from common.timing import Run
+from common.timing import TimedCall
 from twotower import TwoTowerForCausalLM
 from twotower.cache.pools import ContextView
 
@@ -20,12 +20,12 @@ class PassRuns:
         self.block, self.t = random_tokens(model, 1, BLOCK), torch.full((1,), 0.5, device=model.device)
         self.view: ContextView
 
-    def after(self, length: int) -> dict[str, Run]:
+    def after(self, length: int) -> dict[str, TimedCall]:
         """The three passes after so many tokens."""
         return {
-            "AR step": Run(self._step, lambda: self._before_step(length)),
-            "denoiser pass": Run(self.denoise, lambda: self.look(length)),
-            "commit": Run(self._commit, lambda: self.texts.set_length(length)),
+            "AR step": TimedCall(self._step, lambda: self._before_step(length)),
+            "denoiser pass": TimedCall(self.denoise, lambda: self.look(length)),
+            "commit": TimedCall(self._commit, lambda: self.texts.set_length(length)),
         }
 
     def look(self, length: int) -> ContextView:

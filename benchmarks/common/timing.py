@@ -12,7 +12,7 @@ import torch
 
 
 @dataclass(frozen=True)
-class Run:
+class TimedCall:
     """What is timed; `before` is not."""
 
     call: Callable[[], object]
@@ -35,7 +35,7 @@ def seconds(call: Callable[[], object], device: torch.device) -> float:
 
 
 def interleaved(
-    runs: dict[str, Run], device: torch.device, repeats: int, warm_up: int = 3, least: float = 0.0
+    runs: dict[str, TimedCall], device: torch.device, repeats: int, warm_up: int = 3, least: float = 0.0
 ) -> dict[str, list[float]]:
     """Seconds of every run, repeat by repeat: all of them in turn, the first `warm_up` times not counted.
 

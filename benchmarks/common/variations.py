@@ -66,7 +66,7 @@ class Unit(nn.Module):
     def __init__(self, context: Layer, denoiser: Layer | None, seeded: bool, train_context: bool) -> None:
         super().__init__()
         self.context, self.denoiser, self.seeded, self.train_context = context, denoiser, seeded, train_context
-        self.reads = True
+        self.runs_context = True
 
     def forward(self, clean: Tensor, noisy: Tensor, modulation: Any, layout: Layout) -> tuple[Tensor, Tensor]:
         with torch.set_grad_enabled(self.train_context and torch.is_grad_enabled()):

@@ -38,15 +38,15 @@ from twotower.training.data import (
     Record,
     RowLoader,
     Source,
+    collate,
     fill_row,
     held_out_batches,
-    lay_out,
     merge_states,
     parse_spec,
-    place,
+    to_piece,
     train_tokenizer,
 )
-from twotower.training.data.draws import permutation
+from twotower.training.data.keyed_random import permutation
 from twotower.training.data.readers import open_reader
 
 BLOCK, LENGTH = 4, 16
@@ -233,13 +233,13 @@ def pack(documents: Sequence[Document], offset: Any, look_ahead: int = 32) -> tu
     def refill() -> None:
         while unread and len(waiting) < look_ahead:
             number, document = unread.pop(0)
-            piece = place(document, BLOCK, offset, 5, number)
+            piece = to_piece(document, BLOCK, offset, 5, number)
             waiting.append(replace(piece, tokens=piece.tokens + 1000 * number))
 
     rows = []
     while row := fill_row(waiting, refill, LENGTH, BLOCK):
         rows.append(row)
-    return rows, lay_out(rows, range(len(rows)), LENGTH, BLOCK, eos=EOS, pad=PAD)
+    return rows, collate(rows, range(len(rows)), LENGTH, BLOCK, eos=EOS, pad=PAD)
 
 
 @settings(max_examples=120, deadline=None)
@@ -293,10 +293,10 @@ def test_one_document(document: Document, offset: Any) -> None:
 
 def test_leads_are_uniform() -> None:
     document = Document(np.zeros(9, dtype=np.int32), 1)
-    leads = Counter(place(document, 8, "random", 0, n).lead for n in range(8000))
+    leads = Counter(to_piece(document, 8, "random", 0, n).lead for n in range(8000))
     assert sorted(leads) == list(range(8))
     assert all(abs(count - 1000) < 130 for count in leads.values())  # four standard deviations
-    assert place(document, 8, "random", 0, 7) == place(document, 8, "random", 0, 7)
+    assert to_piece(document, 8, "random", 0, 7) == to_piece(document, 8, "random", 0, 7)
 
 
 def test_the_first_block_after_bos_is_context_without_bos_it_is_not() -> None:
@@ -338,7 +338,7 @@ def test_prompts_are_marked() -> None:
 
 
 def every_text(source: Source) -> list[str]:
-    return [r.text for i in range(len(source.records)) if (r := source.understand(source.records[i])) is not None]  # type: ignore[arg-type]
+    return [r.text for i in range(len(source.records)) if (r := source.parse(source.records[i])) is not None]  # type: ignore[arg-type]
 
 
 @pytest.mark.parametrize("name", ["a.jsonl", "a.jsonl.gz", "a.json", "a.txt", "a.txt.gz", "a.parquet"])

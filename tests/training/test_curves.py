@@ -86,7 +86,7 @@ def test_the_verb(tmp_path: Path) -> None:
         "validation at step 4: masked nll 3, ar nll 2, agreement 0.5, tokens per pass 3",
     ]
     assert (run / "training.png").exists()
-    said = CliRunner().invoke(curves, [str(run), "-o", str(tmp_path / "new" / "place"), "--json"])
+    said = CliRunner().invoke(curves, [str(run), "-o", str(tmp_path / "new" / "to_piece"), "--json"])
     assert [Path(path).exists() for path in json.loads(said.stdout)["pictures"]] == [True, True]
 
 

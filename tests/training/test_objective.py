@@ -212,7 +212,7 @@ def test_the_head_in_pieces_changes_nothing(monkeypatch: pytest.MonkeyPatch) -> 
     step = case("M")
     training = objective(step.model)
     whole = training(step.batch, step.noise, 4)
-    monkeypatch.setattr(objective_module, "LOGITS_AT_ONCE", 5 * step.model.config.vocab_size)
+    monkeypatch.setattr(objective_module, "MAX_LOGITS", 5 * step.model.config.vocab_size)
     assert step.noise.masked.sum() > 10
     same(training(step.batch, step.noise, 4), whole, step.model, 1e-12)
 
@@ -242,8 +242,8 @@ def test_a_batch_is_the_sum_of_its_rows(options: dict[str, Any]) -> None:
     targets = training.targets(step.batch, step.noise)
     assert targets == (step.batch.denoised if options.get("elbo") else step.noise.masked).sum()
     assert targets == sum(training.targets(*part) for part in parts)
-    further = training.further_targets(step.batch)
-    assert further == sum(training.further_targets(batch) for batch, _ in parts)
+    further = training.ar_targets(step.batch)
+    assert further == sum(training.ar_targets(batch) for batch, _ in parts)
     ratio = targets / max(further, 1)
     losses = torch.stack([training(*part, 4, ratio) for part in parts])
     same(losses.sum(), training(step.batch, step.noise, 4), step.model, 1e-11)
@@ -425,7 +425,7 @@ def test_next_token_prediction_is_that_of_each_document_alone(block_size: int, p
         training = AutoregressiveObjective(
             step.model.context, activation_checkpointing=activation_checkpointing, prompt_loss=prompts
         )
-        assert training.draw(step.batch, block_size) is None
+        assert training.draw_noise(step.batch, block_size) is None
         assert training.targets(step.batch) == len(naive)
         same(training(step.batch, None, block_size), naive.sum(), step.model.context, EXACT)
     assert len(naive) == sum(max(n - 1 - (max(n // 3, 1) - 1) * (kind == "prompted" and not prompts), 0)

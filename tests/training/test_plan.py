@@ -25,10 +25,10 @@ from twotower.training.noise import Corruption
 from twotower.training.objective import AutoregressiveObjective, DenoisingObjective, DenoisingOptions
 from twotower.training.planning.flops import autoregressive_step, two_tower_step
 from twotower.training.planning.live_bytes import LiveBytes
-from twotower.training.planning.memory import profile
-from twotower.training.planning.plan import Plan, plan, plan_from
+from twotower.training.planning.memory import measure_profile
+from twotower.training.planning.plan import Plan, make_plan, plan_from
+from twotower.training.planning.plan_setup import GIB, Setup
 from twotower.training.planning.profile import Profile
-from twotower.training.planning.setup import GIB, Setup
 from twotower.training.planning.step_memory import memory_of
 
 RELEASED = Path(__file__).parents[1] / "golden" / "released"
@@ -121,7 +121,7 @@ def test_activations_are_those_of_a_real_pass(
         kept = live.live
         loss.backward()
     config = build_random_model(pattern, **WIDE).config.backbone
-    measured = profile(
+    measured = measure_profile(
         config,
         row_length=256,
         micro_batch_size=2,
@@ -177,7 +177,7 @@ def shard_over_eight() -> None:
         with allocated() as most:
             objective(batch, noise, BLOCK).backward()
         setup = Setup(row_length=length, activation_checkpointing=activation_checkpointing)
-        measured = profile(
+        measured = measure_profile(
             model.config.backbone, row_length=length, micro_batch_size=1, block_size=BLOCK, dtype=torch.bfloat16,
             activation_checkpointing=activation_checkpointing,
         )  # fmt: skip
@@ -248,7 +248,7 @@ def test_remedies_come_in_order_and_do_what_they_say() -> None:
         activation_checkpointing=False,
         reserve_gib=0.0,
     )
-    made = plan(config, setup)
+    made = make_plan(config, setup)
     assert made.setup.micro_batches == 2
     assert [remedy.change for remedy in made.remedies[:2]] == ["recomputation", "micro-batches of 1 row"]
     assert all(remedy.total < made.memory.total for remedy in made.remedies[:2])
@@ -257,14 +257,14 @@ def test_remedies_come_in_order_and_do_what_they_say() -> None:
 
 def test_experts_are_cut_among_no_more_gpus_than_there_are() -> None:
     config = TwoTowerConfig(**WIDE, hybrid_override_pattern="ME").backbone  # 8 experts
-    totals = {g: plan(config, Setup(gpus=g, row_length=64, reserve_gib=0.0)).memory.weights for g in (8, 64)}
+    totals = {g: make_plan(config, Setup(gpus=g, row_length=64, reserve_gib=0.0)).memory.weights for g in (8, 64)}
     experts = 2 * WIDE["n_routed_experts"] * WIDE["moe_intermediate_size"] * WIDE["hidden_size"]
     assert totals[64] > 4 * experts / 8
 
 
 def test_one_gpu_keeps_every_layer_gathered() -> None:
     config = TwoTowerConfig(**WIDE, hybrid_override_pattern="M-").backbone
-    made = plan(config, Setup(gpus=1, row_length=64))
+    made = make_plan(config, Setup(gpus=1, row_length=64))
     assert made.memory.gathered > 0
     assert made.traffic.seconds == 0
     assert made.memory.total < GIB * 5

@@ -136,7 +136,7 @@ def test_a_damaged_checkpoint_costs_one_interval(
 def test_other_damage_is_found(damage: Callable[[Path], str], copy: Path, world: World) -> None:
     folder = copy / "checkpoints"
     why = damage(folder / "step-00000022")
-    found, notes = saving.find(folder, world)
+    found, notes = saving.find_intact(folder, world)
     assert found == folder / "step-00000020"
     assert notes == [f"{folder / 'step-00000022'}: passed over, {why}"]
 
@@ -159,13 +159,13 @@ def test_new_checkpoints_are_not_pruned_in_favour_of_later_damaged_ones(copy: Pa
     for name in checkpoints(copy):
         flip(folder / name)
     tensors = {"a": torch.arange(3.0)}
-    assert saving.newest(folder, 4) is None
+    assert saving.latest(folder, 4) is None
     first = saving.save(folder, 4, tensors, {"at": 4}, world)
     assert checkpoints(copy) == [first.name]
     saving.save(folder, 8, tensors, {"at": 8}, world)
     third = saving.save(folder, 12, tensors, {"at": 12}, world)
     assert checkpoints(copy) == ["step-00000008", "step-00000012"]
-    assert saving.find(folder, world) == (third, [])
+    assert saving.find_intact(folder, world) == (third, [])
     found = {"a": torch.zeros(3)}
     assert saving.load(third, found, world) == (12, {"at": 12})
     assert found["a"].equal(tensors["a"])

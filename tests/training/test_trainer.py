@@ -22,7 +22,7 @@ from twotower.training import checkpoints as saving
 from twotower.training import fsdp
 from twotower.training.balance import LoadBalance
 from twotower.training.fsdp import World
-from twotower.training.optimizer import Optimizer, Schedule
+from twotower.training.optimizer import Schedule, ShardedAdamW
 
 CONTEXT = ("context_tower.", "context_lm_head.")
 LITTLE = ("--stages", "16:8", "--held-out", "0", "--checkpoint-every", "100")
@@ -51,7 +51,7 @@ def test_schedule_warms_up_stays_and_decays() -> None:
 
 def test_the_norm_is_that_of_the_whole_gradient_and_large_ones_are_clipped(world: World) -> None:
     layer = nn.Linear(2, 2)
-    optimizer = Optimizer(layer, world, weight_decay=0.0, clip=1.0)
+    optimizer = ShardedAdamW(layer, world, weight_decay=0.0, clip=1.0)
     before = layer.weight.detach().clone()
     layer.weight.grad = torch.tensor([[30.0, 40.0], [0.0, 0.0]])
     layer.bias.grad = torch.tensor([120.0, 0.0])
@@ -68,7 +68,7 @@ def test_only_matrices_decay(world: World) -> None:
     layer = nn.Linear(3, 3)
     nn.init.ones_(layer.weight), nn.init.ones_(layer.bias)
     layer.weight.grad, layer.bias.grad = torch.zeros(3, 3), torch.zeros(3)
-    optimizer = Optimizer(layer, world, weight_decay=0.1, clip=0.0)
+    optimizer = ShardedAdamW(layer, world, weight_decay=0.1, clip=0.0)
     optimizer.step(0.5, optimizer.gradient_norm())
     torch.testing.assert_close(layer.weight, torch.full((3, 3), 0.95))
     torch.testing.assert_close(layer.bias, torch.ones(3))
@@ -144,9 +144,9 @@ def test_tensorboard_reads_the_curves(tmp_path: Path) -> None:
     args = tiny_run.given().train(tmp_path, *LITTLE, "--validate-every", "4", "--held-out", "0.05", "--tensorboard")
     args += ["--checkpoint-every", "5"]
     assert run_cli(args) == 0
-    newest = saving.newest(tmp_path / "checkpoints", 8)
-    assert newest is not None
-    (newest / "manifest.json").unlink()
+    latest = saving.latest(tmp_path / "checkpoints", 8)
+    assert latest is not None
+    (latest / "manifest.json").unlink()
     assert run_cli(args) == 0
     curves = EventAccumulator(str(tmp_path / "tensorboard"))
     curves.Reload()

@@ -18,11 +18,11 @@ from conftest import build_random_model
 from twotower import TwoTowerForCausalLM
 from twotower.errors import ArgumentError
 from twotower.training import fsdp
-from twotower.training.data import Batch, Document, lay_out, place
+from twotower.training.data import Batch, Document, collate, to_piece
 from twotower.training.fsdp import World
 from twotower.training.objective import AutoregressiveObjective, DenoisingObjective, DenoisingOptions
 from twotower.training.optimizer import Schedule
-from twotower.training.trainer import Run, Stage, train
+from twotower.training.trainer import Stage, TrainerOptions, train
 from twotower.training.validation import AutoregressiveValidation, DenoisingValidation
 from twotower.training.validation.denoising import LEVELS, _at_level, _uniform
 from twotower.training.validation.samples import cut_prompts
@@ -41,9 +41,9 @@ def held_out(world: World, rows: int = 4) -> list[Batch]:
             words = rng.integers(4, 64, 12 + 8)
             prompted = Document(np.append(words[:11], EOS).astype(np.int32), context=6, prompted=True)
             plain = Document(np.concatenate([[BOS], words[12:], [EOS]]).astype(np.int32), context=1)
-            packed.append([place(prompted, BLOCK, "fixed"), place(plain, BLOCK, "fixed")])
+            packed.append([to_piece(prompted, BLOCK, "fixed"), to_piece(plain, BLOCK, "fixed")])
         own = range(world.rank, rows, world.size)
-        batches.append(lay_out([packed[i] for i in own], [first + i for i in own], LENGTH, BLOCK, eos=EOS, pad=0))
+        batches.append(collate([packed[i] for i in own], [first + i for i in own], LENGTH, BLOCK, eos=EOS, pad=0))
     return batches
 
 
@@ -82,7 +82,7 @@ def run(directory: Path, world: World, validated: bool, **options: Any) -> tuple
     """Three steps → its log, and what was learned."""
     directory.mkdir(parents=True, exist_ok=True)
     objective, validation = build(world, **options)
-    course = Run(
+    course = TrainerOptions(
         directory=directory, schedule=Schedule(steps=3, peak_lr=1e-2, warmup=1), stages=(Stage(BLOCK, 3),),
         checkpoint_every=3, validate_every=2, tensorboard=False,
     )  # fmt: skip
@@ -248,7 +248,9 @@ def test_nothing_to_denoise_is_said(alone: World) -> None:
     assert model.denoiser is not None
     assert model.time is not None
     objective = DenoisingObjective(model.context, model.denoiser, model.time, DenoisingOptions(mask_token_id=MASK))
-    short = [lay_out([[place(Document(np.array([BOS, 9, EOS], np.int32), 1), 4, "fixed")]], [0], 4, 4, eos=EOS, pad=0)]
+    short = [
+        collate([[to_piece(Document(np.array([BOS, 9, EOS], np.int32), 1), 4, "fixed")]], [0], 4, 4, eos=EOS, pad=0)
+    ]
     with pytest.raises(ArgumentError, match="no held-out document has a whole block of 4"):
         DenoisingValidation(model, objective, {"a": short}, alone, block_size=4, eos_token_id=EOS)
 
@@ -289,6 +291,6 @@ if __name__ == "__main__":  # on each of two processes: `test_two_processes_say_
     torch.set_num_threads(1)
     here = fsdp.start("cpu")
     everything = both(here, Path(sys.argv[1]) / "two")
-    if here.first:
+    if here.is_main:
         (Path(sys.argv[1]) / "both.json").write_text(json.dumps(everything))
     fsdp.stop()

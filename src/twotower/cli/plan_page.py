@@ -9,7 +9,7 @@ import click
 
 from twotower.config import KIND_NAMES
 from twotower.training.planning.plan import UTILISATIONS, Plan
-from twotower.training.planning.setup import GIB, Setup
+from twotower.training.planning.plan_setup import GIB, Setup
 from twotower.training.planning.step_memory import Memory
 
 _INDENT = 14

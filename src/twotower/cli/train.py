@@ -16,7 +16,7 @@ from twotower.process import configure_process
 
 if TYPE_CHECKING:
     from twotower.training.fsdp import World
-    from twotower.training.runs import Parts
+    from twotower.training.runs import ValidationInputs
     from twotower.training.trainer import Validate
 
 NOISE = ("row", "document", "block")
@@ -52,17 +52,17 @@ def pretrain(
 
     RUN/model is a Nemotron-H checkpoint; `twotower init --from RUN/model` makes the two towers of it.
     """
-    output = _needed(output)
+    output = _required_output(output)
     configure_process(threads)
-    _need_extra(options["tensorboard"])
+    _require_tensorboard(options["tensorboard"])
     from twotower.training import runs
     from twotower.training.run_settings import PretrainSettings
     from twotower.training.trainer import Stage
 
     settings = PretrainSettings(stages=(Stage(align, steps),), **options)
-    _carry_out(
+    _run_distributed(
         device,
-        lambda world: runs.pretrain(settings, output, world, _watch_backbone),
+        lambda world: runs.pretrain(settings, output, world, _backbone_validation),
         lambda where: f"twotower init --from {where} -o DIR",
     )
 
@@ -136,9 +136,9 @@ def train(
         }
         _show_plan(source, figures, options, as_json)
         return
-    output = _needed(output)
+    output = _required_output(output)
     configure_process(threads)
-    _need_extra(options["tensorboard"])
+    _require_tensorboard(options["tensorboard"])
     from twotower.training import runs
     from twotower.training.run_settings import DenoiserSettings, parse_stages
     from twotower.training.trainer import Stage
@@ -146,63 +146,63 @@ def train(
     course = parse_stages(stages) if stages else (Stage(block_size, steps),)
     source = str(model_loading.source_of(None if model == "bundled" else model))
     settings = DenoiserSettings(model=source, stages=course, **options)
-    _carry_out(
+    _run_distributed(
         device,
-        lambda world: runs.train_denoiser(settings, output, world, _watch_denoiser),
+        lambda world: runs.train_denoiser(settings, output, world, _denoiser_validation),
         lambda where: f"twotower generate --model {where} …, or twotower curves {output}",
     )
 
 
-def _carry_out(device: str | None, job: Callable[[World], Path], following: Callable[[Path], str]) -> None:
+def _run_distributed(device: str | None, job: Callable[[World], Path], following: Callable[[Path], str]) -> None:
     """Joins the processes of the run, does its job and leaves; rank 0 says where the result is and what comes next."""
     from twotower.training import fsdp
 
     world = fsdp.start(device)
     try:
         where = job(world)
-        if world.first:
+        if world.is_main:
             click.echo(str(where))
             click.secho(f"next: {following(where)}", err=True, dim=True)
     finally:
         fsdp.stop()
 
 
-def _watch_backbone(parts: Parts) -> Validate:
+def _backbone_validation(inputs: ValidationInputs) -> Validate:
     from twotower.training.objective import AutoregressiveObjective
     from twotower.training.validation import AutoregressiveValidation
 
-    assert isinstance(parts.objective, AutoregressiveObjective)
+    assert isinstance(inputs.objective, AutoregressiveObjective)
     return AutoregressiveValidation(
-        parts.model,
-        parts.objective,
-        parts.held_out,
-        parts.world,
-        block_size=parts.block_size,
-        eos_token_id=parts.eos_token_id,
+        inputs.model,
+        inputs.objective,
+        inputs.held_out,
+        inputs.world,
+        block_size=inputs.block_size,
+        eos_token_id=inputs.eos_token_id,
     )
 
 
-def _watch_denoiser(parts: Parts) -> Validate:
+def _denoiser_validation(inputs: ValidationInputs) -> Validate:
     from twotower.training.objective import DenoisingObjective
     from twotower.training.run_settings import DenoiserSettings
     from twotower.training.validation import DenoisingValidation
 
-    settings = parts.settings
+    settings = inputs.settings
     assert isinstance(settings, DenoiserSettings)
-    assert isinstance(parts.objective, DenoisingObjective)
+    assert isinstance(inputs.objective, DenoisingObjective)
     return DenoisingValidation(
-        parts.model,
-        parts.objective,
-        parts.held_out,
-        parts.world,
-        block_size=parts.block_size,
-        eos_token_id=parts.eos_token_id,
+        inputs.model,
+        inputs.objective,
+        inputs.held_out,
+        inputs.world,
+        block_size=inputs.block_size,
+        eos_token_id=inputs.eos_token_id,
         prompts=8 if settings.generate else 0,
         seed=settings.seed,
     )
 
 
-def _needed(output: Path | None) -> Path:
+def _required_output(output: Path | None) -> Path:
     if output is None:
         raise ArgumentError("no run directory; give one with -o RUN")
     return output
@@ -225,7 +225,7 @@ def _show_plan(source: str, figures: Mapping[str, object], options: Mapping[str,
     click.echo(json.dumps(plan.to_dict()) if as_json else render(plan))
 
 
-def _need_extra(tensorboard: bool) -> None:
+def _require_tensorboard(tensorboard: bool) -> None:
     import importlib.util
 
     if tensorboard and importlib.util.find_spec("tensorboard") is None:

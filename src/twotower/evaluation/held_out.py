@@ -27,14 +27,14 @@ from twotower.modeling_twotower import TwoTowerForCausalLM
 from twotower.process import configure_process
 from twotower.tokenizer import require_tokenizer
 from twotower.training.data import EOS, Source
-from twotower.training.data.readers import whole_pass
+from twotower.training.data.readers import one_epoch
 
 SEED = 7
 
 
 def read_documents(path: Path) -> list[str]:
     """Texts of a data file: the field `text` of each line."""
-    return [record.text for record in whole_pass(Source(str(path)))]
+    return [record.text for record in one_epoch(Source(str(path)))]
 
 
 def encode(tokenizer: Tokenizer, texts: Sequence[str]) -> list[list[int]]:

@@ -15,15 +15,15 @@ from twotower.errors import ArgumentError
 from twotower.model.packed_forward import Layout, context_pass
 from twotower.modeling_twotower import TwoTowerForCausalLM
 from twotower.ops.precision import upcast
-from twotower.training.data import Piece, lay_out
+from twotower.training.data import Piece, collate
 from twotower.training.data.batch import Batch
-from twotower.training.data.packing import whole
+from twotower.training.data.packing import round_up
 from twotower.training.noise import Corruption
 from twotower.training.objective import (
     AutoregressiveObjective,
     DenoisingObjective,
     DenoisingOptions,
-    in_pieces,
+    in_chunks,
 )
 
 Item = TypeVar("Item")
@@ -70,7 +70,7 @@ def _read(model: TwoTowerForCausalLM, texts: Sequence[Sequence[int]]) -> Tensor:
     """Final hidden states of the context tower: (rows, longest text rounded up to a chunk, H)."""
     chunk = model.context.config.chunk_size
     pieces = [[Piece(np.array(text, dtype=np.int32), 0, 0, False)] for text in texts]
-    batch = lay_out(pieces, range(len(texts)), whole(max(map(len, texts)), chunk), chunk, eos=PAD, pad=PAD)
+    batch = collate(pieces, range(len(texts)), round_up(max(map(len, texts)), chunk), chunk, eos=PAD, pad=PAD)
     batch = batch.to(model.device)
     return context_pass(model.context, batch.tokens, Layout(batch.document, chunk))
 
@@ -79,7 +79,7 @@ def _score(model: TwoTowerForCausalLM, hidden: Tensor, continuation: Sequence[in
     """Scores a continuation of N tokens; hidden: (N, H), at the position before each token."""
     tokens = torch.tensor(continuation, device=hidden.device)
     total, greedy = 0.0, True
-    for h, y in in_pieces(model.context.head, hidden, tokens):
+    for h, y in in_chunks(model.context.head, hidden, tokens):
         chances = upcast(model.context.head(h)).log_softmax(-1)
         total += float(chances.gather(-1, y[:, None]).sum())
         greedy = greedy and bool((chances.argmax(-1) == y).all())
@@ -154,7 +154,7 @@ def _prompted(pairs: Sequence[Pair], block_size: int) -> Batch:
         for given, text in pairs
     ]
     longest = max(piece.columns(block_size) for (piece,) in pieces)
-    return lay_out(pieces, range(len(pieces)), longest, block_size, eos=PAD, pad=PAD)
+    return collate(pieces, range(len(pieces)), longest, block_size, eos=PAD, pad=PAD)
 
 
 def _any_order(
@@ -202,8 +202,8 @@ def _documents(documents: Sequence[Sequence[int]], rows: int, chunk: int) -> Ite
     ordered = sorted(documents, key=len)
     for start in range(0, len(ordered), rows):
         pieces = [[Piece(np.array(d, dtype=np.int32), 0, 0, False)] for d in ordered[start : start + rows]]
-        length = whole(len(ordered[min(start + rows, len(ordered)) - 1]), chunk)
-        yield lay_out(pieces, range(len(pieces)), length, chunk, eos=PAD, pad=PAD)
+        length = round_up(len(ordered[min(start + rows, len(ordered)) - 1]), chunk)
+        yield collate(pieces, range(len(pieces)), length, chunk, eos=PAD, pad=PAD)
 
 
 def _check(pairs: Sequence[Pair]) -> None:

@@ -29,7 +29,7 @@ from torch.distributed.checkpoint.api import CheckpointException  # a BaseExcept
 from twotower.errors import TwoTowerError
 from twotower.training.data.state import LoaderState
 from twotower.training.fsdp import World
-from twotower.training.old_names import LOADER_LAYOUT, LOADER_STATE, with_present_names
+from twotower.training.old_names import LOADER_STATE, with_present_names
 
 Result = TypeVar("Result")
 
@@ -47,7 +47,7 @@ def save(directory: Path, step: int, tensors: dict[str, Tensor], rows: LoaderSta
     partial = directory / f"{final.name}.partial"
 
     def begin() -> None:
-        if world.first:
+        if world.is_main:
             directory.mkdir(parents=True, exist_ok=True)
             for unfinished in directory.glob("step-????????.partial"):
                 shutil.rmtree(unfinished)
@@ -62,39 +62,39 @@ def save(directory: Path, step: int, tensors: dict[str, Tensor], rows: LoaderSta
         return _own_sums(partial, world)
 
     def finish() -> None:
-        if world.first:
+        if world.is_main:
             sums = {name: entry for part in parts for name, entry in part.items()}
             (partial / MANIFEST).write_text(json.dumps({"step": step, "processes": world.size, "files": sums}))
             shutil.rmtree(final, ignore_errors=True)  # a damaged one of the same step
             partial.rename(final)
 
     try:
-        _together(begin, world)
-        _together(write_tensors, world)
-        parts = _together(write_rows, world)
-        _together(finish, world)
+        _on_all_ranks(begin, world)
+        _on_all_ranks(write_tensors, world)
+        parts = _on_all_ranks(write_rows, world)
+        _on_all_ranks(finish, world)
     except _Failed as failure:
-        if world.first:
+        if world.is_main:
             shutil.rmtree(partial, ignore_errors=True)
-        kept = newest(directory, step)
+        kept = latest(directory, step)
         raise TwoTowerError(
             f"{final}: the checkpoint could not be written ({failure}); "
             + (f"the last good one is {kept}" if kept else "there is no earlier one")
             + "; make room and give the same command again"
         ) from None
-    if world.first:
+    if world.is_main:
         for old in set(_all(directory)) - set(_all(directory, step)[-KEPT:]):  # later ones were passed over as damaged
             shutil.rmtree(old, ignore_errors=True)
     return final
 
 
-def newest(directory: Path, step: int) -> Path | None:
+def latest(directory: Path, step: int) -> Path | None:
     """The last checkpoint of at most `step` steps whose manifest is there (its files are not read)."""
     found = [path for path in _all(directory, step) if (path / MANIFEST).exists()]
     return found[-1] if found else None
 
 
-def find(directory: Path, world: World) -> tuple[Path | None, list[str]]:
+def find_intact(directory: Path, world: World) -> tuple[Path | None, list[str]]:
     """The last whole checkpoint, every file compared with the manifest, and one line for each damaged one passed over.
 
     Every process gets rank 0's answer.
@@ -103,7 +103,7 @@ def find(directory: Path, world: World) -> tuple[Path | None, list[str]]:
         TwoTowerError: it was written by another number of processes.
     """
     found, notes, problem = None, [], None
-    if world.first:
+    if world.is_main:
         for path in reversed(_all(directory)):
             damage, problem = _damage(path, world.size)
             if damage is None:
@@ -133,11 +133,10 @@ def load(path: Path, tensors: dict[str, Tensor], world: World) -> tuple[int, Loa
             f"{path}: is no checkpoint of this run ({_reason(error)}); give another directory"
         ) from None
     rows = with_present_names(torch.load(path / f"rows-{world.rank}.pt", weights_only=True), LOADER_STATE)
-    rows["layout"] = with_present_names(rows["layout"], LOADER_LAYOUT)
     return int(json.loads((path / MANIFEST).read_text())["step"]), cast("LoaderState", rows)
 
 
-def any_in(directory: Path) -> bool:
+def has_any(directory: Path) -> bool:
     """Whether there is a checkpoint, whole or damaged."""
     return bool(_all(directory))
 
@@ -170,7 +169,7 @@ def _damage(path: Path, processes: int) -> tuple[str | None, str | None]:
 
 def _own_sums(directory: Path, world: World) -> dict[str, tuple[int, int]]:
     """Size and checksum of each file that this process wrote (rank 0 wrote the metadata)."""
-    own = (f"__{world.rank}_", f"rows-{world.rank}.") + ((".metadata",) if world.first else ())
+    own = (f"__{world.rank}_", f"rows-{world.rank}.") + ((".metadata",) if world.is_main else ())
     files = [file for file in sorted(directory.iterdir()) if file.name.startswith(own)]
     return {file.name: (file.stat().st_size, _crc(file)) for file in files}
 
@@ -179,7 +178,7 @@ class _Failed(Exception):
     """On some process; its text says why."""
 
 
-def _together(action: Callable[[], Result], world: World) -> list[Result]:
+def _on_all_ranks(action: Callable[[], Result], world: World) -> list[Result]:
     """Every process's result of its action. Where one fails all raise: none waits for one that gave up.
 
     Raises:

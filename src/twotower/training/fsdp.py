@@ -33,7 +33,7 @@ class World:
     mesh: DeviceMesh
 
     @property
-    def first(self) -> bool:
+    def is_main(self) -> bool:
         return self.rank == 0
 
     def total(self, value: float | Tensor) -> float:
@@ -109,7 +109,7 @@ def shard(objective: nn.Module, units: Iterable[nn.Module], world: World, dtype:
 
     What trains is kept in fp32 (master weights) and computes in `dtype`; what is frozen is kept in `dtype`. The few
     tensors that must not be narrow (`checkpoint.FP32_SUFFIXES`: a number per head) are left whole on every process;
-    `sum_whole_gradients` adds theirs up. Gradients are summed, not averaged: the loss is already divided by the
+    `sum_replicated_gradients` adds theirs up. Gradients are summed, not averaged: the loss is already divided by the
     number of targets over all processes.
     """
     for name, parameter in objective.named_parameters():
@@ -143,7 +143,7 @@ def sharded(objective: nn.Module) -> list[FSDPModule]:
     return [module for module in objective.modules() if isinstance(module, FSDPModule)]
 
 
-def sum_whole_gradients(parameters: list[nn.Parameter], world: World) -> None:
+def sum_replicated_gradients(parameters: list[nn.Parameter], world: World) -> None:
     """Adds up over all processes the gradients of the parameters that are not sharded, in one message."""
     grads = [p.grad for p in parameters if p.grad is not None]
     if world.size == 1 or not grads:

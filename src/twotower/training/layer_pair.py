@@ -22,7 +22,7 @@ from twotower.model.tower import Layer
 Output = TypeVar("Output")
 
 
-class ReadingLayer(nn.Module):
+class AutoregressiveLayer(nn.Module):
     """One layer of an autoregressive model over packed rows."""
 
     def __init__(self, layer: Layer) -> None:
@@ -34,15 +34,17 @@ class ReadingLayer(nn.Module):
         return read_layer(self.layer, x, layout)[0]
 
 
-class PairedLayer(nn.Module):
-    """Context layer i and denoiser layer i. reads: whether the context layer runs at all (after the last layer that a
-    denoiser layer reads from, it need not)."""
+class LayerPair(nn.Module):
+    """Context layer i and denoiser layer i.
 
-    def __init__(self, context: Layer, denoiser: Layer, *, train_context: bool, reads: bool) -> None:
+    runs_context: False for a context layer after the last one that a denoiser layer reads; it is not run.
+    """
+
+    def __init__(self, context: Layer, denoiser: Layer, *, train_context: bool, runs_context: bool) -> None:
         super().__init__()
         self.context = context
         self.denoiser = denoiser
-        self.train_context, self.reads = train_context, reads
+        self.train_context, self.runs_context = train_context, runs_context
 
     def forward(
         self, clean: Tensor, noisy: Tensor, modulation: Modulation | None, layout: Layout
@@ -50,7 +52,7 @@ class PairedLayer(nn.Module):
         """clean (B, S, H), noisy (N, L, H) → both residual streams after it; None for one that does not change."""
         past: LayerCache = None
         read = None
-        if self.reads:
+        if self.runs_context:
             with torch.set_grad_enabled(self.train_context and torch.is_grad_enabled()):
                 read, past = read_layer(self.context, clean, layout)
         return read, denoise_layer(self.denoiser, noisy, past, modulation, layout)
@@ -58,11 +60,11 @@ class PairedLayer(nn.Module):
 
 def pair_layers(
     context: list[Layer], denoiser: list[Layer], *, train_context: bool, whole_context: bool
-) -> list[PairedLayer]:
+) -> list[LayerPair]:
     """One unit a layer. whole_context: the context's own output is wanted, so every context layer runs."""
     last = max((i for i, layer in enumerate(denoiser) if layer.kind in COUPLED_KINDS), default=-1)
     return [
-        PairedLayer(reader, writer, train_context=train_context, reads=whole_context or i <= last)
+        LayerPair(reader, writer, train_context=train_context, runs_context=whole_context or i <= last)
         for i, (reader, writer) in enumerate(zip(context, denoiser, strict=True))
     ]
 

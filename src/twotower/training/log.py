@@ -19,7 +19,7 @@ if TYPE_CHECKING:
     from torch.utils.tensorboard import SummaryWriter
 
 LOG_FILE = "log.jsonl"
-BOARD_FOLDER = "tensorboard"
+TENSORBOARD_FOLDER = "tensorboard"
 PLAIN_SECONDS = 15.0  # without a terminal, a line at most so often
 
 
@@ -39,7 +39,7 @@ class Log:
         if tensorboard:
             from torch.utils.tensorboard import SummaryWriter
 
-            self._board = SummaryWriter(str(directory / BOARD_FOLDER), purge_step=done + 1)
+            self._board = SummaryWriter(str(directory / TENSORBOARD_FOLDER), purge_step=done + 1)
 
     def write(self, record: StepRecord) -> None:
         """One step's record."""

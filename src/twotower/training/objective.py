@@ -19,11 +19,11 @@ from twotower.model.packed_forward import Layout
 from twotower.model.tower import Tower
 from twotower.ops.precision import upcast
 from twotower.training.data.batch import Batch
-from twotower.training.layer_pair import ReadingLayer, pair_layers, run_unit
+from twotower.training.layer_pair import AutoregressiveLayer, pair_layers, run_unit
 from twotower.training.noise import Corruption, NoiseScope, corrupt
 
 Found = TypeVar("Found")
-LOGITS_AT_ONCE = 2**26  # more than these (256 MB in fp32) are formed piece by piece, and again in the backward pass
+MAX_LOGITS = 2**26  # more than these (256 MB in fp32) are formed piece by piece, and again in the backward pass
 
 
 class Objective(Protocol):
@@ -31,13 +31,13 @@ class Objective(Protocol):
 
     units: nn.ModuleList  # sharded one by one, in the order they run
 
-    def draw(self, batch: Batch, block_size: int) -> Corruption | None:
+    def draw_noise(self, batch: Batch, block_size: int) -> Corruption | None:
         """The noise of a batch, drawn on the CPU."""
 
     def targets(self, batch: Batch, noise: Corruption | None) -> int:
         """What the summed loss is divided by."""
 
-    def further_targets(self, batch: Batch) -> int:
+    def ar_targets(self, batch: Batch) -> int:
         """What a further loss is a mean over; 0: there is none."""
 
     def __call__(self, batch: Batch, noise: Corruption | None, block_size: int, ratio: float | None = None) -> Tensor:
@@ -52,17 +52,17 @@ class AutoregressiveObjective(nn.Module):
     def __init__(self, tower: Tower, *, activation_checkpointing: bool = False, prompt_loss: bool = True) -> None:
         super().__init__()
         self.embeddings, self.norm_f, self.head = tower.embeddings, tower.norm_f, tower.head
-        self.units = nn.ModuleList(ReadingLayer(layer) for layer in tower.all_layers())
+        self.units = nn.ModuleList(AutoregressiveLayer(layer) for layer in tower.all_layers())
         self.activation_checkpointing, self.prompt_loss = activation_checkpointing, prompt_loss
         self._embed = tower.embed
 
-    def draw(self, batch: Batch, block_size: int) -> None:
+    def draw_noise(self, batch: Batch, block_size: int) -> None:
         return None
 
     def targets(self, batch: Batch, noise: Corruption | None = None) -> int:
         return int(next_tokens(batch, self.prompt_loss).sum())
 
-    def further_targets(self, batch: Batch) -> int:
+    def ar_targets(self, batch: Batch) -> int:
         return 0
 
     def forward(self, batch: Batch, noise: Corruption | None, block_size: int, ratio: float | None = None) -> Tensor:
@@ -126,14 +126,14 @@ class DenoisingObjective(nn.Module):
         self.options = options
         self._embed_clean, self._embed = context.embed, denoiser.embed
 
-    def draw(self, batch: Batch, block_size: int) -> Corruption:
+    def draw_noise(self, batch: Batch, block_size: int) -> Corruption:
         return corrupt(batch, block_size, self.options.seed, self.options.scope)
 
     def targets(self, batch: Batch, noise: Corruption | None) -> int:
         assert noise is not None
         return int((batch.denoised if self.options.elbo else noise.masked).sum())
 
-    def further_targets(self, batch: Batch) -> int:
+    def ar_targets(self, batch: Batch) -> int:
         return int(next_tokens(batch).sum()) if self.options.ar_weight else 0
 
     def forward(self, batch: Batch, noise: Corruption | None, block_size: int, ratio: float | None = None) -> Tensor:
@@ -149,7 +149,7 @@ class DenoisingObjective(nn.Module):
             ar = negative_log_likelihood(self.context_head, hidden, batch.tokens[:, 1:][wanted]).sum()
             # In units of the denoising loss's own mean, whatever the noise drew.
             if ratio is None:
-                ratio = self.targets(batch, noise) / max(self.further_targets(batch), 1)
+                ratio = self.targets(batch, noise) / max(self.ar_targets(batch), 1)
             loss = loss + self.options.ar_weight * ratio * ar
         return loss
 
@@ -171,7 +171,7 @@ class DenoisingObjective(nn.Module):
             clean = clean if read is None else read
         return layout.to_rows(self.norm_f(noisy)), clean
 
-    def examine(
+    def with_hidden(
         self, batch: Batch, noise: Corruption, block_size: int, look: Callable[[Tensor, Tensor], Found]
     ) -> Found:
         """look(hidden, clean): at what `hidden` gives, while norms and heads are whole. To FSDP this is a forward pass
@@ -201,16 +201,16 @@ def next_tokens(batch: Batch, prompts: bool = True) -> Tensor:
 def negative_log_likelihood(head: Linear, hidden: Tensor, tokens: Tensor) -> Tensor:
     """hidden (N, H), tokens (N,) → −ln p (N,) in nats, at least fp32. Many positions times a large vocabulary are done
     piece by piece, each formed again in the backward pass."""
-    pieces = list(in_pieces(head, hidden, tokens))
+    pieces = list(in_chunks(head, hidden, tokens))
     if len(pieces) == 1:
         return _nll(head, hidden, tokens)
     return torch.cat([run_unit(_nll, True, head, h, y) for h, y in pieces])
 
 
-def in_pieces(head: Linear, hidden: Tensor, tokens: Tensor) -> Iterator[tuple[Tensor, Tensor]]:
+def in_chunks(head: Linear, hidden: Tensor, tokens: Tensor) -> Iterator[tuple[Tensor, Tensor]]:
     """hidden (N, H), tokens (N,) → the same in pieces, at least one, whose logits are few enough to be formed at
     once."""
-    at_once = max(LOGITS_AT_ONCE // int(head.weight.shape[0]), 1)
+    at_once = max(MAX_LOGITS // int(head.weight.shape[0]), 1)
     yield from zip(torch.split(hidden, at_once), torch.split(tokens, at_once), strict=True)
 
 

@@ -9,7 +9,7 @@ from torch import Tensor, nn
 
 from twotower.errors import ArgumentError
 from twotower.model.fp32_tensors import keeps_fp32
-from twotower.training.fsdp import World, local, sum_whole_gradients
+from twotower.training.fsdp import World, local, sum_replicated_gradients
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -40,7 +40,7 @@ class Schedule:
         return self.peak_lr * (self.final_lr_ratio + (1 - self.final_lr_ratio) * min(1.0, left))
 
 
-class Optimizer:
+class ShardedAdamW:
     """AdamW (β 0.9, 0.95) over what requires gradients; weight decay on matrices only.
 
     Norms, biases, decay rates and the time tables are not decayed: zero is not where they rest (a gate rests at 1).
@@ -64,7 +64,7 @@ class Optimizer:
 
     def gradient_norm(self) -> float:
         """Of the whole gradient, over all processes. Call once, after the last backward pass of a step."""
-        sum_whole_gradients(self.whole, self.world)
+        sum_replicated_gradients(self.whole, self.world)
         parts = [local(p.grad) for p in self.parts if p.grad is not None]
         square = self.world.total(_square(parts))
         norm: float = float(square + _square([p.grad for p in self.whole if p.grad is not None])) ** 0.5
@@ -81,7 +81,7 @@ class Optimizer:
         self.adam.step()
         self.adam.zero_grad()
 
-    def forget(self) -> None:
+    def zero_grad(self) -> None:
         """Drops the gradients of a step that is not taken."""
         self.adam.zero_grad()
 

@@ -11,7 +11,7 @@ from twotower.checkpoint import pretrained
 from twotower.config import TwoTowerConfig
 from twotower.errors import ArgumentError
 from twotower.training.data import BOS, EOS, MASK, PAD, Encoder, Source, train_tokenizer
-from twotower.training.data.readers import whole_pass
+from twotower.training.data.readers import one_epoch
 from twotower.training.fsdp import World
 from twotower.training.run_settings import PretrainSettings
 from twotower.training.trainer import TOKENIZER_FILE
@@ -29,7 +29,7 @@ def tokenizer_of_run(
     if settings.tokenizer is not None:
         return load_tokenizer(settings.tokenizer)
     file = directory / TOKENIZER_FILE
-    if world.first and not file.exists():
+    if world.is_main and not file.exists():
         size = config.backbone.vocab_size if settings.vocab_size is None else settings.vocab_size
         if size > config.backbone.vocab_size:
             raise ArgumentError(
@@ -66,7 +66,7 @@ def _texts(sources: list[Source]) -> list[str]:
     texts = []
     for source in sources:
         wanted = int(TOKENIZER_TEXTS * source.weight / total)
-        for _, record in zip(range(wanted), whole_pass(source), strict=False):
+        for _, record in zip(range(wanted), one_epoch(source), strict=False):
             texts.append((record.prompt or "") + record.text)
     return texts
 
@@ -91,7 +91,7 @@ def encoder_for(tokenizer: ModelTokenizer, config: TwoTowerConfig) -> Encoder:
     )
 
 
-def take_special_ids(config: TwoTowerConfig, tokenizer: ModelTokenizer) -> None:
+def set_special_token_ids(config: TwoTowerConfig, tokenizer: ModelTokenizer) -> None:
     """The config of a new model names its tokenizer's special tokens."""
     ours = {"bos": BOS, "eos": EOS, "pad": PAD, "mask": MASK}
     for name, default in ours.items():

@@ -20,14 +20,14 @@ from twotower.training.fsdp import World, shard
 from twotower.training.objective import AutoregressiveObjective, DenoisingObjective, DenoisingOptions
 from twotower.training.run_data import open_held_out, open_loader, open_sources
 from twotower.training.run_settings import DenoiserSettings, PretrainSettings, RunSettings
-from twotower.training.run_tokenizer import encoder_for, take_special_ids, tokenizer_of_run
-from twotower.training.trainer import Run, Validate, lock_run_dir, train
+from twotower.training.run_tokenizer import encoder_for, set_special_token_ids, tokenizer_of_run
+from twotower.training.trainer import TrainerOptions, Validate, lock_run_dir, train
 
 DTYPES = {"bfloat16": torch.bfloat16, "float32": torch.float32, "float64": torch.float64}
 
 
 @dataclass(frozen=True, kw_only=True)
-class Parts:
+class ValidationInputs:
     """What a validation is made from. objective: sharded. held_out: this process's batches of each validation
     source."""
 
@@ -44,7 +44,7 @@ class Parts:
         return self.settings.stages[-1].block_size
 
 
-MakeValidation = Callable[[Parts], Validate]
+MakeValidation = Callable[[ValidationInputs], Validate]
 
 
 def pretrain(
@@ -52,10 +52,10 @@ def pretrain(
 ) -> Path:
     """An autoregressive backbone from random weights → the checkpoint (original Nemotron-H layout) in RUN/model."""
     config = TwoTowerConfig.read(settings.config)
-    lock_run_dir(directory, settings.fixed() | _shape(config), world)
+    lock_run_dir(directory, settings.fixed() | _backbone_fields(config), world)
     sources, held_out = open_sources(settings)
     tokenizer = tokenizer_of_run(settings, config, sources, directory, world)
-    take_special_ids(config, tokenizer)
+    set_special_token_ids(config, tokenizer)
     encoder = encoder_for(tokenizer, config)
     loader = open_loader(settings, sources, encoder, "fixed", world)
     batches = open_held_out(settings, held_out, encoder, world)
@@ -66,9 +66,9 @@ def pretrain(
         model.context, activation_checkpointing=settings.activation_checkpointing, prompt_loss=settings.prompt_loss
     )
     dtype = compute_dtype(settings.dtype, world.device)
-    _prepare(settings)
+    _set_determinism(settings)
     shard(objective, objective.units, world, dtype)
-    parts = Parts(
+    inputs = ValidationInputs(
         settings=settings,
         model=model,
         objective=objective,
@@ -76,9 +76,15 @@ def pretrain(
         world=world,
         eos_token_id=encoder.eos_token_id,
     )
-    train(_run(settings, directory), objective, loader, world, validation(parts) if validation and batches else None)
-    whole = weights.gather(model.context, dtype, world)
-    if world.first:
+    train(
+        _trainer_options(settings, directory),
+        objective,
+        loader,
+        world,
+        validation(inputs) if validation and batches else None,
+    )
+    whole = weights.gather_weights(model.context, dtype, world)
+    if world.is_main:
         _publish(directory, lambda folder: one_tower.write(folder, whole, config, tokenizer))
     world.barrier()
     return directory / "model"
@@ -90,7 +96,7 @@ def train_denoiser(
     """The denoiser of a two-tower checkpoint → the trained checkpoint in RUN/model, in the source's dtype."""
     source = pretrained.resolve_source(settings.model, {})
     config = TwoTowerConfig.read(source)
-    lock_run_dir(directory, settings.fixed() | _shape(config), world)
+    lock_run_dir(directory, settings.fixed() | _backbone_fields(config), world)
     tokenizer = one_tower.tokenizer_of(source)
     if tokenizer is None:
         raise ArgumentError(f"{source}: holds no tokenizer; put the backbone's tokenizer.json beside its weights")
@@ -114,12 +120,12 @@ def train_denoiser(
         activation_checkpointing=settings.activation_checkpointing,
     )
     objective = DenoisingObjective(model.context, model.denoiser, model.time, options)
-    _prepare(settings)
+    _set_determinism(settings)
     dtype = compute_dtype(settings.dtype, world.device)
     shard(objective, objective.units, world, dtype)
-    weights.fill(model, objective, source, world)
+    weights.load_weights(model, objective, source, world)
     model.tokenizer = tokenizer
-    parts = Parts(
+    inputs = ValidationInputs(
         settings=settings,
         model=model,
         objective=objective,
@@ -127,10 +133,16 @@ def train_denoiser(
         world=world,
         eos_token_id=encoder.eos_token_id,
     )
-    train(_run(settings, directory), objective, loader, world, validation(parts) if validation and batches else None)
+    train(
+        _trainer_options(settings, directory),
+        objective,
+        loader,
+        world,
+        validation(inputs) if validation and batches else None,
+    )
     stored = pretrained.stored_dtype(source)
-    whole = weights.gather(model, stored, world)
-    if world.first:
+    whole = weights.gather_weights(model, stored, world)
+    if world.is_main:
         if settings.tie:
             whole |= {  # views: a tensor that is the same object twice would be written once
                 name.replace("context.", "denoiser.", 1): tensor.view_as(tensor)
@@ -149,18 +161,18 @@ def compute_dtype(wanted: str, device: torch.device) -> torch.dtype:
     return torch.bfloat16 if has_fast_bf16_matmul(device) else torch.float32
 
 
-def _shape(config: TwoTowerConfig) -> dict[str, object]:
+def _backbone_fields(config: TwoTowerConfig) -> dict[str, object]:
     """What a run also depends on: config.json may be another under the same name."""
     return {f"config.{name}": value for name, value in asdict(config.backbone).items()}
 
 
-def _prepare(settings: RunSettings) -> None:
+def _set_determinism(settings: RunSettings) -> None:
     if settings.deterministic:
         torch.use_deterministic_algorithms(True)
 
 
-def _run(settings: RunSettings, directory: Path) -> Run:
-    return Run(
+def _trainer_options(settings: RunSettings, directory: Path) -> TrainerOptions:
+    return TrainerOptions(
         directory=directory,
         schedule=settings.schedule(),
         stages=settings.stages,

@@ -18,11 +18,11 @@ from twotower.training.balance import LoadBalance
 from twotower.training.data.batch import Batch
 from twotower.training.data.state import LoaderState
 from twotower.training.fsdp import World
-from twotower.training.log import BOARD_FOLDER, LOG_FILE, Log, Progress
+from twotower.training.log import LOG_FILE, TENSORBOARD_FOLDER, Log, Progress
 from twotower.training.log_schema import StepRecord, Validation
 from twotower.training.objective import Objective
 from twotower.training.old_names import SETTINGS, with_present_names
-from twotower.training.optimizer import Optimizer, Schedule
+from twotower.training.optimizer import Schedule, ShardedAdamW
 
 SETTINGS_FILE = "settings.json"
 TOKENIZER_FILE = "tokenizer.json"  # of a run that trains one
@@ -49,7 +49,7 @@ class Stage:
 
 
 @dataclass(frozen=True, kw_only=True)
-class Run:
+class TrainerOptions:
     """Where a run keeps itself, and how it goes.
 
     micro_batch_size: rows of one forward pass on a process (0: all at once).
@@ -82,7 +82,9 @@ class Run:
 Validate = Callable[[int], Validation]  # after a step, on every process → what goes into its log record
 
 
-def train(run: Run, objective: Objective, loader: Loader, world: World, validate: Validate | None = None) -> None:
+def train(
+    options: TrainerOptions, objective: Objective, loader: Loader, world: World, validate: Validate | None = None
+) -> None:
     """Minimises a sharded objective (`fsdp.shard`); continues from the run's last whole checkpoint, if any.
 
     Raises:
@@ -90,32 +92,32 @@ def train(run: Run, objective: Objective, loader: Loader, world: World, validate
             cannot be written; the run's directory belongs to other settings.
     """
     assert isinstance(objective, nn.Module)
-    if world.first:
-        run.directory.mkdir(parents=True, exist_ok=True)
-    optimizer = Optimizer(objective, world, run.weight_decay, run.clip)
-    balance = LoadBalance(objective, run.balance_rate, world)
-    done, notes = _resume(run, objective, optimizer, loader, world)
-    log = Log(run.directory, done, run.tensorboard) if world.first else None
-    progress = Progress(run.schedule.steps, done, shown=world.first)
+    if world.is_main:
+        options.directory.mkdir(parents=True, exist_ok=True)
+    optimizer = ShardedAdamW(objective, world, options.weight_decay, options.clip)
+    balance = LoadBalance(objective, options.balance_rate, world)
+    done, notes = _resume(options, objective, optimizer, loader, world)
+    log = Log(options.directory, done, options.tensorboard) if world.is_main else None
+    progress = Progress(options.schedule.steps, done, shown=world.is_main)
     for note in notes:
         progress.say(note)
     if done:
         progress.say(f"continuing after step {done}")
     try:
-        for step in range(done, run.schedule.steps):
-            record = _step(run, objective, optimizer, loader, world, step)
+        for step in range(done, options.schedule.steps):
+            record = _step(options, objective, optimizer, loader, world, step)
             balance.step()
             timing = progress.step(step + 1, record["loss"], record["tokens"])
-            last = step + 1 == run.schedule.steps
-            if validate is not None and (last or (run.validate_every and (step + 1) % run.validate_every == 0)):
+            last = step + 1 == options.schedule.steps
+            if validate is not None and (last or (options.validate_every and (step + 1) % options.validate_every == 0)):
                 record["validation"] = validate(step + 1)
                 progress.say(f"step {step + 1}: " + summary(record["validation"]))
             if log is not None:
                 record["timing"] = timing
                 log.write(record)
-            if last or (step + 1) % run.checkpoint_every == 0:
+            if last or (step + 1) % options.checkpoint_every == 0:
                 checkpoints.save(
-                    run.directory / "checkpoints", step + 1, state(objective, optimizer), loader.state_dict(), world
+                    options.directory / "checkpoints", step + 1, state(objective, optimizer), loader.state_dict(), world
                 )
     finally:
         balance.close()
@@ -124,15 +126,17 @@ def train(run: Run, objective: Objective, loader: Loader, world: World, validate
             log.close()
 
 
-def _step(run: Run, objective: Objective, optimizer: Optimizer, loader: Loader, world: World, step: int) -> StepRecord:
+def _step(
+    options: TrainerOptions, objective: Objective, optimizer: ShardedAdamW, loader: Loader, world: World, step: int
+) -> StepRecord:
     """One update → its log record (but for the timing)."""
-    size = run.block_size(step)
+    size = options.block_size(step)
     loader.use(size)
     batch = loader.next()
-    noise = objective.draw(batch, size)
+    noise = objective.draw_noise(batch, size)
     targets = world.total(objective.targets(batch, noise))
-    ratio = targets / max(world.total(objective.further_targets(batch)), 1.0)
-    micro = run.micro_batch_size or len(batch)
+    ratio = targets / max(world.total(objective.ar_targets(batch)), 1.0)
+    micro = options.micro_batch_size or len(batch)
     starts = range(0, len(batch), micro)
     loss = 0.0
     for start in starts:
@@ -144,15 +148,15 @@ def _step(run: Run, objective: Objective, optimizer: Optimizer, loader: Loader, 
     loss = world.total(loss)
     norm = optimizer.gradient_norm()
     if not (math.isfinite(loss) and math.isfinite(norm)):
-        optimizer.forget()
-        kept = checkpoints.newest(run.directory / "checkpoints", step)
+        optimizer.zero_grad()
+        kept = checkpoints.latest(options.directory / "checkpoints", step)
         what = f"loss is {loss}" if not math.isfinite(loss) else f"gradient norm is {norm} (loss {loss:.4f})"
         raise TwoTowerError(
             f"{what} at step {step + 1}; "
             + (f"the last good checkpoint is {kept}" if kept else "no checkpoint was written yet")
             + "; a lower learning rate or a longer warm-up may help"
         )
-    lr = run.schedule.lr(step)
+    lr = options.schedule.lr(step)
     optimizer.step(lr, norm)
     tokens = int(world.total(batch.text.sum()))
     return {
@@ -166,7 +170,7 @@ def _step(run: Run, objective: Objective, optimizer: Optimizer, loader: Loader, 
     }
 
 
-def state(objective: nn.Module, optimizer: Optimizer) -> dict[str, Tensor]:
+def state(objective: nn.Module, optimizer: ShardedAdamW) -> dict[str, Tensor]:
     """What a checkpoint holds: what trains, its moments, and buffers. Frozen weights are in the model trained from."""
     tensors: dict[str, Tensor] = {}
     for name, parameter in objective.named_parameters():
@@ -183,9 +187,9 @@ def summary(validation: Mapping[str, object]) -> str:
 
 
 def _resume(
-    run: Run, objective: nn.Module, optimizer: Optimizer, loader: Loader, world: World
+    options: TrainerOptions, objective: nn.Module, optimizer: ShardedAdamW, loader: Loader, world: World
 ) -> tuple[int, list[str]]:
-    found, notes = checkpoints.find(run.directory / "checkpoints", world)
+    found, notes = checkpoints.find_intact(options.directory / "checkpoints", world)
     if found is None:
         return 0, notes
     done, where = checkpoints.load(found, state(objective, optimizer), world)
@@ -203,13 +207,13 @@ def lock_run_dir(directory: Path, settings: dict[str, object], world: World) -> 
         ArgumentError: the directory holds a run with other settings; names the first that differs.
     """
     problem: str | None = None
-    if world.first:
+    if world.is_main:
         directory.mkdir(parents=True, exist_ok=True)
         file = directory / SETTINGS_FILE
         wanted = json.loads(json.dumps(settings))
         begun = with_present_names(json.loads(file.read_text()), SETTINGS) if file.exists() else {}
         changed = [name for name in sorted(set(begun) | set(wanted)) if begun.get(name) != wanted.get(name)]
-        if changed and begun and (checkpoints.any_in(directory / "checkpoints") or (directory / "model").exists()):
+        if changed and begun and (checkpoints.has_any(directory / "checkpoints") or (directory / "model").exists()):
             problem = (
                 f"{directory} holds a run with {changed[0]} {begun.get(changed[0])!r}, and this command says "
                 f"{wanted.get(changed[0])!r}; continue it with the same command, or give another directory"
@@ -217,7 +221,7 @@ def lock_run_dir(directory: Path, settings: dict[str, object], world: World) -> 
         elif changed:
             for left in (TOKENIZER_FILE, LOG_FILE):  # of the other settings
                 (directory / left).unlink(missing_ok=True)
-            shutil.rmtree(directory / BOARD_FOLDER, ignore_errors=True)
+            shutil.rmtree(directory / TENSORBOARD_FOLDER, ignore_errors=True)
             partial = file.with_suffix(".partial")
             partial.write_text(json.dumps(wanted, indent=2, sort_keys=True) + "\n")
             partial.replace(file)

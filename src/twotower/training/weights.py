@@ -20,7 +20,7 @@ if TYPE_CHECKING:
     from twotower.modeling_twotower import TwoTowerForCausalLM
 
 
-def fill(model: TwoTowerForCausalLM, objective: nn.Module, directory: Path, world: World) -> None:
+def load_weights(model: TwoTowerForCausalLM, objective: nn.Module, directory: Path, world: World) -> None:
     """Gives a sharded objective that was made on the meta device its storage, and the checkpoint's weights.
 
     A process reads the rows (or experts) it keeps and nothing else, so memory is that of its share.
@@ -40,7 +40,7 @@ def fill(model: TwoTowerForCausalLM, objective: nn.Module, directory: Path, worl
             _read(entry, found[entry.disk], memory[entry.memory], world)
 
 
-def gather(model: nn.Module, dtype: torch.dtype, world: World) -> dict[str, Tensor]:
+def gather_weights(model: nn.Module, dtype: torch.dtype, world: World) -> dict[str, Tensor]:
     """Every tensor of a sharded model, whole, in `dtype` (the wide ones wide) on rank 0's CPU; the others get none.
 
     All processes must call it.
@@ -48,7 +48,7 @@ def gather(model: nn.Module, dtype: torch.dtype, world: World) -> dict[str, Tens
     whole = {}
     for name, tensor in named_tensors(model):
         value = full(tensor.detach())
-        if world.first:
+        if world.is_main:
             whole[name] = value.to("cpu", target_dtype(name, dtype), copy=True)
     return whole
 

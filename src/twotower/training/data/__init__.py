@@ -7,7 +7,7 @@ from twotower.training.data.batch import Batch
 from twotower.training.data.documents import Document, Encoder, Record
 from twotower.training.data.held_out import held_out_batches
 from twotower.training.data.loader import RowLoader, Statistics, merge_states
-from twotower.training.data.packing import Offset, Piece, fill_row, lay_out, place
+from twotower.training.data.packing import Offset, Piece, collate, fill_row, to_piece
 from twotower.training.data.sources import Source, Spec, parse_spec
 from twotower.training.data.tokenizer import BOS, EOS, MASK, PAD, SPECIAL_TOKENS, train_tokenizer
 
@@ -27,11 +27,11 @@ __all__ = [
     "Source",
     "Spec",
     "Statistics",
+    "collate",
     "fill_row",
     "held_out_batches",
-    "lay_out",
     "merge_states",
     "parse_spec",
-    "place",
+    "to_piece",
     "train_tokenizer",
 ]

@@ -6,8 +6,8 @@ from collections.abc import Sequence
 
 from twotower.errors import ArgumentError
 from twotower.training.data.documents import BadRecord, Encoder
-from twotower.training.data.opening import Stream
-from twotower.training.data.readers import too_few, whole_pass
+from twotower.training.data.readers import one_epoch, too_few_documents
+from twotower.training.data.records import Stream
 from twotower.training.data.sources import Source
 
 
@@ -36,7 +36,7 @@ def require_enough(sources: Sequence[Source], encoder: Encoder, batch_size: int,
             documents, tokens = batch_size, block_size
             continue
         found = False
-        for record in whole_pass(source):
+        for record in one_epoch(source):
             try:
                 tokens += len(encoder.encode(record).tokens) if tokens < block_size else 0
             except BadRecord as bad:
@@ -46,10 +46,10 @@ def require_enough(sources: Sequence[Source], encoder: Encoder, batch_size: int,
             if documents >= batch_size and tokens >= block_size:
                 break
         if not found:
-            raise too_few(source.name, 0, batch_size)
+            raise too_few_documents(source.name, 0, batch_size)
     names = ", ".join(source.name for source in sources)
     if documents < batch_size:
-        raise too_few(names, documents, batch_size)
+        raise too_few_documents(names, documents, batch_size)
     if tokens < block_size:
         raise ArgumentError(
             f"{names}: {tokens} tokens in all, less than a block of {block_size}; give more data or smaller blocks"

@@ -30,7 +30,7 @@ SPLITS |= {"dev": "valid", "test": "test", "eval": "test"}
 
 
 @dataclass(frozen=True)
-class Raw:
+class RawRecord:
     """A record before it is understood. content: a line of JSON, a line of text (`plain`), or fields."""
 
     place: str
@@ -38,10 +38,10 @@ class Raw:
     plain: bool = False
 
 
-class Reading(Protocol):
+class RecordIterator(Protocol):
     """One pass over a stream."""
 
-    def next(self) -> Raw | None:
+    def next(self) -> RawRecord | None:
         """The next record; None at the end.
 
         Raises:
@@ -76,7 +76,7 @@ class LineFiles:
     def __len__(self) -> int:
         return int(self._first[-1])
 
-    def __getitem__(self, number: int) -> Raw:
+    def __getitem__(self, number: int) -> RawRecord:
         file = int(np.searchsorted(self._first, number, side="right")) - 1
         line = number - int(self._first[file])
         start, end = map(int, self._edges[file][line : line + 2])
@@ -123,19 +123,19 @@ class LineStream:
     def __init__(self, paths: Sequence[Path], name: str) -> None:
         self.paths, self.name = list(paths), name
 
-    def read(self, state: str = "") -> Reading:
+    def read(self, state: str = "") -> RecordIterator:
         """Reads from the beginning, or on from a reading's state."""
-        return _LineReading(self, state)
+        return _LineIterator(self, state)
 
 
-class _LineReading:
+class _LineIterator:
     def __init__(self, stream: LineStream, state: str) -> None:
         self.name, self.paths = stream.name, stream.paths
         at: list[int] = json.loads(state) if state else [0, 0, 0]
         self.file, self.line, self.offset = at
         self._lines = self._read()
 
-    def next(self) -> Raw | None:
+    def next(self) -> RawRecord | None:
         try:
             return next(self._lines, None)
         except (OSError, EOFError, zlib.error) as error:
@@ -144,7 +144,7 @@ class _LineReading:
     def state(self) -> str:
         return json.dumps([self.file, self.line, self.offset])
 
-    def _read(self) -> Iterator[Raw]:
+    def _read(self) -> Iterator[RawRecord]:
         while self.file < len(self.paths):
             path = self.paths[self.file]
             with gzip.open(path) if path.suffix == ".gz" else path.open("rb") as source:
@@ -155,9 +155,9 @@ class _LineReading:
             self.file, self.line, self.offset = self.file + 1, 0, 0
 
 
-def line_record(path: Path, number: int, line: bytes) -> Raw:
+def line_record(path: Path, number: int, line: bytes) -> RawRecord:
     """Line `number` (from 0) of a file."""
-    return Raw(f"{path} line {number + 1}", line, path.name.endswith(TEXT_LINES))
+    return RawRecord(f"{path} line {number + 1}", line, path.name.endswith(TEXT_LINES))
 
 
 def find_files(path: Path, split: str | None) -> list[Path]:
@@ -195,7 +195,7 @@ def _split_of(name: str) -> str:
     return next((SPLITS[word] for word in words if word in SPLITS), "")
 
 
-def refuse_json_array(path: Path) -> None:
+def reject_json_array(path: Path) -> None:
     """A .json file that is one array is another format, not a file of bad records."""
     with gzip.open(path, "rb") if path.suffix == ".gz" else path.open("rb") as source:
         if source.read(4096).lstrip()[:1] == b"[":

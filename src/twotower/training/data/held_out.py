@@ -11,8 +11,8 @@ from twotower.training.data.batch import Batch
 from twotower.training.data.checks import check_sizes
 from twotower.training.data.documents import BadRecord, Document, Encoder
 from twotower.training.data.loader import LOOK_AHEAD
-from twotower.training.data.packing import Piece, fill_row, lay_out, place
-from twotower.training.data.readers import whole_pass
+from twotower.training.data.packing import Piece, collate, fill_row, to_piece
+from twotower.training.data.readers import one_epoch
 from twotower.training.data.sources import Source
 
 
@@ -41,7 +41,7 @@ def held_out_batches(
 
     def refill() -> None:
         for document in itertools.islice(unread, LOOK_AHEAD - len(waiting)):
-            waiting.append(place(document, block_size, "fixed"))
+            waiting.append(to_piece(document, block_size, "fixed"))
 
     first = 0
     while packed := list(
@@ -50,7 +50,7 @@ def held_out_batches(
         packed += [[]] * (batch_size - len(packed))
         own = range(rank, batch_size, world)
         ids = {"eos": encoder.eos_token_id, "pad": encoder.pad_token_id}
-        yield lay_out([packed[i] for i in own], [first + i for i in own], row_length, block_size, **ids)
+        yield collate([packed[i] for i in own], [first + i for i in own], row_length, block_size, **ids)
         first += batch_size
     if not first:
         raise ArgumentError(
@@ -60,7 +60,7 @@ def held_out_batches(
 
 
 def _in_turn(sources: Sequence[Source], encoder: Encoder) -> Iterator[Document]:
-    queue = deque((source, whole_pass(source)) for source in sources)
+    queue = deque((source, one_epoch(source)) for source in sources)
     while queue:
         source, records = queue.popleft()
         record = next(records, None)

@@ -15,11 +15,12 @@ from twotower.errors import ArgumentError
 from twotower.training.data.batch import Batch
 from twotower.training.data.checks import check_sizes, require_enough
 from twotower.training.data.documents import BadRecord, Encoder
-from twotower.training.data.draws import uniform
-from twotower.training.data.packing import Offset, Piece, fill_row, lay_out, place
+from twotower.training.data.keyed_random import uniform
+from twotower.training.data.packing import Offset, Piece, collate, fill_row, to_piece
 from twotower.training.data.readers import open_reader
 from twotower.training.data.sources import Source
 from twotower.training.data.state import LoaderState, RowStreamState
+from twotower.training.old_names import LOADER_LAYOUT, with_present_names
 
 LOOK_AHEAD = 32
 
@@ -135,7 +136,7 @@ class RowLoader:
         index = [self.step * self.batch_size + stream.row for stream in self._row_streams]
         self.step += 1
         ids = {"eos": self.encoder.eos_token_id, "pad": self.encoder.pad_token_id}
-        return lay_out(packed, index, self.row_length, self.block_size, **ids)
+        return collate(packed, index, self.row_length, self.block_size, **ids)
 
     def statistics(self) -> Statistics:
         """Counts so far, of this rank, over the whole run."""
@@ -164,10 +165,11 @@ class RowLoader:
         Raises:
             ArgumentError: the state is of other data or sizes, or of other ranks (see `merge_states`).
         """
+        layout = with_present_names(state["layout"], LOADER_LAYOUT)
         for name, value in self._layout().items():
-            if state["layout"].get(name) != value:
+            if layout.get(name) != value:
                 raise ArgumentError(
-                    f"{name} is {value}, but the run to be resumed had {state['layout'].get(name)}; give the same, or "
+                    f"{name} is {value}, but the run to be resumed had {layout.get(name)}; give the same, or "
                     "start a new run"
                 )
         missing = [stream.row for stream in self._row_streams if str(stream.row) not in state["row_streams"]]
@@ -229,7 +231,7 @@ class RowLoader:
             stream.number += 1
             self._counts.documents += 1
             self._counts.tokens += len(document.tokens)
-            return place(document, self.block_size, self.offset, self.seed, number)
+            return to_piece(document, self.block_size, self.offset, self.seed, number)
         return None
 
     def _stream_state(self, stream: _RowStream) -> RowStreamState:

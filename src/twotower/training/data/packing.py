@@ -11,7 +11,7 @@ import torch
 
 from twotower.training.data.batch import Batch
 from twotower.training.data.documents import Document
-from twotower.training.data.draws import uniform
+from twotower.training.data.keyed_random import uniform
 
 Offset = Literal["random", "fixed"]
 
@@ -32,7 +32,7 @@ class Piece:
 
     def columns(self, block_size: int) -> int:
         """The columns of its whole blocks."""
-        return whole(self.lead + len(self.tokens), block_size)
+        return round_up(self.lead + len(self.tokens), block_size)
 
     def cut(self, columns: int) -> tuple[Piece, Piece]:
         """The part that fills `columns`, and the rest, which starts from zero state in a row of its own.
@@ -44,12 +44,12 @@ class Piece:
         return first, Piece(self.tokens[room:], max(0, self.context - room), 0, self.ends, self.prompted)
 
 
-def whole(columns: int, block_size: int) -> int:
+def round_up(columns: int, block_size: int) -> int:
     """Rounded up to whole blocks."""
     return -(-columns // block_size) * block_size
 
 
-def place(document: Document, block_size: int, offset: Offset, *key: int | str) -> Piece:
+def to_piece(document: Document, block_size: int, offset: Offset, *key: int | str) -> Piece:
     """A document with its lead.
 
     A prompted document's blocks begin where its prompt ends. Otherwise offset "random" draws the lead by the key,
@@ -89,7 +89,7 @@ def fill_row(waiting: list[Piece], refill: Callable[[], None], row_length: int, 
     return row
 
 
-def lay_out(
+def collate(
     rows: Sequence[Sequence[Piece]], index: Sequence[int], row_length: int, block_size: int, *, eos: int, pad: int
 ) -> Batch:
     """Rows of pieces → a batch of (len(rows), row_length).
@@ -108,7 +108,7 @@ def lay_out(
             tokens[r, start:end] = piece.tokens
             text[r, start:end] = True
             prompt[r, start : start + piece.context * piece.prompted] = True
-            trained = column + whole(piece.lead + piece.context, block_size)
+            trained = column + round_up(piece.lead + piece.context, block_size)
             if piece.ends:
                 tokens[r, end:stop] = eos
                 document[r, start:stop] = number

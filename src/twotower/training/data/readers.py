@@ -13,9 +13,9 @@ import numpy as np
 
 from twotower.errors import ArgumentError, TwoTowerError
 from twotower.training.data.documents import Record
-from twotower.training.data.draws import permutation
-from twotower.training.data.files import Raw
-from twotower.training.data.opening import Records, Stream
+from twotower.training.data.files import RawRecord
+from twotower.training.data.keyed_random import permutation
+from twotower.training.data.records import Records, Stream
 from twotower.training.data.sources import Source
 from twotower.training.data.state import ReaderState
 
@@ -65,7 +65,7 @@ class _Shuffled:
             if self.max_epochs is not None and epoch >= self.max_epochs:
                 return None
             self.positions[row] += self.batch_size
-            record = self.source.understand(self.records[int(self._order(epoch)[place])])
+            record = self.source.parse(self.records[int(self._order(epoch)[place])])
             if record is not None:
                 return record
 
@@ -101,7 +101,7 @@ class _InOrder:
         self.source, self.stream = source, stream
         self.batch_size, self.max_epochs = batch_size, max_epochs
         self.positions = {row: row for row in rows}
-        self._ahead: dict[int, Raw] = {}
+        self._ahead: dict[int, RawRecord] = {}
         self._begin({"at": 0, "pass_start": 0, "passes": 0, "stream": ""})
 
     def next(self, row: int) -> Record | None:
@@ -113,7 +113,7 @@ class _InOrder:
             if self.at <= position:
                 return None
             self.positions[row] += self.batch_size
-            record = self.source.understand(self._ahead.pop(position))
+            record = self.source.parse(self._ahead.pop(position))
             if record is not None:
                 return record
             if self.passes > last:
@@ -134,23 +134,23 @@ class _InOrder:
     def _begin(self, mark: ReaderState) -> None:
         self.at, self.pass_start, self.passes = mark["at"], mark["pass_start"], mark["passes"]
         self._marks = deque([mark.copy()])
-        self._reading = self.stream.read(mark["stream"])
+        self._records = self.stream.read(mark["stream"])
 
     def _advance(self) -> None:
         """Reads one record, or begins the next pass."""
-        raw = self._reading.next()
+        raw = self._records.next()
         if raw is None:
             length = self.at - self.pass_start
             if length < self.batch_size:
-                raise too_few(self.source.name, length, self.batch_size)
+                raise too_few_documents(self.source.name, length, self.batch_size)
             self.passes, self.pass_start = self.passes + 1, self.at
-            self._reading = self.stream.read()
+            self._records = self.stream.read()
             return
         if self.positions.get(self.at % self.batch_size, self.at + 1) <= self.at:
             self._ahead[self.at] = raw
         self.at += 1
         if self.at % MARK_EVERY == 0:
-            place = self._reading.state()
+            place = self._records.state()
             self._marks.append({"at": self.at, "pass_start": self.pass_start, "passes": self.passes, "stream": place})
             self._prune()
 
@@ -161,7 +161,7 @@ class _InOrder:
             self._marks.popleft()
 
 
-def too_few(name: str, documents: int, batch_size: int) -> ArgumentError:
+def too_few_documents(name: str, documents: int, batch_size: int) -> ArgumentError:
     if documents == 0:
         return ArgumentError(f"{name}: holds no usable document; give data that is not empty, bad or held out")
     return ArgumentError(
@@ -170,18 +170,18 @@ def too_few(name: str, documents: int, batch_size: int) -> ArgumentError:
     )
 
 
-def whole_pass(source: Source) -> Iterator[Record]:
+def one_epoch(source: Source) -> Iterator[Record]:
     """Every usable record once, in the source's own order."""
     for raw in _raws(source.records):
-        record = source.understand(raw)
+        record = source.parse(raw)
         if record is not None:
             yield record
 
 
-def _raws(records: Records | Stream) -> Iterator[Raw]:
+def _raws(records: Records | Stream) -> Iterator[RawRecord]:
     if isinstance(records, Stream):
-        reading = records.read()
-        while (raw := reading.next()) is not None:
+        iterator = records.read()
+        while (raw := iterator.next()) is not None:
             yield raw
     else:
         for number in range(len(records)):

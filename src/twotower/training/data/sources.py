@@ -20,9 +20,9 @@ from typing import Literal
 
 from twotower.errors import ArgumentError, TwoTowerError
 from twotower.training.data.documents import BadRecord, Record
-from twotower.training.data.draws import fraction
-from twotower.training.data.files import Raw
-from twotower.training.data.opening import Records, Stream, open_records
+from twotower.training.data.files import RawRecord
+from twotower.training.data.keyed_random import fraction
+from twotower.training.data.records import Records, Stream, open_records
 
 Part = Literal["train", "valid"]
 
@@ -122,7 +122,7 @@ class Source:
             cache_dir=cache_dir,
         )
 
-    def understand(self, raw: Raw) -> Record | None:
+    def parse(self, raw: RawRecord) -> Record | None:
         """The record, or None: it is blank, bad, or of the other part.
 
         Raises:
@@ -146,7 +146,7 @@ class Source:
                 f"{reason}; mend the data or raise max_bad_records"
             )
 
-    def _record(self, raw: Raw) -> Record | None:
+    def _record(self, raw: RawRecord) -> Record | None:
         content = raw.content
         if isinstance(content, bytes):
             if not content.strip():

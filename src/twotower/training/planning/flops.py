@@ -13,7 +13,7 @@ from dataclasses import dataclass
 from twotower.config import COUPLED_KINDS, BackboneConfig
 from twotower.model.conditioning import SINUSOID_SIZE
 from twotower.model.packed_forward import TILE
-from twotower.training.objective import LOGITS_AT_ONCE
+from twotower.training.objective import MAX_LOGITS
 
 MASKED_SHARE = 0.5  # of the columns, on average: t is uniform
 
@@ -153,7 +153,7 @@ def _attended(tokens: int, block_size: int, own: bool) -> float:
 
 def _head(config: BackboneConfig, positions: float) -> float:
     """Forward and backward; where logits are formed piece by piece, once more in the backward pass."""
-    at_once = max(LOGITS_AT_ONCE // config.vocab_size, 1)
+    at_once = max(MAX_LOGITS // config.vocab_size, 1)
     return (4 if positions > at_once else 3) * 2.0 * config.hidden_size * config.vocab_size * positions
 
 

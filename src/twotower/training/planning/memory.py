@@ -19,12 +19,12 @@ from twotower.model.conditioning import Modulation, TimeConditioning
 from twotower.model.fp32_tensors import cast, keeps_fp32
 from twotower.model.packed_forward import Layout
 from twotower.model.tower import Tower
-from twotower.training.layer_pair import PairedLayer, run_unit
+from twotower.training.layer_pair import LayerPair, run_unit
 from twotower.training.objective import DenoisingObjective, DenoisingOptions, negative_log_likelihood
 from twotower.training.planning.live_bytes import LiveBytes
+from twotower.training.planning.meta_ops import FusedAttention, tower_with_grouped_experts
+from twotower.training.planning.plan_setup import ContextRole
 from twotower.training.planning.profile import Profile, Share, Unit, UnitUse
-from twotower.training.planning.setup import ContextRole
-from twotower.training.planning.stand_ins import FusedAttention, tower_with_grouped_experts
 
 
 def build(
@@ -44,7 +44,7 @@ def build(
     return objective, sum(p.numel() for p in denoiser.parameters())
 
 
-def profile(
+def measure_profile(
     config: BackboneConfig,
     *,
     row_length: int,
@@ -71,13 +71,13 @@ def profile(
         shape = (micro_batch_size, row_length, config.hidden_size)
         stream = torch.promote_types(dtype, torch.float32) if config.residual_in_fp32 else dtype
         for unit in objective.units:
-            assert isinstance(unit, PairedLayer)
-            key = (unit.denoiser.kind, unit.reads)
+            assert isinstance(unit, LayerPair)
+            key = (unit.denoiser.kind, unit.runs_context)
             if key not in measured:
                 measured[key] = _measure_unit(live, unit, activation_checkpointing, layout, change[0], shape, stream)
         tail = _measure_tail(live, objective, shape, stream)
     units, root, whole, trained = _shares(objective)
-    kinds = [(u.denoiser.kind, u.reads) for u in objective.units if isinstance(u, PairedLayer)]
+    kinds = [(u.denoiser.kind, u.runs_context) for u in objective.units if isinstance(u, LayerPair)]
     return Profile(
         units=tuple(Unit(share, measured[key]) for share, key in zip(units, kinds, strict=True)),
         root=root,
@@ -94,7 +94,7 @@ def profile(
 
 def _measure_unit(
     live: LiveBytes,
-    unit: PairedLayer,
+    unit: LayerPair,
     activation_checkpointing: bool,
     layout: Layout,
     change: Modulation,
@@ -110,7 +110,7 @@ def _measure_unit(
 
     def forward() -> tuple[Tensor, ...]:
         clean, noisy = run_unit(unit, activation_checkpointing, *inputs(), modulation, layout)
-        return (clean, noisy) if unit.reads else (noisy,)  # a stream that only passes through is an input
+        return (clean, noisy) if unit.runs_context else (noisy,)  # a stream that only passes through is an input
 
     return _measure(live, unit, forward)
 

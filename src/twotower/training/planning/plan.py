@@ -17,9 +17,9 @@ import torch
 from twotower.config import BackboneConfig, TwoTowerConfig
 from twotower.errors import ArgumentError
 from twotower.training.planning.flops import StepFlops, autoregressive_step, two_tower_step
-from twotower.training.planning.memory import profile
+from twotower.training.planning.memory import measure_profile
+from twotower.training.planning.plan_setup import GIB, Setup
 from twotower.training.planning.profile import Profile, Share
-from twotower.training.planning.setup import GIB, Setup
 from twotower.training.planning.step_memory import FP32, Memory, memory_of
 
 UTILISATIONS = (0.25, 0.45)  # the range that hours are given for
@@ -111,10 +111,10 @@ def plan_from(config: TwoTowerConfig | BackboneConfig, options: Mapping[str, Any
     known = {field.name for field in dataclasses.fields(Setup)}
     if unknown := sorted(set(options) - known):
         raise ArgumentError(f"plan: {', '.join(unknown)} is no option; choose from {', '.join(sorted(known))}")
-    return plan(config.backbone if isinstance(config, TwoTowerConfig) else config, Setup(**options))
+    return make_plan(config.backbone if isinstance(config, TwoTowerConfig) else config, Setup(**options))
 
 
-def plan(config: BackboneConfig, setup: Setup) -> Plan:
+def make_plan(config: BackboneConfig, setup: Setup) -> Plan:
     """Counts everything; takes seconds whatever the size."""
     measured = _measured(config, setup)
     memory = memory_of(measured, setup)
@@ -201,7 +201,7 @@ def _smallest(measured: Profile, setup: Setup) -> int | None:
 
 
 def _measured(config: BackboneConfig, setup: Setup) -> Profile:
-    return profile(
+    return measure_profile(
         config,
         row_length=setup.row_length,
         micro_batch_size=setup.micro_batch_size,

@@ -6,8 +6,8 @@ import dataclasses
 from collections.abc import Iterator
 from dataclasses import dataclass
 
+from twotower.training.planning.plan_setup import GIB, Setup
 from twotower.training.planning.profile import Profile
-from twotower.training.planning.setup import GIB, Setup
 
 FP32 = 4  # bytes
 

@@ -16,7 +16,7 @@ from twotower.training.data.batch import Batch
 from twotower.training.fsdp import World, sharded
 from twotower.training.log_schema import Validation
 from twotower.training.objective import AutoregressiveObjective, next_tokens
-from twotower.training.validation.samples import documents, shared_prompts, whole, write
+from twotower.training.validation.samples import documents, shared_prompts, unsharded, write_samples
 
 
 class AutoregressiveValidation:
@@ -78,8 +78,8 @@ class AutoregressiveValidation:
             record["bits_per_byte"] = sum(bits.values()) / sum(self.bytes.values())
             record["bits_per_byte_by_source"] = {name: bits[name] / self.bytes[name] for name in bits}
         if self.prompts:
-            with whole(self.objective.modules()):
-                record |= write(self.model, self.prompts, self.params, self.world)
+            with unsharded(self.objective.modules()):
+                record |= write_samples(self.model, self.prompts, self.params, self.world)
         return record
 
     def _bytes(self, batches: Sequence[Batch]) -> int:

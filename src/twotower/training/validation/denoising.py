@@ -18,11 +18,11 @@ from twotower.modeling_twotower import TwoTowerForCausalLM
 from twotower.ops.precision import upcast
 from twotower.training.data.batch import Batch
 from twotower.training.fsdp import World, sharded
-from twotower.training.layer_pair import PairedLayer
+from twotower.training.layer_pair import LayerPair
 from twotower.training.log_schema import Validation
 from twotower.training.noise import Corruption
-from twotower.training.objective import DenoisingObjective, in_pieces, next_tokens
-from twotower.training.validation.samples import shared_prompts, whole, write
+from twotower.training.objective import DenoisingObjective, in_chunks, next_tokens
+from twotower.training.validation.samples import shared_prompts, unsharded, write_samples
 
 # Noise levels. All but the last are the middles of equal parts of (0, 1]: together they estimate the training loss.
 # The last is what the first pass over a block sees.
@@ -94,7 +94,7 @@ class DenoisingValidation:
     def __call__(self, step: int) -> Validation:
         """Everything above, for a log record."""
         if not self._registered:
-            register_fsdp_forward_method(self.objective, "examine")
+            register_fsdp_forward_method(self.objective, "with_hidden")
             self._registered = True
         try:
             record = self._likelihood()
@@ -102,8 +102,8 @@ class DenoisingValidation:
             for module in sharded(self.objective):
                 module.reshard()
         if self.prompts:
-            with whole(self.objective.modules()):
-                record |= write(self.model, self.prompts, self.params, self.world)
+            with unsharded(self.objective.modules()):
+                record |= write_samples(self.model, self.prompts, self.params, self.world)
         return record
 
     def _likelihood(self) -> Validation:
@@ -118,7 +118,7 @@ class DenoisingValidation:
             for i, level in enumerate(LEVELS):
                 noise = _at_level(level, batch, uniform, self.block_size).to(self.world.device)
                 look = partial(self._look, number, on_device, noise.masked)
-                found[i] += self.objective.examine(on_device, noise, self.block_size, look).cpu()
+                found[i] += self.objective.with_hidden(on_device, noise, self.block_size, look).cpu()
         totals = [[self.world.total(value) for value in row] for row in found]
         if context_unknown:
             ar_nats, ar_tokens = map(self.world.total, self._context_sums)
@@ -144,9 +144,9 @@ class DenoisingValidation:
         Counts its −ln p."""
         objective, layout = self.objective, Layout(batch.document, self.block_size)
         for unit in objective.units:
-            assert isinstance(unit, PairedLayer)
-            if not unit.reads:  # after the last context layer that the denoiser needs
-                with whole([unit]):
+            assert isinstance(unit, LayerPair)
+            if not unit.runs_context:  # after the last context layer that the denoiser needs
+                with unsharded([unit]):
                     clean, _ = read_layer(unit.context, clean, layout)
         asked = next_tokens(batch) & batch.denoised[:, 1:]
         hidden = objective.context_norm_f(clean)[:, :-1][asked]
@@ -181,7 +181,7 @@ def _at_level(level: float, batch: Batch, uniform: Tensor, block_size: int) -> C
 def _score(head: Linear, hidden: Tensor, tokens: Tensor, barred: int | None = None) -> tuple[Tensor, Tensor]:
     """hidden (N, H), tokens (N,) → −ln p (N,) in nats, and the likeliest token (N,) other than `barred`."""
     parts = []
-    for part, true in in_pieces(head, hidden, tokens):
+    for part, true in in_chunks(head, hidden, tokens):
         logits = upcast(head(part))
         nll = F.cross_entropy(logits, true, reduction="none")
         if barred is not None:

@@ -24,7 +24,7 @@ FIRST_PART = 128  # tokens of a text without prompt that are given, at most
 
 
 @contextmanager
-def whole(modules: Iterable[nn.Module]) -> Iterator[None]:
+def unsharded(modules: Iterable[nn.Module]) -> Iterator[None]:
     """All parameters of these sharded modules on every process, in the dtype they compute in; sharded again afterwards,
     as the optimizer and checkpoints need them. Every process must enter it."""
     parts = [module for module in modules if isinstance(module, FSDPModule)]
@@ -76,7 +76,7 @@ def shared_prompts(
     return prompts
 
 
-def write(
+def write_samples(
     model: TwoTowerForCausalLM, prompts: Sequence[list[int]], params: GenerationParams, world: World
 ) -> Validation:
     """Continues all prompts, shared out over the processes; every process calls it and gets the same.
@@ -97,7 +97,7 @@ def write(
         tokens = world.total(sum(len(result.tokens) for result in results))
         record["tokens_per_pass"] = tokens / world.total(sum(result.denoiser_passes for result in results))
     sample: Sample = {}
-    if world.first:
+    if world.is_main:
         first = results[0]
         sample = {
             "prompt": _text(model.tokenizer, prompts[0]),

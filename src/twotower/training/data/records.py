@@ -14,7 +14,15 @@ from types import ModuleType
 from typing import TYPE_CHECKING, Protocol
 
 from twotower.errors import ArgumentError, TwoTowerError
-from twotower.training.data.files import PARQUET, LineFiles, LineStream, Raw, Reading, find_files, refuse_json_array
+from twotower.training.data.files import (
+    PARQUET,
+    LineFiles,
+    LineStream,
+    RawRecord,
+    RecordIterator,
+    find_files,
+    reject_json_array,
+)
 
 if TYPE_CHECKING:
     from datasets import Dataset, IterableDataset
@@ -25,7 +33,7 @@ class Records(Protocol):
 
     def __len__(self) -> int: ...
 
-    def __getitem__(self, number: int) -> Raw: ...
+    def __getitem__(self, number: int) -> RawRecord: ...
 
 
 class Table:
@@ -37,8 +45,8 @@ class Table:
     def __len__(self) -> int:
         return len(self.dataset)
 
-    def __getitem__(self, number: int) -> Raw:
-        return Raw(f"{self.name} record {number}", self.dataset[number])
+    def __getitem__(self, number: int) -> RawRecord:
+        return RawRecord(f"{self.name} record {number}", self.dataset[number])
 
 
 class DatasetStream:
@@ -47,12 +55,12 @@ class DatasetStream:
     def __init__(self, dataset: IterableDataset, name: str) -> None:
         self.dataset, self.name = dataset, name
 
-    def read(self, state: str = "") -> Reading:
+    def read(self, state: str = "") -> RecordIterator:
         """Reads from the beginning, or on from a reading's state."""
-        return _DatasetReading(self, state)
+        return _DatasetIterator(self, state)
 
 
-class _DatasetReading:
+class _DatasetIterator:
     def __init__(self, stream: DatasetStream, state: str) -> None:
         self.name, self.number = stream.name, 0
         self._dataset = copy.deepcopy(stream.dataset)  # a dataset counts where it is, for all who read it
@@ -61,7 +69,7 @@ class _DatasetReading:
             self._dataset.load_state_dict(place)
         self._rows = iter(self._dataset)
 
-    def next(self) -> Raw | None:
+    def next(self) -> RawRecord | None:
         try:
             row = next(self._rows, None)
         except Exception as error:  # any of the many errors of a network or a parser
@@ -69,7 +77,7 @@ class _DatasetReading:
         if row is None:
             return None
         self.number += 1
-        return Raw(f"{self.name} record {self.number - 1}", row)
+        return RawRecord(f"{self.name} record {self.number - 1}", row)
 
     def state(self) -> str:
         return json.dumps([self.number, self._dataset.state_dict()])
@@ -109,7 +117,7 @@ def open_records(
         return _wrap(_load(data, "parquet", **found, cache_dir=cache), name, fields)
     for file in paths:
         if ".json" in file.suffixes:
-            refuse_json_array(file)
+            reject_json_array(file)
     if streaming:
         return LineStream(paths, name)
     lines = LineFiles(paths)
