@@ -47,7 +47,7 @@ from twotower.evaluation.speed import few_shot_prompts  # noqa: E402
 from twotower.ops import self_check, self_check_cases  # noqa: E402
 from twotower.ops.registry import REGISTRY, Backend, report  # noqa: E402
 
-PUBLISHED_RATES = (1.2, 1.5, 1.9, 3.0, 3.3, 5.0)  # tokens per pass: the published ones (spec §5), and others
+PUBLISHED_RATES = (1.2, 1.5, 1.9, 3.0, 3.3, 5.0)  # tokens per pass: the published ones, and others
 SPARE = 6 << 30  # bytes of the device that weights leave to states, logits and libraries
 
 

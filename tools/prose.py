@@ -2,7 +2,8 @@
 
 Rules:
 
-- In each document, in the help, in each package of src and in total, 90 % of the sentences have at most 25 words.
+- In each document, in the help, in each package of src, in the tests and in total, 90 % of the sentences have at most
+  25 words.
 - A line of a document has at most 120 characters. The target of a link does not count in a table row.
 - Retired names (`prose.toml`) do not occur. A line that says "deprecated" or "renamed" may name them.
 
@@ -45,7 +46,7 @@ FENCE = re.compile(r"\s*(?:```|~~~)(\w*)")
 SECTION = re.compile(r"(?:Args|Arguments|Attributes|Example|Examples|Note|Raises|Returns|Yields):\s*$")
 ENTRY = re.compile(r"\s*\*{0,2}[\w.`-]+(?: \([^)]*\))?: ")
 COLUMNS = re.compile(r"\S {3,}\S")
-EXEMPT = re.compile(r"deprecated|renamed|retired", re.IGNORECASE)
+EXEMPT = re.compile(r"deprecated|renamed|retired|earlier version|old name", re.IGNORECASE)
 BLOCK_COMMENT = re.compile(r"/\*.*?\*/|(?:^[ \t]*//[^\n]*\n)+", re.DOTALL | re.MULTILINE)
 COMMENTED = {".cpp", ".h", ".js", ".css"}
 
@@ -158,7 +159,8 @@ def relative(path: Path) -> str:
 
 def documents() -> list[Path]:
     found = [ROOT / "README.md", ROOT / "CONTRIBUTING.md", ROOT / "CHANGELOG.md", *sorted((ROOT / "docs").glob("*.md"))]
-    return [path for path in [*found, *sorted(SOURCE.rglob("*.md"))] if path.exists()]
+    found += [*sorted(SOURCE.rglob("*.md")), *sorted((ROOT / "tests").rglob("*.md"))]
+    return [path for path in found if path.exists()]
 
 
 def document_text(path: Path) -> str:
@@ -175,9 +177,9 @@ def document_text(path: Path) -> str:
 
 
 def package_of(path: Path) -> str:
-    """The group of a source file: its folder under src/twotower."""
+    """The group of a source file: its folder under src/twotower, or its first folder."""
     if not path.is_relative_to(SOURCE):
-        return relative(path)
+        return path.relative_to(ROOT).parts[0] if path.is_relative_to(ROOT) else str(path)
     parts = path.relative_to(SOURCE).parts
     return "src/twotower/" + (parts[0] if len(parts) > 1 else "*.py")
 
@@ -367,7 +369,8 @@ def shares(sentences: Iterable[Sentence]) -> list[Share]:
 
 
 def sources() -> list[Path]:
-    return [path for path in sorted(SOURCE.rglob("*")) if path.suffix in {".py", *COMMENTED}]
+    folders = [SOURCE, *(ROOT / name for name in ("benchmarks", "examples", "tests", "tools"))]
+    return [path for folder in folders for path in sorted(folder.rglob("*")) if path.suffix in {".py", *COMMENTED}]
 
 
 def chosen(paths: list[Path]) -> list[Path]:

@@ -50,7 +50,7 @@ def new_tokens(out: Tensor, width: int) -> list[list[int]]:
     return out[:, width:].tolist()
 
 
-# --- signatures (spec §3) -----------------------------------------------------------------------------------------
+# --- signatures of the release --------------------------------------------------------------------------------------
 
 ONE_BY_ONE = [("input_ids",), ("max_new_tokens", 128), ("temperature", 0.0), ("top_k", None), ("top_p", None),
               ("eos_token_id", None)]  # fmt: skip

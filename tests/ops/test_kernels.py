@@ -256,7 +256,7 @@ def test_grouped_experts(device: str, dtype: torch.dtype, tolerance: float, toke
 
 
 def route_slowly(config: BackboneConfig, scores: list[float], bias: list[float]) -> dict[int, float]:
-    """One token's experts and weights, as the reference's rule reads (spec §2, §6)."""
+    """One token's experts and weights, by the rule of the public reference."""
     biased = [s + b for s, b in zip(scores, bias, strict=True)]
     size = len(scores) // config.n_group
     best = [sum(sorted(biased[g * size : (g + 1) * size])[-2:]) for g in range(config.n_group)]
