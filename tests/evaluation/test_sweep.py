@@ -55,12 +55,12 @@ def test_settings_that_differ_in_the_policy_value_are_one_series() -> None:
         assert any(words in label for label in labels)
 
 
-def test_the_table_is_the_papers(tmp_path: Path) -> None:
+def test_tables_and_picture_of_a_report(tmp_path: Path) -> None:
     text = report_markdown(POINTS, ["measured on a slate"])
-    head = next(line for line in text.splitlines() if line.startswith("| task"))
-    assert head.split(" | ")[1:3] == ["AR", "`verified:draft_steps=1`"]
-    assert "| sorting | 80.0 | 80.0 | 80.0 | 80.0 | 80.0 |" in text
-    assert "| generation throughput | 1.0× | 1.40× | 1.80× | 1.90× | 3.10× |" in text
+    assert "| setting | sorting | overall | quality kept | tokens per pass | × AR |" in text
+    front = [line.split(" | ")[0].strip("| `") for line in text.split("## ")[1].splitlines() if "| `" in line]
+    assert front == ["ar", *(point.setting for point in pareto_front(POINTS[1:], lambda p: p.times_ar))]
+    assert "| `diffusion:threshold=0.5` | 80.0 | 64.0 | 80.0% | 5.00 | 3.10 |" in text
     assert "| `diffusion:threshold=0.8` | 97.0% | 95.0% to 99.0% | 3.00 | 1.90 |" in text
     assert text.rstrip().endswith("measured on a slate")
     draw_report(POINTS, tmp_path / "report.png", "a title")

@@ -37,7 +37,7 @@ from twotower.cli.terminal import status_line
     type=click.IntRange(min=1),
     default=128,
     show_default=True,
-    help="Largest number of new tokens of lines that do not name their own.",
+    help="Maximum number of new tokens of lines that do not name their own.",
 )
 @click.option(
     "--seed",
@@ -47,12 +47,12 @@ from twotower.cli.terminal import status_line
     show_default=True,
     help="The seed of a line is N plus the number of the line.",
 )
-@click.option("--rows", type=click.IntRange(min=1), default=16, show_default=True, help="Rows of a batch.")
+@click.option("--rows", metavar="N", type=click.IntRange(min=1), default=16, show_default=True, help="Rows of a batch.")
 @click.option(
     "--memory",
     metavar="GIB",
     type=click.FloatRange(min=0, min_open=True),
-    help="Limit of memory for the state of the rows.",
+    help="Maximum memory for KV caches and Mamba states, in GiB.  [default: enough for --rows rows]",
 )
 @models.deterministic_option
 @models.dtype_option

@@ -26,6 +26,7 @@ if TYPE_CHECKING:
     "-b",
     "--rows",
     "batch_sizes",
+    metavar="N",
     type=click.IntRange(1),
     multiple=True,
     default=(1,),
@@ -36,6 +37,7 @@ if TYPE_CHECKING:
     "-c",
     "--context",
     "contexts",
+    metavar="N",
     type=click.IntRange(2),
     multiple=True,
     default=(128,),
@@ -45,14 +47,22 @@ if TYPE_CHECKING:
 @click.option(
     "-n",
     "--max-new-tokens",
+    metavar="N",
     type=click.IntRange(1),
     default=128,
     show_default=True,
-    help="Largest number of new tokens of a row.",
+    help="Maximum number of new tokens of a row.",
 )
-@click.option("--batches", type=click.IntRange(1), default=4, show_default=True, help="Batches of a round.")
 @click.option(
-    "--rounds", type=click.IntRange(1), default=5, show_default=True, help="Measured rounds; one round more warms up."
+    "--batches", metavar="N", type=click.IntRange(1), default=4, show_default=True, help="Batches of a round."
+)
+@click.option(
+    "--rounds",
+    metavar="N",
+    type=click.IntRange(1),
+    default=5,
+    show_default=True,
+    help="Measured rounds; one round more warms up.",
 )
 @click.option("--ignore-eos", is_flag=True, help="Continue every row to --max-new-tokens.")
 @models.dtype_option
@@ -73,10 +83,10 @@ def bench(
     threads: int | None,
     as_json: bool,
 ) -> None:
-    """Measure tokens per second, passes and the cost of a pass, compared with AR.
+    """Measure the speed of settings, compared with AR.
 
-    All settings run in turn in every round. Only new tokens up to the end of a row count. Tables go to stderr, one
-    JSON line to stdout.
+    The figures are tokens per second, passes, and the cost of a pass. All settings run in turn in every round. Only
+    new tokens up to the end of a row count. Tables go to stderr, one JSON line to stdout.
     """
     from twotower.decoding.presets import parse_setting
     from twotower.evaluation import speed as measuring

@@ -36,9 +36,9 @@ MOCK_AR = "mock_ar: the denoiser as a next-token predictor, for which it was not
 @models.threads_option
 @click.option("--json", "as_json", is_flag=True, help="Only measure, and print one JSON object.")
 def demo(model: str | None, threads: int | None, as_json: bool) -> None:
-    """Show blocks being denoised, then compare the modes on one prompt.
+    """Show denoising, then compare the modes.
 
-    Decoding is greedy. All figures are measured in this run.
+    Decoding is greedy, with one prompt. All figures are measured in this run.
     """
     loaded, source = models.load_text_model(model, "there is no text to show; choose another model", threads=threads)
     console = console_on("stdout")

@@ -31,7 +31,13 @@ DEFAULT_ROWS = {"suite": 64, "tasks": 16}  # fewer for tasks, because few-shot p
 @models.model_option
 @models.setting_option
 @click.option(
-    "-n", "--problems", type=click.IntRange(1), default=100, show_default=True, help="Problems of each family."
+    "-n",
+    "--problems",
+    metavar="N",
+    type=click.IntRange(1),
+    default=100,
+    show_default=True,
+    help="Problems of each family.",
 )
 @click.option(
     "--family", "families", multiple=True, metavar="NAME", help="Family of problems. Can be repeated.  [default: all]"
@@ -39,19 +45,21 @@ DEFAULT_ROWS = {"suite": 64, "tasks": 16}  # fewer for tasks, because few-shot p
 @click.option(
     "--difficulty",
     "difficulties",
+    metavar="N",
     type=int,
     multiple=True,
     default=(1, 2),
     show_default=True,
     help="Difficulty of the problems, 1 to 5. Can be repeated.",
 )
-@click.option("--seed", type=click.IntRange(0), default=0, show_default=True, help="Seed of the problems.")
+@click.option("--seed", metavar="N", type=click.IntRange(0), default=0, show_default=True, help="Seed of the problems.")
 @click.option(
     "--max-new-tokens",
+    metavar="N",
     type=click.IntRange(1),
     default=160,
     show_default=True,
-    help="Largest number of new tokens of an answer.",
+    help="Maximum number of new tokens of an answer.",
 )
 @click.option(
     "-t",
@@ -69,8 +77,9 @@ DEFAULT_ROWS = {"suite": 64, "tasks": 16}  # fewer for tasks, because few-shot p
 )
 @click.option(
     "--limit",
+    metavar="N",
     type=click.IntRange(1),
-    help="Largest number of items of a task, or of each of its languages or subjects.",
+    help="Maximum number of items of a task, or of each of its languages or subjects.",
 )
 @click.option("--run-code", is_flag=True, help="Let tasks run programs that the model writes, in a sandbox.")
 @click.option(
@@ -80,7 +89,7 @@ DEFAULT_ROWS = {"suite": 64, "tasks": 16}  # fewer for tasks, because few-shot p
     show_default=True,
     help="Likelihood that chooses among given answers: of the context tower, or also the denoiser's lower bound.",
 )
-@click.option("--rows", type=click.IntRange(1), help="Rows of a batch.  [default: 64; with --task 16]")
+@click.option("--rows", metavar="N", type=click.IntRange(1), help="Rows of a batch.  [default: 64; with --task 16]")
 @models.dtype_option
 @models.quantization_option
 @models.threads_option
@@ -106,11 +115,11 @@ def evaluate(
     threads: int | None,
     as_json: bool,
 ) -> None:
-    """Measure the accuracy of settings and of AR on problems with one right answer.
+    """Measure the accuracy of settings, compared with AR.
 
-    The problems are those of the procedural suite's test split, or with --task those of published tasks, with the
-    prompts and metrics of lm-evaluation-harness. Tables go to stderr, one JSON line to stdout. Each setting is compared
-    with AR on the same problems, with a 95 % interval. Passes of both towers count.
+    The problems have one right answer. They come from the test split of the procedural suite, or with --task from
+    published tasks, with the prompts and metrics of lm-evaluation-harness. The difference from AR on the same problems
+    has a 95 % interval. Passes of both towers count. Tables go to stderr, one JSON line to stdout.
     """
     from twotower.decoding.presets import parse_setting
     from twotower.evaluation.accuracy import chosen_problems

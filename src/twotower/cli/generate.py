@@ -54,7 +54,7 @@ SAMPLING_ONLY = ("seed", "top_k", "top_p")
     type=click.IntRange(min=1),
     default=128,
     show_default=True,
-    help="Largest number of new tokens.",
+    help="Maximum number of new tokens.",
 )
 @click.option(
     "--threshold",
@@ -92,7 +92,7 @@ SAMPLING_ONLY = ("seed", "top_k", "top_p")
     type=click.IntRange(min=1),
     default=16,
     show_default=True,
-    help="Diffusion: largest number of denoising passes for a block.",
+    help="Diffusion: maximum number of denoising passes for a block.",
 )
 @click.option(
     "--draft-steps",
@@ -138,9 +138,9 @@ SAMPLING_ONLY = ("seed", "top_k", "top_p")
 @models.threads_option
 @click.pass_context
 def generate(ctx: click.Context, /, **options: Any) -> None:
-    """Continue PROMPT, or the prompt on stdin if PROMPT is left out or is "-".
+    """Continue a prompt.
 
-    The text goes to stdout, everything else to stderr.
+    Without PROMPT, or if it is "-", the prompt is read from stdin. The text goes to stdout, everything else to stderr.
     """
     given = {name for name in options if ctx.get_parameter_source(name) is not click.core.ParameterSource.DEFAULT}
     generate_text(GenerateOptions(given=frozenset(given), **options))

@@ -32,10 +32,11 @@ _COMPILE = {
 @click.argument("path", required=False)
 @click.option("--json", "as_json", is_flag=True, help="Print one JSON object instead of text.")
 def info(path: str | None, as_json: bool) -> None:
-    """Describe a checkpoint: layers, parameters, memory, backends and files.
+    """Describe a checkpoint or a config.json.
 
-    PATH is a checkpoint directory or a config.json.  [default: the bundled model]  No weights are loaded, so that the
-    largest model takes seconds and little memory.
+    The output lists layers, parameters, memory, backends and files. PATH is a checkpoint directory or a config.json;
+    without PATH the bundled model is described. No weights are loaded, so that the largest model takes seconds and
+    little memory.
     """
     facts = describe(Path(model_loading.source_of(path)))
     if as_json:

@@ -13,7 +13,7 @@ from twotower.process import configure_process
 @click.command("lm-eval", context_settings={"ignore_unknown_options": True, "help_option_names": []})
 @click.argument("arguments", nargs=-1, type=click.UNPROCESSED)
 def lm_eval(arguments: tuple[str, ...]) -> None:
-    """Run lm-evaluation-harness with --model twotower; takes its arguments.
+    """Run lm-evaluation-harness with --model twotower.
 
     \b
     twotower lm-eval run --model twotower --model_args setting=verified --tasks lambada_openai

@@ -37,20 +37,34 @@ if TYPE_CHECKING:
     help="Measure this setting instead of all. Can be repeated.",
 )
 @click.option(
-    "-n", "--problems", type=click.IntRange(1), default=200, show_default=True, help="Problems of each family."
+    "-n",
+    "--problems",
+    metavar="N",
+    type=click.IntRange(1),
+    default=200,
+    show_default=True,
+    help="Problems of each family.",
 )
-@click.option("--timed", type=click.IntRange(1), default=24, show_default=True, help="Problems to time, one at a time.")
+@click.option(
+    "--timed",
+    metavar="N",
+    type=click.IntRange(1),
+    default=24,
+    show_default=True,
+    help="Problems to time, one at a time.",
+)
 @click.option(
     "--difficulty",
     "difficulties",
+    metavar="N",
     type=int,
     multiple=True,
     default=(1, 2),
     show_default=True,
     help="Difficulty of the problems, 1 to 5. Can be repeated.",
 )
-@click.option("--seed", type=click.IntRange(0), default=0, show_default=True, help="Seed of the problems.")
-@click.option("--rows", type=click.IntRange(1), default=64, show_default=True, help="Rows of a batch.")
+@click.option("--seed", metavar="N", type=click.IntRange(0), default=0, show_default=True, help="Seed of the problems.")
+@click.option("--rows", metavar="N", type=click.IntRange(1), default=64, show_default=True, help="Rows of a batch.")
 @click.option("--quick", is_flag=True, help="Measure four settings instead of all.")
 @models.dtype_option
 @models.quantization_option
@@ -71,7 +85,7 @@ def report(
     threads: int | None,
     as_json: bool,
 ) -> None:
-    """Measure quality and speed of many settings, and draw the trade-off.
+    """Measure and draw the quality/speed trade-off.
 
     The settings cover all modes, commit policies and block sizes. Each setting answers the procedural suite and is
     timed in turn with AR. The command writes a picture (quality against tokens per pass, and against speed) and tables

@@ -93,7 +93,7 @@ def measure_suite(model: TwoTowerForCausalLM, count: int, level: int) -> dict[st
 @click.argument("data", type=click.Path(exists=True, file_okay=False, path_type=Path))
 @click.option("--model", "path", type=click.Path(exists=True, file_okay=False, path_type=Path), default=None)
 @click.option("--dialogues", default=200, show_default=True, help="Held-out dialogues to continue.")
-@click.option("--limit", default=400, show_default=True, help="Largest number of new tokens for each dialogue.")
+@click.option("--limit", default=400, show_default=True, help="Maximum number of new tokens for each dialogue.")
 @click.option(
     "--problems",
     "problem_count",
