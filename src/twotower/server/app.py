@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import AsyncIterator
 from contextlib import ExitStack, asynccontextmanager
 
@@ -199,7 +200,7 @@ def _validation_message(error: RequestValidationError) -> RequestError:
     found = max(error.errors(), key=lambda detail: len(detail["loc"]))
     names = [str(part) for part in found["loc"] if part != "body"]
     field = names[0] if names else None
-    place = ".".join(name for name in names if "[" not in name and name not in ("str", "int"))
+    place = ".".join(name for name in names if "[" not in name and name not in ("str", "int", "constrained-str"))
     match found["type"]:
         case "json_invalid":
             reason = found.get("ctx", {}).get("error", "")
@@ -213,7 +214,7 @@ def _validation_message(error: RequestValidationError) -> RequestError:
             return RequestError(words, param=field, code="unsupported")
         case "model_attributes_type" | "dict_type" if field is None:
             return RequestError("the body must be a JSON object with content-type application/json", code="json")
-    message = str(found["msg"]).removeprefix("Value error, ").removeprefix("Input ")
+    message = re.sub(r"^(Value error, |Input |String |List )", "", str(found["msg"])).replace(" after validation", "")
     value = repr(found["input"])
     shown = value if len(value) <= 80 else value[:77] + "…"
     return RequestError(f"{place or 'the body'} is {shown}; it {message}", param=field, code="invalid")

@@ -220,6 +220,7 @@ async function compare() {
     }
     finish(recordings);
   } catch (error) {
+    panels.forEach((panel) => panel.interrupt());
     handleError(error);
   } finally {
     running = null;

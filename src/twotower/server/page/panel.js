@@ -47,6 +47,11 @@ export class Panel {
     this.body.style.minHeight = "";
   }
 
+  /** Marks the panel after an error or a stop. */
+  interrupt() {
+    if (!this.recording?.end) this.progress.textContent = this.recording ? "stopped" : "not run";
+  }
+
   /** Keeps the height of the complete text, so that the page does not move during a replay. */
   lockHeight() {
     this.body.style.minHeight = `${this.body.offsetHeight}px`;
