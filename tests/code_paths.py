@@ -41,7 +41,8 @@ PATHS = {
 # The files whose results depend on the instruction set: kernels, packed weights, equality, loading, one benchmark.
 CONCERNED = (
     "test_cpu_target", "test_kernels", "test_native", "test_packing", "test_int8", "test_conformance", "test_engine",
-    "test_verified", "test_api", "test_batch_equality", "test_state", "test_ahead", "test_constraints", "test_logprobs",
+    "test_verified", "test_api", "test_batch_equality", "test_state", "test_async_scheduling",
+    "test_constraints", "test_logprobs",
     "test_bundled", "test_benchmarks",
 )  # fmt: skip
 

@@ -20,7 +20,7 @@ from torch import Tensor
 from twotower import GenerationParams, TwoTowerForCausalLM
 
 AR_TOKEN, DIFFUSION_CANDIDATE = 1, 2  # what noise is for
-BROKEN = "\ufffd"  # bytes that are not a character
+REPLACEMENT_CHARACTER = "\ufffd"  # bytes that are not a character
 
 
 class Block(NamedTuple):
@@ -267,6 +267,6 @@ def cut(tokenizer: Any, tokens: list[int], eos: tuple[int, ...], stop: tuple[str
     first stop string; and whether there is one."""
     if tokenizer is None:
         return "", False
-    text = tokenizer.decode([t for t in tokens if t not in eos], skip_special_tokens=True).rstrip(BROKEN)
+    text = tokenizer.decode([t for t in tokens if t not in eos], skip_special_tokens=True).rstrip(REPLACEMENT_CHARACTER)
     found = [at for at in (text.find(each) for each in stop) if at >= 0]
     return (text[: min(found)], True) if found else (text, False)

@@ -10,13 +10,13 @@ from pathlib import Path
 import pytest
 
 from twotower import TwoTowerForCausalLM, bundled_model
-from twotower.decoding.modes import SETTINGS
+from twotower.decoding.modes import COMPARED_SETTINGS
 from twotower.evaluation.held_out import encode, measure_dialogues, measure_suite, read_documents
 from twotower.evaluation.likelihood import ar_nats
 from twotower.evaluation.ngram import KneserNey
 from twotower.recipes.card import tables
 
-MEASURED_SETTINGS = ("ar", *SETTINGS)
+MEASURED_SETTINGS = ("ar", *COMPARED_SETTINGS)
 DATA = Path(os.environ.get("TWOTOWER_DATA", Path(__file__).parents[2] / "shared" / "data")) / "corpora/sgd_dialogues"
 
 

@@ -26,8 +26,8 @@ from twotower.decoding import structured as constraints
 from twotower.decoding.output import Generation
 from twotower.decoding.sampling import AR_TOKEN, Sampling, pick
 from twotower.decoding.structured import Matcher
+from twotower.engine import constraint_masks
 from twotower.engine import context_step as reading_module
-from twotower.engine import structured
 from twotower.errors import ArgumentError, TwoTowerError
 
 PERSON = {
@@ -449,7 +449,7 @@ def test_requests_given_up(model: TwoTowerForCausalLM, of_bytes: dict[str, Const
 def test_rows_without_a_grammar_pay_nothing(model: TwoTowerForCausalLM) -> None:
     rng = random.Random(4)
     requests = [some_request(rng) for _ in range(6)]
-    with patch.object(structured, "np", None), patch.dict(sys.modules, {"llguidance": None}):
+    with patch.object(constraint_masks, "np", None), patch.dict(sys.modules, {"llguidance": None}):
         for request, output in zip(requests, LLM(model, rows=3, length=LENGTH).generate(requests), strict=True):
             assert_as_alone(model, request, output)
 
@@ -459,8 +459,8 @@ def test_rows_without_a_grammar_pay_nothing(model: TwoTowerForCausalLM) -> None:
 
 def test_masks_are_unpacked_alike_everywhere() -> None:
     masks = np.random.default_rng(0).integers(0, 256, (5, 41), dtype=np.uint8)
-    there = structured.shifted(torch.from_numpy(masks))
-    assert torch.equal(structured.unpacked(masks, torch.device("cpu")), there)
+    there = constraint_masks.shifted(torch.from_numpy(masks))
+    assert torch.equal(constraint_masks.unpacked(masks, torch.device("cpu")), there)
     assert there[3, 8 * 7 + 2] == bool(masks[3, 7] & 4)
 
 

@@ -11,7 +11,7 @@ from tokenizers import Tokenizer, decoders, models, normalizers, pre_tokenizers,
 from transformers import PreTrainedTokenizerFast
 
 from twotower import GenerationParams, TwoTowerForCausalLM, generate
-from twotower.decoding.stopping import BROKEN, Detokenizer, RowProgress, plain_decoder
+from twotower.decoding.stopping import REPLACEMENT_CHARACTER, Detokenizer, RowProgress, decode_function
 
 Factory = Callable[..., TwoTowerForCausalLM]
 VOCABULARY = 320
@@ -102,15 +102,15 @@ def test_multi_byte_text_comes_out_whole(tokenizer: PreTrainedTokenizerFast, tex
     assert len(ids) > len(text) / 3
     progress, pieces = run(tokenizer, [*ids, EOS], blocks=blocks)
     assert "".join(pieces) == progress.text == text
-    assert BROKEN not in progress.text
+    assert REPLACEMENT_CHARACTER not in progress.text
     assert progress.finish_reason == "eos"
 
 
 def test_transformers_decodes_where_it_adds_anything(tokenizer: PreTrainedTokenizerFast) -> None:
     """Else its tokenizers library is asked, which says the same."""
     ids = tokenizer("Héllo , world </s>", add_special_tokens=False)["input_ids"]
-    assert plain_decoder(tokenizer)(ids, skip_special_tokens=True) == tokenizer.decode(ids, skip_special_tokens=True)
-    assert plain_decoder(tokenizer).__self__ is tokenizer.backend_tokenizer
+    assert decode_function(tokenizer)(ids, skip_special_tokens=True) == tokenizer.decode(ids, skip_special_tokens=True)
+    assert decode_function(tokenizer).__self__ is tokenizer.backend_tokenizer
 
     class Loud(PreTrainedTokenizerFast):
         def _decode(self, *args: object, **options: object) -> str:
@@ -122,7 +122,7 @@ def test_transformers_decodes_where_it_adds_anything(tokenizer: PreTrainedTokeni
         clean_up_tokenization_spaces_for_bpe_even_though_it_will_corrupt_output=True,
     )  # fmt: skip
     for other in (loud, tidy):
-        found = plain_decoder(other)(ids, skip_special_tokens=True)
+        found = decode_function(other)(ids, skip_special_tokens=True)
         assert found == other.decode(ids, skip_special_tokens=True) != tokenizer.decode(ids, skip_special_tokens=True)
 
 
@@ -131,11 +131,11 @@ def test_random_tokens(tokenizer: PreTrainedTokenizerFast, seed: int) -> None:
     ids = random_ids(seed, 200)
     detokenizer = Detokenizer(tokenizer)
     pieces = [detokenizer.push(token) for token in ids]
-    assert not any(piece.endswith(BROKEN) for piece in pieces)
+    assert not any(piece.endswith(REPLACEMENT_CHARACTER) for piece in pieces)
     pieces.append(detokenizer.flush())
     whole = tokenizer.decode(ids, skip_special_tokens=True)
-    assert "".join(pieces) == whole.rstrip(BROKEN)
-    assert not pieces[-1].endswith(BROKEN)
+    assert "".join(pieces) == whole.rstrip(REPLACEMENT_CHARACTER)
+    assert not pieces[-1].endswith(REPLACEMENT_CHARACTER)
 
 
 @pytest.mark.parametrize("seed", range(10))
@@ -144,7 +144,7 @@ def test_events_join_to_the_text(tokenizer: PreTrainedTokenizerFast, seed: int, 
     ids = random_ids(seed, 100)
     progress, pieces = run(tokenizer, ids, blocks=blocks, limit=100)
     assert progress.finish_reason == "length"
-    assert "".join(pieces) == progress.text == tokenizer.decode(ids).rstrip(BROKEN)
+    assert "".join(pieces) == progress.text == tokenizer.decode(ids).rstrip(REPLACEMENT_CHARACTER)
 
 
 def test_half_a_character_at_the_end_is_dropped(tokenizer: PreTrainedTokenizerFast) -> None:
@@ -180,7 +180,7 @@ def test_random_tokens_of_such_a_tokenizer(spaced: PreTrainedTokenizerFast, seed
     ids = [rng.randrange(4, len(spaced)) for _ in range(60)]
     progress, pieces = run(spaced, ids, blocks=4, limit=60)
     assert progress.text == "".join(pieces)
-    assert not any(piece.endswith(BROKEN) for piece in pieces)
+    assert not any(piece.endswith(REPLACEMENT_CHARACTER) for piece in pieces)
 
 
 # --- stop strings -------------------------------------------------------------------------------------------------
@@ -241,9 +241,9 @@ def test_broken_characters_wait_for_what_follows(tokenizer: PreTrainedTokenizerF
     broken = tokenizer.convert_tokens_to_ids(pre_tokenizers.ByteLevel(False).pre_tokenize_str("世")[0][0][0])
     x, a, b, c = (tokenizer.convert_tokens_to_ids(letter) for letter in "xabc")
     for ids, expected in [
-        ([x, broken, a, b], ["x", "", "", BROKEN]),
-        ([x, broken, a, c, EOS], ["x", "", "", f"{BROKEN}ac", ""]),
-        ([x, broken, a, EOS], ["x", "", "", f"{BROKEN}a"]),
+        ([x, broken, a, b], ["x", "", "", REPLACEMENT_CHARACTER]),
+        ([x, broken, a, c, EOS], ["x", "", "", f"{REPLACEMENT_CHARACTER}ac", ""]),
+        ([x, broken, a, EOS], ["x", "", "", f"{REPLACEMENT_CHARACTER}a"]),
         ([x, broken, EOS], ["x", "", ""]),
     ]:
         progress, pieces = run(tokenizer, ids, ["ab"], blocks=1)
@@ -295,7 +295,7 @@ def test_stop_strings_end_a_row_and_only_that_row(model: TwoTowerForCausalLM, mo
     values = {"mode": mode, "max_new_tokens": 60, "temperature": 1.0, "seed": [1, 2, 3], "block_size": 8}
     free = generate(model, prompts, GenerationParams.of(**values))
     pieces = (free[0].text[n : n + 3] for n in range(20, 60))
-    whole = next(text for text in pieces if text.isprintable() and BROKEN not in text)
+    whole = next(text for text in pieces if text.isprintable() and REPLACEMENT_CHARACTER not in text)
     stopped = generate(model, prompts, GenerationParams.of(**values, stop=whole))
     for before, after in zip(free, stopped, strict=True):
         assert whole not in after.text
@@ -314,7 +314,7 @@ def test_streamed_text_is_the_text(model: TwoTowerForCausalLM, mode: str) -> Non
     values = {"max_new_tokens": 50, "temperature": 1.5, "seed": [4, 5], "block_size": 8, "stop": ["a", "e"]}
     texts = {0: "", 1: ""}
     for event in model.stream(["the quick", "世界"], mode, **values):
-        assert not event.text.endswith(BROKEN) or event.result.finish_reason == "stop"
+        assert not event.text.endswith(REPLACEMENT_CHARACTER) or event.result.finish_reason == "stop"
         texts[event.row] += event.text
         if event.result:
             assert texts[event.row] == event.result.text
@@ -326,7 +326,7 @@ def test_streamed_text_is_the_text(model: TwoTowerForCausalLM, mode: str) -> Non
 
 def test_nothing_but_padding_after_a_stop(model: TwoTowerForCausalLM) -> None:
     free = generate(model, ["the quick"], GenerationParams.of(max_new_tokens=60, temperature=1.0, seed=1))[0]
-    stop = next(letter for letter in free.text[10:] if letter.isprintable() and letter != BROKEN)
+    stop = next(letter for letter in free.text[10:] if letter.isprintable() and letter != REPLACEMENT_CHARACTER)
     out = model.generate_mask_diffusion(
         ["the quick", "世界"], 60, temperature=1.0, seed=[1, 2], stop=[stop], eos_token_id=None
     )

@@ -10,7 +10,7 @@ import torch
 from command import Result
 from conftest import build_random_model
 
-from twotower.decoding.auto_mode import LOOK_AGAIN, Costs, ModeChooser, Recent
+from twotower.decoding.auto_mode import EXPLORE_EVERY, Costs, ModeChooser, RecentStats
 from twotower.decoding.output import Generation
 from twotower.decoding.params import GenerationParams
 from twotower.decoding.presets import parse_setting
@@ -24,7 +24,7 @@ DEAR = Costs(step=1.0, draft=9.0, check=9.0)
 
 
 def chooser(kept: float, agreement: float, passes: float = 1.0, block_passes: float | None = None) -> ModeChooser:
-    recent = Recent()
+    recent = RecentStats()
     recent.kept.add(kept)
     recent.passes.add(passes)
     recent.agreement.add(agreement)
@@ -56,9 +56,9 @@ def test_it_looks_before_it_judges_and_looks_again() -> None:
     assert fresh.choose(DEAR, 16).mode == "verified"
     assert "nothing is known" in ModeChooser().choose(DEAR, 16).reason
     settled = chooser(0.1, 0.1)
-    modes = [settled.choose(DEAR, 16).mode for _ in range(2 * LOOK_AGAIN)]
+    modes = [settled.choose(DEAR, 16).mode for _ in range(2 * EXPLORE_EVERY)]
     assert modes.count("verified") == 2
-    assert modes.count("ar") == 2 * LOOK_AGAIN - 2
+    assert modes.count("ar") == 2 * EXPLORE_EVERY - 2
 
 
 def output(mode: Any, tokens: int, **facts: int) -> Generation:
@@ -70,16 +70,18 @@ def output(mode: Any, tokens: int, **facts: int) -> Generation:
 
 
 def test_it_learns_from_what_was_written() -> None:
-    recent = Recent()
-    recent.learn([output("ar", 9, context_passes=9)], 16)
+    recent = RecentStats()
+    recent.add_outputs([output("ar", 9, context_passes=9)], 16)
     assert recent.kept.value is None
     assert recent.block_passes.value is None
-    recent.learn([output("verified", 20, drafts=4, accepted=16, rejected=2, denoiser_passes=8, context_passes=4)], 16)
+    recent.add_outputs(
+        [output("verified", 20, drafts=4, accepted=16, rejected=2, denoiser_passes=8, context_passes=4)], 16
+    )
     assert (recent.kept.value, recent.passes.value) == (4.0, 2.0)
     assert recent.agreement.value == pytest.approx(16 / 18)
-    recent.learn([output("diffusion", 20, denoiser_passes=10), output("diffusion", 1, denoiser_passes=2)], 16)
+    recent.add_outputs([output("diffusion", 20, denoiser_passes=10), output("diffusion", 1, denoiser_passes=2)], 16)
     assert recent.block_passes.value == pytest.approx(12 / 3)
-    recent.learn([output("diffusion", 16, denoiser_passes=14)], 16)
+    recent.add_outputs([output("diffusion", 16, denoiser_passes=14)], 16)
     assert recent.block_passes.value == pytest.approx(4 + 0.3 * 10)
 
 

@@ -18,7 +18,7 @@ from command import Result, assert_one_line_error
 from twotower import TwoTowerForCausalLM, bundled_model
 from twotower.decoding.params import GenerationParams
 from twotower.engine.generation import generate
-from twotower.engine.jobs import engine_for, finished, read_lines, run_job
+from twotower.engine.jobs import count_answered, engine_for, read_lines, run_job
 from twotower.engine.llm import LLM
 from twotower.errors import ArgumentError
 from twotower.evaluation.tasks import make_problems
@@ -144,7 +144,7 @@ def test_a_job_that_was_stopped_goes_on(tmp_path: Path, model: TwoTowerForCausal
             run_job(engine_for(model, lines, 3), lines, out, stop_after(count))
         with out.open("a") as file:
             file.write('{"line": 99, "as')
-    before = finished(out, lines)
+    before = count_answered(out, lines)
     assert 9 <= before < 14
     assert run_job(engine_for(model, lines, 3), lines, out) == (14 - before, 0)
     assert out.read_bytes() == whole.read_bytes()

@@ -23,7 +23,7 @@ from twotower.decoding.output import Generation, StepEvent
 from twotower.decoding.params import GenerationParams
 from twotower.decoding.unmasking import POLICIES, Pass, Verdict, register_policy
 from twotower.engine import LLM, Request
-from twotower.engine.context_step import grouped
+from twotower.engine.context_step import group_by_width
 from twotower.engine.engine_options import EngineOptions
 from twotower.engine.generation import generate
 from twotower.engine.scheduled import ScheduledTokens
@@ -225,8 +225,8 @@ def test_first_come_first_served(model: TwoTowerForCausalLM) -> None:
 def test_a_pass_is_padded_little() -> None:
     def widths(*given: int) -> list[list[int]]:
         rows = [SimpleNamespace(slot=slot) for slot in range(len(given))]
-        works = [ScheduledTokens(row, [0] * width, scored=False) for row, width in zip(rows, given, strict=True)]  # type: ignore[arg-type]
-        groups = grouped(works)
+        scheduled = [ScheduledTokens(row, [0] * width, sampled=False) for row, width in zip(rows, given, strict=True)]  # type: ignore[arg-type]
+        groups = group_by_width(scheduled)
         assert all(
             [work.sequence.slot for work in group] == sorted(work.sequence.slot for work in group) for group in groups
         )

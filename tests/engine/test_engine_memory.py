@@ -20,7 +20,7 @@ from twotower.cache.kv_slots import KVSlots
 from twotower.cache.prefix_cache import PrefixCache
 from twotower.decoding.params import GenerationParams
 from twotower.engine import core
-from twotower.engine.oom import in_parts, out_of_memory
+from twotower.engine.oom import out_of_memory, split_on_oom
 from twotower.errors import ArgumentError
 
 LENGTH = 160
@@ -179,7 +179,7 @@ def test_what_counts_as_out_of_memory() -> None:
     assert out_of_memory(MemoryError())
     assert not out_of_memory(RuntimeError("shapes do not fit"))
     with pytest.raises(RuntimeError, match="shapes"):
-        in_parts(lambda items: _raise(RuntimeError("shapes")), [1], list, lambda item, error: [])
+        split_on_oom(lambda items: _raise(RuntimeError("shapes")), [1], list, lambda item, error: [])
 
 
 def _raise(error: Exception) -> list[int]:

@@ -18,10 +18,10 @@ from decoding_goldens import (
     TOLERANCE,
     Golden,
     Row,
-    adapts,
     agrees,
     by_method,
     called,
+    depends_on_timing,
     events_of,
     near,
     params_of,
@@ -71,7 +71,7 @@ def comparable(form: str, rows: range, dtype: torch.dtype) -> Iterator[tuple[int
 
 def assert_is(found: Generation, golden: Golden, row: Row, tolerance: float, where: object) -> None:
     """All that was recorded of a row."""
-    counted = not adapts(golden)
+    counted = not depends_on_timing(golden)
     own = row_of(found, counted)
     assert agrees(own, row, tolerance), (where, own, row)
 
@@ -99,12 +99,12 @@ def test_a_request_alone(dtype: torch.dtype, form: str) -> None:
         of_engine, engine_events = by_engine(golden, dtype)
         for result, where in ((by_generate, "generate"), (by_stream, "stream"), (of_engine, "LLM")):
             assert_is(result, golden, row, tolerance, (number, where))
-        if not adapts(golden):
+        if not depends_on_timing(golden):
             assert stream_events == row["events"], number
             assert engine_events == row["events"], number
         (tokens,), nfe = by_method(model, golden)
         assert tokens == row["tokens"], number
-        assert adapts(golden) or nfe == golden["nfe"] == row["passes"][0], number
+        assert depends_on_timing(golden) or nfe == golden["nfe"] == row["passes"][0], number
 
 
 @pytest.mark.parametrize("form", FORMS)
@@ -136,11 +136,11 @@ def test_a_batch(dtype: torch.dtype, form: str) -> None:
         for place, row in enumerate(golden["rows"]):
             where = (number, place)
             for result in (results[place], again[place]):
-                own = row_of(result, not adapts(golden))
+                own = row_of(result, not depends_on_timing(golden))
                 right = [row, row["alone"]] if "alone" in row else [row]
                 names = DRAFTED if drafts else None
                 assert any(agrees(own, each, tolerance, names) for each in right), (where, own, row)
-            if not adapts(golden):
+            if not depends_on_timing(golden):
                 assert [event[:2] for event in events[place]] == [event[:2] for event in row["events"]], where
                 pairs = zip(events[place], row["events"], strict=True)
                 assert all(_one_begins_the_other(a[2], b[2]) for a, b in pairs), where

@@ -214,7 +214,7 @@ def test_memory_that_gives_out_books_nothing_twice(model: TwoTowerForCausalLM, l
 
         def scarce(self: logprobs.LogprobRequest, *args: Any) -> Any:
             out = real(self, *args)
-            if len(self.works) > 1:
+            if len(self.scheduled) > 1:
                 raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 2.00 GiB")
             return out
 

@@ -12,7 +12,7 @@ from dataclasses import replace
 import oracle
 import pytest
 import torch
-from decoding_goldens import Golden, Row, adapts, agrees, by_method, params_of, row_of
+from decoding_goldens import Golden, Row, agrees, by_method, depends_on_timing, params_of, row_of
 from decoding_models import KINDS, STORED, decoding_model
 from decoding_requests import some_request
 
@@ -30,10 +30,10 @@ FORMS = [
 def expected(golden: Golden) -> Row:
     """The oracle's row. Drafts that adapt to the clock give AR's own tokens, and no counts that could be known."""
     params = params_of(golden)
-    if adapts(golden):
+    if depends_on_timing(golden):
         params = replace(params, mode="ar")
     found = oracle.decode(decoding_model(golden["model"], torch.float64), golden["prompts"][0], params)
-    return row_of(found, not adapts(golden))
+    return row_of(found, not depends_on_timing(golden))
 
 
 @pytest.mark.parametrize("count", FORMS)
@@ -49,16 +49,19 @@ def test_every_way_to_ask_equals_the_oracle(count: int) -> None:
     for golden, row in zip(goldens, rows, strict=True):
         model = decoding_model(golden["model"], torch.float64)
         (result,) = generate(model, golden["prompts"], params_of(golden))
-        assert agrees(row_of(result, not adapts(golden)), row, 2e-6), (golden, row)
+        assert agrees(row_of(result, not depends_on_timing(golden)), row, 2e-6), (golden, row)
         (tokens,), nfe = by_method(model, golden)
         assert tokens == row["tokens"], golden
-        assert adapts(golden) or nfe == row["passes"][0], golden
+        assert depends_on_timing(golden) or nfe == row["passes"][0], golden
     for name in NAMES:
         own = [place for place, golden in enumerate(goldens) if golden["model"] == name]
         llm = LLM(decoding_model(name, torch.float64), rows=4, length=LONGEST + MOST_NEW, block_size=24)
         requests = [Request(goldens[place]["prompts"][0], params_of(goldens[place])) for place in own]
         for place, result in zip(own, llm.generate(requests), strict=True):
-            assert agrees(row_of(result, not adapts(goldens[place])), rows[place], 2e-6), (goldens[place], rows[place])
+            assert agrees(row_of(result, not depends_on_timing(goldens[place])), rows[place], 2e-6), (
+                goldens[place],
+                rows[place],
+            )
     ends = Counter(row["end"] for row in rows)
     assert min(ends[end] for end in ("eos", "stop", "length")) >= count / 12
     drafts = [row["drafts"] for row in rows if "drafts" in row]

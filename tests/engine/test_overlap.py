@@ -255,10 +255,10 @@ def test_only_the_rows_that_were_read_cross(model: TwoTowerForCausalLM, transfer
         llm.step()
         expected = 0
         for number, row in llm.core.scheduler.running.items():
-            if row.seen > shown.get(number, -1):
-                expected += per_row + (row.seen - max(shown.get(number, 0), 0)) * per_token
-                shown[number] = row.seen
-                varied.add(row.seen if number not in before else 0)
+            if row.visible_length > shown.get(number, -1):
+                expected += per_row + (row.visible_length - max(shown.get(number, 0), 0)) * per_token
+                shown[number] = row.visible_length
+                varied.add(row.visible_length if number not in before else 0)
         if llm.core.reader.copy.kv_slots.version != version:  # type: ignore[union-attr]
             version = llm.core.reader.copy.kv_slots.version  # type: ignore[union-attr]
             expected += segments
@@ -319,7 +319,7 @@ def test_blocks_of_several_passes_part_at_their_last(model: TwoTowerForCausalLM,
         while llm.has_work:
             llm.step()
             if len(llm.core.scheduler.running) == 4:
-                taken.append([row.launched for row in llm.core.scheduler.running.values()])
+                taken.append([row.passes_launched for row in llm.core.scheduler.running.values()])
     if not apart:
         assert all(len(set(now)) == 1 for now in taken)
         return

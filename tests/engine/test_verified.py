@@ -16,7 +16,7 @@ from torch import Tensor
 
 from twotower import TwoTowerForCausalLM, bundled_model
 from twotower.cache.replica import DeviceTransfer
-from twotower.decoding.acceptance import agreement
+from twotower.decoding.acceptance import accepted_length
 from twotower.decoding.draft_controller import CREDIT_SHARE, CREDIT_STEPS, SAVED_STEPS, DraftController
 from twotower.decoding.output import Generation
 from twotower.decoding.params import GenerationParams
@@ -199,7 +199,7 @@ def test_relaxed_acceptance() -> None:
     logits = torch.zeros(1, 3, 12)
     logits[0, 1, 5] = math.log(4.0)
     for acceptance, kept in ((1.0, 1), (0.3, 1), (0.25, 3), (0.0, 3)):
-        assert agreement(drafted, own, logits, acceptance).tolist() == [kept]
+        assert accepted_length(drafted, own, logits, acceptance).tolist() == [kept]
     model = build_random_model("M*E", dtype=torch.float64)
     texts = prompts(6, 12)
     asked = {"max_new_tokens": 24, "block_size": 8, "draft_steps": 1}

@@ -21,10 +21,10 @@ from decoding_goldens import (
     FILE,
     Golden,
     Row,
-    adapts,
     agrees,
     by_method,
     called,
+    depends_on_timing,
     discrete,
     near,
     params_of,
@@ -57,7 +57,7 @@ PERTURBED = 5
 
 def observe(model: TwoTowerForCausalLM, golden: Golden, with_calls: bool) -> Golden:
     """What its request gives: rows with their events, and step_callback's calls."""
-    counted = not adapts(golden)
+    counted = not depends_on_timing(golden)
     results, events = streamed(model, golden)
     out: Golden = {"rows": [row_of(result, counted) for result in results]}
     if counted:
@@ -71,7 +71,7 @@ def observe(model: TwoTowerForCausalLM, golden: Golden, with_calls: bool) -> Gol
 
 def observe_every_way(model: TwoTowerForCausalLM, golden: Golden, with_calls: bool) -> Golden:
     """The same, and what else there is: the public ways must agree."""
-    counted = not adapts(golden)
+    counted = not depends_on_timing(golden)
     out = observe(model, golden, with_calls)
     results = generate(model, golden["prompts"], params_of(golden))
     assert all(agrees(row_of(own, counted), row, 0.0) for own, row in zip(results, out["rows"], strict=True))
@@ -137,7 +137,7 @@ def record(part: Part) -> list[Golden]:
         batch = number >= part.alone
         mode = rng.choice(part.modes)
         golden = some_request(rng, mode, rng.randint(2, 8) if batch else 1, names=part.names)
-        with_calls = mode in ("diffusion", "verified") and not adapts(golden) and rng.random() < 0.5
+        with_calls = mode in ("diffusion", "verified") and not depends_on_timing(golden) and rng.random() < 0.5
         goldens.append(complete(golden, with_calls))
         if number % 20 == 0:
             print(number, flush=True)

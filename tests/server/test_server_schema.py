@@ -13,7 +13,7 @@ from schemathesis import GenerationMode
 from schemathesis.checks import CHECKS
 from serving import RunningServer, serving, wait_until
 
-from twotower.decoding.modes import MEANT_FOR
+from twotower.decoding.modes import MODES_OF_FIELD
 from twotower.server.settings import Limits
 
 OPERATIONS = [
@@ -50,7 +50,7 @@ def run(served: RunningServer, path: str, method: str, cases: int, valid: bool) 
     def ask(case: Any) -> None:
         # The schema does not express the server's model, limits and policies, nor which fields a mode accepts.
         if valid and isinstance(case.body, dict) and statuses.total() % 2:
-            for name in ("model", *MEANT_FOR, *BOUNDED, "stream_denoising", "stream_options"):
+            for name in ("model", *MODES_OF_FIELD, *BOUNDED, "stream_denoising", "stream_options"):
                 case.body.pop(name, None)
         answer = case.call()
         statuses[answer.status_code] += 1

@@ -79,7 +79,7 @@ def batch(
     "error". After an interruption, the same command continues.
     """
     from twotower.decoding.presets import parse_setting
-    from twotower.engine.jobs import engine_for, finished, read_lines, run_job
+    from twotower.engine.jobs import count_answered, engine_for, read_lines, run_job
 
     values = parse_setting(setting).values
     if deterministic:
@@ -90,7 +90,7 @@ def batch(
     shared: dict[str, object] = {"max_new_tokens": max_new_tokens, "eos_token_id": model_loading.eos_of(loaded)}
     shared |= {"mask_token_id": loaded.config.mask_token, "seed": seed, **values}
     lines = read_lines(prompts, loaded, shared, model_loading.name_of(source))
-    before = finished(out, lines)
+    before = count_answered(out, lines)
     engine = engine_for(loaded, lines, rows, None if memory is None else int(memory * 2**30))
     started = time.perf_counter()
     with status_line() as update:

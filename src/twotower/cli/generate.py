@@ -16,7 +16,7 @@ from twotower import model_loading
 from twotower.cli import model_options as models
 from twotower.cli.deprecated import formerly
 from twotower.cli.prompt import read_prompt
-from twotower.decoding.modes import ASKABLE, BLOCK_MODES, MEANT_FOR
+from twotower.decoding.modes import BLOCK_MODES, MODES_OF_FIELD, REQUEST_MODES
 from twotower.errors import ArgumentError
 from twotower.process import configure_process
 
@@ -28,7 +28,7 @@ if TYPE_CHECKING:
 
 WATCHABLE_MODES = ("diffusion", "verified")  # modes with denoising passes to show
 # The modes that use an option; all modes use the other options.
-OPTION_MODES = {**MEANT_FOR, **dict.fromkeys(("watch", "trace"), WATCHABLE_MODES)}
+OPTION_MODES = {**MODES_OF_FIELD, **dict.fromkeys(("watch", "trace"), WATCHABLE_MODES)}
 SAMPLING_ONLY = ("seed", "top_k", "top_p")
 
 
@@ -40,7 +40,7 @@ SAMPLING_ONLY = ("seed", "top_k", "top_p")
 @models.model_option
 @click.option(
     "--mode",
-    type=click.Choice(ASKABLE),
+    type=click.Choice(REQUEST_MODES),
     default="diffusion",
     show_default=True,
     help="diffusion: the denoiser fills blocks of tokens. ar: the context tower writes token by token. mock_ar: the "
@@ -194,9 +194,9 @@ class GenerateOptions:
             return shared
         shared["block_size"], shared["confidence_threshold"] = self.block_size, self.threshold
         shared["policy"], shared["policy_value"] = self.policy, self.policy_value
-        if self.mode in MEANT_FOR["steps"]:
+        if self.mode in MODES_OF_FIELD["steps"]:
             shared["steps_per_block"] = self.steps
-        if self.mode in MEANT_FOR["acceptance"]:
+        if self.mode in MODES_OF_FIELD["acceptance"]:
             shared["draft_steps"], shared["acceptance"] = self.draft_steps, self.acceptance
         return shared
 

@@ -11,7 +11,7 @@ import click
 
 from twotower import model_loading
 from twotower.cli.terminal import status_line
-from twotower.decoding.modes import SETTINGS
+from twotower.decoding.modes import COMPARED_SETTINGS
 from twotower.process import configure_process
 
 if TYPE_CHECKING:
@@ -26,7 +26,7 @@ setting_option = click.option(
     "--setting",
     "settings",
     multiple=True,
-    default=SETTINGS,
+    default=COMPARED_SETTINGS,
     show_default=True,
     metavar="MODE[:VALUE,NAME=X…]",
     help="Decoding setting to compare with AR, e.g. diffusion:0.8, diffusion:factor=1.2,block_size=8, "

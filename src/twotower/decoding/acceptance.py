@@ -24,7 +24,7 @@ def accept(
     model's choice after each; logits (B, L, V): its logits → tokens (B, L), the accepted part of the draft followed by
     the AR model's own tokens; accepted (B,).
     """
-    accepted = agreement(read[:, 1:], own[:, :-1], logits[:, :-1], acceptance)
+    accepted = accepted_length(read[:, 1:], own[:, :-1], logits[:, :-1], acceptance)
     if lengths is not None:
         accepted = accepted.minimum(lengths - 1)
     if not isinstance(acceptance, Tensor) and acceptance >= 1:
@@ -33,7 +33,7 @@ def accept(
     return torch.where(torch.arange(own.shape[1], device=own.device) < accepted[:, None], following, own), accepted
 
 
-def agreement(drafted: Tensor, own: Tensor, logits: Tensor, acceptance: float | Tensor) -> Tensor:
+def accepted_length(drafted: Tensor, own: Tensor, logits: Tensor, acceptance: float | Tensor) -> Tensor:
     """The number of drafted tokens, from the left, that are accepted (B,).
 
     drafted, own (B, D). A drafted token is accepted where it equals the AR model's choice `own`. With acceptance α < 1
@@ -42,14 +42,14 @@ def agreement(drafted: Tensor, own: Tensor, logits: Tensor, acceptance: float | 
     """
     agrees = drafted == own
     if isinstance(acceptance, Tensor) or acceptance < 1:
-        near_enough = by_tiles(_share_of_best, logits, drafted) >= acceptance
+        near_enough = by_tiles(_relative_probability, logits, drafted) >= acceptance
         if isinstance(acceptance, Tensor):
             near_enough &= acceptance < 1
         agrees = agrees | near_enough
     return agrees.long().cumprod(1).sum(1)
 
 
-def _share_of_best(logits: Tensor, tokens: Tensor) -> Tensor:
+def _relative_probability(logits: Tensor, tokens: Tensor) -> Tensor:
     """The tokens' probability (n,) as a share of the most probable one's: logits (n, V)."""
     wide = upcast(logits)
     return (wide.gather(-1, tokens[..., None])[..., 0] - wide.amax(-1)).exp()

@@ -17,9 +17,9 @@ from dataclasses import dataclass, field
 from twotower.decoding.modes import Mode
 from twotower.decoding.output import Generation
 
-AGREEMENT = 0.98  # of drafted tokens that AR looked at
-LOOK_AGAIN = 8  # requests: what was not chosen meanwhile may have become better
-RATE = 0.3  # of the moving averages
+MIN_AGREEMENT = 0.98  # of drafted tokens that AR looked at
+EXPLORE_EVERY = 8  # requests: what was not chosen meanwhile may have become better
+AVERAGE_WEIGHT = 0.3  # of the moving averages
 
 
 @dataclass(frozen=True)
@@ -32,26 +32,26 @@ class Costs:
 
 
 @dataclass
-class Average:
+class MovingAverage:
     """A moving average; None before its first value."""
 
     value: float | None = None
 
     def add(self, value: float) -> None:
-        self.value = value if self.value is None else self.value + RATE * (value - self.value)
+        self.value = value if self.value is None else self.value + AVERAGE_WEIGHT * (value - self.value)
 
 
 @dataclass
-class Recent:
+class RecentStats:
     """What texts lately were like: drafted tokens kept a round, the passes of its draft, the share of looked-at drafted
     tokens that AR agreed with, denoiser passes a block in diffusion."""
 
-    kept: Average = field(default_factory=Average)
-    passes: Average = field(default_factory=Average)
-    agreement: Average = field(default_factory=Average)
-    block_passes: Average = field(default_factory=Average)
+    kept: MovingAverage = field(default_factory=MovingAverage)
+    passes: MovingAverage = field(default_factory=MovingAverage)
+    agreement: MovingAverage = field(default_factory=MovingAverage)
+    block_passes: MovingAverage = field(default_factory=MovingAverage)
 
-    def learn(self, outputs: Sequence[Generation], block_size: int) -> None:
+    def add_outputs(self, outputs: Sequence[Generation], block_size: int) -> None:
         """From the outputs of one batch, all of one mode."""
         drafts = sum(out.drafts for out in outputs)
         if drafts:
@@ -77,32 +77,34 @@ class ModeChoice:
 class ModeChooser:
     """Chooses for one model, and learns from everything it writes in this mode."""
 
-    recent: Recent = field(default_factory=Recent)
+    recent: RecentStats = field(default_factory=RecentStats)
     costs: dict[tuple[int, int], Costs] = field(default_factory=dict)
-    asked: int = 0
+    requests: int = 0
 
     def choose(self, costs: Costs, block_size: int) -> ModeChoice:
         """For the next request."""
-        self.asked += 1
+        self.requests += 1
         recent = self.recent
         price = f"a pass over {block_size} tokens costs {costs.draft / costs.step:.2f} AR steps"
         if recent.kept.value is None or recent.passes.value is None or recent.agreement.value is None:
             return ModeChoice("verified", f"nothing is known yet of what drafts are worth; {price}")
-        if self.asked % LOOK_AGAIN == 0:
-            return ModeChoice("verified", f"every {LOOK_AGAIN}th request looks again at what drafts are worth; {price}")
+        if self.requests % EXPLORE_EVERY == 0:
+            return ModeChoice(
+                "verified", f"every {EXPLORE_EVERY}th request looks again at what drafts are worth; {price}"
+            )
         kept, agreement = recent.kept.value, recent.agreement.value
         seconds: dict[Mode, float] = {
             "ar": costs.step,
             "verified": (recent.passes.value * costs.draft + costs.check) / (kept + 1),
         }
-        if agreement >= AGREEMENT:
+        if agreement >= MIN_AGREEMENT:
             passes = recent.block_passes.value
             if passes is None:  # a draft's passes for its kept tokens, up to a whole block
                 passes = max(recent.passes.value, 1.0) * block_size / (kept + 1)
             seconds["diffusion"] = (passes * costs.draft + costs.check) / block_size
         best = min(seconds, key=lambda mode: seconds[mode])
         gain = ", ".join(f"{mode} {costs.step / each:.2f}×" for mode, each in seconds.items() if mode != "ar")
-        without = "" if agreement >= AGREEMENT else f", too little for diffusion ({AGREEMENT:.0%})"
+        without = "" if agreement >= MIN_AGREEMENT else f", too little for diffusion ({MIN_AGREEMENT:.0%})"
         return ModeChoice(
             best,
             f"expected against AR: {gain}; lately {kept:.1f} drafted tokens kept a round, AR agreed with "

@@ -10,7 +10,7 @@ from typing import Any, TypedDict, TypeVar, Unpack, cast
 import torch
 
 from twotower.config import BackboneConfig
-from twotower.decoding.modes import ASKABLE, AUTO, BLOCK_MODES
+from twotower.decoding.modes import AUTO, BLOCK_MODES, REQUEST_MODES
 from twotower.decoding.unmasking import POLICIES
 from twotower.deprecation import renamed_argument, renamed_attribute
 from twotower.errors import ArgumentError
@@ -90,8 +90,8 @@ class GenerationParams:
         for name in ("seed", "policy", "policy_value"):  # one for each row: the order counts
             if isinstance(given := getattr(self, name), set):
                 raise ArgumentError(f"{name} is {given!r}, and a set has no order; give a list", param=name)
-        if self.mode not in ASKABLE:
-            raise ArgumentError(f"mode is {self.mode!r}; choose one of {', '.join(ASKABLE)}", param="mode")
+        if self.mode not in REQUEST_MODES:
+            raise ArgumentError(f"mode is {self.mode!r}; choose one of {', '.join(REQUEST_MODES)}", param="mode")
         check_whole("max_new_tokens", self.max_new_tokens, least=0)
         check_whole("block_size", self.block_size, least=1)
         check_whole("steps_per_block", self.steps_per_block, least=1)

@@ -12,7 +12,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 
-from twotower.decoding.modes import ASKABLE
+from twotower.decoding.modes import REQUEST_MODES
 from twotower.decoding.params import GenerationParams
 from twotower.decoding.unmasking import POLICIES
 from twotower.errors import ArgumentError
@@ -41,7 +41,7 @@ class Setting:
 AR = Setting("ar", {"mode": "ar"})
 
 
-def beside_ar(settings: Sequence[Setting]) -> list[Setting]:
+def with_ar(settings: Sequence[Setting]) -> list[Setting]:
     """AR, which everything is compared with, then the others."""
     return [AR, *(setting for setting in settings if setting.label != AR.label)]
 
@@ -53,8 +53,10 @@ def parse_setting(text: str) -> Setting:
         ArgumentError: an unknown mode, parameter or policy, or a value that is none.
     """
     mode, _, rest = text.partition(":")
-    if mode not in ASKABLE:
-        raise ArgumentError(f"setting {text!r}: mode is {mode!r}; choose one of {', '.join(ASKABLE)}", param="setting")
+    if mode not in REQUEST_MODES:
+        raise ArgumentError(
+            f"setting {text!r}: mode is {mode!r}; choose one of {', '.join(REQUEST_MODES)}", param="setting"
+        )
     values: dict[str, object] = {"mode": mode}
     for part in filter(None, rest.split(",")):
         name, equals, value = part.partition("=")

@@ -35,7 +35,7 @@ class Sampling:
     top_p: float | None = None
 
 
-class Rule(NamedTuple):
+class SamplingRule(NamedTuple):
     """How a row samples."""
 
     temperature: float = 0.0
@@ -56,7 +56,7 @@ class NoiseKeys(NamedTuple):
         return NoiseKeys(*(part[rows] for part in self))
 
 
-def pick_rows(logits: Tensor, rules: Sequence[Rule], keys: Callable[[], NoiseKeys]) -> tuple[Tensor, Tensor]:
+def sample_rows(logits: Tensor, rules: Sequence[SamplingRule], keys: Callable[[], NoiseKeys]) -> tuple[Tensor, Tensor]:
     """`pick` with a rule for each row of logits (B, L, V) → tokens and the confidence in them (B, L).
 
     keys: called only if some row samples.
@@ -74,7 +74,7 @@ def pick_rows(logits: Tensor, rules: Sequence[Rule], keys: Callable[[], NoiseKey
     return tokens, sure
 
 
-def _pick_by(rule: Rule, logits: Tensor, keys: NoiseKeys) -> tuple[Tensor, Tensor]:
+def _pick_by(rule: SamplingRule, logits: Tensor, keys: NoiseKeys) -> tuple[Tensor, Tensor]:
     sampling = Sampling(seeds=keys.seeds, **rule._asdict())
     return pick(logits, sampling, keys.positions, keys.purpose, keys.step)
 

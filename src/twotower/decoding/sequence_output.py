@@ -62,7 +62,7 @@ class SequenceOutput:
         """New tokens it may still get."""
         return self.progress.limit - len(self.progress.tokens)
 
-    def checked(self, drafted: int, kept: int) -> None:
+    def count_verified(self, drafted: int, kept: int) -> None:
         """Counts a round of verified decoding: so many tokens drafted, so many kept."""
         self.drafted += drafted
         self.accepted += kept
@@ -101,7 +101,7 @@ class SequenceOutput:
             result=None if self.running else self.result(),
         )
 
-    def nothing(self) -> BlockEvent:
+    def final_event(self) -> BlockEvent:
         """The last event of a row that ends without another token."""
         return BlockEvent(
             row=self.row,
@@ -120,7 +120,7 @@ class SequenceOutput:
         self.progress.finish_reason = "error"
         self.error = f"{type(error).__name__}: {error}"
         self.ended = time.perf_counter()
-        return self.nothing()
+        return self.final_event()
 
     def result(self) -> Generation:
         """Of a row that has ended."""

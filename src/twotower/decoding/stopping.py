@@ -9,14 +9,14 @@ from transformers import PreTrainedTokenizerBase, PreTrainedTokenizerFast
 from twotower.decoding.output import FinishReason
 from twotower.tokenizer import Tokenizer
 
-BROKEN = "\ufffd"  # what decoders print for bytes that are not (yet) a character
+REPLACEMENT_CHARACTER = "\ufffd"  # what decoders print for bytes that are not (yet) a character
 
 
 class Detokenizer:
     """Tokens in, text out, never half a character: bytes wait until the character they belong to is whole."""
 
     def __init__(self, tokenizer: Tokenizer) -> None:
-        self.decode = plain_decoder(tokenizer)
+        self.decode = decode_function(tokenizer)
         self.tokens: list[int] = []
         self.settled = 0  # tokens whose text is out for good and no longer needed as decoding context
         self.emitted = 0  # tokens whose text is out
@@ -24,7 +24,7 @@ class Detokenizer:
     def push(self, token: int) -> str:
         self.tokens.append(token)
         old, new = self._decode(self.emitted), self._decode(len(self.tokens))
-        if len(new) <= len(old) or new.endswith(BROKEN):
+        if len(new) <= len(old) or new.endswith(REPLACEMENT_CHARACTER):
             return ""
         self.settled, self.emitted = self.emitted, len(self.tokens)
         return new[len(old) :]
@@ -33,14 +33,14 @@ class Detokenizer:
         """What is left at the end; an unfinished character is dropped."""
         rest = self._decode(len(self.tokens))[len(self._decode(self.emitted)) :]
         self.settled = self.emitted = len(self.tokens)
-        return rest.rstrip(BROKEN)
+        return rest.rstrip(REPLACEMENT_CHARACTER)
 
     def _decode(self, end: int) -> str:
         # Decoding starts a little before the new tokens: decoders treat the first token of a text specially.
         return str(self.decode(self.tokens[self.settled : end], skip_special_tokens=True))
 
 
-def plain_decoder(tokenizer: Tokenizer) -> Callable[..., str]:
+def decode_function(tokenizer: Tokenizer) -> Callable[..., str]:
     """What `tokenizer.decode` comes to for a list of ids: where transformers adds nothing to it, the decoder of the
     tokenizers library, in a quarter of the time, which an engine spends twice a token."""
     own = [getattr(type(tokenizer), name, None) for name in ("decode", "_decode")]
@@ -94,7 +94,7 @@ class RowProgress:
 
     def _release(self, count: int) -> None:
         """Makes the first `count` held characters final, but for broken ones at their end: no event ends in those."""
-        count = len(self._held[:count].rstrip(BROKEN))
+        count = len(self._held[:count].rstrip(REPLACEMENT_CHARACTER))
         self.text, self._held = self.text + self._held[:count], self._held[count:]
 
     def _finish_text(self) -> None:

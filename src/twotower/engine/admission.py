@@ -10,8 +10,8 @@ from collections.abc import Sequence
 
 from twotower.decoding.modes import AUTO
 from twotower.decoding.params import GenerationParams
+from twotower.engine.constraint_masks import check_constraint
 from twotower.engine.sequence import Request
-from twotower.engine.structured import check_constraint
 from twotower.engine.towers import Towers
 from twotower.errors import ArgumentError
 

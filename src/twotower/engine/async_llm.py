@@ -14,14 +14,14 @@ from twotower.engine.sequence import Request
 from twotower.engine.stats import EngineStats
 from twotower.errors import TwoTowerError
 
-Tell = Callable[[Event | Exception], object]
+EventCallback = Callable[[Event | Exception], object]
 
 
-class _Call:
+class _Subscription:
     """A request that somebody in an event loop waits for. number: in the engine, once it is there."""
 
-    def __init__(self, request: Request, tell: Tell) -> None:
-        self.request, self.tell = request, tell
+    def __init__(self, request: Request, callback: EventCallback) -> None:
+        self.request, self.callback = request, callback
         self.loop = asyncio.get_running_loop()
         self.number: int | None = None
 
@@ -36,11 +36,11 @@ class AsyncLLM:
     def __init__(self, llm: LLM) -> None:
         self.llm = llm
         self._stats = llm.stats()
-        self._orders: queue.SimpleQueue[Callable[[], object] | None] = queue.SimpleQueue()  # None: stop
+        self._commands: queue.SimpleQueue[Callable[[], object] | None] = queue.SimpleQueue()  # None: stop
         self._lock = threading.Lock()  # of the two below: once ended, no further call is open
-        self._open: set[_Call] = set()
+        self._open: set[_Subscription] = set()
         self._ended: TwoTowerError | None = None
-        self._running: dict[int, _Call] = {}  # by their number in the engine; the engine's thread's own
+        self._running: dict[int, _Subscription] = {}  # by their number in the engine; the engine's thread's own
         self._thread = threading.Thread(target=self._run, name="twotower-engine", daemon=True)
         self._thread.start()
 
@@ -51,18 +51,18 @@ class AsyncLLM:
             ArgumentError: it can never run here; says why.
             TwoTowerError: the engine has failed or is closed.
         """
-        heard: asyncio.Queue[Event | Exception] = asyncio.Queue()
-        give_up = self.listen(request, heard.put_nowait)
+        events: asyncio.Queue[Event | Exception] = asyncio.Queue()
+        cancel = self.subscribe(request, events.put_nowait)
         try:
             while True:
-                event = await heard.get()
+                event = await events.get()
                 if isinstance(event, Exception):
                     raise event
                 yield event
                 if event.result is not None:
                     return
         finally:
-            give_up()
+            cancel()
 
     async def generate(self, request: Request) -> Generation:
         """The whole result of a request."""
@@ -71,26 +71,27 @@ class AsyncLLM:
                 return event.result
         raise TwoTowerError("the engine ended without an answer")
 
-    def listen(self, request: Request, tell: Tell) -> Callable[[], None]:
-        """Asks for a request; `tell` is called in the running event loop with each of its events, or with the exception
-        that ends it → what gives it up, to be called in any case.
+    def subscribe(self, request: Request, callback: EventCallback) -> Callable[[], None]:
+        """Submits a request → the function that cancels the request; call it in any case.
+
+        `callback` is called in the running event loop with each event, or with the exception that ends the request.
 
         Raises:
             TwoTowerError: the engine has failed or is closed.
         """
-        call = _Call(request, tell)
+        call = _Subscription(request, callback)
         with self._lock:
             if self._ended is not None:
                 raise self._ended
             self._open.add(call)
-        self._orders.put(lambda: self._add(call))
+        self._commands.put(lambda: self._add(call))
 
-        def give_up() -> None:
+        def cancel() -> None:
             with self._lock:
                 self._open.discard(call)
-            self._orders.put(lambda: self._forget(call))
+            self._commands.put(lambda: self._forget(call))
 
-        return give_up
+        return cancel
 
     def check(self, request: Request) -> None:
         """Raises ArgumentError where a request can never run here; says why. From any thread."""
@@ -108,7 +109,7 @@ class AsyncLLM:
 
     def close(self) -> None:
         """Stops after the step that is running; requests that have not ended hear a TwoTowerError."""
-        self._orders.put(None)
+        self._commands.put(None)
         self._thread.join()
 
     # --- the engine's thread --------------------------------------------------------------------------------------
@@ -116,7 +117,7 @@ class AsyncLLM:
     def _run(self) -> None:
         end = TwoTowerError("the engine is closed")
         try:
-            while self._obey():
+            while self._run_commands():
                 events = self.llm.step()
                 self._stats = self.llm.stats()
                 _deliver([(self._running[event.row], event) for event in events if event.row in self._running])
@@ -128,19 +129,19 @@ class AsyncLLM:
             calls = list(self._open)
         _deliver([(call, end) for call in calls])
 
-    def _obey(self) -> bool:
+    def _run_commands(self) -> bool:
         """Carries out what was asked for, and waits while there is nothing to do → False: stop."""
         while True:
             try:
-                order = self._orders.get(block=not self.llm.has_work)
+                command = self._commands.get(block=not self.llm.has_work)
             except queue.Empty:
                 return True
-            if order is None:
+            if command is None:
                 return False
-            order()
+            command()
             self._stats = self.llm.stats()
 
-    def _add(self, call: _Call) -> None:
+    def _add(self, call: _Subscription) -> None:
         try:
             call.number = self.llm.add_request(call.request)
         except Exception as error:
@@ -148,7 +149,7 @@ class AsyncLLM:
         else:
             self._running[call.number] = call
 
-    def _forget(self, call: _Call) -> None:
+    def _forget(self, call: _Subscription) -> None:
         if call.number is not None:
             self._running.pop(call.number, None)
             self.llm.abort(call.number)
@@ -160,16 +161,16 @@ class AsyncLLM:
         self.close()
 
 
-def _deliver(news: Sequence[tuple[_Call, Event | Exception]]) -> None:
+def _deliver(messages: Sequence[tuple[_Subscription, Event | Exception]]) -> None:
     """Tells all of it, waking each event loop once: a step has news for many calls."""
-    by_loop: dict[asyncio.AbstractEventLoop, list[tuple[_Call, Event | Exception]]] = {}
-    for call, event in news:
+    by_loop: dict[asyncio.AbstractEventLoop, list[tuple[_Subscription, Event | Exception]]] = {}
+    for call, event in messages:
         by_loop.setdefault(call.loop, []).append((call, event))
     for loop, own in by_loop.items():
         with contextlib.suppress(RuntimeError):  # the loop is closed: nobody waits any more
-            loop.call_soon_threadsafe(_tell, own)
+            loop.call_soon_threadsafe(_run_callbacks, own)
 
 
-def _tell(news: Sequence[tuple[_Call, Event | Exception]]) -> None:
-    for call, event in news:
-        call.tell(event)
+def _run_callbacks(messages: Sequence[tuple[_Subscription, Event | Exception]]) -> None:
+    for call, event in messages:
+        call.callback(event)

@@ -9,7 +9,7 @@ from twotower.engine.towers import Towers
 from twotower.errors import ArgumentError
 
 PREFIX_SHARE = 0.2  # of the memory, for prompts' beginnings
-PREFIXES = 8  # of their chunks are remembered at least where no memory is given
+MIN_PREFIXES = 8  # of their chunks are remembered at least where no memory is given
 
 
 def memory_for(model: Towers, rows: int, longest: int) -> int:
@@ -18,7 +18,7 @@ def memory_for(model: Towers, rows: int, longest: int) -> int:
     return math.ceil(rows * (per_row + per_token * longest) / (1 - PREFIX_SHARE)) + 1
 
 
-def shares(model: Towers, rows: int, longest: int, chunk: int, memory: int | None) -> tuple[int, int, int]:
+def divide_memory(model: Towers, rows: int, longest: int, chunk: int, memory: int | None) -> tuple[int, int, int]:
     """→ rows, as many of these as leave room for a text of `longest` tokens beside their states; KV slots
     for all of them; bytes for prompts' beginnings, in chunks of `chunk` tokens.
 
@@ -30,7 +30,7 @@ def shares(model: Towers, rows: int, longest: int, chunk: int, memory: int | Non
     per_row, per_token = state_bytes(model.backbone, model.dtype)
     if memory is None:
         whole = rows * (per_row + per_token * longest)
-        return rows, rows * longest, max(round(whole * PREFIX_SHARE), PREFIXES * (per_row + per_token * chunk))
+        return rows, rows * longest, max(round(whole * PREFIX_SHARE), MIN_PREFIXES * (per_row + per_token * chunk))
     kept = int(memory * (1 - PREFIX_SHARE))
     rows = min(rows, max((kept - per_token * longest) // max(per_row, 1), 1))
     kv_slots = min((kept - rows * per_row) // max(per_token, 1), rows * longest)

@@ -30,7 +30,7 @@ def commit_rows(sequences: Sequence[RunningSequence], seen: Pass, values: Tensor
     """
     groups: dict[tuple[str, bool], list[int]] = {}
     for place, sequence in enumerate(sequences):
-        groups.setdefault((sequence.policy, sequence.memory is None), []).append(place)
+        groups.setdefault((sequence.policy, sequence.policy_memory is None), []).append(place)
     if not catch and len(groups) == 1:
         return Commits(*_commit(sequences, seen, values), {})
     out = torch.zeros_like(seen.masked)
@@ -60,8 +60,8 @@ def commit_rows(sequences: Sequence[RunningSequence], seen: Pass, values: Tensor
 def _commit(sequences: Sequence[RunningSequence], seen: Pass, values: Tensor) -> tuple[Tensor, list[object]]:
     """What rows of one policy commit, and what the policy remembers of each. They are all in the first pass of their
     blocks, or none of them is."""
-    if sequences[0].memory is not None:
-        seen = seen._replace(memory=_joined([sequence.memory for sequence in sequences]))
+    if sequences[0].policy_memory is not None:
+        seen = seen._replace(memory=_joined([sequence.policy_memory for sequence in sequences]))
     chosen, memory = decide(sequences[0].policy, seen, values)
     return chosen, [_part(memory, place) for place in range(len(sequences))]
 

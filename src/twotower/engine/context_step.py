@@ -11,20 +11,20 @@ from torch import Tensor
 from twotower.cache.hybrid_cache import TowerState
 from twotower.decoding.acceptance import accept
 from twotower.decoding.output import BlockEvent, TokenLogprob
-from twotower.decoding.sampling import AR_TOKEN, NoiseKeys, confidence, pick_rows
+from twotower.decoding.sampling import AR_TOKEN, NoiseKeys, confidence, sample_rows
+from twotower.engine.constraint_masks import advance, mask_logits
 from twotower.engine.logprobs import LogprobRequest, PendingLogprobs
 from twotower.engine.row_constants import RowConstants
 from twotower.engine.scheduled import ScheduledTokens
 from twotower.engine.sequence import Phase, RunningSequence
 from twotower.engine.slots import at, slots_of
-from twotower.engine.structured import advance, mask_logits
 from twotower.engine.towers import Towers
 from twotower.ops.host_transfer import AsyncHostCopy, to_device_async
 
-SMALL = 64  # tokens: a pass of so few costs hardly more than a pass of one token, so padding it is free
+SMALL_PASS = 64  # tokens: a pass of so few costs hardly more than a pass of one token, so padding it is free
 
 
-def following(sequence: RunningSequence, count: int) -> list[int] | None:
+def known_next(sequence: RunningSequence, count: int) -> list[int] | None:
     """What follows each of the next `count` prompt tokens, where log-probabilities of the prompt are wanted."""
     end = sequence.read + count
     if sequence.request.prompt_logprobs:
@@ -33,68 +33,68 @@ def following(sequence: RunningSequence, count: int) -> list[int] | None:
     return [] if wanted and end == sequence.prompt_end else None
 
 
-def grouped(works: Sequence[ScheduledTokens]) -> list[list[ScheduledTokens]]:
+def group_by_width(scheduled: Sequence[ScheduledTokens]) -> list[list[ScheduledTokens]]:
     """Passes: works of like width together, so that little of a pass is padding; each in the order of the slots, as the
     works are given."""
-    if len({len(work.tokens) for work in works}) <= 1:
-        return [list(works)] if works else []
+    if len({len(entry.tokens) for entry in scheduled}) <= 1:
+        return [list(scheduled)] if scheduled else []
     groups: list[list[ScheduledTokens]] = []
-    for work in sorted(works, key=lambda work: len(work.tokens)):
+    for entry in sorted(scheduled, key=lambda entry: len(entry.tokens)):
         group = groups[-1] if groups else []
-        tokens = sum(len(other.tokens) for other in group) + len(work.tokens)
-        padded = (len(group) + 1) * len(work.tokens)
-        if group and (padded <= SMALL or padded <= 1.5 * tokens):
-            group.append(work)
+        tokens = sum(len(other.tokens) for other in group) + len(entry.tokens)
+        padded = (len(group) + 1) * len(entry.tokens)
+        if group and (padded <= SMALL_PASS or padded <= 1.5 * tokens):
+            group.append(entry)
         else:
-            groups.append([work])
-    return [sorted(group, key=lambda work: work.sequence.slot) for group in groups]
+            groups.append([entry])
+    return [sorted(group, key=lambda entry: entry.sequence.slot) for group in groups]
 
 
 class PendingContext(NamedTuple):
     """A launched context pass. choosing: the works whose next token the AR model chooses, and of each the tokens, the
     confidence in them, and how many drafted ones are accepted; asking: those that want log-probabilities."""
 
-    choosing: Sequence[ScheduledTokens]
+    sampling: Sequence[ScheduledTokens]
     choice: AsyncHostCopy | None
-    asking: Sequence[ScheduledTokens]
+    with_logprobs: Sequence[ScheduledTokens]
     logprobs: PendingLogprobs | None
 
 
-class _Scored(NamedTuple):
+class _NeedLogits(NamedTuple):
     """The works of a pass that need logits. places: where they stand in the pass (None: all of them, in order), those
     that choose first, and of these the ones that ask last."""
 
-    choosing: list[ScheduledTokens]
-    asking: list[ScheduledTokens]
+    sampling: list[ScheduledTokens]
+    with_logprobs: list[ScheduledTokens]
     places: list[int] | None
 
     @classmethod
-    def of(cls, works: Sequence[ScheduledTokens]) -> _Scored:
-        asks = [work.asks for work in works]
-        if not any(asks) and all(work.scored for work in works):
-            return cls(list(works), [], None)
-        scored = [i for i, work in enumerate(works) if work.scored or asks[i]]
-        scored.sort(key=lambda i: asks[i] + (not works[i].scored))
-        choosing = [works[i] for i in scored if works[i].scored]
-        return cls(choosing, [works[i] for i in scored if asks[i]], scored)
+    def of(cls, scheduled: Sequence[ScheduledTokens]) -> _NeedLogits:
+        wants_logprobs = [entry.wants_logprobs for entry in scheduled]
+        if not any(wants_logprobs) and all(entry.sampled for entry in scheduled):
+            return cls(list(scheduled), [], None)
+        places = [i for i, entry in enumerate(scheduled) if entry.sampled or wants_logprobs[i]]
+        places.sort(key=lambda i: wants_logprobs[i] + (not scheduled[i].sampled))
+        sampling = [scheduled[i] for i in places if scheduled[i].sampled]
+        return cls(sampling, [scheduled[i] for i in places if wants_logprobs[i]], places)
 
 
 def launch(
-    model: Towers, state: TowerState, constants: RowConstants, works: Sequence[ScheduledTokens]
+    model: Towers, state: TowerState, constants: RowConstants, scheduled: Sequence[ScheduledTokens]
 ) -> PendingContext:
     """Launches one context pass over the works' tokens; scored works choose and check. From here on the state, and each
     sequence, count the tokens as read."""
     device = state.lengths.device
-    counts = [len(work.tokens) for work in works]
+    counts = [len(entry.tokens) for entry in scheduled]
     width = max(counts)
     tokens = to_device_async(
-        [work.tokens + [0] * (width - count) for work, count in zip(works, counts, strict=True)], device
+        [entry.tokens + [0] * (width - count) for entry, count in zip(scheduled, counts, strict=True)], device
     )
     lengths = to_device_async(counts, device) if min(counts) < width else None
-    scored = _Scored.of(works)
-    places = None if scored.places is None else to_device_async(scored.places, device, torch.long)
+    needs = _NeedLogits.of(scheduled)
+    places = None if needs.places is None else to_device_async(needs.places, device, torch.long)
     wanted: bool | Tensor = True if places is None else places if len(places) else False
-    sequences = [work.sequence for work in works]
+    sequences = [entry.sequence for entry in scheduled]
     state.max_seq_len = max([sequence.read for sequence in sequences])  # of this pass only
     slots = slots_of(sequences, state.rows, device)
     before = state.lengths
@@ -102,18 +102,20 @@ def launch(
     try:
         logits = model.extend(tokens, state, lengths, rows=slots, logits=wanted, upcast_logits=False)
         if logits is not None:
-            request = LogprobRequest(scored.asking, logits[-len(scored.asking) :]) if scored.asking else None
+            with_logprobs = needs.with_logprobs
+            request = LogprobRequest(with_logprobs, logits[-len(with_logprobs) :]) if with_logprobs else None
             chosen = None
-            if scored.choosing:
+            if needs.sampling:
                 if places is not None:  # fewer than all, or in another order
-                    own = places[: len(scored.choosing)]
+                    own = places[: len(needs.sampling)]
                     tokens, lengths = tokens[own], None if lengths is None else lengths[own]
                     slots = own if slots is None else slots[own]
-                own_logits = logits[: len(scored.choosing)]
-                chosen, *others = _choose(state, constants, scored.choosing, _Read(tokens, lengths, slots), own_logits)
+                own_logits = logits[: len(needs.sampling)]
+                inputs = _PassInputs(tokens, lengths, slots)
+                chosen, *others = _choose(state, constants, needs.sampling, inputs, own_logits)
                 choice = AsyncHostCopy(chosen, *others)
             if request is not None:
-                silent = sum(not work.asks for work in scored.choosing)
+                silent = sum(not entry.wants_logprobs for entry in needs.sampling)
                 logprobs = request.gather(None if chosen is None else chosen[silent:])
     except BaseException:  # the user may have interrupted the pass
         if state.lengths is not before:  # the tokens are in, but nobody knows what follows: a later attempt reads them
@@ -122,7 +124,7 @@ def launch(
     for sequence, count in zip(sequences, counts, strict=True):
         sequence.read += count
         sequence.output.context_passes += sequence.phase is not Phase.PROMPT
-    return PendingContext(scored.choosing, choice, scored.asking, logprobs)
+    return PendingContext(needs.sampling, choice, needs.with_logprobs, logprobs)
 
 
 def collect(pending: PendingContext) -> list[BlockEvent]:
@@ -130,12 +132,14 @@ def collect(pending: PendingContext) -> list[BlockEvent]:
     new, sure, accepted = _chosen(pending)
     found: dict[int, list[TokenLogprob]] = {}
     if pending.logprobs is not None:
-        taken = zip(pending.choosing, new, accepted, strict=True)
-        found = pending.logprobs.by_number([tokens[: count + 1] for work, tokens, count in taken if work.asks])
-        for work in pending.asking:
-            work.sequence.after = pending.logprobs.afters.get(work.sequence.output.row)
-    events = _book([work.sequence for work in pending.choosing], (new, sure, accepted), found)
-    return events + _book_logprobs(pending.asking, found) if pending.asking else events
+        taken = zip(pending.sampling, new, accepted, strict=True)
+        found = pending.logprobs.by_number(
+            [tokens[: count + 1] for entry, tokens, count in taken if entry.wants_logprobs]
+        )
+        for entry in pending.with_logprobs:
+            entry.sequence.last_logits = pending.logprobs.last_logits.get(entry.sequence.output.row)
+    events = _record_tokens([entry.sequence for entry in pending.sampling], (new, sure, accepted), found)
+    return events + _record_logprobs(pending.with_logprobs, found) if pending.with_logprobs else events
 
 
 def _chosen(pending: PendingContext) -> tuple[list[list[int]], list[list[float]], list[int]]:
@@ -146,7 +150,7 @@ def _chosen(pending: PendingContext) -> tuple[list[list[int]], list[list[float]]
     return new, sure, accepted[0] if accepted else [0] * len(new)
 
 
-class _Read(NamedTuple):
+class _PassInputs(NamedTuple):
     """What the choosing works read: tokens (n, L), of which the first lengths (n,) count (None: all), slots (n,) (None:
     all)."""
 
@@ -156,7 +160,7 @@ class _Read(NamedTuple):
 
 
 def _choose(
-    state: TowerState, constants: RowConstants, works: Sequence[ScheduledTokens], read: _Read, logits: Tensor
+    state: TowerState, constants: RowConstants, scheduled: Sequence[ScheduledTokens], read: _PassInputs, logits: Tensor
 ) -> tuple[Tensor, ...]:
     """The AR model's choice after each token; what agrees with it is accepted of a draft, then its own token follows.
 
@@ -164,18 +168,18 @@ def _choose(
     The state keeps as many.
     """
     tokens, device, width = read.tokens, logits.device, read.tokens.shape[1]
-    allowed = mask_logits(works, logits)
-    sequences = [work.sequence for work in works]
+    allowed = mask_logits(scheduled, logits)
+    sequences = [entry.sequence for entry in scheduled]
 
     def before() -> Tensor:
         return at(state.lengths, read.slots) - (width if read.lengths is None else read.lengths)
 
     def keys() -> NoiseKeys:
         positions = before()[:, None] + torch.arange(1, width + 1, device=device)
-        purpose = torch.full((len(works), 1), AR_TOKEN, device=device)
+        purpose = torch.full((len(scheduled), 1), AR_TOKEN, device=device)
         return NoiseKeys(at(constants.seeds, read.slots), positions, purpose, torch.zeros_like(purpose))
 
-    own, sure = pick_rows(logits, [sequence.rule for sequence in sequences], keys)
+    own, sure = sample_rows(logits, [sequence.rule for sequence in sequences], keys)
     if width == 1:
         return own, sure
     relaxed = any(sequence.params.acceptance < 1 for sequence in sequences)
@@ -189,7 +193,7 @@ def _choose(
     return chosen, sure, accepted
 
 
-def _book(
+def _record_tokens(
     sequences: Sequence[RunningSequence],
     choice: tuple[list[list[int]], list[list[float]], list[int]],
     found: dict[int, list[TokenLogprob]],
@@ -198,12 +202,12 @@ def _book(
     events = []
     for sequence, new, sure, accepted in zip(sequences, *choice, strict=True):
         draft: Sequence[int] = ()
-        steps = [sequence.allowed]
+        steps = [sequence.max_passes]
         if sequence.phase is Phase.CHECK:
             draft = sequence.block[1:]
-            steps = [*sequence.committed_at[1 : accepted + 1], sequence.allowed]
+            steps = [*sequence.committed_at[1 : accepted + 1], sequence.max_passes]
             sequence.read -= len(draft) - accepted
-            sequence.output.checked(len(draft), accepted)
+            sequence.output.count_verified(len(draft), accepted)
         sequence.pending, sequence.accepted = new[accepted], accepted
         text, complete = new[: accepted + 1], False
         if sequence.matcher is not None:
@@ -217,15 +221,17 @@ def _book(
     return events
 
 
-def _book_logprobs(works: Sequence[ScheduledTokens], found: dict[int, list[TokenLogprob]]) -> list[BlockEvent]:
+def _record_logprobs(scheduled: Sequence[ScheduledTokens], found: dict[int, list[TokenLogprob]]) -> list[BlockEvent]:
     """Of works that chose nothing: a prompt's log-probabilities, and blocks that waited for theirs."""
     events = []
-    for sequence in [work.sequence for work in works if not work.scored]:
+    for sequence in [entry.sequence for entry in scheduled if not entry.sampled]:
         logprobs = found[sequence.output.row]
         if sequence.phase is Phase.PROMPT:
             sequence.output.prompt_logprobs += logprobs
         else:
             output = sequence.output
-            events.append(output.take(sequence.held, sequence.committed_at, sequence.confidence, logprobs=logprobs))
-            sequence.held = []
+            events.append(
+                output.take(sequence.held_tokens, sequence.committed_at, sequence.confidence, logprobs=logprobs)
+            )
+            sequence.held_tokens = []
     return events

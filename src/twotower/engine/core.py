@@ -24,13 +24,13 @@ from twotower.decoding.modes import AUTO
 from twotower.decoding.output import BlockEvent, Event
 from twotower.decoding.sequence_output import SequenceOutput
 from twotower.engine import admission, context_step, denoiser_ar, drafting
-from twotower.engine.budget import shares
-from twotower.engine.context_step import grouped
+from twotower.engine.budget import divide_memory
+from twotower.engine.context_step import group_by_width
 from twotower.engine.denoiser_step import OpenBlocks
 from twotower.engine.engine_options import EngineOptions
 from twotower.engine.mode_choice import resolve
-from twotower.engine.oom import in_parts, out_of_memory
-from twotower.engine.rounds import Rounds, in_step
+from twotower.engine.oom import out_of_memory, split_on_oom
+from twotower.engine.rounds import Rounds, can_run_in_lockstep
 from twotower.engine.row_constants import RowConstants
 from twotower.engine.scheduled import Item, ScheduledTokens, passes
 from twotower.engine.scheduler import PROMPT_CHUNK, Scheduler
@@ -58,7 +58,7 @@ class EngineCore:
     ) -> None:
         self.model = model
         self.options = options
-        rows, kv_slots, spare = shares(model, rows, length + block_size, PROMPT_CHUNK, memory)
+        rows, kv_slots, spare = divide_memory(model, rows, length + block_size, PROMPT_CHUNK, memory)
         shape = StateShape(rows, kv_slots, model.dtype, model.device)
         self.state = model.workspace.borrow_state(shape, lambda: model.new_state(rows, 0, kv_slots))
         self._state_bytes = self.state.nbytes  # constant: the pools are allocated once
@@ -74,7 +74,7 @@ class EngineCore:
         self.scheduler = Scheduler(rows, options.prompt_budget, PROMPT_CHUNK if options.prefix_cache else None)
         self.rounds = Rounds(self.scheduler.running, options)
         self.closed = False  # the state is another engine's
-        self.late: list[Collect] = []  # of the denoiser's last pass, where the next is launched first
+        self.uncollected: list[Collect] = []  # of the denoiser's last pass, where the next is launched first
 
     def step(self) -> list[Event]:
         """One pass of each tower for every sequence that needs it → what became final."""
@@ -143,7 +143,7 @@ class EngineCore:
         admitted: list[RunningSequence] = []
         while waiting and free:
             number, request = waiting[0]
-            if self.options.lockstep and admitted and not in_step(admitted[0].params, request.params):
+            if self.options.lockstep and admitted and not can_run_in_lockstep(admitted[0].params, request.params):
                 break
             kv_slots = admission.kv_slots_needed(request, self.blocks.size)
             idle = request.params.max_new_tokens == 0 and not request.prompt_logprobs
@@ -154,7 +154,7 @@ class EngineCore:
             reason = reason or request.mode_reason
             output = SequenceOutput.of(number, params, len(request.prompt), self.model.tokenizer, reason)
             if idle:
-                events.append(output.nothing())
+                events.append(output.final_event())
                 continue
             sequence = self._sequence(request, output, free[-1], together)
             self.state.allocate(free.pop(), kv_slots)
@@ -167,7 +167,7 @@ class EngineCore:
             self.state.reset(to_device_async([sequence.slot for sequence in admitted], self.model.device))
             for sequence in admitted:
                 self._restore_prefix(sequence)
-            events += self.rounds.prompts_read([s for s in admitted if s.read == s.prompt_end])
+            events += self.rounds.finish_prefill([s for s in admitted if s.read == s.prompt_end])
         return events
 
     def _sequence(self, request: Request, output: SequenceOutput, slot: int, together: int) -> RunningSequence:
@@ -192,39 +192,40 @@ class EngineCore:
         """An ended sequence's slot is free; mode "auto" learns from what it wrote."""
         sequence = self.release(event.row)
         if sequence is not None and sequence.params.mode == AUTO and event.result is not None:
-            self.model.workspace.mode_chooser.recent.learn([event.result], sequence.params.block_size)
+            self.model.workspace.mode_chooser.recent.add_outputs([event.result], sequence.params.block_size)
 
     # --- the context tower ----------------------------------------------------------------------------------------
 
     def _launch_context(self) -> list[Collect]:
-        works = self.scheduler.context_works(lambda: self.model.prefill_chunk)
-        return [collect for group in grouped(works) for collect in self._in_parts(self._launch_works, group)]
+        scheduled = self.scheduler.schedule_context(lambda: self.model.prefill_chunk)
+        groups = group_by_width(scheduled)
+        return [collect for group in groups for collect in self._in_parts(self._launch_scheduled, group)]
 
-    def _launch_works(self, works: Sequence[ScheduledTokens]) -> list[Collect]:
+    def _launch_scheduled(self, scheduled: Sequence[ScheduledTokens]) -> list[Collect]:
         """One pass of the context tower, and what each sequence does next."""
-        sequences = [work.sequence for work in works]
+        sequences = [entry.sequence for entry in scheduled]
         started = time.perf_counter()
-        pending = context_step.launch(self.model, self.state, self.constants, works)
+        pending = context_step.launch(self.model, self.state, self.constants, scheduled)
         charge(sequences, started)
 
         def collect() -> list[BlockEvent]:
             started = time.perf_counter()
             events = context_step.collect(pending)
             charge(sequences, started)
-            return events + self._after_reading(works, events)
+            return events + self._after_reading(scheduled, events)
 
         return [collect]
 
-    def _after_reading(self, works: Sequence[ScheduledTokens], events: Sequence[BlockEvent]) -> list[BlockEvent]:
+    def _after_reading(self, scheduled: Sequence[ScheduledTokens], events: Sequence[BlockEvent]) -> list[BlockEvent]:
         """Says what the sequences of a pass need next → the ends of those that asked only about their prompts."""
-        checked = [work.sequence for work in works if work.scored and work.sequence.mode == "verified"]
-        if checked:
+        verified = [entry.sequence for entry in scheduled if entry.sampled and entry.sequence.mode == "verified"]
+        if verified:
             brought = {event.row: len(event.tokens) for event in events}
-            for sequence in checked:
+            for sequence in verified:
                 tokens = brought[sequence.output.row]
-                sequence.controller.record(sequence.allowed, tokens, sequence.accepted, sequence.seconds)
+                sequence.controller.record(sequence.max_passes, tokens, sequence.accepted, sequence.seconds)
         ready, read = [], []
-        for sequence in [work.sequence for work in works]:
+        for sequence in [entry.sequence for entry in scheduled]:
             if sequence.phase is not Phase.PROMPT:
                 ready.append(sequence)
                 continue
@@ -232,7 +233,7 @@ class EngineCore:
             if sequence.read == sequence.prompt_end:
                 read.append(sequence)
         self.rounds.begin(ready)
-        return self.rounds.prompts_read(read) if read else []
+        return self.rounds.finish_prefill(read) if read else []
 
     def _keep_prefix(self, sequence: RunningSequence) -> None:
         if not self.options.prefix_cache or sequence.params.deterministic:
@@ -242,7 +243,7 @@ class EngineCore:
         except Exception as error:
             if not out_of_memory(error):
                 raise
-            self._relieve()
+            self._free_memory()
 
     # --- the denoiser ---------------------------------------------------------------------------------------------
 
@@ -260,7 +261,7 @@ class EngineCore:
         """The denoiser's passes: over open blocks, and over the pending tokens of mock-AR."""
         lockstep = self.options.lockstep
         sequences = self.scheduler.denoiser_sequences(self.two_devices and not lockstep, lockstep)
-        if not sequences and not self.late:
+        if not sequences and not self.uncollected:
             return []
         pending = [sequence for sequence in sequences if sequence.phase is Phase.DENOISER_AR]
         open_ = [sequence for sequence in sequences if sequence.phase is Phase.DENOISE] if pending else sequences
@@ -277,9 +278,9 @@ class EngineCore:
             self.rounds.opening.clear()
             launched = self._in_parts(self._launch_blocks, sequences)
         if self.async_scheduling and any(sequence.needs_denoiser for sequence in sequences):
-            launched, self.late = self.late, launched  # there is another pass to launch before this one is collected
+            launched, self.uncollected = self.uncollected, launched  # another pass is launched before this is collected
         else:
-            launched, self.late = self.late + launched, []
+            launched, self.uncollected = self.uncollected + launched, []
         return launched
 
     def _launch_blocks(self, sequences: Sequence[RunningSequence]) -> list[Collect]:
@@ -315,10 +316,11 @@ class EngineCore:
         """What the denoiser sees of the sequences' texts, brought to its device as far as it is new there."""
         assert self.reader is not None
         self.state.max_seq_len = max(sequence.read for sequence in sequences)
-        pending = [PendingTransfer(s.slot, max(s.seen, 0), s.read) for s in sequences if s.seen < s.read]
+        stale = [sequence for sequence in sequences if sequence.visible_length < sequence.read]
+        pending = [PendingTransfer(s.slot, max(s.visible_length, 0), s.read) for s in stale]
         view = self.reader.view(slots_of(sequences, self.state.rows, self.blocks.device), pending)
         for sequence in sequences:
-            sequence.seen = sequence.read
+            sequence.visible_length = sequence.read
         return view
 
     # --- out of memory --------------------------------------------------------------------------------------------
@@ -326,17 +328,17 @@ class EngineCore:
     def _in_parts(self, launch: Callable[[Sequence[Item]], list[Collect]], items: Sequence[Item]) -> list[Collect]:
         if self.options.lockstep:  # the callback is told of whole batches, and of each pass once
             return launch(items) if items else []
-        return [each for part in passes(items) for each in in_parts(launch, part, self._relieve, self._fail)]
+        return [each for part in passes(items) for each in split_on_oom(launch, part, self._free_memory, self._fail)]
 
     def _fail(self, item: ScheduledTokens | RunningSequence, error: Exception) -> list[Collect]:
         """The end of a sequence whose pass does not fit the memory even alone."""
         if self.options.raise_errors:
             raise error
         sequence = item.sequence if isinstance(item, ScheduledTokens) else item
-        then = sequence.phase, sequence.opened
-        return [lambda: [sequence.fail(error)] if then == (sequence.phase, sequence.opened) else []]
+        then = sequence.phase, sequence.blocks_opened
+        return [lambda: [sequence.fail(error)] if then == (sequence.phase, sequence.blocks_opened) else []]
 
-    def _relieve(self) -> None:
+    def _free_memory(self) -> None:
         """Gives back memory that nobody's answer needs."""
         self.prefixes.clear()
         if torch.cuda.is_available():

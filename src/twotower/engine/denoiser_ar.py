@@ -8,7 +8,7 @@ import torch
 
 from twotower.cache.pools import ContextView
 from twotower.decoding.output import BlockEvent
-from twotower.decoding.sampling import AR_TOKEN, NoiseKeys, pick_rows
+from twotower.decoding.sampling import AR_TOKEN, NoiseKeys, sample_rows
 from twotower.engine.row_constants import RowConstants
 from twotower.engine.sequence import Phase, RunningSequence
 from twotower.engine.slots import at, slots_of
@@ -29,7 +29,7 @@ def launch(
         purpose = torch.full((len(sequences), 1), AR_TOKEN, device=device)
         return NoiseKeys(seeds, view.lengths[:, None] + 1, purpose, torch.zeros_like(purpose))
 
-    return AsyncHostCopy(*pick_rows(logits, [sequence.rule for sequence in sequences], keys))
+    return AsyncHostCopy(*sample_rows(logits, [sequence.rule for sequence in sequences], keys))
 
 
 def collect(sequences: Sequence[RunningSequence], proposed: AsyncHostCopy) -> list[BlockEvent]:
@@ -40,6 +40,6 @@ def collect(sequences: Sequence[RunningSequence], proposed: AsyncHostCopy) -> li
         if sequence.request.logprobs is None:
             events.append(sequence.output.take([token], [0], sure))
         else:
-            sequence.held, sequence.committed_at, sequence.confidence = [token], [0], sure
+            sequence.held_tokens, sequence.committed_at, sequence.confidence = [token], [0], sure
         sequence.block, sequence.pending, sequence.phase = [sequence.pending], token, Phase.COMMIT
     return events

@@ -15,7 +15,7 @@ from torch import Tensor
 
 from twotower.cache.pools import ContextView
 from twotower.decoding.output import StepEvent
-from twotower.decoding.sampling import DIFFUSION_CANDIDATE, NoiseKeys, pick_rows
+from twotower.decoding.sampling import DIFFUSION_CANDIDATE, NoiseKeys, sample_rows
 from twotower.decoding.unmasking import Pass
 from twotower.engine.commit import commit_rows
 from twotower.engine.row_constants import RowConstants
@@ -61,7 +61,7 @@ class OpenBlocks:
         mask, sizes = at(self.constants.mask_token, slots), at(self.constants.block_size, slots)
         tokens = mask.repeat(1, self.size)
         masked = torch.arange(self.size, device=self.device) < sizes
-        facts = [(s.allowed, s.mode == "verified", s.pending) for s in sequences]
+        facts = [(s.max_passes, s.mode == "verified", s.pending) for s in sequences]
         allowed, drafts, pending = to_device_async(facts, self.device).unbind(1)
         if any(draft for _, draft, _ in facts):
             decided = drafts.bool()
@@ -75,11 +75,11 @@ class OpenBlocks:
         self.step = stored(self.step, slots, torch.zeros_like(mask))
         self.steps = stored(self.steps, slots, allowed[:, None].clone())
         for sequence in sequences:
-            sequence.memory = None
+            sequence.policy_memory = None
             sequence.has_masks = sequence.mode != "verified" or sequence.params.block_size > 1
         if self.callback is not None:
             first = sequences[0]
-            self.callback(0, first.allowed, tokens.clone(), t=1.0, logits=None, block_idx=first.output.blocks)
+            self.callback(0, first.max_passes, tokens.clone(), t=1.0, logits=None, block_idx=first.output.blocks)
 
     def launch(
         self, sequences: Sequence[RunningSequence], view: ContextView, may_be_done: bool, catch: bool
@@ -111,7 +111,7 @@ class OpenBlocks:
             noise_step = torch.where(purpose == DIFFUSION_CANDIDATE, step, 0)
             return NoiseKeys(at(constants.seeds, slots), positions, purpose, noise_step)
 
-        candidate, sure = pick_rows(logits, [sequence.rule for sequence in sequences], keys)
+        candidate, sure = sample_rows(logits, [sequence.rule for sequence in sequences], keys)
         values = at(constants.policy_value, slots)
         seen = Pass(logits, candidate, sure, masked, step, steps)
         chosen, memories, errors = commit_rows(sequences, seen, values, catch)
@@ -121,8 +121,8 @@ class OpenBlocks:
         proposed = (candidate, sure) if any(sequence.request.watched for sequence in sequences) else ()
         pending = PendingDenoise(
             sequences=list(sequences),
-            opened=[sequence.opened for sequence in sequences],
-            steps=[sequence.launched for sequence in sequences],
+            opened=[sequence.blocks_opened for sequence in sequences],
+            steps=[sequence.passes_launched for sequence in sequences],
             errors=errors,
             blocks=AsyncHostCopy(masked, tokens, committed_at, confidence, *proposed),
         )
@@ -133,8 +133,8 @@ class OpenBlocks:
             stored(pool, slots, part) for pool, part in zip(pools, values_of, strict=True)
         )
         for sequence, memory in zip(sequences, memories, strict=True):
-            sequence.memory = memory
-            sequence.launched += 1
+            sequence.policy_memory = memory
+            sequence.passes_launched += 1
         return pending
 
     def _tell(self, first: RunningSequence, tokens: Tensor, t: Tensor, logits: Tensor) -> None:
@@ -142,7 +142,9 @@ class OpenBlocks:
         assert self.callback is not None
         level = float(t[0]) if len(t) == 1 else t
         own = logits.to(self.dtype, copy=True)
-        self.callback(first.launched, first.allowed, tokens.clone(), t=level, logits=own, block_idx=first.output.blocks)
+        self.callback(
+            first.passes_launched, first.max_passes, tokens.clone(), t=level, logits=own, block_idx=first.output.blocks
+        )
 
     def collect(self, pending: PendingDenoise) -> list[RunningSequence]:
         """Waits for a pass and books it → the sequences whose blocks are finished, with what is in the blocks."""
@@ -189,7 +191,7 @@ class PendingDenoise(NamedTuple):
     def live(self) -> list[int]:
         """Places of the sequences that are still at that block: the others have finished it, ended or been aborted."""
         both = enumerate(zip(self.sequences, self.opened, strict=True))
-        return [place for place, (s, opened) in both if s.phase is Phase.DENOISE and s.opened == opened]
+        return [place for place, (s, opened) in both if s.phase is Phase.DENOISE and s.blocks_opened == opened]
 
     def show(self, place: int, masked: Tensor, tokens: Tensor, confidence: Tensor) -> None:
         """Adds a `StepEvent` to a watched sequence: all (n, S), on the host."""
@@ -201,7 +203,7 @@ class PendingDenoise(NamedTuple):
             row=sequence.output.row,
             start=len(sequence.output.progress.tokens) - (sequence.mode == "verified"),
             step=self.steps[place],
-            steps=sequence.allowed,
+            steps=sequence.max_passes,
             tokens=tokens[place, own].tolist(),
             masked=masked[place, own].tolist(),
             confidence=confidence[place, own].tolist(),

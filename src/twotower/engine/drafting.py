@@ -50,7 +50,7 @@ def fill(drafter: Drafter, sequences: Sequence[RunningSequence]) -> None:
             number=sequence.output.row,
             tokens=[*sequence.request.prompt, *sequence.output.progress.tokens],
             size=sequence.params.block_size - 1,
-            steps=sequence.allowed,
+            steps=sequence.max_passes,
         )
         for sequence in sequences
     ]

@@ -168,7 +168,7 @@ def _run(
     """→ the results, and the denoiser passes that ran."""
     with _engine(model, rows, params, callback) as (llm, requests):
         results = llm.generate(requests)
-    _learn(model, params, results)
+    _update_mode_chooser(model, params, results)
     return results, llm.denoiser_passes
 
 
@@ -185,13 +185,13 @@ def _events(
                 if event.result is not None:
                     results.append(event.result)
                 yield event
-    _learn(model, params, results)
+    _update_mode_chooser(model, params, results)
 
 
-def _learn(model: Towers, asked: GenerationParams, results: Sequence[Generation]) -> None:
+def _update_mode_chooser(model: Towers, asked: GenerationParams, results: Sequence[Generation]) -> None:
     """Mode "auto" learns from what a batch wrote."""
     if asked.mode == AUTO:
-        model.workspace.mode_chooser.recent.learn(results, asked.block_size)
+        model.workspace.mode_chooser.recent.add_outputs(results, asked.block_size)
 
 
 def _pad_token(model: Towers) -> int:

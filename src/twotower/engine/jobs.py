@@ -1,7 +1,7 @@
 """Batch jobs: a file of prompts in, a file of continuations out, in order; what is written is never lost or repeated.
 
-A line of output says which line of input it answers (`line`, from 1) and a digest of what was asked (`asked`), so a job
-that was killed goes on where it was, and a file that answers other questions is not continued.
+A line of output has the number of its line of input (`line`, from 1) and a digest of the request (`digest`). So a
+killed job continues where it stopped, and a file with answers to other requests is not continued.
 """
 
 from __future__ import annotations
@@ -21,7 +21,7 @@ from twotower.engine.towers import Towers
 from twotower.errors import ArgumentError, TwoTowerError
 from twotower.tokenizer import require_tokenizer
 
-OWN = (
+LINE_FIELDS = (
     "mode",
     "max_new_tokens",
     "temperature",
@@ -38,7 +38,7 @@ OWN = (
     "acceptance",
     "deterministic",
 )
-AHEAD = 4  # requests at work or waiting, for each row of the engine: a slow one holds up the file, not the others
+QUEUED_PER_ROW = 4  # requests in the engine for each of its rows: a slow one delays the file, not the other requests
 
 
 @dataclass(frozen=True)
@@ -46,13 +46,13 @@ class Line:
     """A line of input: what it asks for, or why it asks for nothing that can be answered."""
 
     number: int
-    asked: str  # a digest of the line and of what it inherits
+    digest: str  # a digest of the line and of what it inherits
     id: object = None
     request: Request | None = None
     error: str = ""
 
 
-def read_lines(path: Path, model: Towers, shared: dict[str, object], whence: str = "") -> list[Line]:
+def read_lines(path: Path, model: Towers, shared: dict[str, object], model_name: str = "") -> list[Line]:
     """Every line that is not blank. shared: parameters of lines that say nothing else; a line without a seed gets the
     shared one plus its number. whence: which model is asked, for the digest.
 
@@ -60,7 +60,9 @@ def read_lines(path: Path, model: Towers, shared: dict[str, object], whence: str
         ArgumentError: the file has no line.
     """
     lines = []
-    inherited = json.dumps([whence, shared], sort_keys=True, default=str)
+    # The digest uses the old name of policy_value, so that jobs of earlier versions can be continued.
+    hashed = {"knob" if name == "policy_value" else name: value for name, value in shared.items()}
+    inherited = json.dumps([model_name, hashed], sort_keys=True, default=str)
     for number, text in enumerate(path.read_text(errors="replace").split("\n"), 1):
         if text.strip():
             digest = hashlib.sha256((text + inherited).encode()).hexdigest()[:16]
@@ -70,21 +72,21 @@ def read_lines(path: Path, model: Towers, shared: dict[str, object], whence: str
     return lines
 
 
-def _line(number: int, text: str, asked: str, model: Towers, shared: dict[str, object]) -> Line:
+def _line(number: int, text: str, digest: str, model: Towers, shared: dict[str, object]) -> Line:
     try:
         fields = json.loads(text)
     except ValueError as error:
-        return Line(number, asked, error=f"not JSON: {error}")
+        return Line(number, digest, error=f"not JSON: {error}")
     if not isinstance(fields, dict) or not isinstance(fields.get("prompt"), str):
-        return Line(number, asked, error='no "prompt"; a line is a JSON object with one, a string')
+        return Line(number, digest, error='no "prompt"; a line is a JSON object with one, a string')
     name = fields.pop("id", None)
     prompt = fields.pop("prompt")
     if "knob" in fields and "policy_value" not in fields:  # the old name
         fields["policy_value"] = fields.pop("knob")
-    unknown = sorted(set(fields) - set(OWN))
+    unknown = sorted(set(fields) - set(LINE_FIELDS))
     if unknown:
-        known = ", ".join(("prompt", "id", *OWN))
-        return Line(number, asked, name, error=f"unknown field {', '.join(unknown)}; known are {known}")
+        known = ", ".join(("prompt", "id", *LINE_FIELDS))
+        return Line(number, digest, name, error=f"unknown field {', '.join(unknown)}; known are {known}")
     seed = shared["seed"]
     assert isinstance(seed, int)
     try:
@@ -95,8 +97,8 @@ def _line(number: int, text: str, asked: str, model: Towers, shared: dict[str, o
         request = Request(tokens, params)
         check_model(model, params, [len(tokens)])  # before there is an engine: its size follows from these requests
     except (TwoTowerError, UnicodeError) as error:
-        return Line(number, asked, name, error=str(error))
-    return Line(number, asked, name, request)
+        return Line(number, digest, name, error=str(error))
+    return Line(number, digest, name, request)
 
 
 def engine_for(model: Towers, lines: Sequence[Line], rows: int, memory: int | None = None) -> LLM:
@@ -104,7 +106,7 @@ def engine_for(model: Towers, lines: Sequence[Line], rows: int, memory: int | No
     return LLM.fitting(model, [line.request for line in lines if line.request is not None], rows, memory)
 
 
-def finished(out: Path, lines: Sequence[Line]) -> int:
+def count_answered(out: Path, lines: Sequence[Line]) -> int:
     """How many lines `out` answers already; a last one cut short by a kill is removed.
 
     Raises:
@@ -116,8 +118,9 @@ def finished(out: Path, lines: Sequence[Line]) -> int:
     answers = whole.splitlines()
     for line, answer in zip(lines, answers, strict=False):
         try:
-            said = json.loads(answer)
-            same = (said["line"], said["asked"]) == (line.number, line.asked)
+            fields = json.loads(answer)
+            digest = fields["digest"] if "digest" in fields else fields["asked"]  # the name in earlier versions
+            same = (fields["line"], digest) == (line.number, line.digest)
         except (ValueError, KeyError, TypeError):
             same = False
         if not same:
@@ -140,32 +143,32 @@ def run_job(
 ) -> tuple[int, int]:
     """Answers what `out` does not answer yet and appends it, line by line in order → lines written, and those of them
     that are errors. progress: told the lines in `out` and the new tokens so far. before: what
-    `finished` says, where that is known."""
-    written = start = finished(out, lines) if before is None else before
+    `count_answered` says, where that is known."""
+    written = start = count_answered(out, lines) if before is None else before
     failed = tokens = 0
-    following = start  # the next line to be asked
+    next_line = start  # the next line to be asked
     places: dict[int, int] = {}
     answers: dict[int, dict[str, object]] = {}
     with out.open("a") as file:
         while written < len(lines):
-            while following < len(lines) and following - written < AHEAD * llm.rows:
-                line = lines[following]
+            while next_line < len(lines) and next_line - written < QUEUED_PER_ROW * llm.rows:
+                line = lines[next_line]
                 try:
                     if line.request is None:
                         raise ArgumentError(line.error)
-                    places[llm.add_request(line.request)] = following
+                    places[llm.add_request(line.request)] = next_line
                 except ArgumentError as error:
-                    answers[following] = {"error": str(error)}
-                following += 1
+                    answers[next_line] = {"error": str(error)}
+                next_line += 1
             for event in llm.step():
                 tokens += len(event.tokens)
                 if event.result is not None:
-                    answers[places.pop(event.row)] = said(event.result)
+                    answers[places.pop(event.row)] = result_fields(event.result)
             while written in answers:
                 line, answer = lines[written], answers.pop(written)
                 failed += bool(answer.get("error"))
                 own = {} if line.id is None else {"id": line.id}
-                file.write(json.dumps({"line": line.number, "asked": line.asked, **own, **answer}) + "\n")
+                file.write(json.dumps({"line": line.number, "digest": line.digest, **own, **answer}) + "\n")
                 written += 1
             file.flush()
             if progress is not None:
@@ -173,7 +176,7 @@ def run_job(
     return written - start, failed
 
 
-def said(result: Generation) -> dict[str, object]:
+def result_fields(result: Generation) -> dict[str, object]:
     """What a line of output holds of a result."""
     if result.error:
         return {"error": result.error}

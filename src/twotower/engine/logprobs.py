@@ -24,31 +24,35 @@ class LogprobRequest:
     Made before anything is left out of the logits and asked once the tokens are chosen.
     """
 
-    def __init__(self, works: Sequence[ScheduledTokens], logits: Tensor) -> None:
-        self.works = works
-        self.read = LogitStats(logits, _alternatives(works))
-        self.opening = [work for work in works if work.sequence.held and work.sequence.after is not None]
-        afters = [work.sequence.after for work in self.opening if work.sequence.after is not None]
-        self.before = LogitStats(torch.stack(afters)[:, None], _alternatives(self.opening)) if afters else None
+    def __init__(self, scheduled: Sequence[ScheduledTokens], logits: Tensor) -> None:
+        self.scheduled = scheduled
+        self.read = LogitStats(logits, _alternatives(scheduled))
+        self.opening = [
+            entry for entry in scheduled if entry.sequence.held_tokens and entry.sequence.last_logits is not None
+        ]
+        last_logits = [entry.sequence.last_logits for entry in self.opening if entry.sequence.last_logits is not None]
+        self.before = (
+            LogitStats(torch.stack(last_logits)[:, None], _alternatives(self.opening)) if last_logits else None
+        )
 
     def gather(self, chosen: Tensor | None) -> PendingLogprobs:
         """Of the tokens chosen (k, L) by the first k works (None: by none) and of those that stand there anyway."""
-        known = [work.following or [] for work in self.works[0 if chosen is None else len(chosen) :]]
+        known = [entry.known_next or [] for entry in self.scheduled[0 if chosen is None else len(chosen) :]]
         ids = self.read.padded(known)
         read = self.read.of(ids if chosen is None else torch.cat([chosen, ids]))
         before = None
         if self.before is not None:  # a block's first token follows what was read before it
-            before = self.before.of(self.before.padded([work.sequence.held[:1] for work in self.opening]))
-        return PendingLogprobs(self.works, known, read, self.opening, before, self._afters())
+            before = self.before.of(self.before.padded([entry.sequence.held_tokens[:1] for entry in self.opening]))
+        return PendingLogprobs(self.scheduled, known, read, self.opening, before, self._last_logits())
 
-    def _afters(self) -> dict[int, Tensor]:
+    def _last_logits(self) -> dict[int, Tensor]:
         wanted = [
-            (place, work)
-            for place, work in enumerate(self.works)
-            if work.sequence.mode == "diffusion" and work.sequence.request.logprobs is not None
+            (place, entry)
+            for place, entry in enumerate(self.scheduled)
+            if entry.sequence.mode == "diffusion" and entry.sequence.request.logprobs is not None
         ]
         return {
-            work.sequence.output.row: self.read.logits[place, len(work.tokens) - 1].clone() for place, work in wanted
+            entry.sequence.output.row: self.read.logits[place, len(entry.tokens) - 1].clone() for place, entry in wanted
         }
 
 
@@ -58,18 +62,26 @@ class PendingLogprobs:
     was read before. known: what follows the tokens of the works that chose nothing. afters: by request number, the
     logits (V,) after the last token, of rows whose next block begins there."""
 
-    works: Sequence[ScheduledTokens]
+    scheduled: Sequence[ScheduledTokens]
     known: Sequence[list[int]]
     read: AsyncHostCopy
     opening: Sequence[ScheduledTokens]
     before: AsyncHostCopy | None
-    afters: dict[int, Tensor]
+    last_logits: dict[int, Tensor]
 
     def by_number(self, chosen: Sequence[list[int]]) -> dict[int, list[TokenLogprob]]:
         """By request number. chosen: the tokens of the works that chose, as far as they count."""
-        told = dict(zip(_numbers(self.works), _listed(self.read, [*chosen, *self.known], self.works), strict=True))
+        told = dict(
+            zip(
+                _numbers(self.scheduled),
+                _token_logprobs(self.read, [*chosen, *self.known], self.scheduled),
+                strict=True,
+            )
+        )
         if self.before is not None:
-            firsts = _listed(self.before, [work.sequence.held[:1] for work in self.opening], self.opening)
+            firsts = _token_logprobs(
+                self.before, [entry.sequence.held_tokens[:1] for entry in self.opening], self.opening
+            )
             for number, first in zip(_numbers(self.opening), firsts, strict=True):
                 told[number] = first + told[number]
         return told
@@ -100,22 +112,22 @@ class LogitStats:
         return self.logits.gather(-1, ids).to(total.dtype) - total
 
 
-def _listed(
-    found: AsyncHostCopy, following: Sequence[list[int]], works: Sequence[ScheduledTokens]
+def _token_logprobs(
+    found: AsyncHostCopy, known_next: Sequence[list[int]], scheduled: Sequence[ScheduledTokens]
 ) -> list[list[TokenLogprob]]:
     """Of each row its tokens (up to L), in order, with as many alternatives as its request wants."""
     own, best, values = found.tolist()
     out = []
-    for place, (tokens, work) in enumerate(zip(following, works, strict=True)):
-        top = work.sequence.request.logprobs or 0
+    for place, (tokens, entry) in enumerate(zip(known_next, scheduled, strict=True)):
+        top = entry.sequence.request.logprobs or 0
         columns = zip(tokens, own[place], best[place], values[place], strict=False)
         out.append([TokenLogprob(t, p, tuple(zip(b, v, strict=True))[:top]) for t, p, b, v in columns])
     return out
 
 
-def _alternatives(works: Sequence[ScheduledTokens]) -> int:
-    return max((work.sequence.request.logprobs or 0 for work in works), default=0)
+def _alternatives(scheduled: Sequence[ScheduledTokens]) -> int:
+    return max((entry.sequence.request.logprobs or 0 for entry in scheduled), default=0)
 
 
-def _numbers(works: Sequence[ScheduledTokens]) -> list[int]:
-    return [work.sequence.output.row for work in works]
+def _numbers(scheduled: Sequence[ScheduledTokens]) -> list[int]:
+    return [entry.sequence.output.row for entry in scheduled]

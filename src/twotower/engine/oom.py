@@ -18,15 +18,15 @@ def out_of_memory(error: Exception) -> bool:
     return isinstance(error, RuntimeError) and "can't allocate memory" in str(error)
 
 
-def in_parts(
+def split_on_oom(
     run: Callable[[Sequence[Item]], list[Result]],
     items: Sequence[Item],
-    relieve: Callable[[], object],
+    free_memory: Callable[[], object],
     fail: Callable[[Item, Exception], Sequence[Result]],
 ) -> list[Result]:
     """run(items), or of each half where there is not the memory for it; an item that alone is too much `fail`s.
 
-    `relieve` gives back what can be spared before each further attempt. A run that raises must have changed nothing.
+    `free_memory` runs before each further attempt. A run that raises must have changed nothing.
     """
     problem: Exception
     try:
@@ -35,8 +35,8 @@ def in_parts(
         if not out_of_memory(error):
             raise
         problem = error.with_traceback(None)  # its frames hold the tensors of the pass
-    relieve()
+    free_memory()
     if len(items) == 1:
         return list(fail(items[0], problem))
     half = len(items) // 2
-    return [result for part in (items[:half], items[half:]) for result in in_parts(run, part, relieve, fail)]
+    return [result for part in (items[:half], items[half:]) for result in split_on_oom(run, part, free_memory, fail)]

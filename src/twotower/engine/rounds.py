@@ -18,7 +18,7 @@ from twotower.engine.engine_options import EngineOptions
 from twotower.engine.sequence import Phase, RunningSequence
 
 
-def in_step(one: GenerationParams, other: GenerationParams) -> bool:
+def can_run_in_lockstep(one: GenerationParams, other: GenerationParams) -> bool:
     """Whether the rounds of two sequences can begin and end together."""
     sizes = [
         (params.mode, params.block_size, params.steps_per_block, params.fixed_draft_depth) for params in (one, other)
@@ -43,13 +43,13 @@ class Rounds:
         if self._ready:
             self.begin(())
 
-    def prompts_read(self, sequences: Sequence[RunningSequence]) -> list[BlockEvent]:
+    def finish_prefill(self, sequences: Sequence[RunningSequence]) -> list[BlockEvent]:
         """The prompts of these sequences are read → the ends of those that asked about nothing but their prompts."""
         for sequence in sequences:
             sequence.output.prefilled = time.perf_counter()
             sequence.pending = sequence.request.prompt[-1]
         self.begin(sequences)
-        return [sequence.output.nothing() for sequence in sequences if not sequence.output.running]
+        return [sequence.output.final_event() for sequence in sequences if not sequence.output.running]
 
     def begin(self, ready: Sequence[RunningSequence]) -> None:
         """Begins the next round of these sequences. In lockstep a round begins when all sequences are ready."""
@@ -72,24 +72,24 @@ class Rounds:
     def _begin(self, sequence: RunningSequence, room: int, draft_passes: int | None = None) -> None:
         """room: new tokens that may still be written; draft_passes: of a draft (None: the controller chooses)."""
         params = sequence.params
-        sequence.room, sequence.allowed, sequence.launched, sequence.seconds = room, 0, 0, 0.0
+        sequence.room, sequence.max_passes, sequence.passes_launched, sequence.seconds = room, 0, 0, 0.0
         match sequence.mode:
             case "ar":
                 sequence.phase = Phase.STEP
             case "mock_ar":
                 sequence.phase = Phase.DENOISER_AR
             case "diffusion":
-                sequence.allowed = params.steps_per_block
+                sequence.max_passes = params.steps_per_block
             case "verified":
                 sequence.phase = Phase.STEP
                 passes = sequence.controller.choose_depth() if draft_passes is None else draft_passes
                 if min(params.block_size, room) > 1:  # else there is nothing to draft
-                    sequence.allowed = passes
-        if sequence.allowed and sequence.mode == "verified" and self.options.drafter is not None:
+                    sequence.max_passes = passes
+        if sequence.max_passes and sequence.mode == "verified" and self.options.drafter is not None:
             sequence.phase = Phase.DRAFT
-        elif sequence.allowed:
+        elif sequence.max_passes:
             sequence.phase = Phase.DENOISE
-            sequence.opened += 1
+            sequence.blocks_opened += 1
             self.opening.append(sequence)
 
     @staticmethod
@@ -102,6 +102,6 @@ class Rounds:
             return []
         sequence.phase = Phase.COMMIT
         if sequence.request.logprobs is not None:
-            sequence.held = sequence.block = sequence.block[: sequence.output.room]
+            sequence.held_tokens = sequence.block = sequence.block[: sequence.output.room]
             return []
         return [sequence.output.take(sequence.block, sequence.committed_at, sequence.confidence)]

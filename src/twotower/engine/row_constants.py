@@ -20,20 +20,20 @@ class RowConstants:
 
     def __init__(self, rows: int, device: torch.device, dtype: torch.dtype) -> None:
         self.rows, self.device = rows, device
-        self._whole = torch.zeros(rows, 4, dtype=torch.long, device=device)
-        self._real = torch.zeros(rows, 2, dtype=dtype, device=device)
-        self.seeds = self._whole[:, 0]
-        self.block_size, self.mask_token, self.purpose = (self._whole[:, i : i + 1] for i in range(1, 4))
-        self.policy_value, self.acceptance = (self._real[:, i : i + 1] for i in range(2))
+        self._integers = torch.zeros(rows, 4, dtype=torch.long, device=device)
+        self._floats = torch.zeros(rows, 2, dtype=dtype, device=device)
+        self.seeds = self._integers[:, 0]
+        self.block_size, self.mask_token, self.purpose = (self._integers[:, i : i + 1] for i in range(1, 4))
+        self.policy_value, self.acceptance = (self._floats[:, i : i + 1] for i in range(2))
 
     def admit(self, sequences: Sequence[RunningSequence]) -> None:
         """Writes the constants of sequences that begin."""
-        whole, real = [], []
+        integers, floats = [], []
         for sequence in sequences:
             params = sequence.params
             purpose = AR_TOKEN if sequence.mode == "verified" else DIFFUSION_CANDIDATE
-            whole.append((sequence.seed, params.block_size, params.mask_token_id, purpose))
-            real.append((sequence.policy_value, params.acceptance))
+            integers.append((sequence.seed, params.block_size, params.mask_token_id, purpose))
+            floats.append((sequence.policy_value, params.acceptance))
         slots = to_device_async([sequence.slot for sequence in sequences], self.device)
-        self._whole[slots] = to_device_async(whole, self.device)
-        self._real[slots] = to_device_async(real, self.device, self._real.dtype)
+        self._integers[slots] = to_device_async(integers, self.device)
+        self._floats[slots] = to_device_async(floats, self.device, self._floats.dtype)

@@ -19,8 +19,8 @@ class ScheduledTokens:
 
     sequence: RunningSequence
     tokens: list[int]
-    scored: bool
-    following: list[int] | None = None
+    sampled: bool
+    known_next: list[int] | None = None
 
     @property
     def deterministic(self) -> bool:
@@ -28,9 +28,9 @@ class ScheduledTokens:
         return self.sequence.deterministic
 
     @property
-    def asks(self) -> bool:
+    def wants_logprobs(self) -> bool:
         """Whether log-probabilities are wanted."""
-        return self.following is not None or (self.scored and self.sequence.request.logprobs is not None)
+        return self.known_next is not None or (self.sampled and self.sequence.request.logprobs is not None)
 
 
 Item = TypeVar("Item", ScheduledTokens, RunningSequence)

@@ -6,7 +6,7 @@ from bisect import insort
 from collections import deque
 from collections.abc import Callable
 
-from twotower.engine.context_step import following
+from twotower.engine.context_step import known_next
 from twotower.engine.scheduled import ScheduledTokens
 from twotower.engine.sequence import Phase, Request, RunningSequence
 
@@ -48,36 +48,36 @@ class Scheduler:
         """Sequences of one phase, in the order of their slots."""
         return [sequence for sequence in self._by_slot if sequence.phase is phase]
 
-    def context_works(self, prefill_chunk: Callable[[], int]) -> list[ScheduledTokens]:
+    def schedule_context(self, prefill_chunk: Callable[[], int]) -> list[ScheduledTokens]:
         """What the context tower reads next: pieces of prompts, pending tokens, drafts and finished blocks.
 
         prefill_chunk: tokens of a prompt that one pass reads best; called only if there are prompts to read.
         """
-        works: list[ScheduledTokens] = []
+        scheduled: list[ScheduledTokens] = []
         prompts = False
         for sequence in self._by_slot:
             match sequence.phase:
                 case Phase.PROMPT:
                     prompts = True
                 case Phase.STEP:
-                    works.append(ScheduledTokens(sequence, [sequence.pending], scored=True))
+                    scheduled.append(ScheduledTokens(sequence, [sequence.pending], sampled=True))
                 case Phase.CHECK:
-                    works.append(ScheduledTokens(sequence, sequence.block, scored=True))
+                    scheduled.append(ScheduledTokens(sequence, sequence.block, sampled=True))
                 case Phase.COMMIT:
-                    works.append(_finished_block(sequence))
+                    scheduled.append(_finished_block(sequence))
                 case _:
                     pass
         if prompts:
-            works += self._prompt_works(prefill_chunk())
-            works.sort(key=lambda work: work.sequence.slot)
-        return works
+            scheduled += self._schedule_prompts(prefill_chunk())
+            scheduled.sort(key=lambda entry: entry.sequence.slot)
+        return scheduled
 
-    def _prompt_works(self, prefill_chunk: int) -> list[ScheduledTokens]:
+    def _schedule_prompts(self, prefill_chunk: int) -> list[ScheduledTokens]:
         """Pieces of prompts, oldest request first, within the budget.
 
         The pieces of a deterministic request do not depend on the budget that others left: the last one may exceed it.
         """
-        works, budget = [], self.prompt_budget
+        scheduled, budget = [], self.prompt_budget
         for sequence in self.running.values():
             if sequence.phase is not Phase.PROMPT:
                 continue
@@ -91,9 +91,9 @@ class Scheduler:
                     end = min(end, sequence.read + budget)
             tokens = list(sequence.request.prompt[sequence.read : end])
             if tokens:
-                works.append(ScheduledTokens(sequence, tokens, False, following(sequence, len(tokens))))
+                scheduled.append(ScheduledTokens(sequence, tokens, False, known_next(sequence, len(tokens))))
                 budget = None if budget is None else budget - len(tokens)
-        return works
+        return scheduled
 
     def denoiser_sequences(self, halves: bool, lockstep: bool) -> list[RunningSequence]:
         """Sequences for which the denoiser makes a pass in this step, in the order of their slots.
@@ -117,7 +117,7 @@ class Scheduler:
 def _finished_block(sequence: RunningSequence) -> ScheduledTokens:
     """A finished block to read. Where its tokens wait for log-probabilities, they follow one another; the first of them
     follows what was read before, if those logits were kept."""
-    if not sequence.held:
-        return ScheduledTokens(sequence, sequence.block, scored=False)
-    first = sequence.after is not None
-    return ScheduledTokens(sequence, sequence.block, scored=False, following=sequence.held[first:])
+    if not sequence.held_tokens:
+        return ScheduledTokens(sequence, sequence.block, sampled=False)
+    first = sequence.last_logits is not None
+    return ScheduledTokens(sequence, sequence.block, sampled=False, known_next=sequence.held_tokens[first:])

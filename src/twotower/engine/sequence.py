@@ -12,12 +12,12 @@ from torch import Tensor
 from twotower.decoding.draft_controller import DraftController
 from twotower.decoding.output import BlockEvent, StepEvent
 from twotower.decoding.params import GenerationParams
-from twotower.decoding.sampling import Rule
+from twotower.decoding.sampling import SamplingRule
 from twotower.decoding.sequence_output import SequenceOutput
 from twotower.decoding.structured import Constraint, Matcher
 from twotower.errors import ArgumentError
 
-MOST_ALTERNATIVES = 20
+MAX_LOGPROBS = 20
 
 
 @dataclass(frozen=True)
@@ -51,9 +51,9 @@ class Request:
                 param="params",
             )
         count = self.logprobs
-        if count is not None and (type(count) is not int or not 0 <= count <= MOST_ALTERNATIVES):
+        if count is not None and (type(count) is not int or not 0 <= count <= MAX_LOGPROBS):
             raise ArgumentError(
-                f"logprobs is {count!r}; it must be a whole number from 0 to {MOST_ALTERNATIVES}, or None",
+                f"logprobs is {count!r}; it must be a whole number from 0 to {MAX_LOGPROBS}, or None",
                 param="logprobs",
             )
         if not isinstance(self.prompt_logprobs, bool):
@@ -121,20 +121,20 @@ class RunningSequence:
     step_events: list[StepEvent] = field(default_factory=list)
     accepted: int = 0
     room: int = 0
-    allowed: int = 0
-    launched: int = 0
-    opened: int = 0
-    seen: int = -1
+    max_passes: int = 0
+    passes_launched: int = 0
+    blocks_opened: int = 0
+    visible_length: int = -1
     seconds: float = 0.0
-    held: list[int] = field(default_factory=list)
-    after: Tensor | None = None
-    memory: object = None
+    held_tokens: list[int] = field(default_factory=list)
+    last_logits: Tensor | None = None
+    policy_memory: object = None
     error: Exception | None = None
 
     def __post_init__(self) -> None:
         self.params: GenerationParams = self.request.params
         self.mode = self.output.mode
-        self.rule = Rule(self.params.temperature, self.params.top_k, self.params.top_p)
+        self.rule = SamplingRule(self.params.temperature, self.params.top_k, self.params.top_p)
         # Prompt tokens to read before anything is written: all in diffusion, else all but the pending one.
         self.prompt_end = len(self.request.prompt) - (self.mode != "diffusion" or not self.params.max_new_tokens)
 
@@ -147,13 +147,13 @@ class RunningSequence:
     def needs_denoiser(self) -> bool:
         """Whether the denoiser has a pass to make for this sequence, as far as the host knows."""
         if self.phase is Phase.DENOISE:
-            return self.launched < self.allowed
+            return self.passes_launched < self.max_passes
         return self.phase is Phase.DENOISER_AR
 
     @property
     def in_last_pass(self) -> bool:
         """Whether the context tower is certain to be needed after the denoiser's next pass."""
-        return self.phase is Phase.DENOISER_AR or self.launched == self.allowed - 1
+        return self.phase is Phase.DENOISER_AR or self.passes_launched == self.max_passes - 1
 
     @property
     def draft_length(self) -> int:

@@ -7,7 +7,7 @@ from dataclasses import asdict, dataclass
 from functools import partial
 
 from twotower.decoding.output import Generation
-from twotower.decoding.presets import Setting, beside_ar
+from twotower.decoding.presets import Setting, with_ar
 from twotower.engine import Request
 from twotower.errors import ArgumentError
 from twotower.evaluation.comparison import PairedComparison, compare
@@ -85,7 +85,7 @@ def measure_accuracy(
     """
     base: list[bool] = []
     lines = []
-    for setting in beside_ar(settings):
+    for setting in with_ar(settings):
         tell = None if progress is None else partial(progress, setting.label)
         requests, outputs = answer_problems(
             model, setting, problems, max_new_tokens=max_new_tokens, rows=rows, progress=tell

@@ -15,8 +15,8 @@ import click
 from tokenizers import Tokenizer
 
 from twotower.assets import bundled_model
-from twotower.decoding.modes import SETTINGS
-from twotower.decoding.presets import AR, beside_ar, parse_setting
+from twotower.decoding.modes import COMPARED_SETTINGS
+from twotower.decoding.presets import AR, parse_setting, with_ar
 from twotower.engine import Request
 from twotower.evaluation.accuracy import measure_accuracy, repeated_share
 from twotower.evaluation.likelihood import ar_nats, continuation_nats
@@ -63,7 +63,7 @@ def measure_dialogues(model: TwoTowerForCausalLM, texts: Sequence[str], count: i
     figures: dict[str, object] = {}
     nats_of_ar = math.nan  # per token; AR comes first
     shared = {"max_new_tokens": limit, "eos_token_id": EOS, "mask_token_id": model.config.mask_token, "seed": 0}
-    for setting in beside_ar([parse_setting(text) for text in SETTINGS]):
+    for setting in with_ar([parse_setting(text) for text in COMPARED_SETTINGS]):
         params = setting.params(**shared)
         results = generate_all(model, [Request(prompt, params) for prompt in prompts], rows=40)
         nats, tokens = continuation_nats(model, prompts, results)
@@ -85,7 +85,7 @@ def measure_dialogues(model: TwoTowerForCausalLM, texts: Sequence[str], count: i
 def measure_suite(model: TwoTowerForCausalLM, count: int, level: int) -> dict[str, object]:
     """Accuracy on `count` test problems of all families in each setting of the card."""
     asked = make_problems("test", count, SEED, difficulties=(level,))
-    lines = measure_accuracy(model, [parse_setting(text) for text in SETTINGS], asked, likelihood=False)
+    lines = measure_accuracy(model, [parse_setting(text) for text in COMPARED_SETTINGS], asked, likelihood=False)
     return {line.setting: line.to_dict() for line in lines} | {"problems": count}
 
 

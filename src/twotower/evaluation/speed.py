@@ -8,7 +8,7 @@ from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass
 from typing import cast
 
-from twotower.decoding.presets import AR, Setting, beside_ar
+from twotower.decoding.presets import AR, Setting, with_ar
 from twotower.engine import LLM, Request
 from twotower.engine.mode_choice import resolve
 from twotower.errors import ArgumentError
@@ -79,7 +79,7 @@ def measure_speed(
     In each round all settings run in turn, so that other load on the machine affects all of them. One round before
     the measured rounds warms up, and one round after them times the passes of each tower.
     """
-    chosen = beside_ar(settings)
+    chosen = with_ar(settings)
     shared: dict[str, object] = {"max_new_tokens": new_tokens, "mask_token_id": model.config.mask_token, "seed": 0}
     if not ignore_eos:
         shared["eos_token_id"] = eos_of(model)

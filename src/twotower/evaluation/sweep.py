@@ -11,7 +11,7 @@ from pathlib import Path
 from typing import TypedDict
 
 from twotower.decoding.output import Generation
-from twotower.decoding.presets import AR, Setting, beside_ar, parse_setting
+from twotower.decoding.presets import AR, Setting, parse_setting, with_ar
 from twotower.errors import ArgumentError
 from twotower.evaluation.accuracy import answer_problems, answers_right, chosen_problems
 from twotower.evaluation.comparison import compare
@@ -114,7 +114,7 @@ def sweep_settings(
         "seed": seed,
     }
     known = _read(answers_file, facts)
-    chosen = beside_ar(settings)
+    chosen = with_ar(settings)
     for number, setting in enumerate(chosen, 1):
         if setting.label not in known:
             report_progress(f"setting {number} of {len(chosen)}, {setting.label}: {len(problems)} problems")

@@ -37,7 +37,7 @@ async def choice_events(
     unfinished, first_event = len(choices), True
     try:
         for choice in choices:
-            aborts.append(engine.listen(choice.engine_request, partial(_post, queue, choice)))
+            aborts.append(engine.subscribe(choice.engine_request, partial(_post, queue, choice)))
         while unfinished:
             message = await _next(queue)
             if message is None:

@@ -6,7 +6,7 @@ import secrets
 from collections.abc import Sequence
 from dataclasses import dataclass
 
-from twotower.decoding.modes import CONSTRAINED
+from twotower.decoding.modes import CONSTRAINT_MODES
 from twotower.decoding.params import GenerationParams
 from twotower.decoding.structured import Constraint
 from twotower.engine import AsyncLLM
@@ -108,7 +108,7 @@ class ChoiceBuilder:
 
     def _mode(self, request: BaseRequest, constraint: Constraint | None, settings: ServerSettings) -> str:
         mode = request.mode or str(settings.decoding["mode"])
-        if constraint is not None and request.mode is None and mode not in CONSTRAINED:
+        if constraint is not None and request.mode is None and mode not in CONSTRAINT_MODES:
             return self._structured_mode
         return mode
 

@@ -11,7 +11,7 @@ from typing import Annotated, Literal, Self
 from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, GetJsonSchemaHandler, model_validator
 from pydantic_core import CoreSchema
 
-from twotower.decoding.modes import MEANT_FOR, Mode
+from twotower.decoding.modes import MODES_OF_FIELD, Mode
 from twotower.server.request_errors import RequestError
 
 ModeName = Literal[Mode, "auto"]
@@ -189,7 +189,7 @@ class BaseRequest(StrictModel):
 
     def check_mode(self, mode: str) -> None:
         """Raises RequestError if a field has no effect in this mode, or needs another field."""
-        for name, modes in MEANT_FOR.items():
+        for name, modes in MODES_OF_FIELD.items():
             if mode not in modes and getattr(self, name) is not None:
                 raise RequestError(
                     f"{name} has no effect in mode {mode}; omit it, or use mode {' or '.join(modes)}", param=name

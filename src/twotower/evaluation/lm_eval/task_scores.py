@@ -15,7 +15,7 @@ from statistics import fmean
 from lm_eval.evaluator import evaluate
 from lm_eval.tasks import TaskManager
 
-from twotower.decoding.presets import AR, Setting, beside_ar
+from twotower.decoding.presets import AR, Setting, with_ar
 from twotower.errors import ArgumentError
 from twotower.evaluation.comparison import PairedComparison, compare
 from twotower.evaluation.lm_eval.model import GenerationCost, TwoTowerLM
@@ -79,7 +79,7 @@ def run_tasks(
     for name in names:
         known: dict[tuple[str, str], tuple[list[float], GenerationCost, float]] = {}
         base: list[float] = []
-        for setting in beside_ar(settings):
+        for setting in with_ar(settings):
             scorer = None if TASKS[name].kind == "generate" else "context" if setting is AR else likelihood
             key = (setting.label, "") if scorer is None else ("", scorer)
             if key not in known:

@@ -196,7 +196,7 @@ def test_a_row_given_up_between_launch_and_collection_is_not_heard_of(model: Two
     slow = asking([5, 6], "diffusion", 16, block_size=16, policy="top-k", policy_value=1)
     number = llm.add_request(slow)
     llm.step()
-    assert llm.core.late
+    assert llm.core.uncollected
     (row,) = llm.core.scheduler.running.values()
     llm.abort(number)
     assert row.phase is Phase.FINISHED

@@ -10,7 +10,7 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
-from twotower.decoding.modes import CONSTRAINED
+from twotower.decoding.modes import CONSTRAINT_MODES
 from twotower.decoding.output import BlockEvent
 from twotower.decoding.structured import Constraint, Matcher
 from twotower.errors import ArgumentError, TwoTowerError
@@ -23,7 +23,7 @@ if TYPE_CHECKING:
 
 def check_constraint(constraint: Constraint, mode: str, vocab_size: int) -> None:
     """Raises ArgumentError where a request of this mode, of a model with so many tokens, cannot follow it."""
-    if mode not in CONSTRAINED:
+    if mode not in CONSTRAINT_MODES:
         raise ArgumentError(
             f"mode is {mode!r}, which cannot follow a constraint: only the AR model chooses token by token; use mode "
             '"ar" or "verified"',
@@ -37,21 +37,21 @@ def check_constraint(constraint: Constraint, mode: str, vocab_size: int) -> None
         )
 
 
-def mask_logits(works: Sequence[ScheduledTokens], logits: Tensor) -> list[int] | None:
+def mask_logits(scheduled: Sequence[ScheduledTokens], logits: Tensor) -> list[int] | None:
     """Sets to −∞, in logits (n, L, V) and in place, what the works' grammars forbid after the pending token and after
     each token of a draft, as far as the draft is allowed → how many tokens each work may keep of its draft; None: no
     sequence has a grammar. A sequence whose matcher fails gets an `error`."""
-    constrained = [(place, work) for place, work in enumerate(works) if work.sequence.matcher is not None]
+    constrained = [(place, entry) for place, entry in enumerate(scheduled) if entry.sequence.matcher is not None]
     if not constrained:
         return None
-    drafted = [len(work.tokens) - 1 for work in works]
+    drafted = [len(entry.tokens) - 1 for entry in scheduled]
     walked, masks = [], []
-    for place, work in constrained:
-        assert work.sequence.matcher is not None
+    for place, entry in constrained:
+        assert entry.sequence.matcher is not None
         try:
-            found, drafted[place] = _walk(work.sequence.matcher, work.tokens[1:], logits.shape[2])
+            found, drafted[place] = _walk(entry.sequence.matcher, entry.tokens[1:], logits.shape[2])
         except Exception as error:
-            work.sequence.error = error
+            entry.sequence.error = error
             continue
         if not found[-1].any():  # the text is complete there, and what is chosen is not looked at
             found.pop()
