@@ -6,6 +6,7 @@ import ast
 import importlib
 import pkgutil
 from collections import defaultdict
+from collections.abc import Iterator
 from pathlib import Path
 from types import ModuleType
 
@@ -14,7 +15,7 @@ import pytest
 import twotower
 
 ROOT = Path(twotower.__file__).parent
-ALLOWED_TWICE = {"Choice", "Parameters", "Rows"}  # class names that two modules may define
+VAGUE = {"run", "refusal", "ready"}  # names that functions of different modules had
 
 
 def packages(name: str = "twotower") -> list[str]:
@@ -32,11 +33,25 @@ def test_no_package_attribute_hides_a_submodule(name: str) -> None:
     assert not hidden, f"{name} has attributes that hide its modules of the same name: {', '.join(hidden)}"
 
 
-def test_a_public_class_name_has_one_meaning() -> None:
-    modules = defaultdict(set)
+def definitions() -> Iterator[tuple[str, ast.stmt]]:
+    """The definitions at the top level of every module, each with the module's path."""
     for file in sorted(ROOT.rglob("*.py")):
         for node in ast.parse(file.read_text(encoding="utf-8")).body:
-            if isinstance(node, ast.ClassDef) and not node.name.startswith("_"):
-                modules[node.name].add(file.relative_to(ROOT).as_posix())
-    shared = {name: files for name, files in modules.items() if len(files) > 1 and name not in ALLOWED_TWICE}
-    assert shared == {}
+            yield file.relative_to(ROOT).as_posix(), node
+
+
+def test_a_public_class_name_has_one_meaning() -> None:
+    modules = defaultdict(set)
+    for module, node in definitions():
+        if isinstance(node, ast.ClassDef) and not node.name.startswith("_"):
+            modules[node.name].add(module)
+    assert {name: found for name, found in modules.items() if len(found) > 1} == {}
+
+
+def test_function_names_say_what_is_done() -> None:
+    vague = [
+        (module, node.name)
+        for module, node in definitions()
+        if isinstance(node, ast.FunctionDef) and node.name in VAGUE
+    ]
+    assert vague == []

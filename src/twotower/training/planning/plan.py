@@ -29,7 +29,7 @@ MOST_GPUS = 1024
 
 
 @dataclass(frozen=True, kw_only=True)
-class Parameters:
+class TrainedParameters:
     """Counts; trained and frozen are what the objective holds: of a frozen context neither the head nor the layers
     that nothing reads."""
 
@@ -74,7 +74,7 @@ class Plan:
     one layer of each kind, both towers, keeps for the backward pass."""
 
     setup: Setup
-    parameters: Parameters
+    parameters: TrainedParameters
     memory: Memory
     flops: StepFlops
     autoregressive: StepFlops
@@ -132,7 +132,7 @@ def make_plan(config: BackboneConfig, setup: Setup) -> Plan:
         kept_by[kind] = max(kept_by.get(kind, 0), unit.use.kept)
     return Plan(
         setup=setup,
-        parameters=Parameters(
+        parameters=TrainedParameters(
             per_tower=measured.per_tower,
             trained=sum(share.count(True) for share in everything) + measured.whole_trained,
             frozen=sum(share.count(False) for share in everything) + measured.whole - measured.whole_trained,
