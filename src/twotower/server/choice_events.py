@@ -50,7 +50,7 @@ async def choice_events(
                 raise request_error(event)
             if first_event:
                 first_event = False
-                metrics.first.observe(time.monotonic() - started)
+                metrics.first_block_seconds.observe(time.monotonic() - started)
             if event.result is not None:
                 unfinished -= 1
                 metrics.observe_result(event.result)

@@ -49,9 +49,8 @@ class ChoiceBuilder:
     def __init__(self, engine: AsyncLLM, tokenizer: TokenizerAdapter) -> None:
         self.engine, self.tokenizer = engine, tokenizer
         model = engine.llm.model
-        self._structured_mode = (
-            "ar" if model.denoiser is None else "verified"
-        )  # mode of a request with a response format and no mode
+        # The mode of requests that have a response format and no mode.
+        self._structured_mode = "ar" if model.denoiser is None else "verified"
         self._shared = {"eos_token_id": eos_of(model), "mask_token_id": model.config.mask_token}
 
     def build(
@@ -76,7 +75,7 @@ class ChoiceBuilder:
         prompts, ends = self._prompts(request)
         values = self._values(request, mode, (*request.stop_strings, *ends), settings)
         seed = _seed(request, mode, settings)
-        logprobs, of_prompt = _logprobs(request)
+        logprobs, prompt_logprobs = _logprobs(request)
         choices: list[Choice] = []
         for prompt in prompts:
             values["max_new_tokens"] = self._new_tokens(request, len(prompt), settings.limits)
@@ -87,7 +86,7 @@ class ChoiceBuilder:
                     constraint=constraint,
                     watched=request.stream_denoising,
                     logprobs=logprobs,
-                    prompt_logprobs=of_prompt,
+                    prompt_logprobs=prompt_logprobs,
                 )
                 for number in range(request.n)
             ]
@@ -154,26 +153,25 @@ class ChoiceBuilder:
             return wanted
         room = self.engine.stats.max_seq_len - prompt
         most = room if limits.output_tokens is None else min(room, limits.output_tokens)
-        return max(
-            1, most if wanted is None else min(wanted, most)
-        )  # at least one, so that the engine rejects a prompt without room
+        # At least one token, so that the engine rejects a prompt that leaves no room.
+        return max(1, most if wanted is None else min(wanted, most))
 
 
-def build_constraint(tokenizer: TokenizerAdapter, wanted: ResponseFormat | None) -> Constraint | None:
+def build_constraint(tokenizer: TokenizerAdapter, response_format: ResponseFormat | None) -> Constraint | None:
     """Builds the constraint of a response format; None: no constraint.
 
     Raises:
         RequestError: The format is invalid.
     """
-    if wanted is None or wanted.type == "text":
+    if response_format is None or response_format.type == "text":
         return None
     try:
         return Constraint(
             tokenizer.tokenizer,
-            json_schema=None if wanted.json_schema is None else wanted.json_schema.json_schema,
-            json_object=wanted.type == "json_object",
-            regex=wanted.regex,
-            grammar=wanted.grammar,
+            json_schema=None if response_format.json_schema is None else response_format.json_schema.json_schema,
+            json_object=response_format.type == "json_object",
+            regex=response_format.regex,
+            grammar=response_format.grammar,
         )
     except ArgumentError as error:
         raise request_error(error, "response_format") from None

@@ -31,7 +31,7 @@ class Metrics:
             ("running_requests", "Choices that are being generated", lambda: engine.stats.running),
             (
                 "state_bytes",
-                "Bytes of the KV cache and the Mamba states of all slots",
+                "Bytes of KV caches and Mamba states of all slots",
                 lambda: engine.stats.state_bytes,
             ),
             ("prefix_bytes", "Bytes of the prefix cache", lambda: engine.stats.prefix_bytes),
@@ -46,8 +46,10 @@ class Metrics:
         self.drafted = self._metric(Counter, "drafted_tokens", "Tokens drafted in verified decoding")
         self.accepted = self._metric(Counter, "accepted_tokens", "Drafted tokens that were accepted")
         self.per_pass = self._histogram("tokens_per_pass", "New tokens per pass of a choice", PER_PASS, ["mode"])
-        self.first = self._histogram("time_to_first_block_seconds", "Time from the request to its first event", SECONDS)
-        self.whole = self._histogram(
+        self.first_block_seconds = self._histogram(
+            "time_to_first_block_seconds", "Time from the request to its first event", SECONDS
+        )
+        self.request_seconds = self._histogram(
             "request_seconds", "Time from the request to the end of the response", SECONDS, ["route"]
         )
 
@@ -74,7 +76,7 @@ class Metrics:
     def observe_request(self, route: str, status: int, started: float) -> None:
         """Counts an HTTP request. started: `time.perf_counter()` at its start."""
         self.requests.labels(route, str(status)).inc()
-        self.whole.labels(route).observe(time.perf_counter() - started)
+        self.request_seconds.labels(route).observe(time.perf_counter() - started)
 
     def expected_wait(self, before: int, rows: int) -> int:
         """Expected whole seconds until `before` choices have finished, `rows` at a time; at least 1."""

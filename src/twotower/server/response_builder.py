@@ -191,7 +191,7 @@ class ResponseBuilder:
 
 
 class CompletionResponseBuilder(ResponseBuilder):
-    """`POST /v1/completions`."""
+    """Builds responses of `POST /v1/completions`."""
 
     prefix, chunk_model, chunk_object = "cmpl", Completion, "text_completion"
     request: CompletionRequest
@@ -213,9 +213,8 @@ class CompletionResponseBuilder(ResponseBuilder):
         return _json(Completion(**self.head, object="text_completion", choices=choices, usage=self._usage(results)))
 
     def first_chunk(self, choice: Choice) -> bytes | None:
-        if (
-            not choice.echo or self.request.logprobs is not None
-        ):  # the log-probabilities of the prompt come with the first block
+        # With logprobs, the prompt and its log-probabilities come with the first block.
+        if not choice.echo or self.request.logprobs is not None:
             return None
         part = CompletionChoice(index=choice.index, text=choice.echo, logprobs=None, finish_reason=None)
         return self._chunk(choices=[part])
@@ -254,7 +253,7 @@ class CompletionResponseBuilder(ResponseBuilder):
 
 
 class ChatResponseBuilder(ResponseBuilder):
-    """`POST /v1/chat/completions`."""
+    """Builds responses of `POST /v1/chat/completions`."""
 
     prefix, chunk_model, chunk_object = "chatcmpl", ChatCompletionChunk, "chat.completion.chunk"
     request: ChatCompletionRequest
@@ -305,11 +304,9 @@ class ChatResponseBuilder(ResponseBuilder):
 
 def response_builder_for(service: Service, request: GenerationRequest, choices: Sequence[Choice]) -> ResponseBuilder:
     """The builder for a request."""
-    return (
-        ChatResponseBuilder(service, request, choices)
-        if isinstance(request, ChatCompletionRequest)
-        else CompletionResponseBuilder(service, request, choices)
-    )
+    if isinstance(request, ChatCompletionRequest):
+        return ChatResponseBuilder(service, request, choices)
+    return CompletionResponseBuilder(service, request, choices)
 
 
 def model_card(service: Service) -> ModelCard:

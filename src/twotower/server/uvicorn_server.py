@@ -47,7 +47,10 @@ class DrainingServer(uvicorn.Server):
 def create_server(
     service: Service, host: str, port: int, drain: int, listening: Callable[[str], object]
 ) -> DrainingServer:
-    """drain: seconds that running requests have to finish; listening: called with the address of the open socket."""
+    """Builds the server of a service.
+
+    drain: seconds that running requests have to finish. listening: called with the address of the open socket.
+    """
     config = uvicorn.Config(
         create_app(service),
         host=host,
@@ -70,4 +73,4 @@ def serve_until_signal(service: Service, host: str, port: int, drain: int, liste
     try:
         create_server(service, host, port, drain, listening).run()
     finally:
-        service.close()  # after a second signal, uvicorn does not run the shutdown of the app
+        service.close()  # in case the shutdown of the app did not run
