@@ -50,5 +50,5 @@ def test_a_changed_help_text_makes_the_page_differ(generator: ModuleType, monkey
     monkeypatch.setattr(cli.commands["train"], "help", "Another help.")
     assert generator.cli_page() != before
     row = table_rows()[0]._replace(text="Another text.")
-    monkeypatch.setattr(generator, "rows", lambda: [row])
+    monkeypatch.setattr(generator, "table_rows", lambda: [row])
     assert "Another text." in generator.environment_page()
