@@ -195,7 +195,8 @@ def test_a_quantised_tower_does_run_in_one_call() -> None:
 
     def ran() -> bool:
         with torch.no_grad():
-            return FusedCPURunner().run(tower, PassInputs(tokens, AttentionMetadata(), trace=False)) is not None
+            inputs = PassInputs(tokens, AttentionMetadata(), keep_step_inputs=False)
+            return FusedCPURunner().run(tower, inputs) is not None
 
     assert ran()
     quantize_(tower.layers[0])

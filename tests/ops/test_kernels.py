@@ -416,7 +416,7 @@ DOCUMENTS = torch.tensor(
 def test_layout_of_blocks() -> None:
     layout = Layout(DOCUMENTS, 4)
     assert layout.blocks == 5
-    assert torch.equal(layout.valid, DOCUMENTS != -1)
+    assert torch.equal(layout.token_mask, DOCUMENTS != -1)
     assert layout.block_document.tolist() == [[0, 0, 1, -1, 2], [0, 1, 1, 2, -1]]
     assert [[i for i, f in enumerate(row) if f] for row in layout.starts_document.tolist()] == [
         [0, 2, 3, 4],

@@ -91,7 +91,7 @@ def test_padding_visits_no_expert_that_no_token_visits(counts: list[list[int]], 
     """Experts that no counting token chose hold no numbers here. Where none counts, one token's are visited."""
     tower = build_random_model("ME", dtype=torch.float32).context
     tokens, valid = torch.tensor([[5, 6, 7, 8], [9, 10, 11, 12]]), torch.tensor(counts).bool()
-    meta, chosen = AttentionMetadata(valid=valid), []
+    meta, chosen = AttentionMetadata(token_mask=valid), []
     mixer = tower.layers[1].mixer
     hook = mixer.gate.register_forward_hook(lambda _, given, out: chosen.append(out[0]))
     before, _ = tower.layer_by_layer(tokens, meta)

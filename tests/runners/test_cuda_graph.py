@@ -151,7 +151,7 @@ def test_a_recording_that_differs_is_refused_aloud(
         (failing, "raised RuntimeError"),
     ):
         monkeypatch.setattr(cuda_graph, "capturer", lambda device, pool, capturer=capturer: capturer)
-        with pytest.warns(RuntimeWarning, match=f"passes are not recorded on cpu: one {words}"), torch.no_grad():
+        with pytest.warns(RuntimeWarning, match=f"CUDA graphs are not used on cpu: one {words}"), torch.no_grad():
             assert torch.equal(model.extend(tokens, model.new_state(2, 8)), expected)
         with torch.no_grad():
             assert torch.equal(model.extend(tokens, model.new_state(2, 8)), expected)

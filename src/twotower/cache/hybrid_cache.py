@@ -1,10 +1,10 @@
-"""Everything a context tower remembers of the text: a pool of rows, one length per row.
+"""`TowerState`: the hybrid cache of a context tower. It has pools of rows with one length a row.
 
-Attention layers keep K/V; Mamba layers keep a convolution window and an SSM state *as of before* the last
-`extend`, and that pass's trace. `commit_state` folds as much of the trace as was accepted into the state; until then
-`rollback` reaches any prefix of the last `extend` without running the tower again.
+Attention layers keep keys and values. Mamba layers keep a convolution window and an SSM state from before the last
+`extend`, and the step inputs of that pass. `rollback` shortens rows to any prefix of the last `extend` without another
+pass. `commit_state` then updates the Mamba states with the step inputs of the remaining tokens.
 
-This is the only mutable inference state of the package. Under autograd writes are made out of place.
+This is the only mutable inference state of the package. Under autograd all writes are out of place.
 """
 
 from __future__ import annotations
@@ -26,12 +26,15 @@ from twotower.ops.reference.kv_write import AppendPositions, write_slots, zero_s
 from twotower.ops.reference.mamba_block import MambaStepInputs
 from twotower.ops.registry import select
 
-BUCKET = 64  # the context length a pass sees is rounded up to this, so shapes change rarely
+BUCKET = 64  # the context width of a pass is a multiple of this, so that shapes change rarely
 
 
 class TowerState:
-    """The state of `rows` texts, aligned 1:1 with the layers (None where none is kept): each of up to `capacity`
-    tokens, or, with `shared_kv_slots`, of as many as `allocate` gave it."""
+    """The caches of all layers for `rows` rows.
+
+    Each row has KV slots for `capacity` tokens. With `shared_kv_slots`, the rows share that many KV slots instead, and
+    `allocate` assigns them to a row. pools: one a layer, None for a layer without state.
+    """
 
     def __init__(
         self,
@@ -50,16 +53,16 @@ class TowerState:
         else:
             self.kv_slots = KVSlots(rows, heads, shared_kv_slots, device)
         self.lengths = torch.zeros(rows, dtype=torch.long, device=device)
-        self.uncommitted = torch.zeros_like(self.lengths)  # tokens of the last extend, not yet in the Mamba states
-        self.step_rows: Tensor | None = None  # the slots that the last extend read; None: all
-        self.reset_count = torch.zeros_like(self.lengths)  # of each row; a replica detects slot reuse by it
-        self.max_seq_len = 0  # no row is longer than this; known on the host, so shapes need no synchronisation
-        self.total_appended = 0  # tokens ever appended: tells a replica how far behind it is
+        self.uncommitted = torch.zeros_like(self.lengths)  # tokens of the last extend that are not in the Mamba states
+        self.step_rows: Tensor | None = None  # slots of the last extend; None: all
+        self.reset_count = torch.zeros_like(self.lengths)  # per row; a replica detects slot reuse by it
+        self.max_seq_len = 0  # upper bound of all lengths, known on the host without a synchronisation
+        self.total_appended = 0  # appended tokens per row, rollbacks included; a replica transfers the difference
         self.pools: list[Pool] = [self._new_pool(kind, rows, device, dtype) for kind in config.hybrid_override_pattern]
         self._index_pools()
 
     def _index_pools(self) -> None:
-        """Lists the pools of each kind with their layers."""
+        """Lists the pools of each kind, with the indices of their layers."""
         self._attention = [(layer, pool) for layer, pool in enumerate(self.pools) if isinstance(pool, AttentionPool)]
         self._mamba = [(layer, pool) for layer, pool in enumerate(self.pools) if isinstance(pool, MambaPool)]
 
@@ -87,23 +90,23 @@ class TowerState:
 
     @property
     def is_inference(self) -> bool:
-        """Whether a part of it was made in inference mode: such tensors cannot be written to elsewhere."""
+        """Whether any tensor was made in inference mode. Such a tensor cannot be written to outside that mode."""
         return any(tensor.is_inference() for tensor in (*self._tensors(), self.kv_slots.start, self.kv_slots.stride))
 
     @property
     def capacity(self) -> int:
-        """Columns of a row; where rows share them, of all."""
+        """KV slots of each row, or of all rows together if they share them."""
         return self.kv_slots.total if self.kv_slots.shared else self.kv_slots.slots_per_row
 
     @property
     def context_width(self) -> int:
-        """Context columns a pass reads: the bound, rounded up."""
+        """The context width of a pass: max_seq_len, rounded up."""
         return min(-(-self.max_seq_len // BUCKET) * BUCKET, self.capacity)
 
     # --- reading ---------------------------------------------------------------------------------------------
 
     def view(self, rows: Tensor | None = None) -> ContextView:
-        """What a pass reads, for all rows or the given slots (B,). Settles the state first: rollback ends here."""
+        """The input of a pass, for all rows or the given slots (B,). Commits the state, which ends rollback."""
         self.commit_state()
         start, stride, lengths = self._row_layout(rows)
         even = self.kv_slots.slots_per_row if rows is None else 0
@@ -116,48 +119,48 @@ class TowerState:
         return ContextView(past, lengths)
 
     def _row_layout(self, rows: Tensor | None) -> tuple[Tensor, Tensor, Tensor]:
-        """Of all rows or the given slots (B,): where their vectors start, how far apart heads lie, and lengths."""
+        """Start, stride and length of all rows or the given slots (B,), as `KVSlots` defines them."""
         start, stride = self.kv_slots.start, self.kv_slots.stride
         return (start, stride, self.lengths) if rows is None else (start[rows], stride[rows], self.lengths[rows])
 
     # --- writing ---------------------------------------------------------------------------------------------
 
-    def append(self, added: Sequence[CacheUpdate], valid: Tensor, width: int, rows: Tensor | None = None) -> None:
-        """Stores what an `extend` over `width` tokens added; of each row the first `valid` (B,) count. The state keeps
-        `valid`.
+    def append(self, updates: Sequence[CacheUpdate], appended: Tensor, width: int, rows: Tensor | None = None) -> None:
+        """Stores the updates of an `extend` over `width` tokens, of which a row appends the first `appended` (B,).
 
-        The caller has settled the state (by reading it) and reserved room for bound + width.
+        The state keeps the tensor `appended`. The caller has committed the state (by `view`) and has reserved
+        max_seq_len + width tokens.
         """
         assert self.kv_slots.shared or self.max_seq_len + width <= self.capacity, "append beyond the reserved capacity"
         if self._attention:
             new = []
             for layer, _ in self._attention:
-                part = added[layer]
+                part = updates[layer]
                 assert isinstance(part, KeyValue)
                 new.append((part.k.transpose(1, 2), part.v.transpose(1, 2)))
             store = select("kv_append", self.lengths.device, self.dtype).function
-            positions = AppendPositions(*self._row_layout(rows), valid)
+            positions = AppendPositions(*self._row_layout(rows), appended)
             stored = store([(pool.k, pool.v) for _, pool in self._attention], new, positions)
             for (_, own), pair in zip(self._attention, stored, strict=True):
                 own.k, own.v = pair
         for layer, pool in self._mamba:
-            trace = added[layer]
-            assert isinstance(trace, MambaStepInputs)
-            pool.step_inputs = trace
+            step_inputs = updates[layer]
+            assert isinstance(step_inputs, MambaStepInputs)
+            pool.step_inputs = step_inputs
         self.step_rows = rows
         if rows is None:
-            self.uncommitted = valid
+            self.uncommitted = appended
         else:
-            self.uncommitted = torch.zeros_like(self.lengths).index_add(0, rows, valid)
+            self.uncommitted = torch.zeros_like(self.lengths).index_add(0, rows, appended)
         self.lengths = self.lengths + self.uncommitted
         self.max_seq_len += width
         self.total_appended += width
 
     def rollback(self, new_lengths: Tensor) -> None:
-        """Shortens every row to new_lengths (R,), any prefix of the last `extend` that has not been read since.
+        """Shortens every row to new_lengths (R,), each within the last `extend`. Only before the next `view`.
 
         Raises:
-            RuntimeError: a length outside [length before the last extend, current length].
+            RuntimeError: a length is outside [length before the last extend, current length].
         """
         base = self.lengths - self.uncommitted
         possible = ((new_lengths >= base) & (new_lengths <= self.lengths)).all()
@@ -165,21 +168,21 @@ class TowerState:
         self.lengths, self.uncommitted = new_lengths.clone(), new_lengths - base
 
     def commit_state(self) -> None:
-        """Folds the accepted part of the last `extend` into the Mamba states: one small matrix product for each."""
+        """Updates the Mamba states with the tokens of the last `extend` that were not rolled back."""
         pending = [(pool, pool.step_inputs) for _, pool in self._mamba if pool.step_inputs is not None]
         if pending:
             rows = self.step_rows
             accepted = self.uncommitted if rows is None else self.uncommitted[rows]
-            fold = select("state_update", self.lengths.device, self.dtype).function
+            update = select("state_update", self.lengths.device, self.dtype).function
             pools = [(pool.conv_window, pool.ssm_state) for pool, _ in pending]
-            folded = fold(pools, [trace for _, trace in pending], accepted, rows)
-            for (pool, _), pair in zip(pending, folded, strict=True):
+            updated = update(pools, [step_inputs for _, step_inputs in pending], accepted, rows)
+            for (pool, _), pair in zip(pending, updated, strict=True):
                 (pool.conv_window, pool.ssm_state), pool.step_inputs = pair, None
         self.step_rows = None
         self.uncommitted = torch.zeros_like(self.uncommitted)
 
     def reset(self, rows: Tensor) -> None:
-        """Empties the given slots for a new text. Shared columns stay theirs: see `allocate` and `free`."""
+        """Empties the given slots for new texts. It does not free shared KV slots; see `allocate` and `free`."""
         self.commit_state()
         self.lengths = self.lengths.index_fill(0, rows, 0)
         self.reset_count = self.reset_count.index_add(0, rows, torch.ones_like(rows))
@@ -188,8 +191,10 @@ class TowerState:
                 pool.conv_window, pool.ssm_state = zero_slots(pool.conv_window, rows), zero_slots(pool.ssm_state, rows)
 
     def free_all(self) -> None:
-        """No row's text is wanted any more: frees shared columns, and drops what the last `extend` left to fold in.
-        A row begins with `reset`, as always."""
+        """Discards all texts: frees all shared KV slots and drops uncommitted step inputs.
+
+        A new text starts with `reset` as usual.
+        """
         self.kv_slots.allocated.clear()
         for pool in self.pools:
             if isinstance(pool, MambaPool):
@@ -198,7 +203,7 @@ class TowerState:
         self.uncommitted = torch.zeros_like(self.uncommitted)
 
     def snapshot_row(self, row: int, lo: int, hi: int) -> CacheSnapshot:
-        """A copy of what the row keeps of its tokens lo…hi, and of its Mamba states; hi is its length."""
+        """A copy of the row's keys and values of tokens lo…hi and of its Mamba states. hi must be the row's length."""
         self.commit_state()
         vectors = self._vectors(row, lo, hi)
         layers: list[KeyValue | MambaCache | None] = []
@@ -212,7 +217,7 @@ class TowerState:
         return CacheSnapshot(layers, hi - lo)
 
     def restore(self, row: int, parts: Sequence[CacheSnapshot]) -> None:
-        """The text whose excerpts follow one another, in an empty row."""
+        """Writes consecutive snapshots of one text into an empty row."""
         self.commit_state()
         length = sum(part.tokens for part in parts)
         vectors = self._vectors(row, 0, length).flatten()
@@ -231,14 +236,16 @@ class TowerState:
         self.total_appended += length
 
     def _vectors(self, row: int, lo: int, hi: int) -> Tensor:
-        """(Hkv, T): where the row keeps its tokens lo…hi."""
+        """(Hkv, T), the indices of the row's vectors of tokens lo…hi."""
         columns = torch.arange(lo, hi, device=self.lengths.device)[None]
         slot = to_device_async([row], self.lengths.device)
         return self.kv_slots.vectors_of(slot, columns, torch.ones_like(columns, dtype=torch.bool))[0].T
 
     def reserve(self, capacity: int) -> None:
-        """Makes room for texts of `capacity` tokens; grows by half at least, so appending stays linear. Columns that
-        rows share do not grow."""
+        """Grows every row to at least `capacity` tokens, by a factor of 1.5 at least, so that appending stays linear.
+
+        Shared KV slots do not grow.
+        """
         old = self.kv_slots
         if old.shared or capacity <= old.slots_per_row:
             return
@@ -249,22 +256,22 @@ class TowerState:
         self.kv_slots = grown
 
     def allocate(self, row: int, length: int) -> None:
-        """Gives a row `length` of the shared columns; `KVSlots.first_fit` says whether it can."""
+        """Assigns `length` shared KV slots to a row; first check `KVSlots.first_fit`."""
         self.kv_slots.allocate(row, length)
 
     def free(self, row: int) -> None:
-        """The row's columns may be another's."""
+        """Returns the row's shared KV slots."""
         self.kv_slots.free(row)
 
-    def lower_max_seq_len(self, bound: int) -> None:
-        """Tells the state that no row is longer than `bound` (after rollbacks or when long rows left)."""
-        self.max_seq_len = min(self.max_seq_len, bound)
+    def lower_max_seq_len(self, length: int) -> None:
+        """Lowers the upper bound of all lengths, after rollbacks or when long rows have ended."""
+        self.max_seq_len = min(self.max_seq_len, length)
 
     # --- whole-state operations ------------------------------------------------------------------------------
 
     def select(self, rows: Tensor) -> TowerState:
-        """A state of the given rows only, in that order (copies). An `extend` of some rows only is final with it."""
-        assert not self.kv_slots.shared, "rows that share columns stay where they are"
+        """A copy with the given rows, in that order. It commits the state if the last `extend` read only some rows."""
+        assert not self.kv_slots.shared, "rows that share KV slots cannot be selected"
         if self.step_rows is not None:
             self.commit_state()
         old = self.kv_slots
@@ -286,7 +293,7 @@ class TowerState:
     def _map(
         self, change: Callable[[Tensor], Tensor], kv_slots: KVSlots, change_vectors: Callable[[Tensor], Tensor]
     ) -> TowerState:
-        """A state with `change` of everything that has a row each, and its keys and values laid out as `segments`."""
+        """A state with `change` applied to all tensors with a row dimension, `change_vectors` to keys and values."""
         out = object.__new__(TowerState)
         out.config, out.dtype, out.kv_slots = self.config, self.dtype, kv_slots
         out.max_seq_len, out.total_appended = self.max_seq_len, self.total_appended
@@ -297,8 +304,8 @@ class TowerState:
             if isinstance(pool, AttentionPool):
                 out.pools.append(AttentionPool(change_vectors(pool.k), change_vectors(pool.v)))
             elif isinstance(pool, MambaPool):
-                trace = None if pool.step_inputs is None else MambaStepInputs(*map(change, pool.step_inputs))
-                out.pools.append(MambaPool(change(pool.conv_window), change(pool.ssm_state), trace))
+                inputs = None if pool.step_inputs is None else MambaStepInputs(*map(change, pool.step_inputs))
+                out.pools.append(MambaPool(change(pool.conv_window), change(pool.ssm_state), inputs))
             else:
                 out.pools.append(None)
         out._index_pools()
@@ -316,7 +323,7 @@ class TowerState:
 
 @lru_cache(maxsize=32)
 def state_bytes(config: BackboneConfig, dtype: torch.dtype) -> tuple[int, int]:
-    """Bytes that a text takes: from the start, and for each of its tokens. Asked of a state without storage."""
+    """Bytes of a row's Mamba states, and bytes per token of a row; measured on states on the meta device."""
     states = [TowerState(config, rows, capacity, torch.device("meta"), dtype) for rows, capacity in ((1, 1), (1, 2))]
     mamba = [pool for pool in states[0].pools if isinstance(pool, MambaPool)]
     per_row = sum(pool.conv_window.nbytes + pool.ssm_state.nbytes for pool in mamba)

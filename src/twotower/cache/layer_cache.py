@@ -1,6 +1,6 @@
-"""What one layer keeps of the text before a pass, and what a pass adds to it.
+"""The cache of one layer before a pass (`LayerCache`), and its update by a pass (`CacheUpdate`).
 
-Mixers are pure functions: (hidden, read-only past) → (output, what the pass adds). Only `cache.hybrid_cache` stores.
+Mixers are pure functions: (hidden, read-only cache) → (output, update). Only `cache.hybrid_cache` stores updates.
 """
 
 from __future__ import annotations
@@ -21,12 +21,14 @@ class KeyValue(NamedTuple):
 
 
 class MambaCache(NamedTuple):
-    """A Mamba-2 layer at one position of the text: the last K−1 raw convolution inputs (B, K−1, C), oldest first, and
-    the SSM state (B, H, P, N)."""
+    """The state of a Mamba-2 layer at one position of the text.
+
+    conv_window: (B, K−1, C), the last K−1 raw convolution inputs, oldest first. ssm_state: (B, H, P, N).
+    """
 
     conv_window: Tensor
     ssm_state: Tensor
 
 
-LayerCache = KeyValue | CachedKV | MambaCache | None  # KeyValue in training, over whole sequences
+LayerCache = KeyValue | CachedKV | MambaCache | None  # KeyValue: whole sequences, in training
 CacheUpdate = KeyValue | MambaStepInputs | None

@@ -1,4 +1,4 @@
-"""The memory of a cache, layer by layer: pools of keys and values, pools of Mamba states, and views of both."""
+"""The memory of each layer of a state: K/V pools, Mamba pools, and read-only views of both."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ from twotower.ops.reference.mamba_block import MambaStepInputs
 
 @dataclass
 class AttentionPool:
-    """k, v (vectors + 1, D), which `KVSlots` shares among the rows; the last one takes the writes of padding."""
+    """k, v (V + 1, D): vectors that `KVSlots` assigns to rows, and a spare one that takes the writes of padding."""
 
     k: Tensor
     v: Tensor
@@ -21,8 +21,10 @@ class AttentionPool:
 
 @dataclass
 class MambaPool:
-    """conv_window (R, K−1, C) and ssm_state (R, H, P, N) before the last `extend`, and its trace, if any, of the rows
-    that it read (`TowerState.step_rows`)."""
+    """conv_window (R, K−1, C) and ssm_state (R, H, P, N) before the last `extend`.
+
+    step_inputs: those of the last `extend`, for the rows `TowerState.step_rows`; None if they are committed.
+    """
 
     conv_window: Tensor
     ssm_state: Tensor
@@ -34,9 +36,9 @@ Pool = AttentionPool | MambaPool | None
 
 @dataclass(frozen=True)
 class ContextView:
-    """A read-only look at the state: what one pass of a tower reads, layer by layer.
+    """A read-only view of the state, the input of one pass of a tower. Valid until the next `extend`.
 
-    past: one entry a layer; lengths (B,). Good until the next `extend`.
+    past: one cache a layer. lengths: (B,).
     """
 
     past: list[LayerCache]
@@ -45,8 +47,7 @@ class ContextView:
 
 @dataclass(frozen=True)
 class CacheSnapshot:
-    """A part of one text's state, layer by layer: keys and values of its tokens (Hkv, T, D), or the Mamba state after
-    them."""
+    """A copy of a part of one row's state: keys and values (Hkv, T, D) of T tokens, and the Mamba states after them."""
 
     layers: list[KeyValue | MambaCache | None]
     tokens: int
@@ -57,14 +58,14 @@ class CacheSnapshot:
 
 
 def mamba_cache(pool: MambaPool, rows: Tensor | None) -> MambaCache:
-    """What a layer reads of a pool: of all rows, or of the given slots (B,)."""
+    """The Mamba cache of all rows, or of the given slots (B,)."""
     if rows is None:
         return MambaCache(pool.conv_window, pool.ssm_state)
     return MambaCache(pool.conv_window[rows], pool.ssm_state[rows])
 
 
 def copy_to_layout(pool: Tensor, old: KVSlots, new: KVSlots, rows: Tensor | None = None) -> Tensor:
-    """The pool of evenly laid out rows (or of the given ones) in another even layout, of no fewer columns."""
+    """Copies a K/V pool, or the given rows of it, to another contiguous layout with at least as many slots a row."""
     held = pool[: old.num_vectors].view(old.rows, old.heads, old.slots_per_row, pool.shape[1])
     held = held if rows is None else held[rows]
     out = pool.new_zeros(new.num_vectors + 1, pool.shape[1])

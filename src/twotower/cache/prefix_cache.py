@@ -1,7 +1,7 @@
-"""Prompts that begin alike are read once: the state after every so many tokens of a prompt, kept while there is room.
+"""`PrefixCache`: states after the first chunks of prompts, so that later requests do not read these chunks again.
 
-A tree whose edges are chunks of tokens. A node keeps the keys and values of its own chunk and the Mamba states after
-it; what was used longest ago goes first, from the leaves.
+The cache is a tree whose edges are chunks of tokens. A node has the keys and values of its chunk and the Mamba states
+after it. The least recently used leaf is evicted first.
 """
 
 from __future__ import annotations
@@ -16,7 +16,7 @@ from twotower.cache.pools import CacheSnapshot
 
 @dataclass
 class Node:
-    """The text up to the end of one chunk. number: its name as a parent; 0 is the empty text."""
+    """A prefix that ends with one chunk. number: its id in the keys of its children; 0 is the empty prefix."""
 
     number: int
     parent: Node | None
@@ -25,15 +25,17 @@ class Node:
 
 
 class PrefixCache:
-    """Keeps at most `budget` bytes, of texts cut into chunks of `chunk` tokens.
+    """Holds at most `budget` bytes of prefixes, in chunks of `chunk` tokens.
 
-    query_tokens, hit_tokens: prompt tokens of the requests that came, and those of them that need not be read.
+    query_tokens: prompt tokens of all requests so far. hit_tokens: those that were restored from the cache.
     """
 
     def __init__(self, chunk: int, budget: int) -> None:
         self.chunk = chunk
         self.budget = budget
-        self.nodes: OrderedDict[tuple[int, tuple[int, ...]], Node] = OrderedDict()  # by parent and tokens; oldest first
+        self.nodes: OrderedDict[tuple[int, tuple[int, ...]], Node] = (
+            OrderedDict()
+        )  # by parent and tokens, least recently used first
         self.nbytes = 0
         self._made = 0
         self.query_tokens = 0
@@ -50,8 +52,10 @@ class PrefixCache:
         return self.hit_tokens
 
     def restore(self, state: TowerState, slot: int, prompt: Sequence[int]) -> int:
-        """Puts the longest known beginning of a prompt into an empty slot → its tokens. The last token that is given is
-        never part of it: somebody has to ask what follows."""
+        """Restores the longest cached prefix of a prompt into an empty slot → the number of its tokens.
+
+        The prefix never includes the last token of the prompt: a pass must read it to get the next logits.
+        """
         path = self._match(prompt, len(prompt) - 1)
         if path:
             state.restore(slot, [node.snapshot for node in path])
@@ -60,11 +64,11 @@ class PrefixCache:
         return len(path) * self.chunk
 
     def insert(self, state: TowerState, slot: int, prompt: Sequence[int], read: int) -> None:
-        """Remembers the chunk that ends at `read`, if it is one and the text before it is known."""
+        """Caches the chunk that ends at token `read`, if it is a whole chunk and the prefix before it is cached."""
         if not read or read % self.chunk or read > len(prompt):
             return
         path = self._match(prompt, read)
-        if len(path) != read // self.chunk - 1:  # known already, or what came before is forgotten
+        if len(path) != read // self.chunk - 1:  # already cached, or the prefix before was evicted
             return
         parent = path[-1] if path else None
         snapshot = state.snapshot_row(slot, read - self.chunk, read)
@@ -78,12 +82,12 @@ class PrefixCache:
             parent.children += 1
 
     def clear(self) -> None:
-        """Forgets everything."""
+        """Evicts everything."""
         self.nodes.clear()
         self.nbytes = 0
 
     def _match(self, prompt: Sequence[int], tokens: int) -> list[Node]:
-        """The nodes of what is known of the first `tokens` of a prompt, now the most recently used."""
+        """The nodes of the longest cached prefix of the first `tokens` tokens, marked as most recently used."""
         path: list[Node] = []
         for start in range(0, tokens - self.chunk + 1, self.chunk):
             key = (path[-1].number if path else 0, tuple(prompt[start : start + self.chunk]))
@@ -95,7 +99,7 @@ class PrefixCache:
         return path
 
     def _evict_for(self, nbytes: int, spared: Sequence[Node]) -> bool:
-        """Forgets the oldest leaves until so many bytes fit → whether they do."""
+        """Evicts the least recently used leaves until `nbytes` fit → whether they fit. `spared` nodes stay."""
         kept = {node.number for node in spared}
         while self.nbytes + nbytes > self.budget:
             leaf = next((k for k, node in self.nodes.items() if not node.children and node.number not in kept), None)

@@ -1,10 +1,10 @@
-"""The context's state as the denoiser sees it when the towers sit on different devices.
+"""`Replica`: a copy of the context state on the denoiser's device, for towers on two devices.
 
-Once per block only what is new crosses: the K/V columns appended since the last time and the current Mamba
-states. One `DeviceTransfer` makes all copies, so a test can count them.
+Once per block, only new data is transferred: keys and values of tokens appended since the last transfer, and the
+current Mamba states. One `DeviceTransfer` makes all copies, so that tests can count them.
 
-The copy is written in place by `view` and read by the denoiser's passes, all in the order of one stream, so no pass
-sees a later text. What crosses is gathered in the order of the context's stream, before a later `extend` writes there.
+`view` writes the copy in place, and the denoiser's passes read it in the same stream. A pass therefore never reads a
+later text. The data to transfer is gathered in the context tower's stream, before a later `extend` writes to the state.
 """
 
 from __future__ import annotations
@@ -21,7 +21,7 @@ from twotower.ops.host_transfer import to_device_async
 
 
 class PendingTransfer(NamedTuple):
-    """A row whose text has changed: the copy holds its tokens up to `start`, the state up to `end`."""
+    """Tokens start…end of a row that the state has and the replica lacks."""
 
     slot: int
     start: int
@@ -29,17 +29,16 @@ class PendingTransfer(NamedTuple):
 
 
 class DeviceTransfer:
-    """Moves tensors between the towers' devices."""
+    """Copies tensors between the devices of the towers."""
 
     def send(self, tensor: Tensor, device: torch.device) -> Tensor:
-        # Between GPUs torch runs the copy in the source's stream, after all that the target's has queued, and lets the
-        # target's wait for it: safe without a word from us, but to be launched before passes that are to overlap.
-        # Towards a CPU it has to wait: the host would read the copy before it is there.
+        # Between GPUs, torch runs the copy after the queued work of both streams. Launch it before overlapping passes.
+        # A copy to the CPU must block: the host would read the tensor before it arrives.
         return tensor.to(device, non_blocking=device.type != "cpu")
 
 
 class LocalReader:
-    """Both towers on one device: the denoiser reads the context's state where it lies."""
+    """Access to the state for a denoiser on the same device, in place."""
 
     def __init__(self, state: TowerState) -> None:
         self.state = state
@@ -52,7 +51,7 @@ class LocalReader:
 
 
 class Replica:
-    """A copy of `state` on `device`, brought up to date by `view`."""
+    """A copy of `state` on `device`. `view` brings it up to date."""
 
     def __init__(self, state: TowerState, device: torch.device, transfer: DeviceTransfer) -> None:
         self.state = state
@@ -60,14 +59,14 @@ class Replica:
         self.transfer = transfer
         shared = state.kv_slots.total if state.kv_slots.shared else None
         self.copy = TowerState(state.config, state.rows, state.capacity, device, state.dtype, shared)
-        self.lengths = torch.zeros_like(state.lengths)  # on the context's device: how far the copy has come
-        self.reset_count = state.reset_count  # and of which text
+        self.lengths = torch.zeros_like(state.lengths)  # of the copy, on the context tower's device
+        self.reset_count = state.reset_count  # of the texts in the copy
 
     def view(self, rows: Tensor | None = None, pending: Sequence[PendingTransfer] | None = None) -> ContextView:
-        """What a pass reads, for all rows or the given slots (B,), which lie on the denoiser's device.
+        """The input of a denoiser pass, for all rows or the given slots (B,), a tensor on the denoiser's device.
 
-        pending: the tokens of those rows that the copy lacks, if the host knows them. None: all rows are brought up to
-        date, each by as many tokens as were appended.
+        pending: the tokens of these rows that the copy lacks, if the host knows them. None: transfers, for all rows, as
+        many tokens as were appended since the last call.
         """
         self.state.commit_state()
         if pending is None:
@@ -95,7 +94,7 @@ class Replica:
 
     def _transfer_pending(self, pending: Sequence[PendingTransfer]) -> None:
         self._sync_kv_slots()
-        tokens = [(row.slot, column) for row in pending for column in range(row.start, row.end)]
+        tokens = [(row.slot, token) for row in pending for token in range(row.start, row.end)]
         slots, ends = [row.slot for row in pending], [row.end for row in pending]
         here, there = (_vectors(state, tokens) for state in (self.state, self.copy))
         rows = to_device_async(slots, self.device)
@@ -109,8 +108,10 @@ class Replica:
     def _copy_vectors(
         self, here: Tensor, there: Tensor, slots: Tensor | None = None, rows: Tensor | None = None
     ) -> None:
-        """Keys and values from vectors `here` of the state to `there` of the copy, and the Mamba states of slots (C,),
-        which are `rows` on the copy's device (None: of all)."""
+        """Copies keys and values from indices `here` of the state to indices `there` of the copy, and Mamba states.
+
+        slots: (C,), the rows whose Mamba states are copied; `rows` is the same tensor on the copy's device. None: all.
+        """
         for source, target in zip(self.state.pools, self.copy.pools, strict=True):
             if isinstance(source, AttentionPool) and isinstance(target, AttentionPool):
                 target.k[there] = self._send(source.k[here])
@@ -127,7 +128,7 @@ class Replica:
         return self.transfer.send(tensor, self.device)
 
     def select(self, state: TowerState, rows: Tensor) -> Replica:
-        """The replica of `state`, which holds the given rows of this one's."""
+        """A replica of `state`, where `state` has the given rows of this replica's state."""
         out = object.__new__(Replica)
         out.state, out.device, out.transfer = state, self.device, self.transfer
         out.copy = self.copy.select(self._send(rows))
@@ -140,14 +141,12 @@ ContextReader = LocalReader | Replica
 
 
 def _appended_vectors(state: TowerState, old: Tensor, lengths: Tensor, width: int) -> Tensor:
-    """The vectors of each row's columns from old (R,) to lengths (R,), at most `width`; the spare one beyond."""
-    columns = old[:, None] + torch.arange(width, device=old.device)
-    return state.kv_slots.vectors_of(None, columns, columns < lengths[:, None]).flatten()
+    """Vector indices of each row's tokens old…lengths, (R,) each, at most `width`; the spare vector beyond."""
+    tokens = old[:, None] + torch.arange(width, device=old.device)
+    return state.kv_slots.vectors_of(None, tokens, tokens < lengths[:, None]).flatten()
 
 
 def _vectors(state: TowerState, tokens: Sequence[tuple[int, int]]) -> Tensor:
-    """The vectors of tokens, each a row and its column there."""
-    slots, columns = to_device_async(tokens, state.lengths.device, torch.long).view(-1, 2).unbind(1)
-    return state.kv_slots.vectors_of(
-        slots, columns[:, None], torch.ones_like(columns, dtype=torch.bool)[:, None]
-    ).flatten()
+    """Vector indices of tokens, each a slot and a position."""
+    slots, positions = to_device_async(tokens, state.lengths.device, torch.long).view(-1, 2, 1).unbind(1)
+    return state.kv_slots.vectors_of(slots[:, 0], positions, torch.ones_like(positions, dtype=torch.bool)).flatten()

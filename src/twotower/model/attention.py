@@ -13,7 +13,7 @@ from twotower.ops.registry import select
 
 
 class Attention(nn.Module):
-    """One softmax over [past keys ; own keys]."""
+    """Attention of a pass over [cached keys ; keys of the pass], with one softmax."""
 
     def __init__(self, config: BackboneConfig) -> None:
         super().__init__()
@@ -26,7 +26,7 @@ class Attention(nn.Module):
         self.o_proj = Linear(config.num_attention_heads * width, hidden, bias=config.attention_bias)
 
     def project(self, hidden: Tensor) -> tuple[Tensor, KeyValue]:
-        """hidden (B, L, H) → q (B, Hq, L, D) and the pass's own keys and values."""
+        """hidden (B, L, H) → queries (B, Hq, L, D), and the keys and values of the pass."""
         q, k, v = (
             proj(hidden).unflatten(-1, (heads, self.head_dim)).transpose(1, 2)
             for proj, heads in zip((self.q_proj, self.k_proj, self.v_proj), self.heads, strict=True)
@@ -34,12 +34,12 @@ class Attention(nn.Module):
         return q, KeyValue(k, v)
 
     def output(self, heads: Tensor) -> Tensor:
-        """(B, Hq, L, D) → (B, L, H)."""
+        """Heads (B, Hq, L, D) → output projection (B, L, H)."""
         return self.o_proj(heads.transpose(1, 2).flatten(2))
 
     def forward(self, hidden: Tensor, past: CachedKV | None, meta: AttentionMetadata) -> tuple[Tensor, KeyValue]:
-        """hidden (B, L, H) → output (B, L, H) and the keys and values to append."""
+        """hidden (B, L, H) → output (B, L, H), and the keys and values to append to the cache."""
         q, own = self.project(hidden)
         attend = select("attention", hidden.device, hidden.dtype).function
-        heads = attend(*(part.transpose(1, 2) for part in (q, *own)), meta.valid, meta.causal, past)
+        heads = attend(*(part.transpose(1, 2) for part in (q, *own)), meta.token_mask, meta.causal, past)
         return self.o_proj(heads.flatten(2)), own

@@ -1,6 +1,6 @@
-"""Time conditioning of the denoiser: adaLN-single (PixArt-α), spec §1.
+"""Time conditioning of the denoiser: adaLN-single, as in PixArt-α.
 
-One small network turns t into (shift, scale, gate); each layer adds its own table.
+One small network maps t to (shift, scale, gate); each layer adds its own table to them.
 """
 
 from __future__ import annotations
@@ -17,13 +17,13 @@ from twotower.model.linear import Linear
 from twotower.model.norm import RMSNorm
 from twotower.ops.precision import accumulation_dtype
 
-MAX_CACHED_TIMES = 64  # values of t; a block of 16 has 17
+MAX_CACHED_TIMES = 64  # cached values of t; a block of 16 positions has 17
 SINUSOID_SIZE = 256
-MODULATE_BEFORE_NORM = frozenset("M*")  # in MoE and MLP layers modulation comes after the norm
+MODULATE_BEFORE_NORM = frozenset("M*")  # MoE and MLP layers modulate after the norm
 
 
 class Modulation(NamedTuple):
-    """One layer's shift, scale and gate, each (B, 1, H)."""
+    """Shift, scale and gate of one layer, each (B, 1, H)."""
 
     shift: Tensor
     scale: Tensor
@@ -31,9 +31,9 @@ class Modulation(NamedTuple):
 
 
 def timestep_sinusoid(t: Tensor, dtype: torch.dtype) -> Tensor:
-    """t (B,) in [0, 1] → (B, 256): cosines first, then sines, of t·1000·exp(−ln(10000)·k/128).
+    """t (B,) in [0, 1] → (B, 256): cosines, then sines, of t·1000·exp(−ln(10000)·k/128).
 
-    Formed in at least fp32 whatever the model's dtype: in bf16 t·1000 itself would be off by up to 4.
+    Computed in at least fp32: in bf16, t·1000 would be off by up to 4.
     """
     acc = accumulation_dtype(dtype)
     half = SINUSOID_SIZE // 2
@@ -43,7 +43,7 @@ def timestep_sinusoid(t: Tensor, dtype: torch.dtype) -> Tensor:
 
 
 class TimestepEmbedder(nn.Module):
-    """`t_embedder`: sinusoid → Linear, SiLU, Linear."""
+    """Embeds t: sinusoid → Linear, SiLU, Linear."""
 
     __call__: Callable[..., Tensor]
 
@@ -57,19 +57,19 @@ class TimestepEmbedder(nn.Module):
 
 
 class TimeConditioning(nn.Module):
-    """t (B,) → one `Modulation` per layer. Submodule names are those of the released checkpoint."""
+    """t (B,) → one `Modulation` per layer. The submodules have the names of the released checkpoint."""
 
     def __init__(self, hidden: int, layers: int) -> None:
         super().__init__()
         self.t_embedder = TimestepEmbedder(hidden)
         self.t_block = nn.Sequential(nn.SiLU(), Linear(hidden, 3 * hidden))
         self.scale_shift_tables = nn.ParameterList(nn.Parameter(torch.zeros(3, hidden)) for _ in range(layers))
-        self._cached: dict[tuple[float, torch.dtype], Tensor] = {}  # of `_weights`, as they were then
+        self._cached: dict[tuple[float, torch.dtype], Tensor] = {}  # valid for `_weights`
         self._weights: list[tuple[int, int]] = []
         self.reset_parameters()
 
     def reset_parameters(self) -> None:
-        """The identity (spec §4, ours): shift 0, scale 0, gate 1, so a copied denoiser begins as its backbone."""
+        """Sets the identity: shift 0, scale 0, gate 1. A denoiser copied from a backbone then computes the same."""
         for parameter in self.t_block.parameters():
             nn.init.zeros_(parameter)
         for table in self.scale_shift_tables:
@@ -88,14 +88,14 @@ class TimeConditioning(nn.Module):
         return [Modulation(*each[at : at + 3]) for at in range(0, len(each), 3)]
 
     def _parts(self, t: Tensor) -> Tensor:
-        """t (B,) → (B, 3·layers, 1, H): shift, scale and gate of every layer."""
+        """t (B,) → (B, 3·layers, 1, H): shift, scale and gate of every layer, in one operation."""
         shared: Tensor = self.t_block(self.t_embedder(t)).unflatten(-1, self.scale_shift_tables[0].shape)  # (B, 3, H)
         tables = torch.stack(tuple(self.scale_shift_tables))  # (layers, 3, H)
-        return (shared[:, None] + tables).flatten(1, 2)[:, :, None]  # one operation for all layers
+        return (shared[:, None] + tables).flatten(1, 2)[:, :, None]
 
     def _cached_parts(self, value: float, like: Tensor) -> Tensor:
-        """`_parts` of one t. On a processor forming them takes a fifth of a pass of the bundled model."""
-        key, cached = (value, like.dtype), self._cached  # another thread may begin a new one meanwhile
+        """`_parts` of one t, cached. Computing them takes a fifth of a pass of the bundled model on a CPU."""
+        key, cached = (value, like.dtype), self._cached  # another thread may replace the dict meanwhile
         parts = cached.get(key)
         if parts is None:
             parts = cached[key] = self._parts(like.new_tensor([value]))
@@ -108,7 +108,7 @@ class TimeConditioning(nn.Module):
 
 
 def modulated_norm(x: Tensor, norm: RMSNorm, kind: LayerKind, modulation: Modulation | None) -> Tensor:
-    """What a layer's mixer reads. The order of norm and modulation depends on the layer's kind, and lives only here."""
+    """The normed and modulated input of a layer's mixer; the order of the two depends on the layer's kind."""
     if modulation is None:
         return norm(x)
     return norm(x, (modulation.shift, modulation.scale), "before" if kind in MODULATE_BEFORE_NORM else "after")

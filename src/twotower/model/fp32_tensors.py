@@ -1,4 +1,4 @@
-"""Tensors of a model that stay in at least fp32 whatever the model's dtype."""
+"""The tensors of a model that stay in at least fp32, whatever the dtype of the model."""
 
 from __future__ import annotations
 
@@ -7,28 +7,28 @@ from collections.abc import Callable, Iterator
 import torch
 from torch import Tensor, nn
 
-# A rounded decay rate or selection bias changes what a layer does.
+# Rounding a decay rate or a selection bias would change the output of a layer.
 FP32_SUFFIXES = (".A_log", ".dt_bias", ".D", ".e_score_correction_bias", "_scale")
 
 
 def named_tensors(model: nn.Module) -> Iterator[tuple[str, Tensor]]:
-    """Every parameter and buffer under its name in memory."""
+    """All parameters and buffers with their names in memory."""
     yield from model.named_parameters()
     yield from model.named_buffers()
 
 
 def keeps_fp32(memory: str) -> bool:
-    """Whether a tensor of this name is kept in at least fp32."""
+    """Whether the tensor of this name stays in at least fp32."""
     return f".{memory}".endswith(FP32_SUFFIXES)
 
 
 def target_dtype(memory: str, dtype: torch.dtype) -> torch.dtype:
-    """The dtype a tensor has in a model of `dtype`."""
+    """The dtype of the tensor of this name in a model of `dtype`."""
     return torch.promote_types(dtype, torch.float32) if keeps_fp32(memory) else dtype
 
 
 def cast(model: nn.Module, dtype: torch.dtype) -> nn.Module:
-    """A model in `dtype`, in place, with the tensors that must stay wide left wide."""
+    """Casts a model to `dtype` in place, except for the fp32 tensors; returns the model."""
     for name, tensor in named_tensors(model):
         if tensor.is_floating_point():
             tensor.data = tensor.data.to(target_dtype(name, dtype))
@@ -36,7 +36,7 @@ def cast(model: nn.Module, dtype: torch.dtype) -> nn.Module:
 
 
 def preserving_fp32(model: nn.Module, change: Callable[[Tensor], Tensor]) -> Callable[[Tensor], Tensor]:
-    """`change` as `Module._apply` takes it (`.to`, `.bfloat16`, …), but it leaves the wide tensors wide."""
+    """Wraps a function for `Module._apply` (`.to`, `.bfloat16`, …) so that the fp32 tensors stay in at least fp32."""
     names = {id(part): name for name, tensor in named_tensors(model) for part in (tensor, tensor.grad)}
 
     def changed(tensor: Tensor) -> Tensor:

@@ -1,4 +1,4 @@
-"""What the tokens of one pass may see: of each other, and of the text before them."""
+"""Masks of one pass: which tokens are padding, and what a token attends to."""
 
 from __future__ import annotations
 
@@ -10,37 +10,38 @@ from torch import Tensor
 
 @dataclass(frozen=True, kw_only=True)
 class AttentionMetadata:
-    """What the L tokens of one pass may see; the same for every layer.
+    """The masks of one pass over L tokens; the same for every layer.
 
-    valid:        (B, L) False at padding, or None: every token counts.
-    causal:       whether a token sees later tokens of its own pass (the denoiser's block does).
-    start:        (B,) the first token's absolute position. Nemotron-H has no positional encoding; backbones with one
-                  read it here.
-    representative:     (1,) place of a token that counts, among all B·L; None: not looked for (`with_representative`).
+    token_mask: (B, L), False at padding; None: there is no padding.
+    causal: whether a token attends only to earlier tokens of its pass and itself. False for a denoiser's block.
+    start: (B,), the absolute position of the first token, for backbones with positional encoding. Nemotron-H has none.
+    representative: (1,), the index among all B·L tokens of one that is not padding; None: not computed.
     """
 
-    valid: Tensor | None = None
+    token_mask: Tensor | None = None
     causal: bool = True
     start: Tensor | None = None
     representative: Tensor | None = None
 
     def with_representative(self) -> AttentionMetadata:
-        """The same with `counting`, where there may be padding. Formed anew in each pass: recorded ones repeat it."""
-        if self.valid is None:
+        """A copy with `representative` set. Each pass computes it, so a CUDA graph replays the computation."""
+        if self.token_mask is None:
             return self
-        return replace(self, representative=self.valid.flatten().byte().argmax(0, keepdim=True))
+        return replace(self, representative=self.token_mask.flatten().byte().argmax(0, keepdim=True))
 
     def route_padding(self, choice: Tensor) -> Tensor:
-        """choice (B·L, k), the experts of each token → those that are visited: padding goes where a token goes that
-        counts, so that no expert's weights are read for it alone."""
-        if self.valid is None or self.representative is None:
+        """Routes padding to the experts of the representative token, so that padding loads no extra weights.
+
+        choice: (B·L, k), the experts of each token.
+        """
+        if self.token_mask is None or self.representative is None:
             return choice
-        return torch.where(self.valid.flatten()[:, None], choice, choice.index_select(0, self.representative))
+        return torch.where(self.token_mask.flatten()[:, None], choice, choice.index_select(0, self.representative))
 
 
 def context_visible(key_positions: Tensor, block_start: Tensor) -> Tensor:
-    """The rule of the coupling, for generation and training alike: a block sees the context strictly before it.
+    """Which context keys a denoiser block attends to: those strictly before its start, (N, T) bool.
 
-    key_positions (T,), block_start (N,) → bool (N, T).
+    Generation and training share this rule. key_positions (T,), block_start (N,).
     """
     return key_positions < block_start[:, None]

@@ -1,6 +1,6 @@
-"""The one seam for dense weights: every projection of a tower is made here.
+"""Linear layers: every dense projection of a tower is a `Linear` or an `Int8Linear`.
 
-Packed, quantised or sharded weights replace `Linear` in this place; names on disk stay the released ones.
+Code that packs, quantises or shards weights finds them by these classes. The tensor names on disk do not change.
 """
 
 from __future__ import annotations
@@ -15,7 +15,7 @@ from twotower.ops.registry import select
 
 
 class Linear(nn.Linear):
-    """y = x·Wᵀ + b, weight (out, in). packed: a second copy of the weight, neither saved nor copied."""
+    """y = x·Wᵀ + b, weight (out, in). packed: the packed copy of the weight; it is not saved, and copies lack it."""
 
     __call__: Callable[..., Tensor]
 
@@ -30,12 +30,12 @@ class Linear(nn.Linear):
 
     def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> Linear:
         super()._apply(fn, recurse)
-        self.packed.get(self.weight)  # releases the copy of a weight that has just changed or moved
+        self.packed.get(self.weight)  # drops the packed copy of a weight that has changed or moved
         return self
 
 
 class Int8Linear(nn.Module):
-    """A `Linear` whose weight (out / 16, in, 16) is int8 with a scale (out,) for each row: see `kernels.int8`."""
+    """A `Linear` with an int8 weight (out / 16, in, 16) and a scale (out,) per row; see `ops.reference.int8`."""
 
     weight: Tensor
     weight_scale: Tensor

@@ -1,4 +1,4 @@
-"""The Mamba-2 mixer. A pass of up to `chunk_size` tokens is one matrix-form chunk, a longer one a chunked scan."""
+"""The Mamba-2 mixer: one matrix-form chunk for up to `chunk_size` tokens, a chunked scan for longer passes."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ from twotower.ops.registry import select
 
 
 class CausalConv(nn.Module):
-    """Holder of `conv1d.{weight,bias}` in the released shape (C, 1, K)."""
+    """Holds `conv1d.{weight,bias}` in the released shape (C, 1, K)."""
 
     def __init__(self, channels: int, taps: int, bias: bool) -> None:
         super().__init__()
@@ -43,7 +43,7 @@ class Mamba2(nn.Module):
         self.out_proj = Linear(inner, config.hidden_size, bias=config.use_bias)
 
     def reset_parameters(self) -> None:
-        """Mamba-2's own initialisation: decay rates 1…16, time steps log-uniform in [time_step_min, time_step_max]."""
+        """The initialisation of Mamba-2: decay rates 1…16, log-uniform time steps in [time_step_min, time_step_max]."""
         config = self.config
         nn.init.kaiming_uniform_(self.conv1d.weight, a=math.sqrt(5))
         with torch.no_grad():
@@ -54,47 +54,47 @@ class Mamba2(nn.Module):
             self.dt_bias.copy_(steps + torch.log(-torch.expm1(-steps)))  # inverse of softplus
 
     def forward(
-        self, hidden: Tensor, past: MambaCache | None, meta: AttentionMetadata, trace: bool = True
+        self, hidden: Tensor, past: MambaCache | None, meta: AttentionMetadata, keep_step_inputs: bool = True
     ) -> tuple[Tensor, MambaStepInputs | None]:
-        """hidden (B, L, H) → output (B, L, H) and, if wanted, the trace the state after any prefix is rebuilt from."""
+        """hidden (B, L, H) → output (B, L, H), and the step inputs if `keep_step_inputs`.
+
+        The state after any prefix of the pass can be computed from the step inputs.
+        """
         projected, weights = self.in_proj(hidden), self.weights
         window, state = (None, None) if past is None else past
         if hidden.shape[1] <= self.config.chunk_size:
             block = select("mamba_block", projected.device, projected.dtype).function
-            mixed, kept = block(projected, meta.valid, window, state, weights, trace)
+            mixed, kept = block(projected, meta.token_mask, window, state, weights, keep_step_inputs)
             return self.out_proj(mixed), kept
-        z, xBC, dt, log_decay = split(projected, meta.valid, weights)
+        z, xBC, dt, log_decay = split(projected, meta.token_mask, weights)
         kept, C = convolve(xBC, window, dt, log_decay, weights)
         y, _ = ssd_chunked(kept.x, kept.dt, kept.log_decay, kept.B, C, state, self.config.chunk_size)
-        return self.out_proj(gate_and_norm(y, kept.x, z, weights)), kept if trace else None
+        return self.out_proj(gate_and_norm(y, kept.x, z, weights)), kept if keep_step_inputs else None
 
     def forward_packed(
-        self, hidden: Tensor, valid: Tensor, starts_document: Tensor, windows: Callable[[Tensor], Tensor]
+        self, hidden: Tensor, token_mask: Tensor, starts_document: Tensor, windows: Callable[[Tensor], Tensor]
     ) -> tuple[Tensor, MambaCache]:
-        """Packed rows from zero state, and the past before each of their blocks (training's context pass).
+        """The context pass of training over packed rows, which also returns the state before each block.
 
-        hidden (B, S, H); valid (B, S); starts_document (B, blocks): blocks that start from zero state;
-        windows: raw convolution inputs (B, S, C) → those before each block (B, blocks, K−1, C). Returns the output
-        (B, S, H) and a `MambaCache` of B·blocks rows.
+        hidden: (B, S, H). token_mask: (B, S). starts_document: (B, blocks), the blocks that start from zero state.
+        windows: maps raw convolution inputs (B, S, C) to those before each block (B, blocks, K−1, C).
+        Returns the output (B, S, H) and a `MambaCache` of B·blocks rows.
         """
         weights = self.weights
-        z, xBC, dt, log_decay = split(self.in_proj(hidden), valid, weights)
+        z, xBC, dt, log_decay = split(self.in_proj(hidden), token_mask, weights)
         blocks = starts_document.shape[1]
         window = windows(xBC).flatten(0, 1)
-        folded = [v.unflatten(1, (blocks, -1)).flatten(0, 1) for v in (xBC, dt, log_decay)]
-        xBC, dt, log_decay = folded
-        trace, C = convolve(xBC, window, dt, log_decay, weights)
-        added = final_state(trace.x, trace.dt, trace.log_decay, trace.B, None).unflatten(0, (-1, blocks))
-        before = pass_states(added, trace.log_decay.sum(1).unflatten(0, (-1, blocks)), None, starts_document).flatten(
-            0, 1
-        )
-        y = ssd_block(trace.x, trace.dt, trace.log_decay, trace.B, C, before)
-        z = z.unflatten(1, (blocks, -1)).flatten(0, 1)
-        return self.out_proj(gate_and_norm(y, trace.x, z, weights)).view_as(hidden), MambaCache(window, before)
+        xBC, dt, log_decay, z = (v.unflatten(1, (blocks, -1)).flatten(0, 1) for v in (xBC, dt, log_decay, z))
+        inputs, C = convolve(xBC, window, dt, log_decay, weights)
+        added = final_state(inputs.x, inputs.dt, inputs.log_decay, inputs.B, None).unflatten(0, (-1, blocks))
+        decays = inputs.log_decay.sum(1).unflatten(0, (-1, blocks))
+        before = pass_states(added, decays, None, starts_document).flatten(0, 1)
+        y = ssd_block(inputs.x, inputs.dt, inputs.log_decay, inputs.B, C, before)
+        return self.out_proj(gate_and_norm(y, inputs.x, z, weights)).view_as(hidden), MambaCache(window, before)
 
     @property
     def weights(self) -> MambaWeights:
-        """All but the projections, as the kernels take it."""
+        """The weights without the projections, as the kernels take them."""
         config, conv = self.config, self.conv1d
         return MambaWeights(
             conv.weight,

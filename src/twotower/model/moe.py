@@ -1,4 +1,4 @@
-"""Feed-forward mixers: the plain MLP and the mixture of experts, both down(relu(up·x)²)."""
+"""Feed-forward mixers: the MLP and the mixture of experts, both down(relu(up·x)²)."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ from twotower.ops.registry import select
 
 
 class MLP(nn.Module):
-    """down(relu(up·x)²), no gate."""
+    """down(relu(up·x)²), without a gate."""
 
     __call__: Callable[..., Tensor]
 
@@ -33,7 +33,7 @@ class MLP(nn.Module):
 
 
 class Router(nn.Module):
-    """Sigmoid scores; the correction bias acts on the selection only (spec §2)."""
+    """Selects experts by sigmoid scores. The correction bias changes the selection, not the weights of the experts."""
 
     e_score_correction_bias: Tensor
 
@@ -51,14 +51,14 @@ class Router(nn.Module):
         self.register_buffer("e_score_correction_bias", torch.zeros(config.n_routed_experts))
 
     def forward(self, hidden: Tensor) -> tuple[Tensor, Tensor]:
-        """hidden (T, H) → expert ids (T, k) and their weights (T, k), scores in at least fp32."""
+        """hidden (T, H) → expert ids (T, k) and expert weights (T, k); scores in at least fp32."""
         backend = select("route", hidden.device, hidden.dtype)
         choice: tuple[Tensor, Tensor] = backend.function(hidden, self.weight, self.e_score_correction_bias, self.rule)
         return choice
 
 
 class Experts(nn.Module):
-    """The seam for routed experts: stacked weights here, one tensor per expert on disk."""
+    """The routed experts, with stacked weights in memory. On disk each expert has its own tensors."""
 
     def __init__(self, config: BackboneConfig) -> None:
         super().__init__()
@@ -82,7 +82,7 @@ class Experts(nn.Module):
 
 
 class Int8Experts(nn.Module):
-    """`Experts` whose stacked weights are int8 with a scale (E, out) for each row: see `kernels.int8`."""
+    """`Experts` with int8 stacked weights and a scale (E, out) per row; see `ops.reference.int8`."""
 
     up_proj: Tensor
     up_proj_scale: Tensor
@@ -113,7 +113,7 @@ class MoE(nn.Module):
         self.shared_experts = MLP(config.hidden_size, config.moe_shared_expert_intermediate_size, config.mlp_bias)
 
     def forward(self, hidden: Tensor, meta: AttentionMetadata | None = None) -> Tensor:
-        """hidden (…, H) → (…, H); meta: which of (B, L) tokens count, where that is known to spare experts."""
+        """hidden (…, H) → (…, H). meta: the padding of the pass, so that padding loads no extra experts."""
         flat = hidden.flatten(0, -2)
         choice, weight = self.gate(flat)
         if meta is not None:

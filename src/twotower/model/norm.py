@@ -1,4 +1,4 @@
-"""RMS norms; statistics and weight product in at least fp32."""
+"""RMS norms. Statistics and the product with the weight are computed in at least fp32."""
 
 from __future__ import annotations
 
@@ -22,15 +22,17 @@ class RMSNorm(nn.Module):
         self.eps = eps
 
     def forward(self, x: Tensor, modulation: tuple[Tensor, Tensor] | None = None, order: Order = "before") -> Tensor:
-        """x (B, L, H) → the same in the weight's dtype; modulation and order as in `ops.reference.norm.rms_norm`."""
+        """x (B, L, H) → the norm in the weight's dtype; modulation and order as in `ops.reference.norm.rms_norm`."""
         backend = select("rms_norm", x.device, self.weight.dtype)
         normed: Tensor = backend.function(x, self.weight, self.eps, modulation, order)
         return normed
 
 
 class GatedGroupRMSNorm(nn.Module):
-    """Holder of the weight of Mamba's output norm, which is part of `ops.reference.mamba_block`: gate first, then
-    RMSNorm within each group (spec §6)."""
+    """Holds the weight of the output norm of Mamba-2, which `ops.reference.mamba_block` computes.
+
+    The gate is applied first, then RMSNorm within each group.
+    """
 
     def __init__(self, width: int) -> None:
         super().__init__()

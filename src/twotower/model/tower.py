@@ -1,4 +1,4 @@
-"""One tower: embedding, layers, final norm, head. The same class serves as context and as denoiser."""
+"""One tower: embedding, layers, final norm, head. Both the context tower and the denoiser tower are a `Tower`."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ from twotower.ops.precision import upcast
 
 
 def build_mixer(kind: LayerKind, config: BackboneConfig) -> nn.Module:
-    """The module behind each letter of `hybrid_override_pattern`."""
+    """The mixer of a layer of this kind, a letter of `hybrid_override_pattern`."""
     match kind:
         case "M":
             return Mamba2(config)
@@ -34,7 +34,7 @@ def build_mixer(kind: LayerKind, config: BackboneConfig) -> nn.Module:
 
 
 class Layer(nn.Module):
-    """x + gate · mixer(norm(x)); without modulation plainly x + mixer(norm(x))."""
+    """A residual layer: x + gate · mixer(norm(x)), or x + mixer(norm(x)) without modulation."""
 
     def __init__(self, kind: LayerKind, config: BackboneConfig) -> None:
         super().__init__()
@@ -48,22 +48,23 @@ class Layer(nn.Module):
         past: LayerCache,
         meta: AttentionMetadata,
         modulation: Modulation | None = None,
-        trace: bool = True,
+        keep_step_inputs: bool = True,
     ) -> tuple[Tensor, CacheUpdate]:
-        """x (B, L, H) → the residual stream after the layer, and what the pass adds to the layer's state.
+        """x (B, L, H) → the residual stream after the layer and the layer's cache update.
 
-        trace: whether a Mamba layer's trace is wanted; without, it adds None.
+        keep_step_inputs: whether a Mamba layer returns its step inputs; if not, its update is None.
         """
         hidden = modulated_norm(x, self.norm, self.kind, modulation)
+        update: CacheUpdate = None
         if self.kind == "M":
-            out, added = self.mixer(hidden, past, meta, trace)
+            out, update = self.mixer(hidden, past, meta, keep_step_inputs)
         elif self.kind == "*":
-            out, added = self.mixer(hidden, past, meta)
+            out, update = self.mixer(hidden, past, meta)
         elif self.kind == "E":
-            out, added = self.mixer(hidden, meta), None
+            out = self.mixer(hidden, meta)
         else:
-            out, added = self.mixer(hidden), None
-        return self.residual(x, out, modulation), added
+            out = self.mixer(hidden)
+        return self.residual(x, out, modulation), update
 
     @staticmethod
     def residual(x: Tensor, out: Tensor, modulation: Modulation | None) -> Tensor:
@@ -71,13 +72,13 @@ class Layer(nn.Module):
 
 
 class PassInputs(NamedTuple):
-    """Everything that one pass of a tower reads beside the weights; see `Tower.forward`."""
+    """All inputs of one pass of a tower; see `Tower.forward`."""
 
     tokens: Tensor
     meta: AttentionMetadata
     past: list[LayerCache] | None = None
     modulation: list[Modulation] | None = None
-    trace: bool = True
+    keep_step_inputs: bool = True
 
 
 PassResult = tuple[Tensor, list[CacheUpdate]]
@@ -86,23 +87,23 @@ PassResult = tuple[Tensor, list[CacheUpdate]]
 class Runner(Protocol):
     """Runs a whole pass of one tower at once, with the result of `Tower.layer_by_layer`.
 
-    A runner keeps what it prepares for its tower. A copy of a runner (deepcopy, pickle) is empty.
+    A runner belongs to one tower and caches prepared data for it. A copy of a runner (deepcopy, pickle) is empty.
     """
 
     def run(self, tower: Tower, inputs: PassInputs) -> PassResult | None:
-        """The result of the pass; None where the runner does not serve it."""
+        """The result of the pass; None if the runner does not support the pass."""
 
     def prefill_chunk(self, tower: Tower) -> int | None:
-        """Tokens of a prompt that are best read in one pass; None: no preference."""
+        """The number of prompt tokens to read in one pass; None: no preference."""
 
     def release(self) -> None:
-        """Frees everything prepared for the tower."""
+        """Frees all data prepared for the tower."""
 
 
 class Tower(nn.Module):
-    """Tokens (B, L) in, final hidden states (B, L, H) out; `head` turns those into logits (B, L, V).
+    """Tokens (B, L) → final hidden states (B, L, H); `logits` applies the head.
 
-    runners: asked in turn for each pass; `runners.attach` sets them.
+    runners: tried in order for each pass; set by `runners.attach.attach_runners`.
     """
 
     __call__: Callable[..., PassResult]
@@ -121,7 +122,7 @@ class Tower(nn.Module):
         return self.embeddings.weight.device
 
     def all_layers(self) -> Iterator[Layer]:
-        """The layers, typed."""
+        """The layers, with their type."""
         for layer in self.layers:
             assert isinstance(layer, Layer)
             yield layer
@@ -136,13 +137,14 @@ class Tower(nn.Module):
         meta: AttentionMetadata,
         past: list[LayerCache] | None = None,
         modulation: list[Modulation] | None = None,
-        trace: bool = True,
+        keep_step_inputs: bool = True,
     ) -> PassResult:
-        """One pass over tokens (B, L), after `past` → hidden (B, L, H) and, layer by layer, what it adds.
+        """One pass over tokens (B, L) that follow `past` → hidden (B, L, H) and one cache update a layer.
 
-        trace: whether the Mamba layers' traces are wanted; a pass that nothing is to remember does without.
+        past: one cache a layer. modulation: one a layer; None: no time conditioning.
+        keep_step_inputs: whether Mamba layers return their step inputs, which only a pass that is stored needs.
         """
-        inputs = PassInputs(tokens, meta, past, modulation, trace)
+        inputs = PassInputs(tokens, meta, past, modulation, keep_step_inputs)
         for runner in self.runners:
             result = runner.run(self, inputs)
             if result is not None:
@@ -155,34 +157,36 @@ class Tower(nn.Module):
         meta: AttentionMetadata,
         past: list[LayerCache] | None = None,
         modulation: list[Modulation] | None = None,
-        trace: bool = True,
+        keep_step_inputs: bool = True,
     ) -> PassResult:
         """Reference forward; every runner must match it."""
         x, meta = self.embed(tokens), meta.with_representative()
-        added: list[CacheUpdate] = []
+        updates: list[CacheUpdate] = []
         for i, layer in enumerate(self.layers):
-            x, new = layer(x, past[i] if past else None, meta, modulation[i] if modulation else None, trace)
-            added.append(new)
-        return self.norm_f(x), added
+            x, new = layer(x, past[i] if past else None, meta, modulation[i] if modulation else None, keep_step_inputs)
+            updates.append(new)
+        return self.norm_f(x), updates
 
     def logits(self, hidden: Tensor, upcast_logits: bool = True) -> Tensor:
-        """hidden (…, H) → logits (…, V) in at least fp32 (upcast_logits=False: in the tower's own dtype)."""
+        """hidden (…, H) → logits (…, V), in at least fp32 unless upcast_logits is False."""
         logits = self.head(hidden)
         return upcast(logits) if upcast_logits else logits
 
     def release(self) -> None:
-        """Frees what the runners have prepared; they prepare it again when it is needed."""
+        """Frees the data that the runners have prepared; they prepare it again on demand."""
         for runner in self.runners:
             runner.release()
 
     def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> Tower:
-        self.release()  # what was prepared for the weights as they were
+        self.release()  # prepared data holds addresses of the old weights
         super()._apply(fn, recurse)
         return self
 
     def reset_parameters(self) -> None:
-        """Random weights for training from scratch: N(0, initializer_range), projections into the residual
-        stream divided by √layers (`rescale_prenorm_residual`)."""
+        """Initialises the weights for training from scratch: N(0, initializer_range).
+
+        The projections into the residual stream are divided by √layers (`rescale_prenorm_residual`).
+        """
         std = self.config.initializer_range
         for name, module in self.named_modules():
             if isinstance(module, Linear):

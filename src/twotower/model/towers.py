@@ -1,7 +1,7 @@
-"""`TwoTowerModel`: both towers, and the three verbs that every decoder is built from.
+"""`TwoTowerModel`: both towers and the three passes of decoding: `prefill`, `extend` and `denoise`.
 
-The verbs take and return tensors and never synchronise the host: `prefill` and `extend` write a context state,
-`denoise` reads one.
+`prefill` and `extend` write a context state, `denoise` reads one. All take and return tensors, and none waits for an
+accelerator.
 """
 
 from __future__ import annotations
@@ -24,13 +24,13 @@ from twotower.model.tower import Tower
 from twotower.tokenizer import Tokenizer
 
 TowerSet = Literal["both", "context"]
-PREFILL_CHUNK = 512  # tokens of a prompt read in one pass, layer by layer
+PREFILL_CHUNK = 512  # prompt tokens of one pass, where no runner prefers another number
 
 
 class TwoTowerModel(nn.Module):
-    """A frozen autoregressive context tower and a denoiser that fills blocks, coupled layer by layer.
+    """A frozen autoregressive context tower and a denoiser tower, which reads the caches of the same context layers.
 
-    `towers="context"` builds the context tower alone: autoregressive use on half the memory.
+    `towers="context"` builds the context tower alone, for autoregressive decoding with half the memory.
     """
 
     config: TwoTowerConfig
@@ -43,7 +43,7 @@ class TwoTowerModel(nn.Module):
         self.build_towers(config, towers)
 
     def build_towers(self, config: TwoTowerConfig, towers: TowerSet) -> None:
-        """Makes the modules, with random weights unless they are on the meta device; part of `__init__`."""
+        """Builds the modules, with random weights unless they are on the meta device; part of `__init__`."""
         backbone = config.backbone
         self.context = Tower(backbone)
         self.denoiser = Tower(backbone) if towers == "both" else None
@@ -51,20 +51,20 @@ class TwoTowerModel(nn.Module):
         self.transfer: DeviceTransfer | None = None
         if self.context.device.type != "meta":
             self.reset_parameters()
-        self._apply(lambda tensor: tensor)  # whatever the default dtype, the tensors that must not be narrow are wide
+        self._apply(lambda tensor: tensor)  # upcasts the fp32 tensors if the default dtype is narrower
 
     def towers(self) -> Iterator[Tower]:
-        """The context tower, then the denoiser where the model has one."""
+        """The context tower, then the denoiser tower if the model has one."""
         yield self.context
         if self.denoiser is not None:
             yield self.denoiser
 
     def reset_parameters(self) -> None:
-        """Random weights; the time conditioning is the identity."""
+        """Sets random weights, and the identity as time conditioning."""
         for tower in self.towers():
             tower.reset_parameters()
 
-    # --- where things are ---------------------------------------------------------------------------------------
+    # --- devices and dtype ---------------------------------------------------------------------------------------
 
     @property
     def device(self) -> torch.device:
@@ -73,7 +73,7 @@ class TwoTowerModel(nn.Module):
 
     @property
     def backbone(self) -> BackboneConfig:
-        """The validated configuration that the layers were built from."""
+        """The validated configuration of the layers."""
         return self.context.config
 
     @property
@@ -81,20 +81,20 @@ class TwoTowerModel(nn.Module):
         return self.context.embeddings.weight.dtype
 
     def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> Self:
-        """Where `.to`, `.bfloat16`, … end: the tensors that must not be narrow stay wide."""
-        self.release()  # what was prepared for the weights as they were
+        """Implements `.to`, `.bfloat16`, …; the fp32 tensors stay in at least fp32 (see `fp32_tensors`)."""
+        self.release()  # prepared data holds addresses of the old weights
         super()._apply(preserving_fp32(self, fn), recurse)
         return self
 
     def release(self) -> None:
-        """Frees what the runners have prepared; they prepare it again when it is needed."""
+        """Frees the data that the runners have prepared; they prepare it again on demand."""
         for tower in self.towers():
             tower.release()
 
     def place_towers_on_devices(
         self, ctx_device: str | torch.device = "cuda:0", den_device: str | torch.device = "cuda:1"
     ) -> Self:
-        """Moves the towers; returns the model."""
+        """Moves each tower to its device; returns the model."""
         self.context.to(ctx_device)
         if self.denoiser is not None and self.time is not None:
             self.denoiser.to(den_device)
@@ -102,21 +102,23 @@ class TwoTowerModel(nn.Module):
         self.release()
         return self
 
-    # --- verbs ----------------------------------------------------------------------------------------------------
+    # --- passes ---------------------------------------------------------------------------------------------------
 
     def synchronize(self) -> None:
-        """Waits until accelerators have done what was launched on them; for clocks."""
+        """Waits until the CUDA devices of the towers are idle, for time measurements."""
         for tower in self.towers():
             if tower.device.type == "cuda":
                 torch.cuda.synchronize(tower.device)
 
     def new_state(self, rows: int, capacity: int, shared_kv_slots: int | None = None) -> TowerState:
-        """An empty context state for `rows` texts of up to `capacity` tokens (it can grow: `reserve`), or that share
-        `columns` of them (`open`)."""
+        """An empty context state of `rows` rows.
+
+        Each row has room for `capacity` tokens (`reserve` grows it), or the rows share `shared_kv_slots` (`allocate`).
+        """
         return TowerState(self.context.config, rows, capacity, self.context.device, self.dtype, shared_kv_slots)
 
     def reader(self, state: TowerState) -> ContextReader:
-        """How the denoiser reads `state`: in place, or through a replica on its own device."""
+        """The denoiser's access to `state`: in place, or through a replica on the denoiser's device."""
         denoiser = self._denoiser()
         if self.transfer is None and denoiser.device == self.context.device:
             return LocalReader(state)
@@ -124,22 +126,23 @@ class TwoTowerModel(nn.Module):
 
     @property
     def prefill_chunk(self) -> int:
-        """Tokens of a prompt that are best read in one pass."""
+        """The number of prompt tokens to read in one pass."""
         with torch.no_grad():
-            pieces = (runner.prefill_chunk(self.context) for runner in self.context.runners)
-            return next((piece for piece in pieces if piece is not None), PREFILL_CHUNK)
+            chunks = (runner.prefill_chunk(self.context) for runner in self.context.runners)
+            return next((chunk for chunk in chunks if chunk is not None), PREFILL_CHUNK)
 
     def prefill(self, tokens: Tensor, lengths: Tensor, state: TowerState, rows: Tensor | None = None) -> Tensor:
-        """Reads prompts piece by piece.
+        """The context tower reads prompts chunk by chunk → logits (B, V) after the last token of each row.
 
-        tokens (B, S), of which the first lengths (B,) count (0 allowed) → logits (B, V) after each row's last
-        token (of no meaning for a row of length 0), in at least fp32.
+        tokens: (B, S), padded on the right. lengths: (B,), tokens of each row without padding; a row of length 0 gets
+        undefined logits. rows: (B,), the slots of the rows in the state; None: all slots in order. The logits are in
+        at least fp32.
         """
         state.reserve(state.max_seq_len + tokens.shape[1])
         last: Tensor = torch.zeros(len(lengths), self.context.config.hidden_size, device=self.device, dtype=self.dtype)
-        piece = self.prefill_chunk
-        for start in range(0, tokens.shape[1], piece):
-            part = tokens[:, start : start + piece]
+        chunk = self.prefill_chunk
+        for start in range(0, tokens.shape[1], chunk):
+            part = tokens[:, start : start + chunk]
             valid = (lengths - start).clamp(0, part.shape[1])
             hidden = self._extend(part, valid, state, rows)
             at = (valid - 1).clamp(min=0)[:, None, None].expand(-1, 1, hidden.shape[-1])
@@ -156,12 +159,12 @@ class TwoTowerModel(nn.Module):
         logits: bool | Tensor = True,
         upcast_logits: bool = True,
     ) -> Tensor | None:
-        """The context tower reads tokens (B, L), of which the first lengths (B,) count (None: all; 0 allowed).
+        """The context tower reads tokens (B, L) and appends to the state → logits (B or n, L, V), or None.
 
-        rows (B,): slots of the state, None for all of them in order. logits: whether any are wanted, or of which n of
-        the B rows (n,) → logits (B or n, L, V) in at least fp32 (upcast_logits=False: in the model's
-        dtype), or None.
-        `state.rollback` takes any suffix back until the state is read again.
+        lengths: (B,), tokens of each row without padding; None: L. rows: (B,), the slots of the rows in the state;
+        None: all slots in order. logits: whether to compute logits, or the indices (n,) of the rows that need them.
+        upcast_logits: False: logits in the model's dtype; True: in at least fp32.
+        `state.rollback` can drop any suffix of the tokens until the state is read again.
         """
         state.reserve(state.max_seq_len + tokens.shape[1])
         hidden = self._extend(tokens, lengths, state, rows)
@@ -178,34 +181,35 @@ class TwoTowerModel(nn.Module):
         lengths: Tensor | None = None,
         upcast_logits: bool = True,
     ) -> Tensor:
-        """The denoiser reads block (B, L), of which the first lengths (B,) count (None: all), after the text that
-        `view` shows; writes nothing.
+        """One denoising pass over block (B, L) → logits (B, L, V). It writes nothing.
 
-        t (B,): the fraction of the block still masked; None: no time conditioning at all. causal: attention
-        inside the block sees earlier positions only (mock-AR) → logits (B, L, V) in at least fp32 (upcast_logits=False:
-        in the model's dtype).
+        t: (B,), the masked fraction of each block; None: no time conditioning. view: the context before the block.
+        causal: whether attention in the block is causal (mode mock_ar). lengths: (B,), tokens of each row without
+        padding; None: L. upcast_logits: False: logits in the model's dtype; True: in at least fp32.
         """
         denoiser = self._denoiser()
-        meta = AttentionMetadata(valid=_counting(block, lengths), causal=causal, start=view.lengths)
+        meta = AttentionMetadata(token_mask=_token_mask(block, lengths), causal=causal, start=view.lengths)
         modulation = None if t is None or self.time is None else self.time(t)
-        hidden, _ = denoiser(block, meta, view.past, modulation, trace=False)
+        hidden, _ = denoiser(block, meta, view.past, modulation, keep_step_inputs=False)
         return denoiser.logits(hidden, upcast_logits)
 
     def _extend(self, tokens: Tensor, lengths: Tensor | None, state: TowerState, rows: Tensor | None) -> Tensor:
         view = state.view(rows)
-        meta = AttentionMetadata(valid=_counting(tokens, lengths), start=view.lengths)
-        hidden, added = self.context(tokens, meta, view.past)
+        meta = AttentionMetadata(token_mask=_token_mask(tokens, lengths), start=view.lengths)
+        hidden, updates = self.context(tokens, meta, view.past)
         rows_read, width = tokens.shape
-        valid = torch.full((rows_read,), width, device=tokens.device) if lengths is None else lengths.clone()
-        state.append(added, valid, width, rows)
+        appended = torch.full((rows_read,), width, device=tokens.device) if lengths is None else lengths.clone()
+        state.append(updates, appended, width, rows)
         return hidden
 
     def _denoiser(self) -> Tower:
         if self.denoiser is None:
-            raise TwoTowerError('this model was loaded with towers="context"; load it with towers="both" to denoise')
+            raise TwoTowerError(
+                'the model was loaded with towers="context" and has no denoiser; load it with towers="both"'
+            )
         return self.denoiser
 
 
-def _counting(tokens: Tensor, lengths: Tensor | None) -> Tensor | None:
-    """(B, L) whether each token counts, of which the first lengths (B,) do; None: all."""
+def _token_mask(tokens: Tensor, lengths: Tensor | None) -> Tensor | None:
+    """(B, L), True for the first lengths (B,) tokens of each row; None without lengths: no padding."""
     return None if lengths is None else torch.arange(tokens.shape[1], device=tokens.device) < lengths[:, None]

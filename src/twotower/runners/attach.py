@@ -8,5 +8,5 @@ from twotower.runners.fused_cpu import FusedCPURunner
 
 
 def attach_runners(tower: Tower) -> None:
-    """New runners for a tower, in order of preference. Each declines the passes that it does not serve."""
+    """Sets new runners for a tower, in order of preference. Each returns None for a pass that it does not support."""
     tower.runners = (CUDAGraphRunner(), FusedCPURunner())

@@ -1,13 +1,13 @@
-"""A tower's pass on a GPU as one launch: recorded once for each shape (a CUDA graph), then replayed.
+"""Runs a whole pass of a tower on a GPU as one launch: a CUDA graph, captured once a shape and then replayed.
 
-A pass over a few tokens is some hundred small kernels, and launching them from Python takes longer than running them.
-A pass's inputs are copied to the addresses that the recording reads; keys and values are read in place. Results are
-valid until the next pass of the same shape: `append` stores keys and values, and `commit_state`, the first step of
-every view of a state, updates the Mamba states. Rows and context columns are rounded up to powers of two, so
-shapes are few.
+A pass over a few tokens has about a hundred small kernels. Launching them from Python takes longer than running them.
+The inputs of a pass are copied to the static addresses of the graph; keys and values are read in place. Results are
+valid until the next pass of the same shape: `append` copies keys and values, and `commit_state`, the first step of
+every view of a state, updates the Mamba states. Rows and context width are rounded up to powers of two, so that there
+are few shapes.
 
-Each graph is replayed beside the layers one by one before it is used, and refused with a warning if it differs.
-`TWOTOWER_GRAPHS=0` turns the runner off.
+Before its first use, the result of a graph is compared with the pass layer by layer. If they differ, the runner warns
+and captures no more graphs. `TWOTOWER_GRAPHS=0` turns the runner off.
 """
 
 from __future__ import annotations
@@ -34,14 +34,14 @@ from twotower.runners.module_plan import ModulePlan, WeightPointers
 if TYPE_CHECKING:
     from torch.cuda import _POOL_HANDLE
 
-MAX_TOKENS = 256  # of a pass; with more of them its kernels take longer than their launches
-MIN_CONTEXT_WIDTH = 256  # columns of the context
-MAX_GRAPHS = 48  # recordings of a tower; the one used longest ago goes first
-WARMUP_PASSES = 2  # passes before a recording: libraries set themselves up in the first
+MAX_TOKENS = 256  # tokens of a pass; with more, the kernels take longer than their launches
+MIN_CONTEXT_WIDTH = 256  # tokens
+MAX_GRAPHS = 48  # graphs of a tower, least recently used first out
+WARMUP_PASSES = 2  # passes before a capture, in which libraries initialise
 
 
 class CapturedGraph:
-    """One pass at fixed addresses, with room for `rows` rows."""
+    """A captured pass at static addresses, with room for `rows` rows."""
 
     def __init__(self, tower: Tower, inputs: PassInputs, rows: int, pool: MemoryPool) -> None:
         own = _static_inputs(inputs, rows)
@@ -50,12 +50,12 @@ class CapturedGraph:
         self.replay, self.result = capturer(tower.device, pool)(lambda: tower.layer_by_layer(*own))
 
     def run(self, inputs: PassInputs) -> PassResult:
-        """The pass over these inputs, of the recorded shape."""
+        """Replays the pass with these inputs, which have the captured shape."""
         self._fill(inputs)
         self.replay()
         rows = len(inputs.tokens)
-        hidden, added = self.result
-        return hidden[:rows], [None if new is None else type(new)(*(part[:rows] for part in new)) for new in added]
+        hidden, updates = self.result
+        return hidden[:rows], [None if new is None else type(new)(*(part[:rows] for part in new)) for new in updates]
 
     def _fill(self, inputs: PassInputs) -> None:
         rows = len(inputs.tokens)
@@ -63,7 +63,7 @@ class CapturedGraph:
 
 
 class MemoryPool:
-    """The pool that all recordings of a runner share: their results stay, and intermediate tensors reuse memory."""
+    """The memory pool that all graphs of a runner share. Graphs keep their results and share intermediate memory."""
 
     def __init__(self) -> None:
         self._handle: _POOL_HANDLE | None = None
@@ -76,7 +76,7 @@ class MemoryPool:
 
 
 class CUDAGraphRunner:
-    """Serves one tower: keeps the tower's plan and recordings, by shape. A copy of a runner is empty."""
+    """The GPU runner of one tower: caches its module plan and its graphs by shape. A copy is empty."""
 
     def __init__(self) -> None:
         self.release()
@@ -85,19 +85,19 @@ class CUDAGraphRunner:
         return type(self), ()
 
     def release(self) -> None:
-        """Frees the recordings and their memory."""
+        """Frees the graphs and their memory."""
         self.graphs: OrderedDict[Hashable, CapturedGraph] = OrderedDict()
-        self.disabled_reason: str | None = None  # why passes are not recorded any more
+        self.disabled_reason: str | None = None  # why no more graphs are captured
         self._pool = MemoryPool()
         self._plan: ModulePlan | None = None
         self._weights: WeightPointers | None = None
 
     def prefill_chunk(self, tower: Tower) -> int | None:
-        """No preference."""
+        """None: no preference."""
         return None
 
     def run(self, tower: Tower, inputs: PassInputs) -> PassResult | None:
-        """What `Tower.forward` returns, from a recording of such a pass, made now if there is none; None: not here."""
+        """The result of `Tower.forward`, from a graph captured on first use; None if the pass is not supported."""
         if self.disabled_reason is not None or not _eligible(tower, inputs):
             return None
         weights = self._current_weights(tower)
@@ -105,10 +105,10 @@ class CUDAGraphRunner:
             return None
         inputs = inputs._replace(past=_bucket_widths(inputs.past))
         rows = _bucket_rows(inputs)
-        if rows > len(inputs.tokens) and inputs.meta.valid is None:  # surplus rows are padding: they visit no expert
-            valid = torch.ones_like(inputs.tokens, dtype=torch.bool)
-            inputs = inputs._replace(meta=replace(inputs.meta, valid=valid))
-        key = options.current().kernels_key  # a recording replays the kernels that were chosen when it was made
+        if rows > len(inputs.tokens) and inputs.meta.token_mask is None:  # surplus rows are padding
+            token_mask = torch.ones_like(inputs.tokens, dtype=torch.bool)
+            inputs = inputs._replace(meta=replace(inputs.meta, token_mask=token_mask))
+        key = options.current().kernels_key  # a graph replays the kernels that were selected at its capture
         shape = rows, _shape_key(inputs), weights.addresses, key
         graph = self.graphs.get(shape)
         if graph is None:
@@ -122,7 +122,7 @@ class CUDAGraphRunner:
         return graph.run(inputs)
 
     def _current_weights(self, tower: Tower) -> WeightPointers | None:
-        """The weights as they are now; None where a recording cannot stand for the tower."""
+        """The current weight pointers; None if a graph cannot replace the tower's forward."""
         if self._plan is None or not self._plan.is_current():
             self._plan, self._weights = ModulePlan(tower), None
         if not self._plan.is_unmodified(tower):
@@ -132,23 +132,23 @@ class CUDAGraphRunner:
         return self._weights
 
     def _capture(self, tower: Tower, inputs: PassInputs, rows: int) -> CapturedGraph | None:
-        """A new recording, checked beside the layers; None, with a warning, where it cannot be had."""
+        """A new graph, compared with the pass layer by layer; None, with a warning, if capture or comparison fails."""
         try:
             graph = CapturedGraph(tower, inputs, rows, self._pool)
             self.disabled_reason = compare(graph.run(inputs), tower.layer_by_layer(*inputs))
-        except Exception as error:  # a capture can fail in many ways, and the pass can do without
+        except Exception as error:  # a capture can fail in many ways; the layers run instead
             self.disabled_reason = f"raised {type(error).__name__}: {(str(error).splitlines() or [''])[0]}"
         if self.disabled_reason is None:
             return graph
         self.graphs.clear()
         warnings.warn(
-            f"passes are not recorded on {tower.device}: one {self.disabled_reason}", RuntimeWarning, stacklevel=4
+            f"CUDA graphs are not used on {tower.device}: one {self.disabled_reason}", RuntimeWarning, stacklevel=4
         )
         return None
 
 
 def cuda_graph_unsupported_reason(device: torch.device) -> str | None:
-    """Why passes are not recorded on a device, or None."""
+    """Why CUDA graphs are not used on a device; None if they are."""
     if not options.current().graphs:
         return "is turned off by TWOTOWER_GRAPHS=0"
     return None if device.type == "cuda" else "needs CUDA"
@@ -163,14 +163,16 @@ def _eligible(tower: Tower, inputs: PassInputs) -> bool:
         return False
     if not 0 < inputs.tokens.numel() <= MAX_TOKENS or inputs.tokens.shape[1] > tower.config.chunk_size:
         return False
-    return select("experts", tower.device, tower.embeddings.weight.dtype).name != "sorted-loop"  # which asks the host
+    return (
+        select("experts", tower.device, tower.embeddings.weight.dtype).name != "sorted-loop"
+    )  # sorted-loop reads on the host
 
 
 # --- shapes -----------------------------------------------------------------------------------------------------------
 
 
 def _bucket_widths(past: list[LayerCache] | None) -> list[LayerCache] | None:
-    """With context columns rounded up: those beyond a row's length are masked in any case."""
+    """Rounds context widths up. Keys beyond a row's length are masked."""
     if past is None:
         return None
     return [_bucket_width(own) if isinstance(own, CachedKV) and own.max_length else own for own in past]
@@ -182,14 +184,14 @@ def _bucket_width(cached: CachedKV) -> CachedKV:
 
 
 def _bucket_rows(inputs: PassInputs) -> int:
-    """Rows of the recording: a power of two, but as they are where keys and values are seen as one even layout."""
+    """The rows of the graph: a power of two, or exact if keys and values are read as one contiguous view."""
     rows = len(inputs.tokens)
     even = any(isinstance(own, CachedKV) and own.uniform_stride for own in inputs.past or ())
     return rows if even else 1 << (rows - 1).bit_length()
 
 
 def _shape_key(inputs: PassInputs) -> Hashable:
-    """What a recording depends on beside its rows."""
+    """The part of the cache key of a graph that follows from the shapes of the inputs, without the rows."""
     layers: list[Hashable] = []
     for own in inputs.past or ():
         if isinstance(own, CachedKV):
@@ -197,7 +199,13 @@ def _shape_key(inputs: PassInputs) -> Hashable:
         elif own is not None:
             layers.append(tuple(part.shape[1:] for part in own))
     meta = inputs.meta
-    kinds = (meta.valid is None, meta.causal, meta.start is None, inputs.modulation is None, inputs.trace)
+    kinds = (
+        meta.token_mask is None,
+        meta.causal,
+        meta.start is None,
+        inputs.modulation is None,
+        inputs.keep_step_inputs,
+    )
     return inputs.tokens.shape[1], kinds, tuple(layers)
 
 
@@ -205,9 +213,9 @@ def _shape_key(inputs: PassInputs) -> Hashable:
 
 
 def _input_tensors(inputs: PassInputs) -> list[Tensor]:
-    """The tensors with a row each that a pass reads, always in the same order. Layers share where their rows lie."""
+    """The input tensors of a pass that have a row dimension, in a fixed order. Layers share their KV layout."""
     out = [inputs.tokens]
-    out += [part for part in (inputs.meta.valid, inputs.meta.start) if part is not None]
+    out += [part for part in (inputs.meta.token_mask, inputs.meta.start) if part is not None]
     row_layout: Sequence[Tensor] = ()
     for own in inputs.past or ():
         if isinstance(own, MambaCache):
@@ -221,15 +229,16 @@ def _input_tensors(inputs: PassInputs) -> list[Tensor]:
 
 
 def _static_inputs(inputs: PassInputs, rows: int) -> PassInputs:
-    """The same with room for `rows` rows of its own, but for the pools of keys and values. Surplus rows are empty."""
+    """Inputs in new memory with room for `rows` rows, except for the K/V pools. Surplus rows are empty."""
 
     def room(tensor: Tensor) -> Tensor:
         return tensor.new_zeros(rows, *tensor.shape[1:])
 
-    valid, start = (None if tensor is None else room(tensor) for tensor in (inputs.meta.valid, inputs.meta.start))
-    meta = AttentionMetadata(valid=valid, causal=inputs.meta.causal, start=start)
+    meta = inputs.meta
+    token_mask, start = (None if tensor is None else room(tensor) for tensor in (meta.token_mask, meta.start))
+    meta = AttentionMetadata(token_mask=token_mask, causal=meta.causal, start=start)
     past: list[LayerCache] = []
-    row_layout: tuple[Tensor, Tensor, Tensor] | None = None  # of all layers
+    row_layout: tuple[Tensor, Tensor, Tensor] | None = None  # shared by all layers
     for own in inputs.past or ():
         if isinstance(own, CachedKV):
             row_layout = row_layout or (room(own.start), room(own.stride), room(own.lengths))
@@ -238,16 +247,16 @@ def _static_inputs(inputs: PassInputs, rows: int) -> PassInputs:
         else:
             past.append(None if own is None else MambaCache(*map(room, own)))
     modulation = None if inputs.modulation is None else [Modulation(*map(room, parts)) for parts in inputs.modulation]
-    return PassInputs(room(inputs.tokens), meta, past if inputs.past else None, modulation, inputs.trace)
+    return PassInputs(room(inputs.tokens), meta, past if inputs.past else None, modulation, inputs.keep_step_inputs)
 
 
-# --- recording --------------------------------------------------------------------------------------------------------
+# --- capturing --------------------------------------------------------------------------------------------------------
 
 Capturer = Callable[[Callable[[], PassResult]], tuple[Callable[[], object], PassResult]]
 
 
 def capturer(device: torch.device, pool: MemoryPool) -> Capturer:
-    """What records: compute() → what does it again, and where its result then is."""
+    """A function that captures compute() → a function that replays it, and the tensors that hold the result."""
 
     def capture(compute: Callable[[], PassResult]) -> tuple[Callable[[], object], PassResult]:
         with torch.cuda.device(device):
@@ -258,7 +267,7 @@ def capturer(device: torch.device, pool: MemoryPool) -> Capturer:
                     compute()
             now.wait_stream(aside)
             graph = torch.cuda.CUDAGraph()
-            # Other threads may use the device meanwhile, to tell how much memory it has, say.
+            # Other threads may call the device during the capture, for example to read its free memory.
             with torch.cuda.graph(graph, pool=pool.handle, stream=aside, capture_error_mode="thread_local"):
                 result = compute()
         return graph.replay, result

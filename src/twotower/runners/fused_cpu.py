@@ -1,8 +1,9 @@
-"""A whole tower's pass in one call of compiled code, where only this package's own kernels would run in the pass.
+"""Runs a whole pass of a tower on a CPU in one call of the C++ kernels (`ops/cpu/tower.h`).
 
-Launching a pass of a hundred small operations from Python takes longer than computing it. The result is that of the
-kernels one by one (in fp32 but for a fused multiply-add at each residual sum). Where a module of the tower has been
-replaced, has hooks, or is differentiated, the runner declines and the layers run as model/tower.py defines them.
+Launching a hundred small operations from Python takes longer than computing them. The result is that of the kernels
+called one by one; in fp32 it differs by a fused multiply-add in each residual sum. The runner declines a pass if a
+kernel of another backend would run, a module was replaced or has hooks, or gradients are needed. The layers then run
+one by one as `model/tower.py` defines them.
 """
 
 from __future__ import annotations
@@ -21,14 +22,14 @@ from twotower.runners.module_plan import ModulePlan
 from twotower.runners.pass_tables import SUPPORTED_CACHES, PassShape, PassTables, cached_context, shape_of
 from twotower.runners.weight_table import WeightTable
 
-MAX_ROW_TOKENS = 128  # tokens of a row: its Mamba layers compare each with each
-MAX_TABLES = 64  # shapes of pass whose tables are kept; the one used longest ago goes first
+MAX_ROW_TOKENS = 128  # the cost of a Mamba layer in one chunk grows with the square of the tokens
+MAX_TABLES = 64  # cached pass shapes, least recently used first out
 OPS = ("linear", "rms_norm", "route", "experts", "attention", "mamba_block")
-INT8_OPS = ("linear_int8", "experts_int8")  # of a tower with int8 weights, besides
+INT8_OPS = ("linear_int8", "experts_int8")  # in addition, for a tower with int8 weights
 
 
 class FusedCPURunner:
-    """Serves one tower: keeps the tower's plan, weight table and pass tables. A copy of a runner is empty."""
+    """The CPU runner of one tower: caches its module plan, weight table and pass tables. A copy is empty."""
 
     def __init__(self) -> None:
         self.release()
@@ -37,7 +38,7 @@ class FusedCPURunner:
         return type(self), ()
 
     def release(self) -> None:
-        """Frees everything prepared for the tower."""
+        """Frees all data prepared for the tower."""
         self._plan: ModulePlan | None = None
         self.weights: WeightTable | None = None
         self._tables: OrderedDict[PassShape, PassTables] = OrderedDict()
@@ -45,15 +46,15 @@ class FusedCPURunner:
 
     @property
     def prepared(self) -> int:
-        """Shapes of pass that are prepared."""
+        """The number of pass shapes with prepared tables."""
         return len(self._tables)
 
     def prefill_chunk(self, tower: Tower) -> int | None:
-        """Tokens of a prompt that are best read in one pass; None where this runner does not serve the tower."""
+        """The number of prompt tokens to read in one pass; None if this runner does not support the tower."""
         return MAX_ROW_TOKENS if self._supports(self._plan_of(tower), tower.embeddings.weight) else None
 
     def run(self, tower: Tower, inputs: PassInputs) -> PassResult | None:
-        """What `Tower.forward` returns; None where the pass is not this runner's."""
+        """The result of `Tower.forward`; None if this runner does not support the pass."""
         count, weight = inputs.tokens.numel(), tower.embeddings.weight
         if not 0 < count <= max_tokens(weight.dtype, packed=True) or inputs.tokens.shape[1] > MAX_ROW_TOKENS:
             return None
@@ -68,7 +69,7 @@ class FusedCPURunner:
         shape = shape_of(inputs, weight.dtype)
         if not SUPPORTED_CACHES.issuperset(shape.past):
             return None
-        tables = self._tables.pop(shape, None)  # no other thread's pass may use the same tables meanwhile
+        tables = self._tables.pop(shape, None)  # removed while in use: another thread must not use the same tables
         if tables is None:
             residual = accumulation_dtype(shape.dtype) if tower.config.residual_in_fp32 else shape.dtype
             tables = PassTables(tower.config, shape, residual)
@@ -86,7 +87,7 @@ class FusedCPURunner:
         return plan
 
     def _supports(self, plan: ModulePlan, weight: Tensor) -> bool:
-        """Whether every kernel that the tower needs is the chosen one for such a weight of the tower."""
+        """Whether the registry selects the C++ kernels for every operation of the tower, given its dtype and device."""
         device, dtype = weight.device, weight.dtype
         if device.type != "cpu" or torch.is_grad_enabled() or torch._C._len_torch_dispatch_stack():
             return False
@@ -103,13 +104,13 @@ def _fused_pass(tower: Tower, weights: WeightTable, tables: PassTables, inputs: 
     if kept is None:
         return None
     meta, cached = inputs.meta, cached_context(inputs)
-    x = tower.embed(inputs.tokens)  # written over by the pass
+    x = tower.embed(inputs.tokens)  # the pass overwrites x
     hidden = x.new_empty(x.shape, dtype=weights.dtype)
-    added = tables.updates(hidden)
-    valid = None if meta.valid is None else meta.valid.contiguous()
+    updates = tables.updates(hidden)
+    token_mask = None if meta.token_mask is None else meta.token_mask.contiguous()
     rows = cached[2:5] if cached is not None and cached.max_length else (None, None, None)  # start, stride, lengths
     call(
-        "tower_", hidden, x, weights.kinds, *weights.addresses, tables.inputs, weights.norm_f, hidden, valid,
+        "tower_", hidden, x, weights.kinds, *weights.addresses, tables.inputs, weights.norm_f, hidden, token_mask,
         int(meta.causal), *rows, tables.sizes, *tables.constants,
     )  # fmt: skip
-    return hidden, added
+    return hidden, updates

@@ -1,7 +1,7 @@
-"""CachedKV module list and weight pointers of a tower, and cheap checks that they still hold.
+"""Cached module list and weight pointers of a tower, and cheap checks that they are current.
 
-A runner prepares its work once for a tower. Before each pass it has to know that every module is still this package's
-own, that no hook watches a module, and that each weight is the same tensor at the same address.
+A runner prepares data once for a tower. Before each pass it checks that the prepared data is still correct: all modules
+are of this package's classes, none has hooks, and each weight is the same tensor at the same address.
 """
 
 from __future__ import annotations
@@ -21,7 +21,7 @@ from twotower.model.moe import MLP, Experts, Int8Experts, MoE, Router
 from twotower.model.norm import GatedGroupRMSNorm, RMSNorm
 from twotower.model.tower import Layer, Tower
 
-# The modules whose `forward` the runners stand for.
+# The modules whose `forward` the runners replace.
 OWN_MODULES: frozenset[type[nn.Module]] = frozenset(
     {
         Tower,
@@ -49,8 +49,10 @@ _address: Callable[[Any], int] = Tensor.data_ptr
 
 
 class WeightPointers(NamedTuple):
-    """Every parameter and buffer of a tower at one moment: its identity, whether it is not None, and, if so, its
-    address. No reference is kept."""
+    """Identities, presence and addresses of all parameters and buffers of a tower at one moment.
+
+    addresses has an entry for each tensor that is not None. No reference to a tensor is kept.
+    """
 
     ids: list[int]
     present: list[bool]
@@ -58,15 +60,17 @@ class WeightPointers(NamedTuple):
 
 
 class ModulePlan:
-    """The modules of a tower when the plan was made. Checking a plan is much cheaper than making one, so a runner keeps
-    its plan for as long as the tower consists of the same modules, whether they may be run or not."""
+    """The modules of a tower when the plan was made.
+
+    Checking a plan is much cheaper than making one. A runner keeps its plan while the tower has the same modules.
+    """
 
     def __init__(self, tower: Tower) -> None:
         modules = list(tower.modules())
-        # The dictionaries of a module are made with the module and stay the same objects.
+        # The dictionaries of a module are the same objects for its whole life.
         self._children = [module._modules for module in modules]
         self._known_children = [dict(children) for children in self._children]
-        self._attributes = [module.__dict__ for module in modules[1:]]  # not the tower: its dictionary holds the runner
+        self._attributes = [module.__dict__ for module in modules[1:]]  # not the tower's, which holds the runner
         self._hooks = [hooks for module in modules for hooks in (module._forward_hooks, module._forward_pre_hooks)]
         self.int8 = any(isinstance(module, Int8Linear | Int8Experts) for module in modules)
         self._own = all(type(module) in OWN_MODULES for module in modules)
@@ -77,23 +81,23 @@ class ModulePlan:
         self._names = [name for holder in holders for name in holder]
 
     def is_current(self) -> bool:
-        """Whether the tower still consists of the same modules."""
+        """Whether the tower still has the same modules."""
         return all(map(eq, self._children, self._known_children))
 
     def is_unmodified(self, tower: Tower) -> bool:
-        """Whether every module is this package's own, and none has hooks or another `forward`."""
+        """Whether all modules are of this package's classes, without hooks and without a replaced `forward`."""
         if not self._own or _has_any_global_hook() or "forward" in tower.__dict__:
             return False
         return not any(self._hooks) and not any(map(contains, self._attributes, repeat("forward")))
 
     def weights(self) -> WeightPointers:
-        """The weights as they are now."""
+        """The current weight pointers."""
         tensors = list(map(_tensor, self._holders, self._names))
         addresses = tuple(tensor.data_ptr() for tensor in tensors if tensor is not None)
         return WeightPointers(list(map(id, tensors)), [tensor is not None for tensor in tensors], addresses)
 
     def weights_unchanged(self, known: WeightPointers) -> bool:
-        """Whether each weight is still the same tensor at the same address. (A value changed in place is not seen.)"""
+        """Whether each weight is the same tensor at the same address. Values changed in place are not detected."""
         tensors = list(map(_tensor, self._holders, self._names))
         if list(map(id, tensors)) != known.ids:
             return False

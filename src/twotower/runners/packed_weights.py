@@ -1,7 +1,7 @@
-"""Packs the large weights of a model for inference on a CPU: a second copy, in the order that products read fastest.
+"""Packs the large weights of a model for inference on a CPU: a second copy in the memory order of the C++ kernels.
 
-A weight that training or loading changes afterwards is read as it lies until it is packed again. What is saved, moved
-or sharded is always the weight itself.
+If a weight changes, its packed copy is not used until the weight is packed again. Saving, moving and sharding use the
+weight itself.
 """
 
 from __future__ import annotations
@@ -19,11 +19,11 @@ from twotower.model.moe import Experts
 from twotower.ops.cpu import kernels
 from twotower.ops.cpu.packed_weights import PackedWeight, packed_size
 
-MAX_MEMORY_FRACTION = 0.5  # of the memory that is free: as much may the copies take where nobody asked for them
+MAX_MEMORY_FRACTION = 0.5  # of the free memory, for packing without a request
 
 
 def packable_weights(model: nn.Module) -> Iterator[tuple[Tensor, PackedWeight]]:
-    """The weights of products that a packed copy speeds up, and the place of each copy."""
+    """The weights that packing speeds up, each with the holder of its packed copy."""
     for module in model.modules():
         if isinstance(module, Linear):
             yield module.weight, module.packed
@@ -35,7 +35,10 @@ def packable_weights(model: nn.Module) -> Iterator[tuple[Tensor, PackedWeight]]:
 def packing_unsupported_reason(
     model: nn.Module, device: torch.device | None = None, dtype: torch.dtype | None = None
 ) -> str | None:
-    """Why copies are not made unasked, or None. device, dtype: as if the weights were there and such."""
+    """Why loading does not pack the weights; None if it does.
+
+    device, dtype: those of the weights if None.
+    """
     if not options.current().pack:
         return "TWOTOWER_PACK=0"
     needed = 0
@@ -44,16 +47,16 @@ def packing_unsupported_reason(
         if kernels.cpu_unsupported_reason(device or weight.device, kind) is None:
             needed += packed_size(weight) * kind.itemsize
     if not needed:
-        return "no compiled kernels read them"
+        return "the C++ kernels do not read packed weights of this dtype on this device"
     free = available_memory()
     if free is None or needed > MAX_MEMORY_FRACTION * free:
-        room = "nobody knows how much" if free is None else f"{free / 2**30:.1f} GiB"
-        return f"the copy takes {needed / 2**30:.1f} GiB and {room} is free"
+        room = "an unknown amount" if free is None else f"{free / 2**30:.1f} GiB"
+        return f"the packed copy takes {needed / 2**30:.1f} GiB and {room} is free"
     return None
 
 
 def pack_weights(model: nn.Module) -> int:
-    """Copies every weight that compiled kernels read → bytes of all copies."""
+    """Packs all weights that the C++ kernels read packed → bytes of all packed copies."""
     taken = 0
     for weight, packed in packable_weights(model):
         copy = packed.get(weight)
@@ -67,13 +70,13 @@ def pack_weights(model: nn.Module) -> int:
 
 
 def unpack_weights(model: nn.Module) -> None:
-    """Gives the copies' memory back."""
+    """Frees the packed copies."""
     for _, packed in packable_weights(model):
         packed.release()
 
 
 def available_memory() -> int | None:
-    """Bytes that can be had without swapping; None where the system does not say."""
+    """Bytes of memory available without swapping; None if the system does not report them."""
     try:
         lines = Path("/proc/meminfo").read_text().splitlines()
         return next(int(line.split()[1]) * 1024 for line in lines if line.startswith("MemAvailable:"))

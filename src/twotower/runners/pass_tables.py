@@ -1,6 +1,6 @@
-"""Sizes and addresses of a compiled pass (ops/cpu/tower.h), prepared once for a tower and a shape of pass.
+"""Sizes and addresses for the C++ pass of a tower (ops/cpu/tower.h), prepared once a shape.
 
-A pass fills in the addresses that change: its modulation, the past that its layers read, and what they add.
+Each pass fills in the addresses that change: the modulation, the caches that the layers read, and the cache updates.
 """
 
 from __future__ import annotations
@@ -21,21 +21,21 @@ from twotower.ops.reference.attention import CachedKV
 from twotower.ops.reference.mamba_block import MambaStepInputs, empty_step_inputs
 
 PLACES_PER_LAYER = 12  # INPUTS in tower.h
-MODULATION, PAST, ADDED = (0, 3), (3, 5), 5  # shift, scale, gate; two tensors of the past; what the pass adds
-ORDER_STRIDE = 4  # the place in `sizes` of the modulation's stride
-SUPPORTED_CACHES = {CachedKV, MambaCache, NoneType}  # not KeyValue: whole sequences, as in training
+MODULATION, PAST, ADDED = (0, 3), (3, 5), 5  # shift, scale, gate; two tensors of the cache; the update
+ORDER_STRIDE = 4  # index in `sizes` of the stride of the modulation
+SUPPORTED_CACHES = {CachedKV, MambaCache, NoneType}  # not KeyValue, which only training uses
 
 
 class PassShape(NamedTuple):
-    """What the tables of a pass depend on beside the tower. past: of each layer, the kind of past that it reads."""
+    """The cache key of pass tables. past: the type of each layer's cache. has_context: whether it holds tokens."""
 
     rows: int
     length: int
     dtype: torch.dtype
     past: tuple[type, ...]
-    has_context: bool  # keys and values of at least one token
+    has_context: bool
     modulated: bool
-    trace: bool
+    keep_step_inputs: bool
 
 
 def shape_of(inputs: PassInputs, dtype: torch.dtype) -> PassShape:
@@ -45,23 +45,23 @@ def shape_of(inputs: PassInputs, dtype: torch.dtype) -> PassShape:
     has_context = cached is not None and cached.max_length > 0
     kinds = tuple(map(type, past))
     rows, length = inputs.tokens.shape
-    return PassShape(rows, length, dtype, kinds, has_context, inputs.modulation is not None, inputs.trace)
+    return PassShape(rows, length, dtype, kinds, has_context, inputs.modulation is not None, inputs.keep_step_inputs)
 
 
 def cached_context(inputs: PassInputs) -> CachedKV | None:
-    """Where keys and values lie; the same in all attention layers."""
+    """The KV cache of the first attention layer; all layers have the same layout. None if there is none."""
     return next((past for past in inputs.past or () if isinstance(past, CachedKV)), None)
 
 
 class PassTables:
-    """The tables of one shape. Only one pass at a time may use them."""
+    """The tables of one shape. Only one pass may use them at a time."""
 
     def __init__(self, config: BackboneConfig, shape: PassShape, residual: torch.dtype) -> None:
         self._layers = config.num_layers
         pattern = config.hybrid_override_pattern
         reads = {MambaCache: True, CachedKV: shape.has_context}
         self._past = [i for i, kind in enumerate(shape.past) if reads.get(kind, False)]
-        mamba = [i for i, kind in enumerate(pattern) if kind == "M" and shape.trace]
+        mamba = [i for i, kind in enumerate(pattern) if kind == "M" and shape.keep_step_inputs]
         attention = [i for i, kind in enumerate(pattern) if kind == "*"]
         inputs = torch.empty(len(mamba), shape.rows, shape.length, config.conv_dim, dtype=shape.dtype)
         heads = config.mamba_num_heads, config.mamba_head_dim, config.n_groups, config.ssm_state_size
@@ -82,8 +82,10 @@ class PassTables:
         self.constants = *config.time_step_limit, config.layer_norm_epsilon, config.routed_scaling_factor
 
     def fill(self, inputs: PassInputs) -> list[Tensor] | None:
-        """Fills in what the pass reads → the tensors behind the addresses, which must live until the pass has run; None
-        where the modulation is not laid out as the compiled pass reads it."""
+        """Fills in the input addresses → the tensors at these addresses, which must live until the pass has run.
+
+        Returns None if the C++ pass does not support the memory layout of the modulation.
+        """
         kept: list[Tensor] = []
         if inputs.modulation is not None:
             kept += chain.from_iterable(inputs.modulation)
@@ -100,18 +102,21 @@ class PassTables:
         return kept
 
     def updates(self, like: Tensor) -> list[CacheUpdate]:
-        """Memory for what the layers add, beside the tensor `like`."""
-        added: list[CacheUpdate] = [None] * self._layers
+        """Allocates the cache updates of all layers on the device of `like`."""
+        updates: list[CacheUpdate] = [None] * self._layers
         for i, parts in self._step_inputs.allocate(like, self._inputs):
-            added[i] = MambaStepInputs(*parts)
+            updates[i] = MambaStepInputs(*parts)
         for i, (k, v) in self._keys.allocate(like, self._inputs):
-            added[i] = KeyValue(k.transpose(1, 2), v.transpose(1, 2))
-        return added
+            updates[i] = KeyValue(k.transpose(1, 2), v.transpose(1, 2))
+        return updates
 
 
 class UpdateBuffers:
-    """What the layers of one kind add: one tensor (layers, …) for each part, since a small tensor takes longer to make
-    than to fill. like: a tensor of each part's shape and dtype."""
+    """The cache updates of all layers of one kind: one tensor (layers, …) for each part of an update.
+
+    One allocation serves all layers, because allocating small tensors is slow. like: a tensor with the shape and dtype
+    of each part.
+    """
 
     def __init__(self, layers: list[int], like: Sequence[Tensor]) -> None:
         self._layers = layers
@@ -121,7 +126,7 @@ class UpdateBuffers:
         self._places = _places(layers, ADDED, ADDED + len(like)).reshape(self._offsets.shape)
 
     def allocate(self, like: Tensor, table: np.ndarray) -> Iterable[tuple[int, tuple[Tensor, ...]]]:
-        """New memory, entered in the table → each layer with its parts."""
+        """Allocates memory and writes its addresses into the table → each layer with its parts."""
         if not self._layers:
             return ()
         parts = [like.new_empty(size, dtype=dtype) for size, dtype in self._parts]
@@ -138,6 +143,6 @@ def _addresses(tensors: Sequence[Tensor]) -> np.ndarray:
 
 
 def _pair(past: object) -> tuple[Tensor, Tensor]:
-    """The two tensors that a layer reads: keys and values, or window and state."""
+    """The two tensors of a layer's cache: keys and values, or convolution window and SSM state."""
     assert isinstance(past, CachedKV | MambaCache)
     return past[0], past[1]

@@ -1,4 +1,4 @@
-"""Addresses of a tower's weights by layer and place, as the compiled pass reads them (ops/cpu/tower.h)."""
+"""The table of weight addresses that the C++ pass of a tower reads (ops/cpu/tower.h)."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ from twotower.runners.packed_weights import packable_weights
 
 KINDS = {"M": 0, "*": 1, "E": 2, "-": 3}
 PLACES_PER_LAYER = 12  # WEIGHTS in tower.h
-# Where each weight of a mixer stands; 0 is the layer's norm. A name with ! is fp32 whatever the model's dtype.
+# The order of the weights of a mixer, after the layer's norm. A name with ! is fp32 in a model of any dtype.
 WEIGHT_ORDER = {
     "M": (
         "in_proj.weight",
@@ -51,7 +51,7 @@ _version_of: Callable[[Tensor], int] = attrgetter("_version")
 
 
 class WeightEntry(NamedTuple):
-    """A weight of the compiled pass: where it stands in the table and what it must be."""
+    """A weight of the C++ pass: its index in the table, and the dtype that it must have."""
 
     slot: int
     tensor: Tensor | None
@@ -61,10 +61,10 @@ class WeightEntry(NamedTuple):
 
 
 class WeightTable:
-    """The table of a tower, for as long as `is_current` says so.
+    """The weight table of a tower; valid while `is_current` is True.
 
-    fits: whether every weight has the type and layout that the compiled pass reads. all_packed: whether every product
-    reads packed weights. addresses: of the weights as they lie, of packed weights, of int8 scales.
+    fits: whether all weights have the dtypes and layouts that the C++ pass reads. all_packed: whether all packable
+    weights are packed. addresses: of three tables: the weights, the packed weights, and the int8 scales.
     """
 
     def __init__(self, tower: Tower, plan: ModulePlan) -> None:
@@ -93,7 +93,7 @@ class WeightTable:
         self.addresses = [self._table.ctypes.data + part * size * self._table.itemsize for part in range(3)]
 
     def is_current(self, plan: ModulePlan, dtype: torch.dtype) -> bool:
-        """Whether the weights are the same tensors at the same addresses, and the packed ones unchanged."""
+        """Whether all weights are the same tensors at the same addresses, and the packed weights are unchanged."""
         return (
             dtype == self.dtype
             and all(map(is_, map(_packed_data, self._copies), self._packed_data))
@@ -109,7 +109,7 @@ def _fits(entry: WeightEntry) -> bool:
 
 
 def _entries(tower: Tower, size: int) -> Iterator[WeightEntry]:
-    """Every weight of the layers. size: of one of the three parts of the table."""
+    """All weights of the layers. size: the length of one of the three tables."""
     dtype = tower.embeddings.weight.dtype
     packed = {id(weight): copy for weight, copy in packable_weights(tower)}
     for i, layer in enumerate(tower.all_layers()):

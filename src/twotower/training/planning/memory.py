@@ -66,7 +66,7 @@ def measure_profile(
     with FusedAttention(), LiveBytes() as live:
         change = objective.time(torch.empty(micro_batch_size * row_length // block_size, device="meta"))
         modulation = 3 * change[0].gate.nbytes
-        _ = layout.valid_chosen, layout.block_document, layout.starts_document
+        _ = layout.chosen_token_mask, layout.block_document, layout.starts_document
         fixed = live.live
         shape = (micro_batch_size, row_length, config.hidden_size)
         stream = torch.promote_types(dtype, torch.float32) if config.residual_in_fp32 else dtype
