@@ -204,9 +204,9 @@ def test_the_compiler_and_the_cache_follow_an_override(tmp_path: Path) -> None:
     broken.write_text('#!/bin/sh\n[ "$1" = --version ] && exit 0\necho error: no >&2; exit 1\n')
     broken.chmod(0o755)
     with options.override(cxx=str(broken), cache_home=tmp_path / "cache"):
-        assert library.library() == "broken could not compile them: error: no"
+        assert library.library() == "broken could not compile the kernels: error: no"
         assert (tmp_path / "cache" / "twotower").is_dir()
-    assert library.library() != "broken could not compile them: error: no"
+    assert library.library() != "broken could not compile the kernels: error: no"
 
 
 @pytest.mark.skipif(shutil.which("c++") is None, reason="needs a C++ compiler")
@@ -225,7 +225,7 @@ def test_triton_follows_an_override() -> None:
         assert launch.triton_unsupported_reason(CPU, torch.float32) == "needs CUDA"
         with options.override(triton=False):
             assert launch.triton_unsupported_reason(cuda, torch.float32) == "is turned off by TWOTOWER_TRITON=0"
-        assert launch.triton_unsupported_reason(cuda, torch.float64) == "takes fp32 and bf16 only"
+        assert launch.triton_unsupported_reason(cuda, torch.float64) == "supports fp32 and bf16 only"
 
 
 def test_only_options_that_change_the_choice_of_kernels_are_in_its_key() -> None:

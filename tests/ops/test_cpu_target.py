@@ -70,7 +70,7 @@ def test_bf16_is_fast_where_processor_and_target_have_it(
 @pytest.mark.parametrize(
     ("environment", "says"),
     [({"TWOTOWER_NATIVE": "0"}, "TWOTOWER_NATIVE=0"), ({"CXX": "none", "PATH": "{python}"}, "no C++ compiler found"),
-     ({"CXX": "{broken}"}, "broken could not compile them")],
+     ({"CXX": "{broken}"}, "broken could not compile the kernels")],
 )  # fmt: skip
 def test_without_a_compiler_torch_does_the_work(environment: dict[str, str], says: str, tmp_path: Path) -> None:
     broken = tmp_path / "broken"

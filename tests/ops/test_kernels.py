@@ -199,7 +199,7 @@ def expert_arguments(tokens: int, per_token: int, experts: int = 6, dtype: torch
     torch.manual_seed(0)
     return {
         "hidden": torch.randn(tokens, 8, dtype=dtype),
-        "choice": torch.rand(tokens, experts).topk(per_token).indices,
+        "topk_ids": torch.rand(tokens, experts).topk(per_token).indices,
         "weight": torch.rand(tokens, per_token, dtype=torch.promote_types(dtype, torch.float32)),
         "up": torch.randn(experts, 16, 8, dtype=dtype),
         "down": torch.randn(experts, 8, 16, dtype=dtype),
@@ -215,7 +215,7 @@ def test_experts(kernel: Callable[..., Tensor], tokens: int, per_token: int) -> 
 def test_an_expert_that_nothing_chose_is_not_visited() -> None:
     """Its weights may be anything; the dense reference would read them."""
     arguments = expert_arguments(5, 2)
-    arguments["choice"] %= 2
+    arguments["topk_ids"] %= 2
     expected = experts_sorted(**arguments)
     for name in ("up", "down"):
         arguments[name][2:] = torch.nan

@@ -15,7 +15,7 @@ from torch import Tensor
 from twotower.ops.reference import attention as reference
 from twotower.ops.reference.attention import CachedKV
 from twotower.ops.self_check_cases import Randn
-from twotower.ops.triton.launch import MAX_HEAD
+from twotower.ops.triton.launch import MAX_HEAD_DIM
 
 if importlib.util.find_spec("triton") is None:
     pytest.skip("the Triton kernels are not tested: the package triton is not installed", allow_module_level=True)
@@ -33,7 +33,7 @@ Arguments = tuple[Tensor, Tensor, Tensor, Tensor | None, bool, CachedKV | None]
 @pytest.fixture(autouse=True)
 def _small_splits(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
     """Contexts that the interpreter can do are shared out too."""
-    monkeypatch.setattr(attention, "LEAST_KEYS", 64)
+    monkeypatch.setattr(attention, "MIN_SPLIT_KEYS", 64)
     with torch.no_grad():
         yield
 
@@ -123,7 +123,7 @@ def test_many_splits(length: int, dtype: torch.dtype) -> None:
     pool = [(randn(5000, 16) * factor).to(dtype) for factor in (torch.linspace(0, 8, 5000, device=DEVICE)[:, None], 1)]
     cached = cached._replace(k=pool[0], v=pool[1], lengths=torch.tensor(lengths, device=DEVICE), max_length=2048)
     check(q, k, v, None, True, cached._replace(start=torch.tensor([3000, 7, 1500], device=DEVICE)))
-    assert attention.splits_of(3, 2048, 4) == 32 > attention.PARTS
+    assert attention.num_splits(3, 2048, 4) == 32 > attention.PARTS
 
 
 @pytest.mark.parametrize("width", [300, 512, 4096])
@@ -138,7 +138,7 @@ def test_the_rounded_width_of_a_recording(width: int) -> None:
 
 @pytest.mark.parametrize("splits", [1, 3])
 def test_a_row_is_what_it_is_alone(splits: int, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(attention, "splits_of", lambda *_: splits)
+    monkeypatch.setattr(attention, "num_splits", lambda *_: splits)
     q, k, v, valid, causal, cached = arguments(5, (200, 0, 130), (4, 2), valid="end")
     together = attention.attention(q, k, v, valid, causal, cached)
     for row in range(3):
@@ -198,7 +198,7 @@ def test_an_even_layout() -> None:
 
 
 def test_wide_heads_go_to_the_reference(monkeypatch: pytest.MonkeyPatch) -> None:
-    given = arguments(2, (3,), width=MAX_HEAD + 1)
+    given = arguments(2, (3,), width=MAX_HEAD_DIM + 1)
     monkeypatch.setattr(reference, "attention", lambda *_: "the reference")
     assert attention.attention(*given) == "the reference"
 
@@ -233,7 +233,7 @@ def test_launches_depend_on_shapes_alone(monkeypatch: pytest.MonkeyPatch) -> Non
     """Tensors of no device, whose values nobody can ask for: the same launches whatever stands in them."""
     launches = Launches()
     monkeypatch.setattr(attention, "_attention_kernel", launches)
-    monkeypatch.setattr(attention, "_join_kernel", launches)
+    monkeypatch.setattr(attention, "_combine_kernel", launches)
     meta = torch.device("meta")
     given = arguments(16, (300, 2), (4, 2), valid="end")
     for _ in range(2):
@@ -270,9 +270,9 @@ def test_splits_fill_the_device(
     rows: int, queries: int, width: int, splits: int, programs: int, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.undo()
-    tile = attention.tiles(queries, 128, torch.bfloat16)
+    tile = attention.tile_shape(queries, 128, torch.bfloat16)
     each = rows * 2 * (queries // tile.rows)
-    assert attention.splits_of(each, width, tile.warps) == splits
+    assert attention.num_splits(each, width, tile.warps) == splits
     assert each * splits == programs
 
 
@@ -280,4 +280,4 @@ def test_splits_fill_the_device(
 
 
 def test_the_kernels_compile_for_a_gpu(tmp_path: Path) -> None:
-    assert triton_mode.compiled("attention", cache_dir=tmp_path) == {"_attention_kernel", "_join_kernel"}
+    assert triton_mode.compiled("attention", cache_dir=tmp_path) == {"_attention_kernel", "_combine_kernel"}

@@ -179,7 +179,7 @@ def test_experts_that_nothing_chose_leave_no_mark(tokens: int, as_int8: bool) ->
 def test_the_plan(pairs: int, count: int, rows: int) -> None:
     """Every pair once, by expert and in order; tiles of one expert each, as many as there are programs or fewer."""
     choice = (Randn(2, DEVICE)(pairs, 1).abs() * count / 3).long().clamp(max=count - 1)
-    order, items = triton_experts.plan(choice, count, rows)
+    order, items = triton_experts.group_by_expert(choice, count, rows)
     flat = choice.flatten()
     assert torch.equal(order.long(), flat.argsort(stable=True))
     visited = []
@@ -194,8 +194,8 @@ def test_the_plan(pairs: int, count: int, rows: int) -> None:
 
 @pytest.mark.parametrize(("tokens", "rows"), [(1, 16), (16, 16), (96, 16), (500, 32), (2048, 64), (9000, 64)])
 def test_tiles_grow_with_the_tokens_of_an_expert(tokens: int, rows: int) -> None:
-    assert triton_experts.rows_of_a_tile(6 * tokens, 128, torch.bfloat16) == rows
-    assert triton_experts.rows_of_a_tile(6 * tokens, 128, torch.float32) == min(rows, 32)
+    assert triton_experts.rows_per_tile(6 * tokens, 128, torch.bfloat16) == rows
+    assert triton_experts.rows_per_tile(6 * tokens, 128, torch.float32) == min(rows, 32)
 
 
 # --- dense products ---------------------------------------------------------------------------------------------------
@@ -225,11 +225,11 @@ def test_linear_in_parts(width: int, bias: bool, dtype: torch.dtype) -> None:
 
 
 def test_parts_cover_a_sum_and_fill_a_gpu() -> None:
-    assert triton_int8.parts_of(4096, 42, 128) == (7, 640)
-    assert triton_int8.parts_of(2688, 2048, 128) == (1, 2688)
+    assert triton_int8.split_k(4096, 42, 128) == (7, 640)
+    assert triton_int8.split_k(2688, 2048, 128) == (1, 2688)
     for width in (1, 100, 512, 1500, 3712, 10000):
         for programs in (1, 7, 100, 263, 300):
-            parts, part = triton_int8.parts_of(width, programs, 128)
+            parts, part = triton_int8.split_k(width, programs, 128)
             assert (parts - 1) * part < width <= parts * part
             assert part % 128 == 0
 
@@ -249,7 +249,7 @@ def test_a_row_does_not_depend_on_its_neighbours(dtype: torch.dtype) -> None:
 def test_many_tokens_go_to_the_reference(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(int8, "linear", lambda *_: "the reference")
     q, scale = int8.quantize(Randn(5, DEVICE)(3, 4))
-    most = triton_int8.MOST_TOKENS
+    most = triton_int8.MAX_TOKENS
     assert triton_int8.linear_int8(torch.ones(most + 1, 4, device=DEVICE), q, scale) == "the reference"
     assert triton_int8.linear_int8(torch.ones(2, most // 2, 4, device=DEVICE), q, scale) != "the reference"
 
@@ -259,7 +259,7 @@ def test_many_tokens_go_to_the_reference(monkeypatch: pytest.MonkeyPatch) -> Non
 
 def test_the_assembly_widens_every_byte() -> None:
     """Its text, read here as the instructions are defined: the interpreter knows none."""
-    text = gemm.WIDEN.value
+    text = gemm.INT8_TO_BF16.value
     for first in range(256):
         second, third, fourth = (first * 7 + 3) % 256, first ^ 0x5A, 255 - first
         found = _run(text, first | second << 8 | third << 16 | fourth << 24)
@@ -305,7 +305,7 @@ def _bf16(bits: Tensor) -> Tensor:
 def test_the_kernels_compile_for_a_gpu(tmp_path: Path) -> None:
     """For an H100, also where there is none; each as its wrapper launches it."""
     assert triton_mode.compiled("products", cache_dir=tmp_path) == {
-        "_plan_kernel", "_expert_kernel", "_mixture_kernel", "_linear_kernel", "_sum_kernel",
+        "_group_kernel", "_expert_kernel", "_combine_kernel", "_linear_kernel", "_reduce_splits_kernel",
     }  # fmt: skip
 
 

@@ -15,7 +15,7 @@ from twotower.ops.reference import norm, routing
 from twotower.ops.reference.norm import Order
 from twotower.ops.reference.routing import Routing
 from twotower.ops.self_check_cases import Randn, released_route_arguments, route_cases
-from twotower.ops.triton.launch import MAX_TOKEN
+from twotower.ops.triton.launch import MAX_NORM_WIDTH
 
 if importlib.util.find_spec("triton") is None:
     pytest.skip("the Triton kernels are not tested: the package triton is not installed", allow_module_level=True)
@@ -94,7 +94,7 @@ def test_norm_of_slices() -> None:
 
 def test_tokens_too_wide_for_a_norm(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(norm, "rms_norm", lambda *_: "the reference")
-    x = torch.zeros(1, 1, MAX_TOKEN + 1, device=DEVICE)
+    x = torch.zeros(1, 1, MAX_NORM_WIDTH + 1, device=DEVICE)
     assert triton_norm.rms_norm(x, x[0, 0], 1e-5) == "the reference"
 
 
@@ -211,4 +211,4 @@ def test_no_case_is_a_near_tie(dtype: torch.dtype) -> None:
 
 
 def test_the_kernels_compile_for_a_gpu(tmp_path: Path) -> None:
-    assert triton_mode.compiled("norms", cache_dir=tmp_path) == {"_norm_kernel", "_product_kernel", "_choice_kernel"}
+    assert triton_mode.compiled("norms", cache_dir=tmp_path) == {"_norm_kernel", "_logits_kernel", "_topk_kernel"}

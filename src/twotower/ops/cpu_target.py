@@ -1,7 +1,7 @@
-"""The instruction set that work on the CPU is prepared for: the processor's own, or a smaller one that a user names.
+"""The instruction set of the CPU kernels: that of the processor, or a smaller one that the user selects.
 
 The option `cpu_target` (`TWOTOWER_CPU_TARGET`) names the target. The target selects the compiler flags of the C++
-kernels and answers whether bf16 products count as fast. It does not configure torch: `ATEN_CPU_CAPABILITY` and
+kernels and decides whether bf16 products count as fast. It does not configure torch: `ATEN_CPU_CAPABILITY` and
 `ONEDNN_MAX_CPU_ISA` do.
 """
 
@@ -20,10 +20,11 @@ X86_64 = ("x86_64", "AMD64")
 
 @dataclass(frozen=True, kw_only=True)
 class CPUTarget:
-    """One instruction set. flags: alternatives for the compiler, the first that compiles is used; none: no kernels.
+    """One instruction set.
 
-    probe: the function of `torch.cpu` that says whether an x86-64 processor has it; None: any processor has it.
-    allows_bf16: whether the target contains instructions for bf16 products.
+    flags: alternative compiler flags; the first set that compiles is used; none: no kernels. probe: the function of
+    `torch.cpu` that tests for the instruction set on x86-64; None: every processor has it. allows_bf16: whether the
+    target contains instructions for bf16 products.
     """
 
     name: str
@@ -65,11 +66,11 @@ def unsupported_reason(target: CPUTarget) -> str | None:
 
 
 def has_bf16_matmul(target: CPUTarget) -> bool:
-    """Whether the processor has bf16 products (AVX-512 BF16 or AMX) that the target may use."""
+    """Whether the processor has bf16 products (AVX-512 BF16 or AMX) and the target allows them."""
     probes = ("_is_avx512_bf16_supported", "_is_amx_tile_supported")
     return target.allows_bf16 and platform.machine() in X86_64 and any(map(_has, probes))
 
 
 def _has(probe: str) -> bool:
-    """What torch says of the processor; False where this version of torch does not know."""
+    """Whether torch detects the feature; False where this version of torch has no such function."""
     return bool(getattr(torch.cpu, probe, lambda: False)())

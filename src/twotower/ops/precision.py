@@ -1,4 +1,4 @@
-"""What is computed in which precision."""
+"""Which values are computed in which precision."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ from twotower.ops.cpu_target import CPUTarget
 
 
 def accumulation_dtype(dtype: torch.dtype) -> torch.dtype:
-    """float64 for a float64 model, fp32 for every narrower one: norms, scan, router, softmax, confidences."""
+    """The dtype of norms, scan, router, softmax and confidences: float64 for a float64 model, otherwise fp32."""
     return torch.promote_types(dtype, torch.float32)
 
 
@@ -22,8 +22,11 @@ def upcast(values: Tensor) -> Tensor:
 
 
 def has_fast_bf16_matmul(device: torch.device, target: CPUTarget | None = None) -> bool:
-    """Whether a bf16 product is at least as fast as one in fp32: on CUDA, and on processors with AVX-512 BF16 or AMX.
-    Elsewhere it takes three times as long. target: the CPU target to answer for (None: that of the options)."""
+    """Whether a bf16 matrix product is at least as fast as in fp32.
+
+    True on CUDA and on CPUs with AVX-512 BF16 or AMX; on other CPUs bf16 takes three times as long. target: the CPU
+    target (None: that of the options).
+    """
     return device.type == "cuda" or _has_bf16_matmul(target or cpu_target.selected())
 
 

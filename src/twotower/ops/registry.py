@@ -1,10 +1,10 @@
-"""One catalogue of the operations a tower is made of, and which implementation each one uses.
+"""The registry of a tower's operations and of the backends that implement them.
 
-Each op lists its backends in order of preference; the first that fits a device and dtype is taken, once, and
-`report` says which and why. Every fast backend has a reference beside it that the tests hold it to. A compiled kernel
-is also held to it on the machine it is to run on, before it is first used: one that gives wrong numbers is refused with
-a warning. The options `triton` and `native` (`twotower.options`) allow or forbid the kernels. Choices are cached for
-each set of options.
+Each operation lists its backends in order of preference. `select` returns the first that supports a device and dtype;
+`report` says which one and why. The last backend of an operation is its reference in plain torch; the tests compare
+every other backend with it. Before its first use on a machine, a compiled kernel is also compared with the reference
+(`self_check`); a kernel with wrong results is not used, with a warning. The options `triton` and `native`
+(`twotower.options`) switch the kernels off. Selections are cached per set of options.
 """
 
 from __future__ import annotations
@@ -31,10 +31,10 @@ from twotower.ops.triton.launch import triton_unsupported_reason
 
 @dataclass(frozen=True)
 class Backend:
-    """One implementation. `unsupported_reason(device, dtype)` is None where it fits, else the reason why not.
+    """One implementation of an operation.
 
-    compiled: a kernel of this package. Autograd cannot see through it, and it is not trusted: before it is first used
-    it is run on the op's `CASES` beside the op's last backend.
+    unsupported_reason(device, dtype): None if the backend supports them, otherwise the reason why not. compiled: a
+    kernel of this package: it has no gradients, and it is self-checked on the operation's `CASES` before its first use.
     """
 
     name: str
@@ -55,11 +55,11 @@ def _grouped_unsupported_reason(device: torch.device, dtype: torch.dtype) -> str
 
 
 def _host_unsupported_reason(device: torch.device, dtype: torch.dtype) -> str | None:
-    return None if device.type == "cpu" else "would wait for the device"
+    return None if device.type == "cpu" else "would make the host wait for the device"
 
 
 def _triton(module: str, name: str, description: str) -> Backend:
-    """A function of a module that may be imported only where Triton is there."""
+    """A function of a module that is imported on first use, because it needs Triton."""
 
     def call(*args: object) -> object:
         return getattr(importlib.import_module(f"twotower.ops.triton.{module}"), name)(*args)
@@ -68,12 +68,12 @@ def _triton(module: str, name: str, description: str) -> Backend:
 
 
 def _native(function: Callable[..., object], description: str) -> Backend:
-    """A kernel for processors."""
+    """A C++ kernel for CPUs."""
     return Backend("native", function, description, native_ops.cpu_unsupported_reason, compiled=True)
 
 
 def _each_layer(backend: Backend) -> Backend:
-    """`mamba_block.state_update` of one layer as the op, which takes the pools and the traces of all."""
+    """Adapts `state_update` of one layer to the operation, which takes the pools and step inputs of all layers."""
 
     def each(
         pools: Sequence[TensorPair], inputs: Sequence[MambaStepInputs], accepted: Tensor, rows: Tensor | None
@@ -86,9 +86,9 @@ def _each_layer(backend: Backend) -> Backend:
 
 REGISTRY: dict[str, tuple[Backend, ...]] = {
     "attention": (
-        _triton("attention", "attention", "shares out each row's cache where it lies, as long as it is"),
-        _native(native_ops.attention, "each row's cache where it lies, as long as it is"),
-        Backend("two-part", attention.attention, "joins scores; copies the cache only where rows lie anywhere"),
+        _triton("attention", "attention", "splits each row's cache among programs, in place, up to its length"),
+        _native(native_ops.attention, "reads each row's cache in place, up to its length"),
+        Backend("two-part", attention.attention, "plain torch; copies the cache unless rows have one stride"),
     ),
     "mamba_block": (
         _triton("mamba_block", "mamba_block", "one kernel from in_proj to out_proj"),
@@ -96,8 +96,8 @@ REGISTRY: dict[str, tuple[Backend, ...]] = {
         Backend("torch", mamba_block.mamba_block, "plain torch, differentiable"),
     ),
     "state_update": (
-        _each_layer(_triton("state_update", "state_update", "one kernel a layer, states change in place")),
-        _native(native_ops.state_update, "all layers in one call, states change in place"),
+        _each_layer(_triton("state_update", "state_update", "one kernel per layer, in place")),
+        _native(native_ops.state_update, "all layers in one call, in place"),
         _each_layer(Backend("torch", mamba_block.state_update, "plain torch, differentiable")),
     ),
     "kv_append": (
@@ -107,59 +107,61 @@ REGISTRY: dict[str, tuple[Backend, ...]] = {
     "argmax": (
         _triton("argmax", "argmax", "reads the logits once"),
         _native(native_ops.argmax, "reads the logits once"),
-        Backend("tiles", argmax.argmax, "plain torch, widens one tile at a time"),
+        Backend("tiles", argmax.argmax, "plain torch, upcasts one tile at a time"),
     ),
     "linear": (
-        _native(native_ops.linear, "reads weights once, as they lie, for few tokens"),
+        _native(native_ops.linear, "reads weights once, for small batches"),
         Backend("torch", linear.linear, "plain torch"),
     ),
     "linear_int8": (
-        _triton("int8", "linear_int8", "reads int8 once and widens it in registers, for few tokens"),
-        _native(native_ops.linear_int8, "widens int8 in registers, for few tokens"),
-        Backend("torch", int8.linear, "widens the whole matrix, then plain torch"),
+        _triton("int8", "linear_int8", "reads int8 once and upcasts it in registers, for small batches"),
+        _native(native_ops.linear_int8, "upcasts int8 in registers, for small batches"),
+        Backend("torch", int8.linear, "upcasts the whole matrix, then plain torch"),
     ),
     "rms_norm": (
-        _triton("norm", "rms_norm", "norm and modulation in one"),
-        _native(native_ops.rms_norm, "norm and modulation in one"),
+        _triton("norm", "rms_norm", "norm and modulation in one kernel"),
+        _native(native_ops.rms_norm, "norm and modulation in one kernel"),
         Backend("torch", norm.rms_norm, "plain torch"),
     ),
     "route": (
-        _triton("routing", "route", "scores and choice in two"),
-        _native(native_ops.route, "scores and choice in one"),
+        _triton("routing", "route", "scores and selection in two kernels"),
+        _native(native_ops.route, "scores and selection in one kernel"),
         Backend("torch", routing.route, "plain torch"),
     ),
     "experts": (
-        Backend("grouped-gemm", experts.experts_grouped, "one grouped GEMM, no host read", _grouped_unsupported_reason),
-        _triton("experts", "experts", "reads each chosen expert once, no host read"),
-        _native(native_ops.experts, "reads each chosen expert once"),
+        Backend("grouped-gemm", experts.experts_grouped, "grouped GEMMs, no host read", _grouped_unsupported_reason),
+        _triton("experts", "experts", "reads each selected expert once, no host read"),
+        _native(native_ops.experts, "reads each selected expert once"),
         Backend(
             "sorted-loop",
             experts.experts_sorted,
-            "visits chosen experts only; host memory needs no sync",
+            "reads selected experts only; host memory needs no sync",
             _host_unsupported_reason,
         ),
-        Backend("gathered", experts.experts_gathered, "static shapes, no host read; copies the chosen weights"),
+        Backend("gathered", experts.experts_gathered, "static shapes, no host read; copies the selected weights"),
     ),
     "experts_int8": (
-        _triton("experts", "experts_int8", "reads each chosen expert once, widens int8 in registers"),
-        # For GPUs without Triton, and under autograd, where kernels of this package are left out.
+        _triton("experts", "experts_int8", "reads each selected expert once, upcasts int8 in registers"),
+        # For GPUs without Triton, and under autograd, which excludes the kernels of this package.
         Backend(
             "grouped-gemm",
             int8.experts_grouped,
-            "widens all experts, then one grouped GEMM",
+            "upcasts all experts, then grouped GEMMs",
             _grouped_unsupported_reason,
         ),
-        _native(native_ops.experts_int8, "reads each chosen expert once, widens int8 in registers"),
-        Backend("sorted-loop", int8.experts_sorted, "widens chosen experts only", _host_unsupported_reason),
-        Backend("gathered", int8.experts_gathered, "static shapes, no host read; copies the chosen weights"),
+        _native(native_ops.experts_int8, "reads each selected expert once, upcasts int8 in registers"),
+        Backend("sorted-loop", int8.experts_sorted, "upcasts selected experts only", _host_unsupported_reason),
+        Backend("gathered", int8.experts_gathered, "static shapes, no host read; copies the selected weights"),
     ),
 }
 
 
 def select(op: str, device: torch.device, dtype: torch.dtype, differentiable: bool | None = None) -> Backend:
-    """The first backend of `op` that fits. differentiable: whether gradients may be asked for (None: whether autograd
-    records now, or a dispatch mode watches)."""
-    if differentiable is None:  # a dispatch mode (a FLOP counter, fake tensors, tracing) must see every operation too
+    """The first backend of `op` that supports the device and dtype.
+
+    differentiable: whether gradients may be needed; None: whether autograd records now or a dispatch mode is active.
+    """
+    if differentiable is None:  # a dispatch mode (FLOP counter, fake tensors, tracing) must see torch operations
         differentiable = torch.is_grad_enabled() or torch._C._len_torch_dispatch_stack() > 0
     return _select(op, device, dtype, differentiable, options.current().kernels_key)
 
@@ -174,17 +176,15 @@ def _select(op: str, device: torch.device, dtype: torch.dtype, differentiable: b
 def _unsupported_reason(
     op: str, backend: Backend, device: torch.device, dtype: torch.dtype, options_key: str
 ) -> str | None:
-    """Why a backend is not taken: it does not fit, or it has just been found wrong (once, with a warning).
+    """Why a backend is not used: it does not support the device and dtype, or its self-check failed (warns once).
 
-    options_key: `Options.kernels_key` of the options in force, which the backends' own refusals read.
+    options_key: `Options.kernels_key` of the options in force, which the backends' own checks read.
     """
     reason = backend.unsupported_reason(device, dtype)
     if reason is not None or not backend.compiled:
         return reason
     if device.type == "cuda" and torch.cuda.is_current_stream_capturing():
-        raise RuntimeError(
-            f"{op} is checked when it is first used, which a capture cannot hold: run the pass once before"
-        )
+        raise RuntimeError(f"{op} is self-checked at its first use; run the pass once before a CUDA graph captures it")
     with torch.no_grad():
         wrong = self_check.find_mismatch(backend.function, REGISTRY[op][-1].function, CASES[op](device, dtype))
     if wrong is None:
@@ -194,13 +194,16 @@ def _unsupported_reason(
 
 
 def report(device: torch.device, dtype: torch.dtype) -> list[tuple[str, str, str]]:
-    """(op, backend, why) for each op of a pass without gradients, with the reasons why better ones were passed over."""
+    """(op, backend, reason) for each operation of a pass without gradients.
+
+    The reason includes why preferred backends are not used.
+    """
     rows, key = [], options.current().kernels_key
     for op, backends in REGISTRY.items():
         chosen = select(op, device, dtype, differentiable=False)
         passed = [
             f"{b.name} {_unsupported_reason(op, b, device, dtype, key)}" for b in backends[: backends.index(chosen)]
         ]
-        checked = ["agreed with its reference on this machine"] if chosen.compiled else []
+        checked = ["passed its self-check"] if chosen.compiled else []
         rows.append((op, chosen.name, "; ".join([chosen.description, *checked, *passed])))
     return rows

@@ -1,7 +1,7 @@
-"""Whether a compiled kernel computes what it should on this machine: a few small cases beside its torch reference.
+"""Self-check of a compiled kernel: runs small cases and compares the results with the reference on this machine.
 
-A kernel that compiles and returns garbage is a known failure of hybrid models (a toolchain that a kernel was never
-tried with, a shape that nobody ran), and text looks almost right for a while. So a kernel earns its place at start-up.
+A kernel may compile and still return wrong values, for example with an untested toolchain or shape; the generated text
+then often looks plausible. Therefore each kernel is checked before its first use.
 """
 
 from __future__ import annotations
@@ -13,20 +13,22 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-# The largest error, as a share of the largest magnitude, by the result's dtype: of fp32 sums of some hundred products
-# (TF32 alone would be off by 1e-3); of one rounding to bf16, and a neighbour's.
+# Maximum error relative to the largest magnitude, by the result's dtype: fp32 sums of some hundred products (TF32 would
+# give 1e-3); two roundings to bf16.
 TOLERANCE = {torch.float32: 1e-4, torch.bfloat16: 1e-2}
 
 
 class Case(NamedTuple):
-    """A name to be told by, and what makes the arguments anew (an op may change them), the same each time."""
+    """A name for messages, and a function that creates the arguments, equal at each call (an operation may change
+    them).
+    """
 
     name: str
     arguments: Callable[[], tuple[object, ...]]
 
 
 def find_mismatch(function: Callable[..., object], reference: Callable[..., object], cases: list[Case]) -> str | None:
-    """None where `function` gives what `reference` gives in float64 on every case; else what is wrong, with numbers."""
+    """None if `function` agrees with the float64 results of `reference` on every case; otherwise a description."""
     for name, arguments in cases:
         expected = reference(*map(_as_float64, arguments()))
         try:
@@ -41,7 +43,7 @@ def find_mismatch(function: Callable[..., object], reference: Callable[..., obje
 
 
 def compare(found: object, expected: object, where: str = "") -> str | None:
-    """None where two results, of the same parts, agree to within `TOLERANCE`; else what is wrong, with numbers."""
+    """None if two results have the same parts and agree within `TOLERANCE`; otherwise a description of the mismatch."""
     pairs = list(zip_longest(_tensors(found), _tensors(expected)))
     for i, (actual, exact) in enumerate(pairs):
         if actual is None or exact is None:
@@ -56,7 +58,7 @@ def compare(found: object, expected: object, where: str = "") -> str | None:
         tolerance = TOLERANCE.get(actual.dtype, TOLERANCE[torch.float32])
         off = float((actual.double() - exact.double()).abs().max())
         off /= float(exact.abs().max()) or 1.0
-        if not off <= tolerance:  # no number is wrong too
+        if not off <= tolerance:  # also catches NaN
             return f"differs from its reference{where}: result {i} by {off:.1e}, tolerance {tolerance}"
     return None
 

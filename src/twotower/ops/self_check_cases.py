@@ -1,4 +1,4 @@
-"""What a machine's kernels are tried on before they are used (`self_check`): small arguments of every kind."""
+"""The inputs of the self-check (`self_check`): small arguments for every operation, on which kernels are compared."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ from twotower.ops.self_check import Case
 
 
 class Sizes(NamedTuple):
-    """Of a Mamba-2 mixer: H heads in G groups, of width P; state size N; K taps."""
+    """Sizes of a Mamba-2 mixer: H heads of width P in G groups, state size N, K convolution taps."""
 
     heads: int
     groups: int
@@ -32,12 +32,12 @@ RELEASED_SIZES = Sizes(heads=64, groups=8, width=64, state=128, taps=4)
 
 
 def mamba_block_cases(device: torch.device, dtype: torch.dtype) -> list[Case]:
-    """A block and a single token; every row of another length, one of none; from states of their own."""
+    """A block and a single token; rows of different lengths, one empty; each row starts from its own state."""
     return _mamba_cases(device, lambda sizes, length: (*mamba_block_arguments(sizes, length, device, dtype), True))
 
 
 def state_update_cases(device: torch.device, dtype: torch.dtype) -> list[Case]:
-    """The same sizes, two layers; into three of five slots, as many tokens as each row has."""
+    """The same sizes for two layers, three of five slots; each row accepts another number of tokens."""
 
     def arguments(sizes: Sizes, length: int) -> tuple[object, ...]:
         window, state, inputs, accepted, rows = state_update_arguments(sizes, length, device, dtype)
@@ -48,8 +48,7 @@ def state_update_cases(device: torch.device, dtype: torch.dtype) -> list[Case]:
 
 
 def _mamba_cases(device: torch.device, arguments: Callable[[Sizes, int], tuple[object, ...]]) -> list[Case]:
-    """Odd sizes, and on a GPU the released ones too: through the interpreter those would take minutes. 33 tokens need
-    as much of a GPU's memory as any block."""
+    """Odd sizes, and on a GPU the released sizes too (minutes in Triton's interpreter). 33 tokens: most shared memory."""
     released = [(RELEASED_SIZES, length) for length in (1, 16, 33) if device.type == "cuda"]
     pairs = [(ODD_SIZES, 1), (ODD_SIZES, 19), *released]
     return [
@@ -59,7 +58,7 @@ def _mamba_cases(device: torch.device, arguments: Callable[[Sizes, int], tuple[o
 
 
 def kv_append_cases(device: torch.device, dtype: torch.dtype) -> list[Case]:
-    """Two layers; rows of every length, one of no tokens, one whose columns end within the block."""
+    """Two layers; rows of different lengths, one without tokens, one whose slots end within the block."""
 
     def arguments(length: int) -> tuple[object, ...]:
         randn = Randn(10, device)
@@ -70,7 +69,7 @@ def kv_append_cases(device: torch.device, dtype: torch.dtype) -> list[Case]:
         counts = (step < valid[:, None]) & (lengths[:, None] + step < stride[:, None])
         new = tuple(
             tuple(randn(3, length, 3, 12).to(dtype) * counts[..., None, None] for _ in "kv") for _ in range(2)
-        )  # zeros where nothing counts: the reference writes them to the last vector
+        )  # zeros at padding: the reference writes them to the last vector
         for pair in pools:
             for pool in pair:
                 pool[-1] = 0
@@ -80,7 +79,7 @@ def kv_append_cases(device: torch.device, dtype: torch.dtype) -> list[Case]:
 
 
 def argmax_cases(device: torch.device, dtype: torch.dtype) -> list[Case]:
-    """A small odd vocabulary with ties, and a large one."""
+    """A small odd vocabulary with ties, and a large vocabulary."""
     return [
         Case(f"a vocabulary of {size}", partial(argmax_arguments, size, device, dtype))
         for size in (13, 131072 + 1 if device.type == "cuda" else 4096 + 1)
@@ -88,7 +87,7 @@ def argmax_cases(device: torch.device, dtype: torch.dtype) -> list[Case]:
 
 
 def mamba_weights(sizes: Sizes, device: torch.device, dtype: torch.dtype, bias: bool = True) -> MambaWeights:
-    """Random weights whose heads remember from a few to many tokens; what checkpoints keep wide is fp32."""
+    """Random weights whose heads decay over a few to many tokens; weights that checkpoints keep in fp32 are fp32."""
     randn = Randn(1, device)
     inner = sizes.heads * sizes.width
     channels = inner + 2 * sizes.groups * sizes.state
@@ -108,7 +107,7 @@ def mamba_weights(sizes: Sizes, device: torch.device, dtype: torch.dtype, bias: 
 def mamba_block_arguments(
     sizes: Sizes, length: int, device: torch.device, dtype: torch.dtype, rows: int = 3
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, MambaWeights]:
-    """The arguments of `mamba_block` but the last: rows of 0, …, `length` tokens, each from a state of its own."""
+    """The arguments of `mamba_block` except the last: rows of 0, …, `length` tokens, each from its own state."""
     randn = Randn(2, device)
     weights = mamba_weights(sizes, device, dtype)
     projected = randn(rows, length, weights.inner + weights.conv_dim + weights.heads)
@@ -121,7 +120,7 @@ def mamba_block_arguments(
 def state_update_arguments(
     sizes: Sizes, length: int, device: torch.device, dtype: torch.dtype, slots: tuple[int, ...] = (3, 0, 4)
 ) -> tuple[Tensor, Tensor, MambaStepInputs, Tensor, Tensor]:
-    """The arguments of `state_update`: rows that accept 0, …, `length` tokens, into the given ones of five slots."""
+    """The arguments of `state_update`: rows that accept 0, …, `length` tokens, in the given slots of five."""
     randn = Randn(3, device)
     rows = len(slots)
     channels = sizes.heads * sizes.width + 2 * sizes.groups * sizes.state
@@ -139,8 +138,9 @@ def state_update_arguments(
 
 
 def argmax_arguments(size: int, device: torch.device, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
-    """Logits (3, 2, size), rounded so that many are equal, one position's all, and what each row leaves out: nothing,
-    the best, another."""
+    """Logits (3, 2, size) with many ties, all equal at one position; and each row's excluded token: none, the best,
+    another.
+    """
     logits = (Randn(4, device)(3, 2, size) * 8).round() / 2
     logits[2, 1] = 1.0
     best = logits[1, 0].argmax()
@@ -148,12 +148,12 @@ def argmax_arguments(size: int, device: torch.device, dtype: torch.dtype) -> tup
 
 
 def lengths_up_to(length: int, rows: int, device: torch.device) -> Tensor:
-    """(rows,) from `length` down to 0."""
+    """(rows,) lengths from `length` down to 0."""
     return torch.linspace(length, 0, rows, device=device).round().long()
 
 
 class Randn:
-    """Normal numbers from a generator of its own: the caller's stays as it was, on every device the same."""
+    """Normal numbers from its own CPU generator: equal on every device; the global generator is not used."""
 
     def __init__(self, seed: int, device: torch.device) -> None:
         self.generator = torch.Generator().manual_seed(seed)
@@ -170,7 +170,7 @@ PRODUCTS = ((1, 67, 35, True), (3, 96, 64, False), (16, 131, 70, True), (21, 512
 
 
 def linear_cases(device: torch.device, dtype: torch.dtype) -> list[Case]:
-    """One token, some, and more than a tile; widths that no vector divides; with a bias and without; packed and not."""
+    """One token, several, more than a tile; odd widths; with and without bias; packed and not."""
 
     def arguments(tokens: int, width: int, out: int, bias: bool, packed: bool) -> tuple[object, ...]:
         randn = Randn(5, device)
@@ -186,7 +186,7 @@ def linear_cases(device: torch.device, dtype: torch.dtype) -> list[Case]:
 
 
 def linear_int8_cases(device: torch.device, dtype: torch.dtype) -> list[Case]:
-    """Those of `linear`, and a row of zeros; on a GPU also the largest tiles, and a released size in several parts."""
+    """The cases of `linear` with a row of zeros; on a GPU also the largest tiles and a released size with split-K."""
 
     def arguments(tokens: int, width: int, out: int, bias: bool) -> tuple[object, ...]:
         randn = Randn(10, device)
@@ -199,7 +199,7 @@ def linear_int8_cases(device: torch.device, dtype: torch.dtype) -> list[Case]:
 
 
 def experts_int8_cases(device: torch.device, dtype: torch.dtype, width: int = 37, inner: int = 21) -> list[Case]:
-    """Those of `experts` that are not packed."""
+    """The unpacked cases of `experts`."""
 
     def arguments(case: Case) -> tuple[object, ...]:
         *routed, up, down, _ = case.arguments()
@@ -217,15 +217,14 @@ def experts_cases(
     inner: int = 21,
     packings: tuple[bool, ...] | None = None,
 ) -> list[Case]:
-    """Few tokens and many, experts that nothing chose, odd widths; packed and not. On a GPU also the largest tiles, and
-    three experts of the released size."""
+    """Few and many tokens, unselected experts, odd widths; packed and not. On a GPU also the largest and released sizes."""
 
     def arguments(tokens: int, top: int, count: int, width: int, inner: int, packed: bool) -> tuple[object, ...]:
         randn = Randn(6, device)
         up, down = (randn(count, *shape).to(dtype) for shape in ((inner, width), (width, inner)))
-        hidden, choice = randn(tokens, width).to(dtype) / 4, randn(tokens, count).argsort(-1)[:, :top]
+        hidden, topk_ids = randn(tokens, width).to(dtype) / 4, randn(tokens, count).argsort(-1)[:, :top]
         copies = _packed(up, packed), _packed(down, packed)
-        return hidden, choice.contiguous(), randn(tokens, top).abs(), up, down, copies
+        return hidden, topk_ids.contiguous(), randn(tokens, top).abs(), up, down, copies
 
     sizes = [(1, 2, 7, width, inner), (19, 3, 7, width, inner)]
     if device.type == "cuda":
@@ -238,7 +237,7 @@ def experts_cases(
 
 
 def _packings(device: torch.device) -> tuple[bool, ...]:
-    """Whether to try weights with a packed copy: only CPU kernels read one."""
+    """Whether to try weights with a packed copy: only CPU kernels read packed weights."""
     return (False, True) if device.type == "cpu" else (False,)
 
 
@@ -251,7 +250,7 @@ def _packed(weight: Tensor, packed: bool) -> Tensor | None:
 
 
 def route_cases(device: torch.device, dtype: torch.dtype) -> list[Case]:
-    """One group and several, normalised or not; on a GPU the released sizes too. No choice is a near tie."""
+    """One group and several, normalised or not; on a GPU also the released sizes. No selection is a near tie."""
 
     def arguments(rule: Routing) -> tuple[object, ...]:
         randn = Randn(7, device)
@@ -263,21 +262,23 @@ def route_cases(device: torch.device, dtype: torch.dtype) -> list[Case]:
 
 
 def released_route_arguments(device: torch.device, dtype: torch.dtype) -> tuple[Tensor, Tensor, Tensor, Routing]:
-    """Arguments of `route` at the released sizes."""
+    """The arguments of `route` at the released sizes."""
     randn = Randn(15, device)
     hidden, weight = randn(5, 2688).to(dtype), (randn(128, 2688) / 2688**0.5).to(dtype)
     return hidden, weight, randn(128) / 8, Routing(1, 1, 6, True, 2.5)
 
 
 def rms_norm_cases(device: torch.device, dtype: torch.dtype, width: int | None = None) -> list[Case]:
-    """Each order of norm and modulation; a residual stream wider than the weights. Of an odd width, on a GPU of the
-    released one, or the given."""
+    """Each order of norm and modulation, and a residual stream in fp32 with bf16 weights.
+
+    width: None: an odd width, on a GPU the released width.
+    """
     width = width or (2688 if device.type == "cuda" else 83)
 
     def arguments(order: str | None, stream: torch.dtype, rows: int = 3) -> tuple[object, ...]:
         randn = Randn(8, device)
         x, weight = randn(rows, 5, width).to(stream), (randn(width) / 4 + 1).to(dtype)
-        both = randn(rows, 2, 1, width).to(dtype) / 2  # strided, as the time network gives them
+        both = randn(rows, 2, 1, width).to(dtype) / 2  # strided, like the time network's output
         return x, weight, 1e-5, *((None,) if order is None else ((both[:, 0], both[:, 1]), order))
 
     kinds = ((None, dtype), ("before", dtype), ("after", dtype), ("before", torch.float32))
@@ -285,9 +286,11 @@ def rms_norm_cases(device: torch.device, dtype: torch.dtype, width: int | None =
 
 
 def attention_cases(device: torch.device, dtype: torch.dtype) -> list[Case]:
-    """Rows with no cache, a short one and one of several turns, anywhere in a pool; a block and a single token. On a
-    GPU the released sizes too, with a long cache. Long rows have the larger values: a mean of many is small, and what
-    is wrong with it would be lost beside a single one."""
+    """Rows without cache, with a short and with a long cache, anywhere in a pool; a block and a single token.
+
+    On a GPU also the released sizes with a long cache. The values of long rows are larger: the mean of many values is
+    small, and an error in it would be hidden by the values of short rows.
+    """
 
     def arguments(
         length: int, heads: int, width: int, causal: bool, ragged: bool, longest: int = 1300
@@ -319,7 +322,7 @@ def _case(name: str, arguments: Callable[..., tuple[object, ...]], *chosen: obje
     return Case(name, partial(arguments, *chosen))
 
 
-# What each op's compiled kernels are tried on.
+# The self-check cases of each operation.
 CASES: dict[str, Callable[[torch.device, torch.dtype], list[Case]]] = {
     "attention": attention_cases,
     "mamba_block": mamba_block_cases,

@@ -1,1 +1,1 @@
-"""C++ kernels for processors, compiled on the machine that runs them."""
+"""C++ kernels for CPUs, compiled on the machine that runs them."""

@@ -1,7 +1,7 @@
-"""The compiled kernels as functions of tensors, with the signatures of their torch references.
+"""The C++ kernels as functions of tensors, with the signatures of their references in torch.
 
-fp32 and bf16 (widened in registers: bf16 weights cost half the reading, int8 a quarter, whatever the processor's own
-arithmetic for them). None builds a graph: under autograd the references work.
+They support fp32 and bf16. bf16 and int8 weights are upcast in registers, so bf16 weights take half and int8 weights a
+quarter of the memory traffic on every processor. The kernels have no gradients; under autograd the references run.
 """
 
 from __future__ import annotations
@@ -29,15 +29,14 @@ from twotower.ops.reference.norm import Order
 from twotower.ops.reference.routing import Routing
 
 DTYPE_CODES = {torch.float32: 0, torch.bfloat16: 1}
-# Tokens up to which reading the weights once, row by row, beats a blocked matrix product (fp32 on two AVX-512 cores:
-# 1.3 to 3 × at 16, equal near 48, half as fast at 128); and tokens up to which a whole tower in one call beats the
-# layers one by one, whose products may be faster (fp32: equal at 128). Where the processor only emulates bf16, products
-# that widen the weights in registers are faster than torch's at any number (1.3 × with AVX-512, 3 × with AVX2). So are
-# those with packed weights in fp32 (0.9 to 1.3 × from 64 tokens on, 1.2 to 2.4 × below); the limit is for the memory
-# that a pass takes.
+# Largest numbers of tokens at which these kernels beat torch, measured on two AVX-512 cores.
+# SMALL_BATCH, one product with unpacked weights: fp32 1.3 to 3 × as fast at 16, equal near 48, half as fast at 128.
+# SMALL_BATCH_TOWER, a whole tower in one call against layer by layer: fp32 equal at 128.
+# MAX_TOKENS, where the kernels are faster at any number: bf16 without bf16 instructions (1.3 × with AVX-512, 3 × with
+# AVX2) and packed fp32 (0.9 to 1.3 × from 64 tokens on, 1.2 to 2.4 × below). It limits the memory of a pass.
 SMALL_BATCH, SMALL_BATCH_TOWER, MAX_TOKENS = 48, 128, 2048
 _KINDS = {"i": ctypes.c_int, "l": ctypes.c_long, "f": ctypes.c_float, "p": ctypes.c_void_p}
-# i int, l long, f float, p pointer; each begins with the type (0 fp32, 1 bf16) and ends with the number of threads.
+# i int, l long, f float, p pointer. The first argument is the dtype (0 fp32, 1 bf16), the last the number of threads.
 SIGNATURES = {
     "linear_": "ipppppplll",
     "pack_": "ipplll",
@@ -54,18 +53,20 @@ SIGNATURES = {
 
 
 def cpu_unsupported_reason(device: torch.device, dtype: torch.dtype) -> str | None:
-    """Why these kernels cannot serve, or None."""
+    """Why these kernels cannot run on a device and dtype, or None."""
     if device.type != "cpu":
-        return "needs host memory"
+        return "needs a CPU device"
     if dtype not in DTYPE_CODES:
-        return "takes fp32 and bf16"
+        return "supports fp32 and bf16 only"
     found = library()
     return found if isinstance(found, str) else None
 
 
 def max_tokens(dtype: torch.dtype, whole_tower: bool = False, packed: bool = False) -> int:
-    """Tokens up to which these kernels are faster than torch's, one product or (at once) a whole tower, with weights as
-    they lie or packed."""
+    """The largest number of tokens at which these kernels are faster than torch.
+
+    whole_tower: for all layers in one call instead of one product. packed: with packed weights.
+    """
     if dtype == torch.bfloat16 and has_fast_bf16_matmul(torch.device("cpu")):
         return SMALL_BATCH
     if packed or dtype == torch.bfloat16:
@@ -75,7 +76,7 @@ def max_tokens(dtype: torch.dtype, whole_tower: bool = False, packed: bool = Fal
 
 @cache
 def _function(name: str, options_key: str) -> Callable[..., None]:
-    """options_key: `Options.kernels_key` of the options in force."""
+    """A kernel with its argument types. options_key: `Options.kernels_key` of the options in force."""
     found = library()
     assert not isinstance(found, str)
     function = getattr(found, name)
@@ -85,13 +86,16 @@ def _function(name: str, options_key: str) -> Callable[..., None]:
 
 
 def call(name: str, type_of: Tensor, *arguments: Any) -> None:
-    """Tensors go as addresses, None as null; whoever calls keeps them alive and contiguous."""
+    """Calls a kernel for the dtype of `type_of`, with torch's number of threads.
+
+    Tensors are passed as addresses, None as null. The caller keeps the tensors alive and contiguous.
+    """
     plain = [value.data_ptr() if isinstance(value, Tensor) else value for value in arguments]
     _function(name, options.current().kernels_key)(DTYPE_CODES[type_of.dtype], *plain, torch.get_num_threads())
 
 
 def _addresses(tensors: Sequence[Tensor]) -> ctypes.Array[ctypes.c_void_p]:
-    """A table for a kernel; it does not keep the tensors alive."""
+    """A table of addresses for a kernel. It does not keep the tensors alive."""
     return (ctypes.c_void_p * len(tensors))(*(tensor.data_ptr() for tensor in tensors))
 
 
@@ -107,7 +111,7 @@ def pack(weight: Tensor) -> Tensor | None:
 
 
 def linear(x: Tensor, weight: Tensor, bias: Tensor | None = None, packed: Tensor | None = None) -> Tensor:
-    """x (…, in), weight (out, in), bias (out,) or None, packed: the packed weight, if there is one → (…, out)."""
+    """x (…, in), weight (out, in), bias (out,) or None, packed: the packed weight or None → (…, out)."""
     width = weight.shape[1]
     tokens = x.numel() // width
     if tokens > max_tokens(x.dtype, packed=packed is not None) or not weight.is_contiguous() or x.dtype != weight.dtype:
@@ -119,7 +123,7 @@ def linear(x: Tensor, weight: Tensor, bias: Tensor | None = None, packed: Tensor
 
 
 def linear_int8(x: Tensor, q: Tensor, scale: Tensor, bias: Tensor | None = None) -> Tensor:
-    """See `kernels.int8.linear`."""
+    """As `ops.reference.int8.linear`."""
     width, out = int8.weight_shape(q, scale)[::-1]
     tokens = x.numel() // width
     if tokens > max_tokens(x.dtype, packed=True) or not q.is_contiguous():
@@ -131,49 +135,51 @@ def linear_int8(x: Tensor, q: Tensor, scale: Tensor, bias: Tensor | None = None)
 
 
 def experts(
-    hidden: Tensor, choice: Tensor, weight: Tensor, up: Tensor, down: Tensor, packed: PackedPair = (None, None)
+    hidden: Tensor, topk_ids: Tensor, weight: Tensor, up: Tensor, down: Tensor, packed: PackedPair = (None, None)
 ) -> Tensor:
-    """hidden (T, H); choice (T, k); weight (T, k); up (E, I, H); down (E, H, I); packed: both packed → (T, H)."""
+    """As `ops.reference.experts.experts_sorted`. packed: the packed copies of up and down, or None."""
     most = max_tokens(hidden.dtype, packed=all(part is not None for part in packed))
-    if choice.numel() > most * up.shape[0]:  # as many tokens for an average expert
-        return torch_experts.experts_sorted(hidden, choice, weight, up, down)
-    hidden, choice, weight = hidden.contiguous(), choice.contiguous(), weight.float().contiguous()
+    if topk_ids.numel() > most * up.shape[0]:  # compares the average number of tokens per expert
+        return torch_experts.experts_sorted(hidden, topk_ids, weight, up, down)
+    hidden, topk_ids, weight = hidden.contiguous(), topk_ids.contiguous(), weight.float().contiguous()
     out = torch.empty_like(hidden)
     matrices = up, packed[0], None, down, packed[1], None
-    call("experts_", hidden, hidden, choice, weight, *matrices, out, *choice.shape, *up.shape)
+    call("experts_", hidden, hidden, topk_ids, weight, *matrices, out, *topk_ids.shape, *up.shape)
     return out
 
 
 def experts_int8(
-    hidden: Tensor, choice: Tensor, weight: Tensor, up: Tensor, up_scale: Tensor, down: Tensor, down_scale: Tensor
+    hidden: Tensor, topk_ids: Tensor, weight: Tensor, up: Tensor, up_scale: Tensor, down: Tensor, down_scale: Tensor
 ) -> Tensor:
-    """See `kernels.int8.experts_sorted`."""
-    if choice.numel() > max_tokens(hidden.dtype, packed=True) * len(up):
-        return int8.experts_sorted(hidden, choice, weight, up, up_scale, down, down_scale)
-    hidden, choice, weight = hidden.contiguous(), choice.contiguous(), weight.float().contiguous()
+    """As `ops.reference.int8.experts_sorted`."""
+    if topk_ids.numel() > max_tokens(hidden.dtype, packed=True) * len(up):
+        return int8.experts_sorted(hidden, topk_ids, weight, up, up_scale, down, down_scale)
+    hidden, topk_ids, weight = hidden.contiguous(), topk_ids.contiguous(), weight.float().contiguous()
     out = torch.empty_like(hidden)
     matrices = None, up, up_scale.float(), None, down, down_scale.float()
-    call("experts_", hidden, hidden, choice, weight, *matrices, out, *choice.shape, *int8.weight_shape(up, up_scale))
+    call(
+        "experts_", hidden, hidden, topk_ids, weight, *matrices, out, *topk_ids.shape, *int8.weight_shape(up, up_scale)
+    )
     return out
 
 
 def route(hidden: Tensor, weight: Tensor, bias: Tensor, rule: Routing) -> tuple[Tensor, Tensor]:
-    """hidden (T, H), weight (E, H), bias (E,) → expert ids (T, k), their weights (T, k); the lower id wins a tie."""
+    """As `ops.reference.routing.route`; of equal scores the lower expert id wins."""
     hidden, bias = hidden.contiguous(), bias.float()
     tokens = len(hidden)
-    choice = torch.empty(tokens, rule.top, dtype=torch.long)
-    chosen = torch.empty(tokens, rule.top)
+    topk_ids = torch.empty(tokens, rule.top, dtype=torch.long)
+    topk_weights = torch.empty(tokens, rule.top)
     call(
-        "route_", hidden, hidden, weight, bias, choice, chosen, tokens, *weight.shape[::-1],
+        "route_", hidden, hidden, weight, bias, topk_ids, topk_weights, tokens, *weight.shape[::-1],
         rule.n_group, rule.topk_group, rule.top, int(rule.normalise), rule.factor,
     )  # fmt: skip
-    return choice, chosen
+    return topk_ids, topk_weights
 
 
 def rms_norm(
     x: Tensor, weight: Tensor, eps: float, modulation: tuple[Tensor, Tensor] | None = None, order: Order = "before"
 ) -> Tensor:
-    """x (B, L, H), weight (H,), modulation: shift and scale (B, 1, H) → (B, L, H) in weight's dtype."""
+    """As `ops.reference.norm.rms_norm`."""
     x = x.contiguous()
     width = weight.shape[0]
     tokens = x.numel() // width
@@ -197,7 +203,7 @@ def mamba_block(
     weights: MambaWeights,
     keep_inputs: bool = True,
 ) -> tuple[Tensor, MambaStepInputs | None]:
-    """See `ops.reference.mamba_block.mamba_block`."""
+    """As `ops.reference.mamba_block.mamba_block`."""
     projected = projected.contiguous()
     rows, length = projected.shape[:2]
     mixed = projected.new_empty(rows, length, weights.inner)
@@ -218,14 +224,14 @@ def mamba_block(
 def state_update(
     pools: Sequence[TensorPair], inputs: Sequence[MambaStepInputs], accepted: Tensor, rows: Tensor | None = None
 ) -> list[TensorPair]:
-    """`ops.reference.mamba_block.state_update` of each layer's pools and trace; the pools change in place."""
+    """`ops.reference.mamba_block.state_update` for all layers; the pools change in place."""
     pools = [(window.contiguous(), state.contiguous()) for window, state in pools]
     window, state = pools[0]
     heads, width, size = state.shape[1:]
     count, length, groups = inputs[0].B.shape[:3]
-    kept = [part for pair, own in zip(pools, inputs, strict=True) for part in (
-        *pair, own.xBC.to(window.dtype).contiguous(), *(part.contiguous() for part in own[1:]),
-    )]  # fmt: skip
+    kept: list[Tensor] = []
+    for pair, own in zip(pools, inputs, strict=True):
+        kept += [*pair, own.xBC.to(window.dtype).contiguous(), *(part.contiguous() for part in own[1:])]
     table = _addresses(kept)
     call(
         "state_update_", window, len(pools), ctypes.addressof(table), rows, accepted.contiguous(), count, length, heads,
@@ -235,7 +241,7 @@ def state_update(
 
 
 def kv_append(pools: Sequence[TensorPair], new: Sequence[TensorPair], positions: AppendPositions) -> list[TensorPair]:
-    """See `ops.reference.kv_write.kv_append`; the pools change in place."""
+    """As `ops.reference.kv_write.kv_append`; the pools change in place."""
     pools, kept = list(pools), [part.contiguous() for pair in new for part in pair]
     rows, length, heads, width = kept[0].shape
     into, by = _addresses([part for pair in pools for part in pair]), _addresses(kept)
@@ -248,7 +254,7 @@ def kv_append(pools: Sequence[TensorPair], new: Sequence[TensorPair], positions:
 
 
 def argmax(logits: Tensor, excluded: Tensor | None = None) -> tuple[Tensor, Tensor]:
-    """logits (B, L, V), excluded (B,) or None → tokens (B, L) and confidence (B, L) fp32."""
+    """As `ops.reference.argmax.argmax`, with the confidence in fp32."""
     logits, excluded = logits.contiguous(), None if excluded is None else excluded.contiguous()
     rows, length, size = logits.shape
     tokens = torch.empty(rows, length, dtype=torch.long)
@@ -260,7 +266,7 @@ def argmax(logits: Tensor, excluded: Tensor | None = None) -> tuple[Tensor, Tens
 def attention(
     q: Tensor, k: Tensor, v: Tensor, valid: Tensor | None, causal: bool, cached: CachedKV | None = None
 ) -> Tensor:
-    """See `ops.reference.attention.attention`."""
+    """As `ops.reference.attention.attention`."""
     q, k, v = q.contiguous(), k.contiguous(), v.contiguous()
     valid = None if valid is None else valid.contiguous()
     past: list[Tensor | None] = [None] * 5

@@ -1,8 +1,8 @@
-"""Kernels for processors: C++ sources beside this file, compiled on this machine when they are first wanted.
+"""Compiles and loads the C++ kernels of this directory at their first use.
 
-The compiler of the system is used (c++, g++ or clang++; CXX overrides), for exactly this processor or for the
-instruction set that the option `cpu_target` names, and the result is kept in the user's cache. Where there is no
-compiler, torch's own operations do the work. The option `native` forbids the kernels.
+The system's compiler (c++, g++ or clang++; CXX overrides) builds them for this processor, or for the instruction set
+that the option `cpu_target` names. The result is kept in the user's cache. Without a compiler, torch's operations are
+used. The option `native` switches the kernels off.
 """
 
 from __future__ import annotations
@@ -27,7 +27,7 @@ THREADED = ("-fopenmp",)
 
 
 def library() -> ctypes.CDLL | str:
-    """The kernels compiled as the options say, or why there are none."""
+    """The compiled kernels for the current options, or the reason why there are none."""
     return _library(options.current().kernels_key)
 
 
@@ -42,7 +42,7 @@ def _library(options_key: str) -> ctypes.CDLL | str:
 
 
 def build(target: CPUTarget) -> Path | str:
-    """The file with the kernels for a target, compiled where it is not there yet; or why there is none."""
+    """The file with the kernels for a target, compiled unless it exists; or the reason why there is none."""
     if not options.current().native:
         return "TWOTOWER_NATIVE=0"
     if sys.platform == "win32":
@@ -63,7 +63,7 @@ def _first_line(error: Exception) -> str:
 
 
 def variants(target: CPUTarget) -> list[tuple[str, ...]]:
-    """Compiler flags for a target, the best first: one thread is better than no kernels."""
+    """Compiler flags for a target, best first. Without OpenMP the kernels run on one thread."""
     return [(*flags, *more) for more in (THREADED, ()) for flags in target.flags]
 
 
@@ -88,14 +88,14 @@ def _compiled(target: CPUTarget) -> Path | str:
             command = [compiler, *FLAGS, *variant, str(HERE / "native.cpp"), "-o", str(made)]
             done = subprocess.run(command, capture_output=True, text=True, timeout=300, check=False)
             if done.returncode == 0:
-                made.replace(path)  # atomic: another process may be at the same
+                made.replace(path)  # atomic, because other processes may compile too
                 return path
-            errors = errors or next((line for line in done.stderr.splitlines() if "error" in line), "it failed")
-    return f"{Path(compiler).name} could not compile them: {errors}"
+            errors = errors or next((line for line in done.stderr.splitlines() if "error" in line), "no error message")
+    return f"{Path(compiler).name} could not compile the kernels: {errors}"
 
 
 def _processor() -> str:
-    """What -march=native depends on: a cache may be shared by unlike machines."""
+    """The processor facts that -march=native depends on: different machines may share a cache."""
     try:
         lines = Path("/proc/cpuinfo").read_text().splitlines()
     except OSError:

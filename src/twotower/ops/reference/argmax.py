@@ -1,4 +1,4 @@
-"""The most probable token of each position and its probability, without a wide copy of the logits."""
+"""The most probable token of each position and its probability, without an upcast copy of all logits."""
 
 from __future__ import annotations
 
@@ -7,15 +7,17 @@ from torch import Tensor
 
 from twotower.ops.precision import accumulation_dtype, upcast
 
-TILE_BYTES = 8 << 20  # of widened logits, at a time
+TILE_BYTES = 8 << 20  # bytes of upcast logits at a time
 
 
 def argmax(logits: Tensor, excluded: Tensor | None = None) -> tuple[Tensor, Tensor]:
-    """logits (B, L, V), of which token excluded (B,) is left out in each row (−1 or None: none) → tokens (B, L)
-    int64 and confidence (B, L) in at least fp32: the token's probability among those that are not left out.
+    """The most probable token of each position, and its probability.
 
-    Of equal logits the lowest id wins. Some logit of each position must be finite. Widens one tile of positions at a
-    time.
+    logits (B, L, V); excluded (B,): one token id per row that is left out (−1 or None: none). Returns tokens (B, L)
+    int64 and confidence (B, L) in at least fp32: the token's probability among the tokens that are not left out.
+
+    Of equal logits the lowest id wins. At least one logit of each position must be finite. Upcasts one tile of
+    positions at a time.
     """
     acc = accumulation_dtype(logits.dtype)
     flat = logits.flatten(0, 1)  # (B·L, V)
@@ -28,7 +30,7 @@ def argmax(logits: Tensor, excluded: Tensor | None = None) -> tuple[Tensor, Tens
     for start in range(0, len(flat), step):
         tile = upcast(flat[start : start + step])
         tile = tile.masked_fill(ids == left_out[start : start + step], -torch.inf)
-        tokens = tile.argmax(-1, keepdim=True)  # the first of equals
+        tokens = tile.argmax(-1, keepdim=True)  # the first of equal logits
         confidence = (tile.gather(-1, tokens)[:, 0] - tile.logsumexp(-1)).exp()
         parts.append((tokens[:, 0], confidence))
     if not parts:

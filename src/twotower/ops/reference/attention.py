@@ -1,4 +1,4 @@
-"""Attention of a block over [cached keys ; the block itself] with one softmax, and of whole sequences.
+"""Attention of a block over [cached keys ; the block's own keys] with one softmax, and attention of whole sequences.
 
 Scale 1/√D; no positional encoding.
 """
@@ -17,11 +17,11 @@ from twotower.ops.reference.kv_write import slot_indices
 
 
 class CachedKV(NamedTuple):
-    """Keys and values of earlier tokens where they lie: of row b, head h, token t < lengths[b] the vector start[b] +
-    h·stride[b] + t of k, v (vectors, D).
+    """Keys and values of earlier tokens, in place in a pool.
 
-    width: no length is greater, known on the host. even: row b begins at b·heads·even, so that a view shows them all;
-    0 where rows lie anywhere.
+    Token t < lengths[b] of row b and head h is the vector at index start[b] + h·stride[b] + t of k and v (vectors, D).
+    max_length: an upper bound of the lengths, known on the host. uniform_stride: if all rows have the same stride and
+    row b starts at b·heads·uniform_stride, that stride, so that a view covers all rows; otherwise 0.
     """
 
     k: Tensor
@@ -33,7 +33,10 @@ class CachedKV(NamedTuple):
     uniform_stride: int
 
     def dense(self, heads: int) -> tuple[Tensor, Tensor, Tensor]:
-        """k, v (B, heads, width, D), copied only where rows lie anywhere, and which exist (B, width)."""
+        """k, v (B, heads, max_length, D) and which tokens exist (B, max_length).
+
+        Copies only if the rows have no uniform stride.
+        """
         token = torch.arange(self.max_length, device=self.lengths.device)
         exists = token < self.lengths[:, None]
         if self.uniform_stride:
@@ -48,9 +51,10 @@ class CachedKV(NamedTuple):
 def attention(
     q: Tensor, k: Tensor, v: Tensor, valid: Tensor | None, causal: bool, cached: CachedKV | None = None
 ) -> Tensor:
-    """q (B, L, Hq, D); k, v (B, L, Hkv, D), of which valid (B, L) count (None: all) → (B, L, Hq, D).
+    """Attention of a block over its cached context and itself → (B, L, Hq, D).
 
-    A query sees the cached keys, those of its own block (causal: up to its own place), and in any case itself.
+    q (B, L, Hq, D); k, v (B, L, Hkv, D); valid (B, L): False at padding (None: no padding). A query attends to the
+    cached keys, to the valid keys of its own block (causal: up to its own position), and always to itself.
     """
     mask = own_block_mask(q.shape[1], valid, causal, q.device)
     context, exists = None, None
@@ -62,7 +66,7 @@ def attention(
 
 
 def own_block_mask(length: int, valid: Tensor | None, causal: bool, device: torch.device) -> Tensor | None:
-    """(B or 1, L, L): which token of its own block a query sees. A padding query sees at least itself."""
+    """The mask (B or 1, L, L) of a block's own keys, or None: no mask. A padding query attends at least to itself."""
     mask = torch.ones(1, length, length, dtype=torch.bool, device=device).tril() if causal else None
     if valid is not None:
         keys = valid[:, None] | torch.eye(length, dtype=torch.bool, device=device)
@@ -78,10 +82,12 @@ def block_attention(
     context: tuple[Tensor, Tensor] | None = None,
     context_mask: Tensor | None = None,
 ) -> Tensor:
-    """q (B, Hq, L, D); k, v (B, Hkv, L, D) with block_mask (B or 1, L, L) or None: which of them a query sees, one at
-    least; context k, v (B, Hkv, T, D) with context_mask (B, T), True where a key exists → (B, Hq, L, D).
+    """Attention with one softmax over context keys and a block's own keys → (B, Hq, L, D).
 
-    The scores of the two parts are joined, never the keys: the cache is not copied.
+    q (B, Hq, L, D); k, v (B, Hkv, L, D); block_mask (B or 1, L, L) or None: which own keys a query attends to, at least
+    one; context: k, v (B, Hkv, T, D) with context_mask (B, T), True where a key exists.
+
+    Concatenates scores, not keys, so the cache is not copied.
     """
     groups = q.shape[1] // k.shape[1]
     length = q.shape[2]
@@ -98,7 +104,7 @@ def block_attention(
         if context_mask is not None:
             past = past.masked_fill(~context_mask[:, None, None], -torch.inf)
         scores = torch.cat([past, scores], dim=-1)
-    scale = q.shape[-1] ** -0.5  # after widening: in bf16 it would round q
+    scale = q.shape[-1] ** -0.5  # applied after the upcast: scaling q in bf16 would round
     probs = torch.softmax(upcast(scores) * scale, dim=-1).to(v.dtype)
     out = probs[..., seen:] @ v
     if context is not None:
@@ -108,7 +114,10 @@ def block_attention(
 
 
 class QueryTile(NamedTuple):
-    """Queries lo…hi of a long sequence, and mask (B, 1, hi − lo, keys): which keys each may see (at least one)."""
+    """Queries lo…hi of a long sequence.
+
+    mask (B, 1, hi − lo, keys): the keys each query attends to, at least one.
+    """
 
     lo: int
     hi: int
@@ -118,8 +127,11 @@ class QueryTile(NamedTuple):
 def tiled_attention(
     q: Tensor, k: Tensor, v: Tensor, tiles: Iterable[QueryTile], own: tuple[Tensor, Tensor] | None = None
 ) -> Tensor:
-    """Whole sequences, one fused attention call for each tile of queries: q (B, Hq, S, D), k, v (B, Hkv, S, D) →
-    (B, Hq, S, D). A tile's keys are k[:hi], then, with `own` keys and values of the same shape, own[lo:hi]."""
+    """Attention of whole sequences, one fused call per tile of queries → (B, Hq, S, D).
+
+    q (B, Hq, S, D); k, v (B, Hkv, S, D). The keys of a tile are k[:hi], followed by own[lo:hi] if `own` keys and values
+    of the same shape are given.
+    """
     outs = []
     for lo, hi, mask in tiles:
         keys, values = k[:, :, :hi], v[:, :, :hi]

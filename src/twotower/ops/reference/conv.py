@@ -1,4 +1,4 @@
-"""Causal depthwise convolution over the Mamba input, seeded with the last inputs before it."""
+"""Causal depthwise convolution over the Mamba input, starting from a window of earlier inputs."""
 
 from __future__ import annotations
 
@@ -10,10 +10,10 @@ from twotower.ops.precision import accumulation_dtype
 
 
 def causal_conv(x: Tensor, window: Tensor | None, weight: Tensor, bias: Tensor | None) -> Tensor:
-    """x (B, L, C), window (B, K−1, C) or None (zeros), weight (C, 1, K) → (B, L, C) in at least fp32, before the
-    activation.
+    """Causal depthwise convolution, before the activation → (B, L, C) in at least fp32.
 
-    K shifted multiply-adds keep the channels last, where every neighbour of this op wants them.
+    x (B, L, C); window (B, K−1, C): the inputs before x, or None (zeros); weight (C, 1, K); bias (C,) or None. K
+    shifted multiply-adds keep the channels last, the layout of the neighbouring operations.
     """
     acc = accumulation_dtype(x.dtype)
     taps = weight.shape[-1]
@@ -27,7 +27,7 @@ def causal_conv(x: Tensor, window: Tensor | None, weight: Tensor, bias: Tensor |
 
 
 def causal_conv_sequential(x: Tensor, window: Tensor | None, weight: Tensor, bias: Tensor | None) -> Tensor:
-    """Slow reference: one output position at a time."""
+    """Sequential reference: one output position at a time."""
     taps = weight.shape[-1]
     seen = x.new_zeros(x.shape[0], taps - 1, x.shape[2]) if window is None else window
     outs = []

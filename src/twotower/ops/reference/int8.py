@@ -1,9 +1,8 @@
-"""Weights as int8 with a scale for each output row: w[n, k] ≈ scale[n] · q[n, k], q in −127…127. Activations stay as
-wide as they are.
+"""Weight-only int8: w[n, k] ≈ scale[n] · q[n, k] with q in −127…127 and one scale per output row.
 
-q lies in panels of 16 rows, as compiled kernels read it fastest: (…, ⌈out / 16⌉, in, 16), zeros where no row is. The
-functions of this file are the references of those kernels and run on any device. They upcast q to the activations'
-dtype, which is exact, multiply, and apply the scale to the result.
+q is packed in panels of 16 rows, the fastest layout for the compiled kernels: (…, ⌈out / 16⌉, in, 16), zero where there
+is no row. The functions of this file are the references of those kernels and run on any device. They upcast q to the
+activations' dtype, which is exact, multiply, and apply the scale to the result. Activations keep their dtype.
 """
 
 from __future__ import annotations
@@ -14,14 +13,14 @@ from torch import Tensor
 
 from twotower.ops.reference.experts import combine, loop_over_experts, weighted_sum
 
-QMAX = 127  # symmetric: −128 is not used
-PANEL = 16  # rows, as in ops/cpu/packed_weights.h
+QMAX = 127  # symmetric: −128 is unused
+PANEL = 16  # rows of a panel, as in ops/cpu/packed_weights.h
 # Weights upcast at a time while quantizing: they fit a CPU's caches; on a GPU, launches dominate.
 CHUNK, CHUNK_GPU = 2**17, 2**24
 
 
 def quantize(weight: Tensor) -> tuple[Tensor, Tensor]:
-    """weight (…, out, in) of any float dtype → q (…, out / 16, in, 16) int8, scale (…, out) fp32."""
+    """weight (…, out, in) of any float dtype → q (…, ⌈out / 16⌉, in, 16) int8, scale (…, out) fp32."""
     *lead, out, width = weight.shape
     q = torch.empty(*lead, -(-out // PANEL), width, PANEL, dtype=torch.int8, device=weight.device)
     scale = torch.empty_like(weight[..., 0], dtype=torch.float32)
@@ -30,9 +29,10 @@ def quantize(weight: Tensor) -> tuple[Tensor, Tensor]:
 
 
 def quantize_into(q: Tensor, scale: Tensor, weight: Tensor) -> None:
-    """Fills q and scale, as of `quantize`, from weight (…, out, in), which may be on another device, part by part.
+    """Fills q and scale as in `quantize` from weight (…, out, in), which may be on another device, in chunks.
 
-    A row's largest magnitude becomes 127. Rows of zeros stay zeros; one that is not finite has no finite result either.
+    The largest magnitude of a row becomes 127. A row of zeros stays zero; a row with a non-finite value has a
+    non-finite scale.
     """
     if q.is_meta:
         return
@@ -53,55 +53,57 @@ def quantize_into(q: Tensor, scale: Tensor, weight: Tensor) -> None:
 
 
 def weight_shape(q: Tensor, scale: Tensor) -> tuple[int, ...]:
-    """(…, out, in) of the weight that they stand for."""
+    """The shape (…, out, in) of the quantized weight."""
     return (*scale.shape, q.shape[-2])
 
 
 def unpack(q: Tensor, scale: Tensor, dtype: torch.dtype) -> Tensor:
-    """q as (…, out, in) in `dtype`."""
+    """q as (…, out, in) in `dtype`, without the scale."""
     return q.to(dtype).transpose(-1, -2).flatten(-3, -2)[..., : scale.shape[-1], :]
 
 
 def linear(x: Tensor, q: Tensor, scale: Tensor, bias: Tensor | None = None) -> Tensor:
-    """`F.linear`: x (…, in), q (out / 16, in, 16), scale (out,), bias (out,) or None → (…, out)."""
+    """`F.linear`: x (…, in), q (⌈out / 16⌉, in, 16), scale (out,), bias (out,) or None → (…, out)."""
     out = F.linear(x, unpack(q, scale, x.dtype)) * scale
     return (out if bias is None else out + bias).to(x.dtype)
 
 
 def experts_sorted(
-    hidden: Tensor, choice: Tensor, weight: Tensor, up: Tensor, up_scale: Tensor, down: Tensor, down_scale: Tensor
+    hidden: Tensor, topk_ids: Tensor, weight: Tensor, up: Tensor, up_scale: Tensor, down: Tensor, down_scale: Tensor
 ) -> Tensor:
-    """`experts.experts_sorted`: of up (E, I, H) and down (E, H, I) q and scale (E, I) and (E, H)."""
+    """`experts.experts_sorted` with int8 weights: q and scale (E, I) of up, q and scale (E, H) of down."""
 
     def expert_mlp(expert: int, rows: Tensor) -> Tensor:
         inner = linear(rows, up[expert], up_scale[expert])
         return linear(F.relu(inner).square(), down[expert], down_scale[expert])
 
-    return loop_over_experts(hidden, choice, weight, len(up), expert_mlp)
+    return loop_over_experts(hidden, topk_ids, weight, len(up), expert_mlp)
 
 
 def experts_gathered(
-    hidden: Tensor, choice: Tensor, weight: Tensor, up: Tensor, up_scale: Tensor, down: Tensor, down_scale: Tensor
+    hidden: Tensor, topk_ids: Tensor, weight: Tensor, up: Tensor, up_scale: Tensor, down: Tensor, down_scale: Tensor
 ) -> Tensor:
-    """`experts.experts_gathered`: what is copied is int8, and widened after."""
-    pairs = choice.flatten()
+    """`experts.experts_gathered`: gathers int8 and upcasts the gathered weights."""
+    pairs = topk_ids.flatten()
 
     def product(x: Tensor, q: Tensor, scale: Tensor) -> Tensor:
         wide = unpack(q[pairs], scale, x.dtype)
         return ((wide @ x[:, :, None])[:, :, 0] * scale[pairs]).to(x.dtype)
 
-    inner = product(hidden.repeat_interleave(choice.shape[1], 0), up, up_scale)
+    inner = product(hidden.repeat_interleave(topk_ids.shape[1], 0), up, up_scale)
     return weighted_sum(product(F.relu(inner).square(), down, down_scale), weight)
 
 
 def experts_grouped(
-    hidden: Tensor, choice: Tensor, weight: Tensor, up: Tensor, up_scale: Tensor, down: Tensor, down_scale: Tensor
+    hidden: Tensor, topk_ids: Tensor, weight: Tensor, up: Tensor, up_scale: Tensor, down: Tensor, down_scale: Tensor
 ) -> Tensor:
-    """`experts.experts_grouped` on all experts widened, one projection at a time; for fewer tokens than that pays for,
-    `experts_gathered`."""
-    if choice.numel() < len(up):
-        return experts_gathered(hidden, choice, weight, up, up_scale, down, down_scale)
-    flat = choice.flatten()
+    """`experts.experts_grouped` with all experts upcast, one projection at a time.
+
+    Uses `experts_gathered` if there are fewer pairs than experts.
+    """
+    if topk_ids.numel() < len(up):
+        return experts_gathered(hidden, topk_ids, weight, up, up_scale, down, down_scale)
+    flat = topk_ids.flatten()
     order = flat.argsort(stable=True)
     ends = F.one_hot(flat, len(up)).sum(0).cumsum(0).to(torch.int32)
 
@@ -109,5 +111,5 @@ def experts_grouped(
         out = torch._grouped_mm(x, unpack(q, scale, x.dtype).transpose(1, 2), offs=ends)
         return (out * scale[flat[order]]).to(x.dtype)
 
-    inner = product(hidden[order // choice.shape[1]], up, up_scale)
+    inner = product(hidden[order // topk_ids.shape[1]], up, up_scale)
     return combine(product(F.relu(inner).square(), down, down_scale), order, weight)

@@ -1,4 +1,4 @@
-"""Matrix product with a weight as it lies."""
+"""Matrix product with an unpacked weight."""
 
 from __future__ import annotations
 
@@ -7,5 +7,5 @@ from torch import Tensor
 
 
 def linear(x: Tensor, weight: Tensor, bias: Tensor | None = None, packed: Tensor | None = None) -> Tensor:
-    """x (…, in), weight (out, in), bias (out,) or None → (…, out). packed: the packed weight, which is not read."""
+    """x (…, in), weight (out, in), bias (out,) or None → (…, out). packed: the packed weight, ignored here."""
     return F.linear(x, weight, bias)

@@ -1,4 +1,4 @@
-"""The middle of a Mamba-2 mixer, from in_proj's output to out_proj's input, over one block; and the state after it.
+"""A Mamba-2 mixer from in_proj's output to out_proj's input over one block, and the update of its state.
 
     z | xBC | dt = projected            xBC: padding zeroed; dt = softplus(dt + dt_bias), clamped, 0 at padding
     x | B | C = SiLU(conv(window ; xBC))
@@ -6,8 +6,8 @@
     mixed = group RMSNorm(y · SiLU(z))
 
 `mamba_block` and `state_update` are the references of the kernels in `ops/triton/mamba_block.py`,
-`ops/triton/state_update.py` and `ops/cpu/mamba.h`. Everything but z is computed in at least fp32. H heads of width P,
-G groups, state size N, K convolution taps, C = H·P + 2·G·N channels of the convolution.
+`ops/triton/state_update.py` and `ops/cpu/mamba.h`. Everything but z is computed in at least fp32. H heads of width P, G
+groups, state size N, K convolution taps, C = H·P + 2·G·N channels of the convolution.
 """
 
 from __future__ import annotations
@@ -25,10 +25,10 @@ from twotower.ops.reference.ssd import final_state, ssd_block
 
 
 class MambaWeights(NamedTuple):
-    """A Mamba-2 mixer without its projections.
+    """The weights of a Mamba-2 mixer without its projections.
 
-    conv_weight (C, 1, K); conv_bias (C,) or None; dt_bias, A_log, D (H,); norm_weight (H·P,);
-    time_step_limit: the least and the largest dt.
+    conv_weight (C, 1, K); conv_bias (C,) or None; dt_bias, A_log, D (H,); norm_weight (H·P,); time_step_limit: the
+    smallest and the largest dt.
     """
 
     conv_weight: Tensor
@@ -67,10 +67,10 @@ class MambaWeights(NamedTuple):
 
 
 class MambaStepInputs(NamedTuple):
-    """What L tokens did to a Mamba-2 layer: enough to rebuild the state after any prefix of them.
+    """The scan inputs of L tokens of a Mamba-2 layer: enough to rebuild the state after any prefix of them.
 
-    xBC (B, L, C) raw convolution inputs; x (B, L, H, P), dt and log_decay (B, L, H), B (B, L, G, N) as the scan
-    saw them.
+    xBC (B, L, C): convolution inputs before the convolution; x (B, L, H, P), dt and log_decay (B, L, H), B (B, L, G,
+    N): as the scan gets them.
     """
 
     xBC: Tensor
@@ -81,7 +81,10 @@ class MambaStepInputs(NamedTuple):
 
 
 def empty_step_inputs(xBC: Tensor, heads: int, head_dim: int, groups: int, state_size: int) -> MambaStepInputs:
-    """For a kernel to fill, beside the convolution inputs xBC (…, B, L, C), which may be there already."""
+    """Uninitialized step inputs for a kernel to fill.
+
+    xBC (…, B, L, C): the buffer of the convolution inputs, which may hold them already.
+    """
     lead = xBC.shape[:-1]
     sizes = ((heads, head_dim), (heads,), (heads,), (groups, state_size))
     return MambaStepInputs(xBC, *(xBC.new_empty(lead + size, dtype=torch.float32) for size in sizes))
@@ -95,9 +98,11 @@ def mamba_block(
     weights: MambaWeights,
     keep_inputs: bool = True,
 ) -> tuple[Tensor, MambaStepInputs | None]:
-    """projected (B, L, H·P + C + H), valid (B, L) False at padding (None: none), window (B, K−1, C) and state
-    (B, H, P, N) before the block (None: zeros) → mixed (B, L, H·P) in projected's dtype, and the step
-    inputs, if `keep_inputs`.
+    """A Mamba-2 mixer between its projections, over one block → mixed (B, L, H·P) in projected's dtype, and the step
+    inputs.
+
+    projected (B, L, H·P + C + H); valid (B, L): False at padding (None: no padding); window (B, K−1, C) and state (B,
+    H, P, N): before the block (None: zeros). The step inputs are None unless `keep_inputs`.
     """
     z, xBC, dt, log_decay = split(projected, valid, weights)
     kept, C = convolve(xBC, window, dt, log_decay, weights)
@@ -120,12 +125,14 @@ def state_update(
     return write_slots(conv_window, rows, window), write_slots(ssm_state, rows, state)
 
 
-# --- the parts, also of a mixer over longer sequences ----------------------------------------------------------------
+# --- parts, also used for a mixer over longer sequences --------------------------------------------------------------
 
 
 def split(projected: Tensor, valid: Tensor | None, weights: MambaWeights) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    """projected (B, L, …) → z, xBC before the convolution, dt and log_decay; padding leaves no mark on any state:
-    no input to the convolution, and no time passes."""
+    """projected (B, L, …) → z, xBC before the convolution, dt and log_decay.
+
+    Padding leaves every state unchanged: its convolution input and its dt are 0.
+    """
     acc = accumulation_dtype(projected.dtype)
     z, xBC, dt = projected.split([weights.inner, weights.conv_dim, weights.heads], dim=-1)
     dt = F.softplus(dt.to(acc) + weights.dt_bias.to(acc)).clamp(*weights.time_step_limit)
@@ -138,7 +145,7 @@ def split(projected: Tensor, valid: Tensor | None, weights: MambaWeights) -> tup
 def convolve(
     xBC: Tensor, window: Tensor | None, dt: Tensor, log_decay: Tensor, weights: MambaWeights
 ) -> tuple[MambaStepInputs, Tensor]:
-    """→ the step inputs and C (B, L, G, N)."""
+    """Convolution and SiLU → the step inputs and C (B, L, G, N)."""
     active = F.silu(causal_conv(xBC, window, weights.conv_weight, weights.conv_bias))
     bc = weights.n_groups * weights.state_size
     x, B, C = active.split([weights.inner, bc, bc], dim=-1)
@@ -148,13 +155,16 @@ def convolve(
 
 
 def gate_and_norm(y: Tensor, x: Tensor, z: Tensor, weights: MambaWeights) -> Tensor:
-    """y, x (B, L, H, P), z (B, L, H·P) → the norm of y + D·x, gated by z, (B, L, H·P)."""
+    """y, x (B, L, H, P), z (B, L, H·P) → the gated norm of y + D·x, (B, L, H·P)."""
     y = y + x * weights.D.to(x.dtype)[:, None]
     return gated_group_norm(y.flatten(2), z, weights.norm_weight, weights.n_groups, weights.eps)
 
 
 def gated_group_norm(y: Tensor, z: Tensor, weight: Tensor, groups: int, eps: float) -> Tensor:
-    """y, z (..., width) → RMSNorm(y · SiLU(z)) within each of `groups` groups, times weight, in z's dtype (spec §6)."""
+    """RMSNorm(y · SiLU(z)) within each of `groups` groups, times weight.
+
+    y, z (..., width) → (..., width) in z's dtype. The gate is applied before the norm.
+    """
     acc = accumulation_dtype(z.dtype)
     gated = (y.to(acc) * F.silu(z.to(acc))).unflatten(-1, (groups, z.shape[-1] // groups))
     normed = F.rms_norm(gated, gated.shape[-1:], eps=eps).flatten(-2)

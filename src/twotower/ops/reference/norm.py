@@ -1,4 +1,4 @@
-"""RMS norm with the time modulation before it, after it, or without any."""
+"""RMSNorm with the time modulation before the norm, after the norm, or without modulation."""
 
 from __future__ import annotations
 
@@ -15,8 +15,11 @@ Order = Literal["before", "after"]
 def rms_norm(
     x: Tensor, weight: Tensor, eps: float, modulation: tuple[Tensor, Tensor] | None = None, order: Order = "before"
 ) -> Tensor:
-    """x (B, L, H), weight (H,), modulation: shift and scale (B, 1, H) → x·weight / rms(x) in weight's dtype, where
-    v ↦ v·(1 + scale) + shift acts on x or on the result. Statistics and weight product in at least fp32."""
+    """RMSNorm with optional modulation v ↦ v·(1 + scale) + shift → (B, L, H) in weight's dtype.
+
+    x (B, L, H); weight (H,); modulation: shift and scale (B, 1, H), applied to x or to the norm's result, by
+    `order`. Statistics and the product with the weight are computed in at least fp32.
+    """
     if modulation is None:
         return _normed(x, weight, eps)
     shift, scale = modulation

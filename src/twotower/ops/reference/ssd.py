@@ -4,7 +4,7 @@
     y_i = C_i·h_i
 
 A block of L tokens is one chunk: three matrix products, no loop over tokens. Longer sequences are cut into
-chunks whose states are combined by one more small product. `ssd_sequential` is the slow reference.
+chunks, and one more small product passes the states from chunk to chunk. `ssd_sequential` is the reference.
 
 Shapes: x (B, L, H, P); dt (B, L, H) and log_decay = dt·A ≤ 0 (B, L, H), both 0 at padding (the state passes
 through unchanged); B, C (B, L, G, N), head h reads group h // (H/G); states (B, H, P, N). Everything is computed
@@ -21,7 +21,7 @@ from torch import Tensor
 
 
 def ssd_block(x: Tensor, dt: Tensor, log_decay: Tensor, B: Tensor, C: Tensor, state: Tensor | None) -> Tensor:
-    """One chunk seeded with `state` (None: zeros) → y (B, L, H, P). Does not form the state after the chunk."""
+    """One chunk, starting from `state` (None: zeros) → y (B, L, H, P). Does not compute the state after the chunk."""
     groups, heads_per_group = B.shape[2], x.shape[2] // B.shape[2]
     decay = log_decay.cumsum(1).transpose(1, 2)  # (B, H, L), from the chunk's start
     scores = torch.einsum("blgn,bmgn->bglm", C, B).repeat_interleave(heads_per_group, 1)  # (B, H, L, L)
@@ -34,11 +34,11 @@ def ssd_block(x: Tensor, dt: Tensor, log_decay: Tensor, B: Tensor, C: Tensor, st
 
 
 def final_state(x: Tensor, dt: Tensor, log_decay: Tensor, B: Tensor, state: Tensor | None) -> Tensor:
-    """The state after the L tokens → (B, H, P, N); one matrix product over L, whatever L is."""
+    """The SSM state after the L tokens → (B, H, P, N), in one matrix product over L."""
     groups, heads_per_group = B.shape[2], x.shape[2] // B.shape[2]
     decay = log_decay.cumsum(1)  # (B, L, H)
     total = decay[:, -1:]
-    fed = x * ((total - decay).exp() * dt)[..., None]  # (B, L, H, P), each token decayed to the end
+    fed = x * ((total - decay).exp() * dt)[..., None]  # (B, L, H, P), decayed to the end of the block
     new = torch.einsum("blgkp,blgn->bgkpn", fed.unflatten(2, (groups, heads_per_group)), B).flatten(1, 2)
     if state is None:
         return new
@@ -51,9 +51,9 @@ def ssd_chunked(
     """A long sequence in chunks → y (B, L, H, P) and the state before each chunk (B, ⌈L/chunk⌉, H, P, N)."""
     rows, length = x.shape[:2]
     pad = -length % chunk
-    if pad:  # dt = 0: padding changes nothing
+    if pad:  # with dt = 0 padding does not change the state
         x, dt, log_decay, B, C = (F.pad(v, (0, 0) * (v.dim() - 2) + (0, pad)) for v in (x, dt, log_decay, B, C))
-    chunks = x.shape[1] // chunk  # they fold into the batch
+    chunks = x.shape[1] // chunk  # moved into the batch dimension
     x, dt, log_decay, B, C = (v.unflatten(1, (chunks, chunk)).flatten(0, 1) for v in (x, dt, log_decay, B, C))
     added = final_state(x, dt, log_decay, B, None).unflatten(0, (rows, chunks))  # (rows, chunks, H, P, N)
     before = pass_states(added, log_decay.sum(1).unflatten(0, (rows, chunks)), state)
@@ -62,16 +62,16 @@ def ssd_chunked(
 
 
 def pass_states(added: Tensor, totals: Tensor, state: Tensor | None, fresh: Tensor | None = None) -> Tensor:
-    """The state before each of n chunks, from what each adds.
+    """The state before each of n chunks → (B, n, H, P, N).
 
-    added (B, n, H, P, N) from zero; totals (B, n, H) each chunk's summed log decay; state (B, H, P, N) before the
-    first (None: zeros); fresh (B, n) True where a chunk starts from zero whatever came before → (B, n, H, P, N).
-    Beyond 64 chunks the chunks of a group are combined first and then the groups: n·√n work at most, no loop.
+    added (B, n, H, P, N): the state that each chunk adds, from zero. totals (B, n, H): each chunk's summed log decay.
+    state (B, H, P, N): before the first chunk (None: zeros). fresh (B, n): True where a chunk starts from a zero state.
+    Beyond 64 chunks, chunks are combined within groups first and then across groups: at most n·√n work, no loop.
     """
     rows, n = added.shape[:2]
     first = torch.zeros_like(added[:, :1]) if state is None else state[:, None]
-    arriving = torch.cat([first, added[:, :-1]], dim=1)  # what reaches the start of each chunk from the one before
-    passing = F.pad(totals[:, :-1], (0, 0, 1, 0))  # and the log decay on the way there
+    arriving = torch.cat([first, added[:, :-1]], dim=1)  # what each chunk gets from the chunk before
+    passing = F.pad(totals[:, :-1], (0, 0, 1, 0))  # its log decay until then
     if fresh is not None:
         arriving = arriving * ~fresh[:, :, None, None, None]
         passing = passing.masked_fill(fresh[..., None], -torch.inf)
@@ -85,7 +85,7 @@ def pass_states(added: Tensor, totals: Tensor, state: Tensor | None, fresh: Tens
     within = torch.einsum("bhij,bjhpn->bihpn", _segment_decay(decay.transpose(1, 2)), grouped)
     if group == n:
         return within
-    # The state before a group's first chunk is in `within` only as far as it came from that group: carry the rest.
+    # `within` has only contributions of the chunk's own group: add those of earlier groups.
     ends, whole = within[:, -1].unflatten(0, (rows, groups)), decay.sum(1).unflatten(0, (rows, groups))
     carried = pass_states(ends, whole, None).flatten(0, 1)
     spread = decay.cumsum(1).exp()[..., None, None] * carried[:, None]
@@ -96,7 +96,7 @@ def pass_states(added: Tensor, totals: Tensor, state: Tensor | None, fresh: Tens
 def ssd_sequential(
     x: Tensor, dt: Tensor, log_decay: Tensor, B: Tensor, C: Tensor, state: Tensor | None
 ) -> tuple[Tensor, Tensor]:
-    """Slow reference: the recurrence as written above, token by token → y and the final state."""
+    """Sequential reference: the recurrence as written above, token by token → y and the final state."""
     rows, length, heads, width = x.shape
     B, C = (v.repeat_interleave(heads // v.shape[2], 2) for v in (B, C))
     h = x.new_zeros(rows, heads, width, B.shape[-1]) if state is None else state
@@ -113,16 +113,19 @@ def _causal_decay(decay: Tensor) -> Tensor:
     length = decay.shape[-1]
     difference = decay[..., :, None] - decay[..., None, :]
     future = torch.ones(length, length, dtype=torch.bool, device=decay.device).triu(1)
-    return difference.masked_fill(future, -torch.inf).exp()  # masked before exp: the future would overflow
+    return difference.masked_fill(future, -torch.inf).exp()  # mask before exp: future exponents would overflow
 
 
 def _segment_decay(passing: Tensor) -> Tensor:
-    """passing (..., n): the log decay from slot i − 1 to slot i → (..., n, n): entry (i, j), j ≤ i, is what is left
-    in slot i of what arrived in slot j. Summed segment by segment, not as a difference of long cumulative sums,
-    which would lose all digits over many chunks (and −∞ could not be subtracted)."""
+    """passing (..., n): the log decay from chunk i − 1 to chunk i → (..., n, n).
+
+    Entry (i, j), j ≤ i, is the fraction of what arrived in chunk j that remains in chunk i. Decays are summed segment
+    by segment: a difference of long cumulative sums would lose all digits over many chunks, and −∞ cannot be
+    subtracted.
+    """
     n = passing.shape[-1]
     ones = torch.ones(n, n, dtype=torch.bool, device=passing.device)
-    # (i, k): the step into slot k counts for slot i if k ≤ i; sum over k in (j, i] is a reversed cumulative sum.
+    # (i, k): the step into chunk k counts for chunk i if k ≤ i; the sum over k in (j, i] is a reversed cumulative sum.
     spread = passing[..., None, :].expand(*passing.shape[:-1], n, n).masked_fill(ones.triu(1), 0.0)
     sums = F.pad(spread.flip(-1).cumsum(-1).flip(-1)[..., 1:], (0, 1))
     return sums.masked_fill(ones.triu(1), -torch.inf).exp()

@@ -1,15 +1,14 @@
-"""Triton kernels of `experts` and `experts_int8`: every chosen expert's weights are read once for a tile of tokens, no
-other's, and the host waits for nothing.
+"""Triton kernels of `experts` and `experts_int8`: read only the selected experts' weights, once per tile of tokens.
 
-Four launches: `_plan_kernel` puts the (token, expert) pairs in the order of their experts and lists the tiles that
-there are to do; `_expert_kernel` multiplies a tile by `OUTS` outputs of its expert, once for `up` and once for `down`;
-`_mixture_kernel` sums each token's pairs, always in the same order. Grids depend on shapes alone: those programs for
-which the list has no tile end at once.
+The host does not wait for the device. Four launches: `_group_kernel` orders the (token, expert) pairs by expert and
+lists the tiles to compute; `_expert_kernel` multiplies a tile by `OUTS` outputs of its expert, once for `up` and once
+for `down`; `_combine_kernel` sums each token's pairs in a fixed order. Grids depend on shapes only; programs without a
+tile in the list exit at once.
 
-Bytes moved for a layer of the 30B shapes (hidden 2688, experts of 1856): 19.0 MiB of bf16 or 9.5 MiB of int8 for each
-expert that is chosen, 6 in an AR step (114 or 57 MiB), some 75 for a block of 16 tokens (1.4 or 0.7 GiB); beside them
-each pair's hidden row, read by 29 programs, and its inner row, read by 42, 0.3 MiB a pair from the cache; and 5 KiB a
-pair of results, written and read. Import this only where a kernel is to run.
+Memory traffic of one layer of the 30B shapes (hidden 2688, expert width 1856): 19.0 MiB (bf16) or 9.5 MiB (int8) per
+selected expert: 6 experts in an AR step (114 or 57 MiB), about 75 for a block of 16 tokens (1.4 or 0.7 GiB). In
+addition, 0.3 MiB per pair from the cache (the pair's hidden row, read by 29 programs, and its inner row, read by 42),
+and 5 KiB per pair of results, written and read. Importing this module needs Triton.
 """
 
 from __future__ import annotations
@@ -20,47 +19,47 @@ import triton.language as tl
 from torch import Tensor
 
 from twotower.ops.reference.experts import PackedPair
-from twotower.ops.triton.gemm import OUTS, in_pairs, kept_in, launch_of, most_rows, product
-from twotower.ops.triton.launch import dense_from, device_of, tile_of
+from twotower.ops.triton.gemm import OUTS, as_int16_pairs, gemm_tile, intermediate_dtype, launch_config, max_tile_rows
+from twotower.ops.triton.launch import contiguous_from, device_guard, tile_of
 
-COMPARED = 128 * 128  # of pairs with experts, at once by one program
-LANES = 2048  # pairs that a program looks at together
-COLUMNS = 512  # of a token's result, a program
+COMPARED = 128 * 128  # comparisons of pairs with experts that one program makes at once
+LANES = 2048  # pairs per loop step
+COLUMNS = 512  # outputs of a token per program
 
 
 def experts(
-    hidden: Tensor, choice: Tensor, weight: Tensor, up: Tensor, down: Tensor, packed: PackedPair = (None, None)
+    hidden: Tensor, topk_ids: Tensor, weight: Tensor, up: Tensor, down: Tensor, packed: PackedPair = (None, None)
 ) -> Tensor:
-    """As `twotower.ops.reference.experts.experts_sorted`, without gradients. packed: not read."""
-    return _mixture(hidden, choice, weight, (up.contiguous(), None), (down.contiguous(), None), up.shape[1])
+    """As `twotower.ops.reference.experts.experts_sorted`, without gradients. packed: ignored."""
+    return _moe(hidden, topk_ids, weight, (up.contiguous(), None), (down.contiguous(), None), up.shape[1])
 
 
 def experts_int8(
-    hidden: Tensor, choice: Tensor, weight: Tensor, up: Tensor, up_scale: Tensor, down: Tensor, down_scale: Tensor
+    hidden: Tensor, topk_ids: Tensor, weight: Tensor, up: Tensor, up_scale: Tensor, down: Tensor, down_scale: Tensor
 ) -> Tensor:
     """As `twotower.ops.reference.int8.experts_sorted`."""
-    both = (in_pairs(up), up_scale.contiguous()), (in_pairs(down), down_scale.contiguous())
-    return _mixture(hidden, choice, weight, *both, up_scale.shape[1])
+    both = (as_int16_pairs(up), up_scale.contiguous()), (as_int16_pairs(down), down_scale.contiguous())
+    return _moe(hidden, topk_ids, weight, *both, up_scale.shape[1])
 
 
-Weights = tuple[Tensor, Tensor | None]  # as they lie, or int8 and its scale
+Weights = tuple[Tensor, Tensor | None]  # a matrix and None, or packed int8 and its scale
 
 
-def _mixture(hidden: Tensor, choice: Tensor, weight: Tensor, up: Weights, down: Weights, inner: int) -> Tensor:
+def _moe(hidden: Tensor, topk_ids: Tensor, weight: Tensor, up: Weights, down: Weights, inner: int) -> Tensor:
     """inner: the experts' width I."""
-    if not choice.numel():
+    if not topk_ids.numel():
         return torch.zeros_like(hidden)
-    hidden = dense_from(hidden, 1)
+    hidden = contiguous_from(hidden, 1)
     mixed = torch.empty_like(hidden, memory_format=torch.contiguous_format)
-    width, top, count = hidden.shape[1], choice.shape[1], len(up[0])
-    rows = rows_of_a_tile(choice.numel(), count, hidden.dtype)
-    with device_of(hidden):
-        order, items = plan(choice, count, rows)
-        kept = kept_in(hidden.dtype)
-        activated = hidden.new_empty(choice.numel(), inner, dtype=kept)
-        pairs = hidden.new_empty(choice.numel(), width, dtype=kept)
+    width, top, count = hidden.shape[1], topk_ids.shape[1], len(up[0])
+    rows = rows_per_tile(topk_ids.numel(), count, hidden.dtype)
+    with device_guard(hidden):
+        order, items = group_by_expert(topk_ids, count, rows)
+        kept = intermediate_dtype(hidden.dtype)
+        activated = hidden.new_empty(topk_ids.numel(), inner, dtype=kept)
+        pairs = hidden.new_empty(topk_ids.numel(), width, dtype=kept)
         for x, (matrix, scale), out, is_up in ((hidden, up, activated, True), (activated, down, pairs, False)):
-            launch = launch_of(hidden.dtype, scale is not None, rows)
+            launch = launch_config(hidden.dtype, scale is not None, rows)
             _expert_kernel[(len(items), triton.cdiv(out.shape[1], OUTS))](
                 x,
                 matrix,
@@ -81,37 +80,40 @@ def _mixture(hidden: Tensor, choice: Tensor, weight: Tensor, up: Weights, down: 
                 num_warps=launch.warps,
                 num_stages=launch.stages,
             )
-        _mixture_kernel[(len(mixed), triton.cdiv(width, COLUMNS))](
+        _combine_kernel[(len(mixed), triton.cdiv(width, COLUMNS))](
             pairs, weight.contiguous(), mixed, TOP=top, WIDTH=width, COLUMNS=COLUMNS, num_warps=4
         )
     return mixed
 
 
-def rows_of_a_tile(pairs: int, experts: int, dtype: torch.dtype) -> int:
-    """As many as an expert has on average, 16 at least: a product of fewer takes as long."""
-    return min(most_rows(dtype), tile_of(triton.cdiv(pairs, experts)))
+def rows_per_tile(pairs: int, experts: int, dtype: torch.dtype) -> int:
+    """Rows of a tile: the average number of pairs per expert, at least 16, because a smaller product takes as long."""
+    return min(max_tile_rows(dtype), tile_of(triton.cdiv(pairs, experts)))
 
 
-def plan(choice: Tensor, experts: int, rows: int) -> tuple[Tensor, Tensor]:
-    """choice (T, k) → order (T·k,): the pairs, token by token, grouped by expert; items (tiles, 3): for each tile of at
-    most `rows` pairs its expert, its first place in `order` and where the expert's places end, or −1 and what not."""
-    pairs = choice.numel()
+def group_by_expert(topk_ids: Tensor, experts: int, rows: int) -> tuple[Tensor, Tensor]:
+    """Groups the (token, expert) pairs by expert: topk_ids (T, k) → order (T·k,) and items (tiles, 3).
+
+    order: the pairs, numbered token by token, grouped by expert. items: for each tile of at most `rows` pairs, its
+    expert, its first index in `order` and the end of the expert's indices; an expert of −1 marks an unused tile.
+    """
+    pairs = topk_ids.numel()
     every = triton.next_power_of_2(experts)
-    # Few pairs: as many tiles as there can be, at the front. Many: an expert's tiles at places that it knows alone.
-    few = pairs <= min(experts, COMPARED // every)
-    most = pairs if few else experts + pairs // rows
-    order = torch.empty(pairs, dtype=torch.int32, device=choice.device)
-    items = torch.empty(most, 3, dtype=torch.int32, device=choice.device)
-    _plan_kernel[(experts,)](
-        choice.contiguous(),
+    # Few pairs: tiles are dense at the front. Many: each expert computes the index of its tiles on its own.
+    small = pairs <= min(experts, COMPARED // every)
+    max_tiles = pairs if small else experts + pairs // rows
+    order = torch.empty(pairs, dtype=torch.int32, device=topk_ids.device)
+    items = torch.empty(max_tiles, 3, dtype=torch.int32, device=topk_ids.device)
+    _group_kernel[(experts,)](
+        topk_ids.contiguous(),
         order,
         items,
         pairs,
-        FEW=few,
+        SMALL=small,
         EXPERTS=experts,
         EVERY=every,
         ROWS=rows,
-        LANES=tile_of(min(experts, COMPARED // every)) if few else LANES,
+        LANES=tile_of(min(experts, COMPARED // every)) if small else LANES,
         num_warps=4,
     )
     return order, items
@@ -121,25 +123,25 @@ def plan(choice: Tensor, experts: int, rows: int) -> tuple[Tensor, Tensor]:
 
 
 @triton.jit(do_not_specialize=["pairs"])
-def _plan_kernel(
-    choice,
+def _group_kernel(
+    topk_ids,
     order,
     items,
     pairs,
-    FEW: tl.constexpr,
+    SMALL: tl.constexpr,
     EXPERTS: tl.constexpr,
     EVERY: tl.constexpr,
     ROWS: tl.constexpr,
     LANES: tl.constexpr,
 ):
-    """One expert (axis 0): where its pairs stand in `order`, and its tiles in `items`."""
+    """One expert (axis 0): writes its pairs to `order` and its tiles to `items`."""
     expert = tl.program_id(0)
     lane = tl.arange(0, LANES)
     before = tl.zeros([LANES], dtype=tl.int32)
     own = tl.zeros([LANES], dtype=tl.int32)
     at = 0
-    while at < pairs:  # the interpreter knows no range up to an argument
-        chosen = tl.load(choice + at + lane, mask=at + lane < pairs, other=EXPERTS).to(tl.int32)
+    while at < pairs:  # Triton's interpreter has no range with a runtime bound
+        chosen = tl.load(topk_ids + at + lane, mask=at + lane < pairs, other=EXPERTS).to(tl.int32)
         before += (chosen < expert).to(tl.int32)
         own += (chosen == expert).to(tl.int32)
         at += LANES
@@ -149,23 +151,23 @@ def _plan_kernel(
     filled = first
     at = 0
     while at < pairs:
-        chosen = tl.load(choice + at + lane, mask=at + lane < pairs, other=EXPERTS).to(tl.int32)
+        chosen = tl.load(topk_ids + at + lane, mask=at + lane < pairs, other=EXPERTS).to(tl.int32)
         mine = (chosen == expert).to(tl.int32)
         place = filled + tl.cumsum(mine, axis=0) - 1
         tl.store(order + place, at + lane, mask=mine != 0)
         filled += tl.sum(mine, axis=0)
         at += LANES
 
-    if FEW:  # the pairs are one vector: every expert's tiles can be counted here
+    if SMALL:  # one vector holds all pairs: each program counts the tiles of every expert
         every = tl.arange(0, EVERY)
-        chosen = tl.load(choice + lane, mask=lane < pairs, other=EXPERTS).to(tl.int32)
+        chosen = tl.load(topk_ids + lane, mask=lane < pairs, other=EXPERTS).to(tl.int32)
         counts = tl.sum((chosen[None, :] == every[:, None]).to(tl.int32), axis=1)
         tiles = tl.where(every < EXPERTS, (counts + ROWS - 1) // ROWS, 0)
         slot = tl.sum(tl.where(every < expert, tiles, 0), axis=0)
         next_slot = slot + (end - first + ROWS - 1) // ROWS
         if expert == EXPERTS - 1:
             tl.store(items + lane * 3, lane * 0 - 1, mask=(lane >= next_slot) & (lane < pairs))
-    else:  # unlike in every two experts, in order, and at least as many as it has tiles
+    else:  # distinct, ordered index ranges, each at least as long as the expert's tiles
         slot = first // ROWS + expert
         next_slot = end // ROWS + expert + 1
         if expert == EXPERTS - 1:
@@ -198,8 +200,11 @@ def _expert_kernel(
     OPERAND: tl.constexpr,
     PRECISION: tl.constexpr,
 ):
-    """A tile of pairs of one expert (axis 0), some outputs (axis 1). IS_UP: from tokens to pairs in order, relu(…)²;
-    else from pairs in order to pairs token by token."""
+    """A tile of pairs of one expert (axis 0), some outputs (axis 1).
+
+    IS_UP: reads tokens, writes pairs in the order of `order`, applies relu²; otherwise reads that order and writes
+    pairs token by token.
+    """
     item = items + tl.program_id(0).to(tl.int64) * 3
     expert = tl.load(item).to(tl.int64)
     begin = tl.load(item + 1)
@@ -218,8 +223,8 @@ def _expert_kernel(
     first = tl.program_id(1) * OUTS
     rows = x + source.to(tl.int64) * x_stride
     INT8: tl.constexpr = scale is not None
-    SIZE: tl.constexpr = (OUT + 15) // 16 * 8 * IN if INT8 else OUT * IN  # of an expert, in elements as they are loaded
-    total = product(
+    SIZE: tl.constexpr = (OUT + 15) // 16 * 8 * IN if INT8 else OUT * IN  # elements of one expert, as loaded
+    total = gemm_tile(
         rows, live, weight + expert * SIZE, first, 0, IN, OUT, IN, INT8, ROWS, OUTS, STEP, OPERAND, PRECISION
     )
     outs = first + tl.arange(0, OUTS)
@@ -227,7 +232,7 @@ def _expert_kernel(
     if INT8:
         total *= tl.load(scale + expert * OUT + outs, mask=exists, other=0.0)[None, :]
     result = total.to(out.dtype.element_ty)
-    if IS_UP:  # each rounded, as torch does
+    if IS_UP:  # rounds after each operation, as torch does
         positive = tl.maximum(result.to(tl.float32), 0.0, propagate_nan=tl.PropagateNan.ALL)
         result = (positive * positive).to(out.dtype.element_ty)
     at = out + target.to(tl.int64)[:, None] * OUT + outs[None, :]
@@ -235,8 +240,8 @@ def _expert_kernel(
 
 
 @triton.jit
-def _mixture_kernel(pairs, weight, mixed, TOP: tl.constexpr, WIDTH: tl.constexpr, COLUMNS: tl.constexpr):
-    """One token (axis 0), some columns (axis 1)."""
+def _combine_kernel(pairs, weight, mixed, TOP: tl.constexpr, WIDTH: tl.constexpr, COLUMNS: tl.constexpr):
+    """One token (axis 0), some columns (axis 1): the weighted sum of the token's pairs."""
     token = tl.program_id(0).to(tl.int64)
     column = tl.program_id(1) * COLUMNS + tl.arange(0, COLUMNS)
     exists = column < WIDTH

@@ -1,9 +1,9 @@
-"""What the Triton kernels for matrix products share: a tile of x·Wᵀ whose weights are read once, as they lie.
+"""The tile of x·Wᵀ shared by the Triton kernels for matrix products; weights are read once in their stored layout.
 
-Few tokens: the products wait for the weights, so all that counts is that every byte of them is on its way once and
-early. Weights of bf16 or fp32 lie (out, in): a step loads `step` inputs of 64 outputs, whole cache lines of each row.
-int8 lies in panels (⌈out / 16⌉, in, 16): a step loads 4 panels' next `step` vectors of 16 bytes, whole lines too.
-Import this only where a kernel is to run.
+With few tokens the kernels are bound by weight bandwidth, so each weight byte is requested once, as early as possible.
+bf16 and fp32 weights are stored as (out, in): one step loads `step` inputs of 64 outputs, whole cache lines of each
+row. int8 weights are packed as (⌈out / 16⌉, in, 16): one step loads the next `step` 16-byte vectors of 4 panels, also
+whole cache lines. Importing this module needs Triton.
 """
 
 from __future__ import annotations
@@ -16,14 +16,16 @@ import triton.language as tl
 
 from twotower import options
 
-OUTS = 64  # outputs of a program: the 30B shape's 1856, 2688 and 4096 are multiples
-# The interpreter multiplies bf16 as integers and cuts off where it should round: there, what lies between two kernels
-# stays wide, and so do products' operands, which changes none of them.
+OUTS = 64  # outputs per program; divides the 30B shape's 1856, 2688 and 4096
+# Triton's interpreter truncates bf16 products instead of rounding. There, values in between and operands stay in fp32;
+# the products do not change.
 INTERPRETED = options.current().triton_interpret
 
 
-class Launch(NamedTuple):
-    """step: inputs a program loads at a time; stages, warps: Triton's; operand: what the products are of."""
+class LaunchConfig(NamedTuple):
+    """step: inputs that a program loads per iteration. stages, warps: Triton's num_stages and num_warps. operand: the
+    dtype of the multiplied values.
+    """
 
     step: int
     stages: int
@@ -32,33 +34,38 @@ class Launch(NamedTuple):
     precision: str
 
 
-def launch_of(dtype: torch.dtype, int8: bool, rows: int) -> Launch:
-    """Two or three steps on their way, 16 to 32 KiB a program, and room for several programs beside it; less than
-    99 KiB of shared memory also on cards that have no more (8.6, 8.9, 12.0)."""
-    if dtype == torch.float32:  # products on plain cores: what a thread holds of a step is what limits it
-        return Launch(32, 3, 4, tl.float32, "ieee")
-    return Launch(128 if rows < 64 else 64, 4 if int8 else 3, 4, tl.float32 if INTERPRETED else tl.bfloat16, "ieee")
+def launch_config(dtype: torch.dtype, int8: bool, rows: int) -> LaunchConfig:
+    """The launch configuration of a product.
+
+    Two or three steps are in flight, 16 to 32 KiB per program, so several programs fit on a multiprocessor. Shared
+    memory stays below 99 KiB, the limit of compute capabilities 8.6, 8.9 and 12.0.
+    """
+    if dtype == torch.float32:  # no tensor cores: the registers per thread limit the step
+        return LaunchConfig(32, 3, 4, tl.float32, "ieee")
+    return LaunchConfig(
+        128 if rows < 64 else 64, 4 if int8 else 3, 4, tl.float32 if INTERPRETED else tl.bfloat16, "ieee"
+    )
 
 
-def most_rows(dtype: torch.dtype) -> int:
-    """Tokens of a tile: more get several tiles, which find the weights in the cache."""
+def max_tile_rows(dtype: torch.dtype) -> int:
+    """Tokens per tile. Additional tiles find the weights in the cache."""
     return 32 if dtype == torch.float32 else 64
 
 
-def kept_in(dtype: torch.dtype) -> torch.dtype:
-    """Of what lies between two kernels of a model of `dtype`."""
+def intermediate_dtype(dtype: torch.dtype) -> torch.dtype:
+    """The dtype of values passed between two kernels of a model of `dtype`."""
     return torch.float32 if INTERPRETED else dtype
 
 
-def in_pairs(q: torch.Tensor) -> torch.Tensor:
-    """int8 panels (…, in, 16) as (…, in, 8) of int16, two outputs each, in place: what `product` takes."""
+def as_int16_pairs(q: torch.Tensor) -> torch.Tensor:
+    """Packed int8 (…, in, 16) viewed as int16 (…, in, 8), two outputs per element: the input of `gemm_tile`."""
     return q.contiguous().view(torch.int16)
 
 
-# Two pairs of int8 in a register, (a, b) and (c, d) → (a, c) and (b, d) in bf16, four numbers in seven instructions:
-# conversions proper are slow enough to be waited for. 0x4300 is 128, whose last digit is 1: with a number's seven low
-# bits it is 128 + these, with its sign bit, worth 128, it is 128 or 256; and their difference is the number, exactly.
-WIDEN = tl.constexpr("""
+# Converts two int8 pairs of one register, (a, b) and (c, d), to bf16 pairs (a, c) and (b, d) in seven instructions; the
+# conversion instructions are slower. 0x4300 is 128 in bf16 and its last mantissa bit is worth 1. OR with the low 7 bits
+# gives 128 + low; OR with the sign bit (worth 128) gives 128 or 256. The difference is the int8 value, exactly.
+INT8_TO_BF16 = tl.constexpr("""
 {
     .reg .b32 turned, low, sign, minus;
     mov.b32 minus, 0xbf80bf80;
@@ -74,11 +81,11 @@ WIDEN = tl.constexpr("""
 
 
 @triton.jit
-def _halves(w, OPERAND: tl.constexpr):
-    """int16, two int8 each → the low ones and the high ones."""
-    if OPERAND == tl.bfloat16:  # noqa: SIM300  a dtype is no constant's equal
+def _unpack_int8_pairs(w, OPERAND: tl.constexpr):
+    """int16, each holding two int8 → the low values and the high values."""
+    if OPERAND == tl.bfloat16:  # noqa: SIM300  Triton needs the dtype on the right
         low, high = tl.inline_asm_elementwise(
-            WIDEN, "=&r,=r,r", [w], dtype=(tl.bfloat16, tl.bfloat16), is_pure=True, pack=2
+            INT8_TO_BF16, "=&r,=r,r", [w], dtype=(tl.bfloat16, tl.bfloat16), is_pure=True, pack=2
         )
     else:
         low = ((w << 8) >> 8).to(OPERAND)
@@ -87,7 +94,7 @@ def _halves(w, OPERAND: tl.constexpr):
 
 
 @triton.jit
-def product(
+def gemm_tile(
     rows,
     live,
     weight,
@@ -103,11 +110,14 @@ def product(
     OPERAND: tl.constexpr,
     PRECISION: tl.constexpr,
 ):
-    """(ROWS, OUTS) in fp32: rows (ROWS,), pointers to x, of which `live` exist, times outputs `first` … of weight, over
-    the PART inputs from `start` on. INT8: without the scale.
+    """One tile of x·Wᵀ → (ROWS, OUTS) in fp32.
 
-    A pair of int8 moves as one int16: the tensor cores' way of reading shared memory turns elements of two bytes only.
-    Its halves, widened in registers, are operands of two products, of the even outputs and of the odd ones.
+    rows (ROWS,): pointers to the rows of x, of which those in `live` exist. The tile covers the outputs from `first` on
+    and the PART inputs from `start` on. With INT8 the scale is not applied.
+
+    int8 values are loaded in pairs as int16, because the tensor cores transpose only 2-byte elements when they read
+    shared memory. The two halves of a pair, upcast in registers, are the operands of two products: even and odd
+    outputs.
     """
     end = tl.minimum(start + PART, IN)
     k = start + tl.arange(0, STEP)
@@ -121,7 +131,7 @@ def product(
             here = at + k < end
             x = tl.load(rows[:, None] + (at + k)[None, :], mask=live[:, None] & here[None, :], other=0.0).to(OPERAND)
             w = tl.load(of_pair[None, :] + (at + k)[:, None] * 8, mask=here[:, None] & exists[None, :], other=0)
-            low, high = _halves(w, OPERAND)
+            low, high = _unpack_int8_pairs(w, OPERAND)
             even = tl.dot(x, low, even, input_precision=PRECISION)
             odd = tl.dot(x, high, odd, input_precision=PRECISION)
         total = tl.interleave(even, odd)

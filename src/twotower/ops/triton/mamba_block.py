@@ -1,12 +1,12 @@
-"""Triton kernel of `mamba_block`: one program a row and group of heads.
+"""Triton kernel of `mamba_block`: one program per row and group of heads.
 
-No loop over tokens: a block is one tile of matrix products, and a block of one token takes sums instead of them. Sizes
-are padded to powers of two and masked. Everything is fp32 inside. Nothing waits for the device, and shapes and grids
-depend on shapes alone, so passes can be captured. Import this only where a kernel is to run.
+There is no loop over tokens: a block is one tile of matrix products; a block of one token uses sums instead. Sizes are
+padded to powers of two and masked. Arithmetic is fp32. The host does not wait, and grids depend on shapes only, so
+passes can be captured in a CUDA graph. Importing this module needs Triton.
 
-Bytes moved for one row of the 30B shapes (H 64, P 64, N 128, G 8, K 4, bf16), L = 16: the state 2 MiB read once,
-z | xBC | dt 322 KiB read, mixed 128 KiB written, and 256 KiB of fp32 in between, written and read back by the same
-program (cache). The inputs, where it is wanted: 520 KiB written.
+Memory traffic of one row of the 30B shapes (H 64, P 64, N 128, G 8, K 4, bf16), L = 16: state 2 MiB read once, z | xBC
+| dt 322 KiB read, result 128 KiB written, and 256 KiB of fp32 intermediates, written and read back from cache by the
+same program. The step inputs, if kept: 520 KiB written.
 """
 
 from __future__ import annotations
@@ -18,7 +18,7 @@ from torch import Tensor
 
 from twotower.ops.reference import mamba_block as reference
 from twotower.ops.reference.mamba_block import MambaStepInputs, MambaWeights, empty_step_inputs
-from twotower.ops.triton.launch import dense_from, device_of, precision, tile_of, too_large
+from twotower.ops.triton.launch import contiguous_from, device_guard, dot_precision, exceeds_one_program, tile_of
 
 
 def mamba_block(
@@ -31,21 +31,21 @@ def mamba_block(
 ) -> tuple[Tensor, MambaStepInputs | None]:
     """As `twotower.ops.reference.mamba_block.mamba_block`, without gradients."""
     rows, length = projected.shape[:2]
-    if too_large(length, weights.head_dim, weights.state_size) or not rows * length:
+    if exceeds_one_program(length, weights.head_dim, weights.state_size) or not rows * length:
         return reference.mamba_block(projected, valid, window, state, weights, keep_inputs)
-    projected = dense_from(projected, 2)
-    window = None if window is None else dense_from(window, 1)
-    state = None if state is None else dense_from(state, 1)
+    projected = contiguous_from(projected, 2)
+    window = None if window is None else contiguous_from(window, 1)
+    state = None if state is None else contiguous_from(state, 1)
     mixed = projected.new_empty(rows, length, weights.inner)
-    # The norm needs a whole group: its heads wait here, wide, until the last of them is known.
+    # The norm needs all heads of a group; `gated` holds them in fp32 until the last one is computed.
     gated = mixed if mixed.dtype == torch.float32 else torch.empty_like(mixed, dtype=torch.float32)
     kept = None
     if keep_inputs:
-        xBC = projected[..., weights.inner : weights.inner + weights.conv_dim]  # without padding it stays where it is
+        xBC = projected[..., weights.inner : weights.inner + weights.conv_dim]  # without padding: no copy
         xBC = xBC if valid is None else torch.empty_like(xBC, memory_format=torch.contiguous_format)
         kept = empty_step_inputs(xBC, weights.heads, weights.head_dim, weights.n_groups, weights.state_size)
     tile = 1 if length == 1 else tile_of(length)
-    with device_of(projected):
+    with device_guard(projected):
         _block_kernel[(rows, weights.n_groups)](
             projected,
             None if valid is None else valid.bool().contiguous().view(torch.uint8),
@@ -80,9 +80,9 @@ def mamba_block(
             TOKENS=tile,
             WIDTH_TILE=tile_of(weights.head_dim),
             SIZE_TILE=tile_of(weights.state_size),
-            PRECISION=precision(projected.dtype),
+            PRECISION=dot_precision(projected.dtype),
             num_warps=4 if tile == 1 else 8,
-            num_stages=2 if tile <= 32 else 1,  # the next head's state is on its way; shared memory, at 64: 128 KiB
+            num_stages=2 if tile <= 32 else 1,  # prefetch; at 64: 128 KiB of shared memory
         )
     return mixed, kept
 
@@ -97,16 +97,19 @@ def _silu(x):
 
 @triton.jit
 def _softplus(x):
-    """max(x, 0) + log(1 + e), e = exp(−|x|), the log as 2·artanh(e / (2 + e)): a plain log would lose e's digits."""
+    """max(x, 0) + log(1 + e) with e = exp(−|x|).
+
+    The log is computed as 2·artanh(e / (2 + e)), which keeps the digits of a small e.
+    """
     e = tl.exp(-tl.abs(x))
     s = e / (2.0 + e)
-    q = s * s  # at most 1/9: the term left out is below 2⁻²⁹
+    q = s * s  # at most 1/9, so the first omitted term is below 2⁻²⁹
     series = 1 + q * (1 / 3 + q * (1 / 5 + q * (1 / 7 + q * (1 / 9 + q * (1 / 11 + q * (1 / 13 + q * (1 / 15)))))))
     return tl.maximum(x, 0.0) + 2.0 * s * series
 
 
 @triton.jit
-def _activated(
+def _conv_silu(
     xBC,
     valid,
     window,
@@ -125,9 +128,10 @@ def _activated(
     CONV_DIM: tl.constexpr,
     TAPS: tl.constexpr,
 ):
-    """SiLU(conv) of some channels → (tokens, channels). Pointers are at the row's first token; live: which exist.
+    """SiLU of the convolution, for some channels → (tokens, channels).
 
-    Each tap reads the tile again, shifted by a token: the cache serves all but the first.
+    Pointers are at the row's first token; live: which channels exist. Each tap reloads the tile shifted by one token,
+    from the cache after the first tap.
     """
     total = tl.zeros([tokens.shape[0], channels.shape[0]], dtype=tl.float32)
     for k in tl.static_range(TAPS):
@@ -196,11 +200,11 @@ def _block_kernel(
     """One row (axis 0), one group of heads (axis 1)."""
     INNER: tl.constexpr = HEADS * WIDTH
     CONV_DIM: tl.constexpr = INNER + 2 * GROUPS * SIZE
-    SHARE: tl.constexpr = HEADS // GROUPS
+    HEADS_PER_GROUP: tl.constexpr = HEADS // GROUPS
     row = tl.program_id(0).to(tl.int64)
     group = tl.program_id(1)
     projected += row * row_stride
-    first = row * length  # the row's first token in what is written
+    first = row * length  # index of the row's first token in the outputs
     gated += first * INNER
     mixed += first * INNER
     xBC = projected + INNER
@@ -230,12 +234,12 @@ def _block_kernel(
 
     channels = INNER + group * SIZE + n
     # fmt: off
-    B = _activated(
+    B = _conv_silu(
         xBC, valid, window, conv_weight, conv_bias, kept_xBC, token_stride, length, tokens, channels, of_state,
         HAS_VALID, HAS_WINDOW, HAS_BIAS, KEEP_INPUTS, CONV_DIM, TAPS,
     )
     channels += GROUPS * SIZE
-    C = _activated(
+    C = _conv_silu(
         xBC, valid, window, conv_weight, conv_bias, kept_xBC, token_stride, length, tokens, channels, of_state,
         HAS_VALID, HAS_WINDOW, HAS_BIAS, KEEP_INPUTS, CONV_DIM, TAPS,
     )
@@ -243,15 +247,15 @@ def _block_kernel(
     if KEEP_INPUTS:
         of_group = kept_B + tokens[:, None] * (GROUPS * SIZE) + group * SIZE + n[None, :]
         tl.store(of_group, B, mask=here[:, None] & of_state[None, :])
-    if TOKENS == 1:  # noqa: SIM108  a constexpr branch: the other side is not compiled
+    if TOKENS == 1:  # noqa: SIM108  constexpr: only one branch is compiled
         scores = tl.sum(C * B, axis=1)[:, None]
     else:
         scores = tl.dot(C, tl.trans(B), input_precision=PRECISION)  # (TOKENS, TOKENS)
     causal = tokens[:, None] >= tokens[None, :]
 
     squares = tl.zeros([TOKENS], dtype=tl.float32)
-    for i in range(SHARE):
-        head = group * SHARE + i
+    for i in range(HEADS_PER_GROUP):
+        head = group * HEADS_PER_GROUP + i
         columns = head * WIDTH + p
         exists = here[:, None] & of_head[None, :]
         dt = tl.load(xBC + CONV_DIM + tokens * token_stride + head, mask=here, other=0.0).to(tl.float32)
@@ -259,7 +263,7 @@ def _block_kernel(
         dt = tl.where(counted, tl.minimum(tl.maximum(dt, least_dt), largest_dt), 0.0)
         log_decay = dt * -tl.exp(tl.load(A_log + head).to(tl.float32))
         # fmt: off
-        x = _activated(
+        x = _conv_silu(
             xBC, valid, window, conv_weight, conv_bias, kept_xBC, token_stride, length, tokens, columns, of_head,
             HAS_VALID, HAS_WINDOW, HAS_BIAS, KEEP_INPUTS, CONV_DIM, TAPS,
         )
@@ -273,7 +277,7 @@ def _block_kernel(
             y = scores * dt[:, None] * x
         else:
             decay = tl.cumsum(log_decay, axis=0)
-            # Masked before exp: the future would overflow.
+            # Mask before exp: the exponents of future tokens would overflow.
             left = tl.exp(tl.where(causal, decay[:, None] - decay[None, :], -float("inf")))
             y = tl.dot(scores * left * dt[None, :], x, input_precision=PRECISION)  # (TOKENS, WIDTH_TILE)
         if HAS_STATE:
@@ -290,10 +294,10 @@ def _block_kernel(
         squares += tl.sum(y * y, axis=1)
         tl.store(gated + tokens[:, None] * INNER + columns[None, :], y, mask=exists)
 
-    scale = tl.rsqrt(squares / (SHARE * WIDTH) + eps)
-    tl.debug_barrier()  # another thread may read what one wrote
-    for i in range(SHARE):
-        columns = (group * SHARE + i) * WIDTH + p
+    scale = tl.rsqrt(squares / (HEADS_PER_GROUP * WIDTH) + eps)
+    tl.debug_barrier()  # threads read values that other threads wrote
+    for i in range(HEADS_PER_GROUP):
+        columns = (group * HEADS_PER_GROUP + i) * WIDTH + p
         exists = here[:, None] & of_head[None, :]
         y = tl.load(gated + tokens[:, None] * INNER + columns[None, :], mask=exists, other=0.0)
         y *= scale[:, None] * tl.load(norm_weight + columns, mask=of_head, other=0.0).to(tl.float32)[None, :]

@@ -1,8 +1,8 @@
-"""Triton kernel of `rms_norm`: one program a token, which holds all of it, so everything is read once.
+"""Triton kernel of `rms_norm`: one program per token holds the whole token, so each value is read once.
 
-Sums and modulation are fp32, and rounded once, at the end. Bytes of a token of the 30B shape (2688 wide, bf16): 5 KiB
-read, as much of the weight, of shift and of scale (the cache serves all but the first token), 5 KiB written. Import
-this only where a kernel is to run.
+Sums and modulation are in fp32; the result is rounded once. Memory traffic of one token of the 30B shape (width 2688,
+bf16): 5 KiB each for x, weight, shift and scale (weight, shift and scale come from cache after the first token) and 5
+KiB written. Importing this module needs Triton.
 """
 
 from __future__ import annotations
@@ -14,7 +14,7 @@ from torch import Tensor
 
 from twotower.ops.reference import norm as reference
 from twotower.ops.reference.norm import Order
-from twotower.ops.triton.launch import MAX_TOKEN, dense_from, device_of, tile_of
+from twotower.ops.triton.launch import MAX_NORM_WIDTH, contiguous_from, device_guard, tile_of
 
 
 def rms_norm(
@@ -23,14 +23,14 @@ def rms_norm(
     """As `twotower.ops.reference.norm.rms_norm`, without gradients."""
     rows, length, width = x.shape
     tile = tile_of(width)
-    if tile > MAX_TOKEN:
+    if tile > MAX_NORM_WIDTH:
         return reference.rms_norm(x, weight, eps, modulation, order)
     out = torch.empty(x.shape, dtype=weight.dtype, device=x.device)
     if not out.numel():
         return out
-    x = dense_from(x, 2)
-    shift, scale = (None, None) if modulation is None else (dense_from(part, 2) for part in modulation)
-    with device_of(x):
+    x = contiguous_from(x, 2)
+    shift, scale = (None, None) if modulation is None else (contiguous_from(part, 2) for part in modulation)
+    with device_guard(x):
         _norm_kernel[(rows * length,)](
             x,
             weight.contiguous(),
@@ -46,7 +46,7 @@ def rms_norm(
             MODULATED="" if modulation is None else order,
             WIDTH=width,
             TILE=tile,
-            num_warps=min(max(tile // 512, 4), 16),  # 16 numbers a thread of each vector, and 32 at most
+            num_warps=min(max(tile // 512, 4), 16),  # 16 values of each vector per thread, at most 32
         )
     return out
 
@@ -68,7 +68,7 @@ def _norm_kernel(
     WIDTH: tl.constexpr,
     TILE: tl.constexpr,
 ):
-    """One token. All loads come first: none waits for the sum."""
+    """One token. All loads are issued before the reduction, so none waits for the sum."""
     at = tl.program_id(0).to(tl.int64)
     row = at // length
     columns = tl.arange(0, TILE)

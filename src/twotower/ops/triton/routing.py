@@ -1,11 +1,11 @@
-"""Triton kernels of `route`: one for the products with the router's weight, one program a token for the choice.
+"""Triton kernels of `route`: `_logits_kernel` computes the router logits, `_topk_kernel` selects experts.
 
-Products are exact (of bf16, or "ieee") and their sums fp32. The columns of hidden and weight are shared out among
-programs, always in the same way: one alone would take several µs to read the weight, and a token's scores do not depend
-on how many others there are. Of equal scores the lowest expert id comes first.
+Products are exact (bf16 inputs, or "ieee") with fp32 sums. Programs split the columns of hidden and weight, because one
+program alone would need several µs to read the weight. The split is always the same, so a token's scores do not depend
+on the number of tokens. Of equal scores the lowest expert id comes first.
 
-Bytes moved for L = 16 at the 30B shape (128 experts, 2688 wide, bf16): the weight 672 KiB, hidden 84 KiB (again for
-each 16 experts, from the cache), 56 KiB of fp32 between the kernels. Import this only where a kernel is to run.
+Memory traffic of L = 16 tokens at the 30B shape (128 experts, width 2688, bf16): weight 672 KiB, hidden 84 KiB (again
+per 16 experts, from the cache), 56 KiB of fp32 between the kernels. Importing this module needs Triton.
 """
 
 from __future__ import annotations
@@ -16,28 +16,28 @@ import triton.language as tl
 from torch import Tensor
 
 from twotower.ops.reference.routing import Routing
-from twotower.ops.triton.launch import dense_from, device_of, tile_of
+from twotower.ops.triton.launch import contiguous_from, device_guard, tile_of
 
-TOKENS = 16  # and experts, a program of the products
+TOKENS = 16  # tokens and experts per program of `_logits_kernel`
 EXPERTS = 16
-COLUMNS = 128  # of hidden at a time
-SHARE = 384  # columns a program: at 2688 there are 7 times 8 programs for one tile of tokens
+COLUMNS = 128  # columns of hidden per loop step
+SHARE = 384  # columns per program: 7 × 8 programs per tile of tokens at the 30B shape
 
 
 def route(hidden: Tensor, weight: Tensor, bias: Tensor, rule: Routing) -> tuple[Tensor, Tensor]:
     """As `twotower.ops.reference.routing.route`, without gradients."""
     tokens, width = hidden.shape
     experts = weight.shape[0]
-    choice = torch.empty(tokens, rule.top, dtype=torch.int64, device=hidden.device)
-    chosen = torch.empty(tokens, rule.top, dtype=torch.float32, device=hidden.device)
-    if not choice.numel():
-        return choice, chosen
-    hidden, weight = dense_from(hidden, 1), weight.contiguous()
+    topk_ids = torch.empty(tokens, rule.top, dtype=torch.int64, device=hidden.device)
+    topk_weights = torch.empty(tokens, rule.top, dtype=torch.float32, device=hidden.device)
+    if not topk_ids.numel():
+        return topk_ids, topk_weights
+    hidden, weight = contiguous_from(hidden, 1), weight.contiguous()
     parts = triton.cdiv(width, SHARE)
     sums = torch.empty(parts, tokens, experts, dtype=torch.float32, device=hidden.device)
     tile = tile_of(experts)
-    with device_of(hidden):
-        _product_kernel[triton.cdiv(tokens, TOKENS), triton.cdiv(experts, EXPERTS), parts](
+    with device_guard(hidden):
+        _logits_kernel[triton.cdiv(tokens, TOKENS), triton.cdiv(experts, EXPERTS), parts](
             hidden,
             weight,
             sums,
@@ -49,15 +49,15 @@ def route(hidden: Tensor, weight: Tensor, bias: Tensor, rule: Routing) -> tuple[
             TOKENS=TOKENS,
             EXPERTS=EXPERTS,
             COLUMNS=COLUMNS,
-            WIDEN=hidden.dtype != weight.dtype,
+            UPCAST=hidden.dtype != weight.dtype,
             num_warps=2,
             num_stages=3,
         )
-        _choice_kernel[(tokens,)](
+        _topk_kernel[(tokens,)](
             sums,
             bias.contiguous(),
-            choice,
-            chosen,
+            topk_ids,
+            topk_weights,
             tokens,
             float(rule.factor),
             COUNT=experts,
@@ -68,13 +68,13 @@ def route(hidden: Tensor, weight: Tensor, bias: Tensor, rule: Routing) -> tuple[
             NORMALISE=rule.normalise,
             TILE=tile,
             TOP_TILE=triton.next_power_of_2(rule.top),
-            num_warps=1 if tile <= 256 else 4,  # alone, a warp meets without a barrier
+            num_warps=1 if tile <= 256 else 4,  # a single warp needs no barrier
         )
-    return choice, chosen
+    return topk_ids, topk_weights
 
 
 @triton.jit
-def _product_kernel(
+def _logits_kernel(
     hidden,
     weight,
     sums,
@@ -86,7 +86,7 @@ def _product_kernel(
     TOKENS: tl.constexpr,
     EXPERTS: tl.constexpr,
     COLUMNS: tl.constexpr,
-    WIDEN: tl.constexpr,
+    UPCAST: tl.constexpr,
 ):
     """Some tokens (axis 0), experts (axis 1) and columns (axis 2)."""
     token = tl.program_id(0) * TOKENS + tl.arange(0, TOKENS)
@@ -102,7 +102,7 @@ def _product_kernel(
         exists = (column < WIDTH)[None, :]
         x = tl.load(hidden + column[None, :], mask=here[:, None] & exists, other=0.0)
         w = tl.load(weight + column[None, :], mask=real[:, None] & exists, other=0.0)
-        if WIDEN:
+        if UPCAST:
             x = x.to(tl.float32)
             w = w.to(tl.float32)
         total = tl.dot(x, tl.trans(w), total, input_precision="ieee")
@@ -111,17 +111,17 @@ def _product_kernel(
 
 
 @triton.jit
-def _first(values, ids, END: tl.constexpr):
-    """The lowest of the ids whose value is the largest; a real one even where values are no numbers."""
+def _lowest_argmax(values, ids, END: tl.constexpr):
+    """The lowest id with the largest value; a valid id also if values are NaN."""
     return tl.minimum(tl.min(tl.where(values == tl.max(values, axis=0), ids, END), axis=0), END - 1)
 
 
 @triton.jit
-def _choice_kernel(
+def _topk_kernel(
     sums,
     bias,
-    choice,
-    chosen,
+    topk_ids,
+    topk_weights,
     tokens,
     factor,
     COUNT: tl.constexpr,
@@ -133,13 +133,13 @@ def _choice_kernel(
     TILE: tl.constexpr,
     TOP_TILE: tl.constexpr,
 ):
-    """One token: sigmoid, the choice among the kept groups, weights."""
+    """One token: sigmoid, selection within the kept groups, expert weights."""
     SIZE: tl.constexpr = COUNT // GROUPS
     token = tl.program_id(0).to(tl.int64)
     expert = tl.arange(0, TILE)
     real = expert < COUNT
     logit = tl.zeros([TILE], dtype=tl.float32)
-    for part in tl.static_range(PARTS):  # one after the other, so always in the same order; all are read at once
+    for part in tl.static_range(PARTS):  # fixed order of summation; all loads are issued at once
         logit += tl.load(sums + (part * tokens + token) * COUNT + expert, mask=real, other=0.0)
     score = tl.where(real, 1.0 / (1.0 + tl.exp(-logit)), 0.0)
     biased = score + tl.load(bias + expert, mask=real, other=0.0).to(tl.float32)
@@ -147,28 +147,28 @@ def _choice_kernel(
 
     if GROUPS > 1:
         group = expert // SIZE
-        worth = tl.full([TILE], -float("inf"), dtype=tl.float32)  # of an expert's group: the sum of its two best
+        group_score = tl.full([TILE], -float("inf"), dtype=tl.float32)  # the sum of the group's two best
         for g in range(GROUPS):
             mine = tl.where(group == g, biased, -float("inf"))
             total = tl.max(mine, axis=0)
             if SIZE > 1:
-                total += tl.max(tl.where(expert == _first(mine, expert, COUNT), -float("inf"), mine), axis=0)
-            worth = tl.where(real & (group == g), total, worth)
-        left = worth
+                total += tl.max(tl.where(expert == _lowest_argmax(mine, expert, COUNT), -float("inf"), mine), axis=0)
+            group_score = tl.where(real & (group == g), total, group_score)
+        left = group_score
         for _ in range(KEPT):
-            left = tl.where(group == _first(left, expert, COUNT) // SIZE, -float("inf"), left)
-        kept = left != worth
-        biased = tl.where(real & (kept == 0), 0.0, biased)  # 0, not −∞: the reference's rule
+            left = tl.where(group == _lowest_argmax(left, expert, COUNT) // SIZE, -float("inf"), left)
+        kept = left != group_score
+        biased = tl.where(real & (kept == 0), 0.0, biased)  # 0, not −∞, as in the published implementation
 
     slot = tl.arange(0, TOP_TILE)
     ids = tl.zeros([TOP_TILE], dtype=tl.int32)
     weights = tl.zeros([TOP_TILE], dtype=tl.float32)
     for i in range(TOP):
-        best = _first(biased, expert, COUNT)
+        best = _lowest_argmax(biased, expert, COUNT)
         ids = tl.where(slot == i, best, ids)
         weights = tl.where(slot == i, tl.sum(tl.where(expert == best, score, 0.0), axis=0), weights)
         biased = tl.where(expert == best, -float("inf"), biased)
     if NORMALISE:
         weights = weights / (tl.sum(weights, axis=0) + 1e-20)
-    tl.store(choice + token * TOP + slot, ids.to(tl.int64), mask=slot < TOP)
-    tl.store(chosen + token * TOP + slot, weights * factor, mask=slot < TOP)
+    tl.store(topk_ids + token * TOP + slot, ids.to(tl.int64), mask=slot < TOP)
+    tl.store(topk_weights + token * TOP + slot, weights * factor, mask=slot < TOP)

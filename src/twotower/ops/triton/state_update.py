@@ -1,8 +1,8 @@
-"""Triton kernel of `state_update`: one program a row and head, and some a row for the convolution window.
+"""Triton kernel of `state_update`: one program per row and head, and several per row for the convolution window.
 
-Bytes moved for one row of the 30B shapes that accepts all of L = 16: the state 2 MiB read and 2 MiB written; of the
-trace x 256 KiB, B 64 KiB, dt and log_decay 8 KiB; window and its new inputs 36 KiB read, 36 KiB written. Import this
-only where a kernel is to run.
+Memory traffic of one row of the 30B shapes that accepts L = 16 tokens: state 2 MiB read and 2 MiB written; step inputs
+x 256 KiB, B 64 KiB, dt and log_decay 8 KiB; window and its new inputs 36 KiB read, 36 KiB written. Importing this
+module needs Triton.
 """
 
 from __future__ import annotations
@@ -13,28 +13,31 @@ from torch import Tensor
 
 from twotower.ops.reference import mamba_block as reference
 from twotower.ops.reference.mamba_block import MambaStepInputs
-from twotower.ops.triton.launch import dense_from, device_of, precision, tile_of, too_large
+from twotower.ops.triton.launch import contiguous_from, device_guard, dot_precision, exceeds_one_program, tile_of
 
-WINDOW_CHANNELS = 256  # of the convolution window, a program
+WINDOW_CHANNELS = 256  # channels of the convolution window per program
 
 
 def state_update(
     conv_window: Tensor, ssm_state: Tensor, inputs: MambaStepInputs, accepted: Tensor, rows: Tensor | None = None
 ) -> tuple[Tensor, Tensor]:
-    """As `twotower.ops.reference.mamba_block.state_update`, always in place. Rows that accept nothing cost nothing."""
+    """As `twotower.ops.reference.mamba_block.state_update`, always in place.
+
+    Programs of rows that accept 0 tokens exit at once.
+    """
     batch, length, heads = inputs.dt.shape
     taps, channels = conv_window.shape[1] + 1, conv_window.shape[2]
     if not batch * length:
         return conv_window, ssm_state
-    if too_large(length, *ssm_state.shape[2:]):
+    if exceeds_one_program(length, *ssm_state.shape[2:]):
         new = reference.state_update(conv_window, ssm_state, inputs, accepted, rows)
         return (conv_window.copy_(new[0]), ssm_state.copy_(new[1])) if rows is None else new
     assert conv_window.is_contiguous(), "a pool is contiguous"
     assert ssm_state.is_contiguous(), "a pool is contiguous"
-    xBC, x, B = (dense_from(v, 2) for v in (inputs.xBC, inputs.x, inputs.B))
+    xBC, x, B = (contiguous_from(v, 2) for v in (inputs.xBC, inputs.x, inputs.B))
     width, size = ssm_state.shape[2:]
     grid = (batch, heads + (triton.cdiv(channels, WINDOW_CHANNELS) if taps > 1 else 0))
-    with device_of(ssm_state):
+    with device_guard(ssm_state):
         _state_update_kernel[grid](
             conv_window,
             ssm_state,
@@ -59,7 +62,7 @@ def state_update(
             SIZE_TILE=tile_of(size),
             TAPS_TILE=triton.next_power_of_2(max(taps - 1, 1)),
             CHANNELS_TILE=WINDOW_CHANNELS,
-            PRECISION=precision(conv_window.dtype),
+            PRECISION=dot_precision(conv_window.dtype),
             num_warps=4,
         )
     return conv_window, ssm_state
@@ -83,7 +86,7 @@ def _update_state(
     SIZE_TILE: tl.constexpr,
     PRECISION: tl.constexpr,
 ):
-    """One head's state over its first `count` tokens. Pointers are at the row and head."""
+    """Updates one head's state with its first `count` tokens. Pointers are at the row and head."""
     tokens = tl.arange(0, TOKENS)
     counted = tokens < count
     p = tl.arange(0, WIDTH_TILE)
@@ -98,7 +101,7 @@ def _update_state(
     if TOKENS == 1:
         new = tl.trans(value * time[:, None]) * key
     else:
-        left = tl.exp(total - tl.cumsum(passing, axis=0))  # each token decayed to the end
+        left = tl.exp(total - tl.cumsum(passing, axis=0))  # decay from each token to the end of the block
         new = tl.dot(tl.trans(value * (left * time)[:, None]), key, input_precision=PRECISION)
     h = state + p[:, None] * SIZE + n[None, :]
     of_h = (p < WIDTH)[:, None] & (n < SIZE)[None, :]
@@ -109,7 +112,7 @@ def _update_state(
 def _update_window(
     window, xBC, xBC_token, channels, count, TAPS: tl.constexpr, CHANNELS: tl.constexpr, TAPS_TILE: tl.constexpr
 ):
-    """The last K − 1 of [window ; the first `count` inputs], some channels of a row."""
+    """Keeps the last K − 1 of [window ; the first `count` inputs] for some channels of a row."""
     j = tl.arange(0, TAPS_TILE)
     exists = (j < TAPS - 1)[:, None] & (channels < CHANNELS)[None, :]
     source = (j + count)[:, None]
@@ -118,7 +121,7 @@ def _update_window(
     fresh = tl.load(
         xBC + (source - (TAPS - 1)) * xBC_token + channels[None, :], mask=exists & (source >= TAPS - 1), other=0.0
     )
-    tl.debug_barrier()  # all of the old window is read before any of it is overwritten
+    tl.debug_barrier()  # read the whole old window before overwriting it
     moved = tl.where(old, kept, fresh.to(kept.dtype))
     tl.store(window + j[:, None] * CHANNELS + channels[None, :], moved, mask=exists)
 
@@ -155,7 +158,7 @@ def _state_update_kernel(
     CHANNELS_TILE: tl.constexpr,
     PRECISION: tl.constexpr,
 ):
-    """One row (axis 0); one head's state, or after the heads a part of the window's channels (axis 1)."""
+    """One row (axis 0); one head's state, or, after the heads, some channels of the window (axis 1)."""
     row = tl.program_id(0).to(tl.int64)
     part = tl.program_id(1)
     slot = row
