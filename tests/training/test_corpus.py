@@ -178,7 +178,7 @@ def test_eos_is_not_doubled_and_can_be_left_out(tokenizer: Tokenizer) -> None:
 
 
 def test_the_mask_token_in_a_text_is_an_error(encoder: Encoder) -> None:
-    with pytest.raises(ArgumentError, match=r"^wiki line 7: its text contains the mask token \(id 3\).*take it out"):
+    with pytest.raises(ArgumentError, match=r"^wiki line 7: its text contains the mask token \(id 3\).*remove it"):
         encoder.encode(Record("a <mask> b", None, "wiki line 7"))
     with pytest.raises(ArgumentError, match="mask token"):
         encoder.encode(Record("a", "<mask> b", "wiki line 7"))
@@ -383,7 +383,7 @@ def test_splits_of_a_folder(tmp_path: Path) -> None:
     for split in ("train", "valid", "test"):
         write_jsonl(tmp_path / f"{split}-0001.jsonl", as_records([split]))
     assert every_text(Source(f"{tmp_path}:validation")) == ["valid"]
-    with pytest.raises(ArgumentError, match=r"several splits; say which: .*:train"):
+    with pytest.raises(ArgumentError, match=r"several splits; name one: .*:train"):
         Source(tmp_path)
 
 
@@ -482,7 +482,7 @@ def test_one_bad_record_too_many(tmp_path: Path, encoder: Encoder) -> None:
     rows = RowLoader([Source(path, max_bad_records=3)], encoder, batch_size=1, row_length=64, block_size=BLOCK)
     batches_of(rows, 20)
     with pytest.raises(
-        TwoTowerError, match=r"3 bad records, 2 are allowed; the last is .* line \d: broken JSON .*mend"
+        TwoTowerError, match=r"3 bad records, 2 are allowed; the last is .* line \d: broken JSON .*correct the data"
     ):
         batches_of(
             RowLoader([Source(path, max_bad_records=2)], encoder, batch_size=1, row_length=64, block_size=BLOCK), 40
@@ -510,25 +510,25 @@ def test_held_out_records_are_chosen_by_their_text_alone(tmp_path: Path) -> None
         (lambda d: Source("a b c"), "a b c: no such file or folder"),
         (
             lambda d: Source(write_jsonl(d / "e.jsonl", [])),
-            r"e\.jsonl: holds no records; give a file that is not empty",
+            r"e\.jsonl: contains no records; give a file that is not empty",
         ),
         (
             lambda d: Source(write_jsonl(d / "a.csv", ["x"])),
-            r"a\.csv: not a kind of file that can be read; give \.jsonl",
+            r"a\.csv: unknown file type; give \.jsonl",
         ),
-        (lambda d: Source(write_jsonl(d / "a.json", ["[", "{}]"])), "is one JSON array; write one object a line"),
-        (lambda d: Source(d), "holds no data files; it should have"),
+        (lambda d: Source(write_jsonl(d / "a.json", ["[", "{}]"])), "is one JSON array; give a .jsonl file with"),
+        (lambda d: Source(d), "contains no data files; give a folder with"),
         (lambda d: Source(write_jsonl(d / "a.jsonl", ["x"]) + ":train"), "a file has no splits; leave out :train"),
         (lambda d: Source(write_jsonl(d / "a.jsonl", ["x"]) + "@en"), "no configurations; leave out @en"),
         (lambda d: Source("x=0"), "data 'x=0': the weight is 0; give a number above 0"),
         (lambda d: Source("x=1.2.3"), "the weight is 1.2.3; give a number above 0"),
-        (lambda d: Source(""), "names nothing"),
+        (lambda d: Source(""), "no path or hub id"),
         (lambda d: Source("x", held_out_fraction=1.0), r"held_out_fraction is 1\.0; give a number from 0 up to 1"),
         (lambda d: Source("x", part="dev"), "part is 'dev'; give 'train' or 'valid'"),  # type: ignore[arg-type]
-        (lambda d: Source(broken_gzip(d)), r"a\.txt\.gz: cannot be read .*is the file whole\?"),
+        (lambda d: Source(broken_gzip(d)), r"a\.txt\.gz: cannot be read .*check that the file is complete"),
         (lambda d: Source(broken_parquet(d), cache_dir=d / "c"), r"a\.parquet: cannot be loaded"),
-        (lambda d: Source(datasets.DatasetDict()), "pick one of its splits"),
-        (lambda d: Source(datasets.Dataset.from_dict({"text": []})), "holds no records"),
+        (lambda d: Source(datasets.DatasetDict()), "give one of its splits"),
+        (lambda d: Source(datasets.Dataset.from_dict({"text": []})), "contains no records"),
     ],
 )
 def test_bad_sources(tmp_path: Path, make: Callable[[Path], Source], message: str) -> None:
@@ -625,7 +625,7 @@ def test_resuming_with_another_number_of_ranks(folder: Path, encoder: Encoder, k
     for rank in ranks:
         batches_of(rank, 40)
     alone = rows_of(mixed(folder, kind), encoder)
-    with pytest.raises(ArgumentError, match=r"no row 1: .*join all ranks' states with merge_states"):
+    with pytest.raises(ArgumentError, match=r"no row 1: .*combine all ranks' states with merge_states"):
         alone.load_state_dict(ranks[0].state_dict())
     merged = merge_states([rank.state_dict() for rank in ranks])
     alone.load_state_dict(merged)
@@ -751,8 +751,8 @@ def test_statistics(folder: Path, encoder: Encoder) -> None:
     ("lines", "options", "message"),
     [
         (["a b"] * 3, {}, r"a\.txt: 3 documents for the 4 rows of a batch \(at least one a rank\); give more data or"),
-        ([" "], {}, r"a\.txt: holds no usable document; give data that is not empty"),
-        (["a b"] * 9, {"held_out_fraction": 0.999999}, "holds no usable document"),
+        ([" "], {}, r"a\.txt: contains no usable document; give data that is not empty"),
+        (["a b"] * 9, {"held_out_fraction": 0.999999}, "contains no usable document"),
         (["a"] * 4, {"block_size": 48}, "12 tokens in all, less than a block of 48; give more data or smaller blocks"),
         (
             ["a"] * 9,
@@ -761,7 +761,7 @@ def test_statistics(folder: Path, encoder: Encoder) -> None:
         ),
         (["a"] * 9, {"row_length": 50}, "row_length is 50; give a multiple of the block size, 4"),
         (["a"] * 9, {"block_size": 0}, "block_size is 0"),
-        (["a"] * 9, {"rank": 2, "world": 2}, "rank is 2 of 2; ranks are 0 to 1"),
+        (["a"] * 9, {"rank": 2, "world": 2}, "rank is 2 of 2 ranks; give 0 to 1"),
         (["a"] * 9, {"max_epochs": 0}, "max_epochs is 0"),
         (["a"] * 9, {"offset": "none"}, "offset is 'none'; give 'random' or 'fixed'"),
         (["a <mask>"] * 9, {}, r"a\.txt line 1: its text contains the mask token"),
@@ -784,8 +784,8 @@ def test_no_sources(encoder: Encoder) -> None:
     ("lines", "message"),
     [
         (as_records(["a", "b"]), "2 documents for the 4 rows of a batch"),
-        ([], "holds no usable document"),
-        (["{"] * 8, "no usable document in two passes .*bad records"),
+        ([], "contains no usable document"),
+        (["{"] * 8, "no usable document in two epochs .*bad records"),
     ],
 )
 def test_streams_with_too_little(tmp_path: Path, encoder: Encoder, lines: list[Any], message: str) -> None:
@@ -799,9 +799,9 @@ def test_a_state_of_another_run_is_refused(tmp_path: Path, encoder: Encoder) -> 
         return [Source(write_jsonl(tmp_path / "a.jsonl", as_records(texts(count))))]
 
     state = rows_of(source(20), encoder).state_dict()
-    with pytest.raises(ArgumentError, match="seed is 9, but the run to be resumed had 1; give the same, or start"):
+    with pytest.raises(ArgumentError, match="seed is 9, but the run to be resumed had 1; give that value, or start"):
         rows_of(source(20), encoder, seed=9).load_state_dict(state)
-    with pytest.raises(ArgumentError, match="has 21 records, but the run began with 20"):
+    with pytest.raises(ArgumentError, match="has 21 records, but the run to be resumed had 20"):
         rows_of(source(21), encoder).load_state_dict(state)
     later = rows_of(source(20), encoder)
     later.next()
@@ -821,7 +821,7 @@ def test_a_failing_stream_is_one_line(encoder: Encoder) -> None:
 
 def test_a_line_stream_that_breaks_off_is_one_line(tmp_path: Path, encoder: Encoder) -> None:
     rows = rows_of([Source(broken_gzip(tmp_path), streaming=True)], encoder)
-    with pytest.raises(TwoTowerError, match=r"a\.txt\.gz: reading failed \(.*\); is the file whole\?"):
+    with pytest.raises(TwoTowerError, match=r"a\.txt\.gz: reading failed \(.*\); check that the file is complete"):
         batches_of(rows, 300)
 
 

@@ -68,7 +68,7 @@ def test_a_run_killed_three_times_ends_as_one_that_was_not(tmp_path: Path) -> No
     assert launch(args, tmp_path / "said").kill_when(lambda: steps_logged(output) >= second)
     last = launch(args, tmp_path / "said")
     assert last.codes() == [0]
-    assert last.stderr()[0] in ("continuing after step 12", "continuing after step 16")
+    assert last.stderr()[0] in ("resuming after step 12", "resuming after step 16")
     assert_same_end(output, uninterrupted("train"))
     assert checkpoints(output) == ["step-00000020", "step-00000022"]  # and nothing unfinished
 
@@ -77,7 +77,7 @@ def test_the_command_of_a_finished_run_does_nothing_new(copy: Path, capfd: pytes
     """Killed just before its end, it writes the model; given once more, it writes it again."""
     for _ in range(2):
         assert run_cli(tiny_run.given().train(copy)) == 0
-        assert f"continuing after step {STEPS}" in capfd.readouterr().err
+        assert f"resuming after step {STEPS}" in capfd.readouterr().err
         assert_same_end(copy, uninterrupted("train"))
 
 
@@ -128,7 +128,7 @@ def test_a_damaged_checkpoint_costs_one_interval(
     why = damage(folder)
     assert run_cli(tiny_run.given().train(copy)) == 0
     said = capfd.readouterr().err.splitlines()
-    assert said[:2] == [f"{folder}: passed over, {why}", "continuing after step 20"]
+    assert said[:2] == [f"{folder}: skipped, {why}", "resuming after step 20"]
     assert_same_end(copy, uninterrupted("train"))
 
 
@@ -138,7 +138,7 @@ def test_other_damage_is_found(damage: Callable[[Path], str], copy: Path, world:
     why = damage(folder / "step-00000022")
     found, notes = saving.find_intact(folder, world)
     assert found == folder / "step-00000020"
-    assert notes == [f"{folder / 'step-00000022'}: passed over, {why}"]
+    assert notes == [f"{folder / 'step-00000022'}: skipped, {why}"]
 
 
 def test_without_a_whole_checkpoint_a_run_starts_over(copy: Path, capfd: pytest.CaptureFixture) -> None:
@@ -147,9 +147,9 @@ def test_without_a_whole_checkpoint_a_run_starts_over(copy: Path, capfd: pytest.
     assert run_cli(tiny_run.given().train(copy)) == 0
     said = capfd.readouterr().err.splitlines()
     assert [line.partition(": ")[2] for line in said[:3]] == [
-        "passed over, __0_0.distcp is damaged",
-        "passed over, __0_0.distcp is damaged",
-        "no whole checkpoint is left; starting over",
+        "skipped, __0_0.distcp is damaged",
+        "skipped, __0_0.distcp is damaged",
+        "no intact checkpoint is left; the run starts over",
     ]
     assert_same_end(copy, uninterrupted("train"))
 
@@ -193,7 +193,7 @@ def test_a_full_disk_loses_nothing(tmp_path: Path) -> None:
     errors = [line for line in full.stderr() if "step" not in line.partition(":")[0]]
     assert errors == full.stderr()[-1:]
     assert errors[0].startswith(f"Error: {failed}: the checkpoint could not be written (")
-    assert f"); the last good one is {kept}; make room and give the same command again" in errors[0]
+    assert f"); the last good one is {kept}; free disk space and give the same command again" in errors[0]
     assert checkpoints(output) == [kept.name]
     assert run_cli(args) == 0
     assert_same_end(output, uninterrupted("train"))
@@ -242,7 +242,7 @@ def test_other_settings_are_refused(
     before = log_text(output), model_bytes(output)
     assert run_cli(tiny_run.given().train(output, *change)) == 2
     assert capfd.readouterr().err == (
-        f"Error: {output} holds a run with {name} {was}, and this command says {now}; continue it with the same "
+        f"Error: {output} contains a run with {name} {was}, and this command has {now}; resume it with the same "
         "command, or give another directory\n"
     )
     assert (log_text(output), model_bytes(output)) == before
@@ -260,8 +260,7 @@ def test_another_number_of_processes_is_refused(copy: Path, tmp_path: Path) -> N
     assert launched.codes() == [2, 2]
     for rank in range(2):
         assert launched.stderr(rank) == [
-            f"Error: {copy}/checkpoints/step-00000022 was written by 1 processes, and this run has 2; "
-            "start it with as many"
+            f"Error: {copy}/checkpoints/step-00000022 was written by 1 processes, and this run has 2; start it with 1"
         ]
 
 

@@ -36,7 +36,7 @@ def test_a_run_of_an_earlier_version_goes_on(
     assert capfd.readouterr().err.splitlines()[:3] == [
         "--rows is now --batch-size; the old name goes in the next release",
         "--rate is now --lr; the old name goes in the next release",
-        f"continuing after step {REACHED}",
+        f"resuming after step {REACHED}",
     ]
     records = log(tmp_path / "run")
     assert [record["step"] for record in records] == list(range(1, STEPS + 1))

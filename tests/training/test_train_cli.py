@@ -62,8 +62,8 @@ def options(*more: str) -> Spoil:
 # What is wrong → options, and what must be said of it.
 DATA: dict[str, tuple[Spoil, str]] = {
     "no such file": (options("--data", "/nowhere/data.jsonl"), r"/nowhere/data.jsonl: no such file or folder"),
-    "empty": (with_data(""), r"bad.jsonl: holds no records; give a file that is not empty"),
-    "blank texts": (with_data([{"text": " "}] * 9, "--held-out", "0"), r"bad.jsonl: holds no usable document"),
+    "empty": (with_data(""), r"bad.jsonl: contains no records; give a file that is not empty"),
+    "blank texts": (with_data([{"text": " "}] * 9, "--held-out", "0"), r"bad.jsonl: contains no usable document"),
     "shorter than a block": (
         with_data([{"text": "a"}] * 4, "--held-out", "0", "--row-length", "256", *("--stages", "256:4")),
         r"bad.jsonl: \d+ tokens in all, less than a block of 256; give more data or smaller blocks",
@@ -87,11 +87,11 @@ DATA: dict[str, tuple[Spoil, str]] = {
 NUMBERS: dict[str, tuple[Spoil, str]] = {
     "rows of no whole blocks": (
         options("--row-length", "100"),
-        r"row_length is 100, which is no multiple of the block size (16|32); give (112|128)",
+        r"row_length is 100, not a multiple of the block size (16|32); give (112|128)",
     ),
-    "a rate beyond reason": (options("--lr", "3"), r"learning rate is 3.0; choose one in \(0, 1\)"),
+    "a rate beyond reason": (options("--lr", "3"), r"learning rate is 3.0; give a number between 0 and 1"),
     "no rate": (options("--lr", "0"), r"learning rate is 0.0"),
-    "a share above one": (options("--decay", "2"), r"decay is 2.0; choose a fraction in \[0, 1\]"),
+    "a share above one": (options("--decay", "2"), r"decay is 2.0; give a fraction from 0 to 1"),
     "all held out": (options("--held-out", "1"), r"held_out is 1.0; give a share from 0 up to 1"),
     "negative clipping": (options("--clip", "-1"), r"clip is -1.0; give 0 or more"),
     "no rows": (options("--batch-size", "0"), r"Invalid value for '--batch-size': 0 is not in the range x>=1"),
@@ -100,7 +100,7 @@ NUMBERS: dict[str, tuple[Spoil, str]] = {
     "unknown dtype": (options("--dtype", "int8"), r"Invalid value for '--dtype'"),
 }
 if not torch.cuda.is_available():
-    NUMBERS["no GPU"] = options("--device", "cuda"), r"device is cuda, but torch finds no GPU here; use --device cpu"
+    NUMBERS["no GPU"] = options("--device", "cuda"), r"device is cuda, but torch finds no GPU; use --device cpu"
 
 
 # --- the model, for `train` ----------------------------------------------------------------------------------------
@@ -160,7 +160,7 @@ MODEL: dict[str, tuple[Spoil, str]] = {
     "an unknown type": (with_model(set_config(model_type="llama")), r"model_type is 'llama'"),
     "no tokenizer": (
         with_model(lambda copy: [without(name)(copy) for name in ("tokenizer.json", "tokenizer_config.json")]),
-        r"changed: holds no tokenizer; put the backbone's tokenizer.json beside its weights",
+        r"changed: contains no tokenizer; put the backbone's tokenizer.json beside the weights",
     ),
     "a damaged tokenizer": (
         with_model(lambda copy: (copy / "tokenizer.json").write_text('{"version": 1')),
@@ -185,7 +185,7 @@ MODEL: dict[str, tuple[Spoil, str]] = {
     ),
 }
 COURSE: dict[str, tuple[Spoil, str]] = {
-    f"stages {text}": (options("--stages", text), rf"stages are '{text}'; give BLOCK:STEPS, …, as 32:1000,16:2000")
+    f"stages {text}": (options("--stages", text), rf"stages are '{text}'; give BLOCK:STEPS,…, like 32:1000,16:2000")
     for text in ("32", "32:0", "0:5", "a:b", "32:8,,16:4", "32:8:1", "-32:8", "32:8;16:4")
 } | {
     "a loss of a frozen tower": (options("--ar-weight", "0.5"), r"ar_weight has no effect on a frozen context tower"),
@@ -282,7 +282,7 @@ BACKBONES: dict[str, tuple[Spoil, str]] = {
     "no such tokenizer": (options("--tokenizer", "/nowhere/tokenizer.json"), r"/nowhere/tokenizer.json: not a token"),
     "a damaged tokenizer": (with_tokenizer('{"version"'), r"bad-tokenizer.json: not a tokenizer.json"),
     "a larger tokenizer": (with_larger_tokenizer, rf"the tokenizer has ids up to {VOCABULARY + 8}, but the model's"),
-    "a folder without one": (lambda folder: ("--tokenizer", str(folder)), r"holds no tokenizer"),
+    "a folder without one": (lambda folder: ("--tokenizer", str(folder)), r"contains no tokenizer"),
     "a small vocabulary": (options("--vocab-size", "20"), r"Invalid value for '--vocab-size'"),
 }
 FOR_PRETRAIN = DATA | BACKBONES | {name: NUMBERS[name] for name in ("rows of no whole blocks", "a rate beyond reason")}
@@ -314,7 +314,7 @@ def test_a_tokenizer_of_a_wrong_command_is_not_kept(tmp_path: Path, capfd: pytes
     complaint(pretrain_args(output, ["--data", str(few), "--held-out", "0"], own_tokenizer=True), capfd)
     too_large = ["--vocab-size", str(VOCABULARY + 1), "--held-out", "0"]
     said = complaint(pretrain_args(output, too_large, own_tokenizer=True), capfd)
-    assert said == f"vocab_size is {VOCABULARY + 1}, but the backbone's is {VOCABULARY}; give one no larger"
+    assert said == f"vocab_size is {VOCABULARY + 1}, above the backbone's {VOCABULARY}; give at most that"
     short = ["--steps", "2", "--held-out", "0"]
     assert run_cli(pretrain_args(output, short, own_tokenizer=True)) == 0
     assert run_cli(pretrain_args(tmp_path / "fresh", short, own_tokenizer=True)) == 0
@@ -329,7 +329,7 @@ def test_another_config_under_the_same_name_is_refused(tmp_path: Path, capfd: py
     args = pretrain_args(tmp_path / "run", ["--config", str(config), "--steps", "2", "--held-out", "0"])
     assert run_cli(args) == 0
     config.write_text(json.dumps(GOOD | {"hidden_size": 35}))
-    assert "holds a run with config.hidden_size 33, and this command says 35" in complaint(args, capfd)
+    assert "contains a run with config.hidden_size 33, and this command has 35" in complaint(args, capfd)
 
 
 # --- several processes ---------------------------------------------------------------------------------------------

@@ -240,7 +240,7 @@ def test_a_loss_that_is_no_number_stops_the_run(tmp_path: Path, capfd: pytest.Ca
         step = len(log(tmp_path / "run")) + 1
         assert last == (
             f"Error: loss is nan at step {step}; the last good checkpoint is {kept}; a lower learning rate or a longer "
-            "warm-up may help"
+            "warmup may help"
         )
         assert step > 2
     assert math.isfinite(column(tmp_path / "run", "loss").sum())

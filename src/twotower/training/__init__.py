@@ -1,1 +1,1 @@
-"""Training: an autoregressive backbone, then the denoiser of its frozen copy (spec §4)."""
+"""Training: first an autoregressive backbone, then the denoiser beside a frozen copy of the backbone."""

@@ -1,4 +1,4 @@
-"""Even use of experts, without an auxiliary loss."""
+"""Balances the load of experts without an auxiliary loss."""
 
 from __future__ import annotations
 
@@ -13,10 +13,10 @@ from twotower.training.fsdp import World
 
 
 class LoadBalance:
-    """Auxiliary-loss-free balancing (DeepSeek-V3): after each step an over-used expert's selection bias goes
-    down by `rate`, an under-used one's up. The bias is part of the released router, so nothing is added.
+    """Auxiliary-loss-free load balancing (DeepSeek-V3), by the selection biases that the released router has.
 
-    Counts the routers that train; a recomputed unit counts its tokens twice, which changes no sign.
+    After each step, the bias of an expert with more than the mean load falls by `rate`; the other biases rise.
+    Only routers that train are balanced. Recomputation counts a token twice, which changes no sign.
     """
 
     def __init__(self, module: nn.Module, rate: float, world: World) -> None:
@@ -34,7 +34,7 @@ class LoadBalance:
             load += torch.bincount(output[0].flatten(), minlength=len(load))
 
     def step(self) -> None:
-        """Moves the biases by what all processes counted since the last step."""
+        """Updates the biases from the loads that all processes counted since the last step."""
         if self.routers and self.world.size > 1:
             flat = torch.cat(self.loads)
             dist.all_reduce(flat)
@@ -45,6 +45,6 @@ class LoadBalance:
             load.zero_()
 
     def close(self) -> None:
-        """Stops counting."""
+        """Removes the hooks that count."""
         for hook in self._hooks:
             hook.remove()

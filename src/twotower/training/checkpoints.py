@@ -1,11 +1,11 @@
-"""Checkpoints of a run: torch's distributed checkpoint, written beside and renamed, checked before use.
+"""Checkpoints of a run: torch's distributed checkpoints, written atomically and verified before use.
 
     RUN/checkpoints/step-00000200/   __<rank>_<n>.distcp, .metadata   parameters and optimizer state, sharded
-                                     rows-<rank>.pt                   where the data stand
-                                     manifest.json                    every file's size and CRC-32
+                                     rows-<rank>.pt                   the position in the data
+                                     manifest.json                    size and CRC-32 of every file
 
-A directory without a manifest that agrees is not a checkpoint. The last two are kept, so damage to one costs one
-interval.
+A directory whose files do not match its manifest is not a checkpoint. The last two checkpoints are kept: if one is
+damaged, the run resumes from the one before.
 """
 
 from __future__ import annotations
@@ -24,7 +24,7 @@ from typing import TypeVar, cast
 import torch
 import torch.distributed.checkpoint as dcp
 from torch import Tensor
-from torch.distributed.checkpoint.api import CheckpointException  # a BaseException
+from torch.distributed.checkpoint.api import CheckpointException  # not an Exception but a BaseException
 
 from twotower.errors import TwoTowerError
 from twotower.training.data.state import LoaderState
@@ -38,10 +38,10 @@ KEPT = 2
 
 
 def save(directory: Path, step: int, tensors: dict[str, Tensor], rows: LoaderState, world: World) -> Path:
-    """Writes the state after `step` steps; every process calls it. A kill leaves a whole checkpoint or none.
+    """Writes the state after `step` steps. Every process calls it. A killed process leaves a whole checkpoint or none.
 
     Raises:
-        TwoTowerError: it could not be written (a full disk, say); what was there before is untouched.
+        TwoTowerError: the checkpoint cannot be written (a full disk, for example). Earlier checkpoints are unchanged.
     """
     final = directory / f"step-{step:08d}"
     partial = directory / f"{final.name}.partial"
@@ -65,7 +65,7 @@ def save(directory: Path, step: int, tensors: dict[str, Tensor], rows: LoaderSta
         if world.is_main:
             sums = {name: entry for part in parts for name, entry in part.items()}
             (partial / MANIFEST).write_text(json.dumps({"step": step, "processes": world.size, "files": sums}))
-            shutil.rmtree(final, ignore_errors=True)  # a damaged one of the same step
+            shutil.rmtree(final, ignore_errors=True)  # a damaged checkpoint of the same step
             partial.rename(final)
 
     try:
@@ -80,27 +80,27 @@ def save(directory: Path, step: int, tensors: dict[str, Tensor], rows: LoaderSta
         raise TwoTowerError(
             f"{final}: the checkpoint could not be written ({failure}); "
             + (f"the last good one is {kept}" if kept else "there is no earlier one")
-            + "; make room and give the same command again"
+            + "; free disk space and give the same command again"
         ) from None
     if world.is_main:
-        for old in set(_all(directory)) - set(_all(directory, step)[-KEPT:]):  # later ones were passed over as damaged
+        for old in set(_all(directory)) - set(_all(directory, step)[-KEPT:]):  # later checkpoints are damaged
             shutil.rmtree(old, ignore_errors=True)
     return final
 
 
 def latest(directory: Path, step: int) -> Path | None:
-    """The last checkpoint of at most `step` steps whose manifest is there (its files are not read)."""
+    """The last checkpoint of at most `step` steps that has a manifest; its files are not verified."""
     found = [path for path in _all(directory, step) if (path / MANIFEST).exists()]
     return found[-1] if found else None
 
 
 def find_intact(directory: Path, world: World) -> tuple[Path | None, list[str]]:
-    """The last whole checkpoint, every file compared with the manifest, and one line for each damaged one passed over.
+    """The last checkpoint whose files all match its manifest, and one line for each damaged checkpoint after it.
 
-    Every process gets rank 0's answer.
+    Rank 0 verifies; every process gets the same result.
 
     Raises:
-        TwoTowerError: it was written by another number of processes.
+        TwoTowerError: the checkpoint was written by another number of processes.
     """
     found, notes, problem = None, [], None
     if world.is_main:
@@ -109,10 +109,10 @@ def find_intact(directory: Path, world: World) -> tuple[Path | None, list[str]]:
             if damage is None:
                 found = path
                 break
-            notes.append(f"{path}: passed over, {damage}")
+            notes.append(f"{path}: skipped, {damage}")
         else:
             if notes:
-                notes.append(f"{directory}: no whole checkpoint is left; starting over")
+                notes.append(f"{directory}: no intact checkpoint is left; the run starts over")
     found, notes, problem = world.broadcast((found, notes, problem))
     if problem:
         raise TwoTowerError(problem)
@@ -120,35 +120,35 @@ def find_intact(directory: Path, world: World) -> tuple[Path | None, list[str]]:
 
 
 def load(path: Path, tensors: dict[str, Tensor], world: World) -> tuple[int, LoaderState]:
-    """Fills `tensors` in place → the number of steps done, and this process's place in the data.
+    """Loads a checkpoint into `tensors`. Returns the number of steps done and this process's position in the data.
 
     Raises:
-        TwoTowerError: it is of another model.
+        TwoTowerError: the checkpoint belongs to another model.
     """
     try:
         with _quiet():
             dcp.load(tensors, checkpoint_id=str(path))
     except CheckpointException as error:
         raise TwoTowerError(
-            f"{path}: is no checkpoint of this run ({_reason(error)}); give another directory"
+            f"{path}: not a checkpoint of this run ({_reason(error)}); give another run directory"
         ) from None
     rows = with_present_names(torch.load(path / f"rows-{world.rank}.pt", weights_only=True), LOADER_STATE)
     return int(json.loads((path / MANIFEST).read_text())["step"]), cast("LoaderState", rows)
 
 
 def has_any(directory: Path) -> bool:
-    """Whether there is a checkpoint, whole or damaged."""
+    """Whether there is a checkpoint, intact or damaged."""
     return bool(_all(directory))
 
 
 def _all(directory: Path, step: int = 10**8) -> list[Path]:
-    """In order, those of at most `step` steps."""
+    """The checkpoints of at most `step` steps, in order."""
     found = sorted(path for path in directory.glob("step-????????") if path.is_dir())
     return [path for path in found if path.name <= f"step-{step:08d}"]
 
 
 def _damage(path: Path, processes: int) -> tuple[str | None, str | None]:
-    """How a checkpoint is damaged; why a whole one cannot be used here."""
+    """What is damaged in a checkpoint, or None; and why an intact checkpoint cannot be used here, or None."""
     try:
         manifest = json.loads((path / MANIFEST).read_text())
         for name, (size, crc) in manifest["files"].items():
@@ -162,32 +162,32 @@ def _damage(path: Path, processes: int) -> tuple[str | None, str | None]:
     if manifest["processes"] != processes:
         return None, (
             f"{path} was written by {manifest['processes']} processes, and this run has {processes}; "
-            "start it with as many"
+            f"start it with {manifest['processes']}"
         )
     return None, None
 
 
 def _own_sums(directory: Path, world: World) -> dict[str, tuple[int, int]]:
-    """Size and checksum of each file that this process wrote (rank 0 wrote the metadata)."""
+    """Size and checksum of each file that this process wrote; rank 0 also wrote the metadata."""
     own = (f"__{world.rank}_", f"rows-{world.rank}.") + ((".metadata",) if world.is_main else ())
     files = [file for file in sorted(directory.iterdir()) if file.name.startswith(own)]
     return {file.name: (file.stat().st_size, _crc(file)) for file in files}
 
 
 class _Failed(Exception):
-    """On some process; its text says why."""
+    """A step of writing failed on some process. The text is the reason."""
 
 
 def _on_all_ranks(action: Callable[[], Result], world: World) -> list[Result]:
-    """Every process's result of its action. Where one fails all raise: none waits for one that gave up.
+    """Runs an action on every process and gathers the results. If one process fails, all raise, so that none waits.
 
     Raises:
-        _Failed: with the first failure's reason.
+        _Failed: with the reason of the first failure.
     """
     own: tuple[str | None, list[Result]]
     try:
         own = None, [action()]
-    except (Exception, CheckpointException) as error:  # torch wraps what the disk said in errors of its own
+    except (Exception, CheckpointException) as error:  # torch wraps an OSError in errors of its own
         own = _reason(error), []
     answers = world.gather(own)
     for reason, _ in answers:
@@ -211,7 +211,7 @@ def _crc(file: Path) -> int:
 
 
 def _reason(error: BaseException) -> str:
-    """What the disk said where it is known, in one line: torch wraps a rank's error, and loses its cause on the way."""
+    """One line: the OSError behind an error, if there is one. torch wraps the errors of a rank."""
     failures = getattr(error, "failures", None)
     if failures:
         inner = next(iter(failures.values()))
@@ -225,7 +225,7 @@ def _reason(error: BaseException) -> str:
 
 @contextmanager
 def _quiet() -> Iterator[None]:
-    """Without torch's remarks on checkpointing in a world of one, and on its own deprecated parts."""
+    """Silences torch's warnings about checkpoints of a single process and about its own deprecated functions."""
     logger = logging.getLogger("torch.distributed.checkpoint")
     before = logger.level
     logger.setLevel(logging.ERROR)

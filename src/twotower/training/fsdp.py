@@ -1,4 +1,4 @@
-"""One process or many, the same code: torch's FSDP2 over a mesh of all processes, a single one included."""
+"""Sharding with torch's FSDP2 over a mesh of all processes. A single process uses the same code."""
 
 from __future__ import annotations
 
@@ -25,7 +25,7 @@ Value = TypeVar("Value")
 
 @dataclass(frozen=True)
 class World:
-    """The processes of a run; rank 0 writes."""
+    """The processes of a run. Rank 0 writes files and messages."""
 
     rank: int
     size: int
@@ -37,7 +37,7 @@ class World:
         return self.rank == 0
 
     def total(self, value: float | Tensor) -> float:
-        """The sum over all processes, in float64 (a float64 scalar crosses; on every process the same result)."""
+        """The sum over all processes, in float64; the same result on every process."""
         whole = torch.as_tensor(value, dtype=torch.float64).detach().to(self.device).reshape(1)
         if self.size > 1:
             dist.all_reduce(whole)
@@ -48,7 +48,7 @@ class World:
             dist.barrier()
 
     def broadcast(self, value: Value) -> Value:
-        """Rank 0's object, on every process."""
+        """Returns rank 0's object on every process."""
         if self.size == 1:
             return value
         box = [value]
@@ -56,7 +56,7 @@ class World:
         return box[0]
 
     def gather(self, value: Value) -> list[Value]:
-        """Every process's object, in order of rank, on every process."""
+        """Returns the objects of all processes, in order of rank, on every process."""
         if self.size == 1:
             return [value]
         box = [value] * self.size
@@ -65,24 +65,24 @@ class World:
 
 
 def start(device: str | None = None) -> World:
-    """Joins the processes that torchrun started, or begins a world of one.
+    """Joins the processes that torchrun started. Without torchrun, creates a group of one process.
 
-    device: "cpu" or "cuda"; None: CUDA where there is one. Each process takes the GPU of its local rank.
+    device: "cpu" or "cuda"; None: CUDA if there is a GPU. Each process uses the GPU of its local rank.
 
     Raises:
-        ArgumentError: a device that is not there; fewer GPUs than processes on this machine.
+        ArgumentError: the device does not exist; or this machine has fewer GPUs than processes.
     """
     kind = device or ("cuda" if torch.cuda.is_available() else "cpu")
     if kind not in ("cpu", "cuda"):
         raise ArgumentError(f"device is {device!r}; choose cpu or cuda")
     if kind == "cuda" and not torch.cuda.is_available():
-        raise ArgumentError("device is cuda, but torch finds no GPU here; use --device cpu")
+        raise ArgumentError("device is cuda, but torch finds no GPU; use --device cpu")
     local = int(os.environ.get("LOCAL_RANK", "0"))
     place = torch.device("cpu")
     if kind == "cuda":
         if local >= torch.cuda.device_count():
             raise ArgumentError(
-                f"{local + 1} or more processes on this machine, but only {torch.cuda.device_count()} GPUs; "
+                f"this machine has {torch.cuda.device_count()} GPUs for {local + 1} or more processes; "
                 "start torchrun with a smaller --nproc-per-node"
             )
         place = torch.device("cuda", local)
@@ -98,19 +98,19 @@ def start(device: str | None = None) -> World:
 
 
 def stop() -> None:
-    """Leaves the process group."""
-    with suppress(Exception):  # an interpreter that is going down has nothing to leave
+    """Destroys the process group."""
+    with suppress(Exception):  # at interpreter shutdown the group may be gone already
         if dist.is_initialized():
             dist.destroy_process_group()
 
 
 def shard(objective: nn.Module, units: Iterable[nn.Module], world: World, dtype: torch.dtype) -> None:
-    """Spreads the objective over all processes, unit by unit: parameters, gradients and optimizer state.
+    """Shards the objective over all processes, unit by unit: parameters, gradients and optimizer state.
 
-    What trains is kept in fp32 (master weights) and computes in `dtype`; what is frozen is kept in `dtype`. The few
-    tensors that must not be narrow (`checkpoint.FP32_SUFFIXES`: a number per head) are left whole on every process;
-    `sum_replicated_gradients` adds theirs up. Gradients are summed, not averaged: the loss is already divided by the
-    number of targets over all processes.
+    Trained parameters are stored in fp32 (master weights) and compute in `dtype`; frozen parameters are stored in
+    `dtype`. The few tensors that must stay fp32 (`checkpoint.FP32_SUFFIXES`: a number per head) are replicated on
+    every process; `sum_replicated_gradients` sums their gradients. Gradients are summed, not averaged, because the
+    loss is already divided by the number of targets over all processes.
     """
     for name, parameter in objective.named_parameters():
         place = parameter.device if parameter.device.type == "meta" else world.device
@@ -139,12 +139,12 @@ def shard(objective: nn.Module, units: Iterable[nn.Module], world: World, dtype:
 
 
 def sharded(objective: nn.Module) -> list[FSDPModule]:
-    """The units and the objective itself, as FSDP sees them."""
+    """The modules that FSDP shards: the units and the objective itself."""
     return [module for module in objective.modules() if isinstance(module, FSDPModule)]
 
 
 def sum_replicated_gradients(parameters: list[nn.Parameter], world: World) -> None:
-    """Adds up over all processes the gradients of the parameters that are not sharded, in one message."""
+    """Sums the gradients of the replicated parameters over all processes, in one all-reduce."""
     grads = [p.grad for p in parameters if p.grad is not None]
     if world.size == 1 or not grads:
         return
@@ -155,10 +155,10 @@ def sum_replicated_gradients(parameters: list[nn.Parameter], world: World) -> No
 
 
 def local(tensor: Tensor) -> Tensor:
-    """This process's part of a sharded tensor, or the whole of another."""
+    """This process's shard of a sharded tensor; any other tensor as it is."""
     return tensor.to_local() if isinstance(tensor, DTensor) else tensor
 
 
 def full(tensor: Tensor) -> Tensor:
-    """The whole of a sharded tensor, on every process (all must ask)."""
+    """The unsharded tensor, on every process. All processes must call this function."""
     return tensor.full_tensor() if isinstance(tensor, DTensor) else tensor

@@ -1,7 +1,7 @@
-"""The units a training pass is made of: what is sharded together, and recomputed together where memory matters.
+"""The units of a training pass: a unit is sharded as a whole and, with activation checkpointing, recomputed as a whole.
 
-Context layer i and denoiser layer i form one unit: its inputs are the two residual streams, and with recomputation
-they are all it keeps. Keys, values and boundary states never outlive it.
+Context layer i and denoiser layer i form one unit. Its inputs are the two residual streams. With activation
+checkpointing, only these inputs are kept. Keys, values and the Mamba states at block boundaries exist only inside it.
 """
 
 from __future__ import annotations
@@ -23,7 +23,7 @@ Output = TypeVar("Output")
 
 
 class AutoregressiveLayer(nn.Module):
-    """One layer of an autoregressive model over packed rows."""
+    """One layer of an autoregressive model, over packed rows."""
 
     def __init__(self, layer: Layer) -> None:
         super().__init__()
@@ -49,7 +49,7 @@ class LayerPair(nn.Module):
     def forward(
         self, clean: Tensor, noisy: Tensor, modulation: Modulation | None, layout: Layout
     ) -> tuple[Tensor | None, Tensor]:
-        """clean (B, S, H), noisy (N, L, H) → both residual streams after it; None for one that does not change."""
+        """clean (B, S, H), noisy (N, L, H) → both residual streams; None for the context's if its layer is not run."""
         past: LayerCache = None
         read = None
         if self.runs_context:
@@ -61,7 +61,7 @@ class LayerPair(nn.Module):
 def pair_layers(
     context: list[Layer], denoiser: list[Layer], *, train_context: bool, whole_context: bool
 ) -> list[LayerPair]:
-    """One unit a layer. whole_context: the context's own output is wanted, so every context layer runs."""
+    """One unit for each layer. whole_context: the context tower's output is needed, so every context layer runs."""
     last = max((i for i, layer in enumerate(denoiser) if layer.kind in COUPLED_KINDS), default=-1)
     return [
         LayerPair(reader, writer, train_context=train_context, runs_context=whole_context or i <= last)

@@ -1,4 +1,4 @@
-"""What a run says: a JSONL log with each step once, TensorBoard curves, and a progress line for a person."""
+"""Output of a run: a JSONL log with one record a step, TensorBoard curves, and a progress line."""
 
 from __future__ import annotations
 
@@ -20,14 +20,14 @@ if TYPE_CHECKING:
 
 LOG_FILE = "log.jsonl"
 TENSORBOARD_FOLDER = "tensorboard"
-PLAIN_SECONDS = 15.0  # without a terminal, a line at most so often
+PLAIN_SECONDS = 15.0  # without a terminal: seconds between two progress lines, at least
 
 
 class Log:
-    """RUN/log.jsonl: one object a step; what depends on the clock is under "timing" and nowhere else."""
+    """RUN/log.jsonl: one object a step. Only the field "timing" depends on the clock."""
 
     def __init__(self, directory: Path, done: int, tensorboard: bool) -> None:
-        """done: steps that the checkpoint holds; lines after it are done again, one cut short by a kill goes too."""
+        """done: steps that the checkpoint holds. Later records and an incomplete last line are removed."""
         self.path = directory / LOG_FILE
         if self.path.exists():
             kept = [record for record in read_log(self.path) if record["step"] <= done]
@@ -42,7 +42,7 @@ class Log:
             self._board = SummaryWriter(str(directory / TENSORBOARD_FOLDER), purge_step=done + 1)
 
     def write(self, record: StepRecord) -> None:
-        """One step's record."""
+        """Appends the record of one step."""
         self._out.write(json.dumps(record) + "\n")
         self._out.flush()
         if self._board is not None:
@@ -56,7 +56,7 @@ class Log:
 
 
 def read_log(path: Path) -> list[StepRecord]:
-    """The whole lines of a log; one cut short by a kill or a full disk is left out."""
+    """The records of a log. A line that was cut short (process killed, disk full) is skipped."""
     records = []
     present = partial(with_present_names, renamed=LOG_RECORD)
     for line in path.read_text(errors="replace").splitlines():
@@ -78,7 +78,7 @@ def _scalars(record: Mapping[str, object], prefix: str = "train/") -> list[tuple
 
 
 class Progress:
-    """Loss, tokens a second and time left: one live line on a terminal, a plain one every 15 s elsewhere."""
+    """Loss, tokens per second and time left: a progress bar on a terminal, a line every 15 s elsewhere."""
 
     def __init__(self, steps: int, done: int, shown: bool) -> None:
         self.steps, self.first, self.shown = steps, done, shown
@@ -101,7 +101,7 @@ class Progress:
             self._bar.start()
 
     def step(self, step: int, loss: float, tokens: int) -> Timing:
-        """After step number `step` (from 1) → the step's timing."""
+        """Shows the progress after step number `step` (from 1). Returns the timing for the log record."""
         self._tokens += tokens
         now = time.perf_counter()
         elapsed = now - self.started
@@ -116,7 +116,7 @@ class Progress:
         return {"seconds": round(elapsed, 3), "tokens_per_second": round(speed, 1)}
 
     def say(self, line: str) -> None:
-        """One line beside the bar."""
+        """Prints one line without disturbing the progress bar."""
         if not self.shown:
             return
         if self._bar is not None:

@@ -1,4 +1,4 @@
-"""What a line of a run's log holds."""
+"""The types of the records in a run's log."""
 
 from __future__ import annotations
 
@@ -6,17 +6,17 @@ from typing import NotRequired, TypedDict
 
 
 class Timing(TypedDict):
-    """seconds: since the run began or was continued."""
+    """seconds: since the run was started or resumed."""
 
     seconds: float
     tokens_per_second: float
 
 
 class Trace(TypedDict):
-    """How a text was denoised: new token i stood at position i mod block_size of block i div block_size.
+    """How a text was denoised. New token i is at position i mod block_size of block i div block_size.
 
-    tokens: each as text. step: the pass within its block, from 0, that committed it. passes: of each block; a block's
-    last ones may have committed only what EOS cut off.
+    tokens: each token as text. step: the denoising pass within the block, from 0, that committed the token. passes:
+    denoising passes of each block; the last ones may have committed only tokens after EOS, which are cut off.
     """
 
     block_size: int
@@ -26,7 +26,7 @@ class Trace(TypedDict):
 
 
 class Sample(TypedDict, total=False):
-    """A continuation of a held-out text. Empty on processes other than the first. passes, trace: diffusion only."""
+    """A continuation of a held-out text. passes, trace: mode diffusion only. Empty on processes other than rank 0."""
 
     prompt: str
     text: str
@@ -37,7 +37,7 @@ class Sample(TypedDict, total=False):
 
 
 class Validation(TypedDict, total=False):
-    """Of a denoiser: masked_nll to agreement, tokens_per_pass. Of an autoregressive model: nll to bits_per_byte."""
+    """Denoiser: masked_nll to tokens_per_pass. Autoregressive model: nll to bits_per_byte_by_source. Both: sample."""
 
     masked_nll: float
     masked_nll_by_t: dict[str, float]
@@ -52,7 +52,7 @@ class Validation(TypedDict, total=False):
 
 
 class StepRecord(TypedDict):
-    """One step. loss: nats per target. lr: the learning rate. grad_norm: before clipping."""
+    """One step. loss: nats per target. lr: learning rate. grad_norm: of the gradient before clipping."""
 
     step: int
     loss: float

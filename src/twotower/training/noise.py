@@ -1,4 +1,4 @@
-"""What is masked: a pure function of (seed, row number), whatever the batch, the process or the step it is drawn in."""
+"""Noise levels and masks, as a pure function of (seed, row number): independent of batch, process and step."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ from twotower.errors import ArgumentError
 from twotower.training.data.batch import Batch
 
 LOWEST_NOISE = 1e-3
-GOLDEN = 0.6180339887498949  # frac(GOLDEN·n) fills [0, 1) evenly, however many n there are
+GOLDEN = 0.6180339887498949  # frac(GOLDEN·n) for n = 0, 1, … is spread evenly over [0, 1)
 
 NoiseScope = Literal["row", "document", "block"]
 NOISE_SCOPES: tuple[str, ...] = get_args(NoiseScope)
@@ -20,7 +20,7 @@ NOISE_SCOPES: tuple[str, ...] = get_args(NoiseScope)
 
 @dataclass(frozen=True)
 class Corruption:
-    """t (B, blocks) the noise level each block was drawn at, fp32; masked (B, S) columns that become the mask token."""
+    """t (B, blocks): noise level of each block, fp32. masked (B, S): positions that become the mask token."""
 
     t: Tensor
     masked: Tensor
@@ -33,10 +33,10 @@ class Corruption:
 
 
 def corrupt(batch: Batch, block_size: int, seed: int, scope: NoiseScope) -> Corruption:
-    """t ~ U(1e-3, 1] (spec §4); each column of a trained block is masked with probability t.
+    """Draws t ~ U(1e-3, 1] and masks each position of a trained block with probability t. Runs on the CPU.
 
-    scope: what shares one t: a whole packed row (the released recipe's sequence), a document of it, or a block.
-    Levels are spread evenly, over successive rows and over the documents or blocks of a row. Runs on the CPU.
+    scope: what shares one t: a packed row (as in the released recipe), a document or a block. The levels of
+    successive rows, and of the documents or blocks of a row, are spread evenly (low discrepancy).
 
     Raises:
         ArgumentError: unknown scope.
@@ -45,7 +45,7 @@ def corrupt(batch: Batch, block_size: int, seed: int, scope: NoiseScope) -> Corr
         raise ArgumentError(f"noise scope is {scope!r}; choose one of {', '.join(NOISE_SCOPES)}")
     rows, length = batch.tokens.shape
     offset, uniform = torch.empty(rows, 1, dtype=torch.float64), torch.empty(rows, length)
-    for i, index in enumerate(batch.index.tolist()):  # a generator each: a row's noise knows no other row
+    for i, index in enumerate(batch.index.tolist()):  # a row's noise must not depend on other rows
         generator = torch.Generator().manual_seed(_mix(seed, index))
         offset[i] = torch.rand(1, generator=generator, dtype=torch.float64)
         uniform[i] = torch.rand(length, generator=generator)
@@ -63,7 +63,7 @@ def corrupt(batch: Batch, block_size: int, seed: int, scope: NoiseScope) -> Corr
 
 
 def _mix(seed: int, index: int) -> int:
-    """(seed, index) → 63 bits, all different in practice (splitmix64's finaliser)."""
+    """Hashes (seed, index) to 63 bits (the finalizer of splitmix64)."""
     z = (seed * 0x9E3779B97F4A7C15 + index * 0xD1342543DE82EF95 + 1) & 0xFFFFFFFFFFFFFFFF
     z = ((z ^ (z >> 30)) * 0xBF58476D1CE4E5B9) & 0xFFFFFFFFFFFFFFFF
     z = ((z ^ (z >> 27)) * 0x94D049BB133111EB) & 0xFFFFFFFFFFFFFFFF

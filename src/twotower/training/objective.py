@@ -1,6 +1,6 @@
-"""The two objectives as modules that can be sharded: next-token prediction, and masked diffusion (spec §4).
+"""The two objectives as modules that can be sharded: next-token prediction and masked diffusion.
 
-Both give summed losses; the trainer divides by the number of targets over all processes.
+Both return summed losses. The trainer divides by the number of targets over all processes.
 """
 
 from __future__ import annotations
@@ -22,32 +22,33 @@ from twotower.training.data.batch import Batch
 from twotower.training.layer_pair import AutoregressiveLayer, pair_layers, run_unit
 from twotower.training.noise import Corruption, NoiseScope, corrupt
 
-Found = TypeVar("Found")
-MAX_LOGITS = 2**26  # more than these (256 MB in fp32) are formed piece by piece, and again in the backward pass
+Result = TypeVar("Result")
+MAX_LOGITS = 2**26  # 256 MB in fp32; more logits are computed in chunks, and recomputed in the backward pass
 
 
 class Objective(Protocol):
-    """What the trainer asks of an objective (an `nn.Module`)."""
+    """What the trainer needs of an objective, which is also an `nn.Module`."""
 
-    units: nn.ModuleList  # sharded one by one, in the order they run
+    units: nn.ModuleList  # sharded one by one, in the order in which they run
 
     def draw_noise(self, batch: Batch, block_size: int) -> Corruption | None:
-        """The noise of a batch, drawn on the CPU."""
+        """Draws the noise of a batch, on the CPU."""
 
     def targets(self, batch: Batch, noise: Corruption | None) -> int:
-        """What the summed loss is divided by."""
+        """The number of targets, by which the trainer divides the summed loss."""
 
     def ar_targets(self, batch: Batch) -> int:
-        """What a further loss is a mean over; 0: there is none."""
+        """The number of targets of the additional next-token loss; 0: there is no such loss."""
 
     def __call__(self, batch: Batch, noise: Corruption | None, block_size: int, ratio: float | None = None) -> Tensor:
-        """The summed loss. ratio: targets / further targets of the whole that the batch is a part of, over all
-        processes; None: of the batch itself."""
+        """The summed loss. ratio: targets / AR targets of the global batch, over all processes; None: of this batch."""
 
 
 class AutoregressiveObjective(nn.Module):
-    """Next-token cross-entropy over the documents' own tokens after their first; prompt_loss False leaves out those of
-    prompts that came with their text."""
+    """Next-token cross-entropy over the tokens of each document after its first.
+
+    prompt_loss: False leaves out the tokens of prompts.
+    """
 
     def __init__(self, tower: Tower, *, activation_checkpointing: bool = False, prompt_loss: bool = True) -> None:
         super().__init__()
@@ -79,10 +80,10 @@ class AutoregressiveObjective(nn.Module):
 class DenoisingOptions:
     """How the denoiser is trained.
 
-    scope: what shares a noise level. elbo: weight 1/t and divide by all trained tokens: the bound on −ln p instead of
-    the mean over masked positions. train_context: the context tower learns too, through keys, values and states.
-    ar_weight: with train_context, the weight of the context tower's next-token loss, which is added.
-    activation_checkpointing: keep only the two residual streams at each layer. time: whether the denoiser is told t.
+    scope: what shares a noise level. elbo: weight the loss by 1/t and divide by all trained tokens; this is the
+    bound on −ln p instead of the mean over masked positions. train_context: the context tower is trained too, through
+    its keys, values and Mamba states. ar_weight: with train_context, weight of the context tower's next-token loss.
+    activation_checkpointing: keep only the two residual streams of each layer. time: the denoiser is conditioned on t.
     """
 
     mask_token_id: int
@@ -96,17 +97,17 @@ class DenoisingOptions:
 
 
 class DenoisingObjective(nn.Module):
-    """Cross-entropy of the true tokens at masked positions, every block at once (spec §4).
+    """Cross-entropy of the true tokens at masked positions, over all blocks at once.
 
-    The context tower reads the clean rows, without its head and, when frozen, without gradients. context and denoiser
-    may be one tied tower (then train_context must be set). Sets which parameters require gradients.
+    The context tower reads the clean rows, without its head and, if frozen, without gradients. context and denoiser
+    may be the same tower; then train_context must be set. Sets which parameters require gradients.
     """
 
     def __init__(self, context: Tower, denoiser: Tower, time: TimeConditioning, options: DenoisingOptions) -> None:
         super().__init__()
         assert options.train_context or (context is not denoiser and not options.ar_weight)
         context.requires_grad_(options.train_context)
-        for part in (context.norm_f, context.head):  # nothing reads them but the next-token loss, and validation
+        for part in (context.norm_f, context.head):  # only the next-token loss and validation use them
             part.requires_grad_(options.ar_weight > 0)
         denoiser.requires_grad_(True)
         time.requires_grad_(options.time)
@@ -147,20 +148,22 @@ class DenoisingObjective(nn.Module):
             wanted = next_tokens(batch)
             hidden = self.context_norm_f(clean[:, :-1][wanted])
             ar = negative_log_likelihood(self.context_head, hidden, batch.tokens[:, 1:][wanted]).sum()
-            # In units of the denoising loss's own mean, whatever the noise drew.
+            # The ratio makes the weight relative to the mean denoising loss, however many positions are masked.
             if ratio is None:
                 ratio = self.targets(batch, noise) / max(self.ar_targets(batch), 1)
             loss = loss + self.options.ar_weight * ratio * ar
         return loss
 
     def denoise(self, batch: Batch, noise: Corruption, block_size: int) -> tuple[Tensor, Tensor]:
-        """→ −ln p (N,) of the true token at each masked position, row by row, and the context's residual stream."""
+        """→ −ln p (N,) of the true tokens at masked positions, row by row; and the context tower's residual stream."""
         hidden, clean = self.hidden(batch, noise, block_size)
         return negative_log_likelihood(self.head, hidden[noise.masked], batch.tokens[noise.masked]), clean
 
     def hidden(self, batch: Batch, noise: Corruption, block_size: int) -> tuple[Tensor, Tensor]:
-        """→ the denoiser's final hidden states (B, S, H), 0 in blocks without a mask, and the context's residual
-        stream (B, S, H)."""
+        """→ the denoiser's final hidden states (B, S, H), and the context tower's residual stream (B, S, H).
+
+        The hidden states of blocks without a masked position are 0.
+        """
         layout = Layout(batch.document, block_size, chosen=blocks_with_masks(noise, block_size))
         change = self._modulations(noise, layout)
         with torch.set_grad_enabled(self.options.train_context and torch.is_grad_enabled()):
@@ -172,11 +175,13 @@ class DenoisingObjective(nn.Module):
         return layout.to_rows(self.norm_f(noisy)), clean
 
     def with_hidden(
-        self, batch: Batch, noise: Corruption, block_size: int, look: Callable[[Tensor, Tensor], Found]
-    ) -> Found:
-        """look(hidden, clean): at what `hidden` gives, while norms and heads are whole. To FSDP this is a forward pass
-        of its own, once registered (`register_fsdp_forward_method`)."""
-        return look(*self.hidden(batch, noise, block_size))
+        self, batch: Batch, noise: Corruption, block_size: int, function: Callable[[Tensor, Tensor], Result]
+    ) -> Result:
+        """Returns function(hidden, clean) of the results of `hidden`, while norms and heads are unsharded.
+
+        Register this method with `register_fsdp_forward_method`: FSDP then treats it as a forward pass.
+        """
+        return function(*self.hidden(batch, noise, block_size))
 
     def _embed_corrupted(self, batch: Batch, noise: Corruption, layout: Layout) -> Tensor:
         tokens = batch.tokens.masked_fill(noise.masked, self.options.mask_token_id)
@@ -187,29 +192,33 @@ class DenoisingObjective(nn.Module):
 
 
 def blocks_with_masks(noise: Corruption, block_size: int) -> Tensor:
-    """(N,) the blocks in which something is masked, counted through all rows."""
+    """(N,) numbers of the blocks with a masked position, counted through all rows."""
     return torch.unflatten(noise.masked, 1, (-1, block_size)).any(-1).flatten().nonzero()[:, 0]
 
 
 def next_tokens(batch: Batch, prompts: bool = True) -> Tensor:
-    """(B, S − 1) True where column i + 1 is the next token of column i's document (prompts: even inside a prompt)."""
+    """(B, S − 1) True where position i + 1 is the next token of the document at position i.
+
+    prompts: False leaves out next tokens inside a prompt.
+    """
     same = batch.document[:, 1:] == batch.document[:, :-1]
     wanted = batch.text[:, 1:] & batch.text[:, :-1] & same
     return wanted if prompts else wanted & ~batch.prompt[:, 1:]
 
 
 def negative_log_likelihood(head: Linear, hidden: Tensor, tokens: Tensor) -> Tensor:
-    """hidden (N, H), tokens (N,) → −ln p (N,) in nats, at least fp32. Many positions times a large vocabulary are done
-    piece by piece, each formed again in the backward pass."""
-    pieces = list(in_chunks(head, hidden, tokens))
-    if len(pieces) == 1:
+    """hidden (N, H), tokens (N,) → −ln p (N,) in nats, at least fp32.
+
+    More than MAX_LOGITS logits are computed in chunks, which are recomputed in the backward pass.
+    """
+    chunks = list(in_chunks(head, hidden, tokens))
+    if len(chunks) == 1:
         return _nll(head, hidden, tokens)
-    return torch.cat([run_unit(_nll, True, head, h, y) for h, y in pieces])
+    return torch.cat([run_unit(_nll, True, head, h, y) for h, y in chunks])
 
 
 def in_chunks(head: Linear, hidden: Tensor, tokens: Tensor) -> Iterator[tuple[Tensor, Tensor]]:
-    """hidden (N, H), tokens (N,) → the same in pieces, at least one, whose logits are few enough to be formed at
-    once."""
+    """Splits hidden (N, H) and tokens (N,) into chunks, at least one, of at most MAX_LOGITS logits each."""
     at_once = max(MAX_LOGITS // int(head.weight.shape[0]), 1)
     yield from zip(torch.split(hidden, at_once), torch.split(tokens, at_once), strict=True)
 

@@ -1,4 +1,4 @@
-"""The data of a training run, opened as its settings say: sources, loader and held-out batches."""
+"""Opens the data of a training run by its settings: sources, loader and held-out batches."""
 
 from __future__ import annotations
 
@@ -48,7 +48,7 @@ def open_loader(
 def open_held_out(
     settings: RunSettings, sources: list[Source], encoder: Encoder, world: World
 ) -> dict[str, list[Batch]]:
-    """This process's batches of each validation source, under the name of the source."""
+    """This process's batches of each validation source, by the name of the source."""
     return {
         source.name: list(
             held_out_batches(

@@ -1,4 +1,4 @@
-"""What a training run depends on, validated; the command line's options are these fields."""
+"""The settings of a training run, validated. The options of the command line are these fields."""
 
 from __future__ import annotations
 
@@ -14,17 +14,18 @@ from twotower.training.trainer import Stage
 Dtype = Literal["auto", "bfloat16", "float32", "float64"]
 Offset = Literal["random", "fixed"]
 
-# What may change between the parts of one run: none of it changes what is computed.
-FREE = ("checkpoint_every", "tensorboard")
+# These settings may change when a run is resumed, because they do not change the result.
+CHANGEABLE = ("checkpoint_every", "tensorboard")
 
 
 @dataclass(frozen=True, kw_only=True)
 class RunSettings:
-    """Common to `pretrain` and `train`.
+    """Settings that `pretrain` and `train` share.
 
-    data, validation: `PATH|HUB_ID[:SPLIT][@CONFIG][=WEIGHT]` items; without validation data, the held_out share of the
-    training data serves. batch_size: rows of one optimizer step, over all processes; each has row_length tokens.
-    micro_batch_size: rows of one forward pass on one process, 0 for all. warmup in steps, decay as a fraction of them.
+    data, validation: `PATH|HUB_ID[:SPLIT][@CONFIG][=WEIGHT]` items. held_out: without validation data, this share of
+    the training data is held out for validation. batch_size: rows of one optimizer step, over all processes; each has
+    row_length tokens. micro_batch_size: rows of one forward pass on one process, 0 for all. warmup: in steps. decay: a
+    fraction of the steps.
     """
 
     data: tuple[str, ...]
@@ -59,7 +60,7 @@ class RunSettings:
         if not self.data:
             raise ArgumentError("no data; give at least one --data PATH or hub id")
         if not 0 <= self.held_out < 1:
-            raise ArgumentError(f"held_out is {self.held_out}; give a share from 0 up to 1, as 0.01")
+            raise ArgumentError(f"held_out is {self.held_out}; give a share from 0 up to 1, like 0.01")
         for name in ("batch_size", "row_length", "checkpoint_every", "validation_documents"):
             if getattr(self, name) < 1:
                 raise ArgumentError(f"{name} is {getattr(self, name)}; give at least 1")
@@ -69,13 +70,13 @@ class RunSettings:
         for stage in self.stages:
             if self.row_length % stage.block_size:
                 raise ArgumentError(
-                    f"row_length is {self.row_length}, which is no multiple of the block size {stage.block_size}; "
+                    f"row_length is {self.row_length}, not a multiple of the block size {stage.block_size}; "
                     f"give {-(-self.row_length // stage.block_size) * stage.block_size}"
                 )
         self.schedule()
 
     def schedule(self) -> Schedule:
-        """The learning rate's course over all stages."""
+        """The learning rate schedule over all stages."""
         steps = sum(stage.steps for stage in self.stages)
         return Schedule(
             steps=steps,
@@ -86,13 +87,13 @@ class RunSettings:
         )
 
     def fixed(self) -> dict[str, object]:
-        """What must be the same when a run is continued."""
-        return {name: value for name, value in asdict(self).items() if name not in FREE}
+        """The settings that must not change when a run is resumed."""
+        return {name: value for name, value in asdict(self).items() if name not in CHANGEABLE}
 
 
 @dataclass(frozen=True, kw_only=True)
 class PretrainSettings(RunSettings):
-    """An autoregressive backbone from nothing. prompt_loss: whether prompts that come with a text are learned too."""
+    """Training of an autoregressive backbone from scratch. prompt_loss: prompts are trained too."""
 
     config: Path
     tokenizer: Path | None = None
@@ -109,11 +110,11 @@ class PretrainSettings(RunSettings):
 
 @dataclass(frozen=True, kw_only=True)
 class DenoiserSettings(RunSettings):
-    """The denoiser of a two-tower checkpoint.
+    """Training of the denoiser of a two-tower checkpoint.
 
-    noise: what shares one noise level. offset: whether block edges fall anywhere in a text or at its start. tie: one
+    noise: what shares one noise level. offset: blocks begin at a random position of a text, or at its start. tie: one
     network for both towers. train_context, ar_weight, elbo: see `objective.DenoisingOptions`.
-    generate: whether validation also generates (needs the whole model on each process for a moment).
+    generate: validation also generates; then each process holds the whole model for a short time.
     """
 
     model: str
@@ -131,20 +132,20 @@ class DenoiserSettings(RunSettings):
             raise ArgumentError(f"ar_weight is {self.ar_weight}; give 0 or more")
         if self.ar_weight and not (self.train_context or self.tie):
             raise ArgumentError(
-                "ar_weight has no effect on a frozen context tower; add --train-context or --tie, or leave it out"
+                "ar_weight has no effect on a frozen context tower; add --train-context or --tie, or give 0"
             )
 
 
 def parse_stages(text: str) -> tuple[Stage, ...]:
-    """`32:1000,16:2000` → blocks of 32 for 1,000 steps, then of 16 for 2,000.
+    """`32:1000,16:2000` → blocks of 32 for 1,000 steps, then blocks of 16 for 2,000 steps.
 
     Raises:
-        ArgumentError: not of that form.
+        ArgumentError: the text does not have this form.
     """
     try:
         stages = tuple(Stage(*(int(part) for part in item.split(":"))) for item in text.split(","))
     except (ValueError, TypeError):
         stages = ()
     if not stages or any(stage.block_size < 1 or stage.steps < 1 for stage in stages):
-        raise ArgumentError(f"stages are {text!r}; give BLOCK:STEPS, …, as 32:1000,16:2000")
+        raise ArgumentError(f"stages are {text!r}; give BLOCK:STEPS,…, like 32:1000,16:2000")
     return stages

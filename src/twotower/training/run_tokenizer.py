@@ -1,4 +1,4 @@
-"""The tokenizer of a training run: loaded, or trained on the run's own data; and its special tokens."""
+"""The tokenizer of a training run, loaded or trained on the run's data, and its special tokens."""
 
 from __future__ import annotations
 
@@ -19,13 +19,13 @@ from twotower.training.trainer import TOKENIZER_FILE
 if TYPE_CHECKING:
     from twotower.tokenizer import Tokenizer as ModelTokenizer
 
-TOKENIZER_TEXTS = 50_000  # documents that a new tokenizer is trained on, at most
+TOKENIZER_TEXTS = 50_000  # at most so many documents train a new tokenizer
 
 
 def tokenizer_of_run(
     settings: PretrainSettings, config: TwoTowerConfig, sources: list[Source], directory: Path, world: World
 ) -> ModelTokenizer:
-    """The tokenizer given, or a new one trained on the data and kept in the run."""
+    """The given tokenizer, or a new one that is trained on the data and stored in the run directory."""
     if settings.tokenizer is not None:
         return load_tokenizer(settings.tokenizer)
     file = directory / TOKENIZER_FILE
@@ -33,7 +33,7 @@ def tokenizer_of_run(
         size = config.backbone.vocab_size if settings.vocab_size is None else settings.vocab_size
         if size > config.backbone.vocab_size:
             raise ArgumentError(
-                f"vocab_size is {size}, but the backbone's is {config.backbone.vocab_size}; give one no larger"
+                f"vocab_size is {size}, above the backbone's {config.backbone.vocab_size}; give at most that"
             )
         partial = file.with_suffix(".partial")
         train_tokenizer(_texts(sources), size, split_digits=settings.split_digits).save(str(partial))
@@ -43,25 +43,25 @@ def tokenizer_of_run(
 
 
 def load_tokenizer(path: Path) -> ModelTokenizer:
-    """A tokenizer.json, or a directory that transformers can load one from."""
+    """Loads a tokenizer.json, or a directory from which transformers can load a tokenizer."""
     if path.is_dir():
         tokenizer = pretrained.load_tokenizer(path)
         if tokenizer is None:
-            raise ArgumentError(f"{path}: holds no tokenizer")
+            raise ArgumentError(f"{path}: contains no tokenizer; give a tokenizer.json or a directory with one")
         return tokenizer
     from transformers import PreTrainedTokenizerFast
 
     try:
         backend = Tokenizer.from_file(str(path))
     except Exception as error:  # the library raises a bare Exception
-        raise ArgumentError(f"{path}: not a tokenizer.json ({error})") from None
+        raise ArgumentError(f"{path}: not a tokenizer.json ({error}); give such a file or its directory") from None
     names = {f"{name}_token": f"<{name}>" for name in ("bos", "eos", "pad", "mask")}
     known = {key: token for key, token in names.items() if backend.token_to_id(token) is not None}
     return cast("ModelTokenizer", PreTrainedTokenizerFast(tokenizer_object=backend, **known))
 
 
 def _texts(sources: list[Source]) -> list[str]:
-    """Texts of all sources, in the proportion of their weights."""
+    """Texts of all sources, in proportion to the sources' weights."""
     total = sum(source.weight for source in sources)
     texts = []
     for source in sources:
@@ -72,15 +72,15 @@ def _texts(sources: list[Source]) -> list[str]:
 
 
 def encoder_for(tokenizer: ModelTokenizer, config: TwoTowerConfig) -> Encoder:
-    """Text → documents of this model.
+    """The encoder from text to documents of this model.
 
     Raises:
-        ArgumentError: the tokenizer does not fit the model, or there is no end-of-text token.
+        ArgumentError: the tokenizer does not fit the model, or there is no EOS token.
     """
     eos = config.eos_token_id if config.eos_token_id is not None else getattr(tokenizer, "eos_token_id", None)
     eos = eos[0] if isinstance(eos, list) else eos
     if eos is None:
-        raise ArgumentError("neither config.json nor the tokenizer names an end-of-text token; set eos_token_id")
+        raise ArgumentError("neither config.json nor the tokenizer has an EOS token; set eos_token_id in config.json")
     return Encoder(
         tokenizer,
         vocab_size=config.backbone.vocab_size,
@@ -92,7 +92,7 @@ def encoder_for(tokenizer: ModelTokenizer, config: TwoTowerConfig) -> Encoder:
 
 
 def set_special_token_ids(config: TwoTowerConfig, tokenizer: ModelTokenizer) -> None:
-    """The config of a new model names its tokenizer's special tokens."""
+    """Writes the tokenizer's special token ids into the config of a new model."""
     ours = {"bos": BOS, "eos": EOS, "pad": PAD, "mask": MASK}
     for name, default in ours.items():
         value = getattr(tokenizer, f"{name}_token_id", None)

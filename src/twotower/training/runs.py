@@ -1,4 +1,4 @@
-"""From settings to a finished run: opens data and model, shards, trains, writes the trained checkpoint."""
+"""Carries out a run from its settings: opens data and model, shards, trains, writes the trained checkpoint."""
 
 from __future__ import annotations
 
@@ -28,8 +28,7 @@ DTYPES = {"bfloat16": torch.bfloat16, "float32": torch.float32, "float64": torch
 
 @dataclass(frozen=True, kw_only=True)
 class ValidationInputs:
-    """What a validation is made from. objective: sharded. held_out: this process's batches of each validation
-    source."""
+    """What a validation is made from. objective: sharded. held_out: this process's batches, by validation source."""
 
     settings: RunSettings
     model: TwoTowerForCausalLM
@@ -40,7 +39,7 @@ class ValidationInputs:
 
     @property
     def block_size(self) -> int:
-        """Of the last stage."""
+        """The block size of the last stage."""
         return self.settings.stages[-1].block_size
 
 
@@ -50,7 +49,7 @@ MakeValidation = Callable[[ValidationInputs], Validate]
 def pretrain(
     settings: PretrainSettings, directory: Path, world: World, validation: MakeValidation | None = None
 ) -> Path:
-    """An autoregressive backbone from random weights → the checkpoint (original Nemotron-H layout) in RUN/model."""
+    """Trains an autoregressive backbone from random weights. Returns RUN/model, a checkpoint in Nemotron-H's layout."""
     config = TwoTowerConfig.read(settings.config)
     lock_run_dir(directory, settings.fixed() | _backbone_fields(config), world)
     sources, held_out = open_sources(settings)
@@ -93,13 +92,13 @@ def pretrain(
 def train_denoiser(
     settings: DenoiserSettings, directory: Path, world: World, validation: MakeValidation | None = None
 ) -> Path:
-    """The denoiser of a two-tower checkpoint → the trained checkpoint in RUN/model, in the source's dtype."""
+    """Trains the denoiser of a two-tower checkpoint. Returns RUN/model, the checkpoint in the source's dtype."""
     source = pretrained.resolve_source(settings.model, {})
     config = TwoTowerConfig.read(source)
     lock_run_dir(directory, settings.fixed() | _backbone_fields(config), world)
     tokenizer = one_tower.tokenizer_of(source)
     if tokenizer is None:
-        raise ArgumentError(f"{source}: holds no tokenizer; put the backbone's tokenizer.json beside its weights")
+        raise ArgumentError(f"{source}: contains no tokenizer; put the backbone's tokenizer.json beside the weights")
     encoder = encoder_for(tokenizer, config)
     sources, held_out = open_sources(settings)
     loader = open_loader(settings, sources, encoder, settings.offset, world)
@@ -144,7 +143,7 @@ def train_denoiser(
     whole = weights.gather_weights(model, stored, world)
     if world.is_main:
         if settings.tie:
-            whole |= {  # views: a tensor that is the same object twice would be written once
+            whole |= {  # views, because the same tensor object under two names would be written once
                 name.replace("context.", "denoiser.", 1): tensor.view_as(tensor)
                 for name, tensor in whole.items()
                 if name.startswith("context.")
@@ -155,14 +154,14 @@ def train_denoiser(
 
 
 def compute_dtype(wanted: str, device: torch.device) -> torch.dtype:
-    """ "auto": bf16 where the machine multiplies it fast, else fp32."""
+    """The dtype to compute in. "auto": bf16 if the device has fast bf16 matmuls, else fp32."""
     if wanted != "auto":
         return DTYPES[wanted]
     return torch.bfloat16 if has_fast_bf16_matmul(device) else torch.float32
 
 
 def _backbone_fields(config: TwoTowerConfig) -> dict[str, object]:
-    """What a run also depends on: config.json may be another under the same name."""
+    """Fields of config.json, on which a run depends: the file may have changed under the same name."""
     return {f"config.{name}": value for name, value in asdict(config.backbone).items()}
 
 
@@ -187,7 +186,7 @@ def _trainer_options(settings: RunSettings, directory: Path) -> TrainerOptions:
 
 
 def _publish(directory: Path, write: Callable[[Path], None]) -> None:
-    """RUN/model, complete or not there."""
+    """Writes RUN/model atomically."""
     partial, final = directory / "model.partial", directory / "model"
     shutil.rmtree(partial, ignore_errors=True)
     partial.mkdir()

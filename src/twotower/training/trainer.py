@@ -1,4 +1,4 @@
-"""The training loop: an objective, a loader of batches, many steps; resumable after a kill at any moment."""
+"""The training loop. A run can be resumed after its processes were killed at any moment."""
 
 from __future__ import annotations
 
@@ -25,11 +25,11 @@ from twotower.training.old_names import SETTINGS, with_present_names
 from twotower.training.optimizer import Schedule, ShardedAdamW
 
 SETTINGS_FILE = "settings.json"
-TOKENIZER_FILE = "tokenizer.json"  # of a run that trains one
+TOKENIZER_FILE = "tokenizer.json"  # only of a run that trains its tokenizer
 
 
 class Loader(Protocol):
-    """This process's rows of each global batch (`data.RowLoader`)."""
+    """Loads this process's rows of each global batch (`data.RowLoader`)."""
 
     def use(self, block_size: int) -> None: ...
 
@@ -42,7 +42,7 @@ class Loader(Protocol):
 
 @dataclass(frozen=True)
 class Stage:
-    """So many steps with blocks of one size."""
+    """A number of steps with one block size."""
 
     block_size: int
     steps: int
@@ -50,7 +50,7 @@ class Stage:
 
 @dataclass(frozen=True, kw_only=True)
 class TrainerOptions:
-    """Where a run keeps itself, and how it goes.
+    """Options of the training loop. directory: the run directory.
 
     micro_batch_size: rows of one forward pass on a process (0: all at once).
     """
@@ -68,7 +68,7 @@ class TrainerOptions:
 
     def __post_init__(self) -> None:
         if sum(stage.steps for stage in self.stages) != self.schedule.steps:
-            raise ArgumentError(f"the stages' steps do not add up to {self.schedule.steps}")
+            raise ArgumentError(f"the stages' steps do not add up to the schedule's {self.schedule.steps}")
 
     def block_size(self, step: int) -> int:
         """The block size of step 0, 1, …"""
@@ -79,17 +79,17 @@ class TrainerOptions:
         return self.stages[-1].block_size
 
 
-Validate = Callable[[int], Validation]  # after a step, on every process → what goes into its log record
+Validate = Callable[[int], Validation]  # called after a step, on every process; returns fields of the log record
 
 
 def train(
     options: TrainerOptions, objective: Objective, loader: Loader, world: World, validate: Validate | None = None
 ) -> None:
-    """Minimises a sharded objective (`fsdp.shard`); continues from the run's last whole checkpoint, if any.
+    """Minimizes a sharded objective (`fsdp.shard`). Resumes from the run's last intact checkpoint, if there is one.
 
     Raises:
-        TwoTowerError: the loss or gradient is no longer finite (names the checkpoint to go back to); a checkpoint
-            cannot be written; the run's directory belongs to other settings.
+        TwoTowerError: the loss or gradient is not finite (the message names the last checkpoint); a checkpoint cannot
+            be written; the checkpoint does not fit the objective.
     """
     assert isinstance(objective, nn.Module)
     if world.is_main:
@@ -102,7 +102,7 @@ def train(
     for note in notes:
         progress.say(note)
     if done:
-        progress.say(f"continuing after step {done}")
+        progress.say(f"resuming after step {done}")
     try:
         for step in range(done, options.schedule.steps):
             record = _step(options, objective, optimizer, loader, world, step)
@@ -129,7 +129,7 @@ def train(
 def _step(
     options: TrainerOptions, objective: Objective, optimizer: ShardedAdamW, loader: Loader, world: World, step: int
 ) -> StepRecord:
-    """One update → its log record (but for the timing)."""
+    """Makes one optimizer step. Returns its log record, without the timing."""
     size = options.block_size(step)
     loader.use(size)
     batch = loader.next()
@@ -154,7 +154,7 @@ def _step(
         raise TwoTowerError(
             f"{what} at step {step + 1}; "
             + (f"the last good checkpoint is {kept}" if kept else "no checkpoint was written yet")
-            + "; a lower learning rate or a longer warm-up may help"
+            + "; a lower learning rate or a longer warmup may help"
         )
     lr = options.schedule.lr(step)
     optimizer.step(lr, norm)
@@ -171,7 +171,7 @@ def _step(
 
 
 def state(objective: nn.Module, optimizer: ShardedAdamW) -> dict[str, Tensor]:
-    """What a checkpoint holds: what trains, its moments, and buffers. Frozen weights are in the model trained from."""
+    """The tensors of a checkpoint: trained parameters, their moments, and buffers. Frozen weights are not stored."""
     tensors: dict[str, Tensor] = {}
     for name, parameter in objective.named_parameters():
         if parameter.requires_grad:
@@ -182,7 +182,7 @@ def state(objective: nn.Module, optimizer: ShardedAdamW) -> dict[str, Tensor]:
 
 
 def summary(validation: Mapping[str, object]) -> str:
-    """The numbers of a validation in one line."""
+    """The figures of a validation in one line."""
     return "  ".join(f"{k} {v:.4g}" for k, v in validation.items() if isinstance(v, int | float))
 
 
@@ -198,13 +198,12 @@ def _resume(
 
 
 def lock_run_dir(directory: Path, settings: dict[str, object], world: World) -> None:
-    """Writes what a new run depends on into its directory, or compares it with what it was begun with.
+    """Writes the settings of a new run into its directory, or compares them with the settings of the run there.
 
-    A run that has no checkpoint yet (a mistake in the command, say, or a loss that was not finite) holds nothing that
-    other settings could spoil: it begins anew.
+    A run without a checkpoint has no results to protect, so other settings start it again.
 
     Raises:
-        ArgumentError: the directory holds a run with other settings; names the first that differs.
+        ArgumentError: the directory has a run with other settings; names the first setting that differs.
     """
     problem: str | None = None
     if world.is_main:
@@ -215,11 +214,11 @@ def lock_run_dir(directory: Path, settings: dict[str, object], world: World) -> 
         changed = [name for name in sorted(set(begun) | set(wanted)) if begun.get(name) != wanted.get(name)]
         if changed and begun and (checkpoints.has_any(directory / "checkpoints") or (directory / "model").exists()):
             problem = (
-                f"{directory} holds a run with {changed[0]} {begun.get(changed[0])!r}, and this command says "
-                f"{wanted.get(changed[0])!r}; continue it with the same command, or give another directory"
+                f"{directory} contains a run with {changed[0]} {begun.get(changed[0])!r}, and this command has "
+                f"{wanted.get(changed[0])!r}; resume it with the same command, or give another directory"
             )
         elif changed:
-            for left in (TOKENIZER_FILE, LOG_FILE):  # of the other settings
+            for left in (TOKENIZER_FILE, LOG_FILE):  # of the run with other settings
                 (directory / left).unlink(missing_ok=True)
             shutil.rmtree(directory / TENSORBOARD_FOLDER, ignore_errors=True)
             partial = file.with_suffix(".partial")

@@ -1,4 +1,4 @@
-"""Weights in and out of a sharded objective: each process reads its own part from disk, rank 0 writes the whole."""
+"""Loads weights into a sharded objective, each process its own shard; gathers all weights on rank 0."""
 
 from __future__ import annotations
 
@@ -21,9 +21,9 @@ if TYPE_CHECKING:
 
 
 def load_weights(model: TwoTowerForCausalLM, objective: nn.Module, directory: Path, world: World) -> None:
-    """Gives a sharded objective that was made on the meta device its storage, and the checkpoint's weights.
+    """Allocates a sharded objective that is on the meta device, and loads the checkpoint's weights into it.
 
-    A process reads the rows (or experts) it keeps and nothing else, so memory is that of its share.
+    A process reads only the rows (or experts) of its shard, so it needs only the memory of its shard.
 
     Raises:
         CheckpointError: the files do not fit the model.
@@ -31,7 +31,7 @@ def load_weights(model: TwoTowerForCausalLM, objective: nn.Module, directory: Pa
     found = reader.read_headers(directory)
     needed = names.tensor_entries(model)
     with torch.device("meta"):
-        known = names.tensor_entries(type(model)(model.config))  # of two towers, even where one serves as both
+        known = names.tensor_entries(type(model)(model.config))  # both towers, also if they are tied
     reader.check(directory, found, known, needed, model.config.hybrid_override_pattern)
     objective.to_empty(device=world.device)
     memory = dict(named_tensors(model))
@@ -41,9 +41,9 @@ def load_weights(model: TwoTowerForCausalLM, objective: nn.Module, directory: Pa
 
 
 def gather_weights(model: nn.Module, dtype: torch.dtype, world: World) -> dict[str, Tensor]:
-    """Every tensor of a sharded model, whole, in `dtype` (the wide ones wide) on rank 0's CPU; the others get none.
+    """The unsharded tensors of a model, on rank 0's CPU in `dtype` (some stay fp32). Other ranks get an empty dict.
 
-    All processes must call it.
+    All processes must call this function.
     """
     whole = {}
     for name, tensor in named_tensors(model):

@@ -1,4 +1,4 @@
-"""Text from anywhere → batches of packed documents: deterministic, sharded by rank, resumable between any two.
+"""Text data → batches of packed documents: deterministic, sharded by rank, resumable between any two batches.
 
 source (records) → encoder (documents) → row streams (pieces, packed) → rows → Batch
 """

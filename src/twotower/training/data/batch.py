@@ -1,4 +1,4 @@
-"""What a training step reads: rows of packed documents, as tensors."""
+"""A batch of training: rows of packed documents, as tensors."""
 
 from __future__ import annotations
 
@@ -10,19 +10,19 @@ from torch import Tensor
 
 @dataclass(frozen=True)
 class Batch:
-    """B rows of S columns, S a multiple of the block size; block k is the columns [k·S_b, (k+1)·S_b).
+    """B rows of S positions. S is a multiple of the block size L; block k is the positions [k·L, (k+1)·L).
 
-    No block spans two documents: each occupies whole blocks, from its lead (padding before its first token) to the
-    end of its last block, which is filled with EOS.
+    No block spans two documents. A document occupies whole blocks: its lead (padding before its first token), its
+    tokens, and EOS repeated up to the end of its last block.
 
-    tokens: (B, S) int64; the padding id where there is nothing.
-    document: (B, S) int64; which document of its row a column belongs to (0, 1, …), EOS repeats included; −1 at
-        padding, in a document's lead too.
-    text: (B, S) bool; a document's own tokens, its EOS included: what next-token prediction scores.
-    denoised: (B, S) bool; columns of the blocks that are trained: whole blocks after a document's context-only
-        part, EOS repeats included.
-    prompt: (B, S) bool; columns of a prompt that came with its text: given, so next-token prediction may leave it out.
-    index: (B,) int64; the row's number in the whole run: noise is keyed by it.
+    tokens: (B, S) int64; the padding id at padding.
+    document: (B, S) int64; number of the document within the row (0, 1, …), also at repeated EOS; −1 at padding and
+        in a lead.
+    text: (B, S) bool; a document's own tokens with its EOS, which next-token prediction scores.
+    denoised: (B, S) bool; positions of trained blocks: whole blocks after a document's context-only tokens, with
+        repeated EOS.
+    prompt: (B, S) bool; positions of a record's prompt, which next-token prediction may leave out.
+    index: (B,) int64; number of the row in the whole run, the key of its noise.
     """
 
     tokens: Tensor
@@ -39,5 +39,5 @@ class Batch:
         return Batch(*(getattr(self, field.name).to(device, non_blocking=True) for field in fields(self)))
 
     def rows(self, rows: slice) -> Batch:
-        """Some of its rows: a micro-batch."""
+        """A slice of the rows: a micro-batch."""
         return Batch(*(getattr(self, field.name)[rows] for field in fields(self)))

@@ -1,4 +1,4 @@
-"""What must hold before a run begins; each failure is one clear line."""
+"""Checks of the data before a run begins. Each failure is an error of one line."""
 
 from __future__ import annotations
 
@@ -12,13 +12,13 @@ from twotower.training.data.sources import Source
 
 
 def check_sizes(batch_size: int, row_length: int, block_size: int, rank: int, world: int) -> None:
-    """Whole blocks in a row, whole ranks in a batch."""
+    """Checks that a row is whole blocks and that the ranks share a batch equally."""
     if block_size < 1:
         raise ArgumentError(f"block_size is {block_size}; give at least 1")
     if row_length < block_size or row_length % block_size:
         raise ArgumentError(f"row_length is {row_length}; give a multiple of the block size, {block_size}")
     if not 0 <= rank < world:
-        raise ArgumentError(f"rank is {rank} of {world}; ranks are 0 to {world - 1}")
+        raise ArgumentError(f"rank is {rank} of {world} ranks; give 0 to {world - 1}")
     if batch_size < 1 or batch_size % world:
         raise ArgumentError(
             f"a batch of {batch_size} rows cannot be shared by {world} ranks; give a multiple of {world}"

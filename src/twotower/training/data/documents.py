@@ -1,4 +1,4 @@
-"""What a document is: a record's text as tokens, and how much of it is context only."""
+"""Documents: a record's text as tokens, and how many of the tokens are context only."""
 
 from __future__ import annotations
 
@@ -18,12 +18,12 @@ if TYPE_CHECKING:
 
 
 class BadRecord(Exception):
-    """A record that cannot be a document; its text says why."""
+    """A record that cannot become a document. The text of the exception is the reason."""
 
 
 @dataclass(frozen=True)
 class Record:
-    """text, and the prompt it answers if it has one; `place` names it in messages (`wiki.jsonl line 17`)."""
+    """A text and its prompt, if any. place: the record's name in messages (`wiki.jsonl line 17`)."""
 
     text: str
     prompt: str | None
@@ -32,12 +32,12 @@ class Record:
 
 @dataclass(frozen=True)
 class Document:
-    """One document as the model sees it, alone: it starts from zero state and sees no other.
+    """One document. The model starts from zero state and attends to no other document.
 
     tokens: (N,) int32.
-    context: how many of the first tokens are never masked: the prompt, or 1 where a document begins with BOS, or 0.
-    prompted: it answers a prompt, so its blocks begin exactly where the prompt ends, as in generation.
-    ends: the rest of its last block is EOS; otherwise it is padding, and a last block that is not full is not trained.
+    context: number of first tokens that are never masked: the prompt; 1 if the document begins with BOS; else 0.
+    prompted: the document has a prompt, so its blocks begin where the prompt ends, as in generation.
+    ends: the last block is filled with EOS. If False, it is filled with padding and not trained unless it is full.
     """
 
     tokens: np.ndarray
@@ -47,19 +47,19 @@ class Document:
 
 
 class Encoder:
-    """Records → documents.
+    """Encodes records as documents.
 
-    A prompt and its text are tokenised apart and joined, as in generation; what the tokenizer puts in front (BOS) it
-    puts in front of the first part. EOS is appended unless it is there already.
+    A prompt and its text are tokenised separately and joined, as in generation. Tokens that the tokenizer puts in
+    front (BOS) come before the first part. EOS is appended unless the text ends with it.
 
     Args:
-        tokenizer: a `tokenizers.Tokenizer`, or a transformers tokenizer.
-        vocab_size: the model's.
-        eos_token_id, mask_token_id, bos_token_id, pad_token_id: the model's; padding is never read.
-        add_eos: False for texts that are fragments: they then have no end to be learned.
+        tokenizer: a `tokenizers.Tokenizer` or a transformers tokenizer.
+        vocab_size: of the model.
+        eos_token_id, mask_token_id, bos_token_id, pad_token_id: of the model.
+        add_eos: False for fragments of texts, so that the model does not learn an end where there is none.
 
     Raises:
-        ArgumentError: a tokenizer with ids that the model lacks, special ids outside the vocabulary or equal.
+        ArgumentError: the tokenizer has ids that the model lacks; special ids outside the vocabulary, or equal.
     """
 
     def __init__(
@@ -81,7 +81,7 @@ class Encoder:
         for name, token in special.items():
             if token is not None and not 0 <= token < vocab_size:
                 raise ArgumentError(
-                    f"{name}_token_id is {token}, but the vocabulary is 0 to {vocab_size - 1}; give the model's own id"
+                    f"{name}_token_id is {token}, but the vocabulary is 0 to {vocab_size - 1}; give the model's id"
                 )
         for name in ("eos", "bos"):
             if special[name] == mask_token_id:
@@ -94,18 +94,18 @@ class Encoder:
             )
 
     def encode(self, record: Record) -> Document:
-        """The record's document.
+        """Encodes one record.
 
         Raises:
-            ArgumentError: the text becomes the mask token, or an id outside the vocabulary; names the record.
-            BadRecord: the tokenizer makes nothing of the text.
+            ArgumentError: the text contains the mask token or an id outside the vocabulary; names the record.
+            BadRecord: the tokenizer returns no tokens for the text.
         """
         prompted = bool(record.prompt)
         first = self._ids(record.prompt, True) if record.prompt else []
         rest = self._ids(record.text, not prompted)
         has_bos = (first or rest)[:1] == [self.bos_token_id]
         if len(rest) <= (has_bos and not prompted):
-            raise BadRecord("the tokenizer makes nothing of its text")
+            raise BadRecord("the tokenizer returns no tokens for its text")
         if self.add_eos and rest[-1] != self.eos_token_id:
             rest.append(self.eos_token_id)
         tokens = np.array(first + rest, dtype=np.int32)
@@ -117,17 +117,17 @@ class Encoder:
             )
         if (tokens == self.mask_token_id).any():
             raise ArgumentError(
-                f"{record.place}: its text contains the mask token (id {self.mask_token_id}), which stands for what is "
-                "to be filled in; take it out of the text, or give the model's own mask_token_id"
+                f"{record.place}: its text contains the mask token (id {self.mask_token_id}), which training uses for "
+                "masked positions; remove it from the text, or give the model's mask_token_id"
             )
         return Document(tokens, len(first) if prompted else int(has_bos), prompted, self.add_eos)
 
 
 def _reader(tokenizer: AnyTokenizer) -> tuple[Callable[[str, bool], list[int]], int]:
-    """→ (text, with special tokens?) → ids; and the highest id."""
+    """→ a function (text, add special tokens) → ids, and the highest id."""
     fast = tokenizer if isinstance(tokenizer, Tokenizer) else getattr(tokenizer, "backend_tokenizer", None)
     if isinstance(fast, Tokenizer):
-        own = Tokenizer.from_str(fast.to_str())  # a copy: its file may ask for truncation or padding
+        own = Tokenizer.from_str(fast.to_str())  # a copy, because the file may enable truncation or padding
         own.no_truncation()
         own.no_padding()
         highest = max(own.get_vocab(with_added_tokens=True).values(), default=0)

@@ -1,4 +1,4 @@
-"""Local files as records: lines at random access, read when asked for, so one broken line is one bad record."""
+"""Local files as records: lines with random access, read on demand. One broken line is one bad record."""
 
 from __future__ import annotations
 
@@ -24,14 +24,14 @@ TEXT_LINES = (".txt", ".txt.gz")
 PARQUET = (".parquet",)
 KINDS = ".jsonl, .json, .ndjson, .txt (these also as .gz) or .parquet"
 
-# A folder's files belong to a split by a word in their names, as `datasets` has it.
+# A word in a file's name assigns it to a split, as in `datasets`.
 SPLITS = {"train": "train", "training": "train", "valid": "valid", "validation": "valid", "val": "valid"}
 SPLITS |= {"dev": "valid", "test": "test", "eval": "test"}
 
 
 @dataclass(frozen=True)
 class RawRecord:
-    """A record before it is understood. content: a line of JSON, a line of text (`plain`), or fields."""
+    """A record before parsing. content: a line of JSON, a line of text (if `plain`), or fields."""
 
     place: str
     content: bytes | Mapping[str, object]
@@ -39,26 +39,26 @@ class RawRecord:
 
 
 class RecordIterator(Protocol):
-    """One pass over a stream."""
+    """Iterates over the records of a stream once."""
 
     def next(self) -> RawRecord | None:
         """The next record; None at the end.
 
         Raises:
-            TwoTowerError: it cannot be read.
+            TwoTowerError: the record cannot be read.
         """
         ...
 
     def state(self) -> str:
-        """Where this is, after at least one record."""
+        """The position in the stream, after at least one record."""
         ...
 
 
 class LineFiles:
-    """The lines of one or more files, blank ones too, so that record i of a lone file is its line i + 1.
+    """The lines of one or more files, with blank lines, so that record i of a single file is its line i + 1.
 
-    Opening reads every file once to find where lines begin (about 1 GB/s, 8 bytes of memory a line); compressed ones
-    are unpacked into an unnamed temporary file. What is too large for that is for streaming.
+    Opening reads every file once to find where lines begin (about 1 GB/s, 8 bytes of memory a line). Compressed files
+    are unpacked into an unnamed temporary file. For larger data use streaming.
     """
 
     def __init__(self, paths: Sequence[Path]) -> None:
@@ -69,8 +69,8 @@ class LineFiles:
             try:
                 edges.append(self._index(path))
             except (OSError, EOFError, zlib.error) as error:
-                raise ArgumentError(f"{path}: cannot be read ({error}); is the file whole?") from None
-        self._edges = edges  # per file: where each line begins, then where the last one ends
+                raise ArgumentError(f"{path}: cannot be read ({error}); check that the file is complete") from None
+        self._edges = edges  # per file: offset of each line, then of the end of the last line
         self._first = np.cumsum([0, *(len(edge) - 1 for edge in edges)])
 
     def __len__(self) -> int:
@@ -83,7 +83,7 @@ class LineFiles:
         path = self.paths[file]
         if self._unpacked is not None and path.suffix == ".gz":
             return line_record(path, line, _read(self._unpacked, start, end))
-        with path.open("rb", buffering=0) as source:  # opened anew: a folder may have more files than may be open
+        with path.open("rb", buffering=0) as source:  # a folder may have too many files to keep all open
             return line_record(path, line, _read(source, start, end))
 
     def _index(self, path: Path) -> np.ndarray:
@@ -108,7 +108,7 @@ def _read(source: IO[bytes], start: int, end: int) -> bytes:
 
 
 def _line_edges(source: IO[bytes], start: int) -> np.ndarray:
-    """Where lines begin from here on, and the end: offsets, int64."""
+    """Offsets of the lines after `start`, and of the end, int64."""
     edges, at = [np.array([start])], start
     while chunk := source.read(1 << 24):
         edges.append(np.flatnonzero(np.frombuffer(chunk, dtype=np.uint8) == 10) + (at + 1))
@@ -118,13 +118,13 @@ def _line_edges(source: IO[bytes], start: int) -> np.ndarray:
 
 
 class LineStream:
-    """The same lines one after the other, without reading the files first."""
+    """The lines of files in order, without reading the files first."""
 
     def __init__(self, paths: Sequence[Path], name: str) -> None:
         self.paths, self.name = list(paths), name
 
     def read(self, state: str = "") -> RecordIterator:
-        """Reads from the beginning, or on from a reading's state."""
+        """Iterates from the beginning, or from the state of an earlier iterator."""
         return _LineIterator(self, state)
 
 
@@ -139,7 +139,7 @@ class _LineIterator:
         try:
             return next(self._lines, None)
         except (OSError, EOFError, zlib.error) as error:
-            raise TwoTowerError(f"{self.name}: reading failed ({error}); is the file whole?") from None
+            raise TwoTowerError(f"{self.name}: reading failed ({error}); check that the file is complete") from None
 
     def state(self) -> str:
         return json.dumps([self.file, self.line, self.offset])
@@ -156,21 +156,21 @@ class _LineIterator:
 
 
 def line_record(path: Path, number: int, line: bytes) -> RawRecord:
-    """Line `number` (from 0) of a file."""
+    """The record of line `number` (from 0) of a file."""
     return RawRecord(f"{path} line {number + 1}", line, path.name.endswith(TEXT_LINES))
 
 
 def find_files(path: Path, split: str | None) -> list[Path]:
-    """A file, or the files of a folder in the order of their names, all lines or all parquet.
+    """A file, or the files of a folder sorted by name: all with lines, or all parquet.
 
     Raises:
-        ArgumentError: an unknown kind of file, an empty folder, kinds or splits that do not go together.
+        ArgumentError: an unknown file type, an empty folder, several splits, or parquet mixed with other types.
     """
     if path.is_file():
         if split is not None:
             raise ArgumentError(f"{path}:{split}: a file has no splits; leave out :{split}")
         if not path.name.endswith((*JSON_LINES, *TEXT_LINES, *PARQUET)):
-            raise ArgumentError(f"{path}: not a kind of file that can be read; give {KINDS}")
+            raise ArgumentError(f"{path}: unknown file type; give {KINDS}")
         return [path]
     found = [p for p in sorted(path.rglob("*")) if p.name.endswith((*JSON_LINES, *TEXT_LINES, *PARQUET))]
     found = [p for p in found if p.is_file() and not any(part.startswith(".") for part in p.relative_to(path).parts)]
@@ -181,12 +181,12 @@ def find_files(path: Path, split: str | None) -> list[Path]:
         found = by_split.get(SPLITS.get(split, split), [])
     elif len(by_split) > 1 and "" not in by_split:
         names = ", ".join(f"{path}:{name}" for name in by_split)
-        raise ArgumentError(f"{path}: holds files of several splits; say which: {names}")
+        raise ArgumentError(f"{path}: contains several splits; name one: {names}")
     if not found:
         which = f"no {split} files" if split is not None else "no data files"
-        raise ArgumentError(f"{path}: holds {which}; it should have {KINDS} files")
+        raise ArgumentError(f"{path}: contains {which}; give a folder with {KINDS} files")
     if len({file.suffix in PARQUET for file in found}) > 1:
-        raise ArgumentError(f"{path}: holds parquet files and others; give them as two sources")
+        raise ArgumentError(f"{path}: contains parquet files and other files; give them as two sources")
     return found
 
 
@@ -196,7 +196,7 @@ def _split_of(name: str) -> str:
 
 
 def reject_json_array(path: Path) -> None:
-    """A .json file that is one array is another format, not a file of bad records."""
+    """Raises ArgumentError for a .json file that is one array, which is not JSON lines."""
     with gzip.open(path, "rb") if path.suffix == ".gz" else path.open("rb") as source:
         if source.read(4096).lstrip()[:1] == b"[":
-            raise ArgumentError(f"{path}: is one JSON array; write one object a line, as a .jsonl file")
+            raise ArgumentError(f"{path}: is one JSON array; give a .jsonl file with one object a line")

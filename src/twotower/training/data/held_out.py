@@ -1,4 +1,4 @@
-"""The validation documents as batches: once, in their own order, never shuffled."""
+"""Validation documents as batches: each document once, in the order of the source, not shuffled."""
 
 from __future__ import annotations
 
@@ -33,7 +33,7 @@ def held_out_batches(
     without text. `index` counts rows.
 
     Raises:
-        ArgumentError: there are none.
+        ArgumentError: there are no held-out documents.
     """
     check_sizes(batch_size, row_length, block_size, rank, world)
     unread = itertools.islice(_in_turn(sources, encoder), documents)
@@ -55,7 +55,7 @@ def held_out_batches(
     if not first:
         raise ArgumentError(
             f"{', '.join(source.name for source in sources)}: no held-out documents; raise held_out_fraction or give "
-            "validation data of its own"
+            "validation data"
         )
 
 

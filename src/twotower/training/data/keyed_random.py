@@ -1,4 +1,4 @@
-"""Randomness that is a function of its key, never of a generator's history: resuming and sharding rest on it."""
+"""Random numbers as a function of a key, without generator state. Resuming and sharding rely on this."""
 
 from __future__ import annotations
 
@@ -8,20 +8,20 @@ import numpy as np
 
 
 def uniform(*key: int | str) -> float:
-    """A number in [0, 1), by the key."""
+    """A random number in [0, 1) for the key."""
     return fraction("/".join(map(str, key)).encode())
 
 
 def fraction(data: bytes) -> float:
-    """blake2b of the bytes, as a number in [0, 1)."""
+    """The blake2b hash of the bytes, as a number in [0, 1)."""
     return (int.from_bytes(blake2b(data, digest_size=8).digest(), "big") >> 11) * 2.0**-53
 
 
 def permutation(size: int, *key: int | str) -> np.ndarray:
-    """An order of 0 … size−1, by the key.
+    """A random order of 0 … size−1 for the key.
 
-    Sorted random words: numpy keeps a bit generator's words the same for ever, but not what `permutation` makes of
-    them, and a run may be resumed under another numpy.
+    Sorts random words: numpy guarantees the words of a bit generator across versions, but not `permutation`. A run
+    may be resumed with another version of numpy.
     """
     seed = blake2b("/".join(map(str, key)).encode(), digest_size=16).digest()
     words = np.random.Philox(key=np.frombuffer(seed, dtype="<u8")).random_raw(size)

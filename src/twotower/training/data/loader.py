@@ -1,4 +1,4 @@
-"""The batches of a training run: deterministic, the same for any number of processes, resumable between any two."""
+"""The batches of a run: deterministic, independent of the number of processes, resumable between any two batches."""
 
 from __future__ import annotations
 
@@ -29,8 +29,8 @@ LOOK_AHEAD = 32
 class Statistics:
     """What this process has read and packed.
 
-    documents and tokens (EOS included) that it encoded; columns of the rows it made, and text in them; bad: the
-    number of different bad records of each source, and messages about the first ones.
+    documents, tokens: encoded, with EOS. columns: positions of the rows made. text: positions with text. bad: number
+    of different bad records of each source. first_bad: messages about the first bad records.
     """
 
     documents: int = 0
@@ -42,7 +42,7 @@ class Statistics:
 
     @property
     def efficiency(self) -> float:
-        """The share of all columns that holds documents' own tokens (neither padding nor repeated EOS)."""
+        """The share of positions that hold text, not padding or repeated EOS."""
         return self.text / max(self.columns, 1)
 
 
@@ -68,9 +68,9 @@ class RowLoader:
 
     Args:
         batch_size: R, the rows over all ranks: a multiple of the ranks. row_length: tokens of a row, in whole blocks.
-        offset: "random" lets block edges fall anywhere in a text, by (seed, document number); "fixed" begins a block
-            with each document.
-        max_epochs: how often each source is read; None: again and again.
+        offset: "random": blocks begin at a random position of a text, keyed by (seed, document number). "fixed": each
+            document begins with a block.
+        max_epochs: how often each source is read; None: without limit.
 
     Raises:
         ArgumentError: sizes that do not divide; fewer documents than rows; less text than a block.
@@ -110,19 +110,19 @@ class RowLoader:
         self._counts = Statistics()
 
     def use(self, block_size: int) -> None:
-        """Packs from now on in blocks of this size (a later stage of training)."""
+        """Sets the block size of the following batches (a later stage of training)."""
         if block_size == self.block_size:
             return
         check_sizes(self.batch_size, self.row_length, block_size, 0, 1)
         self.block_size = block_size
-        for stream in self._row_streams:  # the new blocks begin where prompts end, too
+        for stream in self._row_streams:  # also with the new size, blocks begin where prompts end
             leads = ((-p.context if p.prompted else p.lead) % block_size for p in stream.waiting)
             stream.waiting = [replace(piece, lead=lead) for piece, lead in zip(stream.waiting, leads, strict=True)]
 
     def exhausted(self) -> bool:
-        """Nothing is left for this rank: `next` gives rows of padding. Never so while epochs repeat."""
+        """True if this rank has no document left: `next` gives rows of padding. Never with unlimited epochs."""
         for stream in self._row_streams:
-            self._refill(stream)  # the end shows only when more is asked for
+            self._refill(stream)  # the end of a source shows only when more is read
         return not any(stream.waiting for stream in self._row_streams)
 
     def next(self) -> Batch:
@@ -139,7 +139,7 @@ class RowLoader:
         return collate(packed, index, self.row_length, self.block_size, **ids)
 
     def statistics(self) -> Statistics:
-        """Counts so far, of this rank, over the whole run."""
+        """This rank's counts since the beginning of the run."""
         bad = {source.name: len(source.bad) for source in self.sources}
         firsts = (list(itertools.islice(source.bad.items(), 5)) for source in self.sources)
         messages = [f"{where}: {why}" for first in firsts for where, why in first]
@@ -147,7 +147,7 @@ class RowLoader:
         return Statistics(counts.documents, counts.tokens, counts.columns, counts.text, bad, messages)
 
     def state_dict(self) -> LoaderState:
-        """Everything that the next batch depends on: integers, strings and int32 tensors."""
+        """All that the next batch depends on: integers, strings and int32 tensors."""
         counts = self._counts
         return {
             "step": self.step,
@@ -160,7 +160,7 @@ class RowLoader:
         }
 
     def load_state_dict(self, state: LoaderState) -> None:
-        """Goes on after the batch at which the state was taken, with its block size (until `use` says another).
+        """Continues after the batch at which the state was taken, with the block size of that batch.
 
         Raises:
             ArgumentError: the state is of other data or sizes, or of other ranks (see `merge_states`).
@@ -169,17 +169,17 @@ class RowLoader:
         for name, value in self._layout().items():
             if layout.get(name) != value:
                 raise ArgumentError(
-                    f"{name} is {value}, but the run to be resumed had {layout.get(name)}; give the same, or "
-                    "start a new run"
+                    f"{name} is {value}, but the run to be resumed had {layout.get(name)}; give that value, "
+                    "or start a new run"
                 )
         missing = [stream.row for stream in self._row_streams if str(stream.row) not in state["row_streams"]]
         if missing:
             raise ArgumentError(
-                f"the data's state has no row {missing[0]}: it is of another rank or number of ranks; join all ranks' "
+                f"the data's state has no row {missing[0]}: it is of other ranks; combine all ranks' "
                 "states with merge_states"
             )
         self.step, self.block_size = state["step"], state["block_size"]
-        # Joined counts are the whole run's: one rank goes on with them, so that a sum over ranks stays right.
+        # Merged counts are of all ranks: only the first rank takes them, so that a sum over ranks is right.
         documents, tokens, columns, text = state["counts"]
         goes_on = not state.get("merged") or self._first
         self._counts = Statistics(documents, tokens, columns, text) if goes_on else Statistics()
@@ -221,7 +221,7 @@ class RowLoader:
             chosen = live[min(bisect.bisect_right(below, draw * below[-1]), len(live) - 1)]
             record = self._readers[chosen].next(stream.row)
             if record is None:
-                live.remove(chosen)  # its epochs are over: the others share what it would have had
+                live.remove(chosen)  # its epochs are over: the documents come from the other sources
                 continue
             try:
                 document = self.encoder.encode(record)
@@ -245,21 +245,23 @@ class RowLoader:
         }
 
     def _layout(self) -> dict[str, int | str]:
-        """What batches are a function of; it must not change in the middle of a run."""
+        """What the batches depend on; it must not change within a run."""
         sizes = {"batch_size": self.batch_size, "row_length": self.row_length, "seed": self.seed}
         mixture = " ".join(f"{Path(s.name).name}*{s.weight:g}-{s.held_out_fraction:g}" for s in self.sources)
         return {**sizes, "offset": self.offset, "look_ahead": self.look_ahead, "mixture": mixture}
 
 
 def merge_states(states: Sequence[LoaderState]) -> LoaderState:
-    """The states of all ranks after one step → a state that any number of ranks can go on from."""
+    """Merges the states of all ranks after one step into a state that any number of ranks can load."""
     if len({state["step"] for state in states}) != 1:
-        raise ArgumentError(f"states of steps {sorted({s['step'] for s in states})} cannot be joined; take one step's")
+        raise ArgumentError(
+            f"states of steps {sorted({s['step'] for s in states})} differ in step; give those of one step"
+        )
     merged = states[0].copy()
     merged["row_streams"] = {row: saved for state in states for row, saved in state["row_streams"].items()}
     merged["counts"] = [sum(column) for column in zip(*(state["counts"] for state in states), strict=True)]
     per_source = zip(*(state["readers"] for state in states), strict=True)
-    merged["readers"] = [min(saved, key=lambda mark: mark.get("at", 0)) for saved in per_source]  # the slowest's mark
+    merged["readers"] = [min(saved, key=lambda mark: mark.get("at", 0)) for saved in per_source]  # the slowest rank's
     bad = zip(*(state["bad"] for state in states), strict=True)
     merged["bad"] = [{place: why for part in parts for place, why in part.items()} for parts in bad]
     merged["merged"] = 1

@@ -1,4 +1,4 @@
-"""Documents → rows. Every document occupies whole blocks of its row, so no block spans two."""
+"""Packs documents into rows. A document occupies whole blocks, so no block spans two documents."""
 
 from __future__ import annotations
 
@@ -18,10 +18,10 @@ Offset = Literal["random", "fixed"]
 
 @dataclass(frozen=True)
 class Piece:
-    """What is placed: a document, or what is left of one that is longer than a row.
+    """A document, or a part of a document that is longer than a row.
 
-    tokens: (N,) int32; context: how many of the first are never masked; lead < block_size: padding columns before
-    them; ends: the rest of the last block is EOS; prompted: the context is a prompt that came with the text.
+    tokens: (N,) int32. context: number of first tokens that are never masked. lead: padding positions before the
+    tokens, fewer than block_size. ends: the last block is filled with EOS. prompted: the context is a record's prompt.
     """
 
     tokens: np.ndarray
@@ -31,13 +31,13 @@ class Piece:
     prompted: bool = False
 
     def columns(self, block_size: int) -> int:
-        """The columns of its whole blocks."""
+        """The number of positions of its blocks."""
         return round_up(self.lead + len(self.tokens), block_size)
 
     def cut(self, columns: int) -> tuple[Piece, Piece]:
-        """The part that fills `columns`, and the rest, which starts from zero state in a row of its own.
+        """Splits into a part that fills `columns` positions and the rest, which starts from zero state in another row.
 
-        A prompt longer than the first part goes on being context in the rest.
+        If the prompt is longer than the first part, the prompt's rest is context of the second part.
         """
         room = columns - self.lead
         first = replace(self, tokens=self.tokens[:room], context=min(self.context, room), ends=False)
@@ -45,15 +45,15 @@ class Piece:
 
 
 def round_up(columns: int, block_size: int) -> int:
-    """Rounded up to whole blocks."""
+    """Rounds up to a multiple of the block size."""
     return -(-columns // block_size) * block_size
 
 
 def to_piece(document: Document, block_size: int, offset: Offset, *key: int | str) -> Piece:
-    """A document with its lead.
+    """Gives a document its lead.
 
-    A prompted document's blocks begin where its prompt ends. Otherwise offset "random" draws the lead by the key,
-    uniformly from 0 … block_size−1, so that block edges fall anywhere in the text; "fixed" has none.
+    With a prompt, the lead lets a block begin where the prompt ends. Without a prompt, offset "random" draws the lead
+    uniformly from 0 … block_size−1 by the key, so that blocks begin anywhere in a text; "fixed" means no lead.
     """
     lead = 0
     if document.prompted:
@@ -64,10 +64,10 @@ def to_piece(document: Document, block_size: int, offset: Offset, *key: int | st
 
 
 def fill_row(waiting: list[Piece], refill: Callable[[], None], row_length: int, block_size: int) -> list[Piece]:
-    """One row's pieces, taken out of `waiting`: the oldest first, then always the longest that still fits.
+    """Takes the pieces of one row out of `waiting`: first the oldest, then always the longest that fits.
 
-    refill: tops `waiting` up again, before each choice. A piece longer than a row is cut to fill it, and what is
-    left of it comes first in the next one.
+    refill: called before each choice, to add pieces to `waiting`. A piece longer than a row is cut: its first part
+    fills the row, its rest begins the next row.
     """
     row: list[Piece] = []
     free = row_length
@@ -94,7 +94,7 @@ def collate(
 ) -> Batch:
     """Rows of pieces → a batch of (len(rows), row_length).
 
-    Blocks that hold lead padding or a context-only token are not denoised: in generation no block does.
+    Blocks with a lead or a context-only token are not denoised, because generation has no such blocks.
     """
     shape = (len(rows), row_length)
     tokens, document = np.full(shape, pad, dtype=np.int64), np.full(shape, -1, dtype=np.int64)

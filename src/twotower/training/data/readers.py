@@ -19,7 +19,7 @@ from twotower.training.data.records import Records, Stream
 from twotower.training.data.sources import Source
 from twotower.training.data.state import ReaderState
 
-MARK_EVERY = 256  # records of a stream between two places where reading can start again
+MARK_EVERY = 256  # records of a stream between two positions from which reading can resume
 
 
 class Reader(Protocol):
@@ -32,7 +32,7 @@ class Reader(Protocol):
         ...
 
     def state_dict(self) -> ReaderState:
-        """What is needed beside `positions`."""
+        """The state of the reader, without `positions`."""
         ...
 
     def load_state_dict(self, state: ReaderState, positions: dict[int, int]) -> None: ...
@@ -48,7 +48,7 @@ def open_reader(
 
 
 class _Shuffled:
-    """Each epoch in an order of its own: a permutation by (key, epoch), so the state is the positions alone."""
+    """Reads each epoch in a new order, a permutation keyed by (key, epoch). The state is the positions alone."""
 
     def __init__(
         self, source: Source, batch_size: int, rows: Sequence[int], max_epochs: int | None, key: Sequence[int | str]
@@ -75,8 +75,8 @@ class _Shuffled:
     def load_state_dict(self, state: ReaderState, positions: dict[int, int]) -> None:
         if state["records"] != len(self.records):
             raise ArgumentError(
-                f"{self.source.name}: has {len(self.records)} records, but the run began with {state['records']}; "
-                "give the same data, or start a new run"
+                f"{self.source.name}: has {len(self.records)} records, but the run to be resumed had "
+                f"{state['records']}; give the same data, or start a new run"
             )
         self.positions = dict(positions)
 
@@ -118,8 +118,8 @@ class _InOrder:
                 return record
             if self.passes > last:
                 raise TwoTowerError(
-                    f"{self.source.name}: no usable document in two passes ({len(self.source.bad)} bad records); give "
-                    "other data or fewer rows per batch"
+                    f"{self.source.name}: no usable document in two epochs ({len(self.source.bad)} bad records); give "
+                    "other data or a smaller batch size"
                 )
 
     def state_dict(self) -> ReaderState:
@@ -137,7 +137,7 @@ class _InOrder:
         self._records = self.stream.read(mark["stream"])
 
     def _advance(self) -> None:
-        """Reads one record, or begins the next pass."""
+        """Reads one record, or begins the next epoch."""
         raw = self._records.next()
         if raw is None:
             length = self.at - self.pass_start
@@ -163,7 +163,7 @@ class _InOrder:
 
 def too_few_documents(name: str, documents: int, batch_size: int) -> ArgumentError:
     if documents == 0:
-        return ArgumentError(f"{name}: holds no usable document; give data that is not empty, bad or held out")
+        return ArgumentError(f"{name}: contains no usable document; give data that is not empty, bad or held out")
     return ArgumentError(
         f"{name}: {documents} document{'s' * (documents > 1)} for the {batch_size} rows of a batch "
         "(at least one a rank); give more data or a smaller batch size"
@@ -171,7 +171,7 @@ def too_few_documents(name: str, documents: int, batch_size: int) -> ArgumentErr
 
 
 def one_epoch(source: Source) -> Iterator[Record]:
-    """Every usable record once, in the source's own order."""
+    """Every usable record once, in the order of the source."""
     for raw in _raws(source.records):
         record = source.parse(raw)
         if record is not None:

@@ -1,4 +1,4 @@
-"""Opens a source's records: at random access (`Records`), or one after the other (`Stream`)."""
+"""Opens the records of a source: with random access (`Records`) or as a stream (`Stream`)."""
 
 from __future__ import annotations
 
@@ -29,7 +29,7 @@ if TYPE_CHECKING:
 
 
 class Records(Protocol):
-    """Records by number, in any order."""
+    """Records with random access."""
 
     def __len__(self) -> int: ...
 
@@ -37,7 +37,7 @@ class Records(Protocol):
 
 
 class Table:
-    """A map-style `datasets.Dataset`."""
+    """The records of a map-style `datasets.Dataset`."""
 
     def __init__(self, dataset: Dataset, name: str) -> None:
         self.dataset, self.name = dataset, name
@@ -50,20 +50,20 @@ class Table:
 
 
 class DatasetStream:
-    """A `datasets.IterableDataset`, read in its own order, any number of times."""
+    """The records of a `datasets.IterableDataset`, in its order. It can be read any number of times."""
 
     def __init__(self, dataset: IterableDataset, name: str) -> None:
         self.dataset, self.name = dataset, name
 
     def read(self, state: str = "") -> RecordIterator:
-        """Reads from the beginning, or on from a reading's state."""
+        """Iterates from the beginning, or from the state of an earlier iterator."""
         return _DatasetIterator(self, state)
 
 
 class _DatasetIterator:
     def __init__(self, stream: DatasetStream, state: str) -> None:
         self.name, self.number = stream.name, 0
-        self._dataset = copy.deepcopy(stream.dataset)  # a dataset counts where it is, for all who read it
+        self._dataset = copy.deepcopy(stream.dataset)  # iterators of one dataset share their position
         if state:
             self.number, place = json.loads(state)
             self._dataset.load_state_dict(place)
@@ -72,7 +72,7 @@ class _DatasetIterator:
     def next(self) -> RawRecord | None:
         try:
             row = next(self._rows, None)
-        except Exception as error:  # any of the many errors of a network or a parser
+        except Exception as error:  # errors of the network or of a parser
             raise TwoTowerError(f"{self.name}: reading failed ({_one_line(error)})") from error
         if row is None:
             return None
@@ -96,10 +96,10 @@ def open_records(
     fields: Sequence[str],
     cache_dir: str | Path | None,
 ) -> Records | Stream:
-    """fields: the columns to keep; the first must be there.
+    """Opens data by path, hub id or as an object of `datasets`. fields: columns to keep; the first is required.
 
     Raises:
-        ArgumentError: it cannot be opened, is empty, or lacks the field.
+        ArgumentError: the data cannot be opened, is empty, or lacks the required field.
     """
     if not isinstance(data, str):
         return _wrap(data, name, fields)
@@ -122,12 +122,12 @@ def open_records(
         return LineStream(paths, name)
     lines = LineFiles(paths)
     if not len(lines):
-        raise ArgumentError(f"{name}: holds no records; give a file that is not empty")
+        raise ArgumentError(f"{name}: contains no records; give a file that is not empty")
     return lines
 
 
 def _temporary_cache() -> Path:
-    """For what is converted from local files: no home folder need be writable."""
+    """The cache for converted local files, in the temporary folder: the home folder may be read-only."""
     user = os.getuid() if hasattr(os, "getuid") else os.environ.get("USERNAME", "")
     return Path(tempfile.gettempdir()) / f"twotower-datasets-{user}"
 
@@ -153,7 +153,7 @@ def _load(shown: str, *args: str, **options: object) -> Dataset | IterableDatase
         try:
             loaded: Dataset | IterableDataset = datasets.load_dataset(*args, **options)
             return loaded
-        except Exception as error:  # `datasets` raises its own, the hub's, fsspec's and pyarrow's errors
+        except Exception as error:  # errors of `datasets`, the hub, fsspec and pyarrow
             raise ArgumentError(
                 f"{shown}: cannot be loaded ({_one_line(error)}); give a local path, or a hub data set as OWNER/NAME"
                 "[:SPLIT][@CONFIG]"
@@ -168,33 +168,33 @@ def _open_saved(path: Path, split: str | None, streaming: bool) -> Dataset | Ite
             raise ArgumentError(f"{path}: no split {split or 'train'!r}; it has {', '.join(saved)}")
         saved = saved[split or "train"]
     elif split is not None:
-        raise ArgumentError(f"{path}:{split}: what was saved there has no splits; leave out :{split}")
+        raise ArgumentError(f"{path}:{split}: the saved data set has no splits; leave out :{split}")
     found: Dataset | IterableDataset = saved.to_iterable_dataset() if streaming else saved
     return found
 
 
 def _wrap(dataset: object, name: str, fields: Sequence[str]) -> Table | Stream:
-    """Only the columns that are read: the others may be images or worse."""
+    """Selects the columns that are read: decoding others (images, for example) costs time."""
     with quiet() as datasets:
         if not isinstance(dataset, datasets.Dataset | datasets.IterableDataset):
-            raise ArgumentError(f"{name}: not a Dataset or IterableDataset of `datasets`; pick one of its splits")
+            raise ArgumentError(f"{name}: not a Dataset or IterableDataset of `datasets`; give one of its splits")
         chosen, columns = dataset, dataset.column_names
         if columns is not None:
             if fields[0] not in columns:
                 raise ArgumentError(
-                    f"{name}: no field {fields[0]!r}; it has {', '.join(columns)}: name one as text_field"
+                    f"{name}: no field {fields[0]!r}; it has {', '.join(columns)}; give one of them as text_field"
                 )
             chosen = dataset.select_columns([field for field in fields if field in columns])
         if isinstance(chosen, datasets.IterableDataset):
             return DatasetStream(chosen, name)
         if not len(chosen):
-            raise ArgumentError(f"{name}: holds no records; give data that is not empty")
+            raise ArgumentError(f"{name}: contains no records; give data that is not empty")
         return Table(chosen.with_format(None), name)
 
 
 @contextmanager
 def quiet() -> Iterator[ModuleType]:
-    """The package `datasets`, imported now, without its progress bars and chatter while this lasts."""
+    """Imports the package `datasets` and silences its progress bars and messages in a `with` block."""
     try:
         import datasets
     except ImportError:

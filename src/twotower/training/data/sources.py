@@ -2,10 +2,11 @@
 
     PATH | HUB_ID  [:SPLIT] [@CONFIG] [=WEIGHT]
 
-PATH is a .jsonl, .json (an object a line), .ndjson, .txt (a document a line) or .parquet file, all but the last also
-as .gz, a folder of those (with train, valid and test files: say which, `folder:train`), or what `save_to_disk` of
-`datasets` wrote. Any other NAME or OWNER/NAME is a data set of the Hugging Face hub. WEIGHT (default 1) is the share of
-*documents*, not of tokens, that come from this source. A path that exists as written is taken whole.
+PATH is a file, a folder of files, or a folder that `save_to_disk` of `datasets` wrote. A file is .jsonl, .json (an
+object a line), .ndjson, .txt (a document a line), each also as .gz, or .parquet. If a folder has files of several
+splits, name the split: `folder:train`. Any other NAME or OWNER/NAME is a data set of the Hugging Face hub. WEIGHT
+(default 1) is the relative share of *documents*, not of tokens, from this source. An item that exists as a path is
+taken as the path.
 """
 
 from __future__ import annotations
@@ -26,7 +27,7 @@ from twotower.training.data.records import Records, Stream, open_records
 
 Part = Literal["train", "valid"]
 
-# What may follow a name, outermost last.
+# Suffixes of an item, from the last to the first.
 _WEIGHT = re.compile(r"(.+)=([+-]?[\d.]+(?:[eE][+-]?\d+)?)")
 _CONFIG = re.compile(r"(.+)@([\w.-]+)")
 _SPLIT = re.compile(r"([^:]+):([\w.\-\[\]:%+]+)")
@@ -34,7 +35,7 @@ _SPLIT = re.compile(r"([^:]+):([\w.\-\[\]:%+]+)")
 
 @dataclass(frozen=True)
 class Spec:
-    """A `--data` item taken apart; see the grammar above."""
+    """A parsed `--data` item; the grammar is in the module's docstring."""
 
     where: str
     split: str | None = None
@@ -43,10 +44,10 @@ class Spec:
 
 
 def parse_spec(item: str) -> Spec:
-    """`PATH|HUB_ID[:SPLIT][@CONFIG][=WEIGHT]` → its parts.
+    """Parses `PATH|HUB_ID[:SPLIT][@CONFIG][=WEIGHT]`.
 
     Raises:
-        ArgumentError: empty, or a weight that is not above zero.
+        ArgumentError: an empty item, or a weight that is not above zero.
     """
     parts: dict[str, str] = {}
     where = item
@@ -54,7 +55,7 @@ def parse_spec(item: str) -> Spec:
         if not Path(where).expanduser().exists() and (found := pattern.fullmatch(where)):
             where, parts[name] = found.groups()
     if not where.strip():
-        raise ArgumentError(f"data {item!r}: names nothing; expected PATH or HUB_ID, then [:SPLIT][@CONFIG][=WEIGHT]")
+        raise ArgumentError(f"data {item!r}: no path or hub id; give PATH or HUB_ID, then [:SPLIT][@CONFIG][=WEIGHT]")
     try:
         weight = float(parts.get("weight", 1.0))
     except ValueError:
@@ -65,23 +66,22 @@ def parse_spec(item: str) -> Spec:
 
 
 class Source:
-    """Records of one origin: understood, counted where they are bad, and divided into training and held-out ones.
+    """One source of records. Parses records, counts bad records, and separates training from held-out records.
 
     Args:
         data: an item of the grammar above, or a `datasets.Dataset` or `IterableDataset`.
-        part: "train": what is not held out; "valid": what is.
-        held_out_fraction: the share held out, by a hash of a record's text: it does not depend on order or on what
-            else is in the data, and equal texts go together. A source of its own for validation has part "train"
-            and fraction 0.
-        weight: overrides the item's.
-        streaming: read in the source's own order, without loading or indexing it first.
-        text_field, prompt_field: where a record's text is, and the prompt it answers if it has one (None: never).
-        max_bad_records: this many different bad records are skipped in one process; one more is an error.
-        cache_dir: where `datasets` keeps what it converts; default: a folder in the system's temporary one for local
-            files, its own for the hub.
+        part: "train": the records that are not held out; "valid": the held-out records.
+        held_out_fraction: the share that is held out, by a hash of a record's text: independent of the order and of
+            other records; equal texts stay together. A separate validation source has part "train" and fraction 0.
+        weight: overrides the weight of the item.
+        streaming: read in the order of the source, without loading or indexing the source first.
+        text_field, prompt_field: fields of a record's text and of its prompt (None: records have no prompts).
+        max_bad_records: so many different bad records are skipped in one process; one more is an error.
+        cache_dir: where `datasets` stores converted data. Default: for local files a folder in the system's temporary
+            folder, for the hub the cache of `datasets`.
 
     Raises:
-        ArgumentError: no such file, data set, split or field; names what there is.
+        ArgumentError: no such file, data set, split or field; names the existing ones.
     """
 
     def __init__(
@@ -123,10 +123,10 @@ class Source:
         )
 
     def parse(self, raw: RawRecord) -> Record | None:
-        """The record, or None: it is blank, bad, or of the other part.
+        """The parsed record; None if the record is blank, bad, or of the other part.
 
         Raises:
-            TwoTowerError: one bad record too many; names it.
+            TwoTowerError: more than max_bad_records bad records; names the last.
         """
         try:
             record = self._record(raw)
@@ -136,21 +136,21 @@ class Source:
         return record if record is not None and self._wanted(record) else None
 
     def reject(self, place: str, reason: str) -> None:
-        """Counts a bad record, once however often it comes."""
+        """Counts a bad record, each record once."""
         if place in self.bad:
             return
         self.bad[place] = reason
         if len(self.bad) > self.max_bad_records:
             raise TwoTowerError(
                 f"{self.name}: {len(self.bad)} bad records, {self.max_bad_records} are allowed; the last is {place}: "
-                f"{reason}; mend the data or raise max_bad_records"
+                f"{reason}; correct the data or raise max_bad_records"
             )
 
     def _record(self, raw: RawRecord) -> Record | None:
         content = raw.content
         if isinstance(content, bytes):
             if not content.strip():
-                return None  # a blank line is no record, so no bad one either
+                return None  # a blank line is not a record
             try:
                 line = content.decode("utf-8-sig")
             except UnicodeDecodeError as error:

@@ -1,4 +1,4 @@
-"""Where a run stands in its data: what a checkpoint keeps of it."""
+"""The position of a run in its data, as checkpoints store it."""
 
 from __future__ import annotations
 
@@ -8,7 +8,7 @@ from torch import Tensor
 
 
 class ReaderState(TypedDict, total=False):
-    """records: how many a source at random access has. The rest: a mark in a stream, see `readers._InOrder`."""
+    """records: number of records, with random access. Other fields: a mark in a stream, see `readers._InOrder`."""
 
     records: int
     at: int
@@ -18,7 +18,7 @@ class ReaderState(TypedDict, total=False):
 
 
 class RowStreamState(TypedDict):
-    """One row. number: of documents read; positions: in each source; tokens, waiting (n, 5): pieces not placed yet."""
+    """One row. number: documents read. positions: in each source. tokens, waiting (n, 5): pieces not placed yet."""
 
     number: int
     positions: list[int]
@@ -27,7 +27,7 @@ class RowStreamState(TypedDict):
 
 
 class LoaderState(TypedDict):
-    """Everything that the next batch depends on. merged: 1 where the states of several ranks are joined."""
+    """All that the next batch depends on. merged: 1 if the states of several ranks were merged."""
 
     step: int
     block_size: int

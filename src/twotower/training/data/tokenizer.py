@@ -1,4 +1,4 @@
-"""Trains the tokenizer of a model that starts from nothing."""
+"""Trains a tokenizer for a model that is trained from scratch."""
 
 from __future__ import annotations
 
@@ -6,14 +6,14 @@ from collections.abc import Iterable
 
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers, processors, trainers
 
-SPECIAL_TOKENS = ["<pad>", "<bos>", "<eos>", "<mask>"]  # ids 0…3, as released
+SPECIAL_TOKENS = ["<pad>", "<bos>", "<eos>", "<mask>"]  # ids 0…3, as in the released model
 PAD, BOS, EOS, MASK = range(4)
 
 
 def train_tokenizer(texts: Iterable[str], vocab_size: int, *, split_digits: bool = False) -> Tokenizer:
-    """Byte-level BPE whose encodings begin with <bos>; decoding gives back any text exactly.
+    """Trains a byte-level BPE tokenizer. Encodings begin with <bos>; decoding restores any text exactly.
 
-    split_digits: every digit is a token of its own, so a number is always spelled the same way.
+    split_digits: every digit is a token, so that a number always has the same tokens.
     """
     tokenizer = Tokenizer(models.BPE())
     byte_level = pre_tokenizers.ByteLevel(add_prefix_space=False)
