@@ -516,7 +516,7 @@ def test_a_tokenizer_with_spaces_as_characters() -> None:
         ({"json_schema": "[1]"}, r"json_schema is \[1\]; give an object"),
         ({"json_schema": {"type": "strin"}}, "json_schema cannot be used: Invalid type: strin"),
         ({"json_schema": {"const": {1, 2}}}, "json_schema is not JSON: Object of type set"),
-        ({"json_schema": {"const": float("nan")}}, "json_schema is not JSON: NaN is no number"),
+        ({"json_schema": {"const": float("nan")}}, "json_schema is not JSON: NaN is not a JSON number"),
         ({"json_schema": {"const": "\ud800"}}, "json_schema has half of a surrogate pair"),
         ({"json_schema": {"type": "integer", "minimum": 5, "maximum": 3}}, "Unsatisfiable schema"),
     ],

@@ -186,7 +186,7 @@ def test_the_default_is_the_released_rule() -> None:
             {"policy": "margin", "policy_value": 1.5},
             "policy_value (margin: probability of the best less the second) is 1.5",
         ),
-        ({"policy": "top-k", "policy_value": 0}, "policy_value (top-k: positions a pass) is 0"),
+        ({"policy": "top-k", "policy_value": 0}, "policy_value (top-k: positions per pass) is 0"),
         ({"policy": ["span", "margin"], "policy_value": [0.5, 2]}, "policy_value (margin"),
         ({"policy": ["span", "margin"], "policy_value": [0.5, 0.5, 0.5]}, "3 policy values for 2 policies"),
         ({"policy_value": "0.9"}, "policy_value (threshold: confidence) is '0.9'"),

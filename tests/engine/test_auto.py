@@ -54,7 +54,7 @@ def test_it_chooses_what_it_expects_to_be_fastest(made: ModeChooser, costs: Cost
 def test_it_looks_before_it_judges_and_looks_again() -> None:
     fresh = ModeChooser()
     assert fresh.choose(DEAR, 16).mode == "verified"
-    assert "nothing is known" in ModeChooser().choose(DEAR, 16).reason
+    assert "no draft has been measured" in ModeChooser().choose(DEAR, 16).reason
     settled = chooser(0.1, 0.1)
     modes = [settled.choose(DEAR, 16).mode for _ in range(2 * EXPLORE_EVERY)]
     assert modes.count("verified") == 2
@@ -134,4 +134,4 @@ def test_the_command_line_says_what_was_chosen(cli: Callable[..., Result]) -> No
     result = cli("User: I need", "--mode", "auto", "-n", "6", "--dtype", "float32")
     assert result.code == 0
     assert "verified · 6 tokens" in result.err
-    assert "chose verified: nothing is known yet" in result.err
+    assert "mode verified: no draft has been measured yet" in result.err

@@ -53,7 +53,7 @@ def test_a_setting_is_what_it_says(text: str, values: dict[str, Any]) -> None:
     ("text", "message"),
     [
         ("fast", "mode is 'fast'; choose one of diffusion"),
-        ("diffusion:boldness=3", "'boldness' is no parameter and no policy; known are block_size"),
+        ("diffusion:boldness=3", "unknown parameter or policy 'boldness'; known are block_size"),
         ("diffusion:block_size=2.5", "'block_size=2.5' needs a whole number"),
         ("diffusion:high", "'high' needs a number"),
         ("diffusion:1.5", "policy_value (threshold: confidence) is 1.5"),

@@ -1,1 +1,1 @@
-"""Decoding rules as pure functions: parameters, sampling, unmasking, acceptance, draft length, stopping. No model."""
+"""Decoding rules as pure functions, without a model: sampling, commit policies, acceptance, draft depth, stopping."""

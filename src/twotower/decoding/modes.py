@@ -1,26 +1,22 @@
-"""The generation modes, apart from the code that runs them: the command line needs their names without torch."""
+"""Names of the generation modes, without torch, so that the command line starts fast."""
 
 from __future__ import annotations
 
 from typing import Literal, get_args
 
-Mode = Literal["diffusion", "ar", "mock_ar", "verified"]  # what writes a text
+Mode = Literal["diffusion", "ar", "mock_ar", "verified"]  # modes that generate tokens
 MODES: tuple[str, ...] = get_args(Mode)
-AUTO = "auto"  # picks one of them for a request
+AUTO = "auto"  # chooses one of MODES for each request
 REQUEST_MODES = (*MODES, AUTO)
-BLOCK_MODES = ("diffusion", "verified", AUTO)  # those in which the denoiser may fill blocks of masks
+BLOCK_MODES = ("diffusion", "verified", AUTO)  # the denoiser fills blocks of mask tokens
 
-CONSTRAINT_MODES = (
-    "ar",
-    "verified",
-)  # those in which the AR model chooses every token, so that a grammar can be kept to
+CONSTRAINT_MODES = ("ar", "verified")  # the AR model chooses every token, so a grammar can be followed
 
-# Which modes a field of a request means something to.
+# The modes in which a field of a request has an effect.
 MODES_OF_FIELD: dict[str, tuple[str, ...]] = {
     **dict.fromkeys(("threshold", "policy", "policy_value", "block_size"), BLOCK_MODES),
     "steps": ("diffusion", AUTO),
     **dict.fromkeys(("draft_steps", "acceptance"), ("verified", AUTO)),
 }
-# Ways to decode (decoding/presets.py) that are compared with AR unless others are asked for: those of the bundled
-# model's card.
+# Settings (decoding/presets.py) that are compared with AR by default: those of the bundled model's card.
 COMPARED_SETTINGS = ("diffusion:0.8", "diffusion:0.9", "verified:draft_steps=1")

@@ -1,4 +1,4 @@
-"""Typed results: what flows from the loops to the CLI, the server and evaluation."""
+"""Typed results of the engine, for the command line, the server and evaluation."""
 
 from __future__ import annotations
 
@@ -13,8 +13,8 @@ FinishReason = Literal["eos", "stop", "length", "error"]
 
 @dataclass(frozen=True)
 class TokenLogprob:
-    """logprob: ln P(token | everything before it) by the AR model, at temperature 1 and unfiltered; top: its likeliest
-    tokens there with theirs, best first, `token` among them where it is one of them."""
+    """logprob: ln P(token | all tokens before it) of the AR model, at temperature 1 and unfiltered. top: the AR model's
+    most probable tokens at this position with their log-probabilities, best first; `token` may be one of them."""
 
     token: int
     logprob: float
@@ -23,17 +23,16 @@ class TokenLogprob:
 
 @dataclass(frozen=True, kw_only=True)
 class Generation:
-    """One row's result.
+    """The result of one row.
 
-    tokens: new tokens up to and including EOS, or the one that completed a stop string. text: without special
-    tokens and without the stop string ("" where the model has no tokenizer). committed_at: the denoising step, from
-    0, that fixed each token within its block. Passes: forwards of each tower while this row was running, its
-    prefill not counted. drafts, drafted, accepted (verified decoding): rounds with a draft, tokens in those drafts, and
-    those that were kept; rejected: drafts that ended at a token AR did not agree with. mode_reason: why mode "auto"
-    chose this mode. cached_tokens: prompt tokens from the prefix cache, not read again. decode_seconds: from the end of
-    the prefill to this row's end. error: what went wrong, where an engine ended the request with finish_reason
-    "error". logprobs, prompt_logprobs: of each new token and of each of the prompt (None for its first), where an
-    engine was asked for them, else empty.
+    tokens: new tokens, up to and including EOS or the token that completed a stop string. text: without special tokens
+    and without the stop string ("" if the model has no tokenizer). committed_at: the denoising pass, from 0, that
+    committed each token in its block. denoiser_passes, context_passes: passes of each tower for this row, without the
+    prefill. In verified decoding: drafts is the number of rounds with a draft, drafted the tokens in them, accepted the
+    accepted ones, rejected the number of drafts with a token that AR did not accept. mode_reason: why mode "auto" chose
+    this mode. cached_tokens: prompt tokens from the prefix cache. decode_seconds: from the end of the prefill to the
+    end of the row. error: the error of a request with finish_reason "error". logprobs, prompt_logprobs: of each new
+    token and of each prompt token (None for the first), if the request asked for them; else empty.
     """
 
     mode: Mode
@@ -61,23 +60,23 @@ class Generation:
 
     @property
     def passes(self) -> int:
-        """Of the tower that proposes tokens; verified: of both."""
+        """Passes of the tower that proposes tokens; in verified decoding, of both towers."""
         denoiser = self.denoiser_passes if self.mode != "ar" else 0
         return denoiser + (self.context_passes if self.mode in ("ar", "verified") else 0)
 
     @property
     def passes_of_both(self) -> int:
-        """Of either tower."""
+        """Passes of both towers."""
         return self.denoiser_passes + self.context_passes
 
     @property
     def tokens_per_pass(self) -> float:
-        """New tokens per pass of the tower that proposes them; verified: per pass of either tower."""
+        """New tokens per pass of the tower that proposes them; in verified decoding, of both towers."""
         return len(self.tokens) / self.passes if self.passes else 0.0
 
     @property
     def mean_accepted(self) -> float:
-        """Drafted tokens kept in a round with a draft."""
+        """Accepted drafted tokens per round with a draft."""
         return self.accepted / self.drafts if self.drafts else 0.0
 
     @property
@@ -86,7 +85,7 @@ class Generation:
         return len(self.tokens) / self.decode_seconds if self.decode_seconds else 0.0
 
     def to_dict(self) -> dict[str, object]:
-        """Plain data for JSON, the derived figures included; log-probabilities where there are any."""
+        """Plain data for JSON, with derived figures; log-probabilities only if there are any."""
         derived = ("tokens_per_pass", "tokens_per_second", "mean_accepted")
         out = asdict(self) | {name: getattr(self, name) for name in derived}
         return {name: value for name, value in out.items() if value or name not in ("logprobs", "prompt_logprobs")}
@@ -94,12 +93,12 @@ class Generation:
 
 @dataclass(frozen=True, kw_only=True)
 class BlockEvent:
-    """A block of one row, committed (in AR modes: one token).
+    """A committed block of one row; in AR modes, one token.
 
     start: index of the first of `tokens` among the row's new tokens. committed_at, confidence: per token.
-    text: what became final with this block; the events' texts join to the result's text. draft (verified decoding):
-    what the denoiser proposed, of which `tokens` begin with the part that was kept. logprobs: per token, where an
-    engine was asked for them; prompt_logprobs: the prompt's, in the row's first event. result: in its last.
+    text: the text that became final with this block; the texts of all events join to the result's text. draft: in
+    verified decoding, the drafted tokens; `tokens` begin with the accepted part. logprobs: per token, if the request
+    asked for them. prompt_logprobs: in the row's first event. result: in the row's last event.
     """
 
     row: int
@@ -117,12 +116,12 @@ class BlockEvent:
 
 @dataclass(frozen=True, kw_only=True)
 class StepEvent:
-    """A row's block after a pass of the denoiser, for whoever wants to see it come about.
+    """The block of a row after a denoising pass, for displays.
 
-    start: index of the block's first position among the row's new tokens; in verified decoding the block begins with
-    the token before them, so −1 at first. step, from 0, of at most `steps`. tokens: what stands at each position, or,
-    where it is still a mask (`masked`), what the denoiser would put there; confidence: in that token, 0 for one that
-    was given.
+    start: index of the block's first position among the row's new tokens. In verified decoding the block begins with
+    the token before them, so start is −1 for the first block. step: the pass, from 0, of at most `steps`. tokens: the
+    token at each position; at masked positions (`masked`), the denoiser's candidate. confidence: in that token; 0 for
+    a given token.
     """
 
     row: int

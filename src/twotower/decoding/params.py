@@ -1,4 +1,4 @@
-"""What a caller asks for, checked before any work is done."""
+"""`GenerationParams`: the parameters of a request, checked before any work is done."""
 
 from __future__ import annotations
 
@@ -35,7 +35,7 @@ class RowIndependent(TypedDict, total=False):
 
 
 class Parameters(RowIndependent, total=False):
-    """Parameters of one call in the looser types of the public API, but for the mode."""
+    """Parameters of one call, without the mode, in the wider types of the public API."""
 
     eos_token_id: int | Sequence[int] | None
     seed: int | Sequence[int] | None
@@ -46,24 +46,26 @@ class Parameters(RowIndependent, total=False):
 
 @dataclass(frozen=True, kw_only=True)
 class GenerationParams:
-    """Parameters of one call; every row of a batch has the same, except its seed.
+    """Parameters of one call. All rows of a batch share them, except for seed, policy and policy value.
 
-    mode: one of those that write, or "auto", which chooses of AR, verified and diffusion (`engine.mode_choice`).
-    max_new_tokens: tokens after the prompt, at most. temperature: 0 (or less) is greedy. top_k, top_p: filters
-    of the candidate's distribution after the temperature. eos_token_id: one id or several; a row ends at its
-    first. seed: one for all rows or one for each; None draws fresh ones from torch's generator. stop: strings
-    that end a row. For diffusion: block_size positions denoised in at most steps_per_block passes; policy (one, or one
-    for each row) says which positions a pass commits, at least one; policy_value is the number it compares with (None:
-    its default; of the policy "threshold" that is confidence_threshold). See `unmasking.POLICIES`. For verified
-    decoding: block_size is the longest draft with the token it continues, filled in draft_steps passes (None:
-    what pays), by the same policies. acceptance 1 keeps what the AR model itself chooses; α < 1 also keeps tokens that
-    the AR model gives α times the probability of its best token.
-    deterministic: the request's passes do not depend on measured times or on other requests, so that its text repeats
-    itself in any dtype, on one machine: each sequence gets passes of its own, a draft has a fixed depth (draft_steps,
-    by default 1) and length, prompts are read in fixed pieces without the prefix cache, and mode "auto" means verified.
+    mode: how tokens are generated; "auto" chooses AR, verified or diffusion (`engine.mode_choice`).
+    max_new_tokens: the most tokens after the prompt. temperature: 0 or less is greedy.
+    top_k, top_p: filters of the candidate's distribution, applied after the temperature.
+    eos_token_id: one id or several; a row ends at the first of them. stop: strings that end a row.
+    seed: one for all rows or one a row; None draws seeds from torch's generator.
+    block_size: positions of a block. In verified decoding, of a draft with the token that it continues.
+    steps_per_block: the most denoising passes for a block in diffusion.
+    policy: which positions a pass commits, for all rows or one a row (`unmasking.POLICIES`).
+    policy_value: the policy's number; None: its default, which is confidence_threshold for the policy "threshold".
+    draft_steps: denoising passes for a draft; None: adapts to throughput.
+    acceptance: 1 keeps drafted tokens that equal the AR model's choice. α < 1 also keeps tokens with at least α times
+    the probability of the AR model's best token.
+    deterministic: the text repeats itself on one machine in any dtype, because the passes do not depend on measured
+    times or on other requests. Each sequence has passes of its own, a draft has a fixed depth (draft_steps, by default
+    1) and length, prompts are read in fixed pieces without the prefix cache, and mode "auto" means verified.
 
     Raises:
-        ArgumentError (a ValueError): what, value and remedy, in one line.
+        ArgumentError (a ValueError): names the parameter, its value and the remedy.
     """
 
     mode: str = "diffusion"
@@ -85,9 +87,9 @@ class GenerationParams:
     deterministic: bool = False
 
     def __post_init__(self) -> None:
-        for name in ("eos_token_id", "stop"):  # a lone one is meant as one, a string not as its letters
+        for name in ("eos_token_id", "stop"):  # a single value means a tuple of one
             object.__setattr__(self, name, _tuple(getattr(self, name)))
-        for name in ("seed", "policy", "policy_value"):  # one for each row: the order counts
+        for name in ("seed", "policy", "policy_value"):  # one value a row: the order counts
             if isinstance(given := getattr(self, name), set):
                 raise ArgumentError(f"{name} is {given!r}, and a set has no order; give a list", param=name)
         if self.mode not in REQUEST_MODES:
@@ -124,7 +126,7 @@ class GenerationParams:
             if not isinstance(name, str) or name not in POLICIES:
                 raise ArgumentError(f"policy is {name!r}; choose one of {', '.join(POLICIES)}", param="policy")
         if not names:
-            raise ArgumentError("policy is empty; name one, or one for each prompt", param="policy")
+            raise ArgumentError("policy is empty; give one policy, or one for each prompt", param="policy")
         values = _tuple(self.policy_value)
         if len(names) > 1 and len(values) > 1 and len(names) != len(values):
             raise ArgumentError(
@@ -152,7 +154,7 @@ class GenerationParams:
         policy_value: float | Sequence[float] | None = None,
         **values: Unpack[RowIndependent],
     ) -> GenerationParams:
-        """From the looser types of the public API."""
+        """Makes parameters from the wider types of the public API."""
         unknown = sorted(set(values) - set(cls.__dataclass_fields__))
         if unknown:
             known = ", ".join(cls.__dataclass_fields__)
@@ -171,11 +173,11 @@ class GenerationParams:
 
     @classmethod
     def from_mapping(cls, values: Mapping[str, object]) -> GenerationParams:
-        """From names and values of unknown types: JSON, a command line. The values are checked like all others."""
+        """Makes parameters from names and values of unknown types, such as JSON. All values are checked."""
         return cls.of(**cast(Mapping[str, Any], values))
 
     def check_against(self, config: BackboneConfig, prompt_lengths: Sequence[int]) -> None:
-        """The checks that need the model's configuration and the prompts."""
+        """Raises ArgumentError where a parameter does not fit the model's configuration or the prompts."""
         vocab = config.vocab_size
         if self.mode in BLOCK_MODES and self.mask_token_id >= vocab:
             raise ArgumentError(
@@ -213,7 +215,7 @@ class GenerationParams:
 
     @property
     def depends_on_timing(self) -> bool:
-        """Whether the passes it takes depend on what they cost."""
+        """Whether the choice of passes depends on measured times."""
         if self.mode == AUTO:
             return not self.deterministic
         return self.mode == "verified" and self.fixed_draft_depth is None
@@ -226,12 +228,12 @@ class GenerationParams:
         return names, [default[name] if value is None else value for name, value in zip(names, given, strict=True)]
 
     def by_row(self, rows: int) -> list[GenerationParams]:
-        """The parameters of each row by itself: one seed, one policy, one policy value."""
+        """The parameters of each row, with one seed, one policy and one policy value."""
         parts = zip(*self.row_policies(rows), self.row_seeds(rows), strict=True)
         return [replace(self, policy=policy, policy_value=value, seed=seed) for policy, value, seed in parts]
 
     def row_seeds(self, rows: int) -> list[int]:
-        """One seed a row; the same prompt with the same seed gives the same text wherever it stands in a batch."""
+        """The seed of each row. In fp32 and float64, equal prompts and seeds give equal text anywhere in a batch."""
         if isinstance(self.seed, tuple):
             return list(self.seed)
         if self.seed is not None:
@@ -246,13 +248,13 @@ def _tuple(value: Element | Sequence[Element] | None) -> tuple[Element, ...]:
 
 
 def check_whole(name: str, value: object, least: int) -> None:
-    """Raises ArgumentError where the value of an argument is no whole number of at least `least`."""
+    """Raises ArgumentError unless the value is a whole number of at least `least`."""
     if not isinstance(value, int) or isinstance(value, bool) or value < least:
         raise ArgumentError(f"{name} is {value!r}; it must be a whole number of at least {least}", param=name)
 
 
 def _number(name: str, value: object, low: float | None, high: float | None, detail: str = "") -> None:
-    """detail: follows the name in the message."""
+    """Raises ArgumentError unless low <= value <= high. detail: follows the name in the message."""
     good = (
         isinstance(value, int | float)
         and not isinstance(value, bool)

@@ -1,8 +1,8 @@
-"""Decoding settings as text: what `--setting` means in `twotower eval` and its neighbours.
+"""Decoding settings as text, for the option `--setting` of `twotower eval` and other verbs.
 
 ar                                    a mode
-diffusion:0.8                         a mode and the policy value of the default policy
-diffusion:factor=1.2,block_size=32    a policy and its policy value, and parameters by name
+diffusion:0.8                         a mode, and the value of the default policy
+diffusion:factor=1.2,block_size=32    a policy with its value, and parameters by name
 verified:draft_steps=1,acceptance=0.5
 verified:deterministic=true
 """
@@ -24,7 +24,7 @@ NUMBERS = ("temperature", "top_p", "acceptance", "confidence_threshold")
 
 @dataclass(frozen=True)
 class Setting:
-    """label: as it was written; values: arguments of `GenerationParams.of`, the mode among them."""
+    """label: the text of the setting; values: arguments of `GenerationParams.of`, including the mode."""
 
     label: str
     values: dict[str, object] = field(hash=False)
@@ -34,7 +34,7 @@ class Setting:
         return str(self.values["mode"])
 
     def params(self, **shared: object) -> GenerationParams:
-        """With what all settings of a run share; the setting's own values win."""
+        """Parameters from `shared` and from this setting; this setting's values take precedence."""
         return GenerationParams.from_mapping(shared | self.values)
 
 
@@ -42,15 +42,15 @@ AR = Setting("ar", {"mode": "ar"})
 
 
 def with_ar(settings: Sequence[Setting]) -> list[Setting]:
-    """AR, which everything is compared with, then the others."""
+    """AR, the baseline, then the other settings."""
     return [AR, *(setting for setting in settings if setting.label != AR.label)]
 
 
 def parse_setting(text: str) -> Setting:
-    """One setting.
+    """Parses one setting.
 
     Raises:
-        ArgumentError: an unknown mode, parameter or policy, or a value that is none.
+        ArgumentError: an unknown mode, parameter or policy, or a value that is not a number.
     """
     mode, _, rest = text.partition(":")
     if mode not in REQUEST_MODES:
@@ -73,10 +73,10 @@ def parse_setting(text: str) -> Setting:
         else:
             known = ", ".join((*WHOLE, *NUMBERS, *FLAGS, *POLICIES))
             raise ArgumentError(
-                f"setting {text!r}: {name!r} is no parameter and no policy; known are {known}", param="setting"
+                f"setting {text!r}: unknown parameter or policy {name!r}; known are {known}", param="setting"
             )
     setting = Setting(text, values)
-    setting.params()  # what it says is checked now
+    setting.params()  # raises ArgumentError if a value is not allowed
     return setting
 
 

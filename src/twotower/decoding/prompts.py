@@ -1,4 +1,4 @@
-"""Prompts in any of the accepted forms → rows of token ids. Ragged batches are the normal case."""
+"""Converts prompts in any accepted form to rows of token ids of any lengths."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ Prompts = Tensor | str | Sequence[str] | Sequence[int] | Sequence[Sequence[int]]
 
 @dataclass(frozen=True)
 class PromptRows:
-    """ids: each row's tokens without padding; padded (B, S): the batch as returned in front of the new tokens."""
+    """ids: the tokens of each row, without padding. padded (B, S): the batch, returned before the new tokens."""
 
     ids: list[list[int]]
     padded: Tensor
@@ -25,16 +25,17 @@ class PromptRows:
 def read_prompts(
     prompts: Prompts, attention_mask: Tensor | None, tokenizer: Tokenizer | None, vocab_size: int, pad_token_id: int
 ) -> PromptRows:
-    """A tensor (B, S) with or without an attention mask (padding on either side), token lists, or strings.
+    """Reads a tensor (B, S) with an optional attention mask (padding on either side), token lists, or strings.
 
     Raises:
-        ArgumentError: an empty prompt, ids outside the vocabulary, a mask of another shape, text without tokenizer.
+        ArgumentError: an empty prompt, ids outside the vocabulary, a mask of another shape, or text without a
+            tokenizer.
     """
     if isinstance(prompts, Tensor):
         rows = _from_tensor(prompts, attention_mask)
     elif attention_mask is not None:
         raise ArgumentError(
-            "attention_mask goes with a tensor of input_ids; a list of prompts needs none", param="attention_mask"
+            "attention_mask needs a tensor of input_ids; omit it for a list of prompts", param="attention_mask"
         )
     else:
         rows = _from_list(prompts, tokenizer)
@@ -59,7 +60,7 @@ def read_prompts(
 def _from_tensor(ids: Tensor, mask: Tensor | None) -> list[list[int]]:
     if ids.dim() != 2 or ids.is_floating_point() or ids.dtype == torch.bool:
         raise ArgumentError(
-            f"input_ids is {tuple(ids.shape)} of {ids.dtype}; a (batch, length) integer tensor is expected",
+            f"input_ids is {tuple(ids.shape)} of {ids.dtype}; give a (batch, length) integer tensor",
             param="input_ids",
         )
     if mask is None:
@@ -67,14 +68,15 @@ def _from_tensor(ids: Tensor, mask: Tensor | None) -> list[list[int]]:
     if not isinstance(mask, Tensor) or mask.shape != ids.shape:
         found = tuple(mask.shape) if isinstance(mask, Tensor) else f"a {type(mask).__name__}"
         raise ArgumentError(
-            f"attention_mask is {found} but input_ids is {tuple(ids.shape)}; give that shape", param="attention_mask"
+            f"attention_mask is {found} but input_ids is {tuple(ids.shape)}; give both the same shape",
+            param="attention_mask",
         )
     real = mask.bool()
     starts = (real & ~torch.nn.functional.pad(real, (1, 0))[:, :-1]).sum(1)
     if (starts > 1).any():
         row = int((starts > 1).nonzero()[0])
         raise ArgumentError(
-            f"attention_mask of row {row} has a gap; padding may stand on the left or the right only",
+            f"attention_mask of row {row} has a gap; pad only on the left or only on the right",
             param="attention_mask",
         )
     return [row[keep].tolist() for row, keep in zip(ids.cpu(), real.cpu(), strict=True)]

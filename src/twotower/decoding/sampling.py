@@ -1,7 +1,7 @@
-"""Choosing tokens and measuring confidence: pure, per row, vectorised.
+"""Sampling of tokens and their confidence: pure functions, vectorised over rows.
 
-Randomness is counter-based: a row's noise is a function of (seed, absolute position, purpose, step) and the
-token id, never of a generator's history. Batching, preemption, resuming and verification rest on that.
+Noise is counter-based: a function of (seed, absolute position, purpose, step, token id), without generator state.
+Therefore a row samples the same in any batch and after preemption, and verified decoding samples as AR does.
 """
 
 from __future__ import annotations
@@ -17,7 +17,7 @@ from twotower.ops.host_transfer import to_device_async
 from twotower.ops.precision import accumulation_dtype, upcast
 from twotower.ops.registry import select
 
-# What a draw is for; part of the noise's key.
+# Purposes of noise; part of its key.
 AR_TOKEN = 1
 DIFFUSION_CANDIDATE = 2
 
@@ -27,7 +27,7 @@ _GOLDEN = -7046029254386353131  # 2⁶⁴/φ as a signed 64-bit integer
 
 @dataclass(frozen=True, kw_only=True)
 class Sampling:
-    """Row-wise sampling parameters: seeds (B,); one temperature and filter for all rows."""
+    """Sampling parameters of a batch: seeds (B,); one temperature and one filter for all rows."""
 
     seeds: Tensor
     temperature: float = 0.0
@@ -36,7 +36,7 @@ class Sampling:
 
 
 class SamplingRule(NamedTuple):
-    """How a row samples."""
+    """Sampling parameters of one row."""
 
     temperature: float = 0.0
     top_k: int | None = None
@@ -44,8 +44,7 @@ class SamplingRule(NamedTuple):
 
 
 class NoiseKeys(NamedTuple):
-    """What the noise of B rows and L positions is keyed by: seeds (B,), absolute positions (B, L), purpose and step
-    (B, 1)."""
+    """Keys of the noise of B rows and L positions: seeds (B,), absolute positions (B, L), purpose and step (B, 1)."""
 
     seeds: Tensor
     positions: Tensor
@@ -57,9 +56,9 @@ class NoiseKeys(NamedTuple):
 
 
 def sample_rows(logits: Tensor, rules: Sequence[SamplingRule], keys: Callable[[], NoiseKeys]) -> tuple[Tensor, Tensor]:
-    """`pick` with a rule for each row of logits (B, L, V) → tokens and the confidence in them (B, L).
+    """Chooses tokens from logits (B, L, V), with a rule a row → tokens and their confidence (B, L).
 
-    keys: called only if some row samples.
+    keys: called only if a row's temperature is above 0.
     """
     if all(rule.temperature <= 0 for rule in rules):
         return greedy(logits)
@@ -80,7 +79,7 @@ def _pick_by(rule: SamplingRule, logits: Tensor, keys: NoiseKeys) -> tuple[Tenso
 
 
 def greedy(logits: Tensor) -> tuple[Tensor, Tensor]:
-    """The most probable token of each position of logits (B, L, V), and the confidence in it, in one reading."""
+    """The most probable token of each position of logits (B, L, V), and its confidence, in one pass over the logits."""
     tokens, sure = select("argmax", logits.device, logits.dtype).function(logits)
     return tokens, sure
 
@@ -88,7 +87,7 @@ def greedy(logits: Tensor) -> tuple[Tensor, Tensor]:
 def pick(
     logits: Tensor, sampling: Sampling, positions: Tensor, purpose: int | Tensor, step: int | Tensor = 0
 ) -> tuple[Tensor, Tensor]:
-    """`choose`, and the `confidence` in what was chosen; greedily both in one reading of the logits."""
+    """Tokens as from `choose`, and their `confidence`. At temperature ≤ 0, one pass over the logits gives both."""
     if sampling.temperature <= 0:
         return greedy(logits)
     tokens = choose(logits, sampling, positions, purpose, step)
@@ -98,9 +97,10 @@ def pick(
 def choose(
     logits: Tensor, sampling: Sampling, positions: Tensor, purpose: int | Tensor, step: int | Tensor = 0
 ) -> Tensor:
-    """logits (B, L, V), absolute positions (B, L); purpose and step, or one a row (B, 1) → token ids (B, L).
+    """Chooses token ids (B, L) from logits (B, L, V) at absolute positions (B, L).
 
-    Temperature ≤ 0: the largest logit. Otherwise a Gumbel-max sample of softmax(logits / temperature), filtered.
+    purpose, step: one number, or one a row (B, 1). Temperature ≤ 0: the largest logit. Otherwise a Gumbel-max sample of
+    softmax(logits / temperature), filtered by top-k and top-p.
     """
     if sampling.temperature <= 0:
         return logits.argmax(-1)
@@ -125,8 +125,10 @@ def confidence(logits: Tensor, tokens: Tensor) -> Tensor:
 
 
 def by_tiles(function: Callable[..., Tensor], logits: Tensor, *others: Tensor) -> Tensor:
-    """`function` of logits (B, L, V) and others (B, L, …), a few positions at a time: function((n, V), (n, …), …) →
-    (n, …). So what it makes of the logits in a wider type is never larger than `TILE_BYTES`, or one position."""
+    """Applies `function` to logits (B, L, V) and others (B, L, …), a few positions at a time.
+
+    function((n, V), (n, …), …) → (n, …). The tiles bound the size of upcast logits to `TILE_BYTES` or one position.
+    """
     flat = [part.flatten(0, 1) for part in (logits, *others)]
     count = max(TILE_BYTES // (8 * logits.shape[2]), 1)
     outs = [function(*(part[at : at + count] for part in flat)) for at in range(0, max(len(flat[0]), 1), count)]
@@ -135,10 +137,10 @@ def by_tiles(function: Callable[..., Tensor], logits: Tensor, *others: Tensor) -
 
 
 def filtered(logits: Tensor, top_k: int | None, top_p: float | None) -> Tensor:
-    """Logits with what top-k, then top-p, leave out set to −∞.
+    """Logits in which tokens outside top-k, then outside top-p, are −∞.
 
-    Top-k keeps ties of the k-th largest. Top-p keeps the smallest set of most probable tokens (of those top-k
-    left) whose probabilities sum to more than p.
+    Top-k keeps ties of the k-th largest logit. Top-p keeps the smallest set of the most probable remaining tokens whose
+    probabilities sum to more than p.
     """
     if top_k is not None and top_k < logits.shape[-1]:
         least = logits.topk(top_k, dim=-1).values[..., -1:]
@@ -146,7 +148,7 @@ def filtered(logits: Tensor, top_k: int | None, top_p: float | None) -> Tensor:
     if top_p is not None and top_p < 1.0:
         ordered, order = logits.sort(dim=-1, descending=True, stable=True)
         probs = ordered.softmax(-1)
-        before = probs.cumsum(-1) - probs  # what more probable tokens sum to
+        before = probs.cumsum(-1) - probs  # sum over the more probable tokens
         logits = logits.masked_fill((before > top_p).gather(-1, order.argsort(-1)), -torch.inf)
     return logits
 

@@ -1,4 +1,4 @@
-"""What one row has written so far, and what it took: the same for a batch and for an engine."""
+"""The output of one sequence so far: tokens, text, counts and times."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ from twotower.tokenizer import Tokenizer
 
 @dataclass
 class SequenceOutput:
-    """One sequence: its tokens and text (`progress`), counts as in `Generation`, and clock readings."""
+    """Tokens and text of one sequence (`progress`), counts as in `Generation`, and times of `time.perf_counter`."""
 
     row: int
     mode: str
@@ -44,7 +44,7 @@ class SequenceOutput:
     def of(
         cls, row: int, params: GenerationParams, prompt_tokens: int, tokenizer: Tokenizer | None, mode_reason: str = ""
     ) -> SequenceOutput:
-        """Of a row that begins."""
+        """The output of a new sequence."""
         progress = RowProgress(params.max_new_tokens, params.eos_token_id, params.stop, tokenizer)
         return cls(row, params.mode, prompt_tokens, progress, mode_reason)
 
@@ -59,11 +59,11 @@ class SequenceOutput:
 
     @property
     def room(self) -> int:
-        """New tokens it may still get."""
+        """New tokens that may still follow."""
         return self.progress.limit - len(self.progress.tokens)
 
     def count_verified(self, drafted: int, kept: int) -> None:
-        """Counts a round of verified decoding: so many tokens drafted, so many kept."""
+        """Counts a round of verified decoding with `drafted` tokens, of which `kept` were accepted."""
         self.drafted += drafted
         self.accepted += kept
         self.drafts += drafted > 0
@@ -78,7 +78,7 @@ class SequenceOutput:
         logprobs: Sequence[TokenLogprob] = (),
         complete: bool = False,
     ) -> BlockEvent:
-        """Books a block as far as the row goes. complete: with it the text is, and nothing may follow."""
+        """Adds a block, up to the end of the row. complete: the text ends with this block."""
         start = len(self.progress.tokens)
         count, text = self.progress.take(tokens, complete)
         self.committed_at += committed_at[:count]
@@ -116,14 +116,14 @@ class SequenceOutput:
         )
 
     def fail(self, error: Exception) -> BlockEvent:
-        """Ends the row for something that went wrong."""
+        """Ends the row with an error."""
         self.progress.finish_reason = "error"
         self.error = f"{type(error).__name__}: {error}"
         self.ended = time.perf_counter()
         return self.final_event()
 
     def result(self) -> Generation:
-        """Of a row that has ended."""
+        """The result of a finished row."""
         assert self.progress.finish_reason is not None
         return Generation(
             mode=cast(Mode, self.mode),

@@ -1,4 +1,4 @@
-"""Where a row ends, and its text so far: EOS, stop strings, length; incremental detokenisation."""
+"""The end of a row (EOS, stop strings, length) and its text, detokenised incrementally."""
 
 from __future__ import annotations
 
@@ -9,17 +9,17 @@ from transformers import PreTrainedTokenizerBase, PreTrainedTokenizerFast
 from twotower.decoding.output import FinishReason
 from twotower.tokenizer import Tokenizer
 
-REPLACEMENT_CHARACTER = "\ufffd"  # what decoders print for bytes that are not (yet) a character
+REPLACEMENT_CHARACTER = "\ufffd"  # decoders give it for bytes that are not (yet) a character
 
 
 class Detokenizer:
-    """Tokens in, text out, never half a character: bytes wait until the character they belong to is whole."""
+    """Converts tokens to text. The bytes of an incomplete character are held back until it is complete."""
 
     def __init__(self, tokenizer: Tokenizer) -> None:
         self.decode = decode_function(tokenizer)
         self.tokens: list[int] = []
-        self.settled = 0  # tokens whose text is out for good and no longer needed as decoding context
-        self.emitted = 0  # tokens whose text is out
+        self.settled = 0  # tokens whose text is emitted and that later decoding does not need
+        self.emitted = 0  # tokens whose text is emitted
 
     def push(self, token: int) -> str:
         self.tokens.append(token)
@@ -30,7 +30,7 @@ class Detokenizer:
         return new[len(old) :]
 
     def flush(self) -> str:
-        """What is left at the end; an unfinished character is dropped."""
+        """The remaining text at the end, without an incomplete character."""
         rest = self._decode(len(self.tokens))[len(self._decode(self.emitted)) :]
         self.settled = self.emitted = len(self.tokens)
         return rest.rstrip(REPLACEMENT_CHARACTER)
@@ -41,8 +41,11 @@ class Detokenizer:
 
 
 def decode_function(tokenizer: Tokenizer) -> Callable[..., str]:
-    """What `tokenizer.decode` comes to for a list of ids: where transformers adds nothing to it, the decoder of the
-    tokenizers library, in a quarter of the time, which an engine spends twice a token."""
+    """The fastest function that decodes ids as `tokenizer.decode` does.
+
+    If transformers adds nothing, that is the decoder of the tokenizers library, which takes a quarter of the time. The
+    engine decodes twice a token.
+    """
     own = [getattr(type(tokenizer), name, None) for name in ("decode", "_decode")]
     plain = own == [PreTrainedTokenizerBase.decode, PreTrainedTokenizerFast._decode]
     if plain and not tokenizer.clean_up_tokenization_spaces:
@@ -51,7 +54,7 @@ def decode_function(tokenizer: Tokenizer) -> Callable[..., str]:
 
 
 class RowProgress:
-    """One row's new tokens and text as they come; knows when the row has ended."""
+    """New tokens and text of one row, and the reason why it ended."""
 
     def __init__(self, limit: int, eos: Sequence[int], stop: Sequence[str], tokenizer: Tokenizer | None) -> None:
         self.limit = limit
@@ -59,13 +62,15 @@ class RowProgress:
         self.stop = tuple(stop)
         self.detokenizer = None if tokenizer is None else Detokenizer(tokenizer)
         self.tokens: list[int] = []
-        self.text = ""  # final: no stop string can begin in it any more
-        self._held = ""  # decoded, but perhaps the beginning of a stop string
+        self.text = ""  # final: no stop string can begin in it
+        self._held = ""  # decoded; may be the beginning of a stop string
         self.finish_reason: FinishReason | None = "length" if limit == 0 else None
 
     def take(self, tokens: Sequence[int], complete: bool = False) -> tuple[int, str]:
-        """Adds committed tokens until the row ends → how many counted, and the text that became final. complete: after
-        the last of them it ends anyway."""
+        """Adds committed tokens until the row ends → the number of tokens used, and the text that became final.
+
+        complete: the row ends after the last token.
+        """
         before = len(self.text)
         for count, token in enumerate(tokens, start=1):
             self.tokens.append(token)
@@ -73,7 +78,7 @@ class RowProgress:
             if self.finish_reason is None and token in self.eos:
                 self.finish_reason = "eos"
             elif self.finish_reason is None and complete and count == len(tokens):
-                self._finish_text()  # nothing of it is held back: no stop string has come
+                self._finish_text()  # no stop string has come: all text is final
                 self.finish_reason = "stop"
                 return count, self.text[before:]
             elif self.finish_reason is None and len(self.tokens) == self.limit:
@@ -93,12 +98,12 @@ class RowProgress:
             self._release(len(self._held) - _possible_start(self._held, self.stop))
 
     def _release(self, count: int) -> None:
-        """Makes the first `count` held characters final, but for broken ones at their end: no event ends in those."""
+        """Makes the first `count` held characters final, except for incomplete characters at their end."""
         count = len(self._held[:count].rstrip(REPLACEMENT_CHARACTER))
         self.text, self._held = self.text + self._held[:count], self._held[count:]
 
     def _finish_text(self) -> None:
-        """What was held back is text after all, unless a stop string came."""
+        """Makes held text final, unless a stop string came."""
         if self.finish_reason != "stop" and self.detokenizer:
             self._add_text(self.detokenizer.flush())
         if self.finish_reason != "stop":
@@ -107,7 +112,7 @@ class RowProgress:
 
 
 def _possible_start(text: str, stops: Sequence[str]) -> int:
-    """Length of the longest end of `text` that could be the beginning of a stop string."""
+    """Length of the longest suffix of `text` that could begin a stop string."""
     longest = max((len(stop) - 1 for stop in stops), default=0)
     for length in range(min(longest, len(text)), 0, -1):
         if any(stop.startswith(text[-length:]) for stop in stops):

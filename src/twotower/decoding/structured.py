@@ -1,7 +1,7 @@
-"""What a text must be: a JSON schema, a regular expression or a grammar, kept token by token.
+"""Structured output: constraints by a JSON schema, a regular expression or a grammar.
 
-llguidance parses the bytes of the text so far and says which tokens may come next. The end of the text is a token of
-its own here, so the tokens that end a row are the request's affair, not the tokenizer's.
+llguidance parses the bytes of the text so far and gives the tokens that may follow. The end of the text is a separate
+token END here, because the request, not the tokenizer, defines the tokens that end a row.
 """
 
 from __future__ import annotations
@@ -23,17 +23,19 @@ if TYPE_CHECKING:
     from llguidance import LLMatcher, LLTokenizer
 
 END = "<|end of the grammar's text|>"
-WHITESPACE = r" |\n[ \t]{0,24}"  # between the parts of a JSON text: weak models go on for ever with more of it
-# Of tokenizers, as llguidance sees them: making one takes up to a second.
+WHITESPACE = r" |\n[ \t]{0,24}"  # in JSON text; limited, because weak models may repeat it for ever
+# llguidance's tables of tokenizers: making one takes up to a second.
 TABLES: WeakKeyDictionary[Tokenizer, LLTokenizer] = WeakKeyDictionary()
 
 
 class Constraint:
-    """Exactly one of: json_schema (an object, or one as text), json_object (any JSON object), regex (the whole text
-    matches it), grammar (in Lark's notation, as llguidance reads it). One of them serves any number of requests.
+    """A constraint on a text, usable for any number of requests.
+
+    Give exactly one of: json_schema (an object, or its JSON text), json_object (any JSON object), regex (must match the
+    whole text), grammar (in llguidance's Lark notation).
 
     Raises:
-        ArgumentError: none or several are given; what is wrong with it, in one line; llguidance is not installed.
+        ArgumentError: none or several are given, the given one is invalid, or llguidance is not installed.
     """
 
     def __init__(
@@ -64,11 +66,11 @@ class Constraint:
             raise ArgumentError(f"{self.kind} cannot be used: {error}; change it", param=self.kind) from None
         if not possible:
             raise ArgumentError(
-                f"{self.kind} allows no text that this tokenizer could write; change it", param=self.kind
+                f"{self.kind} allows no text that this tokenizer can encode; change it", param=self.kind
             )
 
     def matcher(self, eos: Sequence[int]) -> Matcher:
-        """Of a text that begins; `eos` ends it where it may end."""
+        """A matcher for a new text. The tokens `eos` are allowed where the text may end."""
         return Matcher(self._start.deep_copy(), self.vocab_size, eos)
 
     def __repr__(self) -> str:
@@ -76,7 +78,7 @@ class Constraint:
 
 
 class Matcher:
-    """Where a text stands in its grammar."""
+    """The state of one text in its grammar."""
 
     def __init__(self, matcher: LLMatcher, vocab_size: int, eos: Sequence[int]) -> None:
         self._matcher = matcher
@@ -84,7 +86,7 @@ class Matcher:
         self._eos = tuple(eos)
 
     def allowed(self, size: int) -> NDArray[np.uint8]:
-        """The tokens that may come next, of a vocabulary of `size`, as bits (⌈size / 8⌉,), the lowest first."""
+        """The tokens that may follow, of a vocabulary of `size`, as bits (⌈size / 8⌉,), the lowest first."""
         bits = np.zeros(-(-max(size, self._vocab_size) // 8), dtype=np.uint8)
         found = np.frombuffer(self._matcher.compute_bitmask(), dtype=np.uint8)[: -(-self._vocab_size // 8)]
         bits[: len(found)] = found
@@ -98,8 +100,10 @@ class Matcher:
         return bits[: -(-size // 8)]
 
     def walk(self, draft: Sequence[int], size: int) -> tuple[list[NDArray[np.uint8]], int]:
-        """What is `allowed` next, and after each token of a draft as far as it is allowed itself; how far that is. The
-        text stays as it is."""
+        """Masks for a draft: `allowed` now, and after each allowed token of the draft; and the number of those tokens.
+
+        The state does not change.
+        """
         end = next((place for place, t in enumerate(draft) if t in self._eos or t >= self._vocab_size), len(draft))
         count = self._matcher.validate_tokens(list(draft[:end])) if end else 0
         masks = [self.allowed(size)]
@@ -108,11 +112,11 @@ class Matcher:
             masks.append(self.allowed(size))
         may_end = count == end < len(draft) and draft[end] in self._eos and self._matcher.is_accepting()
         if count and not self._matcher.rollback(count):
-            raise TwoTowerError("the grammar cannot be followed: a draft could not be taken back")
+            raise TwoTowerError('the grammar cannot be followed: llguidance did not roll back a draft; use mode "ar"')
         return masks, count + may_end
 
     def take(self, tokens: Sequence[int]) -> tuple[int, bool]:
-        """The text goes on with these → how many of them belong to it; whether it is complete: nothing may follow."""
+        """Appends tokens to the text → the number of tokens that belong to it, and whether no token may follow."""
         for count, token in enumerate(tokens, start=1):
             if token in self._eos:
                 return count, False
@@ -127,7 +131,7 @@ class Matcher:
             return True
         if self._eos or not self._matcher.is_accepting():
             return False
-        return not self.allowed(self._vocab_size).any()  # bytes could follow that no token has
+        return not self.allowed(self._vocab_size).any()  # more bytes may be allowed, but no token has them
 
     def _consume(self, token: int) -> None:
         if not self._matcher.consume_token(token):
@@ -147,7 +151,7 @@ def _library() -> ModuleType:
 
 
 def _tables(tokenizer: Tokenizer | None) -> LLTokenizer:
-    """llguidance's view of a tokenizer's tokens as bytes, END after them."""
+    """llguidance's table of the tokenizer's tokens as bytes, followed by END."""
     if tokenizer is None:
         raise ArgumentError("a constraint needs a tokenizer; set model.tokenizer", param="tokenizer")
     if not hasattr(tokenizer, "backend_tokenizer"):
@@ -175,7 +179,7 @@ def _tables(tokenizer: Tokenizer | None) -> LLTokenizer:
 
 
 def _compiled(matcher: type[LLMatcher], kind: str, source: object) -> str:
-    """In llguidance's own form."""
+    """The constraint in llguidance's own format."""
     if kind in ("regex", "grammar"):
         if not isinstance(source, str):
             raise ArgumentError(f"{kind} is a {type(source).__name__}; give a string", param=kind)
@@ -191,24 +195,24 @@ def _compiled(matcher: type[LLMatcher], kind: str, source: object) -> str:
     if not isinstance(schema, dict):
         raise ArgumentError(f"json_schema is {plain[:40]}; give an object, {{}} for any JSON value", param=kind)
     _encode("json_schema", plain)
-    schema.setdefault(
-        "x-guidance", {"whitespace_pattern": WHITESPACE}
-    )  # llguidance's own options, which a caller may set
+    schema.setdefault("x-guidance", {"whitespace_pattern": WHITESPACE})  # llguidance's options, which a caller may set
     return str(matcher.grammar_from_json_schema(schema))
 
 
 def _refuse(constant: str) -> None:
-    raise ValueError(f"{constant} is no number of it")
+    raise ValueError(f"{constant} is not a JSON number")
 
 
 def _encode(kind: str, text: str) -> None:
     try:
         text.encode()
     except UnicodeEncodeError:
-        raise ArgumentError(f"{kind} has half of a surrogate pair, which is no text; remove it", param=kind) from None
+        raise ArgumentError(
+            f"{kind} has half of a surrogate pair, which cannot be encoded; remove it", param=kind
+        ) from None
 
 
 def _one_line(message: str) -> str:
-    """Without the library's drawings and dumps."""
+    """The message in one line, without llguidance's drawings and dumps."""
     lines = [line.strip() for line in message.split("<state>")[0].splitlines()]
     return " ".join(line for line in lines if line.strip("^ ") and not re.match(r"\d+ \|", line))[:300]

@@ -20,16 +20,16 @@ from twotower.deprecation import renamed_argument
 from twotower.errors import ArgumentError
 from twotower.ops.precision import upcast
 
-KL_BOUND, KL_PASSES = 0.01, 1  # KLASS: how far a stable distribution may move, and for how many passes in a row
-DECAYED = 0.5  # what the decaying threshold has come down to in the last step, as a share of the first
+KL_BOUND, KL_PASSES = 0.01, 1  # KLASS: the largest KL of a stable distribution, and in how many passes in a row
+DECAYED = 0.5  # the decaying threshold in the last pass, as a share of the first
 
 
 class Pass(NamedTuple):
-    """What a policy sees: B rows, L positions, after a row's pass number `step` (B, 1), from 0, of at most `steps`.
+    """The results of one pass over B rows and L positions, the input of a policy.
 
-    logits (B, L, V) in the model's own dtype, the mask token barred with −∞; candidate (B, L) the tokens that would be
-    committed and confidence (B, L) their probability, untempered; masked (B, L) what is open; memory: what the policy
-    returned after the pass before, None after a block's first.
+    logits (B, L, V): in the model's dtype, −∞ for the mask token. candidate (B, L): the tokens to commit; confidence
+    (B, L): their untempered probabilities. masked (B, L): positions that are still masked. step (B, 1): each row's
+    pass, from 0, of at most steps (B, 1). memory: the policy's result after the pass before, None in the first pass.
     """
 
     logits: Tensor
@@ -42,8 +42,11 @@ class Pass(NamedTuple):
 
 
 class Verdict(NamedTuple):
-    """sure (B, L) bool: commit these (only masked ones count); order (B, L): where more must go, the largest first,
-    equal ones from the left; memory: for the next pass of the block."""
+    """The result of a policy.
+
+    sure (B, L) bool: positions to commit; only masked ones count. order (B, L): if more positions must be committed,
+    the largest first, equal ones from the left. memory: for the next pass of the block.
+    """
 
     sure: Tensor
     order: Tensor
@@ -55,7 +58,7 @@ PolicyRule = Callable[[Pass, Tensor], Verdict]  # the second argument is (B, 1),
 
 @dataclass(frozen=True)
 class Policy:
-    """A rule, and its policy value: its meaning, default and range, and where the rule comes from."""
+    """A commit policy: its rule, its source, and the meaning, default and range of its policy value."""
 
     name: str
     rule: PolicyRule
@@ -70,65 +73,65 @@ class Policy:
 
 
 def threshold(seen: Pass, value: Tensor) -> Verdict:
-    """Every position whose confidence is above the policy value, the rule of the released model."""
+    """Commits every position whose confidence is above the policy value, as the released model does."""
     return Verdict(seen.confidence > value, seen.confidence)
 
 
 def top_k(seen: Pass, value: Tensor) -> Verdict:
-    """The k most confident positions, whatever their confidence."""
+    """Commits the k most confident positions, where k is the policy value."""
     return Verdict(ranks(seen.confidence, seen.masked) < value, seen.confidence)
 
 
 def factor(seen: Pass, value: Tensor) -> Verdict:
-    """The n most confident ones for the largest n with (n + 1)(1 − c₍ₙ₎) < f, c₍ₙ₎ the least of their confidences."""
+    """Commits the n most confident positions for the largest n with (n + 1)(1 − c₍ₙ₎) < f (c₍ₙ₎: n-th confidence)."""
     within = (ranks(seen.confidence, seen.masked) + 2) * (1 - seen.confidence) < value
     return Verdict(within, seen.confidence)
 
 
 def entropy(seen: Pass, value: Tensor) -> Verdict:
-    """Positions in order of entropy while Σ H − max H ≤ γ (nats): a bound on what they tell of each other."""
+    """Commits positions in order of entropy H while Σ H − max H ≤ γ nats, a bound on total correlation."""
     own = by_tiles(lambda logits: torch.special.entr(upcast(logits).softmax(-1)).sum(-1), seen.logits)
     ordered, place = own.masked_fill(~seen.masked, torch.inf).sort(dim=1, stable=True)
-    # In ascending order the largest of a set is its last, so the sum without it is that of those before.
+    # The largest of an ascending set is its last, so the sum without it is the sum of those before.
     before = torch.cat([torch.zeros_like(ordered[:, :1]), ordered[:, :-1].cumsum(1)], dim=1)
     return Verdict((before <= value).gather(1, place.argsort(1)), -own)
 
 
 def margin(seen: Pass, value: Tensor) -> Verdict:
-    """Positions whose likeliest token leads the second by more than the policy value."""
+    """Commits positions where the probabilities of the best two tokens differ by more than the policy value."""
     best = by_tiles(lambda logits: upcast(logits).softmax(-1).topk(2, dim=-1).values, seen.logits)
     lead = best[..., 0] - best[..., 1]
     return Verdict(lead > value, lead)
 
 
 def stability(seen: Pass, value: Tensor) -> Verdict:
-    """Positions that are confident and whose distribution has moved by less than KL_BOUND nats since the last pass."""
+    """Commits confident positions whose distribution moved by less than KL_BOUND nats since the pass before."""
     norm = by_tiles(lambda logits: upcast(logits).logsumexp(-1), seen.logits)
     match seen.memory:
         case (Tensor() as before, Tensor() as norm_before, Tensor() as since):
             moved = by_tiles(_divergence, seen.logits, norm, before, norm_before)
             still = torch.where(moved < KL_BOUND, since + 1, 0)
-        case _:  # a block's first pass
+        case _:  # the first pass of a block
             still = torch.zeros_like(seen.masked, dtype=torch.long)
     return Verdict((still >= KL_PASSES) & (seen.confidence > value), seen.confidence, (seen.logits, norm, still))
 
 
 def _divergence(logits: Tensor, norm: Tensor, before: Tensor, norm_before: Tensor) -> Tensor:
-    """KL(now ‖ before) in nats of n positions: logits (n, V) and their log-sums (n,), now and before → (n,)."""
+    """KL(now ‖ before) of n positions in nats (n,), from logits (n, V) and their logsumexp (n,), now and before."""
     now = upcast(logits) - norm[:, None]
     moved = now - (upcast(before) - norm_before[:, None])
     return (now.exp() * moved.masked_fill(now == -torch.inf, 0.0)).sum(-1)
 
 
 def span(seen: Pass, value: Tensor) -> Verdict:
-    """From the left, up to the first masked position whose confidence is not above the policy value."""
+    """Commits from the left, up to the first masked position whose confidence is not above the policy value."""
     unsure = seen.masked & ~(seen.confidence > value)
     places = torch.arange(seen.masked.shape[1], 0, -1, device=seen.masked.device, dtype=seen.confidence.dtype)
     return Verdict(unsure.cumsum(1) == 0, places.expand_as(seen.confidence))
 
 
 def decay(seen: Pass, value: Tensor) -> Verdict:
-    """Confidence above a threshold that falls evenly over the steps, from the policy value to half of it."""
+    """Commits above a confidence threshold that falls linearly over the passes, from the policy value to half of it."""
     done = seen.step / (seen.steps - 1).clamp(min=1)
     return Verdict(seen.confidence > value * (1 - (1 - DECAYED) * done), seen.confidence)
 
@@ -168,7 +171,7 @@ def register_policy(
 register_policy(
     "threshold", threshold, value_meaning="confidence", default=0.9, high=1.0, source="Nemotron-Labs-TwoTower, released"
 )
-register_policy("top-k", top_k, value_meaning="positions a pass", default=2, low=1, source="LLaDA (Nie et al. 2025)")
+register_policy("top-k", top_k, value_meaning="positions per pass", default=2, low=1, source="LLaDA (Nie et al. 2025)")
 register_policy("factor", factor, value_meaning="f", default=1.0, source="Fast-dLLM (Wu et al. 2025)")
 register_policy(
     "entropy",
@@ -210,29 +213,31 @@ register_policy(
 
 
 def ranks(score: Tensor, masked: Tensor) -> Tensor:
-    """(B, L) → 0 for each row's best masked position, 1 for the next, …; equal ones from the left, open ones first."""
+    """Ranks (B, L): 0 for each row's best masked position, 1 for the next; equal ones from the left."""
     return _best_first(score, masked).argsort(dim=1)
 
 
 def _best_first(score: Tensor, masked: Tensor) -> Tensor:
-    """(B, L) → each row's positions in that order."""
+    """Positions of each row (B, L), masked ones first, the best first, equal ones from the left."""
     return score.masked_fill(~masked, -torch.inf).argsort(dim=1, descending=True, stable=True)
 
 
 def commit(verdict: Verdict, masked: Tensor, step: Tensor, steps: Tensor) -> Tensor:
-    """→ bool (B, L), the positions to commit: the k first of each row's masked ones, sure ones before others, where
-    k = min(#masked, max(#sure, 1, ⌈#masked / (steps − step)⌉)); the last step commits all."""
+    """Returns the positions to commit, bool (B, L): the k first masked ones of each row, sure ones before others.
+
+    k = min(#masked, max(#sure, 1, ⌈#masked / (steps − step)⌉)); the last pass commits all.
+    """
     left = masked.sum(1, keepdim=True)
     sure = masked & verdict.sure
     due = -(-left // (steps - step))
     count = torch.minimum(left, torch.maximum(sure.sum(1, keepdim=True), due.clamp(min=1)))
-    # By order, then sure ones to the front: two stable sorts are one by both.
+    # Two stable sorts order by both keys: by order, then sure ones first.
     by_order = _best_first(verdict.order, masked)
     by_both = by_order.gather(1, sure.gather(1, by_order).byte().argsort(dim=1, descending=True, stable=True))
     return masked & (by_both.argsort(dim=1) < count)
 
 
 def decide(name: str, seen: Pass, values: Tensor) -> tuple[Tensor, object]:
-    """What rows of one policy commit, bool (B, L), and what it remembers for their next pass."""
+    """The positions that rows of one policy commit, bool (B, L), and the policy's memory for their next pass."""
     verdict = POLICIES[name].rule(seen, values)
     return commit(verdict, seen.masked, seen.step, seen.steps), verdict.memory
