@@ -1,4 +1,4 @@
-"""Running the command line in this process, and what every wrong command must come to."""
+"""The result of a command line, and the check of every error of a user."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""What every test builds on: the golden data, and random models in which nothing is trivially zero."""
+"""Fixtures of all tests: golden data, random models without trivial zeros, and the command line."""
 
 from __future__ import annotations
 
@@ -25,11 +25,13 @@ from twotower.model.moe import Experts, Router
 from twotower.model.norm import GatedGroupRMSNorm, RMSNorm
 from twotower.ops.cpu import library
 
-library.library()  # compiled now if ever: not in the middle of a test that reads stderr
-torch.set_num_threads(1)  # tiny tensors: a second thread only costs, and results do not depend on the machine
+library.library()  # compiles now, so that the compiler does not write to stderr during a test
+torch.set_num_threads(
+    1
+)  # a second thread slows tiny tensors down, and one thread gives the same results on all machines
 
 GOLDEN = Path(__file__).parent / "golden"
-EVERY_KIND = "M*E-M"  # all four layer kinds, and a Mamba layer that reads what the others wrote
+EVERY_KIND = "M*E-M"  # all four layer kinds, and a Mamba layer after the others
 
 SHAPE = {
     "hidden_size": 32,
@@ -54,7 +56,7 @@ SHAPE = {
     "routed_scaling_factor": 1.5,
 }
 
-# Files that take long come first, so that no worker is left with one of them at the end.
+# Long files come first, so that no worker runs a long file last.
 LONG_FILES = (
     "test_benchmarks.py", "test_avx2.py", "test_avx512.py", "test_avx512_bf16.py", "test_none.py", "test_page.py",
     "test_goldens_decoding.py", "test_two_processes.py", "test_trainer.py",
@@ -66,7 +68,7 @@ def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
 
 
 def pytest_terminal_summary(terminalreporter: pytest.TerminalReporter) -> None:
-    """Says which code paths ran, and why others did not."""
+    """Prints which code paths ran, and why others did not."""
     reports = [report for found in terminalreporter.stats.values() for report in found]
     said = {value for report in reports for name, value in getattr(report, "user_properties", ()) if name == PROPERTY}
     if said:
@@ -89,10 +91,10 @@ def random_model() -> Callable[..., TwoTowerForCausalLM]:
 def build_random_model(
     pattern: str = EVERY_KIND, seed: int = 0, dtype: torch.dtype = torch.float32, **overrides: object
 ) -> TwoTowerForCausalLM:
-    """A tiny two-tower model: every weight of both towers and of the time conditioning is random.
+    """A tiny two-tower model with random weights, those of the time conditioning included.
 
-    The same seed gives the same numbers in every dtype (drawn in fp32, then cast). Logits have a standard deviation
-    of about 3, so that choices are clear and confidences spread over (0, 1). overrides: keys of `config.json`.
+    A seed gives the same weights in every dtype (drawn in fp32, then cast). Logits have a standard deviation of about
+    3, so that near ties are rare and confidences spread over (0, 1). overrides: keys of `config.json`.
     """
     config = TwoTowerConfig(hybrid_override_pattern=pattern, **{**SHAPE, **overrides})
     with torch.random.fork_rng(devices=[]):
@@ -106,7 +108,7 @@ def build_random_model(
 
 
 def _randomise(module: nn.Module) -> None:
-    """Redraws a module's own parameters at a scale that keeps activations near one."""
+    """Draws a module's own parameters anew, at a scale that keeps activations near 1."""
     match module:
         case Linear():
             nn.init.normal_(module.weight, std=module.in_features**-0.5)
@@ -120,7 +122,7 @@ def _randomise(module: nn.Module) -> None:
             nn.init.normal_(module.weight, mean=1.0, std=0.2)
         case Router():
             nn.init.normal_(module.weight, std=module.weight.shape[1] ** -0.5)
-            # Never negative: with negative biased scores left-out groups can win, which is tested on its own.
+            # Not negative: with negative biased scores, masked groups can be selected; a separate test covers this.
             module.e_score_correction_bias.uniform_(0.0, 0.3)
         case Experts():
             nn.init.normal_(module.up_proj, std=module.up_proj.shape[2] ** -0.5)
@@ -130,7 +132,7 @@ def _randomise(module: nn.Module) -> None:
             if module.conv1d.bias is not None:
                 nn.init.normal_(module.conv1d.bias, std=0.3)
             nn.init.uniform_(module.A_log, 0.0, math.log(8.0))
-            nn.init.normal_(module.dt_bias, mean=-2.0)  # steps around 0.1: the state remembers tens of tokens
+            nn.init.normal_(module.dt_bias, mean=-2.0)  # steps near 0.1, so that the state depends on tens of tokens
             nn.init.normal_(module.D, mean=1.0, std=0.3)
         case TimeConditioning():
             for table in module.scale_shift_tables:
@@ -140,7 +142,7 @@ def _randomise(module: nn.Module) -> None:
 
 @pytest.fixture
 def cli(capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch) -> Callable[..., Result]:
-    """Runs one command line in this process; `stdin` is what is piped in."""
+    """Runs one command line in this process, with `stdin` as piped input."""
 
     def call(*args: str | Path, stdin: bytes = b"") -> Result:
         monkeypatch.setattr(sys, "stdin", io.TextIOWrapper(io.BytesIO(stdin)))

@@ -1,9 +1,9 @@
-"""What public calls give for a request, as plain data: recorded once, compared afterwards.
+"""Results of public calls as plain data, which are recorded once and then compared.
 
-A golden (one line of JSON): `model` (a name of `decoding_models`), `prompts`, `params` (of GenerationParams, only those
-given), `rows` (see `Seen`), `nfe` (denoiser passes that ran; of a batch not compared), `calls` (step_callback's, where
-recorded), `fp32`: whether fp32 gives the same discrete results. A row of a verified batch may have `alone`: its last
-round is another one alone, since a batch drafts as long as its longest row needs; either result is right.
+A golden is one line of JSON: `model` (a name in `decoding_models`), `prompts`, `params` (the given arguments of
+GenerationParams), `rows` (see `row_of`), `nfe` (denoiser passes; not compared for a batch), `calls` (of step_callback,
+where recorded), and `fp32` (whether fp32 gives the same discrete results). A row of a verified batch may have `alone`:
+a second correct result, because the last draft of a batch is as long as its longest row needs.
 """
 
 from __future__ import annotations
@@ -22,7 +22,7 @@ from torch import Tensor
 from twotower import BlockEvent, Generation, GenerationParams, TwoTowerForCausalLM, generate
 
 FILE = GOLDEN / "decoding" / "requests.jsonl.gz"
-TOLERANCE = {torch.float64: 2e-6, torch.float32: 1e-3}  # of confidences, stored with six digits
+TOLERANCE = {torch.float64: 2e-6, torch.float32: 1e-3}  # tolerance of confidences, which are stored with six digits
 Golden = dict[str, Any]
 Row = dict[str, Any]
 METHODS = {
@@ -34,27 +34,27 @@ METHODS = {
 
 
 def read_goldens(path: Path = FILE) -> list[Golden]:
-    """All of them."""
+    """Reads all goldens."""
     with gzip.open(path, "rt") as file:
         return [json.loads(line) for line in file]
 
 
 def params_of(golden: Golden) -> GenerationParams:
-    """The parameters of its request."""
+    """The parameters of a golden's request."""
     return GenerationParams.of(**golden["params"])
 
 
 def depends_on_timing(golden: Golden) -> bool:
-    """Whether counts follow from clocks: only tokens, text and finish reason are recorded then."""
+    """Whether counts depend on measured times; then only tokens, text and finish reason are recorded."""
     return params_of(golden).depends_on_timing
 
 
-# --- what a result and its events say -------------------------------------------------------------------------------
+# --- results and events ---------------------------------------------------------------------------------------------
 
 
 def row_of(result: Generation | Decoded, counted: bool = True) -> Row:
-    """tokens, text, end; where counted: at (committed_at), sure (confidence), passes (denoiser, context), drafts
-    (drafts, drafted, accepted, rejected)."""
+    """A row: tokens, text, end; if counts are recorded also at (committed_at), sure (confidence), passes (denoiser,
+    context) and drafts (drafts, drafted, accepted, rejected)."""
     row: Row = {"tokens": result.tokens, "text": result.text, "end": result.finish_reason}
     if counted:
         row |= {
@@ -67,8 +67,8 @@ def row_of(result: Generation | Decoded, counted: bool = True) -> Row:
 
 
 def events_of(events: Sequence[BlockEvent], result: Generation) -> list[list[Any]]:
-    """One row's events: [tokens, characters, draft] of each; checks what the events must have in common with the
-    result, so that no more need be stored."""
+    """Events of one row, each as [tokens, characters, draft]. The rest of an event follows from the result, and is
+    checked here."""
     assert [event.block for event in events] == list(range(len(events)))
     assert [event.result is not None for event in events] == [False] * (len(events) - 1) + [True]
     assert "".join(event.text for event in events) == result.text
@@ -82,7 +82,7 @@ def events_of(events: Sequence[BlockEvent], result: Generation) -> list[list[Any
 
 
 def streamed(model: TwoTowerForCausalLM, golden: Golden) -> tuple[list[Generation], list[list[list[Any]]]]:
-    """By `model.stream` → each row's result and its events."""
+    """Decodes with `model.stream`; returns the result and the events of each row."""
     by_row: list[list[BlockEvent]] = [[] for _ in golden["prompts"]]
     for event in model.stream(golden["prompts"], **golden["params"]):
         by_row[event.row].append(event)
@@ -96,7 +96,10 @@ def streamed(model: TwoTowerForCausalLM, golden: Golden) -> tuple[list[Generatio
 
 
 def called(model: TwoTowerForCausalLM, golden: Golden) -> tuple[list[Generation], list[list[Any]]]:
-    """By `generate` with a step_callback → the results and its calls: [step, steps, block_idx, t, block, logits]."""
+    """Decodes with `generate`; returns the results and the calls of step_callback.
+
+    A call is [step, steps, block_idx, t, block, logits].
+    """
     calls: list[list[Any]] = []
 
     def callback(step: int, steps: int, block: Tensor, *, t: Any, logits: Tensor | None, block_idx: int) -> None:
@@ -108,7 +111,7 @@ def called(model: TwoTowerForCausalLM, golden: Golden) -> tuple[list[Generation]
 
 
 def _digest(logits: Tensor) -> list[Any]:
-    """Logits (B, L, V) before the mask token is barred: the largest's place of each position, and three numbers."""
+    """Digest of logits (B, L, V), mask token included: the argmax of each position, and three numbers."""
     finite = logits[logits.isfinite()].double()
     facts = [finite.mean(), finite.std(), finite.abs().max()]
     return [logits.argmax(-1).tolist(), [round(float(fact), 5) for fact in facts], list(logits.shape)]
@@ -118,7 +121,7 @@ def _digest(logits: Tensor) -> list[Any]:
 
 
 def by_method(model: TwoTowerForCausalLM, golden: Golden) -> tuple[list[list[int]], int]:
-    """By `model.generate_*` → each row's new tokens with padding, and `_last_nfe`; the prompts come back in front."""
+    """Decodes with `model.generate_*`; returns the new tokens of each row with padding, and `_last_nfe`."""
     params = {name: value for name, value in golden["params"].items() if name != "mode"}
     method: Callable[..., Tensor] = getattr(model, METHODS[golden["params"]["mode"]])
     out = method(golden["prompts"], **params).tolist()
@@ -131,12 +134,12 @@ def by_method(model: TwoTowerForCausalLM, golden: Golden) -> tuple[list[list[int
 
 
 def discrete(row: Row) -> Row:
-    """A row without its confidences."""
+    """A row without confidences."""
     return {name: value for name, value in row.items() if name != "sure"}
 
 
 def near(a: Any, b: Any, tolerance: float) -> bool:
-    """Equal in structure, whole numbers and texts; fractions as far as tolerance."""
+    """Whether two values have the same structure, integers and texts, and floats within the tolerance."""
     if isinstance(a, list):
         return (
             isinstance(b, list) and len(a) == len(b) and all(near(x, y, tolerance) for x, y in zip(a, b, strict=True))
@@ -147,6 +150,6 @@ def near(a: Any, b: Any, tolerance: float) -> bool:
 
 
 def agrees(found: Row, golden: Row, tolerance: float, names: Sequence[str] | None = None) -> bool:
-    """Whether a row is the recorded one, in these fields (None: all recorded)."""
+    """Whether a row equals the recorded row in these fields (None: in all recorded fields)."""
     wanted = [name for name in golden if name not in ("alone", "events")] if names is None else names
     return all(near(golden[name], found[name], tolerance) for name in wanted if name in golden)

@@ -1,7 +1,7 @@
-"""The models of the decoding goldens: weights from numpy's PCG64, the same on every processor and with every torch.
+"""Models of the decoding goldens: weights from numpy's PCG64, equal on all processors and torch versions.
 
-Each weight is drawn by its name in the state_dict, in float64, and rounded to fp32, so that both dtypes hold the same
-numbers. No weight is stored.
+Each weight is drawn in float64 from a seed that depends on its name, and rounded to fp32, so that both dtypes have the
+same values. No weights are stored.
 """
 
 from __future__ import annotations
@@ -21,7 +21,7 @@ from transformers import PreTrainedTokenizerFast
 from twotower import TwoTowerConfig, TwoTowerForCausalLM
 
 SPECIAL = ("<pad>", "<s>", "</s>", "<mask>")
-# Byte-level: Ġ is a space, Ċ a line break; ü, 世 and 👍 come byte by byte, so most sequences of theirs are broken.
+# Byte-level: Ġ is a space, Ċ a newline. ü, 世 and 👍 are single bytes, so most of their sequences are invalid.
 PIECES = (
     *"etaoinshrdlucm",
     *("Ġa", "Ġthe", "Ġof", "Ġto", "Ġ", "Ċ", ".", ",", ":", "!", "ing", "er", "on", "and", "User", "Ġis", "re", "st"),
@@ -32,9 +32,9 @@ assert len(SPECIAL) + len(PIECES) == SHAPE["vocab_size"]
 
 
 class Kind(NamedTuple):
-    """sharpness: of the logits; prior: how much of them is the same at every position, by `axis`, the part that all
-    embeddings share; apart: how far the denoiser's weights are from the context tower's, at most 1. With a prior and
-    similar towers a draft agrees with the AR model now and then."""
+    """A kind of model. sharpness: scale of the logits; prior: share of the logits that is equal at every position,
+    through `axis`, the common part of all embeddings; apart: distance of the denoiser's weights from the context
+    tower's, at most 1. With a prior and similar towers, some drafted tokens agree with AR."""
 
     pattern: str
     sharpness: float
@@ -55,7 +55,7 @@ NAMES = (*KINDS, "tiny-groups")  # of the goldens
 
 @cache
 def decoding_model(name: str, dtype: torch.dtype) -> TwoTowerForCausalLM:
-    """One of KINDS or STORED."""
+    """The model of a name in KINDS or STORED."""
     if name in STORED:
         return TwoTowerForCausalLM.from_pretrained(GOLDEN / name, dtype=dtype).eval()
     kind = KINDS[name]
@@ -76,7 +76,7 @@ def decoding_model(name: str, dtype: torch.dtype) -> TwoTowerForCausalLM:
 
 @cache
 def tokenizer() -> PreTrainedTokenizerFast:
-    """For decoding: prompts are token ids."""
+    """A tokenizer for decoding only; prompts are token ids."""
     vocabulary = {piece: i for i, piece in enumerate((*SPECIAL, *PIECES))}
     whole = Tokenizer(models.BPE(vocabulary, []))
     whole.decoder = decoders.ByteLevel()
@@ -85,7 +85,7 @@ def tokenizer() -> PreTrainedTokenizerFast:
 
 
 def _drawn(key: str, shape: tuple[int, ...], rng: np.random.Generator, kind: Kind) -> NDArray[np.float64]:
-    """A weight's numbers, at a scale that keeps activations near one."""
+    """Values of a weight, at a scale that keeps activations near 1."""
     normal = rng.standard_normal(shape)
     part = key.rsplit("mixer.", 1)[-1]
     if key.endswith("head.weight"):
@@ -94,7 +94,7 @@ def _drawn(key: str, shape: tuple[int, ...], rng: np.random.Generator, kind: Kin
     if key.endswith("embeddings.weight"):
         if not kind.prior:
             return normal
-        normal[3] = 0.0  # of a mask the denoiser knows no more than the prior
+        normal[3] = 0.0  # for a mask token the denoiser has only the prior
         return normal + kind.axis * _common("axis", shape[1])
     if key.endswith("norm.weight") or key.endswith("norm_f.weight"):
         return 1.0 + 0.2 * normal
@@ -117,10 +117,10 @@ def _drawn(key: str, shape: tuple[int, ...], rng: np.random.Generator, kind: Kin
 
 
 def _common(what: str, size: int) -> NDArray[np.float64]:
-    """A vector that both towers share."""
+    """A vector that is equal in both towers."""
     return numbers(what).standard_normal(size)
 
 
 def numbers(name: str) -> np.random.Generator:
-    """Random ones of their own for each name."""
+    """Random values from a seed that depends on the name."""
     return np.random.Generator(np.random.PCG64(zlib.crc32(name.encode())))

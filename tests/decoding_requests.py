@@ -1,4 +1,4 @@
-"""Random requests over every parameter of decoding, alone and in ragged batches: for the goldens and the oracle."""
+"""Random requests over all decoding parameters, single and in ragged batches, for goldens and oracle."""
 
 from __future__ import annotations
 
@@ -22,7 +22,7 @@ LENGTHS = (1, 2, 3, 9, 20, 37, 80, 150, 300, 530)
 
 
 def some_params(rng: random.Random, mode: str, rows: int) -> dict[str, Any]:
-    """A random request's, of `rows` prompts; only what is given."""
+    """Random parameters of a request with `rows` prompts; parameters with default values are left out."""
     asked: dict[str, Any] = {"mode": mode, "max_new_tokens": rng.choice([0, 1, 2, 7, 12, 17, 24, 24, 33, 40])}
     if rng.random() < 0.55:
         asked["temperature"] = rng.choice([0.3, 0.8, 1.0, 1.0, 1.5])
@@ -49,7 +49,7 @@ def some_params(rng: random.Random, mode: str, rows: int) -> dict[str, Any]:
 
 
 def some_policies(rng: random.Random, rows: int, mode: str) -> dict[str, Any]:
-    """One for all rows or one for each, with or without a policy value."""
+    """A policy for all rows or one for each row, with or without a policy value."""
     if rng.random() < 0.15:
         named = mode == "diffusion" and rng.random() < 0.8
         return {"confidence_threshold": rng.choice([0.05, 0.2, 0.5])} if named else {}
@@ -63,8 +63,10 @@ def some_policies(rng: random.Random, rows: int, mode: str) -> dict[str, Any]:
 
 
 def some_request(rng: random.Random, mode: str, rows: int, longest: int = 530, names: Sequence[str] = NAMES) -> Golden:
-    """A request, without what it gives, of one of the models `names`; prompts of up to `longest` tokens. Where it ends
-    is chosen from what it would write without an end."""
+    """A random request, without its result, for one of the models `names`, with prompts of up to `longest` tokens.
+
+    Its EOS tokens and stop strings are taken from the text that it has without them.
+    """
     name = rng.choice(["biased", "biased", *names] if mode == "verified" else names)
     model = decoding_model(name, torch.float64)
     words = model.config.backbone.vocab_size

@@ -1,8 +1,4 @@
-"""Commit policies in plain Python, one row at a time: the references of `decoding/unmasking.py`.
-
-A row: p, the distribution at each position; c, the candidates' confidences; open, the masked positions; before, p of
-the pass before (None in a block's first); step and steps.
-"""
+"""Commit policies in plain Python, one row at a time: the reference of `decoding/unmasking.py`."""
 
 from __future__ import annotations
 
@@ -14,7 +10,11 @@ from typing import NamedTuple
 
 @dataclass
 class NaiveRow:
-    """What one row sees of a pass."""
+    """Input of a policy for one row.
+
+    p: the distribution at each position; c: the confidence of each candidate; open: the masked positions; before: p of
+    the previous pass (None in the first pass of a block).
+    """
 
     p: list[list[float]]
     c: list[float]
@@ -24,14 +24,14 @@ class NaiveRow:
     steps: int
 
 
-Sure = Callable[[NaiveRow, float], set[int]]
-Order = Callable[[NaiveRow, int], float]  # of an open position; the largest goes first
+Selection = Callable[[NaiveRow, float], set[int]]
+Order = Callable[[NaiveRow, int], float]  # the priority of a masked position
 
 
 class NaivePolicy(NamedTuple):
-    """sure: what a pass commits for the policy's own reasons; order: of what else is due; default: the value's."""
+    """select: the positions that the policy commits; order: priority of further positions; default: of the value."""
 
-    sure: Sure
+    select: Selection
     order: Order
     default: float
 
@@ -58,7 +58,7 @@ def naive_entropy(row: NaiveRow, value: float) -> set[int]:
     ordered, best = sorted(own, key=lambda i: own[i]), set()
     for n in range(1, len(ordered) + 1):
         taken = [own[i] for i in ordered[:n]]
-        if sum(taken[:-1]) <= value:  # all but the largest, which is the last
+        if sum(taken[:-1]) <= value:  # all but the last, which is the largest
             best = set(ordered[:n])
     return best
 
@@ -118,9 +118,11 @@ NAIVE = {
 
 
 def naive_commit(name: str, row: NaiveRow, value: float) -> set[int]:
-    """What a pass commits: what is sure, at least one, and enough to be done in the steps that are left; sure ones
-    first, then by the policy's order, equal ones from the left."""
+    """The positions that a pass commits: those that the policy selects, at least one, and enough to end in time.
+
+    Selected positions come first, then positions by the policy's order; equal positions from left to right.
+    """
     policy = NAIVE[name]
-    sure = policy.sure(row, value)
-    count = min(len(row.open), max(len(sure), 1, math.ceil(len(row.open) / (row.steps - row.step))))
-    return set(sorted(sorted(row.open), key=lambda i: (i not in sure, -policy.order(row, i)))[:count])
+    selected = policy.select(row, value)
+    count = min(len(row.open), max(len(selected), 1, math.ceil(len(row.open) / (row.steps - row.step))))
+    return set(sorted(sorted(row.open), key=lambda i: (i not in selected, -policy.order(row, i)))[:count])

@@ -1,4 +1,4 @@
-"""Near ties, found from outside: weights that differ by a rounding's size decide otherwise."""
+"""Finds near ties: results that change with weights that differ by about a rounding error."""
 
 from __future__ import annotations
 
@@ -11,12 +11,12 @@ import torch
 
 from twotower import TwoTowerForCausalLM
 
-SHARE = 1e-5  # of each weight's value: a little more than rounding in fp32 does to an activation
+SHARE = 1e-5  # relative change of a weight, a little more than the effect of fp32 rounding on an activation
 Result = TypeVar("Result")
 
 
 def perturbed(exact: TwoTowerForCausalLM, seed: int, share: float = SHARE) -> TwoTowerForCausalLM:
-    """A copy of a float64 model whose weights differ by that share, at random."""
+    """A copy of a float64 model with a random relative change of its weights."""
     other = copy.deepcopy(exact)
     rng = np.random.Generator(np.random.PCG64(seed))
     with torch.no_grad():
@@ -26,6 +26,6 @@ def perturbed(exact: TwoTowerForCausalLM, seed: int, share: float = SHARE) -> Tw
 
 
 def is_near_tie(exact: TwoTowerForCausalLM, run: Callable[[TwoTowerForCausalLM], Result], tries: int = 16) -> bool:
-    """Whether run, of a float64 model, gives another result with one of so many perturbed copies."""
+    """Whether `run` gives another result for one of `tries` perturbed copies of a float64 model."""
     expected = run(exact)
     return any(run(perturbed(exact, seed)) != expected for seed in range(tries))

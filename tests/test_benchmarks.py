@@ -1,4 +1,4 @@
-"""The benchmarks run, print what they promise, and their figures cannot be nonsense: each in its quick form."""
+"""Each benchmark runs in its quick form, prints its documented output, and gives plausible figures."""
 
 from __future__ import annotations
 
@@ -19,14 +19,14 @@ BENCHMARKS = Path(__file__).parent.parent / "benchmarks"
 
 
 def bench(program: str, *arguments: str) -> dict[str, Any]:
-    """Runs one ("script" or "script subcommand") on one thread → its JSON line, which is all of its stdout."""
+    """Runs one benchmark ("script" or "script subcommand") on one thread; returns its JSON, its only stdout."""
     script, *subcommand = program.split()
     command = [sys.executable, str(BENCHMARKS / f"{script}.py"), *subcommand, *arguments]
     environment = os.environ | {"OMP_NUM_THREADS": "1"}
     done = subprocess.run(command, capture_output=True, text=True, timeout=300, env=environment)
     assert done.returncode == 0, done.stderr
     (line,) = done.stdout.splitlines()
-    assert done.stderr.strip()  # what people read
+    assert done.stderr.strip()  # the tables
     facts: dict[str, Any] = json.loads(line)
     assert facts["benchmark"] == program
     return facts
@@ -34,7 +34,7 @@ def bench(program: str, *arguments: str) -> dict[str, Any]:
 
 @pytest.fixture
 def modules(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
-    """The benchmarks can be imported by their names, inside the test only."""
+    """Makes the benchmarks importable by their names, inside the test only."""
     before = set(sys.modules)
     monkeypatch.syspath_prepend(str(BENCHMARKS))
     yield
@@ -65,7 +65,9 @@ def test_passes() -> None:
         assert one["experts"]["how"] == "counted"
     assert found["passes"]["AR step"]["experts"]["mean"] == 2
     assert found["passes"]["AR step"]["AR steps"] == 1
-    assert 4 < found["passes"]["denoiser pass"]["experts"]["mean"] <= 8  # not the few that a block of masks chooses
+    assert (
+        4 < found["passes"]["denoiser pass"]["experts"]["mean"] <= 8
+    )  # not only the few experts that a block of masks selects
     assert found["naive logits differ by"]["largest"] < 1e-4
     assert found["naive"]["times ours"] > 0
     assert [row["asked"] for row in found["diffusion"]] == [1.5, 3, 5]
@@ -85,14 +87,14 @@ def test_throughput() -> None:
     assert facts["matmuls cover"] > 0.95
     alone = {row["mode"]: row for row in facts["measured"] if row["at once"] == 1}
     for row in facts["measured"]:
-        assert row["same texts as alone"] == 1  # these few in fp32 have no near-ties
+        assert row["same texts as alone"] == 1  # these few texts have no near ties in fp32
         assert 0 < row["first block p50"] <= row["first block p95"] <= row["latency p95"]
         assert row["latency p50"] <= row["latency p95"]
         assert row["tokens per pass"] == pytest.approx(alone[row["mode"]]["tokens per pass"])
         assert row["share of it"] == pytest.approx(row["times one"] / row["matmuls allow"])
     assert alone["ar"]["tokens per pass"] == 1 < alone["verified"]["tokens per pass"]
     assert all(row["times one"] == row["matmuls allow"] == 1 for row in alone.values())
-    assert all(row["times one"] > 0.1 for row in facts["measured"])  # more only on an idle machine
+    assert all(row["times one"] > 0.1 for row in facts["measured"])  # reliable only on an idle machine
 
 
 def test_worst_case_of_drafting() -> None:
@@ -121,7 +123,7 @@ def test_memory() -> None:
     states = facts["states"]
     assert [row["length"] for row in states] == [1024, 4096]
     for row in states:
-        assert row["scratch"] == row["two-tower"] - row["AR"] == states[0]["scratch"] > 0  # one block, however long
+        assert row["scratch"] == row["two-tower"] - row["AR"] == states[0]["scratch"] > 0  # one block of any length
     tokens = facts["state bytes a token"]
     assert tokens["AR"] == tokens["two-tower"] == 2 * 2 * 16 * 4  # K and V of one layer: 2 heads of 16, fp32
     published = facts["published shape, bf16"]
@@ -142,9 +144,11 @@ def test_context(tmp_path: Path) -> None:
     for name, curve in facts["seconds"].items():
         assert len(curve) == 3
         assert min(curve) > 0
-        if name != "AR step":  # a tiny model's pass over a block is mostly attention after so long a text
+        if name != "AR step":  # after such a long text, attention dominates a block pass of a tiny model
             assert curve[2] > curve[0]
-            assert 5 * facts["slopes"][name] > facts["own roofline slopes"][name]  # rates were low if others were busy
+            assert (
+                5 * facts["slopes"][name] > facts["own roofline slopes"][name]
+            )  # on a busy machine, rates are too low
         assert facts["own roofline slopes"][name] >= facts["roofline slope"] * (1 - 1e-9)
 
 
@@ -178,7 +182,7 @@ def test_gpu_script_on_the_cpu(tmp_path: Path) -> None:
 
 
 @pytest.mark.usefixtures("modules")
-def test_a_part_that_fails_or_hangs_does_not_take_the_others_along(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_part_that_fails_or_hangs_does_not_stop_the_others(monkeypatch: pytest.MonkeyPatch) -> None:
     import gpu
 
     def fails(setting: Any, out: dict[str, Any]) -> None:
@@ -211,7 +215,7 @@ def test_percentiles() -> None:
 
 
 @pytest.mark.usefixtures("modules")
-def test_what_a_pass_must_read_is_what_a_tower_holds() -> None:
+def test_bytes_of_a_pass_are_the_bytes_of_a_tower() -> None:
     from common import models, roofline
 
     config = models.config_of(None)
@@ -240,7 +244,7 @@ def test_one_set_of_weights_can_serve_both_towers_and_big_shapes_are_cut() -> No
     config, cpu = models.config_of(None), torch.device("cpu")
     shared = models.random_model(config, torch.bfloat16, cpu, shared=True)
     assert shared.denoiser is shared.context
-    assert shared.context.layers[0].mixer.A_log.dtype == torch.float32  # what must be wide is
+    assert shared.context.layers[0].mixer.A_log.dtype == torch.float32  # fp32 tensors stay in fp32
     assert all(math.isfinite(float(p.detach().float().sum())) for p in shared.parameters())
     with models.random_for_masks(shared, 16) as counted:
         (result,) = generate(shared, [[5, 6, 7]], GenerationParams.of(max_new_tokens=20, seed=0))
@@ -268,7 +272,7 @@ def test_serve() -> None:
 
 
 def test_overhead() -> None:
-    """This checkout against itself: through `generate_*` and through the engine, with a profile."""
+    """Compares this checkout with itself through `generate_*` and through the engine, with a profile."""
     cases = ("ar", "verified x8", "diffusion", "first token")
     chosen = [word for case in cases for word in ("--case", case)]
     facts = bench("overhead", "--against", str(BENCHMARKS.parent), "--entry", "engine", "--quick", "--profile", *chosen)

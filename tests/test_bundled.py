@@ -1,4 +1,4 @@
-"""The bundled model is really trained, and is what its card says."""
+"""The bundled model is trained, and has the figures of its card."""
 
 from __future__ import annotations
 
@@ -34,7 +34,7 @@ def card() -> dict:
     return json.loads((bundled_model() / "metrics.json").read_text())
 
 
-def test_it_is_small_enough_to_ship() -> None:
+def test_the_model_is_small_enough_for_the_package() -> None:
     size = sum(file.stat().st_size for file in bundled_model().iterdir())
     assert size < 25e6
 
@@ -61,8 +61,8 @@ def test_the_denoiser_commits_several_tokens_a_pass(model: TwoTowerForCausalLM, 
     assert figures["verified:draft_steps=1"]["nll_per_token"] == pytest.approx(figures["ar"]["nll_per_token"])
 
 
-def test_it_solves_problems_it_has_not_seen(model: TwoTowerForCausalLM) -> None:
-    """By AR and by diffusion, in fewer passes."""
+def test_the_model_solves_unseen_problems(model: TwoTowerForCausalLM) -> None:
+    """In mode ar, and in mode diffusion with fewer passes."""
     figures = measure_suite(model, 60, level=1)
     ar, diffusion, verified = (figures[name] for name in ("ar", "diffusion:0.8", "verified:draft_steps=1"))
     assert ar["accuracy"]["overall"] > 0.7
@@ -83,14 +83,14 @@ def test_kneser_ney_is_a_distribution() -> None:
 
 
 @pytest.mark.slow
-def test_the_card_s_figures_come_out_again(model: TwoTowerForCausalLM) -> None:
+def test_figures_of_the_card_are_reproduced(model: TwoTowerForCausalLM) -> None:
     if not DATA.is_dir():
         pytest.skip(f"needs the dialogues in {DATA} (set TWOTOWER_DATA): the full held-out measurement is not run")
     said = card()
     texts = read_documents(DATA / "valid.jsonl.gz")
     dialogues = measure_dialogues(model, texts, said["dialogues"]["count"], said["dialogues"]["max_new_tokens"])
     assert dialogues["diffusion:0.8"]["tokens"] / dialogues["diffusion:0.8"]["denoiser_passes"] >= 1.5
-    for name in MEASURED_SETTINGS:  # fp32 near-ties may fall differently on another machine, so not to the last digit
+    for name in MEASURED_SETTINGS:  # another machine may resolve near ties differently, so the last digit may differ
         found, told = dialogues[name], said["dialogues"][name]
         assert found["tokens_per_pass"] == pytest.approx(told["tokens_per_pass"], rel=0.02)
         assert found["nll_per_token"] == pytest.approx(told["nll_per_token"], rel=0.05)

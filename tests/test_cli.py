@@ -1,4 +1,4 @@
-"""The command line: what goes to stdout, what to stderr, exit codes, and how long `--help` takes."""
+"""The command line: stdout, stderr, exit codes, and the time of `--help`."""
 
 from __future__ import annotations
 
@@ -31,7 +31,7 @@ SPECIAL = ["<pad>", "<bos>", "<eos>", "<mask>"]
 
 @pytest.fixture(scope="session")
 def byte_tokenizer() -> PreTrainedTokenizerFast:
-    """One token a byte, in the 256 ids of the tiny golden model (four rare bytes have none)."""
+    """A tokenizer with one token per byte for the 256 ids of the tiny golden model (without four rare bytes)."""
     alphabet = sorted(pre_tokenizers.ByteLevel.alphabet())[: 256 - len(SPECIAL)]
     vocabulary = {token: i for i, token in enumerate([*SPECIAL, *alphabet])}
     tokenizer = Tokenizer(models.BPE(vocab=vocabulary, merges=[]))
@@ -46,7 +46,7 @@ def byte_tokenizer() -> PreTrainedTokenizerFast:
 def checkpoint(
     golden_dir: Path, byte_tokenizer: PreTrainedTokenizerFast, tmp_path_factory: pytest.TempPathFactory
 ) -> Path:
-    """The tiny golden model with a tokenizer beside it."""
+    """The tiny golden model with a tokenizer."""
     directory = tmp_path_factory.mktemp("model")
     for name in ("config.json", "model.safetensors"):
         shutil.copy(golden_dir / "tiny-hybrid" / name, directory / name)
@@ -77,14 +77,14 @@ def test_help_imports_nothing_heavy(args: list[str]) -> None:
     assert not {"torch", "transformers", "numpy", "rich.console"} & set(loaded)
 
 
-def test_a_mistake_in_an_option_is_told_without_heavy_imports() -> None:
+def test_a_wrong_option_is_reported_without_heavy_imports() -> None:
     code = "import sys; from twotower.cli.main import run_cli; code = run_cli(['x', '--mode', 'foo']); "
     code += "print(code, 'torch' in sys.modules)"
     assert python(code) == "2 False\n"
 
 
 def test_defaults_are_those_of_the_api() -> None:
-    """The command line states them itself, so that `--help` need not import torch."""
+    """The command line repeats them, so that `--help` does not import torch."""
     shown = {option.name: option.default for option in generate_command.params}
     api = GenerationParams()
     assert shown["mode"] == api.mode
@@ -108,7 +108,7 @@ def test_the_verb_may_be_left_out(cli: Callable[..., Result], checkpoint: Path) 
     assert named.out
 
 
-def test_a_near_miss_of_a_verb_is_mentioned(cli: Callable[..., Result], checkpoint: Path) -> None:
+def test_a_misspelt_verb_is_mentioned(cli: Callable[..., Result], checkpoint: Path) -> None:
     result = cli("infoo", "-m", checkpoint, "-n", "1")
     assert result.code == 0
     assert "'info'" in result.err
@@ -168,7 +168,7 @@ def test_stop_strings(cli: Callable[..., Result], checkpoint: Path) -> None:
     assert "ended by stop" in cut.err
 
 
-def test_options_without_effect_are_told(cli: Callable[..., Result], checkpoint: Path) -> None:
+def test_options_without_effect_give_a_warning(cli: Callable[..., Result], checkpoint: Path) -> None:
     options = ["--threshold", "0.5", "--watch", "--denoiser-device", "cpu", "--seed", "1"]
     result = cli(PROMPT, "-m", checkpoint, "-n", "2", "--mode", "ar", *options)
     assert result.code == 0
@@ -199,7 +199,7 @@ def test_options_without_effect_are_told(cli: Callable[..., Result], checkpoint:
         (["info", "/no/such/config.json"], "/no/such/config.json"),
     ],
 )
-def test_a_users_mistake_is_one_line_and_exit_code_2(
+def test_an_error_of_the_user_is_one_line_and_exit_code_2(
     cli: Callable[..., Result], checkpoint: Path, args: list[str], said: str
 ) -> None:
     if args[:1] != ["info"] and "-m" not in args:
@@ -207,7 +207,7 @@ def test_a_users_mistake_is_one_line_and_exit_code_2(
     assert_one_line_error(cli(*args), said)
 
 
-def test_two_prompts_are_one_too_many(cli: Callable[..., Result], tmp_path: Path) -> None:
+def test_two_prompts_are_an_error(cli: Callable[..., Result], tmp_path: Path) -> None:
     file = tmp_path / "prompt.txt"
     file.write_text("x")
     assert_one_line_error(cli("x", "-f", file), "--file")
@@ -232,7 +232,7 @@ def test_no_traceback_in_a_real_process() -> None:
     assert_one_line_error(Result(done.returncode, done.stdout, done.stderr), "/no/such/model")
 
 
-# --- watching -------------------------------------------------------------------------------------------------------
+# --- watch and trace ------------------------------------------------------------------------------------------------
 
 
 def test_watch_writes_a_line_a_pass_to_stderr(cli: Callable[..., Result], checkpoint: Path) -> None:
@@ -241,7 +241,7 @@ def test_watch_writes_a_line_a_pass_to_stderr(cli: Callable[..., Result], checkp
     assert watched.out == quiet.out
     lines = [line for line in watched.err.splitlines() if line.startswith("block")]
     passes = int(re.search(r"(\d+) passes", quiet.err)[1])  # type: ignore[index]
-    assert len(lines) == passes + 2  # and one before the first pass of each of the two blocks
+    assert len(lines) == passes + 2  # and one line before the first pass of each of the two blocks
     assert lines[0].endswith("t 1.00  " + "░" * 16)
     assert "░" not in lines[-1]
 
@@ -256,8 +256,8 @@ def recorded(checkpoint: Path, view: object, tokens: int = 20) -> tuple[Watcher,
     return watcher, last.result.tokens, last.result.confidence
 
 
-def test_frames_retell_the_run(checkpoint: Path) -> None:
-    """Every token appears in the pass that committed it, with the confidence it was committed with."""
+def test_frames_record_the_run(checkpoint: Path) -> None:
+    """Every token appears in the pass that commits it, with its confidence at the commit."""
     watcher, tokens, confidence = recorded(checkpoint, NullView())
     finals = [frames[-1] for frames in watcher.blocks]
     assert [token for frame in finals for token in frame.tokens] == tokens
@@ -272,8 +272,8 @@ def test_frames_retell_the_run(checkpoint: Path) -> None:
     assert finals[-1].total_tokens == 20
 
 
-def test_frames_retell_a_verified_run() -> None:
-    """What was drafted, what the context tower made of it, and which rounds had no draft; on a trained model."""
+def test_frames_record_a_verified_run() -> None:
+    """Drafts, accepted tokens, and rounds without a draft, with a trained model."""
     model = TwoTowerForCausalLM.from_pretrained(bundled_model(), dtype="float32")
     for steps in (0, 1, 2, None):
         watcher = Watcher(model.tokenizer, model.config.mask_token, NullView(), known_positions=1)
@@ -308,14 +308,14 @@ def test_frames_retell_a_verified_run() -> None:
             assert kept > 0
 
 
-def test_screen_shows_masks_and_settled_text(checkpoint: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_the_live_view_shows_masks_and_final_text(checkpoint: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("twotower.cli.watch.FRAME_SECONDS", 0.0)
     console = Console(file=io.StringIO(), force_terminal=True, width=60, height=12, color_system="truecolor")
     recorded(checkpoint, LiveView(console, PROMPT, keep=True))
     shown = console.file.getvalue()  # type: ignore[attr-defined]
     assert "░" in shown
     assert "tokens/pass" in shown
-    assert "\x1b[48;2;" in shown or ";48;2;" in shown  # something just committed, in colour
+    assert "\x1b[48;2;" in shown or ";48;2;" in shown  # a newly committed token, in colour
     assert "░" not in shown.rsplit(PROMPT, 1)[1]
 
 
@@ -323,10 +323,10 @@ def test_token_names(byte_tokenizer: PreTrainedTokenizerFast) -> None:
     names = TokenNames(byte_tokenizer)
     newline, a, e_acute = (byte_tokenizer(text)["input_ids"] for text in ("\n", "a", "é"))
     assert [names(2), names(3), names(newline[0]), names(a[0])] == ["<eos>", "<mask>", "↵", "a"]
-    assert [names(token) for token in e_acute] == ["·"] * len(e_acute)  # halves of a character
+    assert [names(token) for token in e_acute] == ["·"] * len(e_acute)  # parts of a character
 
 
-def test_a_fresh_token_wears_its_confidence(byte_tokenizer: PreTrainedTokenizerFast) -> None:
+def test_a_new_token_has_the_colour_of_its_confidence(byte_tokenizer: PreTrainedTokenizerFast) -> None:
     (a,) = byte_tokenizer("a")["input_ids"]
     frame = Frame(
         block=0,
@@ -353,7 +353,7 @@ def test_trace_draws_a_self_contained_picture(cli: Callable[..., Result], checkp
     assert not re.search(r"url\((?!#)|href|@font-face", drawn)
 
 
-def test_trace_as_a_page_and_as_pixels(cli: Callable[..., Result], checkpoint: Path, tmp_path: Path) -> None:
+def test_trace_as_html_and_png(cli: Callable[..., Result], checkpoint: Path, tmp_path: Path) -> None:
     page, pixels = tmp_path / "trace.html", tmp_path / "trace.png"
     for file in (page, pixels):
         assert cli("<b>" + PROMPT, "-m", checkpoint, "-n", "20", "--trace", file).code == 0
@@ -418,8 +418,10 @@ def test_info_counts_what_loading_allocates(cli: Callable[..., Result], checkpoi
 
 
 @pytest.mark.parametrize("args", [[], ["--json"]])
-def test_info_tells_of_damage(cli: Callable[..., Result], checkpoint: Path, tmp_path: Path, args: list[str]) -> None:
-    """What can be said is said; what is wrong comes last, as an error."""
+def test_info_reports_damaged_weights(
+    cli: Callable[..., Result], checkpoint: Path, tmp_path: Path, args: list[str]
+) -> None:
+    """The facts are printed; the damage comes last, as an error."""
     shutil.copytree(checkpoint, tmp_path / "half")
     weights = tmp_path / "half" / "model.safetensors"
     weights.write_bytes(weights.read_bytes()[:-100])

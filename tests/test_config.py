@@ -1,4 +1,4 @@
-"""`config.json`, the released one included: what is read, what is refused, what is kept."""
+"""`config.json`, the released one included: accepted, rejected and kept keys."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ FOLDERS = ("released", "midsize", "tiny-hybrid", "tiny-groups")
 
 
 def written(folder: Path, **changes: Any) -> Path:
-    """A released config.json with some keys changed (None: left out)."""
+    """Writes the released config.json with some keys changed (None: removed)."""
     values = json.loads((Path(__file__).parent / "golden/tiny-hybrid/config.json").read_text()) | changes
     values = {key: value for key, value in values.items() if value is not ...}
     (folder / "config.json").write_text(json.dumps(values))
@@ -46,9 +46,9 @@ def test_released_config_with_infinity_is_read(golden_dir: Path) -> None:
 @pytest.mark.parametrize("name", FOLDERS)
 def test_every_key_of_the_file_comes_back(golden_dir: Path, name: str) -> None:
     raw = json.loads((golden_dir / name / "config.json").read_text())
-    raw.pop("transformers_version", None)  # transformers puts in its own
+    raw.pop("transformers_version", None)  # transformers writes its own version
     if "torch_dtype" in raw:
-        raw["dtype"] = raw.pop("torch_dtype")  # the one key whose name transformers 5 changed
+        raw["dtype"] = raw.pop("torch_dtype")  # the only key that transformers 5 renames
     values = TwoTowerConfig.read(golden_dir / name).to_dict()
     assert {key: values.get(key, "lost") for key in raw} == raw
 
@@ -67,7 +67,7 @@ def test_transformers_reads_the_released_file_too(golden_dir: Path) -> None:
     assert TwoTowerConfig.of(config).backbone == TwoTowerConfig.read(golden_dir / "released").backbone
 
 
-def test_transformers_way_of_writing_infinity_is_read(golden_dir: Path, tmp_path: Path) -> None:
+def test_infinity_as_transformers_writes_it_is_read(golden_dir: Path, tmp_path: Path) -> None:
     config = TwoTowerConfig.read(golden_dir / "released")
     config.save_pretrained(tmp_path)
     assert "__float__" in (tmp_path / "config.json").read_text()
@@ -103,7 +103,7 @@ def test_a_changed_field_reaches_the_backbone() -> None:
     assert config.backbone.time_step_limit == (0.0, 0.1)
     config.num_key_value_heads = 7
     with pytest.raises(ConfigError, match="num_key_value_heads 7"):
-        config.backbone  # noqa: B018 — built when asked for
+        config.backbone  # noqa: B018 — built on access
 
 
 def test_backbone_is_frozen() -> None:
@@ -129,7 +129,7 @@ def test_missing_key_value_heads_are_as_many_as_heads() -> None:
     assert TwoTowerConfig(num_attention_heads=4, num_key_value_heads=None).backbone.num_key_value_heads == 4
 
 
-# --- refusals -----------------------------------------------------------------------------------------------------
+# --- errors -------------------------------------------------------------------------------------------------------
 
 REFUSED = {
     "letter": (
@@ -171,7 +171,7 @@ REFUSED = {
 
 
 @pytest.mark.parametrize("case", REFUSED)
-def test_refused_values_name_file_field_and_value(tmp_path: Path, case: str) -> None:
+def test_errors_name_file_field_and_value(tmp_path: Path, case: str) -> None:
     changes, message = REFUSED[case]
     with pytest.raises(ConfigError, match=message) as caught:
         TwoTowerConfig.read(written(tmp_path, **changes))
@@ -190,7 +190,7 @@ def test_refused_values_name_file_field_and_value(tmp_path: Path, case: str) -> 
         (b"\xff\xfe\x00", "not readable as JSON"),
     ],
 )
-def test_a_file_that_is_no_config(tmp_path: Path, content: str | bytes, message: str) -> None:
+def test_a_file_that_is_not_a_config(tmp_path: Path, content: str | bytes, message: str) -> None:
     (tmp_path / "config.json").write_bytes(content if isinstance(content, bytes) else content.encode())
     with pytest.raises(ConfigError, match=message):
         TwoTowerConfig.read(tmp_path)

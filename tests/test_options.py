@@ -1,4 +1,4 @@
-"""The options object: what the environment may say, overrides, and the caches that depend on options."""
+"""The options object: environment variables, overrides, and caches that depend on options."""
 
 from __future__ import annotations
 
@@ -28,7 +28,7 @@ from twotower.options import CPU_TARGETS, Options, from_environment
 
 CPU = torch.device("cpu")
 SOURCE = Path(twotower.__file__).parent
-# Files that read variables which are no options of this package, and whose they are.
+# Files that read variables of other programs, and the programs.
 FOREIGN = {
     "options.py": "",
     "training/fsdp.py": "RANK and LOCAL_RANK, set by torchrun for each process",
@@ -53,7 +53,7 @@ FOREIGN = {
         ({"TWOTOWER_API_KEYS": " b, a,,b "}, {"api_keys": ("b", "a")}),
         ({"CXX": "clang++"}, {"cxx": "clang++"}),
         ({"TRITON_INTERPRET": "True"}, {"triton_interpret": True}),
-        ({"TRITON_INTERPRET": "2"}, {}),  # what Triton takes for off
+        ({"TRITON_INTERPRET": "2"}, {}),  # a value that turns Triton's option off
         ({"TWOTOWER": "1", "PATH": "x"}, {}),
     ],
 )
@@ -71,14 +71,14 @@ def test_variables_become_fields(environment: dict[str, str], changes: dict[str,
         ("TWOTOWER_CPU_TARGET", "AVX2", ", ".join(CPU_TARGETS)),
     ],
 )
-def test_a_bad_value_is_refused(name: str, value: str, allowed: str) -> None:
+def test_a_bad_value_is_an_error(name: str, value: str, allowed: str) -> None:
     with pytest.raises(TwoTowerError) as caught:
         from_environment({name: value})
     assert str(caught.value) == f"environment variable {name} is {value!r}; set it to {allowed}"
 
 
 def test_a_bad_value_ends_the_command_line_with_one_line() -> None:
-    """In a process of its own, through a verb that asks for a kernel; the import alone does not read the value."""
+    """In a separate process, with a verb that uses a kernel; the import alone does not read the value."""
     command = [sys.executable, "-m", "twotower", "info"]
     environment = os.environ | {"TWOTOWER_NATIVE": "no"}
     done = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=120)
@@ -133,7 +133,7 @@ def test_overrides_nest_and_end() -> None:
         ({"cxx": ""}, "option cxx is ''"),
     ],
 )
-def test_a_bad_override_is_refused(changes: dict[str, object], message: str) -> None:
+def test_a_bad_override_is_an_error(changes: dict[str, object], message: str) -> None:
     before = options.current()
     with pytest.raises(ArgumentError, match=re.escape(message)), options.override(**changes):
         pytest.fail("the block must not run")
@@ -180,7 +180,7 @@ def chosen(op: str, device: torch.device = CPU) -> str:
 
 @pytest.mark.skipif(isinstance(library.library(), str), reason="there are no C++ kernels here")
 def test_kernels_follow_an_override(tmp_path: Path) -> None:
-    """What was chosen before, within and after; and a model's logits, which come from either."""
+    """The kernels before, inside and after an override, and a model's logits, which are equal."""
     model = build_random_model()
     tokens = torch.arange(12).view(2, 6)
     with torch.no_grad():
@@ -228,7 +228,7 @@ def test_triton_follows_an_override() -> None:
         assert launch.triton_unsupported_reason(cuda, torch.float64) == "supports fp32 and bf16 only"
 
 
-def test_only_options_that_change_the_choice_of_kernels_are_in_its_key() -> None:
+def test_the_key_of_kernels_has_only_options_that_affect_them() -> None:
     plain = Options()
     assert plain.kernels_key == Options(pack=False, graphs=False, api_keys=("a",), data_dir=Path()).kernels_key
     for change in (
@@ -256,7 +256,7 @@ def test_the_table_is_complete() -> None:
 
 
 def test_every_variable_in_the_documents_is_in_the_table() -> None:
-    """`TWOTOWER_API_KEY` is a client's, `TWOTOWER_SCREENSHOTS` is read by a test."""
+    """Exceptions: clients read `TWOTOWER_API_KEY`, and a test reads `TWOTOWER_SCREENSHOTS`."""
     root = SOURCE.parents[1]
     known = {row.variable for row in options.table_rows()} | {"TWOTOWER_API_KEY"}
     files = [*root.glob("*.md"), *root.glob("docs/*.md"), root / "Makefile", *SOURCE.rglob("*.py")]

@@ -1,4 +1,4 @@
-"""What is set for a whole process, and by whom: malloc's thresholds and the number of CPU threads."""
+"""Settings of a whole process (malloc's thresholds, number of CPU threads), and which programs change them."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ from twotower import allocator, options, process
 from twotower.process import ONE_THREAD_BELOW, configure_process, fit_threads_to_model
 
 SOURCE = Path(twotower.__file__).parent
-# The programs: what calls `configure_process`. Every other module is a library, for which its caller decides.
+# Programs, which call `configure_process`. All other modules are a library, and leave these settings to the caller.
 PROGRAMS = {
     "cli/generate.py", "cli/lm_eval.py", "cli/model_options.py", "cli/serve.py", "cli/train.py",
     "evaluation/held_out.py", "recipes/bundled.py", "recipes/page_trace.py",
@@ -26,7 +26,7 @@ PROGRAMS = {
 
 @pytest.fixture
 def threads(monkeypatch: pytest.MonkeyPatch) -> list[int]:
-    """The numbers of threads that were set, in turn; none is really set."""
+    """Records the numbers of threads that are set, without setting them."""
     counts: list[int] = []
     monkeypatch.setattr(torch, "set_num_threads", counts.append)
     monkeypatch.setattr(process, "_fit_threads", False)
@@ -55,7 +55,7 @@ def test_only_programs_configure_the_process() -> None:
 
 def test_threads_fit_a_small_model_unless_a_number_is_given(threads: list[int]) -> None:
     fit_threads_to_model(1)
-    assert threads == []  # a library: nobody configured this process
+    assert threads == []  # a library: this process is not configured
     configure_process()
     fit_threads_to_model(ONE_THREAD_BELOW)
     assert threads == []
@@ -83,7 +83,7 @@ print(load())
 """
 
 
-def test_loading_a_model_leaves_the_process_alone() -> None:
+def test_loading_a_model_does_not_change_the_process() -> None:
     done = subprocess.run([sys.executable, "-c", LIBRARY], capture_output=True, text=True, timeout=300)
     assert done.returncode == 0, done.stderr
     assert done.stdout.splitlines() == ["(2, [])", "(1, ['malloc'])", "(2, ['malloc', 'malloc'])"]
@@ -95,7 +95,7 @@ def test_verbs_that_compute_configure_it(
     verb: str, given: tuple[str, ...], expected: list[int], threads: list[int], cli: Callable[..., Result],
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:  # fmt: skip
-    """The bundled model is small."""
+    """The bundled model is small, so it gets one thread."""
     calls: list[str] = []
     monkeypatch.setattr(allocator, "keep_large_blocks", lambda: calls.append("malloc"))
     monkeypatch.setattr("twotower.server.uvicorn_server.serve_until_signal", lambda service, *_: service.close())

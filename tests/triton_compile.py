@@ -1,6 +1,7 @@
-"""Compiles every kernel for an H100 as its wrapper launches it, on a machine without one: the interpreter runs what the
-compiler refuses (a variable that changes its type in a loop, say). `triton_mode.compiled` runs this in a process of its
-own, where the interpreter is off.
+"""Compiles every kernel for an H100 as its wrapper launches it, on a machine without a GPU.
+
+The interpreter accepts code that the compiler rejects (for example, a variable that changes its type in a loop).
+`triton_mode.compiled` runs this file in a separate process without the interpreter.
 """
 
 from __future__ import annotations
@@ -44,7 +45,7 @@ MODULES = (
 
 
 class Compiler:
-    """Stands where a kernel stands; a launch compiles it for what it is given."""
+    """Replaces a kernel; a launch compiles the kernel for the arguments."""
 
     def __init__(self, kernel: Any) -> None:
         self.kernel = kernel
@@ -71,7 +72,7 @@ class Compiler:
 
 
 def _type(name: str, value: Any, constant: bool) -> str:
-    """As Triton sees an argument: a 1 is a constant."""
+    """Triton's type of an argument; the integer 1 is a constant."""
     if constant or value is None or (isinstance(value, int) and value == 1):
         return "constexpr"
     if isinstance(value, Tensor):
@@ -80,7 +81,7 @@ def _type(name: str, value: Any, constant: bool) -> str:
 
 
 def main() -> None:
-    """What the command line names: blocks of so many tokens, "attention", "norms", "products"."""
+    """Compiles the parts that the command line names: numbers of tokens, "attention", "norms", "products"."""
     for module in MODULES:
         for name in [name for name in vars(module) if name.endswith("_kernel")]:
             setattr(module, name, Compiler(getattr(module, name)))
@@ -97,7 +98,7 @@ def main() -> None:
 
 
 def blocks(lengths: list[int]) -> None:
-    """Mamba mixers and choices: of the released sizes and these lengths, and one of odd sizes."""
+    """Mamba mixers and argmax: released sizes with these lengths, and one case of odd sizes."""
     odd = Sizes(heads=6, groups=2, width=12, state=24, taps=1)
     for sizes, length, dtype, trace in (
         *((RELEASED_SIZES, length, torch.bfloat16, length != 16) for length in lengths),
@@ -113,8 +114,8 @@ def blocks(lengths: list[int]) -> None:
 
 
 def products() -> None:
-    """The 30B shape's experts and `out_proj`: a token, a block, six of them, a long prompt; plain and int8; and odd
-    sizes. Nothing is computed, so nothing is filled."""
+    """Experts and `out_proj` of the 30B shape for a token, a block, six blocks and a long prompt, plain and int8, and
+    odd sizes. Nothing is computed, so tensors are not filled."""
     released = (128, 2688, 1856, 6)
     for tokens, (count, width, inner, top), dtype in (
         *((tokens, released, torch.bfloat16) for tokens in (1, 16, 96, 2048)),
@@ -131,14 +132,14 @@ def products() -> None:
 
 
 def _int8(weight: Tensor) -> tuple[Tensor, Tensor]:
-    """q and scale of the sizes that `weight` would get."""
+    """int8 values and scales with the shapes that quantizing `weight` gives."""
     *lead, out, width = weight.shape
     return torch.empty(*lead, -(-out // 16), width, 16, dtype=torch.int8), torch.empty(*lead, out)
 
 
 def attentions() -> None:
-    """The released sizes over 128K tokens: a denoised block, a token, a block that is read; rows enough for one split;
-    a prompt; and other sizes."""
+    """Attention of the released sizes over 128K tokens, for a denoised block, a token, a committed block, enough rows
+    for one split, and a prompt; and of other sizes."""
     released, bf16, fp32 = (32, 2, 128), torch.bfloat16, torch.float32
     for rows, length, sizes, dtype, padded, causal, width in (
         (1, 16, released, bf16, False, False, 131072),

@@ -1,6 +1,6 @@
-"""Imported before anything that imports Triton: where there is no GPU, its kernels run through the interpreter.
+"""Imported before Triton: on a machine without a GPU, Triton kernels run in Triton's interpreter.
 
-Only tests/test_triton*.py are to use them there: everything else is told to leave Triton alone.
+There, only tests/ops/test_triton*.py use Triton kernels; for all other tests TWOTOWER_TRITON=0 turns them off.
 """
 
 from __future__ import annotations
@@ -21,9 +21,11 @@ if not torch.cuda.is_available():
 
 @cache
 def mend_interpreter() -> None:
-    """What Triton 3.6's interpreter cannot do: loops that end where a number of the kernel says (it is an array of one,
-    which numpy 2.4 makes no int of), and products of bf16 (it multiplies their bits). What takes it half its time: it
-    prepares the language anew for each call within a kernel."""
+    """Patches three faults of Triton 3.6's interpreter.
+
+    Loop bounds that the kernel computes are arrays of one element, which numpy 2.4 does not convert to int. Products of
+    bf16 multiply the bits. The language is patched again for each call inside a kernel, which takes half of the time.
+    """
     from triton import language as tl
     from triton.runtime import interpreter
 
@@ -49,7 +51,7 @@ def mend_interpreter() -> None:
 
 
 def compiled(*what: str, cache_dir: Path) -> set[str]:
-    """The kernels that triton_compile.py compiles for an H100 when asked for these."""
+    """The kernels that triton_compile.py compiles for an H100, for the parts named in `what`."""
     import twotower
 
     environment = {name: value for name, value in os.environ.items() if name != "TRITON_INTERPRET"}

@@ -81,7 +81,7 @@ def test_a_rule_is_what_its_twin_says(name: str) -> None:
                     steps=STEPS,
                 )
                 sure = (verdict.sure & seen.masked)[r].nonzero()[:, 0].tolist()
-                assert set(sure) == NAIVE[name].sure(row, value), (seed, value, r)
+                assert set(sure) == NAIVE[name].select(row, value), (seed, value, r)
                 chosen = commit(verdict, seen.masked, seen.step, seen.steps)[r].nonzero()[:, 0].tolist()
                 assert set(chosen) == naive_commit(name, row, value), (seed, value, r)
                 some += len(sure)

@@ -1,4 +1,4 @@
-"""`twotower bench`: what it counts, and that it measures what it says."""
+"""`twotower bench`: counts of tokens and passes, and the timing of passes."""
 
 from __future__ import annotations
 
@@ -25,14 +25,14 @@ def model() -> TwoTowerForCausalLM:
     return TwoTowerForCausalLM.from_pretrained(bundled_model(), dtype="float32")
 
 
-def test_every_setting_at_every_size_beside_ar(model: TwoTowerForCausalLM) -> None:
+def test_every_setting_is_measured_at_every_size_with_ar(model: TwoTowerForCausalLM) -> None:
     told: list[str] = []
     settings = [parse_setting(text) for text in ("diffusion:0.5", "verified:draft_steps=1", "ar")]
     found = measuring.measure_speed(
         model, settings, batch_sizes=(1, 3), contexts=(20, 40), new_tokens=12, batches=2, rounds=2,
         ignore_eos=True, progress=told.append,
     )  # fmt: skip
-    assert len(told) == 4 * 3 * 3  # sizes, settings, rounds and the one that warms up
+    assert len(told) == 4 * 3 * 3  # sizes, settings, rounds and the warm-up round
     assert [(one.rows, one.context) for one in found[::3]] == [(1, 20), (3, 20), (1, 40), (3, 40)]
     assert [one.setting for one in found[:3]] == ["ar", "diffusion:0.5", "verified:draft_steps=1"]
     for ar, diffusion, verified in zip(found[::3], found[1::3], found[2::3], strict=True):
@@ -48,7 +48,7 @@ def test_every_setting_at_every_size_beside_ar(model: TwoTowerForCausalLM) -> No
         assert diffusion.pass_cost["denoiser"] == diffusion.pass_seconds["denoiser"] / ar.pass_seconds["context"]
 
 
-def test_prompts_have_the_length_asked_for(model: TwoTowerForCausalLM) -> None:
+def test_prompts_have_the_requested_length(model: TwoTowerForCausalLM) -> None:
     for context in (2, 33, 200):
         texts = measuring.few_shot_prompts(model, 5, context)
         assert [len(text) for text in texts] == [context] * 5
@@ -73,8 +73,8 @@ def test_tokens_after_the_end_are_not_counted() -> None:
 
 
 @pytest.mark.parametrize("setting", ["ar", "diffusion:0.5", "verified:draft_steps=1"])
-def test_the_timed_passes_are_the_passes_of_the_text(model: TwoTowerForCausalLM, setting: str) -> None:
-    """One more pass of the context tower reads the prompt. The text is the same, and the model object is unchanged."""
+def test_timed_passes_are_the_passes_of_the_request(model: TwoTowerForCausalLM, setting: str) -> None:
+    """The context tower has one pass more, which reads the prompt. Text and model object are unchanged."""
     params = parse_setting(setting).params(max_new_tokens=32, mask_token_id=model.config.mask_token)
     request, before = Request(measuring.few_shot_prompts(model, 1, 40)[0], params), dict(vars(model))
     (plain,) = LLM.fitting(model, [request], 1).generate([request])
@@ -88,7 +88,7 @@ def test_the_timed_passes_are_the_passes_of_the_text(model: TwoTowerForCausalLM,
     assert vars(model) == before
 
 
-def test_auto_is_timed_as_the_mode_that_it_chooses(model: TwoTowerForCausalLM) -> None:
+def test_auto_is_timed_in_the_mode_that_it_chooses(model: TwoTowerForCausalLM) -> None:
     shared = {"max_new_tokens": 8, "mask_token_id": model.config.mask_token, "seed": 0}
     passes = measuring.pass_seconds(model, measuring.few_shot_prompts(model, 2, 20), 2, parse_setting("auto"), shared)
     assert passes["context"] > 0
@@ -107,6 +107,6 @@ def test_the_verb_prints_tables_and_one_line_of_json(cli: Callable[..., Result])
         assert words in result.err
 
 
-def test_bad_input_is_one_line(cli: Callable[..., Result]) -> None:
+def test_bad_input_is_a_one_line_error(cli: Callable[..., Result]) -> None:
     assert_one_line_error(cli("bench", "-s", "quick"), "mode is 'quick'")
     assert_one_line_error(cli("bench", "-c", "100000", "-s", "ar", *FP32), "context window")

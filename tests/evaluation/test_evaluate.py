@@ -1,4 +1,4 @@
-"""Settings as text, requests through batches, paired differences, `twotower eval`."""
+"""Settings as text, generation in batches, paired comparisons, and `twotower eval`."""
 
 from __future__ import annotations
 
@@ -40,7 +40,7 @@ from twotower.evaluation.tasks import FAMILIES
         ("ar:temperature=0.7,top_k=5", {"mode": "ar", "temperature": 0.7, "top_k": 5}),
     ],
 )
-def test_a_setting_is_what_it_says(text: str, values: dict[str, Any]) -> None:
+def test_a_setting_is_parsed(text: str, values: dict[str, Any]) -> None:
     setting = parse_setting(text)
     assert setting.values == values
     assert setting.label == text
@@ -60,16 +60,16 @@ def test_a_setting_is_what_it_says(text: str, values: dict[str, Any]) -> None:
         ("verified:acceptance=2", "acceptance is 2.0"),
     ],
 )
-def test_a_setting_that_means_nothing_is_told(text: str, message: str) -> None:
+def test_a_wrong_setting_is_an_error(text: str, message: str) -> None:
     with pytest.raises(ArgumentError) as error:
         parse_setting(text)
     assert message in str(error.value)
 
 
-# --- running --------------------------------------------------------------------------------------------------------
+# --- generation -----------------------------------------------------------------------------------------------------
 
 
-def test_requests_of_all_kinds_get_what_they_would_get_alone() -> None:
+def test_outputs_of_a_batch_equal_those_of_single_requests() -> None:
     model = build_random_model("M*E", dtype=torch.float64)
     rng = random.Random(0)
     settings = [parse_setting(text) for text in ("ar", "diffusion:0.1", "verified:draft_steps=1", "ar:temperature=1")]
@@ -91,7 +91,7 @@ def test_requests_of_all_kinds_get_what_they_would_get_alone() -> None:
     assert generate_all(model, []) == []
 
 
-# --- paired differences ---------------------------------------------------------------------------------------------
+# --- paired comparisons ---------------------------------------------------------------------------------------------
 
 
 def test_pairs_are_counted() -> None:
@@ -106,7 +106,7 @@ def test_pairs_are_counted() -> None:
         compare([True], [True, False])
 
 
-def test_the_same_answers_have_no_difference_but_some_doubt() -> None:
+def test_equal_answers_have_no_difference_but_an_interval() -> None:
     few, many = (compare([True] * n, [True] * n) for n in (20, 2000))
     assert few.difference == many.difference == 0
     assert few.interval[0] < many.interval[0] < 0 < many.interval[1] < few.interval[1]
@@ -114,7 +114,7 @@ def test_the_same_answers_have_no_difference_but_some_doubt() -> None:
 
 
 def test_the_interval_covers_the_true_difference() -> None:
-    """As often as it says, over cases where few and where many answers change."""
+    """In 95 % of cases, with few and with many changed answers."""
     rng = random.Random(0)
     for lost, gained, count in ((0.02, 0.01, 400), (0.1, 0.02, 100), (0.2, 0.2, 60)):
         covered = 0
@@ -138,7 +138,7 @@ def test_problems_are_spread_over_families_and_difficulties() -> None:
     assert {problem.family for problem in chosen_problems(("edits",), 3, (1,), seed=0)} == {"edits"}
 
 
-def test_lossless_decoding_keeps_all_of_ar() -> None:
+def test_lossless_decoding_keeps_the_quality_of_ar() -> None:
     model = TwoTowerForCausalLM.from_pretrained(bundled_model(), dtype="float64")
     problems = chosen_problems(("sorting", "recall"), 3, (1,), seed=0)
     settings = [parse_setting(text) for text in ("ar", "verified:draft_steps=1", "diffusion:0.5")]
@@ -178,5 +178,7 @@ def test_the_verb_prints_a_table_and_one_line_of_json(cli: Callable[..., Result]
         (("--difficulty", "9"), ("difficulty is 9",)),
     ],
 )
-def test_bad_input_is_one_line(cli: Callable[..., Result], arguments: tuple[str, ...], words: tuple[str, ...]) -> None:
+def test_bad_input_is_a_one_line_error(
+    cli: Callable[..., Result], arguments: tuple[str, ...], words: tuple[str, ...]
+) -> None:
     assert_one_line_error(cli("eval", *arguments), *words)

@@ -1,4 +1,4 @@
-"""Likelihoods of given continuations: the context tower's against a plain forward, the denoiser's against the verbs."""
+"""Likelihoods of continuations: compared with a plain forward of the context tower and with `denoise`."""
 
 from __future__ import annotations
 
@@ -25,11 +25,11 @@ def pairs_of(count: int, seed: int = 0) -> list[tuple[list[int], list[int]]]:
     return [(tokens(40), tokens(9)) for _ in range(count)]
 
 
-def test_the_context_tower_scores_what_a_plain_forward_says(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_context_likelihood_equals_that_of_a_plain_forward(monkeypatch: pytest.MonkeyPatch) -> None:
     model = build_random_model(dtype=torch.float64)
     pairs = pairs_of(12)
     given, last = pairs[0]
-    pairs += [(given, [*last[:-1], other]) for other in (7, 8, 9)]  # one question, several answers
+    pairs += [(given, [*last[:-1], other]) for other in (7, 8, 9)]  # one question with several answers
     monkeypatch.setattr(likelihood, "MAX_BATCH_TOKENS", 96)  # several batches
     told: list[int] = []
     found = continuation_likelihood(model, pairs, told.append)
@@ -42,7 +42,7 @@ def test_the_context_tower_scores_what_a_plain_forward_says(monkeypatch: pytest.
         assert one.greedy == (chances.argmax(-1).tolist() == text)
 
 
-def test_greedy_means_what_ar_would_write() -> None:
+def test_greedy_is_true_for_the_text_of_ar() -> None:
     model = build_random_model(dtype=torch.float64)
     prompts = [given for given, _ in pairs_of(5)]
     written = [out.tokens for out in generate(model, prompts, GenerationParams.of(mode="ar", max_new_tokens=6))]
@@ -52,7 +52,7 @@ def test_greedy_means_what_ar_would_write() -> None:
 
 
 def nll(model: TwoTowerForCausalLM, text: list[int], block: list[int], wanted: dict[int, int]) -> dict[int, float]:
-    """−ln p of tokens at places of a block, by the verbs that generation uses; 3 is the mask."""
+    """−ln p of tokens at positions of a block, computed with `extend` and `denoise`; 3 is the mask token."""
     state = model.new_state(1, len(text) + 8)
     with torch.no_grad():
         model.prefill(torch.tensor([text]), torch.tensor([len(text)]), state)
@@ -61,7 +61,7 @@ def nll(model: TwoTowerForCausalLM, text: list[int], block: list[int], wanted: d
     return {place: -float(chances[place, token]) for place, token in wanted.items()}
 
 
-def test_blocks_of_one_have_no_bound_but_the_truth() -> None:
+def test_the_bound_is_exact_for_blocks_of_one_token() -> None:
     model = build_random_model(dtype=torch.float64)
     given, text = [5, 6, 7, 8, 9], [10, 11, 12]
     want = -sum(nll(model, given + text[:i], [3], {0: text[i]})[0] for i in range(3))
@@ -69,8 +69,8 @@ def test_blocks_of_one_have_no_bound_but_the_truth() -> None:
     assert found == pytest.approx(want, abs=1e-9)
 
 
-def test_a_block_is_decided_in_a_random_order() -> None:
-    """Two tokens in a block of four: n/m weights, m spread evenly, the rest masked, t as in generation."""
+def test_the_bound_weights_random_orders_of_a_block() -> None:
+    """Two tokens in a block of four: weights n/m, even m, the rest masked, t as in generation."""
     model = build_random_model(dtype=torch.float64)
     given, (a, b) = [5, 6, 7, 8, 9], (10, 11)
     both = nll(model, given, [3, 3, 3, 3], {0: a, 1: b})
@@ -79,11 +79,11 @@ def test_a_block_is_decided_in_a_random_order() -> None:
     found = [continuation_bound(model, [(given, [a, b])], block_size=4, samples=2, seed=s)[0] for s in range(12)]
     for one in found:
         assert min(abs(one - each) for each in possible) < 1e-9
-    assert len({round(one, 6) for one in found}) == 2  # either token comes first in some draw
+    assert len({round(one, 6) for one in found}) == 2  # each token comes first in some draw
 
 
-def test_the_bound_lies_below_what_the_same_denoiser_can_say_exactly() -> None:
-    """Of a block of two: ln of the mean over both orders ≥ the mean of the ln, which many draws come to."""
+def test_the_bound_is_below_the_exact_value() -> None:
+    """For a block of two: ln of the mean over both orders ≥ the mean of ln, to which many draws converge."""
     model = build_random_model(dtype=torch.float64)
     given, (a, b) = [5, 6, 7], (10, 11)
     both = nll(model, given, [3, 3], {0: a, 1: b})
@@ -95,20 +95,20 @@ def test_the_bound_lies_below_what_the_same_denoiser_can_say_exactly() -> None:
     assert mean <= exact
 
 
-def test_many_pairs_at_once_are_each_alone(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_pairs_do_not_affect_each_other(monkeypatch: pytest.MonkeyPatch) -> None:
     model = build_random_model(dtype=torch.float64)
     pairs = pairs_of(6)
     wants = [p.requires_grad for p in model.parameters()]
     told: list[int] = []
     together = continuation_bound(model, pairs, block_size=4, samples=3, progress=told.append)
-    monkeypatch.setattr(likelihood, "MAX_BATCH_TOKENS", 1)  # a row a batch
+    monkeypatch.setattr(likelihood, "MAX_BATCH_TOKENS", 1)  # one row per batch
     assert continuation_bound(model, pairs, block_size=4, samples=3) == pytest.approx(together, abs=1e-9)
     assert told[-1] == 6
     assert [p.requires_grad for p in model.parameters()] == wants
     assert continuation_bound(model, pairs, block_size=4, samples=3, seed=1) != pytest.approx(together, abs=1e-6)
 
 
-def test_what_cannot_be_scored_is_told() -> None:
+def test_pairs_that_cannot_be_scored_are_errors() -> None:
     model = build_random_model("M")
     with pytest.raises(ArgumentError, match="pair 1 has an empty continuation"):
         continuation_likelihood(model, [([1], [2]), ([1], [])])

@@ -1,4 +1,4 @@
-"""lm-evaluation-harness: the adapter against its own Hugging Face model, the published tasks from files, `--task`."""
+"""lm-evaluation-harness: the adapter compared with its Hugging Face model, published tasks from files, `--task`."""
 
 from __future__ import annotations
 
@@ -40,7 +40,7 @@ def instances(kind: str, *arguments: tuple[Any, ...]) -> list[Any]:
 # --- the adapter ----------------------------------------------------------------------------------------------------
 
 
-def test_the_harness_finds_it_by_name(model: TwoTowerForCausalLM) -> None:
+def test_lm_eval_finds_the_model_by_name(model: TwoTowerForCausalLM) -> None:
     from lm_eval.api.registry import get_model
 
     made = get_model("twotower").create_from_arg_string("setting=verified,max_length=64", {"batch_size": "auto:4"})
@@ -48,11 +48,11 @@ def test_the_harness_finds_it_by_name(model: TwoTowerForCausalLM) -> None:
     assert made.tokenizer_name == f"bundled__{bundled_model().name}"
 
 
-def test_it_scores_as_the_harness_scores_any_hugging_face_model(model: TwoTowerForCausalLM) -> None:
-    """lm-evaluation-harness's HFLM over the context tower, an ordinary causal model to it."""
+def test_likelihoods_equal_those_of_the_hugging_face_adapter(model: TwoTowerForCausalLM) -> None:
+    """HFLM of lm-evaluation-harness on the context tower, as an ordinary causal model."""
     from lm_eval.models.huggingface import HFLM
 
-    window = 96  # so that long ones are cut
+    window = 96  # long texts are truncated
     theirs = HFLM(pretrained=model, tokenizer=model.tokenizer, batch_size=2, max_length=window, device="cpu")
     ours = TwoTowerLM(model, max_length=window)
     asked = instances(
@@ -77,7 +77,7 @@ def test_it_scores_as_the_harness_scores_any_hugging_face_model(model: TwoTowerF
     assert all(len(given) + len(text) <= window + 1 and given for given, text in windows)
 
 
-def test_it_writes_by_the_setting_and_stops_inside(model: TwoTowerForCausalLM) -> None:
+def test_generation_uses_the_setting_and_ends_at_stop_strings(model: TwoTowerForCausalLM) -> None:
     arguments = {"until": ["Assistant", ""], "max_gen_toks": 40, "do_sample": False, "temperature": 0.0}
     asked = instances("generate_until", ("User: I need a restaurant in San Jose.\nAssistant:", arguments))
     ar = TwoTowerLM(model, setting="ar")
@@ -86,14 +86,14 @@ def test_it_writes_by_the_setting_and_stops_inside(model: TwoTowerForCausalLM) -
     assert text == same
     assert text
     assert "Assistant" not in text
-    assert ar.cost.tokens == ar.cost.context_passes < 40  # it ended at the stop string, not at the limit
+    assert ar.cost.tokens == ar.cost.context_passes < 40  # ended by the stop string, not by the limit
     assert verified.cost.tokens_per_pass > ar.cost.tokens_per_pass == 1
     (sampled,) = instances("generate_until", ("User: I", {"do_sample": True, "temperature": 2.0, "max_gen_toks": 8}))
     request = ar._request(*sampled.args)
     assert (request.params.temperature, request.params.max_new_tokens) == (2.0, 8)
 
 
-def test_the_bound_takes_the_place_of_the_likelihood(model: TwoTowerForCausalLM) -> None:
+def test_likelihood_bound_replaces_the_exact_likelihood(model: TwoTowerForCausalLM) -> None:
     lm = TwoTowerLM(model, likelihood="bound", samples=3, setting="diffusion:block_size=8")
     (pair,) = instances("loglikelihood", ("User: I need a taxi to the", " airport."))
     ((value, greedy),) = lm.loglikelihood([pair])
@@ -111,7 +111,7 @@ def test_the_bound_takes_the_place_of_the_likelihood(model: TwoTowerForCausalLM)
         ({"temperature": 1}, "model_args: unknown temperature"),
     ],
 )
-def test_wrong_arguments_are_told(model: TwoTowerForCausalLM, arguments: dict[str, Any], words: str) -> None:
+def test_wrong_arguments_are_errors(model: TwoTowerForCausalLM, arguments: dict[str, Any], words: str) -> None:
     with pytest.raises(ArgumentError, match=words.replace("(", r"\(")):
         TwoTowerLM(model, **arguments)
     (beams,) = instances("generate_until", ("User", {"num_beams": 4}))
@@ -133,7 +133,7 @@ def lines(path: Path, *records: dict[str, Any]) -> None:
 
 @pytest.fixture
 def data(tmp_path: Path) -> Path:
-    """Two items of each set that has a reader."""
+    """Two items of each data set that has a reader."""
     folder = tmp_path / "data" / "eval"
     lines(folder / "gsm8k/test.jsonl", *({"question": f"{i} apples?", "answer": f"so\n#### {i}"} for i in (12, 34)))
     problem = {"problem": "What is $1+1$?", "solution": "It is $\\boxed{2}$.", "answer": "2"}
@@ -192,10 +192,10 @@ PROMPTS = {
 
 
 @pytest.mark.parametrize("name", ANSWERS)
-def test_a_task_asks_in_the_harness_words_and_counts_right_answers(
+def test_a_task_uses_the_prompts_of_lm_eval_and_counts_right_answers(
     name: str, data: Path, model: TwoTowerForCausalLM, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """The whole way but the model, which answers what it is told to."""
+    """The whole task, with given answers instead of a model."""
     seen: list[Request] = []
 
     def answering(_: Any, requests: Sequence[Request], *more: Any) -> list[Generation]:
@@ -251,9 +251,9 @@ def test_tasks_are_those_of_the_published_table() -> None:
         ("arc_challenge", [1172]), ("winogrande", [1267]), ("mmlu", 14042), ("mmlu_pro", [12032] * 14),
     ],
 )  # fmt: skip
-def test_official_sets_are_whole(name: str, counts: Any) -> None:
+def test_complete_data_sets_are_read(name: str, counts: Any) -> None:
     parts = task_parts(name, SHARED)
-    if name == "mmlu_pro":  # its parts are cut from one set
+    if name == "mmlu_pro":  # its parts come from one data set
         parts = parts[:1]
         counts = counts[:1]
     sets = [part["custom_dataset"]() for part in parts]
@@ -267,7 +267,7 @@ def test_official_sets_are_whole(name: str, counts: Any) -> None:
 @pytest.mark.parametrize("count", [4, pytest.param(None, marks=[pytest.mark.slow, pytest.mark.timeout(1800)])])
 @pytest.mark.parametrize("name", ["humaneval", "mbpp"])
 def test_reference_solutions_pass_and_others_do_not(name: str, count: int | None) -> None:
-    """In the sandbox, as programs of a model would be run."""
+    """Runs reference solutions in the sandbox, like programs of a model."""
     (part,) = task_parts(name, SHARED)
     judge = part["process_results"]
     failed = []
@@ -307,13 +307,13 @@ def test_the_verb_runs_tasks(cli: Callable[..., Result], data: Path, monkeypatch
         (("-t", "gsm8k", "--family", "edits"), ("--family does not go with --task",)),
     ],
 )
-def test_bad_input_is_one_line(
+def test_bad_input_is_a_one_line_error(
     cli: Callable[..., Result], data: Path, arguments: tuple[str, ...], words: tuple[str, ...]
 ) -> None:
     assert_one_line_error(cli("eval", *(str(data) if word == "DATA" else word for word in arguments)), *words)
 
 
-def test_a_hub_out_of_reach_is_one_line(cli: Callable[..., Result], monkeypatch: pytest.MonkeyPatch) -> None:
+def test_an_unreachable_hub_is_a_one_line_error(cli: Callable[..., Result], monkeypatch: pytest.MonkeyPatch) -> None:
     from datasets import config
 
     monkeypatch.setattr(config, "HF_HUB_OFFLINE", True)
@@ -322,8 +322,8 @@ def test_a_hub_out_of_reach_is_one_line(cli: Callable[..., Result], monkeypatch:
     assert_one_line_error(result, "gsm8k: ", "use --data to read the task from a folder")
 
 
-def test_the_harness_own_command_line_knows_the_model(cli: Callable[..., Result], tmp_path: Path) -> None:
-    """A task of the user's own, from a file, as lm-evaluation-harness reads them."""
+def test_the_command_line_of_lm_eval_knows_the_model(cli: Callable[..., Result], tmp_path: Path) -> None:
+    """A user's own task from a file."""
     lines(tmp_path / "items.jsonl", {"q": "User: I need a taxi to the", "a": " airport."})
     (tmp_path / "own.yaml").write_text(
         f"task: own\ndataset_path: json\ndataset_kwargs:\n  data_files:\n    test: {tmp_path / 'items.jsonl'}\n"
@@ -340,5 +340,5 @@ def test_the_harness_own_command_line_knows_the_model(cli: Callable[..., Result]
     assert json.loads(report.read_text())["results"]["own"]["acc,none"] in (0.0, 1.0)
 
 
-def test_torch_threads_are_left_alone() -> None:
+def test_the_number_of_torch_threads_is_unchanged() -> None:
     assert torch.get_num_threads() == 1

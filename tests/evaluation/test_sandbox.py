@@ -1,4 +1,4 @@
-"""Programs that a model wrote: what passes, what does not, and what they cannot do to the machine they run on."""
+"""The sandbox: programs that pass, programs that fail, and effects that the sandbox prevents."""
 
 from __future__ import annotations
 
@@ -29,7 +29,7 @@ needs_sandbox = pytest.mark.skipif(not here, reason="the sandbox is for Linux on
         "assert __name__ == '__main__'",
     ],
 )
-def test_a_program_that_comes_to_its_end_has_passed(program: str) -> None:
+def test_a_program_that_runs_to_its_end_passes(program: str) -> None:
     outcome = run_program(program)
     assert outcome.passed, outcome.reason
 
@@ -40,7 +40,7 @@ def test_a_program_that_comes_to_its_end_has_passed(program: str) -> None:
     [
         ("assert 1 == 2, 'no'", "AssertionError: no"),
         ("def f(:", "SyntaxError"),
-        ("import sys\nsys.exit(0)", "SystemExit"),  # leaving early is not passing
+        ("import sys\nsys.exit(0)", "SystemExit"),  # a program that exits early fails
         ("import os\nos._exit(0)", "ended with status 0"),
         ("def f(n):\n    return f(n + 1)\nf(0)", "RecursionError"),
         ("input()", "EOFError"),
@@ -56,7 +56,7 @@ def test_a_program_that_comes_to_its_end_has_passed(program: str) -> None:
         ("import ctypes\nassert ctypes.CDLL(None).syscall(425, 1, 0) >= 0", "AssertionError"),  # io_uring_setup
     ],
 )
-def test_a_program_that_does_not_is_told_why(program: str, reason: str) -> None:
+def test_a_failed_program_has_a_reason(program: str, reason: str) -> None:
     outcome = run_program(program)
     assert not outcome.passed
     assert reason in outcome.reason
@@ -87,7 +87,7 @@ def test_time_is_limited(program: str) -> None:
         "import shutil, pathlib\nshutil.rmtree(pathlib.Path({path!r}).parent)",
     ],
 )
-def test_files_stay_as_they_were(program: str, tmp_path: Path) -> None:
+def test_files_are_unchanged(program: str, tmp_path: Path) -> None:
     kept = tmp_path / "kept.txt"
     kept.write_text("as it was")
     kept.chmod(0o644)
@@ -99,8 +99,8 @@ def test_files_stay_as_they_were(program: str, tmp_path: Path) -> None:
 
 
 @needs_sandbox
-def test_the_same_programs_do_harm_outside(tmp_path: Path) -> None:
-    """The filter is what holds them: without it they work."""
+def test_the_same_programs_work_outside_the_sandbox(tmp_path: Path) -> None:
+    """Without the filter they succeed, so it is the filter that stops them."""
     kept = tmp_path / "kept.txt"
     kept.write_text("as it was")
     subprocess.run([sys.executable, "-c", f"open({str(kept)!r}, 'w')"], check=True)
@@ -108,15 +108,15 @@ def test_the_same_programs_do_harm_outside(tmp_path: Path) -> None:
     subprocess.run([sys.executable, "-c", "import os\nos.fork()"], check=True)
 
 
-def test_nothing_runs_where_there_is_no_sandbox(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_nothing_runs_without_a_sandbox(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(sandbox.platform, "machine", lambda: "riscv64")
     with pytest.raises(NoSandboxError, match="no sandbox on"):
         run_program("pass")
 
 
 @pytest.mark.parametrize("machine", ARCHITECTURES)
-def test_the_filter_is_a_program_the_kernel_takes(machine: str) -> None:
-    """Every jump lands inside, and it ends with a decision."""
+def test_the_filter_is_a_valid_bpf_program(machine: str) -> None:
+    """Every jump lands inside the program, and every path ends with a decision."""
     code = seccomp_filter(machine)
     for place, (operation, true, false, _) in enumerate(code):
         if operation in (sandbox.EQUAL, sandbox.AT_LEAST, sandbox.ANY_BIT):

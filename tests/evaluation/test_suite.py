@@ -1,4 +1,4 @@
-"""The exact-answer suite: answers recomputed from the prompt alone, disjoint seeded splits, scores, errors."""
+"""The procedural suite: answers recomputed from the prompts, disjoint seeded splits, scores and errors."""
 
 from __future__ import annotations
 
@@ -38,7 +38,7 @@ def body(prompt: str) -> str:
     return found[1]
 
 
-# One solver per family: it reads the prompt and shares no code with the generator.
+# One solver per family, which reads the prompt and shares no code with the generator.
 
 
 def solve_addition(prompt: str) -> str:
@@ -65,7 +65,7 @@ def solve_arithmetic(prompt: str) -> str:
 def solve_sorting(prompt: str) -> str:
     numbers = body(prompt).split()
     assert len(set(numbers)) == len(numbers)
-    return " ".join(sorted(numbers))  # two digits each: the order of the strings is that of the numbers
+    return " ".join(sorted(numbers))  # two digits each, so that strings and numbers have the same order
 
 
 def solve_recall(prompt: str) -> str:
@@ -115,7 +115,7 @@ def solve_word(prompt: str) -> str:
             continue
         change = int(re.findall(r"\d+", sentence)[0])
         if hero not in sentence:
-            assert re.search(r" \d+ \w+\.$", sentence)  # an aside
+            assert re.search(r" \d+ \w+\.$", sentence)  # an irrelevant sentence
             continue
         gains = rf"{hero} (buys|finds|wins|gets) |\w+ gives {hero} "
         sign = 1 if re.match(gains, sentence) else -1
@@ -136,7 +136,7 @@ SOLVERS: dict[str, Callable[[str], str]] = {
 
 
 def approximate_tokens(text: str) -> int:
-    """Digits are tokens; a word, or a run of other characters, with the space before it, is about one."""
+    """Each digit is a token; a word or a run of other characters, with the space before it, is about one token."""
     return len(re.findall(r" ?[A-Za-z]+|\d|\s+(?=\d)|[^\sA-Za-z\d]+", text))
 
 
@@ -162,7 +162,7 @@ def test_the_same_problems_on_every_machine() -> None:
 
 
 @pytest.mark.parametrize("split", ["train", "test"])
-def test_any_slice_can_be_made_alone(split: Any) -> None:
+def test_a_slice_equals_that_of_the_whole(split: Any) -> None:
     whole = make_problems(split, 60, 3)
     assert make_problems(split, 25, 3) == whole[:25]
     assert list(itertools.islice(stream_problems(split, 3, start=40), 20)) == whole[40:]
@@ -170,7 +170,7 @@ def test_any_slice_can_be_made_alone(split: Any) -> None:
     assert {(p.family, p.difficulty) for p in whole[:18]} == set(itertools.product(FAMILIES, (1, 2, 3)))
 
 
-def test_train_and_test_never_meet() -> None:
+def test_train_and_test_are_disjoint() -> None:
     train = {" ".join(p.prompt.split()) for p in make_problems("train", 20_000, 1)}
     test = [" ".join(p.prompt.split()) for p in make_problems("test", 2_000, 1)]
     assert len(set(test)) == len(test)
@@ -183,11 +183,11 @@ def test_each_family_has_at_least_100_000_problems_at_its_easiest(family: str) -
     draws = 5_000
     rng = random.Random(0)
     unique = len({FAMILIES[family](rng, 1)[0] for _ in range(draws)})
-    # Of N prompts about draws² / 2N pairs meet, more if some are likelier: 125 at N = 100,000, and 70 is 5 σ below.
+    # With N prompts, about draws² / 2N pairs are equal (more if some are likelier): 125 for N = 100,000; 70 is 5 σ less
     assert draws - unique <= 70
 
 
-def test_asking_for_more_than_there_are(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_more_problems_than_exist_are_an_error(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setitem(FAMILIES, "toy", lambda rng, difficulty: (f"{int(rng.random() * 100)} =>", " x"))
     count = sum(split_of(f"{n} =>") == "test" for n in range(100))
     assert 0 < count < 100 // TEST_SHARE * 3
@@ -259,7 +259,7 @@ def test_files_and_command_line(tmp_path: Any, capsys: pytest.CaptureFixture[str
     ["--split dev", "--split test --family chess", "--split test --difficulty 9", "--split test --count 0", "",
      "--split test -o /nowhere/at/all"],
 )  # fmt: skip
-def test_a_users_error_is_one_line_and_code_2(options: str, capsys: pytest.CaptureFixture[str]) -> None:
+def test_an_error_of_the_user_is_one_line_and_exit_code_2(options: str, capsys: pytest.CaptureFixture[str]) -> None:
     assert run_suite(options.split()) == 2
     out, err = capsys.readouterr()
     assert out == ""

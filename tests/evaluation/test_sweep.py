@@ -1,4 +1,4 @@
-"""`twotower report`: continues where it stopped, its Pareto front is one, table and picture say what was found."""
+"""`twotower report`: Pareto front, tables and picture, and continuation after an interruption."""
 
 from __future__ import annotations
 
@@ -33,7 +33,7 @@ POINTS = [
 ]
 
 
-def test_the_front_is_what_nothing_beats_in_both() -> None:
+def test_no_point_beats_the_front_in_quality_and_speed() -> None:
     best = pareto_front(POINTS, lambda p: p.times_ar)
     assert [p.setting for p in best] == [
         "verified:draft_steps=1", "verified:draft_steps=1,acceptance=0.2", "diffusion:threshold=0.8",
@@ -67,7 +67,7 @@ def test_tables_and_picture_of_a_report(tmp_path: Path) -> None:
     assert (tmp_path / "report.png").read_bytes().startswith(b"\x89PNG")
 
 
-def test_a_sweep_goes_on_where_it_stopped(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_sweep_continues_after_an_interruption(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     model = TwoTowerForCausalLM.from_pretrained(module_model(), dtype="float32")
     settings = [parse_setting(text) for text in ("diffusion:0.9", "verified:draft_steps=1")]
     asked: list[str] = []
@@ -89,15 +89,15 @@ def test_a_sweep_goes_on_where_it_stopped(tmp_path: Path, monkeypatch: pytest.Mo
 
     with pytest.raises(KeyboardInterrupt):
         again()
-    assert len(file.read_text().splitlines()) == 3  # what was asked, AR's answers and one setting's
+    assert len(file.read_text().splitlines()) == 3  # facts, the answers of AR and of one setting
     points = again()
     assert asked[:3] == ["ar", "diffusion:0.9", "verified:draft_steps=1"]
     assert asked[3] == "verified:draft_steps=1"
-    assert asked[4:] == ["ar", "diffusion:0.9", "verified:draft_steps=1"] * 2  # timing, in turns, one uncounted round
+    assert asked[4:] == ["ar", "diffusion:0.9", "verified:draft_steps=1"] * 2  # timing in turns, with one warm-up round
     assert [p.setting for p in points] == ["ar", "diffusion:0.9", "verified:draft_steps=1"]
     assert points[0].times_ar == 1
     assert points[0].tokens_per_pass == 1
-    assert points[1].kept[0] == 1  # the same marks as AR
+    assert points[1].kept[0] == 1  # the same right answers as AR
     with pytest.raises(ArgumentError, match=r"answers\.jsonl: its answers differ in model"):
         again(model="other")
     file.write_text("not json\n")
@@ -105,14 +105,14 @@ def test_a_sweep_goes_on_where_it_stopped(tmp_path: Path, monkeypatch: pytest.Mo
         again()
 
 
-def test_a_model_that_knows_no_answer_has_nothing_to_keep(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_model_without_right_answers_is_an_error(monkeypatch: pytest.MonkeyPatch) -> None:
     model = TwoTowerForCausalLM.from_pretrained(module_model(), dtype="float32")
     monkeypatch.setattr(module, "answers_right", lambda problems, outputs: [False] * len(problems))
     with pytest.raises(ArgumentError, match="AR answers none of the 6 problems"):
         sweep_settings(model, [], per_family=1, timed=1)
 
 
-def test_a_fingerprint_knows_both_towers() -> None:
+def test_the_fingerprint_depends_on_both_towers() -> None:
     model = TwoTowerForCausalLM.from_pretrained(module_model(), dtype="float32")
     before = fingerprint(model)
     assert before == fingerprint(TwoTowerForCausalLM.from_pretrained(module_model(), dtype="float32"))
@@ -144,6 +144,6 @@ def test_the_verb_writes_picture_and_table(
     assert result.out.splitlines() == [str(out / "report.png"), str(out / "report.md")]
 
 
-def test_bad_input_is_one_line(cli: Callable[..., Result]) -> None:
+def test_bad_input_is_a_one_line_error(cli: Callable[..., Result]) -> None:
     assert_one_line_error(cli("report", "--quick", "-s", "ar"), "--quick and --setting")
     assert_one_line_error(cli("report", "-s", "fast"), "mode is 'fast'")

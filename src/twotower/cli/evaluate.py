@@ -125,7 +125,9 @@ def evaluate(
     from twotower.evaluation.accuracy import chosen_problems
 
     _reject_options(
-        context, SUITE_OPTIONS if tasks else TASK_OPTIONS, "does not go with --task" if tasks else "needs --task"
+        context,
+        SUITE_OPTIONS if tasks else TASK_OPTIONS,
+        "does not go with --task; leave it out" if tasks else "needs --task; add it, or leave the option out",
     )
     if tasks:
         published_tasks.check_tasks(tasks, data, run_code)
@@ -181,7 +183,7 @@ def _reject_options(context: click.Context, names: set[str], problem: str) -> No
     for parameter in context.command.params:
         given = context.get_parameter_source(parameter.name or "") is ParameterSource.COMMANDLINE
         if parameter.name in names and given:
-            raise click.UsageError(f"{parameter.opts[-1]} {problem}; leave it out")
+            raise click.UsageError(f"{parameter.opts[-1]} {problem}")
 
 
 def tables(lines: list[SettingAccuracy]) -> tuple[Table, ...]:

@@ -324,7 +324,8 @@ def statistics(result: Generation, seed: int | None = None) -> str:
     """One line with the figures of a run."""
     passes = f"{result.passes} passes"
     if result.mode == "verified":
-        passes = f"{result.denoiser_passes} + {result.context_passes} passes, {result.accepted} drafted tokens accepted"
+        passes = f"{result.denoiser_passes} denoiser and {result.context_passes} context passes"
+        passes += f", {result.accepted} drafted tokens accepted"
     parts = [
         result.mode,
         f"{len(result.tokens)} tokens",

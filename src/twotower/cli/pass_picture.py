@@ -70,9 +70,8 @@ def block_title(frames: Sequence[Frame]) -> str:
         return f"{which} of the context tower"
     drafted = len(frames[-2].tokens)
     kept = sum(a == b for a, b in zip(last.tokens, frames[-2].tokens, strict=False))
-    return (
-        f"round {number}: {count} tokens in {last.passes - 1} + 1 passes, {kept} of {drafted} drafted tokens accepted"
-    )
+    passes = f"{last.passes - 1} denoiser and 1 context passes"
+    return f"round {number}: {count} tokens in {passes}, {kept} of {drafted} drafted tokens accepted"
 
 
 def block_lines(frames: Sequence[Frame], names: TokenNames) -> Iterator[Line]:
