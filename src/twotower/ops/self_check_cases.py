@@ -48,7 +48,7 @@ def state_update_cases(device: torch.device, dtype: torch.dtype) -> list[Case]:
 
 
 def _mamba_cases(device: torch.device, arguments: Callable[[Sizes, int], tuple[object, ...]]) -> list[Case]:
-    """Odd sizes, and on a GPU the released sizes too (minutes in Triton's interpreter). 33 tokens: most shared memory."""
+    """Odd sizes; on a GPU also the released sizes (slow in the interpreter). 33 tokens need the most shared memory."""
     released = [(RELEASED_SIZES, length) for length in (1, 16, 33) if device.type == "cuda"]
     pairs = [(ODD_SIZES, 1), (ODD_SIZES, 19), *released]
     return [
@@ -217,7 +217,7 @@ def experts_cases(
     inner: int = 21,
     packings: tuple[bool, ...] | None = None,
 ) -> list[Case]:
-    """Few and many tokens, unselected experts, odd widths; packed and not. On a GPU also the largest and released sizes."""
+    """Few and many tokens, unselected experts, odd widths; packed and not. On a GPU also large and released sizes."""
 
     def arguments(tokens: int, top: int, count: int, width: int, inner: int, packed: bool) -> tuple[object, ...]:
         randn = Randn(6, device)

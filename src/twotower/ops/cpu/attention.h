@@ -1,20 +1,21 @@
-// Attention of a short block over [cached keys ; its own], each row's cache where it lies and as long as it is.
+// Attention of a short block over [cached keys ; the block's own keys]. Reads each row's cache in place.
 #pragma once
 #include "matmul.h"
 #include "small_gemm.h"
 
-// Keys of a task (beside its own block's), and of one transpose of its running softmax.
+// SPAN: cached keys per task. CHUNK: keys per step of online softmax.
 constexpr long SPAN = 1024, CHUNK = 256, LD_CHUNK = CHUNK + 16;
 
-// What some queries have seen so far: the max_lane score, the sum of exp(score − most), and the values weighed by it.
+// State of online softmax for several queries: maximum score, sum of exp(score − maximum), weighted sum of values.
 struct SoftmaxState { float *row_max, *row_sum, *acc; };
 
-// The scores of n more keys, of query m in a row of LD_CHUNK, become weights; what was seen before shrinks to fit.
+// One step of online softmax with n more keys: turns the scores (row m of LD_CHUNK for query m) into weights
+// and rescales the sums so far.
 inline void online_softmax(float* scores, long n, long M, long D, SoftmaxState seen, long ld) {
     float base[TILE];
     for (long m = 0; m < M; m++) {
         float* row = scores + m * LD_CHUNK;
-        store(row + n, splat(-INFINITY));  // to the end of a vector
+        store(row + n, splat(-INFINITY));  // pads the row to whole vectors
         vec highest = splat(seen.row_max[m]);
         for (long r = 0; r < n; r += W) {
             const vec next = load(row + r);
@@ -27,7 +28,7 @@ inline void online_softmax(float* scores, long n, long M, long D, SoftmaxState s
             for (long d = 0; d < D; d++) seen.acc[m * ld + d] *= shrink;
         }
         seen.row_max[m] = top;
-        base[m] = top == -INFINITY ? 0 : top;  // nothing seen yet: no weight
+        base[m] = top == -INFINITY ? 0 : top;  // no key so far: weight 0
     }
     for (long m = 0; m < M; m++) {
         float* row = scores + m * LD_CHUNK;
@@ -47,14 +48,14 @@ template <class T> inline void divide(const float* x, float by, long n, T* y) {
     for (; i < n; i++) put(y + i, x[i] / by);
 }
 
-// q (B, L, Hq, D), k and v (B, L, Hkv, D) → out (B, L, Hq, D). CachedKV: of row b, head h, token t < lengths[b] the vector
-// start[b] + h·stride[b] + t of past_k, past_v.
+// q (B, L, Hq, D), k and v (B, L, Hkv, D) → out (B, L, Hq, D). Cached token t < lengths[b] of row b and head h is
+// the vector at index start[b] + h·stride[b] + t of past_k and past_v.
 template <class T>
 void attention(const T* q, const T* k, const T* v, const uint8_t* valid, int causal, const T* past_k, const T* past_v,
                const int64_t* start, const int64_t* stride, const int64_t* lengths, T* out, long B, long L, long Hq,
                long Hkv, long D, int threads) {
     const long group = Hq / Hkv, Q = group * L, ld = padded(D), part_size = Q * (ld + 2);
-    struct Task { long b, h, from, to; };  // of [cached keys ; its own block]; the block is in the row's last
+    struct Task { long b, h, from, to; };  // keys of [cached keys ; own keys]; the row's last task has the own keys
     static thread_local std::vector<Task> list;
     static thread_local std::vector<long> firsts;
     list.clear();
@@ -89,7 +90,7 @@ void attention(const T* q, const T* k, const T* v, const uint8_t* valid, int cau
             for (long g = 0; g < group; g++)
                 for (long l = 0; l < L; l++)
                     scaled(q + ((b * L + l) * Hq + h * group + g) * D, D, scale, queries + (g * L + l) * ld);
-            // A query sees the keys of its block whose place is not beyond its limit, and itself.
+            // A query attends to itself and to the valid keys of its block up to its limit.
             bool masked = causal;
             for (long l = 0; l < L; l++) {
                 const bool counts = !valid || valid[b * L + l];
@@ -103,7 +104,7 @@ void attention(const T* q, const T* k, const T* v, const uint8_t* valid, int cau
             std::fill(seen.row_sum, seen.row_sum + Q + Q * ld, 0.0f);
             for (long t = task.from; t < task.to; t += CHUNK) {
                 const long n = std::min(CHUNK, task.to - t), past = std::min(std::max(length - t, 0L), n);
-                const long begin = std::max(t - length, 0L);  // of its own keys
+                const long begin = std::max(t - length, 0L);  // first own key of this chunk
                 const T *keys = own_k + begin * wide, *values = own_v + begin * wide;
                 const T *past_keys = past_k + (base + t) * D, *past_values = past_v + (base + t) * D;
                 if (Q > SMALL_ROWS) {
@@ -114,10 +115,11 @@ void attention(const T* q, const T* k, const T* v, const uint8_t* valid, int cau
                     const long M = std::min(long(TILE), Q - m), last = m % L + M <= L ? m % L + M - 1 : L - 1;
                     const long near = std::max(causal ? std::min(n - past, last + 1 - begin) : n - past, 0L);
                     if (Q > SMALL_ROWS) {
-                        gemm(queries + m * ld, ld, 1, transposed, LD_CHUNK, D, M, round_up(past + near), scores, LD_CHUNK, 0,
-                                  prefetcher(past_values, past * D));
+                        gemm(queries + m * ld, ld, 1, transposed, LD_CHUNK, D, M, round_up(past + near), scores,
+                             LD_CHUNK, 0, prefetcher(past_values, past * D));
                     } else {
-                        gemm_nt_small(queries, ld, Q, past_keys, D, past, D, scores, LD_CHUNK, prefetcher(past_values, past * D));
+                        gemm_nt_small(queries, ld, Q, past_keys, D, past, D, scores, LD_CHUNK,
+                                      prefetcher(past_values, past * D));
                         gemm_nt_small(queries, ld, Q, keys, wide, near, D, scores + past, LD_CHUNK);
                     }
                     if (masked)
@@ -134,7 +136,7 @@ void attention(const T* q, const T* k, const T* v, const uint8_t* valid, int cau
                     const SoftmaxState tile{seen.row_max + m, seen.row_sum + m, seen.acc + m * ld};
                     online_softmax(scores, past + near, M, D, tile, ld);
                     gemm(scores, LD_CHUNK, 1, past_values, D, past, M, D, tile.acc, ld, 1,
-                              prefetcher(past_keys + past * D, std::min(CHUNK, std::max(length - t - CHUNK, 0L)) * D));
+                         prefetcher(past_keys + past * D, std::min(CHUNK, std::max(length - t - CHUNK, 0L)) * D));
                     gemm(scores + past, LD_CHUNK, 1, values, wide, near, M, D, tile.acc, ld, 1);
                 }
             }

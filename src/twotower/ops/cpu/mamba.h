@@ -1,11 +1,12 @@
-// The middle of a Mamba-2 mixer over one short block, and the state after a prefix of it.
+// A Mamba-2 mixer between its projections over a short block, and the update of its state after a prefix of the block.
 #pragma once
 #include "matmul.h"
 #include "small_gemm.h"
 
 struct Mamba { long heads, P, groups, N, taps; float low, high, eps; };
 
-// out[l] = SiLU(bias + Σ_k taps[k] · in[l + k]) over C channels; the bias stands after the K taps. KNOWN: K, or 0.
+// out[l] = SiLU(bias + Σ_k taps[k] · in[l + k]) over C channels; the bias follows the K taps. KNOWN: K if known when
+// compiling, else 0.
 template <int KNOWN> inline void convolve(const float* in, const float* taps, long any, long L, long C, float* out) {
     const long K = KNOWN ? KNOWN : any;
     long c = 0;
@@ -23,7 +24,7 @@ template <int KNOWN> inline void convolve(const float* in, const float* taps, lo
         }
 }
 
-// by[l][m] = score[l][m] · exp(cum[l] − cum[m]) · dt[m] for m ≤ l < L, then zeros as far as tokens are weighed together.
+// by[l][m] = score[l][m] · exp(cum[l] − cum[m]) · dt[m] for m ≤ l < L, then zeros to the end of the tile of rows.
 inline void decay_scores(const float* score, const float* cum, const float* dt, long L, float* by, long ld) {
     for (long l = 0; l < L; l++) {
         const long end = std::min(L, (l / TILE + 1) * TILE);
@@ -35,7 +36,7 @@ inline void decay_scores(const float* score, const float* cum, const float* dt, 
     }
 }
 
-// y = norm(x · SiLU(z)) · weight over n channels; x is written over.
+// y = norm(x · SiLU(z)) · weight over n channels; overwrites x.
 template <class T> inline void gate_and_norm(float* x, const T* z, const T* weight, long n, float eps, T* y) {
     vec squares = {};
     long c = 0;
@@ -55,32 +56,33 @@ template <class T> inline void gate_and_norm(float* x, const T* z, const T* weig
     for (; c < n; c++) put(y + c, x[c] * by * upcast(weight[c]));
 }
 
-// projected (B, L, z | xBC | dt) → mixed (B, L, inner): convolution seeded with window, SiLU, scan seeded with state,
-// D·x, gate, group norm. Row b reads slot slots[b] of window (R, K−1, C) and state (R, H, P, N). With a trace (xBC not
-// null) it leaves what `state_update` needs.
+// projected (B, L, z | xBC | dt) → mixed (B, L, inner): convolution from the window, SiLU, scan from the state, D·x,
+// gate, group norm. Row b reads slot slots[b] of window (R, K−1, C) and state (R, H, P, N). If kept_xBC is not null,
+// writes the step inputs of `state_update` to kept_*.
 template <class T>
 void mamba_block(const T* projected, const uint8_t* valid, const T* window, const float* state, const int64_t* slots,
                  const T* conv_weight, const T* conv_bias, const float* dt_bias, const float* A_log, const float* D,
                  const T* norm_weight, T* mixed, T* kept_xBC, float* kept_x, float* kept_dt, float* kept_decay,
                  float* kept_B, long rows, long L, Mamba dims, int threads) {
     const long H = dims.heads, P = dims.P, G = dims.groups, N = dims.N, K = dims.taps;
-    const long inner = H * P, C = inner + 2 * G * N, wide = inner + C + H, each = H / G, X = each * P, own_C = X + 2 * N;
+    const long inner = H * P, C = inner + 2 * G * N, wide = inner + C + H;
+    const long each = H / G, X = each * P, own_C = X + 2 * N;
     const long ldl = round_up(L) + W, ldp = round_up(P) + W;
     parallel(threads, rows * L * H * P * N > MIN_PARALLEL_WORK, [&](int part, int parts) {
         Range tasks = partition(rows * G, part, parts);
-        float* in = scratch(0, (L + K - 1) * own_C);   // this group's inputs to the convolution: x | B | C
-        float* out = scratch(1, L * own_C + W);        // and its outputs after SiLU
+        float* in = scratch(0, (L + K - 1) * own_C);   // the group's convolution inputs: x | B | C
+        float* out = scratch(1, L * own_C + W);        // the outputs after SiLU
         float* taps = scratch(2, (K + 1) * own_C);
         float* y = scratch(3, L * X);
-        float* score = scratch(4, L * ldl);            // C·B of each two tokens
-        float* by = scratch(5, L * ldl);               // what a token takes of each up to itself
+        float* score = scratch(4, L * ldl);            // C·B of each pair of tokens
+        float* by = scratch(5, L * ldl);               // weight of each earlier token in a token's output
         float* transposed = scratch(6, N * std::max(ldl, ldp));
         float* steps = scratch(7, (each + 1) * ldl);
         float* seen = scratch(14, L * ldp);            // C·state
         long prepared = -1;
         for (long task = tasks.lo; task < tasks.hi; task++) {
             const long g = task / rows, b = task % rows, slot = slots ? slots[b] : b;
-            // Where the group's channels lie among all C: three runs.
+            // The group's channels are three ranges of the C channels.
             const long from[3] = {g * X, inner + g * N, inner + (G + g) * N}, size[3] = {X, N, N};
             for (long run = 0, at = 0; run < 3 && g != prepared; at += size[run++])
                 for (long c = 0; c < size[run]; c++) {
@@ -105,7 +107,7 @@ void mamba_block(const T* projected, const uint8_t* valid, const T* window, cons
             }
             if (K == 4) convolve<4>(in, taps, K, L, own_C, out);
             else convolve<0>(in, taps, K, L, own_C, out);
-            const float *B = out + X, *Cs = out + X + N;  // both with stride own_C
+            const float *B = out + X, *Cs = out + X + N;  // both have stride own_C
             gemm_nt(Cs, own_C, L, B, own_C, L, N, score, ldl, transposed, ldl);
             for (long l = 0; l < L && kept_B; l++) {
                 std::memcpy(kept_B + ((b * L + l) * G + g) * N, B + l * own_C, N * sizeof(float));
@@ -155,7 +157,7 @@ void mamba_block(const T* projected, const uint8_t* valid, const T* window, cons
     });
 }
 
-// The window and the state of the slots, in place, after the first accepted[b] tokens of the inputs.
+// Updates window and state of the slots in place with the first accepted[b] tokens of the step inputs.
 template <class T>
 void state_update(T* window, float* state, const int64_t* slots, const T* xBC, const float* x, const float* dt,
           const float* decay, const float* B, const int64_t* accepted, long rows, long L, Mamba dims, int threads) {
@@ -180,7 +182,7 @@ void state_update(T* window, float* state, const int64_t* slots, const T* xBC, c
         for (long b = own.lo; b < own.hi; b++) {
             const long count = accepted[b];
             T* to = window + (slots ? slots[b] : b) * (K - 1) * C;
-            for (long k = 0; count && k < K - 1; k++) {  // oldest first: what is read is not yet written over
+            for (long k = 0; count && k < K - 1; k++) {  // oldest first, so no element is overwritten before it is read
                 const long l = k + count - (K - 1);
                 std::memcpy(to + k * C, l < 0 ? to + (k + count) * C : xBC + (b * L + l) * C, C * sizeof(T));
             }

@@ -1,6 +1,5 @@
-// Dot gemm_nt of weight rows with a few tokens: what a pass of up to some dozens of tokens is made of. Weights are read
-// once, as they lie (out, in), in whatever type they have; every token's result is the same whatever stands beside it.
-// Where a copy of them in panels was made (packed_weights.h), that is read instead.
+// Matrix products of a weight (out, in) with few tokens as dot products. Reads the weight once, in its stored dtype. A
+// token's result does not depend on the other tokens. Reads the packed copy (packed_weights.h) instead if there is one.
 #pragma once
 #include "packed_weights.h"
 
@@ -64,7 +63,7 @@ inline void dot_tokens(const T* w, long ldw, const float* x, long ldx, long M, l
     if (M - m == 1) dot_tile<R, 1>(w, ldw, x + m * ldx, ldx, K, m == 0, [&](int, auto v) { put(m, v); });
 }
 
-// put(row, token, value) for weight rows lo…hi; value is a float, or a vec4 of that row and the next three.
+// Calls put(row, token, value) for weight rows lo…hi; value is a float, or a vec4 of this row and the next three.
 template <class T, class Put>
 inline void dot_rows(const T* w, long ldw, long lo, long hi, const float* x, long ldx, long M, long K, Put put) {
     long n = lo;
@@ -73,8 +72,8 @@ inline void dot_rows(const T* w, long ldw, long lo, long hi, const float* x, lon
     for (; n < hi; n++) dot_tokens<1>(w + n * ldw, ldw, x, ldx, M, K, [&](long m, float v) { put(n, m, v); });
 }
 
-// Tokens as floats, each row a cache line longer than it need be: rows a power of two apart would partition cache sets. Panels
-// of an odd number of inputs read one more: it is 0 in a `padded_row`.
+// Tokens as floats. Rows are padded by a cache line, because rows at a power-of-two distance would share cache sets.
+// Packed bf16 weights with an odd number of inputs read one more input, which `padded_row` sets to 0.
 inline long padded(long K) { return (K + 15) / 16 * 16 + 16; }
 template <class T> inline void upcast_row(const T* x, long K, float* to) {
     long k = 0;
@@ -92,10 +91,10 @@ template <class T> inline const float* upcast_rows(const T* x, long M, long K, i
     return out;
 }
 
-constexpr long MIN_PARALLEL_WORK = 1 << 16;  // multiply-adds below which a second thread does not pay
+constexpr long MIN_PARALLEL_WORK = 1 << 16;  // multiply-adds; below, a second thread costs more than it saves
 
-// A weight (out, in), or (experts, out, in): as it lies and its copy in panels, or null; or, with scales (…, out), int8
-// panels alone. A unit is a row or a panel.
+// A weight (out, in) or (experts, out, in): unpacked and packed, either may be null; with scales (…, out): packed
+// int8 only. A unit is a row of an unpacked weight or a panel of a packed weight.
 template <class T> struct Matrix {
     const T* rows;
     const void* packed;
@@ -110,10 +109,11 @@ template <class T> struct Matrix {
     }
 };
 
-// Units lo…hi of w (N, K) with M tokens, and a bias or null; put(n, m, value, count): a float, a vec4 or the first `count` of
-// a vec, for output n and those after it.
+// Units lo…hi of w (N, K) times M tokens, plus a bias or null. Calls put(n, m, value, count) for output n and following
+// outputs; value is a float, a vec4, or the first `count` of a vec.
 template <class T, class Put>
-inline void matmul(Matrix<T> w, const T* bias, long lo, long hi, const float* x, long ldx, long M, long K, long N, Put put) {
+inline void matmul(Matrix<T> w, const T* bias, long lo, long hi, const float* x, long ldx, long M, long K, long N,
+                   Put put) {
     const auto finished = [&](long n, long m, auto v, long count) {
         put(n, m, bias ? v + load<decltype(v)>(bias + n, count) : v, count);
     };
@@ -136,15 +136,15 @@ template <class T> void linear(const T* x, Matrix<T> w, const T* bias, T* y, lon
     });
 }
 
-// Mixture of experts: y[t] = Σ_j weight[t, j] · down[e] relu(up[e] x[t])², e = topk_ids[t, j]; one read of each chosen
-// expert's weights.
+// Mixture of experts: y[t] = Σ_j weight[t, j] · down[e] relu(up[e] x[t])² with e = topk_ids[t, j]. Reads each selected
+// expert's weights once.
 template <class T>
 void experts(const T* x, const int64_t* topk_ids, const float* weight, Matrix<T> up, Matrix<T> down, T* y, long tokens,
              long top, long E, long I, long H, int threads) {
     long pairs = tokens * top;
     const long ldx = padded(H), ldi = padded(I);
     const T* no_bias = nullptr;
-    // Pairs grouped by expert; `place` says where each went.
+    // Pairs grouped by expert; `place` is the position of each pair.
     static thread_local std::vector<long> start, place, list;
     start.assign(E + 1, 0);
     place.resize(pairs);
@@ -165,15 +165,16 @@ void experts(const T* x, const int64_t* topk_ids, const float* weight, Matrix<T>
             inner[p * ldi + I] = 0;
         }
     }
-    // Other threads see these through the pointers: thread_local names would be their own.
+    // Pointers, because other threads would see their own instances of the thread_local vectors.
     const long *starts = start.data(), *places = place.data(), *active = list.data();
     long count = long(list.size());
-    // A thread's partition of w[e] (N, K) with the tokens of every e; put(row among the pairs, n, value, count).
+    // A thread's share of w[e] (N, K) times the tokens of e, for every e. Calls put(pair, n, value, count).
     const auto each = [&](Matrix<T> w, long N, long K, const float* from, long ld, int part, int parts, auto put) {
         const long units = w.units(N);
         Range own = partition(count * units, part, parts, w.grain());
         for (long at = own.lo; at < own.hi;) {
-            const long e = active[at / units], lo = at % units, hi = std::min(units, lo + own.hi - at), first = starts[e];
+            const long e = active[at / units], lo = at % units, hi = std::min(units, lo + own.hi - at);
+            const long first = starts[e];
             matmul(w.of(e, N, K), no_bias, lo, hi, from + first * ld, ld, starts[e + 1] - first, K, N,
                     [&](long n, long m, auto v, long left) { put(first + m, n, v, left); });
             at += hi - lo;

@@ -1,4 +1,4 @@
-// The C interface: each function once for fp32 and once for bf16 (type 0 and 1).
+// The C interface: each function for fp32 (type 0) and bf16 (type 1).
 #include <type_traits>
 #include "attention.h"
 #include "argmax.h"
@@ -12,11 +12,11 @@
 #define W_(w) Matrix<T>{P(w), w##_packed, w##_scale}
 
 extern "C" {
-int vector_width() { return W; }  // floats in a vector: which code the compiler's flags selected
+int vector_width() { return W; }  // floats per vector: tells which instruction set was compiled
 
-// Of a weight w: as it lies, in panels, and the scales of int8 panels; null where there is none (see `Matrix`).
-void linear_(int type, const void* x, const void* w, const void* w_packed, const float* w_scale, const void* bias, void* y,
-             long M, long K, long N, int threads) {
+// A weight w: unpacked (w), packed (w_packed) and the scales of packed int8 (w_scale); null if absent (see `Matrix`).
+void linear_(int type, const void* x, const void* w, const void* w_packed, const float* w_scale, const void* bias,
+             void* y, long M, long K, long N, int threads) {
     BOTH(linear(P(x), W_(w), P(bias), Q(y), M, K, N, threads))
 }
 
@@ -24,9 +24,9 @@ void pack_(int type, const void* w, void* packed, long matrices, long N, long K,
     BOTH(pack(P(w), Q(packed), matrices, N, K, threads))
 }
 
-void experts_(int type, const void* x, const int64_t* topk_ids, const float* weight, const void* up, const void* up_packed,
-              const float* up_scale, const void* down, const void* down_packed, const float* down_scale, void* y,
-              long tokens, long top, long E, long I, long H, int threads) {
+void experts_(int type, const void* x, const int64_t* topk_ids, const float* weight, const void* up,
+              const void* up_packed, const float* up_scale, const void* down, const void* down_packed,
+              const float* down_scale, void* y, long tokens, long top, long E, long I, long H, int threads) {
     BOTH(experts(P(x), topk_ids, weight, W_(up), W_(down), Q(y), tokens, top, E, I, H, threads))
 }
 
@@ -40,7 +40,8 @@ void rms_norm_(int type, int wide, const void* x, const void* weight, const void
                long tokens, long H, long each, long stride, int order, float eps, int threads) {
     if (wide && type) {
         using T = bf16;
-        rms_norm(static_cast<const float*>(x), P(weight), P(shift), P(scale), Q(y), tokens, H, each, stride, order, eps, threads);
+        rms_norm(static_cast<const float*>(x), P(weight), P(shift), P(scale), Q(y), tokens, H, each, stride, order, eps,
+                 threads);
     } else {
         BOTH(rms_norm(P(x), P(weight), P(shift), P(scale), Q(y), tokens, H, each, stride, order, eps, threads))
     }
@@ -48,17 +49,17 @@ void rms_norm_(int type, int wide, const void* x, const void* weight, const void
 
 void mamba_block_(int type, const void* projected, const uint8_t* valid, const void* window, const float* state,
                   const int64_t* slots, const void* conv_weight, const void* conv_bias, const float* dt_bias,
-                  const float* A_log, const float* D, const void* norm_weight, void* mixed, void* xBC, float* x, float* dt,
-                  float* decay, float* B, long rows, long L, long heads, long head_dim, long groups, long N, long taps,
-                  float low, float high, float eps, int threads) {
+                  const float* A_log, const float* D, const void* norm_weight, void* mixed, void* xBC, float* x,
+                  float* dt, float* decay, float* B, long rows, long L, long heads, long head_dim, long groups, long N,
+                  long taps, float low, float high, float eps, int threads) {
     Mamba dims{heads, head_dim, groups, N, taps, low, high, eps};
     BOTH(mamba_block(P(projected), valid, P(window), state, slots, P(conv_weight), P(conv_bias), dt_bias, A_log, D,
                      P(norm_weight), Q(mixed), Q(xBC), x, dt, decay, B, rows, L, dims, threads))
 }
 
-// parts: of each layer the pools, window and state, and its inputs: xBC, x, dt, decay, B.
-void state_update_(int type, long layers, void* const* parts, const int64_t* slots, const int64_t* accepted, long rows, long L,
-           long heads, long head_dim, long groups, long N, long taps, int threads) {
+// parts: for each layer the pools (window, state) and the step inputs (xBC, x, dt, decay, B).
+void state_update_(int type, long layers, void* const* parts, const int64_t* slots, const int64_t* accepted, long rows,
+                   long L, long heads, long head_dim, long groups, long N, long taps, int threads) {
     Mamba dims{heads, head_dim, groups, N, taps, 0, 0, 0};
     for (void* const* own = parts; own < parts + 7 * layers; own += 7) {
         const auto f = [&](int i) { return static_cast<float*>(own[i]); };
@@ -66,19 +67,20 @@ void state_update_(int type, long layers, void* const* parts, const int64_t* slo
     }
 }
 
-// The vectors of `parts` blocks (tokens, heads, D), of rows of L tokens, into as many pools at the ends of the rows' texts.
+// Appends the vectors of `parts` blocks (tokens, heads, D), rows of L tokens, to as many pools at the ends of the rows.
+// counts: how many tokens of each row are appended.
 void kv_append_(int type, long parts, void* const* pools, const void* const* blocks, const int64_t* start,
-             const int64_t* stride, const int64_t* lengths, const int64_t* valid, long tokens, long L, long heads, long D,
-             int) {
+                const int64_t* stride, const int64_t* lengths, const int64_t* counts, long tokens, long L, long heads,
+                long D, int) {
     const long bytes = D * (type ? 2 : 4);
     for (long part = 0; part < parts; part++)
         for (long t = 0; t < tokens; t++) {
             const long b = t / L, l = t % L, column = lengths[b] + l;
-            if (l >= valid[b] || column >= stride[b]) continue;
+            if (l >= counts[b] || column >= stride[b]) continue;
             const char* from = static_cast<const char*>(blocks[part]) + t * heads * bytes;
             for (long h = 0; h < heads; h++)
-                std::memcpy(static_cast<char*>(pools[part]) + (start[b] + h * stride[b] + column) * bytes, from + h * bytes,
-                            bytes);
+                std::memcpy(static_cast<char*>(pools[part]) + (start[b] + h * stride[b] + column) * bytes,
+                            from + h * bytes, bytes);
         }
 }
 
@@ -87,28 +89,28 @@ void argmax_(int type, const void* logits, const int64_t* excluded, int64_t* tok
     BOTH(argmax(P(logits), excluded, tokens, confidence, positions, each, V, threads))
 }
 
-void attention_(int type, const void* q, const void* k, const void* v, const uint8_t* valid, int causal, const void* past_k,
-                const void* past_v, const int64_t* start, const int64_t* stride, const int64_t* lengths, void* out, long B,
-                long L, long Hq, long Hkv, long D, int threads) {
-    BOTH(attention(P(q), P(k), P(v), valid, causal, P(past_k), P(past_v), start, stride, lengths, Q(out), B, L, Hq, Hkv, D,
-                   threads))
+void attention_(int type, const void* q, const void* k, const void* v, const uint8_t* valid, int causal,
+                const void* past_k, const void* past_v, const int64_t* start, const int64_t* stride,
+                const int64_t* lengths, void* out, long B, long L, long Hq, long Hkv, long D, int threads) {
+    BOTH(attention(P(q), P(k), P(v), valid, causal, P(past_k), P(past_v), start, stride, lengths, Q(out), B, L, Hq, Hkv,
+                   D, threads))
 }
 
-// x: the embedded tokens, which become the residual stream. sizes: the integers of `Shape` in its order.
+// x: the embedded tokens, overwritten by the residual stream. sizes: the integers of `Shape` in order.
 void tower_(int type, void* x, const int64_t* kinds, const void* const* weights, const void* const* packed,
-            const void* const* scales, const void* const* inputs, const void* norm_f, void* hidden, const uint8_t* valid,
-            int causal, const int64_t* start, const int64_t* stride, const int64_t* lengths, const int64_t* sizes, float low,
-            float high, float eps, float factor, int threads) {
+            const void* const* scales, const void* const* inputs, const void* norm_f, void* hidden,
+            const uint8_t* valid, int causal, const int64_t* start, const int64_t* stride, const int64_t* lengths,
+            const int64_t* sizes, float low, float high, float eps, float factor, int threads) {
     const int64_t* n = sizes;
     Shape s{n[0], n[1], n[2], n[3], n[4], n[5], {n[6], n[7], n[8], n[9], n[10], low, high, eps}, n[11], n[12], n[13],
             n[14], n[15], n[16], n[17], n[18], n[19], n[20], factor, n[21], eps};
     if (type && s.wide) {
         using T = bf16;
-        tower(static_cast<float*>(x), kinds, weights, packed, scales, inputs, P(norm_f), Q(hidden), valid, causal, start,
-              stride, lengths, s, threads);
+        tower(static_cast<float*>(x), kinds, weights, packed, scales, inputs, P(norm_f), Q(hidden), valid, causal,
+              start, stride, lengths, s, threads);
     } else {
-        BOTH(tower(static_cast<T*>(x), kinds, weights, packed, scales, inputs, P(norm_f), Q(hidden), valid, causal, start,
-                   stride, lengths, s, threads))
+        BOTH(tower(static_cast<T*>(x), kinds, weights, packed, scales, inputs, P(norm_f), Q(hidden), valid, causal,
+                   start, stride, lengths, s, threads))
     }
 }
 }

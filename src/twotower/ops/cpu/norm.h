@@ -1,9 +1,9 @@
-// RMS norms with the modulation before or after, and the router's topk_ids.
+// RMSNorm with the modulation before or after it, and the router.
 #pragma once
 #include "matmul.h"
 
-// y = x̂ / rms(x̂) · weight; order 0: no modulation, 1: x̂ = x·(1 + scale) + shift, 2: the same after the norm.
-// shift, scale (tokens / each, H): a row of them for `each` tokens.
+// y = x̂ / rms(x̂) · weight. order 0: no modulation; 1: x̂ = x·(1 + scale) + shift; 2: modulation after the norm.
+// shift, scale (tokens / each, H): one row per `each` tokens.
 template <class X, class T>
 void rms_norm(const X* x, const T* weight, const T* shift, const T* scale, T* y, long tokens, long H, long each,
               long stride, int order, float eps, int threads) {
@@ -42,8 +42,8 @@ void rms_norm(const X* x, const T* weight, const T* shift, const T* scale, T* y,
     });
 }
 
-// Sigmoid router: scores, selection by score + bias (within the best groups), weights of the chosen. topk_ids, weight
-// (tokens, top), best first; the interleave_low expert wins a tie.
+// Sigmoid router: scores, selection by score + bias (within the best groups), weights of the selected experts.
+// topk_ids, weight (tokens, top): best first; of equal scores the lower expert id wins.
 template <class T>
 void route(const T* x, const T* w, const float* bias, int64_t* topk_ids, float* weight, long tokens, long H, long E,
            long groups, long kept, long top, int normalise, float factor, int threads) {
@@ -51,7 +51,8 @@ void route(const T* x, const T* w, const float* bias, int64_t* topk_ids, float* 
     float* scores = scratch(1, tokens * E);
     parallel(threads, tokens * H * E > MIN_PARALLEL_WORK, [&](int part, int parts) {
         Range own = partition(E, part, parts, 4);
-        dot_rows(w, H, own.lo, own.hi, in, padded(H), tokens, H, [&](long e, long t, auto v) { put(scores + t * E + e, v); });
+        dot_rows(w, H, own.lo, own.hi, in, padded(H), tokens, H,
+                 [&](long e, long t, auto v) { put(scores + t * E + e, v); });
     });
     float* ranked = scratch(2, E + groups);
     float* best = ranked + E;
@@ -63,7 +64,7 @@ void route(const T* x, const T* w, const float* bias, int64_t* topk_ids, float* 
         }
         long size = E / groups;
         if (groups > 1) {
-            for (long g = 0; g < groups; g++) {  // a group's worth: its two best
+            for (long g = 0; g < groups; g++) {  // a group's score: the sum of its two best
                 float first = -INFINITY, second = -INFINITY;
                 for (long e = g * size; e < (g + 1) * size; e++) {
                     if (ranked[e] > first) { second = first; first = ranked[e]; }
@@ -75,7 +76,7 @@ void route(const T* x, const T* w, const float* bias, int64_t* topk_ids, float* 
                 long better = 0;
                 for (long o = 0; o < groups; o++) better += best[o] > best[g] || (best[o] == best[g] && o < g);
                 if (better >= kept)
-                    for (long e = g * size; e < (g + 1) * size; e++) ranked[e] = 0;  // 0, not −∞: the reference's rule
+                    for (long e = g * size; e < (g + 1) * size; e++) ranked[e] = 0;  // 0, not −∞, as published
             }
         }
         float total = 0;

@@ -1,22 +1,22 @@
-// Products with weights repacked in panels: 16 output rows side by side, so that a vector holds the weights of 16 outputs
-// and nothing is summed within vectors. Fast from one token to hundreds. A panel holds, of its rows,
+// Matrix products with packed weights. A panel holds 16 output rows side by side, so a vector holds the weights of
+// several outputs and no sum runs across a vector's lanes. Fast from one token to hundreds. Layout of a panel:
 //   fp32  [in][16]
-//   bf16  [in / 2][16][2], so that a shift and a mask upcast two inputs' weights
-//   int8  [in][16]; a scale for each row, not kept here, makes them weights
-// with zeros for rows and inputs that are not there. Every token's result is the same whatever stands beside it: each
-// output is one sum in the order of the inputs.
+//   bf16  [in / 2][16][2], so that a shift and a mask upcast the weights of two inputs
+//   int8  [in][16], with a scale for each row, stored elsewhere
+// Missing rows and inputs are zeros. A token's result does not depend on the other tokens: each output is one sum in
+// the order of the inputs.
 #pragma once
 #include "simd.h"
 
-constexpr int PANEL = 16, VECTORS = PANEL / W;       // vectors of a panel
-constexpr int SUMS = W == 16 ? 24 : 12;              // vectors of running sums that fit the registers
-constexpr int TOKENS = W == 16 ? 8 : 6, PANELS = 4;  // of a tile, at most
+constexpr int PANEL = 16, VECTORS = PANEL / W;       // vectors per panel
+constexpr int SUMS = W == 16 ? 24 : 12;              // accumulator vectors that fit in the registers
+constexpr int TOKENS = W == 16 ? 8 : 6, PANELS = 4;  // maximum size of a tile
 
-template <class T> constexpr int STEP = std::is_same_v<T, bf16> ? 2 : 1;  // inputs taken at once
-template <class T> inline long panel_size(long K) { return (K + STEP<T> - 1) / STEP<T> * STEP<T> * PANEL; }  // in weights
+template <class T> constexpr int STEP = std::is_same_v<T, bf16> ? 2 : 1;  // inputs per step
+template <class T> inline long panel_size(long K) { return (K + STEP<T> - 1) / STEP<T> * STEP<T> * PANEL; }  // weights
 inline long panel_count(long N) { return (N + PANEL - 1) / PANEL; }
 
-// The weights of the inputs k…k + STEP for W outputs.
+// Loads the weights of inputs k…k + STEP for W outputs.
 inline void upcast_panel(const float* p, vec* to) { to[0] = load(p); }
 inline void upcast_panel(const int8_t* p, vec* to) { to[0] = load(p); }
 inline void upcast_panel(const bf16* p, vec* to) {
@@ -26,26 +26,28 @@ inline void upcast_panel(const bf16* p, vec* to) {
     std::memcpy(to + 1, &second, sizeof second);
 }
 
-// Few tokens wait for memory: panels are asked for so many cache lines prefetcher, the next ones before these end. It gains 3 to
-// 10 % in fp32 and 10 to 30 in bf16; int8 loses 5.
+// With few tokens the products are memory-bound: prefetch this many cache lines, continuing into the next panels. Gains
+// 3 to 10 % in fp32 and 10 to 30 % in bf16; int8 would lose 5 %.
 constexpr long PREFETCH_LINES = 32;
-constexpr int MEMORY_BOUND_TOKENS = 4;  // tokens, at most
-template <class T> constexpr int LINE = 64 / (PANEL * sizeof(T));  // inputs of a panel in a cache line
+constexpr int MEMORY_BOUND_TOKENS = 4;  // largest number of tokens with prefetch
+template <class T> constexpr int LINE = 64 / (PANEL * sizeof(T));  // inputs of a panel per cache line
 
-// out[r][m]: W outputs of vector r of R panels, `apart` weights from one to the next, for token m of M.
+// out[r][m]: W outputs of vector r of R panels, `apart` weights from one panel to the next, for token m of M.
 template <int R, int M, class T> void tile(const T* w, long apart, const float* x, long ldx, long K, vec* out) {
     constexpr int S = STEP<T>;
     vec acc[R * VECTORS][M] = {};
     for (long k = 0; k < K; k += S) {
         if constexpr (M <= MEMORY_BOUND_TOKENS && sizeof(T) > 1) {
             if (k % LINE<T> == 0) {
-                const long prefetch = k + PREFETCH_LINES * LINE<T>, next = prefetch < K ? prefetch * PANEL : R * apart + (prefetch - K) * PANEL;
+                const long prefetch = k + PREFETCH_LINES * LINE<T>;
+                const long next = prefetch < K ? prefetch * PANEL : R * apart + (prefetch - K) * PANEL;
                 for (int r = 0; r < R; r++) __builtin_prefetch(w + r * apart + next);
             }
         }
         vec weights[R * VECTORS][S];
         for (int r = 0; r < R; r++)
-            for (int v = 0; v < VECTORS; v++) upcast_panel(w + r * apart + k * PANEL + S * v * W, weights[r * VECTORS + v]);
+            for (int v = 0; v < VECTORS; v++)
+                upcast_panel(w + r * apart + k * PANEL + S * v * W, weights[r * VECTORS + v]);
         for (int s = 0; s < S; s++)
             for (int m = 0; m < M; m++) {
                 const vec token = splat(x[m * ldx + k + s]);
@@ -56,7 +58,7 @@ template <int R, int M, class T> void tile(const T* w, long apart, const float* 
         for (int m = 0; m < M; m++) out[r * M + m] = acc[r][m];
 }
 
-// The tile of R panels and M tokens, for numbers known when it runs.
+// The instance of `tile` for R panels and M tokens known at run time.
 template <class T> using Tile = void (*)(const T*, long, const float*, long, long, vec*);
 template <class T, int R = 1, int M = 1> inline Tile<T> tile_of(long panels, long tokens) {
     if constexpr (R < PANELS && (R + 1) * VECTORS <= SUMS) {
@@ -68,11 +70,11 @@ template <class T, int R = 1, int M = 1> inline Tile<T> tile_of(long panels, lon
     return tile<R, M, T>;
 }
 
-// put(row, token, values) for the W rows from `row` on, of panels lo…hi.
+// Calls put(row, token, values) for the W rows from `row` on, of panels lo…hi.
 template <class T, class Put>
 inline void dot_panels(const T* w, long lo, long hi, const float* x, long ldx, long M, long K, Put put) {
     if (!M) return;
-    const long parts = (M + TOKENS - 1) / TOKENS, most = (M + parts - 1) / parts;  // tiles of about as many tokens each
+    const long parts = (M + TOKENS - 1) / TOKENS, most = (M + parts - 1) / parts;  // tiles of similar numbers of tokens
     const long at_once = std::min(long(PANELS), SUMS / (VECTORS * most)), size = panel_size<T>(K);
     vec out[SUMS];
     for (long p = lo; p < hi; p += at_once) {
@@ -86,7 +88,7 @@ inline void dot_panels(const T* w, long lo, long hi, const float* x, long ldx, l
     }
 }
 
-// w (matrices, N, K) → panels, matrix after matrix.
+// Packs w (matrices, N, K), matrix after matrix.
 template <class T> void pack(const T* w, T* to, long matrices, long N, long K, int threads) {
     const long each = panel_count(N), size = panel_size<T>(K);
     parallel(threads, true, [&](int part, int parts) {

@@ -1,4 +1,4 @@
-// Vectors of floats in the compiler's own extension: AVX-512, AVX2 and NEON from one source.
+// Vectors of floats in the compiler's vector extension: AVX-512, AVX2 and NEON from one source.
 #pragma once
 #include <algorithm>
 #include <cmath>
@@ -38,8 +38,8 @@ constexpr vec LANE_INDEX = {0, 1, 2, 3, 4, 5, 6, 7};
 
 inline vec splat(float x) { return x - vec{}; }
 
-// a·b + c, rounded once. Left to itself a compiler that tunes for some processors (GCC for Zen) takes the fmadd operation in
-// one loop and two in another, and a sum would depend on how many others run beside it.
+// a·b + c, rounded once. Written as an intrinsic, because some compilers (GCC tuned for Zen) fuse the operations in one
+// loop and not in another, so a row's sum would depend on the number of rows beside it.
 inline vec fmadd(vec a, vec b, vec c) {
 #if defined(__AVX512F__)
     return (vec)_mm512_fmadd_ps((__m512)a, (__m512)b, (__m512)c);
@@ -53,14 +53,14 @@ inline vec fmadd(float a, vec b, vec c) { return fmadd(splat(a), b, c); }
 
 inline vec load(const float* p) { vec v; std::memcpy(&v, p, sizeof v); return v; }
 
-inline vec load(const bf16* p) {  // a bf16 is the interleave_high half of a float
+inline vec load(const bf16* p) {  // a bf16 is the upper half of a float
     u16vec half; std::memcpy(&half, p, sizeof half);
     uvec wide = __builtin_convertvector(half, uvec) << 16;
     vec v; std::memcpy(&v, &wide, sizeof v); return v;
 }
 
 inline vec load(const int8_t* p) {  // exact
-#if defined(__AVX512F__)  // compilers make some dozen instructions of the portable form
+#if defined(__AVX512F__)  // the portable form compiles to a dozen instructions
     return (vec)_mm512_cvtepi32_ps(_mm512_cvtepi8_epi32(_mm_loadu_si128(reinterpret_cast<const __m128i*>(p))));
 #elif defined(__AVX2__)
     return (vec)_mm256_cvtepi32_ps(_mm256_cvtepi8_epi32(_mm_loadl_epi64(reinterpret_cast<const __m128i*>(p))));
@@ -76,7 +76,7 @@ inline float upcast(bf16 x) { uint32_t b = uint32_t(x.bits) << 16; float f; std:
 
 inline void store(float* p, vec v) { std::memcpy(p, &v, sizeof v); }
 inline void put(float* p, float x) { *p = x; }
-inline void put(bf16* p, float x) {  // to the nearest, ties to even; NaN stays NaN
+inline void put(bf16* p, float x) {  // round to nearest, ties to even; NaN stays NaN
     uint32_t b; std::memcpy(&b, &x, 4);
     p->bits = x != x ? 0x7fc0 : uint16_t((b + 0x7fff + ((b >> 16) & 1)) >> 16);
 }
@@ -89,14 +89,14 @@ inline void store(bf16* p, vec v) {
     std::memcpy(p, &half, sizeof half);
 }
 
-template <class T> inline vec rounded(vec v) {  // to what a T holds
+template <class T> inline vec rounded(vec v) {  // rounds to the precision of T
     T as[W];
     store(as, v);
     return load(as);
 }
 
-// Lane sums of n ≤ W vectors (a power of two) at once: halving by neighbouring lanes, so that a vector's sum is the same
-// whatever stands beside it.
+// Sums over the lanes of n ≤ W vectors (a power of two) at once, halving by neighbouring lanes. A vector's sum does not
+// depend on the other vectors.
 inline vec evens(vec a, vec b) {
 #ifdef __AVX512F__
     return __builtin_shufflevector(a, b, 0, 2, 4, 6, 8, 10, 12, 14, 16, 18, 20, 22, 24, 26, 28, 30);
@@ -136,7 +136,7 @@ inline float max_lane(vec v) {
     return v[0];
 }
 
-// One value, those of four neighbouring rows, or the first `count` of a vector's, as a product gives them.
+// Stores a float, the vec4 of four neighbouring rows, or the first `count` values of a vector.
 template <class T> inline void put(T* p, float v, long) { put(p, v); }
 inline void put(float* p, vec4 v) { std::memcpy(p, &v, sizeof v); }
 inline void put(float* p, vec4 v, long) { put(p, v); }
@@ -178,7 +178,7 @@ inline vec exp(vec x) {
     return x < -87.0f ? vec{} : p * power;
 }
 
-// 1 / x to about one unit in the last place, of x below 2¹²⁶: a division would take as long as all of `exp`.
+// 1 / x to about one unit in the last place, for x below 2¹²⁶; a division would take as long as all of `exp`.
 inline vec reciprocal(vec x) {
 #ifdef __AVX512F__
     const vec guess = (vec)_mm512_maskz_rcp14_ps(0xffff, (__m512)x);
@@ -190,7 +190,7 @@ inline vec reciprocal(vec x) {
 
 inline vec silu(vec x) { return x * reciprocal(1.0f + exp(-x)); }
 
-// ln(1 + eˣ) to a few units in the last place: max(x, 0) + ln(1 + z), z = e^−|x|, by the series of 2·artanh(z / (2 + z)).
+// ln(1 + eˣ) to a few units in the last place: max(x, 0) + ln(1 + z), z = e^−|x|, as a series of 2·artanh(z / (2 + z)).
 inline vec softplus(vec x) {
     const vec z = exp(x > 0.0f ? -x : x), s = z * reciprocal(2.0f + z), q = s * s;
     vec p = q * (1 / 13.0f) + 1 / 11.0f;
@@ -202,16 +202,16 @@ inline vec softplus(vec x) {
     return (x > 0.0f ? x : vec{}) + 2.0f * s * p;
 }
 
-// A job cut into equal parts, one a thread. Small jobs stay on one: waking another costs microseconds.
-template <class F> inline void parallel(int threads, bool worth, F part) {
+// Runs a job in equal parts, one per thread. Small jobs stay on one thread: waking another takes microseconds.
+template <class F> inline void parallel(int threads, bool enough_work, F part) {
 #ifdef _OPENMP
-    if (threads > 1 && worth) {
+    if (threads > 1 && enough_work) {
 #pragma omp parallel num_threads(threads)
         part(omp_get_thread_num(), omp_get_num_threads());
         return;
     }
 #endif
-    (void)threads, (void)worth;
+    (void)threads, (void)enough_work;
     part(0, 1);
 }
 
@@ -230,7 +230,7 @@ inline Range partition(long n, int part, int parts, long grain = 1) {  // in mul
     return {std::min(n, units * part / parts * grain), std::min(n, units * (part + 1) / parts * grain)};
 }
 
-// Per-thread memory that is kept between calls: no allocation in the loop.
+// Per-thread buffers that are kept between calls, so that loops do not allocate.
 inline float* scratch(int which, long floats) {
     static thread_local std::vector<float> buffers[16];
     std::vector<float>& buffer = buffers[which];

@@ -1,17 +1,17 @@
-// Small gemm_nt whose sums run from register to register, none within a vector: a sum's terms are added one by one in
-// their order, so that it is the same whatever stands beside it.
+// Small matrix products that accumulate in registers, never across the lanes of a vector. Terms are added one by one in
+// order, so a result does not depend on the other rows.
 #pragma once
 #include "simd.h"
 
 #ifdef __AVX512F__
-constexpr int TILE = 8;  // rows that partition a read of what they gemm_tile
+constexpr int TILE = 8;  // rows that share one load of x
 #else
 constexpr int TILE = 4;
 #endif
 
-inline long round_up(long n) { return (n + W - 1) / W * W; }  // up to the end of a vector
+inline long round_up(long n) { return (n + W - 1) / W * W; }  // to whole vectors
 
-// Memory that is read soon, asked for bit by bit where a few rows are computed: they wait for memory most of the time.
+// Memory that is read soon, prefetched in small steps while few rows are computed, when the products are memory-bound.
 struct Prefetcher {
     const char *at, *end;
     void next() {
@@ -22,11 +22,11 @@ template <class T> inline Prefetcher prefetcher(const T* from, long count) {
     return {reinterpret_cast<const char*>(from), reinterpret_cast<const char*>(from + count)};
 }
 
-// acc[m][c] = beta · acc[m][c] + Σ_r w[m][r] · x[r][c] for V vectors of columns c; w[m][r] lies at w + m·row + r·step.
-// beta 0: what stands in acc is not read.
+// acc[m][c] = beta · acc[m][c] + Σ_r w[m][r] · x[r][c] for V vectors of columns c; w[m][r] is at w + m·row + r·step.
+// With beta 0, acc is not read.
 template <int M, int V, class T>
-inline void gemm_tile(const float* w, long row, long step, const T* x, long ldx, long n, float* acc, long ld, float beta,
-                  Prefetcher& prefetch) {
+inline void gemm_tile(const float* w, long row, long step, const T* x, long ldx, long n, float* acc, long ld,
+                      float beta, Prefetcher& prefetch) {
     vec a[M][V];
     for (int m = 0; m < M; m++)
         for (int v = 0; v < V; v++) a[m][v] = beta == 0 ? vec{} : beta * load(acc + m * ld + v * W);
@@ -45,9 +45,9 @@ inline void gemm_tile(const float* w, long row, long step, const T* x, long ldx,
 
 template <int M, class T>
 inline void gemm_rows(const float* w, long row, long step, const T* x, long ldx, long n, long C, float* acc, long ld,
-                       float beta, Prefetcher& prefetch) {
+                      float beta, Prefetcher& prefetch) {
     long c = 0;
-    if constexpr (4 * M <= W)  // enough sums under way to hide how long one addition takes
+    if constexpr (4 * M <= W)  // enough independent sums to hide the latency of an addition
         for (; c + 4 * W <= C; c += 4 * W) gemm_tile<M, 4>(w, row, step, x + c, ldx, n, acc + c, ld, beta, prefetch);
     for (; c + 2 * W <= C; c += 2 * W) gemm_tile<M, 2>(w, row, step, x + c, ldx, n, acc + c, ld, beta, prefetch);
     for (; c + W <= C; c += W) gemm_tile<M, 1>(w, row, step, x + c, ldx, n, acc + c, ld, beta, prefetch);
@@ -64,7 +64,8 @@ template <class T>
 inline void gemm(const float* w, long row, long step, const T* x, long ldx, long n, long M, long C, float* acc, long ld,
                       float beta, Prefetcher prefetch = {nullptr, nullptr}) {
     long m = 0;
-    for (; m + TILE <= M; m += TILE) gemm_rows<TILE>(w + m * row, row, step, x, ldx, n, C, acc + m * ld, ld, beta, prefetch);
+    for (; m + TILE <= M; m += TILE)
+        gemm_rows<TILE>(w + m * row, row, step, x, ldx, n, C, acc + m * ld, ld, beta, prefetch);
     if (TILE > 4)
         for (; m + 4 <= M; m += 4) gemm_rows<4>(w + m * row, row, step, x, ldx, n, C, acc + m * ld, ld, beta, prefetch);
     for (; m + 2 <= M; m += 2) gemm_rows<2>(w + m * row, row, step, x, ldx, n, C, acc + m * ld, ld, beta, prefetch);
@@ -92,7 +93,7 @@ inline vec interleave_high(vec a, vec b) {
 #endif
 }
 
-// W vectors as the rows of a square, transposed around: each step moves a bit of an element's row to its column.
+// Transposes a W × W square of vectors: each step moves one bit of an element's row index to its column index.
 template <int LEFT = W> inline void transpose_square(vec* v) {
     if constexpr (LEFT > 1) {
         vec next[W];
@@ -105,7 +106,7 @@ template <int LEFT = W> inline void transpose_square(vec* v) {
     }
 }
 
-// Up to W rows of x and up to W columns of them, transposed around; zeros where there are fewer.
+// Loads and transposes up to W rows and W columns of x; zeros where there are fewer.
 template <class T> inline void load_transposed(const T* x, long ldx, long rows, long columns, vec* v) {
     if (rows >= W && columns >= W) {
         for (int i = 0; i < W; i++) v[i] = load(x + i * ldx);
@@ -117,7 +118,7 @@ template <class T> inline void load_transposed(const T* x, long ldx, long rows, 
     transpose_square(v);
 }
 
-// to[d][r] = x[r][d] for n rows of D columns; what stands in `to` from r = n to the end of a vector is written over.
+// to[d][r] = x[r][d] for n rows of D columns. Overwrites `to` from r = n to the end of a vector.
 template <class T> inline void transpose(const T* x, long ldx, long n, long D, float* to, long ld) {
     for (long r = 0; r < n; r += W)
         for (long d = 0; d < D; d += W) {
@@ -131,7 +132,8 @@ template <class T> inline void transpose(const T* x, long ldx, long n, long D, f
 }
 
 template <int M, class T>
-inline void gemm_nt_small(const float* w, long ldw, const T* x, long ldx, long n, long D, float* out, long ld, Prefetcher& prefetch) {
+inline void gemm_nt_small(const float* w, long ldw, const T* x, long ldx, long n, long D, float* out, long ld,
+                          Prefetcher& prefetch) {
     for (long r = 0; r < n; r += W) {
         vec acc[M] = {};
         for (long d = 0; d < D; d += W) {
@@ -150,9 +152,9 @@ inline void gemm_nt_small(const float* w, long ldw, const T* x, long ldx, long n
     }
 }
 
-constexpr long SMALL_ROWS = 4;  // for which x need not be kept transposed around: 1.1 to 1.2 times as fast, AVX2
+constexpr long SMALL_ROWS = 4;  // up to which x is not transposed in memory: 1.1 to 1.2 × as fast with AVX2
 
-// out[m][r] = Σ_d w[m][d] · x[r][d] for M ≤ SMALL_ROWS rows of w and n rows of x; `out` is written to the end of a vector.
+// out[m][r] = Σ_d w[m][d] · x[r][d] for M ≤ SMALL_ROWS rows of w and n rows of x. Writes `out` to the end of a vector.
 template <class T>
 inline void gemm_nt_small(const float* w, long ldw, long M, const T* x, long ldx, long n, long D, float* out, long ld,
                          Prefetcher prefetch = {nullptr, nullptr}) {
@@ -162,10 +164,10 @@ inline void gemm_nt_small(const float* w, long ldw, long M, const T* x, long ldx
     if (M == 4) gemm_nt_small<4>(w, ldw, x, ldx, n, D, out, ld, prefetch);
 }
 
-// The same, to the bit, for any M; transposed (D, ldt) is room for x transposed around.
+// The same for any M, bit-identical; transposed (D, ldt) is a buffer for the transpose of x.
 template <class T>
 inline void gemm_nt(const float* w, long ldw, long M, const T* x, long ldx, long n, long D, float* out, long ld,
-                     float* transposed, long ldt) {
+                    float* transposed, long ldt) {
     if (M <= SMALL_ROWS) return gemm_nt_small(w, ldw, M, x, ldx, n, D, out, ld);
     transpose(x, ldx, n, D, transposed, ldt);
     gemm(w, ldw, 1, transposed, ldt, D, M, round_up(n), out, ld, 0);

@@ -6,12 +6,12 @@
 
 enum Kind { MAMBA, ATTENTION, MOE, MLP };
 
-// What a layer is made of and reads, by place: see runners/weight_table.py. Weights, panels and scales (null where
-// there is none: see `Matrix`), then what belongs to this pass.
+// The weights and inputs of a layer by index, see runners/weight_table.py. Weights, packed copies and scales are null
+// if absent (see `Matrix`); the inputs belong to one pass.
 constexpr int WEIGHTS = 12, INPUTS = 12;
 
 struct Shape {
-    long rows, L, H, layers, order_stride, wide;           // wide: the residual stream is fp32 whatever the weights
+    long rows, L, H, layers, order_stride, wide;           // wide: the residual stream is fp32, whatever the weights
     Mamba mamba;
     long heads, kv_heads, head_dim;                         // attention
     long experts, groups, kept, top, inner, shared, normalise;  // mixture of experts
@@ -37,10 +37,11 @@ template <class T> inline void add(const T* y, long n, T* x) {
     for (; i < n; i++) put(x + i, upcast(x[i]) + upcast(y[i]));
 }
 
-// x += y · gate; the product is rounded to T before the sum. A gate of null is none.
+// x += y · gate; the product is rounded to T before the sum. gate null: x += y.
 template <class X, class T> inline void add_gated(const T* y, const T* gate, long n, X* x) {
     long i = 0;
-    for (; i + W <= n; i += W) store(x + i, load(x + i) + (gate ? rounded<T>(load(y + i) * load(gate + i)) : load(y + i)));
+    for (; i + W <= n; i += W)
+        store(x + i, load(x + i) + (gate ? rounded<T>(load(y + i) * load(gate + i)) : load(y + i)));
     for (; i < n; i++) {
         T part = y[i];
         if (gate) put(&part, upcast(part) * upcast(gate[i]));
@@ -49,8 +50,8 @@ template <class X, class T> inline void add_gated(const T* y, const T* gate, lon
 }
 
 template <class T>
-inline void mlp(const T* x, Matrix<T> up, const T* up_bias, Matrix<T> down, const T* down_bias, T* inner, T* y, long tokens,
-                long H, long width, int threads) {
+inline void mlp(const T* x, Matrix<T> up, const T* up_bias, Matrix<T> down, const T* down_bias, T* inner, T* y,
+                long tokens, long H, long width, int threads) {
     linear(x, up, up_bias, inner, tokens, H, width, threads);
     relu_squared(inner, tokens * width);
     linear(inner, down, down_bias, y, tokens, width, H, threads);
@@ -58,8 +59,8 @@ inline void mlp(const T* x, Matrix<T> up, const T* up_bias, Matrix<T> down, cons
 
 template <class X, class T>
 void tower(X* x, const int64_t* kinds, const void* const* weights, const void* const* packed, const void* const* scales,
-           const void* const* inputs, const T* norm_f, T* hidden, const uint8_t* valid, int causal, const int64_t* start,
-           const int64_t* stride, const int64_t* lengths, const Shape& s, int threads) {
+           const void* const* inputs, const T* norm_f, T* hidden, const uint8_t* valid, int causal,
+           const int64_t* start, const int64_t* stride, const int64_t* lengths, const Shape& s, int threads) {
     const long tokens = s.rows * s.L, H = s.H, d = s.head_dim;
     const Mamba& m = s.mamba;
     const long inner = m.heads * m.P, C = inner + 2 * m.groups * m.N;
@@ -69,8 +70,8 @@ void tower(X* x, const int64_t* kinds, const void* const* weights, const void* c
     T* first = reinterpret_cast<T*>(scratch(10, tokens * widest));
     T* second = reinterpret_cast<T*>(scratch(11, tokens * std::max(widest, H)));
     int64_t* topk_ids = reinterpret_cast<int64_t*>(scratch(12, 2 * tokens * std::max(s.top, 1L)));
-    float* chosen = scratch(13, tokens * std::max(s.top, 1L));
-    long representative = 0;  // a token that counts, if any does
+    float* topk_weights = scratch(13, tokens * std::max(s.top, 1L));
+    long representative = 0;  // index of the representative token: a valid token, if any
     while (valid && representative < tokens - 1 && !valid[representative]) representative++;
     if (valid && !valid[representative]) representative = 0;
     for (long layer = 0; layer < s.layers; layer++) {
@@ -86,10 +87,10 @@ void tower(X* x, const int64_t* kinds, const void* const* weights, const void* c
         rms_norm(x, w(0), shift, scale, normed, tokens, H, s.L, s.order_stride, order, s.norm_eps, threads);
         if (kind == MAMBA) {
             linear(normed, matrix(1), w(2), first, tokens, H, inner + C + m.heads, threads);
-            mamba_block(first, valid, static_cast<const T*>(in(3)), static_cast<const float*>(in(4)), (const int64_t*)nullptr,
-                        w(3), w(4), wide(5), wide(6), wide(7), w(8), second, static_cast<T*>(in(5)),
-                        static_cast<float*>(in(6)), static_cast<float*>(in(7)), static_cast<float*>(in(8)),
-                        static_cast<float*>(in(9)), s.rows, s.L, m, threads);
+            mamba_block(first, valid, static_cast<const T*>(in(3)), static_cast<const float*>(in(4)),
+                        (const int64_t*)nullptr, w(3), w(4), wide(5), wide(6), wide(7), w(8), second,
+                        static_cast<T*>(in(5)), static_cast<float*>(in(6)), static_cast<float*>(in(7)),
+                        static_cast<float*>(in(8)), static_cast<float*>(in(9)), s.rows, s.L, m, threads);
             linear(second, matrix(9), w(10), out, tokens, inner, H, threads);
         } else if (kind == ATTENTION) {
             T *q = first, *attended = first + tokens * s.heads * d;
@@ -101,11 +102,11 @@ void tower(X* x, const int64_t* kinds, const void* const* weights, const void* c
                       lengths, attended, s.rows, s.L, s.heads, s.kv_heads, d, threads);
             linear(attended, matrix(7), w(8), out, tokens, s.heads * d, H, threads);
         } else if (kind == MOE) {
-            route(normed, w(1), wide(2), topk_ids, chosen, tokens, H, s.experts, s.groups, s.kept, s.top, int(s.normalise),
-                  s.factor, threads);
-            for (long t = 0; valid && t < tokens; t++)  // padding goes where a token goes that counts
+            route(normed, w(1), wide(2), topk_ids, topk_weights, tokens, H, s.experts, s.groups, s.kept, s.top,
+                  int(s.normalise), s.factor, threads);
+            for (long t = 0; valid && t < tokens; t++)  // padding loads no extra weights
                 if (!valid[t]) std::copy_n(topk_ids + representative * s.top, s.top, topk_ids + t * s.top);
-            experts(normed, topk_ids, chosen, matrix(3), matrix(4), out, tokens, s.top, s.experts, s.inner, H, threads);
+            experts(normed, topk_ids, topk_weights, matrix(3), matrix(4), out, tokens, s.top, s.experts, s.inner, H, threads);
             mlp(normed, matrix(5), w(6), matrix(7), w(8), first, second, tokens, H, s.shared, threads);
             add(second, tokens * H, out);
         } else {
