@@ -1,4 +1,4 @@
-"""Packed batches for the tests of the objective, and its naive twin: one block at a time, as generation would do it."""
+"""Packed batches for tests of the objective, and its reference: one block at a time, as in generation."""
 
 from __future__ import annotations
 
@@ -27,8 +27,8 @@ ROWS: tuple[tuple[tuple[int, Kind], ...], ...] = (
 
 
 def document(length: int, kind: Kind, seed: int = 0) -> Document:
-    """Random words. bos: begins with BOS, ends with EOS; prompted: a third of it is the prompt, ends with EOS; plain:
-    trained from its first token on; fragment: has no end, so a last block that is not full is not trained."""
+    """Random words. bos: begins with BOS, ends with EOS; prompted: a third is the prompt, ends with EOS; plain: trained
+    from the first token; fragment: without an end, so that an incomplete last block is not trained."""
     tokens = np.random.default_rng([seed, length]).integers(4, 64, length).astype(np.int32)
     if kind in ("bos", "prompted") and length > 1:
         tokens[0], tokens[-1] = BOS, EOS
@@ -44,7 +44,7 @@ def packed(
     offset: Offset = "random",
     first_index: int = 0,
 ) -> Batch:
-    """Rows of documents, one after another, with random block offsets; as long as the longest row."""
+    """Rows of documents, one after another, with random block offsets, padded to the longest row."""
     pieces = [
         [to_piece(document(length, kind, seed), block_size, offset, seed, r, n) for n, (length, kind) in enumerate(row)]
         for r, row in enumerate(rows)
@@ -55,7 +55,7 @@ def packed(
 
 
 def objective(model: TwoTowerForCausalLM, *, tied: bool = False, **options: object) -> DenoisingObjective:
-    """The objective on a model's two towers, or with its context tower in both roles."""
+    """The objective of a model's two towers, or of its context tower in both roles."""
     assert model.denoiser is not None
     assert model.time is not None
     settings = DenoisingOptions(mask_token_id=MASK, **options)  # type: ignore[arg-type]
@@ -79,7 +79,7 @@ def case(
     rows: Sequence[Sequence[tuple[int, Kind]]] = ROWS,
     **overrides: object,
 ) -> Case:
-    """Every weight random, the time conditioning too: no modulation is the identity."""
+    """A case in which all weights are random, those of time conditioning included: no modulation is the identity."""
     model = build_random_model(pattern, seed=8, dtype=dtype, **overrides)
     batch = packed(rows, block_size, seed=1)
     noise = corrupt(batch, block_size, seed=4, scope=scope)
@@ -98,7 +98,7 @@ class Block(NamedTuple):
 
 
 def blocks_of(batch: Batch, block_size: int) -> Iterator[Block]:
-    """Row by row and column by column; a lead's padding is cut off, a block that ends in padding is left out."""
+    """Blocks by row and column, without leading padding, and without blocks that end in padding."""
     for row, owner in enumerate(batch.document.tolist()):
         for number in sorted(set(owner) - {-1}):
             first, end = owner.index(number), len(owner) - owner[::-1].index(number)
@@ -115,9 +115,9 @@ def naive_nll(
     time: bool = True,
     by: Verb = "prefill",
 ) -> Tensor:
-    """−ln p (N,) of the true token at each masked position, by the verbs of generation on a `TowerState`.
+    """−ln p (N,) of the true token at each masked position, computed with generation's functions on a `TowerState`.
 
-    prefill: each block after a fresh reading of its document up to there. extend: block by block on one state.
+    by "prefill": each block after a prefill of its document up to the block. by "extend": block by block on one state.
     """
     found = []
     state = None
@@ -142,7 +142,7 @@ def naive_nll(
 
 
 def naive_next_token_nll(model: TwoTowerForCausalLM, batch: Batch, prompts: bool = True) -> Tensor:
-    """−ln p (N,) of each document's tokens after its first, each document alone."""
+    """−ln p (N,) of the tokens after the first of each document, one document at a time."""
     found = []
     for row, owner in enumerate(batch.document):
         for number in range(int(owner.max()) + 1):
@@ -156,7 +156,7 @@ def naive_next_token_nll(model: TwoTowerForCausalLM, batch: Batch, prompts: bool
 
 
 def deviation(actual: Tensor, expected: Tensor) -> float:
-    """The largest difference, in units of the largest expected entry."""
+    """The largest difference relative to the largest expected value."""
     actual, expected = actual.detach().double(), expected.detach().double()
     scale = float(expected.abs().max())
     return float((actual - expected).abs().max()) / (scale or 1.0)

@@ -1,6 +1,6 @@
 """Tiny training runs: data, models, command lines, and processes that can be killed.
 
-Processes are forked from one that has imported everything: a new interpreter takes seconds, a fork does not.
+Processes are forked from a process that has imported everything, because a new interpreter takes seconds.
 """
 
 from __future__ import annotations
@@ -31,7 +31,7 @@ from transformers import PreTrainedTokenizerFast
 from twotower.cli.main import run_cli
 from twotower.training.data import train_tokenizer
 
-VOCABULARY = 301  # odd, as are the widths below: no part of it can be shared evenly by two processes
+VOCABULARY = 301  # odd, like the widths below, so that two processes cannot share it evenly
 SHAPE = {
     "vocab_size": VOCABULARY,
     "hidden_size": 33,
@@ -54,11 +54,11 @@ PRELOADED = (
 NAMES = ["Ada", "Bo", "Cy", "Dot", "Eve", "Flo", "Gus", "Hal", "Ivy", "Jo"]
 
 
-# --- what a run is given -------------------------------------------------------------------------------------------
+# --- input of a run ------------------------------------------------------------------------------------------------
 
 
 def texts(count: int, seed: int = 0) -> list[dict[str, str]]:
-    """Records, half of them with a prompt; all different."""
+    """Different records, half of them with a prompt."""
     rng = random.Random(seed)
     out: list[dict[str, str]] = []
     for i in range(count):
@@ -76,14 +76,14 @@ def write_data(file: Path, records: Sequence[dict[str, str]]) -> Path:
 
 
 def tokenizer() -> PreTrainedTokenizerFast:
-    """Special tokens 0 to 3, all bytes, and some merges of `texts`."""
+    """A tokenizer with special tokens 0 to 3, all bytes, and some merges of `texts`."""
     words = [record.get("prompt", "") + record["text"] for record in texts(200)]
     names = {f"{name}_token": f"<{name}>" for name in ("bos", "eos", "pad", "mask")}
     return PreTrainedTokenizerFast(tokenizer_object=train_tokenizer(words, VOCABULARY), **names)
 
 
 def two_towers(directory: Path, pattern: str = "M*E-", dtype: torch.dtype = torch.float32, **overrides: Any) -> Path:
-    """A checkpoint with random weights and a tokenizer."""
+    """Writes a checkpoint with random weights and a tokenizer."""
     model = build_random_model(pattern, seed=3, dtype=dtype, **{**SHAPE, **overrides})
     own = tokenizer()
     for name in ("bos", "eos", "pad", "mask"):
@@ -94,7 +94,7 @@ def two_towers(directory: Path, pattern: str = "M*E-", dtype: torch.dtype = torc
 
 
 class Given(NamedTuple):
-    """What every run starts from. Its commands compute in fp32 and validate now and then."""
+    """Input of every run. The commands compute in fp32, with a few validations."""
 
     data: Path
     config: Path
@@ -102,7 +102,7 @@ class Given(NamedTuple):
     tokenizer: Path
 
     def train(self, output: Path, *more: str, model: Path | None = None) -> list[str]:
-        """A command line of `train`; options in `more` win."""
+        """A command line of `train`; options in `more` take precedence."""
         return [
             "train",
             str(model or self.model),
@@ -114,7 +114,7 @@ class Given(NamedTuple):
         ]
 
     def pretrain(self, output: Path, *more: str) -> list[str]:
-        """A command line of `pretrain`; options in `more` win."""
+        """A command line of `pretrain`; options in `more` take precedence."""
         given = ["--config", str(self.config), "--tokenizer", str(self.tokenizer), "--steps", "22"]
         return ["pretrain", *given, *self._common(output), *more]
 
@@ -128,7 +128,7 @@ class Given(NamedTuple):
 
 @functools.cache
 def folder() -> Path:
-    """For what all tests of a session share; gone when it ends."""
+    """A folder for all tests of a session, removed at its end."""
     path = tempfile.mkdtemp(prefix="twotower-runs-")
     atexit.register(shutil.rmtree, path, ignore_errors=True)
     return Path(path)
@@ -144,17 +144,17 @@ def given() -> Given:
 
 @functools.cache
 def uninterrupted(verb: str, *more: str) -> Path:
-    """The directory of a run of one process, which later tests compare theirs with and leave as it is."""
+    """The directory of a run of one process, with which other tests compare their runs; do not change it."""
     output = folder() / "-".join([verb, *more]).replace("/", "_")
     assert run_cli(getattr(given(), verb)(output, *more)) == 0
     return output
 
 
-# --- what it leaves ------------------------------------------------------------------------------------------------
+# --- output of a run -----------------------------------------------------------------------------------------------
 
 
 def log_text(directory: Path) -> str:
-    """The log as it is, but for the fields that measure time."""
+    """The log without fields of measured time."""
     return re.sub(r', "timing": \{[^}]*\}', "", (directory / "log.jsonl").read_text())
 
 
@@ -163,18 +163,18 @@ def log(directory: Path) -> list[dict[str, Any]]:
 
 
 def column(directory: Path, name: str) -> torch.Tensor:
-    """One field of all records of a log, fp64."""
+    """One field of all records of a log, in float64."""
     return torch.tensor([record[name] for record in log(directory)], dtype=torch.float64)
 
 
 def weights(directory: Path) -> dict[str, torch.Tensor]:
-    """What a run, or a checkpoint directory, holds."""
+    """Weights of a run or of a checkpoint directory."""
     inner = directory / "model"
     return load_file((inner if inner.is_dir() else directory) / "model.safetensors")
 
 
 def model_bytes(directory: Path) -> dict[str, bytes]:
-    """Every file of a run's model."""
+    """Content of every file of a run's model."""
     return {file.name: file.read_bytes() for file in sorted((directory / "model").iterdir())}
 
 
@@ -186,19 +186,19 @@ def checkpoints(directory: Path) -> list[str]:
 
 
 class Launched(NamedTuple):
-    """The processes of one command line; what each writes to stderr is in a file."""
+    """Processes of one command line; the stderr of each is in a file."""
 
     processes: list[Any]
-    said: list[Path]
+    stderr_files: list[Path]
 
     def kill(self, *ranks: int) -> None:
-        """SIGKILL, to some or all, without waiting."""
+        """Sends SIGKILL to some or all processes, without waiting."""
         for rank in ranks or range(len(self.processes)):
             if self.processes[rank].is_alive():
                 os.kill(self.processes[rank].pid, signal.SIGKILL)
 
     def codes(self, timeout: float = 120) -> list[int]:
-        """Waits → exit codes. What is then still running is killed."""
+        """Waits, kills processes that are still running, and returns the exit codes."""
         end = time.monotonic() + timeout
         for process in self.processes:
             process.join(max(0.0, end - time.monotonic()))
@@ -208,13 +208,13 @@ class Launched(NamedTuple):
         return [process.exitcode for process in self.processes]
 
     def stderr(self, rank: int = 0) -> list[str]:
-        return self.said[rank].read_text().splitlines()
+        return self.stderr_files[rank].read_text().splitlines()
 
     def running(self) -> bool:
         return any(process.is_alive() for process in self.processes)
 
     def kill_when(self, moment: Callable[[], bool]) -> bool:
-        """Looks every half a millisecond, then kills all and waits → whether the moment came before the end."""
+        """Kills all processes when a condition holds (checked every half millisecond); returns whether it held."""
         while self.running():
             if moment():
                 self.kill()
@@ -224,17 +224,20 @@ class Launched(NamedTuple):
         return False
 
 
-def launch(args: Sequence[str], said: Path, processes: int = 1, file_limits: dict[int, int] | None = None) -> Launched:
+def launch(
+    args: Sequence[str], stderr: Path, processes: int = 1, file_limits: dict[int, int] | None = None
+) -> Launched:
     """Starts `twotower` with these arguments, in one process or as torchrun would in several.
 
-    said: where stderr goes. file_limits: for some ranks, the size in bytes beyond which no file grows (a full disk).
+    stderr: path for stderr; each file has the rank as suffix. file_limits: by rank, the maximum size of a file in
+    bytes (simulates a full disk).
     """
     context = multiprocessing.get_context("forkserver")
     context.set_forkserver_preload(list(PRELOADED))
     with socket.socket() as free:
         free.bind(("127.0.0.1", 0))
         port = free.getsockname()[1]
-    outputs = [said.with_name(f"{said.name}.{rank}") for rank in range(processes)]
+    outputs = [stderr.with_name(f"{stderr.name}.{rank}") for rank in range(processes)]
     started = [
         context.Process(
             target=_be_rank,
@@ -248,9 +251,9 @@ def launch(args: Sequence[str], said: Path, processes: int = 1, file_limits: dic
     return Launched(started, outputs)
 
 
-def _be_rank(args: list[str], rank: int, size: int, port: int, said: str, file_limit: int | None) -> None:
+def _be_rank(args: list[str], rank: int, size: int, port: int, stderr: str, file_limit: int | None) -> None:
     for fd in (1, 2):
-        os.dup2(os.open(said if fd == 2 else os.devnull, os.O_WRONLY | os.O_CREAT | os.O_TRUNC), fd)
+        os.dup2(os.open(stderr if fd == 2 else os.devnull, os.O_WRONLY | os.O_CREAT | os.O_TRUNC), fd)
     if size > 1:
         os.environ |= {
             "RANK": str(rank), "LOCAL_RANK": str(rank), "WORLD_SIZE": str(size),

@@ -44,7 +44,7 @@ def test_an_old_spelling_sets_the_parameter_and_prints_one_line(
     result = invoke(*given)
     assert result.exit_code == 0
     assert result.stdout == parameters + "\n"
-    assert result.stderr == f"{names[0]} is now {names[1]}; the old name goes in the next release\n"
+    assert result.stderr == f"{names[0]} is deprecated; use {names[1]}\n"
 
 
 def test_an_old_spelling_is_checked_like_the_new() -> None:

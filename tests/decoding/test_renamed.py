@@ -85,7 +85,7 @@ def test_knob_of_the_command_line() -> None:
     assert "--policy-value" in help_text
     assert "knob" not in help_text
     result = CliRunner().invoke(generate, ["hi", "--knob", "0.5", "--model", "missing/folder"])
-    assert "--knob is now --policy-value" in result.stderr
+    assert "--knob is deprecated; use --policy-value" in result.stderr
 
 
 def test_knob_of_a_server_request() -> None:

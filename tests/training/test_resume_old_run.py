@@ -34,8 +34,8 @@ def test_a_run_of_an_earlier_version_goes_on(
     monkeypatch.chdir(tmp_path)
     assert run_cli(COMMAND.split()) == 0
     assert capfd.readouterr().err.splitlines()[:3] == [
-        "--rows is now --batch-size; the old name goes in the next release",
-        "--rate is now --lr; the old name goes in the next release",
+        "--rows is deprecated; use --batch-size",
+        "--rate is deprecated; use --lr",
         f"resuming after step {REACHED}",
     ]
     records = log(tmp_path / "run")

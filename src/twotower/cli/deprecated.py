@@ -1,4 +1,4 @@
-"""Options that were renamed: the old spelling still works in this release, hidden and with a note on stderr."""
+"""Renamed options: the old spelling works in this release, but is hidden and prints a note on stderr."""
 
 from __future__ import annotations
 
@@ -38,11 +38,11 @@ class _RenamedOption(click.Option):
             if self.name in opts:
                 raise click.UsageError(f"{old} is the old name of {new}; give only {new}", ctx)
             if not ctx.resilient_parsing:
-                click.echo(f"{old} is now {new}; the old name goes in the next release", err=True)
+                click.echo(f"{old} is deprecated; use {new}", err=True)
             opts = {**opts, str(self.name): opts[self._old_key]}
         return super().handle_parse_result(ctx, opts, args)
 
     @property
     def _old_key(self) -> str:
-        """Where the parser puts a value that was given under the old spelling."""
+        """The parser's key for a value of the old spelling."""
         return f"{self.name} {self.old[0]}"

@@ -173,7 +173,7 @@ def _state(config: TwoTowerConfig, dtype: str) -> StateSizes:
 
 
 def _computes_in(model: TwoTowerForCausalLM, stored: str) -> dict[str, str]:
-    """What `--dtype auto` computes in on each device of this machine; commands use the last one unless told."""
+    """The dtype of `--dtype auto` by device of this machine; the last device is the default of commands."""
     import torch
 
     from twotower.model.fp32_tensors import named_tensors
