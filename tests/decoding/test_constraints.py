@@ -434,7 +434,7 @@ def test_a_matcher_that_fails_ends_its_own_request_only(
         for patches in ({"walk": bad(walk)}, {"take": bad(take)}):
             assert {output.error for output in run_with(**patches)} == {"TwoTowerError: the lexer is too complex"}
         assert {output.error for output in run_with(walk=no_token)} == {
-            "TwoTowerError: the grammar allows no token here"
+            "TwoTowerError: the grammar allows no token here; change the constraint"
         }
 
 

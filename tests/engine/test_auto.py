@@ -109,7 +109,7 @@ def test_one_tower_leaves_one_choice() -> None:
     model = build_random_model("M")
     model.denoiser = None
     (found,) = generate(model, [[5]], GenerationParams.of(mode="auto", max_new_tokens=3))
-    assert (found.mode, found.mode_reason) == ("ar", "only the context tower was loaded")
+    assert (found.mode, found.mode_reason) == ("ar", "only the context tower is loaded")
 
 
 def test_costs_are_measured_and_leave_nothing_behind() -> None:

@@ -181,7 +181,9 @@ def test_a_file_that_answers_something_else_is_left_alone(cli: Cli, tmp_path: Pa
     path, out = asked(tmp_path, *some(3)), tmp_path / "out.jsonl"
     assert cli("batch", path, "-o", out, "-n", "4", *FP32).code == 0
     before = out.read_bytes()
-    assert_one_line_error(cli("batch", path, "-o", out, "-n", "5", *FP32), "does not answer line 1 as it is asked now")
+    assert_one_line_error(
+        cli("batch", path, "-o", out, "-n", "5", *FP32), "its answer to line 1 is for another request"
+    )
     asked(tmp_path, *some(2))
     assert_one_line_error(cli("batch", path, "-o", out, "-n", "4", *FP32), "has 3 lines for 2 of input")
     assert out.read_bytes() == before

@@ -337,7 +337,7 @@ def test_a_model_without_denoiser_runs_ar() -> None:
     request = Request([5, 6], GenerationParams.of(mode="ar", max_new_tokens=9))
     (output,) = LLM(lone, rows=2, length=32).generate([request])
     assert output.tokens == alone(lone, request).tokens
-    with pytest.raises(ArgumentError, match="only the context tower was loaded"):
+    with pytest.raises(ArgumentError, match="only the context tower is loaded"):
         LLM(lone, rows=2, length=64).add_request(Request([5], GenerationParams.of(max_new_tokens=9)))
 
 

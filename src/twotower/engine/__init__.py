@@ -1,4 +1,4 @@
-"""Many requests at once, each in its own mode: scheduled at the grain of one denoising step."""
+"""The decoder: runs many requests together, each in its own mode, scheduled pass by pass."""
 
 from twotower.engine.async_llm import AsyncLLM
 from twotower.engine.llm import LLM

@@ -1,7 +1,7 @@
-"""The checks that a request passes before it enters an engine, and how much of the engine's memory it can need.
+"""Checks of a request against a model and an engine, and the KV slots that the request may need.
 
-`GenerationParams` and `Request` check types and ranges when they are made. Everything that depends on a model or on an
-engine is checked here, for every caller: `LLM.add_request`, the server, batch jobs and the `generate_*` methods.
+`GenerationParams` and `Request` check types and ranges when they are made. This module checks what depends on a model
+or an engine, for every caller: `LLM.add_request`, the server, batch jobs and the `generate_*` methods.
 """
 
 from __future__ import annotations
@@ -17,28 +17,29 @@ from twotower.errors import ArgumentError
 
 
 def kv_slots_needed(request: Request, block_size: int) -> int:
-    """Tokens whose keys and values a request can need: its last block may go beyond the tokens it asks for.
-    block_size: the engine's longest block."""
+    """The most KV slots that a request needs. Its last block may be longer than the tokens that remain.
+
+    block_size: the engine's longest block.
+    """
     params = request.params
     return len(request.prompt) + params.max_new_tokens + min(params.block_size, block_size)
 
 
 def check_model(model: Towers, params: GenerationParams, prompt_lengths: Sequence[int]) -> None:
-    """Raises ArgumentError where this model cannot do what the parameters ask for, whatever engine runs the model."""
+    """Raises ArgumentError if this model does not support the parameters, in any engine."""
     params.check_against(model.backbone, prompt_lengths)
     if params.stop and model.tokenizer is None:
         raise ArgumentError("stop strings need a tokenizer; set model.tokenizer", param="stop")
     if params.mode not in ("ar", AUTO) and model.denoiser is None:
         raise ArgumentError(
-            f'mode is {params.mode!r} but only the context tower was loaded; load with towers="both"', param="mode"
+            f'mode is {params.mode!r} but only the context tower is loaded; load with towers="both"', param="mode"
         )
 
 
 def check(model: Towers, request: Request, length: int, block_size: int, max_kv_slots: int) -> None:
-    """length, block_size: of the engine's longest text and block; max_kv_slots: that its memory holds.
+    """Raises ArgumentError if the request can never run in an engine, with the sizes in question.
 
-    Raises:
-        ArgumentError: the request can never run there; says why, with the numbers.
+    length, block_size: of the engine's longest text and block. max_kv_slots: the KV slots that its memory holds.
     """
     params, prompt, vocab_size = request.params, len(request.prompt), model.backbone.vocab_size
     if not (min(request.prompt) >= 0 and max(request.prompt) < vocab_size):

@@ -1,4 +1,4 @@
-"""`AsyncLLM`: an engine in a thread of its own, for programs that serve many requests from an event loop."""
+"""`AsyncLLM`: an engine in its own thread, for programs that serve many requests from an event loop."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ EventCallback = Callable[[Event | Exception], object]
 
 
 class _Subscription:
-    """A request that somebody in an event loop waits for. number: in the engine, once it is there."""
+    """A request with a callback in an event loop. number: the request's number in the engine, once it is added."""
 
     def __init__(self, request: Request, callback: EventCallback) -> None:
         self.request, self.callback = request, callback
@@ -27,28 +27,28 @@ class _Subscription:
 
 
 class AsyncLLM:
-    """Runs an engine's steps in one thread while there is work. Close it when done.
+    """Runs an engine in its own thread while there are requests. Close it after use.
 
-    Until then no other thread may use the engine: other threads read `stats` and call `check`. The engine's thread
-    decodes with `model.tokenizer`; a thread that encodes text meanwhile needs a copy of that tokenizer.
+    Until then other threads may only read `stats` and call `check`. The engine's thread decodes with
+    `model.tokenizer`; a thread that encodes text at the same time needs a copy of that tokenizer.
     """
 
     def __init__(self, llm: LLM) -> None:
         self.llm = llm
         self._stats = llm.stats()
         self._commands: queue.SimpleQueue[Callable[[], object] | None] = queue.SimpleQueue()  # None: stop
-        self._lock = threading.Lock()  # of the two below: once ended, no further call is open
+        self._lock = threading.Lock()  # guards _open and _ended: after the end, no subscription is added
         self._open: set[_Subscription] = set()
         self._ended: TwoTowerError | None = None
-        self._running: dict[int, _Subscription] = {}  # by their number in the engine; the engine's thread's own
+        self._running: dict[int, _Subscription] = {}  # by number in the engine; only the engine's thread uses it
         self._thread = threading.Thread(target=self._run, name="twotower-engine", daemon=True)
         self._thread.start()
 
     async def stream(self, request: Request) -> AsyncGenerator[Event, None]:
-        """Events of a request as they come; leaving the loop early gives the request up.
+        """Yields the events of a request. Leaving the loop early cancels the request.
 
         Raises:
-            ArgumentError: it can never run here; says why.
+            ArgumentError: the request can never run in this engine.
             TwoTowerError: the engine has failed or is closed.
         """
         events: asyncio.Queue[Event | Exception] = asyncio.Queue()
@@ -65,11 +65,11 @@ class AsyncLLM:
             cancel()
 
     async def generate(self, request: Request) -> Generation:
-        """The whole result of a request."""
+        """Runs a request to its end and returns its result."""
         async for event in self.stream(request):
             if event.result is not None:
                 return event.result
-        raise TwoTowerError("the engine ended without an answer")
+        raise TwoTowerError("the engine ended before the request did; make another AsyncLLM")
 
     def subscribe(self, request: Request, callback: EventCallback) -> Callable[[], None]:
         """Submits a request → the function that cancels the request; call it in any case.
@@ -94,21 +94,21 @@ class AsyncLLM:
         return cancel
 
     def check(self, request: Request) -> None:
-        """Raises ArgumentError where a request can never run here; says why. From any thread."""
+        """Raises ArgumentError if a request can never run in this engine. Callable from any thread."""
         self.llm.check(request)
 
     @property
     def stats(self) -> EngineStats:
-        """The engine's last snapshot. From any thread."""
+        """The engine's last snapshot. Readable from any thread."""
         return self._stats
 
     @property
     def alive(self) -> bool:
-        """Whether it takes requests: it has neither failed nor been closed."""
+        """Whether the engine accepts requests: it has neither failed nor been closed."""
         return self._ended is None
 
     def close(self) -> None:
-        """Stops after the step that is running; requests that have not ended hear a TwoTowerError."""
+        """Stops after the current step. Unfinished requests end with a TwoTowerError."""
         self._commands.put(None)
         self._thread.join()
 
@@ -130,7 +130,7 @@ class AsyncLLM:
         _deliver([(call, end) for call in calls])
 
     def _run_commands(self) -> bool:
-        """Carries out what was asked for, and waits while there is nothing to do → False: stop."""
+        """Runs the queued commands; waits for one if the engine has no requests. Returns False to stop."""
         while True:
             try:
                 command = self._commands.get(block=not self.llm.has_work)
@@ -162,12 +162,12 @@ class AsyncLLM:
 
 
 def _deliver(messages: Sequence[tuple[_Subscription, Event | Exception]]) -> None:
-    """Tells all of it, waking each event loop once: a step has news for many calls."""
+    """Delivers the messages of a step, waking each event loop once."""
     by_loop: dict[asyncio.AbstractEventLoop, list[tuple[_Subscription, Event | Exception]]] = {}
     for call, event in messages:
         by_loop.setdefault(call.loop, []).append((call, event))
     for loop, own in by_loop.items():
-        with contextlib.suppress(RuntimeError):  # the loop is closed: nobody waits any more
+        with contextlib.suppress(RuntimeError):  # the loop is closed, so no one waits
             loop.call_soon_threadsafe(_run_callbacks, own)
 
 

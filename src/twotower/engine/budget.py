@@ -1,4 +1,4 @@
-"""How an engine's memory is divided: Mamba states of all rows, keys and values that they share, prompts' beginnings."""
+"""Divides an engine's memory among Mamba states, the shared KV slots and the prefix cache."""
 
 from __future__ import annotations
 
@@ -8,24 +8,26 @@ from twotower.cache.hybrid_cache import state_bytes
 from twotower.engine.towers import Towers
 from twotower.errors import ArgumentError
 
-PREFIX_SHARE = 0.2  # of the memory, for prompts' beginnings
-MIN_PREFIXES = 8  # of their chunks are remembered at least where no memory is given
+PREFIX_SHARE = 0.2  # of the memory, for the prefix cache
+MIN_PREFIXES = 8  # chunks that the prefix cache holds at least, if no memory is given
 
 
 def memory_for(model: Towers, rows: int, longest: int) -> int:
-    """Bytes in which `rows` texts of `longest` tokens fit, one block included."""
+    """Bytes that `rows` texts of `longest` tokens need. `longest` includes one block."""
     per_row, per_token = state_bytes(model.backbone, model.dtype)
     return math.ceil(rows * (per_row + per_token * longest) / (1 - PREFIX_SHARE)) + 1
 
 
 def divide_memory(model: Towers, rows: int, longest: int, chunk: int, memory: int | None) -> tuple[int, int, int]:
-    """→ rows, as many of these as leave room for a text of `longest` tokens beside their states; KV slots
-    for all of them; bytes for prompts' beginnings, in chunks of `chunk` tokens.
+    """Returns the number of rows, the KV slots that they share, and the bytes of the prefix cache.
 
-    memory: bytes for all of it; None: as much as `rows` of the longest texts need.
+    The number of rows is reduced until one text of `longest` tokens fits beside their Mamba states. chunk: tokens of a
+    chunk of the prefix cache.
+
+    memory: bytes in all; None: as many as `rows` of the longest texts need.
 
     Raises:
-        ArgumentError: it holds no text at all.
+        ArgumentError: the memory is too small for one text.
     """
     per_row, per_token = state_bytes(model.backbone, model.dtype)
     if memory is None:

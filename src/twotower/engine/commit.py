@@ -1,4 +1,4 @@
-"""Applies the commit policies to the blocks of one pass: each row its own policy, rows of one policy together."""
+"""Applies the commit policies to the blocks of one pass, rows of the same policy together."""
 
 from __future__ import annotations
 
@@ -14,8 +14,8 @@ from twotower.ops.host_transfer import to_device_async
 
 
 class Commits(NamedTuple):
-    """chosen (B, L): the positions that are committed. memories: what the policy remembers of each row's block. errors:
-    what policies raised, by the row's place."""
+    """chosen (B, L): the positions to commit. memories: each row's policy memory. errors: the exceptions of
+    policies, by the row's index."""
 
     chosen: Tensor
     memories: list[object]
@@ -23,9 +23,9 @@ class Commits(NamedTuple):
 
 
 def commit_rows(sequences: Sequence[RunningSequence], seen: Pass, values: Tensor, catch: bool) -> Commits:
-    """What each row's policy commits. The sequences stay as they are: the pass may yet fail.
+    """Applies each row's policy. The sequences do not change, because the pass may still fail.
 
-    values (B, 1): the policies' numbers. catch: a row whose policy raises commits nothing; otherwise the exception is
+    values (B, 1): the policy values. catch: a row whose policy raises commits nothing; otherwise the exception is
     raised.
     """
     groups: dict[tuple[str, bool], list[int]] = {}
@@ -47,7 +47,7 @@ def commit_rows(sequences: Sequence[RunningSequence], seen: Pass, values: Tensor
             out[places], kept = _commit(own, Pass(*(field[places] for field in seen[:-1])), values[places])
             for place, memory in zip(members, kept, strict=True):
                 memories[place] = memory
-        except Exception as error:  # a policy may be a caller's own
+        except Exception as error:  # a policy may come from the user
             if not catch:
                 raise
             if len(members) > 1:
@@ -58,8 +58,7 @@ def commit_rows(sequences: Sequence[RunningSequence], seen: Pass, values: Tensor
 
 
 def _commit(sequences: Sequence[RunningSequence], seen: Pass, values: Tensor) -> tuple[Tensor, list[object]]:
-    """What rows of one policy commit, and what the policy remembers of each. They are all in the first pass of their
-    blocks, or none of them is."""
+    """Applies one policy to its rows. Either all rows are in the first pass of their blocks, or none is."""
     if sequences[0].policy_memory is not None:
         seen = seen._replace(memory=_joined([sequence.policy_memory for sequence in sequences]))
     chosen, memory = decide(sequences[0].policy, seen, values)
@@ -67,14 +66,14 @@ def _commit(sequences: Sequence[RunningSequence], seen: Pass, values: Tensor) ->
 
 
 def _part(memory: object, place: int) -> object:
-    """One row's part of what a policy remembers: tensors whose first dimension is the rows, or tuples of them."""
+    """One row's part of a policy's memory: tensors with rows as the first dimension, or tuples of them."""
     if isinstance(memory, tuple):
         return tuple(_part(part, place) for part in memory)
     return memory[place : place + 1] if isinstance(memory, Tensor) else memory
 
 
 def _joined(memories: Sequence[object]) -> object:
-    """The rows' parts together again."""
+    """Joins the rows' parts."""
     first = memories[0]
     if isinstance(first, tuple):
         return tuple(_joined(parts) for parts in zip(*memories, strict=True))

@@ -1,4 +1,4 @@
-"""Rows whose text must follow a grammar: what it forbids is out before the AR model chooses."""
+"""Masks logits by the grammars of sequences, before the AR model samples."""
 
 from __future__ import annotations
 
@@ -22,7 +22,7 @@ if TYPE_CHECKING:
 
 
 def check_constraint(constraint: Constraint, mode: str, vocab_size: int) -> None:
-    """Raises ArgumentError where a request of this mode, of a model with so many tokens, cannot follow it."""
+    """Raises ArgumentError if a request in this mode, to a model with this vocabulary, cannot follow the constraint."""
     if mode not in CONSTRAINT_MODES:
         raise ArgumentError(
             f"mode is {mode!r}, which cannot follow a constraint: only the AR model chooses token by token; use mode "
@@ -53,7 +53,7 @@ def mask_logits(scheduled: Sequence[ScheduledTokens], logits: Tensor) -> list[in
         except Exception as error:
             entry.sequence.error = error
             continue
-        if not found[-1].any():  # the text is complete there, and what is chosen is not looked at
+        if not found[-1].any():  # the text is complete there, so the sampled token is not used
             found.pop()
         walked.append((place, len(found)))
         masks += found
@@ -61,19 +61,19 @@ def mask_logits(scheduled: Sequence[ScheduledTokens], logits: Tensor) -> list[in
         forbidden = unpacked(~np.stack(masks), logits.device)[:, : logits.shape[2]]
         counts = [count for _, count in walked]
         for (place, count), part in zip(walked, forbidden.split(counts), strict=True):
-            logits[place, :count].masked_fill_(part, -torch.inf)  # a slice: an index would copy the logits
+            logits[place, :count].masked_fill_(part, -torch.inf)  # a slice, because an index would copy the logits
     return drafted
 
 
 def unpacked(masks: NDArray[np.uint8], device: torch.device) -> Tensor:
-    """Bits (n, ⌈V / 8⌉), the lowest first, as bool (n, V rounded up); eight cross to an accelerator as a byte."""
+    """Converts bits (n, ⌈V / 8⌉), the lowest first, to bool (n, V rounded up) on `device`."""
     if device.type == "cpu":
         return torch.from_numpy(np.unpackbits(masks, axis=1, bitorder="little")).view(torch.bool)
     return shifted(to_device_async(masks, device))
 
 
 def shifted(masks: Tensor) -> Tensor:
-    """`unpacked`, where the masks are."""
+    """As `unpacked`, on the device of the masks."""
     bit = torch.arange(8, dtype=torch.uint8, device=masks.device)
     return ((masks[..., None] >> bit) & 1).bool().flatten(1)
 
@@ -81,13 +81,16 @@ def shifted(masks: Tensor) -> Tensor:
 def _walk(matcher: Matcher, draft: Sequence[int], size: int) -> tuple[list[NDArray[np.uint8]], int]:
     masks, count = matcher.walk(draft, size)
     if not masks[0].any():
-        raise TwoTowerError("the grammar allows no token here")
+        raise TwoTowerError("the grammar allows no token here; change the constraint")
     return masks, count
 
 
 def advance(sequence: RunningSequence, matcher: Matcher, tokens: list[int]) -> tuple[list[int], bool] | BlockEvent:
-    """Advances the grammar by the sequence's new tokens → those of them that belong to the text, and whether the text
-    is complete; or the sequence's last event, where the matcher has failed."""
+    """Advances the grammar by the sequence's new tokens.
+
+    Returns the tokens that belong to the text and whether the text is complete, or, if the matcher failed, the
+    sequence's last event.
+    """
     try:
         if sequence.error is not None:
             raise sequence.error

@@ -1,4 +1,4 @@
-"""One pass of the context tower: prompts, pending tokens, drafts and finished blocks that it reads together."""
+"""One pass of the context tower over prompts, pending tokens, drafts and finished blocks together."""
 
 from __future__ import annotations
 
@@ -21,11 +21,11 @@ from twotower.engine.slots import at, slots_of
 from twotower.engine.towers import Towers
 from twotower.ops.host_transfer import AsyncHostCopy, to_device_async
 
-SMALL_PASS = 64  # tokens: a pass of so few costs hardly more than a pass of one token, so padding it is free
+SMALL_PASS = 64  # tokens: a pass over so few costs little more than over one token, so padding is free
 
 
 def known_next(sequence: RunningSequence, count: int) -> list[int] | None:
-    """What follows each of the next `count` prompt tokens, where log-probabilities of the prompt are wanted."""
+    """The known token after each of the next `count` prompt tokens, if log-probabilities need it."""
     end = sequence.read + count
     if sequence.request.prompt_logprobs:
         return list(sequence.request.prompt[sequence.read + 1 : end + 1])
@@ -34,8 +34,7 @@ def known_next(sequence: RunningSequence, count: int) -> list[int] | None:
 
 
 def group_by_width(scheduled: Sequence[ScheduledTokens]) -> list[list[ScheduledTokens]]:
-    """Passes: works of like width together, so that little of a pass is padding; each in the order of the slots, as the
-    works are given."""
+    """Groups entries of similar width into passes with little padding. Each group keeps the order of the slots."""
     if len({len(entry.tokens) for entry in scheduled}) <= 1:
         return [list(scheduled)] if scheduled else []
     groups: list[list[ScheduledTokens]] = []
@@ -51,8 +50,11 @@ def group_by_width(scheduled: Sequence[ScheduledTokens]) -> list[list[ScheduledT
 
 
 class PendingContext(NamedTuple):
-    """A launched context pass. choosing: the works whose next token the AR model chooses, and of each the tokens, the
-    confidence in them, and how many drafted ones are accepted; asking: those that want log-probabilities."""
+    """A launched context pass.
+
+    sampling: the entries whose next token the AR model chooses. choice: their tokens, confidences and numbers of
+    accepted drafted tokens. with_logprobs: the entries that want log-probabilities.
+    """
 
     sampling: Sequence[ScheduledTokens]
     choice: AsyncHostCopy | None
@@ -61,8 +63,11 @@ class PendingContext(NamedTuple):
 
 
 class _NeedLogits(NamedTuple):
-    """The works of a pass that need logits. places: where they stand in the pass (None: all of them, in order), those
-    that choose first, and of these the ones that ask last."""
+    """The entries of a pass that need logits.
+
+    places: their indices in the pass (None: all entries, in order). Sampling entries come first, those of them that
+    want log-probabilities last.
+    """
 
     sampling: list[ScheduledTokens]
     with_logprobs: list[ScheduledTokens]
@@ -82,8 +87,7 @@ class _NeedLogits(NamedTuple):
 def launch(
     model: Towers, state: TowerState, constants: RowConstants, scheduled: Sequence[ScheduledTokens]
 ) -> PendingContext:
-    """Launches one context pass over the works' tokens; scored works choose and check. From here on the state, and each
-    sequence, count the tokens as read."""
+    """Launches one context pass over the scheduled tokens, which then count as read."""
     device = state.lengths.device
     counts = [len(entry.tokens) for entry in scheduled]
     width = max(counts)
@@ -95,7 +99,7 @@ def launch(
     places = None if needs.places is None else to_device_async(needs.places, device, torch.long)
     wanted: bool | Tensor = True if places is None else places if len(places) else False
     sequences = [entry.sequence for entry in scheduled]
-    state.max_seq_len = max([sequence.read for sequence in sequences])  # of this pass only
+    state.max_seq_len = max([sequence.read for sequence in sequences])  # in this pass
     slots = slots_of(sequences, state.rows, device)
     before = state.lengths
     choice = logprobs = None
@@ -106,7 +110,7 @@ def launch(
             request = LogprobRequest(with_logprobs, logits[-len(with_logprobs) :]) if with_logprobs else None
             chosen = None
             if needs.sampling:
-                if places is not None:  # fewer than all, or in another order
+                if places is not None:  # some entries only, or another order
                     own = places[: len(needs.sampling)]
                     tokens, lengths = tokens[own], None if lengths is None else lengths[own]
                     slots = own if slots is None else slots[own]
@@ -117,8 +121,8 @@ def launch(
             if request is not None:
                 silent = sum(not entry.wants_logprobs for entry in needs.sampling)
                 logprobs = request.gather(None if chosen is None else chosen[silent:])
-    except BaseException:  # the user may have interrupted the pass
-        if state.lengths is not before:  # the tokens are in, but nobody knows what follows: a later attempt reads them
+    except BaseException:  # also KeyboardInterrupt during the pass
+        if state.lengths is not before:  # the tokens are appended, but not sampled: a later pass reads them again
             state.rollback(before)
         raise
     for sequence, count in zip(sequences, counts, strict=True):
@@ -128,7 +132,7 @@ def launch(
 
 
 def collect(pending: PendingContext) -> list[BlockEvent]:
-    """Books what the pass gave, once it is done."""
+    """Waits for the results of a pass and records them."""
     new, sure, accepted = _chosen(pending)
     found: dict[int, list[TokenLogprob]] = {}
     if pending.logprobs is not None:
@@ -143,7 +147,7 @@ def collect(pending: PendingContext) -> list[BlockEvent]:
 
 
 def _chosen(pending: PendingContext) -> tuple[list[list[int]], list[list[float]], list[int]]:
-    """On the host: tokens and confidences of each choosing work, and how many drafted tokens are accepted."""
+    """Tokens, confidences and numbers of accepted drafted tokens of each sampling entry, on the host."""
     if pending.choice is None:
         return [], [], []
     new, sure, *accepted = pending.choice.tolist()
@@ -151,8 +155,7 @@ def _chosen(pending: PendingContext) -> tuple[list[list[int]], list[list[float]]
 
 
 class _PassInputs(NamedTuple):
-    """What the choosing works read: tokens (n, L), of which the first lengths (n,) count (None: all), slots (n,) (None:
-    all)."""
+    """Input of the sampling entries: tokens (n, L), of which the first lengths (n,) count; slots (n,). None: all."""
 
     tokens: Tensor
     lengths: Tensor | None
@@ -162,10 +165,10 @@ class _PassInputs(NamedTuple):
 def _choose(
     state: TowerState, constants: RowConstants, scheduled: Sequence[ScheduledTokens], read: _PassInputs, logits: Tensor
 ) -> tuple[Tensor, ...]:
-    """The AR model's choice after each token; what agrees with it is accepted of a draft, then its own token follows.
+    """Samples the AR model's token after each token, accepts drafted tokens, and rolls the state back to these.
 
-    → tokens and the confidence in them (n, L), and, where a draft was read, how many of its tokens are accepted (n,).
-    The state keeps as many.
+    Returns tokens and confidences (n, L) and, if the pass read drafts, the numbers of accepted drafted tokens (n,). The
+    accepted drafted tokens are followed by the AR model's own token.
     """
     tokens, device, width = read.tokens, logits.device, read.tokens.shape[1]
     allowed = mask_logits(scheduled, logits)
@@ -186,7 +189,7 @@ def _choose(
     most = read.lengths if allowed is None else to_device_async(allowed, device) + 1
     acceptance = at(constants.acceptance, read.slots) if relaxed else 1.0
     chosen, accepted = accept(tokens, own, logits, acceptance, most)
-    if relaxed:  # what is accepted need not be what the AR model would have chosen
+    if relaxed:  # an accepted token may differ from the AR model's choice
         sure = confidence(logits, chosen)
     kept = before() + 1 + accepted
     state.rollback(kept if read.slots is None else state.lengths.index_copy(0, read.slots, kept))
@@ -198,7 +201,7 @@ def _record_tokens(
     choice: tuple[list[list[int]], list[list[float]], list[int]],
     found: dict[int, list[TokenLogprob]],
 ) -> list[BlockEvent]:
-    """The round's tokens of each sequence: the accepted part of its draft, and the AR model's own token."""
+    """Adds the round's tokens to each sequence: the accepted part of its draft, then the AR model's own token."""
     events = []
     for sequence, new, sure, accepted in zip(sequences, *choice, strict=True):
         draft: Sequence[int] = ()
@@ -222,7 +225,7 @@ def _record_tokens(
 
 
 def _record_logprobs(scheduled: Sequence[ScheduledTokens], found: dict[int, list[TokenLogprob]]) -> list[BlockEvent]:
-    """Of works that chose nothing: a prompt's log-probabilities, and blocks that waited for theirs."""
+    """Adds log-probabilities of prompts, and blocks that waited for their log-probabilities."""
     events = []
     for sequence in [entry.sequence for entry in scheduled if not entry.sampled]:
         logprobs = found[sequence.output.row]

@@ -1,13 +1,13 @@
-"""`EngineCore`: one pass of each tower a step, for every sequence that needs it.
+"""`EngineCore`: a step runs one pass of each tower, for every sequence that needs it.
 
-Every pass is launched first and collected later. A launch gives the device its work without waiting; a collection waits
-for the results, books them, and says what the sequences need next. With the towers on two devices a step launches both
-towers' passes before it collects any. On one device the context tower's passes are collected first: a sequence that has
-been read then denoises in the same step.
+Every pass is launched first and collected later. A launch queues the pass on the device without waiting. A collection
+waits for the results, records them, and sets the next phase of the sequences. With the towers on two devices, a step
+launches the passes of both towers before it collects any. On one device, the context tower's passes are collected
+first, so that their sequences can denoise in the same step.
 
-On an accelerator the passes of a block are scheduled asynchronously: the denoiser's next pass is launched before the
-last one is collected. The host then learns one pass late that a block is finished; that block has an idle pass, whose
-tokens do not count, so the pass reads no expert for it.
+On an accelerator the passes of a block are scheduled asynchronously: the next denoiser pass is launched before the last
+one is collected. The host then learns one pass late that a block is finished. That block has an idle pass, whose tokens
+do not count, so the pass loads no expert for it.
 """
 
 from __future__ import annotations
@@ -42,7 +42,7 @@ from twotower.engine.workspace import StateShape
 from twotower.ops.host_transfer import to_device_async
 from twotower.ops.precision import accumulation_dtype
 
-Collect = Callable[[], Sequence[Event]]  # waits for a pass that was launched, and books it
+Collect = Callable[[], Sequence[Event]]  # waits for a launched pass and records it
 
 
 class EngineCore:
@@ -50,7 +50,7 @@ class EngineCore:
     memory: see `LLM`.
 
     Raises:
-        ArgumentError: the memory holds no text at all.
+        ArgumentError: the memory is too small for one text.
     """
 
     def __init__(
@@ -61,23 +61,23 @@ class EngineCore:
         rows, kv_slots, spare = divide_memory(model, rows, length + block_size, PROMPT_CHUNK, memory)
         shape = StateShape(rows, kv_slots, model.dtype, model.device)
         self.state = model.workspace.borrow_state(shape, lambda: model.new_state(rows, 0, kv_slots))
-        self._state_bytes = self.state.nbytes  # constant: the pools are allocated once
+        self._state_bytes = self.state.nbytes  # constant, because the pools are allocated once
         self.prefixes = PrefixCache(PROMPT_CHUNK, spare)
         self.reader = model.reader(self.state) if model.denoiser is not None else None
         self.two_devices = isinstance(self.reader, Replica)
         device = model.device if model.denoiser is None else model.denoiser.device
-        self.async_scheduling = device.type == "cuda" and not options.lockstep  # on a CPU a launched pass is done
+        self.async_scheduling = device.type == "cuda" and not options.lockstep  # a CPU pass is complete at its launch
         dtype = accumulation_dtype(model.dtype)
         self.constants = RowConstants(rows, model.device, dtype)
         there = RowConstants(rows, device, dtype) if self.two_devices else self.constants
         self.blocks = OpenBlocks(model, there, block_size, options.step_callback, dtype)
         self.scheduler = Scheduler(rows, options.prompt_budget, PROMPT_CHUNK if options.prefix_cache else None)
         self.rounds = Rounds(self.scheduler.running, options)
-        self.closed = False  # the state is another engine's
-        self.uncollected: list[Collect] = []  # of the denoiser's last pass, where the next is launched first
+        self.closed = False  # the state may belong to another engine
+        self.uncollected: list[Collect] = []  # of the last denoiser pass, with asynchronous scheduling
 
     def step(self) -> list[Event]:
-        """One pass of each tower for every sequence that needs it → what became final."""
+        """Runs one pass of each tower for every sequence that needs it → events."""
         if torch.is_grad_enabled():
             with torch.no_grad():
                 return self.step()
@@ -91,14 +91,14 @@ class EngineCore:
                 for collect in launch():
                     events += collect()
                 if events and self.options.lockstep:
-                    break  # the caller gets a block's events before the callback hears of the next block
+                    break  # the caller has a block's events before the callback of the next block
         for event in events:
             if event.result is not None:
                 self._leave(event)
         return events
 
     def release(self, number: int) -> RunningSequence | None:
-        """Forgets a request, waiting or running → the sequence that ran; its slot and kv_slots are free at once."""
+        """Removes a waiting or running request → the sequence that ran; its slot and KV slots are free at once."""
         sequence = self.scheduler.forget(number)
         self.rounds.forget(number)
         if sequence is not None:
@@ -106,7 +106,7 @@ class EngineCore:
         return sequence
 
     def close(self) -> None:
-        """Forgets every request and returns the state to the model's workspace, once."""
+        """Removes every request and returns the state to the model's workspace. Further calls do nothing."""
         if self.closed:
             return
         self.closed = True
@@ -131,10 +131,10 @@ class EngineCore:
             reused_tokens=self.prefixes.hit_tokens,
         )
 
-    # --- requests become sequences --------------------------------------------------------------------------------
+    # --- admission of requests -----------------------------------------------------------------------------------
 
     def _admit(self) -> list[BlockEvent]:
-        """Waiting requests take free slots and memory, first come, first served: none starves."""
+        """Admits waiting requests to free slots and memory, first come, first served, so that none starves."""
         events: list[BlockEvent] = []
         waiting, free = self.scheduler.waiting, self.scheduler.free
         if not waiting or not free or (self.options.lockstep and self.scheduler.running):
@@ -171,7 +171,7 @@ class EngineCore:
         return events
 
     def _sequence(self, request: Request, output: SequenceOutput, slot: int, together: int) -> RunningSequence:
-        """together: sequences that will run beside one another."""
+        """together: the number of sequences that will run together."""
         params = request.params
         (policy,), (policy_value,) = params.row_policies(1)
         (seed,) = params.row_seeds(1)
@@ -180,16 +180,16 @@ class EngineCore:
         return RunningSequence(request, output, slot, seed, policy, policy_value, controller, matcher)
 
     def _restore_prefix(self, sequence: RunningSequence) -> None:
-        """Puts the known beginning of the prompt into the sequence's slot."""
+        """Copies the cached prefix of the prompt into the sequence's slot."""
         request, output = sequence.request, sequence.output
-        if request.prompt_logprobs:  # what is known of a prompt is not how likely it is
+        if request.prompt_logprobs:  # the prefix cache holds no log-probabilities
             output.prompt_logprobs.append(None)
         elif self.options.prefix_cache and not request.params.deterministic:
             found = self.prefixes.restore(self.state, sequence.slot, request.prompt)
             sequence.read = output.cached_tokens = found
 
     def _leave(self, event: Event) -> None:
-        """An ended sequence's slot is free; mode "auto" learns from what it wrote."""
+        """Frees the slot of a finished sequence, and updates the averages of mode "auto"."""
         sequence = self.release(event.row)
         if sequence is not None and sequence.params.mode == AUTO and event.result is not None:
             self.model.workspace.mode_chooser.recent.add_outputs([event.result], sequence.params.block_size)
@@ -202,7 +202,7 @@ class EngineCore:
         return [collect for group in groups for collect in self._in_parts(self._launch_scheduled, group)]
 
     def _launch_scheduled(self, scheduled: Sequence[ScheduledTokens]) -> list[Collect]:
-        """One pass of the context tower, and what each sequence does next."""
+        """Launches one pass of the context tower."""
         sequences = [entry.sequence for entry in scheduled]
         started = time.perf_counter()
         pending = context_step.launch(self.model, self.state, self.constants, scheduled)
@@ -217,7 +217,7 @@ class EngineCore:
         return [collect]
 
     def _after_reading(self, scheduled: Sequence[ScheduledTokens], events: Sequence[BlockEvent]) -> list[BlockEvent]:
-        """Says what the sequences of a pass need next → the ends of those that asked only about their prompts."""
+        """Begins the next rounds of the sequences of a pass → last events of requests without new tokens."""
         verified = [entry.sequence for entry in scheduled if entry.sampled and entry.sequence.mode == "verified"]
         if verified:
             brought = {event.row: len(event.tokens) for event in events}
@@ -248,7 +248,7 @@ class EngineCore:
     # --- the denoiser ---------------------------------------------------------------------------------------------
 
     def _draft(self) -> None:
-        """Drafts of the engine's drafter, if there is one."""
+        """Calls the engine's drafter, if there is one."""
         if self.options.drafter is None:
             return
         sequences = self.scheduler.of_phase(Phase.DRAFT)
@@ -258,7 +258,7 @@ class EngineCore:
             charge(sequences, started)
 
     def _launch_denoiser(self) -> list[Collect]:
-        """The denoiser's passes: over open blocks, and over the pending tokens of mock-AR."""
+        """Launches the denoiser passes over open blocks and over the pending tokens of mock-AR."""
         lockstep = self.options.lockstep
         sequences = self.scheduler.denoiser_sequences(self.two_devices and not lockstep, lockstep)
         if not sequences and not self.uncollected:
@@ -268,17 +268,17 @@ class EngineCore:
         return self._launch_open(open_) + self._in_parts(self._launch_pending, pending)
 
     def _launch_open(self, sequences: Sequence[RunningSequence]) -> list[Collect]:
-        """A pass over open blocks; with asynchronous scheduling the collection of the pass before."""
+        """Launches a pass over open blocks. With asynchronous scheduling, returns the collection of the pass before."""
         launched: list[Collect] = []
         if sequences:
             opening = sorted(self.rounds.opening, key=lambda sequence: sequence.slot)
             if opening and self.two_devices and self.options.lockstep:
-                self._view(opening)  # the text is there before the callback is told: between two calls nothing crosses
+                self._view(opening)  # before the callback: between two calls no data crosses
             self.blocks.open(opening)
             self.rounds.opening.clear()
             launched = self._in_parts(self._launch_blocks, sequences)
         if self.async_scheduling and any(sequence.needs_denoiser for sequence in sequences):
-            launched, self.uncollected = self.uncollected, launched  # another pass is launched before this is collected
+            launched, self.uncollected = self.uncollected, launched  # launch the next pass before collecting this one
         else:
             launched, self.uncollected = self.uncollected + launched, []
         return launched
@@ -307,13 +307,13 @@ class EngineCore:
         return [collect]
 
     def _launch_pending(self, sequences: Sequence[RunningSequence]) -> list[Collect]:
-        """The denoiser's pass over pending tokens."""
+        """Launches the denoiser pass over pending tokens."""
         pending = denoiser_ar.launch(self.model, self.blocks.constants, sequences, self._view(sequences))
         self.blocks.passes += 1
         return [lambda: denoiser_ar.collect(sequences, pending)]
 
     def _view(self, sequences: Sequence[RunningSequence]) -> ContextView:
-        """What the denoiser sees of the sequences' texts, brought to its device as far as it is new there."""
+        """The denoiser's view of the sequences' texts. New parts are copied to its device."""
         assert self.reader is not None
         self.state.max_seq_len = max(sequence.read for sequence in sequences)
         stale = [sequence for sequence in sequences if sequence.visible_length < sequence.read]
@@ -326,12 +326,12 @@ class EngineCore:
     # --- out of memory --------------------------------------------------------------------------------------------
 
     def _in_parts(self, launch: Callable[[Sequence[Item]], list[Collect]], items: Sequence[Item]) -> list[Collect]:
-        if self.options.lockstep:  # the callback is told of whole batches, and of each pass once
+        if self.options.lockstep:  # the callback sees whole batches, and each pass once
             return launch(items) if items else []
         return [each for part in passes(items) for each in split_on_oom(launch, part, self._free_memory, self._fail)]
 
     def _fail(self, item: ScheduledTokens | RunningSequence, error: Exception) -> list[Collect]:
-        """The end of a sequence whose pass does not fit the memory even alone."""
+        """Ends a sequence whose pass does not fit the memory alone."""
         if self.options.raise_errors:
             raise error
         sequence = item.sequence if isinstance(item, ScheduledTokens) else item
@@ -339,7 +339,7 @@ class EngineCore:
         return [lambda: [sequence.fail(error)] if then == (sequence.phase, sequence.blocks_opened) else []]
 
     def _free_memory(self) -> None:
-        """Gives back memory that nobody's answer needs."""
+        """Frees memory that no request needs."""
         self.prefixes.clear()
         if torch.cuda.is_available():
             torch.cuda.empty_cache()

@@ -1,4 +1,4 @@
-"""The denoiser as a next-token predictor, for sequences of the mode mock-AR."""
+"""The denoiser as a next-token predictor, for the mode mock-AR."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ from twotower.ops.host_transfer import AsyncHostCopy, to_device_async
 def launch(
     model: Towers, constants: RowConstants, sequences: Sequence[RunningSequence], view: ContextView
 ) -> AsyncHostCopy:
-    """Launches one pass over the pending tokens → the tokens after them (n, 1), and the confidence in them."""
+    """Launches one pass over the pending tokens → the next tokens (n, 1) and their confidences."""
     device = view.lengths.device
     pending = to_device_async([[sequence.pending] for sequence in sequences], device)
     logits = model.denoise(pending, None, view, causal=True, upcast_logits=False)
@@ -33,7 +33,7 @@ def launch(
 
 
 def collect(sequences: Sequence[RunningSequence], proposed: AsyncHostCopy) -> list[BlockEvent]:
-    """Books the tokens, once they are there; the context tower reads the pending ones next."""
+    """Waits for the tokens and records them. The context tower reads the pending tokens next."""
     events = []
     for sequence, (token,), sure in zip(sequences, *proposed.tolist(), strict=True):
         sequence.output.denoiser_passes += 1

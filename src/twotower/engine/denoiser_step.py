@@ -1,8 +1,7 @@
-"""The blocks that the denoiser is filling: one for each slot, each at its own step.
+"""The blocks that the denoiser fills: one for each slot, each at its own pass.
 
-A pass may be launched before the results of the pass before it are here. A block that the earlier pass finished then
-has an idle pass: the pass counts no tokens of it and commits nothing, and `collect` skips the sequence, which is no
-longer at that block.
+With asynchronous scheduling a pass is launched before the pass before it is collected. A block that the earlier pass
+finished then has an idle pass: no token of it counts, nothing is committed, and `collect` skips the sequence.
 """
 
 from __future__ import annotations
@@ -29,10 +28,10 @@ StepCallback = Callable[..., None]
 
 
 class OpenBlocks:
-    """tokens, masked, committed_at, confidence (R, S) for R slots and blocks of up to S positions, on the denoiser's
-    device; step, steps (R, 1): passes done and allowed.
+    """Open blocks of R slots with up to S positions, on the denoiser's device.
 
-    callback: told of every block and every pass; the blocks must then run in lockstep. passes: of the denoiser, so far.
+    tokens, masked, committed_at, confidence (R, S); step, steps (R, 1): passes done and allowed. callback: called for
+    every block and every pass; the blocks must then run in lockstep. passes: denoiser passes so far.
     """
 
     def __init__(
@@ -54,7 +53,7 @@ class OpenBlocks:
         self.steps = torch.zeros_like(self.step)
 
     def open(self, sequences: Sequence[RunningSequence]) -> None:
-        """Opens a block for each sequence. A draft begins with the pending token, which is decided."""
+        """Opens a block for each sequence. A draft begins with the pending token, which is not masked."""
         if not sequences:
             return
         slots = slots_of(sequences, self.constants.rows, self.device)
@@ -86,8 +85,8 @@ class OpenBlocks:
     ) -> PendingDenoise:
         """Launches a denoiser pass over the sequences' blocks.
 
-        may_be_done: blocks may turn out to have been finished by a pass that nobody has collected yet. catch: the
-        exception of a commit policy ends its own sequence; otherwise the exception is raised.
+        may_be_done: a pass that is not collected yet may have finished blocks. catch: an exception of a commit policy
+        ends its own sequence; otherwise the exception is raised.
         """
         constants, slots = self.constants, slots_of(sequences, self.constants.rows, self.device)
         width = sequences[0].params.block_size if sequences[0].params.deterministic else self.size
@@ -128,7 +127,7 @@ class OpenBlocks:
         )
         pools = self.tokens, self.masked, self.committed_at, self.confidence, self.step
         values_of = tokens, masked, committed_at, confidence, step + 1
-        # All at once and last: a pass that fails has changed nothing.
+        # Last and together, so that a failed pass changes nothing.
         self.tokens, self.masked, self.committed_at, self.confidence, self.step = (
             stored(pool, slots, part) for pool, part in zip(pools, values_of, strict=True)
         )
@@ -138,7 +137,7 @@ class OpenBlocks:
         return pending
 
     def _tell(self, first: RunningSequence, tokens: Tensor, t: Tensor, logits: Tensor) -> None:
-        """Calls the callback after a pass, before anything is committed. The tensors are its own to change."""
+        """Calls the callback with copies of the block and the logits, before the pass commits positions."""
         assert self.callback is not None
         level = float(t[0]) if len(t) == 1 else t
         own = logits.to(self.dtype, copy=True)
@@ -147,7 +146,7 @@ class OpenBlocks:
         )
 
     def collect(self, pending: PendingDenoise) -> list[RunningSequence]:
-        """Waits for a pass and books it → the sequences whose blocks are finished, with what is in the blocks."""
+        """Waits for a pass and records it → the sequences whose blocks are finished."""
         masked, tokens, committed_at, confidence, *proposed = pending.blocks.wait()
         live = pending.live()
         self.passes += bool(live)
@@ -161,7 +160,7 @@ class OpenBlocks:
             filled, believed = torch.where(masked, candidate, tokens), torch.where(masked, sure, confidence)
             for place in live:
                 pending.show(place, masked, filled, believed)
-        waits = self.callback is not None and any(open_)  # lockstep: all blocks end together
+        waits = self.callback is not None and any(open_)  # in lockstep all blocks end together
         places = [place for place in live if not (open_[place] or waits or place in pending.errors)]
         if not places:
             return []
@@ -175,11 +174,11 @@ class OpenBlocks:
 
 
 class PendingDenoise(NamedTuple):
-    """A launched pass, and what it makes of the sequences' blocks: masked, tokens, committed_at, confidence (n, S);
-    where a sequence is watched also the tokens that the pass proposes and the confidence in them.
+    """A launched pass.
 
-    opened: which of its blocks each sequence was at; steps: passes which that block had before; errors: what commit
-    policies raised, by the sequence's place.
+    blocks: masked, tokens, committed_at, confidence (n, S) after the pass, with the candidates and their
+    confidences if a sequence is watched. opened: the number of each sequence's block; steps: its earlier passes.
+    errors: exceptions of commit policies, by the sequence's index.
     """
 
     sequences: Sequence[RunningSequence]
@@ -189,12 +188,12 @@ class PendingDenoise(NamedTuple):
     blocks: AsyncHostCopy
 
     def live(self) -> list[int]:
-        """Places of the sequences that are still at that block: the others have finished it, ended or been aborted."""
+        """Indices of the sequences that are still at this block; others have finished it, ended or been aborted."""
         both = enumerate(zip(self.sequences, self.opened, strict=True))
         return [place for place, (s, opened) in both if s.phase is Phase.DENOISE and s.blocks_opened == opened]
 
     def show(self, place: int, masked: Tensor, tokens: Tensor, confidence: Tensor) -> None:
-        """Adds a `StepEvent` to a watched sequence: all (n, S), on the host."""
+        """Adds a `StepEvent` to a watched sequence. masked, tokens, confidence (n, S) are on the host."""
         sequence = self.sequences[place]
         if not sequence.request.watched:
             return
@@ -214,7 +213,7 @@ class PendingDenoise(NamedTuple):
 def _bar_mask_token(
     sequences: Sequence[RunningSequence], logits: Tensor, constants: RowConstants, slots: Tensor | None
 ) -> None:
-    """Sets the logit of each row's mask token to −∞, in logits (n, S, V), in place."""
+    """Sets the logit of each row's mask token to −∞ in logits (n, S, V), in place."""
     tokens = {sequence.params.mask_token_id for sequence in sequences}
     if len(tokens) == 1:
         logits[..., tokens.pop()] = -torch.inf

@@ -1,4 +1,4 @@
-"""Drafts of verified decoding that another drafter proposes in place of the denoiser."""
+"""Drafts of verified decoding from a drafter that replaces the denoiser."""
 
 from __future__ import annotations
 
@@ -12,8 +12,11 @@ from twotower.errors import ArgumentError
 
 @dataclass(frozen=True)
 class DraftRequest:
-    """number: of the request in the engine. tokens: its text so far, the prompt included; the context tower has read
-    all but the last token. size: the most tokens that a draft may have; steps: the passes a denoiser would be given."""
+    """The input of a drafter.
+
+    number: the request's number in the engine. tokens: the text so far, with the prompt; the context tower has read all
+    but the last token. size: the most tokens of the draft. steps: the draft depth that a denoiser would have.
+    """
 
     number: int
     tokens: Sequence[int]
@@ -23,8 +26,11 @@ class DraftRequest:
 
 @dataclass(frozen=True)
 class Draft:
-    """tokens: that may follow the text, at most `size` (none: the context tower chooses one token alone). committed_at:
-    the pass that fixed each token (empty: the first). passes: counted as denoiser passes."""
+    """The output of a drafter.
+
+    tokens: at most `size` proposed tokens (none: the context tower chooses one token). committed_at: the pass that
+    committed each token (empty: the first). passes: the number to add to the denoiser passes.
+    """
 
     tokens: Sequence[int]
     committed_at: Sequence[int] = ()
@@ -32,15 +38,15 @@ class Draft:
 
 
 class Drafter(Protocol):
-    """Proposes a draft for each text. The text that comes out is the AR model's own, whatever is proposed."""
+    """Proposes drafts. With acceptance 1 a draft does not change the text (in bf16 up to near ties)."""
 
     def __call__(self, requests: Sequence[DraftRequest]) -> Sequence[Draft]:
-        """One draft a request, in their order."""
+        """Returns one draft for each request, in order."""
         ...
 
 
 def fill(drafter: Drafter, sequences: Sequence[RunningSequence]) -> None:
-    """Gives each sequence its draft; the context tower checks the drafts next.
+    """Gives each sequence its draft, which the context tower verifies next.
 
     Raises:
         ArgumentError: a draft is too long, or there is not one for each sequence.

@@ -1,4 +1,4 @@
-"""How an engine works, beside its sizes."""
+"""`EngineOptions`: options of an engine other than its sizes."""
 
 from __future__ import annotations
 
@@ -10,13 +10,15 @@ from twotower.engine.drafting import Drafter
 
 @dataclass(frozen=True, kw_only=True)
 class EngineOptions:
-    """prefix_cache: whether prompts that begin alike are read once. prompt_budget: prompt tokens read in one step, of
-    all sequences together (None: no limit).
+    """Options of an engine.
 
-    step_callback: told of every denoiser pass. Sequences then run in lockstep: as many waiting requests of one kind as
-    there are slots, the next ones when all of these have ended; and a pass that does not fit the memory is not tried in
-    halves. raise_errors: what commit policies and allocations raise leaves `step` unchanged; otherwise the exception
-    ends its own request with finish_reason "error". drafter: drafts for verified decoding in place of the denoiser.
+    prefix_cache: whether the common beginning of prompts is read once. prompt_budget: the most prompt tokens that one
+    step reads, over all sequences (None: no limit).
+    step_callback: called after every denoiser pass. Sequences then run in lockstep: requests of one kind fill the
+    slots, and the next requests start when all of these have ended. A pass that runs out of memory is not repeated
+    in halves. raise_errors: `step` raises exceptions of commit policies and allocations unchanged. Otherwise an
+    exception ends its own request with finish_reason "error". drafter: makes drafts for verified decoding in place of
+    the denoiser.
     """
 
     prefix_cache: bool = True

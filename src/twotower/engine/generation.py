@@ -1,7 +1,7 @@
-"""A batch of prompts on a model: thin calls of the engine.
+"""Generation for a batch of prompts, on top of the engine.
 
-`generate` gives typed results, `stream` the events that lead to them, `generate_tensor` the published API's padded
-tensor. Each call checks every argument first, makes an engine for its prompts, and lets the engine go at the end.
+`generate` returns typed results, `stream` yields events, and `generate_tensor` returns the published API's padded
+tensor. Each call checks its arguments, makes an engine for its prompts, and closes the engine at the end.
 """
 
 from __future__ import annotations
@@ -35,11 +35,11 @@ def generate(
     attention_mask: Tensor | None = None,
     step_callback: StepCallback | None = None,
 ) -> list[Generation]:
-    """Runs a batch to the end → one result a prompt, in order.
+    """Runs a batch to the end → one result for each prompt, in order.
 
     Raises:
-        ArgumentError (a ValueError): before any work.
-        Exception: what a commit policy or the callback raises, unchanged.
+        ArgumentError (a ValueError): an argument is not allowed; raised before any pass.
+        Exception: exceptions of a commit policy or of the callback, unchanged.
     """
     rows = _checked(model, prompts, params, attention_mask, step_callback)
     return _run(model, rows, params, step_callback)[0]
@@ -62,7 +62,7 @@ def stream(
     step_callback: StepCallback | None = None,
     **parameters: Unpack[Parameters],
 ) -> Iterator[BlockEvent]:
-    """Events of all rows as blocks are committed. Arguments are checked now, the work begins with the first event."""
+    """Yields the events of all rows. Arguments are checked at the call; the first pass runs with the first event."""
     params = GenerationParams.of(mode=mode, **parameters)
     rows = _checked(model, prompts, params, attention_mask, step_callback)
     return _events(model, rows, params, step_callback)
@@ -75,7 +75,7 @@ def generate_tensor(
     attention_mask: Tensor | None = None,
     step_callback: StepCallback | None = None,
 ) -> tuple[Tensor, int]:
-    """→ prompts and new tokens (B, S + n), padded on the right with the pad token, and the denoiser passes that ran."""
+    """Returns prompts and new tokens (B, S + n), padded on the right, and the number of denoiser passes."""
     rows = _checked(model, prompts, params, attention_mask, step_callback)
     results, passes = _run(model, rows, params, step_callback)
     width = max(len(result.tokens) for result in results)
@@ -95,7 +95,7 @@ def generate_like_transformers(
     do_sample: bool = False,
     **kwargs: object,
 ) -> Tensor:
-    """transformers' `generate` in its plain form, answered by AR; anything it cannot mean here is refused."""
+    """transformers' `generate`, as AR. Arguments without a meaning here raise ArgumentError."""
     prompts = inputs if inputs is not None else input_ids
     if prompts is None:
         raise ArgumentError("generate: no input_ids; give a (batch, length) tensor of token ids", param="input_ids")
@@ -104,7 +104,7 @@ def generate_like_transformers(
     unknown = sorted(name for name, value in kwargs.items() if name not in known and value is not None)
     if unknown:
         raise ArgumentError(
-            f"generate: {', '.join(unknown)} is not supported; generate is plain AR here. Use generate_mask_diffusion, "
+            f"generate: {', '.join(unknown)} is not supported; generate is AR only. Use generate_mask_diffusion, "
             "generate_ar or generate_mock_ar",
             param=unknown[0],
         )
@@ -146,8 +146,10 @@ def _checked(
 def _engine(
     model: Towers, rows: PromptRows, params: GenerationParams, callback: StepCallback | None
 ) -> Iterator[tuple[LLM, Sequence[Request]]]:
-    """An engine for one batch, and the batch's requests. Its state goes back to the model's workspace at the end,
-    unless an exception interrupted the work."""
+    """An engine for one batch, and the batch's requests.
+
+    At the end its state returns to the model's workspace, unless an exception occurred.
+    """
     chosen, reason = resolve(model, params, len(rows.ids))
     requests = [
         Request(ids, own, mode_reason=reason) for ids, own in zip(rows.ids, chosen.by_row(len(rows.ids)), strict=True)
@@ -165,7 +167,7 @@ def _engine(
 def _run(
     model: Towers, rows: PromptRows, params: GenerationParams, callback: StepCallback | None
 ) -> tuple[list[Generation], int]:
-    """→ the results, and the denoiser passes that ran."""
+    """Returns the results and the number of denoiser passes."""
     with _engine(model, rows, params, callback) as (llm, requests):
         results = llm.generate(requests)
     _update_mode_chooser(model, params, results)
@@ -189,7 +191,7 @@ def _events(
 
 
 def _update_mode_chooser(model: Towers, asked: GenerationParams, results: Sequence[Generation]) -> None:
-    """Mode "auto" learns from what a batch wrote."""
+    """Updates the averages of mode "auto" with the results of a batch."""
     if asked.mode == AUTO:
         model.workspace.mode_chooser.recent.add_outputs(results, asked.block_size)
 

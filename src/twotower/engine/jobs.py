@@ -1,4 +1,4 @@
-"""Batch jobs: a file of prompts in, a file of continuations out, in order; what is written is never lost or repeated.
+"""Batch jobs: from a file of prompts to a file of continuations, in order. A killed job can be continued.
 
 A line of output has the number of its line of input (`line`, from 1) and a digest of the request (`digest`). So a
 killed job continues where it stopped, and a file with answers to other requests is not continued.
@@ -43,18 +43,20 @@ QUEUED_PER_ROW = 4  # requests in the engine for each of its rows: a slow one de
 
 @dataclass(frozen=True)
 class Line:
-    """A line of input: what it asks for, or why it asks for nothing that can be answered."""
+    """A line of input: its request, or the error that prevents one."""
 
     number: int
-    digest: str  # a digest of the line and of what it inherits
+    digest: str  # of the line and of the inherited parameters
     id: object = None
     request: Request | None = None
     error: str = ""
 
 
 def read_lines(path: Path, model: Towers, shared: dict[str, object], model_name: str = "") -> list[Line]:
-    """Every line that is not blank. shared: parameters of lines that say nothing else; a line without a seed gets the
-    shared one plus its number. whence: which model is asked, for the digest.
+    """Reads every line that is not blank.
+
+    shared: parameters that a line may override; a line without a seed gets the shared seed plus its line number.
+    model_name: part of the digest.
 
     Raises:
         ArgumentError: the file has no line.
@@ -78,7 +80,7 @@ def _line(number: int, text: str, digest: str, model: Towers, shared: dict[str, 
     except ValueError as error:
         return Line(number, digest, error=f"not JSON: {error}")
     if not isinstance(fields, dict) or not isinstance(fields.get("prompt"), str):
-        return Line(number, digest, error='no "prompt"; a line is a JSON object with one, a string')
+        return Line(number, digest, error='no "prompt"; give a JSON object with "prompt", a string')
     name = fields.pop("id", None)
     prompt = fields.pop("prompt")
     if "knob" in fields and "policy_value" not in fields:  # the old name
@@ -93,24 +95,24 @@ def _line(number: int, text: str, digest: str, model: Towers, shared: dict[str, 
         params = GenerationParams.from_mapping(shared | {"seed": seed + number} | fields)
         tokens = require_tokenizer(model.tokenizer)(prompt.encode().decode())[
             "input_ids"
-        ]  # half a surrogate pair is no text
+        ]  # raises for half a surrogate pair
         request = Request(tokens, params)
-        check_model(model, params, [len(tokens)])  # before there is an engine: its size follows from these requests
+        check_model(model, params, [len(tokens)])  # before the engine exists: its size depends on the requests
     except (TwoTowerError, UnicodeError) as error:
         return Line(number, digest, name, error=str(error))
     return Line(number, digest, name, request)
 
 
 def engine_for(model: Towers, lines: Sequence[Line], rows: int, memory: int | None = None) -> LLM:
-    """One that every line fits, with as many of `rows` as `memory` bytes of state allow."""
+    """Makes an engine that every line fits, with at most `rows` rows, limited by `memory` bytes of state."""
     return LLM.fitting(model, [line.request for line in lines if line.request is not None], rows, memory)
 
 
 def count_answered(out: Path, lines: Sequence[Line]) -> int:
-    """How many lines `out` answers already; a last one cut short by a kill is removed.
+    """Counts the lines that `out` already answers. An incomplete last line is removed.
 
     Raises:
-        ArgumentError: it answers other lines.
+        ArgumentError: `out` has answers to other lines.
     """
     if not out.exists():
         return 0
@@ -124,7 +126,7 @@ def count_answered(out: Path, lines: Sequence[Line]) -> int:
         except (ValueError, KeyError, TypeError):
             same = False
         if not same:
-            raise ArgumentError(f"{out}: does not answer line {line.number} as it is asked now; choose another file")
+            raise ArgumentError(f"{out}: its answer to line {line.number} is for another request; choose another file")
     if len(answers) > len(lines):
         raise ArgumentError(f"{out}: has {len(answers)} lines for {len(lines)} of input; choose another file")
     kept = len(whole) + 1 if whole else 0
@@ -141,12 +143,13 @@ def run_job(
     progress: Callable[[int, int], object] | None = None,
     before: int | None = None,
 ) -> tuple[int, int]:
-    """Answers what `out` does not answer yet and appends it, line by line in order → lines written, and those of them
-    that are errors. progress: told the lines in `out` and the new tokens so far. before: what
-    `count_answered` says, where that is known."""
+    """Appends the missing answers to `out` in order → the numbers of written lines and of errors among them.
+
+    progress: called with the lines in `out` and the new tokens so far. before: what `count_answered` gave, if known.
+    """
     written = start = count_answered(out, lines) if before is None else before
     failed = tokens = 0
-    next_line = start  # the next line to be asked
+    next_line = start  # the next line to submit
     places: dict[int, int] = {}
     answers: dict[int, dict[str, object]] = {}
     with out.open("a") as file:
@@ -177,7 +180,7 @@ def run_job(
 
 
 def result_fields(result: Generation) -> dict[str, object]:
-    """What a line of output holds of a result."""
+    """The fields of a result in a line of output."""
     if result.error:
         return {"error": result.error}
     fields = ("text", "mode", "finish_reason", "prompt_tokens", "denoiser_passes", "context_passes", "tokens_per_pass")

@@ -1,8 +1,8 @@
-"""`LLM`: requests in, events and results out.
+"""`LLM`: runs requests and returns events and results.
 
-Each request has its own mode, policy, block size and sampling. Requests run beside one another: sequences that need the
-same tower share its pass, whatever their modes and however long their texts are. The output of a request does not
-depend on its neighbours.
+Each request has its own mode, policy, block size and sampling. Requests run together: sequences that need the same
+tower share its pass, in any modes and at any lengths. In fp32 and float64
+the output of a request does not depend on other requests; with `deterministic` requests, in bf16 neither.
 """
 
 from __future__ import annotations
@@ -26,12 +26,12 @@ from twotower.errors import ArgumentError, TwoTowerError
 class LLM:
     """Runs requests on a model.
 
-    rows: sequences that run at once; length: tokens of the longest text with its answer (None: the model's window);
-    block_size: the longest block. memory: bytes for what the texts keep, a fifth of it for the prefix cache (None: for
-    `rows` texts of that length, and a fifth more). A text takes as much as its request can need.
+    rows: sequences that run at once. length: the most tokens of a text, prompt included (None: the model's window).
+    block_size: positions of the longest block. memory: bytes of state for all texts, a fifth of it for the prefix cache
+    (None: for `rows` texts of that length, and the prefix cache). A request reserves the most that it can need.
 
     Raises:
-        ArgumentError: a size is no whole number of at least 1; the memory holds no text at all.
+        ArgumentError: a size is not a whole number of at least 1, or the memory is too small for one text.
     """
 
     def __init__(
@@ -52,12 +52,12 @@ class LLM:
         self.model = model
         self.length = min(length or window, window)
         self.core = EngineCore(model, rows, self.length, block_size, memory, options or EngineOptions())
-        self._unseen: list[Event] = []  # of requests that whoever last ran steps did not ask about
+        self._unseen: list[Event] = []  # events that the last caller of `step` did not ask for
         self._next_number = 0
 
     @staticmethod
     def memory_for(model: Towers, rows: int, length: int, block_size: int = 16) -> int:
-        """Bytes in which so many texts of up to `length` tokens fit at once; twice with the towers on two devices."""
+        """Bytes for `rows` texts of up to `length` tokens at once; twice as many with the towers on two devices."""
         return memory_for(model, rows, length + block_size)
 
     @classmethod
@@ -69,17 +69,17 @@ class LLM:
         memory: int | None = None,
         options: EngineOptions | None = None,
     ) -> LLM:
-        """An engine that all of these requests fit, with at most `rows` running at once, in so much memory.
+        """Makes an engine that all requests fit, with at most `rows` running at once, within `memory` bytes.
 
         Raises:
-            ArgumentError: the longest does not fit the memory; says how much it needs.
+            ArgumentError: the longest request does not fit the memory.
         """
         length = max((len(request.prompt) + request.params.max_new_tokens for request in requests), default=1)
         block = max((request.params.block_size for request in requests), default=1)
         if memory is not None and memory < (least := cls.memory_for(model, 1, length, block)):
             raise ArgumentError(
                 f"a text of {length} tokens takes {least / 2**20:.1f} MiB of state, more than the "
-                f"{memory / 2**20:.1f} MiB allowed; allow more or ask for shorter texts",
+                f"{memory / 2**20:.1f} MiB allowed; raise memory or request shorter texts",
                 param="memory",
             )
         rows = min(rows, max(len(requests), 1))
@@ -92,7 +92,7 @@ class LLM:
 
     @property
     def denoiser_passes(self) -> int:
-        """Passes that the denoiser has made so far."""
+        """Denoiser passes so far."""
         return self.core.blocks.passes
 
     @property
@@ -109,14 +109,14 @@ class LLM:
     # --- requests -------------------------------------------------------------------------------------------------
 
     def add_request(self, request: Request) -> int:
-        """Queues it → its number, which its events carry as `row`; numbers count from 0.
+        """Queues a request → its number, from 0, which its events carry as `row`.
 
         Raises:
-            ArgumentError: it can never run here; says why.
+            ArgumentError: the request can never run in this engine.
             TwoTowerError: the engine is closed.
         """
         if self.core.closed:
-            raise TwoTowerError("this engine is closed; make another")
+            raise TwoTowerError("this engine is closed; make another LLM")
         self.check(request)
         number = self._next_number
         self._next_number += 1
@@ -124,25 +124,27 @@ class LLM:
         return number
 
     def check(self, request: Request) -> None:
-        """Raises ArgumentError where a request can never run here; says why. From any thread."""
+        """Raises ArgumentError if a request can never run in this engine. Callable from any thread."""
         if not isinstance(request, Request):
             raise ArgumentError(f"request is a {type(request).__name__}; give a Request", param="request")
         core = self.core
         admission.check(self.model, request, self.length, core.blocks.size, core.state.kv_slots.total)
 
     def abort(self, number: int) -> None:
-        """Forgets a request, waiting or running: no event of it comes any more, and its slot is free at once. Unknown
-        numbers are ignored."""
+        """Removes a waiting or running request. It has no further events, and its slot is free at once.
+
+        Unknown numbers are ignored.
+        """
         self._unseen = [event for event in self._unseen if event.row != number]
         self.core.release(number)
 
     @property
     def has_work(self) -> bool:
-        """Whether `step` has anything to do or to tell."""
+        """Whether requests or undelivered events are left."""
         return bool(self.core.scheduler.waiting or self.core.scheduler.running or self._unseen)
 
     def step(self) -> list[Event]:
-        """One pass of each tower for every sequence that needs it → what became final since the last step."""
+        """Runs at most one pass of each tower for each sequence → the events since the last step."""
         events = self._unseen + self.core.step()
         self._unseen = []
         return events
@@ -150,8 +152,10 @@ class LLM:
     def generate(
         self, requests: Sequence[Request], progress: Callable[[int], object] | None = None
     ) -> list[Generation]:
-        """Runs all of them → results in their order; progress is told how many have ended. An exception ends all of
-        them, and none stays behind."""
+        """Runs requests to their ends → results in order. An exception aborts all of them.
+
+        progress: called with the number of finished requests.
+        """
         numbers: list[int] = []
         results: dict[int, Generation] = {}
         try:
@@ -160,7 +164,7 @@ class LLM:
             wanted = set(numbers)
             while len(results) < len(numbers):
                 if not self.has_work:
-                    raise TwoTowerError("a request was aborted before it had ended")
+                    raise TwoTowerError("a request was aborted before its end")
                 for event in self._step_for(wanted):
                     if event.result is not None:
                         results[event.row] = event.result
@@ -173,8 +177,10 @@ class LLM:
         return [results[number] for number in numbers]
 
     def stream(self, request: Request) -> Iterator[Event]:
-        """Events of one request. Others that wait or run go on meanwhile; their own `stream`, or the next `step`,
-        returns their events. Closing the iterator aborts the request, and aborting the request ends the iterator."""
+        """Yields the events of one request. Closing the iterator aborts the request, and aborting ends the iterator.
+
+        Other requests run at the same time. Their own `stream`, or the next `step`, returns their events.
+        """
         number = self.add_request(request)
         try:
             while self._knows(number):
@@ -183,17 +189,16 @@ class LLM:
             self.abort(number)
 
     def close(self) -> None:
-        """Aborts every request and lends the state's memory to the model's next call. A closed engine takes no
-        request."""
+        """Aborts every request and returns the state's memory to the model. A closed engine accepts no requests."""
         self._unseen.clear()
         self.core.close()
 
     def _knows(self, number: int) -> bool:
-        """Whether a request waits, runs or has events that nobody has asked for."""
+        """Whether a request waits, runs or has undelivered events."""
         return self.core.scheduler.has(number) or any(event.row == number for event in self._unseen)
 
     def _step_for(self, numbers: set[int]) -> list[Event]:
-        """A step → the events of these requests since the last; those of others are kept for whoever asks for them."""
+        """Runs a step → the new events of these requests. Events of other requests are kept."""
         events = self.step()
         self._unseen = [event for event in events if event.row not in numbers]
         return [event for event in events if event.row in numbers] if self._unseen else events

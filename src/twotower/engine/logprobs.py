@@ -1,4 +1,4 @@
-"""Log-probabilities of tokens by the AR model, for the rows that ask for them: read off a pass that is made anyway."""
+"""Log-probabilities of tokens under the AR model, for requests that want them, without extra passes."""
 
 from __future__ import annotations
 
@@ -19,9 +19,9 @@ if TYPE_CHECKING:
 
 
 class LogprobRequest:
-    """What the AR model believes after each token of the works that ask, the choosing ones first: logits (n, L, V).
+    """Statistics of the logits (n, L, V) after each token of the entries that want log-probabilities.
 
-    Made before anything is left out of the logits and asked once the tokens are chosen.
+    Sampling entries come first. Made before the logits are filtered; `gather` is called when tokens are sampled.
     """
 
     def __init__(self, scheduled: Sequence[ScheduledTokens], logits: Tensor) -> None:
@@ -36,12 +36,12 @@ class LogprobRequest:
         )
 
     def gather(self, chosen: Tensor | None) -> PendingLogprobs:
-        """Of the tokens chosen (k, L) by the first k works (None: by none) and of those that stand there anyway."""
+        """Log-probabilities of sampled tokens (k, L) of the first k entries, and of known tokens of the others."""
         known = [entry.known_next or [] for entry in self.scheduled[0 if chosen is None else len(chosen) :]]
         ids = self.read.padded(known)
         read = self.read.of(ids if chosen is None else torch.cat([chosen, ids]))
         before = None
-        if self.before is not None:  # a block's first token follows what was read before it
+        if self.before is not None:  # the first token of a block follows the token read before the block
             before = self.before.of(self.before.padded([entry.sequence.held_tokens[:1] for entry in self.opening]))
         return PendingLogprobs(self.scheduled, known, read, self.opening, before, self._last_logits())
 
@@ -58,9 +58,12 @@ class LogprobRequest:
 
 @dataclass(frozen=True)
 class PendingLogprobs:
-    """Log-probabilities on their way: after what the works read, and of the first tokens of blocks, which follow what
-    was read before. known: what follows the tokens of the works that chose nothing. afters: by request number, the
-    logits (V,) after the last token, of rows whose next block begins there."""
+    """Log-probabilities that are being copied to the host.
+
+    read: after each token of the entries. before: of the first tokens of the blocks in `opening`. known: the known next
+    tokens of entries that do not sample. last_logits: by request number, the logits (V,) after the last token, for rows
+    whose next block begins there.
+    """
 
     scheduled: Sequence[ScheduledTokens]
     known: Sequence[list[int]]
@@ -70,7 +73,7 @@ class PendingLogprobs:
     last_logits: dict[int, Tensor]
 
     def by_number(self, chosen: Sequence[list[int]]) -> dict[int, list[TokenLogprob]]:
-        """By request number. chosen: the tokens of the works that chose, as far as they count."""
+        """Log-probabilities by request number. chosen: the tokens of the sampling entries that count."""
         told = dict(
             zip(
                 _numbers(self.scheduled),
@@ -88,7 +91,7 @@ class PendingLogprobs:
 
 
 class LogitStats:
-    """logits (n, L, V); total (n, L): ln Σ exp of them; best (n, L, top) and their log-probabilities."""
+    """logits (n, L, V); total (n, L): logsumexp; best (n, L, top): most probable tokens; best_logprobs: of these."""
 
     def __init__(self, logits: Tensor, top: int) -> None:
         self.logits = logits
@@ -97,17 +100,17 @@ class LogitStats:
         self.best_logprobs = self._logprobs(self.best)
 
     def padded(self, rows: Sequence[list[int]]) -> Tensor:
-        """(len(rows), L): tokens of each row, up to L of them."""
+        """Tokens of each row, padded to (len(rows), L)."""
         width = self.logits.shape[1]
         filled = [tokens + [0] * (width - len(tokens)) for tokens in rows]
         return to_device_async(filled, self.logits.device, torch.long).view(len(rows), width)
 
     def of(self, ids: Tensor) -> AsyncHostCopy:
-        """Of tokens (n, L), one at each position: their log-probabilities, and the best tokens with theirs."""
+        """Log-probabilities of tokens (n, L), and the best tokens with theirs."""
         return AsyncHostCopy(self._logprobs(ids[..., None])[..., 0], self.best, self.best_logprobs)
 
     def _logprobs(self, ids: Tensor) -> Tensor:
-        """Of tokens (n, L, k) at each position."""
+        """Log-probabilities of tokens (n, L, k)."""
         total = self.total[..., None]
         return self.logits.gather(-1, ids).to(total.dtype) - total
 
@@ -115,7 +118,7 @@ class LogitStats:
 def _token_logprobs(
     found: AsyncHostCopy, known_next: Sequence[list[int]], scheduled: Sequence[ScheduledTokens]
 ) -> list[list[TokenLogprob]]:
-    """Of each row its tokens (up to L), in order, with as many alternatives as its request wants."""
+    """The tokens of each row, in order, with as many alternatives as its request wants."""
     own, best, values = found.tolist()
     out = []
     for place, (tokens, entry) in enumerate(zip(known_next, scheduled, strict=True)):

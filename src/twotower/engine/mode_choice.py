@@ -1,4 +1,4 @@
-"""`mode="auto"` on a model: resolves it for a batch, from measured costs of passes and from what drafts were worth."""
+"""Resolves `mode="auto"` for a batch, from measured costs of passes and from recent drafts."""
 
 from __future__ import annotations
 
@@ -19,11 +19,11 @@ REPEATS = 3
 
 
 def resolve(model: Towers, params: GenerationParams, rows: int) -> tuple[GenerationParams, str]:
-    """Parameters with a mode that writes, and why that mode ("" where it was asked for). rows: of the batch."""
+    """Returns parameters with a definite mode, and the reason ("" if the mode was given). rows: rows of the batch."""
     if params.mode != AUTO:
         return params, ""
     if model.denoiser is None:
-        return replace(params, mode="ar"), "only the context tower was loaded"
+        return replace(params, mode="ar"), "only the context tower is loaded"
     if params.deterministic:
         return replace(params, mode="verified"), "deterministic: verified decoding, without measuring any pass"
     chooser = model.workspace.mode_chooser
@@ -36,7 +36,7 @@ def resolve(model: Towers, params: GenerationParams, rows: int) -> tuple[Generat
 
 @torch.no_grad()
 def measure(model: Towers, rows: int, block_size: int) -> Costs:
-    """Times each kind of pass: the fastest of some, after one that is not counted."""
+    """Times each kind of pass: the fastest of REPEATS, after one warm-up."""
     context = min(CONTEXT, model.backbone.max_position_embeddings - block_size)
     device = model.device
     state = model.new_state(rows, context + block_size)

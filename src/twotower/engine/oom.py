@@ -1,4 +1,4 @@
-"""When memory gives out during a pass: the same pass over fewer rows, until the one that does not fit stands alone."""
+"""On out-of-memory, repeats a pass with half the batch."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ Result = TypeVar("Result")
 
 
 def out_of_memory(error: Exception) -> bool:
-    """Whether an allocation failed, on an accelerator or the host (where torch says so in words only)."""
+    """Whether an allocation failed on an accelerator or on the host (there torch raises a plain RuntimeError)."""
     if isinstance(error, MemoryError | torch.OutOfMemoryError):
         return True
     return isinstance(error, RuntimeError) and "can't allocate memory" in str(error)
@@ -24,7 +24,7 @@ def split_on_oom(
     free_memory: Callable[[], object],
     fail: Callable[[Item, Exception], Sequence[Result]],
 ) -> list[Result]:
-    """run(items), or of each half where there is not the memory for it; an item that alone is too much `fail`s.
+    """Returns run(items); on out-of-memory, runs each half. An item that does not fit alone is given to `fail`.
 
     `free_memory` runs before each further attempt. A run that raises must have changed nothing.
     """
@@ -34,7 +34,7 @@ def split_on_oom(
     except Exception as error:
         if not out_of_memory(error):
             raise
-        problem = error.with_traceback(None)  # its frames hold the tensors of the pass
+        problem = error.with_traceback(None)  # the frames hold the tensors of the pass
     free_memory()
     if len(items) == 1:
         return list(fail(items[0], problem))

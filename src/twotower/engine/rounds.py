@@ -1,8 +1,8 @@
-"""What each sequence needs after a pass: the next round of its mode's cycle.
+"""The next phase of each sequence after a pass. A round is one cycle of a mode's phases.
 
 ar         STEP → STEP → …
 diffusion  DENOISE (its passes) → COMMIT → DENOISE → …
-verified   DENOISE or DRAFT → CHECK → DENOISE → …, or STEP where a draft would not pay
+verified   DENOISE or DRAFT → CHECK → DENOISE → …, or STEP if the draft depth is 0
 mock_ar    DENOISER_AR → COMMIT → DENOISER_AR → …
 """
 
@@ -27,8 +27,10 @@ def can_run_in_lockstep(one: GenerationParams, other: GenerationParams) -> bool:
 
 
 class Rounds:
-    """running: the engine's sequences, by number. opening: sequences that need a new block before the denoiser's next
-    pass."""
+    """Begins the rounds of sequences.
+
+    running: the engine's sequences, by number. opening: sequences that need a new block before the next denoiser pass.
+    """
 
     def __init__(self, running: Mapping[int, RunningSequence], options: EngineOptions) -> None:
         self.running = running
@@ -37,14 +39,14 @@ class Rounds:
         self._ready: list[RunningSequence] = []  # in lockstep: sequences that wait for the others
 
     def forget(self, number: int) -> None:
-        """A request that runs no more begins nothing, and in lockstep nobody waits for it."""
+        """Removes a request. In lockstep the other sequences then no longer wait for it."""
         self.opening = [sequence for sequence in self.opening if sequence.output.row != number]
         self._ready = [sequence for sequence in self._ready if sequence.output.row != number]
         if self._ready:
             self.begin(())
 
     def finish_prefill(self, sequences: Sequence[RunningSequence]) -> list[BlockEvent]:
-        """The prompts of these sequences are read → the ends of those that asked about nothing but their prompts."""
+        """Begins the first round after the prompts → the last events of requests without new tokens."""
         for sequence in sequences:
             sequence.output.prefilled = time.perf_counter()
             sequence.pending = sequence.request.prompt[-1]
@@ -70,7 +72,7 @@ class Rounds:
                 self._begin(sequence, room, passes)
 
     def _begin(self, sequence: RunningSequence, room: int, draft_passes: int | None = None) -> None:
-        """room: new tokens that may still be written; draft_passes: of a draft (None: the controller chooses)."""
+        """room: new tokens that may still follow. draft_passes: the draft depth (None: the controller chooses)."""
         params = sequence.params
         sequence.room, sequence.max_passes, sequence.passes_launched, sequence.seconds = room, 0, 0, 0.0
         match sequence.mode:
@@ -83,7 +85,7 @@ class Rounds:
             case "verified":
                 sequence.phase = Phase.STEP
                 passes = sequence.controller.choose_depth() if draft_passes is None else draft_passes
-                if min(params.block_size, room) > 1:  # else there is nothing to draft
+                if min(params.block_size, room) > 1:  # else no position is left to draft
                     sequence.max_passes = passes
         if sequence.max_passes and sequence.mode == "verified" and self.options.drafter is not None:
             sequence.phase = Phase.DRAFT
@@ -94,8 +96,10 @@ class Rounds:
 
     @staticmethod
     def block_done(sequence: RunningSequence) -> list[BlockEvent]:
-        """A finished block or draft goes to the context tower → the event of a finished block, unless the block waits
-        for its log-probabilities."""
+        """Hands a finished block or draft to the context tower → the event of a finished block.
+
+        There is no event yet if the block waits for its log-probabilities.
+        """
         if sequence.mode == "verified":
             sequence.phase = Phase.CHECK
             sequence.block = sequence.block[: sequence.draft_length]

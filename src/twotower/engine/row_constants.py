@@ -1,4 +1,4 @@
-"""Numbers of each request that do not change while it runs, on the device that reads them."""
+"""Constants of each running request, on the device that reads them."""
 
 from __future__ import annotations
 
@@ -12,10 +12,10 @@ from twotower.ops.host_transfer import to_device_async
 
 
 class RowConstants:
-    """Constants by slot, written once when a request is admitted.
+    """Constants by slot, written when a request is admitted.
 
-    seeds (R,); block_size, mask_token, purpose (R, 1): positions of a block, the mask token, and what the noise of its
-    candidates is for; policy_value, acceptance (R, 1).
+    seeds (R,); block_size, mask_token, policy_value, acceptance (R, 1); purpose (R, 1): the purpose of the noise of the
+    candidates.
     """
 
     def __init__(self, rows: int, device: torch.device, dtype: torch.dtype) -> None:
@@ -27,7 +27,7 @@ class RowConstants:
         self.policy_value, self.acceptance = (self._floats[:, i : i + 1] for i in range(2))
 
     def admit(self, sequences: Sequence[RunningSequence]) -> None:
-        """Writes the constants of sequences that begin."""
+        """Writes the constants of new sequences."""
         integers, floats = [], []
         for sequence in sequences:
             params = sequence.params

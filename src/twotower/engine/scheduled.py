@@ -11,10 +11,10 @@ from twotower.engine.sequence import RunningSequence
 
 @dataclass(eq=False, slots=True)
 class ScheduledTokens:
-    """Tokens to append to a sequence's slot; scored: whether the AR model chooses the tokens that follow them.
+    """Tokens to append to a sequence's slot.
 
-    following: where the AR model chooses nothing, the known token after each of `tokens`, whose log-probabilities are
-    wanted (None: not wanted).
+    sampled: whether the AR model samples the tokens after them. known_next: if not, the known token after each of
+    `tokens`, whose log-probabilities are wanted (None: not wanted).
     """
 
     sequence: RunningSequence

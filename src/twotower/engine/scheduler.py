@@ -1,4 +1,4 @@
-"""Which requests wait, which run, and which sequences take part in the next pass of each tower."""
+"""Waiting and running requests, and the sequences of the next pass of each tower."""
 
 from __future__ import annotations
 
@@ -10,12 +10,15 @@ from twotower.engine.context_step import known_next
 from twotower.engine.scheduled import ScheduledTokens
 from twotower.engine.sequence import Phase, Request, RunningSequence
 
-PROMPT_CHUNK = 256  # with a prefix cache, a prompt is read up to multiples of this many tokens
+PROMPT_CHUNK = 256  # with a prefix cache, prompts are read in chunks of this many tokens
 
 
 class Scheduler:
-    """rows: slots. prompt_budget: prompt tokens read in one step, of all sequences together (None: no limit). chunk:
-    prompt tokens between two states that the prefix cache may keep (None: no prefix cache)."""
+    """Schedules sequences on `rows` slots.
+
+    prompt_budget: the most prompt tokens that one step reads, over all sequences (None: no limit). chunk: prompt tokens
+    between two states that the prefix cache may keep (None: no prefix cache).
+    """
 
     def __init__(self, rows: int, prompt_budget: int | None, chunk: int | None) -> None:
         self.prompt_budget = prompt_budget
@@ -26,7 +29,7 @@ class Scheduler:
         self._by_slot: list[RunningSequence] = []
 
     def start(self, sequence: RunningSequence) -> None:
-        """Adds a sequence that has been admitted."""
+        """Adds an admitted sequence."""
         self.running[sequence.output.row] = sequence
         insort(self._by_slot, sequence, key=lambda other: other.slot)
 
@@ -35,7 +38,7 @@ class Scheduler:
         return number in self.running or any(waiting == number for waiting, _ in self.waiting)
 
     def forget(self, number: int) -> RunningSequence | None:
-        """Removes a request, waiting or running → the sequence that ran, whose slot is free now."""
+        """Removes a waiting or running request → the sequence that ran; its slot is free."""
         self.waiting = deque(entry for entry in self.waiting if entry[0] != number)
         sequence = self.running.pop(number, None)
         if sequence is not None:
@@ -49,9 +52,9 @@ class Scheduler:
         return [sequence for sequence in self._by_slot if sequence.phase is phase]
 
     def schedule_context(self, prefill_chunk: Callable[[], int]) -> list[ScheduledTokens]:
-        """What the context tower reads next: pieces of prompts, pending tokens, drafts and finished blocks.
+        """The tokens that the context tower reads next: of prompts, pending tokens, drafts and finished blocks.
 
-        prefill_chunk: tokens of a prompt that one pass reads best; called only if there are prompts to read.
+        prefill_chunk: returns the best number of prompt tokens for one pass; called only if there are prompts to read.
         """
         scheduled: list[ScheduledTokens] = []
         prompts = False
@@ -96,11 +99,11 @@ class Scheduler:
         return scheduled
 
     def denoiser_sequences(self, halves: bool, lockstep: bool) -> list[RunningSequence]:
-        """Sequences for which the denoiser makes a pass in this step, in the order of their slots.
+        """The sequences of the next denoiser pass, in the order of their slots.
 
-        All that need one. halves: the towers are on two devices; where every sequence would leave the denoiser for the
-        context tower at once, the younger half waits for one step, and from then on one half denoises while the context
-        tower reads the other. lockstep: none, until all running sequences are at a block.
+        halves: the towers are on two devices. If all sequences would need the context tower at the same time, the newer
+        half waits for one step; then one half denoises while the context tower reads the other. lockstep: no sequence,
+        until all running sequences are at a block.
         """
         found = [sequence for sequence in self._by_slot if sequence.needs_denoiser]
         if not found or not (halves or lockstep):
@@ -115,8 +118,11 @@ class Scheduler:
 
 
 def _finished_block(sequence: RunningSequence) -> ScheduledTokens:
-    """A finished block to read. Where its tokens wait for log-probabilities, they follow one another; the first of them
-    follows what was read before, if those logits were kept."""
+    """The tokens of a finished block.
+
+    If they wait for log-probabilities, each token is known after the one before it. The first follows the token read
+    before the block; its log-probability comes from the logits kept there, if any.
+    """
     if not sequence.held_tokens:
         return ScheduledTokens(sequence, sequence.block, sampled=False)
     first = sequence.last_logits is not None

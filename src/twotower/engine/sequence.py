@@ -1,4 +1,4 @@
-"""A request, and the sequence that it becomes while it runs."""
+"""`Request`, and `RunningSequence`: the state of a running request."""
 
 from __future__ import annotations
 
@@ -24,15 +24,14 @@ MAX_LOGPROBS = 20
 class Request:
     """A prompt (at least one token id) and how to continue it. The parameters hold one seed, policy and policy value.
 
-    logprobs: asks for ln P of each new token by the AR model, whatever the mode, and for so many of the likeliest
-    tokens at its place (None: not asked). prompt_logprobs: the same of the prompt, which is then read in full even
-    where its beginning is known; with max_new_tokens 0 that is all that is done. constraint: what the text must be, in
-    the modes ar and verified; it ends with finish_reason "stop" where it is complete.
-    watched: its blocks are shown after every pass of the denoiser, as `StepEvent`s. mode_reason: why its mode was
-    chosen, where mode "auto" was resolved before.
+    logprobs: the number of most probable tokens to report at each new token, with ln P of these and of the new token
+    under the AR model, in any mode (None: no log-probabilities). prompt_logprobs: the same for the prompt, which is
+    then read without the prefix cache; with max_new_tokens 0 nothing else is done. constraint: a grammar for the text,
+    in the modes ar and verified; a complete text ends with finish_reason "stop". watched: a `StepEvent` follows every
+    denoiser pass over a block. mode_reason: why the mode was chosen, if mode "auto" was resolved before.
 
     Raises:
-        ArgumentError: what, value and remedy.
+        ArgumentError: names the argument, its value and the remedy.
     """
 
     prompt: Sequence[int]
@@ -77,30 +76,31 @@ def _check_prompt(prompt: Sequence[int]) -> None:
 
 
 class Phase(Enum):
-    """What a sequence needs next."""
+    """The next pass of a sequence."""
 
     PROMPT = "the context tower reads more of the prompt"
     STEP = "the context tower reads the pending token and chooses the next"
     DENOISE = "the denoiser fills the block"
     DRAFT = "the engine's drafter proposes the block"
-    CHECK = "the context tower reads the pending token and the draft, and accepts what it agrees with"
+    CHECK = "the context tower verifies the draft that follows the pending token"
     COMMIT = "the context tower reads the finished block"
     DENOISER_AR = "the denoiser proposes the token after the pending one"
-    FINISHED = "nothing: the sequence has ended or was aborted"
+    FINISHED = "no pass: the sequence has ended or was aborted"
 
 
 @dataclass(eq=False)
 class RunningSequence:
-    """A running request: its slot of the state, what it needs next, and its output so far.
+    """A running request: its slot, its phase, and its output so far.
 
-    read: tokens of the text that the state holds. pending: the text's last token, where the state does not hold it yet.
-    block, committed_at, confidence: the finished block or draft; has_masks: whether the open block has masks left.
-    room: new tokens that this round may write. allowed: denoiser passes that this round may take (0: none); launched:
-    those launched for the open block; opened: blocks opened so far. seen: text tokens that the denoiser was shown
-    (−1: nothing of this text). accepted: drafted tokens of the last round. seconds: this sequence's share of the passes
-    of its round. held: new tokens that wait for their log-probabilities. after (V,): diffusion with log-probabilities:
-    the AR model's logits after what is read. memory: what the commit policy remembers of the block. error: what the
-    matcher raised.
+    read: text tokens that the state holds. pending: the last text token, if the state does not hold it yet.
+    block, committed_at, confidence: the finished block or draft. has_masks: whether the open block has mask tokens.
+    room: new tokens that may still follow in this round. max_passes: denoising passes of this round (0: none).
+    passes_launched: those launched for the open block. blocks_opened: blocks so far.
+    visible_length: text tokens in the denoiser's view (−1: no view of this text yet).
+    accepted: accepted drafted tokens of the last round. seconds: this sequence's share of the time of its round.
+    held_tokens: new tokens that wait for their log-probabilities. last_logits (V,): in diffusion with
+    log-probabilities, the AR model's logits after the last token read. policy_memory: the commit policy's memory of the
+    block. error: an exception of the matcher.
     """
 
     request: Request
@@ -135,7 +135,7 @@ class RunningSequence:
         self.params: GenerationParams = self.request.params
         self.mode = self.output.mode
         self.rule = SamplingRule(self.params.temperature, self.params.top_k, self.params.top_p)
-        # Prompt tokens to read before anything is written: all in diffusion, else all but the pending one.
+        # Prompt tokens to read before the first round: all in diffusion, else all but the pending token.
         self.prompt_end = len(self.request.prompt) - (self.mode != "diffusion" or not self.params.max_new_tokens)
 
     @property
@@ -145,29 +145,29 @@ class RunningSequence:
 
     @property
     def needs_denoiser(self) -> bool:
-        """Whether the denoiser has a pass to make for this sequence, as far as the host knows."""
+        """Whether this sequence needs a denoiser pass, as far as the host knows."""
         if self.phase is Phase.DENOISE:
             return self.passes_launched < self.max_passes
         return self.phase is Phase.DENOISER_AR
 
     @property
     def in_last_pass(self) -> bool:
-        """Whether the context tower is certain to be needed after the denoiser's next pass."""
+        """Whether this sequence certainly needs the context tower after the next denoiser pass."""
         return self.phase is Phase.DENOISER_AR or self.passes_launched == self.max_passes - 1
 
     @property
     def draft_length(self) -> int:
-        """Positions of the draft block worth checking, the pending token included."""
+        """Positions of the draft block to verify, including the pending token."""
         return min(self.room, self.controller.draft_length(self.params.block_size))
 
     def fail(self, error: Exception) -> BlockEvent:
-        """Ends the sequence with an error; passes of it that are on their way count no more."""
+        """Ends the sequence with an error. Results of launched passes no longer count."""
         self.phase = Phase.FINISHED
         return self.output.fail(error)
 
 
 def charge(sequences: Sequence[RunningSequence], started: float) -> None:
-    """Gives each sequence its share of the time since `started`: of a launch, or of the wait for its results."""
+    """Adds to each sequence its share of the time since `started`."""
     seconds = (time.perf_counter() - started) / max(len(sequences), 1)
     for sequence in sequences:
         sequence.seconds += seconds

@@ -7,13 +7,13 @@ from dataclasses import dataclass
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class EngineStats:
-    """The engine's own thread makes a snapshot after each step; a snapshot never changes.
+    """An immutable snapshot. With `AsyncLLM`, the engine's thread makes one after each step.
 
-    slots: requests that can run at once; free_slots: slots without a request. running, waiting: requests in a slot, and
+    slots: requests that can run at once. free_slots: slots without a request. running, waiting: requests in a slot, and
     requests that wait for a slot or for memory. max_seq_len: tokens of the longest text, its prompt included;
     max_block_size: positions of the longest block. state_bytes: memory of the slots. prefix_bytes, prefix_tokens: the
-    prefix cache's memory, and the prompt tokens it holds. prompt_tokens: of all admitted requests so far;
-    reused_tokens: those of them that came from the prefix cache.
+    prefix cache's memory, and the prompt tokens it holds. prompt_tokens: prompt tokens of all admitted requests.
+    reused_tokens: prompt tokens that came from the prefix cache.
     """
 
     slots: int

@@ -1,4 +1,4 @@
-"""What the engine needs of a model: `Towers`. `TwoTowerForCausalLM` fulfils it."""
+"""`Towers`: the interface of a model for the engine. `TwoTowerForCausalLM` implements it."""
 
 from __future__ import annotations
 
@@ -19,10 +19,10 @@ if TYPE_CHECKING:
 
 
 class Towers(Protocol):
-    """Two towers with their verbs (see `model.towers`), and what calls on them share.
+    """Two towers with their passes (see `model.towers`).
 
-    denoiser: None where only the context tower is loaded. workspace: draft controllers, measured costs and a reusable
-    state, which outlive one call.
+    denoiser: None if only the context tower is loaded. workspace: draft controllers, measured costs and a reusable
+    state, shared by all calls.
     """
 
     workspace: Workspace

@@ -1,4 +1,4 @@
-"""What the calls on one model share and what outlives each call."""
+"""`Workspace`: what all calls on one model share."""
 
 from __future__ import annotations
 
@@ -16,11 +16,11 @@ from twotower.decoding.draft_controller import DraftController, round_up_to_powe
 from twotower.decoding.params import GenerationParams
 
 MAX_CONTROLLERS = 64
-MAX_IDLE_STATE_BYTES = 256 << 20  # a larger state is not kept between calls
+MAX_IDLE_STATE_BYTES = 256 << 20  # larger states are not kept between calls
 
 
 class StateShape(NamedTuple):
-    """What tells whether a state serves a call: its rows, their shared KV slots, dtype and device."""
+    """The shape of a state: its rows, their shared KV slots, dtype and device."""
 
     rows: int
     kv_slots: int
@@ -35,22 +35,23 @@ class StateShape(NamedTuple):
 class Workspace:
     """Draft controllers, measured costs of passes, and one idle state, of one model.
 
-    Owned by the model, bounded, and emptied by `release`, which moving the model calls too. Copying or pickling a model
-    gives the copy an empty workspace. Calls from several threads may share it: a state is lent to one call at a time.
+    The model owns it. Its size is bounded, and `release` empties it; moving the model calls `release`. A copy or pickle
+    of a model has an empty workspace. Calls from several threads may share it: one call at a time borrows the state.
     """
 
     def __init__(self) -> None:
         self.mode_chooser = ModeChooser()
         self._controllers: OrderedDict[tuple[int, int, int], DraftController] = OrderedDict()
         self._idle: TowerState | None = None
-        self._lent: WeakSet[TowerState] = WeakSet()  # since the last release: a state lent before it does not come back
-        self._lock = threading.RLock()  # garbage collection may close an abandoned stream at any allocation
+        self._lent: WeakSet[TowerState] = WeakSet()  # borrowed since the last release: only these come back
+        self._lock = threading.RLock()  # re-entrant: garbage collection may close a stream at any allocation
 
     def draft_controller(self, params: GenerationParams, rows: int, longest: int) -> DraftController:
-        """The controller for a sequence that begins: a new one where the draft depth is fixed, else the one of earlier
-        sequences with a like number of neighbours and of tokens (each within a factor of 2 and 4).
+        """The draft controller of a new sequence.
 
-        rows: sequences that run together; longest: tokens of the longest text so far.
+        A fixed draft depth has a new controller. Other sequences share the controller of earlier sequences with a
+        similar number of rows (within a factor of 2) and of tokens (within a factor of 4). rows: sequences that run
+        together; longest: tokens of the longest text so far.
         """
         if params.fixed_draft_depth is not None:
             return DraftController(params.fixed_draft_depth)
@@ -63,7 +64,7 @@ class Workspace:
             return controller.begin_batch()
 
     def borrow_state(self, shape: StateShape, make: Callable[[], TowerState]) -> TowerState:
-        """The idle state, if it has this shape, else a new one. The borrower owns the state until `return_state`."""
+        """Returns the idle state if it has this shape, else a new one. The caller owns it until `return_state`."""
         with self._lock:
             state, self._idle = self._idle, None
         if state is None or StateShape.of(state) != shape:
@@ -73,8 +74,10 @@ class Workspace:
         return state
 
     def return_state(self, state: TowerState) -> None:
-        """Keeps a state without sequences for the next call, if the state is small enough and can be written to
-        anywhere: tensors made in inference mode cannot."""
+        """Keeps a state for the next call, if it is small enough and not made in inference mode.
+
+        Tensors made in inference mode cannot be written outside of it.
+        """
         state.free_all()
         with self._lock:
             if state in self._lent:
@@ -83,7 +86,7 @@ class Workspace:
                     self._idle = state
 
     def release(self) -> None:
-        """Frees everything: memory, measurements, and what was learned."""
+        """Frees the state, the measured costs and the draft controllers."""
         with self._lock:
             self.mode_chooser = ModeChooser()
             self._controllers.clear()
