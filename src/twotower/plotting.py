@@ -1,4 +1,4 @@
-"""How the project's pictures look."""
+"""The style of all pictures."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ from typing import Any
 from twotower.errors import ArgumentError
 
 DPI = 120
-# Okabe and Ito's colours, told apart by all readers.
+# Okabe and Ito's palette, distinguishable with colour blindness.
 BLUE, ORANGE, GREEN, PURPLE, GREY = "#0072B2", "#D55E00", "#009E73", "#CC79A7", "#666666"
 YELLOW, SKY = "#E69F00", "#56B4E9"
 STYLE: Any = {
@@ -32,7 +32,7 @@ STYLE: Any = {
 
 @contextmanager
 def drawing() -> Iterator[None]:
-    """Figures made inside have the project's style, not a user's own.
+    """Figures that are made in this `with` block have the project's style, not the user's.
 
     Raises:
         ArgumentError: matplotlib is missing.
@@ -42,7 +42,7 @@ def drawing() -> Iterator[None]:
     import matplotlib
 
     with matplotlib.rc_context(), warnings.catch_warnings():
-        warnings.filterwarnings("ignore", message="Glyph .* missing")  # a box in its place says as much
+        warnings.filterwarnings("ignore", message="Glyph .* missing")  # a missing glyph is drawn as a box
         matplotlib.rcdefaults()
         matplotlib.rcParams.update(STYLE)
         yield

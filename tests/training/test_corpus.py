@@ -805,7 +805,7 @@ def test_a_state_of_another_run_is_refused(tmp_path: Path, encoder: Encoder) -> 
         rows_of(source(21), encoder).load_state_dict(state)
     later = rows_of(source(20), encoder)
     later.next()
-    with pytest.raises(ArgumentError, match=r"states of steps \[0, 1\] cannot be joined"):
+    with pytest.raises(ArgumentError, match=r"states of steps \[0, 1\] cannot be merged"):
         merge_states([state, later.state_dict()])
 
 

@@ -94,7 +94,7 @@ def test_the_verb(tmp_path: Path) -> None:
     ("content", "message"),
     [
         (None, "no such file; give the directory of a training run"),
-        ("", "no step was logged yet"),
+        ("", "contains no step yet"),
         ('{"loss": 1}\n', "not a training log"),
         ("[1]\n", "not a training log"),
     ],

@@ -252,7 +252,7 @@ def test_remedies_come_in_order_and_do_what_they_say() -> None:
     assert made.setup.micro_batches == 2
     assert [remedy.change for remedy in made.remedies[:2]] == ["recomputation", "micro-batches of 1 row"]
     assert all(remedy.total < made.memory.total for remedy in made.remedies[:2])
-    assert made.remedies[-1].change == "rows of 512 columns"
+    assert made.remedies[-1].change == "rows of 512 tokens"
 
 
 def test_experts_are_cut_among_no_more_gpus_than_there_are() -> None:
@@ -274,11 +274,11 @@ def test_one_gpu_keeps_every_layer_gathered() -> None:
     ("options", "message"),
     [
         ({"gpus": 0}, "gpus is 0"),
-        ({"row_length": 100}, "do not divide"),
+        ({"row_length": 100}, "give a multiple of the block size 16"),
         ({"batch_size": 4}, "fewer than 8 GPUs"),
         ({"utilisation": 35}, "fraction"),
         ({"dtype": "int8"}, "choose one of"),
-        ({"gpu": 8}, "gpu is no option"),
+        ({"gpu": 8}, "unknown option gpu"),
     ],
 )
 def test_meaningless_options_are_refused(options: dict[str, object], message: str) -> None:

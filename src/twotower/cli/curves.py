@@ -1,4 +1,4 @@
-"""`twotower curves`: a training run's curves as pictures."""
+"""`twotower curves`: draws the curves of a training run."""
 
 from __future__ import annotations
 
@@ -10,13 +10,19 @@ import click
 
 @click.command()
 @click.argument("run", type=click.Path(path_type=Path))
-@click.option("-o", "--output", type=click.Path(file_okay=False, path_type=Path), metavar="DIR", help="[default: RUN]")
-@click.option("--json", "as_json", is_flag=True, help="One JSON object instead of text.")
+@click.option(
+    "-o",
+    "--output",
+    type=click.Path(file_okay=False, path_type=Path),
+    metavar="DIR",
+    help="Folder for the pictures. [default: RUN]",
+)
+@click.option("--json", "as_json", is_flag=True, help="Print one JSON object instead of text.")
 def curves(run: Path, output: Path | None, as_json: bool) -> None:
-    """Draw a training run's curves.
+    """Draw the curves of a training run.
 
-    Writes training.png (loss, learning rate, gradient norm, speed) and, once something was validated, validation.png
-    (held-out losses, agreement, tokens per pass, a sample's denoising). A run that still goes on can be drawn too.
+    Writes training.png (loss, learning rate, gradient norm, speed) and, after the first validation, validation.png
+    (held-out losses, agreement, tokens per pass, a sample with its denoising passes). The run need not be finished.
     """
     from twotower.training.plots.curves import draw
     from twotower.training.plots.log_records import load, summary

@@ -1,4 +1,4 @@
-"""`twotower init`: a one-tower checkpoint in, the two-tower checkpoint that training starts from out."""
+"""`twotower init`: converts a one-tower checkpoint to a two-tower checkpoint, from which training starts."""
 
 from __future__ import annotations
 
@@ -22,18 +22,33 @@ if TYPE_CHECKING:
 @click.command()
 @click.option("--from", "source", required=True, metavar="MODEL", help="One-tower checkpoint: a directory or hub id.")
 @click.option(
-    "-o", "--output", required=True, type=click.Path(path_type=Path), metavar="DIR", help="Where to write it."
+    "-o",
+    "--output",
+    required=True,
+    type=click.Path(path_type=Path),
+    metavar="DIR",
+    help="Directory of the new checkpoint.",
 )
 @click.option(
-    "--mask-token-id", metavar="ID", type=click.IntRange(min=0), help="[default: the tokenizer's mask token, else 3]"
+    "--mask-token-id",
+    metavar="ID",
+    type=click.IntRange(min=0),
+    help="Id of the mask token. [default: the tokenizer's mask token, else 3]",
 )
-@click.option("--dtype", type=click.Choice(DTYPES), help="[default: as stored]")
-@click.option("--max-shard-size", metavar="SIZE", default="5GB", show_default=True, help="Of one weights file.")
+@click.option("--dtype", type=click.Choice(DTYPES), help="Dtype of the new checkpoint. [default: as stored]")
 @click.option(
-    "--seed", metavar="N", type=click.IntRange(0, 2**63 - 1), default=0, show_default=True, help="Of the time embedder."
+    "--max-shard-size", metavar="SIZE", default="5GB", show_default=True, help="Largest size of one weights file."
+)
+@click.option(
+    "--seed",
+    metavar="N",
+    type=click.IntRange(0, 2**63 - 1),
+    default=0,
+    show_default=True,
+    help="Seed of the time embedder's weights.",
 )
 @click.option("--overwrite", is_flag=True, help="Replace the checkpoint in DIR.")
-@click.option("--json", "as_json", is_flag=True, help="One JSON object instead of text.")
+@click.option("--json", "as_json", is_flag=True, help="Print one JSON object instead of text.")
 def init(
     source: str,
     output: Path,
@@ -44,11 +59,11 @@ def init(
     overwrite: bool,
     as_json: bool,
 ) -> None:
-    """Make a two-tower checkpoint from a one-tower one.
+    """Make a two-tower checkpoint from a one-tower checkpoint.
 
-    The source is any model of the Nemotron-H family, dense or MoE. Both towers start as copies of it, and the time
-    conditioning as the identity: the new denoiser computes what the backbone does until it is trained. Weights pass
-    through one tensor at a time, so memory does not limit the model's size.
+    The source is any model of the Nemotron-H family, dense or MoE. Both towers start as copies of the source. The time
+    conditioning starts as the identity, so the untrained denoiser computes what the source computes. Tensors are
+    copied one at a time, so a model of any size needs little memory.
     """
     with models.status("reading …"):
         from twotower.checkpoint.convert import convert
@@ -75,7 +90,7 @@ def init(
 
 
 def summary(made: ConversionResult) -> Iterator[str]:
-    """What was made, to read."""
+    """Lines that describe the new checkpoint."""
     from twotower.cli import info_page
 
     count, size = info_page.format_count, info_page.format_bytes
@@ -90,7 +105,7 @@ def summary(made: ConversionResult) -> Iterator[str]:
 
 @contextmanager
 def _bar() -> Iterator[Callable[[int, int], None] | None]:
-    """A progress bar on a terminal's stderr, gone afterwards."""
+    """A progress bar on stderr, if it is a terminal; removed at the end."""
     if not sys.stderr.isatty():
         yield None
         return

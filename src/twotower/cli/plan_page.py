@@ -1,4 +1,4 @@
-"""A training plan as lines to read: what fits, for how long, and which numbers are assumed."""
+"""The plan of a training run as text: whether it fits, how long it takes, and which numbers are assumed."""
 
 from __future__ import annotations
 
@@ -14,16 +14,16 @@ from twotower.training.planning.step_memory import Memory
 
 _INDENT = 14
 _WIDTH = 100
-_NAME = 52  # of a row in a table
+_NAME = 52  # width of the first column of a table
 
 
 def render(plan: Plan) -> str:
-    """The whole page; styled for a terminal, and `click.echo` takes the styles out of a pipe."""
+    """The plan as text with terminal styles, which `click.echo` removes if stdout is not a terminal."""
     return "\n".join(page(plan))
 
 
 def page(plan: Plan) -> Iterator[str]:
-    """One heading a section, in the order a reader asks: does it fit, in what, how long, and what is assumed."""
+    """The lines of the plan, section by section."""
     for name, lines in _sections(plan):
         for i, line in enumerate(lines):
             heading = click.style(name.ljust(_INDENT), dim=True) if i == 0 else " " * _INDENT
@@ -41,8 +41,8 @@ def _sections(plan: Plan) -> Iterator[tuple[str, list[str]]]:
         [f"{_big(count.per_tower)} per tower; {_big(count.trained)} trained, {_big(count.frozen)} held frozen"],
     )
     yield "memory", [*_memory(plan.memory), *_activations(plan)]
-    yield "work", list(_work(plan))
-    yield "messages", list(_messages(plan))
+    yield "FLOPs", list(_work(plan))
+    yield "traffic", list(_messages(plan))
     yield "hours" if plan.fits else "if it fitted", list(_hours(plan))
     yield "assumed", list(_assumed(plan.setup))
 
@@ -53,19 +53,19 @@ def _verdict(plan: Plan) -> Iterator[str]:
     if plan.fits:
         yield f"fits: {where}"
     else:
-        yield f"does not fit: {where}; what would help, each by itself:"
+        yield f"does not fit: {where}; each of these changes alone reduces memory:"
         for remedy in plan.remedies:
             yield f"  {remedy.change}: {_gib(remedy.total)} GiB, {'fits' if remedy.fits else 'not enough'}"
     rows = f"with {setup.micro_batch_size} row{'s'[: setup.micro_batch_size > 1]} of {setup.row_length} at a time"
     if plan.smallest_gpus is None:
         yield f"no number of GPUs of this size is enough {rows}"
     else:
-        yield f"smallest number of such GPUs, in eights: {plan.smallest_gpus}, {rows}"
+        yield f"smallest number of such GPUs (a multiple of 8): {plan.smallest_gpus}, {rows}"
 
 
 def _run(setup: Setup) -> Iterator[str]:
     yield (
-        f"{setup.step_rows} rows of {setup.row_length} columns a step ({_big(setup.step_rows * setup.row_length)}), "
+        f"{setup.step_rows} rows of {setup.row_length} tokens a step ({_big(setup.step_rows * setup.row_length)}), "
         f"{setup.micro_batches} × {setup.micro_batch_size} on each GPU; blocks of {setup.block_size}"
     )
     yield (
@@ -77,37 +77,37 @@ def _run(setup: Setup) -> Iterator[str]:
 
 
 def _memory(memory: Memory) -> Iterator[str]:
-    yield f"{'on one GPU, at the fullest moment':<{_NAME}}{'GiB':>12}    {memory.moment}"
+    yield f"{'on one GPU, at the peak':<{_NAME}}{'GiB':>12}    {memory.moment}"
     rows = {
-        "its share of the fp32 weights that train": memory.weights,
+        "shard of the trained weights, fp32": memory.weights,
         "  their gradients": memory.gradients,
-        "  two moments": memory.moments,
-        "its share of the frozen weights": memory.frozen,
-        "embeddings, heads, time: whole during a pass": memory.root,
-        "the layer pair at work, whole, and messages": memory.gathered,
+        "  AdamW's two moments": memory.moments,
+        "shard of the frozen weights": memory.frozen,
+        "embeddings, heads, time: gathered during a pass": memory.root,
+        "the running layer pair, gathered, and messages": memory.gathered,
         "kept for the backward pass": memory.kept,
-        "working memory of the layer pair": memory.working,
+        "temporary memory of the running layer pair": memory.working,
         "reserve (assumed)": memory.reserve,
-        "in all": memory.total,
+        "total": memory.total,
     }
     yield from (f"{name:<{_NAME}}{_gib(size):>12}" for name, size in rows.items() if size)
 
 
 def _activations(plan: Plan) -> Iterator[str]:
     kinds = ", ".join(f"{_gib(size)} {KIND_NAMES[kind]}" for kind, size in plan.kept_by.items())
-    yield f"one layer pair keeps of a micro-batch, GiB: {kinds}"
+    yield f"kept by one layer pair for a micro-batch, GiB: {kinds}"
 
 
 def _work(plan: Plan) -> Iterator[str]:
     columns = plan.setup.row_length
-    yield f"{'GFLOP a column':<{_NAME}}{'two towers':>12}{'next-token':>12}"
+    yield f"{'GFLOP per position':<{_NAME}}{'two towers':>12}{'next-token':>12}"
     for label, name in (
         ("context tower", "context"),
         ("denoiser", "denoiser"),
-        ("head (two towers: at masked columns, half of them)", "head"),
+        ("head (two towers: at masked positions, half of all)", "head"),
         ("time conditioning", "time"),
         ("recomputation", "recomputed"),
-        ("in all", "total"),
+        ("total", "total"),
     ):
         two, one = (getattr(step, name) / columns / 1e9 for step in (plan.flops, plan.autoregressive))
         yield f"{label:<{_NAME}}{two:>12.2f}{one:>12.2f}"
@@ -118,21 +118,21 @@ def _messages(plan: Plan) -> Iterator[str]:
     traffic = plan.traffic
     weights, gradients = (f"{size / 1e9:.3g} GB" for size in (traffic.gathered, traffic.reduced))
     yield (
-        f"a step moves {weights} of weights and {gradients} of gradients to each GPU: "
-        f"{traffic.seconds:.2f} s at {plan.setup.bandwidth_gb:g} GB/s, against {traffic.compute_seconds:.2f} s of work"
+        f"each GPU receives {weights} of weights and {gradients} of gradients a step: "
+        f"{traffic.seconds:.2f} s at {plan.setup.bandwidth_gb:g} GB/s; computation: {traffic.compute_seconds:.2f} s"
     )
     if traffic.seconds > traffic.compute_seconds:
         factor = traffic.seconds / traffic.compute_seconds
         yield (
-            f"WARNING: messages take longer than the work; multiply the hours below, which count the work alone, by "
-            f"{factor:.1f}, or take more --micro-batch-size"
+            f"WARNING: communication takes longer than computation; multiply the hours below, which count computation "
+            f"alone, by {factor:.1f}, or give a larger --micro-batch-size"
         )
 
 
 def _hours(plan: Plan) -> Iterator[str]:
     low, high = UTILISATIONS
     used = f"{plan.setup.utilisation:.0%} of peak"
-    head = f"for columns of text, on {plan.setup.gpus} GPUs, at"
+    head = f"for tokens, padding included, on {plan.setup.gpus} GPUs, at"
     yield f"{head:<{_NAME - 12}}{f'{high:.0%}':>12}{used:>14}{f'{low:.0%}':>12}"
     for row in plan.hours:
         cells = (row.fastest, row.hours, row.slowest)
@@ -144,8 +144,8 @@ def _hours(plan: Plan) -> Iterator[str]:
 def _assumed(setup: Setup) -> Iterator[str]:
     yield (
         f"{setup.utilisation:.0%} of {setup.peak_tflops:g} TFLOP/s, recomputation counted as work; "
-        f"{setup.bandwidth_gb:g} GB/s into each GPU, overlapping with the work; {setup.reserve_gib:g} GiB reserve; "
-        "attention by a fused kernel. All else is counted, from the shapes."
+        f"{setup.bandwidth_gb:g} GB/s into each GPU, overlapping with computation; {setup.reserve_gib:g} GiB reserve; "
+        "fused attention. All else is computed from the shapes."
     )
 
 
@@ -158,7 +158,7 @@ def _gib(size: int) -> str:
 
 
 def _big(count: float) -> str:
-    """Of things: thousands, millions, billions, trillions."""
+    """A count in thousands, millions, billions or trillions."""
     for size, name in ((1e12, "T"), (1e9, "B"), (1e6, "M"), (1e3, "k")):
         if count >= size:
             return f"{count / size:.3g} {name}"

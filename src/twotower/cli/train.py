@@ -33,24 +33,26 @@ OFFSETS = ("random", "fixed")
     metavar="PATH",
     help="A tokenizer.json or a directory with one. [default: train one on the data]",
 )
-@click.option("--vocab-size", type=click.IntRange(300), help="Of a new tokenizer. [default: the backbone's]")
-@click.option("--split-digits", is_flag=True, help="A new tokenizer makes every digit a token.")
-@click.option("--steps", type=click.IntRange(1), default=1000, show_default=True)
+@click.option(
+    "--vocab-size", type=click.IntRange(300), help="Vocabulary size of a new tokenizer. [default: the backbone's]"
+)
+@click.option("--split-digits", is_flag=True, help="A new tokenizer makes each digit a token.")
+@click.option("--steps", type=click.IntRange(1), default=1000, show_default=True, help="Optimizer steps.")
 @click.option(
     "--align",
     type=click.IntRange(1),
     default=16,
     show_default=True,
-    help="Documents begin at multiples of so many columns.",
+    help="Documents begin at multiples of so many positions of a row.",
 )
-@click.option("--prompt-loss/--no-prompt-loss", default=True, help="Whether prompts are learned too.")
+@click.option("--prompt-loss/--no-prompt-loss", default=True, help="Train on prompts too.")
 @common_options
 def pretrain(
     output: Path | None, device: str | None, threads: int | None, steps: int, align: int, **options: Any
 ) -> None:
     """Train a small autoregressive backbone from scratch.
 
-    RUN/model is a Nemotron-H checkpoint; `twotower init --from RUN/model` makes the two towers of it.
+    The result RUN/model is a Nemotron-H checkpoint. `twotower init --from RUN/model` makes two towers of it.
     """
     output = _required_output(output)
     configure_process(threads)
@@ -70,36 +72,59 @@ def pretrain(
 @click.command()
 @click.argument("model")
 @click.option(
-    "--stages", metavar="BLOCK:STEPS,…", help="Block sizes in turn, as 32:1000,32:1000,16:2000 (the paper's)."
+    "--stages",
+    metavar="BLOCK:STEPS,…",
+    help="Block sizes and their steps, like 32:1000,32:1000,16:2000 (the order of the paper).",
 )
 @click.option(
-    "--block-size", type=click.IntRange(1), default=16, show_default=True, help="Where there are no --stages."
+    "--block-size", type=click.IntRange(1), default=16, show_default=True, help="Block size, without --stages."
 )
-@click.option("--steps", type=click.IntRange(1), default=1000, show_default=True, help="Where there are no --stages.")
+@click.option(
+    "--steps", type=click.IntRange(1), default=1000, show_default=True, help="Optimizer steps, without --stages."
+)
 @click.option(
     "--noise",
     type=click.Choice(NOISE),
     default="document",
     show_default=True,
-    help="What shares one noise level; row: as released.",
+    help="What shares one noise level. row: as in the released recipe.",
 )
 @click.option(
-    "--offset", type=click.Choice(OFFSETS), default="random", show_default=True, help="Of block edges in a text."
+    "--offset",
+    type=click.Choice(OFFSETS),
+    default="random",
+    show_default=True,
+    help="Where blocks begin in a text without prompt: at a random offset, or at its start.",
 )
-@click.option("--elbo", is_flag=True, help="Weight 1/t: the bound on the likelihood instead of the mean over masks.")
-@click.option("--train-context", is_flag=True, help="The context tower learns too.")
-@click.option("--tie", is_flag=True, help="One network for both towers.")
 @click.option(
-    "--ar-weight", type=float, default=0.0, show_default=True, help="Next-token loss of a trained context tower."
+    "--elbo", is_flag=True, help="Weight the loss by 1/t: the bound on −ln p instead of the mean over masked positions."
 )
-@click.option("--generate/--no-generate", default=True, help="Whether validation also generates.")
-@click.option("--plan", "plan_only", is_flag=True, help="Only say what it would need: memory, hours. Needs no GPU.")
-@click.option("--gpus", type=click.IntRange(1), default=8, show_default=True, help="Of the plan.")
-@click.option("--gpu-memory", type=float, default=80.0, show_default=True, metavar="GIB", help="Of the plan.")
-@click.option("--tokens", type=float, default=2.1e12, show_default=True, help="Of the plan.")
-@click.option("--peak-tflops", type=float, default=989.0, show_default=True, help="Of one GPU, dense; of the plan.")
-@click.option("--utilisation", type=float, default=0.35, show_default=True, help="Of that peak; the plan assumes it.")
-@click.option("--json", "as_json", is_flag=True, help="The plan as one JSON object.")
+@click.option("--train-context", is_flag=True, help="Train the context tower too.")
+@click.option("--tie", is_flag=True, help="Use one network for both towers.")
+@click.option(
+    "--ar-weight",
+    type=float,
+    default=0.0,
+    show_default=True,
+    help="Weight of the next-token loss of a trained context tower.",
+)
+@click.option("--generate/--no-generate", default=True, help="Generate a sample in each validation.")
+@click.option(
+    "--plan",
+    "plan_only",
+    is_flag=True,
+    help="Do not train; print the memory and hours that training needs. Needs no GPU.",
+)
+@click.option("--gpus", type=click.IntRange(1), default=8, show_default=True, help="For --plan: number of GPUs.")
+@click.option(
+    "--gpu-memory", type=float, default=80.0, show_default=True, metavar="GIB", help="For --plan: memory of one GPU."
+)
+@click.option("--tokens", type=float, default=2.1e12, show_default=True, help="For --plan: tokens to train on.")
+@click.option("--peak-tflops", type=float, default=989.0, show_default=True, help="For --plan: dense peak of one GPU.")
+@click.option(
+    "--utilisation", type=float, default=0.35, show_default=True, help="For --plan: assumed share of the peak."
+)
+@click.option("--json", "as_json", is_flag=True, help="Print the plan as one JSON object.")
 @common_options
 def train(
     model: str,
@@ -120,9 +145,9 @@ def train(
 ) -> None:
     """Train the denoiser of a two-tower checkpoint.
 
-    MODEL is what `twotower init` made, or any two-tower checkpoint; `bundled` is the bundled model. The context tower
-    stays as it is. RUN/model is the trained checkpoint, RUN/log.jsonl the log. Under torchrun the same command runs on
-    many GPUs.
+    MODEL is a two-tower checkpoint, for example from `twotower init`; `bundled` is the bundled model. The context
+    tower is frozen unless you give --train-context or --tie. The result is RUN/model, the log RUN/log.jsonl. Under
+    torchrun, the same command trains on many GPUs.
     """
     source = str(model_loading.source_of(None if model == "bundled" else model))
     if plan_only:
@@ -154,7 +179,7 @@ def train(
 
 
 def _run_distributed(device: str | None, job: Callable[[World], Path], following: Callable[[Path], str]) -> None:
-    """Joins the processes of the run, does its job and leaves; rank 0 says where the result is and what comes next."""
+    """Runs a job in the process group of the run. Rank 0 prints the path of the result and a next command."""
     from twotower.training import fsdp
 
     world = fsdp.start(device)

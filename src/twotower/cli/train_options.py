@@ -19,16 +19,21 @@ OPTIONS = (
         "--data",
         multiple=True,
         metavar="ITEM",
-        help="PATH or hub id, then [:SPLIT][@CONFIG][=WEIGHT]; repeat it for a mixture.",
+        help="Training data: PATH or hub id, then [:SPLIT][@CONFIG][=WEIGHT]. Repeat the option for a mixture.",
     ),
-    click.option("--validation", multiple=True, metavar="ITEM", help="Validation data. [default: held out]"),
+    click.option(
+        "--validation",
+        multiple=True,
+        metavar="ITEM",
+        help="Validation data, like --data. [default: a held-out share of --data]",
+    ),
     click.option(
         "--held-out",
         type=float,
         default=0.01,
         show_default=True,
         metavar="SHARE",
-        help="Of the data, by a hash of the text, where there is no --validation.",
+        help="Share of --data that is held out for validation, by a hash of the text; without --validation.",
     ),
     click.option(
         "-o",
@@ -36,18 +41,24 @@ OPTIONS = (
         "output",
         type=FOLDER,
         metavar="RUN",
-        help="The run's directory; the same command again continues it.",
+        help="Run directory. The same command again resumes the run.",
     ),
-    click.option("--text-field", default="text", show_default=True),
+    click.option("--text-field", default="text", show_default=True, help="Field of a record's text."),
     click.option(
         "--prompt-field",
         default="prompt",
         show_default=True,
-        help="A record's prompt: context only, blocks begin where it ends.",
+        help="Field of a record's prompt. A prompt is context only; blocks begin where it ends.",
     ),
-    click.option("--streaming", is_flag=True, help="Read hub data as a stream, in its own order."),
-    click.option("--epochs", type=click.IntRange(1), help="Read the data so often. [default: again and again]"),
-    click.option("--max-bad-records", type=click.IntRange(0), default=100, show_default=True),
+    click.option("--streaming", is_flag=True, help="Read the data in its order, without loading or indexing it first."),
+    click.option("--epochs", type=click.IntRange(1), help="Number of times to read the data. [default: no limit]"),
+    click.option(
+        "--max-bad-records",
+        type=click.IntRange(0),
+        default=100,
+        show_default=True,
+        help="Skip so many broken or empty records; one more is an error.",
+    ),
     click.option(
         "--batch-size",
         cls=formerly("--rows"),
@@ -67,8 +78,20 @@ OPTIONS = (
     click.option(
         "--lr", cls=formerly("--rate"), type=float, default=1e-4, show_default=True, help="Peak learning rate."
     ),
-    click.option("--warmup", type=click.IntRange(0), default=100, show_default=True, help="Steps."),
-    click.option("--decay", type=float, default=0.3, show_default=True, help="Share of the steps, at the end."),
+    click.option(
+        "--warmup",
+        type=click.IntRange(0),
+        default=100,
+        show_default=True,
+        help="Steps in which the learning rate rises to its peak.",
+    ),
+    click.option(
+        "--decay",
+        type=float,
+        default=0.3,
+        show_default=True,
+        help="Share of the steps, at the end, in which the learning rate falls.",
+    ),
     click.option(
         "--final-lr-ratio",
         cls=formerly("--final"),
@@ -77,51 +100,57 @@ OPTIONS = (
         show_default=True,
         help="Learning rate of the last step, as a share of the peak.",
     ),
-    click.option("--weight-decay", type=float, default=0.1, show_default=True),
-    click.option("--clip", type=float, default=1.0, show_default=True, help="Gradient norm; 0: do not clip."),
+    click.option(
+        "--weight-decay", type=float, default=0.1, show_default=True, help="AdamW's weight decay, on matrices only."
+    ),
+    click.option("--clip", type=float, default=1.0, show_default=True, help="Largest gradient norm; 0: no clipping."),
     click.option(
         "--balance-rate",
         type=float,
         default=1e-3,
         show_default=True,
-        help="Step of the experts' selection biases; 0: leave them.",
+        help="Step size of the experts' selection biases for load balance; 0: no balancing.",
     ),
-    click.option("--seed", type=click.IntRange(0), default=0, show_default=True),
+    click.option(
+        "--seed", type=click.IntRange(0), default=0, show_default=True, help="Of the data order and the noise."
+    ),
     click.option(
         "--dtype",
         type=click.Choice(DTYPES),
         default="auto",
         show_default=True,
-        help="To compute in; auto: bfloat16 where the machine is fast in it, else float32.",
+        help="Dtype to compute in. auto: bfloat16 if the device has fast bfloat16 matmuls, else float32.",
     ),
-    click.option("--device", type=click.Choice(("cpu", "cuda")), help="[default: cuda where there is one]"),
-    click.option("--threads", type=click.IntRange(1), help="[default: torch's]"),
+    click.option("--device", type=click.Choice(("cpu", "cuda")), help="Device. [default: cuda if there is a GPU]"),
+    click.option("--threads", type=click.IntRange(1), help="CPU threads. [default: torch's]"),
     click.option(
         "--activation-checkpointing",
         cls=formerly("--recompute"),
         is_flag=True,
-        help="Keep two residual streams a layer; recompute the rest in the backward pass.",
+        help="Keep only the residual streams of each layer; recompute the rest in the backward pass.",
     ),
-    click.option("--deterministic", is_flag=True, help="The same bits again on CUDA, slower."),
-    click.option("--checkpoint-every", type=click.IntRange(1), default=200, show_default=True, help="Steps."),
+    click.option("--deterministic", is_flag=True, help="Deterministic CUDA kernels, which are slower."),
+    click.option(
+        "--checkpoint-every", type=click.IntRange(1), default=200, show_default=True, help="Steps between checkpoints."
+    ),
     click.option(
         "--validate-every",
         type=click.IntRange(0),
         default=500,
         show_default=True,
-        help="Steps; 0: at the end only.",
+        help="Steps between validations; 0: only at the end.",
     ),
     click.option(
         "--validation-documents",
         type=click.IntRange(1),
         default=64,
         show_default=True,
-        help="Of each source, at most.",
+        help="Documents of each validation source, at most.",
     ),
-    click.option("--tensorboard/--no-tensorboard", default=True, help="Also log for TensorBoard."),
+    click.option("--tensorboard/--no-tensorboard", default=True, help="Also write a TensorBoard log."),
 )
 
 
 def common_options(command: Callable[..., object]) -> Callable[..., object]:
-    """The options that both verbs have."""
+    """Adds the shared options to a command."""
     return functools.reduce(lambda wrapped, option: option(wrapped), reversed(OPTIONS), command)

@@ -1,16 +1,16 @@
-"""The bundled model, from text to weights: `python -m twotower.recipes.bundled DATA OUT` (`make bundled-model`).
+"""Makes the bundled model: `python -m twotower.recipes.bundled DATA OUT` (`make bundled-model`).
 
-    text           the suite's training problems and the backbone's shape           → OUT/suite.jsonl, OUT/shape.json
-    backbone       twotower pretrain: dialogues and problems                        → OUT/backbone/model
-    start          twotower init: both towers its copies                            → OUT/start
-    continuations  the backbone's own greedy continuations of cut dialogues         → OUT/continuations.jsonl
-    denoiser       twotower train: continuations and problems                       → OUT/denoiser/model
-    longer         the same for longer, more of what it learns last                 → OUT/longer/model
-    export         in bf16, with the losses of all trainings                        → OUT/model
-    figures        accuracy, tokens a pass and likelihoods on held-out text         → OUT/model/metrics.json
+    text           training problems of the suite, shape of the backbone            → OUT/suite.jsonl, OUT/shape.json
+    backbone       twotower pretrain on dialogues and problems                      → OUT/backbone/model
+    start          twotower init: two towers, copies of the backbone                → OUT/start
+    continuations  greedy continuations of cut dialogues by the backbone            → OUT/continuations.jsonl
+    denoiser       twotower train on continuations and problems                     → OUT/denoiser/model
+    longer         twotower train again, with more of the hardest problems          → OUT/longer/model
+    export         the model in bf16, with the losses of all training stages        → OUT/model
+    figures        accuracy, tokens per pass and likelihoods on held-out text       → OUT/model/metrics.json
 
-DATA is a folder with train.jsonl.gz and valid.jsonl.gz (`text` per line). A stage whose result is there is passed
-over, and training stages continue from their checkpoints: after an interruption give the same command again.
+DATA is a folder with train.jsonl.gz and valid.jsonl.gz (field `text`). A stage whose result exists is skipped, and
+training stages resume from their checkpoints: after an interruption, give the same command again.
 """
 
 from __future__ import annotations
@@ -39,12 +39,12 @@ SEED = 1
 STAGES = ("text", "backbone", "start", "continuations", "denoiser", "longer", "export", "figures")
 PROBLEMS, HARD_PROBLEMS = 180_000, 90_000
 DIFFICULTIES = (1, 2, 3)
-PRACTISED_TWICE = ("edits", "recall")  # the families that a small model learns last get twice the share
-HARD_TO_DENOISE = ("arithmetic", "word")  # whose every step depends on the one before
+PRACTISED_TWICE = ("edits", "recall")  # a small model learns these families last, so they get twice the share
+HARD_TO_DENOISE = ("arithmetic", "word")  # each of their steps depends on the step before
 CONTINUATIONS = 5000
 CONTINUATION_LENGTH = 320
-LOGGED = 100  # steps for one line of what is shipped
-# Few experts, so that a pass over a block reads little more than a pass over one token.
+LOGGED = 100  # steps for one line of training.jsonl
+# Few experts, so that a pass over a block reads little more weight memory than a pass over one token.
 SHAPE = {
     "model_type": "nemotron_h",
     "hybrid_override_pattern": "M-M*MEM*-",
@@ -66,7 +66,7 @@ SHAPE = {
     "moe_shared_expert_intermediate_size": 384,
     "routed_scaling_factor": 1.0,
 }
-# The same for both trainings. A weight is a share of documents; a dialogue is about six times as long as a problem.
+# Options of all training stages. A weight is a share of documents; a dialogue is about six times as long as a problem.
 COMMON = ["--batch-size", "6", "--row-length", "512", "--seed", str(SEED), "--validate-every", "400"]
 PRETRAIN = ["--no-prompt-loss", "--split-digits", "--lr", "2e-3", "--decay", "0.4"]
 TRAIN = ["--block-size", "16", "--lr", "1.5e-3"]
@@ -76,7 +76,7 @@ HARD_SHARE = 0.35
 
 
 def write_text(out: Path) -> None:
-    """The suite's training problems and the backbone's config."""
+    """Writes the training problems of the suite and the backbone's config."""
     from twotower.evaluation.tasks import FAMILIES, make_problems, write_jsonl
 
     families = (*FAMILIES, *PRACTISED_TWICE)
@@ -89,17 +89,19 @@ def write_text(out: Path) -> None:
 
 
 def write_continuations(data: Path, out: Path, processes: int) -> None:
-    """Training dialogues cut early and finished greedily by the backbone: {"prompt", "text"} a line.
+    """Writes training dialogues that are cut early and continued greedily by the backbone: {"prompt", "text"} a line.
 
-    What the denoiser is to imitate is the frozen context tower, not the corpus: on such text a block has one right
-    answer, so several positions can be sure at once (sequence-level distillation, Kim & Rush 2016). Cut early, because
-    only what comes after the prompt is learned from.
+    The denoiser should imitate the frozen context tower, not the corpus (sequence-level distillation, Kim & Rush
+    2016). On such text a block has one right answer, so several positions can have high confidence at once. Dialogues
+    are cut early because only the text after the prompt is trained.
     """
     from twotower.evaluation.held_out import cut_dialogue, read_documents
 
     rng = random.Random(SEED)
     texts = rng.choices(read_documents(data / "train.jsonl.gz"), k=CONTINUATIONS)
-    cut = sorted((cut_dialogue(text, rng, before=0.5) for text in texts), key=len)  # like lengths share a batch
+    cut = sorted(
+        (cut_dialogue(text, rng, before=0.5) for text in texts), key=len
+    )  # texts of similar length share a batch
     parts = [cut[start : start + 64] for start in range(0, len(cut), 64)]
     partial = out / "continuations.partial"
     workers = multiprocessing.get_context("spawn").Pool(processes, _load, (out / "start",))
@@ -110,7 +112,7 @@ def write_continuations(data: Path, out: Path, processes: int) -> None:
     partial.rename(out / "continuations.jsonl")
 
 
-_loaded: TwoTowerForCausalLM | None = None  # each worker's model
+_loaded: TwoTowerForCausalLM | None = None  # the model of a worker process
 
 
 def _load(path: Path) -> None:
@@ -124,7 +126,7 @@ def _load(path: Path) -> None:
 
 
 def _finish(texts: list[str]) -> list[str]:
-    """Lines of JSON; a continuation that does not end is left out: cut short, it would teach a wrong ending."""
+    """Lines of JSON. A continuation without EOS is left out, because it would teach a wrong ending."""
     from twotower.decoding.params import GenerationParams
     from twotower.engine.generation import generate
 
@@ -142,7 +144,7 @@ def _finish(texts: list[str]) -> list[str]:
 def commands(
     data: Path, out: Path, backbone_steps: int, denoiser_steps: int, longer_steps: int
 ) -> dict[str, list[str]]:
-    """The stages that are commands of `twotower`."""
+    """The `twotower` commands of the stages that have one."""
 
     def mixture(stage: str, dialogues: Path) -> list[str]:
         share = DIALOGUE_SHARE[stage]
@@ -191,7 +193,7 @@ def commands(
 
 
 def export(out: Path) -> None:
-    """What is shipped, but for its card."""
+    """Writes the bundled model, without its card."""
     import torch
 
     from twotower.modeling_twotower import TwoTowerForCausalLM
@@ -207,7 +209,7 @@ def export(out: Path) -> None:
 
 
 def thinned(stage: str, records: Sequence[StepRecord]) -> Iterator[dict[str, object]]:
-    """One record for every LOGGED steps: the mean loss since the one before, and the validation where there was one."""
+    """One record for LOGGED steps: the mean loss since the last record, and the validation, if there was one."""
     for start in range(0, len(records), LOGGED):
         part = records[start : start + LOGGED]
         numbers = {
@@ -224,7 +226,7 @@ def thinned(stage: str, records: Sequence[StepRecord]) -> Iterator[dict[str, obj
 
 
 def measure(data: Path, out: Path) -> None:
-    """The figures of the model card, by `evaluation.held_out`."""
+    """Measures the figures of the model card with `evaluation.held_out`."""
     command = [sys.executable, "-m", "twotower.evaluation.held_out", str(data), "--model", str(out / "model")]
     text = subprocess.run(command, check=True, stdout=subprocess.PIPE, text=True).stdout
     (out / "model/metrics.json").write_text(text)
@@ -233,12 +235,18 @@ def measure(data: Path, out: Path) -> None:
 @click.command()
 @click.argument("data", type=click.Path(exists=True, file_okay=False, path_type=Path))
 @click.argument("out", type=click.Path(file_okay=False, path_type=Path))
-@click.option("--stage", "stages", type=click.Choice(STAGES), multiple=True, help="[default: all that are not done]")
+@click.option(
+    "--stage",
+    "stages",
+    type=click.Choice(STAGES),
+    multiple=True,
+    help="Stage to run. [default: all that are not finished]",
+)
 @click.option("--backbone-steps", type=int, default=4800, show_default=True)
 @click.option("--denoiser-steps", type=int, default=5000, show_default=True)
 @click.option("--longer-steps", type=int, default=3600, show_default=True)
 @click.option(
-    "--processes", type=int, default=1, show_default=True, help="Processes; 2 or 3 divide the batch's 6 rows."
+    "--processes", type=int, default=1, show_default=True, help="Processes: 1, 2 or 3, which divide the batch size 6."
 )
 def main(
     data: Path,

@@ -1,7 +1,7 @@
-"""The tables of the bundled model's card, from what was measured: `python -m twotower.recipes.card MODEL_DIR`.
+"""Prints the tables of the bundled model's card: `python -m twotower.recipes.card MODEL_DIR`.
 
-Reads the directory's metrics.json (`evaluation.held_out`) and training.jsonl (`recipes.bundled`), prints Markdown. The
-card holds these tables as they are printed; a test compares them.
+Reads metrics.json (`evaluation.held_out`) and training.jsonl (`recipes.bundled`) of the directory and prints Markdown.
+The card contains these tables; a test compares them.
 """
 
 from __future__ import annotations
@@ -15,11 +15,11 @@ import click
 
 TITLES = {"ar": "AR", "diffusion:0.8": "γ 0.8", "diffusion:0.9": "γ 0.9"}
 LOSSLESS = "verified:draft_steps=1"
-Figures = dict[str, Any]  # a JSON object of either file
+Figures = dict[str, Any]  # a JSON object of one of the files
 
 
 def tables(directory: Path) -> dict[str, list[str]]:
-    """Title → lines of Markdown."""
+    """The tables: title → lines of Markdown."""
     metrics = json.loads((directory / "metrics.json").read_text())
     records = [json.loads(line) for line in (directory / "training.jsonl").read_text().splitlines()]
     made = {"training": list(training(records)), "dialogues": list(dialogues(metrics["dialogues"]))}
@@ -29,7 +29,7 @@ def tables(directory: Path) -> dict[str, list[str]]:
 
 
 def training(records: list[Figures]) -> Iterator[str]:
-    """Steps, tokens and the last validation of each stage."""
+    """Table of the stages: steps, tokens and the last validation."""
     yield "| stage | steps | tokens | of them targets | held-out NLL, nats a token |"
     yield "|---|---|---|---|---|"
     for stage in dict.fromkeys(record["stage"] for record in records):
@@ -41,7 +41,7 @@ def training(records: list[Figures]) -> Iterator[str]:
 
 
 def dialogues(figures: Figures) -> Iterator[str]:
-    """Continuations of held-out dialogues, a column for each setting."""
+    """Table of continuations of held-out dialogues, with a column for each setting."""
     columns = {name: figures[setting] for setting, name in {**TITLES, LOSSLESS: "verified"}.items()}
     yield "| | " + " | ".join(columns) + " |"
     yield "|---" * (len(columns) + 1) + "|"
@@ -61,7 +61,7 @@ def dialogues(figures: Figures) -> Iterator[str]:
 
 
 def suite(figures: Figures) -> Iterator[str]:
-    """Exact answers; tokens per denoiser pass; and, of lossless verified decoding, tokens per pass of both towers."""
+    """Table of problems: exact answers, tokens per denoising pass, and for verified mode per pass of both towers."""
     yield (
         "| | " + " | ".join(f"{title} right" for title in TITLES.values()) + " | tokens/pass γ 0.8 | γ 0.9 | verified |"
     )

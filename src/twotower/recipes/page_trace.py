@@ -1,10 +1,10 @@
-"""What the page's "How it works" steps through: one real block of the bundled model, recorded into a file of the page.
+"""Records one block of the bundled model for the page's "How it works".
 
-    python -m twotower.recipes.page_trace            # again whenever the bundled model has changed; a second
+    python -m twotower.recipes.page_trace            # repeat when the bundled model has changed; takes a second
 
-Greedy, in fp32. Everything in the file was computed by this run: what the context tower keeps of the prompt, layer by
-layer; each pass of the denoiser, its guesses and what became final; the first pass once more with the Mamba states set
-to zero, for comparison; and the state after the context tower has read the block.
+Greedy, in fp32. The file has the context tower's state of the prompt, layer by layer; each denoising pass with its
+tokens and commits; the first pass again with the Mamba states set to zero, for comparison; and the state after the
+context tower has read the block.
 """
 
 from __future__ import annotations
@@ -51,7 +51,7 @@ def main(prompt: str, output: Path) -> None:
 
 @torch.inference_mode()
 def record(model: TwoTowerForCausalLM, prompt: str) -> dict[str, object]:
-    """All of it, as plain data."""
+    """The recording as plain data."""
     tokenizer = TokenizerAdapter(require_tokenizer(model.tokenizer))
     read = tokenizer.encode_prompt(prompt)
     state = model.new_state(1, len(read) + BLOCK)
@@ -81,7 +81,7 @@ def record(model: TwoTowerForCausalLM, prompt: str) -> dict[str, object]:
 def denoise(
     model: TwoTowerForCausalLM, view: ContextView, tokenizer: TokenizerAdapter
 ) -> tuple[Tensor, list[dict[str, object]]]:
-    """The block (1, L), and its passes: t before each, guesses, confidences, what was masked and what became final."""
+    """The block (1, L), and its denoising passes: t, tokens, confidences, masked and committed positions of each."""
     block, memory = _masks(model), None
     passes: list[dict[str, object]] = []
     masked = torch.ones_like(block, dtype=torch.bool)
@@ -105,7 +105,7 @@ def denoise(
 
 
 def without_states(view: ContextView) -> ContextView:
-    """The same look at the context, with every Mamba layer as if there were no text before the block."""
+    """The view with the Mamba states set to zero, as if there were no text before the block."""
     past = [
         MambaCache(*(torch.zeros_like(part) for part in layer)) if isinstance(layer, MambaCache) else layer
         for layer in view.past
@@ -114,8 +114,10 @@ def without_states(view: ContextView) -> ContextView:
 
 
 def layers(state: TowerState) -> list[dict[str, object]]:
-    """What each layer keeps: of attention the tokens it has keys and values of, of Mamba the norm of each head's SSM
-    state and of each column of the convolution window; of the others nothing."""
+    """The state of each layer: for attention the number of cached tokens, for Mamba norms, for other layers nothing.
+
+    The norms are those of each head's SSM state and of each position of the convolution window.
+    """
     state.commit_state()
     config = state.config
     out: list[dict[str, object]] = []
@@ -139,7 +141,7 @@ def _masks(model: TwoTowerForCausalLM) -> Tensor:
 
 
 class Guesses(NamedTuple):
-    """A pass over a block: logits (1, L, V), the likeliest tokens (1, L) and how sure the model is of each (1, L)."""
+    """The result of a denoising pass: logits (1, L, V), most likely tokens (1, L) and their confidence (1, L)."""
 
     logits: Tensor
     tokens: Tensor

@@ -254,9 +254,8 @@ class RowLoader:
 def merge_states(states: Sequence[LoaderState]) -> LoaderState:
     """Merges the states of all ranks after one step into a state that any number of ranks can load."""
     if len({state["step"] for state in states}) != 1:
-        raise ArgumentError(
-            f"states of steps {sorted({s['step'] for s in states})} differ in step; give those of one step"
-        )
+        steps = sorted({state["step"] for state in states})
+        raise ArgumentError(f"states of steps {steps} cannot be merged; give the states of one step")
     merged = states[0].copy()
     merged["row_streams"] = {row: saved for state in states for row, saved in state["row_streams"].items()}
     merged["counts"] = [sum(column) for column in zip(*(state["counts"] for state in states), strict=True)]

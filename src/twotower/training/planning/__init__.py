@@ -1,1 +1,1 @@
-"""What a training run would need: FLOPs, memory, time."""
+"""Plans a training run: FLOPs, memory and time."""

@@ -1,8 +1,8 @@
-"""How many floating-point operations a training step takes: the matrix products, from their shapes.
+"""FLOPs of a training step: the matrix products, computed from their shapes.
 
-Two per multiply-add; elementwise work is left out. Figures are for one packed row; attention is counted over all keys
-a tile is given, masked or not, because that is what the kernels multiply. A fused attention that forms its scores again
-in the backward pass does half a forward more than counted here, as usual.
+A multiply-add counts as two; elementwise operations are left out. Figures are for one packed row. Attention counts all
+keys of a tile, masked or not, because the kernels multiply them. As usual, the scores that a fused attention recomputes
+in its backward pass (half a forward pass) are not counted.
 """
 
 from __future__ import annotations
@@ -15,15 +15,15 @@ from twotower.model.conditioning import SINUSOID_SIZE
 from twotower.model.packed_forward import TILE
 from twotower.training.objective import MAX_LOGITS
 
-MASKED_SHARE = 0.5  # of the columns, on average: t is uniform
+MASKED_SHARE = 0.5  # of the positions, on average, because t is uniform
 
 
 @dataclass(frozen=True)
 class LayerWork:
-    """One layer over one row.
+    """FLOPs of one layer over one row.
 
-    last: its last product, which a recomputation that nothing follows stops before. past: the backward pass of what
-    the denoiser reads of it alone, which is all that is left of it where no later layer reads its output.
+    last: of the last product, which activation checkpointing does not recompute at the end of a unit. past: backward
+    FLOPs of the keys, values and states that the denoiser reads; a last context layer has no other backward pass.
     """
 
     forward: float
@@ -34,7 +34,7 @@ class LayerWork:
 
 @dataclass(frozen=True, kw_only=True)
 class StepFlops:
-    """FLOPs of one row, forward and backward, by part; `recomputed` is what recomputation adds."""
+    """FLOPs of one row, forward and backward, by part. recomputed: additional FLOPs of activation checkpointing."""
 
     context: float
     denoiser: float
@@ -55,8 +55,7 @@ def two_tower_step(
     activation_checkpointing: bool,
     train_context: bool = False,
 ) -> StepFlops:
-    """The denoising objective: the context without its head and without the layers nothing reads, the denoiser, and
-    the head at masked positions."""
+    """FLOPs of the denoising objective: the context layers that are run, the denoiser, the head at masked positions."""
     pattern = config.hybrid_override_pattern
     last = max((i for i, kind in enumerate(pattern) if kind in COUPLED_KINDS), default=-1)
     reading = [layer_work(kind, config, row_length, block_size, "context") for kind in pattern[: last + 1]]
@@ -73,14 +72,14 @@ def two_tower_step(
 
 
 def _through(reading: list[LayerWork]) -> float:
-    """The backward pass of a context tower that ends at the last layer a denoiser layer reads."""
+    """Backward FLOPs of a context tower that ends at the last layer that a denoiser layer reads."""
     return sum(work.backward for work in reading[:-1]) + sum(work.past for work in reading[-1:])
 
 
 def autoregressive_step(
     config: BackboneConfig, row_length: int, block_size: int, *, activation_checkpointing: bool
 ) -> StepFlops:
-    """Next-token prediction with one tower of the same backbone, for comparison."""
+    """FLOPs of next-token prediction with one tower of the same backbone, for comparison."""
     layers = [layer_work(kind, config, row_length, block_size, "context") for kind in config.hybrid_override_pattern]
     return StepFlops(
         context=sum(work.forward + work.backward for work in layers),
@@ -92,7 +91,7 @@ def autoregressive_step(
 
 
 def layer_work(kind: str, config: BackboneConfig, row_length: int, block_size: int, role: str) -> LayerWork:
-    """One layer over one row. role: "context", "denoiser", or "coupled denoiser", whose past takes gradients too."""
+    """FLOPs of one layer over one row. role: "context", "denoiser", or "coupled denoiser" (its cache has gradients)."""
     hidden, tokens, past = config.hidden_size, row_length, 0.0
     match kind:
         case "M":
@@ -122,21 +121,21 @@ def _mamba(config: BackboneConfig, tokens: int, block_size: int, role: str) -> L
     dense = out + 2.0 * tokens * hidden * (inner + config.conv_dim + config.mamba_num_heads)
     chunk = block_size if role == "context" else min(block_size, config.chunk_size)
     inside = 2.0 * tokens * chunk * (config.n_groups * state + inner)
-    seeded = 2.0 * tokens * inner * state  # what the state before a chunk adds to its outputs
-    carried = 0.0  # states at the chunks' ends, and from chunk to chunk
+    seeded = 2.0 * tokens * inner * state  # the contribution of the state before a chunk to the chunk's outputs
+    carried = 0.0  # states at the ends of chunks, passed from chunk to chunk
     if role == "context":
         carried = 2.0 * tokens * inner * state + _states(tokens // chunk, inner * state)
     elif chunk < block_size:
         per_block = _states(math.ceil(block_size / chunk), inner * state)
         carried = 2.0 * tokens * inner * state + per_block * tokens / block_size
     forward = dense + inside + seeded + carried
-    # A frozen past takes no gradient: of the two products behind `seeded`, one is left.
+    # A frozen state has no gradient, so the backward pass of `seeded` has one product instead of two.
     spared = seeded if role == "denoiser" and not carried else 0.0
     return LayerWork(forward, 2 * forward - spared, out, 2 * (dense - out + carried))
 
 
 def _states(chunks: int, size: int) -> float:
-    """`ssd.pass_states` over so many chunks: groups of about √n."""
+    """FLOPs of `ssd.pass_states` over a number of chunks, in groups of about √n."""
     if chunks <= 64:
         return 2.0 * chunks * chunks * size
     group = math.isqrt(chunks - 1) + 1
@@ -145,18 +144,18 @@ def _states(chunks: int, size: int) -> float:
 
 
 def _attended(tokens: int, block_size: int, own: bool) -> float:
-    """Query–key pairs of one row, tile by tile; own: the denoiser's own keys of the tile besides."""
+    """Query–key pairs of one row, tile by tile. own: with the denoiser's own keys of the tile."""
     step = max(TILE // block_size, 1) * block_size
     tiles = [(lo, min(lo + step, tokens)) for lo in range(0, tokens, step)]
     return float(sum((hi - lo) * (hi + (hi - lo if own else 0)) for lo, hi in tiles))
 
 
 def _head(config: BackboneConfig, positions: float) -> float:
-    """Forward and backward; where logits are formed piece by piece, once more in the backward pass."""
+    """FLOPs of the head, forward and backward. Logits in chunks are recomputed in the backward pass."""
     at_once = max(MAX_LOGITS // config.vocab_size, 1)
     return (4 if positions > at_once else 3) * 2.0 * config.hidden_size * config.vocab_size * positions
 
 
 def _time(hidden: int, levels: int) -> float:
-    """The time conditioning of one row: its first input takes no gradient."""
+    """FLOPs of the time conditioning of one row. The first input has no gradient."""
     return 2.0 * levels * hidden * (2 * SINUSOID_SIZE + 3 * hidden + 9 * hidden)

@@ -1,4 +1,4 @@
-"""Counts the bytes of every tensor storage that is made, until the storage is freed."""
+"""Counts the bytes of tensor storages from their creation until they are freed."""
 
 from __future__ import annotations
 
@@ -10,8 +10,10 @@ from torch.utils._python_dispatch import TorchDispatchMode
 
 
 class LiveBytes(TorchDispatchMode):
-    """Follows every storage made inside it: `live` bytes now, `peak` since it was last set. What was there before
-    counts nothing."""
+    """Tracks storages that are created in its `with` block: `live` bytes now, `peak` bytes since `restart`.
+
+    Storages that existed before count as 0 bytes.
+    """
 
     def __init__(self) -> None:
         TorchDispatchMode.__init__(self)
@@ -35,7 +37,7 @@ class LiveBytes(TorchDispatchMode):
         self.peak = self.live
 
     def _meet(self, value: object, new: bool) -> None:
-        """Every tensor in an operation's arguments or results."""
+        """Tracks every tensor in an operation's arguments or results."""
         if isinstance(value, Tensor):
             self._follow(value, new)
         elif isinstance(value, list | tuple | ValuesView):

@@ -1,10 +1,9 @@
-"""What a training pass holds in memory, measured on tensors without storage.
+"""The memory of a training pass, measured on tensors without storage.
 
-The objective's own units run forward and backward on the meta device, one of each kind, while every storage that is
-made is followed until it is freed: what autograd keeps and what only exists for a moment are both seen, and no formula
-repeats the model. Two operations are stood in for: in bf16 routed experts run as the grouped backend, which CUDA takes
-(in fp32 both take the gathered one), and attention is an autograd function that keeps what a fused kernel keeps.
-What a kernel allocates inside itself is not seen.
+One unit of each kind of the objective runs forward and backward on the meta device. Every storage is tracked until it
+is freed, so that saved and temporary tensors both count, and no formula repeats the model. Two operations are replaced
+(`meta_ops.py`): in bf16, routed experts use the grouped backend, as on CUDA (in fp32 the gathered one, as there), and
+attention saves what a fused kernel saves. Memory that a kernel allocates internally is not counted.
 """
 
 from __future__ import annotations
@@ -30,7 +29,7 @@ from twotower.training.planning.profile import Profile, Share, Unit, UnitUse
 def build(
     config: BackboneConfig, *, dtype: torch.dtype, context: ContextRole, activation_checkpointing: bool
 ) -> tuple[DenoisingObjective, int]:
-    """The objective without storage, as `fsdp.shard` hands it to a forward pass → and a tower's parameters."""
+    """The objective on the meta device, in the dtypes of a forward pass under FSDP; and the parameters of a tower."""
     make_tower = tower_with_grouped_experts if dtype == torch.bfloat16 else Tower
     with torch.device("meta"):
         denoiser = make_tower(config)
@@ -54,7 +53,7 @@ def measure_profile(
     context: ContextRole = "frozen",
     activation_checkpointing: bool = True,
 ) -> Profile:
-    """Measures a micro-batch; every column is text and, for the head, masked: the most it can be. Takes seconds."""
+    """Measures a micro-batch in the worst case: every position is text and, for the head, masked. Takes seconds."""
     objective, per_tower = build(
         config, dtype=dtype, context=context, activation_checkpointing=activation_checkpointing
     )
@@ -110,7 +109,7 @@ def _measure_unit(
 
     def forward() -> tuple[Tensor, ...]:
         clean, noisy = run_unit(unit, activation_checkpointing, *inputs(), modulation, layout)
-        return (clean, noisy) if unit.runs_context else (noisy,)  # a stream that only passes through is an input
+        return (clean, noisy) if unit.runs_context else (noisy,)  # an unchanged stream is no output
 
     return _measure(live, unit, forward)
 
@@ -118,7 +117,7 @@ def _measure_unit(
 def _measure_tail(
     live: LiveBytes, objective: DenoisingObjective, shape: tuple[int, int, int], stream: torch.dtype
 ) -> UnitUse:
-    """The final norm, the head and the loss at every column."""
+    """The final norm, the head and the loss at every position."""
 
     def forward() -> tuple[Tensor]:
         x = _stream(shape, stream)
@@ -130,7 +129,7 @@ def _measure_tail(
 
 
 def _stream(shape: tuple[int, int, int], dtype: torch.dtype) -> Tensor:
-    """A residual stream as an earlier layer made it: no leaf, for autograd holds on to leaves."""
+    """A residual stream as the output of an earlier layer: not a leaf, because autograd keeps leaves alive."""
     leaf = torch.empty((), dtype=dtype, device="meta", requires_grad=True)
     return leaf.expand(shape).clone(memory_format=torch.contiguous_format)
 
@@ -154,8 +153,7 @@ def _measure(live: LiveBytes, module: nn.Module, forward: Callable[[], tuple[Ten
 
 
 def _shares(objective: DenoisingObjective) -> tuple[list[Share], Share, int, int]:
-    """The parameters of each unit and of the root, as `fsdp.shard` groups them, and the numbers
-    in whole ones, all and trained."""
+    """The parameters of each unit and of the root, as `fsdp.shard` groups them; replicated and trained elements."""
     taken: set[nn.Parameter] = set()
     groups: list[Share] = []
     whole = trained = 0

@@ -1,4 +1,4 @@
-"""Operations on tensors without storage that keep what the CUDA kernels of a training pass keep."""
+"""Operations for tensors without storage that save for backward what the CUDA kernels save."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ from twotower.ops.reference.experts import experts_grouped
 
 
 class GroupedExperts(Experts):
-    """Routed experts on the grouped backend, which CUDA takes in bf16. On the meta device `Experts` takes another."""
+    """Routed experts with the grouped backend, as on CUDA in bf16. On the meta device `Experts` uses another one."""
 
     def forward(self, hidden: Tensor, choice: Tensor, weight: Tensor) -> Tensor:
         return experts_grouped(hidden, choice, weight, self.up_proj, self.down_proj)
@@ -33,7 +33,7 @@ def tower_with_grouped_experts(config: BackboneConfig) -> Tower:
 
 
 class FusedAttention(TorchFunctionMode):
-    """Attention that keeps what a fused kernel keeps, instead of the scores that torch's fall-back would form."""
+    """Attention that saves what a fused kernel saves, without the scores of torch's fallback."""
 
     def __torch_function__(
         self,

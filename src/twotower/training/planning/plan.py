@@ -1,8 +1,8 @@
-"""What a training run needs before it is begun: memory on each GPU, hours, messages. Needs no GPU and no weights.
+"""Estimates what a training run needs: memory on each GPU, hours, communication. Needs no GPU and no weights.
 
-Parameters and activations are counted on tensors without storage (`memory.py`), FLOPs from shapes (`flops.py`); what
-`fsdp.shard` does to them with torch's FSDP2 is arithmetic, and here. Utilisation, bandwidth and the reserve are
-assumptions: the plan names them as such.
+Parameters and activations are measured on tensors without storage (`memory.py`), FLOPs are computed from shapes
+(`flops.py`). The effect of sharding with torch's FSDP2 is computed here and in `step_memory.py`. Utilisation,
+bandwidth and the memory reserve are assumptions, and the plan says so.
 """
 
 from __future__ import annotations
@@ -22,7 +22,7 @@ from twotower.training.planning.plan_setup import GIB, Setup
 from twotower.training.planning.profile import Profile, Share
 from twotower.training.planning.step_memory import FP32, Memory, memory_of
 
-UTILISATIONS = (0.25, 0.45)  # the range that hours are given for
+UTILISATIONS = (0.25, 0.45)  # hours are also given for the ends of this range
 SHORTER = (1e9, 1e10, 1e11)
 NODE = 8  # GPUs of a machine
 MOST_GPUS = 1024
@@ -30,8 +30,8 @@ MOST_GPUS = 1024
 
 @dataclass(frozen=True, kw_only=True)
 class TrainedParameters:
-    """Counts; trained and frozen are what the objective holds: of a frozen context neither the head nor the layers
-    that nothing reads."""
+    """Numbers of parameters. The objective of a frozen context tower excludes its head and the layers that are not
+    run."""
 
     per_tower: int
     trained: int
@@ -40,8 +40,10 @@ class TrainedParameters:
 
 @dataclass(frozen=True, kw_only=True)
 class Traffic:
-    """One step of one GPU: bytes received for gathering weights and summing gradients, and the seconds of it, against
-    the seconds of computing. The two overlap: the longer counts."""
+    """Communication of one GPU in one step: bytes of gathered weights and of reduced gradients, and seconds.
+
+    compute_seconds: of the step's computation. Communication and computation overlap, so the longer one counts.
+    """
 
     gathered: int
     reduced: int
@@ -51,7 +53,7 @@ class Traffic:
 
 @dataclass(frozen=True, kw_only=True)
 class Hours:
-    """For so many columns: at the assumed utilisation, and at the ends of the range (`UTILISATIONS`)."""
+    """Hours for a number of tokens: at the assumed utilisation and at the ends of `UTILISATIONS`."""
 
     tokens: float
     hours: float
@@ -61,7 +63,7 @@ class Hours:
 
 @dataclass(frozen=True, kw_only=True)
 class Remedy:
-    """One change, by itself, and the bytes on a GPU after it."""
+    """A single change of the setup, and the bytes on a GPU with it."""
 
     change: str
     total: int
@@ -70,8 +72,11 @@ class Remedy:
 
 @dataclass(frozen=True, kw_only=True)
 class Plan:
-    """flops and autoregressive are of one row; smallest_gpus: multiple of 8, None: not even `MOST_GPUS`; kept_by: what
-    one layer of each kind, both towers, keeps for the backward pass."""
+    """The plan of a run. flops, autoregressive: of one row.
+
+    smallest_gpus: a multiple of 8; None: even `MOST_GPUS` are too few. kept_by: bytes that a layer pair of each kind
+    keeps for the backward pass.
+    """
 
     setup: Setup
     parameters: TrainedParameters
@@ -90,11 +95,11 @@ class Plan:
 
     @property
     def ratio(self) -> float:
-        """A column's work, as a multiple of next-token training of one tower."""
+        """FLOPs per token, relative to next-token training of one tower."""
         return self.flops.total / self.autoregressive.total
 
     def to_dict(self) -> dict[str, object]:
-        """Plain data: bytes, FLOPs, seconds, hours."""
+        """The plan as plain data: bytes, FLOPs, seconds, hours."""
         facts = dataclasses.asdict(self)
         facts["memory"]["total"] = self.memory.total
         for name in ("flops", "autoregressive"):
@@ -103,19 +108,19 @@ class Plan:
 
 
 def plan_from(config: TwoTowerConfig | BackboneConfig, options: Mapping[str, Any]) -> Plan:
-    """The plan of a run given by the names of `Setup`'s fields.
+    """The plan of a run that is given by the names of `Setup`'s fields.
 
     Raises:
-        ArgumentError: an option that does not exist, or a value without meaning.
+        ArgumentError: an unknown option, or an invalid value.
     """
     known = {field.name for field in dataclasses.fields(Setup)}
     if unknown := sorted(set(options) - known):
-        raise ArgumentError(f"plan: {', '.join(unknown)} is no option; choose from {', '.join(sorted(known))}")
+        raise ArgumentError(f"plan: unknown option {', '.join(unknown)}; choose from {', '.join(sorted(known))}")
     return make_plan(config.backbone if isinstance(config, TwoTowerConfig) else config, Setup(**options))
 
 
 def make_plan(config: BackboneConfig, setup: Setup) -> Plan:
-    """Counts everything; takes seconds whatever the size."""
+    """Makes the plan of a run. Takes seconds for a model of any size."""
     measured = _measured(config, setup)
     memory = memory_of(measured, setup)
     limit = setup.gpu_memory_gib * GIB
@@ -153,7 +158,7 @@ def make_plan(config: BackboneConfig, setup: Setup) -> Plan:
 def _traffic(measured: Profile, setup: Setup, flops: StepFlops) -> Traffic:
     shares: list[Share] = [*(unit.share for unit in measured.units), measured.root]
     moved = (setup.gpus - 1) / setup.gpus
-    passes = 2 * setup.micro_batches  # forward and backward gather anew
+    passes = 2 * setup.micro_batches  # the forward and the backward pass each gather the weights
     gathered = int(moved * passes * measured.itemsize * sum(share.padded(setup.gpus) for share in shares))
     reduced = int(moved * setup.micro_batches * FP32 * sum(share.padded(setup.gpus, True) for share in shares))
     rows = setup.step_rows / setup.gpus
@@ -175,7 +180,7 @@ def _hours(setup: Setup, flops: StepFlops, tokens: float) -> Hours:
 
 
 def _remedies(config: BackboneConfig, measured: Profile, setup: Setup) -> Iterator[Remedy]:
-    """What would help, each change by itself, the cheapest first."""
+    """Single changes that reduce memory, the cheapest first."""
 
     def remedy(change: str, changed: Setup, anew: bool = True) -> Remedy:
         total = memory_of(_measured(config, changed) if anew else measured, changed).total
@@ -188,9 +193,9 @@ def _remedies(config: BackboneConfig, measured: Profile, setup: Setup) -> Iterat
         yield remedy("micro-batches of 1 row", dataclasses.replace(setup, micro_batch_size=1, batch_size=batch_size))
     if fewest := _smallest(measured, setup):
         yield remedy(f"{fewest} GPUs", setup.on(fewest), anew=False)
-    columns = setup.row_length // 2
-    if columns >= 512 and columns % setup.block_size == 0:
-        yield remedy(f"rows of {columns} columns", dataclasses.replace(setup, row_length=columns))
+    length = setup.row_length // 2
+    if length >= 512 and length % setup.block_size == 0:
+        yield remedy(f"rows of {length} tokens", dataclasses.replace(setup, row_length=length))
 
 
 def _smallest(measured: Profile, setup: Setup) -> int | None:

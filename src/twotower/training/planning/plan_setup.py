@@ -10,12 +10,12 @@ from twotower.errors import ArgumentError
 ContextRole = Literal["frozen", "trained", "tied"]
 PlanDtype = Literal["bfloat16", "float32"]
 GIB = 2**30
-RECIPE_TOKENS = 2.1e12  # the released denoiser's
+RECIPE_TOKENS = 2.1e12  # of the released denoiser
 
 
 @dataclass(frozen=True, kw_only=True)
 class Setup:
-    """A run in question.
+    """The run to be planned.
 
     batch_size: rows of one step over all GPUs (None: one micro-batch each). micro_batch_size: rows of one pass on one
     GPU. peak_tflops: of one GPU, dense, in dtype. Assumed: utilisation (a share of the peak, recomputation counted as
@@ -42,16 +42,16 @@ class Setup:
         positive = ("gpus", "gpu_memory_gib", "row_length", "micro_batch_size", "block_size", "tokens", "peak_tflops")
         for name in (*positive, "utilisation", "bandwidth_gb"):
             if not getattr(self, name) > 0:
-                raise ArgumentError(f"{name} is {getattr(self, name)}; it must be above 0")
+                raise ArgumentError(f"{name} is {getattr(self, name)}; give a number above 0")
         if self.reserve_gib < 0:
-            raise ArgumentError(f"reserve_gib is {self.reserve_gib}; it must be 0 or more")
+            raise ArgumentError(f"reserve_gib is {self.reserve_gib}; give 0 or more")
         if self.utilisation > 1:
-            raise ArgumentError(f"utilisation is {self.utilisation}; it is a fraction of the peak, as 0.35")
+            raise ArgumentError(f"utilisation is {self.utilisation}; give a fraction of the peak, like 0.35")
         if self.row_length % self.block_size:
-            raise ArgumentError(f"rows of {self.row_length} columns do not divide into blocks of {self.block_size}")
+            raise ArgumentError(f"row_length is {self.row_length}; give a multiple of the block size {self.block_size}")
         if self.batch_size is not None and self.batch_size < self.gpus:
             raise ArgumentError(
-                f"{self.batch_size} rows a step are fewer than {self.gpus} GPUs; each needs at least one"
+                f"batch_size is {self.batch_size}, fewer than {self.gpus} GPUs; give at least one row a GPU"
             )
         for name, choices in (("dtype", get_args(PlanDtype)), ("context", get_args(ContextRole))):
             if getattr(self, name) not in choices:
@@ -64,11 +64,11 @@ class Setup:
 
     @property
     def micro_batches(self) -> int:
-        """Passes of one GPU in one step."""
+        """Micro-batches of one GPU in one step."""
         rows = -(-self.step_rows // self.gpus)
         return -(-rows // self.micro_batch_size)
 
     def on(self, gpus: int) -> Setup:
-        """The same run on other GPUs: as many rows a step, or at least one for each."""
+        """The same run on another number of GPUs. The batch size grows to one row a GPU where needed."""
         batch_size = None if self.batch_size is None else max(self.batch_size, gpus)
         return replace(self, gpus=gpus, batch_size=batch_size)

@@ -1,4 +1,4 @@
-"""Bytes on one GPU at the fullest moment of a training step under torch's FSDP2, from a measured profile."""
+"""Peak bytes on one GPU in a training step under torch's FSDP2, from a measured profile."""
 
 from __future__ import annotations
 
@@ -14,12 +14,12 @@ FP32 = 4  # bytes
 
 @dataclass(frozen=True, kw_only=True)
 class Memory:
-    """Bytes on one GPU at the fullest moment of a step.
+    """Bytes on one GPU at the peak of a step.
 
-    weights, gradients, moments: its share of what trains, in fp32; frozen: its share, in the compute dtype; root:
-    embeddings, head and time conditioning, gathered for the whole pass; gathered: the unit at work and its neighbours'
-    messages; kept: activations and time conditioning; working: what the pass of that one unit needs besides.
-    Gradients are summed over the GPUs after each micro-batch, so none is kept whole.
+    weights, gradients, moments: the GPU's shard of the trained parameters, in fp32. frozen: its shard, in the compute
+    dtype. root: embeddings, head and time conditioning, gathered for the whole pass. gathered: the running unit and the
+    messages of its neighbours. kept: activations and time conditioning. working: further memory of the running unit.
+    moment: when the peak occurs. Gradients are reduced after each micro-batch, so none is kept unsharded.
     """
 
     weights: int
@@ -39,13 +39,13 @@ class Memory:
 
 
 def memory_of(measured: Profile, setup: Setup) -> Memory:
-    """The fullest moment of a step: which unit is at work, forward or backward, and what is there then."""
+    """The peak of a step: the unit that runs, its direction, and the memory at this moment."""
     gpus, size = setup.gpus, measured.itemsize
     shares = [*(unit.share for unit in measured.units), measured.root]
     trained = sum(share.padded(gpus, True) for share in shares) // gpus
     frozen = sum(share.padded(gpus, False) for share in shares) // gpus
     at, gathered, activations, kept = max(_moments(measured, gpus), key=lambda moment: moment[1] + moment[2])
-    alone = gpus == 1  # nothing is given back after use: every unit stays gathered
+    alone = gpus == 1  # with one GPU, units are not resharded after use
     return Memory(
         weights=FP32 * (trained + measured.whole),
         gradients=FP32 * (trained + measured.whole_trained),
@@ -61,10 +61,12 @@ def memory_of(measured: Profile, setup: Setup) -> Memory:
 
 
 def _moments(measured: Profile, gpus: int) -> Iterator[tuple[str, int, int, int]]:
-    """(when, bytes of gathered weights and messages, bytes of activations, of these kept) through a step, as FSDP2
-    goes: a unit's weights are gathered into one message, copied out of it and dropped after use. Forward, a message
-    is there until the next one has come; backward, the next one is on its way meanwhile, and gradients leave in an
-    fp32 message that is there until the next unit's."""
+    """Yields (when, bytes of gathered weights and messages, bytes of activations, bytes kept) through a step of FSDP2.
+
+    FSDP2 gathers the weights of a unit in one message, copies them out, and frees them after use. In the forward pass,
+    a message lives until the next one has arrived. In the backward pass, the next message arrives meanwhile, and
+    gradients leave in an fp32 message that lives until the message of the next unit.
+    """
     size, units = measured.itemsize, measured.units
     message = [size * unit.share.padded(gpus) for unit in units]
     copied = [size * unit.share.count() for unit in units]

@@ -1,4 +1,4 @@
-"""A run's log as pictures: RUN/training.png, and RUN/validation.png once something was validated."""
+"""Draws a run's log: RUN/training.png, and RUN/validation.png after the first validation."""
 
 from __future__ import annotations
 
@@ -11,10 +11,10 @@ from twotower.training.plots.validation_figure import validation_figure
 
 
 def draw(run: Path, output: Path | None = None) -> list[Path]:
-    """Draws a run's log → the pictures written, into `output` (default: the run's directory).
+    """Draws a run's log into `output` (default: the run directory). Returns the paths of the pictures.
 
     Raises:
-        ArgumentError: no log, an empty or damaged one; matplotlib is missing.
+        ArgumentError: the log is missing, empty or damaged; or matplotlib is missing.
     """
     records = load(run)
     output = run if output is None else output

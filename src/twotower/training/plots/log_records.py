@@ -1,4 +1,4 @@
-"""A run's log, read for the pictures: its records, and what they say in numbers and words."""
+"""Reads a run's log for the pictures, and summarizes it."""
 
 from __future__ import annotations
 
@@ -14,14 +14,14 @@ from twotower.training.log import LOG_FILE, read_log
 from twotower.training.log_schema import StepRecord
 
 Records = Sequence[StepRecord]
-SMOOTHED = 50  # a smoothed curve averages over this part of the run
+SMOOTHED = 50  # a smoothed curve averages over 1/50 of the run
 
 
 def load(run: Path) -> list[StepRecord]:
-    """The records of a run's log, of which there is at least one.
+    """The records of a run's log, at least one.
 
     Raises:
-        ArgumentError: there is none, or a line of it is broken.
+        ArgumentError: no log, no record, or a broken line.
     """
     path = run / LOG_FILE
     if not path.is_file():
@@ -32,12 +32,12 @@ def load(run: Path) -> list[StepRecord]:
     except (ValueError, KeyError, TypeError) as error:
         raise ArgumentError(f"{path}: not a training log ({type(error).__name__}: {error})") from None
     if not steps:
-        raise ArgumentError(f"{path}: no step was logged yet")
+        raise ArgumentError(f"{path}: contains no step yet; draw the curves after the first step")
     return records
 
 
 def summary(records: Records) -> list[str]:
-    """Three lines: how far, how well, and the last validation."""
+    """Three lines: steps and speed, loss, and the last validation."""
     first, last = records[0], records[-1]
     seconds, tokens = sum(step_seconds(records)), sum(record["tokens"] for record in records)
     sizes = " then ".join(str(size) for _, size in stages(records))
@@ -89,7 +89,7 @@ def stages(records: Records) -> list[tuple[int, int]]:
 
 
 def step_seconds(records: Records) -> list[float]:
-    """How long each step took; the clock starts anew when a run is continued."""
+    """Seconds of each step. The clock restarts when a run is resumed."""
     clock = [0.0, *(record["timing"]["seconds"] for record in records)]
     return [now - before if now > before else now for before, now in pairwise(clock)]
 

@@ -1,4 +1,4 @@
-"""A validation's sample as a picture: the text, or a map of its denoising."""
+"""The picture of a validation's sample: its text, or a map of its denoising passes."""
 
 from __future__ import annotations
 
@@ -13,17 +13,17 @@ from twotower.training.log_schema import Sample
 if TYPE_CHECKING:
     from matplotlib.figure import Figure, SubFigure
 
-COLUMNS = 16  # positions in a line; larger blocks take several
-LINES = 24  # at most: what comes after is left out
+COLUMNS = 16  # positions in a line; larger blocks take several lines
+LINES = 24  # at most; later lines are left out
 LINE_HEIGHT, HEAD = 0.3, 1.55  # inches; HEAD: the prompt, the axis and its label
-CHARACTERS = 9  # of a token that fit in its cell
+CHARACTERS = 9  # of a token that fit into a cell
 
 
 @dataclass(frozen=True)
 class TraceMap:
-    """Where each token stood, and in which pass of its block it was committed.
+    """The position of each token, and the denoising pass of its block that committed it.
 
-    passes, tokens, step, block_size: as `validation.samples.trace` has them.
+    passes, tokens, step, block_size: fields of `log_schema.Trace`.
     """
 
     prompt: str
@@ -34,7 +34,7 @@ class TraceMap:
 
     @classmethod
     def of(cls, sample: Sample) -> TraceMap | None:
-        """None where nothing was written."""
+        """None if the sample has no text."""
         trace = sample["trace"]
         if not trace["tokens"]:
             return None
@@ -52,11 +52,11 @@ class TraceMap:
 
     @property
     def height(self) -> float:
-        """Inches that the map takes."""
+        """Height of the map in inches."""
         return HEAD + LINE_HEIGHT * len(self.lines)
 
     def draw(self, figure: Figure | SubFigure, step: int) -> None:
-        """The map, with the prompt's end above it. step: of training, for the title."""
+        """Draws the map, with the end of the prompt above it. step: training step, for the title."""
         import matplotlib
         from matplotlib.colors import BoundaryNorm
 
@@ -125,17 +125,17 @@ class Passage:
 
     @classmethod
     def of(cls, sample: Sample) -> Passage | None:
-        """None where nothing was written."""
+        """None if the sample has no text."""
         lines = textwrap.wrap("→ " + _visible(sample["text"]), 125)
         return cls(sample["prompt"], lines[:LINES]) if sample["text"] else None
 
     @property
     def height(self) -> float:
-        """Inches that it takes."""
+        """Height of the text in inches."""
         return 0.7 + 0.2 * len(self.lines)
 
     def draw(self, figure: Figure | SubFigure, step: int) -> None:
-        """The text, with the prompt's end above it."""
+        """Draws the text, with the end of the prompt above it."""
         figure.text(0.01, 0.95, f"Sample after step {step}", fontsize=11, va="top")
         text = "\n".join([_end_of(self.prompt), *self.lines])
         figure.text(0.01, 0.95 - 0.3 / self.height, text, fontsize=10, va="top", linespacing=1.4, parse_math=False)

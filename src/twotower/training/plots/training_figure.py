@@ -1,4 +1,4 @@
-"""The figure of a run's training: loss, learning rate, gradient norm and speed by step."""
+"""The figure of a training run: loss, learning rate, gradient norm and speed by step."""
 
 from __future__ import annotations
 

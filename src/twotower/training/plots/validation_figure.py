@@ -1,4 +1,4 @@
-"""The figure of a run's validation: held-out loss, smaller curves, and the last sample."""
+"""The figure of a run's validations: held-out loss, smaller curves, and the last sample."""
 
 from __future__ import annotations
 
@@ -53,7 +53,7 @@ def validation_figure(records: Records) -> Figure:
 
 
 def _likelihood(axis: Axes, steps: Sequence[int], found: Sequence[Mapping[str, object]]) -> None:
-    """The denoiser by noise level, with the context tower as reference; or an autoregressive model by source."""
+    """Held-out loss: of a denoiser by noise level, with the context tower; or of an autoregressive model by source."""
     import matplotlib
 
     denoiser = "masked_nll_by_t" in found[-1]
@@ -83,7 +83,7 @@ def _likelihood(axis: Axes, steps: Sequence[int], found: Sequence[Mapping[str, o
 
 
 def short_names(sources: Sequence[str]) -> list[str]:
-    """Names of data sources without weights, endings and the folders that all of them share."""
+    """Names of data sources without weights, file endings and folders that all of them share."""
     parts = [_ENDING.sub("", source).split("/") for source in sources]
     folders = [part[:-1] for part in parts]
     same = itertools.takewhile(lambda names: len(set(names)) == 1, zip(*folders, strict=False))
@@ -93,7 +93,7 @@ def short_names(sources: Sequence[str]) -> list[str]:
 
 
 def _name_ends(axis: Axes, ends: Sequence[tuple[float, str, ColorType]]) -> None:
-    """Each curve's name at its right end; names that would touch are moved apart."""
+    """Writes the name of each curve at its right end; names that overlap are moved apart."""
     ends = sorted((end for end in ends if np.isfinite(end[0])), key=lambda end: end[0])
     low, high = axis.get_ylim()
     step = (high - low) * 0.058  # a line of text

@@ -22,15 +22,15 @@ from twotower.training.validation.samples import documents, shared_prompts, unsh
 class AutoregressiveValidation:
     """Validation of an autoregressive model in training.
 
-    nll, nll_by_source: −ln p in nats a token, over what its objective scores of the held-out documents.
-    bits_per_byte, bits_per_byte_by_source: the same a byte of text (UTF-8, of the scored tokens, special ones left
-        out), with a tokenizer.
+    nll, nll_by_source: −ln p in nats per token, over the scored tokens of the held-out documents.
+    bits_per_byte, bits_per_byte_by_source: −log2 p per byte of UTF-8 text of the scored tokens, without special
+        tokens; only with a tokenizer.
     sample: one greedy continuation.
 
     Args:
-        model: with the tower that the objective trains as its context tower.
-        held_out: for each source, this process's batches, equally many on each, in blocks of block_size.
-        prompts: 0: no sample, and parameters are never whole on one process.
+        model: its context tower is the tower that the objective trains.
+        held_out: for each source, this process's batches, equally many on each process, in blocks of block_size.
+        prompts: 0: no sample; then parameters are never unsharded on one process.
     """
 
     def __init__(
@@ -53,14 +53,14 @@ class AutoregressiveValidation:
         self.tokens = {name: world.total(sum(map(objective.targets, part))) for name, part in self.held_out.items()}
         for name, tokens in self.tokens.items():
             if not tokens:
-                raise ArgumentError(f"{name}: no held-out token to predict; give longer documents")
+                raise ArgumentError(f"{name}: the held-out documents have no token to predict; give longer documents")
         self.bytes: dict[str, float] = {}
         if model.tokenizer is not None:
             self.bytes = {name: world.total(self._bytes(part)) for name, part in self.held_out.items()}
 
     @torch.no_grad()
     def __call__(self, step: int) -> Validation:
-        """Everything above, for a log record."""
+        """Computes all figures, for a log record."""
         nats = {}
         try:
             for name, batches in self.held_out.items():

@@ -24,31 +24,31 @@ from twotower.training.noise import Corruption
 from twotower.training.objective import DenoisingObjective, in_chunks, next_tokens
 from twotower.training.validation.samples import shared_prompts, unsharded, write_samples
 
-# Noise levels. All but the last are the middles of equal parts of (0, 1]: together they estimate the training loss.
-# The last is what the first pass over a block sees.
+# Noise levels. All but the last are the middles of equal parts of (0, 1], so together they estimate the training loss.
+# The last is the noise level of the first denoising pass over a block.
 LEVELS = (0.1, 0.3, 0.5, 0.7, 0.9, 1.0)
-CONFIDENCE = 0.8  # γ of the published figures
+CONFIDENCE = 0.8  # the threshold γ of the published figures
 
 
 class DenoisingValidation:
     """Validation of a denoiser in training.
 
-    masked_nll: −ln p of the true token in nats, over all masked positions (EOS repeats included, as in training) of
-        the levels below 1. masked_nll_by_t: of each level, that of wholly masked blocks ("1.0") included.
-    ar_nll: of the context tower, over the tokens of the same blocks, EOS repeats left out; nats per token.
-    agreement: share of masked positions of the levels below 1 where the denoiser's likeliest token, the mask token
-        excepted, is the context tower's after the true text so far; EOS repeats left out.
-    tokens_per_pass, sample: greedy diffusion at γ 0.8 (`samples.write`).
+    masked_nll: −ln p of the true token in nats, over all masked positions of the levels below 1, with repeated EOS as
+        in training. masked_nll_by_t: for each level, also for wholly masked blocks ("1.0").
+    ar_nll: −ln p of the context tower in nats per token, over the tokens of the same blocks, without repeated EOS.
+    agreement: share of masked positions of the levels below 1 where the denoiser's most likely token (other than the
+        mask token) is the context tower's most likely token after the true text; without repeated EOS.
+    tokens_per_pass, sample: greedy diffusion at γ 0.8 (`samples.write_samples`).
 
-    Masks are a function of (seed, row number). A frozen context is scored once; its figures are repeated.
+    Masks are a function of (seed, row number). A frozen context tower is scored once, and its figures are reused.
 
     Args:
-        model: whose towers the objective trains.
-        held_out: for each source, this process's batches, equally many on each (`data.held_out_batches`), packed in
-            blocks of block_size.
-        prompts: how many documents are continued; 0: none, and parameters are never whole on one process (for a model
-            too large for that).
-        max_new_tokens: for each; rounded up to whole blocks.
+        model: the model whose towers the objective trains.
+        held_out: for each source, this process's batches, equally many on each process, in blocks of block_size
+            (`data.held_out_batches`).
+        prompts: number of documents to continue; 0: none. Then parameters are never unsharded on one process, which a
+            large model needs.
+        max_new_tokens: for each prompt; rounded up to whole blocks.
 
     Raises:
         ArgumentError: no held-out document has a block to denoise; prompts and new tokens beyond the context window.
@@ -73,10 +73,10 @@ class DenoisingValidation:
         self.block_size, self.seed = block_size, seed
         if not world.total(sum(int(batch.denoised.sum()) for batch in self.batches)):
             raise ArgumentError(
-                f"no held-out document has a whole block of {block_size} tokens to denoise; give longer ones"
+                f"no held-out document has a whole block of {block_size} tokens to denoise; give longer documents"
             )
-        self._greedy: list[Tensor] = []  # of each batch (B, S): the context's choice for the column; −1 where none
-        self._context_sums, self._ar_nll = [0.0, 0.0], 0.0  # its −ln p and tokens, on this process; nats per token
+        self._greedy: list[Tensor] = []  # for each batch (B, S): the context tower's greedy token; −1 where none
+        self._context_sums, self._ar_nll = [0.0, 0.0], 0.0  # sum of −ln p and tokens on this process; nats per token
         self._registered = False
         self.params = GenerationParams.of(
             mode="diffusion",
@@ -92,7 +92,7 @@ class DenoisingValidation:
 
     @torch.no_grad()
     def __call__(self, step: int) -> Validation:
-        """Everything above, for a log record."""
+        """Computes all figures, for a log record."""
         if not self._registered:
             register_fsdp_forward_method(self.objective, "with_hidden")
             self._registered = True
@@ -111,7 +111,7 @@ class DenoisingValidation:
             self._greedy.clear()
         if context_unknown := not self._greedy:
             self._context_sums = [0.0, 0.0]
-        found = torch.zeros(len(LEVELS), 4, dtype=torch.float64)  # a row for each level: `_compare`
+        found = torch.zeros(len(LEVELS), 4, dtype=torch.float64)  # a row for each level, from `_compare`
         for number, batch in enumerate(self.batches):
             uniform = _uniform(batch, self.seed)
             on_device = batch.to(self.world.device)
@@ -134,18 +134,20 @@ class DenoisingValidation:
         }
 
     def _look(self, number: int, batch: Batch, masked: Tensor, hidden: Tensor, clean: Tensor) -> Tensor:
-        """At one pass over batch `number`, while heads are whole."""
+        """Scores one pass over batch `number`, while the heads are unsharded."""
         if len(self._greedy) == number:
             self._greedy.append(self._read(batch, clean))
         return self._compare(batch, masked, hidden, self._greedy[number])
 
     def _read(self, batch: Batch, clean: Tensor) -> Tensor:
-        """The context's residual stream (B, S, H) → its greedy choice for each column (B, S), −1 where it is not asked.
-        Counts its −ln p."""
+        """The context tower's residual stream (B, S, H) → its greedy tokens (B, S), −1 at positions without one.
+
+        Adds the −ln p of the true tokens to `_context_sums`.
+        """
         objective, layout = self.objective, Layout(batch.document, self.block_size)
         for unit in objective.units:
             assert isinstance(unit, LayerPair)
-            if not unit.runs_context:  # after the last context layer that the denoiser needs
+            if not unit.runs_context:  # layers after the last one that the denoiser needs are run here
                 with unsharded([unit]):
                     clean, _ = read_layer(unit.context, clean, layout)
         asked = next_tokens(batch) & batch.denoised[:, 1:]
@@ -158,8 +160,7 @@ class DenoisingValidation:
         return greedy
 
     def _compare(self, batch: Batch, masked: Tensor, hidden: Tensor, greedy: Tensor) -> Tensor:
-        """(4,): −ln p summed over masked positions, and their number; agreements with greedy (B, S), and how many were
-        compared."""
+        """(4,): sum of −ln p over masked positions, their number, agreements with greedy (B, S), comparisons."""
         mask_token = self.objective.options.mask_token_id
         nll, choice = _score(self.objective.head, hidden[masked], batch.tokens[masked], mask_token)
         wanted = greedy[masked]
@@ -168,7 +169,7 @@ class DenoisingValidation:
 
 
 def _uniform(batch: Batch, seed: int) -> Tensor:
-    """(B, S) in [0, 1), a row's by its number: a column masked at one level is masked at all higher ones."""
+    """(B, S) in [0, 1), keyed by row number: a position masked at one level is masked at all higher levels."""
     generators = [torch.Generator().manual_seed((seed << 40) + index) for index in batch.index.tolist()]
     return torch.stack([torch.rand(batch.tokens.shape[1], generator=generator) for generator in generators])
 
@@ -179,7 +180,7 @@ def _at_level(level: float, batch: Batch, uniform: Tensor, block_size: int) -> C
 
 
 def _score(head: Linear, hidden: Tensor, tokens: Tensor, barred: int | None = None) -> tuple[Tensor, Tensor]:
-    """hidden (N, H), tokens (N,) → −ln p (N,) in nats, and the likeliest token (N,) other than `barred`."""
+    """hidden (N, H), tokens (N,) → −ln p (N,) in nats, and the most likely token (N,) other than `barred`."""
     parts = []
     for part, true in in_chunks(head, hidden, tokens):
         logits = upcast(head(part))

@@ -1,4 +1,4 @@
-"""What a model in training writes: greedy continuations of held-out texts, one of them pass by pass."""
+"""Samples of a model in training: greedy continuations of held-out texts, one with its denoising passes."""
 
 from __future__ import annotations
 
@@ -20,13 +20,15 @@ from twotower.training.data.batch import Batch
 from twotower.training.fsdp import World
 from twotower.training.log_schema import Sample, Trace, Validation
 
-FIRST_PART = 128  # tokens of a text without prompt that are given, at most
+FIRST_PART = 128  # at most so many tokens of a text without prompt are given
 
 
 @contextmanager
 def unsharded(modules: Iterable[nn.Module]) -> Iterator[None]:
-    """All parameters of these sharded modules on every process, in the dtype they compute in; sharded again afterwards,
-    as the optimizer and checkpoints need them. Every process must enter it."""
+    """Unshards the parameters of these modules on every process, in the compute dtype, for a `with` block.
+
+    Every process must enter the block. Afterwards the parameters are sharded again, as the optimizer needs them.
+    """
     parts = [module for module in modules if isinstance(module, FSDPModule)]
     try:
         for part in parts:
@@ -38,15 +40,18 @@ def unsharded(modules: Iterable[nn.Module]) -> Iterator[None]:
 
 
 def cut_prompts(sources: Iterable[Iterable[Batch]], count: int, longest: int) -> list[list[int]]:
-    """The first `count` documents, the sources' in turn, cut where their prompt ends, or after their first half (128
-    tokens at most); those with a longer prompt than `longest` are passed over."""
+    """Prompts from the first `count` documents, one source after the other in turn.
+
+    A document is cut where its prompt ends; without a prompt, after its first half (at most 128 tokens). Prompts
+    longer than `longest` are skipped.
+    """
     streams = [(p for batch in batches for p in _prompts(batch) if 0 < len(p) <= longest) for batches in sources]
     in_turn = (prompt for prompts in itertools.zip_longest(*streams) for prompt in prompts if prompt)
     return list(itertools.islice(in_turn, count))
 
 
 def documents(batch: Batch) -> Iterator[tuple[int, Tensor]]:
-    """→ (row, its columns (S,) bool) for each document, row by row: its own tokens, EOS included."""
+    """Yields (row, positions (S,) bool) for each document, row by row: its tokens with EOS."""
     for row in range(len(batch)):
         for number in range(int(batch.document[row].max()) + 1):
             yield row, batch.text[row] & (batch.document[row] == number)
@@ -56,19 +61,19 @@ def _prompts(batch: Batch) -> Iterator[list[int]]:
     for row, columns in documents(batch):
         tokens = batch.tokens[row][columns].tolist()
         given = int(batch.prompt[row][columns].sum())
-        if given < len(tokens):  # otherwise a row's end cut the document off within its prompt
+        if given < len(tokens):  # otherwise the document was cut at the end of a row, within its prompt
             yield tokens[: given or min(len(tokens) // 2, FIRST_PART)]
 
 
 def shared_prompts(
     model: TwoTowerForCausalLM, sources: Sequence[Sequence[Batch]], count: int, params: GenerationParams, world: World
 ) -> list[list[int]]:
-    """The prompts that every process uses, cut from the documents of the first process."""
+    """The prompts for all processes, cut from the documents of the first process."""
     room = model.config.backbone.max_position_embeddings - params.max_new_tokens
     if count and room < 1:
         raise ArgumentError(
-            f"max_new_tokens {params.max_new_tokens} leaves no room for a prompt in the context window of "
-            f"{room + params.max_new_tokens}; lower it"
+            f"max_new_tokens is {params.max_new_tokens}, which leaves no room for a prompt in the context window of "
+            f"{room + params.max_new_tokens}; lower max_new_tokens"
         )
     prompts: list[list[int]] = world.broadcast(cut_prompts(sources, count, room))
     if prompts:
@@ -79,10 +84,10 @@ def shared_prompts(
 def write_samples(
     model: TwoTowerForCausalLM, prompts: Sequence[list[int]], params: GenerationParams, world: World
 ) -> Validation:
-    """Continues all prompts, shared out over the processes; every process calls it and gets the same.
+    """Continues all prompts, divided among the processes. Every process calls this function and gets the same result.
 
-    → tokens_per_pass (diffusion only): new tokens, up to and including EOS, a denoiser pass, over all prompts; and
-    sample: the first prompt, its continuation and how that came about (`trace`).
+    Returns tokens_per_pass (diffusion only: new tokens up to and with EOS per denoising pass, over all prompts) and
+    sample (the first prompt, its continuation and the trace of its denoising passes).
     """
     own = list(prompts[world.rank :: world.size])
     passes: Counter[int] = Counter()
@@ -113,7 +118,7 @@ def write_samples(
 
 
 def trace(result: Generation, block_size: int, passes: Counter[int], tokenizer: Tokenizer | None) -> Trace:
-    """One row's denoising as plain data."""
+    """The denoising passes of one text as plain data."""
     blocks = -(-len(result.tokens) // block_size)
     return {
         "block_size": block_size,
@@ -124,5 +129,5 @@ def trace(result: Generation, block_size: int, passes: Counter[int], tokenizer: 
 
 
 def _text(tokenizer: Tokenizer | None, tokens: Sequence[int]) -> str:
-    """Special tokens included; numbers where there is no tokenizer."""
+    """Tokens as text, with special tokens; as numbers without a tokenizer."""
     return " ".join(map(str, tokens)) if tokenizer is None else str(tokenizer.decode(list(tokens)))
