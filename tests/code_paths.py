@@ -49,7 +49,7 @@ DEPENDENT_FILES = (
 )  # fmt: skip
 
 
-def forced() -> str | None:
+def forced_path() -> str | None:
     """The code path to which this process is limited, or None."""
     name = cpu_target.selected().name
     return name if name in PATHS else None
@@ -60,8 +60,8 @@ def run_path(name: str, what: Literal["subset", "everything"], record: Record) -
 
     "subset": tests marked `code_path`; "everything": also the short forms of all other tests in the dependent files.
     """
-    if forced() is not None:
-        pytest.skip(f"this process is limited to {forced()} itself")
+    if forced_path() is not None:
+        pytest.skip(f"this process is limited to {forced_path()} itself")
     built = library.build(cpu_target.TARGETS[name])  # compiled before the tests of the path start
     if isinstance(built, str) and name != "none":
         record(PROPERTY, f"{name}: not covered: {built}")

@@ -81,7 +81,7 @@ def events_of(events: Sequence[BlockEvent], result: Generation) -> list[list[Any
     return [[len(event.tokens), len(event.text), list(event.draft)] for event in events]
 
 
-def streamed(model: TwoTowerForCausalLM, golden: Golden) -> tuple[list[Generation], list[list[list[Any]]]]:
+def run_stream(model: TwoTowerForCausalLM, golden: Golden) -> tuple[list[Generation], list[list[list[Any]]]]:
     """Decodes with `model.stream`; returns the result and the events of each row."""
     by_row: list[list[BlockEvent]] = [[] for _ in golden["prompts"]]
     for event in model.stream(golden["prompts"], **golden["params"]):
@@ -95,7 +95,7 @@ def streamed(model: TwoTowerForCausalLM, golden: Golden) -> tuple[list[Generatio
 # --- step callbacks -------------------------------------------------------------------------------------------------
 
 
-def called(model: TwoTowerForCausalLM, golden: Golden) -> tuple[list[Generation], list[list[Any]]]:
+def run_with_callback(model: TwoTowerForCausalLM, golden: Golden) -> tuple[list[Generation], list[list[Any]]]:
     """Decodes with `generate`; returns the results and the calls of step_callback.
 
     A call is [step, steps, block_idx, t, block, logits].
@@ -120,7 +120,7 @@ def _digest(logits: Tensor) -> list[Any]:
 # --- the published tensors ------------------------------------------------------------------------------------------
 
 
-def by_method(model: TwoTowerForCausalLM, golden: Golden) -> tuple[list[list[int]], int]:
+def run_method(model: TwoTowerForCausalLM, golden: Golden) -> tuple[list[list[int]], int]:
     """Decodes with `model.generate_*`; returns the new tokens of each row with padding, and `_last_nfe`."""
     params = {name: value for name, value in golden["params"].items() if name != "mode"}
     method: Callable[..., Tensor] = getattr(model, METHODS[golden["params"]["mode"]])
@@ -138,18 +138,20 @@ def discrete(row: Row) -> Row:
     return {name: value for name, value in row.items() if name != "sure"}
 
 
-def near(a: Any, b: Any, tolerance: float) -> bool:
+def values_close(a: Any, b: Any, tolerance: float) -> bool:
     """Whether two values have the same structure, integers and texts, and floats within the tolerance."""
     if isinstance(a, list):
         return (
-            isinstance(b, list) and len(a) == len(b) and all(near(x, y, tolerance) for x, y in zip(a, b, strict=True))
+            isinstance(b, list)
+            and len(a) == len(b)
+            and all(values_close(x, y, tolerance) for x, y in zip(a, b, strict=True))
         )
     if isinstance(a, float) and isinstance(b, float):
         return abs(a - b) <= tolerance
     return bool(a == b)
 
 
-def agrees(found: Row, golden: Row, tolerance: float, names: Sequence[str] | None = None) -> bool:
+def row_matches(found: Row, golden: Row, tolerance: float, names: Sequence[str] | None = None) -> bool:
     """Whether a row equals the recorded row in these fields (None: in all recorded fields)."""
     wanted = [name for name in golden if name not in ("alone", "events")] if names is None else names
-    return all(near(golden[name], found[name], tolerance) for name in wanted if name in golden)
+    return all(values_close(golden[name], found[name], tolerance) for name in wanted if name in golden)

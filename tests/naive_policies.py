@@ -68,10 +68,10 @@ def entropy(row: NaiveRow, i: int) -> float:
 
 
 def naive_margin(row: NaiveRow, value: float) -> set[int]:
-    return {i for i in row.open if lead(row, i) > value}
+    return {i for i in row.open if margin(row, i) > value}
 
 
-def lead(row: NaiveRow, i: int) -> float:
+def margin(row: NaiveRow, i: int) -> float:
     first, second = sorted(row.p[i], reverse=True)[:2]
     return first - second
 
@@ -81,11 +81,11 @@ def naive_klass(row: NaiveRow, value: float) -> set[int]:
     if before is None:
         return set()
 
-    def moved(i: int) -> float:
+    def kl_divergence(i: int) -> float:
         pairs = zip(row.p[i], before[i], strict=True)
         return sum(p * math.log(p / q) for p, q in pairs if p > 0)
 
-    return {i for i in row.open if row.c[i] > value and moved(i) < 0.01}
+    return {i for i in row.open if row.c[i] > value and kl_divergence(i) < 0.01}
 
 
 def naive_span(row: NaiveRow, value: float) -> set[int]:
@@ -110,7 +110,7 @@ NAIVE = {
     "top-k": NaivePolicy(naive_top_k, confidence, 2),
     "factor": NaivePolicy(naive_factor, confidence, 1.0),
     "entropy": NaivePolicy(naive_entropy, lambda row, i: -entropy(row, i), 0.1),
-    "margin": NaivePolicy(naive_margin, lead, 0.8),
+    "margin": NaivePolicy(naive_margin, margin, 0.8),
     "klass": NaivePolicy(naive_klass, confidence, 0.8),
     "span": NaivePolicy(naive_span, lambda row, i: -i, 0.8),
     "decay": NaivePolicy(naive_decay, confidence, 0.95),

@@ -14,7 +14,7 @@ import oracle
 import pytest
 import torch
 from conftest import EVERY_KIND, build_random_model
-from decoding_goldens import agrees, row_of
+from decoding_goldens import row_matches, row_of
 from decoding_models import decoding_model
 from test_verified import FULL, SAMPLINGS, _texts, full_prompts, lead, prompts
 
@@ -174,7 +174,7 @@ def test_a_given_draft_counts_as_in_the_oracle(name: str, acceptance: float) -> 
     )
     for row, found in enumerate(results):
         expected = oracle.decode(model, texts[row], params, guesses.of_row(row))
-        assert agrees(row_of(found), row_of(expected), 2e-6), (row, expected, found)
+        assert row_matches(row_of(found), row_of(expected), 2e-6), (row, expected, found)
     assert sum(found.accepted for found in results) > 0
     assert (sum(found.rejected for found in results) > 0) == (acceptance > 0)
 

@@ -18,16 +18,16 @@ from decoding_goldens import (
     TOLERANCE,
     Golden,
     Row,
-    agrees,
-    by_method,
-    called,
     depends_on_timing,
     events_of,
-    near,
     params_of,
     read_goldens,
+    row_matches,
     row_of,
-    streamed,
+    run_method,
+    run_stream,
+    run_with_callback,
+    values_close,
 )
 from decoding_models import decoding_model
 
@@ -73,7 +73,7 @@ def assert_is(found: Generation, golden: Golden, row: Row, tolerance: float, whe
     """All that was recorded of a row."""
     counted = not depends_on_timing(golden)
     own = row_of(found, counted)
-    assert agrees(own, row, tolerance), (where, own, row)
+    assert row_matches(own, row, tolerance), (where, own, row)
 
 
 def by_engine(golden: Golden, dtype: torch.dtype) -> tuple[Generation, list[list[object]]]:
@@ -95,14 +95,14 @@ def test_a_request_alone(dtype: torch.dtype, form: str) -> None:
     for number, golden, tolerance in comparable(form, range(1, 2), dtype):
         model, (row,) = decoding_model(golden["model"], dtype), golden["rows"]
         (by_generate,) = generate(model, golden["prompts"], params_of(golden))
-        (by_stream,), (stream_events,) = streamed(model, golden)
+        (by_stream,), (stream_events,) = run_stream(model, golden)
         of_engine, engine_events = by_engine(golden, dtype)
         for result, where in ((by_generate, "generate"), (by_stream, "stream"), (of_engine, "LLM")):
             assert_is(result, golden, row, tolerance, (number, where))
         if not depends_on_timing(golden):
             assert stream_events == row["events"], number
             assert engine_events == row["events"], number
-        (tokens,), nfe = by_method(model, golden)
+        (tokens,), nfe = run_method(model, golden)
         assert tokens == row["tokens"], number
         assert depends_on_timing(golden) or nfe == golden["nfe"] == row["passes"][0], number
 
@@ -115,8 +115,8 @@ def test_step_callbacks(dtype: torch.dtype, form: str) -> None:
     for rows in (range(1, 2), range(2, 100)):
         for number, golden, tolerance in comparable(form, rows, dtype):
             if "calls" in golden:
-                results, calls = called(decoding_model(golden["model"], dtype), golden)
-                assert near(golden["calls"], calls, 10 * tolerance), number
+                results, calls = run_with_callback(decoding_model(golden["model"], dtype), golden)
+                assert values_close(golden["calls"], calls, 10 * tolerance), number
                 for result, row in zip(results, golden["rows"], strict=True):
                     assert_is(result, golden, row, tolerance, number)
                 some += len(calls)
@@ -129,8 +129,8 @@ def test_a_batch(dtype: torch.dtype, form: str) -> None:
     for number, golden, tolerance in comparable(form, range(2, 100), dtype):
         model = decoding_model(golden["model"], dtype)
         results = generate(model, golden["prompts"], params_of(golden))
-        again, events = streamed(model, golden)
-        tokens, _ = by_method(model, golden)
+        again, events = run_stream(model, golden)
+        tokens, _ = run_method(model, golden)
         width = max(len(row["tokens"]) for row in golden["rows"])
         drafts = golden["params"]["mode"] == "verified"
         for place, row in enumerate(golden["rows"]):
@@ -139,7 +139,7 @@ def test_a_batch(dtype: torch.dtype, form: str) -> None:
                 own = row_of(result, not depends_on_timing(golden))
                 right = [row, row["alone"]] if "alone" in row else [row]
                 names = DRAFTED if drafts else None
-                assert any(agrees(own, each, tolerance, names) for each in right), (where, own, row)
+                assert any(row_matches(own, each, tolerance, names) for each in right), (where, own, row)
             if not depends_on_timing(golden):
                 assert [event[:2] for event in events[place]] == [event[:2] for event in row["events"]], where
                 pairs = zip(events[place], row["events"], strict=True)

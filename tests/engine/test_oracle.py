@@ -12,9 +12,9 @@ from dataclasses import replace
 import oracle
 import pytest
 import torch
-from decoding_goldens import Golden, Row, agrees, by_method, depends_on_timing, params_of, row_of
+from decoding_goldens import Golden, Row, depends_on_timing, params_of, row_matches, row_of, run_method
 from decoding_models import KINDS, STORED, decoding_model
-from decoding_requests import some_request
+from decoding_requests import random_request
 
 from twotower import LLM, Request, generate
 
@@ -42,15 +42,15 @@ def test_every_way_to_ask_equals_the_oracle(count: int) -> None:
     rng = random.Random(count)
     goldens: list[Golden] = []
     for number in range(count):
-        golden = some_request(rng, MODES[number % len(MODES)], 1, LONGEST, NAMES)
+        golden = random_request(rng, MODES[number % len(MODES)], 1, LONGEST, NAMES)
         golden["params"]["max_new_tokens"] = min(golden["params"]["max_new_tokens"], MOST_NEW)
         goldens.append(golden)
     rows = [expected(golden) for golden in goldens]
     for golden, row in zip(goldens, rows, strict=True):
         model = decoding_model(golden["model"], torch.float64)
         (result,) = generate(model, golden["prompts"], params_of(golden))
-        assert agrees(row_of(result, not depends_on_timing(golden)), row, 2e-6), (golden, row)
-        (tokens,), nfe = by_method(model, golden)
+        assert row_matches(row_of(result, not depends_on_timing(golden)), row, 2e-6), (golden, row)
+        (tokens,), nfe = run_method(model, golden)
         assert tokens == row["tokens"], golden
         assert depends_on_timing(golden) or nfe == row["passes"][0], golden
     for name in NAMES:
@@ -58,7 +58,7 @@ def test_every_way_to_ask_equals_the_oracle(count: int) -> None:
         llm = LLM(decoding_model(name, torch.float64), rows=4, length=LONGEST + MOST_NEW, block_size=24)
         requests = [Request(goldens[place]["prompts"][0], params_of(goldens[place])) for place in own]
         for place, result in zip(own, llm.generate(requests), strict=True):
-            assert agrees(row_of(result, not depends_on_timing(goldens[place])), rows[place], 2e-6), (
+            assert row_matches(row_of(result, not depends_on_timing(goldens[place])), rows[place], 2e-6), (
                 goldens[place],
                 rows[place],
             )

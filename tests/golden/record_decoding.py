@@ -21,18 +21,18 @@ from decoding_goldens import (
     FILE,
     Golden,
     Row,
-    agrees,
-    by_method,
-    called,
     depends_on_timing,
     discrete,
-    near,
     params_of,
+    row_matches,
     row_of,
-    streamed,
+    run_method,
+    run_stream,
+    run_with_callback,
+    values_close,
 )
 from decoding_models import NAMES, decoding_model
-from decoding_requests import some_request
+from decoding_requests import random_request
 from near_ties import perturbed
 
 from twotower import TwoTowerForCausalLM, generate
@@ -58,14 +58,14 @@ PERTURBED = 5
 def observe(model: TwoTowerForCausalLM, golden: Golden, with_calls: bool) -> Golden:
     """What its request gives: rows with their events, and step_callback's calls."""
     counted = not depends_on_timing(golden)
-    results, events = streamed(model, golden)
+    results, events = run_stream(model, golden)
     out: Golden = {"rows": [row_of(result, counted) for result in results]}
     if counted:
         for row, own in zip(out["rows"], events, strict=True):
             row["events"] = own
     if with_calls:
-        results, out["calls"] = called(model, golden)
-        assert all(agrees(row_of(own), row, 0.0) for own, row in zip(results, out["rows"], strict=True))
+        results, out["calls"] = run_with_callback(model, golden)
+        assert all(row_matches(row_of(own), row, 0.0) for own, row in zip(results, out["rows"], strict=True))
     return out
 
 
@@ -74,8 +74,8 @@ def observe_every_way(model: TwoTowerForCausalLM, golden: Golden, with_calls: bo
     counted = not depends_on_timing(golden)
     out = observe(model, golden, with_calls)
     results = generate(model, golden["prompts"], params_of(golden))
-    assert all(agrees(row_of(own, counted), row, 0.0) for own, row in zip(results, out["rows"], strict=True))
-    tokens, nfe = by_method(model, golden)
+    assert all(row_matches(row_of(own, counted), row, 0.0) for own, row in zip(results, out["rows"], strict=True))
+    tokens, nfe = run_method(model, golden)
     rows = zip(tokens, out["rows"], strict=True)
     assert all(own[: len(row["tokens"])] == row["tokens"] for own, row in rows)
     return out | ({"nfe": nfe} if counted else {})
@@ -83,7 +83,7 @@ def observe_every_way(model: TwoTowerForCausalLM, golden: Golden, with_calls: bo
 
 def same(a: Golden, b: Golden) -> bool:
     """In all that is discrete; calls to a tolerance."""
-    return [discrete(row) for row in a["rows"]] == [discrete(row) for row in b["rows"]] and near(
+    return [discrete(row) for row in a["rows"]] == [discrete(row) for row in b["rows"]] and values_close(
         a.get("calls", []), b.get("calls", []), 0.02
     )
 
@@ -112,8 +112,8 @@ def complete(golden: Golden, with_calls: bool) -> Golden:
     for place, row in enumerate(seen["rows"] if len(golden["prompts"]) > 1 else []):
         own = alone(golden, place)
         if golden["params"]["mode"] != "verified":
-            assert agrees(own, row, 1e-6), (golden, place)
-        elif not agrees(own, row, 1e-6, ("tokens", "at", "passes", "text", "end", "sure")):
+            assert row_matches(own, row, 1e-6), (golden, place)
+        elif not row_matches(own, row, 1e-6, ("tokens", "at", "passes", "text", "end", "sure")):
             assert own["tokens"][:-1] == row["tokens"][:-1], (golden, place)
             assert own["at"][:-1] == row["at"][:-1], (golden, place)
             row["alone"] = own
@@ -136,7 +136,7 @@ def record(part: Part) -> list[Golden]:
     for number in range(part.alone + part.batches):
         batch = number >= part.alone
         mode = rng.choice(part.modes)
-        golden = some_request(rng, mode, rng.randint(2, 8) if batch else 1, names=part.names)
+        golden = random_request(rng, mode, rng.randint(2, 8) if batch else 1, names=part.names)
         with_calls = mode in ("diffusion", "verified") and not depends_on_timing(golden) and rng.random() < 0.5
         goldens.append(complete(golden, with_calls))
         if number % 20 == 0:

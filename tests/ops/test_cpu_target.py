@@ -11,7 +11,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from code_paths import PATHS, PROPERTY, forced, run_path
+from code_paths import PATHS, PROPERTY, forced_path, run_path
 
 from twotower import options
 from twotower.errors import ArgumentError
@@ -28,7 +28,7 @@ ARM_COMPILER = shutil.which("aarch64-linux-gnu-g++")
 @pytest.mark.code_path
 def test_this_process_runs_the_code_that_it_was_told_to_run() -> None:
     """A subset that runs under a name must not run other code. Without a name nothing is known."""
-    path = forced()
+    path = forced_path()
     if path is None:
         pytest.skip("no target is forced in this process")
     assert torch.backends.cpu.get_cpu_capability() == PATHS[path]["ATEN_CPU_CAPABILITY"].upper()
