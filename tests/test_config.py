@@ -102,7 +102,7 @@ def test_a_changed_field_reaches_the_backbone() -> None:
     config.time_step_limit = [0.0, 0.1]
     assert config.backbone.time_step_limit == (0.0, 0.1)
     config.num_key_value_heads = 7
-    with pytest.raises(ConfigError, match="num_key_value_heads 7"):
+    with pytest.raises(ConfigError, match="num_key_value_heads, 7"):
         config.backbone  # noqa: B018 — built on access
 
 
@@ -139,7 +139,7 @@ REFUSED = {
     "no layers": ({"hybrid_override_pattern": "", "num_hidden_layers": ...}, "has no layers"),
     "pattern not a string": ({"hybrid_override_pattern": 5}, "hybrid_override_pattern is 5; it must be a string"),
     "layer count": ({"num_hidden_layers": 9}, "num_hidden_layers is 9 but .*'MEM.EME' has 7 letters"),
-    "block types disagree": ({"layers_block_type": ["mamba"]}, "layers_block_type says 'M'.*make them agree"),
+    "block types disagree": ({"layers_block_type": ["mamba"]}, "layers_block_type means 'M'.*remove one of them"),
     "block type": ({"layers_block_type": ["mamba", "rnn"]}, "layers_block_type has 'rnn'"),
     "block types not a list": ({"layers_block_type": "mamba"}, "must be a list of layer kinds"),
     "zero": ({"hidden_size": 0}, "hidden_size is 0; it must be a positive integer"),
@@ -150,11 +150,14 @@ REFUSED = {
     "string for a float": ({"layer_norm_epsilon": "1e-5"}, "layer_norm_epsilon is '1e-5'; it must be a number"),
     "NaN": ({"routed_scaling_factor": math.nan}, "routed_scaling_factor is nan"),
     "string for a bool": ({"norm_topk_prob": "yes"}, "norm_topk_prob is 'yes'; it must be true or false"),
-    "query heads": ({"num_key_value_heads": 3}, "num_attention_heads is 4, which num_key_value_heads 3"),
-    "Mamba groups": ({"n_groups": 3}, "mamba_num_heads is .*, which n_groups 3"),
-    "expert groups": ({"n_group": 3}, "n_routed_experts is 8, which n_group 3"),
+    "query heads": (
+        {"num_key_value_heads": 3},
+        "num_attention_heads is 4; it must be a multiple of num_key_value_heads, 3",
+    ),
+    "Mamba groups": ({"n_groups": 3}, "mamba_num_heads is .*multiple of n_groups, 3"),
+    "expert groups": ({"n_group": 3}, "n_routed_experts is 8; it must be a multiple of n_group, 3"),
     "experts": ({"num_experts_per_tok": 9}, "num_experts_per_tok is 9 but n_routed_experts only 8"),
-    "kept groups": ({"topk_group": 2}, "topk_group is 2, more than the n_group 1"),
+    "kept groups": ({"topk_group": 2}, "topk_group is 2; it must be at most n_group, 1"),
     "step limit order": ({"time_step_limit": [0.5, 0.1]}, "time_step_limit is .0.5, 0.1."),
     "step limit number": ({"time_step_limit": 0.1}, "time_step_limit is 0.1; it must be two numbers"),
     "step limit length": ({"time_step_limit": [0.1]}, "it must be two numbers"),
@@ -185,7 +188,7 @@ def test_errors_name_file_field_and_value(tmp_path: Path, case: str) -> None:
     ("content", "message"),
     [
         ("{", "not readable as JSON"),
-        ("[1]", "holds a list"),
+        ("[1]", "contains a list"),
         ("", "not readable as JSON"),
         (b"\xff\xfe\x00", "not readable as JSON"),
     ],

@@ -1,7 +1,8 @@
-"""glibc's malloc, told to keep large blocks.
+"""Settings of glibc's malloc, so that it keeps large freed blocks.
 
-By default it maps and unmaps big temporaries each time; on virtual machines the page faults then dominate (20×
-on a hybrid training step). Same effect as MALLOC_MMAP_THRESHOLD_ and MALLOC_TRIM_THRESHOLD_ set before the start.
+By default, malloc maps and unmaps large temporaries each time. On virtual machines the page faults then dominate: a
+hybrid training step took 20 times as long. MALLOC_MMAP_THRESHOLD_ and MALLOC_TRIM_THRESHOLD_ have the same effect if
+they are set before the process starts.
 """
 
 from __future__ import annotations
@@ -13,7 +14,7 @@ _M_TRIM_THRESHOLD, _M_MMAP_MAX = -1, -4
 
 
 def keep_large_blocks() -> bool:
-    """Call once, early, from a program's entry point → whether it took effect (False: not glibc)."""
+    """Applies the settings; call it once, early in a program → whether it had an effect (False: not glibc)."""
     try:
         mallopt = ctypes.CDLL(None).mallopt
     except (AttributeError, OSError, TypeError):

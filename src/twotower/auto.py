@@ -1,11 +1,11 @@
-"""The one effect of importing twotower: transformers' Auto classes recognise two-tower checkpoints.
+"""Registers two-tower checkpoints with transformers' Auto classes: the one effect of `import twotower`.
 
 A two-tower checkpoint and a plain Nemotron-H one have the same `model_type`, `nemotron_h`; only `architectures`
 differs. Without this registration, `AutoModelForCausalLM.from_pretrained` builds transformers' own class for a
 two-tower checkpoint and leaves its weights random. Plain checkpoints load as before.
 
-The rule replaces `auto_factory._get_model_class`, which chooses the class. transformers' table of classes cannot hold
-the rule: the table is keyed by configuration class, and `trust_remote_code` brings in other classes of the same name.
+The registration replaces `auto_factory._get_model_class`, which selects the class. An entry in transformers' table of
+classes is not enough: its keys are configuration classes, and `trust_remote_code` adds other classes of the same name.
 """
 
 from __future__ import annotations
@@ -24,14 +24,14 @@ else:
 
 _FACTORY = "transformers.models.auto.auto_factory"
 _CHOOSER = "_get_model_class"
-# Marks what a registration leaves behind. A string, because a reload of this module makes new classes and functions.
+# Marks objects that a registration adds. A string, because a reload of this module makes new classes and functions.
 _MARK = "_twotower_registration"
 
 
 def register() -> None:
-    """Extends transformers now if it is imported, else as soon as it is. Further calls change nothing.
+    """Extends transformers now if it is imported, otherwise when it is imported. Further calls have no effect.
 
-    The import hook stays, so that a second import or a reload of transformers is extended too.
+    The import hook remains, so that it also extends transformers after a second import or a reload.
     """
     if not any(hasattr(finder, _MARK) for finder in sys.meta_path):
         sys.meta_path.insert(0, _FactoryHook())
@@ -40,7 +40,7 @@ def register() -> None:
 
 
 def _extend(factory: ModuleType) -> None:
-    """Every configuration whose `architectures` names the two-tower model gets the class of this package."""
+    """Selects this package's class for every configuration whose `architectures` names the two-tower model."""
     choose = getattr(factory, _CHOOSER, None)
     if choose is None:
         warnings.warn(
@@ -67,7 +67,7 @@ def _extend(factory: ModuleType) -> None:
 
 
 class _FactoryHook:
-    """Finds transformers' module as the other finders do, with a loader that extends the module."""
+    """An import finder: finds transformers' module by the other finders, with a loader that extends the module."""
 
     def __init__(self) -> None:
         setattr(self, _MARK, True)
@@ -86,13 +86,13 @@ class _FactoryHook:
 
 
 class _ExtendingLoader(Loader):
-    """The loader of another finder; the module that it has executed is extended."""
+    """Wraps the loader of another finder, and extends the module after its execution."""
 
     def __init__(self, loader: Loader) -> None:
         self.loader = loader
 
     def __getattr__(self, name: str) -> object:
-        """What `inspect` and others ask of a loader, such as `get_source`."""
+        """Attributes of the wrapped loader, such as `get_source`, which `inspect` uses."""
         if name == "loader":  # not set yet, in a copy
             raise AttributeError(name)
         return getattr(self.loader, name)

@@ -1,7 +1,7 @@
-"""What a model is made of: the released `config.json`, validated.
+"""The configuration of a model: the released `config.json`, validated.
 
-`TwoTowerConfig` is the Hugging Face face (it keeps every key of the file, known or not);
-`BackboneConfig` is what the layers read: frozen, typed, checked once.
+`TwoTowerConfig` is transformers' configuration class; it keeps all keys of the file, known or not. `BackboneConfig` is
+the frozen, typed and validated configuration of the layers.
 """
 
 from __future__ import annotations
@@ -21,12 +21,12 @@ from twotower.errors import ConfigError
 LayerKind = Literal["M", "*", "E", "-"]
 KIND_NAMES: dict[str, str] = {"M": "Mamba-2", "*": "attention", "E": "MoE", "-": "MLP"}
 _KIND_OF_LETTER: dict[str, LayerKind] = {kind: kind for kind in get_args(LayerKind)}
-COUPLED_KINDS = frozenset("M*")  # a denoiser layer of such a kind reads what its context layer left behind
+COUPLED_KINDS = frozenset("M*")  # denoiser layers of these kinds read the cache of their context layer
 ARCHITECTURE = "NemotronHTwoTowerForCausalLM"
 MODEL_TYPE = "nemotron_h"
 MASK_TOKEN_ID = 3  # by convention: released configs carry no mask_token_id
 
-# transformers 5 spells the pattern as a list, with two generations of names.
+# transformers 5 writes the pattern as a list, with names of two versions.
 _KIND_OF_BLOCK_TYPE: dict[str, LayerKind] = {
     "mamba": "M",
     "linear_attention": "M",
@@ -39,10 +39,10 @@ _KIND_OF_BLOCK_TYPE: dict[str, LayerKind] = {
 
 @dataclass(frozen=True, kw_only=True)
 class BackboneConfig:
-    """One tower's architecture, in the field names of the released `config.json`.
+    """The architecture of one tower, with the field names of the released `config.json`.
 
-    Only what the reference reads is here: `norm_eps`, `expand`, `rope_theta`, `n_shared_experts` and
-    `mamba_proj_bias` are in the file but have no effect on the model (spec §6).
+    The keys `norm_eps`, `expand`, `rope_theta`, `n_shared_experts` and `mamba_proj_bias` of the file have no effect on
+    the released model, so they are not fields.
     """
 
     hybrid_override_pattern: str
@@ -101,10 +101,10 @@ class BackboneConfig:
         if self.num_experts_per_tok > self.n_routed_experts:
             raise ConfigError(
                 f"config: num_experts_per_tok is {self.num_experts_per_tok} but n_routed_experts only "
-                f"{self.n_routed_experts}; choose at most as many experts as there are"
+                f"{self.n_routed_experts}; set num_experts_per_tok to at most n_routed_experts"
             )
         if self.topk_group > self.n_group:
-            raise ConfigError(f"config: topk_group is {self.topk_group}, more than the n_group {self.n_group}")
+            raise ConfigError(f"config: topk_group is {self.topk_group}; it must be at most n_group, {self.n_group}")
         low, high = self.time_step_limit
         if not 0.0 <= low < high:
             raise ConfigError(f"config: time_step_limit is [{low}, {high}]; it must be 0 <= low < high")
@@ -112,7 +112,7 @@ class BackboneConfig:
     def _divides(self, small: str, large: str) -> None:
         if getattr(self, large) % getattr(self, small):
             raise ConfigError(
-                f"config: {large} is {getattr(self, large)}, which {small} {getattr(self, small)} does not divide"
+                f"config: {large} is {getattr(self, large)}; it must be a multiple of {small}, {getattr(self, small)}"
             )
 
     @property
@@ -126,7 +126,7 @@ class BackboneConfig:
 
     @property
     def mamba_inner(self) -> int:
-        """Width of the Mamba mixer: heads × head_dim (`expand` is not read)."""
+        """Inner width of the Mamba mixer: heads × head_dim."""
         return self.mamba_num_heads * self.mamba_head_dim
 
     @property
@@ -136,10 +136,10 @@ class BackboneConfig:
 
 
 def _is_number(value: object) -> bool:
-    return isinstance(value, int | float) and not isinstance(value, bool) and value >= 0  # NaN is not
+    return isinstance(value, int | float) and not isinstance(value, bool) and value >= 0  # False for NaN
 
 
-# What a field of each type must be, in words and as a test.
+# The allowed values of a field of each type, in words and as a function.
 _EXPECTED: dict[str, tuple[str, Callable[[object], bool]]] = {
     "int": ("a positive integer", lambda v: isinstance(v, int) and not isinstance(v, bool) and v > 0),
     "float": ("a number of at least 0", _is_number),
@@ -152,7 +152,7 @@ _EXPECTED: dict[str, tuple[str, Callable[[object], bool]]] = {
 }
 _BACKBONE_FIELDS = {field.name for field in dataclasses.fields(BackboneConfig)}
 _DTYPES = ("bfloat16", "float16", "float32", "float64")
-# A value other than these is an architecture this package does not implement; refusing beats a wrong answer.
+# Other values mean an architecture that this package does not implement.
 _ONLY_SUPPORTED: dict[str, tuple[object, ...]] = {
     "mamba_hidden_act": ("silu",),
     "mlp_hidden_act": ("relu2",),
@@ -163,29 +163,31 @@ _ONLY_SUPPORTED: dict[str, tuple[object, ...]] = {
 
 
 def read_object(file: Path, remedy: str) -> dict[str, Any]:
-    """A config.json as it stands.
+    """The object of a config.json, unchanged.
+
+    remedy: what to do if the file does not exist, for the message.
 
     Raises:
-        ConfigError: no such file (the remedy says what to do), not JSON, or no object.
+        ConfigError: the file does not exist, or is not a JSON object.
     """
     try:
-        raw = json.loads(file.read_text())  # Python's parser takes the released file's `Infinity`
+        raw = json.loads(file.read_text())  # Python's parser accepts the `Infinity` of the released file
     except FileNotFoundError:
         raise ConfigError(f"{file}: no such file; {remedy}") from None
     except (OSError, ValueError) as error:
         raise ConfigError(f"{file}: not readable as JSON ({error})") from None
     if not isinstance(raw, dict):
-        raise ConfigError(f"{file}: holds a {type(raw).__name__}; a JSON object is expected")
+        raise ConfigError(f"{file}: contains a {type(raw).__name__}; it must be a JSON object")
     return raw
 
 
 class TwoTowerConfig(PretrainedConfig):
-    """The configuration of a two-tower checkpoint; `model_type` is `nemotron_h`, as released.
+    """The configuration of a two-tower checkpoint, with the released `model_type`, `nemotron_h`.
 
-    Keyword arguments are the keys of `config.json`; unknown keys are kept and written back.
+    Keyword arguments are the keys of `config.json`. Unknown keys are kept and written back.
 
     Raises:
-        ConfigError: a value no model can be built from, naming field, value and remedy.
+        ConfigError: a value is not allowed; the message names field, value and remedy.
     """
 
     model_type = MODEL_TYPE
@@ -193,7 +195,7 @@ class TwoTowerConfig(PretrainedConfig):
     def __init__(self, **kwargs: Any) -> None:
         own = {name: kwargs.pop(name) for name in list(kwargs) if name in _BACKBONE_FIELDS}
         own |= _layer_kinds(own, kwargs)
-        own.setdefault("hidden_size", 4096)  # PretrainedConfig must be buildable without arguments
+        own.setdefault("hidden_size", 4096)  # transformers constructs configurations without arguments
         own.setdefault("vocab_size", 131072)
         own["time_step_limit"] = _limits(own.get("time_step_limit", (0.0, math.inf)))
         if own.get("num_key_value_heads", 0) is None:
@@ -211,24 +213,24 @@ class TwoTowerConfig(PretrainedConfig):
         kwargs.setdefault("tie_word_embeddings", False)
         kwargs.setdefault("architectures", [ARCHITECTURE])
         super().__init__(**kwargs)
-        # transformers drops the keys that are also generation settings (`use_cache`); a checkpoint's keys are kept.
+        # transformers drops keys that are also generation settings (`use_cache`); here they are kept.
         self._kept = {k: v for k, v in kwargs.items() if not (hasattr(self, k) or hasattr(self, f"_{k}"))}
 
     @property
     def backbone(self) -> BackboneConfig:
-        """The validated, frozen part the layers are built from."""
+        """The validated configuration of the layers."""
         values = {name: getattr(self, name) for name in _BACKBONE_FIELDS}
         values["time_step_limit"] = _limits(self.time_step_limit)
         return BackboneConfig(**values)
 
     @property
     def num_hidden_layers(self) -> int:
-        """The pattern's length: one fact, kept once."""
+        """The number of layers, which is the length of the pattern."""
         return len(self.hybrid_override_pattern)
 
     @property
     def mask_token(self) -> int:
-        """`mask_token_id` where the file has one, else 3 by convention."""
+        """The id of the mask token: `mask_token_id` of the file, else 3 by convention."""
         return MASK_TOKEN_ID if self.mask_token_id is None else self.mask_token_id
 
     def to_dict(self) -> dict[str, Any]:
@@ -242,17 +244,17 @@ class TwoTowerConfig(PretrainedConfig):
 
     @classmethod
     def of(cls, config: PretrainedConfig) -> TwoTowerConfig:
-        """The configuration itself, or transformers' own of a checkpoint that is ours, taken over."""
+        """The configuration itself, or a conversion of transformers' class."""
         if isinstance(config, cls):
             return config
         return cls(**{name: value for name, value in config.to_dict().items() if name != "model_type"})
 
     @classmethod
     def read(cls, path: str | Path) -> TwoTowerConfig:
-        """Reads `config.json` (a file, or the directory that holds it).
+        """Reads a `config.json`, or that of a directory.
 
         Raises:
-            ConfigError: no such file, not JSON, or values no model can be built from.
+            ConfigError: the file does not exist, is not JSON, or has a value that is not allowed.
         """
         file = Path(path)
         file = file / "config.json" if file.is_dir() else file
@@ -269,7 +271,7 @@ class TwoTowerConfig(PretrainedConfig):
 
 
 def _layer_kinds(own: dict[str, object], kwargs: dict[str, object]) -> dict[str, object]:
-    """The pattern from any of its spellings, which are taken out of kwargs; all that are given must agree."""
+    """The pattern, from any of its spellings, which are removed from kwargs. All given spellings must agree."""
     pattern = own.get("hybrid_override_pattern")
     for key in ("layers_block_type", "layer_types"):
         if (types := kwargs.pop(key, None)) is None:
@@ -277,7 +279,7 @@ def _layer_kinds(own: dict[str, object], kwargs: dict[str, object]) -> dict[str,
         spelled = _pattern_of(key, types)
         if pattern not in (None, spelled):
             raise ConfigError(
-                f"config: {key} says {spelled!r} but hybrid_override_pattern {pattern!r}; make them agree"
+                f"config: {key} means {spelled!r}, but hybrid_override_pattern is {pattern!r}; remove one of them"
             )
         pattern = spelled
     pattern = "M*E-" if pattern is None else pattern
@@ -285,7 +287,7 @@ def _layer_kinds(own: dict[str, object], kwargs: dict[str, object]) -> dict[str,
     if declared is not None and isinstance(pattern, str) and declared != len(pattern):
         raise ConfigError(
             f"config: num_hidden_layers is {declared!r} but hybrid_override_pattern {pattern!r} has {len(pattern)} "
-            "letters; make them agree"
+            "letters; remove num_hidden_layers"
         )
     return {"hybrid_override_pattern": pattern}
 
@@ -295,12 +297,12 @@ def _pattern_of(key: str, types: object) -> str:
         raise ConfigError(f"config: {key} is {types!r}; it must be a list of layer kinds")
     unknown = [name for name in types if name not in _KIND_OF_BLOCK_TYPE]
     if unknown:
-        raise ConfigError(f"config: {key} has {unknown[0]!r}; known are {sorted(_KIND_OF_BLOCK_TYPE)}")
+        raise ConfigError(f"config: {key} has {unknown[0]!r}; choose from {sorted(_KIND_OF_BLOCK_TYPE)}")
     return "".join(_KIND_OF_BLOCK_TYPE[name] for name in types)
 
 
 def _limits(value: object) -> object:
-    """time_step_limit from JSON: a list, infinity as `Infinity` or as transformers writes it."""
+    """time_step_limit from JSON, where infinity is `Infinity` or an object of transformers."""
     if not isinstance(value, list | tuple):
         return value
     plain = [x.get("__float__") if isinstance(x, dict) else x for x in value]

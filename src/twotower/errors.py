@@ -1,23 +1,22 @@
-"""Errors a user can cause. Each message says what is wrong, the value met, and the remedy, in one line."""
+"""Errors that a user can cause. A message is one line: what is wrong, the given value, and what to do."""
 
 
 class TwoTowerError(Exception):
-    """Base of every error this package raises on purpose; the CLI prints it and exits with code 2."""
+    """Base class of the errors of this package. The command line prints the message and exits with code 2."""
 
 
 class ConfigError(TwoTowerError, ValueError):
-    """A model configuration that no model can be built from."""
+    """A model configuration is not valid."""
 
 
 class CheckpointError(TwoTowerError, ValueError):
-    """A file on disk that is not the checkpoint it should be; names the file and the tensor."""
+    """A checkpoint is missing, damaged or of another kind; the message names the file and the tensor."""
 
 
 class ArgumentError(TwoTowerError, ValueError):
-    """A bad argument of a public call, found before any work is done.
+    """An argument of a public call is wrong; raised before any work is done.
 
-    param: the name of the parameter that the error is about, as the call spells the name; None: several parameters, or
-    no parameter of a call.
+    param: the name of the wrong parameter in the call; None if the error concerns several parameters or none.
     """
 
     def __init__(self, message: str, *, param: str | None = None) -> None:

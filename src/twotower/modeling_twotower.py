@@ -1,6 +1,6 @@
-"""`TwoTowerForCausalLM`: the Hugging Face face of `TwoTowerModel`, with the published API.
+"""`TwoTowerForCausalLM`: `TwoTowerModel` as a transformers model, with the published `generate_*` API.
 
-Everything that generates is built from the verbs of `TwoTowerModel` in `twotower.engine.generation`.
+The methods are thin calls: loading and saving are in `checkpoint/`, generation is in `engine/generation.py`.
 """
 
 from __future__ import annotations
@@ -27,7 +27,7 @@ from twotower.engine import generation
 from twotower.engine.generation import StreamArguments
 from twotower.engine.workspace import Workspace
 from twotower.errors import ArgumentError
-from twotower.model.packed_forward import Layout, context_pass
+from twotower.model.packed_forward import sequence_pass
 from twotower.model.towers import TowerSet, TwoTowerModel
 from twotower.runners import packed_weights
 from twotower.runners.attach import attach_runners
@@ -35,9 +35,9 @@ from twotower.tokenizer import Tokenizer
 
 
 class TwoTowerForCausalLM(TwoTowerModel, PreTrainedModel):
-    """A frozen autoregressive context tower and a denoiser that fills blocks, coupled layer by layer.
+    """A frozen autoregressive context tower and a denoiser tower, which reads the caches of the same context layers.
 
-    `towers="context"` builds the context tower alone: autoregressive use on half the memory.
+    `towers="context"` builds the context tower alone, for autoregressive decoding with half the memory.
     """
 
     config_class = TwoTowerConfig
@@ -47,7 +47,7 @@ class TwoTowerForCausalLM(TwoTowerModel, PreTrainedModel):
     _supports_sdpa = True
 
     def __init__(self, config: TwoTowerConfig, towers: TowerSet = "both") -> None:
-        config = TwoTowerConfig.of(config)  # AutoModel.from_config hands over transformers' own
+        config = TwoTowerConfig.of(config)  # AutoModel.from_config passes transformers' class
         PreTrainedModel.__init__(self, config)
         self.build_towers(config, towers)
         for tower in self.towers():
@@ -56,22 +56,21 @@ class TwoTowerForCausalLM(TwoTowerModel, PreTrainedModel):
         self._tokenizer: Tokenizer | None = None
         self.workspace = Workspace()
 
-    # --- loading and saving (the work is in checkpoint/) -------------------------------------------------------
+    # --- loading and saving -----------------------------------------------------------------------------------
 
     @classmethod
     def from_pretrained(
         cls, pretrained_model_name_or_path: str | PathLike[str] | None, *args: Any, **kwargs: Any
     ) -> TwoTowerForCausalLM:
-        """Loads a two-tower checkpoint: a directory in the released layout, or a hub id.
+        """Loads a two-tower checkpoint from a directory in the released layout, or from a hub id.
 
-        Keyword arguments: dtype (or torch_dtype; "auto": as the config says), quantization ("none" | "int8": the large
-        matrices, quantised as they are read; the rest in dtype), towers ("both" | "context"), context_device,
-        denoiser_device (or device_map: one device for both), and the hub's revision, cache_dir, token,
-        local_files_only, force_download.
+        dtype or torch_dtype: "auto" means that of the config. quantization: "none", or "int8" for the large matrices.
+        towers: "both" or "context". context_device, denoiser_device: default cpu; device_map: one device for both.
+        Arguments of the hub: revision, cache_dir, token, local_files_only, force_download.
 
         Raises:
-            CheckpointError, ConfigError: what is wrong, in which file and tensor.
-            ArgumentError: an argument with no meaning here.
+            CheckpointError, ConfigError: a file is missing or wrong; the message names the file and the tensor.
+            ArgumentError: an unknown argument, or an argument with a wrong value.
         """
         if pretrained_model_name_or_path is None:
             raise ArgumentError("from_pretrained: no checkpoint; give a directory or a hub id")
@@ -83,14 +82,14 @@ class TwoTowerForCausalLM(TwoTowerModel, PreTrainedModel):
     def save_pretrained(
         self, save_directory: str | PathLike[str], *args: object, max_shard_size: int | str = "5GB", **kwargs: Any
     ) -> None:
-        """Writes the released layout, with a config and a code file that AutoModelForCausalLM can load from."""
+        """Writes a checkpoint in the released layout, which AutoModelForCausalLM can load too."""
         if args:
             raise ArgumentError("save_pretrained takes one positional argument, the directory; name the others")
         pretrained.save_pretrained(self, self.tokenizer, Path(save_directory), max_shard_size, **kwargs)
 
     @property
     def tokenizer(self) -> Tokenizer | None:
-        """The checkpoint's tokenizer, loaded when first asked for; None where it has none. Can be set."""
+        """The tokenizer of the checkpoint, loaded on first use; None if it has none. Can be set."""
         if self._tokenizer is None:
             self._tokenizer = pretrained.load_tokenizer(self.tokenizer_source)
         return self._tokenizer
@@ -99,73 +98,63 @@ class TwoTowerForCausalLM(TwoTowerModel, PreTrainedModel):
     def tokenizer(self, tokenizer: Tokenizer | None) -> None:
         self._tokenizer = tokenizer
 
-    # --- where things are ---------------------------------------------------------------------------------------
+    # --- weights ------------------------------------------------------------------------------------------------
 
     @property
     def quantization(self) -> Quantization:
-        """How the large matrices are kept."""
+        """The quantization of the large matrices."""
         return quantization_of(self)
 
     def train(self, mode: bool = True) -> TwoTowerForCausalLM:
-        """As in torch.
-
-        Raises:
-            ArgumentError: its weights are int8.
-        """
+        """As in torch. Raises ArgumentError if the weights are int8."""
         if mode and self.quantization != "none":
-            raise ArgumentError(f"{self.quantization} weights do not train; load the model without quantization")
+            raise ArgumentError(f"{self.quantization} weights cannot be trained; load the model without quantization")
         super().train(mode)
         return self
 
     def pack(self) -> int:
-        """For inference on a processor: copies the large weights into the order that passes read fastest → bytes taken.
+        """Packs the large weights for fast inference on a CPU: a second copy → its bytes.
 
-        The command line does it where there is memory to spare. Weights changed afterwards (in torch's own ways) are
-        noticed and read as they lie; call it again then.
+        The command line packs if enough memory is free. After a change of a weight, its copy is not used: pack again.
         """
         return packed_weights.pack_weights(self)
 
     def unpack(self) -> None:
-        """Gives the memory of `pack` back."""
+        """Frees the memory of `pack`."""
         packed_weights.unpack_weights(self)
 
     def release(self) -> None:
-        """Frees what runners and generation have prepared for this model; they prepare it again when it is needed."""
+        """Frees the data that runners and generation have prepared; they prepare it again on demand."""
         super().release()
         workspace = getattr(self, "workspace", None)
         if workspace is not None:
             workspace.release()
 
-    # --- the context tower as an ordinary causal language model ---------------------------------------------------
+    # --- the context tower as a causal language model -----------------------------------------------------------
 
     def forward(
         self, input_ids: Tensor, attention_mask: Tensor | None = None, labels: Tensor | None = None, **kwargs: object
     ) -> CausalLMOutput:
-        """The context tower over whole sequences (B, S): fp32 logits (B, S, V) and, with labels, the AR loss.
+        """The context tower over whole sequences (B, S) → logits (B, S, V) in at least fp32, and the AR loss.
 
-        attention_mask (B, S): 0 at padding, on either side; labels: −100 is ignored.
+        attention_mask: (B, S), 0 at padding, on either side. labels: (B, S); −100 is ignored. None: no loss.
         """
         unknown = sorted(kwargs.keys() - {"use_cache", "return_dict"})
         if unknown:
-            raise ArgumentError(f"forward: {', '.join(unknown)} has no meaning for a two-tower model; leave it out")
+            raise ArgumentError(f"forward: {', '.join(unknown)} is not supported by a two-tower model; remove it")
         for name, given in (("attention_mask", attention_mask), ("labels", labels)):
             if given is not None and given.shape != input_ids.shape:
                 raise ArgumentError(f"forward: {name} is {tuple(given.shape)}, input_ids {tuple(input_ids.shape)}")
         input_ids = input_ids.to(self.device)
-        valid = torch.ones_like(input_ids) if attention_mask is None else attention_mask.to(self.device)
-        length = input_ids.shape[1]
-        chunk = max(min(self.context.config.chunk_size, length), 1)
-        pad = (0, -length % chunk)
-        layout = Layout(F.pad(valid.bool().long() - 1, pad, value=-1), chunk)
-        hidden = context_pass(self.context, F.pad(input_ids, pad), layout)
-        logits = self.context.logits(hidden[:, :length])
+        mask = torch.ones_like(input_ids) if attention_mask is None else attention_mask.to(self.device)
+        logits = self.context.logits(sequence_pass(self.context, input_ids, mask.bool()))
         loss = None
         if labels is not None:
             targets = labels[:, 1:].to(self.device).flatten()
             loss = F.cross_entropy(logits[:, :-1].flatten(0, 1), targets, ignore_index=-100)
         return CausalLMOutput(loss=loss, logits=logits)
 
-    # --- the published API (spec §3): names, defaults and positional order are the release's ----------------------
+    # --- the published API: names, defaults and positional order are those of the release --------------------------
 
     def generate_ar(
         self,
@@ -181,7 +170,7 @@ class TwoTowerForCausalLM(TwoTowerModel, PreTrainedModel):
         stop: str | Sequence[str] | None = None,
         deterministic: bool = False,
     ) -> Tensor:
-        """Context tower and its head only, one token a pass → prompt + new tokens (B, S + n)."""
+        """Autoregressive decoding with the context tower, one token a pass → prompt + new tokens (B, S + n)."""
         params = GenerationParams.of(
             mode="ar",
             max_new_tokens=max_new_tokens,
@@ -209,7 +198,7 @@ class TwoTowerForCausalLM(TwoTowerModel, PreTrainedModel):
         stop: str | Sequence[str] | None = None,
         deterministic: bool = False,
     ) -> Tensor:
-        """The denoiser as a next-token predictor, without time conditioning → prompt + new tokens (B, S + n)."""
+        """Decoding with the denoiser as a next-token predictor, without t → prompt + new tokens (B, S + n)."""
         params = GenerationParams.of(
             mode="mock_ar",
             max_new_tokens=max_new_tokens,
@@ -247,10 +236,9 @@ class TwoTowerForCausalLM(TwoTowerModel, PreTrainedModel):
     ) -> Tensor:
         """Masked diffusion, block by block → prompt + new tokens (B, S + n).
 
-        policy, policy_value: which positions a pass commits (`decoding.unmasking.POLICIES`), for all rows or each.
-
-        step_callback(step, steps, block, t=, logits=, block_idx=): once per block with t 1.0 and logits None,
-        then after each pass with the block (B, L) as it was before that pass's commits.
+        policy, policy_value: the commit policy (`decoding.unmasking.POLICIES`), one for all rows or one for each.
+        step_callback(step, steps, block, t=, logits=, block_idx=): called once per block with t 1.0 and logits None,
+        then after each pass. block (B, L) does not have the commits of this pass yet.
         """
         params = GenerationParams.of(
             mode="diffusion",
@@ -292,11 +280,11 @@ class TwoTowerForCausalLM(TwoTowerModel, PreTrainedModel):
         policy: str | Sequence[str] | None = None,
         policy_value: float | Sequence[float] | None = None,
     ) -> Tensor:
-        """The tokens of `generate_ar` with the same seed, drafted by the denoiser and checked by the context tower, a
-        block a pass → prompt + new tokens (B, S + n).
+        """The denoiser drafts a block, the context tower verifies it in one pass → prompt + new tokens (B, S + n).
 
-        draft_steps: denoiser passes for a draft; None: as many as have lately paid, none where none do. acceptance
-        below 1 also keeps drafted tokens that the AR model gives at least that share of its best one's probability.
+        With acceptance 1 the tokens are those of `generate_ar` with the same seed: in fp32 and float64 exactly, in bf16
+        up to near ties. acceptance < 1 also accepts drafted tokens with at least this share of the probability of the
+        AR model's best token. draft_steps: denoising passes per draft; None: adapted to recent throughput.
         """
         params = GenerationParams.of(
             mode="verified",
@@ -321,15 +309,14 @@ class TwoTowerForCausalLM(TwoTowerModel, PreTrainedModel):
     def stream(
         self, input_ids: Prompts, mode: str = "diffusion", **parameters: Unpack[StreamArguments]
     ) -> Iterator[BlockEvent]:
-        """Yields a `BlockEvent` per row and block as it is committed (AR: blocks of one); arguments as generate_*.
+        """Yields a `BlockEvent` for each finished block of each row (AR: for each token); arguments as in generate_*.
 
-        A row's last event carries its `Generation`: counts, timings, finish reason. Arguments are checked at the
-        call, before the first event is asked for.
+        The last event of a row has its `Generation`: counts, times, finish reason. Arguments are checked at the call.
         """
         return generation.stream(self, input_ids, mode, **parameters)
 
     def generate(self, *args: Any, **kwargs: Any) -> Tensor:
-        """transformers' entry point: plain AR generation, or a refusal that names the other methods."""
+        """transformers' entry point: AR generation. Raises ArgumentError, naming other methods, for other requests."""
         tokens = generation.generate_like_transformers(self, *args, **kwargs)
         self._last_nfe = 0
         return tokens

@@ -23,9 +23,9 @@ from twotower.errors import ArgumentError
 
 @dataclass(frozen=True, kw_only=True)
 class Kind:
-    """How a variable is written. allowed: the values, in words. parse: text → value; raises ValueError.
+    """The type of a variable. allowed: the values, in words. parse: text → value; raises ValueError.
 
-    fits: whether a value given in Python may stand in the field.
+    fits: whether a value given in Python is allowed.
     """
 
     allowed: str
@@ -35,7 +35,7 @@ class Kind:
 
 @dataclass(frozen=True, kw_only=True)
 class Variable:
-    """What the table says of one field. default: in words, for a field whose default is None or empty."""
+    """The environment variable of one field. default: in words, if the default is None or empty."""
 
     name: str
     kind: Kind
@@ -74,7 +74,7 @@ SECRETS = Kind(
     parse=_names,
     fits=lambda value: isinstance(value, tuple) and all(isinstance(key, str) and key for key in value),
 )
-# Triton's own variable: it accepts three spellings and takes every other value for "off".
+# Triton's own variable: Triton accepts three spellings; every other value means off.
 TRITON_SWITCH = Kind(
     allowed="1, true or on; every other value means 0",
     parse=lambda text: text.lower() in ("1", "true", "on"),
@@ -83,7 +83,7 @@ TRITON_SWITCH = Kind(
 
 
 def _variable(name: str, kind: Kind, text: str, default: str | None = None) -> dict[str, Variable]:
-    """The metadata of a field."""
+    """The metadata of a field of `Options`."""
     return {"variable": Variable(name=name, kind=kind, text=text, default=default)}
 
 
@@ -112,7 +112,7 @@ class Options:
     graphs: bool = field(
         default=True,
         metadata=_variable(
-            "TWOTOWER_GRAPHS", SWITCH, "Whether passes on a CUDA device are recorded and replayed as CUDA graphs."
+            "TWOTOWER_GRAPHS", SWITCH, "Whether passes on a CUDA device are captured and replayed as CUDA graphs."
         ),
     )
     pack: bool = field(
@@ -167,10 +167,10 @@ class Options:
 
     @property
     def cache_dir(self) -> Path:
-        """This package's own folder among the user's caches.
+        """The cache folder of this package.
 
         Raises:
-            OSError: there is no home folder.
+            OSError: the user has no home folder.
         """
         try:
             return (self.cache_home or Path.home() / ".cache") / "twotower"
@@ -179,20 +179,20 @@ class Options:
 
     @cached_property
     def kernels_key(self) -> str:
-        """Key of a cache whose values depend on which kernels may be used. A string, because it keeps its hash."""
+        """The key for caches that depend on the selected kernels. A string, because strings cache their hash."""
         parts = (self.triton, self.native, self.cpu_target, self.cxx, self.cache_home, self.triton_interpret)
         return repr(tuple(map(str, parts)))
 
 
 def variable_of(one: dataclasses.Field[Any]) -> Variable:
-    """What the table says of a field of `Options`."""
+    """The environment variable of a field of `Options`."""
     variable = one.metadata["variable"]
     assert isinstance(variable, Variable)
     return variable
 
 
 def from_environment(environment: Mapping[str, str]) -> Options:
-    """The options that these variables describe. An empty value counts as an unset variable.
+    """The options of an environment. An empty value counts as an unset variable.
 
     Raises:
         ArgumentError: a variable has a value that is not allowed.
@@ -215,11 +215,12 @@ def from_environment(environment: Mapping[str, str]) -> Options:
 
 
 class _Process:
-    """The options in force. A change applies to all threads, because engines, servers and data loaders compute in
-    threads of their own, which would not see a `ContextVar` of the thread that started them.
+    """The options of this process, for all threads.
 
-    changes: those of the open `override` blocks, in the order in which they were opened. A block that ends removes its
-    own entry only, so blocks of several threads may overlap in any order.
+    A `ContextVar` does not work: engines, servers and data loaders compute in threads that would not see the variable.
+
+    changes: of the open `override` blocks, in order of opening. The end of a block removes only its own entry, so
+    blocks of several threads may overlap in any order.
     """
 
     def __init__(self) -> None:
@@ -244,7 +245,7 @@ _process = _Process()
 
 
 def current() -> Options:
-    """The options in force. The first call reads the environment.
+    """The current options. The first call reads the environment.
 
     Raises:
         ArgumentError: a variable has a value that is not allowed.
@@ -266,7 +267,7 @@ def override(**changes: Any) -> Iterator[Options]:
     for name in changes:
         if name not in known:
             raise ArgumentError(f"there is no option {name!r}; choose one of {', '.join(known)}")
-    dataclasses.replace(current(), **changes)  # a bad value is refused before it is in force
+    dataclasses.replace(current(), **changes)  # raises before anything changes
     own = dict(changes)
     with _process.lock:
         _process.changes.append(own)
@@ -294,7 +295,7 @@ class TableRow(NamedTuple):
 
 
 def table_rows() -> list[TableRow]:
-    """Every variable with its option, type, default, allowed values and meaning."""
+    """All variables with option, type, default, allowed values and meaning."""
     out = []
     for one in dataclasses.fields(Options):
         variable = variable_of(one)

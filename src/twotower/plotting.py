@@ -1,4 +1,4 @@
-"""The style of all pictures."""
+"""The style of all figures of this project."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ from typing import Any
 from twotower.errors import ArgumentError
 
 DPI = 120
-# Okabe and Ito's palette, distinguishable with colour blindness.
+# The colour-blind safe palette of Okabe and Ito.
 BLUE, ORANGE, GREEN, PURPLE, GREY = "#0072B2", "#D55E00", "#009E73", "#CC79A7", "#666666"
 YELLOW, SKY = "#E69F00", "#56B4E9"
 STYLE: Any = {
@@ -32,17 +32,17 @@ STYLE: Any = {
 
 @contextmanager
 def drawing() -> Iterator[None]:
-    """Figures that are made in this `with` block have the project's style, not the user's.
+    """Figures made in the `with` block have the style of this project, whatever the user's matplotlib settings.
 
     Raises:
-        ArgumentError: matplotlib is missing.
+        ArgumentError: matplotlib is not installed.
     """
     if importlib.util.find_spec("matplotlib") is None:
-        raise ArgumentError("drawing needs matplotlib; pip install 'twotower[plots]'")
+        raise ArgumentError("figures need matplotlib, which is not installed; pip install 'twotower[plots]'")
     import matplotlib
 
     with matplotlib.rc_context(), warnings.catch_warnings():
-        warnings.filterwarnings("ignore", message="Glyph .* missing")  # a missing glyph is drawn as a box
+        warnings.filterwarnings("ignore", message="Glyph .* missing")  # matplotlib draws a box instead
         matplotlib.rcdefaults()
         matplotlib.rcParams.update(STYLE)
         yield

@@ -1,24 +1,24 @@
-"""What a program sets for its whole process: how malloc keeps memory, and the number of CPU threads.
+"""Settings of a whole process: malloc and the number of CPU threads.
 
-Programs call `configure_process` once, before they compute: the command line, the recipes, the benchmarks. A library
-leaves both to its caller, so no other module calls `mallopt` or `torch.set_num_threads`. In a process that never calls
-`configure_process`, nothing in this module has an effect.
+Programs (the command line, the recipes, the benchmarks) call `configure_process` once, before they compute. A library
+must not change a process, so no other module calls `mallopt` or `torch.set_num_threads`. Without a call of
+`configure_process`, this module has no effect.
 """
 
 from __future__ import annotations
 
 from twotower import allocator, options
 
-# Operations this small gain nothing from a second thread, and waiting for one on a busy machine is 3× slower.
+# Smaller models gain nothing from a second thread. On a busy machine, waiting for the thread made them 3× slower.
 ONE_THREAD_BELOW = 50_000_000
 
-_fit_threads = False  # whether the program left the number of threads to `fit_threads_to_model`
+_fit_threads = False  # whether `fit_threads_to_model` may set the number of threads
 
 
 def configure_process(threads: int | None = None) -> None:
-    """Prepares this process for computing.
+    """Sets malloc's thresholds and the number of CPU threads of this process.
 
-    threads: CPU threads of torch; None: one as soon as a small model is loaded, else torch's default.
+    threads: CPU threads of torch. None: torch's default, and one thread once a small model is loaded.
 
     Raises:
         ArgumentError: an environment variable has a value that is not allowed.
@@ -32,7 +32,7 @@ def configure_process(threads: int | None = None) -> None:
 
 
 def fit_threads_to_model(weights: int) -> None:
-    """Sets one thread for a model of fewer than `ONE_THREAD_BELOW` weights, if the program named no number itself."""
+    """Sets one thread for a model of fewer than `ONE_THREAD_BELOW` weights, unless the program chose a number."""
     if _fit_threads and weights < ONE_THREAD_BELOW:
         _set_threads(1)
 

@@ -13,7 +13,7 @@ if TYPE_CHECKING:
 
 
 class Tokenizer(Protocol):
-    """Text to token ids and back. Special tokens (`eos_token_id`, …) and a chat template are optional attributes."""
+    """Encodes and decodes text. Special tokens (`eos_token_id`, …) and a chat template are optional attributes."""
 
     name_or_path: str
     clean_up_tokenization_spaces: bool
@@ -45,10 +45,10 @@ class Tokenizer(Protocol):
 
 
 def require_tokenizer(tokenizer: Tokenizer | None) -> Tokenizer:
-    """The tokenizer of a model that is to read or write text.
+    """The tokenizer of a model, for calls that need one.
 
     Raises:
-        ArgumentError: the model has none.
+        ArgumentError: the model has no tokenizer.
     """
     if tokenizer is None:
         raise ArgumentError("the model has no tokenizer; set model.tokenizer or give token ids", param="tokenizer")

@@ -1,3 +1,3 @@
-"""The package's version, in a file of its own so that builds need not import the package."""
+"""The version of the package. A separate file, so that a build need not import the package."""
 
 VERSION = "0.1.0"

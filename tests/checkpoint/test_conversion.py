@@ -349,7 +349,7 @@ def test_tied_embedding(tmp_path: Path, layout: str) -> None:
 def test_head_that_is_missing_but_not_tied_is_told(source: Path, tmp_path: Path) -> None:
     change_weights(source, lambda t: t.pop("lm_head.weight"))
     made = convert(source, tmp_path / "made")
-    assert "no lm_head.weight" in made.notes[0]
+    assert "lm_head.weight is missing" in made.notes[0]
 
 
 def test_heads_for_multi_token_prediction_are_left_out(source: Path, tmp_path: Path) -> None:
@@ -520,13 +520,13 @@ WRONG: dict[str, tuple[Callable[[Path], object], tuple[str, ...]]] = {
     "quantised": (configured(quantization_config={"quant_method": "fp8"}), ("quantised",)),
     "latent experts": (configured(moe_latent_size=8), ("moe_latent_size", "8")),
     "gelu": (configured(mlp_hidden_act="gelu"), ("mlp_hidden_act", "gelu")),
-    "no weights": (lambda source: (source / SINGLE_FILE).unlink(), ("no weights",)),
-    "truncated": (truncate, (SINGLE_FILE, "not a whole safetensors file")),
+    "no weights": (lambda source: (source / SINGLE_FILE).unlink(), ("give a directory with weights",)),
+    "truncated": (truncate, (SINGLE_FILE, "not a complete safetensors file")),
     "missing tensor": (drop(Q_PROJ), (SINGLE_FILE, Q_PROJ, "missing")),
     "missing expert": (drop(EXPERT), (EXPERT, "missing")),
     "missing embedding": (drop("backbone.embeddings.weight"), ("backbone.embeddings.weight", "missing")),
-    "surplus tensor": (put("backbone.layers.1.mixer.q_proj.bias", torch.ones(48)), ("q_proj.bias", "no place")),
-    "one expert too many": (put(EXPERT.replace(".5.", ".12."), torch.ones(24, 32)), ("experts.12", "no place")),
+    "surplus tensor": (put("backbone.layers.1.mixer.q_proj.bias", torch.ones(48)), ("q_proj.bias", "not a tensor of")),
+    "one expert too many": (put(EXPERT.replace(".5.", ".12."), torch.ones(24, 32)), ("experts.12", "not a tensor of")),
     "wrong shape": (put(Q_PROJ, torch.ones(48, 31)), (Q_PROJ, "[48, 31]", "[48, 32]")),
     "integers": (put(Q_PROJ, torch.ones(48, 32, dtype=torch.int8)), (Q_PROJ, "I8", "float")),
     "half precision": (half, ("F16", "bfloat16")),
@@ -557,7 +557,7 @@ def test_wrong_source(name: str, source: Path, tmp_path: Path, cli: Callable[...
         ("up_proj", torch.ones(11, 24, 32), ("[11, 24, 32]", "[12, 24, 32]")),
         ("up_proj", torch.ones(12, 32, 24), ("[12, 32, 24]", "[12, 24, 32]")),
         ("down_proj", None, ("experts.0.down_proj.weight", "missing")),
-        ("sideways_proj", torch.ones(3), ("sideways_proj", "no place")),
+        ("sideways_proj", torch.ones(3), ("sideways_proj", "is not a tensor of a model")),
     ],
 )
 def test_wrong_stacked_experts(
@@ -577,7 +577,7 @@ def test_wrong_source_that_is_no_directory(tmp_path: Path, cli: Callable[..., Re
 
 def test_a_two_tower_checkpoint_is_no_source(source: Path, tmp_path: Path, cli: Callable[..., Result]) -> None:
     convert(source, tmp_path / "made")
-    assert_one_line_error(cli("--from", tmp_path / "made", "-o", tmp_path / "again"), "two-tower checkpoint already")
+    assert_one_line_error(cli("--from", tmp_path / "made", "-o", tmp_path / "again"), "already", "two-tower checkpoint")
 
 
 @pytest.mark.parametrize(
@@ -620,7 +620,7 @@ def test_existing_directories(source: Path, tmp_path: Path, cli: Callable[..., R
     assert cli("--from", source, "-o", made, "--overwrite").code == 0
     assert not (made / "stale.safetensors").exists()
     (made / "runs").mkdir()
-    assert_one_line_error(cli("--from", source, "-o", made, "--overwrite"), "folders", "remove it yourself")
+    assert_one_line_error(cli("--from", source, "-o", made, "--overwrite"), "folders", "remove it")
     assert (made / "config.json").exists()
     home = tmp_path / "home"
     home.mkdir()
@@ -629,7 +629,9 @@ def test_existing_directories(source: Path, tmp_path: Path, cli: Callable[..., R
     assert_one_line_error(cli("--from", source, "-o", home / "letter.txt"), "is a file")
     assert cli("--from", source, "-o", home / "new" / "deep").code == 0
     (tmp_path / "other.partial").mkdir()
-    assert_one_line_error(cli("--from", source, "-o", tmp_path / "other"), "other.partial", "in the way")
+    assert_one_line_error(
+        cli("--from", source, "-o", tmp_path / "other"), "other.partial", "not an unfinished conversion"
+    )
     assert sorted(path.name for path in tmp_path.iterdir()) == ["home", "made", "other.partial", "source"]
 
 

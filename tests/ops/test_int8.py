@@ -312,10 +312,10 @@ def test_refusals(golden_dir: Path, tmp_path: Path) -> None:
     with pytest.raises(ArgumentError, match="quantization is 'int4'; choose none or int8"):
         TwoTowerForCausalLM.from_pretrained(golden_dir / "tiny-hybrid", quantization="int4")
     model = TwoTowerForCausalLM.from_pretrained(golden_dir / "tiny-hybrid", quantization="int8")
-    with pytest.raises(ArgumentError, match="int8, which checkpoints do not hold; keep the one that"):
+    with pytest.raises(ArgumentError, match="int8, which a checkpoint cannot store; keep the checkpoint that"):
         model.save_pretrained(tmp_path / "made")
     assert not (tmp_path / "made").exists()
-    with pytest.raises(ArgumentError, match="int8 weights do not train; load the model without quantization"):
+    with pytest.raises(ArgumentError, match="int8 weights cannot be trained; load the model without quantization"):
         model.train()
     assert not model.training
 

@@ -1,7 +1,7 @@
-"""One tower to two: a Nemotron-H checkpoint becomes the two-tower checkpoint that training starts from.
+"""Converts a one-tower Nemotron-H checkpoint to the two-tower checkpoint that training starts from.
 
-Both towers are copies of it and the time conditioning is the identity, so the denoiser begins as the backbone, exactly
-(spec §4, ours). Tensors pass one by one from mapped files to new ones: memory stays small, whatever the model's size.
+Both towers are copies of the source, and the time conditioning is the identity. The denoiser therefore starts exactly
+as the backbone. Tensors are copied one by one from memory-mapped files, so the memory need is small for any model.
 """
 
 from __future__ import annotations
@@ -30,13 +30,13 @@ from twotower.model.conditioning import TimeConditioning
 from twotower.model.fp32_tensors import target_dtype
 from twotower.tokenizer import Tokenizer
 
-UNFINISHED = ".unfinished"  # marks a directory that is still being written, and so may be removed
+UNFINISHED = ".unfinished"  # marks an unfinished directory, which may be removed
 SPARE_BYTES = 64 * 2**20  # headers, index, tokenizer
 
 
 @dataclass(frozen=True, kw_only=True)
 class ConversionResult:
-    """What was written. Sizes in bytes; notes: what the user should know, a sentence each."""
+    """Facts of a written checkpoint. bytes: of all tensors. notes: remarks for the user, one sentence each."""
 
     source: str
     directory: Path
@@ -50,7 +50,7 @@ class ConversionResult:
     notes: tuple[str, ...]
 
     def to_dict(self) -> dict[str, object]:
-        """Plain data, for `--json`."""
+        """The fields as plain data for `--json`."""
         return asdict(self) | {"directory": str(self.directory)}
 
 
@@ -65,22 +65,22 @@ def convert(
     overwrite: bool = False,
     progress: Callable[[int, int], None] | None = None,
 ) -> ConversionResult:
-    """Makes a two-tower checkpoint from a one-tower Nemotron-H one (a directory or hub id).
+    """Converts a one-tower Nemotron-H checkpoint, a directory or a hub id, to a two-tower checkpoint in `directory`.
 
-    mask_token_id: None for the tokenizer's, else 3. dtype: bfloat16, float32 or float64; None keeps each tensor's own
-    (those that must not be narrow become at least fp32 in any case). seed: draws the time embedder, the only random
-    part. overwrite: replaces a checkpoint in `directory`. progress(done, total): bytes, after each tensor.
-    The directory appears under its name when it is complete: until then it is `<directory>.partial`.
+    mask_token_id: None: that of the config, else that of the tokenizer, else 3. dtype: bfloat16, float32 or float64;
+    None keeps the dtype of each tensor. The tensors of `fp32_tensors` get at least fp32 in any case. seed: of the time
+    embedder, the only random part. overwrite: whether to replace a checkpoint in `directory`. progress(done, total):
+    bytes, called after each tensor. An unfinished checkpoint is in `<directory>.partial`.
 
     Raises:
-        ConfigError, CheckpointError: the source is no sound Nemotron-H checkpoint, or its tokenizer does not fit it.
-        ArgumentError: a bad argument, a directory that is not to be written to, a disk too small.
+        ConfigError, CheckpointError: the source is not a valid Nemotron-H checkpoint, or its tokenizer does not match.
+        ArgumentError: a wrong argument, a directory that may not be replaced, or not enough disk space.
     """
     target = Path(directory).resolve()
     _check_target(target, overwrite)
     origin = pretrained.resolve_source(source, {})
     if origin.resolve() == target or target in origin.resolve().parents:
-        raise ArgumentError(f"{target}: holds the checkpoint that is to be converted; write to another directory")
+        raise ArgumentError(f"{target}: the directory contains the source checkpoint; choose another directory")
     tower = one_tower.read(origin)
     config = tower.model.config
     tokenizer = one_tower.tokenizer_of(origin)
@@ -118,7 +118,7 @@ def convert(
 def _tensors_to_write(
     tower: OneTowerCheckpoint, dtype: torch.dtype | None, time: dict[str, Tensor], files: ExitStack
 ) -> Iterator[TensorToWrite]:
-    """Every tensor of the two-tower checkpoint, to be read when its turn comes; `files` keeps the mapped files open."""
+    """All tensors of the two-tower checkpoint, read on demand; `files` keeps the memory-mapped files open."""
     opened = {
         file: files.enter_context(safe_open(file, framework="pt"))
         for file in sorted({stored.file for stored in tower.stored.values()})
@@ -140,7 +140,7 @@ def _read(file: safe_open, place: TensorEntry) -> Tensor:
 
 
 def _time_conditioning(config: TwoTowerConfig, seed: int, dtype: torch.dtype) -> dict[str, Tensor]:
-    """The identity, as the module makes it; drawn in fp32, so that a seed means the same in every dtype."""
+    """Identity time conditioning; random weights are drawn in fp32, so that a seed gives the same in every dtype."""
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(seed)
         time = TimeConditioning(config.hidden_size, config.num_hidden_layers)
@@ -152,8 +152,8 @@ def _check_stored(tower: OneTowerCheckpoint, dtype: torch.dtype | None) -> None:
         stored = tower.stored[place.disk]
         if stored.dtype == "F16" and dtype is None:
             raise CheckpointError(
-                f"{stored.file}: {place.disk} is stored as F16, which a two-tower model cannot be in; "
-                "name a dtype: bfloat16 or float32"
+                f"{stored.file}: {place.disk} is stored as F16, which a two-tower model does not support; "
+                "set dtype to bfloat16 or float32"
             )
 
 
@@ -186,33 +186,33 @@ def _write_rest(tower: OneTowerCheckpoint, folder: Path, dtype: torch.dtype) -> 
 
 def _text_notes(config: TwoTowerConfig, tokenizer: Tokenizer | None) -> Iterator[str]:
     if tokenizer is None:
-        yield "there is no tokenizer beside the weights; put one there before training on text"
+        yield "the source has no tokenizer; add tokenizer files to the directory before training on text"
     elif one_tower.is_ordinary_token(config.mask_token, tokenizer):
         token = tokenizer.convert_ids_to_tokens(config.mask_token)
-        yield f"the mask token id {config.mask_token} is {token!r}, an ordinary token that texts may contain"
+        yield f"the mask token id {config.mask_token} is {token!r}, an ordinary token that can occur in texts"
 
 
-# --- where it is written -------------------------------------------------------------------------------------------
+# --- output directory ----------------------------------------------------------------------------------------------
 
 
 def _check_target(target: Path, overwrite: bool) -> None:
     if target.exists() and not target.is_dir():
-        raise ArgumentError(f"{target} is a file; give a directory")
+        raise ArgumentError(f"{target} is a file; choose a directory")
     inside = list(target.iterdir()) if target.exists() else []
     if inside and not overwrite:
-        raise ArgumentError(f"{target} is not empty; give another directory, or overwrite it (--overwrite)")
+        raise ArgumentError(f"{target} is not empty; choose another directory, or replace it with --overwrite")
     if inside and (target / "config.json" not in inside or any(path.is_dir() for path in inside)):
         raise ArgumentError(
-            f"{target} is not just a checkpoint (it has folders, or no config.json); remove it yourself"
+            f"{target} is not just a checkpoint (it has folders, or no config.json); remove it or choose another"
         )
 
 
 @contextmanager
 def _unfinished(target: Path, overwrite: bool, size: int) -> Iterator[Path]:
-    """A directory to fill; it gets its name when all went well, and is removed when not."""
+    """A temporary directory; it is renamed to `target` on success and removed on failure."""
     folder = target.with_name(target.name + ".partial")
     if folder.exists() and not (folder / UNFINISHED).exists():
-        raise ArgumentError(f"{folder} is in the way, and not a conversion broken off; remove it")
+        raise ArgumentError(f"{folder} exists and is not an unfinished conversion; remove it")
     shutil.rmtree(folder, ignore_errors=True)
     folder.mkdir(parents=True)
     try:
@@ -220,7 +220,8 @@ def _unfinished(target: Path, overwrite: bool, size: int) -> Iterator[Path]:
         free = shutil.disk_usage(folder).free
         if free < size + SPARE_BYTES:
             raise ArgumentError(
-                f"{target.parent}: {free / 2**30:.1f} GiB are free, but the checkpoint needs {size / 2**30:.1f} GiB"
+                f"{target.parent}: {free / 2**30:.1f} GiB are free, but the checkpoint needs "
+                f"{size / 2**30:.1f} GiB; free some space"
             )
         yield folder
         (folder / UNFINISHED).unlink()
@@ -231,8 +232,8 @@ def _unfinished(target: Path, overwrite: bool, size: int) -> Iterator[Path]:
 
 
 def _replace(target: Path, folder: Path, overwrite: bool) -> None:
-    """Gives the finished folder its name; what had it goes last."""
-    _check_target(target, overwrite)  # again: hours may have passed
+    """Renames the finished folder to `target`; a replaced checkpoint is removed last."""
+    _check_target(target, overwrite)  # again: the conversion may have taken hours
     old = target.with_name(f".{target.name}.replaced-{os.getpid()}")
     if target.exists():
         target.rename(old)

@@ -1,6 +1,6 @@
-"""Names of tensors on disk: the released two-tower layout and the one-tower layouts that conversion starts from.
+"""Names of tensors on disk: the released two-tower layout, and the one-tower layouts of the conversion.
 
-Experts are stacked in memory and single on disk.
+In memory the experts of a layer are one stacked tensor; on disk each expert has its own.
 """
 
 from __future__ import annotations
@@ -14,18 +14,18 @@ from torch import nn
 from twotower.model.fp32_tensors import named_tensors
 from twotower.ops.reference import int8
 
-SCALE = "_scale"  # after the name of an int8 tensor: its rows' scales, which have no place on disk
+SCALE = "_scale"  # suffix of the scales of an int8 tensor; checkpoints do not store them
 
 _TOWERS = {"context": ("context_tower.", "context_lm_head."), "denoiser": ("denoiser_tower.", "lm_head.")}
 _EXPERTS = re.compile(r"(.*\.experts)\.(up_proj|down_proj)$")
 LAYER = re.compile(r"(?:(?:context|denoiser)_tower|backbone|model)\.layers\.(\d+)\.(.*)")
-# Tensors that give a layer's kind away, for the message when the pattern and the file disagree.
+# Tensor names that identify the kind of a layer, to compare with the pattern of the config.
 KIND_MARKS = {"mixer.in_proj.": "M", "mixer.q_proj.": "*", "mixer.gate.": "E", "mixer.up_proj.": "-"}
 
 
 @dataclass(frozen=True)
 class TensorEntry:
-    """One tensor on disk and its place in memory: a whole parameter, or one expert of a stacked one."""
+    """A tensor on disk and its tensor in memory, or its index (`expert`) in a stacked tensor in memory."""
 
     disk: str
     memory: str
@@ -34,8 +34,10 @@ class TensorEntry:
 
 
 def tensor_entries(model: nn.Module) -> list[TensorEntry]:
-    """Every tensor of a two-tower model (a meta one will do) on disk, in model order; int8 ones as what they are made
-    of."""
+    """All tensors of a two-tower model on disk, in the order of the model, which may be on the meta device.
+
+    Int8 tensors have the entry of the tensor that they were quantised from.
+    """
     out = []
     every = dict(named_tensors(model))
     for memory, tensor in every.items():
@@ -55,7 +57,7 @@ def tensor_entries(model: nn.Module) -> list[TensorEntry]:
 
 
 def disk_name(memory: str) -> str:
-    """context.head.weight → context_lm_head.weight, time.t_block.1.bias → t_block.1.bias, …"""
+    """The name on disk: context.head.weight → context_lm_head.weight, time.t_block.1.bias → t_block.1.bias."""
     first, rest = memory.split(".", 1)
     if first == "time":
         return rest
@@ -64,11 +66,11 @@ def disk_name(memory: str) -> str:
 
 
 def one_tower_entries(model: nn.Module, found: Container[str], root: str) -> dict[tuple[str, int | None], TensorEntry]:
-    """Where a one-tower checkpoint, which conversion starts from, keeps the tensors of a tower.
+    """The tensors of a one-tower checkpoint: (name in a tower in memory, expert) → entry on disk.
 
-    root: "backbone." (the original layout, experts single) or "model." (transformers 5, experts stacked); `found`, the
-    names on disk, tells which experts are stacked, and whether there is a head or the embedding serves as one.
-    → (name in a tower in memory, expert) → the entry on disk, where `expert` indexes a stacked tensor of that shape.
+    root: "backbone." (the original layout, one tensor an expert) or "model." (transformers 5, stacked experts).
+    found: the names on disk. They tell whether experts are stacked, and whether a head exists or the embedding is the
+    head. In an entry with `expert`, the tensor on disk is stacked, and `shape` is its shape.
     """
     stacked = {memory: tuple(tensor.shape) for memory, tensor in named_tensors(model)}
     out = {}

@@ -1,4 +1,4 @@
-"""Reads a one-tower checkpoint: transformers' or NVIDIA's Nemotron-H, dense or MoE, in either layout."""
+"""Reads a one-tower Nemotron-H checkpoint, dense or MoE, in the layout of transformers or of NVIDIA."""
 
 from __future__ import annotations
 
@@ -20,9 +20,9 @@ from twotower.errors import ArgumentError, CheckpointError, ConfigError
 from twotower.model.towers import TwoTowerModel
 from twotower.tokenizer import Tokenizer
 
-SUPPORTED = f"a backbone of the Nemotron-H family (model_type {MODEL_TYPE}, dense or MoE) is needed"
-_EXTRA_HEADS = re.compile(r"(?:^|\.)mtp")  # multi-token prediction: heads that draft, which the denoiser replaces
-# What config.json says of the old file, its code or those heads, and not of the model.
+SUPPORTED = f"only Nemotron-H models (model_type {MODEL_TYPE}, dense or MoE) can be converted"
+_EXTRA_HEADS = re.compile(r"(?:^|\.)mtp")  # draft heads of multi-token prediction; the denoiser replaces them
+# Keys of config.json that describe the file, its code or the draft heads, not the model.
 _DROPPED = {
     "architectures",
     "auto_map",
@@ -52,9 +52,9 @@ _OLDER_NAMES = {
 
 @dataclass(frozen=True, kw_only=True)
 class OneTowerCheckpoint:
-    """A checkpoint whose headers have been checked against its config.
+    """A checkpoint whose headers match its config.
 
-    model: the two-tower model it makes, without storage; places: (name in a tower, expert) → where it is stored.
+    model: the two-tower model of the conversion, on the meta device. places: see `names.one_tower_entries`.
     """
 
     directory: Path
@@ -65,20 +65,20 @@ class OneTowerCheckpoint:
 
 
 def read(directory: Path) -> OneTowerCheckpoint:
-    """Config and headers; no weights.
+    """Reads config and headers, but no weights.
 
     Raises:
-        ConfigError, CheckpointError: no Nemotron-H backbone, a config no model can be built from, a damaged file, a
-            tensor missing, surplus, of the wrong shape or kind.
+        ConfigError, CheckpointError: the model is not Nemotron-H, the config is not valid, a file is damaged, or a
+            tensor is missing, unexpected, or of a wrong shape.
     """
     config, tied = _config(directory / "config.json")
     found = reader.read_headers(directory)
     if any(name.startswith("context_tower.") for name in found):
-        raise CheckpointError(f"{directory}: is already a two-tower checkpoint; it needs no conversion")
+        raise CheckpointError(f"{directory}: already a two-tower checkpoint; no conversion is needed")
     stored = {name: place for name, place in found.items() if not _EXTRA_HEADS.search(name)}
     root = next((root for root in ("backbone.", "model.") if any(name.startswith(root) for name in stored)), None)
     if root is None:
-        raise CheckpointError(f"{directory}: has no tensors named backbone.* or model.*; {SUPPORTED}")
+        raise CheckpointError(f"{directory}: no tensors named backbone.* or model.*; {SUPPORTED}")
     with torch.device("meta"):
         model = TwoTowerModel(config)
     places = names.one_tower_entries(model, stored, root)
@@ -95,24 +95,26 @@ def read(directory: Path) -> OneTowerCheckpoint:
 
 def _notes(extra: int, has_head: bool, tied: bool) -> Iterable[str]:
     if extra:
-        yield f"{extra} tensors of multi-token prediction (mtp.*) are left out; the denoiser takes their place"
+        yield f"{extra} tensors of multi-token prediction (mtp.*) are left out, because the denoiser replaces them"
     if not has_head and tied:
-        yield "the embedding is tied to the head; both heads are copies of it, and no longer tied"
+        yield "the head is tied to the embedding; the heads of both towers are untied copies of the embedding"
     elif not has_head:
-        yield "there is no lm_head.weight, though config.json does not tie it; both heads are copies of the embedding"
+        yield "lm_head.weight is missing, and config.json does not tie it; both heads are copies of the embedding"
 
 
 def _config(file: Path) -> tuple[TwoTowerConfig, bool]:
-    """The configuration of the model to be made, and whether the embeddings are tied."""
-    raw = read_object(file, "a checkpoint directory has one")
+    """The configuration of the two-tower model, and whether the source ties head and embedding."""
+    raw = read_object(file, "give a checkpoint directory")
     if ARCHITECTURE in (raw.get("architectures") or ()):
-        raise ConfigError(f"{file}: is that of a two-tower checkpoint already; it needs no conversion")
+        raise ConfigError(f"{file}: already the config of a two-tower checkpoint; no conversion is needed")
     if raw.get("model_type") != MODEL_TYPE:
         raise ConfigError(f"{file}: model_type is {raw.get('model_type')!r}; {SUPPORTED}")
     if not raw.keys() & {"hybrid_override_pattern", "layers_block_type", "layer_types"}:
-        raise ConfigError(f"{file}: has no hybrid_override_pattern or layers_block_type; its layers' kinds are unknown")
+        raise ConfigError(
+            f"{file}: has no hybrid_override_pattern or layers_block_type, so the kinds of the layers are unknown"
+        )
     if raw.get("quantization_config"):
-        raise ConfigError(f"{file}: the weights are quantised; convert the bf16 checkpoint they were made from")
+        raise ConfigError(f"{file}: the weights are quantised; convert the original bf16 checkpoint")
     try:
         return TwoTowerConfig(**_values(raw)), bool(raw.get("tie_word_embeddings"))
     except ConfigError as error:
@@ -120,7 +122,7 @@ def _config(file: Path) -> tuple[TwoTowerConfig, bool]:
 
 
 def _values(raw: dict[str, object]) -> dict[str, object]:
-    """The keys as `TwoTowerConfig` takes them. What a dense model leaves out may also be null or 0."""
+    """The keyword arguments of `TwoTowerConfig`. Keys that a dense model lacks may be absent, null or 0."""
     own = {field.name: field.type for field in dataclasses.fields(BackboneConfig)}
     values: dict[str, object] = {}
     for key, value in raw.items():
@@ -128,16 +130,16 @@ def _values(raw: dict[str, object]) -> dict[str, object]:
         absent = value is None or (value == 0 and own.get(name) == "int")
         if name in _DROPPED or (name != key and name in raw):
             continue
-        if absent and name in own and name != "num_key_value_heads":  # null has a meaning there
+        if absent and name in own and name != "num_key_value_heads":  # null means num_attention_heads
             continue
         values[name] = value
     return values
 
 
 def write(directory: Path, weights: dict[str, torch.Tensor], config: TwoTowerConfig, tokenizer: Tokenizer) -> None:
-    """A one-tower checkpoint in the original layout, which transformers' NemotronHForCausalLM and `read` both take.
+    """Writes a one-tower checkpoint in the original layout, for `read` and transformers' NemotronHForCausalLM.
 
-    weights: a tower's tensors under their names in memory (experts stacked).
+    weights: the tensors of a tower under their names in memory, with stacked experts.
     """
     with torch.device("meta"):
         model = TwoTowerModel(config, towers="context")
@@ -159,48 +161,48 @@ def write(directory: Path, weights: dict[str, torch.Tensor], config: TwoTowerCon
 
 
 def tokenizer_of(directory: Path) -> Tokenizer | None:
-    """The tokenizer beside the weights, or None.
+    """The tokenizer of a checkpoint directory; None if it has none.
 
     Raises:
-        CheckpointError: its files are damaged.
+        CheckpointError: the tokenizer files are damaged.
     """
     try:
         return pretrained.load_tokenizer(directory)
-    except Exception as error:  # tokenizers raise many kinds; the user needs one line
+    except Exception as error:  # tokenizers raise many types; the user needs one line
         first = (str(error).strip() or type(error).__name__).splitlines()[0]
-        raise CheckpointError(f"{directory}: its tokenizer cannot be read ({first}); fetch it again") from None
+        raise CheckpointError(f"{directory}: the tokenizer cannot be read ({first}); download it again") from None
 
 
 def mask_token(given: int | None, config: TwoTowerConfig, tokenizer: Tokenizer | None) -> int:
-    """The mask's id: as given, else the config's, else the tokenizer's, else 3.
+    """The id of the mask token: the given one, else that of the config, else that of the tokenizer, else 3.
 
     Raises:
         CheckpointError: the tokenizer has ids beyond the embedding.
-        ArgumentError: an id that is not in the vocabulary, or that ends, begins or pads a text.
+        ArgumentError: the id is not in the vocabulary, or it is the EOS, BOS or padding token.
     """
     size = config.vocab_size
     largest = max(tokenizer.get_vocab().values(), default=-1) if tokenizer is not None else -1
     if tokenizer is not None and largest >= size:
         raise CheckpointError(
             f"{tokenizer.name_or_path}: the tokenizer has ids up to {largest}, but vocab_size is {size}; "
-            "they do not belong together"
+            "use the tokenizer of this model"
         )
     candidates = (given, config.mask_token_id, getattr(tokenizer, "mask_token_id", None), MASK_TOKEN_ID)
     mask = next(candidate for candidate in candidates if candidate is not None)
     if not 0 <= mask < size:
-        raise ArgumentError(f"the mask token id is {mask}, and vocab_size {size}; give an id from 0 to {size - 1}")
+        raise ArgumentError(f"the mask token id is {mask}, but vocab_size is {size}; choose an id from 0 to {size - 1}")
     for source in (config, tokenizer):
         for role in ("eos", "bos", "pad"):
             ids = getattr(source, f"{role}_token_id", None)
             if mask in (ids if isinstance(ids, list | tuple) else [ids]):
                 raise ArgumentError(
-                    f"the mask token id is {mask}, which is the {role} token; give one that no text contains"
+                    f"the mask token id is {mask}, which is the {role} token; choose a token that no text contains"
                 )
     return mask
 
 
 def is_ordinary_token(mask: int, tokenizer: Tokenizer | None) -> bool:
-    """Whether the tokenizer can produce the id from ordinary text."""
+    """Whether the tokenizer can encode ordinary text to this id."""
     if tokenizer is None or mask not in tokenizer.get_vocab().values() or mask in tokenizer.all_special_ids:
         return False
     added = tokenizer.added_tokens_decoder.get(mask)

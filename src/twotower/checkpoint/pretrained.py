@@ -1,4 +1,4 @@
-"""`from_pretrained` and `save_pretrained`: a directory or hub id to a model and back."""
+"""`from_pretrained` and `save_pretrained`: loads and saves a model, from a directory or a hub id."""
 
 from __future__ import annotations
 
@@ -24,7 +24,7 @@ Model = TypeVar("Model", bound=TwoTowerModel)
 DeviceName = str | int | torch.device | None
 
 TOKENIZER_FILES = ("tokenizer.json", "tokenizer_config.json")
-# A tokenizer's files, to be copied as they are.
+# Files of a tokenizer, which are copied unchanged.
 ALL_TOKENIZER_FILES = (
     *TOKENIZER_FILES,
     "special_tokens_map.json",
@@ -49,7 +49,7 @@ AUTO_MAP = {
     "AutoModelForCausalLM": "modeling_twotower.TwoTowerForCausalLM",
 }
 _HUB_ARGUMENTS = {"revision", "cache_dir", "token", "local_files_only", "force_download"}
-# What the Auto classes pass along and what has no effect on how our weights are read.
+# Arguments that the Auto classes pass and that have no effect here.
 _IGNORED = {
     "trust_remote_code",
     "adapter_kwargs",
@@ -66,8 +66,10 @@ _IGNORED = {
 def from_pretrained(
     build: Callable[[TwoTowerConfig, TowerSet], Model], source: str | PathLike[str], *args: object, **kwargs: Any
 ) -> tuple[Model, Path]:
-    """A model made by `build`, with the weights of a checkpoint, and the local directory they are from; arguments as
-    `TwoTowerForCausalLM.from_pretrained` takes them."""
+    """Loads a model that `build` constructs → the model and the local directory of the checkpoint.
+
+    For the arguments see `TwoTowerForCausalLM.from_pretrained`.
+    """
     if args:
         raise ArgumentError("from_pretrained takes one positional argument, the checkpoint; name the others")
     hub = {name: kwargs.pop(name) for name in list(kwargs) if name in _HUB_ARGUMENTS}
@@ -83,7 +85,7 @@ def from_pretrained(
     }
     unknown = sorted(name for name, value in kwargs.items() if name not in _IGNORED and value is not None)
     if unknown:
-        raise ArgumentError(f"from_pretrained: {', '.join(unknown)} has no meaning for a two-tower model; leave it out")
+        raise ArgumentError(f"from_pretrained: {', '.join(unknown)} is not supported by a two-tower model; remove it")
     if towers not in ("both", "context"):
         raise ArgumentError(f'towers is {towers!r}; choose "both" or "context"')
     if quantization not in get_args(Quantization):
@@ -93,7 +95,7 @@ def from_pretrained(
     config = _config(directory, given)
     if ARCHITECTURE not in (config.architectures or [ARCHITECTURE]):
         raise CheckpointError(
-            f"{directory}: config.json says {config.architectures}; a two-tower model has [{ARCHITECTURE!r}]"
+            f"{directory}: architectures in config.json is {config.architectures}; it must be [{ARCHITECTURE!r}]"
         )
     config._name_or_path = str(source)
     with torch.device("meta"):
@@ -114,17 +116,17 @@ def save_pretrained(
     unknown = sorted(set(kwargs) - {"safe_serialization", "is_main_process", "push_to_hub"})
     if unknown or kwargs.get("push_to_hub") or kwargs.get("safe_serialization") is False:
         raise ArgumentError(
-            f"save_pretrained: {', '.join(unknown or kwargs)} is not supported; it writes safetensors locally"
+            f"save_pretrained: {', '.join(unknown or kwargs)} is not supported; it writes local safetensors files"
         )
     quantization = quantization_of(model)
     if quantization != "none":
         raise ArgumentError(
-            f"save_pretrained: the weights are {quantization}, which checkpoints do not hold; keep the one that "
-            "the model was loaded from"
+            f"save_pretrained: the weights are {quantization}, which a checkpoint cannot store; keep the checkpoint "
+            "that the model was loaded from"
         )
     if model.denoiser is None:
         raise ArgumentError(
-            'save_pretrained: the model was loaded with towers="context"; half a checkpoint is not written'
+            'save_pretrained: the model was loaded with towers="context"; load it with towers="both" to save it'
         )
     if directory.is_file():
         raise ArgumentError(f"save_pretrained: {directory} is a file; give a directory")
@@ -139,8 +141,8 @@ def save_pretrained(
 
 
 def config_to_write(model: TwoTowerModel) -> dict[str, object]:
-    """config.json: the released keys, `Infinity` included (the reference reads it), and our auto_map."""
-    plain = PretrainedConfig().to_dict()  # what transformers adds to every config says nothing here
+    """The values of config.json: the released keys and an auto_map. Infinity is written as `Infinity`."""
+    plain = PretrainedConfig().to_dict()  # without the defaults that transformers adds to every config
     values = {key: value for key, value in model.config.to_dict().items() if value != plain.get(key, ...)}
     for transient in ("_name_or_path", "transformers_version", "dtype", "torch_dtype", "quantization_config"):
         values.pop(transient, None)
@@ -154,42 +156,44 @@ def config_to_write(model: TwoTowerModel) -> dict[str, object]:
 
 
 def load_tokenizer(directory: Path | None) -> Tokenizer | None:
-    """The tokenizer beside the weights, or None where there is none."""
+    """The tokenizer of a checkpoint directory; None if it has none."""
     if directory is None or not any((directory / name).exists() for name in TOKENIZER_FILES):
         return None
-    # transformers declares wider results, such as those for several texts, than `Tokenizer` needs.
+    # The declared types of transformers are wider than those of `Tokenizer`.
     return cast(Tokenizer, AutoTokenizer.from_pretrained(directory))
 
 
 def resolve_source(source: str | PathLike[str], hub: dict[str, Any]) -> Path:
-    """The directory itself, or the hub's snapshot of what we need."""
+    """The directory itself, or a snapshot of the needed files from the hub."""
     directory = Path(source)
     if directory.is_dir():
         return directory
     if directory.exists():
-        raise CheckpointError(f"{directory} is a file; give the directory that holds config.json and the weights")
+        raise CheckpointError(f"{directory} is a file; give the directory with config.json and the weights")
     if str(source).count("/") != 1 or str(source).startswith((".", "/", "~")):
-        raise CheckpointError(f"{source}: no such directory (and not a hub id of the form owner/name)")
+        raise CheckpointError(f"{source}: no such directory, and not a hub id of the form owner/name; check the path")
     from huggingface_hub import snapshot_download
 
     try:
         return Path(
             snapshot_download(str(source), allow_patterns=["*.json", "*.safetensors", "*.txt", "*.model"], **hub)
         )
-    except Exception as error:  # the hub client raises many kinds; the user needs one line
+    except Exception as error:  # the hub client raises many types; the user needs one line
         first = (str(error).strip() or type(error).__name__).splitlines()[0]
-        raise CheckpointError(f"{source}: no such directory, and not to be had from the hub ({first})") from None
+        raise CheckpointError(
+            f"{source}: no such directory, and the hub download failed ({first}); check the name and the connection"
+        ) from None
 
 
 def copy_tokenizer_files(source: Path, target: Path) -> None:
-    """The tokenizer's files, as they are."""
+    """Copies the tokenizer files unchanged."""
     for name in ALL_TOKENIZER_FILES:
         if (source / name).exists():
             shutil.copyfile(source / name, target / name)
 
 
 def stored_dtype(directory: Path) -> torch.dtype:
-    """The dtype a checkpoint is in: what its config says, else that of its embeddings."""
+    """The dtype of a checkpoint: that of its config, else that of its embeddings."""
     said = TwoTowerConfig.read(directory).dtype
     if said is None:
         said = reader.read_headers(directory)["context_tower.embeddings.weight"].torch_dtype
@@ -199,8 +203,11 @@ def stored_dtype(directory: Path) -> torch.dtype:
 
 
 def _config(directory: Path, given: PretrainedConfig | None) -> TwoTowerConfig:
-    """The caller's configuration, else the directory's. The Auto classes pass transformers' own, in which the
-    caller may have changed values but keys of the file are lost: those of the file that it has are taken from it."""
+    """The given configuration, else that of the directory.
+
+    The Auto classes give transformers' own class, which has values changed by the caller but lacks some keys of the
+    file. The result has all keys of the file, with the given values where there are any.
+    """
     if isinstance(given, TwoTowerConfig):
         return copy.deepcopy(given)
     config = TwoTowerConfig.read(directory)
@@ -211,8 +218,10 @@ def _config(directory: Path, given: PretrainedConfig | None) -> TwoTowerConfig:
 
 
 def _device(named: DeviceName, device_map: DeviceName | dict[str, DeviceName]) -> torch.device:
-    """The tower's own device, else the one of both, else the CPU."""
-    if isinstance(device_map, dict) and set(device_map) == {""}:  # transformers' way of saying "all of it"
+    """The device of a tower: its own argument, else device_map, else the CPU."""
+    if isinstance(device_map, dict) and set(device_map) == {
+        ""
+    }:  # transformers' spelling of one device for the whole model
         return _device(named, device_map[""])
     name, value = ("device_map", device_map) if named is None else ("device", named)
     try:
@@ -221,12 +230,12 @@ def _device(named: DeviceName, device_map: DeviceName | dict[str, DeviceName]) -
         return torch.device("cpu" if value is None else value)
     except (RuntimeError, TypeError):
         raise ArgumentError(
-            f"{name} is {value!r}; name one device, as cuda:0, or use context_device and denoiser_device"
+            f"{name} is {value!r}; give one device, such as cuda:0, or use context_device and denoiser_device"
         ) from None
 
 
 def _dtype(dtype: str | torch.dtype | None, config: TwoTowerConfig) -> torch.dtype | None:
-    """What the caller asked for; "auto": what the config says, else (None) as the embeddings are stored."""
+    """The requested dtype. "auto": that of the config; None if the config has none: that of the stored embeddings."""
     said = "dtype"
     if dtype == "auto":
         dtype, said = config.dtype, "config.json's torch_dtype"

@@ -1,8 +1,8 @@
-"""Towers with int8 weights: a quarter of the memory of fp32, half of bf16's, and as much less to read in a pass.
+"""Weight-only int8 quantization of towers: a quarter of the memory of fp32, half of that of bf16.
 
-What becomes int8 are the large products: projections of Mamba and attention layers, routed and shared experts, MLPs,
-the head. Embeddings (a row of which is read), routers, norms, convolutions, decay rates and the time conditioning stay
-as they are: together they are small, and a rounded router or decay rate changes what a layer does.
+The large matrices become int8: projections of Mamba and attention layers, routed and shared experts, MLPs, the head.
+Embeddings, routers, norms, convolutions, decay rates and the time conditioning keep their dtype. They are small, or, as
+the embeddings, a pass reads only a few rows of them. Rounding a router or a decay rate would change a layer's output.
 """
 
 from __future__ import annotations
@@ -21,11 +21,15 @@ Model = TypeVar("Model", bound=nn.Module)
 
 
 def quantize_(model: Model) -> Model:
-    """Makes the weights of a model, or of a part of one, int8, in place, one matrix at a time; returns it. Layers that
-    towers share stay shared."""
-    wide = {part for time in model.modules() if isinstance(time, TimeConditioning) for part in time.modules()}
-    parents = [part for part in model.modules() if part not in wide and not isinstance(part, Linear | Experts)]
-    made: WeakKeyDictionary[nn.Module, nn.Module] = WeakKeyDictionary()  # weak: the old weights go as the new ones come
+    """Quantises the large weights of a module in place, one matrix at a time; returns the module.
+
+    Layers that towers share stay shared.
+    """
+    kept = {part for time in model.modules() if isinstance(time, TimeConditioning) for part in time.modules()}
+    parents = [part for part in model.modules() if part not in kept and not isinstance(part, Linear | Experts)]
+    made: WeakKeyDictionary[nn.Module, nn.Module] = (
+        WeakKeyDictionary()
+    )  # weak, so that each old weight is freed at once
     for parent in parents:
         for name, child in parent.named_children():
             if child not in made and isinstance(child, Linear | Experts):
@@ -36,5 +40,5 @@ def quantize_(model: Model) -> Model:
 
 
 def quantization_of(model: nn.Module) -> Quantization:
-    """How a model's weights are kept."""
+    """The quantization of a model's weights."""
     return "int8" if any(isinstance(module, Int8Linear | Int8Experts) for module in model.modules()) else "none"

@@ -1,7 +1,7 @@
-"""Reads and writes the weights of a checkpoint directory, strictly both ways.
+"""Loads and saves the weights of a checkpoint directory. Missing and unexpected tensors are errors.
 
-Weights are built once: the model is made on the meta device, each tensor is allocated where it belongs and
-filled from the memory-mapped file.
+The model is built on the meta device. Each tensor is allocated once, on its device, and filled from the memory-mapped
+file.
 """
 
 from __future__ import annotations
@@ -25,7 +25,7 @@ from twotower.ops.reference import int8
 
 @dataclass(frozen=True)
 class StoredTensor:
-    """Where a tensor lies on disk."""
+    """A tensor on disk: its file, shape and safetensors dtype."""
 
     file: Path
     shape: tuple[int, ...]
@@ -37,15 +37,17 @@ class StoredTensor:
 
 
 def read_headers(directory: Path) -> dict[str, StoredTensor]:
-    """Every tensor of a checkpoint directory, from the files' headers alone.
+    """All tensors of a checkpoint directory, from the headers of the files.
 
     Raises:
-        CheckpointError: no weights, an index and files that disagree, a damaged or truncated file.
+        CheckpointError: there are no weights, the index does not match the files, or a file is damaged or truncated.
     """
     index = directory / INDEX_FILE
     if not index.exists():
         if not (directory / SINGLE_FILE).exists():
-            raise CheckpointError(f"{directory}: holds neither {SINGLE_FILE} nor {INDEX_FILE}; no weights to load")
+            raise CheckpointError(
+                f"{directory}: has neither {SINGLE_FILE} nor {INDEX_FILE}; give a directory with weights"
+            )
         return _header(directory / SINGLE_FILE)
     try:
         weight_map = json.loads(index.read_text())["weight_map"]
@@ -56,17 +58,19 @@ def read_headers(directory: Path) -> dict[str, StoredTensor]:
     for name in files:
         file = directory / str(name)
         if not file.is_file():
-            raise CheckpointError(f"{index}: names {name}, which is not in {directory}; fetch it again")
+            raise CheckpointError(f"{index}: names {name}, which is not in {directory}; download it again")
         for tensor, stored in _header(file).items():
             if tensor in found:
-                raise CheckpointError(f"{file}: {tensor} is also in {found[tensor].file.name}; one copy is expected")
+                raise CheckpointError(f"{file}: {tensor} is also in {found[tensor].file.name}; remove one of the files")
             if tensor not in weight_map:
-                raise CheckpointError(f"{file}: holds {tensor}, which {index.name} does not list; a stray shard?")
+                raise CheckpointError(
+                    f"{file}: has {tensor}, which {index.name} does not list; does the file belong here?"
+                )
             found[tensor] = stored
     for tensor, name in weight_map.items():
         if tensor not in found or found[tensor].file.name != name:
             raise CheckpointError(
-                f"{index}: says {tensor} is in {name}, but it is not; the shards do not belong together"
+                f"{index}: names {name} for {tensor}, which is not there; the shards are of different checkpoints"
             )
     return found
 
@@ -80,18 +84,21 @@ def _header(file: Path) -> dict[str, StoredTensor]:
                 out[name] = StoredTensor(file, tuple(part.get_shape()), part.get_dtype())
             return out
     except (SafetensorError, OSError) as error:
-        raise CheckpointError(f"{file}: not a whole safetensors file ({error}); fetch it again") from None
+        raise CheckpointError(f"{file}: not a complete safetensors file ({error}); download it again") from None
 
 
 def check(
     directory: Path, found: dict[str, StoredTensor], known: list[TensorEntry], needed: list[TensorEntry], pattern: str
 ) -> None:
-    """The file against the model: nothing missing, nothing surplus, every shape right.
+    """Checks that no tensor is missing or unexpected and that all shapes match.
 
-    known: all tensors of a two-tower model of this configuration; needed: those that will be loaded.
+    found: tensors on disk. known: all tensors of a two-tower model of this configuration. needed: the tensors to load.
+
+    Raises:
+        CheckpointError: see above; the message names the file and the tensor.
     """
     if not any(name.startswith("context_tower.") for name in found):
-        kind = "a one-tower model" if any(n.startswith(("backbone.", "model.")) for n in found) else "something else"
+        kind = "a one-tower model" if any(n.startswith(("backbone.", "model.")) for n in found) else "another model"
         raise CheckpointError(
             f"{directory}: has no context_tower.* tensors, so it is {kind}, not a two-tower checkpoint; "
             "a two-tower checkpoint has context_tower.*, denoiser_tower.*, lm_head and t_embedder"
@@ -102,7 +109,7 @@ def check(
 def check_tensors(
     directory: Path, found: dict[str, StoredTensor], known: list[TensorEntry], needed: list[TensorEntry], pattern: str
 ) -> None:
-    """`check` for either layout."""
+    """`check` for the one-tower and the two-tower layout."""
     _check_kinds(found, pattern)
     missing = [entry for entry in needed if entry.disk not in found]
     if missing:
@@ -114,9 +121,9 @@ def check_tensors(
     surplus = sorted(set(found) - {entry.disk for entry in known})
     if surplus:
         raise CheckpointError(
-            f"{found[surplus[0]].file}: {surplus[0]} has no place in a model of this config"
-            + (f", nor have {len(surplus) - 1} more" if len(surplus) > 1 else "")
-            + "; is config.json the one that belongs to these weights?"
+            f"{found[surplus[0]].file}: {surplus[0]} is not a tensor of a model with this config"
+            + (f", nor are {len(surplus) - 1} more" if len(surplus) > 1 else "")
+            + "; use the config.json of these weights"
         )
     for entry in needed:
         stored = found[entry.disk]
@@ -156,8 +163,10 @@ def load_weights(
     dtype: torch.dtype | None,
     device_of: dict[str, torch.device],
 ) -> None:
-    """Fills a meta model; what is int8 in it is quantised as it is read. dtype None: that of the stored embeddings.
-    device_of: "context" and "denoiser"."""
+    """Loads the weights into a model on the meta device. Int8 tensors of the model are quantised from the file.
+
+    dtype: of the model; None: that of the stored embeddings. device_of: the devices of "context" and "denoiser".
+    """
     found = read_headers(directory)
     needed = tensor_entries(model)
     check(directory, found, known, needed, pattern)
@@ -170,7 +179,7 @@ def load_weights(
     filled: dict[str, Tensor] = {}
 
     def place(name: str, expert: int | None) -> Tensor:
-        """Where it goes, allocated when its first part comes."""
+        """The target tensor, allocated on first use."""
         if name not in filled:
             filled[name] = torch.empty_like(
                 empty[name],
@@ -193,7 +202,9 @@ def load_weights(
 
 def _stored_dtype(stored: StoredTensor) -> torch.dtype:
     if stored.dtype not in ("BF16", "F32", "F64"):
-        raise CheckpointError(f"{stored.file}: is stored as {stored.dtype}; name the dtype to load it in, as bfloat16")
+        raise CheckpointError(
+            f"{stored.file}: is stored as {stored.dtype}; give a dtype to load it in, such as bfloat16"
+        )
     return stored.torch_dtype
 
 
@@ -201,7 +212,7 @@ def _stored_dtype(stored: StoredTensor) -> torch.dtype:
 
 
 def save_weights(model: nn.Module, directory: Path, max_shard_size: int | str) -> None:
-    """Released names; one file, or shards with an index where it would be larger than max_shard_size."""
+    """Saves the weights with the released names, in one file, or in shards of at most max_shard_size and an index."""
     memory = dict(named_tensors(model))
     to_write = []
     for entry in tensor_entries(model):

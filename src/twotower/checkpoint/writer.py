@@ -1,7 +1,7 @@
 """Writes the weight files of a checkpoint directory, one tensor at a time.
 
-Names, shapes and dtypes are known before any tensor is made, so a file's header can go first and each tensor is made,
-written part by part and dropped: what is mapped or on another device needs no memory here, whatever its size.
+A file's header is written first, because names, shapes and dtypes are known in advance. Each tensor is then made,
+written in parts and freed. Tensors that are memory-mapped or on another device therefore need little memory here.
 """
 
 from __future__ import annotations
@@ -26,7 +26,7 @@ DTYPE_NAMES = {torch.bfloat16: "BF16", torch.float16: "F16", torch.float32: "F32
 
 @dataclass(frozen=True)
 class TensorToWrite:
-    """A tensor to be written as `dtype`; `make()` gives it, on any device and in any dtype, when its turn comes."""
+    """A tensor to write as `dtype`. `make()` returns it, on any device and in any dtype, when it is written."""
 
     name: str
     shape: tuple[int, ...]
@@ -35,7 +35,7 @@ class TensorToWrite:
 
     @classmethod
     def of(cls, name: str, shape: tuple[int, ...], tensor: Tensor) -> TensorToWrite:
-        """A tensor that is in memory already, in its own dtype."""
+        """A tensor in memory, written in its own dtype."""
         return cls(name, shape, tensor.dtype, lambda: tensor)
 
     @property
@@ -49,12 +49,13 @@ def write_shards(
     max_shard_size: int | str = "5GB",
     written: Callable[[int], None] = lambda nbytes: None,
 ) -> list[Path]:
-    """One safetensors file, or shards with an index where it would be larger than max_shard_size (bytes, or "5GB").
+    """Writes one safetensors file, or shards of at most max_shard_size and an index → the files, in order.
 
-    They replace the weights that the directory holds. written(nbytes): called after each tensor → the files, in order.
+    The files replace the weights in the directory. max_shard_size: bytes, or text such as "5GB". written(nbytes):
+    called after each tensor.
 
     Raises:
-        ArgumentError: a max_shard_size that is no size.
+        ArgumentError: max_shard_size is not a size.
     """
     by_name = {entry.name: entry for entry in to_write}
     try:
@@ -77,8 +78,8 @@ def write_shards(
 
 
 def _write_file(file: Path, to_write: list[TensorToWrite], written: Callable[[int], None]) -> None:
-    """The safetensors format: the header's length (8 bytes), the header (JSON), the tensors without gaps."""
-    to_write = sorted(to_write, key=lambda entry: (-entry.dtype.itemsize, entry.name))  # widest first: all are aligned
+    """Writes a file in safetensors format: header length (8 bytes), header (JSON), tensors without gaps."""
+    to_write = sorted(to_write, key=lambda entry: (-entry.dtype.itemsize, entry.name))  # widest first, for alignment
     header: dict[str, object] = {"__metadata__": {"format": "pt"}}
     at = 0
     for entry in to_write:

@@ -183,3 +183,12 @@ def context_pass(tower: Tower, tokens: Tensor, layout: Layout) -> Tensor:
     for layer in tower.all_layers():
         x, _ = read_layer(layer, x, layout)
     return tower.norm_f(x)
+
+
+def sequence_pass(tower: Tower, tokens: Tensor, token_mask: Tensor) -> Tensor:
+    """Sequences (B, S), one document a row; token_mask (B, S): False at padding → final hidden states (B, S, H)."""
+    length = tokens.shape[1]
+    chunk = max(min(tower.config.chunk_size, length), 1)
+    pad = (0, -length % chunk)
+    layout = Layout(F.pad(token_mask.long() - 1, pad, value=-1), chunk)
+    return context_pass(tower, F.pad(tokens, pad), layout)[:, :length]
