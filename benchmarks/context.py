@@ -1,16 +1,16 @@
-"""What does a long text cost, in time and in memory?
+"""How do time and memory grow with the length of a text?
 
     python benchmarks/context.py time [--config FILE | --model DIR] [--lengths 1024,2048,…] [-o curve.png] [--quick]
     python benchmarks/context.py memory [--config FILE | --model DIR] [--lengths 1024,8192,…] [--quick]
 
-time: an AR step, a denoiser pass and a commit after texts of 1K … 32K tokens (131072 can be asked for), all lengths and
-passes in turn. Only attention should grow with the text. The slope, milliseconds for 1,000 tokens, stands beside two
-rooflines: bytes of K/V ÷ the best read rate of the same run, and the slope of the pass's own roofline, which for a
-block of 16 on a processor is that of attention's products. The texts are made up, not read: random K/V and Mamba
-states are written into the state's pools (`models.Texts`), which takes seconds where a prefill takes minutes.
+time: an AR step, a denoising pass and a commit after texts of 1K … 32K tokens (up to 131072), all lengths and passes in
+turn. Only attention should grow with the text. The slope (milliseconds per 1,000 tokens) is compared with two
+rooflines: bytes of K/V ÷ the best read rate of the same run, and the slope of the pass's roofline, which for a block of
+16 on a CPU is that of attention's products. The texts are not prefilled: random K/V and Mamba states are written into
+the state's pools (`models.Texts`), in seconds instead of minutes.
 
 memory: loading time, peak memory, time to the first block, and the memory of a text's state (`common/memory.py`). The
-random weights of --config are written to a temporary directory first; the page cache holds them then.
+random weights of --config are first written to a temporary directory, so they are in the page cache.
 """
 
 from __future__ import annotations
@@ -40,14 +40,14 @@ from twotower.plotting import BLUE, DPI, GREEN, GREY, ORANGE, drawing
 
 LENGTHS = (1024, 2048, 4096, 8192, 16384, 32768)
 PASSES = ("AR step", "denoiser pass", "commit")
-PER_PASS = 3.0  # tokens per pass, where a figure per committed token is wanted
+PER_PASS = 3.0  # tokens per pass, for figures per committed token
 
 
 @torch.no_grad()
 def measure(
     model: TwoTowerForCausalLM, rates: roofline.Rates, *, lengths: Sequence[int] = LENGTHS, repeats: int = 7
 ) -> dict[str, Any]:
-    """Every pass after every length."""
+    """Measures every pass after every length."""
     config, passes = model.config.backbone, PassRuns(model, max(lengths))
     runs = {f"{name} {length}": run for length in lengths for name, run in passes.after(length).items()}
     seconds = medians(interleaved(runs, model.device, repeats, warm_up=2))
@@ -64,7 +64,7 @@ def measure(
     return {
         "lengths": list(lengths),
         "seconds": curves,
-        "roofline slope": roofline_slope * 1e6,  # ms for 1,000 tokens
+        "roofline slope": roofline_slope * 1e6,  # ms per 1,000 tokens
         "slopes": {name: value * 1e6 for name, value in slopes.items()},
         "times roofline slope": {name: value / roofline_slope for name, value in slopes.items() if roofline_slope},
         "own roofline slopes": {name: value * 1e6 for name, value in own_slopes.items()},
@@ -76,20 +76,20 @@ def measure(
 
 
 def added_by_a_token(config: BackboneConfig, dtype: torch.dtype, width: int) -> tuple[float, float]:
-    """Bytes and operations that a pass takes more for one more token before it."""
+    """Additional bytes and operations of a pass per additional token of context."""
     none, one = (roofline.work(config, dtype, rows=1, width=width, context=n) for n in (0, 1))
     return one.bytes - none.bytes, one.operations - none.operations
 
 
 def slope(lengths: Sequence[int], curve: Sequence[float]) -> float:
-    """Of the least-squares line."""
+    """The slope of the least-squares line."""
     middle, mean = sum(lengths) / len(lengths), sum(curve) / len(curve)
     over = sum((x - middle) * (y - mean) for x, y in zip(lengths, curve, strict=True))
     return over / sum((x - middle) ** 2 for x in lengths)
 
 
 def draw(found: dict[str, Any], title: str, path: Path) -> None:
-    """The curves, and for each the line that starts where it does and rises as the roofline."""
+    """Draws the curves; for each, a line from its first point with the slope of the roofline."""
     with drawing():
         import matplotlib.pyplot as plt
 
@@ -150,7 +150,7 @@ def memory_tables(found: dict[str, Any]) -> Iterator[RenderableType]:
 
 @click.group()
 def main() -> None:
-    """Costs of a long text."""
+    """Time and memory of a long text."""
 
 
 @main.command("time")
@@ -160,7 +160,7 @@ def main() -> None:
 @DTYPE
 @click.option("--lengths", callback=numbers, default=",".join(map(str, LENGTHS)), show_default=True)
 @click.option("--repeats", default=7, show_default=True)
-@click.option("-o", "--output", type=click.Path(dir_okay=False, path_type=Path), default=None, help="A PNG.")
+@click.option("-o", "--output", type=click.Path(dir_okay=False, path_type=Path), default=None, help="A PNG file.")
 @THREADS
 @QUICK
 @JSON
@@ -168,12 +168,12 @@ def time_of_passes(
     path: Path | None, config: Path | None, device: str, dtype: str, lengths: tuple[int, ...], repeats: int,
     output: Path | None, threads: int | None, quick: bool, as_json: bool,
 ) -> None:  # fmt: skip
-    """The cost of a pass against the length of the text before it."""
+    """Time of a pass by the length of the text before it."""
     start(threads)
     if quick:
         lengths, repeats = (1024, 8192, 32768), 3
     if len(set(lengths)) < 2:
-        raise click.BadParameter("give at least two lengths", param_hint="--lengths")
+        raise click.BadParameter("has fewer than two lengths; give at least two", param_hint="--lengths")
     model = model_for(path, config, quick, dtype=dtype, device=device)
     rates = roofline.measure(model.device, model.dtype, quick=quick)
     found = measure(model, rates, lengths=lengths, repeats=repeats)
@@ -200,7 +200,7 @@ def memory_of_texts(
     path: Path | None, config: Path | None, device: str, dtype: str, lengths: tuple[int, ...], prompt: int,
     rounds: int, threads: int | None, quick: bool, as_json: bool,
 ) -> None:  # fmt: skip
-    """Loading, peak memory, time to the first block, and the state of a text."""
+    """Loading time, peak memory, time to the first block, and the state of a text."""
     start(threads)
     if quick:
         lengths, prompt, rounds = (1024, 4096), 16, 2

@@ -1,15 +1,15 @@
-"""Everything on one GPU in one call: kernels checked, the bundled model's equality, rooflines, passes, the 30B shape.
+"""Runs all GPU measurements in one call: kernels, equality of texts, rooflines, passes, the 30B shape.
 
     python benchmarks/gpu.py [--minutes 8.5] [--out build/gpu] [--parts rooflines,full-passes]
     python benchmarks/gpu.py --device cpu --tiny --minutes 1
 
-Parts run one after the other; after each, `results.json` and `results.md` in --out hold all there is so far. A part
-that raises is reported with its traceback and the next one goes on; a part that outlasts its limit (or the whole
-budget) is cut off where it is, and what it had found stays. The JSON is also printed at the end.
+Parts run one after the other. After each part, `results.json` and `results.md` in --out hold all results so far. A part
+that raises an error is reported with its traceback, and the next part runs. A part that exceeds its limit (or the whole
+budget) is interrupted; its results so far are kept. The JSON is also printed at the end.
 
-The full shape (benchmarks/published.json) gets random bf16 weights made on the device: both towers where they fit;
-where only one does, one set of weights serves both towers, which reads as much a pass; else the first so many layers.
-Which of them it was stands in the results ("towers").
+The full shape (benchmarks/published.json) has random bf16 weights that are made on the device: two towers if they fit;
+if only one fits, one set of weights for both towers, which reads as much per pass; else the first layers that fit. The
+results name the choice ("towers").
 """
 
 from __future__ import annotations
@@ -47,17 +47,17 @@ from twotower.evaluation.speed import few_shot_prompts  # noqa: E402
 from twotower.ops import self_check, self_check_cases  # noqa: E402
 from twotower.ops.registry import REGISTRY, Backend, report  # noqa: E402
 
-PUBLISHED_RATES = (1.2, 1.5, 1.9, 3.0, 3.3, 5.0)  # tokens per pass: the published ones, and others
-SPARE = 6 << 30  # bytes of the device that weights leave to states, logits and libraries
+PUBLISHED_RATES = (1.2, 1.5, 1.9, 3.0, 3.3, 5.0)  # tokens per pass: the published values and others
+SPARE = 6 << 30  # bytes of the device that stay free for states, logits and libraries
 
 
 class OutOfTimeError(Exception):
-    """A part's time is up."""
+    """The time limit of a part is exceeded."""
 
 
 @dataclass
 class Setting:
-    """What the parts share; models are made when first asked for and let go when another is."""
+    """State that the parts share. Models are made when first needed and freed when another model is needed."""
 
     device: torch.device
     dtype: torch.dtype
@@ -72,9 +72,9 @@ class Setting:
         return self.rates
 
     def full_model(self) -> TwoTowerForCausalLM:
-        """The 30B shape, as much of it as fits."""
+        """The 30B shape, or the part of it that fits."""
         if self.full is None:
-            self.release()  # what earlier parts left in the allocator
+            self.release()  # memory that the allocator kept from earlier parts
             torch.manual_seed(0)
             config = config_of(None if self.tiny else PUBLISHED)
             tower = tower_bytes(config, self.dtype)
@@ -97,7 +97,7 @@ class Setting:
 
 
 def free_bytes(device: torch.device) -> int:
-    """Of the device's memory."""
+    """Free bytes of the device's memory."""
     if device.type == "cuda":
         return int(torch.cuda.mem_get_info(device)[0])
     lines = Path("/proc/meminfo").read_text().splitlines()
@@ -105,11 +105,11 @@ def free_bytes(device: torch.device) -> int:
 
 
 # --- parts ----------------------------------------------------------------------------------------------------------
-# Each takes the setting and fills `out` as it goes, so that what it found is kept when it is cut off.
+# Each part takes the setting and fills `out` step by step, so that an interrupted part keeps its results.
 
 
 def kernels(setting: Setting, out: dict[str, Any]) -> None:
-    """Every backend that fits the device against its reference in float64, on the device."""
+    """Compares every backend that fits the device with its reference in float64, on the device."""
     out["catalogue"] = [dict(zip(("op", "backend", "why"), row, strict=True)) for row in report(
         setting.device, setting.dtype
     )]  # fmt: skip
@@ -126,7 +126,7 @@ def kernels(setting: Setting, out: dict[str, Any]) -> None:
 
 
 def cases_of(op: str, backend: Backend, setting: Setting) -> list[self_check.Case]:
-    """What a backend is tried on; the grouped GEMM takes widths that are multiples of 8 only."""
+    """The cases of a backend; the grouped GEMM takes only widths that are multiples of 8."""
     if backend.name == "grouped-gemm":
         of = {"experts": self_check_cases.experts_cases, "experts_int8": self_check_cases.experts_int8_cases}[op]
         return of(setting.device, setting.dtype, width=64, inner=32)
@@ -137,7 +137,7 @@ FREE: dict[str, Any] = {"mode": "diffusion", "confidence_threshold": 0.8}
 
 
 def equality(setting: Setting, out: dict[str, Any]) -> None:
-    """The bundled model on the device: verified decoding writes AR's tokens; AR writes what it writes on the CPU."""
+    """The bundled model on the device: verified mode against AR, and AR against AR on the CPU."""
     texts, tokens = (2, 6) if setting.tiny else (16, 64)
     cpu = TwoTowerForCausalLM.from_pretrained(bundled_model(), dtype="float32")
     prompts = few_shot_prompts(cpu, texts, 48)
@@ -161,12 +161,12 @@ def equality(setting: Setting, out: dict[str, Any]) -> None:
 
 
 def same(one: list[list[int]], other: list[list[int]]) -> str:
-    """How many texts are alike."""
+    """The number of equal texts."""
     return f"{sum(a == b for a, b in zip(one, other, strict=True))} of {len(one)} texts"
 
 
 def rooflines(setting: Setting, out: dict[str, Any]) -> None:
-    """The rates that everything else is held against."""
+    """The read and matmul rates of the device."""
     rates = setting.measured_rates()
     out["summary"] = roofline.rates_summary(rates)
     out["rates"] = asdict(rates)
@@ -184,7 +184,7 @@ def rooflines(setting: Setting, out: dict[str, Any]) -> None:
 
 
 def midsize(setting: Setting, out: dict[str, Any]) -> None:
-    """`passes.py` on the midsize shape, transformers and the naive reference included."""
+    """`passes.py` on the midsize shape, with transformers and the naive reference."""
     torch.manual_seed(0)
     model = random_model(config_of(None if setting.tiny else MIDSIZE), setting.dtype, setting.device)
     rates = setting.measured_rates()
@@ -196,7 +196,7 @@ def midsize(setting: Setting, out: dict[str, Any]) -> None:
 
 
 def full_passes(setting: Setting, out: dict[str, Any]) -> None:
-    """The full shape: each pass beside its roofline."""
+    """The full shape: each pass with its roofline."""
     started = time.perf_counter()
     model = setting.full_model()
     synchronize(setting.device)
@@ -211,7 +211,7 @@ def full_passes(setting: Setting, out: dict[str, Any]) -> None:
 
 
 def full_profile(setting: Setting, out: dict[str, Any]) -> None:
-    """Where a pass's time goes: the operations of one AR step, one denoiser pass and one commit."""
+    """The operations of one AR step, one denoising pass and one commit, by time."""
     model, context = setting.full_model(), 1024
     texts = Texts.random(model, 1, context + 4 * BLOCK)
     texts.set_length(context)
@@ -230,7 +230,7 @@ def full_profile(setting: Setting, out: dict[str, Any]) -> None:
 
 
 def profiled(call: Callable[[], object], device: torch.device, rows: int = 25) -> dict[str, Any]:
-    """The operations that take longest, on the device where there is one; milliseconds."""
+    """The operations that take longest, on the device if there is one; milliseconds."""
     from torch.profiler import ProfilerActivity, profile
 
     cuda = device.type == "cuda"
@@ -249,7 +249,7 @@ def profiled(call: Callable[[], object], device: torch.device, rows: int = 25) -
         name = "self_device_time_total" if hasattr(event, "self_device_time_total") else "self_cuda_time_total"
         return float(getattr(event, name))
 
-    # On CUDA an operation and the kernels it launched are entries of their own: the kernels' times add up.
+    # On CUDA an operation and its kernels are separate entries, so only the kernels' times are summed.
     on_device = [e for e in events if not cuda or "CUDA" in str(getattr(e, "device_type", ""))]
     busiest = sorted(on_device, key=own, reverse=True)[:rows]
     return {
@@ -280,7 +280,7 @@ def full_context(setting: Setting, out: dict[str, Any]) -> None:
 
 
 def full_memory(setting: Setting, out: dict[str, Any]) -> None:
-    """What texts take at the full shape, held and at the peak of one block."""
+    """Memory of texts at the full shape: held, and at the peak of one block."""
     model = setting.full_model()
     lengths = (1024, 2048) if setting.tiny else memory.LENGTHS
     out |= memory.measure_states(model, lengths)
@@ -303,20 +303,22 @@ def engine(setting: Setting, out: dict[str, Any]) -> None:
         out |= throughput.measure(model, rounds=1, texts=8, tokens=64)
 
 
-def full_ahead(setting: Setting, out: dict[str, Any]) -> None:
-    """`engine_comparison.py` on the full shape: the engine waiting for each pass, and a pass ahead of what it knows."""
+def full_async_scheduling(setting: Setting, out: dict[str, Any]) -> None:
+    """`engine_comparison.py` on the full shape: with and without async scheduling."""
     few: dict[str, Any] = {"at_once": (2,), "tokens": 6} if setting.tiny else {"at_once": (1, 8), "tokens": 48}
     model = setting.full_model()
     out["towers"] = setting.towers
     prompts = random_tokens(model, 8, 16 if setting.tiny else 256).tolist()
-    out["engine"] = engine_comparison.ahead(
+    out["engine"] = engine_comparison.compare_async_scheduling(
         model, prompts=prompts, kinds=("diffusion, 4 passes a block",), rounds=1, **few
     )
 
 
 def full_int8(setting: Setting, out: dict[str, Any]) -> None:
-    """The full shape with its large matrices as int8: each pass beside its own roofline. Last of the full ones: the
-    model stays as it is."""
+    """The full shape with int8 weights: each pass with its own roofline.
+
+    The last part of the full shape, because the model stays quantized.
+    """
     model = setting.full_model()
     started = time.perf_counter()
     quantize_(model)
@@ -329,7 +331,7 @@ def full_int8(setting: Setting, out: dict[str, Any]) -> None:
 
 
 def two_devices(setting: Setting, out: dict[str, Any]) -> None:
-    """`engine_comparison.py`: the engine with the towers on one GPU and on two, where there are two."""
+    """`engine_comparison.py`: the engine with the towers on one GPU and on two, if there are two."""
     if setting.device.type == "cuda" and torch.cuda.device_count() < 2:
         out["left out"] = "there is one GPU"
         return
@@ -339,7 +341,7 @@ def two_devices(setting: Setting, out: dict[str, Any]) -> None:
     out["towers on one"] = setting.towers
     prompts = random_tokens(model, 32, 16 if setting.tiny else 256).tolist()
     kinds = ("verified", "diffusion, 4 passes a block")
-    out["full shape"] = engine_comparison.apart(
+    out["full shape"] = engine_comparison.compare_devices(
         model, other, prompts=prompts, **{"at_once": (1, 2, 8, 32), "kinds": kinds} | few
     )
     del model
@@ -347,13 +349,13 @@ def two_devices(setting: Setting, out: dict[str, Any]) -> None:
     model = model_loading.load_model(bundled_model(), context_device=str(setting.device))
     prompts = few_shot_prompts(model, 2 if setting.tiny else 64, 48)
     kinds = ("verified", "diffusion")
-    out["bundled model"] = engine_comparison.apart(
+    out["bundled model"] = engine_comparison.compare_devices(
         model, other, prompts=prompts, **{"at_once": (1, 8, 64), "kinds": kinds} | few
     )
 
 
 def loading(setting: Setting, out: dict[str, Any]) -> None:
-    """`memory.py` on the bundled model, each case in a process of its own (tiny: one case, in this one)."""
+    """`memory.py` on the bundled model, each case in its own process (tiny: one case, in this process)."""
     shared: dict[str, Any] = {
         "device": str(setting.device), "dtype": "bfloat16", "threads": None, "prompt": 128, "rounds": 3,
     }  # fmt: skip
@@ -364,7 +366,7 @@ def loading(setting: Setting, out: dict[str, Any]) -> None:
         out["loads"] = memory.loads(bundled_model(), **shared)
 
 
-PARTS: dict[str, tuple[Callable[[Setting, dict[str, Any]], None], float]] = {  # and each one's limit in minutes
+PARTS: dict[str, tuple[Callable[[Setting, dict[str, Any]], None], float]] = {  # the parts and their limits in minutes
     "kernels": (kernels, 0.5),
     "equality": (equality, 1.0),
     "rooflines": (rooflines, 0.5),
@@ -373,7 +375,7 @@ PARTS: dict[str, tuple[Callable[[Setting, dict[str, Any]], None], float]] = {  #
     "full-diffusion": (full_diffusion, 1.5),
     "full-context": (full_context, 1.0),
     "full-memory": (full_memory, 0.5),
-    "full-ahead": (full_ahead, 0.7),
+    "full-async-scheduling": (full_async_scheduling, 0.7),
     "full-int8": (full_int8, 0.8),
     "midsize": (midsize, 1.2),
     "engine": (engine, 2.0),
@@ -387,7 +389,7 @@ PARTS: dict[str, tuple[Callable[[Setting, dict[str, Any]], None], float]] = {  #
 
 @contextmanager
 def at_most(seconds: float) -> Iterator[None]:
-    """Raises OutOfTimeError in whatever runs inside for longer. A kernel that hangs is beyond its reach."""
+    """Raises OutOfTimeError if the block runs longer. A hanging kernel cannot be interrupted."""
 
     def over(*_: object) -> None:
         raise OutOfTimeError(f"cut off after {seconds:.0f} s")
@@ -403,7 +405,7 @@ def at_most(seconds: float) -> Iterator[None]:
 
 @dataclass
 class Report:
-    """All results so far, on disk after every part."""
+    """All results so far, written to disk after every part."""
 
     folder: Path
     facts: dict[str, Any]
@@ -431,7 +433,7 @@ class Report:
 
 
 def written(found: Any, depth: int = 3) -> list[str]:
-    """Markdown of anything JSON-like: rows as tables, what is nested under headings, the rest as a list."""
+    """Markdown of JSON-like data: rows as tables, nested data under headings, the rest as a list."""
     lines: list[str] = []
     nested = []
     for name, value in found.items():
@@ -451,7 +453,7 @@ def written(found: Any, depth: int = 3) -> list[str]:
 
 
 def is_flat(value: Any, nested: int = 0) -> bool:
-    """Whether it fits a line (nested: or a row, whose cells may hold flat things)."""
+    """Whether a value fits into a line (nested: or into a row, whose cells may hold flat values)."""
     parts = list(value.values()) if isinstance(value, dict) else value
     return all(not isinstance(part, dict | list) or (nested and is_flat(part)) for part in parts)
 
@@ -477,7 +479,7 @@ def cell(value: Any) -> str:
 
 
 def run_part(name: str, setting: Setting, seconds: float) -> dict[str, Any]:
-    """A part's entry in the report, whatever happens to it."""
+    """Runs a part and returns its entry in the report, also if it fails."""
     entry: dict[str, Any] = {"state": "done", "seconds": 0.0, "found": {}}
     started = time.perf_counter()
     try:
@@ -496,18 +498,20 @@ def run_part(name: str, setting: Setting, seconds: float) -> dict[str, Any]:
 @click.command()
 @click.option("--device", type=click.Choice(("cpu", "cuda")), default="cuda", show_default=True)
 @click.option("--dtype", type=click.Choice(roofline.DTYPES), default="bfloat16", show_default=True)
-@click.option("--minutes", default=8.5, show_default=True, help="For everything.")
+@click.option("--minutes", default=8.5, show_default=True, help="Time budget of all parts.")
 @click.option("--out", type=click.Path(file_okay=False, path_type=Path), default=Path("build/gpu"), show_default=True)
 @click.option("--parts", default=",".join(PARTS), show_default=True)
-@click.option("--tiny", is_flag=True, help="Tiny shapes: tries the script out, on a CPU too.")
+@click.option("--tiny", is_flag=True, help="Tiny shapes, to try the script out, also on a CPU.")
 def main(device: str, dtype: str, minutes: float, out: Path, parts: str, tiny: bool) -> None:
     """Measures one device."""
     started = time.perf_counter()
     unknown = sorted(set(parts.split(",")) - set(PARTS))
     if unknown:
-        raise click.BadParameter(f"{', '.join(unknown)}: choose of {', '.join(PARTS)}", param_hint="--parts")
+        raise click.BadParameter(f"{', '.join(unknown)}: choose from {', '.join(PARTS)}", param_hint="--parts")
     if device == "cuda" and not torch.cuda.is_available():
-        raise click.BadParameter("no CUDA device here; --device cpu --tiny tries the script out", param_hint="--device")
+        raise click.BadParameter(
+            "no CUDA device; to try the script out, give --device cpu --tiny", param_hint="--device"
+        )
     torch.manual_seed(0)
     setting = Setting(torch.device(device), getattr(torch, dtype), tiny)
     facts = {"benchmark": "gpu", "machine": device_facts(setting.device, setting.dtype), "tiny": tiny}

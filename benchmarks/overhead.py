@@ -1,21 +1,21 @@
-"""What the decoder costs beside its passes, and beside another commit.
+"""What does decoding cost outside the passes, and compared with another commit?
 
     python benchmarks/overhead.py --against DIR [--entry generate|engine] [--against-entry generate|engine]
         [--pairs 15] [--case ar …] [--profile] [--json]
 
-Compares this checkout (A) with another one (B, its root directory), each in a process of its own with its own
-`twotower`, in pairs within one run: A then B, next time B then A. Both processes live through the whole run and answer
-one at a time: fp32, packed, one thread, malloc keeps large blocks. Ratios are of a pair's two times, medians and
-quartiles over pairs; the first round of every case warms up and is not counted. Short cases run several times in a row
-within one time (`--least`).
+Compares this checkout (A) with another checkout (B, its root directory). Each runs in its own process with its own
+`twotower`, in pairs: A then B, next B then A. Both processes live through the whole run and work one at a time: fp32,
+packed weights, one thread, malloc keeps large blocks. Ratios are of the two times of a pair; the table has medians and
+quartiles over pairs. The first round of every case is a warm-up. A short case runs several times within one
+measurement (`--least`).
 
---entry generate measures `model.generate_*`, --entry engine measures `twotower.LLM`. With `--against .` and two
-different entries the two entry points of one checkout are compared. A prompt of one case has 2,000 tokens and one new
-token: the time to the first token. Greedy; AR and verified decoding must give the same texts on both sides, otherwise
-the exit code is 1.
+--entry generate measures `model.generate_*`; --entry engine measures `twotower.LLM`. `--against .` with two different
+entries compares the two entry points of one checkout. One case has a prompt of 2,000 tokens and one new token: the time
+to the first token. All cases are greedy. AR and verified mode must give the same texts on both sides; otherwise the
+exit code is 1.
 
---profile measures how much of a token's time passes inside the verbs of the towers (prefill, extend, denoise) and how
-much outside, on both sides.
+--profile measures the time per token inside and outside the verbs of the towers (prefill, extend, denoise), on both
+sides.
 """
 
 from __future__ import annotations
@@ -37,7 +37,7 @@ from rich.table import Table
 
 HERE = Path(__file__).resolve().parent
 ENTRIES = ("generate", "engine")
-# Big temporaries stay mapped, as `twotower.allocator` does it, from the start of the process.
+# malloc keeps large blocks, as `twotower.allocator` sets it, from the start of the process.
 ENVIRONMENT = {"OMP_NUM_THREADS": "1", "MALLOC_MMAP_MAX_": "0", "MALLOC_TRIM_THRESHOLD_": str(2**31 - 1)}
 
 
@@ -46,11 +46,11 @@ class Case:
     mode: str
     rows: int = 1
     prompt: int = 0  # tokens; 0: a sentence
-    tokens: int = 128  # new ones of each row
+    tokens: int = 128  # new tokens of each row
 
     @property
     def exact(self) -> bool:
-        """Whether the text depends on the model alone, not on the rules of denoising."""
+        """Whether the text depends on the model alone, not on the denoising policy."""
         return self.mode != "diffusion"
 
 
@@ -60,7 +60,7 @@ CASES["first token"] = Case("ar", prompt=2000, tokens=1)
 
 
 class Side:
-    """A process with one checkout's `twotower`."""
+    """A process with the `twotower` of one checkout."""
 
     def __init__(self, root: Path, entry: str, model: Path | None, profile: bool) -> None:
         source = root.resolve() / "src"
@@ -79,7 +79,7 @@ class Side:
             raise click.ClickException(f"the process for {root} imports twotower from {package}, not from {source}")
 
     def run(self, case: Case, times: int) -> dict[str, Any]:
-        """Runs a case so often in a row."""
+        """Runs a case a number of times in a row."""
         assert self.process.stdin is not None
         self.process.stdin.write(json.dumps(asdict(case) | {"times": times}) + "\n")
         self.process.stdin.flush()
@@ -99,19 +99,19 @@ class Side:
         self.process.wait(timeout=60)
 
     def facts(self) -> dict[str, Any]:
-        """What was measured, for the JSON."""
+        """The measurements, for the JSON."""
         command = ["git", "-C", str(self.root), "describe", "--always", "--dirty"]
         commit = subprocess.run(command, capture_output=True, text=True, check=False).stdout.strip()
         return {"commit": commit or None, "entry": self.entry}
 
 
 def measure(sides: tuple[Side, Side], cases: dict[str, Case], pairs: int, least: float) -> dict[str, Any]:
-    """Runs all cases in every round → the figures of each case."""
+    """Runs all cases in every round. Returns the figures of each case."""
     answers: dict[str, list[tuple[dict[str, Any], dict[str, Any]]]] = {name: [] for name in cases}
     times = dict.fromkeys(cases, 1)
-    for name, case in cases.items():  # warm-up: the second answer knows what a run takes
+    for name, case in cases.items():  # warm-up; the second run estimates the time of a run
         first = [[side.run(case, 1)["seconds"] for side in sides] for _ in range(2)][1]
-        times[name] = 1 if case.prompt else max(1, round(least / min(first)))  # an engine would know the prompt again
+        times[name] = 1 if case.prompt else max(1, round(least / min(first)))  # a prefix cache would have the prompt
     for number in range(pairs):
         print(f"pair {number + 1} of {pairs}", file=sys.stderr)
         for name, case in cases.items():
@@ -122,7 +122,7 @@ def measure(sides: tuple[Side, Side], cases: dict[str, Case], pairs: int, least:
 
 
 def summary(case: Case, pairs: list[tuple[dict[str, Any], dict[str, Any]]]) -> dict[str, Any]:
-    """Of one case: ratio A ÷ B with quartiles, µs a token of both sides, and whether the texts are equal."""
+    """Figures of one case: ratio A ÷ B with quartiles, µs per token of both sides, whether the texts are equal."""
     ratios = [a["seconds"] / b["seconds"] for a, b in pairs]
     low, _, high = statistics.quantiles(ratios, n=4, method="inclusive") if len(ratios) > 1 else ratios * 3
     new = case.rows * case.tokens
@@ -140,10 +140,10 @@ def summary(case: Case, pairs: list[tuple[dict[str, Any], dict[str, Any]]]) -> d
 
 
 def inside_and_outside(runs: list[dict[str, Any]], new: int) -> dict[str, Any]:
-    """µs a token in each verb and outside all of them."""
+    """µs per token in each verb and outside all verbs."""
     verbs = sorted(runs[0]["verbs"])
     if not verbs:
-        raise click.ClickException("--profile saw no call of extend or denoise; do the towers' verbs have other names?")
+        raise click.ClickException("--profile found no call of extend or denoise; check the names of the towers' verbs")
     outside = [run["seconds"] - sum(verb["seconds"] for verb in run["verbs"].values()) for run in runs]
     parts = {
         verb: {
@@ -185,15 +185,15 @@ def tables(found: dict[str, Any]) -> Iterator[RenderableType]:
 @click.option("--model", type=DIRECTORY, default=None, help="[default: each checkout's bundled model]")
 @click.option("--case", "chosen", type=click.Choice(tuple(CASES)), multiple=True, help="[default: all]")
 @click.option("--pairs", type=click.IntRange(min=1), default=15, show_default=True)
-@click.option("--least", default=0.2, show_default=True, help="Seconds that one time should last.")
-@click.option("--profile", is_flag=True, help="How much of the time is spent in the towers' verbs.")
+@click.option("--least", default=0.2, show_default=True, help="Minimum seconds of one measurement.")
+@click.option("--profile", is_flag=True, help="Time inside and outside the towers' verbs.")
 @QUICK
 @JSON
 def main(
     against: Path, entry: str, against_entry: str, model: Path | None, chosen: tuple[str, ...], pairs: int,
     least: float, profile: bool, quick: bool, as_json: bool,
 ) -> None:  # fmt: skip
-    """Compares this checkout with another one."""
+    """Compares this checkout with another checkout."""
     cases = {name: CASES[name] for name in chosen or CASES}
     if quick:
         pairs, least = 2, 0.0
@@ -210,7 +210,7 @@ def main(
             print(f"{name}: the model's window permits only {found[name]['prompt tokens']} tokens", file=sys.stderr)
     publish("overhead", {"pairs": pairs} | facts | {"cases": found}, tables(found), as_json)
     if not all(found[name]["texts equal"] for name, case in cases.items() if case.exact):
-        raise click.ClickException("AR or verified decoding gave other texts on the two sides")
+        raise click.ClickException("AR or verified mode gave different texts on the two sides")
 
 
 if __name__ == "__main__":

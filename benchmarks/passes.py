@@ -1,19 +1,19 @@
-"""What does a pass cost beside its roofline, beside transformers, and beside a naive implementation?
+"""How does a pass compare with its roofline, with transformers, and with a naive implementation?
 
     python benchmarks/passes.py [--config FILE | --model DIR] [--dtype float32] [--quantization int8] [--device cuda]
         [--threads 2] [--quick]
     python benchmarks/passes.py --rates-only [--config FILE] [--context 256]
 
-- an AR step, a denoiser pass and a commit of one text, each beside its roofline (`common/roofline.py`);
-- the denoiser pass against the naive reference (`common/naive.py`), whose logits are compared first; a pass of the
-  reference is counted with its share of the block's clone of the cache;
+- an AR step, a denoising pass and a commit of one text, each with its roofline (`common/roofline.py`);
+- the denoising pass against the naive reference (`common/naive.py`), whose logits are compared first. A pass of the
+  reference includes its share of the block's copy of the cache;
 - AR end to end against transformers' `NemotronHForCausalLM.generate` with the same weights and dtype;
-- diffusion against AR at a forced number of tokens per pass of the denoiser, through `twotower.generate`.
+- diffusion against AR at a forced number of tokens per denoising pass, through `twotower.generate`.
 
---rates-only measures the machine's rates and prints the rooflines of the three passes, with experts chosen by chance.
+--rates-only measures the machine's rates and prints the rooflines of the three passes, with experts chosen at random.
 
-All passes of a dtype take turns in one process; medians. Without --model: random weights of the shape in --config.
-Blocks hold random tokens instead of masks, so that they visit as many experts as chance would.
+All passes of a dtype take turns in one process; figures are medians. Without --model: random weights of the shape in
+--config. Blocks hold random tokens instead of masks, so that they visit as many experts as in a trained model.
 """
 
 from __future__ import annotations
@@ -43,15 +43,17 @@ from twotower import TwoTowerForCausalLM, model_loading
 from twotower.evaluation.machine import device_facts, machine_facts, machine_summary
 from twotower.ops.precision import has_fast_bf16_matmul
 
-# --- passes beside their rooflines ----------------------------------------------------------------------------------
+# --- passes and their rooflines ----------------------------------------------------------------------------------
 
 
 @torch.no_grad()
 def costs(
     model: TwoTowerForCausalLM, rates: roofline.Rates, *, context: int, repeats: int, naive: bool, per_pass: float = 3.0
 ) -> dict[str, Any]:
-    """Medians of every pass after a text of `context` tokens. per_pass: tokens per pass, by which the naive reference's
-    clone of the cache, once a block, is shared out."""
+    """Medians of every pass after a text of `context` tokens.
+
+    per_pass: tokens per pass, which sets a pass's share of the naive reference's copy of the cache.
+    """
     device, config, dtype = model.device, model.config.backbone, model.dtype
     assert model.denoiser is not None
     shape: dict[str, Any] = {"rows": 1, "context": context, "quantization": model.quantization}
@@ -59,7 +61,7 @@ def costs(
     runs = PassRuns(model, context).after(context)
 
     def work_of(name: str, tower: torch.nn.Module, width: int, **more: bool) -> roofline.Work:
-        """With the experts that the tokens of the pass really choose."""
+        """The work of a pass, with the experts that its tokens choose."""
         runs[name].before()
         with roofline.counting_experts(tower) as choices:
             runs[name].call()
@@ -109,7 +111,7 @@ def costs(
 
 
 def difference(ours: torch.Tensor, other: torch.Tensor) -> dict[str, float]:
-    """In standard deviations of the logits."""
+    """The largest difference of logits, in standard deviations of the logits."""
     gap = (ours - other).abs() / other.std()
     return {"largest": float(gap.max()), "mean": float(gap.mean())}
 
@@ -119,7 +121,7 @@ def difference(ours: torch.Tensor, other: torch.Tensor) -> dict[str, float]:
 
 @torch.no_grad()
 def against_transformers(model: TwoTowerForCausalLM, *, context: int, tokens: int, rounds: int) -> dict[str, Any]:
-    """Greedy continuations of one prompt, prefill included on both sides."""
+    """Greedy continuations of one prompt; both sides include the prefill."""
     hf = transformers_baseline(model)
     prompt = random_tokens(model, 1, context, seed=2)
     written: dict[str, list[int]] = {}
@@ -148,7 +150,7 @@ def against_transformers(model: TwoTowerForCausalLM, *, context: int, tokens: in
 
 
 def from_passes(passes: dict[str, Any], per_pass: float) -> float:
-    """× AR that the passes' own costs give at so many tokens per pass, with nothing between passes."""
+    """× AR computed from the costs of passes at a number of tokens per pass, without time between passes."""
     steps = passes["denoiser pass"]["AR steps"] * BLOCK / per_pass + passes["commit"]["AR steps"]
     return BLOCK / steps
 
@@ -161,7 +163,7 @@ def measure(
     transformers: bool = True, naive: bool = True, per_pass: tuple[float, ...] = RATES,
     rates: roofline.Rates | None = None,
 ) -> dict[str, Any]:  # fmt: skip
-    """All of it, of one model."""
+    """All measurements of one model."""
     if rates is None:
         rates = roofline.measure(model.device, model.dtype, quick=quick)
     found: dict[str, Any] = {"machine": machine_facts(model), "context": context, "rates": asdict(rates)}
@@ -175,7 +177,7 @@ def measure(
 
 
 def tables(found: dict[str, Any]) -> Iterator[RenderableType]:
-    """Of one dtype."""
+    """The tables of one dtype."""
     rates = roofline.Rates(**found["rates"])
     title = f"{machine_summary(found['machine'])}: {roofline.rates_summary(rates)}"
     table = Table("pass", "ms", "roofline, ms", "× roofline", "AR steps", "reads", "experts a layer", title=title)
@@ -236,16 +238,16 @@ def roofline_table(found: dict[str, Any]) -> Table:
 @DEVICE
 @click.option(
     "--dtype", "dtypes", type=click.Choice(roofline.DTYPES), multiple=True,
-    help="Can be repeated.  [default: float32, and bfloat16 where the device multiplies it]",
+    help="Can be repeated.  [default: float32, and bfloat16 if the device has fast matmuls in it]",
 )  # fmt: skip
 @click.option(
     "--quantization", "quantizations", type=click.Choice(model_loading.QUANTIZATIONS), multiple=True, default=("none",),
-    show_default=True, help="Can be repeated: each with each dtype. int8 without transformers and naive reference.",
+    show_default=True, help="Can be repeated, for each dtype. int8: without transformers and naive reference.",
 )  # fmt: skip
 @click.option("--context", default=256, show_default=True, help="Tokens before the pass.")
-@click.option("--repeats", default=30, show_default=True, help="Of each pass.")
-@click.option("--tokens", default=96, show_default=True, help="Of each text.")
-@click.option("--rounds", default=3, show_default=True, help="Of texts.")
+@click.option("--repeats", default=30, show_default=True, help="Repeats of each pass.")
+@click.option("--tokens", default=96, show_default=True, help="Tokens of each text.")
+@click.option("--rounds", default=3, show_default=True, help="Rounds of texts.")
 @click.option("--rates-only", is_flag=True, help="Only the machine's rates and the rooflines, of the first dtype.")
 @THREADS
 @QUICK

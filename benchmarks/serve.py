@@ -1,12 +1,12 @@
-"""What does a server cost beside its engine, and how long do its clients wait?
+"""What does a server cost compared with its engine, and how long do clients wait?
 
     python benchmarks/serve.py [--at-once 1,4,16,64] [--modes ar,diffusion,verified] [--requests 192] [--dtype float64]
 
-One `twotower serve` of the bundled model answers on the loopback interface; the clients are tasks of this process. At
-every number of clients the same requests are asked for in each mode; every tenth client leaves after a random number of
-chunks. In turn with the server, an engine in this process writes the same texts with as many rows: the ratio is the
-cost of HTTP, JSON and two processes, clients included. Every whole answer is compared with the engine's. Times of a
-request are from its connection on: to its first chunk with text (first block) and to its end.
+One `twotower serve` of the bundled model answers on the loopback interface; the clients are tasks of this process. For
+every number of clients, the same requests are sent in each mode. Every tenth client disconnects after a random number
+of chunks. In turn with the server, an engine in this process generates the same texts with as many rows. The ratio is
+the cost of HTTP, JSON and two processes, with the clients. Every complete answer is compared with the engine's. Times
+of a request are from its connection to its first chunk with text (first block) and to its end.
 """
 
 from __future__ import annotations
@@ -37,13 +37,13 @@ from twotower.evaluation.machine import machine_facts
 from twotower.evaluation.speed import few_shot_prompts
 
 CONTEXT = 128  # tokens of a prompt
-LEAVING = 0.1  # of the clients, after a random number of chunks
-PATIENCE = 120.0  # seconds for one answer: nothing here runs for ever
+LEAVING = 0.1  # share of the clients that disconnect, after a random number of chunks
+PATIENCE = 120.0  # timeout in seconds for one answer
 
 
 @dataclass
 class Load:
-    """What one number of clients in one mode gave."""
+    """Figures of one number of clients in one mode."""
 
     seconds: float = 0.0
     tokens: int = 0
@@ -87,7 +87,7 @@ class Server:
 
 
 async def ask(port: int, fields: dict[str, Any], leave_after: int | None) -> tuple[str, float, float, int] | None:
-    """One streamed answer → its text, seconds to its first and last chunk, its tokens; None: left early."""
+    """Requests one streamed answer: text, seconds to the first and last chunk, tokens; None: disconnected early."""
     started = time.perf_counter()
     reader, writer = await asyncio.open_connection("127.0.0.1", port)
     try:
@@ -117,7 +117,7 @@ async def ask(port: int, fields: dict[str, Any], leave_after: int | None) -> tup
 
 
 async def load(server: Server, requests: list[dict[str, Any]], expected: list[str], clients: int, seed: int) -> Load:
-    """All requests, `clients` of them at any time."""
+    """Sends all requests, with `clients` of them at any time."""
     rng = random.Random(seed)
     leave = [rng.randint(1, 8) if rng.random() < LEAVING else None for _ in requests]
     out, following = Load(), iter(range(len(requests)))
@@ -142,7 +142,7 @@ async def load(server: Server, requests: list[dict[str, Any]], expected: list[st
 
 
 def offline(model: Any, requests: list[Request], rows: int) -> tuple[list[Generation], float]:
-    """The engine's own answers with as many rows, and its seconds."""
+    """The engine's answers with as many rows, and its seconds."""
     llm = LLM.fitting(model, requests, rows)
     started = time.perf_counter()
     return llm.generate(requests), time.perf_counter() - started
@@ -207,9 +207,9 @@ def table(facts: dict[str, Any]) -> Table:
 
 
 @click.command()
-@click.option("--at-once", callback=numbers, default="1,4,16,64", show_default=True, help="Clients.")
+@click.option("--at-once", callback=numbers, default="1,4,16,64", show_default=True, help="Numbers of clients.")
 @click.option("--modes", default=",".join(DECODING), show_default=True)
-@click.option("--requests", "count", default=192, show_default=True, help="Texts in each mode and number, at most.")
+@click.option("--requests", "count", default=192, show_default=True, help="Texts of each mode and number, at most.")
 @click.option("--new", default=64, show_default=True, help="New tokens of a text, at most.")
 @click.option("--rounds", default=2, show_default=True)
 @click.option("--dtype", type=click.Choice(model_loading.DTYPES), default="float32", show_default=True)
@@ -218,7 +218,7 @@ def table(facts: dict[str, Any]) -> Table:
 def main(
     at_once: tuple[int, ...], modes: str, count: int, new: int, rounds: int, dtype: str, quick: bool, as_json: bool
 ) -> None:
-    """Measures the bundled model's server."""
+    """Measures a server of the bundled model."""
     start()
     chosen = names(modes, DECODING, "--modes")
     if quick:

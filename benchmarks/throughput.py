@@ -1,21 +1,21 @@
-"""How fast is the engine with many requests at once, and with one whose drafts are worth little?
+"""How fast is the engine with many requests at once, and with one request whose drafts are rarely accepted?
 
     python benchmarks/throughput.py requests [--model DIR] [--at-once 1,2,4,8,16,32,64] [--modes ar,diffusion,verified]
     python benchmarks/throughput.py worst-case [--model DIR] [--texts 8] [--tokens 256] [--rounds 5] [--threads 1]
 
-requests: tokens a second against the number of requests at once, beside the ratio that the pass's own matmuls allow
-(`common/matmuls.py`). The same texts at every number at once (in groups, where fewer run at once than there are texts);
-a group is handed to the engine in one go. A rate counts the tokens between the first moment when every row of the group
-writes and the first end of one ("overall" includes the prefill). Latency is from a request's arrival to its end, the
-first block's to its first new tokens; both include waiting for the prompt to be read. Where the number of passes
-depends on the text (diffusion, verified) beginnings may be easier than ends, which favours N > 1 a little; "overall
-times one", in the JSON, counts everything. Modes and numbers take turns within a round.
+requests: tokens per second by the number of requests at once, with the ratio that the pass's matmuls allow
+(`common/matmuls.py`). The same texts are generated at every number, in groups if fewer run at once than there are
+texts; the engine gets a group at once. A rate counts the tokens from the moment when every row of the group has begun
+to the first end of a row ("overall" includes the prefill). Latency is from a request's arrival to its end, for the
+first block to its first new tokens; both include waiting for the prefill. If the number of passes depends on the text
+(diffusion, verified), beginnings may be easier than ends, which favours N > 1 a little; "overall times one", in the
+JSON, counts everything. Modes and numbers take turns within a round.
 
-worst-case: seconds of verified decoding with an adaptive number of passes ÷ AR's on the same texts, one request at a
-time. Three kinds of text, from bad to good: random prompts continued at temperature 1.5, random prompts continued
-greedily, and problems of the suite continued past their answers. AR and verified decoding take turns text by text with
-the same seeds, so both write the same text. Ratios of a round's seconds, medians. What a model learns about its drafts
-is kept from round to round, as between requests.
+worst-case: seconds of verified mode with adaptive draft depth ÷ seconds of AR on the same texts, one request at a time.
+Three kinds of text: random prompts continued at temperature 1.5, random prompts continued greedily, and problems of the
+suite continued past their answers. AR and verified mode take turns text by text with the same seeds, so both write the
+same text. Figures are medians of the ratios of a round. What a model learns about its drafts is kept from round to
+round, as between requests.
 """
 
 from __future__ import annotations
@@ -63,7 +63,7 @@ def measure(
     prompts: list[list[int]] | None = None,
     progress: Callable[[str], object] = lambda text: None,
 ) -> dict[str, Any]:
-    """Every mode at every number of requests at once; at_once begins with 1."""
+    """Measures every mode at every number of requests at once; at_once begins with 1."""
     most = max(texts, *at_once)
     prompts = prompts or few_shot_prompts(model, most, context)
     shared = {"max_new_tokens": tokens, "mask_token_id": model.config.mask_token, "seed": 0}
@@ -74,7 +74,7 @@ def measure(
     for number in range(rounds + 1):
         for (mode, rows), groups in found.items():
             progress(f"round {number} of {rounds}: {mode}, {rows} at once")
-            count = max(texts, rows) if number else rows  # the first round warms up
+            count = max(texts, rows) if number else rows  # the first round is a warm-up
             parts = [prompts[start : start + rows] for start in range(0, count, rows)]
             group = join([run_group(engines[rows], part, asked[mode]) for part in parts])
             if number:
@@ -162,7 +162,7 @@ def kinds(model: TwoTowerForCausalLM, texts: int) -> dict[str, tuple[list[list[i
 def written(
     model: TwoTowerForCausalLM, mode: str, number: int, prompt: list[int], tokens: int, warm: float
 ) -> Generation:
-    """A text alone; no end of text, so that all are equally long."""
+    """Generates one text alone, without EOS, so that all texts have the same length."""
     params = GenerationParams.of(
         mode=mode, max_new_tokens=tokens, temperature=warm, seed=number, mask_token_id=model.config.mask_token
     )
@@ -171,7 +171,7 @@ def written(
 
 
 def worst_case(model: TwoTowerForCausalLM, texts: int, tokens: int, rounds: int) -> Iterator[dict[str, Any]]:
-    """Each kind of text."""
+    """Measures each kind of text."""
     for name, (prompts, warm) in kinds(model, texts).items():
         ratios: list[float] = []
         for number in range(rounds + 1):
@@ -181,7 +181,7 @@ def worst_case(model: TwoTowerForCausalLM, texts: int, tokens: int, rounds: int)
                 for mode in sorted(outputs, reverse=(i + number) % 2 == 0):
                     outputs[mode].append(written(model, mode, i, prompt, tokens, warm))
             ar, verified = outputs["ar"], outputs["verified"]
-            if number:  # the first round warms up
+            if number:  # the first round is a warm-up
                 ratios.append(sum(o.decode_seconds for o in verified) / sum(o.decode_seconds for o in ar))
         yield {
             "text": name, "ratio": statistics.median(ratios), "ratios": ratios,
@@ -205,7 +205,7 @@ def table_of_worst_case(found: Sequence[dict[str, Any]], texts: int) -> Table:
 
 @click.group()
 def main() -> None:
-    """Tokens a second of the engine."""
+    """Tokens per second of the engine."""
 
 
 @main.command("requests")
@@ -214,9 +214,9 @@ def main() -> None:
 @click.option("--dtype", type=click.Choice(model_loading.DTYPES), default="auto", show_default=True)
 @click.option("--at-once", callback=numbers, default=",".join(map(str, AT_ONCE)), show_default=True)
 @click.option("--modes", default=",".join(DECODING), show_default=True)
-@click.option("--texts", default=16, show_default=True, help="At least so many, at every number at once.")
+@click.option("--texts", default=16, show_default=True, help="Texts at every number of requests, at least.")
 @click.option("--context", default=64, show_default=True, help="Tokens of a prompt.")
-@click.option("--tokens", default=128, show_default=True, help="New ones of a text.")
+@click.option("--tokens", default=128, show_default=True, help="New tokens of a text.")
 @click.option("--rounds", default=2, show_default=True)
 @THREADS
 @QUICK
@@ -225,7 +225,7 @@ def requests_at_once(
     path: Path | None, device: str, dtype: str, at_once: tuple[int, ...], modes: str, texts: int, context: int,
     tokens: int, rounds: int, threads: int | None, quick: bool, as_json: bool,
 ) -> None:  # fmt: skip
-    """Many requests at once; the bundled model, or another that knows the suite's texts."""
+    """Many requests at once, with the bundled model or another model trained on the suite's texts."""
     start(threads)
     chosen = names(modes, DECODING, "--modes")
     if at_once[0] != 1:
@@ -254,7 +254,7 @@ def requests_at_once(
 def worst_case_of_drafting(
     path: Path | None, texts: int, tokens: int, rounds: int, threads: int, dtype: str, quick: bool, as_json: bool
 ) -> None:
-    """Verified decoding where drafts are worth little, against AR."""
+    """Verified mode with rarely accepted drafts, against AR."""
     start(threads)
     if quick:
         texts, tokens, rounds = 1, 24, 1

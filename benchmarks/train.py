@@ -1,16 +1,16 @@
-"""What does a training step cost, and what is each part of the design worth in training?
+"""What does a training step cost, and what does each part of the design contribute?
 
     python benchmarks/train.py step [--device cuda] [--dtype bfloat16] [--quick] [--json]
     python benchmarks/train.py ablations DATA OUT [--steps 1200] [--seed 1 --seed 2] [--only NAME …]
 
 step: a training step of the denoiser against an autoregressive step of the same backbone on the same tokens. Both steps
 (forward, backward, AdamW) take turns in one process; the ratio is of medians. Memory is what autograd keeps between
-forward and backward, parameters not counted, for one row of 4,096 tokens.
+forward and backward, without parameters, for one row of 4,096 tokens.
 
 ablations: a backbone of about a million parameters is trained once on dialogues and the suite's problems. Each
 variation then trains a denoiser from it for the same number of steps, and is measured on the same held-out text: masked
-NLL in nats by noise level, and, where generation supports the variation, tokens per pass and the suite's exact-match
-accuracy at γ 0.8. Runs that are done are kept in OUT and not repeated; the table shows those that are there.
+NLL in nats by noise level, and, if generation supports the variation, tokens per pass and the suite's exact-match
+accuracy at γ 0.8. Finished runs are kept in OUT and not repeated; the table shows the runs that exist.
 """
 
 from __future__ import annotations
@@ -43,7 +43,7 @@ MASK = 3
 
 
 def shapes() -> dict[str, BackboneConfig]:
-    """The bundled model's, and one of ten times its parameters."""
+    """The bundled model's shape, and a shape with ten times the parameters."""
     bundled = TwoTowerConfig(**{key: value for key, value in SHAPE.items() if key != "model_type"}).backbone
     large = replace(
         bundled, hidden_size=640, mamba_num_heads=20, num_attention_heads=20, num_key_value_heads=4,
@@ -53,7 +53,7 @@ def shapes() -> dict[str, BackboneConfig]:
 
 
 def packed(rows: int, length: int, vocabulary: int, device: torch.device) -> Batch:
-    """Rows of two documents each, random tokens, every block trained."""
+    """Rows of two documents each, with random tokens; every block is trained."""
     generator = torch.Generator().manual_seed(0)
     tokens = torch.randint(4, vocabulary, (rows, length), generator=generator)
     document = (torch.arange(length) * 2 // length).expand(rows, -1).contiguous()
@@ -64,7 +64,7 @@ def packed(rows: int, length: int, vocabulary: int, device: torch.device) -> Bat
 def objectives(
     shape: BackboneConfig, world: fsdp.World, dtype: torch.dtype, activation_checkpointing: bool
 ) -> dict[str, Any]:
-    """Both, on towers of their own, sharded as in training."""
+    """Both objectives, on separate towers, sharded as in training."""
     config = TwoTowerConfig(**{name: getattr(shape, name) for name in shape.__dataclass_fields__})
     torch.manual_seed(0)
     alone, both = TwoTowerForCausalLM(config, towers="context"), TwoTowerForCausalLM(config)
@@ -85,13 +85,13 @@ def objectives(
 
 
 def step(objective: Any, optimizer: ShardedAdamW, batch: Batch, noise: Any) -> None:
-    """One update."""
+    """Makes one optimizer step."""
     (objective(batch, noise, BLOCK) / batch.tokens.numel()).backward()
     optimizer.step(1e-5, optimizer.gradient_norm())
 
 
 def kept_bytes(objective: Any, batch: Batch, noise: Any) -> int:
-    """What autograd saves in a forward pass, each storage once, without parameters."""
+    """Bytes that autograd saves in a forward pass, each storage once, without parameters."""
     own = {fsdp.local(p.detach()).untyped_storage().data_ptr() for p in objective.parameters()}
     found: dict[int, int] = {}
 
@@ -113,7 +113,7 @@ def measure(
     name: str, shape: BackboneConfig, world: fsdp.World, dtype: torch.dtype, *, repeats: int, rows: int,
     length: int, kept_length: int,
 ) -> dict[str, Any]:  # fmt: skip
-    """Both steps of one shape."""
+    """Measures both steps of one shape."""
     batch = packed(rows, length, shape.vocab_size, world.device)
     long = packed(1, kept_length, shape.vocab_size, world.device)
     result: dict[str, Any] = {"shape": name, "kept_length": kept_length, "kept_bytes": {}}
@@ -158,11 +158,11 @@ def table_of_steps(results: Sequence[dict[str, Any]]) -> Table:
 
 @click.group()
 def main() -> None:
-    """Costs of training, and what its parts are worth."""
+    """Costs of training, and the contribution of its parts."""
 
 
 @main.command("step")
-@click.option("--device", type=click.Choice(("cpu", "cuda")), default=None, help="[default: CUDA where there is one]")
+@click.option("--device", type=click.Choice(("cpu", "cuda")), default=None, help="[default: CUDA if there is a GPU]")
 @click.option("--dtype", type=click.Choice(("auto", "bfloat16", "float32")), default="auto", show_default=True)
 @click.option("--repeats", default=7, show_default=True)
 @click.option("--rows", default=4, show_default=True)
@@ -174,7 +174,7 @@ def step_costs(
     device: str | None, dtype: str, repeats: int, rows: int, row_length: int, threads: int | None, quick: bool,
     as_json: bool,
 ) -> None:  # fmt: skip
-    """A denoiser's step against an AR step, in both shapes (--quick: the bundled one, on few tokens)."""
+    """A denoiser step against an AR step, in both shapes (--quick: the bundled shape, few tokens)."""
     start(threads)
     kept_length, chosen = 4096, shapes()
     if quick:
@@ -196,7 +196,7 @@ def step_costs(
 @main.command("ablations")
 @click.argument("data", type=DIRECTORY)
 @click.argument("out", type=click.Path(file_okay=False, path_type=Path))
-@click.option("--steps", default=1200, show_default=True, help="Of each denoiser.")
+@click.option("--steps", default=1200, show_default=True, help="Steps of each denoiser.")
 @click.option("--backbone-steps", default=2500, show_default=True)
 @click.option("--seed", "seeds", type=int, multiple=True, default=(1, 2), show_default=True)
 @click.option("--only", multiple=True, type=click.Choice([one.name for one in ablations.VARIATIONS]))
@@ -206,7 +206,7 @@ def ablations_of_the_design(
     data: Path, out: Path, steps: int, backbone_steps: int, seeds: tuple[int, ...], only: tuple[str, ...], device: str,
     threads: int | None,
 ) -> None:  # fmt: skip
-    """Trains each variation that is not done yet, then prints the table in Markdown."""
+    """Trains each variation that is not finished, then prints the table in Markdown."""
     start(threads)
     out.mkdir(parents=True, exist_ok=True)
     world = fsdp.start(device)

@@ -158,7 +158,7 @@ def test_gpu_script_on_the_cpu(tmp_path: Path) -> None:
     parts = facts["parts"]
     assert list(parts) == [
         "kernels", "equality", "rooflines", "full-passes", "full-profile", "full-diffusion", "full-context",
-        "full-memory", "full-ahead", "full-int8", "midsize", "engine", "two-devices", "loading",
+        "full-memory", "full-async-scheduling", "full-int8", "midsize", "engine", "two-devices", "loading",
     ]  # fmt: skip
     assert {name: (part["state"], part.get("error")) for name, part in parts.items()} == dict.fromkeys(
         parts, ("done", None)
@@ -172,7 +172,7 @@ def test_gpu_script_on_the_cpu(tmp_path: Path) -> None:
     for rows in (parts["two-devices"]["found"][name] for name in ("full shape", "bundled model")):
         for row in rows:  # of one round
             assert row["ratio"] == pytest.approx(row["two devices, tokens/s"] / row["one device, tokens/s"])
-    assert all(row["same texts"] for row in parts["full-ahead"]["found"]["engine"])
+    assert all(row["same texts"] for row in parts["full-async-scheduling"]["found"]["engine"])
     assert (
         parts["full-int8"]["found"]["passes"]["AR step"]["bytes"]
         < parts["full-passes"]["found"]["passes"]["AR step"]["bytes"]

@@ -1,1 +1,1 @@
-"""What the benchmark programs share."""
+"""Code that the benchmark programs share."""

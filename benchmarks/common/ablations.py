@@ -44,7 +44,7 @@ RATE = 2e-3
 
 @dataclass(frozen=True)
 class Material:
-    """What all runs share."""
+    """Data and models that all runs share."""
 
     config: TwoTowerConfig
     tokenizer: Any
@@ -66,7 +66,7 @@ def run_once(material: Material, variation: Variation, seed: int, steps: int, ou
 
 
 def run_variation(material: Material, variation: Variation, seed: int, steps: int, folder: Path) -> dict[str, Any]:
-    """Trains and measures one variation → its figures."""
+    """Trains and measures one variation. Returns its figures."""
     world = material.world
     torch.manual_seed(seed)
     model = TwoTowerForCausalLM(material.config)
@@ -143,7 +143,7 @@ def generate(material: Material, variation: Variation, whole: dict[str, Tensor])
 
 
 def prepare(data: Path, out: Path, steps: int, world: fsdp.World) -> Material:
-    """Text, tokenizer and backbone, made once."""
+    """Makes text, tokenizer and backbone, unless OUT has them."""
     suite, tokens, saved = out / "suite.jsonl", out / "tokenizer.json", out / "backbone.pt"
     if not suite.exists():
         write_jsonl(suite, make_problems("train", 60_000, seed=1, difficulties=(1,)))
@@ -201,5 +201,5 @@ def _spread(values: list[float], form: str) -> str:
 
 
 def slug(variation: Variation) -> str:
-    """Its file's name."""
+    """The variation's name for file names."""
     return "".join(c if c.isalnum() else "-" for c in variation.name.lower()).strip("-")

@@ -1,4 +1,4 @@
-"""One side of `overhead.py`: a process with the `twotower` of one checkout, which runs cases on command.
+"""One side of `overhead.py`: a process with the `twotower` of one checkout, which runs cases on request.
 
 Reads one JSON object a line from stdin and answers each with one line on stdout. Uses public names only, so that it
 works with older commits too.
@@ -6,8 +6,7 @@ works with older commits too.
     {"mode": "ar", "rows": 1, "prompt": 0, "tokens": 128, "times": 1}
     → {"seconds": 0.06, "texts": [[…]], "prompt": 16, "verbs": {"extend": {"calls": 128, "seconds": 0.05}}}
 
-prompt: tokens of each prompt (0: a sentence). times: how often the case runs while the clock does. verbs: only with
---profile.
+prompt: tokens of each prompt (0: a sentence). times: number of runs in one measurement. verbs: only with --profile.
 """
 
 from __future__ import annotations
@@ -42,20 +41,20 @@ OPTIONS: dict[str, dict[str, Any]] = {
     "diffusion": {"block_size": 16, "confidence_threshold": 0.8},
 }
 VERBS = ("prefill", "extend", "denoise")
-SHORT = 256  # tokens of a text whose engine is kept from call to call; its prefix cache holds longer prompts only
+SHORT = 256  # texts up to this length share an engine, whose prefix cache stores only longer prompts
 
 Texts = list[list[int]]
 
 
 class VerbClock:
-    """Time spent in the verbs of the towers; a verb that another one calls counts as part of the outer verb."""
+    """Time spent in the verbs of the towers. A verb that another verb calls counts as part of the outer verb."""
 
     def __init__(self) -> None:
         self.depth = 0
         self.found: dict[str, dict[str, float]] = {}
 
     def wrap_all(self) -> None:
-        """Wraps the verbs of every class of `twotower` that has them, wherever the checkout keeps the class."""
+        """Wraps the verbs of every class of `twotower` that has them, in any module of the checkout."""
         modules = [module for name, module in sys.modules.items() if name.startswith("twotower")]
         classes = {value for module in modules for value in vars(module).values() if inspect.isclass(value)}
         for owner in classes:
@@ -82,7 +81,7 @@ class VerbClock:
 
 
 class Side:
-    """The model of this checkout behind one entry point."""
+    """The model of this checkout with one entry point."""
 
     def __init__(self, source: str, entry: str) -> None:
         self.model = twotower.TwoTowerForCausalLM.from_pretrained(source, dtype="float32")
@@ -92,7 +91,7 @@ class Side:
         self.sentences: Texts = [self.model.tokenizer(text)["input_ids"] for text in SENTENCES]
 
     def prompts(self, rows: int, length: int, tokens: int) -> Texts:
-        """Sentences, or that many tokens of sentences joined, as far as the model's window permits."""
+        """Sentences, or prompts of that many tokens, made of sentences; at most the context window."""
         if not length:
             return self.sentences[:rows]
         length = min(length, self.model.config.max_position_embeddings - tokens)
@@ -101,7 +100,7 @@ class Side:
         return [joined[row : row + length] for row in range(rows)]
 
     def run_of(self, mode: str, prompts: Texts, tokens: int) -> Callable[[], Texts]:
-        """A call that generates once; what a real caller keeps between calls is made here, outside the clock."""
+        """A callable that generates once. Objects that a caller would keep between calls are made here, untimed."""
         entry = self._through_engine if self.entry == "engine" else self._generate
         return entry(mode, prompts, tokens)
 
@@ -115,7 +114,7 @@ class Side:
         requests = [twotower.Request(prompt, params) for prompt in prompts]
         length = max(map(len, prompts)) + tokens
         rows = len(prompts)
-        if length > SHORT:  # an engine that knows a long prompt from the last call would not read it again
+        if length > SHORT:  # a new engine, because the prefix cache would skip a prompt of the last call
             engine = twotower.LLM(self.model, rows=rows, length=length)
         else:
             engine = self.engines[rows] = self.engines.get(rows) or twotower.LLM(self.model, rows=rows, length=SHORT)
@@ -140,7 +139,7 @@ def answer(side: Side, clock: VerbClock | None, asked: dict[str, Any]) -> dict[s
 
 
 def main() -> None:
-    """Answers until stdin ends."""
+    """Answers requests until stdin ends."""
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--model", default=None)
     parser.add_argument("--entry", choices=("generate", "engine"), required=True)
@@ -151,7 +150,7 @@ def main() -> None:
     clock = None
     if arguments.profile:
         clock = VerbClock()
-        side.run_of("diffusion", side.prompts(1, 0, 1), 1)()  # loads every module that takes part
+        side.run_of("diffusion", side.prompts(1, 0, 1), 1)()  # imports all modules before the first measurement
         clock.wrap_all()
     gc.collect()
     gc.freeze()

@@ -1,8 +1,8 @@
-"""Groups of requests in an engine, and two engines in turns.
+"""Runs groups of requests in an engine, and compares two engines in turns.
 
-Two engines differ in where the towers are (one device or two), or in when the denoiser's next pass is launched (after
-the results of the last pass, or before). The copy of the model on two devices has the same weights and makes the same
-passes.
+Two engines differ in the placement of the towers (one device or two), or in async scheduling (whether the denoiser's
+next pass is launched before or after the results of the last pass). The copy of the model on two devices has the same
+weights and makes the same passes.
 """
 
 from __future__ import annotations
@@ -28,7 +28,7 @@ KINDS = DECODING | {"diffusion, 4 passes a block": {"mode": "diffusion", "policy
 
 @dataclass
 class Group:
-    """What running some requests at once gave; tokens and seconds: of the stretch in which all rows write."""
+    """Figures of some requests at once. tokens, seconds: of the period in which all rows write."""
 
     tokens: int = 0
     seconds: float = 0.0
@@ -42,7 +42,7 @@ class Group:
 
 
 def run_group(llm: LLM, prompts: Sequence[list[int]], params: GenerationParams) -> Group:
-    """All of them at once, to their ends."""
+    """Runs all requests of a group at once, to their ends."""
     device = llm.model.device
     synchronize(device)
     started = time.perf_counter()
@@ -52,7 +52,7 @@ def run_group(llm: LLM, prompts: Sequence[list[int]], params: GenerationParams) 
     out, opened = Group(), 0.0
     while len(ended) < len(numbers):
         events = llm.step()
-        now = time.perf_counter()  # events hold tokens on the host: what they tell of is done
+        now = time.perf_counter()  # events hold tokens on the host, so their passes are finished
         if opened and not ended:
             out.tokens += sum(len(event.tokens) for event in events)
             out.seconds = now - opened
@@ -75,7 +75,7 @@ def run_group(llm: LLM, prompts: Sequence[list[int]], params: GenerationParams) 
 
 
 def join(groups: Sequence[Group]) -> Group:
-    """The groups one after the other."""
+    """Concatenates groups."""
     out = Group()
     for group in groups:
         for name in vars(out):
@@ -87,18 +87,18 @@ def join(groups: Sequence[Group]) -> Group:
 
 
 def spread(model: TwoTowerForCausalLM, device: torch.device) -> TwoTowerForCausalLM:
-    """The model with a copy of its denoiser on another device; the context tower is the same one."""
+    """The model with a copy of its denoiser on another device; the context tower is shared."""
     with torch.device("meta"):
         other = TwoTowerForCausalLM(model.config)
     other.context, other.tokenizer = model.context, model.tokenizer
     other.denoiser, other.time = moved(model.denoiser, device), moved(model.time, device)
-    if device == model.device:  # tried out where there is only one
+    if device == model.device:  # one device only: still uses the transfers of two devices
         other.transfer = DeviceTransfer()
     return other.eval()
 
 
 def moved(module: nn.Module | None, device: torch.device) -> Any:
-    """A copy whose tensors were never anywhere else."""
+    """A copy on another device, with new tensors."""
     assert module is not None
     there: dict[int, Any] = {id(b): b.to(device, copy=True) for b in module.buffers()}
     for own in module.parameters():
@@ -106,19 +106,19 @@ def moved(module: nn.Module | None, device: torch.device) -> Any:
     return copy.deepcopy(module, there)
 
 
-def apart(model: TwoTowerForCausalLM, device: torch.device, **asked: Any) -> list[dict[str, Any]]:
-    """The context tower where it is and the denoiser beside it, or on `device`."""
+def compare_devices(model: TwoTowerForCausalLM, device: torch.device, **asked: Any) -> list[dict[str, Any]]:
+    """Compares an engine on one device with an engine whose denoiser is on `device`."""
     models = {"one device": model, "two devices": spread(model, device)}
     return in_turns(lambda **sizes: {name: LLM(own, **sizes) for name, own in models.items()}, **asked)
 
 
-def ahead(model: TwoTowerForCausalLM, **asked: Any) -> list[dict[str, Any]]:
-    """The denoiser's next pass launched after the last one's results are here, or before."""
+def compare_async_scheduling(model: TwoTowerForCausalLM, **asked: Any) -> list[dict[str, Any]]:
+    """Compares an engine without and with async scheduling."""
 
     def engines(**sizes: int) -> dict[str, LLM]:
-        both = {"waiting": LLM(model, **sizes), "ahead": LLM(model, **sizes)}
+        both = {"sync": LLM(model, **sizes), "async": LLM(model, **sizes)}
         for name, engine in both.items():
-            engine.core.async_scheduling = name == "ahead"
+            engine.core.async_scheduling = name == "async"
         return both
 
     return in_turns(engines, **asked)
@@ -133,8 +133,10 @@ def in_turns(
     tokens: int,
     rounds: int,
 ) -> list[dict[str, Any]]:
-    """Tokens a second of the prompts' first so many at once, in two engines; medians over rounds, ratios within a
-    round."""
+    """Tokens per second of the first prompts at each number at once, in two engines.
+
+    Medians over rounds, and medians of ratios within a round.
+    """
     length = max(map(len, prompts)) + tokens
     found = []
     for rows in at_once:
@@ -147,7 +149,7 @@ def in_turns(
             for number in range(rounds + 1):
                 for name, engine in engines.items():
                     group = run_group(engine, prompts[:rows], params)
-                    if number:  # the first round warms up
+                    if number:  # the first round is a warm-up
                         runs[name].append(group)
             rate = {name: [group.all_tokens / group.all_seconds for group in own] for name, own in runs.items()}
             (first, before), (second, after) = rate.items()

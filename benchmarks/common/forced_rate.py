@@ -17,8 +17,10 @@ RATES = (1.5, 3.0, 5.0)
 
 
 class Schedule:
-    """A policy that commits `rate` positions a pass on average over the blocks of one text: after P passes ⌊rate · P⌋,
-    or the end of the block. Call `begin` before each text."""
+    """A policy that commits `rate` positions a pass on average over the blocks of one text.
+
+    After P passes, ⌊rate · P⌋ positions are committed, or the block ends. Call `begin` before each text.
+    """
 
     def __init__(self) -> None:
         self.begin()
@@ -38,7 +40,7 @@ class Schedule:
 
 @contextmanager
 def forced() -> Iterator[Schedule]:
-    """The schedule as policy "forced"."""
+    """Registers the schedule as policy "forced"."""
     schedule = Schedule()
     register_policy("forced", schedule, value_meaning="tokens a pass", default=1.0, low=1.0)
     try:
@@ -50,7 +52,7 @@ def forced() -> Iterator[Schedule]:
 def diffusion_against_ar(
     model: TwoTowerForCausalLM, *, context: int, tokens: int, rounds: int, per_pass: tuple[float, ...] = RATES
 ) -> list[dict[str, Any]]:
-    """One text at each rate and AR, in turn; tokens per second after the prefill."""
+    """Generates one text at each rate and with AR, in turn. Figures: tokens per second after the prefill."""
     prompt = [random_tokens(model, 1, context, seed=3)[0].tolist()]
     shared: dict[str, Any] = {"max_new_tokens": tokens, "mask_token_id": model.config.mask_token, "seed": 0}
     outputs: dict[str, Generation] = {}

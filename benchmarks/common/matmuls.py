@@ -1,6 +1,6 @@
 """The matmuls of a pass alone: the modules with weights, called one after the other on random inputs.
 
-For N rows N · seconds(1) ÷ seconds(N) is the gain that the matmuls allow when N requests share a pass.
+For N rows, N · seconds(1) ÷ seconds(N) is the gain that the matmuls allow if N requests share a pass.
 """
 
 from __future__ import annotations
@@ -18,7 +18,7 @@ from twotower.model.tower import Tower
 
 
 def matmuls(tower: Tower, tokens: int, head: bool) -> tuple[list[Callable[[], object]], int]:
-    """A tower's modules with weights, each on so many tokens of random input, and the bytes of those weights."""
+    """A tower's modules with weights, each with a number of tokens of random input; and the bytes of these weights."""
     calls: list[Callable[[], object]] = []
     covered = 0
     weight = next(tower.parameters())
@@ -35,7 +35,7 @@ def matmuls(tower: Tower, tokens: int, head: bool) -> tuple[list[Callable[[], ob
             share, choice = scores.topk(config.num_experts_per_tok, -1)
             calls.append(lambda module=module, x=x, choice=choice, share=share: module(x, choice, share))
         else:
-            continue  # routers, a few rows, are neither run nor counted as covered
+            continue  # routers have few rows: neither timed nor counted as covered
         covered += sum(parameter.nbytes for parameter in module.parameters())
     return calls, covered
 
@@ -55,15 +55,17 @@ def matmul_runs(model: TwoTowerForCausalLM, rows: int) -> dict[str, TimedCall]:
 
 
 def covered_share(model: TwoTowerForCausalLM) -> float:
-    """Of a tower's weights, the embedding apart: how much of them the matmuls that are timed read."""
+    """The share of a tower's weights, without the embedding, that the timed matmuls read."""
     _, covered = matmuls(model.context, 1, True)
     every = sum(parameter.nbytes for parameter in model.context.parameters())
     return covered / (every - model.context.embeddings.weight.nbytes)
 
 
 def matmul_ratios(times: dict[str, list[float]], at_once: Sequence[int], passes: float) -> dict[str, dict[int, float]]:
-    """N rows' rate ÷ one row's, by the matmuls alone; a block of diffusion takes `passes` of the denoiser and a
-    commit, a round of verified decoding one pass and a check."""
+    """The rate of N rows ÷ the rate of one row, by the matmuls alone.
+
+    A block of diffusion has `passes` denoising passes and a commit; a round of verified mode has one pass and a check.
+    """
 
     def of(rows: int, weights: dict[str, float]) -> list[float]:
         columns = [[share * value for value in times[f"{kind} {rows}"]] for kind, share in weights.items()]

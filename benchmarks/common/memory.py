@@ -1,13 +1,13 @@
 """Loading time, peak memory, time to the first block, and the memory of a text's state.
 
-Every load happens in a process of its own: AR on the context tower alone, AR and diffusion with both towers. Peak is
-the process's highest resident memory (VmHWM) less what the imported libraries took before the load. Mapped pages of the
-checkpoint's file count in the peak; the system can take those back, so the highest anonymous memory during the load,
-sampled, stands beside it. On CUDA also `max_memory_allocated`.
+Every load has its own process: AR with the context tower alone; AR and diffusion with both towers. Peak is the
+process's highest resident memory (VmHWM) minus the memory after the imports. Mapped pages of the checkpoint's file
+count in the peak, although the system can reclaim them; so the highest anonymous memory during the load, sampled, is
+reported too. On CUDA also `max_memory_allocated`.
 
-State: the storages held, each counted once, after a text of that length got its last token by an AR step, and after it
-got its last block by diffusion (a denoiser pass, then the commit). The texts are made up, not read (`models.Texts`). Of
-the published 30B shape the same by the formulas of its state alone.
+State: bytes of the storages, each counted once, after a text of that length got its last token by an AR step, and after
+it got its last block by diffusion (a denoising pass, then the commit). The texts are not prefilled (`models.Texts`).
+For the published 30B shape, the bytes are computed by the formulas of its state.
 """
 
 from __future__ import annotations
@@ -43,14 +43,14 @@ CASES = {
 
 
 def resident(what: str = "VmHWM") -> int:
-    """Bytes, of this process."""
+    """Resident bytes of this process."""
     lines = Path("/proc/self/status").read_text().splitlines()
     return 1024 * next(int(line.split()[1]) for line in lines if line.startswith(what))
 
 
 @contextmanager
 def watching_anonymous() -> Iterator[dict[str, int]]:
-    """The highest anonymous memory inside the block, looked at every two milliseconds."""
+    """Samples the anonymous memory every two milliseconds in a `with` block; reports the highest."""
     seen = {"peak": resident("RssAnon")}
     over = threading.Event()
 
@@ -69,7 +69,7 @@ def watching_anonymous() -> Iterator[dict[str, int]]:
 
 
 def child(task: dict[str, Any]) -> dict[str, Any]:
-    """Loads, writes one block (AR: as many tokens), and says what that took."""
+    """Loads a model, generates one block (AR: as many tokens), and reports the figures."""
     device = torch.device(task["device"])
     before, anonymous = resident("VmRSS"), resident("RssAnon")
     configure_process(task["threads"])
@@ -119,7 +119,7 @@ def first_block(model: TwoTowerForCausalLM, prompt: list[int], mode: str) -> tup
 
 
 def in_own_process(task: dict[str, Any]) -> dict[str, Any]:
-    """The answer of `child`, from a process of its own."""
+    """The report of `child`, run in a new process."""
     command = [sys.executable, "-m", "common.memory", json.dumps(task)]
     path = os.pathsep.join([str(Path(__file__).parent.parent), *filter(None, [os.environ.get("PYTHONPATH")])])
     environment = os.environ | {"PYTHONPATH": path}
@@ -131,7 +131,7 @@ def in_own_process(task: dict[str, Any]) -> dict[str, Any]:
 
 
 def loads(path: Path, cases: Sequence[str] = tuple(CASES), **shared: Any) -> dict[str, Any]:
-    """Every case; shared: device, dtype, threads, prompt (tokens), rounds."""
+    """Runs every case. shared: device, dtype, threads, prompt (tokens), rounds."""
     return {name: in_own_process({"path": str(path), **shared, **CASES[name]}) for name in cases}
 
 
@@ -139,7 +139,7 @@ def loads(path: Path, cases: Sequence[str] = tuple(CASES), **shared: Any) -> dic
 
 
 def tensors_in(value: Any, seen: set[int]) -> Iterator[torch.Tensor]:
-    """Every tensor that an object holds, whatever it keeps it in; modules and configs are nobody's state."""
+    """Every tensor that an object holds, in any container; modules and configs are skipped."""
     if id(value) in seen or isinstance(value, torch.nn.Module):
         return
     seen.add(id(value))
@@ -156,7 +156,7 @@ def tensors_in(value: Any, seen: set[int]) -> Iterator[torch.Tensor]:
 
 
 def held(*objects: Any) -> int:
-    """Bytes of their storages, each once."""
+    """Bytes of the tensors' storages, each counted once."""
     storages = {}
     seen: set[int] = set()
     for value in objects:
@@ -168,7 +168,7 @@ def held(*objects: Any) -> int:
 
 @torch.no_grad()
 def state_of_a_text(model: TwoTowerForCausalLM, length: int) -> dict[str, float]:
-    """Bytes a row: AR's state and two-tower generation's, of a text of `length` tokens that has just grown."""
+    """Bytes a row of AR's state and of two-tower generation's, after the last step of `length` tokens."""
     tokens = random_tokens(model, 1, BLOCK)
     texts = Texts.empty(model, 1, length)
     texts.set_length(length - 1)
@@ -186,7 +186,7 @@ def state_of_a_text(model: TwoTowerForCausalLM, length: int) -> dict[str, float]
 
 
 def by_formula(config: TwoTowerConfig, dtype: torch.dtype, lengths: Sequence[int]) -> list[dict[str, int]]:
-    """What `TowerState` would allocate for a row."""
+    """Bytes that `TowerState` would allocate for a row."""
     meta = torch.device("meta")
     return [
         {"length": length, "bytes": TowerState(config.backbone, 1, length, meta, dtype).nbytes} for length in lengths
@@ -194,7 +194,7 @@ def by_formula(config: TwoTowerConfig, dtype: torch.dtype, lengths: Sequence[int
 
 
 def measure_states(model: TwoTowerForCausalLM, lengths: Sequence[int]) -> dict[str, Any]:
-    """Of the model at hand, and of the published shape."""
+    """Measures the states of the given model and computes those of the published shape."""
     rows = [state_of_a_text(model, length) for length in lengths]
     first, last = rows[0], rows[-1]
     published = by_formula(config_of(PUBLISHED), torch.bfloat16, lengths)

@@ -1,8 +1,8 @@
-"""Models and states to measure on: a checkpoint or random weights, and texts of any length without reading them.
+"""Models and states to measure on: a checkpoint or random weights, and texts of any length without a prefill.
 
 The cost of a pass does not depend on the weights, with one exception: the experts that tokens choose. With random
-weights all masks of a block choose the same few experts; in a trained model a block visits nearly as many experts as
-chance would. Blocks that are timed therefore hold random tokens instead of masks (`random_for_masks`).
+weights, all masks of a block choose the same few experts. In a trained model, a block visits nearly as many experts as
+with a random choice. Timed blocks therefore hold random tokens instead of masks (`random_for_masks`).
 """
 
 from __future__ import annotations
@@ -25,15 +25,15 @@ from twotower.model.conditioning import TimeConditioning
 from twotower.runners import packed_weights
 
 HERE = Path(__file__).parent.parent
-BLOCK = 16  # tokens of a block, everywhere
-# The decoding that is measured where nothing else is said.
+BLOCK = 16  # tokens of a block, in all benchmarks
+# The default decoding settings of the benchmarks.
 DECODING: dict[str, dict[str, Any]] = {
     "ar": {"mode": "ar"},
     "diffusion": {"mode": "diffusion", "block_size": BLOCK, "confidence_threshold": 0.8},
     "verified": {"mode": "verified", "block_size": BLOCK, "draft_steps": 1},
 }
 MIDSIZE, PUBLISHED = HERE / "midsize.json", HERE / "published.json"
-# Every kind of layer in a few kilobytes, for trying a benchmark out.
+# All kinds of layers in a few kilobytes, to try a benchmark out.
 TINY: dict[str, Any] = {
     "hybrid_override_pattern": "ME*-M", "hidden_size": 64, "vocab_size": 512, "max_position_embeddings": 262144,
     "num_attention_heads": 4, "num_key_value_heads": 2, "head_dim": 16, "mamba_num_heads": 4, "mamba_head_dim": 32,
@@ -63,13 +63,13 @@ def shape_of(config: Path | None, quick: bool) -> Path | None:
 
 
 def name_of(path: Path | None, config: Path | None, quick: bool) -> str:
-    """Name of what `model_for` returns, for the JSON."""
+    """The name of the model that `model_for` returns, for the JSON."""
     shape = shape_of(config, quick)
     return str(path or (shape.name if shape else "tiny"))
 
 
 def config_of(path: Path | None) -> TwoTowerConfig:
-    """Of a config.json; None: a tiny one."""
+    """The config of a config.json; None: the tiny shape."""
     values = dict(TINY) if path is None else read_object(path, "name a config.json")
     values.pop("model_type", None)
     return TwoTowerConfig(**values)
@@ -78,8 +78,11 @@ def config_of(path: Path | None) -> TwoTowerConfig:
 def random_model(
     config: TwoTowerConfig, dtype: torch.dtype, device: torch.device, *, shared: bool = False
 ) -> TwoTowerForCausalLM:
-    """Both towers, made on the device with the project's own initialisation. shared: one set of weights serves both
-    towers, for a device that cannot hold two; a pass reads as much. Packed where `twotower` would pack it."""
+    """A model with random weights, made on the device with the project's initialization.
+
+    shared: one set of weights serves both towers, for a device that cannot hold two; a pass reads as much. The weights
+    are packed where `twotower` would pack them.
+    """
     with torch.device("meta"):
         model = TwoTowerForCausalLM(config, towers="context" if shared else "both")
         if shared:
@@ -96,21 +99,21 @@ def random_model(
 
 @torch.no_grad()
 def fill(model: TwoTowerForCausalLM) -> None:
-    """Random weights in a model whose memory holds none yet."""
+    """Gives random weights to a model whose memory is not initialized yet."""
     for name, tensor in [*model.named_parameters(), *model.named_buffers()]:
         own = name.rsplit(".", 2)[-2:]
         if own[-1] == "D" or ("norm" in own[0] and own[-1] == "weight"):
             tensor.fill_(1.0)
         elif tensor.dim() == 1:
-            tensor.zero_()  # biases; what else has one dimension is drawn below
+            tensor.zero_()  # biases; other tensors of one dimension are drawn below
     model.reset_parameters()
     if model.time is not None:
         for module in model.time.t_embedder.modules():
             if isinstance(module, nn.Linear):
                 module.reset_parameters()
         model.time.reset_parameters()
-        # As if trained a little: t has an effect, but shifts do not outweigh embeddings of a deviation of 0.02: all
-        # tokens would look alike and choose the same experts.
+        # As after a little training: t has an effect, but shifts stay small beside embeddings of deviation 0.02. With
+        # large shifts, all tokens would be alike and choose the same experts.
         nn.init.normal_(model.time.t_block[1].weight, std=5e-4)
         spread = torch.tensor([[0.002], [0.1], [0.1]])  # of shift, scale and gate
         for table in model.time.scale_shift_tables:
@@ -119,15 +122,17 @@ def fill(model: TwoTowerForCausalLM) -> None:
 
 @dataclass
 class Texts:
-    """A state whose rows hold texts of any length up to its capacity, without anybody having read them: random K/V
-    and random Mamba states. What a pass costs depends on how much it reads, not on what."""
+    """A state whose rows hold texts of any length up to its capacity, without a prefill.
+
+    It has random K/V and random Mamba states: the cost of a pass depends on the amount of data, not on the values.
+    """
 
     model: TwoTowerForCausalLM
     state: TowerState
 
     @classmethod
     def empty(cls, model: TwoTowerForCausalLM, rows: int, capacity: int) -> Texts:
-        """All zeros, for what does not depend on it; pages that nobody reads are not taken."""
+        """A state of zeros, for measurements that do not depend on it; pages that are not read use no memory."""
         return cls(model, model.new_state(rows, capacity))
 
     @classmethod
@@ -143,21 +148,21 @@ class Texts:
         return cls(model, state)
 
     def set_length(self, length: int) -> None:
-        """Every row's text is so long now."""
+        """Sets the length of every row's text."""
         self.state.commit_state()
         self.state.lengths = torch.full_like(self.state.lengths, length)
         self.state.max_seq_len = length
 
 
 def random_tokens(model: TwoTowerForCausalLM, rows: int, length: int, seed: int = 0) -> Tensor:
-    """(rows, length), none of them special."""
+    """Random tokens (rows, length), without special tokens."""
     generator = torch.Generator().manual_seed(seed)
     return torch.randint(4, model.config.vocab_size, (rows, length), generator=generator).to(model.device)
 
 
 @contextmanager
 def random_for_masks(model: TwoTowerForCausalLM, block_size: int) -> Iterator[dict[str, int]]:
-    """The denoiser gets random tokens where a block has masks; counts its passes."""
+    """Gives the denoiser random tokens in place of masks, and counts its passes."""
     real, mask = model.denoise, model.config.mask_token
     noise = random_tokens(model, 1, block_size, seed=1)
     counted = {"passes": 0}
@@ -174,7 +179,7 @@ def random_for_masks(model: TwoTowerForCausalLM, block_size: int) -> Iterator[di
 
 
 def cut_to(config: TwoTowerConfig, bytes_per_tower: float, dtype: torch.dtype) -> TwoTowerConfig:
-    """The same layers, but only so many of the first ones that a tower fits."""
+    """The model with only as many of the first layers as fit for one tower."""
     pattern = config.hybrid_override_pattern
     while len(pattern) > 1 and tower_bytes(config, dtype) > bytes_per_tower:
         pattern = pattern[:-1]
@@ -187,7 +192,7 @@ _DERIVED = {"model_type", "num_hidden_layers"}
 
 
 def tower_bytes(config: TwoTowerConfig, dtype: torch.dtype) -> int:
-    """Weights of one tower with its embedding and head."""
+    """Bytes of the weights of one tower, with its embedding and head."""
     with torch.device("meta"):
         model = TwoTowerForCausalLM(config, towers="context").to(dtype)
     return sum(tensor.nbytes for tensor in model.parameters())

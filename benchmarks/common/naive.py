@@ -1,9 +1,8 @@
-"""The naive reference of the denoiser: what the fast pass is measured against.
+"""A naive reference of the denoiser, with which the fast pass is compared.
 
-Same weights and same mathematics, in the way of the public reference: `F.linear` on weights as they are stored, a
-Python loop over all experts, keys and values repeated and concatenated, and a context cache that is cloned for every
-block. No code of the model computes here: the config and the cache that is copied are the model's. `begin` is the cost
-of a block once, a call is one pass.
+It has the same weights and mathematics, written like the public reference: `F.linear` on weights as they are stored, a
+Python loop over all experts, keys and values repeated and concatenated, and a context cache that is copied for every
+block. It uses only the model's config and cache, none of its code. `begin` is a cost per block, a call is one pass.
 """
 
 from __future__ import annotations
@@ -21,7 +20,7 @@ from twotower.ops.reference.attention import CachedKV
 
 
 class NaiveDenoiser:
-    """Of a model; keeps a copy of its denoiser's weights under the names of its state dict."""
+    """The naive denoiser of a model. It keeps a copy of the denoiser's weights, by the names of the state dict."""
 
     def __init__(self, model: TwoTowerForCausalLM) -> None:
         assert model.denoiser is not None
@@ -33,7 +32,7 @@ class NaiveDenoiser:
         self.past: list[KeyValue | MambaCache | None] = []
 
     def begin(self, view: ContextView) -> None:
-        """A new block: the whole cache of one text is copied, as long as it is."""
+        """Begins a block: copies the whole cache of one text, at its current length."""
         length = int(view.lengths[0])
         self.past = []
         for past in view.past:

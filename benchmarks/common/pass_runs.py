@@ -1,4 +1,4 @@
-"""An AR step, a denoiser pass and a commit after a text of any length, each repeatable."""
+"""An AR step, a denoising pass and a commit after a text of any length. Each can be repeated."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ from twotower.cache.pools import ContextView
 
 
 class PassRuns:
-    """Of one text of up to `longest` tokens; `before` of a run restores its length."""
+    """The passes over one text of up to `longest` tokens. `before` of a timed call restores the text's length."""
 
     def __init__(self, model: TwoTowerForCausalLM, longest: int) -> None:
         self.model = model
@@ -21,7 +21,7 @@ class PassRuns:
         self.view: ContextView
 
     def after(self, length: int) -> dict[str, TimedCall]:
-        """The three passes after so many tokens."""
+        """The three passes after a text of a given length."""
         return {
             "AR step": TimedCall(self._step, lambda: self._before_step(length)),
             "denoiser pass": TimedCall(self.denoise, lambda: self.look(length)),
@@ -29,7 +29,7 @@ class PassRuns:
         }
 
     def look(self, length: int) -> ContextView:
-        """What the denoiser sees of so many tokens, until the next step or commit."""
+        """The denoiser's view of a text of a given length, valid until the next step or commit."""
         self.texts.set_length(length)
         self.view = self.reader.view()
         return self.view
@@ -41,11 +41,11 @@ class PassRuns:
         self.model.extend(self.block[:, :1], self.texts.state)
 
     def _before_step(self, length: int) -> None:
-        """As usual, a step folds the token of the last step into the Mamba states."""
+        """As in decoding, a step also adds the token of the last step to the Mamba states."""
         self.texts.set_length(length - 1)
         self._step()
 
     def _commit(self) -> None:
-        """With the work that is left until a denoiser can read the text."""
+        """The commit, with the work that remains until a denoiser can read the text."""
         self.model.extend(self.block, self.texts.state, logits=False)
         self.texts.state.commit_state()

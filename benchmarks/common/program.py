@@ -1,4 +1,4 @@
-"""What every program shares: options, the settings of its process, and output."""
+"""Options, process settings and output that all programs share."""
 
 from __future__ import annotations
 
@@ -16,19 +16,19 @@ from twotower.process import configure_process
 
 
 def numbers(_: Any, __: Any, text: str) -> tuple[int, ...]:
-    """A comma-separated list."""
+    """Parses a comma-separated list of numbers."""
     try:
         return tuple(int(part) for part in text.split(","))
     except ValueError:
-        raise click.BadParameter(f"{text!r} is no list of numbers; give some as 1,2,4") from None
+        raise click.BadParameter(f"{text!r} is not a list of numbers; give numbers like 1,2,4") from None
 
 
 def names(text: str, known: Iterable[str], option: str) -> tuple[str, ...]:
-    """A comma-separated list of known names."""
+    """Parses a comma-separated list of known names."""
     chosen, allowed = tuple(text.split(",")), list(known)
     unknown = sorted(set(chosen) - set(allowed))
     if unknown:
-        raise click.BadParameter(f"{', '.join(unknown)}: choose of {', '.join(allowed)}", param_hint=option)
+        raise click.BadParameter(f"{', '.join(unknown)}: choose from {', '.join(allowed)}", param_hint=option)
     return chosen
 
 
@@ -40,19 +40,19 @@ CONFIG = click.option(
 )  # fmt: skip
 DEVICE = click.option("--device", type=click.Choice(("cpu", "cuda")), default="cpu", show_default=True)
 DTYPE = click.option("--dtype", type=click.Choice(DTYPES), default="float32", show_default=True)
-THREADS = click.option("--threads", type=int, default=None, help="[default: torch's, or the product's choice]")
-QUICK = click.option("--quick", is_flag=True, help="A smoke test: seconds.")
-JSON = click.option("--json", "as_json", is_flag=True, help="No tables.")
+THREADS = click.option("--threads", type=int, default=None, help="CPU threads. [default: torch's or twotower's]")
+QUICK = click.option("--quick", is_flag=True, help="A smoke test of a few seconds.")
+JSON = click.option("--json", "as_json", is_flag=True, help="Print JSON only, no tables.")
 
 
 def start(threads: int | None = None) -> None:
-    """The first call of every program: malloc keeps large blocks, torch has its threads and a seed."""
+    """Sets up the process of a program: malloc keeps large blocks, the number of threads, torch's seed."""
     configure_process(threads)
     torch.manual_seed(0)
 
 
 def publish(benchmark: str, facts: dict[str, Any], shown: Iterable[RenderableType], as_json: bool) -> None:
-    """Tables and sentences on stderr (not with --json), then all facts as one line of JSON on stdout."""
+    """Prints tables and sentences on stderr (not with --json), then all facts as one line of JSON on stdout."""
     if not as_json:
         console = Console(stderr=True, width=140)
         for one in shown:

@@ -1,9 +1,9 @@
 """The roofline of a pass: the bytes it must read at the best read rate, or its operations at the best matmul rate.
 
 The larger of the two times is the pass's roofline. A program measures both rates in its own run (`measure`). A pass
-must read the weights of its layers (of routed experts only those that its tokens choose), the head where logits are
-wanted, K/V of the text so far, and the Mamba states. A rate is the best of several operations and repeats, so a pass
-cannot be faster than its roofline unless its weights stay in a cache.
+must read the weights of its layers (of routed experts only the chosen ones), the head if logits are needed, the K/V of
+the text, and the Mamba states. A rate is the best of several operations and repeats, so a pass cannot be faster than
+its roofline unless its weights stay in a CPU cache.
 """
 
 from __future__ import annotations
@@ -29,7 +29,7 @@ PATIENCE = 1.0  # seconds
 
 @dataclass(frozen=True)
 class Rates:
-    """Best rates; reads and products: what each way of measuring gave, in the same units."""
+    """Best rates. reads, products: the result of each way of measuring, in the same units."""
 
     bytes_per_second: float
     operations_per_second: float
@@ -39,7 +39,7 @@ class Rates:
 
 @dataclass(frozen=True)
 class Work:
-    """What a pass must read, part by part, and compute."""
+    """The bytes that a pass must read, by part, and its operations."""
 
     parts: dict[str, float]
     operations: float
@@ -64,7 +64,7 @@ def pass_seconds(work: Work, rates: Rates) -> float:
 
 @torch.no_grad()
 def measure(device: torch.device, dtype: torch.dtype, *, quick: bool = False, repeats: int = 7) -> Rates:
-    """Of this device in this process, with its number of threads."""
+    """Measures the rates of a device in this process, with its number of threads."""
     cuda = device.type == "cuda"
     size = (4 << 30 if cuda else 256 << 20) if not quick else (256 << 20 if cuda else 96 << 20)
     sides = (1024, 2048) if not cuda else (4096, 8192)
@@ -81,7 +81,7 @@ def measure(device: torch.device, dtype: torch.dtype, *, quick: bool = False, re
 
 
 def _reads(device: torch.device, dtype: torch.dtype, size: int) -> dict[str, Callable[[], object]]:
-    """Operations that read `size` bytes and write next to nothing."""
+    """Operations that read `size` bytes and write almost nothing."""
     array = torch.ones(size // 4, device=device)
     width = 4096
     matrix, vector = array.view(-1, width), torch.ones(width, device=device)
@@ -96,8 +96,10 @@ def _reads(device: torch.device, dtype: torch.dtype, size: int) -> dict[str, Cal
 
 
 def _best(calls: dict[str, tuple[Callable[[], object], float]], device: torch.device, repeats: int) -> dict[str, float]:
-    """The highest rate of each, amounts per second, after one call to warm up; what takes longer than `PATIENCE` (bf16
-    on a processor that only emulates it) is done once."""
+    """The highest rate of each operation, amounts per second, after one warm-up call.
+
+    An operation that takes longer than `PATIENCE` runs once (bf16 on a CPU that only emulates it, for example).
+    """
     times: dict[str, list[float]] = {name: [] for name in calls}
     for repeat in range(repeats + 1):
         for name, (call, _) in calls.items():
@@ -113,14 +115,14 @@ def _best(calls: dict[str, tuple[Callable[[], object], float]], device: torch.de
 
 
 class Matrices(NamedTuple):
-    """Weights of large products, and how many rows they have: an int8 row has a scale."""
+    """Numbers of weights of large matrices, and of their rows: an int8 row has a scale."""
 
     weights: int
     rows: int
 
     @classmethod
     def pair(cls, outer: int, inner: int) -> Matrices:
-        """Up and down."""
+        """An up and a down projection."""
         return cls(2 * outer * inner, outer + inner)
 
     @classmethod
@@ -131,18 +133,18 @@ class Matrices(NamedTuple):
         return Matrices(self.weights * count, self.rows * count)
 
     def bytes(self, size: int, quantization: Quantization) -> int:
-        """size: of a weight that is not quantised."""
+        """Bytes of the matrices. size: of a weight that is not quantized."""
         return self.weights * size if quantization == "none" else self.weights + self.rows * torch.float32.itemsize
 
 
 def expected_experts(config: BackboneConfig, tokens: int) -> float:
-    """Experts of a layer that so many tokens visit if they choose by chance."""
+    """Expected number of a layer's experts that a number of tokens visits with a random choice."""
     return config.n_routed_experts * (1 - (1 - config.num_experts_per_tok / config.n_routed_experts) ** tokens)
 
 
 @contextmanager
 def counting_experts(module: nn.Module) -> Iterator[list[Tensor]]:
-    """Collects what the routers of a tower choose inside the block, one tensor of expert ids a layer and pass."""
+    """Collects the routers' choices in a `with` block: one tensor of expert ids for each layer and pass."""
     choices: list[Tensor] = []
     hooks = [
         part.register_forward_hook(lambda _, __, out: choices.append(out[0]))
@@ -157,7 +159,7 @@ def counting_experts(module: nn.Module) -> Iterator[list[Tensor]]:
 
 
 def visited(choices: Sequence[Tensor], config: BackboneConfig, tokens: int) -> tuple[list[float], str]:
-    """Experts that each MoE layer must read, and how that is known."""
+    """The number of experts that each MoE layer must read, and its source."""
     layers = config.hybrid_override_pattern.count("E")
     if layers and len(choices) == layers:
         return [float(choice.unique().numel()) for choice in choices], "counted"
@@ -176,8 +178,11 @@ def work(
     denoiser: bool = False,
     quantization: Quantization = "none",
 ) -> Work:
-    """One pass over rows × width tokens after texts of `context`; experts: how many each MoE layer visits (None: by
-    chance). denoiser: with time conditioning; else the pass also folds its tokens into the Mamba states."""
+    """One pass over rows × width tokens after texts of `context` tokens.
+
+    experts: number of experts that each MoE layer visits (None: expected for a random choice). denoiser: True: the pass
+    has time conditioning; False: the pass adds its tokens to the Mamba states.
+    """
     tokens, size, hidden, inner = rows * width, dtype.itemsize, config.hidden_size, config.mamba_inner
     pattern = config.hybrid_override_pattern
     experts = [expected_experts(config, tokens)] * pattern.count("E") if experts is None else experts
@@ -187,7 +192,7 @@ def work(
     into_mamba = inner + config.conv_dim + config.mamba_num_heads
     convolution = config.conv_dim * (config.conv_kernel + config.use_conv_bias)
     expert = Matrices.pair(hidden, config.moe_intermediate_size)
-    large = Matrices.total([  # what can be int8
+    large = Matrices.total([  # matrices that can be int8
         Matrices(hidden * (into_mamba + inner), into_mamba + hidden).times(counts["M"]),
         Matrices(hidden * 2 * (queries + keys), queries + 2 * keys + hidden).times(counts["*"]),
         Matrices.pair(hidden, config.moe_shared_expert_intermediate_size).times(counts["E"]),
@@ -197,7 +202,7 @@ def work(
     small += counts["E"] * config.n_routed_experts * hidden
     norms = hidden * (config.num_layers + 1)
     vocabulary = Matrices(config.vocab_size * hidden, config.vocab_size).times(int(head))
-    once = hidden * (SINUSOID_SIZE + 4 * hidden) if denoiser else 0  # the time network: one token a row
+    once = hidden * (SINUSOID_SIZE + 4 * hidden) if denoiser else 0  # the time embedder: one token a row
     tables = 3 * hidden * config.num_layers if denoiser else 0
     ssm = inner * config.ssm_state_size
     parts = {
@@ -218,7 +223,7 @@ def work(
 
 
 def passes_of(config: BackboneConfig, dtype: torch.dtype, context: int, block_size: int = 16) -> dict[str, Work]:
-    """An AR step, a denoiser pass and a commit of one text, experts by chance."""
+    """An AR step, a denoising pass and a commit of one text, with experts chosen at random."""
     shared: dict[str, Any] = {"rows": 1, "context": context}
     return {
         "AR step": work(config, dtype, width=1, **shared),
@@ -228,5 +233,5 @@ def passes_of(config: BackboneConfig, dtype: torch.dtype, context: int, block_si
 
 
 def rates_summary(rates: Rates) -> str:
-    """In one line."""
+    """The rates in one line."""
     return f"reads {rates.bytes_per_second / 1e9:.1f} GB/s, multiplies {rates.operations_per_second / 1e9:.0f} GFLOP/s"

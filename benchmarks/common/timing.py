@@ -1,4 +1,4 @@
-"""Clocks: all runs take turns in one process, so that other load on the machine falls on all of them."""
+"""Timing: all calls take turns in one process, so that other load on the machine affects all of them alike."""
 
 from __future__ import annotations
 
@@ -13,20 +13,20 @@ import torch
 
 @dataclass(frozen=True)
 class TimedCall:
-    """What is timed; `before` is not."""
+    """A call that is timed. `before` is called before it, untimed."""
 
     call: Callable[[], object]
     before: Callable[[], object] = lambda: None
 
 
 def synchronize(device: torch.device) -> None:
-    """Waits for what was launched."""
+    """Waits for the device to finish."""
     if device.type == "cuda":
         torch.cuda.synchronize(device)
 
 
 def seconds(call: Callable[[], object], device: torch.device) -> float:
-    """Of one call."""
+    """Seconds of one call."""
     synchronize(device)
     started = time.perf_counter()
     call()
@@ -37,9 +37,9 @@ def seconds(call: Callable[[], object], device: torch.device) -> float:
 def interleaved(
     runs: dict[str, TimedCall], device: torch.device, repeats: int, warm_up: int = 3, least: float = 0.0
 ) -> dict[str, list[float]]:
-    """Seconds of every run, repeat by repeat: all of them in turn, the first `warm_up` times not counted.
+    """Seconds of every call, repeat by repeat. All calls take turns; the first `warm_up` repeats are not counted.
 
-    least: seconds that a clocked stretch should last; shorter runs are launched several times in a row for it.
+    least: minimum seconds of one measurement; shorter calls run several times in a row.
     """
     times: dict[str, list[float]] = {name: [] for name in runs}
     often = dict.fromkeys(runs, 1)
@@ -64,5 +64,5 @@ def ratio(of: list[float], to: list[float]) -> float:
 
 
 def percentile(values: Sequence[float], share: float) -> float:
-    """The smallest value that at least so large a share does not exceed."""
+    """The smallest value that at least this share of the values does not exceed."""
     return sorted(values)[max(math.ceil(share * len(values)), 1) - 1]

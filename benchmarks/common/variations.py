@@ -1,4 +1,4 @@
-"""Variations of the design that an ablation trains: their units, objective and model."""
+"""Variations of the design for ablations: their units, objective and model."""
 
 from __future__ import annotations
 
@@ -24,14 +24,14 @@ from twotower.training.objective import DenoisingObjective, DenoisingOptions, bl
 
 @dataclass(frozen=True)
 class Variation:
-    """One departure from the base. change: of the pasts a denoiser layer reads; options: of the objective."""
+    """One change of the design. change: of the caches that a denoiser layer reads; options: of the objective."""
 
     name: str
     options: dict[str, Any] = field(default_factory=dict)
     block_size: int = 16
     offset: str = "random"
     seeded: bool = True
-    coupling: str = "layers"  # or "last": every layer reads the context's final hidden state
+    coupling: str = "layers"  # "last": every layer reads the context tower's final hidden state
     kept: str = ""  # "half": every other denoiser layer
     norm_first: bool = False
     gates: str = "one"
@@ -39,7 +39,7 @@ class Variation:
 
     @property
     def generates(self) -> bool:
-        """Whether the ordinary generation loop runs the model that this one trains."""
+        """Whether the ordinary decoder can run the model that this variation trains."""
         return self.coupling == "layers" and not self.kept
 
 
@@ -61,7 +61,7 @@ VARIATIONS = (
 
 
 class Unit(nn.Module):
-    """A context layer, and the denoiser layer that goes with it if it was kept."""
+    """A context layer, and the denoiser layer of the same index, if it was kept."""
 
     def __init__(self, context: Layer, denoiser: Layer | None, seeded: bool, train_context: bool) -> None:
         super().__init__()
@@ -78,8 +78,10 @@ class Unit(nn.Module):
 
 class LastStateUnit(Unit):
     """A denoiser layer that projects keys and values from the context's final hidden state; Mamba starts from zero.
-    Without a noisy stream it is the context layer: all of those run first. (Both through `forward`, where FSDP2 gathers
-    the parameters.)"""
+
+    Without a noisy stream, the unit is the context layer; all context layers run first. Both run through `forward`,
+    where FSDP2 gathers the parameters.
+    """
 
     def forward(self, clean: Tensor, noisy: Tensor | None, modulation: Any, layout: Layout) -> tuple[Tensor, Any]:
         if noisy is None:
@@ -94,7 +96,7 @@ class LastStateUnit(Unit):
 
 
 def unseeded(past: LayerCache) -> LayerCache:
-    """A Mamba layer's past forgotten; keys and values as they are."""
+    """Replaces a Mamba layer's cache by zeros; keys and values stay."""
     if isinstance(past, MambaCache):
         return MambaCache(torch.zeros_like(past.conv_window), torch.zeros_like(past.ssm_state))
     return past
@@ -107,7 +109,7 @@ def _zeros(config: BackboneConfig, clean: Tensor, layout: Layout) -> MambaCache:
 
 
 class Varied(DenoisingObjective):
-    """The objective with other units."""
+    """The denoising objective with other units."""
 
     def __init__(self, model: TwoTowerForCausalLM, variation: Variation, options: DenoisingOptions) -> None:
         assert model.denoiser is not None
@@ -141,7 +143,7 @@ class Varied(DenoisingObjective):
 
 @contextlib.contextmanager
 def norm_order(variation: Variation) -> Iterator[None]:
-    """Where modulation goes while the variation trains and generates."""
+    """Sets the order of norm and modulation while the variation trains and generates."""
     usual = conditioning.MODULATE_BEFORE_NORM
     if variation.norm_first:
         conditioning.MODULATE_BEFORE_NORM = frozenset()
@@ -152,7 +154,7 @@ def norm_order(variation: Variation) -> Iterator[None]:
 
 
 class Blind(TwoTowerForCausalLM):
-    """Its denoiser's Mamba layers always start from zero."""
+    """A model whose denoiser's Mamba layers start from zero."""
 
     def denoise(self, block: Tensor, t: Tensor | None, view: Any, *rest: Any, **options: Any) -> Tensor:
         return super().denoise(block, t, replace(view, past=[unseeded(past) for past in view.past]), *rest, **options)
