@@ -124,11 +124,7 @@ def evaluate(
     from twotower.decoding.presets import parse_setting
     from twotower.evaluation.accuracy import chosen_problems
 
-    _reject_options(
-        context,
-        SUITE_OPTIONS if tasks else TASK_OPTIONS,
-        "does not go with --task; leave it out" if tasks else "needs --task; add it, or leave the option out",
-    )
+    _reject_options(context, with_task=bool(tasks))
     if tasks:
         published_tasks.check_tasks(tasks, data, run_code)
     parsed = [parse_setting(text) for text in settings]
@@ -178,8 +174,10 @@ def _measure_suite(
         )
 
 
-def _reject_options(context: click.Context, names: set[str], problem: str) -> None:
+def _reject_options(context: click.Context, with_task: bool) -> None:
     """Raises UsageError for a given option without effect."""
+    names = SUITE_OPTIONS if with_task else TASK_OPTIONS
+    problem = "does not go with --task; leave it out" if with_task else "needs --task; add it, or leave the option out"
     for parameter in context.command.params:
         given = context.get_parameter_source(parameter.name or "") is ParameterSource.COMMANDLINE
         if parameter.name in names and given:
