@@ -1,4 +1,4 @@
-"""The instruction set that work on the CPU is prepared for, and what a process does that names one."""
+"""CPU targets: the detected instruction set, and processes that select a target by option."""
 
 from __future__ import annotations
 
@@ -26,8 +26,8 @@ ARM_COMPILER = shutil.which("aarch64-linux-gnu-g++")
 
 
 @pytest.mark.code_path
-def test_this_process_runs_the_code_that_it_was_told_to_run() -> None:
-    """A subset that runs under a name must not run other code. Without a name nothing is known."""
+def test_process_runs_the_forced_target() -> None:
+    """A process with a forced target runs the code of that target. Without a forced target, the test is skipped."""
     path = forced_path()
     if path is None:
         pytest.skip("no target is forced in this process")
@@ -41,13 +41,13 @@ def test_this_process_runs_the_code_that_it_was_told_to_run() -> None:
         assert found.vector_width() == WIDTHS[path]
 
 
-def test_an_unknown_target_is_one_line() -> None:
+def test_an_unknown_target_is_a_one_line_error() -> None:
     with pytest.raises(ArgumentError, match="cpu_target is 'avx1024'"), options.override(cpu_target="avx1024"):
         library.library()
 
 
 @pytest.mark.parametrize("name", ["avx512_bf16", "avx512", "avx2"])
-def test_a_target_that_the_processor_lacks_is_refused(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_target_that_the_processor_lacks_is_unsupported(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(torch.cpu, TARGETS[name].probe or "", lambda: False)
     monkeypatch.setattr(platform, "machine", lambda: "x86_64")
     assert library.build(TARGETS[name]) == f"TWOTOWER_CPU_TARGET={name}: this processor has no {name}"
@@ -72,7 +72,7 @@ def test_bf16_is_fast_where_processor_and_target_have_it(
     [({"TWOTOWER_NATIVE": "0"}, "TWOTOWER_NATIVE=0"), ({"CXX": "none", "PATH": "{python}"}, "no C++ compiler found"),
      ({"CXX": "{broken}"}, "broken could not compile the kernels")],
 )  # fmt: skip
-def test_without_a_compiler_torch_does_the_work(environment: dict[str, str], says: str, tmp_path: Path) -> None:
+def test_without_a_compiler_torch_runs(environment: dict[str, str], says: str, tmp_path: Path) -> None:
     broken = tmp_path / "broken"
     broken.write_text('#!/bin/sh\n[ "$1" = --version ] && exit 0\necho error: no >&2; exit 1\n')
     broken.chmod(0o755)
@@ -88,7 +88,7 @@ def test_without_a_compiler_torch_does_the_work(environment: dict[str, str], say
     assert done.stdout.splitlines()[-1] == "torch"
 
 
-def test_a_path_that_did_not_run_is_named(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_code_paths_that_did_not_run_are_named(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(platform, "machine", lambda: "aarch64")
     said: list[tuple[str, object]] = []
     with options.override(cpu_target="native"), pytest.raises(pytest.skip.Exception):
@@ -101,7 +101,7 @@ def test_a_path_that_did_not_run_is_named(monkeypatch: pytest.MonkeyPatch) -> No
 # --- Arm --------------------------------------------------------------------------------------------------------------
 
 
-def test_an_arm_processor_is_asked_for_nothing_of_another(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_arm_does_not_probe_x86_features(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(platform, "machine", lambda: "aarch64")
     refused = {name for name, target in TARGETS.items() if cpu_target.unsupported_reason(target) is not None}
     assert refused == {"avx512_bf16", "avx512", "avx2"}
@@ -115,7 +115,7 @@ def test_an_arm_processor_is_asked_for_nothing_of_another(monkeypatch: pytest.Mo
 )
 def test_the_kernels_compile_for_arm(tmp_path: Path) -> None:
     made = tmp_path / "native.so"
-    flags = [flag for flag in library.FLAGS if flag != "-O3"]  # what the optimizer makes of the code is not run here
+    flags = [flag for flag in library.FLAGS if flag != "-O3"]  # the result is not run, so optimization is not needed
     command = [str(ARM_COMPILER), *flags, "-O1", "-fopenmp", "-Wall", "-Wextra", "-Werror"]
     done = _run([*command, str(library.HERE / "native.cpp"), "-o", str(made)])
     assert done.returncode == 0, done.stderr[:2000]
@@ -126,7 +126,7 @@ def test_the_kernels_compile_for_arm(tmp_path: Path) -> None:
 @pytest.mark.skipif(shutil.which("c++") is None, reason="needs a C++ compiler")
 @pytest.mark.parametrize("name", ["native", "avx512_bf16", "avx512", "avx2"])
 def test_the_kernels_compile_for_every_target_without_a_warning(name: str) -> None:
-    """Whether or not this processor can run the result."""
+    """Compiles for every target, also if this processor cannot run the result."""
     if TARGETS[name].probe is not None and platform.machine() not in cpu_target.X86_64:
         pytest.skip("these are flags of x86-64 compilers")
     flags = TARGETS[name].flags[0]

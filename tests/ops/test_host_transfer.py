@@ -1,4 +1,4 @@
-"""Several tensors cross to the host in one copy."""
+"""AsyncHostCopy: several tensors are copied to the host in one transfer."""
 
 from __future__ import annotations
 
@@ -7,7 +7,7 @@ import torch
 from twotower.ops.host_transfer import AsyncHostCopy, as_bytes, from_bytes
 
 
-def test_tensors_come_back_from_one_copy() -> None:
+def test_several_tensors_in_one_copy() -> None:
     generator = torch.Generator().manual_seed(0)
     tensors = [
         torch.rand(3, 5, generator=generator) < 0.5,

@@ -40,12 +40,12 @@ compiled = pytest.mark.skipif(isinstance(library.library(), str), reason="the ke
 
 
 def meant(q: Tensor, scale: Tensor) -> Tensor:
-    """The weights that are stood for, in float64."""
+    """The dequantized weights in float64."""
     return int8.unpack(q, scale, torch.float64) * scale.double()[..., None]
 
 
 def as_meant(model: TwoTowerForCausalLM) -> TwoTowerForCausalLM:
-    """A float64 model of plain layers with the weights that an int8 model's stand for."""
+    """A float64 model of plain layers with the dequantized weights of an int8 model."""
     plain = TwoTowerForCausalLM(model.config).double().eval()
     own = dict(named_tensors(model))
     for name, tensor in named_tensors(plain):
@@ -54,16 +54,16 @@ def as_meant(model: TwoTowerForCausalLM) -> TwoTowerForCausalLM:
     return plain
 
 
-# --- quantising -------------------------------------------------------------------------------------------------------
+# --- quantizing -------------------------------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float64])
 @pytest.mark.parametrize("shape", [(5, 7), (1, 1), (3, 4, 6), (0, 4)])
 @pytest.mark.parametrize("part", [int8.CHUNK, 10])
-def test_no_weight_moves_by_more_than_half_a_step(
+def test_quantization_error_is_at_most_half_a_step(
     shape: tuple[int, ...], dtype: torch.dtype, part: int, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(int8, "CHUNK", part)  # several parts, the last one short
+    monkeypatch.setattr(int8, "CHUNK", part)  # several chunks, the last one short
     weight = self_check_cases.Randn(0, CPU)(*shape).to(dtype)
     before = weight.clone()
     q, scale = int8.quantize(weight)
@@ -74,8 +74,8 @@ def test_no_weight_moves_by_more_than_half_a_step(
         assert (int8.unpack(q, scale, torch.float32).abs().amax(-1) == int8.QMAX).all()
 
 
-def test_rows_of_zeros_and_what_is_not_finite() -> None:
-    """Zeros stay zeros; a row with an infinity or no number in it never gives a number that looks right."""
+def test_rows_of_zeros_and_non_finite_rows() -> None:
+    """Zeros stay zeros; a row with infinity or NaN never gives finite results."""
     weight = torch.tensor([[0.0, 0.0], [1e-44, 0.0], [1.0, float("inf")], [float("nan"), 1.0], [2.0, -1.0]])
     q, scale = int8.quantize(weight)
     out = int8.linear(torch.ones(1, 2), q, scale)[0]
@@ -89,7 +89,7 @@ def test_rows_of_zeros_and_what_is_not_finite() -> None:
 
 
 @pytest.mark.parametrize("bias", [True, False])
-def test_linear_is_a_product_with_the_weights_that_are_meant(bias: bool) -> None:
+def test_linear_uses_the_dequantized_weights(bias: bool) -> None:
     randn = self_check_cases.Randn(1, CPU)
     layer = Int8Linear(nn.Linear(31, 17, bias=bias))  # type: ignore[arg-type]
     x = randn(2, 3, 31).double()
@@ -100,7 +100,7 @@ def test_linear_is_a_product_with_the_weights_that_are_meant(bias: bool) -> None
 
 @pytest.mark.parametrize("backend", [int8.experts_sorted, int8.experts_gathered, int8.experts_grouped])
 @pytest.mark.parametrize(("tokens", "top"), [(0, 2), (1, 2), (3, 1), (19, 3)])
-def test_experts_are_those_of_the_weights_that_are_meant(
+def test_experts_use_the_dequantized_weights(
     backend: Callable[..., Tensor], tokens: int, top: int, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     randn = self_check_cases.Randn(2, CPU)
@@ -114,13 +114,13 @@ def test_experts_are_those_of_the_weights_that_are_meant(
 
 
 def grouped(x: Tensor, weight: Tensor, offs: Tensor) -> Tensor:
-    """`torch._grouped_mm` as it is defined; the real one takes bf16 on a GPU."""
+    """`torch._grouped_mm` by its definition; torch supports only bf16 on a GPU."""
     ends = [0, *offs.tolist()]
     return torch.cat([x[a:b] @ w for a, b, w in zip(ends, ends[1:], weight, strict=False)])
 
 
 @pytest.mark.parametrize("pattern", ["M", "*", "E", "-", EVERY_KIND])
-def test_a_model_in_float64_computes_with_the_weights_that_are_meant(pattern: str) -> None:
+def test_a_float64_model_uses_the_dequantized_weights(pattern: str) -> None:
     model = quantize_(build_random_model(pattern, dtype=torch.float64, **BIASES))
     plain = as_meant(model)
     tokens = torch.randint(4, 60, (2, 40), generator=torch.Generator().manual_seed(0))
@@ -155,7 +155,7 @@ def test_linear_of_any_size(tokens: int, width: int, out: int, dtype: torch.dtyp
 @compiled
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 def test_a_tokens_result_does_not_depend_on_its_neighbours(dtype: torch.dtype) -> None:
-    """Bit for bit, whatever tile it falls into."""
+    """Bit-identical, whatever tile the token is in."""
     randn = self_check_cases.Randn(4, CPU)
     x, bias = randn(48, 300).to(dtype), randn(71).to(dtype)
     q, scale = int8.quantize(randn(71, 300))
@@ -188,8 +188,8 @@ def test_a_tower_in_one_call_is_its_layers(length: int, dtype: torch.dtype, monk
 
 
 @compiled
-def test_a_quantised_tower_does_run_in_one_call() -> None:
-    """Also where only some of it is int8; and not with scales of another type."""
+def test_a_quantized_tower_runs_in_one_call() -> None:
+    """Also if only some layers are int8; not with scales of another dtype."""
     model = build_random_model(EVERY_KIND, dtype=torch.float32)
     tower, tokens = model.context, torch.tensor([[5, 6, 7]])
 
@@ -224,10 +224,10 @@ def test_a_wrong_int8_kernel_costs_only_int8_towers(name: str, monkeypatch: pyte
         assert quantize_(model).prefill_chunk == PREFILL_CHUNK
 
 
-# --- what is quantised, and what moving it does -----------------------------------------------------------------------
+# --- which weights are quantized, and moving the model ----------------------------------------------------------------
 
 
-def test_only_large_products_are() -> None:
+def test_only_large_products_are_quantized() -> None:
     model = quantize_(build_random_model(EVERY_KIND))
     kept = {name.split("mixer.")[-1] for name, tensor in named_tensors(model) if tensor.dtype == torch.int8}
     assert kept == {
@@ -249,7 +249,7 @@ def test_layers_that_are_shared_stay_shared() -> None:
 
 
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float64])
-def test_another_dtype_leaves_the_quantised_weights(dtype: torch.dtype) -> None:
+def test_another_dtype_keeps_the_quantized_weights(dtype: torch.dtype) -> None:
     model = quantize_(build_random_model(EVERY_KIND))
     before = {name: tensor.clone() for name, tensor in named_tensors(model)}
     model.to(dtype)
@@ -273,8 +273,8 @@ def test_towers_move_with_their_scales() -> None:
 
 @pytest.mark.parametrize("name", ["tiny-hybrid", "tiny-groups"])
 @pytest.mark.parametrize("dtype", ["auto", "bfloat16", "float32", "float64"])
-def test_a_checkpoint_is_quantised_as_it_is_read(golden_dir: Path, name: str, dtype: str) -> None:
-    """From what is stored, not from what the dtype makes of it."""
+def test_a_checkpoint_is_quantized_while_loading(golden_dir: Path, name: str, dtype: str) -> None:
+    """From the stored weights, before the conversion to the model's dtype."""
     loaded = TwoTowerForCausalLM.from_pretrained(golden_dir / name, dtype=dtype, quantization="int8")
     stored = quantize_(TwoTowerForCausalLM.from_pretrained(golden_dir / name, dtype="float64"))
     plain = TwoTowerForCausalLM.from_pretrained(golden_dir / name, dtype=dtype)
@@ -298,7 +298,7 @@ def test_a_context_tower_alone(golden_dir: Path) -> None:
     assert all(torch.equal(tensor, expected[name]) for name, tensor in named_tensors(alone))
 
 
-def test_a_damaged_checkpoint_is_told_as_ever(golden_dir: Path, tmp_path: Path) -> None:
+def test_errors_of_damaged_checkpoints_are_unchanged(golden_dir: Path, tmp_path: Path) -> None:
     stored = load_file(golden_dir / "tiny-hybrid" / SINGLE_FILE)
     name = next(name for name in stored if name.endswith("in_proj.weight"))
     (tmp_path / "config.json").write_text((golden_dir / "tiny-hybrid" / "config.json").read_text())
@@ -320,7 +320,7 @@ def test_refusals(golden_dir: Path, tmp_path: Path) -> None:
     assert not model.training
 
 
-# --- everything that generates ----------------------------------------------------------------------------------------
+# --- generation -------------------------------------------------------------------------------------------------------
 
 PROMPTS = [[5, 9, 11], [7] * 20, [8, 30, 31, 32, 33, 34, 35]]
 MODES: dict[str, dict[str, Any]] = {
@@ -337,7 +337,7 @@ def written(model: TwoTowerForCausalLM, prompts: list[list[int]], mode: str, **g
 
 
 @pytest.mark.parametrize("mode", MODES)
-def test_text_is_that_of_the_weights_that_are_meant(mode: str) -> None:
+def test_text_equals_that_of_the_dequantized_weights(mode: str) -> None:
     model = quantize_(build_random_model(EVERY_KIND, dtype=torch.float64))
     assert written(model, PROMPTS, mode) == written(as_meant(model), PROMPTS, mode)
 
@@ -351,7 +351,7 @@ def test_verified_text_is_ar_text(dtype: torch.dtype, temperature: float) -> Non
 
 
 @pytest.mark.parametrize("mode", MODES)
-def test_a_row_of_the_engine_gets_what_it_gets_alone(mode: str) -> None:
+def test_an_engine_row_equals_the_row_alone(mode: str) -> None:
     model = quantize_(build_random_model(EVERY_KIND))
     params = GenerationParams.of(mode=mode, max_new_tokens=24, **MODES[mode])
     llm = LLM(model, rows=3, length=64)
@@ -359,7 +359,7 @@ def test_a_row_of_the_engine_gets_what_it_gets_alone(mode: str) -> None:
     assert [out.tokens for out in outputs] == [written(model, [prompt], mode)[0] for prompt in PROMPTS]
 
 
-def test_the_bundled_model_says_the_same_in_ar(cli: Callable[..., Result]) -> None:
+def test_the_bundled_model_gives_the_same_text_in_ar(cli: Callable[..., Result]) -> None:
     prompt = "User: I want to book a table for two in San Jose.\nAssistant:"
     outs = [
         json.loads(cli("generate", prompt, "--mode", "ar", "-n", "24", "--json", "--dtype", "float32", *more).out)
@@ -373,7 +373,7 @@ def test_the_bundled_model_says_the_same_in_ar(cli: Callable[..., Result]) -> No
 
 
 @pytest.mark.parametrize("verb", ["generate", "serve", "bench", "eval", "batch", "report"])
-def test_every_verb_that_loads_takes_it(verb: str, cli: Callable[..., Result]) -> None:
+def test_every_verb_that_loads_a_model_has_the_option(verb: str, cli: Callable[..., Result]) -> None:
     assert "--quantization [none|int8]" in cli(verb, "--help").out
     result = cli(verb, "--quantization", "int3")
     assert result.code == 2

@@ -26,7 +26,7 @@ F64 = torch.float64
 
 
 def same(fast: Callable[..., Any], slow: Callable[..., Any], tensors: dict[str, Tensor | None]) -> None:
-    """Equal results, and equal gradients of every floating-point argument for a random cotangent."""
+    """Compares results, and gradients of every floating-point argument for a random cotangent."""
     gradients = []
     outs = []
     for function in (fast, slow):
@@ -54,7 +54,7 @@ def same(fast: Callable[..., Any], slow: Callable[..., Any], tensors: dict[str, 
 
 
 def scan_arguments(length: int, groups: int, state: bool, padded: bool, seed: int = 0) -> dict[str, Tensor | None]:
-    """Three rows, four heads. Padding (dt = 0) stands on the left, in the middle and on the right."""
+    """Three rows, four heads, with padding (dt = 0) on the left, in the middle and on the right."""
     torch.manual_seed(seed)
     rows, heads, width, size = 3, 4, 5, 6
     dt = torch.rand(rows, length, heads, dtype=F64) * 2
@@ -62,7 +62,7 @@ def scan_arguments(length: int, groups: int, state: bool, padded: bool, seed: in
         dt[0, : length // 3] = 0
         dt[1, length // 3 : length // 2 + 1] = 0
         dt[2, length // 2 :] = 0
-    decay_rate = torch.linspace(0.01, 16, heads, dtype=F64)  # slow heads remember everything, fast ones nothing
+    decay_rate = torch.linspace(0.01, 16, heads, dtype=F64)  # from heads that keep their state to heads that forget it
     return {
         "x": torch.randn(rows, length, heads, width, dtype=F64),
         "dt": dt,
@@ -85,7 +85,7 @@ def test_a_block_is_one_chunk_of_the_recurrence(length: int, groups: int, state:
 
 
 @SCANS
-def test_advance_gives_the_final_state_of_the_recurrence(length: int, groups: int, state: bool, padded: bool) -> None:
+def test_final_state_equals_the_recurrence(length: int, groups: int, state: bool, padded: bool) -> None:
     arguments = scan_arguments(length, groups, state, padded)
     C = arguments.pop("C")
     same(final_state, lambda **a: ssd_sequential(**a, C=C)[1], arguments)
@@ -94,7 +94,7 @@ def test_advance_gives_the_final_state_of_the_recurrence(length: int, groups: in
 @pytest.mark.parametrize("chunk", [1, 4, 5, 33, 40])
 @pytest.mark.parametrize(("groups", "state", "padded"), [(1, False, True), (2, True, True), (4, True, False)])
 def test_chunks_of_any_size_give_the_recurrence(chunk: int, groups: int, state: bool, padded: bool) -> None:
-    """Outputs, and the state before each chunk, also where the last chunk is not full."""
+    """Outputs and the state before each chunk, also with a partial last chunk."""
 
     def slow(**a: Any) -> tuple[Tensor, Tensor]:
         length = a["x"].shape[1]
@@ -117,13 +117,13 @@ def test_chunks_of_any_size_give_the_recurrence(chunk: int, groups: int, state: 
     ],
 )
 def test_pass_states(chunks: int, state: bool, fresh: str) -> None:
-    """The state that the recurrence has there, counted from the last fresh chunk; also in groups, and groups of those.
+    """The state before each chunk equals the recurrence since the last fresh chunk; also in nested groups.
 
-    Some: the first and the last of a group and several in a row among them. Nothing remembers the text before.
+    "some": fresh chunks include the first and the last of a group, and several in a row.
     """
     arguments = scan_arguments(2 * chunks, 2, state, padded=False)
     C, first = arguments.pop("C"), arguments.pop("state")
-    arguments["dt"] = arguments["dt"] / 8  # what the slow heads remember comes from many chunks
+    arguments["dt"] = arguments["dt"] / 8  # slow heads accumulate many chunks
     arguments["log_decay"] = arguments["log_decay"] / 8
     starts = torch.zeros(3, chunks, dtype=torch.bool)
     if fresh == "all":
@@ -149,8 +149,8 @@ def test_pass_states(chunks: int, state: bool, fresh: str) -> None:
     same(fast, slow, {**arguments, "state": first})
 
 
-def test_a_token_with_dt_zero_leaves_no_mark() -> None:
-    """What stands at padding, however large, changes neither the state nor what other tokens give."""
+def test_a_token_with_dt_zero_has_no_effect() -> None:
+    """Values at padding, however large, change neither the state nor the outputs of other tokens."""
     clean = scan_arguments(12, 2, True, padded=True)
     dirty = {name: v.clone() for name, v in clean.items()}
     padding = clean["dt"][..., 0] == 0
@@ -164,8 +164,10 @@ def test_a_token_with_dt_zero_leaves_no_mark() -> None:
 
 
 def test_the_scan_keeps_its_digits_over_many_chunks() -> None:
-    """Decays far apart in one sequence, in fp32: differences of long cumulative sums would lose all digits, and the
-    decay of the future, which is masked, would overflow and spoil the gradients."""
+    """Very different decays in one fp32 sequence.
+
+    Differences of long cumulative sums would lose all digits. Unmasked future decays would overflow in the gradients.
+    """
     arguments = {n: v.float() for n, v in scan_arguments(400, 2, True, padded=False).items()}
     exact = ssd_sequential(**{n: v.double() for n, v in arguments.items()})[0]
     arguments["log_decay"].requires_grad_()
@@ -212,8 +214,8 @@ def test_experts(kernel: Callable[..., Tensor], tokens: int, per_token: int) -> 
     same(kernel, experts_dense, expert_arguments(tokens, per_token))
 
 
-def test_an_expert_that_nothing_chose_is_not_visited() -> None:
-    """Its weights may be anything; the dense reference would read them."""
+def test_an_unselected_expert_is_not_read() -> None:
+    """Weights of unselected experts may be invalid. (The dense reference would read them.)"""
     arguments = expert_arguments(5, 2)
     arguments["topk_ids"] %= 2
     expected = experts_sorted(**arguments)
@@ -224,7 +226,7 @@ def test_an_expert_that_nothing_chose_is_not_visited() -> None:
 
 
 def _grouped_mm_unsupported_reason(device: str, dtype: torch.dtype) -> str | None:
-    """Why torch._grouped_mm does not run here, found by running it."""
+    """Why torch._grouped_mm does not run here (tries a call), or None."""
     if device == "cuda" and not torch.cuda.is_available():
         return "there is no CUDA device"
     probe = torch.ones(16, 16, device=device, dtype=dtype)
@@ -237,7 +239,7 @@ def _grouped_mm_unsupported_reason(device: str, dtype: torch.dtype) -> str | Non
 
 @pytest.mark.parametrize(
     ("device", "dtype", "tolerance"),
-    # Exact up to roundings: of bf16 a few at 8 bits.
+    # Equal up to rounding: a few roundings to the 8 bits of bf16.
     [("cpu", torch.float32, 1e-6), ("cpu", torch.bfloat16, 2e-2), ("cuda", torch.bfloat16, 2e-2)],
 )
 @pytest.mark.parametrize(("tokens", "per_token"), [(1, 1), (64, 3)])
@@ -256,7 +258,7 @@ def test_grouped_experts(device: str, dtype: torch.dtype, tolerance: float, toke
 
 
 def route_slowly(config: BackboneConfig, scores: list[float], bias: list[float]) -> dict[int, float]:
-    """One token's experts and weights, by the rule of the public reference."""
+    """One token's experts and weights, by the rule of the published implementation."""
     biased = [s + b for s, b in zip(scores, bias, strict=True)]
     size = len(scores) // config.n_group
     best = [sum(sorted(biased[g * size : (g + 1) * size])[-2:]) for g in range(config.n_group)]
@@ -273,7 +275,7 @@ def route_slowly(config: BackboneConfig, scores: list[float], bias: list[float])
     ids=["one group", "groups", "one group kept", "groups of one", "left-out experts win"],
 )
 def test_router(n_group: int, topk_group: int, norm: bool, least_bias: float) -> None:
-    """The last case: every kept score is negative, so the four left-out experts, at 0, are chosen."""
+    """Last case: all kept scores are negative, so the four masked experts, with score 0, are selected."""
     config = BackboneConfig(
         hybrid_override_pattern="E",
         hidden_size=8,
@@ -320,7 +322,7 @@ def attend_slowly(
     context: tuple[Tensor, Tensor] | None = None,
     context_mask: Tensor | None = None,
 ) -> Tensor:
-    """One softmax per query over the keys it sees, written out."""
+    """Attention by its definition: one softmax per query over its visible keys."""
     out = torch.empty_like(q)
     rows, heads, length, width = q.shape
     for b in range(rows):
@@ -346,7 +348,7 @@ def attend_slowly(
 @pytest.mark.parametrize("block", ["none", "shared", "per row"])
 @pytest.mark.parametrize("context", ["none", "all", "ragged"])
 def test_block_attention(kv_heads: int, block: str, context: str) -> None:
-    """Ragged: row 0 has no context at all, row 1 a part of it, row 2 all of it."""
+    """Ragged: row 0 has no context, row 1 part of the context, row 2 all of it."""
     torch.manual_seed(0)
     length, past = 4, 6
     causal = torch.ones(1, length, length, dtype=torch.bool).tril()
@@ -375,7 +377,7 @@ def test_block_attention(kv_heads: int, block: str, context: str) -> None:
 @pytest.mark.parametrize("tile", [3, 4, 11])
 @pytest.mark.parametrize("own", [False, True])
 def test_tiled_attention(kv_heads: int, tile: int, own: bool) -> None:
-    """Each query over the keys its row of the mask shows: of k up to its tile's end and, with own, of the tile's."""
+    """Each query attends to the keys of its mask row: k up to the tile's end and, with `own`, the tile's own keys."""
     torch.manual_seed(0)
     length = 11
     heads = {"q": 4, **dict.fromkeys("kv", kv_heads), **dict.fromkeys(("own_k", "own_v") if own else (), kv_heads)}
@@ -386,7 +388,7 @@ def test_tiled_attention(kv_heads: int, tile: int, own: bool) -> None:
         hi = min(lo + tile, length)
         past[:, lo:hi, hi:] = False
         present[:, lo:hi, :lo] = present[:, lo:hi, hi:] = False
-        (present if own else past)[:, range(lo, hi), range(lo, hi)] = True  # every query sees a key
+        (present if own else past)[:, range(lo, hi), range(lo, hi)] = True  # every query has a visible key
         mask = torch.cat([past[:, lo:hi, :hi], present[:, lo:hi, lo:hi]], dim=-1) if own else past[:, lo:hi, :hi]
         tiles.append(QueryTile(lo, hi, mask[:, None]))
 
@@ -402,9 +404,9 @@ def test_tiled_attention(kv_heads: int, tile: int, own: bool) -> None:
     same(fast, slow, tensors)
 
 
-# --- which columns belong together --------------------------------------------------------------------------------
+# --- documents in packed rows -------------------------------------------------------------------------------------
 
-# Two rows of five blocks of 4: a lead, an end inside a block, two neighbours, padding between and after.
+# Two rows of five blocks of 4: leading tokens, a document end inside a block, adjacent documents, padding.
 DOCUMENTS = torch.tensor(
     [
         [-1, 0, 0, 0, 0, 0, 0, 0, 1, 1, 1, -1, -1, -1, -1, -1, -1, -1, 2, 2],
@@ -427,7 +429,7 @@ def test_layout_of_blocks() -> None:
 @pytest.mark.parametrize("block_size", [1, 2, 4])
 @pytest.mark.parametrize("taps", [1, 3, 6])
 def test_layout_windows(block_size: int, taps: int) -> None:
-    """The columns before each block that belong to its document, else zeros; across several short blocks too."""
+    """The inputs before each block of the same document, else zeros; also across several short blocks."""
     layout = Layout(DOCUMENTS, block_size)
     columns = torch.arange(1.0, 41.0, dtype=F64).reshape(2, 20, 1).expand(2, 20, 3)
     found = layout.windows(columns, taps)
@@ -443,7 +445,7 @@ def test_layout_windows(block_size: int, taps: int) -> None:
 @pytest.mark.parametrize("length", [20, 2 * TILE + 20])
 @pytest.mark.parametrize("block_size", [1, 4])
 def test_layout_tiles(length: int, block_size: int) -> None:
-    """Which keys each query sees, query by query."""
+    """The visible keys, query by query."""
     documents = F.pad(DOCUMENTS, (length - 20, 0), value=0)
     layout = Layout(documents, block_size)
     query, key = torch.arange(length)[:, None], torch.arange(length)
@@ -461,14 +463,14 @@ def test_layout_tiles(length: int, block_size: int) -> None:
             assert lo % block_size == 0
             parts = [wanted[0][:, lo:hi, :hi], *(w[:, lo:hi, lo:hi] for w in wanted[1:])]
             assert torch.equal(mask[:, 0], torch.cat(parts, dim=-1))
-            assert mask.any(-1).all()  # no query without a key, in padding neither
-            assert not any(w[:, lo:hi, hi:].any() for w in wanted)  # nor a key that is left out
+            assert mask.any(-1).all()  # every query has a key, also at padding
+            assert not any(w[:, lo:hi, hi:].any() for w in wanted)  # no visible key is outside the tile
 
 
-# --- the catalogue ------------------------------------------------------------------------------------------------
+# --- the registry -------------------------------------------------------------------------------------------------
 
 
-def test_the_catalogue_names_a_backend_and_a_reason_for_every_operation() -> None:
+def test_the_registry_names_a_backend_and_a_reason_for_every_operation() -> None:
     cpu = torch.device("cpu")
     rows = report(cpu, torch.float32)
     assert [op for op, _, _ in rows] == list(REGISTRY)

@@ -1,4 +1,4 @@
-"""The compiled kernels for processors against their torch references: every argument, rows alone and together."""
+"""The C++ kernels against their torch references: every argument, rows alone and in batches."""
 
 from __future__ import annotations
 
@@ -36,7 +36,7 @@ NATIVE = [(op, backend) for op, backends in REGISTRY.items() for backend in back
 
 @pytest.mark.parametrize("dtype", NARROW)
 @pytest.mark.parametrize(("op", "backend"), NATIVE, ids=[op for op, _ in NATIVE])
-def test_each_agrees_with_its_twin_in_float64(op: str, backend: Backend, dtype: torch.dtype) -> None:
+def test_each_agrees_with_its_reference_in_float64(op: str, backend: Backend, dtype: torch.dtype) -> None:
     assert find_mismatch(backend.function, REGISTRY[op][-1].function, self_check_cases.CASES[op](CPU, dtype)) is None
 
 
@@ -52,7 +52,7 @@ def test_linear_of_any_size(tokens: int, width: int, out: int, dtype: torch.dtyp
 
 
 def test_a_tokens_result_does_not_depend_on_its_neighbours() -> None:
-    """Bit for bit: what lets a checked block equal single steps."""
+    """Bit-identical, so that verifying a block gives the same tokens as single AR steps."""
     randn = self_check_cases.Randn(2, CPU)
     x, weight = randn(48, 300), randn(70, 300)
     together = ops.linear(x, weight)
@@ -87,8 +87,8 @@ def _flat(value: Any) -> list[Tensor | None]:
 @pytest.mark.parametrize("counts", [[[1, 1, 0, 0], [0, 0, 0, 0]], [[0, 0, 0, 0], [0, 1, 1, 1]], [[0] * 4] * 2])
 @pytest.mark.parametrize("at_once", [True, False], ids=["at once", "by layers"])
 @torch.no_grad()
-def test_padding_visits_no_expert_that_no_token_visits(counts: list[list[int]], at_once: bool) -> None:
-    """Experts that no counting token chose hold no numbers here. Where none counts, one token's are visited."""
+def test_padding_reads_no_additional_expert(counts: list[list[int]], at_once: bool) -> None:
+    """Experts that no valid token selected are NaN here. Without a valid token, one token's experts are read."""
     tower = build_random_model("ME", dtype=torch.float32).context
     tokens, valid = torch.tensor([[5, 6, 7, 8], [9, 10, 11, 12]]), torch.tensor(counts).bool()
     meta, chosen = AttentionMetadata(token_mask=valid), []
@@ -124,15 +124,15 @@ def test_gradients_and_float64_are_left_to_torch() -> None:
     with torch.no_grad():
         assert registry.select("linear", CPU, torch.float32).name == "native"
         assert registry.select("linear", CPU, torch.float64).name == "torch"
-        with FlopCounterMode(display=False) as counter:  # must see every operation
+        with FlopCounterMode(display=False) as counter:  # the mode must see torch operations
             build_random_model("M*").context(torch.ones(1, 3, dtype=torch.long), AttentionMetadata())
         assert counter.get_total_flops() > 0
     assert weight.grad is None
 
 
 @pytest.mark.parametrize("dtype", NARROW)
-def test_a_model_says_the_same_without_them(dtype: torch.dtype, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Both towers, every kind of layer, ragged rows of a pool, with state carried from pass to pass."""
+def test_a_model_gives_the_same_without_kernels(dtype: torch.dtype, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Both towers, every kind of layer, ragged rows of a pool; the state is carried from pass to pass."""
     model = build_random_model(EVERY_KIND, dtype=dtype)
     outs = []
     for plain in (False, True):
@@ -162,7 +162,7 @@ def only_torch(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(registry, "_select", registry._select.__wrapped__)
 
 
-def test_wrong_numbers_are_refused_aloud(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_wrong_kernel_is_not_used_and_warns(monkeypatch: pytest.MonkeyPatch) -> None:
     right = next(backend for op, backend in NATIVE if op == "linear")
     wrong = Backend("native", lambda *a: right.function(*a) * 1.01, "", right.unsupported_reason, compiled=True)
     monkeypatch.setattr(registry, "REGISTRY", REGISTRY | {"linear": (wrong, REGISTRY["linear"][-1])})
@@ -171,7 +171,7 @@ def test_wrong_numbers_are_refused_aloud(monkeypatch: pytest.MonkeyPatch) -> Non
         assert registry.select("linear", CPU, torch.float32, differentiable=False).name == "torch"
 
 
-def test_no_kernel_was_refused_on_this_machine() -> None:
+def test_every_kernel_passes_its_self_check_here() -> None:
     with warnings.catch_warnings():
         warnings.simplefilter("error")
         for dtype in NARROW:
@@ -181,7 +181,7 @@ def test_no_kernel_was_refused_on_this_machine() -> None:
 
 @pytest.mark.parametrize("dtype", NARROW)
 def test_no_rows_at_all(dtype: torch.dtype) -> None:
-    """A process of several may have nothing to do."""
+    """A process of a distributed run may have no tokens."""
     model = build_random_model(EVERY_KIND, dtype=dtype)
     with torch.no_grad():
         state = model.new_state(0, 64)
@@ -196,7 +196,7 @@ def test_no_rows_at_all(dtype: torch.dtype) -> None:
 def test_a_tower_in_one_call_is_its_layers(
     length: int, residual_in_fp32: bool, dtype: torch.dtype, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """Every kind of layer, biases, ragged rows of a shared pool, with and without time, causal or not."""
+    """Every kind of layer, biases, ragged rows of a shared pool, with and without modulation, causal or not."""
     overrides = {"residual_in_fp32": residual_in_fp32, "use_bias": True, "mlp_bias": True, "attention_bias": True}
     model = build_random_model(EVERY_KIND, dtype=dtype, **overrides)
     tokens = torch.randint(4, 60, (3, 30), generator=torch.Generator().manual_seed(0))
@@ -228,13 +228,13 @@ def test_a_tower_in_one_call_is_its_layers(
             outs.append([logits, *drafts, *state._tensors()])
         assert calls == [at_once] * 3
         monkeypatch.undo()
-    for actual, expected in zip(*outs, strict=True):  # in fp32 but for gate and sum in one rounding
+    for actual, expected in zip(*outs, strict=True):  # in fp32, gate and sum may be rounded once
         assert torch.equal(actual, expected) or dtype == torch.float32
         torch.testing.assert_close(actual, expected, rtol=1e-5, atol=1e-5)
 
 
 def test_a_tower_that_was_changed_runs_as_written() -> None:
-    """A hook, a module of somebody else's, a weight laid out otherwise or moved: each is noticed."""
+    """Detects hooks, foreign modules, and weights with another layout or address."""
     model = build_random_model(EVERY_KIND, dtype=torch.float32)
     tower = model.context
     tokens = torch.tensor([[5, 6, 7]])
@@ -271,7 +271,7 @@ def test_a_tower_that_was_changed_runs_as_written() -> None:
         assert not ran()
     old.weight = torch.nn.Parameter(old.weight.contiguous())
     assert ran()
-    old.forward = lambda input: input  # as libraries that move weights around do
+    old.forward = lambda input: input  # like libraries that offload weights
     assert not ran()
     del old.forward
     assert ran()
@@ -282,7 +282,7 @@ def test_a_tower_that_was_changed_runs_as_written() -> None:
 
 
 def test_a_plan_outlives_hooks(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Made once, not at each pass, for a tower that hooks or somebody else's modules keep from running at once."""
+    """The plan is made once, not per pass, also for a tower with hooks or foreign modules."""
     tower = build_random_model(EVERY_KIND).context
     made: list[bool] = []
 
@@ -307,8 +307,8 @@ def test_a_plan_outlives_hooks(monkeypatch: pytest.MonkeyPatch) -> None:
     assert len(made) == 2
 
 
-def test_a_tower_of_another_dtype_runs_at_once_too(monkeypatch: pytest.MonkeyPatch) -> None:
-    """After each change of dtype, to and fro: the layers one by one say the same."""
+def test_a_tower_of_another_dtype_runs_in_one_call_too(monkeypatch: pytest.MonkeyPatch) -> None:
+    """After each change of dtype, back and forth, the result equals layer by layer."""
     model = build_random_model(EVERY_KIND, dtype=torch.float32)
     tower, tokens = model.context, torch.tensor([[5, 6, 7]])
     for change in (model.float, model.bfloat16, model.float, model.double, model.bfloat16):
@@ -331,7 +331,7 @@ def _at_once(tower: Tower) -> bool:
 @torch.no_grad()
 @pytest.mark.parametrize("length", [17, 60, fused_cpu.MAX_ROW_TOKENS])
 def test_a_pass_longer_than_a_chunk_is_the_chunked_scan(length: int, monkeypatch: pytest.MonkeyPatch) -> None:
-    """What the layers do chunk by chunk is done in one piece, and leaves the same state."""
+    """The fused pass handles in one piece what the layers handle chunk by chunk; the state is equal."""
     model = build_random_model(EVERY_KIND, dtype=torch.float32)
     assert model.config.backbone.chunk_size < length
     tokens = torch.randint(4, 60, (1, length), generator=torch.Generator().manual_seed(1))
@@ -348,16 +348,16 @@ def test_a_pass_longer_than_a_chunk_is_the_chunked_scan(length: int, monkeypatch
         torch.testing.assert_close(actual, expected, rtol=1e-4, atol=1e-4)
 
 
-# --- shapes that take a path of their own -----------------------------------------------------------------------------
+# --- shapes with their own code path ----------------------------------------------------------------------------------
 
-# Head widths with and without whole vectors, on either side of 16 and of 32; groups of one and of several.
+# Head widths that are multiples of a vector or not, around 16 and 32; one and several query heads per KV head.
 HEADS = [(1, 1, 5), (6, 2, 16), (4, 2, 40), (6, 2, 32), (8, 8, 64)]
 
 
 def attention_arguments(
     length: int, heads: int, shared: int, width: int, contexts: tuple[int, ...], ragged: bool = False
 ) -> tuple[Any, ...]:
-    """Of `ops.attention` but `causal`: a row for each context, anywhere in a pool."""
+    """The arguments of `ops.attention` except `causal`: one row per context length, anywhere in a pool."""
     randn = self_check_cases.Randn(11, CPU)
     rows, longest = len(contexts), max(contexts)
     pool = randn(2, rows * shared * (longest + 3) + 1, width)
@@ -380,7 +380,7 @@ def attention_arguments(
 def test_attention_of_any_shape(
     heads: int, shared: int, width: int, length: int, causal: bool, ragged: bool, dtype: torch.dtype
 ) -> None:
-    """Contexts of nothing, within and just beyond a turn of the softmax and a task, and several of them."""
+    """Context lengths 0, around one softmax chunk, around one task, and several tasks."""
     contexts = (0, 7, 250, 256, 1024, 1025, 2300)
     q, k, v, valid, cached = attention_arguments(length, heads, shared, width, contexts, ragged)
     q, k, v = (part.to(dtype) for part in (q, k, v))
@@ -392,8 +392,8 @@ def test_attention_of_any_shape(
     torch.testing.assert_close(found, expected, rtol=tolerance, atol=tolerance)
 
 
-def test_attention_within_a_block_longer_than_a_turn() -> None:
-    """Where a query sees none of the first keys, and where its own come after them."""
+def test_attention_within_a_block_longer_than_a_chunk() -> None:
+    """All keys of the first chunk are masked for a query, and own keys follow."""
     q, k, v, _, _ = attention_arguments(300, 3, 1, 24, (0, 0, 0))
     for causal in (True, False):
         for first in (0, 270, 299):
@@ -404,8 +404,8 @@ def test_attention_within_a_block_longer_than_a_turn() -> None:
 
 
 @pytest.mark.parametrize("causal", [True, False])
-def test_a_query_is_the_same_alone_and_in_any_company(causal: bool) -> None:
-    """Bit for bit: beside other rows, longer contexts, and padding that makes its block wider."""
+def test_a_query_is_bit_identical_in_any_batch(causal: bool) -> None:
+    """Bit-identical beside other rows and longer contexts, and with padding in its block."""
     q, k, v, _, cached = attention_arguments(33, 6, 2, 32, (0, 40, 250, 1100))
     lengths = torch.tensor([33, 1, 16, 7])
     valid = torch.arange(33) < lengths[:, None]
@@ -417,7 +417,7 @@ def test_a_query_is_the_same_alone_and_in_any_company(causal: bool) -> None:
         )  # fmt: skip
         alone = ops.attention(*(part[row : row + 1, :length] for part in (q, k, v)), None, causal, own)
         assert torch.equal(alone[0], together[row, :length])
-        if causal and length > 1:  # nor do later tokens change it
+        if causal and length > 1:  # later tokens do not change it either
             first = ops.attention(*(part[row : row + 1, :1] for part in (q, k, v)), None, causal, own)
             assert torch.equal(first[0, 0], together[row, 0])
 
@@ -434,7 +434,7 @@ SIZES = [
 @pytest.mark.parametrize("length", [1, 3, 4, 8, 16, 21, 70])
 @pytest.mark.parametrize("sizes", SIZES)
 def test_a_mamba_block_of_any_shape(sizes: self_check_cases.Sizes, length: int, dtype: torch.dtype) -> None:
-    """Into a state and from none, ragged or not, and the state after it."""
+    """With and without a state before, ragged or not, and the state after the block."""
     projected, valid, window, state, weights = self_check_cases.mamba_block_arguments(sizes, length, CPU, dtype)
     for seen, past, before in ((valid, window, state), (None, window, state), (None, None, None)):
         case = Case("any shape", lambda a=(projected, seen, past, before, weights): a)
@@ -447,8 +447,8 @@ def test_a_mamba_block_of_any_shape(sizes: self_check_cases.Sizes, length: int, 
     assert find_mismatch(state_update, registry.mamba_block.state_update, [case]) is None
 
 
-def test_a_mamba_token_is_the_same_alone_and_in_any_company() -> None:
-    """Bit for bit: beside other rows, more tokens after it, and padding."""
+def test_a_mamba_token_is_bit_identical_in_any_batch() -> None:
+    """Bit-identical beside other rows, more tokens after it, and padding."""
     projected, valid, window, state, weights = self_check_cases.mamba_block_arguments(SIZES[1], 21, CPU, torch.float32)
     together, _ = ops.mamba_block(projected, valid, window, state, weights)
     for row, length in enumerate(valid.sum(1).tolist()):
@@ -459,11 +459,11 @@ def test_a_mamba_token_is_the_same_alone_and_in_any_company() -> None:
 
 
 def test_strong_and_weak_decay() -> None:
-    """Heads that forget all within a token, whose exponentials leave what fp32 holds, beside those that keep all."""
+    """Heads that forget everything within a token (exponentials exceed fp32), beside heads that keep everything."""
     projected, _, window, state, weights = self_check_cases.mamba_block_arguments(SIZES[1], 16, CPU, torch.float32)
     weights = weights._replace(A_log=torch.tensor([8.0, 5.0, 0.0, -3.0, -8.0, 2.0]), time_step_limit=(0.0, torch.inf))
     width = weights.heads
-    for shift in (-60.0, -20.0, 0.0, 15.0, 60.0):  # steps from nothing to long ones
+    for shift in (-60.0, -20.0, 0.0, 15.0, 60.0):  # from dt near 0 to large dt
         moved = torch.cat([projected[..., :-width], projected[..., -width:] + shift], -1)
         case = Case("decay", lambda a=(moved, None, window, state, weights): a)
         assert find_mismatch(ops.mamba_block, registry.mamba_block.mamba_block, [case]) is None
@@ -471,8 +471,8 @@ def test_strong_and_weak_decay() -> None:
 
 @pytest.mark.parametrize("dtype", NARROW)
 @pytest.mark.parametrize("size", [1, 5, 16, 17, 100])
-def test_choosing_in_any_vocabulary(size: int, dtype: torch.dtype) -> None:
-    """Each token in turn left out, so that the best, the last and the only others are; ties go to the lowest id."""
+def test_argmax_of_any_vocabulary(size: int, dtype: torch.dtype) -> None:
+    """Excludes each token in turn, among them the best and the last; ties go to the lowest id."""
     if size > 1:
         logits = (self_check_cases.Randn(12, CPU)(size, 3, size) * 2).round().to(dtype)
         case = Case("any vocabulary", lambda: (logits, torch.arange(size)))

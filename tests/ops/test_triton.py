@@ -1,4 +1,4 @@
-"""Triton kernels beside their torch references, over all their arguments: on a GPU, or through Triton's interpreter.
+"""Triton kernels against their torch references, over all their arguments, on a GPU or in Triton's interpreter.
 
 `triton_mode` (imported by conftest) chooses the interpreter where there is no GPU. Attention, norms and routers:
 test_triton_attention, test_triton_norm_route.
@@ -47,7 +47,7 @@ TINY_HYBRID = Sizes(heads=8, groups=2, width=16, state=16, taps=4)
 TINY_GROUPS = Sizes(heads=6, groups=2, width=12, state=24, taps=4)
 SMALL = Sizes(heads=2, groups=1, width=5, state=3, taps=4)
 BOTH = pytest.mark.parametrize("sizes", [TINY_HYBRID, TINY_GROUPS], ids=["tiny-hybrid", "tiny-groups"])
-# That are done by Triton kernels wherever these run; experts in bf16 only where torch has no grouped product.
+# Operations that use Triton where it is supported; bf16 experts only where torch has no grouped GEMM.
 OPS = ("attention", "mamba_block", "state_update", "argmax", "rms_norm", "route", "experts_int8", "linear_int8")
 DTYPES = pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=["fp32", "bf16"])
 
@@ -59,7 +59,7 @@ def _no_gradients() -> Iterator[None]:
 
 
 def close(actual: Tensor, expected: Tensor) -> None:
-    """Same kind, and the same numbers up to the rounding of their dtype."""
+    """Equal dtype and shape, and equal values up to rounding."""
     assert actual.dtype == expected.dtype
     assert actual.shape == expected.shape
     if not expected.is_floating_point():
@@ -70,11 +70,11 @@ def close(actual: Tensor, expected: Tensor) -> None:
     torch.testing.assert_close(actual.float() / scale, expected.float() / scale, rtol=0, atol=share)
 
 
-# --- the block -------------------------------------------------------------------------------------------------------
+# --- mamba_block -----------------------------------------------------------------------------------------------------
 
 
 def check_block(*arguments: Any) -> None:
-    """The reference's output, and its inputs."""
+    """The output and the step inputs equal the reference's."""
     expected, kept = mamba_block.mamba_block(*arguments, True)
     mixed, inputs = triton_mamba.mamba_block(*arguments, True)
     close(mixed, expected)
@@ -93,12 +93,12 @@ def check_block(*arguments: Any) -> None:
     ],
 )
 def test_block(sizes: Sizes, dtype: torch.dtype, length: int) -> None:
-    """Three rows: all of the length, half of it, none of it."""
+    """Three rows: full length, half of it, empty."""
     check_block(*mamba_block_arguments(sizes, length, DEVICE, dtype))
 
 
 @DTYPES
-def test_block_without_a_trace(dtype: torch.dtype) -> None:
+def test_block_without_step_inputs(dtype: torch.dtype) -> None:
     arguments = mamba_block_arguments(SMALL, 3, DEVICE, dtype)
     mixed, inputs = triton_mamba.mamba_block(*arguments, False)
     assert inputs is None
@@ -110,7 +110,7 @@ def test_block_without_a_trace(dtype: torch.dtype) -> None:
 @pytest.mark.parametrize("window", [True, False])
 @pytest.mark.parametrize("state", [True, False])
 def test_block_without_some_arguments(length: int, valid: str, window: bool, state: bool) -> None:
-    """Padding on the left too: there a row's window stands before padding."""
+    """Also padding on the left, between the window and the tokens."""
     projected, ragged, seen, before, weights = mamba_block_arguments(SMALL, length, DEVICE, torch.float32, rows=2)
     ragged[1, : length // 2] = True
     padding = {"none": None, "ragged": ragged, "left": ragged.flip(1)}[valid]
@@ -142,7 +142,7 @@ def test_block_clamps_the_time_step(limit: tuple[float, float]) -> None:
 
 
 def test_block_of_extreme_time_steps() -> None:
-    """softplus where it is nearly 0, nearly the identity, and between: each to its own last digits."""
+    """softplus near 0, near the identity, and between, each to the last digits."""
     projected, _, window, state, weights = mamba_block_arguments(SMALL, 16, DEVICE, torch.float32)
     weights = weights._replace(time_step_limit=(0.0, math.inf))
     projected[..., -weights.heads :] = torch.linspace(-40, 40, 16, device=DEVICE)[:, None]
@@ -153,7 +153,7 @@ def test_block_of_extreme_time_steps() -> None:
     torch.testing.assert_close(found.dt, expected.dt, rtol=2e-6, atol=1e-30)
 
 
-def test_what_stands_at_padding_leaves_no_mark() -> None:
+def test_values_at_padding_have_no_effect() -> None:
     clean = mamba_block_arguments(SMALL, 9, DEVICE, torch.float32)
     dirty = (clean[0].masked_fill(~clean[1][..., None], torch.nan), *clean[1:])
     (expected, before), (found, after) = (triton_mamba.mamba_block(*arguments) for arguments in (clean, dirty))
@@ -164,7 +164,7 @@ def test_what_stands_at_padding_leaves_no_mark() -> None:
 
 
 def test_block_reads_slices_in_place() -> None:
-    """Rows, windows and states that are slices of larger tensors, as they are in a pool."""
+    """Rows, windows and states as slices of larger tensors, as in a pool."""
     projected, valid, window, state, weights = mamba_block_arguments(SMALL, 9, DEVICE, torch.float32, rows=6)
     check_block(projected[::2, :7], valid[::2, :7], window[1::2], state[3:], weights)
     check_block(projected.transpose(1, 2).contiguous().transpose(1, 2), valid, window, state, weights)
@@ -180,7 +180,7 @@ def test_longer_blocks_go_to_the_reference(length: int, monkeypatch: pytest.Monk
 
 
 @pytest.mark.parametrize("shape", [(0, 4), (2, 0)])
-def test_a_block_of_nothing(shape: tuple[int, int]) -> None:
+def test_an_empty_block(shape: tuple[int, int]) -> None:
     projected, valid, window, state, weights = mamba_block_arguments(TINY_GROUPS, 4, DEVICE, torch.float32, rows=2)
     rows, length = shape
     mixed, _ = triton_mamba.mamba_block(
@@ -189,13 +189,13 @@ def test_a_block_of_nothing(shape: tuple[int, int]) -> None:
     assert mixed.shape == (rows, length, weights.inner)
 
 
-# --- the fold --------------------------------------------------------------------------------------------------------
+# --- state_update ----------------------------------------------------------------------------------------------------
 
 
 def check_state_update(
     window: Tensor, state: Tensor, inputs: MambaStepInputs, accepted: Tensor, rows: Tensor | None
 ) -> None:
-    """The reference's pools, in place."""
+    """The pools, changed in place, equal the reference's."""
     expected = mamba_block.state_update(window.clone(), state.clone(), inputs, accepted, rows)
     found = triton_state_update.state_update(window, state, inputs, accepted, rows)
     assert found[0] is window
@@ -207,13 +207,13 @@ def check_state_update(
 @BOTH
 @DTYPES
 @pytest.mark.parametrize("length", [1, 2, 17])
-def test_fold(sizes: Sizes, dtype: torch.dtype, length: int) -> None:
+def test_state_update(sizes: Sizes, dtype: torch.dtype, length: int) -> None:
     check_state_update(*state_update_arguments(sizes, length, DEVICE, dtype))
 
 
 @pytest.mark.parametrize("taps", [1, 2, 4, 6])
-def test_fold_accepts_any_number_of_tokens(taps: int) -> None:
-    """0, 1, …, L tokens of each row, all slots in order; also where the window is wider than what is new."""
+def test_state_update_with_any_number_of_tokens(taps: int) -> None:
+    """0, 1, …, L tokens per row, all slots in order; also with a window longer than the new inputs."""
     length = 4
     window, state, inputs, _, _ = state_update_arguments(
         TINY_GROUPS._replace(taps=taps), length, DEVICE, torch.float32, slots=(0, 1, 2, 3, 4)
@@ -224,7 +224,7 @@ def test_fold_accepts_any_number_of_tokens(taps: int) -> None:
 
 
 @pytest.mark.parametrize("slots", [(2,), (4, 1), (1, 2, 3, 4, 0)])
-def test_fold_leaves_other_slots_alone(slots: tuple[int, ...]) -> None:
+def test_state_update_keeps_other_slots(slots: tuple[int, ...]) -> None:
     window, state, inputs, accepted, rows = state_update_arguments(TINY_GROUPS, 3, DEVICE, torch.float32, slots)
     before = window.clone(), state.clone()
     check_state_update(window, state, inputs, accepted, rows)
@@ -234,22 +234,22 @@ def test_fold_leaves_other_slots_alone(slots: tuple[int, ...]) -> None:
     assert torch.equal(state[idle], before[1][idle])
 
 
-def test_fold_of_wide_windows() -> None:
-    """More channels than one program of the fold takes."""
+def test_state_update_of_wide_windows() -> None:
+    """More channels than one program handles."""
     sizes = Sizes(heads=2, groups=1, width=140, state=20, taps=4)
     check_state_update(*state_update_arguments(sizes, 5, DEVICE, torch.bfloat16))
 
 
 @pytest.mark.parametrize("given", [True, False])
-def test_fold_of_long_traces(given: bool) -> None:
-    """The reference's work, in place all the same."""
+def test_state_update_of_long_blocks(given: bool) -> None:
+    """The reference runs, and the pools still change in place."""
     slots = (3, 0, 4) if given else (0, 1, 2, 3, 4)
     arguments = state_update_arguments(SMALL, 65, DEVICE, torch.float32, slots)
     check_state_update(*arguments[:4], arguments[4] if given else None)
 
 
-def test_fold_of_a_blocks_own_trace() -> None:
-    """Block by block through the kernels and through the references: the states stay together."""
+def test_state_update_with_a_blocks_own_inputs() -> None:
+    """Block by block through the kernels and through the references: the states stay equal."""
     projected, valid, window, state, weights = mamba_block_arguments(SMALL, 12, DEVICE, torch.bfloat16)
     pools = [(window.clone(), state.clone()) for _ in range(2)]
     for part in (projected[:, :5], projected[:, 5:6], projected[:, 6:]):
@@ -271,13 +271,13 @@ def test_fold_of_a_blocks_own_trace() -> None:
         close(actual, expected)
 
 
-# --- the greedy choice -----------------------------------------------------------------------------------------------
+# --- argmax ----------------------------------------------------------------------------------------------------------
 
 
 @DTYPES
 @pytest.mark.parametrize("size", [1, 7, 64, 4096, 9001])
 def test_argmax(dtype: torch.dtype, size: int) -> None:
-    """Many equal logits; a row that leaves out nothing, one its best, one its last."""
+    """Many equal logits; the rows exclude no token, the best token and the last token."""
     logits, excluded = argmax_arguments(size, DEVICE, dtype)
     if size == 1:
         excluded[:] = -1
@@ -317,17 +317,17 @@ def test_argmax_of_slices_and_of_nothing(find: Callable[..., tuple[Tensor, Tenso
 
 @pytest.mark.parametrize("lengths", [["1", "16"], pytest.param(["33", "17"], marks=pytest.mark.slow)])
 def test_the_kernels_compile_for_a_gpu(lengths: list[str], tmp_path: Path) -> None:
-    """For an H100, also where there is none; each as its wrapper launches it."""
+    """Compiles each kernel for an H100, as its wrapper launches it; needs no GPU."""
     found = triton_mode.compiled(*lengths, cache_dir=tmp_path)
     assert found == {"_block_kernel", "_state_update_kernel", "_argmax_kernel"}
 
 
-# --- the catalogue ---------------------------------------------------------------------------------------------------
+# --- the registry ----------------------------------------------------------------------------------------------------
 
 
 @pytest.fixture
 def triton_on(monkeypatch: pytest.MonkeyPatch) -> Iterator[pytest.MonkeyPatch]:
-    """Triton or torch, and nothing decided yet; afterwards nothing is left of what was decided."""
+    """Triton enabled with empty selection caches; clears the caches afterwards."""
     for op, backends in registry.REGISTRY.items():
         monkeypatch.setitem(registry.REGISTRY, op, tuple(b for b in backends if b.name != "native"))
     _forget()
@@ -343,8 +343,8 @@ def _forget() -> None:
 
 
 @DTYPES
-def test_kernels_that_agree_are_taken(dtype: torch.dtype, triton_on: pytest.MonkeyPatch) -> None:
-    """Run on the cases that it is checked with on every machine."""
+def test_kernels_that_pass_the_self_check_are_used(dtype: torch.dtype, triton_on: pytest.MonkeyPatch) -> None:
+    """The self-check passes with the cases that run on every machine."""
     with warnings.catch_warnings():
         warnings.simplefilter("error")
         rows = {op: (backend, why) for op, backend, why in registry.report(DEVICE, dtype)}
@@ -386,13 +386,13 @@ def _forgets(*arguments: Any) -> Any:
         (_forgets, "gave less than its reference on 6 heads of 12, 1 tokens"),
     ],
 )
-def test_a_broken_kernel_is_refused_loudly(
+def test_a_broken_kernel_is_not_used_and_warns(
     broken: Callable[..., Any],
     said: str,
     triton_on: pytest.MonkeyPatch,
     random_model: Callable[..., TwoTowerForCausalLM],
 ) -> None:
-    """Its reference is taken; a model computes what it did, and `report` says why."""
+    """The reference is used instead; the model's results do not change, and `report` says why."""
     model = random_model("M*", seed=3).to(DEVICE)
     tokens = torch.arange(12, device=DEVICE).view(2, 6)
     with options.override(triton=False):
@@ -405,7 +405,7 @@ def test_a_broken_kernel_is_refused_loudly(
     with pytest.warns(RuntimeWarning, match=said):
         assert registry.select("mamba_block", DEVICE, torch.float32) is reference
     with warnings.catch_warnings():
-        warnings.simplefilter("error")  # said once
+        warnings.simplefilter("error")  # warns only once
         assert registry.select("mamba_block", DEVICE, torch.float32) is reference
         (row,) = (row for row in registry.report(DEVICE, torch.float32) if row[0] == "mamba_block")
     assert row[1] == "torch"
@@ -414,7 +414,7 @@ def test_a_broken_kernel_is_refused_loudly(
 
 
 def test_a_wrong_token_is_found() -> None:
-    """One token of many, and the confidences are right."""
+    """One wrong token of many, with correct confidences."""
 
     def broken(logits: Tensor, excluded: Tensor) -> tuple[Tensor, Tensor]:
         tokens, confidence = argmax.argmax(logits, excluded)
@@ -434,7 +434,7 @@ def test_a_wrong_token_is_found() -> None:
         (torch.device("meta"), torch.float32, True, True, "needs CUDA"),
     ],
 )
-def test_refusals(
+def test_unsupported_reasons(
     device: torch.device, dtype: torch.dtype, triton: bool, interpret: bool, why: str, triton_on: pytest.MonkeyPatch
 ) -> None:
     with options.override(triton=triton, triton_interpret=interpret):
@@ -464,7 +464,7 @@ def test_gradients_go_through_the_reference(triton_on: pytest.MonkeyPatch) -> No
 def test_a_model_through_the_kernels(
     length: int, triton_on: pytest.MonkeyPatch, random_model: Callable[..., TwoTowerForCausalLM]
 ) -> None:
-    """Some rows, a denoised block, a block read, rolled back, a token read: both towers' logits, and the state."""
+    """Prefill, a denoised block, an extend, a rollback, one token: both towers' logits, and the state."""
     triton_on.setattr(registry.self_check, "find_mismatch", lambda *_: None)
 
     def outputs() -> list[Tensor]:

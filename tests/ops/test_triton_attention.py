@@ -26,13 +26,13 @@ from twotower.ops.triton import attention  # noqa: E402
 
 DEVICE = torch.device("cuda", 0) if torch.cuda.is_available() else torch.device("cpu")
 DTYPES = pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=["fp32", "bf16"])
-ROOM = 400  # tokens of each row and head in a pool
+ROOM = 400  # slots per row and head of a pool
 Arguments = tuple[Tensor, Tensor, Tensor, Tensor | None, bool, CachedKV | None]
 
 
 @pytest.fixture(autouse=True)
 def _small_splits(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
-    """Contexts that the interpreter can do are shared out too."""
+    """Smaller splits, so that contexts that are feasible in the interpreter are split too."""
     monkeypatch.setattr(attention, "MIN_SPLIT_KEYS", 64)
     with torch.no_grad():
         yield
@@ -48,8 +48,10 @@ def arguments(
     causal: bool = False,
     device: torch.device = DEVICE,
 ) -> Arguments:
-    """Rows with so many cached tokens, their heads anywhere in a pool in which everything else is no number. valid:
-    what is padding, none of it, or ever more from row to row at the end or at the beginning."""
+    """Rows with the given numbers of cached tokens, anywhere in a pool; unused slots are NaN.
+
+    valid: no padding, or padding that grows from row to row, at the end or at the beginning.
+    """
     randn, rows = Randn(0, device), len(lengths)
     q = randn(rows, length, heads[0], width)
     k, v = (randn(rows, length, heads[1], width) for _ in "kv")
@@ -71,7 +73,7 @@ def arguments(
 
 
 def check(*given: Any) -> Tensor:
-    """The reference's numbers, up to what the dtype rounds. The reference multiplies by 0 what does not exist."""
+    """Equals the reference up to rounding. (The reference multiplies missing values by 0, so they must be finite.)"""
     q, k, v, valid, causal, cached = given
     wide = (
         None if cached is None else cached._replace(k=cached.k.double().nan_to_num(), v=cached.v.double().nan_to_num())
@@ -89,7 +91,7 @@ def check(*given: Any) -> Tensor:
 @pytest.mark.parametrize("causal", [True, False])
 @pytest.mark.parametrize("length", [1, 3])
 def test_all_arguments(length: int, causal: bool, valid: str, dtype: torch.dtype) -> None:
-    """Rows without context, with less than a tile, with two splits."""
+    """Rows without context, with less than one tile, and with two splits."""
     check(*arguments(length, (100, 0, 3), (4, 2), 24, dtype, valid, causal))
 
 
@@ -105,7 +107,7 @@ def test_heads_of_any_kind(heads: tuple[int, int], width: int, dtype: torch.dtyp
 @pytest.mark.parametrize("causal", [True, False])
 @pytest.mark.parametrize(("length", "heads"), [(19, (8, 1)), (70, (2, 1)), (33, (1, 1))])
 def test_blocks_of_many_tiles(length: int, heads: tuple[int, int], causal: bool, dtype: torch.dtype) -> None:
-    """More queries than a tile and more own keys than are taken at once, with a context and without."""
+    """More queries than a tile and more own keys than a loop step, with and without context."""
     given = arguments(length, (60, 5), heads, 16, dtype, "end", causal)
     check(*given)
     check(*given[:5], None)
@@ -114,8 +116,7 @@ def test_blocks_of_many_tiles(length: int, heads: tuple[int, int], causal: bool,
 @DTYPES
 @pytest.mark.parametrize("length", [1, 2])
 def test_many_splits(length: int, dtype: torch.dtype) -> None:
-    """More of them than are joined at a time, for the one row, with ever larger scores; all but one are in vain for the
-    others."""
+    """One row has more splits than one loop step combines, with growing scores; the other rows use one split."""
     lengths = (1, 1300, 64)
     q, k, v, _, _, cached = arguments(length, (1, 300, 64), dtype=dtype)
     assert cached is not None
@@ -127,8 +128,8 @@ def test_many_splits(length: int, dtype: torch.dtype) -> None:
 
 
 @pytest.mark.parametrize("width", [300, 512, 4096])
-def test_the_rounded_width_of_a_recording(width: int) -> None:
-    """Nothing beyond a row's length is read, however wide the pass is: the pool is no number there, and ends there."""
+def test_the_rounded_max_length_of_a_recording(width: int) -> None:
+    """Nothing beyond a row's length is read, whatever max_length is: the pool is NaN there, or ends."""
     *given, cached = arguments(2, (300, 0, 17))
     check(*given, cached._replace(max_length=max(cached.lengths.tolist())))
     found = attention.attention(*given, cached._replace(max_length=width))
@@ -137,7 +138,7 @@ def test_the_rounded_width_of_a_recording(width: int) -> None:
 
 
 @pytest.mark.parametrize("splits", [1, 3])
-def test_a_row_is_what_it_is_alone(splits: int, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_row_equals_the_row_alone(splits: int, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(attention, "num_splits", lambda *_: splits)
     q, k, v, valid, causal, cached = arguments(5, (200, 0, 130), (4, 2), valid="end")
     together = attention.attention(q, k, v, valid, causal, cached)
@@ -148,7 +149,7 @@ def test_a_row_is_what_it_is_alone(splits: int, monkeypatch: pytest.MonkeyPatch)
 
 
 @pytest.mark.parametrize("causal", [True, False])
-def test_what_stands_at_padding_leaves_no_mark(causal: bool) -> None:
+def test_values_at_padding_have_no_effect(causal: bool) -> None:
     q, k, v, valid, _, cached = arguments(9, (0, 3, 70), valid="end")
     clean = attention.attention(q, k, v, valid, causal, cached)
     dirty = [part.masked_fill(~valid[..., None, None], torch.nan) for part in (q, k, v)]
@@ -156,14 +157,14 @@ def test_what_stands_at_padding_leaves_no_mark(causal: bool) -> None:
     assert torch.equal(found[valid], clean[valid])
 
 
-def test_queries_see_themselves_in_rows_of_padding() -> None:
+def test_queries_attend_to_themselves_in_rows_of_padding() -> None:
     q, k, v, _, causal, cached = arguments(4, (0, 0), (2, 2))
     found = check(q, k, v, torch.zeros(2, 4, dtype=torch.bool, device=DEVICE), causal, cached._replace(max_length=8))
     torch.testing.assert_close(found, v)
 
 
 def test_large_scores() -> None:
-    """Softmax of scores whose powers overflow, the largest in the context or in the block."""
+    """Scores whose exponentials overflow; the largest score is in the context or in the block."""
     for share in (0.01, 100.0):
         q, k, v, *rest = arguments(3, (0, 80, 200))
         check(q * 300, k * share, v, *rest)
@@ -177,7 +178,7 @@ def test_without_context(cached: str, dtype: torch.dtype) -> None:
 
 
 def test_strided_inputs() -> None:
-    """As the projections give them, as slices, and with vectors that do not lie together."""
+    """Strides of the projections, slices, and vectors that are not contiguous."""
     q, k, v, valid, causal, cached = arguments(6, (0, 50), (4, 2), valid="end")
     expected = check(q, k, v, valid, causal, cached)
     by_heads = [part.transpose(1, 2).contiguous().transpose(1, 2) for part in (q, k, v)]
@@ -188,8 +189,8 @@ def test_strided_inputs() -> None:
         assert torch.equal(attention.attention(*given, valid.mT.contiguous().mT, causal, cached), expected)
 
 
-def test_an_even_layout() -> None:
-    """Rows one after the other, as `CachedKV.uniform_stride` says."""
+def test_a_uniform_stride() -> None:
+    """Rows with a uniform stride (`CachedKV.uniform_stride`)."""
     q, k, v, valid, causal, _ = arguments(3, (0, 0), (4, 2))
     pool = Randn(2, DEVICE)(2, 2 * 2 * 40 + 1, 16)
     order = torch.arange(2, device=DEVICE)
@@ -204,7 +205,7 @@ def test_wide_heads_go_to_the_reference(monkeypatch: pytest.MonkeyPatch) -> None
 
 
 @pytest.mark.parametrize("shape", [(0, 4), (2, 0)])
-def test_attention_of_nothing(shape: tuple[int, int]) -> None:
+def test_attention_of_no_tokens(shape: tuple[int, int]) -> None:
     q, k, v, _, causal, cached = arguments(4, (3, 5))
     rows, length = shape
     q, k, v = (part[:rows, :length] for part in (q, k, v))
@@ -216,7 +217,7 @@ def test_attention_of_nothing(shape: tuple[int, int]) -> None:
 
 
 class Launches:
-    """Stands where a kernel stands, and keeps what it is launched with."""
+    """Replaces a kernel and records its launches."""
 
     def __init__(self) -> None:
         self.seen: list[Any] = []
@@ -230,7 +231,7 @@ class Launches:
 
 
 def test_launches_depend_on_shapes_alone(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Tensors of no device, whose values nobody can ask for: the same launches whatever stands in them."""
+    """Meta tensors: launches depend on shapes only, not on values."""
     launches = Launches()
     monkeypatch.setattr(attention, "_attention_kernel", launches)
     monkeypatch.setattr(attention, "_combine_kernel", launches)
@@ -258,12 +259,12 @@ def _on(device: torch.device, value: Any) -> Any:
     [
         (1, 256, 131072, 33, 132),  # a block of 16 tokens of the 30B shape: two tiles for each of two KV heads
         (1, 16, 131072, 132, 264),  # a token: programs of 4 warps, so twice as many
-        (1, 256, 1024, 4, 16),  # fewer than 256 keys a program are not worth it
+        (1, 256, 1024, 4, 16),  # at least 256 keys per program
         (1, 16, 256, 1, 2),
         (64, 256, 1024, 1, 256),  # the device is full without splits
-        (16, 256, 131072, 32, 2048),  # but no program takes more than 4096 keys
-        (64, 256, 131072, 8, 2048),  # where that does not make too many
-        (1, 65536, 131072, 2, 2048),  # a piece of a long prompt
+        (16, 256, 131072, 32, 2048),  # at most 4096 keys per program
+        (64, 256, 131072, 8, 2048),  # limited by the number of programs
+        (1, 65536, 131072, 2, 2048),  # a prefill chunk
     ],
 )
 def test_splits_fill_the_device(

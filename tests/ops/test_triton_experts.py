@@ -1,5 +1,4 @@
-"""The Triton kernels of experts and int8 products beside their torch references, over all their arguments: on a GPU, or
-through Triton's interpreter."""
+"""Triton kernels of experts and int8 products against their torch references, on a GPU or in Triton's interpreter."""
 
 from __future__ import annotations
 
@@ -45,7 +44,7 @@ def _no_gradients() -> Iterator[None]:
 
 
 def close(actual: Tensor, expected: Tensor, dtype: torch.dtype) -> None:
-    """expected: in float64. Tolerances as at start-up (`verification`)."""
+    """expected: in float64. The tolerances are those of the self-check."""
     assert actual.dtype == dtype
     assert actual.shape == expected.shape
     share = {torch.float32: 5e-6, torch.bfloat16: 1e-2}[dtype]
@@ -54,12 +53,12 @@ def close(actual: Tensor, expected: Tensor, dtype: torch.dtype) -> None:
 
 
 def same(actual: Tensor, expected: Tensor) -> bool:
-    """Bit for bit. Through the interpreter numpy multiplies, for whom a row's last digits depend on its place."""
+    """Bit-identical on a GPU. The interpreter uses numpy, whose last digits depend on the position of a row."""
     return torch.equal(actual, expected) if DEVICE.type == "cuda" else torch.allclose(actual, expected, 1e-2, 1e-4)
 
 
 class Mixture:
-    """Weights of `count` experts from `width` to `inner` and back, plain or int8, and what they should give."""
+    """Weights of `count` experts from `width` to `inner` and back, plain or int8, and the expected results."""
 
     def __init__(self, count: int, width: int, inner: int, dtype: torch.dtype, as_int8: bool, seed: int = 1) -> None:
         self.randn = Randn(seed, DEVICE)
@@ -70,7 +69,7 @@ class Mixture:
         self.reference = int8.experts_sorted if as_int8 else experts.experts_sorted
 
     def tokens(self, tokens: int, top: int) -> tuple[Tensor, Tensor, Tensor]:
-        """hidden, choice, weight."""
+        """hidden, topk_ids, weight."""
         hidden, choice = self.randn(tokens, self.width).to(self.dtype), self.randn(tokens, self.count).argsort(-1)
         return hidden, choice[:, :top], self.randn(tokens, top).abs()
 
@@ -89,7 +88,7 @@ class Mixture:
 @DTYPES
 @pytest.mark.parametrize(("tokens", "top"), [(1, 3), (6, 1), (40, 3)])
 def test_any_number_of_tokens(tokens: int, top: int, dtype: torch.dtype, as_int8: bool) -> None:
-    """Of seven experts, some that nothing chose; fewer pairs than experts, and more than a tile for each."""
+    """Seven experts, some unselected; fewer pairs than experts, and more than a tile per expert."""
     mixture = Mixture(7, 40, 24, dtype, as_int8)
     mixture.check(*mixture.tokens(tokens, top))
 
@@ -98,7 +97,7 @@ def test_any_number_of_tokens(tokens: int, top: int, dtype: torch.dtype, as_int8
 @DTYPES
 @pytest.mark.parametrize(("width", "inner"), [(1, 1), (37, 70), (304, 16)])
 def test_any_width(width: int, inner: int, dtype: torch.dtype, as_int8: bool) -> None:
-    """Multiples of a tile and not, of a panel and not; several steps of the sum; several programs."""
+    """Sizes that are multiples of tiles and panels or not; several steps per sum; several programs."""
     mixture = Mixture(3, width, inner, dtype, as_int8)
     mixture.check(*mixture.tokens(5, 2))
 
@@ -114,21 +113,21 @@ def test_any_number_of_experts(count: int, as_int8: bool) -> None:
 @INT8
 @pytest.mark.parametrize(("tokens", "expert"), [(5, 0), (16, 8), (17, 4), (40, 8)])
 def test_one_expert_for_all(tokens: int, expert: int, as_int8: bool) -> None:
-    """The first, one in the middle, the last."""
+    """The first expert, one in the middle, the last."""
     mixture = Mixture(9, 24, 16, torch.bfloat16, as_int8)
     hidden, choice, weight = mixture.tokens(tokens, 1)
     mixture.check(hidden, torch.full_like(choice, expert), weight)
 
 
 @INT8
-def test_nothing(as_int8: bool) -> None:
+def test_no_tokens(as_int8: bool) -> None:
     mixture = Mixture(3, 8, 8, torch.float32, as_int8)
     assert mixture(*mixture.tokens(0, 2)).shape == (0, 8)
     assert torch.equal(mixture(*mixture.tokens(4, 0)), torch.zeros(4, 8, device=DEVICE))
 
 
 @KINDS
-def test_tensors_that_lie_anywhere(dtype: torch.dtype, as_int8: bool) -> None:
+def test_strided_tensors(dtype: torch.dtype, as_int8: bool) -> None:
     mixture = Mixture(5, 24, 16, dtype, as_int8)
     hidden, choice, weight = mixture.tokens(12, 2)
     expected = mixture(hidden, choice.contiguous(), weight)
@@ -142,7 +141,7 @@ def test_tensors_that_lie_anywhere(dtype: torch.dtype, as_int8: bool) -> None:
 @KINDS
 @pytest.mark.parametrize("together", [4, 34])
 def test_a_tokens_result_does_not_depend_on_its_neighbours(together: int, dtype: torch.dtype, as_int8: bool) -> None:
-    """Also where a neighbour is no number; wherever its pairs fall, in whichever tile."""
+    """Also if another token is NaN, and in whatever tile the token's pairs are."""
     mixture = Mixture(6, 40, 24, dtype, as_int8)
     hidden, choice, weight = mixture.tokens(together, 3)
     result = mixture(hidden, choice, weight)
@@ -159,11 +158,11 @@ def test_a_tokens_result_does_not_depend_on_its_neighbours(together: int, dtype:
 
 @INT8
 @pytest.mark.parametrize("tokens", [1, 30])
-def test_experts_that_nothing_chose_leave_no_mark(tokens: int, as_int8: bool) -> None:
-    """Nor do what lies behind the last expert, and places of the list without a tile."""
+def test_unselected_experts_are_not_read(tokens: int, as_int8: bool) -> None:
+    """Memory behind the last expert and unused entries of the tile list are not read either."""
     mixture = Mixture(8, 24, 16, torch.float32, as_int8)
     hidden, choice, weight = mixture.tokens(tokens, 2)
-    choice = choice % 3 * 2 + 1  # 1, 3 and 5, one of them perhaps twice
+    choice = choice % 3 * 2 + 1  # 1, 3 and 5, possibly one of them twice
     expected = mixture(hidden, choice, weight)
     for expert in (0, 2, 4, 6, 7):
         for w in mixture.weights:
@@ -176,8 +175,8 @@ def test_experts_that_nothing_chose_leave_no_mark(tokens: int, as_int8: bool) ->
 @pytest.mark.parametrize(
     ("pairs", "count", "rows"), [(6, 33, 16), (33, 33, 16), (34, 33, 16), (200, 7, 32), (900, 5, 64)]
 )
-def test_the_plan(pairs: int, count: int, rows: int) -> None:
-    """Every pair once, by expert and in order; tiles of one expert each, as many as there are programs or fewer."""
+def test_group_by_expert(pairs: int, count: int, rows: int) -> None:
+    """Every pair once, ordered by expert; each tile has one expert; at most as many tiles as programs."""
     choice = (Randn(2, DEVICE)(pairs, 1).abs() * count / 3).long().clamp(max=count - 1)
     order, items = triton_experts.group_by_expert(choice, count, rows)
     flat = choice.flatten()
@@ -219,12 +218,12 @@ def test_linear(tokens: int, width: int, out: int, dtype: torch.dtype) -> None:
 @DTYPES
 @pytest.mark.parametrize("bias", [True, False])
 @pytest.mark.parametrize("width", [1024, 1500])
-def test_linear_in_parts(width: int, bias: bool, dtype: torch.dtype) -> None:
-    """Few outputs of long sums: several programs share one, the last of them less than the others."""
+def test_linear_with_split_k(width: int, bias: bool, dtype: torch.dtype) -> None:
+    """Few outputs with long sums: split-K, with a shorter last part."""
     check_linear(3, width, 20, dtype, bias)
 
 
-def test_parts_cover_a_sum_and_fill_a_gpu() -> None:
+def test_split_k_covers_the_sum_and_fills_a_gpu() -> None:
     assert triton_int8.split_k(4096, 42, 128) == (7, 640)
     assert triton_int8.split_k(2688, 2048, 128) == (1, 2688)
     for width in (1, 100, 512, 1500, 3712, 10000):
@@ -254,11 +253,11 @@ def test_many_tokens_go_to_the_reference(monkeypatch: pytest.MonkeyPatch) -> Non
     assert triton_int8.linear_int8(torch.ones(2, most // 2, 4, device=DEVICE), q, scale) != "the reference"
 
 
-# --- widening ---------------------------------------------------------------------------------------------------------
+# --- int8 to bf16 -----------------------------------------------------------------------------------------------------
 
 
-def test_the_assembly_widens_every_byte() -> None:
-    """Its text, read here as the instructions are defined: the interpreter knows none."""
+def test_the_assembly_converts_every_byte() -> None:
+    """Evaluates the PTX text by the definition of its instructions: Triton's interpreter cannot run it."""
     text = gemm.INT8_TO_BF16.value
     for first in range(256):
         second, third, fourth = (first * 7 + 3) % 256, first ^ 0x5A, 255 - first
@@ -268,7 +267,7 @@ def test_the_assembly_widens_every_byte() -> None:
 
 
 def _run(text: str, word: int) -> list[list[float]]:
-    """The bf16 numbers of $0 and $1, low one first, where $2 is `word`."""
+    """The bf16 values of $0 and $1, low half first, for $2 = `word`."""
     known = {"$2": word}
 
     def value(name: str) -> int:
@@ -303,18 +302,18 @@ def _bf16(bits: Tensor) -> Tensor:
 
 
 def test_the_kernels_compile_for_a_gpu(tmp_path: Path) -> None:
-    """For an H100, also where there is none; each as its wrapper launches it."""
+    """Compiles each kernel for an H100, as its wrapper launches it; needs no GPU."""
     assert triton_mode.compiled("products", cache_dir=tmp_path) == {
         "_group_kernel", "_expert_kernel", "_combine_kernel", "_linear_kernel", "_reduce_splits_kernel",
     }  # fmt: skip
 
 
-# --- the catalogue ----------------------------------------------------------------------------------------------------
+# --- the registry -----------------------------------------------------------------------------------------------------
 
 
 @DTYPES
-def test_experts_agree_on_what_they_are_checked_with(dtype: torch.dtype) -> None:
-    """test_triton has the other two checked; here a GPU may prefer torch's grouped product."""
+def test_experts_pass_their_self_check(dtype: torch.dtype) -> None:
+    """test_triton.py checks the other two; for this operation a GPU may prefer torch's grouped GEMM."""
     (backend,) = (b for b in registry.REGISTRY["experts"] if b.name == "triton")
     reference = registry.REGISTRY["experts"][-1].function
     assert find_mismatch(backend.function, reference, self_check_cases.CASES["experts"](DEVICE, dtype)) is None
@@ -324,7 +323,7 @@ def test_experts_agree_on_what_they_are_checked_with(dtype: torch.dtype) -> None
 def test_a_model_through_the_kernels(
     quantized: bool, monkeypatch: pytest.MonkeyPatch, random_model: Callable[..., TwoTowerForCausalLM]
 ) -> None:
-    """Two rows, a prompt and a block: both towers' logits are those of the other backends."""
+    """Two rows, a prompt and a block: both towers' logits equal those of the other backends."""
     model = random_model("E-", seed=5, mlp_bias=True).to(DEVICE)
     model = quantize_(model) if quantized else model
     tokens = torch.arange(2 * 9, device=DEVICE).view(2, 9)
@@ -352,8 +351,8 @@ def test_a_model_through_the_kernels(
         torch.testing.assert_close(actual, wanted, rtol=1e-4, atol=1e-4)
 
 
-def test_an_order_that_needs_no_measurement() -> None:
-    """Triton where torch has nothing that reads a chosen expert once; never behind a backend that copies weights."""
+def test_the_order_of_the_expert_backends() -> None:
+    """Triton where torch has no backend that reads selected experts once; never after a backend that copies weights."""
     names = {op: [b.name for b in backends] for op, backends in registry.REGISTRY.items()}
     assert names["experts"][:2] == ["grouped-gemm", "triton"]
     assert names["experts_int8"][:2] == ["triton", "grouped-gemm"]

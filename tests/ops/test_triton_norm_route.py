@@ -46,7 +46,7 @@ def norm_arguments(
 ) -> tuple[Tensor, Tensor, float, Modulation, Order]:
     randn = Randn(0, DEVICE)
     x, weight = (randn(rows, length, width) * 3).to(stream), (randn(width) / 4 + 1).to(dtype)
-    parts = (randn(rows, 6, 1, width) / 2).to(dtype)  # of which a layer has a slice, as the time network gives them
+    parts = (randn(rows, 6, 1, width) / 2).to(dtype)  # a layer uses a slice of it
     return x, weight, 1e-5, None if order is None else (parts[:, 3], parts[:, 4]), order or "before"
 
 
@@ -56,7 +56,7 @@ def check_norm(x: Tensor, weight: Tensor, eps: float, modulation: Modulation = N
     found = triton_norm.rms_norm(x, weight, eps, modulation, order)
     assert found.dtype == weight.dtype
     assert found.is_contiguous()
-    share = {torch.float32: 1e-6, torch.bfloat16: 8e-3}[weight.dtype]  # the interpreter does not round to bf16, it cuts
+    share = {torch.float32: 1e-6, torch.bfloat16: 8e-3}[weight.dtype]  # the interpreter truncates to bf16
     torch.testing.assert_close(found.double(), expected, rtol=share, atol=1e-6 * float(expected.abs().max()))
     return found
 
@@ -69,8 +69,8 @@ def test_norm(width: int, order: Order | None, dtype: torch.dtype) -> None:
 
 
 @pytest.mark.parametrize("order", [None, "before", "after"])
-def test_norm_of_a_wide_stream(order: Order | None) -> None:
-    """The residual stream is fp32 where a config says so, the weight not."""
+def test_norm_of_an_fp32_stream(order: Order | None) -> None:
+    """An fp32 residual stream (residual_in_fp32) with bf16 weights."""
     check_norm(*norm_arguments(40, torch.bfloat16, torch.float32, order))
 
 
@@ -99,7 +99,7 @@ def test_tokens_too_wide_for_a_norm(monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 @pytest.mark.parametrize("shape", [(0, 4), (2, 0)])
-def test_a_norm_of_nothing(shape: tuple[int, int]) -> None:
+def test_a_norm_of_no_tokens(shape: tuple[int, int]) -> None:
     x, weight, eps, *_ = norm_arguments(40, torch.bfloat16, torch.float32, None)
     found = triton_norm.rms_norm(x[: shape[0], : shape[1]], weight, eps)
     assert found.shape == (*x[: shape[0], : shape[1]].shape[:2], 40)
@@ -114,11 +114,12 @@ def route_arguments(
 ) -> tuple[Tensor, Tensor, Tensor, Routing]:
     randn = Randn(0, DEVICE)
     weight = (randn(experts, width) / width**0.5).to(dtype)
-    return randn(tokens, width).to(dtype), weight, randn(experts).abs(), rule  # none as good as one that is left out
+    bias = randn(experts).abs()  # positive: no tie with a masked expert, which scores 0
+    return randn(tokens, width).to(dtype), weight, bias, rule
 
 
 def check_route(hidden: Tensor, weight: Tensor, bias: Tensor, rule: Routing) -> tuple[Tensor, Tensor]:
-    """The reference's ids, in its order, and its weights."""
+    """Ids, in order, and weights equal the reference's."""
     expected = routing.route(hidden.double(), weight.double(), bias.double(), rule)
     choice, chosen = triton_route.route(hidden, weight, bias, rule)
     assert torch.equal(choice, expected[0])
@@ -145,12 +146,12 @@ def test_route(experts: int, rule: Routing, dtype: torch.dtype) -> None:
 
 @pytest.mark.parametrize(("tokens", "width", "experts"), [(1, 1, 4), (17, 400, 20), (2, 2688, 128), (2, 30, 300)])
 def test_route_of_other_sizes(tokens: int, width: int, experts: int) -> None:
-    """More tokens, columns and experts than a program takes."""
+    """More tokens, columns and experts than one program handles."""
     check_route(*route_arguments(tokens, width, experts, torch.bfloat16, Routing(1, 1, 2, True, 2.5)))
 
 
-def test_left_out_groups_score_nothing() -> None:
-    """0, which is more than the kept ones have where all are negative: their experts are taken, the lowest id first."""
+def test_masked_groups_score_zero() -> None:
+    """Masked groups score 0. If all kept scores are negative, masked experts are selected, the lowest id first."""
     hidden, weight, bias, rule = route_arguments(4, 30, 12, torch.float32, Routing(3, 1, 5, True, 1.0))
     choice, _ = triton_route.route(hidden, weight, bias * 0 - 3, rule)
     kept = routing.route(hidden.double(), weight.double(), bias.double() * 0 - 3, rule._replace(top=12))[0][:, 8:]
@@ -158,8 +159,8 @@ def test_left_out_groups_score_nothing() -> None:
         assert ids == [e for e in range(12) if e // 4 != group][:5]
 
 
-def test_of_equals_the_lowest_id_comes_first() -> None:
-    """Scores of exactly 1, equal experts, equal groups."""
+def test_ties_go_to_the_lowest_id() -> None:
+    """Ties: scores of exactly 1, equal experts, equal groups."""
     hidden = torch.ones(2, 16, device=DEVICE)
     weight = torch.full((12, 16), 10.0, device=DEVICE)
     for rule, expected in ((Routing(1, 1, 3, True, 1.0), [0, 1, 2]), (Routing(3, 2, 5, True, 1.0), [0, 1, 2, 3, 4])):
@@ -169,8 +170,8 @@ def test_of_equals_the_lowest_id_comes_first() -> None:
 
 
 @DTYPES
-def test_a_token_is_routed_as_it_is_alone(dtype: torch.dtype) -> None:
-    """To the last digit, and whatever stands beside it: no numbers are chosen among too, and give real experts."""
+def test_routing_does_not_depend_on_other_tokens(dtype: torch.dtype) -> None:
+    """Bit-identical beside other tokens. NaN scores still give valid expert ids."""
     hidden, weight, bias, rule = route_arguments(18, 420, 12, dtype, Routing(3, 2, 3, True, 2.5))
     hidden[3] = torch.nan
     choice, chosen = triton_route.route(hidden, weight, bias, rule)
@@ -192,7 +193,7 @@ def test_route_of_slices_and_of_several_dtypes() -> None:
 
 @DTYPES
 def test_no_case_is_a_near_tie(dtype: torch.dtype) -> None:
-    """Which `route` is checked with before it is used: the last digits of a machine's sums decide nothing."""
+    """The self-check inputs of `route` have no near ties, so rounding cannot change the selection."""
     given = [case.arguments() for case in route_cases(torch.device("cpu"), dtype)]
     for hidden, weight, bias, rule in (*given, released_route_arguments(torch.device("cpu"), dtype)):
         biased = (hidden.double() @ weight.double().T).sigmoid() + bias

@@ -3,7 +3,7 @@
 Each operation lists its backends in order of preference. `select` returns the first that supports a device and dtype;
 `report` says which one and why. The last backend of an operation is its reference in plain torch; the tests compare
 every other backend with it. Before its first use on a machine, a compiled kernel is also compared with the reference
-(`self_check`); a kernel with wrong results is not used, with a warning. The options `triton` and `native`
+(`self_check`). A kernel with wrong results is not used, with a warning. The options `triton` and `native`
 (`twotower.options`) switch the kernels off. Selections are cached per set of options.
 """
 

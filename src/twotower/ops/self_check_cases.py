@@ -288,8 +288,8 @@ def rms_norm_cases(device: torch.device, dtype: torch.dtype, width: int | None =
 def attention_cases(device: torch.device, dtype: torch.dtype) -> list[Case]:
     """Rows without cache, with a short and with a long cache, anywhere in a pool; a block and a single token.
 
-    On a GPU also the released sizes with a long cache. The values of long rows are larger: the mean of many values is
-    small, and an error in it would be hidden by the values of short rows.
+    On a GPU also the released sizes with a long cache. The values of long rows are larger. Otherwise their
+    small means would hide errors beside the values of short rows.
     """
 
     def arguments(

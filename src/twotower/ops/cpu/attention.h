@@ -9,8 +9,8 @@ constexpr long SPAN = 1024, CHUNK = 256, LD_CHUNK = CHUNK + 16;
 // State of online softmax for several queries: maximum score, sum of exp(score − maximum), weighted sum of values.
 struct SoftmaxState { float *row_max, *row_sum, *acc; };
 
-// One step of online softmax with n more keys: turns the scores (row m of LD_CHUNK for query m) into weights
-// and rescales the sums so far.
+// One step of online softmax with n more keys. Turns the scores (row m of LD_CHUNK for query m) into weights and
+// rescales the sums so far.
 inline void online_softmax(float* scores, long n, long M, long D, SoftmaxState seen, long ld) {
     float base[TILE];
     for (long m = 0; m < M; m++) {

@@ -32,8 +32,8 @@ DTYPE_CODES = {torch.float32: 0, torch.bfloat16: 1}
 # Largest numbers of tokens at which these kernels beat torch, measured on two AVX-512 cores.
 # SMALL_BATCH, one product with unpacked weights: fp32 1.3 to 3 × as fast at 16, equal near 48, half as fast at 128.
 # SMALL_BATCH_TOWER, a whole tower in one call against layer by layer: fp32 equal at 128.
-# MAX_TOKENS, where the kernels are faster at any number: bf16 without bf16 instructions (1.3 × with AVX-512, 3 × with
-# AVX2) and packed fp32 (0.9 to 1.3 × from 64 tokens on, 1.2 to 2.4 × below). It limits the memory of a pass.
+# MAX_TOKENS limits the memory of a pass where the kernels are faster at any number of tokens. That is bf16 without bf16
+# instructions (1.3 × with AVX-512, 3 × with AVX2) and packed fp32 (0.9 to 1.3 × from 64 tokens on, 1.2 to 2.4 × below).
 SMALL_BATCH, SMALL_BATCH_TOWER, MAX_TOKENS = 48, 128, 2048
 _KINDS = {"i": ctypes.c_int, "l": ctypes.c_long, "f": ctypes.c_float, "p": ctypes.c_void_p}
 # i int, l long, f float, p pointer. The first argument is the dtype (0 fp32, 1 bf16), the last the number of threads.

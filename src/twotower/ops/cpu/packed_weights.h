@@ -1,5 +1,5 @@
-// Matrix products with packed weights. A panel holds 16 output rows side by side, so a vector holds the weights of
-// several outputs and no sum runs across a vector's lanes. Fast from one token to hundreds. Layout of a panel:
+// Matrix products with packed weights. A panel holds 16 output rows side by side. A vector holds the weights of
+// several outputs, so no sum runs across a vector's lanes. Fast from one token to hundreds. Layout of a panel:
 //   fp32  [in][16]
 //   bf16  [in / 2][16][2], so that a shift and a mask upcast the weights of two inputs
 //   int8  [in][16], with a scale for each row, stored elsewhere

@@ -38,8 +38,8 @@ constexpr vec LANE_INDEX = {0, 1, 2, 3, 4, 5, 6, 7};
 
 inline vec splat(float x) { return x - vec{}; }
 
-// a·b + c, rounded once. Written as an intrinsic, because some compilers (GCC tuned for Zen) fuse the operations in one
-// loop and not in another, so a row's sum would depend on the number of rows beside it.
+// a·b + c, rounded once. An intrinsic, because compilers may fuse the operations in one loop and not in another (GCC
+// tuned for Zen). Then a row's sum would depend on the number of rows beside it.
 inline vec fmadd(vec a, vec b, vec c) {
 #if defined(__AVX512F__)
     return (vec)_mm512_fmadd_ps((__m512)a, (__m512)b, (__m512)c);

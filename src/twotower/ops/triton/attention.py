@@ -1,14 +1,16 @@
 """Triton kernels of `attention`: programs share a row's cached keys in splits; a second kernel combines the splits.
 
 Each program reads its split from the pool in place. The query heads of one KV head are stacked, token by token, and cut
-into tiles; one program handles one tile of one row and KV head over one split. The first split also takes the block's
-own keys. The number of splits depends on shapes only and each split's range on the row's length, so passes can be
-captured in a CUDA graph; a split beyond a short row's keys exits at once. Softmax is computed in fp32 with base-2
+into tiles. One program handles one tile of one row and KV head over one split. The first split also takes the block's
+own keys. The number of splits depends on shapes only, so a CUDA graph can capture the pass. The range of a split
+depends on the row's length; a split beyond a short row's keys exits at once. Softmax is computed in fp32 with base-2
 exponentials. Importing this module needs Triton.
 
-Memory traffic of one row of the 30B shape (32 query and 2 KV heads of 128, bf16), L = 16, 128K tokens of context: keys
-and values 128 MiB read (by two tiles of queries side by side: once from memory and once from the L2 cache); 33 splits
-write 8.3 MiB of fp32 and read it back. One token (AR): 128 MiB, and 2 MiB for 128 splits.
+Memory traffic of one row of the 30B shape (32 query and 2 KV heads of 128, bf16) with 128K tokens of context:
+
+- A block of 16 tokens reads 128 MiB of keys and values; two tiles of queries side by side read them once from memory
+  and once from the L2 cache. 33 splits write 8.3 MiB of fp32 and read it back.
+- One token (AR) reads 128 MiB; 128 splits write and read 2 MiB.
 """
 
 from __future__ import annotations

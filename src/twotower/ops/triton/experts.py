@@ -1,8 +1,8 @@
 """Triton kernels of `experts` and `experts_int8`: read only the selected experts' weights, once per tile of tokens.
 
-The host does not wait for the device. Four launches: `_group_kernel` orders the (token, expert) pairs by expert and
-lists the tiles to compute; `_expert_kernel` multiplies a tile by `OUTS` outputs of its expert, once for `up` and once
-for `down`; `_combine_kernel` sums each token's pairs in a fixed order. Grids depend on shapes only; programs without a
+The host does not wait for the device. Four launches. `_group_kernel` orders the (token, expert) pairs by expert and
+lists the tiles to compute. `_expert_kernel` multiplies a tile by `OUTS` outputs of its expert, once for `up` and once
+for `down`. `_combine_kernel` sums each token's pairs in a fixed order. Grids depend on shapes only; programs without a
 tile in the list exit at once.
 
 Memory traffic of one layer of the 30B shapes (hidden 2688, expert width 1856): 19.0 MiB (bf16) or 9.5 MiB (int8) per
