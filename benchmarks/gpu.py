@@ -110,7 +110,7 @@ def free_bytes(device: torch.device) -> int:
 
 def kernels(setting: Setting, out: dict[str, Any]) -> None:
     """Compares every backend that fits the device with its reference in float64, on the device."""
-    out["catalogue"] = [dict(zip(("op", "backend", "why"), row, strict=True)) for row in report(
+    out["registry"] = [dict(zip(("op", "backend", "why"), row, strict=True)) for row in report(
         setting.device, setting.dtype
     )]  # fmt: skip
     rows = out["checked"] = []
