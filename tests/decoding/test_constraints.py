@@ -1,4 +1,4 @@
-"""Structured output: every text follows its grammar, and is what AR with the same grammar writes, step by step."""
+"""Structured output: every text follows its grammar and equals AR with the same grammar, step by step."""
 
 from __future__ import annotations
 
@@ -50,7 +50,7 @@ ORDER = {
 DATE = r"(19|20)[0-9]{2}-[01][0-9]-[0-3][0-9]"
 PHONE = r"\+[0-9]{2} [0-9]{2,3}( [0-9]{2,4}){2}"
 ACCENTS = "[äöüé漢😀]{2,5}"  # two, three and four bytes each
-WORDS = "[a-f]{1,9}( [a-f]{1,9}){0,4}"  # may end early, and may go on
+WORDS = "[a-f]{1,9}( [a-f]{1,9}){0,4}"  # may end early or go on
 SUM = """
 start: term (" + " term){1,3}
 term: NUMBER | "(" term " * " term ")"
@@ -121,7 +121,7 @@ def name_of(constraint: Constraint | None, made: dict[str, Constraint]) -> str:
 
 
 def matcher_of(tokenizer: Any, name: str) -> Any:
-    """The library's own, by its simplest way in."""
+    """llguidance's own matcher, made in the simplest way."""
     (kind, source), maker = next(iter(KINDS[name][0].items())), llguidance.LLMatcher
     pattern = {"whitespace_pattern": constraints.WHITESPACE}
     grammar = {
@@ -134,7 +134,7 @@ def matcher_of(tokenizer: Any, name: str) -> Any:
 
 
 def assert_follows(output: Generation, request: Request, tokenizer: Any, name: str) -> None:
-    """Whole and valid, or cut by its length and the beginning of something valid."""
+    """The text is complete and valid, or it was cut by length and is a valid prefix."""
     eos = set(request.params.eos_token_id)
     text = [token for token in output.tokens if token not in eos]
     matcher = matcher_of(tokenizer, name)
@@ -154,7 +154,7 @@ def assert_follows(output: Generation, request: Request, tokenizer: Any, name: s
 
 
 def step_by_step(model: TwoTowerForCausalLM, request: Request, name: str) -> tuple[list[int], str]:
-    """AR from a full forward each step, masked by the library's bits → tokens, finish reason."""
+    """AR with a full forward each step, masked by llguidance's bits → tokens, finish reason."""
     params, matcher = request.params, matcher_of(model.tokenizer, name)
     rule = {"temperature": params.temperature, "top_k": params.top_k, "top_p": params.top_p}
     sampling = Sampling(seeds=torch.tensor([params.seed]), **rule)
@@ -201,7 +201,7 @@ def test_it_is_ar_with_what_is_forbidden_left_out(model: TwoTowerForCausalLM, of
 def test_verified_writes_what_ar_writes_among_others(
     model: TwoTowerForCausalLM, of_bytes: dict[str, Constraint], rows: int
 ) -> None:
-    """Among requests of every mode without a grammar, which write what they write alone."""
+    """Requests of every mode without a grammar run beside it and equal their results alone."""
     rng = random.Random(rows)
     verified, ar = [], []
     for place in range(36):
@@ -224,7 +224,7 @@ def test_verified_writes_what_ar_writes_among_others(
 
 
 def drafting(model: TwoTowerForCausalLM, text: list[int]) -> Any:
-    """A denoiser that is certain of these tokens, whatever is masked: position i of the text after a prompt of one."""
+    """A denoiser that is certain of these tokens: tokens[i] at position i of the text after a prompt of one token."""
 
     def denoise(block: torch.Tensor, t: Any, view: Any, **options: Any) -> torch.Tensor:
         logits = torch.zeros(*block.shape, VOCABULARY, dtype=torch.float64)
@@ -243,7 +243,7 @@ def encoded(text: str) -> list[int]:
 
 @pytest.mark.parametrize("acceptance", [1.0, 0.3, 0.0])
 def test_drafts_that_leave_the_grammar(model: TwoTowerForCausalLM, acceptance: float) -> None:
-    """At any point, by a wrong token, an early end or too much after the end; relaxed acceptance keeps the rest."""
+    """Drafts leave it at any point: by a wrong token, an early end or tokens after the end. The rest is accepted."""
     constraint = Constraint(TOKENIZER, regex="[ab]{12}")
     good = encoded("a") * 12
     params = {"max_new_tokens": 30, "draft_steps": 1, "eos_token_id": EOS, "seed": 1}
@@ -259,7 +259,7 @@ def test_drafts_that_leave_the_grammar(model: TwoTowerForCausalLM, acceptance: f
             assert re.fullmatch("[ab]{12}", output.text)
             if acceptance == 1:
                 assert output.tokens == expected.tokens
-            if acceptance == 0:  # everything is near enough, but for what the grammar forbids
+            if acceptance == 0:  # acceptance 0 accepts every token that the grammar allows
                 assert output.accepted >= min(wrong, 12)
                 assert output.text[:wrong] == "a" * wrong
 
@@ -286,7 +286,7 @@ def test_without_an_end_token_a_text_that_may_go_on_goes_on(model: TwoTowerForCa
     (output,) = LLM(model, rows=1, length=64).generate([request])
     assert output.finish_reason == "length"
     assert len(output.tokens) == 20
-    ends = replace(request, params=replace(request.params, eos_token_id=encoded("c")))  # an ordinary token as the end
+    ends = replace(request, params=replace(request.params, eos_token_id=encoded("c")))  # EOS is an ordinary token
     (output,) = LLM(model, rows=1, length=64).generate([ends])
     assert encoded("c")[0] not in output.tokens[:1]
     assert re.fullmatch("[ab]+", output.text)
@@ -294,7 +294,12 @@ def test_without_an_end_token_a_text_that_may_go_on_goes_on(model: TwoTowerForCa
 
 def test_a_stop_string_ends_it_too(model: TwoTowerForCausalLM) -> None:
     constraint = Constraint(TOKENIZER, regex="x[ab]{3}c")
-    for stop, text in (("x", ""), ("c", None), ("cd", None), ("nothing", None)):  # "cd" holds the last letter back
+    for stop, text in (
+        ("x", ""),
+        ("c", None),
+        ("cd", None),
+        ("nothing", None),
+    ):  # "cd" could begin, so the last letter is held back
         for mode in ("ar", "verified"):
             params = GenerationParams.of(mode=mode, max_new_tokens=20, stop=stop, seed=0)
             (output,) = LLM(model, rows=1, length=64).generate([Request([5], params, constraint=constraint)])
@@ -356,7 +361,7 @@ def test_a_schema_may_say_how_it_is_spaced(model: TwoTowerForCausalLM) -> None:
 
 
 def test_log_probabilities_know_no_grammar(model: TwoTowerForCausalLM, of_bytes: dict[str, Constraint]) -> None:
-    """They are the AR model's, of whatever was written; what the row chose from is its confidence."""
+    """Log-probabilities are unmasked ones of the AR model; confidence is the probability after masking."""
     rng = random.Random(8)
     requests = [
         replace(constrained_request(rng, constraint), logprobs=4, prompt_logprobs=True)
@@ -396,7 +401,7 @@ def test_memory_that_gives_out_moves_no_grammar(model: TwoTowerForCausalLM, of_b
 def test_a_matcher_that_fails_ends_its_own_request_only(
     model: TwoTowerForCausalLM, of_bytes: dict[str, Constraint]
 ) -> None:
-    """Before the choice, after it, or because nothing may follow."""
+    """It fails before sampling, after sampling, or because no token may follow."""
     date = of_bytes["date"]
     walk, take, matcher = Matcher.walk, Matcher.take, Constraint.matcher
 
@@ -465,7 +470,7 @@ def test_masks_are_unpacked_alike_everywhere() -> None:
 
 
 def test_every_vocabulary_size() -> None:
-    """The bits of the last tokens are not mistaken for the grammar's end, nor those beyond them for tokens."""
+    """The bits of the last tokens are not read as the grammar's end, and bits beyond them not as tokens."""
     from tokenizers import Tokenizer
     from transformers import PreTrainedTokenizerFast
 
@@ -484,7 +489,7 @@ def test_every_vocabulary_size() -> None:
 
 
 def test_a_tokenizer_with_spaces_as_characters() -> None:
-    """SentencePiece's marks are spaces, its <0xNN> bytes."""
+    """SentencePiece: ▁ is a space, and <0xNN> a byte."""
     tokenizer = sentence_pieces()
     text = " hello the world, Grüße 😀"
     matcher = Constraint(tokenizer, regex=text).matcher([2])

@@ -1,4 +1,4 @@
-"""Old names of decoding's arguments, fields and attributes still work, and say so."""
+"""Old names of decoding arguments, fields and attributes still work, with a warning."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Where a row ends and what text it gives: whole characters only, nothing of a stop string, ever."""
+"""The end of a row and its text: complete characters only, and no part of a stop string."""
 
 from __future__ import annotations
 
@@ -27,7 +27,7 @@ TEXTS = [
 
 
 def byte_level() -> PreTrainedTokenizerFast:
-    """Byte-level BPE: any sequence of ids is possible, most are not text."""
+    """Byte-level BPE. Any sequence of ids is possible; most are not valid text."""
     tokenizer = Tokenizer(models.BPE())
     tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
     tokenizer.decoder = decoders.ByteLevel()
@@ -48,7 +48,7 @@ def tokenizer() -> PreTrainedTokenizerFast:
 
 
 def sentence_pieces() -> PreTrainedTokenizerFast:
-    """SentencePiece's way: ▁ for spaces, the first one dropped when decoding, bytes as <0xNN>."""
+    """As SentencePiece: ▁ for spaces, the first one dropped when decoding; bytes as <0xNN>."""
     pieces = ["<unk>", "<s>", "</s>", "<mask>", *(f"<0x{byte:02X}>" for byte in range(256))]
     pieces += [*"▁abcdefghijklmnopqrstuvwxyz.,", "▁the", "▁a", "he", "world"]
     tokenizer = Tokenizer(models.BPE({p: i for i, p in enumerate(pieces)}, [], unk_token="<unk>", byte_fallback=True))
@@ -81,7 +81,7 @@ def run(
 
 
 def random_ids(seed: int, length: int) -> list[int]:
-    """Arbitrary ids among pieces of real text: broken and whole characters side by side."""
+    """Random ids between pieces of real text, so that incomplete and complete characters are mixed."""
     rng = random.Random(seed)
     out: list[int] = []
     while len(out) < length:
@@ -107,7 +107,7 @@ def test_multi_byte_text_comes_out_whole(tokenizer: PreTrainedTokenizerFast, tex
 
 
 def test_transformers_decodes_where_it_adds_anything(tokenizer: PreTrainedTokenizerFast) -> None:
-    """Else its tokenizers library is asked, which says the same."""
+    """Otherwise the tokenizers library decodes, with the same result."""
     ids = tokenizer("Héllo , world </s>", add_special_tokens=False)["input_ids"]
     assert decode_function(tokenizer)(ids, skip_special_tokens=True) == tokenizer.decode(ids, skip_special_tokens=True)
     assert decode_function(tokenizer).__self__ is tokenizer.backend_tokenizer
@@ -149,7 +149,7 @@ def test_events_join_to_the_text(tokenizer: PreTrainedTokenizerFast, seed: int, 
 
 def test_half_a_character_at_the_end_is_dropped(tokenizer: PreTrainedTokenizerFast) -> None:
     whole = tokenizer("ab")["input_ids"]
-    letters = pre_tokenizers.ByteLevel(add_prefix_space=False).pre_tokenize_str("世")[0][0]  # one letter a byte
+    letters = pre_tokenizers.ByteLevel(add_prefix_space=False).pre_tokenize_str("世")[0][0]  # one byte a letter
     broken = [tokenizer.convert_tokens_to_ids(letter) for letter in letters]
     assert len(broken) == 3
     for kept in (1, 2):
@@ -157,7 +157,7 @@ def test_half_a_character_at_the_end_is_dropped(tokenizer: PreTrainedTokenizerFa
         assert progress.text == "ab"
     progress, pieces = run(tokenizer, [*whole, *broken, *whole], blocks=1, limit=2 * len(whole) + 3)
     assert progress.text == "ab世ab"
-    assert "世" in pieces  # all at once, with the last of its bytes
+    assert "世" in pieces  # the whole character, with its last byte
 
 
 def test_special_tokens_are_no_text(tokenizer: PreTrainedTokenizerFast) -> None:
@@ -200,7 +200,7 @@ def test_stop_across_tokens_and_blocks(tokenizer: PreTrainedTokenizerFast, stop:
 
 @pytest.mark.parametrize("seed", range(20))
 def test_no_part_of_a_stop_string_ever_leaks(tokenizer: PreTrainedTokenizerFast, seed: int) -> None:
-    """Against the slow way: decode everything, cut at the first stop string."""
+    """Compared with a slow reference: decode everything, then cut at the first stop string."""
     rng = random.Random(seed)
     text = "".join(rng.choice(["ab", "a", "b", "世", "ba", " ", "é"]) for _ in range(60))
     stop = ["".join(rng.choice("ab世é ") for _ in range(rng.randrange(1, 5))) for _ in range(rng.randrange(1, 4))]
@@ -221,7 +221,7 @@ def test_no_part_of_a_stop_string_ever_leaks(tokenizer: PreTrainedTokenizerFast,
 
 
 def tokenizer_end(tokenizer: PreTrainedTokenizerFast, ids: list[int], stop: str) -> int:
-    """How many tokens it takes until the text has `stop`."""
+    """The number of tokens until the text contains `stop`."""
     return next(n for n in range(1, len(ids) + 1) if stop in tokenizer.decode(ids[:n]))
 
 
@@ -232,12 +232,12 @@ def test_what_could_begin_a_stop_string_waits(tokenizer: PreTrainedTokenizerFast
     assert progress.take([tokenizer.convert_tokens_to_ids("d")])[1] == "abd"
     for letter in "ab":
         assert progress.take([tokenizer.convert_tokens_to_ids(letter)]) == (1, "")
-    assert progress.take([EOS])[1] == "ab"  # the row ended otherwise: what was held back is text
+    assert progress.take([EOS])[1] == "ab"  # the row ended for another reason, so held text is final
     assert progress.text == "xababdab"
 
 
 def test_broken_characters_wait_for_what_follows(tokenizer: PreTrainedTokenizerFast) -> None:
-    """Also where that is held back; but what stands before a stop string is text, whatever it is."""
+    """Also if held back; but characters before a stop string are final text, incomplete or not."""
     broken = tokenizer.convert_tokens_to_ids(pre_tokenizers.ByteLevel(False).pre_tokenize_str("世")[0][0][0])
     x, a, b, c = (tokenizer.convert_tokens_to_ids(letter) for letter in "xabc")
     for ids, expected in [

@@ -1,4 +1,4 @@
-"""Commit policies: each rule against a plain-Python twin, the progress they must make, several in one batch."""
+"""Commit policies: each rule against a plain-Python reference, their progress, and several policies in one batch."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ ROWS, LENGTH, WORDS, STEPS = 6, 9, 12, 7
 
 
 def draw(seed: int, sharpness: float = 3.0) -> Pass:
-    """A pass with some positions committed already; one row has a single mask, one all."""
+    """A pass with some committed positions; one row has a single masked position, one has all masked."""
     generator = torch.Generator().manual_seed(seed)
     logits = torch.randn(ROWS, LENGTH, WORDS, generator=generator, dtype=torch.float64) * sharpness
     logits[..., 3] = -torch.inf
@@ -66,7 +66,7 @@ def test_a_rule_is_what_its_twin_says(name: str) -> None:
     for seed in range(12):
         seen = draw(seed)
         memory = None
-        if name == "klass":  # a pass before, near enough for some positions to count as still
+        if name == "klass":  # a pass before, so similar that some positions count as stable
             earlier = seen._replace(logits=seen.logits + 0.2 * draw(seed + 100).logits.nan_to_num(neginf=0.0))
             memory = POLICIES[name].rule(earlier, torch.zeros(ROWS, 1)).memory
         for value in POLICY_VALUES[name]:
@@ -89,7 +89,7 @@ def test_a_rule_is_what_its_twin_says(name: str) -> None:
 
 
 def test_what_klass_remembers_is_not_widened() -> None:
-    """A pass's logits as they are, and two numbers a position; tiles of one position give the same."""
+    """The memory has the logits in their dtype and two numbers a position. Tiles of one position give equal results."""
     seen, value = draw(3), torch.zeros(ROWS, 1)
     narrow = seen._replace(logits=seen.logits.bfloat16())
     memory = POLICIES["klass"].rule(narrow, value).memory
@@ -108,7 +108,7 @@ def test_what_klass_remembers_is_not_widened() -> None:
 
 @pytest.mark.parametrize("name", POLICIES)
 def test_a_block_is_done_in_its_steps_and_each_pass_commits(name: str) -> None:
-    """Even with values that make nothing sure; a committed position is never touched again."""
+    """Also with policy values that commit nothing by themselves. A committed position does not change."""
     policy = POLICIES[name]
     never = {"top-k": 1.0, "factor": 0.0, "entropy": 0.0}.get(name, 1.0)
     for steps in (1, 3, LENGTH):
@@ -144,7 +144,7 @@ ASKED: dict[str, Any] = {"mode": "diffusion", "max_new_tokens": 20, "block_size"
 
 
 def test_each_row_of_a_batch_has_its_own_policy() -> None:
-    """What it gives there is what it gives alone, under every policy at once, one of them our caller's own."""
+    """Each row equals its result alone, with every policy in one batch, including a registered one."""
     model = build_random_model(EVERY_KIND, dtype=torch.float64)
     register_policy("odd first", _odd_first, value_meaning="nothing", default=0.5, high=1.0)
     try:
@@ -163,7 +163,7 @@ def test_each_row_of_a_batch_has_its_own_policy() -> None:
 
 
 def _odd_first(seen: Pass, value: Tensor) -> Verdict:
-    """One position a pass: 1, 3, 5, … and then 0, 2, 4, …"""
+    """Commits one position per pass: 1, 3, 5, … and then 0, 2, 4, …"""
     place = torch.arange(seen.masked.shape[1])
     order = -(place // 2 + (place % 2 == 0) * 100.0).expand(len(seen.masked), -1)
     return Verdict(torch.zeros_like(seen.masked), order)

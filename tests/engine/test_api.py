@@ -1,4 +1,4 @@
-"""The published API and ours around it: signatures, prompts, rows, seeds, events, sampling, refusals."""
+"""The published API and its additions: signatures, prompts, rows, seeds, events, sampling, errors."""
 
 from __future__ import annotations
 
@@ -24,7 +24,7 @@ PAD = 0
 
 @pytest.fixture(scope="module")
 def model(random_model: Factory) -> TwoTowerForCausalLM:
-    """float64, so that the size of a batch cannot turn a choice."""
+    """float64, so that the batch size does not change a choice."""
     return random_model(seed=7, dtype=torch.float64, pad_token_id=PAD, max_position_embeddings=200)
 
 
@@ -143,7 +143,7 @@ def test_nfe_counts_denoiser_passes(model: TwoTowerForCausalLM) -> None:
             call(model, mode, ids)
             assert model._last_nfe == len(calls)
     hook.remove()
-    assert model._last_nfe == 20  # mock-AR: one pass a token
+    assert model._last_nfe == 20  # mock-AR: one pass per token
     call(model, "ar", ROWS)
     assert model._last_nfe == 0
 
@@ -173,7 +173,7 @@ def test_each_row_gets_what_it_would_get_alone(model: TwoTowerForCausalLM, mode:
     for side, dtype in (("left", torch.bool), ("right", torch.float32)):
         ids, mask = padded(ROWS, side)
         out = call(model, mode, ids, 18, attention_mask=mask.to(dtype), **arguments)
-        assert torch.equal(out[:, :33], ids)  # the padded prompt comes back as it was; new tokens start at S
+        assert torch.equal(out[:, :33], ids)  # the padded prompt is unchanged; new tokens start at S
         assert new_tokens(out, 33) == alone
 
 
@@ -239,7 +239,7 @@ def test_step_callback(model: TwoTowerForCausalLM) -> None:
     def callback(step: int, steps: int, block: Tensor, t: float, logits: Tensor | None, block_idx: int) -> None:
         seen.append((step, steps, block.clone(), t, None if logits is None else logits.clone(), block_idx))
         if logits is not None:
-            logits.fill_(0.0)  # what a caller does with it is its own affair
+            logits.fill_(0.0)  # the caller may change its copy
 
     ids = torch.tensor([prompt(6)])
     plain = call(model, "diffusion", ids, 20)
@@ -260,14 +260,14 @@ def test_step_callback(model: TwoTowerForCausalLM) -> None:
             assert isinstance(t, float)
             assert t == (block == 3).sum() / 8
             assert t * 8 <= left
-            left = t * 8 - 1  # each pass commits one at least
+            left = t * 8 - 1  # each pass commits at least one
         final = out[0, 6 + 8 * i : 14 + 8 * i]
         kept = passes[-1][2][0, : len(final)]
         assert torch.equal(torch.where(kept == 3, final, kept), final)
 
 
 def test_a_callback_that_writes_to_its_tensors(model: TwoTowerForCausalLM) -> None:
-    """They are its own: the text stays as it is."""
+    """The tensors are copies, so the text does not change."""
 
     def callback(step: int, steps: int, block: Tensor, *, t: float, logits: Tensor | None, block_idx: int) -> None:
         block.fill_(7)
@@ -297,7 +297,7 @@ def test_stream(model: TwoTowerForCausalLM, mode: str) -> None:
     rows: dict[int, list[BlockEvent]] = {i: [] for i in range(len(ROWS))}
     for event in model.stream(ROWS, mode, **arguments):
         assert isinstance(event, BlockEvent)
-        assert rows[event.row] == [] or rows[event.row][-1].result is None  # nothing after a row's end
+        assert rows[event.row] == [] or rows[event.row][-1].result is None  # no token after a row's end
         rows[event.row].append(event)
     size = 8 if mode == "diffusion" else 1
     for i, events in rows.items():
@@ -320,7 +320,7 @@ def test_stream(model: TwoTowerForCausalLM, mode: str) -> None:
         assert result.tokens_per_pass == results[i].tokens_per_pass > 0
         assert result.context_passes == results[i].context_passes
         assert result.denoiser_passes == results[i].denoiser_passes
-        # after its last block or token a row is not read into the context any more; AR reads to propose
+        # the context tower does not read a row's last block or token; AR reads to sample
         assert result.context_passes == (len(events) if mode == "ar" else len(events) - 1)
         if mode == "diffusion":  # the last block was cut: its last commits are not among the tokens
             least = sum(max(event.committed_at) + 1 for event in events)
@@ -425,7 +425,7 @@ BAD_PROMPTS = {
 
 @pytest.fixture
 def idle(model: TwoTowerForCausalLM) -> Any:
-    """The model, in which no tower may run."""
+    """The model, with towers that fail the test if they run."""
 
     def refuse(*_: Any) -> None:
         raise AssertionError("work was done before the arguments were checked")
@@ -518,7 +518,7 @@ def test_top_p_keeps_the_smallest_set_whose_sum_exceeds_p() -> None:
     assert kept(logits, top_p=0.76) == [0, 1, 2]  # equal probabilities: the lower id first
     assert kept(logits, top_p=0.88) == [0, 1, 2, 3]
     assert kept(logits, top_p=1.0) == [0, 1, 2, 3]
-    # of those that top-k left, renormalised: 0.5 and 0.25 become 2/3 and 1/3
+    # renormalised after top-k: 0.5 and 0.25 become 2/3 and 1/3
     assert kept(logits, top_k=2, top_p=0.6) == [1]
     assert kept(logits, top_k=2, top_p=0.7) == [1, 2]
 
@@ -564,7 +564,7 @@ def test_noise_is_independent_across_its_key() -> None:
     assert abs(correlation(base[..., 1:], base[..., :-1])) < bound  # tokens
     assert abs(correlation(base, draws(step=1))) < bound
     assert abs(correlation(base, draws(purpose=DIFFUSION_CANDIDATE))) < bound
-    # the next step's noise is not the next position's, as with keys that are merely added up
+    # the noise of the next step differs from that of the next position; summed keys would give equal noise
     assert not torch.equal(draws(step=1)[:, :-1], base[:, 1:])
     assert not torch.equal(draws(purpose=DIFFUSION_CANDIDATE)[:, :-1], base[:, 1:])
 

@@ -1,4 +1,4 @@
-"""An engine in its own thread, asked from an event loop."""
+"""An engine in its own thread, used from an event loop."""
 
 from __future__ import annotations
 
@@ -94,7 +94,7 @@ def test_a_closed_engine_says_so(model: TwoTowerForCausalLM) -> None:
 
 
 def test_whoever_asks_an_engine_that_fails_hears_it(model: TwoTowerForCausalLM) -> None:
-    """Also who asked while it failed, before its thread had ended."""
+    """Also requests that arrive while the engine fails, before its thread ends."""
 
     async def ask() -> None:
         fails, asked = threading.Event(), threading.Event()

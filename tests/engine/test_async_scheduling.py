@@ -1,6 +1,6 @@
-"""Passes launched before the last one is collected: nothing in the texts changes, and the host is not waited for.
+"""Asynchronous scheduling: passes are launched before the last one is collected, and the texts do not change.
 
-On a CPU an engine does not work ahead by itself; here it is told to.
+The tests switch asynchronous scheduling on, because an engine on a CPU does not use it.
 """
 
 from __future__ import annotations
@@ -41,7 +41,7 @@ def ahead(model: TwoTowerForCausalLM, rows: int, length: int = LENGTH) -> LLM:
 @pytest.mark.parametrize("apart", [False, True], ids=["one device", "two"])
 @pytest.mark.parametrize("rows", [1, 2, 5, 16])
 def test_every_request_writes_what_it_writes_alone(model: TwoTowerForCausalLM, rows: int, apart: bool) -> None:
-    """Whoever comes and goes, in any mode, watched or with log-probabilities; passes are counted as ever."""
+    """Requests come and go, in any mode, watched or with log-probabilities. Counts of passes do not change."""
     rng = random.Random(rows + 100)
     requests = [some_request(rng) for _ in range(40)]
     asked = [replace(request, watched=rng.random() < 0.3, logprobs=rng.choice([None, None, 2])) for request in requests]
@@ -51,13 +51,13 @@ def test_every_request_writes_what_it_writes_alone(model: TwoTowerForCausalLM, r
     for place, output in outputs.items():
         if asked[place].logprobs is None:
             assert_as_alone(model, requests[place], output)
-        else:  # the last block is read too: somebody asks how likely it is
+        else:  # the last block is read too, for its log-probabilities
             assert facts(output, False) == facts(alone(model, requests[place]), False)
 
 
 @pytest.mark.parametrize("mode", ["diffusion", "verified"])
 def test_watching_shows_the_passes_that_are_counted(model: TwoTowerForCausalLM, mode: str) -> None:
-    """Each once and in order; not the idle ones."""
+    """Each counted pass is shown once and in order; idle passes are not shown."""
     llm = ahead(model, 3)
     watched = replace(asking([5, 6, 7], mode, block_size=8, draft_steps=3), watched=True)
     for other in ("diffusion", "verified"):
@@ -78,7 +78,7 @@ def test_watching_shows_the_passes_that_are_counted(model: TwoTowerForCausalLM, 
 
 
 def test_the_next_pass_is_launched_before_the_host_reads_the_last(model: TwoTowerForCausalLM) -> None:
-    """Within a block: every step launches first; where no row has another pass to make, nothing is put off."""
+    """Within a block every step launches first. If no row needs another pass, the pass is collected at once."""
     llm = ahead(model, 2)
     for _ in range(2):
         llm.add_request(
@@ -91,7 +91,7 @@ def test_the_next_pass_is_launched_before_the_host_reads_the_last(model: TwoTowe
     assert len(blocks) == 6
     assert blocks[0][-1] == "denoise"
     assert all(step[0] == "denoise" and "read" in step for step in blocks[1:])
-    assert len(seen) == len(blocks)  # the last pass, in which a block must be finished, is collected at once
+    assert len(seen) == len(blocks)  # the last possible pass of a block is collected at once
 
 
 def test_drafts_of_one_pass_are_not_put_off(model: TwoTowerForCausalLM) -> None:
@@ -109,7 +109,7 @@ def test_drafts_of_one_pass_are_not_put_off(model: TwoTowerForCausalLM) -> None:
 
 
 def test_an_idle_pass_has_no_tokens(model: TwoTowerForCausalLM) -> None:
-    """A block that the pass before has finished counts none in the next."""
+    """A block that the pass before finished has no tokens in the next pass."""
     lengths: list[list[int]] = []
     real = TwoTowerForCausalLM.denoise
 
@@ -128,7 +128,7 @@ def test_an_idle_pass_has_no_tokens(model: TwoTowerForCausalLM) -> None:
 
 @contextmanager
 def nervous_policy() -> Iterator[None]:
-    """A policy "nervous" which cannot bear a block without a mask."""
+    """A policy "nervous", which raises for a block without a mask."""
 
     def nervous(seen: Pass, value: Tensor) -> Verdict:
         if not seen.masked.any(1).all():
@@ -170,7 +170,7 @@ def test_a_policy_that_raises_ends_its_own_request_once(model: TwoTowerForCausal
 
 @pytest.mark.parametrize("most", [0, 2])
 def test_a_pass_that_does_not_fit(model: TwoTowerForCausalLM, most: int) -> None:
-    """It is done in halves; where even one row is too much that request ends, once, and the engine lives."""
+    """It is repeated in halves. A row that does not fit alone ends its request, once, and the engine continues."""
     real, rng = TwoTowerForCausalLM.denoise, random.Random(4)
 
     def scarce(self: Any, tokens: Tensor, *rest: Any, **options: Any) -> Any:
@@ -191,7 +191,7 @@ def test_a_pass_that_does_not_fit(model: TwoTowerForCausalLM, most: int) -> None
 
 
 def test_a_row_given_up_between_launch_and_collection_is_not_heard_of(model: TwoTowerForCausalLM) -> None:
-    """Its slot serves another at once."""
+    """Another request uses its slot at once."""
     llm = ahead(model, 1)
     slow = asking([5, 6], "diffusion", 16, block_size=16, policy="top-k", policy_value=1)
     number = llm.add_request(slow)

@@ -1,4 +1,4 @@
-"""`mode="auto"`: what it chooses and why, from what passes cost and what drafts were worth."""
+"""`mode="auto"`: its choice and the reason, from the cost of passes and from recent drafts."""
 
 from __future__ import annotations
 
@@ -91,7 +91,10 @@ def test_a_request_gets_a_mode_and_the_reason(monkeypatch: pytest.MonkeyPatch) -
     monkeypatch.setattr(mode_choice, "measure", lambda _, rows, size: measured.append((rows, size)) or DEAR)
     params = GenerationParams.of(mode="auto", max_new_tokens=12, block_size=4, seed=1, temperature=0.7)
     want = generate(model, [[5, 6, 7], [8]], GenerationParams.of(mode="ar", max_new_tokens=12, seed=1, temperature=0.7))
-    for expected in ("verified", "ar"):  # first it looks, then it knows: drafts of a random model are worth nothing
+    for expected in (
+        "verified",
+        "ar",
+    ):  # verified first, to measure; then AR, because drafts of a random model are rejected
         found = generate(model, [[5, 6, 7], [8]], params)
         assert [one.mode for one in found] == [expected] * 2
         assert [one.tokens for one in found] == [one.tokens for one in want]
@@ -102,7 +105,9 @@ def test_a_request_gets_a_mode_and_the_reason(monkeypatch: pytest.MonkeyPatch) -
     assert last.result.mode == "ar"
     assert measured == [(2, 4), (1, 4)]
     assert want[0].mode_reason == ""
-    assert build_random_model("M").workspace.mode_chooser.recent.kept.value is None  # another model's own
+    assert (
+        build_random_model("M").workspace.mode_chooser.recent.kept.value is None
+    )  # another model has its own averages
 
 
 def test_one_tower_leaves_one_choice() -> None:

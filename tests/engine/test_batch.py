@@ -1,4 +1,4 @@
-"""`twotower batch`: answers in order, errors in their place, nothing lost or repeated when it is killed."""
+"""`twotower batch`: answers in order, errors in their place, and no line lost or repeated after a kill."""
 
 from __future__ import annotations
 
@@ -65,7 +65,7 @@ def test_answers_and_errors_in_order(cli: Cli, tmp_path: Path, model: TwoTowerFo
         {"prompt": "x", "colour": "red"},
         {"prompt": "User: a", "mode": "diffusion", "confidence_threshold": 0.5, "stop": ["\n"]},
         {"prompt": "a " * 5000},
-        {"prompt": ""},  # this tokenizer begins every text with a token of its own
+        {"prompt": ""},  # this tokenizer begins every text with a special token
     )
     out = tmp_path / "out.jsonl"
     result = cli("batch", path, "-o", out, "-n", "20", "--rows", "2", "-s", "verified:draft_steps=1", *FP32)
@@ -110,21 +110,21 @@ def test_answers_and_errors_in_order(cli: Cli, tmp_path: Path, model: TwoTowerFo
     ],
 )
 def test_whatever_a_line_holds(tmp_path: Path, model: TwoTowerForCausalLM, line: Any, message: str) -> None:
-    """JSON of the wrong kind is an error of its line, never of the job."""
+    """JSON of the wrong kind is an error of its line, not of the job."""
     (found,) = read_lines(asked(tmp_path, line), model, shared(model))
     assert found.request is None
     assert message in found.error
 
 
 def test_a_line_may_say_knob(tmp_path: Path, model: TwoTowerForCausalLM) -> None:
-    """The old name of policy_value."""
+    """`knob` is the deprecated name of policy_value."""
     (line,) = read_lines(asked(tmp_path, {"prompt": "x", "policy": "margin", "knob": 0.4}), model, shared(model))
     assert line.request is not None
     assert line.request.params.policy_value == 0.4
 
 
 def test_a_job_that_was_stopped_goes_on(tmp_path: Path, model: TwoTowerForCausalLM) -> None:
-    """Stopped after any of its steps, the last line cut short: the file is that of a job that never stopped."""
+    """A job is stopped after any step, with its last line cut short. The final file equals that of an unstopped job."""
     lines = read_lines(asked(tmp_path, *some(14)), model, shared(model))
     whole, out = tmp_path / "whole.jsonl", tmp_path / "out.jsonl"
     assert run_job(engine_for(model, lines, 3), lines, whole) == (14, 0)

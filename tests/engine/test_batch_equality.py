@@ -1,8 +1,8 @@
-"""A row gets what it would get alone, whatever stands beside it: first against the oracle, then in numbers.
+"""A row of a batch equals the row alone: first against the oracle, then for many rows.
 
-In float64 rows are equal without exception. In fp32 a matmul over another number of rows rounds differently, so a
-near-tie may fall the other way; every row that differs must be one whose decisions fall otherwise, alone and in
-float64, where the weights differ by a rounding's size (`near_ties`). Anything else is a row that saw its neighbours.
+In float64 all rows are equal. In fp32 a matmul over another number of rows rounds differently, so a near tie may be
+decided differently. A row that differs must be a near tie: alone and in float64, a change of the weights by the size of
+a rounding must change it as well (`near_ties`). Any other difference means that a row depends on its neighbours.
 """
 
 from __future__ import annotations
@@ -26,7 +26,7 @@ TEMPERATURE = 0.8
 
 
 def random_prompts(rows: int, longest: int = 100, seed: int = 0) -> list[list[int]]:
-    """Not selected: whatever the generator gives, 1 to `longest` tokens each."""
+    """Random prompts without selection, 1 to `longest` tokens each."""
     rng = torch.Generator().manual_seed(seed)
     lengths = torch.randint(1, longest + 1, (rows,), generator=rng).tolist()
     return [torch.randint(0, 64, (length,), generator=rng).tolist() for length in lengths]
@@ -63,7 +63,7 @@ MODELS = {"M": ("M", {}), "*": ("*", {}), "every kind": (EVERY_KIND, {}), "every
 @pytest.mark.parametrize("name", MODELS)
 @torch.no_grad()
 def test_diffusion_equals_the_oracle(name: str, greedy: bool) -> None:
-    """A ragged batch, the last block cut; tokens and the passes each row took."""
+    """A ragged batch with a cut last block: tokens and passes of each row are equal."""
     pattern, overrides = MODELS[name]
     model = build_random_model(pattern, seed=3, dtype=torch.float64, **overrides)
     prompts = [row[:length] for row, length in zip(random_prompts(5, 100, seed=5), RAGGED, strict=True)]
@@ -132,12 +132,14 @@ def test_another_seed_gives_another_text(exact: TwoTowerForCausalLM, mode: str) 
 @pytest.mark.parametrize("greedy", [True, False], ids=["greedy", "sampled"])
 @pytest.mark.parametrize("mode", MODES)
 def test_a_row_that_ends_leaves_the_others_alone(exact: TwoTowerForCausalLM, mode: str, greedy: bool) -> None:
-    """Rows end at their own EOS, at different times; the others go on as if those had never been there."""
+    """Rows end at their own EOS, at different times, without an effect on the others."""
     prompts = random_prompts(6, 30)
     sampling = {} if greedy else sampled(range(6))
     whole = new_tokens(exact, prompts, mode, max_new_tokens=48, **sampling)
     in_rows = {token: sum(token in row for row in whole) for token in range(64)}
-    eos = max((token for token in in_rows if in_rows[token] < 6), key=in_rows.__getitem__)  # ends most rows, not all
+    eos = max(
+        (token for token in in_rows if in_rows[token] < 6), key=in_rows.__getitem__
+    )  # most rows end early, not all
     assert in_rows[eos] > 0
     cut = [row[: row.index(eos) + 1] if eos in row else row for row in whole]
     assert new_tokens(exact, prompts, mode, max_new_tokens=48, eos_token_id=eos, **sampling) == cut
@@ -148,11 +150,11 @@ def test_a_row_that_ends_leaves_the_others_alone(exact: TwoTowerForCausalLM, mod
 
 @dataclass
 class Count:
-    """What a comparison of rows alone and in a batch found."""
+    """The result of a comparison of rows alone and in a batch."""
 
     rows: int = 0
     different: int = 0
-    near_ties: int = 0  # of those that differ
+    near_ties: int = 0  # of the rows that differ
 
     def __str__(self) -> str:
         return f"{self.different} of {self.rows} rows differ, {self.near_ties} for a near tie"
@@ -161,7 +163,7 @@ class Count:
 def compare(
     mode: str, dtype: torch.dtype, greedy: bool, rows: int, batch: int, new: int, explain: bool = True
 ) -> Count:
-    """Random rows generated alone and `batch` at a time; with `explain`, those that differ are asked for near ties."""
+    """Compares random rows alone and in batches. With `explain`, rows that differ are tested for near ties."""
     model = build_random_model(EVERY_KIND, seed=6, dtype=dtype)
     exact = build_random_model(EVERY_KIND, seed=6, dtype=torch.float64)
     count = Count()
@@ -202,21 +204,21 @@ def test_rows_alone_equal_rows_in_a_batch(mode: str, greedy: bool, rows: int, ba
     count = compare(mode, torch.float32, greedy, rows, batch, new)
     print(f"{kind}, float32: {count}")
     assert count.near_ties == count.different
-    if rows > 24:  # bf16 is not promised: its rate is reported
+    if rows > 24:  # equality is not promised in bf16: the rate is printed
         print(f"{kind}, bfloat16: {compare(mode, torch.bfloat16, greedy, rows, batch, new, explain=False)}")
 
 
 @pytest.mark.code_path
 @pytest.mark.parametrize("mode", MODES)
 def test_rows_of_fp32_alone_equal_rows_in_a_batch(mode: str) -> None:
-    """The short form of the above, in the dtype whose results depend on the instruction set."""
+    """The short form of the test above, in the dtype whose results depend on the instruction set."""
     count = compare(mode, torch.float32, False, rows=8, batch=8, new=20)
     assert count.rows == 8
     assert count.near_ties == count.different
 
 
 def test_a_near_tie_is_told_from_a_clear_choice(exact: TwoTowerForCausalLM) -> None:
-    """Two words that the head scores alike."""
+    """Two words with equal rows of the head are a near tie."""
 
     def run(model: TwoTowerForCausalLM) -> list[list[int]]:
         return new_tokens(model, [[5, 6, 7]], "ar", max_new_tokens=1)
@@ -231,7 +233,7 @@ def test_a_near_tie_is_told_from_a_clear_choice(exact: TwoTowerForCausalLM) -> N
 
 @pytest.mark.code_path
 def test_a_row_that_saw_its_neighbours_would_be_found() -> None:
-    """The reference's flaw, one t for the whole batch, put back: what differs then is no near tie."""
+    """With one t for the whole batch, as in the released code, the rows that differ are not near ties."""
     denoise = TwoTowerForCausalLM.denoise
 
     def coupled(self, block, t, *rest, **options):  # type: ignore[no-untyped-def]
