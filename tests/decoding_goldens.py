@@ -53,8 +53,10 @@ def depends_on_timing(golden: Golden) -> bool:
 
 
 def row_of(result: Generation | Decoded, counted: bool = True) -> Row:
-    """A row: tokens, text, end; if counts are recorded also at (committed_at), sure (confidence), passes (denoiser,
-    context) and drafts (drafts, drafted, accepted, rejected)."""
+    """A row: tokens, text, end; with counts also at (committed_at), sure (confidence), passes and drafts.
+
+    passes: denoiser, context; drafts: drafts, drafted, accepted, rejected.
+    """
     row: Row = {"tokens": result.tokens, "text": result.text, "end": result.finish_reason}
     if counted:
         row |= {
@@ -67,8 +69,7 @@ def row_of(result: Generation | Decoded, counted: bool = True) -> Row:
 
 
 def events_of(events: Sequence[BlockEvent], result: Generation) -> list[list[Any]]:
-    """Events of one row, each as [tokens, characters, draft]. The rest of an event follows from the result, and is
-    checked here."""
+    """Events of one row, each as [tokens, characters, draft]. Other fields are checked against the result."""
     assert [event.block for event in events] == list(range(len(events)))
     assert [event.result is not None for event in events] == [False] * (len(events) - 1) + [True]
     assert "".join(event.text for event in events) == result.text

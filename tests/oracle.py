@@ -1,8 +1,8 @@
-"""Decoding that recomputes everything: no cache, no batch, no state. Every fast path must equal it.
+"""Reference decoding without cache, batch or state. Every fast path must equal it.
 
-One request at a time, token by token, from `GenerationParams` alone; each tower reads the text from its first token
-(`oracle_tower`). Nothing of `cache/`, `decoding/` or `engine/` is used, but for the parameters' plain data. Follow
-it beside the description of the three modes: masked diffusion, AR, mock-AR; then verified decoding.
+It decodes one request, token by token, from `GenerationParams`; each tower reads the text from its first token
+(`oracle_tower`). It uses no code of `cache/`, `decoding/` or `engine/`, except for the parameters' plain data. The
+functions follow the description of the modes in docs/architecture.md: masked diffusion, AR, mock-AR, verified.
 """
 
 from __future__ import annotations
@@ -19,12 +19,12 @@ from torch import Tensor
 
 from twotower import GenerationParams, TwoTowerForCausalLM
 
-AR_TOKEN, DIFFUSION_CANDIDATE = 1, 2  # what noise is for
-REPLACEMENT_CHARACTER = "\ufffd"  # bytes that are not a character
+AR_TOKEN, DIFFUSION_CANDIDATE = 1, 2  # purposes of noise
+REPLACEMENT_CHARACTER = "\ufffd"  # an incomplete character
 
 
 class Block(NamedTuple):
-    """A filled block: its tokens, the pass that committed each, the confidence in each; passes it took."""
+    """A filled block: tokens, the pass that committed each, their confidences, and the number of passes."""
 
     tokens: list[int]
     committed_at: list[int]
@@ -32,12 +32,12 @@ class Block(NamedTuple):
     passes: int
 
 
-Drafter = Callable[[list[int], int], Block]  # (the text, positions) → a block; its first token is the text's last
+Drafter = Callable[[list[int], int], Block]  # (text, positions) → a block that begins with the last token of the text
 
 
 @dataclass
 class Decoded:
-    """What a request gives."""
+    """The result of a request."""
 
     tokens: list[int] = field(default_factory=list)
     text: str = ""
@@ -55,7 +55,7 @@ class Decoded:
 def decode(
     model: TwoTowerForCausalLM, prompt: list[int], params: GenerationParams, drafter: Drafter | None = None
 ) -> Decoded:
-    """A lone request with one seed, policy and policy value. drafter: in place of the denoiser, verified only."""
+    """Decodes a request with one seed, policy and policy value. drafter: replaces the denoiser in verified decoding."""
     row = _Row(model, prompt, params, Decoded(), drafter)
     if params.max_new_tokens == 0:
         row.out.finish_reason = "length"
@@ -110,17 +110,17 @@ def _autoregressive(row: _Row) -> None:
 
 
 def _mock_autoregressive(row: _Row) -> None:
-    """The denoiser reads the last token after the context of all before it, without time conditioning."""
+    """The denoiser reads the last token after the context of all tokens before it, without time conditioning."""
     assert row.model.denoiser is not None
     logits, _ = read(row.model.denoiser, row.text[-1:], _past(row.model, row.text[:-1]))
     row.out.denoiser_passes += 1
     token = row.pick(logits[-1], len(row.text), AR_TOKEN)
     row.take([token], [0], [probability(logits[-1], token)])
-    row.out.context_passes += not row.out.finish_reason  # after the last token the context is not read any more
+    row.out.context_passes += not row.out.finish_reason  # after the last token there is no context pass
 
 
 def _diffusion(row: _Row) -> None:
-    """A block of masks is filled and cut where the row ends; then the context tower reads it."""
+    """A block of masks is filled and cut at the end of the row; then the context tower reads it."""
     size, mask = row.params.block_size, row.params.mask_token_id
     block = fill(row, row.text, [mask] * size, list(range(size)), row.params.steps_per_block, DIFFUSION_CANDIDATE)
     row.out.denoiser_passes += block.passes
@@ -129,13 +129,13 @@ def _diffusion(row: _Row) -> None:
 
 
 def _verified(row: _Row) -> None:
-    """A draft after the last token; what the AR model agrees with is kept, then its own choice follows."""
+    """A draft follows the last token. The accepted part is kept, then the AR model's own token follows."""
     params, out, text = row.params, row.out, row.text
     room = params.max_new_tokens - len(out.tokens)
-    length = min(params.block_size, room)  # of the draft with the token before it
+    length = min(params.block_size, room)  # positions of the draft with the token before it
     steps = params.draft_steps
     if steps is None:
-        steps = 1  # below acceptance 1 only: there the draft shows in the text
+        steps = 1  # only if acceptance < 1, because then the text depends on the draft
         assert params.acceptance < 1, "how many passes a draft gets depends on the clock"
     if length == 1:
         steps = 0
@@ -160,7 +160,7 @@ def _verified(row: _Row) -> None:
 
 
 def _denoisers_draft(row: _Row, steps: int) -> Drafter:
-    """The block begins with the text's last token; the rest are masks, filled with the noise of AR's tokens."""
+    """The block begins with the last token of the text; its masks are filled with the noise of AR tokens."""
 
     def draft(text: list[int], size: int) -> Block:
         begun = text[-1:] + [row.params.mask_token_id] * (size - 1)
@@ -175,7 +175,7 @@ def _accepted(drafted: int, own: int, logits: Tensor, acceptance: float) -> bool
 
 
 def fill(row: _Row, before: list[int], begun: list[int], masked: list[int], steps: int, purpose: int) -> Block:
-    """Denoises a block after the text `before`: `masked` positions of `begun`, in at most `steps` passes."""
+    """Denoises the `masked` positions of block `begun` after the text `before`, in at most `steps` passes."""
     model, params, size = row.model, row.params, len(begun)
     assert model.denoiser is not None
     assert model.time is not None
@@ -205,7 +205,7 @@ def fill(row: _Row, before: list[int], begun: list[int], masked: list[int], step
 
 
 def _past(model: TwoTowerForCausalLM, text: list[int]) -> list[Any] | None:
-    """What the context tower leaves of a text for a block after it; None: there is none."""
+    """The context tower's layer states after a text; None for an empty text."""
     return read(model.context, text)[1] if text else None
 
 
@@ -213,12 +213,12 @@ def _past(model: TwoTowerForCausalLM, text: list[int]) -> list[Any] | None:
 
 
 def probability(logits: Tensor, token: int) -> float:
-    """Untempered and unfiltered."""
+    """The untempered and unfiltered distribution."""
     return float(logits.softmax(-1)[token])
 
 
 def pick(logits: Tensor, params: GenerationParams, position: int, purpose: int, step: int) -> int:
-    """The likeliest token, or a Gumbel-max sample at the temperature of what top-k and then top-p leave."""
+    """The most probable token, or a Gumbel-max sample at the temperature, filtered by top-k and then top-p."""
     values = logits.tolist()
     if params.temperature <= 0:
         return max(range(len(values)), key=values.__getitem__)
@@ -230,7 +230,7 @@ def pick(logits: Tensor, params: GenerationParams, position: int, purpose: int, 
 
 
 def left(scaled: list[float], top_k: int | None, top_p: float | None) -> list[int]:
-    """Tokens that the filters leave: ties of the k-th largest stay; then the smallest set whose sum exceeds p."""
+    """Tokens that pass the filters: top-k with ties of the k-th largest, then the smallest set whose sum exceeds p."""
     tokens = sorted(range(len(scaled)), key=lambda i: -scaled[i])
     if top_k is not None and top_k < len(tokens):
         least = scaled[tokens[top_k - 1]]
@@ -248,7 +248,7 @@ def left(scaled: list[float], top_k: int | None, top_p: float | None) -> list[in
 
 
 def noise(seed: int, position: int, purpose: int, step: int, size: int) -> list[float]:
-    """A uniform number a token, a function of the four: splitmix64 in Python's integers."""
+    """A uniform number for each token, from seed, position, purpose and step: splitmix64 in Python integers."""
     golden, wrap = 0x9E3779B97F4A7C15, 2**64
 
     def mix(z: int) -> int:
@@ -263,8 +263,10 @@ def noise(seed: int, position: int, purpose: int, step: int, size: int) -> list[
 
 
 def cut(tokenizer: Any, tokens: list[int], eos: tuple[int, ...], stop: tuple[str, ...]) -> tuple[str, bool]:
-    """The text of the tokens, without special ones, an unfinished character at its end, and whatever begins with the
-    first stop string; and whether there is one."""
+    """The text of the tokens up to the first stop string, and whether there is a stop string.
+
+    Special tokens and an incomplete character at the end are left out.
+    """
     if tokenizer is None:
         return "", False
     text = tokenizer.decode([t for t in tokens if t not in eos], skip_special_tokens=True).rstrip(REPLACEMENT_CHARACTER)

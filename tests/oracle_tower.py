@@ -1,7 +1,7 @@
-"""One tower over one text, position by position: no cache, no batch. What `oracle` decodes with.
+"""One tower over one text, position by position, without cache or batch. `oracle` decodes with it.
 
-It shares the weights, the layers' norms, the router and the time conditioning with the model, which the golden values
-test, and the slow references of the kernels; nothing of the state.
+It shares with the model the weights, norms, router and time conditioning, which golden values test, and the reference
+operations; it shares no state.
 """
 
 from __future__ import annotations
@@ -21,7 +21,7 @@ from twotower.ops.reference.ssd import ssd_sequential
 def read(
     tower: Tower, tokens: list[int], past: list | None = None, causal: bool = True, time: list | None = None
 ) -> tuple[Tensor, list]:
-    """→ logits (L, V) in float64 or fp32, and per layer what a later block sees of this text."""
+    """Returns logits (L, V) in float64 or fp32, and for each layer the state that a later block sees."""
     x = tower.embeddings(torch.tensor([tokens]))
     seen = []
     for i, layer in enumerate(tower.layers):

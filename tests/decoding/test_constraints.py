@@ -186,7 +186,7 @@ def constrained_request(rng: random.Random, constraint: Constraint, **given: Any
     return replace(some_request(rng, **given), constraint=constraint)
 
 
-def test_it_is_ar_with_what_is_forbidden_left_out(model: TwoTowerForCausalLM, of_bytes: dict[str, Constraint]) -> None:
+def test_text_equals_ar_with_masked_logits(model: TwoTowerForCausalLM, of_bytes: dict[str, Constraint]) -> None:
     rng = random.Random(1)
     requests = [constrained_request(rng, constraint) for _ in range(3) for constraint in of_bytes.values()]
     outputs = LLM(model, rows=5, length=LENGTH).generate(requests)
@@ -360,7 +360,7 @@ def test_a_schema_may_say_how_it_is_spaced(model: TwoTowerForCausalLM) -> None:
 # --- beside log-probabilities and memory that gives out ---------------------------------------------------------------
 
 
-def test_log_probabilities_know_no_grammar(model: TwoTowerForCausalLM, of_bytes: dict[str, Constraint]) -> None:
+def test_logprobs_are_not_masked_by_the_grammar(model: TwoTowerForCausalLM, of_bytes: dict[str, Constraint]) -> None:
     """Log-probabilities are unmasked ones of the AR model; confidence is the probability after masking."""
     rng = random.Random(8)
     requests = [
@@ -380,7 +380,7 @@ def test_log_probabilities_know_no_grammar(model: TwoTowerForCausalLM, of_bytes:
         )
 
 
-def test_memory_that_gives_out_moves_no_grammar(model: TwoTowerForCausalLM, of_bytes: dict[str, Constraint]) -> None:
+def test_out_of_memory_does_not_advance_grammars(model: TwoTowerForCausalLM, of_bytes: dict[str, Constraint]) -> None:
     rng = random.Random(9)
     requests = [constrained_request(rng, constraint) for constraint in of_bytes.values() for _ in range(2)]
     expected = LLM(model, rows=6, length=LENGTH).generate(requests)
@@ -443,7 +443,7 @@ def test_a_matcher_that_fails_ends_its_own_request_only(
         }
 
 
-def test_requests_given_up(model: TwoTowerForCausalLM, of_bytes: dict[str, Constraint]) -> None:
+def test_aborted_requests(model: TwoTowerForCausalLM, of_bytes: dict[str, Constraint]) -> None:
     rng = random.Random(3)
     requests = [constrained_request(rng, rng.choice(list(of_bytes.values()))) for _ in range(24)]
     outputs = drive(LLM(model, rows=4, length=LENGTH), requests, rng, aborted=0.1)
@@ -451,7 +451,7 @@ def test_requests_given_up(model: TwoTowerForCausalLM, of_bytes: dict[str, Const
         assert_follows(output, requests[place], TOKENIZER, name_of(requests[place].constraint, of_bytes))
 
 
-def test_rows_without_a_grammar_pay_nothing(model: TwoTowerForCausalLM) -> None:
+def test_no_cost_for_rows_without_a_grammar(model: TwoTowerForCausalLM) -> None:
     rng = random.Random(4)
     requests = [some_request(rng) for _ in range(6)]
     with patch.object(constraint_masks, "np", None), patch.dict(sys.modules, {"llguidance": None}):
@@ -526,7 +526,7 @@ def test_a_tokenizer_with_spaces_as_characters() -> None:
         ({"json_schema": {"type": "integer", "minimum": 5, "maximum": 3}}, "Unsatisfiable schema"),
     ],
 )
-def test_what_cannot_be_followed(given: dict[str, Any], message: str) -> None:
+def test_invalid_constraints(given: dict[str, Any], message: str) -> None:
     with pytest.raises(ArgumentError, match=message) as error:
         Constraint(TOKENIZER, **given)
     assert "\n" not in str(error.value)

@@ -88,7 +88,7 @@ def test_a_rule_is_what_its_twin_says(name: str) -> None:
     assert some > 0
 
 
-def test_what_klass_remembers_is_not_widened() -> None:
+def test_the_memory_of_klass_is_not_upcast() -> None:
     """The memory has the logits in their dtype and two numbers a position. Tiles of one position give equal results."""
     seen, value = draw(3), torch.zeros(ROWS, 1)
     narrow = seen._replace(logits=seen.logits.bfloat16())
@@ -192,7 +192,7 @@ def test_the_default_is_the_released_rule() -> None:
         ({"policy_value": "0.9"}, "policy_value (threshold: confidence) is '0.9'"),
     ],
 )
-def test_bad_policies_are_told(arguments: dict[str, Any], message: str) -> None:
+def test_invalid_policies(arguments: dict[str, Any], message: str) -> None:
     with pytest.raises(ArgumentError) as error:
         GenerationParams.of(**arguments)
     assert message in str(error.value)

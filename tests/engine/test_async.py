@@ -52,7 +52,7 @@ def test_events_arrive_while_the_text_is_written(model: TwoTowerForCausalLM) -> 
     assert len(free) == 2
 
 
-def test_whoever_stops_listening_frees_the_slot(model: TwoTowerForCausalLM) -> None:
+def test_leaving_a_stream_frees_the_slot(model: TwoTowerForCausalLM) -> None:
     async def ask() -> None:
         with AsyncLLM(LLM(model, rows=1, length=160)) as engine:
             stream = engine.stream(long_request())
@@ -69,7 +69,7 @@ def test_whoever_stops_listening_frees_the_slot(model: TwoTowerForCausalLM) -> N
     asyncio.run(ask())
 
 
-def test_a_bad_request_is_told_and_the_engine_goes_on(model: TwoTowerForCausalLM) -> None:
+def test_a_bad_request_raises_and_the_engine_continues(model: TwoTowerForCausalLM) -> None:
     async def ask() -> None:
         with AsyncLLM(LLM(model, rows=1, length=40)) as engine:
             with pytest.raises(ArgumentError, match="longer than the 40 tokens"):
@@ -93,7 +93,7 @@ def test_a_closed_engine_says_so(model: TwoTowerForCausalLM) -> None:
     asyncio.run(ask())
 
 
-def test_whoever_asks_an_engine_that_fails_hears_it(model: TwoTowerForCausalLM) -> None:
+def test_requests_to_a_failed_engine_raise(model: TwoTowerForCausalLM) -> None:
     """Also requests that arrive while the engine fails, before its thread ends."""
 
     async def ask() -> None:

@@ -40,7 +40,7 @@ def ahead(model: TwoTowerForCausalLM, rows: int, length: int = LENGTH) -> LLM:
 
 @pytest.mark.parametrize("apart", [False, True], ids=["one device", "two"])
 @pytest.mark.parametrize("rows", [1, 2, 5, 16])
-def test_every_request_writes_what_it_writes_alone(model: TwoTowerForCausalLM, rows: int, apart: bool) -> None:
+def test_every_request_equals_its_result_alone(model: TwoTowerForCausalLM, rows: int, apart: bool) -> None:
     """Requests come and go, in any mode, watched or with log-probabilities. Counts of passes do not change."""
     rng = random.Random(rows + 100)
     requests = [some_request(rng) for _ in range(40)]
@@ -142,7 +142,7 @@ def nervous_policy() -> Iterator[None]:
         del POLICIES["nervous"]
 
 
-def test_what_a_policy_raises_in_an_idle_pass_is_nobodys_concern(model: TwoTowerForCausalLM) -> None:
+def test_exceptions_of_policies_in_idle_passes_are_ignored(model: TwoTowerForCausalLM) -> None:
     with nervous_policy():
         request = asking([5, 6], "diffusion", 20, block_size=8, policy="nervous")
         (output,) = ahead(model, 1).generate([request])
@@ -190,7 +190,7 @@ def test_a_pass_that_does_not_fit(model: TwoTowerForCausalLM, most: int) -> None
             assert output.finish_reason == "error"
 
 
-def test_a_row_given_up_between_launch_and_collection_is_not_heard_of(model: TwoTowerForCausalLM) -> None:
+def test_a_row_aborted_between_launch_and_collection_has_no_events(model: TwoTowerForCausalLM) -> None:
     """Another request uses its slot at once."""
     llm = ahead(model, 1)
     slow = asking([5, 6], "diffusion", 16, block_size=16, policy="top-k", policy_value=1)

@@ -44,14 +44,14 @@ def chooser(kept: float, agreement: float, passes: float = 1.0, block_passes: fl
         (chooser(4.0, 0.9799, block_passes=1), CHEAP, "verified", "too little for diffusion (98%)"),
     ],
 )
-def test_it_chooses_what_it_expects_to_be_fastest(made: ModeChooser, costs: Costs, mode: str, words: str) -> None:
+def test_auto_chooses_the_fastest_mode(made: ModeChooser, costs: Costs, mode: str, words: str) -> None:
     choice = made.choose(costs, block_size=16)
     assert choice.mode == mode
     assert words in choice.reason
     assert f"costs {costs.draft:.2f} AR steps" in choice.reason
 
 
-def test_it_looks_before_it_judges_and_looks_again() -> None:
+def test_drafts_are_measured_first_and_again() -> None:
     fresh = ModeChooser()
     assert fresh.choose(DEAR, 16).mode == "verified"
     assert "no draft has been measured" in ModeChooser().choose(DEAR, 16).reason
@@ -69,7 +69,7 @@ def output(mode: Any, tokens: int, **facts: int) -> Generation:
     )  # fmt: skip
 
 
-def test_it_learns_from_what_was_written() -> None:
+def test_averages_follow_outputs() -> None:
     recent = RecentStats()
     recent.add_outputs([output("ar", 9, context_passes=9)], 16)
     assert recent.kept.value is None
@@ -127,7 +127,7 @@ def test_costs_are_measured_and_leave_nothing_behind() -> None:
     assert measure(short, 1, 8).step > 0
 
 
-def test_what_auto_cannot_mean_is_told() -> None:
+def test_auto_errors() -> None:
     with pytest.raises(ArgumentError, match="mode is 'automatic'; choose one of"):
         GenerationParams.of(mode="automatic")
     with pytest.raises(ArgumentError, match="block_size"):

@@ -217,7 +217,7 @@ def test_rows_of_fp32_alone_equal_rows_in_a_batch(mode: str) -> None:
     assert count.near_ties == count.different
 
 
-def test_a_near_tie_is_told_from_a_clear_choice(exact: TwoTowerForCausalLM) -> None:
+def test_near_ties_and_clear_choices_are_distinguished(exact: TwoTowerForCausalLM) -> None:
     """Two words with equal rows of the head are a near tie."""
 
     def run(model: TwoTowerForCausalLM) -> list[list[int]]:

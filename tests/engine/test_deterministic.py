@@ -146,7 +146,7 @@ def test_ar_and_verified_agree_in_fp32() -> None:
     assert texts[0].tolist() == texts[1].tolist() == texts[2].tolist()
 
 
-def test_a_callback_hears_of_one_prompt(model: TwoTowerForCausalLM) -> None:
+def test_the_callback_sees_one_prompt(model: TwoTowerForCausalLM) -> None:
     heard: list[int] = []
 
     def callback(step: int, *args: object, **kwargs: object) -> None:

@@ -1,4 +1,4 @@
-"""The engine: every request writes what it would write alone, whoever runs beside it, comes later or leaves early."""
+"""The engine: a request's result equals its result alone, with any other requests that run, arrive or are aborted."""
 
 from __future__ import annotations
 
@@ -54,7 +54,7 @@ def model() -> TwoTowerForCausalLM:
 
 
 def some_request(rng: random.Random, **given: Any) -> Request:
-    """Any mode, policy, length, sampling and end."""
+    """A random request: any mode, policy, length, sampling and end."""
     mode = given.pop("mode", None) or rng.choice(sorted(KINDS))
     temperature = rng.choice([0.0, 0.0, 0.7, 1.0])
     values = {
@@ -76,7 +76,7 @@ def alone(model: TwoTowerForCausalLM, request: Request) -> Generation:
 
 
 def facts(output: Generation, counted: bool) -> tuple[Any, ...]:
-    """All but clock readings; without the counts where they follow from clocks."""
+    """A result without times, and without counts that depend on times."""
     what = (output.mode, output.tokens, output.finish_reason, output.prompt_tokens)
     steps = (output.committed_at, output.denoiser_passes, output.context_passes)
     drafts = (output.drafts, output.drafted, output.accepted, output.rejected)
@@ -91,8 +91,7 @@ def assert_as_alone(model: TwoTowerForCausalLM, request: Request, output: Genera
 
 
 def drive(llm: LLM, requests: list[Request], rng: random.Random, aborted: float) -> dict[int, Generation]:
-    """Requests that come while others run; a share of them is given up, waiting or at any point of their way → the
-    outputs of the others, by their place."""
+    """Adds requests while others run, and aborts a share of them at any time → outputs of the others by index."""
     numbers: dict[int, int] = {}
     outputs: dict[int, Generation] = {}
     coming = list(range(len(requests)))
@@ -114,7 +113,7 @@ def drive(llm: LLM, requests: list[Request], rng: random.Random, aborted: float)
 
 
 @pytest.mark.parametrize("rows", [1, 3, 16])
-def test_every_request_writes_what_it_writes_alone(model: TwoTowerForCausalLM, rows: int) -> None:
+def test_every_request_equals_its_result_alone(model: TwoTowerForCausalLM, rows: int) -> None:
     rng = random.Random(rows)
     requests = [some_request(rng) for _ in range(40)]
     outputs = LLM(model, rows=rows, length=LENGTH).generate(requests)
@@ -122,7 +121,7 @@ def test_every_request_writes_what_it_writes_alone(model: TwoTowerForCausalLM, r
         assert_as_alone(model, request, output)
 
 
-def test_whoever_comes_and_goes(model: TwoTowerForCausalLM) -> None:
+def test_requests_come_and_go(model: TwoTowerForCausalLM) -> None:
     rng = random.Random(5)
     requests = [some_request(rng) for _ in range(60)]
     outputs = drive(LLM(model, rows=5, length=LENGTH), requests, rng, aborted=0.1)
@@ -132,7 +131,7 @@ def test_whoever_comes_and_goes(model: TwoTowerForCausalLM) -> None:
 
 
 def test_a_small_window_of_prompts_in_pieces(model: TwoTowerForCausalLM) -> None:
-    """Prompts are read in pieces while others go on writing."""
+    """Prompts are read in chunks while other requests run."""
     rng = random.Random(8)
     requests = [some_request(rng, max_new_tokens=12) for _ in range(16)]
     with patch("twotower.engine.core.PROMPT_CHUNK", 16):
@@ -141,8 +140,8 @@ def test_a_small_window_of_prompts_in_pieces(model: TwoTowerForCausalLM) -> None
             assert_as_alone(model, request, output)
 
 
-def test_towers_apart(model: TwoTowerForCausalLM) -> None:
-    """The denoiser reads a replica of the pool, as on a device of its own."""
+def test_two_devices(model: TwoTowerForCausalLM) -> None:
+    """The denoiser reads a replica of the pool, as on a second device."""
     rng = random.Random(13)
     requests = [some_request(rng) for _ in range(30)]
     with patch.object(model, "transfer", DeviceTransfer()):
@@ -157,7 +156,7 @@ def test_towers_apart(model: TwoTowerForCausalLM) -> None:
 
 
 def passes(model: TwoTowerForCausalLM, run: Callable[[], object]) -> tuple[int, int]:
-    """Calls of each tower while run() runs: context, denoiser."""
+    """Calls of the context tower and of the denoiser while run() runs."""
     with (
         patch.object(model, "extend", wraps=model.extend) as extend,
         patch.object(model, "denoise", wraps=model.denoise) as denoise,
@@ -178,7 +177,7 @@ def test_rows_of_one_kind_take_no_more_passes_than_one(model: TwoTowerForCausalL
 
 
 def test_a_full_pool_is_not_gathered(model: TwoTowerForCausalLM) -> None:
-    """Where all slots take part a pass reads the state where it lies."""
+    """If all slots take part, a pass reads the state without a gather."""
     params = GenerationParams.of(mode="verified", max_new_tokens=20, draft_steps=1)
     llm = LLM(model, rows=3, length=64)
     with patch.object(llm.core.state, "view", wraps=llm.core.state.view) as view:
@@ -188,8 +187,8 @@ def test_a_full_pool_is_not_gathered(model: TwoTowerForCausalLM) -> None:
     assert asked.count(None) == len(asked) > 4
 
 
-def test_nobody_waits_for_a_slower_neighbour(model: TwoTowerForCausalLM) -> None:
-    """A row of 2 passes a block ends when it would alone, beside one of 16; a free slot is taken in the next step."""
+def test_no_row_waits_for_a_slower_one(model: TwoTowerForCausalLM) -> None:
+    """A row of 2 passes per block ends as early as alone, beside a row of 16. The next step fills a free slot."""
     quick = Request([5, 6], GenerationParams.of(max_new_tokens=32, steps_per_block=2, policy="top-k", policy_value=8))
     slow = Request([7, 8], GenerationParams.of(max_new_tokens=32, steps_per_block=16, policy="top-k", policy_value=1))
 
@@ -232,7 +231,7 @@ def test_a_pass_is_padded_little() -> None:
         )
         return [sorted(len(work.tokens) for work in group) for group in groups]
 
-    assert widths(16, 1, 1) == [[1, 1, 16]]  # as many tokens as fill a pass anyway
+    assert widths(16, 1, 1) == [[1, 1, 16]]  # enough tokens to fill a pass
     assert widths(*[1] * 20, *[16] * 4) == [[1] * 20, [16] * 4]
     assert widths(512, 16, 16, 1) == [[1, 16, 16], [512]]
     assert widths(*[12] * 9, *[16] * 9) == [[12] * 9 + [16] * 9]
@@ -265,7 +264,7 @@ def test_a_stream_beside_others(model: TwoTowerForCausalLM) -> None:
 
 
 def test_streams_side_by_side(model: TwoTowerForCausalLM) -> None:
-    """Each gets its own events, whoever's call ran the step."""
+    """Each stream has its own events, whichever call ran the step."""
     params = GenerationParams.of(mode="ar", max_new_tokens=9)
     requests = [Request([5, 6], params), Request([7, 8], params), Request([9], params)]
     expected = [result.tokens for result in LLM(model, rows=3, length=LENGTH).generate(requests)]
@@ -280,7 +279,7 @@ def test_streams_side_by_side(model: TwoTowerForCausalLM) -> None:
     assert not llm.has_work
 
 
-def test_what_is_no_request(model: TwoTowerForCausalLM) -> None:
+def test_invalid_requests(model: TwoTowerForCausalLM) -> None:
     llm: Any = LLM(model, rows=1, length=LENGTH)
     for no_request in ("text", None, [5, 6]):
         with pytest.raises(ArgumentError, match="give a Request"):
@@ -292,7 +291,7 @@ def test_what_is_no_request(model: TwoTowerForCausalLM) -> None:
 
 @pytest.mark.parametrize("end", ["abort", "close"])
 def test_a_request_aborted_while_somebody_waits_for_it(model: TwoTowerForCausalLM, end: str) -> None:
-    """Its stream ends, and `generate` says so; neither waits for ever."""
+    """Its stream ends, and `generate` raises; neither waits for ever."""
     llm = LLM(model, rows=2, length=LENGTH)
     request = Request([5, 6], GenerationParams.of(mode="ar", max_new_tokens=50))
     events = llm.stream(request)
@@ -304,7 +303,7 @@ def test_a_request_aborted_while_somebody_waits_for_it(model: TwoTowerForCausalL
         llm.generate([short, request], lambda ended: llm.abort(2) if end == "abort" else llm.close())
 
 
-def test_a_stream_given_up_frees_its_slot(model: TwoTowerForCausalLM) -> None:
+def test_an_abandoned_stream_frees_its_slot(model: TwoTowerForCausalLM) -> None:
     llm = LLM(model, rows=1, length=LENGTH)
     events = llm.stream(Request([5, 6], GenerationParams.of(mode="ar", max_new_tokens=50)))
     next(events)
@@ -313,8 +312,8 @@ def test_a_stream_given_up_frees_its_slot(model: TwoTowerForCausalLM) -> None:
     assert llm.core.scheduler.free == [0]
 
 
-def test_nothing_is_heard_of_a_request_given_up(model: TwoTowerForCausalLM) -> None:
-    """Not even events that came while another was streamed."""
+def test_an_aborted_request_has_no_events(model: TwoTowerForCausalLM) -> None:
+    """Nor events that occurred while another request was streamed."""
     llm = LLM(model, rows=2, length=LENGTH)
     number = llm.add_request(Request([5, 6], GenerationParams.of(mode="ar", max_new_tokens=40)))
     list(llm.stream(Request([7, 8], GenerationParams.of(mode="ar", max_new_tokens=5))))
@@ -378,7 +377,7 @@ def moody_policy() -> Iterator[None]:
 
 
 def test_a_policy_that_raises_ends_its_own_request_only(model: TwoTowerForCausalLM) -> None:
-    """Beside rows of other policies, and of the same policy with another policy value."""
+    """Other rows, with other policies or another value of this policy, continue."""
     with moody_policy():
         asked = {"max_new_tokens": 20, "block_size": 8, "steps_per_block": 8}
         policies = [("moody", 0.9), ("moody", 2.0), ("threshold", 0.9), ("moody", 0.8)]
@@ -423,13 +422,13 @@ def test_the_state_does_not_grow(model: TwoTowerForCausalLM) -> None:
 
 
 @pytest.mark.parametrize("mode", ["diffusion", "verified"])
-def test_a_watched_request_is_shown_after_every_pass(model: TwoTowerForCausalLM, mode: str) -> None:
-    """The last look at a block is what is committed or checked, and watching changes nothing."""
+def test_a_watched_request_has_a_step_event_after_every_pass(model: TwoTowerForCausalLM, mode: str) -> None:
+    """The last event of a block equals the committed or verified block, and watching does not change the result."""
     engine = LLM(model, rows=3, length=160)
     params = GenerationParams.of(mode=mode, max_new_tokens=30, seed=3, block_size=6, draft_steps=3)
     plain = Request([5, 6, 7], params)
     looks: list[StepEvent] = []
-    passes, ahead = 0, int(mode == "verified")  # there the first position is the token before the draft
+    passes, ahead = 0, int(mode == "verified")  # in verified decoding the first position is the token before the draft
     for event in engine.stream(replace(plain, watched=True)):
         if isinstance(event, StepEvent):
             assert event.step == len(looks)
@@ -457,7 +456,7 @@ def test_a_watched_request_is_shown_after_every_pass(model: TwoTowerForCausalLM,
 @pytest.mark.slow
 @pytest.mark.timeout(3600)
 def test_a_thousand_requests_as_alone() -> None:
-    """float64 without exception; fp32 but for near ties, counted; bf16: the rate is printed. Some are given up."""
+    """Equal in float64; in fp32 up to counted near ties; in bf16 the rate is printed. Some requests are aborted."""
     exact = build_random_model(EVERY_KIND, dtype=torch.float64)
     for dtype, count in ((torch.float64, 1100), (torch.float32, 1100), (torch.bfloat16, 200)):
         model = build_random_model(EVERY_KIND, dtype=torch.float64).to(dtype)
@@ -479,10 +478,10 @@ def test_a_thousand_requests_as_alone() -> None:
 
 @pytest.mark.parametrize("apart", [False, True], ids=["one device", "two devices"])
 @pytest.mark.parametrize("mode", ["diffusion", "verified"])
-def test_a_callback_hears_of_a_block_after_the_events_of_the_one_before(
+def test_the_callback_of_a_block_follows_the_events_of_the_block_before(
     model: TwoTowerForCausalLM, mode: str, apart: bool
 ) -> None:
-    """Whoever shows blocks as they are filled has seen a block's text before the next one begins."""
+    """A display of blocks receives the text of a block before the next block begins."""
     told: list[tuple[str, int]] = []
 
     def callback(step: int, steps: int, block: Tensor, t: Any, logits: Tensor | None, block_idx: int) -> None:
@@ -504,7 +503,7 @@ def test_a_callback_hears_of_a_block_after_the_events_of_the_one_before(
 @pytest.mark.parametrize("aborted", [0.0, 0.05])
 @pytest.mark.timeout(60)
 def test_lockstep_with_any_requests(model: TwoTowerForCausalLM, rows: int, aborted: float) -> None:
-    """Of all modes and sizes, that come and leave at any time: none waits for ever, and the texts are the same."""
+    """Requests of all modes and sizes arrive and end at any time. None waits for ever, and the texts are equal."""
     rng = random.Random(rows)
     requests = [some_request(rng, draft_steps=2, policy="threshold") for _ in range(40)]
     passes: list[int] = []

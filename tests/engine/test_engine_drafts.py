@@ -1,4 +1,4 @@
-"""Drafts of any kind through the engine's `drafter`: the text is the AR model's own, and what is kept is known."""
+"""Any drafts through the engine's `drafter`: the text equals AR's, and the accepted tokens are known."""
 
 from __future__ import annotations
 
@@ -32,7 +32,7 @@ def run(
     rows: int = 4,
     **asked: Any,
 ) -> list[Generation]:
-    """By an engine of its own, in which the requests are numbered from 0; `seed` may be one for each."""
+    """Results of a new engine, which numbers the requests from 0. `seed`: one for all or one for each."""
     params = GenerationParams.of(mode=mode, **asked)
     seeds = params.row_seeds(len(texts)) if params.seed is not None else [None] * len(texts)
     requests = [Request(text, replace(params, seed=seed)) for text, seed in zip(texts, seeds, strict=True)]
@@ -43,14 +43,14 @@ def run(
 
 @dataclass
 class Spoilt:
-    """The AR model's own continuations, but for one token of each draft."""
+    """A drafter with the AR model's continuations, except for one token of each draft."""
 
     texts: Sequence[Sequence[int]]  # prompt and continuation of each request
     limits: Sequence[int]  # tokens of each text, at most
-    wrong: Callable[[int, int], int]  # (round, request) → the place of the wrong token
-    strict: bool = True  # whether the text so far must be the given one
+    wrong: Callable[[int, int], int]  # (round, request) → the index of the wrong token
+    strict: bool = True  # whether to check the text so far
     rounds: Counter[int] = field(default_factory=Counter)
-    kept: list[int] = field(default_factory=list)  # tokens of each draft that must be accepted
+    kept: list[int] = field(default_factory=list)  # expected numbers of accepted tokens
 
     def __call__(self, requests: Sequence[DraftRequest]) -> list[Draft]:
         return [self._draft(request) for request in requests]
@@ -67,7 +67,7 @@ class Spoilt:
 
 
 def spoilt(texts: Sequence[Sequence[int]], whole: Sequence[Generation], new: int, wrong: Any, **given: Any) -> Spoilt:
-    """Of prompts, what AR writes after them, and how much is asked for."""
+    """Makes a Spoilt drafter of prompts, AR's continuations and the requested lengths."""
     right = [[*text, *result.tokens] for text, result in zip(texts, whole, strict=True)]
     return Spoilt(right, [len(text) + new for text in texts], wrong, **given)
 
@@ -75,8 +75,7 @@ def spoilt(texts: Sequence[Sequence[int]], whole: Sequence[Generation], new: int
 @pytest.mark.parametrize("sampling", SAMPLINGS)
 @pytest.mark.parametrize("pattern", ["M", "*", "ME*-", EVERY_KIND])
 def test_equal_to_ar_whatever_the_draft(pattern: str, sampling: str) -> None:
-    """In float64, rows that end at different times; drafts of the denoiser, and drafts right for any number of
-    tokens."""
+    """In float64, with rows of different lengths, the denoiser's drafts, and drafts right up to any token."""
     model = build_random_model(pattern, dtype=torch.float64)
     texts = prompts(10, 30)
     whole = run(model, texts, mode="ar", max_new_tokens=40, **SAMPLINGS[sampling])
@@ -110,8 +109,7 @@ def test_any_length(new: int) -> None:
 
 
 def test_the_joint_distribution_is_that_of_ar() -> None:
-    """Three tokens of two choices each, from many seeds, after drafts drawn at random: against the probabilities of
-    all eight texts."""
+    """Many seeds and random drafts of three tokens with two choices each, compared with all eight probabilities."""
     model = build_random_model("M*", dtype=torch.float64)
     prompt, seeds = [9, 10, 11], 4000
     expected = _texts(model, prompt, 3)
@@ -123,7 +121,7 @@ def test_the_joint_distribution_is_that_of_ar() -> None:
     counts = Counter(tuple(result.tokens) for result in found)
     assert set(counts) <= set(expected)
     chi = sum((counts[text] - seeds * p) ** 2 / (seeds * p) for text, p in expected.items())
-    assert chi < 24.3  # 7 degrees of freedom: one in a thousand
+    assert chi < 24.3  # 7 degrees of freedom, 0.1 %
     assert seeds / 2 < sum(result.accepted for result in found) < 3 * seeds / 2
 
 
@@ -132,7 +130,7 @@ def test_the_joint_distribution_is_that_of_ar() -> None:
 
 @dataclass
 class Guesses:
-    """Of the AR model's text some tokens, others at random: the same for the same text so far, of any length."""
+    """Drafts of any length with tokens of the AR model's text and random ones. Equal texts get equal drafts."""
 
     texts: Sequence[Sequence[int]]
     passes: int
@@ -161,7 +159,7 @@ class Guesses:
 @pytest.mark.parametrize("name", ["biased", "every-kind"])
 @torch.no_grad()
 def test_a_given_draft_counts_as_in_the_oracle(name: str, acceptance: float) -> None:
-    """Tokens, rounds, what was drafted, kept and rejected; drafts of all lengths, none among them."""
+    """Tokens, rounds, and drafted, accepted and rejected counts are equal, for drafts of all lengths from 0."""
     model = decoding_model(name, torch.float64)
     texts = prompts(6, 20, seed=3)
     asked: dict[str, Any] = {"max_new_tokens": 20, "temperature": 0.8, "seed": 5, "eos_token_id": 9}
@@ -180,7 +178,7 @@ def test_a_given_draft_counts_as_in_the_oracle(name: str, acceptance: float) -> 
 
 
 def test_other_modes_do_not_ask_it() -> None:
-    """Beside drafted requests diffusion writes what it writes alone."""
+    """Beside requests with drafts, diffusion gives its result alone."""
     model = build_random_model(EVERY_KIND, dtype=torch.float64)
     diffusion = Request([5, 6, 7], GenerationParams.of(max_new_tokens=20, confidence_threshold=0.2))
     drafted = Request([5, 6, 7], GenerationParams.of(mode="verified", max_new_tokens=20, draft_steps=1))
@@ -201,7 +199,7 @@ def test_other_modes_do_not_ask_it() -> None:
     ("drafts", "message"),
     [([Draft([5] * 8)], "the drafter gave 8 tokens; a draft may have 7"), ([], "gave 0 drafts for 1 texts")],
 )
-def test_a_drafter_that_gives_something_else_is_told(drafts: list[Draft], message: str) -> None:
+def test_invalid_drafts_raise(drafts: list[Draft], message: str) -> None:
     model = build_random_model("M*", dtype=torch.float64)
     with pytest.raises(ArgumentError, match=message):
         run(model, [[5, 6]], lambda requests: drafts, block_size=8, draft_steps=1, max_new_tokens=9)
@@ -215,8 +213,7 @@ def test_a_drafter_that_gives_something_else_is_told(drafts: list[Draft], messag
 @pytest.mark.parametrize("sampling", ["greedy", "sampled"])
 @pytest.mark.parametrize("kind", ["random", "bundled"])
 def test_equal_to_ar_in_full(kind: str, sampling: str) -> None:
-    """In float64 without exception; in fp32 a row may leave AR's text only where float64 hardly prefers one token to
-    the other; of bf16 the rate is printed."""
+    """Equal in float64. In fp32 a row may differ only at a near tie in float64; in bf16 the rate is printed."""
     count, new = FULL
     if kind == "bundled":
         exact = TwoTowerForCausalLM.from_pretrained(bundled_model(), dtype="float64")
@@ -229,7 +226,7 @@ def test_equal_to_ar_in_full(kind: str, sampling: str) -> None:
     for dtype in (torch.float64, torch.float32, torch.bfloat16):
         model = copy.deepcopy(exact).to(dtype)
         apart, worst, kept = 0, 0.0, 0
-        asking = texts[: count // 5] if dtype == torch.bfloat16 else texts  # only its rate is wanted
+        asking = texts[: count // 5] if dtype == torch.bfloat16 else texts  # only the rate is printed
         expected = run(model, asking, mode="ar", rows=50, **asked)
         right = run(model, asking, mode="ar", rows=50, **(asked | {"max_new_tokens": new + 16}))
         drafts = spoilt(asking, right, new, lambda at, row: (5 * at + row) % 16, strict=dtype == torch.float64)

@@ -1,4 +1,4 @@
-"""What an engine keeps: rows that share its memory, prompts that begin alike, and memory that gives out."""
+"""The engine's memory: shared KV slots, the prefix cache, and out-of-memory."""
 
 from __future__ import annotations
 
@@ -56,8 +56,8 @@ def test_segments_never_overlap_and_come_back() -> None:
     assert kv_slots.first_fit(101) is None
 
 
-def test_a_text_takes_what_it_needs(model: TwoTowerForCausalLM) -> None:
-    """Memory for two of the longest texts holds eight short ones at once; a long one waits, and nobody overtakes it."""
+def test_a_text_reserves_the_kv_slots_it_needs(model: TwoTowerForCausalLM) -> None:
+    """Memory for two of the longest texts holds eight short ones. A long one waits, and no request overtakes it."""
     memory = LLM.memory_for(model, 2, LENGTH)
     per_row, per_token = state_bytes(model.context.config, model.dtype)
     memory += 6 * per_row * 2
@@ -99,14 +99,14 @@ def test_what_can_never_fit_is_refused_with_the_numbers(model: TwoTowerForCausal
 
 @pytest.fixture
 def short_chunks(monkeypatch: pytest.MonkeyPatch) -> None:
-    """So that short prompts have several."""
+    """Short chunks, so that short prompts have several."""
     monkeypatch.setattr(core, "PROMPT_CHUNK", 8)
 
 
 @pytest.mark.usefixtures("short_chunks")
 @pytest.mark.parametrize("mode", sorted(KINDS))
-def test_a_known_beginning_is_not_read_again(model: TwoTowerForCausalLM, mode: str) -> None:
-    """Two prompts of 31 tokens that part after 20: the second reads from the sixteenth; and a third is all known."""
+def test_a_cached_prefix_is_not_read_again(model: TwoTowerForCausalLM, mode: str) -> None:
+    """Two prompts of 31 tokens differ after 20: the second is read from token 16. A third is all in the cache."""
     shared = list(range(5, 25))
     first, second = asking([*shared, *range(30, 41)], mode), asking([*shared, *range(40, 51)], mode)
     llm = LLM(model, rows=2, length=LENGTH)
@@ -125,7 +125,7 @@ def test_the_least_recently_used_is_forgotten_first(model: TwoTowerForCausalLM) 
     llm.generate([asking(texts[0])])
     llm.core.prefixes.budget = 3 * llm.core.prefixes.nbytes
     cached = []
-    for which in (1, 2, 0, 3, 0, 1, 2):  # 3 pushes 1 out, 1 then 2, 2 then 3
+    for which in (1, 2, 0, 3, 0, 1, 2):  # 3 evicts 1, then 1 evicts 2, then 2 evicts 3
         (output,) = llm.generate([asking(texts[which])])
         cached.append(output.cached_tokens)
         assert llm.core.prefixes.nbytes <= llm.core.prefixes.budget
@@ -134,8 +134,8 @@ def test_the_least_recently_used_is_forgotten_first(model: TwoTowerForCausalLM) 
 
 
 @pytest.mark.usefixtures("short_chunks")
-def test_a_beginning_outlives_its_middle_never(model: TwoTowerForCausalLM) -> None:
-    """Only leaves go: whatever is kept can be reached from the start."""
+def test_only_leaves_of_the_prefix_cache_are_evicted(model: TwoTowerForCausalLM) -> None:
+    """Only leaves are evicted, so every cached chunk can be reached from the start."""
     rng, llm = random.Random(4), LLM(model, rows=3, length=LENGTH)
     stems = [[rng.randrange(3, 60) for _ in range(40)] for _ in range(3)]
     llm.generate([asking(stems[0][:9])])
@@ -188,9 +188,11 @@ def _raise(error: Exception) -> list[int]:
 
 @pytest.mark.parametrize("verb", ["extend", "denoise"])
 @pytest.mark.parametrize("late", [False, True], ids=["before", "after"])
-def test_memory_that_gives_out_costs_the_fewest(model: TwoTowerForCausalLM, verb: str, late: bool) -> None:
-    """A pass of more than two rows never has the memory, whether that shows before it or after it, and one request's
-    passes never do: that one fails, the others write what they would alone."""
+def test_out_of_memory_ends_as_few_requests_as_possible(model: TwoTowerForCausalLM, verb: str, late: bool) -> None:
+    """Passes of more than two rows, and all passes of one request, run out of memory, before or after the pass.
+
+    That request fails; the others equal their results alone.
+    """
     real = getattr(TwoTowerForCausalLM, verb)
     poison = 59
 
@@ -206,7 +208,7 @@ def test_memory_that_gives_out_costs_the_fewest(model: TwoTowerForCausalLM, verb
     requests = [Request([t % 50 + 3 for t in r.prompt], r.params) for r in requests]
     requests.insert(5, asking([3, 4, poison, 5], "ar" if verb == "extend" else "diffusion", seed=1))
     llm = LLM(model, rows=6, length=LENGTH)
-    if verb == "denoise":  # the block's own tokens must give it away
+    if verb == "denoise":  # the tokens of the block identify the request
         requests[5] = asking([3, 4, 5], "diffusion", mask_token_id=poison, seed=1)
     expected = [alone(model, request).tokens for request in requests]
     with patch.object(TwoTowerForCausalLM, verb, scarce):
@@ -219,14 +221,14 @@ def test_memory_that_gives_out_costs_the_fewest(model: TwoTowerForCausalLM, verb
         elif verb == "denoise" or not poisoned:
             assert output.tokens == expected[place], place
     assert len(llm.core.scheduler.free) == 6
-    assert llm.generate([requests[0]])[0].tokens == expected[0]  # the engine lives
+    assert llm.generate([requests[0]])[0].tokens == expected[0]  # the engine still works
 
 
 # --- for hours --------------------------------------------------------------------------------------------------------
 
 
 def soak(count: int) -> None:
-    """Requests of every kind, a third given up at any time: memory flat, every slot and column back."""
+    """Requests of every kind, a third of them aborted at any time: memory is constant and all slots are freed."""
     model = build_random_model("M*E", dtype=torch.float32)
     rng, llm = random.Random(5), LLM(model, rows=8, length=LENGTH)
     levels = []

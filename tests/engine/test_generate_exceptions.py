@@ -1,4 +1,4 @@
-"""What interrupts a call reaches the caller unchanged, and the model writes afterwards what it wrote before."""
+"""An exception in a call reaches the caller unchanged, and later calls give the same results as before."""
 
 from __future__ import annotations
 
@@ -33,7 +33,7 @@ def model() -> TwoTowerForCausalLM:
 
 
 class Raising:
-    """Passes calls on to `real` until the given one, which raises."""
+    """Forwards calls to `real` until the given call, which raises."""
 
     def __init__(self, error: BaseException, at: int, real: Callable[..., Any] = lambda *args, **given: None) -> None:
         self.error, self.at, self.real, self.calls = error, at, real, 0
@@ -56,7 +56,7 @@ def written(model: TwoTowerForCausalLM, params: GenerationParams) -> list[tuple[
 
 @contextmanager
 def same(error: BaseException) -> Iterator[None]:
-    """The block raises this very exception."""
+    """The block raises exactly this exception object."""
     with pytest.raises(type(error)) as raised:
         yield
     assert raised.value is error
@@ -66,7 +66,7 @@ def same(error: BaseException) -> Iterator[None]:
 @pytest.mark.parametrize("at", [1, 2, 5])
 @pytest.mark.parametrize("error", ERRORS, ids=repr)
 def test_of_a_callback(model: TwoTowerForCausalLM, error: BaseException, at: int) -> None:
-    """It is told of nothing afterwards, whatever the exception says of memory."""
+    """The callback is not called afterwards, also if the exception is an out-of-memory error."""
     before = written(model, asking())
     callback = Raising(error, at)
     with same(error):
@@ -81,7 +81,7 @@ def test_of_a_callback(model: TwoTowerForCausalLM, error: BaseException, at: int
 
 @pytest.mark.parametrize("error", [error for error in ERRORS if not isinstance(error, StopIteration)], ids=repr)
 def test_of_a_callback_in_a_stream(model: TwoTowerForCausalLM, error: BaseException) -> None:
-    """(Python itself gives a generator's StopIteration another name.)"""
+    """(Python converts StopIteration in a generator to RuntimeError.)"""
     before = written(model, asking())
     stream = model.stream(PROMPTS, max_new_tokens=20, block_size=8, step_callback=Raising(error, 12))
     with same(error):
@@ -93,7 +93,7 @@ def test_of_a_callback_in_a_stream(model: TwoTowerForCausalLM, error: BaseExcept
 @pytest.mark.parametrize("others", [False, True], ids=["one policy", "two policies"])
 @pytest.mark.parametrize("error", [error for error in ERRORS if isinstance(error, Exception)], ids=repr)
 def test_of_a_policy(model: TwoTowerForCausalLM, error: Exception, others: bool) -> None:
-    """Always raised from the second pass on; memory that gives out is looked for in halves before."""
+    """Raised from the second pass on; for out-of-memory errors the pass is first repeated in halves."""
     before = written(model, asking(policy="klass"))
 
     def rule(seen: Pass, value: Tensor) -> Verdict:
@@ -112,10 +112,12 @@ def test_of_a_policy(model: TwoTowerForCausalLM, error: Exception, others: bool)
 
 
 def test_memory_of_a_pass_that_failed_is_not_remembered(model: TwoTowerForCausalLM) -> None:
-    """One policy remembers the pass before, another runs out of memory once: the pass is made again, in halves, and
-    the first has seen it once."""
+    """One policy has a memory of the pass before, another runs out of memory once.
+
+    The pass is repeated in halves, and the memory counts it once.
+    """
     failed = [False]
-    policies = {"policy": ("patient", "klass", "klass"), "policy_value": (2.0, 0.01, 0.01)}  # klass is asked first
+    policies = {"policy": ("patient", "klass", "klass"), "policy_value": (2.0, 0.01, 0.01)}  # klass is called first
 
     def rule(seen: Pass, value: Tensor) -> Verdict:
         if not failed[0] and int(seen.step.max()) == 2:
@@ -138,7 +140,7 @@ def test_memory_of_a_pass_that_failed_is_not_remembered(model: TwoTowerForCausal
 def test_an_interrupt_in_the_middle_of_a_pass(
     model: TwoTowerForCausalLM, monkeypatch: pytest.MonkeyPatch, mode: str, verb: str, after: bool
 ) -> None:
-    """The model can be used afterwards, and so can an engine in which another request was running."""
+    """The model, and an engine with another running request, can be used afterwards."""
     if (mode, verb) == ("ar", "denoise"):
         pytest.skip("AR has no denoiser")
     before = written(model, asking(mode))
@@ -163,7 +165,7 @@ def test_an_interrupt_in_the_middle_of_a_pass(
 
 
 def _late(error: BaseException, real: Callable[..., Any]) -> Callable[..., Any]:
-    """The fourth pass is done when the exception comes."""
+    """The exception is raised after the fourth pass."""
     count = [0]
 
     def call(*args: Any, **given: Any) -> Any:

@@ -1,6 +1,6 @@
-"""Several threads generate on one model at once: each text is the one that is written alone.
+"""Several threads generate on one model at once: each result equals the result alone.
 
-In float64. Calls and streams of every mode, interleaved and abandoned; what they share is the model's workspace.
+In float64. Calls and streams of every mode are interleaved and abandoned. They share the model's workspace.
 """
 
 from __future__ import annotations
@@ -24,13 +24,13 @@ THREADS, ROUNDS = 4, 8
 
 @pytest.fixture(params=[torch.float64, torch.float32], ids=["float64", "float32"])
 def model(request: pytest.FixtureRequest) -> TwoTowerForCausalLM:
-    """In float64 the layers run one by one; in float32 a fused runner, whose tables threads share, may serve them."""
+    """In float64 the layers run one by one. In float32 a fused runner may run, with tables that threads share."""
     return build_random_model(EVERY_KIND, dtype=request.param)
 
 
 @pytest.fixture(autouse=True)
 def many_switches() -> Iterator[None]:
-    """Threads change places between almost any two steps of the interpreter."""
+    """The interpreter switches threads after almost every instruction."""
     before = sys.getswitchinterval()
     sys.setswitchinterval(1e-5)
     yield
@@ -43,7 +43,7 @@ def some_batch(rng: random.Random) -> tuple[list[list[int]], dict[str, Any]]:
     rows = [[rng.randrange(4, 64) for _ in range(rng.choice([1, 3, 30]))] for _ in range(rng.choice([1, 2]))]
     asked: dict[str, Any] = {"mode": mode.split()[0], "max_new_tokens": 34 - max(map(len, rows))}
     asked |= {"temperature": rng.choice([0.0, 1.0]), "seed": rng.randrange(100)}
-    asked["block_size"] = rng.choice([4, 29, 31])  # more noise levels than the time conditioning remembers
+    asked["block_size"] = rng.choice([4, 29, 31])  # more noise levels than the cache of the time conditioning holds
     if mode == "verified":
         asked["draft_steps"] = 1
     return rows, asked
@@ -54,7 +54,7 @@ def alone(model: TwoTowerForCausalLM, rows: list[list[int]], asked: dict[str, An
 
 
 def in_threads(work: Any) -> None:
-    """work(number) in each thread, all beginning together; the first exception is raised."""
+    """Runs work(number) in each thread, all starting together; the first exception is raised."""
     together = threading.Barrier(THREADS)
 
     def begin(number: int) -> None:
@@ -67,7 +67,7 @@ def in_threads(work: Any) -> None:
 
 
 def batches(model: TwoTowerForCausalLM) -> list[list[tuple[list[list[int]], dict[str, Any], list[list[int]]]]]:
-    """Of each thread: prompts, parameters, and the texts that they give when nothing else runs."""
+    """Prompts, parameters and expected texts of each thread."""
     rng = random.Random(3)
     out = []
     for _ in range(THREADS):
@@ -87,8 +87,7 @@ def test_calls_of_several_threads(model: TwoTowerForCausalLM) -> None:
 
 
 def test_streams_of_several_threads_interleaved_and_abandoned(model: TwoTowerForCausalLM) -> None:
-    """Each thread has several streams open, takes their events in any order, and gives every third up; beside them
-    another thread's `release` takes the workspace away."""
+    """Each thread reads several streams in any order and abandons every third; another thread calls `release`."""
     works = batches(model)
 
     def work(number: int) -> None:
@@ -134,7 +133,7 @@ def test_a_stream_moves_from_thread_to_thread(model: TwoTowerForCausalLM) -> Non
 
 
 def test_what_the_time_conditioning_remembers(model: TwoTowerForCausalLM) -> None:
-    """More noise levels than it remembers, so that one thread makes it forget what another is about to read."""
+    """More noise levels than its cache holds, so that a thread evicts entries that another is about to read."""
     levels = torch.arange(1, 98, dtype=model.dtype) / 97
     with torch.no_grad():
         wanted = [model.time(levels[place : place + 1])[0].scale for place in range(len(levels))]

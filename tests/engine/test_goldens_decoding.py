@@ -1,8 +1,8 @@
-"""What requests gave when `golden/decoding` was recorded, they give today, by every public way to ask.
+"""Results equal those recorded in `golden/decoding`, by every public function that generates.
 
-A row alone: equal in every respect. A batch: tokens, text, passes, committed_at, confidence and the order of a row's
-events; `_last_nfe` is not compared there. float64 without exception; fp32 but for the requests with a near tie, which
-are known from the recording and counted.
+A row alone is equal in every field. A batch is equal in tokens, text, passes, committed_at, confidence and the order of
+a row's events, but not in `_last_nfe`. All requests are equal in float64. In fp32 those with a near tie, known from the
+recording, are only counted.
 """
 
 from __future__ import annotations
@@ -37,7 +37,7 @@ from twotower.decoding.unmasking import POLICIES
 SHORT_ALONE, SHORT_BATCHES = 48, 24
 DTYPES = [torch.float64, torch.float32]
 FORMS = ["short", pytest.param("full", marks=[pytest.mark.slow, pytest.mark.timeout(1800)])]
-DRAFTED = ("tokens", "text", "end", "at", "sure", "passes")  # what a row of a verified batch has in common with today
+DRAFTED = ("tokens", "text", "end", "at", "sure", "passes")  # fields of a row of a verified batch that are compared
 NEAR_TIES = 0.05  # of all requests, at most
 
 
@@ -47,7 +47,7 @@ def goldens() -> Sequence[Golden]:
 
 
 def chosen(form: str, rows: range) -> list[tuple[int, Golden]]:
-    """Numbered; in the short form the same few every time, of each mode."""
+    """Numbered goldens; in the short form a fixed few of each mode."""
     own = [(i, golden) for i, golden in enumerate(goldens()) if len(golden["prompts"]) in rows]
     if form == "full":
         return own
@@ -59,7 +59,7 @@ def chosen(form: str, rows: range) -> list[tuple[int, Golden]]:
 
 
 def comparable(form: str, rows: range, dtype: torch.dtype) -> Iterator[tuple[int, Golden, float]]:
-    """Number, golden and tolerance of those that this dtype must give; the others are counted."""
+    """Number, golden and tolerance of those that this dtype must reproduce; the others are counted."""
     entries = chosen(form, rows)
     apart = [number for number, golden in entries if dtype == torch.float32 and not golden["fp32"]]
     print(f"{dtype}: {len(entries)} requests, {len(apart)} with a near tie")
@@ -70,14 +70,14 @@ def comparable(form: str, rows: range, dtype: torch.dtype) -> Iterator[tuple[int
 
 
 def assert_is(found: Generation, golden: Golden, row: Row, tolerance: float, where: object) -> None:
-    """All that was recorded of a row."""
+    """Asserts all recorded fields of a row."""
     counted = not depends_on_timing(golden)
     own = row_of(found, counted)
     assert row_matches(own, row, tolerance), (where, own, row)
 
 
 def by_engine(golden: Golden, dtype: torch.dtype) -> tuple[Generation, list[list[object]]]:
-    """A lone request by `LLM` → its result and its events."""
+    """Runs one request by `LLM` → its result and events."""
     (prompt,), params = golden["prompts"], params_of(golden)
     length = len(prompt) + params.max_new_tokens
     llm = LLM(decoding_model(golden["model"], dtype), rows=2, length=length, block_size=params.block_size)
@@ -110,7 +110,7 @@ def test_a_request_alone(dtype: torch.dtype, form: str) -> None:
 @pytest.mark.parametrize("form", FORMS)
 @pytest.mark.parametrize("dtype", DTYPES, ids=["float64", "float32"])
 def test_step_callbacks(dtype: torch.dtype, form: str) -> None:
-    """Their arguments, and that they change nothing; the blocks of a batch run in lockstep."""
+    """Their arguments are as recorded and they do not change results. The blocks of a batch run in lockstep."""
     some = 0
     for rows in (range(1, 2), range(2, 100)):
         for number, golden, tolerance in comparable(form, rows, dtype):
@@ -156,7 +156,7 @@ def _one_begins_the_other(a: list[int], b: list[int]) -> bool:
 
 
 def test_what_the_goldens_hold() -> None:
-    """Every mode, policy and end, drafts partly kept, and few near ties."""
+    """The goldens have every mode, policy and end, partly accepted drafts, and few near ties."""
     alone = [golden for golden in goldens() if len(golden["prompts"]) == 1]
     assert len(alone) >= 300
     assert len(goldens()) - len(alone) >= 50

@@ -1,4 +1,4 @@
-"""What a block's prediction may depend on, by changing everything else and by gradients; and what trains."""
+"""What a block's prediction depends on, tested by changing everything else and by gradients; trained parameters."""
 
 from __future__ import annotations
 
@@ -19,16 +19,16 @@ from twotower.training.data import Batch
 from twotower.training.noise import Corruption
 from twotower.training.objective import AutoregressiveObjective, DenoisingObjective, blocks_with_masks
 
-PATTERNS = ["M", "*", "M*-M"]  # in whose kernels no number's rounding depends on its neighbours; experts come after
+PATTERNS = ["M", "*", "M*-M"]  # layers whose rounding does not depend on other tokens; experts are tested below
 
 
 def trained_blocks(step: Case) -> list[Block]:
-    """The blocks that have masks."""
+    """The blocks with masked positions."""
     return [b for b in blocks_of(step.batch, step.block_size) if step.noise.masked[b.row, b.lo : b.hi].any()]
 
 
 def logits_of(training: DenoisingObjective, batch: Batch, noise: Corruption, block_size: int) -> Tensor:
-    """(B, S, V); blocks without a mask are not denoised."""
+    """Logits (B, S, V); blocks without a mask are not denoised."""
     hidden, _ = training.hidden(batch, noise, block_size)
     return training.head(hidden)
 
@@ -37,10 +37,10 @@ def logits_of(training: DenoisingObjective, batch: Batch, noise: Corruption, blo
 
 
 def disturbed(step: Case, block: Block, *, but: Tensor, noise_elsewhere: bool = True) -> tuple[Batch, Corruption]:
-    """Other words in all columns except `but` (B, S), and other noise in all blocks except `block`."""
+    """Changes the tokens in all positions except `but` (B, S), and the noise in all blocks except `block`."""
     generator = torch.Generator().manual_seed(0)
     other = torch.randint(4, 63, step.batch.tokens.shape, generator=generator)
-    other += other >= step.batch.tokens  # certainly another
+    other += other >= step.batch.tokens  # always a different token
     masked, t = step.noise.masked, step.noise.t
     if noise_elsewhere:
         masked = torch.rand(masked.shape, generator=generator) < 0.5
@@ -51,7 +51,7 @@ def disturbed(step: Case, block: Block, *, but: Tensor, noise_elsewhere: bool = 
 
 
 def may_see(step: Case, block: Block) -> tuple[Tensor, Tensor]:
-    """(B, S) clean columns that count for the block: earlier ones of its document; and noisy ones: its own unmasked."""
+    """Positions (B, S) that the block may see: clean earlier ones of its document, and its own unmasked ones."""
     column = torch.arange(step.batch.tokens.shape[1])
     clean, noisy = (torch.zeros_like(step.noise.masked) for _ in range(2))
     clean[block.row] = (column >= block.first) & (column < block.lo)
@@ -63,8 +63,10 @@ def may_see(step: Case, block: Block) -> tuple[Tensor, Tensor]:
 @pytest.mark.parametrize("tied", [False, True], ids=["two towers", "one tied tower"])
 @pytest.mark.parametrize("pattern", PATTERNS)
 def test_a_block_depends_on_nothing_else(pattern: str, tied: bool) -> None:
-    """All at once: what its masks hide, later blocks, other documents and rows, and the noise of every other block.
-    Not one bit of its logits changes, at any position of the block."""
+    """Changes masked tokens, later blocks, other documents and rows, and the noise of all other blocks, together.
+
+    No bit of the block's logits changes.
+    """
     step = case(pattern)
     training = objective(step.model, tied=tied, train_context=tied)
     before = logits_of(training, *step[1:])
@@ -73,13 +75,13 @@ def test_a_block_depends_on_nothing_else(pattern: str, tied: bool) -> None:
         after = logits_of(training, *disturbed(step, block, but=clean | noisy), step.block_size)
         mine = slice(block.lo, block.hi)
         assert torch.equal(after[block.row, mine], before[block.row, mine])
-        assert not torch.isclose(after, before).all(-1)[step.noise.masked].all()  # the change was felt elsewhere
+        assert not torch.isclose(after, before).all(-1)[step.noise.masked].all()  # the change has an effect elsewhere
 
 
 @torch.no_grad()
 @pytest.mark.parametrize("pattern", ["ME*", EVERY_KIND])
 def test_a_block_depends_on_nothing_else_with_experts(pattern: str) -> None:
-    """Up to rounding: an expert multiplies its tokens together, so the shape of that product depends on all."""
+    """Equal up to rounding: the shape of an expert's product depends on all tokens."""
     step = case(pattern)
     training = objective(step.model)
     before = logits_of(training, *step[1:])
@@ -93,7 +95,7 @@ def test_a_block_depends_on_nothing_else_with_experts(pattern: str) -> None:
 @torch.no_grad()
 @pytest.mark.parametrize("pattern", PATTERNS)
 def test_a_block_depends_on_all_it_may_see(pattern: str) -> None:
-    """The negative control: each single clean column before it, each unmasked one of its own, and its own t."""
+    """The negative control: each clean position before the block, each unmasked one in the block, and its t."""
     step = case(pattern)
     training = objective(step.model)
     before = logits_of(training, *step[1:])
@@ -122,7 +124,7 @@ def test_a_block_depends_on_all_it_may_see(pattern: str) -> None:
 @torch.no_grad()
 @pytest.mark.parametrize("scope", ["row", "document", "block"])
 def test_a_document_is_what_it_is_alone(scope: Any) -> None:
-    """In a row of its own, from the same place in a block, with the same noise: the same logits at its masks."""
+    """Alone in a row, at the same offset in a block and with the same noise, its logits at masks are equal."""
     step = case(EVERY_KIND, scope=scope)
     training = objective(step.model)
     together = logits_of(training, *step[1:])
@@ -169,7 +171,7 @@ def test_next_token_prediction_sees_neither_later_tokens_nor_other_documents(pat
 
 
 def input_gradients(training: DenoisingObjective, step: Case, block: Block) -> tuple[Tensor, Tensor]:
-    """(B, S) whether any logit of the block feels the clean, and the noisy, embedding of each column."""
+    """Whether any logit of the block depends on the clean, and on the noisy, embedding of each position (B, S)."""
     inputs: list[Tensor] = []
 
     def make_leaf(module: nn.Module, args: object, output: Tensor) -> Tensor:
@@ -190,7 +192,7 @@ def input_gradients(training: DenoisingObjective, step: Case, block: Block) -> t
 @pytest.mark.parametrize("tied", [False, True], ids=["two towers", "one tied tower"])
 @pytest.mark.parametrize("pattern", ["M", "*", EVERY_KIND])
 def test_gradients_reach_exactly_what_a_block_may_see(pattern: str, tied: bool) -> None:
-    """Of the clean stream every earlier column of its document, of the noisy one its own block; else zero."""
+    """Nonzero for every earlier clean position of its document and for its own noisy block; else zero."""
     step = case(pattern)
     training = objective(step.model, tied=tied, train_context=True, activation_checkpointing=tied)
     for block in trained_blocks(step):
@@ -215,7 +217,7 @@ def test_layers_that_mix_nothing_see_their_own_column() -> None:
 
 
 def trained(model: TwoTowerForCausalLM, loss: Tensor) -> set[str]:
-    """The parameters that a backward pass gives a gradient; one it gives zeros counts as trained too."""
+    """The parameters with a gradient after a backward pass, including zero gradients."""
     for parameter in model.parameters():
         parameter.grad = None
     loss.backward()
@@ -226,11 +228,11 @@ def trained(model: TwoTowerForCausalLM, loss: Tensor) -> set[str]:
 
 
 def names_in(model: nn.Module, prefix: str, *but: str) -> set[str]:
-    """Parameters whose name begins with `prefix` and with none of `but`."""
+    """Parameters whose names begin with `prefix` and with none of `but`."""
     return {n for n, _ in model.named_parameters() if n.startswith(prefix) and not n.startswith(but or ("?",))}
 
 
-# Of the last context layer that a denoiser layer reads, what only its own output passes through.
+# Parameters of the last context layer that affect only its own output.
 UNREAD = {
     "M": ("mixer.D", "mixer.norm", "mixer.out_proj"),
     "*": ("mixer.q_proj", "mixer.o_proj"),
@@ -257,14 +259,14 @@ def test_nothing_trains_but_what_should(pattern: str, activation_checkpointing: 
     read = names_in(model, "context.", "context.norm_f", "context.head", *beyond, *unread)
     assert trains(train_context=True) == denoiser | time | read
     assert trains(train_context=True, ar_weight=0.5) == denoiser | time | names_in(model, "context.")
-    assert trains() == denoiser | time  # a frozen context again
+    assert trains() == denoiser | time  # freeze the context again
     if pattern == EVERY_KIND:
         model.denoiser = model.context
         assert trains(tied=True, train_context=True) == names_in(model, "context.") | time
 
 
 def test_every_trained_parameter_feels_the_loss() -> None:
-    """None of those gradients is zero."""
+    """No gradient of a trained parameter is zero."""
     step = case(EVERY_KIND)
     for options in ({}, {"train_context": True, "ar_weight": 0.5}):
         for name in trained(step.model, objective(step.model, **options)(*step[1:])):
@@ -278,7 +280,7 @@ def test_next_token_prediction_trains_its_tower_alone() -> None:
 
 
 def saved_by(run: Callable[[], Tensor]) -> list[Tensor]:
-    """Every tensor that autograd keeps while `run` computes a loss."""
+    """Every tensor that autograd saves while `run` computes a loss."""
     kept: list[Tensor] = []
 
     def keep(tensor: Tensor) -> Tensor:
@@ -292,7 +294,7 @@ def saved_by(run: Callable[[], Tensor]) -> list[Tensor]:
 
 @pytest.mark.parametrize("pattern", [EVERY_KIND, "**MM"])
 def test_a_frozen_context_leaves_nothing_for_a_backward_pass(pattern: str) -> None:
-    """Even where its parameters ask for gradients: none of them is kept, and its layers' outputs need none."""
+    """Even if its parameters require gradients, none is saved and its layers' outputs require none."""
     step = case(pattern)
     training = objective(step.model)
     step.model.requires_grad_(True)
@@ -317,7 +319,7 @@ def test_a_frozen_context_leaves_nothing_for_a_backward_pass(pattern: str) -> No
 
 
 def test_a_loss_is_of_masked_positions_alone() -> None:
-    """Its targets are the true tokens there, at the same position, whatever the batch's other columns."""
+    """Its targets are the true tokens at these positions, independent of all other positions."""
     step = case("-")
     training = objective(step.model)
     logits = logits_of(training, *step[1:])
@@ -325,4 +327,4 @@ def test_a_loss_is_of_masked_positions_alone() -> None:
     expected = F.cross_entropy(logits[masked], step.batch.tokens[masked], reduction="sum")
     torch.testing.assert_close(training(*step[1:]), expected, rtol=1e-12, atol=1e-12)
     with pytest.raises(AssertionError):
-        objective(step.model, tied=True)  # a frozen tied tower cannot be
+        objective(step.model, tied=True)  # a tied tower cannot be frozen

@@ -1,4 +1,4 @@
-"""Log-probabilities of an engine: those of one full forward of the context tower, whatever wrote the tokens."""
+"""Log-probabilities of an engine equal those of one full forward of the context tower, in every mode."""
 
 from __future__ import annotations
 
@@ -43,7 +43,7 @@ def assert_told(told: TokenLogprob, chances: torch.Tensor, token: int, top: int)
 
 
 def assert_right(model: TwoTowerForCausalLM, request: Request, output: Generation) -> None:
-    """Against one forward over the prompt and what was written."""
+    """Compares with one forward over the prompt and the new tokens."""
     prompt, text = list(request.prompt), [*request.prompt, *output.tokens]
     with torch.no_grad():
         chances = model(torch.tensor([text])).logits[0].log_softmax(-1)
@@ -88,7 +88,7 @@ def test_they_are_those_of_a_full_forward(model: TwoTowerForCausalLM, rows: int)
             assert output.denoiser_passes == without.denoiser_passes
             assert output.committed_at == without.committed_at
             own = request.logprobs is not None and output.mode in ("diffusion", "mock_ar") and bool(output.tokens)
-            assert output.context_passes == without.context_passes + own  # its last block is read as well
+            assert output.context_passes == without.context_passes + own  # the last block is read too
         assert output.confidence == pytest.approx(without.confidence, rel=1e-5, abs=1e-6)
         for event in told:
             assert len(event.logprobs) == (0 if request.logprobs is None else len(event.tokens))
@@ -101,7 +101,7 @@ def test_they_are_those_of_a_full_forward(model: TwoTowerForCausalLM, rows: int)
 def test_every_mode_greedy_and_sampled_with_long_prompts(
     model: TwoTowerForCausalLM, mode: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """Prompts of several pieces, blocks of several sizes, an end in the middle of one."""
+    """Prompts of several chunks, blocks of several sizes, and an end inside a block."""
     monkeypatch.setattr(core, "PROMPT_CHUNK", 16)
     rng = random.Random(4)
     requests = [
@@ -141,7 +141,7 @@ def test_a_prompt_beyond_the_chunk(model: TwoTowerForCausalLM) -> None:
 @pytest.mark.parametrize("mode", sorted(KINDS))
 @pytest.mark.parametrize("length", [1, 2, 40])
 def test_a_prompt_alone(model: TwoTowerForCausalLM, mode: str, length: int, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Nothing is written: the prompt is read and scored, and that is the end."""
+    """No new tokens: the prompt is read and its log-probabilities are returned."""
     monkeypatch.setattr(core, "PROMPT_CHUNK", 16)
     prompt = [5 + i for i in range(length)]
     request = Request(prompt, GenerationParams.of(mode=mode, max_new_tokens=0), prompt_logprobs=True, logprobs=4)
@@ -158,8 +158,8 @@ def test_a_prompt_alone(model: TwoTowerForCausalLM, mode: str, length: int, monk
     assert unasked == (0, 0)
 
 
-def test_a_known_beginning_is_scored_all_the_same(model: TwoTowerForCausalLM, monkeypatch: pytest.MonkeyPatch) -> None:
-    """And what was read for it serves others."""
+def test_prompt_logprobs_ignore_the_prefix_cache(model: TwoTowerForCausalLM, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Its tokens also enter the prefix cache."""
     monkeypatch.setattr(core, "PROMPT_CHUNK", 8)
     prompt = [5 + i for i in range(30)]
     for mode in KINDS:
@@ -173,7 +173,7 @@ def test_a_known_beginning_is_scored_all_the_same(model: TwoTowerForCausalLM, mo
             assert_right(model, request, output)
 
 
-def test_towers_apart_and_requests_given_up(model: TwoTowerForCausalLM) -> None:
+def test_two_devices_and_aborted_requests(model: TwoTowerForCausalLM) -> None:
     rng = random.Random(13)
     requests = [with_logprobs(rng, some_request(rng)) for _ in range(30)]
     with patch.object(model, "transfer", DeviceTransfer()):
@@ -184,7 +184,7 @@ def test_towers_apart_and_requests_given_up(model: TwoTowerForCausalLM) -> None:
 
 
 def test_stop_strings_and_characters_cut_in_two() -> None:
-    """A block whose middle completes a stop string is booked as far as that."""
+    """A block in which a stop string ends is used up to that token."""
     model = build_random_model("M*E", dtype=torch.float64, vocab_size=VOCABULARY)
     model.tokenizer = TOKENIZER
     rng = random.Random(2)
@@ -205,8 +205,8 @@ def test_stop_strings_and_characters_cut_in_two() -> None:
 
 
 @pytest.mark.parametrize("late", [False, True], ids=["the pass", "the scores"])
-def test_memory_that_gives_out_books_nothing_twice(model: TwoTowerForCausalLM, late: bool) -> None:
-    """No pass of more than two rows has the memory, or no scores of more than one."""
+def test_out_of_memory_records_nothing_twice(model: TwoTowerForCausalLM, late: bool) -> None:
+    """Passes of more than two rows, or log-probabilities of more than one row, run out of memory."""
     rng = random.Random(3)
     requests = [with_logprobs(rng, some_request(rng)) for _ in range(20)]
     if late:
@@ -239,8 +239,8 @@ def test_memory_that_gives_out_books_nothing_twice(model: TwoTowerForCausalLM, l
 # --- asking -----------------------------------------------------------------------------------------------------------
 
 
-def test_who_does_not_ask_pays_nothing(model: TwoTowerForCausalLM) -> None:
-    """No pass is scored that was not, nothing is read that was not."""
+def test_no_cost_without_logprobs(model: TwoTowerForCausalLM) -> None:
+    """Without a request for log-probabilities there are no extra logits and no extra passes."""
     with patch.object(logprobs, "LogitStats", side_effect=AssertionError("nobody asked")):
         for mode in KINDS:
             request = Request([5, 6, 7], GenerationParams.of(mode=mode, max_new_tokens=12, draft_steps=1))

@@ -1,6 +1,6 @@
-"""The engine and the model's methods against the oracle, in float64: random requests over every parameter.
+"""Compares the engine and the model's methods with the oracle in float64: random requests over all parameters.
 
-The engine has all requests of a model at once; `generate` and the published methods have each alone.
+The engine runs all requests of a model together; `generate` and the published methods run each alone.
 """
 
 from __future__ import annotations
@@ -20,7 +20,7 @@ from twotower import LLM, Request, generate
 
 NAMES = (*KINDS, *STORED)
 MODES = ("diffusion", "diffusion", "verified", "verified", "ar", "mock_ar")
-LONGEST, MOST_NEW = 37, 24  # tokens: the oracle's time grows with their square
+LONGEST, MOST_NEW = 37, 24  # tokens: the oracle's time is quadratic in them
 FORMS = [
     pytest.param(48, id="short"),
     pytest.param(480, id="full", marks=[pytest.mark.slow, pytest.mark.timeout(3600)]),
@@ -28,7 +28,7 @@ FORMS = [
 
 
 def expected(golden: Golden) -> Row:
-    """The oracle's row. Drafts that adapt to the clock give AR's own tokens, and no counts that could be known."""
+    """The oracle's row. With adaptive drafts the tokens are AR's, and the counts are not compared."""
     params = params_of(golden)
     if depends_on_timing(golden):
         params = replace(params, mode="ar")
@@ -69,7 +69,7 @@ def test_every_way_to_ask_equals_the_oracle(count: int) -> None:
 
 
 def test_text_ends_before_a_stop_string() -> None:
-    """What the oracle calls text, by hand."""
+    """Checks the oracle's text against values written by hand."""
     tokenizer = decoding_model("biased", torch.float64).tokenizer
     ids = tokenizer.convert_tokens_to_ids
     the, end, half, rest, eos = ids(["Ġthe", "end", "Ã", "¼", "</s>"])

@@ -1,6 +1,6 @@
-"""Towers on two devices work at the same time: what is launched before anything is read, what crosses, and who waits.
+"""Towers on two devices run at the same time: launches before reads, transfers, and sequences that wait.
 
-One CPU plays both devices, as in test_two_devices.py: a transfer of its own is what makes an engine take them for two.
+One CPU stands for both devices, as in test_two_devices.py: a DeviceTransfer makes the engine treat them as two.
 """
 
 from __future__ import annotations
@@ -37,7 +37,7 @@ def model() -> TwoTowerForCausalLM:
 
 @pytest.fixture
 def transfer(model: TwoTowerForCausalLM) -> Iterator[CountingTransfer]:
-    """Engines made while it is there have their towers apart."""
+    """Engines made while this transfer is set have their towers on two devices."""
     with patch.object(model, "transfer", CountingTransfer()):
         assert isinstance(model.transfer, CountingTransfer)
         yield model.transfer
@@ -52,8 +52,8 @@ def asking(prompt: list[int], mode: str, n: int = 40, **given: Any) -> Request:
 
 @pytest.mark.usefixtures("transfer")
 @pytest.mark.parametrize("rows", [1, 2, 5])
-def test_every_request_writes_what_it_writes_alone(model: TwoTowerForCausalLM, rows: int) -> None:
-    """Whoever comes and goes, in any mode, watched or with log-probabilities, which change nothing."""
+def test_every_request_equals_its_result_alone(model: TwoTowerForCausalLM, rows: int) -> None:
+    """Requests come and go in any mode, watched or with log-probabilities; the results do not change."""
     rng = random.Random(rows)
     requests = [some_request(rng) for _ in range(40)]
     asked = [replace(request, watched=rng.random() < 0.3, logprobs=rng.choice([None, None, 2])) for request in requests]
@@ -65,7 +65,7 @@ def test_every_request_writes_what_it_writes_alone(model: TwoTowerForCausalLM, r
         for place, output in outputs.items():
             if asked[place].logprobs is None:
                 assert_as_alone(model, requests[place], output)
-            else:  # the last block is read too: somebody asks how likely it is
+            else:  # the last block is read too, for its log-probabilities
                 assert facts(output, False) == facts(alone(model, requests[place]), False)
                 assert len(output.logprobs) == len(output.tokens)
 
@@ -88,7 +88,7 @@ def test_watching_shows_the_passes_that_are_counted(model: TwoTowerForCausalLM, 
 @pytest.mark.usefixtures("transfer")
 @pytest.mark.parametrize("verb", ["extend", "denoise"])
 def test_a_pass_that_does_not_fit_is_done_in_halves(model: TwoTowerForCausalLM, verb: str) -> None:
-    """The halves are launched one after the other, before any is collected."""
+    """Both halves are launched before one is collected."""
     real, rng = getattr(TwoTowerForCausalLM, verb), random.Random(4)
 
     def scarce(self: Any, tokens: Tensor, *rest: Any, **options: Any) -> Any:
@@ -127,7 +127,7 @@ READS = ("tolist", "item", "numpy", "nonzero", "__bool__", "__int__", "__float__
 
 
 def told(model: TwoTowerForCausalLM, run: Callable[[], object]) -> list[str]:
-    """What happens while run() runs: calls of the verbs, and the host's looks at tensors outside of them."""
+    """Records what happens while run() runs: passes, and the host's reads of tensors outside of passes."""
     log: list[str] = []
     inside = [0]
 
@@ -135,7 +135,7 @@ def told(model: TwoTowerForCausalLM, run: Callable[[], object]) -> list[str]:
         def call(*args: Any, **options: Any) -> Any:
             if not inside[0]:
                 log.append(name if verb else "read")
-            inside[0] += 1  # a verb asks nothing of an accelerator (test_state.py); a read may use another
+            inside[0] += 1  # a pass reads nothing from an accelerator (test_state.py)
             try:
                 return real(*args, **options)
             finally:
@@ -166,7 +166,7 @@ MIXED = [
 
 
 def steps(model: TwoTowerForCausalLM, requests: list[Request]) -> list[list[str]]:
-    """What is told of each step but the first, in which all are admitted and their prompts read."""
+    """The records of each step after the first, which admits all requests and reads their prompts."""
     llm = LLM(model, rows=len(requests), length=LENGTH)
     for request in requests:
         llm.add_request(request)
@@ -190,7 +190,7 @@ def test_both_towers_are_at_work_before_the_host_reads_anything(model: TwoTowerF
 
 
 def test_on_one_device_the_context_is_read_first(model: TwoTowerForCausalLM) -> None:
-    """And a read in between is seen by the recorder."""
+    """The recorder sees a read between the passes."""
     logs = [log for log in steps(model, MIXED) if {"denoise", "extend"} <= set(log)]
     assert len(logs) > 20
     for log in logs:
@@ -201,7 +201,7 @@ def test_on_one_device_the_context_is_read_first(model: TwoTowerForCausalLM) -> 
 
 
 def crossing(llm: LLM, transfer: CountingTransfer) -> list[int]:
-    """Bytes that cross in each step until all is done."""
+    """Bytes that cross in each step, until all requests have ended."""
     out = []
     while llm.has_work:
         transfer.take()
@@ -212,14 +212,14 @@ def crossing(llm: LLM, transfer: CountingTransfer) -> list[int]:
 
 @pytest.mark.parametrize("others", [0, 5])
 @pytest.mark.parametrize("length", [3, 90])
-def test_a_block_brings_its_own_columns_and_states_only(length: int, others: int) -> None:
-    """Whatever the length of the text and whoever else is there; and nothing crosses but through the transfer."""
+def test_a_block_sends_only_its_own_kv_and_states(length: int, others: int) -> None:
+    """For any length of the text and any other requests. All data crosses through the transfer."""
     model = build_random_model("M*E-M*", seed=9)
     per_row, per_token = state_bytes(model.context.config, model.dtype)
     with torch.no_grad(), Homes(model) as homes:
         model.transfer = transfer = CountingTransfer(homes)
         llm = LLM(model, rows=8, length=400)
-        for i in range(others):  # their blocks take 16 passes, and none is read meanwhile
+        for i in range(others):  # their blocks take 16 passes, and no block is read in that time
             llm.add_request(asking([7 + i] * 30, "diffusion", 16, block_size=16, policy="top-k", policy_value=1))
         if others:
             for _ in range(2):
@@ -233,16 +233,14 @@ def test_a_block_brings_its_own_columns_and_states_only(length: int, others: int
             llm.step()
             assert "context" not in {to for to, _ in transfer.sent}
             counted.append(transfer.take())
-    segments = (
-        2 * llm.core.state.rows * torch.long.itemsize
-    )  # where the rows' columns lie: sent when a row is given some
+    segments = 2 * llm.core.state.rows * torch.long.itemsize  # the rows' KV slots: sent when a row is allocated some
     block = 4 * per_token + per_row
-    # The prompt is read, then passes 1 and 2, the block is read, and so on; the last block is not read.
+    # The prompt is read; then passes 1 and 2, a read of the block, and so on; the last block is not read.
     assert counted == [0, length * per_token + per_row + segments, 0, 0, block, 0, 0, block, 0]
 
 
 def test_only_the_rows_that_were_read_cross(model: TwoTowerForCausalLM, transfer: CountingTransfer) -> None:
-    """Verified rows of every age: each step brings what was kept of the drafts that were checked, no padding."""
+    """Verified rows at different lengths: each step sends the accepted part of the verified drafts, without padding."""
     per_row, per_token = state_bytes(model.context.config, model.dtype)
     rng = random.Random(2)
     llm = LLM(model, rows=4, length=LENGTH)
@@ -277,7 +275,7 @@ def test_rows_that_need_no_denoiser_never_cross(model: TwoTowerForCausalLM, tran
 
 
 def phases(llm: LLM) -> list[list[Phase]]:
-    """What each row needs, after every step in which all are there."""
+    """The phase of each row after every step in which all rows run."""
     out = []
     rows = len(llm.core.scheduler.waiting)
     while llm.has_work:
@@ -290,8 +288,8 @@ def phases(llm: LLM) -> list[list[Phase]]:
 @pytest.mark.usefixtures("transfer")
 @pytest.mark.parametrize("mode", ["verified", "mock_ar"])
 @pytest.mark.parametrize("rows", [2, 3, 6])
-def test_rows_in_phase_part_for_good(model: TwoTowerForCausalLM, mode: str, rows: int) -> None:
-    """They begin together; from the second step on one half needs the one tower, the other half the other, always."""
+def test_rows_in_phase_split_into_two_halves(model: TwoTowerForCausalLM, mode: str, rows: int) -> None:
+    """They begin together. From the second step on, one half always needs one tower and the other half the other."""
     llm = LLM(model, rows=rows, length=LENGTH)
     for _ in range(rows):
         llm.add_request(asking([5, 6, 7], mode, draft_steps=1))
@@ -301,7 +299,7 @@ def test_rows_in_phase_part_for_good(model: TwoTowerForCausalLM, mode: str, rows
     assert {phase in denoising for phase in seen[0]} == {True}
     assert sum(Phase.STEP not in now for now in seen) > 10
     for at, now in enumerate(seen[1:]):
-        if Phase.STEP in now:  # only one token is missing: nothing is drafted
+        if Phase.STEP in now:  # only one token is left, so there is no draft
             break
         halves = [phase in denoising for phase in now]
         assert halves == [at % 2 == 1] * older + [at % 2 == 0] * (rows - older)
@@ -309,7 +307,7 @@ def test_rows_in_phase_part_for_good(model: TwoTowerForCausalLM, mode: str, rows
 
 @pytest.mark.parametrize("apart", [True, False])
 def test_blocks_of_several_passes_part_at_their_last(model: TwoTowerForCausalLM, apart: bool) -> None:
-    """Nobody waits before it is certain that everybody leaves the denoiser; on one device nobody waits at all."""
+    """No row waits before it is certain that all rows leave the denoiser. On one device no row waits."""
     with patch.object(model, "transfer", CountingTransfer() if apart else None):
         llm = LLM(model, rows=4, length=LENGTH)
         given: dict[str, Any] = {"block_size": 8, "steps_per_block": 4, "policy": "top-k", "policy_value": 2}
@@ -330,8 +328,8 @@ def test_blocks_of_several_passes_part_at_their_last(model: TwoTowerForCausalLM,
 
 
 @pytest.mark.usefixtures("transfer")
-def test_nobody_waits_twice(model: TwoTowerForCausalLM) -> None:
-    """Whoever is held back goes in the next step, or older ones have ended meanwhile."""
+def test_no_row_waits_twice(model: TwoTowerForCausalLM) -> None:
+    """A row that waited runs in the next step, unless older rows have ended."""
     rng = random.Random(6)
     llm = LLM(model, rows=7, length=LENGTH)
     for _ in range(20):
@@ -367,8 +365,8 @@ def test_numbers_arrive_as_they_are(device: str) -> None:
 
 
 @CUDA
-def test_the_host_waits_for_what_it_asked_for_only() -> None:
-    """Neither sending numbers nor fetching earlier results waits for the long product launched after them."""
+def test_the_host_waits_only_for_the_results_it_reads() -> None:
+    """Neither a transfer to the device nor a fetch of earlier results waits for a long product launched after them."""
     there = torch.device("cuda")
     early, big = torch.arange(5, device=there), torch.randn(8192, 8192, device=there)
     big @ big
@@ -399,7 +397,7 @@ def test_on_real_devices(places: tuple[str, str]) -> None:
 @CUDA
 @pytest.mark.parametrize("mode", ["ar", "diffusion", "mock_ar", "verified"])
 def test_on_a_gpu_the_host_waits_for_results_only(mode: str) -> None:
-    """No step does what makes the host wait for the device's queue; kernels are tried and passes recorded before."""
+    """No step makes the host wait for the device's queue. Kernels are checked and passes recorded before."""
     model = build_random_model(EVERY_KIND).to("cuda")
     requests = [asking([5, 6, 7 + i], mode, 20, draft_steps=2) for i in range(3)]
     llm = LLM(model, rows=3, length=LENGTH)

@@ -1,4 +1,4 @@
-"""Verified decoding gives the AR model's own text, whatever made the draft; drafting that does not pay costs little."""
+"""Verified decoding gives the AR model's text for any draft; drafting that does not pay costs little."""
 
 from __future__ import annotations
 
@@ -75,7 +75,7 @@ def test_stop_strings_events_and_statistics() -> None:
 
 
 class Counting(DeviceTransfer):
-    """Both towers on the CPU, but as if they were apart."""
+    """Both towers on the CPU, treated as two devices."""
 
     def __init__(self) -> None:
         self.sent = 0
@@ -85,8 +85,8 @@ class Counting(DeviceTransfer):
         return tensor.clone()
 
 
-def test_towers_apart() -> None:
-    """The replica follows a state that was rolled back."""
+def test_the_replica_follows_a_rollback() -> None:
+    """The replica follows a rolled back state."""
     model = build_random_model(EVERY_KIND, dtype=torch.float64)
     texts = prompts(5, 20)
     asked = {"max_new_tokens": 24, "block_size": 8, "draft_steps": 2}
@@ -101,7 +101,7 @@ def test_towers_apart() -> None:
 
 
 def _texts(model: TwoTowerForCausalLM, prompt: list[int], more: int) -> dict[tuple[int, ...], float]:
-    """Each continuation by the model's two likeliest tokens at every place, with its probability."""
+    """Every continuation by the model's two most probable tokens at each position, with its probability."""
     if not more:
         return {(): 1.0}
     with torch.no_grad():
@@ -113,10 +113,10 @@ def _texts(model: TwoTowerForCausalLM, prompt: list[int], more: int) -> dict[tup
 
 
 def test_a_ratio_rule_would_be_wrong_for_drafts_out_of_order() -> None:
-    """Why there is no min(1, p/q): exactly, on three binary tokens whose joint distribution the drafter knows.
+    """Acceptance with min(1, p/q), computed exactly on three binary tokens whose joint distribution the drafter knows.
 
-    Drafted in one parallel step, q depends on the prefix alone and the rule gives p. Drafted most confident position
-    first, the q at which a token was committed depends on tokens to its right, and it does not.
+    In a draft of one parallel pass, q depends on the prefix alone and the rule gives p. In a draft that is filled in
+    order of confidence, q of a token depends on tokens to its right, and the rule does not give p.
     """
     rng = random.Random(0)
     weights = {text: rng.random() ** 3 + 0.01 for text in itertools.product((0, 1), repeat=3)}
@@ -146,7 +146,7 @@ def test_a_ratio_rule_would_be_wrong_for_drafts_out_of_order() -> None:
         yield from fill({}, {}, 1.0)
 
     def outcome(drafts: Callable[[], Iterator[Any]]) -> dict[tuple[int, ...], float]:
-        """The exact distribution of what min(1, p/q) gives, the rest of a rejected draft by the AR model."""
+        """The exact distribution under min(1, p/q), with the AR model after a rejected token."""
         out = dict.fromkeys(p, 0.0)
         for draft, q, chance in drafts():
             for i in range(4):
@@ -176,9 +176,11 @@ def test_a_ratio_rule_would_be_wrong_for_drafts_out_of_order() -> None:
     assert sum(abs(wrong[text] - p[text]) for text in p) / 2 > 0.02
 
 
-def test_a_draft_takes_the_noise_of_the_tokens_it_stands_for() -> None:
-    """A denoiser that believes what the AR model believes is always right, even at temperature 1."""
-    model = build_random_model("-", dtype=torch.float64)  # no layer mixes positions: logits depend on one token alone
+def test_drafts_use_the_noise_of_ar_tokens() -> None:
+    """A denoiser with the AR model's distributions is always accepted, also at temperature 1."""
+    model = build_random_model(
+        "-", dtype=torch.float64
+    )  # no layer mixes positions, so logits depend on one token alone
     assert model.denoiser is not None
     with torch.no_grad():
         for tower in (model.context, model.denoiser):
@@ -187,13 +189,12 @@ def test_a_draft_takes_the_noise_of_the_tokens_it_stands_for() -> None:
     found = by(
         "verified", model, prompts(4, 5), max_new_tokens=16, block_size=8, draft_steps=1, temperature=1.0, seed=1
     )
-    assert all(result.accepted == 14 for result in found)  # of a vocabulary less the mask token
+    assert all(result.accepted == 14 for result in found)  # of the vocabulary without the mask token
     assert len({tuple(result.tokens) for result in found}) > 1
 
 
 def test_relaxed_acceptance() -> None:
-    """α = 1 is lossless; below it each token is one that AR would choose, or nearly as likely as its likeliest; α = 0
-    takes whole drafts."""
+    """α = 1 is lossless, α = 0 accepts all. Between them a token has at least α times AR's best probability."""
     own = torch.tensor([[4, 5, 6]])
     drafted = torch.tensor([[4, 9, 6]])
     logits = torch.zeros(1, 3, 12)
@@ -224,7 +225,7 @@ def test_relaxed_acceptance() -> None:
 def simulate(
     cost: Callable[[int], float], gain: Callable[[int, int], int], tokens: int
 ) -> tuple[float, DraftController]:
-    """Rounds until so many tokens are there: one with k passes takes cost(k) and keeps gain(k, tokens so far)."""
+    """Simulates rounds until `tokens` tokens: draft depth k takes cost(k) and accepts gain(k, tokens so far)."""
     controller, seconds, made = DraftController(), 0.0, 0
     while made < tokens:
         passes = controller.choose_depth()
@@ -239,7 +240,7 @@ def simulate(
 @pytest.mark.parametrize("cost", [1.5, 3.0, 10.0])
 def test_drafting_that_never_pays_costs_little(tokens: int, cost: float) -> None:
     seconds, controller = simulate(lambda k: 1.0 if k == 0 else cost * (1 + k / 4), lambda k, made: 0, tokens)
-    largest = cost * 2  # the most one try can lose beyond the credit
+    largest = cost * 2  # the most that one draft can lose beyond the credit
     assert seconds <= tokens * (1 + CREDIT_SHARE) + CREDIT_STEPS + largest
     if tokens >= 400:
         assert seconds < 1.1 * tokens
@@ -254,9 +255,8 @@ def test_the_best_number_of_passes_is_found() -> None:
     assert 2000 / seconds > 0.9 * (10 / 3.2)
 
 
-def test_what_was_learned_outlives_a_request() -> None:
-    """Sequences of like shape share one controller; a fixed number of passes, and a draft that shows in the text, have
-    a controller of their own."""
+def test_draft_controllers_outlive_a_request() -> None:
+    """Sequences of similar shape share one controller. A fixed draft depth, and relaxed acceptance, have their own."""
     model = build_random_model("M*", dtype=torch.float64)
     asked: list[DraftController] = []
     given = model.workspace.draft_controller
@@ -272,30 +272,30 @@ def test_what_was_learned_outlives_a_request() -> None:
     assert asked[0].rounds == rounds > 2
 
 
-def test_a_slow_first_step_is_not_believed_for_long() -> None:
-    """AR's first step took twenty times its time; drafts never pay."""
+def test_a_slow_first_step_has_little_weight() -> None:
+    """The first AR step takes twenty times its usual time; drafts never pay."""
     first = iter([20.0])
     seconds, controller = simulate(lambda k: next(first, 1.0) if k == 0 else 3.0, lambda k, made: 0, 300)
     assert controller.stats[0].rounds > 250
     assert seconds < 1.25 * 300
 
 
-def test_it_tries_again_when_the_text_becomes_easier() -> None:
+def test_drafting_is_retried_when_the_text_becomes_easier() -> None:
     cost = {0: 1.0, 1: 2.5, 2: 3.0, 4: 4.0}
     seconds, _ = simulate(lambda k: cost[k], lambda k, made: 0 if made < 500 else 8, 3000)
     assert seconds < 1.1 * 500 + 1.4 * 2500 * 2.5 / 9
 
 
 @pytest.mark.parametrize("good", [100, 3000])
-def test_what_good_text_gained_is_not_all_risked_on_bad_text(good: int) -> None:
+def test_gains_are_credited_only_in_part(good: int) -> None:
     cost = {0: 1.0, 1: 2.5, 2: 3.6, 4: 5.8}
     before, _ = simulate(lambda k: cost[k], lambda k, made: 8 if made < good else 0, good)
     seconds, _ = simulate(lambda k: cost[k], lambda k, made: 8 if made < good else 0, good + 300)
     assert seconds - before <= 300 * (1 + CREDIT_SHARE) + SAVED_STEPS + CREDIT_STEPS + cost[4]
 
 
-def test_a_batch_does_not_answer_for_losses_before_it() -> None:
-    """Texts of 30 tokens, the first ten bad, then good ones: drafts are back with the first of them or soon after."""
+def test_losses_of_earlier_batches_do_not_count() -> None:
+    """Texts of 30 tokens, ten without and then ten with accepted drafts: drafting soon resumes."""
     cost = {0: 1.0, 1: 2.5, 2: 3.6, 4: 5.8}
     controller, seconds = DraftController(), []
     for text in range(20):
@@ -312,8 +312,8 @@ def test_a_batch_does_not_answer_for_losses_before_it() -> None:
     assert sum(seconds[15:]) < 5 * 15
 
 
-def test_unlucky_rounds_do_not_hide_what_pays() -> None:
-    """Drafts bring 1 to 12 tokens a round, by chance, twice AR's speed with one pass."""
+def test_varying_rounds_do_not_stop_drafting() -> None:
+    """Random gains of 1 to 12 tokens a round; drafts of one pass are twice as fast as AR."""
     rng = random.Random(0)
     cost = {0: 1.0, 1: 2.8, 2: 4.0, 4: 6.4}
     gains = {1: (0, 0, 3, 5, 9, 11), 2: (0, 1, 4, 6, 11, 12), 4: (0, 2, 5, 7, 11, 12)}
@@ -321,7 +321,7 @@ def test_unlucky_rounds_do_not_hide_what_pays() -> None:
     for _ in range(20):
         taken, _ = simulate(lambda k: cost[k], lambda k, made: rng.choice(gains[k]), 2000)
         seconds.append(taken)
-    best = 2.8 / (1 + sum(gains[1]) / 6)  # a token, if every round had one pass
+    best = 2.8 / (1 + sum(gains[1]) / 6)  # per token, if every draft had one pass
     assert sum(seconds) / 20 < 1.15 * 2000 * best
     assert max(seconds) < 1.4 * 2000 * best
 
@@ -343,11 +343,11 @@ def test_bad_arguments(arguments: dict[str, Any], message: str) -> None:
 # --- in full --------------------------------------------------------------------------------------------------------
 
 
-FULL = 500, 64  # prompts, new tokens of each
+FULL = 500, 64  # prompts, and new tokens of each
 
 
 def full_prompts(count: int) -> list[str]:
-    """Held-out dialogues cut anywhere, and problems."""
+    """Held-out dialogues cut at random, and arithmetic problems."""
     dialogues = read_documents(GOLDEN / "dialogues" / "held_out.jsonl")
     rng = random.Random(0)
     cut = [cut_dialogue(rng.choice(dialogues), rng) for _ in range(count // 2)]
@@ -355,7 +355,7 @@ def full_prompts(count: int) -> list[str]:
 
 
 def lead(model: TwoTowerForCausalLM, text: list[int], a: int, b: int, seed: int, temperature: float) -> float:
-    """By how much the float64 model prefers one of two next tokens to the other, the row's noise included."""
+    """The float64 model's preference between two next tokens, including the row's noise."""
     with torch.no_grad():
         scores = model(torch.tensor([text])).logits[0, -1]
     if temperature > 0:

@@ -1,6 +1,6 @@
-"""The model's workspace: what calls leave for the next one, what they must not leave, and who owns what.
+"""The model's workspace: what calls share, what must not leak between calls, and ownership.
 
-In float64: a text that comes out the same is the same text.
+In float64, so that equal computations give equal texts.
 """
 
 from __future__ import annotations
@@ -33,7 +33,7 @@ def model() -> TwoTowerForCausalLM:
 
 
 def texts(model: TwoTowerForCausalLM, prompts: list[list[int]], mode: str, n: int = 12, **asked: Any) -> list[Any]:
-    """Tokens and confidence of each row; drafts of one pass, so that nothing depends on a clock."""
+    """Tokens and confidences of each row; draft depth 1, so that nothing depends on measured times."""
     asked = {"draft_steps": 1, "block_size": 8} | asked if mode in ("diffusion", "verified") else asked
     found = generate(model, prompts, GenerationParams.of(mode=mode, max_new_tokens=n, **asked))
     return [(one.tokens, one.confidence) for one in found]
@@ -48,7 +48,7 @@ def idle(model: TwoTowerForCausalLM) -> TowerState | None:
 
 @pytest.mark.parametrize("mode", sorted(KINDS))
 def test_a_reused_state_leaks_no_text(model: TwoTowerForCausalLM, mode: str) -> None:
-    """A long prompt, then a short one that is answered in the same state; prompts of one token read nothing first."""
+    """A long prompt, then a short one in the same state; prompts of one token have no prefill."""
     total = len(LONG) + 12
     wanted = {}
     for name, prompt in (("short", SHORT), ("one", [9]), ("long", LONG)):
@@ -67,7 +67,7 @@ def test_a_state_of_another_shape_is_dropped(model: TwoTowerForCausalLM) -> None
     first = idle(model)
     assert first is not None
     texts(model, [SHORT], "ar")
-    assert idle(model) is not first  # the new one takes its place: there is one at most
+    assert idle(model) is not first  # the new state replaces it: at most one is kept
     assert texts(model, [LONG], "ar") == wanted
     texts(model, [LONG, LONG], "ar")
     state = idle(model)
@@ -103,14 +103,14 @@ def test_release_frees_the_state_of_calls_that_still_run(model: TwoTowerForCausa
     next(events)
     model.release()
     events.close()
-    assert idle(model) is None  # it was lent before
+    assert idle(model) is None  # it was borrowed before
 
 
 @pytest.mark.parametrize("narrow", [lambda model: model.to(torch.float32), lambda model: model.context.float()])
 def test_a_state_lent_before_the_model_was_converted_is_not_used(
     model: TwoTowerForCausalLM, narrow: Callable[[TwoTowerForCausalLM], object]
 ) -> None:
-    """Also where only a tower is converted, which the model does not hear of."""
+    """Also if only a tower is converted, without a call to the model."""
     events = model.stream([SHORT], "ar", max_new_tokens=9)
     next(events)
     narrow(model)
@@ -123,7 +123,7 @@ def test_inference_mode_leaves_nothing_that_cannot_be_written_to(model: TwoTower
     for mode in sorted(KINDS):
         wanted = texts(model, [LONG, SHORT], mode)
         with torch.inference_mode():
-            assert texts(model, [LONG, SHORT], mode) == wanted  # in a state from outside
+            assert texts(model, [LONG, SHORT], mode) == wanted  # in a state that the caller made
             assert texts(model, [LONG, SHORT], mode) == wanted
         assert texts(model, [LONG, SHORT], mode) == wanted
 
@@ -139,7 +139,7 @@ def test_what_was_abandoned_is_used_again(model: TwoTowerForCausalLM) -> None:
             events.close()
         elif end == "throw":
             with pytest.raises(KeyError, match="caller"):
-                events.throw(KeyError("caller"))  # an exception may come at any point: the state is not trusted
+                events.throw(KeyError("caller"))  # an exception may occur at any point, so the state is not reused
         del events
         gc.collect()
         assert (idle(model) is state) == (end != "throw")
@@ -166,7 +166,7 @@ def test_streams_that_take_turns_have_a_state_each(model: TwoTowerForCausalLM) -
 
 
 def test_an_engine_is_closed_once(model: TwoTowerForCausalLM) -> None:
-    """Closing it again does not lend its state a second time."""
+    """A second close does not return its state again."""
     request = Request(SHORT, GenerationParams.of(mode="ar", max_new_tokens=5))
     llm = LLM(model, rows=1, length=32)
     llm.add_request(request)
@@ -200,7 +200,7 @@ def test_controllers_are_bounded() -> None:
     kept = [own.draft_controller(each, 1, 10) for each in params]
     assert len(own._controllers) == MAX_CONTROLLERS
     assert own.draft_controller(params[-1], 1, 10) is kept[-1]
-    assert own.draft_controller(params[0], 1, 10) is not kept[0]  # used longest ago
+    assert own.draft_controller(params[0], 1, 10) is not kept[0]  # least recently used
     fixed = GenerationParams.of(mode="verified", draft_steps=2)
     assert own.draft_controller(fixed, 1, 10) is not own.draft_controller(fixed, 1, 10)
     own.release()
@@ -235,7 +235,7 @@ def test_a_state_is_known_by_its_shape(model: TwoTowerForCausalLM) -> None:
 
 
 @pytest.mark.parametrize(("rows", "measured"), [(1, 1), (2, 2), (5, 8)])
-def test_auto_is_told_the_size_of_the_batch(model: TwoTowerForCausalLM, rows: int, measured: int) -> None:
+def test_auto_measures_for_the_size_of_the_batch(model: TwoTowerForCausalLM, rows: int, measured: int) -> None:
     params = GenerationParams.of(mode="auto", max_new_tokens=4, block_size=4)
     generate(model, [SHORT] * rows, params)
     assert list(model.workspace.mode_chooser.costs) == [(measured, 4)]

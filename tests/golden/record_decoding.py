@@ -1,10 +1,10 @@
-"""Records `decoding/requests.jsonl.gz`: what random requests give, alone and in batches. Run from the repository root:
+"""Records `decoding/requests.jsonl.gz`: results of random requests, alone and in batches. From the repository root:
 
     PYTHONPATH=src:tests python tests/golden/record_decoding.py
 
-Whoever runs it again records the decoder of that day: only for a change that is meant to change what is decoded.
-A request counts as equal in fp32 where float64, fp32 and five float64 models whose weights differ by 1e-5 of their
-value all give the same discrete results, so that no near tie depends on a processor's rounding.
+It records the results of the current decoder: run it only after a change that is meant to change results.
+A request counts as equal in fp32 if float64, fp32 and five float64 models with weights changed by 1e-5 of their value
+all give the same discrete results. Then no near tie depends on a processor's rounding.
 """
 
 from __future__ import annotations
@@ -39,7 +39,7 @@ from twotower import TwoTowerForCausalLM, generate
 
 
 class Part(NamedTuple):
-    """Requests of one seed: so many alone and in batches, of these modes and models."""
+    """Requests of one seed: numbers of lone requests and of batches, modes and models."""
 
     seed: int
     alone: int
@@ -50,13 +50,13 @@ class Part(NamedTuple):
 
 PARTS = (
     Part(20, 340, 72, ("diffusion", "diffusion", "verified", "verified", "ar", "mock_ar"), NAMES),
-    Part(21, 50, 20, ("verified",), ("biased", "agreeing")),  # whose drafts are often kept in part
+    Part(21, 50, 20, ("verified",), ("biased", "agreeing")),  # its drafts are often accepted in part
 )
 PERTURBED = 5
 
 
 def observe(model: TwoTowerForCausalLM, golden: Golden, with_calls: bool) -> Golden:
-    """What its request gives: rows with their events, and step_callback's calls."""
+    """The results of a golden's request: rows with their events, and the calls of step_callback."""
     counted = not depends_on_timing(golden)
     results, events = run_stream(model, golden)
     out: Golden = {"rows": [row_of(result, counted) for result in results]}
@@ -70,7 +70,7 @@ def observe(model: TwoTowerForCausalLM, golden: Golden, with_calls: bool) -> Gol
 
 
 def observe_every_way(model: TwoTowerForCausalLM, golden: Golden, with_calls: bool) -> Golden:
-    """The same, and what else there is: the public ways must agree."""
+    """As `observe`, and asserts that all public functions agree."""
     counted = not depends_on_timing(golden)
     out = observe(model, golden, with_calls)
     results = generate(model, golden["prompts"], params_of(golden))
@@ -82,7 +82,7 @@ def observe_every_way(model: TwoTowerForCausalLM, golden: Golden, with_calls: bo
 
 
 def same(a: Golden, b: Golden) -> bool:
-    """In all that is discrete; calls to a tolerance."""
+    """Whether all discrete values are equal, and calls up to a tolerance."""
     return [discrete(row) for row in a["rows"]] == [discrete(row) for row in b["rows"]] and values_close(
         a.get("calls", []), b.get("calls", []), 0.02
     )
@@ -90,13 +90,13 @@ def same(a: Golden, b: Golden) -> bool:
 
 @cache
 def others(name: str) -> list[TwoTowerForCausalLM]:
-    """fp32, and weights that differ a little."""
+    """Models in fp32 and with slightly changed weights."""
     exact = decoding_model(name, torch.float64)
     return [decoding_model(name, torch.float32)] + [perturbed(exact, seed) for seed in range(PERTURBED)]
 
 
 def alone(golden: Golden, place: int) -> Row:
-    """A row of a batch, by itself."""
+    """The request of one row of a batch."""
     params = dict(golden["params"])
     for name in ("seed", "policy", "policy_value"):
         if isinstance(params.get(name), list):
@@ -106,7 +106,7 @@ def alone(golden: Golden, place: int) -> Row:
 
 
 def complete(golden: Golden, with_calls: bool) -> Golden:
-    """With everything that it gives in float64, and whether fp32 gives the same."""
+    """Adds all results in float64, and whether fp32 gives the same."""
     exact = decoding_model(golden["model"], torch.float64)
     seen = observe_every_way(exact, golden, with_calls)
     for place, row in enumerate(seen["rows"] if len(golden["prompts"]) > 1 else []):
@@ -118,19 +118,19 @@ def complete(golden: Golden, with_calls: bool) -> Golden:
             assert own["at"][:-1] == row["at"][:-1], (golden, place)
             row["alone"] = own
     if with_calls and any("alone" in row for row in seen["rows"]):
-        del seen["calls"]  # which rows a batch's last rounds hold is not what it is for
+        del seen["calls"]  # the rows of the last rounds of a batch are not compared
     fp32 = all(same(_bare(seen), observe(other, golden, "calls" in seen)) for other in others(golden["model"]))
     return golden | seen | {"fp32": fp32}
 
 
 def _bare(seen: Golden) -> Golden:
-    """Without what rows give alone."""
+    """Without the results of rows alone."""
     rows = [{name: value for name, value in row.items() if name != "alone"} for row in seen["rows"]]
     return seen | {"rows": rows}
 
 
 def record(part: Part) -> list[Golden]:
-    """Its goldens."""
+    """The goldens of a part."""
     rng = random.Random(part.seed)
     goldens: list[Golden] = []
     for number in range(part.alone + part.batches):
@@ -149,7 +149,7 @@ def main() -> None:
 
 
 def write(goldens: list[Golden]) -> None:
-    """Into the file, byte for byte the same for the same goldens."""
+    """Writes the file; equal goldens give equal bytes."""
     FILE.parent.mkdir(exist_ok=True)
     with open(FILE, "wb") as raw, gzip.GzipFile(fileobj=raw, mode="wb", compresslevel=9, mtime=0, filename="") as file:
         for golden in goldens:
@@ -158,7 +158,7 @@ def write(goldens: list[Golden]) -> None:
 
 
 def describe(goldens: list[Golden]) -> None:
-    """What is in them."""
+    """A summary of goldens."""
     rows = [(golden, row) for golden in goldens for row in golden["rows"]]
     print(f"{len(goldens)} requests, {sum(len(g['rows']) > 1 for g in goldens)} of them batches, {len(rows)} rows")
     print("modes", dict(Counter(g["params"]["mode"] for g in goldens)))
