@@ -153,8 +153,8 @@ MODEL: dict[str, tuple[Spoil, str]] = {
     "no such model": (options("MODEL", "/nowhere/model"), r"/nowhere/model: no such directory"),
     "a file": (lambda folder: ("MODEL", str(tiny_run.given().data)), r"data.jsonl is a file; give the directory"),
     "no config": (with_model(without("config.json")), r"config.json: no such file"),
-    "no weights": (with_model(without("model.safetensors")), r"changed: holds neither model.safetensors nor"),
-    "cut weights": (with_model(cut_weights), r"model.safetensors: not a whole safetensors file"),
+    "no weights": (with_model(without("model.safetensors")), r"changed: has neither model.safetensors nor"),
+    "cut weights": (with_model(cut_weights), r"model.safetensors: not a complete safetensors file"),
     "a tensor less": (with_model(drop_tensor), r"denoiser_tower.norm_f.weight is missing"),
     "another shape": (with_model(set_config(intermediate_size=40)), r"has shape .*; the config expects"),
     "an unknown type": (with_model(set_config(model_type="llama")), r"model_type is 'llama'"),
@@ -164,7 +164,7 @@ MODEL: dict[str, tuple[Spoil, str]] = {
     ),
     "a damaged tokenizer": (
         with_model(lambda copy: (copy / "tokenizer.json").write_text('{"version": 1')),
-        r"changed: its tokenizer cannot be read",
+        r"changed: the tokenizer cannot be read",
     ),
     "another tokenizer": (
         with_model(larger_tokenizer),
