@@ -121,27 +121,27 @@ def report(
             facts=facts,
             progress=update,
         )
-    where, levels = machine_facts(loaded), ", ".join(map(str, difficulties))
-    asked = (
+    machine, levels = machine_facts(loaded), ", ".join(map(str, difficulties))
+    description = (
         f"{problems} problems of each family (difficulty {levels}, seed {seed}), greedy; {timed} timed one at a time"
     )
-    written = _write(output, points, model_loading.name_of(source), asked, where)
+    written = _write(output, points, model_loading.name_of(source), description, machine)
     if as_json:
         found = [asdict(point) for point in points]
-        click.echo(json.dumps({"files": written, "model": str(source), "machine": where, "points": found}))
+        click.echo(json.dumps({"files": written, "model": str(source), "machine": machine, "points": found}))
     else:
         click.echo("\n".join(written))
 
 
-def _write(output: Path, points: list[Point], name: str, asked: str, where: dict[str, object]) -> list[str]:
-    """Writes the picture and the tables, and returns the files. asked: which problems were answered, and how."""
+def _write(output: Path, points: list[Point], name: str, description: str, machine: dict[str, object]) -> list[str]:
+    """Writes the picture and the tables, and returns the files. description: which problems were answered, and how."""
     from twotower.evaluation import report as pictures
     from twotower.evaluation.machine import machine_summary
 
-    place = machine_summary(where)
+    place = machine_summary(machine)
     title = f"{name}: accuracy kept and speed of decoding settings, compared with AR"
-    pictures.draw_report(points, output / "report.png", f"{title}\n{asked}; {place}")
-    version = " ".join(str(where[name]) for name in ("twotower", "commit") if where[name])
-    notes = [f"{asked}. {place}; torch {where['torch']}, twotower {version}."]
+    pictures.draw_report(points, output / "report.png", f"{title}\n{description}; {place}")
+    version = " ".join(str(machine[name]) for name in ("twotower", "commit") if machine[name])
+    notes = [f"{description}. {place}; torch {machine['torch']}, twotower {version}."]
     (output / "report.md").write_text(pictures.report_markdown(points, notes), encoding="utf-8")
     return [str(output / name) for name in ("report.png", "report.md")]

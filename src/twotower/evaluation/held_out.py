@@ -84,8 +84,8 @@ def measure_dialogues(model: TwoTowerForCausalLM, texts: Sequence[str], count: i
 
 def measure_suite(model: TwoTowerForCausalLM, count: int, level: int) -> dict[str, object]:
     """Accuracy on `count` test problems of all families in each setting of the card."""
-    asked = make_problems("test", count, SEED, difficulties=(level,))
-    lines = measure_accuracy(model, [parse_setting(text) for text in COMPARED_SETTINGS], asked, likelihood=False)
+    chosen = make_problems("test", count, SEED, difficulties=(level,))
+    lines = measure_accuracy(model, [parse_setting(text) for text in COMPARED_SETTINGS], chosen, likelihood=False)
     return {line.setting: line.to_dict() for line in lines} | {"problems": count}
 
 

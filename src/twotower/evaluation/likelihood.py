@@ -51,13 +51,13 @@ def continuation_likelihood(
     progress: called with the number of pairs that are done.
     """
     _check(pairs)
-    asked: dict[tuple[int, ...], list[int]] = {}
+    pairs_of_text: dict[tuple[int, ...], list[int]] = {}
     for number, (given, continuation) in enumerate(pairs):
-        asked.setdefault((*given, *continuation)[:-1], []).append(number)
+        pairs_of_text.setdefault((*given, *continuation)[:-1], []).append(number)
     found: dict[int, Likelihood] = {}
-    for texts in _batches(list(asked), len):
+    for texts in _batches(list(pairs_of_text), len):
         hidden = _read(model, texts)
-        rows = [(row, number) for row, text in enumerate(texts) for number in asked[text]]
+        rows = [(row, number) for row, text in enumerate(texts) for number in pairs_of_text[text]]
         for row, number in rows:
             given, continuation = pairs[number]
             found[number] = _score(model, hidden[row, len(given) - 1 :][: len(continuation)], continuation)
@@ -112,13 +112,13 @@ def continuation_bound(
     if model.denoiser.device != model.device:
         raise ArgumentError('likelihood "bound" needs both towers on one device; load the model on one device')
     options = DenoisingOptions(mask_token_id=model.config.mask_token, train_context=model.context is model.denoiser)
-    wanted = {parameter: parameter.requires_grad for parameter in model.parameters()}
+    trainable = {parameter: parameter.requires_grad for parameter in model.parameters()}
     objective = DenoisingObjective(model.context, model.denoiser, model.time, options)
     try:
         return _bounds(objective, model.device, pairs, block_size, samples, seed, progress)
     finally:
-        for parameter, wants in wanted.items():
-            parameter.requires_grad_(wants)
+        for parameter, requires_grad in trainable.items():
+            parameter.requires_grad_(requires_grad)
 
 
 def _bounds(

@@ -26,10 +26,12 @@ def machine_facts(model: nn.Module) -> dict[str, object]:
     }
 
 
-def machine_summary(where: Mapping[str, object]) -> str:
+def machine_summary(machine: Mapping[str, object]) -> str:
     """The facts of `machine_facts` that stand beside figures: weights, device, threads."""
-    weights = where["dtype"] if where["quantization"] == "none" else f"{where['quantization']} and {where['dtype']}"
-    return f"{weights}, {where['device']}, {where['threads']} thread{'s' * (where['threads'] != 1)}"
+    weights = (
+        machine["dtype"] if machine["quantization"] == "none" else f"{machine['quantization']} and {machine['dtype']}"
+    )
+    return f"{weights}, {machine['device']}, {machine['threads']} thread{'s' * (machine['threads'] != 1)}"
 
 
 def device_facts(device: torch.device, dtype: torch.dtype) -> dict[str, object]:

@@ -107,13 +107,13 @@ def few_shot_prompts(model: TwoTowerForCausalLM, rows: int, context: int) -> lis
         raise ArgumentError(f"context is {context}; it must be at least 2 tokens")
     rng = random.Random(0)
     tokenizer = require_tokenizer(model.tokenizer)
-    pool = [tokenizer(problem.text + "\n")["input_ids"] for problem in make_problems("test", 120, 0)]
-    asked = [tokenizer(problem.prompt)["input_ids"] for problem in make_problems("test", rows, 1, difficulties=(1,))]
+    solved = [tokenizer(problem.text + "\n")["input_ids"] for problem in make_problems("test", 120, 0)]
+    unsolved = [tokenizer(problem.prompt)["input_ids"] for problem in make_problems("test", rows, 1, difficulties=(1,))]
     out = []
-    for last in asked:
+    for last in unsolved:
         text = list(last)
         while len(text) < context:
-            text = rng.choice(pool) + text
+            text = rng.choice(solved) + text
         out.append(text[-context:])
     return out
 

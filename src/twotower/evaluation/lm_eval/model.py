@@ -169,9 +169,9 @@ class TwoTowerLM(TemplateLM):
         pairs = [(self._truncate_left(given, self.max_length + 1 - len(text)), text) for _, given, text in requests]
         with self._bar(f"ln P by the {self._scorer}", len(pairs), disable_tqdm) as tell:
             found = self._score(pairs, tell)
-        for (asked, _, _), (value, greedy) in zip(requests, found, strict=True):
-            if asked is not None:
-                self.cache_hook.add_partial("loglikelihood", asked, (value, greedy))
+        for (request, _, _), (value, greedy) in zip(requests, found, strict=True):
+            if request is not None:
+                self.cache_hook.add_partial("loglikelihood", request, (value, greedy))
         return found
 
     def loglikelihood_rolling(self, requests: list[Instance], disable_tqdm: bool = False) -> list[float]:
@@ -186,9 +186,9 @@ class TwoTowerLM(TemplateLM):
         return sums
 
     def generate_until(self, requests: list[Instance], disable_tqdm: bool = False) -> list[str]:
-        asked = [self._request(*request.args) for request in requests]
-        with self._bar(self.setting.label, len(asked), disable_tqdm) as tell:
-            outputs = generate_all(self.model, asked, self.rows, tell)
+        generation_requests = [self._request(*request.args) for request in requests]
+        with self._bar(self.setting.label, len(generation_requests), disable_tqdm) as tell:
+            outputs = generate_all(self.model, generation_requests, self.rows, tell)
         for request, output in zip(requests, outputs, strict=True):
             self.cost.add(output)
             self.cache_hook.add_partial("generate_until", request.args, output.text)

@@ -117,13 +117,13 @@ def run_program(program: str, seconds: float = SECONDS, memory: int = MEMORY) ->
     if sys.platform != "linux" or platform.machine() not in ARCHITECTURES:
         raise NoSandboxError(f"no sandbox on {sys.platform} {platform.machine()}; it needs Linux on x86-64 or arm64")
     token = secrets.token_hex(16)
-    order = json.dumps({"program": program, "token": token, "seconds": seconds, "memory": memory})
+    job = json.dumps({"program": program, "token": token, "seconds": seconds, "memory": memory})
     environment = {"OMP_NUM_THREADS": "1", "PYTHONHASHSEED": "0", "LANG": "C.UTF-8"}
     with tempfile.TemporaryDirectory(prefix="twotower-") as empty:
         try:
             done = subprocess.run(
                 [sys.executable, "-I", "-B", os.path.abspath(__file__)],
-                input=order,
+                input=job,
                 capture_output=True,
                 text=True,
                 errors="replace",
@@ -134,8 +134,8 @@ def run_program(program: str, seconds: float = SECONDS, memory: int = MEMORY) ->
             )
         except subprocess.TimeoutExpired:
             return Outcome(False, "timed out")
-    said = done.stdout.strip().splitlines()
-    if said and said[-1] == token:
+    output = done.stdout.strip().splitlines()
+    if output and output[-1] == token:
         return Outcome(True)
     last = (done.stderr.strip().splitlines() or [f"ended with status {done.returncode}"])[-1]
     if last.startswith("NoSandbox: "):
@@ -145,21 +145,21 @@ def run_program(program: str, seconds: float = SECONDS, memory: int = MEMORY) ->
 
 
 def _inside() -> None:
-    order = json.load(sys.stdin)
+    job = json.load(sys.stdin)
     report = os.dup(1)
     try:
-        _limit(order["seconds"], order["memory"])
+        _limit(job["seconds"], job["memory"])
     except OSError as error:
         sys.exit(f"NoSandbox: the kernel does not set its limits ({error})")
     sys.stdin = io.StringIO()
     failure = None
     with contextlib.redirect_stdout(io.StringIO()), contextlib.redirect_stderr(io.StringIO()):
         try:
-            exec(compile(order["program"], "<program>", "exec"), {"__name__": "__main__"})
+            exec(compile(job["program"], "<program>", "exec"), {"__name__": "__main__"})
         except BaseException as error:  # SystemExit too: a program that exits early has not passed its tests
             failure = f"{type(error).__name__}: {' '.join(str(error).split())}"
     if failure is None:
-        os.write(report, order["token"].encode())
+        os.write(report, job["token"].encode())
     else:
         os.write(2, failure.encode(errors="replace"))
     os._exit(failure is not None)  # runs no exit handlers and does not wait for threads
@@ -168,9 +168,9 @@ def _inside() -> None:
 def _limit(seconds: float, memory: int) -> None:
     import resource
 
-    whole = int(seconds) + 1
+    cpu_seconds = int(seconds) + 1
     for limit, value in (
-        (resource.RLIMIT_CPU, whole),
+        (resource.RLIMIT_CPU, cpu_seconds),
         (resource.RLIMIT_AS, memory),
         (resource.RLIMIT_CORE, 0),
         (resource.RLIMIT_FSIZE, 1 << 20),  # applies to open files: the program's output
