@@ -1,6 +1,6 @@
-"""A model ready to compute: found by name, loaded, and placed where and as a few options say.
+"""`load_model`: finds a model by name, loads it, and places it on devices.
 
-What the command line, evaluation and serving have in common. Importing it is light.
+The command line, evaluation and the server share this module. Its import does not load torch.
 """
 
 from __future__ import annotations
@@ -29,21 +29,21 @@ QUANTIZATIONS = ("none", "int8")
 
 
 def source_of(model: str | None) -> Path | str:
-    """The model as named, or the bundled model's directory.
+    """The given model, or the directory of the bundled model.
 
     Raises:
-        CheckpointError: there is no bundled model in this installation.
+        CheckpointError: no model is given, and this installation has no bundled model.
     """
     if model is not None:
         return model
     bundled = bundled_model()
     if not bundled.is_dir():
-        raise CheckpointError("no bundled model in this installation; name a checkpoint directory or a hub id")
+        raise CheckpointError("this installation has no bundled model; give a checkpoint directory or a hub id")
     return bundled
 
 
 def name_of(source: Path | str) -> str:
-    """What people call it."""
+    """The name of a model for output."""
     return f"bundled/{Path(source).name}" if Path(source) == bundled_model() else str(source)
 
 
@@ -56,14 +56,14 @@ def load_model(
     context_device: str | None = None,
     denoiser_device: str | None = None,
 ) -> TwoTowerForCausalLM:
-    """The model, ready to compute. Without devices named: the first CUDA device, else the CPU.
+    """Loads a model for inference. Default device: the first CUDA device, else the CPU.
 
     dtype "auto": as stored, except that a bf16 model of less than `FP32_BELOW` parameters computes in fp32 on a CPU if
     the fp32 weights take at most half of the free memory. On a CPU, weights are packed if enough memory is free and the
     option `pack` allows it. quantization "int8": the large matrices in int8, the rest in dtype.
 
     Raises:
-        TwoTowerError: an unknown device, no such checkpoint, or one that does not fit its config.
+        TwoTowerError: a device cannot be used, or the checkpoint is missing or does not match its config.
     """
     import torch
 
@@ -94,7 +94,7 @@ def load_model(
 
 
 def auto_dtype(stored: torch.dtype, parameters: int, devices: Iterable[str]) -> torch.dtype:
-    """What dtype "auto" computes in, for a model of so many parameters in `stored` on these devices."""
+    """The dtype of computation that "auto" means, for a model of `parameters` stored in `stored`, on `devices`."""
     import torch
 
     from twotower.runners.packed_weights import available_memory
@@ -108,19 +108,19 @@ def auto_dtype(stored: torch.dtype, parameters: int, devices: Iterable[str]) -> 
 
 
 def dtype_note(model: TwoTowerForCausalLM, dtype: str) -> str | None:
-    """What a user should know about bf16 where `dtype` "auto" chose it, in one line."""
+    """A note for the user if dtype "auto" means bf16, in one line; None otherwise."""
     import torch
 
     if dtype != "auto" or model.dtype != torch.bfloat16:
         return None
     return (
-        "computing in bfloat16: texts can differ from AR's, and between runs, where two tokens are almost equally "
-        "likely; --dtype float32 is exact, --deterministic repeats the same text"
+        "computing in bfloat16: where two tokens are almost equally likely, the text can differ from AR and between "
+        "runs; --dtype float32 is exact, --deterministic repeats the same text"
     )
 
 
 def placement(model: TwoTowerForCausalLM) -> dict[str, object]:
-    """dtype, quantization and devices of a loaded model, for `--json`."""
+    """The dtype, quantization and devices of a model, for `--json`."""
     return {
         "dtype": str(model.dtype).removeprefix("torch."),
         "quantization": model.quantization,
@@ -130,13 +130,13 @@ def placement(model: TwoTowerForCausalLM) -> dict[str, object]:
 
 
 def eos_of(model: Towers) -> int | Sequence[int] | None:
-    """The config's end-of-text token(s); the tokenizer's where the config has none."""
+    """The EOS token ids of the config; that of the tokenizer if the config has none."""
     eos: int | Sequence[int] | None = model.config.eos_token_id
     return eos if eos is not None else getattr(model.tokenizer, "eos_token_id", None)
 
 
 def need_tokenizer(model: TwoTowerForCausalLM, source: Path | str, consequence: str) -> None:
-    """Raises CheckpointError where the model has none."""
+    """Raises CheckpointError if the model has no tokenizer; `consequence` says what is not possible."""
     if model.tokenizer is None:
         raise CheckpointError(f"{source}: has no tokenizer.json, so {consequence}")
 

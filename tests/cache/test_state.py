@@ -1,6 +1,6 @@
-"""The context's state: whatever way a text was read, rolled back or shared with others, it is the state of that text.
+"""The context state depends only on the text of a row, however the text was read, rolled back or batched.
 
-All in float64, so that equality means 1e-9 and not "close for fp32".
+All tests use float64, so that the tolerances can be about 1e-9.
 """
 
 from __future__ import annotations
@@ -22,7 +22,7 @@ from twotower.ops.reference.attention import CachedKV
 from twotower.ops.registry import REGISTRY, select
 
 MASK = 3
-LENGTHS = (0, 1, 2, 3, 5, 17, 70)  # nothing, around the convolution's window, several chunks, two buckets
+LENGTHS = (0, 1, 2, 3, 5, 17, 70)  # empty, around the convolution window, several chunks, two buckets
 
 
 @pytest.fixture(scope="module")
@@ -39,7 +39,7 @@ def texts(lengths: Sequence[int], seed: int = 0) -> list[Tensor]:
 
 
 def padded(rows: Sequence[Tensor]) -> tuple[Tensor, Tensor]:
-    """Ragged rows as (tokens, lengths), padded with a token that would be seen if it were read."""
+    """Ragged rows as (tokens, lengths). The padding is a token that changes results if it is read."""
     width = max(len(row) for row in rows)
     filled = [torch.cat([row, torch.full((width - len(row),), 9)]) for row in rows]
     return torch.stack(filled), torch.tensor([len(row) for row in rows])
@@ -52,7 +52,7 @@ def prefilled(model: TwoTowerForCausalLM, rows: Sequence[Tensor], capacity: int 
 
 
 def assert_same(actual: TowerState, expected: TowerState, model: TwoTowerForCausalLM) -> None:
-    """Lengths, keys and values up to each row's length, Mamba states, and what both towers make of them."""
+    """Compares lengths, keys and values up to each length, Mamba states, and the results of both towers."""
     actual, expected = actual.clone(), expected.clone()
     views = actual.view(), expected.view()
     assert actual.lengths.tolist() == expected.lengths.tolist()
@@ -74,7 +74,7 @@ def assert_same(actual: TowerState, expected: TowerState, model: TwoTowerForCaus
 
 
 def keys_and_values(state: TowerState, layer: int) -> tuple[Tensor, Tensor]:
-    """(R, Hkv, T, D) each."""
+    """Keys and values, (R, Hkv, T, D) each."""
     past = state.view().past[layer]
     assert isinstance(past, CachedKV)
     return past.dense(state.config.num_key_value_heads)[:2]
@@ -135,14 +135,14 @@ def test_rollback_refuses_what_it_cannot_reach(model: TwoTowerForCausalLM) -> No
     for unreachable in ([4, 9], [9, 10]):  # before the last extend; beyond the text
         with pytest.raises(RuntimeError, match="prefixes of the last extend"):
             state.rollback(torch.tensor(unreachable))
-    state.view()  # once read, the text is settled
+    state.view()  # a view commits the state
     with pytest.raises(RuntimeError, match="prefixes of the last extend"):
         state.rollback(torch.tensor([8, 9]))
 
 
 @pytest.mark.parametrize("width", [1, 2, 3, 16, 40])
 def test_extending_in_steps_equals_one_prefill(model: TwoTowerForCausalLM, width: int) -> None:
-    """Including the logits of every step."""
+    """Compares the state and the logits of every step."""
     tokens = some_tokens(2, 80)
     expected = model(tokens).logits
     state = prefilled(model, [tokens[0, :7], tokens[1, :7]])
@@ -153,7 +153,7 @@ def test_extending_in_steps_equals_one_prefill(model: TwoTowerForCausalLM, width
 
 
 def test_prefill_in_chunks_equals_one_pass(model: TwoTowerForCausalLM) -> None:
-    """Ragged prompts around the edges of the 512-token chunks; logits are those after each row's last token."""
+    """Ragged prompts around multiples of the chunk of 512 tokens; logits are those after the last token of a row."""
     chunk = towers.PREFILL_CHUNK
     rows = texts((1, chunk - 1, chunk, chunk + 1, 2 * chunk + 30))
     state = model.new_state(len(rows), 64)
@@ -179,7 +179,7 @@ def test_a_row_given_no_tokens_is_untouched(model: TwoTowerForCausalLM) -> None:
 
 
 def test_row_slots_of_a_pool(model: TwoTowerForCausalLM) -> None:
-    """Passes over slots [4, 1] of a pool of five read and write those only, in that order; rollback spans the pool."""
+    """Passes over slots [4, 1] of five read and write only these, in this order; rollback takes all slots."""
     prompts, block = texts((3, 11, 70)), some_tokens(2, 6)
     pool = model.new_state(5, 8)
     model.prefill(*padded(prompts), pool, rows=torch.tensor([1, 4, 2]))
@@ -200,7 +200,7 @@ def test_row_slots_of_a_pool(model: TwoTowerForCausalLM) -> None:
 
 
 def test_blocks_of_several_lengths_in_one_pass(model: TwoTowerForCausalLM) -> None:
-    """Each row of the denoiser is what it is alone; the context's head is asked for some rows only."""
+    """Each denoiser row equals its pass alone; the context tower computes logits only for the requested rows."""
     prompts, block, sizes = texts((3, 11, 70)), some_tokens(3, 9), [9, 1, 6]
     state, t = prefilled(model, prompts), torch.tensor([1.0, 0.5, 0.25])
     together = model.denoise(block, t, state.view(), lengths=torch.tensor(sizes))
@@ -217,7 +217,7 @@ def test_blocks_of_several_lengths_in_one_pass(model: TwoTowerForCausalLM) -> No
 
 
 def test_passes_over_some_slots_one_after_another(model: TwoTowerForCausalLM) -> None:
-    """What one pass read and rolled back is kept while others read other slots, and copies hold it."""
+    """Later passes over other slots keep the rolled back state of earlier slots, and so do copies."""
     prompts, block = texts((3, 11, 70, 5)), some_tokens(4, 6)
     pool = prefilled(model, prompts)
     for slots, kept in (([2, 0], [1, 4]), ([3], [6]), ([0, 1], [0, 5])):
@@ -245,7 +245,7 @@ def test_a_reset_row_begins_anew(model: TwoTowerForCausalLM) -> None:
 
 @pytest.mark.parametrize("recorded", [False, True])
 def test_emptying_and_filling_rows_costs_only_those_rows(model: TwoTowerForCausalLM, recorded: bool) -> None:
-    """The pools stay where they lie, whatever their size; while autograd records, what they held stays as it was."""
+    """The pools are written in place; under autograd the old tensors keep their values."""
     state = prefilled(model, texts((5, 9, 70)))
     piece = state.snapshot_row(2, 0, 70)
     before, old = state.clone(), _parts(state)
@@ -274,7 +274,7 @@ def _parts(state: TowerState) -> list[Tensor]:
 
 
 def test_select_and_snapshot_are_independent_copies(model: TwoTowerForCausalLM) -> None:
-    """Taken between an extend and its rollback, too: each copy can be rolled back its own way."""
+    """Copies between an extend and its rollback can be rolled back independently."""
     prompts, block = texts((3, 11, 0)), some_tokens(3, 6)
     state = prefilled(model, prompts)
     model.extend(block, state)
@@ -298,7 +298,7 @@ def test_a_state_grows_as_the_text_does(model: TwoTowerForCausalLM) -> None:
         model.extend(token, state, logits=False)
         growths += state.capacity > before
     assert 90 <= state.capacity <= 135
-    assert growths < 15  # by half each time: appending stays linear
+    assert growths < 15  # by a factor of 1.5 each time, so that appending is linear
     assert_same(state, prefilled(model, list(tokens)), model)
 
 
@@ -310,7 +310,7 @@ def test_reserving_less_than_there_is_changes_nothing(model: TwoTowerForCausalLM
 
 
 def test_nbytes_counts_what_is_held(model: TwoTowerForCausalLM) -> None:
-    """Per row: K/V of one attention layer, window and state of two Mamba layers, three counters; padding's K/V."""
+    """Per row: K/V of one attention layer, states of two Mamba layers, three counters; and the spare vector."""
     config = model.config.backbone
     keys = 2 * config.num_key_value_heads * 100 * config.head_dim
     mamba = (config.conv_kernel - 1) * config.conv_dim + config.mamba_inner * config.ssm_state_size
@@ -318,7 +318,7 @@ def test_nbytes_counts_what_is_held(model: TwoTowerForCausalLM) -> None:
     assert state_bytes(config, torch.float64) == (8 * 2 * mamba, 8 * keys // 100)
 
 
-# --- who may write ------------------------------------------------------------------------------------------------
+# --- read-only views ----------------------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize("mode", ["mask_diffusion", "mock_ar"])
@@ -347,7 +347,7 @@ def test_the_context_is_not_written_while_a_block_is_denoised(
         seen = []
         return extend(*args, **kwargs)
 
-    model.release()  # no idle state: the call makes the one that is watched
+    model.release()  # frees the idle state, so that the call makes a new one
     monkeypatch.setattr(model, "new_state", lambda *args: states.append(new_state(*args)) or states[-1])
     monkeypatch.setattr(model, "denoise", watched_denoise)
     monkeypatch.setattr(model, "extend", watched_extend)
@@ -365,11 +365,11 @@ def test_the_denoiser_leaves_no_trace_in_the_state_it_reads(model: TwoTowerForCa
     assert torch.equal(model.denoise(some_tokens(2, 8), torch.tensor([0.5, 0.5]), view), first)
 
 
-# --- the verbs under autograd -------------------------------------------------------------------------------------
+# --- passes under autograd ----------------------------------------------------------------------------------------
 
 
 def two_blocks(model: TwoTowerForCausalLM, capacity: int) -> Tensor:
-    """Prefill, denoise, extend, roll back, denoise again, extend again: one number that depends on all of it."""
+    """Prefill, denoise, extend, rollback, denoise, extend → one number that depends on all results."""
     state = model.new_state(2, capacity)
     last = model.prefill(*padded(texts((5, 2))), state)
     block, half = some_tokens(2, 6), torch.tensor([0.5, 0.25])
@@ -381,13 +381,13 @@ def two_blocks(model: TwoTowerForCausalLM, capacity: int) -> Tensor:
     return sum((part.cos() * (i + 1)).sum() for i, part in enumerate((last, first, scored, second, final[:, 0])))
 
 
-# With too little room growth is differentiated too; with enough of it one buffer serves several passes.
+# With capacity 4, autograd also goes through growth; with 64, several passes share one buffer.
 CAPACITIES = pytest.mark.parametrize("capacity", [4, 64])
 
 
 @CAPACITIES
 def test_gradients_through_state_and_verbs_equal_finite_differences(capacity: int) -> None:
-    """Of every parameter of both towers and of the time conditioning at once, along random directions."""
+    """For all parameters of both towers and of the time conditioning at once, along random directions."""
     model = build_random_model(EVERY_KIND, seed=2, dtype=torch.float64)
     parameters = list(model.parameters())
     gradients = torch.autograd.grad(two_blocks(model, capacity), parameters)
@@ -411,7 +411,7 @@ def test_gradients_through_state_and_verbs_equal_finite_differences(capacity: in
 @CAPACITIES
 @pytest.mark.parametrize("frozen", ["context", "denoiser"])
 def test_one_tower_can_be_trained_through_the_verbs(frozen: str, capacity: int) -> None:
-    """Its gradient does not depend on whether the other tower is being trained too."""
+    """The gradient of a tower does not depend on whether the other tower is trained too."""
     model = build_random_model(EVERY_KIND, seed=2, dtype=torch.float64)
     trained = [p for name, p in model.named_parameters() if not name.startswith(frozen)]
     expected = torch.autograd.grad(two_blocks(model, capacity), trained)
@@ -421,11 +421,11 @@ def test_one_tower_can_be_trained_through_the_verbs(frozen: str, capacity: int) 
         torch.testing.assert_close(a, b, rtol=1e-9, atol=1e-9)
 
 
-# --- what a pass depends on ---------------------------------------------------------------------------------------
+# --- no dependence on values --------------------------------------------------------------------------------------
 
 
 def all_verbs(model: TwoTowerForCausalLM, prompts: tuple[Tensor, Tensor], kept: Tensor, device: str) -> None:
-    """Each verb once, in a pool with slots; all lengths come in as tensors."""
+    """Runs each kind of pass once, on given slots; all lengths are tensors."""
     state = model.new_state(3, 128)
     rows = torch.tensor([2, 0], device=device)
     tokens, lengths = (t.to(device) for t in prompts)
@@ -445,7 +445,7 @@ def test_no_verb_reads_a_value_on_the_host() -> None:
 
 
 class Shapes(TorchDispatchMode):
-    """Records every operation with the shapes it was given."""
+    """Records every operation with the shapes of its arguments."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -461,7 +461,7 @@ def test_the_work_of_a_pass_does_not_depend_on_what_the_rows_hold(
     model: TwoTowerForCausalLM, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """Same rows, width and bucket, other tokens, lengths and rollbacks: the same operations on the same shapes."""
-    gathered = next(b for b in REGISTRY["experts"] if b.name == "gathered")  # the one used on an accelerator
+    gathered = next(b for b in REGISTRY["experts"] if b.name == "gathered")  # the backend for accelerators
     monkeypatch.setattr(moe, "select", lambda op, *rest: gathered if op == "experts" else select(op, *rest))
     logs = []
     for seed, lengths, kept in ((0, (5, 12), (1, 0, 2)), (1, (0, 12), (0, 0, 0)), (2, (12, 1), (1, 0, 1))):
@@ -487,7 +487,7 @@ class Counter(DeviceTransfer):
 
 @pytest.fixture
 def follow(model: TwoTowerForCausalLM) -> Callable[[TowerState, Replica], None]:
-    """Checks that a replica shows what the state does."""
+    """Checks that the denoiser gets the same logits from a replica and from the state."""
 
     def check(state: TowerState, replica: Replica) -> None:
         block, half = torch.full((state.rows, 4), MASK), torch.full((state.rows,), 0.5)
@@ -497,7 +497,7 @@ def follow(model: TwoTowerForCausalLM) -> Callable[[TowerState, Replica], None]:
     return check
 
 
-def test_a_mirror_follows_extend_rollback_growth_and_select(
+def test_a_replica_follows_extend_rollback_growth_and_select(
     model: TwoTowerForCausalLM, follow: Callable[[TowerState, Replica], None]
 ) -> None:
     state = model.new_state(3, 16)
@@ -509,7 +509,7 @@ def test_a_mirror_follows_extend_rollback_growth_and_select(
     state.rollback(torch.tensor([8, 6, 30]))
     follow(state, replica)
     model.extend(some_tokens(3, 40), state, lengths=torch.tensor([1, 40, 0]))
-    model.extend(some_tokens(3, 2), state)  # two appends between two looks
+    model.extend(some_tokens(3, 2), state)  # two appends between two views
     follow(state, replica)
     kept = torch.tensor([2, 0])
     state = state.select(kept)
@@ -518,7 +518,7 @@ def test_a_mirror_follows_extend_rollback_growth_and_select(
     follow(state, replica)
 
 
-def test_a_mirror_follows_a_row_that_begins_anew(
+def test_a_replica_follows_a_reset_row(
     model: TwoTowerForCausalLM, follow: Callable[[TowerState, Replica], None]
 ) -> None:
     state = prefilled(model, texts((20, 20)))
@@ -529,10 +529,10 @@ def test_a_mirror_follows_a_row_that_begins_anew(
         model.prefill(some_tokens(1, length), torch.tensor([length]), state, rows=torch.tensor([1]))
         follow(state, replica)
     state.reset(torch.tensor([1]))
-    follow(state, replica)  # nothing new to fetch, yet the row is empty
+    follow(state, replica)  # there is nothing to transfer, but the row is empty
 
 
-def test_a_mirror_fetches_only_what_is_new(model: TwoTowerForCausalLM) -> None:
+def test_a_replica_transfers_only_new_tokens(model: TwoTowerForCausalLM) -> None:
     state, counter = prefilled(model, texts((200, 100)), capacity=400), Counter()
     replica = Replica(state, torch.device("cpu"), counter)
     replica.view()
@@ -552,7 +552,7 @@ def test_a_mirror_fetches_only_what_is_new(model: TwoTowerForCausalLM) -> None:
 @pytest.mark.parametrize("residual_in_fp32", [False, True])
 @torch.no_grad()
 def test_a_bf16_model_computes_what_its_weights_say(residual_in_fp32: bool) -> None:
-    """Against a float64 model of the same rounded weights, over a long text read in parts; state and rates are wide."""
+    """Against a float64 model with the same rounded weights; states and decay rates are in fp32."""
     narrow = build_random_model("M-*M", dtype=torch.bfloat16, residual_in_fp32=residual_in_fp32)  # no router to flip
     exact = build_random_model("M-*M", dtype=torch.float64)
     exact.load_state_dict(narrow.state_dict())

@@ -1,7 +1,7 @@
-"""The towers may sit anywhere: what crosses between them is counted, and nothing else may.
+"""Towers on two devices: the transferred bytes are counted, and nothing else may cross between the devices.
 
-One CPU plays both devices: every tensor has a home, tensors of different homes may not meet in any operation, and
-only the transfer changes a tensor's home. With a GPU the same is done in earnest.
+One CPU simulates both devices. Every tensor belongs to one tower, an operation may not read tensors of both towers,
+and only a transfer changes the tower of a tensor. With a GPU, the tests also run on real devices.
 """
 
 from __future__ import annotations
@@ -25,11 +25,11 @@ from twotower.ops.reference.attention import CachedKV
 
 Factory = Callable[..., TwoTowerForCausalLM]
 OTHER = {"context": "denoiser", "denoiser": "context"}
-SIZE = 8  # of a block
+SIZE = 8  # block size
 
 
 class Homes(TorchDispatchMode):
-    """Gives each storage a home, inherited by what is computed from it; raises where two homes meet."""
+    """Assigns each storage to a tower; results inherit it. Raises if an operation reads tensors of both towers."""
 
     def __init__(self, model: TwoTowerForCausalLM) -> None:
         super().__init__()
@@ -56,7 +56,7 @@ class Homes(TorchDispatchMode):
 
 
 class CountingTransfer(DeviceTransfer):
-    """Counts what crosses, by direction: the only way from one home to the other."""
+    """Counts transfers by direction; the only allowed way from one home to the other."""
 
     def __init__(self, homes: Homes | None = None) -> None:
         self.homes = homes
@@ -78,7 +78,7 @@ class CountingTransfer(DeviceTransfer):
 
 
 def state_bytes(model: TwoTowerForCausalLM, *columns: int) -> int:
-    """What a block has to bring over: each row's new K/V columns, and its Mamba states."""
+    """Bytes that a block must transfer: K/V of each row's new tokens, and its Mamba states."""
     config = model.config.backbone
     size, rows, total = model.dtype.itemsize, len(columns), 0
     for kind in config.hybrid_override_pattern:
@@ -92,7 +92,7 @@ def state_bytes(model: TwoTowerForCausalLM, *columns: int) -> int:
 
 
 def slot_map_bytes(rows: int) -> int:
-    """Where each row's columns start and how far apart they lie: crosses when rows are given columns."""
+    """Bytes of start and stride of all rows, which are transferred when rows get KV slots."""
     return 2 * rows * torch.long.itemsize
 
 
@@ -130,7 +130,7 @@ def transfer_of(model: TwoTowerForCausalLM) -> CountingTransfer:
     return model.transfer
 
 
-# --- the watchers themselves --------------------------------------------------------------------------------------
+# --- tests of the test helpers ------------------------------------------------------------------------------------
 
 
 def test_a_meeting_of_both_homes_is_noticed(apart: TwoTowerForCausalLM) -> None:
@@ -144,14 +144,14 @@ def test_a_meeting_of_both_homes_is_noticed(apart: TwoTowerForCausalLM) -> None:
 
 
 def test_without_the_transport_the_towers_do_meet(apart: TwoTowerForCausalLM) -> None:
-    """A denoiser that reads the context's state in place is what the homes must catch."""
+    """`Homes` must detect a denoiser that reads the context state in place."""
     state = apart.new_state(1, 16)
     apart.prefill(torch.tensor(prompts(5)), torch.tensor([5]), state)
     with pytest.raises(AssertionError, match="both towers"):
         apart.denoise(torch.full((1, SIZE), 3), torch.ones(1), LocalReader(state).view())
 
 
-# --- what crosses -------------------------------------------------------------------------------------------------
+# --- transferred bytes---------------------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize("length", [1, 6, 90])
@@ -159,8 +159,7 @@ def test_without_the_transport_the_towers_do_meet(apart: TwoTowerForCausalLM) ->
 def test_bytes_of_a_block(
     random_model: Factory, length: int, dtype: torch.dtype, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """The text crosses to the denoiser; its block reaches the context tower through the host, which reads results of a
-    pass that are a few bytes a position."""
+    """The context crosses to the denoiser's device. The block goes back through the host, a few bytes a position."""
     fetched: list[int] = []
 
     class CountingFetched(AsyncHostCopy):
@@ -174,11 +173,11 @@ def test_bytes_of_a_block(
         model.transfer = transfer = CountingTransfer(homes)
         counted = []
         for _ in model.stream(prompts(length), max_new_tokens=5 * SIZE, block_size=SIZE):
-            assert "context" not in {to for to, _ in transfer.sent}  # the other way nothing
+            assert "context" not in {to for to, _ in transfer.sent}  # nothing in the other direction
             counted.append(transfer.take())
     first, *others = counted
     assert first == state_bytes(model, length) + slot_map_bytes(1)
-    assert others == [state_bytes(model, SIZE)] * 4  # whatever the length of the text
+    assert others == [state_bytes(model, SIZE)] * 4  # independent of the length of the text
     position = torch.bool.itemsize + 2 * torch.long.itemsize + accumulation_dtype(dtype).itemsize
     assert set(fetched) == {SIZE * position}  # masked, token, pass, confidence
 
@@ -220,7 +219,7 @@ def test_steps_of_a_block_cross_nothing(apart: TwoTowerForCausalLM) -> None:
     assert set(seen) == {0}
 
 
-# --- and what comes out -------------------------------------------------------------------------------------------
+# --- equal results ------------------------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize("mode", ["diffusion", "mock_ar", "ar"])
@@ -238,8 +237,8 @@ def test_apart_is_as_together(model: TwoTowerForCausalLM, mode: str, arguments: 
     model.transfer = None
 
 
-def test_mirror_holds_what_the_state_holds(model: TwoTowerForCausalLM) -> None:
-    """Over extends of any valid lengths, rollbacks, growth and rows that leave."""
+def test_replica_equals_the_state(model: TwoTowerForCausalLM) -> None:
+    """Over extends of ragged lengths, rollbacks, growth and rows that end."""
     rows = [torch.tensor(p) for p in prompts(20, 20, 20)]
     state = model.new_state(3, 24)
     model.transfer = CountingTransfer()
@@ -251,9 +250,9 @@ def test_mirror_holds_what_the_state_holds(model: TwoTowerForCausalLM) -> None:
         same(replica, state)
         model.extend(tokens[:, :9], state, torch.tensor([9, 0, 4]), logits=False)
         state.rollback(torch.tensor([22, 3, 1]))
-        model.extend(tokens[:, :5], state, torch.tensor([5, 5, 0]), logits=False)  # two extends, one crossing
+        model.extend(tokens[:, :5], state, torch.tensor([5, 5, 0]), logits=False)  # two extends, one transfer
         same(replica, state)
-        same(replica, state)  # nothing new: nothing crosses
+        same(replica, state)  # nothing new, no transfer
         kept = torch.tensor([2, 0])
         model.extend(tokens[:, :2], state, logits=False)
         smaller = state.select(kept)
@@ -280,7 +279,7 @@ def same(replica: Any, state: Any) -> None:
             assert torch.equal(a.ssm_state, b.ssm_state)
 
 
-# --- in earnest ---------------------------------------------------------------------------------------------------
+# --- on real devices ----------------------------------------------------------------------------------------------
 
 PLACES = [("cuda:0", "cuda:0"), ("cpu", "cuda:0"), ("cuda:0", "cpu"), ("cuda:0", "cuda:1")]
 

@@ -1,4 +1,4 @@
-"""The released layout on disk: written and read back to the byte, and every way it can be wrong is one clear error."""
+"""The released layout on disk: saving and loading are exact, and every damaged checkpoint gives a clear error."""
 
 from __future__ import annotations
 
@@ -57,7 +57,7 @@ def same(a: dict[str, Tensor], b: dict[str, Tensor]) -> bool:
 
 
 def changed(directory: Path, change: Callable[[dict[str, Tensor]], object]) -> Path:
-    """Rewrites the single weights file after `change` has had its way with the tensors."""
+    """Rewrites the single weights file after `change` has changed the dict of tensors."""
     stored = load_file(directory / SINGLE_FILE)
     change(stored)
     save_file({name: tensor.clone() for name, tensor in stored.items()}, directory / SINGLE_FILE)
@@ -65,7 +65,7 @@ def changed(directory: Path, change: Callable[[dict[str, Tensor]], object]) -> P
 
 
 def load_error(directory: Path, *parts: str, **arguments: object) -> str:
-    """The message with which loading fails: one line, naming all `parts`."""
+    """The message of a failed load: one line that contains all `parts`."""
     with pytest.raises((CheckpointError, ConfigError)) as caught:
         TwoTowerForCausalLM.from_pretrained(directory, **arguments)
     message = str(caught.value)
@@ -285,7 +285,7 @@ def test_context_tower_alone(saved: Path) -> None:
 
 
 def test_context_tower_loads_from_its_own_shards_only(saved: Path) -> None:
-    """What the denoiser's tensors are like does not matter, that they have a place in the model does."""
+    """Loading the context tower ignores wrong denoiser tensors, but not tensors with an unknown name."""
     changed(saved, lambda t: t.update({"lm_head.weight": t["lm_head.weight"][:3]}))
     TwoTowerForCausalLM.from_pretrained(saved, towers="context")
     load_error(saved, "lm_head.weight")

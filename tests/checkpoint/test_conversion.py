@@ -1,4 +1,4 @@
-"""From one tower to two: `twotower init` on transformers' own models in both layouts, and on all that can be wrong."""
+"""Conversion: `twotower init` on models of transformers in both layouts, and on sources with errors."""
 
 from __future__ import annotations
 
@@ -49,7 +49,7 @@ MOE_FIELDS = (
 def backbone(
     directory: Path, name: str = "every kind, expert groups", layout: str = ORIGINAL, **arguments: Any
 ) -> nn.Module:
-    """Writes transformers' own model as a one-tower checkpoint; returns the model."""
+    """Writes a model of transformers as a one-tower checkpoint; returns the model."""
     dtype = arguments.pop("dtype", torch.float32)
     pattern, overrides = MODELS[name]
     hf = theirs(build_random_model(pattern, seed=7, dtype=dtype, **overrides))
@@ -120,7 +120,7 @@ def test_both_towers_are_the_backbone(tmp_path: Path, name: str, layout: str) ->
     ours, theirs = model(tokens).logits, hf(tokens).logits
     agree(ours, theirs)
     best, second = theirs.topk(2, dim=-1).values.unbind(-1)
-    clear = best - second > 6e-4  # twice what `agree` allows: which of two nearly equal tokens leads may differ
+    clear = best - second > 6e-4  # twice the tolerance of `agree`, without near ties
     assert clear.float().mean() > 0.9
     assert torch.equal(ours.argmax(-1)[clear], theirs.argmax(-1)[clear])
     context, denoiser = model.context.state_dict(), model.denoiser.state_dict()
@@ -266,7 +266,7 @@ def context_of(model: TwoTowerForCausalLM, tokens: Tensor, lengths: Tensor) -> A
 
 
 def released_gates(model: TwoTowerForCausalLM) -> None:
-    """The authors' start: tables ~ randn / √H."""
+    """The initialisation of the release: tables ~ randn / √H."""
     torch.manual_seed(0)
     for table in model.time.scale_shift_tables:
         table.copy_(torch.randn(table.shape) / table.shape[1] ** 0.5)
@@ -313,7 +313,7 @@ def test_a_block_of_one_behind_gives_the_ar_logits(tmp_path: Path, name: str, la
 
 
 def test_the_denoiser_is_not_the_backbone_without_its_context(tmp_path: Path) -> None:
-    """That the test above can fail: the logits depend on what the context tower read."""
+    """Shows that the test above can fail: the logits depend on the context."""
     model = converted(tmp_path, "MoE", ORIGINAL, torch.float32)
     block, t = some_tokens(1, 1), torch.rand(1)
     a, b = (model.denoise(block, t, context_of(model, some_tokens(1, 9, seed), torch.tensor([9]))) for seed in (1, 2))
@@ -614,7 +614,7 @@ def test_half_precision_converts_to_a_dtype_we_have(source: Path, tmp_path: Path
 def test_existing_directories(source: Path, tmp_path: Path, cli: Callable[..., Result]) -> None:
     made = tmp_path / "made"
     made.mkdir()
-    assert cli("--from", source, "-o", made).code == 0  # an empty one is taken
+    assert cli("--from", source, "-o", made).code == 0  # an empty directory is allowed
     (made / "stale.safetensors").touch()
     assert_one_line_error(cli("--from", source, "-o", made), "not empty", "--overwrite")
     assert cli("--from", source, "-o", made, "--overwrite").code == 0
@@ -712,7 +712,7 @@ MEASURED = MEASURED.replace(
 @pytest.mark.skipif(not Path("/proc/self/status").exists(), reason="RssAnon is Linux's")
 @pytest.mark.parametrize("layout", [ORIGINAL, pytest.param(CURRENT, marks=pytest.mark.slow)])
 def test_memory_is_far_below_the_size(tmp_path: Path, layout: str) -> None:
-    """A source of about 340 MB, 680 MB written (1370 in fp32): about what the time conditioning takes is in memory."""
+    """A source of 340 MB gives 680 MB (1370 MB in fp32); only about the time conditioning is in memory."""
     source, scale = tmp_path / "source", 1024
     shape = {"hidden_size": scale, "vocab_size": 8192, "num_attention_heads": 8, "num_key_value_heads": 2}
     shape |= {"head_dim": 128, "mamba_num_heads": 8, "mamba_head_dim": 128, "ssm_state_size": 64, "n_groups": 2}

@@ -1,4 +1,4 @@
-"""A two-tower model among transformers' own: the Auto classes, the published snippet, `PreTrainedModel`'s manners."""
+"""A two-tower model in transformers: the Auto classes, the published snippet, the behaviour of `PreTrainedModel`."""
 
 from __future__ import annotations
 
@@ -111,7 +111,7 @@ def checksum(model: torch.nn.Module) -> float:
 
 @pytest.fixture(scope="module", autouse=True)
 def modules(tmp_path_factory: pytest.TempPathFactory) -> Iterator[None]:
-    """Where transformers copies the code files of the directories it loads."""
+    """The folder to which transformers copies the code files of loaded directories."""
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr("transformers.dynamic_module_utils.HF_MODULES_CACHE", str(tmp_path_factory.mktemp("modules")))
         yield
@@ -126,7 +126,7 @@ def model(random_model: Factory) -> TwoTowerForCausalLM:
 
 @pytest.fixture(scope="module")
 def places(model: TwoTowerForCausalLM, golden_dir: Path, tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
-    """Directories an Auto class may be given."""
+    """Directories to load with an Auto class."""
     folder = tmp_path_factory.mktemp("places")
     model.save_pretrained(folder / "saved")
     model.save_pretrained(folder / "sharded", max_shard_size="100KB")
@@ -144,7 +144,7 @@ def places(model: TwoTowerForCausalLM, golden_dir: Path, tmp_path_factory: pytes
         "saved": folder / "saved",
         "sharded": folder / "sharded",
         "remote": folder / "remote",
-        "released": golden_dir / "tiny-hybrid",  # its auto_map names files that are not there
+        "released": golden_dir / "tiny-hybrid",  # its auto_map names files that do not exist
         "plain": folder / "plain",
     }
 
@@ -161,7 +161,7 @@ def plain_nemotron_h() -> NemotronHForCausalLM:
 
 @pytest.fixture(scope="module")
 def reports(places: dict[str, Path], tmp_path_factory: pytest.TempPathFactory) -> dict[str, dict[str, Any]]:
-    """What each case of `CASES` found, in processes of their own."""
+    """The result of each case of `CASES`, each from its own process."""
     paths = json.dumps({name: str(path) for name, path in places.items()})
     environment = os.environ | {"HF_MODULES_CACHE": str(tmp_path_factory.mktemp("modules")), "HF_HUB_OFFLINE": "1"}
     command = [sys.executable, "-c", CHILD, paths, json.dumps(CASES)]
@@ -198,7 +198,7 @@ def test_auto_classes_give_ours_or_one_clear_error(
         if place == "plain":
             own = {"AutoModel": "NemotronHModel", "AutoModelForCausalLM": "NemotronHForCausalLM"}[auto]
             assert outcome.startswith(f"transformers.models.nemotron_h.modeling_nemotron_h.{own} "), case
-        elif place == "released" and trust == "True":  # the user asks for code that is not there
+        elif place == "released" and trust == "True":  # the user requests code that does not exist
             assert "does not appear to have a file named configuration_nemotron_h.py" in outcome, case
         else:
             expected = checksum(TwoTowerForCausalLM.from_pretrained(places[place]))
@@ -420,7 +420,7 @@ def test_generate_refuses_by_name(model: TwoTowerForCausalLM, arguments: dict[st
         model.generate(torch.arange(5, 15)[None], **arguments)
     for name in (*arguments, "generate_mask_diffusion", "generate_ar", "generate_mock_ar"):
         assert name in str(caught.value)
-    with pytest.raises(ArgumentError, match="generation_config"):  # transformers' second place
+    with pytest.raises(ArgumentError, match="generation_config"):  # the second position in transformers
         model.generate(torch.arange(5, 15)[None], object())
 
 

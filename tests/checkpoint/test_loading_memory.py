@@ -1,4 +1,4 @@
-"""Weights are built once: how far anonymous memory rises while a checkpoint is loaded, measured in a fresh process."""
+"""Loading allocates each weight once: the rise of anonymous memory during a load, measured in a new process."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ from twotower.model.fp32_tensors import target_dtype
 
 pytestmark = pytest.mark.skipif(not Path("/proc/self/status").exists(), reason="RssAnon is Linux's")
 
-LIMIT = 1.2  # anonymous memory above the level after import, in weights
+LIMIT = 1.2  # rise of anonymous memory over the level after import, in sizes of the weights
 
 CHILD = """
 import json, os, sys, threading, time
@@ -38,7 +38,7 @@ def watch():
 torch.set_num_threads(1)
 path = sys.argv[1]
 for arguments in json.loads(sys.argv[2]):
-    if os.fork():  # each load in its own process, fresh from the imports
+    if os.fork():  # each load in its own process, forked after the imports
         assert os.wait()[1] == 0
         continue
     before = peak = anonymous()
@@ -95,7 +95,7 @@ def _random(entry: TensorEntry) -> torch.Tensor:
 
 
 def loads(directory: Path, *cases: dict[str, str]) -> list[dict[str, float]]:
-    """For each case's arguments → megabytes of weights, and how far anonymous memory rose at most."""
+    """The megabytes of weights and the maximum rise of anonymous memory, for the arguments of each case."""
     command = [sys.executable, "-c", CHILD, str(directory), json.dumps(cases)]
     done = subprocess.run(command, capture_output=True, text=True, timeout=600)
     assert done.returncode == 0, done.stderr

@@ -1,4 +1,4 @@
-"""What `import twotower` does: it makes transformers' Auto classes recognise two-tower checkpoints, and nothing else.
+"""The effect of `import twotower`: transformers' Auto classes recognise two-tower checkpoints, and nothing else.
 
 Every case runs in a process of its own, because a registration stays for as long as its process.
 """
@@ -52,8 +52,8 @@ ORDERS = {
     "the factory was forgotten": "import twotower, FACTORY; del sys.modules['FACTORY']",
     "a second hook": "import twotower.auto; sys.meta_path.insert(1, twotower.auto._FactoryHook())",
 }
-# Forks for each case from a process in which everything is imported that the factory needs, but not the factory: the
-# class that the factory chooses for each architecture, and how many registrations lie upon one another.
+# Each case runs in a fork of a process that has imported all dependencies of the factory, but not the factory. A case
+# reports the class that the factory selects for each architecture, and the number of nested registrations.
 CHILD = """
 import importlib, json, os, sys
 from types import SimpleNamespace
@@ -80,7 +80,7 @@ for case, code in json.loads(sys.argv[1]).items():
 
 
 def run(code: str, *arguments: str, **variables: str) -> str:
-    """The output of a program in a fresh process."""
+    """The output of a program in a new process."""
     code = code.replace("FACTORY", _FACTORY).replace("MARK", repr(_MARK))
     environment = os.environ | {"HF_HUB_OFFLINE": "1"} | variables
     command = [sys.executable, "-c", code, *arguments]
@@ -90,14 +90,14 @@ def run(code: str, *arguments: str, **variables: str) -> str:
 
 
 def loaded(before: str, checkpoint: Path) -> dict[str, Any]:
-    """What `LOAD` reports after a program has begun with `before`."""
+    """The report of `LOAD` in a program that starts with `before`."""
     report = json.loads(run(before + LOAD, str(checkpoint)).splitlines()[-1])
     assert isinstance(report, dict)
     return report
 
 
 def test_without_the_registration_transformers_builds_its_own_class_with_random_weights(golden_dir: Path) -> None:
-    """Why the registration is needed: there is no error, the class is another, and its weights are drawn at random."""
+    """Without the registration there is no error, but another class with random weights."""
     report = loaded("", golden_dir / "tiny-hybrid")
     assert report["class"].startswith(THEIRS)
     assert not report["stored"]
@@ -111,7 +111,7 @@ def test_with_the_registration_the_checkpoint_is_loaded(golden_dir: Path) -> Non
 
 @pytest.fixture(scope="module")
 def registrations() -> dict[str, list[Any]]:
-    """What `CHILD` found in each case of `ORDERS`."""
+    """The result of `CHILD` in each case of `ORDERS`."""
     out: dict[str, list[Any]] = {}
     orders = json.dumps({case: code.replace("FACTORY", _FACTORY) for case, code in ORDERS.items()})
     for line in run(CHILD, orders).splitlines():
@@ -131,7 +131,7 @@ def test_there_is_one_registration_however_twotower_is_imported(
 
 
 def test_the_import_is_light() -> None:
-    """The modules that the import adds: three of this package, and few of the standard library's."""
+    """The import loads three modules of this package and few of the standard library."""
     code = "import sys; before = set(sys.modules); import twotower; print(*sorted(set(sys.modules) - before))"
     added = run(code).split()
     assert {name for name in added if name.split(".")[0] == "twotower"} == {
@@ -142,7 +142,7 @@ def test_the_import_is_light() -> None:
 
 
 def test_the_import_leaves_the_process_alone() -> None:
-    """Beside the hook: warning filters, signals, the path, the environment, and excepthooks stay as they were."""
+    """Warning filters, signals, the path, the environment and excepthooks do not change."""
     code = """
 import os, signal, sys, warnings
 def state():
@@ -157,7 +157,7 @@ assert len(sys.meta_path) == len(finders) + 1 and sys.meta_path[1:] == finders
 
 
 def fake_transformers(folder: Path, factory: str) -> Path:
-    """A package in which only the module with the Auto classes' factory exists."""
+    """A package with only the factory module of the Auto classes."""
     package = folder / "transformers" / "models" / "auto"
     package.mkdir(parents=True)
     for directory in (package, package.parent, package.parent.parent):

@@ -1,8 +1,8 @@
-"""The context tower against transformers' own `nemotron_h`, with the same weights.
+"""The context tower against `nemotron_h` of transformers, with the same weights.
 
-transformers computes norms, scan and router in fp32 whatever the model's dtype, so a float64 model of theirs is
-little more exact than an fp32 one: both are held to fp32 tolerances. Their left-out expert groups score −∞ and ours
-(the reference's rule) 0, which differs only where biased scores are negative: here they are positive.
+transformers computes norms, scan and router in fp32 in a model of any dtype, so float64 is not more exact. The tests
+use the tolerances of fp32 for both. Experts of groups that are not selected score −∞ in transformers, and 0 here, as in
+the public reference. The results differ only for negative biased scores; those of these tests are positive.
 """
 
 from __future__ import annotations
@@ -33,7 +33,7 @@ theirs: Callable[[TwoTowerForCausalLM], NemotronHForCausalLM] = run_path(str(BAS
 
 
 def agree(ours: Tensor, other: Tensor, dtype: torch.dtype = torch.float32) -> None:
-    assert other.std() > 1  # so that the tolerance means something
+    assert other.std() > 1  # so that the tolerance is meaningful
     torch.testing.assert_close(ours.float(), other.float(), rtol=0, atol=1e-4 if dtype == torch.float64 else 3e-4)
 
 
@@ -59,7 +59,7 @@ def test_logits_of_whole_sequences(name: str, dtype: torch.dtype) -> None:
 
 @pytest.mark.parametrize("name", MODELS)
 def test_logits_after_prefill_and_extend(name: str) -> None:
-    """Theirs in one pass; ours read in parts of many widths, with rows that lag behind each other."""
+    """transformers in one pass; twotower in chunks of many widths, with rows at different positions."""
     pattern, overrides = MODELS[name]
     model = build_random_model(pattern, seed=1, **overrides)
     tokens = some_tokens(3, 60)
@@ -76,7 +76,7 @@ def test_logits_after_prefill_and_extend(name: str) -> None:
 
 
 def test_logits_with_padding_on_either_side() -> None:
-    """At the tokens that count, `attention_mask` gives what the row gives alone."""
+    """With `attention_mask`, the logits of real tokens equal those of the row alone."""
     model = build_random_model()
     hf, tokens = theirs(model), some_tokens(2, 20)
     for kept in (slice(0, 13), slice(7, 20)):

@@ -1,4 +1,4 @@
-"""Time conditioning remembers the values of t that it has met, on a processor and without gradients."""
+"""Time conditioning caches its results by t, on a CPU and without gradients."""
 
 from __future__ import annotations
 
@@ -25,7 +25,7 @@ def parts(time: TimeConditioning, t: torch.Tensor) -> torch.Tensor:
 
 def test_what_is_remembered_is_what_would_be_formed(time: TimeConditioning) -> None:
     t = torch.tensor([0.5, 1.0, 0.25, 0.5]).double()
-    formed = parts(time, t)  # with gradients nothing is remembered
+    formed = parts(time, t)  # with gradients nothing is cached
     assert formed.requires_grad
     assert not time._cached
     with torch.no_grad():

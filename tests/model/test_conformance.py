@@ -22,7 +22,7 @@ from twotower.ops.reference.attention import CachedKV
 pytestmark = pytest.mark.code_path
 FIXTURES = ("tiny-hybrid", "tiny-groups")
 LOGITS, STATES, LOGITS_WITH_T, TIME, CONFIDENCE = 2e-4, 1e-4, 2e-3, 1e-4, 1e-3
-PROMPT = 23  # tokens of the prompts whose states are golden
+PROMPT = 23  # tokens of the prompts of the golden states
 
 
 class Golden:
@@ -73,7 +73,7 @@ def test_context_logits_of_whole_sequences(golden: Golden) -> None:
 
 @pytest.mark.parametrize("path", ["forward", "extend"])
 def test_context_layer_by_layer(golden: Golden, path: str) -> None:
-    """Both ways through the tower: whole sequences without state, and the verb that writes one."""
+    """Whole sequences without state, and the passes that write a state."""
     model, tokens = golden.model, golden["full/b1_len17/ids"]
     inputs: dict[str, Tensor] = {}
     routed: dict[str, tuple[Tensor, Tensor]] = {}
@@ -121,7 +121,7 @@ def check_state(golden: Golden, state: TowerState, where: str) -> None:
             close((keys if kind == "k" else values)[:, :, :length], expected, STATES, name)
         else:
             assert isinstance(pool, MambaPool)
-            if kind == "conv":  # the oldest of the reference's columns is never read again: ours has one fewer
+            if kind == "conv":  # the reference keeps one older column, which it never reads
                 close(pool.conv_window.transpose(1, 2), expected[..., 1:], STATES, name)
             else:
                 close(pool.ssm_state, expected, STATES, name)
@@ -198,7 +198,7 @@ def test_denoiser_layer_by_layer(golden: Golden) -> None:
 
 def test_time_conditioning(golden: Golden) -> None:
     t, time = golden["time/t"], golden.model.time
-    # The argument reaches 1000, where fp32 is good to a few 1e-5.
+    # Arguments reach 1000, where the error of fp32 is a few 1e-5.
     close(timestep_sinusoid(t, torch.float32), golden["time/sinusoid"], TIME)
     embedded = time.t_embedder(t)
     close(embedded, golden["time/t_embedder_out"], TIME)
@@ -225,7 +225,7 @@ def run(model: TwoTowerForCausalLM, case: dict[str, Any], row: int | None = None
 
 
 def trimmed(tokens: list[int], eos: int | None) -> list[int]:
-    """Up to and including EOS: what the reference keeps after it, ours leaves out."""
+    """Tokens up to EOS; the reference keeps tokens after EOS, twotower does not."""
     return tokens[: tokens.index(eos) + 1] if eos in tokens else tokens
 
 
@@ -271,7 +271,7 @@ def test_every_denoising_step_of_every_case_with_one_prompt(golden: Golden) -> N
 
 @pytest.mark.parametrize("mode", MODES)
 def test_a_batch_gives_each_row_what_it_gets_alone(golden: Golden, mode: str) -> None:
-    """Where the reference couples rows (one t and one commit count for the batch, one EOS for all), ours does not."""
+    """The reference couples rows (one t, one commit count, one EOS for the batch); twotower does not."""
     for name, case in cases(golden, mode, rows=2).items():
         eos = case["eos_token_id"]
         for row, tokens in enumerate(run(golden.model, case)):
@@ -288,8 +288,8 @@ def test_a_batch_gives_each_row_what_it_gets_alone(golden: Golden, mode: str) ->
 
 
 def test_golden_values_are_all_compared(golden: Golden) -> None:
-    """Every tensor has a test above: a new kind of golden value must not go unnoticed."""
-    batch_traces = ("gen/diffusion_batch2",)  # the reference's rows share t there, ours do not
+    """Every golden tensor has a test above, so a new kind of golden value fails here."""
+    batch_traces = ("gen/diffusion_batch2",)  # in the reference, rows share t there
     compared = ("full/", "layers/ctx/", "layers/den_t0.5/", "state/", "den/", "time/", "gen/")
     assert all(name.startswith(compared) for name in golden.tensors)
     traced = {name.split("/")[1] for name in golden.names("gen/", "/predicted") if not name.startswith(batch_traces)}

@@ -1,4 +1,4 @@
-"""The towers without their Hugging Face face, and what belongs to a model: names, runners, prepared passes."""
+"""`TwoTowerModel` without transformers, and the parts of a model: names, runners, prepared passes."""
 
 from __future__ import annotations
 
@@ -32,7 +32,7 @@ def fused(model: TwoTowerModel) -> FusedCPURunner:
 
 @torch.no_grad()
 def logits_of(model: TwoTowerModel) -> list[Tensor]:
-    """Of a prefill, an extend and a denoising pass."""
+    """Logits of a prefill, an extend and a denoising pass."""
     state = model.new_state(2, 16)
     first = model.prefill(TOKENS, torch.tensor([3, 2]), state)
     second = model.extend(TOKENS.flip(1), state)
@@ -41,7 +41,7 @@ def logits_of(model: TwoTowerModel) -> list[Tensor]:
 
 
 def test_names_in_memory_and_on_disk() -> None:
-    """Every key of a state dict has a place in the checkpoint, every tensor of the checkpoint a key."""
+    """The keys of a state dict and the tensors of a checkpoint match one to one."""
     model = TwoTowerForCausalLM.from_pretrained(bundled_model())
     entries = names.tensor_entries(model)
     assert {entry.memory for entry in entries} == set(model.state_dict())
@@ -50,7 +50,7 @@ def test_names_in_memory_and_on_disk() -> None:
 
 
 def test_the_towers_need_no_hugging_face_class() -> None:
-    """The same keys, the same logits; only the class of the face has runners."""
+    """The same keys and logits; only `TwoTowerForCausalLM` has runners."""
     face = build_random_model(EVERY_KIND, dtype=torch.float64)
     plain = TwoTowerModel(face.config).double().eval()
     assert list(plain.state_dict()) == list(face.state_dict())
@@ -78,7 +78,7 @@ def test_runners_of_a_copy_are_its_own(towers: Any) -> None:
 @compiled
 @pytest.mark.parametrize("how", ["release", "move", "dtype", "place"])
 def test_releasing_frees_what_was_prepared(how: str) -> None:
-    """As a change of dtype or device does; the workspace goes too, and the model computes as before."""
+    """As a change of dtype or device does; `release` also frees the workspace. Results do not change."""
 
     class Workspace:
         released = 0

@@ -1,4 +1,4 @@
-"""AVX2: see `code_paths`. A file for each path, so that several workers share them."""
+"""AVX2. Runs `code_paths`; one file a path, so that test workers can share the paths."""
 
 from __future__ import annotations
 

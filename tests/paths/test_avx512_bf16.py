@@ -1,4 +1,4 @@
-"""AVX-512 with bf16 products: see `code_paths`. A file for each path, so that several workers share them."""
+"""AVX-512 with bf16 products. Runs `code_paths`; one file a path, so that test workers can share the paths."""
 
 from __future__ import annotations
 

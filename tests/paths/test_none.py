@@ -1,4 +1,4 @@
-"""No kernels of this package: see `code_paths`. A file for each path, so that several workers share them."""
+"""No kernels of this package. Runs `code_paths`; one file a path, so that test workers can share the paths."""
 
 from __future__ import annotations
 

@@ -1,7 +1,7 @@
-"""Passes recorded once and replayed, as on a GPU: here the capturer traces a pass and plays its operations again.
+"""`CUDAGraphRunner` on a CPU: the capturer traces the operations of a pass and replays them.
 
-A trace holds every operation with the addresses and the host's numbers of the moment, as a CUDA graph does, and it
-cannot be made of a pass that asks the host anything on the way.
+Like a CUDA graph, a trace fixes all addresses and all numbers of the host. Tracing fails for a pass that reads values
+on the host.
 """
 
 from __future__ import annotations
@@ -28,7 +28,7 @@ from twotower.runners.cuda_graph import CUDAGraphRunner
 
 
 def graphs(tower: Tower) -> CUDAGraphRunner:
-    """The tower's runner of graphs."""
+    """The CUDA graph runner of a tower."""
     (runner,) = (runner for runner in tower.runners if isinstance(runner, CUDAGraphRunner))
     return runner
 
@@ -40,7 +40,7 @@ def model() -> TwoTowerForCausalLM:
 
 @pytest.fixture
 def made(monkeypatch: pytest.MonkeyPatch) -> list[int]:
-    """Passes are recorded on the CPU, by plain torch → grows by one with each recording."""
+    """Captures passes on the CPU by tracing torch operations → a list that grows with each capture."""
     recordings: list[int] = []
 
     def record(compute: Callable[[], PassResult]) -> tuple[Callable[[], object], PassResult]:
@@ -53,11 +53,13 @@ def made(monkeypatch: pytest.MonkeyPatch) -> list[int]:
                 place.copy_(value)
 
         for place in _tensors(result):
-            place.fill_(float("nan"))  # nothing of the first run may be taken for a replay's
+            place.fill_(float("nan"))  # so that results of the first run are not taken for those of a replay
         return replay, result
 
     only_torch(monkeypatch)
-    experts = tuple(b for b in registry.REGISTRY["experts"] if b.name == "gathered")  # what a GPU without bf16 takes
+    experts = tuple(
+        b for b in registry.REGISTRY["experts"] if b.name == "gathered"
+    )  # the backend for a GPU without bf16
     monkeypatch.setattr(registry, "REGISTRY", registry.REGISTRY | {"experts": experts})
     monkeypatch.setattr(cuda_graph, "cuda_graph_unsupported_reason", lambda device: None)
     monkeypatch.setattr(cuda_graph, "capturer", lambda device, pool: record)
@@ -68,7 +70,7 @@ def made(monkeypatch: pytest.MonkeyPatch) -> list[int]:
 def test_an_engine_writes_the_same_from_few_recordings(
     model: TwoTowerForCausalLM, made: list[int], monkeypatch: pytest.MonkeyPatch, ahead: bool
 ) -> None:
-    """Rows come and go, of all modes and lengths; contexts grow; a slot that is used again holds another text."""
+    """Rows of all modes and lengths start and end, contexts grow, and slots are reused."""
     rng = random.Random(5)
     requests = [some_request(rng) for _ in range(8)]
     requests = [replace(one, params=replace(one.params, block_size=2, max_new_tokens=9)) for one in requests]
@@ -106,12 +108,12 @@ def test_a_recording_serves_other_numbers_of_rows_and_other_contexts(
             patch.setattr(CUDAGraphRunner, "run", lambda *_: None)
             torch.manual_seed(rows)
             assert torch.allclose(replayed, passes(tokens), rtol=1e-11, atol=1e-11)
-    # Of four rows, a commit on an empty context and on one, and a denoising pass; pools of another state lie elsewhere.
+    # Four rows: extend on an empty and on a filled context, and a denoising pass; each state has pools of its own.
     assert len(made) <= 6
 
 
-def test_what_is_replaced_or_watched_is_not_replayed(model: TwoTowerForCausalLM, made: list[int]) -> None:
-    """A recording would not see it."""
+def test_replaced_modules_and_hooks_disable_graphs(model: TwoTowerForCausalLM, made: list[int]) -> None:
+    """A graph would not call a replaced module."""
     tokens = torch.randint(64, (2, 3))
 
     def read() -> Tensor:
@@ -135,7 +137,7 @@ def test_what_is_replaced_or_watched_is_not_replayed(model: TwoTowerForCausalLM,
 def test_a_recording_that_differs_is_refused_aloud(
     model: TwoTowerForCausalLM, made: list[int], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """As a capture that fails is; the layers one by one do the work, and nobody tries again."""
+    """After a failed or wrong capture, the layers run one by one, and there is no further capture."""
     real = cuda_graph.capturer(torch.device("cpu"), cuda_graph.MemoryPool())
 
     def wrong(compute: Callable[[], PassResult]) -> tuple[Callable[[], object], PassResult]:

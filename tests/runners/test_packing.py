@@ -1,4 +1,4 @@
-"""Copies of weights in a packed layout: the same products, for any size, and never of a weight as it was."""
+"""Packed weights: the same products for all sizes, and no use of the copy of a changed weight."""
 
 from __future__ import annotations
 
@@ -49,7 +49,7 @@ def test_products_of_any_size(tokens: int, width: int, out: int, dtype: torch.dt
 
 @pytest.mark.parametrize("dtype", NARROW)
 def test_a_tokens_result_does_not_depend_on_its_neighbours(dtype: torch.dtype) -> None:
-    """Bit for bit, whatever tile it falls into; nor on the number of threads."""
+    """Bit for bit, in any tile and with any number of threads."""
     randn = self_check_cases.Randn(2, CPU)
     x, weight = randn(60, 301).to(dtype), randn(170, 301).to(dtype)
     packed = kernels.pack(weight)
@@ -67,7 +67,7 @@ def test_a_tokens_result_does_not_depend_on_its_neighbours(dtype: torch.dtype) -
 @pytest.mark.parametrize("dtype", NARROW)
 @pytest.mark.parametrize("which", [(True, True), (True, False), (False, True)])
 def test_experts(which: tuple[bool, bool], dtype: torch.dtype) -> None:
-    """Odd widths; one of the two may have lost its copy."""
+    """Odd widths; one of the two weights may have no packed copy."""
     randn = self_check_cases.Randn(3, CPU)
     up, down = randn(5, 27, 39).to(dtype) / 4, randn(5, 39, 27).to(dtype) / 4
     copies = tuple(kernels.pack(weight) if wanted else None for weight, wanted in zip((up, down), which, strict=True))
@@ -144,7 +144,7 @@ def test_a_weight_changed_in_place_has_no_copy() -> None:
 
 
 def test_another_weight_at_the_same_address_has_no_copy() -> None:
-    """Same address, dtype and version: it is another tensor."""
+    """A different tensor with the same address, dtype and version."""
     layer = Linear(24, 40, bias=False)
     layer.weight = nn.Parameter(torch.randn(40, 24))
     packing.pack_weights(layer)
@@ -156,7 +156,7 @@ def test_another_weight_at_the_same_address_has_no_copy() -> None:
 
 @pytest.mark.parametrize("change", ["step", "load", "assign", "to and fro", "replace"])
 def test_a_model_changed_in_any_way_says_what_it_now_is(change: str) -> None:
-    """Whole towers too, which look at their weights once a pass."""
+    """Also for the fused runner, which checks the weights once a pass."""
     model = build_random_model(EVERY_KIND, dtype=torch.float32)
     model.pack()
     tower, tokens = model.context, torch.tensor([[5, 6, 7]])
@@ -208,7 +208,7 @@ def test_what_cannot_be_packed_is_left() -> None:
     for unfit in (weight.double(), weight.t(), weight.to("meta"), weight[0]):
         assert kernels.pack(unfit) is None
     with torch.inference_mode():
-        assert kernels.pack(torch.randn(8, 8)) is None  # nobody counts its changes
+        assert kernels.pack(torch.randn(8, 8)) is None  # such a tensor has no version counter
     assert build_random_model("M*", dtype=torch.float64).pack() == 0
 
 
@@ -227,7 +227,7 @@ def test_loading_packs_where_there_is_room(monkeypatch: pytest.MonkeyPatch) -> N
 
 
 def test_verified_is_ar_when_packed() -> None:
-    """As without copies: a checked block and single steps give the same bits."""
+    """As without packed weights: a verified block and single steps give the same bits."""
     model = model_loading.load_model(bundled_model(), dtype="float32")
     prompts = [model.tokenizer(text)["input_ids"] for text in ("User: I need a taxi.", "12+30=", "User: Hi")]
     texts: list[Any] = []
