@@ -27,8 +27,10 @@ ROWS: tuple[tuple[tuple[int, Kind], ...], ...] = (
 
 
 def document(length: int, kind: Kind, seed: int = 0) -> Document:
-    """Random words. bos: begins with BOS, ends with EOS; prompted: a third is the prompt, ends with EOS; plain: trained
-    from the first token; fragment: without an end, so that an incomplete last block is not trained."""
+    """Random words of a kind. bos: begins with BOS, ends with EOS. prompted: a third is the prompt, ends with EOS.
+
+    plain: trained from the first token. fragment: has no end, so an incomplete last block is not trained.
+    """
     tokens = np.random.default_rng([seed, length]).integers(4, 64, length).astype(np.int32)
     if kind in ("bos", "prompted") and length > 1:
         tokens[0], tokens[-1] = BOS, EOS
@@ -88,7 +90,7 @@ def case(
 
 
 class Block(NamedTuple):
-    """One block of one document: columns lo … hi of its row, of a document whose first column is `first`."""
+    """One block of one document: positions lo … hi of its row; `first` is the document's first position."""
 
     row: int
     number: int
@@ -98,7 +100,7 @@ class Block(NamedTuple):
 
 
 def blocks_of(batch: Batch, block_size: int) -> Iterator[Block]:
-    """Blocks by row and column, without leading padding, and without blocks that end in padding."""
+    """The blocks by row and position, without leading padding, and without blocks that end in padding."""
     for row, owner in enumerate(batch.document.tolist()):
         for number in sorted(set(owner) - {-1}):
             first, end = owner.index(number), len(owner) - owner[::-1].index(number)

@@ -1,4 +1,4 @@
-"""Text → batches: no document lost or mixed with another, however many ranks; no batch changed by resuming."""
+"""From text to batches: no document is lost or mixed with another, for any number of ranks and after resuming."""
 
 from __future__ import annotations
 
@@ -75,7 +75,7 @@ def texts(count: int, seed: int = 0, name: str = "") -> list[str]:
 
 
 def write_jsonl(path: Path, lines: Sequence[Any]) -> str:
-    """Objects as JSON, strings as they are: one a line."""
+    """Writes one item a line: objects as JSON, strings as they are."""
     data = "".join((line if isinstance(line, str) else json.dumps(line)) + "\n" for line in lines).encode()
     path.write_bytes(gzip.compress(data) if path.suffix == ".gz" else data)
     return str(path)
@@ -96,7 +96,7 @@ def batches_of(rows: RowLoader, count: int) -> list[Batch]:
 
 
 def documents_of(batches: Sequence[Batch]) -> list[list[int]]:
-    """Each document's own tokens, as they stand in the batches."""
+    """The tokens of each document, in the order of the batches."""
     found = []
     for batch in batches:
         for row in range(len(batch)):
@@ -201,7 +201,7 @@ def test_vocabulary_mismatches(tokenizer: Tokenizer, options: dict[str, Any], me
 
 def test_an_id_outside_the_vocabulary_is_an_error() -> None:
     class Odd:
-        """A tokenizer whose length hides its highest id."""
+        """A tokenizer whose length is not its highest id + 1."""
 
         def __len__(self) -> int:
             return 10
@@ -253,7 +253,7 @@ def test_packing(documents: list[Document], offset: Any) -> None:
     for token in tokens[batch.text].tolist():
         found.setdefault(token // 1000, []).append(token % 1000)
     assert found == {n: document.tokens.tolist() for n, document in enumerate(documents)}
-    # outside documents' own tokens: padding, or EOS of a document that ends
+    # outside documents: padding, or repeated EOS of a document that ends
     assert (tokens[number < 0] == PAD).all()
     assert (tokens[(number >= 0) & ~batch.text] == EOS).all()
     assert not (batch.text & (number < 0)).any()
@@ -263,7 +263,7 @@ def test_packing(documents: list[Document], offset: Any) -> None:
     assert all(len(set(block.tolist()) - {-1}) <= 1 for block in blocks.flatten(0, 1))
     trained = batch.denoised.reshape(len(batch), -1, BLOCK)
     assert torch.equal(trained.all(-1), trained.any(-1))
-    # what is denoised: every full block of no context-only token
+    # denoised: every full block without context-only tokens
     for row, columns in enumerate(blocks):
         for block, inside in enumerate(columns):
             own = tokens[row].reshape(-1, BLOCK)[block][batch.text[row].reshape(-1, BLOCK)[block]].tolist()
@@ -274,7 +274,7 @@ def test_packing(documents: list[Document], offset: Any) -> None:
 @settings(max_examples=100, deadline=None)
 @given(document=a_document(), offset=st.sampled_from(["random", "fixed"]))
 def test_one_document(document: Document, offset: Any) -> None:
-    """Its lead, its end and, if it is longer than a row, its pieces."""
+    """A document's lead, its end and, if it is longer than a row, its pieces."""
     rows, batch = pack([document], offset)
     first = rows[0][0]
     if document.prompted:
@@ -287,7 +287,7 @@ def test_one_document(document: Document, offset: Any) -> None:
     eos = -columns % BLOCK if document.ends else 0
     assert filled == len(document.tokens) + eos
     assert [piece.ends for row in rows for piece in row] == [False] * (len(rows) - 1) + [document.ends]
-    if document.ends and columns > first.lead + document.context:  # the last block is denoised, EOS repeats included
+    if document.ends and columns > first.lead + document.context:  # the last block is denoised with its repeated EOS
         assert batch.denoised[-1, (columns - 1) % LENGTH // BLOCK * BLOCK] or columns <= BLOCK or document.context
 
 
@@ -330,7 +330,7 @@ def test_prompts_are_marked() -> None:
     found: dict[int, list[int]] = {}
     for token in batch.tokens[batch.prompt].tolist():
         found.setdefault(token // 1000, []).append(token % 1000)
-    assert found == {0: list(range(10, 16)), 2: list(range(10, 31))}  # the third is cut inside its prompt
+    assert found == {0: list(range(10, 16)), 2: list(range(10, 31))}  # the third document is cut inside its prompt
     assert not (batch.prompt & batch.denoised).any()
 
 
@@ -468,7 +468,7 @@ def test_bad_records_are_counted_named_and_skipped(tmp_path: Path, streaming: bo
     batches = until_the_end(rows)
     assert len(documents_of(batches)) == 16
     found = rows.statistics()
-    assert found.bad == {str(path): 9}  # each once, however many epochs
+    assert found.bad == {str(path): 9}  # each once, for any number of epochs
     for place_and_reason in found.first_bad:
         assert place_and_reason.startswith(f"{path} line ")
     reasons = rows.sources[0].bad
@@ -563,7 +563,7 @@ Kind = str
 
 
 def mixed(folder: Path, kind: Kind, **options: Any) -> list[Source]:
-    """One source of each way of reading, with bad records among the good ones."""
+    """One source for each way of reading, with bad records among good ones."""
     if not folder.exists():
         folder.mkdir()
         lines: list[Any] = as_records(texts(300, 1, "j"))
@@ -612,7 +612,7 @@ def test_resuming_changes_nothing(folder: Path, encoder: Encoder, kind: Kind, af
     again.load_state_dict(torch.load(kept, weights_only=True))
     assert all(same(a, b) for a, b in zip(batches_of(again, 40), wanted, strict=True))
     assert again.statistics() == whole.statistics()
-    used = rows_of(mixed(folder, kind, held_out_fraction=0.1), encoder)  # a state may also be loaded over another
+    used = rows_of(mixed(folder, kind, held_out_fraction=0.1), encoder)  # a state can replace another state
     batches_of(used, 11)
     kept.seek(0)
     used.load_state_dict(torch.load(kept, weights_only=True))
@@ -643,13 +643,13 @@ def test_resuming_with_another_number_of_ranks(folder: Path, encoder: Encoder, k
 
 @pytest.mark.parametrize(("before", "size"), [(8, 4), (4, 8)])
 def test_block_sizes_change_between_stages(tmp_path: Path, encoder: Encoder, before: int, size: int) -> None:
-    """As a trainer does: `use` before each batch, a state between any two."""
+    """Like a trainer: `set_block_size` before each batch, a state between any two batches."""
     records = [{"text": text, "prompt": "the cat"} if i % 3 else {"text": text} for i, text in enumerate(texts(90))]
     path = write_jsonl(tmp_path / "a.jsonl", records)
     whole, states, batches = rows_of([Source(path)], encoder, block_size=before), [], []
     for step in range(20):
         states.append(whole.state_dict())
-        whole.use(before if step < 10 else size)
+        whole.set_block_size(before if step < 10 else size)
         batches.append(whole.next())
     for batch in batches[10:]:
         blocks = batch.document.reshape(4, -1, size)
@@ -662,10 +662,10 @@ def test_block_sizes_change_between_stages(tmp_path: Path, encoder: Encoder, bef
             again = rows_of([Source(path)], encoder, block_size=block_size)
             again.load_state_dict(states[after])
             for step in range(after, 20):
-                again.use(before if step < 10 else size)
+                again.set_block_size(before if step < 10 else size)
                 assert same(again.next(), batches[step])
     with pytest.raises(ArgumentError, match="row_length is 48; give a multiple of the block size, 5"):
-        whole.use(5)
+        whole.set_block_size(5)
 
 
 def test_seeds_and_offsets(folder: Path, encoder: Encoder) -> None:
@@ -723,13 +723,13 @@ def test_weights_are_shares_of_documents(
     rows = rows_of(sources, encoder, max_epochs=max_epochs, row_length=128)
     found = Counter(text[0] for text in decoded(tokenizer, batches_of(rows, 15)))
     assert abs(found["b"] / found.total() - 0.75) < 4 * math.sqrt(0.19 / found.total())
-    if max_epochs:  # when one source is over, the other's documents follow
+    if max_epochs:  # when one source is exhausted, the other's documents follow
         rest = Counter(text[0] for text in decoded(tokenizer, until_the_end(rows)))
         assert found + rest == {"a": 800, "b": 800}
 
 
 def test_documents_of_any_length(tmp_path: Path, encoder: Encoder) -> None:
-    """Longer than many rows, and next to nothing."""
+    """Documents longer than many rows, and very short ones."""
     path = write_jsonl(tmp_path / "a.jsonl", as_records([" ".join(WORDS * 40), "a", "b", " ".join(WORDS)]))
     rows = rows_of([Source(path)], encoder, batch_size=2, row_length=LENGTH, max_epochs=1)
     total = sum(int(batch.text.sum()) for batch in until_the_end(rows))
@@ -898,7 +898,7 @@ def test_no_held_out_documents(tmp_path: Path, encoder: Encoder) -> None:
         held_out([source], encoder)
 
 
-# --- draws --------------------------------------------------------------------------------------------------------
+# --- keyed random numbers --------------------------------------------------------------------------------------
 
 
 def test_permutations_are_of_their_key_for_ever() -> None:

@@ -1,4 +1,4 @@
-"""The curves: pictures of any log that a run can leave behind, and one clear line for anything else."""
+"""The curves: pictures of any log that a run can leave, and a one-line error for anything else."""
 
 from __future__ import annotations
 
@@ -76,7 +76,9 @@ def test_whatever_a_run_has_logged_is_drawn(name: str, tmp_path: Path) -> None:
 
 
 def test_the_verb(tmp_path: Path) -> None:
-    run = write(tmp_path / "run", LOGS["denoiser"], tail='{"step": 5, "loss"')  # a kill in the middle of a line
+    run = write(
+        tmp_path / "run", LOGS["denoiser"], tail='{"step": 5, "loss"'
+    )  # the process was killed in the middle of a line
     said = CliRunner().invoke(curves, [str(run)])
     assert said.exit_code == 0
     assert said.stdout.split() == [str(run / "training.png"), str(run / "validation.png")]

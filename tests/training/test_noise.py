@@ -1,4 +1,4 @@
-"""What is masked: a pure function of seed and row, only where a block is trained, with probability t."""
+"""Masks are a pure function of seed and row, only in trained blocks, with probability t."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ SCOPES = pytest.mark.parametrize("scope", NOISE_SCOPES)
 
 
 def wide(rows: int, length: int, first_index: int = 0, documents: int = 1) -> Batch:
-    """Rows of plain documents that are masked everywhere."""
+    """Rows of plain documents in which every position is masked."""
     return packed([[(length // documents, "plain")] * documents] * rows, 4, offset="fixed", first_index=first_index)
 
 
@@ -28,14 +28,14 @@ def same(a: Corruption, b: Corruption) -> bool:
 
 @SCOPES
 def test_noise_is_a_function_of_seed_and_row_number(scope: NoiseScope) -> None:
-    """Not of the batch it is drawn in, the order of rows, or the tokens."""
+    """Noise does not depend on the batch, the order of rows or the tokens."""
     batch = packed(ROWS, first_index=40)
     noise = corrupt(batch, 4, 3, scope)
     torch.manual_seed(0)
     before = torch.get_rng_state()
     for r in range(len(batch)):
         assert same(corrupt(batch.rows(slice(r, r + 1)), 4, 3, scope), noise.rows(slice(r, r + 1)))
-    assert torch.equal(torch.get_rng_state(), before)  # nobody's generator is used
+    assert torch.equal(torch.get_rng_state(), before)  # no global generator is used
     turned = Batch(*(value.flip(0) for value in vars(batch).values()))
     assert same(corrupt(turned, 4, 3, scope), Corruption(noise.t.flip(0), noise.masked.flip(0)))
     assert same(corrupt(replace(batch, tokens=batch.tokens + 1), 4, 3, scope), noise)
@@ -46,7 +46,7 @@ def test_noise_is_a_function_of_seed_and_row_number(scope: NoiseScope) -> None:
 
 @SCOPES
 def test_only_trained_blocks_are_masked_and_all_of_them(scope: NoiseScope) -> None:
-    """Neither padding nor context, but a document's first token where it is trained and the EOS after its end."""
+    """Padding and context are not masked; a trained first token and repeated EOS are."""
     batch = packed()
     ever = torch.zeros_like(batch.denoised)
     for seed in range(120):
@@ -70,7 +70,7 @@ def test_what_shares_a_level() -> None:
 
 @SCOPES
 def test_each_token_is_masked_with_probability_t(scope: NoiseScope) -> None:
-    """In every document of every row, and independently of its neighbour."""
+    """In every document of every row, independently of neighbours."""
     batch = wide(rows=24, length=1600, documents=2)
     noise = corrupt(batch, 4, 0, scope)
     level = noise.t.repeat_interleave(4, 1)
@@ -86,20 +86,20 @@ def test_each_token_is_masked_with_probability_t(scope: NoiseScope) -> None:
 @SCOPES
 @pytest.mark.parametrize("seed", [0, 1, 12345])
 def test_levels_are_uniform_and_evenly_spread(scope: NoiseScope, seed: int) -> None:
-    """Over [1e-3, 1], over successive rows or over the blocks of one: no gap much wider than a share."""
+    """Levels over [1e-3, 1], of successive rows or of the blocks of a row, have no large gap."""
     batch = wide(rows=2 if scope == "block" else 200, length=1600 if scope == "block" else 8)
     t = corrupt(batch, 4, seed, scope).t
     assert t.dtype == torch.float32
     levels = t[0] if scope == "block" else t[:, 0]
     assert levels.min() >= LOWEST_NOISE
     assert levels.max() <= 1
-    # Documents of different rows are drawn at random, so they spread as random numbers do (Kolmogorov–Smirnov, 1e-4).
+    # Documents of different rows are drawn at random, so they pass a Kolmogorov–Smirnov test at 1e-4.
     distance = furthest_from_uniform(levels)
     assert distance < (2.23 / 200**0.5 if scope == "document" else 3 / len(levels))
 
 
 def furthest_from_uniform(levels: Tensor) -> float:
-    """Kolmogorov and Smirnov's distance from the uniform distribution on [1e-3, 1]."""
+    """The Kolmogorov–Smirnov distance from the uniform distribution on [1e-3, 1]."""
     ordered = (levels.double().sort().values - LOWEST_NOISE) / (1 - LOWEST_NOISE)
     rank = torch.arange(1, len(ordered) + 1, dtype=torch.float64) / len(ordered)
     return float((ordered - rank).abs().max())

@@ -1,4 +1,4 @@
-"""The objective: one pass over all blocks of packed rows is what generation does block by block, gradients included."""
+"""The objective: one pass over all blocks of packed rows equals generation block by block, with gradients."""
 
 from __future__ import annotations
 
@@ -29,12 +29,12 @@ from twotower.training import objective as objective_module
 from twotower.training.noise import Corruption, NoiseScope
 from twotower.training.objective import AutoregressiveObjective
 
-EXACT, SINGLE = 1e-9, 1e-5  # largest deviation in float64 and fp32, in units of a tensor's largest entry
+EXACT, SINGLE = 1e-9, 1e-5  # largest deviation in float64 and fp32, relative to a tensor's largest element
 KINDS = ["M", "*", "E", "-", EVERY_KIND]
 
 
 def gradients(loss: Tensor, model: nn.Module) -> dict[str, Tensor]:
-    """Of every parameter that the loss reaches, by its name in the model; the graph is kept."""
+    """Gradients of every parameter that the loss reaches, by name in the model; the graph is kept."""
     names, parameters = zip(*model.named_parameters(), strict=True)
     needed = [p for p in parameters if p.requires_grad]
     found = iter(torch.autograd.grad(loss, needed, allow_unused=True, retain_graph=True))
@@ -42,7 +42,7 @@ def gradients(loss: Tensor, model: nn.Module) -> dict[str, Tensor]:
 
 
 def same(loss: Tensor, naive: Tensor, model: nn.Module, tolerance: float, label: str = "") -> None:
-    """Equal losses, and equal gradients of whatever is to be trained."""
+    """Compares losses, and gradients of all trained parameters."""
     assert deviation(loss, naive) < tolerance
     fast, slow = gradients(loss, model), gradients(naive, model)
     assert {n for n, g in fast.items() if g.any()} == {n for n, g in slow.items() if g.any()}
@@ -59,7 +59,7 @@ def same(loss: Tensor, naive: Tensor, model: nn.Module, tolerance: float, label:
     ("pattern", "block_size"), [*((p, 4) for p in KINDS), *((EVERY_KIND, size) for size in (1, 2, 7, 20))]
 )
 def test_one_pass_over_all_blocks_equals_generation_block_by_block(pattern: str, block_size: int) -> None:
-    """Every loss, and the gradient of every parameter of both towers; blocks from one token to more than a chunk."""
+    """All losses and gradients of both towers; blocks from one token to more than a chunk."""
     step = case(pattern, block_size)
     training = objective(step.model, train_context=True)
     nll, _ = training.denoise(step.batch, step.noise, block_size)
@@ -74,7 +74,7 @@ def test_one_pass_over_all_blocks_equals_generation_block_by_block(pattern: str,
 
 
 def test_the_denoiser_reads_the_blocks_that_have_masks() -> None:
-    """No others; and where nothing at all is masked, there is still a loss, of 0, and gradients of 0."""
+    """The denoiser runs no other blocks; without any mask, loss and gradients are 0."""
     step = case()
     training = objective(step.model)
     read: list[Tensor] = []
@@ -95,7 +95,7 @@ def test_the_denoiser_reads_the_blocks_that_have_masks() -> None:
 
 
 def test_the_batch_has_what_it_should() -> None:
-    """Documents that begin anywhere in a block, blocks of context only, masks on the EOS after a document's end."""
+    """Documents begin anywhere in a block; there are context-only blocks, and masks on repeated EOS."""
     step = case()
     leads = [b.lo % 4 for b in blocks_of(step.batch, 4) if b.lo == b.first]
     assert len(set(leads)) > 2
@@ -141,7 +141,7 @@ LONGER = ((((1300, "bos"), (700, "prompted")), ((5, "plain"), (1100, "bos"), (60
 
 @pytest.mark.parametrize(("rows", "scope"), [LONG, pytest.param(*LONGER, marks=pytest.mark.slow)])
 def test_one_pass_equals_generation_over_many_blocks(rows: Any, scope: str) -> None:
-    """More blocks than one group of the scan and one tile of attention hold."""
+    """More blocks than one group of the scan and one tile of attention."""
     step = case("M*M", 4, scope, rows=rows)
     assert step.batch.tokens.shape[1] > 256
     nll, _ = objective(step.model, train_context=True).denoise(step.batch, step.noise, 4)
@@ -188,7 +188,7 @@ def test_one_pass_without_time() -> None:
 
 @pytest.mark.parametrize("residual_in_fp32", [False, True])
 def test_one_pass_equals_generation_in_bf16(residual_in_fp32: bool) -> None:
-    """To the rounding of bf16: each is as far from the exact result as the other."""
+    """Up to the rounding of bf16: both are equally far from the exact result."""
     overrides = {"residual_in_fp32": residual_in_fp32}
     step = case("M*-M", 4, dtype=torch.bfloat16, **overrides)
     exact = case("M*-M", 4, **overrides)
@@ -235,7 +235,7 @@ def test_rows_of_padding_and_batches_without_masks_are_harmless() -> None:
 
 @pytest.mark.parametrize("options", [{}, {"elbo": True}, {"train_context": True, "ar_weight": 0.3}])
 def test_a_batch_is_the_sum_of_its_rows(options: dict[str, Any]) -> None:
-    """So micro-batches and processes change nothing; the next-token loss needs to be told of the whole."""
+    """Micro-batches and processes change nothing; the next-token loss needs the ratio of the whole batch."""
     step = case()
     training = objective(step.model, **options)
     parts = [(step.batch.rows(slice(r, r + 1)), step.noise.rows(slice(r, r + 1))) for r in range(len(ROWS))]
@@ -301,7 +301,7 @@ TINY = {"hidden_size": 4, "vocab_size": 64, "mamba_num_heads": 2, "mamba_head_di
 
 @pytest.mark.parametrize("many", [False, True], ids=["few blocks", "groups of blocks"])
 def test_boundary_states_are_differentiable(many: bool) -> None:
-    """Outputs, windows and states of a packed Mamba layer, by its inputs and by each of its parameters."""
+    """Outputs, windows and states of a packed Mamba layer, by its inputs and each parameter."""
     mixer = build_random_model("M", dtype=torch.float64, **TINY).context.layers[0].mixer
     assert isinstance(mixer, Mamba2)
     rows = (((50, "bos"), (18, "plain")),) if many else TWO
@@ -320,7 +320,7 @@ def test_boundary_states_are_differentiable(many: bool) -> None:
 
 
 class _Reading(nn.Module):
-    """`read_mamba` as a module, so that its parameters can be put in from outside."""
+    """`read_mamba` as a module, so that a test can replace its parameters."""
 
     def __init__(self, mixer: Mamba2) -> None:
         super().__init__()
@@ -333,7 +333,7 @@ class _Reading(nn.Module):
 
 @pytest.mark.parametrize(("tied", "activation_checkpointing"), [(False, False), (False, True), (True, True)])
 def test_the_whole_objective_is_differentiable(tied: bool, activation_checkpointing: bool) -> None:
-    """Along one random direction in each layer of either tower, in the embeddings, the heads and the time network."""
+    """In one random direction of each layer of both towers, the embeddings, heads and time network."""
     step = case("M*EM", 2, rows=TWO, **TINY)
     training = objective(
         step.model, tied=tied, train_context=True, ar_weight=0.5, activation_checkpointing=activation_checkpointing
@@ -357,7 +357,7 @@ def _part(name: str) -> str:
 
 @pytest.mark.parametrize("name", ["A_log", "dt_bias", "conv1d.bias"])
 def test_what_shapes_the_context_states_has_the_right_gradient(name: str) -> None:
-    """The denoising loss by each number of one context parameter, which it reaches through boundary states alone."""
+    """The denoising loss by each element of a context parameter that acts only through boundary states."""
     step = case("M", 2, rows=TWO, **TINY)
     training = objective(step.model, train_context=True)
     key = f"units.0.context.mixer.{name}"
@@ -371,7 +371,7 @@ def test_what_shapes_the_context_states_has_the_right_gradient(name: str) -> Non
 
 
 def test_second_documents_leave_no_nan() -> None:
-    """In fp32, with decays so fast that only exact zeros are left of them."""
+    """In fp32, with decays so fast that they become exact zeros."""
     step = case(EVERY_KIND, 4, dtype=torch.float32)
     with torch.no_grad():
         for module in step.model.modules():
@@ -388,7 +388,7 @@ def test_second_documents_leave_no_nan() -> None:
 
 @torch.no_grad()
 def test_the_context_pass_gives_what_generation_keeps() -> None:
-    """Keys, values, and the window and state before each block, against a `TowerState` grown block by block."""
+    """Keys, values, and the window and state before each block equal a `TowerState` that grows by blocks."""
     step = case()
     model, batch = step.model, step.batch
     layout = Layout(batch.document, 4)

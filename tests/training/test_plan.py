@@ -1,4 +1,4 @@
-"""The training plan against what really happens: torch's FLOP counter, the CPU's allocator, FSDP2 itself."""
+"""The training plan, compared with torch's FLOP counter, the CPU's allocator and FSDP2."""
 
 from __future__ import annotations
 
@@ -50,7 +50,7 @@ def objective_of(
 
 
 def rows(count: int, length: int, masked: float, block: int = BLOCK) -> tuple[Batch, Corruption]:
-    """Rows of one document each; the first part of every four columns is masked."""
+    """Rows of one document each; in every four positions, the first share is masked."""
     every = torch.ones(count, length, dtype=torch.bool)
     tokens = torch.randint(4, 64, (count, length), generator=torch.Generator().manual_seed(0))
     batch = Batch(tokens, torch.zeros_like(tokens), every, every, ~every, torch.arange(count))
@@ -58,7 +58,7 @@ def rows(count: int, length: int, masked: float, block: int = BLOCK) -> tuple[Ba
     return batch, Corruption(torch.full((count, length // block), masked), hidden)
 
 
-# --- work ---------------------------------------------------------------------------------------------------------
+# --- FLOPs ---------------------------------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize(
@@ -131,14 +131,14 @@ def test_activations_are_those_of_a_real_pass(
         activation_checkpointing=activation_checkpointing,
     )
     assert peak_of(measured) == pytest.approx(live.peak, rel=tolerance)
-    if context == "frozen":  # else the last context layer's own output is let go, which no loss reads
+    if context == "frozen":  # otherwise the last context layer's output, which no loss reads, is freed
         count = len(measured.units)
         assert measured.fixed + measured.kept(count) + measured.tail.kept == pytest.approx(kept, rel=0.005)
 
 
 @contextmanager
 def allocated() -> Iterator[list[int]]:
-    """The most that the CPU's allocator held at once inside it, over what it held before."""
+    """The peak of the CPU allocator in a `with` block, above the bytes before it."""
     most: list[int] = []
     with torch.profiler.profile(activities=[ProfilerActivity.CPU], profile_memory=True) as seen:
         yield most
@@ -151,8 +151,10 @@ def allocated() -> Iterator[list[int]]:
 
 
 def shard_over_eight() -> None:
-    """FSDP2 as the first of eight processes, of which there is only one: messages are made, and filled by nobody.
-    Prints, for each setup, what was planned and what the allocator saw."""
+    """FSDP2 as the first of eight processes, of which the others do not exist: messages are allocated but not filled.
+
+    Prints the planned bytes and the allocator's bytes for each setup.
+    """
     import torch.distributed as dist
     from torch.distributed.device_mesh import init_device_mesh
     from torch.testing._internal.distributed.fake_pg import FakeStore
@@ -173,7 +175,7 @@ def shard_over_eight() -> None:
         objective = DenoisingObjective(model.context, model.denoiser, model.time, options)
         shard(objective, objective.units, world, torch.bfloat16)
         batch, noise = rows(1, length, masked=1.0)
-        objective(batch, noise, BLOCK).backward()  # from here on gradients exist, as in any step but the first
+        objective(batch, noise, BLOCK).backward()  # from here on gradients exist, as after the first step
         with allocated() as most:
             objective(batch, noise, BLOCK).backward()
         setup = Setup(row_length=length, activation_checkpointing=activation_checkpointing)
@@ -193,7 +195,7 @@ def shard_over_eight() -> None:
     print(json.dumps(found))
 
 
-@pytest.mark.slow  # a process of its own: ten seconds
+@pytest.mark.slow  # in a new process, for ten seconds
 def test_memory_is_that_of_fsdp() -> None:
     done = subprocess.run([sys.executable, __file__], capture_output=True, text=True, timeout=120, check=False)
     assert done.returncode == 0, done.stderr

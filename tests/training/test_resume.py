@@ -1,4 +1,4 @@
-"""A run goes on after a kill, a damaged checkpoint or a full disk, and ends as if nothing had happened."""
+"""A run is resumed after a kill, a damaged checkpoint or a full disk, and ends like an uninterrupted run."""
 
 from __future__ import annotations
 
@@ -19,18 +19,18 @@ from twotower.training import fsdp
 from twotower.training.fsdp import World
 from twotower.training.log import LOG_FILE, read_log
 
-STEPS = 22  # of every run here; a checkpoint every 4, so the last two are those after 20 and 22
+STEPS = 22  # steps of every run here; with a checkpoint every 4 steps, the last two are those of 20 and 22
 
 
 def assert_same_end(interrupted: Path, whole: Path) -> None:
-    """Each step once, in the same bytes but for the clock; the same model files, byte for byte."""
+    """Compares two runs: the same log, byte for byte without timing, and the same model files."""
     assert column(interrupted, "step").tolist() == list(range(1, STEPS + 1))
     assert log_text(interrupted) == log_text(whole)
     assert model_bytes(interrupted) == model_bytes(whole)
 
 
 def partial(output: Path) -> list[Path]:
-    """Checkpoints that are being written."""
+    """Checkpoints that are not finished."""
     return list((output / "checkpoints").glob("*.partial"))
 
 
@@ -58,7 +58,7 @@ def world() -> Iterator[World]:
 
 
 def test_a_run_killed_three_times_ends_as_one_that_was_not(tmp_path: Path) -> None:
-    """At a random step, while a checkpoint is being written, and at a random step after that."""
+    """Killed at a random step, while a checkpoint is written, and at a later random step."""
     args, output = tiny_run.given().train(tmp_path / "run"), tmp_path / "run"
     rng = random.Random(0)
     first, second = rng.randint(2, 6), rng.randint(13, 18)
@@ -70,11 +70,11 @@ def test_a_run_killed_three_times_ends_as_one_that_was_not(tmp_path: Path) -> No
     assert last.codes() == [0]
     assert last.stderr()[0] in ("resuming after step 12", "resuming after step 16")
     assert_same_end(output, uninterrupted("train"))
-    assert checkpoints(output) == ["step-00000020", "step-00000022"]  # and nothing unfinished
+    assert checkpoints(output) == ["step-00000020", "step-00000022"]  # no unfinished checkpoint
 
 
 def test_the_command_of_a_finished_run_does_nothing_new(copy: Path, capfd: pytest.CaptureFixture) -> None:
-    """Killed just before its end, it writes the model; given once more, it writes it again."""
+    """A run killed just before its end writes the model; the same command again writes it again."""
     for _ in range(2):
         assert run_cli(tiny_run.given().train(copy)) == 0
         assert f"resuming after step {STEPS}" in capfd.readouterr().err
@@ -173,7 +173,7 @@ def test_new_checkpoints_are_not_pruned_in_favour_of_later_damaged_ones(copy: Pa
 
 @pytest.mark.parametrize("cut", [1, 2, 30])
 def test_a_log_line_cut_short_is_left_out(cut: int, tmp_path: Path) -> None:
-    """Wherever it is cut, behind a brace too."""
+    """A line is cut anywhere, also after a brace."""
     lines = [json.dumps({"step": step, "loss": 0.5, "timing": {"seconds": 1.0}}) for step in (1, 2)]
     (tmp_path / LOG_FILE).write_text(lines[0] + "\n" + lines[1][:-cut])
     assert [record["step"] for record in read_log(tmp_path / LOG_FILE)] == [1]
@@ -183,7 +183,7 @@ def test_a_log_line_cut_short_is_left_out(cut: int, tmp_path: Path) -> None:
 
 
 def test_a_full_disk_loses_nothing(tmp_path: Path) -> None:
-    """No file may grow beyond 100 kB: a checkpoint is larger, the log is not."""
+    """No file may exceed 100 kB: a checkpoint is larger, the log is not."""
     args, output = tiny_run.given().train(tmp_path / "run"), tmp_path / "run"
     kept = output / "checkpoints" / "step-00000004"
     assert launch(args, tmp_path / "said").kill_when(kept.exists)
@@ -201,7 +201,7 @@ def test_a_full_disk_loses_nothing(tmp_path: Path) -> None:
 
 @pytest.mark.parametrize("processes", [1, 2])
 def test_a_disk_too_full_for_the_log(processes: int, tmp_path: Path) -> None:
-    """The log, and TensorBoard's thread, fail; the run ends at once and says so."""
+    """Writing the log and TensorBoard's thread fail; the run ends at once with an error."""
     args = tiny_run.given().train(tmp_path / "run", "--tensorboard")
     full = launch(args, tmp_path / "said", processes, file_limits={0: 1500})
     codes = full.codes(60)
@@ -212,7 +212,7 @@ def test_a_disk_too_full_for_the_log(processes: int, tmp_path: Path) -> None:
 
 
 def test_a_full_disk_of_one_process_stops_all(tmp_path: Path) -> None:
-    """None waits for another that has given up; each says the same."""
+    """No process waits for a process that failed; all print the same error."""
     args, output = tiny_run.given().train(tmp_path / "run"), tmp_path / "run"
     full = launch(args, tmp_path / "said", 2, file_limits={1: 20_000})
     assert full.codes() == [2, 2]
@@ -265,7 +265,7 @@ def test_another_number_of_processes_is_refused(copy: Path, tmp_path: Path) -> N
 
 
 def test_a_run_without_a_checkpoint_may_begin_anew(tmp_path: Path) -> None:
-    """With another learning rate, after one that went wrong at once. Nothing of the first is left."""
+    """With another learning rate, after a run that failed at once. Nothing of the failed run is left."""
     output, short = tmp_path / "run", ("--stages", "32:3", "--held-out", "0", "--checkpoint-every", "3")
     stop = launch(tiny_run.given().train(output, "--lr", "0.5"), tmp_path / "said")
     assert stop.kill_when(lambda: steps_logged(output) >= 2)
@@ -282,12 +282,14 @@ def test_a_run_without_a_checkpoint_may_begin_anew(tmp_path: Path) -> None:
 @pytest.mark.parametrize("verb", ["train", "pretrain"])
 @pytest.mark.parametrize("processes", [1, 2])
 def test_kills_at_any_moment(verb: str, processes: int, tmp_path: Path) -> None:
-    """Twenty times, at moments drawn evenly over a run's length or when something is being written. Of two processes
-    one is killed first, and the other is given a moment, as torchrun would."""
+    """Twenty kills, at random moments of a run or while a file is written.
+
+    Of two processes, one is killed first and the other shortly after, as torchrun does.
+    """
     output, whole = tmp_path / "run", tmp_path / "whole"
     more = ["--generate"] if verb == "train" else []
     args = getattr(tiny_run.given(), verb)(output, *more)
-    if verb == "pretrain":  # it trains its own tokenizer, too
+    if verb == "pretrain":  # it also trains its tokenizer
         del args[args.index("--tokenizer") : args.index("--tokenizer") + 2]
     began = time.monotonic()
     reference = launch([str(whole) if arg == str(output) else arg for arg in args], tmp_path / "said", processes)
@@ -298,7 +300,7 @@ def test_kills_at_any_moment(verb: str, processes: int, tmp_path: Path) -> None:
     for _ in range(20):
         launched = launch(args, tmp_path / "said", processes)
         if rng.random() < 0.4:
-            wait = rng.randint(1, 3)  # for so many new files in writing
+            wait = rng.randint(1, 3)  # kills while a new file is written
             seen: set[Path] = set()
 
             def writing(seen: set[Path] = seen, wait: int = wait) -> bool:

@@ -1,4 +1,4 @@
-"""`twotower pretrain` and `twotower train` as commands: what can be wrong with one is said in one line."""
+"""`twotower pretrain` and `twotower train` as commands: every mistake is a one-line error."""
 
 from __future__ import annotations
 
@@ -28,11 +28,11 @@ from tiny_run import (
 from twotower.checkpoint.one_tower import read
 from twotower.training.data import train_tokenizer
 
-Spoil = Callable[[Path], Sequence[str]]  # folder for what is needed → options that win
+Spoil = Callable[[Path], Sequence[str]]  # a folder for input files → options that take precedence
 
 
 def complaint(args: Sequence[str], capfd: pytest.CaptureFixture) -> str:
-    """What a command says that fails: one line, without a traceback, and nothing on stdout."""
+    """The error of a failing command: one line, without a traceback, and nothing on stdout."""
     capfd.readouterr()
     assert run_cli(list(args)) == 2
     captured = capfd.readouterr()
@@ -59,7 +59,7 @@ def options(*more: str) -> Spoil:
     return lambda folder: more
 
 
-# What is wrong → options, and what must be said of it.
+# A mistake → options, and the text of the error.
 DATA: dict[str, tuple[Spoil, str]] = {
     "no such file": (options("--data", "/nowhere/data.jsonl"), r"/nowhere/data.jsonl: no such file or folder"),
     "empty": (with_data(""), r"bad.jsonl: contains no records; give a file that is not empty"),
@@ -107,7 +107,7 @@ if not torch.cuda.is_available():
 
 
 def with_model(change: Callable[[Path], object]) -> Spoil:
-    """The good checkpoint, changed."""
+    """The good checkpoint with a change."""
 
     def spoil(folder: Path) -> Sequence[str]:
         copy = folder / "changed"
@@ -196,7 +196,7 @@ FOR_TRAIN = DATA | NUMBERS | MODEL | COURSE
 
 
 def train_args(output: Path, more: Sequence[str]) -> list[str]:
-    """`MODEL PATH` in more names the model; `--data` and `--validation` take the place of the good ones."""
+    """The arguments of `train`. In more, `MODEL PATH` sets the model; `--data` and `--validation` replace the data."""
     args, rest = tiny_run.given().train(output), list(more)
     while rest:
         name, value = rest[:2] if len(rest) > 1 and not rest[1].startswith("--") else (rest[0], None)
@@ -221,7 +221,7 @@ def test_a_wrong_train_command_is_told_in_one_line(
 
 
 def test_a_corrected_command_works_in_the_same_directory(tmp_path: Path, capfd: pytest.CaptureFixture) -> None:
-    """After mistakes that are found early and late, as if nothing had been there."""
+    """After errors that are found early and late, the result is that of a fresh directory."""
     output = tmp_path / "run"
     mistakes = (
         "a rate beyond reason", "no such file", "fewer documents than rows", "the mask token",
@@ -308,7 +308,7 @@ def test_a_wrong_pretrain_command_is_told_in_one_line(
 
 
 def test_a_tokenizer_of_a_wrong_command_is_not_kept(tmp_path: Path, capfd: pytest.CaptureFixture) -> None:
-    """Commands that train a tokenizer, and then fail; the corrected one trains its own, and makes a backbone."""
+    """Commands train a tokenizer and then fail; the corrected command trains a new one, and a backbone."""
     output = tmp_path / "run"
     few = write_data(tmp_path / "few.jsonl", [{"text": "xyzzy plugh"}] * 3)
     complaint(pretrain_args(output, ["--data", str(few), "--held-out", "0"], own_tokenizer=True), capfd)
@@ -355,4 +355,4 @@ def test_help_is_quick_to_read(verb: str, capfd: pytest.CaptureFixture) -> None:
         "-o, --output RUN",
     ):
         assert option in shown
-    assert checkpoints(uninterrupted("train"))  # `-o` of every example here is such a directory
+    assert checkpoints(uninterrupted("train"))  # every example here has such a directory as `-o`

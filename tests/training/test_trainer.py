@@ -1,4 +1,4 @@
-"""The training loop: schedule, stages, log, what trains and what does not, and stopping before damage is done."""
+"""The training loop: schedule, stages, log, trained and frozen parameters, and divergence."""
 
 from __future__ import annotations
 
@@ -45,7 +45,7 @@ def test_schedule_warms_up_stays_and_decays() -> None:
     assert rates[99:701] == pytest.approx([1e-3] * 602)
     assert rates[700:] == sorted(rates[700:], reverse=True)
     assert rates[850] == pytest.approx(1e-3 * (0.01 + 0.99 / 2))
-    assert rates[-1] == pytest.approx(1e-5, rel=0.35)  # one step before `final` is reached
+    assert rates[-1] == pytest.approx(1e-5, rel=0.35)  # one step before the final learning rate
     assert min(rates) >= 1e-5
 
 
@@ -60,7 +60,7 @@ def test_the_norm_is_that_of_the_whole_gradient_and_large_ones_are_clipped(world
     optimizer.step(0.1, norm)
     moments = optimizer.moments(layer.weight)
     torch.testing.assert_close(moments["exp_avg"], 0.1 * torch.tensor([[30.0, 40.0], [0.0, 0.0]]) / 130)
-    assert layer.weight.grad is None  # ready for the next step
+    assert layer.weight.grad is None  # cleared for the next step
     assert not layer.weight.equal(before)
 
 
@@ -78,7 +78,7 @@ def test_only_matrices_decay(world: World) -> None:
 
 
 def skewed_router() -> Router:
-    """Prefers the first of eight experts, whatever it reads."""
+    """A router that prefers the first of eight experts for any input."""
     config = BackboneConfig(hybrid_override_pattern="E", hidden_size=8, vocab_size=4, num_experts_per_tok=2)
     router = Router(config)
     with torch.no_grad():
@@ -103,7 +103,7 @@ def test_load_balance_moves_each_bias_towards_an_even_load(world: World) -> None
     assert loads.max() < 1.5 * loads.float().mean()
     before = router.e_score_correction_bias.clone()
     with torch.no_grad():
-        router(torch.rand(500, 8))  # validation counts nothing
+        router(torch.rand(500, 8))  # validation does not count
     balance.step()
     assert router.e_score_correction_bias.equal(before)
 
@@ -128,7 +128,7 @@ def test_the_log_holds_every_step(capfd: pytest.CaptureFixture) -> None:
 
 
 def test_training_learns() -> None:
-    """The mean over the last steps is far below that over the first; so is the loss on text held out."""
+    """The mean loss over the last steps is far below that of the first steps; so is the held-out loss."""
     loss = column(uninterrupted("train"), "loss")
     assert loss[-5:].mean() < loss[:5].mean() - 1
     held_out = [r["validation"]["masked_nll"] for r in log(uninterrupted("train")) if "validation" in r]
@@ -138,7 +138,7 @@ def test_training_learns() -> None:
 
 
 def test_tensorboard_reads_the_curves(tmp_path: Path) -> None:
-    """Of a run begun twice: what the second did again is there once."""
+    """A run is resumed; the repeated steps occur once."""
     from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
     args = tiny_run.given().train(tmp_path, *LITTLE, "--validate-every", "4", "--held-out", "0.05", "--tensorboard")
@@ -161,7 +161,7 @@ def test_tensorboard_reads_the_curves(tmp_path: Path) -> None:
 
 
 def test_a_frozen_context_stays_as_it_was_and_the_denoiser_learns() -> None:
-    """Bit for bit, and every tensor of the denoiser and of the time conditioning has moved."""
+    """The context tower is unchanged, bit for bit; every tensor of the denoiser and the time conditioning changes."""
     before, after = weights(tiny_run.given().model), weights(uninterrupted("train"))
     assert before.keys() == after.keys()
     for name, tensor in before.items():
@@ -196,7 +196,7 @@ def test_a_trained_context_learns_too(tmp_path: Path) -> None:
 
 
 def test_bfloat16_learns_and_keeps_the_dtype_of_the_checkpoint(tmp_path: Path) -> None:
-    """Its small steps are not lost: the weights that train are fp32 until the end."""
+    """Small updates are not lost, because trained weights are fp32 until the end."""
     source = two_towers(tmp_path / "source", dtype=torch.bfloat16)
     args = tiny_run.given().train(tmp_path / "run", *LITTLE, "--dtype", "bfloat16", "--lr", "3e-3", model=source)
     assert run_cli(args) == 0
@@ -212,7 +212,7 @@ def test_bfloat16_learns_and_keeps_the_dtype_of_the_checkpoint(tmp_path: Path) -
 
 
 def poisoned(directory: Path) -> tuple[Path, Path]:
-    """→ a checkpoint whose denoiser has no number for one letter, and data in which that letter is rare."""
+    """A checkpoint whose denoiser gives NaN for one letter, and data in which the letter is rare."""
     source = two_towers(directory / "poisoned")
     model = TwoTowerForCausalLM.from_pretrained(source)
     assert model.denoiser is not None
@@ -227,7 +227,7 @@ def poisoned(directory: Path) -> tuple[Path, Path]:
 
 
 def test_a_loss_that_is_no_number_stops_the_run(tmp_path: Path, capfd: pytest.CaptureFixture) -> None:
-    """The last good checkpoint is named, whole, and as it was before."""
+    """The error names the last checkpoint, which is intact and unchanged."""
     source, data = poisoned(tmp_path)
     args = tiny_run.given().train(
         tmp_path / "run", *LITTLE, "--stages", "16:60", "--checkpoint-every", "2", model=source
@@ -262,7 +262,7 @@ def test_a_loss_that_is_no_number_at_once(tmp_path: Path, capfd: pytest.CaptureF
 
 @pytest.mark.slow
 def test_a_learning_rate_that_is_far_too_high(tmp_path: Path) -> None:
-    """In bf16, unclipped: it ends in one line or, if it holds, in a finite loss."""
+    """In bf16, without clipping: the run ends with a one-line error or a finite loss."""
     args = tiny_run.given().train(tmp_path, "--lr", "0.99", "--clip", "0", "--warmup", "0", "--dtype", "bfloat16")
     done = subprocess.run([sys.executable, "-m", "twotower", *args], capture_output=True, text=True)
     errors = [line for line in done.stderr.splitlines() if line.startswith("Error: ")]

@@ -1,4 +1,4 @@
-"""What a training step keeps for its backward pass, counted in bytes: 4,096 tokens, against next-token prediction."""
+"""Bytes that a training step keeps for its backward pass: 4,096 tokens, compared with next-token prediction."""
 
 from __future__ import annotations
 
@@ -23,7 +23,7 @@ from twotower.training.objective import AutoregressiveObjective
 TOKENS, WIDTH, BLOCK, VOCABULARY = 4096, 128, 16, 512
 PATTERN = "M-M*MEM*-"
 STREAM = TOKENS * WIDTH * 4  # bytes of one residual stream, in fp32
-# The released backbone's proportions: inner width 1.5, one group for eight heads, state 128 for 64 heads of 64, …
+# Proportions of the released backbone: inner width 1.5, one group for eight heads, state 128 for 64 heads of 64, …
 PROPORTIONS = {
     "hidden_size": WIDTH,
     "vocab_size": VOCABULARY,
@@ -45,7 +45,7 @@ PROPORTIONS = {
 
 
 class Live(TorchDispatchMode):
-    """Bytes of all tensors made inside it that are alive, and the most there ever were."""
+    """Bytes of all live tensors that are made in the `with` block, and their peak."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -69,8 +69,7 @@ class Live(TorchDispatchMode):
 
 
 class Memory(NamedTuple):
-    """Bytes: what autograd saves, all that is alive when the backward pass begins, and at most; without weights and
-    gradients."""
+    """Bytes saved by autograd, live before the backward pass, and at the peak; without weights and gradients."""
 
     saved: int
     kept: int
@@ -78,7 +77,7 @@ class Memory(NamedTuple):
 
 
 def measure(module: nn.Module, forward: Callable[[], Tensor]) -> Memory:
-    """One step: tensors that share a storage are counted once, parameters and their gradients never."""
+    """Measures one step. Tensors that share a storage count once; parameters and gradients do not count."""
     parameters = {p.untyped_storage().data_ptr() for p in module.parameters()}
     for parameter in module.parameters():
         parameter.grad = torch.zeros_like(parameter) if parameter.requires_grad else None
@@ -133,7 +132,7 @@ def show(pattern: str, table: dict[str, Memory]) -> None:
 
 
 def check(step: Step, pattern: str, memory: Memory) -> None:
-    """With recomputation: the two streams at each unit, the last one and its norm, the masked logits, and t's part."""
+    """With checkpointing: two streams a unit, the last stream, its norm, masked logits, time conditioning."""
     layers, coupled = len(pattern), max(map(pattern.rindex, "M*")) + 1
     kept = layers + min(coupled + 1, layers) + 2
     masked = int(step.noise.masked.sum())

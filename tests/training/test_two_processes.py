@@ -1,4 +1,4 @@
-"""Several processes compute what one does: losses, log, weights; with shards of unequal size."""
+"""Several processes compute the same as one: losses, log, weights; with shards of unequal size."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ VALIDATED = ("masked_nll", "ar_nll", "nll", "bits_per_byte")
 
 
 def deviation(one: Path, two: Path) -> float:
-    """The largest relative difference of losses and norms; all that is counted must be the same."""
+    """The largest relative difference of losses and norms; all counts must be equal."""
     for name in ("step", "targets", "tokens", "lr", "block_size"):
         assert column(one, name).equal(column(two, name)), name
     assert len(log(one)) >= 20
@@ -33,14 +33,14 @@ def validated(directory: Path, name: str) -> Tensor:
 
 
 def difference(one: Path, two: Path) -> float:
-    """The largest, of any weight."""
+    """The largest difference of any weight."""
     a, b = weights(one), weights(two)
     assert a.keys() == b.keys()
     return max(float((a[name].double() - b[name].double()).abs().max()) for name in a)
 
 
 def run_two(args: list[str], said: Path, processes: int = 2) -> list[str]:
-    """→ what the first says; the others have nothing to say."""
+    """Runs two processes and returns the output of the first; the other prints nothing."""
     launched = launch(args, said, processes)
     codes = launched.codes()
     assert codes == [0] * processes, launched.stderr() + launched.stderr(1)
@@ -52,7 +52,7 @@ def report(name: str, one: Path, two: Path) -> None:
     print(f"\n{name}: relative deviation {deviation(one, two):.1e}, weights differ by {difference(one, two):.1e}")
 
 
-# A pass for each row, everything recomputed: together they must still change nothing.
+# A pass for each row and activation checkpointing together must change nothing.
 HARD = ("--micro-batch-size", "1", "--activation-checkpointing", "--checkpoint-every", "100")
 
 
@@ -70,7 +70,7 @@ def test_two_processes_give_the_losses_of_one(verb: str, tmp_path: Path) -> None
 
 
 def test_passes_over_fewer_rows_change_nothing(tmp_path: Path) -> None:
-    """Three rows and then one, in one process."""
+    """Three rows and then one row, in one process."""
     one = uninterrupted("train")
     assert (
         tiny_run.run_cli(
@@ -85,7 +85,7 @@ def test_passes_over_fewer_rows_change_nothing(tmp_path: Path) -> None:
 
 # --- in full -------------------------------------------------------------------------------------------------------
 
-EXACT = ("--dtype", "float64")  # so that nothing but a mistake can differ
+EXACT = ("--dtype", "float64")  # so that any difference is a mistake
 VARIANTS = {
     "frozen": (),
     "elbo, a noise level a row": ("--elbo", "--noise", "row", "--offset", "fixed"),
@@ -101,8 +101,10 @@ VARIANTS = {
 @pytest.mark.parametrize("more", VARIANTS.values(), ids=VARIANTS)
 @pytest.mark.parametrize("processes", [2, 4])
 def test_every_variant_in_double_precision(more: tuple[str, ...], processes: int, tmp_path: Path) -> None:
-    """From a checkpoint in fp64. Four processes: hidden size 33 gives shards of 9, 9, 9 and 6, and 5 experts one of
-    none."""
+    """From a float64 checkpoint, with four processes.
+
+    Hidden size 33 gives shards of 9, 9, 9 and 6; 5 experts leave one process without any.
+    """
     given: Given = tiny_run.given()
     source = two_towers(tmp_path / "source", dtype=torch.float64)
     one, many = tmp_path / "one", tmp_path / "many"
@@ -126,7 +128,7 @@ def test_a_backbone_in_double_precision(processes: int, tmp_path: Path) -> None:
 @pytest.mark.slow
 @pytest.mark.parametrize("pattern", ["M", "*-", "E", "MEM*EMEM*E"])
 def test_other_stacks(pattern: str, tmp_path: Path) -> None:
-    """A model whose context has layers that nothing reads, one without any state, a deep one."""
+    """A context tower with layers that are not run; a model without any state; a deep model."""
     source = two_towers(tmp_path / "source", pattern)
     one, two = tmp_path / "one", tmp_path / "two"
     assert tiny_run.run_cli(tiny_run.given().train(one, model=source)) == 0
@@ -138,7 +140,7 @@ def test_other_stacks(pattern: str, tmp_path: Path) -> None:
 
 @pytest.mark.slow
 def test_generation_in_validation_disturbs_nothing(tmp_path: Path) -> None:
-    """Its prompts are the first process's documents, so the samples are others; losses are not."""
+    """The prompts are the first process's documents, so samples differ; losses do not."""
     run_two(tiny_run.given().train(tmp_path / "run", "--generate"), tmp_path / "said")
     assert deviation(uninterrupted("train"), tmp_path / "run") < 1e-5
     for record in log(tmp_path / "run"):

@@ -1,4 +1,4 @@
-"""Validation: right against a slow count, the same on any number of processes, and training does not notice it."""
+"""Validation: equal to a slow count, the same for any number of processes, and without effect on training."""
 
 from __future__ import annotations
 
@@ -28,11 +28,11 @@ from twotower.training.validation.denoising import LEVELS, _at_level, _uniform
 from twotower.training.validation.samples import cut_prompts
 
 BOS, EOS, MASK, BLOCK, LENGTH = 1, 2, 3, 4, 32
-PATTERN = "M*E-"  # the last two context layers are read by no denoiser layer
+PATTERN = "M*E-"  # no denoiser layer reads the last two context layers
 
 
 def held_out(world: World, rows: int = 4) -> list[Batch]:
-    """Two batches of `rows` rows over all processes: a prompted document and one without prompt in each row."""
+    """Two batches of `rows` rows over all processes; each row has a document with a prompt and one without."""
     rng = np.random.default_rng(0)
     batches = []
     for first in (0, rows):
@@ -62,12 +62,12 @@ def build(world: World, tie: bool = False, **options: Any) -> tuple[DenoisingObj
 
 
 class Endless:
-    """The same rows again and again."""
+    """A loader that repeats the same rows."""
 
     def __init__(self, world: World) -> None:
         self.batch = held_out(world)[0]
 
-    def use(self, block_size: int) -> None: ...
+    def set_block_size(self, block_size: int) -> None: ...
 
     def next(self) -> Batch:
         return self.batch
@@ -79,7 +79,7 @@ class Endless:
 
 
 def run(directory: Path, world: World, validated: bool, **options: Any) -> tuple[list[dict[str, Any]], float]:
-    """Three steps → its log, and what was learned."""
+    """Trains three steps; returns the log and the trained weights."""
     directory.mkdir(parents=True, exist_ok=True)
     objective, validation = build(world, **options)
     course = TrainerOptions(
@@ -100,7 +100,7 @@ def alone() -> World:
 
 
 def test_a_slow_count_agrees(alone: World) -> None:
-    """Block by block with the model's verbs, one document a time."""
+    """Counts block by block with the model's verbs, one document at a time."""
     _, validation = build(alone)
     record = validation(1)
     model, batches = validation.model, held_out(alone)
@@ -195,7 +195,7 @@ def test_two_processes_say_the_same(alone: World, tmp_path: Path) -> None:
     with socket.socket() as free:
         free.bind(("localhost", 0))
         port = str(free.getsockname()[1])
-    paths = os.pathsep.join(filter(None, sys.path))  # where this process found its own helpers
+    paths = os.pathsep.join(filter(None, sys.path))  # so that the processes find the test helpers
     as_torchrun = {
         "PYTHONPATH": paths,
         "WORLD_SIZE": "2",
@@ -227,7 +227,7 @@ def test_two_processes_say_the_same(alone: World, tmp_path: Path) -> None:
 
 
 def both(world: World, directory: Path) -> dict[str, dict[str, Any]]:
-    """What validation says before any training, and (but for what is written) after some."""
+    """The validation before any training, and (without the sample) after some steps."""
     said = {}
     cases: dict[str, dict[str, Any]] = {
         "frozen": {},
@@ -282,7 +282,7 @@ def test_autoregressive(alone: World) -> None:
             tokens += len(ids) - 1
     assert record["nll_by_source"]["a"] == pytest.approx(nats / tokens, rel=1e-4)
     assert record["nll"] == pytest.approx(sum(record["nll_by_source"].values()) / 2, rel=1e-6)
-    letters = 4 * (10 + 8)  # all but each document's first token, BOS and EOS
+    letters = 4 * (10 + 8)  # without each document's first token, BOS and EOS
     assert record["bits_per_byte_by_source"]["a"] == pytest.approx(nats / np.log(2) / (2 * letters), rel=1e-4)
     assert record["sample"]["tokens"] <= 5
 

@@ -59,12 +59,12 @@ class LayerPair(nn.Module):
 
 
 def pair_layers(
-    context: list[Layer], denoiser: list[Layer], *, train_context: bool, whole_context: bool
+    context: list[Layer], denoiser: list[Layer], *, train_context: bool, all_context_layers: bool
 ) -> list[LayerPair]:
-    """One unit for each layer. whole_context: the context tower's output is needed, so every context layer runs."""
+    """One unit for each layer. all_context_layers: run every context layer, because its tower's output is needed."""
     last = max((i for i, layer in enumerate(denoiser) if layer.kind in COUPLED_KINDS), default=-1)
     return [
-        LayerPair(reader, writer, train_context=train_context, runs_context=whole_context or i <= last)
+        LayerPair(reader, writer, train_context=train_context, runs_context=all_context_layers or i <= last)
         for i, (reader, writer) in enumerate(zip(context, denoiser, strict=True))
     ]
 

@@ -82,7 +82,7 @@ class Progress:
 
     def __init__(self, steps: int, done: int, shown: bool) -> None:
         self.steps, self.first, self.shown = steps, done, shown
-        self.started = self._said = time.perf_counter()
+        self.started = self._printed = time.perf_counter()
         self._tokens = 0
         self._bar: Bar | None = None
         if shown and sys.stderr.isatty():
@@ -109,13 +109,13 @@ class Progress:
         text = f"loss {loss:.4f}  {speed:,.0f} tokens/s"
         if self._bar is not None:
             self._bar.update(self._task, completed=step, description=text)
-        elif self.shown and (now - self._said >= PLAIN_SECONDS or step == self.steps):
-            self._said = now
+        elif self.shown and (now - self._printed >= PLAIN_SECONDS or step == self.steps):
+            self._printed = now
             left = (self.steps - step) * elapsed / max(step - self.first, 1)
             print(f"step {step}/{self.steps}  {text}  {left / 60:.1f} min left", file=sys.stderr, flush=True)
         return {"seconds": round(elapsed, 3), "tokens_per_second": round(speed, 1)}
 
-    def say(self, line: str) -> None:
+    def print_line(self, line: str) -> None:
         """Prints one line without disturbing the progress bar."""
         if not self.shown:
             return

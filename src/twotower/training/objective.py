@@ -121,7 +121,7 @@ class DenoisingObjective(nn.Module):
             list(context.all_layers()),
             list(denoiser.all_layers()),
             train_context=options.train_context,
-            whole_context=options.ar_weight > 0,
+            all_context_layers=options.ar_weight > 0,
         )
         self.units = nn.ModuleList(pairs)
         self.options = options

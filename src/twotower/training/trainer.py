@@ -31,7 +31,7 @@ TOKENIZER_FILE = "tokenizer.json"  # only of a run that trains its tokenizer
 class Loader(Protocol):
     """Loads this process's rows of each global batch (`data.RowLoader`)."""
 
-    def use(self, block_size: int) -> None: ...
+    def set_block_size(self, block_size: int) -> None: ...
 
     def next(self) -> Batch: ...
 
@@ -100,9 +100,9 @@ def train(
     log = Log(options.directory, done, options.tensorboard) if world.is_main else None
     progress = Progress(options.schedule.steps, done, shown=world.is_main)
     for note in notes:
-        progress.say(note)
+        progress.print_line(note)
     if done:
-        progress.say(f"resuming after step {done}")
+        progress.print_line(f"resuming after step {done}")
     try:
         for step in range(done, options.schedule.steps):
             record = _step(options, objective, optimizer, loader, world, step)
@@ -111,13 +111,17 @@ def train(
             last = step + 1 == options.schedule.steps
             if validate is not None and (last or (options.validate_every and (step + 1) % options.validate_every == 0)):
                 record["validation"] = validate(step + 1)
-                progress.say(f"step {step + 1}: " + summary(record["validation"]))
+                progress.print_line(f"step {step + 1}: " + validation_summary(record["validation"]))
             if log is not None:
                 record["timing"] = timing
                 log.write(record)
             if last or (step + 1) % options.checkpoint_every == 0:
                 checkpoints.save(
-                    options.directory / "checkpoints", step + 1, state(objective, optimizer), loader.state_dict(), world
+                    options.directory / "checkpoints",
+                    step + 1,
+                    checkpoint_tensors(objective, optimizer),
+                    loader.state_dict(),
+                    world,
                 )
     finally:
         balance.close()
@@ -131,7 +135,7 @@ def _step(
 ) -> StepRecord:
     """Makes one optimizer step. Returns its log record, without the timing."""
     size = options.block_size(step)
-    loader.use(size)
+    loader.set_block_size(size)
     batch = loader.next()
     noise = objective.draw_noise(batch, size)
     targets = world.total(objective.targets(batch, noise))
@@ -170,7 +174,7 @@ def _step(
     }
 
 
-def state(objective: nn.Module, optimizer: ShardedAdamW) -> dict[str, Tensor]:
+def checkpoint_tensors(objective: nn.Module, optimizer: ShardedAdamW) -> dict[str, Tensor]:
     """The tensors of a checkpoint: trained parameters, their moments, and buffers. Frozen weights are not stored."""
     tensors: dict[str, Tensor] = {}
     for name, parameter in objective.named_parameters():
@@ -181,7 +185,7 @@ def state(objective: nn.Module, optimizer: ShardedAdamW) -> dict[str, Tensor]:
     return tensors | {f"buffers.{name}": buffer for name, buffer in objective.named_buffers()}
 
 
-def summary(validation: Mapping[str, object]) -> str:
+def validation_summary(validation: Mapping[str, object]) -> str:
     """The figures of a validation in one line."""
     return "  ".join(f"{k} {v:.4g}" for k, v in validation.items() if isinstance(v, int | float))
 
@@ -192,7 +196,7 @@ def _resume(
     found, notes = checkpoints.find_intact(options.directory / "checkpoints", world)
     if found is None:
         return 0, notes
-    done, where = checkpoints.load(found, state(objective, optimizer), world)
+    done, where = checkpoints.load(found, checkpoint_tensors(objective, optimizer), world)
     loader.load_state_dict(where)
     return done, notes
 

@@ -109,7 +109,7 @@ class RowLoader:
         self._readers = [open_reader(s, batch_size, own, max_epochs, seed, i) for i, s in enumerate(sources)]
         self._counts = Statistics()
 
-    def use(self, block_size: int) -> None:
+    def set_block_size(self, block_size: int) -> None:
         """Sets the block size of the following batches (a later stage of training)."""
         if block_size == self.block_size:
             return

@@ -22,14 +22,14 @@ MASKED_SHARE = 0.5  # of the positions, on average, because t is uniform
 class LayerWork:
     """FLOPs of one layer over one row.
 
-    last: of the last product, which activation checkpointing does not recompute at the end of a unit. past: backward
-    FLOPs of the keys, values and states that the denoiser reads; a last context layer has no other backward pass.
+    last: of the last product, which activation checkpointing does not recompute at the end of a unit. cache_backward:
+    backward FLOPs of the keys, values and states that the denoiser reads; a last context layer has no other ones.
     """
 
     forward: float
     backward: float
     last: float
-    past: float = 0.0
+    cache_backward: float = 0.0
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -63,7 +63,7 @@ def two_tower_step(
     denoising = [layer_work(kind, config, row_length, block_size, role) for kind in pattern]
     forward = sum(work.forward for work in [*reading, *denoising])
     return StepFlops(
-        context=sum(work.forward for work in reading) + (_through(reading) if train_context else 0.0),
+        context=sum(work.forward for work in reading) + (_context_backward(reading) if train_context else 0.0),
         denoiser=sum(work.forward + work.backward for work in denoising),
         head=_head(config, row_length * MASKED_SHARE),
         time=_time(config.hidden_size, row_length // block_size),
@@ -71,9 +71,9 @@ def two_tower_step(
     )
 
 
-def _through(reading: list[LayerWork]) -> float:
+def _context_backward(reading: list[LayerWork]) -> float:
     """Backward FLOPs of a context tower that ends at the last layer that a denoiser layer reads."""
-    return sum(work.backward for work in reading[:-1]) + sum(work.past for work in reading[-1:])
+    return sum(work.backward for work in reading[:-1]) + sum(work.cache_backward for work in reading[-1:])
 
 
 def autoregressive_step(

@@ -75,14 +75,14 @@ def measure_profile(
             if key not in measured:
                 measured[key] = _measure_unit(live, unit, activation_checkpointing, layout, change[0], shape, stream)
         tail = _measure_tail(live, objective, shape, stream)
-    units, root, whole, trained = _shares(objective)
+    units, root, replicated, trained = _shares(objective)
     kinds = [(u.denoiser.kind, u.runs_context) for u in objective.units if isinstance(u, LayerPair)]
     return Profile(
         units=tuple(Unit(share, measured[key]) for share, key in zip(units, kinds, strict=True)),
         root=root,
         head=objective.head.weight.nbytes,
-        whole=whole,
-        whole_trained=trained,
+        replicated=replicated,
+        replicated_trained=trained,
         fixed=fixed,
         modulation=modulation,
         tail=tail,
@@ -156,7 +156,7 @@ def _shares(objective: DenoisingObjective) -> tuple[list[Share], Share, int, int
     """The parameters of each unit and of the root, as `fsdp.shard` groups them; replicated and trained elements."""
     taken: set[nn.Parameter] = set()
     groups: list[Share] = []
-    whole = trained = 0
+    replicated = trained = 0
     for module in [*objective.units, objective]:
         tensors = []
         for name, parameter in module.named_parameters():
@@ -164,10 +164,10 @@ def _shares(objective: DenoisingObjective) -> tuple[list[Share], Share, int, int
                 continue
             taken.add(parameter)
             if keeps_fp32(name):
-                whole += parameter.numel()
+                replicated += parameter.numel()
                 trained += parameter.numel() * parameter.requires_grad
             else:
                 rows = parameter.shape[0]
                 tensors.append((rows, parameter.numel() // rows, parameter.requires_grad))
         groups.append(Share(tuple(tensors)))
-    return groups[:-1], groups[-1], whole, trained
+    return groups[:-1], groups[-1], replicated, trained

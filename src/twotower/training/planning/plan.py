@@ -139,8 +139,8 @@ def make_plan(config: BackboneConfig, setup: Setup) -> Plan:
         setup=setup,
         parameters=TrainedParameters(
             per_tower=measured.per_tower,
-            trained=sum(share.count(True) for share in everything) + measured.whole_trained,
-            frozen=sum(share.count(False) for share in everything) + measured.whole - measured.whole_trained,
+            trained=sum(share.count(True) for share in everything) + measured.replicated_trained,
+            frozen=sum(share.count(False) for share in everything) + measured.replicated - measured.replicated_trained,
         ),
         memory=memory,
         flops=flops,

@@ -43,16 +43,16 @@ class Unit:
 class Profile:
     """The pass over one micro-batch on one GPU, for any number of GPUs.
 
-    root: parameters that stay gathered for the whole pass. whole, whole_trained: replicated elements, and the trained
-    ones among them. head: bytes of the head. fixed: bytes of time conditioning and document maps. modulation: bytes of
-    one layer's time conditioning. tail: final norm, head and loss.
+    root: parameters that stay gathered for the whole pass. replicated, replicated_trained: replicated elements, and
+    the trained ones among them. head: bytes of the head. fixed: bytes of time conditioning and document maps.
+    modulation: bytes of one layer's time conditioning. tail: final norm, head and loss.
     """
 
     units: tuple[Unit, ...]
     root: Share
     head: int
-    whole: int
-    whole_trained: int
+    replicated: int
+    replicated_trained: int
     fixed: int
     modulation: int
     tail: UnitUse

@@ -47,9 +47,9 @@ def memory_of(measured: Profile, setup: Setup) -> Memory:
     at, gathered, activations, kept = max(_moments(measured, gpus), key=lambda moment: moment[1] + moment[2])
     alone = gpus == 1  # with one GPU, units are not resharded after use
     return Memory(
-        weights=FP32 * (trained + measured.whole),
-        gradients=FP32 * (trained + measured.whole_trained),
-        moments=2 * FP32 * (trained + measured.whole_trained),
+        weights=FP32 * (trained + measured.replicated),
+        gradients=FP32 * (trained + measured.replicated_trained),
+        moments=2 * FP32 * (trained + measured.replicated_trained),
         frozen=size * frozen,
         root=size * measured.root.count(),
         gathered=sum(size * unit.share.count() for unit in measured.units) if alone else gathered,

@@ -117,8 +117,8 @@ class DenoisingValidation:
             on_device = batch.to(self.world.device)
             for i, level in enumerate(LEVELS):
                 noise = _at_level(level, batch, uniform, self.block_size).to(self.world.device)
-                look = partial(self._look, number, on_device, noise.masked)
-                found[i] += self.objective.with_hidden(on_device, noise, self.block_size, look).cpu()
+                score = partial(self._score_pass, number, on_device, noise.masked)
+                found[i] += self.objective.with_hidden(on_device, noise, self.block_size, score).cpu()
         totals = [[self.world.total(value) for value in row] for row in found]
         if context_unknown:
             ar_nats, ar_tokens = map(self.world.total, self._context_sums)
@@ -133,13 +133,13 @@ class DenoisingValidation:
             "agreement": agreed / max(compared, 1.0),
         }
 
-    def _look(self, number: int, batch: Batch, masked: Tensor, hidden: Tensor, clean: Tensor) -> Tensor:
+    def _score_pass(self, number: int, batch: Batch, masked: Tensor, hidden: Tensor, clean: Tensor) -> Tensor:
         """Scores one pass over batch `number`, while the heads are unsharded."""
         if len(self._greedy) == number:
-            self._greedy.append(self._read(batch, clean))
+            self._greedy.append(self._context_choices(batch, clean))
         return self._compare(batch, masked, hidden, self._greedy[number])
 
-    def _read(self, batch: Batch, clean: Tensor) -> Tensor:
+    def _context_choices(self, batch: Batch, clean: Tensor) -> Tensor:
         """The context tower's residual stream (B, S, H) → its greedy tokens (B, S), −1 at positions without one.
 
         Adds the −ln p of the true tokens to `_context_sums`.
