@@ -155,8 +155,8 @@ def attentions() -> None:
         q = torch.zeros(rows, length, heads, head_dim, dtype=dtype)
         k = torch.zeros(rows, length, kv_heads, head_dim, dtype=dtype)
         pool, place = torch.zeros(16, head_dim, dtype=dtype), torch.zeros(rows, dtype=torch.int64)
-        valid = torch.ones(rows, length, dtype=torch.bool) if padded else None
-        attention.attention(q, k, k, valid, causal, CachedKV(pool, pool, place, place, place, width, 0))
+        token_mask = torch.ones(rows, length, dtype=torch.bool) if padded else None
+        attention.attention(q, k, k, token_mask, causal, CachedKV(pool, pool, place, place, place, width, 0))
 
 
 def norms_and_routers() -> None:

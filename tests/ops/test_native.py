@@ -90,13 +90,13 @@ def _flat(value: Any) -> list[Tensor | None]:
 def test_padding_reads_no_additional_expert(counts: list[list[int]], at_once: bool) -> None:
     """Experts that no valid token selected are NaN here. Without a valid token, one token's experts are read."""
     tower = build_random_model("ME", dtype=torch.float32).context
-    tokens, valid = torch.tensor([[5, 6, 7, 8], [9, 10, 11, 12]]), torch.tensor(counts).bool()
-    meta, chosen = AttentionMetadata(token_mask=valid), []
+    tokens, token_mask = torch.tensor([[5, 6, 7, 8], [9, 10, 11, 12]]), torch.tensor(counts).bool()
+    meta, chosen = AttentionMetadata(token_mask=token_mask), []
     mixer = tower.layers[1].mixer
     hook = mixer.gate.register_forward_hook(lambda _, given, out: chosen.append(out[0]))
     before, _ = tower.layer_by_layer(tokens, meta)
     hook.remove()
-    visited = chosen[0][valid.flatten()] if valid.any() else chosen[0][:1]
+    visited = chosen[0][token_mask.flatten()] if token_mask.any() else chosen[0][:1]
     idle = [expert for expert in range(len(mixer.experts.up_proj)) if expert not in visited]
     assert set(chosen[0].flatten().tolist()) & set(idle)
     mixer.experts.up_proj.data[idle] = torch.nan
@@ -107,7 +107,7 @@ def test_padding_reads_no_additional_expert(counts: list[list[int]], at_once: bo
     else:
         after, _ = tower.layer_by_layer(tokens, meta)
     assert after.isfinite().all()
-    torch.testing.assert_close(after[valid], before[valid], rtol=1e-4, atol=1e-5)
+    torch.testing.assert_close(after[token_mask], before[token_mask], rtol=1e-4, atol=1e-5)
 
 
 @pytest.mark.parametrize("order", ["before", "after"])
@@ -366,11 +366,11 @@ def attention_arguments(
         pool[0], pool[1], start, torch.full((rows,), longest + 3), torch.tensor(contexts), longest, 0
     )  # fmt: skip
     q, k, v = randn(rows, length, heads, width), randn(rows, length, shared, width), randn(rows, length, shared, width)
-    valid = None
+    token_mask = None
     if ragged:  # padding on the right, on the left, and everywhere
         place = torch.arange(length)
-        valid = torch.stack([place < length - 1, place > length // 2, place < 0])[torch.arange(rows) % 3]
-    return q, k, v, valid, cached
+        token_mask = torch.stack([place < length - 1, place > length // 2, place < 0])[torch.arange(rows) % 3]
+    return q, k, v, token_mask, cached
 
 
 @pytest.mark.parametrize("dtype", NARROW)
@@ -382,13 +382,13 @@ def test_attention_of_any_shape(
 ) -> None:
     """Context lengths 0, around one softmax chunk, around one task, and several tasks."""
     contexts = (0, 7, 250, 256, 1024, 1025, 2300)
-    q, k, v, valid, cached = attention_arguments(length, heads, shared, width, contexts, ragged)
+    q, k, v, token_mask, cached = attention_arguments(length, heads, shared, width, contexts, ragged)
     q, k, v = (part.to(dtype) for part in (q, k, v))
     cached = cached._replace(k=cached.k.to(dtype), v=cached.v.to(dtype))
     wide = cached._replace(k=cached.k.double(), v=cached.v.double())
-    expected = registry.attention.attention(q.double(), k.double(), v.double(), valid, causal, wide)
+    expected = registry.attention.attention(q.double(), k.double(), v.double(), token_mask, causal, wide)
     tolerance = 2e-5 if dtype == torch.float32 else 2e-2
-    found = ops.attention(q, k, v, valid, causal, cached).double()
+    found = ops.attention(q, k, v, token_mask, causal, cached).double()
     torch.testing.assert_close(found, expected, rtol=tolerance, atol=tolerance)
 
 
@@ -397,9 +397,9 @@ def test_attention_within_a_block_longer_than_a_chunk() -> None:
     q, k, v, _, _ = attention_arguments(300, 3, 1, 24, (0, 0, 0))
     for causal in (True, False):
         for first in (0, 270, 299):
-            valid = (torch.arange(300) >= first).expand(3, -1)
-            expected = registry.attention.attention(q.double(), k.double(), v.double(), valid, causal)
-            found = ops.attention(q, k, v, valid, causal).double()
+            token_mask = (torch.arange(300) >= first).expand(3, -1)
+            expected = registry.attention.attention(q.double(), k.double(), v.double(), token_mask, causal)
+            found = ops.attention(q, k, v, token_mask, causal).double()
             torch.testing.assert_close(found, expected, rtol=2e-5, atol=2e-5)
 
 
@@ -408,8 +408,8 @@ def test_a_query_is_bit_identical_in_any_batch(causal: bool) -> None:
     """Bit-identical beside other rows and longer contexts, and with padding in its block."""
     q, k, v, _, cached = attention_arguments(33, 6, 2, 32, (0, 40, 250, 1100))
     lengths = torch.tensor([33, 1, 16, 7])
-    valid = torch.arange(33) < lengths[:, None]
-    together = ops.attention(q, k, v, valid, causal, cached)
+    token_mask = torch.arange(33) < lengths[:, None]
+    together = ops.attention(q, k, v, token_mask, causal, cached)
     for row, length in enumerate(lengths.tolist()):
         own = cached._replace(
             start=cached.start[row : row + 1], stride=cached.stride[row : row + 1],
@@ -435,8 +435,8 @@ SIZES = [
 @pytest.mark.parametrize("sizes", SIZES)
 def test_a_mamba_block_of_any_shape(sizes: self_check_cases.Sizes, length: int, dtype: torch.dtype) -> None:
     """With and without a state before, ragged or not, and the state after the block."""
-    projected, valid, window, state, weights = self_check_cases.mamba_block_arguments(sizes, length, CPU, dtype)
-    for seen, past, before in ((valid, window, state), (None, window, state), (None, None, None)):
+    projected, token_mask, window, state, weights = self_check_cases.mamba_block_arguments(sizes, length, CPU, dtype)
+    for seen, past, before in ((token_mask, window, state), (None, window, state), (None, None, None)):
         case = Case("any shape", lambda a=(projected, seen, past, before, weights): a)
         assert find_mismatch(ops.mamba_block, registry.mamba_block.mamba_block, [case]) is None
 
@@ -449,9 +449,11 @@ def test_a_mamba_block_of_any_shape(sizes: self_check_cases.Sizes, length: int, 
 
 def test_a_mamba_token_is_bit_identical_in_any_batch() -> None:
     """Bit-identical beside other rows, more tokens after it, and padding."""
-    projected, valid, window, state, weights = self_check_cases.mamba_block_arguments(SIZES[1], 21, CPU, torch.float32)
-    together, _ = ops.mamba_block(projected, valid, window, state, weights)
-    for row, length in enumerate(valid.sum(1).tolist()):
+    projected, token_mask, window, state, weights = self_check_cases.mamba_block_arguments(
+        SIZES[1], 21, CPU, torch.float32
+    )
+    together, _ = ops.mamba_block(projected, token_mask, window, state, weights)
+    for row, length in enumerate(token_mask.sum(1).tolist()):
         for count in {min(length, 1), min(length, 8), length} - {0}:
             part = slice(row, row + 1)
             alone, _ = ops.mamba_block(projected[part, :count], None, window[part], state[part], weights)

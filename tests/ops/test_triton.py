@@ -106,14 +106,14 @@ def test_block_without_step_inputs(dtype: torch.dtype) -> None:
 
 
 @pytest.mark.parametrize("length", [1, 5])
-@pytest.mark.parametrize("valid", ["none", "ragged", "left"])
+@pytest.mark.parametrize("token_mask", ["none", "ragged", "left"])
 @pytest.mark.parametrize("window", [True, False])
 @pytest.mark.parametrize("state", [True, False])
-def test_block_without_some_arguments(length: int, valid: str, window: bool, state: bool) -> None:
+def test_block_without_some_arguments(length: int, token_mask: str, window: bool, state: bool) -> None:
     """Also padding on the left, between the window and the tokens."""
     projected, ragged, seen, before, weights = mamba_block_arguments(SMALL, length, DEVICE, torch.float32, rows=2)
     ragged[1, : length // 2] = True
-    padding = {"none": None, "ragged": ragged, "left": ragged.flip(1)}[valid]
+    padding = {"none": None, "ragged": ragged, "left": ragged.flip(1)}[token_mask]
     check_block(projected, padding, seen if window else None, before if state else None, weights)
 
 
@@ -122,8 +122,8 @@ def test_block_without_some_arguments(length: int, valid: str, window: bool, sta
 @pytest.mark.parametrize("bias", [True, False])
 def test_block_with_any_convolution(length: int, taps: int, bias: bool) -> None:
     sizes = SMALL._replace(taps=taps)
-    projected, valid, window, state, _ = mamba_block_arguments(sizes, length, DEVICE, torch.float32, rows=2)
-    check_block(projected, valid, window, state, mamba_weights(sizes, DEVICE, torch.float32, bias=bias))
+    projected, token_mask, window, state, _ = mamba_block_arguments(sizes, length, DEVICE, torch.float32, rows=2)
+    check_block(projected, token_mask, window, state, mamba_weights(sizes, DEVICE, torch.float32, bias=bias))
 
 
 @pytest.mark.parametrize(
@@ -165,9 +165,9 @@ def test_values_at_padding_have_no_effect() -> None:
 
 def test_block_reads_slices_in_place() -> None:
     """Rows, windows and states as slices of larger tensors, as in a pool."""
-    projected, valid, window, state, weights = mamba_block_arguments(SMALL, 9, DEVICE, torch.float32, rows=6)
-    check_block(projected[::2, :7], valid[::2, :7], window[1::2], state[3:], weights)
-    check_block(projected.transpose(1, 2).contiguous().transpose(1, 2), valid, window, state, weights)
+    projected, token_mask, window, state, weights = mamba_block_arguments(SMALL, 9, DEVICE, torch.float32, rows=6)
+    check_block(projected[::2, :7], token_mask[::2, :7], window[1::2], state[3:], weights)
+    check_block(projected.transpose(1, 2).contiguous().transpose(1, 2), token_mask, window, state, weights)
 
 
 @pytest.mark.parametrize("length", [64, 65])
@@ -181,10 +181,10 @@ def test_longer_blocks_go_to_the_reference(length: int, monkeypatch: pytest.Monk
 
 @pytest.mark.parametrize("shape", [(0, 4), (2, 0)])
 def test_an_empty_block(shape: tuple[int, int]) -> None:
-    projected, valid, window, state, weights = mamba_block_arguments(TINY_GROUPS, 4, DEVICE, torch.float32, rows=2)
+    projected, token_mask, window, state, weights = mamba_block_arguments(TINY_GROUPS, 4, DEVICE, torch.float32, rows=2)
     rows, length = shape
     mixed, _ = triton_mamba.mamba_block(
-        projected[:rows, :length], valid[:rows, :length], window[:rows], state[:rows], weights
+        projected[:rows, :length], token_mask[:rows, :length], window[:rows], state[:rows], weights
     )
     assert mixed.shape == (rows, length, weights.inner)
 
@@ -250,7 +250,7 @@ def test_state_update_of_long_blocks(given: bool) -> None:
 
 def test_state_update_with_a_blocks_own_inputs() -> None:
     """Block by block through the kernels and through the references: the states stay equal."""
-    projected, valid, window, state, weights = mamba_block_arguments(SMALL, 12, DEVICE, torch.bfloat16)
+    projected, token_mask, window, state, weights = mamba_block_arguments(SMALL, 12, DEVICE, torch.bfloat16)
     pools = [(window.clone(), state.clone()) for _ in range(2)]
     for part in (projected[:, :5], projected[:, 5:6], projected[:, 6:]):
         outs = []
@@ -261,7 +261,7 @@ def test_state_update_with_a_blocks_own_inputs() -> None:
             )
         ):
             length = part.shape[1]
-            mixed, inputs = block(part, valid[:, :length], *pools[i], weights, True)
+            mixed, inputs = block(part, token_mask[:, :length], *pools[i], weights, True)
             assert inputs is not None
             accepted = torch.tensor([length, 0, length // 2], device=DEVICE)
             pools[i] = state_update(*pools[i], inputs, accepted, None)
@@ -353,8 +353,8 @@ def test_kernels_that_pass_the_self_check_are_used(dtype: torch.dtype, triton_on
         assert "passed its self-check" in rows[op][1]
 
 
-def _garbage(projected: Tensor, valid: Any, window: Any, state: Any, weights: MambaWeights, inputs: bool) -> Any:
-    mixed, kept = mamba_block.mamba_block(projected, valid, window, state, weights, inputs)
+def _garbage(projected: Tensor, token_mask: Any, window: Any, state: Any, weights: MambaWeights, inputs: bool) -> Any:
+    mixed, kept = mamba_block.mamba_block(projected, token_mask, window, state, weights, inputs)
     return mixed * 1.05, kept
 
 

@@ -44,13 +44,13 @@ def arguments(
     heads: tuple[int, int] = (2, 1),
     width: int = 16,
     dtype: torch.dtype = torch.float32,
-    valid: str = "none",
+    token_mask: str = "none",
     causal: bool = False,
     device: torch.device = DEVICE,
 ) -> Arguments:
     """Rows with the given numbers of cached tokens, anywhere in a pool; unused slots are NaN.
 
-    valid: no padding, or padding that grows from row to row, at the end or at the beginning.
+    token_mask: no padding, or padding that grows from row to row, at the end or at the beginning.
     """
     randn, rows = Randn(0, device), len(lengths)
     q = randn(rows, length, heads[0], width)
@@ -68,17 +68,17 @@ def arguments(
     cached = CachedKV(
         *(pool.to(dtype) for pool in pools), start, stride, torch.tensor(lengths, device=device), max(lengths), 0
     )
-    mask = {"none": None, "end": ragged, "start": ragged.flip(1)}[valid]
+    mask = {"none": None, "end": ragged, "start": ragged.flip(1)}[token_mask]
     return q.to(dtype), k.to(dtype), v.to(dtype), mask, causal, cached
 
 
 def check(*given: Any) -> Tensor:
     """Equals the reference up to rounding. (The reference multiplies missing values by 0, so they must be finite.)"""
-    q, k, v, valid, causal, cached = given
+    q, k, v, token_mask, causal, cached = given
     wide = (
         None if cached is None else cached._replace(k=cached.k.double().nan_to_num(), v=cached.v.double().nan_to_num())
     )
-    expected = reference.attention(q.double(), k.double(), v.double(), valid, causal, wide)
+    expected = reference.attention(q.double(), k.double(), v.double(), token_mask, causal, wide)
     found = attention.attention(*given)
     assert found.dtype == q.dtype
     share = {torch.float32: 2e-6, torch.bfloat16: 8e-3}[q.dtype]
@@ -87,12 +87,12 @@ def check(*given: Any) -> Tensor:
 
 
 @DTYPES
-@pytest.mark.parametrize("valid", ["none", "end", "start"])
+@pytest.mark.parametrize("token_mask", ["none", "end", "start"])
 @pytest.mark.parametrize("causal", [True, False])
 @pytest.mark.parametrize("length", [1, 3])
-def test_all_arguments(length: int, causal: bool, valid: str, dtype: torch.dtype) -> None:
+def test_all_arguments(length: int, causal: bool, token_mask: str, dtype: torch.dtype) -> None:
     """Rows without context, with less than one tile, and with two splits."""
-    check(*arguments(length, (100, 0, 3), (4, 2), 24, dtype, valid, causal))
+    check(*arguments(length, (100, 0, 3), (4, 2), 24, dtype, token_mask, causal))
 
 
 @DTYPES
@@ -140,21 +140,21 @@ def test_the_rounded_max_length_of_a_recording(width: int) -> None:
 @pytest.mark.parametrize("splits", [1, 3])
 def test_a_row_equals_the_row_alone(splits: int, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(attention, "num_splits", lambda *_: splits)
-    q, k, v, valid, causal, cached = arguments(5, (200, 0, 130), (4, 2), valid="end")
-    together = attention.attention(q, k, v, valid, causal, cached)
+    q, k, v, token_mask, causal, cached = arguments(5, (200, 0, 130), (4, 2), token_mask="end")
+    together = attention.attention(q, k, v, token_mask, causal, cached)
     for row in range(3):
         at = slice(row, row + 1)
         own = cached._replace(start=cached.start[at], stride=cached.stride[at], lengths=cached.lengths[at])
-        assert torch.equal(attention.attention(q[at], k[at], v[at], valid[at], causal, own), together[at])
+        assert torch.equal(attention.attention(q[at], k[at], v[at], token_mask[at], causal, own), together[at])
 
 
 @pytest.mark.parametrize("causal", [True, False])
 def test_values_at_padding_have_no_effect(causal: bool) -> None:
-    q, k, v, valid, _, cached = arguments(9, (0, 3, 70), valid="end")
-    clean = attention.attention(q, k, v, valid, causal, cached)
-    dirty = [part.masked_fill(~valid[..., None, None], torch.nan) for part in (q, k, v)]
-    found = attention.attention(*dirty, valid, causal, cached)
-    assert torch.equal(found[valid], clean[valid])
+    q, k, v, token_mask, _, cached = arguments(9, (0, 3, 70), token_mask="end")
+    clean = attention.attention(q, k, v, token_mask, causal, cached)
+    dirty = [part.masked_fill(~token_mask[..., None, None], torch.nan) for part in (q, k, v)]
+    found = attention.attention(*dirty, token_mask, causal, cached)
+    assert torch.equal(found[token_mask], clean[token_mask])
 
 
 def test_queries_attend_to_themselves_in_rows_of_padding() -> None:
@@ -179,23 +179,23 @@ def test_without_context(cached: str, dtype: torch.dtype) -> None:
 
 def test_strided_inputs() -> None:
     """Strides of the projections, slices, and vectors that are not contiguous."""
-    q, k, v, valid, causal, cached = arguments(6, (0, 50), (4, 2), valid="end")
-    expected = check(q, k, v, valid, causal, cached)
+    q, k, v, token_mask, causal, cached = arguments(6, (0, 50), (4, 2), token_mask="end")
+    expected = check(q, k, v, token_mask, causal, cached)
     by_heads = [part.transpose(1, 2).contiguous().transpose(1, 2) for part in (q, k, v)]
     slices = [torch.cat([part, part], dim=-1)[..., : part.shape[-1]] for part in (q, k, v)]
     apart = [part.mT.contiguous().mT for part in (q, k, v)]
     unlike = [q, by_heads[1], v]
     for given in (by_heads, slices, apart, unlike):
-        assert torch.equal(attention.attention(*given, valid.mT.contiguous().mT, causal, cached), expected)
+        assert torch.equal(attention.attention(*given, token_mask.mT.contiguous().mT, causal, cached), expected)
 
 
 def test_a_uniform_stride() -> None:
     """Rows with a uniform stride (`CachedKV.uniform_stride`)."""
-    q, k, v, valid, causal, _ = arguments(3, (0, 0), (4, 2))
+    q, k, v, token_mask, causal, _ = arguments(3, (0, 0), (4, 2))
     pool = Randn(2, DEVICE)(2, 2 * 2 * 40 + 1, 16)
     order = torch.arange(2, device=DEVICE)
     cached = CachedKV(pool[0], pool[1], order * 80, order * 0 + 40, torch.tensor([40, 11], device=DEVICE), 40, 40)
-    check(q, k, v, valid, causal, cached)
+    check(q, k, v, token_mask, causal, cached)
 
 
 def test_wide_heads_go_to_the_reference(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -236,7 +236,7 @@ def test_launches_depend_on_shapes_alone(monkeypatch: pytest.MonkeyPatch) -> Non
     monkeypatch.setattr(attention, "_attention_kernel", launches)
     monkeypatch.setattr(attention, "_combine_kernel", launches)
     meta = torch.device("meta")
-    given = arguments(16, (300, 2), (4, 2), valid="end")
+    given = arguments(16, (300, 2), (4, 2), token_mask="end")
     for _ in range(2):
         attention.attention(*_on(meta, given))
     *rest, cached = given

@@ -64,16 +64,16 @@ def kv_append_cases(device: torch.device, dtype: torch.dtype) -> list[Case]:
         randn = Randn(10, device)
         pools = tuple((randn(161, 12).to(dtype), randn(161, 12).to(dtype)) for _ in range(2))
         start, stride, lengths = torch.tensor([[90, 0, 30], [20, 6, 30], [7, 5, 0]], device=device)
-        valid = lengths_up_to(length, 3, device)
+        token_mask = lengths_up_to(length, 3, device)
         step = torch.arange(length, device=device)
-        counts = (step < valid[:, None]) & (lengths[:, None] + step < stride[:, None])
+        counts = (step < token_mask[:, None]) & (lengths[:, None] + step < stride[:, None])
         new = tuple(
             tuple(randn(3, length, 3, 12).to(dtype) * counts[..., None, None] for _ in "kv") for _ in range(2)
         )  # zeros at padding: the reference writes them to the last vector
         for pair in pools:
             for pool in pair:
                 pool[-1] = 0
-        return pools, new, AppendPositions(start, stride, lengths, valid)
+        return pools, new, AppendPositions(start, stride, lengths, token_mask)
 
     return [_case(f"{length} tokens", arguments, length) for length in (1, 9)]
 
@@ -113,8 +113,8 @@ def mamba_block_arguments(
     projected = randn(rows, length, weights.inner + weights.conv_dim + weights.heads)
     window = randn(rows, weights.taps - 1, weights.conv_dim)
     state = randn(rows, weights.heads, weights.head_dim, weights.state_size)
-    valid = torch.arange(length, device=device) < lengths_up_to(length, rows, device)[:, None]
-    return projected.to(dtype), valid, window.to(dtype), state, weights
+    token_mask = torch.arange(length, device=device) < lengths_up_to(length, rows, device)[:, None]
+    return projected.to(dtype), token_mask, window.to(dtype), state, weights
 
 
 def state_update_arguments(
@@ -301,11 +301,13 @@ def attention_cases(device: torch.device, dtype: torch.dtype) -> list[Case]:
         pool[1, 30:48] /= 16
         start, stride = torch.tensor([[2 * longest + 100, 30, 60], [1, 9, longest + 5]], device=device)
         cached = CachedKV(pool[0], pool[1], start, stride, lengths, longest, 0)
-        valid = None
+        token_mask = None
         if ragged:
-            valid = torch.arange(length, device=device) < torch.tensor([[length], [1], [length - 1]], device=device)
+            token_mask = torch.arange(length, device=device) < torch.tensor(
+                [[length], [1], [length - 1]], device=device
+            )
         q, k, v = randn(3, length, heads, width) / 2, randn(3, length, 2, width), randn(3, length, 2, width) / 16
-        return q.to(dtype), k.to(dtype), v.to(dtype), valid, causal, cached
+        return q.to(dtype), k.to(dtype), v.to(dtype), token_mask, causal, cached
 
     sizes: tuple[tuple[object, ...], ...] = (
         (1, 2, 24, True, False),

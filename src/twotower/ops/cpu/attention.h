@@ -51,9 +51,9 @@ template <class T> inline void divide(const float* x, float by, long n, T* y) {
 // q (B, L, Hq, D), k and v (B, L, Hkv, D) → out (B, L, Hq, D). Cached token t < lengths[b] of row b and head h is
 // the vector at index start[b] + h·stride[b] + t of past_k and past_v.
 template <class T>
-void attention(const T* q, const T* k, const T* v, const uint8_t* valid, int causal, const T* past_k, const T* past_v,
-               const int64_t* start, const int64_t* stride, const int64_t* lengths, T* out, long B, long L, long Hq,
-               long Hkv, long D, int threads) {
+void attention(const T* q, const T* k, const T* v, const uint8_t* token_mask, int causal, const T* past_k,
+               const T* past_v, const int64_t* start, const int64_t* stride, const int64_t* lengths, T* out, long B,
+               long L, long Hq, long Hkv, long D, int threads) {
     const long group = Hq / Hkv, Q = group * L, ld = padded(D), part_size = Q * (ld + 2);
     struct Task { long b, h, from, to; };  // keys of [cached keys ; own keys]; the row's last task has the own keys
     static thread_local std::vector<Task> list;
@@ -93,7 +93,7 @@ void attention(const T* q, const T* k, const T* v, const uint8_t* valid, int cau
             // A query attends to itself and to the valid keys of its block up to its limit.
             bool masked = causal;
             for (long l = 0; l < L; l++) {
-                const bool counts = !valid || valid[b * L + l];
+                const bool counts = !token_mask || token_mask[b * L + l];
                 place[l] = counts ? float(l) : INFINITY;
                 masked |= !counts;
             }

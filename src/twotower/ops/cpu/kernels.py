@@ -197,24 +197,24 @@ def rms_norm(
 
 def mamba_block(
     projected: Tensor,
-    valid: Tensor | None,
+    token_mask: Tensor | None,
     window: Tensor | None,
     state: Tensor | None,
     weights: MambaWeights,
-    keep_inputs: bool = True,
+    keep_step_inputs: bool = True,
 ) -> tuple[Tensor, MambaStepInputs | None]:
     """As `ops.reference.mamba_block.mamba_block`."""
     projected = projected.contiguous()
     rows, length = projected.shape[:2]
     mixed = projected.new_empty(rows, length, weights.inner)
     kept = None
-    if keep_inputs:
+    if keep_step_inputs:
         xBC = projected.new_empty(rows, length, weights.conv_dim)
         kept = empty_step_inputs(xBC, weights.heads, weights.head_dim, weights.n_groups, weights.state_size)
-    valid, window, state = (None if part is None else part.contiguous() for part in (valid, window, state))
+    token_mask, window, state = (None if part is None else part.contiguous() for part in (token_mask, window, state))
     vectors = [part.float() for part in (weights.dt_bias, weights.A_log, weights.D)]
     call(
-        "mamba_block_", projected, projected, valid, window, state, None, weights.conv_weight, weights.conv_bias,
+        "mamba_block_", projected, projected, token_mask, window, state, None, weights.conv_weight, weights.conv_bias,
         *vectors, weights.norm_weight, mixed, *(kept or [None] * 5), rows, length, weights.heads, weights.head_dim,
         weights.n_groups, weights.state_size, weights.taps, *weights.time_step_limit, weights.eps,
     )  # fmt: skip
@@ -264,15 +264,15 @@ def argmax(logits: Tensor, excluded: Tensor | None = None) -> tuple[Tensor, Tens
 
 
 def attention(
-    q: Tensor, k: Tensor, v: Tensor, valid: Tensor | None, causal: bool, cached: CachedKV | None = None
+    q: Tensor, k: Tensor, v: Tensor, token_mask: Tensor | None, causal: bool, cached: CachedKV | None = None
 ) -> Tensor:
     """As `ops.reference.attention.attention`."""
     q, k, v = q.contiguous(), k.contiguous(), v.contiguous()
-    valid = None if valid is None else valid.contiguous()
+    token_mask = None if token_mask is None else token_mask.contiguous()
     past: list[Tensor | None] = [None] * 5
     if cached is not None and cached.max_length:
         past = [cached.k, cached.v, cached.start, cached.stride, cached.lengths]
     out = torch.empty_like(q)
     rows, length, heads, width = q.shape
-    call("attention_", q, q, k, v, valid, int(causal), *past, out, rows, length, heads, k.shape[2], width)
+    call("attention_", q, q, k, v, token_mask, int(causal), *past, out, rows, length, heads, k.shape[2], width)
     return out

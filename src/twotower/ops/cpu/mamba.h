@@ -60,10 +60,10 @@ template <class T> inline void gate_and_norm(float* x, const T* z, const T* weig
 // gate, group norm. Row b reads slot slots[b] of window (R, K−1, C) and state (R, H, P, N). If kept_xBC is not null,
 // writes the step inputs of `state_update` to kept_*.
 template <class T>
-void mamba_block(const T* projected, const uint8_t* valid, const T* window, const float* state, const int64_t* slots,
-                 const T* conv_weight, const T* conv_bias, const float* dt_bias, const float* A_log, const float* D,
-                 const T* norm_weight, T* mixed, T* kept_xBC, float* kept_x, float* kept_dt, float* kept_decay,
-                 float* kept_B, long rows, long L, Mamba dims, int threads) {
+void mamba_block(const T* projected, const uint8_t* token_mask, const T* window, const float* state,
+                 const int64_t* slots, const T* conv_weight, const T* conv_bias, const float* dt_bias,
+                 const float* A_log, const float* D, const T* norm_weight, T* mixed, T* kept_xBC, float* kept_x,
+                 float* kept_dt, float* kept_decay, float* kept_B, long rows, long L, Mamba dims, int threads) {
     const long H = dims.heads, P = dims.P, G = dims.groups, N = dims.N, K = dims.taps;
     const long inner = H * P, C = inner + 2 * G * N, wide = inner + C + H;
     const long each = H / G, X = each * P, own_C = X + 2 * N;
@@ -93,7 +93,7 @@ void mamba_block(const T* projected, const uint8_t* valid, const T* window, cons
             prepared = g;
             for (long l = 0; l < L + K - 1; l++) {
                 const long token = b * L + l - (K - 1);
-                const bool counts = l < K - 1 ? window != nullptr : !valid || valid[token];
+                const bool counts = l < K - 1 ? window != nullptr : !token_mask || token_mask[token];
                 for (long run = 0, at = 0; run < 3; at += size[run++]) {
                     const T* source = l < K - 1 ? window + (slot * (K - 1) + l) * C + from[run]
                                                 : projected + token * wide + inner + from[run];
@@ -131,7 +131,7 @@ void mamba_block(const T* projected, const uint8_t* valid, const T* window, cons
                 float total = 0;
                 for (long l = 0; l < L; l++) {
                     const long token = b * L + l;
-                    if (valid && !valid[token]) dt[l] = 0;
+                    if (token_mask && !token_mask[token]) dt[l] = 0;
                     const float decay = dt[l] * rate;
                     cum[l] = total += decay;
                     if (kept_dt) kept_dt[token * H + h] = dt[l], kept_decay[token * H + h] = decay;

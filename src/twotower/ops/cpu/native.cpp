@@ -47,13 +47,13 @@ void rms_norm_(int type, int wide, const void* x, const void* weight, const void
     }
 }
 
-void mamba_block_(int type, const void* projected, const uint8_t* valid, const void* window, const float* state,
+void mamba_block_(int type, const void* projected, const uint8_t* token_mask, const void* window, const float* state,
                   const int64_t* slots, const void* conv_weight, const void* conv_bias, const float* dt_bias,
                   const float* A_log, const float* D, const void* norm_weight, void* mixed, void* xBC, float* x,
                   float* dt, float* decay, float* B, long rows, long L, long heads, long head_dim, long groups, long N,
                   long taps, float low, float high, float eps, int threads) {
     Mamba dims{heads, head_dim, groups, N, taps, low, high, eps};
-    BOTH(mamba_block(P(projected), valid, P(window), state, slots, P(conv_weight), P(conv_bias), dt_bias, A_log, D,
+    BOTH(mamba_block(P(projected), token_mask, P(window), state, slots, P(conv_weight), P(conv_bias), dt_bias, A_log, D,
                      P(norm_weight), Q(mixed), Q(xBC), x, dt, decay, B, rows, L, dims, threads))
 }
 
@@ -89,27 +89,27 @@ void argmax_(int type, const void* logits, const int64_t* excluded, int64_t* tok
     BOTH(argmax(P(logits), excluded, tokens, confidence, positions, each, V, threads))
 }
 
-void attention_(int type, const void* q, const void* k, const void* v, const uint8_t* valid, int causal,
+void attention_(int type, const void* q, const void* k, const void* v, const uint8_t* token_mask, int causal,
                 const void* past_k, const void* past_v, const int64_t* start, const int64_t* stride,
                 const int64_t* lengths, void* out, long B, long L, long Hq, long Hkv, long D, int threads) {
-    BOTH(attention(P(q), P(k), P(v), valid, causal, P(past_k), P(past_v), start, stride, lengths, Q(out), B, L, Hq, Hkv,
-                   D, threads))
+    BOTH(attention(P(q), P(k), P(v), token_mask, causal, P(past_k), P(past_v), start, stride, lengths, Q(out), B, L, Hq,
+                   Hkv, D, threads))
 }
 
 // x: the embedded tokens, overwritten by the residual stream. sizes: the integers of `Shape` in order.
 void tower_(int type, void* x, const int64_t* kinds, const void* const* weights, const void* const* packed,
             const void* const* scales, const void* const* inputs, const void* norm_f, void* hidden,
-            const uint8_t* valid, int causal, const int64_t* start, const int64_t* stride, const int64_t* lengths,
+            const uint8_t* token_mask, int causal, const int64_t* start, const int64_t* stride, const int64_t* lengths,
             const int64_t* sizes, float low, float high, float eps, float factor, int threads) {
     const int64_t* n = sizes;
     Shape s{n[0], n[1], n[2], n[3], n[4], n[5], {n[6], n[7], n[8], n[9], n[10], low, high, eps}, n[11], n[12], n[13],
             n[14], n[15], n[16], n[17], n[18], n[19], n[20], factor, n[21], eps};
     if (type && s.wide) {
         using T = bf16;
-        tower(static_cast<float*>(x), kinds, weights, packed, scales, inputs, P(norm_f), Q(hidden), valid, causal,
+        tower(static_cast<float*>(x), kinds, weights, packed, scales, inputs, P(norm_f), Q(hidden), token_mask, causal,
               start, stride, lengths, s, threads);
     } else {
-        BOTH(tower(static_cast<T*>(x), kinds, weights, packed, scales, inputs, P(norm_f), Q(hidden), valid, causal,
+        BOTH(tower(static_cast<T*>(x), kinds, weights, packed, scales, inputs, P(norm_f), Q(hidden), token_mask, causal,
                    start, stride, lengths, s, threads))
     }
 }

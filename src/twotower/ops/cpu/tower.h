@@ -59,7 +59,7 @@ inline void mlp(const T* x, Matrix<T> up, const T* up_bias, Matrix<T> down, cons
 
 template <class X, class T>
 void tower(X* x, const int64_t* kinds, const void* const* weights, const void* const* packed, const void* const* scales,
-           const void* const* inputs, const T* norm_f, T* hidden, const uint8_t* valid, int causal,
+           const void* const* inputs, const T* norm_f, T* hidden, const uint8_t* token_mask, int causal,
            const int64_t* start, const int64_t* stride, const int64_t* lengths, const Shape& s, int threads) {
     const long tokens = s.rows * s.L, H = s.H, d = s.head_dim;
     const Mamba& m = s.mamba;
@@ -72,8 +72,8 @@ void tower(X* x, const int64_t* kinds, const void* const* weights, const void* c
     int64_t* topk_ids = reinterpret_cast<int64_t*>(scratch(12, 2 * tokens * std::max(s.top, 1L)));
     float* topk_weights = scratch(13, tokens * std::max(s.top, 1L));
     long representative = 0;  // index of the representative token: a valid token, if any
-    while (valid && representative < tokens - 1 && !valid[representative]) representative++;
-    if (valid && !valid[representative]) representative = 0;
+    while (token_mask && representative < tokens - 1 && !token_mask[representative]) representative++;
+    if (token_mask && !token_mask[representative]) representative = 0;
     for (long layer = 0; layer < s.layers; layer++) {
         const auto w = [&](int i) { return static_cast<const T*>(weights[layer * WEIGHTS + i]); };
         const auto wide = [&](int i) { return static_cast<const float*>(weights[layer * WEIGHTS + i]); };
@@ -87,7 +87,7 @@ void tower(X* x, const int64_t* kinds, const void* const* weights, const void* c
         rms_norm(x, w(0), shift, scale, normed, tokens, H, s.L, s.order_stride, order, s.norm_eps, threads);
         if (kind == MAMBA) {
             linear(normed, matrix(1), w(2), first, tokens, H, inner + C + m.heads, threads);
-            mamba_block(first, valid, static_cast<const T*>(in(3)), static_cast<const float*>(in(4)),
+            mamba_block(first, token_mask, static_cast<const T*>(in(3)), static_cast<const float*>(in(4)),
                         (const int64_t*)nullptr, w(3), w(4), wide(5), wide(6), wide(7), w(8), second,
                         static_cast<T*>(in(5)), static_cast<float*>(in(6)), static_cast<float*>(in(7)),
                         static_cast<float*>(in(8)), static_cast<float*>(in(9)), s.rows, s.L, m, threads);
@@ -98,15 +98,16 @@ void tower(X* x, const int64_t* kinds, const void* const* weights, const void* c
             linear(normed, matrix(1), w(2), q, tokens, H, s.heads * d, threads);
             linear(normed, matrix(3), w(4), k, tokens, H, s.kv_heads * d, threads);
             linear(normed, matrix(5), w(6), v, tokens, H, s.kv_heads * d, threads);
-            attention(q, k, v, valid, causal, static_cast<const T*>(in(3)), static_cast<const T*>(in(4)), start, stride,
-                      lengths, attended, s.rows, s.L, s.heads, s.kv_heads, d, threads);
+            attention(q, k, v, token_mask, causal, static_cast<const T*>(in(3)), static_cast<const T*>(in(4)), start,
+                      stride, lengths, attended, s.rows, s.L, s.heads, s.kv_heads, d, threads);
             linear(attended, matrix(7), w(8), out, tokens, s.heads * d, H, threads);
         } else if (kind == MOE) {
             route(normed, w(1), wide(2), topk_ids, topk_weights, tokens, H, s.experts, s.groups, s.kept, s.top,
                   int(s.normalise), s.factor, threads);
-            for (long t = 0; valid && t < tokens; t++)  // padding loads no extra weights
-                if (!valid[t]) std::copy_n(topk_ids + representative * s.top, s.top, topk_ids + t * s.top);
-            experts(normed, topk_ids, topk_weights, matrix(3), matrix(4), out, tokens, s.top, s.experts, s.inner, H, threads);
+            for (long t = 0; token_mask && t < tokens; t++)  // padding loads no extra weights
+                if (!token_mask[t]) std::copy_n(topk_ids + representative * s.top, s.top, topk_ids + t * s.top);
+            experts(normed, topk_ids, topk_weights, matrix(3), matrix(4), out, tokens, s.top, s.experts, s.inner, H,
+                    threads);
             mlp(normed, matrix(5), w(6), matrix(7), w(8), first, second, tokens, H, s.shared, threads);
             add(second, tokens * H, out);
         } else {

@@ -49,14 +49,14 @@ class CachedKV(NamedTuple):
 
 
 def attention(
-    q: Tensor, k: Tensor, v: Tensor, valid: Tensor | None, causal: bool, cached: CachedKV | None = None
+    q: Tensor, k: Tensor, v: Tensor, token_mask: Tensor | None, causal: bool, cached: CachedKV | None = None
 ) -> Tensor:
     """Attention of a block over its cached context and itself → (B, L, Hq, D).
 
-    q (B, L, Hq, D); k, v (B, L, Hkv, D); valid (B, L): False at padding (None: no padding). A query attends to the
+    q (B, L, Hq, D); k, v (B, L, Hkv, D); token_mask (B, L): False at padding (None: no padding). A query attends to the
     cached keys, to the valid keys of its own block (causal: up to its own position), and always to itself.
     """
-    mask = own_block_mask(q.shape[1], valid, causal, q.device)
+    mask = own_block_mask(q.shape[1], token_mask, causal, q.device)
     context, exists = None, None
     if cached is not None and cached.max_length:
         past_k, past_v, exists = cached.dense(k.shape[2])
@@ -65,11 +65,11 @@ def attention(
     return block_attention(q, k, v, mask, context, exists).transpose(1, 2)
 
 
-def own_block_mask(length: int, valid: Tensor | None, causal: bool, device: torch.device) -> Tensor | None:
+def own_block_mask(length: int, token_mask: Tensor | None, causal: bool, device: torch.device) -> Tensor | None:
     """The mask (B or 1, L, L) of a block's own keys, or None: no mask. A padding query attends at least to itself."""
     mask = torch.ones(1, length, length, dtype=torch.bool, device=device).tril() if causal else None
-    if valid is not None:
-        keys = valid[:, None] | torch.eye(length, dtype=torch.bool, device=device)
+    if token_mask is not None:
+        keys = token_mask[:, None] | torch.eye(length, dtype=torch.bool, device=device)
         mask = keys if mask is None else mask & keys
     return mask
 

@@ -92,22 +92,23 @@ def empty_step_inputs(xBC: Tensor, heads: int, head_dim: int, groups: int, state
 
 def mamba_block(
     projected: Tensor,
-    valid: Tensor | None,
+    token_mask: Tensor | None,
     window: Tensor | None,
     state: Tensor | None,
     weights: MambaWeights,
-    keep_inputs: bool = True,
+    keep_step_inputs: bool = True,
 ) -> tuple[Tensor, MambaStepInputs | None]:
-    """A Mamba-2 mixer between its projections, over one block → mixed (B, L, H·P) in projected's dtype, and the step
-    inputs.
+    """A Mamba-2 mixer between its projections, over one block.
 
-    projected (B, L, H·P + C + H); valid (B, L): False at padding (None: no padding); window (B, K−1, C) and state (B,
-    H, P, N): before the block (None: zeros). The step inputs are None unless `keep_inputs`.
+    projected (B, L, H·P + C + H); token_mask (B, L): False at padding (None: no padding); window (B, K−1, C) and state
+    (B, H, P, N): before the block (None: zeros).
+
+    Returns mixed (B, L, H·P) in projected's dtype, and the step inputs, or None unless `keep_step_inputs`.
     """
-    z, xBC, dt, log_decay = split(projected, valid, weights)
+    z, xBC, dt, log_decay = split(projected, token_mask, weights)
     kept, C = convolve(xBC, window, dt, log_decay, weights)
     y = ssd_block(kept.x, kept.dt, kept.log_decay, kept.B, C, state)
-    return gate_and_norm(y, kept.x, z, weights), kept if keep_inputs else None
+    return gate_and_norm(y, kept.x, z, weights), kept if keep_step_inputs else None
 
 
 def state_update(
@@ -128,7 +129,7 @@ def state_update(
 # --- parts, also used for a mixer over longer sequences --------------------------------------------------------------
 
 
-def split(projected: Tensor, valid: Tensor | None, weights: MambaWeights) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+def split(projected: Tensor, token_mask: Tensor | None, weights: MambaWeights) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     """projected (B, L, …) → z, xBC before the convolution, dt and log_decay.
 
     Padding leaves every state unchanged: its convolution input and its dt are 0.
@@ -136,9 +137,9 @@ def split(projected: Tensor, valid: Tensor | None, weights: MambaWeights) -> tup
     acc = accumulation_dtype(projected.dtype)
     z, xBC, dt = projected.split([weights.inner, weights.conv_dim, weights.heads], dim=-1)
     dt = F.softplus(dt.to(acc) + weights.dt_bias.to(acc)).clamp(*weights.time_step_limit)
-    if valid is not None:
-        xBC = xBC * valid[..., None]
-        dt = dt * valid[..., None]
+    if token_mask is not None:
+        xBC = xBC * token_mask[..., None]
+        dt = dt * token_mask[..., None]
     return z, xBC, dt, dt * -weights.A_log.to(acc).exp()
 
 

@@ -72,12 +72,12 @@ def num_splits(programs: int, width: int, warps: int) -> int:
 
 
 def attention(
-    q: Tensor, k: Tensor, v: Tensor, valid: Tensor | None, causal: bool, cached: CachedKV | None = None
+    q: Tensor, k: Tensor, v: Tensor, token_mask: Tensor | None, causal: bool, cached: CachedKV | None = None
 ) -> Tensor:
     """As `twotower.ops.reference.attention.attention`, without gradients."""
     rows, length, all_heads, width = q.shape
     if tile_of(width) > MAX_HEAD_DIM:
-        return reference.attention(q, k, v, valid, causal, cached)
+        return reference.attention(q, k, v, token_mask, causal, cached)
     heads = k.shape[2]
     out = q.new_empty(q.shape)
     if not out.numel():
@@ -102,7 +102,7 @@ def attention(
     with device_guard(q):
         _attention_kernel[grid[0], splits, grid[2]](
             *(q, k, v),
-            None if valid is None else valid.bool().contiguous().view(torch.uint8),
+            None if token_mask is None else token_mask.bool().contiguous().view(torch.uint8),
             *pools,
             *(out, parts, weights),
             *q.stride()[:3],
@@ -110,7 +110,7 @@ def attention(
             length,
             splits,
             width**-0.5 * math.log2(math.e),
-            HAS_VALID=valid is not None,
+            HAS_MASK=token_mask is not None,
             HAS_CACHE=pools[0] is not None,
             CAUSAL=causal,
             SPLIT=splits > 1,
@@ -158,7 +158,7 @@ def _attention_kernel(
     q,
     k,
     v,
-    valid,
+    token_mask,
     pool_k,
     pool_v,
     start,
@@ -176,7 +176,7 @@ def _attention_kernel(
     length,
     splits,
     scale,
-    HAS_VALID: tl.constexpr,
+    HAS_MASK: tl.constexpr,
     HAS_CACHE: tl.constexpr,
     CAUSAL: tl.constexpr,
     SPLIT: tl.constexpr,
@@ -237,8 +237,8 @@ def _attention_kernel(
     for begin in range(0, end, OWN):
         other = begin + tl.arange(0, OWN)
         counted = other < length
-        if HAS_VALID:
-            counted = counted & (tl.load(valid + row * length + other, mask=counted, other=0) != 0)
+        if HAS_MASK:
+            counted = counted & (tl.load(token_mask + row * length + other, mask=counted, other=0) != 0)
         exists = counted[:, None] & of_head
         keys = tl.load(k + other[:, None] * k_token + d[None, :], mask=exists, other=0.0)
         values = tl.load(v + other[:, None] * k_token + d[None, :], mask=exists, other=0.0)

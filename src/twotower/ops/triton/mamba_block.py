@@ -23,16 +23,16 @@ from twotower.ops.triton.launch import contiguous_from, device_guard, dot_precis
 
 def mamba_block(
     projected: Tensor,
-    valid: Tensor | None,
+    token_mask: Tensor | None,
     window: Tensor | None,
     state: Tensor | None,
     weights: MambaWeights,
-    keep_inputs: bool = True,
+    keep_step_inputs: bool = True,
 ) -> tuple[Tensor, MambaStepInputs | None]:
     """As `twotower.ops.reference.mamba_block.mamba_block`, without gradients."""
     rows, length = projected.shape[:2]
     if exceeds_one_program(length, weights.head_dim, weights.state_size) or not rows * length:
-        return reference.mamba_block(projected, valid, window, state, weights, keep_inputs)
+        return reference.mamba_block(projected, token_mask, window, state, weights, keep_step_inputs)
     projected = contiguous_from(projected, 2)
     window = None if window is None else contiguous_from(window, 1)
     state = None if state is None else contiguous_from(state, 1)
@@ -40,15 +40,15 @@ def mamba_block(
     # The norm needs all heads of a group; `gated` holds them in fp32 until the last one is computed.
     gated = mixed if mixed.dtype == torch.float32 else torch.empty_like(mixed, dtype=torch.float32)
     kept = None
-    if keep_inputs:
+    if keep_step_inputs:
         xBC = projected[..., weights.inner : weights.inner + weights.conv_dim]  # without padding: no copy
-        xBC = xBC if valid is None else torch.empty_like(xBC, memory_format=torch.contiguous_format)
+        xBC = xBC if token_mask is None else torch.empty_like(xBC, memory_format=torch.contiguous_format)
         kept = empty_step_inputs(xBC, weights.heads, weights.head_dim, weights.n_groups, weights.state_size)
     tile = 1 if length == 1 else tile_of(length)
     with device_guard(projected):
         _block_kernel[(rows, weights.n_groups)](
             projected,
-            None if valid is None else valid.bool().contiguous().view(torch.uint8),
+            None if token_mask is None else token_mask.bool().contiguous().view(torch.uint8),
             window,
             state,
             weights.conv_weight.contiguous(),
@@ -67,11 +67,11 @@ def mamba_block(
             length,
             weights.eps,
             *map(float, weights.time_step_limit),
-            HAS_VALID=valid is not None,
+            HAS_MASK=token_mask is not None,
             HAS_WINDOW=window is not None,
             HAS_STATE=state is not None,
             HAS_BIAS=weights.conv_bias is not None,
-            KEEP_INPUTS=keep_inputs,
+            KEEP_STEP_INPUTS=keep_step_inputs,
             HEADS=weights.heads,
             GROUPS=weights.n_groups,
             WIDTH=weights.head_dim,
@@ -111,7 +111,7 @@ def _softplus(x):
 @triton.jit
 def _conv_silu(
     xBC,
-    valid,
+    token_mask,
     window,
     conv_weight,
     conv_bias,
@@ -121,10 +121,10 @@ def _conv_silu(
     tokens,
     channels,
     live,
-    HAS_VALID: tl.constexpr,
+    HAS_MASK: tl.constexpr,
     HAS_WINDOW: tl.constexpr,
     HAS_BIAS: tl.constexpr,
-    KEEP_INPUTS: tl.constexpr,
+    KEEP_STEP_INPUTS: tl.constexpr,
     CONV_DIM: tl.constexpr,
     TAPS: tl.constexpr,
 ):
@@ -137,15 +137,15 @@ def _conv_silu(
     for k in tl.static_range(TAPS):
         source = tokens + (k - (TAPS - 1))
         inside = (source >= 0) & (source < length)
-        if HAS_VALID:
-            inside = inside & (tl.load(valid + source, mask=inside, other=0) != 0)
+        if HAS_MASK:
+            inside = inside & (tl.load(token_mask + source, mask=inside, other=0) != 0)
         at = xBC + source[:, None] * token_stride + channels[None, :]
         tile = tl.load(at, mask=inside[:, None] & live[None, :], other=0.0)
         if HAS_WINDOW and k < TAPS - 1:
             at = window + (source[:, None] + (TAPS - 1)) * CONV_DIM + channels[None, :]
             seen = tl.load(at, mask=(source < 0)[:, None] & live[None, :], other=0.0)
             tile = tl.where((source < 0)[:, None], seen.to(tile.dtype), tile)
-        if KEEP_INPUTS and HAS_VALID and k == TAPS - 1:
+        if KEEP_STEP_INPUTS and HAS_MASK and k == TAPS - 1:
             at = kept_xBC + tokens[:, None] * CONV_DIM + channels[None, :]
             tl.store(at, tile, mask=(tokens < length)[:, None] & live[None, :])
         tap = tl.load(conv_weight + channels * TAPS + k, mask=live, other=0.0).to(tl.float32)
@@ -158,7 +158,7 @@ def _conv_silu(
 @triton.jit
 def _block_kernel(
     projected,
-    valid,
+    token_mask,
     window,
     state,
     conv_weight,
@@ -182,11 +182,11 @@ def _block_kernel(
     eps,
     least_dt,
     largest_dt,
-    HAS_VALID: tl.constexpr,
+    HAS_MASK: tl.constexpr,
     HAS_WINDOW: tl.constexpr,
     HAS_STATE: tl.constexpr,
     HAS_BIAS: tl.constexpr,
-    KEEP_INPUTS: tl.constexpr,
+    KEEP_STEP_INPUTS: tl.constexpr,
     HEADS: tl.constexpr,
     GROUPS: tl.constexpr,
     WIDTH: tl.constexpr,
@@ -208,25 +208,25 @@ def _block_kernel(
     gated += first * INNER
     mixed += first * INNER
     xBC = projected + INNER
-    if HAS_VALID:
-        valid += first
+    if HAS_MASK:
+        token_mask += first
     if HAS_WINDOW:
         window += row * window_stride
     if HAS_STATE:
         state += row * state_stride
-    if KEEP_INPUTS:
+    if KEEP_STEP_INPUTS:
         kept_x += first * INNER
         kept_dt += first * HEADS
         kept_decay += first * HEADS
         kept_B += first * GROUPS * SIZE
-        if HAS_VALID:
+        if HAS_MASK:
             kept_xBC += first * CONV_DIM
 
     tokens = tl.arange(0, TOKENS)
     here = tokens < length
     counted = here
-    if HAS_VALID:
-        counted = here & (tl.load(valid + tokens, mask=here, other=0) != 0)
+    if HAS_MASK:
+        counted = here & (tl.load(token_mask + tokens, mask=here, other=0) != 0)
     n = tl.arange(0, SIZE_TILE)
     p = tl.arange(0, WIDTH_TILE)
     of_state = n < SIZE
@@ -235,16 +235,16 @@ def _block_kernel(
     channels = INNER + group * SIZE + n
     # fmt: off
     B = _conv_silu(
-        xBC, valid, window, conv_weight, conv_bias, kept_xBC, token_stride, length, tokens, channels, of_state,
-        HAS_VALID, HAS_WINDOW, HAS_BIAS, KEEP_INPUTS, CONV_DIM, TAPS,
+        xBC, token_mask, window, conv_weight, conv_bias, kept_xBC, token_stride, length, tokens, channels, of_state,
+        HAS_MASK, HAS_WINDOW, HAS_BIAS, KEEP_STEP_INPUTS, CONV_DIM, TAPS,
     )
     channels += GROUPS * SIZE
     C = _conv_silu(
-        xBC, valid, window, conv_weight, conv_bias, kept_xBC, token_stride, length, tokens, channels, of_state,
-        HAS_VALID, HAS_WINDOW, HAS_BIAS, KEEP_INPUTS, CONV_DIM, TAPS,
+        xBC, token_mask, window, conv_weight, conv_bias, kept_xBC, token_stride, length, tokens, channels, of_state,
+        HAS_MASK, HAS_WINDOW, HAS_BIAS, KEEP_STEP_INPUTS, CONV_DIM, TAPS,
     )
     # fmt: on
-    if KEEP_INPUTS:
+    if KEEP_STEP_INPUTS:
         of_group = kept_B + tokens[:, None] * (GROUPS * SIZE) + group * SIZE + n[None, :]
         tl.store(of_group, B, mask=here[:, None] & of_state[None, :])
     if TOKENS == 1:  # noqa: SIM108  constexpr: only one branch is compiled
@@ -264,11 +264,11 @@ def _block_kernel(
         log_decay = dt * -tl.exp(tl.load(A_log + head).to(tl.float32))
         # fmt: off
         x = _conv_silu(
-            xBC, valid, window, conv_weight, conv_bias, kept_xBC, token_stride, length, tokens, columns, of_head,
-            HAS_VALID, HAS_WINDOW, HAS_BIAS, KEEP_INPUTS, CONV_DIM, TAPS,
+            xBC, token_mask, window, conv_weight, conv_bias, kept_xBC, token_stride, length, tokens, columns, of_head,
+            HAS_MASK, HAS_WINDOW, HAS_BIAS, KEEP_STEP_INPUTS, CONV_DIM, TAPS,
         )
         # fmt: on
-        if KEEP_INPUTS:
+        if KEEP_STEP_INPUTS:
             tl.store(kept_x + tokens[:, None] * INNER + columns[None, :], x, mask=exists)
             tl.store(kept_dt + tokens * HEADS + head, dt, mask=here)
             tl.store(kept_decay + tokens * HEADS + head, log_decay, mask=here)
