@@ -94,8 +94,8 @@ class _Row:
             if out.finish_reason:
                 return
 
-    def pick(self, logits: Tensor, position: int, purpose: int, step: int = 0) -> int:
-        return pick(logits, self.params, position, purpose, step)
+    def sample(self, logits: Tensor, position: int, purpose: int, step: int = 0) -> int:
+        return sample(logits, self.params, position, purpose, step)
 
 
 # --- the modes ------------------------------------------------------------------------------------------------------
@@ -105,7 +105,7 @@ def _autoregressive(row: _Row) -> None:
     """The context tower reads the text; its head chooses the next token."""
     logits, _ = read(row.model.context, row.text)
     row.out.context_passes += 1
-    token = row.pick(logits[-1], len(row.text), AR_TOKEN)
+    token = row.sample(logits[-1], len(row.text), AR_TOKEN)
     row.take([token], [0], [probability(logits[-1], token)])
 
 
@@ -114,7 +114,7 @@ def _mock_autoregressive(row: _Row) -> None:
     assert row.model.denoiser is not None
     logits, _ = read(row.model.denoiser, row.text[-1:], _past(row.model, row.text[:-1]))
     row.out.denoiser_passes += 1
-    token = row.pick(logits[-1], len(row.text), AR_TOKEN)
+    token = row.sample(logits[-1], len(row.text), AR_TOKEN)
     row.take([token], [0], [probability(logits[-1], token)])
     row.out.context_passes += not row.out.finish_reason  # after the last token there is no context pass
 
@@ -146,7 +146,7 @@ def _verified(row: _Row) -> None:
         draft, committed_at = block.tokens[1:length], block.committed_at[1:length]
     logits = read(row.model.context, text + draft)[0][len(text) - 1 :]
     out.context_passes += 1
-    own = [row.pick(logits[i], len(text) + i, AR_TOKEN) for i in range(len(draft) + 1)]
+    own = [row.sample(logits[i], len(text) + i, AR_TOKEN) for i in range(len(draft) + 1)]
     kept = 0
     while kept < len(draft) and _accepted(draft[kept], own[kept], logits[kept], params.acceptance):
         kept += 1
@@ -194,7 +194,7 @@ def fill(row: _Row, before: list[int], begun: list[int], masked: list[int], step
         passes += 1
         logits[:, params.mask_token_id] = -math.inf
         noise_step = step if purpose == DIFFUSION_CANDIDATE else 0
-        candidate = [row.pick(logits[i], len(before) + i, purpose, noise_step) for i in range(size)]
+        candidate = [row.sample(logits[i], len(before) + i, purpose, noise_step) for i in range(size)]
         chances = logits.softmax(-1).tolist()
         sure = [chances[i][candidate[i]] for i in range(size)]
         for i in naive_commit(params.policy, NaiveRow(chances, sure, masked, seen, step, steps), policy_value):
@@ -217,7 +217,7 @@ def probability(logits: Tensor, token: int) -> float:
     return float(logits.softmax(-1)[token])
 
 
-def pick(logits: Tensor, params: GenerationParams, position: int, purpose: int, step: int) -> int:
+def sample(logits: Tensor, params: GenerationParams, position: int, purpose: int, step: int) -> int:
     """The most probable token, or a Gumbel-max sample at the temperature, filtered by top-k and then top-p."""
     values = logits.tolist()
     if params.temperature <= 0:

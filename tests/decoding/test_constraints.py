@@ -24,7 +24,7 @@ from test_stopping import EOS, TOKENIZER, VOCABULARY, sentence_pieces
 from twotower import LLM, Constraint, GenerationParams, Request, TwoTowerForCausalLM, bundled_model
 from twotower.decoding import structured as constraints
 from twotower.decoding.output import Generation
-from twotower.decoding.sampling import AR_TOKEN, Sampling, pick
+from twotower.decoding.sampling import AR_TOKEN, Sampling, sample_with_confidence
 from twotower.decoding.structured import Matcher
 from twotower.engine import constraint_masks
 from twotower.engine import context_step as reading_module
@@ -166,7 +166,9 @@ def step_by_step(model: TwoTowerForCausalLM, request: Request, name: str) -> tup
         if not params.eos_token_id:
             bits[EOS] = 0
         forbidden = torch.from_numpy(bits[: logits.shape[-1]] == 0)
-        tokens, _ = pick(logits.masked_fill(forbidden, -torch.inf), sampling, torch.tensor([[len(text)]]), AR_TOKEN)
+        tokens, _ = sample_with_confidence(
+            logits.masked_fill(forbidden, -torch.inf), sampling, torch.tensor([[len(text)]]), AR_TOKEN
+        )
         token = int(tokens)
         text.append(token)
         new.append(token)

@@ -13,7 +13,7 @@ import torch
 from torch import Tensor
 
 from twotower import BlockEvent, Generation, GenerationParams, TwoTowerForCausalLM, generate
-from twotower.decoding.sampling import AR_TOKEN, DIFFUSION_CANDIDATE, Sampling, choose, confidence, filtered, noise
+from twotower.decoding.sampling import AR_TOKEN, DIFFUSION_CANDIDATE, Sampling, confidence, filtered, noise, sample
 from twotower.errors import ArgumentError, TwoTowerError
 
 Factory = Callable[..., TwoTowerForCausalLM]
@@ -81,7 +81,8 @@ def test_published_signatures(name: str) -> None:
     found = [(p.name,) if p.default is p.empty else (p.name, p.default) for p in positional]
     assert found == SIGNATURES[name]
     extra = {p.name: p.default for p in parameters if p.kind is p.KEYWORD_ONLY}
-    assert extra == dict.fromkeys(KEYWORD_ONLY[name])
+    switches = {"deterministic": False} if name.startswith("generate") else {}
+    assert extra == dict.fromkeys(KEYWORD_ONLY[name]) | switches
 
 
 def test_params_have_the_published_defaults() -> None:
@@ -584,7 +585,7 @@ def test_gumbel_max_draws_from_the_softmax(temperature: float) -> None:
     many = 200
     sampling = Sampling(seeds=torch.arange(many), temperature=temperature)
     positions = torch.arange(many).expand(many, -1)
-    tokens = choose(logits.expand(many, many, -1), sampling, positions, AR_TOKEN)
+    tokens = sample(logits.expand(many, many, -1), sampling, positions, AR_TOKEN)
     counts = torch.bincount(tokens.flatten(), minlength=8).double()
     expected = (logits.double() / temperature).softmax(-1) * many**2
     assert counts[5] == 0
@@ -598,7 +599,7 @@ def test_filters_act_after_the_temperature() -> None:
     positions = torch.arange(50).expand(50, -1)
 
     def seen(**values: Any) -> set[int]:
-        return set(choose(logits, Sampling(seeds=torch.arange(50), **values), positions, AR_TOKEN).flatten().tolist())
+        return set(sample(logits, Sampling(seeds=torch.arange(50), **values), positions, AR_TOKEN).flatten().tolist())
 
     assert seen(temperature=1.0, top_p=0.6) == {0}  # 0.64 of the mass at temperature 1 …
     assert seen(temperature=4.0, top_p=0.6) == {0, 1}  # … but 0.36 at temperature 4

@@ -61,40 +61,40 @@ def sample_rows(logits: Tensor, rules: Sequence[SamplingRule], keys: Callable[[]
     keys: called only if a row's temperature is above 0.
     """
     if all(rule.temperature <= 0 for rule in rules):
-        return greedy(logits)
+        return argmax_with_confidence(logits)
     known = keys()
     if len(set(rules)) == 1:
-        return _pick_by(rules[0], logits, known)
+        return _sample_by(rules[0], logits, known)
     tokens = torch.empty_like(known.positions)
     sure = torch.empty(known.positions.shape, dtype=accumulation_dtype(logits.dtype), device=logits.device)
     for rule in set(rules):
         rows = to_device_async([i for i, own in enumerate(rules) if own == rule], logits.device)
-        tokens[rows], sure[rows] = _pick_by(rule, logits[rows], known.select(rows))
+        tokens[rows], sure[rows] = _sample_by(rule, logits[rows], known.select(rows))
     return tokens, sure
 
 
-def _pick_by(rule: SamplingRule, logits: Tensor, keys: NoiseKeys) -> tuple[Tensor, Tensor]:
+def _sample_by(rule: SamplingRule, logits: Tensor, keys: NoiseKeys) -> tuple[Tensor, Tensor]:
     sampling = Sampling(seeds=keys.seeds, **rule._asdict())
-    return pick(logits, sampling, keys.positions, keys.purpose, keys.step)
+    return sample_with_confidence(logits, sampling, keys.positions, keys.purpose, keys.step)
 
 
-def greedy(logits: Tensor) -> tuple[Tensor, Tensor]:
+def argmax_with_confidence(logits: Tensor) -> tuple[Tensor, Tensor]:
     """The most probable token of each position of logits (B, L, V), and its confidence, in one pass over the logits."""
     tokens, sure = select("argmax", logits.device, logits.dtype).function(logits)
     return tokens, sure
 
 
-def pick(
+def sample_with_confidence(
     logits: Tensor, sampling: Sampling, positions: Tensor, purpose: int | Tensor, step: int | Tensor = 0
 ) -> tuple[Tensor, Tensor]:
-    """Tokens as from `choose`, and their `confidence`. At temperature ≤ 0, one pass over the logits gives both."""
+    """Tokens as from `sample`, and their `confidence`. At temperature ≤ 0, one pass over the logits gives both."""
     if sampling.temperature <= 0:
-        return greedy(logits)
-    tokens = choose(logits, sampling, positions, purpose, step)
+        return argmax_with_confidence(logits)
+    tokens = sample(logits, sampling, positions, purpose, step)
     return tokens, confidence(logits, tokens)
 
 
-def choose(
+def sample(
     logits: Tensor, sampling: Sampling, positions: Tensor, purpose: int | Tensor, step: int | Tensor = 0
 ) -> Tensor:
     """Chooses token ids (B, L) from logits (B, L, V) at absolute positions (B, L).
@@ -105,13 +105,13 @@ def choose(
     if sampling.temperature <= 0:
         return logits.argmax(-1)
 
-    def sample(logits: Tensor, seeds: Tensor, positions: Tensor, purpose: Tensor, step: Tensor) -> Tensor:
+    def gumbel_max(logits: Tensor, seeds: Tensor, positions: Tensor, purpose: Tensor, step: Tensor) -> Tensor:
         scaled = filtered(logits.double() / sampling.temperature, sampling.top_k, sampling.top_p)
         uniform = noise(seeds, positions[:, None], purpose[:, None], step[:, None], logits.shape[-1])[:, 0]
         return (scaled - torch.log(-torch.log(uniform))).argmax(-1)
 
     zeros = torch.zeros_like(positions)
-    return by_tiles(sample, logits, zeros + sampling.seeds[:, None], positions, zeros + purpose, zeros + step)
+    return by_tiles(gumbel_max, logits, zeros + sampling.seeds[:, None], positions, zeros + purpose, zeros + step)
 
 
 def confidence(logits: Tensor, tokens: Tensor) -> Tensor:
