@@ -34,9 +34,12 @@ METHODS = {
 
 
 def read_goldens(path: Path = FILE) -> list[Golden]:
-    """Reads all goldens."""
+    """Reads all goldens. Recorded parameters may have the deprecated name `knob` of policy_value."""
     with gzip.open(path, "rt") as file:
-        return [json.loads(line) for line in file]
+        goldens = [json.loads(line) for line in file]
+    for golden in goldens:
+        golden["params"] = {"policy_value" if k == "knob" else k: v for k, v in golden["params"].items()}
+    return goldens
 
 
 def params_of(golden: Golden) -> GenerationParams:
