@@ -21,7 +21,7 @@ LIMITS = HERE / "ratchet.toml"
 SOURCE = HERE.parent / "src"
 LONG_FILE = 350  # lines
 
-# What to do about a figure above its limit.
+# The remedy for a figure above its limit.
 REMEDIES = {
     "any": "give the value its type: a Protocol, a TypedDict, a NamedTuple, a type variable, or object",
     "type_ignore": "change the types so that mypy accepts the line",
@@ -47,7 +47,7 @@ print(seconds, len(added), *sorted(others), *sorted(ours))
 
 
 class Figure(NamedTuple):
-    """A measured count or length. places: where it comes from, the greatest first."""
+    """A measured count or length. places: where it was measured, the largest first."""
 
     value: int
     places: list[str]
@@ -62,7 +62,7 @@ class Spot(NamedTuple):
 
 
 def any_uses(tree: ast.AST) -> int:
-    """Names `Any` in code: annotations count, imports, comments and docstrings do not."""
+    """Counts the name `Any` in code: annotations count; imports, comments and docstrings do not."""
     named = (node.id if isinstance(node, ast.Name) else getattr(node, "attr", None) for node in ast.walk(tree))
     return sum(name == "Any" for name in named)
 
@@ -74,14 +74,14 @@ def comments(source: str) -> Iterator[str]:
 
 
 def functions(tree: ast.AST) -> Iterator[tuple[ast.FunctionDef | ast.AsyncFunctionDef, bool]]:
-    """Every function, and whether it is a Triton kernel."""
+    """Yields every function, and whether it is a Triton kernel."""
     for node in ast.walk(tree):
         if isinstance(node, ast.FunctionDef | ast.AsyncFunctionDef):
             yield node, any("triton.jit" in ast.unparse(decorator) for decorator in node.decorator_list)
 
 
 def spots_of(file: Path) -> Iterator[tuple[str, Spot]]:
-    """What one file contributes: the name of a figure, and a spot."""
+    """Yields the contributions of one file: the name of a figure, and a spot."""
     source, place = file.read_text(), str(file.relative_to(SOURCE.parent))
     tree, said = ast.parse(source), list(comments(source))
     yield "any", Spot(any_uses(tree), place)
@@ -125,7 +125,7 @@ def measure() -> dict[str, Figure]:
 
 
 def complaint(name: str, figure: Figure, limit: int, strict_lower: bool) -> str | None:
-    """What is wrong with a figure; None where it is as it should be."""
+    """The complaint about a figure that misses its limit; None if the figure is fine."""
     if figure.value > limit:
         where = ", ".join(figure.places[:5])
         return f"{name} is {figure.value}, above its limit {limit}; {REMEDIES[name]}. Most: {where}"
@@ -147,7 +147,7 @@ def read_limits(path: Path) -> dict[str, int]:
     limits = tomllib.loads(path.read_text())
     if limits.keys() != REMEDIES.keys():
         differing = ", ".join(sorted(limits.keys() ^ REMEDIES.keys()))
-        sys.exit(f"{path}: has other names than the figures measured ({differing}); give each figure one limit")
+        sys.exit(f"{path}: its names differ from the measured figures ({differing}); give each figure one limit")
     return limits
 
 

@@ -7,6 +7,7 @@ import pytest
 from click.testing import CliRunner, Result
 
 from twotower.cli.deprecated import formerly
+from twotower.cli.main import cli as verbs
 
 
 @click.command()
@@ -58,6 +59,26 @@ def test_both_spellings_are_one_error() -> None:
         result = invoke(*given)
         assert result.exit_code == 2
         assert "Error: --rate is the old name of --lr; give only --lr\n" in result.stderr
+
+
+@pytest.mark.parametrize("verb", ["train", "pretrain"])
+@pytest.mark.parametrize(
+    ("old", "new", "values"),
+    [
+        ("--rate", "--lr", ("0.5",)),
+        ("--rows", "--batch-size", ("3",)),
+        ("--micro-rows", "--micro-batch-size", ("2",)),
+        ("--final", "--final-lr-ratio", ("0.5",)),
+        ("--recompute", "--activation-checkpointing", ()),
+    ],
+)
+def test_training_accepts_its_former_options(
+    verb: str, old: str, new: str, values: tuple[str, ...], capsys: pytest.CaptureFixture
+) -> None:
+    required = ["--config", "config.json"] if verb == "pretrain" else ["bundled"]
+    by_old, by_new = (verbs.commands[verb].make_context(verb, [*required, name, *values]).params for name in (old, new))
+    assert by_old == by_new
+    assert capsys.readouterr().err == f"{old} is now {new}; the old name goes in the next release\n"
 
 
 def test_the_help_hides_old_spellings() -> None:
