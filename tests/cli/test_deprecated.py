@@ -78,7 +78,7 @@ def test_training_accepts_its_former_options(
     required = ["--config", "config.json"] if verb == "pretrain" else ["bundled"]
     by_old, by_new = (verbs.commands[verb].make_context(verb, [*required, name, *values]).params for name in (old, new))
     assert by_old == by_new
-    assert capsys.readouterr().err == f"{old} is now {new}; the old name goes in the next release\n"
+    assert capsys.readouterr().err == f"{old} is deprecated; use {new}\n"
 
 
 def test_the_help_hides_old_spellings() -> None:
