@@ -30,6 +30,7 @@ check: .venv/.installed-dev
 	$(BIN)/mypy
 	$(BIN)/lint-imports --no-cache
 	$(BIN)/python tools/ratchet.py
+	$(BIN)/python tools/prose.py
 
 # docs/cli.md from the command line's options, docs/environment.md from src/twotower/options.py.
 docs: .venv/.installed

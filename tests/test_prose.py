@@ -35,6 +35,11 @@ def module() -> object:
     return found
 
 
+def test_the_rules_hold() -> None:
+    done = prose()
+    assert done.returncode == 0, done.stdout
+
+
 def test_nine_of_ten_sentences_are_short(tmp_path: Path) -> None:
     passing = prose(document(tmp_path, f"{SHORT}\n" * 9 + LONG))
     assert (passing.returncode, passing.stderr) == (0, "")
