@@ -22,3 +22,14 @@ class ArgumentError(TwoTowerError, ValueError):
     def __init__(self, message: str, *, param: str | None = None) -> None:
         super().__init__(message)
         self.param = param
+
+
+class LengthError(ArgumentError):
+    """A prompt and its new tokens do not fit.
+
+    prompt_tokens, new_tokens: of the request. most: the tokens that fit, of both together.
+    """
+
+    def __init__(self, message: str, *, prompt_tokens: int = 0, new_tokens: int = 0, most: int = 0) -> None:
+        super().__init__(message, param="max_new_tokens")
+        self.prompt_tokens, self.new_tokens, self.most = prompt_tokens, new_tokens, most

@@ -38,7 +38,11 @@ class Tokenizer(Protocol):
     def get_vocab(self) -> dict[str, int]: ...
 
     def apply_chat_template(
-        self, conversation: Sequence[Mapping[str, str]], *, add_generation_prompt: bool = False, tokenize: bool = True
+        self,
+        conversation: Sequence[Mapping[str, object]],
+        *,
+        add_generation_prompt: bool = False,
+        tokenize: bool = True,
     ) -> str: ...
 
     def save_pretrained(self, save_directory: Path) -> object: ...

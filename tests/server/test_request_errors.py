@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import ast
 import pickle
+import re
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -38,15 +39,17 @@ BAD: dict[str, list[tuple[Any, dict[str, Any]]]] = {
     "model": [(5, {})],
     "temperature": [(-1, {}), ("1", {})],
     "top_p": [(0, {}), (2, {})],
-    "top_k": [(0, {})],
+    "top_k": [(-1, {})],
     "stop": [("", {}), ([5], {})],
-    "seed": [(-1, {})],
+    "seed": [(-2, {})],
     "n": [(0, {}), (65, {}), (20, {})],
     "stream": [("yes", {})],
     "stream_options": [({"include_usage": True}, {})],
     "user": [(5, {})],
     "response_format": [
         ({"type": "regex"}, {}),
+        ([{}], {}),
+        ("text", {}),
         ({"type": "regex", "regex": "("}, {"mode": "ar"}),
         ({"type": "grammar", "grammar": "nonsense"}, {"mode": "ar"}),
         (SCHEMA, {"mode": "verified"}),
@@ -71,6 +74,11 @@ BAD: dict[str, list[tuple[Any, dict[str, Any]]]] = {
     "logprobs": [("yes", {}), (1.5, {})],
     "top_logprobs": [(21, {"logprobs": True}), (2, {})],
 }
+# Names of Python parameters, types and libraries, which mean nothing to an HTTP client.
+INTERNAL = re.compile(
+    r"max_new_tokens|confidence_threshold|steps_per_block|eos_token_id|mask_token_id|prompt_logprobs|input_ids|towers="
+    r"|constr|pydantic|dictionary|None|True|False|Value error|Union|function-|raise (length|memory)"
+)
 LENGTHS = ("max_tokens", "max_completion_tokens", "prompt", "messages")
 CASES = [
     (path, field, value, others)
@@ -92,6 +100,8 @@ def test_a_bad_field_is_named(served: RunningServer, path: str, field: str, valu
     answer = served.post(path, START[path] | ({} if field in LENGTHS else {"max_tokens": 4}) | others | {field: value})
     assert answer.status_code == 400, answer.text
     assert answer.json()["error"]["param"] == field, answer.text
+    message = answer.json()["error"]["message"]
+    assert not INTERNAL.search(message), message
 
 
 # --- from Python ------------------------------------------------------------------------------------------------------
@@ -210,8 +220,6 @@ def _is_message(node: ast.AST | None) -> bool:
 @pytest.mark.parametrize(
     ("fields", "values"),
     [
-        ({"max_tokens": LENGTH}, {"max_new_tokens": LENGTH}),
-        ({"max_tokens": 10**9}, {"max_new_tokens": 10**9}),
         ({"max_tokens": 4, "block_size": 17}, {"max_new_tokens": 4, "block_size": 17}),
         ({"max_tokens": 4, "policy": "unknown"}, {"max_new_tokens": 4, "policy": "unknown"}),
     ],

@@ -481,10 +481,10 @@ def test_null_is_the_default(
 WRONG: list[tuple[str, list[Any]]] = [
     ("temperature", [-0.1, 2.1, "1", True, [], 1e300]),
     ("top_p", [0, -1, 1.5, "0.5", {}]),
-    ("top_k", [0, -1, 1.5, "5", True]),
+    ("top_k", [-1, 1.5, "5", True]),
     ("max_tokens", [-1, 1.5, "16", True, [16], 10**9, 10**30]),
     ("n", [0, -1, 65, 1.5, "1", True, 10**30]),
-    ("seed", [-1, 2**62, 1.5, "1", True, 10**30]),
+    ("seed", [-2, 2**62, 1.5, "1", True, 10**30]),
     ("stop", ["", [""], 5, ["a"] * 17, [["a"]], "a" * 257, {"a": 1}, [None]]),
     ("stream", [1, "true", []]),
     ("stream_options", [5, {"include_usage": 1}, {"other": True}, {"include_obfuscation": True}, []]),
@@ -528,7 +528,7 @@ def test_invalid_prompts(served: RunningServer, prompt: Any) -> None:
     "messages",
     [[], None, "hello", {}, [{}], [{"role": "user"}], [{"content": "x"}], [{"role": "tool", "content": "x"}],
      [{"role": "user", "content": 5}], [{"role": "user", "content": [{"type": "image_url", "image_url": {}}]}],
-     [{"role": "user", "content": None}], [{"role": "user", "content": "x", "tool_calls": []}], ["x"], [None],
+     [{"role": "user", "content": None}], [{"role": "user", "content": "x", "tool_calls": 5}], ["x"], [None],
      [{"role": "user", "content": "half \ud83d"}]],
     ids=repr,
 )  # fmt: skip

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from typing import Any
 
 import pytest
@@ -12,8 +12,11 @@ from hypothesis import HealthCheck, Phase, Verbosity, given, seed, settings
 from schemathesis import GenerationMode
 from schemathesis.checks import CHECKS
 from serving import RunningServer, serving, wait_until
+from test_history import CALL, CHAT, SENT_BACK, TEMPLATE
+from test_stopping import TOKENIZER
 
 from twotower.decoding.modes import MODES_OF_FIELD
+from twotower.server.message_schemas import Message
 from twotower.server.settings import Limits
 
 OPERATIONS = [
@@ -22,6 +25,7 @@ OPERATIONS = [
 ]  # fmt: skip
 WRITING = 2  # the first operations have a body and get most of the cases
 BOUNDED = ("max_tokens", "max_completion_tokens", "n")  # fields with limits of this server
+KNOWN = Message.model_fields.keys()
 CHECKED = ("not_a_server_error", "status_code_conformance", "content_type_conformance", "response_schema_conformance")
 
 
@@ -33,8 +37,29 @@ def served() -> Iterator[RunningServer]:
         wait_until(found.is_idle)
 
 
-def run(served: RunningServer, path: str, method: str, cases: int, valid: bool) -> Counter[int]:
-    """Sends `cases` requests of an operation and counts the statuses."""
+# A history with every field that clients send back, off and in use.
+HISTORY: list[dict[str, Any]] = [
+    {"role": "user", "content": [{"type": "text", "text": "hi", "refusal": None}], "name": "Ann"} | SENT_BACK,
+    {"role": "assistant", "content": None, "refusal": "no", "tool_calls": [], "annotations": []},
+    {"role": "assistant", "content": "yes", "reasoning_content": "hm", "reasoning": "hm"},
+]
+TOOLS: list[dict[str, Any]] = [
+    {"role": "assistant", "content": None, "tool_calls": [CALL], "refusal": None},
+    {"role": "tool", "content": "42", "tool_call_id": "a1", "name": None},
+]
+
+
+def simplified(message: dict[str, Any]) -> dict[str, Any]:
+    """A message that matches the schema, without what only some chat templates read."""
+    kept = {name: value for name, value in message.items() if name in KNOWN and name != "tool_calls"}
+    kept["role"] = "user" if message["role"] == "tool" else message["role"]
+    return kept | {"content": kept["content"] if isinstance(kept.get("content"), str) else "x"}
+
+
+def run(
+    served: RunningServer, path: str, method: str, cases: int, valid: bool, history: Sequence[object] = ()
+) -> Counter[int]:
+    """Sends `cases` requests of an operation and counts the statuses. history: turns before those of each chat."""
     schema = schemathesis.openapi.from_url(f"{served.address}/openapi.json")
     mode = GenerationMode.POSITIVE if valid else GenerationMode.NEGATIVE
     strategy = schema[path][method].as_strategy(generation_mode=mode)
@@ -52,6 +77,10 @@ def run(served: RunningServer, path: str, method: str, cases: int, valid: bool) 
         if valid and isinstance(case.body, dict) and statuses.total() % 2:
             for name in ("model", *MODES_OF_FIELD, *BOUNDED, "stream_denoising", "stream_options"):
                 case.body.pop(name, None)
+            if "messages" in case.body:
+                case.body["messages"] = [simplified(message) for message in case.body["messages"]]
+        if history and isinstance(case.body, dict) and isinstance(case.body.get("messages"), list):
+            case.body["messages"] = [*history, *case.body["messages"]]
         answer = case.call()
         statuses[answer.status_code] += 1
         case.validate_response(answer, checks=checks)
@@ -62,8 +91,18 @@ def run(served: RunningServer, path: str, method: str, cases: int, valid: bool) 
 
 
 def run_all(served: RunningServer, cases: int) -> Counter[int]:
-    """For operations with a body, half of the cases match the schema; other operations get few cases."""
+    """For operations with a body, half of the cases match the schema; other operations get few cases.
+
+    Chats are sent three times: as they are, after a history, and after a history with tools to a chat template.
+    """
     statuses: Counter[int] = Counter()
+    for valid in (True, False):
+        found = run(served, CHAT, "POST", cases // 2, valid, HISTORY)
+        with pytest.MonkeyPatch.context() as patch:
+            patch.setattr(TOKENIZER, "chat_template", TEMPLATE)
+            found += run(served, CHAT, "POST", cases // 2, valid, [*HISTORY, *TOOLS])
+        assert found[200] > cases // 10 or not valid
+        statuses += found
     for place, (path, method) in enumerate(OPERATIONS):
         share = cases if place < WRITING else max(cases // 20, 5)
         for valid in (True, False) if place < WRITING else (True,):

@@ -107,6 +107,18 @@ DEFAULT_LENGTH = 8192  # limit of the default --length: the cache of a window of
     show_default=True,
     help="Seconds that running requests have to finish after SIGTERM or Ctrl-C.",
 )
+@click.option(
+    "--allow-origin",
+    metavar="ORIGIN",
+    multiple=True,
+    help="Origin whose web pages may call the API from a browser, e.g. https://example.org; *: all. Repeatable.",
+)
+@click.option(
+    "--root-path",
+    metavar="PATH",
+    default="",
+    help="Path of the server behind a reverse proxy, e.g. /llm. The proxy may remove it from the path or keep it.",
+)
 @click.option("--log-prompts", is_flag=True, help="Also write prompts to the log.")
 @click.option(
     "--context-device",
@@ -148,6 +160,8 @@ class ServeOptions:
     timeout: float
     drain: int
     log_prompts: bool
+    allow_origin: tuple[str, ...]
+    root_path: str
     context_device: str | None
     denoiser_device: str | None
     deterministic: bool
@@ -181,7 +195,7 @@ def start_server(options: ServeOptions) -> None:
         raise ArgumentError(f"serving needs {error.name}; install it: pip install 'twotower[serve]'") from None
     from twotower.engine import AsyncLLM
     from twotower.server.service import Service
-    from twotower.server.settings import ServerSettings, read_keys
+    from twotower.server.settings import ServerSettings, check_origin, check_root_path, read_keys
 
     for option, given in (("--timeout", options.timeout), ("--memory", options.memory)):
         if given is not None and not math.isfinite(given):
@@ -190,6 +204,7 @@ def start_server(options: ServeOptions) -> None:
     if options.deterministic:
         decoding["deterministic"] = True
     keys = read_keys(options.api_keys)
+    origins, root_path = tuple(map(check_origin, options.allow_origin)), check_root_path(options.root_path)
     if options.per_key is not None and not keys:
         raise ArgumentError("--per-key needs API keys; set --api-keys or TWOTOWER_API_KEYS, or omit it")
     _check_free(options.host, options.port)
@@ -201,6 +216,9 @@ def start_server(options: ServeOptions) -> None:
         limits=options.limits(),
         api_keys=keys,
         log_prompts=options.log_prompts,
+        aliases=(options.model,) if options.model else (),
+        allowed_origins=origins,
+        root_path=root_path,
     )
     if not keys and not _loopback(options.host):
         click.echo(
@@ -212,7 +230,7 @@ def start_server(options: ServeOptions) -> None:
 
     def listening(address: str) -> None:
         capacity = f"{options.rows} sequences at once, {mib:,.0f} MiB of caches and states"
-        click.echo(f"{settings.name} at {address}: page at /, API at /v1; {capacity}", err=True)
+        click.echo(f"{settings.name} at {address}: page at {root_path}/, API at {root_path}/v1; {capacity}", err=True)
 
     serve_until_signal(Service(AsyncLLM(engine), settings), options.host, options.port, options.drain, listening)
 

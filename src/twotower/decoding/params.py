@@ -13,7 +13,7 @@ from twotower.config import BackboneConfig
 from twotower.decoding.modes import AUTO, BLOCK_MODES, REQUEST_MODES
 from twotower.decoding.unmasking import POLICIES
 from twotower.deprecation import renamed_argument, renamed_attribute
-from twotower.errors import ArgumentError
+from twotower.errors import ArgumentError, LengthError
 
 Element = TypeVar("Element")
 
@@ -191,10 +191,12 @@ class GenerationParams:
         window = config.max_position_embeddings
         longest = max(prompt_lengths)
         if longest + self.max_new_tokens > window:
-            raise ArgumentError(
+            raise LengthError(
                 f"a prompt of {longest} tokens plus max_new_tokens {self.max_new_tokens} is beyond the context window "
                 f"of {window}; shorten one of them",
-                param="max_new_tokens",
+                prompt_tokens=longest,
+                new_tokens=self.max_new_tokens,
+                most=window,
             )
         for name, plural in (("seed", "seeds"), ("policy", "policies"), ("policy_value", "policy values")):
             given = getattr(self, name)

@@ -214,5 +214,5 @@ def _encode(kind: str, text: str) -> None:
 
 def _one_line(message: str) -> str:
     """The message in one line, without llguidance's drawings and dumps."""
-    lines = [line.strip() for line in message.split("<state>")[0].splitlines()]
+    lines = [line.strip() for line in re.split("<state>|<backtrace>", message)[0].splitlines()]
     return " ".join(line for line in lines if line.strip("^ ") and not re.match(r"\d+ \|", line))[:300]

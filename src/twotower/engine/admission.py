@@ -13,7 +13,7 @@ from twotower.decoding.params import GenerationParams
 from twotower.engine.constraint_masks import check_constraint
 from twotower.engine.sequence import Request
 from twotower.engine.towers import Towers
-from twotower.errors import ArgumentError
+from twotower.errors import ArgumentError, LengthError
 
 
 def kv_slots_needed(request: Request, block_size: int) -> int:
@@ -49,10 +49,12 @@ def check(model: Towers, request: Request, length: int, block_size: int, max_kv_
         )
     check_model(model, params, [prompt])
     if prompt + params.max_new_tokens > length:
-        raise ArgumentError(
+        raise LengthError(
             f"a prompt of {prompt} tokens plus max_new_tokens {params.max_new_tokens} is longer than the {length} "
             "tokens that this engine keeps for a text; shorten one of them or raise length",
-            param="max_new_tokens",
+            prompt_tokens=prompt,
+            new_tokens=params.max_new_tokens,
+            most=length,
         )
     if params.block_size > block_size and params.mode not in ("ar", "mock_ar"):
         raise ArgumentError(
@@ -62,8 +64,10 @@ def check(model: Towers, request: Request, length: int, block_size: int, max_kv_
         check_constraint(request.constraint, params.mode, vocab_size)
     need = kv_slots_needed(request, block_size)
     if need > max_kv_slots:
-        raise ArgumentError(
+        raise LengthError(
             f"a prompt of {prompt} tokens plus max_new_tokens {params.max_new_tokens} can need the keys and values of "
             f"{need} tokens, and this engine's memory holds {max_kv_slots}; shorten one of them or raise memory",
-            param="max_new_tokens",
+            prompt_tokens=prompt,
+            new_tokens=params.max_new_tokens,
+            most=max_kv_slots - (need - prompt - params.max_new_tokens),
         )

@@ -2,13 +2,13 @@
 
 from __future__ import annotations
 
-import re
 from collections.abc import AsyncIterator
 from contextlib import ExitStack, asynccontextmanager
 
 from fastapi import FastAPI, Request, Response
 from fastapi.exceptions import RequestValidationError
 from starlette.exceptions import HTTPException
+from starlette.middleware.cors import CORSMiddleware
 
 from twotower.server.choices import Choice
 from twotower.server.middleware import ServerMiddleware, error_response
@@ -26,6 +26,7 @@ from twotower.server.response_schemas import (
 )
 from twotower.server.service import Service
 from twotower.server.streaming import EventStreamResponse, event_stream, run_until_disconnect
+from twotower.server.validation_errors import validation_error
 from twotower.version import VERSION
 
 ERROR_DESCRIPTIONS = {
@@ -34,6 +35,7 @@ ERROR_DESCRIPTIONS = {
     404: "The server has no model of this name.",
     408: "The body did not arrive in time.",
     413: "The body is too long.",
+    415: "The body has an unknown content-encoding.",
     429: "Too many requests. The header Retry-After has the seconds to wait.",
     503: "The server is stopping, or its engine has failed.",
     504: "The request took longer than the server's time limit.",
@@ -78,6 +80,14 @@ def create_app(service: Service) -> FastAPI:
         redoc_url=None,
     )
     app.add_middleware(ServerMiddleware, service=service)
+    if service.settings.allowed_origins:  # around the other middleware, so that errors have the headers too
+        app.add_middleware(
+            CORSMiddleware,
+            allow_origins=service.settings.allowed_origins,
+            allow_methods=("GET", "HEAD", "POST"),
+            allow_headers=("*",),
+            expose_headers=("x-request-id", "retry-after"),
+        )
     _add_error_handlers(app)
     _add_generation_routes(app, service)
     _add_status_routes(app, service)
@@ -180,7 +190,7 @@ def _add_error_handlers(app: FastAPI) -> None:
 
     @app.exception_handler(RequestValidationError)
     async def invalid(_: Request, error: RequestValidationError) -> Response:
-        return error_response(_validation_message(error))
+        return error_response(validation_error(error))
 
     @app.exception_handler(HTTPException)
     async def other(_: Request, error: HTTPException) -> Response:
@@ -189,35 +199,10 @@ def _add_error_handlers(app: FastAPI) -> None:
             405: "this path does not accept this method; the header Allow lists the accepted methods",
         }
         message = words.get(error.status_code, str(error.detail))
-        return error_response(RequestError(message, status=error.status_code), dict(error.headers or {}))
-
-
-def _validation_message(error: RequestValidationError) -> RequestError:
-    """The validation error at the deepest location of the body, in one line.
-
-    If a value fits none of several types, pydantic reports an error for each type; the deepest is the most specific.
-    """
-    found = max(error.errors(), key=lambda detail: len(detail["loc"]))
-    names = [str(part) for part in found["loc"] if part != "body"]
-    field = names[0] if names else None
-    place = ".".join(name for name in names if "[" not in name and name not in ("str", "int", "constrained-str"))
-    match found["type"]:
-        case "json_invalid":
-            reason = found.get("ctx", {}).get("error", "")
-            return RequestError(f"the body is not valid JSON ({reason}); send a JSON object", code="json")
-        case "missing" if field is None:
-            return RequestError("the body is empty; send a JSON object", code="json")
-        case "missing":
-            return RequestError(f"{place} is missing; the request needs this field", param=field, code="missing")
-        case "extra_forbidden":
-            words = f"{place} is an unknown field; omit it, /openapi.json lists the fields"
-            return RequestError(words, param=field, code="unsupported")
-        case "model_attributes_type" | "dict_type" if field is None:
-            return RequestError("the body must be a JSON object with content-type application/json", code="json")
-    message = re.sub(r"^(Value error, |Input |String |List )", "", str(found["msg"])).replace(" after validation", "")
-    value = repr(found["input"])
-    shown = value if len(value) <= 80 else value[:77] + "…"
-    return RequestError(f"{place or 'the body'} is {shown}; it {message}", param=field, code="invalid")
+        headers = dict(error.headers or {})
+        if "GET" in (allowed := headers.get("Allow", "")):
+            headers["Allow"] = f"{allowed}, HEAD"  # see `ServerMiddleware`
+        return error_response(RequestError(message, status=error.status_code), headers)
 
 
 def _complete_schema(app: FastAPI) -> None:

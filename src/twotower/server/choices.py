@@ -6,14 +6,14 @@ import secrets
 from collections.abc import Sequence
 from dataclasses import dataclass
 
-from twotower.decoding.modes import CONSTRAINT_MODES
+from twotower.decoding.modes import AUTO, CONSTRAINT_MODES
 from twotower.decoding.params import GenerationParams
 from twotower.decoding.structured import Constraint
 from twotower.engine import AsyncLLM
 from twotower.engine import Request as EngineRequest
-from twotower.errors import ArgumentError
+from twotower.errors import ArgumentError, LengthError
 from twotower.model_loading import eos_of
-from twotower.server.request_errors import RequestError, request_error
+from twotower.server.request_errors import RequestError, length_error, request_error
 from twotower.server.request_schemas import (
     PARAMETER_OF_FIELD,
     BaseRequest,
@@ -49,8 +49,9 @@ class ChoiceBuilder:
     def __init__(self, engine: AsyncLLM, tokenizer: TokenizerAdapter) -> None:
         self.engine, self.tokenizer = engine, tokenizer
         model = engine.llm.model
+        self._ar_only = model.denoiser is None
         # The mode of requests that have a response format and no mode.
-        self._structured_mode = "ar" if model.denoiser is None else "verified"
+        self._structured_mode = "ar" if self._ar_only else "verified"
         self._shared = {"eos_token_id": eos_of(model), "mask_token_id": model.config.mask_token}
 
     def build(
@@ -63,6 +64,8 @@ class ChoiceBuilder:
         """
         try:
             return self._build(request, constraint, settings)
+        except LengthError as error:
+            raise length_error(error, request.prompt_field, request.length_field) from None
         except ArgumentError as error:
             raise request_error(error, request.field_of(error.param)) from None
 
@@ -71,13 +74,17 @@ class ChoiceBuilder:
     ) -> list[Choice]:
         mode = self._mode(request, constraint, settings)
         request.check_mode(mode)
+        if constraint is not None and mode not in CONSTRAINT_MODES:
+            words = f"response_format needs mode {' or '.join(CONSTRAINT_MODES)}; mode is {mode}, so change one of them"
+            raise RequestError(words, param="response_format")
         _check_count(request, settings.limits)
+        sources = request.prompt_list if isinstance(request, CompletionRequest) else [""]
         prompts, ends = self._prompts(request)
         values = self._values(request, mode, (*request.stop_strings, *ends), settings)
         seed = _seed(request, mode, settings)
         logprobs, prompt_logprobs = _logprobs(request)
         choices: list[Choice] = []
-        for prompt in prompts:
+        for given, prompt in zip(sources, prompts, strict=True):
             values["max_new_tokens"] = self._new_tokens(request, len(prompt), settings.limits)
             engine_requests = [
                 EngineRequest(
@@ -91,7 +98,7 @@ class ChoiceBuilder:
                 for number in range(request.n)
             ]
             self.engine.check(engine_requests[0])  # the other requests differ only in the seed
-            echo = self.tokenizer.decode(prompt) if isinstance(request, CompletionRequest) and request.echo else ""
+            echo = self._echo(given, prompt) if isinstance(request, CompletionRequest) and request.echo else ""
             for number, engine_request in enumerate(engine_requests):
                 choices.append(
                     Choice(len(choices), engine_request, seed + number, echo, strip_leading_space=bool(ends))
@@ -100,13 +107,37 @@ class ChoiceBuilder:
 
     def _prompts(self, request: GenerationRequest) -> tuple[list[list[int]], tuple[str, ...]]:
         """Token ids of each prompt, and the stop strings of the plain chat format."""
+        self._check_characters(request)
         if isinstance(request, ChatCompletionRequest):
             tokens, ends = self.tokenizer.encode_chat(request.messages)
             return [tokens], ends
         return [self.tokenizer.encode_prompt(prompt) for prompt in request.prompt_list], ()
 
+    def _check_characters(self, request: GenerationRequest) -> None:
+        """Raises RequestError if a text is too long for any tokens that fit. Encoding it would delay other requests."""
+        most = self.engine.stats.max_seq_len
+        if isinstance(request, ChatCompletionRequest):
+            longest = sum(len(message.text) for message in request.messages)
+        else:
+            longest = max((len(prompt) for prompt in request.prompt_list if isinstance(prompt, str)), default=0)
+        allowed = self.tokenizer.longest_text(most)
+        if longest > allowed:
+            field = request.prompt_field
+            raise RequestError(
+                f"{field} has {longest} characters; a text of this server has at most {most} tokens, which is less "
+                f"than {allowed} characters, so shorten it",
+                param=field,
+            )
+
+    def _echo(self, given: object, prompt: list[int]) -> str:
+        """The prompt as the response repeats it: the text of the request, or all of the text of its tokens."""
+        return given if isinstance(given, str) else self.tokenizer.decode(prompt)
+
     def _mode(self, request: BaseRequest, constraint: Constraint | None, settings: ServerSettings) -> str:
         mode = request.mode or str(settings.decoding["mode"])
+        if mode not in ("ar", AUTO) and self._ar_only:
+            words = f"mode is {mode}; this server has only the context tower, so use mode ar"
+            raise RequestError(words, param="mode" if request.mode else None)
         if constraint is not None and request.mode is None and mode not in CONSTRAINT_MODES:
             return self._structured_mode
         return mode
@@ -124,6 +155,8 @@ class ChoiceBuilder:
             for field, name in PARAMETER_OF_FIELD.items()
             if getattr(request, field) is not None
         }
+        if request.top_k == 0:
+            given["top_k"] = None
         if given.keys() & COMMIT_POLICY_PARAMETERS:  # a request's commit policy replaces the server's as a whole
             defaults = {name: value for name, value in defaults.items() if name not in COMMIT_POLICY_PARAMETERS}
         defaults.pop("seed", None)  # see `_seed`
@@ -192,7 +225,7 @@ def _seed(request: BaseRequest, mode: str, settings: ServerSettings) -> int:
     """The seed of the request, else the server's seed if the request has the server's mode, else a random seed."""
     default = settings.decoding.get("seed") if mode == settings.decoding["mode"] else None
     seed = default if request.seed is None else request.seed
-    if seed is None:
+    if seed is None or seed == -1:
         return secrets.randbits(48)
     assert isinstance(seed, int)
     return seed

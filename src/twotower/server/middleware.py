@@ -1,11 +1,10 @@
-"""The ASGI middleware: size limit of bodies, API keys, request ids, metrics and the log.
+"""The ASGI middleware: limits of bodies, API keys, the path prefix of a proxy, HEAD, request ids, metrics and the log.
 
 Plain ASGI instead of Starlette's `BaseHTTPMiddleware`, so that a route is told at once when its client disconnects.
 """
 
 from __future__ import annotations
 
-import asyncio
 import hashlib
 import hmac
 import json
@@ -19,13 +18,13 @@ from starlette.responses import Response
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
 from twotower.server.logs import log_event
+from twotower.server.request_body import BodyReader, replay
 from twotower.server.request_errors import ClientDisconnected, RequestError
 
 if TYPE_CHECKING:
     from twotower.server.service import Service
 
 AUTHENTICATED_PREFIX = "/v1/"  # of the paths that need a key, if the server has API keys
-MAX_DISCARDED_BYTES = 1 << 20  # read from a body that is too long, so that the client receives the error
 
 
 class ServerMiddleware:
@@ -34,6 +33,7 @@ class ServerMiddleware:
     def __init__(self, app: ASGIApp, service: Service) -> None:
         self.app = app
         self.service = service
+        self.bodies = BodyReader()
         self.keys = [_digest(key.encode()) for key in service.settings.api_keys]
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
@@ -41,8 +41,10 @@ class ServerMiddleware:
             await self.app(scope, receive, send)
             return
         headers = {name.lower(): value for name, value in scope["headers"]}
+        scope, method, path = self._route_scope(scope), scope["method"], scope["path"]
         started, response_started = time.perf_counter(), False
         status = 499  # the client disconnected before the response started
+        body_bytes = 0
         log_fields: dict[str, object] = {}
         request_id = uuid.uuid4().hex
         scope.setdefault("state", {}).update(request_id=request_id, key=None, log_fields=log_fields)
@@ -52,13 +54,18 @@ class ServerMiddleware:
             if message["type"] == "http.response.start":
                 status, response_started = message["status"], True
                 message["headers"] = [*message.get("headers", ()), (b"x-request-id", request_id.encode())]
+            elif method == "HEAD":
+                message = {**message, "body": b""}
             await send(message)
 
         try:
-            if scope["path"].startswith(AUTHENTICATED_PREFIX):
+            if scope["path"].removeprefix(self.root_path).startswith(AUTHENTICATED_PREFIX):
                 scope["state"]["key"] = self._authenticate(headers.get(b"authorization", b""))
-            if scope["method"] in ("POST", "PUT", "PATCH"):
-                receive = await self._read_body(headers, receive)
+            if method in ("POST", "PUT", "PATCH"):
+                body = await self.bodies.read(headers, receive, self.service.settings.limits)
+                body_bytes = len(body)
+                receive = replay(body, receive)
+                del body
             await self.app(scope, receive, send_response)
         except RequestError as error:
             await error_response(error)(scope, receive, send_response)
@@ -70,18 +77,36 @@ class ServerMiddleware:
                 words = "the server failed; its log has the cause under the id of the header x-request-id"
                 await error_response(RequestError(words, status=500, code="internal"))(scope, receive, send_response)
         finally:
+            self.bodies.release(body_bytes)
             route = getattr(scope.get("route"), "path", "other")
             self.service.metrics.observe_request(route, status, started)
             seconds = round(time.perf_counter() - started, 4)
             log_event(
                 "request",
                 id=request_id,
-                method=scope["method"],
-                path=scope["path"],
+                method=method,
+                path=path,
                 status=status,
                 seconds=seconds,
                 **log_fields,
             )
+
+    @property
+    def root_path(self) -> str:
+        """The path of the server behind a proxy; empty, or with a slash at the start only."""
+        return self.service.settings.root_path
+
+    def _route_scope(self, scope: Scope) -> Scope:
+        """The scope for the routes: HEAD as GET, and a path below `root_path`, with or without which it was sent."""
+        path, root = scope["path"], self.root_path
+        if root and path != root and not path.startswith(f"{root}/"):
+            path = root + path  # the proxy has removed the prefix
+        return {
+            **scope,
+            "path": path,
+            "root_path": root,
+            "method": "GET" if scope["method"] == "HEAD" else scope["method"],
+        }
 
     def _authenticate(self, header: bytes) -> str | None:
         """Returns the digest of the request's API key, or None if the server has no API keys.
@@ -100,48 +125,6 @@ class ServerMiddleware:
             )
         return digest
 
-    async def _read_body(self, headers: dict[bytes, bytes], receive: Receive) -> Receive:
-        """Reads the whole body and returns a `receive` that yields the body again.
-
-        Raises:
-            RequestError: The body is too long (413) or does not arrive in time (408).
-            ClientDisconnected: The client disconnected before the end of the body.
-        """
-        limits = self.service.settings.limits
-        declared = headers.get(b"content-length", b"")
-        too_long = declared.isdigit() and int(declared) > limits.body_bytes
-        parts: list[bytes] = []
-        size, more = 0, True
-        try:
-            async with asyncio.timeout(limits.body_seconds):
-                while more and size <= limits.body_bytes + (MAX_DISCARDED_BYTES if too_long else 0):
-                    message = await receive()
-                    if message["type"] == "http.disconnect":
-                        raise ClientDisconnected
-                    size += len(message.get("body", b""))
-                    too_long |= size > limits.body_bytes
-                    if not too_long:
-                        parts.append(message.get("body", b""))
-                    more = message.get("more_body", False)
-        except TimeoutError:
-            raise RequestError(
-                f"the body did not arrive within {limits.body_seconds:g} s; send the request again",
-                status=408,
-                code="timeout",
-            ) from None
-        if too_long:
-            raise RequestError(
-                f"the body is longer than the allowed {limits.body_bytes} bytes; shorten it",
-                status=413,
-                code="too_long",
-            )
-        body = [b"".join(parts)]
-
-        async def replay() -> Message:
-            return {"type": "http.request", "body": body.pop(), "more_body": False} if body else await receive()
-
-        return replay
-
 
 def error_response(error: RequestError, headers: dict[str, str] | None = None) -> Response:
     """The HTTP response for an error."""
@@ -150,7 +133,7 @@ def error_response(error: RequestError, headers: dict[str, str] | None = None) -
         out.headers["retry-after"] = str(error.retry_after)
     if error.status == 401:
         out.headers["www-authenticate"] = "Bearer"
-    if error.status in (408, 413):  # the rest of the body is not read
+    if error.status in (408, 413, 415):  # the rest of the body is not read
         out.headers["connection"] = "close"
     return out
 

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
-from twotower.errors import ArgumentError, TwoTowerError
+from twotower.errors import ArgumentError, LengthError, TwoTowerError
+
+MAX_MESSAGE_LENGTH = 1000  # a message may repeat a part of the request
 
 
 class ClientDisconnected(Exception):
@@ -22,6 +24,7 @@ class RequestError(Exception):
         retry_after: int | None = None,
     ) -> None:
         super().__init__(message)
+        message = message if len(message) <= MAX_MESSAGE_LENGTH else message[: MAX_MESSAGE_LENGTH - 1] + "…"
         self.message, self.status, self.param, self.code = message, status, param, code
         self.retry_after = retry_after
 
@@ -41,3 +44,12 @@ def request_error(error: Exception, field: str | None = None) -> RequestError:
     if isinstance(error, TwoTowerError):
         return RequestError(str(error), status=503, code="engine", retry_after=5)
     return RequestError(f"the request failed: {type(error).__name__}", status=500, code="failed")
+
+
+def length_error(error: LengthError, prompt_field: str, length_field: str | None) -> RequestError:
+    """Converts an error about the length of a text to the names of the request's fields."""
+    if length_field is None:
+        words = f"{prompt_field} has {error.prompt_tokens} tokens, longer than the {error.most} tokens"
+        return RequestError(f"{words} that a text of this server may have; shorten it", param=prompt_field)
+    words = f"{prompt_field} has {error.prompt_tokens} tokens and {length_field} is {error.new_tokens}, together longer"
+    return RequestError(f"{words} than the {error.most} tokens of this server; shorten one of them", param=length_field)

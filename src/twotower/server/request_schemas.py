@@ -6,17 +6,27 @@ OpenAI API that are not supported here. Such a field is accepted with a value th
 
 from __future__ import annotations
 
+import json
 from typing import Annotated, Literal, Self
 
-from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, GetJsonSchemaHandler, model_validator
-from pydantic_core import CoreSchema
+from pydantic import ConfigDict, Field, model_validator
 
 from twotower.decoding.modes import MODES_OF_FIELD, Mode
+from twotower.server.message_schemas import Message
 from twotower.server.request_errors import RequestError
+from twotower.server.strict_model import JsonInteger, StrictModel, same_json
+
+# Bounds of what the server reads before it knows how many tokens a request has.
+MAX_MESSAGES = 4096
+MAX_PROMPTS = 1024
+MAX_PROMPT_TOKENS = 2**20
+MAX_FORMAT_SIZE = 2**16  # characters of a JSON schema, a regular expression or a grammar
+MAX_NAME_LENGTH = 1024
 
 ModeName = Literal[Mode, "auto"]
-JsonInteger = Annotated[int, BeforeValidator(lambda value: int(value) if _is_integral(value) else value)]
-TokenIds = list[Annotated[JsonInteger, Field(ge=0, lt=2**31)]]
+TokenIds = Annotated[
+    list[Annotated[JsonInteger, Field(ge=0, lt=2**31)]], Field(fail_fast=True, max_length=MAX_PROMPT_TOKENS)
+]
 StopText = Annotated[str, Field(min_length=1, max_length=256)]
 
 # Field of a request → parameter of `GenerationParams` that the field sets.
@@ -59,17 +69,6 @@ UNSUPPORTED_FIELDS: dict[str, tuple[object, ...]] = {
 }
 
 
-def _is_integral(value: object) -> bool:
-    """Whether a value is a float without a fraction. JSON does not distinguish 1.0 from 1."""
-    return isinstance(value, float) and value.is_integer()
-
-
-class StrictModel(BaseModel):
-    """Rejects unknown fields, values of another type, NaN and infinity."""
-
-    model_config = ConfigDict(extra="forbid", strict=True, allow_inf_nan=False)
-
-
 class StreamOptions(StrictModel):
     """Options of a stream."""
 
@@ -107,31 +106,44 @@ class ResponseFormat(StrictModel):
                 raise ValueError(f'must have "{part}" if and only if "type" is "{part}"')
         if self.json_schema is not None and self.json_schema.json_schema is None:
             raise ValueError('must have a "schema" in "json_schema"')
+        if (size := self._size()) > MAX_FORMAT_SIZE:
+            raise ValueError(f"has a {self.type} of {size} characters; at most {MAX_FORMAT_SIZE} are allowed")
         return self
+
+    def _size(self) -> int:
+        """Characters of the schema, expression or grammar."""
+        if self.json_schema is None:
+            return len(self.regex or self.grammar or "")
+        try:
+            return len(json.dumps(self.json_schema.json_schema))
+        except RecursionError:
+            raise ValueError("is nested too deeply") from None
 
 
 class BaseRequest(StrictModel):
     """Fields of both endpoints. `GenerationParams` documents the decoding fields, which the OpenAI API lacks."""
 
-    model: str | None = Field(None, description="Name of the served model. Optional.")
+    model: str | None = Field(
+        None, max_length=MAX_NAME_LENGTH, description="Name or hub id of the served model. Optional."
+    )
     temperature: float = Field(1.0, ge=0, le=2, description="Sampling temperature. 0: greedy decoding.")
     top_p: float = Field(1.0, gt=0, le=1, description="Sample from the smallest set of tokens with this probability.")
-    top_k: JsonInteger | None = Field(None, ge=1, description="Sample from the k most likely tokens.")
-    stop: StopText | Annotated[list[StopText], Field(max_length=16)] | None = Field(
+    top_k: JsonInteger | None = Field(None, ge=0, description="Sample from the k most likely tokens. 0: from all.")
+    stop: StopText | Annotated[list[StopText], Field(fail_fast=True, max_length=16)] | None = Field(
         None, description="Strings that end the text. The text stops before the first of them."
     )
     seed: JsonInteger | None = Field(
         None,
-        ge=0,
+        ge=-1,
         lt=2**62,
         description="Seed of the sampling; choice i uses seed + i. In a fixed mode, in fp32 or float64, the same seed "
         "gives the same text. With mode auto, or in bf16, it can differ, unless deterministic is true. "
-        "Default: a random seed.",
+        "-1: a random seed, which is also the default.",
     )
     n: JsonInteger = Field(1, ge=1, le=64, description="Number of choices for each prompt.")
     stream: bool = Field(False, description="Send server-sent events with chunks of final text.")
     stream_options: StreamOptions | None = None
-    user: str | None = Field(None, description="Written to the server's log.")
+    user: str | None = Field(None, max_length=MAX_NAME_LENGTH, description="Written to the server's log.")
     response_format: ResponseFormat | None = None
     mode: ModeName | None = Field(None, description="Decoding mode. Default: the mode of the server's --setting.")
     threshold: float | None = Field(
@@ -159,33 +171,18 @@ class BaseRequest(StrictModel):
     )
     stream_denoising: bool = Field(False, description="Also send an event for every denoising pass, with the block.")
 
-    @model_validator(mode="before")
     @classmethod
-    def _drop_disabled_fields(cls, fields: object) -> object:
-        if not isinstance(fields, dict):
-            return fields
+    def enabled_fields(cls, fields: dict[str, object]) -> dict[str, object]:
         if "knob" in fields:  # the old name of policy_value
             if "policy_value" in fields:
                 raise RequestError("knob is the old name of policy_value; give only policy_value", param="knob")
             fields = {"policy_value" if name == "knob" else name: value for name, value in fields.items()}
-        known = UNSUPPORTED_FIELDS.keys() | cls.model_fields.keys()
-        kept = {name: value for name, value in fields.items() if value is not None or name not in known}
+        kept = super().enabled_fields(fields)
         for name in UNSUPPORTED_FIELDS.keys() - cls.model_fields.keys():
-            if name in kept and not any(_same(kept[name], off) for off in UNSUPPORTED_FIELDS[name]):
+            value = kept.pop(name, None)
+            if value is not None and not any(same_json(value, off) for off in UNSUPPORTED_FIELDS[name]):
                 raise RequestError(f"{name} is not supported; omit it", param=name, code="unsupported")
-            kept.pop(name, None)
         return kept
-
-    @classmethod
-    def __get_pydantic_json_schema__(cls, core: CoreSchema, handler: GetJsonSchemaHandler) -> dict[str, object]:
-        """The JSON schema, in which every optional field also accepts null: the default, as in the OpenAI API."""
-        schema = handler.resolve_ref_schema(handler(core))
-        for name, field in cls.model_fields.items():
-            own = schema["properties"][name]
-            if not field.is_required() and {"type": "null"} not in own.get("anyOf", ()):
-                described = {key: own.pop(key) for key in ("title", "description", "default") if key in own}
-                schema["properties"][name] = {"anyOf": [own, {"type": "null"}], **described}
-        return schema
 
     def check_mode(self, mode: str) -> None:
         """Raises RequestError if a field has no effect in this mode, or needs another field."""
@@ -232,17 +229,15 @@ class BaseRequest(StrictModel):
         return self.stream_options is not None and self.stream_options.include_usage
 
 
-def _same(value: object, off: object) -> bool:
-    """Whether two JSON values are equal; true differs from 1."""
-    return value == off and isinstance(value, bool) == isinstance(off, bool)
-
-
 class CompletionRequest(BaseRequest):
     """Body of `POST /v1/completions`."""
 
-    prompt: str | TokenIds | list[str] | list[TokenIds] = Field(
-        description="Text or token ids, or a list of either for several prompts."
-    )
+    prompt: (
+        str
+        | TokenIds
+        | Annotated[list[str], Field(fail_fast=True, max_length=MAX_PROMPTS)]
+        | Annotated[list[TokenIds], Field(fail_fast=True, max_length=MAX_PROMPTS)]
+    ) = Field(description="Text or token ids, or a list of either for several prompts.")
     max_tokens: JsonInteger = Field(16, ge=0, description="Maximum number of new tokens.")
     echo: bool = Field(False, description="Return the prompt before the text.")
     logprobs: JsonInteger | None = Field(
@@ -268,29 +263,13 @@ class CompletionRequest(BaseRequest):
         return texts or ([ids] if ids else [part for part in self.prompt if isinstance(part, list)])
 
 
-class TextPart(StrictModel):
-    """A text part of a message."""
-
-    type: Literal["text"]
-    text: str
-
-
-class Message(StrictModel):
-    """One turn of a chat."""
-
-    role: Literal["system", "developer", "user", "assistant"]
-    content: str | list[TextPart]
-    name: str | None = None
-
-    @property
-    def text(self) -> str:
-        return self.content if isinstance(self.content, str) else "".join(part.text for part in self.content)
-
-
 class ChatCompletionRequest(BaseRequest):
     """Body of `POST /v1/chat/completions`."""
 
-    messages: Annotated[list[Message], Field(min_length=1, description="The turns of the chat so far.")]
+    messages: Annotated[
+        list[Message],
+        Field(fail_fast=True, min_length=1, max_length=MAX_MESSAGES, description="The turns of the chat so far."),
+    ]
     max_tokens: JsonInteger | None = Field(
         None, ge=0, description="Maximum number of new tokens. Default: as many as fit."
     )
@@ -313,7 +292,7 @@ class ChatCompletionRequest(BaseRequest):
 
     def check_mode(self, mode: str) -> None:
         super().check_mode(mode)
-        if self.top_logprobs is not None and not self.logprobs:
+        if self.top_logprobs and not self.logprobs:
             raise RequestError("top_logprobs needs logprobs: true; set logprobs or omit it", param="top_logprobs")
         if None not in (self.max_tokens, self.max_completion_tokens) and self.max_tokens != self.max_completion_tokens:
             words = (

@@ -38,7 +38,7 @@ from twotower.server.response_schemas import (
     Usage,
 )
 from twotower.server.service import Service
-from twotower.server.tokenizer_adapter import TextOffsets
+from twotower.server.text_offsets import ContentLogprobs, TextOffsets
 from twotower.version import VERSION
 
 FINISH_REASONS: dict[str, FinishReason] = {"eos": "stop", "stop": "stop", "length": "length"}
@@ -205,7 +205,7 @@ class CompletionResponseBuilder(ResponseBuilder):
         for choice, result in zip(self.choices, results, strict=True):
             logprobs = None
             if self.request.logprobs is not None:
-                logprobs = self._logprobs(choice, (*result.prompt_logprobs, *result.logprobs))
+                logprobs = self._logprobs(choice, result.prompt_logprobs, result.logprobs)
             text = choice.echo + result.text
             choices.append(
                 CompletionChoice(index=choice.index, text=text, logprobs=logprobs, **self._end(choice, result))
@@ -222,7 +222,7 @@ class CompletionResponseBuilder(ResponseBuilder):
     def block_chunk(self, choice: Choice, event: BlockEvent) -> bytes | None:
         text, logprobs = event.text, None
         if self.request.logprobs is not None:
-            logprobs = self._logprobs(choice, (*event.prompt_logprobs, *event.logprobs))
+            logprobs = self._logprobs(choice, event.prompt_logprobs, event.logprobs)
             if event.prompt_logprobs:
                 text = choice.echo + text
         elif not text and event.result is None and not self.request.stream_denoising:
@@ -230,26 +230,23 @@ class CompletionResponseBuilder(ResponseBuilder):
         part = CompletionChoice(index=choice.index, text=text, logprobs=logprobs, **self._end(choice, event.result))
         return self._chunk(choices=[part], **self._committed(choice, event))
 
-    def _logprobs(self, choice: Choice, scores: Iterable[TokenLogprob | None]) -> CompletionLogprobs:
-        """Log-probabilities of the next tokens of a choice, or of its prompt with `echo`."""
-        text_offsets = self._offsets.setdefault(choice.index, TextOffsets(self.tokenizer))
-        tokens: list[str] = []
-        values: list[float | None] = []
-        tops: list[dict[str, float] | None] = []
-        offsets = []
-        for score in scores:
+    def _logprobs(
+        self, choice: Choice, prompt: Sequence[TokenLogprob | None], new: Sequence[TokenLogprob]
+    ) -> CompletionLogprobs:
+        """Log-probabilities of the prompt of a choice, with `echo`, and of its next tokens."""
+        text_offsets = self._offsets.setdefault(choice.index, TextOffsets(self.tokenizer, choice.echo))
+        out = CompletionLogprobs(tokens=[], token_logprobs=[], top_logprobs=[], text_offset=[])
+        for place, score in enumerate((*prompt, *new)):
             token = choice.engine_request.prompt[0] if score is None else score.token
+            in_prompt = place < len(prompt)
+            out.text_offset.append(text_offsets.prompt_offset(token) if in_prompt else text_offsets.span(token)[0])
             own = self.tokenizer.token_text(token)
-            tokens.append(own)
-            offsets.append(text_offsets.offset(token))
-            values.append(None if score is None else score.logprob)
-            if score is None:
-                tops.append(None)
-            else:
-                tops.append(
-                    {own: score.logprob} | {self.tokenizer.token_text(token): value for token, value in score.top}
-                )
-        return CompletionLogprobs(tokens=tokens, token_logprobs=values, top_logprobs=tops, text_offset=offsets)
+            out.tokens.append(own)
+            out.token_logprobs.append(None if score is None else score.logprob)
+            top = () if score is None else ((token, score.logprob), *score.top)
+            tops = {self.tokenizer.token_text(one): value for one, value in top}
+            out.top_logprobs.append(tops if score is not None else None)
+        return out
 
 
 class ChatResponseBuilder(ResponseBuilder):
@@ -258,11 +255,15 @@ class ChatResponseBuilder(ResponseBuilder):
     prefix, chunk_model, chunk_object = "chatcmpl", ChatCompletionChunk, "chat.completion.chunk"
     request: ChatCompletionRequest
 
+    def __init__(self, service: Service, request: ChatCompletionRequest, choices: Sequence[Choice]) -> None:
+        super().__init__(service, request, choices)
+        self._contents: dict[int, ContentLogprobs] = {}
+
     def full_response(self, results: Sequence[Generation]) -> bytes:
         choices = []
         for choice, result in zip(self.choices, results, strict=True):
             message = AssistantMessage(role="assistant", content=self._text(choice, result.text), refusal=None)
-            logprobs = self._logprobs(result.logprobs) if self.request.logprobs else None
+            logprobs = self._logprobs(choice, result.logprobs, result.text, True) if self.request.logprobs else None
             reason, decoding = FINISH_REASONS[result.finish_reason], self._decoding(choice, result)
             choices.append(
                 ChatChoice(
@@ -278,18 +279,29 @@ class ChatResponseBuilder(ResponseBuilder):
 
     def block_chunk(self, choice: Choice, event: BlockEvent) -> bytes | None:
         text = self._text(choice, event.text)
-        logprobs = self._logprobs(event.logprobs) if self.request.logprobs else None
-        if not text and logprobs is None and event.result is None and not self.request.stream_denoising:
+        logprobs = None
+        if self.request.logprobs:
+            logprobs = self._logprobs(choice, event.logprobs, event.text, event.result is not None)
+        if (
+            not text
+            and not (logprobs and logprobs.content)
+            and event.result is None
+            and not self.request.stream_denoising
+        ):
             return None
         delta = ChoiceDelta(content=text) if text else ChoiceDelta()
         end = self._end(choice, event.result)
         part = ChatCompletionChunkChoice(index=choice.index, delta=delta, logprobs=logprobs, **end)
         return self._chunk(choices=[part], **self._committed(choice, event))
 
-    def _logprobs(self, scores: Iterable[TokenLogprob | None]) -> ChatLogprobs:
+    def _logprobs(self, choice: Choice, scores: Iterable[TokenLogprob], text: str, last: bool) -> ChatLogprobs:
+        """Log-probabilities of the tokens of the content that are final. See `ContentLogprobs`."""
+        eos = choice.engine_request.params.eos_token_id
+        contents = self._contents.setdefault(
+            choice.index, ContentLogprobs(self.tokenizer, eos, choice.strip_leading_space)
+        )
         content = []
-        for score in scores:
-            assert score is not None
+        for score in contents.take(scores, text, last):
             top = [TopLogprob(**self._alternative(token, value)) for token, value in score.top]
             content.append(ChatLogprob(**self._alternative(score.token, score.logprob), top_logprobs=top))
         return ChatLogprobs(content=content)

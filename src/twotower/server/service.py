@@ -53,8 +53,8 @@ class Service:
         return await loop.run_in_executor(self._tokenizing, self._builder.build, request, constraint, self.settings)
 
     def check_model_name(self, model: str) -> None:
-        """Raises RequestError (404) unless this is the name of the served model."""
-        if model != self.settings.name:
+        """Raises RequestError (404) unless this is the name of the served model, or its hub id."""
+        if model not in (self.settings.name, *self.settings.aliases):
             words = (
                 f"there is no model {model!r}; this server serves {self.settings.name!r}, so name that or omit model"
             )

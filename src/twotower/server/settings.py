@@ -2,12 +2,16 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 
 from twotower import options
 from twotower.errors import ArgumentError
+
+ORIGIN = re.compile(r"[a-z][a-z0-9+.-]*://([a-z0-9._-]+|\[[0-9a-f:.]+\])(:[0-9]{1,5})?")
+ROOT_PATH = re.compile(r"(/[A-Za-z0-9._~-]+)+")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -20,7 +24,8 @@ class Limits:
     output_tokens: int | None = None  # of one choice
     choices: int = 64  # of one request
     request_seconds: float | None = 600.0
-    body_bytes: int = 4 * 2**20
+    body_bytes: int = 4 * 2**20  # after decompression
+    all_bodies_bytes: int = 64 * 2**20  # of all requests whose response is not complete
     body_seconds: float = 30.0  # in which a body must arrive
 
 
@@ -31,7 +36,9 @@ class ServerSettings:
     name: name of the model for clients.
     decoding: defaults for `GenerationParams.of`, including the mode.
     api_keys: empty if requests need no key.
-    log_prompts: whether the log contains prompts.
+    log_prompts: whether the log contains prompts. aliases: further names of the model, such as its hub id.
+    allowed_origins: origins whose pages may call the server from a browser; "*" means all.
+    root_path: path of the server behind a reverse proxy, such as /llm; empty without one.
     """
 
     name: str
@@ -39,6 +46,9 @@ class ServerSettings:
     limits: Limits = field(default_factory=Limits)
     api_keys: tuple[str, ...] = ()
     log_prompts: bool = False
+    aliases: tuple[str, ...] = ()
+    allowed_origins: tuple[str, ...] = ()
+    root_path: str = ""
 
 
 def read_keys(file: Path | None) -> tuple[str, ...]:
@@ -58,3 +68,32 @@ def read_keys(file: Path | None) -> tuple[str, ...]:
             raise ArgumentError(f"{file} has no key; write one key per line", param="file")
         given += found
     return tuple(dict.fromkeys(key.strip() for key in given if key.strip()))
+
+
+def check_origin(origin: str) -> str:
+    """Returns an origin of web pages as browsers send it.
+
+    Raises:
+        ArgumentError: It is neither "*" nor a scheme, a host and an optional port.
+    """
+    if origin != "*" and not ORIGIN.fullmatch(origin.lower()):
+        raise ArgumentError(
+            f"origin {origin!r} is not valid; give scheme, host and port, e.g. https://example.org, or *",
+            param="allow_origin",
+        )
+    return origin.lower()
+
+
+def check_root_path(path: str) -> str:
+    """Returns a path prefix without a slash at its end.
+
+    Raises:
+        ArgumentError: The path is not absolute, has other characters than those of a path, or hides the API.
+    """
+    root = path.rstrip("/")
+    if root and (not ROOT_PATH.fullmatch(root) or f"{root}/".startswith("/v1/")):
+        raise ArgumentError(
+            f"root path {path!r} is not valid; give a path that starts with / and not with /v1, e.g. /llm",
+            param="root_path",
+        )
+    return root

@@ -4,15 +4,17 @@ from __future__ import annotations
 
 import copy
 import json
+import re
 import threading
-from collections.abc import Sequence
-from functools import cached_property
+from collections.abc import Mapping, Sequence
+from functools import cached_property, lru_cache
 
-from twotower.decoding.stopping import Detokenizer
+from twotower.server.message_schemas import Message
 from twotower.server.request_errors import RequestError
-from twotower.server.request_schemas import Message
 from twotower.tokenizer import Tokenizer
 
+MIN_LONGEST_TOKEN = 64  # characters; tokenizers may drop characters, so that a token stands for more than its own
+MAX_FIELD_NAME = 64
 ROLE_NAMES = {"system": "System", "developer": "System", "user": "User", "assistant": "Assistant"}
 
 
@@ -47,22 +49,35 @@ class TokenizerAdapter:
         Raises:
             RequestError: The template rejects the messages, or a text has a lone surrogate.
         """
-        if getattr(self.tokenizer, "chat_template", None):
-            turns = [{"role": message.role, "content": message.text} for message in messages]
+        template = _template_text(getattr(self.tokenizer, "chat_template", None))
+        check_template_fields(messages, template)
+        if template:
+            turns = [message.template_fields for message in messages]
             try:
                 text = self.tokenizer.apply_chat_template(turns, add_generation_prompt=True, tokenize=False)
             except Exception as error:  # a template can raise any error
+                reason = " ".join(f"{error}".split())
                 raise RequestError(
-                    f"the chat template of the model rejects these messages: {error}", param="messages"
+                    f"the chat template of the model rejects these messages: {reason}", param="messages"
                 ) from None
             return self._encode(text, False, "messages"), ()
-        lines = [f"{ROLE_NAMES[message.role]}: {message.text.strip()}" for message in messages]
+        lines = [f"{ROLE_NAMES[message.role]}: {message.text.strip()}".rstrip() for message in messages]
         ends = tuple(f"\n{speaker}:" for speaker in dict.fromkeys(ROLE_NAMES.values()))
         return self._encode("\n".join([*lines, "Assistant:"]), True, "messages"), ends
 
+    def longest_text(self, tokens: int) -> int:
+        """An upper limit of the characters of a text with so many tokens. Longer texts need not be encoded."""
+        return tokens * self._longest_token
+
     def decode(self, tokens: Sequence[int]) -> str:
-        """The text of tokens, without special tokens."""
-        return str(self.tokenizer.decode(list(tokens), skip_special_tokens=True))
+        """The text of tokens, with special tokens."""
+        return str(self.tokenizer.decode(list(tokens), skip_special_tokens=False))
+
+    def special_text(self, token: int) -> str | None:
+        """The text of a special token, which texts of responses leave out; None: the token is not special."""
+        if self.tokenizer.decode([token], skip_special_tokens=True):
+            return None
+        return self.tokenizer.decode([token], skip_special_tokens=False) or None
 
     def token_bytes(self, token: int) -> bytes:
         """The UTF-8 bytes of one token."""
@@ -97,6 +112,10 @@ class TokenizerAdapter:
             return list(self._encoder(text, add_special_tokens=special)["input_ids"])
 
     @cached_property
+    def _longest_token(self) -> int:
+        return max(MIN_LONGEST_TOKEN, *map(len, self.tokenizer.get_vocab()))
+
+    @cached_property
     def _byte_level(self) -> bool:
         backend = getattr(self.tokenizer, "backend_tokenizer", None)
         decoder = json.loads(backend.to_str()).get("decoder") if backend is not None else None
@@ -104,21 +123,35 @@ class TokenizerAdapter:
         return any(step.get("type") == "ByteLevel" for step in steps)
 
 
-class TextOffsets:
-    """Computes where each token of a text starts in the text.
+def check_template_fields(messages: Sequence[Message], template: str) -> None:
+    """Raises RequestError if a message has a role or a field whose meaning is lost without a template that reads it."""
+    for number, message in enumerate(messages):
+        if message.role == "tool" and not _reads(template, "tool"):
+            raise RequestError(
+                f'messages.{number}.role is "tool", which the chat template of this model does not read; omit the turn',
+                param="messages",
+                code="unsupported",
+            )
+        for name in message.fields_for_templates_only:
+            if not _reads(template, name):
+                raise RequestError(
+                    f"messages.{number}.{name} is a field that the chat template of this model does not read; omit it",
+                    param="messages",
+                    code="unsupported",
+                )
 
-    A token without text, or with a part of a character, starts where the next token starts.
-    """
 
-    def __init__(self, tokenizer: TokenizerAdapter) -> None:
-        self._detokenizer = Detokenizer(tokenizer.tokenizer)
-        self._length = 0
+@lru_cache(maxsize=256)
+def _reads(template: str, name: str) -> bool:
+    """Whether a chat template contains the name of a field or role."""
+    return len(name) <= MAX_FIELD_NAME and re.search(rf"\b{re.escape(name)}\b", template) is not None
 
-    def offset(self, token: int) -> int:
-        """The offset of the next token, in characters."""
-        before = self._length
-        self._length += len(self._detokenizer.push(token))
-        return before
+
+def _template_text(template: object) -> str:
+    """The text of a tokenizer's chat template, or of all its templates."""
+    if isinstance(template, Mapping):
+        return "\n".join(map(str, template.values()))
+    return str(template or "")
 
 
 def _byte_level_alphabet() -> dict[str, int]:
