@@ -20,7 +20,6 @@ from torch import Tensor
 from twotower import GenerationParams, TwoTowerForCausalLM
 
 AR_TOKEN, DIFFUSION_CANDIDATE = 1, 2  # purposes of noise
-REPLACEMENT_CHARACTER = "\ufffd"  # an incomplete character
 
 
 class Block(NamedTuple):
@@ -265,10 +264,10 @@ def noise(seed: int, position: int, purpose: int, step: int, size: int) -> list[
 def cut(tokenizer: Any, tokens: list[int], eos: tuple[int, ...], stop: tuple[str, ...]) -> tuple[str, bool]:
     """The text of the tokens up to the first stop string, and whether there is a stop string.
 
-    Special tokens and an incomplete character at the end are left out.
+    Special tokens are left out.
     """
     if tokenizer is None:
         return "", False
-    text = tokenizer.decode([t for t in tokens if t not in eos], skip_special_tokens=True).rstrip(REPLACEMENT_CHARACTER)
+    text = tokenizer.decode([t for t in tokens if t not in eos], skip_special_tokens=True)
     found = [at for at in (text.find(each) for each in stop) if at >= 0]
     return (text[: min(found)], True) if found else (text, False)

@@ -10,34 +10,75 @@ from twotower.decoding.output import FinishReason
 from twotower.tokenizer import Tokenizer
 
 REPLACEMENT_CHARACTER = "\ufffd"  # decoders give it for bytes that are not (yet) a character
+CHARACTER_BYTES = 4  # of the longest UTF-8 character; a token with text has at least one
+MOST_HELD = 16  # tokens that wait for the end of a character, if no boundary between characters is found
 
 
 class Detokenizer:
-    """Converts tokens to text. The bytes of an incomplete character are held back until it is complete."""
+    """Converts tokens to text. The bytes of an incomplete character are held back until it is complete.
+
+    A character has at most four bytes. So at most a few tokens are decoded at a time, whatever the tokens are.
+    """
 
     def __init__(self, tokenizer: Tokenizer) -> None:
         self.decode = decode_function(tokenizer)
-        self.tokens: list[int] = []
-        self.settled = 0  # tokens whose text is emitted and that later decoding does not need
-        self.emitted = 0  # tokens whose text is emitted
+        self._window: list[int] = []  # the last emitted tokens, because decoders treat the first token of a text
+        self._emitted = 0  # specially; and from this index on the tokens that are held back
+        self._emitted_text = ""  # of the emitted tokens of the window
+        self._text = ""  # of the window
 
     def push(self, token: int) -> str:
-        self.tokens.append(token)
-        old, new = self._decode(self.emitted), self._decode(len(self.tokens))
-        if len(new) <= len(old) or new.endswith(REPLACEMENT_CHARACTER):
+        """Adds a token → the text that became final."""
+        text = self._decode([*self._window, token])
+        if text == self._text and self._is_special(token):
             return ""
-        self.settled, self.emitted = self.emitted, len(self.tokens)
-        return new[len(old) :]
+        self._window.append(token)
+        if not text.startswith(self._emitted_text):  # the token changed the decoding of emitted bytes
+            self._forget_emitted()
+            text = self._decode(self._window)
+        self._text = text
+        if len(text) > len(self._emitted_text) and not text.endswith(REPLACEMENT_CHARACTER):
+            return self._emit(len(self._window))
+        held = len(self._window) - self._emitted
+        if held < CHARACTER_BYTES:
+            return ""
+        if text == self._emitted_text:  # tokens without text
+            del self._window[self._emitted :]
+            return ""
+        end = self._boundary()
+        return self._emit(len(self._window) if end is None and held >= MOST_HELD else end or self._emitted)
 
     def flush(self) -> str:
-        """The remaining text at the end, without an incomplete character."""
-        rest = self._decode(len(self.tokens))[len(self._decode(self.emitted)) :]
-        self.settled = self.emitted = len(self.tokens)
-        return rest.rstrip(REPLACEMENT_CHARACTER)
+        """The remaining text at the end. U+FFFD stands for an incomplete character."""
+        return self._emit(len(self._window))
 
-    def _decode(self, end: int) -> str:
-        # Decoding starts a little before the new tokens: decoders treat the first token of a text specially.
-        return str(self.decode(self.tokens[self.settled : end], skip_special_tokens=True))
+    def _emit(self, end: int) -> str:
+        """Makes the tokens of the window before `end` final → their text. They become the next window's context."""
+        if end <= self._emitted:
+            return ""
+        piece = self._decode(self._window[:end])[len(self._emitted_text) :]
+        del self._window[: self._emitted]
+        self._emitted = end - self._emitted
+        self._emitted_text, self._text = self._decode(self._window[: self._emitted]), self._decode(self._window)
+        return piece
+
+    def _forget_emitted(self) -> None:
+        del self._window[: self._emitted]
+        self._emitted, self._emitted_text = 0, ""
+
+    def _boundary(self) -> int | None:
+        """The last index of the window at which no character is split, before the last token with text."""
+        for end in range(len(self._window) - 1, max(len(self._window) - CHARACTER_BYTES, self._emitted), -1):
+            rest = self._decode(self._window[end:])
+            if rest and self._decode(self._window[:end]) + rest == self._text:
+                return end
+        return None
+
+    def _is_special(self, token: int) -> bool:
+        return not self._decode([token]) and bool(self.decode([token], skip_special_tokens=False))
+
+    def _decode(self, tokens: list[int]) -> str:
+        return str(self.decode(tokens, skip_special_tokens=True))
 
 
 def decode_function(tokenizer: Tokenizer) -> Callable[..., str]:
@@ -62,16 +103,21 @@ class RowProgress:
         self.stop = tuple(stop)
         self.detokenizer = None if tokenizer is None else Detokenizer(tokenizer)
         self.tokens: list[int] = []
-        self.text = ""  # final: no stop string can begin in it
+        self._final: list[str] = []  # pieces of text; no stop string can begin in them
         self._held = ""  # decoded; may be the beginning of a stop string
         self.finish_reason: FinishReason | None = "length" if limit == 0 else None
+
+    @property
+    def text(self) -> str:
+        """The final text so far."""
+        return "".join(self._final)
 
     def take(self, tokens: Sequence[int], complete: bool = False) -> tuple[int, str]:
         """Adds committed tokens until the row ends → the number of tokens used, and the text that became final.
 
         complete: the row ends after the last token.
         """
-        before = len(self.text)
+        before = len(self._final)
         for count, token in enumerate(tokens, start=1):
             self.tokens.append(token)
             self._add_text(self.detokenizer.push(token) if self.detokenizer and token not in self.eos else "")
@@ -80,27 +126,28 @@ class RowProgress:
             elif self.finish_reason is None and complete and count == len(tokens):
                 self._finish_text()  # no stop string has come: all text is final
                 self.finish_reason = "stop"
-                return count, self.text[before:]
+                return count, "".join(self._final[before:])
             elif self.finish_reason is None and len(self.tokens) == self.limit:
                 self.finish_reason = "length"
             if self.finish_reason:
                 self._finish_text()
-                return count, self.text[before:]
-        return len(tokens), self.text[before:]
+                return count, "".join(self._final[before:])
+        return len(tokens), "".join(self._final[before:])
 
     def _add_text(self, piece: str) -> None:
         self._held += piece
         found = [at for at in (self._held.find(stop) for stop in self.stop) if at >= 0]
         if found:
-            self.text += self._held[: min(found)]
+            self._release(min(found))
             self.finish_reason = "stop"
         else:
             self._release(len(self._held) - _possible_start(self._held, self.stop))
 
     def _release(self, count: int) -> None:
-        """Makes the first `count` held characters final, except for incomplete characters at their end."""
-        count = len(self._held[:count].rstrip(REPLACEMENT_CHARACTER))
-        self.text, self._held = self.text + self._held[:count], self._held[count:]
+        """Makes the first `count` held characters final."""
+        if count:
+            self._final.append(self._held[:count])
+            self._held = self._held[count:]
 
     def _finish_text(self) -> None:
         """Makes held text final, unless a stop string came."""
