@@ -100,7 +100,7 @@ def free_bytes(device: torch.device) -> int:
     """Free bytes of the device's memory."""
     if device.type == "cuda":
         return int(torch.cuda.mem_get_info(device)[0])
-    lines = Path("/proc/meminfo").read_text().splitlines()
+    lines = Path("/proc/meminfo").read_text(encoding="utf-8").splitlines()
     return 1024 * next(int(line.split()[1]) for line in lines if line.startswith("MemAvailable"))
 
 
@@ -415,7 +415,7 @@ class Report:
         self.folder.mkdir(parents=True, exist_ok=True)
         for name, text in (("results.json", json.dumps(self.all(), indent=1)), ("results.md", self.markdown())):
             draft = self.folder / f"{name}.part"
-            draft.write_text(text + "\n")
+            draft.write_text(text + "\n", encoding="utf-8")
             draft.replace(self.folder / name)
 
     def all(self) -> dict[str, Any]:

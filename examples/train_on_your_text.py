@@ -20,7 +20,7 @@ run = Path(sys.argv[2] if len(sys.argv) > 2 else "runs/your-text")
 corpus = Path(sys.argv[1] if len(sys.argv) > 1 else "runs/your-text.jsonl")
 if not corpus.exists():
     corpus.parent.mkdir(parents=True, exist_ok=True)
-    corpus.write_text(f"{LINE}\n" * 4)
+    corpus.write_text(f"{LINE}\n" * 4, encoding="utf-8")
 
 settings = DenoiserSettings(
     model=str(bundled_model()),

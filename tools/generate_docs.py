@@ -125,10 +125,10 @@ def main() -> None:
     stale = []
     for name, page in PAGES.items():
         path, text = ROOT / name, page()
-        if not path.exists() or path.read_text() != text:
+        if not path.exists() or path.read_text(encoding="utf-8") != text:
             stale.append(name)
             if not check:
-                path.write_text(text)
+                path.write_text(text, encoding="utf-8")
     if check and stale:
         sys.exit(f"{', '.join(stale)}: out of date; run `make docs`")
     print(f"written: {', '.join(stale)}" if stale else "up to date")

@@ -165,7 +165,7 @@ def documents() -> list[Path]:
 
 def document_text(path: Path) -> str:
     """The text of a document; of a changelog, the unreleased part alone, at its line numbers."""
-    text = path.read_text()
+    text = path.read_text(encoding="utf-8")
     if path.name != "CHANGELOG.md":
         return text
     heading = re.search(r"^## Unreleased.*\n", text, re.MULTILINE)
@@ -223,11 +223,11 @@ def file_paragraphs(path: Path) -> Iterator[Paragraph]:
         case ".md":
             yield from markdown_paragraphs(document_text(path))
         case ".py":
-            source = path.read_text()
+            source = path.read_text(encoding="utf-8")
             yield from docstrings(ast.parse(source))
             yield from python_comments(source)
         case _:
-            yield from block_comments(path.read_text())
+            yield from block_comments(path.read_text(encoding="utf-8"))
 
 
 def file_sentences(path: Path) -> Iterator[Sentence]:
@@ -297,7 +297,7 @@ def _matches(names: dict[str, str], text: str) -> Iterator[tuple[str, str]]:
 
 
 def read_names(path: Path = NAMES) -> Retired:
-    table = tomllib.loads(path.read_text())
+    table = tomllib.loads(path.read_text(encoding="utf-8"))
     return Retired(table["words"], table["code"])
 
 
@@ -327,7 +327,7 @@ def source_names(path: Path, names: Retired) -> Iterator[Finding]:
     if path.suffix == ".py":
         for old, new in names.found(path.name, True):
             yield Finding(f"{place}:1", f"{old}: use {new}")
-        for node in ast.walk(ast.parse(path.read_text())):
+        for node in ast.walk(ast.parse(path.read_text(encoding="utf-8"))):
             if isinstance(node, ast.ClassDef | ast.FunctionDef | ast.AsyncFunctionDef):
                 for old, new in names.found(node.name, True):
                     yield Finding(f"{place}:{node.lineno}", f"{old}: use {new}")

@@ -82,7 +82,7 @@ def functions(tree: ast.AST) -> Iterator[tuple[ast.FunctionDef | ast.AsyncFuncti
 
 def spots_of(file: Path) -> Iterator[tuple[str, Spot]]:
     """Yields the contributions of one file: the name of a figure, and a spot."""
-    source, place = file.read_text(), str(file.relative_to(SOURCE.parent))
+    source, place = file.read_text(encoding="utf-8"), str(file.relative_to(SOURCE.parent))
     tree, said = ast.parse(source), list(comments(source))
     yield "any", Spot(any_uses(tree), place)
     yield "type_ignore", Spot(sum("type: ignore" in comment for comment in said), place)
@@ -144,7 +144,7 @@ def table(figures: dict[str, Figure], limits: dict[str, int]) -> Iterator[str]:
 
 
 def read_limits(path: Path) -> dict[str, int]:
-    limits = tomllib.loads(path.read_text())
+    limits = tomllib.loads(path.read_text(encoding="utf-8"))
     if limits.keys() != REMEDIES.keys():
         differing = ", ".join(sorted(limits.keys() ^ REMEDIES.keys()))
         sys.exit(f"{path}: its names differ from the measured figures ({differing}); give each figure one limit")

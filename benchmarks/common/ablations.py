@@ -62,7 +62,7 @@ def run_once(material: Material, variation: Variation, seed: int, steps: int, ou
     result = folder.with_suffix(".json")
     if not result.exists():
         print(f"{variation.name}, seed {seed}", file=sys.stderr, flush=True)
-        result.write_text(json.dumps(run_variation(material, variation, seed, steps, folder)))
+        result.write_text(json.dumps(run_variation(material, variation, seed, steps, folder)), encoding="utf-8")
 
 
 def run_variation(material: Material, variation: Variation, seed: int, steps: int, folder: Path) -> dict[str, Any]:
@@ -148,7 +148,7 @@ def prepare(data: Path, out: Path, steps: int, world: fsdp.World) -> Material:
     if not suite.exists():
         write_jsonl(suite, make_problems("train", 60_000, seed=1, difficulties=(1,)))
     if not tokens.exists():
-        lines = [json.loads(line) for line in suite.read_text().splitlines()[:20_000]]
+        lines = [json.loads(line) for line in suite.read_text(encoding="utf-8").splitlines()[:20_000]]
         texts = [line["prompt"] + line["text"] for line in lines]
         train_tokenizer(texts + read_documents(data / "train.jsonl.gz")[:4000], 1024, split_digits=True).save(
             str(tokens)
@@ -184,7 +184,7 @@ def table(out: Path, seeds: Sequence[int]) -> list[str]:
     lines = [head, "|---|---|---|---|---|---|---|"]
     for variation in VARIATIONS:
         files = [out / f"{slug(variation)}-{seed}.json" for seed in seeds]
-        found = [json.loads(file.read_text()) for file in files if file.exists()]
+        found = [json.loads(file.read_text(encoding="utf-8")) for file in files if file.exists()]
         if not found:
             lines.append(f"| {variation.name} | not run | | | | | 0 |")
             continue

@@ -44,7 +44,7 @@ CASES = {
 
 def resident(what: str = "VmHWM") -> int:
     """Resident bytes of this process."""
-    lines = Path("/proc/self/status").read_text().splitlines()
+    lines = Path("/proc/self/status").read_text(encoding="utf-8").splitlines()
     return 1024 * next(int(line.split()[1]) for line in lines if line.startswith(what))
 
 

@@ -171,7 +171,9 @@ def read_object(file: Path, remedy: str) -> dict[str, Any]:
         ConfigError: the file does not exist, or is not a JSON object.
     """
     try:
-        raw = json.loads(file.read_text())  # Python's parser accepts the `Infinity` of the released file
+        raw = json.loads(
+            file.read_text(encoding="utf-8")
+        )  # Python's parser accepts the `Infinity` of the released file
     except FileNotFoundError:
         raise ConfigError(f"{file}: no such file; {remedy}") from None
     except (OSError, ValueError) as error:

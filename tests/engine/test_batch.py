@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import json
 import os
 import signal
@@ -22,6 +23,7 @@ from twotower.engine.jobs import count_answered, engine_for, read_lines, run_job
 from twotower.engine.llm import LLM
 from twotower.errors import ArgumentError
 from twotower.evaluation.tasks import make_problems
+from twotower.file_lock import exclusive_lock
 
 pytestmark = pytest.mark.skipif(not bundled_model().is_dir(), reason="there is no bundled model in this checkout")
 
@@ -187,6 +189,81 @@ def test_a_file_that_answers_something_else_is_left_alone(cli: Cli, tmp_path: Pa
     asked(tmp_path, *some(2))
     assert_one_line_error(cli("batch", path, "-o", out, "-n", "4", *FP32), "has 3 lines for 2 of input")
     assert out.read_bytes() == before
+
+
+@pytest.mark.parametrize("newline", ["\n", "\r\n"])
+@pytest.mark.parametrize("mark", [b"", b"\xef\xbb\xbf"])
+def test_utf8_with_and_without_byte_order_mark(
+    tmp_path: Path, model: TwoTowerForCausalLM, mark: bytes, newline: str
+) -> None:
+    """A byte order mark made line 1 an error. It changes no digest."""
+    path = tmp_path / "in.jsonl"
+    content = newline.join(json.dumps({"prompt": prompt}, ensure_ascii=False) for prompt in ("Grüße", "世界")) + newline
+    path.write_bytes(mark + content.encode())
+    lines = read_lines(path, model, shared(model))
+    plain = read_lines(asked(tmp_path, *content.splitlines()), model, shared(model))
+    assert [(line.number, line.digest, line.error) for line in lines] == [(x.number, x.digest, "") for x in plain]
+    assert lines[0].request is not None
+    assert lines[0].request.prompt == model.tokenizer("Grüße")["input_ids"]
+
+
+def test_bytes_that_are_not_utf8_are_an_error_beside_their_line(cli: Cli, tmp_path: Path) -> None:
+    """Latin-1 was answered with U+FFFD in the prompt."""
+    path, out = tmp_path / "in.jsonl", tmp_path / "out.jsonl"
+    good = b'{"prompt": "User: hello"}\n'
+    path.write_bytes('{"prompt": "Grüße"}\n'.encode("latin-1") + good + b"[" * 100_000 + b"\n")
+    result = cli("batch", path, "-o", out, "-n", "4", *FP32)
+    assert result.code == 0
+    first, second, third = said(out)
+    assert first["error"].startswith("not UTF-8 (invalid start byte at byte 14); convert the file")
+    assert second["new_tokens"] == 4
+    assert third["error"].startswith("not JSON")
+
+
+@pytest.mark.parametrize("encoding", ["utf-16", "utf-16-le", "utf-32"])
+def test_no_line_answered_is_exit_code_1(cli: Cli, tmp_path: Path, encoding: str) -> None:
+    path, out = tmp_path / "in.jsonl", tmp_path / "out.jsonl"
+    path.write_text('{"prompt": "Grüße"}\n{"prompt": "x"}\n', encoding=encoding)
+    for _ in range(2):  # also if the job was finished before
+        result = cli("batch", path, "-o", out, "-n", "4", *FP32)
+        assert result.code == 1
+        assert "no line was answered" in result.err
+        assert "Traceback" not in result.err
+    assert all("error" in line for line in said(out))
+
+
+@pytest.mark.skipif(os.name != "posix", reason="needs flock")
+def test_two_jobs_never_write_one_output(cli: Cli, tmp_path: Path) -> None:
+    """Two jobs wrote 120 lines of 60. A job that was killed releases the output at once."""
+    path, out = asked(tmp_path, *some(60)), tmp_path / "out.jsonl"
+    command = ["batch", str(path), "-o", str(out), "-s", "ar", "-n", "60", "--rows", "1", "--threads", "1", *FP32]
+    job = subprocess.Popen([sys.executable, "-m", "twotower", *command], stderr=subprocess.DEVNULL)
+    deadline = time.monotonic() + 120
+    while not (out.exists() and out.read_bytes()):
+        assert job.poll() is None
+        assert time.monotonic() < deadline
+        time.sleep(0.02)
+    job.send_signal(signal.SIGSTOP)
+    second = cli(*command)
+    job.send_signal(signal.SIGKILL)
+    assert_one_line_error(second, f"{out} is being written by another process; wait until it ends, or name another")
+    job.wait()
+    assert cli(*command).code == 0
+    assert [line["line"] for line in said(out)] == list(range(1, 61))
+
+
+def test_a_file_system_without_locks_gets_a_warning(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    def refuse(*given: object) -> None:
+        raise OSError(errno.EOPNOTSUPP, "Operation not supported")
+
+    monkeypatch.setattr("fcntl.flock", refuse)
+    with exclusive_lock(tmp_path / "out", tmp_path / "out"):
+        pass
+    assert capsys.readouterr().err == (
+        f"Warning: {tmp_path / 'out'} cannot be locked (Operation not supported); no second process may write it\n"
+    )
 
 
 def test_nothing_to_answer(cli: Cli, tmp_path: Path) -> None:

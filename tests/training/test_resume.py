@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import json
+import os
 import random
 import shutil
+import signal
 import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
@@ -273,6 +275,25 @@ def test_a_run_without_a_checkpoint_may_begin_anew(tmp_path: Path) -> None:
     assert column(output, "step").tolist() == [1, 2, 3]
     assert column(output, "lr").max() == 1e-3
     assert json.loads((output / "settings.json").read_text())["lr"] == 1e-3
+
+
+def test_a_second_run_in_a_directory_is_refused(tmp_path: Path) -> None:
+    """The second run said "make room", and the first lost its log. A killed run releases its directory at once."""
+    output = tmp_path / "run"
+    args = tiny_run.given().train(output)
+    first = launch(args, tmp_path / "said")
+    while first.running() and steps_logged(output) < 2:
+        time.sleep(0.0005)
+    os.kill(first.processes[0].pid, signal.SIGSTOP)
+    log = (output / "log.jsonl").read_bytes()
+    second = launch(args, tmp_path / "second")
+    assert second.codes() == [2]
+    assert second.stderr() == [
+        f"Error: {output} is being written by another process; wait until it ends, or name another output"
+    ]
+    assert (output / "log.jsonl").read_bytes() == log
+    first.kill()
+    assert run_cli(args) == 0
 
 
 # --- in full -------------------------------------------------------------------------------------------------------

@@ -179,8 +179,8 @@ def _counter(total: int, progress: Callable[[int, int], None] | None) -> Callabl
 def _write_rest(tower: OneTowerCheckpoint, folder: Path, dtype: torch.dtype) -> None:
     name = str(dtype).removeprefix("torch.")
     config = pretrained.config_to_write(tower.model) | {"torch_dtype": name}
-    (folder / "config.json").write_text(json.dumps(config, indent=2, sort_keys=True) + "\n")
-    (folder / pretrained.CODE_FILE).write_text(pretrained.CODE)
+    (folder / "config.json").write_text(json.dumps(config, indent=2, sort_keys=True) + "\n", encoding="utf-8")
+    (folder / pretrained.CODE_FILE).write_text(pretrained.CODE, encoding="utf-8")
     pretrained.copy_tokenizer_files(tower.directory, folder)
 
 

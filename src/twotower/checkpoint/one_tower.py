@@ -153,7 +153,7 @@ def write(directory: Path, weights: dict[str, torch.Tensor], config: TwoTowerCon
     dtype = str(weights["embeddings.weight"].dtype).removeprefix("torch.")
     values = {key: value for key, value in pretrained.config_to_write(model).items() if key != "auto_map"}
     values |= {"architectures": ["NemotronHForCausalLM"], "torch_dtype": dtype, "tie_word_embeddings": False}
-    (directory / "config.json").write_text(json.dumps(values, indent=2, sort_keys=True) + "\n")
+    (directory / "config.json").write_text(json.dumps(values, indent=2, sort_keys=True) + "\n", encoding="utf-8")
     tokenizer.save_pretrained(directory)
 
 

@@ -134,8 +134,10 @@ def save_pretrained(
         return
     directory.mkdir(parents=True, exist_ok=True)
     reader.save_weights(model, directory, max_shard_size)
-    (directory / CODE_FILE).write_text(CODE)
-    (directory / "config.json").write_text(json.dumps(config_to_write(model), indent=2, sort_keys=True) + "\n")
+    (directory / CODE_FILE).write_text(CODE, encoding="utf-8")
+    (directory / "config.json").write_text(
+        json.dumps(config_to_write(model), indent=2, sort_keys=True) + "\n", encoding="utf-8"
+    )
     if tokenizer is not None:
         tokenizer.save_pretrained(directory)
 

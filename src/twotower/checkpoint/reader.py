@@ -50,7 +50,7 @@ def read_headers(directory: Path) -> dict[str, StoredTensor]:
             )
         return _header(directory / SINGLE_FILE)
     try:
-        weight_map = json.loads(index.read_text())["weight_map"]
+        weight_map = json.loads(index.read_text(encoding="utf-8"))["weight_map"]
         files = sorted(set(weight_map.values()))
     except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
         raise CheckpointError(f"{index}: not a safetensors index with a weight_map ({error!r})") from None

@@ -73,7 +73,7 @@ def write_shards(
         _write_file(directory / file, [by_name[name] for name in names], written)
     if plan.is_sharded:
         index = {"metadata": plan.metadata, "weight_map": plan.tensor_to_filename}
-        (directory / INDEX_FILE).write_text(json.dumps(index, indent=2, sort_keys=True) + "\n")
+        (directory / INDEX_FILE).write_text(json.dumps(index, indent=2, sort_keys=True) + "\n", encoding="utf-8")
     return [directory / file for file in plan.filename_to_tensors]
 
 

@@ -3,13 +3,19 @@
 from __future__ import annotations
 
 import time
+from collections.abc import Sequence
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 import click
 
 from twotower import model_loading
 from twotower.cli import model_options as models
 from twotower.cli.terminal import status_line
+
+if TYPE_CHECKING:
+    from twotower.engine.jobs import Line
+    from twotower.modeling_twotower import TwoTowerForCausalLM
 
 
 @click.command()
@@ -76,10 +82,12 @@ def batch(
 
     A line of PROMPTS is a JSON object with a "prompt". It may have an "id", which the result repeats, and parameters:
     mode, max_new_tokens, temperature, top_p, seed, stop and others. If a line cannot be answered, its result has an
-    "error". After an interruption, the same command continues.
+    "error". After an interruption, the same command continues. PROMPTS is UTF-8. If no line is answered, the exit
+    code is 1.
     """
     from twotower.decoding.presets import parse_setting
-    from twotower.engine.jobs import count_answered, engine_for, read_lines, run_job
+    from twotower.engine.jobs import read_lines
+    from twotower.file_lock import exclusive_lock
 
     values = parse_setting(setting).values
     if deterministic:
@@ -90,8 +98,16 @@ def batch(
     shared: dict[str, object] = {"max_new_tokens": max_new_tokens, "eos_token_id": model_loading.eos_of(loaded)}
     shared |= {"mask_token_id": loaded.config.mask_token, "seed": seed, **values}
     lines = read_lines(prompts, loaded, shared, model_loading.name_of(source))
+    with exclusive_lock(out, out):
+        _run(loaded, lines, out, rows, None if memory is None else int(memory * 2**30))
+
+
+def _run(model: TwoTowerForCausalLM, lines: Sequence[Line], out: Path, rows: int, memory: int | None) -> None:
+    """Writes the missing answers. The exit code is 1 if no line has an answer."""
+    from twotower.engine.jobs import count_answered, engine_for, has_answer, run_job
+
     before = count_answered(out, lines)
-    engine = engine_for(loaded, lines, rows, None if memory is None else int(memory * 2**30))
+    engine = engine_for(model, lines, rows, memory)
     started = time.perf_counter()
     with status_line() as update:
 
@@ -110,3 +126,6 @@ def batch(
             f"{stats.reused_tokens:,} of {stats.prompt_tokens:,} prompt tokens came from the prefix cache",
             err=True,
         )
+    if out.is_file() and not has_answer(out):
+        click.echo(f"{out}: no line was answered; its errors say why", err=True)
+        click.get_current_context().exit(1)

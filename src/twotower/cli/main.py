@@ -60,7 +60,10 @@ for verb in (generate, batch, serve, demo, info, init, pretrain, train, curves, 
 
 
 def run_cli(args: list[str] | None = None) -> int:
-    """Runs one command line and returns the exit code: 0, 2 for an error of the user, 130 after Ctrl-C."""
+    """Runs one command line → the exit code.
+
+    0; 1 if no line of a batch job has an answer; 2 for an error of the user; 130 after Ctrl-C.
+    """
     for stream in (sys.stdout, sys.stderr):
         if hasattr(stream, "reconfigure"):
             stream.reconfigure(errors="replace")  # without Unicode, "?" replaces a character

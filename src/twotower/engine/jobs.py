@@ -6,6 +6,7 @@ killed job continues where it stopped, and a file with answers to other requests
 
 from __future__ import annotations
 
+import codecs
 import hashlib
 import json
 from collections.abc import Callable, Sequence
@@ -53,7 +54,7 @@ class Line:
 
 
 def read_lines(path: Path, model: Towers, shared: dict[str, object], model_name: str = "") -> list[Line]:
-    """Reads every line that is not blank.
+    """Reads every line that is not blank. The file is UTF-8, with or without a byte order mark.
 
     shared: parameters that a line may override; a line without a seed gets the shared seed plus its line number.
     model_name: part of the digest.
@@ -65,19 +66,23 @@ def read_lines(path: Path, model: Towers, shared: dict[str, object], model_name:
     # The digest uses the old name of policy_value, so that jobs of earlier versions can be continued.
     hashed = {"knob" if name == "policy_value" else name: value for name, value in shared.items()}
     inherited = json.dumps([model_name, hashed], sort_keys=True, default=str)
-    for number, text in enumerate(path.read_text(errors="replace").split("\n"), 1):
-        if text.strip():
-            digest = hashlib.sha256((text + inherited).encode()).hexdigest()[:16]
-            lines.append(_line(number, text, digest, model, shared))
+    content = path.read_bytes().removeprefix(codecs.BOM_UTF8).replace(b"\r\n", b"\n").replace(b"\r", b"\n")
+    for number, raw in enumerate(content.split(b"\n"), 1):
+        if raw.strip():
+            digest = hashlib.sha256(raw + inherited.encode()).hexdigest()[:16]
+            lines.append(_line(number, raw, digest, model, shared))
     if not lines:
         raise ArgumentError(f'{path}: has no lines; give a JSON object with a "prompt" on each')
     return lines
 
 
-def _line(number: int, text: str, digest: str, model: Towers, shared: dict[str, object]) -> Line:
+def _line(number: int, raw: bytes, digest: str, model: Towers, shared: dict[str, object]) -> Line:
     try:
-        fields = json.loads(text)
-    except ValueError as error:
+        fields = json.loads(raw.decode("utf-8"))
+    except UnicodeDecodeError as error:
+        reason = f"not UTF-8 ({error.reason} at byte {error.start}); convert the file to UTF-8"
+        return Line(number, digest, error=reason)
+    except (ValueError, RecursionError) as error:
         return Line(number, digest, error=f"not JSON: {error}")
     if not isinstance(fields, dict) or not isinstance(fields.get("prompt"), str):
         return Line(number, digest, error='no "prompt"; give a JSON object with "prompt", a string')
@@ -152,7 +157,7 @@ def run_job(
     next_line = start  # the next line to submit
     places: dict[int, int] = {}
     answers: dict[int, dict[str, object]] = {}
-    with out.open("a") as file:
+    with out.open("a", encoding="utf-8") as file:
         while written < len(lines):
             while next_line < len(lines) and next_line - written < QUEUED_PER_ROW * llm.rows:
                 line = lines[next_line]
@@ -177,6 +182,12 @@ def run_job(
             if progress is not None:
                 progress(written, tokens)
     return written - start, failed
+
+
+def has_answer(out: Path) -> bool:
+    """Whether a line of a finished job's output is an answer, not an error."""
+    with out.open(encoding="utf-8") as lines:
+        return any("error" not in json.loads(line) for line in lines)
 
 
 def result_fields(result: Generation) -> dict[str, object]:

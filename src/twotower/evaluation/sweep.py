@@ -209,7 +209,7 @@ def _read(path: Path | None, facts: Mapping[str, object]) -> dict[str, AnswerRec
     if path is None or not path.exists():
         return {}
     try:
-        head, *records = [json.loads(line) for line in path.read_text().splitlines()]
+        head, *records = [json.loads(line) for line in path.read_text(encoding="utf-8").splitlines()]
     except ValueError:
         raise ArgumentError(f"{path}: not a file of report answers; remove it or choose another --output") from None
     if head != facts:
@@ -223,5 +223,5 @@ def _append(path: Path | None, facts: Mapping[str, object], known: dict[str, Ans
     if path is None:
         return
     partial = path.with_suffix(".partial")
-    partial.write_text("".join(json.dumps(line) + "\n" for line in (facts, *known.values())))
+    partial.write_text("".join(json.dumps(line) + "\n" for line in (facts, *known.values())), encoding="utf-8")
     partial.replace(path)

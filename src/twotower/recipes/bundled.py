@@ -80,7 +80,7 @@ def write_text(out: Path) -> None:
     from twotower.evaluation.tasks import FAMILIES, make_problems, write_jsonl
 
     families = (*FAMILIES, *PRACTISED_TWICE)
-    (out / "shape.json").write_text(json.dumps(SHAPE, indent=2) + "\n")
+    (out / "shape.json").write_text(json.dumps(SHAPE, indent=2) + "\n", encoding="utf-8")
     partial = out / "suite.partial"
     write_jsonl(partial, make_problems("train", PROBLEMS, SEED, families, DIFFICULTIES))
     partial.rename(out / "suite.jsonl")
@@ -105,7 +105,7 @@ def write_continuations(data: Path, out: Path, processes: int) -> None:
     parts = [cut[start : start + 64] for start in range(0, len(cut), 64)]
     partial = out / "continuations.partial"
     workers = multiprocessing.get_context("spawn").Pool(processes, _load, (out / "start",))
-    with workers as pool, partial.open("w") as lines:
+    with workers as pool, partial.open("w", encoding="utf-8") as lines:
         for number, part in enumerate(pool.imap(_finish, parts), 1):
             lines.writelines(part)
             print(f"{number * 64}/{len(cut)} continuations", file=sys.stderr, flush=True)
@@ -201,9 +201,11 @@ def export(out: Path) -> None:
     partial = out / "model.partial"
     shutil.rmtree(partial, ignore_errors=True)
     TwoTowerForCausalLM.from_pretrained(out / "longer/model", dtype=torch.bfloat16).save_pretrained(partial)
-    with (partial / "training.jsonl").open("w") as lines:
+    with (partial / "training.jsonl").open("w", encoding="utf-8") as lines:
         for stage in ("backbone", "denoiser", "longer"):
-            records = [json.loads(line) for line in (out / stage / "log.jsonl").read_text().splitlines()]
+            records = [
+                json.loads(line) for line in (out / stage / "log.jsonl").read_text(encoding="utf-8").splitlines()
+            ]
             lines.writelines(json.dumps(record) + "\n" for record in thinned(stage, records))
     partial.rename(out / "model")
 
@@ -229,7 +231,7 @@ def measure(data: Path, out: Path) -> None:
     """Measures the figures of the model card with `evaluation.held_out`."""
     command = [sys.executable, "-m", "twotower.evaluation.held_out", str(data), "--model", str(out / "model")]
     text = subprocess.run(command, check=True, stdout=subprocess.PIPE, text=True).stdout
-    (out / "model/metrics.json").write_text(text)
+    (out / "model/metrics.json").write_text(text, encoding="utf-8")
 
 
 @click.command()

@@ -20,8 +20,8 @@ Figures = dict[str, Any]  # a JSON object of one of the files
 
 def tables(directory: Path) -> dict[str, list[str]]:
     """The tables: title → lines of Markdown."""
-    metrics = json.loads((directory / "metrics.json").read_text())
-    records = [json.loads(line) for line in (directory / "training.jsonl").read_text().splitlines()]
+    metrics = json.loads((directory / "metrics.json").read_text(encoding="utf-8"))
+    records = [json.loads(line) for line in (directory / "training.jsonl").read_text(encoding="utf-8").splitlines()]
     made = {"training": list(training(records)), "dialogues": list(dialogues(metrics["dialogues"]))}
     for level, figures in metrics["suite"].items():
         made[level.replace("_", " ")] = list(suite(figures))

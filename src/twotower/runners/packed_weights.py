@@ -78,7 +78,7 @@ def unpack_weights(model: nn.Module) -> None:
 def available_memory() -> int | None:
     """Bytes of memory available without swapping; None if the system does not report them."""
     try:
-        lines = Path("/proc/meminfo").read_text().splitlines()
+        lines = Path("/proc/meminfo").read_text(encoding="utf-8").splitlines()
         return next(int(line.split()[1]) * 1024 for line in lines if line.startswith("MemAvailable:"))
     except (OSError, StopIteration, ValueError):
         pass

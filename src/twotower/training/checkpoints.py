@@ -64,7 +64,9 @@ def save(directory: Path, step: int, tensors: dict[str, Tensor], rows: LoaderSta
     def finish() -> None:
         if world.is_main:
             sums = {name: entry for part in parts for name, entry in part.items()}
-            (partial / MANIFEST).write_text(json.dumps({"step": step, "processes": world.size, "files": sums}))
+            (partial / MANIFEST).write_text(
+                json.dumps({"step": step, "processes": world.size, "files": sums}), encoding="utf-8"
+            )
             shutil.rmtree(final, ignore_errors=True)  # a damaged checkpoint of the same step
             partial.rename(final)
 
@@ -133,7 +135,7 @@ def load(path: Path, tensors: dict[str, Tensor], world: World) -> tuple[int, Loa
             f"{path}: not a checkpoint of this run ({_reason(error)}); give another run directory"
         ) from None
     rows = with_present_names(torch.load(path / f"rows-{world.rank}.pt", weights_only=True), LOADER_STATE)
-    return int(json.loads((path / MANIFEST).read_text())["step"]), cast("LoaderState", rows)
+    return int(json.loads((path / MANIFEST).read_text(encoding="utf-8"))["step"]), cast("LoaderState", rows)
 
 
 def has_any(directory: Path) -> bool:
@@ -150,7 +152,7 @@ def _all(directory: Path, step: int = 10**8) -> list[Path]:
 def _damage(path: Path, processes: int) -> tuple[str | None, str | None]:
     """What is damaged in a checkpoint, or None; and why an intact checkpoint cannot be used here, or None."""
     try:
-        manifest = json.loads((path / MANIFEST).read_text())
+        manifest = json.loads((path / MANIFEST).read_text(encoding="utf-8"))
         for name, (size, crc) in manifest["files"].items():
             file = path / name
             if not file.is_file():

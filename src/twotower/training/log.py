@@ -32,9 +32,9 @@ class Log:
         if self.path.exists():
             kept = [record for record in read_log(self.path) if record["step"] <= done]
             partial = self.path.with_suffix(".partial")
-            partial.write_text("".join(json.dumps(record) + "\n" for record in kept))
+            partial.write_text("".join(json.dumps(record) + "\n" for record in kept), encoding="utf-8")
             partial.replace(self.path)
-        self._out = self.path.open("a")
+        self._out = self.path.open("a", encoding="utf-8")
         self._board: SummaryWriter | None = None
         if tensorboard:
             from torch.utils.tensorboard import SummaryWriter
@@ -59,7 +59,7 @@ def read_log(path: Path) -> list[StepRecord]:
     """The records of a log. A line that was cut short (process killed, disk full) is skipped."""
     records = []
     present = partial(with_present_names, renamed=LOG_RECORD)
-    for line in path.read_text(errors="replace").splitlines():
+    for line in path.read_text(encoding="utf-8", errors="replace").splitlines():
         with suppress(ValueError):
             records.append(json.loads(line, object_hook=present))
     return records

@@ -51,7 +51,17 @@ def pretrain(
 ) -> Path:
     """Trains an autoregressive backbone from random weights. Returns RUN/model, a checkpoint in Nemotron-H's layout."""
     config = TwoTowerConfig.read(settings.config)
-    lock_run_dir(directory, settings.fixed() | _backbone_fields(config), world)
+    with lock_run_dir(directory, settings.fixed() | _backbone_fields(config), world):
+        return _pretrain(settings, config, directory, world, validation)
+
+
+def _pretrain(
+    settings: PretrainSettings,
+    config: TwoTowerConfig,
+    directory: Path,
+    world: World,
+    validation: MakeValidation | None,
+) -> Path:
     sources, held_out = open_sources(settings)
     tokenizer = tokenizer_of_run(settings, config, sources, directory, world)
     set_special_token_ids(config, tokenizer)
@@ -95,7 +105,18 @@ def train_denoiser(
     """Trains the denoiser of a two-tower checkpoint. Returns RUN/model, the checkpoint in the source's dtype."""
     source = pretrained.resolve_source(settings.model, {})
     config = TwoTowerConfig.read(source)
-    lock_run_dir(directory, settings.fixed() | _backbone_fields(config), world)
+    with lock_run_dir(directory, settings.fixed() | _backbone_fields(config), world):
+        return _train_denoiser(settings, config, source, directory, world, validation)
+
+
+def _train_denoiser(
+    settings: DenoiserSettings,
+    config: TwoTowerConfig,
+    source: Path,
+    directory: Path,
+    world: World,
+    validation: MakeValidation | None,
+) -> Path:
     tokenizer = one_tower.tokenizer_of(source)
     if tokenizer is None:
         raise ArgumentError(f"{source}: contains no tokenizer; put the backbone's tokenizer.json beside the weights")

@@ -5,7 +5,8 @@ from __future__ import annotations
 import json
 import math
 import shutil
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Protocol
@@ -13,6 +14,7 @@ from typing import Protocol
 from torch import Tensor, nn
 
 from twotower.errors import ArgumentError, TwoTowerError
+from twotower.file_lock import exclusive_lock
 from twotower.training import checkpoints
 from twotower.training.balance import LoadBalance
 from twotower.training.data.batch import Batch
@@ -25,6 +27,7 @@ from twotower.training.old_names import SETTINGS, with_present_names
 from twotower.training.optimizer import Schedule, ShardedAdamW
 
 SETTINGS_FILE = "settings.json"
+LOCK_FILE = ".lock"
 TOKENIZER_FILE = "tokenizer.json"  # only of a run that trains its tokenizer
 
 
@@ -201,33 +204,50 @@ def _resume(
     return done, notes
 
 
-def lock_run_dir(directory: Path, settings: dict[str, object], world: World) -> None:
-    """Writes the settings of a new run into its directory, or compares them with the settings of the run there.
+@contextmanager
+def lock_run_dir(directory: Path, settings: dict[str, object], world: World) -> Iterator[None]:
+    """Keeps other runs out of a run directory, for the duration of a `with` block. The processes of a run share it.
+
+    Writes the settings of a new run into its directory, or compares them with the settings of the run there.
 
     A run without a checkpoint has no results to protect, so other settings start it again.
 
     Raises:
-        ArgumentError: the directory has a run with other settings; names the first setting that differs.
+        ArgumentError: another run has the lock; or the directory has a run with other settings, and the first setting
+            that differs is named.
     """
     problem: str | None = None
-    if world.is_main:
-        directory.mkdir(parents=True, exist_ok=True)
-        file = directory / SETTINGS_FILE
-        wanted = json.loads(json.dumps(settings))
-        begun = with_present_names(json.loads(file.read_text()), SETTINGS) if file.exists() else {}
-        changed = [name for name in sorted(set(begun) | set(wanted)) if begun.get(name) != wanted.get(name)]
-        if changed and begun and (checkpoints.has_any(directory / "checkpoints") or (directory / "model").exists()):
-            problem = (
-                f"{directory} contains a run with {changed[0]} {begun.get(changed[0])!r}, and this command has "
-                f"{wanted.get(changed[0])!r}; resume it with the same command, or give another directory"
-            )
-        elif changed:
-            for left in (TOKENIZER_FILE, LOG_FILE):  # of the run with other settings
-                (directory / left).unlink(missing_ok=True)
-            shutil.rmtree(directory / TENSORBOARD_FOLDER, ignore_errors=True)
-            partial = file.with_suffix(".partial")
-            partial.write_text(json.dumps(wanted, indent=2, sort_keys=True) + "\n")
-            partial.replace(file)
-    problem = world.broadcast(problem)
-    if problem:
-        raise ArgumentError(problem)
+    with ExitStack() as held:
+        if world.is_main:
+            directory.mkdir(parents=True, exist_ok=True)
+            try:
+                held.enter_context(exclusive_lock(directory / LOCK_FILE, directory))
+            except ArgumentError as error:
+                problem = str(error)
+            else:
+                problem = _begin(directory, settings)
+        problem = world.broadcast(problem)
+        if problem:
+            raise ArgumentError(problem)
+        yield
+
+
+def _begin(directory: Path, settings: dict[str, object]) -> str | None:
+    """Writes or compares the settings → why the run may not begin."""
+    file = directory / SETTINGS_FILE
+    wanted = json.loads(json.dumps(settings))
+    begun = with_present_names(json.loads(file.read_text(encoding="utf-8")), SETTINGS) if file.exists() else {}
+    changed = [name for name in sorted(set(begun) | set(wanted)) if begun.get(name) != wanted.get(name)]
+    if changed and begun and (checkpoints.has_any(directory / "checkpoints") or (directory / "model").exists()):
+        return (
+            f"{directory} contains a run with {changed[0]} {begun.get(changed[0])!r}, and this command has "
+            f"{wanted.get(changed[0])!r}; resume it with the same command, or give another directory"
+        )
+    if changed:
+        for left in (TOKENIZER_FILE, LOG_FILE):  # of the run with other settings
+            (directory / left).unlink(missing_ok=True)
+        shutil.rmtree(directory / TENSORBOARD_FOLDER, ignore_errors=True)
+        partial = file.with_suffix(".partial")
+        partial.write_text(json.dumps(wanted, indent=2, sort_keys=True) + "\n", encoding="utf-8")
+        partial.replace(file)
+    return None

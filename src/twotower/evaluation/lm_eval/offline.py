@@ -45,7 +45,11 @@ def read_records(folder: Path, *names: str) -> Records:
     for name in names:
         for path in (folder / name, folder / f"{name}.gz"):
             if path.is_file():
-                with gzip.open(path, "rt") if path.suffix == ".gz" else path.open() as lines:
+                with (
+                    gzip.open(path, "rt", encoding="utf-8")
+                    if path.suffix == ".gz"
+                    else path.open(encoding="utf-8") as lines
+                ):
                     try:
                         return [json.loads(line) for line in lines if line.strip()]
                     except ValueError as error:

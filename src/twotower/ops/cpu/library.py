@@ -97,7 +97,7 @@ def _compiled(target: CPUTarget) -> Path | str:
 def _processor() -> str:
     """The processor facts that -march=native depends on: different machines may share a cache."""
     try:
-        lines = Path("/proc/cpuinfo").read_text().splitlines()
+        lines = Path("/proc/cpuinfo").read_text(encoding="utf-8").splitlines()
     except OSError:
         return platform.platform() + platform.processor()
     return "\n".join(line for line in lines if line.startswith(("model name", "flags", "Features", "CPU part")))[:8000]
