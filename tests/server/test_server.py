@@ -428,6 +428,7 @@ def test_a_failed_engine_is_reported_everywhere() -> None:
         assert "a kernel died" in event["error"]["message"]
         for path in ("/health", "/ready"):
             assert_error(served.get(path), None, 503)
+        assert "a kernel died" in served.get("/ready").json()["error"]["message"]
         assert "retry-after" in served.complete().headers
         assert_error(served.complete(), None, 503)
 

@@ -196,6 +196,10 @@ class TowerState:
         A new text starts with `reset` as usual.
         """
         self.kv_slots.allocated.clear()
+        self.drop_step_inputs()
+
+    def drop_step_inputs(self) -> None:
+        """Drops uncommitted step inputs. Every row is invalid until its next `reset`."""
         for pool in self.pools:
             if isinstance(pool, MambaPool):
                 pool.step_inputs = None

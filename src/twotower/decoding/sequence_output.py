@@ -8,7 +8,7 @@ from dataclasses import dataclass, field
 from typing import cast
 
 from twotower.decoding.modes import Mode
-from twotower.decoding.output import BlockEvent, Generation, TokenLogprob
+from twotower.decoding.output import BlockEvent, Event, Generation, StepEvent, TokenLogprob
 from twotower.decoding.params import GenerationParams
 from twotower.decoding.stopping import RowProgress
 from twotower.tokenizer import Tokenizer
@@ -16,7 +16,11 @@ from twotower.tokenizer import Tokenizer
 
 @dataclass
 class SequenceOutput:
-    """Tokens and text of one sequence (`progress`), counts as in `Generation`, and times of `time.perf_counter`."""
+    """Tokens and text of one sequence (`progress`), counts as in `Generation`, and times of `time.perf_counter`.
+
+    delivered: new tokens, and events with tokens, that the engine's caller has. shown: start and step of the last
+    `StepEvent`.
+    """
 
     row: int
     mode: str
@@ -39,6 +43,8 @@ class SequenceOutput:
     started: float = field(default_factory=time.perf_counter)
     prefilled: float = 0.0
     ended: float = 0.0
+    delivered: tuple[int, int] = (0, 0)
+    shown: tuple[int, int] = (-2, 0)
 
     @classmethod
     def of(
@@ -100,6 +106,23 @@ class SequenceOutput:
             prompt_logprobs=tuple(self.prompt_logprobs) if self.blocks == 1 else (),
             result=None if self.running else self.result(),
         )
+
+    def note_delivery(self, event: Event) -> None:
+        """Records that the engine's caller gets this event."""
+        if isinstance(event, StepEvent):
+            self.shown = event.start, event.step
+        else:
+            self.delivered = event.start + len(event.tokens), event.block + 1
+
+    def rewind(self) -> list[int]:
+        """Drops what no event has delivered → the new tokens that remain."""
+        count, self.blocks = self.delivered
+        for values in (self.progress.tokens, self.committed_at, self.confidence, self.logprobs):
+            del values[count:]
+        self.progress = self.progress.taken_again()
+        if not self.blocks:
+            self.prompt_logprobs.clear()
+        return self.progress.tokens
 
     def final_event(self) -> BlockEvent:
         """The last event of a row that ends without another token."""

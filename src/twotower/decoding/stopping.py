@@ -101,6 +101,7 @@ class RowProgress:
         self.limit = limit
         self.eos = frozenset(eos)
         self.stop = tuple(stop)
+        self.tokenizer = tokenizer
         self.detokenizer = None if tokenizer is None else Detokenizer(tokenizer)
         self.tokens: list[int] = []
         self._final: list[str] = []  # pieces of text; no stop string can begin in them
@@ -133,6 +134,12 @@ class RowProgress:
                 self._finish_text()
                 return count, "".join(self._final[before:])
         return len(tokens), "".join(self._final[before:])
+
+    def taken_again(self) -> RowProgress:
+        """A new row that has taken the same tokens, which must not have ended the row."""
+        again = RowProgress(self.limit, tuple(self.eos), self.stop, self.tokenizer)
+        again.take(self.tokens)
+        return again
 
     def _add_text(self, piece: str) -> None:
         self._held += piece

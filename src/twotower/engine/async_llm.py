@@ -107,6 +107,11 @@ class AsyncLLM:
         """Whether the engine accepts requests: it has neither failed nor been closed."""
         return self._ended is None
 
+    @property
+    def failure(self) -> str:
+        """Why the engine accepts no requests ("": it does)."""
+        return "" if self._ended is None else str(self._ended)
+
     def close(self) -> None:
         """Stops after the current step. Unfinished requests end with a TwoTowerError."""
         self._commands.put(None)
@@ -173,4 +178,8 @@ def _deliver(messages: Sequence[tuple[_Subscription, Event | Exception]]) -> Non
 
 def _run_callbacks(messages: Sequence[tuple[_Subscription, Event | Exception]]) -> None:
     for call, event in messages:
-        call.callback(event)
+        try:
+            call.callback(event)
+        except Exception as error:  # the other messages must still arrive
+            context = {"message": "the callback of a request raised", "exception": error}
+            call.loop.call_exception_handler(context)

@@ -27,7 +27,7 @@ SMALL_PASS = 64  # tokens: a pass over so few costs little more than over one to
 def known_next(sequence: RunningSequence, count: int) -> list[int] | None:
     """The known token after each of the next `count` prompt tokens, if log-probabilities need it."""
     end = sequence.read + count
-    if sequence.request.prompt_logprobs:
+    if sequence.request.prompt_logprobs and not sequence.output.blocks:
         return list(sequence.request.prompt[sequence.read + 1 : end + 1])
     wanted = sequence.request.logprobs is not None and sequence.mode == "diffusion"
     return [] if wanted and end == sequence.prompt_end else None

@@ -22,24 +22,23 @@ from twotower.cache.prefix_cache import PrefixCache
 from twotower.cache.replica import PendingTransfer, Replica
 from twotower.decoding.modes import AUTO
 from twotower.decoding.output import BlockEvent, Event
-from twotower.decoding.sequence_output import SequenceOutput
-from twotower.engine import admission, context_step, denoiser_ar, drafting
+from twotower.engine import context_step, denoiser_ar, drafting
+from twotower.engine.admitter import Admitter
 from twotower.engine.budget import divide_memory
 from twotower.engine.context_step import group_by_width
 from twotower.engine.denoiser_step import OpenBlocks
 from twotower.engine.engine_options import EngineOptions
-from twotower.engine.mode_choice import resolve
 from twotower.engine.oom import out_of_memory, split_on_oom
-from twotower.engine.rounds import Rounds, can_run_in_lockstep
+from twotower.engine.recovery import Recovery
+from twotower.engine.rounds import Rounds
 from twotower.engine.row_constants import RowConstants
 from twotower.engine.scheduled import Item, ScheduledTokens, passes
 from twotower.engine.scheduler import PROMPT_CHUNK, Scheduler
-from twotower.engine.sequence import Phase, Request, RunningSequence, charge
+from twotower.engine.sequence import Phase, RunningSequence, charge
 from twotower.engine.slots import slots_of
 from twotower.engine.stats import EngineStats
 from twotower.engine.towers import Towers
 from twotower.engine.workspace import StateShape
-from twotower.ops.host_transfer import to_device_async
 from twotower.ops.precision import accumulation_dtype
 
 Collect = Callable[[], Sequence[Event]]  # waits for a launched pass and records it
@@ -72,30 +71,48 @@ class EngineCore:
         there = RowConstants(rows, device, dtype) if self.two_devices else self.constants
         self.blocks = OpenBlocks(model, there, block_size, options.step_callback, dtype)
         self.scheduler = Scheduler(rows, options.prompt_budget, PROMPT_CHUNK if options.prefix_cache else None)
-        self.rounds = Rounds(self.scheduler.running, options)
+        self.rounds = Rounds(self.scheduler, options)
+        constants = [self.constants, there] if self.two_devices else [self.constants]
+        self.admitter = Admitter(model, options, self.state, self.prefixes, constants, self.scheduler, block_size)
+        self.recovery = Recovery(self.state, self.prefixes, constants, self.scheduler, self.rounds)
         self.closed = False  # the state may belong to another engine
         self.uncollected: list[Collect] = []  # of the last denoiser pass, with asynchronous scheduling
 
     def step(self) -> list[Event]:
-        """Runs one pass of each tower for every sequence that needs it → events."""
+        """Runs one pass of each tower for every sequence that needs it → events. See `Recovery` for exceptions."""
+        if self.recovery.lost is not None:
+            raise self.recovery.lost
         if torch.is_grad_enabled():
             with torch.no_grad():
                 return self.step()
-        events: list[Event] = [*self._admit()]
+        events: list[Event] = []
+        try:
+            self._run_passes(events)
+        except Exception as error:
+            if self.options.raise_errors:
+                raise
+            self._deliver(events)
+            self.uncollected.clear()
+            failed = self.recovery.recover(error)
+            self._deliver(failed)
+            return events + failed
+        self._deliver(events)
+        return events
+
+    def _run_passes(self, events: list[Event]) -> None:
+        """Runs the passes of a step and adds their events to `events`, one pass after the other."""
+        events += self.recovery.choose_trial()
+        events += self._admit()
         self._draft()
         if self.two_devices:
             for collect in [*self._launch_denoiser(), *self._launch_context()]:
                 events += collect()
-        else:
-            for launch in (self._launch_context, self._launch_denoiser):
-                for collect in launch():
-                    events += collect()
-                if events and self.options.lockstep:
-                    break  # the caller has a block's events before the callback of the next block
-        for event in events:
-            if event.result is not None:
-                self._leave(event)
-        return events
+            return
+        for launch in (self._launch_context, self._launch_denoiser):
+            for collect in launch():
+                events += collect()
+            if events and self.options.lockstep:
+                break  # the caller has a block's events before the callback of the next block
 
     def release(self, number: int) -> RunningSequence | None:
         """Removes a waiting or running request → the sequence that ran; its slot and KV slots are free at once."""
@@ -113,7 +130,8 @@ class EngineCore:
         for number in list(self.scheduler.running):
             self.release(number)
         self.scheduler.waiting.clear()
-        self.model.workspace.return_state(self.state)
+        if self.recovery.lost is None:
+            self.model.workspace.return_state(self.state)
 
     def stats(self, length: int) -> EngineStats:
         """A snapshot of the load. length: tokens of the longest text."""
@@ -131,62 +149,23 @@ class EngineCore:
             reused_tokens=self.prefixes.hit_tokens,
         )
 
-    # --- admission of requests -----------------------------------------------------------------------------------
+    # --- the beginning and the end of requests --------------------------------------------------------------------
 
     def _admit(self) -> list[BlockEvent]:
-        """Admits waiting requests to free slots and memory, first come, first served, so that none starves."""
-        events: list[BlockEvent] = []
-        waiting, free = self.scheduler.waiting, self.scheduler.free
-        if not waiting or not free or (self.options.lockstep and self.scheduler.running):
-            return events
-        together = min(len(self.scheduler.running) + len(waiting), self.state.rows)
-        admitted: list[RunningSequence] = []
-        while waiting and free:
-            number, request = waiting[0]
-            if self.options.lockstep and admitted and not can_run_in_lockstep(admitted[0].params, request.params):
-                break
-            kv_slots = admission.kv_slots_needed(request, self.blocks.size)
-            idle = request.params.max_new_tokens == 0 and not request.prompt_logprobs
-            if not idle and self.state.kv_slots.first_fit(kv_slots) is None:
-                break
-            waiting.popleft()
-            params, reason = resolve(self.model, request.params, 1)
-            reason = reason or request.mode_reason
-            output = SequenceOutput.of(number, params, len(request.prompt), self.model.tokenizer, reason)
-            if idle:
-                events.append(output.final_event())
-                continue
-            sequence = self._sequence(request, output, free[-1], together)
-            self.state.allocate(free.pop(), kv_slots)
-            self.scheduler.start(sequence)
-            admitted.append(sequence)
-        if admitted:
-            self.constants.admit(admitted)
-            if self.two_devices:
-                self.blocks.constants.admit(admitted)
-            self.state.reset(to_device_async([sequence.slot for sequence in admitted], self.model.device))
-            for sequence in admitted:
-                self._restore_prefix(sequence)
-            events += self.rounds.finish_prefill([s for s in admitted if s.read == s.prompt_end])
-        return events
+        """Starts waiting requests, if there are slots and memory for them."""
+        if self.scheduler.alone is not None or not self.scheduler.waiting or not self.scheduler.free:
+            return []
+        admitted, events = self.admitter.admit()
+        return events + self.rounds.finish_prefill([s for s in admitted if s.read == s.prompt_end])
 
-    def _sequence(self, request: Request, output: SequenceOutput, slot: int, together: int) -> RunningSequence:
-        """together: the number of sequences that will run together."""
-        params = request.params
-        (policy,), (policy_value,) = params.row_policies(1)
-        (seed,) = params.row_seeds(1)
-        controller = self.model.workspace.draft_controller(params, together, len(request.prompt))
-        matcher = None if request.constraint is None else request.constraint.matcher(params.eos_token_id)
-        return RunningSequence(request, output, slot, seed, policy, policy_value, controller, matcher)
-
-    def _restore_prefix(self, sequence: RunningSequence) -> None:
-        """Copies the cached prefix of the prompt into the sequence's slot."""
-        request, output = sequence.request, sequence.output
-        if request.prompt_logprobs:  # the prefix cache holds no log-probabilities
-            output.prompt_logprobs.append(None)
-        elif self.options.prefix_cache and not request.params.deterministic:
-            found = self.prefixes.restore(self.state, sequence.slot, request.prompt)
-            sequence.read = output.cached_tokens = found
+    def _deliver(self, events: Sequence[Event]) -> None:
+        """Records what the caller gets, and frees the slots of finished sequences."""
+        for event in events:
+            sequence = self.scheduler.running.get(event.row)
+            if sequence is not None:
+                sequence.output.note_delivery(event)
+            if event.result is not None:
+                self._leave(event)
 
     def _leave(self, event: Event) -> None:
         """Frees the slot of a finished sequence, and updates the averages of mode "auto"."""
@@ -239,7 +218,7 @@ class EngineCore:
         if not self.options.prefix_cache or sequence.params.deterministic:
             return
         try:
-            self.prefixes.insert(self.state, sequence.slot, sequence.request.prompt, sequence.read)
+            self.prefixes.insert(self.state, sequence.slot, sequence.text, sequence.read)
         except Exception as error:
             if not out_of_memory(error):
                 raise
@@ -277,7 +256,8 @@ class EngineCore:
             self.blocks.open(opening)
             self.rounds.opening.clear()
             launched = self._in_parts(self._launch_blocks, sequences)
-        if self.async_scheduling and any(sequence.needs_denoiser for sequence in sequences):
+        overlap = self.async_scheduling and self.scheduler.alone is None
+        if overlap and any(sequence.needs_denoiser for sequence in sequences):
             launched, self.uncollected = self.uncollected, launched  # launch the next pass before collecting this one
         else:
             launched, self.uncollected = self.uncollected + launched, []

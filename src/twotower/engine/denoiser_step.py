@@ -207,7 +207,8 @@ class PendingDenoise(NamedTuple):
             masked=masked[place, own].tolist(),
             confidence=confidence[place, own].tolist(),
         )
-        sequence.step_events.append(event)
+        if (event.start, event.step) > sequence.output.shown:  # after a recovery, passes are repeated
+            sequence.step_events.append(event)
 
 
 def _bar_mask_token(

@@ -113,8 +113,10 @@ class LLM:
 
         Raises:
             ArgumentError: the request can never run in this engine.
-            TwoTowerError: the engine is closed.
+            TwoTowerError: the engine is closed, or cannot continue after an exception.
         """
+        if self.core.recovery.lost is not None:
+            raise self.core.recovery.lost
         if self.core.closed:
             raise TwoTowerError("this engine is closed; make another LLM")
         self.check(request)

@@ -9,12 +9,13 @@ mock_ar    DENOISER_AR → COMMIT → DENOISER_AR → …
 from __future__ import annotations
 
 import time
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 
 from twotower.decoding.modes import AUTO
 from twotower.decoding.output import BlockEvent
 from twotower.decoding.params import GenerationParams
 from twotower.engine.engine_options import EngineOptions
+from twotower.engine.scheduler import Scheduler
 from twotower.engine.sequence import Phase, RunningSequence
 
 
@@ -29,11 +30,11 @@ def can_run_in_lockstep(one: GenerationParams, other: GenerationParams) -> bool:
 class Rounds:
     """Begins the rounds of sequences.
 
-    running: the engine's sequences, by number. opening: sequences that need a new block before the next denoiser pass.
+    opening: sequences that need a new block before the next denoiser pass.
     """
 
-    def __init__(self, running: Mapping[int, RunningSequence], options: EngineOptions) -> None:
-        self.running = running
+    def __init__(self, scheduler: Scheduler, options: EngineOptions) -> None:
+        self.scheduler = scheduler
         self.options = options
         self.opening: list[RunningSequence] = []
         self._ready: list[RunningSequence] = []  # in lockstep: sequences that wait for the others
@@ -45,11 +46,16 @@ class Rounds:
         if self._ready:
             self.begin(())
 
+    def clear(self) -> None:
+        """Forgets all sequences."""
+        self.opening.clear()
+        self._ready.clear()
+
     def finish_prefill(self, sequences: Sequence[RunningSequence]) -> list[BlockEvent]:
         """Begins the first round after the prompts → the last events of requests without new tokens."""
         for sequence in sequences:
-            sequence.output.prefilled = time.perf_counter()
-            sequence.pending = sequence.request.prompt[-1]
+            sequence.output.prefilled = sequence.output.prefilled or time.perf_counter()
+            sequence.pending = sequence.text[-1]
         self.begin(sequences)
         return [sequence.output.final_event() for sequence in sequences if not sequence.output.running]
 
@@ -61,7 +67,7 @@ class Rounds:
                     self._begin(sequence, sequence.output.room)
             return
         self._ready += ready
-        if len(self._ready) < len(self.running):
+        if len(self._ready) < len(self.scheduler.active):
             return
         sequences = [sequence for sequence in self._ready if sequence.output.running]
         self._ready.clear()

@@ -17,7 +17,8 @@ class Scheduler:
     """Schedules sequences on `rows` slots.
 
     prompt_budget: the most prompt tokens that one step reads, over all sequences (None: no limit). chunk: prompt tokens
-    between two states that the prefix cache may keep (None: no prefix cache).
+    between two states that the prefix cache may keep (None: no prefix cache). alone: the only sequence that takes part
+    in passes (None: all do).
     """
 
     def __init__(self, rows: int, prompt_budget: int | None, chunk: int | None) -> None:
@@ -26,12 +27,28 @@ class Scheduler:
         self.waiting: deque[tuple[int, Request]] = deque()
         self.running: dict[int, RunningSequence] = {}  # by the request's number, oldest first
         self.free = list(range(rows))[::-1]
+        self.alone: RunningSequence | None = None
         self._by_slot: list[RunningSequence] = []
+
+    @property
+    def active(self) -> list[RunningSequence]:
+        """The sequences that take part in passes, oldest first."""
+        return list(self.running.values()) if self.alone is None else [self.alone]
+
+    @property
+    def _active_by_slot(self) -> list[RunningSequence]:
+        return self._by_slot if self.alone is None else [self.alone]
 
     def start(self, sequence: RunningSequence) -> None:
         """Adds an admitted sequence."""
         self.running[sequence.output.row] = sequence
         insort(self._by_slot, sequence, key=lambda other: other.slot)
+
+    def replace(self, old: RunningSequence, new: RunningSequence) -> None:
+        """Puts a sequence in the place of another one of the same request and slot."""
+        old.phase = Phase.FINISHED
+        self.running[old.output.row] = new
+        self._by_slot[self._by_slot.index(old)] = new
 
     def has(self, number: int) -> bool:
         """Whether a request waits or runs."""
@@ -49,7 +66,7 @@ class Scheduler:
 
     def of_phase(self, phase: Phase) -> list[RunningSequence]:
         """Sequences of one phase, in the order of their slots."""
-        return [sequence for sequence in self._by_slot if sequence.phase is phase]
+        return [sequence for sequence in self._active_by_slot if sequence.phase is phase]
 
     def schedule_context(self, prefill_chunk: Callable[[], int]) -> list[ScheduledTokens]:
         """The tokens that the context tower reads next: of prompts, pending tokens, drafts and finished blocks.
@@ -58,7 +75,7 @@ class Scheduler:
         """
         scheduled: list[ScheduledTokens] = []
         prompts = False
-        for sequence in self._by_slot:
+        for sequence in self._active_by_slot:
             match sequence.phase:
                 case Phase.PROMPT:
                     prompts = True
@@ -81,7 +98,7 @@ class Scheduler:
         The pieces of a deterministic request do not depend on the budget that others left: the last one may exceed it.
         """
         scheduled, budget = [], self.prompt_budget
-        for sequence in self.running.values():
+        for sequence in self.active:
             if sequence.phase is not Phase.PROMPT:
                 continue
             if budget is not None and budget <= 0:
@@ -92,7 +109,7 @@ class Scheduler:
                     end = min(end, sequence.read - sequence.read % self.chunk + self.chunk)
                 if budget is not None:
                     end = min(end, sequence.read + budget)
-            tokens = list(sequence.request.prompt[sequence.read : end])
+            tokens = list(sequence.text[sequence.read : end])
             if tokens:
                 scheduled.append(ScheduledTokens(sequence, tokens, False, known_next(sequence, len(tokens))))
                 budget = None if budget is None else budget - len(tokens)
@@ -105,14 +122,14 @@ class Scheduler:
         half waits for one step; then one half denoises while the context tower reads the other. lockstep: no sequence,
         until all running sequences are at a block.
         """
-        found = [sequence for sequence in self._by_slot if sequence.needs_denoiser]
+        found = [sequence for sequence in self._active_by_slot if sequence.needs_denoiser]
         if not found or not (halves or lockstep):
             return found
-        everyone = len(found) == len(self.running)
+        everyone = len(found) == len(self.active)
         if lockstep:
             return found if everyone else []
         if everyone and all(sequence.in_last_pass for sequence in found):
-            older = [s for s in self.running.values() if s.needs_denoiser][: (len(found) + 1) // 2]
+            older = [s for s in self.active if s.needs_denoiser][: (len(found) + 1) // 2]
             return sorted(older, key=lambda sequence: sequence.slot)
         return found
 

@@ -100,7 +100,8 @@ class RunningSequence:
     accepted: accepted drafted tokens of the last round. seconds: this sequence's share of the time of its round.
     held_tokens: new tokens that wait for their log-probabilities. last_logits (V,): in diffusion with
     log-probabilities, the AR model's logits after the last token read. policy_memory: the commit policy's memory of the
-    block. error: an exception of the matcher.
+    block. error: an exception of the matcher. written: new tokens of an earlier start; the context tower reads them
+    after the prompt. strikes, trial_end: see `Recovery`: its exceptions so far, and the new tokens that end its trial.
     """
 
     request: Request
@@ -130,13 +131,34 @@ class RunningSequence:
     last_logits: Tensor | None = None
     policy_memory: object = None
     error: Exception | None = None
+    written: Sequence[int] = ()
+    strikes: int = 0
+    trial_end: int = 0
 
     def __post_init__(self) -> None:
         self.params: GenerationParams = self.request.params
         self.mode = self.output.mode
         self.rule = SamplingRule(self.params.temperature, self.params.top_k, self.params.top_p)
-        # Prompt tokens to read before the first round: all in diffusion, else all but the pending token.
-        self.prompt_end = len(self.request.prompt) - (self.mode != "diffusion" or not self.params.max_new_tokens)
+        self.text = [*self.request.prompt, *self.written] if self.written else self.request.prompt
+        # Tokens to read before the first round: all in diffusion, else all but the pending token.
+        self.prompt_end = len(self.text) - (self.mode != "diffusion" or not self.params.max_new_tokens)
+
+    @classmethod
+    def of(cls, request: Request, output: SequenceOutput, slot: int, controller: DraftController) -> RunningSequence:
+        """The sequence of a request."""
+        (policy,), (policy_value,) = request.params.row_policies(1)
+        (seed,) = request.params.row_seeds(1)
+        return cls(request, output, slot, seed, policy, policy_value, controller, _matcher(request))
+
+    def restarted(self) -> RunningSequence:
+        """The sequence from its first token, which keeps the new tokens that events have delivered."""
+        tokens, matcher = self.output.rewind(), _matcher(self.request)
+        if self.request.prompt_logprobs and not self.output.blocks:
+            self.output.prompt_logprobs.append(None)
+        if matcher is not None:
+            matcher.take(tokens)
+        facts = self.request, self.output, self.slot, self.seed, self.policy, self.policy_value, self.controller
+        return RunningSequence(*facts, matcher, written=tuple(tokens), strikes=self.strikes, trial_end=self.trial_end)
 
     @property
     def deterministic(self) -> bool:
@@ -171,3 +193,7 @@ def charge(sequences: Sequence[RunningSequence], started: float) -> None:
     seconds = (time.perf_counter() - started) / max(len(sequences), 1)
     for sequence in sequences:
         sequence.seconds += seconds
+
+
+def _matcher(request: Request) -> Matcher | None:
+    return None if request.constraint is None else request.constraint.matcher(request.params.eos_token_id)
