@@ -15,6 +15,7 @@ import httpx
 import pytest
 from serving import LENGTH, RunningServer, expected_output, serving, wait_until
 
+from twotower.server.choices import MAX_SCORES
 from twotower.server.request_schemas import MAX_FORMAT_SIZE, MAX_MESSAGES, MAX_PROMPTS
 from twotower.server.settings import Limits
 
@@ -108,6 +109,24 @@ def test_numbers_that_fit_are_named(served: RunningServer) -> None:
     messages = [{"role": "user", "content": ""}] * (MAX_MESSAGES + 1)
     assert str(MAX_MESSAGES) in error_of(served.post(CHAT, {"messages": messages}))["message"]
     assert "max_tokens is 600" in error_of(served.complete("a", max_tokens=600))["message"]
+
+
+@pytest.mark.parametrize(
+    ("path", "fields", "param"),
+    [
+        (PATH, {"prompt": "a", "logprobs": 20}, "logprobs"),
+        (PATH, {"prompt": [5] * 400, "logprobs": 20, "echo": True, "max_tokens": 0}, "logprobs"),
+        (CHAT, chat({"role": "user", "content": "a"}) | {"logprobs": True, "top_logprobs": 20}, "logprobs"),
+        (PATH, {"prompt": "a", "stream": True, "stream_denoising": True, "steps": 64}, "stream_denoising"),
+    ],
+)
+def test_values_of_a_response(served: RunningServer, path: str, fields: dict[str, Any], param: str) -> None:
+    """The product of choices, tokens and alternatives is bounded."""
+    with served.limited(queue=64):
+        error = error_of(served.post(path, {"n": 64, "max_tokens": 480} | fields))
+        assert error["param"] == param
+        assert str(MAX_SCORES) in error["message"]
+        assert served.post(path, fields | {"max_tokens": 2}).status_code == 200
 
 
 # --- compressed bodies ------------------------------------------------------------------------------------------------

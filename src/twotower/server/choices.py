@@ -25,6 +25,7 @@ from twotower.server.request_schemas import (
 from twotower.server.settings import Limits, ServerSettings
 from twotower.server.tokenizer_adapter import TokenizerAdapter
 
+MAX_SCORES = 2**19  # log-probabilities and shown tokens of one response; the server holds up to 1 KiB for each
 COMMIT_POLICY_PARAMETERS = {"confidence_threshold", "policy", "policy_value"}
 
 
@@ -103,6 +104,7 @@ class ChoiceBuilder:
                 choices.append(
                     Choice(len(choices), engine_request, seed + number, echo, strip_leading_space=bool(ends))
                 )
+        _check_scores(request, choices)
         return choices
 
     def _prompts(self, request: GenerationRequest) -> tuple[list[list[int]], tuple[str, ...]]:
@@ -218,6 +220,25 @@ def _check_count(request: GenerationRequest, limits: Limits) -> None:
         raise RequestError(
             f"the request has {count} choices; this server allows at most {limits.choices}, so reduce n or the prompts",
             param="n",
+        )
+
+
+def _check_scores(request: GenerationRequest, choices: Sequence[Choice]) -> None:
+    """Raises RequestError if the response can have more log-probabilities or shown tokens than the server may hold."""
+    first = choices[0].engine_request
+    each = 0 if first.logprobs is None else 1 + first.logprobs
+    each += first.params.steps_per_block if first.watched else 0
+    tokens = sum(
+        choice.engine_request.params.max_new_tokens
+        + (len(choice.engine_request.prompt) if choice.engine_request.prompt_logprobs else 0)
+        for choice in choices
+    )
+    if each * tokens > MAX_SCORES:
+        field = "stream_denoising" if first.logprobs is None else "logprobs"
+        raise RequestError(
+            f"{field} of {tokens} tokens is up to {each * tokens} values; at most {MAX_SCORES} fit into a response, so "
+            "reduce max_tokens, n or the number of alternatives",
+            param=field,
         )
 
 
