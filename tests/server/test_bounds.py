@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import gzip
 import json
+import re
 import time
 import tracemalloc
 import zlib
@@ -13,7 +14,7 @@ from typing import Any
 
 import httpx
 import pytest
-from serving import LENGTH, RunningServer, expected_output, serving, wait_until
+from serving import LENGTH, RunningServer, events_of, expected_output, serving, wait_until
 
 from twotower.server.choices import MAX_SCORES
 from twotower.server.request_schemas import MAX_FORMAT_SIZE, MAX_MESSAGES, MAX_PROMPTS
@@ -83,7 +84,7 @@ def test_a_huge_body_is_refused_at_once(served: RunningServer, name: str) -> Non
 
 
 SOURCES: dict[str, dict[str, Any]] = {
-    "regex": {"type": "regex", "regex": "a?" * MAX_FORMAT_SIZE},
+    "regex": {"type": "regex", "regex": "a?" * 4000},
     "grammar": {"type": "grammar", "grammar": "start: " + " | ".join(f'"a{number}"' for number in range(20_000))},
     "json_schema": {"type": "json_schema", "json_schema": {"schema": {"enum": list(range(20_000))}}},
 }
@@ -93,7 +94,19 @@ SOURCES: dict[str, dict[str, Any]] = {
 def test_size_of_a_format(served: RunningServer, kind: str) -> None:
     error = error_of(served.complete("a", response_format=SOURCES[kind]))
     assert error["param"] == "response_format"
-    assert str(MAX_FORMAT_SIZE) in error["message"]
+    assert str(MAX_FORMAT_SIZE[kind]) in error["message"]
+
+
+@pytest.mark.parametrize("stream", [False, True])
+def test_a_format_that_needs_too_much_is_an_error_of_the_client(served: RunningServer, stream: bool) -> None:
+    """The grammar library finds this only while the text is written."""
+    properties = {f"a{number}": {"type": "string", "pattern": "^.{0,50}$"} for number in range(1200)}
+    schema = {"type": "json_schema", "json_schema": {"schema": {"type": "object", "properties": properties}}}
+    answer = served.complete("a", response_format=schema, max_tokens=40, seed=1, stream=stream)
+    error = events_of(answer.text)[-1]["error"] if stream else error_of(answer)
+    assert error["param"] == "response_format"
+    assert "cannot be followed" in error["message"]
+    assert not re.search("[a-z]Error:|[<>]", error["message"])
 
 
 def test_a_panic_of_the_grammar_library_is_one_line(served: RunningServer) -> None:

@@ -31,7 +31,8 @@ class Generation:
     prefill. In verified decoding: drafts is the number of rounds with a draft, drafted the tokens in them, accepted the
     accepted ones, rejected the number of drafts with a token that AR did not accept. mode_reason: why mode "auto" chose
     this mode. cached_tokens: prompt tokens from the prefix cache. decode_seconds: from the end of the prefill to the
-    end of the row. error: the error of a request with finish_reason "error". logprobs, prompt_logprobs: of each new
+    end of the row. error: the error of a request with finish_reason "error"; error_param: the
+    parameter of the request that caused the error, if one did. logprobs, prompt_logprobs: of each new
     token and of each prompt token (None for the first), if the request asked for them; else empty.
     """
 
@@ -53,6 +54,7 @@ class Generation:
     cached_tokens: int = 0
     mode_reason: str = ""
     error: str = ""
+    error_param: str = ""
     logprobs: tuple[TokenLogprob, ...] = ()
     prompt_logprobs: tuple[TokenLogprob | None, ...] = ()
 
@@ -88,7 +90,11 @@ class Generation:
         """Plain data for JSON, with derived figures; log-probabilities only if there are any."""
         derived = ("tokens_per_pass", "tokens_per_second", "mean_accepted")
         out = asdict(self) | {name: getattr(self, name) for name in derived}
-        return {name: value for name, value in out.items() if value or name not in ("logprobs", "prompt_logprobs")}
+        return {
+            name: value
+            for name, value in out.items()
+            if value or name not in ("logprobs", "prompt_logprobs", "error_param")
+        }
 
 
 @dataclass(frozen=True, kw_only=True)

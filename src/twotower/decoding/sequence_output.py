@@ -11,6 +11,7 @@ from twotower.decoding.modes import Mode
 from twotower.decoding.output import BlockEvent, Event, Generation, StepEvent, TokenLogprob
 from twotower.decoding.params import GenerationParams
 from twotower.decoding.stopping import RowProgress
+from twotower.errors import ArgumentError
 from twotower.tokenizer import Tokenizer
 
 
@@ -28,6 +29,7 @@ class SequenceOutput:
     progress: RowProgress
     mode_reason: str = ""
     error: str = ""
+    error_param: str = ""
     denoiser_passes: int = 0
     context_passes: int = 0
     drafts: int = 0
@@ -141,7 +143,10 @@ class SequenceOutput:
     def fail(self, error: Exception) -> BlockEvent:
         """Ends the row with an error."""
         self.progress.finish_reason = "error"
-        self.error = f"{type(error).__name__}: {error}"
+        if isinstance(error, ArgumentError):
+            self.error, self.error_param = str(error), error.param or ""
+        else:
+            self.error = f"{type(error).__name__}: {error}"
         self.ended = time.perf_counter()
         return self.final_event()
 
@@ -165,6 +170,7 @@ class SequenceOutput:
             cached_tokens=self.cached_tokens,
             mode_reason=self.mode_reason,
             error=self.error,
+            error_param=self.error_param,
             logprobs=tuple(self.logprobs),
             prompt_logprobs=tuple(self.prompt_logprobs),
             prefill_seconds=max(self.prefilled - self.started, 0.0),

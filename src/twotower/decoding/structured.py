@@ -20,7 +20,7 @@ from twotower.errors import ArgumentError, TwoTowerError
 from twotower.tokenizer import Tokenizer
 
 if TYPE_CHECKING:
-    from llguidance import LLMatcher, LLTokenizer
+    from llguidance import LLMatcher, LLParserLimits, LLTokenizer
 
 END = "<|end of the grammar's text|>"
 WHITESPACE = r" |\n[ \t]{0,24}"  # in JSON text; limited, because weak models may repeat it for ever
@@ -55,15 +55,17 @@ class Constraint:
         self.source = given[self.kind]
         llguidance, tables = _library(), _tables(tokenizer)
         compiled = _compiled(llguidance.LLMatcher, self.kind, self.source)
-        problem, said = llguidance.LLMatcher.validate_grammar_with_warnings(compiled, tables)
+        problem, said = llguidance.LLMatcher.validate_grammar_with_warnings(
+            compiled, tables, limits=_limits(llguidance)
+        )
         if problem:
             raise ArgumentError(f"{self.kind} cannot be used: {_one_line(said[0])}; change it", param=self.kind)
         self.vocab_size = tables.vocab_size - 1  # the last token is END
-        self._start = llguidance.LLMatcher(tables, compiled, log_level=0)
+        self._start = llguidance.LLMatcher(tables, compiled, log_level=0, limits=_limits(llguidance))
         try:
             possible = bool(self.matcher(()).allowed(self.vocab_size).any())
         except TwoTowerError as error:
-            raise ArgumentError(f"{self.kind} cannot be used: {error}; change it", param=self.kind) from None
+            raise ArgumentError(f"{self.kind} cannot be used: {error}", param=self.kind) from None
         if not possible:
             raise ArgumentError(
                 f"{self.kind} allows no text that this tokenizer can encode; change it", param=self.kind
@@ -139,7 +141,14 @@ class Matcher:
 
     def _check(self) -> None:
         if self._matcher.is_error():
-            raise TwoTowerError(f"the grammar cannot be followed: {_one_line(self._matcher.get_error())}")
+            reason = _one_line(self._matcher.get_error())
+            raise ArgumentError(f"the grammar cannot be followed: {reason}; change it", param="constraint")
+
+
+def _limits(llguidance: ModuleType) -> LLParserLimits:
+    """llguidance's limits, with errors that do not repeat its state."""
+    limits: LLParserLimits = llguidance.LLParserLimits(verbose_errors=False)
+    return limits
 
 
 def _library() -> ModuleType:
@@ -214,5 +223,5 @@ def _encode(kind: str, text: str) -> None:
 
 def _one_line(message: str) -> str:
     """The message in one line, without llguidance's drawings and dumps."""
-    lines = [line.strip() for line in re.split("<state>|<backtrace>", message)[0].splitlines()]
+    lines = [line.strip() for line in re.split("<(?:state|backtrace|non-verbose)", message)[0].splitlines()]
     return " ".join(line for line in lines if line.strip("^ ") and not re.match(r"\d+ \|", line))[:300]

@@ -12,7 +12,7 @@ from twotower.engine import AsyncLLM
 from twotower.errors import TwoTowerError
 from twotower.server.choices import Choice
 from twotower.server.metrics import Metrics
-from twotower.server.request_errors import RequestError, request_error
+from twotower.server.request_errors import RequestError, request_error, result_error
 
 KEEPALIVE_SECONDS = 15.0  # a stream sends a comment after this time without an event
 
@@ -55,7 +55,7 @@ async def choice_events(
                 unfinished -= 1
                 metrics.observe_result(event.result)
                 if event.result.error:
-                    raise RequestError(f"the request failed: {event.result.error}", status=500, code="failed")
+                    raise result_error(event.result)
             yield choice, event
     except TimeoutError:
         raise RequestError(

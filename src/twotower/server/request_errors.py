@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from twotower.decoding.output import Generation
 from twotower.errors import ArgumentError, LengthError, TwoTowerError
 
 MAX_MESSAGE_LENGTH = 1000  # a message may repeat a part of the request
@@ -44,6 +45,14 @@ def request_error(error: Exception, field: str | None = None) -> RequestError:
     if isinstance(error, TwoTowerError):
         return RequestError(str(error), status=503, code="engine", retry_after=5)
     return RequestError(f"the request failed: {type(error).__name__}", status=500, code="failed")
+
+
+def result_error(result: Generation) -> RequestError:
+    """The error of a result with finish_reason "error": of the client if a parameter of the request caused it."""
+    if result.error_param:
+        field = "response_format" if result.error_param == "constraint" else None
+        return RequestError(result.error if field is None else f"{field}: {result.error}", param=field)
+    return RequestError(f"the request failed: {result.error}", status=500, code="failed")
 
 
 def length_error(error: LengthError, prompt_field: str, length_field: str | None) -> RequestError:

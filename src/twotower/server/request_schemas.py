@@ -20,7 +20,8 @@ from twotower.server.strict_model import JsonInteger, StrictModel, same_json
 MAX_MESSAGES = 4096
 MAX_PROMPTS = 1024
 MAX_PROMPT_TOKENS = 2**20
-MAX_FORMAT_SIZE = 2**16  # characters of a JSON schema, a regular expression or a grammar
+# Characters of a format. The time to compile a regular expression, also in a grammar, grows with the square.
+MAX_FORMAT_SIZE = {"json_schema": 2**16, "regex": 2**12, "grammar": 2**14}
 MAX_NAME_LENGTH = 1024
 
 ModeName = Literal[Mode, "auto"]
@@ -106,8 +107,9 @@ class ResponseFormat(StrictModel):
                 raise ValueError(f'must have "{part}" if and only if "type" is "{part}"')
         if self.json_schema is not None and self.json_schema.json_schema is None:
             raise ValueError('must have a "schema" in "json_schema"')
-        if (size := self._size()) > MAX_FORMAT_SIZE:
-            raise ValueError(f"has a {self.type} of {size} characters; at most {MAX_FORMAT_SIZE} are allowed")
+        most = MAX_FORMAT_SIZE.get(self.type, 0)
+        if (size := self._size()) > most:
+            raise ValueError(f"has a {self.type} of {size} characters; at most {most} are allowed")
         return self
 
     def _size(self) -> int:
