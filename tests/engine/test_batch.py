@@ -105,6 +105,7 @@ def test_answers_and_errors_in_order(cli: Cli, tmp_path: Path, model: TwoTowerFo
         ({"prompt": "x", "policy": {"a": 1}}, "policy is {'a': 1}"),
         ({"prompt": "x", "policy_value": {"a": 1}}, "it must be between 0 and 1"),
         ({"prompt": "x", "seed": [1, 2]}, "2 seeds for 1 prompts"),
+        ({"prompt": "x", "block_size": 100_000}, "block_size is 100000; give at most 4096, the context window"),
         ({"prompt": "x", "stop": 5}, "each stop must be a non-empty string"),
         ({"prompt": "x", "mode": ["ar"]}, "mode is ['ar']"),
         ({"prompt": "\ud800"}, "surrogates not allowed"),

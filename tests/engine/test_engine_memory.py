@@ -19,7 +19,8 @@ from twotower.cache.hybrid_cache import state_bytes
 from twotower.cache.kv_slots import KVSlots
 from twotower.cache.prefix_cache import PrefixCache
 from twotower.decoding.params import GenerationParams
-from twotower.engine import core
+from twotower.engine import budget, core
+from twotower.engine.generation import generate
 from twotower.engine.oom import out_of_memory, split_on_oom
 from twotower.errors import ArgumentError
 
@@ -261,3 +262,39 @@ def test_a_short_soak() -> None:
 @pytest.mark.timeout(3600)
 def test_ten_thousand_requests_with_random_aborts() -> None:
     soak(10_000)
+
+
+# --- sizes of blocks --------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("mode", ["diffusion", "verified", "auto"])
+def test_a_block_is_at_most_the_window(model: TwoTowerForCausalLM, mode: str) -> None:
+    """A block_size of 100,000 took 18 GB, and the machine down."""
+    window = model.config.max_position_embeddings
+    message = f"block_size is 100000; give at most {window}, the context window"
+    llm = LLM(model, rows=1, length=64, block_size=100_000)
+    assert llm.core.blocks.size == window
+    with pytest.raises(ArgumentError, match=message) as caught:
+        llm.add_request(asking([5, 6], mode, block_size=100_000))
+    assert caught.value.param == "block_size"
+    with pytest.raises(ArgumentError, match=message):
+        generate(model, [[5, 6]], GenerationParams.of(mode=mode, max_new_tokens=4, block_size=100_000))
+
+
+def test_a_block_that_does_not_fit_the_free_memory_is_refused(
+    model: TwoTowerForCausalLM, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """With the size that fits. Fewer rows run at once if one block of each does not fit."""
+    monkeypatch.setattr(budget, "ALWAYS_FREE", 0)
+    monkeypatch.setattr(budget, "available_memory", lambda: budget.block_bytes(model, 24) + 1)
+    llm = LLM(model, rows=8, length=64, block_size=24)
+    llm.check(asking([5, 6], "diffusion", block_size=24))
+    for wrong in (
+        lambda: llm.check(asking([5, 6], "diffusion", block_size=25)),
+        lambda: LLM(model, rows=1, length=64, block_size=25),
+    ):
+        with pytest.raises(ArgumentError, match=r"block_size 25 takes about .* free; give at most 24") as caught:
+            wrong()
+        assert caught.value.param == "block_size"
+    assert LLM.fitting(model, [asking([5, 6], "diffusion", block_size=8)] * 9, 9).rows == 3
+    llm.check(asking([5, 6], "ar", block_size=25))  # AR has no blocks

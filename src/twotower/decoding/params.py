@@ -17,6 +17,8 @@ from twotower.errors import ArgumentError, LengthError
 
 Element = TypeVar("Element")
 
+DEFAULT_BLOCK_SIZE = 16
+
 
 class RowIndependent(TypedDict, total=False):
     """Parameters that are the same for every row of a batch; see `GenerationParams`."""
@@ -76,7 +78,7 @@ class GenerationParams:
     eos_token_id: tuple[int, ...] = ()
     seed: int | tuple[int, ...] | None = None
     stop: tuple[str, ...] = ()
-    block_size: int = 16
+    block_size: int = DEFAULT_BLOCK_SIZE
     steps_per_block: int = 16
     mask_token_id: int = 3
     confidence_threshold: float = 0.9
@@ -197,6 +199,10 @@ class GenerationParams:
                 prompt_tokens=longest,
                 new_tokens=self.max_new_tokens,
                 most=window,
+            )
+        if self.mode in BLOCK_MODES and self.block_size > max(window, DEFAULT_BLOCK_SIZE):
+            raise ArgumentError(
+                f"block_size is {self.block_size}; give at most {window}, the context window", param="block_size"
             )
         for name, plural in (("seed", "seeds"), ("policy", "policies"), ("policy_value", "policy values")):
             given = getattr(self, name)

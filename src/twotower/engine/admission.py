@@ -8,8 +8,9 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 
-from twotower.decoding.modes import AUTO
+from twotower.decoding.modes import AUTO, BLOCK_MODES
 from twotower.decoding.params import GenerationParams
+from twotower.engine.budget import check_block
 from twotower.engine.constraint_masks import check_constraint
 from twotower.engine.sequence import Request
 from twotower.engine.towers import Towers
@@ -28,6 +29,8 @@ def kv_slots_needed(request: Request, block_size: int) -> int:
 def check_model(model: Towers, params: GenerationParams, prompt_lengths: Sequence[int]) -> None:
     """Raises ArgumentError if this model does not support the parameters, in any engine."""
     params.check_against(model.backbone, prompt_lengths)
+    if params.mode in BLOCK_MODES:
+        check_block(model, params.block_size)
     if params.stop and model.tokenizer is None:
         raise ArgumentError("stop strings need a tokenizer; set model.tokenizer", param="stop")
     if params.mode not in ("ar", AUTO) and model.denoiser is None:

@@ -12,9 +12,9 @@ from collections.abc import Callable, Iterator, Sequence
 
 from twotower.cache.prefix_cache import PrefixCache
 from twotower.decoding.output import Event, Generation
-from twotower.decoding.params import check_whole
+from twotower.decoding.params import DEFAULT_BLOCK_SIZE, check_whole
 from twotower.engine import admission
-from twotower.engine.budget import memory_for
+from twotower.engine.budget import check_block, memory_for, rows_that_fit
 from twotower.engine.core import EngineCore
 from twotower.engine.engine_options import EngineOptions
 from twotower.engine.sequence import Request
@@ -27,11 +27,12 @@ class LLM:
     """Runs requests on a model.
 
     rows: sequences that run at once. length: the most tokens of a text, prompt included (None: the model's window).
-    block_size: positions of the longest block. memory: bytes of state for all texts, a fifth of it for the prefix cache
-    (None: for `rows` texts of that length, and the prefix cache). A request reserves the most that it can need.
+    block_size: positions of the longest block, at most the window. memory: bytes of state for all texts, a fifth of it
+    for the prefix cache (None: for `rows` texts of that length, and the prefix cache). A request reserves the most that
+    it can need.
 
     Raises:
-        ArgumentError: a size is not a whole number of at least 1, or the memory is too small for one text.
+        ArgumentError: a size is not a whole number of at least 1, or the memory is too small for a text or a block.
     """
 
     def __init__(
@@ -51,6 +52,8 @@ class LLM:
         window = model.backbone.max_position_embeddings
         self.model = model
         self.length = min(length or window, window)
+        block_size = min(block_size, max(window, DEFAULT_BLOCK_SIZE))
+        check_block(model, block_size)
         self.core = EngineCore(model, rows, self.length, block_size, memory, options or EngineOptions())
         self._unseen: list[Event] = []  # events that the last caller of `step` did not ask for
         self._next_number = 0
@@ -75,14 +78,15 @@ class LLM:
             ArgumentError: the longest request does not fit the memory.
         """
         length = max((len(request.prompt) + request.params.max_new_tokens for request in requests), default=1)
-        block = max((request.params.block_size for request in requests), default=1)
+        window = max(model.backbone.max_position_embeddings, DEFAULT_BLOCK_SIZE)
+        block = min(max((request.params.block_size for request in requests), default=1), window)
         if memory is not None and memory < (least := cls.memory_for(model, 1, length, block)):
             raise ArgumentError(
                 f"a text of {length} tokens takes {least / 2**20:.1f} MiB of state, more than the "
                 f"{memory / 2**20:.1f} MiB allowed; raise memory or request shorter texts",
                 param="memory",
             )
-        rows = min(rows, max(len(requests), 1))
+        rows = max(rows_that_fit(model, block, min(rows, max(len(requests), 1))), 1)
         return cls(model, rows=rows, length=length, block_size=block, memory=memory, options=options)
 
     @property
