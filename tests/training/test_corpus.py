@@ -387,6 +387,27 @@ def test_splits_of_a_folder(tmp_path: Path) -> None:
         Source(tmp_path)
 
 
+@pytest.mark.parametrize("held_out", ["test", "valid"])
+def test_a_folder_of_a_corpus_and_test_data_is_not_trained_on_as_a_whole(tmp_path: Path, held_out: str) -> None:
+    """Files without the name of a split are the training split beside files of other splits."""
+    write_jsonl(tmp_path / "corpus.jsonl", as_records(["a"]))
+    write_jsonl(tmp_path / "more.jsonl", as_records(["b"]))
+    write_jsonl(tmp_path / f"{held_out}.jsonl", as_records(["c"]))
+    names = rf"{tmp_path}:train \(corpus.jsonl and 1 more\)"
+    with pytest.raises(ArgumentError, match="contains several splits; name one: ") as caught:
+        Source(tmp_path)
+    assert re.search(names, str(caught.value))
+    assert f"{tmp_path}:{held_out} ({held_out}.jsonl)" in str(caught.value)
+    assert every_text(Source(f"{tmp_path}:train")) == ["a", "b"]
+    assert every_text(Source(f"{tmp_path}:{held_out}")) == ["c"]
+
+
+def test_train_files_beside_files_of_no_split(tmp_path: Path) -> None:
+    write_jsonl(tmp_path / "corpus.jsonl", as_records(["a"]))
+    write_jsonl(tmp_path / "train.jsonl", as_records(["b"]))
+    assert every_text(Source(tmp_path)) == ["a", "b"]
+
+
 def test_datasets_objects_and_saved_ones(tmp_path: Path) -> None:
     made = datasets.Dataset.from_dict({"body": ["a", "b"], "other": [1, 2]})
     assert every_text(Source(made, text_field="body")) == ["a", "b"]
@@ -894,7 +915,7 @@ def test_held_out_batches_are_shared_by_ranks(tmp_path: Path, encoder: Encoder, 
 
 def test_no_held_out_documents(tmp_path: Path, encoder: Encoder) -> None:
     source = Source(write_jsonl(tmp_path / "a.jsonl", as_records(texts(5))), part="valid")
-    with pytest.raises(ArgumentError, match=r"a\.jsonl: no held-out documents; raise held_out_fraction or give"):
+    with pytest.raises(ArgumentError, match=r"a\.jsonl: no held-out documents; give .* \(--held-out 0\)$"):
         held_out([source], encoder)
 
 

@@ -177,10 +177,14 @@ def find_files(path: Path, split: str | None) -> list[Path]:
     by_split: dict[str, list[Path]] = {}
     for file in found:
         by_split.setdefault(_split_of(str(file.relative_to(path))), []).append(file)
+    if (
+        "" in by_split and "train" not in by_split and len(by_split) > 1
+    ):  # files without a word in their names are for training
+        by_split["train"] = by_split.pop("")
     if split is not None:
         found = by_split.get(SPLITS.get(split, split), [])
-    elif len(by_split) > 1 and "" not in by_split:
-        names = ", ".join(f"{path}:{name}" for name in by_split)
+    elif by_split.keys() & {"valid", "test"} and len(by_split) > 1:
+        names = ", ".join(f"{path}:{name} ({_some_names(by_split[name])})" for name in sorted(by_split) if name)
         raise ArgumentError(f"{path}: contains several splits; name one: {names}")
     if not found:
         which = f"no {split} files" if split is not None else "no data files"
@@ -188,6 +192,10 @@ def find_files(path: Path, split: str | None) -> list[Path]:
     if len({file.suffix in PARQUET for file in found}) > 1:
         raise ArgumentError(f"{path}: contains parquet files and other files; give them as two sources")
     return found
+
+
+def _some_names(files: Sequence[Path]) -> str:
+    return files[0].name + (f" and {len(files) - 1} more" if len(files) > 1 else "")
 
 
 def _split_of(name: str) -> str:

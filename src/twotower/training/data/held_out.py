@@ -54,8 +54,8 @@ def held_out_batches(
         first += batch_size
     if not first:
         raise ArgumentError(
-            f"{', '.join(source.name for source in sources)}: no held-out documents; raise held_out_fraction or give "
-            "validation data"
+            f"{', '.join(source.name for source in sources)}: no held-out documents; give validation data or "
+            "a larger share (--held-out 0.1), or train without validation (--held-out 0)"
         )
 
 

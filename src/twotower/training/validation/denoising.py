@@ -73,7 +73,8 @@ class DenoisingValidation:
         self.block_size, self.seed = block_size, seed
         if not world.total(sum(int(batch.denoised.sum()) for batch in self.batches)):
             raise ArgumentError(
-                f"no held-out document has a whole block of {block_size} tokens to denoise; give longer documents"
+                f"no held-out document has a whole block of {block_size} tokens to denoise; give longer documents "
+                "or validation data, or train without validation (--held-out 0)"
             )
         self._greedy: list[Tensor] = []  # for each batch (B, S): the context tower's greedy token; −1 where none
         self._context_sums, self._ar_nll = [0.0, 0.0], 0.0  # sum of −ln p and tokens on this process; nats per token
