@@ -3,10 +3,12 @@
 from __future__ import annotations
 
 import ctypes
+import os
 import platform
 import shutil
 import subprocess
 import sys
+from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
@@ -86,6 +88,70 @@ def test_without_a_compiler_torch_runs(environment: dict[str, str], says: str, t
     done = subprocess.run([sys.executable, "-c", code], env=base | given, capture_output=True, text=True, check=True)
     assert says in done.stdout
     assert done.stdout.splitlines()[-1] == "torch"
+
+
+FAKE_COMPILER = """#!/bin/sh
+[ "$1" = --version ] && { echo 1; exit 0; }
+while [ "$1" != -o ]; do shift; done
+echo kernels > "$2"
+"""
+
+
+@pytest.fixture
+def fake_compiler(tmp_path: Path) -> Iterator[Path]:
+    """A compiler that writes a fixed file → the folder of the cache."""
+    compiler = tmp_path / "fake"
+    compiler.write_text(FAKE_COMPILER)
+    compiler.chmod(0o755)
+    with options.override(cxx=str(compiler), cache_home=tmp_path / "cache", native=True):
+        yield tmp_path / "cache" / "twotower"
+
+
+@pytest.mark.parametrize("damage", [b"", b"ker", b"kernelz\n"])
+def test_a_damaged_compiled_file_is_compiled_again(
+    fake_compiler: Path, damage: bytes, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """A truncated file was a bus error at every start. With an empty file, torch did the work for ever."""
+    made = library.build(cpu_target.NATIVE)
+    assert isinstance(made, Path)
+    assert made.read_bytes() == b"kernels\n"
+    assert "compiling kernels" in capsys.readouterr().err
+    assert library.build(cpu_target.NATIVE) == made
+    assert capsys.readouterr().err == ""
+    made.write_bytes(damage)
+    assert library.build(cpu_target.NATIVE) == made
+    assert made.read_bytes() == b"kernels\n"
+    said = capsys.readouterr().err.splitlines()
+    assert said[0] == f"{made} is damaged and is compiled again"
+    assert said[1].startswith("compiling kernels")
+
+
+def test_folders_of_killed_compilations_are_removed(fake_compiler: Path) -> None:
+    old, new = fake_compiler / "tmpold", fake_compiler / "tmpnew"
+    for folder in (old, new):
+        folder.mkdir(parents=True)
+        (folder / "native.so").write_bytes(b"part")
+    os.utime(old, (0, 0))
+    library.build(cpu_target.NATIVE)
+    assert not old.exists()
+    assert new.exists()  # another process may be compiling
+
+
+@pytest.mark.parametrize("case", ["no home", "a file in its place"])
+def test_a_cache_that_cannot_be_had_costs_speed_and_one_line(
+    fake_compiler: Path, case: str, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    def no_home(cls: type[Path]) -> Path:
+        raise RuntimeError("Could not determine home directory.")
+
+    blocked = fake_compiler.parent.parent / "blocked"
+    blocked.write_text("")
+    monkeypatch.setattr(Path, "home", classmethod(no_home))
+    with options.override(cache_home=blocked if case != "no home" else None):
+        reason = library.build(cpu_target.NATIVE)
+    assert isinstance(reason, str)
+    assert capsys.readouterr().err == f"no compiled kernels, so this process computes more slowly: {reason}\n"
+    assert ("Set XDG_CACHE_HOME" if case == "no home" else "Not a directory") in reason
 
 
 def test_code_paths_that_did_not_run_are_named(monkeypatch: pytest.MonkeyPatch) -> None:

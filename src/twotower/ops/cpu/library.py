@@ -14,6 +14,9 @@ import shutil
 import subprocess
 import sys
 import tempfile
+import time
+from collections.abc import Sequence
+from contextlib import suppress
 from functools import cache
 from pathlib import Path
 
@@ -23,6 +26,7 @@ from twotower.ops.cpu_target import CPUTarget
 
 HERE = Path(__file__).parent
 FLAGS = ("-std=c++17", "-O3", "-ffp-contract=fast", "-fPIC", "-shared")
+ABANDONED_SECONDS = 3600.0  # age of a temporary folder that no compilation uses any more
 THREADED = ("-fopenmp",)
 
 
@@ -55,7 +59,13 @@ def build(target: CPUTarget) -> Path | str:
     try:
         return _compiled(target)
     except (OSError, subprocess.SubprocessError) as error:
-        return _first_line(error)
+        reason = _first_line(error)
+        _say(f"no compiled kernels, so this process computes more slowly: {reason}")
+        return reason
+
+
+def _say(text: str) -> None:
+    print(text, file=sys.stderr, flush=True)
 
 
 def _first_line(error: Exception) -> str:
@@ -75,21 +85,49 @@ def _compiled(target: CPUTarget) -> Path | str:
     sources = b"".join(path.read_bytes() for path in [*sorted(HERE.glob("*.h")), HERE / "native.cpp"])
     attempts = variants(target)
     key = hashlib.sha256(b"\0".join([sources, version.encode(), _processor().encode(), repr(attempts).encode()]))
-    path = options.current().cache_dir / f"{target.name}-{key.hexdigest()[:16]}.so"
-    if path.exists():
-        return path
-    path.parent.mkdir(parents=True, exist_ok=True)
+    folder, name = options.current().cache_dir, f"{target.name}-{key.hexdigest()[:16]}"
+    return _intact(folder, name) or _compile(compiler, attempts, target, folder, name)
+
+
+def _intact(folder: Path, name: str) -> Path | None:
+    """The compiled file of this name in the cache whose content has the checksum in its name. Others are removed."""
+    for path in sorted(folder.glob(f"{name}-*.so")):
+        if path.stem == f"{name}-{_checksum(path)}":
+            return path
+        _say(f"{path} is damaged and is compiled again")
+        path.unlink(missing_ok=True)
+    return None
+
+
+def _checksum(path: Path) -> str:
+    return hashlib.sha256(path.read_bytes()).hexdigest()[:16]
+
+
+def _remove_abandoned(folder: Path) -> None:
+    """Removes the temporary folders of compilations whose processes were killed."""
+    for left in folder.glob("tmp*"):
+        with suppress(OSError):
+            if time.time() - left.stat().st_mtime > ABANDONED_SECONDS:
+                shutil.rmtree(left)
+
+
+def _compile(
+    compiler: str, attempts: Sequence[tuple[str, ...]], target: CPUTarget, folder: Path, name: str
+) -> Path | str:
+    """Compiles the kernels into the cache with the first flags that work → the file, or why there is none."""
+    folder.mkdir(parents=True, exist_ok=True)
+    _remove_abandoned(folder)
     processor = "this processor" if target is cpu_target.NATIVE else target.name
-    print(f"compiling kernels for {processor}, once (about 20 s) → {path}", file=sys.stderr, flush=True)
+    _say(f"compiling kernels for {processor}, once (about 20 s) → {folder}")
     errors = ""
-    with tempfile.TemporaryDirectory(dir=path.parent) as folder:
-        made = Path(folder) / path.name
+    with tempfile.TemporaryDirectory(dir=folder) as temporary:
+        made = Path(temporary) / f"{name}.so"
         for variant in attempts:
             command = [compiler, *FLAGS, *variant, str(HERE / "native.cpp"), "-o", str(made)]
             done = subprocess.run(command, capture_output=True, text=True, timeout=300, check=False)
             if done.returncode == 0:
-                made.replace(path)  # atomic, because other processes may compile too
-                return path
+                path = folder / f"{name}-{_checksum(made)}.so"
+                return made.replace(path)  # atomic, because other processes may compile too
             errors = errors or next((line for line in done.stderr.splitlines() if "error" in line), "no error message")
     return f"{Path(compiler).name} could not compile the kernels: {errors}"
 

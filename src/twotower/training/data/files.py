@@ -177,9 +177,7 @@ def find_files(path: Path, split: str | None) -> list[Path]:
     by_split: dict[str, list[Path]] = {}
     for file in found:
         by_split.setdefault(_split_of(str(file.relative_to(path))), []).append(file)
-    if (
-        "" in by_split and "train" not in by_split and len(by_split) > 1
-    ):  # files without a word in their names are for training
+    if "" in by_split and "train" not in by_split and len(by_split) > 1:  # "": no word of a split in the name
         by_split["train"] = by_split.pop("")
     if split is not None:
         found = by_split.get(SPLITS.get(split, split), [])
