@@ -130,8 +130,8 @@ def placement(model: TwoTowerForCausalLM) -> dict[str, object]:
 
 
 def eos_of(model: Towers) -> int | Sequence[int] | None:
-    """The EOS token ids of the config; that of the tokenizer if the config has none."""
-    eos: int | Sequence[int] | None = model.config.eos_token_id
+    """The EOS token ids of `generation_config.json`, else of `config.json`, else of the tokenizer."""
+    eos = model.generation_defaults.eos_or(model.config.eos_token_id)
     return eos if eos is not None else getattr(model.tokenizer, "eos_token_id", None)
 
 

@@ -16,7 +16,8 @@ from torch import Tensor
 from transformers import AutoModel, AutoModelForCausalLM, PreTrainedModel
 from transformers.modeling_outputs import CausalLMOutput
 
-from twotower.checkpoint import pretrained
+from twotower.checkpoint import pretrained, tokenizer_files
+from twotower.checkpoint.generation_config import GenerationDefaults
 from twotower.checkpoint.quantize import Quantization, quantization_of
 from twotower.config import TwoTowerConfig
 from twotower.decoding.output import BlockEvent
@@ -54,6 +55,7 @@ class TwoTowerForCausalLM(TwoTowerModel, PreTrainedModel):
             attach_runners(tower)
         self.tokenizer_source: Path | None = None
         self._tokenizer: Tokenizer | None = None
+        self.generation_defaults = GenerationDefaults()
         self.workspace = Workspace()
 
     # --- loading and saving -----------------------------------------------------------------------------------
@@ -74,8 +76,8 @@ class TwoTowerForCausalLM(TwoTowerModel, PreTrainedModel):
         """
         if pretrained_model_name_or_path is None:
             raise ArgumentError("from_pretrained: no checkpoint; give a directory or a hub id")
-        model, source = pretrained.from_pretrained(cls, pretrained_model_name_or_path, *args, **kwargs)
-        model.tokenizer_source = source
+        model, directory, defaults = pretrained.from_pretrained(cls, pretrained_model_name_or_path, *args, **kwargs)
+        model.tokenizer_source, model.generation_defaults = directory, defaults
         model.eval()
         return model
 
@@ -85,13 +87,14 @@ class TwoTowerForCausalLM(TwoTowerModel, PreTrainedModel):
         """Writes a checkpoint in the released layout, which AutoModelForCausalLM can load too."""
         if args:
             raise ArgumentError("save_pretrained takes one positional argument, the directory; name the others")
-        pretrained.save_pretrained(self, self.tokenizer, Path(save_directory), max_shard_size, **kwargs)
+        defaults = self.generation_defaults
+        pretrained.save_pretrained(self, self.tokenizer, defaults, Path(save_directory), max_shard_size, **kwargs)
 
     @property
     def tokenizer(self) -> Tokenizer | None:
         """The tokenizer of the checkpoint, loaded on first use; None if it has none. Can be set."""
         if self._tokenizer is None:
-            self._tokenizer = pretrained.load_tokenizer(self.tokenizer_source)
+            self._tokenizer = tokenizer_files.load_tokenizer(self.tokenizer_source)
         return self._tokenizer
 
     @tokenizer.setter

@@ -20,9 +20,11 @@ import torch
 from safetensors import safe_open
 from torch import Tensor
 
-from twotower.checkpoint import names, one_tower, pretrained, reader
+from twotower.checkpoint import names, one_tower, pretrained, reader, tokenizer_files
+from twotower.checkpoint.generation_config import GenerationDefaults
 from twotower.checkpoint.names import TensorEntry
 from twotower.checkpoint.one_tower import OneTowerCheckpoint
+from twotower.checkpoint.source import resolve_source
 from twotower.checkpoint.writer import TensorToWrite, write_shards
 from twotower.config import TwoTowerConfig
 from twotower.errors import ArgumentError, CheckpointError
@@ -78,13 +80,14 @@ def convert(
     """
     target = Path(directory).resolve()
     _check_target(target, overwrite)
-    origin = pretrained.resolve_source(source, {})
+    origin = resolve_source(source, {})
     if origin.resolve() == target or target in origin.resolve().parents:
         raise ArgumentError(f"{target}: the directory contains the source checkpoint; choose another directory")
     tower = one_tower.read(origin)
     config = tower.model.config
-    tokenizer = one_tower.tokenizer_of(origin)
-    config.mask_token_id = one_tower.mask_token(mask_token_id, config, tokenizer)
+    tokenizer = tokenizer_files.load_tokenizer(origin)
+    defaults = GenerationDefaults.read(origin, config.vocab_size)
+    config.mask_token_id = one_tower.mask_token(mask_token_id, config, defaults, tokenizer)
     wanted = None if dtype is None else pretrained._dtype(dtype, config)
     _check_stored(tower, wanted)
     model_dtype = wanted or tower.stored[tower.places["embeddings.weight", None].disk].torch_dtype
@@ -181,7 +184,7 @@ def _write_rest(tower: OneTowerCheckpoint, folder: Path, dtype: torch.dtype) -> 
     config = pretrained.config_to_write(tower.model) | {"torch_dtype": name}
     (folder / "config.json").write_text(json.dumps(config, indent=2, sort_keys=True) + "\n", encoding="utf-8")
     (folder / pretrained.CODE_FILE).write_text(pretrained.CODE, encoding="utf-8")
-    pretrained.copy_tokenizer_files(tower.directory, folder)
+    tokenizer_files.copy_model_files(tower.directory, folder)
 
 
 def _text_notes(config: TwoTowerConfig, tokenizer: Tokenizer | None) -> Iterator[str]:
@@ -201,7 +204,8 @@ def _check_target(target: Path, overwrite: bool) -> None:
     inside = list(target.iterdir()) if target.exists() else []
     if inside and not overwrite:
         raise ArgumentError(f"{target} is not empty; choose another directory, or replace it with --overwrite")
-    if inside and (target / "config.json" not in inside or any(path.is_dir() for path in inside)):
+    folders = [path for path in inside if path.is_dir() and path.name != tokenizer_files.TEMPLATE_FOLDER]
+    if inside and (target / "config.json" not in inside or folders):
         raise ArgumentError(
             f"{target} is not just a checkpoint (it has folders, or no config.json); remove it or choose another"
         )

@@ -11,7 +11,8 @@ from pathlib import Path
 
 import torch
 
-from twotower.checkpoint import names, pretrained, reader
+from twotower.checkpoint import names, pretrained, reader, tokenizer_files
+from twotower.checkpoint.generation_config import GenerationDefaults
 from twotower.checkpoint.names import TensorEntry
 from twotower.checkpoint.reader import StoredTensor
 from twotower.checkpoint.writer import TensorToWrite, write_shards
@@ -154,27 +155,18 @@ def write(directory: Path, weights: dict[str, torch.Tensor], config: TwoTowerCon
     values = {key: value for key, value in pretrained.config_to_write(model).items() if key != "auto_map"}
     values |= {"architectures": ["NemotronHForCausalLM"], "torch_dtype": dtype, "tie_word_embeddings": False}
     (directory / "config.json").write_text(json.dumps(values, indent=2, sort_keys=True) + "\n", encoding="utf-8")
-    tokenizer.save_pretrained(directory)
+    tokenizer_files.save_tokenizer(tokenizer, directory)
 
 
 # --- vocabulary ----------------------------------------------------------------------------------------------------
 
 
-def tokenizer_of(directory: Path) -> Tokenizer | None:
-    """The tokenizer of a checkpoint directory; None if it has none.
-
-    Raises:
-        CheckpointError: the tokenizer files are damaged.
-    """
-    try:
-        return pretrained.load_tokenizer(directory)
-    except Exception as error:  # tokenizers raise many types; the user needs one line
-        first = (str(error).strip() or type(error).__name__).splitlines()[0]
-        raise CheckpointError(f"{directory}: the tokenizer cannot be read ({first}); download it again") from None
-
-
-def mask_token(given: int | None, config: TwoTowerConfig, tokenizer: Tokenizer | None) -> int:
+def mask_token(
+    given: int | None, config: TwoTowerConfig, defaults: GenerationDefaults, tokenizer: Tokenizer | None
+) -> int:
     """The id of the mask token: the given one, else that of the config, else that of the tokenizer, else 3.
+
+    defaults: the contents of `generation_config.json`, whose EOS tokens must differ from the mask token.
 
     Raises:
         CheckpointError: the tokenizer has ids beyond the embedding.
@@ -191,7 +183,7 @@ def mask_token(given: int | None, config: TwoTowerConfig, tokenizer: Tokenizer |
     mask = next(candidate for candidate in candidates if candidate is not None)
     if not 0 <= mask < size:
         raise ArgumentError(f"the mask token id is {mask}, but vocab_size is {size}; choose an id from 0 to {size - 1}")
-    for source in (config, tokenizer):
+    for source in (config, defaults, tokenizer):
         for role in ("eos", "bos", "pad"):
             ids = getattr(source, f"{role}_token_id", None)
             if mask in (ids if isinstance(ids, list | tuple) else [ids]):

@@ -4,17 +4,18 @@ from __future__ import annotations
 
 import copy
 import json
-import shutil
 from collections.abc import Callable
 from os import PathLike
 from pathlib import Path
 from typing import Any, TypeVar, cast, get_args
 
 import torch
-from transformers import AutoTokenizer, PretrainedConfig
+from transformers import PretrainedConfig
 
-from twotower.checkpoint import names, reader
+from twotower.checkpoint import generation_config, names, reader, tokenizer_files
+from twotower.checkpoint.generation_config import GenerationDefaults
 from twotower.checkpoint.quantize import Quantization, quantization_of, quantize_
+from twotower.checkpoint.source import HubArguments, resolve_source
 from twotower.config import ARCHITECTURE, MODEL_TYPE, TwoTowerConfig
 from twotower.errors import ArgumentError, CheckpointError
 from twotower.model.towers import TowerSet, TwoTowerModel
@@ -23,19 +24,6 @@ from twotower.tokenizer import Tokenizer
 Model = TypeVar("Model", bound=TwoTowerModel)
 DeviceName = str | int | torch.device | None
 
-TOKENIZER_FILES = ("tokenizer.json", "tokenizer_config.json")
-# Files of a tokenizer, which are copied unchanged.
-ALL_TOKENIZER_FILES = (
-    *TOKENIZER_FILES,
-    "special_tokens_map.json",
-    "added_tokens.json",
-    "vocab.json",
-    "vocab.txt",
-    "merges.txt",
-    "tokenizer.model",
-    "chat_template.jinja",
-    "chat_template.json",
-)
 CODE_FILE = "modeling_twotower.py"
 CODE = '''"""Lets transformers' AutoModelForCausalLM load this directory; needs `pip install twotower`."""
 
@@ -48,7 +36,6 @@ AUTO_MAP = {
     "AutoModel": "modeling_twotower.TwoTowerForCausalLM",
     "AutoModelForCausalLM": "modeling_twotower.TwoTowerForCausalLM",
 }
-_HUB_ARGUMENTS = {"revision", "cache_dir", "token", "local_files_only", "force_download"}
 # Arguments that the Auto classes pass and that have no effect here.
 _IGNORED = {
     "trust_remote_code",
@@ -65,14 +52,14 @@ _IGNORED = {
 
 def from_pretrained(
     build: Callable[[TwoTowerConfig, TowerSet], Model], source: str | PathLike[str], *args: object, **kwargs: Any
-) -> tuple[Model, Path]:
-    """Loads a model that `build` constructs → the model and the local directory of the checkpoint.
+) -> tuple[Model, Path, GenerationDefaults]:
+    """Loads a model that `build` constructs → the model, the local directory of the checkpoint, generation defaults.
 
     For the arguments see `TwoTowerForCausalLM.from_pretrained`.
     """
     if args:
         raise ArgumentError("from_pretrained takes one positional argument, the checkpoint; name the others")
-    hub = {name: kwargs.pop(name) for name in list(kwargs) if name in _HUB_ARGUMENTS}
+    hub = cast(HubArguments, {name: kwargs.pop(name) for name in HubArguments.__annotations__ if name in kwargs})
     dtype = kwargs.pop("dtype", None) or kwargs.pop("torch_dtype", None) or "auto"
     kwargs.pop("torch_dtype", None)
     towers = kwargs.pop("towers", "both")
@@ -97,6 +84,7 @@ def from_pretrained(
         raise CheckpointError(
             f"{directory}: architectures in config.json is {config.architectures}; it must be [{ARCHITECTURE!r}]"
         )
+    defaults = GenerationDefaults.read(directory, config.vocab_size)
     config._name_or_path = str(source)
     with torch.device("meta"):
         model = build(config, towers)
@@ -106,11 +94,16 @@ def from_pretrained(
     wanted = _dtype(dtype, config)
     reader.load_weights(model, directory, config.hybrid_override_pattern, known, wanted, devices)
     model.config.dtype = model.dtype
-    return model, directory
+    return model, directory, defaults
 
 
 def save_pretrained(
-    model: TwoTowerModel, tokenizer: Tokenizer | None, directory: Path, max_shard_size: int | str, **kwargs: object
+    model: TwoTowerModel,
+    tokenizer: Tokenizer | None,
+    defaults: GenerationDefaults,
+    directory: Path,
+    max_shard_size: int | str,
+    **kwargs: object,
 ) -> None:
     """See `TwoTowerForCausalLM.save_pretrained`."""
     unknown = sorted(set(kwargs) - {"safe_serialization", "is_main_process", "push_to_hub"})
@@ -138,8 +131,10 @@ def save_pretrained(
     (directory / "config.json").write_text(
         json.dumps(config_to_write(model), indent=2, sort_keys=True) + "\n", encoding="utf-8"
     )
+    if defaults.values:
+        (directory / generation_config.FILE).write_text(defaults.text(), encoding="utf-8")
     if tokenizer is not None:
-        tokenizer.save_pretrained(directory)
+        tokenizer_files.save_tokenizer(tokenizer, directory)
 
 
 def config_to_write(model: TwoTowerModel) -> dict[str, object]:
@@ -155,43 +150,6 @@ def config_to_write(model: TwoTowerModel) -> dict[str, object]:
         "model_type": MODEL_TYPE,
         "torch_dtype": dtype,
     }
-
-
-def load_tokenizer(directory: Path | None) -> Tokenizer | None:
-    """The tokenizer of a checkpoint directory; None if it has none."""
-    if directory is None or not any((directory / name).exists() for name in TOKENIZER_FILES):
-        return None
-    # The declared types of transformers are wider than those of `Tokenizer`.
-    return cast(Tokenizer, AutoTokenizer.from_pretrained(directory))
-
-
-def resolve_source(source: str | PathLike[str], hub: dict[str, Any]) -> Path:
-    """The directory itself, or a snapshot of the needed files from the hub."""
-    directory = Path(source)
-    if directory.is_dir():
-        return directory
-    if directory.exists():
-        raise CheckpointError(f"{directory} is a file; give the directory with config.json and the weights")
-    if str(source).count("/") != 1 or str(source).startswith((".", "/", "~")):
-        raise CheckpointError(f"{source}: no such directory, and not a hub id of the form owner/name; check the path")
-    from huggingface_hub import snapshot_download
-
-    try:
-        return Path(
-            snapshot_download(str(source), allow_patterns=["*.json", "*.safetensors", "*.txt", "*.model"], **hub)
-        )
-    except Exception as error:  # the hub client raises many types; the user needs one line
-        first = (str(error).strip() or type(error).__name__).splitlines()[0]
-        raise CheckpointError(
-            f"{source}: no such directory, and the hub download failed ({first}); check the name and the connection"
-        ) from None
-
-
-def copy_tokenizer_files(source: Path, target: Path) -> None:
-    """Copies the tokenizer files unchanged."""
-    for name in ALL_TOKENIZER_FILES:
-        if (source / name).exists():
-            shutil.copyfile(source / name, target / name)
 
 
 def stored_dtype(directory: Path) -> torch.dtype:

@@ -46,8 +46,9 @@ def info(path: str | None, as_json: bool) -> None:
 
         for line in page(facts):
             click.echo(line)
-    if facts["weights"]["problem"]:
-        raise CheckpointError(facts["weights"]["problem"])
+    for problem in (facts["weights"]["problem"], facts["tokenizer_problem"]):
+        if problem:
+            raise CheckpointError(problem)
 
 
 def describe(path: Path) -> Facts:
@@ -59,8 +60,9 @@ def describe(path: Path) -> Facts:
     with models.status("reading …"):
         import torch
 
-        from twotower.checkpoint.pretrained import TOKENIZER_FILES
         from twotower.checkpoint.quantize import quantize_
+        from twotower.checkpoint.tokenizer_files import TOKENIZER_FILES
+        from twotower.cli.info_generation import generation_facts, read_tokenizer
         from twotower.config import TwoTowerConfig
         from twotower.modeling_twotower import TwoTowerForCausalLM
 
@@ -73,6 +75,7 @@ def describe(path: Path) -> Facts:
     if not isinstance(getattr(torch, dtype, None), torch.dtype):
         raise ConfigError(f"{path}: dtype is {dtype!r}, which torch does not have; correct it in the config")
     computes_in = _computes_in(model, dtype)
+    tokenizer, problem = read_tokenizer(directory)
     return {
         "path": str(path),
         "architectures": config.architectures,
@@ -87,6 +90,8 @@ def describe(path: Path) -> Facts:
         "backends": _backends(model, computes_in),
         "weights": _weights(directory, model),
         "tokenizer": [name for name in TOKENIZER_FILES if (directory / name).exists()],
+        "tokenizer_problem": problem,
+        "generation": generation_facts(directory, config, tokenizer),
     }
 
 

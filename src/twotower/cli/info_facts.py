@@ -47,6 +47,21 @@ class StoredWeights(TypedDict):
     problem: str | None
 
 
+class GenerationFacts(TypedDict):
+    """What ends a text, and how the server samples by default.
+
+    eos_token_id: the EOS tokens, and eos_source the file that has them. sampling: defaults of the server from
+    generation_config.json. unused: keys of that file without effect. chat_template: the file with the template.
+    """
+
+    eos_token_id: list[int]
+    eos_source: str | None
+    sampling: dict[str, object]
+    unused: list[str]
+    chat_template: str | None
+    chat_templates: list[str]
+
+
 class Facts(TypedDict):
     """Facts about a checkpoint directory or config file; sizes in bytes. computes_in: the dtype of `--dtype auto` by
     device."""
@@ -64,3 +79,5 @@ class Facts(TypedDict):
     backends: dict[str, list[dict[str, str]]]
     weights: StoredWeights
     tokenizer: list[str]
+    tokenizer_problem: str | None
+    generation: GenerationFacts

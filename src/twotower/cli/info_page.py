@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING
 import click
 
 if TYPE_CHECKING:
-    from twotower.cli.info_facts import Facts, ParameterCounts, StateSizes, StoredWeights
+    from twotower.cli.info_facts import Facts, GenerationFacts, ParameterCounts, StateSizes, StoredWeights
 
 _INDENT = 12
 _WIDTH = 100
@@ -40,7 +40,9 @@ def _sections(facts: Facts) -> Iterator[tuple[str, list[str]]]:
             [f"{row['op']:<14}{row['backend']:<13}{row['reason']}" for row in rows],
         )
     yield "files", list(_weights(facts["weights"]))
-    yield "tokenizer", [", ".join(facts["tokenizer"]) or "none (the model takes token ids only)"]
+    files = ", ".join(facts["tokenizer"]) or "none (the model takes token ids only)"
+    yield "tokenizer", [files, *(["cannot be read (see the error below)"] if facts["tokenizer_problem"] else [])]
+    yield "generation", list(_generation(facts["generation"]))
 
 
 def _shape(shape: dict[str, int]) -> Iterator[str]:
@@ -118,6 +120,20 @@ def _weights(weights: StoredWeights) -> Iterator[str]:
         if weights["problem"]
         else "complete: all tensors with the right shapes"
     )
+
+
+def _generation(generation: GenerationFacts) -> Iterator[str]:
+    tokens = ", ".join(map(str, generation["eos_token_id"]))
+    yield f"EOS tokens: {tokens} ({generation['eos_source']})" if tokens else "EOS tokens: none"
+    if generation["sampling"]:
+        values = ", ".join(f"{name} {value}" for name, value in generation["sampling"].items())
+        yield f"sampling defaults of the server: {values} (generation_config.json)"
+    else:
+        yield "sampling defaults of the server: those of the OpenAI API"
+    if generation["unused"]:
+        yield f"without effect: {', '.join(generation['unused'])} (generation_config.json)"
+    names = f", also {', '.join(generation['chat_templates'])}" if generation["chat_templates"] else ""
+    yield f"chat template: {generation['chat_template'] or 'none (the server writes lines of `Role: text`)'}{names}"
 
 
 def format_count(count: int) -> str:

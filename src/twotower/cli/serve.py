@@ -18,6 +18,7 @@ from twotower.process import configure_process
 
 if TYPE_CHECKING:
     from twotower.engine import LLM
+    from twotower.engine.towers import Towers
     from twotower.server.settings import Limits
 
 DEFAULT_LENGTH = 8192  # limit of the default --length: the cache of a window of a million tokens is too large
@@ -121,6 +122,12 @@ DEFAULT_LENGTH = 8192  # limit of the default --length: the cache of a window of
 )
 @click.option("--log-prompts", is_flag=True, help="Also write prompts to the log.")
 @click.option(
+    "--generation-config",
+    metavar="none|PATH",
+    help="Sampling defaults of requests. PATH: a generation_config.json or its directory; none: those of the OpenAI "
+    "API.  [default: the generation_config.json of the model]",
+)
+@click.option(
     "--context-device",
     metavar="DEVICE",
     help="Device of the context tower, e.g. cpu or cuda:0.  [default: the first CUDA device, else cpu]",
@@ -162,6 +169,7 @@ class ServeOptions:
     log_prompts: bool
     allow_origin: tuple[str, ...]
     root_path: str
+    generation_config: str | None
     context_device: str | None
     denoiser_device: str | None
     deterministic: bool
@@ -210,9 +218,11 @@ def start_server(options: ServeOptions) -> None:
     _check_free(options.host, options.port)
     source = model_loading.source_of(options.model)
     engine = _engine(options, source)
+    sampling = sampling_defaults(engine.model, options.generation_config)
     settings = ServerSettings(
         name=options.name or Path(source).name,
         decoding=decoding,
+        sampling=sampling,
         limits=options.limits(),
         api_keys=keys,
         log_prompts=options.log_prompts,
@@ -250,6 +260,8 @@ def _engine(options: ServeOptions, source: Path | str) -> LLM:
         )
     models.print_dtype_note(model, options.dtype)
     model_loading.need_tokenizer(model, source, "the server cannot encode prompts; put that file into the directory")
+    if not getattr(model.tokenizer, "chat_template", None):
+        click.echo("Note: the model has no chat template, so a chat is written as lines of `Role: text`.", err=True)
     window = model.config.backbone.max_position_embeddings
     return LLM(
         model,
@@ -258,6 +270,33 @@ def _engine(options: ServeOptions, source: Path | str) -> LLM:
         block_size=options.block_size,
         memory=None if options.memory is None else int(options.memory * 2**30),
     )
+
+
+def sampling_defaults(model: Towers, given: str | None) -> dict[str, object]:
+    """The sampling defaults of `--generation-config`; its EOS tokens, if it has any, become those of the model.
+
+    Raises:
+        TwoTowerError: the file does not exist, or a value is not allowed.
+    """
+    from twotower.checkpoint.generation_config import FILE, GenerationDefaults
+    from twotower.decoding.params import GenerationParams
+
+    if given == "none":
+        return {}
+    if given is not None:
+        read = GenerationDefaults.read(Path(given), model.backbone.vocab_size)
+        if read.file is None:
+            raise ArgumentError(f"--generation-config {given}: the directory has no {FILE}; give a file or none")
+        model.generation_defaults = model.generation_defaults.override(read)
+    defaults = model.generation_defaults
+    sampling = defaults.sampling()
+    GenerationParams.from_mapping({"mode": "ar"} | sampling)
+    if sampling:
+        values = ", ".join(f"{name} {value}" for name, value in sampling.items())
+        click.echo(f"Sampling defaults of requests: {values} ({defaults.file}).", err=True)
+    if unused := defaults.unused():
+        click.echo(f"Note: {defaults.file}: {', '.join(unused)} has no effect here.", err=True)
+    return sampling
 
 
 def _loopback(host: str) -> bool:

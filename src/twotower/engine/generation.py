@@ -114,7 +114,7 @@ def generate_like_transformers(
         kwargs["temperature"] = 0.0
     else:
         kwargs.setdefault("temperature", 1.0)
-    eos = getattr(model.config, "eos_token_id", None)
+    eos = model.generation_defaults.eos_or(getattr(model.config, "eos_token_id", None))
     kwargs.setdefault("eos_token_id", eos)  # one id, several, or none
     return generate_tensor(model, prompts, GenerationParams.from_mapping({"mode": "ar"} | kwargs), attention_mask)[0]
 

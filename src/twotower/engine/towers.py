@@ -10,6 +10,7 @@ from torch import Tensor
 from twotower.cache.hybrid_cache import TowerState
 from twotower.cache.pools import ContextView
 from twotower.cache.replica import ContextReader
+from twotower.checkpoint.generation_config import GenerationDefaults
 from twotower.config import BackboneConfig, TwoTowerConfig
 from twotower.engine.workspace import Workspace
 from twotower.tokenizer import Tokenizer
@@ -22,10 +23,11 @@ class Towers(Protocol):
     """Two towers with their passes (see `model.towers`).
 
     denoiser: None if only the context tower is loaded. workspace: draft controllers, measured costs and a reusable
-    state, shared by all calls.
+    state, shared by all calls. generation_defaults: contents of `generation_config.json`.
     """
 
     workspace: Workspace
+    generation_defaults: GenerationDefaults
 
     @property
     def config(self) -> TwoTowerConfig: ...

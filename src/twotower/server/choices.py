@@ -149,9 +149,10 @@ class ChoiceBuilder:
     ) -> dict[str, object]:
         """Arguments of `GenerationParams.of` without length and seed.
 
-        The server's defaults apply if the request has the server's mode; the fields of the request override them.
+        The fields of the request override the server's defaults, which apply if the request has the server's mode. Both
+        override the sampling defaults of `generation_config.json`.
         """
-        defaults = dict(settings.decoding) if mode == settings.decoding["mode"] else {}
+        defaults = dict(settings.sampling) | (dict(settings.decoding) if mode == settings.decoding["mode"] else {})
         given = {
             name: getattr(request, field)
             for field, name in PARAMETER_OF_FIELD.items()

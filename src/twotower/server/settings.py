@@ -35,6 +35,7 @@ class ServerSettings:
 
     name: name of the model for clients.
     decoding: defaults for `GenerationParams.of`, including the mode.
+    sampling: defaults of every mode, from `generation_config.json`; `decoding` overrides them.
     api_keys: empty if requests need no key.
     log_prompts: whether the log contains prompts. aliases: further names of the model, such as its hub id.
     allowed_origins: origins whose pages may call the server from a browser; "*" means all.
@@ -43,6 +44,7 @@ class ServerSettings:
 
     name: str
     decoding: Mapping[str, object] = field(default_factory=lambda: {"mode": "diffusion"})
+    sampling: Mapping[str, object] = field(default_factory=dict)
     limits: Limits = field(default_factory=Limits)
     api_keys: tuple[str, ...] = ()
     log_prompts: bool = False

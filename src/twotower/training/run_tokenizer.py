@@ -7,7 +7,8 @@ from typing import TYPE_CHECKING, cast
 
 from tokenizers import Tokenizer
 
-from twotower.checkpoint import pretrained
+from twotower.checkpoint import tokenizer_files
+from twotower.checkpoint.generation_config import GenerationDefaults
 from twotower.config import TwoTowerConfig
 from twotower.errors import ArgumentError
 from twotower.training.data import BOS, EOS, MASK, PAD, Encoder, Source, train_tokenizer
@@ -45,7 +46,7 @@ def tokenizer_of_run(
 def load_tokenizer(path: Path) -> ModelTokenizer:
     """Loads a tokenizer.json, or a directory from which transformers can load a tokenizer."""
     if path.is_dir():
-        tokenizer = pretrained.load_tokenizer(path)
+        tokenizer = tokenizer_files.load_tokenizer(path)
         if tokenizer is None:
             raise ArgumentError(f"{path}: contains no tokenizer; give a tokenizer.json or a directory with one")
         return tokenizer
@@ -71,14 +72,21 @@ def _texts(sources: list[Source]) -> list[str]:
     return texts
 
 
-def encoder_for(tokenizer: ModelTokenizer, config: TwoTowerConfig) -> Encoder:
+def encoder_for(
+    tokenizer: ModelTokenizer, config: TwoTowerConfig, defaults: GenerationDefaults | None = None
+) -> Encoder:
     """The encoder from text to documents of this model.
+
+    A document ends with the first EOS token of config.json, else of `defaults` (generation_config.json), else of the
+    tokenizer.
 
     Raises:
         ArgumentError: the tokenizer does not fit the model, or there is no EOS token.
     """
-    eos = config.eos_token_id if config.eos_token_id is not None else getattr(tokenizer, "eos_token_id", None)
-    eos = eos[0] if isinstance(eos, list) else eos
+    recommended = None if defaults is None else defaults.eos_token_id
+    candidates = (config.eos_token_id, recommended, getattr(tokenizer, "eos_token_id", None))
+    eos = next((candidate for candidate in candidates if candidate is not None), None)
+    eos = eos[0] if isinstance(eos, list | tuple) else eos
     if eos is None:
         raise ArgumentError("neither config.json nor the tokenizer has an EOS token; set eos_token_id in config.json")
     return Encoder(

@@ -3,13 +3,15 @@
 from __future__ import annotations
 
 import shutil
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
 
 import torch
 
-from twotower.checkpoint import one_tower, pretrained
+from twotower.checkpoint import one_tower, pretrained, tokenizer_files
+from twotower.checkpoint.generation_config import GenerationDefaults
+from twotower.checkpoint.source import resolve_source
 from twotower.config import TwoTowerConfig
 from twotower.errors import ArgumentError
 from twotower.modeling_twotower import TwoTowerForCausalLM
@@ -28,14 +30,17 @@ DTYPES = {"bfloat16": torch.bfloat16, "float32": torch.float32, "float64": torch
 
 @dataclass(frozen=True, kw_only=True)
 class ValidationInputs:
-    """What a validation is made from. objective: sharded. held_out: this process's batches, by validation source."""
+    """What a validation is made from. objective: sharded. held_out: this process's batches, by validation source.
+
+    eos_token_id: the tokens that end a generated sample.
+    """
 
     settings: RunSettings
     model: TwoTowerForCausalLM
     objective: AutoregressiveObjective | DenoisingObjective
     held_out: dict[str, list[Batch]]
     world: World
-    eos_token_id: int
+    eos_token_id: int | Sequence[int]
 
     @property
     def block_size(self) -> int:
@@ -103,7 +108,7 @@ def train_denoiser(
     settings: DenoiserSettings, directory: Path, world: World, validation: MakeValidation | None = None
 ) -> Path:
     """Trains the denoiser of a two-tower checkpoint. Returns RUN/model, the checkpoint in the source's dtype."""
-    source = pretrained.resolve_source(settings.model, {})
+    source = resolve_source(settings.model, {})
     config = TwoTowerConfig.read(source)
     with lock_run_dir(directory, settings.fixed() | _backbone_fields(config), world):
         return _train_denoiser(settings, config, source, directory, world, validation)
@@ -117,10 +122,11 @@ def _train_denoiser(
     world: World,
     validation: MakeValidation | None,
 ) -> Path:
-    tokenizer = one_tower.tokenizer_of(source)
+    tokenizer = tokenizer_files.load_tokenizer(source)
+    defaults = GenerationDefaults.read(source, config.vocab_size)
     if tokenizer is None:
         raise ArgumentError(f"{source}: contains no tokenizer; put the backbone's tokenizer.json beside the weights")
-    encoder = encoder_for(tokenizer, config)
+    encoder = encoder_for(tokenizer, config, defaults)
     sources, held_out = open_sources(settings)
     loader = open_loader(settings, sources, encoder, settings.offset, world)
     batches = open_held_out(settings, held_out, encoder, world)
@@ -151,7 +157,7 @@ def _train_denoiser(
         objective=objective,
         held_out=batches,
         world=world,
-        eos_token_id=encoder.eos_token_id,
+        eos_token_id=defaults.eos_or(config.eos_token_id) or encoder.eos_token_id,
     )
     train(
         _trainer_options(settings, directory),
@@ -221,4 +227,4 @@ def _write_two_towers(whole: dict[str, torch.Tensor], config: TwoTowerConfig, fo
         model = TwoTowerForCausalLM(config)
     model.load_state_dict(whole, strict=True, assign=True)
     model.save_pretrained(folder)
-    pretrained.copy_tokenizer_files(source, folder)
+    tokenizer_files.copy_model_files(source, folder)
