@@ -1,5 +1,5 @@
 """`python -m twotower`, and `torchrun … -m twotower`."""
 
-from twotower.cli.main import main
+from twotower.cli.entry import main
 
 main()

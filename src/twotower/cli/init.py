@@ -14,6 +14,7 @@ import click
 
 from twotower.cli import model_options as models
 from twotower.cli.info import DTYPES
+from twotower.cli.terminal import can_move_cursor
 
 if TYPE_CHECKING:
     from twotower.checkpoint.convert import ConversionResult
@@ -106,7 +107,7 @@ def summary(made: ConversionResult) -> Iterator[str]:
 @contextmanager
 def _bar() -> Iterator[Callable[[int, int], None] | None]:
     """A progress bar on stderr, if it is a terminal; removed at the end."""
-    if not sys.stderr.isatty():
+    if not can_move_cursor(sys.stderr):
         yield None
         return
     from rich.console import Console

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import difflib
+import os
 import sys
 
 import click
@@ -68,7 +69,7 @@ def run_cli(args: list[str] | None = None) -> int:
         if hasattr(stream, "reconfigure"):
             stream.reconfigure(errors="replace")  # without Unicode, "?" replaces a character
     try:
-        code: object = cli.main(args=args, prog_name="twotower", standalone_mode=False)
+        code: object = cli.main(args=args, prog_name="twotower", standalone_mode=False, color=_color())
     except click.Abort:
         return 130
     except click.ClickException as error:
@@ -82,6 +83,11 @@ def run_cli(args: list[str] | None = None) -> int:
             raise
         return _print_error(f"{error} Use a smaller --dtype, fewer tokens, or a second device.")
     return code if isinstance(code, int) else 0
+
+
+def _color() -> bool | None:
+    """False if escape codes of colors are not wanted (TERM=dumb); None: click decides."""
+    return False if os.environ.get("TERM") == "dumb" else None
 
 
 def _print_error(message: str) -> int:

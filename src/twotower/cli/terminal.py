@@ -2,10 +2,11 @@
 
 from __future__ import annotations
 
+import os
 import sys
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
-from typing import TYPE_CHECKING, Literal
+from typing import TYPE_CHECKING, Literal, TextIO
 
 import click
 
@@ -21,11 +22,16 @@ def console_on(stream: Literal["stdout", "stderr"]) -> Console:
     return Console(stderr=stream == "stderr", highlight=False, width=width)
 
 
+def can_move_cursor(stream: TextIO) -> bool:
+    """Whether a stream is a terminal that understands escape codes; a terminal with TERM=dumb does not."""
+    return stream.isatty() and os.environ.get("TERM") != "dumb"
+
+
 @contextmanager
 def status_line() -> Iterator[Callable[[str], None]]:
     """Yields a function that replaces the status line on stderr. Without a terminal, nothing is shown."""
     stream = sys.stderr  # kept, because the work inside the block may redirect sys.stderr
-    shown = stream.isatty()
+    shown = can_move_cursor(stream)
 
     def update(text: str) -> None:
         if shown:

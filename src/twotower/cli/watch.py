@@ -18,6 +18,8 @@ from rich.live import Live
 from rich.style import Style
 from rich.text import Text
 
+from twotower.cli.terminal import can_move_cursor
+
 if TYPE_CHECKING:
     from torch import Tensor
 
@@ -324,6 +326,6 @@ class LiveView:
 
 def make_view(stream: str, prompt: str, keep: bool) -> View:
     """A view for "stdout" or "stderr": live on a terminal, else one line per pass."""
-    if getattr(sys, stream).isatty():
+    if can_move_cursor(getattr(sys, stream)):
         return LiveView(Console(stderr=stream == "stderr", highlight=False), prompt, keep)
     return LineView(getattr(sys, stream))

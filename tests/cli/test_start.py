@@ -1,0 +1,58 @@
+"""The start of the command: closed streams, Ctrl-C while it imports, and a terminal without escape codes."""
+
+from __future__ import annotations
+
+import os
+import pty
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+COMMAND = [sys.executable, "-m", "twotower"]
+
+
+@pytest.mark.parametrize("closed", ["<&-", "2>&-", "<&- 2>&-", "<&- >&- 2>&-"])
+def test_closed_streams(closed: str) -> None:
+    line = " ".join([*COMMAND, "info --json", closed])
+    done = subprocess.run(["bash", "-c", line], capture_output=True, text=True, check=False)
+    assert done.returncode == 0, done.stderr
+    assert done.stderr == ""
+    assert done.stdout.startswith("{") == (">&- 2" not in closed)
+
+
+def test_closed_stdin_without_a_verb() -> None:
+    done = subprocess.run(["bash", "-c", " ".join([*COMMAND, "<&-"])], capture_output=True, text=True, check=False)
+    assert done.returncode == 2
+    assert done.stderr.startswith("Error: ")
+    assert done.stderr.count("\n") == 1
+
+
+@pytest.mark.parametrize("module", ["click", "difflib"])
+def test_ctrl_c_during_imports(tmp_path: Path, module: str) -> None:
+    """A module that raises KeyboardInterrupt stands for a signal while it is imported."""
+    (tmp_path / f"{module}.py").write_text("raise KeyboardInterrupt")
+    path = os.pathsep.join([str(tmp_path), os.environ.get("PYTHONPATH", "")])
+    done = subprocess.run(
+        [*COMMAND, "info"], capture_output=True, text=True, check=False, env=os.environ | {"PYTHONPATH": path}
+    )
+    assert (done.returncode, done.stdout, done.stderr) == (130, "", "")
+
+
+@pytest.mark.parametrize(("term", "escapes"), [("dumb", False), ("xterm-256color", True)])
+def test_escape_codes(term: str, escapes: bool) -> None:
+    """`twotower info` at a terminal of each kind."""
+    ours, theirs = pty.openpty()
+    process = subprocess.Popen([*COMMAND, "info"], stdout=theirs, stderr=theirs, env=os.environ | {"TERM": term})
+    os.close(theirs)
+    written = b""
+    try:
+        while part := os.read(ours, 65536):
+            written += part
+    except OSError:  # the end of a pseudo-terminal
+        pass
+    assert process.wait() == 0
+    os.close(ours)
+    assert b"layers" in written
+    assert (b"\x1b" in written) == escapes
