@@ -159,6 +159,7 @@ _ONLY_SUPPORTED: dict[str, tuple[object, ...]] = {
     "sliding_window": (None,),
     "moe_latent_size": (None,),
     "tie_word_embeddings": (False,),
+    "rope_scaling": (None,),  # the attention has no position embedding
 }
 
 
@@ -214,7 +215,12 @@ class TwoTowerConfig(PretrainedConfig):
             raise ConfigError(f"config: torch_dtype is {kwargs['dtype']!r}; it must be one of {', '.join(_DTYPES)}")
         kwargs.setdefault("tie_word_embeddings", False)
         kwargs.setdefault("architectures", [ARCHITECTURE])
-        super().__init__(**kwargs)
+        _check_kinds(kwargs)
+        try:
+            super().__init__(**kwargs)
+        except Exception as error:  # transformers checks its own keys, and raises many types
+            first = (str(error).strip() or type(error).__name__).splitlines()[0]
+            raise ConfigError(f"config: transformers cannot use a value ({first}); correct or remove it") from None
         # transformers drops keys that are also generation settings (`use_cache`); here they are kept.
         self._kept = {k: v for k, v in kwargs.items() if not (hasattr(self, k) or hasattr(self, f"_{k}"))}
 
@@ -301,6 +307,17 @@ def _pattern_of(key: str, types: object) -> str:
     if unknown:
         raise ConfigError(f"config: {key} has {unknown[0]!r}; choose from {sorted(_KIND_OF_BLOCK_TYPE)}")
     return "".join(_KIND_OF_BLOCK_TYPE[name] for name in types)
+
+
+def _check_kinds(kwargs: dict[str, object]) -> None:
+    """Checks keys of transformers whose values this package reads."""
+    if not isinstance(kwargs["architectures"], list | tuple | None):
+        raise ConfigError(f"config: architectures is {kwargs['architectures']!r}; it must be a list of names")
+    rope = kwargs.get("rope_parameters")
+    if rope and (not isinstance(rope, dict) or rope.get("rope_type", "default") != "default"):
+        raise ConfigError(
+            f"config: rope_parameters is {rope!r}; the attention has no position embedding, so remove the key"
+        )
 
 
 def _limits(value: object) -> object:

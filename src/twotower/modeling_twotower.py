@@ -54,6 +54,7 @@ class TwoTowerForCausalLM(TwoTowerModel, PreTrainedModel):
         for tower in self.towers():
             attach_runners(tower)
         self.tokenizer_source: Path | None = None
+        self.trust_remote_code = False
         self._tokenizer: Tokenizer | None = None
         self.generation_defaults = GenerationDefaults()
         self.workspace = Workspace()
@@ -68,7 +69,8 @@ class TwoTowerForCausalLM(TwoTowerModel, PreTrainedModel):
 
         dtype or torch_dtype: "auto" means that of the config. quantization: "none", or "int8" for the large matrices.
         towers: "both" or "context". context_device, denoiser_device: default cpu; device_map: one device for both.
-        Arguments of the hub: revision, cache_dir, token, local_files_only, force_download.
+        Of the hub: revision, subfolder, cache_dir, token, local_files_only, force_download. trust_remote_code: whether
+        code of the checkpoint may run to load the tokenizer. Other arguments of transformers are refused.
 
         Raises:
             CheckpointError, ConfigError: a file is missing or wrong; the message names the file and the tensor.
@@ -78,6 +80,7 @@ class TwoTowerForCausalLM(TwoTowerModel, PreTrainedModel):
             raise ArgumentError("from_pretrained: no checkpoint; give a directory or a hub id")
         model, directory, defaults = pretrained.from_pretrained(cls, pretrained_model_name_or_path, *args, **kwargs)
         model.tokenizer_source, model.generation_defaults = directory, defaults
+        model.trust_remote_code = bool(kwargs.get("trust_remote_code"))
         model.eval()
         return model
 
@@ -94,7 +97,7 @@ class TwoTowerForCausalLM(TwoTowerModel, PreTrainedModel):
     def tokenizer(self) -> Tokenizer | None:
         """The tokenizer of the checkpoint, loaded on first use; None if it has none. Can be set."""
         if self._tokenizer is None:
-            self._tokenizer = tokenizer_files.load_tokenizer(self.tokenizer_source)
+            self._tokenizer = tokenizer_files.load_tokenizer(self.tokenizer_source, self.trust_remote_code)
         return self._tokenizer
 
     @tokenizer.setter

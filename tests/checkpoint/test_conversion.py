@@ -163,7 +163,7 @@ def test_what_is_written_is_the_released_layout(source: Path, tmp_path: Path) ->
         "context_tower", "context_lm_head", "denoiser_tower", "lm_head", "t_embedder", "t_block", "scale_shift_tables",
     }  # fmt: skip
     assert sorted(file.name for file in (tmp_path / "made").iterdir()) == [
-        "config.json", SINGLE_FILE, "modeling_twotower.py",
+        "config.json", "generation_config.json", SINGLE_FILE, "modeling_twotower.py",
     ]  # fmt: skip
     config, before = read_config(tmp_path / "made"), read_config(source)
     assert "Infinity" in (tmp_path / "made/config.json").read_text()
@@ -535,7 +535,7 @@ WRONG: dict[str, tuple[Callable[[Path], object], tuple[str, ...]]] = {
     "longer pattern": (configured(hybrid_override_pattern="M*E-M-", num_hidden_layers=6), ("layers.5", "missing")),
     "other vocabulary": (configured(vocab_size=65), ("embeddings.weight", "[64, 32]", "[65, 32]")),
     "large tokenizer": (lambda source: write_tokenizer(source, 65), ("tokenizer", "64", "vocab_size is 64")),
-    "broken tokenizer": (lambda source: (source / "tokenizer.json").write_text("{"), ("tokenizer cannot be read",)),
+    "broken tokenizer": (lambda source: (source / "tokenizer.json").write_text("{"), ("not readable as JSON",)),
     "mask is the tokenizer's padding": (lambda source: write_tokenizer(source, pad_token="<other>"), ("pad token",)),
     "mask is the end": (configured(eos_token_id=[2, 3]), ("3", "eos token")),
     "mask is the beginning": (configured(bos_token_id=3), ("3", "bos token")),

@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import json
 import math
-import os
 import shutil
 from collections.abc import Callable, Iterator
 from contextlib import ExitStack, contextmanager
@@ -20,7 +19,7 @@ import torch
 from safetensors import safe_open
 from torch import Tensor
 
-from twotower.checkpoint import names, one_tower, pretrained, reader, tokenizer_files
+from twotower.checkpoint import atomic, names, one_tower, pretrained, reader, tokenizer_files
 from twotower.checkpoint.generation_config import GenerationDefaults
 from twotower.checkpoint.names import TensorEntry
 from twotower.checkpoint.one_tower import OneTowerCheckpoint
@@ -201,6 +200,7 @@ def _text_notes(config: TwoTowerConfig, tokenizer: Tokenizer | None) -> Iterator
 def _check_target(target: Path, overwrite: bool) -> None:
     if target.exists() and not target.is_dir():
         raise ArgumentError(f"{target} is a file; choose a directory")
+    atomic.restore_folder(target)
     inside = list(target.iterdir()) if target.exists() else []
     if inside and not overwrite:
         raise ArgumentError(f"{target} is not empty; choose another directory, or replace it with --overwrite")
@@ -238,8 +238,4 @@ def _unfinished(target: Path, overwrite: bool, size: int) -> Iterator[Path]:
 def _replace(target: Path, folder: Path, overwrite: bool) -> None:
     """Renames the finished folder to `target`; a replaced checkpoint is removed last."""
     _check_target(target, overwrite)  # again: the conversion may have taken hours
-    old = target.with_name(f".{target.name}.replaced-{os.getpid()}")
-    if target.exists():
-        target.rename(old)
-    folder.rename(target)
-    shutil.rmtree(old, ignore_errors=True)
+    atomic.replace_folder(folder, target)

@@ -11,7 +11,7 @@ from pathlib import Path
 
 import torch
 
-from twotower.checkpoint import names, pretrained, reader, tokenizer_files
+from twotower.checkpoint import names, pretrained, reader
 from twotower.checkpoint.generation_config import GenerationDefaults
 from twotower.checkpoint.names import TensorEntry
 from twotower.checkpoint.reader import StoredTensor
@@ -155,7 +155,7 @@ def write(directory: Path, weights: dict[str, torch.Tensor], config: TwoTowerCon
     values = {key: value for key, value in pretrained.config_to_write(model).items() if key != "auto_map"}
     values |= {"architectures": ["NemotronHForCausalLM"], "torch_dtype": dtype, "tie_word_embeddings": False}
     (directory / "config.json").write_text(json.dumps(values, indent=2, sort_keys=True) + "\n", encoding="utf-8")
-    tokenizer_files.save_tokenizer(tokenizer, directory)
+    tokenizer.save_pretrained(directory)
 
 
 # --- vocabulary ----------------------------------------------------------------------------------------------------

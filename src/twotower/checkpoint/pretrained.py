@@ -7,22 +7,24 @@ import json
 from collections.abc import Callable
 from os import PathLike
 from pathlib import Path
-from typing import Any, TypeVar, cast, get_args
+from typing import Any, TypeVar
 
 import torch
 from transformers import PretrainedConfig
 
-from twotower.checkpoint import generation_config, names, reader, tokenizer_files
+from twotower.checkpoint import atomic, generation_config, names, reader
 from twotower.checkpoint.generation_config import GenerationDefaults
-from twotower.checkpoint.quantize import Quantization, quantization_of, quantize_
-from twotower.checkpoint.source import HubArguments, resolve_source
+from twotower.checkpoint.load_arguments import LoadArguments, check_save_arguments
+from twotower.checkpoint.quantize import quantization_of, quantize_
+from twotower.checkpoint.source import resolve_source
+from twotower.checkpoint.tokenizer_files import TEMPLATE_FILE, TEMPLATE_FOLDER
+from twotower.checkpoint.writer import stale_weights
 from twotower.config import ARCHITECTURE, MODEL_TYPE, TwoTowerConfig
 from twotower.errors import ArgumentError, CheckpointError
 from twotower.model.towers import TowerSet, TwoTowerModel
 from twotower.tokenizer import Tokenizer
 
 Model = TypeVar("Model", bound=TwoTowerModel)
-DeviceName = str | int | torch.device | None
 
 CODE_FILE = "modeling_twotower.py"
 CODE = '''"""Lets transformers' AutoModelForCausalLM load this directory; needs `pip install twotower`."""
@@ -36,18 +38,6 @@ AUTO_MAP = {
     "AutoModel": "modeling_twotower.TwoTowerForCausalLM",
     "AutoModelForCausalLM": "modeling_twotower.TwoTowerForCausalLM",
 }
-# Arguments that the Auto classes pass and that have no effect here.
-_IGNORED = {
-    "trust_remote_code",
-    "adapter_kwargs",
-    "_from_auto",
-    "_commit_hash",
-    "code_revision",
-    "subfolder",
-    "low_cpu_mem_usage",
-    "use_safetensors",
-    "_from_pipeline",
-}
 
 
 def from_pretrained(
@@ -59,27 +49,9 @@ def from_pretrained(
     """
     if args:
         raise ArgumentError("from_pretrained takes one positional argument, the checkpoint; name the others")
-    hub = cast(HubArguments, {name: kwargs.pop(name) for name in HubArguments.__annotations__ if name in kwargs})
-    dtype = kwargs.pop("dtype", None) or kwargs.pop("torch_dtype", None) or "auto"
-    kwargs.pop("torch_dtype", None)
-    towers = kwargs.pop("towers", "both")
-    quantization = kwargs.pop("quantization", None) or "none"
-    given = kwargs.pop("config", None)
-    device_map = kwargs.pop("device_map", None)
-    devices = {
-        "context": _device(kwargs.pop("context_device", None), device_map),
-        "denoiser": _device(kwargs.pop("denoiser_device", None), device_map),
-    }
-    unknown = sorted(name for name, value in kwargs.items() if name not in _IGNORED and value is not None)
-    if unknown:
-        raise ArgumentError(f"from_pretrained: {', '.join(unknown)} is not supported by a two-tower model; remove it")
-    if towers not in ("both", "context"):
-        raise ArgumentError(f'towers is {towers!r}; choose "both" or "context"')
-    if quantization not in get_args(Quantization):
-        raise ArgumentError(f"quantization is {quantization!r}; choose {' or '.join(get_args(Quantization))}")
-
-    directory = resolve_source(source, hub)
-    config = _config(directory, given)
+    asked = LoadArguments.of(kwargs)
+    directory = resolve_source(source, asked.hub, asked.subfolder, asked.trust_remote_code)
+    config = _config(directory, asked.config)
     if ARCHITECTURE not in (config.architectures or [ARCHITECTURE]):
         raise CheckpointError(
             f"{directory}: architectures in config.json is {config.architectures}; it must be [{ARCHITECTURE!r}]"
@@ -87,12 +59,12 @@ def from_pretrained(
     defaults = GenerationDefaults.read(directory, config.vocab_size)
     config._name_or_path = str(source)
     with torch.device("meta"):
-        model = build(config, towers)
-        known = names.tensor_entries(model if towers == "both" else build(config, "both"))
-        if quantization == "int8":
+        model = build(config, asked.towers)
+        known = names.tensor_entries(model if asked.towers == "both" else build(config, "both"))
+        if asked.quantization == "int8":
             quantize_(model)
-    wanted = _dtype(dtype, config)
-    reader.load_weights(model, directory, config.hybrid_override_pattern, known, wanted, devices)
+    wanted = _dtype(asked.dtype, config)
+    reader.load_weights(model, directory, config.hybrid_override_pattern, known, wanted, asked.devices)
     model.config.dtype = model.dtype
     return model, directory, defaults
 
@@ -106,11 +78,7 @@ def save_pretrained(
     **kwargs: object,
 ) -> None:
     """See `TwoTowerForCausalLM.save_pretrained`."""
-    unknown = sorted(set(kwargs) - {"safe_serialization", "is_main_process", "push_to_hub"})
-    if unknown or kwargs.get("push_to_hub") or kwargs.get("safe_serialization") is False:
-        raise ArgumentError(
-            f"save_pretrained: {', '.join(unknown or kwargs)} is not supported; it writes local safetensors files"
-        )
+    check_save_arguments(kwargs)
     quantization = quantization_of(model)
     if quantization != "none":
         raise ArgumentError(
@@ -125,16 +93,22 @@ def save_pretrained(
         raise ArgumentError(f"save_pretrained: {directory} is a file; give a directory")
     if not kwargs.get("is_main_process", True):
         return
-    directory.mkdir(parents=True, exist_ok=True)
-    reader.save_weights(model, directory, max_shard_size)
-    (directory / CODE_FILE).write_text(CODE, encoding="utf-8")
-    (directory / "config.json").write_text(
-        json.dumps(config_to_write(model), indent=2, sort_keys=True) + "\n", encoding="utf-8"
-    )
-    if defaults.values:
-        (directory / generation_config.FILE).write_text(defaults.text(), encoding="utf-8")
-    if tokenizer is not None:
-        tokenizer_files.save_tokenizer(tokenizer, directory)
+    with atomic.replaced_files(directory, lambda new: _stale(directory, new)) as folder:
+        reader.save_weights(model, folder, max_shard_size)
+        (folder / CODE_FILE).write_text(CODE, encoding="utf-8")
+        config = json.dumps(config_to_write(model), indent=2, sort_keys=True) + "\n"
+        (folder / "config.json").write_text(config, encoding="utf-8")
+        if defaults.values:
+            (folder / generation_config.FILE).write_text(defaults.text(), encoding="utf-8")
+        if tokenizer is not None:
+            tokenizer.save_pretrained(folder)
+
+
+def _stale(directory: Path, new: set[str]) -> list[Path]:
+    """The weights and chat templates of a directory that new files of these names make obsolete."""
+    templates = [directory / TEMPLATE_FILE, *directory.glob(f"{TEMPLATE_FOLDER}/*.jinja")]
+    others = [file for file in templates if file.exists() and str(file.relative_to(directory)) not in new]
+    return stale_weights(directory, new) + (others if "tokenizer_config.json" in new else [])
 
 
 def config_to_write(model: TwoTowerModel) -> dict[str, object]:
@@ -162,12 +136,16 @@ def stored_dtype(directory: Path) -> torch.dtype:
     return found
 
 
-def _config(directory: Path, given: PretrainedConfig | None) -> TwoTowerConfig:
-    """The given configuration, else that of the directory.
+def _config(directory: Path, given: PretrainedConfig | str | PathLike[str] | None) -> TwoTowerConfig:
+    """The given configuration, read if it is a path, else that of the directory.
 
     The Auto classes give transformers' own class, which has values changed by the caller but lacks some keys of the
     file. The result has all keys of the file, with the given values where there are any.
     """
+    if isinstance(given, str | PathLike):
+        return TwoTowerConfig.read(Path(given))
+    if given is not None and not isinstance(given, PretrainedConfig):
+        raise ArgumentError(f"config is a {type(given).__name__}; give a TwoTowerConfig, or the path of a config.json")
     if isinstance(given, TwoTowerConfig):
         return copy.deepcopy(given)
     config = TwoTowerConfig.read(directory)
@@ -175,23 +153,6 @@ def _config(directory: Path, given: PretrainedConfig | None) -> TwoTowerConfig:
         values = TwoTowerConfig.of(given).to_dict()
         config = TwoTowerConfig(**{key: values.get(key, value) for key, value in config.to_dict().items()})
     return config
-
-
-def _device(named: DeviceName, device_map: DeviceName | dict[str, DeviceName]) -> torch.device:
-    """The device of a tower: its own argument, else device_map, else the CPU."""
-    if isinstance(device_map, dict) and set(device_map) == {
-        ""
-    }:  # transformers' spelling of one device for the whole model
-        return _device(named, device_map[""])
-    name, value = ("device_map", device_map) if named is None else ("device", named)
-    try:
-        if isinstance(value, dict):
-            raise TypeError("a map of several devices")
-        return torch.device("cpu" if value is None else value)
-    except (RuntimeError, TypeError):
-        raise ArgumentError(
-            f"{name} is {value!r}; give one device, such as cuda:0, or use context_device and denoiser_device"
-        ) from None
 
 
 def _dtype(dtype: str | torch.dtype | None, config: TwoTowerConfig) -> torch.dtype | None:

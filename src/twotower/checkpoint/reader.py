@@ -15,6 +15,7 @@ import torch
 from safetensors import SafetensorError, safe_open
 from torch import Tensor, nn
 
+from twotower.checkpoint.atomic import finish_save
 from twotower.checkpoint.names import KIND_MARKS, LAYER, SCALE, TensorEntry, tensor_entries
 from twotower.checkpoint.writer import DTYPE_NAMES, INDEX_FILE, SINGLE_FILE, TensorToWrite, write_shards
 from twotower.config import KIND_NAMES
@@ -42,6 +43,7 @@ def read_headers(directory: Path) -> dict[str, StoredTensor]:
     Raises:
         CheckpointError: there are no weights, the index does not match the files, or a file is damaged or truncated.
     """
+    finish_save(directory)
     index = directory / INDEX_FILE
     if not index.exists():
         if not (directory / SINGLE_FILE).exists():

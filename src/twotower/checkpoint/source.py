@@ -6,6 +6,7 @@ from os import PathLike
 from pathlib import Path, PurePosixPath
 from typing import TypedDict
 
+from twotower.checkpoint.atomic import finish_save
 from twotower.errors import ArgumentError, CheckpointError
 
 
@@ -38,6 +39,7 @@ def resolve_source(
         raise ArgumentError(f"the checkpoint is {source!r}; give a directory or a hub id of the form owner/name")
     inside = _subfolder(subfolder)
     root = _root(source, hub, inside, code)
+    finish_save(root / inside)
     if inside and not (root / inside).is_dir():
         raise CheckpointError(f"{source}: has no folder {inside}; correct subfolder")
     return root / inside

@@ -74,11 +74,6 @@ def copy_model_files(source: Path, target: Path) -> None:
             shutil.copyfile(file, target / file.relative_to(source))
 
 
-def save_tokenizer(tokenizer: Tokenizer, directory: Path) -> None:
-    """Writes a tokenizer with its chat templates."""
-    tokenizer.save_pretrained(directory)
-
-
 def _check_object(file: Path) -> None:
     """Raises CheckpointError if a file exists and is not a JSON object."""
     if not file.exists():

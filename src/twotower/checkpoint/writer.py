@@ -51,8 +51,8 @@ def write_shards(
 ) -> list[Path]:
     """Writes one safetensors file, or shards of at most max_shard_size and an index → the files, in order.
 
-    The files replace the weights in the directory. max_shard_size: bytes, or text such as "5GB". written(nbytes):
-    called after each tensor.
+    The directory has no weights yet; `replaced_files` gives such a directory. max_shard_size: bytes, or text such as
+    "5GB". written(nbytes): called after each tensor.
 
     Raises:
         ArgumentError: max_shard_size is not a size.
@@ -67,14 +67,18 @@ def write_shards(
         )
     except ValueError:
         raise ArgumentError(f"max_shard_size is {max_shard_size!r}; give bytes or a size such as 5GB") from None
-    for stale in [*directory.glob("model-*-of-*.safetensors"), directory / INDEX_FILE, directory / SINGLE_FILE]:
-        stale.unlink(missing_ok=True)
     for file, names in plan.filename_to_tensors.items():
         _write_file(directory / file, [by_name[name] for name in names], written)
     if plan.is_sharded:
         index = {"metadata": plan.metadata, "weight_map": plan.tensor_to_filename}
         (directory / INDEX_FILE).write_text(json.dumps(index, indent=2, sort_keys=True) + "\n", encoding="utf-8")
     return [directory / file for file in plan.filename_to_tensors]
+
+
+def stale_weights(directory: Path, new: set[str]) -> list[Path]:
+    """The weight files in a directory that new files of these names make obsolete."""
+    found = [*directory.glob("model-*-of-*.safetensors"), directory / INDEX_FILE, directory / SINGLE_FILE]
+    return [file for file in found if file.name not in new]
 
 
 def _write_file(file: Path, to_write: list[TensorToWrite], written: Callable[[int], None]) -> None:

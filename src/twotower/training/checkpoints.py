@@ -26,6 +26,7 @@ import torch.distributed.checkpoint as dcp
 from torch import Tensor
 from torch.distributed.checkpoint.api import CheckpointException  # not an Exception but a BaseException
 
+from twotower.checkpoint.atomic import sync
 from twotower.errors import TwoTowerError
 from twotower.training.data.state import LoaderState
 from twotower.training.fsdp import World
@@ -67,8 +68,11 @@ def save(directory: Path, step: int, tensors: dict[str, Tensor], rows: LoaderSta
             (partial / MANIFEST).write_text(
                 json.dumps({"step": step, "processes": world.size, "files": sums}), encoding="utf-8"
             )
+            for file in partial.iterdir():
+                sync(file)
             shutil.rmtree(final, ignore_errors=True)  # a damaged checkpoint of the same step
             partial.rename(final)
+            sync(directory)
 
     try:
         _on_all_ranks(begin, world)

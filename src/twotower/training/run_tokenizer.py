@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING, cast
 from tokenizers import Tokenizer
 
 from twotower.checkpoint import tokenizer_files
+from twotower.checkpoint.atomic import sync
 from twotower.checkpoint.generation_config import GenerationDefaults
 from twotower.config import TwoTowerConfig
 from twotower.errors import ArgumentError
@@ -38,6 +39,7 @@ def tokenizer_of_run(
             )
         partial = file.with_suffix(".partial")
         train_tokenizer(_texts(sources), size, split_digits=settings.split_digits).save(str(partial))
+        sync(partial)
         partial.replace(file)
     world.barrier()
     return load_tokenizer(file)

@@ -9,7 +9,7 @@ from pathlib import Path
 
 import torch
 
-from twotower.checkpoint import one_tower, pretrained, tokenizer_files
+from twotower.checkpoint import atomic, one_tower, pretrained, tokenizer_files
 from twotower.checkpoint.generation_config import GenerationDefaults
 from twotower.checkpoint.source import resolve_source
 from twotower.config import TwoTowerConfig
@@ -218,8 +218,7 @@ def _publish(directory: Path, write: Callable[[Path], None]) -> None:
     shutil.rmtree(partial, ignore_errors=True)
     partial.mkdir()
     write(partial)
-    shutil.rmtree(final, ignore_errors=True)
-    partial.rename(final)
+    atomic.replace_folder(partial, final)
 
 
 def _write_two_towers(whole: dict[str, torch.Tensor], config: TwoTowerConfig, folder: Path, source: Path) -> None:
