@@ -10,7 +10,7 @@ forward and backward, without parameters, for one row of 4,096 tokens.
 ablations: a backbone of about a million parameters is trained once on dialogues and the suite's problems. Each
 variation then trains a denoiser from it for the same number of steps, and is measured on the same held-out text: masked
 NLL in nats by noise level, and, if generation supports the variation, tokens per pass and the suite's exact-match
-accuracy at γ 0.8. Finished runs are kept in OUT and not repeated; the table shows the runs that exist.
+accuracy at threshold 0.8. Finished runs are kept in OUT and not repeated; the table shows the runs that exist.
 """
 
 from __future__ import annotations

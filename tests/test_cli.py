@@ -235,6 +235,20 @@ def test_no_traceback_in_a_real_process() -> None:
 # --- watch and trace ------------------------------------------------------------------------------------------------
 
 
+def test_a_setting_is_not_an_option_of_generate(cli: Callable[..., Result]) -> None:
+    for name in ("-s", "--setting"):
+        failed = cli("generate", PROMPT, name, "diffusion:0.8")
+        assert failed.code == 2
+        assert name in failed.err
+        assert failed.err.endswith("; generate takes --mode and one option for each parameter\n")
+
+
+def test_watch_marks_the_check_of_a_draft(cli: Callable[..., Result], checkpoint: Path) -> None:
+    watched = cli(PROMPT, "-m", checkpoint, "-n", "20", "--watch", "--mode", "verified", "--draft-steps", "1")
+    lines = [line for line in watched.err.splitlines() if line.startswith("block")]
+    assert [line.split()[2] for line in lines[:3]] == ["pass", "pass", "check"]
+
+
 def test_watch_writes_a_line_a_pass_to_stderr(cli: Callable[..., Result], checkpoint: Path) -> None:
     quiet = cli(PROMPT, "-m", checkpoint, "-n", "20")
     watched = cli(PROMPT, "-m", checkpoint, "-n", "20", "--watch")
@@ -442,7 +456,16 @@ def test_demo_compares_the_three_modes(
     monkeypatch.setattr("twotower.cli.demo.NEW_TOKENS", 20)
     result = cli("demo", "-m", checkpoint)
     assert result.code == 0
-    for words in ("ar ", "mock_ar", "verified", "diffusion γ 0.8", "tokens/pass", "tokens/s", "× AR", "than AR here"):
+    for words in (
+        "ar ",
+        "mock_ar",
+        "verified",
+        "diffusion, threshold 0.8",
+        "tokens/pass",
+        "tokens/s",
+        "× AR",
+        "than AR here",
+    ):
         assert words in result.out
     assert "\x1b" not in result.out
     assert result.err == ""

@@ -121,7 +121,7 @@ def nll(material: Material, objective: DenoisingObjective, seed: int) -> dict[st
 
 
 def generate(material: Material, variation: Variation, whole: dict[str, Tensor]) -> dict[str, Any]:
-    """Tokens per pass and accuracy on the suite at γ 0.8, and AR's accuracy."""
+    """Tokens per pass and accuracy on the suite at threshold 0.8, and AR's accuracy."""
     model = Blind(material.config) if not variation.seeded else TwoTowerForCausalLM(material.config)
     if variation.tied:
         own = {name: tensor for name, tensor in whole.items() if name.startswith("context.")}
@@ -180,7 +180,7 @@ def prepare(data: Path, out: Path, steps: int, world: fsdp.World) -> Material:
 
 def table(out: Path, seeds: Sequence[int]) -> list[str]:
     """Markdown: means over seeds, spread (largest − smallest) after ±."""
-    head = "| variation | masked NLL t 0.3 | t 0.6 | t 1.0 | tokens/pass γ 0.8 | suite exact | seeds |"
+    head = "| variation | masked NLL t 0.3 | t 0.6 | t 1.0 | tokens/pass, threshold 0.8 | suite exact | seeds |"
     lines = [head, "|---|---|---|---|---|---|---|"]
     for variation in VARIATIONS:
         files = [out / f"{slug(variation)}-{seed}.json" for seed in seeds]

@@ -1,6 +1,11 @@
 """Errors that a user can cause. A message is one line: what is wrong, the given value, and what to do."""
 
 
+def install_command(extra: str) -> str:
+    """The commands that install an extra of this package, for error messages."""
+    return f"pip install 'twotower[{extra}]' (in a checkout: pip install -e '.[{extra}]')"
+
+
 class TwoTowerError(Exception):
     """Base class of the errors of this package. The command line prints the message and exits with code 2."""
 

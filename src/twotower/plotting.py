@@ -8,7 +8,7 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from typing import Any
 
-from twotower.errors import ArgumentError
+from twotower.errors import ArgumentError, install_command
 
 DPI = 120
 # The colour-blind safe palette of Okabe and Ito.
@@ -38,7 +38,7 @@ def drawing() -> Iterator[None]:
         ArgumentError: matplotlib is not installed.
     """
     if importlib.util.find_spec("matplotlib") is None:
-        raise ArgumentError("figures need matplotlib, which is not installed; pip install 'twotower[plots]'")
+        raise ArgumentError(f"figures need matplotlib, which is not installed; {install_command('plots')}")
     import matplotlib
 
     with matplotlib.rc_context(), warnings.catch_warnings():

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from pathlib import Path
+
 import click
 import pytest
 from click.testing import CliRunner, Result
@@ -79,6 +81,21 @@ def test_training_accepts_its_former_options(
     by_old, by_new = (verbs.commands[verb].make_context(verb, [*required, name, *values]).params for name in (old, new))
     assert by_old == by_new
     assert capsys.readouterr().err == f"{old} is deprecated; use {new}\n"
+
+
+def test_the_plan_accepts_its_former_option(capsys: pytest.CaptureFixture) -> None:
+    arguments = [["bundled", name, "0.5"] for name in ("--utilisation", "--utilization")]
+    by_old, by_new = (verbs.commands["train"].make_context("train", given).params for given in arguments)
+    assert by_old == by_new
+    assert by_new["utilisation"] == 0.5
+    assert capsys.readouterr().err == "--utilisation is deprecated; use --utilization\n"
+
+
+def test_stages_replace_other_options(tmp_path: Path) -> None:
+    arguments = ["bundled", "--stages", "no", "--steps", "5", "--no-tensorboard", "-o", str(tmp_path)]
+    result = CliRunner().invoke(verbs.commands["train"], arguments)
+    assert "Warning: --steps has no effect with --stages.\n" in result.stderr
+    assert "--block-size" not in result.stderr
 
 
 def test_the_help_hides_old_spellings() -> None:

@@ -126,7 +126,7 @@ def tables(found: list[SpeedResult]) -> Iterator[Table]:
         title = f"{rows} {'rows' if rows > 1 else 'row'} after {context} tokens"
         out = Table(box=box.SIMPLE_HEAD, header_style="dim", title=title, title_justify="left", title_style="bold")
         out.add_column("setting", overflow="fold")
-        for name in ("tokens/s", "× AR", "tokens/pass", "first answer", "denoiser\npass", "context\npass"):
+        for name in ("tokens/s", "× AR", "tokens/\npass", "first\nanswer", "denoiser\npass", "context\npass"):
             out.add_column(name, justify="right", no_wrap=True)
         for one in found:
             if (one.rows, one.context) == (rows, context):

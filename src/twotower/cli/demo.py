@@ -38,7 +38,8 @@ MOCK_AR = "mock_ar: the denoiser as a next-token predictor, for which it was not
 def demo(model: str | None, threads: int | None, as_json: bool) -> None:
     """Show denoising, then compare the modes.
 
-    Decoding is greedy, with one prompt. All figures are measured in this run.
+    Decoding is greedy, with one prompt; diffusion has threshold 0.8. All figures are measured in this run. Passes are
+    those of both towers, without the prefill.
     """
     loaded, source = models.load_text_model(model, "there is no text to show; choose another model", threads=threads)
     console = console_on("stdout")
@@ -48,7 +49,7 @@ def demo(model: str | None, threads: int | None, as_json: bool) -> None:
     results = measure_modes(loaded)
     if as_json:
         facts = {"prompt": PROMPT, "model": str(source), **model_loading.placement(loaded)}
-        modes = [result.to_dict() | {"times_ar": times_ar(results, mode)} for mode, result in results.items()]
+        modes = [figures_of(result) | {"times_ar": times_ar(results, mode)} for mode, result in results.items()]
         click.echo(json.dumps(facts | {"confidence_threshold": THRESHOLD, "modes": modes}, ensure_ascii=False))
         return
     print_tables(console, results)
@@ -122,6 +123,16 @@ def generate_once(model: TwoTowerForCausalLM, mode: str, new_tokens: int = NEW_T
     return result
 
 
+def tokens_per_pass(result: Generation) -> float:
+    """New tokens per pass, passes of both towers counted, as in evaluation."""
+    return len(result.tokens) / max(result.passes_of_both, 1)
+
+
+def figures_of(result: Generation) -> dict[str, object]:
+    """The result as plain data; passes and tokens per pass count both towers."""
+    return result.to_dict() | {"passes": result.passes_of_both, "tokens_per_pass": tokens_per_pass(result)}
+
+
 def times_ar(results: dict[str, Generation], mode: str) -> float:
     """Tokens per second as a multiple of AR's."""
     return results[mode].tokens_per_second / results["ar"].tokens_per_second
@@ -145,15 +156,15 @@ def print_tables(console: Console, results: dict[str, Generation]) -> None:
         figures.add_column(name, justify="right", no_wrap=True)
     for mode in ("ar", "mock_ar", "verified", "diffusion"):
         result = results[mode]
-        name = f"{mode} γ {THRESHOLD}" if mode == "diffusion" else mode
+        name = f"{mode}, threshold {THRESHOLD}" if mode == "diffusion" else mode
         text = visible(result.text.strip().replace("\n", " ↵ "))
         short = text if len(text) <= SHOWN_CHARACTERS else text[:SHOWN_CHARACTERS].rstrip() + " …"
         texts.add_row(name, Text(short))  # plain text, because rich takes [brackets] for markup
         figures.add_row(
             name,
             str(len(result.tokens)),
-            str(result.passes),
-            f"{result.tokens_per_pass:.2f}",
+            str(result.passes_of_both),
+            f"{tokens_per_pass(result):.2f}",
             f"{result.tokens_per_second:.1f}",
             f"{times_ar(results, mode):.2f}",
             style="bold" if mode == "diffusion" else "",
@@ -172,6 +183,6 @@ def speed_summary(results: dict[str, Generation]) -> str:
     return (
         f"Diffusion is {speed} than AR here ({ratio:.2f}×). It wrote {len(diffusion.tokens)} tokens in {passes} passes "
         f"({diffusion.denoiser_passes} of the denoiser, {diffusion.context_passes} of the context tower): "
-        f"{len(diffusion.tokens) / passes:.2f} tokens per pass. A pass costs as much as {cost:.2f} AR steps. "
+        f"{tokens_per_pass(diffusion):.2f} tokens per pass. A pass costs as much as {cost:.2f} AR steps. "
         "All figures are from this run."
     )

@@ -62,21 +62,22 @@ SAMPLING_ONLY = ("seed", "top_k", "top_p")
     type=click.FloatRange(0, 1),
     default=0.9,
     show_default=True,
-    help="Diffusion: commit every token with a confidence above P. Lower values are faster and less accurate.",
+    help="Diffusion, verified, auto: commit every token with a confidence above P. Lower values are faster and less "
+    "accurate.",
 )
 @click.option(
     "--policy",
     metavar="NAME",
     default="threshold",
     show_default=True,
-    help="Diffusion: commit policy, which chooses the positions that a pass commits.",
+    help="Diffusion, verified, auto: commit policy, which chooses the positions that a pass commits.",
 )
 @click.option(
     "--policy-value",
     cls=formerly("--knob"),
     metavar="X",
     type=float,
-    help="Diffusion: value of the commit policy, instead of --threshold.",
+    help="Diffusion, verified, auto: value of the commit policy, instead of --threshold.",
 )
 @click.option(
     "--block-size",
@@ -84,7 +85,7 @@ SAMPLING_ONLY = ("seed", "top_k", "top_p")
     type=click.IntRange(min=1),
     default=16,
     show_default=True,
-    help="Diffusion: tokens of a block.",
+    help="Diffusion, verified, auto: tokens of a block.",
 )
 @click.option(
     "--steps",
@@ -92,13 +93,13 @@ SAMPLING_ONLY = ("seed", "top_k", "top_p")
     type=click.IntRange(min=1),
     default=16,
     show_default=True,
-    help="Diffusion: maximum number of denoising passes for a block.",
+    help="Diffusion, auto: maximum number of denoising passes for a block.",
 )
 @click.option(
     "--draft-steps",
     metavar="N",
     type=click.IntRange(min=0),
-    help="Verified: draft depth, the denoising passes for a draft.  [default: adapts to measured speed]",
+    help="Verified, auto: draft depth, the denoising passes for a draft.  [default: 0, 1, 2 or 4, by measured speed]",
 )
 @click.option(
     "--acceptance",
@@ -106,7 +107,8 @@ SAMPLING_ONLY = ("seed", "top_k", "top_p")
     type=click.FloatRange(0, 1),
     default=1.0,
     show_default=True,
-    help="Verified: accept drafted tokens with at least A times the probability of AR's best token. 1 is lossless.",
+    help="Verified, auto: accept drafted tokens with at least A times the probability of AR's best token. 1: the text "
+    "is AR's.",
 )
 @click.option(
     "--temperature", metavar="X", type=float, default=0.0, show_default=True, help="Sampling temperature; 0 is greedy."

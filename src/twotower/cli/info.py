@@ -23,7 +23,7 @@ if TYPE_CHECKING:
 DTYPES = ("bfloat16", "float32", "float64")
 # Measured on a CPU (docs/log.md): a step takes 6.2 ms in plain torch, 4.1 compiled, 2.3 in one native call.
 _COMPILE = {
-    "cpu": "needs a C++ compiler, with which the native kernels are faster",
+    "cpu": "not used: with a C++ compiler, the native kernels are faster",
     "cuda": "CUDA graphs are used instead; torch.compile has not been measured on a GPU",
 }
 
@@ -149,7 +149,7 @@ def _count(module: nn.Module) -> int:
 
 
 def _memory(model: TwoTowerForCausalLM, dtype: str) -> dict[str, int]:
-    """Bytes of weights; weights that are not quantised are in `dtype`. Time conditioning counts to the denoiser."""
+    """Bytes of weights; weights that are not quantized are in `dtype`. Time conditioning counts to the denoiser."""
     import torch
 
     from twotower.model.fp32_tensors import target_dtype

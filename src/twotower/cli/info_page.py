@@ -95,7 +95,7 @@ def _memory(memory: dict[str, dict[str, int]]) -> Iterator[str]:
     }
     for name, cells in rows.items():
         yield f"{name:<34}" + "".join(f"{cell:>10}" for cell in cells)
-    yield "int8: with --quantization int8; weights that are not quantised in bf16"
+    yield "int8: with --quantization int8; weights that are not quantized in bf16"
 
 
 def _state(state: StateSizes) -> Iterator[str]:

@@ -72,6 +72,10 @@ def run_cli(args: list[str] | None = None) -> int:
         code: object = cli.main(args=args, prog_name="twotower", standalone_mode=False, color=_color())
     except click.Abort:
         return 130
+    except click.NoSuchOption as error:
+        if error.option_name in ("-s", "--setting") and error.ctx is not None and error.ctx.command is generate:
+            return _print_error(f"{error.message.rstrip('.')}; generate takes --mode and one option for each parameter")
+        return _print_error(error.format_message())
     except click.ClickException as error:
         return _print_error(error.format_message())
     except TwoTowerError as error:

@@ -51,15 +51,15 @@ denoiser_device_option = click.option(
 deterministic_option = click.option(
     "--deterministic",
     is_flag=True,
-    help="Give the same text in every run, also in bf16: passes do not depend on measured times or on other requests. "
-    "Slower.",
+    help="Give the same text in every run with the same seed, also in bf16: passes do not depend on measured times or "
+    "on other requests. Slower.",
 )
 quantization_option = click.option(
     "--quantization",
     type=click.Choice(model_loading.QUANTIZATIONS),
     default="none",
     show_default=True,
-    help="int8: quantise the large matrices to 8 bits while loading (weight-only); the rest stays in --dtype.",
+    help="int8: quantize the large matrices to 8 bits while loading (weight-only); the rest stays in --dtype.",
 )
 threads_option = click.option(
     "--threads",

@@ -9,7 +9,7 @@ from statistics import fmean
 from typing import TYPE_CHECKING
 
 from twotower.cli.terminal import status_line
-from twotower.errors import ArgumentError
+from twotower.errors import ArgumentError, install_command
 
 if TYPE_CHECKING:
     from rich.table import Table
@@ -24,7 +24,7 @@ ALL_TASKS = "all"  # stands for all names of tasks
 def require_lm_eval() -> None:
     """Raises ArgumentError if lm-evaluation-harness is not installed."""
     if importlib.util.find_spec("lm_eval") is None:
-        raise ArgumentError("this command needs lm-evaluation-harness; install it: pip install 'twotower[eval]'")
+        raise ArgumentError(f"this command needs lm-evaluation-harness; install it: {install_command('eval')}")
 
 
 def check_tasks(names: Sequence[str], data: Path | None, run_code: bool) -> None:

@@ -13,7 +13,7 @@ import click
 
 from twotower import model_loading
 from twotower.cli import model_options as models
-from twotower.errors import ArgumentError
+from twotower.errors import ArgumentError, install_command
 from twotower.process import configure_process
 
 if TYPE_CHECKING:
@@ -200,7 +200,7 @@ def start_server(options: ServeOptions) -> None:
     try:
         from twotower.server.uvicorn_server import serve_until_signal
     except ImportError as error:
-        raise ArgumentError(f"serving needs {error.name}; install it: pip install 'twotower[serve]'") from None
+        raise ArgumentError(f"serving needs {error.name}; install it: {install_command('serve')}") from None
     from twotower.engine import AsyncLLM
     from twotower.server.service import Service
     from twotower.server.settings import ServerSettings, check_origin, check_root_path, read_keys

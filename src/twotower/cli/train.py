@@ -10,8 +10,9 @@ from typing import TYPE_CHECKING, Any
 import click
 
 from twotower import model_loading
+from twotower.cli.deprecated import formerly
 from twotower.cli.train_options import common_options
-from twotower.errors import ArgumentError
+from twotower.errors import ArgumentError, install_command
 from twotower.process import configure_process
 
 if TYPE_CHECKING:
@@ -119,10 +120,16 @@ def pretrain(
 @click.option(
     "--gpu-memory", type=float, default=80.0, show_default=True, metavar="GIB", help="For --plan: memory of one GPU."
 )
-@click.option("--tokens", type=float, default=2.1e12, show_default=True, help="For --plan: tokens to train on.")
+@click.option("--tokens", type=float, default=2.1e12, show_default="2.1e12", help="For --plan: tokens to train on.")
 @click.option("--peak-tflops", type=float, default=989.0, show_default=True, help="For --plan: dense peak of one GPU.")
 @click.option(
-    "--utilisation", type=float, default=0.35, show_default=True, help="For --plan: assumed share of the peak."
+    "--utilization",
+    "utilisation",
+    cls=formerly("--utilisation"),
+    type=float,
+    default=0.35,
+    show_default=True,
+    help="For --plan: assumed share of the peak.",
 )
 @click.option("--json", "as_json", is_flag=True, help="Print the plan as one JSON object.")
 @common_options
@@ -162,6 +169,8 @@ def train(
         _show_plan(source, figures, options, as_json)
         return
     output = _required_output(output)
+    if stages:
+        _warn_without_effect("block_size", "steps")
     configure_process(threads)
     _require_tensorboard(options["tensorboard"])
     from twotower.training import runs
@@ -227,6 +236,14 @@ def _denoiser_validation(inputs: ValidationInputs) -> Validate:
     )
 
 
+def _warn_without_effect(*names: str) -> None:
+    """Warns of each of these options that the command line names beside --stages."""
+    context = click.get_current_context()
+    for name in names:
+        if context.get_parameter_source(name) is not click.core.ParameterSource.DEFAULT:
+            click.echo(f"Warning: --{name.replace('_', '-')} has no effect with --stages.", err=True)
+
+
 def _required_output(output: Path | None) -> Path:
     if output is None:
         raise ArgumentError("no run directory; give one with -o RUN")
@@ -254,4 +271,4 @@ def _require_tensorboard(tensorboard: bool) -> None:
     import importlib.util
 
     if tensorboard and importlib.util.find_spec("tensorboard") is None:
-        raise ArgumentError("TensorBoard is not installed; pip install 'twotower[train]', or add --no-tensorboard")
+        raise ArgumentError(f"TensorBoard is not installed; {install_command('train')}, or add --no-tensorboard")

@@ -112,7 +112,7 @@ OPTIONS = (
         help="Step size of the experts' selection biases for load balance; 0: no balancing.",
     ),
     click.option(
-        "--seed", type=click.IntRange(0), default=0, show_default=True, help="Of the data order and the noise."
+        "--seed", type=click.IntRange(0), default=0, show_default=True, help="Seed of the data order and the noise."
     ),
     click.option(
         "--dtype",

@@ -273,7 +273,8 @@ class LineView:
 
     def frame(self, frame: Frame) -> None:
         text = "".join(MASK_PLAIN if token is None else self.names(token) for token in frame.tokens)
-        self.stream.write(f"block {frame.block + 1:>2}  pass {frame.passes:>2}  t {frame.t:4.2f}  {text}\n")
+        name = "check  " if frame.verified else f"pass {frame.passes:>2}"
+        self.stream.write(f"block {frame.block + 1:>2}  {name}  t {frame.t:4.2f}  {text}\n")
         self.stream.flush()
 
     def append_text(self, text: str) -> None: ...
@@ -298,7 +299,8 @@ class LiveView:
         self.live.start()
 
     def frame(self, frame: Frame) -> None:
-        status = f"block {frame.block + 1} · pass {frame.passes} · t {frame.t:.2f}"
+        name = "check" if frame.verified else f"pass {frame.passes}"
+        status = f"block {frame.block + 1} · {name} · t {frame.t:.2f}"
         status += f" · {frame.tokens_per_pass:.1f} tokens/pass"
         self._show(block_text(frame, self.names), Text(status, Style(dim=True)))
 

@@ -16,7 +16,7 @@ from weakref import WeakKeyDictionary
 import numpy as np
 from numpy.typing import NDArray
 
-from twotower.errors import ArgumentError, TwoTowerError
+from twotower.errors import ArgumentError, TwoTowerError, install_command
 from twotower.tokenizer import Tokenizer
 
 if TYPE_CHECKING:
@@ -155,7 +155,7 @@ def _library() -> ModuleType:
     try:
         import llguidance
     except ImportError:
-        raise ArgumentError("a constraint needs llguidance; pip install 'twotower[structured]'") from None
+        raise ArgumentError(f"a constraint needs llguidance; {install_command('structured')}") from None
     return llguidance
 
 

@@ -13,7 +13,7 @@ from typing import Any
 
 import click
 
-TITLES = {"ar": "AR", "diffusion:0.8": "γ 0.8", "diffusion:0.9": "γ 0.9"}
+TITLES = {"ar": "AR", "diffusion:0.8": "threshold 0.8", "diffusion:0.9": "threshold 0.9"}
 LOSSLESS = "verified:draft_steps=1"
 Figures = dict[str, Any]  # a JSON object of one of the files
 
@@ -43,7 +43,7 @@ def training(records: list[Figures]) -> Iterator[str]:
 def dialogues(figures: Figures) -> Iterator[str]:
     """Table of continuations of held-out dialogues, with a column for each setting."""
     columns = {name: figures[setting] for setting, name in {**TITLES, LOSSLESS: "verified"}.items()}
-    yield "| | " + " | ".join(columns) + " |"
+    yield "| figure | " + " | ".join(columns) + " |"
     yield "|---" * (len(columns) + 1) + "|"
     rows: dict[str, Callable[[Figures], str]] = {
         "tokens per denoiser pass": lambda f: (
@@ -63,7 +63,9 @@ def dialogues(figures: Figures) -> Iterator[str]:
 def suite(figures: Figures) -> Iterator[str]:
     """Table of problems: exact answers, tokens per denoising pass, and for verified mode per pass of both towers."""
     yield (
-        "| | " + " | ".join(f"{title} right" for title in TITLES.values()) + " | tokens/pass γ 0.8 | γ 0.9 | verified |"
+        "| family | "
+        + " | ".join(f"{title} right" for title in TITLES.values())
+        + " | tokens/pass 0.8 | 0.9 | verified |"
     )
     yield "|---" * (len(TITLES) + 4) + "|"
     for family in figures["ar"]["accuracy"]:

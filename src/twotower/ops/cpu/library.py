@@ -118,7 +118,7 @@ def _compile(
     folder.mkdir(parents=True, exist_ok=True)
     _remove_abandoned(folder)
     processor = "this processor" if target is cpu_target.NATIVE else target.name
-    _say(f"compiling kernels for {processor}, once (about 20 s) → {folder}")
+    _say(f"compiling kernels for {processor}, once (10 to 20 s) → {folder}")
     errors = ""
     with tempfile.TemporaryDirectory(dir=folder) as temporary:
         made = Path(temporary) / f"{name}.so"

@@ -13,7 +13,7 @@ from pathlib import Path
 from types import ModuleType
 from typing import TYPE_CHECKING, Protocol
 
-from twotower.errors import ArgumentError, TwoTowerError
+from twotower.errors import ArgumentError, TwoTowerError, install_command
 from twotower.training.data.files import (
     PARQUET,
     LineFiles,
@@ -198,7 +198,7 @@ def quiet() -> Iterator[ModuleType]:
     try:
         import datasets
     except ImportError:
-        raise TwoTowerError("this data needs the package `datasets`: pip install 'twotower[train]'") from None
+        raise TwoTowerError(f"this data needs the package `datasets`: {install_command('train')}") from None
     bars = datasets.are_progress_bars_disabled()
     level = datasets.utils.logging.get_verbosity()
     datasets.disable_progress_bars()

@@ -130,7 +130,7 @@ def _name_ends(axis: Axes, ends: Sequence[tuple[float, str, ColorType]]) -> None
 
 _SINGLE = {
     "agreement": ("Agreement with the context tower's greedy choice", "% of masked positions", BLUE, 100.0),
-    "tokens_per_pass": ("Tokens per denoiser pass (greedy, γ 0.8)", "tokens per pass", GREEN, 1.0),
+    "tokens_per_pass": ("Tokens per denoiser pass (greedy, threshold 0.8)", "tokens per pass", GREEN, 1.0),
     "bits_per_byte": ("Held-out bits per byte", "bits per byte", GREEN, 1.0),
 }
 

@@ -27,7 +27,7 @@ from twotower.training.validation.samples import shared_prompts, unsharded, writ
 # Noise levels. All but the last are the middles of equal parts of (0, 1], so together they estimate the training loss.
 # The last is the noise level of the first denoising pass over a block.
 LEVELS = (0.1, 0.3, 0.5, 0.7, 0.9, 1.0)
-CONFIDENCE = 0.8  # the threshold γ of the published figures
+CONFIDENCE = 0.8  # the threshold of the published figures
 
 
 class DenoisingValidation:
@@ -38,7 +38,7 @@ class DenoisingValidation:
     ar_nll: −ln p of the context tower in nats per token, over the tokens of the same blocks, without repeated EOS.
     agreement: share of masked positions of the levels below 1 where the denoiser's most likely token (other than the
         mask token) is the context tower's most likely token after the true text; without repeated EOS.
-    tokens_per_pass, sample: greedy diffusion at γ 0.8 (`samples.write_samples`).
+    tokens_per_pass, sample: greedy diffusion at threshold 0.8 (`samples.write_samples`).
 
     Masks are a function of (seed, row number). A frozen context tower is scored once, and its figures are reused.
 
