@@ -23,4 +23,5 @@ for mode, description in MODES.items():
     (output,) = generate(model, [prompt], params)
     print(f"--- {mode}: {description}")
     print(output.text.strip())
-    print(f"    {output.tokens_per_pass:.2f} tokens per pass, {output.tokens_per_second:.0f} tokens per second")
+    passes = output.denoiser_passes + output.context_passes
+    print(f"    {len(output.tokens) / passes:.2f} tokens per pass, passes of both towers counted")

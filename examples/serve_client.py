@@ -6,11 +6,14 @@ Run: python examples/serve_client.py [http://127.0.0.1:8000/v1]
 
 import sys
 
-from openai import OpenAI
+from openai import APIConnectionError, OpenAI
 
 address = sys.argv[1] if len(sys.argv) > 1 else "http://127.0.0.1:8000/v1"
 client = OpenAI(base_url=address, api_key="none")  # the key, if the server was started with one
-model = client.models.list().data[0].id
+try:
+    model = client.models.list().data[0].id
+except APIConnectionError:
+    sys.exit(f"no server at {address}; start one: twotower serve")
 
 reply = client.chat.completions.create(
     model=model,

@@ -32,6 +32,17 @@ prints the version. This page is generated from the code by `make docs`.
 
 The exit code is 0 on success, 2 after an error of the user, and 130 after Ctrl-C. Results go to stdout and messages
 to stderr.
+
+| verb | default mode or settings | `-n` | `-o` |
+|---|---|---|---|
+| `generate` | diffusion | most new tokens | – |
+| `batch` | verified | most new tokens of a line | file of results |
+| `bench` | AR, diffusion:0.8, diffusion:0.9, verified:draft_steps=1 | most new tokens of a row | – |
+| `eval` | AR, diffusion:0.8, diffusion:0.9, verified:draft_steps=1 | problems of each family | – |
+| `report` | about 45 settings | problems of each family | folder of the report |
+| `serve` | diffusion; `--setting` sets another | – | – |
+| `init`, `curves` | – | – | folder of the result |
+| `train`, `pretrain` | – | – | run directory |
 """
 ENVIRONMENT_TEXT = """\
 # Environment variables

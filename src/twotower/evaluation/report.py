@@ -84,7 +84,7 @@ def _panel(axes: Axes, points: Sequence[Point], speed: Callable[[Point], float],
 
 
 def report_markdown(points: Sequence[Point], facts: Sequence[str]) -> str:
-    """Two tables: accuracy on each task for the settings of the Pareto front, and one line for every setting."""
+    """The facts, and two tables: accuracy on each task on the Pareto front, and one line for every setting."""
     ar = next(point for point in points if point.setting == "ar")
     best = [p for p in pareto_front(points, lambda p: p.times_ar) if p is not ar]
     names = [*(name for name in ar.accuracy if name != OVERALL), OVERALL]
@@ -97,7 +97,8 @@ def report_markdown(points: Sequence[Point], facts: Sequence[str]) -> str:
         interval = "" if p is ar else f"{p.kept[1]:.1%} to {p.kept[2]:.1%}"
         every.append([f"`{p.setting}`", f"{p.kept[0]:.1%}", interval, f"{p.tokens_per_pass:.2f}", f"{p.times_ar:.2f}"])
     notes = [textwrap.fill(fact, 120) for fact in facts]
-    parts = ["## On the Pareto front", _table(rows), "## Every setting", _table(every), *notes]
+    parts = ["# Quality and speed of settings", *notes]
+    parts += ["## On the Pareto front", _table(rows), "## Every setting", _table(every)]
     return "\n\n".join(parts) + "\n"
 
 
