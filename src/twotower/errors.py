@@ -38,3 +38,7 @@ class LengthError(ArgumentError):
     def __init__(self, message: str, *, prompt_tokens: int = 0, new_tokens: int = 0, most: int = 0) -> None:
         super().__init__(message, param="max_new_tokens")
         self.prompt_tokens, self.new_tokens, self.most = prompt_tokens, new_tokens, most
+
+
+class NonFiniteLogitsError(TwoTowerError):
+    """The model's logits are NaN or infinite, so no token can be chosen from them."""

@@ -17,6 +17,7 @@ from test_engine import LENGTH, alone, some_request
 
 from twotower import LLM, AsyncLLM, Request, TwoTowerForCausalLM
 from twotower.cache.hybrid_cache import TowerState
+from twotower.cache.replica import DeviceTransfer
 from twotower.decoding.output import BlockEvent, Generation, StepEvent
 from twotower.decoding.params import GenerationParams
 from twotower.decoding.stopping import Detokenizer
@@ -168,6 +169,20 @@ def test_a_fault_that_does_not_return_ends_no_request(
         assert made.calls >= 3
         for one, other in zip(found, expected, strict=True):
             assert_as_before(one, other)
+
+
+@pytest.mark.parametrize("way", ["two devices", "asynchronous"])
+@pytest.mark.parametrize(("owner", "name"), PLACES, ids=lambda value: getattr(value, "__name__", value))
+def test_a_fault_with_uncollected_passes(model: TwoTowerForCausalLM, owner: Any, name: str, way: str) -> None:
+    """As on GPUs: with the towers on two devices, and with a pass that is launched before the last is collected."""
+    with patch.object(model, "transfer", DeviceTransfer() if way == "two devices" else model.transfer):
+        llm = LLM(model, rows=16, length=LENGTH)
+        llm.core.async_scheduling = way == "asynchronous"
+        with fault(owner, name, Fault(getattr(owner, name), at=4, late=True)) as made:
+            found = run(llm, requests_of(16, seed=16))
+    assert made.calls >= 4
+    for one, other in zip(found, without_faults(model, 16), strict=True):
+        assert_as_before(one, other)
 
 
 class Poisoned(Fault):

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 from collections.abc import Iterator
 from typing import TYPE_CHECKING
 
@@ -114,7 +113,9 @@ def bench(
         console.print(f"{model_loading.name_of(source)}, {machine_summary(machine)}")
         for table in tables(found):
             console.print(table)
-    click.echo(json.dumps({"model": str(source), "machine": machine, "measured": [one.to_dict() for one in found]}))
+    from twotower.json_text import to_json
+
+    click.echo(to_json({"model": str(source), "machine": machine, "measured": [one.to_dict() for one in found]}))
 
 
 def tables(found: list[SpeedResult]) -> Iterator[Table]:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 from pathlib import Path
 
 import click
@@ -31,7 +30,9 @@ def curves(run: Path, output: Path | None, as_json: bool) -> None:
     paths = draw(run, output)
     lines = summary(records)
     if as_json:
-        click.echo(json.dumps({"pictures": [str(path) for path in paths], "summary": lines}, ensure_ascii=False))
+        from twotower.json_text import to_json
+
+        click.echo(to_json({"pictures": [str(path) for path in paths], "summary": lines}, ensure_ascii=False))
         return
     for path in paths:
         click.echo(str(path))

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import sys
 import time
 from pathlib import Path
@@ -50,7 +49,9 @@ def demo(model: str | None, threads: int | None, as_json: bool) -> None:
     if as_json:
         facts = {"prompt": PROMPT, "model": str(source), **model_loading.placement(loaded)}
         modes = [figures_of(result) | {"times_ar": times_ar(results, mode)} for mode, result in results.items()]
-        click.echo(json.dumps(facts | {"confidence_threshold": THRESHOLD, "modes": modes}, ensure_ascii=False))
+        from twotower.json_text import to_json
+
+        click.echo(to_json(facts | {"confidence_threshold": THRESHOLD, "modes": modes}, ensure_ascii=False))
         return
     print_tables(console, results)
     console.print(speed_summary(results), soft_wrap=not console.is_terminal)

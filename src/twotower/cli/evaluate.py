@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -155,7 +154,9 @@ def evaluate(
         console = console_on("stderr")
         for table in shown:
             console.print(table)
-    click.echo(json.dumps(facts | found))
+    from twotower.json_text import to_json
+
+    click.echo(to_json(facts | found))
 
 
 def _measure_suite(

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import secrets
 import sys
 from collections.abc import Iterator
@@ -263,7 +262,9 @@ def generate_text(options: GenerateOptions) -> None:
     assert seed is None or isinstance(seed, int)
     if options.as_json:
         facts = {"prompt": text, "model": str(source), **model_loading.placement(model), "seed": seed}
-        click.echo(json.dumps(facts | result.to_dict(), ensure_ascii=False))
+        from twotower.json_text import to_json
+
+        click.echo(to_json(facts | result.to_dict(), ensure_ascii=False))
     else:
         click.secho(statistics(result, seed), err=True, dim=True)
         if result.mode_reason:
@@ -273,6 +274,9 @@ def generate_text(options: GenerateOptions) -> None:
 
         line = statistics(result, seed)
         save_picture(options.trace, PassPicture(watcher.blocks, watcher.names, text, result.text, line))
+    if result.error:
+        click.echo(f"Error: {result.error}", err=True)
+        raise click.exceptions.Exit(1)
 
 
 def _watcher(model: TwoTowerForCausalLM, prompt: str, options: GenerateOptions) -> Watcher:

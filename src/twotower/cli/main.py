@@ -63,7 +63,8 @@ for verb in (generate, batch, serve, demo, info, init, pretrain, train, curves, 
 def run_cli(args: list[str] | None = None) -> int:
     """Runs one command line → the exit code.
 
-    0; 1 if no line of a batch job has an answer; 2 for an error of the user; 130 after Ctrl-C.
+    0; 1 if no line of a batch job has an answer or a generation ends with an error; 2 for an error of the user; 130
+    after Ctrl-C.
     """
     for stream in (sys.stdout, sys.stderr):
         if hasattr(stream, "reconfigure"):

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 from dataclasses import asdict
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -128,7 +127,9 @@ def report(
     written = _write(output, points, model_loading.name_of(source), description, machine)
     if as_json:
         found = [asdict(point) for point in points]
-        click.echo(json.dumps({"files": written, "model": str(source), "machine": machine, "points": found}))
+        from twotower.json_text import to_json
+
+        click.echo(to_json({"files": written, "model": str(source), "machine": machine, "points": found}))
     else:
         click.echo("\n".join(written))
 

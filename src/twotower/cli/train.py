@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -264,7 +263,9 @@ def _show_plan(source: str, figures: Mapping[str, object], options: Mapping[str,
     if options["micro_batch_size"]:
         shared["micro_batch_size"] = options["micro_batch_size"]
     plan = plan_from(TwoTowerConfig.read(Path(source)), {**figures, **shared})
-    click.echo(json.dumps(plan.to_dict()) if as_json else render(plan))
+    from twotower.json_text import to_json
+
+    click.echo(to_json(plan.to_dict()) if as_json else render(plan))
 
 
 def _require_tensorboard(tensorboard: bool) -> None:

@@ -22,6 +22,7 @@ AR_TOKEN = 1
 DIFFUSION_CANDIDATE = 2
 
 TILE_BYTES = 8 << 20
+LEAST_TEMPERATURE = 1e-250  # the division by a lower one could overflow
 _GOLDEN = -7046029254386353131  # 2⁶⁴/φ as a signed 64-bit integer
 
 
@@ -106,7 +107,9 @@ def sample(
         return logits.argmax(-1)
 
     def gumbel_max(logits: Tensor, seeds: Tensor, positions: Tensor, purpose: Tensor, step: Tensor) -> Tensor:
-        scaled = filtered(logits.double() / sampling.temperature, sampling.top_k, sampling.top_p)
+        scaled = filtered(
+            logits.double() / max(sampling.temperature, LEAST_TEMPERATURE), sampling.top_k, sampling.top_p
+        )
         uniform = noise(seeds, positions[:, None], purpose[:, None], step[:, None], logits.shape[-1])[:, 0]
         return (scaled - torch.log(-torch.log(uniform))).argmax(-1)
 

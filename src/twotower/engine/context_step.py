@@ -13,7 +13,7 @@ from twotower.decoding.acceptance import accept
 from twotower.decoding.output import BlockEvent, TokenLogprob
 from twotower.decoding.sampling import AR_TOKEN, NoiseKeys, confidence, sample_rows
 from twotower.engine.constraint_masks import advance, mask_logits
-from twotower.engine.logprobs import LogprobRequest, PendingLogprobs
+from twotower.engine.logprobs import LogprobRequest, PendingLogprobs, numbers_of
 from twotower.engine.row_constants import RowConstants
 from twotower.engine.scheduled import ScheduledTokens
 from twotower.engine.sequence import Phase, RunningSequence
@@ -213,13 +213,17 @@ def _record_tokens(
             sequence.output.count_verified(len(draft), accepted)
         sequence.pending, sequence.accepted = new[accepted], accepted
         text, complete = new[: accepted + 1], False
+        logprobs = found.get(sequence.output.row, [])
+        failed = sequence.fail_if_not_finite([*sure[: accepted + 1], *numbers_of(logprobs)], "context tower")
+        if failed is not None:
+            events.append(failed)
+            continue
         if sequence.matcher is not None:
             advanced = advance(sequence, sequence.matcher, text)
             if isinstance(advanced, BlockEvent):
                 events.append(advanced)
                 continue
             text, complete = advanced
-        logprobs = found.get(sequence.output.row, [])
         events.append(sequence.output.take(text, steps, sure[: accepted + 1], draft, logprobs, complete))
     return events
 
@@ -229,6 +233,10 @@ def _record_logprobs(scheduled: Sequence[ScheduledTokens], found: dict[int, list
     events = []
     for sequence in [entry.sequence for entry in scheduled if not entry.sampled]:
         logprobs = found[sequence.output.row]
+        failed = sequence.fail_if_not_finite(numbers_of(logprobs), "context tower")
+        if failed is not None:
+            events.append(failed)
+            continue
         if sequence.phase is Phase.PROMPT:
             sequence.output.prompt_logprobs += logprobs
         else:

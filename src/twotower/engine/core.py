@@ -39,6 +39,7 @@ from twotower.engine.slots import slots_of
 from twotower.engine.stats import EngineStats
 from twotower.engine.towers import Towers
 from twotower.engine.workspace import StateShape
+from twotower.errors import NonFiniteLogitsError
 from twotower.ops.precision import accumulation_dtype
 
 Collect = Callable[[], Sequence[Event]]  # waits for a launched pass and records it
@@ -170,6 +171,8 @@ class EngineCore:
     def _leave(self, event: Event) -> None:
         """Frees the slot of a finished sequence, and updates the averages of mode "auto"."""
         sequence = self.release(event.row)
+        if sequence is not None and isinstance(sequence.error, NonFiniteLogitsError):
+            self.prefixes.clear()  # may hold values of the same passes
         if sequence is not None and sequence.params.mode == AUTO and event.result is not None:
             self.model.workspace.mode_chooser.recent.add_outputs([event.result], sequence.params.block_size)
 

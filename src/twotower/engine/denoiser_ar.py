@@ -37,6 +37,10 @@ def collect(sequences: Sequence[RunningSequence], proposed: AsyncHostCopy) -> li
     events = []
     for sequence, (token,), sure in zip(sequences, *proposed.tolist(), strict=True):
         sequence.output.denoiser_passes += 1
+        failed = sequence.fail_if_not_finite(sure, "denoiser")
+        if failed is not None:
+            events.append(failed)
+            continue
         if sequence.request.logprobs is None:
             events.append(sequence.output.take([token], [0], sure))
         else:

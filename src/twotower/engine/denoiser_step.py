@@ -6,6 +6,7 @@ finished then has an idle pass: no token of it counts, nothing is committed, and
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Sequence
 from typing import Any, NamedTuple
 
@@ -207,7 +208,8 @@ class PendingDenoise(NamedTuple):
             masked=masked[place, own].tolist(),
             confidence=confidence[place, own].tolist(),
         )
-        if (event.start, event.step) > sequence.output.shown:  # after a recovery, passes are repeated
+        finite = math.isfinite(sum(event.confidence))
+        if finite and (event.start, event.step) > sequence.output.shown:  # after a recovery, passes are repeated
             sequence.step_events.append(event)
 
 

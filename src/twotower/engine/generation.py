@@ -25,7 +25,7 @@ from twotower.engine.llm import LLM
 from twotower.engine.mode_choice import resolve
 from twotower.engine.sequence import Request
 from twotower.engine.towers import Towers
-from twotower.errors import ArgumentError
+from twotower.errors import ArgumentError, NonFiniteLogitsError
 
 
 def generate(
@@ -78,6 +78,9 @@ def generate_tensor(
     """Returns prompts and new tokens (B, S + n), padded on the right, and the number of denoiser passes."""
     rows = _checked(model, prompts, params, attention_mask, step_callback)
     results, passes = _run(model, rows, params, step_callback)
+    failed = [f"prompt {place}: {result.error}" for place, result in enumerate(results) if result.error]
+    if failed:  # a tensor has no place for an error
+        raise NonFiniteLogitsError("; ".join(failed))
     width = max(len(result.tokens) for result in results)
     pad = _pad_token(model)
     new = torch.tensor([result.tokens + [pad] * (width - len(result.tokens)) for result in results], dtype=torch.long)

@@ -20,6 +20,7 @@ from twotower.engine.llm import LLM
 from twotower.engine.sequence import Request
 from twotower.engine.towers import Towers
 from twotower.errors import ArgumentError, TwoTowerError
+from twotower.json_text import to_json
 from twotower.tokenizer import require_tokenizer
 
 LINE_FIELDS = (
@@ -176,7 +177,7 @@ def run_job(
                 line, answer = lines[written], answers.pop(written)
                 failed += bool(answer.get("error"))
                 own = {} if line.id is None else {"id": line.id}
-                file.write(json.dumps({"line": line.number, "digest": line.digest, **own, **answer}) + "\n")
+                file.write(to_json({"line": line.number, "digest": line.digest, **own, **answer}) + "\n")
                 written += 1
             file.flush()
             if progress is not None:

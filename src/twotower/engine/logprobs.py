@@ -134,3 +134,8 @@ def _alternatives(scheduled: Sequence[ScheduledTokens]) -> int:
 
 def _numbers(scheduled: Sequence[ScheduledTokens]) -> list[int]:
     return [entry.sequence.output.row for entry in scheduled]
+
+
+def numbers_of(logprobs: Sequence[TokenLogprob]) -> list[float]:
+    """All log-probabilities."""
+    return [number for one in logprobs for number in (one.logprob, *(value for _, value in one.top))]

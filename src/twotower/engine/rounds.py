@@ -106,6 +106,9 @@ class Rounds:
 
         There is no event yet if the block waits for its log-probabilities.
         """
+        failed = sequence.fail_if_not_finite(sequence.confidence, "denoiser")
+        if failed is not None:
+            return [failed]
         if sequence.mode == "verified":
             sequence.phase = Phase.CHECK
             sequence.block = sequence.block[: sequence.draft_length]

@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
+import math
 import time
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, field
 from enum import Enum
 
@@ -15,7 +16,7 @@ from twotower.decoding.params import GenerationParams
 from twotower.decoding.sampling import SamplingRule
 from twotower.decoding.sequence_output import SequenceOutput
 from twotower.decoding.structured import Constraint, Matcher
-from twotower.errors import ArgumentError
+from twotower.errors import ArgumentError, NonFiniteLogitsError
 
 MAX_LOGPROBS = 20
 
@@ -100,8 +101,9 @@ class RunningSequence:
     accepted: accepted drafted tokens of the last round. seconds: this sequence's share of the time of its round.
     held_tokens: new tokens that wait for their log-probabilities. last_logits (V,): in diffusion with
     log-probabilities, the AR model's logits after the last token read. policy_memory: the commit policy's memory of the
-    block. error: an exception of the matcher. written: new tokens of an earlier start; the context tower reads them
-    after the prompt. strikes, trial_end: see `Recovery`: its exceptions so far, and the new tokens that end its trial.
+    block. error: an exception of the matcher, or the one that ended the sequence. written: new tokens of an earlier
+    start; the context tower reads them after the prompt. strikes, trial_end: see `Recovery`: its exceptions so far, and
+    the new tokens that end its trial.
     """
 
     request: Request
@@ -184,8 +186,16 @@ class RunningSequence:
 
     def fail(self, error: Exception) -> BlockEvent:
         """Ends the sequence with an error. Results of launched passes no longer count."""
-        self.phase = Phase.FINISHED
+        self.phase, self.error = Phase.FINISHED, error
         return self.output.fail(error)
+
+    def fail_if_not_finite(self, values: Iterable[float], tower: str) -> BlockEvent | None:
+        """Ends the sequence if one of these confidences or log-probabilities shows that logits are not finite."""
+        if math.isfinite(sum(values)):
+            return None
+        place = len(self.output.progress.tokens) + 1
+        words = f"the logits of the {tower} are NaN or infinite at new token {place}; check the weights and the dtype"
+        return self.fail(NonFiniteLogitsError(words))
 
 
 def charge(sequences: Sequence[RunningSequence], started: float) -> None:

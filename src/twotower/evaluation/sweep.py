@@ -17,6 +17,7 @@ from twotower.evaluation.accuracy import answer_problems, answers_right, chosen_
 from twotower.evaluation.comparison import compare
 from twotower.evaluation.tasks.problem_sets import Problem
 from twotower.evaluation.tasks.scoring import OVERALL
+from twotower.json_text import to_json
 from twotower.modeling_twotower import TwoTowerForCausalLM
 
 # All policies over their useful ranges. The other constants: block sizes, acceptances and draft depths of `grid`.
@@ -223,5 +224,5 @@ def _append(path: Path | None, facts: Mapping[str, object], known: dict[str, Ans
     if path is None:
         return
     partial = path.with_suffix(".partial")
-    partial.write_text("".join(json.dumps(line) + "\n" for line in (facts, *known.values())), encoding="utf-8")
+    partial.write_text("".join(to_json(line) + "\n" for line in (facts, *known.values())), encoding="utf-8")
     partial.replace(path)

@@ -338,4 +338,4 @@ def model_card(service: Service) -> ModelCard:
 
 def _json(model: BaseModel) -> bytes:
     """JSON in ASCII, so that a lone surrogate from a request cannot break the encoding of the response."""
-    return json.dumps(model.model_dump(exclude_unset=True)).encode()
+    return json.dumps(model.model_dump(exclude_unset=True), allow_nan=False).encode()

@@ -11,6 +11,7 @@ from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING
 
+from twotower.json_text import to_json
 from twotower.training.log_schema import StepRecord, Timing
 from twotower.training.old_names import LOG_RECORD, with_present_names
 
@@ -32,7 +33,7 @@ class Log:
         if self.path.exists():
             kept = [record for record in read_log(self.path) if record["step"] <= done]
             partial = self.path.with_suffix(".partial")
-            partial.write_text("".join(json.dumps(record) + "\n" for record in kept), encoding="utf-8")
+            partial.write_text("".join(to_json(record) + "\n" for record in kept), encoding="utf-8")
             partial.replace(self.path)
         self._out = self.path.open("a", encoding="utf-8")
         self._board: SummaryWriter | None = None
@@ -43,7 +44,7 @@ class Log:
 
     def write(self, record: StepRecord) -> None:
         """Appends the record of one step."""
-        self._out.write(json.dumps(record) + "\n")
+        self._out.write(to_json(record) + "\n")
         self._out.flush()
         if self._board is not None:
             for name, value in _scalars(record):

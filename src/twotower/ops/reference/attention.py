@@ -45,7 +45,8 @@ class CachedKV(NamedTuple):
             k, v = (pool[:vectors].view(shape)[:, :, : self.max_length] for pool in (self.k, self.v))
             return k, v, exists
         where = torch.where(exists[:, None], slot_indices(self.start, self.stride, heads, token[None]), 0)
-        return self.k[where], self.v[where], exists
+        # A weight of 0 times NaN is NaN, and a vector that does not exist may be another row's.
+        return self.k[where], self.v[where].masked_fill_(~exists[:, None, :, None], 0), exists
 
 
 def attention(
