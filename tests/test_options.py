@@ -31,6 +31,8 @@ SOURCE = Path(twotower.__file__).parent
 # Files that read variables of other programs, and the programs.
 FOREIGN = {
     "options.py": "",
+    "cli/main.py": "TERM, of the terminal",
+    "cli/terminal.py": "TERM, of the terminal",
     "training/fsdp.py": "RANK and LOCAL_RANK, set by torchrun for each process",
     "training/data/records.py": "USERNAME, where the system has no getuid",
 }

@@ -199,10 +199,16 @@ def test_other_modes_do_not_ask_it() -> None:
     ("drafts", "message"),
     [([Draft([5] * 8)], "the drafter gave 8 tokens; a draft may have 7"), ([], "gave 0 drafts for 1 texts")],
 )
-def test_invalid_drafts_raise(drafts: list[Draft], message: str) -> None:
+def test_invalid_drafts_are_errors(drafts: list[Draft], message: str) -> None:
+    """They end their request, or raise with `raise_errors`."""
     model = build_random_model("M*", dtype=torch.float64)
+    (result,) = run(model, [[5, 6]], lambda requests: drafts, block_size=8, draft_steps=1, max_new_tokens=9)
+    assert result.finish_reason == "error"
+    assert message in result.error
+    params = GenerationParams.of(mode="verified", block_size=8, draft_steps=1, max_new_tokens=9)
+    options = EngineOptions(drafter=lambda requests: drafts, raise_errors=True)
     with pytest.raises(ArgumentError, match=message):
-        run(model, [[5, 6]], lambda requests: drafts, block_size=8, draft_steps=1, max_new_tokens=9)
+        LLM(model, rows=1, length=32, options=options).generate([Request([5, 6], params)])
 
 
 # --- in full --------------------------------------------------------------------------------------------------------

@@ -103,7 +103,7 @@ def test_the_verb_prints_tables_and_one_line_of_json(cli: Callable[..., Result])
     ]  # fmt: skip
     assert facts["machine"]["dtype"] == "float32"
     assert {"device", "threads", "dtype", "torch", "commit", "weights_bytes", "peak_bytes"} <= set(facts["machine"])
-    for words in ("× AR", "tokens/pass", "1 row after 16 tokens", "2 rows after 16 tokens"):
+    for words in ("× AR", "tokens/s", "denoiser", "1 row after 16 tokens", "2 rows after 16 tokens"):
         assert words in result.err
 
 

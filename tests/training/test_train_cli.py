@@ -167,7 +167,7 @@ MODEL: dict[str, tuple[Spoil, str]] = {
     ),
     "a damaged tokenizer": (
         with_model(lambda copy: (copy / "tokenizer.json").write_text('{"version": 1')),
-        r"changed: the tokenizer cannot be read",
+        r"changed/tokenizer.json: not readable as JSON",
     ),
     "another tokenizer": (
         with_model(larger_tokenizer),
