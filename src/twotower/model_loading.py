@@ -28,7 +28,7 @@ DTYPES = ("auto", "bfloat16", "float32", "float64")
 QUANTIZATIONS = ("none", "int8")
 
 
-def source_of(model: str | None) -> Path | str:
+def source_of(model: Path | str | None) -> Path | str:
     """The given model, or the directory of the bundled model.
 
     Raises:

@@ -85,13 +85,10 @@ def batch(
     "error". After an interruption, the same command continues. PROMPTS is UTF-8. If no line is answered, the exit
     code is 1.
     """
-    from twotower.decoding.presets import parse_setting
     from twotower.engine.jobs import read_lines
     from twotower.file_lock import exclusive_lock
 
-    values = parse_setting(setting).values
-    if deterministic:
-        values["deterministic"] = True
+    values = models.setting_values(setting, deterministic)
     loaded, source = models.load_text_model(
         model, "prompts cannot be encoded; add a tokenizer", dtype=dtype, quantization=quantization, threads=threads
     )

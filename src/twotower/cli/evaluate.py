@@ -41,17 +41,8 @@ DEFAULT_ROWS = {"suite": 64, "tasks": 16}  # fewer for tasks, because few-shot p
 @click.option(
     "--family", "families", multiple=True, metavar="NAME", help="Family of problems. Can be repeated.  [default: all]"
 )
-@click.option(
-    "--difficulty",
-    "difficulties",
-    metavar="N",
-    type=int,
-    multiple=True,
-    default=(1, 2),
-    show_default=True,
-    help="Difficulty of the problems, 1 to 5. Can be repeated.",
-)
-@click.option("--seed", metavar="N", type=click.IntRange(0), default=0, show_default=True, help="Seed of the problems.")
+@models.difficulty_option
+@models.problem_seed_option
 @click.option(
     "--max-new-tokens",
     metavar="N",

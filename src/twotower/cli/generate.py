@@ -17,7 +17,6 @@ from twotower.cli.deprecated import formerly
 from twotower.cli.prompt import read_prompt
 from twotower.decoding.modes import BLOCK_MODES, MODES_OF_FIELD, REQUEST_MODES
 from twotower.errors import ArgumentError
-from twotower.process import configure_process
 
 if TYPE_CHECKING:
     from twotower.cli.watch import Watcher
@@ -240,17 +239,16 @@ def generate_text(options: GenerateOptions) -> None:
         from twotower.decoding.params import GenerationParams
 
         GenerationParams.of(mode=options.mode, **options.parameters())  # reports a bad argument before weights are read
-        configure_process(options.threads)
-        model = model_loading.load_model(
-            source,
-            towers="context" if options.mode == "ar" else "both",
-            dtype=options.dtype,
-            quantization=options.quantization,
-            context_device=options.context_device,
-            denoiser_device=options.denoiser_device,
-        )
-    models.print_dtype_note(model, options.dtype)
-    model_loading.need_tokenizer(model, source, "it cannot read or write text; add a tokenizer")
+    model, _ = models.load_text_model(
+        source,
+        "it cannot read or write text; add a tokenizer",
+        towers="context" if options.mode == "ar" else "both",
+        dtype=options.dtype,
+        quantization=options.quantization,
+        context_device=options.context_device,
+        denoiser_device=options.denoiser_device,
+        threads=options.threads,
+    )
     parameters = options.parameters()
     parameters["eos_token_id"] = model_loading.eos_of(model)
     parameters["mask_token_id"] = model.config.mask_token

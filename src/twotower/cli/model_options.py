@@ -15,6 +15,7 @@ from twotower.decoding.modes import COMPARED_SETTINGS
 from twotower.process import configure_process
 
 if TYPE_CHECKING:
+    from twotower.model.towers import TowerSet
     from twotower.modeling_twotower import TwoTowerForCausalLM
 
 model_option = click.option(
@@ -31,6 +32,19 @@ setting_option = click.option(
     metavar="MODE[:VALUE,NAME=X…]",
     help="Decoding setting to compare with AR, e.g. diffusion:0.8, diffusion:factor=1.2,block_size=8, "
     "verified:acceptance=0.3. Can be repeated; AR always runs.",
+)
+difficulty_option = click.option(
+    "--difficulty",
+    "difficulties",
+    metavar="N",
+    type=int,
+    multiple=True,
+    default=(1, 2),
+    show_default=True,
+    help="Difficulty of the problems, 1 to 5. Can be repeated.",
+)
+problem_seed_option = click.option(
+    "--seed", metavar="N", type=click.IntRange(0), default=0, show_default=True, help="Seed of the problems."
 )
 dtype_option = click.option(
     "--dtype",
@@ -69,12 +83,26 @@ threads_option = click.option(
 )
 
 
+def setting_values(setting: str, deterministic: bool) -> dict[str, object]:
+    """The decoding parameters of `--setting` and `--deterministic`.
+
+    Raises:
+        ArgumentError: the setting is not valid.
+    """
+    from twotower.decoding.presets import parse_setting
+
+    return parse_setting(setting).values | ({"deterministic": True} if deterministic else {})
+
+
 def load_text_model(
-    model: str | None,
+    model: Path | str | None,
     consequence: str,
     *,
+    towers: TowerSet = "both",
     dtype: str = "auto",
     quantization: str = "none",
+    context_device: str | None = None,
+    denoiser_device: str | None = None,
     threads: int | None = None,
 ) -> tuple[TwoTowerForCausalLM, Path | str]:
     """Configures the process and loads the model of `--model`; returns the model and its source.
@@ -87,17 +115,19 @@ def load_text_model(
     source = model_loading.source_of(model)
     with status(f"loading {model_loading.name_of(source)} …"):
         configure_process(threads)
-        loaded = model_loading.load_model(source, dtype=dtype, quantization=quantization)
-    print_dtype_note(loaded, dtype)
+        loaded = model_loading.load_model(
+            source,
+            towers=towers,
+            dtype=dtype,
+            quantization=quantization,
+            context_device=context_device,
+            denoiser_device=denoiser_device,
+        )
+    note = model_loading.dtype_note(loaded, dtype)
+    if note is not None:
+        click.secho(note, err=True, dim=True)
     model_loading.need_tokenizer(loaded, source, consequence)
     return loaded, source
-
-
-def print_dtype_note(model: TwoTowerForCausalLM, dtype: str) -> None:
-    """Prints a note on stderr if --dtype auto chose bfloat16."""
-    text = model_loading.dtype_note(model, dtype)
-    if text is not None:
-        click.secho(text, err=True, dim=True)
 
 
 @contextmanager

@@ -52,17 +52,8 @@ if TYPE_CHECKING:
     show_default=True,
     help="Problems to time, one at a time.",
 )
-@click.option(
-    "--difficulty",
-    "difficulties",
-    metavar="N",
-    type=int,
-    multiple=True,
-    default=(1, 2),
-    show_default=True,
-    help="Difficulty of the problems, 1 to 5. Can be repeated.",
-)
-@click.option("--seed", metavar="N", type=click.IntRange(0), default=0, show_default=True, help="Seed of the problems.")
+@models.difficulty_option
+@models.problem_seed_option
 @click.option("--rows", metavar="N", type=click.IntRange(1), default=64, show_default=True, help="Rows of a batch.")
 @click.option("--quick", is_flag=True, help="Measure four settings instead of all.")
 @models.dtype_option

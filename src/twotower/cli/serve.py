@@ -14,7 +14,6 @@ import click
 from twotower import model_loading
 from twotower.cli import model_options as models
 from twotower.errors import ArgumentError, install_command
-from twotower.process import configure_process
 
 if TYPE_CHECKING:
     from twotower.engine import LLM
@@ -127,12 +126,8 @@ DEFAULT_LENGTH = 8192  # limit of the default --length: the cache of a window of
     help="Sampling defaults of requests. PATH: a generation_config.json or its directory; none: those of the OpenAI "
     "API.  [default: the generation_config.json of the model]",
 )
-@click.option(
-    "--context-device",
-    metavar="DEVICE",
-    help="Device of the context tower, e.g. cpu or cuda:0.  [default: the first CUDA device, else cpu]",
-)
-@click.option("--denoiser-device", metavar="DEVICE", help="Device of the denoiser.  [default: the context device]")
+@models.context_device_option
+@models.denoiser_device_option
 @models.deterministic_option
 @models.dtype_option
 @models.quantization_option
@@ -195,8 +190,6 @@ def start_server(options: ServeOptions) -> None:
     Raises:
         TwoTowerError: An option or the model is invalid. Most errors are found before weights are read.
     """
-    from twotower.decoding.presets import parse_setting
-
     try:
         from twotower.server.uvicorn_server import serve_until_signal
     except ImportError as error:
@@ -208,9 +201,7 @@ def start_server(options: ServeOptions) -> None:
     for option, given in (("--timeout", options.timeout), ("--memory", options.memory)):
         if given is not None and not math.isfinite(given):
             raise ArgumentError(f"{option} is {given}; it must be a finite number")
-    decoding = parse_setting(options.setting).values
-    if options.deterministic:
-        decoding["deterministic"] = True
+    decoding = models.setting_values(options.setting, options.deterministic)
     keys = read_keys(options.api_keys)
     origins, root_path = tuple(map(check_origin, options.allow_origin)), check_root_path(options.root_path)
     if options.per_key is not None and not keys:
@@ -249,17 +240,15 @@ def _engine(options: ServeOptions, source: Path | str) -> LLM:
     """Loads the model and builds its engine."""
     from twotower.engine import LLM
 
-    with models.status(f"loading {model_loading.name_of(source)} …"):
-        configure_process(options.threads)
-        model = model_loading.load_model(
-            source,
-            dtype=options.dtype,
-            quantization=options.quantization,
-            context_device=options.context_device,
-            denoiser_device=options.denoiser_device,
-        )
-    models.print_dtype_note(model, options.dtype)
-    model_loading.need_tokenizer(model, source, "the server cannot encode prompts; put that file into the directory")
+    model, _ = models.load_text_model(
+        source,
+        "the server cannot encode prompts; put that file into the directory",
+        dtype=options.dtype,
+        quantization=options.quantization,
+        context_device=options.context_device,
+        denoiser_device=options.denoiser_device,
+        threads=options.threads,
+    )
     if not getattr(model.tokenizer, "chat_template", None):
         click.echo("Note: the model has no chat template, so a chat is written as lines of `Role: text`.", err=True)
     window = model.config.backbone.max_position_embeddings
