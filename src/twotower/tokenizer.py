@@ -12,6 +12,9 @@ if TYPE_CHECKING:
     import tokenizers
 
 
+MIN_LONGEST_TOKEN = 64  # characters; tokenizers may drop characters, so that a token stands for more than its own
+
+
 class Tokenizer(Protocol):
     """Encodes and decodes text. Special tokens (`eos_token_id`, …) and a chat template are optional attributes."""
 
@@ -57,3 +60,8 @@ def require_tokenizer(tokenizer: Tokenizer | None) -> Tokenizer:
     if tokenizer is None:
         raise ArgumentError("the model has no tokenizer; set model.tokenizer or give token ids", param="tokenizer")
     return tokenizer
+
+
+def longest_token(tokenizer: Tokenizer) -> int:
+    """An upper limit of the characters of a token. A text that is longer than its tokens allow need not be encoded."""
+    return max(MIN_LONGEST_TOKEN, *map(len, tokenizer.get_vocab()))

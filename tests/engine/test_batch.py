@@ -9,6 +9,7 @@ import signal
 import subprocess
 import sys
 import time
+import tracemalloc
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -18,6 +19,7 @@ from command import Result, assert_one_line_error
 
 from twotower import TwoTowerForCausalLM, bundled_model
 from twotower.decoding.params import GenerationParams
+from twotower.engine import jobs
 from twotower.engine.generation import generate
 from twotower.engine.jobs import count_answered, engine_for, read_lines, run_job
 from twotower.engine.llm import LLM
@@ -231,6 +233,63 @@ def test_no_line_answered_is_exit_code_1(cli: Cli, tmp_path: Path, encoding: str
         assert "no line was answered" in result.err
         assert "Traceback" not in result.err
     assert all("error" in line for line in said(out))
+
+
+@pytest.mark.parametrize("newline", ["\n", "\r\n", "\r"])
+def test_a_line_that_is_too_long_is_an_error_beside_it(
+    tmp_path: Path, model: TwoTowerForCausalLM, monkeypatch: pytest.MonkeyPatch, newline: str
+) -> None:
+    """The lines around it are read, and no digest depends on the limit."""
+    contents = [json.dumps({"prompt": prompt}) for prompt in ("hello", "x" * 300, "世" * 9, "", "y" * 83, "z" * 84)]
+    path = tmp_path / "in.jsonl"
+    path.write_bytes(newline.join([*contents[:3], "", *contents[3:]]).encode())
+    expected = read_lines(path, model, shared(model))
+    monkeypatch.setattr(jobs, "MAX_LINE_BYTES", 97)
+    lines = read_lines(path, model, shared(model))
+    assert [(line.number, line.digest) for line in lines] == [(line.number, line.digest) for line in expected]
+    assert [line.number for line in lines] == [1, 2, 3, 5, 6, 7]
+    reason = "the line has {} bytes; at most 97 are allowed, so shorten its prompt"
+    assert [line.error for line in lines] == ["", reason.format(314), "", "", "", reason.format(98)]
+    assert [line.request for line in lines if not line.error] == [
+        line.request for line in expected if line.number not in (2, 7)
+    ]
+
+
+def test_a_line_that_is_too_long_is_not_read_into_memory(tmp_path: Path, model: TwoTowerForCausalLM) -> None:
+    path = tmp_path / "in.jsonl"
+    with path.open("wb") as file:
+        file.truncate(8 * jobs.MAX_LINE_BYTES)  # zeros, in one line
+        file.seek(0, os.SEEK_END)
+        file.write(b'\n{"prompt": "hello"}\n')
+    tracemalloc.start()
+    try:
+        long, good = read_lines(path, model, shared(model))
+        peak = tracemalloc.get_traced_memory()[1]
+    finally:
+        tracemalloc.stop()
+    assert f"the line has {8 * jobs.MAX_LINE_BYTES} bytes" in long.error
+    assert (good.number, good.error) == (2, "")
+    assert peak < 4.5 * jobs.MAX_LINE_BYTES
+
+
+def test_a_prompt_beyond_the_window_is_not_encoded(
+    tmp_path: Path, model: TwoTowerForCausalLM, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Encoding 16 MB takes seconds and gigabytes."""
+    path = asked(tmp_path, {"prompt": "ab " * 2**20, "id": 7}, {"prompt": "hello"})
+    encode = type(model.tokenizer).__call__
+
+    def encode_short(self: object, text: str, **options: Any) -> Any:
+        assert len(text) < 2**20
+        return encode(self, text, **options)
+
+    monkeypatch.setattr(type(model.tokenizer), "__call__", encode_short)
+    long, good = read_lines(path, model, shared(model))
+    assert long.id == 7
+    assert long.error == (
+        "the prompt has 3145728 characters, more than the 4096 tokens of the context window can hold; shorten it"
+    )
+    assert good.error == ""
 
 
 @pytest.mark.skipif(os.name != "posix", reason="needs flock")

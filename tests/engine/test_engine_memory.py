@@ -22,7 +22,7 @@ from twotower.decoding.params import GenerationParams
 from twotower.engine import budget, core
 from twotower.engine.generation import generate
 from twotower.engine.oom import out_of_memory, split_on_oom
-from twotower.errors import ArgumentError
+from twotower.errors import ArgumentError, LengthError
 
 LENGTH = 160
 
@@ -281,13 +281,18 @@ def test_a_block_is_at_most_the_window(model: TwoTowerForCausalLM, mode: str) ->
         generate(model, [[5, 6]], GenerationParams.of(mode=mode, max_new_tokens=4, block_size=100_000))
 
 
+def free_bytes(monkeypatch: pytest.MonkeyPatch, free: int) -> None:
+    """The device has `free` bytes, and every need is compared with them."""
+    monkeypatch.setattr(budget, "ALWAYS_FREE", 0)
+    monkeypatch.setattr(budget, "available_memory", lambda: free)
+
+
 def test_a_block_that_does_not_fit_the_free_memory_is_refused(
     model: TwoTowerForCausalLM, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """With the size that fits. Fewer rows run at once if one block of each does not fit."""
-    monkeypatch.setattr(budget, "ALWAYS_FREE", 0)
-    monkeypatch.setattr(budget, "available_memory", lambda: budget.block_bytes(model, 24) + 1)
     llm = LLM(model, rows=8, length=64, block_size=24)
+    free_bytes(monkeypatch, budget.block_bytes(model, 24) + 1)
     llm.check(asking([5, 6], "diffusion", block_size=24))
     for wrong in (
         lambda: llm.check(asking([5, 6], "diffusion", block_size=25)),
@@ -296,5 +301,69 @@ def test_a_block_that_does_not_fit_the_free_memory_is_refused(
         with pytest.raises(ArgumentError, match=r"block_size 25 takes about .* free; give at most 24") as caught:
             wrong()
         assert caught.value.param == "block_size"
-    assert LLM.fitting(model, [asking([5, 6], "diffusion", block_size=8)] * 9, 9).rows == 3
     llm.check(asking([5, 6], "ar", block_size=25))  # AR has no blocks
+    free_bytes(monkeypatch, 3 * (budget.block_bytes(model, 2000) + budget.memory_for(model, 1, 2008)))
+    assert LLM.fitting(model, [asking([5, 6], "diffusion", block_size=2000)] * 9, 9).rows == 2
+
+
+# --- sizes of states --------------------------------------------------------------------------------------------------
+
+
+def test_states_that_do_not_fit_the_free_memory_are_refused(
+    model: TwoTowerForCausalLM, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """With the number of rows that fits. A process that allocated such states was killed when it wrote to them."""
+    each = budget.memory_for(model, 1, 1016) + budget.block_bytes(model, 16)
+    free_bytes(monkeypatch, 10 * each)
+    with pytest.raises(
+        ArgumentError, match=r"2000 rows of 1000 tokens, .* are free on cpu; give at most (\d+) rows"
+    ) as caught:
+        LLM(model, rows=2000, length=1000)
+    assert caught.value.param == "rows"
+    fit = int(str(caught.value).split("at most ")[1].split()[0])
+    assert 8 <= fit <= 10
+    assert LLM(model, rows=fit, length=1000).rows == fit
+    requests = [asking([5, 6], n=998) for _ in range(40)]
+    assert 8 <= LLM.fitting(model, requests, 40).rows <= 12
+    assert LLM(model, rows=20, length=1000, memory=8 * each).rows == 20  # short texts at once
+
+
+def test_one_state_that_does_not_fit_is_refused_with_its_length(
+    model: TwoTowerForCausalLM, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    free_bytes(monkeypatch, budget.memory_for(model, 1, 1016) + budget.block_bytes(model, 16))
+    with pytest.raises(ArgumentError, match=r"give 1 row and a length of at most (\d+)") as caught:
+        LLM(model, rows=3, length=4000)
+    assert caught.value.param == "length"
+    most = int(str(caught.value).rsplit(maxsplit=1)[1])
+    assert 700 < most < 1016
+    assert LLM(model, rows=1, length=most).rows == 1
+
+
+def test_more_memory_than_is_free_is_refused(model: TwoTowerForCausalLM, monkeypatch: pytest.MonkeyPatch) -> None:
+    free_bytes(monkeypatch, 10 * 2**30)
+    with pytest.raises(
+        ArgumentError, match=r"memory is 12\.0 GiB, and 10\.0 GiB are free on cpu; give at most 9\.0"
+    ) as caught:
+        LLM(model, rows=3, length=64, memory=12 * 2**30)
+    assert caught.value.param == "memory"
+
+
+@pytest.mark.parametrize("mode", ["ar", "diffusion"])
+def test_a_text_whose_state_does_not_fit_is_refused(
+    model: TwoTowerForCausalLM, monkeypatch: pytest.MonkeyPatch, mode: str
+) -> None:
+    """Before the engine of `generate_*` exists, with the number of tokens that fits."""
+    per_row, per_token = state_bytes(model.backbone, model.dtype)
+    params = GenerationParams.of(mode=mode, max_new_tokens=2000, block_size=1)
+    free_bytes(monkeypatch, budget.block_bytes(model, 1) + per_row + 1001 * per_token)
+    with pytest.raises(
+        LengthError, match=r"of state, and .* are free on cpu; shorten them to (\d+) together"
+    ) as caught:
+        generate(model, [[5], [5, 6]], params)
+    error = caught.value
+    assert (error.param, error.prompt_tokens, error.new_tokens) == ("max_new_tokens", 2, 2000)
+    assert 1000 <= error.most < 2000
+    free_bytes(monkeypatch, 2 * (budget.block_bytes(model, 1) + per_row + 1001 * per_token))
+    monkeypatch.setattr(TwoTowerForCausalLM, "extend", lambda *_, **__: pytest.fail("a pass ran"))
+    budget.check_text(model, 2, error.most - 2, 1)

@@ -249,16 +249,17 @@ def _engine(options: ServeOptions, source: Path | str) -> LLM:
         denoiser_device=options.denoiser_device,
         threads=options.threads,
     )
-    if not getattr(model.tokenizer, "chat_template", None):
-        click.echo("Note: the model has no chat template, so a chat is written as lines of `Role: text`.", err=True)
     window = model.config.backbone.max_position_embeddings
-    return LLM(
+    llm = LLM(
         model,
         rows=options.rows,
         length=min(window, DEFAULT_LENGTH) if options.length is None else options.length,
         block_size=options.block_size,
         memory=None if options.memory is None else int(options.memory * 2**30),
     )
+    if not getattr(model.tokenizer, "chat_template", None):
+        click.echo("Note: the model has no chat template, so a chat is written as lines of `Role: text`.", err=True)
+    return llm
 
 
 def sampling_defaults(model: Towers, given: str | None) -> dict[str, object]:

@@ -10,7 +10,7 @@ from collections.abc import Sequence
 
 from twotower.decoding.modes import AUTO, BLOCK_MODES
 from twotower.decoding.params import GenerationParams
-from twotower.engine.budget import check_block
+from twotower.engine.budget import check_block, check_text
 from twotower.engine.constraint_masks import check_constraint
 from twotower.engine.sequence import Request
 from twotower.engine.towers import Towers
@@ -37,6 +37,17 @@ def check_model(model: Towers, params: GenerationParams, prompt_lengths: Sequenc
         raise ArgumentError(
             f'mode is {params.mode!r} but only the context tower is loaded; load with towers="both"', param="mode"
         )
+
+
+def check_before_engine(model: Towers, params: GenerationParams, prompt_lengths: Sequence[int]) -> None:
+    """As `check_model`, for texts whose engine does not exist yet: the state of the longest must fit the free memory.
+
+    Raises:
+        ArgumentError: see `check_model`; LengthError names the tokens that fit.
+    """
+    check_model(model, params, prompt_lengths)
+    block_size = params.block_size if params.mode in BLOCK_MODES else 1
+    check_text(model, max(prompt_lengths), params.max_new_tokens, block_size)
 
 
 def check(model: Towers, request: Request, length: int, block_size: int, max_kv_slots: int) -> None:

@@ -1,18 +1,24 @@
-"""Divides an engine's memory among Mamba states, the shared KV slots and the prefix cache."""
+"""The memory of an engine: compared with the free memory, and divided among its parts.
+
+The parts are Mamba states, the shared KV slots and the prefix cache.
+"""
 
 from __future__ import annotations
 
 import math
+from collections.abc import Sequence
+from typing import NamedTuple
 
 import torch
 
 from twotower.cache.hybrid_cache import state_bytes
 from twotower.engine.towers import Towers
-from twotower.errors import ArgumentError
+from twotower.errors import ArgumentError, LengthError
 from twotower.runners.packed_weights import available_memory
 
 PREFIX_SHARE = 0.2  # of the memory, for the prefix cache
-ALWAYS_FREE = 2**28  # bytes; smaller logits are not compared with the free memory
+ALWAYS_FREE = 2**28  # bytes; smaller needs are not compared with the free memory
+FILLED_SHARE = 0.9  # of the free memory, for rows whose number the engine chooses
 MIN_PREFIXES = 8  # chunks that the prefix cache holds at least, if no memory is given
 
 
@@ -27,23 +33,105 @@ def block_bytes(model: Towers, positions: int) -> int:
     return positions * model.backbone.vocab_size * (model.dtype.itemsize + 8)
 
 
-def rows_that_fit(model: Towers, block_size: int, rows: int) -> int:
-    """The number of rows, at most `rows`, whose blocks fit the free memory together; 0: not even one fits."""
-    if block_bytes(model, rows * block_size) < ALWAYS_FREE or (free := free_memory(_denoiser_device(model))) is None:
-        return rows
-    return min(rows, free // block_bytes(model, block_size))
+class Need(NamedTuple):
+    """Bytes that an engine needs on a device: in any case, for each row, and of the row's part for each token."""
+
+    device: torch.device
+    fixed: int
+    row: int
+    token: int
+
+    def bytes_of(self, rows: int) -> int:
+        return self.fixed + rows * self.row
+
+    def missing_in(self, rows: int) -> int | None:
+        """The free bytes of the device, if `rows` rows need more; None: they fit, or the free memory is unknown."""
+        need = self.bytes_of(rows)
+        free = None if need < ALWAYS_FREE else free_memory(self.device)
+        return free if free is not None and need > free else None
+
+
+def needs_of(model: Towers, longest: int, block_size: int, memory: int | None, prefix_cache: bool) -> list[Need]:
+    """What an engine needs on each device of the towers: states, their replica, prefix cache and logits of blocks.
+
+    longest: tokens of a row, one block included. memory: bytes of all states and the prefix cache, if they are given.
+    """
+    per_row, per_token = state_bytes(model.backbone, model.dtype)
+    factor = 1 + PREFIX_SHARE if prefix_cache else 1
+    token = round(per_token * factor) if memory is None else 0
+    row = round(per_row * factor) + token * longest if memory is None else 0
+    states = Need(model.device, memory or 0, row, token)
+    there, logits = _denoiser_device(model), block_bytes(model, block_size)
+    if there == states.device:
+        return [states._replace(row=row + logits)]
+    return [states, Need(there, memory or 0, row + logits, token)]
+
+
+def rows_that_fit(needs: Sequence[Need], rows: int) -> int:
+    """The number of rows, at most `rows`, whose states and blocks fit the free memory together; 0: not even one fits.
+
+    A share of the free memory is left, because it changes.
+    """
+    for need in needs:
+        if (free := need.missing_in(rows)) is not None:
+            rows = min(rows, max(int(free * FILLED_SHARE) - need.fixed, 0) // need.row)
+    return rows
 
 
 def check_block(model: Towers, block_size: int) -> None:
     """Raises ArgumentError if one block does not fit the free memory, with the size that would fit."""
-    if rows_that_fit(model, block_size, 1):
+    need = block_bytes(model, block_size)
+    if need < ALWAYS_FREE or (free := free_memory(_denoiser_device(model))) is None or need <= free:
         return
-    need, free = block_bytes(model, block_size), free_memory(_denoiser_device(model)) or 0
     raise ArgumentError(
         f"block_size {block_size} takes about {need / 2**30:.1f} GiB for logits, and {free / 2**30:.1f} GiB are free; "
         f"give at most {max(free // block_bytes(model, 1), 1)}",
         param="block_size",
     )
+
+
+def check_text(model: Towers, prompt: int, new_tokens: int, block_size: int) -> None:
+    """Raises LengthError if the state of one text does not fit the free memory, with the tokens that would fit."""
+    tokens = prompt + new_tokens
+    for need in needs_of(model, tokens + block_size, 0, None, prefix_cache=False):
+        if (free := need.missing_in(1)) is not None:
+            most = max((free - need.row) // max(need.token, 1) + tokens, 0)
+            raise LengthError(
+                f"a prompt of {prompt} tokens plus max_new_tokens {new_tokens} takes about {need.row / 2**30:.1f} GiB "
+                f"of state, and {free / 2**30:.1f} GiB are free on {need.device}; shorten them to {most} together",
+                prompt_tokens=prompt,
+                new_tokens=new_tokens,
+                most=most,
+            )
+
+
+def check_engine(
+    model: Towers, rows: int, length: int, block_size: int, memory: int | None, prefix_cache: bool
+) -> None:
+    """Raises ArgumentError if the states and blocks of `rows` texts do not fit the free memory, with what would fit.
+
+    length: tokens of a text. block_size: positions of its longest block. On accelerators, one block has to fit: passes
+    over more blocks are divided when memory runs out.
+    """
+    check_block(model, block_size)
+    logits = block_size if _denoiser_device(model).type == "cpu" else 0
+    needs = needs_of(model, length + block_size, logits, memory, prefix_cache)
+    rows = rows if memory is None else divide_memory(model, rows, length + block_size, 1, memory)[0]
+    for need in needs:
+        if (free := need.missing_in(rows)) is None:
+            continue
+        if need.fixed > free:
+            raise ArgumentError(
+                f"memory is {need.fixed / 2**30:.1f} GiB, and {free / 2**30:.1f} GiB are free on {need.device}; "
+                f"give at most {free * FILLED_SHARE / 2**30:.1f}",
+                param="memory",
+            )
+        words = f"{rows} rows of {length} tokens, with blocks of {block_size}, take about "
+        words += f"{need.bytes_of(rows) / 2**30:.1f} GiB, and {free / 2**30:.1f} GiB are free on {need.device}"
+        if fit := rows_that_fit(needs, rows):
+            raise ArgumentError(f"{words}; give at most {fit} rows, or a smaller length", param="rows")
+        most = (int(free * FILLED_SHARE) - need.bytes_of(1)) // max(need.token, 1) + length
+        raise ArgumentError(f"{words}; give 1 row and a length of at most {max(most, 1)}", param="length")
 
 
 def free_memory(device: torch.device) -> int | None:

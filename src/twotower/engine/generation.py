@@ -18,7 +18,7 @@ from twotower.decoding.output import BlockEvent, Generation
 from twotower.decoding.params import GenerationParams, Parameters
 from twotower.decoding.prompts import PromptRows, Prompts, read_prompts
 from twotower.deprecation import renamed_argument
-from twotower.engine.admission import check_model
+from twotower.engine.admission import check_before_engine
 from twotower.engine.denoiser_step import StepCallback
 from twotower.engine.engine_options import EngineOptions
 from twotower.engine.llm import LLM
@@ -135,7 +135,7 @@ def _checked(
         raise ArgumentError(f"step_callback is {callback!r}; give a function", param="step_callback")
     vocab_size = model.backbone.vocab_size
     rows = read_prompts(prompts, attention_mask, model.tokenizer, vocab_size, _pad_token(model))
-    check_model(model, params, [len(ids) for ids in rows.ids])
+    check_before_engine(model, params, [len(ids) for ids in rows.ids])
     if callback is not None and params.deterministic and len(rows.ids) > 1:
         raise ArgumentError(
             f"step_callback with deterministic=True and {len(rows.ids)} prompts: a callback is told of passes over all "

@@ -8,20 +8,21 @@ from __future__ import annotations
 
 import codecs
 import hashlib
+import io
 import json
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
 from twotower.decoding.output import Generation
 from twotower.decoding.params import GenerationParams
-from twotower.engine.admission import check_model
+from twotower.engine.admission import check_before_engine
 from twotower.engine.llm import LLM
 from twotower.engine.sequence import Request
 from twotower.engine.towers import Towers
 from twotower.errors import ArgumentError, TwoTowerError
 from twotower.json_text import to_json
-from twotower.tokenizer import require_tokenizer
+from twotower.tokenizer import longest_token, require_tokenizer
 
 LINE_FIELDS = (
     "mode",
@@ -40,6 +41,7 @@ LINE_FIELDS = (
     "acceptance",
     "deterministic",
 )
+MAX_LINE_BYTES = 2**24  # of a line of input; what is beyond is not kept in memory
 QUEUED_PER_ROW = 4  # requests in the engine for each of its rows: a slow one delays the file, not the other requests
 
 
@@ -66,18 +68,58 @@ def read_lines(path: Path, model: Towers, shared: dict[str, object], model_name:
     lines = []
     # The digest uses the old name of policy_value, so that jobs of earlier versions can be continued.
     hashed = {"knob" if name == "policy_value" else name: value for name, value in shared.items()}
-    inherited = json.dumps([model_name, hashed], sort_keys=True, default=str)
-    content = path.read_bytes().removeprefix(codecs.BOM_UTF8).replace(b"\r\n", b"\n").replace(b"\r", b"\n")
-    for number, raw in enumerate(content.split(b"\n"), 1):
-        if raw.strip():
-            digest = hashlib.sha256(raw + inherited.encode()).hexdigest()[:16]
-            lines.append(_line(number, raw, digest, model, shared))
+    inherited = json.dumps([model_name, hashed], sort_keys=True, default=str).encode()
+    longest = model.backbone.max_position_embeddings * longest_token(require_tokenizer(model.tokenizer))
+    for raw in _raw_lines(path):
+        raw.hash.update(inherited)
+        digest = raw.hash.hexdigest()[:16]
+        if raw.nbytes > MAX_LINE_BYTES:
+            reason = f"the line has {raw.nbytes} bytes; at most {MAX_LINE_BYTES} are allowed, so shorten its prompt"
+            lines.append(Line(raw.number, digest, error=reason))
+        else:
+            lines.append(_line(raw.number, raw.start, digest, model, shared, longest))
     if not lines:
         raise ArgumentError(f'{path}: has no lines; give a JSON object with a "prompt" on each')
     return lines
 
 
-def _line(number: int, raw: bytes, digest: str, model: Towers, shared: dict[str, object]) -> Line:
+@dataclass
+class _RawLine:
+    """A line of a file. start: its first bytes, at most MAX_LINE_BYTES and one more. hash: SHA-256 of all its bytes."""
+
+    number: int
+    start: bytes
+    nbytes: int
+    hash: hashlib._Hash
+
+    @property
+    def is_blank(self) -> bool:
+        return self.nbytes <= MAX_LINE_BYTES and not self.start.strip()
+
+
+def _raw_lines(path: Path) -> Iterator[_RawLine]:
+    """The lines of a file that are not blank, without their ends (\\n, \\r\\n or \\r) and the byte order mark."""
+    number, line = 1, _RawLine(1, b"", 0, hashlib.sha256())
+    with path.open("rb") as file:
+        text = io.TextIOWrapper(file, encoding="latin-1", newline=None)  # each character is one byte
+        while part := text.readline(MAX_LINE_BYTES + 1).encode("latin-1"):
+            if number == 1 and not line.nbytes:
+                part = part.removeprefix(codecs.BOM_UTF8)
+            content = part.removesuffix(b"\n")
+            line.start = line.start or content
+            line.nbytes += len(content)
+            line.hash.update(content)
+            if content != part:
+                if not line.is_blank:
+                    yield line
+                number += 1
+                line = _RawLine(number, b"", 0, hashlib.sha256())
+    if not line.is_blank:
+        yield line
+
+
+def _line(number: int, raw: bytes, digest: str, model: Towers, shared: dict[str, object], longest: int) -> Line:
+    """longest: characters of the longest prompt that can fit the window."""
     try:
         fields = json.loads(raw.decode("utf-8"))
     except UnicodeDecodeError as error:
@@ -89,6 +131,12 @@ def _line(number: int, raw: bytes, digest: str, model: Towers, shared: dict[str,
         return Line(number, digest, error='no "prompt"; give a JSON object with "prompt", a string')
     name = fields.pop("id", None)
     prompt = fields.pop("prompt")
+    if len(prompt) > longest:
+        window = model.backbone.max_position_embeddings
+        reason = (
+            f"the prompt has {len(prompt)} characters, more than the {window} tokens of the context window can hold"
+        )
+        return Line(number, digest, name, error=f"{reason}; shorten it")
     if "knob" in fields and "policy_value" not in fields:  # the old name
         fields["policy_value"] = fields.pop("knob")
     unknown = sorted(set(fields) - set(LINE_FIELDS))
@@ -103,7 +151,7 @@ def _line(number: int, raw: bytes, digest: str, model: Towers, shared: dict[str,
             "input_ids"
         ]  # raises for half a surrogate pair
         request = Request(tokens, params)
-        check_model(model, params, [len(tokens)])  # before the engine exists: its size depends on the requests
+        check_before_engine(model, params, [len(tokens)])  # before the engine exists: its size depends on the requests
     except (TwoTowerError, UnicodeError) as error:
         return Line(number, digest, name, error=str(error))
     return Line(number, digest, name, request)

@@ -14,7 +14,7 @@ from twotower.cache.prefix_cache import PrefixCache
 from twotower.decoding.output import Event, Generation
 from twotower.decoding.params import DEFAULT_BLOCK_SIZE, check_whole
 from twotower.engine import admission
-from twotower.engine.budget import check_block, memory_for, rows_that_fit
+from twotower.engine.budget import check_engine, memory_for, needs_of, rows_that_fit
 from twotower.engine.core import EngineCore
 from twotower.engine.engine_options import EngineOptions
 from twotower.engine.sequence import Request
@@ -32,7 +32,8 @@ class LLM:
     it can need.
 
     Raises:
-        ArgumentError: a size is not a whole number of at least 1, or the memory is too small for a text or a block.
+        ArgumentError: a size is not a whole number of at least 1; the memory is too small for a text or a block; or the
+            states and blocks do not fit the free memory of a device.
     """
 
     def __init__(
@@ -53,8 +54,9 @@ class LLM:
         self.model = model
         self.length = min(length or window, window)
         block_size = min(block_size, max(window, DEFAULT_BLOCK_SIZE))
-        check_block(model, block_size)
-        self.core = EngineCore(model, rows, self.length, block_size, memory, options or EngineOptions())
+        options = options or EngineOptions()
+        check_engine(model, rows, self.length, block_size, memory, options.prefix_cache)
+        self.core = EngineCore(model, rows, self.length, block_size, memory, options)
         self._unseen: list[Event] = []  # events that the last caller of `step` did not ask for
         self._next_number = 0
 
@@ -74,6 +76,8 @@ class LLM:
     ) -> LLM:
         """Makes an engine that all requests fit, with at most `rows` running at once, within `memory` bytes.
 
+        Fewer rows run at once if their states and blocks do not fit the free memory.
+
         Raises:
             ArgumentError: the longest request does not fit the memory.
         """
@@ -86,7 +90,9 @@ class LLM:
                 f"{memory / 2**20:.1f} MiB allowed; raise memory or request shorter texts",
                 param="memory",
             )
-        rows = max(rows_that_fit(model, block, min(rows, max(len(requests), 1))), 1)
+        prefix_cache = options is None or options.prefix_cache
+        needs = needs_of(model, length + block, block, memory, prefix_cache)
+        rows = max(rows_that_fit(needs, min(rows, max(len(requests), 1))), 1)
         return cls(model, rows=rows, length=length, block_size=block, memory=memory, options=options)
 
     @property

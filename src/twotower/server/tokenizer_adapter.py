@@ -11,9 +11,8 @@ from functools import cached_property, lru_cache
 
 from twotower.server.message_schemas import Message
 from twotower.server.request_errors import RequestError
-from twotower.tokenizer import Tokenizer
+from twotower.tokenizer import Tokenizer, longest_token
 
-MIN_LONGEST_TOKEN = 64  # characters; tokenizers may drop characters, so that a token stands for more than its own
 MAX_FIELD_NAME = 64
 ROLE_NAMES = {"system": "System", "developer": "System", "user": "User", "assistant": "Assistant"}
 
@@ -113,7 +112,7 @@ class TokenizerAdapter:
 
     @cached_property
     def _longest_token(self) -> int:
-        return max(MIN_LONGEST_TOKEN, *map(len, self.tokenizer.get_vocab()))
+        return longest_token(self.tokenizer)
 
     @cached_property
     def _byte_level(self) -> bool:
