@@ -3,6 +3,11 @@
 from __future__ import annotations
 
 import json
+import os
+import signal
+import subprocess
+import sys
+import time
 from collections.abc import Callable
 from functools import partial
 from pathlib import Path
@@ -138,10 +143,33 @@ def test_the_verb_writes_picture_and_table(
     assert result.code == 0, result.err
     found = json.loads(result.out)
     assert [p["setting"] for p in found["points"]] == ["ar", "diffusion:0.8"]
-    assert sorted(path.name for path in out.iterdir()) == ["answers.jsonl", "report.md", "report.png"]
+    assert sorted(path.name for path in out.iterdir()) == [".lock", "answers.jsonl", "report.md", "report.png"]
     assert "quality kept" in (out / "report.md").read_text()
     result = cli("report", *options, "-s", "diffusion:0.8")
     assert result.out.splitlines() == [str(out / "report.png"), str(out / "report.md")]
+
+
+@pytest.mark.skipif(os.name != "posix", reason="needs flock")
+def test_two_reports_never_write_one_folder(cli: Callable[..., Result], tmp_path: Path) -> None:
+    """The answers of one replaced those of the other. A report that was killed releases the folder at once."""
+    out, known = tmp_path / "report", tmp_path / "report" / "answers.jsonl"
+    command = ["report", "-n", "3", "--timed", "1", "--difficulty", "1", "-o", str(out), "--dtype", "float32"]
+    more = [part for text in ("diffusion:0.8", "diffusion:0.9", "verified:draft_steps=1") for part in ("-s", text)]
+    first = subprocess.Popen([sys.executable, "-m", "twotower", *command, *more], stderr=subprocess.DEVNULL)
+    deadline = time.monotonic() + 120
+    while not known.exists():
+        assert first.poll() is None
+        assert time.monotonic() < deadline
+        time.sleep(0.01)
+    first.send_signal(signal.SIGSTOP)
+    before = known.read_bytes()
+    second = cli(*command, "-s", "diffusion:0.8")
+    first.send_signal(signal.SIGKILL)
+    assert_one_line_error(second, f"{out} is being written by another process; wait until it ends, or name another")
+    assert known.read_bytes() == before
+    first.wait()
+    assert cli(*command, "-s", "diffusion:0.8").code == 0
+    assert known.read_bytes().startswith(before)
 
 
 def test_bad_input_is_a_one_line_error(cli: Callable[..., Result]) -> None:

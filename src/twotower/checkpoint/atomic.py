@@ -8,13 +8,13 @@ the moves if the process was killed before.
 from __future__ import annotations
 
 import json
-import os
 import shutil
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
 
 from twotower.errors import CheckpointError, TwoTowerError
+from twotower.file_writes import sync
 
 FOLDER = ".unfinished-save"
 COMMIT = "commit.json"
@@ -112,12 +112,3 @@ def restore_folder(final: Path) -> None:
 
 def _set_aside(final: Path) -> Path:
     return final.with_name(f".{final.name}.replaced")
-
-
-def sync(path: Path) -> None:
-    """Flushes a file or a folder to the disk."""
-    handle = os.open(path, os.O_RDONLY)
-    try:
-        os.fsync(handle)
-    finally:
-        os.close(handle)

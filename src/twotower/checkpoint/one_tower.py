@@ -15,6 +15,7 @@ from twotower.checkpoint import names, pretrained, reader
 from twotower.checkpoint.generation_config import GenerationDefaults
 from twotower.checkpoint.names import TensorEntry
 from twotower.checkpoint.reader import StoredTensor
+from twotower.checkpoint.tokenizer_files import save_tokenizer
 from twotower.checkpoint.writer import TensorToWrite, write_shards
 from twotower.config import ARCHITECTURE, MASK_TOKEN_ID, MODEL_TYPE, BackboneConfig, TwoTowerConfig, read_object
 from twotower.errors import ArgumentError, CheckpointError, ConfigError
@@ -155,7 +156,7 @@ def write(directory: Path, weights: dict[str, torch.Tensor], config: TwoTowerCon
     values = {key: value for key, value in pretrained.config_to_write(model).items() if key != "auto_map"}
     values |= {"architectures": ["NemotronHForCausalLM"], "torch_dtype": dtype, "tie_word_embeddings": False}
     (directory / "config.json").write_text(json.dumps(values, indent=2, sort_keys=True) + "\n", encoding="utf-8")
-    tokenizer.save_pretrained(directory)
+    save_tokenizer(tokenizer, directory)
 
 
 # --- vocabulary ----------------------------------------------------------------------------------------------------

@@ -17,7 +17,7 @@ from twotower.checkpoint.generation_config import GenerationDefaults
 from twotower.checkpoint.load_arguments import LoadArguments, check_save_arguments
 from twotower.checkpoint.quantize import quantization_of, quantize_
 from twotower.checkpoint.source import resolve_source
-from twotower.checkpoint.tokenizer_files import TEMPLATE_FILE, TEMPLATE_FOLDER
+from twotower.checkpoint.tokenizer_files import TEMPLATE_FILE, TEMPLATE_FOLDER, save_tokenizer
 from twotower.checkpoint.writer import stale_weights
 from twotower.config import ARCHITECTURE, MODEL_TYPE, TwoTowerConfig
 from twotower.errors import ArgumentError, CheckpointError
@@ -101,7 +101,7 @@ def save_pretrained(
         if defaults.values:
             (folder / generation_config.FILE).write_text(defaults.text(), encoding="utf-8")
         if tokenizer is not None:
-            tokenizer.save_pretrained(folder)
+            save_tokenizer(tokenizer, folder)
 
 
 def _stale(directory: Path, new: set[str]) -> list[Path]:

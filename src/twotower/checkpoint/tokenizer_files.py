@@ -11,6 +11,7 @@ from transformers import AutoTokenizer
 
 from twotower.checkpoint import generation_config
 from twotower.errors import CheckpointError
+from twotower.file_writes import os_errors
 from twotower.tokenizer import Tokenizer
 
 TOKENIZER_FILES = ("tokenizer.json", "tokenizer_config.json")
@@ -64,6 +65,16 @@ def load_tokenizer(directory: Path | None, trust_remote_code: bool = False) -> T
             f"{directory}: the tokenizer cannot be read ({first}); download tokenizer.json and tokenizer_config.json "
             "again"
         ) from None
+
+
+def save_tokenizer(tokenizer: Tokenizer, directory: Path) -> None:
+    """Writes the files of a tokenizer.
+
+    Raises:
+        OSError: a file cannot be written.
+    """
+    with os_errors():
+        tokenizer.save_pretrained(directory)
 
 
 def copy_model_files(source: Path, target: Path) -> None:

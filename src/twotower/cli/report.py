@@ -15,6 +15,8 @@ from twotower.cli.terminal import status_line
 if TYPE_CHECKING:
     from twotower.evaluation.sweep import Point
 
+LOCK_FILE = ".lock"
+
 
 @click.command()
 @models.model_option
@@ -79,11 +81,13 @@ def report(
 
     The settings cover all modes, commit policies and block sizes. Each setting answers the procedural suite and is
     timed in turn with AR. The command writes a picture (quality against tokens per pass, and against speed) and tables
-    for a model card. After an interruption, the same command continues.
+    for a model card. After an interruption, the same command continues. Only one process at a time writes to DIR.
     """
     from twotower.decoding.presets import parse_setting
     from twotower.evaluation import sweep
     from twotower.evaluation.machine import machine_facts
+    from twotower.file_lock import exclusive_lock
+    from twotower.json_text import to_json
     from twotower.plotting import drawing
 
     if quick and settings:
@@ -98,28 +102,27 @@ def report(
     if quantization != "none":
         facts["quantization"] = quantization
     output.mkdir(parents=True, exist_ok=True)
-    with status_line() as update:
-        points = sweep.sweep_settings(
-            loaded,
-            chosen,
-            per_family=problems,
-            timed=timed,
-            difficulties=difficulties,
-            seed=seed,
-            rows=rows,
-            answers_file=output / "answers.jsonl",
-            facts=facts,
-            progress=update,
-        )
     machine, levels = machine_facts(loaded), ", ".join(map(str, difficulties))
     description = (
         f"{problems} problems of each family (difficulty {levels}, seed {seed}), greedy; {timed} timed one at a time"
     )
-    written = _write(output, points, model_loading.name_of(source), description, machine)
+    with exclusive_lock(output / LOCK_FILE, output):
+        with status_line() as update:
+            points = sweep.sweep_settings(
+                loaded,
+                chosen,
+                per_family=problems,
+                timed=timed,
+                difficulties=difficulties,
+                seed=seed,
+                rows=rows,
+                answers_file=output / "answers.jsonl",
+                facts=facts,
+                progress=update,
+            )
+        written = _write(output, points, model_loading.name_of(source), description, machine)
     if as_json:
         found = [asdict(point) for point in points]
-        from twotower.json_text import to_json
-
         click.echo(to_json({"files": written, "model": str(source), "machine": machine, "points": found}))
     else:
         click.echo("\n".join(written))

@@ -17,6 +17,7 @@ from twotower.evaluation.accuracy import answer_problems, answers_right, chosen_
 from twotower.evaluation.comparison import compare
 from twotower.evaluation.tasks.problem_sets import Problem
 from twotower.evaluation.tasks.scoring import OVERALL
+from twotower.file_writes import replace_text
 from twotower.json_text import to_json
 from twotower.modeling_twotower import TwoTowerForCausalLM
 
@@ -220,9 +221,6 @@ def _read(path: Path | None, facts: Mapping[str, object]) -> dict[str, AnswerRec
 
 
 def _append(path: Path | None, facts: Mapping[str, object], known: dict[str, AnswerRecord]) -> None:
-    """Writes the whole file beside `path`, then renames it, so that an interrupted run leaves a readable file."""
-    if path is None:
-        return
-    partial = path.with_suffix(".partial")
-    partial.write_text("".join(to_json(line) + "\n" for line in (facts, *known.values())), encoding="utf-8")
-    partial.replace(path)
+    """Replaces the whole file, so that an interrupted run leaves a readable one."""
+    if path is not None:
+        replace_text(path, "".join(to_json(line) + "\n" for line in (facts, *known.values())))

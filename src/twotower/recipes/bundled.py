@@ -28,6 +28,8 @@ from typing import TYPE_CHECKING
 
 import click
 
+from twotower.checkpoint.atomic import replace_folder
+from twotower.file_writes import replace_text, replaced_file
 from twotower.process import configure_process
 from twotower.tokenizer import require_tokenizer
 
@@ -80,12 +82,11 @@ def write_text(out: Path) -> None:
     from twotower.evaluation.tasks import FAMILIES, make_problems, write_jsonl
 
     families = (*FAMILIES, *PRACTISED_TWICE)
-    (out / "shape.json").write_text(json.dumps(SHAPE, indent=2) + "\n", encoding="utf-8")
-    partial = out / "suite.partial"
-    write_jsonl(partial, make_problems("train", PROBLEMS, SEED, families, DIFFICULTIES))
-    partial.rename(out / "suite.jsonl")
-    write_jsonl(partial, make_problems("train", HARD_PROBLEMS, SEED + 1, HARD_TO_DENOISE, DIFFICULTIES))
-    partial.rename(out / "hard.jsonl")
+    replace_text(out / "shape.json", json.dumps(SHAPE, indent=2) + "\n")
+    with replaced_file(out / "suite.jsonl") as partial:
+        write_jsonl(partial, make_problems("train", PROBLEMS, SEED, families, DIFFICULTIES))
+    with replaced_file(out / "hard.jsonl") as partial:
+        write_jsonl(partial, make_problems("train", HARD_PROBLEMS, SEED + 1, HARD_TO_DENOISE, DIFFICULTIES))
 
 
 def write_continuations(data: Path, out: Path, processes: int) -> None:
@@ -103,13 +104,15 @@ def write_continuations(data: Path, out: Path, processes: int) -> None:
         (cut_dialogue(text, rng, before=0.5) for text in texts), key=len
     )  # texts of similar length share a batch
     parts = [cut[start : start + 64] for start in range(0, len(cut), 64)]
-    partial = out / "continuations.partial"
     workers = multiprocessing.get_context("spawn").Pool(processes, _load, (out / "start",))
-    with workers as pool, partial.open("w", encoding="utf-8") as lines:
+    with (
+        workers as pool,
+        replaced_file(out / "continuations.jsonl") as partial,
+        partial.open("w", encoding="utf-8") as lines,
+    ):
         for number, part in enumerate(pool.imap(_finish, parts), 1):
             lines.writelines(part)
             print(f"{number * 64}/{len(cut)} continuations", file=sys.stderr, flush=True)
-    partial.rename(out / "continuations.jsonl")
 
 
 _loaded: TwoTowerForCausalLM | None = None  # the model of a worker process
@@ -207,7 +210,7 @@ def export(out: Path) -> None:
                 json.loads(line) for line in (out / stage / "log.jsonl").read_text(encoding="utf-8").splitlines()
             ]
             lines.writelines(json.dumps(record) + "\n" for record in thinned(stage, records))
-    partial.rename(out / "model")
+    replace_folder(partial, out / "model")
 
 
 def thinned(stage: str, records: Sequence[StepRecord]) -> Iterator[dict[str, object]]:
@@ -231,7 +234,7 @@ def measure(data: Path, out: Path) -> None:
     """Measures the figures of the model card with `evaluation.held_out`."""
     command = [sys.executable, "-m", "twotower.evaluation.held_out", str(data), "--model", str(out / "model")]
     text = subprocess.run(command, check=True, stdout=subprocess.PIPE, text=True).stdout
-    (out / "model/metrics.json").write_text(text, encoding="utf-8")
+    replace_text(out / "model/metrics.json", text)
 
 
 @click.command()

@@ -23,6 +23,7 @@ from twotower.cache.layer_cache import MambaCache
 from twotower.cache.pools import AttentionPool, ContextView, MambaPool
 from twotower.decoding.sampling import confidence
 from twotower.decoding.unmasking import Pass, decide
+from twotower.file_writes import replace_text
 from twotower.process import configure_process
 from twotower.server import page
 from twotower.server.tokenizer_adapter import TokenizerAdapter
@@ -45,7 +46,7 @@ def main(prompt: str, output: Path) -> None:
     trace = record(model, prompt)
     passes = trace["passes"]
     assert isinstance(passes, list)
-    output.write_text(json.dumps(trace, ensure_ascii=False, separators=(",", ":")) + "\n", encoding="utf-8")
+    replace_text(output, json.dumps(trace, ensure_ascii=False, separators=(",", ":")) + "\n")
     click.echo(f"{output}: {len(passes)} passes, {output.stat().st_size / 1024:.1f} KiB")
 
 

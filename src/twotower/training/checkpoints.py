@@ -26,8 +26,8 @@ import torch.distributed.checkpoint as dcp
 from torch import Tensor
 from torch.distributed.checkpoint.api import CheckpointException  # not an Exception but a BaseException
 
-from twotower.checkpoint.atomic import sync
 from twotower.errors import TwoTowerError
+from twotower.file_writes import sync
 from twotower.training.data.state import LoaderState
 from twotower.training.fsdp import World
 from twotower.training.old_names import LOADER_STATE, with_present_names

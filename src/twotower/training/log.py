@@ -11,6 +11,7 @@ from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING
 
+from twotower.file_writes import replace_text
 from twotower.json_text import to_json
 from twotower.training.log_schema import StepRecord, Timing
 from twotower.training.old_names import LOG_RECORD, with_present_names
@@ -32,9 +33,7 @@ class Log:
         self.path = directory / LOG_FILE
         if self.path.exists():
             kept = [record for record in read_log(self.path) if record["step"] <= done]
-            partial = self.path.with_suffix(".partial")
-            partial.write_text("".join(to_json(record) + "\n" for record in kept), encoding="utf-8")
-            partial.replace(self.path)
+            replace_text(self.path, "".join(to_json(record) + "\n" for record in kept))
         self._out = self.path.open("a", encoding="utf-8")
         self._board: SummaryWriter | None = None
         if tensorboard:

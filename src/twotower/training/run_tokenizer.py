@@ -8,10 +8,10 @@ from typing import TYPE_CHECKING, cast
 from tokenizers import Tokenizer
 
 from twotower.checkpoint import tokenizer_files
-from twotower.checkpoint.atomic import sync
 from twotower.checkpoint.generation_config import GenerationDefaults
 from twotower.config import TwoTowerConfig
 from twotower.errors import ArgumentError
+from twotower.file_writes import os_errors, replaced_file
 from twotower.training.data import BOS, EOS, MASK, PAD, Encoder, Source, train_tokenizer
 from twotower.training.data.readers import one_epoch
 from twotower.training.fsdp import World
@@ -37,10 +37,9 @@ def tokenizer_of_run(
             raise ArgumentError(
                 f"vocab_size is {size}, above the backbone's {config.backbone.vocab_size}; give at most that"
             )
-        partial = file.with_suffix(".partial")
-        train_tokenizer(_texts(sources), size, split_digits=settings.split_digits).save(str(partial))
-        sync(partial)
-        partial.replace(file)
+        trained = train_tokenizer(_texts(sources), size, split_digits=settings.split_digits)
+        with replaced_file(file) as partial, os_errors():
+            trained.save(str(partial))
     world.barrier()
     return load_tokenizer(file)
 

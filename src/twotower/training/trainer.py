@@ -15,6 +15,7 @@ from torch import Tensor, nn
 
 from twotower.errors import ArgumentError, TwoTowerError
 from twotower.file_lock import exclusive_lock
+from twotower.file_writes import replace_text
 from twotower.training import checkpoints
 from twotower.training.balance import LoadBalance
 from twotower.training.data.batch import Batch
@@ -247,7 +248,5 @@ def _begin(directory: Path, settings: dict[str, object]) -> str | None:
         for left in (TOKENIZER_FILE, LOG_FILE):  # of the run with other settings
             (directory / left).unlink(missing_ok=True)
         shutil.rmtree(directory / TENSORBOARD_FOLDER, ignore_errors=True)
-        partial = file.with_suffix(".partial")
-        partial.write_text(json.dumps(wanted, indent=2, sort_keys=True) + "\n", encoding="utf-8")
-        partial.replace(file)
+        replace_text(file, json.dumps(wanted, indent=2, sort_keys=True) + "\n")
     return None
