@@ -5,6 +5,8 @@ from __future__ import annotations
 import copy
 import json
 import math
+import re
+import threading
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
 from typing import Any
@@ -16,6 +18,7 @@ from serving import RunningServer, events_of, expected_output, serving, texts_of
 from test_stopping import TOKENIZER, VOCABULARY
 
 from twotower import TwoTowerForCausalLM
+from twotower.server.readiness import FAILURES
 
 POISON = VOCABULARY - 1
 
@@ -80,6 +83,61 @@ def test_a_request_that_breaks_a_pass_gets_500_and_the_others_go_on(served: Runn
     assert_well(served)
 
 
+@pytest.mark.parametrize("verb", ["extend", "denoise"])
+def test_an_engine_whose_requests_all_fail_is_not_ready(served: RunningServer, verb: str) -> None:
+    """Its resets work, so it lives. When the cause is gone, a request of the server itself makes it ready."""
+    broken = threading.Event()
+    real = getattr(TwoTowerForCausalLM, verb)
+
+    def fail(self: Any, *rest: Any, **options: Any) -> Any:
+        if broken.is_set():
+            raise RuntimeError("a kernel died")
+        return real(self, *rest, **options)
+
+    with patch.object(TwoTowerForCausalLM, verb, fail):
+        broken.set()
+        for count in range(1, 5):
+            assert served.complete([5, 6], max_tokens=2).status_code == 500
+            answer = served.get("/ready")
+            assert answer.status_code == (200 if count < FAILURES else 503)
+        assert served.get("/health").status_code == 200
+        for _ in range(3):  # the server tests itself, and fails
+            error = served.get("/ready").json()["error"]
+            assert re.match(
+                r"the last \d+ requests failed, the last one with RuntimeError: a kernel died;", error["message"]
+            )
+            assert error["code"] == "engine"
+            wait_until(served.is_idle)
+        assert served.counts()["twotower_failures_in_a_row",] >= FAILURES
+        broken.clear()
+        wait_until(lambda: served.get("/ready").status_code == 200)
+    assert_well(served)
+
+
+def test_single_failures_leave_the_server_ready(served: RunningServer) -> None:
+    """A request that succeeds ends a series of failures, and errors of clients are none."""
+    real = TwoTowerForCausalLM.extend
+
+    def extend(self: Any, tokens: Any, *rest: Any, **options: Any) -> Any:
+        if bool((tokens == POISON).any()):
+            raise RuntimeError("a kernel died")
+        return real(self, tokens, *rest, **options)
+
+    grammar = {"type": "json_schema", "json_schema": {"schema": {"type": "object", "properties": {
+        f"a{number}": {"type": "string", "pattern": "^.{0,50}$"} for number in range(1200)
+    }}}}  # fmt: skip
+    with patch.object(TwoTowerForCausalLM, "extend", extend):
+        for _ in range(FAILURES):
+            for _ in range(FAILURES - 1):
+                assert served.complete([5, POISON], max_tokens=2).status_code == 500
+            assert served.complete([5, 6], max_tokens=2, mode="ar", seed=1).status_code == 200
+        for _ in range(FAILURES + 1):
+            assert served.complete("a", response_format=grammar, max_tokens=40, seed=1).status_code == 400
+        assert served.get("/ready").json() == {"status": "ready"}
+        assert served.service.engine.stats.failures == 0
+    assert_well(served)
+
+
 def test_logits_that_are_not_finite_are_an_error(served: RunningServer) -> None:
     weight = tiny_model().context.embeddings.weight
     kept = weight[POISON].clone()
@@ -93,6 +151,7 @@ def test_logits_that_are_not_finite_are_an_error(served: RunningServer) -> None:
             assert "NaN or infinite at new token 1" in body["error"]["message"]
             stream = served.complete([5, POISON], stream=True, **fields)
             assert "NaN or infinite" in events_of(stream.text)[-1]["error"]["message"]
+        wait_until(lambda: served.get("/ready").status_code == 200)  # after eight failures, the server tests itself
         assert_well(served)
     finally:
         with torch.no_grad():

@@ -148,6 +148,8 @@ class EngineCore:
             prefix_tokens=len(self.prefixes.nodes) * self.prefixes.chunk,
             prompt_tokens=self.prefixes.query_tokens,
             reused_tokens=self.prefixes.hit_tokens,
+            failures=self.recovery.failures,
+            last_failure=self.recovery.last_failure,
         )
 
     # --- the beginning and the end of requests --------------------------------------------------------------------
@@ -166,6 +168,7 @@ class EngineCore:
             if sequence is not None:
                 sequence.output.note_delivery(event)
             if event.result is not None:
+                self.recovery.count(event.result)
                 self._leave(event)
 
     def _leave(self, event: Event) -> None:

@@ -14,7 +14,7 @@ from collections.abc import Sequence
 
 from twotower.cache.hybrid_cache import TowerState
 from twotower.cache.prefix_cache import PrefixCache
-from twotower.decoding.output import BlockEvent
+from twotower.decoding.output import BlockEvent, Generation
 from twotower.engine.rounds import Rounds
 from twotower.engine.row_constants import RowConstants
 from twotower.engine.scheduler import Scheduler
@@ -30,6 +30,7 @@ class Recovery:
     """Tries sequences again after an exception.
 
     state, prefixes, constants: what a reset writes. lost: why the engine cannot continue (None: it can).
+    failures: requests that ended with an error since the last one that did not. last_failure: the last of these errors.
     """
 
     def __init__(
@@ -43,6 +44,7 @@ class Recovery:
         self.state, self.prefixes, self.constants = state, prefixes, constants
         self.scheduler, self.rounds = scheduler, rounds
         self.lost: TwoTowerError | None = None
+        self.failures, self.last_failure = 0, ""
         self._active = False  # from an exception to the end of the last trial
         self._suspects: deque[int] = deque()  # numbers of the requests that are tried alone, in order
 
@@ -94,6 +96,13 @@ class Recovery:
         self._active = scheduler.alone is not None
         read = [s for s in scheduler.active if s.phase is Phase.PROMPT and s.read == s.prompt_end]
         return failed + (self.rounds.finish_prefill(read) if read else [])
+
+    def count(self, result: Generation) -> None:
+        """Counts the failures in a row. An error that the request itself caused (`error_param`) does not count."""
+        if result.finish_reason != "error":
+            self.failures = 0
+        elif not result.error_param:
+            self.failures, self.last_failure = self.failures + 1, result.error
 
     def _reset(self, sequences: Sequence[RunningSequence]) -> list[BlockEvent]:
         """Starts these sequences, which are all that run, from the beginning → last events of those that cannot."""

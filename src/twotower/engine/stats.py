@@ -13,7 +13,8 @@ class EngineStats:
     requests that wait for a slot or for memory. max_seq_len: tokens of the longest text, its prompt included;
     max_block_size: positions of the longest block. state_bytes: memory of the slots. prefix_bytes, prefix_tokens: the
     prefix cache's memory, and the prompt tokens it holds. prompt_tokens: prompt tokens of all admitted requests.
-    reused_tokens: prompt tokens that came from the prefix cache.
+    reused_tokens: prompt tokens that came from the prefix cache. failures: requests that ended with an error since the
+    last one that did not; errors that a request itself caused do not count. last_failure: the last of these errors.
     """
 
     slots: int
@@ -27,3 +28,5 @@ class EngineStats:
     prefix_tokens: int
     prompt_tokens: int
     reused_tokens: int
+    failures: int = 0
+    last_failure: str = ""

@@ -146,12 +146,12 @@ def _add_status_routes(app: FastAPI, service: Service) -> None:
 
     @app.get("/ready", responses={503: ERROR_RESPONSES[503]})
     async def readiness() -> dict[str, str]:
-        """Status 200 while the server accepts new requests."""
-        if not (service.draining or service.alive):
-            raise RequestError(f"{service.engine.failure}; restart the server", status=503, code="engine")
+        """Status 200 while the server accepts new requests, and they can be expected to succeed."""
         if service.draining:
             words = "the server is stopping; send the request to another server or retry after a restart"
             raise RequestError(words, status=503, code="stopping")
+        if problem := service.readiness.problem():
+            raise RequestError(problem, status=503, code="engine")
         return {"status": "ready"}
 
     @app.get("/metrics", response_class=Response, responses={200: {"content": {"text/plain": {}}}})

@@ -36,6 +36,7 @@ class Metrics:
             ),
             ("prefix_bytes", "Bytes of the prefix cache", lambda: engine.stats.prefix_bytes),
             ("prefix_query_tokens", "Prompt tokens looked up in the prefix cache", lambda: engine.stats.prompt_tokens),
+            ("failures_in_a_row", "Failed choices since the last one that succeeded", lambda: engine.stats.failures),
             ("prefix_hit_tokens", "Prompt tokens found in the prefix cache", lambda: engine.stats.reused_tokens),
         ):
             self._metric(Gauge, name, text).set_function(read)

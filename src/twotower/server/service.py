@@ -14,6 +14,7 @@ from twotower.server.choice_events import choice_events
 from twotower.server.choices import Choice, ChoiceBuilder, build_constraint
 from twotower.server.concurrency import ConcurrencyLimiter
 from twotower.server.metrics import Metrics
+from twotower.server.readiness import Readiness
 from twotower.server.request_errors import RequestError
 from twotower.server.request_schemas import GenerationRequest
 from twotower.server.settings import ServerSettings
@@ -34,6 +35,7 @@ class Service:
         self.started = int(time.time())
         self._builder = ChoiceBuilder(engine, self.tokenizer)
         self._limiter = ConcurrencyLimiter(engine, self.metrics)
+        self.readiness = Readiness(engine, (self.tokenizer.encode_prompt("a") or [0])[:1], settings.decoding)
         # Threads, so that long prompts do not block the event loop, and large response formats do not delay prompts.
         self._tokenizing = ThreadPoolExecutor(1, "twotower-texts")
         self._compiling = ThreadPoolExecutor(1, "twotower-formats")
