@@ -34,8 +34,8 @@ from rich.console import RenderableType
 from rich.table import Table
 
 from twotower import TwoTowerForCausalLM
-from twotower.config import BackboneConfig
 from twotower.evaluation.machine import device_facts, machine_facts
+from twotower.nemotron_h_fields import NemotronHFields
 from twotower.plotting import BLUE, DPI, GREEN, GREY, ORANGE, drawing
 
 LENGTHS = (1024, 2048, 4096, 8192, 16384, 32768)
@@ -48,7 +48,7 @@ def measure(
     model: TwoTowerForCausalLM, rates: roofline.Rates, *, lengths: Sequence[int] = LENGTHS, repeats: int = 7
 ) -> dict[str, Any]:
     """Measures every pass after every length."""
-    config, passes = model.config.backbone, PassRuns(model, max(lengths))
+    config, passes = model.config.layer_fields, PassRuns(model, max(lengths))
     runs = {f"{name} {length}": run for length in lengths for name, run in passes.after(length).items()}
     seconds = medians(interleaved(runs, model.device, repeats, warm_up=2))
     curves = {name: [seconds[f"{name} {length}"] for length in lengths] for name in PASSES}
@@ -75,7 +75,7 @@ def measure(
     }  # fmt: skip
 
 
-def added_by_a_token(config: BackboneConfig, dtype: torch.dtype, width: int) -> tuple[float, float]:
+def added_by_a_token(config: NemotronHFields, dtype: torch.dtype, width: int) -> tuple[float, float]:
     """Additional bytes and operations of a pass per additional token of context."""
     none, one = (roofline.work(config, dtype, rows=1, width=width, context=n) for n in (0, 1))
     return one.bytes - none.bytes, one.operations - none.operations

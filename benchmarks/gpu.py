@@ -170,7 +170,7 @@ def rooflines(setting: Setting, out: dict[str, Any]) -> None:
     rates = setting.measured_rates()
     out["summary"] = roofline.rates_summary(rates)
     out["rates"] = asdict(rates)
-    config = config_of(None if setting.tiny else PUBLISHED).backbone
+    config = config_of(None if setting.tiny else PUBLISHED).layer_fields
     works = roofline.passes_of(config, setting.dtype, 1024)
     out["full shape, by chance"] = [
         {

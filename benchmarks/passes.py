@@ -54,7 +54,7 @@ def costs(
 
     per_pass: tokens per pass, which sets a pass's share of the naive reference's copy of the cache.
     """
-    device, config, dtype = model.device, model.config.backbone, model.dtype
+    device, config, dtype = model.device, model.config.layer_fields, model.dtype
     assert model.denoiser is not None
     shape: dict[str, Any] = {"rows": 1, "context": context, "quantization": model.quantization}
     experts: dict[str, Any] = {}
@@ -214,7 +214,7 @@ def rates_and_rooflines(config: Path | None, device: str, dtype: str, context: i
     """The machine's rates, and the rooflines of the passes over one text of the shape in `config`."""
     where, what = torch.device(device), getattr(torch, dtype)
     rates = roofline.measure(where, what, quick=quick)
-    works = roofline.passes_of(config_of(config or MIDSIZE).backbone, what, context)
+    works = roofline.passes_of(config_of(config or MIDSIZE).layer_fields, what, context)
     return {
         "machine": device_facts(where, what), "model": str(config or MIDSIZE.name), "rates": asdict(rates),
         "work": {name: asdict(one) for name, one in works.items()},

@@ -29,9 +29,10 @@ from common.program import DIRECTORY, JSON, QUICK, THREADS, publish, start
 from common.timing import TimedCall, interleaved
 from rich.table import Table
 
-from twotower.config import BackboneConfig, TwoTowerConfig
+from twotower.config import TwoTowerConfig
 from twotower.evaluation.machine import device_facts
 from twotower.modeling_twotower import TwoTowerForCausalLM
+from twotower.nemotron_h_fields import NemotronHFields
 from twotower.recipes.bundled import SHAPE
 from twotower.training import fsdp
 from twotower.training.data import Batch
@@ -42,9 +43,9 @@ from twotower.training.runs import compute_dtype
 MASK = 3
 
 
-def shapes() -> dict[str, BackboneConfig]:
+def shapes() -> dict[str, NemotronHFields]:
     """The bundled model's shape, and a shape with ten times the parameters."""
-    bundled = TwoTowerConfig(**{key: value for key, value in SHAPE.items() if key != "model_type"}).backbone
+    bundled = TwoTowerConfig(**{key: value for key, value in SHAPE.items() if key != "model_type"}).layer_fields
     large = replace(
         bundled, hidden_size=640, mamba_num_heads=20, num_attention_heads=20, num_key_value_heads=4,
         intermediate_size=1920, moe_intermediate_size=640, moe_shared_expert_intermediate_size=1280, vocab_size=2048,
@@ -62,7 +63,7 @@ def packed(rows: int, length: int, vocabulary: int, device: torch.device) -> Bat
 
 
 def objectives(
-    shape: BackboneConfig, world: fsdp.World, dtype: torch.dtype, activation_checkpointing: bool
+    shape: NemotronHFields, world: fsdp.World, dtype: torch.dtype, activation_checkpointing: bool
 ) -> dict[str, Any]:
     """Both objectives, on separate towers, sharded as in training."""
     config = TwoTowerConfig(**{name: getattr(shape, name) for name in shape.__dataclass_fields__})
@@ -110,7 +111,7 @@ def kept_bytes(objective: Any, batch: Batch, noise: Any) -> int:
 
 
 def measure(
-    name: str, shape: BackboneConfig, world: fsdp.World, dtype: torch.dtype, *, repeats: int, rows: int,
+    name: str, shape: NemotronHFields, world: fsdp.World, dtype: torch.dtype, *, repeats: int, rows: int,
     length: int, kept_length: int,
 ) -> dict[str, Any]:  # fmt: skip
     """Measures both steps of one shape."""

@@ -71,7 +71,7 @@ def random_request(
     """
     name = rng.choice(["biased", "biased", *names] if mode == "verified" else names)
     model = decoding_model(name, torch.float64)
-    words = model.config.backbone.vocab_size
+    words = model.spec.vocab_size
     lengths = [min(longest, rng.choice(LENGTHS[: 7 if rng.random() < 0.85 else 10])) for _ in range(rows)]
     prompts = [[rng.randrange(4, words) for _ in range(length)] for length in lengths]
     golden: Golden = {"model": name, "prompts": prompts, "params": random_params(rng, mode, rows)}

@@ -51,20 +51,20 @@ def _attention(mixer, hidden, before, causal):
 
 
 def _mamba(mixer, hidden, before, causal):
-    config = mixer.config
-    z, xBC, dt = mixer.in_proj(hidden).split([config.mamba_inner, config.conv_dim, config.mamba_num_heads], dim=-1)
-    window, state = before or (xBC.new_zeros(1, config.conv_kernel - 1, config.conv_dim), None)
+    spec = mixer.spec
+    z, xBC, dt = mixer.in_proj(hidden).split([spec.inner, spec.conv_dim, spec.num_heads], dim=-1)
+    window, state = before or (xBC.new_zeros(1, spec.conv_kernel - 1, spec.conv_dim), None)
     active = F.silu(causal_conv_sequential(xBC, window, mixer.conv1d.weight, mixer.conv1d.bias))
-    bc = config.n_groups * config.ssm_state_size
-    x, B, C = active.split([config.mamba_inner, bc, bc], dim=-1)
-    x = x.unflatten(-1, (config.mamba_num_heads, -1))
-    B, C = (v.unflatten(-1, (config.n_groups, -1)) for v in (B, C))
-    dt = F.softplus(dt + mixer.dt_bias).clamp(*config.time_step_limit)
+    bc = spec.num_groups * spec.state_size
+    x, B, C = active.split([spec.inner, bc, bc], dim=-1)
+    x = x.unflatten(-1, (spec.num_heads, -1))
+    B, C = (v.unflatten(-1, (spec.num_groups, -1)) for v in (B, C))
+    dt = F.softplus(dt + mixer.dt_bias).clamp(*spec.time_step_limit)
     y, state = ssd_sequential(x, dt, -dt * mixer.A_log.exp(), B, C, state)
     y = (y + x * mixer.D[:, None]).flatten(2)
     inputs = torch.cat([window, xBC], dim=1)
-    gated = (y * F.silu(z)).unflatten(-1, (config.n_groups, -1))
-    rms = (gated.square().mean(-1, keepdim=True) + config.layer_norm_epsilon).sqrt()
+    gated = (y * F.silu(z)).unflatten(-1, (spec.num_groups, -1))
+    rms = (gated.square().mean(-1, keepdim=True) + mixer.eps).sqrt()
     return mixer.out_proj((gated / rms).flatten(-2) * mixer.norm.weight), (inputs[:, xBC.shape[1] :], state)
 
 

@@ -223,7 +223,7 @@ def test_bytes_of_a_pass_are_the_bytes_of_a_tower() -> None:
     every = [float(config.n_routed_experts)]
     shape: dict[str, Any] = {"rows": 1, "width": 1, "context": 0, "experts": every}
     for tower, more in ((model.context, {}), (model.denoiser, {"denoiser": True})):
-        parts = roofline.work(config.backbone, torch.float32, **shape, **more).parts
+        parts = roofline.work(config.layer_fields, torch.float32, **shape, **more).parts
         held = sum(p.nbytes for p in tower.parameters()) - tower.embeddings.weight.nbytes
         if more:
             held += sum(p.nbytes for p in model.time.parameters())
@@ -231,8 +231,8 @@ def test_bytes_of_a_pass_are_the_bytes_of_a_tower() -> None:
     row = model.new_state(1, 0)
     state = sum(pool.conv_window.nbytes + pool.ssm_state.nbytes for pool in row.pools if hasattr(pool, "ssm_state"))
     assert parts["Mamba states"] == state
-    assert roofline.expected_experts(config.backbone, 1) == pytest.approx(config.num_experts_per_tok)
-    assert roofline.expected_experts(config.backbone, 10**6) == pytest.approx(config.n_routed_experts)
+    assert roofline.expected_experts(config.layer_fields, 1) == pytest.approx(config.num_experts_per_tok)
+    assert roofline.expected_experts(config.layer_fields, 10**6) == pytest.approx(config.n_routed_experts)
 
 
 @pytest.mark.usefixtures("modules")

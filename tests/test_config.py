@@ -13,8 +13,8 @@ import pytest
 from transformers import AutoConfig, NemotronHConfig
 
 from twotower import TwoTowerConfig
-from twotower.config import BackboneConfig
 from twotower.errors import ConfigError, TwoTowerError
+from twotower.nemotron_h_fields import NemotronHFields
 
 FOLDERS = ("released", "midsize", "tiny-hybrid", "tiny-groups")
 
@@ -32,7 +32,7 @@ def written(folder: Path, **changes: Any) -> Path:
 
 def test_released_config_with_infinity_is_read(golden_dir: Path) -> None:
     assert "Infinity" in (golden_dir / "released/config.json").read_text()
-    backbone = TwoTowerConfig.read(golden_dir / "released").backbone
+    backbone = TwoTowerConfig.read(golden_dir / "released").layer_fields
     pattern = backbone.hybrid_override_pattern
     assert {kind: pattern.count(kind) for kind in "M*E-"} == {"M": 23, "*": 6, "E": 23, "-": 0}
     assert (backbone.num_layers, backbone.hidden_size, backbone.vocab_size) == (52, 2688, 131072)
@@ -58,21 +58,21 @@ def test_to_dict_round_trip(golden_dir: Path, name: str) -> None:
     config = TwoTowerConfig.read(golden_dir / name)
     again = TwoTowerConfig(**config.to_dict())
     assert again.to_dict() == config.to_dict()
-    assert again.backbone == config.backbone
+    assert again.layer_fields == config.layer_fields
 
 
 def test_transformers_reads_the_released_file_too(golden_dir: Path) -> None:
     config = AutoConfig.from_pretrained(golden_dir / "released")
     assert isinstance(config, NemotronHConfig)
-    assert TwoTowerConfig.of(config).backbone == TwoTowerConfig.read(golden_dir / "released").backbone
+    assert TwoTowerConfig.of(config).layer_fields == TwoTowerConfig.read(golden_dir / "released").layer_fields
 
 
 def test_infinity_as_transformers_writes_it_is_read(golden_dir: Path, tmp_path: Path) -> None:
     config = TwoTowerConfig.read(golden_dir / "released")
     config.save_pretrained(tmp_path)
     assert "__float__" in (tmp_path / "config.json").read_text()
-    assert TwoTowerConfig.read(tmp_path).backbone == config.backbone
-    assert TwoTowerConfig.from_pretrained(tmp_path).backbone == config.backbone
+    assert TwoTowerConfig.read(tmp_path).layer_fields == config.layer_fields
+    assert TwoTowerConfig.from_pretrained(tmp_path).layer_fields == config.layer_fields
 
 
 # --- as an object -------------------------------------------------------------------------------------------------
@@ -96,19 +96,19 @@ def test_copies_and_pickles(golden_dir: Path) -> None:
 def test_a_changed_field_reaches_the_backbone() -> None:
     config = TwoTowerConfig(hybrid_override_pattern="M*", hidden_size=32)
     config.hidden_size = 48
-    assert config.backbone.hidden_size == 48
+    assert config.layer_fields.hidden_size == 48
     config.hybrid_override_pattern = "MM*"
-    assert config.num_hidden_layers == config.backbone.num_layers == 3
+    assert config.num_hidden_layers == config.layer_fields.num_layers == 3
     config.time_step_limit = [0.0, 0.1]
-    assert config.backbone.time_step_limit == (0.0, 0.1)
+    assert config.layer_fields.time_step_limit == (0.0, 0.1)
     config.num_key_value_heads = 7
     with pytest.raises(ConfigError, match="num_key_value_heads, 7"):
-        config.backbone  # noqa: B018 — built on access
+        config.layer_fields  # noqa: B018 — built on access
 
 
 def test_backbone_is_frozen() -> None:
     with pytest.raises(AttributeError):
-        TwoTowerConfig().backbone.hidden_size = 3  # type: ignore[misc]
+        TwoTowerConfig().layer_fields.hidden_size = 3  # type: ignore[misc]
 
 
 def test_both_spellings_of_the_layer_kinds() -> None:
@@ -126,7 +126,7 @@ def test_mask_token_is_three_by_convention() -> None:
 
 
 def test_missing_key_value_heads_are_as_many_as_heads() -> None:
-    assert TwoTowerConfig(num_attention_heads=4, num_key_value_heads=None).backbone.num_key_value_heads == 4
+    assert TwoTowerConfig(num_attention_heads=4, num_key_value_heads=None).layer_fields.num_key_value_heads == 4
 
 
 # --- errors -------------------------------------------------------------------------------------------------------
@@ -208,4 +208,4 @@ def test_no_file(tmp_path: Path) -> None:
 
 def test_direct_construction_is_checked_too() -> None:
     with pytest.raises(ConfigError, match="hidden_size"):
-        BackboneConfig(hybrid_override_pattern="M", hidden_size=0, vocab_size=8)
+        NemotronHFields(hybrid_override_pattern="M", hidden_size=0, vocab_size=8)

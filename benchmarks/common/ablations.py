@@ -21,6 +21,7 @@ from twotower.evaluation.accuracy import measure_accuracy
 from twotower.evaluation.held_out import read_documents
 from twotower.evaluation.tasks import make_problems, write_jsonl
 from twotower.evaluation.tasks.scoring import OVERALL
+from twotower.families import tower_spec
 from twotower.model.tower import Tower
 from twotower.modeling_twotower import TwoTowerForCausalLM
 from twotower.recipes.bundled import SHAPE
@@ -160,7 +161,7 @@ def prepare(data: Path, out: Path, steps: int, world: fsdp.World) -> Material:
     items = (f"{data / 'train.jsonl.gz'}={DIALOGUE_SHARE:g}", f"{suite}={1 - DIALOGUE_SHARE:g}")
     if not saved.exists():
         torch.manual_seed(0)
-        tower = Tower(config.backbone)
+        tower = Tower(tower_spec(config))
         tower.reset_parameters()
         objective = AutoregressiveObjective(tower, prompt_loss=False)
         fsdp.shard(objective, objective.units, world, torch.float32)

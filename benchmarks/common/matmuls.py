@@ -29,10 +29,11 @@ def matmuls(tower: Tower, tokens: int, head: bool) -> tuple[list[Callable[[], ob
             x = torch.randn(1, tokens, module.in_features, device=weight.device, dtype=weight.dtype)
             calls.append(lambda module=module, x=x: module(x))
         elif isinstance(module, Experts):
-            config = tower.config
-            x = torch.randn(tokens, config.hidden_size, device=weight.device, dtype=weight.dtype)
-            scores = torch.rand(tokens, config.n_routed_experts, device=weight.device)
-            share, choice = scores.topk(config.num_experts_per_tok, -1)
+            moe = tower.spec.moe
+            assert moe is not None
+            x = torch.randn(tokens, moe.latent or tower.spec.hidden_size, device=weight.device, dtype=weight.dtype)
+            scores = torch.rand(tokens, moe.experts, device=weight.device)
+            share, choice = scores.topk(moe.top_k, -1)
             calls.append(lambda module=module, x=x, choice=choice, share=share: module(x, choice, share))
         else:
             continue  # routers have few rows: neither timed nor counted as covered

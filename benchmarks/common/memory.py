@@ -29,6 +29,7 @@ import torch
 from common.models import BLOCK, PUBLISHED, Texts, config_of, random_tokens
 from twotower import BlockEvent, TwoTowerConfig, TwoTowerForCausalLM, model_loading
 from twotower.cache.hybrid_cache import TowerState
+from twotower.families import tower_spec
 from twotower.process import configure_process
 
 LENGTHS = tuple(1024 << i for i in range(8))  # 1K … 128K
@@ -189,7 +190,7 @@ def by_formula(config: TwoTowerConfig, dtype: torch.dtype, lengths: Sequence[int
     """Bytes that `TowerState` would allocate for a row."""
     meta = torch.device("meta")
     return [
-        {"length": length, "bytes": TowerState(config.backbone, 1, length, meta, dtype).nbytes} for length in lengths
+        {"length": length, "bytes": TowerState(tower_spec(config), 1, length, meta, dtype).nbytes} for length in lengths
     ]
 
 

@@ -25,7 +25,7 @@ class NaiveDenoiser:
     def __init__(self, model: TwoTowerForCausalLM) -> None:
         assert model.denoiser is not None
         assert model.time is not None
-        self.config = model.config.backbone
+        self.config = model.config.layer_fields
         self.dtype = model.dtype
         self.weights = {name: tensor.detach().clone() for name, tensor in model.denoiser.state_dict().items()}
         self.time = {name: tensor.detach().clone() for name, tensor in model.time.state_dict().items()}

@@ -18,9 +18,9 @@ from torch import Tensor, nn
 
 from common.timing import seconds
 from twotower.checkpoint.quantize import Quantization
-from twotower.config import BackboneConfig
 from twotower.model.conditioning import SINUSOID_SIZE
 from twotower.model.moe import Router
+from twotower.nemotron_h_fields import NemotronHFields
 from twotower.ops.precision import accumulation_dtype
 
 DTYPES = ("float32", "bfloat16")
@@ -137,7 +137,7 @@ class Matrices(NamedTuple):
         return self.weights * size if quantization == "none" else self.weights + self.rows * torch.float32.itemsize
 
 
-def expected_experts(config: BackboneConfig, tokens: int) -> float:
+def expected_experts(config: NemotronHFields, tokens: int) -> float:
     """Expected number of a layer's experts that a number of tokens visits with a random choice."""
     return config.n_routed_experts * (1 - (1 - config.num_experts_per_tok / config.n_routed_experts) ** tokens)
 
@@ -158,7 +158,7 @@ def counting_experts(module: nn.Module) -> Iterator[list[Tensor]]:
             hook.remove()
 
 
-def visited(choices: Sequence[Tensor], config: BackboneConfig, tokens: int) -> tuple[list[float], str]:
+def visited(choices: Sequence[Tensor], config: NemotronHFields, tokens: int) -> tuple[list[float], str]:
     """The number of experts that each MoE layer must read, and its source."""
     layers = config.hybrid_override_pattern.count("E")
     if layers and len(choices) == layers:
@@ -167,7 +167,7 @@ def visited(choices: Sequence[Tensor], config: BackboneConfig, tokens: int) -> t
 
 
 def work(
-    config: BackboneConfig,
+    config: NemotronHFields,
     dtype: torch.dtype,
     *,
     rows: int,
@@ -222,7 +222,7 @@ def work(
     return Work({name: float(value) for name, value in parts.items()}, operations)
 
 
-def passes_of(config: BackboneConfig, dtype: torch.dtype, context: int, block_size: int = 16) -> dict[str, Work]:
+def passes_of(config: NemotronHFields, dtype: torch.dtype, context: int, block_size: int = 16) -> dict[str, Work]:
     """An AR step, a denoising pass and a commit of one text, with experts chosen at random."""
     shared: dict[str, Any] = {"rows": 1, "context": context}
     return {

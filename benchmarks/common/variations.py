@@ -11,12 +11,12 @@ import torch
 from torch import Tensor, nn
 
 from twotower.cache.layer_cache import LayerCache, MambaCache
-from twotower.config import BackboneConfig
 from twotower.model import conditioning
 from twotower.model.conditioning import TimeConditioning
 from twotower.model.packed_forward import Layout, denoise_layer, read_layer
 from twotower.model.tower import Layer
 from twotower.modeling_twotower import TwoTowerForCausalLM
+from twotower.nemotron_h_fields import NemotronHFields
 from twotower.training.data import Batch
 from twotower.training.noise import Corruption
 from twotower.training.objective import DenoisingObjective, DenoisingOptions, blocks_with_masks
@@ -102,7 +102,7 @@ def unseeded(past: LayerCache) -> LayerCache:
     return past
 
 
-def _zeros(config: BackboneConfig, clean: Tensor, layout: Layout) -> MambaCache:
+def _zeros(config: NemotronHFields, clean: Tensor, layout: Layout) -> MambaCache:
     rows = layout.document.shape[0] * layout.blocks
     state = (rows, config.mamba_num_heads, config.mamba_head_dim, config.ssm_state_size)
     return MambaCache(clean.new_zeros(rows, config.conv_kernel - 1, config.conv_dim), clean.new_zeros(state))

@@ -16,6 +16,7 @@ from twotower.auto import register
 from twotower.version import VERSION as __version__
 
 _HOMES = {
+    "GenericTwoTowerConfig": "twotower.config",
     "TwoTowerConfig": "twotower.config",
     "TwoTowerForCausalLM": "twotower.modeling_twotower",
     "Generation": "twotower.engine.generation",
@@ -37,6 +38,7 @@ __all__ = [
     "Constraint",
     "Generation",
     "GenerationParams",
+    "GenericTwoTowerConfig",
     "Request",
     "TwoTowerConfig",
     "TwoTowerError",
@@ -49,7 +51,7 @@ __all__ = [
 
 if TYPE_CHECKING:
     from twotower.assets import bundled_model
-    from twotower.config import TwoTowerConfig
+    from twotower.config import GenericTwoTowerConfig, TwoTowerConfig
     from twotower.decoding.output import BlockEvent, Generation
     from twotower.decoding.params import GenerationParams
     from twotower.decoding.structured import Constraint

@@ -1,8 +1,10 @@
 """Registers two-tower checkpoints with transformers' Auto classes: the one effect of `import twotower`.
 
-A two-tower checkpoint and a plain Nemotron-H one have the same `model_type`, `nemotron_h`; only `architectures`
-differs. Without this registration, `AutoModelForCausalLM.from_pretrained` builds transformers' own class for a
+A released two-tower checkpoint and a plain Nemotron-H one have the same `model_type`, `nemotron_h`, and differ in
+`architectures`. Without this registration, `AutoModelForCausalLM.from_pretrained` builds transformers' own class for a
 two-tower checkpoint and leaves its weights random. Plain checkpoints load as before.
+
+A checkpoint with another backbone has the `model_type` `two_tower`, which is added to transformers' configurations.
 
 The registration replaces `auto_factory._get_model_class`, which selects the class. An entry in transformers' table of
 classes is not enough: its keys are configuration classes, and `trust_remote_code` adds other classes of the same name.
@@ -15,7 +17,7 @@ import warnings
 from typing import TYPE_CHECKING
 
 if TYPE_CHECKING:
-    from collections.abc import Sequence
+    from collections.abc import Callable, Sequence
     from importlib.abc import Loader
     from importlib.machinery import ModuleSpec
     from types import ModuleType
@@ -23,6 +25,7 @@ else:
     Loader = object  # importing `importlib.abc` would load a dozen modules
 
 _FACTORY = "transformers.models.auto.auto_factory"
+_CONFIGURATIONS = "transformers.models.auto.configuration_auto"
 _CHOOSER = "_get_model_class"
 # Marks objects that a registration adds. A string, because a reload of this module makes new classes and functions.
 _MARK = "_twotower_registration"
@@ -35,8 +38,16 @@ def register() -> None:
     """
     if not any(hasattr(finder, _MARK) for finder in sys.meta_path):
         sys.meta_path.insert(0, _FactoryHook())
-    if (factory := sys.modules.get(_FACTORY)) is not None:
-        _extend(factory)
+    for name, extend in _EXTENDERS.items():
+        if (module := sys.modules.get(name)) is not None:
+            extend(module)
+
+
+def _add_configuration(configurations: ModuleType) -> None:
+    """Adds the configuration class of `model_type` `two_tower`."""
+    from twotower.config import GENERIC_MODEL_TYPE, GenericTwoTowerConfig
+
+    configurations.AutoConfig.register(GENERIC_MODEL_TYPE, GenericTwoTowerConfig, exist_ok=True)
 
 
 def _extend(factory: ModuleType) -> None:
@@ -54,9 +65,9 @@ def _extend(factory: ModuleType) -> None:
         return
 
     def choose_by_architecture(config: object, mapping: object) -> object:
-        from twotower.config import ARCHITECTURE
+        from twotower.config import ARCHITECTURE, GENERIC_ARCHITECTURE
 
-        if ARCHITECTURE not in (getattr(config, "architectures", None) or ()):
+        if not {ARCHITECTURE, GENERIC_ARCHITECTURE} & set(getattr(config, "architectures", None) or ()):
             return choose(config, mapping)
         from twotower.modeling_twotower import TwoTowerForCausalLM
 
@@ -66,14 +77,17 @@ def _extend(factory: ModuleType) -> None:
     setattr(factory, _CHOOSER, choose_by_architecture)
 
 
+_EXTENDERS: dict[str, Callable[[ModuleType], None]] = {_FACTORY: _extend, _CONFIGURATIONS: _add_configuration}
+
+
 class _FactoryHook:
-    """An import finder: finds transformers' module by the other finders, with a loader that extends the module."""
+    """An import finder: finds transformers' modules by the other finders, with a loader that extends the module."""
 
     def __init__(self) -> None:
         setattr(self, _MARK, True)
 
     def find_spec(self, name: str, path: Sequence[str] | None, target: ModuleType | None = None) -> ModuleSpec | None:
-        if name != _FACTORY:
+        if name not in _EXTENDERS:
             return None
         for finder in sys.meta_path:
             find = None if hasattr(finder, _MARK) else getattr(finder, "find_spec", None)
@@ -104,4 +118,4 @@ class _ExtendingLoader(Loader):
 
     def exec_module(self, module: ModuleType) -> None:
         self.loader.exec_module(module)
-        _extend(module)
+        _EXTENDERS[module.__name__](module)

@@ -1,7 +1,7 @@
-"""The configuration of a model: the released `config.json`, validated.
+"""The configuration of a two-tower model: its `config.json`, validated.
 
-`TwoTowerConfig` is transformers' configuration class; it keeps all keys of the file, known or not. `BackboneConfig` is
-the frozen, typed and validated configuration of the layers.
+`TwoTowerConfig` describes a model with a Nemotron-H backbone, in the released format. `GenericTwoTowerConfig` describes
+a model with any other backbone, whose own config.json it holds. Both keep all keys of the file, known or not.
 """
 
 from __future__ import annotations
@@ -9,21 +9,21 @@ from __future__ import annotations
 import dataclasses
 import json
 import math
-from collections.abc import Callable
-from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Literal, get_args
+from typing import Any
 
 from transformers import PretrainedConfig
 
 from twotower.errors import ConfigError
+from twotower.nemotron_h_fields import NemotronHFields
+from twotower.specs import LayerKind
 
-LayerKind = Literal["M", "*", "E", "-"]
-KIND_NAMES: dict[str, str] = {"M": "Mamba-2", "*": "attention", "E": "MoE", "-": "MLP"}
-_KIND_OF_LETTER: dict[str, LayerKind] = {kind: kind for kind in get_args(LayerKind)}
-COUPLED_KINDS = frozenset("M*")  # denoiser layers of these kinds read the cache of their context layer
+JsonObject = dict[str, Any]  # also keyword arguments of transformers, of many types
+
 ARCHITECTURE = "NemotronHTwoTowerForCausalLM"
 MODEL_TYPE = "nemotron_h"
+GENERIC_ARCHITECTURE = "TwoTowerForCausalLM"
+GENERIC_MODEL_TYPE = "two_tower"
 MASK_TOKEN_ID = 3  # by convention: released configs carry no mask_token_id
 
 # transformers 5 writes the pattern as a list, with names of two versions.
@@ -35,122 +35,7 @@ _KIND_OF_BLOCK_TYPE: dict[str, LayerKind] = {
     "moe": "E",
     "mlp": "-",
 }
-
-
-@dataclass(frozen=True, kw_only=True)
-class BackboneConfig:
-    """The architecture of one tower, with the field names of the released `config.json`.
-
-    The keys `norm_eps`, `expand`, `rope_theta`, `n_shared_experts` and `mamba_proj_bias` of the file have no effect on
-    the released model, so they are not fields.
-    """
-
-    hybrid_override_pattern: str
-    hidden_size: int
-    vocab_size: int
-    layer_norm_epsilon: float = 1e-5
-    residual_in_fp32: bool = False
-    initializer_range: float = 0.02
-    max_position_embeddings: int = 4096
-    # attention
-    num_attention_heads: int = 32
-    num_key_value_heads: int = 8
-    head_dim: int = 128
-    attention_bias: bool = False
-    # Mamba-2
-    mamba_num_heads: int = 128
-    mamba_head_dim: int = 64
-    ssm_state_size: int = 128
-    n_groups: int = 8
-    conv_kernel: int = 4
-    use_conv_bias: bool = True
-    use_bias: bool = False
-    chunk_size: int = 128
-    time_step_limit: tuple[float, float] = (0.0, math.inf)
-    time_step_min: float = 0.001
-    time_step_max: float = 0.1
-    time_step_floor: float = 1e-4
-    # MLP
-    intermediate_size: int = 21504
-    mlp_bias: bool = False
-    # mixture of experts
-    n_routed_experts: int = 8
-    num_experts_per_tok: int = 2
-    moe_intermediate_size: int = 7688
-    moe_shared_expert_intermediate_size: int = 7688
-    n_group: int = 1
-    topk_group: int = 1
-    norm_topk_prob: bool = True
-    routed_scaling_factor: float = 1.0
-
-    def __post_init__(self) -> None:
-        for field in dataclasses.fields(self):
-            value = getattr(self, field.name)
-            expected, good = _EXPECTED[str(field.type)]
-            if not good(value):
-                raise ConfigError(f"config: {field.name} is {value!r}; it must be {expected}")
-        bad = sorted(set(self.hybrid_override_pattern) - set(get_args(LayerKind)))
-        if bad or not self.hybrid_override_pattern:
-            raise ConfigError(
-                f"config: hybrid_override_pattern {self.hybrid_override_pattern!r} has {bad or 'no layers'}; "
-                "each letter must be M (Mamba-2), * (attention), E (MoE) or - (MLP)"
-            )
-        self._divides("num_key_value_heads", "num_attention_heads")
-        self._divides("n_groups", "mamba_num_heads")
-        self._divides("n_group", "n_routed_experts")
-        if self.num_experts_per_tok > self.n_routed_experts:
-            raise ConfigError(
-                f"config: num_experts_per_tok is {self.num_experts_per_tok} but n_routed_experts only "
-                f"{self.n_routed_experts}; set num_experts_per_tok to at most n_routed_experts"
-            )
-        if self.topk_group > self.n_group:
-            raise ConfigError(f"config: topk_group is {self.topk_group}; it must be at most n_group, {self.n_group}")
-        low, high = self.time_step_limit
-        if not 0.0 <= low < high:
-            raise ConfigError(f"config: time_step_limit is [{low}, {high}]; it must be 0 <= low < high")
-
-    def _divides(self, small: str, large: str) -> None:
-        if getattr(self, large) % getattr(self, small):
-            raise ConfigError(
-                f"config: {large} is {getattr(self, large)}; it must be a multiple of {small}, {getattr(self, small)}"
-            )
-
-    @property
-    def layer_kinds(self) -> tuple[LayerKind, ...]:
-        """The kind of each layer, first to last."""
-        return tuple(_KIND_OF_LETTER[letter] for letter in self.hybrid_override_pattern)
-
-    @property
-    def num_layers(self) -> int:
-        return len(self.hybrid_override_pattern)
-
-    @property
-    def mamba_inner(self) -> int:
-        """Inner width of the Mamba mixer: heads × head_dim."""
-        return self.mamba_num_heads * self.mamba_head_dim
-
-    @property
-    def conv_dim(self) -> int:
-        """Channels of the causal convolution: x | B | C."""
-        return self.mamba_inner + 2 * self.n_groups * self.ssm_state_size
-
-
-def _is_number(value: object) -> bool:
-    return isinstance(value, int | float) and not isinstance(value, bool) and value >= 0  # False for NaN
-
-
-# The allowed values of a field of each type, in words and as a function.
-_EXPECTED: dict[str, tuple[str, Callable[[object], bool]]] = {
-    "int": ("a positive integer", lambda v: isinstance(v, int) and not isinstance(v, bool) and v > 0),
-    "float": ("a number of at least 0", _is_number),
-    "bool": ("true or false", lambda v: isinstance(v, bool)),
-    "str": ("a string", lambda v: isinstance(v, str)),
-    "tuple[float, float]": (
-        "two numbers of at least 0",
-        lambda v: isinstance(v, tuple) and len(v) == 2 and all(map(_is_number, v)),
-    ),
-}
-_BACKBONE_FIELDS = {field.name for field in dataclasses.fields(BackboneConfig)}
+_LAYER_FIELDS = {field.name for field in dataclasses.fields(NemotronHFields)}
 _DTYPES = ("bfloat16", "float16", "float32", "float64")
 # Other values mean an architecture that this package does not implement.
 _ONLY_SUPPORTED: dict[str, tuple[object, ...]] = {
@@ -163,7 +48,7 @@ _ONLY_SUPPORTED: dict[str, tuple[object, ...]] = {
 }
 
 
-def read_object(file: Path, remedy: str) -> dict[str, Any]:
+def read_object(file: Path, remedy: str) -> JsonObject:
     """The object of a config.json, unchanged.
 
     remedy: what to do if the file does not exist, for the message.
@@ -194,42 +79,40 @@ class TwoTowerConfig(PretrainedConfig):
     """
 
     model_type = MODEL_TYPE
+    _kept: JsonObject
 
     def __init__(self, **kwargs: Any) -> None:
-        own = {name: kwargs.pop(name) for name in list(kwargs) if name in _BACKBONE_FIELDS}
+        own = {name: kwargs.pop(name) for name in list(kwargs) if name in _LAYER_FIELDS}
         own |= _layer_kinds(own, kwargs)
         own.setdefault("hidden_size", 4096)  # transformers constructs configurations without arguments
         own.setdefault("vocab_size", 131072)
         own["time_step_limit"] = _limits(own.get("time_step_limit", (0.0, math.inf)))
         if own.get("num_key_value_heads", 0) is None:
-            own["num_key_value_heads"] = own.get("num_attention_heads", BackboneConfig.num_attention_heads)
+            own["num_key_value_heads"] = own.get("num_attention_heads", NemotronHFields.num_attention_heads)
         for name, allowed in _ONLY_SUPPORTED.items():
             if kwargs.get(name, allowed[0]) not in allowed:
                 raise ConfigError(f"config: {name} is {kwargs[name]!r}; only {allowed[0]!r} is supported")
-        for name, value in dataclasses.asdict(BackboneConfig(**own)).items():
+        for name, value in dataclasses.asdict(NemotronHFields(**own)).items():
             setattr(self, name, value)
         self.mask_token_id: int | None = _mask_token(kwargs.pop("mask_token_id", None), own["vocab_size"])
-        older_name = kwargs.pop("torch_dtype", None)
-        kwargs["dtype"] = kwargs.get("dtype") or older_name
-        if isinstance(kwargs.get("dtype"), str) and kwargs["dtype"] not in _DTYPES:
-            raise ConfigError(f"config: torch_dtype is {kwargs['dtype']!r}; it must be one of {', '.join(_DTYPES)}")
+        _use_dtype(kwargs)
         kwargs.setdefault("tie_word_embeddings", False)
         kwargs.setdefault("architectures", [ARCHITECTURE])
         _check_kinds(kwargs)
-        try:
-            super().__init__(**kwargs)
-        except Exception as error:  # transformers checks its own keys, and raises many types
-            first = (str(error).strip() or type(error).__name__).splitlines()[0]
-            raise ConfigError(f"config: transformers cannot use a value ({first}); correct or remove it") from None
-        # transformers drops keys that are also generation settings (`use_cache`); here they are kept.
-        self._kept = {k: v for k, v in kwargs.items() if not (hasattr(self, k) or hasattr(self, f"_{k}"))}
+        _construct(self, kwargs)
 
     @property
-    def backbone(self) -> BackboneConfig:
-        """The validated configuration of the layers."""
-        values = {name: getattr(self, name) for name in _BACKBONE_FIELDS}
+    def layer_fields(self) -> NemotronHFields:
+        """The validated fields of the layers."""
+        values = {name: getattr(self, name) for name in _LAYER_FIELDS}
         values["time_step_limit"] = _limits(self.time_step_limit)
-        return BackboneConfig(**values)
+        return NemotronHFields(**values)
+
+    @property
+    def stored_pattern(self) -> str | None:
+        """The kinds of the layers as the file spells them, to compare with the weights; None if it does not."""
+        pattern: str = self.hybrid_override_pattern
+        return pattern
 
     @property
     def num_hidden_layers(self) -> int:
@@ -241,7 +124,7 @@ class TwoTowerConfig(PretrainedConfig):
         """The id of the mask token: `mask_token_id` of the file, else 3 by convention."""
         return MASK_TOKEN_ID if self.mask_token_id is None else self.mask_token_id
 
-    def to_dict(self) -> dict[str, Any]:
+    def to_dict(self) -> JsonObject:
         """The keys of `config.json`."""
         out = super().to_dict()
         out |= out.pop("_kept", {})
@@ -253,9 +136,9 @@ class TwoTowerConfig(PretrainedConfig):
     @classmethod
     def of(cls, config: PretrainedConfig) -> TwoTowerConfig:
         """The configuration itself, or a conversion of transformers' class."""
-        if isinstance(config, cls):
+        if isinstance(config, TwoTowerConfig):
             return config
-        return cls(**{name: value for name, value in config.to_dict().items() if name != "model_type"})
+        return TwoTowerConfig(**{name: value for name, value in config.to_dict().items() if name != "model_type"})
 
     @classmethod
     def read(cls, path: str | Path) -> TwoTowerConfig:
@@ -267,18 +150,111 @@ class TwoTowerConfig(PretrainedConfig):
         file = Path(path)
         file = file / "config.json" if file.is_dir() else file
         raw = read_object(file, "give a checkpoint directory or its config.json")
-        if raw.get("model_type", MODEL_TYPE) != MODEL_TYPE:
-            raise ConfigError(f"{file}: model_type is {raw['model_type']!r}; a two-tower model has {MODEL_TYPE!r}")
-        if not (raw.keys() & {"hybrid_override_pattern", "layers_block_type", "layer_types"}):
+        kind = raw.pop("model_type", MODEL_TYPE)
+        if kind not in (MODEL_TYPE, GENERIC_MODEL_TYPE):
+            raise ConfigError(
+                f"{file}: model_type is {kind!r}; a two-tower model has {MODEL_TYPE!r} or {GENERIC_MODEL_TYPE!r}. "
+                "Make one from an autoregressive model with twotower init"
+            )
+        if kind == MODEL_TYPE and not (raw.keys() & {"hybrid_override_pattern", "layers_block_type", "layer_types"}):
             raise ConfigError(f"{file}: has no hybrid_override_pattern, so the kinds of its layers are unknown")
-        raw.pop("model_type", None)
         try:
-            return cls(**raw)
+            if kind == GENERIC_MODEL_TYPE and raw.get("mask_token_id") is None:
+                raise ConfigError("config: mask_token_id is missing; give the id of the mask token")
+            return (GenericTwoTowerConfig if kind == GENERIC_MODEL_TYPE else TwoTowerConfig)(**raw)
         except ConfigError as error:
             raise ConfigError(f"{file}: {error}") from None
 
 
-def _layer_kinds(own: dict[str, object], kwargs: dict[str, object]) -> dict[str, object]:
+class GenericTwoTowerConfig(TwoTowerConfig):
+    """The configuration of a two-tower checkpoint with any backbone: `model_type` is `two_tower`.
+
+    backbone: the config.json of the autoregressive model, verbatim. mask_token_id: None before it is chosen.
+    block_size: the block size that the denoiser was trained with, if it is known.
+    """
+
+    model_type = GENERIC_MODEL_TYPE
+
+    def __init__(
+        self,
+        backbone: JsonObject | None = None,
+        mask_token_id: int | None = None,
+        block_size: int | None = None,
+        **kwargs: Any,
+    ) -> None:
+        # transformers constructs configurations without arguments.
+        self.backbone = {"model_type": "llama"} if backbone is None else backbone
+        text = self.autoregressive
+        self.block_size = block_size
+        self.vocab_size, self.hidden_size = text.vocab_size, text.hidden_size
+        self.max_position_embeddings = text.max_position_embeddings
+        self.mask_token_id = _mask_token(mask_token_id, text.vocab_size)
+        for name in ("bos_token_id", "eos_token_id", "pad_token_id"):
+            kwargs.setdefault(name, getattr(text, name, None))
+        _use_dtype(kwargs)
+        kwargs["tie_word_embeddings"] = bool(text.tie_word_embeddings)
+        kwargs.setdefault("architectures", [GENERIC_ARCHITECTURE])
+        _construct(self, kwargs)
+
+    @property
+    def autoregressive(self) -> PretrainedConfig:
+        """transformers' configuration of the backbone, of its text model if the backbone has several parts.
+
+        Raises:
+            ConfigError: transformers does not know the model_type, or refuses a value.
+        """
+        return autoregressive_config(self.backbone)
+
+    @property
+    def layer_fields(self) -> NemotronHFields:
+        raise AssertionError("the backbone is not Nemotron-H")
+
+    @property
+    def stored_pattern(self) -> str | None:
+        return None
+
+    @property
+    def num_hidden_layers(self) -> int:
+        """The number of layers of the autoregressive model."""
+        return int(self.autoregressive.num_hidden_layers)
+
+    def to_dict(self) -> JsonObject:
+        """The keys of `config.json`."""
+        out = PretrainedConfig.to_dict(self)
+        out |= out.pop("_kept", {})
+        for name in ("vocab_size", "hidden_size", "max_position_embeddings", "tie_word_embeddings"):
+            out.pop(name, None)  # the backbone has them
+        return out
+
+
+def autoregressive_config(raw: JsonObject) -> PretrainedConfig:
+    """transformers' configuration of an autoregressive model from its config.json, in any spelling.
+
+    A multimodal file gives the configuration of its text model.
+
+    Raises:
+        ConfigError: transformers does not know the model_type, or refuses a value.
+    """
+    from transformers import CONFIG_MAPPING
+
+    nested = raw.get("text_config")
+    values = dict(nested) if isinstance(nested, dict) else dict(raw)
+    if nested is not None and "tie_word_embeddings" in raw:
+        values.setdefault("tie_word_embeddings", raw["tie_word_embeddings"])
+    kind = values.pop("model_type", None)
+    if kind not in CONFIG_MAPPING:
+        remote = " and its code on the hub is not run" if "auto_map" in raw else ""
+        raise ConfigError(
+            f"config: model_type is {kind!r}, which this version of transformers does not know{remote}; "
+            "choose a model that transformers supports without trust_remote_code"
+        )
+    try:
+        return CONFIG_MAPPING[kind](**values)
+    except Exception as error:  # transformers checks its keys, and raises many types
+        raise ConfigError(f"config: transformers cannot use a value ({_first_line(error)}); correct it") from None
+
+
+def _layer_kinds(own: JsonObject, kwargs: JsonObject) -> JsonObject:
     """The pattern, from any of its spellings, which are removed from kwargs. All given spellings must agree."""
     pattern = own.get("hybrid_override_pattern")
     for key in ("layers_block_type", "layer_types"):
@@ -300,6 +276,30 @@ def _layer_kinds(own: dict[str, object], kwargs: dict[str, object]) -> dict[str,
     return {"hybrid_override_pattern": pattern}
 
 
+def _use_dtype(kwargs: JsonObject) -> None:
+    """Moves the older key `torch_dtype` to `dtype`, and checks its value."""
+    older_name = kwargs.pop("torch_dtype", None)
+    kwargs["dtype"] = kwargs.get("dtype") or older_name
+    if isinstance(kwargs.get("dtype"), str) and kwargs["dtype"] not in _DTYPES:
+        raise ConfigError(f"config: torch_dtype is {kwargs['dtype']!r}; it must be one of {', '.join(_DTYPES)}")
+
+
+def _construct(config: TwoTowerConfig, kwargs: JsonObject) -> None:
+    """Runs transformers' constructor, and keeps the keys that it drops."""
+    try:
+        PretrainedConfig.__init__(config, **kwargs)
+    except Exception as error:  # transformers checks its own keys, and raises many types
+        raise ConfigError(
+            f"config: transformers cannot use a value ({_first_line(error)}); correct or remove it"
+        ) from None
+    # transformers drops keys that are also generation settings (`use_cache`); here they are kept.
+    config._kept = {k: v for k, v in kwargs.items() if not (hasattr(config, k) or hasattr(config, f"_{k}"))}
+
+
+def _first_line(error: Exception) -> str:
+    return (str(error).strip() or type(error).__name__).splitlines()[0]
+
+
 def _pattern_of(key: str, types: object) -> str:
     if not isinstance(types, list | tuple):
         raise ConfigError(f"config: {key} is {types!r}; it must be a list of layer kinds")
@@ -309,7 +309,7 @@ def _pattern_of(key: str, types: object) -> str:
     return "".join(_KIND_OF_BLOCK_TYPE[name] for name in types)
 
 
-def _check_kinds(kwargs: dict[str, object]) -> None:
+def _check_kinds(kwargs: JsonObject) -> None:
     """Checks keys of transformers whose values this package reads."""
     if not isinstance(kwargs["architectures"], list | tuple | None):
         raise ConfigError(f"config: architectures is {kwargs['architectures']!r}; it must be a list of names")

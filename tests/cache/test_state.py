@@ -77,7 +77,7 @@ def keys_and_values(state: TowerState, layer: int) -> tuple[Tensor, Tensor]:
     """Keys and values, (R, Hkv, T, D) each."""
     past = state.view().past[layer]
     assert isinstance(past, CachedKV)
-    return past.dense(state.config.num_key_value_heads)[:2]
+    return past.dense(state.spec.attention.num_kv_heads)[:2]
 
 
 def contents(state: TowerState) -> list[bytes]:
@@ -311,11 +311,11 @@ def test_reserving_less_than_there_is_changes_nothing(model: TwoTowerForCausalLM
 
 def test_nbytes_counts_what_is_held(model: TwoTowerForCausalLM) -> None:
     """Per row: K/V of one attention layer, states of two Mamba layers, three counters; and the spare vector."""
-    config = model.config.backbone
+    config = model.config.layer_fields
     keys = 2 * config.num_key_value_heads * 100 * config.head_dim
     mamba = (config.conv_kernel - 1) * config.conv_dim + config.mamba_inner * config.ssm_state_size
     assert model.new_state(3, 100).nbytes == 8 * (3 * (keys + 2 * mamba + 3) + 2 * config.head_dim)
-    assert state_bytes(config, torch.float64) == (8 * 2 * mamba, 8 * keys // 100)
+    assert state_bytes(model.spec, torch.float64) == (8 * 2 * mamba, 8 * keys // 100)
 
 
 # --- read-only views ----------------------------------------------------------------------------------------------
@@ -541,7 +541,7 @@ def test_a_replica_transfers_only_new_tokens(model: TwoTowerForCausalLM) -> None
     assert counter.bytes == 0
     model.extend(some_tokens(2, 8), state)
     replica.view()
-    per_row, per_token = state_bytes(state.config, state.dtype)
+    per_row, per_token = state_bytes(state.spec, state.dtype)
     columns, mamba = 2 * 8 * per_token, 2 * per_row
     assert counter.bytes <= columns + mamba + 2 * state.lengths.nbytes
 

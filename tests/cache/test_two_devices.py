@@ -79,7 +79,7 @@ class CountingTransfer(DeviceTransfer):
 
 def state_bytes(model: TwoTowerForCausalLM, *columns: int) -> int:
     """Bytes that a block must transfer: K/V of each row's new tokens, and its Mamba states."""
-    config = model.config.backbone
+    config = model.config.layer_fields
     size, rows, total = model.dtype.itemsize, len(columns), 0
     for kind in config.hybrid_override_pattern:
         if kind == "*":
@@ -267,7 +267,7 @@ def test_replica_equals_the_state(model: TwoTowerForCausalLM) -> None:
 def same(replica: Any, state: Any) -> None:
     ours, theirs = replica.view(), state.view()
     assert torch.equal(ours.lengths, theirs.lengths)
-    heads = state.config.num_key_value_heads
+    heads = state.spec.attention.num_kv_heads
     for a, b in zip(ours.past, theirs.past, strict=True):
         assert (a is None) == (b is None)
         if isinstance(a, CachedKV):

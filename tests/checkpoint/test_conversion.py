@@ -507,11 +507,11 @@ def renamed(old: str, new: str) -> Callable[[Path], None]:
 
 Q_PROJ, EXPERT = "backbone.layers.1.mixer.q_proj.weight", "backbone.layers.2.mixer.experts.5.up_proj.weight"
 WRONG: dict[str, tuple[Callable[[Path], object], tuple[str, ...]]] = {
-    "llama": (configured(model_type="llama"), ("model_type is 'llama'", "Nemotron-H")),
-    "no model type": (configured(model_type=None), ("model_type is None", "Nemotron-H")),
+    "unsupported family": (configured(model_type="gpt2"), ("model_type is 'gpt2'", "supported are nemotron_h")),
+    "no model type": (configured(model_type=None), ("model_type is None", "transformers")),
     "two towers by config": (configured(architectures=["NemotronHTwoTowerForCausalLM"]), ("two-tower", "already")),
     "two towers by weights": (renamed("backbone.", "context_tower."), ("already a two-tower checkpoint",)),
-    "other names": (renamed("backbone.", "transformer."), ("backbone.* or model.*",)),
+    "other names": (renamed("backbone.", "transformer."), ("no tensors named backbone.layers.* or model.layers.*",)),
     "no config": (lambda source: (source / "config.json").unlink(), ("config.json", "no such file")),
     "broken config": (lambda source: (source / "config.json").write_text("{"), ("config.json", "JSON")),
     "list for a config": (lambda source: (source / "config.json").write_text("[]"), ("config.json", "object")),
@@ -556,7 +556,7 @@ def test_wrong_source(name: str, source: Path, tmp_path: Path, cli: Callable[...
     [
         ("up_proj", torch.ones(11, 24, 32), ("[11, 24, 32]", "[12, 24, 32]")),
         ("up_proj", torch.ones(12, 32, 24), ("[12, 32, 24]", "[12, 24, 32]")),
-        ("down_proj", None, ("experts.0.down_proj.weight", "missing")),
+        ("down_proj", None, ("experts.down_proj", "missing")),
         ("sideways_proj", torch.ones(3), ("sideways_proj", "is not a tensor of a model")),
     ],
 )
@@ -741,7 +741,7 @@ def test_memory_is_far_below_the_size(tmp_path: Path, layout: str) -> None:
 def write_large(directory: Path, pattern: str, shape: dict[str, int], layout: str) -> None:
     """A one-tower checkpoint in bf16, in five shards."""
     from twotower import TwoTowerConfig
-    from twotower.checkpoint.names import one_tower_entries
+    from twotower.checkpoint.names import Layout, one_tower_entries
     from twotower.checkpoint.writer import TensorToWrite, write_shards
 
     config = TwoTowerConfig(hybrid_override_pattern=pattern, **shape)
@@ -749,11 +749,12 @@ def write_large(directory: Path, pattern: str, shape: dict[str, int], layout: st
         model = TwoTowerForCausalLM(config)
     experts = {f"model.{name}" for name, _ in model.context.named_parameters() if ".experts." in name}
     root = "backbone." if layout == ORIGINAL else "model."
-    places = one_tower_entries(model, {"lm_head.weight", *experts}, root).values()
+    found = {"lm_head.weight", *experts} if layout != ORIGINAL else None
+    places = one_tower_entries(model, Layout(root, "lm_head", found))
     directory.mkdir()
     to_write = [
         TensorToWrite(
-            place.disk, place.shape, torch.bfloat16, lambda s=place.shape: torch.randn(s).mul(0.02).bfloat16()
+            place.disk, place.disk_shape, torch.bfloat16, lambda s=place.disk_shape: torch.randn(s).mul(0.02).bfloat16()
         )
         for place in {place.disk: place for place in places}.values()
     ]

@@ -233,7 +233,7 @@ def test_auto_model_from_config(places: dict[str, Path]) -> None:
 def test_auto_config_with_trust_is_ours(places: dict[str, Path]) -> None:
     config = AutoConfig.from_pretrained(places["saved"], trust_remote_code=True)
     assert type(config) is TwoTowerConfig
-    assert config.backbone == TwoTowerConfig.read(places["saved"]).backbone
+    assert config.layer_fields == TwoTowerConfig.read(places["saved"]).layer_fields
 
 
 @pytest.mark.parametrize("auto", [AutoModel, AutoModelForCausalLM])

@@ -32,7 +32,7 @@ def model() -> TwoTowerForCausalLM:
 
 def prompts(model: TwoTowerForCausalLM, count: int) -> list[list[int]]:
     generator = torch.Generator().manual_seed(1)
-    vocab = model.backbone.vocab_size
+    vocab = model.spec.vocab_size
     return [torch.randint(4, vocab, (3 + 41 * i % 97,), generator=generator).tolist() for i in range(count)]
 
 

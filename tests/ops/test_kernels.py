@@ -11,10 +11,11 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from twotower.config import BackboneConfig
+from twotower.families.nemotron_h import spec_of
 from twotower.model.layer_io import context_visible
 from twotower.model.moe import Router
 from twotower.model.packed_forward import TILE, Layout
+from twotower.nemotron_h_fields import NemotronHFields
 from twotower.ops.reference.attention import QueryTile, block_attention, tiled_attention
 from twotower.ops.reference.conv import causal_conv, causal_conv_sequential
 from twotower.ops.reference.experts import experts_dense, experts_gathered, experts_grouped, experts_sorted
@@ -257,7 +258,7 @@ def test_grouped_experts(device: str, dtype: torch.dtype, tolerance: float, toke
 # --- the router ---------------------------------------------------------------------------------------------------
 
 
-def route_slowly(config: BackboneConfig, scores: list[float], bias: list[float]) -> dict[int, float]:
+def route_slowly(config: NemotronHFields, scores: list[float], bias: list[float]) -> dict[int, float]:
     """One token's experts and weights, by the rule of the published implementation."""
     biased = [s + b for s, b in zip(scores, bias, strict=True)]
     size = len(scores) // config.n_group
@@ -269,6 +270,12 @@ def route_slowly(config: BackboneConfig, scores: list[float], bias: list[float])
     return {e: scores[e] / total * config.routed_scaling_factor for e in chosen}
 
 
+def router_of(config: NemotronHFields) -> Router:
+    moe = spec_of(config).moe
+    assert moe is not None
+    return Router(moe, config.hidden_size)
+
+
 @pytest.mark.parametrize(
     ("n_group", "topk_group", "norm", "least_bias"),
     [(1, 1, True, 0.0), (3, 2, False, 0.0), (4, 1, True, 0.0), (12, 5, True, 0.0), (3, 2, True, -3.0)],
@@ -276,7 +283,7 @@ def route_slowly(config: BackboneConfig, scores: list[float], bias: list[float])
 )
 def test_router(n_group: int, topk_group: int, norm: bool, least_bias: float) -> None:
     """Last case: all kept scores are negative, so the four masked experts, with score 0, are selected."""
-    config = BackboneConfig(
+    config = NemotronHFields(
         hybrid_override_pattern="E",
         hidden_size=8,
         vocab_size=4,
@@ -288,7 +295,7 @@ def test_router(n_group: int, topk_group: int, norm: bool, least_bias: float) ->
         routed_scaling_factor=2.5,
     )
     torch.manual_seed(0)
-    router = Router(config).double()
+    router = router_of(config).double()
     torch.nn.init.normal_(router.weight)
     router.e_score_correction_bias.uniform_(least_bias, least_bias + 0.5)
     hidden = torch.randn(20, 8, dtype=F64)
@@ -300,10 +307,10 @@ def test_router(n_group: int, topk_group: int, norm: bool, least_bias: float) ->
 
 
 def test_the_selection_bias_changes_the_choice_but_not_the_weights() -> None:
-    config = BackboneConfig(
+    config = NemotronHFields(
         hybrid_override_pattern="E", hidden_size=4, vocab_size=4, num_experts_per_tok=1, norm_topk_prob=False
     )
-    router = Router(config)
+    router = router_of(config)
     torch.nn.init.zeros_(router.weight)
     router.e_score_correction_bias[5] = 100.0
     choice, weight = router(torch.ones(1, 4))

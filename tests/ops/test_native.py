@@ -302,7 +302,7 @@ def test_a_plan_outlives_hooks(monkeypatch: pytest.MonkeyPatch) -> None:
     hook.remove()
     assert ran() == [True] * 3
     assert len(made) == 1
-    tower.norm_f = type("Another", (type(tower.norm_f),), {})(tower.config.hidden_size, 1e-5)
+    tower.norm_f = type("Another", (type(tower.norm_f),), {})(tower.spec.hidden_size, 1e-5)
     assert ran() == [False] * 3
     assert len(made) == 2
 
@@ -333,7 +333,7 @@ def _at_once(tower: Tower) -> bool:
 def test_a_pass_longer_than_a_chunk_is_the_chunked_scan(length: int, monkeypatch: pytest.MonkeyPatch) -> None:
     """The fused pass handles in one piece what the layers handle chunk by chunk; the state is equal."""
     model = build_random_model(EVERY_KIND, dtype=torch.float32)
-    assert model.config.backbone.chunk_size < length
+    assert model.spec.chunk_size < length
     tokens = torch.randint(4, 60, (1, length), generator=torch.Generator().manual_seed(1))
     outs = []
     for at_once in (True, False):

@@ -20,6 +20,7 @@ from torch.utils.flop_counter import FlopCounterMode
 from twotower import TwoTowerConfig
 from twotower.cli.plan_page import render
 from twotower.errors import ArgumentError
+from twotower.families import tower_spec
 from twotower.training.data.batch import Batch
 from twotower.training.noise import Corruption
 from twotower.training.objective import AutoregressiveObjective, DenoisingObjective, DenoisingOptions
@@ -67,7 +68,7 @@ def rows(count: int, length: int, masked: float, block: int = BLOCK) -> tuple[Ba
 )
 def test_flops_are_those_that_torch_counts(pattern: str, activation_checkpointing: bool, context: str) -> None:
     objective = objective_of(pattern, context=context, activation_checkpointing=activation_checkpointing)
-    config = build_random_model(pattern, **WIDE).config.backbone
+    config = build_random_model(pattern, **WIDE).spec
     batch, noise = rows(1, 320, masked=0.5, block=4)  # 80 blocks: their states are combined in groups
     with sdpa_kernel(SDPBackend.MATH), FlopCounterMode(display=False) as counter:
         objective(batch, noise, 4).backward()
@@ -84,9 +85,7 @@ def test_flops_of_next_token_training_are_those_that_torch_counts() -> None:
         objective = AutoregressiveObjective(model.context, activation_checkpointing=activation_checkpointing)
         with sdpa_kernel(SDPBackend.MATH), FlopCounterMode(display=False) as counter:
             objective(batch, None, BLOCK).backward()
-        counted = autoregressive_step(
-            model.config.backbone, 256, BLOCK, activation_checkpointing=activation_checkpointing
-        ).total
+        counted = autoregressive_step(model.spec, 256, BLOCK, activation_checkpointing=activation_checkpointing).total
         assert counted == pytest.approx(counter.get_total_flops(), rel=1e-6)
 
 
@@ -120,7 +119,7 @@ def test_activations_are_those_of_a_real_pass(
         loss = objective(batch, noise, BLOCK)
         kept = live.live
         loss.backward()
-    config = build_random_model(pattern, **WIDE).config.backbone
+    config = build_random_model(pattern, **WIDE).spec
     measured = measure_profile(
         config,
         row_length=256,
@@ -180,7 +179,7 @@ def shard_over_eight() -> None:
             objective(batch, noise, BLOCK).backward()
         setup = Setup(row_length=length, activation_checkpointing=activation_checkpointing)
         measured = measure_profile(
-            model.config.backbone, row_length=length, micro_batch_size=1, block_size=BLOCK, dtype=torch.bfloat16,
+            model.spec, row_length=length, micro_batch_size=1, block_size=BLOCK, dtype=torch.bfloat16,
             activation_checkpointing=activation_checkpointing,
         )  # fmt: skip
         planned = memory_of(measured, setup)
@@ -240,7 +239,7 @@ def test_the_page_names_verdict_and_assumptions(eight: Plan) -> None:
 
 
 def test_remedies_come_in_order_and_do_what_they_say() -> None:
-    config = TwoTowerConfig(**WIDE, hybrid_override_pattern="ME*M").backbone
+    config = tower_spec(TwoTowerConfig(**WIDE, hybrid_override_pattern="ME*M"))
     setup = Setup(
         gpus=8,
         gpu_memory_gib=0.03,
@@ -258,14 +257,14 @@ def test_remedies_come_in_order_and_do_what_they_say() -> None:
 
 
 def test_experts_are_cut_among_no_more_gpus_than_there_are() -> None:
-    config = TwoTowerConfig(**WIDE, hybrid_override_pattern="ME").backbone  # 8 experts
+    config = tower_spec(TwoTowerConfig(**WIDE, hybrid_override_pattern="ME"))  # 8 experts
     totals = {g: make_plan(config, Setup(gpus=g, row_length=64, reserve_gib=0.0)).memory.weights for g in (8, 64)}
     experts = 2 * WIDE["n_routed_experts"] * WIDE["moe_intermediate_size"] * WIDE["hidden_size"]
     assert totals[64] > 4 * experts / 8
 
 
 def test_one_gpu_keeps_every_layer_gathered() -> None:
-    config = TwoTowerConfig(**WIDE, hybrid_override_pattern="M-").backbone
+    config = tower_spec(TwoTowerConfig(**WIDE, hybrid_override_pattern="M-"))
     made = make_plan(config, Setup(gpus=1, row_length=64))
     assert made.memory.gathered > 0
     assert made.traffic.seconds == 0

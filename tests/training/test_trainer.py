@@ -16,8 +16,8 @@ from tiny_run import checkpoints, column, log, run_cli, texts, two_towers, unint
 from torch import nn
 
 from twotower import TwoTowerForCausalLM
-from twotower.config import BackboneConfig
 from twotower.model.moe import Router
+from twotower.specs import MLPSpec, MoESpec
 from twotower.training import checkpoints as saving
 from twotower.training import fsdp
 from twotower.training.balance import LoadBalance
@@ -79,8 +79,8 @@ def test_only_matrices_decay(world: World) -> None:
 
 def skewed_router() -> Router:
     """A router that prefers the first of eight experts for any input."""
-    config = BackboneConfig(hybrid_override_pattern="E", hidden_size=8, vocab_size=4, num_experts_per_tok=2)
-    router = Router(config)
+    expert = MLPSpec(width=8, activation="relu2", gated=False)
+    router = Router(MoESpec(experts=8, top_k=2, expert=expert, scores="sigmoid", correction_bias=True), 8)
     with torch.no_grad():
         router.weight.normal_(0.0, 0.3)
         router.weight[0] += 1.0

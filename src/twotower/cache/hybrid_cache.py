@@ -18,13 +18,13 @@ from torch import Tensor
 from twotower.cache.kv_slots import KVSlots
 from twotower.cache.layer_cache import CacheUpdate, KeyValue, LayerCache, MambaCache
 from twotower.cache.pools import AttentionPool, CacheSnapshot, ContextView, MambaPool, Pool, copy_to_layout, mamba_cache
-from twotower.config import BackboneConfig
 from twotower.ops.host_transfer import to_device_async
 from twotower.ops.precision import accumulation_dtype
 from twotower.ops.reference.attention import CachedKV
 from twotower.ops.reference.kv_write import AppendPositions, write_slots, zero_slots
 from twotower.ops.reference.mamba_block import MambaStepInputs
 from twotower.ops.registry import select
+from twotower.specs import AttentionSpec, LayerSpec, Mamba2Spec, TowerSpec
 
 BUCKET = 64  # the context width of a pass is a multiple of this, so that shapes change rarely
 
@@ -38,16 +38,16 @@ class TowerState:
 
     def __init__(
         self,
-        config: BackboneConfig,
+        spec: TowerSpec,
         rows: int,
         capacity: int,
         device: torch.device,
         dtype: torch.dtype,
         shared_kv_slots: int | None = None,
     ) -> None:
-        self.config = config
+        self.spec = spec
         self.dtype = dtype
-        heads = config.num_key_value_heads
+        heads = spec.attention.num_kv_heads if spec.attention is not None else 1
         if shared_kv_slots is None:
             self.kv_slots = KVSlots.contiguous(rows, heads, capacity, device)
         else:
@@ -58,7 +58,7 @@ class TowerState:
         self.reset_count = torch.zeros_like(self.lengths)  # per row; a replica detects slot reuse by it
         self.max_seq_len = 0  # upper bound of all lengths, known on the host without a synchronisation
         self.total_appended = 0  # appended tokens per row, rollbacks included; a replica transfers the difference
-        self.pools: list[Pool] = [self._new_pool(kind, rows, device, dtype) for kind in config.hybrid_override_pattern]
+        self.pools: list[Pool] = [self._new_pool(layer, rows, device, dtype) for layer in spec.layers]
         self._index_pools()
 
     def _index_pools(self) -> None:
@@ -66,14 +66,14 @@ class TowerState:
         self._attention = [(layer, pool) for layer, pool in enumerate(self.pools) if isinstance(pool, AttentionPool)]
         self._mamba = [(layer, pool) for layer, pool in enumerate(self.pools) if isinstance(pool, MambaPool)]
 
-    def _new_pool(self, kind: str, rows: int, device: torch.device, dtype: torch.dtype) -> Pool:
-        config = self.config
-        if kind == "*":
-            shape = (self.kv_slots.num_vectors + 1, config.head_dim)
+    def _new_pool(self, layer: LayerSpec, rows: int, device: torch.device, dtype: torch.dtype) -> Pool:
+        mixer = layer.mixer
+        if isinstance(mixer, AttentionSpec):
+            shape = (self.kv_slots.num_vectors + 1, mixer.head_dim)
             return AttentionPool(*(torch.zeros(shape, device=device, dtype=dtype) for _ in "kv"))
-        if kind == "M":
-            window = (rows, config.conv_kernel - 1, config.conv_dim)
-            state = (rows, config.mamba_num_heads, config.mamba_head_dim, config.ssm_state_size)
+        if isinstance(mixer, Mamba2Spec):
+            window = (rows, mixer.conv_kernel - 1, mixer.conv_dim)
+            state = (rows, mixer.num_heads, mixer.head_dim, mixer.state_size)
             return MambaPool(
                 torch.zeros(window, device=device, dtype=dtype),
                 torch.zeros(state, device=device, dtype=accumulation_dtype(dtype)),
@@ -299,7 +299,7 @@ class TowerState:
     ) -> TowerState:
         """A state with `change` applied to all tensors with a row dimension, `change_vectors` to keys and values."""
         out = object.__new__(TowerState)
-        out.config, out.dtype, out.kv_slots = self.config, self.dtype, kv_slots
+        out.spec, out.dtype, out.kv_slots = self.spec, self.dtype, kv_slots
         out.max_seq_len, out.total_appended = self.max_seq_len, self.total_appended
         out.lengths, out.uncommitted, out.reset_count = map(change, (self.lengths, self.uncommitted, self.reset_count))
         out.step_rows = None if self.step_rows is None else change(self.step_rows)
@@ -326,9 +326,9 @@ class TowerState:
 
 
 @lru_cache(maxsize=32)
-def state_bytes(config: BackboneConfig, dtype: torch.dtype) -> tuple[int, int]:
+def state_bytes(spec: TowerSpec, dtype: torch.dtype) -> tuple[int, int]:
     """Bytes of a row's Mamba states, and bytes per token of a row; measured on states on the meta device."""
-    states = [TowerState(config, rows, capacity, torch.device("meta"), dtype) for rows, capacity in ((1, 1), (1, 2))]
+    states = [TowerState(spec, rows, capacity, torch.device("meta"), dtype) for rows, capacity in ((1, 1), (1, 2))]
     mamba = [pool for pool in states[0].pools if isinstance(pool, MambaPool)]
     per_row = sum(pool.conv_window.nbytes + pool.ssm_state.nbytes for pool in mamba)
     return per_row, states[1].nbytes - states[0].nbytes

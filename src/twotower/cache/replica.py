@@ -58,7 +58,7 @@ class Replica:
         self.device = device
         self.transfer = transfer
         shared = state.kv_slots.total if state.kv_slots.shared else None
-        self.copy = TowerState(state.config, state.rows, state.capacity, device, state.dtype, shared)
+        self.copy = TowerState(state.spec, state.rows, state.capacity, device, state.dtype, shared)
         self.lengths = torch.zeros_like(state.lengths)  # of the copy, on the context tower's device
         self.reset_count = state.reset_count  # of the texts in the copy
 

@@ -1,4 +1,4 @@
-"""Converts a one-tower Nemotron-H checkpoint to the two-tower checkpoint that training starts from.
+"""Converts the checkpoint of an autoregressive model to the two-tower checkpoint that training starts from.
 
 Both towers are copies of the source, and the time conditioning is the identity. The denoiser therefore starts exactly
 as the backbone. Tensors are copied one by one from memory-mapped files, so the memory need is small for any model.
@@ -12,7 +12,6 @@ import shutil
 from collections.abc import Callable, Iterator
 from contextlib import ExitStack, contextmanager
 from dataclasses import asdict, dataclass
-from functools import partial
 from pathlib import Path
 
 import torch
@@ -66,15 +65,16 @@ def convert(
     overwrite: bool = False,
     progress: Callable[[int, int], None] | None = None,
 ) -> ConversionResult:
-    """Converts a one-tower Nemotron-H checkpoint, a directory or a hub id, to a two-tower checkpoint in `directory`.
+    """Converts an autoregressive checkpoint, a directory or a hub id, to a two-tower checkpoint in `directory`.
 
-    mask_token_id: None: that of the config, else that of the tokenizer, else 3. dtype: bfloat16, float32 or float64;
+    mask_token_id: None: see `one_tower.mask_token`. dtype: bfloat16, float32 or float64;
     None keeps the dtype of each tensor. The tensors of `fp32_tensors` get at least fp32 in any case. seed: of the time
     embedder, the only random part. overwrite: whether to replace a checkpoint in `directory`. progress(done, total):
     bytes, called after each tensor. An unfinished checkpoint is in `<directory>.partial`.
 
     Raises:
-        ConfigError, CheckpointError: the source is not a valid Nemotron-H checkpoint, or its tokenizer does not match.
+        ConfigError, CheckpointError: the source is not a valid checkpoint of a supported family, or its
+            tokenizer does not match.
         ArgumentError: a wrong argument, a directory that may not be replaced, or not enough disk space.
     """
     target = Path(directory).resolve()
@@ -92,18 +92,22 @@ def convert(
     model_dtype = wanted or tower.stored[tower.places["embeddings.weight", None].disk].torch_dtype
 
     with ExitStack() as files:
-        to_write = list(_tensors_to_write(tower, wanted, _time_conditioning(config, seed, model_dtype), files))
+        to_write = list(
+            _tensors_to_write(
+                tower, wanted, _time_conditioning(config, tower.model.spec.num_layers, seed, model_dtype), files
+            )
+        )
         total = sum(entry.nbytes for entry in to_write)
         with _unfinished(target, overwrite, total) as folder:
             written = _counter(total, progress)
             weights = write_shards(folder, to_write, max_shard_size, written)
             _write_rest(tower, folder, model_dtype)
             known = names.tensor_entries(tower.model)
-            reader.check(folder, reader.read_headers(folder), known, known, config.hybrid_override_pattern)
+            reader.check(folder, reader.read_headers(folder), known, known, config.stored_pattern)
     return ConversionResult(
         source=str(source),
         directory=Path(directory),
-        pattern=config.hybrid_override_pattern,
+        pattern=tower.model.spec.pattern,
         dtype=str(model_dtype).removeprefix("torch."),
         mask_token_id=config.mask_token,
         parameters_per_tower=_parameters(tower, "context."),
@@ -125,27 +129,29 @@ def _tensors_to_write(
         file: files.enter_context(safe_open(file, framework="pt"))
         for file in sorted({stored.file for stored in tower.stored.values()})
     }
-    for entry in names.tensor_entries(tower.model):
+
+    def piece(entry: TensorEntry) -> Tensor:
         which, _, part = entry.memory.partition(".")
         if which == "time":
-            yield TensorToWrite(entry.disk, entry.shape, time[part].dtype, partial(time.__getitem__, part))
-            continue
+            return time[part]
         place = tower.places[part, entry.expert]
-        stored = tower.stored[place.disk]
-        kept = target_dtype(entry.memory, dtype or stored.torch_dtype)
-        yield TensorToWrite(entry.disk, entry.shape, kept, partial(_read, opened[stored.file], place))
+        return reader.read_piece(opened[tower.stored[place.disk].file], place)
+
+    for group in names.by_tensor_on_disk(names.tensor_entries(tower.model)).values():
+        which, _, part = group[0].memory.partition(".")
+        if which == "time":
+            kept = time[part].dtype
+        else:
+            stored = tower.stored[tower.places[part, group[0].expert].disk]
+            kept = target_dtype(group[0].memory, dtype or stored.torch_dtype)
+        yield reader.tensor_to_write(group, kept, piece)
 
 
-def _read(file: safe_open, place: TensorEntry) -> Tensor:
-    tensor: Tensor = file.get_tensor(place.disk) if place.expert is None else file.get_slice(place.disk)[place.expert]
-    return tensor
-
-
-def _time_conditioning(config: TwoTowerConfig, seed: int, dtype: torch.dtype) -> dict[str, Tensor]:
+def _time_conditioning(config: TwoTowerConfig, layers: int, seed: int, dtype: torch.dtype) -> dict[str, Tensor]:
     """Identity time conditioning; random weights are drawn in fp32, so that a seed gives the same in every dtype."""
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(seed)
-        time = TimeConditioning(config.hidden_size, config.num_hidden_layers)
+        time = TimeConditioning(config.hidden_size, layers)
     return {name: tensor.to(dtype) for name, tensor in time.state_dict().items()}
 
 

@@ -1,89 +1,158 @@
-"""Names of tensors on disk: the released two-tower layout, and the one-tower layouts of the conversion.
+"""Names of tensors on disk: the two-tower layouts, and the one-tower layouts of autoregressive models.
 
-In memory the experts of a layer are one stacked tensor; on disk each expert has its own.
+Families (`families/`) say what a module of a layer is called on disk. A tensor in memory may be several on disk (each
+expert has its own), and several in memory may share one on disk (packed projections).
 """
 
 from __future__ import annotations
 
 import re
-from collections.abc import Container
+from collections import defaultdict
+from collections.abc import Container, Iterable, Iterator
 from dataclasses import dataclass
 
 from torch import nn
 
+from twotower.families import family_of
+from twotower.families.family import Family, Names, Rows
 from twotower.model.fp32_tensors import named_tensors
+from twotower.model.towers import TwoTowerModel
 from twotower.ops.reference import int8
+from twotower.specs import LayerSpec
 
 SCALE = "_scale"  # suffix of the scales of an int8 tensor; checkpoints do not store them
 
-_TOWERS = {"context": ("context_tower.", "context_lm_head."), "denoiser": ("denoiser_tower.", "lm_head.")}
-_EXPERTS = re.compile(r"(.*\.experts)\.(up_proj|down_proj)$")
+_LAYER_IN_MEMORY = re.compile(r"layers\.(\d+)\.(.*)")
 LAYER = re.compile(r"(?:(?:context|denoiser)_tower|backbone|model)\.layers\.(\d+)\.(.*)")
-# Tensor names that identify the kind of a layer, to compare with the pattern of the config.
+# Tensor names that identify the kind of a Nemotron-H layer, to compare with the pattern of the config.
 KIND_MARKS = {"mixer.in_proj.": "M", "mixer.q_proj.": "*", "mixer.gate.": "E", "mixer.up_proj.": "-"}
+
+Index = tuple[slice | int, ...]
 
 
 @dataclass(frozen=True)
 class TensorEntry:
-    """A tensor on disk and its tensor in memory, or its index (`expert`) in a stacked tensor in memory."""
+    """A tensor in memory, or its index (`expert`) in a stacked tensor, and where it is on disk.
+
+    shape: of the piece. disk_shape: of the tensor on disk. index: of the piece in the tensor on disk; (): the whole.
+    """
 
     disk: str
     memory: str
     expert: int | None
     shape: tuple[int, ...]
+    disk_shape: tuple[int, ...]
+    index: Index = ()
 
 
-def tensor_entries(model: nn.Module) -> list[TensorEntry]:
+@dataclass(frozen=True)
+class Layout:
+    """How a tower's tensors are called on disk: a prefix of all but the head, the head's module, and other names.
+
+    found: the names on disk, if there is a choice: `Family.stacked` names, and the embedding as head.
+    """
+
+    root: str
+    head: str
+    found: Container[str] | None = None
+
+
+TWO_TOWERS = {
+    "context": Layout("context_tower.", "context_lm_head"),
+    "denoiser": Layout("denoiser_tower.", "lm_head"),
+}
+
+
+def tensor_entries(model: TwoTowerModel) -> list[TensorEntry]:
     """All tensors of a two-tower model on disk, in the order of the model, which may be on the meta device.
 
     Int8 tensors have the entry of the tensor that they were quantised from.
     """
-    out = []
-    every = dict(named_tensors(model))
-    for memory, tensor in every.items():
-        if memory.endswith(SCALE):
-            continue
-        scale = every.get(memory + SCALE)
-        shape = tuple(tensor.shape) if scale is None else int8.weight_shape(tensor, scale)
-        disk = disk_name(memory)
-        stacked = _EXPERTS.match(disk)
-        if stacked is None:
-            out.append(TensorEntry(disk, memory, None, shape))
-            continue
-        prefix, projection = stacked.groups()
-        for j in range(shape[0]):
-            out.append(TensorEntry(f"{prefix}.{j}.{projection}.weight", memory, j, shape[1:]))
-    return out
-
-
-def disk_name(memory: str) -> str:
-    """The name on disk: context.head.weight → context_lm_head.weight, time.t_block.1.bias → t_block.1.bias."""
-    first, rest = memory.split(".", 1)
-    if first == "time":
-        return rest
-    tower, head = _TOWERS[first]
-    return head + rest.removeprefix("head.") if rest.startswith("head.") else tower + rest
-
-
-def one_tower_entries(model: nn.Module, found: Container[str], root: str) -> dict[tuple[str, int | None], TensorEntry]:
-    """The tensors of a one-tower checkpoint: (name in a tower in memory, expert) → entry on disk.
-
-    root: "backbone." (the original layout, one tensor an expert) or "model." (transformers 5, stacked experts).
-    found: the names on disk. They tell whether experts are stacked, and whether a head exists or the embedding is the
-    head. In an entry with `expert`, the tensor on disk is stacked, and `shape` is its shape.
-    """
-    stacked = {memory: tuple(tensor.shape) for memory, tensor in named_tensors(model)}
-    out = {}
-    for entry in tensor_entries(model):
-        tower, _, part = entry.memory.partition(".")
-        if tower != "context":
-            continue
-        if part == "head.weight":
-            disk = "lm_head.weight" if "lm_head.weight" in found else f"{root}embeddings.weight"
-            place = TensorEntry(disk, entry.memory, None, entry.shape)
-        elif entry.expert is not None and root + part in found:
-            place = TensorEntry(root + part, entry.memory, entry.expert, stacked[entry.memory])
+    out: list[TensorEntry] = []
+    family = family_of(model.config)
+    for memory, shape in _shapes(model).items():
+        first, part = memory.split(".", 1)
+        if first == "time":
+            out.append(TensorEntry(part, memory, None, shape, shape))
         else:
-            place = TensorEntry(root + entry.disk.removeprefix("context_tower."), entry.memory, None, entry.shape)
-        out[part, entry.expert] = place
+            out += _entries(memory, shape, family, model.spec.layers, TWO_TOWERS[first])
     return out
+
+
+def one_tower_entries(model: TwoTowerModel, layout: Layout) -> list[TensorEntry]:
+    """The tensors of the context tower of a model in a one-tower checkpoint."""
+    out: list[TensorEntry] = []
+    family = family_of(model.config)
+    for memory, shape in _shapes(model).items():
+        if memory.startswith("context."):
+            out += _entries(memory, shape, family, model.spec.layers, layout)
+    return out
+
+
+def _shapes(model: nn.Module) -> dict[str, tuple[int, ...]]:
+    """The tensors of a model by name, with the shapes of the tensors that int8 ones were quantised from."""
+    every = dict(named_tensors(model))
+    out = {}
+    for memory, tensor in every.items():
+        scale = every.get(memory + SCALE)
+        if not memory.endswith(SCALE):
+            out[memory] = tuple(tensor.shape) if scale is None else int8.weight_shape(tensor, scale)
+    return out
+
+
+def _entries(
+    memory: str, shape: tuple[int, ...], family: Family, layers: tuple[LayerSpec, ...], layout: Layout
+) -> Iterator[TensorEntry]:
+    part = memory.split(".", 1)[1]
+    found = _LAYER_IN_MEMORY.match(part)
+    if found is None:
+        module, _, leaf = part.rpartition(".")
+        tied = module == "head" and layout.found is not None and f"{layout.head}.{leaf}" not in layout.found
+        if module == "head" and not tied:
+            disk = f"{layout.head}.{leaf}"
+        else:
+            disk = f"{layout.root}{family.norm_f if module == 'norm_f' else family.embeddings}.{leaf}"
+        yield TensorEntry(disk, memory, None, shape, shape)
+        return
+    layer = layers[int(found[1])]
+    root = f"{layout.root}layers.{layer.source}."
+    target = place_on_disk(found[2], family.names(layer))
+    name = target.module if isinstance(target, Rows) else target
+    one_each = "{}" in name
+    if layout.found is not None and root + name.format(0) not in layout.found:
+        target = place_on_disk(found[2], {**family.names(layer), **family.stacked(layer)})
+    if isinstance(target, Rows):
+        rows, dim = (slice(target.lo, target.hi),), target.dim
+        disk, stored = root + target.module, (*shape[:dim], target.of, *shape[dim + 1 :])
+        if one_each:  # a piece for each expert, as in the other layout
+            for j in range(shape[0]):
+                yield TensorEntry(disk, memory, j, shape[1:], stored, (j, *rows))
+        else:
+            yield TensorEntry(disk, memory, None, shape, stored, (*[slice(None)] * dim, *rows))
+    elif one_each:
+        for j in range(shape[0]):
+            if "{}" in target:
+                yield TensorEntry(root + target.format(j), memory, j, shape[1:], shape[1:])
+            else:
+                yield TensorEntry(root + target, memory, j, shape[1:], shape, (j,))
+    else:
+        yield TensorEntry(root + target, memory, None, shape, shape)
+
+
+def by_tensor_on_disk(entries: Iterable[TensorEntry]) -> dict[str, list[TensorEntry]]:
+    """The entries of each tensor on disk, in their order."""
+    out: dict[str, list[TensorEntry]] = defaultdict(list)
+    for entry in entries:
+        out[entry.disk].append(entry)
+    return out
+
+
+def place_on_disk(part: str, names: Names) -> str | Rows:
+    """The name on disk of a tensor of a layer. The longest prefix of its name in memory that `names` has counts."""
+    prefix = part
+    while prefix:
+        if (target := names.get(prefix)) is not None:
+            rest = part[len(prefix) :]
+            return target._replace(module=target.module + rest) if isinstance(target, Rows) else target + rest
+        prefix = prefix.rpartition(".")[0]
+    return part

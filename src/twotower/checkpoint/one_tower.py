@@ -1,4 +1,4 @@
-"""Reads a one-tower Nemotron-H checkpoint, dense or MoE, in the layout of transformers or of NVIDIA."""
+"""Reads the checkpoint of an autoregressive model, which becomes one tower."""
 
 from __future__ import annotations
 
@@ -13,16 +13,25 @@ import torch
 
 from twotower.checkpoint import names, pretrained, reader
 from twotower.checkpoint.generation_config import GenerationDefaults
-from twotower.checkpoint.names import TensorEntry
+from twotower.checkpoint.names import Layout, TensorEntry
 from twotower.checkpoint.reader import StoredTensor
 from twotower.checkpoint.tokenizer_files import save_tokenizer
-from twotower.checkpoint.writer import TensorToWrite, write_shards
-from twotower.config import ARCHITECTURE, MASK_TOKEN_ID, MODEL_TYPE, BackboneConfig, TwoTowerConfig, read_object
+from twotower.checkpoint.writer import write_shards
+from twotower.config import (
+    ARCHITECTURE,
+    GENERIC_MODEL_TYPE,
+    MASK_TOKEN_ID,
+    MODEL_TYPE,
+    GenericTwoTowerConfig,
+    TwoTowerConfig,
+    read_object,
+)
 from twotower.errors import ArgumentError, CheckpointError, ConfigError
+from twotower.families import family_of, tower_spec
 from twotower.model.towers import TwoTowerModel
+from twotower.nemotron_h_fields import NemotronHFields
 from twotower.tokenizer import Tokenizer
 
-SUPPORTED = f"only Nemotron-H models (model_type {MODEL_TYPE}, dense or MoE) can be converted"
 _EXTRA_HEADS = re.compile(r"(?:^|\.)mtp")  # draft heads of multi-token prediction; the denoiser replaces them
 # Keys of config.json that describe the file, its code or the draft heads, not the model.
 _DROPPED = {
@@ -56,7 +65,8 @@ _OLDER_NAMES = {
 class OneTowerCheckpoint:
     """A checkpoint whose headers match its config.
 
-    model: the two-tower model of the conversion, on the meta device. places: see `names.one_tower_entries`.
+    model: the two-tower model of the conversion, on the meta device. places: the entry of each tensor of a tower, by
+    its name in memory without the tower, and the number of its expert.
     """
 
     directory: Path
@@ -70,35 +80,47 @@ def read(directory: Path) -> OneTowerCheckpoint:
     """Reads config and headers, but no weights.
 
     Raises:
-        ConfigError, CheckpointError: the model is not Nemotron-H, the config is not valid, a file is damaged, or a
+        ConfigError, CheckpointError: the family is not supported, the config is not valid, a file is damaged, or a
             tensor is missing, unexpected, or of a wrong shape.
     """
     config, tied = _config(directory / "config.json")
     found = reader.read_headers(directory)
     if any(name.startswith("context_tower.") for name in found):
         raise CheckpointError(f"{directory}: already a two-tower checkpoint; no conversion is needed")
-    stored = {name: place for name, place in found.items() if not _EXTRA_HEADS.search(name)}
-    root = next((root for root in ("backbone.", "model.") if any(name.startswith(root) for name in stored)), None)
-    if root is None:
-        raise CheckpointError(f"{directory}: no tensors named backbone.* or model.*; {SUPPORTED}")
+    roots = family_of(config).roots
+    try:
+        root, head = next(r for r in roots if any(name.startswith(f"{r[0]}layers.") for name in found))
+    except StopIteration:
+        expected = " or ".join(f"{root}layers.*" for root, _ in roots)
+        raise CheckpointError(
+            f"{directory}: no tensors named {expected}; use the config.json of these weights"
+        ) from None
+    stored = {name: place for name, place in found.items() if name.startswith((root, f"{head}."))}
+    stored = {name: place for name, place in stored.items() if not _EXTRA_HEADS.search(name)}
     with torch.device("meta"):
         model = TwoTowerModel(config)
-    places = names.one_tower_entries(model, stored, root)
-    needed = list({entry.disk: entry for entry in places.values()}.values())
-    reader.check_tensors(directory, stored, needed, needed, config.hybrid_override_pattern)
+    needed = names.one_tower_entries(model, Layout(root, head, stored))
+    reader.check_tensors(directory, stored, needed, needed, config.stored_pattern)
+    places = {(entry.memory.removeprefix("context."), entry.expert): entry for entry in needed}
     return OneTowerCheckpoint(
         directory=directory,
         model=model,
         stored=stored,
         places=places,
-        notes=tuple(_notes(len(found) - len(stored), "lm_head.weight" in stored, tied)),
+        notes=tuple(_notes(sorted(set(found) - set(stored)), f"{head}.weight" in stored, tied, model.spec.tied_head)),
     )
 
 
-def _notes(extra: int, has_head: bool, tied: bool) -> Iterable[str]:
-    if extra:
-        yield f"{extra} tensors of multi-token prediction (mtp.*) are left out, because the denoiser replaces them"
-    if not has_head and tied:
+def _notes(left_out: list[str], has_head: bool, tied: bool, stays_tied: bool) -> Iterable[str]:
+    heads = [name for name in left_out if _EXTRA_HEADS.search(name)]
+    if heads:
+        yield f"{len(heads)} tensors of multi-token prediction (mtp.*) are left out, because the denoiser replaces them"
+    if len(heads) < len(left_out):
+        other = next(name for name in left_out if name not in heads)
+        yield f"{len(left_out) - len(heads)} tensors of other parts of the model are left out, such as {other}"
+    if stays_tied:
+        yield "the head of each tower is its embedding"
+    elif not has_head and tied:
         yield "the head is tied to the embedding; the heads of both towers are untied copies of the embedding"
     elif not has_head:
         yield "lm_head.weight is missing, and config.json does not tie it; both heads are copies of the embedding"
@@ -109,14 +131,21 @@ def _config(file: Path) -> tuple[TwoTowerConfig, bool]:
     raw = read_object(file, "give a checkpoint directory")
     if ARCHITECTURE in (raw.get("architectures") or ()):
         raise ConfigError(f"{file}: already the config of a two-tower checkpoint; no conversion is needed")
+    if raw.get("model_type") == GENERIC_MODEL_TYPE:
+        raise ConfigError(f"{file}: already the config of a two-tower checkpoint; no conversion is needed")
+    if raw.get("quantization_config"):
+        method = raw["quantization_config"].get("quant_method", "unknown")
+        raise ConfigError(f"{file}: the weights are quantised ({method}); convert the original bf16 checkpoint")
     if raw.get("model_type") != MODEL_TYPE:
-        raise ConfigError(f"{file}: model_type is {raw.get('model_type')!r}; {SUPPORTED}")
+        try:
+            config: TwoTowerConfig = GenericTwoTowerConfig(backbone=raw)
+            return config, tower_spec(config).tied_head
+        except ConfigError as error:
+            raise ConfigError(f"{file}: {error}") from None
     if not raw.keys() & {"hybrid_override_pattern", "layers_block_type", "layer_types"}:
         raise ConfigError(
             f"{file}: has no hybrid_override_pattern or layers_block_type, so the kinds of the layers are unknown"
         )
-    if raw.get("quantization_config"):
-        raise ConfigError(f"{file}: the weights are quantised; convert the original bf16 checkpoint")
     try:
         return TwoTowerConfig(**_values(raw)), bool(raw.get("tie_word_embeddings"))
     except ConfigError as error:
@@ -125,7 +154,7 @@ def _config(file: Path) -> tuple[TwoTowerConfig, bool]:
 
 def _values(raw: dict[str, object]) -> dict[str, object]:
     """The keyword arguments of `TwoTowerConfig`. Keys that a dense model lacks may be absent, null or 0."""
-    own = {field.name: field.type for field in dataclasses.fields(BackboneConfig)}
+    own = {field.name: field.type for field in dataclasses.fields(NemotronHFields)}
     values: dict[str, object] = {}
     for key, value in raw.items():
         name = _OLDER_NAMES.get(key, key)
@@ -145,13 +174,15 @@ def write(directory: Path, weights: dict[str, torch.Tensor], config: TwoTowerCon
     """
     with torch.device("meta"):
         model = TwoTowerModel(config, towers="context")
-    to_write = []
-    for entry in names.tensor_entries(model):
-        part = entry.memory.removeprefix("context.")
-        tensor = weights[part] if entry.expert is None else weights[part][entry.expert]
-        disk = "lm_head.weight" if part == "head.weight" else entry.disk.replace("context_tower.", "backbone.", 1)
-        to_write.append(TensorToWrite.of(disk, entry.shape, tensor))
-    write_shards(directory, to_write)
+
+    def piece(entry: TensorEntry) -> torch.Tensor:
+        tensor = weights[entry.memory.removeprefix("context.")]
+        return tensor if entry.expert is None else tensor[entry.expert]
+
+    root, head = family_of(config).roots[0]
+    groups = names.by_tensor_on_disk(names.one_tower_entries(model, Layout(root, head))).values()
+    first = [weights[group[0].memory.removeprefix("context.")] for group in groups]
+    write_shards(directory, [reader.tensor_to_write(g, t.dtype, piece) for g, t in zip(groups, first, strict=True)])
     dtype = str(weights["embeddings.weight"].dtype).removeprefix("torch.")
     values = {key: value for key, value in pretrained.config_to_write(model).items() if key != "auto_map"}
     values |= {"architectures": ["NemotronHForCausalLM"], "torch_dtype": dtype, "tie_word_embeddings": False}
@@ -165,7 +196,10 @@ def write(directory: Path, weights: dict[str, torch.Tensor], config: TwoTowerCon
 def mask_token(
     given: int | None, config: TwoTowerConfig, defaults: GenerationDefaults, tokenizer: Tokenizer | None
 ) -> int:
-    """The id of the mask token: the given one, else that of the config, else that of the tokenizer, else 3.
+    """The id of the mask token: the given one, else that of the config, else that of the tokenizer.
+
+    Otherwise 3 for Nemotron-H, by convention. Other backbones take a reserved special token, or the first row of the
+    embedding beyond the tokenizer.
 
     defaults: the contents of `generation_config.json`, whose EOS tokens must differ from the mask token.
 
@@ -180,8 +214,15 @@ def mask_token(
             f"{tokenizer.name_or_path}: the tokenizer has ids up to {largest}, but vocab_size is {size}; "
             "use the tokenizer of this model"
         )
-    candidates = (given, config.mask_token_id, getattr(tokenizer, "mask_token_id", None), MASK_TOKEN_ID)
-    mask = next(candidate for candidate in candidates if candidate is not None)
+    candidates = [given, config.mask_token_id, getattr(tokenizer, "mask_token_id", None)]
+    if isinstance(config, GenericTwoTowerConfig):
+        unused = largest + 1 if tokenizer is not None and largest + 1 < size else None  # a row that no token has
+        candidates += [_reserved_token(tokenizer), unused]
+    else:
+        candidates.append(MASK_TOKEN_ID)
+    mask = next((candidate for candidate in candidates if candidate is not None), None)
+    if mask is None:
+        raise ArgumentError(_no_mask_token(tokenizer))
     if not 0 <= mask < size:
         raise ArgumentError(f"the mask token id is {mask}, but vocab_size is {size}; choose an id from 0 to {size - 1}")
     for source in (config, defaults, tokenizer):
@@ -192,6 +233,27 @@ def mask_token(
                     f"the mask token id is {mask}, which is the {role} token; choose a token that no text contains"
                 )
     return mask
+
+
+_RESERVED = re.compile(r"reserved|unused", re.IGNORECASE)
+
+
+def _reserved_token(tokenizer: Tokenizer | None) -> int | None:
+    """The first special token whose name says that it is reserved; None if there is none."""
+    if tokenizer is None:
+        return None
+    added = tokenizer.added_tokens_decoder.items()
+    return min((id for id, token in added if token.special and _RESERVED.search(token.content)), default=None)
+
+
+def _no_mask_token(tokenizer: Tokenizer | None) -> str:
+    if tokenizer is None:
+        return "the model has no tokenizer, so the mask token is unknown; give its id with --mask-token"
+    special = [f"{id} ({token.content})" for id, token in sorted(tokenizer.added_tokens_decoder.items())]
+    return (
+        "the tokenizer has no mask token, no reserved token, and no free row of the embedding; give an id that no text "
+        f"uses with --mask-token, for example one of the special tokens {', '.join(special[:8]) or 'of the model'}"
+    )
 
 
 def is_ordinary_token(mask: int, tokenizer: Tokenizer | None) -> bool:

@@ -19,7 +19,14 @@ from twotower.checkpoint.quantize import quantization_of, quantize_
 from twotower.checkpoint.source import resolve_source
 from twotower.checkpoint.tokenizer_files import TEMPLATE_FILE, TEMPLATE_FOLDER, save_tokenizer
 from twotower.checkpoint.writer import stale_weights
-from twotower.config import ARCHITECTURE, MODEL_TYPE, TwoTowerConfig
+from twotower.config import (
+    ARCHITECTURE,
+    GENERIC_ARCHITECTURE,
+    GENERIC_MODEL_TYPE,
+    MODEL_TYPE,
+    GenericTwoTowerConfig,
+    TwoTowerConfig,
+)
 from twotower.errors import ArgumentError, CheckpointError
 from twotower.model.towers import TowerSet, TwoTowerModel
 from twotower.tokenizer import Tokenizer
@@ -29,9 +36,9 @@ Model = TypeVar("Model", bound=TwoTowerModel)
 CODE_FILE = "modeling_twotower.py"
 CODE = '''"""Lets transformers' AutoModelForCausalLM load this directory; needs `pip install twotower`."""
 
-from twotower import TwoTowerConfig, TwoTowerForCausalLM
+from twotower import GenericTwoTowerConfig, TwoTowerConfig, TwoTowerForCausalLM
 
-__all__ = ["TwoTowerConfig", "TwoTowerForCausalLM"]
+__all__ = ["GenericTwoTowerConfig", "TwoTowerConfig", "TwoTowerForCausalLM"]
 '''
 AUTO_MAP = {
     "AutoConfig": "modeling_twotower.TwoTowerConfig",
@@ -52,9 +59,10 @@ def from_pretrained(
     asked = LoadArguments.of(kwargs)
     directory = resolve_source(source, asked.hub, asked.subfolder, asked.trust_remote_code)
     config = _config(directory, asked.config)
-    if ARCHITECTURE not in (config.architectures or [ARCHITECTURE]):
+    expected = architecture(config)
+    if expected not in (config.architectures or [expected]):
         raise CheckpointError(
-            f"{directory}: architectures in config.json is {config.architectures}; it must be [{ARCHITECTURE!r}]"
+            f"{directory}: architectures in config.json is {config.architectures}; it must be [{expected!r}]"
         )
     defaults = GenerationDefaults.read(directory, config.vocab_size)
     config._name_or_path = str(source)
@@ -64,7 +72,7 @@ def from_pretrained(
         if asked.quantization == "int8":
             quantize_(model)
     wanted = _dtype(asked.dtype, config)
-    reader.load_weights(model, directory, config.hybrid_override_pattern, known, wanted, asked.devices)
+    reader.load_weights(model, directory, known, wanted, asked.devices)
     model.config.dtype = model.dtype
     return model, directory, defaults
 
@@ -118,19 +126,28 @@ def config_to_write(model: TwoTowerModel) -> dict[str, object]:
     for transient in ("_name_or_path", "transformers_version", "dtype", "torch_dtype", "quantization_config"):
         values.pop(transient, None)
     dtype = str(model.dtype).removeprefix("torch.")
+    generic = isinstance(model.config, GenericTwoTowerConfig)
     return values | {
-        "architectures": [ARCHITECTURE],
-        "auto_map": AUTO_MAP,
-        "model_type": MODEL_TYPE,
+        "architectures": [architecture(model.config)],
+        "auto_map": AUTO_MAP | {"AutoConfig": f"modeling_twotower.{type(model.config).__name__}"},
+        "model_type": GENERIC_MODEL_TYPE if generic else MODEL_TYPE,
         "torch_dtype": dtype,
     }
+
+
+def architecture(config: TwoTowerConfig) -> str:
+    """The name in `architectures` of a checkpoint with this configuration."""
+    return GENERIC_ARCHITECTURE if isinstance(config, GenericTwoTowerConfig) else ARCHITECTURE
 
 
 def stored_dtype(directory: Path) -> torch.dtype:
     """The dtype of a checkpoint: that of its config, else that of its embeddings."""
     said = TwoTowerConfig.read(directory).dtype
     if said is None:
-        said = reader.read_headers(directory)["context_tower.embeddings.weight"].torch_dtype
+        config = TwoTowerConfig.read(directory)
+        with torch.device("meta"):
+            known = names.tensor_entries(TwoTowerModel(config, "context"))
+        said = reader.read_headers(directory)[reader.embeddings(known).disk].torch_dtype
     found = getattr(torch, said) if isinstance(said, str) else said
     assert isinstance(found, torch.dtype)
     return found
@@ -151,7 +168,7 @@ def _config(directory: Path, given: PretrainedConfig | str | PathLike[str] | Non
     config = TwoTowerConfig.read(directory)
     if given is not None:
         values = TwoTowerConfig.of(given).to_dict()
-        config = TwoTowerConfig(**{key: values.get(key, value) for key, value in config.to_dict().items()})
+        config = type(config)(**{key: values.get(key, value) for key, value in config.to_dict().items()})
     return config
 
 

@@ -13,7 +13,7 @@ from weakref import WeakKeyDictionary
 from torch import nn
 
 from twotower.model.conditioning import TimeConditioning
-from twotower.model.linear import Int8Linear, Linear
+from twotower.model.linear import Int8Linear, Linear, TiedHead
 from twotower.model.moe import Experts, Int8Experts
 
 Quantization = Literal["none", "int8"]
@@ -26,14 +26,16 @@ def quantize_(model: Model) -> Model:
     Layers that towers share stay shared.
     """
     kept = {part for time in model.modules() if isinstance(time, TimeConditioning) for part in time.modules()}
-    parents = [part for part in model.modules() if part not in kept and not isinstance(part, Linear | Experts)]
+    parents = [
+        part for part in model.modules() if part not in kept and not isinstance(part, Linear | Experts | TiedHead)
+    ]
     made: WeakKeyDictionary[nn.Module, nn.Module] = (
         WeakKeyDictionary()
     )  # weak, so that each old weight is freed at once
     for parent in parents:
         for name, child in parent.named_children():
-            if child not in made and isinstance(child, Linear | Experts):
-                made[child] = Int8Linear(child) if isinstance(child, Linear) else Int8Experts(child)
+            if child not in made and isinstance(child, Linear | Experts | TiedHead):
+                made[child] = Int8Experts(child) if isinstance(child, Experts) else Int8Linear(child)
             if child in made:
                 setattr(parent, name, made[child])
     return model

@@ -8,20 +8,22 @@ from __future__ import annotations
 
 import json
 from collections import defaultdict
+from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 
 import torch
 from safetensors import SafetensorError, safe_open
-from torch import Tensor, nn
+from torch import Tensor
 
 from twotower.checkpoint.atomic import finish_save
-from twotower.checkpoint.names import KIND_MARKS, LAYER, SCALE, TensorEntry, tensor_entries
+from twotower.checkpoint.names import KIND_MARKS, LAYER, SCALE, TensorEntry, by_tensor_on_disk, tensor_entries
 from twotower.checkpoint.writer import DTYPE_NAMES, INDEX_FILE, SINGLE_FILE, TensorToWrite, write_shards
-from twotower.config import KIND_NAMES
 from twotower.errors import CheckpointError
 from twotower.model.fp32_tensors import named_tensors, target_dtype
+from twotower.model.towers import TwoTowerModel
 from twotower.ops.reference import int8
+from twotower.specs import KIND_NAMES, KIND_OF_LETTER
 
 
 @dataclass(frozen=True)
@@ -90,11 +92,16 @@ def _header(file: Path) -> dict[str, StoredTensor]:
 
 
 def check(
-    directory: Path, found: dict[str, StoredTensor], known: list[TensorEntry], needed: list[TensorEntry], pattern: str
+    directory: Path,
+    found: dict[str, StoredTensor],
+    known: list[TensorEntry],
+    needed: list[TensorEntry],
+    pattern: str | None,
 ) -> None:
     """Checks that no tensor is missing or unexpected and that all shapes match.
 
     found: tensors on disk. known: all tensors of a two-tower model of this configuration. needed: the tensors to load.
+    pattern: `TwoTowerConfig.stored_pattern`.
 
     Raises:
         CheckpointError: see above; the message names the file and the tensor.
@@ -109,15 +116,20 @@ def check(
 
 
 def check_tensors(
-    directory: Path, found: dict[str, StoredTensor], known: list[TensorEntry], needed: list[TensorEntry], pattern: str
+    directory: Path,
+    found: dict[str, StoredTensor],
+    known: list[TensorEntry],
+    needed: list[TensorEntry],
+    pattern: str | None,
 ) -> None:
     """`check` for the one-tower and the two-tower layout."""
-    _check_kinds(found, pattern)
+    if pattern is not None:
+        _check_kinds(found, pattern)
     missing = [entry for entry in needed if entry.disk not in found]
     if missing:
         listing = INDEX_FILE if (directory / INDEX_FILE).exists() else SINGLE_FILE
         raise CheckpointError(
-            f"{directory / listing}: {missing[0].disk} is missing (shape {list(missing[0].shape)} expected)"
+            f"{directory / listing}: {missing[0].disk} is missing (shape {list(missing[0].disk_shape)} expected)"
             + (f", and {len(missing) - 1} more" if len(missing) > 1 else "")
         )
     surplus = sorted(set(found) - {entry.disk for entry in known})
@@ -129,9 +141,10 @@ def check_tensors(
         )
     for entry in needed:
         stored = found[entry.disk]
-        if stored.shape != entry.shape:
+        if stored.shape != entry.disk_shape:
             raise CheckpointError(
-                f"{stored.file}: {entry.disk} has shape {list(stored.shape)}; the config expects {list(entry.shape)}"
+                f"{stored.file}: {entry.disk} has shape {list(stored.shape)}; "
+                f"the config expects {list(entry.disk_shape)}"
             )
         if stored.dtype not in DTYPE_NAMES.values():
             raise CheckpointError(
@@ -152,15 +165,18 @@ def _check_kinds(found: dict[str, StoredTensor], pattern: str) -> None:
         kind = next((kind for mark, kind in KIND_MARKS.items() if layer[2].startswith(mark)), pattern[i])
         if kind != pattern[i]:
             raise CheckpointError(
-                f"{stored.file}: {name} belongs to a layer of kind '{kind}' ({KIND_NAMES[kind]}), but letter {i} of "
-                f"hybrid_override_pattern is '{pattern[i]}' ({KIND_NAMES[pattern[i]]})"
+                f"{stored.file}: {name} belongs to a layer of kind '{kind}' ({_kind_name(kind)}), but letter {i} of "
+                f"hybrid_override_pattern is '{pattern[i]}' ({_kind_name(pattern[i])})"
             )
 
 
+def _kind_name(letter: str) -> str:
+    return KIND_NAMES[KIND_OF_LETTER[letter]]
+
+
 def load_weights(
-    model: nn.Module,
+    model: TwoTowerModel,
     directory: Path,
-    pattern: str,
     known: list[TensorEntry],
     dtype: torch.dtype | None,
     device_of: dict[str, torch.device],
@@ -171,9 +187,9 @@ def load_weights(
     """
     found = read_headers(directory)
     needed = tensor_entries(model)
-    check(directory, found, known, needed, pattern)
+    check(directory, found, known, needed, model.config.stored_pattern)
     if dtype is None:
-        dtype = _stored_dtype(found["context_tower.embeddings.weight"])
+        dtype = _stored_dtype(found[embeddings(needed).disk])
     by_file: dict[Path, list[TensorEntry]] = defaultdict(list)
     for entry in needed:
         by_file[found[entry.disk].file].append(entry)
@@ -193,13 +209,24 @@ def load_weights(
     for file, wanted in by_file.items():
         with safe_open(file, framework="pt") as handle:
             for entry in wanted:
-                source = handle.get_tensor(entry.disk)
+                source = read_piece(handle, entry)
                 target = place(entry.memory, entry.expert)
                 if entry.memory + SCALE in empty:
                     int8.quantize_into(target, place(entry.memory + SCALE, entry.expert), source)
                 else:
                     target.copy_(source)
     model.load_state_dict(filled, strict=True, assign=True)
+
+
+def read_piece(handle: safe_open, entry: TensorEntry) -> Tensor:
+    """The piece of an entry, from its open file."""
+    piece: Tensor = handle.get_slice(entry.disk)[entry.index] if entry.index else handle.get_tensor(entry.disk)
+    return piece
+
+
+def embeddings(entries: list[TensorEntry]) -> TensorEntry:
+    """The entry of the context tower's embeddings."""
+    return next(entry for entry in entries if entry.memory == "context.embeddings.weight")
 
 
 def _stored_dtype(stored: StoredTensor) -> torch.dtype:
@@ -213,11 +240,32 @@ def _stored_dtype(stored: StoredTensor) -> torch.dtype:
 # --- writing -------------------------------------------------------------------------------------------------------
 
 
-def save_weights(model: nn.Module, directory: Path, max_shard_size: int | str) -> None:
-    """Saves the weights with the released names, in one file, or in shards of at most max_shard_size and an index."""
+def save_weights(model: TwoTowerModel, directory: Path, max_shard_size: int | str) -> None:
+    """Saves the weights with the names on disk, in one file, or in shards of at most max_shard_size and an index."""
     memory = dict(named_tensors(model))
-    to_write = []
-    for entry in tensor_entries(model):
-        tensor = memory[entry.memory] if entry.expert is None else memory[entry.memory][entry.expert]
-        to_write.append(TensorToWrite.of(entry.disk, entry.shape, tensor))
-    write_shards(directory, to_write, max_shard_size)
+
+    def piece(entry: TensorEntry) -> Tensor:
+        tensor = memory[entry.memory]
+        return tensor if entry.expert is None else tensor[entry.expert]
+
+    groups = by_tensor_on_disk(tensor_entries(model)).values()
+    write_shards(
+        directory, [tensor_to_write(group, memory[group[0].memory].dtype, piece) for group in groups], max_shard_size
+    )
+
+
+def tensor_to_write(
+    group: list[TensorEntry], dtype: torch.dtype, piece: Callable[[TensorEntry], Tensor]
+) -> TensorToWrite:
+    """A tensor on disk, made of the pieces of its entries when it is written."""
+    first = group[0]
+
+    def make() -> Tensor:
+        if not first.index:
+            return piece(first)
+        whole = torch.empty(first.disk_shape, dtype=dtype)
+        for entry in group:
+            whole[entry.index] = piece(entry).to(dtype)
+        return whole
+
+    return TensorToWrite(first.disk, first.disk_shape, dtype, make)

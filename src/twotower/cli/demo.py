@@ -69,7 +69,7 @@ def model_summary(source: str | Path, model: TwoTowerForCausalLM) -> Text:
     return Text.assemble(
         (model_loading.name_of(source), "bold"),
         f": {size:.1f} M parameters in two towers of "
-        f"{model.config.num_hidden_layers} layers ({model.config.hybrid_override_pattern}), {where['dtype']} on "
+        f"{model.spec.num_layers} layers ({model.spec.pattern}), {where['dtype']} on "
         f"{where['context_device']}{threads}",
     )
 

@@ -17,8 +17,8 @@ if TYPE_CHECKING:
     from torch import nn
 
     from twotower.cli.info_facts import Facts, ParameterCounts, StateSizes, StoredWeights
-    from twotower.config import TwoTowerConfig
     from twotower.modeling_twotower import TwoTowerForCausalLM
+    from twotower.specs import TowerSpec
 
 DTYPES = ("bfloat16", "float32", "float64")
 # Measured on a CPU (docs/log.md): a step takes 6.2 ms in plain torch, 4.1 compiled, 2.3 in one native call.
@@ -80,13 +80,13 @@ def describe(path: Path) -> Facts:
         "path": str(path),
         "architectures": config.architectures,
         "dtype": dtype,
-        "pattern": config.hybrid_override_pattern,
-        "layers": _layers(config),
-        "shape": _shape(config),
+        "pattern": model.spec.pattern,
+        "layers": _layers(model.spec),
+        "shape": _shape(model.spec),
         "parameters": _parameters(model),
         "memory": {name: _memory(model, name) for name in DTYPES} | {"int8": _memory(int8, "bfloat16")},
         "computes_in": computes_in,
-        "state": _state(config, list(computes_in.values())[-1]),
+        "state": _state(model.spec, list(computes_in.values())[-1]),
         "backends": _backends(model, computes_in),
         "weights": _weights(directory, model),
         "tokenizer": [name for name in TOKENIZER_FILES if (directory / name).exists()],
@@ -95,50 +95,61 @@ def describe(path: Path) -> Facts:
     }
 
 
-def _layers(config: TwoTowerConfig) -> dict[str, int]:
-    from twotower.config import KIND_NAMES
+def _layers(spec: TowerSpec) -> dict[str, int]:
+    from twotower.specs import KIND_NAMES
 
-    counts = Counter(config.hybrid_override_pattern)
+    counts = Counter(spec.pattern)
     return {name: counts[kind] for kind, name in KIND_NAMES.items() if counts[kind]}
 
 
-def _shape(config: TwoTowerConfig) -> dict[str, int]:
-    """Fields of the config that set the sizes, without those of layer kinds that the model does not have."""
-    fields = ["hidden_size", "vocab_size", "max_position_embeddings"]
-    of_kind = {
-        "*": ["num_attention_heads", "num_key_value_heads", "head_dim"],
-        "M": ["mamba_num_heads", "mamba_head_dim", "ssm_state_size", "n_groups", "conv_kernel"],
-        "E": [
-            "n_routed_experts",
-            "num_experts_per_tok",
-            "moe_intermediate_size",
-            "moe_shared_expert_intermediate_size",
-            "n_group",
-            "topk_group",
-        ],
-        "-": ["intermediate_size"],
-    }
-    for kind, names in of_kind.items():
-        fields += names if kind in config.hybrid_override_pattern else []
-    return {name: getattr(config.backbone, name) for name in fields}
+def _shape(spec: TowerSpec) -> dict[str, int]:
+    """The sizes of the model, without those of layer kinds that it does not have."""
+    from twotower.specs import MLPSpec
+
+    sizes = {name: getattr(spec, name) for name in ("hidden_size", "vocab_size", "max_position_embeddings")}
+    if (attention := spec.attention) is not None:
+        sizes |= {
+            "num_attention_heads": attention.num_heads,
+            "num_key_value_heads": attention.num_kv_heads,
+            "head_dim": attention.head_dim,
+        }
+    if (mamba := spec.mamba) is not None:
+        sizes |= {
+            "mamba_num_heads": mamba.num_heads,
+            "mamba_head_dim": mamba.head_dim,
+            "ssm_state_size": mamba.state_size,
+            "n_groups": mamba.num_groups,
+            "conv_kernel": mamba.conv_kernel,
+        }
+    if (moe := spec.moe) is not None:
+        sizes |= {
+            "n_routed_experts": moe.experts,
+            "num_experts_per_tok": moe.top_k,
+            "moe_intermediate_size": moe.expert.width,
+            "moe_shared_expert_intermediate_size": 0 if moe.shared is None else moe.shared.width,
+            "n_group": moe.num_groups,
+            "topk_group": moe.top_groups,
+        }
+    mlps = [layer.mixer.width for layer in spec.layers if isinstance(layer.mixer, MLPSpec)]
+    return sizes | ({"intermediate_size": mlps[0]} if mlps else {})
 
 
 def _parameters(model: TwoTowerForCausalLM) -> ParameterCounts:
     from twotower.model.moe import MoE
 
-    backbone = model.config.backbone
+    spec, moe_spec = model.spec, model.spec.moe
     layers = list(model.context.all_layers())
     total = _count(model.context)
     moe = sum(_count(layer) for layer in layers if layer.kind == "E")
     routed = sum(_count(layer.mixer.experts) for layer in layers if isinstance(layer.mixer, MoE))
-    active = total - routed + routed * backbone.num_experts_per_tok // backbone.n_routed_experts
+    active = total - routed + (0 if moe_spec is None else routed * moe_spec.top_k // moe_spec.experts)
     table = _count(model.context.embeddings)
     return {
         "per_tower": total,
         "both_towers": _count(model),
         "time_conditioning": _count(model.time) if model.time is not None else 0,
         "active": active,
-        "active_without_embedding": active - table + backbone.hidden_size,
+        "active_without_embedding": active - table + spec.hidden_size,
         "moe_share": moe / total,
         "routed_expert_share": routed / total,
     }
@@ -165,14 +176,14 @@ def _memory(model: TwoTowerForCausalLM, dtype: str) -> dict[str, int]:
     return {"context": context, "denoiser": denoiser, "both": context + denoiser}
 
 
-def _state(config: TwoTowerConfig, dtype: str) -> StateSizes:
+def _state(spec: TowerSpec, dtype: str) -> StateSizes:
     """Sizes of the state, computed by the module that allocates it."""
     import torch
 
     from twotower.cache.hybrid_cache import state_bytes
 
-    per_row, per_token = state_bytes(config.backbone, getattr(torch, dtype))
-    window = config.backbone.max_position_embeddings
+    per_row, per_token = state_bytes(spec, getattr(torch, dtype))
+    window = spec.max_position_embeddings
     full = per_row + window * per_token
     return {"dtype": dtype, "per_token": per_token, "per_row": per_row, "full_context": full}
 
@@ -229,7 +240,7 @@ def _weights(directory: Path, model: TwoTowerForCausalLM) -> StoredWeights:
     except CheckpointError as error:
         return nothing | {"present": True, "problem": str(error)}
     try:
-        reader.check(directory, found, known, known, model.config.hybrid_override_pattern)
+        reader.check(directory, found, known, known, model.config.stored_pattern)
     except CheckpointError as error:
         problem = str(error)
     tensors = Counter(stored.file for stored in found.values())

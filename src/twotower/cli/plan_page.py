@@ -7,7 +7,7 @@ from collections.abc import Iterator
 
 import click
 
-from twotower.config import KIND_NAMES
+from twotower.specs import KIND_NAMES, KIND_OF_LETTER
 from twotower.training.planning.plan import UTILISATIONS, Plan
 from twotower.training.planning.plan_setup import GIB, Setup
 from twotower.training.planning.step_memory import Memory
@@ -94,7 +94,7 @@ def _memory(memory: Memory) -> Iterator[str]:
 
 
 def _activations(plan: Plan) -> Iterator[str]:
-    kinds = ", ".join(f"{_gib(size)} {KIND_NAMES[kind]}" for kind, size in plan.kept_by.items())
+    kinds = ", ".join(f"{_gib(size)} {KIND_NAMES[KIND_OF_LETTER[kind]]}" for kind, size in plan.kept_by.items())
     yield f"kept by one layer pair for a micro-batch, GiB: {kinds}"
 
 

@@ -249,7 +249,7 @@ def _engine(options: ServeOptions, source: Path | str) -> LLM:
         denoiser_device=options.denoiser_device,
         threads=options.threads,
     )
-    window = model.config.backbone.max_position_embeddings
+    window = model.spec.max_position_embeddings
     llm = LLM(
         model,
         rows=options.rows,
@@ -274,7 +274,7 @@ def sampling_defaults(model: Towers, given: str | None) -> dict[str, object]:
     if given == "none":
         return {}
     if given is not None:
-        read = GenerationDefaults.read(Path(given), model.backbone.vocab_size)
+        read = GenerationDefaults.read(Path(given), model.spec.vocab_size)
         if read.file is None:
             raise ArgumentError(f"--generation-config {given}: the directory has no {FILE}; give a file or none")
         model.generation_defaults = model.generation_defaults.override(read)

@@ -9,11 +9,11 @@ from typing import Any, TypedDict, TypeVar, Unpack, cast
 
 import torch
 
-from twotower.config import BackboneConfig
 from twotower.decoding.modes import AUTO, BLOCK_MODES, REQUEST_MODES
 from twotower.decoding.unmasking import POLICIES
 from twotower.deprecation import renamed_argument, renamed_attribute
 from twotower.errors import ArgumentError, LengthError
+from twotower.specs import TowerSpec
 
 Element = TypeVar("Element")
 
@@ -178,9 +178,9 @@ class GenerationParams:
         """Makes parameters from names and values of unknown types, such as JSON. All values are checked."""
         return cls.of(**cast(Mapping[str, Any], values))
 
-    def check_against(self, config: BackboneConfig, prompt_lengths: Sequence[int]) -> None:
-        """Raises ArgumentError where a parameter does not fit the model's configuration or the prompts."""
-        vocab = config.vocab_size
+    def check_against(self, spec: TowerSpec, prompt_lengths: Sequence[int]) -> None:
+        """Raises ArgumentError where a parameter does not fit the model or the prompts."""
+        vocab = spec.vocab_size
         if self.mode in BLOCK_MODES and self.mask_token_id >= vocab:
             raise ArgumentError(
                 f"mask_token_id is {self.mask_token_id}; the vocabulary ends at {vocab - 1}", param="mask_token_id"
@@ -190,7 +190,7 @@ class GenerationParams:
                 raise ArgumentError(
                     f"eos_token_id is {token!r}; it must be a token id from 0 to {vocab - 1}", param="eos_token_id"
                 )
-        window = config.max_position_embeddings
+        window = spec.max_position_embeddings
         longest = max(prompt_lengths)
         if longest + self.max_new_tokens > window:
             raise LengthError(

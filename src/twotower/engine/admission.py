@@ -28,7 +28,7 @@ def kv_slots_needed(request: Request, block_size: int) -> int:
 
 def check_model(model: Towers, params: GenerationParams, prompt_lengths: Sequence[int]) -> None:
     """Raises ArgumentError if this model does not support the parameters, in any engine."""
-    params.check_against(model.backbone, prompt_lengths)
+    params.check_against(model.spec, prompt_lengths)
     if params.mode in BLOCK_MODES:
         check_block(model, params.block_size)
     if params.stop and model.tokenizer is None:
@@ -55,7 +55,7 @@ def check(model: Towers, request: Request, length: int, block_size: int, max_kv_
 
     length, block_size: of the engine's longest text and block. max_kv_slots: the KV slots that its memory holds.
     """
-    params, prompt, vocab_size = request.params, len(request.prompt), model.backbone.vocab_size
+    params, prompt, vocab_size = request.params, len(request.prompt), model.spec.vocab_size
     if not (min(request.prompt) >= 0 and max(request.prompt) < vocab_size):
         beyond = next(token for token in request.prompt if not 0 <= token < vocab_size)
         raise ArgumentError(

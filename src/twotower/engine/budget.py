@@ -24,13 +24,13 @@ MIN_PREFIXES = 8  # chunks that the prefix cache holds at least, if no memory is
 
 def memory_for(model: Towers, rows: int, longest: int) -> int:
     """Bytes that `rows` texts of `longest` tokens need. `longest` includes one block."""
-    per_row, per_token = state_bytes(model.backbone, model.dtype)
+    per_row, per_token = state_bytes(model.spec, model.dtype)
     return math.ceil(rows * (per_row + per_token * longest) / (1 - PREFIX_SHARE)) + 1
 
 
 def block_bytes(model: Towers, positions: int) -> int:
     """Bytes of the logits of a denoiser pass over `positions` positions: in the model's dtype, and two fp32 copies."""
-    return positions * model.backbone.vocab_size * (model.dtype.itemsize + 8)
+    return positions * model.spec.vocab_size * (model.dtype.itemsize + 8)
 
 
 class Need(NamedTuple):
@@ -56,7 +56,7 @@ def needs_of(model: Towers, longest: int, block_size: int, memory: int | None, p
 
     longest: tokens of a row, one block included. memory: bytes of all states and the prefix cache, if they are given.
     """
-    per_row, per_token = state_bytes(model.backbone, model.dtype)
+    per_row, per_token = state_bytes(model.spec, model.dtype)
     factor = 1 + PREFIX_SHARE if prefix_cache else 1
     token = round(per_token * factor) if memory is None else 0
     row = round(per_row * factor) + token * longest if memory is None else 0
@@ -157,7 +157,7 @@ def divide_memory(model: Towers, rows: int, longest: int, chunk: int, memory: in
     Raises:
         ArgumentError: the memory is too small for one text.
     """
-    per_row, per_token = state_bytes(model.backbone, model.dtype)
+    per_row, per_token = state_bytes(model.spec, model.dtype)
     if memory is None:
         whole = rows * (per_row + per_token * longest)
         return rows, rows * longest, max(round(whole * PREFIX_SHARE), MIN_PREFIXES * (per_row + per_token * chunk))

@@ -133,7 +133,7 @@ def _checked(
         raise ArgumentError(f"params is a {type(params).__name__}; give GenerationParams", param="params")
     if callback is not None and not callable(callback):
         raise ArgumentError(f"step_callback is {callback!r}; give a function", param="step_callback")
-    vocab_size = model.backbone.vocab_size
+    vocab_size = model.spec.vocab_size
     rows = read_prompts(prompts, attention_mask, model.tokenizer, vocab_size, _pad_token(model))
     check_before_engine(model, params, [len(ids) for ids in rows.ids])
     if callback is not None and params.deterministic and len(rows.ids) > 1:

@@ -69,7 +69,7 @@ def read_lines(path: Path, model: Towers, shared: dict[str, object], model_name:
     # The digest uses the old name of policy_value, so that jobs of earlier versions can be continued.
     hashed = {"knob" if name == "policy_value" else name: value for name, value in shared.items()}
     inherited = json.dumps([model_name, hashed], sort_keys=True, default=str).encode()
-    longest = model.backbone.max_position_embeddings * longest_token(require_tokenizer(model.tokenizer))
+    longest = model.spec.max_position_embeddings * longest_token(require_tokenizer(model.tokenizer))
     for raw in _raw_lines(path):
         raw.hash.update(inherited)
         digest = raw.hash.hexdigest()[:16]
@@ -132,7 +132,7 @@ def _line(number: int, raw: bytes, digest: str, model: Towers, shared: dict[str,
     name = fields.pop("id", None)
     prompt = fields.pop("prompt")
     if len(prompt) > longest:
-        window = model.backbone.max_position_embeddings
+        window = model.spec.max_position_embeddings
         reason = (
             f"the prompt has {len(prompt)} characters, more than the {window} tokens of the context window can hold"
         )

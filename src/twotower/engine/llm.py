@@ -50,7 +50,7 @@ class LLM:
         check_whole("block_size", block_size, least=1)
         if length is not None:
             check_whole("length", length, least=1)
-        window = model.backbone.max_position_embeddings
+        window = model.spec.max_position_embeddings
         self.model = model
         self.length = min(length or window, window)
         block_size = min(block_size, max(window, DEFAULT_BLOCK_SIZE))
@@ -82,7 +82,7 @@ class LLM:
             ArgumentError: the longest request does not fit the memory.
         """
         length = max((len(request.prompt) + request.params.max_new_tokens for request in requests), default=1)
-        window = max(model.backbone.max_position_embeddings, DEFAULT_BLOCK_SIZE)
+        window = max(model.spec.max_position_embeddings, DEFAULT_BLOCK_SIZE)
         block = min(max((request.params.block_size for request in requests), default=1), window)
         if memory is not None and memory < (least := cls.memory_for(model, 1, length, block)):
             raise ArgumentError(

@@ -37,7 +37,7 @@ def resolve(model: Towers, params: GenerationParams, rows: int) -> tuple[Generat
 @torch.no_grad()
 def measure(model: Towers, rows: int, block_size: int) -> Costs:
     """Times each kind of pass: the fastest of REPEATS, after one warm-up."""
-    context = min(CONTEXT, model.backbone.max_position_embeddings - block_size)
+    context = min(CONTEXT, model.spec.max_position_embeddings - block_size)
     device = model.device
     state = model.new_state(rows, context + block_size)
     lengths = torch.full((rows,), context, device=device)

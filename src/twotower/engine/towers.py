@@ -11,8 +11,9 @@ from twotower.cache.hybrid_cache import TowerState
 from twotower.cache.pools import ContextView
 from twotower.cache.replica import ContextReader
 from twotower.checkpoint.generation_config import GenerationDefaults
-from twotower.config import BackboneConfig, TwoTowerConfig
+from twotower.config import TwoTowerConfig
 from twotower.engine.workspace import Workspace
+from twotower.specs import TowerSpec
 from twotower.tokenizer import Tokenizer
 
 if TYPE_CHECKING:
@@ -33,8 +34,8 @@ class Towers(Protocol):
     def config(self) -> TwoTowerConfig: ...
 
     @property
-    def backbone(self) -> BackboneConfig:
-        """The configuration that the layers were built from."""
+    def spec(self) -> TowerSpec:
+        """The layers of a tower and their options."""
 
     @property
     def tokenizer(self) -> Tokenizer | None: ...

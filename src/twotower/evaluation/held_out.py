@@ -124,7 +124,7 @@ def main(
         figures["held_out_documents"] = len(documents)
         figures["ar_bits_per_byte"] = ar_nats(model, documents) / bits
         train = encode(tokenizer, read_documents(data / "train.jsonl.gz"))
-        ngram = KneserNey(train, order=5, vocab_size=model.config.backbone.vocab_size)
+        ngram = KneserNey(train, order=5, vocab_size=model.spec.vocab_size)
         figures["5gram_bits_per_byte"] = ngram.nats(documents) / bits
     figures["dialogues"] = measure_dialogues(model, texts, dialogues, limit)
     if problem_count:

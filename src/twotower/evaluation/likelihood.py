@@ -68,7 +68,7 @@ def continuation_likelihood(
 
 def _read(model: TwoTowerForCausalLM, texts: Sequence[Sequence[int]]) -> Tensor:
     """Final hidden states of the context tower: (rows, longest text rounded up to a chunk, H)."""
-    chunk = model.context.config.chunk_size
+    chunk = model.spec.chunk_size
     pieces = [[Piece(np.array(text, dtype=np.int32), 0, 0, False)] for text in texts]
     batch = collate(pieces, range(len(texts)), round_up(max(map(len, texts)), chunk), chunk, eos=PAD, pad=PAD)
     batch = batch.to(model.device)
@@ -183,7 +183,7 @@ def _any_order(
 
 def ar_nats(model: TwoTowerForCausalLM, documents: Sequence[Sequence[int]]) -> float:
     """−ln P of the context tower, summed over all tokens of the documents but the first of each (EOS included)."""
-    chunk = model.config.backbone.chunk_size
+    chunk = model.spec.chunk_size
     objective = AutoregressiveObjective(model.context)
     with torch.no_grad():
         return sum(float(objective(batch, None, chunk)) for batch in _documents(documents, 16, chunk))

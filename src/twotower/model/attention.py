@@ -1,36 +1,54 @@
-"""Grouped-query attention without positional encoding (Nemotron-H)."""
+"""Grouped-query attention, with or without rotary position embedding, windows and norms of queries and keys."""
 
 from __future__ import annotations
 
 from torch import Tensor, nn
 
 from twotower.cache.layer_cache import KeyValue
-from twotower.config import BackboneConfig
 from twotower.model.layer_io import AttentionMetadata
 from twotower.model.linear import Linear
-from twotower.ops.reference.attention import CachedKV
+from twotower.model.norm import RMSNorm
+from twotower.ops.reference.attention import PLAIN, AttentionOptions, CachedKV, attention
+from twotower.ops.reference.rope import Rotation, rotate
 from twotower.ops.registry import select
+from twotower.specs import AttentionSpec, TowerSpec
 
 
 class Attention(nn.Module):
-    """Attention of a pass over [cached keys ; keys of the pass], with one softmax."""
+    """Attention of a pass over [cached keys ; keys of the pass], with one softmax. Cached keys are turned (RoPE)."""
 
-    def __init__(self, config: BackboneConfig) -> None:
+    def __init__(self, spec: AttentionSpec, tower: TowerSpec) -> None:
         super().__init__()
-        hidden, width = config.hidden_size, config.head_dim
+        hidden, width = tower.hidden_size, spec.head_dim
+        self.spec = spec
         self.head_dim = width
-        self.heads = (config.num_attention_heads, config.num_key_value_heads, config.num_key_value_heads)
-        self.q_proj = Linear(hidden, config.num_attention_heads * width, bias=config.attention_bias)
-        self.k_proj = Linear(hidden, config.num_key_value_heads * width, bias=config.attention_bias)
-        self.v_proj = Linear(hidden, config.num_key_value_heads * width, bias=config.attention_bias)
-        self.o_proj = Linear(config.num_attention_heads * width, hidden, bias=config.attention_bias)
+        self.rope = None if spec.rope is None else tower.ropes[spec.rope]
+        self.heads = (spec.num_heads, spec.num_kv_heads, spec.num_kv_heads)
+        self.options = AttentionOptions(spec.scale, spec.window, spec.softcap)
+        self.q_proj = Linear(hidden, spec.num_heads * width, bias=spec.qkv_bias)
+        self.k_proj = Linear(hidden, spec.num_kv_heads * width, bias=spec.qkv_bias)
+        self.v_proj = Linear(hidden, spec.num_kv_heads * width, bias=spec.qkv_bias)
+        self.o_proj = Linear(spec.num_heads * width, hidden, bias=spec.output_bias)
+        if spec.qk_norm != "none":
+            heads = (1, 1) if spec.qk_norm == "head" else (spec.num_heads, spec.num_kv_heads)
+            self.q_norm, self.k_norm = (RMSNorm(count * width, tower.norm_eps, tower.norm_offset) for count in heads)
 
-    def project(self, hidden: Tensor) -> tuple[Tensor, KeyValue]:
-        """hidden (B, L, H) → queries (B, Hq, L, D), and the keys and values of the pass."""
+    def project(self, hidden: Tensor, turn: Rotation | None) -> tuple[Tensor, KeyValue]:
+        """hidden (B, L, H) → queries (B, Hq, L, D), and the keys and values of the pass.
+
+        turn: of the rotary position embedding, applied to queries and keys; None: none.
+        """
+        q, k, v = self.q_proj(hidden), self.k_proj(hidden), self.v_proj(hidden)
+        if self.spec.qk_norm == "width":
+            q, k = self.q_norm(q), self.k_norm(k)
         q, k, v = (
-            proj(hidden).unflatten(-1, (heads, self.head_dim)).transpose(1, 2)
-            for proj, heads in zip((self.q_proj, self.k_proj, self.v_proj), self.heads, strict=True)
+            part.unflatten(-1, (heads, self.head_dim)) for part, heads in zip((q, k, v), self.heads, strict=True)
         )
+        if self.spec.qk_norm == "head":
+            q, k = self.q_norm(q), self.k_norm(k)
+        if turn is not None:
+            q, k = rotate(q, turn), rotate(k, turn)
+        q, k, v = (part.transpose(1, 2) for part in (q, k, v))
         return q, KeyValue(k, v)
 
     def output(self, heads: Tensor) -> Tensor:
@@ -39,7 +57,11 @@ class Attention(nn.Module):
 
     def forward(self, hidden: Tensor, past: CachedKV | None, meta: AttentionMetadata) -> tuple[Tensor, KeyValue]:
         """hidden (B, L, H) → output (B, L, H), and the keys and values to append to the cache."""
-        q, own = self.project(hidden)
-        attend = select("attention", hidden.device, hidden.dtype).function
-        heads = attend(*(part.transpose(1, 2) for part in (q, *own)), meta.token_mask, meta.causal, past)
+        q, own = self.project(hidden, None if self.spec.rope is None else meta.rotations[self.spec.rope])
+        q, k, v = (part.transpose(1, 2) for part in (q, *own))
+        if self.options == PLAIN:
+            attend = select("attention", hidden.device, hidden.dtype).function
+            heads = attend(q, k, v, meta.token_mask, meta.causal, past)
+        else:
+            heads = attention(q, k, v, meta.token_mask, meta.causal, past, self.options)
         return self.o_proj(heads.flatten(2)), own

@@ -12,10 +12,10 @@ from typing import NamedTuple
 import torch
 from torch import Tensor, nn
 
-from twotower.config import LayerKind
 from twotower.model.linear import Linear
 from twotower.model.norm import RMSNorm
 from twotower.ops.precision import accumulation_dtype
+from twotower.specs import LayerKind
 
 MAX_CACHED_TIMES = 64  # cached values of t; a block of 16 positions has 17
 SINUSOID_SIZE = 256
@@ -107,8 +107,13 @@ class TimeConditioning(nn.Module):
             self._cached, self._weights = {}, weights
 
 
-def modulated_norm(x: Tensor, norm: RMSNorm, kind: LayerKind, modulation: Modulation | None) -> Tensor:
-    """The normed and modulated input of a layer's mixer; the order of the two depends on the layer's kind."""
+def modulated_norm(x: Tensor, norm: RMSNorm | None, kind: LayerKind, modulation: Modulation | None) -> Tensor:
+    """The normed and modulated input of a layer's mixer; the order of the two depends on the layer's kind.
+
+    norm: None for a layer that norms only its mixer's output; then x itself is modulated.
+    """
+    if norm is None:
+        return x if modulation is None else x * (1 + modulation.scale) + modulation.shift
     if modulation is None:
         return norm(x)
     return norm(x, (modulation.shift, modulation.scale), "before" if kind in MODULATE_BEFORE_NORM else "after")

@@ -7,6 +7,9 @@ from dataclasses import dataclass, replace
 import torch
 from torch import Tensor
 
+from twotower.ops.reference.rope import Rotation, rotation
+from twotower.specs import RopeSpec
+
 
 @dataclass(frozen=True, kw_only=True)
 class AttentionMetadata:
@@ -14,13 +17,15 @@ class AttentionMetadata:
 
     token_mask: (B, L), False at padding; None: there is no padding.
     causal: whether a token attends only to earlier tokens of its pass and itself. False for a denoiser's block.
-    start: (B,), the absolute position of the first token, for backbones with positional encoding. Nemotron-H has none.
+    start: (B,), the absolute position of the first token; None: 0.
+    rotations: one for each `TowerSpec.ropes`; the tower computes them, once a pass.
     representative: (1,), the index among all B·L tokens of one that is not padding; None: not computed.
     """
 
     token_mask: Tensor | None = None
     causal: bool = True
     start: Tensor | None = None
+    rotations: tuple[Rotation, ...] = ()
     representative: Tensor | None = None
 
     def with_representative(self) -> AttentionMetadata:
@@ -28,6 +33,15 @@ class AttentionMetadata:
         if self.token_mask is None:
             return self
         return replace(self, representative=self.token_mask.flatten().byte().argmax(0, keepdim=True))
+
+    def with_rotations(self, ropes: tuple[RopeSpec, ...], tokens: Tensor, dtype: torch.dtype) -> AttentionMetadata:
+        """A copy with `rotations` for tokens (B, L), in `dtype`, which is at least fp32."""
+        if not ropes:
+            return self
+        positions = torch.arange(tokens.shape[1], device=tokens.device)[None].expand(tokens.shape)
+        if self.start is not None:
+            positions = positions + self.start[:, None]
+        return replace(self, rotations=tuple(rotation(positions, rope, dtype) for rope in ropes))
 
     def route_padding(self, choice: Tensor) -> Tensor:
         """Routes padding to the experts of the representative token, so that padding loads no extra weights.
@@ -39,9 +53,11 @@ class AttentionMetadata:
         return torch.where(self.token_mask.flatten()[:, None], choice, choice.index_select(0, self.representative))
 
 
-def context_visible(key_positions: Tensor, block_start: Tensor) -> Tensor:
+def context_visible(key_positions: Tensor, block_start: Tensor, window: int | None = None) -> Tensor:
     """Which context keys a denoiser block attends to: those strictly before its start, (N, T) bool.
 
-    Generation and training share this rule. key_positions (T,), block_start (N,).
+    With a window of w, these are the w − 1 keys before its start. Generation (`window_mask`) and training share this
+    rule. key_positions (T,), block_start (N,).
     """
-    return key_positions < block_start[:, None]
+    visible = key_positions < block_start[:, None]
+    return visible if window is None else visible & (key_positions > (block_start - window)[:, None])

@@ -34,13 +34,37 @@ class Linear(nn.Linear):
         return self
 
 
+class TiedHead(nn.Module):
+    """The head of a tower whose head is its embedding: logits = x·Wᵀ. The weight belongs to the embedding alone."""
+
+    __call__: Callable[..., Tensor]
+    bias = None
+
+    def __init__(self, embeddings: nn.Embedding) -> None:
+        super().__init__()
+        self._embeddings = (embeddings,)  # a tuple: not a submodule, so that the weight has one name
+        self.packed = PackedWeight()
+
+    @property
+    def weight(self) -> Tensor:
+        return self._embeddings[0].weight
+
+    def forward(self, input: Tensor) -> Tensor:
+        backend = select("linear", input.device, input.dtype)
+        out: Tensor = backend.function(input, self.weight, None, self.packed.get(self.weight))
+        return out
+
+
+Head = Linear | TiedHead
+
+
 class Int8Linear(nn.Module):
     """A `Linear` with an int8 weight (out / 16, in, 16) and a scale (out,) per row; see `ops.reference.int8`."""
 
     weight: Tensor
     weight_scale: Tensor
 
-    def __init__(self, linear: Linear) -> None:
+    def __init__(self, linear: Head) -> None:
         super().__init__()
         weight, scale = int8.quantize(linear.weight)
         self.register_buffer("weight", weight)

@@ -9,13 +9,13 @@ import torch
 from torch import Tensor, nn
 
 from twotower.cache.layer_cache import MambaCache
-from twotower.config import BackboneConfig
 from twotower.model.layer_io import AttentionMetadata
 from twotower.model.linear import Linear
 from twotower.model.norm import GatedGroupRMSNorm
 from twotower.ops.reference.mamba_block import MambaStepInputs, MambaWeights, convolve, gate_and_norm, split
 from twotower.ops.reference.ssd import final_state, pass_states, ssd_block, ssd_chunked
 from twotower.ops.registry import select
+from twotower.specs import Mamba2Spec, TowerSpec
 
 
 class CausalConv(nn.Module):
@@ -30,27 +30,27 @@ class CausalConv(nn.Module):
 class Mamba2(nn.Module):
     """in_proj → z | xBC | dt; causal conv and SiLU over xBC; selective scan; gated group norm; out_proj."""
 
-    def __init__(self, config: BackboneConfig) -> None:
+    def __init__(self, spec: Mamba2Spec, tower: TowerSpec) -> None:
         super().__init__()
-        self.config = config
-        inner, heads = config.mamba_inner, config.mamba_num_heads
-        self.in_proj = Linear(config.hidden_size, inner + config.conv_dim + heads, bias=config.use_bias)
-        self.conv1d = CausalConv(config.conv_dim, config.conv_kernel, config.use_conv_bias)
+        self.spec, self.eps = spec, tower.norm_eps
+        inner, heads = spec.inner, spec.num_heads
+        self.in_proj = Linear(tower.hidden_size, inner + spec.conv_dim + heads, bias=spec.projection_bias)
+        self.conv1d = CausalConv(spec.conv_dim, spec.conv_kernel, spec.conv_bias)
         self.dt_bias = nn.Parameter(torch.empty(heads))
         self.A_log = nn.Parameter(torch.empty(heads))
         self.D = nn.Parameter(torch.ones(heads))
         self.norm = GatedGroupRMSNorm(inner)
-        self.out_proj = Linear(inner, config.hidden_size, bias=config.use_bias)
+        self.out_proj = Linear(inner, tower.hidden_size, bias=spec.projection_bias)
 
     def reset_parameters(self) -> None:
-        """The initialisation of Mamba-2: decay rates 1…16, log-uniform time steps in [time_step_min, time_step_max]."""
-        config = self.config
+        """The initialisation of Mamba-2: decay rates 1…16, log-uniform time steps (`time_step_init`)."""
+        low, high, floor = self.spec.time_step_init
         nn.init.kaiming_uniform_(self.conv1d.weight, a=math.sqrt(5))
         with torch.no_grad():
-            rates = torch.linspace(1, 16, config.mamba_num_heads)
+            rates = torch.linspace(1, 16, self.spec.num_heads)
             self.A_log.copy_(rates.log())
-            low, high = math.log(config.time_step_min), math.log(config.time_step_max)
-            steps = torch.exp(torch.rand(config.mamba_num_heads) * (high - low) + low).clamp(config.time_step_floor)
+            low, high = math.log(low), math.log(high)
+            steps = torch.exp(torch.rand(self.spec.num_heads) * (high - low) + low).clamp(floor)
             self.dt_bias.copy_(steps + torch.log(-torch.expm1(-steps)))  # inverse of softplus
 
     def forward(
@@ -62,13 +62,13 @@ class Mamba2(nn.Module):
         """
         projected, weights = self.in_proj(hidden), self.weights
         window, state = (None, None) if past is None else past
-        if hidden.shape[1] <= self.config.chunk_size:
+        if hidden.shape[1] <= self.spec.chunk_size:
             block = select("mamba_block", projected.device, projected.dtype).function
             mixed, kept = block(projected, meta.token_mask, window, state, weights, keep_step_inputs)
             return self.out_proj(mixed), kept
         z, xBC, dt, log_decay = split(projected, meta.token_mask, weights)
         kept, C = convolve(xBC, window, dt, log_decay, weights)
-        y, _ = ssd_chunked(kept.x, kept.dt, kept.log_decay, kept.B, C, state, self.config.chunk_size)
+        y, _ = ssd_chunked(kept.x, kept.dt, kept.log_decay, kept.B, C, state, self.spec.chunk_size)
         return self.out_proj(gate_and_norm(y, kept.x, z, weights)), kept if keep_step_inputs else None
 
     def forward_packed(
@@ -95,7 +95,7 @@ class Mamba2(nn.Module):
     @property
     def weights(self) -> MambaWeights:
         """The weights without the projections, as the kernels take them."""
-        config, conv = self.config, self.conv1d
+        spec, conv = self.spec, self.conv1d
         return MambaWeights(
             conv.weight,
             conv.bias,
@@ -103,7 +103,7 @@ class Mamba2(nn.Module):
             self.A_log,
             self.D,
             self.norm.weight,
-            config.n_groups,
-            config.layer_norm_epsilon,
-            config.time_step_limit,
+            spec.num_groups,
+            self.eps,
+            spec.time_step_limit,
         )

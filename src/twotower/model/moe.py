@@ -1,79 +1,92 @@
-"""Feed-forward mixers: the MLP and the mixture of experts, both down(relu(up·x)²)."""
+"""Feed-forward mixers: the MLP and the mixture of experts, with or without a gate."""
 
 from __future__ import annotations
 
 from collections.abc import Callable
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor, nn
 
-from twotower.config import BackboneConfig
 from twotower.model.layer_io import AttentionMetadata
 from twotower.model.linear import Linear
 from twotower.ops.cpu.packed_weights import PackedWeight
 from twotower.ops.reference import int8
-from twotower.ops.reference.experts import PackedPair
-from twotower.ops.reference.routing import Routing
+from twotower.ops.reference.activation import activate
+from twotower.ops.reference.routing import Routing, route
 from twotower.ops.registry import select
+from twotower.specs import MLPSpec, MoESpec
 
 
 class MLP(nn.Module):
-    """down(relu(up·x)²), without a gate."""
+    """down(act(up·x)), or with a gate down(act(gate·x) · up·x)."""
 
     __call__: Callable[..., Tensor]
 
-    def __init__(self, hidden: int, intermediate: int, bias: bool) -> None:
+    def __init__(self, spec: MLPSpec, hidden: int) -> None:
         super().__init__()
-        self.up_proj = Linear(hidden, intermediate, bias=bias)
-        self.down_proj = Linear(intermediate, hidden, bias=bias)
+        self.spec = spec
+        if spec.gated:
+            self.gate_proj = Linear(hidden, spec.width, bias=spec.bias)
+        self.up_proj = Linear(hidden, spec.width, bias=spec.bias)
+        self.down_proj = Linear(spec.width, hidden, bias=spec.bias)
 
     def forward(self, hidden: Tensor) -> Tensor:
-        return self.down_proj(F.relu(self.up_proj(hidden)).square())
+        gate = self.gate_proj(hidden) if self.spec.gated else None
+        return self.down_proj(activate(self.up_proj(hidden), gate, self.spec.activation))
 
 
 class Router(nn.Module):
-    """Selects experts by sigmoid scores. The correction bias changes the selection, not the weights of the experts."""
+    """Selects experts by scores. A correction bias changes the selection, not the weights of the experts."""
 
-    e_score_correction_bias: Tensor
+    e_score_correction_bias: Tensor | None
 
-    def __init__(self, config: BackboneConfig) -> None:
+    def __init__(self, spec: MoESpec, hidden: int) -> None:
         super().__init__()
-        self.config = config
         self.rule = Routing(
-            config.n_group,
-            config.topk_group,
-            config.num_experts_per_tok,
-            config.norm_topk_prob,
-            config.routed_scaling_factor,
+            spec.num_groups, spec.top_groups, spec.top_k, spec.normalise, spec.factor, scores=spec.scores
         )
-        self.weight = nn.Parameter(torch.empty(config.n_routed_experts, config.hidden_size))
-        self.register_buffer("e_score_correction_bias", torch.zeros(config.n_routed_experts))
+        self.weight = nn.Parameter(torch.empty(spec.experts, hidden))
+        self.register_buffer("e_score_correction_bias", torch.zeros(spec.experts) if spec.correction_bias else None)
 
     def forward(self, hidden: Tensor) -> tuple[Tensor, Tensor]:
         """hidden (T, H) → expert ids (T, k) and expert weights (T, k); scores in at least fp32."""
+        if self.e_score_correction_bias is None or self.rule.scores != "sigmoid":
+            return route(hidden, self.weight, self.e_score_correction_bias, self.rule)
         backend = select("route", hidden.device, hidden.dtype)
         choice: tuple[Tensor, Tensor] = backend.function(hidden, self.weight, self.e_score_correction_bias, self.rule)
         return choice
 
 
 class Experts(nn.Module):
-    """The routed experts, with stacked weights in memory. On disk each expert has its own tensors."""
+    """The routed experts, with stacked weights in memory. On disk each expert may have its own tensors.
 
-    def __init__(self, config: BackboneConfig) -> None:
+    gate_proj: None for experts without a gate.
+    """
+
+    def __init__(self, spec: MoESpec, hidden: int) -> None:
         super().__init__()
-        shape = (config.n_routed_experts, config.moe_intermediate_size, config.hidden_size)
+        self.activation, self.gated = spec.expert.activation, spec.expert.gated
+        shape = (spec.experts, spec.expert.width, hidden)
+        if self.gated:
+            self.gate_proj = nn.Parameter(torch.empty(shape))
+            self.packed_gate = PackedWeight()
         self.up_proj = nn.Parameter(torch.empty(shape))
         self.down_proj = nn.Parameter(torch.empty(shape[0], shape[2], shape[1]))
         self.packed_up, self.packed_down = PackedWeight(), PackedWeight()  # as in `Linear`
 
     def forward(self, hidden: Tensor, choice: Tensor, weight: Tensor) -> Tensor:
-        backend = select("experts", hidden.device, hidden.dtype)
-        out: Tensor = backend.function(hidden, choice, weight, self.up_proj, self.down_proj, self._packed())
+        if self.gated:
+            backend = select("gated_experts", hidden.device, hidden.dtype)
+            weights = (self.gate_proj, self.up_proj, self.down_proj)
+            out: Tensor = backend.function(hidden, choice, weight, *weights, self.activation, self._packed())
+        else:
+            backend = select("experts", hidden.device, hidden.dtype)
+            out = backend.function(hidden, choice, weight, self.up_proj, self.down_proj, self._packed())
         return out
 
-    def _packed(self) -> PackedPair:
-        return self.packed_up.get(self.up_proj), self.packed_down.get(self.down_proj)
+    def _packed(self) -> tuple[Tensor | None, ...]:
+        both = self.packed_up.get(self.up_proj), self.packed_down.get(self.down_proj)
+        return (self.packed_gate.get(self.gate_proj), *both) if self.gated else both
 
     def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> Experts:
         super()._apply(fn, recurse)
@@ -84,6 +97,8 @@ class Experts(nn.Module):
 class Int8Experts(nn.Module):
     """`Experts` with int8 stacked weights and a scale (E, out) per row; see `ops.reference.int8`."""
 
+    gate_proj: Tensor
+    gate_proj_scale: Tensor
     up_proj: Tensor
     up_proj_scale: Tensor
     down_proj: Tensor
@@ -91,26 +106,42 @@ class Int8Experts(nn.Module):
 
     def __init__(self, experts: Experts) -> None:
         super().__init__()
-        for name in ("up_proj", "down_proj"):
+        self.activation, self.gated = experts.activation, experts.gated
+        for name in ("gate_proj", "up_proj", "down_proj")[not self.gated :]:
             weight, scale = int8.quantize(getattr(experts, name))
             self.register_buffer(name, weight)
             self.register_buffer(f"{name}_scale", scale)
 
     def forward(self, hidden: Tensor, choice: Tensor, weight: Tensor) -> Tensor:
-        backend = select("experts_int8", hidden.device, hidden.dtype)
-        both = self.up_proj, self.up_proj_scale, self.down_proj, self.down_proj_scale
-        out: Tensor = backend.function(hidden, choice, weight, *both)
+        up, down = (self.up_proj, self.up_proj_scale), (self.down_proj, self.down_proj_scale)
+        if self.gated:
+            backend = select("gated_experts_int8", hidden.device, hidden.dtype)
+            gate = (self.gate_proj, self.gate_proj_scale)
+            out: Tensor = backend.function(hidden, choice, weight, gate, up, down, self.activation)
+        else:
+            backend = select("experts_int8", hidden.device, hidden.dtype)
+            out = backend.function(hidden, choice, weight, *up, *down)
         return out
 
 
 class MoE(nn.Module):
-    """Routed experts plus one shared expert."""
+    """Routed experts plus an optional shared expert.
 
-    def __init__(self, config: BackboneConfig) -> None:
+    With `latent`, the routed experts read and write a narrower space, between two linear layers.
+    """
+
+    def __init__(self, spec: MoESpec, hidden: int) -> None:
         super().__init__()
-        self.gate = Router(config)
-        self.experts = Experts(config)
-        self.shared_experts = MLP(config.hidden_size, config.moe_shared_expert_intermediate_size, config.mlp_bias)
+        self.spec = spec
+        self.gate = Router(spec, hidden)
+        self.experts = Experts(spec, spec.latent or hidden)
+        if spec.latent is not None:
+            self.fc1_latent_proj = Linear(hidden, spec.latent, bias=spec.expert.bias)
+            self.fc2_latent_proj = Linear(spec.latent, hidden, bias=spec.expert.bias)
+        if spec.shared is not None:
+            self.shared_experts = MLP(spec.shared, hidden)
+        if spec.shared_gate:
+            self.shared_expert_gate = Linear(hidden, 1, bias=False)
 
     def forward(self, hidden: Tensor, meta: AttentionMetadata | None = None) -> Tensor:
         """hidden (…, H) → (…, H). meta: the padding of the pass, so that padding loads no extra experts."""
@@ -118,5 +149,10 @@ class MoE(nn.Module):
         choice, weight = self.gate(flat)
         if meta is not None:
             choice = meta.route_padding(choice)
-        routed: Tensor = self.experts(flat, choice, weight).view_as(hidden)
-        return routed + self.shared_experts(hidden)
+        latent = self.spec.latent is not None
+        routed: Tensor = self.experts(self.fc1_latent_proj(flat) if latent else flat, choice, weight)
+        out = (self.fc2_latent_proj(routed) if latent else routed).view_as(hidden)
+        if self.spec.shared is None:
+            return out
+        shared = self.shared_experts(hidden)
+        return out + (shared * torch.sigmoid(self.shared_expert_gate(hidden)) if self.spec.shared_gate else shared)

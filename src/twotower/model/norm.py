@@ -7,22 +7,24 @@ from collections.abc import Callable
 import torch
 from torch import Tensor, nn
 
-from twotower.ops.reference.norm import Order
+from twotower.ops.reference.norm import Order, rms_norm
 from twotower.ops.registry import select
 
 
 class RMSNorm(nn.Module):
-    """x / rms(x) · weight over the last dimension."""
+    """x / rms(x) · (offset + weight) over the last dimension."""
 
     __call__: Callable[..., Tensor]
 
-    def __init__(self, width: int, eps: float) -> None:
+    def __init__(self, width: int, eps: float, offset: float = 0.0) -> None:
         super().__init__()
-        self.weight = nn.Parameter(torch.ones(width))
-        self.eps = eps
+        self.weight = nn.Parameter(torch.full((width,), 1.0 - offset))
+        self.eps, self.offset = eps, offset
 
     def forward(self, x: Tensor, modulation: tuple[Tensor, Tensor] | None = None, order: Order = "before") -> Tensor:
         """x (B, L, H) → the norm in the weight's dtype; modulation and order as in `ops.reference.norm.rms_norm`."""
+        if self.offset:
+            return rms_norm(x, self.weight, self.eps, modulation, order, self.offset)
         backend = select("rms_norm", x.device, self.weight.dtype)
         normed: Tensor = backend.function(x, self.weight, self.eps, modulation, order)
         return normed

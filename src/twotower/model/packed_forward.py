@@ -26,7 +26,10 @@ from twotower.model.conditioning import Modulation, modulated_norm
 from twotower.model.layer_io import AttentionMetadata, context_visible
 from twotower.model.mamba2 import Mamba2
 from twotower.model.tower import Layer, Tower
+from twotower.ops.precision import accumulation_dtype
 from twotower.ops.reference.attention import QueryTile, tiled_attention
+from twotower.ops.reference.rope import Rotation, rotation
+from twotower.specs import RopeSpec
 
 TILE = 128  # queries of one attention call; no query of a tile attends to keys after the tile
 
@@ -71,6 +74,28 @@ class Layout:
         """(B, blocks), True for the first block of a document, which starts from zero state."""
         return self.block_document != F.pad(self.block_document, (1, 0), value=-1)[:, :-1]
 
+    @cached_property
+    def positions(self) -> Tensor:
+        """(B, S), the number of tokens of its document before each position; 0 at padding."""
+        first = self.token_mask & (self.document != F.pad(self.document, (1, 0), value=-1)[:, :-1])
+        at = torch.arange(self.document.shape[1], device=self.document.device)
+        start = torch.where(first, at, 0).cummax(-1).values
+        return (at - start) * self.token_mask
+
+    @cached_property
+    def _rotations(self) -> dict[tuple[RopeSpec, torch.dtype, bool], Rotation]:
+        return {}
+
+    def rotation(self, rope: RopeSpec | None, dtype: torch.dtype, *, chosen: bool) -> Rotation | None:
+        """The rotation of the rows, or of the chosen blocks, in at least fp32; computed once. rope None: None."""
+        if rope is None:
+            return None
+        key = (rope, accumulation_dtype(dtype), chosen)
+        if key not in self._rotations:
+            positions = self.to_blocks(self.positions) if chosen else self.positions
+            self._rotations[key] = rotation(positions, rope, key[1])
+        return self._rotations[key]
+
     def select_blocks(self, blocks: Tensor) -> Tensor:
         """All blocks (B·blocks, …) → the chosen blocks (N, …)."""
         return blocks if self.chosen is None else blocks.index_select(0, self.chosen)
@@ -101,19 +126,26 @@ class Layout:
         owner = F.pad(self.document, (taps, 0), value=-1).unfold(1, taps, self.block_size)[:, : self.blocks]
         return before * (owner == self.block_document[..., None])[..., None]
 
-    def causal_tiles(self) -> Iterator[QueryTile]:
-        """Masks of the context tower: a query attends to itself and to earlier positions of its document."""
-        for lo, hi, keys, same in self._tiles():
-            yield QueryTile(lo, hi, (same & (keys <= keys[lo:hi, None]))[:, None])
+    def causal_tiles(self, window: int | None = None) -> Iterator[QueryTile]:
+        """Masks of the context tower: a query attends to itself and to earlier positions of its document.
 
-    def denoiser_tiles(self) -> Iterator[QueryTile]:
+        window: the number of positions it attends to, itself included; None: all.
+        """
+        for lo, hi, keys, same in self._tiles():
+            visible = keys <= keys[lo:hi, None]
+            if window is not None:
+                visible = visible & (keys > keys[lo:hi, None] - window)
+            yield QueryTile(lo, hi, (same & visible)[:, None])
+
+    def denoiser_tiles(self, window: int | None = None) -> Iterator[QueryTile]:
         """Masks of the denoiser over [context keys ; denoiser keys of the tile].
 
-        A query attends to the context strictly before its block, and to its whole block.
+        A query attends to the context strictly before its block (window w: to the w − 1 keys before its block), and
+        to its whole block.
         """
         for lo, hi, keys, same in self._tiles():
             start = keys // self.block_size * self.block_size
-            past = same & context_visible(keys, start[lo:hi])
+            past = same & context_visible(keys, start[lo:hi], window)
             own = same[:, :, lo:] & (start[lo:hi, None] == start[lo:hi])
             yield QueryTile(lo, hi, torch.cat([past, own], dim=-1)[:, None])
 
@@ -135,13 +167,15 @@ def read_layer(layer: Layer, x: Tensor, layout: Layout) -> tuple[Tensor, LayerCa
 
     The cache is a `KeyValue` of all S positions, a `MambaCache` of B·blocks rows, or None.
     """
-    hidden = layer.norm(x)
+    hidden = modulated_norm(x, layer.norm, layer.kind, None)
     past: LayerCache = None
     if isinstance(layer.mixer, Mamba2):
         out, past = read_mamba(layer.mixer, hidden, layout)
     elif isinstance(layer.mixer, Attention):
-        q, past = layer.mixer.project(hidden)
-        out = layer.mixer.output(tiled_attention(q, past.k, past.v, layout.causal_tiles()))
+        mixer = layer.mixer
+        q, past = mixer.project(hidden, layout.rotation(mixer.rope, x.dtype, chosen=False))
+        tiles = layout.causal_tiles(mixer.spec.window)
+        out = mixer.output(tiled_attention(q, past.k, past.v, tiles, options=mixer.options))
     else:
         out = layer.mixer(hidden)
     return layer.residual(x, out, None), past
@@ -150,7 +184,7 @@ def read_layer(layer: Layer, x: Tensor, layout: Layout) -> tuple[Tensor, LayerCa
 def read_mamba(mixer: Mamba2, hidden: Tensor, layout: Layout) -> tuple[Tensor, MambaCache]:
     """The Mamba-2 mixer of the context tower over packed rows (B, S, H), one chunk a block."""
     out, past = mixer.forward_packed(
-        hidden, layout.token_mask, layout.starts_document, lambda xBC: layout.windows(xBC, mixer.config.conv_kernel - 1)
+        hidden, layout.token_mask, layout.starts_document, lambda xBC: layout.windows(xBC, mixer.spec.conv_kernel - 1)
     )
     return out, past
 
@@ -168,10 +202,12 @@ def denoise_layer(layer: Layer, x: Tensor, past: LayerCache, modulation: Modulat
         out, _ = layer.mixer(hidden, own_past, meta, keep_step_inputs=False)
     elif isinstance(layer.mixer, Attention):
         assert isinstance(past, KeyValue)
-        q, own = layer.mixer.project(hidden)
+        mixer = layer.mixer
+        q, own = mixer.project(hidden, layout.rotation(mixer.rope, x.dtype, chosen=True))
         q, k, v = (layout.to_rows(heads.transpose(1, 2)).transpose(1, 2) for heads in (q, *own))
-        heads = tiled_attention(q, past.k, past.v, layout.denoiser_tiles(), (k, v))
-        out = layer.mixer.output(layout.to_blocks(heads.transpose(1, 2)).transpose(1, 2))
+        tiles = layout.denoiser_tiles(mixer.spec.window)
+        heads = tiled_attention(q, past.k, past.v, tiles, (k, v), mixer.options)
+        out = mixer.output(layout.to_blocks(heads.transpose(1, 2)).transpose(1, 2))
     else:
         out = layer.mixer(hidden)
     return layer.residual(x, out, modulation)
@@ -188,7 +224,7 @@ def context_pass(tower: Tower, tokens: Tensor, layout: Layout) -> Tensor:
 def sequence_pass(tower: Tower, tokens: Tensor, token_mask: Tensor) -> Tensor:
     """Sequences (B, S), one document a row; token_mask (B, S): False at padding → final hidden states (B, S, H)."""
     length = tokens.shape[1]
-    chunk = max(min(tower.config.chunk_size, length), 1)
+    chunk = max(min(tower.spec.chunk_size, length), 1)
     pad = (0, -length % chunk)
     layout = Layout(F.pad(token_mask.long() - 1, pad, value=-1), chunk)
     return context_pass(tower, F.pad(tokens, pad), layout)[:, :length]

@@ -9,38 +9,45 @@ import torch
 from torch import Tensor, nn
 
 from twotower.cache.layer_cache import CacheUpdate, LayerCache
-from twotower.config import BackboneConfig, LayerKind
 from twotower.model.attention import Attention
 from twotower.model.conditioning import Modulation, modulated_norm
 from twotower.model.layer_io import AttentionMetadata
-from twotower.model.linear import Linear
+from twotower.model.linear import Linear, TiedHead
 from twotower.model.mamba2 import Mamba2
 from twotower.model.moe import MLP, Experts, MoE, Router
 from twotower.model.norm import RMSNorm
-from twotower.ops.precision import upcast
+from twotower.ops.precision import accumulation_dtype, upcast
+from twotower.specs import AttentionSpec, LayerSpec, Mamba2Spec, MLPSpec, MoESpec, TowerSpec
 
 
-def build_mixer(kind: LayerKind, config: BackboneConfig) -> nn.Module:
-    """The mixer of a layer of this kind, a letter of `hybrid_override_pattern`."""
-    match kind:
-        case "M":
-            return Mamba2(config)
-        case "*":
-            return Attention(config)
-        case "E":
-            return MoE(config)
-        case "-":
-            return MLP(config.hidden_size, config.intermediate_size, config.mlp_bias)
+def build_mixer(layer: LayerSpec, tower: TowerSpec) -> nn.Module:
+    """The mixer of a layer."""
+    match layer.mixer:
+        case Mamba2Spec():
+            return Mamba2(layer.mixer, tower)
+        case AttentionSpec():
+            return Attention(layer.mixer, tower)
+        case MoESpec():
+            return MoE(layer.mixer, tower.hidden_size)
+        case MLPSpec():
+            return MLP(layer.mixer, tower.hidden_size)
 
 
 class Layer(nn.Module):
-    """A residual layer: x + gate · mixer(norm(x)), or x + mixer(norm(x)) without modulation."""
+    """A residual layer: x + gate · factor · post_norm(mixer(norm(x))), without modulation x + factor · post_norm(…).
 
-    def __init__(self, kind: LayerKind, config: BackboneConfig) -> None:
+    norm, post_norm: None if the backbone has no norm there.
+    """
+
+    def __init__(self, layer: LayerSpec, tower: TowerSpec) -> None:
         super().__init__()
-        self.kind = kind
-        self.norm = RMSNorm(config.hidden_size, config.layer_norm_epsilon)
-        self.mixer = build_mixer(kind, config)
+        self.spec, self.kind = layer, layer.kind
+        norms = (
+            RMSNorm(tower.hidden_size, tower.norm_eps, tower.norm_offset) if there else None
+            for there in (layer.pre_norm, layer.post_norm)
+        )
+        self.norm, self.post_norm = norms
+        self.mixer = build_mixer(layer, tower)
 
     def forward(
         self,
@@ -66,8 +73,12 @@ class Layer(nn.Module):
             out = self.mixer(hidden)
         return self.residual(x, out, modulation), update
 
-    @staticmethod
-    def residual(x: Tensor, out: Tensor, modulation: Modulation | None) -> Tensor:
+    def residual(self, x: Tensor, out: Tensor, modulation: Modulation | None) -> Tensor:
+        """The residual stream x with the mixer's output: post-norm, the backbone's factor, then the time gate."""
+        if self.post_norm is not None:
+            out = self.post_norm(out)
+        if self.spec.residual_factor != 1.0:
+            out = out * self.spec.residual_factor
         return x + out if modulation is None else x + out * modulation.gate
 
 
@@ -109,13 +120,13 @@ class Tower(nn.Module):
     __call__: Callable[..., PassResult]
     runners: tuple[Runner, ...] = ()
 
-    def __init__(self, config: BackboneConfig) -> None:
+    def __init__(self, spec: TowerSpec) -> None:
         super().__init__()
-        self.config = config
-        self.embeddings = nn.Embedding(config.vocab_size, config.hidden_size)
-        self.layers = nn.ModuleList(Layer(kind, config) for kind in config.layer_kinds)
-        self.norm_f = RMSNorm(config.hidden_size, config.layer_norm_epsilon)
-        self.head = Linear(config.hidden_size, config.vocab_size, bias=False)
+        self.spec = spec
+        self.embeddings = nn.Embedding(spec.vocab_size, spec.hidden_size)
+        self.layers = nn.ModuleList(Layer(layer, spec) for layer in spec.layers)
+        self.norm_f = RMSNorm(spec.hidden_size, spec.norm_eps, spec.norm_offset)
+        self.head = TiedHead(self.embeddings) if spec.tied_head else Linear(spec.hidden_size, spec.vocab_size, False)
 
     @property
     def device(self) -> torch.device:
@@ -128,8 +139,11 @@ class Tower(nn.Module):
             yield layer
 
     def embed(self, tokens: Tensor) -> Tensor:
-        x = self.embeddings(tokens)
-        return upcast(x) if self.config.residual_in_fp32 else x
+        """tokens (B, L) → the residual stream before the first layer (B, L, H)."""
+        x: Tensor = self.embeddings(tokens)
+        if self.spec.embedding_factor != 1.0:
+            x = x * torch.tensor(self.spec.embedding_factor, dtype=x.dtype)  # rounded first, as in transformers
+        return upcast(x) if self.spec.residual_in_fp32 else x
 
     def forward(
         self,
@@ -160,7 +174,8 @@ class Tower(nn.Module):
         keep_step_inputs: bool = True,
     ) -> PassResult:
         """Reference forward; every runner must match it."""
-        x, meta = self.embed(tokens), meta.with_representative()
+        x = self.embed(tokens)
+        meta = meta.with_representative().with_rotations(self.spec.ropes, tokens, accumulation_dtype(x.dtype))
         updates: list[CacheUpdate] = []
         for i, layer in enumerate(self.layers):
             x, new = layer(x, past[i] if past else None, meta, modulation[i] if modulation else None, keep_step_inputs)
@@ -170,6 +185,11 @@ class Tower(nn.Module):
     def logits(self, hidden: Tensor, upcast_logits: bool = True) -> Tensor:
         """hidden (…, H) → logits (…, V), in at least fp32 unless upcast_logits is False."""
         logits = self.head(hidden)
+        spec = self.spec
+        if spec.logit_factor != 1.0 or spec.logit_softcap is not None:
+            logits = upcast(logits) * spec.logit_factor
+            if spec.logit_softcap is not None:
+                logits = spec.logit_softcap * torch.tanh(logits / spec.logit_softcap)
         return upcast(logits) if upcast_logits else logits
 
     def release(self) -> None:
@@ -180,6 +200,8 @@ class Tower(nn.Module):
     def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> Tower:
         self.release()  # prepared data holds addresses of the old weights
         super()._apply(fn, recurse)
+        if isinstance(self.head, TiedHead):
+            self.head.packed.get(self.head.weight)  # as in `Linear`
         return self
 
     def reset_parameters(self) -> None:
@@ -187,17 +209,18 @@ class Tower(nn.Module):
 
         The projections into the residual stream are divided by √layers (`rescale_prenorm_residual`).
         """
-        std = self.config.initializer_range
+        std, spread = self.spec.initializer_range, self.spec.num_layers**0.5
         for name, module in self.named_modules():
             if isinstance(module, Linear):
                 into_residual = name.endswith(("out_proj", "o_proj", "down_proj"))
-                nn.init.normal_(module.weight, std=std / self.config.num_layers**0.5 if into_residual else std)
+                nn.init.normal_(module.weight, std=std / spread if into_residual else std)
                 if module.bias is not None:
                     nn.init.zeros_(module.bias)
             elif isinstance(module, nn.Embedding | Router):
                 nn.init.normal_(module.weight, std=std)
             elif isinstance(module, Experts):
-                nn.init.normal_(module.up_proj, std=std)
-                nn.init.normal_(module.down_proj, std=std / self.config.num_layers**0.5)
+                for weight in (module.gate_proj, module.up_proj) if module.gated else (module.up_proj,):
+                    nn.init.normal_(weight, std=std)
+                nn.init.normal_(module.down_proj, std=std / spread)
             elif isinstance(module, Mamba2):
                 module.reset_parameters()

@@ -15,12 +15,14 @@ from torch import Tensor, nn
 from twotower.cache.hybrid_cache import TowerState
 from twotower.cache.pools import ContextView
 from twotower.cache.replica import ContextReader, DeviceTransfer, LocalReader, Replica
-from twotower.config import BackboneConfig, TwoTowerConfig
+from twotower.config import TwoTowerConfig
 from twotower.errors import TwoTowerError
+from twotower.families import tower_spec
 from twotower.model.conditioning import TimeConditioning
 from twotower.model.fp32_tensors import preserving_fp32
 from twotower.model.layer_io import AttentionMetadata
 from twotower.model.tower import Tower
+from twotower.specs import TowerSpec
 from twotower.tokenizer import Tokenizer
 
 TowerSet = Literal["both", "context"]
@@ -44,10 +46,10 @@ class TwoTowerModel(nn.Module):
 
     def build_towers(self, config: TwoTowerConfig, towers: TowerSet) -> None:
         """Builds the modules, with random weights unless they are on the meta device; part of `__init__`."""
-        backbone = config.backbone
-        self.context = Tower(backbone)
-        self.denoiser = Tower(backbone) if towers == "both" else None
-        self.time = TimeConditioning(backbone.hidden_size, backbone.num_layers) if towers == "both" else None
+        spec = tower_spec(config)
+        self.context = Tower(spec)
+        self.denoiser = Tower(spec) if towers == "both" else None
+        self.time = TimeConditioning(spec.hidden_size, spec.num_layers) if towers == "both" else None
         self.transfer: DeviceTransfer | None = None
         if self.context.device.type != "meta":
             self.reset_parameters()
@@ -72,9 +74,9 @@ class TwoTowerModel(nn.Module):
         return self.context.device
 
     @property
-    def backbone(self) -> BackboneConfig:
-        """The validated configuration of the layers."""
-        return self.context.config
+    def spec(self) -> TowerSpec:
+        """The layers of a tower and their options; equal for both towers."""
+        return self.context.spec
 
     @property
     def dtype(self) -> torch.dtype:
@@ -115,7 +117,7 @@ class TwoTowerModel(nn.Module):
 
         Each row has room for `capacity` tokens (`reserve` grows it), or the rows share `shared_kv_slots` (`allocate`).
         """
-        return TowerState(self.context.config, rows, capacity, self.context.device, self.dtype, shared_kv_slots)
+        return TowerState(self.spec, rows, capacity, self.context.device, self.dtype, shared_kv_slots)
 
     def reader(self, state: TowerState) -> ContextReader:
         """The denoiser's access to `state`: in place, or through a replica on the denoiser's device."""
@@ -139,7 +141,7 @@ class TwoTowerModel(nn.Module):
         at least fp32.
         """
         state.reserve(state.max_seq_len + tokens.shape[1])
-        last: Tensor = torch.zeros(len(lengths), self.context.config.hidden_size, device=self.device, dtype=self.dtype)
+        last: Tensor = torch.zeros(len(lengths), self.spec.hidden_size, device=self.device, dtype=self.dtype)
         chunk = self.prefill_chunk
         for start in range(0, tokens.shape[1], chunk):
             part = tokens[:, start : start + chunk]

@@ -22,7 +22,18 @@ from torch import Tensor
 from twotower import options
 from twotower.ops import self_check
 from twotower.ops.cpu import kernels as native_ops
-from twotower.ops.reference import argmax, attention, experts, int8, kv_write, linear, mamba_block, norm, routing
+from twotower.ops.reference import (
+    argmax,
+    attention,
+    experts,
+    gated_experts,
+    int8,
+    kv_write,
+    linear,
+    mamba_block,
+    norm,
+    routing,
+)
 from twotower.ops.reference.kv_write import TensorPair
 from twotower.ops.reference.mamba_block import MambaStepInputs
 from twotower.ops.self_check_cases import CASES
@@ -139,6 +150,33 @@ REGISTRY: dict[str, tuple[Backend, ...]] = {
             _host_unsupported_reason,
         ),
         Backend("gathered", experts.experts_gathered, "static shapes, no host read; copies the selected weights"),
+    ),
+    "gated_experts": (
+        Backend(
+            "grouped-gemm",
+            gated_experts.gated_experts_grouped,
+            "grouped GEMMs, no host read",
+            _grouped_unsupported_reason,
+        ),
+        Backend(
+            "sorted-loop",
+            gated_experts.gated_experts_sorted,
+            "reads selected experts only; host memory needs no sync",
+            _host_unsupported_reason,
+        ),
+        Backend(
+            "gathered", gated_experts.gated_experts_gathered, "static shapes, no host read; copies the selected weights"
+        ),
+    ),
+    "gated_experts_int8": (
+        Backend(
+            "sorted-loop", gated_experts.gated_experts_int8, "upcasts selected experts only", _host_unsupported_reason
+        ),
+        Backend(
+            "gathered",
+            gated_experts.gated_experts_int8_gathered,
+            "static shapes, no host read; copies the selected weights",
+        ),
     ),
     "experts_int8": (
         _triton("experts", "experts_int8", "reads each selected expert once, upcasts int8 in registers"),

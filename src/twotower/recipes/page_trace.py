@@ -66,7 +66,7 @@ def record(model: TwoTowerForCausalLM, prompt: str) -> dict[str, object]:
     return {
         "made_by": "python -m twotower.recipes.page_trace",
         "model": "small",
-        "pattern": model.config.hybrid_override_pattern,
+        "pattern": model.spec.pattern,
         "threshold": THRESHOLD,
         "steps": STEPS,
         "prompt": prompt,
@@ -120,12 +120,13 @@ def layers(state: TowerState) -> list[dict[str, object]]:
     The norms are those of each head's SSM state and of each position of the convolution window.
     """
     state.commit_state()
-    config = state.config
+    attention = state.spec.attention
     out: list[dict[str, object]] = []
-    for kind, pool in zip(config.hybrid_override_pattern, state.pools, strict=True):
+    for kind, pool in zip(state.spec.pattern, state.pools, strict=True):
         facts: dict[str, object] = {"kind": kind}
-        if isinstance(pool, AttentionPool):
-            facts |= {"tokens": int(state.lengths[0]), "heads": config.num_key_value_heads, "size": config.head_dim}
+        if isinstance(pool, AttentionPool) and attention is not None:
+            sizes = {"heads": attention.num_kv_heads, "size": attention.head_dim}
+            facts |= {"tokens": int(state.lengths[0])} | sizes
         elif isinstance(pool, MambaPool):
             facts |= {
                 "window": _rounded(pool.conv_window[0].norm(dim=1)),

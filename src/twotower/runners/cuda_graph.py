@@ -161,7 +161,7 @@ def _eligible(tower: Tower, inputs: PassInputs) -> bool:
         or cuda_graph_unsupported_reason(tower.device) is not None
     ):
         return False
-    if not 0 < inputs.tokens.numel() <= MAX_TOKENS or inputs.tokens.shape[1] > tower.config.chunk_size:
+    if not 0 < inputs.tokens.numel() <= MAX_TOKENS or inputs.tokens.shape[1] > tower.spec.chunk_size:
         return False
     return (
         select("experts", tower.device, tower.embeddings.weight.dtype).name != "sorted-loop"

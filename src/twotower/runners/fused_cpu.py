@@ -9,6 +9,8 @@ one by one as `model/tower.py` defines them.
 from __future__ import annotations
 
 from collections import OrderedDict
+from dataclasses import replace
+from functools import lru_cache
 
 import torch
 from torch import Tensor
@@ -21,6 +23,7 @@ from twotower.ops.registry import select
 from twotower.runners.module_plan import ModulePlan
 from twotower.runners.pass_tables import SUPPORTED_CACHES, PassShape, PassTables, cached_context, shape_of
 from twotower.runners.weight_table import WeightTable
+from twotower.specs import KIND_NAMES, AttentionSpec, MLPSpec, MoESpec, TowerSpec
 
 MAX_ROW_TOKENS = 128  # the cost of a Mamba layer in one chunk grows with the square of the tokens
 MAX_TABLES = 64  # cached pass shapes, least recently used first out
@@ -59,7 +62,11 @@ class FusedCPURunner:
         if not 0 < count <= max_tokens(weight.dtype, packed=True) or inputs.tokens.shape[1] > MAX_ROW_TOKENS:
             return None
         plan = self._plan_of(tower)
-        if not self._supports(plan, weight) or not plan.is_unmodified(tower):
+        if (
+            spec_unsupported_reason(tower.spec) is not None
+            or not self._supports(plan, weight)
+            or not plan.is_unmodified(tower)
+        ):
             return None
         weights = self.weights
         if weights is None or not weights.is_current(plan, weight.dtype):
@@ -71,8 +78,8 @@ class FusedCPURunner:
             return None
         tables = self._tables.pop(shape, None)  # removed while in use: another thread must not use the same tables
         if tables is None:
-            residual = accumulation_dtype(shape.dtype) if tower.config.residual_in_fp32 else shape.dtype
-            tables = PassTables(tower.config, shape, residual)
+            residual = accumulation_dtype(shape.dtype) if tower.spec.residual_in_fp32 else shape.dtype
+            tables = PassTables(tower.spec, shape, residual)
         result = _fused_pass(tower, weights, tables, inputs)
         self._tables[shape] = tables
         if len(self._tables) > MAX_TABLES:
@@ -97,6 +104,34 @@ class FusedCPURunner:
             chosen = (select(op, device, dtype, differentiable=False) for op in ops)
             self._supported = key, all(backend.name == "native" for backend in chosen)
         return self._supported[1]
+
+
+@lru_cache(maxsize=32)
+def spec_unsupported_reason(spec: TowerSpec) -> str | None:
+    """Why the C++ pass cannot run towers of this spec; None if it can."""
+    if spec.norm_offset or spec.ropes:
+        return "RMSNorms with an offset and rotary position embeddings run layer by layer"
+    for layer in spec.layers:
+        if not layer.pre_norm or layer.post_norm or layer.residual_factor != 1.0:
+            return "layers with post-norms or a residual factor run layer by layer"
+        mixer = layer.mixer
+        if isinstance(mixer, AttentionSpec):
+            plain = replace(mixer, scale=None, window=None, softcap=None, qk_norm="none") == mixer
+        elif isinstance(mixer, MoESpec):
+            plain = mixer.scores == "sigmoid" and mixer.shared is not None and not mixer.shared_gate
+            plain = plain and not mixer.latent and mixer.correction_bias and _is_relu2(mixer.expert)
+            plain = plain and mixer.shared is not None and _is_relu2(mixer.shared)
+        elif isinstance(mixer, MLPSpec):
+            plain = _is_relu2(mixer)
+        else:
+            plain = mixer.norm == "after_gate"
+        if not plain:
+            return f"an option of the {KIND_NAMES[layer.kind]} layers runs layer by layer"
+    return None
+
+
+def _is_relu2(mlp: MLPSpec) -> bool:
+    return mlp.activation == "relu2" and not mlp.gated
 
 
 def _fused_pass(tower: Tower, weights: WeightTable, tables: PassTables, inputs: PassInputs) -> PassResult | None:

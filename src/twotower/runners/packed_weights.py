@@ -14,7 +14,7 @@ import torch
 from torch import Tensor, nn
 
 from twotower import options
-from twotower.model.linear import Linear
+from twotower.model.linear import Linear, TiedHead
 from twotower.model.moe import Experts
 from twotower.ops.cpu import kernels
 from twotower.ops.cpu.packed_weights import PackedWeight, packed_size
@@ -25,9 +25,11 @@ MAX_MEMORY_FRACTION = 0.5  # of the free memory, for packing without a request
 def packable_weights(model: nn.Module) -> Iterator[tuple[Tensor, PackedWeight]]:
     """The weights that packing speeds up, each with the holder of its packed copy."""
     for module in model.modules():
-        if isinstance(module, Linear):
+        if isinstance(module, Linear | TiedHead):
             yield module.weight, module.packed
         elif isinstance(module, Experts):
+            if module.gated:
+                yield module.gate_proj, module.packed_gate
             yield module.up_proj, module.packed_up
             yield module.down_proj, module.packed_down
 

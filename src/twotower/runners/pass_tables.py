@@ -15,15 +15,19 @@ import torch
 from torch import Tensor
 
 from twotower.cache.layer_cache import CacheUpdate, KeyValue, MambaCache
-from twotower.config import BackboneConfig
 from twotower.model.tower import PassInputs
 from twotower.ops.reference.attention import CachedKV
 from twotower.ops.reference.mamba_block import MambaStepInputs, empty_step_inputs
+from twotower.specs import AttentionSpec, Mamba2Spec, MLPSpec, TowerSpec
 
 PLACES_PER_LAYER = 12  # INPUTS in tower.h
 MODULATION, PAST, ADDED = (0, 3), (3, 5), 5  # shift, scale, gate; two tensors of the cache; the update
 ORDER_STRIDE = 4  # index in `sizes` of the stride of the modulation
 SUPPORTED_CACHES = {CachedKV, MambaCache, NoneType}  # not KeyValue, which only training uses
+
+
+NO_MAMBA = Mamba2Spec(num_heads=0, head_dim=0, state_size=0, num_groups=0, conv_kernel=0)
+NO_ATTENTION = AttentionSpec(num_heads=0, num_kv_heads=0, head_dim=0)
 
 
 class PassShape(NamedTuple):
@@ -56,30 +60,31 @@ def cached_context(inputs: PassInputs) -> CachedKV | None:
 class PassTables:
     """The tables of one shape. Only one pass may use them at a time."""
 
-    def __init__(self, config: BackboneConfig, shape: PassShape, residual: torch.dtype) -> None:
-        self._layers = config.num_layers
-        pattern = config.hybrid_override_pattern
+    def __init__(self, spec: TowerSpec, shape: PassShape, residual: torch.dtype) -> None:
+        self._layers = spec.num_layers
+        pattern = spec.pattern
+        mamba_spec, attention_spec = spec.mamba or NO_MAMBA, spec.attention or NO_ATTENTION
         reads = {MambaCache: True, CachedKV: shape.has_context}
         self._past = [i for i, kind in enumerate(shape.past) if reads.get(kind, False)]
         mamba = [i for i, kind in enumerate(pattern) if kind == "M" and shape.keep_step_inputs]
         attention = [i for i, kind in enumerate(pattern) if kind == "*"]
-        inputs = torch.empty(len(mamba), shape.rows, shape.length, config.conv_dim, dtype=shape.dtype)
-        heads = config.mamba_num_heads, config.mamba_head_dim, config.n_groups, config.ssm_state_size
-        keys = shape.rows, shape.length, config.num_key_value_heads, config.head_dim
+        inputs = torch.empty(len(mamba), shape.rows, shape.length, mamba_spec.conv_dim, dtype=shape.dtype)
+        heads = mamba_spec.num_heads, mamba_spec.head_dim, mamba_spec.num_groups, mamba_spec.state_size
+        keys = shape.rows, shape.length, attention_spec.num_kv_heads, attention_spec.head_dim
         self._step_inputs = UpdateBuffers(mamba, empty_step_inputs(inputs, *heads))
         self._keys = UpdateBuffers(attention, [torch.empty(len(attention), *keys, dtype=shape.dtype)] * 2)
         self._inputs = np.zeros(len(pattern) * PLACES_PER_LAYER, np.uintp)
         self._modulation_places = _places(range(len(pattern)), *MODULATION)
         self._past_places = _places(self._past, *PAST)
         self._sizes = np.array([
-            shape.rows, shape.length, config.hidden_size, len(pattern), 0, residual != shape.dtype,
-            config.mamba_num_heads, config.mamba_head_dim, config.n_groups, config.ssm_state_size, config.conv_kernel,
-            config.num_attention_heads, config.num_key_value_heads, config.head_dim, config.n_routed_experts,
-            config.n_group, config.topk_group, config.num_experts_per_tok, config.moe_intermediate_size,
-            config.moe_shared_expert_intermediate_size, config.norm_topk_prob, config.intermediate_size,
+            shape.rows, shape.length, spec.hidden_size, len(pattern), 0, residual != shape.dtype,
+            *heads, mamba_spec.conv_kernel,
+            attention_spec.num_heads, attention_spec.num_kv_heads, attention_spec.head_dim,
+            *_feed_forward_sizes(spec),
         ], np.int64)  # fmt: skip
         self.inputs, self.sizes = self._inputs.ctypes.data, self._sizes.ctypes.data
-        self.constants = *config.time_step_limit, config.layer_norm_epsilon, config.routed_scaling_factor
+        factor = 1.0 if spec.moe is None else spec.moe.factor
+        self.constants = *mamba_spec.time_step_limit, spec.norm_eps, factor
 
     def fill(self, inputs: PassInputs) -> list[Tensor] | None:
         """Fills in the input addresses → the tensors at these addresses, which must live until the pass has run.
@@ -132,6 +137,17 @@ class UpdateBuffers:
         parts = [like.new_empty(size, dtype=dtype) for size, dtype in self._parts]
         table[self._places] = self._offsets + _addresses(parts)
         return zip(self._layers, zip(*map(Tensor.unbind, parts), strict=True), strict=True)
+
+
+def _feed_forward_sizes(spec: TowerSpec) -> tuple[int, ...]:
+    """The sizes of MoE layers, then the width of plain MLPs; 0 where the tower has no such layer."""
+    mlp = next((layer.mixer.width for layer in spec.layers if isinstance(layer.mixer, MLPSpec)), 0)
+    moe = spec.moe
+    if moe is None:
+        return 0, 0, 0, 0, 0, 0, 0, mlp
+    shared = 0 if moe.shared is None else moe.shared.width
+    groups = moe.experts, moe.num_groups, moe.top_groups, moe.top_k
+    return *groups, moe.expert.width, shared, int(moe.normalise), mlp
 
 
 def _places(layers: Iterable[int], first: int, end: int) -> np.ndarray:

@@ -70,7 +70,7 @@ class WeightTable:
     def __init__(self, tower: Tower, plan: ModulePlan) -> None:
         self.dtype = tower.embeddings.weight.dtype
         self._weights = plan.weights()
-        size = tower.config.num_layers * PLACES_PER_LAYER
+        size = tower.spec.num_layers * PLACES_PER_LAYER
         entries = list(_entries(tower, size))
         self.fits = all(map(_fits, entries)) and tower.norm_f.weight.dtype == self.dtype
         self._table = np.zeros(3 * size, np.uintp)

@@ -16,16 +16,19 @@ class LoadBalance:
     """Auxiliary-loss-free load balancing (DeepSeek-V3), by the selection biases that the released router has.
 
     After each step, the bias of an expert with more than the mean load falls by `rate`; the other biases rise.
-    Only routers that train are balanced. Recomputation counts a token twice, which changes no sign.
+    Only routers that train and have such biases are balanced. Recomputation counts a token twice, which changes no
+    sign.
     """
 
     def __init__(self, module: nn.Module, rate: float, world: World) -> None:
         self.rate, self.world = rate, world
-        self.routers = [m for m in module.modules() if isinstance(m, Router) and m.weight.requires_grad and rate]
-        self.loads = [torch.zeros_like(r.e_score_correction_bias) for r in self.routers]
+        routers = [m for m in module.modules() if isinstance(m, Router) and m.weight.requires_grad and rate]
+        both = [(m, m.e_score_correction_bias) for m in routers]
+        self.routers = [(router, bias) for router, bias in both if bias is not None]
+        self.loads = [torch.zeros_like(bias) for _, bias in self.routers]
         self._hooks = [
             router.register_forward_hook(partial(self._count, load))
-            for router, load in zip(self.routers, self.loads, strict=True)
+            for (router, _), load in zip(self.routers, self.loads, strict=True)
         ]
 
     @staticmethod
@@ -40,8 +43,8 @@ class LoadBalance:
             dist.all_reduce(flat)
             for load, part in zip(self.loads, flat.split([len(load) for load in self.loads]), strict=True):
                 load.copy_(part)
-        for router, load in zip(self.routers, self.loads, strict=True):
-            router.e_score_correction_bias += self.rate * torch.sign(load.mean() - load)
+        for (_, bias), load in zip(self.routers, self.loads, strict=True):
+            bias += self.rate * torch.sign(load.mean() - load)
             load.zero_()
 
     def close(self) -> None:

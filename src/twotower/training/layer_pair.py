@@ -14,10 +14,10 @@ from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
 from twotower.cache.layer_cache import LayerCache
-from twotower.config import COUPLED_KINDS
 from twotower.model.conditioning import Modulation
 from twotower.model.packed_forward import Layout, denoise_layer, read_layer
 from twotower.model.tower import Layer
+from twotower.specs import COUPLED_KINDS
 
 Output = TypeVar("Output")
 

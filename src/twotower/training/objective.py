@@ -14,7 +14,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from twotower.model.conditioning import Modulation, TimeConditioning
-from twotower.model.linear import Linear
+from twotower.model.linear import Head
 from twotower.model.packed_forward import Layout
 from twotower.model.tower import Tower
 from twotower.ops.precision import upcast
@@ -206,7 +206,7 @@ def next_tokens(batch: Batch, prompts: bool = True) -> Tensor:
     return wanted if prompts else wanted & ~batch.prompt[:, 1:]
 
 
-def negative_log_likelihood(head: Linear, hidden: Tensor, tokens: Tensor) -> Tensor:
+def negative_log_likelihood(head: Head, hidden: Tensor, tokens: Tensor) -> Tensor:
     """hidden (N, H), tokens (N,) → −ln p (N,) in nats, at least fp32.
 
     More than MAX_LOGITS logits are computed in chunks, which are recomputed in the backward pass.
@@ -217,12 +217,12 @@ def negative_log_likelihood(head: Linear, hidden: Tensor, tokens: Tensor) -> Ten
     return torch.cat([run_unit(_nll, True, head, h, y) for h, y in chunks])
 
 
-def in_chunks(head: Linear, hidden: Tensor, tokens: Tensor) -> Iterator[tuple[Tensor, Tensor]]:
+def in_chunks(head: Head, hidden: Tensor, tokens: Tensor) -> Iterator[tuple[Tensor, Tensor]]:
     """Splits hidden (N, H) and tokens (N,) into chunks, at least one, of at most MAX_LOGITS logits each."""
     at_once = max(MAX_LOGITS // int(head.weight.shape[0]), 1)
     yield from zip(torch.split(hidden, at_once), torch.split(tokens, at_once), strict=True)
 
 
-def _nll(head: Linear, hidden: Tensor, tokens: Tensor) -> Tensor:
+def _nll(head: Head, hidden: Tensor, tokens: Tensor) -> Tensor:
     logits = head(hidden)
     return F.cross_entropy(upcast(logits), tokens, reduction="none")

@@ -32,11 +32,9 @@ def tokenizer_of_run(
         return load_tokenizer(settings.tokenizer)
     file = directory / TOKENIZER_FILE
     if world.is_main and not file.exists():
-        size = config.backbone.vocab_size if settings.vocab_size is None else settings.vocab_size
-        if size > config.backbone.vocab_size:
-            raise ArgumentError(
-                f"vocab_size is {size}, above the backbone's {config.backbone.vocab_size}; give at most that"
-            )
+        size = config.vocab_size if settings.vocab_size is None else settings.vocab_size
+        if size > config.vocab_size:
+            raise ArgumentError(f"vocab_size is {size}, above the backbone's {config.vocab_size}; give at most that")
         trained = train_tokenizer(_texts(sources), size, split_digits=settings.split_digits)
         with replaced_file(file) as partial, os_errors():
             trained.save(str(partial))
@@ -92,7 +90,7 @@ def encoder_for(
         raise ArgumentError("neither config.json nor the tokenizer has an EOS token; set eos_token_id in config.json")
     return Encoder(
         tokenizer,
-        vocab_size=config.backbone.vocab_size,
+        vocab_size=config.vocab_size,
         eos_token_id=eos,
         mask_token_id=config.mask_token,
         bos_token_id=config.bos_token_id,

@@ -189,7 +189,7 @@ def compute_dtype(wanted: str, device: torch.device) -> torch.dtype:
 
 def _backbone_fields(config: TwoTowerConfig) -> dict[str, object]:
     """Fields of config.json, on which a run depends: the file may have changed under the same name."""
-    return {f"config.{name}": value for name, value in asdict(config.backbone).items()}
+    return {f"config.{name}": value for name, value in asdict(config.layer_fields).items()}
 
 
 def _set_determinism(settings: RunSettings) -> None:

@@ -32,7 +32,7 @@ def load_weights(model: TwoTowerForCausalLM, objective: nn.Module, directory: Pa
     needed = names.tensor_entries(model)
     with torch.device("meta"):
         known = names.tensor_entries(type(model)(model.config))  # both towers, also if they are tied
-    reader.check(directory, found, known, needed, model.config.hybrid_override_pattern)
+    reader.check(directory, found, known, needed, model.config.stored_pattern)
     objective.to_empty(device=world.device)
     memory = dict(named_tensors(model))
     with torch.no_grad():
@@ -60,7 +60,10 @@ def _read(entry: TensorEntry, stored: StoredTensor, tensor: Tensor, world: World
         first = min(world.rank * size, tensor.shape[0])
         assert own.shape[0] == min(first + size, tensor.shape[0]) - first
     with safe_open(stored.file, framework="pt") as handle:
-        if entry.expert is None:
+        if entry.index:
+            piece = reader.read_piece(handle, entry)
+            own.copy_(piece[first : first + own.shape[0]])
+        elif entry.expert is None:
             part = handle.get_slice(entry.disk)
             own.copy_(part[first : first + own.shape[0]] if isinstance(tensor, DTensor) else part[:])
         elif first <= entry.expert < first + own.shape[0]:

@@ -122,7 +122,7 @@ class TwoTowerLM(TemplateLM):
         self.setting = parse_setting(setting) if isinstance(setting, str) else setting
         self.likelihood, self.samples = likelihood, int(samples)
         self.rows = _rows(batch_size)
-        window = self.model.config.backbone.max_position_embeddings
+        window = self.model.spec.max_position_embeddings
         self.max_length = min(int(max_length), window) if max_length else window
         self.tokenizer = require_tokenizer(self.model.tokenizer)
         self.cost = GenerationCost()

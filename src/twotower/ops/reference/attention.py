@@ -1,6 +1,6 @@
 """Attention of a block over [cached keys ; the block's own keys] with one softmax, and attention of whole sequences.
 
-Scale 1/√D; no positional encoding.
+Scale 1/√D unless given. Queries and keys come with their rotary position embedding, if there is one.
 """
 
 from __future__ import annotations
@@ -14,6 +14,21 @@ from torch import Tensor
 
 from twotower.ops.precision import upcast
 from twotower.ops.reference.kv_write import slot_indices
+
+
+class AttentionOptions(NamedTuple):
+    """How scores become weights: see `specs.AttentionSpec`. scale: None: 1 / √D.
+
+    window: w means that a causal query attends to the last w keys, itself included. A query that is not causal attends
+    to the w − 1 cached keys before its block, and to its whole block.
+    """
+
+    scale: float | None = None
+    window: int | None = None
+    softcap: float | None = None
+
+
+PLAIN = AttentionOptions()
 
 
 class CachedKV(NamedTuple):
@@ -50,25 +65,44 @@ class CachedKV(NamedTuple):
 
 
 def attention(
-    q: Tensor, k: Tensor, v: Tensor, token_mask: Tensor | None, causal: bool, cached: CachedKV | None = None
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    token_mask: Tensor | None,
+    causal: bool,
+    cached: CachedKV | None = None,
+    options: AttentionOptions = PLAIN,
 ) -> Tensor:
     """Attention of a block over its cached context and itself → (B, L, Hq, D).
 
     q (B, L, Hq, D); k, v (B, L, Hkv, D); token_mask (B, L): False at padding (None: no padding). A query attends to the
     cached keys, to the valid keys of its own block (causal: up to its own position), and always to itself.
     """
-    mask = own_block_mask(q.shape[1], token_mask, causal, q.device)
-    context, exists = None, None
+    mask = own_block_mask(q.shape[1], token_mask, causal, q.device, options.window)
+    context, context_mask = None, None
     if cached is not None and cached.max_length:
         past_k, past_v, exists = cached.dense(k.shape[2])
-        context = (past_k, past_v)
+        context, context_mask = (past_k, past_v), exists[:, None]
+        if options.window is not None:
+            near = window_mask(cached.max_length, cached.lengths, q.shape[1] if causal else 1, options.window)
+            context_mask = context_mask & near
     q, k, v = (part.transpose(1, 2) for part in (q, k, v))
-    return block_attention(q, k, v, mask, context, exists).transpose(1, 2)
+    return block_attention(q, k, v, mask, context, context_mask, options).transpose(1, 2)
 
 
-def own_block_mask(length: int, token_mask: Tensor | None, causal: bool, device: torch.device) -> Tensor | None:
+def window_mask(keys: int, lengths: Tensor, queries: int, window: int) -> Tensor:
+    """Which of `keys` cached keys lie in the window of each query, (B, queries, keys); lengths (B,): of the cache."""
+    position = lengths[:, None] + torch.arange(queries, device=lengths.device)
+    return torch.arange(keys, device=lengths.device) > (position - window)[..., None]
+
+
+def own_block_mask(
+    length: int, token_mask: Tensor | None, causal: bool, device: torch.device, window: int | None = None
+) -> Tensor | None:
     """The mask (B or 1, L, L) of a block's own keys, or None: no mask. A padding query attends at least to itself."""
     mask = torch.ones(1, length, length, dtype=torch.bool, device=device).tril() if causal else None
+    if mask is not None and window is not None:
+        mask = mask.triu(1 - window)
     if token_mask is not None:
         keys = token_mask[:, None] | torch.eye(length, dtype=torch.bool, device=device)
         mask = keys if mask is None else mask & keys
@@ -82,11 +116,12 @@ def block_attention(
     block_mask: Tensor | None,
     context: tuple[Tensor, Tensor] | None = None,
     context_mask: Tensor | None = None,
+    options: AttentionOptions = PLAIN,
 ) -> Tensor:
     """Attention with one softmax over context keys and a block's own keys → (B, Hq, L, D).
 
     q (B, Hq, L, D); k, v (B, Hkv, L, D); block_mask (B or 1, L, L) or None: which own keys a query attends to, at least
-    one; context: k, v (B, Hkv, T, D) with context_mask (B, T), True where a key exists.
+    one; context: k, v (B, Hkv, T, D) with context_mask (B, 1 or L, T): which of them a query attends to.
 
     Concatenates scores, not keys, so the cache is not copied.
     """
@@ -103,15 +138,24 @@ def block_attention(
         seen = context[0].shape[2]
         past = q @ context[0].transpose(-1, -2)
         if context_mask is not None:
-            past = past.masked_fill(~context_mask[:, None, None], -torch.inf)
+            wide = context_mask if context_mask.shape[1] == 1 else context_mask.repeat(1, groups, 1)
+            past = past.masked_fill(~wide[:, None], -torch.inf)
         scores = torch.cat([past, scores], dim=-1)
-    scale = q.shape[-1] ** -0.5  # applied after the upcast: scaling q in bf16 would round
-    probs = torch.softmax(upcast(scores) * scale, dim=-1).to(v.dtype)
+    probs = torch.softmax(final_scores(scores, q.shape[-1], options), dim=-1).to(v.dtype)
     out = probs[..., seen:] @ v
     if context is not None:
         out = out + probs[..., :seen] @ context[1]
     heads: Tensor = out.unflatten(2, (groups, length)).flatten(1, 2)
     return heads
+
+
+def final_scores(products: Tensor, head_dim: int, options: AttentionOptions) -> Tensor:
+    """Products of queries and keys → scaled and capped scores in at least fp32. −∞ stays −∞."""
+    # The scale is applied after the upcast: scaling q in bf16 would round.
+    scores = upcast(products) * (head_dim**-0.5 if options.scale is None else options.scale)
+    if options.softcap is None:
+        return scores
+    return torch.where(scores == -torch.inf, scores, options.softcap * torch.tanh(scores / options.softcap))
 
 
 class QueryTile(NamedTuple):
@@ -126,21 +170,29 @@ class QueryTile(NamedTuple):
 
 
 def tiled_attention(
-    q: Tensor, k: Tensor, v: Tensor, tiles: Iterable[QueryTile], own: tuple[Tensor, Tensor] | None = None
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    tiles: Iterable[QueryTile],
+    own: tuple[Tensor, Tensor] | None = None,
+    options: AttentionOptions = PLAIN,
 ) -> Tensor:
     """Attention of whole sequences, one fused call per tile of queries → (B, Hq, S, D).
 
     q (B, Hq, S, D); k, v (B, Hkv, S, D). The keys of a tile are k[:hi], followed by own[lo:hi] if `own` keys and values
-    of the same shape are given.
+    of the same shape are given. The masks contain the window.
     """
     outs = []
     for lo, hi, mask in tiles:
         keys, values = k[:, :, :hi], v[:, :, :hi]
         if own is not None:
             keys, values = (torch.cat([a, b[:, :, lo:hi]], dim=2) for a, b in zip((keys, values), own, strict=True))
-        outs.append(
-            F.scaled_dot_product_attention(
-                q[:, :, lo:hi], keys, values, attn_mask=mask, enable_gqa=q.shape[1] != k.shape[1]
+        part, grouped = q[:, :, lo:hi], q.shape[1] != k.shape[1]
+        if options.softcap is None:
+            out = F.scaled_dot_product_attention(
+                part, keys, values, attn_mask=mask, scale=options.scale, enable_gqa=grouped
             )
-        )
+        else:
+            out = block_attention(part, keys, values, mask[:, 0], options=options)
+        outs.append(out)
     return outs[0] if len(outs) == 1 else torch.cat(outs, dim=2)

@@ -1,6 +1,4 @@
-"""The router of a mixture of experts: sigmoid scores, selection within the best groups, weights of the selected
-experts.
-"""
+"""The router of a mixture of experts: scores, selection within the best groups, weights of the selected experts."""
 
 from __future__ import annotations
 
@@ -11,13 +9,14 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from twotower.ops.precision import accumulation_dtype
+from twotower.specs import RouterScores
 
 
 class Routing(NamedTuple):
     """Routing parameters of an MoE layer.
 
     n_group: groups of experts, of which the topk_group best are kept. top: experts per token. normalise: whether the
-    selected scores are normalised to sum 1. factor: multiplies the expert weights.
+    selected scores are normalised to sum 1. factor: multiplies the expert weights. scores: of the router's logits.
     """
 
     n_group: int
@@ -25,16 +24,18 @@ class Routing(NamedTuple):
     top: int
     normalise: bool
     factor: float
+    scores: RouterScores = "sigmoid"
 
 
-def route(hidden: Tensor, weight: Tensor, bias: Tensor, rule: Routing) -> tuple[Tensor, Tensor]:
-    """Selects experts: hidden (T, H), weight (E, H), bias (E,) → expert ids (T, k) and their weights (T, k).
+def route(hidden: Tensor, weight: Tensor, bias: Tensor | None, rule: Routing) -> tuple[Tensor, Tensor]:
+    """Selects experts: hidden (T, H), weight (E, H), bias (E,) or None → expert ids (T, k) and their weights (T, k).
 
     The bias affects the selection only. Scores are in at least fp32.
     """
     acc = accumulation_dtype(hidden.dtype)
-    scores = torch.sigmoid(F.linear(hidden.to(acc), weight.to(acc)))
-    biased = scores.detach() + bias
+    logits = F.linear(hidden.to(acc), weight.to(acc))
+    scores = torch.sigmoid(logits) if rule.scores == "sigmoid" else torch.softmax(logits, -1)
+    biased = scores.detach() if bias is None else scores.detach() + bias
     if rule.n_group > 1:
         grouped = biased.unflatten(-1, (rule.n_group, weight.shape[0] // rule.n_group))
         best = grouped.topk(min(2, grouped.shape[-1]), dim=-1).values.sum(-1)

@@ -10,9 +10,9 @@ from __future__ import annotations
 import math
 from dataclasses import dataclass
 
-from twotower.config import COUPLED_KINDS, BackboneConfig
 from twotower.model.conditioning import SINUSOID_SIZE
 from twotower.model.packed_forward import TILE
+from twotower.specs import COUPLED_KINDS, AttentionSpec, LayerSpec, Mamba2Spec, MLPSpec, MoESpec, TowerSpec
 from twotower.training.objective import MAX_LOGITS
 
 MASKED_SHARE = 0.5  # of the positions, on average, because t is uniform
@@ -48,7 +48,7 @@ class StepFlops:
 
 
 def two_tower_step(
-    config: BackboneConfig,
+    spec: TowerSpec,
     row_length: int,
     block_size: int,
     *,
@@ -56,17 +56,17 @@ def two_tower_step(
     train_context: bool = False,
 ) -> StepFlops:
     """FLOPs of the denoising objective: the context layers that are run, the denoiser, the head at masked positions."""
-    pattern = config.hybrid_override_pattern
-    last = max((i for i, kind in enumerate(pattern) if kind in COUPLED_KINDS), default=-1)
-    reading = [layer_work(kind, config, row_length, block_size, "context") for kind in pattern[: last + 1]]
+    layers = spec.layers
+    last = max((i for i, layer in enumerate(layers) if layer.kind in COUPLED_KINDS), default=-1)
+    reading = [layer_work(layer, spec, row_length, block_size, "context") for layer in layers[: last + 1]]
     role = "coupled denoiser" if train_context else "denoiser"
-    denoising = [layer_work(kind, config, row_length, block_size, role) for kind in pattern]
+    denoising = [layer_work(layer, spec, row_length, block_size, role) for layer in layers]
     forward = sum(work.forward for work in [*reading, *denoising])
     return StepFlops(
         context=sum(work.forward for work in reading) + (_context_backward(reading) if train_context else 0.0),
         denoiser=sum(work.forward + work.backward for work in denoising),
-        head=_head(config, row_length * MASKED_SHARE),
-        time=_time(config.hidden_size, row_length // block_size),
+        head=_head(spec, row_length * MASKED_SHARE),
+        time=_time(spec.hidden_size, row_length // block_size),
         recomputed=forward if activation_checkpointing else 0.0,
     )
 
@@ -77,50 +77,65 @@ def _context_backward(reading: list[LayerWork]) -> float:
 
 
 def autoregressive_step(
-    config: BackboneConfig, row_length: int, block_size: int, *, activation_checkpointing: bool
+    spec: TowerSpec, row_length: int, block_size: int, *, activation_checkpointing: bool
 ) -> StepFlops:
     """FLOPs of next-token prediction with one tower of the same backbone, for comparison."""
-    layers = [layer_work(kind, config, row_length, block_size, "context") for kind in config.hybrid_override_pattern]
+    layers = [layer_work(layer, spec, row_length, block_size, "context") for layer in spec.layers]
     return StepFlops(
         context=sum(work.forward + work.backward for work in layers),
         denoiser=0.0,
-        head=_head(config, row_length - 1),
+        head=_head(spec, row_length - 1),
         time=0.0,
         recomputed=sum(work.forward - work.last for work in layers) if activation_checkpointing else 0.0,
     )
 
 
-def layer_work(kind: str, config: BackboneConfig, row_length: int, block_size: int, role: str) -> LayerWork:
+def layer_work(layer: LayerSpec, tower: TowerSpec, row_length: int, block_size: int, role: str) -> LayerWork:
     """FLOPs of one layer over one row. role: "context", "denoiser", or "coupled denoiser" (its cache has gradients)."""
-    hidden, tokens, past = config.hidden_size, row_length, 0.0
-    match kind:
-        case "M":
-            return _mamba(config, tokens, block_size, role)
-        case "*":
-            queries, keys = (
-                heads * config.head_dim for heads in (config.num_attention_heads, config.num_key_value_heads)
-            )
+    hidden, tokens, past = tower.hidden_size, row_length, 0.0
+    mixer = layer.mixer
+    match mixer:
+        case Mamba2Spec():
+            return _mamba(mixer, hidden, tokens, block_size, role)
+        case AttentionSpec():
+            queries, keys = (heads * mixer.head_dim for heads in (mixer.num_heads, mixer.num_kv_heads))
             seen = _attended(tokens, block_size, own=role != "context")
             out = 2.0 * tokens * hidden * queries
             forward = out + 2.0 * tokens * hidden * (queries + 2 * keys) + 4.0 * queries * seen
             past = 2 * 2.0 * tokens * hidden * 2 * keys
-        case "E":
-            chosen = tokens * config.num_experts_per_tok
-            out = 2.0 * tokens * hidden * config.moe_shared_expert_intermediate_size
-            forward = 2 * out + 4.0 * chosen * hidden * config.moe_intermediate_size
-            forward += 2.0 * tokens * hidden * config.n_routed_experts + 2.0 * chosen * hidden  # router, weighted sum
-        case _:
-            out = 2.0 * tokens * hidden * config.intermediate_size
-            forward = 2 * out
+        case MoESpec():
+            out, forward = _moe(mixer, hidden, tokens)
+        case MLPSpec():
+            out, forward = _mlp(mixer, hidden, tokens)
     return LayerWork(forward, 2 * forward, out, past)
 
 
-def _mamba(config: BackboneConfig, tokens: int, block_size: int, role: str) -> LayerWork:
-    hidden, inner, state = config.hidden_size, config.mamba_inner, config.ssm_state_size
+def _mlp(spec: MLPSpec, hidden: int, tokens: int) -> tuple[float, float]:
+    """FLOPs of the last product, and of all."""
+    out = 2.0 * tokens * hidden * spec.width
+    return out, (3 if spec.gated else 2) * out
+
+
+def _moe(spec: MoESpec, hidden: int, tokens: int) -> tuple[float, float]:
+    """FLOPs of the last product, and of all: router, experts, their weighted sum, shared expert."""
+    chosen, width = tokens * spec.top_k, spec.latent or hidden
+    out, forward = _mlp(spec.expert, width, chosen)
+    forward += 2.0 * tokens * hidden * spec.experts + 2.0 * chosen * width
+    if spec.latent is not None:
+        out = 2.0 * tokens * hidden * width
+        forward += 2 * out
+    if spec.shared is not None:
+        out, shared = _mlp(spec.shared, hidden, tokens)
+        forward += shared + (2.0 * tokens * hidden if spec.shared_gate else 0.0)
+    return out, forward
+
+
+def _mamba(spec: Mamba2Spec, hidden: int, tokens: int, block_size: int, role: str) -> LayerWork:
+    inner, state = spec.inner, spec.state_size
     out = 2.0 * tokens * inner * hidden
-    dense = out + 2.0 * tokens * hidden * (inner + config.conv_dim + config.mamba_num_heads)
-    chunk = block_size if role == "context" else min(block_size, config.chunk_size)
-    inside = 2.0 * tokens * chunk * (config.n_groups * state + inner)
+    dense = out + 2.0 * tokens * hidden * (inner + spec.conv_dim + spec.num_heads)
+    chunk = block_size if role == "context" else min(block_size, spec.chunk_size)
+    inside = 2.0 * tokens * chunk * (spec.num_groups * state + inner)
     seeded = 2.0 * tokens * inner * state  # the contribution of the state before a chunk to the chunk's outputs
     carried = 0.0  # states at the ends of chunks, passed from chunk to chunk
     if role == "context":
@@ -150,10 +165,10 @@ def _attended(tokens: int, block_size: int, own: bool) -> float:
     return float(sum((hi - lo) * (hi + (hi - lo if own else 0)) for lo, hi in tiles))
 
 
-def _head(config: BackboneConfig, positions: float) -> float:
+def _head(spec: TowerSpec, positions: float) -> float:
     """FLOPs of the head, forward and backward. Logits in chunks are recomputed in the backward pass."""
-    at_once = max(MAX_LOGITS // config.vocab_size, 1)
-    return (4 if positions > at_once else 3) * 2.0 * config.hidden_size * config.vocab_size * positions
+    at_once = max(MAX_LOGITS // spec.vocab_size, 1)
+    return (4 if positions > at_once else 3) * 2.0 * spec.hidden_size * spec.vocab_size * positions
 
 
 def _time(hidden: int, levels: int) -> float:

@@ -13,11 +13,11 @@ from collections.abc import Callable
 import torch
 from torch import Tensor, nn
 
-from twotower.config import BackboneConfig
 from twotower.model.conditioning import Modulation, TimeConditioning
 from twotower.model.fp32_tensors import cast, keeps_fp32
 from twotower.model.packed_forward import Layout
 from twotower.model.tower import Tower
+from twotower.specs import TowerSpec
 from twotower.training.layer_pair import LayerPair, run_unit
 from twotower.training.objective import DenoisingObjective, DenoisingOptions, negative_log_likelihood
 from twotower.training.planning.live_bytes import LiveBytes
@@ -27,14 +27,14 @@ from twotower.training.planning.profile import Profile, Share, Unit, UnitUse
 
 
 def build(
-    config: BackboneConfig, *, dtype: torch.dtype, context: ContextRole, activation_checkpointing: bool
+    spec: TowerSpec, *, dtype: torch.dtype, context: ContextRole, activation_checkpointing: bool
 ) -> tuple[DenoisingObjective, int]:
     """The objective on the meta device, in the dtypes of a forward pass under FSDP; and the parameters of a tower."""
     make_tower = tower_with_grouped_experts if dtype == torch.bfloat16 else Tower
     with torch.device("meta"):
-        denoiser = make_tower(config)
-        reader = denoiser if context == "tied" else make_tower(config)
-        time = TimeConditioning(config.hidden_size, config.num_layers)
+        denoiser = make_tower(spec)
+        reader = denoiser if context == "tied" else make_tower(spec)
+        time = TimeConditioning(spec.hidden_size, spec.num_layers)
     options = DenoisingOptions(
         mask_token_id=0, train_context=context != "frozen", activation_checkpointing=activation_checkpointing
     )
@@ -44,7 +44,7 @@ def build(
 
 
 def measure_profile(
-    config: BackboneConfig,
+    spec: TowerSpec,
     *,
     row_length: int,
     micro_batch_size: int,
@@ -54,9 +54,7 @@ def measure_profile(
     activation_checkpointing: bool = True,
 ) -> Profile:
     """Measures a micro-batch in the worst case: every position is text and, for the head, masked. Takes seconds."""
-    objective, per_tower = build(
-        config, dtype=dtype, context=context, activation_checkpointing=activation_checkpointing
-    )
+    objective, per_tower = build(spec, dtype=dtype, context=context, activation_checkpointing=activation_checkpointing)
     document = torch.zeros(micro_batch_size, row_length, dtype=torch.long, device="meta")
     layout = Layout(
         document, block_size, chosen=torch.arange(micro_batch_size * row_length // block_size, device="meta")
@@ -67,8 +65,8 @@ def measure_profile(
         modulation = 3 * change[0].gate.nbytes
         _ = layout.chosen_token_mask, layout.block_document, layout.starts_document
         fixed = live.live
-        shape = (micro_batch_size, row_length, config.hidden_size)
-        stream = torch.promote_types(dtype, torch.float32) if config.residual_in_fp32 else dtype
+        shape = (micro_batch_size, row_length, spec.hidden_size)
+        stream = torch.promote_types(dtype, torch.float32) if spec.residual_in_fp32 else dtype
         for unit in objective.units:
             assert isinstance(unit, LayerPair)
             key = (unit.denoiser.kind, unit.runs_context)

@@ -10,25 +10,29 @@ from torch import Tensor
 from torch.autograd.function import BackwardCFunction, FunctionCtx
 from torch.overrides import TorchFunctionMode
 
-from twotower.config import BackboneConfig
 from twotower.model.moe import Experts, MoE
 from twotower.model.tower import Tower
 from twotower.ops.reference.experts import experts_grouped
+from twotower.ops.reference.gated_experts import gated_experts_grouped
+from twotower.specs import TowerSpec
 
 
 class GroupedExperts(Experts):
     """Routed experts with the grouped backend, as on CUDA in bf16. On the meta device `Experts` uses another one."""
 
     def forward(self, hidden: Tensor, choice: Tensor, weight: Tensor) -> Tensor:
+        if self.gated:
+            weights = (self.gate_proj, self.up_proj, self.down_proj)
+            return gated_experts_grouped(hidden, choice, weight, *weights, self.activation)
         return experts_grouped(hidden, choice, weight, self.up_proj, self.down_proj)
 
 
-def tower_with_grouped_experts(config: BackboneConfig) -> Tower:
+def tower_with_grouped_experts(spec: TowerSpec) -> Tower:
     """A tower whose MoE layers compute with `GroupedExperts`."""
-    tower = Tower(config)
+    tower = Tower(spec)
     for module in tower.modules():
         if isinstance(module, MoE):
-            module.experts = GroupedExperts(config)
+            module.experts = GroupedExperts(module.spec, module.spec.latent or spec.hidden_size)
     return tower
 
 

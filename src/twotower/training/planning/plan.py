@@ -14,8 +14,10 @@ from typing import Any
 
 import torch
 
-from twotower.config import BackboneConfig, TwoTowerConfig
+from twotower.config import TwoTowerConfig
 from twotower.errors import ArgumentError
+from twotower.families import tower_spec
+from twotower.specs import TowerSpec
 from twotower.training.planning.flops import StepFlops, autoregressive_step, two_tower_step
 from twotower.training.planning.memory import measure_profile
 from twotower.training.planning.plan_setup import GIB, Setup
@@ -107,7 +109,7 @@ class Plan:
         return facts | {"fits": self.fits, "ratio": self.ratio}
 
 
-def plan_from(config: TwoTowerConfig | BackboneConfig, options: Mapping[str, Any]) -> Plan:
+def plan_from(config: TwoTowerConfig | TowerSpec, options: Mapping[str, Any]) -> Plan:
     """The plan of a run that is given by the names of `Setup`'s fields.
 
     Raises:
@@ -116,16 +118,16 @@ def plan_from(config: TwoTowerConfig | BackboneConfig, options: Mapping[str, Any
     known = {field.name for field in dataclasses.fields(Setup)}
     if unknown := sorted(set(options) - known):
         raise ArgumentError(f"plan: unknown option {', '.join(unknown)}; choose from {', '.join(sorted(known))}")
-    return make_plan(config.backbone if isinstance(config, TwoTowerConfig) else config, Setup(**options))
+    return make_plan(tower_spec(config) if isinstance(config, TwoTowerConfig) else config, Setup(**options))
 
 
-def make_plan(config: BackboneConfig, setup: Setup) -> Plan:
+def make_plan(spec: TowerSpec, setup: Setup) -> Plan:
     """Makes the plan of a run. Takes seconds for a model of any size."""
-    measured = _measured(config, setup)
+    measured = _measured(spec, setup)
     memory = memory_of(measured, setup)
     limit = setup.gpu_memory_gib * GIB
     flops = two_tower_step(
-        config,
+        spec,
         setup.row_length,
         setup.block_size,
         activation_checkpointing=setup.activation_checkpointing,
@@ -133,7 +135,7 @@ def make_plan(config: BackboneConfig, setup: Setup) -> Plan:
     )
     everything = [unit.share for unit in measured.units] + [measured.root]
     kept_by: dict[str, int] = {}
-    for kind, unit in zip(config.hybrid_override_pattern, measured.units, strict=True):
+    for kind, unit in zip(spec.pattern, measured.units, strict=True):
         kept_by[kind] = max(kept_by.get(kind, 0), unit.use.kept)
     return Plan(
         setup=setup,
@@ -145,11 +147,11 @@ def make_plan(config: BackboneConfig, setup: Setup) -> Plan:
         memory=memory,
         flops=flops,
         autoregressive=autoregressive_step(
-            config, setup.row_length, setup.block_size, activation_checkpointing=setup.activation_checkpointing
+            spec, setup.row_length, setup.block_size, activation_checkpointing=setup.activation_checkpointing
         ),
         traffic=_traffic(measured, setup, flops),
         hours=tuple(_hours(setup, flops, tokens) for tokens in sorted({*SHORTER, setup.tokens})),
-        remedies=() if memory.total <= limit else tuple(_remedies(config, measured, setup)),
+        remedies=() if memory.total <= limit else tuple(_remedies(spec, measured, setup)),
         smallest_gpus=_smallest(measured, setup),
         kept_by=kept_by,
     )
@@ -179,11 +181,11 @@ def _hours(setup: Setup, flops: StepFlops, tokens: float) -> Hours:
     )
 
 
-def _remedies(config: BackboneConfig, measured: Profile, setup: Setup) -> Iterator[Remedy]:
+def _remedies(spec: TowerSpec, measured: Profile, setup: Setup) -> Iterator[Remedy]:
     """Single changes that reduce memory, the cheapest first."""
 
     def remedy(change: str, changed: Setup, anew: bool = True) -> Remedy:
-        total = memory_of(_measured(config, changed) if anew else measured, changed).total
+        total = memory_of(_measured(spec, changed) if anew else measured, changed).total
         return Remedy(change=change, total=total, fits=total <= setup.gpu_memory_gib * GIB)
 
     if not setup.activation_checkpointing:
@@ -205,9 +207,9 @@ def _smallest(measured: Profile, setup: Setup) -> int | None:
     return next((gpus for gpus in counts if memory_of(measured, setup.on(gpus)).total <= limit), None)
 
 
-def _measured(config: BackboneConfig, setup: Setup) -> Profile:
+def _measured(spec: TowerSpec, setup: Setup) -> Profile:
     return measure_profile(
-        config,
+        spec,
         row_length=setup.row_length,
         micro_batch_size=setup.micro_batch_size,
         block_size=setup.block_size,

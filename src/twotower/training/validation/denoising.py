@@ -12,7 +12,7 @@ from torch.distributed.fsdp import register_fsdp_forward_method
 
 from twotower.decoding.params import GenerationParams
 from twotower.errors import ArgumentError
-from twotower.model.linear import Linear
+from twotower.model.linear import Head
 from twotower.model.packed_forward import Layout, read_layer
 from twotower.modeling_twotower import TwoTowerForCausalLM
 from twotower.ops.precision import upcast
@@ -180,7 +180,7 @@ def _at_level(level: float, batch: Batch, uniform: Tensor, block_size: int) -> C
     return Corruption(t, batch.denoised & (uniform < level))
 
 
-def _score(head: Linear, hidden: Tensor, tokens: Tensor, barred: int | None = None) -> tuple[Tensor, Tensor]:
+def _score(head: Head, hidden: Tensor, tokens: Tensor, barred: int | None = None) -> tuple[Tensor, Tensor]:
     """hidden (N, H), tokens (N,) → −ln p (N,) in nats, and the most likely token (N,) other than `barred`."""
     parts = []
     for part, true in in_chunks(head, hidden, tokens):

@@ -69,7 +69,7 @@ def shared_prompts(
     model: TwoTowerForCausalLM, sources: Sequence[Sequence[Batch]], count: int, params: GenerationParams, world: World
 ) -> list[list[int]]:
     """The prompts for all processes, cut from the documents of the first process."""
-    room = model.config.backbone.max_position_embeddings - params.max_new_tokens
+    room = model.spec.max_position_embeddings - params.max_new_tokens
     if count and room < 1:
         raise ArgumentError(
             f"max_new_tokens is {params.max_new_tokens}, which leaves no room for a prompt in the context window of "
@@ -77,7 +77,7 @@ def shared_prompts(
         )
     prompts: list[list[int]] = world.broadcast(cut_prompts(sources, count, room))
     if prompts:
-        params.check_against(model.backbone, list(map(len, prompts)))
+        params.check_against(model.spec, list(map(len, prompts)))
     return prompts
 
 

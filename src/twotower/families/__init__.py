@@ -1,0 +1,43 @@
+"""The families of autoregressive models that can be the backbone of two towers, one file each.
+
+A family says how its config.json becomes a `TowerSpec`, and where its tensors are on disk. docs/backbones.md shows how
+to add one.
+"""
+
+from __future__ import annotations
+
+from twotower.config import GenericTwoTowerConfig, TwoTowerConfig
+from twotower.errors import ConfigError
+from twotower.families import llama, mixtral, nemotron_h
+from twotower.families.family import Family
+from twotower.specs import TowerSpec
+
+FAMILIES: tuple[Family, ...] = (llama.LLAMA, llama.MISTRAL, llama.QWEN2, llama.QWEN3, mixtral.FAMILY)
+BY_MODEL_TYPE: dict[str, Family] = {name: family for family in FAMILIES for name in family.model_types}
+
+
+def family_of(config: TwoTowerConfig) -> Family:
+    """The family of the backbone of a two-tower model.
+
+    Raises:
+        ConfigError: no family has the backbone's model_type.
+    """
+    if not isinstance(config, GenericTwoTowerConfig):
+        return nemotron_h.FAMILY
+    kind = config.autoregressive.model_type
+    if kind not in BY_MODEL_TYPE:
+        raise ConfigError(
+            f"config: model_type is {kind!r}; supported are nemotron_h, {', '.join(sorted(BY_MODEL_TYPE))}"
+        )
+    return BY_MODEL_TYPE[kind]
+
+
+def tower_spec(config: TwoTowerConfig) -> TowerSpec:
+    """The layers of a tower of this configuration.
+
+    Raises:
+        ConfigError: the backbone has an option that is not supported.
+    """
+    if isinstance(config, GenericTwoTowerConfig):
+        return family_of(config).spec(config.autoregressive)
+    return nemotron_h.spec_of(config.layer_fields)

@@ -1,0 +1,100 @@
+"""Llama and the families with the same layers: attention with RoPE and a gated MLP, a norm before each.
+
+Mistral adds a sliding window, Qwen2 biases of q, k and v, Qwen3 norms of queries and keys over each head.
+"""
+
+from __future__ import annotations
+
+from dataclasses import replace
+
+from transformers import PretrainedConfig
+
+from twotower.families.family import Family, Names, activation, head_dim, kv_head_count
+from twotower.families.rope import rope_spec
+from twotower.specs import AttentionSpec, LayerSpec, MLPSpec, TowerSpec
+
+ATTENTION: Names = {
+    "norm": "input_layernorm",
+    **{f"mixer.{name}": f"self_attn.{name}" for name in ("q_proj", "k_proj", "v_proj", "o_proj", "q_norm", "k_norm")},
+}
+MLP: Names = {
+    "norm": "post_attention_layernorm",
+    **{f"mixer.{name}": f"mlp.{name}" for name in ("gate_proj", "up_proj", "down_proj")},
+}
+
+
+def names(layer: LayerSpec) -> Names:
+    """The modules of a layer in transformers' names."""
+    return ATTENTION if layer.kind == "*" else MLP
+
+
+def attention(config: PretrainedConfig) -> AttentionSpec:
+    """The attention of a configuration, without biases, window and norms; rope 0."""
+    return AttentionSpec(
+        num_heads=config.num_attention_heads,
+        num_kv_heads=kv_head_count(config),
+        head_dim=head_dim(config),
+        rope=0,
+    )
+
+
+def mlp(config: PretrainedConfig) -> MLPSpec:
+    """The gated MLP of a configuration."""
+    return MLPSpec(
+        width=config.intermediate_size, activation=activation(config), bias=getattr(config, "mlp_bias", False)
+    )
+
+
+def tower(config: PretrainedConfig, layers: list[LayerSpec]) -> TowerSpec:
+    """A tower of these layers, with the keys that all families share."""
+    return TowerSpec(
+        layers=tuple(layers),
+        hidden_size=config.hidden_size,
+        vocab_size=config.vocab_size,
+        max_position_embeddings=config.max_position_embeddings,
+        norm_eps=config.rms_norm_eps,
+        tied_head=config.tie_word_embeddings,
+        initializer_range=config.initializer_range,
+        ropes=(rope_spec(config, head_dim(config)),),
+    )
+
+
+def windows(config: PretrainedConfig) -> list[int | None]:
+    """The window of each layer: `sliding_window` where `layer_types` says so, or everywhere without `layer_types`."""
+    types = getattr(config, "layer_types", None) or ["sliding_attention"] * config.num_hidden_layers
+    window = getattr(config, "sliding_window", None)
+    return [window if kind == "sliding_attention" else None for kind in types]
+
+
+def alternating(config: PretrainedConfig, attention: AttentionSpec, mlp: MLPSpec) -> list[LayerSpec]:
+    """An attention and an MLP for each layer of the configuration, with the layer's window."""
+    out = []
+    for source, window in enumerate(windows(config)):
+        out += [LayerSpec(mixer=replace(attention, window=window), source=source), LayerSpec(mixer=mlp, source=source)]
+    return out
+
+
+def _llama(config: PretrainedConfig) -> TowerSpec:
+    biased = replace(attention(config), qkv_bias=config.attention_bias, output_bias=config.attention_bias)
+    return tower(config, alternating(config, biased, mlp(config)))
+
+
+def _mistral(config: PretrainedConfig) -> TowerSpec:
+    return tower(config, alternating(config, attention(config), mlp(config)))
+
+
+def _qwen2(config: PretrainedConfig) -> TowerSpec:
+    return tower(config, alternating(config, replace(attention(config), qkv_bias=True), mlp(config)))
+
+
+def _qwen3(config: PretrainedConfig) -> TowerSpec:
+    normed = replace(
+        attention(config), qkv_bias=config.attention_bias, output_bias=config.attention_bias, qk_norm="head"
+    )
+    return tower(config, alternating(config, normed, mlp(config)))
+
+
+LLAMA = Family(model_types=("llama",), spec=_llama, names=names)
+MISTRAL = Family(model_types=("mistral", "ministral"), spec=_mistral, names=names)
+QWEN2 = Family(model_types=("qwen2",), spec=_qwen2, names=names)
+QWEN3 = Family(model_types=("qwen3",), spec=_qwen3, names=names)

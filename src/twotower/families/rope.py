@@ -1,0 +1,38 @@
+"""Rotary position embeddings of a configuration, with the frequencies that transformers computes."""
+
+from __future__ import annotations
+
+import torch
+from transformers import PretrainedConfig
+from transformers.modeling_rope_utils import ROPE_INIT_FUNCTIONS
+
+from twotower.errors import ConfigError
+from twotower.specs import RopeSpec
+
+STATIC = ("default", "linear", "llama3", "yarn")  # the frequencies do not depend on the length of the text
+
+
+def rope_spec(
+    config: PretrainedConfig, head_dim: int, layer_type: str | None = None, *, interleaved: bool = False
+) -> RopeSpec:
+    """The rotary position embedding of a configuration. layer_type: which one, if layers have different ones.
+
+    Raises:
+        ConfigError: the type of scaling is not supported.
+    """
+    parameters = config.rope_parameters
+    if layer_type is not None and layer_type in parameters:
+        parameters = parameters[layer_type]
+    else:
+        layer_type = None
+    kind = parameters["rope_type"]
+    if kind not in STATIC:
+        raise ConfigError(f"config: rope_type is {kind!r}; supported are {', '.join(STATIC)}")
+    if kind != "default":
+        with torch.device("cpu"):  # the model may be built on the meta device
+            frequencies, factor = ROPE_INIT_FUNCTIONS[kind](config, torch.device("cpu"), layer_type=layer_type)
+        return RopeSpec(inverse_frequencies=tuple(frequencies.tolist()), factor=float(factor), interleaved=interleaved)
+    width = int(head_dim * parameters.get("partial_rotary_factor", 1.0))
+    exponents = torch.arange(0, width, 2, dtype=torch.int64, device="cpu").to(torch.float32) / width
+    frequencies = 1.0 / (parameters["rope_theta"] ** exponents)
+    return RopeSpec(inverse_frequencies=tuple(frequencies.tolist()), interleaved=interleaved)

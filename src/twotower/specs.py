@@ -1,0 +1,203 @@
+"""What a tower is made of: the layers, their mixers and their options, as plain frozen data.
+
+A family of backbones (`families/`) makes a `TowerSpec` from a config.json. The modules of `model/`, the caches, the
+kernels and the plans read only the spec: they know options, never families.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from functools import cached_property
+from typing import Literal, TypeVar, get_args
+
+from twotower.errors import ConfigError
+
+LayerKind = Literal["M", "*", "E", "-"]
+KIND_NAMES: dict[LayerKind, str] = {"M": "Mamba-2", "*": "attention", "E": "MoE", "-": "MLP"}
+COUPLED_KINDS = frozenset[LayerKind](("M", "*"))  # denoiser layers of these kinds read the cache of their context layer
+KIND_OF_LETTER: dict[str, LayerKind] = {kind: kind for kind in get_args(LayerKind)}
+
+Activation = Literal["relu2", "silu", "gelu", "gelu_tanh"]
+QKNorm = Literal["none", "head", "width"]
+GateNorm = Literal["after_gate", "before_gate", "none"]
+RouterScores = Literal["sigmoid", "softmax"]
+
+
+@dataclass(frozen=True, kw_only=True)
+class RopeSpec:
+    """Rotary position embedding: pairs of dimensions turn by position · inverse frequency.
+
+    inverse_frequencies: of the R / 2 pairs; dimensions R and above do not turn. factor: multiplies cosines and sines.
+    interleaved: pairs are neighbours (0, 1), (2, 3), …; otherwise halves (0, R / 2), (1, R / 2 + 1), ….
+    """
+
+    inverse_frequencies: tuple[float, ...]
+    factor: float = 1.0
+    interleaved: bool = False
+
+
+@dataclass(frozen=True, kw_only=True)
+class AttentionSpec:
+    """Grouped-query attention.
+
+    rope: index in `TowerSpec.ropes`; None: no position embedding. window: keys that a query attends to, itself
+    included; None: all. qk_norm: RMSNorm of queries and keys, over each head or over all heads together. scale: of the
+    scores; None: 1 / √head_dim. softcap: s ↦ softcap · tanh(s / softcap) of the scaled scores.
+    """
+
+    num_heads: int
+    num_kv_heads: int
+    head_dim: int
+    qkv_bias: bool = False
+    output_bias: bool = False
+    rope: int | None = None
+    window: int | None = None
+    qk_norm: QKNorm = "none"
+    scale: float | None = None
+    softcap: float | None = None
+
+
+@dataclass(frozen=True, kw_only=True)
+class MLPSpec:
+    """down(act(up·x)), or gated: down(act(gate·x) · up·x)."""
+
+    width: int
+    activation: Activation
+    gated: bool = True
+    bias: bool = False
+
+
+@dataclass(frozen=True, kw_only=True)
+class MoESpec:
+    """Routed experts, and an optional shared expert that reads every token.
+
+    experts: the number of experts; top_k: those of a token. scores: of the router. normalise: the selected scores are
+    divided by their sum. factor: multiplies the expert weights. num_groups, top_groups: experts are selected within the
+    best groups. correction_bias: a bias per expert changes the selection only. shared_gate: the shared expert's output
+    is multiplied by the sigmoid of a projection. latent: width at which the routed experts work; None: hidden_size.
+    """
+
+    experts: int
+    top_k: int
+    expert: MLPSpec
+    shared: MLPSpec | None = None
+    shared_gate: bool = False
+    scores: RouterScores = "softmax"
+    normalise: bool = True
+    factor: float = 1.0
+    num_groups: int = 1
+    top_groups: int = 1
+    correction_bias: bool = False
+    latent: int | None = None
+
+
+@dataclass(frozen=True, kw_only=True)
+class Mamba2Spec:
+    """A Mamba-2 mixer. norm: RMSNorm of the output within each group, after or before the gate, or none."""
+
+    num_heads: int
+    head_dim: int
+    state_size: int
+    num_groups: int
+    conv_kernel: int
+    conv_bias: bool = True
+    projection_bias: bool = False
+    chunk_size: int = 128
+    time_step_limit: tuple[float, float] = (0.0, float("inf"))
+    time_step_init: tuple[float, float, float] = (0.001, 0.1, 1e-4)  # smallest, largest, floor
+    norm: GateNorm = "after_gate"
+
+    @property
+    def inner(self) -> int:
+        """Inner width: heads × head_dim."""
+        return self.num_heads * self.head_dim
+
+    @property
+    def conv_dim(self) -> int:
+        """Channels of the causal convolution: x | B | C."""
+        return self.inner + 2 * self.num_groups * self.state_size
+
+
+MixerSpec = AttentionSpec | Mamba2Spec | MoESpec | MLPSpec
+Spec = TypeVar("Spec", AttentionSpec, Mamba2Spec, MoESpec, MLPSpec)
+_KINDS: dict[type, LayerKind] = {AttentionSpec: "*", Mamba2Spec: "M", MoESpec: "E", MLPSpec: "-"}
+
+
+@dataclass(frozen=True, kw_only=True)
+class LayerSpec:
+    """A residual layer: x + factor · post_norm(mixer(pre_norm(x))).
+
+    source: the number of the layer of the autoregressive model that this layer is a part of.
+    """
+
+    mixer: MixerSpec
+    source: int
+    pre_norm: bool = True
+    post_norm: bool = False
+    residual_factor: float = 1.0
+
+    @property
+    def kind(self) -> LayerKind:
+        return _KINDS[type(self.mixer)]
+
+
+@dataclass(frozen=True, kw_only=True)
+class TowerSpec:
+    """A tower: embedding, layers, final norm, head.
+
+    norm_eps, norm_offset: of all RMSNorms, which multiply by norm_offset + weight. embedding_factor: multiplies the
+    embeddings. logit_factor: multiplies the logits; logit_softcap: as in `AttentionSpec`, after it. tied_head: the head
+    is the embedding. residual_in_fp32: the residual stream is at least fp32. ropes: see `AttentionSpec.rope`.
+    """
+
+    layers: tuple[LayerSpec, ...]
+    hidden_size: int
+    vocab_size: int
+    max_position_embeddings: int
+    norm_eps: float = 1e-5
+    norm_offset: float = 0.0
+    embedding_factor: float = 1.0
+    logit_factor: float = 1.0
+    logit_softcap: float | None = None
+    tied_head: bool = False
+    residual_in_fp32: bool = False
+    initializer_range: float = 0.02
+    ropes: tuple[RopeSpec, ...] = ()
+
+    def __post_init__(self) -> None:
+        shapes = {(spec.num_kv_heads, spec.head_dim) for spec in self._mixers(AttentionSpec)}
+        states = {(spec.num_heads, spec.head_dim, spec.state_size, spec.conv_dim) for spec in self._mixers(Mamba2Spec)}
+        if len(shapes) > 1 or len(states) > 1:
+            raise ConfigError("config: layers of one kind have different head counts or sizes; they must be equal")
+
+    def _mixers(self, kind: type[Spec]) -> list[Spec]:
+        return [layer.mixer for layer in self.layers if isinstance(layer.mixer, kind)]
+
+    @cached_property
+    def pattern(self) -> str:
+        """The kinds of the layers, a letter a layer, first to last."""
+        return "".join(layer.kind for layer in self.layers)
+
+    @property
+    def num_layers(self) -> int:
+        return len(self.layers)
+
+    @cached_property
+    def attention(self) -> AttentionSpec | None:
+        """The first attention layer; all have the same number of KV heads and the same head_dim."""
+        return next(iter(self._mixers(AttentionSpec)), None)
+
+    @cached_property
+    def mamba(self) -> Mamba2Spec | None:
+        """The first Mamba-2 layer; all have states of the same shape."""
+        return next(iter(self._mixers(Mamba2Spec)), None)
+
+    @cached_property
+    def moe(self) -> MoESpec | None:
+        """The first MoE layer."""
+        return next(iter(self._mixers(MoESpec)), None)
+
+    @property
+    def chunk_size(self) -> int:
+        """Tokens that Mamba-2 layers read in one matrix-form chunk; 128 without such layers."""
+        return 128 if self.mamba is None else self.mamba.chunk_size
