@@ -343,7 +343,7 @@ def attend_slowly(
                 if context is not None:
                     exists = torch.ones(context[0].shape[2], dtype=torch.bool)
                     if context_mask is not None:
-                        exists = context_mask[b]
+                        exists = context_mask[b, i % context_mask.shape[1]]
                     keys = torch.cat([context[0][b, g][exists], keys])
                     values = torch.cat([context[1][b, g][exists], values])
                 scores = keys @ q[b, h, i] / math.sqrt(width)
@@ -362,7 +362,7 @@ def test_block_attention(kv_heads: int, block: str, context: str) -> None:
     padded = causal.repeat(3, 1, 1)
     padded[1, :, 2] = torch.eye(length, dtype=torch.bool)[:, 2]
     block_mask = {"none": None, "shared": causal, "per row": padded}[block]
-    context_mask = torch.arange(past) < torch.tensor([0, 3, past])[:, None] if context == "ragged" else None
+    context_mask = torch.arange(past) < torch.tensor([0, 3, past])[:, None, None] if context == "ragged" else None
     tensors = {
         "q": torch.randn(3, 4, length, 5, dtype=F64),
         "k": torch.randn(3, kv_heads, length, 5, dtype=F64),

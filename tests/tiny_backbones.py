@@ -1,0 +1,104 @@
+"""Tiny models of every family, made on the fly from transformers' classes with random weights, and their oracle.
+
+`SHAPES` has the options of each family that change the computation. `in_float64` runs transformers' code in float64:
+its norms, routers and rotary embeddings otherwise compute in fp32 whatever the dtype of the model.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.overrides import TorchFunctionMode
+from transformers import CONFIG_MAPPING, AutoModelForCausalLM, PreTrainedModel
+
+VOCAB = 160
+BASE: dict[str, Any] = {
+    "vocab_size": VOCAB, "hidden_size": 48, "intermediate_size": 80, "num_hidden_layers": 3, "num_attention_heads": 4,
+    "num_key_value_heads": 2, "max_position_embeddings": 512, "pad_token_id": 0, "bos_token_id": 1, "eos_token_id": 2,
+    "initializer_range": 0.3,
+}  # fmt: skip
+# model_type → what differs from `BASE`. Names with a colon are variants of a family.
+SHAPES: dict[str, dict[str, Any]] = {
+    "llama": {"head_dim": 16, "tie_word_embeddings": True},
+    "llama:biases": {
+        "attention_bias": True, "mlp_bias": True,
+        "rope_parameters": {"rope_type": "linear", "rope_theta": 1e4, "factor": 4.0}},
+    "llama:llama3": {"rope_parameters": {
+        "rope_type": "llama3", "rope_theta": 5e5, "factor": 8.0, "low_freq_factor": 1.0, "high_freq_factor": 4.0,
+        "original_max_position_embeddings": 64}},
+    "llama:yarn": {"rope_parameters": {
+        "rope_type": "yarn", "rope_theta": 1e4, "factor": 4.0, "original_max_position_embeddings": 128}},
+    "mistral": {"head_dim": 16, "sliding_window": 24},
+    "qwen2": {"use_sliding_window": True, "sliding_window": 20, "max_window_layers": 1, "tie_word_embeddings": True},
+    "qwen3": {"head_dim": 16},
+    "mixtral": {"num_local_experts": 5, "num_experts_per_tok": 2, "intermediate_size": 24, "sliding_window": None},
+}  # fmt: skip
+
+
+def hf_config(name: str) -> Any:
+    """transformers' configuration of a tiny model."""
+    return CONFIG_MAPPING[name.partition(":")[0]](**(BASE | SHAPES[name]))
+
+
+def hf_model(name: str, seed: int = 0) -> PreTrainedModel:
+    """A tiny model in fp32, with weights that give peaked distributions and norms away from 1."""
+    torch.manual_seed(seed)
+    model = AutoModelForCausalLM.from_config(
+        hf_config(name), attn_implementation="eager", experts_implementation="eager"
+    )
+    with torch.no_grad():
+        for part, tensor in [*model.named_parameters(), *model.named_buffers()]:
+            if part.endswith("norm.weight") or part.endswith(("_norm.weight", "layernorm.weight")):
+                tensor.add_(torch.randn_like(tensor) * 0.2)
+            elif part.endswith("bias") and tensor.is_floating_point():
+                tensor.add_(torch.randn_like(tensor) * 0.1)
+    return model.eval()
+
+
+def save(name: str, directory: Path, **options: Any) -> PreTrainedModel:
+    """Saves a tiny model as transformers does; returns it."""
+    model = hf_model(name)
+    model.save_pretrained(directory, **options)
+    return model
+
+
+class _Float64(TorchFunctionMode):
+    """Replaces conversions to fp32 by conversions to float64."""
+
+    def __torch_function__(
+        self,
+        func: Callable[..., Any],
+        types: Any,
+        args: Sequence[Any] = (),
+        kwargs: Mapping[str, Any] | None = None,
+    ) -> Any:
+        values = dict(kwargs or {})
+        if func is Tensor.float:
+            return args[0].double()
+        if func is Tensor.to or func is Tensor.type:
+            args = tuple(torch.float64 if each is torch.float32 else each for each in args)
+        if values.get("dtype") is torch.float32:
+            values["dtype"] = torch.float64
+        return func(*args, **values)
+
+
+@contextmanager
+def in_float64(model: nn.Module) -> Iterator[nn.Module]:
+    """The model in float64, in a `with` block in which no operation rounds to fp32."""
+    with _Float64(), torch.autocast("cpu", enabled=False):
+        yield model.double()
+
+
+def greedy(model: PreTrainedModel, prompt: list[int], new: int) -> tuple[list[int], list[float]]:
+    """Greedy tokens of the model without a cache, and the distance of the two best logits at each."""
+    tokens, margins = list(prompt), []
+    for _ in range(new):
+        best = model(torch.tensor([tokens]), use_cache=False).logits[0, -1].topk(2)
+        tokens.append(int(best.indices[0]))
+        margins.append(float(best.values[0] - best.values[1]))
+    return tokens[len(prompt) :], margins
