@@ -9,6 +9,7 @@ from typing import Any
 import pytest
 import schemathesis
 from hypothesis import HealthCheck, Phase, Verbosity, given, seed, settings
+from hypothesis import strategies as st
 from schemathesis import GenerationMode
 from schemathesis.checks import CHECKS
 from serving import RunningServer, serving, wait_until
@@ -49,6 +50,25 @@ TOOLS: list[dict[str, Any]] = [
 ]
 
 
+TOOL = {"type": "function", "function": {"name": "look", "description": "d", "parameters": {"type": "object"}}}
+ANY_JSON = st.recursive(
+    st.none() | st.booleans() | st.integers() | st.floats(allow_nan=False, allow_infinity=False) | st.text(),
+    lambda inner: st.lists(inner, max_size=3) | st.dictionaries(st.text(max_size=9), inner, max_size=3),
+    max_leaves=9,
+)
+# Fields of a request about tools, off, in use and with any value.
+TOOL_FIELDS = st.fixed_dictionaries(
+    {},
+    optional={
+        "tools": st.sampled_from([None, [], [TOOL]]) | st.lists(ANY_JSON, max_size=2) | ANY_JSON,
+        "tool_choice": st.sampled_from([None, "none", "auto", "required", {"type": "function"}]) | ANY_JSON,
+        "parallel_tool_calls": st.none() | st.booleans() | ANY_JSON,
+        "functions": st.sampled_from([None, [], [TOOL["function"]]]) | ANY_JSON,
+        "function_call": st.sampled_from([None, "none", "auto"]) | ANY_JSON,
+    },
+)
+
+
 def simplified(message: dict[str, Any]) -> dict[str, Any]:
     """A message that matches the schema, without what only some chat templates read."""
     kept = {name: value for name, value in message.items() if name in KNOWN and name != "tool_calls"}
@@ -57,9 +77,18 @@ def simplified(message: dict[str, Any]) -> dict[str, Any]:
 
 
 def run(
-    served: RunningServer, path: str, method: str, cases: int, valid: bool, history: Sequence[object] = ()
+    served: RunningServer,
+    path: str,
+    method: str,
+    cases: int,
+    valid: bool,
+    history: Sequence[object] = (),
+    fields: st.SearchStrategy[dict[str, Any]] = st.just({}),  # noqa: B008  a strategy is immutable
 ) -> Counter[int]:
-    """Sends `cases` requests of an operation and counts the statuses. history: turns before those of each chat."""
+    """Sends `cases` requests of an operation and counts the statuses.
+
+    history: turns before those of each chat. fields: further fields of a body.
+    """
     schema = schemathesis.openapi.from_url(f"{served.address}/openapi.json")
     mode = GenerationMode.POSITIVE if valid else GenerationMode.NEGATIVE
     strategy = schema[path][method].as_strategy(generation_mode=mode)
@@ -71,8 +100,8 @@ def run(
         max_examples=cases, deadline=None, database=None, phases=[Phase.generate], verbosity=Verbosity.quiet,
         suppress_health_check=list(HealthCheck),
     )  # fmt: skip
-    @given(case=strategy)
-    def ask(case: Any) -> None:
+    @given(case=strategy, more=fields)
+    def ask(case: Any, more: dict[str, Any]) -> None:
         # The schema does not express the server's model, limits and policies, nor which fields a mode accepts.
         if valid and isinstance(case.body, dict) and statuses.total() % 2:
             for name in ("model", *MODES_OF_FIELD, *BOUNDED, "stream_denoising", "stream_options"):
@@ -81,6 +110,8 @@ def run(
                 case.body["messages"] = [simplified(message) for message in case.body["messages"]]
         if history and isinstance(case.body, dict) and isinstance(case.body.get("messages"), list):
             case.body["messages"] = [*history, *case.body["messages"]]
+        if isinstance(case.body, dict):
+            case.body |= more
         answer = case.call()
         statuses[answer.status_code] += 1
         case.validate_response(answer, checks=checks)
@@ -93,7 +124,8 @@ def run(
 def run_all(served: RunningServer, cases: int) -> Counter[int]:
     """For operations with a body, half of the cases match the schema; other operations get few cases.
 
-    Chats are sent three times: as they are, after a history, and after a history with tools to a chat template.
+    Chats are sent four times: as they are, after a history, after a history with tools to a chat template, and with
+    fields about tools.
     """
     statuses: Counter[int] = Counter()
     for valid in (True, False):
@@ -101,6 +133,7 @@ def run_all(served: RunningServer, cases: int) -> Counter[int]:
         with pytest.MonkeyPatch.context() as patch:
             patch.setattr(TOKENIZER, "chat_template", TEMPLATE)
             found += run(served, CHAT, "POST", cases // 2, valid, [*HISTORY, *TOOLS])
+            statuses += run(served, CHAT, "POST", cases // 4, valid, [*HISTORY, *TOOLS], TOOL_FIELDS)
         assert found[200] > cases // 10 or not valid
         statuses += found
     for place, (path, method) in enumerate(OPERATIONS):
