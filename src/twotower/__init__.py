@@ -9,11 +9,10 @@ effect: transformers' Auto classes recognise two-tower checkpoints (`twotower.au
 
 from __future__ import annotations
 
-import importlib
-from typing import TYPE_CHECKING
-
 from twotower.auto import register
 from twotower.version import VERSION as __version__
+
+TYPE_CHECKING = False  # `typing` would double the time before the command can handle Ctrl-C
 
 _HOMES = {
     "GenericTwoTowerConfig": "twotower.config",
@@ -65,6 +64,8 @@ if TYPE_CHECKING:
 def __getattr__(name: str) -> object:
     if name not in _HOMES:
         raise AttributeError(f"module 'twotower' has no attribute {name!r}")
+    import importlib
+
     return getattr(importlib.import_module(_HOMES[name]), name)
 
 

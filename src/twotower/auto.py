@@ -13,8 +13,8 @@ classes is not enough: its keys are configuration classes, and `trust_remote_cod
 from __future__ import annotations
 
 import sys
-import warnings
-from typing import TYPE_CHECKING
+
+TYPE_CHECKING = False  # as in `twotower`
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Sequence
@@ -54,6 +54,8 @@ def _extend(factory: ModuleType) -> None:
     """Selects this package's class for every configuration whose `architectures` names the two-tower model."""
     choose = getattr(factory, _CHOOSER, None)
     if choose is None:
+        import warnings
+
         warnings.warn(
             "AutoModelForCausalLM does not recognise two-tower checkpoints with this version of transformers, and "
             "would leave their weights random; use twotower.TwoTowerForCausalLM.from_pretrained",
