@@ -8,8 +8,8 @@ from twotower.cache.layer_cache import KeyValue
 from twotower.model.layer_io import AttentionMetadata
 from twotower.model.linear import Linear
 from twotower.model.norm import RMSNorm
-from twotower.ops.reference.attention import PLAIN, AttentionOptions, CachedKV, attention
-from twotower.ops.reference.rope import Rotation, rotate
+from twotower.ops.reference.attention import AttentionOptions, CachedKV
+from twotower.ops.reference.rope import HeadNorms, Rotation
 from twotower.ops.registry import select
 from twotower.specs import AttentionSpec, TowerSpec
 
@@ -44,10 +44,11 @@ class Attention(nn.Module):
         q, k, v = (
             part.unflatten(-1, (heads, self.head_dim)) for part, heads in zip((q, k, v), self.heads, strict=True)
         )
+        norms = None
         if self.spec.qk_norm == "head":
-            q, k = self.q_norm(q), self.k_norm(k)
-        if turn is not None:
-            q, k = rotate(q, turn), rotate(k, turn)
+            norms = HeadNorms(self.q_norm.weight, self.k_norm.weight, self.q_norm.eps, self.q_norm.offset)
+        if norms is not None or turn is not None:
+            q, k = select("norm_and_rotate", q.device, q.dtype).function(q, k, norms, turn)
         q, k, v = (part.transpose(1, 2) for part in (q, k, v))
         return q, KeyValue(k, v)
 
@@ -59,9 +60,6 @@ class Attention(nn.Module):
         """hidden (B, L, H) → output (B, L, H), and the keys and values to append to the cache."""
         q, own = self.project(hidden, None if self.spec.rope is None else meta.rotations[self.spec.rope])
         q, k, v = (part.transpose(1, 2) for part in (q, *own))
-        if self.options == PLAIN:
-            attend = select("attention", hidden.device, hidden.dtype).function
-            heads = attend(q, k, v, meta.token_mask, meta.causal, past)
-        else:
-            heads = attention(q, k, v, meta.token_mask, meta.causal, past, self.options)
+        attend = select("attention", hidden.device, hidden.dtype).function
+        heads = attend(q, k, v, meta.token_mask, meta.causal, past, self.options)
         return self.o_proj(heads.flatten(2)), own

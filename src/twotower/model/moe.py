@@ -11,8 +11,7 @@ from twotower.model.layer_io import AttentionMetadata
 from twotower.model.linear import Linear
 from twotower.ops.cpu.packed_weights import PackedWeight
 from twotower.ops.reference import int8
-from twotower.ops.reference.activation import activate
-from twotower.ops.reference.routing import Routing, route
+from twotower.ops.reference.routing import Routing
 from twotower.ops.registry import select
 from twotower.specs import MLPSpec, MoESpec
 
@@ -32,7 +31,9 @@ class MLP(nn.Module):
 
     def forward(self, hidden: Tensor) -> Tensor:
         gate = self.gate_proj(hidden) if self.spec.gated else None
-        return self.down_proj(activate(self.up_proj(hidden), gate, self.spec.activation))
+        up = self.up_proj(hidden)
+        backend = select("activate", up.device, up.dtype)
+        return self.down_proj(backend.function(up, gate, self.spec.activation))
 
 
 class Router(nn.Module):
@@ -50,8 +51,6 @@ class Router(nn.Module):
 
     def forward(self, hidden: Tensor) -> tuple[Tensor, Tensor]:
         """hidden (T, H) → expert ids (T, k) and expert weights (T, k); scores in at least fp32."""
-        if self.e_score_correction_bias is None or self.rule.scores != "sigmoid":
-            return route(hidden, self.weight, self.e_score_correction_bias, self.rule)
         backend = select("route", hidden.device, hidden.dtype)
         choice: tuple[Tensor, Tensor] = backend.function(hidden, self.weight, self.e_score_correction_bias, self.rule)
         return choice

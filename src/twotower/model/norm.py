@@ -7,7 +7,7 @@ from collections.abc import Callable
 import torch
 from torch import Tensor, nn
 
-from twotower.ops.reference.norm import Order, rms_norm
+from twotower.ops.reference.norm import Order
 from twotower.ops.registry import select
 
 
@@ -23,10 +23,8 @@ class RMSNorm(nn.Module):
 
     def forward(self, x: Tensor, modulation: tuple[Tensor, Tensor] | None = None, order: Order = "before") -> Tensor:
         """x (B, L, H) → the norm in the weight's dtype; modulation and order as in `ops.reference.norm.rms_norm`."""
-        if self.offset:
-            return rms_norm(x, self.weight, self.eps, modulation, order, self.offset)
         backend = select("rms_norm", x.device, self.weight.dtype)
-        normed: Tensor = backend.function(x, self.weight, self.eps, modulation, order)
+        normed: Tensor = backend.function(x, self.weight, self.eps, modulation, order, self.offset)
         return normed
 
 

@@ -23,6 +23,7 @@ from twotower import options
 from twotower.ops import self_check
 from twotower.ops.cpu import kernels as native_ops
 from twotower.ops.reference import (
+    activation,
     argmax,
     attention,
     experts,
@@ -32,6 +33,7 @@ from twotower.ops.reference import (
     linear,
     mamba_block,
     norm,
+    rope,
     routing,
 )
 from twotower.ops.reference.kv_write import TensorPair
@@ -134,6 +136,8 @@ REGISTRY: dict[str, tuple[Backend, ...]] = {
         _native(native_ops.rms_norm, "norm and modulation in one kernel"),
         Backend("torch", norm.rms_norm, "plain torch"),
     ),
+    "norm_and_rotate": (Backend("torch", rope.norm_and_rotate, "plain torch"),),
+    "activate": (Backend("torch", activation.activate, "plain torch"),),
     "route": (
         _triton("routing", "route", "scores and selection in two kernels"),
         _native(native_ops.route, "scores and selection in one kernel"),

@@ -19,9 +19,10 @@ from twotower import options
 from twotower.ops.cpu import packed_weights
 from twotower.ops.cpu.library import library
 from twotower.ops.precision import has_fast_bf16_matmul
+from twotower.ops.reference import attention as torch_attention
 from twotower.ops.reference import experts as torch_experts
-from twotower.ops.reference import int8
-from twotower.ops.reference.attention import CachedKV
+from twotower.ops.reference import int8, norm, routing
+from twotower.ops.reference.attention import PLAIN, AttentionOptions, CachedKV
 from twotower.ops.reference.experts import PackedPair
 from twotower.ops.reference.kv_write import AppendPositions, TensorPair
 from twotower.ops.reference.mamba_block import MambaStepInputs, MambaWeights, empty_step_inputs
@@ -163,8 +164,10 @@ def experts_int8(
     return out
 
 
-def route(hidden: Tensor, weight: Tensor, bias: Tensor, rule: Routing) -> tuple[Tensor, Tensor]:
+def route(hidden: Tensor, weight: Tensor, bias: Tensor | None, rule: Routing) -> tuple[Tensor, Tensor]:
     """As `ops.reference.routing.route`; of equal scores the lower expert id wins."""
+    if bias is None or rule.scores != "sigmoid":
+        return routing.route(hidden, weight, bias, rule)
     hidden, bias = hidden.contiguous(), bias.float()
     tokens = len(hidden)
     topk_ids = torch.empty(tokens, rule.top, dtype=torch.long)
@@ -177,9 +180,16 @@ def route(hidden: Tensor, weight: Tensor, bias: Tensor, rule: Routing) -> tuple[
 
 
 def rms_norm(
-    x: Tensor, weight: Tensor, eps: float, modulation: tuple[Tensor, Tensor] | None = None, order: Order = "before"
+    x: Tensor,
+    weight: Tensor,
+    eps: float,
+    modulation: tuple[Tensor, Tensor] | None = None,
+    order: Order = "before",
+    offset: float = 0.0,
 ) -> Tensor:
     """As `ops.reference.norm.rms_norm`."""
+    if offset:
+        return norm.rms_norm(x, weight, eps, modulation, order, offset)
     x = x.contiguous()
     width = weight.shape[0]
     tokens = x.numel() // width
@@ -264,9 +274,17 @@ def argmax(logits: Tensor, excluded: Tensor | None = None) -> tuple[Tensor, Tens
 
 
 def attention(
-    q: Tensor, k: Tensor, v: Tensor, token_mask: Tensor | None, causal: bool, cached: CachedKV | None = None
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    token_mask: Tensor | None,
+    causal: bool,
+    cached: CachedKV | None = None,
+    options: AttentionOptions = PLAIN,
 ) -> Tensor:
     """As `ops.reference.attention.attention`."""
+    if options != PLAIN:
+        return torch_attention.attention(q, k, v, token_mask, causal, cached, options)
     q, k, v = q.contiguous(), k.contiguous(), v.contiguous()
     token_mask = None if token_mask is None else token_mask.contiguous()
     past: list[Tensor | None] = [None] * 5

@@ -1,4 +1,7 @@
-"""Rotary position embedding (Su et al. 2021, RoFormer): pairs of dimensions turn by position · inverse frequency."""
+"""Rotary position embedding (Su et al. 2021, RoFormer): pairs of dimensions turn by position · inverse frequency.
+
+`norm_and_rotate` is the operation: the norms of the heads, if there are any, and the rotation.
+"""
 
 from __future__ import annotations
 
@@ -7,6 +10,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
+from twotower.ops.reference.norm import rms_norm
 from twotower.specs import RopeSpec
 
 
@@ -19,6 +23,22 @@ class Rotation(NamedTuple):
     cos: Tensor
     sin: Tensor
     interleaved: bool
+
+
+class HeadNorms(NamedTuple):
+    """RMSNorms of each head of the queries and of the keys: weights (D,), and eps and offset as in `rms_norm`."""
+
+    q: Tensor
+    k: Tensor
+    eps: float
+    offset: float
+
+
+def norm_and_rotate(q: Tensor, k: Tensor, norms: HeadNorms | None, turn: Rotation | None) -> tuple[Tensor, Tensor]:
+    """Queries (B, L, Hq, D) and keys (B, L, Hkv, D), normed, then turned; None: not normed, not turned."""
+    if norms is not None:
+        q, k = (rms_norm(x, weight, norms.eps, offset=norms.offset) for x, weight in ((q, norms.q), (k, norms.k)))
+    return (q, k) if turn is None else (rotate(q, turn), rotate(k, turn))
 
 
 def rotation(positions: Tensor, rope: RopeSpec, dtype: torch.dtype) -> Rotation:

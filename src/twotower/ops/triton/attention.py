@@ -24,7 +24,7 @@ import triton.language as tl
 from torch import Tensor
 
 from twotower.ops.reference import attention as reference
-from twotower.ops.reference.attention import CachedKV
+from twotower.ops.reference.attention import PLAIN, AttentionOptions, CachedKV
 from twotower.ops.triton.launch import MAX_HEAD_DIM, device_guard, tile_of
 
 PROGRAMS = 132  # target number of 8-warp programs: one per multiprocessor of an H100
@@ -72,12 +72,18 @@ def num_splits(programs: int, width: int, warps: int) -> int:
 
 
 def attention(
-    q: Tensor, k: Tensor, v: Tensor, token_mask: Tensor | None, causal: bool, cached: CachedKV | None = None
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    token_mask: Tensor | None,
+    causal: bool,
+    cached: CachedKV | None = None,
+    options: AttentionOptions = PLAIN,
 ) -> Tensor:
     """As `twotower.ops.reference.attention.attention`, without gradients."""
     rows, length, all_heads, width = q.shape
-    if tile_of(width) > MAX_HEAD_DIM:
-        return reference.attention(q, k, v, token_mask, causal, cached)
+    if tile_of(width) > MAX_HEAD_DIM or options != PLAIN:
+        return reference.attention(q, k, v, token_mask, causal, cached, options)
     heads = k.shape[2]
     out = q.new_empty(q.shape)
     if not out.numel():

@@ -18,13 +18,18 @@ from twotower.ops.triton.launch import MAX_NORM_WIDTH, contiguous_from, device_g
 
 
 def rms_norm(
-    x: Tensor, weight: Tensor, eps: float, modulation: tuple[Tensor, Tensor] | None = None, order: Order = "before"
+    x: Tensor,
+    weight: Tensor,
+    eps: float,
+    modulation: tuple[Tensor, Tensor] | None = None,
+    order: Order = "before",
+    offset: float = 0.0,
 ) -> Tensor:
     """As `twotower.ops.reference.norm.rms_norm`, without gradients."""
     rows, length, width = x.shape
     tile = tile_of(width)
-    if tile > MAX_NORM_WIDTH:
-        return reference.rms_norm(x, weight, eps, modulation, order)
+    if tile > MAX_NORM_WIDTH or offset:
+        return reference.rms_norm(x, weight, eps, modulation, order, offset)
     out = torch.empty(x.shape, dtype=weight.dtype, device=x.device)
     if not out.numel():
         return out

@@ -15,6 +15,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from twotower.ops.reference import routing as reference
 from twotower.ops.reference.routing import Routing
 from twotower.ops.triton.launch import contiguous_from, device_guard, tile_of
 
@@ -24,8 +25,10 @@ COLUMNS = 128  # columns of hidden per loop step
 SHARE = 384  # columns per program: 7 × 8 programs per tile of tokens at the 30B shape
 
 
-def route(hidden: Tensor, weight: Tensor, bias: Tensor, rule: Routing) -> tuple[Tensor, Tensor]:
+def route(hidden: Tensor, weight: Tensor, bias: Tensor | None, rule: Routing) -> tuple[Tensor, Tensor]:
     """As `twotower.ops.reference.routing.route`, without gradients."""
+    if bias is None or rule.scores != "sigmoid":
+        return reference.route(hidden, weight, bias, rule)
     tokens, width = hidden.shape
     experts = weight.shape[0]
     topk_ids = torch.empty(tokens, rule.top, dtype=torch.int64, device=hidden.device)
