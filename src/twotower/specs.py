@@ -188,6 +188,16 @@ class TowerSpec:
         return next(iter(self._mixers(AttentionSpec)), None)
 
     @cached_property
+    def windows(self) -> tuple[int, ...]:
+        """The different windows of the attention layers, smallest first."""
+        return tuple(sorted({mixer.window for mixer in self._mixers(AttentionSpec) if mixer.window is not None}))
+
+    def window_of(self, layer: int) -> int | None:
+        """The window of an attention layer; None: it attends to all keys."""
+        mixer = self.layers[layer].mixer
+        return mixer.window if isinstance(mixer, AttentionSpec) else None
+
+    @cached_property
     def mamba(self) -> Mamba2Spec | None:
         """The first Mamba-2 layer; all have states of the same shape."""
         return next(iter(self._mixers(Mamba2Spec)), None)

@@ -111,9 +111,14 @@ class TowerState:
         start, stride, lengths = self._row_layout(rows)
         even = self.kv_slots.slots_per_row if rows is None else 0
         width = self.context_width
+        layouts: dict[int | None, tuple[Tensor, Tensor, Tensor, int, int]] = {}
+        layouts[None] = start, stride, lengths, width, even
+        for window in self.spec.windows:  # the last w − 1 keys
+            beyond = (lengths - (window - 1)).clamp(min=0)
+            layouts[window] = start + beyond, stride, lengths - beyond, min(width, window - 1), 0
         past: list[LayerCache] = [None] * len(self.pools)
         for layer, attention in self._attention:
-            past[layer] = CachedKV(attention.k, attention.v, start, stride, lengths, width, even)
+            past[layer] = CachedKV(attention.k, attention.v, *layouts[self.spec.window_of(layer)])
         for layer, mamba in self._mamba:
             past[layer] = mamba_cache(mamba, rows)
         return ContextView(past, lengths)

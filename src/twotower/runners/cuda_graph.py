@@ -14,7 +14,7 @@ from __future__ import annotations
 
 import warnings
 from collections import OrderedDict
-from collections.abc import Callable, Hashable, Sequence
+from collections.abc import Callable, Hashable
 from dataclasses import replace
 from typing import TYPE_CHECKING
 
@@ -213,19 +213,23 @@ def _shape_key(inputs: PassInputs) -> Hashable:
 
 
 def _input_tensors(inputs: PassInputs) -> list[Tensor]:
-    """The input tensors of a pass that have a row dimension, in a fixed order. Layers share their KV layout."""
+    """The input tensors of a pass that have a row dimension, in a fixed order. Layers may share their KV layout."""
     out = [inputs.tokens]
     out += [part for part in (inputs.meta.token_mask, inputs.meta.start) if part is not None]
-    row_layout: Sequence[Tensor] = ()
     for own in inputs.past or ():
         if isinstance(own, MambaCache):
             out += own
-        elif isinstance(own, CachedKV):
-            row_layout = (own.start, own.stride, own.lengths)
-    out += row_layout
+    for layout in _row_layouts(inputs).values():
+        out += layout
     for modulation in inputs.modulation or ():
         out += modulation
     return out
+
+
+def _row_layouts(inputs: PassInputs) -> dict[int, tuple[Tensor, Tensor, Tensor]]:
+    """Start, stride and lengths of each KV layout, once for all layers that share the tensors."""
+    cached = (own for own in inputs.past or () if isinstance(own, CachedKV))
+    return {id(own.start): (own.start, own.stride, own.lengths) for own in cached}
 
 
 def _static_inputs(inputs: PassInputs, rows: int) -> PassInputs:
@@ -238,11 +242,10 @@ def _static_inputs(inputs: PassInputs, rows: int) -> PassInputs:
     token_mask, start = (None if tensor is None else room(tensor) for tensor in (meta.token_mask, meta.start))
     meta = AttentionMetadata(token_mask=token_mask, causal=meta.causal, start=start)
     past: list[LayerCache] = []
-    row_layout: tuple[Tensor, Tensor, Tensor] | None = None  # shared by all layers
+    layouts = {key: tuple(map(room, layout)) for key, layout in _row_layouts(inputs).items()}
     for own in inputs.past or ():
         if isinstance(own, CachedKV):
-            row_layout = row_layout or (room(own.start), room(own.stride), room(own.lengths))
-            starts, stride, lengths = row_layout
+            starts, stride, lengths = layouts[id(own.start)]
             past.append(own._replace(start=starts, stride=stride, lengths=lengths))
         else:
             past.append(None if own is None else MambaCache(*map(room, own)))

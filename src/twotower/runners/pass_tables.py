@@ -54,7 +54,9 @@ def shape_of(inputs: PassInputs, dtype: torch.dtype) -> PassShape:
 
 def cached_context(inputs: PassInputs) -> CachedKV | None:
     """The KV cache of the first attention layer; all layers have the same layout. None if there is none."""
-    return next((past for past in inputs.past or () if isinstance(past, CachedKV)), None)
+    cached = [past for past in inputs.past or () if isinstance(past, CachedKV)]
+    assert all(past.start is cached[0].start for past in cached), "layers with different windows"
+    return cached[0] if cached else None
 
 
 class PassTables:

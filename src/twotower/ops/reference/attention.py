@@ -35,6 +35,8 @@ class CachedKV(NamedTuple):
     """Keys and values of earlier tokens, in place in a pool.
 
     Token t < lengths[b] of row b and head h is the vector at index start[b] + h·stride[b] + t of k and v (vectors, D).
+    A layer with a window of w has only the last w − 1 tokens, numbered from 0; so layers with different windows have
+    different start, stride and lengths. The window rule depends on distances alone.
     max_length: an upper bound of the lengths, known on the host. uniform_stride: if all rows have the same stride and
     row b starts at b·heads·uniform_stride, that stride, so that a view covers all rows; otherwise 0.
     """
