@@ -37,6 +37,21 @@ SHAPES: dict[str, dict[str, Any]] = {
     "qwen2": {"use_sliding_window": True, "sliding_window": 20, "max_window_layers": 1, "tie_word_embeddings": True},
     "qwen3": {"head_dim": 16},
     "mixtral": {"num_local_experts": 5, "num_experts_per_tok": 2, "intermediate_size": 24, "sliding_window": None},
+    "qwen3_moe": {"head_dim": 16, "num_experts": 6, "moe_intermediate_size": 24, "num_experts_per_tok": 3},
+    "qwen3_moe:mixed": {
+        "num_experts": 5, "moe_intermediate_size": 24, "num_experts_per_tok": 2, "norm_topk_prob": True,
+        "attention_bias": True, "num_hidden_layers": 4, "decoder_sparse_step": 2, "mlp_only_layers": [1],
+        "use_sliding_window": True, "sliding_window": 20, "tie_word_embeddings": True},
+    "qwen2_moe": {
+        "num_experts": 6, "moe_intermediate_size": 24, "shared_expert_intermediate_size": 32, "num_experts_per_tok": 3},
+    "qwen2_moe:mixed": {
+        "num_experts": 5, "moe_intermediate_size": 24, "shared_expert_intermediate_size": 32, "num_experts_per_tok": 2,
+        "norm_topk_prob": True, "mlp_only_layers": [2], "qkv_bias": False, "use_sliding_window": True,
+        "sliding_window": 20, "max_window_layers": 1},
+    "olmoe": {"num_experts": 6, "intermediate_size": 24, "num_experts_per_tok": 3},
+    "olmoe:clipped": {
+        "num_experts": 5, "intermediate_size": 24, "num_experts_per_tok": 2, "norm_topk_prob": True, "clip_qkv": 0.8,
+        "attention_bias": True},
 }  # fmt: skip
 
 

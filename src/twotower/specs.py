@@ -1,7 +1,7 @@
 """What a tower is made of: the layers, their mixers and their options, as plain frozen data.
 
 A family of backbones (`families/`) makes a `TowerSpec` from a config.json. The modules of `model/`, the caches, the
-kernels and the plans read only the spec: they know options, never families.
+kernels and the plans read only the `TowerSpec`: they know options, never families.
 """
 
 from __future__ import annotations
@@ -42,7 +42,8 @@ class AttentionSpec:
 
     rope: index in `TowerSpec.ropes`; None: no position embedding. window: keys that a query attends to, itself
     included; None: all. qk_norm: RMSNorm of queries and keys, over each head or over all heads together. scale: of the
-    scores; None: 1 / √head_dim. softcap: s ↦ softcap · tanh(s / softcap) of the scaled scores.
+    scores; None: 1 / √head_dim. softcap: s ↦ softcap · tanh(s / softcap) of the scaled scores. clip: queries, keys and
+    values are clipped to [−clip, clip], after norms over the width and before the rotation.
     """
 
     num_heads: int
@@ -55,6 +56,7 @@ class AttentionSpec:
     qk_norm: QKNorm = "none"
     scale: float | None = None
     softcap: float | None = None
+    clip: float | None = None
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -89,6 +91,13 @@ class MoESpec:
     top_groups: int = 1
     correction_bias: bool = False
     latent: int | None = None
+
+    def __post_init__(self) -> None:
+        if not 1 <= self.top_k <= self.experts:
+            raise ConfigError(
+                f"config: {self.top_k} experts are selected for a token, but there are {self.experts}; "
+                "select at least 1 and at most all"
+            )
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -11,7 +11,7 @@ from typing import Any
 import pytest
 import torch
 from safetensors.torch import load_file
-from tiny_backbones import SHAPES, VOCAB, greedy, in_float64, save
+from tiny_backbones import SHAPES, VOCAB, greedy, hf_config, in_float64, save
 
 from twotower import TwoTowerForCausalLM
 from twotower.checkpoint.convert import convert
@@ -111,3 +111,21 @@ def test_tiny_models_equal_transformers_in_float64(name: str, tmp_path: Path) ->
     assert (logits - expected).abs().max() <= 1e-9 * expected.abs().max()
     for mode in (model.generate_ar, model.generate_verified):
         assert mode(ids[:1], max_new_tokens=24, eos_token_id=[])[0, 70:].tolist() == tokens
+
+
+WITH_EXPERTS = [name for name in SHAPES if hf_config(name).to_dict().keys() & {"num_experts", "num_local_experts"}]
+
+
+@pytest.mark.parametrize("name", WITH_EXPERTS)
+def test_stacked_experts_on_disk_are_the_same_model(name: str, tmp_path: Path) -> None:
+    """transformers 5 writes the original layout of each family, or one tensor for all experts of a layer."""
+    converted = []
+    for original in (True, False):
+        source, target = tmp_path / f"ar-{original}", tmp_path / f"two-{original}"
+        save(name, source, save_original_format=original)
+        convert(source, target, mask_token_id=3)
+        converted.append(load_file(target / "model.safetensors"))
+    stored = [set(load_file(tmp_path / f"ar-{original}" / "model.safetensors")) for original in (True, False)]
+    assert stored[0] != stored[1]
+    assert converted[0].keys() == converted[1].keys()
+    assert all(torch.equal(tensor, converted[1][part]) for part, tensor in converted[0].items())

@@ -8,11 +8,20 @@ from __future__ import annotations
 
 from twotower.config import GenericTwoTowerConfig, TwoTowerConfig
 from twotower.errors import ConfigError
-from twotower.families import llama, mixtral, nemotron_h
+from twotower.families import llama, mixtral, nemotron_h, olmoe, qwen_moe
 from twotower.families.family import Family
 from twotower.specs import TowerSpec
 
-FAMILIES: tuple[Family, ...] = (llama.LLAMA, llama.MISTRAL, llama.QWEN2, llama.QWEN3, mixtral.FAMILY)
+FAMILIES: tuple[Family, ...] = (
+    llama.LLAMA,
+    llama.MISTRAL,
+    llama.QWEN2,
+    llama.QWEN3,
+    mixtral.FAMILY,
+    qwen_moe.QWEN2_MOE,
+    qwen_moe.QWEN3_MOE,
+    olmoe.FAMILY,
+)
 BY_MODEL_TYPE: dict[str, Family] = {name: family for family in FAMILIES for name in family.model_types}
 
 

@@ -87,11 +87,13 @@ def _qwen2(config: PretrainedConfig) -> TowerSpec:
     return tower(config, alternating(config, replace(attention(config), qkv_bias=True), mlp(config)))
 
 
+def normed_attention(config: PretrainedConfig) -> AttentionSpec:
+    """Qwen3's attention, without a window: norms of queries and keys over each head, and optional biases."""
+    return replace(attention(config), qkv_bias=config.attention_bias, output_bias=config.attention_bias, qk_norm="head")
+
+
 def _qwen3(config: PretrainedConfig) -> TowerSpec:
-    normed = replace(
-        attention(config), qkv_bias=config.attention_bias, output_bias=config.attention_bias, qk_norm="head"
-    )
-    return tower(config, alternating(config, normed, mlp(config)))
+    return tower(config, alternating(config, normed_attention(config), mlp(config)))
 
 
 LLAMA = Family(model_types=("llama",), spec=_llama, names=names)

@@ -41,6 +41,8 @@ class Attention(nn.Module):
         q, k, v = self.q_proj(hidden), self.k_proj(hidden), self.v_proj(hidden)
         if self.spec.qk_norm == "width":
             q, k = self.q_norm(q), self.k_norm(k)
+        if self.spec.clip is not None:
+            q, k, v = (part.clamp(-self.spec.clip, self.spec.clip) for part in (q, k, v))
         q, k, v = (
             part.unflatten(-1, (heads, self.head_dim)) for part, heads in zip((q, k, v), self.heads, strict=True)
         )

@@ -116,7 +116,7 @@ def spec_unsupported_reason(spec: TowerSpec) -> str | None:
             return "layers with post-norms or a residual factor run layer by layer"
         mixer = layer.mixer
         if isinstance(mixer, AttentionSpec):
-            plain = replace(mixer, scale=None, window=None, softcap=None, qk_norm="none") == mixer
+            plain = replace(mixer, scale=None, window=None, softcap=None, qk_norm="none", clip=None) == mixer
         elif isinstance(mixer, MoESpec):
             plain = mixer.scores == "sigmoid" and mixer.shared is not None and not mixer.shared_gate
             plain = plain and not mixer.latent and mixer.correction_bias and _is_relu2(mixer.expert)
