@@ -36,6 +36,10 @@ SHAPES: dict[str, dict[str, Any]] = {
     "mistral": {"head_dim": 16, "sliding_window": 24},
     "qwen2": {"use_sliding_window": True, "sliding_window": 20, "max_window_layers": 1, "tie_word_embeddings": True},
     "qwen3": {"head_dim": 16},
+    "smollm3": {"num_hidden_layers": 4, "tie_word_embeddings": True},
+    "smollm3:windows": {
+        "no_rope_layers": [1, 0, 1], "use_sliding_window": True, "sliding_window": 20, "attention_bias": True,
+        "mlp_bias": True, "tie_word_embeddings": False},
     "mixtral": {"num_local_experts": 5, "num_experts_per_tok": 2, "intermediate_size": 24, "sliding_window": None},
     "qwen3_moe": {"head_dim": 16, "num_experts": 6, "moe_intermediate_size": 24, "num_experts_per_tok": 3},
     "qwen3_moe:mixed": {

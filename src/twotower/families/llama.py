@@ -9,9 +9,10 @@ from dataclasses import replace
 
 from transformers import PretrainedConfig
 
+from twotower.errors import ConfigError
 from twotower.families.family import Family, Names, activation, head_dim, kv_head_count
 from twotower.families.rope import rope_spec
-from twotower.specs import AttentionSpec, LayerSpec, MLPSpec, TowerSpec
+from twotower.specs import AttentionSpec, LayerSpec, MLPSpec, RopeSpec, TowerSpec
 
 ATTENTION: Names = {
     "norm": "input_layernorm",
@@ -45,8 +46,8 @@ def mlp(config: PretrainedConfig) -> MLPSpec:
     )
 
 
-def tower(config: PretrainedConfig, layers: list[LayerSpec]) -> TowerSpec:
-    """A tower of these layers, with the keys that all families share."""
+def tower(config: PretrainedConfig, layers: list[LayerSpec], ropes: tuple[RopeSpec, ...] | None = None) -> TowerSpec:
+    """A tower of these layers, with the keys that all families share. ropes: None: one, of whole heads."""
     return TowerSpec(
         layers=tuple(layers),
         hidden_size=config.hidden_size,
@@ -55,13 +56,22 @@ def tower(config: PretrainedConfig, layers: list[LayerSpec]) -> TowerSpec:
         norm_eps=config.rms_norm_eps,
         tied_head=config.tie_word_embeddings,
         initializer_range=config.initializer_range,
-        ropes=(rope_spec(config, head_dim(config)),),
+        ropes=(rope_spec(config, head_dim(config)),) if ropes is None else ropes,
     )
 
 
 def windows(config: PretrainedConfig) -> list[int | None]:
-    """The window of each layer: `sliding_window` where `layer_types` says so, or everywhere without `layer_types`."""
+    """The window of each layer: `sliding_window` where `layer_types` says so, or everywhere without `layer_types`.
+
+    Raises:
+        ConfigError: a layer has another type.
+    """
     types = getattr(config, "layer_types", None) or ["sliding_attention"] * config.num_hidden_layers
+    unknown = sorted(set(types) - {"sliding_attention", "full_attention"})
+    if unknown:
+        raise ConfigError(
+            f"config: layer_types has {unknown[0]!r}; supported are 'sliding_attention' and 'full_attention'"
+        )
     window = getattr(config, "sliding_window", None)
     return [window if kind == "sliding_attention" else None for kind in types]
 
@@ -74,9 +84,27 @@ def alternating(config: PretrainedConfig, attention: AttentionSpec, mlp: MLPSpec
     return out
 
 
+def with_ropes_of_layer_types(
+    config: PretrainedConfig, layers: list[LayerSpec]
+) -> tuple[list[LayerSpec], tuple[RopeSpec, ...]]:
+    """The layers, whose rotary embeddings are those of their type in `layer_types`, and the rotary embeddings."""
+    kinds = ("sliding_attention", "full_attention")
+    turned = [
+        replace(layer, mixer=replace(layer.mixer, rope=kinds.index(config.layer_types[layer.source])))
+        if isinstance(layer.mixer, AttentionSpec)
+        else layer
+        for layer in layers
+    ]
+    return turned, tuple(rope_spec(config, head_dim(config), kind) for kind in kinds)
+
+
+def biased_attention(config: PretrainedConfig) -> AttentionSpec:
+    """`attention`, with biases of all four projections if `attention_bias` is set."""
+    return replace(attention(config), qkv_bias=config.attention_bias, output_bias=config.attention_bias)
+
+
 def _llama(config: PretrainedConfig) -> TowerSpec:
-    biased = replace(attention(config), qkv_bias=config.attention_bias, output_bias=config.attention_bias)
-    return tower(config, alternating(config, biased, mlp(config)))
+    return tower(config, alternating(config, biased_attention(config), mlp(config)))
 
 
 def _mistral(config: PretrainedConfig) -> TowerSpec:
@@ -89,7 +117,7 @@ def _qwen2(config: PretrainedConfig) -> TowerSpec:
 
 def normed_attention(config: PretrainedConfig) -> AttentionSpec:
     """Qwen3's attention, without a window: norms of queries and keys over each head, and optional biases."""
-    return replace(attention(config), qkv_bias=config.attention_bias, output_bias=config.attention_bias, qk_norm="head")
+    return replace(biased_attention(config), qk_norm="head")
 
 
 def _qwen3(config: PretrainedConfig) -> TowerSpec:
