@@ -40,6 +40,8 @@ SHAPES: dict[str, dict[str, Any]] = {
     "smollm3:windows": {
         "no_rope_layers": [1, 0, 1], "use_sliding_window": True, "sliding_window": 20, "attention_bias": True,
         "mlp_bias": True, "tie_word_embeddings": False},
+    "phi3": {"partial_rotary_factor": 0.5, "num_attention_heads": 3, "num_key_value_heads": 1},
+    "phi3:window": {"sliding_window": 24, "original_max_position_embeddings": 512},
     "mixtral": {"num_local_experts": 5, "num_experts_per_tok": 2, "intermediate_size": 24, "sliding_window": None},
     "qwen3_moe": {"head_dim": 16, "num_experts": 6, "moe_intermediate_size": 24, "num_experts_per_tok": 3},
     "qwen3_moe:mixed": {

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 from twotower.config import GenericTwoTowerConfig, TwoTowerConfig
 from twotower.errors import ConfigError
-from twotower.families import llama, mixtral, nemotron_h, olmoe, qwen_moe, smollm3
+from twotower.families import llama, mixtral, nemotron_h, olmoe, phi3, qwen_moe, smollm3
 from twotower.families.family import Family
 from twotower.specs import TowerSpec
 
@@ -18,6 +18,7 @@ FAMILIES: tuple[Family, ...] = (
     llama.QWEN2,
     llama.QWEN3,
     smollm3.FAMILY,
+    phi3.FAMILY,
     mixtral.FAMILY,
     qwen_moe.QWEN2_MOE,
     qwen_moe.QWEN3_MOE,

@@ -13,12 +13,19 @@ STATIC = ("default", "linear", "llama3", "yarn")  # the frequencies do not depen
 
 
 def rope_spec(
-    config: PretrainedConfig, head_dim: int, layer_type: str | None = None, *, interleaved: bool = False
+    config: PretrainedConfig,
+    head_dim: int,
+    layer_type: str | None = None,
+    *,
+    interleaved: bool = False,
+    partial: bool = False,
 ) -> RopeSpec:
     """The rotary position embedding of a configuration. layer_type: which one, if layers have different ones.
 
+    partial: whether the family reads `partial_rotary_factor`, the part of a head that turns.
+
     Raises:
-        ConfigError: the type of scaling is not supported.
+        ConfigError: the type of scaling is not supported, or the family has no `partial_rotary_factor`.
     """
     parameters = config.rope_parameters
     if layer_type is not None and layer_type in parameters:
@@ -28,11 +35,17 @@ def rope_spec(
     kind = parameters["rope_type"]
     if kind not in STATIC:
         raise ConfigError(f"config: rope_type is {kind!r}; supported are {', '.join(STATIC)}")
+    part = parameters.get("partial_rotary_factor", 1.0)
+    if part != 1.0 and not partial:
+        raise ConfigError(
+            f"config: partial_rotary_factor is {part!r}, but heads of model_type {config.model_type!r} turn as a whole; "
+            "remove the key"
+        )
     if kind != "default":
         with torch.device("cpu"):  # the model may be built on the meta device
             frequencies, factor = ROPE_INIT_FUNCTIONS[kind](config, torch.device("cpu"), layer_type=layer_type)
         return RopeSpec(inverse_frequencies=tuple(frequencies.tolist()), factor=float(factor), interleaved=interleaved)
-    width = int(head_dim * parameters.get("partial_rotary_factor", 1.0))
+    width = int(head_dim * part)
     exponents = torch.arange(0, width, 2, dtype=torch.int64, device="cpu").to(torch.float32) / width
     frequencies = 1.0 / (parameters["rope_theta"] ** exponents)
     return RopeSpec(inverse_frequencies=tuple(frequencies.tolist()), interleaved=interleaved)
