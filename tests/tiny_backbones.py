@@ -42,6 +42,22 @@ SHAPES: dict[str, dict[str, Any]] = {
         "mlp_bias": True, "tie_word_embeddings": False},
     "phi3": {"partial_rotary_factor": 0.5, "num_attention_heads": 3, "num_key_value_heads": 1},
     "phi3:window": {"sliding_window": 24, "original_max_position_embeddings": 512},
+    "gemma2": {
+        "head_dim": 16, "sliding_window": 24, "query_pre_attn_scalar": 24, "attn_logit_softcapping": 5.0,
+        "final_logit_softcapping": 8.0},
+    "gemma2:options": {
+        "head_dim": 8, "attention_bias": True, "hidden_activation": "gelu", "attn_logit_softcapping": None,
+        "final_logit_softcapping": None, "layer_types": ["full_attention", "sliding_attention", "sliding_attention"],
+        "sliding_window": 30, "tie_word_embeddings": False},
+    "gemma3_text": {
+        "head_dim": 16, "num_hidden_layers": 4, "sliding_window": 24, "query_pre_attn_scalar": 24,
+        "sliding_window_pattern": 3},
+    "gemma3_text:options": {
+        "head_dim": 16, "final_logit_softcapping": 8.0, "attn_logit_softcapping": 3.0, "attention_bias": True,
+        "layer_types": ["sliding_attention", "full_attention", "full_attention"], "sliding_window": 20,
+        "rope_parameters": {
+            "full_attention": {"rope_type": "linear", "rope_theta": 1e6, "factor": 8.0},
+            "sliding_attention": {"rope_type": "default", "rope_theta": 5e3}}},
     "mixtral": {"num_local_experts": 5, "num_experts_per_tok": 2, "intermediate_size": 24, "sliding_window": None},
     "qwen3_moe": {"head_dim": 16, "num_experts": 6, "moe_intermediate_size": 24, "num_experts_per_tok": 3},
     "qwen3_moe:mixed": {

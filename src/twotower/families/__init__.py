@@ -8,7 +8,7 @@ from __future__ import annotations
 
 from twotower.config import GenericTwoTowerConfig, TwoTowerConfig
 from twotower.errors import ConfigError
-from twotower.families import llama, mixtral, nemotron_h, olmoe, phi3, qwen_moe, smollm3
+from twotower.families import gemma, llama, mixtral, nemotron_h, olmoe, phi3, qwen_moe, smollm3
 from twotower.families.family import Family
 from twotower.specs import TowerSpec
 
@@ -19,6 +19,8 @@ FAMILIES: tuple[Family, ...] = (
     llama.QWEN3,
     smollm3.FAMILY,
     phi3.FAMILY,
+    gemma.GEMMA2,
+    gemma.GEMMA3,
     mixtral.FAMILY,
     qwen_moe.QWEN2_MOE,
     qwen_moe.QWEN3_MOE,
