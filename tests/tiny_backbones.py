@@ -58,6 +58,15 @@ SHAPES: dict[str, dict[str, Any]] = {
         "rope_parameters": {
             "full_attention": {"rope_type": "linear", "rope_theta": 1e6, "factor": 8.0},
             "sliding_attention": {"rope_type": "default", "rope_theta": 5e3}}},
+    "olmo2": {},
+    "olmo2:bias": {"attention_bias": True, "num_key_value_heads": None, "tie_word_embeddings": True},
+    "olmo3": {"num_hidden_layers": 4, "sliding_window": 24},
+    "olmo3:yarn": {
+        "num_hidden_layers": 4, "sliding_window": 20, "attention_bias": True, "rope_parameters": {
+            "full_attention": {
+                "rope_type": "yarn", "rope_theta": 5e5, "factor": 4.0, "original_max_position_embeddings": 128,
+                "attention_factor": 1.2, "beta_fast": 32.0, "beta_slow": 1.0},
+            "sliding_attention": {"rope_type": "default", "rope_theta": 5e5}}},
     "mixtral": {"num_local_experts": 5, "num_experts_per_tok": 2, "intermediate_size": 24, "sliding_window": None},
     "qwen3_moe": {"head_dim": 16, "num_experts": 6, "moe_intermediate_size": 24, "num_experts_per_tok": 3},
     "qwen3_moe:mixed": {
