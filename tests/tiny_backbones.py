@@ -67,6 +67,10 @@ SHAPES: dict[str, dict[str, Any]] = {
                 "rope_type": "yarn", "rope_theta": 5e5, "factor": 4.0, "original_max_position_embeddings": 128,
                 "attention_factor": 1.2, "beta_fast": 32.0, "beta_slow": 1.0},
             "sliding_attention": {"rope_type": "default", "rope_theta": 5e5}}},
+    "granite": {
+        "embedding_multiplier": 12.0, "logits_scaling": 4.0, "residual_multiplier": 0.22,
+        "attention_multiplier": 0.125, "tie_word_embeddings": True},
+    "granite:biases": {"attention_bias": True, "mlp_bias": True, "head_dim": 16, "residual_multiplier": 0.3},
     "mixtral": {"num_local_experts": 5, "num_experts_per_tok": 2, "intermediate_size": 24, "sliding_window": None},
     "qwen3_moe": {"head_dim": 16, "num_experts": 6, "moe_intermediate_size": 24, "num_experts_per_tok": 3},
     "qwen3_moe:mixed": {
