@@ -8,7 +8,7 @@ from __future__ import annotations
 
 from twotower.config import GenericTwoTowerConfig, TwoTowerConfig
 from twotower.errors import ConfigError
-from twotower.families import gemma, granite, llama, mixtral, nemotron_h, olmo, olmoe, phi3, qwen_moe, smollm3
+from twotower.families import gemma, glm4, granite, llama, mixtral, nemotron_h, olmo, olmoe, phi3, qwen_moe, smollm3
 from twotower.families.family import Family
 from twotower.specs import TowerSpec
 
@@ -24,6 +24,7 @@ FAMILIES: tuple[Family, ...] = (
     olmo.OLMO2,
     olmo.OLMO3,
     granite.FAMILY,
+    glm4.FAMILY,
     mixtral.FAMILY,
     qwen_moe.QWEN2_MOE,
     qwen_moe.QWEN3_MOE,
