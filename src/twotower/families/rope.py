@@ -38,7 +38,7 @@ def rope_spec(
     part = parameters.get("partial_rotary_factor", 1.0)
     if part != 1.0 and not partial:
         raise ConfigError(
-            f"config: partial_rotary_factor is {part!r}, but heads of model_type {config.model_type!r} turn as a whole; "
+            f"config: partial_rotary_factor is {part!r}, but heads of {config.model_type!r} turn as a whole; "
             "remove the key"
         )
     if kind != "default":
