@@ -741,7 +741,7 @@ def test_memory_is_far_below_the_size(tmp_path: Path, layout: str) -> None:
 def write_large(directory: Path, pattern: str, shape: dict[str, int], layout: str) -> None:
     """A one-tower checkpoint in bf16, in five shards."""
     from twotower import TwoTowerConfig
-    from twotower.checkpoint.names import Layout, one_tower_entries
+    from twotower.checkpoint.names import DiskLayout, one_tower_entries
     from twotower.checkpoint.writer import TensorToWrite, write_shards
 
     config = TwoTowerConfig(hybrid_override_pattern=pattern, **shape)
@@ -750,7 +750,7 @@ def write_large(directory: Path, pattern: str, shape: dict[str, int], layout: st
     experts = {f"model.{name}" for name, _ in model.context.named_parameters() if ".experts." in name}
     root = "backbone." if layout == ORIGINAL else "model."
     found = {"lm_head.weight", *experts} if layout != ORIGINAL else None
-    places = one_tower_entries(model, Layout(root, "lm_head", found))
+    places = one_tower_entries(model, DiskLayout(root, "lm_head", found))
     directory.mkdir()
     to_write = [
         TensorToWrite(

@@ -10,16 +10,14 @@ import json
 import math
 import shutil
 from collections.abc import Callable, Iterator
-from contextlib import ExitStack, contextmanager
+from contextlib import contextmanager
 from dataclasses import asdict, dataclass
 from pathlib import Path
 
 import torch
-from safetensors import safe_open
 from torch import Tensor
 
-from twotower.checkpoint import atomic, names, one_tower, pretrained, reader, tokenizer_files
-from twotower.checkpoint.generation_config import GenerationDefaults
+from twotower.checkpoint import atomic, gguf_file, names, one_tower, pretrained, reader, tokenizer_files
 from twotower.checkpoint.names import TensorEntry
 from twotower.checkpoint.one_tower import OneTowerCheckpoint
 from twotower.checkpoint.source import resolve_source
@@ -79,31 +77,25 @@ def convert(
     """
     target = Path(directory).resolve()
     _check_target(target, overwrite)
-    origin = resolve_source(source, {})
+    origin = Path(source) if str(source).endswith(gguf_file.SUFFIX) else resolve_source(source, {})
     if origin.resolve() == target or target in origin.resolve().parents:
         raise ArgumentError(f"{target}: the directory contains the source checkpoint; choose another directory")
     tower = one_tower.read(origin)
     config = tower.model.config
-    tokenizer = tokenizer_files.load_tokenizer(origin)
-    defaults = GenerationDefaults.read(origin, config.vocab_size)
-    config.mask_token_id = one_tower.mask_token(mask_token_id, config, defaults, tokenizer)
+    config.mask_token_id = one_tower.mask_token(mask_token_id, config, tower.defaults, tower.tokenizer)
     wanted = None if dtype is None else pretrained._dtype(dtype, config)
     _check_stored(tower, wanted)
-    model_dtype = wanted or tower.stored[tower.places["embeddings.weight", None].disk].torch_dtype
+    model_dtype = wanted or tower.weights.dtype(tower.places["embeddings.weight", None])
 
-    with ExitStack() as files:
-        to_write = list(
-            _tensors_to_write(
-                tower, wanted, _time_conditioning(config, tower.model.spec.num_layers, seed, model_dtype), files
-            )
-        )
-        total = sum(entry.nbytes for entry in to_write)
-        with _unfinished(target, overwrite, total) as folder:
-            written = _counter(total, progress)
-            weights = write_shards(folder, to_write, max_shard_size, written)
-            _write_rest(tower, folder, model_dtype)
-            known = names.tensor_entries(tower.model)
-            reader.check(folder, reader.read_headers(folder), known, known, config.stored_pattern)
+    time = _time_conditioning(config, tower.model.spec.num_layers, seed, model_dtype)
+    to_write = list(_tensors_to_write(tower, wanted, time))
+    total = sum(entry.nbytes for entry in to_write)
+    with _unfinished(target, overwrite, total) as folder:
+        written = _counter(total, progress)
+        weights = write_shards(folder, to_write, max_shard_size, written)
+        _write_rest(tower, folder, model_dtype)
+        known = names.tensor_entries(tower.model)
+        reader.check(folder, reader.read_headers(folder), known, known, config.stored_pattern)
     return ConversionResult(
         source=str(source),
         directory=Path(directory),
@@ -114,7 +106,7 @@ def convert(
         time_parameters=_parameters(tower, "time."),
         bytes=total,
         files=tuple(file.name for file in weights),
-        notes=(*tower.notes, *_text_notes(config, tokenizer)),
+        notes=(*tower.notes, *_text_notes(config, tower.tokenizer)),
     )
 
 
@@ -122,28 +114,21 @@ def convert(
 
 
 def _tensors_to_write(
-    tower: OneTowerCheckpoint, dtype: torch.dtype | None, time: dict[str, Tensor], files: ExitStack
+    tower: OneTowerCheckpoint, dtype: torch.dtype | None, time: dict[str, Tensor]
 ) -> Iterator[TensorToWrite]:
-    """All tensors of the two-tower checkpoint, read on demand; `files` keeps the memory-mapped files open."""
-    opened = {
-        file: files.enter_context(safe_open(file, framework="pt"))
-        for file in sorted({stored.file for stored in tower.stored.values()})
-    }
+    """All tensors of the two-tower checkpoint, read on demand."""
 
     def piece(entry: TensorEntry) -> Tensor:
         which, _, part = entry.memory.partition(".")
-        if which == "time":
-            return time[part]
-        place = tower.places[part, entry.expert]
-        return reader.read_piece(opened[tower.stored[place.disk].file], place)
+        return time[part] if which == "time" else tower.weights.read(tower.places[part, entry.expert])
 
     for group in names.by_tensor_on_disk(names.tensor_entries(tower.model)).values():
         which, _, part = group[0].memory.partition(".")
         if which == "time":
             kept = time[part].dtype
         else:
-            stored = tower.stored[tower.places[part, group[0].expert].disk]
-            kept = target_dtype(group[0].memory, dtype or stored.torch_dtype)
+            stored = tower.weights.dtype(tower.places[part, group[0].expert])
+            kept = target_dtype(group[0].memory, dtype or stored)
         yield reader.tensor_to_write(group, kept, piece)
 
 
@@ -157,10 +142,9 @@ def _time_conditioning(config: TwoTowerConfig, layers: int, seed: int, dtype: to
 
 def _check_stored(tower: OneTowerCheckpoint, dtype: torch.dtype | None) -> None:
     for place in tower.places.values():
-        stored = tower.stored[place.disk]
-        if stored.dtype == "F16" and dtype is None:
+        if dtype is None and tower.weights.dtype(place) == torch.float16:
             raise CheckpointError(
-                f"{stored.file}: {place.disk} is stored as F16, which a two-tower model does not support; "
+                f"{place.disk} is stored as F16, which a two-tower model does not support; "
                 "set dtype to bfloat16 or float32"
             )
 
@@ -189,7 +173,7 @@ def _write_rest(tower: OneTowerCheckpoint, folder: Path, dtype: torch.dtype) -> 
     config = pretrained.config_to_write(tower.model) | {"torch_dtype": name}
     (folder / "config.json").write_text(json.dumps(config, indent=2, sort_keys=True) + "\n", encoding="utf-8")
     (folder / pretrained.CODE_FILE).write_text(pretrained.CODE, encoding="utf-8")
-    tokenizer_files.copy_model_files(tower.directory, folder)
+    tower.copy_files(folder)
 
 
 def _text_notes(config: TwoTowerConfig, tokenizer: Tokenizer | None) -> Iterator[str]:

@@ -46,7 +46,7 @@ class TensorEntry:
 
 
 @dataclass(frozen=True)
-class Layout:
+class DiskLayout:
     """How a tower's tensors are called on disk: a prefix of all but the head, the head's module, and other names.
 
     found: the names on disk, if there is a choice: `Family.stacked` names, and the embedding as head.
@@ -58,8 +58,8 @@ class Layout:
 
 
 TWO_TOWERS = {
-    "context": Layout("context_tower.", "context_lm_head"),
-    "denoiser": Layout("denoiser_tower.", "lm_head"),
+    "context": DiskLayout("context_tower.", "context_lm_head"),
+    "denoiser": DiskLayout("denoiser_tower.", "lm_head"),
 }
 
 
@@ -79,7 +79,7 @@ def tensor_entries(model: TwoTowerModel) -> list[TensorEntry]:
     return out
 
 
-def one_tower_entries(model: TwoTowerModel, layout: Layout) -> list[TensorEntry]:
+def one_tower_entries(model: TwoTowerModel, layout: DiskLayout) -> list[TensorEntry]:
     """The tensors of the context tower of a model in a one-tower checkpoint."""
     out: list[TensorEntry] = []
     family = family_of(model.config)
@@ -101,7 +101,7 @@ def _shapes(model: nn.Module) -> dict[str, tuple[int, ...]]:
 
 
 def _entries(
-    memory: str, shape: tuple[int, ...], family: Family, layers: tuple[LayerSpec, ...], layout: Layout
+    memory: str, shape: tuple[int, ...], family: Family, layers: tuple[LayerSpec, ...], layout: DiskLayout
 ) -> Iterator[TensorEntry]:
     part = memory.split(".", 1)[1]
     found = _LAYER_IN_MEMORY.match(part)

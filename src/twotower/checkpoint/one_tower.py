@@ -5,17 +5,21 @@ from __future__ import annotations
 import dataclasses
 import json
 import re
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
+from typing import Protocol
 
 import torch
+from safetensors import safe_open
+from torch import Tensor
 
-from twotower.checkpoint import names, pretrained, reader
+from twotower.checkpoint import gguf_file, names, pretrained, reader
 from twotower.checkpoint.generation_config import GenerationDefaults
-from twotower.checkpoint.names import Layout, TensorEntry
+from twotower.checkpoint.names import DiskLayout, TensorEntry
 from twotower.checkpoint.reader import StoredTensor
-from twotower.checkpoint.tokenizer_files import save_tokenizer
+from twotower.checkpoint.tokenizer_files import copy_model_files, load_tokenizer, save_tokenizer
 from twotower.checkpoint.writer import write_shards
 from twotower.config import (
     ARCHITECTURE,
@@ -61,22 +65,80 @@ _OLDER_NAMES = {
 }
 
 
+class Weights(Protocol):
+    """The tensors of a checkpoint, read on demand."""
+
+    def dtype(self, entry: TensorEntry) -> torch.dtype:
+        """The dtype that the entry's tensor has in a conversion that keeps the dtypes."""
+
+    def read(self, entry: TensorEntry) -> Tensor:
+        """The piece of an entry."""
+
+
+class SafetensorsWeights:
+    """Tensors of safetensors files, which stay memory-mapped once opened."""
+
+    def __init__(self, stored: dict[str, StoredTensor]) -> None:
+        self._stored = stored
+        self._opened: dict[Path, safe_open] = {}
+
+    def dtype(self, entry: TensorEntry) -> torch.dtype:
+        return self._stored[entry.disk].torch_dtype
+
+    def read(self, entry: TensorEntry) -> Tensor:
+        file = self._stored[entry.disk].file
+        if file not in self._opened:
+            self._opened[file] = safe_open(file, framework="pt")
+        return reader.read_piece(self._opened[file], entry)
+
+
 @dataclass(frozen=True, kw_only=True)
 class OneTowerCheckpoint:
     """A checkpoint whose headers match its config.
 
     model: the two-tower model of the conversion, on the meta device. places: the entry of each tensor of a tower, by
-    its name in memory without the tower, and the number of its expert.
+    its name in memory without the tower, and the number of its expert. copy_files: writes the tokenizer, the chat
+    template and the generation config into a directory.
     """
 
-    directory: Path
     model: TwoTowerModel
-    stored: dict[str, StoredTensor]
     places: dict[tuple[str, int | None], TensorEntry]
+    weights: Weights
+    tokenizer: Tokenizer | None
+    defaults: GenerationDefaults
+    copy_files: Callable[[Path], None]
     notes: tuple[str, ...]
 
 
-def read(directory: Path) -> OneTowerCheckpoint:
+def read(path: Path) -> OneTowerCheckpoint:
+    """Reads config and headers of a directory or a GGUF file, but no weights."""
+    return _read_gguf(path) if path.suffix == gguf_file.SUFFIX else _read_directory(path)
+
+
+def _read_gguf(path: Path) -> OneTowerCheckpoint:
+    file = gguf_file.GGUFFile(path)
+    tokenizer = file.tokenizer()
+
+    def copy_files(target: Path) -> None:
+        if tokenizer is not None:
+            save_tokenizer(tokenizer, target)
+
+    return OneTowerCheckpoint(
+        model=file.model,
+        places=_places(file.entries),
+        weights=file,
+        tokenizer=tokenizer,
+        defaults=GenerationDefaults(),
+        copy_files=copy_files,
+        notes=("the head of each tower is its embedding",) if file.model.spec.tied_head else (),
+    )
+
+
+def _places(entries: Iterable[TensorEntry]) -> dict[tuple[str, int | None], TensorEntry]:
+    return {(entry.memory.removeprefix("context."), entry.expert): entry for entry in entries}
+
+
+def _read_directory(directory: Path) -> OneTowerCheckpoint:
     """Reads config and headers, but no weights.
 
     Raises:
@@ -99,14 +161,15 @@ def read(directory: Path) -> OneTowerCheckpoint:
     stored = {name: place for name, place in stored.items() if not _EXTRA_HEADS.search(name)}
     with torch.device("meta"):
         model = TwoTowerModel(config)
-    needed = names.one_tower_entries(model, Layout(root, head, stored))
+    needed = names.one_tower_entries(model, DiskLayout(root, head, stored))
     reader.check_tensors(directory, stored, needed, needed, config.stored_pattern)
-    places = {(entry.memory.removeprefix("context."), entry.expert): entry for entry in needed}
     return OneTowerCheckpoint(
-        directory=directory,
         model=model,
-        stored=stored,
-        places=places,
+        places=_places(needed),
+        weights=SafetensorsWeights(stored),
+        tokenizer=load_tokenizer(directory),
+        defaults=GenerationDefaults.read(directory, config.vocab_size),
+        copy_files=partial(copy_model_files, directory),
         notes=tuple(_notes(sorted(set(found) - set(stored)), f"{head}.weight" in stored, tied, model.spec.tied_head)),
     )
 
@@ -180,7 +243,7 @@ def write(directory: Path, weights: dict[str, torch.Tensor], config: TwoTowerCon
         return tensor if entry.expert is None else tensor[entry.expert]
 
     root, head = family_of(config).roots[0]
-    groups = names.by_tensor_on_disk(names.one_tower_entries(model, Layout(root, head))).values()
+    groups = names.by_tensor_on_disk(names.one_tower_entries(model, DiskLayout(root, head))).values()
     first = [weights[group[0].memory.removeprefix("context.")] for group in groups]
     write_shards(directory, [reader.tensor_to_write(g, t.dtype, piece) for g, t in zip(groups, first, strict=True)])
     dtype = str(weights["embeddings.weight"].dtype).removeprefix("torch.")

@@ -21,7 +21,9 @@ if TYPE_CHECKING:
 
 
 @click.command()
-@click.option("--from", "source", required=True, metavar="MODEL", help="One-tower checkpoint: a directory or hub id.")
+@click.option(
+    "--from", "source", required=True, metavar="MODEL", help="One-tower checkpoint: a directory, hub id or GGUF file."
+)
 @click.option(
     "-o",
     "--output",
