@@ -96,7 +96,11 @@ def build_random_model(
     A seed gives the same weights in every dtype (drawn in fp32, then cast). Logits have a standard deviation of about
     3, so that near ties are rare and confidences spread over (0, 1). overrides: keys of `config.json`.
     """
-    config = TwoTowerConfig(hybrid_override_pattern=pattern, **{**SHAPE, **overrides})
+    return random_two_tower(TwoTowerConfig(hybrid_override_pattern=pattern, **{**SHAPE, **overrides}), seed, dtype)
+
+
+def random_two_tower(config: TwoTowerConfig, seed: int, dtype: torch.dtype) -> TwoTowerForCausalLM:
+    """As `build_random_model`, for any configuration."""
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(seed)
         model = TwoTowerForCausalLM(config)
@@ -123,8 +127,11 @@ def _randomise(module: nn.Module) -> None:
         case Router():
             nn.init.normal_(module.weight, std=module.weight.shape[1] ** -0.5)
             # Not negative: with negative biased scores, masked groups can be selected; a separate test covers this.
-            module.e_score_correction_bias.uniform_(0.0, 0.3)
+            if module.e_score_correction_bias is not None:
+                module.e_score_correction_bias.uniform_(0.0, 0.3)
         case Experts():
+            if module.gated:
+                nn.init.normal_(module.gate_proj, std=module.gate_proj.shape[2] ** -0.5)
             nn.init.normal_(module.up_proj, std=module.up_proj.shape[2] ** -0.5)
             nn.init.normal_(module.down_proj, std=module.down_proj.shape[2] ** -0.5)
         case Mamba2():

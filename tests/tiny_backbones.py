@@ -12,9 +12,13 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from conftest import random_two_tower
 from torch import Tensor, nn
 from torch.overrides import TorchFunctionMode
 from transformers import CONFIG_MAPPING, AutoModelForCausalLM, PreTrainedModel
+
+from twotower import TwoTowerForCausalLM
+from twotower.config import GenericTwoTowerConfig
 
 VOCAB = 160
 BASE: dict[str, Any] = {
@@ -117,6 +121,12 @@ def save(name: str, directory: Path, **options: Any) -> PreTrainedModel:
     model = hf_model(name)
     model.save_pretrained(directory, **options)
     return model
+
+
+def two_tower(name: str, dtype: torch.dtype = torch.float32, seed: int = 0) -> TwoTowerForCausalLM:
+    """A tiny two-tower model with random weights in both towers, without a checkpoint."""
+    config = GenericTwoTowerConfig(backbone=hf_config(name).to_dict(), mask_token_id=3)
+    return random_two_tower(config, seed, dtype)
 
 
 class _Float64(TorchFunctionMode):

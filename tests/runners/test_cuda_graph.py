@@ -16,12 +16,16 @@ import torch
 from conftest import build_random_model
 from test_engine import alone, some_request
 from test_native import only_torch
+from tiny_backbones import two_tower
 from torch import Tensor
 from torch.fx.experimental.proxy_tensor import make_fx
+from torch.overrides import TorchFunctionMode
 
 from twotower import LLM, TwoTowerForCausalLM, options
-from twotower.model.tower import PassResult, Tower
+from twotower.model.layer_io import AttentionMetadata
+from twotower.model.tower import PassInputs, PassResult, Tower
 from twotower.ops import registry
+from twotower.ops.reference.attention import CachedKV
 from twotower.ops.self_check import _tensors
 from twotower.runners import cuda_graph
 from twotower.runners.cuda_graph import CUDAGraphRunner
@@ -57,10 +61,9 @@ def made(monkeypatch: pytest.MonkeyPatch) -> list[int]:
         return replay, result
 
     only_torch(monkeypatch)
-    experts = tuple(
-        b for b in registry.REGISTRY["experts"] if b.name == "gathered"
-    )  # the backend for a GPU without bf16
-    monkeypatch.setattr(registry, "REGISTRY", registry.REGISTRY | {"experts": experts})
+    for op in ("experts", "gated_experts"):  # the backend for a GPU without bf16
+        gathered = tuple(b for b in registry.REGISTRY[op] if b.name == "gathered")
+        monkeypatch.setattr(registry, "REGISTRY", registry.REGISTRY | {op: gathered})
     monkeypatch.setattr(cuda_graph, "cuda_graph_unsupported_reason", lambda device: None)
     monkeypatch.setattr(cuda_graph, "capturer", lambda device, pool: record)
     return recordings
@@ -110,6 +113,76 @@ def test_a_recording_serves_other_numbers_of_rows_and_other_contexts(
             assert torch.allclose(replayed, passes(tokens), rtol=1e-11, atol=1e-11)
     # Four rows: extend on an empty and on a filled context, and a denoising pass; each state has pools of its own.
     assert len(made) <= 6
+
+
+# Biases, a window and a tied head; norms of heads; gated experts and a softmax router.
+BACKBONES = pytest.mark.parametrize("name", ["qwen2", "qwen3", "mixtral"])
+
+
+@BACKBONES
+def test_recordings_of_other_backbones(name: str, made: list[int], monkeypatch: pytest.MonkeyPatch) -> None:
+    """Rotary position embeddings follow each row's own position, in few recordings."""
+    model = two_tower(name, torch.float64)
+    rng = random.Random(6)
+    requests = [some_request(rng) for _ in range(6)]
+    requests = [replace(one, params=replace(one.params, block_size=3, max_new_tokens=9)) for one in requests]
+    written = [output.tokens for output in LLM(model, rows=2, length=160).generate(requests)]
+    assert 4 <= len(made) <= 16
+    with monkeypatch.context() as patch:
+        patch.setattr(CUDAGraphRunner, "run", lambda *_: None)
+        assert written == [alone(model, request).tokens for request in requests]
+    assert not any(graphs(tower).disabled_reason for tower in (model.context, model.denoiser))
+
+
+class _NoTensorsFromTheHost(TorchFunctionMode):
+    """Fails where numbers of the host become a tensor of another device, which a CUDA graph cannot capture."""
+
+    def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        kwargs = kwargs or {}
+        device = torch.device(kwargs.get("device") or "cpu")
+        assert func not in (torch.tensor, torch.as_tensor) or device.type == "cpu", "numbers are copied to the device"
+        return func(*args, **kwargs)
+
+
+@BACKBONES
+@torch.no_grad()
+def test_a_second_pass_copies_nothing_to_the_device(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The meta device stands for a GPU; the first pass keeps the inverse frequencies there."""
+    only_torch(monkeypatch)
+    tower = two_tower(name).context.to("meta")
+    tokens, start = torch.zeros(2, 3, dtype=torch.long, device="meta"), torch.zeros(2, dtype=torch.long, device="meta")
+    inputs = PassInputs(tokens, AttentionMetadata(start=start))
+    tower.layer_by_layer(*inputs)
+    with _NoTensorsFromTheHost():
+        assert tower.layer_by_layer(*inputs)[0].is_meta
+        with pytest.raises(AssertionError, match="copied to the device"):
+            torch.tensor([1.0], device="meta")
+
+
+@torch.no_grad()
+def test_layers_with_several_row_layouts(made: list[int]) -> None:
+    """A recording keeps apart the caches of layers that have rows of other lengths."""
+    tower = build_random_model("**-", dtype=torch.float64).context
+    assert isinstance(tower, Tower)
+    tokens = torch.randint(64, (2, 3))
+    pools = [torch.randn(400, 12, dtype=torch.float64) for _ in range(4)]
+    start, stride = torch.tensor([0, 100]), torch.tensor([50, 50])
+    meta = AttentionMetadata(token_mask=torch.ones(2, 3, dtype=torch.bool))
+
+    def inputs(first: list[int], second: list[int], shared: bool = False) -> PassInputs:
+        lengths = torch.tensor(first), torch.tensor(second)
+        both = (lengths[0], lengths[0]) if shared else lengths
+        caches = [CachedKV(*pools[2 * i : 2 * i + 2], start, stride, own, 40, 0) for i, own in enumerate(both)]
+        return PassInputs(tokens, meta, [*caches, None])
+
+    runner = graphs(tower)
+    for given in (inputs([3, 40], [1, 7]), inputs([30, 2], [0, 5]), inputs([3, 40], [], shared=True)):
+        expected = tower.layer_by_layer(*given)[0]
+        found = runner.run(tower, given)
+        assert found is not None
+        assert torch.allclose(found[0], expected, rtol=1e-11, atol=1e-11)
+    assert len(made) == 2
+    assert runner.disabled_reason is None
 
 
 def test_replaced_modules_and_hooks_disable_graphs(model: TwoTowerForCausalLM, made: list[int]) -> None:

@@ -163,9 +163,8 @@ def _eligible(tower: Tower, inputs: PassInputs) -> bool:
         return False
     if not 0 < inputs.tokens.numel() <= MAX_TOKENS or inputs.tokens.shape[1] > tower.spec.chunk_size:
         return False
-    return (
-        select("experts", tower.device, tower.embeddings.weight.dtype).name != "sorted-loop"
-    )  # sorted-loop reads on the host
+    experts = (select(op, tower.device, tower.embeddings.weight.dtype) for op in ("experts", "gated_experts"))
+    return all(backend.name != "sorted-loop" for backend in experts)  # sorted-loop reads on the host
 
 
 # --- shapes -----------------------------------------------------------------------------------------------------------
@@ -193,9 +192,11 @@ def _bucket_rows(inputs: PassInputs) -> int:
 def _shape_key(inputs: PassInputs) -> Hashable:
     """The part of the cache key of a graph that follows from the shapes of the inputs, without the rows."""
     layers: list[Hashable] = []
+    numbers = {key: i for i, key in enumerate(_layouts(inputs.past))}
     for own in inputs.past or ():
         if isinstance(own, CachedKV):
-            layers.append((own.max_length, own.uniform_stride, own.k.data_ptr(), own.v.data_ptr()))
+            pools = own.k.data_ptr(), own.v.data_ptr()
+            layers.append((own.max_length, own.uniform_stride, *pools, numbers[_layout_key(own)]))
         elif own is not None:
             layers.append(tuple(part.shape[1:] for part in own))
     meta = inputs.meta
@@ -212,24 +213,31 @@ def _shape_key(inputs: PassInputs) -> Hashable:
 # --- inputs -----------------------------------------------------------------------------------------------------------
 
 
+RowLayout = tuple[Tensor, Tensor, Tensor]  # start, stride and lengths of a `CachedKV`
+
+
+def _layout_key(cached: CachedKV) -> tuple[int, int, int]:
+    return id(cached.start), id(cached.stride), id(cached.lengths)
+
+
+def _layouts(past: list[LayerCache] | None) -> dict[tuple[int, int, int], RowLayout]:
+    """The row layouts of the KV caches, in the order of the layers. Layers that share their tensors have one."""
+    caches = (own for own in past or () if isinstance(own, CachedKV))
+    return {_layout_key(own): (own.start, own.stride, own.lengths) for own in caches}
+
+
 def _input_tensors(inputs: PassInputs) -> list[Tensor]:
-    """The input tensors of a pass that have a row dimension, in a fixed order. Layers may share their KV layout."""
+    """The input tensors of a pass that have a row dimension, in a fixed order."""
     out = [inputs.tokens]
     out += [part for part in (inputs.meta.token_mask, inputs.meta.start) if part is not None]
     for own in inputs.past or ():
         if isinstance(own, MambaCache):
             out += own
-    for layout in _row_layouts(inputs).values():
+    for layout in _layouts(inputs.past).values():
         out += layout
     for modulation in inputs.modulation or ():
         out += modulation
     return out
-
-
-def _row_layouts(inputs: PassInputs) -> dict[int, tuple[Tensor, Tensor, Tensor]]:
-    """Start, stride and lengths of each KV layout, once for all layers that share the tensors."""
-    cached = (own for own in inputs.past or () if isinstance(own, CachedKV))
-    return {id(own.start): (own.start, own.stride, own.lengths) for own in cached}
 
 
 def _static_inputs(inputs: PassInputs, rows: int) -> PassInputs:
@@ -242,10 +250,10 @@ def _static_inputs(inputs: PassInputs, rows: int) -> PassInputs:
     token_mask, start = (None if tensor is None else room(tensor) for tensor in (meta.token_mask, meta.start))
     meta = AttentionMetadata(token_mask=token_mask, causal=meta.causal, start=start)
     past: list[LayerCache] = []
-    layouts = {key: tuple(map(room, layout)) for key, layout in _row_layouts(inputs).items()}
+    layouts = {key: tuple(map(room, layout)) for key, layout in _layouts(inputs.past).items()}
     for own in inputs.past or ():
         if isinstance(own, CachedKV):
-            starts, stride, lengths = layouts[id(own.start)]
+            starts, stride, lengths = layouts[_layout_key(own)]
             past.append(own._replace(start=starts, stride=stride, lengths=lengths))
         else:
             past.append(None if own is None else MambaCache(*map(room, own)))

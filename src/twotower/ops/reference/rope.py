@@ -5,6 +5,7 @@
 
 from __future__ import annotations
 
+from functools import cache
 from typing import NamedTuple
 
 import torch
@@ -43,9 +44,21 @@ def norm_and_rotate(q: Tensor, k: Tensor, norms: HeadNorms | None, turn: Rotatio
 
 def rotation(positions: Tensor, rope: RopeSpec, dtype: torch.dtype) -> Rotation:
     """positions (B, L) → the rotation of each token in `dtype`, which is at least fp32."""
-    frequencies = torch.tensor(rope.inverse_frequencies, dtype=dtype, device=positions.device)
-    angles = positions[..., None].to(dtype) * frequencies
+    angles = positions[..., None].to(dtype) * frequencies(rope, dtype, positions.device)
     return Rotation(angles.cos() * rope.factor, angles.sin() * rope.factor, rope.interleaved)
+
+
+def frequencies(rope: RopeSpec, dtype: torch.dtype, device: torch.device) -> Tensor:
+    """The inverse frequencies (R / 2,), on the device: a pass that a CUDA graph captures copies nothing to it."""
+    if torch._C._len_torch_dispatch_stack():  # fake tensors, tracing: not kept beyond the mode
+        return torch.tensor(rope.inverse_frequencies, dtype=dtype, device=device)
+    return _resident(rope, dtype, device)
+
+
+@cache  # nothing is dropped: graphs hold the addresses
+def _resident(rope: RopeSpec, dtype: torch.dtype, device: torch.device) -> Tensor:
+    with torch.inference_mode(False), torch._C.DisableTorchFunction():  # as an ordinary tensor, whatever the caller
+        return torch.tensor(rope.inverse_frequencies, dtype=dtype, device=device)
 
 
 def rotate(x: Tensor, turn: Rotation) -> Tensor:
