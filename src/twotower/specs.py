@@ -102,7 +102,10 @@ class MoESpec:
 
 @dataclass(frozen=True, kw_only=True)
 class Mamba2Spec:
-    """A Mamba-2 mixer. norm: RMSNorm of the output within each group, after or before the gate, or none."""
+    """A Mamba-2 mixer. norm: RMSNorm of the output within each group, after or before the gate, or none.
+
+    input_bias, output_bias: of the projections in and out. factors: multiply z, x, B, C and dt after the projection.
+    """
 
     num_heads: int
     head_dim: int
@@ -110,11 +113,13 @@ class Mamba2Spec:
     num_groups: int
     conv_kernel: int
     conv_bias: bool = True
-    projection_bias: bool = False
+    input_bias: bool = False
+    output_bias: bool = False
     chunk_size: int = 128
     time_step_limit: tuple[float, float] = (0.0, float("inf"))
     time_step_init: tuple[float, float, float] = (0.001, 0.1, 1e-4)  # smallest, largest, floor
     norm: GateNorm = "after_gate"
+    factors: tuple[float, float, float, float, float] | None = None
 
     @property
     def inner(self) -> int:

@@ -21,6 +21,7 @@ from twotower.ops.reference.conv import causal_conv, causal_conv_sequential
 from twotower.ops.reference.experts import experts_dense, experts_gathered, experts_grouped, experts_sorted
 from twotower.ops.reference.ssd import final_state, pass_states, ssd_block, ssd_chunked, ssd_sequential
 from twotower.ops.registry import REGISTRY, report, select
+from twotower.ops.self_check_cases import ODD_SIZES, mamba_block_arguments
 
 pytestmark = pytest.mark.code_path
 F64 = torch.float64
@@ -49,6 +50,32 @@ def same(fast: Callable[..., Any], slow: Callable[..., Any], tensors: dict[str, 
             torch.testing.assert_close(
                 gradients[0][name], expected, rtol=1e-9, atol=1e-10, msg=lambda m, name=name: f"{name}: {m}"
             )
+
+
+# --- the output norm of Mamba -------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("backend", [backend.name for backend in REGISTRY["mamba_block"]])
+def test_the_gate_before_and_after_the_norm(backend: str) -> None:
+    kernel = next(b for b in REGISTRY["mamba_block"] if b.name == backend)
+    cpu = torch.device("cpu")
+    if (reason := kernel.unsupported_reason(cpu, torch.float32)) is not None:
+        pytest.skip(f"{backend} {reason}")
+    *arguments, weights = mamba_block_arguments(ODD_SIZES, 9, cpu, torch.float32)
+    gate = F.silu(arguments[0][..., : weights.inner])
+
+    def group_norm(x: Tensor) -> Tensor:
+        grouped = x.unflatten(-1, (weights.n_groups, -1))
+        return (grouped / (grouped.square().mean(-1, keepdim=True) + weights.eps).sqrt()).flatten(2)
+
+    gated, _ = kernel.function(*arguments, weights._replace(norm="none", norm_weight=None), True)
+    expected = {
+        "after_gate": group_norm(gated) * weights.norm_weight,
+        "before_gate": group_norm(gated / gate) * weights.norm_weight * gate,
+    }
+    for norm, out in expected.items():
+        found, _ = kernel.function(*arguments, weights._replace(norm=norm), True)
+        torch.testing.assert_close(found, out, rtol=1e-4, atol=1e-4)
 
 
 # --- SSD ----------------------------------------------------------------------------------------------------------

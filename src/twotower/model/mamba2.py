@@ -34,13 +34,23 @@ class Mamba2(nn.Module):
         super().__init__()
         self.spec, self.eps = spec, tower.norm_eps
         inner, heads = spec.inner, spec.num_heads
-        self.in_proj = Linear(tower.hidden_size, inner + spec.conv_dim + heads, bias=spec.projection_bias)
+        self.in_proj = Linear(tower.hidden_size, inner + spec.conv_dim + heads, bias=spec.input_bias)
         self.conv1d = CausalConv(spec.conv_dim, spec.conv_kernel, spec.conv_bias)
         self.dt_bias = nn.Parameter(torch.empty(heads))
         self.A_log = nn.Parameter(torch.empty(heads))
         self.D = nn.Parameter(torch.ones(heads))
-        self.norm = GatedGroupRMSNorm(inner)
-        self.out_proj = Linear(inner, tower.hidden_size, bias=spec.projection_bias)
+        self.norm = None if spec.norm == "none" else GatedGroupRMSNorm(inner)
+        self.out_proj = Linear(inner, tower.hidden_size, bias=spec.output_bias)
+
+    def project(self, hidden: Tensor) -> Tensor:
+        """hidden (B, L, H) → z | xBC | dt (B, L, …), times the factors."""
+        projected = self.in_proj(hidden)
+        spec = self.spec
+        if spec.factors is None:
+            return projected
+        bc = spec.num_groups * spec.state_size
+        parts = projected.split([spec.inner, spec.inner, bc, bc, spec.num_heads], dim=-1)
+        return torch.cat([part * factor for part, factor in zip(parts, spec.factors, strict=True)], dim=-1)
 
     def reset_parameters(self) -> None:
         """The initialisation of Mamba-2: decay rates 1…16, log-uniform time steps (`time_step_init`)."""
@@ -60,7 +70,7 @@ class Mamba2(nn.Module):
 
         The state after any prefix of the pass can be computed from the step inputs.
         """
-        projected, weights = self.in_proj(hidden), self.weights
+        projected, weights = self.project(hidden), self.weights
         window, state = (None, None) if past is None else past
         if hidden.shape[1] <= self.spec.chunk_size:
             block = select("mamba_block", projected.device, projected.dtype).function
@@ -81,7 +91,7 @@ class Mamba2(nn.Module):
         Returns the output (B, S, H) and a `MambaCache` of B·blocks rows.
         """
         weights = self.weights
-        z, xBC, dt, log_decay = split(self.in_proj(hidden), token_mask, weights)
+        z, xBC, dt, log_decay = split(self.project(hidden), token_mask, weights)
         blocks = starts_document.shape[1]
         window = windows(xBC).flatten(0, 1)
         xBC, dt, log_decay, z = (v.unflatten(1, (blocks, -1)).flatten(0, 1) for v in (xBC, dt, log_decay, z))
@@ -102,8 +112,10 @@ class Mamba2(nn.Module):
             self.dt_bias,
             self.A_log,
             self.D,
-            self.norm.weight,
+            None if self.norm is None else self.norm.weight,
             spec.num_groups,
+            spec.head_dim,
             self.eps,
             spec.time_step_limit,
+            spec.norm,
         )

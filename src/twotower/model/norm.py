@@ -31,7 +31,7 @@ class RMSNorm(nn.Module):
 class GatedGroupRMSNorm(nn.Module):
     """Holds the weight of the output norm of Mamba-2, which `ops.reference.mamba_block` computes.
 
-    The gate is applied first, then RMSNorm within each group.
+    RMSNorm within each group, before or after the gate is applied.
     """
 
     def __init__(self, width: int) -> None:

@@ -99,6 +99,7 @@ def mamba_weights(sizes: Sizes, device: torch.device, dtype: torch.dtype, bias: 
         randn(sizes.heads),
         randn(inner).to(dtype) * 0.2 + 1,
         sizes.groups,
+        sizes.width,
         1e-5,
         (0.01, 1.5),
     )

@@ -124,7 +124,7 @@ def spec_unsupported_reason(spec: TowerSpec) -> str | None:
         elif isinstance(mixer, MLPSpec):
             plain = _is_relu2(mixer)
         else:
-            plain = mixer.norm == "after_gate"
+            plain = mixer.norm == "after_gate" and mixer.factors is None
         if not plain:
             return f"an option of the {KIND_NAMES[layer.kind]} layers runs layer by layer"
     return None

@@ -22,6 +22,7 @@ from twotower.ops.precision import has_fast_bf16_matmul
 from twotower.ops.reference import attention as torch_attention
 from twotower.ops.reference import experts as torch_experts
 from twotower.ops.reference import int8, norm, routing
+from twotower.ops.reference import mamba_block as torch_mamba
 from twotower.ops.reference.attention import PLAIN, AttentionOptions, CachedKV
 from twotower.ops.reference.experts import PackedPair
 from twotower.ops.reference.kv_write import AppendPositions, TensorPair
@@ -214,6 +215,8 @@ def mamba_block(
     keep_step_inputs: bool = True,
 ) -> tuple[Tensor, MambaStepInputs | None]:
     """As `ops.reference.mamba_block.mamba_block`."""
+    if weights.norm != "after_gate":
+        return torch_mamba.mamba_block(projected, token_mask, window, state, weights, keep_step_inputs)
     projected = projected.contiguous()
     rows, length = projected.shape[:2]
     mixed = projected.new_empty(rows, length, weights.inner)

@@ -3,7 +3,7 @@
     z | xBC | dt = projected            xBC: padding zeroed; dt = softplus(dt + dt_bias), clamped, 0 at padding
     x | B | C = SiLU(conv(window ; xBC))
     y = scan(x, dt, B, C) from the state, + D·x
-    mixed = group RMSNorm(y · SiLU(z))
+    mixed = group RMSNorm(y · SiLU(z)), or group RMSNorm(y) · SiLU(z), or y · SiLU(z)
 
 `mamba_block` and `state_update` are the references of the kernels in `ops/triton/mamba_block.py`,
 `ops/triton/state_update.py` and `ops/cpu/mamba.h`. Everything but z is computed in at least fp32. H heads of width P, G
@@ -22,13 +22,14 @@ from twotower.ops.precision import accumulation_dtype
 from twotower.ops.reference.conv import causal_conv
 from twotower.ops.reference.kv_write import write_slots
 from twotower.ops.reference.ssd import final_state, ssd_block
+from twotower.specs import GateNorm
 
 
 class MambaWeights(NamedTuple):
     """The weights of a Mamba-2 mixer without its projections.
 
-    conv_weight (C, 1, K); conv_bias (C,) or None; dt_bias, A_log, D (H,); norm_weight (H·P,); time_step_limit: the
-    smallest and the largest dt.
+    conv_weight (C, 1, K); conv_bias (C,) or None; dt_bias, A_log, D (H,); norm_weight (H·P,), None without a norm;
+    head_dim: P; time_step_limit: the smallest and the largest dt; norm: as in `specs.Mamba2Spec`.
     """
 
     conv_weight: Tensor
@@ -36,22 +37,20 @@ class MambaWeights(NamedTuple):
     dt_bias: Tensor
     A_log: Tensor
     D: Tensor
-    norm_weight: Tensor
+    norm_weight: Tensor | None
     n_groups: int
+    head_dim: int
     eps: float
     time_step_limit: tuple[float, float]
+    norm: GateNorm = "after_gate"
 
     @property
     def inner(self) -> int:
-        return self.norm_weight.shape[0]
+        return self.heads * self.head_dim
 
     @property
     def heads(self) -> int:
         return self.A_log.shape[0]
-
-    @property
-    def head_dim(self) -> int:
-        return self.inner // self.heads
 
     @property
     def conv_dim(self) -> int:
@@ -156,20 +155,23 @@ def convolve(
 
 
 def gate_and_norm(y: Tensor, x: Tensor, z: Tensor, weights: MambaWeights) -> Tensor:
-    """y, x (B, L, H, P), z (B, L, H·P) → the gated norm of y + D·x, (B, L, H·P)."""
-    y = y + x * weights.D.to(x.dtype)[:, None]
-    return gated_group_norm(y.flatten(2), z, weights.norm_weight, weights.n_groups, weights.eps)
-
-
-def gated_group_norm(y: Tensor, z: Tensor, weight: Tensor, groups: int, eps: float) -> Tensor:
-    """RMSNorm(y · SiLU(z)) within each of `groups` groups, times weight.
-
-    y, z (..., width) → (..., width) in z's dtype. The gate is applied before the norm.
-    """
+    """y, x (B, L, H, P), z (B, L, H·P) → y + D·x, gated by z and normed, (B, L, H·P) in z's dtype."""
+    y = (y + x * weights.D.to(x.dtype)[:, None]).flatten(2)
     acc = accumulation_dtype(z.dtype)
-    gated = (y.to(acc) * F.silu(z.to(acc))).unflatten(-1, (groups, z.shape[-1] // groups))
-    normed = F.rms_norm(gated, gated.shape[-1:], eps=eps).flatten(-2)
-    return (normed * weight.to(acc)).to(z.dtype)
+    y, gate = y.to(acc), F.silu(z.to(acc))
+    if weights.norm_weight is None:
+        out = y * gate
+    elif weights.norm == "after_gate":
+        out = group_norm(y * gate, weights.norm_weight, weights.n_groups, weights.eps)
+    else:
+        out = group_norm(y, weights.norm_weight, weights.n_groups, weights.eps) * gate
+    return out.to(z.dtype)
+
+
+def group_norm(x: Tensor, weight: Tensor, groups: int, eps: float) -> Tensor:
+    """RMSNorm of x (..., width) within each of `groups` groups, times weight (width,), in x's dtype."""
+    grouped = x.unflatten(-1, (groups, x.shape[-1] // groups))
+    return F.rms_norm(grouped, grouped.shape[-1:], eps=eps).flatten(-2) * weight.to(x.dtype)
 
 
 def _updated(window: Tensor, state: Tensor, inputs: MambaStepInputs, accepted: Tensor) -> tuple[Tensor, Tensor]:

@@ -31,11 +31,11 @@ def mamba_block(
 ) -> tuple[Tensor, MambaStepInputs | None]:
     """As `twotower.ops.reference.mamba_block.mamba_block`, without gradients."""
     rows, length = projected.shape[:2]
-    if exceeds_one_program(length, weights.head_dim, weights.state_size) or not rows * length:
+    large = exceeds_one_program(length, weights.head_dim, weights.state_size)
+    if weights.norm != "after_gate" or large or not rows * length:
         return reference.mamba_block(projected, token_mask, window, state, weights, keep_step_inputs)
     projected = contiguous_from(projected, 2)
-    window = None if window is None else contiguous_from(window, 1)
-    state = None if state is None else contiguous_from(state, 1)
+    window, state = (None if part is None else contiguous_from(part, 1) for part in (window, state))
     mixed = projected.new_empty(rows, length, weights.inner)
     # The norm needs all heads of a group; `gated` holds them in fp32 until the last one is computed.
     gated = mixed if mixed.dtype == torch.float32 else torch.empty_like(mixed, dtype=torch.float32)
