@@ -26,6 +26,13 @@ BASE: dict[str, Any] = {
     "num_key_value_heads": 2, "max_position_embeddings": 512, "pad_token_id": 0, "bos_token_id": 1, "eos_token_id": 2,
     "initializer_range": 0.3,
 }  # fmt: skip
+MAMBA: dict[str, Any] = {
+    "mamba_n_heads": 8, "mamba_d_head": 12, "mamba_n_groups": 2, "mamba_d_state": 10, "mamba_chunk_size": 16,
+}  # fmt: skip
+MAMBA_ALONE: dict[str, Any] = {"num_heads": 8, "head_dim": 12, "n_groups": 2, "state_size": 10, "chunk_size": 16}
+FACTORS = {
+    "embedding_multiplier": 2.0, "logits_scaling": 0.5, "residual_multiplier": 0.4, "attention_multiplier": 0.2,
+}  # fmt: skip
 # model_type → what differs from `BASE`. Names with a colon are variants of a family.
 SHAPES: dict[str, dict[str, Any]] = {
     "llama": {"head_dim": 16, "tie_word_embeddings": True},
@@ -93,6 +100,26 @@ SHAPES: dict[str, dict[str, Any]] = {
     "olmoe:clipped": {
         "num_experts": 5, "intermediate_size": 24, "num_experts_per_tok": 2, "norm_topk_prob": True, "clip_qkv": 0.8,
         "attention_bias": True},
+    "granitemoehybrid": {
+        **MAMBA, **FACTORS, "num_hidden_layers": 4, "num_local_experts": 5, "num_experts_per_tok": 2,
+        "intermediate_size": 24, "shared_intermediate_size": 40, "tie_word_embeddings": True,
+        "layer_types": ["linear_attention", "full_attention", "linear_attention", "linear_attention"]},
+    "granitemoehybrid:rope": {
+        **MAMBA, "mamba_n_groups": 1, "mamba_conv_bias": False, "mamba_proj_bias": True, "num_local_experts": 4,
+        "num_experts_per_tok": 4, "intermediate_size": 16, "shared_intermediate_size": 24, "attention_bias": True,
+        "position_embedding_type": "rope", "time_step_limit": [0.02, 0.3],
+        "layer_types": ["full_attention", "linear_attention", "full_attention"]},
+    "granitemoehybrid:dense": {
+        **MAMBA, **FACTORS, "num_local_experts": 0, "shared_intermediate_size": 40, "position_embedding_type": "rope",
+        "layer_types": ["full_attention"] * 3},
+    "bamba": {**MAMBA, "num_hidden_layers": 4, "attn_layer_indices": [1]},
+    "bamba:biases": {
+        **MAMBA, "attn_layer_indices": [0, 2], "mamba_conv_bias": False, "mamba_proj_bias": True, "mlp_bias": True,
+        "attention_bias": True, "tie_word_embeddings": True, "mamba_n_groups": 4, "time_step_limit": [0.02, 0.3]},
+    "mamba2": {**MAMBA_ALONE, "num_hidden_layers": 4},
+    "mamba2:biases": {
+        **MAMBA_ALONE, "use_bias": True, "use_conv_bias": False, "n_groups": 1, "residual_in_fp32": False,
+        "tie_word_embeddings": True, "time_step_limit": [0.02, 0.3]},
 }  # fmt: skip
 
 
@@ -111,6 +138,12 @@ def hf_model(name: str, seed: int = 0) -> PreTrainedModel:
         for part, tensor in [*model.named_parameters(), *model.named_buffers()]:
             if part.endswith("norm.weight") or part.endswith(("_norm.weight", "layernorm.weight")):
                 tensor.add_(torch.randn_like(tensor) * 0.2)
+            elif part.endswith(".dt_bias"):
+                tensor.copy_(torch.randn_like(tensor) - 2)  # steps near 0.1: the state depends on tens of tokens
+            elif part.endswith(".A_log"):
+                tensor.copy_(torch.rand_like(tensor) * 2)
+            elif part.endswith(".D"):
+                tensor.add_(torch.randn_like(tensor) * 0.3)
             elif part.endswith("bias") and tensor.is_floating_point():
                 tensor.add_(torch.randn_like(tensor) * 0.1)
     return model.eval()

@@ -187,7 +187,7 @@ class GenericTwoTowerConfig(TwoTowerConfig):
         text = self.autoregressive
         self.block_size = block_size
         self.vocab_size, self.hidden_size = text.vocab_size, text.hidden_size
-        self.max_position_embeddings = text.max_position_embeddings
+        self.max_position_embeddings = getattr(text, "max_position_embeddings", None)  # Mamba-2 has no limit
         self.mask_token_id = _mask_token(mask_token_id, text.vocab_size)
         for name in ("bos_token_id", "eos_token_id", "pad_token_id"):
             kwargs.setdefault(name, getattr(text, name, None))
@@ -238,7 +238,8 @@ def autoregressive_config(raw: JsonObject) -> PretrainedConfig:
     from transformers import CONFIG_MAPPING
 
     nested = raw.get("text_config")
-    values = dict(nested) if isinstance(nested, dict) else dict(raw)
+    given = nested if isinstance(nested, dict) else raw
+    values: JsonObject = {key: _plain_numbers(value) for key, value in given.items()}
     if nested is not None and "tie_word_embeddings" in raw:
         values.setdefault("tie_word_embeddings", raw["tie_word_embeddings"])
     kind = values.pop("model_type", None)
@@ -322,10 +323,17 @@ def _check_kinds(kwargs: JsonObject) -> None:
 
 def _limits(value: object) -> object:
     """time_step_limit from JSON, where infinity is `Infinity` or an object of transformers."""
+    value = _plain_numbers(value)
     if not isinstance(value, list | tuple):
         return value
-    plain = [x.get("__float__") if isinstance(x, dict) else x for x in value]
-    return tuple(float(x) if isinstance(x, int | float) or x == "Infinity" else x for x in plain)
+    return tuple(float(x) if isinstance(x, int | float) or x == "Infinity" else x for x in value)
+
+
+def _plain_numbers(value: object) -> object:
+    """A value of a config.json without the objects that transformers writes for infinity."""
+    if isinstance(value, list | tuple):
+        return [_plain_numbers(part) for part in value]
+    return float("inf") if value == {"__float__": "Infinity"} else value
 
 
 def _mask_token(value: object, vocab_size: int) -> int | None:

@@ -8,7 +8,22 @@ from __future__ import annotations
 
 from twotower.config import GenericTwoTowerConfig, TwoTowerConfig
 from twotower.errors import ConfigError
-from twotower.families import gemma, glm4, granite, llama, mixtral, nemotron_h, olmo, olmoe, phi3, qwen_moe, smollm3
+from twotower.families import (
+    bamba,
+    gemma,
+    glm4,
+    granite,
+    granite_hybrid,
+    llama,
+    mamba2,
+    mixtral,
+    nemotron_h,
+    olmo,
+    olmoe,
+    phi3,
+    qwen_moe,
+    smollm3,
+)
 from twotower.families.family import Family
 from twotower.specs import TowerSpec
 
@@ -29,6 +44,9 @@ FAMILIES: tuple[Family, ...] = (
     qwen_moe.QWEN2_MOE,
     qwen_moe.QWEN3_MOE,
     olmoe.FAMILY,
+    granite_hybrid.FAMILY,
+    bamba.FAMILY,
+    mamba2.FAMILY,
 )
 BY_MODEL_TYPE: dict[str, Family] = {name: family for family in FAMILIES for name in family.model_types}
 
