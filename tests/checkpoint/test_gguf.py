@@ -32,6 +32,7 @@ ARCHITECTURES = {
 }  # fmt: skip
 # Values that transformers does not read from these files: it takes the defaults of its configuration class.
 NOT_READ: dict[str, dict[str, Any]] = {
+    "phi3": {"vocab_size": 32064, "pad_token_id": 32000},
     "qwen3": {"head_dim": 128},
     "qwen2_moe": {"moe_intermediate_size": 1408, "shared_expert_intermediate_size": 5632},
     "qwen3_moe": {"head_dim": 128, "moe_intermediate_size": 768},
