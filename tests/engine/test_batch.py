@@ -345,3 +345,15 @@ def test_rows_are_as_many_as_memory_allows(tmp_path: Path, model: TwoTowerForCau
     assert engine_for(model, lines, 60).rows == 9
     with pytest.raises(ArgumentError, match="MiB of state, more than the"):
         engine_for(model, lines, 6, memory=each - 1)
+
+
+def test_results_with_their_prompts_are_training_data(cli: Cli, tmp_path: Path, model: TwoTowerForCausalLM) -> None:
+    """An answer has the prompt and the text; an error has neither."""
+    source, out = tmp_path / "prompts.jsonl", tmp_path / "answers.jsonl"
+    lines = [{"prompt": "User: Hello.\nAssistant:"}, {"prompt": "User: Bye.\nAssistant:", "mode": "no mode"}]
+    source.write_text("".join(json.dumps(line) + "\n" for line in lines))
+    assert cli("batch", source, "-o", out, "-n", "4", "--with-prompt", "--dtype", "float32").code == 0
+    answer, error = map(json.loads, out.read_text().splitlines())
+    assert answer["prompt"] == lines[0]["prompt"]
+    assert answer["text"]
+    assert "prompt" not in error

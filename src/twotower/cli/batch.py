@@ -60,6 +60,11 @@ if TYPE_CHECKING:
     type=click.FloatRange(min=0, min_open=True),
     help="Maximum memory for KV caches and Mamba states, in GiB.  [default: enough for --rows rows]",
 )
+@click.option(
+    "--with-prompt",
+    is_flag=True,
+    help="Repeat the prompt in each result. The results are then training data for twotower train.",
+)
 @models.deterministic_option
 @models.dtype_option
 @models.quantization_option
@@ -73,6 +78,7 @@ def batch(
     seed: int,
     rows: int,
     memory: float | None,
+    with_prompt: bool,
     deterministic: bool,
     dtype: str,
     quantization: str,
@@ -96,10 +102,12 @@ def batch(
     shared |= {"mask_token_id": loaded.config.mask_token, "seed": seed, **values}
     lines = read_lines(prompts, loaded, shared, model_loading.name_of(source))
     with exclusive_lock(out, out):
-        _run(loaded, lines, out, rows, None if memory is None else int(memory * 2**30))
+        _run(loaded, lines, out, rows, None if memory is None else int(memory * 2**30), with_prompt)
 
 
-def _run(model: TwoTowerForCausalLM, lines: Sequence[Line], out: Path, rows: int, memory: int | None) -> None:
+def _run(
+    model: TwoTowerForCausalLM, lines: Sequence[Line], out: Path, rows: int, memory: int | None, with_prompt: bool
+) -> None:
     """Writes the missing answers. The exit code is 1 if no line has an answer."""
     from twotower.engine.jobs import count_answered, engine_for, has_answer, run_job
 
@@ -113,7 +121,7 @@ def _run(model: TwoTowerForCausalLM, lines: Sequence[Line], out: Path, rows: int
             rest = (len(lines) - written) * seconds / max(written - before, 1)
             update(f"{written} of {len(lines)} lines, {tokens / seconds:,.0f} tokens/s, {rest / 60:.1f} min left")
 
-        written, failed = run_job(engine, lines, out, progress, before)
+        written, failed = run_job(engine, lines, out, progress, before, with_prompt)
     earlier = f", {before} more by an earlier run" if before else ""
     errors = f", {failed} with an error" if failed else ""
     click.echo(f"{out}: {written} lines written{errors}{earlier}", err=True)

@@ -47,12 +47,13 @@ QUEUED_PER_ROW = 4  # requests in the engine for each of its rows: a slow one de
 
 @dataclass(frozen=True)
 class Line:
-    """A line of input: its request, or the error that prevents one."""
+    """A line of input: its request and prompt, or the error that prevents a request."""
 
     number: int
     digest: str  # of the line and of the inherited parameters
     id: object = None
     request: Request | None = None
+    prompt: str = ""
     error: str = ""
 
 
@@ -154,7 +155,7 @@ def _line(number: int, raw: bytes, digest: str, model: Towers, shared: dict[str,
         check_before_engine(model, params, [len(tokens)])  # before the engine exists: its size depends on the requests
     except (TwoTowerError, UnicodeError) as error:
         return Line(number, digest, name, error=str(error))
-    return Line(number, digest, name, request)
+    return Line(number, digest, name, request, prompt)
 
 
 def engine_for(model: Towers, lines: Sequence[Line], rows: int, memory: int | None = None) -> LLM:
@@ -196,10 +197,12 @@ def run_job(
     out: Path,
     progress: Callable[[int, int], object] | None = None,
     before: int | None = None,
+    with_prompt: bool = False,
 ) -> tuple[int, int]:
     """Appends the missing answers to `out` in order → the numbers of written lines and of errors among them.
 
     progress: called with the lines in `out` and the new tokens so far. before: what `count_answered` gave, if known.
+    with_prompt: whether an answer has its prompt.
     """
     written = start = count_answered(out, lines) if before is None else before
     failed = tokens = 0
@@ -224,7 +227,9 @@ def run_job(
             while written in answers:
                 line, answer = lines[written], answers.pop(written)
                 failed += bool(answer.get("error"))
-                own = {} if line.id is None else {"id": line.id}
+                own: dict[str, object] = {} if line.id is None else {"id": line.id}
+                if with_prompt and line.request is not None:
+                    own["prompt"] = line.prompt
                 file.write(to_json({"line": line.number, "digest": line.digest, **own, **answer}) + "\n")
                 written += 1
             file.flush()
