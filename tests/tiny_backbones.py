@@ -45,6 +45,9 @@ SHAPES: dict[str, dict[str, Any]] = {
     "llama:yarn": {"rope_parameters": {
         "rope_type": "yarn", "rope_theta": 1e4, "factor": 4.0, "original_max_position_embeddings": 128}},
     "mistral": {"head_dim": 16, "sliding_window": 24},
+    "ministral": {
+        "head_dim": 16, "sliding_window": 24,
+        "layer_types": ["sliding_attention", "full_attention", "sliding_attention"]},
     "qwen2": {"use_sliding_window": True, "sliding_window": 20, "max_window_layers": 1, "tie_word_embeddings": True},
     "qwen3": {"head_dim": 16},
     "smollm3": {"num_hidden_layers": 4, "tie_word_embeddings": True},
@@ -123,9 +126,9 @@ SHAPES: dict[str, dict[str, Any]] = {
 }  # fmt: skip
 
 
-def hf_config(name: str) -> Any:
-    """transformers' configuration of a tiny model."""
-    return CONFIG_MAPPING[name.partition(":")[0]](**(BASE | SHAPES[name]))
+def hf_config(name: str, options: Mapping[str, Any] | None = None) -> Any:
+    """transformers' configuration of a tiny model. options: in place of `SHAPES[name]`."""
+    return CONFIG_MAPPING[name.partition(":")[0]](**(BASE | (SHAPES[name] if options is None else options)))
 
 
 def hf_model(name: str, seed: int = 0) -> PreTrainedModel:
@@ -147,6 +150,28 @@ def hf_model(name: str, seed: int = 0) -> PreTrainedModel:
             elif part.endswith("bias") and tensor.is_floating_point():
                 tensor.add_(torch.randn_like(tensor) * 0.1)
     return model.eval()
+
+
+def hub_spelling(config: Mapping[str, Any], type_key: str = "rope_type") -> dict[str, Any]:
+    """config.json in the spelling of files before transformers 5, which most files on the hub have.
+
+    type_key: the key of the type of RoPE scaling, `rope_type` or the still older `type`.
+    """
+    out = dict(config) | {"torch_dtype": config["dtype"]}
+    del out["dtype"]
+    if "rope_parameters" not in out:
+        return out
+    out["rope_scaling"], rope = None, out.pop("rope_parameters")
+    if "full_attention" in rope:  # layers with a window have a frequency of their own, and no scaling
+        out["rope_local_base_freq"] = rope["sliding_attention"]["rope_theta"]
+        rope = rope["full_attention"]
+    for key in ("rope_theta", "partial_rotary_factor"):
+        if key in rope:
+            out[key] = rope[key]
+    if rope.get("rope_type", "default") != "default":
+        scaling = {key: value for key, value in rope.items() if key not in ("rope_theta", "partial_rotary_factor")}
+        out["rope_scaling"] = {type_key if key == "rope_type" else key: value for key, value in scaling.items()}
+    return out
 
 
 def save(name: str, directory: Path, **options: Any) -> PreTrainedModel:

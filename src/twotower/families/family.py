@@ -4,12 +4,14 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
-from typing import NamedTuple
+from typing import NamedTuple, TypeVar
 
 from transformers import PretrainedConfig
 
 from twotower.errors import ConfigError
 from twotower.specs import Activation, LayerSpec, TowerSpec
+
+Value = TypeVar("Value")
 
 
 class Rows(NamedTuple):
@@ -62,6 +64,16 @@ _ACTIVATIONS: dict[str, Activation] = {
     "gelu_new": "gelu_tanh",
     "relu2": "relu2",
 }
+
+
+def declared(config: PretrainedConfig, key: str, default: Value) -> Value:
+    """The value of a key if the family's configuration class declares it; the default otherwise.
+
+    A key in config.json that the class does not declare becomes an attribute of the configuration too. transformers'
+    model ignores it, for example `sliding_window` of a Llama model.
+    """
+    value: Value = getattr(config, key) if key in type(config).__dataclass_fields__ else default
+    return value
 
 
 def activation(config: PretrainedConfig, key: str = "hidden_act") -> Activation:

@@ -10,7 +10,7 @@ from dataclasses import replace
 from transformers import PretrainedConfig
 
 from twotower.errors import ConfigError
-from twotower.families.family import Family, Names, activation, head_dim, kv_head_count
+from twotower.families.family import Family, Names, activation, declared, head_dim, kv_head_count
 from twotower.families.rope import rope_spec
 from twotower.specs import AttentionSpec, LayerSpec, MLPSpec, RopeSpec, TowerSpec
 
@@ -42,7 +42,7 @@ def attention(config: PretrainedConfig) -> AttentionSpec:
 def mlp(config: PretrainedConfig) -> MLPSpec:
     """The gated MLP of a configuration."""
     return MLPSpec(
-        width=config.intermediate_size, activation=activation(config), bias=getattr(config, "mlp_bias", False)
+        width=config.intermediate_size, activation=activation(config), bias=declared(config, "mlp_bias", False)
     )
 
 
@@ -64,15 +64,18 @@ def windows(config: PretrainedConfig) -> list[int | None]:
     """The window of each layer: `sliding_window` where `layer_types` says so, or everywhere without `layer_types`.
 
     Raises:
-        ConfigError: a layer has another type.
+        ConfigError: a layer has another type, or the window is empty.
     """
-    types = getattr(config, "layer_types", None) or ["sliding_attention"] * config.num_hidden_layers
+    given: list[str] | None = declared(config, "layer_types", None)
+    types = given or ["sliding_attention"] * config.num_hidden_layers
     unknown = sorted(set(types) - {"sliding_attention", "full_attention"})
     if unknown:
         raise ConfigError(
             f"config: layer_types has {unknown[0]!r}; supported are 'sliding_attention' and 'full_attention'"
         )
-    window = getattr(config, "sliding_window", None)
+    window: int | None = declared(config, "sliding_window", None)
+    if "sliding_attention" in types and window is not None and window < 1:
+        raise ConfigError(f"config: sliding_window is {window}; it must be at least 1")
     return [window if kind == "sliding_attention" else None for kind in types]
 
 

@@ -25,7 +25,8 @@ def rope_spec(
     partial: whether the family reads `partial_rotary_factor`, the part of a head that turns.
 
     Raises:
-        ConfigError: the type of scaling is not supported, or the family has no `partial_rotary_factor`.
+        ConfigError: the type of scaling is not supported, or is not where transformers reads it, or the family has no
+            `partial_rotary_factor`.
     """
     parameters = config.rope_parameters
     if layer_type is not None and layer_type in parameters:
@@ -35,6 +36,8 @@ def rope_spec(
     kind = parameters["rope_type"]
     if kind not in STATIC:
         raise ConfigError(f"config: rope_type is {kind!r}; supported are {', '.join(STATIC)}")
+    if kind == "default" and parameters.get("type", kind) != kind:  # transformers reads `type` only in some families
+        raise ConfigError(f"config: the type of RoPE scaling is {parameters['type']!r}; write it as rope_type")
     part = parameters.get("partial_rotary_factor", 1.0)
     if part != 1.0 and not partial:
         raise ConfigError(
