@@ -165,7 +165,7 @@ REFUSED = {
     "activation": ({"mlp_hidden_act": "gelu"}, "mlp_hidden_act is 'gelu'; only 'relu2' is supported"),
     "tied": ({"tie_word_embeddings": True}, "tie_word_embeddings is True"),
     "window": ({"sliding_window": 128}, "sliding_window is 128"),
-    "latent experts": ({"moe_latent_size": 8}, "moe_latent_size is 8"),
+    "latent experts": ({"moe_latent_size": 0}, "moe_latent_size is 0; it must be a positive integer, or absent"),
     "mask token": ({"mask_token_id": 256}, "mask_token_id is 256; it must be a token id from 0 to 255"),
     "dtype": ({"torch_dtype": "bloat16"}, "torch_dtype is 'bloat16'"),
     "model type": ({"model_type": "llama"}, "model_type is 'llama'; a two-tower model has 'nemotron_h'"),

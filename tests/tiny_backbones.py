@@ -30,6 +30,11 @@ MAMBA: dict[str, Any] = {
     "mamba_n_heads": 8, "mamba_d_head": 12, "mamba_n_groups": 2, "mamba_d_state": 10, "mamba_chunk_size": 16,
 }  # fmt: skip
 MAMBA_ALONE: dict[str, Any] = {"num_heads": 8, "head_dim": 12, "n_groups": 2, "state_size": 10, "chunk_size": 16}
+NEMOTRON_H: dict[str, Any] = {
+    "head_dim": 16, "mamba_num_heads": 8, "mamba_head_dim": 12, "n_groups": 2, "ssm_state_size": 10, "chunk_size": 16,
+    "n_routed_experts": 6, "num_experts_per_tok": 2, "moe_intermediate_size": 24, "routed_scaling_factor": 1.5,
+    "moe_shared_expert_intermediate_size": 28, "time_step_limit": [1e-3, float("inf")],
+}  # fmt: skip
 FACTORS = {
     "embedding_multiplier": 2.0, "logits_scaling": 0.5, "residual_multiplier": 0.4, "attention_multiplier": 0.2,
 }  # fmt: skip
@@ -115,6 +120,10 @@ SHAPES: dict[str, dict[str, Any]] = {
     "granitemoehybrid:dense": {
         **MAMBA, **FACTORS, "num_local_experts": 0, "shared_intermediate_size": 40, "position_embedding_type": "rope",
         "layer_types": ["full_attention"] * 3},
+    "nemotron_h": {**NEMOTRON_H, "layers_block_type": ["linear_attention", "moe", "full_attention", "mlp"]},
+    "nemotron_h:latent": {
+        **NEMOTRON_H, "moe_latent_size": 20, "mlp_bias": True, "norm_topk_prob": False,
+        "layers_block_type": ["moe", "linear_attention", "moe", "full_attention"]},
     "bamba": {**MAMBA, "num_hidden_layers": 4, "attn_layer_indices": [1]},
     "bamba:biases": {
         **MAMBA, "attn_layer_indices": [0, 2], "mamba_conv_bias": False, "mamba_proj_bias": True, "mlp_bias": True,

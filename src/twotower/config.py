@@ -42,7 +42,6 @@ _ONLY_SUPPORTED: dict[str, tuple[object, ...]] = {
     "mamba_hidden_act": ("silu",),
     "mlp_hidden_act": ("relu2",),
     "sliding_window": (None,),
-    "moe_latent_size": (None,),
     "tie_word_embeddings": (False,),
     "rope_scaling": (None,),  # the attention has no position embedding
 }

@@ -52,6 +52,7 @@ class NemotronHFields:
     n_routed_experts: int = 8
     num_experts_per_tok: int = 2
     moe_intermediate_size: int = 7688
+    moe_latent_size: int | None = None
     moe_shared_expert_intermediate_size: int = 7688
     n_group: int = 1
     topk_group: int = 1
@@ -117,6 +118,7 @@ def _is_number(value: object) -> bool:
 # The allowed values of a field of each type, in words and as a function.
 _EXPECTED: dict[str, tuple[str, Callable[[object], bool]]] = {
     "int": ("a positive integer", lambda v: isinstance(v, int) and not isinstance(v, bool) and v > 0),
+    "int | None": ("a positive integer, or absent", lambda v: v is None or _EXPECTED["int"][1](v)),
     "float": ("a number of at least 0", _is_number),
     "bool": ("true or false", lambda v: isinstance(v, bool)),
     "str": ("a string", lambda v: isinstance(v, str)),

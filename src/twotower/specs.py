@@ -76,7 +76,8 @@ class MoESpec:
     experts: the number of experts; top_k: those of a token. scores: of the router. normalise: the selected scores are
     divided by their sum. factor: multiplies the expert weights. num_groups, top_groups: experts are selected within the
     best groups. correction_bias: a bias per expert changes the selection only. shared_gate: the shared expert's output
-    is multiplied by the sigmoid of a projection. latent: width at which the routed experts work; None: hidden_size.
+    is multiplied by the sigmoid of a projection. latent: width at which the routed experts work, between two
+    projections, which have biases if latent_bias; None: hidden_size.
     """
 
     experts: int
@@ -91,6 +92,7 @@ class MoESpec:
     top_groups: int = 1
     correction_bias: bool = False
     latent: int | None = None
+    latent_bias: bool = False
 
     def __post_init__(self) -> None:
         if not 1 <= self.top_k <= self.experts:

@@ -518,7 +518,7 @@ WRONG: dict[str, tuple[Callable[[Path], object], tuple[str, ...]]] = {
     "no pattern": (without_pattern, ("hybrid_override_pattern",)),
     "odd pattern": (configured(hybrid_override_pattern="M*X-M"), ("hybrid_override_pattern", "X")),
     "quantised": (configured(quantization_config={"quant_method": "fp8"}), ("quantised",)),
-    "latent experts": (configured(moe_latent_size=8), ("moe_latent_size", "8")),
+    "latent experts": (configured(moe_latent_size=8), ("fc1_latent_proj", "missing")),
     "gelu": (configured(mlp_hidden_act="gelu"), ("mlp_hidden_act", "gelu")),
     "no weights": (lambda source: (source / SINGLE_FILE).unlink(), ("give a directory with weights",)),
     "truncated": (truncate, (SINGLE_FILE, "not a complete safetensors file")),

@@ -114,7 +114,9 @@ def test_tiny_models_equal_transformers_in_float64(name: str, tmp_path: Path) ->
 
 
 WITH_EXPERTS = [
-    name for name in SHAPES if SHAPES[name].get("num_experts", 0) or SHAPES[name].get("num_local_experts", 0)
+    name
+    for name, options in SHAPES.items()
+    if any(options.get(key) for key in ("num_experts", "num_local_experts", "n_routed_experts"))
 ]
 
 

@@ -24,6 +24,7 @@ MODELS = {
     "expert groups, one kept": ("EM*E", {"n_routed_experts": 12, "n_group": 4, "topk_group": 2}),
     "one expert group, no normalisation": ("ME*E", {"n_group": 1, "norm_topk_prob": False, "num_experts_per_tok": 1}),
     "no convolution bias, one Mamba group": ("M-M*", {"use_conv_bias": False, "n_groups": 1, "chunk_size": 5}),
+    "latent experts with biases": ("ME*E", {"moe_latent_size": 20, "mlp_bias": True, "n_group": 1}),
     "attention without grouping": ("*-*M", {"num_key_value_heads": 4, "head_dim": 20}),
 }
 

@@ -53,6 +53,8 @@ def spec_of(fields: NemotronHFields) -> TowerSpec:
             num_groups=fields.n_group,
             top_groups=fields.topk_group,
             correction_bias=True,
+            latent=fields.moe_latent_size,
+            latent_bias=fields.mlp_bias,
         ),
         "-": _mlp(fields.intermediate_size, bias=fields.mlp_bias),
     }

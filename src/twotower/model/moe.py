@@ -135,8 +135,8 @@ class MoE(nn.Module):
         self.gate = Router(spec, hidden)
         self.experts = Experts(spec, spec.latent or hidden)
         if spec.latent is not None:
-            self.fc1_latent_proj = Linear(hidden, spec.latent, bias=spec.expert.bias)
-            self.fc2_latent_proj = Linear(spec.latent, hidden, bias=spec.expert.bias)
+            self.fc1_latent_proj = Linear(hidden, spec.latent, bias=spec.latent_bias)
+            self.fc2_latent_proj = Linear(spec.latent, hidden, bias=spec.latent_bias)
         if spec.shared is not None:
             self.shared_experts = MLP(spec.shared, hidden)
         if spec.shared_gate:
