@@ -24,7 +24,6 @@ from twotower.decoding.stopping import Detokenizer
 from twotower.decoding.structured import Constraint
 from twotower.decoding.unmasking import POLICIES, Pass, Verdict, register_policy
 from twotower.engine import admitter, context_step, core, denoiser_ar, denoiser_step, drafting
-from twotower.engine.async_llm import EventCallback
 from twotower.engine.engine_options import EngineOptions
 from twotower.engine.rounds import Rounds
 from twotower.errors import ArgumentError, TwoTowerError
@@ -448,17 +447,24 @@ def test_an_async_engine_that_cannot_continue_is_not_alive(model: TwoTowerForCau
         asyncio.run(ask())
 
 
+class Always(Fault):
+    """Raises at every call."""
+
+    def poisoned(self, *_: Any, **__: Any) -> bool:
+        return True
+
+
 def test_streams_go_on_beside_a_callback_that_raises(model: TwoTowerForCausalLM) -> None:
     """An exception in the callback of one request keeps no event from another request."""
     request = Request([5, 6], GenerationParams.of(mode="ar", max_new_tokens=6))
 
     async def ask() -> None:
         asyncio.get_running_loop().set_exception_handler(lambda *_: None)
-        with AsyncLLM(LLM(model, rows=2, length=LENGTH)) as engine:
-            callback: EventCallback = Fault(print, at=1)
-            cancel = engine.subscribe(request, callback)
-            result = await asyncio.wait_for(engine.generate(request), 60)
-            cancel()
+        with AsyncLLM(LLM(model, rows=3, length=LENGTH)) as engine:
+            cancels = [engine.subscribe(request, Always(print)), engine.subscribe(request, Always(print))]
+            result = await asyncio.wait_for(engine.generate(request), 20)
+            for cancel in cancels:
+                cancel()
             assert result.tokens == alone(model, request).tokens
             assert engine.alive
 
