@@ -15,6 +15,7 @@ from typing import Any
 import httpx
 import pytest
 from serving import LENGTH, RunningServer, events_of, expected_output, serving, wait_until
+from test_stopping import TOKENIZER
 
 from twotower.server.choices import MAX_SCORES
 from twotower.server.request_schemas import MAX_FORMAT_SIZE, MAX_MESSAGES, MAX_PROMPTS
@@ -81,6 +82,26 @@ def test_a_huge_body_is_refused_at_once(served: RunningServer, name: str) -> Non
     error = error_of(served.post(path, content))
     assert time.monotonic() - started < SECONDS
     assert (error["param"] or "").startswith(field)
+
+
+@pytest.mark.parametrize("name", ["text", "chat"])
+def test_a_text_that_is_too_long_is_not_encoded(
+    served: RunningServer, monkeypatch: pytest.MonkeyPatch, name: str
+) -> None:
+    """Encoding it took seconds, in which other prompts waited."""
+    encoded: list[int] = []
+    encode = type(TOKENIZER).__call__
+
+    def note(self: Any, text: str, **options: Any) -> Any:
+        encoded.append(len(text))
+        return encode(self, text, **options)
+
+    monkeypatch.setattr(type(TOKENIZER), "__call__", note)
+    path, body, field = HUGE[name]
+    assert error_of(served.post(path, body()))["param"] == field
+    assert encoded == []
+    assert served.complete("the quick", max_tokens=1).status_code == 200
+    assert encoded == [len("the quick")]
 
 
 SOURCES: dict[str, dict[str, Any]] = {
