@@ -123,7 +123,7 @@ def test_fields_of_other_families_change_nothing(model_type: str, field: str) ->
         assert tower_spec(GenericTwoTowerConfig(backbone={**config, field: STRAYS[field]})) == expected
 
 
-@pytest.mark.parametrize("name", SHAPES)
+@pytest.mark.parametrize("name", [name for name in SHAPES if not name.startswith("nemotron_h")])
 @pytest.mark.parametrize("type_key", ["rope_type", "type"])
 def test_all_spellings_give_the_same_tower(name: str, type_key: str) -> None:
     written = json.loads(json.dumps(hf_config(name).to_dict() | {"dtype": "float32"}))
