@@ -89,7 +89,9 @@ SHAPES: dict[str, dict[str, Any]] = {
     "granite": {
         "embedding_multiplier": 12.0, "logits_scaling": 4.0, "residual_multiplier": 0.22,
         "attention_multiplier": 0.125, "tie_word_embeddings": True},
-    "granite:biases": {"attention_bias": True, "mlp_bias": True, "head_dim": 16, "residual_multiplier": 0.3},
+    "granite:biases": {
+        "attention_bias": True, "mlp_bias": True, "head_dim": 16, "residual_multiplier": 0.3,
+        "attention_multiplier": 0.4},
     "glm4": {"head_dim": 16},
     "glm4:options": {"head_dim": 16, "partial_rotary_factor": 0.25, "attention_bias": False, "hidden_act": "gelu"},
     "mixtral": {"num_local_experts": 5, "num_experts_per_tok": 2, "intermediate_size": 24, "sliding_window": None},
