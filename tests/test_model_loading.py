@@ -9,8 +9,7 @@ import pytest
 import torch
 from command import Result
 
-from twotower import bundled_model, model_loading
-from twotower.runners import packed_weights
+from twotower import bundled_model, model_loading, system_memory
 
 GIB = 1 << 30
 SMALL, LARGE = 10_000_000, model_loading.FP32_BELOW
@@ -18,7 +17,7 @@ SMALL, LARGE = 10_000_000, model_loading.FP32_BELOW
 
 @pytest.fixture(autouse=True)
 def _enough_memory(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(packed_weights, "available_memory", lambda: GIB)
+    monkeypatch.setattr(system_memory, "available_memory", lambda: GIB)
 
 
 @pytest.mark.parametrize(
@@ -43,7 +42,7 @@ def test_auto_is_fp32_for_small_models_on_a_cpu(
     expected: torch.dtype,
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
-    monkeypatch.setattr(packed_weights, "available_memory", lambda: free)
+    monkeypatch.setattr(system_memory, "available_memory", lambda: free)
     assert model_loading.auto_dtype(stored, parameters, devices) == expected
 
 

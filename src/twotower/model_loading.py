@@ -97,7 +97,7 @@ def auto_dtype(stored: torch.dtype, parameters: int, devices: Iterable[str]) -> 
     """The dtype of computation that "auto" means, for a model of `parameters` stored in `stored`, on `devices`."""
     import torch
 
-    from twotower.runners.packed_weights import available_memory
+    from twotower.system_memory import available_memory
 
     on_cpu = any(torch.device(device).type == "cpu" for device in devices)
     if stored != torch.bfloat16 or not on_cpu or parameters >= FP32_BELOW:

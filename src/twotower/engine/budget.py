@@ -14,7 +14,7 @@ import torch
 from twotower.cache.hybrid_cache import state_bytes
 from twotower.engine.towers import Towers
 from twotower.errors import ArgumentError, LengthError
-from twotower.runners.packed_weights import available_memory
+from twotower.system_memory import available_memory
 
 PREFIX_SHARE = 0.2  # of the memory, for the prefix cache
 ALWAYS_FREE = 2**28  # bytes; smaller needs are not compared with the free memory

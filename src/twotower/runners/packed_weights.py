@@ -6,9 +6,7 @@ weight itself.
 
 from __future__ import annotations
 
-import os
 from collections.abc import Iterator
-from pathlib import Path
 
 import torch
 from torch import Tensor, nn
@@ -18,6 +16,7 @@ from twotower.model.linear import Linear, TiedHead
 from twotower.model.moe import Experts
 from twotower.ops.cpu import kernels
 from twotower.ops.cpu.packed_weights import PackedWeight, packed_size
+from twotower.system_memory import available_memory
 
 MAX_MEMORY_FRACTION = 0.5  # of the free memory, for packing without a request
 
@@ -75,16 +74,3 @@ def unpack_weights(model: nn.Module) -> None:
     """Frees the packed copies."""
     for _, packed in packable_weights(model):
         packed.release()
-
-
-def available_memory() -> int | None:
-    """Bytes of memory available without swapping; None if the system does not report them."""
-    try:
-        lines = Path("/proc/meminfo").read_text(encoding="utf-8").splitlines()
-        return next(int(line.split()[1]) * 1024 for line in lines if line.startswith("MemAvailable:"))
-    except (OSError, StopIteration, ValueError):
-        pass
-    try:
-        return os.sysconf("SC_AVPHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
-    except (AttributeError, OSError, ValueError):
-        return None
