@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 import pty
+import signal
 import subprocess
 import sys
 from pathlib import Path
@@ -45,7 +46,14 @@ def run_with_module(folder: Path, module: str, source: str, *before: str) -> sub
     (folder / f"{module}.py").write_text(source)
     path = os.pathsep.join([str(folder), os.environ.get("PYTHONPATH", "")])
     command = [*before, *COMMAND, "generate", "hi"]
-    return subprocess.run(command, capture_output=True, text=True, check=False, env=os.environ | {"PYTHONPATH": path})
+    return subprocess.run(
+        command,
+        capture_output=True,
+        text=True,
+        check=False,
+        env=os.environ | {"PYTHONPATH": path},
+        preexec_fn=lambda: signal.signal(signal.SIGINT, signal.SIG_DFL),  # off if the tests run in the background
+    )
 
 
 INTERRUPTED_IMPORT = """
