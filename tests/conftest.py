@@ -19,10 +19,11 @@ from twotower import TwoTowerConfig, TwoTowerForCausalLM
 from twotower.cli.main import run_cli
 from twotower.model.conditioning import TimeConditioning
 from twotower.model.fp32_tensors import cast
-from twotower.model.linear import Linear
+from twotower.model.linear import Linear, TiedHead
 from twotower.model.mamba2 import Mamba2
 from twotower.model.moe import Experts, Router
 from twotower.model.norm import GatedGroupRMSNorm, RMSNorm
+from twotower.model.tower import Tower
 from twotower.ops.cpu import library
 
 library.library()  # compiles now, so that the compiler does not write to stderr during a test
@@ -106,23 +107,27 @@ def random_two_tower(config: TwoTowerConfig, seed: int, dtype: torch.dtype) -> T
         model = TwoTowerForCausalLM(config)
         with torch.no_grad():
             for module in model.modules():
-                _randomise(module)
+                _randomise(module, config.vocab_size)
+                if isinstance(module, Tower) and isinstance(module.head, TiedHead):
+                    module.embeddings.weight *= 3.0 * config.hidden_size**-0.5
     cast(model, dtype)
     return model.eval()
 
 
-def _randomise(module: nn.Module) -> None:
+def _randomise(module: nn.Module, vocab_size: int) -> None:
     """Draws a module's own parameters anew, at a scale that keeps activations near 1."""
     match module:
         case Linear():
             nn.init.normal_(module.weight, std=module.in_features**-0.5)
             if module.bias is not None:
                 nn.init.normal_(module.bias, std=0.1)
-            if module.out_features == SHAPE["vocab_size"]:
+            if module.out_features == vocab_size:
                 module.weight *= 3.0  # the heads
         case nn.Embedding():
             nn.init.normal_(module.weight)
-        case RMSNorm() | GatedGroupRMSNorm():
+        case RMSNorm():
+            nn.init.normal_(module.weight, mean=1.0 - module.offset, std=0.2)
+        case GatedGroupRMSNorm():
             nn.init.normal_(module.weight, mean=1.0, std=0.2)
         case Router():
             nn.init.normal_(module.weight, std=module.weight.shape[1] ** -0.5)
@@ -130,10 +135,8 @@ def _randomise(module: nn.Module) -> None:
             if module.e_score_correction_bias is not None:
                 module.e_score_correction_bias.uniform_(0.0, 0.3)
         case Experts():
-            if module.gated:
-                nn.init.normal_(module.gate_proj, std=module.gate_proj.shape[2] ** -0.5)
-            nn.init.normal_(module.up_proj, std=module.up_proj.shape[2] ** -0.5)
-            nn.init.normal_(module.down_proj, std=module.down_proj.shape[2] ** -0.5)
+            for weight in module.parameters(recurse=False):
+                nn.init.normal_(weight, std=weight.shape[2] ** -0.5)
         case Mamba2():
             nn.init.normal_(module.conv1d.weight, std=0.5)
             if module.conv1d.bias is not None:

@@ -9,6 +9,7 @@ import numpy as np
 import torch
 import torch.nn.functional as F
 from conftest import EVERY_KIND, build_random_model
+from tiny_backbones import two_tower
 from torch import Tensor
 
 from twotower import TwoTowerForCausalLM
@@ -79,10 +80,17 @@ def case(
     scope: NoiseScope = "block",
     dtype: torch.dtype = torch.float64,
     rows: Sequence[Sequence[tuple[int, Kind]]] = ROWS,
+    backbone: str | None = None,
     **overrides: object,
 ) -> Case:
-    """A case in which all weights are random, those of time conditioning included: no modulation is the identity."""
-    model = build_random_model(pattern, seed=8, dtype=dtype, **overrides)
+    """A case in which all weights are random, those of time conditioning included: no modulation is the identity.
+
+    backbone: a name of `tiny_backbones.SHAPES`, instead of the pattern.
+    """
+    if backbone is None:
+        model = build_random_model(pattern, seed=8, dtype=dtype, **overrides)
+    else:
+        model = two_tower(backbone, dtype, seed=8, **overrides)
     batch = packed(rows, block_size, seed=1)
     noise = corrupt(batch, block_size, seed=4, scope=scope)
     assert noise.masked.any(1).all()

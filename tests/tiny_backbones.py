@@ -192,10 +192,17 @@ def save(name: str, directory: Path, **options: Any) -> PreTrainedModel:
     return model
 
 
-def two_tower(name: str, dtype: torch.dtype = torch.float32, seed: int = 0) -> TwoTowerForCausalLM:
-    """A tiny two-tower model with random weights in both towers, without a checkpoint."""
-    config = GenericTwoTowerConfig(backbone=hf_config(name).to_dict(), mask_token_id=3)
-    return random_two_tower(config, seed, dtype)
+def two_tower(
+    name: str, dtype: torch.dtype = torch.float32, seed: int = 0, **overrides: object
+) -> TwoTowerForCausalLM:
+    """A tiny two-tower model with random weights in both towers, without a checkpoint.
+
+    overrides: keys of the backbone's config.json.
+    """
+    backbone = hf_config(name).to_dict() | overrides
+    if backbone["model_type"] == MODEL_TYPE:
+        return random_two_tower(TwoTowerConfig.of(hf_config(name)), seed, dtype)
+    return random_two_tower(GenericTwoTowerConfig(backbone=backbone, mask_token_id=3), seed, dtype)
 
 
 class _Float64(TorchFunctionMode):

@@ -131,7 +131,7 @@ class Varied(DenoisingObjective):
             return super().hidden(batch, noise, block_size)
         layout = Layout(batch.document, block_size, chosen=blocks_with_masks(noise, block_size))
         with torch.no_grad():
-            clean = self._embed_clean(batch.tokens)
+            clean = self.context.embed(batch.tokens)
             for unit in self.units:
                 clean, _ = unit(clean, None, None, layout)
             clean = self.context_norm_f(clean)

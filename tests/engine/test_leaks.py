@@ -30,7 +30,7 @@ def trained_blocks(step: Case) -> list[Block]:
 def logits_of(training: DenoisingObjective, batch: Batch, noise: Corruption, block_size: int) -> Tensor:
     """Logits (B, S, V); blocks without a mask are not denoised."""
     hidden, _ = training.hidden(batch, noise, block_size)
-    return training.head(hidden)
+    return training.denoiser.logits(hidden)
 
 
 # --- by perturbation ----------------------------------------------------------------------------------------------

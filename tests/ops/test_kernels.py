@@ -411,7 +411,7 @@ def test_block_attention(kv_heads: int, block: str, context: str) -> None:
 @pytest.mark.parametrize("tile", [3, 4, 11])
 @pytest.mark.parametrize("own", [False, True])
 def test_tiled_attention(kv_heads: int, tile: int, own: bool) -> None:
-    """Each query attends to the keys of its mask row: k up to the tile's end and, with `own`, the tile's own keys."""
+    """Each query attends to the keys of its mask row: k from `first` to the tile's end; `own`: the tile's own keys."""
     torch.manual_seed(0)
     length = 11
     heads = {"q": 4, **dict.fromkeys("kv", kv_heads), **dict.fromkeys(("own_k", "own_v") if own else (), kv_heads)}
@@ -423,8 +423,11 @@ def test_tiled_attention(kv_heads: int, tile: int, own: bool) -> None:
         past[:, lo:hi, hi:] = False
         present[:, lo:hi, :lo] = present[:, lo:hi, hi:] = False
         (present if own else past)[:, range(lo, hi), range(lo, hi)] = True  # every query has a visible key
-        mask = torch.cat([past[:, lo:hi, :hi], present[:, lo:hi, lo:hi]], dim=-1) if own else past[:, lo:hi, :hi]
-        tiles.append(QueryTile(lo, hi, mask[:, None]))
+        first = lo // 2  # as with a window
+        past[:, lo:hi, :first] = False
+        mask = past[:, lo:hi, first:hi]
+        mask = torch.cat([mask, present[:, lo:hi, lo:hi]], dim=-1) if own else mask
+        tiles.append(QueryTile(lo, hi, mask[:, None], first))
 
     def fast(q: Tensor, k: Tensor, v: Tensor, own_k: Tensor | None = None, own_v: Tensor | None = None) -> Tensor:
         return tiled_attention(q, k, v, tiles, None if own_k is None or own_v is None else (own_k, own_v))
@@ -478,7 +481,8 @@ def test_layout_windows(block_size: int, taps: int) -> None:
 
 @pytest.mark.parametrize("length", [20, 2 * TILE + 20])
 @pytest.mark.parametrize("block_size", [1, 4])
-def test_layout_tiles(length: int, block_size: int) -> None:
+@pytest.mark.parametrize("window", [None, 1, 3, 4, 5, 150])
+def test_layout_tiles(length: int, block_size: int, window: int | None) -> None:
     """The visible keys, query by query."""
     documents = F.pad(DOCUMENTS, (length - 20, 0), value=0)
     layout = Layout(documents, block_size)
@@ -486,19 +490,25 @@ def test_layout_tiles(length: int, block_size: int) -> None:
     together = documents[:, :, None] == documents[:, None]
     block = key // block_size
     causal = together & (key <= query)
-    past = together & context_visible(key, query[:, 0] // block_size * block_size)
+    start = query // block_size * block_size
+    past = together & (key < start)
+    if window is not None:
+        causal, past = causal & (query - key < window), past & (key >= start - (window - 1))
+    assert torch.equal(past, together & context_visible(key, start[:, 0], window))
     own = together & (block == query // block_size)
-    for found, wanted in ((layout.causal_tiles(), [causal]), (layout.denoiser_tiles(), [past, own])):
+    for found, wanted in ((layout.causal_tiles(window), [causal]), (layout.denoiser_tiles(window), [past, own])):
         tiles = list(found)
         assert [tile.lo for tile in tiles] == [0, *(tile.hi for tile in tiles[:-1])]
         assert tiles[-1].hi == length
-        for lo, hi, mask in tiles:
+        for lo, hi, mask, first in tiles:
             assert hi - lo <= TILE
             assert lo % block_size == 0
-            parts = [wanted[0][:, lo:hi, :hi], *(w[:, lo:hi, lo:hi] for w in wanted[1:])]
+            assert first == (0 if window is None else max(lo - (window - 1), 0) // 8 * 8)
+            parts = [wanted[0][:, lo:hi, first:hi], *(w[:, lo:hi, lo:hi] for w in wanted[1:])]
             assert torch.equal(mask[:, 0], torch.cat(parts, dim=-1))
             assert mask.any(-1).all()  # every query has a key, also at padding
             assert not any(w[:, lo:hi, hi:].any() for w in wanted)  # no visible key is outside the tile
+            assert not wanted[0][:, lo:hi, :first].any()
 
 
 # --- the registry -------------------------------------------------------------------------------------------------

@@ -15,18 +15,21 @@ import torch
 from conftest import SHAPE, build_random_model
 from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.profiler import ProfilerActivity
+from tiny_backbones import SHAPES, two_tower
 from torch.utils.flop_counter import FlopCounterMode
 
 from twotower import TwoTowerConfig
 from twotower.cli.plan_page import render
 from twotower.errors import ArgumentError
 from twotower.families import tower_spec
+from twotower.model.moe import Experts
 from twotower.training.data.batch import Batch
 from twotower.training.noise import Corruption
 from twotower.training.objective import AutoregressiveObjective, DenoisingObjective, DenoisingOptions
 from twotower.training.planning.flops import autoregressive_step, two_tower_step
 from twotower.training.planning.live_bytes import LiveBytes
 from twotower.training.planning.memory import measure_profile
+from twotower.training.planning.meta_ops import GroupedExperts
 from twotower.training.planning.plan import Plan, make_plan, plan_from
 from twotower.training.planning.plan_setup import GIB, Setup
 from twotower.training.planning.profile import Profile
@@ -40,7 +43,8 @@ WIDE = SHAPE | {"hidden_size": 64, "head_dim": 16, "mamba_num_heads": 8, "mamba_
 def objective_of(
     pattern: str, dtype: torch.dtype = torch.float32, context: str = "frozen", activation_checkpointing: bool = False
 ) -> DenoisingObjective:
-    model = build_random_model(pattern, dtype=dtype, **WIDE)
+    """pattern: of a Nemotron-H model, or a name of `SHAPES`."""
+    model = two_tower(pattern, dtype=dtype) if pattern in SHAPES else build_random_model(pattern, dtype=dtype, **WIDE)
     assert model.denoiser is not None
     assert model.time is not None
     denoiser = model.context if context == "tied" else model.denoiser
@@ -64,11 +68,16 @@ def rows(count: int, length: int, masked: float, block: int = BLOCK) -> tuple[Ba
 
 @pytest.mark.parametrize(
     ("pattern", "activation_checkpointing", "context"),
-    [("M*E-ME", False, "frozen"), ("M*E-ME", True, "trained"), ("E*", True, "frozen")],
+    [
+        ("M*E-ME", False, "frozen"),
+        ("M*E-ME", True, "trained"),
+        ("E*", True, "frozen"),
+        *((name, at % 2 == 0, ("frozen", "trained")[at % 2]) for at, name in enumerate(SHAPES)),
+    ],
 )
 def test_flops_are_those_that_torch_counts(pattern: str, activation_checkpointing: bool, context: str) -> None:
     objective = objective_of(pattern, context=context, activation_checkpointing=activation_checkpointing)
-    config = build_random_model(pattern, **WIDE).spec
+    config = objective.denoiser.spec
     batch, noise = rows(1, 320, masked=0.5, block=4)  # 80 blocks: their states are combined in groups
     with sdpa_kernel(SDPBackend.MATH), FlopCounterMode(display=False) as counter:
         objective(batch, noise, 4).backward()
@@ -105,12 +114,16 @@ def peak_of(measured: Profile) -> int:
         ("*-M", torch.float32, "tied", True, 0.02),
         ("M*E-ME", torch.bfloat16, "frozen", False, 0.002),
         ("M*E-ME", torch.bfloat16, "frozen", True, 0.01),
+        *((name, torch.bfloat16, "frozen", at % 2 == 0, 0.02) for at, name in enumerate(SHAPES)),
     ],
 )
 def test_activations_are_those_of_a_real_pass(
     pattern: str, dtype: torch.dtype, context: str, activation_checkpointing: bool, tolerance: float
 ) -> None:
     objective = objective_of(pattern, dtype, context, activation_checkpointing)
+    for module in objective.modules():
+        if isinstance(module, Experts) and dtype == torch.bfloat16:
+            module.__class__ = GroupedExperts  # as on CUDA; on a CPU they loop over the experts
     for parameter in objective.parameters():
         if parameter.requires_grad:
             parameter.register_post_accumulate_grad_hook(lambda p: setattr(p, "grad", None))
@@ -119,9 +132,8 @@ def test_activations_are_those_of_a_real_pass(
         loss = objective(batch, noise, BLOCK)
         kept = live.live
         loss.backward()
-    config = build_random_model(pattern, **WIDE).spec
     measured = measure_profile(
-        config,
+        objective.denoiser.spec,
         row_length=256,
         micro_batch_size=2,
         block_size=BLOCK,
@@ -166,8 +178,14 @@ def shard_over_eight() -> None:
     shape = WIDE | {"hidden_size": 128, "n_routed_experts": 16, "moe_intermediate_size": 256}
     shape |= {"intermediate_size": 512}
     found = []
-    for pattern, length, activation_checkpointing in (("M*EME", 128, True), ("-M*", 256, False)):
-        model = build_random_model(pattern, **shape)
+    for pattern, length, activation_checkpointing in (
+        ("M*EME", 128, True), ("-M*", 256, False), ("qwen2", 128, False), ("llama", 16, True), ("qwen3", 16, True),
+    ):  # fmt: skip
+        model = (
+            two_tower(pattern, vocab_size=160 if length > 16 else 4096)  # short rows: embeddings need most memory
+            if pattern in SHAPES
+            else build_random_model(pattern, **shape)
+        )
         assert model.denoiser is not None
         assert model.time is not None
         options = DenoisingOptions(mask_token_id=3, activation_checkpointing=activation_checkpointing)

@@ -14,7 +14,6 @@ from twotower.decoding.output import Generation
 from twotower.errors import ArgumentError
 from twotower.model.packed_forward import Layout, context_pass
 from twotower.modeling_twotower import TwoTowerForCausalLM
-from twotower.ops.precision import upcast
 from twotower.training.data import Piece, collate
 from twotower.training.data.batch import Batch
 from twotower.training.data.packing import round_up
@@ -79,8 +78,8 @@ def _score(model: TwoTowerForCausalLM, hidden: Tensor, continuation: Sequence[in
     """Scores a continuation of N tokens; hidden: (N, H), at the position before each token."""
     tokens = torch.tensor(continuation, device=hidden.device)
     total, greedy = 0.0, True
-    for h, y in in_chunks(model.context.head, hidden, tokens):
-        chances = upcast(model.context.head(h)).log_softmax(-1)
+    for h, y in in_chunks(model.context, hidden, tokens):
+        chances = model.context.logits(h).log_softmax(-1)
         total += float(chances.gather(-1, y[:, None]).sum())
         greedy = greedy and bool((chances.argmax(-1) == y).all())
     return Likelihood(total, greedy)

@@ -32,6 +32,7 @@ from twotower.ops.reference.rope import Rotation, rotation
 from twotower.specs import RopeSpec
 
 TILE = 128  # queries of one attention call; no query of a tile attends to keys after the tile
+KEY_ALIGNMENT = 8  # the first key of a tile is a multiple, as GPU kernels prefer
 
 
 @dataclass(frozen=True)
@@ -131,11 +132,12 @@ class Layout:
 
         window: the number of positions it attends to, itself included; None: all.
         """
-        for lo, hi, keys, same in self._tiles():
-            visible = keys <= keys[lo:hi, None]
+        for lo, hi, keys, same in self._tiles(window):
+            queries = torch.arange(lo, hi, device=keys.device)[:, None]
+            visible = keys <= queries
             if window is not None:
-                visible = visible & (keys > keys[lo:hi, None] - window)
-            yield QueryTile(lo, hi, (same & visible)[:, None])
+                visible = visible & (keys > queries - window)
+            yield QueryTile(lo, hi, (same & visible)[:, None], hi - len(keys))
 
     def denoiser_tiles(self, window: int | None = None) -> Iterator[QueryTile]:
         """Masks of the denoiser over [context keys ; denoiser keys of the tile].
@@ -143,23 +145,31 @@ class Layout:
         A query attends to the context strictly before its block (window w: to the w − 1 keys before its block), and
         to its whole block.
         """
-        for lo, hi, keys, same in self._tiles():
-            start = keys // self.block_size * self.block_size
-            past = same & context_visible(keys, start[lo:hi], window)
-            own = same[:, :, lo:] & (start[lo:hi, None] == start[lo:hi])
-            yield QueryTile(lo, hi, torch.cat([past, own], dim=-1)[:, None])
+        for lo, hi, keys, same in self._tiles(window):
+            start = torch.arange(lo, hi, device=keys.device) // self.block_size * self.block_size
+            past = same & context_visible(keys, start, window)
+            own = same[:, :, lo - hi :] & (start[:, None] == start)
+            yield QueryTile(lo, hi, torch.cat([past, own], dim=-1)[:, None], hi - len(keys))
 
-    def _tiles(self) -> Iterator[tuple[int, int, Tensor, Tensor]]:
-        """(first query, end, key positions (hi,), same document (B, hi − lo, hi)) of each tile.
+    def _tiles(self, window: int | None) -> Iterator[tuple[int, int, Tensor, Tensor]]:
+        """(first query, end, key positions (K,), same document (B, hi − lo, K)) of each tile; the last key is hi − 1.
 
-        Tiles end where a block ends. Each layer computes them anew, because the masks of a row take S² bytes.
+        Each layer computes them anew, because the masks of a row take S² bytes.
         """
-        length = self.document.shape[1]
-        step = max(TILE // self.block_size, 1) * self.block_size
-        for lo in range(0, length, step):
-            hi = min(lo + step, length)
-            keys = torch.arange(hi, device=self.document.device)
-            yield lo, hi, keys, self.document[:, lo:hi, None] == self.document[:, None, :hi]
+        for lo, hi, first in tile_bounds(self.document.shape[1], self.block_size, window):
+            keys = torch.arange(first, hi, device=self.document.device)
+            yield lo, hi, keys, self.document[:, lo:hi, None] == self.document[:, None, first:hi]
+
+
+def tile_bounds(length: int, block_size: int, window: int | None) -> Iterator[tuple[int, int, int]]:
+    """(first query, end, first key) of each tile of attention. Tiles end where a block ends.
+
+    No query of a tile attends to keys before the first one: a window of w reaches w − 1 keys back.
+    """
+    step = max(TILE // block_size, 1) * block_size
+    for lo in range(0, length, step):
+        first = 0 if window is None else max(lo - window + 1, 0) // KEY_ALIGNMENT * KEY_ALIGNMENT
+        yield lo, min(lo + step, length), first
 
 
 def read_layer(layer: Layer, x: Tensor, layout: Layout) -> tuple[Tensor, LayerCache]:

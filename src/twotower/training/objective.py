@@ -14,10 +14,8 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from twotower.model.conditioning import Modulation, TimeConditioning
-from twotower.model.linear import Head
 from twotower.model.packed_forward import Layout
 from twotower.model.tower import Tower
-from twotower.ops.precision import upcast
 from twotower.training.data.batch import Batch
 from twotower.training.layer_pair import AutoregressiveLayer, pair_layers, run_unit
 from twotower.training.noise import Corruption, NoiseScope, corrupt
@@ -52,10 +50,15 @@ class AutoregressiveObjective(nn.Module):
 
     def __init__(self, tower: Tower, *, activation_checkpointing: bool = False, prompt_loss: bool = True) -> None:
         super().__init__()
+        self._tower = (tower,)  # a tuple: not a submodule, so that each weight has one name
         self.embeddings, self.norm_f, self.head = tower.embeddings, tower.norm_f, tower.head
         self.units = nn.ModuleList(AutoregressiveLayer(layer) for layer in tower.all_layers())
         self.activation_checkpointing, self.prompt_loss = activation_checkpointing, prompt_loss
-        self._embed = tower.embed
+
+    @property
+    def tower(self) -> Tower:
+        """The tower that is trained, while its parts are unsharded."""
+        return self._tower[0]
 
     def draw_noise(self, batch: Batch, block_size: int) -> None:
         return None
@@ -69,11 +72,11 @@ class AutoregressiveObjective(nn.Module):
     def forward(self, batch: Batch, noise: Corruption | None, block_size: int, ratio: float | None = None) -> Tensor:
         """Summed loss in nats, a scalar."""
         layout = Layout(batch.document, block_size)
-        x = self._embed(batch.tokens)
+        x = self.tower.embed(batch.tokens)
         for unit in self.units:
             x = run_unit(unit, self.activation_checkpointing, x, layout)
         wanted = next_tokens(batch, self.prompt_loss)
-        return negative_log_likelihood(self.head, self.norm_f(x[:, :-1][wanted]), batch.tokens[:, 1:][wanted]).sum()
+        return negative_log_likelihood(self.tower, self.norm_f(x[:, :-1][wanted]), batch.tokens[:, 1:][wanted]).sum()
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -108,7 +111,7 @@ class DenoisingObjective(nn.Module):
         assert options.train_context or (context is not denoiser and not options.ar_weight)
         context.requires_grad_(options.train_context)
         for part in (context.norm_f, context.head):  # only the next-token loss and validation use them
-            part.requires_grad_(options.ar_weight > 0)
+            part.requires_grad_(options.ar_weight > 0)  # a tied head has no weight of its own
         denoiser.requires_grad_(True)
         time.requires_grad_(options.time)
         self.context_embeddings, self.context_norm_f, self.context_head = (
@@ -125,7 +128,17 @@ class DenoisingObjective(nn.Module):
         )
         self.units = nn.ModuleList(pairs)
         self.options = options
-        self._embed_clean, self._embed = context.embed, denoiser.embed
+        self._towers = context, denoiser  # a tuple: not submodules, so that each weight has one name
+
+    @property
+    def context(self) -> Tower:
+        """The context tower. Under FSDP its parts are sharded outside of a forward pass."""
+        return self._towers[0]
+
+    @property
+    def denoiser(self) -> Tower:
+        """The denoiser tower, likewise."""
+        return self._towers[1]
 
     def draw_noise(self, batch: Batch, block_size: int) -> Corruption:
         return corrupt(batch, block_size, self.options.seed, self.options.scope)
@@ -147,7 +160,7 @@ class DenoisingObjective(nn.Module):
         if self.options.ar_weight:
             wanted = next_tokens(batch)
             hidden = self.context_norm_f(clean[:, :-1][wanted])
-            ar = negative_log_likelihood(self.context_head, hidden, batch.tokens[:, 1:][wanted]).sum()
+            ar = negative_log_likelihood(self.context, hidden, batch.tokens[:, 1:][wanted]).sum()
             # The ratio makes the weight relative to the mean denoising loss, however many positions are masked.
             if ratio is None:
                 ratio = self.targets(batch, noise) / max(self.ar_targets(batch), 1)
@@ -157,7 +170,7 @@ class DenoisingObjective(nn.Module):
     def denoise(self, batch: Batch, noise: Corruption, block_size: int) -> tuple[Tensor, Tensor]:
         """→ −ln p (N,) of the true tokens at masked positions, row by row; and the context tower's residual stream."""
         hidden, clean = self.hidden(batch, noise, block_size)
-        return negative_log_likelihood(self.head, hidden[noise.masked], batch.tokens[noise.masked]), clean
+        return negative_log_likelihood(self.denoiser, hidden[noise.masked], batch.tokens[noise.masked]), clean
 
     def hidden(self, batch: Batch, noise: Corruption, block_size: int) -> tuple[Tensor, Tensor]:
         """→ the denoiser's final hidden states (B, S, H), and the context tower's residual stream (B, S, H).
@@ -167,7 +180,7 @@ class DenoisingObjective(nn.Module):
         layout = Layout(batch.document, block_size, chosen=blocks_with_masks(noise, block_size))
         change = self._modulations(noise, layout)
         with torch.set_grad_enabled(self.options.train_context and torch.is_grad_enabled()):
-            clean = self._embed_clean(batch.tokens)
+            clean = self.context.embed(batch.tokens)
         noisy = self._embed_corrupted(batch, noise, layout)
         for i, unit in enumerate(self.units):
             read, noisy = run_unit(unit, self.options.activation_checkpointing, clean, noisy, change[i], layout)
@@ -185,7 +198,7 @@ class DenoisingObjective(nn.Module):
 
     def _embed_corrupted(self, batch: Batch, noise: Corruption, layout: Layout) -> Tensor:
         tokens = batch.tokens.masked_fill(noise.masked, self.options.mask_token_id)
-        return self._embed(layout.to_blocks(tokens))
+        return self.denoiser.embed(layout.to_blocks(tokens))
 
     def _modulations(self, noise: Corruption, layout: Layout) -> Sequence[Modulation | None]:
         return self.time(layout.select_blocks(noise.t.flatten())) if self.options.time else [None] * len(self.units)
@@ -206,23 +219,22 @@ def next_tokens(batch: Batch, prompts: bool = True) -> Tensor:
     return wanted if prompts else wanted & ~batch.prompt[:, 1:]
 
 
-def negative_log_likelihood(head: Head, hidden: Tensor, tokens: Tensor) -> Tensor:
-    """hidden (N, H), tokens (N,) → −ln p (N,) in nats, at least fp32.
+def negative_log_likelihood(tower: Tower, hidden: Tensor, tokens: Tensor) -> Tensor:
+    """Final hidden states (N, H) of a tower, tokens (N,) → −ln p (N,) in nats, at least fp32.
 
     More than MAX_LOGITS logits are computed in chunks, which are recomputed in the backward pass.
     """
-    chunks = list(in_chunks(head, hidden, tokens))
+    chunks = list(in_chunks(tower, hidden, tokens))
     if len(chunks) == 1:
-        return _nll(head, hidden, tokens)
-    return torch.cat([run_unit(_nll, True, head, h, y) for h, y in chunks])
+        return _nll(tower, hidden, tokens)
+    return torch.cat([run_unit(_nll, True, tower, h, y) for h, y in chunks])
 
 
-def in_chunks(head: Head, hidden: Tensor, tokens: Tensor) -> Iterator[tuple[Tensor, Tensor]]:
+def in_chunks(tower: Tower, hidden: Tensor, tokens: Tensor) -> Iterator[tuple[Tensor, Tensor]]:
     """Splits hidden (N, H) and tokens (N,) into chunks, at least one, of at most MAX_LOGITS logits each."""
-    at_once = max(MAX_LOGITS // int(head.weight.shape[0]), 1)
+    at_once = max(MAX_LOGITS // tower.spec.vocab_size, 1)
     yield from zip(torch.split(hidden, at_once), torch.split(tokens, at_once), strict=True)
 
 
-def _nll(head: Head, hidden: Tensor, tokens: Tensor) -> Tensor:
-    logits = head(hidden)
-    return F.cross_entropy(upcast(logits), tokens, reduction="none")
+def _nll(tower: Tower, hidden: Tensor, tokens: Tensor) -> Tensor:
+    return F.cross_entropy(tower.logits(hidden), tokens, reduction="none")

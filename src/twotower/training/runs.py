@@ -12,7 +12,7 @@ import torch
 from twotower.checkpoint import atomic, one_tower, pretrained, tokenizer_files
 from twotower.checkpoint.generation_config import GenerationDefaults
 from twotower.checkpoint.source import resolve_source
-from twotower.config import TwoTowerConfig
+from twotower.config import GenericTwoTowerConfig, TwoTowerConfig
 from twotower.errors import ArgumentError
 from twotower.modeling_twotower import TwoTowerForCausalLM
 from twotower.ops.precision import has_fast_bf16_matmul
@@ -189,7 +189,8 @@ def compute_dtype(wanted: str, device: torch.device) -> torch.dtype:
 
 def _backbone_fields(config: TwoTowerConfig) -> dict[str, object]:
     """Fields of config.json, on which a run depends: the file may have changed under the same name."""
-    return {f"config.{name}": value for name, value in asdict(config.layer_fields).items()}
+    fields = config.backbone if isinstance(config, GenericTwoTowerConfig) else asdict(config.layer_fields)
+    return {f"config.{name}": value for name, value in fields.items()}
 
 
 def _set_determinism(settings: RunSettings) -> None:

@@ -161,7 +161,7 @@ def final_scores(products: Tensor, head_dim: int, options: AttentionOptions) -> 
 
 
 class QueryTile(NamedTuple):
-    """Queries lo…hi of a long sequence.
+    """Queries lo…hi of a long sequence, and the keys from `first` on.
 
     mask (B, 1, hi − lo, keys): the keys each query attends to, at least one.
     """
@@ -169,6 +169,7 @@ class QueryTile(NamedTuple):
     lo: int
     hi: int
     mask: Tensor
+    first: int = 0
 
 
 def tiled_attention(
@@ -181,12 +182,12 @@ def tiled_attention(
 ) -> Tensor:
     """Attention of whole sequences, one fused call per tile of queries → (B, Hq, S, D).
 
-    q (B, Hq, S, D); k, v (B, Hkv, S, D). The keys of a tile are k[:hi], followed by own[lo:hi] if `own` keys and values
-    of the same shape are given. The masks contain the window.
+    q (B, Hq, S, D); k, v (B, Hkv, S, D). The keys of a tile are k[first:hi], followed by own[lo:hi] if `own` keys and
+    values of the same shape are given. The masks contain the window.
     """
     outs = []
-    for lo, hi, mask in tiles:
-        keys, values = k[:, :, :hi], v[:, :, :hi]
+    for lo, hi, mask, first in tiles:
+        keys, values = k[:, :, first:hi], v[:, :, first:hi]
         if own is not None:
             keys, values = (torch.cat([a, b[:, :, lo:hi]], dim=2) for a, b in zip((keys, values), own, strict=True))
         part, grouped = q[:, :, lo:hi], q.shape[1] != k.shape[1]

@@ -1,8 +1,8 @@
 """FLOPs of a training step: the matrix products, computed from their shapes.
 
 A multiply-add counts as two; elementwise operations are left out. Figures are for one packed row. Attention counts all
-keys of a tile, masked or not, because the kernels multiply them. As usual, the scores that a fused attention recomputes
-in its backward pass (half a forward pass) are not counted.
+keys of a tile, masked or not, because the kernels multiply them; with a window, a tile has no keys before the window.
+As usual, the scores that a fused attention recomputes in its backward pass (half a forward pass) are not counted.
 """
 
 from __future__ import annotations
@@ -11,7 +11,7 @@ import math
 from dataclasses import dataclass
 
 from twotower.model.conditioning import SINUSOID_SIZE
-from twotower.model.packed_forward import TILE
+from twotower.model.packed_forward import tile_bounds
 from twotower.specs import COUPLED_KINDS, AttentionSpec, LayerSpec, Mamba2Spec, MLPSpec, MoESpec, TowerSpec
 from twotower.training.objective import MAX_LOGITS
 
@@ -99,7 +99,7 @@ def layer_work(layer: LayerSpec, tower: TowerSpec, row_length: int, block_size: 
             return _mamba(mixer, hidden, tokens, block_size, role)
         case AttentionSpec():
             queries, keys = (heads * mixer.head_dim for heads in (mixer.num_heads, mixer.num_kv_heads))
-            seen = _attended(tokens, block_size, own=role != "context")
+            seen = _attended(tokens, block_size, mixer.window, own=role != "context")
             out = 2.0 * tokens * hidden * queries
             forward = out + 2.0 * tokens * hidden * (queries + 2 * keys) + 4.0 * queries * seen
             past = 2 * 2.0 * tokens * hidden * 2 * keys
@@ -158,11 +158,10 @@ def _states(chunks: int, size: int) -> float:
     return 2.0 * groups * group * group * size + _states(groups, size)
 
 
-def _attended(tokens: int, block_size: int, own: bool) -> float:
+def _attended(tokens: int, block_size: int, window: int | None, own: bool) -> float:
     """Query–key pairs of one row, tile by tile. own: with the denoiser's own keys of the tile."""
-    step = max(TILE // block_size, 1) * block_size
-    tiles = [(lo, min(lo + step, tokens)) for lo in range(0, tokens, step)]
-    return float(sum((hi - lo) * (hi + (hi - lo if own else 0)) for lo, hi in tiles))
+    tiles = tile_bounds(tokens, block_size, window)
+    return float(sum((hi - lo) * (hi - first + (hi - lo if own else 0)) for lo, hi, first in tiles))
 
 
 def _head(spec: TowerSpec, positions: float) -> float:

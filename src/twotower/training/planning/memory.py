@@ -9,15 +9,17 @@ attention saves what a fused kernel saves. Memory that a kernel allocates intern
 from __future__ import annotations
 
 from collections.abc import Callable
+from dataclasses import replace
 
 import torch
 from torch import Tensor, nn
 
+from twotower.model.attention import Attention
 from twotower.model.conditioning import Modulation, TimeConditioning
 from twotower.model.fp32_tensors import cast, keeps_fp32
 from twotower.model.packed_forward import Layout
 from twotower.model.tower import Tower
-from twotower.specs import TowerSpec
+from twotower.specs import LayerSpec, TowerSpec
 from twotower.training.layer_pair import LayerPair, run_unit
 from twotower.training.objective import DenoisingObjective, DenoisingOptions, negative_log_likelihood
 from twotower.training.planning.live_bytes import LiveBytes
@@ -59,26 +61,30 @@ def measure_profile(
     layout = Layout(
         document, block_size, chosen=torch.arange(micro_batch_size * row_length // block_size, device="meta")
     )
-    measured: dict[tuple[str, bool], UnitUse] = {}
+    stream = torch.promote_types(dtype, torch.float32) if spec.residual_in_fp32 else dtype
+    measured: dict[tuple[LayerSpec, bool], UnitUse] = {}
     with FusedAttention(), LiveBytes() as live:
         change = objective.time(torch.empty(micro_batch_size * row_length // block_size, device="meta"))
         modulation = 3 * change[0].gate.nbytes
         _ = layout.chosen_token_mask, layout.block_document, layout.starts_document
+        for layer in objective.denoiser.all_layers():
+            if isinstance(layer.mixer, Attention):
+                _ = [layout.rotation(layer.mixer.rope, stream, chosen=chosen) for chosen in (False, True)]
         fixed = live.live
         shape = (micro_batch_size, row_length, spec.hidden_size)
-        stream = torch.promote_types(dtype, torch.float32) if spec.residual_in_fp32 else dtype
         for unit in objective.units:
             assert isinstance(unit, LayerPair)
-            key = (unit.denoiser.kind, unit.runs_context)
+            key = _kind(unit)
             if key not in measured:
                 measured[key] = _measure_unit(live, unit, activation_checkpointing, layout, change[0], shape, stream)
         tail = _measure_tail(live, objective, shape, stream)
     units, root, replicated, trained = _shares(objective)
-    kinds = [(u.denoiser.kind, u.runs_context) for u in objective.units if isinstance(u, LayerPair)]
+    kinds = [_kind(unit) for unit in objective.units if isinstance(unit, LayerPair)]
     return Profile(
         units=tuple(Unit(share, measured[key]) for share, key in zip(units, kinds, strict=True)),
         root=root,
         head=objective.head.weight.nbytes,
+        tied_head=spec.tied_head,
         replicated=replicated,
         replicated_trained=trained,
         fixed=fixed,
@@ -87,6 +93,11 @@ def measure_profile(
         per_tower=per_tower,
         itemsize=dtype.itemsize,
     )
+
+
+def _kind(unit: LayerPair) -> tuple[LayerSpec, bool]:
+    """What the memory of a unit depends on: the options of its layers, and whether the context layer runs."""
+    return replace(unit.denoiser.spec, source=0), unit.runs_context
 
 
 def _measure_unit(
@@ -121,7 +132,7 @@ def _measure_tail(
         x = _stream(shape, stream)
         every = torch.empty(shape[0] * shape[1], dtype=torch.long, device="meta")
         hidden = objective.norm_f(x).flatten(0, 1).index_select(0, every)
-        return (negative_log_likelihood(objective.head, hidden, every).sum(),)
+        return (negative_log_likelihood(objective.denoiser, hidden, every).sum(),)
 
     return _measure(live, objective, forward)
 

@@ -44,13 +44,15 @@ class Profile:
     """The pass over one micro-batch on one GPU, for any number of GPUs.
 
     root: parameters that stay gathered for the whole pass. replicated, replicated_trained: replicated elements, and
-    the trained ones among them. head: bytes of the head. fixed: bytes of time conditioning and document maps.
-    modulation: bytes of one layer's time conditioning. tail: final norm, head and loss.
+    the trained ones among them. head: bytes of the head. tied_head: the head is the embedding. fixed: bytes of time
+    conditioning, positions and document maps. modulation: bytes of one layer's time conditioning. tail: final norm,
+    head and loss.
     """
 
     units: tuple[Unit, ...]
     root: Share
     head: int
+    tied_head: bool
     replicated: int
     replicated_trained: int
     fixed: int

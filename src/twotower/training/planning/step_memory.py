@@ -87,5 +87,12 @@ def _moments(measured: Profile, gpus: int) -> Iterator[tuple[str, int, int, int]
         yield f"layer {i}, gathered for its backward pass", copied[i] + message[i] + leaving[i + 1], kept, kept
         yield f"layer {i}, backward", copied[i] + before + leaving[i + 1], measured.backward(i), kept
         yield f"layer {i}, its gradients sent", grads[i] + leaving[i] + before, measured.left(i), measured.left(i)
-    root = size * measured.root.count(True) + FP32 * measured.root.padded(gpus, True)
-    yield "embeddings' and head's gradients sent", root, measured.left(0), measured.left(0)
+    root = measured.root
+    kept = measured.fixed + measured.kept(count) + measured.tail.kept
+    yield "embeddings and heads, gathered for the backward pass", size * root.padded(gpus), kept, kept
+    # The embedding's gradient; of a tied head, a third tensor holds the sum of both gradients.
+    last = measured.left(0) + measured.head * (2 if measured.tied_head else 1)
+    yield "the embeddings' gradient", 0, last, measured.left(0)
+    # The weights are freed before the gradients are sent, so the message counts only where it exceeds them.
+    sent = size * root.count(True) + FP32 * root.padded(gpus, True) - size * root.count()
+    yield "embeddings' and head's gradients sent", sent, measured.fixed, measured.fixed

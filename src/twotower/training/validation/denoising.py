@@ -12,10 +12,9 @@ from torch.distributed.fsdp import register_fsdp_forward_method
 
 from twotower.decoding.params import GenerationParams
 from twotower.errors import ArgumentError
-from twotower.model.linear import Head
 from twotower.model.packed_forward import Layout, read_layer
+from twotower.model.tower import Tower
 from twotower.modeling_twotower import TwoTowerForCausalLM
-from twotower.ops.precision import upcast
 from twotower.training.data.batch import Batch
 from twotower.training.fsdp import World, sharded
 from twotower.training.layer_pair import LayerPair
@@ -153,7 +152,7 @@ class DenoisingValidation:
                     clean, _ = read_layer(unit.context, clean, layout)
         asked = next_tokens(batch) & batch.denoised[:, 1:]
         hidden = objective.context_norm_f(clean)[:, :-1][asked]
-        nll, choice = _score(objective.context_head, hidden, batch.tokens[:, 1:][asked])
+        nll, choice = _score(objective.context, hidden, batch.tokens[:, 1:][asked])
         self._context_sums[0] += float(nll.double().sum())
         self._context_sums[1] += len(choice)
         greedy = torch.full_like(batch.tokens, -1)
@@ -163,7 +162,7 @@ class DenoisingValidation:
     def _compare(self, batch: Batch, masked: Tensor, hidden: Tensor, greedy: Tensor) -> Tensor:
         """(4,): sum of −ln p over masked positions, their number, agreements with greedy (B, S), comparisons."""
         mask_token = self.objective.options.mask_token_id
-        nll, choice = _score(self.objective.head, hidden[masked], batch.tokens[masked], mask_token)
+        nll, choice = _score(self.objective.denoiser, hidden[masked], batch.tokens[masked], mask_token)
         wanted = greedy[masked]
         counts = (masked.sum(), (choice == wanted).sum(), (wanted >= 0).sum())
         return torch.stack([nll.double().sum(), *(count.double() for count in counts)])
@@ -180,11 +179,11 @@ def _at_level(level: float, batch: Batch, uniform: Tensor, block_size: int) -> C
     return Corruption(t, batch.denoised & (uniform < level))
 
 
-def _score(head: Head, hidden: Tensor, tokens: Tensor, barred: int | None = None) -> tuple[Tensor, Tensor]:
+def _score(tower: Tower, hidden: Tensor, tokens: Tensor, barred: int | None = None) -> tuple[Tensor, Tensor]:
     """hidden (N, H), tokens (N,) → −ln p (N,) in nats, and the most likely token (N,) other than `barred`."""
     parts = []
-    for part, true in in_chunks(head, hidden, tokens):
-        logits = upcast(head(part))
+    for part, true in in_chunks(tower, hidden, tokens):
+        logits = tower.logits(part)
         nll = F.cross_entropy(logits, true, reduction="none")
         if barred is not None:
             logits[:, barred] = -torch.inf

@@ -1,0 +1,87 @@
+"""Training of every family of backbones: losses and gradients equal those of generation, one block at a time."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+from typing import Any
+
+import pytest
+import torch.nn.functional as F
+from packed import Case, Kind, case, deviation, naive_next_token_nll, naive_nll, objective
+from test_objective import EXACT, same
+from tiny_backbones import SHAPES, VOCAB
+from torch import nn
+
+from twotower.training import objective as objective_module
+from twotower.training.objective import AutoregressiveObjective
+
+# Documents longer than every window of `SHAPES`, one of them after padding that fills half a block.
+ROWS: tuple[tuple[tuple[int, Kind], ...], ...] = (
+    ((7, "prompted"), (45, "bos"), (3, "plain")),
+    ((10, "fragment"), (30, "prompted")),
+)
+
+
+def check(step: Case, label: str, **options: Any) -> None:
+    """The denoising loss with the context's next-token loss, and the latter alone: all gradients of both towers."""
+    training = objective(step.model, train_context=True, ar_weight=0.3, **options)
+    nll, next_nll = naive_nll(*step, by="extend"), naive_next_token_nll(step.model, step.batch)
+    naive = nll.sum() + 0.3 * next_nll.mean() * step.noise.masked.sum()
+    same(training(step.batch, step.noise, step.block_size), naive, step.model, EXACT, label)
+    alone = AutoregressiveObjective(step.model.context)
+    same(alone(step.batch, None, step.block_size), next_nll.sum(), step.model.context, EXACT, f"{label}, next tokens")
+
+
+@pytest.mark.parametrize("name", SHAPES)
+def test_gradients_of_every_family(name: str) -> None:
+    step = case(backbone=name, rows=ROWS)
+    check(step, name)
+
+
+@pytest.mark.parametrize("window", [2, 3, 4, 5, 11])
+@pytest.mark.parametrize("block_size", [4, 5])
+def test_windows_shorter_and_longer_than_a_block(window: int, block_size: int) -> None:
+    check(case(block_size=block_size, rows=ROWS, backbone="mistral", sliding_window=window), f"window {window}")
+
+
+def test_windows_over_many_tiles() -> None:
+    """A document of three tiles of attention, so that the keys of the later tiles begin after the first key."""
+    step = case(rows=(((300, "bos"), (70, "plain")),), backbone="mistral", sliding_window=21, num_hidden_layers=1)
+    check(step, "three tiles")
+
+
+@pytest.mark.parametrize("name", ["llama", "qwen3"])  # a tied head, and one with its own weight
+def test_a_head_in_chunks_has_factor_and_softcap(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The loss goes through the tower's logits; chunks of three tokens change nothing."""
+    step = case(rows=ROWS, backbone=name)
+    plain = naive_nll(*step, by="extend")
+    for tower in step.model.towers():
+        tower.spec = replace(tower.spec, logit_factor=0.5, logit_softcap=2.0)
+    assert deviation(naive_nll(*step, by="extend"), plain) > 0.1
+    monkeypatch.setattr(objective_module, "MAX_LOGITS", 3 * VOCAB)
+    check(step, name)
+
+
+def test_a_frozen_tied_context_keeps_its_embedding_and_the_denoiser_s_learns_from_both_uses() -> None:
+    step = case(rows=ROWS, backbone="llama")
+    model = step.model
+    training = objective(model)
+    names = {name for name, _ in training.named_parameters()}
+    assert "embeddings.weight" in names
+    assert not names & {"head.weight", "context_head.weight"}
+    training(*step[1:]).backward()
+    assert all(p.grad is None for p in model.context.parameters())
+    assert model.denoiser is not None
+    grad = model.denoiser.embeddings.weight.grad
+    assert grad is not None
+    read = step.batch.tokens.masked_fill(step.noise.masked, 3)
+    unread = sorted(set(range(VOCAB)) - set(read.flatten().tolist()) - set(step.batch.tokens.flatten().tolist()))
+    assert grad[unread].abs().amax(1).all()  # as the head alone: every token's logit has a gradient
+    with_head = grad.clone()
+    model.denoiser.zero_grad()
+    head = nn.Parameter(model.denoiser.embeddings.weight.detach().clone())
+    hidden, _ = training.hidden(*step[1:])
+    F.cross_entropy(hidden[step.noise.masked] @ head.T, step.batch.tokens[step.noise.masked], reduction="sum").backward()
+    assert model.denoiser.embeddings.weight.grad is not None
+    assert head.grad is not None
+    assert deviation(model.denoiser.embeddings.weight.grad + head.grad, with_head) < EXACT
