@@ -18,7 +18,7 @@ from torch.overrides import TorchFunctionMode
 from transformers import CONFIG_MAPPING, AutoModelForCausalLM, PreTrainedModel
 
 from twotower import TwoTowerForCausalLM
-from twotower.config import GenericTwoTowerConfig
+from twotower.config import MODEL_TYPE, GenericTwoTowerConfig, TwoTowerConfig
 
 VOCAB = 160
 BASE: dict[str, Any] = {
@@ -124,7 +124,7 @@ SHAPES: dict[str, dict[str, Any]] = {
         "layer_types": ["full_attention"] * 3},
     "nemotron_h": {**NEMOTRON_H, "layers_block_type": ["linear_attention", "moe", "full_attention", "mlp"]},
     "nemotron_h:latent": {
-        **NEMOTRON_H, "moe_latent_size": 20, "mlp_bias": True, "norm_topk_prob": False,
+        **NEMOTRON_H, "moe_latent_size": 24, "mlp_bias": True, "norm_topk_prob": False,
         "layers_block_type": ["moe", "linear_attention", "moe", "full_attention"]},
     "bamba": {**MAMBA, "num_hidden_layers": 4, "attn_layer_indices": [1]},
     "bamba:biases": {
@@ -192,9 +192,7 @@ def save(name: str, directory: Path, **options: Any) -> PreTrainedModel:
     return model
 
 
-def two_tower(
-    name: str, dtype: torch.dtype = torch.float32, seed: int = 0, **overrides: object
-) -> TwoTowerForCausalLM:
+def two_tower(name: str, dtype: torch.dtype = torch.float32, seed: int = 0, **overrides: object) -> TwoTowerForCausalLM:
     """A tiny two-tower model with random weights in both towers, without a checkpoint.
 
     overrides: keys of the backbone's config.json.
