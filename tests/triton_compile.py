@@ -22,11 +22,10 @@ from twotower.ops.self_check_cases import (
     Sizes,
     argmax_arguments,
     mamba_block_arguments,
-    released_route_arguments,
     rms_norm_cases,
-    route_cases,
     state_update_arguments,
 )
+from twotower.ops.self_check_moe_cases import released_route_arguments, route_cases
 from twotower.ops.triton import argmax, attention, experts, int8, mamba_block, norm, routing, state_update
 
 SHARED_MEMORY = 227 << 10  # of an H100's program

@@ -14,7 +14,8 @@ from torch import Tensor
 from twotower.ops.reference import norm, routing
 from twotower.ops.reference.norm import Order
 from twotower.ops.reference.routing import Routing
-from twotower.ops.self_check_cases import Randn, released_route_arguments, route_cases
+from twotower.ops.self_check_inputs import Randn
+from twotower.ops.self_check_moe_cases import released_route_arguments, route_cases
 from twotower.ops.triton.launch import MAX_NORM_WIDTH
 
 if importlib.util.find_spec("triton") is None:
@@ -196,7 +197,8 @@ def test_no_case_is_a_near_tie(dtype: torch.dtype) -> None:
     """The self-check inputs of `route` have no near ties, so rounding cannot change the selection."""
     given = [case.arguments() for case in route_cases(torch.device("cpu"), dtype)]
     for hidden, weight, bias, rule in (*given, released_route_arguments(torch.device("cpu"), dtype)):
-        biased = (hidden.double() @ weight.double().T).sigmoid() + bias
+        logits = hidden.double() @ weight.double().T
+        biased = logits if rule.scores == "softmax" else logits.sigmoid() + bias  # no case has softmax and a bias
         if rule.n_group > 1:
             grouped = biased.unflatten(-1, (rule.n_group, -1))
             best = grouped.topk(2).values.sum(-1)

@@ -18,7 +18,7 @@ from twotower.model.layer_io import AttentionMetadata
 from twotower.model.linear import Linear
 from twotower.model.tower import PassInputs, Tower
 from twotower.ops import self_check_cases
-from twotower.ops.cpu import kernels, library, packed_weights
+from twotower.ops.cpu import kernels, library, moe_kernels, packed_weights
 from twotower.ops.reference import experts
 from twotower.runners import packed_weights as packing
 from twotower.runners.fused_cpu import FusedCPURunner
@@ -76,7 +76,7 @@ def test_experts(which: tuple[bool, bool], dtype: torch.dtype) -> None:
         hidden, weight = randn(tokens, 39).to(dtype), randn(tokens, 2).abs()
         choice = randn(tokens, 5).argsort(-1)[:, :2].contiguous()
         expected = experts.experts_dense(hidden.double(), choice, weight.double(), up.double(), down.double())
-        mine = kernels.experts(hidden, choice, weight, up, down, copies).double()
+        mine = moe_kernels.experts(hidden, choice, weight, up, down, copies).double()
         tolerance = 1e-4 if dtype == torch.float32 else 4e-2
         torch.testing.assert_close(mine, expected, rtol=tolerance, atol=tolerance * float(expected.std()))
 

@@ -22,6 +22,7 @@ from torch import Tensor
 from twotower import options
 from twotower.ops import self_check
 from twotower.ops.cpu import kernels as native_ops
+from twotower.ops.cpu import moe_kernels as native_moe
 from twotower.ops.reference import (
     activation,
     argmax,
@@ -136,17 +137,23 @@ REGISTRY: dict[str, tuple[Backend, ...]] = {
         _native(native_ops.rms_norm, "norm and modulation in one kernel"),
         Backend("torch", norm.rms_norm, "plain torch"),
     ),
-    "norm_and_rotate": (Backend("torch", rope.norm_and_rotate, "plain torch"),),
-    "activate": (Backend("torch", activation.activate, "plain torch"),),
+    "norm_and_rotate": (
+        _native(native_ops.norm_and_rotate, "norm and rotation in one kernel"),
+        Backend("torch", rope.norm_and_rotate, "plain torch"),
+    ),
+    "activate": (
+        _native(native_ops.activate, "activation and product with the gate in one kernel"),
+        Backend("torch", activation.activate, "plain torch"),
+    ),
     "route": (
         _triton("routing", "route", "scores and selection in two kernels"),
-        _native(native_ops.route, "scores and selection in one kernel"),
+        _native(native_moe.route, "scores and selection in one kernel"),
         Backend("torch", routing.route, "plain torch"),
     ),
     "experts": (
         Backend("grouped-gemm", experts.experts_grouped, "grouped GEMMs, no host read", _grouped_unsupported_reason),
         _triton("experts", "experts", "reads each selected expert once, no host read"),
-        _native(native_ops.experts, "reads each selected expert once"),
+        _native(native_moe.experts, "reads each selected expert once"),
         Backend(
             "sorted-loop",
             experts.experts_sorted,
@@ -162,6 +169,7 @@ REGISTRY: dict[str, tuple[Backend, ...]] = {
             "grouped GEMMs, no host read",
             _grouped_unsupported_reason,
         ),
+        _native(native_moe.gated_experts, "reads each selected expert once"),
         Backend(
             "sorted-loop",
             gated_experts.gated_experts_sorted,
@@ -173,6 +181,7 @@ REGISTRY: dict[str, tuple[Backend, ...]] = {
         ),
     ),
     "gated_experts_int8": (
+        _native(native_moe.gated_experts_int8, "reads each selected expert once, upcasts int8 in registers"),
         Backend(
             "sorted-loop", gated_experts.gated_experts_int8, "upcasts selected experts only", _host_unsupported_reason
         ),
@@ -191,7 +200,7 @@ REGISTRY: dict[str, tuple[Backend, ...]] = {
             "upcasts all experts, then grouped GEMMs",
             _grouped_unsupported_reason,
         ),
-        _native(native_ops.experts_int8, "reads each selected expert once, upcasts int8 in registers"),
+        _native(native_moe.experts_int8, "reads each selected expert once, upcasts int8 in registers"),
         Backend("sorted-loop", int8.experts_sorted, "upcasts selected experts only", _host_unsupported_reason),
         Backend("gathered", int8.experts_gathered, "static shapes, no host read; copies the selected weights"),
     ),

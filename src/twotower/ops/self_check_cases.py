@@ -9,12 +9,21 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from twotower.ops.reference.attention import CachedKV
+from twotower.ops.reference.attention import PLAIN, AttentionOptions, CachedKV
 from twotower.ops.reference.int8 import quantize
 from twotower.ops.reference.kv_write import AppendPositions
 from twotower.ops.reference.mamba_block import MambaStepInputs, MambaWeights
-from twotower.ops.reference.routing import Routing
+from twotower.ops.reference.rope import HeadNorms, Rotation
 from twotower.ops.self_check import Case
+from twotower.ops.self_check_inputs import Randn, lengths_up_to, make_case, packed_copy, packings_of
+from twotower.ops.self_check_moe_cases import (
+    activate_cases,
+    experts_cases,
+    experts_int8_cases,
+    gated_experts_cases,
+    gated_experts_int8_cases,
+    route_cases,
+)
 
 
 class Sizes(NamedTuple):
@@ -75,7 +84,7 @@ def kv_append_cases(device: torch.device, dtype: torch.dtype) -> list[Case]:
                 pool[-1] = 0
         return pools, new, AppendPositions(start, stride, lengths, token_mask)
 
-    return [_case(f"{length} tokens", arguments, length) for length in (1, 9)]
+    return [make_case(f"{length} tokens", arguments, length) for length in (1, 9)]
 
 
 def argmax_cases(device: torch.device, dtype: torch.dtype) -> list[Case]:
@@ -148,22 +157,6 @@ def argmax_arguments(size: int, device: torch.device, dtype: torch.dtype) -> tup
     return logits.to(dtype), torch.stack([best * 0 - 1, best, best * 0 + size - 1])
 
 
-def lengths_up_to(length: int, rows: int, device: torch.device) -> Tensor:
-    """(rows,) lengths from `length` down to 0."""
-    return torch.linspace(length, 0, rows, device=device).round().long()
-
-
-class Randn:
-    """Normal numbers from its own CPU generator: equal on every device; the global generator is not used."""
-
-    def __init__(self, seed: int, device: torch.device) -> None:
-        self.generator = torch.Generator().manual_seed(seed)
-        self.device = device
-
-    def __call__(self, *shape: int) -> Tensor:
-        return torch.randn(shape, generator=self.generator).to(self.device)
-
-
 # --- matrix products, norms, routers, attention -----------------------------------------------------------------------
 
 
@@ -177,12 +170,12 @@ def linear_cases(device: torch.device, dtype: torch.dtype) -> list[Case]:
         randn = Randn(5, device)
         weight = randn(out, width).to(dtype)
         x, bias_drawn = randn(tokens, width).to(dtype), randn(out).to(dtype) if bias else None
-        return x, weight, bias_drawn, _packed(weight, packed)
+        return x, weight, bias_drawn, packed_copy(weight, packed)
 
     return [
-        _case(f"{size[0]} tokens of width {size[1]}{', packed' * packed}", arguments, *size, packed)
+        make_case(f"{size[0]} tokens of width {size[1]}{', packed' * packed}", arguments, *size, packed)
         for size in PRODUCTS
-        for packed in _packings(device)
+        for packed in packings_of(device)
     ]
 
 
@@ -196,81 +189,11 @@ def linear_int8_cases(device: torch.device, dtype: torch.dtype) -> list[Case]:
         return randn(tokens, width).to(dtype), *quantize(weight), randn(out).to(dtype) if bias else None
 
     more = ((16, 4096, 2688, False), (70, 2688, 131, True)) if device.type == "cuda" else ()
-    return [_case(f"{size[0]} tokens of width {size[1]}", arguments, *size) for size in PRODUCTS + more]
-
-
-def experts_int8_cases(device: torch.device, dtype: torch.dtype, width: int = 37, inner: int = 21) -> list[Case]:
-    """The unpacked cases of `experts`."""
-
-    def arguments(case: Case) -> tuple[object, ...]:
-        *routed, up, down, _ = case.arguments()
-        assert isinstance(up, Tensor)
-        assert isinstance(down, Tensor)
-        return *routed, *quantize(up), *quantize(down)
-
-    return [_case(case.name, arguments, case) for case in experts_cases(device, dtype, width, inner, (False,))]
-
-
-def experts_cases(
-    device: torch.device,
-    dtype: torch.dtype,
-    width: int = 37,
-    inner: int = 21,
-    packings: tuple[bool, ...] | None = None,
-) -> list[Case]:
-    """Few and many tokens, unselected experts, odd widths; packed and not. On a GPU also large and released sizes."""
-
-    def arguments(tokens: int, top: int, count: int, width: int, inner: int, packed: bool) -> tuple[object, ...]:
-        randn = Randn(6, device)
-        up, down = (randn(count, *shape).to(dtype) for shape in ((inner, width), (width, inner)))
-        hidden, topk_ids = randn(tokens, width).to(dtype) / 4, randn(tokens, count).argsort(-1)[:, :top]
-        copies = _packed(up, packed), _packed(down, packed)
-        return hidden, topk_ids.contiguous(), randn(tokens, top).abs(), up, down, copies
-
-    sizes = [(1, 2, 7, width, inner), (19, 3, 7, width, inner)]
-    if device.type == "cuda":
-        sizes += [(96, 3, 7, width, inner), (2, 2, 3, 2688, 1856)]
-    return [
-        _case(f"{size[0]} tokens, {size[1]} experts each{', packed' * packed}", arguments, *size, packed)
-        for size in sizes
-        for packed in packings or _packings(device)
-    ]
-
-
-def _packings(device: torch.device) -> tuple[bool, ...]:
-    """Whether to try weights with a packed copy: only CPU kernels read packed weights."""
-    return (False, True) if device.type == "cpu" else (False,)
-
-
-def _packed(weight: Tensor, packed: bool) -> Tensor | None:
-    if not packed:
-        return None
-    from twotower.ops.cpu import kernels
-
-    return kernels.pack(weight)
-
-
-def route_cases(device: torch.device, dtype: torch.dtype) -> list[Case]:
-    """One group and several, normalised or not; on a GPU also the released sizes. No selection is a near tie."""
-
-    def arguments(rule: Routing) -> tuple[object, ...]:
-        randn = Randn(7, device)
-        return randn(17, 45).to(dtype), randn(12, 45).to(dtype) / 8, randn(12), rule
-
-    rules = (Routing(1, 1, 2, True, 2.5), Routing(3, 2, 3, False, 2.5), Routing(4, 1, 2, True, 2.5))
-    small = [_case(f"{rule.n_group} groups", arguments, rule) for rule in rules]
-    return small + [_case("128 experts", released_route_arguments, device, dtype)] * (device.type == "cuda")
-
-
-def released_route_arguments(device: torch.device, dtype: torch.dtype) -> tuple[Tensor, Tensor, Tensor, Routing]:
-    """The arguments of `route` at the released sizes."""
-    randn = Randn(15, device)
-    hidden, weight = randn(5, 2688).to(dtype), (randn(128, 2688) / 2688**0.5).to(dtype)
-    return hidden, weight, randn(128) / 8, Routing(1, 1, 6, True, 2.5)
+    return [make_case(f"{size[0]} tokens of width {size[1]}", arguments, *size) for size in PRODUCTS + more]
 
 
 def rms_norm_cases(device: torch.device, dtype: torch.dtype, width: int | None = None) -> list[Case]:
-    """Each order of norm and modulation, and a residual stream in fp32 with bf16 weights.
+    """Each order of norm and modulation, a residual stream in fp32 with bf16 weights, and an offset of the weight.
 
     width: None: an odd width, on a GPU the released width.
     """
@@ -283,7 +206,34 @@ def rms_norm_cases(device: torch.device, dtype: torch.dtype, width: int | None =
         return x, weight, 1e-5, *((None,) if order is None else ((both[:, 0], both[:, 1]), order))
 
     kinds = ((None, dtype), ("before", dtype), ("after", dtype), ("before", torch.float32))
-    return [_case(f"modulation {order}, a stream of {stream}", arguments, order, stream) for order, stream in kinds]
+    cases = [
+        make_case(f"modulation {order}, a stream of {stream}", arguments, order, stream) for order, stream in kinds
+    ]
+    return [*cases, make_case("an offset", offset_norm_arguments, width, device, dtype)]
+
+
+def offset_norm_arguments(width: int, device: torch.device, dtype: torch.dtype) -> tuple[object, ...]:
+    """The arguments of `rms_norm` with modulation after the norm, which multiplies by 1 + weight."""
+    randn = Randn(18, device)
+    x, weight, shift, scale = randn(3, 5, width), randn(width) / 4, randn(3, 1, width) / 2, randn(3, 1, width) / 2
+    return x.to(dtype), weight.to(dtype), 1e-5, (shift.to(dtype), scale.to(dtype)), "after", 1.0
+
+
+def norm_and_rotate_cases(device: torch.device, dtype: torch.dtype) -> list[Case]:
+    """Halves and neighbours, of whole heads and of a part of odd width; with and without norms; norms alone."""
+
+    def arguments(width: int, pairs: int, interleaved: bool, normed: bool) -> tuple[object, ...]:
+        randn = Randn(19, device)
+        angles = randn(3, 5, pairs) * 9
+        q, k = randn(3, 5, 6, width).to(dtype), randn(3, 5, 2, width).to(dtype)
+        norms = HeadNorms(randn(width).to(dtype), randn(width).to(dtype), 1e-5, 1.0) if normed else None
+        return q, k, norms, Rotation(angles.cos(), angles.sin(), interleaved) if pairs else None
+
+    sizes = (64, 32, False, False), (12, 6, True, True), (45, 11, False, True), (80, 20, True, False)
+    return [
+        make_case(f"{2 * size[1]} of {size[0]} dimensions, interleaved {size[2]}, norms {size[3]}", arguments, *size)
+        for size in (*sizes, (24, 0, False, True))
+    ]
 
 
 def attention_cases(device: torch.device, dtype: torch.dtype) -> list[Case]:
@@ -294,7 +244,13 @@ def attention_cases(device: torch.device, dtype: torch.dtype) -> list[Case]:
     """
 
     def arguments(
-        length: int, heads: int, width: int, causal: bool, ragged: bool, longest: int = 1300
+        length: int,
+        heads: int,
+        width: int,
+        causal: bool,
+        ragged: bool,
+        longest: int = 1300,
+        options: AttentionOptions = PLAIN,
     ) -> tuple[object, ...]:
         randn = Randn(9, device)
         lengths = torch.tensor([0, 5, longest], device=device)
@@ -308,7 +264,8 @@ def attention_cases(device: torch.device, dtype: torch.dtype) -> list[Case]:
                 [[length], [1], [length - 1]], device=device
             )
         q, k, v = randn(3, length, heads, width) / 2, randn(3, length, 2, width), randn(3, length, 2, width) / 16
-        return q.to(dtype), k.to(dtype), v.to(dtype), token_mask, causal, cached
+        plain = q.to(dtype), k.to(dtype), v.to(dtype), token_mask, causal, cached
+        return plain if options == PLAIN else (*plain, options)
 
     sizes: tuple[tuple[object, ...], ...] = (
         (1, 2, 24, True, False),
@@ -318,11 +275,18 @@ def attention_cases(device: torch.device, dtype: torch.dtype) -> list[Case]:
     )
     if device.type == "cuda":
         sizes += (1, 32, 128, True, False, 5000), (16, 32, 128, False, True, 5000), (16, 32, 128, True, True, 5000)
-    return [_case(f"{size[0]} tokens, {size[1]} heads of {size[2]}", arguments, *size) for size in sizes]
+    options = AttentionOptions(0.3, 9, 2.0)
+    sizes += (
+        (1, 8, 24, True, False, 1300, options._replace(window=1100)),
+        (7, 6, 24, True, True, 1300, options._replace(window=5)),
+        (16, 4, 24, False, True, 1300, options),
+        (5, 2, 24, False, False, 1300, options._replace(window=None)),
+    )
+    return [make_case(_describe(*size), arguments, *size) for size in sizes]
 
 
-def _case(name: str, arguments: Callable[..., tuple[object, ...]], *chosen: object) -> Case:
-    return Case(name, partial(arguments, *chosen))
+def _describe(length: object, heads: object, width: object, *options: object) -> str:
+    return f"{length} tokens, {heads} heads of {width}, {', '.join(map(str, options))}"
 
 
 # The self-check cases of each operation.
@@ -334,8 +298,12 @@ CASES: dict[str, Callable[[torch.device, torch.dtype], list[Case]]] = {
     "argmax": argmax_cases,
     "linear": linear_cases,
     "rms_norm": rms_norm_cases,
+    "norm_and_rotate": norm_and_rotate_cases,
+    "activate": activate_cases,
     "route": route_cases,
     "experts": experts_cases,
     "linear_int8": linear_int8_cases,
     "experts_int8": experts_int8_cases,
+    "gated_experts": gated_experts_cases,
+    "gated_experts_int8": gated_experts_int8_cases,
 }

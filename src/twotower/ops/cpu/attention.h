@@ -3,6 +3,14 @@
 #include "matmul.h"
 #include "small_gemm.h"
 
+// How scores become weights, see `AttentionOptions` in reference/attention.py. 0 for none; scale 0: 1 / √D.
+struct Scores {
+    float scale, softcap;
+    long window;
+    // The first of `length` cached keys that a query of the pass sees.
+    long first_key(long length) const { return window ? std::max(length - (window - 1), 0L) : 0; }
+};
+
 // SPAN: cached keys per task. CHUNK: keys per step of online softmax.
 constexpr long SPAN = 1024, CHUNK = 256, LD_CHUNK = CHUNK + 16;
 
@@ -42,6 +50,16 @@ inline void online_softmax(float* scores, long n, long M, long D, SoftmaxState s
     }
 }
 
+// x = cap · tanh(x / cap), in whole vectors
+inline void cap_scores(float* x, long n, float cap) {
+    for (long i = 0; i < n; i += W) store(x + i, cap * tanh(load(x + i) / cap));
+}
+
+// Sets the first n scores to −∞.
+inline void mask_first(float* x, long n) {
+    if (n > 0) std::fill_n(x, n, -INFINITY);
+}
+
 template <class T> inline void divide(const float* x, float by, long n, T* y) {
     long i = 0;
     for (; i + W <= n; i += W) store(y + i, load(x + i) / by);
@@ -53,7 +71,7 @@ template <class T> inline void divide(const float* x, float by, long n, T* y) {
 template <class T>
 void attention(const T* q, const T* k, const T* v, const uint8_t* token_mask, int causal, const T* past_k,
                const T* past_v, const int64_t* start, const int64_t* stride, const int64_t* lengths, T* out, long B,
-               long L, long Hq, long Hkv, long D, int threads) {
+               long L, long Hq, long Hkv, long D, Scores options, int threads) {
     const long group = Hq / Hkv, Q = group * L, ld = padded(D), part_size = Q * (ld + 2);
     struct Task { long b, h, from, to; };  // keys of [cached keys ; own keys]; the row's last task has the own keys
     static thread_local std::vector<Task> list;
@@ -65,16 +83,16 @@ void attention(const T* q, const T* k, const T* v, const uint8_t* token_mask, in
         for (long h = 0; h < Hkv; h++) {
             firsts.push_back(long(list.size()));
             const long length = past_k ? lengths[b] : 0;
-            long t = 0;
+            long t = options.first_key(length);
             for (; t + SPAN < length; t += SPAN) list.push_back({b, h, t, t + SPAN});
             list.push_back({b, h, t, length + L});
-            work += (length + L) * Q * D;
+            work += (length + L - options.first_key(length)) * Q * D;
         }
     firsts.push_back(long(list.size()));
     const Task* tasks = list.data();
     const long *first = firsts.data(), count = long(list.size());
     float* partial = scratch(0, count * part_size);
-    const float scale = 1.0f / std::sqrt(float(D));
+    const float scale = options.scale ? options.scale : 1.0f / std::sqrt(float(D));
     parallel(threads, work > MIN_PARALLEL_WORK, [&](int part, int parts) {
         float* queries = scratch(1, Q * ld);
         float* scores = scratch(2, TILE * LD_CHUNK + W);
@@ -122,6 +140,8 @@ void attention(const T* q, const T* k, const T* v, const uint8_t* token_mask, in
                                       prefetcher(past_values, past * D));
                         gemm_nt_small(queries, ld, Q, keys, wide, near, D, scores + past, LD_CHUNK);
                     }
+                    for (long i = 0; options.softcap && i < M; i++)
+                        cap_scores(scores + i * LD_CHUNK, past + near, options.softcap);
                     if (masked)
                         for (long i = 0; i < M; i++) {
                             const long l = (m + i) % L;
@@ -133,6 +153,9 @@ void attention(const T* q, const T* k, const T* v, const uint8_t* token_mask, in
                                 store(row + r, load(place + begin + r) > limit ? splat(-INFINITY) : load(row + r));
                             if (here) *itself = kept;
                         }
+                    for (long i = 0; causal && options.window && i < M; i++)
+                        mask_first(scores + i * LD_CHUNK,
+                                   std::min(length + (m + i) % L - (options.window - 1) - t, past + near));
                     const SoftmaxState tile{seen.row_max + m, seen.row_sum + m, seen.acc + m * ld};
                     online_softmax(scores, past + near, M, D, tile, ld);
                     gemm(scores, LD_CHUNK, 1, past_values, D, past, M, D, tile.acc, ld, 1,

@@ -19,16 +19,14 @@ from twotower import options
 from twotower.ops.cpu import packed_weights
 from twotower.ops.cpu.library import library
 from twotower.ops.precision import has_fast_bf16_matmul
-from twotower.ops.reference import attention as torch_attention
-from twotower.ops.reference import experts as torch_experts
-from twotower.ops.reference import int8, norm, routing
+from twotower.ops.reference import int8
 from twotower.ops.reference import mamba_block as torch_mamba
 from twotower.ops.reference.attention import PLAIN, AttentionOptions, CachedKV
-from twotower.ops.reference.experts import PackedPair
 from twotower.ops.reference.kv_write import AppendPositions, TensorPair
 from twotower.ops.reference.mamba_block import MambaStepInputs, MambaWeights, empty_step_inputs
 from twotower.ops.reference.norm import Order
-from twotower.ops.reference.routing import Routing
+from twotower.ops.reference.rope import HeadNorms, Rotation
+from twotower.specs import Activation
 
 DTYPE_CODES = {torch.float32: 0, torch.bfloat16: 1}
 # Largest numbers of tokens at which these kernels beat torch, measured on two AVX-512 cores.
@@ -37,20 +35,23 @@ DTYPE_CODES = {torch.float32: 0, torch.bfloat16: 1}
 # MAX_TOKENS limits the memory of a pass where the kernels are faster at any number of tokens. That is bf16 without bf16
 # instructions (1.3 × with AVX-512, 3 × with AVX2) and packed fp32 (0.9 to 1.3 × from 64 tokens on, 1.2 to 2.4 × below).
 SMALL_BATCH, SMALL_BATCH_TOWER, MAX_TOKENS = 48, 128, 2048
+ACTIVATIONS: dict[Activation, int] = {"relu2": 0, "silu": 1, "gelu": 2, "gelu_tanh": 3}  # enum Activation
 _KINDS = {"i": ctypes.c_int, "l": ctypes.c_long, "f": ctypes.c_float, "p": ctypes.c_void_p}
 # i int, l long, f float, p pointer. The first argument is the dtype (0 fp32, 1 bf16), the last the number of threads.
 SIGNATURES = {
     "linear_": "ipppppplll",
     "pack_": "ipplll",
-    "experts_": "ippppppppppl" + "llll",
-    "route_": "ippppp" + "llllll" + "if",
-    "rms_norm_": "iippppp" + "llll" + "if",
+    "experts_": "ippp" + "ppppppppp" + "plllll" + "i",
+    "route_": "ippppp" + "llllll" + "iif",
+    "rms_norm_": "iippppp" + "llll" + "iff",
+    "activate_": "ippp" + "li",
+    "norm_and_rotate_": "ipppppppp" + "lllll" + "iff",
     "mamba_block_": "ippppp" + "pppppp" + "p" + "ppppp" + "lllllll" + "fff",
     "state_update_": "ilppp" + "lllllll",
     "kv_append_": "ilpppppp" + "llll",
     "argmax_": "ipppplll",
     "tower_": "ippp" + "pppppp" + "ippp" + "p" + "ffff",
-    "attention_": "ippppi" + "pppppp" + "lllll",
+    "attention_": "ippppi" + "pppppp" + "lllll" + "ffl",
 }
 
 
@@ -136,48 +137,26 @@ def linear_int8(x: Tensor, q: Tensor, scale: Tensor, bias: Tensor | None = None)
     return y
 
 
-def experts(
-    hidden: Tensor, topk_ids: Tensor, weight: Tensor, up: Tensor, down: Tensor, packed: PackedPair = (None, None)
-) -> Tensor:
-    """As `ops.reference.experts.experts_sorted`. packed: the packed copies of up and down, or None."""
-    most = max_tokens(hidden.dtype, packed=all(part is not None for part in packed))
-    if topk_ids.numel() > most * up.shape[0]:  # compares the average number of tokens per expert
-        return torch_experts.experts_sorted(hidden, topk_ids, weight, up, down)
-    hidden, topk_ids, weight = hidden.contiguous(), topk_ids.contiguous(), weight.float().contiguous()
-    out = torch.empty_like(hidden)
-    matrices = up, packed[0], None, down, packed[1], None
-    call("experts_", hidden, hidden, topk_ids, weight, *matrices, out, *topk_ids.shape, *up.shape)
+def activate(up: Tensor, gate: Tensor | None, activation: Activation) -> Tensor:
+    """As `ops.reference.activation.activate`; rounded once."""
+    up, gate = up.contiguous(), None if gate is None else gate.contiguous()
+    out = torch.empty_like(up)
+    call("activate_", up, up, gate, out, up.numel(), ACTIVATIONS[activation])
     return out
 
 
-def experts_int8(
-    hidden: Tensor, topk_ids: Tensor, weight: Tensor, up: Tensor, up_scale: Tensor, down: Tensor, down_scale: Tensor
-) -> Tensor:
-    """As `ops.reference.int8.experts_sorted`."""
-    if topk_ids.numel() > max_tokens(hidden.dtype, packed=True) * len(up):
-        return int8.experts_sorted(hidden, topk_ids, weight, up, up_scale, down, down_scale)
-    hidden, topk_ids, weight = hidden.contiguous(), topk_ids.contiguous(), weight.float().contiguous()
-    out = torch.empty_like(hidden)
-    matrices = None, up, up_scale.float(), None, down, down_scale.float()
-    call(
-        "experts_", hidden, hidden, topk_ids, weight, *matrices, out, *topk_ids.shape, *int8.weight_shape(up, up_scale)
-    )
-    return out
-
-
-def route(hidden: Tensor, weight: Tensor, bias: Tensor | None, rule: Routing) -> tuple[Tensor, Tensor]:
-    """As `ops.reference.routing.route`; of equal scores the lower expert id wins."""
-    if bias is None or rule.scores != "sigmoid":
-        return routing.route(hidden, weight, bias, rule)
-    hidden, bias = hidden.contiguous(), bias.float()
-    tokens = len(hidden)
-    topk_ids = torch.empty(tokens, rule.top, dtype=torch.long)
-    topk_weights = torch.empty(tokens, rule.top)
-    call(
-        "route_", hidden, hidden, weight, bias, topk_ids, topk_weights, tokens, *weight.shape[::-1],
-        rule.n_group, rule.topk_group, rule.top, int(rule.normalise), rule.factor,
-    )  # fmt: skip
-    return topk_ids, topk_weights
+def norm_and_rotate(q: Tensor, k: Tensor, norms: HeadNorms | None, turn: Rotation | None) -> tuple[Tensor, Tensor]:
+    """As `ops.reference.rope.norm_and_rotate`; rounded once."""
+    q, k = q.contiguous(), k.contiguous()
+    cos, sin = (None, None) if turn is None else (part.float().contiguous() for part in (turn.cos, turn.sin))
+    weights = (None, None) if norms is None else (norms.q, norms.k)
+    outs = torch.empty_like(q), torch.empty_like(k)
+    rows, length, heads, width = q.shape
+    pairs, interleaved = (0, 0) if turn is None else (turn.cos.shape[-1], int(turn.interleaved))
+    eps, offset = (0.0, 0.0) if norms is None else norms[2:]
+    sizes = rows * length, heads, k.shape[2], width, pairs, interleaved, eps, offset
+    call("norm_and_rotate_", q, q, k, *weights, cos, sin, *outs, *sizes)
+    return outs
 
 
 def rms_norm(
@@ -189,8 +168,6 @@ def rms_norm(
     offset: float = 0.0,
 ) -> Tensor:
     """As `ops.reference.norm.rms_norm`."""
-    if offset:
-        return norm.rms_norm(x, weight, eps, modulation, order, offset)
     x = x.contiguous()
     width = weight.shape[0]
     tokens = x.numel() // width
@@ -202,7 +179,8 @@ def rms_norm(
             shift, scale = shift.contiguous(), scale.contiguous()
         each, stride, where = tokens // max(len(shift), 1), shift.stride(0), 1 if order == "before" else 2
     wide = int(x.dtype != weight.dtype)
-    call("rms_norm_", weight, wide, x, weight, shift, scale, out, tokens, width, max(each, 1), stride, where, eps)
+    sizes = tokens, width, max(each, 1), stride, where
+    call("rms_norm_", weight, wide, x, weight, shift, scale, out, *sizes, eps, offset)
     return out
 
 
@@ -286,8 +264,6 @@ def attention(
     options: AttentionOptions = PLAIN,
 ) -> Tensor:
     """As `ops.reference.attention.attention`."""
-    if options != PLAIN:
-        return torch_attention.attention(q, k, v, token_mask, causal, cached, options)
     q, k, v = q.contiguous(), k.contiguous(), v.contiguous()
     token_mask = None if token_mask is None else token_mask.contiguous()
     past: list[Tensor | None] = [None] * 5
@@ -295,5 +271,7 @@ def attention(
         past = [cached.k, cached.v, cached.start, cached.stride, cached.lengths]
     out = torch.empty_like(q)
     rows, length, heads, width = q.shape
-    call("attention_", q, q, k, v, token_mask, int(causal), *past, out, rows, length, heads, k.shape[2], width)
+    sizes = rows, length, heads, k.shape[2], width
+    scores = options.scale or 0.0, options.softcap or 0.0, options.window or 0
+    call("attention_", q, q, k, v, token_mask, int(causal), *past, out, *sizes, *scores)
     return out

@@ -4,9 +4,9 @@
 #include "argmax.h"
 #include "tower.h"
 
-#define BOTH(call)                                 \
-    if (type == 0) { using T = float; call; }      \
-    else { using T = bf16; call; }
+#define BOTH(...)                                    \
+    if (type == 0) { using T = float; __VA_ARGS__; } \
+    else { using T = bf16; __VA_ARGS__; }
 #define P(x) static_cast<const T*>(x)
 #define Q(x) static_cast<T*>(x)
 #define W_(w) Matrix<T>{P(w), w##_packed, w##_scale}
@@ -24,26 +24,46 @@ void pack_(int type, const void* w, void* packed, long matrices, long N, long K,
     BOTH(pack(P(w), Q(packed), matrices, N, K, threads))
 }
 
-void experts_(int type, const void* x, const int64_t* topk_ids, const float* weight, const void* up,
-              const void* up_packed, const float* up_scale, const void* down, const void* down_packed,
-              const float* down_scale, void* y, long tokens, long top, long E, long I, long H, int threads) {
-    BOTH(experts(P(x), topk_ids, weight, W_(up), W_(down), Q(y), tokens, top, E, I, H, threads))
+void experts_(int type, const void* x, const int64_t* topk_ids, const float* weight, const void* gate,
+              const void* gate_packed, const float* gate_scale, const void* up, const void* up_packed,
+              const float* up_scale, const void* down, const void* down_packed, const float* down_scale, void* y,
+              long tokens, long top, long E, long I, long H, int activation, int threads) {
+    BOTH(const FeedForward<T> w{W_(gate), W_(up), W_(down), nullptr, nullptr, nullptr, I, activation};
+         experts(P(x), topk_ids, weight, w, Q(y), tokens, top, E, H, threads))
 }
 
 void route_(int type, const void* x, const void* w, const float* bias, int64_t* topk_ids, float* weight, long tokens,
-            long H, long E, long groups, long kept, long top, int normalise, float factor, int threads) {
-    BOTH(route(P(x), P(w), bias, topk_ids, weight, tokens, H, E, groups, kept, top, normalise, factor, threads))
+            long H, long E, long groups, long kept, long top, int normalise, int scores, float factor, int threads) {
+    const Router rule{E, groups, kept, top, normalise, scores, factor};
+    BOTH(route(P(x), P(w), bias, topk_ids, weight, tokens, H, rule, threads))
+}
+
+// out = act(gate) · up over n values, or act(up) if gate is null.
+void activate_(int type, const void* up, const void* gate, void* out, long n, int activation, int threads) {
+    BOTH(parallel(threads, n * 16 > MIN_PARALLEL_WORK, [&](int part, int parts) {
+        const Range own = partition(n, part, parts, W);
+        activate(P(up) + own.lo, gate ? P(gate) + own.lo : nullptr, Q(out) + own.lo, own.hi - own.lo, activation);
+    }))
+}
+
+// The norms of the heads of q and k (weights or null), then their rotation (cos and sin or null).
+void norm_and_rotate_(int type, const void* q, const void* k, const void* q_norm, const void* k_norm, const float* cos,
+                      const float* sin, void* q_out, void* k_out, long tokens, long heads, long kv_heads, long D,
+                      long pairs, int interleaved, float eps, float offset, int threads) {
+    const Rotation turn{cos, sin, pairs, interleaved};
+    BOTH(norm_and_rotate(P(q), HeadNorm<T>{P(q_norm), eps, offset}, turn, Q(q_out), tokens, heads, D, threads);
+         norm_and_rotate(P(k), HeadNorm<T>{P(k_norm), eps, offset}, turn, Q(k_out), tokens, kv_heads, D, threads))
 }
 
 // wide: x is fp32 although the weights are bf16 (residual_in_fp32).
 void rms_norm_(int type, int wide, const void* x, const void* weight, const void* shift, const void* scale, void* y,
-               long tokens, long H, long each, long stride, int order, float eps, int threads) {
+               long tokens, long H, long each, long stride, int order, float eps, float offset, int threads) {
     if (wide && type) {
         using T = bf16;
         rms_norm(static_cast<const float*>(x), P(weight), P(shift), P(scale), Q(y), tokens, H, each, stride, order, eps,
-                 threads);
+                 offset, threads);
     } else {
-        BOTH(rms_norm(P(x), P(weight), P(shift), P(scale), Q(y), tokens, H, each, stride, order, eps, threads))
+        BOTH(rms_norm(P(x), P(weight), P(shift), P(scale), Q(y), tokens, H, each, stride, order, eps, offset, threads))
     }
 }
 
@@ -91,9 +111,10 @@ void argmax_(int type, const void* logits, const int64_t* excluded, int64_t* tok
 
 void attention_(int type, const void* q, const void* k, const void* v, const uint8_t* token_mask, int causal,
                 const void* past_k, const void* past_v, const int64_t* start, const int64_t* stride,
-                const int64_t* lengths, void* out, long B, long L, long Hq, long Hkv, long D, int threads) {
+                const int64_t* lengths, void* out, long B, long L, long Hq, long Hkv, long D, float scale, float softcap,
+                long window, int threads) {
     BOTH(attention(P(q), P(k), P(v), token_mask, causal, P(past_k), P(past_v), start, stride, lengths, Q(out), B, L, Hq,
-                   Hkv, D, threads))
+                   Hkv, D, Scores{scale, softcap, window}, threads))
 }
 
 // x: the embedded tokens, overwritten by the residual stream. sizes: the integers of `Shape` in order.

@@ -111,6 +111,20 @@ inline vec odds(vec a, vec b) {
     return __builtin_shufflevector(a, b, 1, 3, 5, 7, 9, 11, 13, 15);
 #endif
 }
+inline vec interleave_low(vec a, vec b) {  // a₀ b₀ a₁ b₁ …
+#ifdef __AVX512F__
+    return __builtin_shufflevector(a, b, 0, 16, 1, 17, 2, 18, 3, 19, 4, 20, 5, 21, 6, 22, 7, 23);
+#else
+    return __builtin_shufflevector(a, b, 0, 8, 1, 9, 2, 10, 3, 11);
+#endif
+}
+inline vec interleave_high(vec a, vec b) {
+#ifdef __AVX512F__
+    return __builtin_shufflevector(a, b, 8, 24, 9, 25, 10, 26, 11, 27, 12, 28, 13, 29, 14, 30, 15, 31);
+#else
+    return __builtin_shufflevector(a, b, 4, 12, 5, 13, 6, 14, 7, 15);
+#endif
+}
 inline vec pairwise_sums(vec a, vec b) { return evens(a, b) + odds(a, b); }
 template <int N> inline vec sums(const vec* v) {  // lane i (modulo N) is the sum of vector i
     if constexpr (N == 1) {
@@ -186,6 +200,18 @@ inline vec reciprocal(vec x) {
 #else
     return 1.0f / x;
 #endif
+}
+
+// tanh to a few units in the last place: a polynomial near 0 (Cephes), otherwise 1 − 2 / (e^2|x| + 1).
+inline vec tanh(vec x) {
+    const vec size = x < 0.0f ? -x : x, q = x * x;
+    vec p = splat(-5.70498872745e-3f);
+    p = p * q + 2.06390887954e-2f;
+    p = p * q - 5.37397155531e-2f;
+    p = p * q + 1.33314422036e-1f;
+    p = p * q - 3.33332819422e-1f;
+    const vec far = 1.0f - 2.0f * reciprocal(exp(2.0f * (size > 10.0f ? splat(10.0f) : size)) + 1.0f);
+    return size < 0.625f ? p * q * x + x : x < 0.0f ? -far : far;
 }
 
 inline vec silu(vec x) { return x * reciprocal(1.0f + exp(-x)); }

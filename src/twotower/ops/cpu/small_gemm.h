@@ -78,21 +78,6 @@ template <class T> inline void scaled(const T* x, long n, float by, float* y) {
     for (; i < n; i++) y[i] = upcast(x[i]) * by;
 }
 
-inline vec interleave_low(vec a, vec b) {  // a₀ b₀ a₁ b₁ …
-#ifdef __AVX512F__
-    return __builtin_shufflevector(a, b, 0, 16, 1, 17, 2, 18, 3, 19, 4, 20, 5, 21, 6, 22, 7, 23);
-#else
-    return __builtin_shufflevector(a, b, 0, 8, 1, 9, 2, 10, 3, 11);
-#endif
-}
-inline vec interleave_high(vec a, vec b) {
-#ifdef __AVX512F__
-    return __builtin_shufflevector(a, b, 8, 24, 9, 25, 10, 26, 11, 27, 12, 28, 13, 29, 14, 30, 15, 31);
-#else
-    return __builtin_shufflevector(a, b, 4, 12, 5, 13, 6, 14, 7, 15);
-#endif
-}
-
 // Transposes a W × W square of vectors: each step moves one bit of an element's row index to its column index.
 template <int LEFT = W> inline void transpose_square(vec* v) {
     if constexpr (LEFT > 1) {

@@ -1,8 +1,11 @@
 // All layers of a tower in one call: the functions of the other files in the order of model/tower.py.
 #pragma once
 #include "attention.h"
+#include "feed_forward.h"
 #include "mamba.h"
 #include "norm.h"
+#include "rope.h"
+#include "routing.h"
 
 enum Kind { MAMBA, ATTENTION, MOE, MLP };
 
@@ -19,16 +22,6 @@ struct Shape {
     long mlp;                                               // width of a plain MLP
     float norm_eps;
 };
-
-// x = relu(x)²
-template <class T> inline void relu_squared(T* x, long n) {
-    long i = 0;
-    for (; i + W <= n; i += W) {
-        const vec v = load(x + i), positive = v > 0.0f ? v : vec{};
-        store(x + i, positive * positive);
-    }
-    for (; i < n; i++) put(x + i, relu(upcast(x[i])) * relu(upcast(x[i])));
-}
 
 // x += y
 template <class T> inline void add(const T* y, long n, T* x) {
@@ -47,14 +40,6 @@ template <class X, class T> inline void add_gated(const T* y, const T* gate, lon
         if (gate) put(&part, upcast(part) * upcast(gate[i]));
         put(x + i, upcast(x[i]) + upcast(part));
     }
-}
-
-template <class T>
-inline void mlp(const T* x, Matrix<T> up, const T* up_bias, Matrix<T> down, const T* down_bias, T* inner, T* y,
-                long tokens, long H, long width, int threads) {
-    linear(x, up, up_bias, inner, tokens, H, width, threads);
-    relu_squared(inner, tokens * width);
-    linear(inner, down, down_bias, y, tokens, width, H, threads);
 }
 
 template <class X, class T>
@@ -84,7 +69,7 @@ void tower(X* x, const int64_t* kinds, const void* const* weights, const void* c
         const T *shift = static_cast<T*>(in(0)), *scale = static_cast<T*>(in(1)), *gate = static_cast<T*>(in(2));
         const int kind = int(kinds[layer]);
         const int order = !shift ? 0 : kind == MAMBA || kind == ATTENTION ? 1 : 2;
-        rms_norm(x, w(0), shift, scale, normed, tokens, H, s.L, s.order_stride, order, s.norm_eps, threads);
+        rms_norm(x, w(0), shift, scale, normed, tokens, H, s.L, s.order_stride, order, s.norm_eps, 0, threads);
         if (kind == MAMBA) {
             linear(normed, matrix(1), w(2), first, tokens, H, inner + C + m.heads, threads);
             mamba_block(first, token_mask, static_cast<const T*>(in(3)), static_cast<const float*>(in(4)),
@@ -99,22 +84,24 @@ void tower(X* x, const int64_t* kinds, const void* const* weights, const void* c
             linear(normed, matrix(3), w(4), k, tokens, H, s.kv_heads * d, threads);
             linear(normed, matrix(5), w(6), v, tokens, H, s.kv_heads * d, threads);
             attention(q, k, v, token_mask, causal, static_cast<const T*>(in(3)), static_cast<const T*>(in(4)), start,
-                      stride, lengths, attended, s.rows, s.L, s.heads, s.kv_heads, d, threads);
+                      stride, lengths, attended, s.rows, s.L, s.heads, s.kv_heads, d, Scores{}, threads);
             linear(attended, matrix(7), w(8), out, tokens, s.heads * d, H, threads);
         } else if (kind == MOE) {
-            route(normed, w(1), wide(2), topk_ids, topk_weights, tokens, H, s.experts, s.groups, s.kept, s.top,
-                  int(s.normalise), s.factor, threads);
+            const Router rule{s.experts, s.groups, s.kept, s.top, int(s.normalise), SIGMOID, s.factor};
+            route(normed, w(1), wide(2), topk_ids, topk_weights, tokens, H, rule, threads);
             for (long t = 0; token_mask && t < tokens; t++)  // padding loads no extra weights
                 if (!token_mask[t]) std::copy_n(topk_ids + representative * s.top, s.top, topk_ids + t * s.top);
-            experts(normed, topk_ids, topk_weights, matrix(3), matrix(4), out, tokens, s.top, s.experts, s.inner, H,
-                    threads);
-            mlp(normed, matrix(5), w(6), matrix(7), w(8), first, second, tokens, H, s.shared, threads);
+            const FeedForward<T> routed{{}, matrix(3), matrix(4), nullptr, nullptr, nullptr, s.inner, RELU2};
+            experts(normed, topk_ids, topk_weights, routed, out, tokens, s.top, s.experts, H, threads);
+            const FeedForward<T> shared{{}, matrix(5), matrix(7), nullptr, w(6), w(8), s.shared, RELU2};
+            mlp(normed, shared, second, tokens, H, threads);
             add(second, tokens * H, out);
         } else {
-            mlp(normed, matrix(1), w(2), matrix(3), w(4), first, out, tokens, H, s.mlp, threads);
+            const FeedForward<T> own{{}, matrix(1), matrix(3), nullptr, w(2), w(4), s.mlp, RELU2};
+            mlp(normed, own, out, tokens, H, threads);
         }
         for (long t = 0; t < tokens; t++)
             add_gated(out + t * H, gate ? gate + t / s.L * s.order_stride : nullptr, H, x + t * H);
     }
-    rms_norm(x, norm_f, (const T*)nullptr, (const T*)nullptr, hidden, tokens, H, 1, 0, 0, s.norm_eps, threads);
+    rms_norm(x, norm_f, (const T*)nullptr, (const T*)nullptr, hidden, tokens, H, 1, 0, 0, s.norm_eps, 0, threads);
 }

@@ -26,10 +26,11 @@ def rms_norm(
     offset: float = 0.0,
 ) -> Tensor:
     """As `twotower.ops.reference.norm.rms_norm`, without gradients."""
-    rows, length, width = x.shape
+    width = x.shape[-1]
     tile = tile_of(width)
-    if tile > MAX_NORM_WIDTH or offset:
+    if tile > MAX_NORM_WIDTH or offset or x.dim() != 3:
         return reference.rms_norm(x, weight, eps, modulation, order, offset)
+    rows, length, _ = x.shape
     out = torch.empty(x.shape, dtype=weight.dtype, device=x.device)
     if not out.numel():
         return out
