@@ -20,7 +20,7 @@ twotower batch "$here/own_model_prompts.jsonl" -m "$dir/start" -s ar -n 96 --wit
 
 # 4. Train the denoiser; the context tower stays as it is.
 twotower train "$dir/start" --data "$dir/answers.jsonl" -o "$dir/run" --steps "$steps" --block-size 8 \
-    --batch-size 8 --row-length 512 --lr 3e-4 --warmup 5
+    --batch-size 4 --row-length 256 --lr 3e-4 --warmup 5
 twotower curves "$dir/run"
 
 # 5. Serve, and chat at http://127.0.0.1:8000.
