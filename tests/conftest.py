@@ -60,7 +60,7 @@ SHAPE = {
 # Long files come first, so that no worker runs a long file last.
 LONG_FILES = (
     "test_benchmarks.py", "test_avx2.py", "test_avx512.py", "test_avx512_bf16.py", "test_none.py", "test_page.py",
-    "test_goldens_decoding.py", "test_two_processes.py", "test_trainer.py",
+    "test_goldens_decoding.py", "test_backbones.py", "test_two_processes.py", "test_trainer.py",
 )  # fmt: skip
 
 

@@ -12,9 +12,8 @@ from collections.abc import Callable
 from dataclasses import dataclass, field
 from typing import Any, NamedTuple
 
-import torch
 from naive_policies import NAIVE, NaiveRow, naive_commit
-from oracle_tower import read
+from oracle_tower import Context, conditioning, read
 from torch import Tensor
 
 from twotower import GenerationParams, TwoTowerForCausalLM
@@ -188,7 +187,7 @@ def fill(row: _Row, before: list[int], begun: list[int], masked: list[int], step
     for step in range(steps):
         if not masked:
             break
-        time = model.time(torch.tensor([len(masked) / size], dtype=torch.float64))
+        time = conditioning(model.time, len(masked) / size)
         logits, _ = read(model.denoiser, block, past, causal=False, time=time)
         passes += 1
         logits[:, params.mask_token_id] = -math.inf
@@ -203,7 +202,7 @@ def fill(row: _Row, before: list[int], begun: list[int], masked: list[int], step
     return Block(block, committed_at, confidence, passes)
 
 
-def _past(model: TwoTowerForCausalLM, text: list[int]) -> list[Any] | None:
+def _past(model: TwoTowerForCausalLM, text: list[int]) -> Context | None:
     """The context tower's layer states after a text; None for an empty text."""
     return read(model.context, text)[1] if text else None
 

@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import random
 from collections import Counter
-from dataclasses import replace
+from dataclasses import fields, replace
 
 import oracle
 import pytest
@@ -15,6 +15,7 @@ import torch
 from decoding_goldens import Golden, Row, depends_on_timing, params_of, row_matches, row_of, run_method
 from decoding_models import KINDS, STORED, decoding_model
 from decoding_requests import random_request
+from oracle_tower import KNOWN_FIELDS
 
 from twotower import LLM, Request, generate
 
@@ -66,6 +67,11 @@ def test_every_way_to_ask_equals_the_oracle(count: int) -> None:
     assert min(ends[end] for end in ("eos", "stop", "length")) >= count / 12
     drafts = [row["drafts"] for row in rows if "drafts" in row]
     assert 0 < sum(each[2] for each in drafts) < sum(each[1] for each in drafts)
+
+
+@pytest.mark.parametrize("spec", KNOWN_FIELDS, ids=lambda spec: spec.__name__)
+def test_the_oracle_knows_every_option(spec: type) -> None:
+    assert {field.name for field in fields(spec)} == set(KNOWN_FIELDS[spec].split())
 
 
 def test_text_ends_before_a_stop_string() -> None:
