@@ -130,6 +130,18 @@ SHAPES: dict[str, dict[str, Any]] = {
     "bamba:biases": {
         **MAMBA, "attn_layer_indices": [0, 2], "mamba_conv_bias": False, "mamba_proj_bias": True, "mlp_bias": True,
         "attention_bias": True, "tie_word_embeddings": True, "mamba_n_groups": 4, "time_step_limit": [0.02, 0.3]},
+    "falcon_h1": {
+        **MAMBA, "mamba_d_ssm": 96, "embedding_multiplier": 3.0, "lm_head_multiplier": 0.3, "key_multiplier": 0.7,
+        "attention_in_multiplier": 1.3, "attention_out_multiplier": 0.6, "ssm_in_multiplier": 1.4,
+        "ssm_out_multiplier": 0.8, "mlp_multipliers": [0.7, 0.9], "ssm_multipliers": [0.9, 1.2, 0.7, 1.1, 0.6]},
+    "falcon_h1:norm": {
+        **MAMBA, "mamba_d_ssm": None, "mamba_rms_norm": True, "mamba_norm_before_gate": False,
+        "mamba_conv_bias": False, "attention_bias": True, "mlp_bias": True, "mamba_proj_bias": True,
+        "tie_word_embeddings": True, "time_step_limit": [0.02, 0.3],
+        "rope_parameters": {"rope_type": "linear", "rope_theta": 1e4, "factor": 4.0}},
+    "falcon_h1:norm_first": {
+        **MAMBA, "mamba_d_ssm": 96, "mamba_rms_norm": True, "mamba_n_groups": 1, "projectors_bias": True,
+        "head_dim": 16, "ssm_multipliers": [0.3, 0.4, 0.5, 0.6, 0.7]},
     "mamba2": {**MAMBA_ALONE, "num_hidden_layers": 4},
     "mamba2:biases": {
         **MAMBA_ALONE, "use_bias": True, "use_conv_bias": False, "n_groups": 1, "residual_in_fp32": False,

@@ -6,10 +6,11 @@ import dataclasses
 import math
 from collections.abc import Callable
 from dataclasses import dataclass
-from typing import get_args
 
 from twotower.errors import ConfigError
 from twotower.specs import KIND_OF_LETTER, LayerKind
+
+KINDS: tuple[LayerKind, ...] = ("M", "*", "E", "-")  # of layers of the family
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -65,7 +66,7 @@ class NemotronHFields:
             expected, good = _EXPECTED[str(field.type)]
             if not good(value):
                 raise ConfigError(f"config: {field.name} is {value!r}; it must be {expected}")
-        bad = sorted(set(self.hybrid_override_pattern) - set(get_args(LayerKind)))
+        bad = sorted(set(self.hybrid_override_pattern) - set(KINDS))
         if bad or not self.hybrid_override_pattern:
             raise ConfigError(
                 f"config: hybrid_override_pattern {self.hybrid_override_pattern!r} has {bad or 'no layers'}; "

@@ -12,9 +12,15 @@ from typing import Literal, TypeVar, get_args
 
 from twotower.errors import ConfigError
 
-LayerKind = Literal["M", "*", "E", "-"]
-KIND_NAMES: dict[LayerKind, str] = {"M": "Mamba-2", "*": "attention", "E": "MoE", "-": "MLP"}
-COUPLED_KINDS = frozenset[LayerKind](("M", "*"))  # denoiser layers of these kinds read the cache of their context layer
+LayerKind = Literal["M", "*", "E", "-", "P"]
+KIND_NAMES: dict[LayerKind, str] = {
+    "M": "Mamba-2",
+    "*": "attention",
+    "E": "MoE",
+    "-": "MLP",
+    "P": "parallel attention and Mamba-2",
+}
+COUPLED_KINDS = frozenset[LayerKind](("M", "*", "P"))  # a denoiser layer reads the cache of its context layer
 KIND_OF_LETTER: dict[str, LayerKind] = {kind: kind for kind in get_args(LayerKind)}
 
 Activation = Literal["relu2", "silu", "gelu", "gelu_tanh"]
@@ -61,12 +67,13 @@ class AttentionSpec:
 
 @dataclass(frozen=True, kw_only=True)
 class MLPSpec:
-    """down(act(up·x)), or gated: down(act(gate·x) · up·x)."""
+    """down(act(up·x)), or gated: down(act(gate·x · gate_factor) · up·x)."""
 
     width: int
     activation: Activation
     gated: bool = True
     bias: bool = False
+    gate_factor: float = 1.0
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -134,9 +141,24 @@ class Mamba2Spec:
         return self.inner + 2 * self.num_groups * self.state_size
 
 
-MixerSpec = AttentionSpec | Mamba2Spec | MoESpec | MLPSpec
+@dataclass(frozen=True, kw_only=True)
+class ParallelSpec:
+    """Attention and Mamba-2 side by side: both read the same input, and their outputs are added.
+
+    The factors multiply the input and the output of either.
+    """
+
+    attention: AttentionSpec
+    mamba: Mamba2Spec
+    attention_input_factor: float = 1.0
+    attention_factor: float = 1.0
+    mamba_input_factor: float = 1.0
+    mamba_factor: float = 1.0
+
+
+MixerSpec = AttentionSpec | Mamba2Spec | MoESpec | MLPSpec | ParallelSpec
 Spec = TypeVar("Spec", AttentionSpec, Mamba2Spec, MoESpec, MLPSpec)
-_KINDS: dict[type, LayerKind] = {AttentionSpec: "*", Mamba2Spec: "M", MoESpec: "E", MLPSpec: "-"}
+_KINDS: dict[type, LayerKind] = {AttentionSpec: "*", Mamba2Spec: "M", MoESpec: "E", MLPSpec: "-", ParallelSpec: "P"}
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -155,6 +177,11 @@ class LayerSpec:
     @property
     def kind(self) -> LayerKind:
         return _KINDS[type(self.mixer)]
+
+    @property
+    def parts(self) -> tuple[MixerSpec, ...]:
+        """The mixer, or the two mixers that it consists of."""
+        return (self.mixer.attention, self.mixer.mamba) if isinstance(self.mixer, ParallelSpec) else (self.mixer,)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -187,7 +214,7 @@ class TowerSpec:
             raise ConfigError("config: layers of one kind have different head counts or sizes; they must be equal")
 
     def _mixers(self, kind: type[Spec]) -> list[Spec]:
-        return [layer.mixer for layer in self.layers if isinstance(layer.mixer, kind)]
+        return [part for layer in self.layers for part in layer.parts if isinstance(part, kind)]
 
     @cached_property
     def pattern(self) -> str:
@@ -210,8 +237,8 @@ class TowerSpec:
 
     def window_of(self, layer: int) -> int | None:
         """The window of an attention layer; None: it attends to all keys."""
-        mixer = self.layers[layer].mixer
-        return mixer.window if isinstance(mixer, AttentionSpec) else None
+        parts = self.layers[layer].parts
+        return next((part.window for part in parts if isinstance(part, AttentionSpec)), None)
 
     @cached_property
     def mamba(self) -> Mamba2Spec | None:

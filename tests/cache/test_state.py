@@ -10,12 +10,14 @@ from collections.abc import Callable, Sequence
 import pytest
 import torch
 from conftest import EVERY_KIND, build_random_model
+from tiny_backbones import two_tower
 from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from twotower import TwoTowerForCausalLM
 from twotower.cache.hybrid_cache import TowerState, state_bytes
-from twotower.cache.pools import AttentionPool, MambaPool
+from twotower.cache.layer_cache import ParallelCache
+from twotower.cache.pools import MambaPool
 from twotower.cache.replica import DeviceTransfer, Replica
 from twotower.model import moe, towers
 from twotower.ops.reference.attention import CachedKV
@@ -25,8 +27,11 @@ MASK = 3
 LENGTHS = (0, 1, 2, 3, 5, 17, 70)  # empty, around the convolution window, several chunks, two buckets
 
 
-@pytest.fixture(scope="module")
-def model() -> TwoTowerForCausalLM:
+@pytest.fixture(scope="module", params=["nemotron_h", "falcon_h1"])
+def model(request: pytest.FixtureRequest) -> TwoTowerForCausalLM:
+    """A layer of each kind of Nemotron-H, and layers with attention and Mamba-2 side by side."""
+    if request.param == "falcon_h1":
+        return two_tower("falcon_h1", torch.float64, seed=1).requires_grad_(False)
     return build_random_model(EVERY_KIND, seed=1, dtype=torch.float64).requires_grad_(False)
 
 
@@ -56,15 +61,14 @@ def assert_same(actual: TowerState, expected: TowerState, model: TwoTowerForCaus
     actual, expected = actual.clone(), expected.clone()
     views = actual.view(), expected.view()
     assert actual.lengths.tolist() == expected.lengths.tolist()
-    for layer, (mine, theirs) in enumerate(zip(actual.pools, expected.pools, strict=True)):
-        if isinstance(mine, AttentionPool):
-            both = [keys_and_values(state, layer) for state in (actual, expected)]
-            for row, length in enumerate(expected.lengths.tolist()):
-                for a, b in zip(*both, strict=True):
-                    torch.testing.assert_close(a[row, :, :length], b[row, :, :length], rtol=1e-9, atol=1e-10)
-        elif isinstance(mine, MambaPool):
-            torch.testing.assert_close(mine.conv_window, theirs.conv_window, rtol=1e-9, atol=1e-10)
-            torch.testing.assert_close(mine.ssm_state, theirs.ssm_state, rtol=1e-9, atol=1e-10)
+    for layer, _ in actual.attention_pools:
+        both = [keys_and_values(state, layer) for state in (actual, expected)]
+        for row, length in enumerate(expected.lengths.tolist()):
+            for a, b in zip(*both, strict=True):
+                torch.testing.assert_close(a[row, :, :length], b[row, :, :length], rtol=1e-9, atol=1e-10)
+    for (_, mine), (_, theirs) in zip(actual.mamba_pools, expected.mamba_pools, strict=True):
+        torch.testing.assert_close(mine.conv_window, theirs.conv_window, rtol=1e-9, atol=1e-10)
+        torch.testing.assert_close(mine.ssm_state, theirs.ssm_state, rtol=1e-9, atol=1e-10)
     rows = expected.rows
     half = torch.full((rows,), 0.5)
     drafts = [model.denoise(torch.full((rows, 4), MASK), half, view) for view in views]
@@ -76,6 +80,7 @@ def assert_same(actual: TowerState, expected: TowerState, model: TwoTowerForCaus
 def keys_and_values(state: TowerState, layer: int) -> tuple[Tensor, Tensor]:
     """Keys and values, (R, Hkv, T, D) each."""
     past = state.view().past[layer]
+    past = past.attention if isinstance(past, ParallelCache) else past
     assert isinstance(past, CachedKV)
     return past.dense(state.spec.attention.num_kv_heads)[:2]
 
@@ -172,9 +177,8 @@ def test_a_row_given_no_tokens_is_untouched(model: TwoTowerForCausalLM) -> None:
     model.extend(some_tokens(3, 4), state, lengths=torch.tensor([4, 0, 0]))
     state.commit_state()
     after = state.select(torch.tensor([1, 2]))
-    for pool in (*before.pools, *after.pools):
-        if isinstance(pool, AttentionPool):  # the spare vector takes the writes of padding
-            pool.k, pool.v = pool.k[:-1], pool.v[:-1]
+    for _, pool in (*before.attention_pools, *after.attention_pools):  # the spare vector takes the writes of padding
+        pool.k, pool.v = pool.k[:-1], pool.v[:-1]
     assert contents(after) == contents(before)
 
 
@@ -269,8 +273,7 @@ def test_emptying_and_filling_rows_costs_only_those_rows(model: TwoTowerForCausa
 
 def _parts(state: TowerState) -> list[Tensor]:
     """The Mamba pools."""
-    mamba = [pool for pool in state.pools if isinstance(pool, MambaPool)]
-    return [part for pool in mamba for part in (pool.conv_window, pool.ssm_state)]
+    return [part for _, pool in state.mamba_pools for part in (pool.conv_window, pool.ssm_state)]
 
 
 def test_select_and_snapshot_are_independent_copies(model: TwoTowerForCausalLM) -> None:
@@ -310,12 +313,15 @@ def test_reserving_less_than_there_is_changes_nothing(model: TwoTowerForCausalLM
 
 
 def test_nbytes_counts_what_is_held(model: TwoTowerForCausalLM) -> None:
-    """Per row: K/V of one attention layer, states of two Mamba layers, three counters; and the spare vector."""
-    config = model.config.layer_fields
-    keys = 2 * config.num_key_value_heads * 100 * config.head_dim
-    mamba = (config.conv_kernel - 1) * config.conv_dim + config.mamba_inner * config.ssm_state_size
-    assert model.new_state(3, 100).nbytes == 8 * (3 * (keys + 2 * mamba + 3) + 2 * config.head_dim)
-    assert state_bytes(model.spec, torch.float64) == (8 * 2 * mamba, 8 * keys // 100)
+    """Per row: K/V of attention layers, states of Mamba layers, three counters; and the spare vector of each layer."""
+    attention, mamba = model.spec.attention, model.spec.mamba
+    assert attention is not None
+    assert mamba is not None
+    with_keys, with_states = (len([kind for kind in model.spec.pattern if kind in kinds]) for kinds in ("*P", "MP"))
+    keys = 2 * attention.num_kv_heads * 100 * attention.head_dim * with_keys
+    states = with_states * ((mamba.conv_kernel - 1) * mamba.conv_dim + mamba.inner * mamba.state_size)
+    assert model.new_state(3, 100).nbytes == 8 * (3 * (keys + states + 3) + 2 * attention.head_dim * with_keys)
+    assert state_bytes(model.spec, torch.float64) == (8 * states, 8 * keys // 100)
 
 
 # --- read-only views ----------------------------------------------------------------------------------------------

@@ -23,7 +23,7 @@ from twotower.families import BY_MODEL_TYPE, tower_spec
 WITHOUT_EFFECT = {
     "attention_dropout", "embd_pdrop", "resid_pdrop", "router_jitter_noise",  # only in transformers' training
     "output_router_logits", "router_aux_loss_coef", "z_loss_coefficient", "num_logits_to_keep",  # of the loss
-    "mamba_expand", "expand",  # the configuration checks that they agree with the heads and their size
+    "mamba_expand", "mamba_d_ssm", "expand",  # the configuration checks that they agree with the heads and their size
     "rescale_prenorm_residual", "time_step_rank",  # of the initial weights; of Mamba-1
     "bos_token_id", "eos_token_id", "pad_token_id",  # read for both towers by GenericTwoTowerConfig
     "use_cache", "pretraining_tp",

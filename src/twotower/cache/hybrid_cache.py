@@ -16,15 +16,34 @@ import torch
 from torch import Tensor
 
 from twotower.cache.kv_slots import KVSlots
-from twotower.cache.layer_cache import CacheUpdate, KeyValue, LayerCache, MambaCache
-from twotower.cache.pools import AttentionPool, CacheSnapshot, ContextView, MambaPool, Pool, copy_to_layout, mamba_cache
+from twotower.cache.layer_cache import (
+    CacheUpdate,
+    KeyValue,
+    LayerCache,
+    MambaCache,
+    ParallelCache,
+    keys_of,
+    step_inputs_of,
+)
+from twotower.cache.pools import (
+    AttentionPool,
+    CacheSnapshot,
+    ContextView,
+    MambaPool,
+    ParallelPool,
+    Pool,
+    copy_to_layout,
+    mamba_cache,
+    map_pool,
+    pool_parts,
+    pool_tensors,
+)
 from twotower.ops.host_transfer import to_device_async
 from twotower.ops.precision import accumulation_dtype
 from twotower.ops.reference.attention import CachedKV
 from twotower.ops.reference.kv_write import AppendPositions, write_slots, zero_slots
-from twotower.ops.reference.mamba_block import MambaStepInputs
 from twotower.ops.registry import select
-from twotower.specs import AttentionSpec, LayerSpec, Mamba2Spec, TowerSpec
+from twotower.specs import AttentionSpec, Mamba2Spec, MixerSpec, ParallelSpec, TowerSpec
 
 BUCKET = 64  # the context width of a pass is a multiple of this, so that shapes change rarely
 
@@ -58,16 +77,21 @@ class TowerState:
         self.reset_count = torch.zeros_like(self.lengths)  # per row; a replica detects slot reuse by it
         self.max_seq_len = 0  # upper bound of all lengths, known on the host without a synchronisation
         self.total_appended = 0  # appended tokens per row, rollbacks included; a replica transfers the difference
-        self.pools: list[Pool] = [self._new_pool(layer, rows, device, dtype) for layer in spec.layers]
+        self.pools: list[Pool] = [self._new_pool(layer.mixer, rows, device, dtype) for layer in spec.layers]
         self._index_pools()
 
     def _index_pools(self) -> None:
         """Lists the pools of each kind, with the indices of their layers."""
-        self._attention = [(layer, pool) for layer, pool in enumerate(self.pools) if isinstance(pool, AttentionPool)]
-        self._mamba = [(layer, pool) for layer, pool in enumerate(self.pools) if isinstance(pool, MambaPool)]
+        parts = [(layer, part) for layer, pool in enumerate(self.pools) for part in pool_parts(pool)]
+        self.attention_pools = [(layer, part) for layer, part in parts if isinstance(part, AttentionPool)]
+        self.mamba_pools = [(layer, part) for layer, part in parts if isinstance(part, MambaPool)]
 
-    def _new_pool(self, layer: LayerSpec, rows: int, device: torch.device, dtype: torch.dtype) -> Pool:
-        mixer = layer.mixer
+    def _new_pool(self, mixer: MixerSpec, rows: int, device: torch.device, dtype: torch.dtype) -> Pool:
+        if isinstance(mixer, ParallelSpec):
+            attention, mamba = (self._new_pool(part, rows, device, dtype) for part in (mixer.attention, mixer.mamba))
+            assert isinstance(attention, AttentionPool)
+            assert isinstance(mamba, MambaPool)
+            return ParallelPool(attention, mamba)
         if isinstance(mixer, AttentionSpec):
             shape = (self.kv_slots.num_vectors + 1, mixer.head_dim)
             return AttentionPool(*(torch.zeros(shape, device=device, dtype=dtype) for _ in "kv"))
@@ -117,10 +141,11 @@ class TowerState:
             beyond = (lengths - (window - 1)).clamp(min=0)
             layouts[window] = start + beyond, stride, lengths - beyond, min(width, window - 1), 0
         past: list[LayerCache] = [None] * len(self.pools)
-        for layer, attention in self._attention:
+        for layer, attention in self.attention_pools:
             past[layer] = CachedKV(attention.k, attention.v, *layouts[self.spec.window_of(layer)])
-        for layer, mamba in self._mamba:
-            past[layer] = mamba_cache(mamba, rows)
+        for layer, mamba in self.mamba_pools:
+            keys, own = past[layer], mamba_cache(mamba, rows)
+            past[layer] = ParallelCache(keys, own) if isinstance(keys, CachedKV) else own
         return ContextView(past, lengths)
 
     def _row_layout(self, rows: Tensor | None) -> tuple[Tensor, Tensor, Tensor]:
@@ -137,21 +162,16 @@ class TowerState:
         max_seq_len + width tokens.
         """
         assert self.kv_slots.shared or self.max_seq_len + width <= self.capacity, "append beyond the reserved capacity"
-        if self._attention:
-            new = []
-            for layer, _ in self._attention:
-                part = updates[layer]
-                assert isinstance(part, KeyValue)
-                new.append((part.k.transpose(1, 2), part.v.transpose(1, 2)))
+        if self.attention_pools:
+            keys = [keys_of(updates[layer]) for layer, _ in self.attention_pools]
+            new = [(part.k.transpose(1, 2), part.v.transpose(1, 2)) for part in keys]
             store = select("kv_append", self.lengths.device, self.dtype).function
             positions = AppendPositions(*self._row_layout(rows), appended)
-            stored = store([(pool.k, pool.v) for _, pool in self._attention], new, positions)
-            for (_, own), pair in zip(self._attention, stored, strict=True):
+            stored = store([(pool.k, pool.v) for _, pool in self.attention_pools], new, positions)
+            for (_, own), pair in zip(self.attention_pools, stored, strict=True):
                 own.k, own.v = pair
-        for layer, pool in self._mamba:
-            step_inputs = updates[layer]
-            assert isinstance(step_inputs, MambaStepInputs)
-            pool.step_inputs = step_inputs
+        for layer, pool in self.mamba_pools:
+            pool.step_inputs = step_inputs_of(updates[layer])
         self.step_rows = rows
         if rows is None:
             self.uncommitted = appended
@@ -174,7 +194,7 @@ class TowerState:
 
     def commit_state(self) -> None:
         """Updates the Mamba states with the tokens of the last `extend` that were not rolled back."""
-        pending = [(pool, pool.step_inputs) for _, pool in self._mamba if pool.step_inputs is not None]
+        pending = [(pool, pool.step_inputs) for _, pool in self.mamba_pools if pool.step_inputs is not None]
         if pending:
             rows = self.step_rows
             accepted = self.uncommitted if rows is None else self.uncommitted[rows]
@@ -191,9 +211,8 @@ class TowerState:
         self.commit_state()
         self.lengths = self.lengths.index_fill(0, rows, 0)
         self.reset_count = self.reset_count.index_add(0, rows, torch.ones_like(rows))
-        for pool in self.pools:
-            if isinstance(pool, MambaPool):
-                pool.conv_window, pool.ssm_state = zero_slots(pool.conv_window, rows), zero_slots(pool.ssm_state, rows)
+        for _, pool in self.mamba_pools:
+            pool.conv_window, pool.ssm_state = zero_slots(pool.conv_window, rows), zero_slots(pool.ssm_state, rows)
 
     def free_all(self) -> None:
         """Discards all texts: frees all shared KV slots and drops uncommitted step inputs.
@@ -205,9 +224,8 @@ class TowerState:
 
     def drop_step_inputs(self) -> None:
         """Drops uncommitted step inputs. Every row is invalid until its next `reset`."""
-        for pool in self.pools:
-            if isinstance(pool, MambaPool):
-                pool.step_inputs = None
+        for _, pool in self.mamba_pools:
+            pool.step_inputs = None
         self.step_rows = None
         self.uncommitted = torch.zeros_like(self.uncommitted)
 
@@ -215,15 +233,9 @@ class TowerState:
         """A copy of the row's keys and values of tokens lo…hi and of its Mamba states. hi must be the row's length."""
         self.commit_state()
         vectors = self._vectors(row, lo, hi)
-        layers: list[KeyValue | MambaCache | None] = []
-        for pool in self.pools:
-            if isinstance(pool, AttentionPool):
-                layers.append(KeyValue(pool.k[vectors], pool.v[vectors]))
-            elif isinstance(pool, MambaPool):
-                layers.append(MambaCache(pool.conv_window[row].clone(), pool.ssm_state[row].clone()))
-            else:
-                layers.append(None)
-        return CacheSnapshot(layers, hi - lo)
+        keys = [KeyValue(pool.k[vectors], pool.v[vectors]) for _, pool in self.attention_pools]
+        states = [MambaCache(own.conv_window[row].clone(), own.ssm_state[row].clone()) for _, own in self.mamba_pools]
+        return CacheSnapshot(keys, states, hi - lo)
 
     def restore(self, row: int, parts: Sequence[CacheSnapshot]) -> None:
         """Writes consecutive snapshots of one text into an empty row."""
@@ -231,16 +243,13 @@ class TowerState:
         length = sum(part.tokens for part in parts)
         vectors = self._vectors(row, 0, length).flatten()
         slot = to_device_async([row], self.lengths.device)
-        for layer, pool in enumerate(self.pools):
-            pieces = [part.layers[layer] for part in parts]
-            if isinstance(pool, AttentionPool):
-                keys, values = (torch.cat(part, dim=1).flatten(0, 1) for part in zip(*pieces, strict=True))
-                pool.k, pool.v = write_slots(pool.k, vectors, keys), write_slots(pool.v, vectors, values)
-            elif isinstance(pool, MambaPool):
-                last = pieces[-1]
-                assert isinstance(last, MambaCache)
-                pool.conv_window = write_slots(pool.conv_window, slot, last.conv_window[None])
-                pool.ssm_state = write_slots(pool.ssm_state, slot, last.ssm_state[None])
+        for i, (_, pool) in enumerate(self.attention_pools):
+            pieces = zip(*(part.keys[i] for part in parts), strict=True)
+            keys, values = (torch.cat(piece, dim=1).flatten(0, 1) for piece in pieces)
+            pool.k, pool.v = write_slots(pool.k, vectors, keys), write_slots(pool.v, vectors, values)
+        for (_, mamba), last in zip(self.mamba_pools, parts[-1].states, strict=True):
+            mamba.conv_window = write_slots(mamba.conv_window, slot, last.conv_window[None])
+            mamba.ssm_state = write_slots(mamba.ssm_state, slot, last.ssm_state[None])
         self.lengths = self.lengths.index_fill(0, slot, length)
         self.total_appended += length
 
@@ -259,9 +268,8 @@ class TowerState:
         if old.shared or capacity <= old.slots_per_row:
             return
         grown = KVSlots.contiguous(self.rows, old.heads, max(capacity, old.slots_per_row * 3 // 2), self.lengths.device)
-        for pool in self.pools:
-            if isinstance(pool, AttentionPool):
-                pool.k, pool.v = (copy_to_layout(t, old, grown) for t in (pool.k, pool.v))
+        for _, pool in self.attention_pools:
+            pool.k, pool.v = (copy_to_layout(t, old, grown) for t in (pool.k, pool.v))
         self.kv_slots = grown
 
     def allocate(self, row: int, length: int) -> None:
@@ -308,32 +316,18 @@ class TowerState:
         out.max_seq_len, out.total_appended = self.max_seq_len, self.total_appended
         out.lengths, out.uncommitted, out.reset_count = map(change, (self.lengths, self.uncommitted, self.reset_count))
         out.step_rows = None if self.step_rows is None else change(self.step_rows)
-        out.pools = []
-        for pool in self.pools:
-            if isinstance(pool, AttentionPool):
-                out.pools.append(AttentionPool(change_vectors(pool.k), change_vectors(pool.v)))
-            elif isinstance(pool, MambaPool):
-                inputs = None if pool.step_inputs is None else MambaStepInputs(*map(change, pool.step_inputs))
-                out.pools.append(MambaPool(change(pool.conv_window), change(pool.ssm_state), inputs))
-            else:
-                out.pools.append(None)
+        out.pools = [map_pool(pool, change, change_vectors) for pool in self.pools]
         out._index_pools()
         return out
 
     def _tensors(self) -> list[Tensor]:
-        out = [self.lengths, self.uncommitted, self.reset_count]
-        for pool in self.pools:
-            if isinstance(pool, AttentionPool):
-                out += [pool.k, pool.v]
-            elif isinstance(pool, MambaPool):
-                out += [pool.conv_window, pool.ssm_state, *(pool.step_inputs or ())]
-        return out
+        pools = (tensor for pool in self.pools for tensor in pool_tensors(pool))
+        return [self.lengths, self.uncommitted, self.reset_count, *pools]
 
 
 @lru_cache(maxsize=32)
 def state_bytes(spec: TowerSpec, dtype: torch.dtype) -> tuple[int, int]:
     """Bytes of a row's Mamba states, and bytes per token of a row; measured on states on the meta device."""
     states = [TowerState(spec, rows, capacity, torch.device("meta"), dtype) for rows, capacity in ((1, 1), (1, 2))]
-    mamba = [pool for pool in states[0].pools if isinstance(pool, MambaPool)]
-    per_row = sum(pool.conv_window.nbytes + pool.ssm_state.nbytes for pool in mamba)
+    per_row = sum(pool.conv_window.nbytes + pool.ssm_state.nbytes for _, pool in states[0].mamba_pools)
     return per_row, states[1].nbytes - states[0].nbytes

@@ -30,5 +30,33 @@ class MambaCache(NamedTuple):
     ssm_state: Tensor
 
 
-LayerCache = KeyValue | CachedKV | MambaCache | None  # KeyValue: whole sequences, in training
-CacheUpdate = KeyValue | MambaStepInputs | None
+class ParallelCache(NamedTuple):
+    """The caches of a layer with attention and Mamba-2 side by side."""
+
+    attention: KeyValue | CachedKV
+    mamba: MambaCache
+
+
+class ParallelUpdate(NamedTuple):
+    """The updates of both caches; mamba is None if the step inputs are not kept."""
+
+    attention: KeyValue
+    mamba: MambaStepInputs | None
+
+
+LayerCache = KeyValue | CachedKV | MambaCache | ParallelCache | None  # KeyValue: whole sequences, in training
+CacheUpdate = KeyValue | MambaStepInputs | ParallelUpdate | None
+
+
+def keys_of(update: CacheUpdate) -> KeyValue:
+    """The keys and values in the update of a layer with attention."""
+    own = update.attention if isinstance(update, ParallelUpdate) else update
+    assert isinstance(own, KeyValue)
+    return own
+
+
+def step_inputs_of(update: CacheUpdate) -> MambaStepInputs:
+    """The step inputs in the update of a Mamba layer."""
+    own = update.mamba if isinstance(update, ParallelUpdate) else update
+    assert isinstance(own, MambaStepInputs)
+    return own

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import dataclass
 
 from torch import Tensor
@@ -31,7 +32,48 @@ class MambaPool:
     step_inputs: MambaStepInputs | None = None
 
 
-Pool = AttentionPool | MambaPool | None
+@dataclass
+class ParallelPool:
+    """The pools of a layer with attention and Mamba-2 side by side."""
+
+    attention: AttentionPool
+    mamba: MambaPool
+
+
+Pool = AttentionPool | MambaPool | ParallelPool | None
+
+
+def pool_parts(pool: Pool) -> tuple[AttentionPool | MambaPool, ...]:
+    """The pool itself, both pools of a `ParallelPool`, or nothing."""
+    if isinstance(pool, ParallelPool):
+        return pool.attention, pool.mamba
+    return () if pool is None else (pool,)
+
+
+def map_pool(pool: Pool, change: Callable[[Tensor], Tensor], change_vectors: Callable[[Tensor], Tensor]) -> Pool:
+    """The pool with `change_vectors` applied to keys and values, and `change` to tensors with a row dimension."""
+    if isinstance(pool, ParallelPool):
+        attention, mamba = (map_pool(part, change, change_vectors) for part in pool_parts(pool))
+        assert isinstance(attention, AttentionPool)
+        assert isinstance(mamba, MambaPool)
+        return ParallelPool(attention, mamba)
+    if isinstance(pool, AttentionPool):
+        return AttentionPool(change_vectors(pool.k), change_vectors(pool.v))
+    if isinstance(pool, MambaPool):
+        inputs = None if pool.step_inputs is None else MambaStepInputs(*map(change, pool.step_inputs))
+        return MambaPool(change(pool.conv_window), change(pool.ssm_state), inputs)
+    return None
+
+
+def pool_tensors(pool: Pool) -> list[Tensor]:
+    """All tensors of a pool."""
+    out: list[Tensor] = []
+    for part in pool_parts(pool):
+        if isinstance(part, AttentionPool):
+            out += [part.k, part.v]
+        else:
+            out += [part.conv_window, part.ssm_state, *(part.step_inputs or ())]
+    return out
 
 
 @dataclass(frozen=True)
@@ -47,14 +89,18 @@ class ContextView:
 
 @dataclass(frozen=True)
 class CacheSnapshot:
-    """A copy of a part of one row's state: keys and values (Hkv, T, D) of T tokens, and the Mamba states after them."""
+    """A copy of a part of one row's state: keys and values (Hkv, T, D) of T tokens, and the Mamba states after them.
 
-    layers: list[KeyValue | MambaCache | None]
+    keys: one for each layer with attention. states: one for each Mamba layer.
+    """
+
+    keys: list[KeyValue]
+    states: list[MambaCache]
     tokens: int
 
     @property
     def nbytes(self) -> int:
-        return sum(part.nbytes for layer in self.layers if layer is not None for part in layer)
+        return sum(part.nbytes for pair in (*self.keys, *self.states) for part in pair)
 
 
 def mamba_cache(pool: MambaPool, rows: Tensor | None) -> MambaCache:

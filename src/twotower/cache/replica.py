@@ -16,7 +16,7 @@ import torch
 from torch import Tensor
 
 from twotower.cache.hybrid_cache import TowerState
-from twotower.cache.pools import AttentionPool, ContextView, MambaPool
+from twotower.cache.pools import ContextView
 from twotower.ops.host_transfer import to_device_async
 
 
@@ -112,17 +112,16 @@ class Replica:
 
         slots: (C,), the rows whose Mamba states are copied; `rows` is the same tensor on the copy's device. None: all.
         """
-        for source, target in zip(self.state.pools, self.copy.pools, strict=True):
-            if isinstance(source, AttentionPool) and isinstance(target, AttentionPool):
-                target.k[there] = self._send(source.k[here])
-                target.v[there] = self._send(source.v[here])
-            elif isinstance(source, MambaPool) and isinstance(target, MambaPool):
-                if slots is None or rows is None:
-                    target.conv_window = self._send(source.conv_window)
-                    target.ssm_state = self._send(source.ssm_state)
-                else:
-                    target.conv_window[rows] = self._send(source.conv_window[slots])
-                    target.ssm_state[rows] = self._send(source.ssm_state[slots])
+        for (_, keys), (_, into) in zip(self.state.attention_pools, self.copy.attention_pools, strict=True):
+            into.k[there] = self._send(keys.k[here])
+            into.v[there] = self._send(keys.v[here])
+        for (_, source), (_, target) in zip(self.state.mamba_pools, self.copy.mamba_pools, strict=True):
+            if slots is None or rows is None:
+                target.conv_window = self._send(source.conv_window)
+                target.ssm_state = self._send(source.ssm_state)
+            else:
+                target.conv_window[rows] = self._send(source.conv_window[slots])
+                target.ssm_state[rows] = self._send(source.ssm_state[slots])
 
     def _send(self, tensor: Tensor) -> Tensor:
         return self.transfer.send(tensor, self.device)

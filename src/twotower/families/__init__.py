@@ -10,6 +10,7 @@ from twotower.config import GenericTwoTowerConfig, TwoTowerConfig
 from twotower.errors import ConfigError
 from twotower.families import (
     bamba,
+    falcon_h1,
     gemma,
     glm4,
     granite,
@@ -47,6 +48,7 @@ FAMILIES: tuple[Family, ...] = (
     granite_hybrid.FAMILY,
     bamba.FAMILY,
     mamba2.FAMILY,
+    falcon_h1.FAMILY,
 )
 BY_MODEL_TYPE: dict[str, Family] = {name: family for family in FAMILIES for name in family.model_types}
 

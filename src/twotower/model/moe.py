@@ -17,7 +17,7 @@ from twotower.specs import MLPSpec, MoESpec
 
 
 class MLP(nn.Module):
-    """down(act(up·x)), or with a gate down(act(gate·x) · up·x)."""
+    """down(act(up·x)), or with a gate down(act(gate·x · gate_factor) · up·x)."""
 
     __call__: Callable[..., Tensor]
 
@@ -31,6 +31,8 @@ class MLP(nn.Module):
 
     def forward(self, hidden: Tensor) -> Tensor:
         gate = self.gate_proj(hidden) if self.spec.gated else None
+        if gate is not None and self.spec.gate_factor != 1.0:
+            gate = gate * self.spec.gate_factor
         up = self.up_proj(hidden)
         backend = select("activate", up.device, up.dtype)
         return self.down_proj(backend.function(up, gate, self.spec.activation))

@@ -18,13 +18,14 @@ from functools import cached_property
 
 import torch
 import torch.nn.functional as F
-from torch import Tensor
+from torch import Tensor, nn
 
-from twotower.cache.layer_cache import KeyValue, LayerCache, MambaCache
+from twotower.cache.layer_cache import KeyValue, LayerCache, MambaCache, ParallelCache
 from twotower.model.attention import Attention
 from twotower.model.conditioning import Modulation, modulated_norm
 from twotower.model.layer_io import AttentionMetadata, context_visible
 from twotower.model.mamba2 import Mamba2
+from twotower.model.parallel import ParallelMixer
 from twotower.model.tower import Layer, Tower
 from twotower.ops.precision import accumulation_dtype
 from twotower.ops.reference.attention import QueryTile, tiled_attention
@@ -175,20 +176,27 @@ def tile_bounds(length: int, block_size: int, window: int | None) -> Iterator[tu
 def read_layer(layer: Layer, x: Tensor, layout: Layout) -> tuple[Tensor, LayerCache]:
     """One context layer over clean rows x (B, S, H) → the residual stream after it, and the denoiser layer's cache.
 
-    The cache is a `KeyValue` of all S positions, a `MambaCache` of B·blocks rows, or None.
+    The cache is a `KeyValue` of all S positions, a `MambaCache` of B·blocks rows, both, or None.
     """
-    hidden = modulated_norm(x, layer.norm, layer.kind, None)
-    past: LayerCache = None
-    if isinstance(layer.mixer, Mamba2):
-        out, past = read_mamba(layer.mixer, hidden, layout)
-    elif isinstance(layer.mixer, Attention):
-        mixer = layer.mixer
-        q, past = mixer.project(hidden, layout.rotation(mixer.rope, x.dtype, chosen=False))
-        tiles = layout.causal_tiles(mixer.spec.window)
-        out = mixer.output(tiled_attention(q, past.k, past.v, tiles, options=mixer.options))
-    else:
-        out = layer.mixer(hidden)
+    out, past = read_mixer(layer.mixer, modulated_norm(x, layer.norm, layer.kind, None), layout)
     return layer.residual(x, out, None), past
+
+
+def read_mixer(mixer: nn.Module, hidden: Tensor, layout: Layout) -> tuple[Tensor, LayerCache]:
+    """The mixer of a context layer over packed rows (B, S, H); see `read_layer`."""
+    if isinstance(mixer, Mamba2):
+        return read_mamba(mixer, hidden, layout)
+    if isinstance(mixer, Attention):
+        q, past = mixer.project(hidden, layout.rotation(mixer.rope, hidden.dtype, chosen=False))
+        tiles = layout.causal_tiles(mixer.spec.window)
+        return mixer.output(tiled_attention(q, past.k, past.v, tiles, options=mixer.options)), past
+    if isinstance(mixer, ParallelMixer):
+        for_attention, for_mamba = mixer.inputs(hidden)
+        attended, keys = read_mixer(mixer.attention, for_attention, layout)
+        scanned, states = read_mamba(mixer.mamba, for_mamba, layout)
+        assert isinstance(keys, KeyValue)
+        return mixer.add(attended, scanned), ParallelCache(keys, states)
+    return mixer(hidden), None
 
 
 def read_mamba(mixer: Mamba2, hidden: Tensor, layout: Layout) -> tuple[Tensor, MambaCache]:
@@ -204,23 +212,32 @@ def denoise_layer(layer: Layer, x: Tensor, past: LayerCache, modulation: Modulat
 
     past: the cache that `read_layer` returned for the same layer. modulation: tensors (N, 1, H).
     """
-    hidden = modulated_norm(x, layer.norm, layer.kind, modulation)
-    if isinstance(layer.mixer, Mamba2):
+    out = denoise_mixer(layer.mixer, modulated_norm(x, layer.norm, layer.kind, modulation), past, layout)
+    return layer.residual(x, out, modulation)
+
+
+def denoise_mixer(mixer: nn.Module, hidden: Tensor, past: LayerCache, layout: Layout) -> Tensor:
+    """The mixer of a denoiser layer over the chosen blocks (N, L, H); see `denoise_layer`."""
+    out: Tensor
+    if isinstance(mixer, Mamba2):
         assert isinstance(past, MambaCache)
         own_past = MambaCache(layout.select_blocks(past.conv_window), layout.select_blocks(past.ssm_state))
         meta = AttentionMetadata(token_mask=layout.chosen_token_mask, causal=False)
-        out, _ = layer.mixer(hidden, own_past, meta, keep_step_inputs=False)
-    elif isinstance(layer.mixer, Attention):
+        out, _ = mixer(hidden, own_past, meta, keep_step_inputs=False)
+        return out
+    if isinstance(mixer, Attention):
         assert isinstance(past, KeyValue)
-        mixer = layer.mixer
-        q, own = mixer.project(hidden, layout.rotation(mixer.rope, x.dtype, chosen=True))
+        q, own = mixer.project(hidden, layout.rotation(mixer.rope, hidden.dtype, chosen=True))
         q, k, v = (layout.to_rows(heads.transpose(1, 2)).transpose(1, 2) for heads in (q, *own))
         tiles = layout.denoiser_tiles(mixer.spec.window)
         heads = tiled_attention(q, past.k, past.v, tiles, (k, v), mixer.options)
-        out = mixer.output(layout.to_blocks(heads.transpose(1, 2)).transpose(1, 2))
-    else:
-        out = layer.mixer(hidden)
-    return layer.residual(x, out, modulation)
+        return mixer.output(layout.to_blocks(heads.transpose(1, 2)).transpose(1, 2))
+    if isinstance(mixer, ParallelMixer):
+        assert isinstance(past, ParallelCache)
+        both = zip((mixer.attention, mixer.mamba), mixer.inputs(hidden), past, strict=True)
+        return mixer.add(*(denoise_mixer(part, x, cache, layout) for part, x, cache in both))
+    out = mixer(hidden)
+    return out
 
 
 def context_pass(tower: Tower, tokens: Tensor, layout: Layout) -> Tensor:

@@ -16,8 +16,9 @@ from twotower.model.linear import Linear, TiedHead
 from twotower.model.mamba2 import Mamba2
 from twotower.model.moe import MLP, Experts, MoE, Router
 from twotower.model.norm import RMSNorm
+from twotower.model.parallel import ParallelMixer
 from twotower.ops.precision import accumulation_dtype, upcast
-from twotower.specs import AttentionSpec, LayerSpec, Mamba2Spec, MLPSpec, MoESpec, TowerSpec
+from twotower.specs import AttentionSpec, LayerSpec, Mamba2Spec, MLPSpec, MoESpec, ParallelSpec, TowerSpec
 
 
 def build_mixer(layer: LayerSpec, tower: TowerSpec) -> nn.Module:
@@ -27,6 +28,8 @@ def build_mixer(layer: LayerSpec, tower: TowerSpec) -> nn.Module:
             return Mamba2(layer.mixer, tower)
         case AttentionSpec():
             return Attention(layer.mixer, tower)
+        case ParallelSpec():
+            return ParallelMixer(layer.mixer, tower)
         case MoESpec():
             return MoE(layer.mixer, tower.hidden_size)
         case MLPSpec():
@@ -63,7 +66,7 @@ class Layer(nn.Module):
         """
         hidden = modulated_norm(x, self.norm, self.kind, modulation)
         update: CacheUpdate = None
-        if self.kind == "M":
+        if self.kind in "MP":
             out, update = self.mixer(hidden, past, meta, keep_step_inputs)
         elif self.kind == "*":
             out, update = self.mixer(hidden, past, meta)

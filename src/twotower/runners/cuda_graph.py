@@ -14,7 +14,7 @@ from __future__ import annotations
 
 import warnings
 from collections import OrderedDict
-from collections.abc import Callable, Hashable
+from collections.abc import Callable, Hashable, Iterator
 from dataclasses import replace
 from typing import TYPE_CHECKING
 
@@ -22,11 +22,12 @@ import torch
 from torch import Tensor
 
 from twotower import options
-from twotower.cache.layer_cache import LayerCache, MambaCache
+from twotower.cache.layer_cache import CacheUpdate, KeyValue, LayerCache, MambaCache, ParallelCache, ParallelUpdate
 from twotower.model.conditioning import Modulation
 from twotower.model.layer_io import AttentionMetadata
 from twotower.model.tower import PassInputs, PassResult, Tower
 from twotower.ops.reference.attention import CachedKV
+from twotower.ops.reference.mamba_block import MambaStepInputs
 from twotower.ops.registry import select
 from twotower.ops.self_check import compare
 from twotower.runners.module_plan import ModulePlan, WeightPointers
@@ -55,7 +56,7 @@ class CapturedGraph:
         self.replay()
         rows = len(inputs.tokens)
         hidden, updates = self.result
-        return hidden[:rows], [None if new is None else type(new)(*(part[:rows] for part in new)) for new in updates]
+        return hidden[:rows], [_first_rows(new, rows) for new in updates]
 
     def _fill(self, inputs: PassInputs) -> None:
         rows = len(inputs.tokens)
@@ -174,10 +175,12 @@ def _bucket_widths(past: list[LayerCache] | None) -> list[LayerCache] | None:
     """Rounds context widths up. Keys beyond a row's length are masked."""
     if past is None:
         return None
-    return [_bucket_width(own) if isinstance(own, CachedKV) and own.max_length else own for own in past]
+    return [_change_caches(own, _bucket_width, lambda state: state) for own in past]
 
 
 def _bucket_width(cached: CachedKV) -> CachedKV:
+    if not cached.max_length:
+        return cached
     width = max(MIN_CONTEXT_WIDTH, 1 << (cached.max_length - 1).bit_length())
     return cached._replace(max_length=min(width, cached.uniform_stride) if cached.uniform_stride else width)
 
@@ -185,7 +188,7 @@ def _bucket_width(cached: CachedKV) -> CachedKV:
 def _bucket_rows(inputs: PassInputs) -> int:
     """The rows of the graph: a power of two, or exact if keys and values are read as one contiguous view."""
     rows = len(inputs.tokens)
-    even = any(isinstance(own, CachedKV) and own.uniform_stride for own in inputs.past or ())
+    even = any(isinstance(own, CachedKV) and own.uniform_stride for own in _caches(inputs.past))
     return rows if even else 1 << (rows - 1).bit_length()
 
 
@@ -193,11 +196,11 @@ def _shape_key(inputs: PassInputs) -> Hashable:
     """The part of the cache key of a graph that follows from the shapes of the inputs, without the rows."""
     layers: list[Hashable] = []
     numbers = {key: i for i, key in enumerate(_layouts(inputs.past))}
-    for own in inputs.past or ():
+    for own in _caches(inputs.past):
         if isinstance(own, CachedKV):
             pools = own.k.data_ptr(), own.v.data_ptr()
             layers.append((own.max_length, own.uniform_stride, *pools, numbers[_layout_key(own)]))
-        elif own is not None:
+        else:
             layers.append(tuple(part.shape[1:] for part in own))
     meta = inputs.meta
     kinds = (
@@ -213,6 +216,34 @@ def _shape_key(inputs: PassInputs) -> Hashable:
 # --- inputs -----------------------------------------------------------------------------------------------------------
 
 
+def _caches(past: list[LayerCache] | None) -> Iterator[CachedKV | MambaCache]:
+    """The caches of all layers, in order; those of a `ParallelCache` one by one."""
+    for own in past or ():
+        parts = own if isinstance(own, ParallelCache) else (own,)
+        yield from (part for part in parts if isinstance(part, CachedKV | MambaCache))
+
+
+def _change_caches(
+    cache: LayerCache, keys: Callable[[CachedKV], CachedKV], state: Callable[[MambaCache], MambaCache]
+) -> LayerCache:
+    """The cache of a layer with `keys` applied to its KV cache and `state` to its Mamba cache."""
+    if isinstance(cache, ParallelCache):
+        assert isinstance(cache.attention, CachedKV)
+        return ParallelCache(keys(cache.attention), state(cache.mamba))
+    if isinstance(cache, CachedKV):
+        return keys(cache)
+    return state(cache) if isinstance(cache, MambaCache) else cache
+
+
+def _first_rows(update: CacheUpdate, rows: int) -> CacheUpdate:
+    """The update of the first rows."""
+    if isinstance(update, ParallelUpdate):
+        inputs = update.mamba
+        keys = KeyValue(*(part[:rows] for part in update.attention))
+        return ParallelUpdate(keys, None if inputs is None else MambaStepInputs(*(part[:rows] for part in inputs)))
+    return None if update is None else type(update)(*(part[:rows] for part in update))
+
+
 RowLayout = tuple[Tensor, Tensor, Tensor]  # start, stride and lengths of a `CachedKV`
 
 
@@ -222,7 +253,7 @@ def _layout_key(cached: CachedKV) -> tuple[int, int, int]:
 
 def _layouts(past: list[LayerCache] | None) -> dict[tuple[int, int, int], RowLayout]:
     """The row layouts of the KV caches, in the order of the layers. Layers that share their tensors have one."""
-    caches = (own for own in past or () if isinstance(own, CachedKV))
+    caches = (own for own in _caches(past) if isinstance(own, CachedKV))
     return {_layout_key(own): (own.start, own.stride, own.lengths) for own in caches}
 
 
@@ -230,7 +261,7 @@ def _input_tensors(inputs: PassInputs) -> list[Tensor]:
     """The input tensors of a pass that have a row dimension, in a fixed order."""
     out = [inputs.tokens]
     out += [part for part in (inputs.meta.token_mask, inputs.meta.start) if part is not None]
-    for own in inputs.past or ():
+    for own in _caches(inputs.past):
         if isinstance(own, MambaCache):
             out += own
     for layout in _layouts(inputs.past).values():
@@ -249,14 +280,15 @@ def _static_inputs(inputs: PassInputs, rows: int) -> PassInputs:
     meta = inputs.meta
     token_mask, start = (None if tensor is None else room(tensor) for tensor in (meta.token_mask, meta.start))
     meta = AttentionMetadata(token_mask=token_mask, causal=meta.causal, start=start)
-    past: list[LayerCache] = []
     layouts = {key: tuple(map(room, layout)) for key, layout in _layouts(inputs.past).items()}
-    for own in inputs.past or ():
-        if isinstance(own, CachedKV):
-            starts, stride, lengths = layouts[_layout_key(own)]
-            past.append(own._replace(start=starts, stride=stride, lengths=lengths))
-        else:
-            past.append(None if own is None else MambaCache(*map(room, own)))
+
+    def with_own_layout(cached: CachedKV) -> CachedKV:
+        starts, stride, lengths = layouts[_layout_key(cached)]
+        return cached._replace(start=starts, stride=stride, lengths=lengths)
+
+    past = [
+        _change_caches(own, with_own_layout, lambda state: MambaCache(*map(room, state))) for own in inputs.past or ()
+    ]
     modulation = None if inputs.modulation is None else [Modulation(*map(room, parts)) for parts in inputs.modulation]
     return PassInputs(room(inputs.tokens), meta, past if inputs.past else None, modulation, inputs.keep_step_inputs)
 

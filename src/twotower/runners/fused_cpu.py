@@ -23,7 +23,7 @@ from twotower.ops.registry import select
 from twotower.runners.module_plan import ModulePlan
 from twotower.runners.pass_tables import SUPPORTED_CACHES, PassShape, PassTables, cached_context, shape_of
 from twotower.runners.weight_table import WeightTable
-from twotower.specs import KIND_NAMES, AttentionSpec, MLPSpec, MoESpec, TowerSpec
+from twotower.specs import KIND_NAMES, AttentionSpec, MLPSpec, MoESpec, ParallelSpec, TowerSpec
 
 MAX_ROW_TOKENS = 128  # the cost of a Mamba layer in one chunk grows with the square of the tokens
 MAX_TABLES = 64  # cached pass shapes, least recently used first out
@@ -123,6 +123,8 @@ def spec_unsupported_reason(spec: TowerSpec) -> str | None:
             plain = plain and mixer.shared is not None and _is_relu2(mixer.shared)
         elif isinstance(mixer, MLPSpec):
             plain = _is_relu2(mixer)
+        elif isinstance(mixer, ParallelSpec):
+            plain = False
         else:
             plain = mixer.norm == "after_gate" and mixer.factors is None
         if not plain:

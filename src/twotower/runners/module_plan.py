@@ -19,6 +19,7 @@ from twotower.model.linear import Int8Linear, Linear, TiedHead
 from twotower.model.mamba2 import CausalConv, Mamba2
 from twotower.model.moe import MLP, Experts, Int8Experts, MoE, Router
 from twotower.model.norm import GatedGroupRMSNorm, RMSNorm
+from twotower.model.parallel import ParallelMixer
 from twotower.model.tower import Layer, Tower
 
 # The modules whose `forward` the runners replace.
@@ -34,6 +35,7 @@ OWN_MODULES: frozenset[type[nn.Module]] = frozenset(
         Mamba2,
         CausalConv,
         Attention,
+        ParallelMixer,
         MLP,
         MoE,
         Router,

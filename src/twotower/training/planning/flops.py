@@ -8,11 +8,20 @@ As usual, the scores that a fused attention recomputes in its backward pass (hal
 from __future__ import annotations
 
 import math
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 from twotower.model.conditioning import SINUSOID_SIZE
 from twotower.model.packed_forward import tile_bounds
-from twotower.specs import COUPLED_KINDS, AttentionSpec, LayerSpec, Mamba2Spec, MLPSpec, MoESpec, TowerSpec
+from twotower.specs import (
+    COUPLED_KINDS,
+    AttentionSpec,
+    LayerSpec,
+    Mamba2Spec,
+    MLPSpec,
+    MoESpec,
+    ParallelSpec,
+    TowerSpec,
+)
 from twotower.training.objective import MAX_LOGITS
 
 MASKED_SHARE = 0.5  # of the positions, on average, because t is uniform
@@ -97,6 +106,15 @@ def layer_work(layer: LayerSpec, tower: TowerSpec, row_length: int, block_size: 
     match mixer:
         case Mamba2Spec():
             return _mamba(mixer, hidden, tokens, block_size, role)
+        case ParallelSpec():
+            parts = (replace(layer, mixer=part) for part in layer.parts)
+            attention, mamba = (layer_work(part, tower, row_length, block_size, role) for part in parts)
+            return LayerWork(
+                attention.forward + mamba.forward,
+                attention.backward + mamba.backward,
+                mamba.last,
+                attention.cache_backward + mamba.cache_backward,
+            )
         case AttentionSpec():
             queries, keys = (heads * mixer.head_dim for heads in (mixer.num_heads, mixer.num_kv_heads))
             seen = _attended(tokens, block_size, mixer.window, own=role != "context")

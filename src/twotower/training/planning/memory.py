@@ -67,9 +67,9 @@ def measure_profile(
         change = objective.time(torch.empty(micro_batch_size * row_length // block_size, device="meta"))
         modulation = 3 * change[0].gate.nbytes
         _ = layout.chosen_token_mask, layout.block_document, layout.starts_document
-        for layer in objective.denoiser.all_layers():
-            if isinstance(layer.mixer, Attention):
-                _ = [layout.rotation(layer.mixer.rope, stream, chosen=chosen) for chosen in (False, True)]
+        for module in objective.denoiser.modules():
+            if isinstance(module, Attention):
+                _ = [layout.rotation(module.rope, stream, chosen=chosen) for chosen in (False, True)]
         fixed = live.live
         shape = (micro_batch_size, row_length, spec.hidden_size)
         for unit in objective.units:
