@@ -13,9 +13,10 @@ from typing import Any
 
 import torch
 from conftest import random_two_tower
+from tokenizers import AddedToken, Tokenizer, decoders, models, pre_tokenizers
 from torch import Tensor, nn
 from torch.overrides import TorchFunctionMode
-from transformers import CONFIG_MAPPING, AutoModelForCausalLM, PreTrainedModel
+from transformers import CONFIG_MAPPING, AutoModelForCausalLM, PreTrainedModel, PreTrainedTokenizerFast
 
 from twotower import TwoTowerForCausalLM
 from twotower.config import MODEL_TYPE, GenericTwoTowerConfig, TwoTowerConfig
@@ -213,6 +214,24 @@ def two_tower(name: str, dtype: torch.dtype = torch.float32, seed: int = 0, **ov
     if backbone["model_type"] == MODEL_TYPE:
         return random_two_tower(TwoTowerConfig.of(hf_config(name)), seed, dtype)
     return random_two_tower(GenericTwoTowerConfig(backbone=backbone, mask_token_id=3), seed, dtype)
+
+
+def save_tokenizer(directory: Path, *special: str, **roles: str) -> PreTrainedTokenizerFast:
+    """Writes a tokenizer of bytes: <pad> <s> </s>, then `special`, then the 256 bytes; returns it.
+
+    roles: further arguments of `PreTrainedTokenizerFast`, such as mask_token="…". Ids of bytes beyond `VOCAB` are left
+    out, so that every token has an embedding.
+    """
+    added = ["<pad>", "<s>", "</s>", *special]
+    words = [*added, *sorted(pre_tokenizers.ByteLevel.alphabet())][:VOCAB]
+    backend = Tokenizer(models.BPE(vocab={word: i for i, word in enumerate(words)}, merges=[]))
+    backend.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
+    backend.decoder = decoders.ByteLevel()
+    backend.add_special_tokens([AddedToken(word, special=True) for word in added])
+    names = {"bos_token": "<s>", "eos_token": "</s>", "pad_token": "<pad>"} | roles
+    tokenizer = PreTrainedTokenizerFast(tokenizer_object=backend, **names)
+    tokenizer.save_pretrained(directory)
+    return tokenizer
 
 
 class _Float64(TorchFunctionMode):

@@ -242,6 +242,7 @@ class TwoTowerForCausalLM(TwoTowerModel, PreTrainedModel):
     ) -> Tensor:
         """Masked diffusion, block by block → prompt + new tokens (B, S + n).
 
+        mask_token_id: 3, the default of the release, stands for the model's own mask token.
         policy, policy_value: the commit policy (`decoding.unmasking.POLICIES`), one for all rows or one for each.
         step_callback(step, steps, block, t=, logits=, block_idx=): called once per block with t 1.0 and logits None,
         then after each pass. block (B, L) does not have the commits of this pass yet.

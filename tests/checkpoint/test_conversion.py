@@ -228,7 +228,7 @@ def test_dtypes(tmp_path: Path, layout: str) -> None:
         expected = torch.bfloat16 if dtype is None else torch.empty(0, dtype=getattr(torch, made.dtype)).dtype
         wide = torch.promote_types(expected, torch.float32)
         for name, tensor in tensors(tmp_path / f"made-{dtype}").items():
-            assert tensor.dtype == (wide if name.endswith(FP32_SUFFIXES) else expected)
+            assert tensor.dtype == (wide if name.endswith(FP32_SUFFIXES) and dtype is not None else expected)
             if name.startswith(("context_tower.layers.0", "denoiser_tower.layers.0")):
                 root = "backbone" if layout == ORIGINAL else "model"
                 assert torch.equal(tensor, stored[root + name[name.index(".") :]].to(tensor.dtype))
@@ -413,18 +413,21 @@ def test_mask_token(source: Path, tmp_path: Path) -> None:
         return made
 
     assert mask().mask_token_id == 3
-    assert mask(mask_token_id=63).mask_token_id == 63
+    assert mask(mask_token=63).mask_token_id == 63
     write_tokenizer(source)
-    made = mask()
+    made = mask(mask_token=3)
     assert made.mask_token_id == 3
     assert "'<other>', an ordinary token" in made.notes[0]
+    write_tokenizer(source, additional_special_tokens=["<other>"])
+    assert mask().mask_token_id == 3
+    assert not mask().notes
     write_tokenizer(source, mask_token="!")
     assert mask().mask_token_id == 4
     assert not mask().notes
-    assert mask(mask_token_id=9).mask_token_id == 9
+    assert mask(mask_token=9).mask_token_id == 9
     change_config(source, mask_token_id=8)
     assert mask().mask_token_id == 8
-    assert mask(mask_token_id=9).mask_token_id == 9
+    assert mask(mask_token=9).mask_token_id == 9
 
 
 # --- the command --------------------------------------------------------------------------------------------------
@@ -437,12 +440,13 @@ def cli(cli: Callable[..., Result]) -> Callable[..., Result]:
 
 def test_command(source: Path, tmp_path: Path, cli: Callable[..., Result]) -> None:
     write_tokenizer(source)
-    result = cli("--from", source, "-o", tmp_path / "made", "--max-shard-size", "100KB")
+    result = cli("--from", source, "-o", tmp_path / "made", "--max-shard-size", "100KB", "--mask-token", "<other>")
     assert result.code == 0
-    head, towers, size = result.out.splitlines()
+    head, towers, size, mask = result.out.splitlines()
     assert head == str(tmp_path / "made")
     assert "M*E-M" in towers
-    assert "mask token id 3" in size
+    assert "float32" in size
+    assert mask == "mask token id 3 '<other>': as given"
     assert result.err.splitlines()[0].startswith("Note: the mask token id 3 is '<other>'")
     assert next_command(result.err) == ["train", str(tmp_path / "made"), "--data", "PATH", "-o", "RUN"]
     result = cli("--from", source, "-o", tmp_path / "json", "--json", "--dtype", "bfloat16", "--mask-token-id", "5")
@@ -539,6 +543,7 @@ WRONG: dict[str, tuple[Callable[[Path], object], tuple[str, ...]]] = {
     "mask is the tokenizer's padding": (lambda source: write_tokenizer(source, pad_token="<other>"), ("pad token",)),
     "mask is the end": (configured(eos_token_id=[2, 3]), ("3", "eos token")),
     "mask is the beginning": (configured(bos_token_id=3), ("3", "bos token")),
+    "no mask": (write_tokenizer, ("no mask token", "--mask-token", "no candidate")),
     "mask beyond the vocabulary": (configured(mask_token_id=64), ("mask_token_id", "64")),
 }  # fmt: skip
 
@@ -583,7 +588,8 @@ def test_a_two_tower_checkpoint_is_no_source(source: Path, tmp_path: Path, cli: 
 @pytest.mark.parametrize(
     ("options", "said"),
     [
-        (["--mask-token-id", "64"], ("64", "vocab_size")),
+        (["--mask-token", "64"], ("64", "vocab_size")),
+        (["--mask-token", "<mask>"], ("'<mask>' is not in the tokenizer",)),
         (["--mask-token-id", "2"], ("eos token",)),
         (["--mask-token-id", "-1"], ("-1",)),
         (["--max-shard-size", "lots"], ("lots", "5GB")),
@@ -692,7 +698,7 @@ def test_progress_counts_to_the_end(source: Path, tmp_path: Path) -> None:
 
 
 def test_bad_arguments_in_python(source: Path, tmp_path: Path) -> None:
-    for arguments in ({"dtype": "float16"}, {"dtype": torch.int8}, {"max_shard_size": "x"}, {"mask_token_id": -1}):
+    for arguments in ({"dtype": "float16"}, {"dtype": torch.int8}, {"max_shard_size": "x"}, {"mask_token": -1}):
         with pytest.raises(ArgumentError):
             convert(source, tmp_path / "made", **arguments)
     assert not (tmp_path / "made").exists()

@@ -34,7 +34,7 @@ def two_towers(tmp_path_factory: pytest.TempPathFactory) -> Callable[[str], Path
     @cache
     def make(name: str) -> Path:
         directory = tmp_path_factory.mktemp(name) / "model"
-        convert(ROOT / name, directory, mask_token_id=golden(name)[0]["mask_token_id"])
+        convert(ROOT / name, directory, mask_token=golden(name)[0]["mask_token_id"])
         return directory
 
     return make
@@ -100,7 +100,7 @@ def test_diffusion(name: str, two_towers: Callable[[str], Path]) -> None:
 def test_tiny_models_equal_transformers_in_float64(name: str, tmp_path: Path) -> None:
     """Logits over a batch, and 24 greedy tokens through the engine."""
     theirs = save(name, tmp_path / "ar")
-    convert(tmp_path / "ar", tmp_path / "two", mask_token_id=3)
+    convert(tmp_path / "ar", tmp_path / "two", mask_token=3)
     model = TwoTowerForCausalLM.from_pretrained(tmp_path / "two", dtype=torch.float64)
     ids = torch.randint(4, VOCAB, (2, 70), generator=torch.Generator().manual_seed(0))
     with torch.inference_mode(), in_float64(theirs) as exact:
@@ -127,7 +127,7 @@ def test_stacked_experts_on_disk_are_the_same_model(name: str, tmp_path: Path) -
     for original in (True, False):
         source, target = tmp_path / f"ar-{original}", tmp_path / f"two-{original}"
         save(name, source, save_original_format=original)
-        convert(source, target, mask_token_id=3)
+        convert(source, target, mask_token=3)
         converted.append(load_file(target / "model.safetensors"))
     stored = [set(load_file(tmp_path / f"ar-{original}" / "model.safetensors")) for original in (True, False)]
     assert stored[0] != stored[1]

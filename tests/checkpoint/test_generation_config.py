@@ -91,7 +91,7 @@ def test_init_copies_the_files(hub: FakeHub, tmp_path: Path) -> None:
         for name in CARRIED:
             assert (tmp_path / "made" / name).read_bytes() == (source / name).read_bytes()
     with pytest.raises(ValueError, match="the mask token id is 11, which is the eos token"):
-        convert(source, tmp_path / "other", mask_token_id=11)
+        convert(source, tmp_path / "other", mask_token=11)
 
 
 def _fit_vocabulary(source: Path) -> None:
@@ -100,7 +100,7 @@ def _fit_vocabulary(source: Path) -> None:
 
     for file in source.glob("tokenizer*"):
         file.unlink()
-    write_tokenizer(source)
+    write_tokenizer(source, additional_special_tokens=["<other>"])
 
 
 def test_train_copies_the_files(checkpoint: Path, tmp_path: Path) -> None:

@@ -110,7 +110,7 @@ def test_the_model_is_the_one_that_transformers_reads(
     monkeypatch.setitem(SHAPES, name, SHAPES[name] | NOT_READ.get(name, {}))
     write_gguf(file, hf_model(name), quantised=quantised)
     theirs = AutoModelForCausalLM.from_pretrained(tmp_path, gguf_file=file.name, dtype=torch.float32).eval()
-    convert(file, tmp_path / "two", mask_token_id=3, dtype="float32")
+    convert(file, tmp_path / "two", mask_token=3, dtype="float32")
     model = TwoTowerForCausalLM.from_pretrained(tmp_path / "two", dtype=torch.float32)
     ids = torch.randint(4, VOCAB, (1, 60), generator=torch.Generator().manual_seed(0))
     with torch.inference_mode():
@@ -170,7 +170,7 @@ def test_memory_is_that_of_the_largest_tensor(tmp_path: Path) -> None:
         "from twotower.checkpoint.convert import convert\n"
         "import gguf.quants, transformers.modeling_gguf_pytorch_utils\n"
         "before = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss\n"
-        "convert(sys.argv[1], sys.argv[2], mask_token_id=3)\n"
+        "convert(sys.argv[1], sys.argv[2], mask_token=3)\n"
         "print((resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - before) * 1024)\n"
     )
     done = subprocess.run([sys.executable, "-c", child, file, tmp_path / "two"], capture_output=True, text=True)

@@ -2,6 +2,11 @@
 
 Both towers are copies of the source, and the time conditioning is the identity. The denoiser therefore starts exactly
 as the backbone. Tensors are copied one by one from memory-mapped files, so the memory need is small for any model.
+
+One row may differ. If the mask token is a row of the embedding beyond the tokenizer, no training has touched the row.
+The denoiser reads its copy of the row at every masked position, so there the row is the mean of the tokenizer's rows.
+The context tower, which never reads the row, stays equal to the source. If the denoiser's head is its embedding, the
+row also changes the denoiser's logit of the mask token, which decoding and training bar.
 """
 
 from __future__ import annotations
@@ -18,11 +23,14 @@ import torch
 from torch import Tensor
 
 from twotower.checkpoint import atomic, gguf_file, names, one_tower, pretrained, reader, tokenizer_files
+from twotower.checkpoint.mask_token import MaskToken, is_ordinary_token
+from twotower.checkpoint.mask_token import choose as choose_mask_token
 from twotower.checkpoint.names import TensorEntry
 from twotower.checkpoint.one_tower import OneTowerCheckpoint
 from twotower.checkpoint.source import resolve_source
 from twotower.checkpoint.writer import TensorToWrite, write_shards
 from twotower.config import TwoTowerConfig
+from twotower.deprecation import renamed_argument
 from twotower.errors import ArgumentError, CheckpointError
 from twotower.model.conditioning import TimeConditioning
 from twotower.model.fp32_tensors import target_dtype
@@ -34,13 +42,19 @@ SPARE_BYTES = 64 * 2**20  # headers, index, tokenizer
 
 @dataclass(frozen=True, kw_only=True)
 class ConversionResult:
-    """Facts of a written checkpoint. bytes: of all tensors. notes: remarks for the user, one sentence each."""
+    """Facts of a written checkpoint.
+
+    mask_token: its text; None if the tokenizer has none. mask_reason: why this token. bytes: of all tensors. notes:
+    remarks for the user, one sentence each.
+    """
 
     source: str
     directory: Path
     pattern: str
     dtype: str
     mask_token_id: int
+    mask_token: str | None
+    mask_reason: str
     parameters_per_tower: int
     time_parameters: int
     bytes: int
@@ -52,11 +66,12 @@ class ConversionResult:
         return asdict(self) | {"directory": str(self.directory)}
 
 
+@renamed_argument("mask_token_id", "mask_token")
 def convert(
     source: str | Path,
     directory: str | Path,
     *,
-    mask_token_id: int | None = None,
+    mask_token: int | str | None = None,
     dtype: torch.dtype | str | None = None,
     max_shard_size: int | str = "5GB",
     seed: int = 0,
@@ -65,8 +80,8 @@ def convert(
 ) -> ConversionResult:
     """Converts an autoregressive checkpoint, a directory or a hub id, to a two-tower checkpoint in `directory`.
 
-    mask_token_id: None: see `one_tower.mask_token`. dtype: bfloat16, float32 or float64;
-    None keeps the dtype of each tensor. The tensors of `fp32_tensors` get at least fp32 in any case. seed: of the time
+    mask_token: its id or text; None: see `mask_token.choose`. dtype: bfloat16, float32 or float64, for all tensors but
+    those of `fp32_tensors`, which get at least fp32; None keeps the dtype of each tensor. seed: of the time
     embedder, the only random part. overwrite: whether to replace a checkpoint in `directory`. progress(done, total):
     bytes, called after each tensor. An unfinished checkpoint is in `<directory>.partial`.
 
@@ -82,13 +97,14 @@ def convert(
         raise ArgumentError(f"{target}: the directory contains the source checkpoint; choose another directory")
     tower = one_tower.read(origin)
     config = tower.model.config
-    config.mask_token_id = one_tower.mask_token(mask_token_id, config, tower.defaults, tower.tokenizer)
+    mask = choose_mask_token(mask_token, config, tower.defaults, tower.tokenizer)
+    config.mask_token_id = mask.id
     wanted = None if dtype is None else pretrained._dtype(dtype, config)
     _check_stored(tower, wanted)
     model_dtype = wanted or tower.weights.dtype(tower.places["embeddings.weight", None])
 
     time = _time_conditioning(config, tower.model.spec.num_layers, seed, model_dtype)
-    to_write = list(_tensors_to_write(tower, wanted, time))
+    to_write = list(_tensors_to_write(tower, wanted, time, mask))
     total = sum(entry.nbytes for entry in to_write)
     with _unfinished(target, overwrite, total) as folder:
         written = _counter(total, progress)
@@ -101,12 +117,14 @@ def convert(
         directory=Path(directory),
         pattern=tower.model.spec.pattern,
         dtype=str(model_dtype).removeprefix("torch."),
-        mask_token_id=config.mask_token,
+        mask_token_id=mask.id,
+        mask_token=mask.text,
+        mask_reason=mask.reason,
         parameters_per_tower=_parameters(tower, "context."),
         time_parameters=_parameters(tower, "time."),
         bytes=total,
         files=tuple(file.name for file in weights),
-        notes=(*tower.notes, *_text_notes(config, tower.tokenizer)),
+        notes=(*tower.notes, *_text_notes(mask, tower.tokenizer)),
     )
 
 
@@ -114,13 +132,18 @@ def convert(
 
 
 def _tensors_to_write(
-    tower: OneTowerCheckpoint, dtype: torch.dtype | None, time: dict[str, Tensor]
+    tower: OneTowerCheckpoint, dtype: torch.dtype | None, time: dict[str, Tensor], mask: MaskToken
 ) -> Iterator[TensorToWrite]:
     """All tensors of the two-tower checkpoint, read on demand."""
 
     def piece(entry: TensorEntry) -> Tensor:
         which, _, part = entry.memory.partition(".")
-        return time[part] if which == "time" else tower.weights.read(tower.places[part, entry.expert])
+        if which == "time":
+            return time[part]
+        tensor = tower.weights.read(tower.places[part, entry.expert])
+        if entry.memory == "denoiser.embeddings.weight" and mask.known_rows:
+            tensor = _with_mean_row(tensor, mask.id, mask.known_rows)
+        return tensor
 
     for group in names.by_tensor_on_disk(names.tensor_entries(tower.model)).values():
         which, _, part = group[0].memory.partition(".")
@@ -128,8 +151,18 @@ def _tensors_to_write(
             kept = time[part].dtype
         else:
             stored = tower.weights.dtype(tower.places[part, group[0].expert])
-            kept = target_dtype(group[0].memory, dtype or stored)
+            kept = stored if dtype is None else target_dtype(group[0].memory, dtype)
         yield reader.tensor_to_write(group, kept, piece)
+
+
+def _with_mean_row(embeddings: Tensor, row: int, known_rows: int) -> Tensor:
+    """The embeddings (V, H) with the mean of the first `known_rows` in one row."""
+    total = torch.zeros(embeddings.shape[1], dtype=torch.float64)
+    for rows in embeddings[:known_rows].split(1024):
+        total += rows.sum(0, dtype=torch.float64)
+    changed = embeddings.clone()
+    changed[row] = total / known_rows
+    return changed
 
 
 def _time_conditioning(config: TwoTowerConfig, layers: int, seed: int, dtype: torch.dtype) -> dict[str, Tensor]:
@@ -176,12 +209,16 @@ def _write_rest(tower: OneTowerCheckpoint, folder: Path, dtype: torch.dtype) -> 
     tower.copy_files(folder)
 
 
-def _text_notes(config: TwoTowerConfig, tokenizer: Tokenizer | None) -> Iterator[str]:
+def _text_notes(mask: MaskToken, tokenizer: Tokenizer | None) -> Iterator[str]:
     if tokenizer is None:
         yield "the source has no tokenizer; add tokenizer files to the directory before training on text"
-    elif one_tower.is_ordinary_token(config.mask_token, tokenizer):
-        token = tokenizer.convert_ids_to_tokens(config.mask_token)
-        yield f"the mask token id {config.mask_token} is {token!r}, an ordinary token that can occur in texts"
+    elif is_ordinary_token(mask.id, tokenizer):
+        yield f"the mask token id {mask.id} is {mask.text!r}, an ordinary token that can occur in texts"
+    if mask.known_rows:
+        yield (
+            f"row {mask.id} of the denoiser's embedding is the mean of the {mask.known_rows} rows that the tokenizer "
+            "uses, because no training has touched it; the context tower is unchanged"
+        )
 
 
 # --- output directory ----------------------------------------------------------------------------------------------

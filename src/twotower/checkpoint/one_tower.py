@@ -24,13 +24,12 @@ from twotower.checkpoint.writer import write_shards
 from twotower.config import (
     ARCHITECTURE,
     GENERIC_MODEL_TYPE,
-    MASK_TOKEN_ID,
     MODEL_TYPE,
     GenericTwoTowerConfig,
     TwoTowerConfig,
     read_object,
 )
-from twotower.errors import ArgumentError, CheckpointError, ConfigError
+from twotower.errors import CheckpointError, ConfigError
 from twotower.families import family_of, tower_spec
 from twotower.model.towers import TwoTowerModel
 from twotower.nemotron_h_fields import NemotronHFields
@@ -251,77 +250,3 @@ def write(directory: Path, weights: dict[str, torch.Tensor], config: TwoTowerCon
     values |= {"architectures": ["NemotronHForCausalLM"], "torch_dtype": dtype, "tie_word_embeddings": False}
     (directory / "config.json").write_text(json.dumps(values, indent=2, sort_keys=True) + "\n", encoding="utf-8")
     save_tokenizer(tokenizer, directory)
-
-
-# --- vocabulary ----------------------------------------------------------------------------------------------------
-
-
-def mask_token(
-    given: int | None, config: TwoTowerConfig, defaults: GenerationDefaults, tokenizer: Tokenizer | None
-) -> int:
-    """The id of the mask token: the given one, else that of the config, else that of the tokenizer.
-
-    Otherwise 3 for Nemotron-H, by convention. Other backbones take a reserved special token, or the first row of the
-    embedding beyond the tokenizer.
-
-    defaults: the contents of `generation_config.json`, whose EOS tokens must differ from the mask token.
-
-    Raises:
-        CheckpointError: the tokenizer has ids beyond the embedding.
-        ArgumentError: the id is not in the vocabulary, or it is the EOS, BOS or padding token.
-    """
-    size = config.vocab_size
-    largest = max(tokenizer.get_vocab().values(), default=-1) if tokenizer is not None else -1
-    if tokenizer is not None and largest >= size:
-        raise CheckpointError(
-            f"{tokenizer.name_or_path}: the tokenizer has ids up to {largest}, but vocab_size is {size}; "
-            "use the tokenizer of this model"
-        )
-    candidates = [given, config.mask_token_id, getattr(tokenizer, "mask_token_id", None)]
-    if isinstance(config, GenericTwoTowerConfig):
-        unused = largest + 1 if tokenizer is not None and largest + 1 < size else None  # a row that no token has
-        candidates += [_reserved_token(tokenizer), unused]
-    else:
-        candidates.append(MASK_TOKEN_ID)
-    mask = next((candidate for candidate in candidates if candidate is not None), None)
-    if mask is None:
-        raise ArgumentError(_no_mask_token(tokenizer))
-    if not 0 <= mask < size:
-        raise ArgumentError(f"the mask token id is {mask}, but vocab_size is {size}; choose an id from 0 to {size - 1}")
-    for source in (config, defaults, tokenizer):
-        for role in ("eos", "bos", "pad"):
-            ids = getattr(source, f"{role}_token_id", None)
-            if mask in (ids if isinstance(ids, list | tuple) else [ids]):
-                raise ArgumentError(
-                    f"the mask token id is {mask}, which is the {role} token; choose a token that no text contains"
-                )
-    return mask
-
-
-_RESERVED = re.compile(r"reserved|unused", re.IGNORECASE)
-
-
-def _reserved_token(tokenizer: Tokenizer | None) -> int | None:
-    """The first special token whose name says that it is reserved; None if there is none."""
-    if tokenizer is None:
-        return None
-    added = tokenizer.added_tokens_decoder.items()
-    return min((id for id, token in added if token.special and _RESERVED.search(token.content)), default=None)
-
-
-def _no_mask_token(tokenizer: Tokenizer | None) -> str:
-    if tokenizer is None:
-        return "the model has no tokenizer, so the mask token is unknown; give its id with --mask-token"
-    special = [f"{id} ({token.content})" for id, token in sorted(tokenizer.added_tokens_decoder.items())]
-    return (
-        "the tokenizer has no mask token, no reserved token, and no free row of the embedding; give an id that no text "
-        f"uses with --mask-token, for example one of the special tokens {', '.join(special[:8]) or 'of the model'}"
-    )
-
-
-def is_ordinary_token(mask: int, tokenizer: Tokenizer | None) -> bool:
-    """Whether the tokenizer can encode ordinary text to this id."""
-    if tokenizer is None or mask not in tokenizer.get_vocab().values() or mask in tokenizer.all_special_ids:
-        return False
-    added = tokenizer.added_tokens_decoder.get(mask)
-    return added is None or not added.special

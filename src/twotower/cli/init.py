@@ -33,10 +33,11 @@ if TYPE_CHECKING:
     help="Directory of the new checkpoint.",
 )
 @click.option(
+    "--mask-token",
     "--mask-token-id",
-    metavar="ID",
-    type=click.IntRange(min=0),
-    help="Id of the mask token. [default: the tokenizer's mask token, else 3]",
+    metavar="TOKEN",
+    help="Mask token: its id, or its text in the tokenizer. [default: the tokenizer's mask token, else a reserved "
+    "token, a row of the embedding beyond the tokenizer, or an unused special token; for Nemotron-H id 3]",
 )
 @click.option("--dtype", type=click.Choice(DTYPES), help="Dtype of the new checkpoint. [default: as stored]")
 @click.option(
@@ -55,7 +56,7 @@ if TYPE_CHECKING:
 def init(
     source: str,
     output: Path,
-    mask_token_id: int | None,
+    mask_token: str | None,
     dtype: str | None,
     max_shard_size: str,
     seed: int,
@@ -64,9 +65,12 @@ def init(
 ) -> None:
     """Make a two-tower checkpoint from a one-tower checkpoint.
 
-    The source is any model of the Nemotron-H family, dense or MoE. Both towers start as copies of the source. The time
-    conditioning starts as the identity, so the untrained denoiser computes what the source computes. Tensors are
-    copied one at a time, so a model of any size needs little memory.
+    The source is a checkpoint of a supported family: Nemotron-H, Llama, Qwen and others. Both towers
+    start as copies of the source. The time conditioning starts as the identity, so the untrained denoiser
+    computes what the source computes. Tensors are copied one at a time, so a model of any size needs little memory.
+
+    A mask stands for a token that is not known yet. The mask token must be one that no text contains. The command
+    prints its choice and the reason, and config.json keeps it.
     """
     with models.status("reading …"):
         from twotower.checkpoint.convert import convert
@@ -74,7 +78,7 @@ def init(
         made = convert(
             source,
             output,
-            mask_token_id=mask_token_id,
+            mask_token=mask_token,
             dtype=dtype,
             max_shard_size=max_shard_size,
             seed=seed,
@@ -103,7 +107,9 @@ def summary(made: ConversionResult) -> Iterator[str]:
         f"two towers of {count(made.parameters_per_tower)} parameters ({len(made.pattern)} layers: {made.pattern}), "
         f"time conditioning {count(made.time_parameters)}"
     )
-    yield f"{size(made.bytes)} in {files}, {made.dtype}; mask token id {made.mask_token_id}"
+    yield f"{size(made.bytes)} in {files}, {made.dtype}"
+    text = "" if made.mask_token is None else f" {made.mask_token!r}"
+    yield f"mask token id {made.mask_token_id}{text}: {made.mask_reason}"
 
 
 @contextmanager

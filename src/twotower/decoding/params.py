@@ -57,6 +57,7 @@ class GenerationParams:
     seed: one for all rows or one a row; None draws seeds from torch's generator.
     block_size: positions of a block. In verified decoding, of a draft with the token that it continues.
     steps_per_block: the most denoising passes for a block in diffusion.
+    mask_token_id: of the masks; 3, the published default, stands for the model's own mask token.
     policy: which positions a pass commits, for all rows or one a row (`unmasking.POLICIES`).
     policy_value: the policy's number; None: its default, which is confidence_threshold for the policy "threshold".
     draft_steps: denoising passes for a draft; None: adapts to throughput.

@@ -7,7 +7,9 @@ or an engine, for every caller: `LLM.add_request`, the server, batch jobs and th
 from __future__ import annotations
 
 from collections.abc import Sequence
+from dataclasses import replace
 
+from twotower.config import MASK_TOKEN_ID
 from twotower.decoding.modes import AUTO, BLOCK_MODES
 from twotower.decoding.params import GenerationParams
 from twotower.engine.budget import check_block, check_text
@@ -37,6 +39,14 @@ def check_model(model: Towers, params: GenerationParams, prompt_lengths: Sequenc
         raise ArgumentError(
             f'mode is {params.mode!r} but only the context tower is loaded; load with towers="both"', param="mode"
         )
+
+
+def with_mask_token(model: Towers, request: Request) -> Request:
+    """The request with the model's mask token, if it has the published default, 3, and the model another token."""
+    params, own = request.params, model.config.mask_token
+    if params.mask_token_id != MASK_TOKEN_ID or own == MASK_TOKEN_ID:
+        return request
+    return replace(request, params=replace(params, mask_token_id=own))
 
 
 def check_before_engine(model: Towers, params: GenerationParams, prompt_lengths: Sequence[int]) -> None:

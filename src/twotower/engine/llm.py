@@ -132,7 +132,7 @@ class LLM:
         self.check(request)
         number = self._next_number
         self._next_number += 1
-        self.core.scheduler.waiting.append((number, request))
+        self.core.scheduler.waiting.append((number, admission.with_mask_token(self.model, request)))
         return number
 
     def check(self, request: Request) -> None:
