@@ -41,7 +41,7 @@ to stderr.
 | `eval` | AR, diffusion:0.8, diffusion:0.9, verified:draft_steps=1 | problems of each family | – |
 | `report` | about 45 settings | problems of each family | folder of the report |
 | `serve` | diffusion; `--setting` sets another | – | – |
-| `init`, `curves` | – | – | folder of the result |
+| `init`, `export`, `curves` | – | – | folder of the result |
 | `train`, `pretrain` | – | – | run directory |
 """
 ENVIRONMENT_TEXT = """\

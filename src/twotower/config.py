@@ -182,7 +182,7 @@ class GenericTwoTowerConfig(TwoTowerConfig):
         **kwargs: Any,
     ) -> None:
         # transformers constructs configurations without arguments.
-        self.backbone = {"model_type": "llama"} if backbone is None else backbone
+        self.backbone: JsonObject = {"model_type": "llama"} if backbone is None else backbone
         text = self.autoregressive
         self.block_size = block_size
         self.vocab_size, self.hidden_size = text.vocab_size, text.hidden_size

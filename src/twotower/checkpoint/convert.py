@@ -91,7 +91,7 @@ def convert(
         ArgumentError: a wrong argument, a directory that may not be replaced, or not enough disk space.
     """
     target = Path(directory).resolve()
-    _check_target(target, overwrite)
+    check_target(target, overwrite)
     origin = Path(source) if str(source).endswith(gguf_file.SUFFIX) else resolve_source(source, {})
     if origin.resolve() == target or target in origin.resolve().parents:
         raise ArgumentError(f"{target}: the directory contains the source checkpoint; choose another directory")
@@ -106,8 +106,8 @@ def convert(
     time = _time_conditioning(config, tower.model.spec.num_layers, seed, model_dtype)
     to_write = list(_tensors_to_write(tower, wanted, time, mask))
     total = sum(entry.nbytes for entry in to_write)
-    with _unfinished(target, overwrite, total) as folder:
-        written = _counter(total, progress)
+    with unfinished_folder(target, overwrite, total) as folder:
+        written = counter(total, progress)
         weights = write_shards(folder, to_write, max_shard_size, written)
         _write_rest(tower, folder, model_dtype)
         known = names.tensor_entries(tower.model)
@@ -186,7 +186,8 @@ def _parameters(tower: OneTowerCheckpoint, prefix: str) -> int:
     return sum(math.prod(entry.shape) for entry in names.tensor_entries(tower.model) if entry.memory.startswith(prefix))
 
 
-def _counter(total: int, progress: Callable[[int, int], None] | None) -> Callable[[int], None]:
+def counter(total: int, progress: Callable[[int, int], None] | None) -> Callable[[int], None]:
+    """A function that adds the bytes of a written tensor, and calls progress(done, total)."""
     done = 0
 
     def written(nbytes: int) -> None:
@@ -224,7 +225,8 @@ def _text_notes(mask: MaskToken, tokenizer: Tokenizer | None) -> Iterator[str]:
 # --- output directory ----------------------------------------------------------------------------------------------
 
 
-def _check_target(target: Path, overwrite: bool) -> None:
+def check_target(target: Path, overwrite: bool) -> None:
+    """Raises ArgumentError if a checkpoint may not be written to `target`."""
     if target.exists() and not target.is_dir():
         raise ArgumentError(f"{target} is a file; choose a directory")
     atomic.restore_folder(target)
@@ -239,7 +241,7 @@ def _check_target(target: Path, overwrite: bool) -> None:
 
 
 @contextmanager
-def _unfinished(target: Path, overwrite: bool, size: int) -> Iterator[Path]:
+def unfinished_folder(target: Path, overwrite: bool, size: int) -> Iterator[Path]:
     """A temporary directory; it is renamed to `target` on success and removed on failure."""
     folder = target.with_name(target.name + ".partial")
     if folder.exists() and not (folder / UNFINISHED).exists():
@@ -264,5 +266,5 @@ def _unfinished(target: Path, overwrite: bool, size: int) -> Iterator[Path]:
 
 def _replace(target: Path, folder: Path, overwrite: bool) -> None:
     """Renames the finished folder to `target`; a replaced checkpoint is removed last."""
-    _check_target(target, overwrite)  # again: the conversion may have taken hours
+    check_target(target, overwrite)  # again: the conversion may have taken hours
     atomic.replace_folder(folder, target)

@@ -18,7 +18,7 @@ from twotower.families.family import Family, Names, Rows
 from twotower.model.fp32_tensors import named_tensors
 from twotower.model.towers import TwoTowerModel
 from twotower.ops.reference import int8
-from twotower.specs import LayerSpec
+from twotower.specs import TowerSpec
 
 SCALE = "_scale"  # suffix of the scales of an int8 tensor; checkpoints do not store them
 
@@ -75,7 +75,7 @@ def tensor_entries(model: TwoTowerModel) -> list[TensorEntry]:
         if first == "time":
             out.append(TensorEntry(part, memory, None, shape, shape))
         else:
-            out += _entries(memory, shape, family, model.spec.layers, TWO_TOWERS[first])
+            out += _entries(memory, shape, family, model.spec, TWO_TOWERS[first])
     return out
 
 
@@ -85,7 +85,7 @@ def one_tower_entries(model: TwoTowerModel, layout: DiskLayout) -> list[TensorEn
     family = family_of(model.config)
     for memory, shape in _shapes(model).items():
         if memory.startswith("context."):
-            out += _entries(memory, shape, family, model.spec.layers, layout)
+            out += _entries(memory, shape, family, model.spec, layout)
     return out
 
 
@@ -101,20 +101,20 @@ def _shapes(model: nn.Module) -> dict[str, tuple[int, ...]]:
 
 
 def _entries(
-    memory: str, shape: tuple[int, ...], family: Family, layers: tuple[LayerSpec, ...], layout: DiskLayout
+    memory: str, shape: tuple[int, ...], family: Family, spec: TowerSpec, layout: DiskLayout
 ) -> Iterator[TensorEntry]:
     part = memory.split(".", 1)[1]
     found = _LAYER_IN_MEMORY.match(part)
     if found is None:
         module, _, leaf = part.rpartition(".")
-        tied = module == "head" and layout.found is not None and f"{layout.head}.{leaf}" not in layout.found
-        if module == "head" and not tied:
+        absent = layout.found is not None and f"{layout.head}.{leaf}" not in layout.found
+        if module == "head" and not (spec.tied_head or absent):  # the int8 copy of a tied head is a tensor of its own
             disk = f"{layout.head}.{leaf}"
         else:
             disk = f"{layout.root}{family.norm_f if module == 'norm_f' else family.embeddings}.{leaf}"
         yield TensorEntry(disk, memory, None, shape, shape)
         return
-    layer = layers[int(found[1])]
+    layer = spec.layers[int(found[1])]
     root = f"{layout.root}layers.{layer.source}."
     target = place_on_disk(found[2], family.names(layer))
     name = target.module if isinstance(target, Rows) else target

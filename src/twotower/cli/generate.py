@@ -14,7 +14,6 @@ import click
 from twotower import model_loading
 from twotower.cli import model_options as models
 from twotower.cli.deprecated import formerly
-from twotower.cli.prompt import read_prompt
 from twotower.decoding.modes import BLOCK_MODES, MODES_OF_FIELD, REQUEST_MODES
 from twotower.errors import ArgumentError
 
@@ -221,6 +220,8 @@ def generate_text(options: GenerateOptions) -> None:
     Raises:
         TwoTowerError: an error of the user, found before weights are read where possible.
     """
+    from twotower.cli.prompt import read_prompt
+
     text = read_prompt(options.prompt, options.file)
     for name, reason in options.ignored_options():
         if name in options.given:

@@ -4,9 +4,7 @@ from __future__ import annotations
 
 import json
 import shlex
-import sys
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from collections.abc import Iterator
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -14,7 +12,7 @@ import click
 
 from twotower.cli import model_options as models
 from twotower.cli.info import DTYPES
-from twotower.cli.terminal import can_move_cursor
+from twotower.cli.terminal import byte_bar
 
 if TYPE_CHECKING:
     from twotower.checkpoint.convert import ConversionResult
@@ -74,7 +72,7 @@ def init(
     """
     with models.status("reading …"):
         from twotower.checkpoint.convert import convert
-    with _bar() as progress:
+    with byte_bar() as progress:
         made = convert(
             source,
             output,
@@ -110,18 +108,3 @@ def summary(made: ConversionResult) -> Iterator[str]:
     yield f"{size(made.bytes)} in {files}, {made.dtype}"
     text = "" if made.mask_token is None else f" {made.mask_token!r}"
     yield f"mask token id {made.mask_token_id}{text}: {made.mask_reason}"
-
-
-@contextmanager
-def _bar() -> Iterator[Callable[[int, int], None] | None]:
-    """A progress bar on stderr, if it is a terminal; removed at the end."""
-    if not can_move_cursor(sys.stderr):
-        yield None
-        return
-    from rich.console import Console
-    from rich.progress import BarColumn, DownloadColumn, Progress, TimeRemainingColumn, TransferSpeedColumn
-
-    columns = (BarColumn(), DownloadColumn(binary_units=True), TransferSpeedColumn(), TimeRemainingColumn())
-    with Progress("writing", *columns, console=Console(stderr=True), transient=True) as bar:
-        task = bar.add_task("writing", total=None)
-        yield lambda done, total: bar.update(task, completed=done, total=total)

@@ -13,6 +13,7 @@ from twotower.cli.bench import bench
 from twotower.cli.curves import curves
 from twotower.cli.demo import demo
 from twotower.cli.evaluate import evaluate
+from twotower.cli.export import export
 from twotower.cli.generate import generate
 from twotower.cli.info import info
 from twotower.cli.init import init
@@ -56,7 +57,22 @@ def cli() -> None:
     """
 
 
-for verb in (generate, batch, serve, demo, info, init, pretrain, train, curves, report, evaluate, bench, lm_eval):
+for verb in (
+    generate,
+    batch,
+    serve,
+    demo,
+    info,
+    init,
+    export,
+    pretrain,
+    train,
+    curves,
+    report,
+    evaluate,
+    bench,
+    lm_eval,
+):
     cli.add_command(verb)
 
 

@@ -42,3 +42,18 @@ def status_line() -> Iterator[Callable[[str], None]]:
     finally:
         if shown:
             click.echo("\r\x1b[K", file=stream, nl=False)
+
+
+@contextmanager
+def byte_bar() -> Iterator[Callable[[int, int], None] | None]:
+    """Yields a function (bytes done, bytes in all) that moves a progress bar on stderr; None without a terminal."""
+    if not can_move_cursor(sys.stderr):
+        yield None
+        return
+    from rich.console import Console
+    from rich.progress import BarColumn, DownloadColumn, Progress, TimeRemainingColumn, TransferSpeedColumn
+
+    columns = (BarColumn(), DownloadColumn(binary_units=True), TransferSpeedColumn(), TimeRemainingColumn())
+    with Progress("writing", *columns, console=Console(stderr=True), transient=True) as bar:
+        task = bar.add_task("writing", total=None)
+        yield lambda done, total: bar.update(task, completed=done, total=total)

@@ -1,0 +1,156 @@
+"""Writes the context tower of a two-tower checkpoint as a checkpoint of the autoregressive model that it came from.
+
+Tensors get their original names and keep their values and dtypes. The config.json is that of the source, verbatim;
+for Nemotron-H, whose keys the two-tower config has, it is made from these. Tensors are copied one by one from
+memory-mapped files, so the memory need is small for any model.
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable, Iterator
+from contextlib import ExitStack
+from dataclasses import asdict, dataclass
+from functools import partial
+from pathlib import Path
+
+import torch
+from safetensors import safe_open
+from torch import Tensor
+
+from twotower.checkpoint import names, one_tower, pretrained, reader, tokenizer_files
+from twotower.checkpoint.convert import check_target, counter, unfinished_folder
+from twotower.checkpoint.names import TWO_TOWERS, DiskLayout
+from twotower.checkpoint.reader import StoredTensor
+from twotower.checkpoint.source import resolve_source
+from twotower.checkpoint.writer import TensorToWrite, write_shards
+from twotower.config import GenericTwoTowerConfig, JsonObject, TwoTowerConfig
+from twotower.errors import ArgumentError
+from twotower.families import family_of
+from twotower.model.towers import TwoTowerModel
+
+
+@dataclass(frozen=True, kw_only=True)
+class ExportResult:
+    """Facts of a written checkpoint. bytes: of all tensors. notes: remarks for the user, one sentence each."""
+
+    source: str
+    directory: Path
+    architecture: str
+    parameters: int
+    bytes: int
+    files: tuple[str, ...]
+    notes: tuple[str, ...]
+
+    def to_dict(self) -> dict[str, object]:
+        """The fields as plain data for `--json`."""
+        return asdict(self) | {"directory": str(self.directory)}
+
+
+def export_one_tower(
+    source: str | Path,
+    directory: str | Path,
+    *,
+    max_shard_size: int | str = "5GB",
+    overwrite: bool = False,
+    progress: Callable[[int, int], None] | None = None,
+) -> ExportResult:
+    """Writes the context tower of a two-tower checkpoint, a directory or a hub id, as an autoregressive checkpoint.
+
+    Tokenizer, chat template and generation config go along. overwrite: whether to replace a checkpoint in `directory`.
+    progress(done, total): bytes, called after each tensor. An unfinished checkpoint is in `<directory>.partial`.
+
+    Raises:
+        ConfigError, CheckpointError: the source is not a valid two-tower checkpoint.
+        ArgumentError: a directory that may not be replaced, or not enough disk space.
+    """
+    target = Path(directory).resolve()
+    check_target(target, overwrite)
+    origin = resolve_source(source, {})
+    if origin.resolve() == target or target in origin.resolve().parents:
+        raise ArgumentError(f"{target}: the directory contains the source checkpoint; choose another directory")
+    config = TwoTowerConfig.read(origin)
+    with torch.device("meta"):
+        model = TwoTowerModel(config)
+    found, known = reader.read_headers(origin), names.tensor_entries(model)
+    reader.check(origin, found, known, known, config.stored_pattern)
+    context = dict.fromkeys(entry.disk for entry in known if entry.memory.startswith("context."))
+    table = found[reader.embeddings(known).disk].torch_dtype
+    values, notes = autoregressive_values(model, table)
+    with ExitStack() as files:
+        to_write = list(_tensors_to_write({name: found[name] for name in context}, _layout(config), files))
+        total = sum(entry.nbytes for entry in to_write)
+        with unfinished_folder(target, overwrite, total) as folder:
+            weights = write_shards(folder, to_write, max_shard_size, counter(total, progress))
+            (folder / "config.json").write_text(json.dumps(values, indent=2, sort_keys=True) + "\n", encoding="utf-8")
+            tokenizer_files.copy_model_files(origin, folder)
+            one_tower.read(folder)
+    return ExportResult(
+        source=str(source),
+        directory=Path(directory),
+        architecture=(values.get("architectures") or [values["model_type"]])[0],
+        parameters=sum(torch.Size(entry.shape).numel() for entry in to_write),
+        bytes=total,
+        files=tuple(file.name for file in weights),
+        notes=tuple(notes),
+    )
+
+
+def autoregressive_values(model: TwoTowerModel, dtype: torch.dtype) -> tuple[JsonObject, list[str]]:
+    """The config.json of the autoregressive model with weights of this dtype, and notes for the user."""
+    name = str(dtype).removeprefix("torch.")
+    config = model.config
+    if not isinstance(config, GenericTwoTowerConfig):
+        left_out = ("auto_map", "mask_token_id")
+        kept = {key: value for key, value in pretrained.config_to_write(model).items() if key not in left_out}
+        same = {"architectures": ["NemotronHForCausalLM"], "torch_dtype": name, "tie_word_embeddings": False}
+        return kept | same, []
+    values: JsonObject = dict(config.backbone)
+    notes: list[str] = []
+    if isinstance(config.backbone.get("text_config"), dict):
+        notes.append("the source has further parts, such as an image encoder; its text model alone is written")
+        values = _text_values(config)
+    for key in ("dtype", "torch_dtype"):
+        if values.get(key) not in (None, name):
+            notes.append(f"{key} was {values[key]} in the source; the weights are {name}")
+            values[key] = name
+    return values, notes
+
+
+def _text_values(config: GenericTwoTowerConfig) -> JsonObject:
+    """The config.json of the text model of a multimodal source."""
+    from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING_NAMES
+
+    whole = config.backbone
+    values: JsonObject = dict(whole["text_config"])
+    for key in ("tie_word_embeddings", "dtype", "torch_dtype", "bos_token_id", "eos_token_id", "pad_token_id"):
+        if key in whole:
+            values.setdefault(key, whole[key])
+    text = config.autoregressive
+    values["model_type"] = text.model_type
+    values["architectures"] = [MODEL_FOR_CAUSAL_LM_MAPPING_NAMES[text.model_type]]
+    return values
+
+
+def _layout(config: TwoTowerConfig) -> DiskLayout:
+    return DiskLayout(*family_of(config).roots[0])
+
+
+def _tensors_to_write(
+    context: dict[str, StoredTensor], layout: DiskLayout, files: ExitStack
+) -> Iterator[TensorToWrite]:
+    """The tensors of the context tower under their original names, read on demand; `files` keeps the files open."""
+    stored_files = sorted({stored.file for stored in context.values()})
+    opened = {file: files.enter_context(safe_open(file, framework="pt")) for file in stored_files}
+
+    def read(name: str) -> Tensor:
+        tensor: Tensor = opened[context[name].file].get_tensor(name)
+        return tensor
+
+    ours = TWO_TOWERS["context"]
+    for name, stored in context.items():
+        if name.startswith(ours.root):
+            original = layout.root + name.removeprefix(ours.root)
+        else:
+            original = layout.head + name.removeprefix(ours.head)
+        yield TensorToWrite(original, stored.shape, stored.torch_dtype, partial(read, name))

@@ -1,0 +1,73 @@
+"""`twotower export`: writes a two-tower checkpoint in the form of other programs."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Iterator
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+import click
+
+from twotower.cli import model_options as models
+from twotower.cli.terminal import byte_bar
+
+if TYPE_CHECKING:
+    from twotower.checkpoint.export import ExportResult
+
+TARGETS = ("one-tower",)
+
+
+@click.command()
+@click.argument("model")
+@click.option(
+    "--to",
+    "target",
+    required=True,
+    type=click.Choice(TARGETS),
+    help="one-tower: the autoregressive model that is the context tower, for transformers.",
+)
+@click.option(
+    "-o",
+    "--output",
+    required=True,
+    type=click.Path(path_type=Path),
+    metavar="DIR",
+    help="Directory of the new checkpoint.",
+)
+@click.option(
+    "--max-shard-size", metavar="SIZE", default="5GB", show_default=True, help="Largest size of one weights file."
+)
+@click.option("--overwrite", is_flag=True, help="Replace the checkpoint in DIR.")
+@click.option("--json", "as_json", is_flag=True, help="Print one JSON object instead of text.")
+def export(model: str, target: str, output: Path, max_shard_size: str, overwrite: bool, as_json: bool) -> None:
+    """Write a two-tower checkpoint in the form of other programs.
+
+    MODEL is a two-tower checkpoint: a directory or a hub id. The target one-tower is the context tower alone, as the
+    autoregressive checkpoint that it came from: the tensors under their original names and bit for bit, the original
+    config.json, tokenizer, chat template and generation config. Tensors are copied one at a time, so a model of any
+    size needs little memory.
+    """
+    with models.status("reading …"):
+        from twotower.checkpoint.export import export_one_tower
+    with byte_bar() as progress:
+        made = export_one_tower(model, output, max_shard_size=max_shard_size, overwrite=overwrite, progress=progress)
+    for note in made.notes:
+        click.echo(f"Note: {note}.", err=True)
+    if as_json:
+        click.echo(json.dumps(made.to_dict(), ensure_ascii=False))
+        return
+    for line in summary(made):
+        click.echo(line)
+
+
+def summary(made: ExportResult) -> Iterator[str]:
+    """Lines that describe the new checkpoint."""
+    from twotower.cli import info_page
+
+    files = f"{len(made.files)} files" if len(made.files) > 1 else made.files[0]
+    yield click.style(str(made.directory), bold=True)
+    yield (
+        f"{made.architecture}: {info_page.format_count(made.parameters)} parameters, "
+        f"{info_page.format_bytes(made.bytes)} in {files}"
+    )
