@@ -16,7 +16,16 @@ from torch import Tensor
 
 from twotower.model.conditioning import TimeConditioning
 from twotower.model.tower import Tower
-from twotower.specs import AttentionSpec, LayerSpec, Mamba2Spec, MLPSpec, MoESpec, RopeSpec, TowerSpec
+from twotower.specs import (
+    AttentionSpec,
+    LayerSpec,
+    Mamba2Spec,
+    MLPSpec,
+    MoESpec,
+    ParallelSpec,
+    RopeSpec,
+    TowerSpec,
+)
 
 Modulation = tuple[Tensor, Tensor, Tensor]  # shift, scale, gate
 # The fields that this file reads. A new field of a spec must come into the oracle.
@@ -26,11 +35,12 @@ KNOWN_FIELDS: dict[type, str] = {
     LayerSpec: "mixer source pre_norm post_norm residual_factor",
     AttentionSpec: "num_heads num_kv_heads head_dim qkv_bias output_bias rope window qk_norm scale softcap clip",
     RopeSpec: "inverse_frequencies factor interleaved",
-    MLPSpec: "width activation gated bias",
+    MLPSpec: "width activation gated bias gate_factor",
     MoESpec: "experts top_k expert shared shared_gate scores normalise factor num_groups top_groups correction_bias "
     "latent latent_bias",
     Mamba2Spec: "num_heads head_dim state_size num_groups conv_kernel conv_bias input_bias output_bias "
     "chunk_size time_step_limit time_step_init norm factors",
+    ParallelSpec: "attention mamba attention_input_factor attention_factor mamba_input_factor mamba_factor",
 }
 
 
@@ -38,6 +48,7 @@ class Context(NamedTuple):
     """What a later block sees of a text of `tokens` tokens. layers: of each layer.
 
     Attention: keys and values (T, heads, D) of all tokens. Mamba: the last inputs of the convolution, and the state.
+    Both side by side: both.
     """
 
     layers: list[Any]
@@ -68,7 +79,7 @@ def read(
         shift, scale, gate = time[i] if time else (0.0, 0.0, 1.0)
         before = past.layers[i] if past else None
         hidden = x
-        if layer.kind in "M*" or not layer.spec.pre_norm:
+        if layer.kind in "M*P" or not layer.spec.pre_norm:
             hidden = hidden * (1 + scale) + shift
         if layer.spec.pre_norm:
             hidden = _norm(hidden, layer.norm.weight, spec)
@@ -102,6 +113,13 @@ def _mix(mixer: Any, spec: Any, hidden: Tensor, before: Any, this: Pass) -> tupl
             return _attention(mixer, spec, hidden, before, this)
         case Mamba2Spec():
             return _mamba(mixer, spec, hidden, before, this)
+        case ParallelSpec():
+            old = before or (None, None)
+            attended, keys = _attention(
+                mixer.attention, spec.attention, hidden * spec.attention_input_factor, old[0], this
+            )
+            scanned, state = _mamba(mixer.mamba, spec.mamba, hidden * spec.mamba_input_factor, old[1], this)
+            return attended * spec.attention_factor + scanned * spec.mamba_factor, (keys, state)
         case MoESpec():
             return torch.stack([_experts(mixer, spec, token) for token in hidden]), None
         case MLPSpec():
@@ -227,8 +245,9 @@ def _activate(x: Tensor, spec: MLPSpec) -> Tensor:
 
 def _mlp(mixer: Any, spec: MLPSpec, hidden: Tensor) -> Tensor:
     up = _linear(mixer.up_proj, hidden)
-    inner = _activate(_linear(mixer.gate_proj, hidden), spec) * up if spec.gated else _activate(up, spec)
-    return _linear(mixer.down_proj, inner)
+    if not spec.gated:
+        return _linear(mixer.down_proj, _activate(up, spec))
+    return _linear(mixer.down_proj, _activate(_linear(mixer.gate_proj, hidden) * spec.gate_factor, spec) * up)
 
 
 def _experts(mixer: Any, spec: MoESpec, token: Tensor) -> Tensor:
