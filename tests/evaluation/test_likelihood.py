@@ -7,6 +7,7 @@ import random
 import pytest
 import torch
 from conftest import build_random_model
+from tiny_backbones import two_tower
 
 from twotower import TwoTowerForCausalLM
 from twotower.decoding.params import GenerationParams
@@ -25,8 +26,16 @@ def pairs_of(count: int, seed: int = 0) -> list[tuple[list[int], list[int]]]:
     return [(tokens(40), tokens(9)) for _ in range(count)]
 
 
-def test_context_likelihood_equals_that_of_a_plain_forward(monkeypatch: pytest.MonkeyPatch) -> None:
-    model = build_random_model(dtype=torch.float64)
+def build(backbone: str | None) -> TwoTowerForCausalLM:
+    return build_random_model(dtype=torch.float64) if backbone is None else two_tower(backbone, torch.float64)
+
+
+# A tied head with a cap of logits; a factor of logits.
+@pytest.mark.parametrize("backbone", [None, "gemma2", "granite"])
+def test_context_likelihood_equals_that_of_a_plain_forward(
+    backbone: str | None, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    model = build(backbone)
     pairs = pairs_of(12)
     given, last = pairs[0]
     pairs += [(given, [*last[:-1], other]) for other in (7, 8, 9)]  # one question with several answers
@@ -69,9 +78,10 @@ def test_the_bound_is_exact_for_blocks_of_one_token() -> None:
     assert found == pytest.approx(want, abs=1e-9)
 
 
-def test_the_bound_weights_random_orders_of_a_block() -> None:
+@pytest.mark.parametrize("backbone", [None, "gemma2", "granite"])
+def test_the_bound_weights_random_orders_of_a_block(backbone: str | None) -> None:
     """Two tokens in a block of four: weights n/m, even m, the rest masked, t as in generation."""
-    model = build_random_model(dtype=torch.float64)
+    model = build(backbone)
     given, (a, b) = [5, 6, 7, 8, 9], (10, 11)
     both = nll(model, given, [3, 3, 3, 3], {0: a, 1: b})
     second, first = nll(model, given, [a, 3, 3, 3], {1: b})[1], nll(model, given, [3, b, 3, 3], {0: a})[0]

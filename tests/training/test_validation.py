@@ -14,6 +14,7 @@ import numpy as np
 import pytest
 import torch
 from conftest import build_random_model
+from tiny_backbones import two_tower
 
 from twotower import TwoTowerForCausalLM
 from twotower.errors import ArgumentError
@@ -47,8 +48,10 @@ def held_out(world: World, rows: int = 4) -> list[Batch]:
     return batches
 
 
-def build(world: World, tie: bool = False, **options: Any) -> tuple[DenoisingObjective, DenoisingValidation]:
-    model = build_random_model(PATTERN)
+def build(
+    world: World, tie: bool = False, backbone: str | None = None, **options: Any
+) -> tuple[DenoisingObjective, DenoisingValidation]:
+    model = build_random_model(PATTERN) if backbone is None else two_tower(backbone)
     model.denoiser = model.context if tie else model.denoiser
     assert model.denoiser is not None
     assert model.time is not None
@@ -99,9 +102,10 @@ def alone() -> World:
     return fsdp.start("cpu")
 
 
-def test_a_slow_count_agrees(alone: World) -> None:
+@pytest.mark.parametrize("backbone", [None, "gemma2", "granite"])  # the last two: caps and factors of logits
+def test_a_slow_count_agrees(backbone: str | None, alone: World) -> None:
     """Counts block by block with the model's verbs, one document at a time."""
-    _, validation = build(alone)
+    _, validation = build(alone, backbone=backbone)
     record = validation(1)
     model, batches = validation.model, held_out(alone)
     sums = {level: [0.0, 0] for level in LEVELS}

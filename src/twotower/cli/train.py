@@ -163,7 +163,7 @@ def train(
             "tokens": tokens,
             "peak_tflops": peak_tflops,
             "utilisation": utilisation,
-            "block_size": block_size,
+            "block_size": _only_block_size(stages) if stages else block_size,
         }
         _show_plan(source, figures, options, as_json)
         return
@@ -237,9 +237,8 @@ def _denoiser_validation(inputs: ValidationInputs) -> Validate:
 
 def _warn_without_effect(*names: str) -> None:
     """Warns of each of these options that the command line names beside --stages."""
-    context = click.get_current_context()
     for name in names:
-        if context.get_parameter_source(name) is not click.core.ParameterSource.DEFAULT:
+        if _is_given(name):
             click.echo(f"Warning: --{name.replace('_', '-')} has no effect with --stages.", err=True)
 
 
@@ -252,20 +251,39 @@ def _required_output(output: Path | None) -> Path:
 def _show_plan(source: str, figures: Mapping[str, object], options: Mapping[str, object], as_json: bool) -> None:
     from twotower.cli.plan_page import render
     from twotower.config import TwoTowerConfig
+    from twotower.json_text import to_json
     from twotower.training.planning.plan import plan_from
 
-    context = "tied" if options["tie"] else "trained" if options["train_context"] else "frozen"
-    shared = {
-        "row_length": options["row_length"],
-        "activation_checkpointing": options["activation_checkpointing"],
-        "context": context,
-    }
+    if options["ar_weight"]:
+        raise ArgumentError("--plan does not count the next-token loss of --ar-weight; leave out --ar-weight")
+    shared = {name: options[name] for name in ("row_length", "activation_checkpointing")}
+    shared["context"] = "tied" if options["tie"] else "trained" if options["train_context"] else "frozen"
     if options["micro_batch_size"]:
         shared["micro_batch_size"] = options["micro_batch_size"]
+    if options["dtype"] != "auto":
+        shared["dtype"] = options["dtype"]
+    if _is_given("batch_size"):  # the default is one micro-batch on each GPU
+        shared["batch_size"] = options["batch_size"]
     plan = plan_from(TwoTowerConfig.read(Path(source)), {**figures, **shared})
-    from twotower.json_text import to_json
-
     click.echo(to_json(plan.to_dict()) if as_json else render(plan))
+
+
+def _only_block_size(stages: str) -> int:
+    """The block size of a plan with --stages."""
+    from twotower.training.run_settings import parse_stages
+
+    sizes = sorted({stage.block_size for stage in parse_stages(stages)})
+    if len(sizes) > 1:
+        raise ArgumentError(
+            f"--plan plans one block size, and --stages has {', '.join(map(str, sizes))}; give --block-size instead"
+        )
+    return sizes[0]
+
+
+def _is_given(name: str) -> bool:
+    """Whether the command line or the environment has a value for an option."""
+    source = click.get_current_context().get_parameter_source(name)
+    return source is not click.core.ParameterSource.DEFAULT
 
 
 def _require_tensorboard(tensorboard: bool) -> None:

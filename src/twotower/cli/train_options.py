@@ -109,7 +109,8 @@ OPTIONS = (
         type=float,
         default=1e-3,
         show_default=True,
-        help="Step size of the experts' selection biases for load balance; 0: no balancing.",
+        help="Step size of the experts' selection biases for load balance; 0: no balancing. Routers without such "
+        "biases are not balanced.",
     ),
     click.option(
         "--seed", type=click.IntRange(0), default=0, show_default=True, help="Seed of the data order and the noise."

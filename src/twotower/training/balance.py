@@ -11,13 +11,18 @@ from torch import Tensor, nn
 from twotower.model.moe import Router
 from twotower.training.fsdp import World
 
+NOT_BALANCED = (
+    "the routers of this model have no selection biases, so nothing balances the load of its experts "
+    "(--balance-rate 0 leaves out this line)"
+)
+
 
 class LoadBalance:
     """Auxiliary-loss-free load balancing (DeepSeek-V3), by the selection biases that the released router has.
 
     After each step, the bias of an expert with more than the mean load falls by `rate`; the other biases rise.
     Only routers that train and have such biases are balanced. Recomputation counts a token twice, which changes no
-    sign.
+    sign. note: one line if trained routers have no such biases, else None.
     """
 
     def __init__(self, module: nn.Module, rate: float, world: World) -> None:
@@ -25,6 +30,7 @@ class LoadBalance:
         routers = [m for m in module.modules() if isinstance(m, Router) and m.weight.requires_grad and rate]
         both = [(m, m.e_score_correction_bias) for m in routers]
         self.routers = [(router, bias) for router, bias in both if bias is not None]
+        self.note = None if len(self.routers) == len(both) else NOT_BALANCED
         self.loads = [torch.zeros_like(bias) for _, bias in self.routers]
         self._hooks = [
             router.register_forward_hook(partial(self._count, load))

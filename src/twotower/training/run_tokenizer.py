@@ -94,7 +94,7 @@ def encoder_for(
         eos_token_id=eos,
         mask_token_id=config.mask_token,
         bos_token_id=config.bos_token_id,
-        pad_token_id=config.pad_token_id if config.pad_token_id is not None else 0,
+        pad_token_id=max(config.pad_token_id or 0, 0),  # some configurations say -1; padding is never read
     )
 
 

@@ -12,8 +12,8 @@ import torch
 from twotower.checkpoint import atomic, one_tower, pretrained, tokenizer_files
 from twotower.checkpoint.generation_config import GenerationDefaults
 from twotower.checkpoint.source import resolve_source
-from twotower.config import GenericTwoTowerConfig, TwoTowerConfig
-from twotower.errors import ArgumentError
+from twotower.config import MODEL_TYPE, GenericTwoTowerConfig, TwoTowerConfig, read_object
+from twotower.errors import ArgumentError, ConfigError
 from twotower.modeling_twotower import TwoTowerForCausalLM
 from twotower.ops.precision import has_fast_bf16_matmul
 from twotower.training import weights
@@ -55,9 +55,25 @@ def pretrain(
     settings: PretrainSettings, directory: Path, world: World, validation: MakeValidation | None = None
 ) -> Path:
     """Trains an autoregressive backbone from random weights. Returns RUN/model, a checkpoint in Nemotron-H's layout."""
-    config = TwoTowerConfig.read(settings.config)
+    config = _config_to_pretrain(settings.config)
     with lock_run_dir(directory, settings.fixed() | _backbone_fields(config), world):
         return _pretrain(settings, config, directory, world, validation)
+
+
+def _config_to_pretrain(path: Path) -> TwoTowerConfig:
+    """The configuration of a backbone that is trained from scratch.
+
+    Raises:
+        ConfigError: it is not a Nemotron-H configuration, or has a value that is not allowed.
+    """
+    file = path / "config.json" if path.is_dir() else path
+    kind = read_object(file, "give the backbone's config.json").get("model_type", MODEL_TYPE)
+    if kind != MODEL_TYPE:
+        raise ConfigError(
+            f"{file}: model_type is {kind!r}; twotower pretrain trains only {MODEL_TYPE!r} from scratch. "
+            "Make two towers of a trained model with twotower init"
+        )
+    return TwoTowerConfig.read(file)
 
 
 def _pretrain(

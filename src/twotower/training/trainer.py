@@ -103,7 +103,7 @@ def train(
     done, notes = _resume(options, objective, optimizer, loader, world)
     log = Log(options.directory, done, options.tensorboard) if world.is_main else None
     progress = Progress(options.schedule.steps, done, shown=world.is_main)
-    for note in notes:
+    for note in notes if balance.note is None else [*notes, balance.note]:
         progress.print_line(note)
     if done:
         progress.print_line(f"resuming after step {done}")
