@@ -23,7 +23,6 @@ from twotower.model.linear import Linear, TiedHead
 from twotower.model.mamba2 import Mamba2
 from twotower.model.moe import Experts, Router
 from twotower.model.norm import GatedGroupRMSNorm, RMSNorm
-from twotower.model.tower import Tower
 from twotower.ops.cpu import library
 
 library.library()  # compiles now, so that the compiler does not write to stderr during a test
@@ -95,34 +94,38 @@ def build_random_model(
     """A tiny two-tower model with random weights, those of the time conditioning included.
 
     A seed gives the same weights in every dtype (drawn in fp32, then cast). Logits have a standard deviation of about
-    3, so that near ties are rare and confidences spread over (0, 1). overrides: keys of `config.json`.
+    3, so that near ties are rare and confidences spread over (0, 1); with another vocabulary than that of `SHAPE`, 1.
+    overrides: keys of `config.json`.
     """
-    return random_two_tower(TwoTowerConfig(hybrid_override_pattern=pattern, **{**SHAPE, **overrides}), seed, dtype)
+    config = TwoTowerConfig(hybrid_override_pattern=pattern, **{**SHAPE, **overrides})
+    spread = 3.0 if config.vocab_size == SHAPE["vocab_size"] else 1.0
+    return random_two_tower(config, seed, dtype, spread)
 
 
-def random_two_tower(config: TwoTowerConfig, seed: int, dtype: torch.dtype) -> TwoTowerForCausalLM:
-    """As `build_random_model`, for any configuration."""
+def random_two_tower(config: TwoTowerConfig, seed: int, dtype: torch.dtype, spread: float = 3.0) -> TwoTowerForCausalLM:
+    """As `build_random_model`, for any configuration. spread: the standard deviation of the logits."""
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(seed)
         model = TwoTowerForCausalLM(config)
         with torch.no_grad():
             for module in model.modules():
-                _randomise(module, config.vocab_size)
-                if isinstance(module, Tower) and isinstance(module.head, TiedHead):
-                    module.embeddings.weight *= 3.0 * config.hidden_size**-0.5
+                _randomise(module)
+            for tower in model.towers():
+                if isinstance(tower.head, TiedHead):
+                    tower.embeddings.weight *= spread * config.hidden_size**-0.5
+                else:
+                    tower.head.weight *= spread
     cast(model, dtype)
     return model.eval()
 
 
-def _randomise(module: nn.Module, vocab_size: int) -> None:
+def _randomise(module: nn.Module) -> None:
     """Draws a module's own parameters anew, at a scale that keeps activations near 1."""
     match module:
         case Linear():
             nn.init.normal_(module.weight, std=module.in_features**-0.5)
             if module.bias is not None:
                 nn.init.normal_(module.bias, std=0.1)
-            if module.out_features == vocab_size:
-                module.weight *= 3.0  # the heads
         case nn.Embedding():
             nn.init.normal_(module.weight)
         case RMSNorm():
