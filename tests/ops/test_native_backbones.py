@@ -7,18 +7,19 @@ from typing import Any, get_args
 import pytest
 import torch
 import torch.nn.functional as F
-from test_native import CPU, NARROW, attention_arguments
+from test_native import CPU, NARROW, SIZES, attention_arguments
 from torch import Tensor
 
-from twotower.ops import registry
+from twotower.ops import registry, self_check_cases
 from twotower.ops.cpu import kernels, library, moe_kernels
 from twotower.ops.reference import int8, rope
 from twotower.ops.reference.attention import AttentionOptions
 from twotower.ops.reference.gated_experts import gated_experts_dense
 from twotower.ops.reference.rope import HeadNorms, Rotation, rotation
 from twotower.ops.reference.routing import Routing, route
+from twotower.ops.self_check import Case, find_mismatch
 from twotower.ops.self_check_inputs import Randn
-from twotower.specs import Activation, RopeSpec
+from twotower.specs import Activation, GateNorm, RopeSpec
 
 if isinstance(library.library(), str):
     pytest.skip(f"the compiled kernels are not tested: {library.library()}", allow_module_level=True)
@@ -226,3 +227,21 @@ def test_norms_with_an_offset_over_heads_and_widths(shape: tuple[int, ...], dtyp
     tolerance = 1e-5 if dtype == torch.float32 else 1e-2
     torch.testing.assert_close(found.double(), exact, rtol=tolerance, atol=tolerance)
     assert torch.equal(kernels.rms_norm(x[-1:], weight, 1e-6, offset=1.0)[0], found[-1])
+
+
+@pytest.mark.parametrize("dtype", NARROW)
+@pytest.mark.parametrize("norm", ["before_gate", "none"])
+@pytest.mark.parametrize("length", [1, 8, 21])
+@pytest.mark.parametrize("sizes", SIZES)
+def test_mamba_blocks_with_a_norm_before_the_gate_or_none(
+    sizes: self_check_cases.Sizes, length: int, norm: GateNorm, dtype: torch.dtype
+) -> None:
+    """A token is bit-identical alone."""
+    *inputs, weights = self_check_cases.mamba_block_arguments(sizes, length, CPU, dtype)
+    weights = weights._replace(norm=norm, norm_weight=None if norm == "none" else weights.norm_weight)
+    case = Case(norm, lambda: (*inputs, weights))
+    assert find_mismatch(kernels.mamba_block, registry.mamba_block.mamba_block, [case]) is None
+    projected, _, window, state = inputs
+    together, _ = kernels.mamba_block(projected, None, window, state, weights)
+    alone, _ = kernels.mamba_block(projected[1:2, :1], None, window[1:2], state[1:2], weights)
+    assert torch.equal(alone[0, 0], together[1, 0])

@@ -24,6 +24,7 @@ from twotower.ops.self_check_moe_cases import (
     gated_experts_int8_cases,
     route_cases,
 )
+from twotower.specs import GateNorm
 
 
 class Sizes(NamedTuple):
@@ -41,8 +42,18 @@ RELEASED_SIZES = Sizes(heads=64, groups=8, width=64, state=128, taps=4)
 
 
 def mamba_block_cases(device: torch.device, dtype: torch.dtype) -> list[Case]:
-    """A block and a single token; rows of different lengths, one empty; each row starts from its own state."""
-    return _mamba_cases(device, lambda sizes, length: (*mamba_block_arguments(sizes, length, device, dtype), True))
+    """A block and a single token; rows of different lengths, one empty; each row starts from its own state.
+
+    Also a norm before the gate, and no norm.
+    """
+
+    def arguments(norm: GateNorm) -> tuple[object, ...]:
+        *inputs, weights = mamba_block_arguments(ODD_SIZES, 5, device, dtype)
+        return *inputs, weights._replace(norm=norm, norm_weight=None if norm == "none" else weights.norm_weight), True
+
+    others: tuple[GateNorm, ...] = ("before_gate", "none")
+    cases = _mamba_cases(device, lambda sizes, length: (*mamba_block_arguments(sizes, length, device, dtype), True))
+    return cases + [make_case(f"norm: {norm}", arguments, norm) for norm in others]
 
 
 def state_update_cases(device: torch.device, dtype: torch.dtype) -> list[Case]:

@@ -9,8 +9,6 @@ one by one as `model/tower.py` defines them.
 from __future__ import annotations
 
 from collections import OrderedDict
-from dataclasses import replace
-from functools import lru_cache
 
 import torch
 from torch import Tensor
@@ -18,17 +16,17 @@ from torch import Tensor
 from twotower import options
 from twotower.model.tower import PassInputs, PassResult, Tower
 from twotower.ops.cpu.kernels import call, max_tokens
-from twotower.ops.precision import accumulation_dtype
 from twotower.ops.registry import select
+from twotower.runners.layer_options import spec_unsupported_reason
 from twotower.runners.module_plan import ModulePlan
-from twotower.runners.pass_tables import SUPPORTED_CACHES, PassShape, PassTables, cached_context, shape_of
+from twotower.runners.pass_tables import SUPPORTED_CACHES, PassShape, PassTables, shape_of
 from twotower.runners.weight_table import WeightTable
-from twotower.specs import KIND_NAMES, AttentionSpec, MLPSpec, MoESpec, ParallelSpec, TowerSpec
 
 MAX_ROW_TOKENS = 128  # the cost of a Mamba layer in one chunk grows with the square of the tokens
 MAX_TABLES = 64  # cached pass shapes, least recently used first out
-OPS = ("linear", "rms_norm", "route", "experts", "attention", "mamba_block")
-INT8_OPS = ("linear_int8", "experts_int8")  # in addition, for a tower with int8 weights
+PRODUCTS = ("linear", "route", "experts", "gated_experts")
+OPS = (*PRODUCTS, "rms_norm", "norm_and_rotate", "activate", "attention", "mamba_block")
+INT8_OPS = ("linear_int8", "experts_int8", "gated_experts_int8")  # in addition, for a tower with int8 weights
 
 
 class FusedCPURunner:
@@ -78,8 +76,7 @@ class FusedCPURunner:
             return None
         tables = self._tables.pop(shape, None)  # removed while in use: another thread must not use the same tables
         if tables is None:
-            residual = accumulation_dtype(shape.dtype) if tower.spec.residual_in_fp32 else shape.dtype
-            tables = PassTables(tower.spec, shape, residual)
+            tables = PassTables(tower.spec, shape)
         result = _fused_pass(tower, weights, tables, inputs)
         self._tables[shape] = tables
         if len(self._tables) > MAX_TABLES:
@@ -106,48 +103,17 @@ class FusedCPURunner:
         return self._supported[1]
 
 
-@lru_cache(maxsize=32)
-def spec_unsupported_reason(spec: TowerSpec) -> str | None:
-    """Why the C++ pass cannot run towers of this spec; None if it can."""
-    if spec.norm_offset or spec.ropes:
-        return "RMSNorms with an offset and rotary position embeddings run layer by layer"
-    for layer in spec.layers:
-        if not layer.pre_norm or layer.post_norm or layer.residual_factor != 1.0:
-            return "layers with post-norms or a residual factor run layer by layer"
-        mixer = layer.mixer
-        if isinstance(mixer, AttentionSpec):
-            plain = replace(mixer, scale=None, window=None, softcap=None, qk_norm="none", clip=None) == mixer
-        elif isinstance(mixer, MoESpec):
-            plain = mixer.scores == "sigmoid" and mixer.shared is not None and not mixer.shared_gate
-            plain = plain and not mixer.latent and mixer.correction_bias and _is_relu2(mixer.expert)
-            plain = plain and mixer.shared is not None and _is_relu2(mixer.shared)
-        elif isinstance(mixer, MLPSpec):
-            plain = _is_relu2(mixer)
-        elif isinstance(mixer, ParallelSpec):
-            plain = False
-        else:
-            plain = mixer.norm == "after_gate" and mixer.factors is None
-        if not plain:
-            return f"an option of the {KIND_NAMES[layer.kind]} layers runs layer by layer"
-    return None
-
-
-def _is_relu2(mlp: MLPSpec) -> bool:
-    return mlp.activation == "relu2" and not mlp.gated
-
-
 def _fused_pass(tower: Tower, weights: WeightTable, tables: PassTables, inputs: PassInputs) -> PassResult | None:
     kept = tables.fill(inputs)
     if kept is None:
         return None
-    meta, cached = inputs.meta, cached_context(inputs)
     x = tower.embed(inputs.tokens)  # the pass overwrites x
     hidden = x.new_empty(x.shape, dtype=weights.dtype)
     updates = tables.updates(hidden)
+    meta = inputs.meta
     token_mask = None if meta.token_mask is None else meta.token_mask.contiguous()
-    rows = cached[2:5] if cached is not None and cached.max_length else (None, None, None)  # start, stride, lengths
     call(
-        "tower_", hidden, x, weights.kinds, *weights.addresses, tables.inputs, weights.norm_f, hidden, token_mask,
-        int(meta.causal), *rows, tables.sizes, *tables.constants,
+        "tower_", hidden, x, tables.pass_options, tables.layer_options, *weights.addresses, tables.inputs, tables.ropes,
+        weights.norm_f, hidden, token_mask, int(meta.causal),
     )  # fmt: skip
     return hidden, updates

@@ -1,4 +1,4 @@
-"""The table of weight addresses that the C++ pass of a tower reads (ops/cpu/tower.h)."""
+"""The table of weight addresses that the C++ pass of a tower reads (ops/cpu/layers.h)."""
 
 from __future__ import annotations
 
@@ -14,36 +14,33 @@ from twotower.model.tower import Layer, Tower
 from twotower.ops.cpu.packed_weights import PackedWeight
 from twotower.runners.module_plan import ModulePlan
 from twotower.runners.packed_weights import packable_weights
+from twotower.specs import LayerKind
 
-KINDS = {"M": 0, "*": 1, "E": 2, "-": 3}
-PLACES_PER_LAYER = 12  # WEIGHTS in tower.h
-# The order of the weights of a mixer, after the layer's norm. A name with ! is fp32 in a model of any dtype.
-WEIGHT_ORDER = {
-    "M": (
-        "in_proj.weight",
-        "in_proj.bias",
-        "conv1d.weight",
-        "conv1d.bias",
-        "dt_bias!",
-        "A_log!",
-        "D!",
-        "norm.weight",
-        "out_proj.weight",
-        "out_proj.bias",
-    ),
-    "*": tuple(f"{name}_proj.{part}" for name in "qkvo" for part in ("weight", "bias")),
-    "E": (
-        "gate.weight",
-        "gate.e_score_correction_bias!",
-        "experts.up_proj",
-        "experts.down_proj",
-        "shared_experts.up_proj.weight",
-        "shared_experts.up_proj.bias",
-        "shared_experts.down_proj.weight",
-        "shared_experts.down_proj.bias",
-    ),
-    "-": ("up_proj.weight", "up_proj.bias", "down_proj.weight", "down_proj.bias"),
+PLACES_PER_LAYER = 22  # WEIGHTS in layers.h
+
+
+def _projections(*names: str) -> tuple[str, ...]:
+    return tuple(f"{name}.{part}" for name in names for part in ("weight", "bias"))
+
+
+ATTENTION = (*_projections("q_proj", "k_proj", "v_proj", "o_proj"), "q_norm.weight", "k_norm.weight")
+MAMBA_VECTORS = ("dt_bias!", "A_log!", "D!", "norm.weight")
+MAMBA = (*_projections("in_proj", "conv1d"), *MAMBA_VECTORS, *_projections("out_proj"))
+MOE = (
+    "gate.weight", "gate.e_score_correction_bias!", "experts.gate_proj", "experts.up_proj", "experts.down_proj",
+    *(f"shared_experts.{name}" for name in _projections("gate_proj", "up_proj", "down_proj")),
+    "shared_expert_gate.weight", *_projections("fc1_latent_proj", "fc2_latent_proj"),
+)  # fmt: skip
+# For each kind the first place of the weights of its mixer, and their order (`WeightPlace` in layers.h). A name with !
+# is fp32 in a model of any dtype. A weight that the layer lacks has no entry.
+WEIGHT_PLACES: dict[LayerKind, tuple[int, tuple[str, ...]]] = {
+    "*": (2, ATTENTION),
+    "M": (12, MAMBA),
+    "E": (2, MOE),
+    "-": (2, _projections("gate_proj", "up_proj", "down_proj")),
+    "P": (2, (*(f"attention.{name}" for name in ATTENTION), *(f"mamba.{name}" for name in MAMBA))),
 }
+OPTIONAL = ("bias", "e_score_correction_bias")  # None in a module that has no bias
 
 
 _packed_data: Callable[[PackedWeight], Tensor | None] = attrgetter("data")
@@ -88,8 +85,6 @@ class WeightTable:
         self._packed_data = list(map(_packed_data, self._copies))
         self.all_packed = all(copy is not None for copy in self._packed_data)
         self.norm_f = tower.norm_f.weight.data_ptr()
-        self._kinds = np.array([KINDS[layer.kind] for layer in tower.all_layers()], np.int64)
-        self.kinds = self._kinds.ctypes.data
         self.addresses = [self._table.ctypes.data + part * size * self._table.itemsize for part in range(3)]
 
     def is_current(self, plan: ModulePlan, dtype: torch.dtype) -> bool:
@@ -113,18 +108,33 @@ def _entries(tower: Tower, size: int) -> Iterator[WeightEntry]:
     dtype = tower.embeddings.weight.dtype
     packed = {id(weight): copy for weight, copy in packable_weights(tower)}
     for i, layer in enumerate(tower.all_layers()):
-        for place, name in enumerate(("norm.weight", *(f"mixer.{name}" for name in WEIGHT_ORDER[layer.kind]))):
+        for place, name in _names(layer.kind):
             module, leaf = _holder(layer, name.rstrip("!"))
-            slot, tensor = i * PLACES_PER_LAYER + place, getattr(module, leaf, None)
+            if not hasattr(module, leaf):
+                continue
+            slot, tensor = i * PLACES_PER_LAYER + place, getattr(module, leaf)
             scale = getattr(module, f"{leaf}_scale", None)
             if scale is not None:
                 yield WeightEntry(slot + size, tensor, torch.int8)
                 yield WeightEntry(slot + 2 * size, scale, torch.float32)
                 continue
             wanted = torch.float32 if name.endswith("!") else dtype
-            yield WeightEntry(slot, tensor, wanted, leaf == "bias", packed.get(id(tensor)))
+            yield WeightEntry(slot, tensor, wanted, leaf in OPTIONAL, packed.get(id(tensor)))
 
 
-def _holder(layer: Layer, name: str) -> tuple[nn.Module, str]:
-    path, _, leaf = name.rpartition(".")
-    return layer.get_submodule(path), leaf
+def _names(kind: LayerKind) -> Iterator[tuple[int, str]]:
+    """The places and names of all weights that a layer of this kind may have."""
+    yield 0, "norm.weight"
+    yield 1, "post_norm.weight"
+    first, names = WEIGHT_PLACES[kind]
+    for place, name in enumerate(names, first):
+        yield place, f"mixer.{name}"
+
+
+def _holder(layer: Layer, name: str) -> tuple[nn.Module | None, str]:
+    """The module that holds a weight, None if the layer has no such module; and the weight's name in the module."""
+    *path, leaf = name.split(".")
+    module: nn.Module | None = layer
+    for part in path:
+        module = getattr(module, part, None)
+    return module, leaf

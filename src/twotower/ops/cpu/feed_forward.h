@@ -1,4 +1,4 @@
-// MLPs and mixtures of experts: down(act(gate·x) · up·x), or down(act(up·x)) without a gate.
+// MLPs and mixtures of experts: down(act(gate·x · gate_factor) · up·x), or down(act(up·x)) without a gate.
 #pragma once
 #include "activation.h"
 #include "matmul.h"
@@ -9,6 +9,7 @@ template <class T> struct FeedForward {
     const T *gate_bias = nullptr, *up_bias = nullptr, *down_bias = nullptr;
     long width;  // outputs of `up`
     int activation;
+    float gate_factor = 1.0f;
     bool gated() const { return gate.rows || gate.packed; }
     FeedForward of(long expert, long H) const {
         FeedForward own = *this;
@@ -40,8 +41,14 @@ inline void feed_inner(const FeedForward<T>& w, long lo, long hi, const float* x
         float *up = inner + m * ld + from, *gate = gates + m * ld + from;
         for (long i = 0; i < count; i += W) {
             const vec u = rounded<R>(load<vec>(up + i, count - i));
-            const vec v = w.gated() ? activated(rounded<R>(load<vec>(gate + i, count - i)), w.activation) * u
-                                    : activated(u, w.activation);
+            vec v = u;
+            if (w.gated()) {
+                v = rounded<R>(load<vec>(gate + i, count - i));
+                if (w.gate_factor != 1.0f) v = rounded<R>(v * w.gate_factor);
+                v = activated(v, w.activation) * u;
+            } else {
+                v = activated(u, w.activation);
+            }
             put(up + i, rounded<R>(v), count - i);
         }
     }

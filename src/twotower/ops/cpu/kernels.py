@@ -20,13 +20,12 @@ from twotower.ops.cpu import packed_weights
 from twotower.ops.cpu.library import library
 from twotower.ops.precision import has_fast_bf16_matmul
 from twotower.ops.reference import int8
-from twotower.ops.reference import mamba_block as torch_mamba
 from twotower.ops.reference.attention import PLAIN, AttentionOptions, CachedKV
 from twotower.ops.reference.kv_write import AppendPositions, TensorPair
 from twotower.ops.reference.mamba_block import MambaStepInputs, MambaWeights, empty_step_inputs
 from twotower.ops.reference.norm import Order
 from twotower.ops.reference.rope import HeadNorms, Rotation
-from twotower.specs import Activation
+from twotower.specs import Activation, GateNorm
 
 DTYPE_CODES = {torch.float32: 0, torch.bfloat16: 1}
 # Largest numbers of tokens at which these kernels beat torch, measured on two AVX-512 cores.
@@ -36,6 +35,7 @@ DTYPE_CODES = {torch.float32: 0, torch.bfloat16: 1}
 # instructions (1.3 × with AVX-512, 3 × with AVX2) and packed fp32 (0.9 to 1.3 × from 64 tokens on, 1.2 to 2.4 × below).
 SMALL_BATCH, SMALL_BATCH_TOWER, MAX_TOKENS = 48, 128, 2048
 ACTIVATIONS: dict[Activation, int] = {"relu2": 0, "silu": 1, "gelu": 2, "gelu_tanh": 3}  # enum Activation
+GATE_NORMS: dict[GateNorm, int] = {"after_gate": 0, "before_gate": 1, "none": 2}  # enum GateNorm
 _KINDS = {"i": ctypes.c_int, "l": ctypes.c_long, "f": ctypes.c_float, "p": ctypes.c_void_p}
 # i int, l long, f float, p pointer. The first argument is the dtype (0 fp32, 1 bf16), the last the number of threads.
 SIGNATURES = {
@@ -46,11 +46,11 @@ SIGNATURES = {
     "rms_norm_": "iippppp" + "llll" + "iff",
     "activate_": "ippp" + "li",
     "norm_and_rotate_": "ipppppppp" + "lllll" + "iff",
-    "mamba_block_": "ippppp" + "pppppp" + "p" + "ppppp" + "lllllll" + "fff",
+    "mamba_block_": "ippppp" + "pppppp" + "p" + "ppppp" + "lllllll" + "fffi",
     "state_update_": "ilppp" + "lllllll",
     "kv_append_": "ilpppppp" + "llll",
     "argmax_": "ipppplll",
-    "tower_": "ippp" + "pppppp" + "ippp" + "p" + "ffff",
+    "tower_": "ippp" + "ppppp" + "pppi",
     "attention_": "ippppi" + "pppppp" + "lllll" + "ffl",
 }
 
@@ -193,8 +193,6 @@ def mamba_block(
     keep_step_inputs: bool = True,
 ) -> tuple[Tensor, MambaStepInputs | None]:
     """As `ops.reference.mamba_block.mamba_block`."""
-    if weights.norm != "after_gate":
-        return torch_mamba.mamba_block(projected, token_mask, window, state, weights, keep_step_inputs)
     projected = projected.contiguous()
     rows, length = projected.shape[:2]
     mixed = projected.new_empty(rows, length, weights.inner)
@@ -204,10 +202,11 @@ def mamba_block(
         kept = empty_step_inputs(xBC, weights.heads, weights.head_dim, weights.n_groups, weights.state_size)
     token_mask, window, state = (None if part is None else part.contiguous() for part in (token_mask, window, state))
     vectors = [part.float() for part in (weights.dt_bias, weights.A_log, weights.D)]
+    heads = weights.heads, weights.head_dim, weights.n_groups, weights.state_size, weights.taps
     call(
         "mamba_block_", projected, projected, token_mask, window, state, None, weights.conv_weight, weights.conv_bias,
-        *vectors, weights.norm_weight, mixed, *(kept or [None] * 5), rows, length, weights.heads, weights.head_dim,
-        weights.n_groups, weights.state_size, weights.taps, *weights.time_step_limit, weights.eps,
+        *vectors, weights.norm_weight, mixed, *(kept or [None] * 5), rows, length, *heads, *weights.time_step_limit,
+        weights.eps, GATE_NORMS[weights.norm],
     )  # fmt: skip
     return mixed, kept
 

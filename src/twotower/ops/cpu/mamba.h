@@ -3,7 +3,11 @@
 #include "matmul.h"
 #include "small_gemm.h"
 
-struct Mamba { long heads, P, groups, N, taps; float low, high, eps; };
+enum GateNorm { AFTER_GATE, BEFORE_GATE, NO_NORM };  // as GATE_NORMS in kernels.py
+
+struct Mamba { long heads, P, groups, N, taps; float low, high, eps; int norm; };
+
+inline float silu(float x) { return x / (1.0f + std::exp(-x)); }
 
 // out[l] = SiLU(bias + Σ_k taps[k] · in[l + k]) over C channels; the bias follows the K taps. KNOWN: K if known when
 // compiling, else 0.
@@ -20,7 +24,7 @@ template <int KNOWN> inline void convolve(const float* in, const float* taps, lo
         for (long l = 0; l < L; l++) {
             float v = taps[K * C + c];
             for (long k = 0; k < K; k++) v = std::fma(in[(l + k) * C + c], taps[k * C + c], v);
-            out[l * C + c] = v / (1.0f + std::exp(-v));
+            out[l * C + c] = silu(v);
         }
 }
 
@@ -36,8 +40,8 @@ inline void decay_scores(const float* score, const float* cum, const float* dt, 
     }
 }
 
-// y = norm(x · SiLU(z)) · weight over n channels; overwrites x.
-template <class T> inline void gate_and_norm(float* x, const T* z, const T* weight, long n, float eps, T* y) {
+// x ↦ x · SiLU(z) over n channels; returns the sum of the squares.
+template <class T> inline float gate(float* x, const T* z, long n) {
     vec squares = {};
     long c = 0;
     for (; c + W <= n; c += W) {
@@ -47,13 +51,31 @@ template <class T> inline void gate_and_norm(float* x, const T* z, const T* weig
     }
     float total = sum(squares);
     for (; c < n; c++) {
-        const float gate = upcast(z[c]);
-        x[c] *= gate / (1.0f + std::exp(-gate));
+        x[c] *= silu(upcast(z[c]));
         total += x[c] * x[c];
     }
-    const float by = 1.0f / std::sqrt(total / n + eps);
-    for (c = 0; c + W <= n; c += W) store(y + c, load(x + c) * by * load(weight + c));
-    for (; c < n; c++) put(y + c, x[c] * by * upcast(weight[c]));
+    return total;
+}
+
+inline float sum_of_squares(const float* x, long n) {
+    vec squares = {};
+    for (long i = 0; i < n; i += W) {
+        const vec v = load<vec>(x + i, n - i);
+        squares = fmadd(v, v, squares);
+    }
+    return sum(squares);
+}
+
+// y = norm(x · SiLU(z)) · weight over n channels, or norm(x) · weight · SiLU(z), or x · SiLU(z); overwrites x.
+template <class T>
+inline void gate_and_norm(float* x, const T* z, const T* weight, long n, float eps, int norm, T* y) {
+    const float total = norm == BEFORE_GATE ? sum_of_squares(x, n) : gate(x, z, n);
+    const float by = norm == NO_NORM ? 1.0f : 1.0f / std::sqrt(total / n + eps);
+    long c = 0;
+    for (; norm != NO_NORM && c + W <= n; c += W) store(x + c, load(x + c) * by * load(weight + c));
+    for (; norm != NO_NORM && c < n; c++) x[c] = x[c] * by * upcast(weight[c]);
+    if (norm == BEFORE_GATE) gate(x, z, n);
+    for (c = 0; c < n; c += W) put(y + c, load<vec>(x + c, n - c), n - c);
 }
 
 // projected (B, L, z | xBC | dt) → mixed (B, L, inner): convolution from the window, SiLU, scan from the state, D·x,
@@ -150,7 +172,8 @@ void mamba_block(const T* projected, const uint8_t* token_mask, const T* window,
             }
             for (long l = 0; l < L; l++) {
                 const long token = b * L + l;
-                gate_and_norm(y + l * X, projected + token * wide + g * X, norm_weight + g * X, X, dims.eps,
+                const T* weight = norm_weight ? norm_weight + g * X : nullptr;
+                gate_and_norm(y + l * X, projected + token * wide + g * X, weight, X, dims.eps, dims.norm,
                               mixed + token * inner + g * X);
             }
         }

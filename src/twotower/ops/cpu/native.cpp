@@ -71,8 +71,8 @@ void mamba_block_(int type, const void* projected, const uint8_t* token_mask, co
                   const int64_t* slots, const void* conv_weight, const void* conv_bias, const float* dt_bias,
                   const float* A_log, const float* D, const void* norm_weight, void* mixed, void* xBC, float* x,
                   float* dt, float* decay, float* B, long rows, long L, long heads, long head_dim, long groups, long N,
-                  long taps, float low, float high, float eps, int threads) {
-    Mamba dims{heads, head_dim, groups, N, taps, low, high, eps};
+                  long taps, float low, float high, float eps, int norm, int threads) {
+    Mamba dims{heads, head_dim, groups, N, taps, low, high, eps, norm};
     BOTH(mamba_block(P(projected), token_mask, P(window), state, slots, P(conv_weight), P(conv_bias), dt_bias, A_log, D,
                      P(norm_weight), Q(mixed), Q(xBC), x, dt, decay, B, rows, L, dims, threads))
 }
@@ -80,7 +80,7 @@ void mamba_block_(int type, const void* projected, const uint8_t* token_mask, co
 // parts: for each layer the pools (window, state) and the step inputs (xBC, x, dt, decay, B).
 void state_update_(int type, long layers, void* const* parts, const int64_t* slots, const int64_t* accepted, long rows,
                    long L, long heads, long head_dim, long groups, long N, long taps, int threads) {
-    Mamba dims{heads, head_dim, groups, N, taps, 0, 0, 0};
+    Mamba dims{heads, head_dim, groups, N, taps, 0, 0, 0, AFTER_GATE};
     for (void* const* own = parts; own < parts + 7 * layers; own += 7) {
         const auto f = [&](int i) { return static_cast<float*>(own[i]); };
         BOTH(state_update(Q(own[0]), f(1), slots, P(own[2]), f(3), f(4), f(5), f(6), accepted, rows, L, dims, threads))
@@ -117,21 +117,16 @@ void attention_(int type, const void* q, const void* k, const void* v, const uin
                    Hkv, D, Scores{scale, softcap, window}, threads))
 }
 
-// x: the embedded tokens, overwritten by the residual stream. sizes: the integers of `Shape` in order.
-void tower_(int type, void* x, const int64_t* kinds, const void* const* weights, const void* const* packed,
-            const void* const* scales, const void* const* inputs, const void* norm_f, void* hidden,
-            const uint8_t* token_mask, int causal, const int64_t* start, const int64_t* stride, const int64_t* lengths,
-            const int64_t* sizes, float low, float high, float eps, float factor, int threads) {
-    const int64_t* n = sizes;
-    Shape s{n[0], n[1], n[2], n[3], n[4], n[5], {n[6], n[7], n[8], n[9], n[10], low, high, eps}, n[11], n[12], n[13],
-            n[14], n[15], n[16], n[17], n[18], n[19], n[20], factor, n[21], eps};
-    if (type && s.wide) {
+// x: the embedded tokens, overwritten by the residual stream. options: of each layer. ropes: a `Rotation` for each.
+void tower_(int type, void* x, const PassOptions* pass, const LayerOptions* options, const void* const* weights,
+            const void* const* packed, const void* const* scales, const void* const* inputs, const Rotation* ropes,
+            const void* norm_f, void* hidden, const uint8_t* token_mask, int causal, int threads) {
+    const Tables tables{options, weights, packed, scales, inputs, ropes};
+    if (type && pass->wide) {
         using T = bf16;
-        tower(static_cast<float*>(x), kinds, weights, packed, scales, inputs, P(norm_f), Q(hidden), token_mask, causal,
-              start, stride, lengths, s, threads);
+        tower(static_cast<float*>(x), *pass, tables, P(norm_f), Q(hidden), token_mask, causal, threads);
     } else {
-        BOTH(tower(static_cast<T*>(x), kinds, weights, packed, scales, inputs, P(norm_f), Q(hidden), token_mask, causal,
-                   start, stride, lengths, s, threads))
+        BOTH(tower(static_cast<T*>(x), *pass, tables, P(norm_f), Q(hidden), token_mask, causal, threads))
     }
 }
 }

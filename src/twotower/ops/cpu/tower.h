@@ -1,107 +1,94 @@
-// All layers of a tower in one call: the functions of the other files in the order of model/tower.py.
+// All layers of a tower in one call, in the order of model/tower.py.
 #pragma once
-#include "attention.h"
-#include "feed_forward.h"
-#include "mamba.h"
-#include "norm.h"
-#include "rope.h"
-#include "routing.h"
+#include "layers.h"
 
-enum Kind { MAMBA, ATTENTION, MOE, MLP };
-
-// The weights and inputs of a layer by index, see runners/weight_table.py. Weights, packed copies and scales are null
-// if absent (see `Matrix`); the inputs belong to one pass.
-constexpr int WEIGHTS = 12, INPUTS = 12;
-
-struct Shape {
-    long rows, L, H, layers, order_stride, wide;           // wide: the residual stream is fp32, whatever the weights
-    Mamba mamba;
-    long heads, kv_heads, head_dim;                         // attention
-    long experts, groups, kept, top, inner, shared, normalise;  // mixture of experts
-    float factor;
-    long mlp;                                               // width of a plain MLP
-    float norm_eps;
+// The weights, inputs and options of all layers.
+struct Tables {
+    const LayerOptions* options;
+    const void *const *weights, *const *packed, *const *scales, *const *inputs;
+    const Rotation* ropes;
 };
 
-// x += y
-template <class T> inline void add(const T* y, long n, T* x) {
-    long i = 0;
-    for (; i + W <= n; i += W) store(x + i, load(x + i) + load(y + i));
-    for (; i < n; i++) put(x + i, upcast(x[i]) + upcast(y[i]));
-}
-
-// x += y · gate; the product is rounded to T before the sum. gate null: x += y.
-template <class X, class T> inline void add_gated(const T* y, const T* gate, long n, X* x) {
-    long i = 0;
-    for (; i + W <= n; i += W)
-        store(x + i, load(x + i) + (gate ? rounded<T>(load(y + i) * load(gate + i)) : load(y + i)));
-    for (; i < n; i++) {
-        T part = y[i];
-        if (gate) put(&part, upcast(part) * upcast(gate[i]));
-        put(x + i, upcast(x[i]) + upcast(part));
+// x += y · factor · gate, per token of H values; each product is rounded to T before the next. gate null: 1. In fp32, the
+// product with the gate and the sum are rounded once.
+template <class X, class T> inline void add_gated(const T* y, float factor, const T* gate, long n, X* x) {
+    for (long i = 0; i < n; i += W) {
+        vec v = load<vec>(y + i, n - i);
+        const vec before = load<vec>(x + i, n - i);
+        if (factor != 1.0f) v = rounded<T>(v * factor);
+        if (!gate) v = before + v;
+        else if constexpr (std::is_same_v<T, float>) v = fmadd(v, load<vec>(gate + i, n - i), before);
+        else v = before + rounded<T>(v * load<vec>(gate + i, n - i));
+        put(x + i, v, n - i);
     }
 }
 
-template <class X, class T>
-void tower(X* x, const int64_t* kinds, const void* const* weights, const void* const* packed, const void* const* scales,
-           const void* const* inputs, const T* norm_f, T* hidden, const uint8_t* token_mask, int causal,
-           const int64_t* start, const int64_t* stride, const int64_t* lengths, const Shape& s, int threads) {
-    const long tokens = s.rows * s.L, H = s.H, d = s.head_dim;
-    const Mamba& m = s.mamba;
-    const long inner = m.heads * m.P, C = inner + 2 * m.groups * m.N;
-    const long widest = std::max({inner + C + m.heads, 2 * s.heads * d, s.shared, s.mlp, H});
-    T* normed = reinterpret_cast<T*>(scratch(8, tokens * H));
-    T* out = reinterpret_cast<T*>(scratch(9, tokens * H));
-    T* first = reinterpret_cast<T*>(scratch(10, tokens * widest));
-    T* second = reinterpret_cast<T*>(scratch(11, tokens * std::max(widest, H)));
-    int64_t* topk_ids = reinterpret_cast<int64_t*>(scratch(12, 2 * tokens * std::max(s.top, 1L)));
-    float* topk_weights = scratch(13, tokens * std::max(s.top, 1L));
-    long representative = 0;  // index of the representative token: a valid token, if any
+// y = x · (1 + scale) + shift, for a layer without a norm of its input; shift null: y = x.
+template <class X, class T> inline void modulate(const X* x, const T* shift, const T* scale, T* y, long n) {
+    for (long i = 0; i < n; i += W) {
+        vec v = load<vec>(x + i, n - i);
+        if (shift) {
+            const vec by = rounded<T>(1.0f + load<vec>(scale + i, n - i));
+            v = rounded<T>(v * by) + load<vec>(shift + i, n - i);
+        }
+        put(y + i, v, n - i);
+    }
+}
+
+// The largest number of values a token that a layer keeps in a buffer of `Pass`.
+inline long widest(const PassOptions& s, const LayerOptions* options) {
+    const long inner = s.mamba_heads * s.mamba_head_dim;
+    long most = std::max(s.H, 2 * inner + 2 * s.mamba_groups * s.state_size + s.mamba_heads);
+    for (const LayerOptions* o = options; o < options + s.layers; o++)
+        most = std::max({most, 2 * o->heads * s.head_dim, o->latent});
+    return most;
+}
+
+template <class T>
+Pass<T> new_pass(const PassOptions& s, const Tables& tables, const uint8_t* token_mask, int causal, int threads) {
+    const long tokens = s.rows * s.L, width = widest(s, tables.options);
+    long top = 1, representative = 0;
+    for (long i = 0; i < s.layers; i++) top = std::max(top, tables.options[i].top);
     while (token_mask && representative < tokens - 1 && !token_mask[representative]) representative++;
     if (token_mask && !token_mask[representative]) representative = 0;
+    return {s, tables.ropes, token_mask, causal, threads, tokens, representative,
+            reinterpret_cast<T*>(scratch(10, tokens * width)), reinterpret_cast<T*>(scratch(11, tokens * width)),
+            reinterpret_cast<int64_t*>(scratch(12, 2 * tokens * top)), scratch(13, tokens * top)};
+}
+
+// x: the residual stream (tokens, H), overwritten. hidden: the result, after the last norm.
+template <class X, class T>
+void tower(X* x, const PassOptions& s, const Tables& tables, const T* norm_f, T* hidden, const uint8_t* token_mask,
+           int causal, int threads) {
+    const Pass<T> pass = new_pass<T>(s, tables, token_mask, causal, threads);
+    const long tokens = pass.tokens, H = s.H;
+    T* normed = reinterpret_cast<T*>(scratch(8, tokens * H));
+    T* out = reinterpret_cast<T*>(scratch(9, 3 * tokens * H));  // and the halves of PARALLEL
     for (long layer = 0; layer < s.layers; layer++) {
-        const auto w = [&](int i) { return static_cast<const T*>(weights[layer * WEIGHTS + i]); };
-        const auto wide = [&](int i) { return static_cast<const float*>(weights[layer * WEIGHTS + i]); };
-        const auto matrix = [&](int i) {
-            return Matrix<T>{w(i), packed[layer * WEIGHTS + i], static_cast<const float*>(scales[layer * WEIGHTS + i])};
-        };
-        const auto in = [&](int i) { return const_cast<void*>(inputs[layer * INPUTS + i]); };
-        const T *shift = static_cast<T*>(in(0)), *scale = static_cast<T*>(in(1)), *gate = static_cast<T*>(in(2));
-        const int kind = int(kinds[layer]);
-        const int order = !shift ? 0 : kind == MAMBA || kind == ATTENTION ? 1 : 2;
-        rms_norm(x, w(0), shift, scale, normed, tokens, H, s.L, s.order_stride, order, s.norm_eps, 0, threads);
-        if (kind == MAMBA) {
-            linear(normed, matrix(1), w(2), first, tokens, H, inner + C + m.heads, threads);
-            mamba_block(first, token_mask, static_cast<const T*>(in(3)), static_cast<const float*>(in(4)),
-                        (const int64_t*)nullptr, w(3), w(4), wide(5), wide(6), wide(7), w(8), second,
-                        static_cast<T*>(in(5)), static_cast<float*>(in(6)), static_cast<float*>(in(7)),
-                        static_cast<float*>(in(8)), static_cast<float*>(in(9)), s.rows, s.L, m, threads);
-            linear(second, matrix(9), w(10), out, tokens, inner, H, threads);
-        } else if (kind == ATTENTION) {
-            T *q = first, *attended = first + tokens * s.heads * d;
-            T *k = static_cast<T*>(in(5)), *v = static_cast<T*>(in(6));
-            linear(normed, matrix(1), w(2), q, tokens, H, s.heads * d, threads);
-            linear(normed, matrix(3), w(4), k, tokens, H, s.kv_heads * d, threads);
-            linear(normed, matrix(5), w(6), v, tokens, H, s.kv_heads * d, threads);
-            attention(q, k, v, token_mask, causal, static_cast<const T*>(in(3)), static_cast<const T*>(in(4)), start,
-                      stride, lengths, attended, s.rows, s.L, s.heads, s.kv_heads, d, Scores{}, threads);
-            linear(attended, matrix(7), w(8), out, tokens, s.heads * d, H, threads);
-        } else if (kind == MOE) {
-            const Router rule{s.experts, s.groups, s.kept, s.top, int(s.normalise), SIGMOID, s.factor};
-            route(normed, w(1), wide(2), topk_ids, topk_weights, tokens, H, rule, threads);
-            for (long t = 0; token_mask && t < tokens; t++)  // padding loads no extra weights
-                if (!token_mask[t]) std::copy_n(topk_ids + representative * s.top, s.top, topk_ids + t * s.top);
-            const FeedForward<T> routed{{}, matrix(3), matrix(4), nullptr, nullptr, nullptr, s.inner, RELU2};
-            experts(normed, topk_ids, topk_weights, routed, out, tokens, s.top, s.experts, H, threads);
-            const FeedForward<T> shared{{}, matrix(5), matrix(7), nullptr, w(6), w(8), s.shared, RELU2};
-            mlp(normed, shared, second, tokens, H, threads);
-            add(second, tokens * H, out);
-        } else {
-            const FeedForward<T> own{{}, matrix(1), matrix(3), nullptr, w(2), w(4), s.mlp, RELU2};
-            mlp(normed, own, out, tokens, H, threads);
+        const LayerOptions& o = tables.options[layer];
+        const LayerWeights<T> w{tables.weights + layer * WEIGHTS, tables.packed + layer * WEIGHTS,
+                                tables.scales + layer * WEIGHTS};
+        const LayerInputs in{tables.inputs + layer * INPUTS};
+        const T *shift = in.at<T>(SHIFT), *scale = in.at<T>(SCALE), *gate = in.at<T>(MODULATION_GATE);
+        const bool before = o.kind == MAMBA || o.kind == ATTENTION || o.kind == PARALLEL;
+        if (w(NORM))
+            rms_norm(x, w(NORM), shift, scale, normed, tokens, H, s.L, s.modulation_stride, !shift ? 0 : before ? 1 : 2,
+                     s.eps, s.offset, threads);
+        for (long t = 0; !w(NORM) && t < tokens; t++) {
+            const long row = t / s.L * s.modulation_stride;
+            modulate(x + t * H, shift ? shift + row : nullptr, scale ? scale + row : nullptr, normed + t * H, H);
         }
+        switch (o.kind) {
+            case MAMBA: pass.mamba_mixer(normed, w, in, o, out); break;
+            case ATTENTION: pass.attention_mixer(normed, w, in, o, out); break;
+            case MOE: pass.moe_mixer(normed, w, o, out); break;
+            case PARALLEL: pass.parallel_mixer(normed, w, in, o, out, out + tokens * H); break;
+            default: pass.mlp_mixer(normed, w, o, out);
+        }
+        if (w(POST_NORM)) pass.norm(out, w(POST_NORM), out, tokens, H);
         for (long t = 0; t < tokens; t++)
-            add_gated(out + t * H, gate ? gate + t / s.L * s.order_stride : nullptr, H, x + t * H);
+            add_gated(out + t * H, o.residual_factor, gate ? gate + t / s.L * s.modulation_stride : nullptr, H,
+                      x + t * H);
     }
-    rms_norm(x, norm_f, (const T*)nullptr, (const T*)nullptr, hidden, tokens, H, 1, 0, 0, s.norm_eps, 0, threads);
+    rms_norm(x, norm_f, (const T*)nullptr, (const T*)nullptr, hidden, tokens, H, 1, 0, 0, s.eps, s.offset, threads);
 }

@@ -1,0 +1,142 @@
+"""The C++ pass of every family of backbones against its layers one by one, packed and in int8 too."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+from typing import Any, Literal
+
+import pytest
+import torch
+from tiny_backbones import SHAPES, two_tower
+from torch import Tensor
+
+from twotower import TwoTowerForCausalLM
+from twotower.checkpoint.quantize import quantize_
+from twotower.model.layer_io import AttentionMetadata
+from twotower.model.tower import PassInputs, PassResult, Tower
+from twotower.ops.cpu import library
+from twotower.runners import packed_weights
+from twotower.runners.fused_cpu import FusedCPURunner
+from twotower.runners.layer_options import spec_unsupported_reason
+from twotower.specs import MoESpec, TowerSpec
+
+if isinstance(library.library(), str):
+    pytest.skip(f"the compiled kernels are not tested: {library.library()}", allow_module_level=True)
+
+pytestmark = pytest.mark.code_path
+NARROW = (torch.float32, torch.bfloat16)
+Weights = Literal["plain", "packed", "int8"]
+
+
+@torch.no_grad()
+def passes(model: TwoTowerForCausalLM, length: int) -> list[Tensor]:
+    """Logits and cache of passes over ragged rows of a shared pool, before and behind the windows of every family."""
+    tokens = torch.randint(4, 60, (3, 40 + length), generator=torch.Generator().manual_seed(0))
+    state = model.new_state(4, 0, 240)
+    for row in (3, 0, 1):
+        state.allocate(row, 70)
+    rows, lengths = torch.tensor([3, 0, 1]), torch.tensor([length, 1, 0])
+    model.prefill(tokens[:, :40], torch.tensor([40, 17, 0]), state, rows)
+    logits = model.extend(tokens[:, 40:], state, lengths, rows=rows)
+    assert logits is not None
+    valid = torch.arange(length) < lengths[:, None]
+    state.rollback(state.lengths - (state.uncommitted > 1).long())
+    view, block, own = state.view(rows), tokens[:, -length:], lengths.clamp(min=1)
+    drafts = [
+        model.denoise(block, t, view, causal=t is None, lengths=own)[torch.arange(length) < own[:, None]]
+        for t in (None, torch.tensor([1.0, 0.5, 0.2]))
+    ]
+    state.commit_state()
+    return [logits[valid], *drafts, *state._tensors()]
+
+
+def both_ways(
+    model: TwoTowerForCausalLM, length: int, monkeypatch: pytest.MonkeyPatch
+) -> tuple[list[Tensor], list[Tensor]]:
+    """`passes` in one call a pass, and layer by layer."""
+    real, calls = FusedCPURunner.run, []
+
+    def counted(runner: FusedCPURunner, tower: Tower, inputs: PassInputs) -> PassResult | None:
+        result = real(runner, tower, inputs)
+        calls.append(result is not None)
+        return result
+
+    monkeypatch.setattr(FusedCPURunner, "prefill_chunk", lambda *_: 14)  # with fast bf16, 48 tokens are the most
+    monkeypatch.setattr(FusedCPURunner, "run", counted)
+    at_once = passes(model, length)
+    assert all(calls)
+    monkeypatch.setattr(FusedCPURunner, "run", lambda *_: None)
+    one_by_one = passes(model, length)
+    monkeypatch.undo()
+    return at_once, one_by_one
+
+
+def prepared(name: str, dtype: torch.dtype, weights: Weights, **overrides: Any) -> TwoTowerForCausalLM:
+    model = two_tower(name, dtype, **overrides)
+    if weights == "int8":
+        quantize_(model)
+    if weights == "packed":
+        packed_weights.pack_weights(model)
+    return model
+
+
+@pytest.mark.parametrize("dtype", NARROW)
+@pytest.mark.parametrize("length", [1, 7])
+@pytest.mark.parametrize("name", SHAPES)
+def test_a_pass_is_its_layers(name: str, length: int, dtype: torch.dtype, monkeypatch: pytest.MonkeyPatch) -> None:
+    model = prepared(name, dtype, "plain")
+    assert spec_unsupported_reason(model.spec) is None
+    for actual, expected in zip(*both_ways(model, length, monkeypatch), strict=True):
+        compare(actual, expected)
+
+
+@pytest.mark.parametrize("dtype", NARROW)
+@pytest.mark.parametrize("weights", ["packed", "int8"])
+@pytest.mark.parametrize("name", SHAPES)
+def test_packed_and_quantized_passes(
+    name: str, weights: Weights, dtype: torch.dtype, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    model = prepared(name, dtype, weights)
+    for actual, expected in zip(*both_ways(model, 5, monkeypatch), strict=True):
+        compare(actual, expected)
+
+
+def compare(actual: Tensor, expected: Tensor) -> None:
+    """In bf16, the values that a pass and its layers round are equal; in fp32, sums may be rounded once."""
+    if actual.dtype == torch.bfloat16:
+        assert torch.equal(actual, expected)
+    else:
+        torch.testing.assert_close(actual, expected, rtol=1e-4, atol=1e-5 * max(float(expected.abs().max()), 1.0))
+
+
+def test_a_spec_that_the_pass_cannot_run_has_a_reason() -> None:
+    """And the runner declines its passes."""
+    moe, latent = two_tower("mixtral").spec, two_tower("olmo2").spec
+    for spec, reason in (
+        (with_expert(moe, bias=True), "the C++ pass has no experts with biases"),
+        (with_expert(moe, gated=False), "the C++ pass has no experts with silu and no gate"),
+        (
+            replace(latent, residual_in_fp32=True),
+            "the C++ pass has no residual stream in fp32 for layers without a norm",
+        ),
+    ):
+        found = spec_unsupported_reason(spec)
+        assert found is not None
+        assert found.startswith(reason)
+    tower = two_tower("olmo2").context
+    inputs = PassInputs(torch.tensor([[5, 6, 7]]), AttentionMetadata())
+    with torch.no_grad():
+        assert FusedCPURunner().run(tower, inputs) is not None
+        tower.spec = replace(latent, residual_in_fp32=True)
+        assert FusedCPURunner().run(tower, inputs) is None
+
+
+def with_expert(spec: TowerSpec, **changes: Any) -> TowerSpec:
+    """The spec with changed options of its experts."""
+    layers = [
+        replace(layer, mixer=replace(layer.mixer, expert=replace(layer.mixer.expert, **changes)))
+        if isinstance(layer.mixer, MoESpec)
+        else layer
+        for layer in spec.layers
+    ]
+    return replace(spec, layers=tuple(layers))
