@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 import subprocess
 import sys
 from collections.abc import Iterator
@@ -216,7 +217,8 @@ def shard_over_eight() -> None:
 
 @pytest.mark.slow  # in a new process, for ten seconds
 def test_memory_is_that_of_fsdp() -> None:
-    done = subprocess.run([sys.executable, __file__], capture_output=True, text=True, timeout=120, check=False)
+    env = os.environ | {"PYTHONPATH": os.pathsep.join(sys.path)}  # the helpers in tests/
+    done = subprocess.run([sys.executable, __file__], capture_output=True, text=True, timeout=120, check=False, env=env)
     assert done.returncode == 0, done.stderr
     for case in json.loads(done.stdout.splitlines()[-1]):
         planned, real = case["weights"]
