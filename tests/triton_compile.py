@@ -6,9 +6,13 @@ The interpreter accepts code that the compiler rejects (for example, a variable 
 
 from __future__ import annotations
 
+import re
+import subprocess
 import sys
+import tempfile
 from collections.abc import Callable
-from typing import Any
+from pathlib import Path
+from typing import Any, get_args
 
 import torch
 import triton
@@ -16,7 +20,8 @@ from torch import Tensor
 from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource
 
-from twotower.ops.reference.attention import CachedKV
+from twotower.ops.reference.attention import AttentionOptions, CachedKV
+from twotower.ops.reference.rope import HeadNorms, Rotation
 from twotower.ops.self_check_cases import (
     RELEASED_SIZES,
     Sizes,
@@ -26,9 +31,24 @@ from twotower.ops.self_check_cases import (
     state_update_arguments,
 )
 from twotower.ops.self_check_moe_cases import released_route_arguments, route_cases
-from twotower.ops.triton import argmax, attention, experts, int8, mamba_block, norm, routing, state_update
+from twotower.ops.triton import (
+    activation,
+    argmax,
+    attention,
+    experts,
+    int8,
+    mamba_block,
+    norm,
+    rope,
+    routing,
+    state_update,
+)
+from twotower.specs import Activation
 
 SHARED_MEMORY = 227 << 10  # of an H100's program
+# Bytes of registers that a thread may spill. ptxas spills two registers (8 bytes) if one more program then fits; only
+# Mamba blocks of more than 16 tokens need more registers than there are.
+SPILLED, SPILLED_BY_BLOCKS = 8, 1360
 TYPES = {
     torch.bfloat16: "*bf16",
     torch.float32: "*fp32",
@@ -38,9 +58,7 @@ TYPES = {
     torch.uint8: "*u8",
 }
 CPU = torch.device("cpu")
-MODULES = (
-    attention, experts, state_update, argmax, int8, mamba_block, norm, routing,
-)  # fmt: skip
+MODULES = (activation, argmax, attention, experts, int8, mamba_block, norm, rope, routing, state_update)
 
 
 class Compiler:
@@ -67,7 +85,20 @@ class Compiler:
             options={"num_warps": num_warps, "num_stages": num_stages},
         )
         assert compiled.metadata.shared <= SHARED_MEMORY, compiled.metadata.shared
-        print(self.kernel.__name__, compiled.metadata.shared, "bytes of shared memory")
+        name, used = self.kernel.__name__, _resources(compiled.asm["cubin"])
+        spilled = SPILLED_BY_BLOCKS if name == "_block_kernel" else SPILLED
+        assert used["STACK"] + used["LOCAL"] <= spilled, (name, used)
+        print(name, compiled.metadata.shared, "bytes of shared memory,", used["REG"], "registers")
+
+
+def _resources(cubin: bytes) -> dict[str, int]:
+    """Registers (REG) and bytes of local memory (STACK, LOCAL: where registers spill to) of a kernel, a thread."""
+    with tempfile.NamedTemporaryFile(suffix=".cubin") as file:
+        file.write(cubin)
+        file.flush()
+        program = Path(triton.__file__).parent / "backends" / "nvidia" / "bin" / "cuobjdump"
+        text = subprocess.run([program, "--dump-resource-usage", file.name], capture_output=True, text=True, check=True)
+    return {name: int(value) for name, value in re.findall(r"\b(REG|STACK|LOCAL):(\d+)", text.stdout)}
 
 
 def _type(name: str, value: Any, constant: bool) -> str:
@@ -80,13 +111,15 @@ def _type(name: str, value: Any, constant: bool) -> str:
 
 
 def main() -> None:
-    """Compiles the parts that the command line names: numbers of tokens, "attention", "norms", "products"."""
+    """Compiles the parts that the command line names: numbers of tokens, "attention", "heads", "norms", "products"."""
     for module in MODULES:
         for name in [name for name in vars(module) if name.endswith("_kernel")]:
             setattr(module, name, Compiler(getattr(module, name)))
     asked = sys.argv[1:]
     if "attention" in asked:
         attentions()
+    if "heads" in asked:
+        heads_and_activations()
     if "norms" in asked:
         norms_and_routers()
     if "products" in asked:
@@ -113,8 +146,8 @@ def blocks(lengths: list[int]) -> None:
 
 
 def products() -> None:
-    """Experts and `out_proj` of the 30B shape for a token, a block, six blocks and a long prompt, plain and int8, and
-    odd sizes. Nothing is computed, so tensors are not filled."""
+    """Experts, with and without gates, and `out_proj` of the 30B shape for a token, a block, six blocks and a long
+    prompt, plain and int8, and odd sizes. Nothing is computed, so tensors are not filled."""
     released = (128, 2688, 1856, 6)
     for tokens, (count, width, inner, top), dtype in (
         *((tokens, released, torch.bfloat16) for tokens in (1, 16, 96, 2048)),
@@ -125,6 +158,10 @@ def products() -> None:
         up, down = torch.empty(count, inner, width, dtype=dtype), torch.empty(count, width, inner, dtype=dtype)
         experts.experts(hidden, choice, torch.empty(tokens, top), up, down)
         experts.experts_int8(hidden, choice, torch.empty(tokens, top), *_int8(up), *_int8(down))
+        share, kinds = torch.empty(tokens, top), ("silu", "gelu_tanh") if tokens == 16 else ("silu",)
+        for kind in kinds:
+            experts.gated_experts(hidden, choice, share, up, up, down, kind)
+            experts.gated_experts_int8(hidden, choice, share, _int8(up), _int8(up), _int8(down), kind)
         int8.linear_int8(torch.empty(min(tokens, 256), 4096, dtype=dtype), *_int8(torch.empty(width, 4096)))
     bias = torch.empty(131072, dtype=torch.bfloat16)
     int8.linear_int8(torch.empty(16, 2688, dtype=torch.bfloat16), *_int8(torch.empty(131072, 2688)), bias)
@@ -138,9 +175,10 @@ def _int8(weight: Tensor) -> tuple[Tensor, Tensor]:
 
 def attentions() -> None:
     """Attention of the released sizes over 128K tokens, for a denoised block, a token, a committed block, enough rows
-    for one split, and a prompt; and of other sizes."""
+    for one split, and a prompt; of other sizes; and with windows and softcaps, as in Gemma 2."""
     released, bf16, fp32 = (32, 2, 128), torch.bfloat16, torch.float32
-    for rows, length, sizes, dtype, padded, causal, width in (
+    gemma, window, both = (8, 4, 256), AttentionOptions(None, 4096, None), AttentionOptions(0.0625, 4096, 50.0)
+    for rows, length, sizes, dtype, padded, causal, width, *options in (
         (1, 16, released, bf16, False, False, 131072),
         (1, 1, released, bf16, False, True, 131072),
         (1, 16, released, bf16, True, True, 131072),
@@ -149,13 +187,43 @@ def attentions() -> None:
         (1, 16, released, fp32, True, True, 1024),
         (2, 7, (6, 3, 37), bf16, True, False, 1024),
         (1, 16, (8, 2, 256), bf16, False, True, 1024),
+        (1, 16, released, bf16, False, False, 131072, window),
+        (1, 16, released, bf16, True, True, 131072, window),
+        (1, 1, released, bf16, False, True, 131072, window),
+        (1, 512, released, bf16, True, True, 4096, window),
+        (1, 16, released, fp32, True, True, 4096, window),
+        (1, 16, gemma, bf16, False, False, 4096, both),
+        (1, 512, gemma, bf16, True, True, 4096, both),
+        (1, 1, gemma, bf16, False, True, 4096, both._replace(window=None)),
+        (1, 16, gemma, fp32, True, True, 4096, both),
     ):
         heads, kv_heads, head_dim = sizes
         q = torch.zeros(rows, length, heads, head_dim, dtype=dtype)
         k = torch.zeros(rows, length, kv_heads, head_dim, dtype=dtype)
         pool, place = torch.zeros(16, head_dim, dtype=dtype), torch.zeros(rows, dtype=torch.int64)
         token_mask = torch.ones(rows, length, dtype=torch.bool) if padded else None
-        attention.attention(q, k, k, token_mask, causal, CachedKV(pool, pool, place, place, place, width, 0))
+        attention.attention(q, k, k, token_mask, causal, CachedKV(pool, pool, place, place, place, width, 0), *options)
+
+
+def heads_and_activations() -> None:
+    """Norms and rotations of the heads of an 8B Qwen3, of Gemma and of odd sizes; every activation."""
+    for heads, kv_heads, width, turned, normed, interleaved in (
+        (32, 8, 128, 128, True, False),
+        (8, 4, 256, 256, True, False),
+        (9, 3, 64, 64, False, False),
+        (6, 2, 37, 20, True, True),
+        (16, 2, 128, 0, True, False),
+    ):
+        for dtype in (torch.bfloat16, torch.float32):
+            q, k = (torch.empty(2, 16, count, width, dtype=dtype) for count in (heads, kv_heads))
+            norms = HeadNorms(*(torch.empty(width, dtype=dtype) for _ in "qk"), 1e-6, 1.0) if normed else None
+            angles = torch.empty(2, 16, turned // 2)
+            rope.norm_and_rotate(q, k, norms, Rotation(angles, angles, interleaved) if turned else None)
+    for dtype in (torch.bfloat16, torch.float32):
+        up = torch.empty(16, 14336, dtype=dtype)
+        for kind in get_args(Activation):
+            activation.activate(up, up, kind)
+        activation.activate(up, None, "relu2")
 
 
 def norms_and_routers() -> None:

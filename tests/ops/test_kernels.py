@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable
+from functools import partial
 from typing import Any
 
 import pytest
@@ -19,6 +20,12 @@ from twotower.nemotron_h_fields import NemotronHFields
 from twotower.ops.reference.attention import QueryTile, block_attention, tiled_attention
 from twotower.ops.reference.conv import causal_conv, causal_conv_sequential
 from twotower.ops.reference.experts import experts_dense, experts_gathered, experts_grouped, experts_sorted
+from twotower.ops.reference.gated_experts import (
+    gated_experts_dense,
+    gated_experts_gathered,
+    gated_experts_grouped,
+    gated_experts_sorted,
+)
 from twotower.ops.reference.ssd import final_state, pass_states, ssd_block, ssd_chunked, ssd_sequential
 from twotower.ops.registry import REGISTRY, report, select
 from twotower.ops.self_check_cases import ODD_SIZES, mamba_block_arguments
@@ -242,6 +249,15 @@ def test_experts(kernel: Callable[..., Tensor], tokens: int, per_token: int) -> 
     same(kernel, experts_dense, expert_arguments(tokens, per_token))
 
 
+@pytest.mark.parametrize("kernel", [gated_experts_sorted, gated_experts_gathered])
+@pytest.mark.parametrize(("tokens", "per_token"), [(1, 1), (2, 2), (19, 3)])
+@pytest.mark.parametrize("activation", ["silu", "gelu", "gelu_tanh"])
+def test_gated_experts(kernel: Callable[..., Tensor], tokens: int, per_token: int, activation: str) -> None:
+    arguments = expert_arguments(tokens, per_token)
+    arguments["gate"] = torch.randn_like(arguments["up"])
+    same(partial(kernel, activation=activation), partial(gated_experts_dense, activation=activation), arguments)
+
+
 def test_an_unselected_expert_is_not_read() -> None:
     """Weights of unselected experts may be invalid. (The dense reference would read them.)"""
     arguments = expert_arguments(5, 2)
@@ -280,6 +296,23 @@ def test_grouped_experts(device: str, dtype: torch.dtype, tolerance: float, toke
     grouped = experts_grouped(**arguments)
     assert grouped.dtype == dtype
     assert (grouped - exact).abs().max() < tolerance * exact.abs().max()
+
+
+@pytest.mark.parametrize("gated", [False, True])
+def test_grouped_experts_of_odd_widths(gated: bool) -> None:
+    """torch refuses rows that are not whole 16 bytes; in the forward pass, and for gradients."""
+    torch.manual_seed(0)
+    up, gate, down = (torch.randn(5, *shape, requires_grad=True) for shape in ((13, 10), (13, 10), (10, 13)))
+    hidden, weight = torch.randn(9, 10, requires_grad=True), torch.rand(9, 2, requires_grad=True)
+    matrices = (gate, up, down) if gated else (up, down)
+    routed = hidden, torch.rand(9, 5).topk(2).indices, weight
+    grouped, dense = (gated_experts_grouped, gated_experts_dense) if gated else (experts_grouped, experts_dense)
+    activation = ("silu",) if gated else ()
+    results = [function(*routed, *matrices, *activation) for function in (grouped, dense)]
+    cotangent = torch.randn(9, 10)
+    gradients = [torch.autograd.grad((out * cotangent).sum(), (hidden, weight, *matrices)) for out in results]
+    for actual, expected in zip((results[0], *gradients[0]), (results[1], *gradients[1]), strict=True):
+        torch.testing.assert_close(actual, expected, rtol=1e-4, atol=1e-5 * float(expected.detach().abs().max()))
 
 
 # --- the router ---------------------------------------------------------------------------------------------------

@@ -9,13 +9,16 @@ from __future__ import annotations
 import importlib.util
 import math
 import warnings
+from collections import Counter
 from collections.abc import Callable, Iterator
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
 import triton_mode
+from tiny_backbones import two_tower
 from torch import Tensor
 
 from twotower import TwoTowerForCausalLM, options
@@ -48,7 +51,17 @@ TINY_GROUPS = Sizes(heads=6, groups=2, width=12, state=24, taps=4)
 SMALL = Sizes(heads=2, groups=1, width=5, state=3, taps=4)
 BOTH = pytest.mark.parametrize("sizes", [TINY_HYBRID, TINY_GROUPS], ids=["tiny-hybrid", "tiny-groups"])
 # Operations that use Triton where it is supported; bf16 experts only where torch has no grouped GEMM.
-OPS = ("attention", "mamba_block", "state_update", "argmax", "rms_norm", "route", "experts_int8", "linear_int8")
+OPS = (
+    "attention", "mamba_block", "state_update", "argmax", "rms_norm", "norm_and_rotate", "activate", "route",
+    "experts_int8", "gated_experts_int8", "linear_int8",
+)  # fmt: skip
+# Tiny backbones and operations that they use: windows, caps, norms with an offset; norms of heads; softmax routers.
+BACKBONES = {
+    "gemma2": {"attention", "rms_norm", "norm_and_rotate", "activate"},
+    "qwen3": {"attention", "rms_norm", "norm_and_rotate", "activate"},
+    "mixtral": {"attention", "rms_norm", "norm_and_rotate", "route"},
+    "glm4": {"attention", "rms_norm", "norm_and_rotate", "activate"},
+}
 DTYPES = pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=["fp32", "bf16"])
 
 
@@ -487,3 +500,42 @@ def test_a_model_through_the_kernels(
     assert registry.select("state_update", DEVICE, torch.float32).name == "triton"
     for found, expected in zip(outputs(), reference, strict=True):
         torch.testing.assert_close(found, expected, rtol=1e-4, atol=1e-4)
+
+
+@pytest.mark.parametrize("name", BACKBONES)
+def test_other_backbones_through_the_kernels(name: str, triton_on: pytest.MonkeyPatch) -> None:
+    """Prefill beyond the window, a denoised block, an extend, a rollback, one token."""
+    triton_on.setattr(registry.self_check, "find_mismatch", lambda *_: None)
+    model = two_tower(name).to(DEVICE)
+
+    def outputs() -> list[Tensor]:
+        state = model.new_state(2, 60)
+        tokens = (torch.arange(2 * 40, device=DEVICE) * 7 % 150).view(2, 40)
+        model.prefill(tokens[:, :30], torch.tensor([30, 11], device=DEVICE), state)
+        drafted = model.denoise(tokens[:, :4], torch.full((2,), 0.5, device=DEVICE), model.reader(state).view())
+        scored = model.extend(tokens[:, 30:34], state)
+        state.rollback(state.lengths - torch.tensor([1, 3], device=DEVICE))
+        after = model.extend(tokens[:, :1], state)
+        assert scored is not None
+        assert after is not None
+        return [drafted, scored, after]
+
+    with options.override(triton=False):
+        reference = outputs()
+    used = Counter[str]()
+    for op, (first, *others) in list(registry.REGISTRY.items()):
+        if first.name == "triton":
+            triton_on.setitem(registry.REGISTRY, op, (_counted(first, op, used), *others))
+    _forget()
+    found = outputs()
+    assert used.keys() >= BACKBONES[name]
+    for actual, expected in zip(found, reference, strict=True):
+        torch.testing.assert_close(actual, expected, rtol=1e-4, atol=2e-4)
+
+
+def _counted(backend: Backend, op: str, used: Counter[str]) -> Backend:
+    def counted(*arguments: Any) -> Any:
+        used[op] += 1
+        return backend.function(*arguments)
+
+    return replace(backend, function=counted)

@@ -13,7 +13,7 @@ import triton_mode
 from torch import Tensor
 
 from twotower.ops.reference import attention as reference
-from twotower.ops.reference.attention import CachedKV
+from twotower.ops.reference.attention import PLAIN, AttentionOptions, CachedKV
 from twotower.ops.self_check_cases import Randn
 from twotower.ops.triton.launch import MAX_HEAD_DIM
 
@@ -72,14 +72,14 @@ def arguments(
     return q.to(dtype), k.to(dtype), v.to(dtype), mask, causal, cached
 
 
-def check(*given: Any) -> Tensor:
+def check(*given: Any, options: AttentionOptions = PLAIN) -> Tensor:
     """Equals the reference up to rounding. (The reference multiplies missing values by 0, so they must be finite.)"""
     q, k, v, token_mask, causal, cached = given
     wide = (
         None if cached is None else cached._replace(k=cached.k.double().nan_to_num(), v=cached.v.double().nan_to_num())
     )
-    expected = reference.attention(q.double(), k.double(), v.double(), token_mask, causal, wide)
-    found = attention.attention(*given)
+    expected = reference.attention(q.double(), k.double(), v.double(), token_mask, causal, wide, options)
+    found = attention.attention(*given, options)
     assert found.dtype == q.dtype
     share = {torch.float32: 2e-6, torch.bfloat16: 8e-3}[q.dtype]
     torch.testing.assert_close(found.double(), expected, rtol=0, atol=share * float(expected.abs().max()))
@@ -211,6 +211,92 @@ def test_attention_of_no_tokens(shape: tuple[int, int]) -> None:
     q, k, v = (part[:rows, :length] for part in (q, k, v))
     cached = CachedKV(*cached[:2], *(part[:rows] for part in cached[2:5]), *cached[5:])
     assert attention.attention(q, k, v, None, causal, cached).shape == q.shape
+
+
+# --- scale, window, softcap -------------------------------------------------------------------------------------------
+
+
+@DTYPES
+@pytest.mark.parametrize("causal", [True, False])
+@pytest.mark.parametrize("window", [1, 2, 5, 64, 101, 102, 300, None])
+@pytest.mark.parametrize("length", [1, 7])
+def test_windows(length: int, window: int | None, causal: bool, dtype: torch.dtype) -> None:
+    """Windows of one key, shorter than a block, of the row's length ± 1 and longer; rows with less context."""
+    options = AttentionOptions(window=window)
+    check(*arguments(length, (101, 0, 3), (4, 2), 24, dtype, "end", causal), options=options)
+
+
+@pytest.mark.parametrize("causal", [True, False])
+@pytest.mark.parametrize("window", [3, 70, 129, 250])
+@pytest.mark.parametrize(("length", "heads"), [(19, (8, 1)), (70, (2, 1))])
+def test_windows_of_blocks_of_many_tiles(length: int, heads: tuple[int, int], window: int, causal: bool) -> None:
+    """Several tiles of queries, each with its own first key; several splits, of which a query may see none."""
+    given = arguments(length, (300, 40), heads, 16, torch.float32, "end", causal)
+    check(*given, options=AttentionOptions(window=window))
+    check(*given[:5], None, options=AttentionOptions(window=window))
+
+
+@pytest.mark.parametrize("causal", [True, False])
+def test_keys_outside_the_window_are_not_read(causal: bool, monkeypatch: pytest.MonkeyPatch) -> None:
+    """They are NaN here; also if the launch has more splits than the window needs."""
+    window, options = 40, AttentionOptions(window=40)
+    *given, cached = arguments(3, (300, 90), (4, 2), causal=causal)
+    expected = attention.attention(*given, cached, options)
+    dirty = [pool.clone() for pool in cached[:2]]
+    for row in range(2):
+        first = int(cached.lengths[row]) - (window - 1)
+        for head in range(2):
+            at = int(cached.start[row] + head * cached.stride[row])
+            for pool in dirty:
+                pool[at : at + first] = torch.nan
+    cached = cached._replace(k=dirty[0], v=dirty[1])
+    assert torch.equal(attention.attention(*given, cached, options), expected)
+    monkeypatch.setattr(attention, "num_splits", lambda *_: 5)
+    torch.testing.assert_close(attention.attention(*given, cached, options), expected, rtol=1e-5, atol=1e-6)
+
+
+@DTYPES
+@pytest.mark.parametrize("options", [AttentionOptions(0.3), AttentionOptions(1.0, None, 4.0)])
+@pytest.mark.parametrize("causal", [True, False])
+def test_scales_and_caps(causal: bool, options: AttentionOptions, dtype: torch.dtype) -> None:
+    check(*arguments(5, (100, 0, 3), (4, 2), 24, dtype, "end", causal), options=options)
+    check(*arguments(5, (100, 0, 3), (4, 2), 24, dtype, "end", causal), options=options._replace(window=9))
+
+
+@pytest.mark.parametrize("factor", [1e-3, 1.0, 300.0])
+def test_caps_of_small_and_of_large_scores(factor: float) -> None:
+    """Scores far below the cap, near it, and far above it, where exponentials overflow."""
+    q, k, v, *rest = arguments(3, (0, 80, 200))
+    check(q * factor, k, v, *rest, options=AttentionOptions(0.25, None, 20.0))
+
+
+@pytest.mark.parametrize("splits", [1, 3])
+def test_a_row_equals_the_row_alone_with_a_window(splits: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(attention, "num_splits", lambda *_: splits)
+    options = AttentionOptions(0.2, 150, 30.0)
+    q, k, v, token_mask, causal, cached = arguments(5, (200, 0, 130), (4, 2), token_mask="end", causal=True)
+    together = attention.attention(q, k, v, token_mask, causal, cached, options)
+    for row in range(3):
+        at = slice(row, row + 1)
+        own = cached._replace(start=cached.start[at], stride=cached.stride[at], lengths=cached.lengths[at])
+        alone = attention.attention(q[at], k[at], v[at], token_mask[at], causal, own, options)
+        assert torch.equal(alone, together[at])
+
+
+def test_splits_of_a_window(monkeypatch: pytest.MonkeyPatch) -> None:
+    """The number of splits follows the window, not the context."""
+    seen: list[int] = []
+    real = attention.num_splits
+
+    def recorded(programs: int, width: int, warps: int) -> int:
+        seen.append(width)
+        return real(programs, width, warps)
+
+    monkeypatch.setattr(attention, "num_splits", recorded)
+    given = arguments(2, (300, 5))
+    for window in (None, 1000, 129, 1):
+        attention.attention(*given, AttentionOptions(window=window))
+    assert seen == [300, 300, 128]
 
 
 # --- launches --------------------------------------------------------------------------------------------------------

@@ -51,10 +51,17 @@ def norm_arguments(
     return x, weight, 1e-5, None if order is None else (parts[:, 3], parts[:, 4]), order or "before"
 
 
-def check_norm(x: Tensor, weight: Tensor, eps: float, modulation: Modulation = None, order: Order = "before") -> Tensor:
+def check_norm(
+    x: Tensor,
+    weight: Tensor,
+    eps: float,
+    modulation: Modulation = None,
+    order: Order = "before",
+    offset: float = 0.0,
+) -> Tensor:
     wide = None if modulation is None else (modulation[0].double(), modulation[1].double())
-    expected = norm.rms_norm(x.double(), weight.double(), eps, wide, order)
-    found = triton_norm.rms_norm(x, weight, eps, modulation, order)
+    expected = norm.rms_norm(x.double(), weight.double(), eps, wide, order, offset)
+    found = triton_norm.rms_norm(x, weight, eps, modulation, order, offset)
     assert found.dtype == weight.dtype
     assert found.is_contiguous()
     share = {torch.float32: 1e-6, torch.bfloat16: 8e-3}[weight.dtype]  # the interpreter truncates to bf16
@@ -73,6 +80,14 @@ def test_norm(width: int, order: Order | None, dtype: torch.dtype) -> None:
 def test_norm_of_an_fp32_stream(order: Order | None) -> None:
     """An fp32 residual stream (residual_in_fp32) with bf16 weights."""
     check_norm(*norm_arguments(40, torch.bfloat16, torch.float32, order))
+
+
+@DTYPES
+@pytest.mark.parametrize("order", [None, "before", "after"])
+def test_norm_with_an_offset(order: Order | None, dtype: torch.dtype) -> None:
+    """Weights near 0, as in Gemma: in bf16 the sum with the offset must not be rounded."""
+    x, weight, eps, modulation, _ = norm_arguments(83, dtype, dtype, order)
+    check_norm(x, (weight - 1) / 64, eps, modulation, order or "before", 1.0)
 
 
 @pytest.mark.parametrize("eps", [1e-6, 0.5])
@@ -110,6 +125,9 @@ def test_a_norm_of_no_tokens(shape: tuple[int, int]) -> None:
 # --- routers ---------------------------------------------------------------------------------------------------------
 
 
+SOFTMAX = Routing(1, 1, 3, True, 1.0, "softmax")
+
+
 def route_arguments(
     tokens: int, width: int, experts: int, dtype: torch.dtype, rule: Routing
 ) -> tuple[Tensor, Tensor, Tensor, Routing]:
@@ -119,9 +137,9 @@ def route_arguments(
     return randn(tokens, width).to(dtype), weight, bias, rule
 
 
-def check_route(hidden: Tensor, weight: Tensor, bias: Tensor, rule: Routing) -> tuple[Tensor, Tensor]:
+def check_route(hidden: Tensor, weight: Tensor, bias: Tensor | None, rule: Routing) -> tuple[Tensor, Tensor]:
     """Ids, in order, and weights equal the reference's."""
-    expected = routing.route(hidden.double(), weight.double(), bias.double(), rule)
+    expected = routing.route(hidden.double(), weight.double(), None if bias is None else bias.double(), rule)
     choice, chosen = triton_route.route(hidden, weight, bias, rule)
     assert torch.equal(choice, expected[0])
     assert (choice.dtype, chosen.dtype) == (torch.int64, torch.float32)
@@ -143,6 +161,36 @@ def check_route(hidden: Tensor, weight: Tensor, bias: Tensor, rule: Routing) -> 
 )
 def test_route(experts: int, rule: Routing, dtype: torch.dtype) -> None:
     check_route(*route_arguments(3, 45, experts, dtype, rule))
+
+
+@DTYPES
+@pytest.mark.parametrize("biased", [True, False])
+@pytest.mark.parametrize(
+    ("experts", "rule"),
+    [
+        (8, SOFTMAX),
+        (7, SOFTMAX._replace(top=7, normalise=False)),
+        (60, SOFTMAX._replace(top=4, factor=2.0, normalise=False)),
+        (12, SOFTMAX._replace(n_group=4, topk_group=2)),
+        (9, Routing(1, 1, 2, True, 1.0)),
+    ],
+)
+def test_scores_and_biases_of_other_routers(experts: int, rule: Routing, biased: bool, dtype: torch.dtype) -> None:
+    """Softmax over all experts, before the selection; with and without a bias of the selection."""
+    hidden, weight, bias, _ = route_arguments(3, 45, experts, dtype, rule)
+    check_route(hidden, weight * 3, bias if biased else None, rule)
+
+
+def test_softmax_of_large_logits() -> None:
+    """Logits near 500 or −500: exponentials without the maximum would overflow, or all be 0."""
+    hidden, weight, _, rule = route_arguments(4, 60, 12, torch.float32, SOFTMAX._replace(normalise=False))
+    weight[:, 0] = 500
+    for sign in (1, -1):
+        hidden[:, 0] = sign
+        expected = routing.route(hidden.double(), weight.double(), None, rule)
+        choice, chosen = triton_route.route(hidden, weight, None, rule)
+        assert torch.equal(choice, expected[0])
+        torch.testing.assert_close(chosen.double(), expected[1], rtol=3e-4, atol=0)
 
 
 @pytest.mark.parametrize(("tokens", "width", "experts"), [(1, 1, 4), (17, 400, 20), (2, 2688, 128), (2, 30, 300)])
@@ -171,9 +219,10 @@ def test_ties_go_to_the_lowest_id() -> None:
 
 
 @DTYPES
-def test_routing_does_not_depend_on_other_tokens(dtype: torch.dtype) -> None:
+@pytest.mark.parametrize("rule", [Routing(3, 2, 3, True, 2.5), SOFTMAX], ids=["sigmoid", "softmax"])
+def test_routing_does_not_depend_on_other_tokens(rule: Routing, dtype: torch.dtype) -> None:
     """Bit-identical beside other tokens. NaN scores still give valid expert ids."""
-    hidden, weight, bias, rule = route_arguments(18, 420, 12, dtype, Routing(3, 2, 3, True, 2.5))
+    hidden, weight, bias, _ = route_arguments(18, 420, 12, dtype, rule)
     hidden[3] = torch.nan
     choice, chosen = triton_route.route(hidden, weight, bias, rule)
     assert ((choice >= 0) & (choice < 12)).all()

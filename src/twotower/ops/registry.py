@@ -138,10 +138,12 @@ REGISTRY: dict[str, tuple[Backend, ...]] = {
         Backend("torch", norm.rms_norm, "plain torch"),
     ),
     "norm_and_rotate": (
+        _triton("rope", "norm_and_rotate", "queries and keys in one kernel"),
         _native(native_ops.norm_and_rotate, "norm and rotation in one kernel"),
         Backend("torch", rope.norm_and_rotate, "plain torch"),
     ),
     "activate": (
+        _triton("activation", "activate", "activation and product with the gate in one kernel"),
         _native(native_ops.activate, "activation and product with the gate in one kernel"),
         Backend("torch", activation.activate, "plain torch"),
     ),
@@ -169,6 +171,7 @@ REGISTRY: dict[str, tuple[Backend, ...]] = {
             "grouped GEMMs, no host read",
             _grouped_unsupported_reason,
         ),
+        _triton("experts", "gated_experts", "reads each selected expert once, no host read"),
         _native(native_moe.gated_experts, "reads each selected expert once"),
         Backend(
             "sorted-loop",
@@ -181,6 +184,13 @@ REGISTRY: dict[str, tuple[Backend, ...]] = {
         ),
     ),
     "gated_experts_int8": (
+        _triton("experts", "gated_experts_int8", "reads each selected expert once, upcasts int8 in registers"),
+        Backend(  # as for `experts_int8`
+            "grouped-gemm",
+            gated_experts.gated_experts_int8_grouped,
+            "upcasts all experts, then grouped GEMMs",
+            _grouped_unsupported_reason,
+        ),
         _native(native_moe.gated_experts_int8, "reads each selected expert once, upcasts int8 in registers"),
         Backend(
             "sorted-loop", gated_experts.gated_experts_int8, "upcasts selected experts only", _host_unsupported_reason

@@ -59,12 +59,27 @@ def experts_grouped(
     """One grouped GEMM per projection (bf16 on CUDA); the group offsets stay on the device."""
     if not len(hidden):
         return experts_sorted(hidden, topk_ids, weight, up, down)
+    order, ends = group_pairs(topk_ids, len(up))
+    inner = F.relu(grouped_product(hidden[order // topk_ids.shape[1]], up, ends)).square()
+    return combine(grouped_product(inner, down, ends), order, weight)
+
+
+def group_pairs(topk_ids: Tensor, experts: int) -> tuple[Tensor, Tensor]:
+    """The (token, expert) pairs, numbered token by token, grouped by expert (T·k,), and the end of each group (E,)."""
     flat = topk_ids.flatten()
-    order = flat.argsort(stable=True)
-    ends = F.one_hot(flat, up.shape[0]).sum(0).cumsum(0).to(torch.int32)
-    gathered = hidden[order // topk_ids.shape[1]]
-    inner = F.relu(torch._grouped_mm(gathered, up.transpose(1, 2), offs=ends)).square()
-    return combine(torch._grouped_mm(inner, down.transpose(1, 2), offs=ends), order, weight)
+    return flat.argsort(stable=True), F.one_hot(flat, experts).sum(0).cumsum(0).to(torch.int32)
+
+
+def grouped_product(x: Tensor, weight: Tensor, ends: Tensor) -> Tensor:
+    """x (T·k, in), grouped by expert, times weight (E, out, in) → (T·k, out).
+
+    torch needs rows of whole 16 bytes; odd widths are padded.
+    """
+    width, out = weight.shape[2], weight.shape[1]
+    pads = [-size % (16 // x.element_size()) for size in (width, out)]
+    if any(pads):
+        x, weight = F.pad(x, (0, pads[0])), F.pad(weight, (0, pads[0], 0, pads[1]))
+    return torch._grouped_mm(x, weight.transpose(1, 2), offs=ends)[:, :out]
 
 
 def experts_dense(

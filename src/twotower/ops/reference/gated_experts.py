@@ -12,7 +12,7 @@ from torch import Tensor
 
 from twotower.ops.reference import int8
 from twotower.ops.reference.activation import activate
-from twotower.ops.reference.experts import combine, loop_over_experts, weighted_sum
+from twotower.ops.reference.experts import combine, group_pairs, grouped_product, loop_over_experts, weighted_sum
 from twotower.specs import Activation
 
 PackedTriple = tuple[Tensor | None, Tensor | None, Tensor | None]
@@ -68,13 +68,10 @@ def gated_experts_grouped(
     """One grouped GEMM per projection (bf16 on CUDA); the group offsets stay on the device."""
     if not len(hidden):
         return gated_experts_sorted(hidden, topk_ids, weight, gate, up, down, activation)
-    flat = topk_ids.flatten()
-    order = flat.argsort(stable=True)
-    ends = F.one_hot(flat, up.shape[0]).sum(0).cumsum(0).to(torch.int32)
+    order, ends = group_pairs(topk_ids, len(up))
     gathered = hidden[order // topk_ids.shape[1]]
-    raised, gates = (torch._grouped_mm(gathered, part.transpose(1, 2), offs=ends) for part in (up, gate))
-    inner = activate(raised, gates, activation)
-    return combine(torch._grouped_mm(inner, down.transpose(1, 2), offs=ends), order, weight)
+    inner = activate(grouped_product(gathered, up, ends), grouped_product(gathered, gate, ends), activation)
+    return combine(grouped_product(inner, down, ends), order, weight)
 
 
 def gated_experts_dense(
@@ -129,3 +126,22 @@ def gated_experts_int8_gathered(
 
     x = hidden.repeat_interleave(topk_ids.shape[1], 0)
     return weighted_sum(product(activate(product(x, up), product(x, gate), activation), down), weight)
+
+
+def gated_experts_int8_grouped(
+    hidden: Tensor,
+    topk_ids: Tensor,
+    weight: Tensor,
+    gate: Int8Pair,
+    up: Int8Pair,
+    down: Int8Pair,
+    activation: Activation,
+) -> Tensor:
+    """`gated_experts_grouped` with all experts upcast, one projection at a time; few pairs are gathered."""
+    if topk_ids.numel() < len(up[0]):
+        return gated_experts_int8_gathered(hidden, topk_ids, weight, gate, up, down, activation)
+    order, ends = group_pairs(topk_ids, len(up[0]))
+    gathered = hidden[order // topk_ids.shape[1]]
+    raised, gates = (int8.grouped_product(gathered, *pair, topk_ids, order, ends) for pair in (up, gate))
+    inner = activate(raised, gates, activation)
+    return combine(int8.grouped_product(inner, *down, topk_ids, order, ends), order, weight)

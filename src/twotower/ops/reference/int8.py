@@ -11,7 +11,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from twotower.ops.reference.experts import combine, loop_over_experts, weighted_sum
+from twotower.ops.reference import experts
+from twotower.ops.reference.experts import combine, group_pairs, loop_over_experts, weighted_sum
 
 QMAX = 127  # symmetric: −128 is unused
 PANEL = 16  # rows of a panel, as in ops/cpu/packed_weights.h
@@ -103,13 +104,12 @@ def experts_grouped(
     """
     if topk_ids.numel() < len(up):
         return experts_gathered(hidden, topk_ids, weight, up, up_scale, down, down_scale)
-    flat = topk_ids.flatten()
-    order = flat.argsort(stable=True)
-    ends = F.one_hot(flat, len(up)).sum(0).cumsum(0).to(torch.int32)
+    order, ends = group_pairs(topk_ids, len(up))
+    inner = grouped_product(hidden[order // topk_ids.shape[1]], up, up_scale, topk_ids, order, ends)
+    return combine(grouped_product(F.relu(inner).square(), down, down_scale, topk_ids, order, ends), order, weight)
 
-    def product(x: Tensor, q: Tensor, scale: Tensor) -> Tensor:
-        out = torch._grouped_mm(x, unpack(q, scale, x.dtype).transpose(1, 2), offs=ends)
-        return (out * scale[flat[order]]).to(x.dtype)
 
-    inner = product(hidden[order // topk_ids.shape[1]], up, up_scale)
-    return combine(product(F.relu(inner).square(), down, down_scale), order, weight)
+def grouped_product(x: Tensor, q: Tensor, scale: Tensor, topk_ids: Tensor, order: Tensor, ends: Tensor) -> Tensor:
+    """`experts.grouped_product` with int8 weights; order and ends as `experts.group_pairs` returns them."""
+    out = experts.grouped_product(x, unpack(q, scale, x.dtype), ends)
+    return (out * scale[topk_ids.flatten()[order]]).to(x.dtype)

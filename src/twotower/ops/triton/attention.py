@@ -3,8 +3,8 @@
 Each program reads its split from the pool in place. The query heads of one KV head are stacked, token by token, and cut
 into tiles. One program handles one tile of one row and KV head over one split. The first split also takes the block's
 own keys. The number of splits depends on shapes only, so a CUDA graph can capture the pass. The range of a split
-depends on the row's length; a split beyond a short row's keys exits at once. Softmax is computed in fp32 with base-2
-exponentials. Importing this module needs Triton.
+depends on the row's length; a split beyond a short row's keys exits at once. With a window of w, the splits divide only
+the last w − 1 cached keys. Softmax is computed in fp32 with base-2 exponentials. Importing this module needs Triton.
 
 Memory traffic of one row of the 30B shape (32 query and 2 KV heads of 128, bf16) with 128K tokens of context:
 
@@ -15,7 +15,7 @@ Memory traffic of one row of the 30B shape (32 query and 2 KV heads of 128, bf16
 
 from __future__ import annotations
 
-import math
+import sys
 from typing import NamedTuple
 
 import torch
@@ -26,6 +26,13 @@ from torch import Tensor
 from twotower.ops.reference import attention as reference
 from twotower.ops.reference.attention import PLAIN, AttentionOptions, CachedKV
 from twotower.ops.triton.launch import MAX_HEAD_DIM, device_guard, tile_of
+from twotower.ops.triton.softmax import (
+    cached_keys,
+    final_scores,
+    keys_outside,
+    online_softmax_step,
+    score_factors,
+)
 
 PROGRAMS = 132  # target number of 8-warp programs: one per multiprocessor of an H100
 MIN_SPLIT_KEYS = 256  # with fewer keys, combining takes longer than the split
@@ -82,7 +89,7 @@ def attention(
 ) -> Tensor:
     """As `twotower.ops.reference.attention.attention`, without gradients."""
     rows, length, all_heads, width = q.shape
-    if tile_of(width) > MAX_HEAD_DIM or options != PLAIN:
+    if tile_of(width) > MAX_HEAD_DIM:
         return reference.attention(q, k, v, token_mask, causal, cached, options)
     heads = k.shape[2]
     out = q.new_empty(q.shape)
@@ -95,11 +102,12 @@ def attention(
     grid = (triton.cdiv(stacked, tile.rows), 1, rows * heads)
     pools: tuple[Tensor | None, ...] = (None,) * 5
     parts, weights, splits = None, None, 1
-    if cached is not None and cached.max_length:
+    reach = 0 if cached is None else min(cached.max_length, (options.window or sys.maxsize) - 1)
+    if cached is not None and reach:
         assert cached.k.is_contiguous(), "a pool is contiguous"
         assert cached.v.is_contiguous(), "a pool is contiguous"
         pools = (cached.k, cached.v, *(part.contiguous() for part in (cached.start, cached.stride, cached.lengths)))
-        splits = num_splits(grid[0] * grid[2], cached.max_length, tile.warps)
+        splits = num_splits(grid[0] * grid[2], reach, tile.warps)
     if splits > 1:
         parts = q.new_empty(rows * heads, splits, stacked, width, dtype=torch.float32)
         weights = q.new_empty(rows * heads, splits, stacked, dtype=torch.float32)
@@ -115,7 +123,8 @@ def attention(
             *k.stride()[:3],
             length,
             splits,
-            width**-0.5 * math.log2(math.e),
+            *score_factors(options, width),
+            options.window,
             HAS_MASK=token_mask is not None,
             HAS_CACHE=pools[0] is not None,
             CAUSAL=causal,
@@ -128,35 +137,12 @@ def attention(
         )
         if splits > 1:
             _combine_kernel[stacked, grid[2]](
-                parts, weights, pools[4], out, length, splits, PARTS=PARTS, **sizes, num_warps=4
+                parts, weights, pools[4], out, length, splits, options.window, PARTS=PARTS, **sizes, num_warps=4
             )
     return out
 
 
 # --- kernels ---------------------------------------------------------------------------------------------------------
-
-
-@triton.jit
-def _keys_per_split(cached, splits, KEYS: tl.constexpr, MIN_KEYS: tl.constexpr):
-    """Number of a row's cached keys per split, a multiple of KEYS."""
-    each = (cached + splits - 1) // splits
-    return tl.maximum((each + KEYS - 1) // KEYS * KEYS, MIN_KEYS)
-
-
-@triton.jit
-def _online_softmax_step(max_score, exp_sum, acc, query, keys, values, seen, scale):
-    """One step of online softmax: updates (maximum score, sum of exponentials, weighted values) with a tile of keys.
-
-    seen: which keys each query attends to.
-    """
-    scores = tl.dot(query, tl.trans(keys), input_precision="ieee") * scale
-    scores = tl.where(seen, scores, -float("inf"))
-    larger = tl.maximum(max_score, tl.max(scores, axis=1))  # finite, like `max_score`, because −∞ − −∞ is NaN
-    rescale = tl.exp2(max_score - larger)
-    probs = tl.exp2(scores - larger[:, None])
-    exp_sum = exp_sum * rescale + tl.sum(probs, axis=1)
-    acc = tl.dot(probs.to(values.dtype), values, acc * rescale[:, None], input_precision="ieee")
-    return larger, exp_sum, acc
 
 
 @triton.jit(do_not_specialize=["splits"])
@@ -182,6 +168,8 @@ def _attention_kernel(
     length,
     splits,
     scale,
+    cap,
+    window,
     HAS_MASK: tl.constexpr,
     HAS_CACHE: tl.constexpr,
     CAUSAL: tl.constexpr,
@@ -203,11 +191,8 @@ def _attention_kernel(
     split = tl.program_id(1)
     row = (tl.program_id(2) // HEADS).to(tl.int64)
     head = tl.program_id(2) % HEADS
-    low = 0
-    high = 0
     if HAS_CACHE:
-        cached = tl.load(lengths + row).to(tl.int32)
-        share = _keys_per_split(cached, splits, KEYS, MIN_KEYS)
+        first_key, cached, share = cached_keys(lengths, row, window, splits, KEYS, MIN_KEYS)
         low = split * share
         high = tl.minimum(low + share, cached)
         if (split > 0) & (low >= cached):  # `_combine_kernel` does not read unused splits
@@ -230,17 +215,20 @@ def _attention_kernel(
     itself = here & first
     own = itself[:, None] & of_head
     same = tl.load(k + token[:, None] * k_token + d[None, :], mask=own, other=0.0)
-    max_score = tl.sum(query.to(tl.float32) * same.to(tl.float32), axis=1) * scale
+    max_score = final_scores(tl.sum(query.to(tl.float32) * same.to(tl.float32), axis=1), scale, cap)
     max_score = tl.where(itself, max_score, -1.0e30)
     exp_sum = tl.where(here & (split > 0), 0.0, 1.0)  # 1 beyond the last query, to avoid dividing by 0
     acc = tl.load(v + token[:, None] * k_token + d[None, :], mask=own, other=0.0).to(tl.float32)
 
     # The other tokens of the block, if any.
+    begin_own = 0
     end = length
     if CAUSAL:
         end = tl.minimum(end, (tile * ROWS + ROWS - 1) // GROUPS + 1)
+        if window is not None:
+            begin_own = tl.maximum(tile * ROWS // GROUPS - (window - 1), 0) // OWN * OWN
     end = tl.where(first & (length > 1), end, 0)
-    for begin in range(0, end, OWN):
+    for begin in range(begin_own, end, OWN):
         other = begin + tl.arange(0, OWN)
         counted = other < length
         if HAS_MASK:
@@ -248,28 +236,39 @@ def _attention_kernel(
         exists = counted[:, None] & of_head
         keys = tl.load(k + other[:, None] * k_token + d[None, :], mask=exists, other=0.0)
         values = tl.load(v + other[:, None] * k_token + d[None, :], mask=exists, other=0.0)
-        if CAUSAL:  # noqa: SIM108  a constexpr branch
+        if CAUSAL:
             seen = other[None, :] < token[:, None]
+            if window is not None:
+                seen = seen & (other[None, :] > token[:, None] - window)
         else:
             seen = other[None, :] != token[:, None]
-        max_score, exp_sum, acc = _online_softmax_step(
-            max_score, exp_sum, acc, query, keys, values, seen & counted[None, :], scale
+        max_score, exp_sum, acc = online_softmax_step(
+            max_score, exp_sum, acc, query, keys, values, seen & counted[None, :], scale, cap
         )
 
     if HAS_CACHE:
-        where = (tl.load(start + row).to(tl.int64) + head * tl.load(stride + row).to(tl.int64)) * WIDTH
+        where = tl.load(start + row).to(tl.int64) + head * tl.load(stride + row).to(tl.int64) + first_key
+        where *= WIDTH
         pool_k += where
         pool_v += where
-        for begin in range(low, high, KEYS):
+        begin_cached = low
+        if CAUSAL and window is not None:  # later tiles of queries do not see the first keys
+            begin_cached += tl.maximum(keys_outside(tile * ROWS // GROUPS, cached, window) - low, 0) // KEYS * KEYS
+        for begin in range(begin_cached, high, KEYS):
             other = begin + tl.arange(0, KEYS)
             counted = other < high
             exists = counted[:, None] & of_head
             keys = tl.load(pool_k + other[:, None] * WIDTH + d[None, :], mask=exists, other=0.0)
             values = tl.load(pool_v + other[:, None] * WIDTH + d[None, :], mask=exists, other=0.0)
-            max_score, exp_sum, acc = _online_softmax_step(
-                max_score, exp_sum, acc, query, keys, values, counted[None, :], scale
+            seen = counted[None, :]
+            if CAUSAL and window is not None:
+                seen = seen & (other[None, :] >= keys_outside(token, cached, window)[:, None])
+            max_score, exp_sum, acc = online_softmax_step(
+                max_score, exp_sum, acc, query, keys, values, seen, scale, cap
             )
 
+    if SPLIT and CAUSAL and window is not None:  # a query may see no key of a split
+        exp_sum = tl.where(exp_sum == 0.0, 1.0, exp_sum)
     acc = acc / exp_sum[:, None]
     if SPLIT:
         place = (tl.program_id(2).to(tl.int64) * splits + split) * (length * GROUPS) + stacked
@@ -289,6 +288,7 @@ def _combine_kernel(
     out,
     length,
     splits,
+    window,
     HEADS: tl.constexpr,
     GROUPS: tl.constexpr,
     WIDTH: tl.constexpr,
@@ -301,8 +301,7 @@ def _combine_kernel(
     stacked = tl.program_id(0)
     row = (tl.program_id(1) // HEADS).to(tl.int64)
     head = tl.program_id(1) % HEADS
-    cached = tl.load(lengths + row).to(tl.int32)
-    share = _keys_per_split(cached, splits, KEYS, MIN_KEYS)
+    _, cached, share = cached_keys(lengths, row, window, splits, KEYS, MIN_KEYS)
     used = tl.maximum((cached + share - 1) // share, 1)
     d = tl.arange(0, WIDTH_TILE)
     of_head = d < WIDTH

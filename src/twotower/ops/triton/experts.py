@@ -1,9 +1,9 @@
-"""Triton kernels of `experts` and `experts_int8`: read only the selected experts' weights, once per tile of tokens.
+"""Triton kernels of the operations on experts: read only the selected experts' weights, once per tile of tokens.
 
 The host does not wait for the device. Four launches. `_group_kernel` orders the (token, expert) pairs by expert and
-lists the tiles to compute. `_expert_kernel` multiplies a tile by `OUTS` outputs of its expert, once for `up` and once
-for `down`. `_combine_kernel` sums each token's pairs in a fixed order. Grids depend on shapes only; programs without a
-tile in the list exit at once.
+lists the tiles to compute. `_expert_kernel` multiplies a tile by `OUTS` outputs of its expert, once for `up`, with
+`gate` if the experts have gates, and once for `down`. `_combine_kernel` sums each token's pairs in a fixed order. Grids
+depend on shapes only; programs without a tile in the list exit at once.
 
 Memory traffic of one layer of the 30B shapes (hidden 2688, expert width 1856): 19.0 MiB (bf16) or 9.5 MiB (int8) per
 selected expert: 6 experts in an AR step (114 or 57 MiB), about 75 for a block of 16 tokens (1.4 or 0.7 GiB). In
@@ -13,14 +13,19 @@ and 5 KiB per pair of results, written and read. Importing this module needs Tri
 
 from __future__ import annotations
 
+from typing import NamedTuple
+
 import torch
 import triton
 import triton.language as tl
 from torch import Tensor
 
 from twotower.ops.reference.experts import PackedPair
+from twotower.ops.reference.gated_experts import NOT_PACKED, Int8Pair, PackedTriple
+from twotower.ops.triton.activation import activated
 from twotower.ops.triton.gemm import OUTS, as_int16_pairs, gemm_tile, intermediate_dtype, launch_config, max_tile_rows
 from twotower.ops.triton.launch import contiguous_from, device_guard, tile_of
+from twotower.specs import Activation
 
 COMPARED = 128 * 128  # comparisons of pairs with experts that one program makes at once
 LANES = 2048  # pairs per loop step
@@ -31,44 +36,91 @@ def experts(
     hidden: Tensor, topk_ids: Tensor, weight: Tensor, up: Tensor, down: Tensor, packed: PackedPair = (None, None)
 ) -> Tensor:
     """As `twotower.ops.reference.experts.experts_sorted`, without gradients. packed: ignored."""
-    return _moe(hidden, topk_ids, weight, (up.contiguous(), None), (down.contiguous(), None), up.shape[1])
+    return _moe(hidden, topk_ids, weight, _plain(up), _plain(down))
 
 
 def experts_int8(
     hidden: Tensor, topk_ids: Tensor, weight: Tensor, up: Tensor, up_scale: Tensor, down: Tensor, down_scale: Tensor
 ) -> Tensor:
     """As `twotower.ops.reference.int8.experts_sorted`."""
-    both = (as_int16_pairs(up), up_scale.contiguous()), (as_int16_pairs(down), down_scale.contiguous())
-    return _moe(hidden, topk_ids, weight, *both, up_scale.shape[1])
+    return _moe(hidden, topk_ids, weight, _packed((up, up_scale)), _packed((down, down_scale)))
 
 
-Weights = tuple[Tensor, Tensor | None]  # a matrix and None, or packed int8 and its scale
+def gated_experts(
+    hidden: Tensor,
+    topk_ids: Tensor,
+    weight: Tensor,
+    gate: Tensor,
+    up: Tensor,
+    down: Tensor,
+    activation: Activation,
+    packed: PackedTriple = NOT_PACKED,
+) -> Tensor:
+    """As `twotower.ops.reference.gated_experts.gated_experts_sorted`, without gradients. packed: ignored."""
+    return _moe(hidden, topk_ids, weight, _plain(up), _plain(down), _plain(gate), activation)
 
 
-def _moe(hidden: Tensor, topk_ids: Tensor, weight: Tensor, up: Weights, down: Weights, inner: int) -> Tensor:
-    """inner: the experts' width I."""
+def gated_experts_int8(
+    hidden: Tensor,
+    topk_ids: Tensor,
+    weight: Tensor,
+    gate: Int8Pair,
+    up: Int8Pair,
+    down: Int8Pair,
+    activation: Activation,
+) -> Tensor:
+    """As `twotower.ops.reference.gated_experts.gated_experts_int8`."""
+    return _moe(hidden, topk_ids, weight, _packed(up), _packed(down), _packed(gate), activation)
+
+
+class ExpertMatrices(NamedTuple):
+    """The matrices of all experts, or packed int8 with its scale. outs: outputs of an expert."""
+
+    matrix: Tensor
+    scale: Tensor | None
+    outs: int
+
+
+def _plain(weight: Tensor) -> ExpertMatrices:
+    return ExpertMatrices(weight.contiguous(), None, weight.shape[1])
+
+
+def _packed(pair: Int8Pair) -> ExpertMatrices:
+    return ExpertMatrices(as_int16_pairs(pair[0]), pair[1].contiguous(), pair[1].shape[1])
+
+
+def _moe(
+    hidden: Tensor,
+    topk_ids: Tensor,
+    weight: Tensor,
+    up: ExpertMatrices,
+    down: ExpertMatrices,
+    gate: ExpertMatrices | None = None,
+    activation: Activation = "relu2",
+) -> Tensor:
     if not topk_ids.numel():
         return torch.zeros_like(hidden)
     hidden = contiguous_from(hidden, 1)
     mixed = torch.empty_like(hidden, memory_format=torch.contiguous_format)
-    width, top, count = hidden.shape[1], topk_ids.shape[1], len(up[0])
+    width, top, count = hidden.shape[1], topk_ids.shape[1], len(up.matrix)
     rows = rows_per_tile(topk_ids.numel(), count, hidden.dtype)
     with device_guard(hidden):
         order, items = group_by_expert(topk_ids, count, rows)
         kept = intermediate_dtype(hidden.dtype)
-        activated = hidden.new_empty(topk_ids.numel(), inner, dtype=kept)
+        inner = hidden.new_empty(topk_ids.numel(), up.outs, dtype=kept)
         pairs = hidden.new_empty(topk_ids.numel(), width, dtype=kept)
-        for x, (matrix, scale), out, is_up in ((hidden, up, activated, True), (activated, down, pairs, False)):
-            launch = launch_config(hidden.dtype, scale is not None, rows)
+        for x, own, gates, out, is_up in ((hidden, up, gate, inner, True), (inner, down, None, pairs, False)):
+            launch = launch_config(hidden.dtype, own.scale is not None, rows, gates is not None)
             _expert_kernel[(len(items), triton.cdiv(out.shape[1], OUTS))](
                 x,
-                matrix,
-                scale,
+                *own[:2],
+                *((None, None) if gates is None else gates[:2]),
                 out,
                 order,
                 items,
                 x.stride(0),
                 IS_UP=is_up,
+                KIND=activation,
                 TOP=top,
                 OUT=out.shape[1],
                 IN=x.shape[1],
@@ -186,11 +238,14 @@ def _expert_kernel(
     x,
     weight,
     scale,
+    gate,
+    gate_scale,
     out,
     order,
     items,
     x_stride,
     IS_UP: tl.constexpr,
+    KIND: tl.constexpr,
     TOP: tl.constexpr,
     OUT: tl.constexpr,
     IN: tl.constexpr,
@@ -202,8 +257,8 @@ def _expert_kernel(
 ):
     """A tile of pairs of one expert (axis 0), some outputs (axis 1).
 
-    IS_UP: reads tokens, writes pairs in the order of `order`, applies relu²; otherwise reads that order and writes
-    pairs token by token.
+    IS_UP: reads tokens, writes pairs in the order of `order`, applies the activation of KIND; otherwise reads that
+    order and writes pairs token by token.
     """
     item = items + tl.program_id(0).to(tl.int64) * 3
     expert = tl.load(item).to(tl.int64)
@@ -224,19 +279,26 @@ def _expert_kernel(
     rows = x + source.to(tl.int64) * x_stride
     INT8: tl.constexpr = scale is not None
     SIZE: tl.constexpr = (OUT + 15) // 16 * 8 * IN if INT8 else OUT * IN  # elements of one expert, as loaded
+    outs = first + tl.arange(0, OUTS)
+    exists = outs < OUT
+    if gate is not None:
+        gates = gemm_tile(
+            rows, live, gate + expert * SIZE, first, 0, IN, OUT, IN, INT8, ROWS, OUTS, STEP, OPERAND, PRECISION
+        )
+        if INT8:
+            gates *= tl.load(gate_scale + expert * OUT + outs, mask=exists, other=0.0)[None, :]
+        gates = activated(gates, KIND)
     total = gemm_tile(
         rows, live, weight + expert * SIZE, first, 0, IN, OUT, IN, INT8, ROWS, OUTS, STEP, OPERAND, PRECISION
     )
-    outs = first + tl.arange(0, OUTS)
-    exists = outs < OUT
     if INT8:
         total *= tl.load(scale + expert * OUT + outs, mask=exists, other=0.0)[None, :]
-    result = total.to(out.dtype.element_ty)
-    if IS_UP:  # rounds after each operation, as torch does
-        positive = tl.maximum(result.to(tl.float32), 0.0, propagate_nan=tl.PropagateNan.ALL)
-        result = (positive * positive).to(out.dtype.element_ty)
+    if gate is not None:
+        total *= gates
+    elif IS_UP:  # rounds before the activation, as torch does
+        total = activated(total.to(out.dtype.element_ty).to(tl.float32), KIND)
     at = out + target.to(tl.int64)[:, None] * OUT + outs[None, :]
-    tl.store(at, result, mask=live[:, None] & exists[None, :])
+    tl.store(at, total.to(out.dtype.element_ty), mask=live[:, None] & exists[None, :])
 
 
 @triton.jit

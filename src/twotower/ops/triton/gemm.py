@@ -34,14 +34,14 @@ class LaunchConfig(NamedTuple):
     precision: str
 
 
-def launch_config(dtype: torch.dtype, int8: bool, rows: int) -> LaunchConfig:
-    """The launch configuration of a product.
+def launch_config(dtype: torch.dtype, int8: bool, rows: int, gated: bool = False) -> LaunchConfig:
+    """The launch configuration of a product, or of two products whose tiles a program combines (gated).
 
     Two or three steps are in flight, 16 to 32 KiB per program, so several programs fit on a multiprocessor. Shared
     memory stays below 99 KiB, the limit of compute capabilities 8.6, 8.9 and 12.0.
     """
     if dtype == torch.float32:  # no tensor cores: the registers per thread limit the step
-        return LaunchConfig(32, 3, 4, tl.float32, "ieee")
+        return LaunchConfig(32, 3, 8 if gated else 4, tl.float32, "ieee")
     return LaunchConfig(
         128 if rows < 64 else 64, 4 if int8 else 3, 4, tl.float32 if INTERPRETED else tl.bfloat16, "ieee"
     )

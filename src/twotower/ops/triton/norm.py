@@ -28,7 +28,7 @@ def rms_norm(
     """As `twotower.ops.reference.norm.rms_norm`, without gradients."""
     width = x.shape[-1]
     tile = tile_of(width)
-    if tile > MAX_NORM_WIDTH or offset or x.dim() != 3:
+    if tile > MAX_NORM_WIDTH or x.dim() != 3:
         return reference.rms_norm(x, weight, eps, modulation, order, offset)
     rows, length, _ = x.shape
     out = torch.empty(x.shape, dtype=weight.dtype, device=x.device)
@@ -49,6 +49,7 @@ def rms_norm(
             0 if scale is None else scale.stride(0),
             length,
             eps,
+            offset,
             MODULATED="" if modulation is None else order,
             WIDTH=width,
             TILE=tile,
@@ -70,17 +71,19 @@ def _norm_kernel(
     scale_row,
     length,
     eps,
+    offset,
     MODULATED: tl.constexpr,
     WIDTH: tl.constexpr,
     TILE: tl.constexpr,
 ):
     """One token. All loads are issued before the reduction, so none waits for the sum."""
     at = tl.program_id(0).to(tl.int64)
-    row = at // length
+    row = (tl.program_id(0) // length).to(tl.int64)  # 64-bit divisions would take longer than the rest
+    x += row * x_row + tl.program_id(0) % length * x_token
     columns = tl.arange(0, TILE)
     exists = columns < WIDTH
-    value = tl.load(x + row * x_row + at % length * x_token + columns, mask=exists, other=0.0).to(tl.float32)
-    factor = tl.load(weight + columns, mask=exists, other=0.0).to(tl.float32)
+    value = tl.load(x + columns, mask=exists, other=0.0).to(tl.float32)
+    factor = offset + tl.load(weight + columns, mask=exists, other=0.0).to(tl.float32)
     if MODULATED != "":
         added = tl.load(shift + row * shift_row + columns, mask=exists, other=0.0).to(tl.float32)
         grown = 1.0 + tl.load(scale + row * scale_row + columns, mask=exists, other=0.0).to(tl.float32)

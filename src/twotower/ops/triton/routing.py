@@ -15,7 +15,6 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from twotower.ops.reference import routing as reference
 from twotower.ops.reference.routing import Routing
 from twotower.ops.triton.launch import contiguous_from, device_guard, tile_of
 
@@ -27,8 +26,6 @@ SHARE = 384  # columns per program: 7 × 8 programs per tile of tokens at the 30
 
 def route(hidden: Tensor, weight: Tensor, bias: Tensor | None, rule: Routing) -> tuple[Tensor, Tensor]:
     """As `twotower.ops.reference.routing.route`, without gradients."""
-    if bias is None or rule.scores != "sigmoid":
-        return reference.route(hidden, weight, bias, rule)
     tokens, width = hidden.shape
     experts = weight.shape[0]
     topk_ids = torch.empty(tokens, rule.top, dtype=torch.int64, device=hidden.device)
@@ -58,12 +55,13 @@ def route(hidden: Tensor, weight: Tensor, bias: Tensor | None, rule: Routing) ->
         )
         _topk_kernel[(tokens,)](
             sums,
-            bias.contiguous(),
+            None if bias is None else bias.contiguous(),
             topk_ids,
             topk_weights,
             tokens,
             float(rule.factor),
             COUNT=experts,
+            SOFTMAX=rule.scores == "softmax",
             PARTS=parts,
             GROUPS=rule.n_group,
             KEPT=rule.topk_group,
@@ -128,6 +126,7 @@ def _topk_kernel(
     tokens,
     factor,
     COUNT: tl.constexpr,
+    SOFTMAX: tl.constexpr,
     PARTS: tl.constexpr,
     GROUPS: tl.constexpr,
     KEPT: tl.constexpr,
@@ -136,7 +135,7 @@ def _topk_kernel(
     TILE: tl.constexpr,
     TOP_TILE: tl.constexpr,
 ):
-    """One token: sigmoid, selection within the kept groups, expert weights."""
+    """One token: scores, selection within the kept groups, expert weights."""
     SIZE: tl.constexpr = COUNT // GROUPS
     token = tl.program_id(0).to(tl.int64)
     expert = tl.arange(0, TILE)
@@ -144,8 +143,15 @@ def _topk_kernel(
     logit = tl.zeros([TILE], dtype=tl.float32)
     for part in tl.static_range(PARTS):  # fixed order of summation; all loads are issued at once
         logit += tl.load(sums + (part * tokens + token) * COUNT + expert, mask=real, other=0.0)
-    score = tl.where(real, 1.0 / (1.0 + tl.exp(-logit)), 0.0)
-    biased = score + tl.load(bias + expert, mask=real, other=0.0).to(tl.float32)
+    if SOFTMAX:
+        power = tl.exp(logit - tl.max(tl.where(real, logit, -float("inf")), axis=0))
+        score = tl.where(real, power, 0.0)
+        score /= tl.sum(score, axis=0)
+    else:
+        score = tl.where(real, 1.0 / (1.0 + tl.exp(-logit)), 0.0)
+    biased = score
+    if bias is not None:
+        biased = score + tl.load(bias + expert, mask=real, other=0.0).to(tl.float32)
     biased = tl.where(real, biased, -float("inf"))
 
     if GROUPS > 1:
