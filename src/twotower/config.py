@@ -9,16 +9,18 @@ from __future__ import annotations
 import dataclasses
 import json
 import math
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
 from transformers import PretrainedConfig
 
+from twotower.backbone_config import autoregressive_config, plain_numbers, reason
 from twotower.errors import ConfigError
+from twotower.json_text import JsonObject
 from twotower.nemotron_h_fields import NemotronHFields
 from twotower.specs import LayerKind
-
-JsonObject = dict[str, Any]  # also keyword arguments of transformers, of many types
 
 ARCHITECTURE = "NemotronHTwoTowerForCausalLM"
 MODEL_TYPE = "nemotron_h"
@@ -66,6 +68,15 @@ def read_object(file: Path, remedy: str) -> JsonObject:
     if not isinstance(raw, dict):
         raise ConfigError(f"{file}: contains a {type(raw).__name__}; it must be a JSON object")
     return raw
+
+
+@contextmanager
+def errors_of(file: Path) -> Iterator[None]:
+    """Puts the name of a config.json before the text of a ConfigError that a `with` block raises."""
+    try:
+        yield
+    except ConfigError as error:
+        raise ConfigError(f"{file}: {error}") from None
 
 
 class TwoTowerConfig(PretrainedConfig):
@@ -157,12 +168,12 @@ class TwoTowerConfig(PretrainedConfig):
             )
         if kind == MODEL_TYPE and not (raw.keys() & {"hybrid_override_pattern", "layers_block_type", "layer_types"}):
             raise ConfigError(f"{file}: has no hybrid_override_pattern, so the kinds of its layers are unknown")
-        try:
+        with errors_of(file):
+            if kind == GENERIC_MODEL_TYPE and raw.get("backbone") is None:
+                raise ConfigError("config: backbone is missing; it must be the config.json of the autoregressive model")
             if kind == GENERIC_MODEL_TYPE and raw.get("mask_token_id") is None:
                 raise ConfigError("config: mask_token_id is missing; give the id of the mask token")
             return (GenericTwoTowerConfig if kind == GENERIC_MODEL_TYPE else TwoTowerConfig)(**raw)
-        except ConfigError as error:
-            raise ConfigError(f"{file}: {error}") from None
 
 
 class GenericTwoTowerConfig(TwoTowerConfig):
@@ -183,6 +194,12 @@ class GenericTwoTowerConfig(TwoTowerConfig):
     ) -> None:
         # transformers constructs configurations without arguments.
         self.backbone: JsonObject = {"model_type": "llama"} if backbone is None else backbone
+        if not isinstance(self.backbone, dict):
+            raise ConfigError(
+                f"config: backbone is {backbone!r}; it must be the config.json of the autoregressive model"
+            )
+        if block_size is not None and (not isinstance(block_size, int) or block_size < 1):
+            raise ConfigError(f"config: block_size is {block_size!r}; it must be a positive integer")
         text = self.autoregressive
         self.block_size = block_size
         self.vocab_size, self.hidden_size = text.vocab_size, text.hidden_size
@@ -226,34 +243,6 @@ class GenericTwoTowerConfig(TwoTowerConfig):
         return out
 
 
-def autoregressive_config(raw: JsonObject) -> PretrainedConfig:
-    """transformers' configuration of an autoregressive model from its config.json, in any spelling.
-
-    A multimodal file gives the configuration of its text model.
-
-    Raises:
-        ConfigError: transformers does not know the model_type, or refuses a value.
-    """
-    from transformers import CONFIG_MAPPING
-
-    nested = raw.get("text_config")
-    given = nested if isinstance(nested, dict) else raw
-    values: JsonObject = {key: _plain_numbers(value) for key, value in given.items()}
-    if nested is not None and "tie_word_embeddings" in raw:
-        values.setdefault("tie_word_embeddings", raw["tie_word_embeddings"])
-    kind = values.pop("model_type", None)
-    if kind not in CONFIG_MAPPING:
-        remote = " and its code on the hub is not run" if "auto_map" in raw else ""
-        raise ConfigError(
-            f"config: model_type is {kind!r}, which this version of transformers does not know{remote}; "
-            "choose a model that transformers supports without trust_remote_code"
-        )
-    try:
-        return CONFIG_MAPPING[kind](**values)
-    except Exception as error:  # transformers checks its keys, and raises many types
-        raise ConfigError(f"config: transformers cannot use a value ({_first_line(error)}); correct it") from None
-
-
 def _layer_kinds(own: JsonObject, kwargs: JsonObject) -> JsonObject:
     """The pattern, from any of its spellings, which are removed from kwargs. All given spellings must agree."""
     pattern = own.get("hybrid_override_pattern")
@@ -289,15 +278,9 @@ def _construct(config: TwoTowerConfig, kwargs: JsonObject) -> None:
     try:
         PretrainedConfig.__init__(config, **kwargs)
     except Exception as error:  # transformers checks its own keys, and raises many types
-        raise ConfigError(
-            f"config: transformers cannot use a value ({_first_line(error)}); correct or remove it"
-        ) from None
+        raise ConfigError(f"config: transformers cannot use a value ({reason(error)}); correct or remove it") from None
     # transformers drops keys that are also generation settings (`use_cache`); here they are kept.
     config._kept = {k: v for k, v in kwargs.items() if not (hasattr(config, k) or hasattr(config, f"_{k}"))}
-
-
-def _first_line(error: Exception) -> str:
-    return (str(error).strip() or type(error).__name__).splitlines()[0]
 
 
 def _pattern_of(key: str, types: object) -> str:
@@ -322,17 +305,10 @@ def _check_kinds(kwargs: JsonObject) -> None:
 
 def _limits(value: object) -> object:
     """time_step_limit from JSON, where infinity is `Infinity` or an object of transformers."""
-    value = _plain_numbers(value)
+    value = plain_numbers(value)
     if not isinstance(value, list | tuple):
         return value
     return tuple(float(x) if isinstance(x, int | float) or x == "Infinity" else x for x in value)
-
-
-def _plain_numbers(value: object) -> object:
-    """A value of a config.json without the objects that transformers writes for infinity."""
-    if isinstance(value, list | tuple):
-        return [_plain_numbers(part) for part in value]
-    return float("inf") if value == {"__float__": "Infinity"} else value
 
 
 def _mask_token(value: object, vocab_size: int) -> int | None:

@@ -4,6 +4,9 @@ from __future__ import annotations
 
 import json
 import math
+from typing import Any
+
+JsonObject = dict[str, Any]  # also keyword arguments of transformers, of many types
 
 
 def to_json(value: object, *, ensure_ascii: bool = True) -> str:

@@ -111,7 +111,7 @@ def convert(
         weights = write_shards(folder, to_write, max_shard_size, written)
         _write_rest(tower, folder, model_dtype)
         known = names.tensor_entries(tower.model)
-        reader.check(folder, reader.read_headers(folder), known, known, config.stored_pattern)
+        reader.check(folder, reader.read_headers(folder), known, known, config)
     return ConversionResult(
         source=str(source),
         directory=Path(directory),

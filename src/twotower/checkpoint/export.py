@@ -24,9 +24,10 @@ from twotower.checkpoint.names import TWO_TOWERS, DiskLayout
 from twotower.checkpoint.reader import StoredTensor
 from twotower.checkpoint.source import resolve_source
 from twotower.checkpoint.writer import TensorToWrite, write_shards
-from twotower.config import GenericTwoTowerConfig, JsonObject, TwoTowerConfig
+from twotower.config import GenericTwoTowerConfig, TwoTowerConfig
 from twotower.errors import ArgumentError
 from twotower.families import family_of
+from twotower.json_text import JsonObject
 from twotower.model.towers import TwoTowerModel
 
 
@@ -73,7 +74,7 @@ def export_one_tower(
     with torch.device("meta"):
         model = TwoTowerModel(config)
     found, known = reader.read_headers(origin), names.tensor_entries(model)
-    reader.check(origin, found, known, known, config.stored_pattern)
+    reader.check(origin, found, known, known, config)
     context = dict.fromkeys(entry.disk for entry in known if entry.memory.startswith("context."))
     table = found[reader.embeddings(known).disk].torch_dtype
     values, notes = autoregressive_values(model, table)

@@ -17,9 +17,10 @@ from torch import Tensor
 
 from twotower.checkpoint import gguf_nemotron_h
 from twotower.checkpoint.names import DiskLayout, TensorEntry, one_tower_entries
-from twotower.config import GenericTwoTowerConfig, JsonObject, TwoTowerConfig
+from twotower.config import GenericTwoTowerConfig, TwoTowerConfig
 from twotower.errors import CheckpointError, ConfigError, TwoTowerError, install_command
 from twotower.families import family_of
+from twotower.json_text import JsonObject
 from twotower.model.towers import TwoTowerModel
 from twotower.tokenizer import Tokenizer
 

@@ -9,8 +9,9 @@ from typing import Protocol
 
 import numpy as np
 
-from twotower.config import JsonObject, TwoTowerConfig
+from twotower.config import TwoTowerConfig
 from twotower.errors import ConfigError
+from twotower.json_text import JsonObject
 from twotower.specs import LayerKind
 
 ARCHITECTURES = ("nemotron_h", "nemotron_h_moe")

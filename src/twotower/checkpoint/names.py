@@ -108,7 +108,10 @@ def _entries(
     if found is None:
         module, _, leaf = part.rpartition(".")
         absent = layout.found is not None and f"{layout.head}.{leaf}" not in layout.found
-        if module == "head" and not (spec.tied_head or absent):  # the int8 copy of a tied head is a tensor of its own
+        alone = layout.found is not None and f"{layout.root}{family.embeddings}.{leaf}" not in layout.found
+        own_head = module == "head" and not spec.tied_head  # the int8 copy of a tied head is a tensor of its own
+        tied_head_alone = module != "norm_f" and spec.tied_head and alone  # the file has no embedding
+        if (own_head or tied_head_alone) and not absent:
             disk = f"{layout.head}.{leaf}"
         else:
             disk = f"{layout.root}{family.norm_f if module == 'norm_f' else family.embeddings}.{leaf}"

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import dataclasses
 import json
 import re
 from collections.abc import Callable, Iterable
@@ -15,53 +14,20 @@ import torch
 from safetensors import safe_open
 from torch import Tensor
 
-from twotower.checkpoint import gguf_file, names, pretrained, reader
+from twotower.checkpoint import gguf_file, names, one_tower_config, pretrained, reader
 from twotower.checkpoint.generation_config import GenerationDefaults
 from twotower.checkpoint.names import DiskLayout, TensorEntry
 from twotower.checkpoint.reader import StoredTensor
 from twotower.checkpoint.tokenizer_files import copy_model_files, load_tokenizer, save_tokenizer
 from twotower.checkpoint.writer import write_shards
-from twotower.config import (
-    ARCHITECTURE,
-    GENERIC_MODEL_TYPE,
-    MODEL_TYPE,
-    GenericTwoTowerConfig,
-    TwoTowerConfig,
-    read_object,
-)
-from twotower.errors import CheckpointError, ConfigError
-from twotower.families import family_of, tower_spec
+from twotower.config import TwoTowerConfig
+from twotower.errors import CheckpointError
+from twotower.families import family_of
 from twotower.model.towers import TwoTowerModel
-from twotower.nemotron_h_fields import NemotronHFields
 from twotower.tokenizer import Tokenizer
 
 _EXTRA_HEADS = re.compile(r"(?:^|\.)mtp")  # draft heads of multi-token prediction; the denoiser replaces them
-# Keys of config.json that describe the file, its code or the draft heads, not the model.
-_DROPPED = {
-    "architectures",
-    "auto_map",
-    "dtype",
-    "model_type",
-    "mtp_hybrid_override_pattern",
-    "mtp_layers_block_type",
-    "num_nextn_predict_layers",
-    "tie_word_embeddings",
-    "torch_dtype",
-    "transformers_version",
-    "_name_or_path",
-}
-_OLDER_NAMES = {
-    "attention_head_dim": "head_dim",
-    "mamba_chunk_size": "chunk_size",
-    "mamba_conv_bias": "use_conv_bias",
-    "mamba_d_conv": "conv_kernel",
-    "mamba_dt_init_floor": "time_step_floor",
-    "mamba_dt_limit": "time_step_limit",
-    "mamba_dt_max": "time_step_max",
-    "mamba_dt_min": "time_step_min",
-    "mamba_n_groups": "n_groups",
-    "num_local_experts": "n_routed_experts",
-}
+_COMPUTED = re.compile(r"rotary_emb\.inv_freq$")  # older versions of transformers stored these buffers
 
 
 class Weights(Protocol):
@@ -144,11 +110,14 @@ def _read_directory(directory: Path) -> OneTowerCheckpoint:
         ConfigError, CheckpointError: the family is not supported, the config is not valid, a file is damaged, or a
             tensor is missing, unexpected, or of a wrong shape.
     """
-    config, tied = _config(directory / "config.json")
+    config, tied = one_tower_config.read_config(directory)
     found = reader.read_headers(directory)
+    one_tower_config.check_tensor_names(found)
     if any(name.startswith("context_tower.") for name in found):
         raise CheckpointError(f"{directory}: already a two-tower checkpoint; no conversion is needed")
-    roots = family_of(config).roots
+    found = {name: place for name, place in found.items() if not _COMPUTED.search(name)}
+    family = family_of(config)
+    roots = family.roots
     try:
         root, head = next(r for r in roots if any(name.startswith(f"{r[0]}layers.") for name in found))
     except StopIteration:
@@ -158,10 +127,13 @@ def _read_directory(directory: Path) -> OneTowerCheckpoint:
         ) from None
     stored = {name: place for name, place in found.items() if name.startswith((root, f"{head}."))}
     stored = {name: place for name, place in stored.items() if not _EXTRA_HEADS.search(name)}
+    notes = list(_notes_about_others(sorted(set(found) - set(stored))))
+    config, note = _settle_head(stored, f"{head}.weight", f"{root}{family.embeddings}.weight", config, tied)
+    notes += [note] if note else []
     with torch.device("meta"):
         model = TwoTowerModel(config)
     needed = names.one_tower_entries(model, DiskLayout(root, head, stored))
-    reader.check_tensors(directory, stored, needed, needed, config.stored_pattern)
+    reader.check_tensors(directory, stored, needed, needed, config)
     return OneTowerCheckpoint(
         model=model,
         places=_places(needed),
@@ -169,64 +141,51 @@ def _read_directory(directory: Path) -> OneTowerCheckpoint:
         tokenizer=load_tokenizer(directory),
         defaults=GenerationDefaults.read(directory, config.vocab_size),
         copy_files=partial(copy_model_files, directory),
-        notes=tuple(_notes(sorted(set(found) - set(stored)), f"{head}.weight" in stored, tied, model.spec.tied_head)),
+        notes=tuple(notes),
     )
 
 
-def _notes(left_out: list[str], has_head: bool, tied: bool, stays_tied: bool) -> Iterable[str]:
+def _settle_head(
+    stored: dict[str, StoredTensor], head: str, table: str, config: TwoTowerConfig, tied: bool
+) -> tuple[TwoTowerConfig, str | None]:
+    """The configuration, tied or not as the file's tensors are, and a note for the user.
+
+    A stored head that equals the embedding to which the configuration ties it is removed from `stored`.
+    """
+    if config.tie_word_embeddings and {head, table} <= stored.keys():
+        if _equal(stored[head], head, stored[table], table):
+            del stored[head]
+            return config, f"the head of each tower is its embedding; {head} of the source equals it and is left out"
+        return one_tower_config.untied(config), (
+            f"config.json ties head and embedding, but {head} differs from the embedding; the head stays untied, as in "
+            "transformers"
+        )
+    if config.tie_word_embeddings:
+        return config, "the head of each tower is its embedding"
+    if head in stored:
+        return config, None
+    if tied:
+        return config, "the head is tied to the embedding; the heads of both towers are untied copies of the embedding"
+    return config, f"{head} is missing, and config.json does not tie it; both heads are copies of the embedding"
+
+
+def _equal(place: StoredTensor, name: str, other_place: StoredTensor, other: str) -> bool:
+    """Whether two tensors (V, H) on disk are equal, read in parts of 1024 rows."""
+    if place.shape != other_place.shape:
+        return False
+    with safe_open(place.file, framework="pt") as first, safe_open(other_place.file, framework="pt") as second:
+        slices = first.get_slice(name), second.get_slice(other)
+        rows = range(0, place.shape[0], 1024)
+        return all(torch.equal(*(each[start : start + 1024] for each in slices)) for start in rows)
+
+
+def _notes_about_others(left_out: list[str]) -> Iterable[str]:
     heads = [name for name in left_out if _EXTRA_HEADS.search(name)]
     if heads:
         yield f"{len(heads)} tensors of multi-token prediction (mtp.*) are left out, because the denoiser replaces them"
     if len(heads) < len(left_out):
         other = next(name for name in left_out if name not in heads)
         yield f"{len(left_out) - len(heads)} tensors of other parts of the model are left out, such as {other}"
-    if stays_tied:
-        yield "the head of each tower is its embedding"
-    elif not has_head and tied:
-        yield "the head is tied to the embedding; the heads of both towers are untied copies of the embedding"
-    elif not has_head:
-        yield "lm_head.weight is missing, and config.json does not tie it; both heads are copies of the embedding"
-
-
-def _config(file: Path) -> tuple[TwoTowerConfig, bool]:
-    """The configuration of the two-tower model, and whether the source ties head and embedding."""
-    raw = read_object(file, "give a checkpoint directory")
-    if ARCHITECTURE in (raw.get("architectures") or ()):
-        raise ConfigError(f"{file}: already the config of a two-tower checkpoint; no conversion is needed")
-    if raw.get("model_type") == GENERIC_MODEL_TYPE:
-        raise ConfigError(f"{file}: already the config of a two-tower checkpoint; no conversion is needed")
-    if raw.get("quantization_config"):
-        method = raw["quantization_config"].get("quant_method", "unknown")
-        raise ConfigError(f"{file}: the weights are quantised ({method}); convert the original bf16 checkpoint")
-    if raw.get("model_type") != MODEL_TYPE:
-        try:
-            config: TwoTowerConfig = GenericTwoTowerConfig(backbone=raw)
-            return config, tower_spec(config).tied_head
-        except ConfigError as error:
-            raise ConfigError(f"{file}: {error}") from None
-    if not raw.keys() & {"hybrid_override_pattern", "layers_block_type", "layer_types"}:
-        raise ConfigError(
-            f"{file}: has no hybrid_override_pattern or layers_block_type, so the kinds of the layers are unknown"
-        )
-    try:
-        return TwoTowerConfig(**_values(raw)), bool(raw.get("tie_word_embeddings"))
-    except ConfigError as error:
-        raise ConfigError(f"{file}: {error}") from None
-
-
-def _values(raw: dict[str, object]) -> dict[str, object]:
-    """The keyword arguments of `TwoTowerConfig`. Keys that a dense model lacks may be absent, null or 0."""
-    own = {field.name: field.type for field in dataclasses.fields(NemotronHFields)}
-    values: dict[str, object] = {}
-    for key, value in raw.items():
-        name = _OLDER_NAMES.get(key, key)
-        absent = value is None or (value == 0 and own.get(name) == "int")
-        if name in _DROPPED or (name != key and name in raw):
-            continue
-        if absent and name in own and name != "num_key_value_heads":  # null means num_attention_heads
-            continue
-        values[name] = value
-    return values
 
 
 def write(directory: Path, weights: dict[str, torch.Tensor], config: TwoTowerConfig, tokenizer: Tokenizer) -> None:

@@ -26,6 +26,7 @@ from twotower.config import (
     MODEL_TYPE,
     GenericTwoTowerConfig,
     TwoTowerConfig,
+    errors_of,
 )
 from twotower.errors import ArgumentError, CheckpointError
 from twotower.model.towers import TowerSet, TwoTowerModel
@@ -66,7 +67,7 @@ def from_pretrained(
         )
     defaults = GenerationDefaults.read(directory, config.vocab_size)
     config._name_or_path = str(source)
-    with torch.device("meta"):
+    with torch.device("meta"), errors_of(directory / "config.json"):
         model = build(config, asked.towers)
         known = names.tensor_entries(model if asked.towers == "both" else build(config, "both"))
         if asked.quantization == "int8":

@@ -16,14 +16,26 @@ import torch
 from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
+from twotower.checkpoint import mismatch
 from twotower.checkpoint.atomic import finish_save
 from twotower.checkpoint.names import KIND_MARKS, LAYER, SCALE, TensorEntry, by_tensor_on_disk, tensor_entries
 from twotower.checkpoint.writer import DTYPE_NAMES, INDEX_FILE, SINGLE_FILE, TensorToWrite, write_shards
+from twotower.config import TwoTowerConfig
 from twotower.errors import CheckpointError
 from twotower.model.fp32_tensors import named_tensors, target_dtype
 from twotower.model.towers import TwoTowerModel
 from twotower.ops.reference import int8
 from twotower.specs import KIND_NAMES, KIND_OF_LETTER
+
+_SAVE_AGAIN = "load it with transformers and save it with save_pretrained"
+_OTHER_FORMATS = {
+    "pytorch_model*.bin": _SAVE_AGAIN,
+    "*.gguf": "give the file itself to twotower init",
+    "consolidated*": "download the files model*.safetensors, which transformers reads",
+    "*.safetensors": _SAVE_AGAIN,
+    "*.msgpack": _SAVE_AGAIN,
+    "*.h5": _SAVE_AGAIN,
+}
 
 
 @dataclass(frozen=True)
@@ -50,7 +62,7 @@ def read_headers(directory: Path) -> dict[str, StoredTensor]:
     if not index.exists():
         if not (directory / SINGLE_FILE).exists():
             raise CheckpointError(
-                f"{directory}: has neither {SINGLE_FILE} nor {INDEX_FILE}; give a directory with weights"
+                f"{directory}: has neither {SINGLE_FILE} nor {INDEX_FILE}; {_other_weights(directory)}"
             )
         return _header(directory / SINGLE_FILE)
     try:
@@ -79,6 +91,14 @@ def read_headers(directory: Path) -> dict[str, StoredTensor]:
     return found
 
 
+def _other_weights(directory: Path) -> str:
+    """What to do about a directory without weights that can be read."""
+    for pattern, remedy in _OTHER_FORMATS.items():
+        if found := sorted(directory.glob(pattern)):
+            return f"{found[0].name} is there: {remedy}"
+    return "give a directory with weights"
+
+
 def _header(file: Path) -> dict[str, StoredTensor]:
     try:
         with safe_open(file, framework="pt") as handle:
@@ -96,12 +116,12 @@ def check(
     found: dict[str, StoredTensor],
     known: list[TensorEntry],
     needed: list[TensorEntry],
-    pattern: str | None,
+    config: TwoTowerConfig,
 ) -> None:
     """Checks that no tensor is missing or unexpected and that all shapes match.
 
     found: tensors on disk. known: all tensors of a two-tower model of this configuration. needed: the tensors to load.
-    pattern: `TwoTowerConfig.stored_pattern`.
+    config: of the model, for the words of the errors.
 
     Raises:
         CheckpointError: see above; the message names the file and the tensor.
@@ -109,10 +129,10 @@ def check(
     if not any(name.startswith("context_tower.") for name in found):
         kind = "a one-tower model" if any(n.startswith(("backbone.", "model.")) for n in found) else "another model"
         raise CheckpointError(
-            f"{directory}: has no context_tower.* tensors, so it is {kind}, not a two-tower checkpoint; "
-            "a two-tower checkpoint has context_tower.*, denoiser_tower.*, lm_head and t_embedder"
+            f"{directory}: has no context_tower.* tensors, so it is {kind}, not a two-tower checkpoint; a two-tower "
+            "checkpoint has context_tower.*, denoiser_tower.*, lm_head and t_embedder, and twotower init makes one"
         )
-    check_tensors(directory, found, known, needed, pattern)
+    check_tensors(directory, found, known, needed, config)
 
 
 def check_tensors(
@@ -120,17 +140,19 @@ def check_tensors(
     found: dict[str, StoredTensor],
     known: list[TensorEntry],
     needed: list[TensorEntry],
-    pattern: str | None,
+    config: TwoTowerConfig,
 ) -> None:
     """`check` for the one-tower and the two-tower layout."""
-    if pattern is not None:
-        _check_kinds(found, pattern)
+    if config.stored_pattern is not None:
+        _check_kinds(found, config.stored_pattern)
+    listing = directory / (INDEX_FILE if (directory / INDEX_FILE).exists() else SINGLE_FILE)
+    mismatch.check_counts(listing, found, (entry.disk for entry in needed), config)
     missing = [entry for entry in needed if entry.disk not in found]
     if missing:
-        listing = INDEX_FILE if (directory / INDEX_FILE).exists() else SINGLE_FILE
         raise CheckpointError(
-            f"{directory / listing}: {missing[0].disk} is missing (shape {list(missing[0].disk_shape)} expected)"
+            f"{listing}: {missing[0].disk} is missing (shape {list(missing[0].disk_shape)} expected)"
             + (f", and {len(missing) - 1} more" if len(missing) > 1 else "")
+            + "; download it again, or use the config.json of these weights"
         )
     surplus = sorted(set(found) - {entry.disk for entry in known})
     if surplus:
@@ -144,7 +166,8 @@ def check_tensors(
         if stored.shape != entry.disk_shape:
             raise CheckpointError(
                 f"{stored.file}: {entry.disk} has shape {list(stored.shape)}; "
-                f"the config expects {list(entry.disk_shape)}"
+                f"the config expects {list(entry.disk_shape)}{mismatch.sources_of_shape(entry.memory, config)}; "
+                "use the config.json of these weights"
             )
         if stored.dtype not in DTYPE_NAMES.values():
             raise CheckpointError(
@@ -187,7 +210,7 @@ def load_weights(
     """
     found = read_headers(directory)
     needed = tensor_entries(model)
-    check(directory, found, known, needed, model.config.stored_pattern)
+    check(directory, found, known, needed, model.config)
     if dtype is None:
         dtype = _stored_dtype(found[embeddings(needed).disk])
     by_file: dict[Path, list[TensorEntry]] = defaultdict(list)

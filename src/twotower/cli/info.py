@@ -62,12 +62,14 @@ def describe(path: Path) -> Facts:
 
         from twotower.checkpoint.quantize import quantize_
         from twotower.checkpoint.tokenizer_files import TOKENIZER_FILES
+        from twotower.cli.info_backbone import backbone_facts, refuse_one_tower
         from twotower.cli.info_generation import generation_facts, read_tokenizer
-        from twotower.config import TwoTowerConfig
+        from twotower.config import TwoTowerConfig, errors_of
         from twotower.modeling_twotower import TwoTowerForCausalLM
 
+        refuse_one_tower(path)
         config = TwoTowerConfig.read(path)
-        with torch.device("meta"):
+        with torch.device("meta"), errors_of(path):
             model = TwoTowerForCausalLM(config)
             int8 = quantize_(TwoTowerForCausalLM(config))
     directory = path if path.is_dir() else path.parent
@@ -81,6 +83,7 @@ def describe(path: Path) -> Facts:
         "architectures": config.architectures,
         "dtype": dtype,
         "pattern": model.spec.pattern,
+        "backbone": backbone_facts(config, model.spec),
         "layers": _layers(model.spec),
         "shape": _shape(model.spec),
         "parameters": _parameters(model),
@@ -242,7 +245,7 @@ def _weights(directory: Path, model: TwoTowerForCausalLM) -> StoredWeights:
     except CheckpointError as error:
         return nothing | {"present": True, "problem": str(error)}
     try:
-        reader.check(directory, found, known, known, model.config.stored_pattern)
+        reader.check(directory, found, known, known, model.config)
     except CheckpointError as error:
         problem = str(error)
     tensors = Counter(stored.file for stored in found.values())

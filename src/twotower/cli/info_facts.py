@@ -50,10 +50,13 @@ class StoredWeights(TypedDict):
 class GenerationFacts(TypedDict):
     """What ends a text, and how the server samples by default.
 
-    eos_token_id: the EOS tokens, and eos_source the file that has them. sampling: defaults of the server from
-    generation_config.json. unused: keys of that file without effect. chat_template: the file with the template.
+    mask_token_id, mask_token: the mask token and its text. eos_token_id: the EOS tokens, and eos_source the file that
+    has them. sampling: defaults of the server from generation_config.json. unused: keys of that file without effect.
+    chat_template: the file with the template.
     """
 
+    mask_token_id: int
+    mask_token: str | None
     eos_token_id: list[int]
     eos_source: str | None
     sampling: dict[str, object]
@@ -62,11 +65,21 @@ class GenerationFacts(TypedDict):
     chat_templates: list[str]
 
 
+class BackboneFacts(TypedDict):
+    """The autoregressive model of the towers. layers: of that model. options: of its layers, in words."""
+
+    model_type: str
+    layers: int
+    tied_head: bool
+    options: list[str]
+
+
 class Facts(TypedDict):
     """Facts about a checkpoint directory or config file; sizes in bytes. computes_in: the dtype of `--dtype auto` by
     device."""
 
     path: str
+    backbone: BackboneFacts
     architectures: list[str] | None
     dtype: str
     computes_in: dict[str, str]

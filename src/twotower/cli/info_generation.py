@@ -39,6 +39,8 @@ def generation_facts(directory: Path, config: TwoTowerConfig, tokenizer: Tokeniz
     source, eos = next(((name, found) for name, found in candidates if found is not None), (None, []))
     template, others = _templates(directory)
     return {
+        "mask_token_id": config.mask_token,
+        "mask_token": None if tokenizer is None else tokenizer.convert_ids_to_tokens(config.mask_token),
         "eos_token_id": list(eos) if isinstance(eos, list | tuple) else [eos],
         "eos_source": source,
         "sampling": defaults.sampling(),

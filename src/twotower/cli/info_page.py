@@ -9,7 +9,14 @@ from typing import TYPE_CHECKING
 import click
 
 if TYPE_CHECKING:
-    from twotower.cli.info_facts import Facts, GenerationFacts, ParameterCounts, StateSizes, StoredWeights
+    from twotower.cli.info_facts import (
+        BackboneFacts,
+        Facts,
+        GenerationFacts,
+        ParameterCounts,
+        StateSizes,
+        StoredWeights,
+    )
 
 _INDENT = 12
 _WIDTH = 100
@@ -30,6 +37,7 @@ def page(facts: Facts) -> Iterator[str]:
 def _sections(facts: Facts) -> Iterator[tuple[str, list[str]]]:
     layers = ", ".join(f"{count} {name}" for name, count in facts["layers"].items())
     yield "layers", [f"{len(facts['pattern'])}: {layers}", facts["pattern"]]
+    yield "backbone", list(_backbone(facts["backbone"]))
     yield "shape", list(_shape(facts["shape"]))
     yield "parameters", list(_parameters(facts["parameters"]))
     yield "weights in", list(_memory(facts["memory"]))
@@ -43,6 +51,12 @@ def _sections(facts: Facts) -> Iterator[tuple[str, list[str]]]:
     files = ", ".join(facts["tokenizer"]) or "none (the model takes token ids only)"
     yield "tokenizer", [files, *(["cannot be read (see the error below)"] if facts["tokenizer_problem"] else [])]
     yield "generation", list(_generation(facts["generation"]))
+
+
+def _backbone(backbone: BackboneFacts) -> Iterator[str]:
+    head = "the head is the embedding" if backbone["tied_head"] else "a head of its own"
+    yield f"{backbone['model_type']}: {backbone['layers']} layers, {head}"
+    yield from backbone["options"]
 
 
 def _shape(shape: dict[str, int]) -> Iterator[str]:
@@ -123,6 +137,8 @@ def _weights(weights: StoredWeights) -> Iterator[str]:
 
 
 def _generation(generation: GenerationFacts) -> Iterator[str]:
+    text = "" if generation["mask_token"] is None else f" {generation['mask_token']!r}"
+    yield f"mask token: {generation['mask_token_id']}{text}"
     tokens = ", ".join(map(str, generation["eos_token_id"]))
     yield f"EOS tokens: {tokens} ({generation['eos_source']})" if tokens else "EOS tokens: none"
     if generation["sampling"]:

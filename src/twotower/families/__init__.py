@@ -26,6 +26,7 @@ from twotower.families import (
     smollm3,
 )
 from twotower.families.family import Family
+from twotower.families.unsupported import reason
 from twotower.specs import TowerSpec
 
 FAMILIES: tuple[Family, ...] = (
@@ -64,7 +65,8 @@ def family_of(config: TwoTowerConfig) -> Family:
     kind = config.autoregressive.model_type
     if kind not in BY_MODEL_TYPE:
         raise ConfigError(
-            f"config: model_type is {kind!r}; supported are nemotron_h, {', '.join(sorted(BY_MODEL_TYPE))}"
+            f"config: model_type is {kind!r}, and {reason(kind)}; supported are nemotron_h, "
+            f"{', '.join(sorted(BY_MODEL_TYPE))}"
         )
     return BY_MODEL_TYPE[kind]
 

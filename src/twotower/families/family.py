@@ -52,6 +52,7 @@ class Family:
         ("model.", "lm_head"),
         ("model.language_model.", "lm_head"),
         ("language_model.model.", "language_model.lm_head"),
+        ("model.text_model.", "lm_head"),
     )
 
 

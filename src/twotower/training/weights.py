@@ -32,7 +32,7 @@ def load_weights(model: TwoTowerForCausalLM, objective: nn.Module, directory: Pa
     needed = names.tensor_entries(model)
     with torch.device("meta"):
         known = names.tensor_entries(type(model)(model.config))  # both towers, also if they are tied
-    reader.check(directory, found, known, needed, model.config.stored_pattern)
+    reader.check(directory, found, known, needed, model.config)
     objective.to_empty(device=world.device)
     memory = dict(named_tensors(model))
     with torch.no_grad():

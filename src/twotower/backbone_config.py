@@ -1,0 +1,90 @@
+"""The config.json of an autoregressive model, read by transformers' own configuration class of its model_type."""
+
+from __future__ import annotations
+
+from transformers import PretrainedConfig
+
+from twotower.errors import ConfigError
+from twotower.json_text import JsonObject
+
+_SIZES = (
+    "hidden_size",
+    "head_dim",
+    "max_position_embeddings",
+    "num_attention_heads",
+    "num_hidden_layers",
+    "num_key_value_heads",
+    "vocab_size",
+)
+
+
+def autoregressive_config(raw: JsonObject) -> PretrainedConfig:
+    """transformers' configuration of an autoregressive model from its config.json, in any spelling.
+
+    A multimodal file gives the configuration of its text model, tied as the whole model says.
+
+    Raises:
+        ConfigError: transformers does not know the model_type, or refuses a value, or a size is not positive.
+    """
+    from transformers import CONFIG_MAPPING
+
+    nested = raw.get("text_config")
+    if nested is None:
+        return _construct(raw, raw)
+    if not isinstance(nested, dict):
+        raise ConfigError(f"config: text_config is {nested!r}; it must be the JSON object of a text model")
+    _check_sizes(nested, "text_config.")
+    whole = _construct(raw, raw) if raw.get("model_type") in CONFIG_MAPPING else None
+    text = None if whole is None else whole.get_text_config()
+    if whole is None or text is whole or not isinstance(text, PretrainedConfig):  # not a multimodal class
+        tied = {name: raw[name] for name in ("tie_word_embeddings",) if name in raw}
+        return _construct(tied | nested, raw)
+    text.tie_word_embeddings = whole.tie_word_embeddings
+    return text
+
+
+def plain_numbers(value: object) -> object:
+    """A value of a config.json without the objects that transformers writes for infinity."""
+    if isinstance(value, dict):
+        if value.keys() == {"__float__"}:
+            return float(value["__float__"])
+        return {name: plain_numbers(part) for name, part in value.items()}
+    return [plain_numbers(part) for part in value] if isinstance(value, list | tuple) else value
+
+
+def reason(error: Exception) -> str:
+    """What an error of transformers says, in one line: the lines of a validation error after its heading."""
+    text = error.args[0] if isinstance(error, KeyError) and error.args else error
+    lines = [line.strip() for line in str(text).strip().splitlines()] or [type(error).__name__]
+    said = " ".join(lines[1:] if "alidation error" in lines[0] and len(lines) > 1 else lines[:1])
+    return said.partition("Error: ")[2] or said
+
+
+def _construct(values: JsonObject, raw: JsonObject) -> PretrainedConfig:
+    from transformers import CONFIG_MAPPING
+
+    kind = values.get("model_type")
+    if not isinstance(kind, str) or kind not in CONFIG_MAPPING:
+        if "auto_map" in raw:
+            raise ConfigError(
+                f"config: model_type is {kind!r}, which needs Python code of the checkpoint (auto_map), and that code "
+                "is not run; choose a model that transformers supports without trust_remote_code"
+            )
+        raise ConfigError(
+            f"config: model_type is {kind!r}, which this version of transformers does not know; choose a model that "
+            "transformers supports without trust_remote_code"
+        )
+    _check_sizes(values, "")
+    arguments: JsonObject = {key: plain_numbers(value) for key, value in values.items() if key != "model_type"}
+    try:
+        return CONFIG_MAPPING[kind](**arguments)
+    except Exception as error:  # transformers checks its keys, and raises many types
+        raise ConfigError(f"config: transformers cannot use a value ({reason(error)}); correct it") from None
+
+
+def _check_sizes(values: JsonObject, prefix: str) -> None:
+    """transformers accepts sizes of 0 and below, and fails later or computes nothing."""
+    for name in _SIZES:
+        value = values.get(name)
+        if isinstance(value, int) and value < 1:
+            raise ConfigError(f"config: {prefix}{name} is {value!r}; it must be a positive integer")

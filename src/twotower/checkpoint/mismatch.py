@@ -1,0 +1,75 @@
+"""Words for weights and a config.json that do not belong together: the keys of the config that a shape comes from."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Iterable
+from pathlib import Path
+
+from transformers import PretrainedConfig
+
+from twotower.config import GenericTwoTowerConfig, TwoTowerConfig
+from twotower.errors import CheckpointError
+
+_LAYER = re.compile(r"\blayers\.(\d+)\.")
+_EXPERT = re.compile(r"\blayers\.(\d+)\..*\bexperts\.(\d+)\.")
+_EXPERT_COUNTS = ("num_local_experts", "num_experts", "n_routed_experts")
+_EXPERT_WIDTHS = ("moe_intermediate_size", "intermediate_size")
+# A part of a tensor's name in memory → keys of config.json that give its shape; the first part found counts.
+_KEYS: dict[str, tuple[str, ...]] = {
+    "embeddings": ("vocab_size", "hidden_size"),
+    "head.": ("vocab_size", "hidden_size"),
+    ".q_norm": ("num_attention_heads", "head_dim"),
+    ".k_norm": ("num_key_value_heads", "head_dim"),
+    ".q_proj": ("num_attention_heads", "head_dim", "hidden_size"),
+    ".k_proj": ("num_key_value_heads", "head_dim", "hidden_size"),
+    ".v_proj": ("num_key_value_heads", "head_dim", "hidden_size"),
+    ".o_proj": ("num_attention_heads", "head_dim", "hidden_size"),
+    ".gate.": (*_EXPERT_COUNTS, "hidden_size"),
+    ".shared_experts": ("moe_shared_expert_intermediate_size", "shared_expert_intermediate_size", "hidden_size"),
+    ".experts.": (*_EXPERT_COUNTS, *_EXPERT_WIDTHS, "hidden_size"),
+    ".gate_proj": ("intermediate_size", "hidden_size"),
+    ".up_proj": ("intermediate_size", "hidden_size"),
+    ".down_proj": ("intermediate_size", "hidden_size"),
+    "norm": ("hidden_size",),
+}
+
+
+def sources_of_shape(memory: str, config: TwoTowerConfig) -> str:
+    """The keys of config.json and their values that give the shape of a tensor: ", from key 1, key 2"; may be empty."""
+    keys = next((keys for part, keys in _KEYS.items() if part in memory), ())
+    source = _source(config)
+    found = [(key, getattr(source, key, None)) for key in keys]
+    words = [f"{key} {value}" for key, value in found if isinstance(value, int)]
+    return f", from {', '.join(words)}" if words else ""
+
+
+def check_counts(file: Path, found: Iterable[str], needed: Iterable[str], config: TwoTowerConfig) -> None:
+    """Raises CheckpointError if the weights of a generic backbone have another number of layers or experts."""
+    if not isinstance(config, GenericTwoTowerConfig):
+        return
+    found, needed = list(found), list(needed)
+    layers, wanted = (len({m[1] for name in names if (m := _LAYER.search(name))}) for names in (found, needed))
+    if layers != wanted:
+        raise CheckpointError(
+            f"{file}: the weights have {layers} layers, but config.json has num_hidden_layers {wanted}; use the "
+            "config.json of these weights"
+        )
+    experts, selected = _experts(found), _experts(needed)
+    for layer, count in experts.items():
+        if layer in selected and selected[layer] != count:
+            key = next(key for key in _EXPERT_COUNTS if hasattr(_source(config), key))
+            raise CheckpointError(
+                f"{file}: layer {layer} has {count} experts, but config.json has {key} {selected[layer]}; use the "
+                "config.json of these weights"
+            )
+
+
+def _experts(names: Iterable[str]) -> dict[str, int]:
+    """The number of experts with tensors of their own, by layer."""
+    pairs = {(m[1], m[2]) for name in names if (m := _EXPERT.search(name))}
+    return {layer: sum(each == layer for each, _ in pairs) for layer, _ in pairs}
+
+
+def _source(config: TwoTowerConfig) -> PretrainedConfig:
+    return config.autoregressive if isinstance(config, GenericTwoTowerConfig) else config
