@@ -8,6 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
+from copy import deepcopy
 from pathlib import Path
 from typing import Any
 
@@ -62,6 +63,9 @@ SHAPES: dict[str, dict[str, Any]] = {
         "mlp_bias": True, "tie_word_embeddings": False},
     "phi3": {"partial_rotary_factor": 0.5, "num_attention_heads": 3, "num_key_value_heads": 1},
     "phi3:window": {"sliding_window": 24, "original_max_position_embeddings": 512},
+    "phi3:longrope": {"partial_rotary_factor": 0.5, "original_max_position_embeddings": 64, "rope_parameters": {
+        "rope_type": "longrope", "rope_theta": 1e4, "partial_rotary_factor": 0.5,
+        "short_factor": [1.0, 1.3, 1.1], "long_factor": [1.0, 2.5, 9.0]}},
     "gemma2": {
         "head_dim": 16, "sliding_window": 24, "query_pre_attn_scalar": 24, "attn_logit_softcapping": 5.0,
         "final_logit_softcapping": 8.0},
@@ -152,14 +156,15 @@ SHAPES: dict[str, dict[str, Any]] = {
 
 def hf_config(name: str, options: Mapping[str, Any] | None = None) -> Any:
     """transformers' configuration of a tiny model. options: in place of `SHAPES[name]`."""
-    return CONFIG_MAPPING[name.partition(":")[0]](**(BASE | (SHAPES[name] if options is None else options)))
+    values = BASE | (SHAPES[name] if options is None else options)
+    return CONFIG_MAPPING[name.partition(":")[0]](**deepcopy(values))  # transformers changes nested dictionaries
 
 
-def hf_model(name: str, seed: int = 0) -> PreTrainedModel:
+def hf_model(name: str, seed: int = 0, options: Mapping[str, Any] | None = None) -> PreTrainedModel:
     """A tiny model in fp32, with weights that give peaked distributions and norms away from 1."""
     torch.manual_seed(seed)
     model = AutoModelForCausalLM.from_config(
-        hf_config(name), attn_implementation="eager", experts_implementation="eager"
+        hf_config(name, options), attn_implementation="eager", experts_implementation="eager"
     )
     with torch.no_grad():
         for part, tensor in [*model.named_parameters(), *model.named_buffers()]:
@@ -173,6 +178,9 @@ def hf_model(name: str, seed: int = 0) -> PreTrainedModel:
                 tensor.add_(torch.randn_like(tensor) * 0.3)
             elif part.endswith("bias") and tensor.is_floating_point():
                 tensor.add_(torch.randn_like(tensor) * 0.1)
+        rope = getattr(model.config, "rope_parameters", None) or {}
+        if rope.get("rope_type") == "longrope":  # keeps its long frequencies in fp32, also in `in_float64`
+            model(torch.ones(1, rope["original_max_position_embeddings"] + 1, dtype=torch.long))
     return model.eval()
 
 

@@ -35,11 +35,15 @@ class RopeSpec:
 
     inverse_frequencies: of the R / 2 pairs; dimensions R and above do not turn. factor: multiplies cosines and sines.
     interleaved: pairs are neighbours (0, 1), (2, 3), …; otherwise halves (0, R / 2), (1, R / 2 + 1), ….
+    long_inverse_frequencies: of all positions of a text with more than `original_length` tokens (LongRoPE, Ding et al.
+    2024); empty: the frequencies do not depend on the length.
     """
 
     inverse_frequencies: tuple[float, ...]
     factor: float = 1.0
     interleaved: bool = False
+    long_inverse_frequencies: tuple[float, ...] = ()
+    original_length: int | None = None
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -212,9 +216,23 @@ class TowerSpec:
         states = {(spec.num_heads, spec.head_dim, spec.state_size, spec.conv_dim) for spec in self._mixers(Mamba2Spec)}
         if len(shapes) > 1 or len(states) > 1:
             raise ConfigError("config: layers of one kind have different head counts or sizes; they must be equal")
+        if self.original_length is not None and self.mamba is not None:
+            raise ConfigError("config: rope_type is 'longrope'; it is not supported beside Mamba-2 layers")
 
     def _mixers(self, kind: type[Spec]) -> list[Spec]:
         return [part for layer in self.layers for part in layer.parts if isinstance(part, kind)]
+
+    @cached_property
+    def original_length(self) -> int | None:
+        """The tokens up to which a text has the short frequencies of LongRoPE; None without LongRoPE.
+
+        Raises:
+            ConfigError: rotary embeddings have different lengths.
+        """
+        lengths = {rope.original_length for rope in self.ropes if rope.long_inverse_frequencies}
+        if len(lengths) > 1:
+            raise ConfigError("config: original_max_position_embeddings differs between layers; it must be equal")
+        return next(iter(lengths), None)
 
     @cached_property
     def pattern(self) -> str:

@@ -40,7 +40,6 @@ ON = {"qwen3": {"use_sliding_window": True}, "qwen2_moe": {"use_sliding_window":
 # Fields that transformers' model of a family does not read, though its configuration has them.
 UNREAD = {
     "gemma3_text": {"attn_logit_softcapping"},
-    "phi3": {"original_max_position_embeddings"},  # of a kind of scaling that is not supported
 }
 
 

@@ -25,6 +25,7 @@ from twotower.cache.layer_cache import (
     keys_of,
     step_inputs_of,
 )
+from twotower.cache.long_texts import LongTexts
 from twotower.cache.pools import (
     AttentionPool,
     CacheSnapshot,
@@ -52,7 +53,7 @@ class TowerState:
     """The caches of all layers for `rows` rows.
 
     Each row has KV slots for `capacity` tokens. With `shared_kv_slots`, the rows share that many KV slots instead, and
-    `allocate` assigns them to a row. pools: one a layer, None for a layer without state.
+    `allocate` assigns them to a row. pools: one a layer, None for a layer without state. texts: None without LongRoPE.
     """
 
     def __init__(
@@ -77,6 +78,8 @@ class TowerState:
         self.reset_count = torch.zeros_like(self.lengths)  # per row; a replica detects slot reuse by it
         self.max_seq_len = 0  # upper bound of all lengths, known on the host without a synchronisation
         self.total_appended = 0  # appended tokens per row, rollbacks included; a replica transfers the difference
+        original = spec.original_length
+        self.texts = None if original is None else LongTexts(rows, original, device)
         self.pools: list[Pool] = [self._new_pool(layer.mixer, rows, device, dtype) for layer in spec.layers]
         self._index_pools()
 
@@ -146,7 +149,7 @@ class TowerState:
         for layer, mamba in self.mamba_pools:
             keys, own = past[layer], mamba_cache(mamba, rows)
             past[layer] = ParallelCache(keys, own) if isinstance(keys, CachedKV) else own
-        return ContextView(past, lengths)
+        return ContextView(past, lengths, None if self.texts is None else self.texts.of(rows))
 
     def _row_layout(self, rows: Tensor | None) -> tuple[Tensor, Tensor, Tensor]:
         """Start, stride and length of all rows or the given slots (B,), as `KVSlots` defines them."""
@@ -211,6 +214,8 @@ class TowerState:
         self.commit_state()
         self.lengths = self.lengths.index_fill(0, rows, 0)
         self.reset_count = self.reset_count.index_add(0, rows, torch.ones_like(rows))
+        if self.texts is not None:
+            self.texts.mark(rows, False)
         for _, pool in self.mamba_pools:
             pool.conv_window, pool.ssm_state = zero_slots(pool.conv_window, rows), zero_slots(pool.ssm_state, rows)
 
@@ -235,7 +240,8 @@ class TowerState:
         vectors = self._vectors(row, lo, hi)
         keys = [KeyValue(pool.k[vectors], pool.v[vectors]) for _, pool in self.attention_pools]
         states = [MambaCache(own.conv_window[row].clone(), own.ssm_state[row].clone()) for _, own in self.mamba_pools]
-        return CacheSnapshot(keys, states, hi - lo)
+        text = None if self.texts is None else self.texts.tokens[row, lo:hi].clone()
+        return CacheSnapshot(keys, states, hi - lo, text)
 
     def restore(self, row: int, parts: Sequence[CacheSnapshot]) -> None:
         """Writes consecutive snapshots of one text into an empty row."""
@@ -250,6 +256,9 @@ class TowerState:
         for (_, mamba), last in zip(self.mamba_pools, parts[-1].states, strict=True):
             mamba.conv_window = write_slots(mamba.conv_window, slot, last.conv_window[None])
             mamba.ssm_state = write_slots(mamba.ssm_state, slot, last.ssm_state[None])
+        if self.texts is not None:
+            text = torch.cat([part.text for part in parts if part.text is not None])
+            self.texts.put(slot, torch.zeros_like(slot), text[None], length)
         self.lengths = self.lengths.index_fill(0, slot, length)
         self.total_appended += length
 
@@ -316,6 +325,7 @@ class TowerState:
         out.max_seq_len, out.total_appended = self.max_seq_len, self.total_appended
         out.lengths, out.uncommitted, out.reset_count = map(change, (self.lengths, self.uncommitted, self.reset_count))
         out.step_rows = None if self.step_rows is None else change(self.step_rows)
+        out.texts = None if self.texts is None else self.texts.map(change)
         out.pools = [map_pool(pool, change, change_vectors) for pool in self.pools]
         out._index_pools()
         return out

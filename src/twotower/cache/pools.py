@@ -80,23 +80,26 @@ def pool_tensors(pool: Pool) -> list[Tensor]:
 class ContextView:
     """A read-only view of the state, the input of one pass of a tower. Valid until the next `extend`.
 
-    past: one cache a layer. lengths: (B,).
+    past: one cache a layer. lengths: (B,). long: (B,), see `LongTexts`; None without LongRoPE.
     """
 
     past: list[LayerCache]
     lengths: Tensor
+    long: Tensor | None = None
 
 
 @dataclass(frozen=True)
 class CacheSnapshot:
     """A copy of a part of one row's state: keys and values (Hkv, T, D) of T tokens, and the Mamba states after them.
 
-    keys: one for each layer with attention. states: one for each Mamba layer.
+    keys: one for each layer with attention. states: one for each Mamba layer. text: (T,), the tokens themselves; None
+    without LongRoPE.
     """
 
     keys: list[KeyValue]
     states: list[MambaCache]
     tokens: int
+    text: Tensor | None = None
 
     @property
     def nbytes(self) -> int:

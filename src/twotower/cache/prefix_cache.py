@@ -64,8 +64,14 @@ class PrefixCache:
         return len(path) * self.chunk
 
     def insert(self, state: TowerState, slot: int, prompt: Sequence[int], read: int) -> None:
-        """Caches the chunk that ends at token `read`, if it is a whole chunk and the prefix before it is cached."""
+        """Caches the chunk that ends at token `read`, if it is a whole chunk and the prefix before it is cached.
+
+        Texts with the long frequencies of LongRoPE are not cached: their first chunks are cached with the short ones,
+        and all of them would be read again.
+        """
         if not read or read % self.chunk or read > len(prompt):
+            return
+        if state.texts is not None and read >= state.texts.original_length:
             return
         path = self._match(prompt, read)
         if len(path) != read // self.chunk - 1:  # already cached, or the prefix before was evicted

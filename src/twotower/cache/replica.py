@@ -73,6 +73,8 @@ class Replica:
             self._transfer_appended()
         elif pending:
             self._transfer_pending(pending)
+        if self.copy.texts is not None and self.state.texts is not None:
+            self.copy.texts.long = self._send(self.state.texts.long)
         self.copy.max_seq_len = self.state.max_seq_len
         return self.copy.view(rows)
 

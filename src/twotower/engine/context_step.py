@@ -125,7 +125,10 @@ def launch(
         if state.lengths is not before:  # the tokens are appended, but not sampled: a later pass reads them again
             state.rollback(before)
         raise
+    original = state.spec.original_length
     for sequence, count in zip(sequences, counts, strict=True):
+        if original is not None and sequence.read < original <= sequence.read + count:
+            sequence.visible_length = -1  # all keys of the row are new
         sequence.read += count
         sequence.output.context_passes += sequence.phase is not Phase.PROMPT
     return PendingContext(needs.sampling, choice, needs.with_logprobs, logprobs)

@@ -72,7 +72,7 @@ class EngineCore:
         there = RowConstants(rows, device, dtype) if self.two_devices else self.constants
         self.blocks = OpenBlocks(model, there, block_size, options.step_callback, dtype)
         self.scheduler = Scheduler(rows, options.prompt_budget, PROMPT_CHUNK if options.prefix_cache else None)
-        self.rounds = Rounds(self.scheduler, options)
+        self.rounds = Rounds(self.scheduler, options, model.spec.original_length)
         constants = [self.constants, there] if self.two_devices else [self.constants]
         self.admitter = Admitter(model, options, self.state, self.prefixes, constants, self.scheduler, block_size)
         self.recovery = Recovery(self.state, self.prefixes, constants, self.scheduler, self.rounds)

@@ -30,12 +30,13 @@ def can_run_in_lockstep(one: GenerationParams, other: GenerationParams) -> bool:
 class Rounds:
     """Begins the rounds of sequences.
 
-    opening: sequences that need a new block before the next denoiser pass.
+    original_length: see `TowerSpec`. opening: sequences that need a new block before the next denoiser pass.
     """
 
-    def __init__(self, scheduler: Scheduler, options: EngineOptions) -> None:
+    def __init__(self, scheduler: Scheduler, options: EngineOptions, original_length: int | None = None) -> None:
         self.scheduler = scheduler
         self.options = options
+        self.original_length = original_length
         self.opening: list[RunningSequence] = []
         self._ready: list[RunningSequence] = []  # in lockstep: sequences that wait for the others
 
@@ -64,7 +65,7 @@ class Rounds:
         if not self.options.lockstep:
             for sequence in ready:
                 if sequence.output.running:
-                    self._begin(sequence, sequence.output.room)
+                    self._begin(sequence, self._room([sequence]))
             return
         self._ready += ready
         if len(self._ready) < len(self.scheduler.active):
@@ -72,10 +73,21 @@ class Rounds:
         sequences = [sequence for sequence in self._ready if sequence.output.running]
         self._ready.clear()
         if sequences:
-            room = max(sequence.output.room for sequence in sequences)
+            room = self._room(sequences)
             passes = sequences[0].controller.choose_depth() if sequences[0].mode == "verified" else None
             for sequence in sequences:
                 self._begin(sequence, room, passes)
+
+    def _room(self, sequences: Sequence[RunningSequence]) -> int:
+        """New tokens that may still follow in a round that these sequences begin together.
+
+        With LongRoPE a draft ends before the original length: a rollback across it would read the row again.
+        """
+        room = max(sequence.output.room for sequence in sequences)
+        if self.original_length is None:
+            return room
+        left = [self.original_length - 1 - sequence.read for sequence in sequences]
+        return min([room, *(max(tokens, 1) for tokens in left if tokens >= 0)])
 
     def _begin(self, sequence: RunningSequence, room: int, draft_passes: int | None = None) -> None:
         """room: new tokens that may still follow. draft_passes: the draft depth (None: the controller chooses)."""

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
+
 import torch
 from transformers import PretrainedConfig
 from transformers.modeling_rope_utils import ROPE_INIT_FUNCTIONS
@@ -9,7 +11,7 @@ from transformers.modeling_rope_utils import ROPE_INIT_FUNCTIONS
 from twotower.errors import ConfigError
 from twotower.specs import RopeSpec
 
-STATIC = ("default", "linear", "llama3", "yarn")  # the frequencies do not depend on the length of the text
+SUPPORTED = ("default", "linear", "llama3", "yarn", "longrope")  # not dynamic: it changes with every token
 
 
 def rope_spec(
@@ -34,8 +36,8 @@ def rope_spec(
     else:
         layer_type = None
     kind = parameters["rope_type"]
-    if kind not in STATIC:
-        raise ConfigError(f"config: rope_type is {kind!r}; supported are {', '.join(STATIC)}")
+    if kind not in SUPPORTED:
+        raise ConfigError(f"config: rope_type is {kind!r}; supported are {', '.join(SUPPORTED)}")
     if kind == "default" and parameters.get("type", kind) != kind:  # transformers reads `type` only in some families
         raise ConfigError(f"config: the type of RoPE scaling is {parameters['type']!r}; write it as rope_type")
     part = parameters.get("partial_rotary_factor", 1.0)
@@ -45,10 +47,29 @@ def rope_spec(
             "remove the key"
         )
     if kind != "default":
-        with torch.device("cpu"):  # the model may be built on the meta device
-            frequencies, factor = ROPE_INIT_FUNCTIONS[kind](config, torch.device("cpu"), layer_type=layer_type)
-        return RopeSpec(inverse_frequencies=tuple(frequencies.tolist()), factor=float(factor), interleaved=interleaved)
+        return _scaled(config, kind, layer_type, interleaved)
     width = int(head_dim * part)
     exponents = torch.arange(0, width, 2, dtype=torch.int64, device="cpu").to(torch.float32) / width
     frequencies = 1.0 / (parameters["rope_theta"] ** exponents)
     return RopeSpec(inverse_frequencies=tuple(frequencies.tolist()), interleaved=interleaved)
+
+
+def _scaled(config: PretrainedConfig, kind: str, layer_type: str | None, interleaved: bool) -> RopeSpec:
+    """The embedding with a scaling, as transformers computes its frequencies."""
+
+    def computed(length: int | None = None) -> tuple[tuple[float, ...], float]:
+        cpu = torch.device("cpu")
+        with cpu:  # the model may be built on the meta device
+            frequencies, factor = ROPE_INIT_FUNCTIONS[kind](config, cpu, seq_len=length, layer_type=layer_type)
+        return tuple(frequencies.tolist()), float(factor)
+
+    short, factor = computed()
+    plain = RopeSpec(inverse_frequencies=short, factor=factor, interleaved=interleaved)
+    if kind != "longrope":
+        return plain
+    parameters = config.rope_parameters if layer_type is None else config.rope_parameters[layer_type]
+    original = parameters["original_max_position_embeddings"]
+    long, _ = computed(original + 1)
+    if long == short or original >= config.max_position_embeddings:
+        return plain
+    return replace(plain, long_inverse_frequencies=long, original_length=original)

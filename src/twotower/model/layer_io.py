@@ -18,6 +18,8 @@ class AttentionMetadata:
     token_mask: (B, L), False at padding; None: there is no padding.
     causal: whether a token attends only to earlier tokens of its pass and itself. False for a denoiser's block.
     start: (B,), the absolute position of the first token; None: 0.
+    long: (B,), the rows with the long frequencies of LongRoPE; None: those that are longer than the original length
+    after the pass.
     rotations: one for each `TowerSpec.ropes`; the tower computes them, once a pass.
     representative: (1,), the index among all B·L tokens of one that is not padding; None: not computed.
     """
@@ -25,6 +27,7 @@ class AttentionMetadata:
     token_mask: Tensor | None = None
     causal: bool = True
     start: Tensor | None = None
+    long: Tensor | None = None
     rotations: tuple[Rotation, ...] = ()
     representative: Tensor | None = None
 
@@ -41,7 +44,15 @@ class AttentionMetadata:
         positions = torch.arange(tokens.shape[1], device=tokens.device)[None].expand(tokens.shape)
         if self.start is not None:
             positions = positions + self.start[:, None]
-        return replace(self, rotations=tuple(rotation(positions, rope, dtype) for rope in ropes))
+        turns = tuple(rotation(positions, rope, dtype, self._long(rope, positions)) for rope in ropes)
+        return replace(self, rotations=turns)
+
+    def _long(self, rope: RopeSpec, positions: Tensor) -> Tensor | None:
+        """(B, 1), the rows with the long frequencies; None if the embedding has none."""
+        if rope.original_length is None or self.long is not None:
+            return None if self.long is None else self.long[:, None]
+        after = positions + 1 if self.token_mask is None else (positions + 1) * self.token_mask
+        return after.amax(1, keepdim=True) > rope.original_length
 
     def route_padding(self, choice: Tensor) -> Tensor:
         """Routes padding to the experts of the representative token, so that padding loads no extra weights.

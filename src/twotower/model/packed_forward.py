@@ -85,6 +85,12 @@ class Layout:
         return (at - start) * self.token_mask
 
     @cached_property
+    def document_lengths(self) -> Tensor:
+        """(B, S), the number of tokens of the document of each position; 1 at padding."""
+        start = torch.arange(self.document.shape[1], device=self.document.device) - self.positions
+        return torch.zeros_like(start).scatter_add(1, start, torch.ones_like(start)).gather(1, start)
+
+    @cached_property
     def _rotations(self) -> dict[tuple[RopeSpec, torch.dtype, bool], Rotation]:
         return {}
 
@@ -95,7 +101,9 @@ class Layout:
         key = (rope, accumulation_dtype(dtype), chosen)
         if key not in self._rotations:
             positions = self.to_blocks(self.positions) if chosen else self.positions
-            self._rotations[key] = rotation(positions, rope, key[1])
+            long = None if rope.original_length is None else self.document_lengths > rope.original_length
+            long = self.to_blocks(long) if chosen and long is not None else long
+            self._rotations[key] = rotation(positions, rope, key[1], long)
         return self._rotations[key]
 
     def select_blocks(self, blocks: Tensor) -> Tensor:

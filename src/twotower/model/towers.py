@@ -18,6 +18,7 @@ from twotower.cache.replica import ContextReader, DeviceTransfer, LocalReader, R
 from twotower.config import TwoTowerConfig
 from twotower.errors import TwoTowerError
 from twotower.families import tower_spec
+from twotower.model import long_rope
 from twotower.model.conditioning import TimeConditioning
 from twotower.model.fp32_tensors import preserving_fp32
 from twotower.model.layer_io import AttentionMetadata
@@ -190,14 +191,21 @@ class TwoTowerModel(nn.Module):
         padding; None: L. upcast_logits: False: logits in the model's dtype; True: in at least fp32.
         """
         denoiser = self._denoiser()
-        meta = AttentionMetadata(token_mask=_token_mask(block, lengths), causal=causal, start=view.lengths)
+        meta = AttentionMetadata(
+            token_mask=_token_mask(block, lengths), causal=causal, start=view.lengths, long=view.long
+        )
         modulation = None if t is None or self.time is None else self.time(t)
         hidden, _ = denoiser(block, meta, view.past, modulation, keep_step_inputs=False)
         return denoiser.logits(hidden, upcast_logits)
 
     def _extend(self, tokens: Tensor, lengths: Tensor | None, state: TowerState, rows: Tensor | None) -> Tensor:
+        if state.texts is not None:
+            return long_rope.extend(self._read, tokens, lengths, state, rows, self.prefill_chunk)
+        return self._read(tokens, lengths, state, rows)
+
+    def _read(self, tokens: Tensor, lengths: Tensor | None, state: TowerState, rows: Tensor | None) -> Tensor:
         view = state.view(rows)
-        meta = AttentionMetadata(token_mask=_token_mask(tokens, lengths), start=view.lengths)
+        meta = AttentionMetadata(token_mask=_token_mask(tokens, lengths), start=view.lengths, long=view.long)
         hidden, updates = self.context(tokens, meta, view.past)
         rows_read, width = tokens.shape
         appended = torch.full((rows_read,), width, device=tokens.device) if lengths is None else lengths.clone()

@@ -111,7 +111,7 @@ def without_states(view: ContextView) -> ContextView:
         MambaCache(*(torch.zeros_like(part) for part in layer)) if isinstance(layer, MambaCache) else layer
         for layer in view.past
     ]
-    return ContextView(past, view.lengths)
+    return ContextView(past, view.lengths, view.long)
 
 
 def layers(state: TowerState) -> list[dict[str, object]]:

@@ -207,6 +207,7 @@ def _shape_key(inputs: PassInputs) -> Hashable:
         meta.token_mask is None,
         meta.causal,
         meta.start is None,
+        meta.long is None,
         inputs.modulation is None,
         inputs.keep_step_inputs,
     )
@@ -260,7 +261,7 @@ def _layouts(past: list[LayerCache] | None) -> dict[tuple[int, int, int], RowLay
 def _input_tensors(inputs: PassInputs) -> list[Tensor]:
     """The input tensors of a pass that have a row dimension, in a fixed order."""
     out = [inputs.tokens]
-    out += [part for part in (inputs.meta.token_mask, inputs.meta.start) if part is not None]
+    out += [part for part in (inputs.meta.token_mask, inputs.meta.start, inputs.meta.long) if part is not None]
     for own in _caches(inputs.past):
         if isinstance(own, MambaCache):
             out += own
@@ -278,8 +279,9 @@ def _static_inputs(inputs: PassInputs, rows: int) -> PassInputs:
         return tensor.new_zeros(rows, *tensor.shape[1:])
 
     meta = inputs.meta
-    token_mask, start = (None if tensor is None else room(tensor) for tensor in (meta.token_mask, meta.start))
-    meta = AttentionMetadata(token_mask=token_mask, causal=meta.causal, start=start)
+    rows_of = meta.token_mask, meta.start, meta.long
+    token_mask, start, long = (None if tensor is None else room(tensor) for tensor in rows_of)
+    meta = AttentionMetadata(token_mask=token_mask, causal=meta.causal, start=start, long=long)
     layouts = {key: tuple(map(room, layout)) for key, layout in _layouts(inputs.past).items()}
 
     def with_own_layout(cached: CachedKV) -> CachedKV:

@@ -42,23 +42,30 @@ def norm_and_rotate(q: Tensor, k: Tensor, norms: HeadNorms | None, turn: Rotatio
     return (q, k) if turn is None else (rotate(q, turn), rotate(k, turn))
 
 
-def rotation(positions: Tensor, rope: RopeSpec, dtype: torch.dtype) -> Rotation:
-    """positions (B, L) → the rotation of each token in `dtype`, which is at least fp32."""
-    angles = positions[..., None].to(dtype) * frequencies(rope, dtype, positions.device)
+def rotation(positions: Tensor, rope: RopeSpec, dtype: torch.dtype, long: Tensor | None = None) -> Rotation:
+    """positions (B, L) → the rotation of each token in `dtype`, which is at least fp32.
+
+    long: (B, 1 or L), which tokens have the long frequencies, if the embedding has them.
+    """
+    per_position = frequencies(rope.inverse_frequencies, dtype, positions.device)
+    if rope.long_inverse_frequencies and long is not None:
+        other = frequencies(rope.long_inverse_frequencies, dtype, positions.device)
+        per_position = torch.where(long[..., None], other, per_position)
+    angles = positions[..., None].to(dtype) * per_position
     return Rotation(angles.cos() * rope.factor, angles.sin() * rope.factor, rope.interleaved)
 
 
-def frequencies(rope: RopeSpec, dtype: torch.dtype, device: torch.device) -> Tensor:
+def frequencies(values: tuple[float, ...], dtype: torch.dtype, device: torch.device) -> Tensor:
     """The inverse frequencies (R / 2,), on the device: a pass that a CUDA graph captures copies nothing to it."""
     if torch._C._len_torch_dispatch_stack():  # fake tensors, tracing: not kept beyond the mode
-        return torch.tensor(rope.inverse_frequencies, dtype=dtype, device=device)
-    return _resident(rope, dtype, device)
+        return torch.tensor(values, dtype=dtype, device=device)
+    return _resident(values, dtype, device)
 
 
 @cache  # nothing is dropped: graphs hold the addresses
-def _resident(rope: RopeSpec, dtype: torch.dtype, device: torch.device) -> Tensor:
+def _resident(values: tuple[float, ...], dtype: torch.dtype, device: torch.device) -> Tensor:
     with torch.inference_mode(False), torch._C.DisableTorchFunction():  # as an ordinary tensor, whatever the caller
-        return torch.tensor(rope.inverse_frequencies, dtype=dtype, device=device)
+        return torch.tensor(values, dtype=dtype, device=device)
 
 
 def rotate(x: Tensor, turn: Rotation) -> Tensor:
