@@ -34,13 +34,12 @@ def autoregressive_config(raw: JsonObject) -> PretrainedConfig:
     if not isinstance(nested, dict):
         raise ConfigError(f"config: text_config is {nested!r}; it must be the JSON object of a text model")
     _check_sizes(nested, "text_config.")
-    whole = _construct(raw, raw) if raw.get("model_type") in CONFIG_MAPPING else None
-    text = None if whole is None else whole.get_text_config()
-    if whole is None or text is whole or not isinstance(text, PretrainedConfig):  # not a multimodal class
-        tied = {name: raw[name] for name in ("tie_word_embeddings",) if name in raw}
-        return _construct(tied | nested, raw)
-    text.tie_word_embeddings = whole.tie_word_embeddings
-    return text
+    tied = {name: raw[name] for name in ("tie_word_embeddings",) if name in raw}
+    if "model_type" not in nested and raw.get("model_type") in CONFIG_MAPPING:
+        text = _construct(raw, raw).get_text_config()  # the multimodal class knows the type of its text model
+        if isinstance(text, PretrainedConfig):
+            return _construct(nested | tied | {"model_type": text.model_type}, raw)
+    return _construct(nested | tied, raw)
 
 
 def plain_numbers(value: object) -> object:
