@@ -14,6 +14,9 @@ from typing import Any
 
 import pytest
 import torch
+from packed import MASK, case
+
+from twotower.training.objective import DenoisingOptions
 
 BENCHMARKS = Path(__file__).parent.parent / "benchmarks"
 
@@ -116,6 +119,30 @@ def test_train_step() -> None:
         row = found[label]
         assert row["ratio"] == pytest.approx(row["denoiser_seconds"] / row["ar_seconds"])
         assert row["ratio"] == pytest.approx(row["ratio_of_best"])  # of one step
+
+
+@pytest.mark.usefixtures("modules")
+def test_every_variation_of_the_ablations_trains() -> None:
+    """Its loss is finite and reaches the denoiser; those that change the passes differ from the base."""
+    from common.variations import VARIATIONS, Varied
+
+    step, losses = case("M-*M-*", dtype=torch.float32), {}
+    for variation in VARIATIONS:
+        model = case("M-*M-*", dtype=torch.float32).model
+        if variation.tied:
+            model.denoiser = model.context
+        objective = Varied(model, variation, DenoisingOptions(mask_token_id=MASK, **variation.options))
+        loss = objective(*step[1:])
+        loss.backward()
+        losses[variation.name] = float(loss.detach())
+        assert model.denoiser is not None
+        assert all(p.grad is not None for p in model.denoiser.layers[0].parameters()), variation.name
+    assert all(map(math.isfinite, losses.values()))
+    changed = {name for name, loss in losses.items() if loss != losses["base"]}
+    assert changed == {
+        "no Mamba seeding", "no time conditioning", "one tied network", "coupling to the last hidden state",
+        "half the denoiser layers",
+    }  # fmt: skip
 
 
 def test_memory() -> None:

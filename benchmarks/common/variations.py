@@ -12,11 +12,13 @@ from torch import Tensor, nn
 
 from twotower.cache.layer_cache import LayerCache, MambaCache
 from twotower.model import conditioning
+from twotower.model.attention import Attention
 from twotower.model.conditioning import TimeConditioning
+from twotower.model.mamba2 import Mamba2
 from twotower.model.packed_forward import Layout, denoise_layer, read_layer
 from twotower.model.tower import Layer
 from twotower.modeling_twotower import TwoTowerForCausalLM
-from twotower.nemotron_h_fields import NemotronHFields
+from twotower.specs import Mamba2Spec
 from twotower.training.data import Batch
 from twotower.training.noise import Corruption
 from twotower.training.objective import DenoisingObjective, DenoisingOptions, blocks_with_masks
@@ -87,11 +89,12 @@ class LastStateUnit(Unit):
         if noisy is None:
             return read_layer(self.context, clean, layout)[0], None
         assert self.denoiser is not None
-        mixer, past = self.denoiser.mixer, None
-        if self.denoiser.kind == "*":
-            past = mixer.project(clean)[1]  # type: ignore[operator]
-        elif self.denoiser.kind == "M":
-            past = _zeros(mixer.config, clean, layout)
+        mixer: nn.Module = self.denoiser.mixer
+        past: LayerCache = None
+        if isinstance(mixer, Attention):
+            past = mixer.project(clean, layout.rotation(mixer.rope, clean.dtype, chosen=False))[1]
+        elif isinstance(mixer, Mamba2):
+            past = _zeros(mixer.spec, clean, layout)
         return clean, denoise_layer(self.denoiser, noisy, past, modulation, layout)
 
 
@@ -102,10 +105,10 @@ def unseeded(past: LayerCache) -> LayerCache:
     return past
 
 
-def _zeros(config: NemotronHFields, clean: Tensor, layout: Layout) -> MambaCache:
+def _zeros(spec: Mamba2Spec, clean: Tensor, layout: Layout) -> MambaCache:
     rows = layout.document.shape[0] * layout.blocks
-    state = (rows, config.mamba_num_heads, config.mamba_head_dim, config.ssm_state_size)
-    return MambaCache(clean.new_zeros(rows, config.conv_kernel - 1, config.conv_dim), clean.new_zeros(state))
+    state = (rows, spec.num_heads, spec.head_dim, spec.state_size)
+    return MambaCache(clean.new_zeros(rows, spec.conv_kernel - 1, spec.conv_dim), clean.new_zeros(state))
 
 
 class Varied(DenoisingObjective):
