@@ -44,6 +44,7 @@ class FusedCPURunner:
         self.weights: WeightTable | None = None
         self._tables: OrderedDict[PassShape, PassTables] = OrderedDict()
         self._supported: tuple[tuple[str, torch.dtype], bool] | None = None
+        self._runs_spec = False  # whether the C++ pass runs the tower's spec; valid for the plan
 
     @property
     def prepared(self) -> int:
@@ -60,11 +61,7 @@ class FusedCPURunner:
         if not 0 < count <= max_tokens(weight.dtype, packed=True) or inputs.tokens.shape[1] > MAX_ROW_TOKENS:
             return None
         plan = self._plan_of(tower)
-        if (
-            spec_unsupported_reason(tower.spec) is not None
-            or not self._supports(plan, weight)
-            or not plan.is_unmodified(tower)
-        ):
+        if not self._supports(plan, weight) or not plan.is_unmodified(tower):
             return None
         weights = self.weights
         if weights is None or not weights.is_current(plan, weight.dtype):
@@ -87,13 +84,19 @@ class FusedCPURunner:
         plan = self._plan
         if plan is None or not plan.is_current():
             plan = self._plan = ModulePlan(tower)
+            self._runs_spec = spec_unsupported_reason(tower.spec) is None
             self.weights = self._supported = None
         return plan
 
     def _supports(self, plan: ModulePlan, weight: Tensor) -> bool:
-        """Whether the registry selects the C++ kernels for every operation of the tower, given its dtype and device."""
+        """Whether the C++ pass runs the spec, and the registry selects C++ kernels for this dtype and device."""
         device, dtype = weight.device, weight.dtype
-        if device.type != "cpu" or torch.is_grad_enabled() or torch._C._len_torch_dispatch_stack():
+        if (
+            not self._runs_spec
+            or device.type != "cpu"
+            or torch.is_grad_enabled()
+            or torch._C._len_torch_dispatch_stack()
+        ):
             return False
         key = options.current().kernels_key, dtype
         if self._supported is None or self._supported[0] != key:

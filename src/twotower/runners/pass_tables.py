@@ -131,8 +131,8 @@ class PassTables:
         steps = {i: MambaStepInputs(*parts) for i, parts in self._step_inputs.allocate(like, self._inputs)}
         for i, own in steps.items():
             updates[i] = own
-        for i, (k, v) in self._new_keys.allocate(like, self._inputs):
-            keys = KeyValue(k.transpose(1, 2), v.transpose(1, 2))
+        for i, parts in self._new_keys.allocate(like, self._inputs, transposed=True):
+            keys = KeyValue(*parts)
             updates[i] = ParallelUpdate(keys, steps.get(i)) if self._spec.layers[i].kind == "P" else keys
         return updates
 
@@ -151,12 +151,19 @@ class UpdateBuffers:
         self._offsets = np.arange(len(layers), dtype=np.uintp)[:, None] * steps
         self._places = _places(layers, places).reshape(self._offsets.shape)
 
-    def allocate(self, like: Tensor, table: np.ndarray) -> Iterable[tuple[int, tuple[Tensor, ...]]]:
-        """Allocates memory and writes its addresses into the table → each layer with its parts."""
+    def allocate(
+        self, like: Tensor, table: np.ndarray, transposed: bool = False
+    ) -> Iterable[tuple[int, tuple[Tensor, ...]]]:
+        """Allocates memory and writes its addresses into the table → each layer with its parts.
+
+        transposed: the parts (B, L, H, D) as views (B, H, L, D).
+        """
         if not self._layers:
             return ()
         parts = [like.new_empty(size, dtype=dtype) for size, dtype in self._parts]
         table[self._places] = self._offsets + _addresses(parts)
+        if transposed:
+            parts = [part.transpose(2, 3) for part in parts]  # all layers at once: a view of each would cost as much
         return zip(self._layers, zip(*map(Tensor.unbind, parts), strict=True), strict=True)
 
 
