@@ -15,7 +15,9 @@ from typing import Any
 import pytest
 import torch
 from packed import MASK, case
+from tiny_backbones import save
 
+from twotower.checkpoint.convert import convert
 from twotower.training.objective import DenoisingOptions
 
 BENCHMARKS = Path(__file__).parent.parent / "benchmarks"
@@ -80,6 +82,17 @@ def test_passes() -> None:
         assert row["times AR"] > 0
     assert found["transformers"]["same tokens"]
     assert found["transformers"]["same until"] == found["transformers"]["tokens"] == 48
+
+
+def test_peers(tmp_path: Path) -> None:
+    """Against transformers; llama.cpp is a package that the tests do not install."""
+    save("llama", tmp_path / "one")
+    convert(tmp_path / "one", tmp_path / "two", mask_token=3)
+    (found,) = bench("peers", "--quick", "--model", str(tmp_path / "two"))["measured"]
+    assert found["sides"].keys() == {"twotower", "transformers"}
+    assert found["sides"]["transformers"]["same until"] == found["tokens"] == 8
+    assert found["sides"]["transformers"]["ours takes"] > 0
+    assert found["sides"]["twotower"]["ours takes"] == 1
 
 
 def test_throughput() -> None:
