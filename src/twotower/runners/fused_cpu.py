@@ -89,7 +89,7 @@ class FusedCPURunner:
         return plan
 
     def _supports(self, plan: ModulePlan, weight: Tensor) -> bool:
-        """Whether the C++ pass runs the spec, and the registry selects C++ kernels for this dtype and device."""
+        """Whether the C++ pass runs the layers, and the registry selects C++ kernels for this dtype and device."""
         device, dtype = weight.device, weight.dtype
         if (
             not self._runs_spec
