@@ -25,7 +25,7 @@ def initialised(name: str, dtype: torch.dtype = torch.float64) -> TwoTowerForCau
     with TemporaryDirectory() as folder:
         ar, two = Path(folder, "ar"), Path(folder, "two")
         save(name, ar)
-        convert(ar, two, mask_token_id=MASK)
+        convert(ar, two, mask_token=MASK)
         return TwoTowerForCausalLM.from_pretrained(two, dtype=dtype).eval().requires_grad_(False)
 
 

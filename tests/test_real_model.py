@@ -44,7 +44,7 @@ def model(tmp_path_factory: pytest.TempPathFactory) -> TwoTowerForCausalLM:
     directory = tmp_path_factory.mktemp("smollm2") / "two"
     file = gguf_file()
     assert file is not None
-    made = convert(file, directory, mask_token_id=MASK, dtype="float32")
+    made = convert(file, directory, mask_token=MASK, dtype="float32")
     assert made.mask_token_id == MASK
     return TwoTowerForCausalLM.from_pretrained(directory, dtype=torch.float32)
 

@@ -42,7 +42,7 @@ def differences(generate: Generate, prompt: list[int], text: list[int], margins:
 def check(name: str, directory: Path, prompts: tuple[int, ...], new: int) -> None:
     """Compares a tiny model with transformers' on prompts of these lengths."""
     theirs = save(name, directory / "ar")
-    convert(directory / "ar", directory / "two", mask_token_id=3)
+    convert(directory / "ar", directory / "two", mask_token=3)
     model = TwoTowerForCausalLM.from_pretrained(directory / "two", dtype=torch.float32)
     random = torch.Generator().manual_seed(1)
     found = {"generate_ar": 0, "generate_verified": 0}

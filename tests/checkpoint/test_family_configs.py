@@ -176,7 +176,7 @@ def test_the_text_model_of_a_multimodal_file(tmp_path: Path) -> None:
     )  # fmt: skip
     theirs = Gemma3ForConditionalGeneration._from_config(config, attn_implementation="eager").eval()
     theirs.save_pretrained(tmp_path / "ar")
-    convert(tmp_path / "ar", tmp_path / "two", mask_token_id=3)
+    convert(tmp_path / "ar", tmp_path / "two", mask_token=3)
     model = TwoTowerForCausalLM.from_pretrained(tmp_path / "two", dtype=torch.float64)
     ids = torch.randint(8, VOCAB, (2, 70), generator=torch.Generator().manual_seed(0))
     with torch.inference_mode(), in_float64(theirs) as exact:

@@ -215,6 +215,8 @@ def test_info_shows_values_and_their_files(checkpoint: Path, cli: Cli) -> None:
         "unused": ["repetition_penalty"],
         "chat_template": "chat_template.jinja",
         "chat_templates": ["brief"],
+        "mask_token_id": 3,
+        "mask_token": "<mask>",
     }
     page = cli("info", checkpoint).out
     assert "EOS tokens: 2, 11 (generation_config.json)" in page

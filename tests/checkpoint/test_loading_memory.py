@@ -19,6 +19,7 @@ from twotower.model.fp32_tensors import target_dtype
 pytestmark = pytest.mark.skipif(not Path("/proc/self/status").exists(), reason="RssAnon is Linux's")
 
 LIMIT = 1.2  # rise of anonymous memory over the level after import, in sizes of the weights
+SPARE = 5.0  # megabytes that the interpreter may allocate meanwhile
 
 CHILD = """
 import json, os, sys, threading, time
@@ -124,7 +125,7 @@ def test_weights_are_built_once(tmp_path: Path, shards: int) -> None:
     assert wider["weights"] > 1.99 * both["weights"]
     assert int8["weights"] < 0.55 * both["weights"]
     for figures in (both, context, wider, int8):
-        assert 0.5 * figures["weights"] < figures["peak"] <= LIMIT * figures["weights"]
+        assert 0.5 * figures["weights"] < figures["peak"] <= LIMIT * figures["weights"] + SPARE
 
 
 @pytest.mark.slow
@@ -136,4 +137,4 @@ def test_weights_are_built_once_at_two_gigabytes(tmp_path: Path, shards: int) ->
     assert context["weights"] < 0.51 * both["weights"]
     assert int8["weights"] < 0.52 * both["weights"]
     for figures in (both, context, int8):
-        assert 0.5 * figures["weights"] < figures["peak"] <= LIMIT * figures["weights"]
+        assert 0.5 * figures["weights"] < figures["peak"] <= LIMIT * figures["weights"] + SPARE

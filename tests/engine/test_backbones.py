@@ -33,6 +33,8 @@ from twotower.engine.engine_options import EngineOptions
 from twotower.model import towers
 
 NAMES = tuple(SHAPES)
+# With LongRoPE, the logits at a position depend on where the text ends: tests/model/test_long_rope.py.
+STATIC_NAMES = tuple(name for name in NAMES if "longrope" not in name)
 POLICIES = tuple(POLICY_VALUES)
 BASE = some_text(90, seed=1)  # prompts are beginnings of one text, so that the prefix cache has hits
 LONGEST_BLOCK = 30  # longer than every window of SHAPES
@@ -219,7 +221,7 @@ def state_of(model: TwoTowerForCausalLM, rows: Sequence[Sequence[int]]) -> Tower
     return state
 
 
-@pytest.mark.parametrize("name", NAMES)
+@pytest.mark.parametrize("name", STATIC_NAMES)
 def test_prefill_in_chunks_gives_the_logits_of_one_pass(name: str) -> None:
     model = trained(name)
     rows = [BASE[:length] for length in (70, 1, window(name), 41, window(name) + 1)]
@@ -234,7 +236,7 @@ def test_prefill_in_chunks_gives_the_logits_of_one_pass(name: str) -> None:
 @pytest.mark.parametrize(
     "kept", [pytest.param((0, 1, 9, 17), id="short"), pytest.param(range(18), id="full", marks=slow)]
 )
-@pytest.mark.parametrize("name", NAMES)
+@pytest.mark.parametrize("name", STATIC_NAMES)
 def test_rollback_at_every_length(name: str, kept: Sequence[int]) -> None:
     """Ragged rows read 17 tokens and keep some of them. Both towers then compute what they compute after a prefill."""
     model, near = trained(name), window(name)
