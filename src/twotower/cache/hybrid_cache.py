@@ -84,10 +84,11 @@ class TowerState:
         self._index_pools()
 
     def _index_pools(self) -> None:
-        """Lists the pools of each kind, with the indices of their layers."""
+        """Lists the pools of each kind, with the indices of their layers, and the windows of the attention layers."""
         parts = [(layer, part) for layer, pool in enumerate(self.pools) for part in pool_parts(pool)]
         self.attention_pools = [(layer, part) for layer, part in parts if isinstance(part, AttentionPool)]
         self.mamba_pools = [(layer, part) for layer, part in parts if isinstance(part, MambaPool)]
+        self._windows = [self.spec.window_of(layer) for layer, _ in self.attention_pools]
 
     def _new_pool(self, mixer: MixerSpec, rows: int, device: torch.device, dtype: torch.dtype) -> Pool:
         if isinstance(mixer, ParallelSpec):
@@ -144,8 +145,8 @@ class TowerState:
             beyond = (lengths - (window - 1)).clamp(min=0)
             layouts[window] = start + beyond, stride, lengths - beyond, min(width, window - 1), 0
         past: list[LayerCache] = [None] * len(self.pools)
-        for layer, attention in self.attention_pools:
-            past[layer] = CachedKV(attention.k, attention.v, *layouts[self.spec.window_of(layer)])
+        for (layer, attention), window_of_layer in zip(self.attention_pools, self._windows, strict=True):
+            past[layer] = CachedKV(attention.k, attention.v, *layouts[window_of_layer])
         for layer, mamba in self.mamba_pools:
             keys, own = past[layer], mamba_cache(mamba, rows)
             past[layer] = ParallelCache(keys, own) if isinstance(keys, CachedKV) else own
