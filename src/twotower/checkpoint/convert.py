@@ -104,13 +104,13 @@ def convert(
     model_dtype = wanted or tower.weights.dtype(tower.places["embeddings.weight", None])
 
     time = _time_conditioning(config, tower.model.spec.num_layers, seed, model_dtype)
-    to_write = list(_tensors_to_write(tower, wanted, time, mask))
+    known = names.tensor_entries(tower.model)
+    to_write = list(_tensors_to_write(tower, known, wanted, time, mask))
     total = sum(entry.nbytes for entry in to_write)
     with unfinished_folder(target, overwrite, total) as folder:
         written = counter(total, progress)
         weights = write_shards(folder, to_write, max_shard_size, written)
         _write_rest(tower, folder, model_dtype)
-        known = names.tensor_entries(tower.model)
         reader.check(folder, reader.read_headers(folder), known, known, config)
     return ConversionResult(
         source=str(source),
@@ -120,8 +120,8 @@ def convert(
         mask_token_id=mask.id,
         mask_token=mask.text,
         mask_reason=mask.reason,
-        parameters_per_tower=_parameters(tower, "context."),
-        time_parameters=_parameters(tower, "time."),
+        parameters_per_tower=_parameters(known, "context."),
+        time_parameters=_parameters(known, "time."),
         bytes=total,
         files=tuple(file.name for file in weights),
         notes=(*tower.notes, *_text_notes(mask, tower.tokenizer)),
@@ -132,9 +132,13 @@ def convert(
 
 
 def _tensors_to_write(
-    tower: OneTowerCheckpoint, dtype: torch.dtype | None, time: dict[str, Tensor], mask: MaskToken
+    tower: OneTowerCheckpoint,
+    entries: list[TensorEntry],
+    dtype: torch.dtype | None,
+    time: dict[str, Tensor],
+    mask: MaskToken,
 ) -> Iterator[TensorToWrite]:
-    """All tensors of the two-tower checkpoint, read on demand."""
+    """The entries of the two-tower checkpoint, read on demand."""
 
     def piece(entry: TensorEntry) -> Tensor:
         which, _, part = entry.memory.partition(".")
@@ -145,7 +149,7 @@ def _tensors_to_write(
             tensor = _with_mean_row(tensor, mask.id, mask.known_rows)
         return tensor
 
-    for group in names.by_tensor_on_disk(names.tensor_entries(tower.model)).values():
+    for group in names.by_tensor_on_disk(entries).values():
         which, _, part = group[0].memory.partition(".")
         if which == "time":
             kept = time[part].dtype
@@ -182,8 +186,8 @@ def _check_stored(tower: OneTowerCheckpoint, dtype: torch.dtype | None) -> None:
             )
 
 
-def _parameters(tower: OneTowerCheckpoint, prefix: str) -> int:
-    return sum(math.prod(entry.shape) for entry in names.tensor_entries(tower.model) if entry.memory.startswith(prefix))
+def _parameters(entries: list[TensorEntry], prefix: str) -> int:
+    return sum(math.prod(entry.shape) for entry in entries if entry.memory.startswith(prefix))
 
 
 def counter(total: int, progress: Callable[[int, int], None] | None) -> Callable[[int], None]:

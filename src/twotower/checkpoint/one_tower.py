@@ -19,7 +19,6 @@ from twotower.checkpoint.generation_config import GenerationDefaults
 from twotower.checkpoint.names import DiskLayout, TensorEntry
 from twotower.checkpoint.reader import StoredTensor
 from twotower.checkpoint.tokenizer_files import copy_model_files, load_tokenizer, save_tokenizer
-from twotower.checkpoint.writer import write_shards
 from twotower.config import TwoTowerConfig
 from twotower.errors import CheckpointError
 from twotower.families import family_of
@@ -28,6 +27,7 @@ from twotower.tokenizer import Tokenizer
 
 _EXTRA_HEADS = re.compile(r"(?:^|\.)mtp")  # draft heads of multi-token prediction; the denoiser replaces them
 _COMPUTED = re.compile(r"rotary_emb\.inv_freq$")  # older versions of transformers stored these buffers
+_TIED = "the head of each tower is its embedding"  # a note for the user
 
 
 class Weights(Protocol):
@@ -95,7 +95,7 @@ def _read_gguf(path: Path) -> OneTowerCheckpoint:
         tokenizer=tokenizer,
         defaults=GenerationDefaults(),
         copy_files=copy_files,
-        notes=("the head of each tower is its embedding",) if file.model.spec.tied_head else (),
+        notes=(_TIED,) if file.model.spec.tied_head else (),
     )
 
 
@@ -161,7 +161,7 @@ def _settle_head(
             "transformers"
         )
     if config.tie_word_embeddings:
-        return config, "the head of each tower is its embedding"
+        return config, _TIED
     if head in stored:
         return config, None
     if tied:
@@ -195,15 +195,8 @@ def write(directory: Path, weights: dict[str, torch.Tensor], config: TwoTowerCon
     """
     with torch.device("meta"):
         model = TwoTowerModel(config, towers="context")
-
-    def piece(entry: TensorEntry) -> torch.Tensor:
-        tensor = weights[entry.memory.removeprefix("context.")]
-        return tensor if entry.expert is None else tensor[entry.expert]
-
-    root, head = family_of(config).roots[0]
-    groups = names.by_tensor_on_disk(names.one_tower_entries(model, DiskLayout(root, head))).values()
-    first = [weights[group[0].memory.removeprefix("context.")] for group in groups]
-    write_shards(directory, [reader.tensor_to_write(g, t.dtype, piece) for g, t in zip(groups, first, strict=True)])
+    entries = names.one_tower_entries(model, DiskLayout(*family_of(config).roots[0]))
+    reader.write_entries(directory, entries, {f"context.{name}": tensor for name, tensor in weights.items()})
     dtype = str(weights["embeddings.weight"].dtype).removeprefix("torch.")
     values = {key: value for key, value in pretrained.config_to_write(model).items() if key != "auto_map"}
     values |= {"architectures": ["NemotronHForCausalLM"], "torch_dtype": dtype, "tie_word_embeddings": False}

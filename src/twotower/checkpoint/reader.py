@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import json
 from collections import defaultdict
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -265,16 +265,21 @@ def _stored_dtype(stored: StoredTensor) -> torch.dtype:
 
 def save_weights(model: TwoTowerModel, directory: Path, max_shard_size: int | str) -> None:
     """Saves the weights with the names on disk, in one file, or in shards of at most max_shard_size and an index."""
-    memory = dict(named_tensors(model))
+    write_entries(directory, tensor_entries(model), dict(named_tensors(model)), max_shard_size)
+
+
+def write_entries(
+    directory: Path, entries: list[TensorEntry], memory: Mapping[str, Tensor], max_shard_size: int | str = "5GB"
+) -> None:
+    """Writes tensors in memory, by their names there, as the entries place them on disk."""
 
     def piece(entry: TensorEntry) -> Tensor:
         tensor = memory[entry.memory]
         return tensor if entry.expert is None else tensor[entry.expert]
 
-    groups = by_tensor_on_disk(tensor_entries(model)).values()
-    write_shards(
-        directory, [tensor_to_write(group, memory[group[0].memory].dtype, piece) for group in groups], max_shard_size
-    )
+    groups = by_tensor_on_disk(entries).values()
+    to_write = [tensor_to_write(group, memory[group[0].memory].dtype, piece) for group in groups]
+    write_shards(directory, to_write, max_shard_size)
 
 
 def tensor_to_write(
