@@ -15,9 +15,9 @@ from conftest import EVERY_KIND, build_random_model
 from test_engine import KINDS, alone, assert_as_alone, drive, some_request
 
 from twotower import LLM, Request, TwoTowerForCausalLM
-from twotower.cache.hybrid_cache import state_bytes
 from twotower.cache.kv_slots import KVSlots
 from twotower.cache.prefix_cache import PrefixCache
+from twotower.cache.state_bytes import state_bytes
 from twotower.decoding.params import GenerationParams
 from twotower.engine import budget, core
 from twotower.engine.generation import generate
@@ -60,7 +60,7 @@ def test_segments_never_overlap_and_come_back() -> None:
 def test_a_text_reserves_the_kv_slots_it_needs(model: TwoTowerForCausalLM) -> None:
     """Memory for two of the longest texts holds eight short ones. A long one waits, and no request overtakes it."""
     memory = LLM.memory_for(model, 2, LENGTH)
-    per_row, per_token = state_bytes(model.spec, model.dtype)
+    per_row, per_token, *_ = state_bytes(model.spec, model.dtype)
     memory += 6 * per_row * 2
     llm = LLM(model, rows=8, length=LENGTH, memory=memory)
     assert llm.core.state.nbytes + llm.core.prefixes.budget <= memory + 16 * per_token
@@ -354,7 +354,7 @@ def test_a_text_whose_state_does_not_fit_is_refused(
     model: TwoTowerForCausalLM, monkeypatch: pytest.MonkeyPatch, mode: str
 ) -> None:
     """Before the engine of `generate_*` exists, with the number of tokens that fits."""
-    per_row, per_token = state_bytes(model.spec, model.dtype)
+    per_row, per_token, *_ = state_bytes(model.spec, model.dtype)
     params = GenerationParams.of(mode=mode, max_new_tokens=2000, block_size=1)
     free_bytes(monkeypatch, budget.block_bytes(model, 1) + per_row + 1001 * per_token)
     with pytest.raises(

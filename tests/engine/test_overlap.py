@@ -20,8 +20,8 @@ from test_two_devices import PLACES, CountingTransfer, Homes
 from torch import Tensor
 
 from twotower import LLM, Request, TwoTowerForCausalLM
-from twotower.cache.hybrid_cache import state_bytes
 from twotower.cache.replica import Replica
+from twotower.cache.state_bytes import state_bytes
 from twotower.decoding.output import StepEvent
 from twotower.decoding.params import GenerationParams
 from twotower.engine.sequence import Phase
@@ -215,7 +215,7 @@ def crossing(llm: LLM, transfer: CountingTransfer) -> list[int]:
 def test_a_block_sends_only_its_own_kv_and_states(length: int, others: int) -> None:
     """For any length of the text and any other requests. All data crosses through the transfer."""
     model = build_random_model("M*E-M*", seed=9)
-    per_row, per_token = state_bytes(model.spec, model.dtype)
+    per_row, per_token, *_ = state_bytes(model.spec, model.dtype)
     with torch.no_grad(), Homes(model) as homes:
         model.transfer = transfer = CountingTransfer(homes)
         llm = LLM(model, rows=8, length=400)
@@ -241,7 +241,7 @@ def test_a_block_sends_only_its_own_kv_and_states(length: int, others: int) -> N
 
 def test_only_the_rows_that_were_read_cross(model: TwoTowerForCausalLM, transfer: CountingTransfer) -> None:
     """Verified rows at different lengths: each step sends the accepted part of the verified drafts, without padding."""
-    per_row, per_token = state_bytes(model.spec, model.dtype)
+    per_row, per_token, *_ = state_bytes(model.spec, model.dtype)
     rng = random.Random(2)
     llm = LLM(model, rows=4, length=LENGTH)
     for n in (10, 40, 25, 30, 17, 33):

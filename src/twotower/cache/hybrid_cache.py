@@ -10,41 +10,34 @@ This is the only mutable inference state of the package. Under autograd all writ
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from functools import lru_cache
+from functools import partial
 
 import torch
 from torch import Tensor
 
+from twotower.cache.kv_group import group_layers, new_slots
 from twotower.cache.kv_slots import KVSlots
-from twotower.cache.layer_cache import (
-    CacheUpdate,
-    KeyValue,
-    LayerCache,
-    MambaCache,
-    ParallelCache,
-    keys_of,
-    step_inputs_of,
-)
+from twotower.cache.layer_cache import CacheUpdate, LayerCache, MambaCache, ParallelCache, step_inputs_of
 from twotower.cache.long_texts import LongTexts
 from twotower.cache.pools import (
     AttentionPool,
     CacheSnapshot,
     ContextView,
     MambaPool,
-    ParallelPool,
     Pool,
     copy_to_layout,
     mamba_cache,
     map_pool,
+    new_pool,
     pool_parts,
     pool_tensors,
 )
+from twotower.cache.sliding_window import slides
 from twotower.ops.host_transfer import to_device_async
-from twotower.ops.precision import accumulation_dtype
 from twotower.ops.reference.attention import CachedKV
-from twotower.ops.reference.kv_write import AppendPositions, write_slots, zero_slots
+from twotower.ops.reference.kv_write import write_slots, zero_slots
 from twotower.ops.registry import select
-from twotower.specs import AttentionSpec, Mamba2Spec, MixerSpec, ParallelSpec, TowerSpec
+from twotower.specs import TowerSpec
 
 BUCKET = 64  # the context width of a pass is a multiple of this, so that shapes change rarely
 
@@ -53,7 +46,9 @@ class TowerState:
     """The caches of all layers for `rows` rows.
 
     Each row has KV slots for `capacity` tokens. With `shared_kv_slots`, the rows share that many KV slots instead, and
-    `allocate` assigns them to a row. pools: one a layer, None for a layer without state. texts: None without LongRoPE.
+    `allocate` assigns them to a row. Layers with a window have slots of their own, for the last tokens of a row
+    (`SlidingWindow`). longest_pass: the most tokens that a pass appends to a row; only windows need it.
+    pools: one a layer, None for a layer without state. texts: None without LongRoPE.
     """
 
     def __init__(
@@ -64,14 +59,11 @@ class TowerState:
         device: torch.device,
         dtype: torch.dtype,
         shared_kv_slots: int | None = None,
+        longest_pass: int | None = None,
     ) -> None:
         self.spec = spec
         self.dtype = dtype
-        heads = spec.attention.num_kv_heads if spec.attention is not None else 1
-        if shared_kv_slots is None:
-            self.kv_slots = KVSlots.contiguous(rows, heads, capacity, device)
-        else:
-            self.kv_slots = KVSlots(rows, heads, shared_kv_slots, device)
+        slots = new_slots(spec, rows, capacity, device, shared_kv_slots, longest_pass)
         self.lengths = torch.zeros(rows, dtype=torch.long, device=device)
         self.uncommitted = torch.zeros_like(self.lengths)  # tokens of the last extend that are not in the Mamba states
         self.step_rows: Tensor | None = None  # slots of the last extend; None: all
@@ -80,33 +72,30 @@ class TowerState:
         self.total_appended = 0  # appended tokens per row, rollbacks included; a replica transfers the difference
         original = spec.original_length
         self.texts = None if original is None else LongTexts(rows, original, device)
-        self.pools: list[Pool] = [self._new_pool(layer.mixer, rows, device, dtype) for layer in spec.layers]
-        self._index_pools()
+        self.pools: list[Pool] = [
+            new_pool(layer.mixer, slots[slides(spec, i)].num_vectors, rows, device, dtype)
+            for i, layer in enumerate(spec.layers)
+        ]
+        self._index_pools(slots)
+        self._room = 0  # the width for which `make_room` has prepared the next `append`
 
-    def _index_pools(self) -> None:
-        """Lists the pools of each kind, with the indices of their layers, and the windows of the attention layers."""
+    def _index_pools(self, slots: Sequence[KVSlots]) -> None:
+        """Lists the pools of each kind, with the indices of their layers. slots: of each of `kv_groups`."""
         parts = [(layer, part) for layer, pool in enumerate(self.pools) for part in pool_parts(pool)]
         self.attention_pools = [(layer, part) for layer, part in parts if isinstance(part, AttentionPool)]
         self.mamba_pools = [(layer, part) for layer, part in parts if isinstance(part, MambaPool)]
-        self._windows = [self.spec.window_of(layer) for layer, _ in self.attention_pools]
+        self.kv_groups = group_layers(self.spec, slots, self.attention_pools)
 
-    def _new_pool(self, mixer: MixerSpec, rows: int, device: torch.device, dtype: torch.dtype) -> Pool:
-        if isinstance(mixer, ParallelSpec):
-            attention, mamba = (self._new_pool(part, rows, device, dtype) for part in (mixer.attention, mixer.mamba))
-            assert isinstance(attention, AttentionPool)
-            assert isinstance(mamba, MambaPool)
-            return ParallelPool(attention, mamba)
-        if isinstance(mixer, AttentionSpec):
-            shape = (self.kv_slots.num_vectors + 1, mixer.head_dim)
-            return AttentionPool(*(torch.zeros(shape, device=device, dtype=dtype) for _ in "kv"))
-        if isinstance(mixer, Mamba2Spec):
-            window = (rows, mixer.conv_kernel - 1, mixer.conv_dim)
-            state = (rows, mixer.num_heads, mixer.head_dim, mixer.state_size)
-            return MambaPool(
-                torch.zeros(window, device=device, dtype=dtype),
-                torch.zeros(state, device=device, dtype=accumulation_dtype(dtype)),
-            )
-        return None
+    @property
+    def kv_slots(self) -> KVSlots:
+        """The KV slots of layers that keep all tokens."""
+        return self.kv_groups[0].slots
+
+    @property
+    def longest_pass(self) -> int | None:
+        """The most tokens that a pass appends to a row; None: any number, because there are no windows."""
+        window = self.kv_groups[-1].slots.window
+        return None if window is None else window.longest_pass
 
     @property
     def rows(self) -> int:
@@ -119,7 +108,8 @@ class TowerState:
     @property
     def is_inference(self) -> bool:
         """Whether any tensor was made in inference mode. Such a tensor cannot be written to outside that mode."""
-        return any(tensor.is_inference() for tensor in (*self._tensors(), self.kv_slots.start, self.kv_slots.stride))
+        layouts = (part for group in self.kv_groups for part in (group.slots.start, group.slots.stride))
+        return any(tensor.is_inference() for tensor in (*self._tensors(), *layouts))
 
     @property
     def capacity(self) -> int:
@@ -136,26 +126,18 @@ class TowerState:
     def view(self, rows: Tensor | None = None) -> ContextView:
         """The input of a pass, for all rows or the given slots (B,). Commits the state, which ends rollback."""
         self.commit_state()
-        start, stride, lengths = self._row_layout(rows)
-        even = self.kv_slots.slots_per_row if rows is None else 0
-        width = self.context_width
-        layouts: dict[int | None, tuple[Tensor, Tensor, Tensor, int, int]] = {}
-        layouts[None] = start, stride, lengths, width, even
-        for window in self.spec.windows:  # the last w − 1 keys
-            beyond = (lengths - (window - 1)).clamp(min=0)
-            layouts[window] = start + beyond, stride, lengths - beyond, min(width, window - 1), 0
+        lengths, width = self._lengths_of(rows), self.context_width
         past: list[LayerCache] = [None] * len(self.pools)
-        for (layer, attention), window_of_layer in zip(self.attention_pools, self._windows, strict=True):
-            past[layer] = CachedKV(attention.k, attention.v, *layouts[window_of_layer])
+        for group in self.kv_groups:
+            for layer, cached in group.caches(rows, lengths, width):
+                past[layer] = cached
         for layer, mamba in self.mamba_pools:
             keys, own = past[layer], mamba_cache(mamba, rows)
             past[layer] = ParallelCache(keys, own) if isinstance(keys, CachedKV) else own
         return ContextView(past, lengths, None if self.texts is None else self.texts.of(rows))
 
-    def _row_layout(self, rows: Tensor | None) -> tuple[Tensor, Tensor, Tensor]:
-        """Start, stride and length of all rows or the given slots (B,), as `KVSlots` defines them."""
-        start, stride = self.kv_slots.start, self.kv_slots.stride
-        return (start, stride, self.lengths) if rows is None else (start[rows], stride[rows], self.lengths[rows])
+    def _lengths_of(self, rows: Tensor | None) -> Tensor:
+        return self.lengths if rows is None else self.lengths[rows]
 
     # --- writing ---------------------------------------------------------------------------------------------
 
@@ -166,14 +148,12 @@ class TowerState:
         max_seq_len + width tokens.
         """
         assert self.kv_slots.shared or self.max_seq_len + width <= self.capacity, "append beyond the reserved capacity"
-        if self.attention_pools:
-            keys = [keys_of(updates[layer]) for layer, _ in self.attention_pools]
-            new = [(part.k.transpose(1, 2), part.v.transpose(1, 2)) for part in keys]
-            store = select("kv_append", self.lengths.device, self.dtype).function
-            positions = AppendPositions(*self._row_layout(rows), appended)
-            stored = store([(pool.k, pool.v) for _, pool in self.attention_pools], new, positions)
-            for (_, own), pair in zip(self.attention_pools, stored, strict=True):
-                own.k, own.v = pair
+        if width > self._room:
+            self.make_room(range(self.rows), width)
+        self._room = 0
+        lengths = self._lengths_of(rows)
+        for group in self.kv_groups:
+            group.append(updates, lengths, appended, rows)
         for layer, pool in self.mamba_pools:
             pool.step_inputs = step_inputs_of(updates[layer])
         self.step_rows = rows
@@ -184,6 +164,16 @@ class TowerState:
         self.lengths = self.lengths + self.uncommitted
         self.max_seq_len += width
         self.total_appended += width
+
+    def make_room(self, rows: Sequence[int], width: int) -> None:
+        """Prepares the slots of windows for the next `append`, of `width` tokens to these rows at most.
+
+        `append` does so for all rows, unless a caller who knows the rows has called this. It ends rollback.
+        """
+        self.commit_state()
+        for group in self.kv_groups:
+            group.make_room(rows, self.lengths, width)
+        self._room = width
 
     def rollback(self, new_lengths: Tensor) -> None:
         """Shortens every row to new_lengths (R,), each within the last `extend`. Only before the next `view`.
@@ -217,6 +207,8 @@ class TowerState:
         self.reset_count = self.reset_count.index_add(0, rows, torch.ones_like(rows))
         if self.texts is not None:
             self.texts.mark(rows, False)
+        for group in self.kv_groups:
+            group.slots.restart(rows)
         for _, pool in self.mamba_pools:
             pool.conv_window, pool.ssm_state = zero_slots(pool.conv_window, rows), zero_slots(pool.ssm_state, rows)
 
@@ -225,21 +217,21 @@ class TowerState:
 
         A new text starts with `reset` as usual.
         """
-        self.kv_slots.allocated.clear()
+        for group in self.kv_groups:
+            group.slots.allocated.clear()
         self.drop_step_inputs()
 
     def drop_step_inputs(self) -> None:
         """Drops uncommitted step inputs. Every row is invalid until its next `reset`."""
         for _, pool in self.mamba_pools:
             pool.step_inputs = None
-        self.step_rows = None
+        self.step_rows, self._room = None, 0
         self.uncommitted = torch.zeros_like(self.uncommitted)
 
     def snapshot_row(self, row: int, lo: int, hi: int) -> CacheSnapshot:
         """A copy of the row's keys and values of tokens lo…hi and of its Mamba states. hi must be the row's length."""
         self.commit_state()
-        vectors = self._vectors(row, lo, hi)
-        keys = [KeyValue(pool.k[vectors], pool.v[vectors]) for _, pool in self.attention_pools]
+        keys = [group.snapshot(row, lo, hi) for group in self.kv_groups]
         states = [MambaCache(own.conv_window[row].clone(), own.ssm_state[row].clone()) for _, own in self.mamba_pools]
         text = None if self.texts is None else self.texts.tokens[row, lo:hi].clone()
         return CacheSnapshot(keys, states, hi - lo, text)
@@ -248,12 +240,9 @@ class TowerState:
         """Writes consecutive snapshots of one text into an empty row."""
         self.commit_state()
         length = sum(part.tokens for part in parts)
-        vectors = self._vectors(row, 0, length).flatten()
         slot = to_device_async([row], self.lengths.device)
-        for i, (_, pool) in enumerate(self.attention_pools):
-            pieces = zip(*(part.keys[i] for part in parts), strict=True)
-            keys, values = (torch.cat(piece, dim=1).flatten(0, 1) for piece in pieces)
-            pool.k, pool.v = write_slots(pool.k, vectors, keys), write_slots(pool.v, vectors, values)
+        for i, group in enumerate(self.kv_groups):
+            group.restore(row, [part.keys[i] for part in parts], length)
         for (_, mamba), last in zip(self.mamba_pools, parts[-1].states, strict=True):
             mamba.conv_window = write_slots(mamba.conv_window, slot, last.conv_window[None])
             mamba.ssm_state = write_slots(mamba.ssm_state, slot, last.ssm_state[None])
@@ -263,32 +252,29 @@ class TowerState:
         self.lengths = self.lengths.index_fill(0, slot, length)
         self.total_appended += length
 
-    def _vectors(self, row: int, lo: int, hi: int) -> Tensor:
-        """(Hkv, T), the indices of the row's vectors of tokens lo…hi."""
-        columns = torch.arange(lo, hi, device=self.lengths.device)[None]
-        slot = to_device_async([row], self.lengths.device)
-        return self.kv_slots.vectors_of(slot, columns, torch.ones_like(columns, dtype=torch.bool))[0].T
-
     def reserve(self, capacity: int) -> None:
         """Grows every row to at least `capacity` tokens, by a factor of 1.5 at least, so that appending stays linear.
 
         Shared KV slots do not grow.
         """
-        old = self.kv_slots
-        if old.shared or capacity <= old.slots_per_row:
-            return
-        grown = KVSlots.contiguous(self.rows, old.heads, max(capacity, old.slots_per_row * 3 // 2), self.lengths.device)
-        for _, pool in self.attention_pools:
-            pool.k, pool.v = (copy_to_layout(t, old, grown) for t in (pool.k, pool.v))
-        self.kv_slots = grown
+        slots = self.kv_slots
+        if not slots.shared and capacity > slots.slots_per_row:
+            for group in self.kv_groups:
+                group.reserve(max(capacity, slots.slots_per_row * 3 // 2))
+
+    def has_room_for(self, length: int) -> bool:
+        """Whether there are shared KV slots for a text of `length` tokens."""
+        return all(group.slots.first_fit(length) is not None for group in self.kv_groups)
 
     def allocate(self, row: int, length: int) -> None:
-        """Assigns `length` shared KV slots to a row; first check `KVSlots.first_fit`."""
-        self.kv_slots.allocate(row, length)
+        """Assigns shared KV slots for a text of `length` tokens to a row; first check `has_room_for`."""
+        for group in self.kv_groups:
+            group.slots.allocate(row, length)
 
     def free(self, row: int) -> None:
         """Returns the row's shared KV slots."""
-        self.kv_slots.free(row)
+        for group in self.kv_groups:
+            group.slots.free(row)
 
     def lower_max_seq_len(self, length: int) -> None:
         """Lowers the upper bound of all lengths, after rollbacks or when long rows have ended."""
@@ -301,44 +287,46 @@ class TowerState:
         assert not self.kv_slots.shared, "rows that share KV slots cannot be selected"
         if self.step_rows is not None:
             self.commit_state()
-        old = self.kv_slots
-        chosen = KVSlots.contiguous(len(rows), old.heads, old.slots_per_row, self.lengths.device)
-        return self._map(lambda t: t[rows], chosen, lambda t: copy_to_layout(t, old, chosen, rows))
+        chosen = [group.slots.select(rows) for group in self.kv_groups]
+        changes = [
+            partial(copy_to_layout, old=group.slots, new=new, rows=rows)
+            for group, new in zip(self.kv_groups, chosen, strict=True)
+        ]
+        return self._map(lambda t: t[rows], chosen, changes)
 
     def clone(self) -> TowerState:
         """An independent copy."""
-        return self._map(Tensor.clone, self.kv_slots.map(Tensor.clone), Tensor.clone)
+        return self._copy(Tensor.clone)
 
     def to(self, device: torch.device) -> TowerState:
         """A copy on another device."""
+        return self._copy(lambda tensor: tensor.to(device, copy=True))
 
-        def moved(tensor: Tensor) -> Tensor:
-            return tensor.to(device, copy=True)
-
-        return self._map(moved, self.kv_slots.map(moved), moved)
+    def _copy(self, change: Callable[[Tensor], Tensor]) -> TowerState:
+        slots = [group.slots.map(change) for group in self.kv_groups]
+        return self._map(change, slots, [change] * len(slots))
 
     def _map(
-        self, change: Callable[[Tensor], Tensor], kv_slots: KVSlots, change_vectors: Callable[[Tensor], Tensor]
+        self,
+        change: Callable[[Tensor], Tensor],
+        slots: Sequence[KVSlots],
+        change_vectors: Sequence[Callable[[Tensor], Tensor]],
     ) -> TowerState:
-        """A state with `change` applied to all tensors with a row dimension, `change_vectors` to keys and values."""
+        """A state with `change` applied to all tensors with a row dimension.
+
+        slots, change_vectors: the new slots of each of `kv_groups`, and the change of its keys and values.
+        """
         out = object.__new__(TowerState)
-        out.spec, out.dtype, out.kv_slots = self.spec, self.dtype, kv_slots
+        out.spec, out.dtype, out._room = self.spec, self.dtype, 0
         out.max_seq_len, out.total_appended = self.max_seq_len, self.total_appended
         out.lengths, out.uncommitted, out.reset_count = map(change, (self.lengths, self.uncommitted, self.reset_count))
         out.step_rows = None if self.step_rows is None else change(self.step_rows)
         out.texts = None if self.texts is None else self.texts.map(change)
-        out.pools = [map_pool(pool, change, change_vectors) for pool in self.pools]
-        out._index_pools()
+        out.pools = [map_pool(pool, change, change_vectors[slides(self.spec, i)]) for i, pool in enumerate(self.pools)]
+        out._index_pools(slots)
         return out
 
     def _tensors(self) -> list[Tensor]:
         pools = (tensor for pool in self.pools for tensor in pool_tensors(pool))
-        return [self.lengths, self.uncommitted, self.reset_count, *pools]
-
-
-@lru_cache(maxsize=32)
-def state_bytes(spec: TowerSpec, dtype: torch.dtype) -> tuple[int, int]:
-    """Bytes of a row's Mamba states, and bytes per token of a row; measured on states on the meta device."""
-    states = [TowerState(spec, rows, capacity, torch.device("meta"), dtype) for rows, capacity in ((1, 1), (1, 2))]
-    per_row = sum(pool.conv_window.nbytes + pool.ssm_state.nbytes for _, pool in states[0].mamba_pools)
-    return per_row, states[1].nbytes - states[0].nbytes
+        windows = (group.slots.window.first for group in self.kv_groups if group.slots.window is not None)
+        return [self.lengths, self.uncommitted, self.reset_count, *windows, *pools]

@@ -5,11 +5,14 @@ from __future__ import annotations
 from collections.abc import Callable
 from dataclasses import dataclass
 
+import torch
 from torch import Tensor
 
 from twotower.cache.kv_slots import KVSlots
 from twotower.cache.layer_cache import KeyValue, LayerCache, MambaCache
+from twotower.ops.precision import accumulation_dtype
 from twotower.ops.reference.mamba_block import MambaStepInputs
+from twotower.specs import AttentionSpec, Mamba2Spec, MixerSpec, ParallelSpec
 
 
 @dataclass
@@ -41,6 +44,27 @@ class ParallelPool:
 
 
 Pool = AttentionPool | MambaPool | ParallelPool | None
+
+
+def new_pool(mixer: MixerSpec, vectors: int, rows: int, device: torch.device, dtype: torch.dtype) -> Pool:
+    """The pool of a layer for `rows` rows, with `vectors` keys and values beside the spare one."""
+    if isinstance(mixer, ParallelSpec):
+        attention, mamba = (new_pool(part, vectors, rows, device, dtype) for part in (mixer.attention, mixer.mamba))
+        assert isinstance(attention, AttentionPool)
+        assert isinstance(mamba, MambaPool)
+        return ParallelPool(attention, mamba)
+    if isinstance(mixer, AttentionSpec):
+        return AttentionPool(
+            *(torch.zeros(vectors + 1, mixer.head_dim, device=device, dtype=dtype) for _ in ("k", "v"))
+        )
+    if isinstance(mixer, Mamba2Spec):
+        window = (rows, mixer.conv_kernel - 1, mixer.conv_dim)
+        state = (rows, mixer.num_heads, mixer.head_dim, mixer.state_size)
+        return MambaPool(
+            torch.zeros(window, device=device, dtype=dtype),
+            torch.zeros(state, device=device, dtype=accumulation_dtype(dtype)),
+        )
+    return None
 
 
 def pool_parts(pool: Pool) -> tuple[AttentionPool | MambaPool, ...]:
@@ -92,18 +116,19 @@ class ContextView:
 class CacheSnapshot:
     """A copy of a part of one row's state: keys and values (Hkv, T, D) of T tokens, and the Mamba states after them.
 
-    keys: one for each layer with attention. states: one for each Mamba layer. text: (T,), the tokens themselves; None
-    without LongRoPE.
+    keys: of each of `TowerState.kv_groups`, one for each layer; layers with a window have its tokens only. states: one
+    for each Mamba layer. text: (T,), the tokens themselves; None without LongRoPE.
     """
 
-    keys: list[KeyValue]
+    keys: list[list[KeyValue]]
     states: list[MambaCache]
     tokens: int
     text: Tensor | None = None
 
     @property
     def nbytes(self) -> int:
-        return sum(part.nbytes for pair in (*self.keys, *self.states) for part in pair)
+        pairs = [pair for group in self.keys for pair in group] + self.states
+        return sum(part.nbytes for pair in pairs for part in pair)
 
 
 def mamba_cache(pool: MambaPool, rows: Tensor | None) -> MambaCache:

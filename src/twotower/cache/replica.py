@@ -16,6 +16,8 @@ import torch
 from torch import Tensor
 
 from twotower.cache.hybrid_cache import TowerState
+from twotower.cache.kv_group import KVGroup
+from twotower.cache.kv_slots import KVSlots
 from twotower.cache.pools import ContextView
 from twotower.ops.host_transfer import to_device_async
 
@@ -58,7 +60,7 @@ class Replica:
         self.device = device
         self.transfer = transfer
         shared = state.kv_slots.total if state.kv_slots.shared else None
-        self.copy = TowerState(state.spec, state.rows, state.capacity, device, state.dtype, shared)
+        self.copy = TowerState(state.spec, state.rows, state.capacity, device, state.dtype, shared, state.longest_pass)
         self.lengths = torch.zeros_like(state.lengths)  # of the copy, on the context tower's device
         self.reset_count = state.reset_count  # of the texts in the copy
 
@@ -85,38 +87,46 @@ class Replica:
             copy.reserve(state.capacity)
             self._sync_kv_slots()
             old = torch.where(self.reset_count == state.reset_count, self.lengths, 0)
-            lengths = self._send(state.lengths)
-            self._copy_vectors(
-                _appended_vectors(state, old, state.lengths, width),
-                _appended_vectors(copy, self._send(old), lengths, width),
-            )
+            lengths, old_there = self._send(state.lengths), self._send(old)
+            for source, target in zip(state.kv_groups, copy.kv_groups, strict=True):
+                _make_room(target, old_there, lengths, width)
+                here, there = (
+                    _appended_vectors(group.slots, *ends, width)
+                    for group, ends in ((source, (old, state.lengths)), (target, (old_there, lengths)))
+                )
+                self._copy_vectors(source, target, here, there)
+            self._copy_states()
             copy.lengths = lengths
         copy.total_appended = state.total_appended
         self.lengths, self.reset_count = state.lengths, state.reset_count
 
     def _transfer_pending(self, pending: Sequence[PendingTransfer]) -> None:
         self._sync_kv_slots()
-        tokens = [(row.slot, token) for row in pending for token in range(row.start, row.end)]
+        for source, target in zip(self.state.kv_groups, self.copy.kv_groups, strict=True):
+            if target.layers:
+                parts = _within_window(target, pending, self.copy.lengths)
+                tokens = [(row.slot, token) for row in parts for token in range(row.start, row.end)]
+                self._copy_vectors(source, target, *(_vectors(group.slots, tokens) for group in (source, target)))
         slots, ends = [row.slot for row in pending], [row.end for row in pending]
-        here, there = (_vectors(state, tokens) for state in (self.state, self.copy))
         rows = to_device_async(slots, self.device)
-        self._copy_vectors(here, there, to_device_async(slots, self.state.lengths.device), rows)
+        self._copy_states(to_device_async(slots, self.state.lengths.device), rows)
         self.copy.lengths[rows] = to_device_async(ends, self.device)
 
     def _sync_kv_slots(self) -> None:
-        if self.copy.kv_slots.version != self.state.kv_slots.version:
-            self.copy.kv_slots = self.state.kv_slots.map(self._send)
+        for source, target in zip(self.state.kv_groups, self.copy.kv_groups, strict=True):
+            if target.slots.version != source.slots.version:
+                window = target.slots.window  # the copy moves its tokens by itself
+                target.slots = source.slots.map(self._send)
+                target.slots.window = window
 
-    def _copy_vectors(
-        self, here: Tensor, there: Tensor, slots: Tensor | None = None, rows: Tensor | None = None
-    ) -> None:
-        """Copies keys and values from indices `here` of the state to indices `there` of the copy, and Mamba states.
-
-        slots: (C,), the rows whose Mamba states are copied; `rows` is the same tensor on the copy's device. None: all.
-        """
-        for (_, keys), (_, into) in zip(self.state.attention_pools, self.copy.attention_pools, strict=True):
+    def _copy_vectors(self, source: KVGroup, target: KVGroup, here: Tensor, there: Tensor) -> None:
+        """Copies keys and values from indices `here` of the state to indices `there` of the copy."""
+        for (_, _, keys), (_, _, into) in zip(source.layers, target.layers, strict=True):
             into.k[there] = self._send(keys.k[here])
             into.v[there] = self._send(keys.v[here])
+
+    def _copy_states(self, slots: Tensor | None = None, rows: Tensor | None = None) -> None:
+        """Copies Mamba states of slots (C,); `rows` is the same tensor on the copy's device. None: of all."""
         for (_, source), (_, target) in zip(self.state.mamba_pools, self.copy.mamba_pools, strict=True):
             if slots is None or rows is None:
                 target.conv_window = self._send(source.conv_window)
@@ -141,13 +151,49 @@ class Replica:
 ContextReader = LocalReader | Replica
 
 
-def _appended_vectors(state: TowerState, old: Tensor, lengths: Tensor, width: int) -> Tensor:
-    """Vector indices of each row's tokens old…lengths, (R,) each, at most `width`; the spare vector beyond."""
+def _appended_vectors(slots: KVSlots, old: Tensor, lengths: Tensor, width: int) -> Tensor:
+    """Vector indices of each row's tokens old…lengths, (R,) each, at most `width`; the spare vector beyond.
+
+    Slots with a window: of the last tokens only.
+    """
+    if slots.window is not None:
+        old, width = torch.maximum(old, lengths - slots.window.keep), min(width, slots.window.keep)
     tokens = old[:, None] + torch.arange(width, device=old.device)
-    return state.kv_slots.vectors_of(None, tokens, tokens < lengths[:, None]).flatten()
+    return slots.vectors_of(None, tokens, tokens < lengths[:, None]).flatten()
 
 
-def _vectors(state: TowerState, tokens: Sequence[tuple[int, int]]) -> Tensor:
+def _make_room(target: KVGroup, old: Tensor, lengths: Tensor, width: int) -> None:
+    """Prepares the windows of all rows of a copy for their tokens old…lengths, (R,) each, at most `width`."""
+    window = target.slots.window
+    if window is not None:
+        target.make_room(range(target.slots.rows), old, min(width, window.keep))
+        begin = torch.maximum(old, lengths - window.keep)
+        window.first = torch.where((begin > old) | (old == 0), begin, window.first)  # nothing of the copy is left
+
+
+def _within_window(target: KVGroup, pending: Sequence[PendingTransfer], lengths: Tensor) -> list[PendingTransfer]:
+    """What the copy needs of these tokens; prepares its windows for them. lengths (R,): of the copy."""
+    window = target.slots.window
+    if window is None:
+        return list(pending)
+    parts, new = [], []
+    for row in pending:
+        begin = max(row.end - window.keep, 0)
+        if row.start == 0 or begin > row.start or row.end - row.start > window.longest_pass:
+            new.append((row.slot, begin))  # nothing of the copy is left
+            window.held[row.slot] = row.end - begin
+            parts.append(row._replace(start=begin))
+        else:
+            parts.append(row)
+            target.make_room([row.slot], lengths, row.end - row.start)
+    if new:
+        slots, begins = zip(*new, strict=True)
+        device = window.first.device
+        window.first = window.first.index_copy(0, to_device_async(slots, device), to_device_async(begins, device))
+    return parts
+
+
+def _vectors(slots: KVSlots, tokens: Sequence[tuple[int, int]]) -> Tensor:
     """Vector indices of tokens, each a slot and a position."""
-    slots, positions = to_device_async(tokens, state.lengths.device, torch.long).view(-1, 2, 1).unbind(1)
-    return state.kv_slots.vectors_of(slots[:, 0], positions, torch.ones_like(positions, dtype=torch.bool)).flatten()
+    rows, positions = to_device_async(tokens, slots.start.device, torch.long).view(-1, 2, 1).unbind(1)
+    return slots.vectors_of(rows[:, 0], positions, torch.ones_like(positions, dtype=torch.bool)).flatten()

@@ -183,12 +183,15 @@ def _state(spec: TowerSpec, dtype: str) -> StateSizes:
     """Sizes of the state, computed by the module that allocates it."""
     import torch
 
-    from twotower.cache.hybrid_cache import state_bytes
+    from twotower.cache.sliding_window import longest_pass_of
+    from twotower.cache.state_bytes import state_bytes
 
-    per_row, per_token = state_bytes(spec, getattr(torch, dtype))
-    window = spec.max_position_embeddings
-    full = per_row + window * per_token
-    return {"dtype": dtype, "per_token": per_token, "per_row": per_row, "full_context": full}
+    size = state_bytes(spec, getattr(torch, dtype))
+    full = size.of_text(spec.max_position_embeddings, longest_pass_of(spec))
+    windows = full - size.row - size.token * spec.max_position_embeddings
+    return {
+        "dtype": dtype, "per_token": size.token, "per_row": size.row, "windows": windows, "full_context": full,
+    }  # fmt: skip
 
 
 def _computes_in(model: TwoTowerForCausalLM, stored: str) -> dict[str, str]:

@@ -22,11 +22,15 @@ class ParameterCounts(TypedDict):
 
 
 class StateSizes(TypedDict):
-    """Bytes of the context tower's state of one sequence in `dtype`: per token, per row, and for a full context."""
+    """Bytes of the context tower's state of one sequence in `dtype`: per token, per row, and for a full context.
+
+    windows: at most, of the layers with a window; per_token does not count these layers.
+    """
 
     dtype: str
     per_token: int
     per_row: int
+    windows: int
     full_context: int
 
 

@@ -117,6 +117,8 @@ def _state(state: StateSizes) -> Iterator[str]:
         f"{format_bytes(state['per_token'])} per token (K/V), {format_bytes(state['per_row'])} per sequence "
         f"(convolution and SSM), in {_SHORT.get(state['dtype'], state['dtype'])}"
     )
+    if state["windows"]:
+        yield f"at most {format_bytes(state['windows'])} more for a sequence in the layers with a window"
     yield f"{format_bytes(state['full_context'])} for a sequence that fills the context; two devices have a copy each"
 
 

@@ -53,7 +53,7 @@ class Admitter:
                 break
             kv_slots = kv_slots_needed(request, self.block_size)
             idle = request.params.max_new_tokens == 0 and not request.prompt_logprobs
-            if not idle and self.state.kv_slots.first_fit(kv_slots) is None:
+            if not idle and not self.state.has_room_for(kv_slots):
                 break
             waiting.popleft()
             try:

@@ -104,6 +104,7 @@ def launch(
     before = state.lengths
     choice = logprobs = None
     try:
+        state.make_room([sequence.slot for sequence in sequences], width)
         logits = model.extend(tokens, state, lengths, rows=slots, logits=wanted, upcast_logits=False)
         if logits is not None:
             with_logprobs = needs.with_logprobs

@@ -20,6 +20,7 @@ import torch
 from twotower.cache.pools import ContextView
 from twotower.cache.prefix_cache import PrefixCache
 from twotower.cache.replica import PendingTransfer, Replica
+from twotower.cache.sliding_window import longest_pass_of, widest_window
 from twotower.decoding.modes import AUTO
 from twotower.decoding.output import BlockEvent, Event
 from twotower.engine import context_step, denoiser_ar, drafting
@@ -58,9 +59,10 @@ class EngineCore:
     ) -> None:
         self.model = model
         self.options = options
-        rows, kv_slots, spare = divide_memory(model, rows, length + block_size, PROMPT_CHUNK, memory)
-        shape = StateShape(rows, kv_slots, model.dtype, model.device)
-        self.state = model.workspace.borrow_state(shape, lambda: model.new_state(rows, 0, kv_slots))
+        rows, kv_slots, spare = divide_memory(model, rows, length, block_size, PROMPT_CHUNK, memory)
+        longest_pass = longest_pass_of(model.spec, block_size) if widest_window(model.spec) else None
+        shape = StateShape(rows, kv_slots, model.dtype, model.device, longest_pass)
+        self.state = model.workspace.borrow_state(shape, lambda: model.new_state(rows, 0, kv_slots, longest_pass))
         self._state_bytes = self.state.nbytes  # constant, because the pools are allocated once
         self.prefixes = PrefixCache(PROMPT_CHUNK, spare)
         self.reader = model.reader(self.state) if model.denoiser is not None else None

@@ -63,7 +63,7 @@ class LLM:
     @staticmethod
     def memory_for(model: Towers, rows: int, length: int, block_size: int = 16) -> int:
         """Bytes for `rows` texts of up to `length` tokens at once; twice as many with the towers on two devices."""
-        return memory_for(model, rows, length + block_size)
+        return memory_for(model, rows, length + block_size, block_size)
 
     @classmethod
     def fitting(
@@ -91,7 +91,7 @@ class LLM:
                 param="memory",
             )
         prefix_cache = options is None or options.prefix_cache
-        needs = needs_of(model, length + block, block, memory, prefix_cache)
+        needs = needs_of(model, length + block, block, block, memory, prefix_cache)
         rows = max(rows_that_fit(needs, min(rows, max(len(requests), 1))), 1)
         return cls(model, rows=rows, length=length, block_size=block, memory=memory, options=options)
 

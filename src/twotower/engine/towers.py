@@ -54,7 +54,9 @@ class Towers(Protocol):
     def prefill_chunk(self) -> int:
         """Tokens of a prompt that one pass reads best."""
 
-    def new_state(self, rows: int, capacity: int, shared_kv_slots: int | None = None) -> TowerState: ...
+    def new_state(
+        self, rows: int, capacity: int, shared_kv_slots: int | None = None, longest_pass: int | None = None
+    ) -> TowerState: ...
 
     def reader(self, state: TowerState) -> ContextReader: ...
 

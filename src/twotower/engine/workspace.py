@@ -20,16 +20,17 @@ MAX_IDLE_STATE_BYTES = 256 << 20  # larger states are not kept between calls
 
 
 class StateShape(NamedTuple):
-    """The shape of a state: its rows, their shared KV slots, dtype and device."""
+    """The shape of a state: its rows, their shared KV slots, dtype, device, and longest pass (see `TowerState`)."""
 
     rows: int
     kv_slots: int
     dtype: torch.dtype
     device: torch.device
+    longest_pass: int | None = None
 
     @classmethod
     def of(cls, state: TowerState) -> StateShape:
-        return cls(state.rows, state.capacity, state.dtype, state.lengths.device)
+        return cls(state.rows, state.capacity, state.dtype, state.lengths.device, state.longest_pass)
 
 
 class Workspace:

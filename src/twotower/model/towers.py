@@ -15,6 +15,7 @@ from torch import Tensor, nn
 from twotower.cache.hybrid_cache import TowerState
 from twotower.cache.pools import ContextView
 from twotower.cache.replica import ContextReader, DeviceTransfer, LocalReader, Replica
+from twotower.cache.sliding_window import prefill_limit
 from twotower.config import TwoTowerConfig
 from twotower.errors import TwoTowerError
 from twotower.families import tower_spec
@@ -113,12 +114,16 @@ class TwoTowerModel(nn.Module):
             if tower.device.type == "cuda":
                 torch.cuda.synchronize(tower.device)
 
-    def new_state(self, rows: int, capacity: int, shared_kv_slots: int | None = None) -> TowerState:
+    def new_state(
+        self, rows: int, capacity: int, shared_kv_slots: int | None = None, longest_pass: int | None = None
+    ) -> TowerState:
         """An empty context state of `rows` rows.
 
         Each row has room for `capacity` tokens (`reserve` grows it), or the rows share `shared_kv_slots` (`allocate`).
+        longest_pass: see `TowerState`; None: that of a prompt.
         """
-        return TowerState(self.spec, rows, capacity, self.context.device, self.dtype, shared_kv_slots)
+        device = self.context.device
+        return TowerState(self.spec, rows, capacity, device, self.dtype, shared_kv_slots, longest_pass)
 
     def reader(self, state: TowerState) -> ContextReader:
         """The denoiser's access to `state`: in place, or through a replica on the denoiser's device."""
@@ -132,7 +137,8 @@ class TwoTowerModel(nn.Module):
         """The number of prompt tokens to read in one pass."""
         with torch.no_grad():
             chunks = (runner.prefill_chunk(self.context) for runner in self.context.runners)
-            return next((chunk for chunk in chunks if chunk is not None), PREFILL_CHUNK)
+            chunk = next((chunk for chunk in chunks if chunk is not None), PREFILL_CHUNK)
+            return min(chunk, prefill_limit(self.spec))
 
     def prefill(self, tokens: Tensor, lengths: Tensor, state: TowerState, rows: Tensor | None = None) -> Tensor:
         """The context tower reads prompts chunk by chunk → logits (B, V) after the last token of each row.
