@@ -2,7 +2,7 @@
 PYTHON ?= python3
 BIN := .venv/bin
 
-.PHONY: demo serve test test-slow browser check docs clean bundled-model bench bench-quick report
+.PHONY: demo serve test test-slow browser check docs backbone-table clean bundled-model bench bench-quick report
 
 demo: .venv/.installed
 	@$(BIN)/twotower demo
@@ -35,6 +35,10 @@ check: .venv/.installed-dev
 # docs/cli.md from the command line's options, docs/environment.md from src/twotower/options.py.
 docs: .venv/.installed
 	$(BIN)/python tools/generate_docs.py
+
+# The table of docs/backbones.md, from the outcomes of the tests that prove its cells. Minutes.
+backbone-table: .venv/.installed-dev
+	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -m proves -n 2 --dist loadfile --backbone-table
 
 # Minutes: speed beside AR, and accuracy on a few problems.
 bench-quick: .venv/.installed

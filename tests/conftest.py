@@ -8,6 +8,7 @@ import sys
 from collections.abc import Callable
 from pathlib import Path
 
+import proofs
 import pytest
 import torch
 import triton_mode  # noqa: F401  before anything that imports Triton
@@ -63,8 +64,17 @@ LONG_FILES = (
 )  # fmt: skip
 
 
+def pytest_addoption(parser: pytest.Parser) -> None:
+    proofs.add_option(parser)
+
+
+def pytest_configure(config: pytest.Config) -> None:
+    proofs.configure(config)
+
+
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
     items.sort(key=lambda item: item.path.name not in LONG_FILES)
+    proofs.note_proofs(items)
 
 
 def pytest_terminal_summary(terminalreporter: pytest.TerminalReporter) -> None:

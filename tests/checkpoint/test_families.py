@@ -96,6 +96,7 @@ def test_diffusion(name: str, two_towers: Callable[[str], Path]) -> None:
         assert out[0, len(prompt) :].tolist() == new
 
 
+@pytest.mark.proves("AR equal", "verified")
 @pytest.mark.parametrize("name", SHAPES)
 def test_tiny_models_equal_transformers_in_float64(name: str, tmp_path: Path) -> None:
     """Logits over a batch, and 24 greedy tokens through the engine."""

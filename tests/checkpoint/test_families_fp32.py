@@ -58,12 +58,14 @@ def check(name: str, directory: Path, prompts: tuple[int, ...], new: int) -> Non
     assert max(found.values()) <= MOST_DIFFERENCES * len(prompts) * new, found
 
 
+@pytest.mark.proves("AR equal", "verified")
 @pytest.mark.parametrize("name", SHAPES)
 def test_fp32_text_and_logits(name: str, tmp_path: Path) -> None:
     check(name, tmp_path, prompts=(29,), new=8)
 
 
 @pytest.mark.slow
+@pytest.mark.proves("AR equal", "verified")
 @pytest.mark.parametrize("name", SHAPES)
 def test_fp32_texts_and_logits(name: str, tmp_path: Path) -> None:
     check(name, tmp_path, PROMPTS, NEW_TOKENS)

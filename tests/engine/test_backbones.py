@@ -175,6 +175,7 @@ def test_every_engine_gives_the_same_texts(name: str, form: Any) -> None:
     assert [result.tokens for result in in_engine(model, fixed)[0]] == wanted
 
 
+@pytest.mark.proves("verified")
 @pytest.mark.parametrize("name", NAMES)
 def test_verified_equals_ar_whatever_the_draft(name: str) -> None:
     """Drafts with random errors: all lengths of accepted drafts, and rows of all lengths."""
@@ -233,6 +234,7 @@ def test_prefill_in_chunks_gives_the_logits_of_one_pass(name: str) -> None:
             torch.testing.assert_close(model.prefill(*padded(rows), state), wanted, rtol=1e-9, atol=1e-10)
 
 
+@pytest.mark.proves("rollback")
 @pytest.mark.parametrize(
     "kept", [pytest.param((0, 1, 9, 17), id="short"), pytest.param(range(18), id="full", marks=slow)]
 )
@@ -357,6 +359,7 @@ def compared(model: TwoTowerForCausalLM, theirs: Any, runs: Sequence[tuple[str, 
 EVERY_RUN = [(mode, way) for mode in ("ar", "verified") for way in ("batch", "engine")]
 
 
+@pytest.mark.proves("AR equal", "verified")
 @pytest.mark.parametrize(
     ("exact_runs", "fp32_runs", "new"),
     [

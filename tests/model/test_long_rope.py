@@ -30,7 +30,7 @@ Oracle = Callable[[tuple[int, ...]], Tensor]
 def saved(tmp_path_factory: pytest.TempPathFactory) -> Path:
     root = tmp_path_factory.mktemp("longrope")
     save(NAME, root / "ar")
-    convert(root / "ar", root / "two", mask_token_id=3)
+    convert(root / "ar", root / "two", mask_token=3)
     return root / "two"
 
 
@@ -91,6 +91,7 @@ def test_ragged_batches(mode: str, oracle: Oracle, model: TwoTowerForCausalLM) -
     assert out[:, 66:].tolist() == [greedy(oracle, prompt, 12) for prompt in prompts]
 
 
+@pytest.mark.proves("rollback", shape=NAME)
 @torch.inference_mode()
 @pytest.mark.parametrize("start", [50, 60, 63, 64, 65])
 def test_extend_and_rollback_at_every_length(start: int, oracle: Oracle, model: TwoTowerForCausalLM) -> None:
@@ -158,7 +159,7 @@ def test_the_prefix_cache_holds_texts_with_short_frequencies(tmp_path: Path) -> 
     options = SHAPES[NAME] | {"original_max_position_embeddings": 300, "max_position_embeddings": 600}
     theirs = hf_model(NAME, options=options)
     theirs.save_pretrained(tmp_path / "ar")
-    convert(tmp_path / "ar", tmp_path / "two", mask_token_id=3)
+    convert(tmp_path / "ar", tmp_path / "two", mask_token=3)
     model = TwoTowerForCausalLM.from_pretrained(tmp_path / "two", dtype=torch.float64)
     long = torch.randint(4, VOCAB, (520,), generator=torch.Generator().manual_seed(7)).tolist()
     prompts = [long[:290], [*long[:280], 5, 6], long, long, long[:320], long[:296], long[:270]]

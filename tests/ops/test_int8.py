@@ -23,7 +23,7 @@ from twotower.engine import LLM, Request
 from twotower.errors import ArgumentError
 from twotower.model.fp32_tensors import named_tensors
 from twotower.model.layer_io import AttentionMetadata
-from twotower.model.linear import Int8Linear
+from twotower.model.linear import Int8Linear, Linear, TiedHead
 from twotower.model.tower import PassInputs
 from twotower.model.towers import PREFILL_CHUNK
 from twotower.ops import self_check_cases
@@ -46,7 +46,11 @@ def meant(q: Tensor, scale: Tensor) -> Tensor:
 
 def as_meant(model: TwoTowerForCausalLM) -> TwoTowerForCausalLM:
     """A float64 model of plain layers with the dequantized weights of an int8 model."""
-    plain = TwoTowerForCausalLM(model.config).double().eval()
+    plain = TwoTowerForCausalLM(model.config)
+    for tower in plain.towers():
+        if isinstance(tower.head, TiedHead):  # the head is rounded, and the embedding is not
+            tower.head = Linear(tower.spec.hidden_size, tower.spec.vocab_size, bias=False)
+    plain = plain.double().eval()
     own = dict(named_tensors(model))
     for name, tensor in named_tensors(plain):
         scale = own.get(f"{name}_scale")

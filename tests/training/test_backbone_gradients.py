@@ -67,12 +67,14 @@ def check_by_generation(step: Case, label: str) -> None:
     check(step, label, naive_nll(*step, by="extend"), naive_next_token_nll(step.model, step.batch))
 
 
+@pytest.mark.proves("training gradient = reference")
 @pytest.mark.parametrize("name", [pytest.param(name, marks=pytest.mark.slow if ":" in name else ()) for name in SHAPES])
 def test_gradients_of_every_family(name: str) -> None:
     step = case(backbone=name, rows=ROWS)
     check(step, name, oracle_nll(step), oracle_next_nll(step))
 
 
+@pytest.mark.proves("training gradient = reference")
 @pytest.mark.parametrize("name", [name for name in SHAPES if ":" in name])
 def test_gradients_of_every_variant(name: str) -> None:
     """The variants of a family; their oracle takes a second each, in the full form."""
