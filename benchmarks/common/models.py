@@ -152,6 +152,8 @@ class Texts:
         self.state.commit_state()
         self.state.lengths = torch.full_like(self.state.lengths, length)
         self.state.max_seq_len = length
+        for window in filter(None, (group.slots.window for group in self.state.kv_groups)):
+            window.first = (self.state.lengths - window.keep).clamp(min=0)
 
 
 def random_tokens(model: TwoTowerForCausalLM, rows: int, length: int, seed: int = 0) -> Tensor:

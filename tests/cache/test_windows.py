@@ -16,13 +16,15 @@ import torch
 from backbone_models import MASK, some_text, trained
 
 from twotower import LLM, GenerationParams, Request, TwoTowerForCausalLM
-from twotower.cache import sliding_window
+from twotower.cache import kv_group, sliding_window
 from twotower.cache.hybrid_cache import TowerState
 from twotower.cache.kv_group import KVGroup
 from twotower.cache.prefix_cache import PrefixCache
 from twotower.cache.replica import DeviceTransfer, PendingTransfer, Replica
 from twotower.cache.state_bytes import state_bytes
 from twotower.engine import budget, core
+from twotower.ops.cpu import library
+from twotower.runners.fused_cpu import FusedCPURunner
 
 NEVER = 10_000
 NAMES = ("mistral", "gemma3_text", "qwen2", "smollm3:windows")  # windows in all layers, or in some
@@ -148,6 +150,7 @@ def test_any_sequence_of_operations(name: str, seed: int) -> None:
 
 @pytest.mark.parametrize("name", NAMES)
 def test_fp32_kernels_read_slots_that_slide(name: str) -> None:
+    """The kernels of this machine. `test_fused_cpu` and `test_triton` have all code paths."""
     model, exact = trained(name, torch.float32), trained(name)
     states = model.new_state(2, 4, None, CHECK), exact.new_state(2, 4, None, NEVER)
     text = torch.tensor([some_text(120, seed=row) for row in range(2)])
@@ -162,6 +165,10 @@ def test_fp32_kernels_read_slots_that_slide(name: str) -> None:
         for m, state in zip((model, exact), states, strict=True)
     )
     torch.testing.assert_close(one.double(), two, rtol=1e-3, atol=1e-3)
+    assert sum(first_of(states[0])) > 0
+    assert first_of(states[1]) == [0, 0]
+    compiled = not isinstance(library.library(), str)
+    assert [runner.prepared > 0 for runner in model.context.runners if isinstance(runner, FusedCPURunner)] == [compiled]
 
 
 def test_a_pass_longer_than_the_room_grows_it() -> None:
@@ -308,23 +315,50 @@ class Counted:
         self.method = method
 
 
+class Interrupted:
+    """Forwards calls, and raises after one of them."""
+
+    def __init__(self, real: Callable[..., Any], at: int, error: BaseException) -> None:
+        self.real, self.at, self.error, self.calls = real, at, error, 0
+
+    def __call__(self, *args: Any) -> Any:
+        result = self.real(*args)
+        self.calls += 1
+        if self.calls == self.at:
+            raise self.error
+        return result
+
+
 def test_an_exception_while_tokens_move() -> None:
     model = trained("mistral")
     with patch.object(core, "longest_pass_of", return_value=NEVER):
         expected = run(model)
-    real, calls = KVGroup.make_room, []
-
-    def failing(group: KVGroup, *args: Any) -> None:
-        before = group.slots.window and group.slots.window.first
-        real(group, *args)
-        if before is not (group.slots.window and group.slots.window.first):
-            calls.append(1)
-            if len(calls) == 3:
-                raise ValueError("injected")
-
-    with patch.object(sliding_window, "SHORTEST_CHUNK", 8), patch.object(KVGroup, "make_room", failing):
+    writes = Interrupted(kv_group.write_slots, 20, ValueError("injected"))
+    with patch.object(sliding_window, "SHORTEST_CHUNK", 8), patch.object(kv_group, "write_slots", writes):
         assert run(model) == expected
-    assert len(calls) > 3
+    assert writes.calls > 40
+
+
+@pytest.mark.parametrize(
+    ("one_by_one", "at"), [(one, at) for one in (True, False) for at in range(1, 13 if one else 7)]
+)
+def test_an_interrupted_move_leaves_the_state_as_it_was(one_by_one: bool, at: int) -> None:
+    """KeyboardInterrupt after any write of a move, of all rows at once or one by one; then the pass is repeated."""
+    model = trained("gemma3_text")
+    states = both(model, 2)
+    text = torch.tensor([some_text(40, seed=row) for row in range(2)])
+    extend(model, states, text[:, :CHECK])
+    extend(model, states, text[:, CHECK : 2 * CHECK], torch.tensor([CHECK, 9]))
+    writes = Interrupted(kv_group.write_slots, at, KeyboardInterrupt())
+    moved = patch.object(kv_group, "MOVED_BYTES", 1 if one_by_one else 1 << 20)
+    with moved, patch.object(kv_group, "write_slots", writes):
+        with pytest.raises(KeyboardInterrupt):
+            model.extend(text[:, :8], states[0])
+        assert_same(model, states)
+        extend(model, states, text[:, :8])
+        assert_same(model, states)
+    assert first_of(states[0]) == [11, 3]
+    assert writes.calls == at + (12 if one_by_one and at <= 6 else 6)
 
 
 @pytest.mark.parametrize("known", [True, False], ids=["pending", "appended"])

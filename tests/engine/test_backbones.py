@@ -24,6 +24,7 @@ from tiny_backbones import SHAPES, VOCAB, hf_model, in_float64
 from torch import Tensor
 
 from twotower import LLM, GenerationParams, Request, TwoTowerForCausalLM, generate
+from twotower.cache import sliding_window
 from twotower.cache.hybrid_cache import TowerState
 from twotower.cache.replica import DeviceTransfer, Replica
 from twotower.decoding.output import Generation
@@ -49,7 +50,9 @@ def window(name: str) -> int:
 
 
 @pytest.fixture(autouse=True)
-def _no_grad() -> Iterator[None]:
+def _no_grad(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
+    """Also makes the slots of windows as small as possible, so that tokens move in them often."""
+    monkeypatch.setattr(sliding_window, "SHORTEST_CHUNK", 1)
     with torch.no_grad():
         yield
 
@@ -249,6 +252,8 @@ def test_rollback_at_every_length(name: str, kept: Sequence[int]) -> None:
         state = state_of(model, rows)
         logits = model.extend(torch.tensor(checks), state)
     read_state = state.clone()
+    moved = [group.slots.window.first.any() for group in state.kv_groups if group.slots.window is not None]
+    assert all(moved)
     whole = [row + check for row, check in zip(rows, checks, strict=True)]
     expected = model(padded(whole)[0]).logits
     for row, length in enumerate(map(len, rows)):

@@ -533,6 +533,36 @@ def test_other_backbones_through_the_kernels(name: str, triton_on: pytest.Monkey
         torch.testing.assert_close(actual, expected, rtol=1e-4, atol=2e-4)
 
 
+def test_kernels_read_slots_of_windows(triton_on: pytest.MonkeyPatch) -> None:
+    """Ragged passes whose tokens move in the slots, a rollback across the seam, and a block wider than the window."""
+    triton_on.setattr(registry.self_check, "find_mismatch", lambda *_: None)
+    model = two_tower("gemma2").to(DEVICE)
+    tokens = (torch.arange(2 * 60, device=DEVICE) * 7 % 150).view(2, 60)
+
+    def outputs(longest_pass: int) -> list[Tensor]:
+        state, found = model.new_state(2, 60, None, longest_pass), []
+        for start, dropped in ((0, 0), (17, 3), (34, 17)):
+            counts = torch.tensor([17, 17 - start // 4], device=DEVICE)
+            logits = model.extend(tokens[:, start : start + 17], state, counts)
+            assert logits is not None
+            found += [row[:count] for row, count in zip(logits, counts.tolist(), strict=True)]
+            state.rollback(state.lengths - counts.clamp(max=dropped))
+        found.append(model.denoise(tokens[:, :27], None, model.reader(state).view()))
+        moved = [group.slots.window.first.any() for group in state.kv_groups if group.slots.window is not None]
+        assert moved == [longest_pass == 17]
+        return found
+
+    with options.override(triton=False):
+        reference = outputs(600)
+    used = Counter[str]()
+    first, *others = registry.REGISTRY["attention"]
+    triton_on.setitem(registry.REGISTRY, "attention", (_counted(first, "attention", used), *others))
+    _forget()
+    for actual, expected in zip(outputs(17), reference, strict=True):
+        torch.testing.assert_close(actual, expected, rtol=1e-4, atol=2e-4)
+    assert used["attention"] == 4 * len(model.spec.pattern.replace("-", ""))
+
+
 def _counted(backend: Backend, op: str, used: Counter[str]) -> Backend:
     def counted(*arguments: Any) -> Any:
         used[op] += 1

@@ -26,13 +26,17 @@ if isinstance(library.library(), str):
 pytestmark = pytest.mark.code_path
 NARROW = (torch.float32, torch.bfloat16)
 Weights = Literal["plain", "packed", "int8"]
+CHUNK = 11  # prompt tokens of a pass; with fast bf16, a pass of 3 rows reads 48 tokens at most
 
 
 @torch.no_grad()
 def passes(model: TwoTowerForCausalLM, length: int) -> list[Tensor]:
-    """Logits and cache of passes over ragged rows of a shared pool, before and behind the windows of every family."""
+    """Logits and cache of passes over ragged rows of a shared pool, before and behind the windows of every family.
+
+    Slots of windows have room for one chunk of a prompt, so their tokens move.
+    """
     tokens = torch.randint(4, 60, (3, 40 + length), generator=torch.Generator().manual_seed(0))
-    state = model.new_state(4, 0, 240)
+    state = model.new_state(4, 0, 240, CHUNK)
     for row in (3, 0, 1):
         state.allocate(row, 70)
     rows, lengths = torch.tensor([3, 0, 1]), torch.tensor([length, 1, 0])
@@ -41,6 +45,7 @@ def passes(model: TwoTowerForCausalLM, length: int) -> list[Tensor]:
     assert logits is not None
     valid = torch.arange(length) < lengths[:, None]
     state.rollback(state.lengths - (state.uncommitted > 1).long())
+    assert all(group.slots.window.first[3] > 0 for group in state.kv_groups if group.slots.window is not None)
     view, block, own = state.view(rows), tokens[:, -length:], lengths.clamp(min=1)
     drafts = [
         model.denoise(block, t, view, causal=t is None, lengths=own)[torch.arange(length) < own[:, None]]
@@ -61,7 +66,7 @@ def both_ways(
         calls.append(result is not None)
         return result
 
-    monkeypatch.setattr(FusedCPURunner, "prefill_chunk", lambda *_: 14)  # with fast bf16, 48 tokens are the most
+    monkeypatch.setattr(FusedCPURunner, "prefill_chunk", lambda *_: CHUNK)
     monkeypatch.setattr(FusedCPURunner, "run", counted)
     at_once = passes(model, length)
     assert set(calls) == {spec_unsupported_reason(model.spec) is None}

@@ -14,9 +14,11 @@ from twotower.cache.pools import AttentionPool, copy_to_layout
 from twotower.cache.sliding_window import SlidingWindow, longest_pass_of, slides, widest_window
 from twotower.ops.host_transfer import to_device_async
 from twotower.ops.reference.attention import CachedKV
-from twotower.ops.reference.kv_write import AppendPositions, write_slots
+from twotower.ops.reference.kv_write import AppendPositions, TensorPair, write_slots
 from twotower.ops.registry import select
 from twotower.specs import TowerSpec
+
+MOVED_BYTES = 64 << 20  # keys and values of windows that move at once; of one row at least
 
 
 def new_slots(
@@ -90,12 +92,32 @@ class KVGroup:
             window.longest_pass = width
             self.reserve(self.slots.slots_per_row + width)
         if crowded := self.slots.crowded(rows, width):
-            moving = to_device_async(crowded, lengths.device)
-            source, target, first = self.slots.slide(moving, lengths[moving])
-            for _, _, pool in self.layers:
-                pool.k = write_slots(pool.k, target, pool.k[source])
-                pool.v = write_slots(pool.v, target, pool.v[source])
+            vector = self.layers[0][2].k[0].nbytes
+            at_once = max(MOVED_BYTES // max(2 * len(self.layers) * self.slots.heads * window.keep * vector, 1), 1)
+            for i in range(0, len(crowded), at_once):
+                self._slide(crowded[i : i + at_once], lengths)
+        for row in rows:
+            window.held[row] += width
+
+    def _slide(self, rows: Sequence[int], lengths: Tensor) -> None:
+        """Moves the last tokens of these rows to their first slots. lengths (R,): of all rows.
+
+        An exception leaves the tokens of all layers where they were, or moved.
+        """
+        window = self.slots.window
+        assert window is not None
+        moving = to_device_async(rows, lengths.device)
+        source, target, first = self.slots.slide(moving, lengths[moving])
+        values = [(pool.k[source], pool.v[source]) for _, _, pool in self.layers]
+        try:
+            self._write(target, values)
+        except BaseException:  # also KeyboardInterrupt: some layers are written, so write all of them again
+            self._write(target, values)
+            raise
+        finally:
             window.first = first
+            for row in rows:
+                window.held[row] = min(window.held[row], window.keep)
 
     def reserve(self, capacity: int) -> None:
         """Grows every row of a contiguous layout to slots for a text of `capacity` tokens."""
@@ -127,6 +149,11 @@ class KVGroup:
             whole = (torch.cat(piece, dim=1) for piece in pieces)
             keys, values = (part[:, part.shape[1] - kept :].flatten(0, 1) for part in whole)
             pool.k, pool.v = write_slots(pool.k, vectors, keys), write_slots(pool.v, vectors, values)
+
+    def _write(self, vectors: Tensor, values: Sequence[TensorPair]) -> None:
+        """Writes keys and values (N, D) of each layer at the vectors (N,)."""
+        for (_, _, pool), (keys, own) in zip(self.layers, values, strict=True):
+            pool.k, pool.v = write_slots(pool.k, vectors, keys), write_slots(pool.v, vectors, own)
 
     def _vectors(self, row: int, lo: int, hi: int) -> Tensor:
         """(Hkv, T), the indices of the row's vectors of tokens lo…hi."""

@@ -115,19 +115,17 @@ class KVSlots:
         return write_indices(start, stride, self.heads, tokens, exists, self.num_vectors)
 
     def crowded(self, rows: Sequence[int], width: int) -> list[int]:
-        """Counts `width` more tokens for these rows, and returns those whose tokens must `slide` before.
+        """Those of the given rows whose tokens must `slide` before they append `width` tokens.
 
         A row with fewer slots than a window needs has slots for its whole text.
         """
-        window, moving = self.window, []
+        window = self.window
         assert window is not None
-        for row in rows:
-            slots = self.allocated.get(row, (0, 0))[1] if self.shared else self.slots_per_row
-            if window.held[row] + width > window.slots <= slots:
-                moving.append(row)
-                window.held[row] = min(window.held[row], window.keep)
-            window.held[row] += width
-        return moving
+        full = [row for row in rows if window.held[row] + width > window.slots]
+        return [row for row in full if window.slots <= self._slots_of(row)]
+
+    def _slots_of(self, row: int) -> int:
+        return self.allocated.get(row, (0, 0))[1] if self.shared else self.slots_per_row
 
     def slide(self, rows: Tensor, lengths: Tensor) -> tuple[Tensor, Tensor, Tensor]:
         """How the last tokens of rows (B,) of lengths (B,) move to their first slots.
