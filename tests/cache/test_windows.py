@@ -6,14 +6,19 @@ the oracle.
 
 from __future__ import annotations
 
+import json
 import random
+import re
 from collections.abc import Callable, Iterator, Sequence
+from pathlib import Path
 from typing import Any
 from unittest.mock import patch
 
 import pytest
 import torch
 from backbone_models import MASK, some_text, trained
+from conftest import Result
+from transformers import Gemma3TextConfig
 
 from twotower import LLM, GenerationParams, Request, TwoTowerForCausalLM
 from twotower.cache import kv_group, sliding_window
@@ -22,7 +27,9 @@ from twotower.cache.kv_group import KVGroup
 from twotower.cache.prefix_cache import PrefixCache
 from twotower.cache.replica import DeviceTransfer, PendingTransfer, Replica
 from twotower.cache.state_bytes import state_bytes
+from twotower.config import GenericTwoTowerConfig
 from twotower.engine import budget, core
+from twotower.families import tower_spec
 from twotower.ops.cpu import library
 from twotower.runners.fused_cpu import FusedCPURunner
 
@@ -30,6 +37,7 @@ NEVER = 10_000
 NAMES = ("mistral", "gemma3_text", "qwen2", "smollm3:windows")  # windows in all layers, or in some
 CHECK = 17  # tokens of the longest pass
 ROWS = 5
+BACKBONES = Path(__file__).parents[2] / "docs" / "backbones.md"
 
 
 @pytest.fixture(autouse=True)
@@ -200,6 +208,29 @@ def test_windows_hold_their_tokens_and_one_pass(name: str) -> None:
     grown = state.nbytes - before
     room = max(model.prefill_chunk, CHECK) - CHECK  # for the chunks of this prompt
     assert grown == size.window_token * room
+
+
+def test_the_documented_memory_of_windows(cli: Callable[..., Result], tmp_path: Path) -> None:
+    """The table of docs/backbones.md, and what `twotower info` counts for the same shape."""
+    shape: dict[str, Any] = {
+        "vocab_size": 64, "hidden_size": 1152, "intermediate_size": 64, "num_hidden_layers": 26,
+        "num_attention_heads": 4, "num_key_value_heads": 1, "head_dim": 256, "sliding_window": 512,
+        "max_position_embeddings": 32768,
+    }  # fmt: skip
+    backbones = [Gemma3TextConfig(**shape, **more).to_dict() for more in ({"layer_types": ["full_attention"] * 26}, {})]
+    configs = [GenericTwoTowerConfig(backbone=backbone, mask_token_id=4) for backbone in backbones]
+    sizes = [state_bytes(tower_spec(config), torch.bfloat16) for config in configs]
+    table = re.findall(r"^\| ([\d,]+) \| ([\d.]+) MiB \| ([\d.]+) MiB \|$", BACKBONES.read_text(), re.MULTILINE)
+    assert [tokens for tokens, *_ in table] == ["1,024", "8,192", "32,768"]
+    for tokens, *figures in table:
+        found = [size.of_text(int(tokens.replace(",", "")), 512) / 2**20 for size in sizes]
+        assert [f"{size:.1f}" for size in found] == figures
+    configs[1].save_pretrained(tmp_path)
+    state = json.loads(cli("info", tmp_path / "config.json", "--json").out)["state"]
+    scale = getattr(torch, state["dtype"]).itemsize // 2
+    assert state["full_context"] == scale * sizes[1].of_text(32768, 512)
+    assert state["windows"] == scale * 22 * 1024 * (511 + 512)
+    assert state["per_token"] == scale * 4 * 1024
 
 
 def test_entries_of_the_prefix_cache_hold_the_window() -> None:
