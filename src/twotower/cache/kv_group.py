@@ -56,6 +56,8 @@ class KVGroup:
 
     def caches(self, rows: Tensor | None, lengths: Tensor, width: int) -> list[tuple[int, CachedKV]]:
         """The caches of the layers, for all rows or the given slots of lengths (B,). width: of the context."""
+        if not self.layers:
+            return []
         start, stride, used = self.slots.layout(rows, lengths)
         even = self.slots.slots_per_row if rows is None and self.slots.window is None else 0
         layouts: dict[int | None, tuple[Tensor, Tensor, Tensor, int, int]] = {}
