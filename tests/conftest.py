@@ -19,6 +19,7 @@ from torch import nn
 from twotower import TwoTowerConfig, TwoTowerForCausalLM
 from twotower.cli.main import run_cli
 from twotower.model.conditioning import TimeConditioning
+from twotower.model.delta_net import GatedDeltaNet
 from twotower.model.fp32_tensors import cast
 from twotower.model.linear import Linear, TiedHead
 from twotower.model.mamba2 import Mamba2
@@ -150,6 +151,10 @@ def _randomise(module: nn.Module) -> None:
         case Experts():
             for weight in module.parameters(recurse=False):
                 nn.init.normal_(weight, std=weight.shape[2] ** -0.5)
+        case GatedDeltaNet():
+            nn.init.normal_(module.conv1d.weight, std=0.5)
+            nn.init.uniform_(module.A_log, 0.0, math.log(8.0))
+            nn.init.normal_(module.dt_bias, mean=-2.0)  # as below
         case Mamba2():
             nn.init.normal_(module.conv1d.weight, std=0.5)
             if module.conv1d.bias is not None:

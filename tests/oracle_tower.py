@@ -18,6 +18,7 @@ from twotower.model.conditioning import TimeConditioning
 from twotower.model.tower import Tower
 from twotower.specs import (
     AttentionSpec,
+    DeltaNetSpec,
     LayerSpec,
     Mamba2Spec,
     MLPSpec,
@@ -33,13 +34,15 @@ KNOWN_FIELDS: dict[type, str] = {
     TowerSpec: "layers hidden_size vocab_size max_position_embeddings norm_eps norm_offset embedding_factor "
     "logit_factor logit_softcap tied_head residual_in_fp32 initializer_range ropes",
     LayerSpec: "mixer source pre_norm post_norm residual_factor",
-    AttentionSpec: "num_heads num_kv_heads head_dim qkv_bias output_bias rope window qk_norm scale softcap clip",
+    AttentionSpec: "num_heads num_kv_heads head_dim qkv_bias output_bias rope window qk_norm scale softcap clip "
+    "output_gate",
     RopeSpec: "inverse_frequencies factor interleaved",
     MLPSpec: "width activation gated bias gate_factor",
     MoESpec: "experts top_k expert shared shared_gate scores normalise factor num_groups top_groups correction_bias "
     "latent latent_bias",
     Mamba2Spec: "num_heads head_dim state_size num_groups conv_kernel conv_bias input_bias output_bias "
     "chunk_size time_step_limit time_step_init norm factors",
+    DeltaNetSpec: "num_heads head_dim state_size num_groups conv_kernel grouped_projections chunk_size",
     ParallelSpec: "attention mamba attention_input_factor attention_factor mamba_input_factor mamba_factor",
 }
 
@@ -47,7 +50,8 @@ KNOWN_FIELDS: dict[type, str] = {
 class Context(NamedTuple):
     """What a later block sees of a text of `tokens` tokens. layers: of each layer.
 
-    Attention: keys and values (T, heads, D) of all tokens. Mamba: the last inputs of the convolution, and the state.
+    Attention: keys and values (T, heads, D) of all tokens. Mamba and DeltaNet: the last inputs of the convolution, and
+    the state.
     Both side by side: both.
     """
 
@@ -79,7 +83,7 @@ def read(
         shift, scale, gate = time[i] if time else (0.0, 0.0, 1.0)
         before = past.layers[i] if past else None
         hidden = x
-        if layer.kind in "M*P" or not layer.spec.pre_norm:
+        if layer.kind in "M*PD" or not layer.spec.pre_norm:
             hidden = hidden * (1 + scale) + shift
         if layer.spec.pre_norm:
             hidden = _norm(hidden, layer.norm.weight, spec)
@@ -113,6 +117,8 @@ def _mix(mixer: Any, spec: Any, hidden: Tensor, before: Any, this: Pass) -> tupl
             return _attention(mixer, spec, hidden, before, this)
         case Mamba2Spec():
             return _mamba(mixer, spec, hidden, before, this)
+        case DeltaNetSpec():
+            return _delta_net(mixer, spec, hidden, before, this)
         case ParallelSpec():
             old = before or (None, None)
             attended, keys = _attention(
@@ -153,6 +159,10 @@ def visible(query: int, length: int, start: int, causal: bool, window: int | Non
 
 def _attention(mixer: Any, spec: AttentionSpec, hidden: Tensor, before: Any, this: Pass) -> tuple[Tensor, Any]:
     q, k, v = (_linear(module, hidden) for module in (mixer.q_proj, mixer.k_proj, mixer.v_proj))
+    gates = 1.0
+    if spec.output_gate:
+        each = q.unflatten(-1, (spec.num_heads, 2 * spec.head_dim))
+        q, gates = each[..., : spec.head_dim].flatten(1), torch.sigmoid(each[..., spec.head_dim :].flatten(1))
     if spec.qk_norm == "width":
         q, k = _norm(q, mixer.q_norm.weight, this.spec), _norm(k, mixer.k_norm.weight, this.spec)
     if spec.clip is not None:
@@ -172,7 +182,7 @@ def _attention(mixer: Any, spec: AttentionSpec, hidden: Tensor, before: Any, thi
         for h in range(spec.num_heads):
             scores = _capped(k[keys, h // groups] @ q[i, h] * scale, spec.softcap)
             out[i, h] = scores.softmax(-1) @ v[keys, h // groups]
-    return _linear(mixer.o_proj, out.flatten(1)), (k, v)
+    return _linear(mixer.o_proj, out.flatten(1) * gates), (k, v)
 
 
 def _turned(x: Tensor, start: int, rope: RopeSpec) -> Tensor:
@@ -226,6 +236,42 @@ def _gated(mixer: Any, spec: Mamba2Spec, y: Tensor, z: Tensor, eps: float) -> Te
     groups = gated.unflatten(-1, (spec.num_groups, -1))
     normed = (groups / (groups.square().mean(-1, keepdim=True) + eps).sqrt()).flatten(-2) * mixer.norm.weight
     return normed if spec.norm == "after_gate" else normed * F.silu(z)
+
+
+# --- gated DeltaNet -------------------------------------------------------------------------------------------------
+
+
+def _delta_net(mixer: Any, spec: DeltaNetSpec, hidden: Tensor, before: Any, this: Pass) -> tuple[Tensor, Any]:
+    """From left to right also in a denoiser's block."""
+    keys, each = spec.num_groups * spec.state_size, spec.num_heads // spec.num_groups
+    inputs, state = before or (
+        hidden.new_zeros(spec.conv_kernel - 1, spec.conv_dim),
+        hidden.new_zeros(spec.num_heads, spec.head_dim, spec.state_size),
+    )
+    if spec.grouped_projections:
+        rows = [_linear(mixer.in_proj_qkvz, hidden).chunk(spec.num_groups, -1), _linear(mixer.in_proj_ba, hidden)]
+        sizes = [spec.state_size, spec.state_size, each * spec.head_dim, each * spec.head_dim]
+        q, k, v, z = (torch.cat(parts, -1) for parts in zip(*(row.split(sizes, -1) for row in rows[0]), strict=True))
+        pairs = rows[1].chunk(spec.num_groups, -1)
+        b, a = (torch.cat([pair[:, at : at + each] for pair in pairs], -1) for at in (0, each))
+        new = torch.cat([q, k, v], -1)
+    else:
+        modules = (mixer.in_proj_qkv, mixer.in_proj_z, mixer.in_proj_b, mixer.in_proj_a)
+        new, z, b, a = (_linear(module, hidden) for module in modules)
+    inputs, taps = torch.cat([inputs, new]), mixer.conv1d.weight[:, 0].T
+    decays, strengths = torch.exp(-mixer.A_log.exp() * F.softplus(a + mixer.dt_bias)), torch.sigmoid(b)
+    outs = []
+    for i in range(len(hidden)):
+        q, k, v = F.silu((inputs[i : i + spec.conv_kernel] * taps).sum(0)).split([keys, keys, spec.inner])
+        q, k = (part.view(spec.num_groups, -1).repeat_interleave(each, 0) for part in (q, k))
+        q, k = (part / (part.square().sum(-1, keepdim=True) + 1e-6).sqrt() for part in (q, k))
+        state = decays[i][:, None, None] * state
+        lacking = v.view(spec.num_heads, spec.head_dim) - (state * k[:, None]).sum(-1)
+        state = state + (strengths[i][:, None] * lacking)[:, :, None] * k[:, None]
+        out = (state * q[:, None]).sum(-1) / math.sqrt(spec.state_size)
+        normed = out / (out.square().mean(-1, keepdim=True) + this.spec.norm_eps).sqrt() * mixer.norm.weight
+        outs.append(normed.flatten() * F.silu(z[i]))
+    return _linear(mixer.out_proj, torch.stack(outs)), (inputs[len(hidden) :], state)
 
 
 # --- MLP and experts ------------------------------------------------------------------------------------------------

@@ -32,6 +32,11 @@ MAMBA: dict[str, Any] = {
     "mamba_n_heads": 8, "mamba_d_head": 12, "mamba_n_groups": 2, "mamba_d_state": 10, "mamba_chunk_size": 16,
 }  # fmt: skip
 MAMBA_ALONE: dict[str, Any] = {"num_heads": 8, "head_dim": 12, "n_groups": 2, "state_size": 10, "chunk_size": 16}
+# The norm of a head's output multiplies rounding errors where a query is orthogonal to all keys; the eps limits this.
+DELTA_NET: dict[str, Any] = {
+    "layer_types": ["linear_attention", "full_attention", "linear_attention"], "head_dim": 16, "rms_norm_eps": 1e-4,
+    "linear_num_value_heads": 4, "linear_num_key_heads": 2, "linear_key_head_dim": 12, "linear_value_head_dim": 10,
+}  # fmt: skip
 NEMOTRON_H: dict[str, Any] = {
     "head_dim": 16, "mamba_num_heads": 8, "mamba_head_dim": 12, "n_groups": 2, "ssm_state_size": 10, "chunk_size": 16,
     "n_routed_experts": 6, "num_experts_per_tok": 2, "moe_intermediate_size": 24, "routed_scaling_factor": 1.5,
@@ -147,6 +152,18 @@ SHAPES: dict[str, dict[str, Any]] = {
     "falcon_h1:norm_first": {
         **MAMBA, "mamba_d_ssm": 96, "mamba_rms_norm": True, "mamba_n_groups": 1, "projectors_bias": True,
         "head_dim": 16, "ssm_multipliers": [0.3, 0.4, 0.5, 0.6, 0.7]},
+    "qwen3_next": {
+        **DELTA_NET, "num_experts": 5, "moe_intermediate_size": 24, "shared_expert_intermediate_size": 32,
+        "num_experts_per_tok": 2, "mlp_only_layers": [1]},
+    "qwen3_next:options": {
+        **DELTA_NET, "num_experts": 4, "moe_intermediate_size": 16, "shared_expert_intermediate_size": 24,
+        "num_experts_per_tok": 3, "norm_topk_prob": False, "decoder_sparse_step": 2, "attention_bias": True,
+        "linear_num_key_heads": 4, "linear_conv_kernel_dim": 3, "tie_word_embeddings": True,
+        "layer_types": ["full_attention", "linear_attention", "linear_attention"]},
+    "qwen3_5_text": {**DELTA_NET},
+    "qwen3_5_moe_text": {
+        **DELTA_NET, "num_experts": 5, "moe_intermediate_size": 24, "shared_expert_intermediate_size": 32,
+        "num_experts_per_tok": 2, "attention_bias": True, "linear_num_key_heads": 1, "tie_word_embeddings": True},
     "mamba2": {**MAMBA_ALONE, "num_hidden_layers": 4},
     "mamba2:biases": {
         **MAMBA_ALONE, "use_bias": True, "use_conv_bias": False, "n_groups": 1, "residual_in_fp32": False,

@@ -12,15 +12,16 @@ from typing import Literal, TypeVar, get_args
 
 from twotower.errors import ConfigError
 
-LayerKind = Literal["M", "*", "E", "-", "P"]
+LayerKind = Literal["M", "*", "E", "-", "P", "D"]
 KIND_NAMES: dict[LayerKind, str] = {
     "M": "Mamba-2",
     "*": "attention",
     "E": "MoE",
     "-": "MLP",
     "P": "parallel attention and Mamba-2",
+    "D": "gated DeltaNet",
 }
-COUPLED_KINDS = frozenset[LayerKind](("M", "*", "P"))  # a denoiser layer reads the cache of its context layer
+COUPLED_KINDS = frozenset[LayerKind](("M", "*", "P", "D"))  # a denoiser layer reads its context layer's cache
 KIND_OF_LETTER: dict[str, LayerKind] = {kind: kind for kind in get_args(LayerKind)}
 
 Activation = Literal["relu2", "silu", "gelu", "gelu_tanh"]
@@ -53,7 +54,8 @@ class AttentionSpec:
     rope: index in `TowerSpec.ropes`; None: no position embedding. window: keys that a query attends to, itself
     included; None: all. qk_norm: RMSNorm of queries and keys, over each head or over all heads together. scale: of the
     scores; None: 1 / √head_dim. softcap: s ↦ softcap · tanh(s / softcap) of the scaled scores. clip: queries, keys and
-    values are clipped to [−clip, clip], after norms over the width and before the rotation.
+    values are clipped to [−clip, clip], after norms over the width and before the rotation. output_gate: each head's
+    output is multiplied by the sigmoid of a gate, whose projection follows the head's queries in q_proj.
     """
 
     num_heads: int
@@ -67,6 +69,7 @@ class AttentionSpec:
     scale: float | None = None
     softcap: float | None = None
     clip: float | None = None
+    output_gate: bool = False
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -146,6 +149,32 @@ class Mamba2Spec:
 
 
 @dataclass(frozen=True, kw_only=True)
+class DeltaNetSpec:
+    """A gated DeltaNet mixer: num_heads value heads of head_dim, and num_groups query and key heads of state_size.
+
+    grouped_projections: the rows of the projections are ordered by key head (Qwen3-Next), not by kind (Qwen3.5).
+    """
+
+    num_heads: int
+    head_dim: int
+    state_size: int
+    num_groups: int
+    conv_kernel: int
+    grouped_projections: bool = False
+    chunk_size: int = 64
+
+    @property
+    def inner(self) -> int:
+        """Inner width: value heads × head_dim."""
+        return self.num_heads * self.head_dim
+
+    @property
+    def conv_dim(self) -> int:
+        """Channels of the causal convolution: q | k | v."""
+        return self.inner + 2 * self.num_groups * self.state_size
+
+
+@dataclass(frozen=True, kw_only=True)
 class ParallelSpec:
     """Attention and Mamba-2 side by side: both read the same input, and their outputs are added.
 
@@ -160,9 +189,16 @@ class ParallelSpec:
     mamba_factor: float = 1.0
 
 
-MixerSpec = AttentionSpec | Mamba2Spec | MoESpec | MLPSpec | ParallelSpec
-Spec = TypeVar("Spec", AttentionSpec, Mamba2Spec, MoESpec, MLPSpec)
-_KINDS: dict[type, LayerKind] = {AttentionSpec: "*", Mamba2Spec: "M", MoESpec: "E", MLPSpec: "-", ParallelSpec: "P"}
+MixerSpec = AttentionSpec | Mamba2Spec | MoESpec | MLPSpec | ParallelSpec | DeltaNetSpec
+Spec = TypeVar("Spec", AttentionSpec, Mamba2Spec, MoESpec, MLPSpec, DeltaNetSpec)
+_KINDS: dict[type, LayerKind] = {
+    AttentionSpec: "*",
+    Mamba2Spec: "M",
+    MoESpec: "E",
+    MLPSpec: "-",
+    ParallelSpec: "P",
+    DeltaNetSpec: "D",
+}
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -213,11 +249,12 @@ class TowerSpec:
 
     def __post_init__(self) -> None:
         shapes = {(spec.num_kv_heads, spec.head_dim) for spec in self._mixers(AttentionSpec)}
-        states = {(spec.num_heads, spec.head_dim, spec.state_size, spec.conv_dim) for spec in self._mixers(Mamba2Spec)}
+        scans: list[Mamba2Spec | DeltaNetSpec] = [*self._mixers(Mamba2Spec), *self._mixers(DeltaNetSpec)]
+        states = {(spec.num_heads, spec.head_dim, spec.state_size, spec.conv_dim) for spec in scans}
         if len(shapes) > 1 or len(states) > 1:
             raise ConfigError("config: layers of one kind have different head counts or sizes; they must be equal")
-        if self.original_length is not None and self.mamba is not None:
-            raise ConfigError("config: rope_type is 'longrope'; it is not supported beside Mamba-2 layers")
+        if self.original_length is not None and scans:
+            raise ConfigError("config: rope_type is 'longrope'; it is not supported beside recurrent layers")
 
     def _mixers(self, kind: type[Spec]) -> list[Spec]:
         return [part for layer in self.layers for part in layer.parts if isinstance(part, kind)]
@@ -264,11 +301,17 @@ class TowerSpec:
         return next(iter(self._mixers(Mamba2Spec)), None)
 
     @cached_property
+    def delta_net(self) -> DeltaNetSpec | None:
+        """The first gated DeltaNet layer; all have states of the same shape."""
+        return next(iter(self._mixers(DeltaNetSpec)), None)
+
+    @cached_property
     def moe(self) -> MoESpec | None:
         """The first MoE layer."""
         return next(iter(self._mixers(MoESpec)), None)
 
     @property
     def chunk_size(self) -> int:
-        """Tokens that Mamba-2 layers read in one matrix-form chunk; 128 without such layers."""
-        return 128 if self.mamba is None else self.mamba.chunk_size
+        """Tokens that Mamba-2 or DeltaNet layers read in one matrix-form chunk; 128 without such layers."""
+        scan = self.mamba or self.delta_net
+        return 128 if scan is None else scan.chunk_size

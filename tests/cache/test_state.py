@@ -28,11 +28,11 @@ MASK = 3
 LENGTHS = (0, 1, 2, 3, 5, 17, 70)  # empty, around the convolution window, several chunks, two buckets
 
 
-@pytest.fixture(scope="module", params=["nemotron_h", "falcon_h1"])
+@pytest.fixture(scope="module", params=["nemotron_h", "falcon_h1", "qwen3_5_text"])
 def model(request: pytest.FixtureRequest) -> TwoTowerForCausalLM:
-    """A layer of each kind of Nemotron-H, and layers with attention and Mamba-2 side by side."""
-    if request.param == "falcon_h1":
-        return two_tower("falcon_h1", torch.float64, seed=1).requires_grad_(False)
+    """A layer of each kind of Nemotron-H; attention and Mamba-2 side by side; gated DeltaNet and attention."""
+    if request.param != "nemotron_h":
+        return two_tower(request.param, torch.float64, seed=1).requires_grad_(False)
     return build_random_model(EVERY_KIND, seed=1, dtype=torch.float64).requires_grad_(False)
 
 
@@ -315,10 +315,10 @@ def test_reserving_less_than_there_is_changes_nothing(model: TwoTowerForCausalLM
 
 def test_nbytes_counts_what_is_held(model: TwoTowerForCausalLM) -> None:
     """Per row: K/V of attention layers, states of Mamba layers, three counters; and the spare vector of each layer."""
-    attention, mamba = model.spec.attention, model.spec.mamba
+    attention, mamba = model.spec.attention, model.spec.mamba or model.spec.delta_net
     assert attention is not None
     assert mamba is not None
-    with_keys, with_states = (len([kind for kind in model.spec.pattern if kind in kinds]) for kinds in ("*P", "MP"))
+    with_keys, with_states = (len([kind for kind in model.spec.pattern if kind in kinds]) for kinds in ("*P", "MPD"))
     keys = 2 * attention.num_kv_heads * 100 * attention.head_dim * with_keys
     states = with_states * ((mamba.conv_kernel - 1) * mamba.conv_dim + mamba.inner * mamba.state_size)
     assert model.new_state(3, 100).nbytes == 8 * (3 * (keys + states + 3) + 2 * attention.head_dim * with_keys)

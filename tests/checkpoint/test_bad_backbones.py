@@ -29,7 +29,7 @@ Spoil = Callable[[Path], object]
 def kinds(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """Tiny sources with a tokenizer, which tests copy."""
     root = tmp_path_factory.mktemp("sources")
-    for name in ("llama", "mistral", "qwen3", "mixtral"):
+    for name in ("llama", "mistral", "qwen3", "mixtral", "qwen3_next", "qwen3_5_text"):
         save(name, root / name)
         save_tokenizer(root / name, "<mask>", mask_token="<mask>")
     return root
@@ -120,6 +120,18 @@ BAD: dict[str, tuple[str, Spoil, tuple[str, ...]]] = {
     "text for a flag": ("llama", configured(tie_word_embeddings="yes"), ("tie_word_embeddings", "'yes'")),
     "unknown layer type": ("qwen3", configured(layer_types=["foo"] * 3), ("layer_types", "foo")),
     "window 0": ("mistral", configured(sliding_window=0), ("sliding_window is 0",)),
+    "layer type of no family": (
+        "qwen3_5_text", configured(layer_types=["sliding_attention"] * 3),
+        ("layer_types has 'sliding_attention'", "'full_attention' and 'linear_attention'")),
+    "key heads that do not divide": (
+        "qwen3_5_text", configured(linear_num_key_heads=3),
+        ("linear_num_value_heads is 4", "multiple of linear_num_key_heads, 3")),
+    "no taps": ("qwen3_next", configured(linear_conv_kernel_dim=0), ("linear_conv_kernel_dim is 0", "at least 1")),
+    "LongRoPE beside a recurrence": (
+        "qwen3_5_text",
+        rope(rope_type="longrope", short_factor=[1.0] * 2, long_factor=[2.0] * 2, original_max_position_embeddings=64,
+             partial_rotary_factor=0.25),
+        ("rope_type is 'longrope'", "not supported beside recurrent layers")),
     "text for a window": ("mistral", configured(sliding_window="all"), ("sliding_window", "'all'")),
     **{
         f"{name} {value}": ("llama", configured(**{name: value}), (f"{name} is {value}", "positive integer"))
@@ -136,6 +148,10 @@ BAD: dict[str, tuple[str, Spoil, tuple[str, ...]]] = {
     "width of heads": ("llama", configured(head_dim=8), ("q_proj", "head_dim 8")),
     "width of the MLP": ("llama", configured(intermediate_size=81), ("[80, 48]", "intermediate_size 81")),
     "hidden size": ("llama", configured(hidden_size=64), ("embed_tokens", "[160, 48]", "hidden_size 64")),
+    "heads of a recurrence": (
+        "qwen3_next", configured(linear_num_value_heads=8), ("linear_attn.", "linear_num_value_heads 8")),
+    "width of a recurrence": (
+        "qwen3_5_text", configured(linear_key_head_dim=8), ("linear_attn.", "linear_key_head_dim 8")),
     "larger vocabulary": ("llama", configured(vocab_size=200), ("embed_tokens", "[160, 48]", "vocab_size 200")),
     "more layers": ("llama", configured(num_hidden_layers=5), ("have 3 layers", "num_hidden_layers 5")),
     "fewer layers": ("llama", configured(num_hidden_layers=2), ("have 3 layers", "num_hidden_layers 2")),

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import json
+from collections.abc import Callable
 from contextlib import suppress
 from pathlib import Path
 from typing import Any
@@ -11,7 +12,15 @@ from typing import Any
 import pytest
 import torch
 from tiny_backbones import SHAPES, VOCAB, hf_config, hub_spelling, in_float64
-from transformers import CONFIG_MAPPING, Gemma3Config, Gemma3ForConditionalGeneration, PretrainedConfig
+from transformers import (
+    CONFIG_MAPPING,
+    Gemma3Config,
+    Gemma3ForConditionalGeneration,
+    PretrainedConfig,
+    PreTrainedModel,
+    Qwen3_5Config,
+    Qwen3_5ForConditionalGeneration,
+)
 
 from twotower import TwoTowerForCausalLM
 from twotower.checkpoint.convert import convert
@@ -163,9 +172,7 @@ def test_values_that_are_not_supported_are_refused(model_type: str, options: Jso
         tower_spec(GenericTwoTowerConfig(backbone={**hf_config(model_type, {}).to_dict(), **options}))
 
 
-def test_the_text_model_of_a_multimodal_file(tmp_path: Path) -> None:
-    """Gemma 3 with vision, which transformers writes with `text_config` and other names of tensors."""
-    torch.manual_seed(0)
+def gemma3() -> PreTrainedModel:
     vision = {
         "hidden_size": 16, "intermediate_size": 16, "num_hidden_layers": 1, "num_attention_heads": 2,
         "image_size": 28, "patch_size": 14,
@@ -174,7 +181,26 @@ def test_the_text_model_of_a_multimodal_file(tmp_path: Path) -> None:
         text_config=hf_config("gemma3_text").to_dict(), vision_config=vision, mm_tokens_per_image=4,
         boi_token_index=4, eoi_token_index=5, image_token_index=6,
     )  # fmt: skip
-    theirs = Gemma3ForConditionalGeneration._from_config(config, attn_implementation="eager").eval()
+    return Gemma3ForConditionalGeneration._from_config(config, attn_implementation="eager")
+
+
+def qwen3_5() -> PreTrainedModel:
+    vision = {
+        "hidden_size": 16, "intermediate_size": 16, "depth": 1, "num_heads": 2, "out_hidden_size": 48,
+        "num_position_embeddings": 16, "patch_size": 2,
+    }  # fmt: skip
+    config = Qwen3_5Config(
+        text_config=hf_config("qwen3_5_text").to_dict(), vision_config=vision, image_token_id=4, video_token_id=5,
+        vision_start_token_id=6, vision_end_token_id=7,
+    )  # fmt: skip
+    return Qwen3_5ForConditionalGeneration._from_config(config, attn_implementation="eager")
+
+
+@pytest.mark.parametrize("whole", [gemma3, qwen3_5])
+def test_the_text_model_of_a_multimodal_file(whole: Callable[[], PreTrainedModel], tmp_path: Path) -> None:
+    """Models with vision, which transformers writes with `text_config` and other names of tensors."""
+    torch.manual_seed(0)
+    theirs = whole().eval()
     theirs.save_pretrained(tmp_path / "ar")
     convert(tmp_path / "ar", tmp_path / "two", mask_token=3)
     model = TwoTowerForCausalLM.from_pretrained(tmp_path / "two", dtype=torch.float64)

@@ -30,8 +30,8 @@ def build(backbone: str | None) -> TwoTowerForCausalLM:
     return build_random_model(dtype=torch.float64) if backbone is None else two_tower(backbone, torch.float64)
 
 
-# A tied head with a cap of logits; a factor of logits.
-@pytest.mark.parametrize("backbone", [None, "gemma2", "granite"])
+# A tied head with a cap of logits; a factor of logits; a recurrence in chunks.
+@pytest.mark.parametrize("backbone", [None, "gemma2", "granite", "qwen3_next"])
 def test_context_likelihood_equals_that_of_a_plain_forward(
     backbone: str | None, monkeypatch: pytest.MonkeyPatch
 ) -> None:

@@ -55,12 +55,14 @@ OPS = (
     "attention", "mamba_block", "state_update", "argmax", "rms_norm", "norm_and_rotate", "activate", "route",
     "experts_int8", "gated_experts_int8", "linear_int8",
 )  # fmt: skip
-# Tiny backbones and operations that they use: windows, caps, norms with an offset; norms of heads; softmax routers.
+# Tiny backbones and operations that they use: windows, caps, norms with an offset; norms of heads; softmax routers;
+# the state of gated DeltaNet layers.
 BACKBONES = {
     "gemma2": {"attention", "rms_norm", "norm_and_rotate", "activate"},
     "qwen3": {"attention", "rms_norm", "norm_and_rotate", "activate"},
     "mixtral": {"attention", "rms_norm", "norm_and_rotate", "route"},
     "glm4": {"attention", "rms_norm", "norm_and_rotate", "activate"},
+    "qwen3_next": {"attention", "rms_norm", "norm_and_rotate", "route", "state_update"},
 }
 DTYPES = pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=["fp32", "bf16"])
 

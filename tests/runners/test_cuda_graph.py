@@ -115,8 +115,10 @@ def test_a_recording_serves_other_numbers_of_rows_and_other_contexts(
     assert len(made) <= 6
 
 
-# Biases, a window and a tied head; norms of heads; gated experts and a softmax router.
-BACKBONES = pytest.mark.parametrize("name", ["qwen2", "qwen3", "mixtral"])
+# Biases, a window and a tied head; norms of heads; gated experts and a softmax router; gated DeltaNet.
+BACKBONES = pytest.mark.parametrize(
+    "name", ["qwen2", "qwen3", "mixtral", pytest.param("qwen3_5_text", marks=pytest.mark.slow)]
+)
 
 
 @BACKBONES

@@ -18,7 +18,7 @@ from twotower.ops.cpu import library
 from twotower.runners import packed_weights
 from twotower.runners.fused_cpu import FusedCPURunner
 from twotower.runners.layer_options import spec_unsupported_reason
-from twotower.specs import MoESpec, TowerSpec
+from twotower.specs import AttentionSpec, MoESpec, TowerSpec
 
 if isinstance(library.library(), str):
     pytest.skip(f"the compiled kernels are not tested: {library.library()}", allow_module_level=True)
@@ -118,8 +118,10 @@ def compare(actual: Tensor, expected: Tensor) -> None:
 
 def test_a_spec_that_the_pass_cannot_run_has_a_reason() -> None:
     """And the runner declines its passes."""
-    moe, latent = two_tower("mixtral").spec, two_tower("olmo2").spec
+    moe, latent, llama = (two_tower(name).spec for name in ("mixtral", "olmo2", "llama"))
     for spec, reason in (
+        (two_tower("qwen3_5_text").spec, "the C++ pass has no gated DeltaNet layers"),
+        (with_output_gate(llama), "the C++ pass has no attention with an output gate"),
         (with_expert(moe, bias=True), "the C++ pass has no experts with biases"),
         (with_expert(moe, gated=False), "the C++ pass has no experts with silu and no gate"),
         (
@@ -136,6 +138,23 @@ def test_a_spec_that_the_pass_cannot_run_has_a_reason() -> None:
         assert FusedCPURunner().run(tower, inputs) is not None
         tower.spec = replace(latent, residual_in_fp32=True)
         assert FusedCPURunner().run(tower, inputs) is None
+
+
+def test_the_pass_runs_all_kinds_of_layers_but_one() -> None:
+    specs = {name: two_tower(name).spec for name in SHAPES}
+    declined = {name for name, spec in specs.items() if spec_unsupported_reason(spec) is not None}
+    assert declined == {name for name, spec in specs.items() if "D" in spec.pattern}
+
+
+def with_output_gate(spec: TowerSpec) -> TowerSpec:
+    """The spec with a gate of the output of its attention."""
+    layers = [
+        replace(layer, mixer=replace(layer.mixer, output_gate=True))
+        if isinstance(layer.mixer, AttentionSpec)
+        else layer
+        for layer in spec.layers
+    ]
+    return replace(spec, layers=tuple(layers))
 
 
 def with_expert(spec: TowerSpec, **changes: Any) -> TowerSpec:

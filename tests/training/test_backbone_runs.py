@@ -20,7 +20,8 @@ from transformers import AutoModelForCausalLM
 
 from twotower import TwoTowerForCausalLM
 
-FAMILIES = ("llama", "gemma2", "mixtral")  # tied head; tied head with caps and factors; experts
+# Tied head; tied head with caps and factors; experts; gated attention, gated DeltaNet and experts.
+FAMILIES = ("llama", "gemma2", "mixtral", "qwen3_next:options")
 
 
 @cache

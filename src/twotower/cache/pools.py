@@ -12,7 +12,7 @@ from twotower.cache.kv_slots import KVSlots
 from twotower.cache.layer_cache import KeyValue, LayerCache, MambaCache
 from twotower.ops.precision import accumulation_dtype
 from twotower.ops.reference.mamba_block import MambaStepInputs
-from twotower.specs import AttentionSpec, Mamba2Spec, MixerSpec, ParallelSpec
+from twotower.specs import AttentionSpec, DeltaNetSpec, Mamba2Spec, MixerSpec, ParallelSpec
 
 
 @dataclass
@@ -57,7 +57,7 @@ def new_pool(mixer: MixerSpec, vectors: int, rows: int, device: torch.device, dt
         return AttentionPool(
             *(torch.zeros(vectors + 1, mixer.head_dim, device=device, dtype=dtype) for _ in ("k", "v"))
         )
-    if isinstance(mixer, Mamba2Spec):
+    if isinstance(mixer, Mamba2Spec | DeltaNetSpec):
         window = (rows, mixer.conv_kernel - 1, mixer.conv_dim)
         state = (rows, mixer.num_heads, mixer.head_dim, mixer.state_size)
         return MambaPool(

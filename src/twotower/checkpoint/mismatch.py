@@ -15,6 +15,7 @@ _LAYER = re.compile(r"\blayers\.(\d+)\.")
 _EXPERT = re.compile(r"\blayers\.(\d+)\..*\bexperts\.(\d+)\.")
 _EXPERT_COUNTS = ("num_local_experts", "num_experts", "n_routed_experts")
 _EXPERT_WIDTHS = ("moe_intermediate_size", "intermediate_size")
+_DELTA_NET = ("linear_num_key_heads", "linear_key_head_dim", "linear_num_value_heads", "linear_value_head_dim")
 # A part of a tensor's name in memory → keys of config.json that give its shape; the first part found counts.
 _KEYS: dict[str, tuple[str, ...]] = {
     "embeddings": ("vocab_size", "hidden_size"),
@@ -25,6 +26,12 @@ _KEYS: dict[str, tuple[str, ...]] = {
     ".k_proj": ("num_key_value_heads", "head_dim", "hidden_size"),
     ".v_proj": ("num_key_value_heads", "head_dim", "hidden_size"),
     ".o_proj": ("num_attention_heads", "head_dim", "hidden_size"),
+    ".in_proj": ("hidden_size", *_DELTA_NET),
+    ".conv1d": (*_DELTA_NET, "linear_conv_kernel_dim"),
+    ".A_log": ("linear_num_value_heads",),
+    ".dt_bias": ("linear_num_value_heads",),
+    ".mixer.norm": ("linear_value_head_dim",),
+    ".out_proj": ("linear_num_value_heads", "linear_value_head_dim", "hidden_size"),
     ".gate.": (*_EXPERT_COUNTS, "hidden_size"),
     ".shared_experts": ("moe_shared_expert_intermediate_size", "shared_expert_intermediate_size", "hidden_size"),
     ".experts.": (*_EXPERT_COUNTS, *_EXPERT_WIDTHS, "hidden_size"),

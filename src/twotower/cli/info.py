@@ -124,6 +124,14 @@ def _shape(spec: TowerSpec) -> dict[str, int]:
             "n_groups": mamba.num_groups,
             "conv_kernel": mamba.conv_kernel,
         }
+    if (delta_net := spec.delta_net) is not None:
+        sizes |= {
+            "linear_num_value_heads": delta_net.num_heads,
+            "linear_value_head_dim": delta_net.head_dim,
+            "linear_num_key_heads": delta_net.num_groups,
+            "linear_key_head_dim": delta_net.state_size,
+            "linear_conv_kernel_dim": delta_net.conv_kernel,
+        }
     if (moe := spec.moe) is not None:
         sizes |= {
             "n_routed_experts": moe.experts,

@@ -67,6 +67,7 @@ def _attention(config: TwoTowerConfig, spec: TowerSpec) -> Iterator[str]:
         f"scores × {first.scale}": first.scale is not None,
         f"scores capped at {first.softcap}": first.softcap is not None,
         f"q, k and v clipped at {first.clip}": first.clip is not None,
+        "a gate of the output": first.output_gate,
     }
     if any(words.values()):
         yield "attention: " + ", ".join(word for word, there in words.items() if there)

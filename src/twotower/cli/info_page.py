@@ -74,6 +74,12 @@ def _shape(shape: dict[str, int]) -> Iterator[str]:
             f"Mamba-2: {shape['mamba_num_heads']} heads of {shape['mamba_head_dim']}, state {shape['ssm_state_size']}, "
             f"{shape['n_groups']} groups, convolution {shape['conv_kernel']}"
         )
+    if "linear_num_value_heads" in shape:
+        yield (
+            f"gated DeltaNet: {shape['linear_num_value_heads']} heads of {shape['linear_value_head_dim']}, "
+            f"{shape['linear_num_key_heads']} key heads of {shape['linear_key_head_dim']}, "
+            f"convolution {shape['linear_conv_kernel_dim']}"
+        )
     if "n_routed_experts" in shape:
         groups = f" in {shape['topk_group']} of {shape['n_group']} groups" if shape["n_group"] > 1 else ""
         yield (

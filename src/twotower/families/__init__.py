@@ -23,6 +23,7 @@ from twotower.families import (
     olmoe,
     phi3,
     qwen_moe,
+    qwen_next,
     smollm3,
 )
 from twotower.families.family import Family
@@ -50,6 +51,9 @@ FAMILIES: tuple[Family, ...] = (
     bamba.FAMILY,
     mamba2.FAMILY,
     falcon_h1.FAMILY,
+    qwen_next.QWEN3_NEXT,
+    qwen_next.QWEN3_5,
+    qwen_next.QWEN3_5_MOE,
 )
 BY_MODEL_TYPE: dict[str, Family] = {name: family for family in FAMILIES for name in family.model_types}
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import torch
 from torch import Tensor, nn
 
 from twotower.cache.layer_cache import KeyValue
@@ -25,7 +26,8 @@ class Attention(nn.Module):
         self.rope = None if spec.rope is None else tower.ropes[spec.rope]
         self.heads = (spec.num_heads, spec.num_kv_heads, spec.num_kv_heads)
         self.options = AttentionOptions(spec.scale, spec.window, spec.softcap)
-        self.q_proj = Linear(hidden, spec.num_heads * width, bias=spec.qkv_bias)
+        per_head = 2 * width if spec.output_gate else width  # queries, and the gate of the output
+        self.q_proj = Linear(hidden, spec.num_heads * per_head, bias=spec.qkv_bias)
         self.k_proj = Linear(hidden, spec.num_kv_heads * width, bias=spec.qkv_bias)
         self.v_proj = Linear(hidden, spec.num_kv_heads * width, bias=spec.qkv_bias)
         self.o_proj = Linear(spec.num_heads * width, hidden, bias=spec.output_bias)
@@ -33,12 +35,15 @@ class Attention(nn.Module):
             heads = (1, 1) if spec.qk_norm == "head" else (spec.num_heads, spec.num_kv_heads)
             self.q_norm, self.k_norm = (RMSNorm(count * width, tower.norm_eps, tower.norm_offset) for count in heads)
 
-    def project(self, hidden: Tensor, turn: Rotation | None) -> tuple[Tensor, KeyValue]:
-        """hidden (B, L, H) → queries (B, Hq, L, D), and the keys and values of the pass.
+    def project(self, hidden: Tensor, turn: Rotation | None) -> tuple[Tensor, KeyValue, Tensor | None]:
+        """hidden (B, L, H) → queries (B, Hq, L, D), the keys and values of the pass, and the gate (B, L, Hq·D).
 
-        turn: of the rotary position embedding, applied to queries and keys; None: none.
+        turn: of the rotary position embedding, applied to queries and keys; None: none. The gate is None without one.
         """
         q, k, v = self.q_proj(hidden), self.k_proj(hidden), self.v_proj(hidden)
+        gate = None
+        if self.spec.output_gate:
+            q, gate = (part.flatten(-2) for part in q.unflatten(-1, (self.spec.num_heads, -1)).chunk(2, dim=-1))
         if self.spec.qk_norm == "width":
             q, k = self.q_norm(q), self.k_norm(k)
         if self.spec.clip is not None:
@@ -52,16 +57,17 @@ class Attention(nn.Module):
         if norms is not None or turn is not None:
             q, k = select("norm_and_rotate", q.device, q.dtype).function(q, k, norms, turn)
         q, k, v = (part.transpose(1, 2) for part in (q, k, v))
-        return q, KeyValue(k, v)
+        return q, KeyValue(k, v), gate
 
-    def output(self, heads: Tensor) -> Tensor:
-        """Heads (B, Hq, L, D) → output projection (B, L, H)."""
-        return self.o_proj(heads.transpose(1, 2).flatten(2))
+    def output(self, heads: Tensor, gate: Tensor | None) -> Tensor:
+        """Heads (B, L, Hq, D) and their gate → output projection (B, L, H)."""
+        out = heads.flatten(2)
+        return self.o_proj(out if gate is None else out * torch.sigmoid(gate))
 
     def forward(self, hidden: Tensor, past: CachedKV | None, meta: AttentionMetadata) -> tuple[Tensor, KeyValue]:
         """hidden (B, L, H) → output (B, L, H), and the keys and values to append to the cache."""
-        q, own = self.project(hidden, None if self.spec.rope is None else meta.rotations[self.spec.rope])
+        q, own, gate = self.project(hidden, None if self.spec.rope is None else meta.rotations[self.spec.rope])
         q, k, v = (part.transpose(1, 2) for part in (q, *own))
         attend = select("attention", hidden.device, hidden.dtype).function
         heads = attend(q, k, v, meta.token_mask, meta.causal, past, self.options)
-        return self.o_proj(heads.flatten(2)), own
+        return self.output(heads, gate), own

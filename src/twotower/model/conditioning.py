@@ -19,7 +19,7 @@ from twotower.specs import LayerKind
 
 MAX_CACHED_TIMES = 64  # cached values of t; a block of 16 positions has 17
 SINUSOID_SIZE = 256
-MODULATE_BEFORE_NORM = frozenset("M*P")  # MoE and MLP layers modulate after the norm
+MODULATE_BEFORE_NORM = frozenset("M*PD")  # MoE and MLP layers modulate after the norm
 
 
 class Modulation(NamedTuple):

@@ -23,6 +23,7 @@ from torch import Tensor, nn
 from twotower.cache.layer_cache import KeyValue, LayerCache, MambaCache, ParallelCache
 from twotower.model.attention import Attention
 from twotower.model.conditioning import Modulation, modulated_norm
+from twotower.model.delta_net import GatedDeltaNet
 from twotower.model.layer_io import AttentionMetadata, context_visible
 from twotower.model.mamba2 import Mamba2
 from twotower.model.parallel import ParallelMixer
@@ -192,12 +193,13 @@ def read_layer(layer: Layer, x: Tensor, layout: Layout) -> tuple[Tensor, LayerCa
 
 def read_mixer(mixer: nn.Module, hidden: Tensor, layout: Layout) -> tuple[Tensor, LayerCache]:
     """The mixer of a context layer over packed rows (B, S, H); see `read_layer`."""
-    if isinstance(mixer, Mamba2):
+    if isinstance(mixer, Mamba2 | GatedDeltaNet):
         return read_mamba(mixer, hidden, layout)
     if isinstance(mixer, Attention):
-        q, past = mixer.project(hidden, layout.rotation(mixer.rope, hidden.dtype, chosen=False))
+        q, past, gate = mixer.project(hidden, layout.rotation(mixer.rope, hidden.dtype, chosen=False))
         tiles = layout.causal_tiles(mixer.spec.window)
-        return mixer.output(tiled_attention(q, past.k, past.v, tiles, options=mixer.options)), past
+        heads = tiled_attention(q, past.k, past.v, tiles, options=mixer.options)
+        return mixer.output(heads.transpose(1, 2), gate), past
     if isinstance(mixer, ParallelMixer):
         for_attention, for_mamba = mixer.inputs(hidden)
         attended, keys = read_mixer(mixer.attention, for_attention, layout)
@@ -207,8 +209,8 @@ def read_mixer(mixer: nn.Module, hidden: Tensor, layout: Layout) -> tuple[Tensor
     return mixer(hidden), None
 
 
-def read_mamba(mixer: Mamba2, hidden: Tensor, layout: Layout) -> tuple[Tensor, MambaCache]:
-    """The Mamba-2 mixer of the context tower over packed rows (B, S, H), one chunk a block."""
+def read_mamba(mixer: Mamba2 | GatedDeltaNet, hidden: Tensor, layout: Layout) -> tuple[Tensor, MambaCache]:
+    """The recurrent mixer of a context layer over packed rows (B, S, H), one chunk a block."""
     out, past = mixer.forward_packed(
         hidden, layout.token_mask, layout.starts_document, lambda xBC: layout.windows(xBC, mixer.spec.conv_kernel - 1)
     )
@@ -227,7 +229,7 @@ def denoise_layer(layer: Layer, x: Tensor, past: LayerCache, modulation: Modulat
 def denoise_mixer(mixer: nn.Module, hidden: Tensor, past: LayerCache, layout: Layout) -> Tensor:
     """The mixer of a denoiser layer over the chosen blocks (N, L, H); see `denoise_layer`."""
     out: Tensor
-    if isinstance(mixer, Mamba2):
+    if isinstance(mixer, Mamba2 | GatedDeltaNet):
         assert isinstance(past, MambaCache)
         own_past = MambaCache(layout.select_blocks(past.conv_window), layout.select_blocks(past.ssm_state))
         meta = AttentionMetadata(token_mask=layout.chosen_token_mask, causal=False)
@@ -235,11 +237,11 @@ def denoise_mixer(mixer: nn.Module, hidden: Tensor, past: LayerCache, layout: La
         return out
     if isinstance(mixer, Attention):
         assert isinstance(past, KeyValue)
-        q, own = mixer.project(hidden, layout.rotation(mixer.rope, hidden.dtype, chosen=True))
+        q, own, gate = mixer.project(hidden, layout.rotation(mixer.rope, hidden.dtype, chosen=True))
         q, k, v = (layout.to_rows(heads.transpose(1, 2)).transpose(1, 2) for heads in (q, *own))
         tiles = layout.denoiser_tiles(mixer.spec.window)
         heads = tiled_attention(q, past.k, past.v, tiles, (k, v), mixer.options)
-        return mixer.output(layout.to_blocks(heads.transpose(1, 2)).transpose(1, 2))
+        return mixer.output(layout.to_blocks(heads.transpose(1, 2)), gate)
     if isinstance(mixer, ParallelMixer):
         assert isinstance(past, ParallelCache)
         both = zip((mixer.attention, mixer.mamba), mixer.inputs(hidden), past, strict=True)

@@ -11,6 +11,7 @@ from torch import Tensor, nn
 from twotower.cache.layer_cache import CacheUpdate, LayerCache
 from twotower.model.attention import Attention
 from twotower.model.conditioning import Modulation, modulated_norm
+from twotower.model.delta_net import GatedDeltaNet
 from twotower.model.layer_io import AttentionMetadata
 from twotower.model.linear import Linear, TiedHead
 from twotower.model.mamba2 import Mamba2
@@ -18,7 +19,16 @@ from twotower.model.moe import MLP, Experts, MoE, Router
 from twotower.model.norm import RMSNorm
 from twotower.model.parallel import ParallelMixer
 from twotower.ops.precision import accumulation_dtype, upcast
-from twotower.specs import AttentionSpec, LayerSpec, Mamba2Spec, MLPSpec, MoESpec, ParallelSpec, TowerSpec
+from twotower.specs import (
+    AttentionSpec,
+    DeltaNetSpec,
+    LayerSpec,
+    Mamba2Spec,
+    MLPSpec,
+    MoESpec,
+    ParallelSpec,
+    TowerSpec,
+)
 
 
 def build_mixer(layer: LayerSpec, tower: TowerSpec) -> nn.Module:
@@ -28,6 +38,8 @@ def build_mixer(layer: LayerSpec, tower: TowerSpec) -> nn.Module:
             return Mamba2(layer.mixer, tower)
         case AttentionSpec():
             return Attention(layer.mixer, tower)
+        case DeltaNetSpec():
+            return GatedDeltaNet(layer.mixer, tower)
         case ParallelSpec():
             return ParallelMixer(layer.mixer, tower)
         case MoESpec():
@@ -66,7 +78,7 @@ class Layer(nn.Module):
         """
         hidden = modulated_norm(x, self.norm, self.kind, modulation)
         update: CacheUpdate = None
-        if self.kind in "MP":
+        if self.kind in "MPD":
             out, update = self.mixer(hidden, past, meta, keep_step_inputs)
         elif self.kind == "*":
             out, update = self.mixer(hidden, past, meta)
@@ -225,5 +237,5 @@ class Tower(nn.Module):
                 for weight in (module.gate_proj, module.up_proj) if module.gated else (module.up_proj,):
                     nn.init.normal_(weight, std=std)
                 nn.init.normal_(module.down_proj, std=std / spread)
-            elif isinstance(module, Mamba2):
+            elif isinstance(module, Mamba2 | GatedDeltaNet):
                 module.reset_parameters()

@@ -119,12 +119,15 @@ def pass_options(spec: TowerSpec, rows: int, length: int, wide: bool) -> PassOpt
 @lru_cache(maxsize=32)
 def spec_unsupported_reason(spec: TowerSpec) -> str | None:
     """Why the C++ pass cannot run towers of this spec; None if it can."""
+    unknown = next((layer.kind for layer in spec.layers if layer.kind not in KINDS), None)
+    if unknown is not None:
+        return f"the C++ pass has no {KIND_NAMES[unknown]} layers"
     for layer in spec.layers:
-        if layer.kind not in KINDS:
-            return f"the C++ pass has no {KIND_NAMES[layer.kind]} layers"
         if spec.residual_in_fp32 and not layer.pre_norm:
             return "the C++ pass has no residual stream in fp32 for layers without a norm of their input"
         mixer = layer.mixer
+        if isinstance(mixer, AttentionSpec) and mixer.output_gate:
+            return "the C++ pass has no attention with an output gate"
         if isinstance(mixer, MoESpec) and mixer.expert.bias:
             return "the C++ pass has no experts with biases"
         if isinstance(mixer, MoESpec) and not mixer.expert.gated and mixer.expert.activation != "relu2":

@@ -15,6 +15,7 @@ from torch import Tensor, nn
 from torch.nn.modules.module import _has_any_global_hook
 
 from twotower.model.attention import Attention
+from twotower.model.delta_net import GatedDeltaNet
 from twotower.model.linear import Int8Linear, Linear, TiedHead
 from twotower.model.mamba2 import CausalConv, Mamba2
 from twotower.model.moe import MLP, Experts, Int8Experts, MoE, Router
@@ -36,6 +37,7 @@ OWN_MODULES: frozenset[type[nn.Module]] = frozenset(
         CausalConv,
         Attention,
         ParallelMixer,
+        GatedDeltaNet,
         MLP,
         MoE,
         Router,

@@ -1,7 +1,8 @@
 """FLOPs of a training step: the matrix products, computed from their shapes.
 
-A multiply-add counts as two; elementwise operations are left out. Figures are for one packed row. Attention counts all
-keys of a tile, masked or not, because the kernels multiply them; with a window, a tile has no keys before the window.
+A multiply-add counts as two; elementwise operations are left out. The triangular systems of DeltaNet layers count too.
+Figures are for one packed row. Attention counts all keys of a tile, masked or not, because the kernels multiply them;
+with a window, a tile has no keys before the window.
 As usual, the scores that a fused attention recomputes in its backward pass (half a forward pass) are not counted.
 """
 
@@ -15,6 +16,7 @@ from twotower.model.packed_forward import tile_bounds
 from twotower.specs import (
     COUPLED_KINDS,
     AttentionSpec,
+    DeltaNetSpec,
     LayerSpec,
     Mamba2Spec,
     MLPSpec,
@@ -106,6 +108,8 @@ def layer_work(layer: LayerSpec, tower: TowerSpec, row_length: int, block_size: 
     match mixer:
         case Mamba2Spec():
             return _mamba(mixer, hidden, tokens, block_size, role)
+        case DeltaNetSpec():
+            return _delta_net(mixer, hidden, tokens, block_size, role)
         case ParallelSpec():
             parts = (replace(layer, mixer=part) for part in layer.parts)
             attention, mamba = (layer_work(part, tower, row_length, block_size, role) for part in parts)
@@ -119,7 +123,8 @@ def layer_work(layer: LayerSpec, tower: TowerSpec, row_length: int, block_size: 
             queries, keys = (heads * mixer.head_dim for heads in (mixer.num_heads, mixer.num_kv_heads))
             seen = _attended(tokens, block_size, mixer.window, own=role != "context")
             out = 2.0 * tokens * hidden * queries
-            forward = out + 2.0 * tokens * hidden * (queries + 2 * keys) + 4.0 * queries * seen
+            projected = queries * (2 if mixer.output_gate else 1) + 2 * keys
+            forward = out + 2.0 * tokens * hidden * projected + 4.0 * queries * seen
             past = 2 * 2.0 * tokens * hidden * 2 * keys
         case MoESpec():
             out, forward = _moe(mixer, hidden, tokens)
@@ -165,6 +170,29 @@ def _mamba(spec: Mamba2Spec, hidden: int, tokens: int, block_size: int, role: st
     # A frozen state has no gradient, so the backward pass of `seeded` has one product instead of two.
     spared = seeded if role == "denoiser" and not carried else 0.0
     return LayerWork(forward, 2 * forward - spared, out, 2 * (dense - out + carried))
+
+
+def _delta_net(spec: DeltaNetSpec, hidden: int, tokens: int, block_size: int, role: str) -> LayerWork:
+    """FLOPs of `ops.reference.delta_rule` between the projections. A triangular system of n has n² a column."""
+    inner, state, keys = spec.inner, spec.state_size, spec.num_groups * spec.state_size
+    out = 2.0 * tokens * inner * hidden
+    gate = 2.0 * tokens * hidden * inner
+    dense = out + gate + 2.0 * tokens * hidden * (spec.conv_dim + 2 * spec.num_heads)
+    sequences, chunk = tokens // block_size, min(block_size, spec.chunk_size)
+    each = math.ceil(block_size / chunk)
+    if role == "context":  # one sequence, a chunk for each block
+        sequences, each, chunk = 1, sequences, block_size
+    padded = sequences * each * chunk
+    overlaps = 2.0 * padded * chunk * keys if chunk > 1 else 0.0
+    solved = 1.0 * padded * chunk * (inner + spec.num_heads * state) if chunk > 1 else 0.0
+    inside = 2.0 * padded * chunk * (keys + inner)
+    one = 2.0 * sequences * chunk * inner * state  # a product of states with one chunk of each sequence
+    forward = dense + overlaps + solved + inside + (3 * each - 1) * one  # read by w and y, and updated
+    # The state before a sequence has no gradient, unless it is the context's that is trained.
+    spared = 0.0 if role == "coupled denoiser" else one if role == "context" or each > 1 else 2 * one
+    through_states = 2 * overlaps + 3 * solved + max(4 * (each - 1) - 1, 0) * one
+    unread = 0.0 if spec.grouped_projections else 2 * gate  # a projection of its own
+    return LayerWork(forward, 2 * forward + solved - spared, out, 2 * (dense - out) - unread + through_states)
 
 
 def _states(chunks: int, size: int) -> float:
