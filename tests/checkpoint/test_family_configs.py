@@ -98,6 +98,14 @@ def spec_of(model_type: str, options: JsonObject) -> Any:
     return tower_spec(GenericTwoTowerConfig(backbone=config))
 
 
+@pytest.mark.parametrize("model_type", ["qwen2_moe", "qwen3_moe", "qwen3_next"])
+def test_a_model_of_no_experts_is_dense(model_type: str) -> None:
+    """As in transformers, with whatever number of experts for a token."""
+    spec = spec_of(model_type, {**SHAPES[model_type], "num_experts": 0, "num_experts_per_tok": 2})
+    assert spec.pattern.count("-") == 3
+    assert "E" not in spec.pattern
+
+
 # Options of some families. Files of other families may have them as leftovers, which transformers' models ignore.
 STRAYS: JsonObject = {
     "sliding_window": 5,

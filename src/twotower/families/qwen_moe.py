@@ -5,13 +5,14 @@ Qwen2-MoE adds a shared expert, multiplied by the sigmoid of a projection.
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import replace
 
 from transformers import PretrainedConfig
 
 from twotower.errors import ConfigError
 from twotower.families import llama
-from twotower.families.family import Family, Names, activation
+from twotower.families.family import Family, Names, activation, declared
 from twotower.families.mixtral import stacked_experts
 from twotower.specs import AttentionSpec, LayerSpec, MLPSpec, MoESpec, TowerSpec
 
@@ -35,14 +36,21 @@ def experts(config: PretrainedConfig) -> MoESpec:
         experts=config.num_experts,
         top_k=config.num_experts_per_tok,
         expert=MLPSpec(width=config.moe_intermediate_size, activation=activation(config)),
-        normalise=config.norm_topk_prob,
+        normalise=declared(config, "norm_topk_prob", True),
     )
 
 
-def feed_forward(config: PretrainedConfig, moe: MoESpec) -> list[MLPSpec | MoESpec]:
-    """The feed-forward mixer of each layer.
+def experts_with_shared(config: PretrainedConfig) -> MoESpec:
+    """The routed experts of a configuration, and a shared expert with a gate."""
+    shared = MLPSpec(width=config.shared_expert_intermediate_size, activation=activation(config))
+    return replace(experts(config), shared=shared, shared_gate=True)
 
-    Every `decoder_sparse_step`-th layer has experts, except for the layers in `mlp_only_layers`.
+
+def feed_forward(config: PretrainedConfig, moe: Callable[[PretrainedConfig], MoESpec]) -> list[MLPSpec | MoESpec]:
+    """The feed-forward mixer of each layer. moe: makes that of layers with experts.
+
+    Every `decoder_sparse_step`-th layer has experts, except for the layers in `mlp_only_layers`. A model of 0 experts
+    has none.
 
     Raises:
         ConfigError: `decoder_sparse_step` is not positive.
@@ -51,10 +59,10 @@ def feed_forward(config: PretrainedConfig, moe: MoESpec) -> list[MLPSpec | MoESp
     if step < 1:
         raise ConfigError(f"config: decoder_sparse_step is {step}; it must be at least 1")
     dense = [bool((i + 1) % step or i in config.mlp_only_layers) for i in range(config.num_hidden_layers)]
-    return [llama.mlp(config) if plain or not config.num_experts else moe for plain in dense]
+    return [llama.mlp(config) if plain or not config.num_experts else moe(config) for plain in dense]
 
 
-def _tower(config: PretrainedConfig, attention: AttentionSpec, moe: MoESpec) -> TowerSpec:
+def _tower(config: PretrainedConfig, attention: AttentionSpec, moe: Callable[[PretrainedConfig], MoESpec]) -> TowerSpec:
     layers = []
     for source, (window, mixer) in enumerate(zip(llama.windows(config), feed_forward(config, moe), strict=True)):
         layers.append(LayerSpec(mixer=replace(attention, window=window), source=source))
@@ -63,13 +71,12 @@ def _tower(config: PretrainedConfig, attention: AttentionSpec, moe: MoESpec) -> 
 
 
 def _qwen3_moe(config: PretrainedConfig) -> TowerSpec:
-    return _tower(config, llama.normed_attention(config), experts(config))
+    return _tower(config, llama.normed_attention(config), experts)
 
 
 def _qwen2_moe(config: PretrainedConfig) -> TowerSpec:
     attention = replace(llama.attention(config), qkv_bias=config.qkv_bias)
-    shared = MLPSpec(width=config.shared_expert_intermediate_size, activation=activation(config))
-    return _tower(config, attention, replace(experts(config), shared=shared, shared_gate=True))
+    return _tower(config, attention, experts_with_shared)
 
 
 QWEN3_MOE = Family(model_types=("qwen3_moe",), spec=_qwen3_moe, names=names, stacked=stacked_experts)

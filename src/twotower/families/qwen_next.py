@@ -11,7 +11,7 @@ from transformers import PretrainedConfig
 
 from twotower.errors import ConfigError
 from twotower.families import llama, qwen_moe
-from twotower.families.family import Family, Names, activation, head_dim, only
+from twotower.families.family import Family, Names, head_dim, only
 from twotower.families.mixtral import stacked_experts
 from twotower.families.rope import rope_spec
 from twotower.specs import AttentionSpec, DeltaNetSpec, LayerSpec, MLPSpec, MoESpec, TowerSpec
@@ -65,21 +65,8 @@ def _tower(config: PretrainedConfig, feed_forward: list[MLPSpec | MoESpec], *, g
     return replace(llama.tower(config, layers, (rope,)), norm_offset=1.0)
 
 
-def _experts(config: PretrainedConfig, *, normalise: bool) -> MoESpec:
-    shared = MLPSpec(width=config.shared_expert_intermediate_size, activation=activation(config))
-    return MoESpec(
-        experts=config.num_experts,
-        top_k=config.num_experts_per_tok,
-        expert=MLPSpec(width=config.moe_intermediate_size, activation=activation(config)),
-        normalise=normalise,
-        shared=shared,
-        shared_gate=True,
-    )
-
-
 def _qwen3_next(config: PretrainedConfig) -> TowerSpec:
-    experts = _experts(config, normalise=config.norm_topk_prob)
-    return _tower(config, qwen_moe.feed_forward(config, experts), grouped=True)
+    return _tower(config, qwen_moe.feed_forward(config, qwen_moe.experts_with_shared), grouped=True)
 
 
 def _qwen3_5(config: PretrainedConfig) -> TowerSpec:
@@ -87,7 +74,7 @@ def _qwen3_5(config: PretrainedConfig) -> TowerSpec:
 
 
 def _qwen3_5_moe(config: PretrainedConfig) -> TowerSpec:
-    return _tower(config, [_experts(config, normalise=True)] * config.num_hidden_layers, grouped=False)
+    return _tower(config, [qwen_moe.experts_with_shared(config)] * config.num_hidden_layers, grouped=False)
 
 
 def _names(layer: LayerSpec) -> Names:
