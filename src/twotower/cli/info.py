@@ -228,10 +228,9 @@ def _backends(model: TwoTowerForCausalLM, computes_in: dict[str, str]) -> dict[s
             rows.append(("pass", "recorded", "a CUDA graph of all layers, checked when it is recorded"))
         else:
             at_once = all(backend == "native" for op, backend, _ in rows if op in fused_cpu.OPS)
-            layers = layer_options.spec_unsupported_reason(model.spec) if at_once else None
-            way = "one call" if at_once and layers is None else "layer by layer"
-            reasons = [part for part in (layers, f"for few tokens; a CUDA graph {unsupported}") if part is not None]
-            rows.append(("pass", way, "; ".join(reasons)))
+            declined = layer_options.spec_unsupported_reason(model.spec) if at_once else "some kernels are not C++"
+            way = "one call" if declined is None else "layer by layer"
+            rows.append(("pass", way, f"{declined or 'for few tokens'}; a CUDA graph {unsupported}"))
         if device == "cpu":
             unpacked = packed_weights.packing_unsupported_reason(model, torch.device(device), getattr(torch, dtype))
             packed = "a second copy of the weights, in the order in which passes read them"

@@ -45,7 +45,7 @@ def _sections(facts: Facts) -> Iterator[tuple[str, list[str]]]:
     for device, rows in facts["backends"].items():
         yield (
             f"{device} {_SHORT.get(facts['computes_in'][device], facts['computes_in'][device])}",
-            [f"{row['op']:<19}{row['backend']:<13}{row['reason']}" for row in rows],
+            [f"{row['op']:<19}{row['backend']:<15}{row['reason']}" for row in rows],
         )
     yield "files", list(_weights(facts["weights"]))
     files = ", ".join(facts["tokenizer"]) or "none (the model takes token ids only)"
