@@ -12,7 +12,7 @@ from twotower.ops.reference.delta_rule import (
     DeltaInputs,
     delta_rule,
     delta_rule_sequential,
-    pass_states,
+    packed_states,
     written_terms,
 )
 from twotower.ops.reference.mamba_block import MambaStepInputs, state_update
@@ -100,14 +100,15 @@ def test_step_inputs_give_the_state_after_any_prefix(
 
 @pytest.mark.parametrize("fresh", ["none", "some", "all"])
 @pytest.mark.parametrize("blocks", [1, 2, 9])
-def test_the_state_before_each_block_of_packed_rows(blocks: int, fresh: str) -> None:
-    """A fresh block starts from zeros, as the first one of every row does."""
+@pytest.mark.parametrize("chunk", [2, 7, 9, 64])
+def test_the_state_before_each_block_of_packed_rows(blocks: int, fresh: str, chunk: int) -> None:
+    """A fresh block starts from zeros, as the first one of every row does; chunks of one, of two and of many blocks."""
     given = case(3 * blocks, 2, seeded=False)
     starts = torch.full((ROWS, blocks), fresh == "all")
     if fresh == "some":
-        starts[0, ::2], starts[2, -2:] = True, True
+        starts[0, ::2], starts[1, 4:5], starts[2, -2:] = True, True, True
     cut = given.inputs.blocks(3)
-    before, written = pass_states(cut, written_terms(cut), ROWS, fresh=starts)
+    before, written = packed_states(cut, starts, chunk)
     expected = []
     for row in range(ROWS):
         state = torch.zeros(1, *STATE[1:], dtype=torch.float64)

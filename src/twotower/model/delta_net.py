@@ -17,7 +17,7 @@ from twotower.model.mamba2 import CausalConv
 from twotower.model.norm import GatedGroupRMSNorm
 from twotower.ops.precision import accumulation_dtype
 from twotower.ops.reference.conv import causal_conv
-from twotower.ops.reference.delta_rule import DeltaInputs, delta_rule, pass_states, written_terms
+from twotower.ops.reference.delta_rule import DeltaInputs, delta_rule, packed_states
 from twotower.ops.reference.mamba_block import MambaStepInputs, group_norm
 from twotower.ops.reference.ssd import ssd_block
 from twotower.specs import DeltaNetSpec, TowerSpec
@@ -119,11 +119,11 @@ class GatedDeltaNet(nn.Module):
     ) -> tuple[Tensor, MambaCache]:
         """As `Mamba2.forward_packed`; the states before the blocks are computed one after another."""
         projected = self.project(hidden, token_mask)
-        rows, blocks = starts_document.shape
+        blocks = starts_document.shape[1]
         window = windows(projected.qkv).flatten(0, 1)
         in_blocks = Projected(*(part.unflatten(1, (blocks, -1)).flatten(0, 1) for part in projected))
         inputs = self.recurrence(in_blocks, window, token_mask.unflatten(1, (blocks, -1)).flatten(0, 1))
-        before, written = pass_states(inputs, written_terms(inputs), rows, fresh=starts_document)
+        before, written = packed_states(inputs, starts_document, self.spec.chunk_size)
         y = ssd_block(written, inputs.dt, inputs.log_decay, inputs.k, inputs.q, before)
         return self.output(y, in_blocks.z).view_as(hidden), MambaCache(window, before)
 

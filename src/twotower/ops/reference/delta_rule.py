@@ -20,7 +20,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from twotower.ops.reference.ssd import ssd_block
+from twotower.ops.reference.ssd import final_state, ssd_block
 
 
 class DeltaInputs(NamedTuple):
@@ -51,18 +51,24 @@ class WrittenTerms(NamedTuple):
         return self.values if state is None else self.values - torch.einsum("blhn,bhpn->blhp", self.keys, state)
 
 
-def written_terms(inputs: DeltaInputs) -> WrittenTerms:
-    """The written values of a block, before its state is known."""
+def written_terms(inputs: DeltaInputs, restarts: Tensor | None = None) -> WrittenTerms:
+    """The written values of a block, before its state is known.
+
+    restarts (B, L): the number of times that the state has been set to zeros up to each token; None: never.
+    """
     k, v = inputs.k, inputs.v
     length, each = k.shape[1], v.shape[2] // k.shape[2]
     decay = inputs.log_decay.cumsum(1).transpose(1, 2)  # (B, H, L), from the start of the block
     weight = inputs.beta.transpose(1, 2)[..., None]  # (B, H, L, 1)
-    keys = k.repeat_interleave(each, 2).transpose(1, 2) * (weight * decay.exp()[..., None])
+    seen = decay.exp() if restarts is None else decay.exp() * (restarts == 0)[:, None]
+    keys = k.repeat_interleave(each, 2).transpose(1, 2) * (weight * seen[..., None])
     right = torch.cat([v.transpose(1, 2) * weight, keys], dim=-1)
     if length > 1:
         overlaps = torch.einsum("blgn,bmgn->bglm", k, k).repeat_interleave(each, 1)  # (B, H, L, L)
-        future = torch.ones(length, length, dtype=torch.bool, device=k.device).triu()
-        between = (decay[..., :, None] - decay[..., None, :]).masked_fill(future, -torch.inf).exp()
+        unseen = torch.ones(length, length, dtype=torch.bool, device=k.device).triu()
+        if restarts is not None:
+            unseen = unseen | (restarts[:, None, :, None] != restarts[:, None, None, :])
+        between = (decay[..., :, None] - decay[..., None, :]).masked_fill(unseen, -torch.inf).exp()
         right = torch.linalg.solve_triangular(weight * overlaps * between, right, upper=False, unitriangular=True)
     values, keys = right.transpose(1, 2).split([v.shape[3], k.shape[3]], dim=-1)
     return WrittenTerms(values, keys)
@@ -82,40 +88,65 @@ def delta_rule(inputs: DeltaInputs, state: Tensor | None, chunk: int) -> tuple[T
 
 
 def pass_states(
-    inputs: DeltaInputs, terms: WrittenTerms, rows: int, state: Tensor | None = None, fresh: Tensor | None = None
+    inputs: DeltaInputs, terms: WrittenTerms, rows: int, state: Tensor | None = None, restarts: Tensor | None = None
 ) -> tuple[Tensor, Tensor]:
-    """The state before each block (B·n, H, P, N), and the written values (B·n, L, H, P).
+    """The state before each chunk (B·n, H, P, N), and the written values (B·n, L, H, P).
 
-    inputs and terms have n blocks of each of B = `rows` rows. state (B, H, P, N): before the first block (None: zeros).
-    fresh (B, n): True where a block starts from a zero state. A state depends on the state before through a matrix, so
-    there is a loop over the blocks, of two products each.
+    inputs and terms have n chunks of each of B = `rows` rows. state (B, H, P, N): before the first chunk (None: zeros).
+    restarts (B·n, L): as in `written_terms`; a state is that before the restarts at its chunk's first token. A state
+    depends on the state before through a matrix, so there is a loop over the chunks, of two products each.
     """
     heads, width, size = *terms.values.shape[2:], terms.keys.shape[3]
-    blocks = len(terms.values) // rows
+    chunks = len(terms.values) // rows
     decay = inputs.log_decay.cumsum(1)
     total = decay[:, -1:]
-    k = inputs.k.repeat_interleave(heads // inputs.k.shape[2], 2)
-    fed = k * ((total - decay).exp() * inputs.dt)[..., None]  # decayed to the end of the block
+    fed, remains = ((total - decay).exp() * inputs.dt)[..., None], total.exp()[..., None]  # at the end of the chunk
+    if restarts is not None:
+        last = restarts[:, -1:]
+        fed, remains = fed * (restarts == last)[..., None, None], remains * (last == 0)[..., None, None]
 
-    def by_block(part: Tensor) -> tuple[Tensor, ...]:
+    def by_chunk(part: Tensor) -> tuple[Tensor, ...]:
         """(B·n, L, H, …) → n tensors (B·H, L, …)."""
-        blocks: tuple[Tensor, ...] = part.unflatten(0, (rows, -1)).permute(1, 0, 3, 2, 4).flatten(1, 2).unbind()
-        return blocks
+        found: tuple[Tensor, ...] = part.unflatten(0, (rows, -1)).permute(1, 0, 3, 2, 4).flatten(1, 2).unbind()
+        return found
 
-    remains = total.exp()[..., None]
-    if fresh is not None:  # a block after which the state is dropped keeps nothing
-        kept = ~F.pad(fresh[:, 1:], (0, 1)).flatten()[:, None, None, None]
-        remains, fed = remains * kept, fed * kept
-    steps = zip(*map(by_block, (terms.values, terms.keys, fed, remains)), strict=True)
+    k = inputs.k.repeat_interleave(heads // inputs.k.shape[2], 2)
+    steps = zip(*map(by_chunk, (terms.values, terms.keys, k * fed, remains)), strict=True)
     states = [terms.values.new_zeros(rows * heads, width, size) if state is None else state.flatten(0, 1)]
     written = []
     for values, keys, fed_keys, remain in steps:
         now = states[-1]
         written.append(torch.baddbmm(values, keys, now.transpose(1, 2), alpha=-1))
-        if len(written) < blocks:
+        if len(written) < chunks:
             states.append(torch.baddbmm(now * remain, written[-1].transpose(1, 2), fed_keys))
     before = torch.stack(states).unflatten(1, (rows, heads)).transpose(0, 1).flatten(0, 1)
     return before, torch.stack(written).unflatten(1, (rows, heads)).permute(1, 0, 3, 2, 4).flatten(0, 1)
+
+
+def packed_states(inputs: DeltaInputs, fresh: Tensor, chunk: int) -> tuple[Tensor, Tensor]:
+    """The state before each block of packed rows (B·n, H, P, N), and the written values (B·n, L, H, P).
+
+    inputs: n blocks of each of B rows. fresh (B, n): True where a block starts from a zero state. The loop of
+    `pass_states` is over chunks of several blocks, of up to `chunk` tokens, and the states within all chunks follow
+    together.
+    """
+    (rows, blocks), size = fresh.shape, inputs.dt.shape[1]
+    each = max(chunk // size, 1)
+    rows_of = DeltaInputs(*(part.unflatten(0, (rows, blocks)).flatten(1, 2) for part in inputs))
+    starts = F.pad(fresh, (0, -blocks % each)).unflatten(1, (-1, each)).flatten(0, 1)  # (B·chunks, each)
+    chunks, restarts = rows_of.blocks(each * size), starts.cumsum(1).repeat_interleave(size, 1)
+    now, written = pass_states(chunks, written_terms(chunks, restarts), rows, restarts=restarts)
+    states = []
+    for i in range(each):
+        now = now.masked_fill(starts[:, i, None, None, None], 0.0)
+        states.append(now)
+        if i + 1 < each:
+            at = slice(i * size, (i + 1) * size)
+            dt, log_decay, k = (part[:, at] for part in (chunks.dt, chunks.log_decay, chunks.k))
+            now = final_state(written[:, at], dt, log_decay, k, now)
+    before = torch.stack(states, 1).unflatten(0, (rows, -1)).flatten(1, 2)[:, :blocks]
+    written = written.unflatten(1, (each, size)).unflatten(0, (rows, -1)).flatten(1, 2)[:, :blocks]
+    return before.flatten(0, 1), written.flatten(0, 1)
 
 
 def delta_rule_sequential(inputs: DeltaInputs, state: Tensor | None) -> tuple[Tensor, Tensor]:

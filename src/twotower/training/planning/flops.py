@@ -175,22 +175,27 @@ def _mamba(spec: Mamba2Spec, hidden: int, tokens: int, block_size: int, role: st
 def _delta_net(spec: DeltaNetSpec, hidden: int, tokens: int, block_size: int, role: str) -> LayerWork:
     """FLOPs of `ops.reference.delta_rule` between the projections. A triangular system of n has n² a column."""
     inner, state, keys = spec.inner, spec.state_size, spec.num_groups * spec.state_size
-    out = 2.0 * tokens * inner * hidden
-    gate = 2.0 * tokens * hidden * inner
+    out = gate = 2.0 * tokens * inner * hidden
     dense = out + gate + 2.0 * tokens * hidden * (spec.conv_dim + 2 * spec.num_heads)
-    sequences, chunk = tokens // block_size, min(block_size, spec.chunk_size)
-    each = math.ceil(block_size / chunk)
-    if role == "context":  # one sequence, a chunk for each block
-        sequences, each, chunk = 1, sequences, block_size
-    padded = sequences * each * chunk
+    sequences, parts = tokens // block_size, math.ceil(block_size / spec.chunk_size)  # parts: chunks of a sequence
+    chunk = part = min(block_size, spec.chunk_size)
+    within = 0  # further blocks of a chunk
+    if role == "context":  # one sequence, whose chunks have whole blocks
+        blocks = max(spec.chunk_size // block_size, 1)
+        sequences, parts, within = 1, math.ceil(sequences / blocks), blocks - 1
+        chunk, part = blocks * block_size, block_size
+    padded = sequences * parts * chunk
+    read = tokens if role == "context" else padded
     overlaps = 2.0 * padded * chunk * keys if chunk > 1 else 0.0
     solved = 1.0 * padded * chunk * (inner + spec.num_heads * state) if chunk > 1 else 0.0
-    inside = 2.0 * padded * chunk * (keys + inner)
-    one = 2.0 * sequences * chunk * inner * state  # a product of states with one chunk of each sequence
-    forward = dense + overlaps + solved + inside + (3 * each - 1) * one  # read by w and y, and updated
+    one = 2.0 * sequences * chunk * inner * state  # the state of each sequence times the tokens of a chunk
+    states = (parts - 1) * one + within * 2.0 * parts * block_size * inner * state
+    outputs = 2.0 * read * part * (keys + inner) + 2.0 * read * inner * state
+    forward = dense + overlaps + solved + parts * one + states + outputs
     # The state before a sequence has no gradient, unless it is the context's that is trained.
-    spared = 0.0 if role == "coupled denoiser" else one if role == "context" or each > 1 else 2 * one
-    through_states = 2 * overlaps + 3 * solved + max(4 * (each - 1) - 1, 0) * one
+    spared = 0.0 if role == "coupled denoiser" else one if role == "context" or parts > 1 else 2 * one
+    for_states = parts if within else parts - 1  # chunks whose written values are part of a state
+    through_states = 2 * overlaps + 3 * solved + 2 * states + max(2 * for_states - 1, 0) * one
     unread = 0.0 if spec.grouped_projections else 2 * gate  # a projection of its own
     return LayerWork(forward, 2 * forward + solved - spared, out, 2 * (dense - out) - unread + through_states)
 
