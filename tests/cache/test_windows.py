@@ -34,7 +34,7 @@ from twotower.ops.cpu import library
 from twotower.runners.fused_cpu import FusedCPURunner
 
 NEVER = 10_000
-NAMES = ("mistral", "gemma3_text", "qwen2", "smollm3:windows")  # windows in all layers, or in some
+NAMES = ("gemma3_text", "mistral", "qwen2", "smollm3:windows")  # windows in all layers, or in some
 CHECK = 17  # tokens of the longest pass
 ROWS = 5
 BACKBONES = Path(__file__).parents[2] / "docs" / "backbones.md"
@@ -316,7 +316,7 @@ def run(model: TwoTowerForCausalLM, length: int = 220, **given: Any) -> list[lis
     return [result.tokens for result in results]
 
 
-@pytest.mark.parametrize("name", NAMES)
+@pytest.mark.parametrize("name", [*NAMES[:2], *(pytest.param(name, marks=pytest.mark.slow) for name in NAMES[2:])])
 def test_long_texts_in_an_engine(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
     """Texts that slide equal texts that do not, on one device and on two, also with room for two texts only."""
     model = trained(name)
