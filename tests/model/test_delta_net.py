@@ -59,6 +59,7 @@ def test_decay_rates_and_step_biases_stay_in_fp32() -> None:
     assert all(keeps_fp32(name) for name in ("mixer.A_log", "mixer.dt_bias"))
 
 
+@torch.no_grad()
 def test_the_initialisation_is_that_of_qwen3_next() -> None:
     tower = two_tower("qwen3_next").context
     torch.manual_seed(0)
