@@ -1,7 +1,8 @@
 """Packs the large weights of a model for inference on a CPU: a second copy in the memory order of the C++ kernels.
 
 If a weight changes, its packed copy is not used until the weight is packed again. Saving, moving and sharding use the
-weight itself.
+weight itself. The copies of a model lie one after the other, in the order of the layers, in memory that lives as long as
+any of them.
 """
 
 from __future__ import annotations
@@ -14,10 +15,11 @@ from torch import Tensor, nn
 from twotower import options
 from twotower.model.linear import Linear, TiedHead
 from twotower.model.moe import Experts
-from twotower.ops.cpu import kernels
+from twotower.ops.cpu import huge_pages, kernels
 from twotower.ops.cpu.packed_weights import PackedWeight, packed_size
 from twotower.system_memory import available_memory
 
+CACHE_LINE = 64  # elements: at least one cache line in any dtype
 MAX_MEMORY_FRACTION = 0.5  # of the free memory, for packing without a request
 
 
@@ -58,16 +60,17 @@ def packing_unsupported_reason(
 
 def pack_weights(model: nn.Module) -> int:
     """Packs all weights that the C++ kernels read packed → bytes of all packed copies."""
-    taken = 0
-    for weight, packed in packable_weights(model):
-        copy = packed.get(weight)
-        if copy is None:
-            copy = kernels.pack(weight)
-            if copy is None:
-                continue
+    held = list(packable_weights(model))
+    missing = [(weight, packed) for weight, packed in held if packed.get(weight) is None and kernels.can_pack(weight)]
+    for dtype in {weight.dtype for weight, _ in missing}:
+        own = [(weight, packed) for weight, packed in missing if weight.dtype == dtype]
+        sizes = [-(-packed_size(weight) // CACHE_LINE) * CACHE_LINE for weight, _ in own]
+        memory = huge_pages.empty(sum(sizes), dtype)
+        for (weight, packed), place in zip(own, memory.split(sizes), strict=True):
+            copy = place[: packed_size(weight)]
+            kernels.pack_into(copy, weight)
             packed.store(weight, copy)
-        taken += copy.nbytes
-    return taken
+    return sum(copy.nbytes for weight, packed in held if (copy := packed.get(weight)) is not None)
 
 
 def unpack_weights(model: nn.Module) -> None:

@@ -16,8 +16,8 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from twotower import options
-from twotower.ops.cpu import packed_weights
 from twotower.ops.cpu.library import library
+from twotower.ops.cpu.packed_weights import packed_size
 from twotower.ops.precision import has_fast_bf16_matmul
 from twotower.ops.reference import int8
 from twotower.ops.reference.attention import PLAIN, AttentionOptions, CachedKV
@@ -102,14 +102,24 @@ def _addresses(tensors: Sequence[Tensor]) -> ctypes.Array[ctypes.c_void_p]:
     return (ctypes.c_void_p * len(tensors))(*(tensor.data_ptr() for tensor in tensors))
 
 
-def pack(weight: Tensor) -> Tensor | None:
-    """The packed copy of a weight (…, out, in); None unless it is contiguous fp32 or bf16 in host memory."""
+def can_pack(weight: Tensor) -> bool:
+    """Whether a weight can be packed: (…, out, in), contiguous, fp32 or bf16, in host memory."""
     unfit = weight.dim() < 2 or not weight.numel() or not weight.is_contiguous() or weight.is_inference()
-    if unfit or cpu_unsupported_reason(weight.device, weight.dtype) is not None:
-        return None
-    copy = torch.empty(packed_weights.packed_size(weight), dtype=weight.dtype)
+    return not unfit and cpu_unsupported_reason(weight.device, weight.dtype) is None
+
+
+def pack_into(packed: Tensor, weight: Tensor) -> None:
+    """Writes the packed copy of a weight (…, out, in). packed: (`packed_size`,)."""
     out, width = weight.shape[-2:]
-    call("pack_", weight, weight, copy, weight.numel() // (out * width), out, width)
+    call("pack_", weight, weight, packed, weight.numel() // (out * width), out, width)
+
+
+def pack(weight: Tensor) -> Tensor | None:
+    """A packed copy of a weight (…, out, in); None if it cannot be packed."""
+    if not can_pack(weight):
+        return None
+    copy = torch.empty(packed_size(weight), dtype=weight.dtype)
+    pack_into(copy, weight)
     return copy
 
 

@@ -88,8 +88,11 @@ template <class T> struct Pass {
     int64_t* topk_ids;
     float* topk_weights;
 
+    Product<T> product(const LayerWeights<T>& w, int place, T* y, long N) const {
+        return {w.matrix(place), w(place + 1), y, N};
+    }
     void project(const T* x, const LayerWeights<T>& w, int place, T* y, long K, long N) const {
-        linear(x, w.matrix(place), w(place + 1), y, tokens, K, N, threads);
+        linears(x, {product(w, place, y, N)}, tokens, K, threads);
     }
     void norm(const T* x, const T* weight, T* y, long count, long width) const {
         const T* none = nullptr;
@@ -99,9 +102,8 @@ template <class T> struct Pass {
     void attention_mixer(const T* x, const LayerWeights<T>& w, const LayerInputs& in, const LayerOptions& o, T* out) const {
         const long d = s.head_dim, wide = o.heads * d, narrow = s.kv_heads * d;
         T *q = first, *attended = first + tokens * wide, *k = in.at<T>(OWN_K), *v = in.at<T>(OWN_V);
-        project(x, w, Q_PROJ, q, s.H, wide);
-        project(x, w, K_PROJ, k, s.H, narrow);
-        project(x, w, V_PROJ, v, s.H, narrow);
+        linears(x, {product(w, Q_PROJ, q, wide), product(w, K_PROJ, k, narrow), product(w, V_PROJ, v, narrow)}, tokens,
+                s.H, threads);
         if (o.qk_norm == WIDTH_NORM) {
             norm(q, w(Q_NORM), q, tokens, wide);
             norm(k, w(K_NORM), k, tokens, narrow);

@@ -127,11 +127,29 @@ inline void matmul(Matrix<T> w, const T* bias, long lo, long hi, const float* x,
         dot_rows(w.rows, K, lo, hi, x, ldx, M, K, [&](long n, long m, auto v) { finished(n, m, v, 0); });
 }
 
-template <class T> void linear(const T* x, Matrix<T> w, const T* bias, T* y, long M, long K, long N, int threads) {
+// One of several products of the same tokens: y (tokens, N) = x·Wᵀ + bias.
+template <class T> struct Product {
+    Matrix<T> w;
+    const T* bias;  // or null
+    T* y;
+    long N;
+};
+
+// Products of x (M, K) as one parallel job, because each start of the threads takes microseconds.
+template <class T, int COUNT>
+void linears(const T* x, const Product<T> (&products)[COUNT], long M, long K, int threads) {
     const float* in = upcast_rows(x, M, K, 0);
-    parallel(threads, M * N * K > MIN_PARALLEL_WORK, [&](int part, int parts) {
-        Range own = partition(w.units(N), part, parts, w.packed ? 1 : 16);
-        matmul(w, bias, own.lo, own.hi, in, padded(K), M, K, N,
-                [&](long n, long m, auto v, long count) { put(y + m * N + n, v, count); });
+    long outputs = 0;
+    for (const Product<T>& p : products) outputs += p.N;
+    parallel(threads, M * outputs * K > MIN_PARALLEL_WORK, [&](int part, int parts) {
+        for (const Product<T>& p : products) {
+            const Range own = partition(p.w.units(p.N), part, parts, p.w.packed ? 1 : 16);
+            matmul(p.w, p.bias, own.lo, own.hi, in, padded(K), M, K, p.N,
+                   [&](long n, long m, auto v, long count) { put(p.y + m * p.N + n, v, count); });
+        }
     });
+}
+
+template <class T> void linear(const T* x, Matrix<T> w, const T* bias, T* y, long M, long K, long N, int threads) {
+    linears(x, {{w, bias, y, N}}, M, K, threads);
 }
