@@ -17,7 +17,7 @@ from torch import Tensor
 
 from twotower.cache.kv_group import group_layers, new_slots
 from twotower.cache.kv_slots import KVSlots
-from twotower.cache.layer_cache import CacheUpdate, LayerCache, MambaCache, ParallelCache, step_inputs_of
+from twotower.cache.layer_cache import CacheUpdate, MambaCache, step_inputs_of
 from twotower.cache.long_texts import LongTexts
 from twotower.cache.pools import (
     AttentionPool,
@@ -26,15 +26,14 @@ from twotower.cache.pools import (
     MambaPool,
     Pool,
     copy_to_layout,
-    mamba_cache,
     map_pool,
     new_pool,
     pool_parts,
     pool_tensors,
 )
 from twotower.cache.sliding_window import slides
+from twotower.cache.state_caches import PoolAddresses, StateCaches
 from twotower.ops.host_transfer import to_device_async
-from twotower.ops.reference.attention import CachedKV
 from twotower.ops.reference.kv_write import write_slots, zero_slots
 from twotower.ops.registry import select
 from twotower.specs import TowerSpec
@@ -85,6 +84,8 @@ class TowerState:
         self.attention_pools = [(layer, part) for layer, part in parts if isinstance(part, AttentionPool)]
         self.mamba_pools = [(layer, part) for layer, part in parts if isinstance(part, MambaPool)]
         self.kv_groups = group_layers(self.spec, slots, self.attention_pools)
+        keys, states = ([own for _, own in pools] for pools in (self.attention_pools, self.mamba_pools))
+        self.addresses = PoolAddresses([*keys, *states])
 
     @property
     def kv_slots(self) -> KVSlots:
@@ -126,15 +127,10 @@ class TowerState:
     def view(self, rows: Tensor | None = None) -> ContextView:
         """The input of a pass, for all rows or the given slots (B,). Commits the state, which ends rollback."""
         self.commit_state()
-        lengths, width = self._lengths_of(rows), self.context_width
-        past: list[LayerCache] = [None] * len(self.pools)
-        for group in self.kv_groups:
-            for layer, cached in group.caches(rows, lengths, width):
-                past[layer] = cached
-        for layer, mamba in self.mamba_pools:
-            keys, own = past[layer], mamba_cache(mamba, rows)
-            past[layer] = ParallelCache(keys, own) if isinstance(keys, CachedKV) else own
-        return ContextView(past, lengths, None if self.texts is None else self.texts.of(rows))
+        lengths = self._lengths_of(rows)
+        return ContextView(
+            StateCaches(self, rows, lengths), lengths, None if self.texts is None else self.texts.of(rows)
+        )
 
     def _lengths_of(self, rows: Tensor | None) -> Tensor:
         return self.lengths if rows is None else self.lengths[rows]
@@ -148,8 +144,7 @@ class TowerState:
         max_seq_len + width tokens.
         """
         assert self.kv_slots.shared or self.max_seq_len + width <= self.capacity, "append beyond the reserved capacity"
-        if width > self._room:
-            self.make_room(range(self.rows), width)
+        self.prepare(width)
         self._room = 0
         lengths = self._lengths_of(rows)
         for group in self.kv_groups:
@@ -164,6 +159,11 @@ class TowerState:
         self.lengths = self.lengths + self.uncommitted
         self.max_seq_len += width
         self.total_appended += width
+
+    def prepare(self, width: int) -> None:
+        """Prepares the slots of windows for the next `append`, of `width` tokens to any row, unless a caller has."""
+        if width > self._room:
+            self.make_room(range(self.rows), width)
 
     def make_room(self, rows: Sequence[int], width: int) -> None:
         """Prepares the slots of windows for the next `append`, of `width` tokens to these rows at most.

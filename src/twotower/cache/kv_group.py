@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from twotower.cache.kv_slots import KVSlots
-from twotower.cache.layer_cache import CacheUpdate, KeyValue, keys_of
+from twotower.cache.layer_cache import STORED, CacheUpdate, KeyValue, keys_of
 from twotower.cache.pools import AttentionPool, copy_to_layout
 from twotower.cache.sliding_window import SlidingWindow, longest_pass_of, slides, widest_window
 from twotower.ops.host_transfer import to_device_async
@@ -54,29 +54,37 @@ class KVGroup:
     slots: KVSlots
     layers: list[tuple[int, int | None, AttentionPool]]
 
+    def __post_init__(self) -> None:
+        self.windows = list(dict.fromkeys(window for _, window, _ in self.layers))
+
     def caches(self, rows: Tensor | None, lengths: Tensor, width: int) -> list[tuple[int, CachedKV]]:
         """The caches of the layers, for all rows or the given slots of lengths (B,). width: of the context."""
-        if not self.layers:
-            return []
-        start, stride, used = self.slots.layout(rows, lengths)
         even = self.slots.slots_per_row if rows is None and self.slots.window is None else 0
-        layouts: dict[int | None, tuple[Tensor, Tensor, Tensor, int, int]] = {}
-        layouts[None] = start, stride, used, width, even
-        found = []
+        found, layouts = [], self.layouts(rows, lengths)
         for layer, window, pool in self.layers:
-            if window is not None and window not in layouts:  # the last w − 1 keys
-                beyond = (used - (window - 1)).clamp(min=0)
-                layouts[window] = start + beyond, stride, used - beyond, min(width, window - 1), 0
-            found.append((layer, CachedKV(pool.k, pool.v, *layouts[window])))
+            sizes = (width, even) if window is None else (min(width, window - 1), 0)
+            found.append((layer, CachedKV(pool.k, pool.v, *layouts[window], *sizes)))
+        return found
+
+    def layouts(self, rows: Tensor | None, lengths: Tensor) -> dict[int | None, tuple[Tensor, Tensor, Tensor]]:
+        """Start, stride and length (B,) of the rows for each window of the layers, as in `CachedKV`."""
+        if not self.layers:
+            return {}
+        start, stride, used = self.slots.layout(rows, lengths)
+        found: dict[int | None, tuple[Tensor, Tensor, Tensor]] = {}
+        for window in self.windows:
+            beyond = 0 if window is None else (used - (window - 1)).clamp(min=0)  # all but the last w − 1 keys
+            found[window] = (start, stride, used) if window is None else (start + beyond, stride, used - beyond)
         return found
 
     def append(
         self, updates: Sequence[CacheUpdate], lengths: Tensor, appended: Tensor, rows: Tensor | None = None
     ) -> None:
         """Stores the first `appended` (B,) tokens of a pass after rows of lengths (B,); there must be room."""
-        if not self.layers:
+        found = (keys_of(updates[layer]) for layer, _, _ in self.layers)
+        keys = [part for part in found if part is not STORED]
+        if not keys:
             return
-        keys = [keys_of(updates[layer]) for layer, _, _ in self.layers]
         new = [(part.k.transpose(1, 2), part.v.transpose(1, 2)) for part in keys]
         store = select("kv_append", lengths.device, new[0][0].dtype).function
         positions = AppendPositions(*self.slots.layout(rows, lengths), appended)

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 from typing import NamedTuple
 
+import torch
 from torch import Tensor
 
 from twotower.ops.reference.attention import CachedKV
@@ -18,6 +19,9 @@ class KeyValue(NamedTuple):
 
     k: Tensor
     v: Tensor
+
+
+STORED = KeyValue(torch.empty(0), torch.empty(0))  # stands for those that the pass has stored in the state itself
 
 
 class MambaCache(NamedTuple):

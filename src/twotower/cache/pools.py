@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
 import torch
@@ -107,7 +107,7 @@ class ContextView:
     past: one cache a layer. lengths: (B,). long: (B,), see `LongTexts`; None without LongRoPE.
     """
 
-    past: list[LayerCache]
+    past: Sequence[LayerCache]
     lengths: Tensor
     long: Tensor | None = None
 

@@ -13,6 +13,7 @@ from twotower.engine.llm import LLM
 from twotower.engine.sequence import Request
 from twotower.engine.stats import EngineStats
 from twotower.errors import TwoTowerError
+from twotower.model.tower import steady_weights
 
 EventCallback = Callable[[Event | Exception], object]
 
@@ -123,9 +124,10 @@ class AsyncLLM:
         end = TwoTowerError("the engine is closed")
         try:
             while self._run_commands():
-                events = self.llm.step()
-                self._stats = self.llm.stats()
-                _deliver([(self._running[event.row], event) for event in events if event.row in self._running])
+                with steady_weights():
+                    self._step()
+                    while self.llm.has_work and self._commands.empty():
+                        self._step()
         except Exception as error:
             end = TwoTowerError(f"the engine has failed: {error}")
             end.__cause__ = error
@@ -133,6 +135,12 @@ class AsyncLLM:
             self._ended = end
             calls = list(self._open)
         _deliver([(call, end) for call in calls])
+
+    def _step(self) -> None:
+        """Runs a step and delivers its events."""
+        events = self.llm.step()
+        self._stats = self.llm.stats()
+        _deliver([(self._running[event.row], event) for event in events if event.row in self._running])
 
     def _run_commands(self) -> bool:
         """Runs the queued commands; waits for one if the engine has no requests. Returns False to stop."""

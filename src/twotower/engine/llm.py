@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import warnings
 from collections.abc import Callable, Iterator, Sequence
+from contextlib import nullcontext
 
 from twotower.cache.prefix_cache import PrefixCache
 from twotower.decoding.output import Event, Generation
@@ -21,6 +22,7 @@ from twotower.engine.sequence import Request
 from twotower.engine.stats import EngineStats
 from twotower.engine.towers import Towers
 from twotower.errors import ArgumentError, TwoTowerError
+from twotower.model.tower import steady_weights
 
 
 class LLM:
@@ -169,24 +171,31 @@ class LLM:
         progress: called with the number of finished requests.
         """
         numbers: list[int] = []
-        results: dict[int, Generation] = {}
         try:
             for request in requests:
                 numbers.append(self.add_request(request))
-            wanted = set(numbers)
-            while len(results) < len(numbers):
-                if not self.has_work:
-                    raise TwoTowerError("a request was aborted before its end")
-                for event in self._step_for(wanted):
-                    if event.result is not None:
-                        results[event.row] = event.result
-                        if progress is not None:
-                            progress(len(results))
+            options = self.core.options
+            own_code = options.step_callback is None and options.drafter is None  # a caller's code may change the model
+            with steady_weights() if own_code else nullcontext():
+                results = self._run_to_end(set(numbers), progress)
         except BaseException:
             for number in numbers:
                 self.abort(number)
             raise
         return [results[number] for number in numbers]
+
+    def _run_to_end(self, numbers: set[int], progress: Callable[[int], object] | None) -> dict[int, Generation]:
+        """The results of these requests, by number."""
+        results: dict[int, Generation] = {}
+        while len(results) < len(numbers):
+            if not self.has_work:
+                raise TwoTowerError("a request was aborted before its end")
+            for event in self._step_for(numbers):
+                if event.result is not None:
+                    results[event.row] = event.result
+                    if progress is not None:
+                        progress(len(results))
+        return results
 
     def stream(self, request: Request) -> Iterator[Event]:
         """Yields the events of one request. Closing the iterator aborts the request, and aborting ends the iterator.

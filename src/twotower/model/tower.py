@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+from contextvars import ContextVar
 from typing import NamedTuple, Protocol
 
 import torch
@@ -102,12 +104,35 @@ class PassInputs(NamedTuple):
 
     tokens: Tensor
     meta: AttentionMetadata
-    past: list[LayerCache] | None = None
+    past: Sequence[LayerCache] | None = None
     modulation: list[Modulation] | None = None
     keep_step_inputs: bool = True
+    appended: Tensor | None = None
 
 
 PassResult = tuple[Tensor, list[CacheUpdate]]
+
+
+_STEADY: ContextVar[object | None] = ContextVar("steady weights", default=None)
+
+
+@contextmanager
+def steady_weights() -> Iterator[None]:
+    """The caller promises that no module or weight of any tower changes before the end of this context.
+
+    A runner then checks a tower only in the tower's first pass: comparing hundreds of weights takes as long as a tenth
+    of a small model's pass.
+    """
+    before = _STEADY.set(object())
+    try:
+        yield
+    finally:
+        _STEADY.reset(before)
+
+
+def steady_period() -> object | None:
+    """The current period without changes; None: anything may have changed since the last pass."""
+    return _STEADY.get()
 
 
 class Runner(Protocol):
@@ -164,16 +189,19 @@ class Tower(nn.Module):
         self,
         tokens: Tensor,
         meta: AttentionMetadata,
-        past: list[LayerCache] | None = None,
+        past: Sequence[LayerCache] | None = None,
         modulation: list[Modulation] | None = None,
         keep_step_inputs: bool = True,
+        appended: Tensor | None = None,
     ) -> PassResult:
         """One pass over tokens (B, L) that follow `past` → hidden (B, L, H) and one cache update a layer.
 
         past: one cache a layer. modulation: one a layer; None: no time conditioning.
-        keep_step_inputs: whether Mamba layers return their step inputs, which only a pass that is stored needs.
+        keep_step_inputs: whether the pass will be stored. If not, layers may have no update.
+        appended: (B,), how many tokens of each row will be stored in the state that `past` views. A runner may store
+        their keys and values itself; the updates of these layers are then `STORED`.
         """
-        inputs = PassInputs(tokens, meta, past, modulation, keep_step_inputs)
+        inputs = PassInputs(tokens, meta, past, modulation, keep_step_inputs, appended)
         for runner in self.runners:
             result = runner.run(self, inputs)
             if result is not None:
@@ -184,11 +212,12 @@ class Tower(nn.Module):
         self,
         tokens: Tensor,
         meta: AttentionMetadata,
-        past: list[LayerCache] | None = None,
+        past: Sequence[LayerCache] | None = None,
         modulation: list[Modulation] | None = None,
         keep_step_inputs: bool = True,
+        appended: Tensor | None = None,
     ) -> PassResult:
-        """Reference forward; every runner must match it."""
+        """Reference forward; every runner must match it. It stores nothing, so it ignores `appended`."""
         x = self.embed(tokens)
         meta = meta.with_representative().with_rotations(self.spec.ropes, tokens, accumulation_dtype(x.dtype))
         updates: list[CacheUpdate] = []

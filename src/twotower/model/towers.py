@@ -210,11 +210,12 @@ class TwoTowerModel(nn.Module):
         return self._read(tokens, lengths, state, rows)
 
     def _read(self, tokens: Tensor, lengths: Tensor | None, state: TowerState, rows: Tensor | None) -> Tensor:
+        rows_read, width = tokens.shape
+        state.prepare(width)
         view = state.view(rows)
         meta = AttentionMetadata(token_mask=_token_mask(tokens, lengths), start=view.lengths, long=view.long)
-        hidden, updates = self.context(tokens, meta, view.past)
-        rows_read, width = tokens.shape
         appended = torch.full((rows_read,), width, device=tokens.device) if lengths is None else lengths.clone()
+        hidden, updates = self.context(tokens, meta, view.past, appended=appended)
         state.append(updates, appended, width, rows)
         return hidden
 

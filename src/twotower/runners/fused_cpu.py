@@ -14,12 +14,13 @@ import torch
 from torch import Tensor
 
 from twotower import options
-from twotower.model.tower import PassInputs, PassResult, Tower
+from twotower.model.tower import PassInputs, PassResult, Tower, steady_period
 from twotower.ops.cpu.kernels import call, max_tokens
 from twotower.ops.registry import select
 from twotower.runners.layer_options import spec_unsupported_reason
 from twotower.runners.module_plan import ModulePlan
-from twotower.runners.pass_tables import SUPPORTED_CACHES, PassShape, PassTables, shape_of
+from twotower.runners.pass_tables import PassShape, PassTables, shape_of
+from twotower.runners.rotation_tables import RotationTables
 from twotower.runners.weight_table import WeightTable
 
 MAX_ROW_TOKENS = 128  # the cost of a Mamba layer in one chunk grows with the square of the tokens
@@ -43,7 +44,9 @@ class FusedCPURunner:
         self._plan: ModulePlan | None = None
         self.weights: WeightTable | None = None
         self._tables: OrderedDict[PassShape, PassTables] = OrderedDict()
+        self._rotations: RotationTables | None = None
         self._supported: tuple[tuple[str, torch.dtype], bool] | None = None
+        self._checked: object | None = None  # the period without changes in which the weights were checked
         self._runs_spec = False  # whether the C++ pass runs the tower's spec; valid for the plan
 
     @property
@@ -53,32 +56,49 @@ class FusedCPURunner:
 
     def prefill_chunk(self, tower: Tower) -> int | None:
         """The number of prompt tokens to read in one pass; None if this runner does not support the tower."""
-        return MAX_ROW_TOKENS if self._supports(self._plan_of(tower), tower.embeddings.weight) else None
+        plan = self._plan_of(tower) if self._plan is None or not self._is_checked() else self._plan
+        return MAX_ROW_TOKENS if self._supports(plan, tower.embeddings.weight) else None
 
     def run(self, tower: Tower, inputs: PassInputs) -> PassResult | None:
         """The result of `Tower.forward`; None if this runner does not support the pass."""
         count, weight = inputs.tokens.numel(), tower.embeddings.weight
         if not 0 < count <= max_tokens(weight.dtype, packed=True) or inputs.tokens.shape[1] > MAX_ROW_TOKENS:
             return None
-        plan = self._plan_of(tower)
-        if not self._supports(plan, weight) or not plan.is_unmodified(tower):
+        weights = self._current_weights(tower)
+        if weights is None or not weights.fits:
             return None
-        weights = self.weights
-        if weights is None or not weights.is_current(plan, weight.dtype):
-            weights = self.weights = WeightTable(tower, plan)
-        if not weights.fits or count > max_tokens(weight.dtype, whole_tower=True, packed=weights.all_packed):
+        if count > max_tokens(weight.dtype, whole_tower=True, packed=weights.all_packed):
             return None
         shape = shape_of(inputs, weight.dtype)
-        if not SUPPORTED_CACHES.issuperset(shape.past):
-            return None
         tables = self._tables.pop(shape, None)  # removed while in use: another thread must not use the same tables
         if tables is None:
             tables = PassTables(tower.spec, shape)
-        result = _fused_pass(tower, weights, tables, inputs)
+        if self._rotations is None:
+            self._rotations = RotationTables(tower.spec.ropes)
+        kept = tables.fill(inputs, self._rotations)
+        result = None if kept is None else _fused_pass(tower, weights, tables, inputs)
         self._tables[shape] = tables
         if len(self._tables) > MAX_TABLES:
             self._tables.popitem(last=False)
         return result
+
+    def _current_weights(self, tower: Tower) -> WeightTable | None:
+        """The addresses of the tower's weights; None if this runner does not support the tower as it is."""
+        weight = tower.embeddings.weight
+        if self._plan is not None and self._is_checked():
+            return self.weights if self._supports(self._plan, weight) else None
+        plan = self._plan_of(tower)
+        if not self._supports(plan, weight) or not plan.is_unmodified(tower):
+            return None
+        if self.weights is None or not self.weights.is_current(plan, weight.dtype):
+            self.weights = WeightTable(tower, plan)
+        self._checked = steady_period()
+        return self.weights
+
+    def _is_checked(self) -> bool:
+        """Whether the weights were checked in the current period without changes."""
+        period = steady_period()
+        return period is not None and period is self._checked
 
     def _plan_of(self, tower: Tower) -> ModulePlan:
         plan = self._plan
@@ -106,17 +126,16 @@ class FusedCPURunner:
         return self._supported[1]
 
 
-def _fused_pass(tower: Tower, weights: WeightTable, tables: PassTables, inputs: PassInputs) -> PassResult | None:
-    kept = tables.fill(inputs)
-    if kept is None:
-        return None
+def _fused_pass(tower: Tower, weights: WeightTable, tables: PassTables, inputs: PassInputs) -> PassResult:
+    """Runs a pass whose tables are filled."""
     x = tower.embed(inputs.tokens)  # the pass overwrites x
     hidden = x.new_empty(x.shape, dtype=weights.dtype)
     updates = tables.updates(hidden)
     meta = inputs.meta
     token_mask = None if meta.token_mask is None else meta.token_mask.contiguous()
+    appended = inputs.appended.contiguous() if tables.appends and inputs.appended is not None else None
     call(
         "tower_", hidden, x, tables.pass_options, tables.layer_options, *weights.addresses, tables.inputs, tables.ropes,
-        weights.norm_f, hidden, token_mask, int(meta.causal),
+        weights.norm_f, hidden, token_mask, appended, int(meta.causal),
     )  # fmt: skip
     return hidden, updates

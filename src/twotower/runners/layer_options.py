@@ -54,9 +54,12 @@ class PassOptions(ctypes.Structure):
 
 
 class RotationTable(ctypes.Structure):
-    """`Rotation` in rope.h: the addresses of cosines and sines (tokens, pairs)."""
+    """`Rotation` in rope.h: addresses of cosines, sines and first positions, or null."""
 
-    _fields_ = [("cos", ctypes.c_void_p), ("sin", ctypes.c_void_p), ("pairs", _INT), ("interleaved", _INT)]
+    _fields_ = [
+        *((name, ctypes.c_void_p) for name in ("cos", "sin", "start")),
+        *((name, _INT) for name in ("length", "pairs", "interleaved")),
+    ]
 
 
 def layer_options(spec: TowerSpec) -> ctypes.Array[LayerOptions]:

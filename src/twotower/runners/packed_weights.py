@@ -1,7 +1,7 @@
 """Packs the large weights of a model for inference on a CPU: a second copy in the memory order of the C++ kernels.
 
 If a weight changes, its packed copy is not used until the weight is packed again. Saving, moving and sharding use the
-weight itself. The copies of a model lie one after the other, in the order of the layers, in memory that lives as long as
+weight itself. The copies of a model lie one after the other, in the order of the layers. Their memory lives as long as
 any of them.
 """
 

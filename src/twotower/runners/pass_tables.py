@@ -6,21 +6,22 @@ Each pass fills in the addresses that change: the modulation, the caches that th
 from __future__ import annotations
 
 import ctypes
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterable, Sequence
 from itertools import chain
-from types import NoneType
 from typing import NamedTuple
 
 import numpy as np
 import torch
 from torch import Tensor
 
-from twotower.cache.layer_cache import CacheUpdate, KeyValue, LayerCache, MambaCache, ParallelCache, ParallelUpdate
+from twotower.cache.layer_cache import STORED, CacheUpdate, KeyValue, ParallelUpdate
+from twotower.cache.pools import mamba_cache
+from twotower.cache.state_caches import StateCaches
 from twotower.model.tower import PassInputs
 from twotower.ops.precision import accumulation_dtype
-from twotower.ops.reference.attention import CachedKV
 from twotower.ops.reference.mamba_block import MambaStepInputs, empty_step_inputs
 from twotower.runners.layer_options import RotationTable, layer_options, pass_options
+from twotower.runners.rotation_tables import RotationTables
 from twotower.specs import TowerSpec
 
 PLACES_PER_LAYER = 17  # INPUTS in layers.h
@@ -33,36 +34,31 @@ MODULATION, PAST_KEYS, NEW_KEYS, PAST_STATE, STEP_INPUTS = (
     range(10, 12),
     range(12, 17),
 )
-# Not KeyValue, which only training uses.
-SUPPORTED_CACHES = {(CachedKV, NoneType), (NoneType, MambaCache), (CachedKV, MambaCache), (NoneType, NoneType)}
+PAST_POOLS, PAST_LAYOUT = PAST_KEYS[:2], PAST_KEYS[2:]
 
 
 class PassShape(NamedTuple):
     """The cache key of pass tables.
 
-    past: the types of each layer's KV cache and Mamba cache; None's type for a cache that is absent or has no tokens.
+    cached: whether the pass reads a state. stored: whether its updates are kept; appends: the pass stores keys and
+    values itself.
     """
 
     rows: int
     length: int
     dtype: torch.dtype
-    past: tuple[tuple[type, type], ...]
+    cached: bool
     modulated: bool
-    keep_step_inputs: bool
+    stored: bool
+    appends: bool
 
 
 def shape_of(inputs: PassInputs, dtype: torch.dtype) -> PassShape:
     """The shape of a pass of a tower in `dtype`."""
-    kinds = tuple(map(_cache_types, inputs.past or ()))
     rows, length = inputs.tokens.shape
-    return PassShape(rows, length, dtype, kinds, inputs.modulation is not None, inputs.keep_step_inputs)
-
-
-def _cache_types(cache: LayerCache) -> tuple[type, type]:
-    keys, state = cache if isinstance(cache, ParallelCache) else (cache, None)
-    if isinstance(keys, MambaCache):
-        keys, state = None, keys
-    return NoneType if isinstance(keys, CachedKV) and not keys.max_length else type(keys), type(state)
+    cached, stored = inputs.past is not None, inputs.keep_step_inputs
+    appends = cached and stored and inputs.appended is not None
+    return PassShape(rows, length, dtype, cached, inputs.modulation is not None, stored, appends)
 
 
 class PassTables:
@@ -70,16 +66,22 @@ class PassTables:
 
     def __init__(self, spec: TowerSpec, shape: PassShape) -> None:
         self._spec, pattern = spec, spec.pattern
-        self._keys = [i for i, (keys, _) in enumerate(shape.past) if keys is CachedKV]
-        self._states = [i for i, (_, state) in enumerate(shape.past) if state is MambaCache]
+        self._attention, mamba = ([i for i, kind in enumerate(pattern) if kind in kinds] for kinds in ("*P", "MP"))
         self._inputs = np.zeros(len(pattern) * PLACES_PER_LAYER, np.uintp)
         self._modulation_places = _places(range(len(pattern)), MODULATION)
-        self._past_places = np.concatenate([_places(self._keys, PAST_KEYS), _places(self._states, PAST_STATE)])
-        self._new_keys = UpdateBuffers(
-            [i for i, kind in enumerate(pattern) if kind in "*P"], NEW_KEYS, _keys(spec, shape)
-        )
-        stepped = [i for i, kind in enumerate(pattern) if kind in "MP" and shape.keep_step_inputs]
-        self._step_inputs = UpdateBuffers(stepped, STEP_INPUTS, _steps(spec, shape))
+        self._state_places = _places(mamba, PAST_STATE)
+        self._pool_places = np.concatenate([_places(self._attention, PAST_POOLS), self._state_places])
+        self._pools: np.ndarray | None = None  # the addresses at these places
+        windows: dict[int | None, list[int]] = {spec.window_of(i): [] for i in self._attention}
+        for i in self._attention:
+            windows[spec.window_of(i)].append(i)
+        self._layout_places = {
+            window: _places(own, PAST_LAYOUT).reshape(len(own), -1) for window, own in windows.items()
+        }
+        self.appends = shape.appends
+        kept = self._attention if shape.stored and not shape.appends else []
+        self._new_keys = UpdateBuffers(kept, NEW_KEYS, _keys(spec, shape))
+        self._step_inputs = UpdateBuffers(mamba if shape.stored else [], STEP_INPUTS, _steps(spec, shape))
         self._options = layer_options(spec)
         wide = spec.residual_in_fp32 and accumulation_dtype(shape.dtype) != shape.dtype
         self._pass = pass_options(spec, shape.rows, shape.length, wide)
@@ -87,10 +89,10 @@ class PassTables:
         self.inputs, self.ropes = self._inputs.ctypes.data, ctypes.addressof(self._ropes)
         self.layer_options, self.pass_options = ctypes.addressof(self._options), ctypes.addressof(self._pass)
 
-    def fill(self, inputs: PassInputs) -> list[Tensor] | None:
+    def fill(self, inputs: PassInputs, rotations: RotationTables) -> list[Tensor] | None:
         """Fills in the input addresses → the tensors at these addresses, which must live until the pass has run.
 
-        Returns None if the C++ pass does not support the memory layout of the modulation.
+        Returns None if the C++ pass does not support the caches or the memory layout of the modulation.
         """
         kept: list[Tensor] = []
         if inputs.modulation is not None:
@@ -101,29 +103,41 @@ class PassTables:
                 return None
             self._pass.modulation_stride = stride[0]
             self._inputs[self._modulation_places] = _addresses(kept)
-        if inputs.past is not None:
-            past = [*self._cached(inputs.past)]
-            self._inputs[self._past_places] = _addresses(past)
-            kept += past
-        meta = inputs.meta.with_rotations(self._spec.ropes, inputs.tokens, torch.float32)
-        for table, turn in zip(self._ropes, meta.rotations, strict=False):
-            table.cos, table.sin, table.pairs = turn.cos.data_ptr(), turn.sin.data_ptr(), turn.cos.shape[-1]
-            table.interleaved = turn.interleaved
-            kept += turn.cos, turn.sin
-        return kept
+        if isinstance(inputs.past, StateCaches):
+            kept += self._fill_from_state(inputs.past)
+        elif inputs.past is not None:
+            return None
+        return kept + self._fill_rotations(inputs, rotations) if self._spec.ropes else kept
 
-    def _cached(self, past: list[LayerCache]) -> Iterator[Tensor]:
-        """The tensors of all caches with tokens, in the order of their places."""
-        for i in self._keys:
-            own = past[i]
-            keys = own.attention if isinstance(own, ParallelCache) else own
-            assert isinstance(keys, CachedKV)
-            yield from keys[:5]
-        for i in self._states:
-            own = past[i]
-            state = own.mamba if isinstance(own, ParallelCache) else own
-            assert isinstance(state, MambaCache)
-            yield from map(Tensor.contiguous, state)
+    def _fill_rotations(self, inputs: PassInputs, rotations: RotationTables) -> list[Tensor]:
+        """Fills in the rotations, if possible from the tables of all positions → tensors as of `fill`."""
+        past, meta, start = inputs.past, inputs.meta, 0
+        turns = None
+        if isinstance(past, StateCaches) and meta.start is past.lengths:
+            start, turns = past.lengths.data_ptr(), rotations.up_to(past.state.max_seq_len + inputs.tokens.shape[1])
+        if turns is None:
+            start, turns = 0, meta.with_rotations(self._spec.ropes, inputs.tokens, torch.float32).rotations
+        for table, turn in zip(self._ropes, turns, strict=True):
+            table.cos, table.sin, table.pairs = turn.cos.data_ptr(), turn.sin.data_ptr(), turn.cos.shape[-1]
+            table.start, table.length, table.interleaved = start, inputs.tokens.shape[1], turn.interleaved
+        return [part for turn in turns for part in (turn.cos, turn.sin)]
+
+    def _fill_from_state(self, past: StateCaches) -> list[Tensor]:
+        """Fills in the addresses of a state's pools, and where its rows lie in them → tensors as of `fill`."""
+        pools = past.state.addresses.current()
+        if pools is not self._pools:
+            self._inputs[self._pool_places] = self._pools = pools
+        kept: list[Tensor] = []
+        for group in past.state.kv_groups:
+            for window, layout in group.layouts(past.rows, past.lengths).items():
+                self._inputs[self._layout_places[window]] = _addresses(layout)
+                kept += layout
+        if past.rows is not None and past.state.mamba_pools:
+            states = [part for _, pool in past.state.mamba_pools for part in mamba_cache(pool, past.rows)]
+            self._inputs[self._state_places] = _addresses(states)
+            self._pools = None
+            kept += states
+        return kept
 
     def updates(self, like: Tensor) -> list[CacheUpdate]:
         """Allocates the cache updates of all layers on the device of `like`."""
@@ -131,9 +145,11 @@ class PassTables:
         steps = {i: MambaStepInputs(*parts) for i, parts in self._step_inputs.allocate(like, self._inputs)}
         for i, own in steps.items():
             updates[i] = own
+        keys = dict.fromkeys(self._attention if self.appends else (), STORED)
         for i, parts in self._new_keys.allocate(like, self._inputs, transposed=True):
-            keys = KeyValue(*parts)
-            updates[i] = ParallelUpdate(keys, steps.get(i)) if self._spec.layers[i].kind == "P" else keys
+            keys[i] = KeyValue(*parts)
+        for i, new in keys.items():
+            updates[i] = ParallelUpdate(new, steps.get(i)) if self._spec.layers[i].kind == "P" else new
         return updates
 
 

@@ -1,5 +1,6 @@
 // Attention of a short block over [cached keys ; the block's own keys]. Reads each row's cache in place.
 #pragma once
+#include "kv_append.h"
 #include "matmul.h"
 #include "small_gemm.h"
 
@@ -66,12 +67,13 @@ template <class T> inline void divide(const float* x, float by, long n, T* y) {
     for (; i < n; i++) put(y + i, x[i] / by);
 }
 
-// q (B, L, Hq, D), k and v (B, L, Hkv, D) → out (B, L, Hq, D). Cached token t < lengths[b] of row b and head h is
-// the vector at index start[b] + h·stride[b] + t of past_k and past_v.
+// q (B, L, Hq, D), k and v (B, L, Hkv, D) → out (B, L, Hq, D). Cached tokens
+// t < lengths[b] of past_k and past_v are at the places of the layout.
 template <class T>
 void attention(const T* q, const T* k, const T* v, const uint8_t* token_mask, int causal, const T* past_k,
-               const T* past_v, const int64_t* start, const int64_t* stride, const int64_t* lengths, T* out, long B,
-               long L, long Hq, long Hkv, long D, Scores options, int threads) {
+               const T* past_v, KVLayout at, T* out, long B, long L, long Hq, long Hkv, long D, Scores options,
+               int threads) {
+    const int64_t *start = at.start, *stride = at.stride, *lengths = at.lengths;
     const long group = Hq / Hkv, Q = group * L, ld = padded(D), part_size = Q * (ld + 2);
     struct Task { long b, h, from, to; };  // keys of [cached keys ; own keys]; the row's last task has the own keys
     static thread_local std::vector<Task> list;

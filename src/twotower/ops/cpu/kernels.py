@@ -50,7 +50,7 @@ SIGNATURES = {
     "state_update_": "ilppp" + "lllllll",
     "kv_append_": "ilpppppp" + "llll",
     "argmax_": "ipppplll",
-    "tower_": "ippp" + "ppppp" + "pppi",
+    "tower_": "ippp" + "ppppp" + "ppppi",
     "attention_": "ippppi" + "pppppp" + "lllll" + "ffl",
 }
 
@@ -247,7 +247,7 @@ def kv_append(pools: Sequence[TensorPair], new: Sequence[TensorPair], positions:
     into, by = _addresses([part for pair in pools for part in pair]), _addresses(kept)
     positions = AppendPositions(*(part.contiguous() for part in positions))
     call(
-        "kv_append_", kept[0], len(kept), ctypes.addressof(into), ctypes.addressof(by), *positions, rows * length,
+        "kv_append_", kept[0], len(kept), ctypes.addressof(into), ctypes.addressof(by), *positions, rows,
         length, heads, width,
     )  # fmt: skip
     return pools

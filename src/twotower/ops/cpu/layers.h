@@ -3,6 +3,7 @@
 #pragma once
 #include "attention.h"
 #include "feed_forward.h"
+#include "kv_append.h"
 #include "mamba.h"
 #include "norm.h"
 #include "rope.h"
@@ -78,13 +79,16 @@ template <class T> inline void add(const T* y, float by, long n, T* x) {
 }
 
 // One pass: what the mixers share. Buffers of several rows are scratch memory of the calling thread.
+// counts: how many tokens of each row the pass appends to the caches that it reads; null: none.
 template <class T> struct Pass {
     const PassOptions& s;
     const Rotation* ropes;
     const uint8_t* token_mask;
+    const int64_t* counts;
     int causal, threads;
     long tokens, representative;  // index of a token that is not padding, if there is one
     T *first, *second;            // buffers of `widest` values a token
+    T* own_keys;                  // buffer of the keys and values of a layer that the caller does not want
     int64_t* topk_ids;
     float* topk_weights;
 
@@ -102,6 +106,9 @@ template <class T> struct Pass {
     void attention_mixer(const T* x, const LayerWeights<T>& w, const LayerInputs& in, const LayerOptions& o, T* out) const {
         const long d = s.head_dim, wide = o.heads * d, narrow = s.kv_heads * d;
         T *q = first, *attended = first + tokens * wide, *k = in.at<T>(OWN_K), *v = in.at<T>(OWN_V);
+        if (!k) k = own_keys, v = own_keys + tokens * narrow;
+        T *past_k = in.at<T>(PAST_K), *past_v = in.at<T>(PAST_V);
+        const KVLayout at{in.at<int64_t>(START), in.at<int64_t>(STRIDE), in.at<int64_t>(LENGTHS)};
         linears(x, {product(w, Q_PROJ, q, wide), product(w, K_PROJ, k, narrow), product(w, V_PROJ, v, narrow)}, tokens,
                 s.H, threads);
         if (o.qk_norm == WIDTH_NORM) {
@@ -119,9 +126,12 @@ template <class T> struct Pass {
             norm_and_rotate(q, head(Q_NORM), turn, q, tokens, o.heads, d, threads);
             norm_and_rotate(k, head(K_NORM), turn, k, tokens, s.kv_heads, d, threads);
         }
-        attention(q, k, v, token_mask, causal, in.at<T>(PAST_K), in.at<T>(PAST_V), in.at<int64_t>(START),
-                  in.at<int64_t>(STRIDE), in.at<int64_t>(LENGTHS), attended, s.rows, s.L, o.heads, s.kv_heads, d,
+        attention(q, k, v, token_mask, causal, past_k, past_v, at, attended, s.rows, s.L, o.heads, s.kv_heads, d,
                   Scores{o.scale, o.softcap, o.window}, threads);
+        if (counts) {
+            kv_append(k, past_k, at, counts, s.rows, s.L, s.kv_heads, d);
+            kv_append(v, past_v, at, counts, s.rows, s.L, s.kv_heads, d);
+        }
         project(attended, w, O_PROJ, out, wide, s.H);
     }
 

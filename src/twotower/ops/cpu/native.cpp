@@ -50,7 +50,7 @@ void activate_(int type, const void* up, const void* gate, void* out, long n, in
 void norm_and_rotate_(int type, const void* q, const void* k, const void* q_norm, const void* k_norm, const float* cos,
                       const float* sin, void* q_out, void* k_out, long tokens, long heads, long kv_heads, long D,
                       long pairs, int interleaved, float eps, float offset, int threads) {
-    const Rotation turn{cos, sin, pairs, interleaved};
+    const Rotation turn{cos, sin, nullptr, 0, pairs, interleaved};
     BOTH(norm_and_rotate(P(q), HeadNorm<T>{P(q_norm), eps, offset}, turn, Q(q_out), tokens, heads, D, threads);
          norm_and_rotate(P(k), HeadNorm<T>{P(k_norm), eps, offset}, turn, Q(k_out), tokens, kv_heads, D, threads))
 }
@@ -90,18 +90,10 @@ void state_update_(int type, long layers, void* const* parts, const int64_t* slo
 // Appends the vectors of `parts` blocks (tokens, heads, D), rows of L tokens, to as many pools at the ends of the rows.
 // counts: how many tokens of each row are appended.
 void kv_append_(int type, long parts, void* const* pools, const void* const* blocks, const int64_t* start,
-                const int64_t* stride, const int64_t* lengths, const int64_t* counts, long tokens, long L, long heads,
+                const int64_t* stride, const int64_t* lengths, const int64_t* counts, long rows, long L, long heads,
                 long D, int) {
-    const long bytes = D * (type ? 2 : 4);
     for (long part = 0; part < parts; part++)
-        for (long t = 0; t < tokens; t++) {
-            const long b = t / L, l = t % L, column = lengths[b] + l;
-            if (l >= counts[b] || column >= stride[b]) continue;
-            const char* from = static_cast<const char*>(blocks[part]) + t * heads * bytes;
-            for (long h = 0; h < heads; h++)
-                std::memcpy(static_cast<char*>(pools[part]) + (start[b] + h * stride[b] + column) * bytes,
-                            from + h * bytes, bytes);
-        }
+        BOTH(kv_append(P(blocks[part]), Q(pools[part]), {start, stride, lengths}, counts, rows, L, heads, D))
 }
 
 void argmax_(int type, const void* logits, const int64_t* excluded, int64_t* tokens, float* confidence, long positions,
@@ -113,20 +105,22 @@ void attention_(int type, const void* q, const void* k, const void* v, const uin
                 const void* past_k, const void* past_v, const int64_t* start, const int64_t* stride,
                 const int64_t* lengths, void* out, long B, long L, long Hq, long Hkv, long D, float scale, float softcap,
                 long window, int threads) {
-    BOTH(attention(P(q), P(k), P(v), token_mask, causal, P(past_k), P(past_v), start, stride, lengths, Q(out), B, L, Hq,
-                   Hkv, D, Scores{scale, softcap, window}, threads))
+    BOTH(attention(P(q), P(k), P(v), token_mask, causal, P(past_k), P(past_v), {start, stride, lengths}, Q(out), B, L,
+                   Hq, Hkv, D, Scores{scale, softcap, window}, threads))
 }
 
 // x: the embedded tokens, overwritten by the residual stream. options: of each layer. ropes: a `Rotation` for each.
+// counts: see `Pass`.
 void tower_(int type, void* x, const PassOptions* pass, const LayerOptions* options, const void* const* weights,
             const void* const* packed, const void* const* scales, const void* const* inputs, const Rotation* ropes,
-            const void* norm_f, void* hidden, const uint8_t* token_mask, int causal, int threads) {
+            const void* norm_f, void* hidden, const uint8_t* token_mask, const int64_t* counts, int causal,
+            int threads) {
     const Tables tables{options, weights, packed, scales, inputs, ropes};
     if (type && pass->wide) {
         using T = bf16;
-        tower(static_cast<float*>(x), *pass, tables, P(norm_f), Q(hidden), token_mask, causal, threads);
+        tower(static_cast<float*>(x), *pass, tables, P(norm_f), Q(hidden), token_mask, counts, causal, threads);
     } else {
-        BOTH(tower(static_cast<T*>(x), *pass, tables, P(norm_f), Q(hidden), token_mask, causal, threads))
+        BOTH(tower(static_cast<T*>(x), *pass, tables, P(norm_f), Q(hidden), token_mask, counts, causal, threads))
     }
 }
 }

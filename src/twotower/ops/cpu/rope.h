@@ -2,9 +2,15 @@
 #pragma once
 #include "matmul.h"
 
-// The rotation of each token of a pass: cosines and sines (tokens, pairs). interleaved: pairs are neighbours
-// (0, 1), (2, 3), …, not halves (0, pairs), (1, pairs + 1), ….
-struct Rotation { const float *cos, *sin; long pairs, interleaved; };
+// The rotations of a pass: cosines and sines (tokens, pairs) of each token. If `start` is not null, they are those of
+// each position (positions, pairs), and start has the first position of each row of `length` tokens. interleaved: pairs
+// are neighbours (0, 1), (2, 3), …, not halves (0, pairs), (1, pairs + 1), ….
+struct Rotation {
+    const float *cos, *sin;
+    const int64_t* start;
+    long length, pairs, interleaved;
+    long place(long token) const { return (start ? start[token / length] + token % length : token) * pairs; }
+};
 
 // Turns the first 2·pairs values of a head in place. The products of a value are fused by hand.
 inline void turn_halves(float* x, const float* cos, const float* sin, long pairs) {
@@ -53,9 +59,9 @@ void norm_and_rotate(const T* x, HeadNorm<T> norm, Rotation turn, T* y, long tok
         for (long at = own.lo * heads; at < own.hi * heads; at++) {
             upcast_row(x + at * D, D, row);
             if (norm.weight) norm_head(row, norm, D);
-            const float *cos = turn.cos + at / heads * turn.pairs, *sin = turn.sin + at / heads * turn.pairs;
-            if (turn.cos && turn.interleaved) turn_neighbours(row, cos, sin, turn.pairs);
-            else if (turn.cos) turn_halves(row, cos, sin, turn.pairs);
+            const long place = turn.place(at / heads);
+            if (turn.cos && turn.interleaved) turn_neighbours(row, turn.cos + place, turn.sin + place, turn.pairs);
+            else if (turn.cos) turn_halves(row, turn.cos + place, turn.sin + place, turn.pairs);
             for (long i = 0; i < D; i += W) put(y + at * D + i, load(row + i), D - i);
         }
     });
