@@ -4,7 +4,8 @@ A released two-tower checkpoint and a plain Nemotron-H one have the same `model_
 `architectures`. Without this registration, `AutoModelForCausalLM.from_pretrained` builds transformers' own class for a
 two-tower checkpoint and leaves its weights random. Plain checkpoints load as before.
 
-A checkpoint with another backbone has the `model_type` `two_tower`, which is added to transformers' configurations.
+A checkpoint with another backbone has the `model_type` `two_tower`, which is added to transformers' configurations and
+to its tables of models.
 
 The registration replaces `auto_factory._get_model_class`, which selects the class. An entry in transformers' table of
 classes is not enough: its keys are configuration classes, and `trust_remote_code` adds other classes of the same name.
@@ -26,6 +27,7 @@ else:
 
 _FACTORY = "transformers.models.auto.auto_factory"
 _CONFIGURATIONS = "transformers.models.auto.configuration_auto"
+_MODELS = "transformers.models.auto.modeling_auto"
 _CHOOSER = "_get_model_class"
 # Marks objects that a registration adds. A string, because a reload of this module makes new classes and functions.
 _MARK = "_twotower_registration"
@@ -50,8 +52,27 @@ def _add_configuration(configurations: ModuleType) -> None:
     configurations.AutoConfig.register(GENERIC_MODEL_TYPE, GenericTwoTowerConfig, exist_ok=True)
 
 
+class _LateModel(type):
+    """The type of a stand-in for the model class, which imports that class when an attribute of it is needed."""
+
+    def __getattr__(cls, name: str) -> object:
+        from twotower.modeling_twotower import TwoTowerForCausalLM
+
+        return getattr(TwoTowerForCausalLM, name)
+
+
+def _add_model(models: ModuleType) -> None:
+    """Adds the model class of `model_type` `two_tower`, so that the Auto classes need no code of the checkpoint."""
+    from twotower.config import GenericTwoTowerConfig
+
+    place = {"__module__": "twotower.modeling_twotower", "config_class": GenericTwoTowerConfig}
+    model = _LateModel("TwoTowerForCausalLM", (), place)
+    for auto in (models.AutoModel, models.AutoModelForCausalLM):
+        auto.register(GenericTwoTowerConfig, model, exist_ok=True)
+
+
 def _extend(factory: ModuleType) -> None:
-    """Selects this package's class for every configuration whose `architectures` names the two-tower model."""
+    """Selects this package's class for `two_tower`, and wherever `architectures` names the two-tower model."""
     choose = getattr(factory, _CHOOSER, None)
     if choose is None:
         import warnings
@@ -67,9 +88,10 @@ def _extend(factory: ModuleType) -> None:
         return
 
     def choose_by_architecture(config: object, mapping: object) -> object:
-        from twotower.config import ARCHITECTURE, GENERIC_ARCHITECTURE
+        from twotower.config import ARCHITECTURE, GENERIC_ARCHITECTURE, GENERIC_MODEL_TYPE
 
-        if not {ARCHITECTURE, GENERIC_ARCHITECTURE} & set(getattr(config, "architectures", None) or ()):
+        named = {ARCHITECTURE, GENERIC_ARCHITECTURE} & set(getattr(config, "architectures", None) or ())
+        if not named and getattr(config, "model_type", None) != GENERIC_MODEL_TYPE:
             return choose(config, mapping)
         from twotower.modeling_twotower import TwoTowerForCausalLM
 
@@ -79,7 +101,11 @@ def _extend(factory: ModuleType) -> None:
     setattr(factory, _CHOOSER, choose_by_architecture)
 
 
-_EXTENDERS: dict[str, Callable[[ModuleType], None]] = {_FACTORY: _extend, _CONFIGURATIONS: _add_configuration}
+_EXTENDERS: dict[str, Callable[[ModuleType], None]] = {
+    _FACTORY: _extend,
+    _CONFIGURATIONS: _add_configuration,
+    _MODELS: _add_model,
+}
 
 
 class _FactoryHook:

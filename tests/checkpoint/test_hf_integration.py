@@ -16,6 +16,7 @@ from typing import Any
 import pytest
 import torch
 import torch.nn.functional as F
+from tiny_backbones import save_tokenizer, two_tower
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers
 from transformers import (
     AutoConfig,
@@ -28,12 +29,12 @@ from transformers import (
     PreTrainedTokenizerFast,
 )
 
-from twotower import TwoTowerConfig, TwoTowerForCausalLM
+from twotower import GenericTwoTowerConfig, TwoTowerConfig, TwoTowerForCausalLM
 from twotower.errors import ArgumentError, CheckpointError
 
 Factory = Callable[..., TwoTowerForCausalLM]
 
-# Runs in a process that has imported torch only, one fork per case: what is imported first must not matter.
+# Runs in a process without the Auto classes, one fork per case: what is imported first must not matter.
 SNIPPET = """
 from transformers import AutoModelForCausalLM, AutoTokenizer
 assert "twotower" not in sys.modules
@@ -64,13 +65,24 @@ for place, path in paths.items():
                 outcome = f"{type(error).__name__}: {error}"
             report[f"{place} {auto.__name__} {trust}"] = outcome
 """
+# Without `import twotower`: the code file of the checkpoint imports it.
+CODE_FILE = """
+from transformers import AutoConfig, AutoModel, AutoModelForCausalLM, AutoTokenizer
+for auto in (AutoTokenizer, AutoModelForCausalLM, AutoConfig, AutoModel):
+    found = auto.from_pretrained(paths["generic"], trust_remote_code=True)
+    summed = checksum(found) if hasattr(found, "parameters") else ""
+    report[auto.__name__] = f"{type(found).__module__}.{type(found).__name__} {summed}"
+"""
 CASES = {
     "snippet": SNIPPET,
+    "code file": CODE_FILE,
     "twotower first": "import twotower\nfrom transformers import AutoModel, AutoModelForCausalLM\n" + EVERY_WAY,
     "transformers first": "from transformers import AutoModel, AutoModelForCausalLM\nimport twotower\n" + EVERY_WAY,
 }
 CHILD = """
-import json, os, sys, torch
+import json, os, sys, torch, transformers.modeling_utils
+late = {"twotower", "transformers.models.auto.auto_factory", "transformers.models.auto.modeling_auto"}
+assert not late & set(sys.modules)
 torch.set_num_threads(1)
 paths, cases = json.loads(sys.argv[1]), json.loads(sys.argv[2])
 
@@ -140,8 +152,11 @@ def places(model: TwoTowerForCausalLM, golden_dir: Path, tmp_path_factory: pytes
     (folder / "remote/config.json").write_text(json.dumps(config))
     (folder / "remote/configuration_nemotron_h.py").write_text(REMOTE_CONFIG)
     plain_nemotron_h().save_pretrained(folder / "plain")
+    two_tower("llama").save_pretrained(folder / "generic", max_shard_size="30KB")
+    save_tokenizer(folder / "generic")
     return {
         "saved": folder / "saved",
+        "generic": folder / "generic",
         "sharded": folder / "sharded",
         "remote": folder / "remote",
         "released": golden_dir / "tiny-hybrid",  # its auto_map names files that do not exist
@@ -205,6 +220,27 @@ def test_auto_classes_give_ours_or_one_clear_error(
             assert outcome == f"twotower.modeling_twotower.TwoTowerForCausalLM {expected}", case
 
 
+def test_the_code_file_of_another_backbone_is_enough(
+    reports: dict[str, dict[str, Any]], places: dict[str, Path]
+) -> None:
+    """With `trust_remote_code=True`, in a process without `import twotower`."""
+    expected = checksum(TwoTowerForCausalLM.from_pretrained(places["generic"]))
+    ours = f"twotower.modeling_twotower.TwoTowerForCausalLM {expected}"
+    found = reports["code file"]
+    assert found["AutoModel"] == found["AutoModelForCausalLM"] == ours
+    assert found["AutoConfig"] == "twotower.config.GenericTwoTowerConfig "
+    assert "Tokenizer" in found["AutoTokenizer"]
+
+
+def test_the_table_of_transformers_names_the_class_of_another_backbone() -> None:
+    """Code that reads the table itself finds a class that stands for ours."""
+    for auto in (AutoModel, AutoModelForCausalLM):
+        found = auto._model_mapping[GenericTwoTowerConfig]
+        assert (found.__module__, found.__name__) == (TwoTowerForCausalLM.__module__, TwoTowerForCausalLM.__name__)
+        assert found.main_input_name == "input_ids"
+        assert found.from_pretrained == TwoTowerForCausalLM.from_pretrained
+
+
 def test_plain_checkpoints_keep_their_weights(places: dict[str, Path]) -> None:
     ids = torch.arange(5, 25)[None]
     loaded = AutoModelForCausalLM.from_pretrained(places["plain"])
@@ -228,6 +264,19 @@ def test_auto_model_from_config(places: dict[str, Path]) -> None:
     assert narrow.dtype == torch.bfloat16
     assert narrow.context.layers[0].mixer.A_log.dtype == torch.float32
     assert type(AutoModelForCausalLM.from_config(plain_nemotron_h().config)) is NemotronHForCausalLM
+
+
+def test_auto_model_from_the_config_of_another_backbone(places: dict[str, Path]) -> None:
+    for trust in (None, True):
+        config = AutoConfig.from_pretrained(places["generic"], trust_remote_code=trust)
+        assert type(config) is GenericTwoTowerConfig
+        tokenizer = AutoTokenizer.from_pretrained(places["generic"], trust_remote_code=trust)
+        assert tokenizer.decode(tokenizer("abc").input_ids) == "abc"
+        config.architectures = None  # the model_type is enough
+        for auto in (AutoModel, AutoModelForCausalLM):
+            built = auto.from_config(config, trust_remote_code=trust)
+            assert type(built) is TwoTowerForCausalLM
+            assert built.spec.tied_head
 
 
 def test_auto_config_with_trust_is_ours(places: dict[str, Path]) -> None:

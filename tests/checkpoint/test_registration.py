@@ -13,6 +13,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from tiny_backbones import two_tower
 
 from twotower.auto import _FACTORY, _MARK
 
@@ -30,7 +31,9 @@ first, second = (AutoModelForCausalLM.from_pretrained(folder) for _ in range(2))
 def weight(model):
     names = [name for name, _ in model.named_parameters() if name.endswith("layers.0.mixer.in_proj.weight")]
     return model.get_parameter(names[0]).float()
+others = [type(AutoModelForCausalLM.from_pretrained(other)) for other in sys.argv[2:]]
 print(json.dumps({
+    "others": [f"{other.__module__}.{other.__name__}" for other in others],
     "class": f"{type(first).__module__}.{type(first).__name__}",
     "stored": bool(torch.equal(weight(first), stored[name].float())),
     "equal": bool(torch.equal(weight(first), weight(second))),
@@ -89,9 +92,9 @@ def run(code: str, *arguments: str, **variables: str) -> str:
     return done.stdout
 
 
-def loaded(before: str, checkpoint: Path) -> dict[str, Any]:
+def loaded(before: str, *checkpoints: Path) -> dict[str, Any]:
     """The report of `LOAD` in a program that starts with `before`."""
-    report = json.loads(run(before + LOAD, str(checkpoint)).splitlines()[-1])
+    report = json.loads(run(before + LOAD, *map(str, checkpoints)).splitlines()[-1])
     assert isinstance(report, dict)
     return report
 
@@ -104,9 +107,11 @@ def test_without_the_registration_transformers_builds_its_own_class_with_random_
     assert not report["equal"]
 
 
-def test_with_the_registration_the_checkpoint_is_loaded(golden_dir: Path) -> None:
-    report = loaded("import twotower", golden_dir / "tiny-hybrid")
-    assert report == {"class": OURS, "stored": True, "equal": True}
+def test_with_the_registration_the_checkpoint_is_loaded(golden_dir: Path, tmp_path: Path) -> None:
+    """Also that of another backbone, whose model_type transformers does not know."""
+    two_tower("llama").save_pretrained(tmp_path)
+    report = loaded("import twotower", golden_dir / "tiny-hybrid", tmp_path)
+    assert report == {"class": OURS, "stored": True, "equal": True, "others": [OURS]}
 
 
 @pytest.fixture(scope="module")

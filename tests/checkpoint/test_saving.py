@@ -11,11 +11,15 @@ import pytest
 import tiny_run
 import torch
 from safetensors.torch import load_file
+from tiny_backbones import SHAPES, two_tower
+from transformers import AutoModelForCausalLM
 
 from twotower import TwoTowerForCausalLM
 from twotower.checkpoint import atomic
 from twotower.checkpoint.atomic import FOLDER, replace_folder, restore_folder
+from twotower.checkpoint.reader import SINGLE_FILE
 from twotower.errors import TwoTowerError
+from twotower.model.fp32_tensors import named_tensors
 
 SHARDS = "100KB"
 
@@ -151,3 +155,35 @@ def test_a_folder_is_replaced_as_a_whole(tmp_path: Path, monkeypatch: pytest.Mon
     replace_folder(tmp_path / "new", tmp_path / "final")
     assert [str(f.relative_to(tmp_path)) for f in tmp_path.rglob("*")] == ["final", "final/file"]
     assert (tmp_path / "final/file").read_text() == "new"
+
+
+# --- every family -----------------------------------------------------------------------------------------------------
+
+# A tied head, stacked experts, Mamba-2, and both side by side; the others in the full form.
+SHORT = ("llama", "mixtral", "granitemoehybrid", "falcon_h1")
+
+
+@pytest.mark.parametrize(
+    "name", [pytest.param(name, marks=() if name in SHORT else pytest.mark.slow) for name in SHAPES]
+)
+def test_shards_give_the_same_model(name: str, tmp_path: Path) -> None:
+    """Saved in shards and whole, loaded by this package and by an Auto class."""
+    model = two_tower(name, torch.bfloat16)
+    model.save_pretrained(tmp_path / "shards", max_shard_size="20KB")
+    files = list((tmp_path / "shards").glob("*.safetensors"))
+    assert len(files) > 4
+    loaded = AutoModelForCausalLM.from_pretrained(tmp_path / "shards")
+    loaded.save_pretrained(tmp_path / "whole")
+    again = TwoTowerForCausalLM.from_pretrained(tmp_path / "whole")
+    for found in (loaded, again):
+        assert type(found) is TwoTowerForCausalLM
+        assert found.spec == model.spec
+        expected = dict(named_tensors(model))
+        for part, tensor in named_tensors(found):
+            assert torch.equal(tensor, expected.pop(part)), part
+        assert not expected
+    assert (tmp_path / "shards/config.json").read_bytes() == (tmp_path / "whole/config.json").read_bytes()
+    stored = {part: tensor for file in files for part, tensor in load_file(file).items()}
+    whole = load_file(tmp_path / "whole" / SINGLE_FILE)
+    assert stored.keys() == whole.keys()
+    assert all(torch.equal(tensor, whole[part]) for part, tensor in stored.items())
