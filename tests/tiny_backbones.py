@@ -71,6 +71,10 @@ SHAPES: dict[str, dict[str, Any]] = {
     "phi3:longrope": {"partial_rotary_factor": 0.5, "original_max_position_embeddings": 64, "rope_parameters": {
         "rope_type": "longrope", "rope_theta": 1e4, "partial_rotary_factor": 0.5,
         "short_factor": [1.0, 1.3, 1.1], "long_factor": [1.0, 2.5, 9.0]}},
+    "gemma": {"head_dim": 16, "tie_word_embeddings": True},
+    "gemma:options": {
+        "head_dim": 8, "attention_bias": True, "hidden_act": "silu",
+        "rope_parameters": {"rope_type": "linear", "rope_theta": 1e4, "factor": 4.0}},
     "gemma2": {
         "head_dim": 16, "sliding_window": 24, "query_pre_attn_scalar": 24, "attn_logit_softcapping": 5.0,
         "final_logit_softcapping": 8.0},

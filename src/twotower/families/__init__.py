@@ -37,6 +37,7 @@ FAMILIES: tuple[Family, ...] = (
     llama.QWEN3,
     smollm3.FAMILY,
     phi3.FAMILY,
+    gemma.GEMMA,
     gemma.GEMMA2,
     gemma.GEMMA3,
     olmo.OLMO2,

@@ -1,6 +1,6 @@
-"""Gemma 2 and 3: norms with 1 + weight before and after each mixer, GELU gates, factors, and alternating windows.
+"""Gemma 1 to 3: norms with 1 + weight, GELU gates, and a factor of the embeddings.
 
-Gemma 2 caps the scores of attention and the logits. Gemma 3 norms queries and keys, and turns them by other frequencies
+Gemma 2 and 3 have norms before and after each mixer, and alternating windows. Gemma 2 caps the scores of attention and the logits. Gemma 3 norms queries and keys, and turns them by other frequencies
 in layers with a window than in layers without one.
 """
 
@@ -12,7 +12,7 @@ import torch
 from transformers import PretrainedConfig
 
 from twotower.families import llama
-from twotower.families.family import Family, Names, activation, only
+from twotower.families.family import Family, Names, activation, declared, only
 from twotower.specs import AttentionSpec, LayerSpec, MLPSpec, RopeSpec, TowerSpec
 
 _ATTENTION: Names = {**llama.ATTENTION, "post_norm": "post_attention_layernorm"}
@@ -36,8 +36,13 @@ def _tower(config: PretrainedConfig, layers: list[LayerSpec], ropes: tuple[RopeS
         llama.tower(config, layers, ropes),
         norm_offset=1.0,
         embedding_factor=factor.item(),
-        logit_softcap=config.final_logit_softcapping,
+        logit_softcap=declared(config, "final_logit_softcapping", None),
     )
+
+
+def _gemma(config: PretrainedConfig) -> TowerSpec:
+    only(config, "use_bidirectional_attention", False, None)
+    return _tower(config, llama.alternating(config, llama.biased_attention(config), llama.mlp(config)))
 
 
 def _gemma2(config: PretrainedConfig) -> TowerSpec:
@@ -51,5 +56,6 @@ def _gemma3(config: PretrainedConfig) -> TowerSpec:
     return _tower(config, *llama.with_ropes_of_layer_types(config, _layers(config, normed)))
 
 
+GEMMA = Family(model_types=("gemma",), spec=_gemma, names=llama.names)
 GEMMA2 = Family(model_types=("gemma2",), spec=_gemma2, names=_names)
 GEMMA3 = Family(model_types=("gemma3_text",), spec=_gemma3, names=_names)
