@@ -2,20 +2,50 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
+from contextlib import contextmanager
+
 from transformers import PretrainedConfig
+from transformers.utils import logging
 
 from twotower.errors import ConfigError
 from twotower.json_text import JsonObject
 
 _SIZES = (
-    "hidden_size",
+    "chunk_size",
+    "conv_kernel",
     "head_dim",
+    "hidden_size",
+    "intermediate_size",
+    "mamba_chunk_size",
+    "mamba_d_conv",
+    "mamba_d_state",
+    "mamba_n_groups",
+    "mamba_n_heads",
     "max_position_embeddings",
+    "moe_intermediate_size",
+    "n_groups",
     "num_attention_heads",
+    "num_heads",
     "num_hidden_layers",
     "num_key_value_heads",
+    "original_max_position_embeddings",
+    "shared_expert_intermediate_size",
+    "shared_intermediate_size",
+    "state_size",
     "vocab_size",
 )
+
+
+@contextmanager
+def quiet_transformers() -> Iterator[None]:
+    """No warnings of transformers in a `with` block: values that it only warns about are checked here."""
+    level = logging.get_verbosity()
+    logging.set_verbosity_error()
+    try:
+        yield
+    finally:
+        logging.set_verbosity(level)
 
 
 def autoregressive_config(raw: JsonObject) -> PretrainedConfig:
@@ -76,7 +106,8 @@ def _construct(values: JsonObject, raw: JsonObject) -> PretrainedConfig:
     _check_sizes(values, "")
     arguments: JsonObject = {key: plain_numbers(value) for key, value in values.items() if key != "model_type"}
     try:
-        return CONFIG_MAPPING[kind](**arguments)
+        with quiet_transformers():
+            return CONFIG_MAPPING[kind](**arguments)
     except Exception as error:  # transformers checks its keys, and raises many types
         raise ConfigError(f"config: transformers cannot use a value ({reason(error)}); correct it") from None
 
@@ -85,5 +116,5 @@ def _check_sizes(values: JsonObject, prefix: str) -> None:
     """transformers accepts sizes of 0 and below, and fails later or computes nothing."""
     for name in _SIZES:
         value = values.get(name)
-        if isinstance(value, int) and value < 1:
+        if isinstance(value, int | float) and not (isinstance(value, int) and value > 0):
             raise ConfigError(f"config: {prefix}{name} is {value!r}; it must be a positive integer")

@@ -12,14 +12,15 @@ import pytest
 import torch
 from command import Result, assert_one_line_error
 from safetensors.torch import load_file, save_file
-from tiny_backbones import VOCAB, hf_model, save, save_tokenizer
+from tiny_backbones import SHAPES, VOCAB, hf_config, hf_model, save, save_tokenizer
 from torch import Tensor
 from transformers import AutoModelForCausalLM
 
 from twotower import GenericTwoTowerConfig, TwoTowerForCausalLM
 from twotower.checkpoint.convert import convert
 from twotower.checkpoint.reader import INDEX_FILE, SINGLE_FILE
-from twotower.families import BY_MODEL_TYPE
+from twotower.errors import ConfigError
+from twotower.families import BY_MODEL_TYPE, tower_spec
 from twotower.families.unsupported import WHAT
 
 Spoil = Callable[[Path], object]
@@ -29,7 +30,7 @@ Spoil = Callable[[Path], object]
 def kinds(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """Tiny sources with a tokenizer, which tests copy."""
     root = tmp_path_factory.mktemp("sources")
-    for name in ("llama", "mistral", "qwen3", "mixtral", "qwen3_next", "qwen3_5_text"):
+    for name in sorted({kind for kind, _, _ in (*BAD.values(), *DAMAGED.values())}):
         save(name, root / name)
         save_tokenizer(root / name, "<mask>", mask_token="<mask>")
     return root
@@ -92,6 +93,13 @@ def rope(**values: Any) -> Spoil:
     return configured(rope_parameters={"rope_theta": 1e4} | values)
 
 
+LONGROPE: dict[str, Any] = SHAPES["phi3:longrope"]["rope_parameters"]
+
+
+def longrope(*removed: str, **values: Any) -> Spoil:
+    return configured(rope_parameters={k: v for k, v in (LONGROPE | values).items() if k not in removed})
+
+
 Q_PROJ = "model.layers.0.self_attn.q_proj"
 BAD: dict[str, tuple[str, Spoil, tuple[str, ...]]] = {
     # families
@@ -113,6 +121,43 @@ BAD: dict[str, tuple[str, Spoil, tuple[str, ...]]] = {
         "llama", configured("rope_parameters", rope_theta=1e4, rope_scaling={"type": "dynamic", "factor": 2.0}),
         ("rope_type is 'dynamic'",)),
     "RoPE without its factor": ("llama", rope(rope_type="linear"), ("rope_parameters", "factor")),
+    "YaRN without its factor": ("llama", rope(rope_type="yarn"), ("'yarn'", "'factor'")),
+    "negative factor of RoPE": ("llama", rope(rope_type="linear", factor=-2.0), ("factor of rope_parameters is -2.0",)),
+    "text for the factor of YaRN": ("llama", rope(rope_type="yarn", factor="x"), ("factor of rope_parameters is 'x'",)),
+    "text for theta": ("llama", configured(rope_parameters={"rope_theta": "x"}), ("rope_theta is 'x'", "positive")),
+    "theta 0": ("llama", configured(rope_parameters={"rope_theta": 0}), ("rope_theta is 0", "positive number")),
+    "more than a whole head": (
+        "phi3:longrope", configured(rope_parameters={"rope_theta": 1e4, "partial_rotary_factor": 2.0}),
+        ("partial_rotary_factor is 2.0", "at most 1")),
+    "LongRoPE without factors": ("phi3:longrope", longrope("long_factor"), ("'longrope'", "long_factor")),
+    "LongRoPE with few factors": ("phi3:longrope", longrope(short_factor=[1.0]), ("short_factor", "length 3, got 1")),
+    "LongRoPE with a factor of 0": (
+        "phi3:longrope", longrope(long_factor=[0.0, 1.0, 1.0]), ("long_factor", "[0.0, 1.0, 1.0]", "3 positive")),
+    "LongRoPE of a family that transformers does not check": (
+        "llama", rope(rope_type="longrope", short_factor=[1.0], long_factor=[2.0], original_max_position_embeddings=64),
+        ("short_factor of rope_parameters is [1.0]", "8 positive numbers")),
+    "LongRoPE, original length 0": (
+        "phi3:longrope", configured(original_max_position_embeddings=0), ("original_max_position_embeddings is 0",)),
+    "LongRoPE in the older spelling, without a length": (
+        "phi3:longrope", configured("rope_parameters", rope_theta=1e4, rope_scaling={
+            "type": "su", "short_factor": [1.0] * 3, "long_factor": [2.0] * 3}),
+        ("'longrope'", "original_max_position_embeddings")),
+    "clip": ("olmoe", configured(clip_qkv=-1.0), ("clip_qkv is -1.0", "positive number")),
+    "text for a clip": ("olmoe", configured(clip_qkv="x"), ("clip_qkv", "'x'", "correct it")),
+    "clip of a family with LayerNorm": ("llama", configured(model_type="olmo", clip_qkv=8.0), ("'olmo'", "LayerNorm")),
+    "attention in both directions": ("gemma", configured(use_bidirectional_attention=True), ("is True; only False",)),
+    "scale of scores": ("gemma2", configured(query_pre_attn_scalar=0), ("query_pre_attn_scalar is 0", "positive")),
+    "cap": ("gemma2", configured(attn_logit_softcapping=-3.0), ("attn_logit_softcapping is -3.0", "positive")),
+    "factor of logits": ("granite", configured(logits_scaling=0), ("logits_scaling is 0", "positive number")),
+    "null factor": ("falcon_h1", configured(key_multiplier=None), ("key_multiplier is None", "finite number")),
+    "few factors": ("falcon_h1", configured(ssm_multipliers=[1.0]), ("ssm_multipliers is [1.0]", "list of 5")),
+    "limits of steps": ("bamba", configured(time_step_limit=None), ("time_step_limit is None", "two numbers")),
+    "norm": ("llama", configured(rms_norm_eps=-1.0), ("rms_norm_eps is -1.0", "positive number")),
+    "windows without a window": (
+        "ministral", configured(sliding_window=None), ("'sliding_attention', but sliding_window is None", "give")),
+    "chunked attention": ("ministral", configured(layer_types=["chunked_attention"] * 3), ("'chunked_attention'",)),
+    "windows that are switched off": (
+        "qwen3", configured(layer_types=["sliding_attention"] * 3), ("use_sliding_window is false", "change one")),
     "activation": ("llama", configured(hidden_act="quick_gelu"), ("hidden_act is 'quick_gelu'", "silu")),
     "null activation": ("llama", configured(hidden_act=None), ("hidden_act", "None")),
     "text for a number": ("llama", configured(rms_norm_eps="x"), ("rms_norm_eps", "'x'", "correct it")),
@@ -158,6 +203,16 @@ BAD: dict[str, tuple[str, Spoil, tuple[str, ...]]] = {
     "types of fewer layers": ("qwen3", configured(layer_types=["full_attention"]), ("num_hidden_layers", "(1)")),
     "fewer experts": ("mixtral", configured(num_local_experts=4), ("has 5 experts", "num_local_experts 4")),
     "more experts": ("mixtral", configured(num_local_experts=8), ("has 5 experts", "num_local_experts 8")),
+    "experts by another name": ("olmoe", configured(num_experts=4), ("has 6 experts", "has num_experts 4")),
+    "width of experts": (
+        "qwen3_moe", configured(moe_intermediate_size=25), ("[24, 48]", "experts 6, moe_intermediate_size 25")),
+    "shared expert": (
+        "qwen2_moe", configured(shared_expert_intermediate_size=33), ("shared_expert_intermediate_size 33",)),
+    "Mamba's state": ("bamba", configured(mamba_d_state=12), ("in_proj.weight has shape", "mamba_d_state 12")),
+    "Mamba's convolution": ("bamba", configured(mamba_d_conv=3), ("conv1d.weight has shape", "mamba_d_conv 3")),
+    "null size of Mamba": ("bamba", configured(mamba_n_groups=None), ("mamba_n_groups is None", "integer")),
+    "fraction for a size": ("llama", configured(head_dim=7.5), ("head_dim is 7.5", "positive integer")),
+    "layers of Mamba": ("bamba", configured(attn_layer_indices=[2]), ("layers.1.mamba", "is missing")),
     "biases": ("llama", configured(attention_bias=True), ("q_proj.bias is missing", "config.json of these weights")),
     "missing tensor": ("llama", drop(f"{Q_PROJ}.weight"), (f"{Q_PROJ}.weight is missing",)),
     "surplus tensor": ("llama", put("model.layers.1.mlp.foo.weight", torch.ones(2)), ("foo.weight is not a tensor",)),
@@ -196,6 +251,46 @@ def test_one_line(name: str, source: Callable[[str], Path], tmp_path: Path, cli:
     spoil(directory := source(kind))
     assert_one_line_error(cli("init", "--from", directory, "-o", tmp_path / "made"), *said)
     assert [path.name for path in tmp_path.iterdir()] == ["source"]
+
+
+@pytest.mark.parametrize("command", ["info", "generate"])
+def test_other_verbs_refuse_a_source(command: str, source: Callable[[str], Path], cli: Callable[..., Result]) -> None:
+    """A source that can become two towers gets the command, another one its reason."""
+    arguments = {"info": [], "generate": ["-n", "2", "a", "--model"]}[command]
+    directory = source("llama")
+    assert_one_line_error(
+        cli(command, *arguments, directory), "'llama'" if command == "generate" else "(llama)", "init"
+    )
+    configured(rope_parameters={"rope_type": "dynamic", "rope_theta": 1e4, "factor": 2.0})(directory)
+    said = ("'dynamic'",) if command == "info" else ("'llama'",)
+    assert_one_line_error(cli(command, *arguments, directory), *said)
+
+
+# Values of another kind than any key of a config.json has, or out of range.
+WRONG_VALUES = (None, "x", "", -1, 0, 1.5, -1.5, float("nan"), [], [1], {}, True, 1000)
+
+
+@pytest.mark.parametrize(
+    ("name", "values"),
+    [
+        *(pytest.param(name, (None, "x", -1.5, []), id=name) for name in ("llama", "phi3:longrope", "falcon_h1")),
+        *(pytest.param(name, WRONG_VALUES, id=f"{name}-full", marks=pytest.mark.slow) for name in SHAPES),
+    ],
+)
+def test_no_value_of_a_config_is_another_error(name: str, values: tuple[object, ...]) -> None:
+    """Every key with every wrong value: a tower, or a ConfigError of one line."""
+    config = json.loads(json.dumps(hf_config(name).to_dict()))
+    if config["model_type"] == "nemotron_h":
+        pytest.skip("tests/test_config.py has the released format")
+    refused = []
+    for key in config.keys() - {"model_type"}:
+        for value in values:
+            try:
+                tower_spec(GenericTwoTowerConfig(backbone=config | {key: value}))
+            except ConfigError as error:
+                refused.append(str(error))
+    assert len(refused) > 20
+    assert not [text for text in refused if "\n" in text]
 
 
 def test_what_is_unsupported_is_not_supported() -> None:

@@ -130,16 +130,18 @@ WRONG: dict[str, tuple[Callable[[Path], object], tuple[str, ...]]] = {
     "more layers than tensors": (lambda file: refuse(file, block_count=4), ("has no tensor for", "layers.3")),
     "fewer layers than tensors": (lambda file: refuse(file, block_count=2), ("blk.2", "does not have")),
     "other width": (lambda file: refuse(file, feed_forward_length=64), ("shape", "64")),
-    "other family": (lambda file: other_family(file), ("'gpt2'", "supported")),
+    "other family": (lambda file: other_family(file, "gpt2"), ("'gpt2'", "supported")),
+    "a family that transformers does not read": (lambda file: other_family(file, "gemma"), ("'gemma'", "GGUF")),
+    "an unknown family": (lambda file: other_family(file, "foo"), ("'foo'", "GGUF")),
 }  # fmt: skip
 
 
-def other_family(file: Path) -> None:
-    writer = gguf.GGUFWriter(file, "gpt2")
-    writer.add_uint32("gpt2.context_length", 64)
-    writer.add_uint32("gpt2.block_count", 1)
-    writer.add_uint32("gpt2.embedding_length", 8)
-    writer.add_uint32("gpt2.attention.head_count", 2)
+def other_family(file: Path, kind: str) -> None:
+    writer = gguf.GGUFWriter(file, kind)
+    writer.add_uint32(f"{kind}.context_length", 64)
+    writer.add_uint32(f"{kind}.block_count", 1)
+    writer.add_uint32(f"{kind}.embedding_length", 8)
+    writer.add_uint32(f"{kind}.attention.head_count", 2)
     writer.add_tensor("token_embd.weight", np.zeros((8, 8), np.float32))
     writer.write_header_to_file()
     writer.write_kv_data_to_file()

@@ -16,6 +16,10 @@ _EXPERT = re.compile(r"\blayers\.(\d+)\..*\bexperts\.(\d+)\.")
 _EXPERT_COUNTS = ("num_local_experts", "num_experts", "n_routed_experts")
 _EXPERT_WIDTHS = ("moe_intermediate_size", "intermediate_size")
 _DELTA_NET = ("linear_num_key_heads", "linear_key_head_dim", "linear_num_value_heads", "linear_value_head_dim")
+_MAMBA = (
+    *("mamba_n_heads", "mamba_num_heads", "mamba_d_head", "mamba_head_dim", "mamba_n_groups", "n_groups"),
+    *("mamba_d_state", "ssm_state_size", "state_size", "mamba_d_conv", "conv_kernel"),
+)
 # A part of a tensor's name in memory → keys of config.json that give its shape; the first part found counts.
 _KEYS: dict[str, tuple[str, ...]] = {
     "embeddings": ("vocab_size", "hidden_size"),
@@ -26,12 +30,11 @@ _KEYS: dict[str, tuple[str, ...]] = {
     ".k_proj": ("num_key_value_heads", "head_dim", "hidden_size"),
     ".v_proj": ("num_key_value_heads", "head_dim", "hidden_size"),
     ".o_proj": ("num_attention_heads", "head_dim", "hidden_size"),
-    ".in_proj": ("hidden_size", *_DELTA_NET),
-    ".conv1d": (*_DELTA_NET, "linear_conv_kernel_dim"),
-    ".A_log": ("linear_num_value_heads",),
-    ".dt_bias": ("linear_num_value_heads",),
-    ".mixer.norm": ("linear_value_head_dim",),
-    ".out_proj": ("linear_num_value_heads", "linear_value_head_dim", "hidden_size"),
+    ".in_proj": ("hidden_size", *_MAMBA, *_DELTA_NET),
+    ".conv1d": (*_MAMBA, *_DELTA_NET, "linear_conv_kernel_dim"),
+    **dict.fromkeys((".A_log", ".dt_bias", ".D"), (*_MAMBA[:2], "linear_num_value_heads")),
+    ".mixer.norm": (*_MAMBA[:4], "linear_value_head_dim"),
+    ".out_proj": (*_MAMBA[:4], "linear_num_value_heads", "linear_value_head_dim", "hidden_size"),
     ".gate.": (*_EXPERT_COUNTS, "hidden_size"),
     ".shared_experts": ("moe_shared_expert_intermediate_size", "shared_expert_intermediate_size", "hidden_size"),
     ".experts.": (*_EXPERT_COUNTS, *_EXPERT_WIDTHS, "hidden_size"),
@@ -46,7 +49,8 @@ def sources_of_shape(memory: str, config: TwoTowerConfig) -> str:
     """The keys of config.json and their values that give the shape of a tensor: ", from key 1, key 2"; may be empty."""
     keys = next((keys for part, keys in _KEYS.items() if part in memory), ())
     source = _source(config)
-    found = [(key, getattr(source, key, None)) for key in keys]
+    others = source.attribute_map if isinstance(config, GenericTwoTowerConfig) else {}  # other names of the same key
+    found = [(key, getattr(source, key, None)) for key in keys if others.get(key) not in keys]
     words = [f"{key} {value}" for key, value in found if isinstance(value, int)]
     return f", from {', '.join(words)}" if words else ""
 
@@ -65,7 +69,9 @@ def check_counts(file: Path, found: Iterable[str], needed: Iterable[str], config
     experts, selected = _experts(found), _experts(needed)
     for layer, count in experts.items():
         if layer in selected and selected[layer] != count:
-            key = next(key for key in _EXPERT_COUNTS if hasattr(_source(config), key))
+            text = config.backbone.get("text_config") or config.backbone
+            here = [key for key in _EXPERT_COUNTS if text.get(key) == selected[layer]]
+            key = next(key for key in (*here, *_EXPERT_COUNTS) if hasattr(_source(config), key))
             raise CheckpointError(
                 f"{file}: layer {layer} has {count} experts, but config.json has {key} {selected[layer]}; use the "
                 "config.json of these weights"

@@ -27,6 +27,7 @@ from twotower.families import (
     smollm3,
 )
 from twotower.families.family import Family
+from twotower.families.numbers import check_numbers
 from twotower.families.unsupported import reason
 from twotower.specs import TowerSpec
 
@@ -80,8 +81,16 @@ def tower_spec(config: TwoTowerConfig) -> TowerSpec:
     """The layers of a tower of this configuration.
 
     Raises:
-        ConfigError: the backbone has an option that is not supported.
+        ConfigError: the backbone has an option that is not supported, or a value that no model can have.
     """
     if isinstance(config, GenericTwoTowerConfig):
-        return family_of(config).spec(config.autoregressive)
+        text = config.autoregressive
+        family = family_of(config)
+        check_numbers(text)
+        try:
+            return family.spec(text)
+        except ConfigError:
+            raise
+        except (ArithmeticError, RuntimeError, TypeError, ValueError) as error:  # values that no check names
+            raise ConfigError(f"config: values of {text.model_type!r} do not fit together ({error})") from None
     return nemotron_h.spec_of(config.layer_fields)

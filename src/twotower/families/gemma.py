@@ -1,7 +1,8 @@
 """Gemma 1 to 3: norms with 1 + weight, GELU gates, and a factor of the embeddings.
 
-Gemma 2 and 3 have norms before and after each mixer, and alternating windows. Gemma 2 caps the scores of attention and the logits. Gemma 3 norms queries and keys, and turns them by other frequencies
-in layers with a window than in layers without one.
+Gemma 2 and 3 have norms before and after each mixer, and alternating windows. Gemma 2 caps the scores of attention and
+the logits. Gemma 3 norms queries and keys, and turns them by other frequencies in layers with a window than in layers
+without one.
 """
 
 from __future__ import annotations

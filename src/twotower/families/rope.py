@@ -8,7 +8,9 @@ import torch
 from transformers import PretrainedConfig
 from transformers.modeling_rope_utils import ROPE_INIT_FUNCTIONS
 
+from twotower.backbone_config import quiet_transformers
 from twotower.errors import ConfigError
+from twotower.families.numbers import check_partial, check_rope
 from twotower.specs import RopeSpec
 
 SUPPORTED = ("default", "linear", "llama3", "yarn", "longrope")  # not dynamic: it changes with every token
@@ -28,7 +30,7 @@ def rope_spec(
 
     Raises:
         ConfigError: the type of scaling is not supported, or is not where transformers reads it, or the family has no
-            `partial_rotary_factor`.
+            `partial_rotary_factor`, or a number is wrong.
     """
     parameters = config.rope_parameters
     if layer_type is not None and layer_type in parameters:
@@ -46,9 +48,11 @@ def rope_spec(
             f"config: partial_rotary_factor is {part!r}, but heads of {config.model_type!r} turn as a whole; "
             "remove the key"
         )
+    check_partial(part)
+    width = int(head_dim * part)
+    check_rope(parameters, pairs=-(-width // 2))
     if kind != "default":
         return _scaled(config, kind, layer_type, interleaved)
-    width = int(head_dim * part)
     exponents = torch.arange(0, width, 2, dtype=torch.int64, device="cpu").to(torch.float32) / width
     frequencies = 1.0 / (parameters["rope_theta"] ** exponents)
     return RopeSpec(inverse_frequencies=tuple(frequencies.tolist()), interleaved=interleaved)
@@ -59,7 +63,7 @@ def _scaled(config: PretrainedConfig, kind: str, layer_type: str | None, interle
 
     def computed(length: int | None = None) -> tuple[tuple[float, ...], float]:
         cpu = torch.device("cpu")
-        with cpu:  # the model may be built on the meta device
+        with cpu, quiet_transformers():  # the model may be built on the meta device
             frequencies, factor = ROPE_INIT_FUNCTIONS[kind](config, cpu, seq_len=length, layer_type=layer_type)
         return tuple(frequencies.tolist()), float(factor)
 
