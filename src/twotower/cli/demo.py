@@ -62,6 +62,8 @@ def model_summary(source: str | Path, model: TwoTowerForCausalLM) -> Text:
     import torch
     from rich.text import Text
 
+    from twotower.cli.info_page import format_pattern
+
     where = model_loading.placement(model)
     size = sum(parameter.numel() for parameter in model.parameters()) / 1e6
     count = torch.get_num_threads()
@@ -69,7 +71,7 @@ def model_summary(source: str | Path, model: TwoTowerForCausalLM) -> Text:
     return Text.assemble(
         (model_loading.name_of(source), "bold"),
         f": {size:.1f} M parameters in two towers of "
-        f"{model.spec.num_layers} layers ({model.spec.pattern}), {where['dtype']} on "
+        f"{model.spec.num_layers} layers ({format_pattern(model.spec.pattern)}), {where['dtype']} on "
         f"{where['context_device']}{threads}",
     )
 

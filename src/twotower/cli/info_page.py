@@ -20,6 +20,7 @@ if TYPE_CHECKING:
 
 _INDENT = 12
 _WIDTH = 100
+_REPEATED = 10  # letters of a repeated part from which a pattern is written shorter
 _SHORT = {"bfloat16": "bf16", "float32": "fp32", "float64": "float64"}
 
 
@@ -36,7 +37,7 @@ def page(facts: Facts) -> Iterator[str]:
 
 def _sections(facts: Facts) -> Iterator[tuple[str, list[str]]]:
     layers = ", ".join(f"{count} {name}" for name, count in facts["layers"].items())
-    yield "layers", [f"{len(facts['pattern'])}: {layers}", facts["pattern"]]
+    yield "layers", [f"{len(facts['pattern'])}: {layers}", format_pattern(facts["pattern"])]
     yield "backbone", list(_backbone(facts["backbone"]))
     yield "shape", list(_shape(facts["shape"]))
     yield "parameters", list(_parameters(facts["parameters"]))
@@ -165,6 +166,30 @@ def format_count(count: int) -> str:
         if count >= size:
             return f"{count / size:.2f} {name}"
     return str(count)
+
+
+def format_pattern(pattern: str) -> str:
+    """The letters of layers; parts that are repeated once: "*-*-*-*-*-*-" is 6 × "*-"."""
+    parts, plain, at = [], "", 0
+    while at < len(pattern):
+        size, count = max(
+            ((size, _repeats(pattern, at, size)) for size in range(1, len(pattern) - at + 1)),
+            key=lambda found: (found[0] * found[1] * (found[1] > 1), -found[0]),
+        )
+        if size * count < _REPEATED or count == 1:
+            plain, at = plain + pattern[at], at + 1
+            continue
+        parts += [f'"{plain}"'] * bool(plain) + [f'{count} × "{pattern[at : at + size]}"']
+        plain, at = "", at + size * count
+    return " + ".join(parts + [f'"{plain}"'] * bool(plain)) if parts else pattern
+
+
+def _repeats(pattern: str, at: int, size: int) -> int:
+    """How often the letters at … at + size − 1 follow each other from there."""
+    count, unit = 1, pattern[at : at + size]
+    while pattern.startswith(unit, at + count * size):
+        count += 1
+    return count
 
 
 def format_bytes(count: int) -> str:

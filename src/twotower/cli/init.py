@@ -102,7 +102,8 @@ def summary(made: ConversionResult) -> Iterator[str]:
     files = f"{len(made.files)} files" if len(made.files) > 1 else made.files[0]
     yield click.style(str(made.directory), bold=True)
     yield (
-        f"two towers of {count(made.parameters_per_tower)} parameters ({len(made.pattern)} layers: {made.pattern}), "
+        f"two towers of {count(made.parameters_per_tower)} parameters "
+        f"({len(made.pattern)} layers: {info_page.format_pattern(made.pattern)}), "
         f"time conditioning {count(made.time_parameters)}"
     )
     yield f"{size(made.bytes)} in {files}, {made.dtype}"
