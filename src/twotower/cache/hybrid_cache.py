@@ -1,8 +1,9 @@
 """`TowerState`: the hybrid cache of a context tower. It has pools of rows with one length a row.
 
-Attention layers keep keys and values. Mamba layers keep a convolution window and an SSM state from before the last
-`extend`, and the step inputs of that pass. `rollback` shortens rows to any prefix of the last `extend` without another
-pass. `commit_state` then updates the Mamba states with the step inputs of the remaining tokens.
+Attention layers keep keys and values. Mamba-2 and gated DeltaNet layers keep a Mamba state (a convolution window and an
+SSM state) from before the last `extend`, and the step inputs of that pass. `rollback` shortens rows to any prefix of
+the last `extend` without another pass. `commit_state` then updates the Mamba states with the step inputs of the
+remaining tokens.
 
 This is the only mutable inference state of the package. Under autograd all writes are out of place.
 """

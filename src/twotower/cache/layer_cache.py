@@ -25,7 +25,7 @@ STORED = KeyValue(torch.empty(0), torch.empty(0))  # stands for those that the p
 
 
 class MambaCache(NamedTuple):
-    """The state of a Mamba-2 layer at one position of the text.
+    """The state of a Mamba-2 or gated DeltaNet layer at one position of the text.
 
     conv_window: (B, K−1, C), the last K−1 raw convolution inputs, oldest first. ssm_state: (B, H, P, N).
     """

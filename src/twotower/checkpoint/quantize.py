@@ -1,6 +1,6 @@
 """Weight-only int8 quantization of towers: a quarter of the memory of fp32, half of that of bf16.
 
-The large matrices become int8: projections of Mamba and attention layers, routed and shared experts, MLPs, the head.
+The large matrices become int8: projections of mixers, routed and shared experts, MLPs, the head.
 Embeddings, routers, norms, convolutions, decay rates and the time conditioning keep their dtype. They are small, or, as
 the embeddings, a pass reads only a few rows of them. Rounding a router or a decay rate would change a layer's output.
 """
