@@ -47,8 +47,9 @@ from twotower.specs import Activation
 
 SHARED_MEMORY = 227 << 10  # of an H100's program
 # Bytes of registers that a thread may spill. ptxas spills two registers (8 bytes) if one more program then fits; only
-# Mamba blocks of more than 16 tokens need more registers than there are.
-SPILLED, SPILLED_BY_BLOCKS = 8, 1360
+# Mamba blocks of 16 tokens and more need more registers than there are.
+SPILLED = 8
+SPILLED_BY_BLOCKS = {"after_gate": 1360, "before_gate": 1504, "none": 1400}
 TYPES = {
     torch.bfloat16: "*bf16",
     torch.float32: "*fp32",
@@ -86,7 +87,7 @@ class Compiler:
         )
         assert compiled.metadata.shared <= SHARED_MEMORY, compiled.metadata.shared
         name, used = self.kernel.__name__, _resources(compiled.asm["cubin"])
-        spilled = SPILLED_BY_BLOCKS if name == "_block_kernel" else SPILLED
+        spilled = SPILLED_BY_BLOCKS[constants["NORM"]] if name == "_block_kernel" else SPILLED
         assert used["STACK"] + used["LOCAL"] <= spilled, (name, used)
         print(name, compiled.metadata.shared, "bytes of shared memory,", used["REG"], "registers")
 
@@ -141,6 +142,10 @@ def blocks(lengths: list[int]) -> None:
         state_update.state_update(*state_update_arguments(sizes, length, CPU, dtype))
     projected, *_, weights = arguments
     mamba_block.mamba_block(projected, None, None, None, weights._replace(conv_bias=None), False)
+    for length in lengths:
+        *inputs, weights = mamba_block_arguments(RELEASED_SIZES, length, CPU, torch.bfloat16, rows=2)
+        mamba_block.mamba_block(*inputs, weights._replace(norm="before_gate"), True)
+        mamba_block.mamba_block(*inputs, weights._replace(norm="none", norm_weight=None), False)
     for dtype in (torch.bfloat16, torch.float32):
         argmax.argmax(*argmax_arguments(131072, CPU, dtype))
 

@@ -13,7 +13,7 @@ from collections import Counter
 from collections.abc import Callable, Iterator
 from dataclasses import replace
 from pathlib import Path
-from typing import Any
+from typing import Any, get_args
 
 import pytest
 import torch
@@ -35,6 +35,7 @@ from twotower.ops.self_check_cases import (
     mamba_weights,
     state_update_arguments,
 )
+from twotower.specs import GateNorm
 
 if importlib.util.find_spec("triton") is None:
     pytest.skip("the Triton kernels are not tested: the package triton is not installed", allow_module_level=True)
@@ -56,14 +57,17 @@ OPS = (
     "experts_int8", "gated_experts_int8", "linear_int8",
 )  # fmt: skip
 # Tiny backbones and operations that they use: windows, caps, norms with an offset; norms of heads; softmax routers;
-# the state of gated DeltaNet layers.
+# the state of gated DeltaNet layers; Mamba-2 without a norm and with a norm before the gate, beside attention.
 BACKBONES = {
     "gemma2": {"attention", "rms_norm", "norm_and_rotate", "activate"},
     "qwen3": {"attention", "rms_norm", "norm_and_rotate", "activate"},
     "mixtral": {"attention", "rms_norm", "norm_and_rotate", "route"},
     "glm4": {"attention", "rms_norm", "norm_and_rotate", "activate"},
     "qwen3_next": {"attention", "rms_norm", "norm_and_rotate", "route", "state_update"},
+    "falcon_h1": {"attention", "mamba_block", "state_update"},
+    "falcon_h1:norm_first": {"attention", "mamba_block", "state_update"},
 }
+NORMS = pytest.mark.parametrize("norm", get_args(GateNorm))
 DTYPES = pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=["fp32", "bf16"])
 
 
@@ -113,11 +117,25 @@ def test_block(sizes: Sizes, dtype: torch.dtype, length: int) -> None:
 
 
 @DTYPES
-def test_block_without_step_inputs(dtype: torch.dtype) -> None:
-    arguments = mamba_block_arguments(SMALL, 3, DEVICE, dtype)
-    mixed, inputs = triton_mamba.mamba_block(*arguments, False)
-    assert inputs is None
-    assert torch.equal(mixed, triton_mamba.mamba_block(*arguments, True)[0])
+@NORMS
+@pytest.mark.parametrize(("sizes", "length"), [(SMALL, 1), (SMALL, 17), (TINY_GROUPS, 5)])
+def test_block_with_any_norm(sizes: Sizes, length: int, norm: GateNorm, dtype: torch.dtype) -> None:
+    """Ragged rows, whose padding has no effect; a row alone; with and without the step inputs."""
+    projected, token_mask, window, state, weights = mamba_block_arguments(sizes, length, DEVICE, dtype)
+    weights = with_norm(weights, norm)
+    check_block(projected, token_mask, window, state, weights)
+    dirty = projected.masked_fill(~token_mask[..., None], torch.nan)
+    mixed, kept = triton_mamba.mamba_block(dirty, token_mask, window, state, weights, False)
+    assert kept is None
+    together, _ = triton_mamba.mamba_block(projected, token_mask, window, state, weights, True)
+    assert torch.equal(mixed[token_mask], together[token_mask])
+    row = slice(longest := int(token_mask.sum(1).argmax()), longest + 1)
+    alone, _ = triton_mamba.mamba_block(projected[row], None, window[row], state[row], weights)
+    assert torch.equal(alone, together[row])
+
+
+def with_norm(weights: MambaWeights, norm: GateNorm) -> MambaWeights:
+    return weights._replace(norm=norm, norm_weight=None if norm == "none" else weights.norm_weight)
 
 
 @pytest.mark.parametrize("length", [1, 5])

@@ -1,8 +1,9 @@
 """Triton kernel of `mamba_block`: one program per row and group of heads.
 
-There is no loop over tokens: a block is one tile of matrix products; a block of one token uses sums instead. Sizes are
-padded to powers of two and masked. Arithmetic is fp32. The host does not wait, and grids depend on shapes only, so
-passes can be captured in a CUDA graph. Importing this module needs Triton.
+A program also computes the norm of its group, before or after the gate. There is no loop over tokens: a block is one
+tile of matrix products; a block of one token uses sums instead. Sizes are padded to powers of two and masked.
+Arithmetic is fp32. The host does not wait, and grids depend on shapes only, so passes can be captured in a CUDA graph.
+Importing this module needs Triton.
 
 Memory traffic of one row of the 30B shapes (H 64, P 64, N 128, G 8, K 4, bf16), L = 16: state 2 MiB read once, z | xBC
 | dt 322 KiB read, result 128 KiB written, and 256 KiB of fp32 intermediates, written and read back from cache by the
@@ -19,6 +20,7 @@ from torch import Tensor
 from twotower.ops.reference import mamba_block as reference
 from twotower.ops.reference.mamba_block import MambaStepInputs, MambaWeights, empty_step_inputs
 from twotower.ops.triton.launch import contiguous_from, device_guard, dot_precision, exceeds_one_program, tile_of
+from twotower.ops.triton.mamba_parts import conv_silu, gate, group_norm, scan, softplus
 
 
 def mamba_block(
@@ -32,18 +34,15 @@ def mamba_block(
     """As `twotower.ops.reference.mamba_block.mamba_block`, without gradients."""
     rows, length = projected.shape[:2]
     large = exceeds_one_program(length, weights.head_dim, weights.state_size)
-    if weights.norm != "after_gate" or large or not rows * length:
+    if large or not rows * length:
         return reference.mamba_block(projected, token_mask, window, state, weights, keep_step_inputs)
     projected = contiguous_from(projected, 2)
     window, state = (None if part is None else contiguous_from(part, 1) for part in (window, state))
     mixed = projected.new_empty(rows, length, weights.inner)
-    # The norm needs all heads of a group; `gated` holds them in fp32 until the last one is computed.
-    gated = mixed if mixed.dtype == torch.float32 else torch.empty_like(mixed, dtype=torch.float32)
-    kept = None
-    if keep_step_inputs:
-        xBC = projected[..., weights.inner : weights.inner + weights.conv_dim]  # without padding: no copy
-        xBC = xBC if token_mask is None else torch.empty_like(xBC, memory_format=torch.contiguous_format)
-        kept = empty_step_inputs(xBC, weights.heads, weights.head_dim, weights.n_groups, weights.state_size)
+    # A norm needs all heads of a group; `unnormed` holds them in fp32 until the last one is computed.
+    in_place = mixed.dtype == torch.float32 or weights.norm == "none"
+    unnormed = mixed if in_place else torch.empty_like(mixed, dtype=torch.float32)
+    kept = _empty_step_inputs(projected, token_mask, weights) if keep_step_inputs else None
     tile = 1 if length == 1 else tile_of(length)
     with device_guard(projected):
         _block_kernel[(rows, weights.n_groups)](
@@ -57,7 +56,7 @@ def mamba_block(
             weights.A_log,
             weights.D,
             weights.norm_weight,
-            gated,
+            unnormed,
             mixed,
             *(kept or (None,) * 5),
             projected.stride(0),
@@ -72,6 +71,7 @@ def mamba_block(
             HAS_STATE=state is not None,
             HAS_BIAS=weights.conv_bias is not None,
             KEEP_STEP_INPUTS=keep_step_inputs,
+            NORM=weights.norm,
             HEADS=weights.heads,
             GROUPS=weights.n_groups,
             WIDTH=weights.head_dim,
@@ -87,72 +87,11 @@ def mamba_block(
     return mixed, kept
 
 
-# --- kernels ---------------------------------------------------------------------------------------------------------
-
-
-@triton.jit
-def _silu(x):
-    return x / (1.0 + tl.exp(-x))
-
-
-@triton.jit
-def _softplus(x):
-    """max(x, 0) + log(1 + e) with e = exp(−|x|).
-
-    The log is computed as 2·artanh(e / (2 + e)), which keeps the digits of a small e.
-    """
-    e = tl.exp(-tl.abs(x))
-    s = e / (2.0 + e)
-    q = s * s  # at most 1/9, so the first omitted term is below 2⁻²⁹
-    series = 1 + q * (1 / 3 + q * (1 / 5 + q * (1 / 7 + q * (1 / 9 + q * (1 / 11 + q * (1 / 13 + q * (1 / 15)))))))
-    return tl.maximum(x, 0.0) + 2.0 * s * series
-
-
-@triton.jit
-def _conv_silu(
-    xBC,
-    token_mask,
-    window,
-    conv_weight,
-    conv_bias,
-    kept_xBC,
-    token_stride,
-    length,
-    tokens,
-    channels,
-    live,
-    HAS_MASK: tl.constexpr,
-    HAS_WINDOW: tl.constexpr,
-    HAS_BIAS: tl.constexpr,
-    KEEP_STEP_INPUTS: tl.constexpr,
-    CONV_DIM: tl.constexpr,
-    TAPS: tl.constexpr,
-):
-    """SiLU of the convolution, for some channels → (tokens, channels).
-
-    Pointers are at the row's first token; live: which channels exist. Each tap reloads the tile shifted by one token,
-    from the cache after the first tap.
-    """
-    total = tl.zeros([tokens.shape[0], channels.shape[0]], dtype=tl.float32)
-    for k in tl.static_range(TAPS):
-        source = tokens + (k - (TAPS - 1))
-        inside = (source >= 0) & (source < length)
-        if HAS_MASK:
-            inside = inside & (tl.load(token_mask + source, mask=inside, other=0) != 0)
-        at = xBC + source[:, None] * token_stride + channels[None, :]
-        tile = tl.load(at, mask=inside[:, None] & live[None, :], other=0.0)
-        if HAS_WINDOW and k < TAPS - 1:
-            at = window + (source[:, None] + (TAPS - 1)) * CONV_DIM + channels[None, :]
-            seen = tl.load(at, mask=(source < 0)[:, None] & live[None, :], other=0.0)
-            tile = tl.where((source < 0)[:, None], seen.to(tile.dtype), tile)
-        if KEEP_STEP_INPUTS and HAS_MASK and k == TAPS - 1:
-            at = kept_xBC + tokens[:, None] * CONV_DIM + channels[None, :]
-            tl.store(at, tile, mask=(tokens < length)[:, None] & live[None, :])
-        tap = tl.load(conv_weight + channels * TAPS + k, mask=live, other=0.0).to(tl.float32)
-        total += tile.to(tl.float32) * tap[None, :]
-    if HAS_BIAS:
-        total += tl.load(conv_bias + channels, mask=live, other=0.0).to(tl.float32)[None, :]
-    return _silu(total)
+def _empty_step_inputs(projected: Tensor, token_mask: Tensor | None, weights: MambaWeights) -> MambaStepInputs:
+    """Without padding, the convolution inputs are a view of `projected`."""
+    xBC = projected[..., weights.inner : weights.inner + weights.conv_dim]
+    xBC = xBC if token_mask is None else torch.empty_like(xBC, memory_format=torch.contiguous_format)
+    return empty_step_inputs(xBC, weights.heads, weights.head_dim, weights.n_groups, weights.state_size)
 
 
 @triton.jit
@@ -167,7 +106,7 @@ def _block_kernel(
     A_log,
     D,
     norm_weight,
-    gated,
+    unnormed,
     mixed,
     kept_xBC,
     kept_x,
@@ -187,6 +126,7 @@ def _block_kernel(
     HAS_STATE: tl.constexpr,
     HAS_BIAS: tl.constexpr,
     KEEP_STEP_INPUTS: tl.constexpr,
+    NORM: tl.constexpr,
     HEADS: tl.constexpr,
     GROUPS: tl.constexpr,
     WIDTH: tl.constexpr,
@@ -205,7 +145,7 @@ def _block_kernel(
     group = tl.program_id(1)
     projected += row * row_stride
     first = row * length  # index of the row's first token in the outputs
-    gated += first * INNER
+    unnormed += first * INNER
     mixed += first * INNER
     xBC = projected + INNER
     if HAS_MASK:
@@ -234,12 +174,12 @@ def _block_kernel(
 
     channels = INNER + group * SIZE + n
     # fmt: off
-    B = _conv_silu(
+    B = conv_silu(
         xBC, token_mask, window, conv_weight, conv_bias, kept_xBC, token_stride, length, tokens, channels, of_state,
         HAS_MASK, HAS_WINDOW, HAS_BIAS, KEEP_STEP_INPUTS, CONV_DIM, TAPS,
     )
     channels += GROUPS * SIZE
-    C = _conv_silu(
+    C = conv_silu(
         xBC, token_mask, window, conv_weight, conv_bias, kept_xBC, token_stride, length, tokens, channels, of_state,
         HAS_MASK, HAS_WINDOW, HAS_BIAS, KEEP_STEP_INPUTS, CONV_DIM, TAPS,
     )
@@ -251,7 +191,6 @@ def _block_kernel(
         scores = tl.sum(C * B, axis=1)[:, None]
     else:
         scores = tl.dot(C, tl.trans(B), input_precision=PRECISION)  # (TOKENS, TOKENS)
-    causal = tokens[:, None] >= tokens[None, :]
 
     squares = tl.zeros([TOKENS], dtype=tl.float32)
     for i in range(HEADS_PER_GROUP):
@@ -259,46 +198,44 @@ def _block_kernel(
         columns = head * WIDTH + p
         exists = here[:, None] & of_head[None, :]
         dt = tl.load(xBC + CONV_DIM + tokens * token_stride + head, mask=here, other=0.0).to(tl.float32)
-        dt = _softplus(dt + tl.load(dt_bias + head).to(tl.float32))
+        dt = softplus(dt + tl.load(dt_bias + head).to(tl.float32))
         dt = tl.where(counted, tl.minimum(tl.maximum(dt, least_dt), largest_dt), 0.0)
         log_decay = dt * -tl.exp(tl.load(A_log + head).to(tl.float32))
         # fmt: off
-        x = _conv_silu(
+        x = conv_silu(
             xBC, token_mask, window, conv_weight, conv_bias, kept_xBC, token_stride, length, tokens, columns, of_head,
             HAS_MASK, HAS_WINDOW, HAS_BIAS, KEEP_STEP_INPUTS, CONV_DIM, TAPS,
         )
-        # fmt: on
         if KEEP_STEP_INPUTS:
             tl.store(kept_x + tokens[:, None] * INNER + columns[None, :], x, mask=exists)
             tl.store(kept_dt + tokens * HEADS + head, dt, mask=here)
             tl.store(kept_decay + tokens * HEADS + head, log_decay, mask=here)
-        if TOKENS == 1:
-            decay = log_decay
-            y = scores * dt[:, None] * x
-        else:
-            decay = tl.cumsum(log_decay, axis=0)
-            # Mask before exp: the exponents of future tokens would overflow.
-            left = tl.exp(tl.where(causal, decay[:, None] - decay[None, :], -float("inf")))
-            y = tl.dot(scores * left * dt[None, :], x, input_precision=PRECISION)  # (TOKENS, WIDTH_TILE)
-        if HAS_STATE:
-            of_h = state + columns[:, None] * SIZE + n[None, :]
-            h = tl.load(of_h, mask=of_head[:, None] & of_state[None, :], other=0.0).to(tl.float32)
-            if TOKENS == 1:  # noqa: SIM108
-                seen = tl.sum(h * C, axis=1)[None, :]
-            else:
-                seen = tl.dot(C, tl.trans(h), input_precision=PRECISION)
-            y += seen * tl.exp(decay)[:, None]
+        y = scan(
+            x, dt, log_decay, C, scores, state, columns, of_head, HAS_STATE, SIZE, TOKENS, SIZE_TILE, PRECISION,
+        )
+        # fmt: on
         y += x * tl.load(D + head).to(tl.float32)
-        z = tl.load(projected + tokens[:, None] * token_stride + columns[None, :], mask=exists, other=0.0)
-        y *= _silu(z.to(tl.float32))
+        if NORM != "before_gate":
+            y *= gate(projected, token_stride, tokens, columns, exists)
         squares += tl.sum(y * y, axis=1)
-        tl.store(gated + tokens[:, None] * INNER + columns[None, :], y, mask=exists)
+        tl.store(unnormed + tokens[:, None] * INNER + columns[None, :], y.to(unnormed.dtype.element_ty), mask=exists)
 
-    scale = tl.rsqrt(squares / (HEADS_PER_GROUP * WIDTH) + eps)
-    tl.debug_barrier()  # threads read values that other threads wrote
-    for i in range(HEADS_PER_GROUP):
-        columns = (group * HEADS_PER_GROUP + i) * WIDTH + p
-        exists = here[:, None] & of_head[None, :]
-        y = tl.load(gated + tokens[:, None] * INNER + columns[None, :], mask=exists, other=0.0)
-        y *= scale[:, None] * tl.load(norm_weight + columns, mask=of_head, other=0.0).to(tl.float32)[None, :]
-        tl.store(mixed + tokens[:, None] * INNER + columns[None, :], y.to(mixed.dtype.element_ty), mask=exists)
+    if NORM != "none":
+        tl.debug_barrier()  # threads read values that other threads wrote
+        group_norm(
+            unnormed,
+            mixed,
+            norm_weight,
+            projected,
+            token_stride,
+            length,
+            squares,
+            eps,
+            group,
+            NORM,
+            HEADS_PER_GROUP,
+            INNER,
+            WIDTH,
+            TOKENS,
+            WIDTH_TILE,
+        )
