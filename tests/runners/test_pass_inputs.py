@@ -54,6 +54,23 @@ def test_an_engine_sees_weights_that_changed_between_calls() -> None:
         assert torch.equal(changed, model.generate_ar(prompt, max_new_tokens=12, eos_token_id=[]))
 
 
+@NATIVE
+@torch.no_grad()
+def test_layers_share_no_buffers() -> None:
+    """Keys that a pass stores itself lie in a buffer that the largest Mamba layer before or behind must not move."""
+    for pattern in ("M*M*", "*MM*"):
+        model = build_random_model(pattern, dtype=torch.float32)
+        for length in (1, 3, 16, 90, 2):
+            tokens = torch.arange(4, 4 + length)[None] % 60 + 2
+            states = model.new_state(1, 128), model.new_state(1, 128)
+            found = model.extend(tokens, states[0])
+            with options.override(native=False):
+                expected = model.extend(tokens, states[1])
+            torch.testing.assert_close(found, expected, rtol=1e-4, atol=1e-4)
+            for own, other in zip(states[0].attention_pools, states[1].attention_pools, strict=True):
+                torch.testing.assert_close(own[1].k, other[1].k, rtol=1e-4, atol=1e-5)
+
+
 @torch.no_grad()
 def test_a_view_is_not_read_after_its_state_has_changed() -> None:
     model = two_tower("llama", torch.float64)

@@ -257,6 +257,8 @@ inline Range partition(long n, int part, int parts, long grain = 1) {  // in mul
 }
 
 // Per-thread buffers that are kept between calls, so that loops do not allocate.
+// 8 to 13 and 15 belong to the pass of a tower (tower.h), the others to the kernel that runs. A larger request moves a
+// buffer.
 inline float* scratch(int which, long floats) {
     static thread_local std::vector<float> buffers[16];
     std::vector<float>& buffer = buffers[which];

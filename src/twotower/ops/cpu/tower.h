@@ -54,7 +54,7 @@ Pass<T> new_pass(const PassOptions& s, const Tables& tables, const uint8_t* toke
     if (token_mask && !token_mask[representative]) representative = 0;
     return {s, tables.ropes, token_mask, counts, causal, threads, tokens, representative,
             reinterpret_cast<T*>(scratch(10, tokens * width)), reinterpret_cast<T*>(scratch(11, tokens * width)),
-            reinterpret_cast<T*>(scratch(14, 2 * tokens * s.kv_heads * s.head_dim)),
+            reinterpret_cast<T*>(scratch(15, 2 * tokens * s.kv_heads * s.head_dim)),
             reinterpret_cast<int64_t*>(scratch(12, 2 * tokens * top)), scratch(13, tokens * top)};
 }
 
