@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import gzip
 import json
+import sys
 from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
@@ -11,8 +12,10 @@ from typing import Any
 import pytest
 import torch
 from command import Result, assert_one_line_error
+from tiny_backbones import save, save_tokenizer
 
 from twotower import TwoTowerForCausalLM, bundled_model
+from twotower.checkpoint.convert import convert
 from twotower.decoding.output import Generation
 from twotower.decoding.presets import parse_setting
 from twotower.engine import Request
@@ -75,6 +78,44 @@ def test_likelihoods_equal_those_of_the_hugging_face_adapter(model: TwoTowerForC
     assert len(windows) > 2
     assert sum(len(text) for _, text in windows) == len(ours.tok_encode(long, add_special_tokens=False))
     assert all(len(given) + len(text) <= window + 1 and given for given, text in windows)
+
+
+@pytest.mark.parametrize("name", ["llama", "mamba2", pytest.param("gemma3_text", marks=pytest.mark.slow)])
+def test_another_backbone(name: str, tmp_path: Path) -> None:
+    """Likelihoods are those of transformers' model; there are a bound and texts of every mode."""
+    from lm_eval.models.huggingface import HFLM
+
+    theirs = save(name, tmp_path / "ar")
+    tokenizer = save_tokenizer(tmp_path / "ar", "<mask>", mask_token="<mask>")
+    convert(tmp_path / "ar", tmp_path / "two")
+    asked = instances("loglikelihood", ("User: I need", " a taxi"), ("", "Hello"), ("abc def " * 15, "end of it"))
+    expected = HFLM(pretrained=theirs, tokenizer=tokenizer, batch_size=1, max_length=80, device="cpu")
+    ours = TwoTowerLM(str(tmp_path / "two"), setting="ar", max_length=80, dtype="float32")
+    for mine, other in zip(ours.loglikelihood(asked), expected.loglikelihood(asked), strict=True):
+        assert mine[0] == pytest.approx(other[0], rel=1e-4)
+        assert mine[1] == other[1]
+    bound = TwoTowerLM(ours.model, likelihood="bound", samples=2, max_length=80).loglikelihood(asked)
+    assert all(value < 0 for value, _ in bound)
+    prompt = instances("generate_until", ("User: hello", {"until": ["\n"], "max_gen_toks": 8}))
+    settings = ("ar", "verified", "diffusion:0.8")
+    texts = [TwoTowerLM(ours.model, setting=setting, max_length=80).generate_until(prompt)[0] for setting in settings]
+    assert texts[0] == texts[1]
+    assert all(texts)
+
+
+def test_the_command_knows_the_model(cli: Callable[..., Result], monkeypatch: pytest.MonkeyPatch) -> None:
+    """The command itself registers the model: this test forgets what the other tests have imported."""
+    from lm_eval import __main__ as harness
+    from lm_eval.api.registry import get_model, model_registry
+
+    monkeypatch.delitem(model_registry._objs, "twotower")
+    monkeypatch.delitem(sys.modules, adapter.__name__)
+    with pytest.raises(ValueError, match="'twotower'"):
+        get_model("twotower")
+    seen = []
+    monkeypatch.setattr(harness, "cli_evaluate", lambda: seen.append((sys.argv[1:], get_model("twotower").__name__)))
+    assert cli("lm-eval", "run", "--model", "twotower").code == 0
+    assert seen == [(["run", "--model", "twotower"], "TwoTowerLM")]
 
 
 def test_generation_uses_the_setting_and_ends_at_stop_strings(model: TwoTowerForCausalLM) -> None:

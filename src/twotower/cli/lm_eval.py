@@ -25,6 +25,8 @@ def lm_eval(arguments: tuple[str, ...]) -> None:
     require_lm_eval()
     from lm_eval.__main__ import cli_evaluate
 
+    import twotower.evaluation.lm_eval.model  # noqa: F401  registers the model
+
     configure_process()
     before = sys.argv
     sys.argv = ["twotower lm-eval", *arguments]
