@@ -6,12 +6,13 @@ its norms, routers and rotary embeddings otherwise compute in fp32 whatever the 
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from copy import deepcopy
 from pathlib import Path
 from typing import Any
 
+import pytest
 import torch
 from conftest import random_two_tower
 from tokenizers import AddedToken, Tokenizer, decoders, models, pre_tokenizers
@@ -173,6 +174,20 @@ SHAPES: dict[str, dict[str, Any]] = {
         **MAMBA_ALONE, "use_bias": True, "use_conv_bias": False, "n_groups": 1, "residual_in_fp32": False,
         "tie_word_embeddings": True, "time_step_limit": [0.02, 0.3]},
 }  # fmt: skip
+
+
+# Shapes that together have every kind of layer, cache and order of norms: the short form of tests of a kind, not of an
+# option. Every shape is compared with transformers in the short form of `test_families.py`.
+CORE = (
+    "llama", "ministral", "phi3:longrope", "gemma3_text", "olmo2", "granitemoehybrid", "mamba2", "falcon_h1",
+    "qwen3_next",
+)  # fmt: skip
+FAMILY_NAMES = tuple(name for name in SHAPES if ":" not in name)
+
+
+def slow_but(fast: Collection[str], names: Iterable[str] = tuple(SHAPES)) -> list[Any]:
+    """Names for `parametrize`; all but the fast ones are slow."""
+    return [pytest.param(name, marks=() if name in fast else pytest.mark.slow) for name in names]
 
 
 def hf_config(name: str, options: Mapping[str, Any] | None = None) -> Any:

@@ -17,7 +17,7 @@ from conftest import build_random_model
 from test_against_transformers import theirs
 from test_conversion import CURRENT, MODELS, ORIGINAL, backbone, read_config, tensors, write_config
 from test_loading_memory import CHILD
-from tiny_backbones import SHAPES, VOCAB, hf_config, hf_model, save, save_tokenizer
+from tiny_backbones import FAMILY_NAMES, VOCAB, hf_config, hf_model, save, save_tokenizer, slow_but
 from transformers import AutoModelForCausalLM, Gemma3Config, Gemma3ForConditionalGeneration, NemotronHConfig
 
 from twotower import TwoTowerForCausalLM
@@ -55,7 +55,7 @@ def assert_nemotron_config(one: Path, other: Path) -> None:
     }
 
 
-@pytest.mark.parametrize("name", SHAPES)
+@pytest.mark.parametrize("name", slow_but((*FAMILY_NAMES, "gemma:options", "granitemoehybrid:rope")))
 def test_the_source_comes_back(name: str, tmp_path: Path) -> None:
     """In shards or not, the source in fp32 or bf16; the file of weights is equal byte for byte."""
     dtype = torch.bfloat16 if len(name) % 2 else torch.float32

@@ -8,7 +8,7 @@ import pytest
 import torch
 from backbone_models import MASK, some_text
 from test_int8 import as_meant
-from tiny_backbones import SHAPES, save
+from tiny_backbones import FAMILY_NAMES, save, slow_but
 from torch import nn
 
 from twotower import TwoTowerForCausalLM
@@ -28,7 +28,7 @@ def plain_products(model: nn.Module) -> list[str]:
 
 
 @pytest.mark.proves("int8")
-@pytest.mark.parametrize("name", SHAPES)
+@pytest.mark.parametrize("name", slow_but(FAMILY_NAMES))
 @torch.no_grad()
 def test_a_model_loaded_in_int8_has_the_dequantized_weights(name: str, tmp_path: Path) -> None:
     """Both towers, logits and texts. A tied head is in int8, its embedding is not."""

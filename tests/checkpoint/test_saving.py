@@ -11,7 +11,7 @@ import pytest
 import tiny_run
 import torch
 from safetensors.torch import load_file
-from tiny_backbones import SHAPES, two_tower
+from tiny_backbones import slow_but, two_tower
 from transformers import AutoModelForCausalLM
 
 from twotower import TwoTowerForCausalLM
@@ -163,9 +163,7 @@ def test_a_folder_is_replaced_as_a_whole(tmp_path: Path, monkeypatch: pytest.Mon
 SHORT = ("llama", "mixtral", "granitemoehybrid", "falcon_h1")
 
 
-@pytest.mark.parametrize(
-    "name", [pytest.param(name, marks=() if name in SHORT else pytest.mark.slow) for name in SHAPES]
-)
+@pytest.mark.parametrize("name", slow_but(SHORT))
 def test_shards_give_the_same_model(name: str, tmp_path: Path) -> None:
     """Saved in shards and whole, loaded by this package and by an Auto class."""
     model = two_tower(name, torch.bfloat16)

@@ -1,7 +1,7 @@
 """Every family of backbones in every mode and on every path, in float64, against the oracle and against transformers.
 
-The short form has one set of requests a family, and some tests leave out the variants of a family. The full form has
-all policies, and more prompts, blocks and tokens.
+The short form has the shapes of `CORE`, which have every kind of layer and cache, and one set of requests each. The
+full form has every shape, all policies, and more prompts, blocks and tokens.
 """
 
 from __future__ import annotations
@@ -20,7 +20,7 @@ from backbone_models import MASK, initialised, some_text, trained
 from decoding_goldens import METHODS, row_matches, row_of
 from decoding_requests import POLICY_VALUES
 from oracle_tower import Context, read
-from tiny_backbones import SHAPES, VOCAB, hf_model, in_float64
+from tiny_backbones import CORE, FAMILY_NAMES, SHAPES, VOCAB, hf_model, in_float64, slow_but
 from torch import Tensor
 
 from twotower import LLM, GenerationParams, Request, TwoTowerForCausalLM, generate
@@ -40,8 +40,7 @@ POLICIES = tuple(POLICY_VALUES)
 BASE = some_text(90, seed=1)  # prompts are beginnings of one text, so that the prefix cache has hits
 LONGEST_BLOCK = 30  # longer than every window of SHAPES
 slow = pytest.mark.slow
-# The first shape of each family in the short form, the variants in the full form.
-FAMILIES = [pytest.param(name, marks=slow if ":" in name else ()) for name in NAMES]
+FEW = ("ministral", "granitemoehybrid", "falcon_h1", "qwen3_next")
 
 
 def window(name: str) -> int:
@@ -66,11 +65,11 @@ def asked(mode: str, prompt: int, **values: Any) -> Request:
 
 
 def few_requests(name: str) -> list[Request]:
-    """One or two requests of each mode, one for the variants of a family.
+    """One or two requests of each mode, for the shapes of `CORE`; one for others.
 
-    All families together have all policies, and blocks below and above windows.
+    All shapes of `CORE` together have all policies, and blocks below and above windows.
     """
-    place, near = NAMES.index(name), window(name)
+    place, near = CORE.index(name) if name in CORE else NAMES.index(name), window(name)
     policies = [POLICIES[(3 * place + i) % len(POLICIES)] for i in range(3)]
     values = [{"policy": policy, "policy_value": POLICY_VALUES[policy][1]} for policy in policies]
     sampled: dict[str, Any] = {"temperature": 0.8, "seed": 7, "top_k": 20, "top_p": 0.95}
@@ -80,7 +79,7 @@ def few_requests(name: str) -> list[Request]:
         asked("diffusion", near + 1, block_size=near, steps_per_block=4, **values[0]),
         asked("verified", near - 8, block_size=17, draft_steps=2, acceptance=0.05),
     ]
-    if ":" in name:
+    if name not in CORE:
         return every_shape
     return [
         *every_shape,
@@ -130,7 +129,7 @@ def in_engine(model: TwoTowerForCausalLM, requests: Sequence[Request], rounds: i
 
 
 @pytest.mark.parametrize("form", FORMS)
-@pytest.mark.parametrize("name", NAMES)
+@pytest.mark.parametrize("name", slow_but(CORE))
 def test_requests_equal_the_oracle(name: str, form: Any) -> None:
     """Alone, and together in an engine, twice, so that prompts are in the prefix cache."""
     model, requests = trained(name), form(name)
@@ -158,7 +157,7 @@ class Fault:
 
 
 @pytest.mark.parametrize("form", FORMS)
-@pytest.mark.parametrize("name", FAMILIES)
+@pytest.mark.parametrize("name", slow_but(FEW))
 def test_every_engine_gives_the_same_texts(name: str, form: Any) -> None:
     """A replica on another device, deterministic requests, exceptions in passes, and a memory for two texts."""
     model, requests = trained(name), form(name)
@@ -179,7 +178,7 @@ def test_every_engine_gives_the_same_texts(name: str, form: Any) -> None:
 
 
 @pytest.mark.proves("verified")
-@pytest.mark.parametrize("name", NAMES)
+@pytest.mark.parametrize("name", slow_but(CORE))
 def test_verified_equals_ar_whatever_the_draft(name: str) -> None:
     """Drafts with random errors: all lengths of accepted drafts, and rows of all lengths."""
     model = trained(name)
@@ -225,7 +224,7 @@ def state_of(model: TwoTowerForCausalLM, rows: Sequence[Sequence[int]]) -> Tower
     return state
 
 
-@pytest.mark.parametrize("name", STATIC_NAMES)
+@pytest.mark.parametrize("name", slow_but(CORE, STATIC_NAMES))
 def test_prefill_in_chunks_gives_the_logits_of_one_pass(name: str) -> None:
     model = trained(name)
     rows = [BASE[:length] for length in (70, 1, window(name), 41, window(name) + 1)]
@@ -241,7 +240,7 @@ def test_prefill_in_chunks_gives_the_logits_of_one_pass(name: str) -> None:
 @pytest.mark.parametrize(
     "kept", [pytest.param((0, 1, 9, 17), id="short"), pytest.param(range(18), id="full", marks=slow)]
 )
-@pytest.mark.parametrize("name", STATIC_NAMES)
+@pytest.mark.parametrize("name", slow_but(CORE, STATIC_NAMES))
 def test_rollback_at_every_length(name: str, kept: Sequence[int]) -> None:
     """Ragged rows read 17 tokens and keep some of them. Both towers then compute what they compute after a prefill."""
     model, near = trained(name), window(name)
@@ -280,7 +279,7 @@ def assert_same(model: TwoTowerForCausalLM, state: TowerState, texts: Sequence[l
         torch.testing.assert_close(logits[row], whole[row, len(text) : len(text) + 3], rtol=1e-9, atol=1e-9)
 
 
-@pytest.mark.parametrize("name", NAMES)
+@pytest.mark.parametrize("name", slow_but(CORE))
 def test_blocks_of_all_sizes_after_all_contexts_equal_the_oracle(name: str) -> None:
     """Blocks smaller than, equal to and larger than the window, after texts of the window ± 1."""
     model, near = trained(name), window(name)
@@ -297,7 +296,7 @@ def test_blocks_of_all_sizes_after_all_contexts_equal_the_oracle(name: str) -> N
             torch.testing.assert_close(found[row], expected, rtol=1e-9, atol=1e-9)
 
 
-@pytest.mark.parametrize("name", NAMES)
+@pytest.mark.parametrize("name", slow_but(FAMILY_NAMES))
 def test_a_denoiser_at_initialisation_is_the_ar_model(name: str) -> None:
     """A block of one token after the context of the tokens before it has the AR logits; so mock-AR is AR."""
     model = initialised(name)
@@ -372,7 +371,7 @@ EVERY_RUN = [(mode, way) for mode in ("ar", "verified") for way in ("batch", "en
         pytest.param(EVERY_RUN, EVERY_RUN, 40, id="full", marks=slow),
     ],
 )
-@pytest.mark.parametrize("name", FAMILIES)
+@pytest.mark.parametrize("name", slow_but(FEW))
 def test_texts_equal_transformers(name: str, exact_runs: Any, fp32_runs: Any, new: int) -> None:
     """float64: all tokens. fp32: logits within 1e-4 of their deviation, and all tokens without a near tie."""
     theirs = hf_model(name)
@@ -390,6 +389,6 @@ def test_texts_equal_transformers(name: str, exact_runs: Any, fp32_runs: Any, ne
 
 
 def test_short_forms_have_every_policy_and_every_kind() -> None:
-    requests = [request for name in NAMES for request in few_requests(name)]
+    requests = [request for name in CORE for request in few_requests(name)]
     assert {request.params.policy for request in requests} >= set(POLICIES)
     assert all(max(request.prompt) < VOCAB for request in requests)

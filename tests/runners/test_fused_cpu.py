@@ -7,7 +7,7 @@ from typing import Any, Literal
 
 import pytest
 import torch
-from tiny_backbones import SHAPES, two_tower
+from tiny_backbones import FAMILY_NAMES, SHAPES, slow_but, two_tower
 from torch import Tensor
 
 from twotower import TwoTowerForCausalLM
@@ -99,7 +99,7 @@ def test_a_pass_is_its_layers(name: str, length: int, dtype: torch.dtype, monkey
 @pytest.mark.proves("compiled pass")
 @pytest.mark.parametrize("dtype", NARROW)
 @pytest.mark.parametrize("weights", ["packed", pytest.param("int8", marks=pytest.mark.proves("int8"))])
-@pytest.mark.parametrize("name", SHAPES)
+@pytest.mark.parametrize("name", slow_but(FAMILY_NAMES))
 def test_packed_and_quantized_passes(
     name: str, weights: Weights, dtype: torch.dtype, monkeypatch: pytest.MonkeyPatch
 ) -> None:

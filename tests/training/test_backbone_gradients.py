@@ -10,7 +10,7 @@ import torch.nn.functional as F
 from oracle_tower import conditioning, read
 from packed import MASK, Case, Kind, blocks_of, case, deviation, naive_next_token_nll, naive_nll, objective
 from test_objective import EXACT, same
-from tiny_backbones import SHAPES, VOCAB
+from tiny_backbones import CORE, FAMILY_NAMES, SHAPES, VOCAB, slow_but
 from torch import Tensor
 
 from twotower.training import objective as objective_module
@@ -68,16 +68,16 @@ def check_by_generation(step: Case, label: str) -> None:
 
 
 @pytest.mark.proves("training gradient = reference")
-@pytest.mark.parametrize("name", [pytest.param(name, marks=pytest.mark.slow if ":" in name else ()) for name in SHAPES])
+@pytest.mark.parametrize("name", slow_but(CORE))
 def test_gradients_of_every_family(name: str) -> None:
     step = case(backbone=name, rows=ROWS)
     check(step, name, oracle_nll(step), oracle_next_nll(step))
 
 
 @pytest.mark.proves("training gradient = reference")
-@pytest.mark.parametrize("name", [name for name in SHAPES if ":" in name])
-def test_gradients_of_every_variant(name: str) -> None:
-    """The variants of a family; their oracle takes a second each, in the full form."""
+@pytest.mark.parametrize("name", slow_but(FAMILY_NAMES, [name for name in SHAPES if name not in CORE]))
+def test_gradients_of_every_other_shape(name: str) -> None:
+    """Their oracle takes a second each, in the full form."""
     check_by_generation(case(backbone=name, rows=ROWS), name)
 
 

@@ -15,7 +15,7 @@ import click
 import pytest
 import torch
 from conftest import SHAPE, build_random_model
-from tiny_backbones import SHAPES, two_tower
+from tiny_backbones import CORE, SHAPES, two_tower
 from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.profiler import ProfilerActivity
 from torch.utils.flop_counter import FlopCounterMode
@@ -39,6 +39,7 @@ from twotower.training.planning.step_memory import memory_of
 
 RELEASED = Path(__file__).parents[1] / "golden" / "released"
 BLOCK = 16
+slow = pytest.mark.slow
 WIDE = SHAPE | {"hidden_size": 64, "head_dim": 16, "mamba_num_heads": 8, "mamba_head_dim": 16, "intermediate_size": 128}
 
 
@@ -82,7 +83,10 @@ SOLVES = {torch.ops.aten.linalg_solve_triangular: solve_flops}  # torch has no f
         ("M*E-ME", False, "frozen"),
         ("M*E-ME", True, "trained"),
         ("E*", True, "frozen"),
-        *((name, at % 2 == 0, ("frozen", "trained")[at % 2]) for at, name in enumerate(SHAPES)),
+        *(
+            pytest.param(name, at % 2 == 0, ("frozen", "trained")[at % 2], marks=() if name in CORE else slow)
+            for at, name in enumerate(SHAPES)
+        ),
     ],
 )
 def test_flops_are_those_that_torch_counts(pattern: str, activation_checkpointing: bool, context: str) -> None:
@@ -124,7 +128,10 @@ def peak_of(measured: Profile) -> int:
         ("*-M", torch.float32, "tied", True, 0.02),
         ("M*E-ME", torch.bfloat16, "frozen", False, 0.002),
         ("M*E-ME", torch.bfloat16, "frozen", True, 0.01),
-        *((name, torch.bfloat16, "frozen", at % 2 == 0, 0.02) for at, name in enumerate(SHAPES)),
+        *(
+            pytest.param(name, torch.bfloat16, "frozen", at % 2 == 0, 0.02, marks=() if name in CORE else slow)
+            for at, name in enumerate(SHAPES)
+        ),
     ],
 )
 def test_activations_are_those_of_a_real_pass(
