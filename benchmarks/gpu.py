@@ -45,7 +45,7 @@ from twotower.checkpoint.quantize import quantize_  # noqa: E402
 from twotower.evaluation.machine import device_facts  # noqa: E402
 from twotower.evaluation.speed import few_shot_prompts  # noqa: E402
 from twotower.ops import self_check, self_check_cases  # noqa: E402
-from twotower.ops.registry import REGISTRY, Backend, report  # noqa: E402
+from twotower.ops.registry import REGISTRY, report  # noqa: E402
 
 PUBLISHED_RATES = (1.2, 1.5, 1.9, 3.0, 3.3, 5.0)  # tokens per pass: the published values and others
 SPARE = 6 << 30  # bytes of the device that stay free for states, logits and libraries
@@ -120,17 +120,9 @@ def kernels(setting: Setting, out: dict[str, Any]) -> None:
             row: dict[str, Any] = {"op": op, "backend": backend.name, "refused": refused or ""}
             rows.append(row)
             if not refused:
-                tried = cases_of(op, backend, setting)
+                tried = self_check_cases.CASES[op](setting.device, setting.dtype)
                 wrong = self_check.find_mismatch(backend.function, backends[-1].function, tried)
                 row["verdict"] = "agrees" if wrong is None else f"DIFFERS: it {wrong}"
-
-
-def cases_of(op: str, backend: Backend, setting: Setting) -> list[self_check.Case]:
-    """The cases of a backend; the grouped GEMM takes only widths that are multiples of 8."""
-    if backend.name == "grouped-gemm":
-        of = {"experts": self_check_cases.experts_cases, "experts_int8": self_check_cases.experts_int8_cases}[op]
-        return of(setting.device, setting.dtype, width=64, inner=32)
-    return self_check_cases.CASES[op](setting.device, setting.dtype)
 
 
 FREE: dict[str, Any] = {"mode": "diffusion", "confidence_threshold": 0.8}

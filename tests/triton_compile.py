@@ -161,12 +161,12 @@ def products() -> None:
     ):
         hidden, choice = torch.empty(tokens, width, dtype=dtype), torch.zeros(tokens, top, dtype=torch.int64)
         up, down = torch.empty(count, inner, width, dtype=dtype), torch.empty(count, width, inner, dtype=dtype)
-        experts.experts(hidden, choice, torch.empty(tokens, top), up, down)
-        experts.experts_int8(hidden, choice, torch.empty(tokens, top), *_int8(up), *_int8(down))
         share, kinds = torch.empty(tokens, top), ("silu", "gelu_tanh") if tokens == 16 else ("silu",)
+        experts.experts(hidden, choice, share, None, up, down, "relu2")
+        experts.experts_int8(hidden, choice, share, None, _int8(up), _int8(down), "relu2")
         for kind in kinds:
-            experts.gated_experts(hidden, choice, share, up, up, down, kind)
-            experts.gated_experts_int8(hidden, choice, share, _int8(up), _int8(up), _int8(down), kind)
+            experts.experts(hidden, choice, share, up, up, down, kind)
+            experts.experts_int8(hidden, choice, share, _int8(up), _int8(up), _int8(down), kind)
         int8.linear_int8(torch.empty(min(tokens, 256), 4096, dtype=dtype), *_int8(torch.empty(width, 4096)))
     bias = torch.empty(131072, dtype=torch.bfloat16)
     int8.linear_int8(torch.empty(16, 2688, dtype=torch.bfloat16), *_int8(torch.empty(131072, 2688)), bias)

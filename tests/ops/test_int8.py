@@ -28,10 +28,11 @@ from twotower.model.tower import PassInputs
 from twotower.model.towers import PREFILL_CHUNK
 from twotower.ops import self_check_cases
 from twotower.ops.cpu import kernels, library
-from twotower.ops.reference import gated_experts, int8
+from twotower.ops.reference import int8
 from twotower.ops.reference.experts import experts_dense
 from twotower.runners import fused_cpu
 from twotower.runners.fused_cpu import FusedCPURunner
+from twotower.specs import Activation
 
 pytestmark = pytest.mark.code_path
 CPU = torch.device("cpu")
@@ -104,40 +105,25 @@ def test_linear_uses_the_dequantized_weights(bias: bool) -> None:
 
 @pytest.mark.parametrize("backend", [int8.experts_sorted, int8.experts_gathered, int8.experts_grouped])
 @pytest.mark.parametrize(("tokens", "top"), [(0, 2), (1, 2), (3, 1), (19, 3)])
+@pytest.mark.parametrize(("activation", "gated"), [("relu2", False), ("gelu", True)])
 def test_experts_use_the_dequantized_weights(
-    backend: Callable[..., Tensor], tokens: int, top: int, monkeypatch: pytest.MonkeyPatch
+    backend: Callable[..., Tensor],
+    tokens: int,
+    top: int,
+    activation: Activation,
+    gated: bool,
+    monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     randn = self_check_cases.Randn(2, CPU)
     up, down = int8.quantize(randn(7, 21, 37)), int8.quantize(randn(7, 37, 21))
+    weights = int8.quantize(randn(7, 21, 37)) if gated else None, up, down
     hidden, weight = randn(tokens, 37).double(), randn(tokens, top).double().abs()
     choice = randn(tokens, 7).argsort(-1)[:, :top]
     if backend is int8.experts_grouped:
         monkeypatch.setattr(torch, "_grouped_mm", grouped)
-    expected = experts_dense(hidden, choice, weight, meant(*up), meant(*down))
-    torch.testing.assert_close(backend(hidden, choice, weight, *up, *down), expected, rtol=1e-11, atol=1e-11)
-
-
-@pytest.mark.parametrize(
-    "backend",
-    [
-        gated_experts.gated_experts_int8,
-        gated_experts.gated_experts_int8_gathered,
-        gated_experts.gated_experts_int8_grouped,
-    ],
-)
-@pytest.mark.parametrize(("tokens", "top"), [(0, 2), (1, 2), (3, 1), (19, 3)])
-def test_gated_experts_use_the_dequantized_weights(
-    backend: Callable[..., Tensor], tokens: int, top: int, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    randn = self_check_cases.Randn(2, CPU)
-    weights = [int8.quantize(randn(7, *shape)) for shape in ((21, 37), (21, 37), (37, 21))]
-    hidden, weight = randn(tokens, 37).double(), randn(tokens, top).double().abs()
-    choice = randn(tokens, 7).argsort(-1)[:, :top]
-    if backend is gated_experts.gated_experts_int8_grouped:
-        monkeypatch.setattr(torch, "_grouped_mm", grouped)
-    wide = [meant(*pair) for pair in weights]
-    expected = gated_experts.gated_experts_dense(hidden, choice, weight, *wide, "gelu")
-    found = backend(hidden, choice, weight, *weights, "gelu")
+    wide = [None if pair is None else meant(*pair) for pair in weights]
+    expected = experts_dense(hidden, choice, weight, *wide, activation)
+    found = backend(hidden, choice, weight, *weights, activation)
     torch.testing.assert_close(found, expected, rtol=1e-11, atol=1e-11)
 
 

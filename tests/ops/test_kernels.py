@@ -20,15 +20,10 @@ from twotower.nemotron_h_fields import NemotronHFields
 from twotower.ops.reference.attention import QueryTile, block_attention, tiled_attention
 from twotower.ops.reference.conv import causal_conv, causal_conv_sequential
 from twotower.ops.reference.experts import experts_dense, experts_gathered, experts_grouped, experts_sorted
-from twotower.ops.reference.gated_experts import (
-    gated_experts_dense,
-    gated_experts_gathered,
-    gated_experts_grouped,
-    gated_experts_sorted,
-)
 from twotower.ops.reference.ssd import final_state, pass_states, ssd_block, ssd_chunked, ssd_sequential
 from twotower.ops.registry import REGISTRY, report, select
 from twotower.ops.self_check_cases import ODD_SIZES, mamba_block_arguments
+from twotower.specs import Activation
 
 pytestmark = pytest.mark.code_path
 F64 = torch.float64
@@ -232,9 +227,12 @@ def test_causal_convolution(length: int, taps: int, window: bool, bias: bool) ->
 # --- experts ------------------------------------------------------------------------------------------------------
 
 
-def expert_arguments(tokens: int, per_token: int, experts: int = 6, dtype: torch.dtype = F64) -> dict[str, Tensor]:
+def expert_arguments(
+    tokens: int, per_token: int, gated: bool = False, experts: int = 6, dtype: torch.dtype = F64
+) -> dict[str, Tensor | None]:
     torch.manual_seed(0)
     return {
+        "gate": torch.randn(experts, 16, 8, dtype=dtype) if gated else None,
         "hidden": torch.randn(tokens, 8, dtype=dtype),
         "topk_ids": torch.rand(tokens, experts).topk(per_token).indices,
         "weight": torch.rand(tokens, per_token, dtype=torch.promote_types(dtype, torch.float32)),
@@ -245,25 +243,22 @@ def expert_arguments(tokens: int, per_token: int, experts: int = 6, dtype: torch
 
 @pytest.mark.parametrize("kernel", [experts_sorted, experts_gathered])
 @pytest.mark.parametrize(("tokens", "per_token"), [(1, 1), (1, 6), (2, 2), (19, 3)])
-def test_experts(kernel: Callable[..., Tensor], tokens: int, per_token: int) -> None:
-    same(kernel, experts_dense, expert_arguments(tokens, per_token))
-
-
-@pytest.mark.parametrize("kernel", [gated_experts_sorted, gated_experts_gathered])
-@pytest.mark.parametrize(("tokens", "per_token"), [(1, 1), (2, 2), (19, 3)])
-@pytest.mark.parametrize("activation", ["silu", "gelu", "gelu_tanh"])
-def test_gated_experts(kernel: Callable[..., Tensor], tokens: int, per_token: int, activation: str) -> None:
-    arguments = expert_arguments(tokens, per_token)
-    arguments["gate"] = torch.randn_like(arguments["up"])
-    same(partial(kernel, activation=activation), partial(gated_experts_dense, activation=activation), arguments)
+@pytest.mark.parametrize(
+    ("activation", "gated"), [("relu2", False), ("silu", False), ("silu", True), ("gelu", True), ("gelu_tanh", True)]
+)
+def test_experts(
+    kernel: Callable[..., Tensor], tokens: int, per_token: int, activation: Activation, gated: bool
+) -> None:
+    functions = (partial(function, activation=activation) for function in (kernel, experts_dense))
+    same(*functions, expert_arguments(tokens, per_token, gated))
 
 
 def test_an_unselected_expert_is_not_read() -> None:
     """Weights of unselected experts may be invalid. (The dense reference would read them.)"""
-    arguments = expert_arguments(5, 2)
+    arguments: dict[str, Any] = expert_arguments(5, 2, gated=True) | {"activation": "silu"}
     arguments["topk_ids"] %= 2
     expected = experts_sorted(**arguments)
-    for name in ("up", "down"):
+    for name in ("gate", "up", "down"):
         arguments[name][2:] = torch.nan
     assert torch.equal(experts_sorted(**arguments), expected)
     torch.testing.assert_close(experts_gathered(**arguments), expected)
@@ -291,9 +286,12 @@ def test_grouped_experts(device: str, dtype: torch.dtype, tolerance: float, toke
     reason = _grouped_mm_unsupported_reason(device, dtype)
     if reason:
         pytest.skip(f"experts_grouped is not tested on {device} in {dtype}: {reason}")
-    arguments = {n: t.to(device) for n, t in expert_arguments(tokens, per_token, dtype=dtype).items()}
-    exact = experts_dense(**{n: t.double() if t.is_floating_point() else t for n, t in arguments.items()})
-    grouped = experts_grouped(**arguments)
+    arguments = {
+        n: t if t is None else t.to(device) for n, t in expert_arguments(tokens, per_token, dtype=dtype).items()
+    }
+    wide = {n: t if t is None or not t.is_floating_point() else t.double() for n, t in arguments.items()}
+    exact = experts_dense(**wide, activation="relu2")
+    grouped = experts_grouped(**arguments, activation="relu2")
     assert grouped.dtype == dtype
     assert (grouped - exact).abs().max() < tolerance * exact.abs().max()
 
@@ -304,13 +302,12 @@ def test_grouped_experts_of_odd_widths(gated: bool) -> None:
     torch.manual_seed(0)
     up, gate, down = (torch.randn(5, *shape, requires_grad=True) for shape in ((13, 10), (13, 10), (10, 13)))
     hidden, weight = torch.randn(9, 10, requires_grad=True), torch.rand(9, 2, requires_grad=True)
-    matrices = (gate, up, down) if gated else (up, down)
+    matrices = gate if gated else None, up, down
     routed = hidden, torch.rand(9, 5).topk(2).indices, weight
-    grouped, dense = (gated_experts_grouped, gated_experts_dense) if gated else (experts_grouped, experts_dense)
-    activation = ("silu",) if gated else ()
-    results = [function(*routed, *matrices, *activation) for function in (grouped, dense)]
+    results = [function(*routed, *matrices, "silu") for function in (experts_grouped, experts_dense)]
     cotangent = torch.randn(9, 10)
-    gradients = [torch.autograd.grad((out * cotangent).sum(), (hidden, weight, *matrices)) for out in results]
+    leaves = [hidden, weight, *(matrix for matrix in matrices if matrix is not None)]
+    gradients = [torch.autograd.grad((out * cotangent).sum(), leaves) for out in results]
     for actual, expected in zip((results[0], *gradients[0]), (results[1], *gradients[1]), strict=True):
         torch.testing.assert_close(actual, expected, rtol=1e-4, atol=1e-5 * float(expected.detach().abs().max()))
 

@@ -14,7 +14,7 @@ from twotower.ops import registry, self_check_cases
 from twotower.ops.cpu import kernels, library, moe_kernels
 from twotower.ops.reference import int8, rope
 from twotower.ops.reference.attention import AttentionOptions
-from twotower.ops.reference.gated_experts import gated_experts_dense
+from twotower.ops.reference.experts import experts_dense
 from twotower.ops.reference.rope import HeadNorms, Rotation, rotation
 from twotower.ops.reference.routing import Routing, route
 from twotower.ops.self_check import Case, find_mismatch
@@ -167,13 +167,13 @@ def test_gated_experts_with_any_weights_packed(
     copies = tuple(kernels.pack(weights[name]) if name in packed else None for name in weights)
     hidden, ids, weight = randn(tokens, width).to(dtype), randn(tokens, 5).argsort(-1)[:, :2], randn(tokens, 2).abs()
     ids = ids.contiguous()
-    exact = gated_experts_dense(hidden.double(), ids, weight.double(), *(w.double() for w in weights.values()), "silu")
-    found = moe_kernels.gated_experts(hidden, ids, weight, *weights.values(), "silu", copies)
+    exact = experts_dense(hidden.double(), ids, weight.double(), *(w.double() for w in weights.values()), "silu")
+    found = moe_kernels.experts(hidden, ids, weight, *weights.values(), "silu", copies)
     tolerance = 1e-5 if dtype == torch.float32 else 1e-2
     torch.testing.assert_close(found.double(), exact, rtol=tolerance, atol=tolerance)
     for token in {0, tokens - 1}:
         own = slice(token, token + 1)
-        alone = moe_kernels.gated_experts(hidden[own], ids[own], weight[own], *weights.values(), "silu", copies)
+        alone = moe_kernels.experts(hidden[own], ids[own], weight[own], *weights.values(), "silu", copies)
         assert torch.equal(alone[0], found[token])
 
 
@@ -183,13 +183,13 @@ def test_gated_experts_in_int8(dtype: torch.dtype) -> None:
     gate, up, down = (int8.quantize(randn(5, *shape) / 6) for shape in ((21, 33), (21, 33), (33, 21)))
     hidden, ids, weight = randn(7, 33).to(dtype), randn(7, 5).argsort(-1)[:, :2].contiguous(), randn(7, 2).abs()
     wide = [int8.unpack(q, scale, torch.float64) * scale[..., None] for q, scale in (gate, up, down)]
-    exact = gated_experts_dense(hidden.double(), ids, weight.double(), *wide, "gelu_tanh")
-    found = moe_kernels.gated_experts_int8(hidden, ids, weight, gate, up, down, "gelu_tanh")
+    exact = experts_dense(hidden.double(), ids, weight.double(), *wide, "gelu_tanh")
+    found = moe_kernels.experts_int8(hidden, ids, weight, gate, up, down, "gelu_tanh")
     tolerance = 1e-5 if dtype == torch.float32 else 1e-2
     torch.testing.assert_close(found.double(), exact, rtol=tolerance, atol=tolerance)
     for token in range(7):
         own = slice(token, token + 1)
-        alone = moe_kernels.gated_experts_int8(hidden[own], ids[own], weight[own], gate, up, down, "gelu_tanh")
+        alone = moe_kernels.experts_int8(hidden[own], ids[own], weight[own], gate, up, down, "gelu_tanh")
         assert torch.equal(alone[0], found[token])
 
 

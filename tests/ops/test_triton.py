@@ -54,7 +54,7 @@ BOTH = pytest.mark.parametrize("sizes", [TINY_HYBRID, TINY_GROUPS], ids=["tiny-h
 # Operations that use Triton where it is supported; bf16 experts only where torch has no grouped GEMM.
 OPS = (
     "attention", "mamba_block", "state_update", "argmax", "rms_norm", "norm_and_rotate", "activate", "route",
-    "experts_int8", "gated_experts_int8", "linear_int8",
+    "experts_int8", "linear_int8",
 )  # fmt: skip
 # Tiny backbones and operations that they use: windows, caps, norms with an offset; norms of heads; softmax routers;
 # the state of gated DeltaNet layers; Mamba-2 without a norm and with a norm before the gate, beside attention.

@@ -17,7 +17,8 @@ from torch import Tensor
 from twotower import TwoTowerForCausalLM
 from twotower.checkpoint.quantize import quantize_
 from twotower.ops import registry, self_check_cases
-from twotower.ops.reference import experts, gated_experts, int8
+from twotower.ops.reference import experts, int8
+from twotower.ops.self_check import _as_float64 as as_float64
 from twotower.ops.self_check import find_mismatch
 from twotower.ops.self_check_cases import Randn
 from twotower.specs import Activation
@@ -60,10 +61,7 @@ def same(actual: Tensor, expected: Tensor) -> bool:
 
 
 class Mixture:
-    """Weights of `count` experts from `width` to `inner` and back, plain or int8, and the expected results.
-
-    activation: of experts with a gate; None: without gates.
-    """
+    """Weights of `count` experts from `width` to `inner` and back, plain or int8, and the expected results."""
 
     def __init__(
         self,
@@ -73,26 +71,18 @@ class Mixture:
         dtype: torch.dtype,
         as_int8: bool,
         seed: int = 1,
-        activation: Activation | None = None,
+        activation: Activation = "relu2",
+        gated: bool = False,
     ) -> None:
         self.randn = Randn(seed, DEVICE)
-        self.count, self.width, self.dtype = count, width, dtype
-        both = self.randn(count, inner, width) / width**0.5, self.randn(count, width, inner) / inner**0.5
-        self.rest: tuple[Activation, ...] = ()
-        if activation is None:
-            self.function = triton_experts.experts_int8 if as_int8 else triton_experts.experts
-            self.reference = int8.experts_sorted if as_int8 else experts.experts_sorted
-        else:
-            both = self.randn(count, inner, width) * 2 / width**0.5, *both
-            self.rest = (activation,)
-            self.function = triton_experts.gated_experts_int8 if as_int8 else triton_experts.gated_experts
-            self.reference = gated_experts.gated_experts_int8 if as_int8 else gated_experts.gated_experts_sorted
-        self.weights = [w for one in both for w in (int8.quantize(one) if as_int8 else (one.to(dtype),))]
-        self.pairs = bool(activation) and as_int8
-
-    def arguments(self, weights: list[Tensor]) -> tuple[Any, ...]:
-        """The weights as the operation takes them: gated int8 experts in pairs of values and scales."""
-        return (*(zip(weights[::2], weights[1::2], strict=True) if self.pairs else weights), *self.rest)
+        self.count, self.width, self.dtype, self.activation = count, width, dtype, activation
+        up, down = self.randn(count, inner, width) / width**0.5, self.randn(count, width, inner) / inner**0.5
+        gate = self.randn(count, inner, width) * 2 / width**0.5 if gated else None
+        self.function = triton_experts.experts_int8 if as_int8 else triton_experts.experts
+        self.reference = int8.experts_sorted if as_int8 else experts.experts_sorted
+        self.weights: list[Any] = [
+            None if one is None else int8.quantize(one) if as_int8 else one.to(dtype) for one in (gate, up, down)
+        ]
 
     def tokens(self, tokens: int, top: int) -> tuple[Tensor, Tensor, Tensor]:
         """hidden, topk_ids, weight."""
@@ -100,11 +90,11 @@ class Mixture:
         return hidden, choice[:, :top], self.randn(tokens, top).abs()
 
     def __call__(self, hidden: Tensor, choice: Tensor, weight: Tensor) -> Tensor:
-        return self.function(hidden, choice, weight, *self.arguments(self.weights))
+        return self.function(hidden, choice, weight, *self.weights, self.activation)
 
     def check(self, hidden: Tensor, choice: Tensor, weight: Tensor) -> None:
-        wide = [w.double() if w.is_floating_point() else w for w in self.weights]
-        expected = self.reference(hidden.double(), choice, weight.double(), *self.arguments(wide))
+        wide = map(as_float64, self.weights)
+        expected = self.reference(hidden.double(), choice, weight.double(), *wide, self.activation)
         close(self(hidden, choice, weight), expected, self.dtype)
 
 
@@ -131,17 +121,19 @@ def test_any_width(width: int, inner: int, dtype: torch.dtype, as_int8: bool) ->
 
 @INT8
 @DTYPES
-@pytest.mark.parametrize("activation", get_args(Activation))
-def test_gated_experts(activation: Activation, dtype: torch.dtype, as_int8: bool) -> None:
+@pytest.mark.parametrize(
+    ("activation", "gated"), [*((activation, True) for activation in get_args(Activation)), ("silu", False)]
+)
+def test_any_activation(activation: Activation, gated: bool, dtype: torch.dtype, as_int8: bool) -> None:
     """A token; more than a tile per expert; unselected experts; several programs, with a partial last one."""
-    mixture = Mixture(5, 37, 70, dtype, as_int8, activation=activation)
+    mixture = Mixture(5, 37, 70, dtype, as_int8, activation=activation, gated=gated)
     for tokens in (1, 34):
         mixture.check(*mixture.tokens(tokens, 2))
 
 
 @KINDS
 def test_gated_experts_of_one_token_among_others(dtype: torch.dtype, as_int8: bool) -> None:
-    mixture = Mixture(6, 40, 24, dtype, as_int8, activation="silu")
+    mixture = Mixture(6, 40, 24, dtype, as_int8, activation="silu", gated=True)
     hidden, choice, weight = mixture.tokens(20, 3)
     result = mixture(hidden, choice, weight)
     hidden[1] = torch.nan
@@ -214,10 +206,8 @@ def test_unselected_experts_are_not_read(tokens: int, as_int8: bool) -> None:
     hidden, choice, weight = mixture.tokens(tokens, 2)
     choice = choice % 3 * 2 + 1  # 1, 3 and 5, possibly one of them twice
     expected = mixture(hidden, choice, weight)
-    for expert in (0, 2, 4, 6, 7):
-        for w in mixture.weights:
-            if w.is_floating_point():
-                w[expert] = torch.nan
+    for own in mixture.weights[1:]:
+        (own[1] if as_int8 else own)[[0, 2, 4, 6, 7]] = torch.nan
     assert torch.equal(mixture(hidden, choice, weight), expected)
     assert not expected.isnan().any()
 
@@ -362,12 +352,11 @@ def test_the_kernels_compile_for_a_gpu(tmp_path: Path) -> None:
 
 
 @DTYPES
-@pytest.mark.parametrize("op", ["experts", "gated_experts"])
-def test_experts_pass_their_self_check(op: str, dtype: torch.dtype) -> None:
-    """test_triton.py checks the others; for these operations a GPU may prefer torch's grouped GEMM."""
-    (backend,) = (b for b in registry.REGISTRY[op] if b.name == "triton")
-    reference = registry.REGISTRY[op][-1].function
-    assert find_mismatch(backend.function, reference, self_check_cases.CASES[op](DEVICE, dtype)) is None
+def test_experts_pass_their_self_check(dtype: torch.dtype) -> None:
+    """test_triton.py checks the others; for this operation a GPU may prefer torch's grouped GEMM."""
+    (backend,) = (b for b in registry.REGISTRY["experts"] if b.name == "triton")
+    reference = registry.REGISTRY["experts"][-1].function
+    assert find_mismatch(backend.function, reference, self_check_cases.CASES["experts"](DEVICE, dtype)) is None
 
 
 @pytest.mark.parametrize("quantized", [False, True])
@@ -405,7 +394,6 @@ def test_a_model_through_the_kernels(
 def test_the_order_of_the_expert_backends() -> None:
     """Triton where torch has no backend that reads selected experts once; never after a backend that copies weights."""
     names = {op: [b.name for b in backends] for op, backends in registry.REGISTRY.items()}
-    for op in ("experts", "gated_experts"):
-        assert names[op][:2] == ["grouped-gemm", "triton"]
-        assert names[f"{op}_int8"][:2] == ["triton", "grouped-gemm"]
+    assert names["experts"][:2] == ["grouped-gemm", "triton"]
+    assert names["experts_int8"][:2] == ["triton", "grouped-gemm"]
     assert names["linear_int8"][0] == "triton"

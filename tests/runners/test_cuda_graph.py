@@ -21,14 +21,15 @@ from torch import Tensor
 from torch.fx.experimental.proxy_tensor import make_fx
 from torch.overrides import TorchFunctionMode
 
-from twotower import LLM, TwoTowerForCausalLM, options
+from twotower import LLM, GenerationParams, TwoTowerForCausalLM, options
+from twotower.engine import Request
 from twotower.model.layer_io import AttentionMetadata
 from twotower.model.tower import PassInputs, PassResult, Tower
 from twotower.ops import registry
 from twotower.ops.reference.attention import CachedKV
 from twotower.ops.self_check import _tensors
 from twotower.runners import cuda_graph
-from twotower.runners.cuda_graph import CUDAGraphRunner
+from twotower.runners.cuda_graph import CapturedGraph, CUDAGraphRunner
 
 
 def graphs(tower: Tower) -> CUDAGraphRunner:
@@ -61,9 +62,8 @@ def made(monkeypatch: pytest.MonkeyPatch) -> list[int]:
         return replay, result
 
     only_torch(monkeypatch)
-    for op in ("experts", "gated_experts"):  # the backend for a GPU without bf16
-        gathered = tuple(b for b in registry.REGISTRY[op] if b.name == "gathered")
-        monkeypatch.setattr(registry, "REGISTRY", registry.REGISTRY | {op: gathered})
+    gathered = tuple(b for b in registry.REGISTRY["experts"] if b.name == "gathered")  # for a GPU without bf16
+    monkeypatch.setattr(registry, "REGISTRY", registry.REGISTRY | {"experts": gathered})
     monkeypatch.setattr(cuda_graph, "cuda_graph_unsupported_reason", lambda device: None)
     monkeypatch.setattr(cuda_graph, "capturer", lambda device, pool: record)
     return recordings
@@ -116,12 +116,10 @@ def test_a_recording_serves_other_numbers_of_rows_and_other_contexts(
 
 
 # Biases, a window and a tied head; norms of heads; gated experts and a softmax router; gated DeltaNet.
-BACKBONES = pytest.mark.parametrize(
-    "name", ["qwen2", "qwen3", "mixtral", pytest.param("qwen3_5_text", marks=pytest.mark.slow)]
-)
+BACKBONES = ["qwen2", "qwen3", "mixtral", pytest.param("qwen3_5_text", marks=pytest.mark.slow)]
 
 
-@BACKBONES
+@pytest.mark.parametrize("name", BACKBONES)
 def test_recordings_of_other_backbones(name: str, made: list[int], monkeypatch: pytest.MonkeyPatch) -> None:
     """Rotary position embeddings follow each row's own position, in few recordings."""
     model = two_tower(name, torch.float64)
@@ -130,6 +128,34 @@ def test_recordings_of_other_backbones(name: str, made: list[int], monkeypatch: 
     requests = [replace(one, params=replace(one.params, block_size=3, max_new_tokens=9)) for one in requests]
     written = [output.tokens for output in LLM(model, rows=2, length=160).generate(requests)]
     assert 4 <= len(made) <= 16
+    with monkeypatch.context() as patch:
+        patch.setattr(CUDAGraphRunner, "run", lambda *_: None)
+        assert written == [alone(model, request).tokens for request in requests]
+    assert not any(graphs(tower).disabled_reason for tower in (model.context, model.denoiser))
+
+
+def test_recordings_of_long_rope(made: list[int], monkeypatch: pytest.MonkeyPatch) -> None:
+    """A recording takes the frequencies of each row; rows below, across and beyond the original length, together."""
+    model, replay = two_tower("phi3:longrope", torch.float64), CapturedGraph.run
+    kinds = {"ar": {}, "diffusion": {"steps_per_block": 2}, "verified": {"draft_steps": 1}}
+    requests = [
+        Request(
+            [4 + i % 50 for i in range(length)], GenerationParams.of(mode=mode, max_new_tokens=7, block_size=3, **own)
+        )
+        for length, (mode, own) in zip((60, 70, 62), kinds.items(), strict=True)
+    ]
+    replayed: set[tuple[bool, ...]] = set()
+
+    def noting(graph: CapturedGraph, inputs: PassInputs) -> PassResult:
+        assert inputs.meta.long is not None
+        replayed.add(tuple(inputs.meta.long.tolist()))
+        return replay(graph, inputs)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(CapturedGraph, "run", noting)
+        written = [output.tokens for output in LLM(model, rows=2, length=160).generate(requests)]
+    assert any(len(set(long)) == 2 for long in replayed)
+    assert len(made) <= 24
     with monkeypatch.context() as patch:
         patch.setattr(CUDAGraphRunner, "run", lambda *_: None)
         assert written == [alone(model, request).tokens for request in requests]
@@ -146,7 +172,7 @@ class _NoTensorsFromTheHost(TorchFunctionMode):
         return func(*args, **kwargs)
 
 
-@BACKBONES
+@pytest.mark.parametrize("name", [*BACKBONES, "phi3:longrope"])
 @torch.no_grad()
 def test_a_second_pass_copies_nothing_to_the_device(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
     """The meta device stands for a GPU; the first pass keeps the inverse frequencies there."""

@@ -75,8 +75,9 @@ def test_experts(which: tuple[bool, bool], dtype: torch.dtype) -> None:
     for tokens in (1, 2, 30):
         hidden, weight = randn(tokens, 39).to(dtype), randn(tokens, 2).abs()
         choice = randn(tokens, 5).argsort(-1)[:, :2].contiguous()
-        expected = experts.experts_dense(hidden.double(), choice, weight.double(), up.double(), down.double())
-        mine = moe_kernels.experts(hidden, choice, weight, up, down, copies).double()
+        wide = hidden.double(), choice, weight.double(), None, up.double(), down.double()
+        expected = experts.experts_dense(*wide, "relu2")
+        mine = moe_kernels.experts(hidden, choice, weight, None, up, down, "relu2", (None, *copies)).double()
         tolerance = 1e-4 if dtype == torch.float32 else 4e-2
         torch.testing.assert_close(mine, expected, rtol=tolerance, atol=tolerance * float(expected.std()))
 

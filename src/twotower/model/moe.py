@@ -11,6 +11,7 @@ from twotower.model.layer_io import AttentionMetadata
 from twotower.model.linear import Linear
 from twotower.ops.cpu.packed_weights import PackedWeight
 from twotower.ops.reference import int8
+from twotower.ops.reference.experts import Packed
 from twotower.ops.reference.routing import Routing
 from twotower.ops.registry import select
 from twotower.specs import MLPSpec, MoESpec
@@ -76,18 +77,14 @@ class Experts(nn.Module):
         self.packed_up, self.packed_down = PackedWeight(), PackedWeight()  # as in `Linear`
 
     def forward(self, hidden: Tensor, choice: Tensor, weight: Tensor) -> Tensor:
-        if self.gated:
-            backend = select("gated_experts", hidden.device, hidden.dtype)
-            weights = (self.gate_proj, self.up_proj, self.down_proj)
-            out: Tensor = backend.function(hidden, choice, weight, *weights, self.activation, self._packed())
-        else:
-            backend = select("experts", hidden.device, hidden.dtype)
-            out = backend.function(hidden, choice, weight, self.up_proj, self.down_proj, self._packed())
+        backend = select("experts", hidden.device, hidden.dtype)
+        weights = self.gate_proj if self.gated else None, self.up_proj, self.down_proj
+        out: Tensor = backend.function(hidden, choice, weight, *weights, self.activation, self._packed())
         return out
 
-    def _packed(self) -> tuple[Tensor | None, ...]:
-        both = self.packed_up.get(self.up_proj), self.packed_down.get(self.down_proj)
-        return (self.packed_gate.get(self.gate_proj), *both) if self.gated else both
+    def _packed(self) -> Packed:
+        gate = self.packed_gate.get(self.gate_proj) if self.gated else None
+        return gate, self.packed_up.get(self.up_proj), self.packed_down.get(self.down_proj)
 
     def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> Experts:
         super()._apply(fn, recurse)
@@ -114,14 +111,10 @@ class Int8Experts(nn.Module):
             self.register_buffer(f"{name}_scale", scale)
 
     def forward(self, hidden: Tensor, choice: Tensor, weight: Tensor) -> Tensor:
+        gate = (self.gate_proj, self.gate_proj_scale) if self.gated else None
         up, down = (self.up_proj, self.up_proj_scale), (self.down_proj, self.down_proj_scale)
-        if self.gated:
-            backend = select("gated_experts_int8", hidden.device, hidden.dtype)
-            gate = (self.gate_proj, self.gate_proj_scale)
-            out: Tensor = backend.function(hidden, choice, weight, gate, up, down, self.activation)
-        else:
-            backend = select("experts_int8", hidden.device, hidden.dtype)
-            out = backend.function(hidden, choice, weight, *up, *down)
+        backend = select("experts_int8", hidden.device, hidden.dtype)
+        out: Tensor = backend.function(hidden, choice, weight, gate, up, down, self.activation)
         return out
 
 

@@ -28,7 +28,6 @@ from twotower.ops.reference import (
     argmax,
     attention,
     experts,
-    gated_experts,
     int8,
     kv_write,
     linear,
@@ -163,43 +162,6 @@ REGISTRY: dict[str, tuple[Backend, ...]] = {
             _host_unsupported_reason,
         ),
         Backend("gathered", experts.experts_gathered, "static shapes, no host read; copies the selected weights"),
-    ),
-    "gated_experts": (
-        Backend(
-            "grouped-gemm",
-            gated_experts.gated_experts_grouped,
-            "grouped GEMMs, no host read",
-            _grouped_unsupported_reason,
-        ),
-        _triton("experts", "gated_experts", "reads each selected expert once, no host read"),
-        _native(native_moe.gated_experts, "reads each selected expert once"),
-        Backend(
-            "sorted-loop",
-            gated_experts.gated_experts_sorted,
-            "reads selected experts only; host memory needs no sync",
-            _host_unsupported_reason,
-        ),
-        Backend(
-            "gathered", gated_experts.gated_experts_gathered, "static shapes, no host read; copies the selected weights"
-        ),
-    ),
-    "gated_experts_int8": (
-        _triton("experts", "gated_experts_int8", "reads each selected expert once, upcasts int8 in registers"),
-        Backend(  # as for `experts_int8`
-            "grouped-gemm",
-            gated_experts.gated_experts_int8_grouped,
-            "upcasts all experts, then grouped GEMMs",
-            _grouped_unsupported_reason,
-        ),
-        _native(native_moe.gated_experts_int8, "reads each selected expert once, upcasts int8 in registers"),
-        Backend(
-            "sorted-loop", gated_experts.gated_experts_int8, "upcasts selected experts only", _host_unsupported_reason
-        ),
-        Backend(
-            "gathered",
-            gated_experts.gated_experts_int8_gathered,
-            "static shapes, no host read; copies the selected weights",
-        ),
     ),
     "experts_int8": (
         _triton("experts", "experts_int8", "reads each selected expert once, upcasts int8 in registers"),

@@ -20,8 +20,6 @@ from twotower.ops.self_check_moe_cases import (
     activate_cases,
     experts_cases,
     experts_int8_cases,
-    gated_experts_cases,
-    gated_experts_int8_cases,
     route_cases,
 )
 from twotower.specs import GateNorm
@@ -315,6 +313,4 @@ CASES: dict[str, Callable[[torch.device, torch.dtype], list[Case]]] = {
     "experts": experts_cases,
     "linear_int8": linear_int8_cases,
     "experts_int8": experts_int8_cases,
-    "gated_experts": gated_experts_cases,
-    "gated_experts_int8": gated_experts_int8_cases,
 }

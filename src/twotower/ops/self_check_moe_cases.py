@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import get_args
+from typing import NamedTuple, get_args
 
 import torch
 from torch import Tensor
@@ -45,69 +45,57 @@ def softmax_route_arguments(
     return randn(9, 45).to(dtype), randn(11, 45).to(dtype) / 4, None, rule
 
 
-def experts_cases(
-    device: torch.device,
-    dtype: torch.dtype,
-    width: int = 37,
-    inner: int = 21,
-    packings: tuple[bool, ...] | None = None,
-) -> list[Case]:
-    """Few and many tokens, unselected experts, odd widths; packed and not. On a GPU also large and released sizes."""
+class Mixture(NamedTuple):
+    """Tokens, experts of a token, and the kind of the experts."""
 
-    def arguments(tokens: int, top: int, count: int, width: int, inner: int, packed: bool) -> tuple[object, ...]:
-        randn = Randn(6, device)
+    tokens: int
+    top: int
+    activation: Activation
+    gated: bool
+
+
+MIXTURES = (
+    Mixture(1, 2, "relu2", gated=False),
+    Mixture(19, 3, "relu2", gated=False),
+    Mixture(1, 3, "silu", gated=True),
+    Mixture(19, 2, "silu", gated=True),
+    Mixture(5, 2, "gelu", gated=True),
+    Mixture(5, 2, "gelu_tanh", gated=True),
+)
+
+
+def experts_cases(device: torch.device, dtype: torch.dtype, as_int8: bool = False) -> list[Case]:
+    """Experts with and without a gate, packed and not: few and many tokens, unselected experts, odd widths.
+
+    On a GPU also many tokens and released sizes.
+    """
+
+    def arguments(mixture: Mixture, packed: bool, sizes: tuple[int, int, int]) -> tuple[object, ...]:
+        tokens, top, activation, gated = mixture
+        randn, (count, width, inner) = Randn(6, device), sizes
         up, down = (randn(count, *shape).to(dtype) for shape in ((inner, width), (width, inner)))
         hidden, topk_ids = randn(tokens, width).to(dtype) / 4, randn(tokens, count).argsort(-1)[:, :top]
-        copies = packed_copy(up, packed), packed_copy(down, packed)
-        return hidden, topk_ids.contiguous(), randn(tokens, top).abs(), up, down, copies
+        weights = up.flip(1) if gated else None, up, down
+        routed = hidden, topk_ids.contiguous(), randn(tokens, top).abs()
+        if as_int8:
+            return *routed, *(None if one is None else quantize(one) for one in weights), activation
+        copies = tuple(None if one is None else packed_copy(one, packed) for one in weights)
+        return *routed, *weights, activation, copies
 
-    sizes = [(1, 2, 7, width, inner), (19, 3, 7, width, inner)]
+    odd = (7, 37, 21)  # experts, width, inner width
+    packings = (False,) if as_int8 else packings_of(device)
+    chosen = [(mixture, packed, odd) for mixture in MIXTURES for packed in packings]
     if device.type == "cuda":
-        sizes += [(96, 3, 7, width, inner), (2, 2, 3, 2688, 1856)]
+        chosen += [(mixture._replace(tokens=96), False, odd) for mixture in MIXTURES[1:4:2]]
+        chosen += [(mixture._replace(tokens=2), False, (3, 2688, 1856)) for mixture in MIXTURES[1:4:2]]
     return [
-        make_case(f"{size[0]} tokens, {size[1]} experts each{', packed' * packed}", arguments, *size, packed)
-        for size in sizes
-        for packed in packings or packings_of(device)
+        make_case(f"{mixture}, packed {packed}", arguments, mixture, packed, sizes) for mixture, packed, sizes in chosen
     ]
 
 
-def experts_int8_cases(device: torch.device, dtype: torch.dtype, width: int = 37, inner: int = 21) -> list[Case]:
+def experts_int8_cases(device: torch.device, dtype: torch.dtype) -> list[Case]:
     """The unpacked cases of `experts`."""
-
-    def arguments(case: Case) -> tuple[object, ...]:
-        *routed, up, down, _ = case.arguments()
-        assert isinstance(up, Tensor)
-        assert isinstance(down, Tensor)
-        return *routed, *quantize(up), *quantize(down)
-
-    return [make_case(case.name, arguments, case) for case in experts_cases(device, dtype, width, inner, (False,))]
-
-
-def gated_experts_cases(device: torch.device, dtype: torch.dtype) -> list[Case]:
-    """The cases of `experts` with a gate, each with another activation."""
-
-    def arguments(case: Case, activation: str) -> tuple[object, ...]:
-        *routed, up, down, copies = case.arguments()
-        assert isinstance(up, Tensor)
-        assert isinstance(copies, tuple)
-        gate = up.flip(1)
-        packed = packed_copy(gate, copies[0] is not None)
-        return *routed, gate, up, down, activation, (packed, *copies)
-
-    cases = zip(experts_cases(device, dtype), ("silu", "gelu", "gelu_tanh", "relu2"), strict=False)
-    return [make_case(f"{case.name}, {activation}", arguments, case, activation) for case, activation in cases]
-
-
-def gated_experts_int8_cases(device: torch.device, dtype: torch.dtype) -> list[Case]:
-    """The unpacked cases of `experts` with a gate."""
-
-    def arguments(case: Case) -> tuple[object, ...]:
-        *routed, up, down, _ = case.arguments()
-        assert isinstance(up, Tensor)
-        assert isinstance(down, Tensor)
-        return *routed, quantize(up.flip(1)), quantize(up), quantize(down), "silu"
-
-    return [make_case(case.name, arguments, case) for case in experts_cases(device, dtype, packings=(False,))]
+    return experts_cases(device, dtype, as_int8=True)
 
 
 def activate_cases(device: torch.device, dtype: torch.dtype) -> list[Case]:

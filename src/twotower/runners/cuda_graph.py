@@ -169,8 +169,8 @@ def _eligible(tower: Tower, inputs: PassInputs) -> bool:
         return False
     if not 0 < inputs.tokens.numel() <= MAX_TOKENS or inputs.tokens.shape[1] > tower.spec.chunk_size:
         return False
-    experts = (select(op, tower.device, tower.embeddings.weight.dtype) for op in ("experts", "gated_experts"))
-    return all(backend.name != "sorted-loop" for backend in experts)  # sorted-loop reads on the host
+    backend = select("experts", tower.device, tower.embeddings.weight.dtype)
+    return backend.name != "sorted-loop"  # sorted-loop reads on the host
 
 
 # --- shapes -----------------------------------------------------------------------------------------------------------

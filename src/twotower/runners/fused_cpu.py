@@ -25,9 +25,9 @@ from twotower.runners.weight_table import WeightTable
 
 MAX_ROW_TOKENS = 128  # the cost of a Mamba layer in one chunk grows with the square of the tokens
 MAX_TABLES = 64  # cached pass shapes, least recently used first out
-PRODUCTS = ("linear", "route", "experts", "gated_experts")
+PRODUCTS = ("linear", "route", "experts")
 OPS = (*PRODUCTS, "rms_norm", "norm_and_rotate", "activate", "attention", "mamba_block")
-INT8_OPS = ("linear_int8", "experts_int8", "gated_experts_int8")  # in addition, for a tower with int8 weights
+INT8_OPS = ("linear_int8", "experts_int8")  # in addition, for a tower with int8 weights
 
 
 class FusedCPURunner:

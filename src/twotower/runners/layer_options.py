@@ -133,6 +133,4 @@ def spec_unsupported_reason(spec: TowerSpec) -> str | None:
             return "the C++ pass has no attention with an output gate"
         if isinstance(mixer, MoESpec) and mixer.expert.bias:
             return "the C++ pass has no experts with biases"
-        if isinstance(mixer, MoESpec) and not mixer.expert.gated and mixer.expert.activation != "relu2":
-            return f"the C++ pass has no experts with {mixer.expert.activation} and no gate"
     return None

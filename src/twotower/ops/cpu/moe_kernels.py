@@ -9,68 +9,47 @@ from torch import Tensor
 
 from twotower.ops.cpu.kernels import ACTIVATIONS, call, max_tokens
 from twotower.ops.reference import experts as torch_experts
-from twotower.ops.reference import gated_experts as torch_gated_experts
 from twotower.ops.reference import int8
-from twotower.ops.reference.experts import PackedPair
-from twotower.ops.reference.gated_experts import NOT_PACKED, Int8Pair, PackedTriple
+from twotower.ops.reference.experts import NOT_PACKED, Packed
+from twotower.ops.reference.int8 import Int8Pair
 from twotower.ops.reference.routing import Routing
 from twotower.specs import Activation, RouterScores
 
 ROUTER_SCORES: dict[RouterScores, int] = {"sigmoid": 0, "softmax": 1}  # enum RouterScores
 Matrix = tuple[Tensor | None, Tensor | None, Tensor | None]  # rows, packed copy, scales: `Matrix` in matmul.h
-NO_MATRIX: Matrix = (None, None, None)
 
 
 def experts(
-    hidden: Tensor, topk_ids: Tensor, weight: Tensor, up: Tensor, down: Tensor, packed: PackedPair = (None, None)
-) -> Tensor:
-    """As `ops.reference.experts.experts_sorted`. packed: the packed copies of up and down, or None."""
-    if _torch_is_faster(hidden, topk_ids, len(up), all(part is not None for part in packed)):
-        return torch_experts.experts_sorted(hidden, topk_ids, weight, up, down)
-    matrices = NO_MATRIX, (up, packed[0], None), (down, packed[1], None)
-    return _experts(hidden, topk_ids, weight, matrices, up.shape, "relu2")
-
-
-def experts_int8(
-    hidden: Tensor, topk_ids: Tensor, weight: Tensor, up: Tensor, up_scale: Tensor, down: Tensor, down_scale: Tensor
-) -> Tensor:
-    """As `ops.reference.int8.experts_sorted`."""
-    if _torch_is_faster(hidden, topk_ids, len(up), packed=True):
-        return int8.experts_sorted(hidden, topk_ids, weight, up, up_scale, down, down_scale)
-    matrices = NO_MATRIX, (None, up, up_scale.float()), (None, down, down_scale.float())
-    return _experts(hidden, topk_ids, weight, matrices, int8.weight_shape(up, up_scale), "relu2")
-
-
-def gated_experts(
     hidden: Tensor,
     topk_ids: Tensor,
     weight: Tensor,
-    gate: Tensor,
+    gate: Tensor | None,
     up: Tensor,
     down: Tensor,
     activation: Activation,
-    packed: PackedTriple = NOT_PACKED,
+    packed: Packed = NOT_PACKED,
 ) -> Tensor:
-    """As `ops.reference.gated_experts.gated_experts_sorted`. packed: the packed copies of the weights, or None."""
-    if _torch_is_faster(hidden, topk_ids, len(up), all(part is not None for part in packed)):
-        return torch_gated_experts.gated_experts_sorted(hidden, topk_ids, weight, gate, up, down, activation)
-    matrices = tuple((rows, copy, None) for rows, copy in zip((gate, up, down), packed, strict=True))
+    """As `ops.reference.experts.experts_sorted`. packed: the packed copies of the weights, or None."""
+    matrices = [(rows, copy, None) for rows, copy in zip((gate, up, down), packed, strict=True)]
+    all_packed = all(rows is None or copy is not None for rows, copy, _ in matrices)
+    if _torch_is_faster(hidden, topk_ids, len(up), all_packed):
+        return torch_experts.experts_sorted(hidden, topk_ids, weight, gate, up, down, activation)
     return _experts(hidden, topk_ids, weight, matrices, up.shape, activation)
 
 
-def gated_experts_int8(
+def experts_int8(
     hidden: Tensor,
     topk_ids: Tensor,
     weight: Tensor,
-    gate: Int8Pair,
+    gate: Int8Pair | None,
     up: Int8Pair,
     down: Int8Pair,
     activation: Activation,
 ) -> Tensor:
-    """As `ops.reference.gated_experts.gated_experts_int8`."""
+    """As `ops.reference.int8.experts_sorted`."""
     if _torch_is_faster(hidden, topk_ids, len(up[0]), packed=True):
-        return torch_gated_experts.gated_experts_int8(hidden, topk_ids, weight, gate, up, down, activation)
-    matrices = tuple((None, q, scale.float()) for q, scale in (gate, up, down))
+        return int8.experts_sorted(hidden, topk_ids, weight, gate, up, down, activation)
+    matrices = [(None, None, None) if pair is None else (None, pair[0], pair[1].float()) for pair in (gate, up, down)]
     return _experts(hidden, topk_ids, weight, matrices, int8.weight_shape(*up), activation)
 
 

@@ -1,67 +1,110 @@
-"""Mixture-of-experts matmuls: each token passes through its selected experts, down(relu(up·x)²), weighted and summed.
+"""Mixture-of-experts matmuls: each token passes through its selected experts, weighted and summed.
 
-hidden (T, H); topk_ids (T, k) expert ids; weight (T, k); up (E, I, H); down (E, H, I) → (T, H). packed: packed copies
-of `up` and `down` for the CPU kernels, ignored here. No backend loads an expert that no token selected, and none
-synchronizes the host once per expert.
+An expert computes down(act(gate·x) · up·x), or down(act(up·x)) without a gate. hidden (T, H); topk_ids (T, k) expert
+ids; weight (T, k); gate (E, I, H) or None; up (E, I, H); down (E, H, I) → (T, H). packed: packed copies of `gate`, `up`
+and `down` for the CPU kernels, ignored here. No backend loads an expert that no token selected, and none synchronizes
+the host once per expert. `int8` has the same functions for int8 weights.
 """
 
 from __future__ import annotations
 
 from collections.abc import Callable
+from typing import TypeVar
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-PackedPair = tuple[Tensor | None, Tensor | None]
+from twotower.ops.reference.activation import activate
+from twotower.specs import Activation
+
+Packed = tuple[Tensor | None, Tensor | None, Tensor | None]
+NOT_PACKED: Packed = (None, None, None)
+Matrices = TypeVar("Matrices")  # the matrices of all experts: a tensor, or int8 values and scales
 
 
 def experts_sorted(
-    hidden: Tensor, topk_ids: Tensor, weight: Tensor, up: Tensor, down: Tensor, packed: PackedPair = (None, None)
+    hidden: Tensor,
+    topk_ids: Tensor,
+    weight: Tensor,
+    gate: Tensor | None,
+    up: Tensor,
+    down: Tensor,
+    activation: Activation,
+    packed: Packed = NOT_PACKED,
 ) -> Tensor:
-    """Tokens sorted by expert, one pair of matmuls per selected expert.
+    """Tokens sorted by expert, two or three matmuls per selected expert.
 
     Reads the counts on the host (free on a CPU).
     """
 
-    def expert_mlp(expert: int, rows: Tensor) -> Tensor:
-        return F.linear(F.relu(F.linear(rows, up[expert])).square(), down[expert])
+    def mlp(expert: int, rows: Tensor) -> Tensor:
+        return expert_mlp(rows, gate, up, down, activation, lambda x, matrices: F.linear(x, matrices[expert]))
 
-    return loop_over_experts(hidden, topk_ids, weight, up.shape[0], expert_mlp)
+    return loop_over_experts(hidden, topk_ids, weight, len(up), mlp)
+
+
+def expert_mlp(
+    x: Tensor,
+    gate: Matrices | None,
+    up: Matrices,
+    down: Matrices,
+    activation: Activation,
+    product: Callable[[Tensor, Matrices], Tensor],
+) -> Tensor:
+    """down(act(gate·x) · up·x), or down(act(up·x)) without a gate, with product(x, matrices)."""
+    inner = product(x, up)
+    inner = activate(inner, None if gate is None else product(x, gate), activation)
+    return product(inner, down)
 
 
 def loop_over_experts(
-    hidden: Tensor, topk_ids: Tensor, weight: Tensor, experts: int, expert_mlp: Callable[[int, Tensor], Tensor]
+    hidden: Tensor, topk_ids: Tensor, weight: Tensor, experts: int, mlp: Callable[[int, Tensor], Tensor]
 ) -> Tensor:
-    """The mixture, with expert_mlp(expert, its tokens (n, H)) → (n, H)."""
+    """The mixture, with mlp(expert, its tokens (n, H)) → (n, H)."""
     flat = topk_ids.flatten()
     order = flat.argsort(stable=True)
     counts = torch.bincount(flat, minlength=experts).tolist()
     gathered = hidden[order // topk_ids.shape[1]]  # (T·k, H), grouped by expert
-    parts = [expert_mlp(expert, rows) for expert, rows in enumerate(gathered.split(counts)) if counts[expert]]
+    parts = [mlp(expert, rows) for expert, rows in enumerate(gathered.split(counts)) if counts[expert]]
     # Without tokens the weights still get a zero gradient: FSDP processes wait for each other's gradients.
-    return combine(torch.cat(parts) if parts else expert_mlp(0, gathered), order, weight)
+    return combine(torch.cat(parts) if parts else mlp(0, gathered), order, weight)
 
 
 def experts_gathered(
-    hidden: Tensor, topk_ids: Tensor, weight: Tensor, up: Tensor, down: Tensor, packed: PackedPair = (None, None)
+    hidden: Tensor,
+    topk_ids: Tensor,
+    weight: Tensor,
+    gate: Tensor | None,
+    up: Tensor,
+    down: Tensor,
+    activation: Activation,
+    packed: Packed = NOT_PACKED,
 ) -> Tensor:
-    """Copies the selected experts' weights, one batched matmul: shapes depend only on T, no host read."""
+    """Copies the selected experts' weights, batched matmuls: shapes depend only on T, no host read."""
     pairs = topk_ids.flatten()
     x = hidden.repeat_interleave(topk_ids.shape[1], 0)[:, :, None]  # (T·k, H, 1)
-    out = down[pairs] @ F.relu(up[pairs] @ x).square()
+    out = expert_mlp(x, gate, up, down, activation, lambda x, matrices: matrices[pairs] @ x)
     return weighted_sum(out[..., 0], weight)
 
 
 def experts_grouped(
-    hidden: Tensor, topk_ids: Tensor, weight: Tensor, up: Tensor, down: Tensor, packed: PackedPair = (None, None)
+    hidden: Tensor,
+    topk_ids: Tensor,
+    weight: Tensor,
+    gate: Tensor | None,
+    up: Tensor,
+    down: Tensor,
+    activation: Activation,
+    packed: Packed = NOT_PACKED,
 ) -> Tensor:
     """One grouped GEMM per projection (bf16 on CUDA); the group offsets stay on the device."""
     if not len(hidden):
-        return experts_sorted(hidden, topk_ids, weight, up, down)
+        return experts_sorted(hidden, topk_ids, weight, gate, up, down, activation)
     order, ends = group_pairs(topk_ids, len(up))
-    inner = F.relu(grouped_product(hidden[order // topk_ids.shape[1]], up, ends)).square()
-    return combine(grouped_product(inner, down, ends), order, weight)
+    gathered = hidden[order // topk_ids.shape[1]]
+    out = expert_mlp(gathered, gate, up, down, activation, lambda x, matrices: grouped_product(x, matrices, ends))
+    return combine(out, order, weight)
 
 
 def group_pairs(topk_ids: Tensor, experts: int) -> tuple[Tensor, Tensor]:
@@ -83,12 +126,22 @@ def grouped_product(x: Tensor, weight: Tensor, ends: Tensor) -> Tensor:
 
 
 def experts_dense(
-    hidden: Tensor, topk_ids: Tensor, weight: Tensor, up: Tensor, down: Tensor, packed: PackedPair = (None, None)
+    hidden: Tensor,
+    topk_ids: Tensor,
+    weight: Tensor,
+    gate: Tensor | None,
+    up: Tensor,
+    down: Tensor,
+    activation: Activation,
 ) -> Tensor:
     """Dense reference: every expert on every token, weighted by zero where the expert is not selected."""
     share = weight.new_zeros(hidden.shape[0], up.shape[0]).scatter_add(1, topk_ids, weight)  # (T, E)
-    every = torch.stack([F.linear(F.relu(F.linear(hidden, u)).square(), d) for u, d in zip(up, down, strict=True)], 1)
-    return (every * share[..., None]).sum(1).to(hidden.dtype)
+    gates = (None,) * len(up) if gate is None else gate
+    every = [
+        expert_mlp(hidden, *own, activation, F.linear)  # one expert's matrices
+        for own in zip(gates, up, down, strict=True)
+    ]
+    return (torch.stack(every, 1) * share[..., None]).sum(1).to(hidden.dtype)
 
 
 def combine(grouped: Tensor, order: Tensor, weight: Tensor) -> Tensor:

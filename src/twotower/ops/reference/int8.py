@@ -11,9 +11,17 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from twotower.ops.reference import experts
-from twotower.ops.reference.experts import combine, group_pairs, loop_over_experts, weighted_sum
+from twotower.ops.reference.experts import (
+    combine,
+    expert_mlp,
+    group_pairs,
+    grouped_product,
+    loop_over_experts,
+    weighted_sum,
+)
+from twotower.specs import Activation
 
+Int8Pair = tuple[Tensor, Tensor]  # q and scale of a matrix, or of all experts' matrices
 QMAX = 127  # symmetric: −128 is unused
 PANEL = 16  # rows of a panel, as in ops/cpu/packed_weights.h
 # Weights upcast at a time while quantizing: they fit a CPU's caches; on a GPU, launches dominate.
@@ -70,46 +78,62 @@ def linear(x: Tensor, q: Tensor, scale: Tensor, bias: Tensor | None = None) -> T
 
 
 def experts_sorted(
-    hidden: Tensor, topk_ids: Tensor, weight: Tensor, up: Tensor, up_scale: Tensor, down: Tensor, down_scale: Tensor
+    hidden: Tensor,
+    topk_ids: Tensor,
+    weight: Tensor,
+    gate: Int8Pair | None,
+    up: Int8Pair,
+    down: Int8Pair,
+    activation: Activation,
 ) -> Tensor:
-    """`experts.experts_sorted` with int8 weights: q and scale (E, I) of up, q and scale (E, H) of down."""
+    """`experts.experts_sorted` with int8 weights: q, and scales (E, I) of gate and up and (E, H) of down."""
 
-    def expert_mlp(expert: int, rows: Tensor) -> Tensor:
-        inner = linear(rows, up[expert], up_scale[expert])
-        return linear(F.relu(inner).square(), down[expert], down_scale[expert])
+    def mlp(expert: int, rows: Tensor) -> Tensor:
+        return expert_mlp(rows, gate, up, down, activation, lambda x, pair: linear(x, pair[0][expert], pair[1][expert]))
 
-    return loop_over_experts(hidden, topk_ids, weight, len(up), expert_mlp)
+    return loop_over_experts(hidden, topk_ids, weight, len(up[0]), mlp)
 
 
 def experts_gathered(
-    hidden: Tensor, topk_ids: Tensor, weight: Tensor, up: Tensor, up_scale: Tensor, down: Tensor, down_scale: Tensor
+    hidden: Tensor,
+    topk_ids: Tensor,
+    weight: Tensor,
+    gate: Int8Pair | None,
+    up: Int8Pair,
+    down: Int8Pair,
+    activation: Activation,
 ) -> Tensor:
     """`experts.experts_gathered`: gathers int8 and upcasts the gathered weights."""
     pairs = topk_ids.flatten()
 
-    def product(x: Tensor, q: Tensor, scale: Tensor) -> Tensor:
-        wide = unpack(q[pairs], scale, x.dtype)
-        return ((wide @ x[:, :, None])[:, :, 0] * scale[pairs]).to(x.dtype)
+    def product(x: Tensor, pair: Int8Pair) -> Tensor:
+        wide = unpack(pair[0][pairs], pair[1], x.dtype)
+        return ((wide @ x[:, :, None])[:, :, 0] * pair[1][pairs]).to(x.dtype)
 
-    inner = product(hidden.repeat_interleave(topk_ids.shape[1], 0), up, up_scale)
-    return weighted_sum(product(F.relu(inner).square(), down, down_scale), weight)
+    x = hidden.repeat_interleave(topk_ids.shape[1], 0)
+    return weighted_sum(expert_mlp(x, gate, up, down, activation, product), weight)
 
 
 def experts_grouped(
-    hidden: Tensor, topk_ids: Tensor, weight: Tensor, up: Tensor, up_scale: Tensor, down: Tensor, down_scale: Tensor
+    hidden: Tensor,
+    topk_ids: Tensor,
+    weight: Tensor,
+    gate: Int8Pair | None,
+    up: Int8Pair,
+    down: Int8Pair,
+    activation: Activation,
 ) -> Tensor:
     """`experts.experts_grouped` with all experts upcast, one projection at a time.
 
     Uses `experts_gathered` if there are fewer pairs than experts.
     """
-    if topk_ids.numel() < len(up):
-        return experts_gathered(hidden, topk_ids, weight, up, up_scale, down, down_scale)
-    order, ends = group_pairs(topk_ids, len(up))
-    inner = grouped_product(hidden[order // topk_ids.shape[1]], up, up_scale, topk_ids, order, ends)
-    return combine(grouped_product(F.relu(inner).square(), down, down_scale, topk_ids, order, ends), order, weight)
+    if topk_ids.numel() < len(up[0]):
+        return experts_gathered(hidden, topk_ids, weight, gate, up, down, activation)
+    order, ends = group_pairs(topk_ids, len(up[0]))
 
+    def product(x: Tensor, pair: Int8Pair) -> Tensor:
+        out = grouped_product(x, unpack(*pair, x.dtype), ends)
+        return (out * pair[1][topk_ids.flatten()[order]]).to(x.dtype)
 
-def grouped_product(x: Tensor, q: Tensor, scale: Tensor, topk_ids: Tensor, order: Tensor, ends: Tensor) -> Tensor:
-    """`experts.grouped_product` with int8 weights; order and ends as `experts.group_pairs` returns them."""
-    out = experts.grouped_product(x, unpack(q, scale, x.dtype), ends)
-    return (out * scale[topk_ids.flatten()[order]]).to(x.dtype)
+    gathered = hidden[order // topk_ids.shape[1]]
+    return combine(expert_mlp(gathered, gate, up, down, activation, product), order, weight)

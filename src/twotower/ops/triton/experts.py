@@ -20,8 +20,8 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from twotower.ops.reference.experts import PackedPair
-from twotower.ops.reference.gated_experts import NOT_PACKED, Int8Pair, PackedTriple
+from twotower.ops.reference.experts import NOT_PACKED, Packed
+from twotower.ops.reference.int8 import Int8Pair
 from twotower.ops.triton.activation import activated
 from twotower.ops.triton.gemm import OUTS, as_int16_pairs, gemm_tile, intermediate_dtype, launch_config, max_tile_rows
 from twotower.ops.triton.launch import contiguous_from, device_guard, tile_of
@@ -33,44 +33,31 @@ COLUMNS = 512  # outputs of a token per program
 
 
 def experts(
-    hidden: Tensor, topk_ids: Tensor, weight: Tensor, up: Tensor, down: Tensor, packed: PackedPair = (None, None)
-) -> Tensor:
-    """As `twotower.ops.reference.experts.experts_sorted`, without gradients. packed: ignored."""
-    return _moe(hidden, topk_ids, weight, _plain(up), _plain(down))
-
-
-def experts_int8(
-    hidden: Tensor, topk_ids: Tensor, weight: Tensor, up: Tensor, up_scale: Tensor, down: Tensor, down_scale: Tensor
-) -> Tensor:
-    """As `twotower.ops.reference.int8.experts_sorted`."""
-    return _moe(hidden, topk_ids, weight, _packed((up, up_scale)), _packed((down, down_scale)))
-
-
-def gated_experts(
     hidden: Tensor,
     topk_ids: Tensor,
     weight: Tensor,
-    gate: Tensor,
+    gate: Tensor | None,
     up: Tensor,
     down: Tensor,
     activation: Activation,
-    packed: PackedTriple = NOT_PACKED,
+    packed: Packed = NOT_PACKED,
 ) -> Tensor:
-    """As `twotower.ops.reference.gated_experts.gated_experts_sorted`, without gradients. packed: ignored."""
-    return _moe(hidden, topk_ids, weight, _plain(up), _plain(down), _plain(gate), activation)
+    """As `twotower.ops.reference.experts.experts_sorted`, without gradients. packed: ignored."""
+    return _moe(hidden, topk_ids, weight, None if gate is None else _plain(gate), _plain(up), _plain(down), activation)
 
 
-def gated_experts_int8(
+def experts_int8(
     hidden: Tensor,
     topk_ids: Tensor,
     weight: Tensor,
-    gate: Int8Pair,
+    gate: Int8Pair | None,
     up: Int8Pair,
     down: Int8Pair,
     activation: Activation,
 ) -> Tensor:
-    """As `twotower.ops.reference.gated_experts.gated_experts_int8`."""
-    return _moe(hidden, topk_ids, weight, _packed(up), _packed(down), _packed(gate), activation)
+    """As `twotower.ops.reference.int8.experts_sorted`."""
+    gates = None if gate is None else _packed(gate)
+    return _moe(hidden, topk_ids, weight, gates, _packed(up), _packed(down), activation)
 
 
 class ExpertMatrices(NamedTuple):
@@ -93,10 +80,10 @@ def _moe(
     hidden: Tensor,
     topk_ids: Tensor,
     weight: Tensor,
+    gate: ExpertMatrices | None,
     up: ExpertMatrices,
     down: ExpertMatrices,
-    gate: ExpertMatrices | None = None,
-    activation: Activation = "relu2",
+    activation: Activation,
 ) -> Tensor:
     if not topk_ids.numel():
         return torch.zeros_like(hidden)

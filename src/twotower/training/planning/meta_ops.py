@@ -13,7 +13,6 @@ from torch.overrides import TorchFunctionMode
 from twotower.model.moe import Experts, MoE
 from twotower.model.tower import Tower
 from twotower.ops.reference.experts import experts_grouped
-from twotower.ops.reference.gated_experts import gated_experts_grouped
 from twotower.specs import TowerSpec
 
 
@@ -21,10 +20,8 @@ class GroupedExperts(Experts):
     """Routed experts with the grouped backend, as on CUDA in bf16. On the meta device `Experts` uses another one."""
 
     def forward(self, hidden: Tensor, choice: Tensor, weight: Tensor) -> Tensor:
-        if self.gated:
-            weights = (self.gate_proj, self.up_proj, self.down_proj)
-            return gated_experts_grouped(hidden, choice, weight, *weights, self.activation)
-        return experts_grouped(hidden, choice, weight, self.up_proj, self.down_proj)
+        weights = self.gate_proj if self.gated else None, self.up_proj, self.down_proj
+        return experts_grouped(hidden, choice, weight, *weights, self.activation)
 
 
 def tower_with_grouped_experts(spec: TowerSpec) -> Tower:
