@@ -1,14 +1,17 @@
 """How fast is AR at batch 1 beside transformers and llama.cpp, with the same weights?
 
-    python benchmarks/peers.py --model DIR [--gguf FILE --peer PYTHON] [--dtype float32 --dtype bfloat16]
+    python benchmarks/peers.py --model DIR [--gguf FILE --peer PYTHON] [--weights float32 --weights bfloat16 …]
         [--threads 2] [--prompt 32] [--tokens 64] [--rounds 7] [--quick] [--json]
 
 --model: a two-tower checkpoint of any family that transformers has. transformers reads the export of its context tower.
 --gguf: the GGUF file that the checkpoint was made of (`twotower init --from FILE`). llama.cpp reads a copy of the file
-in the dtype that is measured. --peer: a Python with the package llama-cpp-python; llama.cpp runs in a process of it.
+in the weights that are measured; for int8 that is Q8_0, whose products round activations to 8 bits too.
+--peer: a Python with the package llama-cpp-python; llama.cpp runs in a process of it.
 
-All sides continue the same random prompt greedily and take turns; figures are medians over rounds, the first round is
-not counted, and a time includes the prefill. Ratios are of the times of one round.
+Four times: a greedy text after a random prompt, prefill included; one AR step of it; a pass over 16 tokens behind the
+prompt with the logits of all of them, as verified decoding checks a draft; and the first token after a prompt of 256.
+All sides take turns; figures are medians over rounds, the first round is not counted. Ratios are of the times of one
+round.
 """
 
 from __future__ import annotations
@@ -17,112 +20,183 @@ import json
 import subprocess
 import sys
 import tempfile
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import ExitStack
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple, Protocol
 
 import click
 import torch
 from common import gguf_copy
 from common.models import random_tokens
 from common.program import DIRECTORY, JSON, QUICK, THREADS, publish, start
-from common.roofline import DTYPES
 from common.timing import medians, ratio, seconds
 from rich.console import RenderableType
 from rich.table import Table
-from transformers import AutoModelForCausalLM
+from transformers import AutoModelForCausalLM, DynamicCache
 
-from twotower import model_loading
+from twotower import TwoTowerForCausalLM, model_loading
 from twotower.checkpoint.export import export_one_tower
 from twotower.evaluation.machine import machine_facts, machine_summary
+from twotower.model.tower import steady_weights
 
 CHILD = Path(__file__).parent / "common" / "llamacpp_child.py"
-Side = Callable[[], tuple[float, list[int]]]  # one continuation → its seconds and tokens
+CHECK = 16  # tokens of a check
 
 
-def timed(generate: Callable[[], list[int]]) -> tuple[float, list[int]]:
-    """The seconds of one call, and its tokens."""
-    found: list[int] = []
-    return seconds(lambda: found.extend(generate()), torch.device("cpu")), found
+class Weights(NamedTuple):
+    """Arguments of `load_model`, and llama.cpp's name of the same number of bits."""
+
+    dtype: str
+    quantization: str
+    gguf: str
 
 
-def transformers_side(directory: Path, dtype: torch.dtype, prompt: torch.Tensor, tokens: int) -> Side:
-    """`generate` of transformers' own class."""
-    model = AutoModelForCausalLM.from_pretrained(directory, dtype=dtype).eval()
+WEIGHTS = {
+    "float32": Weights("float32", "none", "F32"),
+    "bfloat16": Weights("bfloat16", "none", "BF16"),
+    "int8": Weights("float32", "int8", "Q8_0"),
+}
+
+
+class Sizes(NamedTuple):
+    """Tokens of the prompt, of the text, and of the long prompt; rounds that count."""
+
+    prompt: int
+    tokens: int
+    long: int
+    rounds: int
+
+
+class Side(Protocol):
+    """One of the programs that are compared."""
+
+    def text(self, prompt: Sequence[int], tokens: int) -> tuple[float, list[int]]:
+        """A greedy text → the seconds it took, and the text."""
+
+    def check(self, prompt: Sequence[int], tokens: Sequence[int]) -> float:
+        """The seconds of one pass over `tokens` behind a prompt that was read before."""
+
+
+def timed(call: Callable[[], object]) -> float:
+    return seconds(call, torch.device("cpu"))
+
+
+class Ours:
+    def __init__(self, model: TwoTowerForCausalLM) -> None:
+        self.model = model
+
+    def text(self, prompt: Sequence[int], tokens: int) -> tuple[float, list[int]]:
+        found: list[torch.Tensor] = []
+        given = torch.tensor([prompt])
+        taken = timed(lambda: found.append(self.model.generate_ar(given, max_new_tokens=tokens, eos_token_id=[])))
+        return taken, found[0][0, len(prompt) :].tolist()
+
+    @torch.no_grad()
+    def check(self, prompt: Sequence[int], tokens: Sequence[int]) -> float:
+        state = self.model.new_state(1, len(prompt) + len(tokens))
+        self.model.prefill(torch.tensor([prompt]), torch.tensor([len(prompt)]), state)
+        given = torch.tensor([tokens])
+        with steady_weights():
+            self.model.extend(given, state, upcast_logits=False)
+            state.rollback(torch.tensor([len(prompt)]))
+            return timed(lambda: self.model.extend(given, state, upcast_logits=False))
+
+
+class Transformers:
+    """`generate` and `forward` of transformers' own class."""
+
+    def __init__(self, directory: Path, dtype: torch.dtype) -> None:
+        self.model = AutoModelForCausalLM.from_pretrained(directory, dtype=dtype).eval()
 
     @torch.inference_mode()
-    def generate() -> list[int]:
-        out = model.generate(
-            prompt, attention_mask=torch.ones_like(prompt), max_new_tokens=tokens, min_new_tokens=tokens,
-            do_sample=False, eos_token_id=None, pad_token_id=0,
-        )  # fmt: skip
-        return out[0, prompt.shape[1] :].tolist()
+    def text(self, prompt: Sequence[int], tokens: int) -> tuple[float, list[int]]:
+        given, found = torch.tensor([prompt]), list[torch.Tensor]()
+        options = {"do_sample": False, "eos_token_id": None, "pad_token_id": 0, "min_new_tokens": tokens}
+        mask = torch.ones_like(given)
+        taken = timed(
+            lambda: found.append(self.model.generate(given, attention_mask=mask, max_new_tokens=tokens, **options))
+        )
+        return taken, found[0][0, len(prompt) :].tolist()
 
-    return lambda: timed(generate)
+    @torch.inference_mode()
+    def check(self, prompt: Sequence[int], tokens: Sequence[int]) -> float:
+        cache = DynamicCache(config=self.model.config)
+        self.model(torch.tensor([prompt]), past_key_values=cache)
+        return timed(lambda: self.model(torch.tensor([tokens]), past_key_values=cache))
 
 
-def llamacpp_side(python: Path, file: Path, threads: int, prompt: torch.Tensor, tokens: int, stack: ExitStack) -> Side:
+class LlamaCpp:
     """llama.cpp in a process that `stack` ends."""
-    command = [str(python), str(CHILD), str(file), str(threads), str(prompt.shape[1] + tokens)]
-    child = subprocess.Popen(command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True)
-    stack.callback(child.wait)
-    assert child.stdin is not None
-    assert child.stdout is not None
-    stack.callback(child.stdin.close)
-    request = json.dumps({"prompt": prompt[0].tolist(), "tokens": tokens})
 
-    def side() -> tuple[float, list[int]]:
-        print(request, file=child.stdin, flush=True)
-        line = child.stdout.readline()
-        if not line:
-            raise click.ClickException(f"llama.cpp ended with exit code {child.wait()}")
-        answer = json.loads(line)
+    def __init__(self, python: Path, file: Path, threads: int, context: int, stack: ExitStack) -> None:
+        command = [str(python), str(CHILD), str(file), str(threads), str(context)]
+        self.child = subprocess.Popen(command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True)
+        assert self.child.stdin is not None
+        stack.callback(self.child.wait)
+        stack.callback(self.child.stdin.close)
+
+    def text(self, prompt: Sequence[int], tokens: int) -> tuple[float, list[int]]:
+        answer = self._ask(prompt=list(prompt), tokens=tokens)
         return answer["seconds"], answer["tokens"]
 
-    return side
+    def check(self, prompt: Sequence[int], tokens: Sequence[int]) -> float:
+        return float(self._ask(prompt=list(prompt), check=list(tokens))["seconds"])
+
+    def _ask(self, **request: object) -> dict[str, Any]:
+        assert self.child.stdin is not None
+        assert self.child.stdout is not None
+        print(json.dumps(request), file=self.child.stdin, flush=True)
+        line = self.child.stdout.readline()
+        if not line:
+            raise click.ClickException(f"llama.cpp ended with exit code {self.child.wait()}")
+        answer: dict[str, Any] = json.loads(line)
+        return answer
 
 
-def measure(
-    path: Path, gguf: Path | None, peer: Path | None, dtype: str, *, prompt_tokens: int, tokens: int, rounds: int
-) -> dict[str, Any]:
-    """All sides in one dtype."""
+def measure(path: Path, gguf: Path | None, peer: Path | None, weights: str, sizes: Sizes) -> dict[str, Any]:
+    """All sides with one kind of weights."""
+    kind = WEIGHTS[weights]
     with ExitStack() as stack:
         folder = Path(stack.enter_context(tempfile.TemporaryDirectory()))
-        export_one_tower(path, folder / "one")
-        model = model_loading.load_model(path, dtype=dtype)
-        prompt = random_tokens(model, 1, prompt_tokens, seed=2)
-
-        def ours() -> list[int]:
-            out = model.generate_ar(prompt, max_new_tokens=tokens, eos_token_id=[])
-            return out[0, prompt_tokens:].tolist()
-
-        sides: dict[str, Side] = {
-            "twotower": lambda: timed(ours),
-            "transformers": transformers_side(folder / "one", getattr(torch, dtype), prompt, tokens),
-        }
+        model = model_loading.load_model(path, towers="context", dtype=kind.dtype, quantization=kind.quantization)
+        sides: dict[str, Side] = {"twotower": Ours(model)}
+        if kind.quantization == "none":
+            export_one_tower(path, folder / "one")
+            sides["transformers"] = Transformers(folder / "one", getattr(torch, kind.dtype))
         if peer is not None and gguf is not None:
-            gguf_copy.write_in(gguf, folder / "copy.gguf", dtype)
-            threads = torch.get_num_threads()
-            sides["llama.cpp"] = llamacpp_side(peer, folder / "copy.gguf", threads, prompt, tokens, stack)
-        times: dict[str, list[float]] = {name: [] for name in sides}
+            gguf_copy.write_as(gguf, folder / "copy.gguf", kind.gguf)
+            context = max(sizes.prompt + sizes.tokens + CHECK, sizes.long + 1)
+            sides["llama.cpp"] = LlamaCpp(peer, folder / "copy.gguf", torch.get_num_threads(), context, stack)
+        prompt, long, check = (
+            random_tokens(model, 1, count, seed=count)[0].tolist() for count in (sizes.prompt, sizes.long, CHECK)
+        )
+        times: dict[str, dict[str, list[float]]] = {name: {} for name in sides}
         texts: dict[str, list[int]] = {}
-        for at in range(rounds + 1):
+        for at in range(sizes.rounds + 1):
             for name, side in sides.items():
-                taken, texts[name] = side()
-                if at:
-                    times[name].append(taken)
+                whole, texts[name] = side.text(prompt, sizes.tokens)
+                first, _ = side.text(prompt, 1)
+                step = (whole - first) / (sizes.tokens - 1)
+                last, _ = side.text(long, 1)
+                taken = {"text": whole, "AR step": step, f"pass over {CHECK}": side.check(prompt, check)}
+                for what, value in (taken | {f"prompt of {sizes.long}": last}).items():
+                    if at:
+                        times[name].setdefault(what, []).append(value)
         return {
-            "machine": machine_facts(model), "dtype": dtype, "prompt": prompt_tokens, "tokens": tokens,
-            "sides": {
-                name: {
-                    "tokens/s": tokens / medians(times)[name],
-                    "ours takes": ratio(times["twotower"], times[name]),
-                    "same until": same_until(texts["twotower"], texts[name]),
-                }
-                for name in sides
-            },
+            "machine": machine_facts(model), "weights": weights, **sizes._asdict(),
+            "sides": {name: _figures(times, texts, name) for name in sides},
         }  # fmt: skip
+
+
+def _figures(times: dict[str, dict[str, list[float]]], texts: dict[str, list[int]], name: str) -> dict[str, Any]:
+    """The medians of a side, and the ratios of our times to its times."""
+    ours, own = times["twotower"], times[name]
+    return {
+        "seconds": medians(own),
+        "ours takes": {what: ratio(ours[what], values) for what, values in own.items()},
+        "same until": same_until(texts["twotower"], texts[name]),
+    }
 
 
 def same_until(one: list[int], other: list[int]) -> int:
@@ -131,10 +205,13 @@ def same_until(one: list[int], other: list[int]) -> int:
 
 
 def tables(found: dict[str, Any]) -> Iterator[RenderableType]:
-    title = f"{machine_summary(found['machine'])}: AR, {found['prompt']} + {found['tokens']} tokens"
-    table = Table("side", "tokens/s", "time of twotower / time", "same tokens until", title=title)
+    sizes = f"{found['prompt']} + {found['tokens']} tokens"
+    title = f"{machine_summary(found['machine'])}, weights {found['weights']}: milliseconds (time of twotower / time)"
+    whats = list(found["sides"]["twotower"]["seconds"])
+    table = Table("side", *(what.replace("text", sizes) for what in whats), "same tokens until", title=title)
     for name, one in found["sides"].items():
-        table.add_row(name, f"{one['tokens/s']:.1f}", f"{one['ours takes']:.2f}", str(one["same until"]))
+        cells = (f"{one['seconds'][what] * 1e3:.2f} ({one['ours takes'][what]:.2f})" for what in whats)
+        table.add_row(name, *cells, str(one["same until"]))
     yield table
 
 
@@ -145,7 +222,7 @@ FILE = click.Path(exists=True, dir_okay=False, path_type=Path)
 @click.option("--model", "path", type=DIRECTORY, required=True, help="A two-tower checkpoint directory.")
 @click.option("--gguf", type=FILE, default=None, help="The GGUF file that the checkpoint was made of.")
 @click.option("--peer", type=FILE, default=None, help="A Python with llama-cpp-python; needs --gguf.")
-@click.option("--dtype", "dtypes", type=click.Choice(DTYPES), multiple=True, default=DTYPES[:1], show_default=True)
+@click.option("--weights", type=click.Choice(list(WEIGHTS)), multiple=True, default=["float32"], show_default=True)
 @click.option("--prompt", default=32, show_default=True, help="Tokens of the prompt.")
 @click.option("--tokens", default=64, show_default=True, help="New tokens.")
 @click.option("--rounds", default=7, show_default=True, help="Rounds that count.")
@@ -153,17 +230,15 @@ FILE = click.Path(exists=True, dir_okay=False, path_type=Path)
 @QUICK
 @JSON
 def main(
-    path: Path, gguf: Path | None, peer: Path | None, dtypes: tuple[str, ...], prompt: int, tokens: int, rounds: int,
+    path: Path, gguf: Path | None, peer: Path | None, weights: tuple[str, ...], prompt: int, tokens: int, rounds: int,
     threads: int | None, quick: bool, as_json: bool,
 ) -> None:  # fmt: skip
-    """Measures one checkpoint, dtype by dtype."""
+    """Measures one checkpoint, with one kind of weights after the other."""
     if peer is not None and gguf is None:
         raise click.UsageError("--peer needs --gguf: the file that llama.cpp reads")
     start(threads)
-    if quick:
-        prompt, tokens, rounds = 8, 8, 2
-    sizes = {"prompt_tokens": prompt, "tokens": tokens, "rounds": rounds}
-    results = [measure(path, gguf, peer, dtype, **sizes) for dtype in dtypes]
+    sizes = Sizes(8, 8, 24, 2) if quick else Sizes(prompt, tokens, 256, rounds)
+    results = [measure(path, gguf, peer, kind, sizes) for kind in weights]
     shown = [table for found in results for table in tables(found)]
     publish("peers", {"model": str(path), "measured": results}, shown, as_json)
 

@@ -91,8 +91,9 @@ def test_peers(tmp_path: Path) -> None:
     (found,) = bench("peers", "--quick", "--model", str(tmp_path / "two"))["measured"]
     assert found["sides"].keys() == {"twotower", "transformers"}
     assert found["sides"]["transformers"]["same until"] == found["tokens"] == 8
-    assert found["sides"]["transformers"]["ours takes"] > 0
-    assert found["sides"]["twotower"]["ours takes"] == 1
+    for name, side in found["sides"].items():
+        assert all(value > 0 for value in side["seconds"].values())
+        assert all(value == 1 or name != "twotower" for value in side["ours takes"].values())
 
 
 def test_throughput() -> None:

@@ -1,4 +1,4 @@
-"""A copy of a GGUF file with all weights in one dtype, so that llama.cpp computes with the weights of a checkpoint."""
+"""A copy of a GGUF file with all matrices in one type, so that llama.cpp computes with the weights of a checkpoint."""
 
 from __future__ import annotations
 
@@ -7,8 +7,8 @@ from pathlib import Path
 import gguf
 
 
-def write_in(source: Path, target: Path, dtype: str) -> None:
-    """Writes `source` with its matrices in `dtype` ("float32" or "bfloat16"); vectors are in fp32."""
+def write_as(source: Path, target: Path, matrices: str) -> None:
+    """Writes `source` with its matrices in a type of ggml, such as "BF16" or "Q8_0"; vectors are in fp32."""
     reader = gguf.GGUFReader(source)
     architecture = reader.fields["general.architecture"].contents()
     writer = gguf.GGUFWriter(target, architecture)
@@ -20,8 +20,8 @@ def write_in(source: Path, target: Path, dtype: str) -> None:
         writer.add_key_value(field.name, field.contents(), kind, sub_type=inner)
     for tensor in reader.tensors:
         values = gguf.dequantize(tensor.data, tensor.tensor_type)
-        if dtype == "bfloat16" and values.ndim > 1:
-            narrow = gguf.GGMLQuantizationType.BF16
+        narrow = gguf.GGMLQuantizationType[matrices]
+        if matrices != "F32" and values.ndim > 1:
             writer.add_tensor(tensor.name, gguf.quantize(values, narrow), raw_dtype=narrow)
         else:
             writer.add_tensor(tensor.name, values)

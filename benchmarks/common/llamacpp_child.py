@@ -6,6 +6,7 @@ Reads one JSON object a line from stdin and answers each with one line on stdout
 chooses the best token with numpy, so that nothing of the Python package's own sampling is timed.
 
     {"prompt": [1, 2, 3], "tokens": 64} → {"seconds": 0.4, "tokens": [17, …]}
+    {"prompt": [1, 2, 3], "check": [4, 5]} → {"seconds": 0.1}, one pass over "check" with the logits of all its tokens
 """
 
 from __future__ import annotations
@@ -37,6 +38,25 @@ class Model:
         logits = np.ctypeslib.as_array(llama_cpp.llama_get_logits_ith(self.context, -1), shape=(self.vocab,))
         return int(logits.argmax())
 
+    def check(self, prompt: list[int], tokens: list[int]) -> float:
+        """The seconds of a pass over tokens behind a prompt; a first such pass is not counted."""
+        memory = llama_cpp.llama_get_memory(self.context)
+        llama_cpp.llama_memory_clear(memory, True)
+        self.best(prompt)
+        batch, taken = llama_cpp.llama_batch_init(len(tokens), 0, 1), 0.0
+        for i, token in enumerate(tokens):
+            batch.token[i], batch.pos[i], batch.logits[i] = token, len(prompt) + i, True
+            batch.n_seq_id[i], batch.seq_id[i][0] = 1, 0
+        batch.n_tokens = len(tokens)
+        for _ in range(2):
+            assert llama_cpp.llama_memory_seq_rm(memory, 0, len(prompt), -1)
+            started = time.perf_counter()
+            assert llama_cpp.llama_decode(self.context, batch) == 0
+            llama_cpp.llama_get_logits_ith(self.context, -1)  # waits for the pass
+            taken = time.perf_counter() - started
+        llama_cpp.llama_batch_free(batch)
+        return taken
+
     def generate(self, prompt: list[int], count: int) -> list[int]:
         """The greedy continuation of a prompt."""
         llama_cpp.llama_memory_clear(llama_cpp.llama_get_memory(self.context), True)
@@ -53,9 +73,13 @@ def main() -> None:
     model = Model(path, int(threads), int(context))
     for line in sys.stdin:
         request = json.loads(line)
-        started = time.perf_counter()
-        tokens = model.generate(request["prompt"], request["tokens"])
-        print(json.dumps({"seconds": time.perf_counter() - started, "tokens": tokens}), flush=True)
+        if "check" in request:
+            answer = {"seconds": model.check(request["prompt"], request["check"])}
+        else:
+            started = time.perf_counter()
+            tokens = model.generate(request["prompt"], request["tokens"])
+            answer = {"seconds": time.perf_counter() - started, "tokens": tokens}
+        print(json.dumps(answer), flush=True)
 
 
 @llama_cpp.llama_log_callback

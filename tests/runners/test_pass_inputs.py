@@ -56,8 +56,8 @@ def test_an_engine_sees_weights_that_changed_between_calls() -> None:
 
 @NATIVE
 @torch.no_grad()
-def test_layers_share_no_buffers() -> None:
-    """Keys that a pass stores itself lie in a buffer that the largest Mamba layer before or behind must not move."""
+def test_a_pass_stores_the_keys_that_torch_stores() -> None:
+    """In passes of growing and shrinking lengths, with Mamba layers before and behind attention."""
     for pattern in ("M*M*", "*MM*"):
         model = build_random_model(pattern, dtype=torch.float32)
         for length in (1, 3, 16, 90, 2):
