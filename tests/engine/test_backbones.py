@@ -371,7 +371,7 @@ EVERY_RUN = [(mode, way) for mode in ("ar", "verified") for way in ("batch", "en
         pytest.param(EVERY_RUN, EVERY_RUN, 40, id="full", marks=slow),
     ],
 )
-@pytest.mark.parametrize("name", slow_but(FEW))
+@pytest.mark.parametrize("name", slow_but(FEW, STATIC_NAMES))
 def test_texts_equal_transformers(name: str, exact_runs: Any, fp32_runs: Any, new: int) -> None:
     """float64: all tokens. fp32: logits within 1e-4 of their deviation, and all tokens without a near tie."""
     theirs = hf_model(name)
