@@ -2,20 +2,22 @@
 
 from __future__ import annotations
 
+import copy
 from collections.abc import Callable
 from pathlib import Path
 
 import pytest
 import torch
-from tiny_backbones import SHAPES, VOCAB, greedy, save
+from tiny_backbones import SHAPES, VOCAB, greedy, in_float64, save
 from torch import Tensor
+from transformers import PreTrainedModel
 
 from twotower import TwoTowerForCausalLM
 from twotower.checkpoint.convert import convert
 
 NEAR_TIE = 1e-3  # distance of the two best logits up to which another token is no error
 MOST_DIFFERENCES = 0.01  # of all positions
-LOGITS = 1e-4  # largest difference, in standard deviations of the logits
+LOGITS = 1e-4  # largest difference, in standard deviations of the logits; see `own_error`
 PROMPTS, NEW_TOKENS = (1, 7, 33, 70), 40
 
 Generate = Callable[..., Tensor]
@@ -39,6 +41,12 @@ def differences(generate: Generate, prompt: list[int], text: list[int], margins:
     return count
 
 
+def own_error(theirs: PreTrainedModel, ids: Tensor, expected: Tensor) -> float:
+    """The largest error of transformers' own logits: some random models amplify the rounding of fp32."""
+    with torch.inference_mode(), in_float64(copy.deepcopy(theirs)) as exact:
+        return float((exact(ids, use_cache=False).logits - expected).abs().max())
+
+
 def check(name: str, directory: Path, prompts: tuple[int, ...], new: int) -> None:
     """Compares a tiny model with transformers' on prompts of these lengths."""
     theirs = save(name, directory / "ar")
@@ -52,7 +60,9 @@ def check(name: str, directory: Path, prompts: tuple[int, ...], new: int) -> Non
             text, margins = greedy(theirs, prompt, new)
             ids = torch.tensor([prompt + text])
             expected, logits = theirs(ids, use_cache=False).logits, model(ids).logits
-        assert (logits - expected).abs().max() <= LOGITS * expected.std(), f"prompt of {length} tokens"
+        found_error = float((logits - expected).abs().max())
+        if found_error > LOGITS * float(expected.std()):
+            assert found_error <= 2 * own_error(theirs, ids, expected), f"prompt of {length} tokens"
         for mode in found:
             found[mode] += differences(getattr(model, mode), prompt, text, margins)
     assert max(found.values()) <= MOST_DIFFERENCES * len(prompts) * new, found
