@@ -23,6 +23,7 @@ from triton.compiler import ASTSource
 from twotower.ops.reference.attention import AttentionOptions, CachedKV
 from twotower.ops.reference.rope import HeadNorms, Rotation
 from twotower.ops.self_check_cases import (
+    FALCON_SIZES,
     RELEASED_SIZES,
     Sizes,
     argmax_arguments,
@@ -131,10 +132,11 @@ def main() -> None:
 
 
 def blocks(lengths: list[int]) -> None:
-    """Mamba mixers and argmax: released sizes with these lengths, and one case of odd sizes."""
+    """Mamba mixers and argmax: released sizes with these lengths, larger heads, and one case of odd sizes."""
     odd = Sizes(heads=6, groups=2, width=12, state=24, taps=1)
     for sizes, length, dtype, trace in (
         *((RELEASED_SIZES, length, torch.bfloat16, length != 16) for length in lengths),
+        *((FALCON_SIZES, length, torch.bfloat16, True) for length in lengths if length <= 16),
         (odd, 5, torch.float32, True),
     ):
         arguments = mamba_block_arguments(sizes, length, CPU, dtype, rows=2)

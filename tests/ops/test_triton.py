@@ -50,6 +50,7 @@ DEVICE = torch.device("cuda", 0) if torch.cuda.is_available() else torch.device(
 TINY_HYBRID = Sizes(heads=8, groups=2, width=16, state=16, taps=4)
 TINY_GROUPS = Sizes(heads=6, groups=2, width=12, state=24, taps=4)
 SMALL = Sizes(heads=2, groups=1, width=5, state=3, taps=4)
+LARGE = Sizes(heads=2, groups=1, width=41, state=200, taps=2)  # heads in two parts
 BOTH = pytest.mark.parametrize("sizes", [TINY_HYBRID, TINY_GROUPS], ids=["tiny-hybrid", "tiny-groups"])
 # Operations that use Triton where it is supported; bf16 experts only where torch has no grouped GEMM.
 OPS = (
@@ -118,7 +119,7 @@ def test_block(sizes: Sizes, dtype: torch.dtype, length: int) -> None:
 
 @DTYPES
 @NORMS
-@pytest.mark.parametrize(("sizes", "length"), [(SMALL, 1), (SMALL, 17), (TINY_GROUPS, 5)])
+@pytest.mark.parametrize(("sizes", "length"), [(SMALL, 1), (SMALL, 17), (TINY_GROUPS, 5), (LARGE, 1), (LARGE, 3)])
 def test_block_with_any_norm(sizes: Sizes, length: int, norm: GateNorm, dtype: torch.dtype) -> None:
     """Ragged rows, whose padding has no effect; a row alone; with and without the step inputs."""
     projected, token_mask, window, state, weights = mamba_block_arguments(sizes, length, DEVICE, dtype)
@@ -161,8 +162,8 @@ def test_block_with_any_convolution(length: int, taps: int, bias: bool) -> None:
 
 @pytest.mark.parametrize(
     "sizes",
-    [Sizes(1, 1, 5, 3, 4), Sizes(3, 3, 20, 40, 4), Sizes(8, 1, 64, 128, 4)],
-    ids=["one head", "groups of one", "a group of the 30B model"],
+    [Sizes(1, 1, 5, 3, 4), Sizes(3, 3, 20, 40, 4), Sizes(8, 1, 64, 128, 4), Sizes(2, 1, 128, 256, 4)],
+    ids=["one head", "groups of one", "a group of the 30B model", "two heads of Falcon-H1 7B"],
 )
 def test_block_of_other_sizes(sizes: Sizes) -> None:
     check_block(*mamba_block_arguments(sizes, 6, DEVICE, torch.bfloat16, rows=2))
@@ -203,13 +204,18 @@ def test_block_reads_slices_in_place() -> None:
     check_block(projected.transpose(1, 2).contiguous().transpose(1, 2), token_mask, window, state, weights)
 
 
-@pytest.mark.parametrize("length", [64, 65])
-def test_longer_blocks_go_to_the_reference(length: int, monkeypatch: pytest.MonkeyPatch) -> None:
-    arguments = mamba_block_arguments(Sizes(2, 1, 4, 3, 4), length, DEVICE, torch.float32)
+@pytest.mark.parametrize(
+    ("length", "size", "served"),
+    [(64, 3, True), (65, 3, False), (17, 129, False), (1, 512, True), (2, 257, False), (1, 513, False)],
+)
+def test_longer_blocks_go_to_the_reference(
+    length: int, size: int, served: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    arguments = mamba_block_arguments(Sizes(2, 1, 4, size, 4), length, DEVICE, torch.float32)
     expected, _ = mamba_block.mamba_block(*arguments)
     close(triton_mamba.mamba_block(*arguments)[0], expected)
     monkeypatch.setattr(mamba_block, "mamba_block", lambda *_: "the reference")
-    assert (triton_mamba.mamba_block(*arguments) == "the reference") == (length > 64)
+    assert (triton_mamba.mamba_block(*arguments) == "the reference") == (not served)
 
 
 @pytest.mark.parametrize("shape", [(0, 4), (2, 0)])
@@ -265,6 +271,12 @@ def test_state_update_keeps_other_slots(slots: tuple[int, ...]) -> None:
     assert all(torch.equal(now[others], then[others]) for now, then in zip((window, state), before, strict=True))
     idle = rows[accepted == 0]
     assert torch.equal(state[idle], before[1][idle])
+
+
+@pytest.mark.parametrize("length", [1, 3])
+def test_state_update_of_large_heads(length: int) -> None:
+    """A head in two parts, one with fewer rows."""
+    check_state_update(*state_update_arguments(LARGE, length, DEVICE, torch.float32))
 
 
 def test_state_update_of_wide_windows() -> None:

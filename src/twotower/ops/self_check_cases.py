@@ -36,6 +36,7 @@ class Sizes(NamedTuple):
 
 
 ODD_SIZES = Sizes(heads=6, groups=2, width=12, state=24, taps=3)
+FALCON_SIZES = Sizes(heads=24, groups=1, width=128, state=256, taps=4)
 RELEASED_SIZES = Sizes(heads=64, groups=8, width=64, state=128, taps=4)
 
 
@@ -66,8 +67,12 @@ def state_update_cases(device: torch.device, dtype: torch.dtype) -> list[Case]:
 
 
 def _mamba_cases(device: torch.device, arguments: Callable[[Sizes, int], tuple[object, ...]]) -> list[Case]:
-    """Odd sizes; on a GPU also the released sizes (slow in the interpreter). 33 tokens need the most shared memory."""
-    released = [(RELEASED_SIZES, length) for length in (1, 16, 33) if device.type == "cuda"]
+    """Odd sizes; on a GPU also the released sizes (slow in the interpreter). 33 tokens need the most shared memory.
+
+    There also heads of Falcon-H1, which a program computes in parts.
+    """
+    released = [(RELEASED_SIZES, length) for length in (1, 16, 33)] + [(FALCON_SIZES, length) for length in (1, 16)]
+    released = released if device.type == "cuda" else []
     pairs = [(ODD_SIZES, 1), (ODD_SIZES, 19), *released]
     return [
         Case(f"{sizes.heads} heads of {sizes.width}, {length} tokens", partial(arguments, sizes, length))

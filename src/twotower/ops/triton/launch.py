@@ -10,16 +10,21 @@ from torch import Tensor
 
 from twotower import options
 
-# Limits of one program: the (L, L) products of a block, and one head's state.
-MAX_LENGTH = 64
-MAX_STATE = 64 * 128
+# Blocks of one program: for state sizes N up to the first number, tokens up to the second. Registers hold no more.
+MAX_BLOCKS = ((128, 64), (256, 16), (512, 1))
+MAX_STATE = 64 * 128  # values of one head's state that a program holds at once
 MAX_HEAD_DIM = 256  # attention head width: one program holds whole queries, keys and values
 MAX_NORM_WIDTH = 16384  # width of a token that a norm keeps in the registers of 16 warps
 
 
-def exceeds_one_program(length: int, width: int, size: int) -> bool:
-    """Whether a block of `length` tokens or a state (width P, size N) exceeds one program; then the reference runs."""
-    return length > MAX_LENGTH or tile_of(width) * tile_of(size) > MAX_STATE
+def exceeds_one_program(length: int, size: int) -> bool:
+    """Whether a block of `length` tokens with a state size N exceeds one program; then the reference runs."""
+    return not any(size <= largest and length <= tokens for largest, tokens in MAX_BLOCKS)
+
+
+def head_tile(width: int, size: int) -> int:
+    """The rows of a head's state (P, N) that are computed at once; the rows do not depend on each other."""
+    return min(tile_of(width), MAX_STATE // tile_of(size))
 
 
 def tile_of(size: int) -> int:

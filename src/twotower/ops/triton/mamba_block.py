@@ -1,9 +1,9 @@
 """Triton kernel of `mamba_block`: one program per row and group of heads.
 
 A program also computes the norm of its group, before or after the gate. There is no loop over tokens: a block is one
-tile of matrix products; a block of one token uses sums instead. Sizes are padded to powers of two and masked.
-Arithmetic is fp32. The host does not wait, and grids depend on shapes only, so passes can be captured in a CUDA graph.
-Importing this module needs Triton.
+tile of matrix products; a block of one token uses sums instead. Sizes are padded to powers of two and masked. A
+head whose state is larger than 64 × 128 is computed in parts of its width. Arithmetic is fp32. The host does not wait,
+and grids depend on shapes only, so passes can be captured in a CUDA graph. Importing this module needs Triton.
 
 Memory traffic of one row of the 30B shapes (H 64, P 64, N 128, G 8, K 4, bf16), L = 16: state 2 MiB read once, z | xBC
 | dt 322 KiB read, result 128 KiB written, and 256 KiB of fp32 intermediates, written and read back from cache by the
@@ -19,7 +19,14 @@ from torch import Tensor
 
 from twotower.ops.reference import mamba_block as reference
 from twotower.ops.reference.mamba_block import MambaStepInputs, MambaWeights, empty_step_inputs
-from twotower.ops.triton.launch import contiguous_from, device_guard, dot_precision, exceeds_one_program, tile_of
+from twotower.ops.triton.launch import (
+    contiguous_from,
+    device_guard,
+    dot_precision,
+    exceeds_one_program,
+    head_tile,
+    tile_of,
+)
 from twotower.ops.triton.mamba_parts import conv_silu, gate, group_norm, scan, softplus
 
 
@@ -33,8 +40,7 @@ def mamba_block(
 ) -> tuple[Tensor, MambaStepInputs | None]:
     """As `twotower.ops.reference.mamba_block.mamba_block`, without gradients."""
     rows, length = projected.shape[:2]
-    large = exceeds_one_program(length, weights.head_dim, weights.state_size)
-    if large or not rows * length:
+    if exceeds_one_program(length, weights.state_size) or not rows * length:
         return reference.mamba_block(projected, token_mask, window, state, weights, keep_step_inputs)
     projected = contiguous_from(projected, 2)
     window, state = (None if part is None else contiguous_from(part, 1) for part in (window, state))
@@ -78,7 +84,7 @@ def mamba_block(
             SIZE=weights.state_size,
             TAPS=weights.taps,
             TOKENS=tile,
-            WIDTH_TILE=tile_of(weights.head_dim),
+            WIDTH_TILE=head_tile(weights.head_dim, weights.state_size),
             SIZE_TILE=tile_of(weights.state_size),
             PRECISION=dot_precision(projected.dtype),
             num_warps=4 if tile == 1 else 8,
@@ -141,6 +147,7 @@ def _block_kernel(
     INNER: tl.constexpr = HEADS * WIDTH
     CONV_DIM: tl.constexpr = INNER + 2 * GROUPS * SIZE
     HEADS_PER_GROUP: tl.constexpr = HEADS // GROUPS
+    PARTS: tl.constexpr = (WIDTH + WIDTH_TILE - 1) // WIDTH_TILE  # of a head, whose state may exceed a program
     row = tl.program_id(0).to(tl.int64)
     group = tl.program_id(1)
     projected += row * row_stride
@@ -170,7 +177,6 @@ def _block_kernel(
     n = tl.arange(0, SIZE_TILE)
     p = tl.arange(0, WIDTH_TILE)
     of_state = n < SIZE
-    of_head = p < WIDTH
 
     channels = INNER + group * SIZE + n
     # fmt: off
@@ -193,9 +199,11 @@ def _block_kernel(
         scores = tl.dot(C, tl.trans(B), input_precision=PRECISION)  # (TOKENS, TOKENS)
 
     squares = tl.zeros([TOKENS], dtype=tl.float32)
-    for i in range(HEADS_PER_GROUP):
-        head = group * HEADS_PER_GROUP + i
-        columns = head * WIDTH + p
+    for i in range(HEADS_PER_GROUP * PARTS):
+        head = group * HEADS_PER_GROUP + i // PARTS
+        in_head = i % PARTS * WIDTH_TILE + p
+        of_head = in_head < WIDTH
+        columns = head * WIDTH + in_head
         exists = here[:, None] & of_head[None, :]
         dt = tl.load(xBC + CONV_DIM + tokens * token_stride + head, mask=here, other=0.0).to(tl.float32)
         dt = softplus(dt + tl.load(dt_bias + head).to(tl.float32))
@@ -233,8 +241,8 @@ def _block_kernel(
             eps,
             group,
             NORM,
-            HEADS_PER_GROUP,
             INNER,
+            HEADS_PER_GROUP,
             WIDTH,
             TOKENS,
             WIDTH_TILE,

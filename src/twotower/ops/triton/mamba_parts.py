@@ -135,8 +135,8 @@ def group_norm(
     eps,
     group,
     NORM: tl.constexpr,
-    HEADS_PER_GROUP: tl.constexpr,
     INNER: tl.constexpr,
+    HEADS_PER_GROUP: tl.constexpr,
     WIDTH: tl.constexpr,
     TOKENS: tl.constexpr,
     WIDTH_TILE: tl.constexpr,
@@ -145,12 +145,14 @@ def group_norm(
 
     squares (TOKENS,): sums of squares. Pointers are at the row's first token.
     """
+    PARTS: tl.constexpr = (WIDTH + WIDTH_TILE - 1) // WIDTH_TILE
     tokens, p = tl.arange(0, TOKENS), tl.arange(0, WIDTH_TILE)
-    of_head = p < WIDTH
-    exists = (tokens < length)[:, None] & of_head[None, :]
     scale = tl.rsqrt(squares / (HEADS_PER_GROUP * WIDTH) + eps)
-    for i in range(HEADS_PER_GROUP):
-        columns = (group * HEADS_PER_GROUP + i) * WIDTH + p
+    for i in range(HEADS_PER_GROUP * PARTS):
+        in_head = i % PARTS * WIDTH_TILE + p
+        of_head = in_head < WIDTH
+        exists = (tokens < length)[:, None] & of_head[None, :]
+        columns = (group * HEADS_PER_GROUP + i // PARTS) * WIDTH + in_head
         y = tl.load(unnormed + tokens[:, None] * INNER + columns[None, :], mask=exists, other=0.0)
         y *= scale[:, None] * tl.load(norm_weight + columns, mask=of_head, other=0.0).to(tl.float32)[None, :]
         if NORM == "before_gate":

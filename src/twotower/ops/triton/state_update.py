@@ -1,5 +1,7 @@
 """Triton kernel of `state_update`: one program per row and head, and several per row for the convolution window.
 
+A head whose state is larger than 64 × 128 has several programs, each for a part of its width.
+
 Memory traffic of one row of the 30B shapes that accepts L = 16 tokens: state 2 MiB read and 2 MiB written; step inputs
 x 256 KiB, B 64 KiB, dt and log_decay 8 KiB; window and its new inputs 36 KiB read, 36 KiB written. Importing this
 module needs Triton.
@@ -13,7 +15,14 @@ from torch import Tensor
 
 from twotower.ops.reference import mamba_block as reference
 from twotower.ops.reference.mamba_block import MambaStepInputs
-from twotower.ops.triton.launch import contiguous_from, device_guard, dot_precision, exceeds_one_program, tile_of
+from twotower.ops.triton.launch import (
+    contiguous_from,
+    device_guard,
+    dot_precision,
+    exceeds_one_program,
+    head_tile,
+    tile_of,
+)
 
 WINDOW_CHANNELS = 256  # channels of the convolution window per program
 
@@ -29,14 +38,16 @@ def state_update(
     taps, channels = conv_window.shape[1] + 1, conv_window.shape[2]
     if not batch * length:
         return conv_window, ssm_state
-    if exceeds_one_program(length, *ssm_state.shape[2:]):
+    width, size = ssm_state.shape[2:]
+    if exceeds_one_program(length, size):
         new = reference.state_update(conv_window, ssm_state, inputs, accepted, rows)
         return (conv_window.copy_(new[0]), ssm_state.copy_(new[1])) if rows is None else new
     assert conv_window.is_contiguous(), "a pool is contiguous"
     assert ssm_state.is_contiguous(), "a pool is contiguous"
     xBC, x, B = (contiguous_from(v, 2) for v in (inputs.xBC, inputs.x, inputs.B))
-    width, size = ssm_state.shape[2:]
-    grid = (batch, heads + (triton.cdiv(channels, WINDOW_CHANNELS) if taps > 1 else 0))
+    width_tile = head_tile(width, size)
+    head_programs = heads * triton.cdiv(width, width_tile)
+    grid = (batch, head_programs + (triton.cdiv(channels, WINDOW_CHANNELS) if taps > 1 else 0))
     with device_guard(ssm_state):
         _state_update_kernel[grid](
             conv_window,
@@ -58,7 +69,7 @@ def state_update(
             TAPS=taps,
             CHANNELS=channels,
             TOKENS=1 if length == 1 else tile_of(length),
-            WIDTH_TILE=tile_of(width),
+            WIDTH_TILE=width_tile,
             SIZE_TILE=tile_of(size),
             TAPS_TILE=triton.next_power_of_2(max(taps - 1, 1)),
             CHANNELS_TILE=WINDOW_CHANNELS,
@@ -77,6 +88,7 @@ def _update_state(
     B,
     x_token,
     B_token,
+    first,
     count,
     HEADS: tl.constexpr,
     WIDTH: tl.constexpr,
@@ -86,10 +98,13 @@ def _update_state(
     SIZE_TILE: tl.constexpr,
     PRECISION: tl.constexpr,
 ):
-    """Updates one head's state with its first `count` tokens. Pointers are at the row and head."""
+    """Updates some rows of one head's state, from `first` on, with its first `count` tokens.
+
+    Pointers are at the row and head.
+    """
     tokens = tl.arange(0, TOKENS)
     counted = tokens < count
-    p = tl.arange(0, WIDTH_TILE)
+    p = first + tl.arange(0, WIDTH_TILE)
     n = tl.arange(0, SIZE_TILE)
     time = tl.load(dt + tokens * HEADS, mask=counted, other=0.0)
     passing = tl.load(log_decay + tokens * HEADS, mask=counted, other=0.0)
@@ -158,24 +173,27 @@ def _state_update_kernel(
     CHANNELS_TILE: tl.constexpr,
     PRECISION: tl.constexpr,
 ):
-    """One row (axis 0); one head's state, or, after the heads, some channels of the window (axis 1)."""
+    """One row (axis 0); a part of one head's state, or, after the heads, some channels of the window (axis 1)."""
+    PARTS: tl.constexpr = (WIDTH + WIDTH_TILE - 1) // WIDTH_TILE
     row = tl.program_id(0).to(tl.int64)
     part = tl.program_id(1)
+    head = part // PARTS
     slot = row
     if HAS_ROWS:
         slot = tl.load(rows + row).to(tl.int64)
     count = tl.load(accepted + row).to(tl.int32)
     if count > 0:
-        if part < HEADS:
-            of_head = row * length * HEADS + part
+        if head < HEADS:
+            of_head = row * length * HEADS + head
             _update_state(
-                ssm_state + (slot * HEADS + part) * (WIDTH * SIZE),
-                x + row * x_row + part * WIDTH,
+                ssm_state + (slot * HEADS + head) * (WIDTH * SIZE),
+                x + row * x_row + head * WIDTH,
                 dt + of_head,
                 log_decay + of_head,
-                B + row * B_row + part // (HEADS // GROUPS) * SIZE,
+                B + row * B_row + head // (HEADS // GROUPS) * SIZE,
                 x_token,
                 B_token,
+                part % PARTS * WIDTH_TILE,
                 tl.minimum(count, length),
                 HEADS,
                 WIDTH,
@@ -190,7 +208,7 @@ def _state_update_kernel(
                 conv_window + slot * ((TAPS - 1) * CHANNELS),
                 xBC + row * xBC_row,
                 xBC_token,
-                (part - HEADS) * CHANNELS_TILE + tl.arange(0, CHANNELS_TILE),
+                (part - HEADS * PARTS) * CHANNELS_TILE + tl.arange(0, CHANNELS_TILE),
                 count,
                 TAPS,
                 CHANNELS,
