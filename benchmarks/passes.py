@@ -39,7 +39,7 @@ from common.transformers_baseline import transformers_baseline
 from rich.console import RenderableType
 from rich.table import Table
 
-from twotower import TwoTowerForCausalLM, model_loading
+from twotower import TwoTowerForCausalLM
 from twotower.evaluation.machine import device_facts, machine_facts, machine_summary
 from twotower.ops.precision import has_fast_bf16_matmul
 
@@ -241,8 +241,8 @@ def roofline_table(found: dict[str, Any]) -> Table:
     help="Can be repeated.  [default: float32, and bfloat16 if the device has fast matmuls in it]",
 )  # fmt: skip
 @click.option(
-    "--quantization", "quantizations", type=click.Choice(model_loading.QUANTIZATIONS), multiple=True, default=("none",),
-    show_default=True, help="Can be repeated, for each dtype. int8: without transformers and naive reference.",
+    "--quantization", "quantizations", type=click.Choice(("none", "int8", "int4")), multiple=True, default=("none",),
+    show_default=True, help="Can be repeated, for each dtype. int8, int4: without transformers and naive reference.",
 )  # fmt: skip
 @click.option("--context", default=256, show_default=True, help="Tokens before the pass.")
 @click.option("--repeats", default=30, show_default=True, help="Repeats of each pass.")

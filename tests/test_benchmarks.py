@@ -332,3 +332,12 @@ def test_overhead() -> None:
     assert facts["cases"]["ar"]["A"]["verbs"]["extend"]["calls"] >= 16
     assert facts["cases"]["verified x8"]["A"]["verbs"]["denoise"]["calls"] >= 1
     assert facts["cases"]["first token"]["prompt tokens"] == 300
+
+
+def test_quantization_compares_rules_of_rounding(tmp_path: Path) -> None:
+    (tmp_path / "text").write_text("User: I want to book a table for two in San Jose.\n" * 20, encoding="utf-8")
+    facts = bench("quantization", "--text", str(tmp_path / "text"), "--tokens", "128", "--length", "64")
+    found = {each["rule"]: each for each in facts["results"]}
+    assert found["int4"]["error"] == pytest.approx(found["best of 3 scales, groups of 32"]["error"], rel=1e-6)
+    assert found["int8"]["error"] < 0.01 < found["int4"]["error"] < found["scale m / 7, groups of 32"]["error"] < 0.12
+    assert 0 < found["int8"]["kl"] < found["int4"]["kl"] < 0.1

@@ -399,7 +399,8 @@ def test_info_gives_the_published_figures(cli: Callable[..., Result], golden_dir
     # K/V: 6 layers × 2 × 2 heads × 128 × 2 bytes. State: 23 layers, window 3 × 6144 in bf16, 64 × 64 × 128 in fp32.
     assert facts["state"]["per_token"] == 6 * 2 * 2 * 128 * 2
     assert facts["state"]["per_row"] == 23 * (3 * 6144 * 2 + 64 * 64 * 128 * 4)
-    assert facts["weights"] == {"present": False, "files": [], "dtypes": {}, "problem": None}
+    nothing = {"present": False, "files": [], "dtypes": {}, "quantization": "none", "problem": None}
+    assert facts["weights"] == nothing
     assert facts["computes_in"]["cpu"] == "bfloat16"  # too large for fp32 under --dtype auto
     ops = {row["op"] for row in facts["backends"]["cpu"]}
     assert ops >= {"attention", "mamba_block", "experts", "linear_int8", "pass", "weights", "torch.compile"}

@@ -52,8 +52,8 @@ def model_for(
     if path is not None:
         return model_loading.load_model(path, dtype=dtype, quantization=quantization, context_device=device)
     model = random_model(config_of(shape_of(config, quick)), getattr(torch, dtype), torch.device(device))
-    if quantization == "int8":
-        quantize_(model)
+    if quantization != "none":
+        quantize_(model, quantization)
     return model
 
 

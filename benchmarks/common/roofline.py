@@ -17,11 +17,11 @@ import torch
 from torch import Tensor, nn
 
 from common.timing import seconds
-from twotower.checkpoint.quantize import Quantization
 from twotower.model.conditioning import SINUSOID_SIZE
 from twotower.model.moe import Router
 from twotower.nemotron_h_fields import NemotronHFields
 from twotower.ops.precision import accumulation_dtype
+from twotower.ops.reference import int4
 
 DTYPES = ("float32", "bfloat16")
 PATIENCE = 1.0  # seconds
@@ -132,9 +132,11 @@ class Matrices(NamedTuple):
     def times(self, count: int) -> Matrices:
         return Matrices(self.weights * count, self.rows * count)
 
-    def bytes(self, size: int, quantization: Quantization) -> int:
+    def bytes(self, size: int, scheme: str) -> int:
         """Bytes of the matrices. size: of a weight that is not quantized."""
-        return self.weights * size if quantization == "none" else self.weights + self.rows * torch.float32.itemsize
+        if scheme == "int4":
+            return self.weights * int4.BLOCK // (int4.GROUP * int4.PANEL)
+        return self.weights * size if scheme == "none" else self.weights + self.rows * torch.float32.itemsize
 
 
 def expected_experts(config: NemotronHFields, tokens: int) -> float:
@@ -176,7 +178,7 @@ def work(
     experts: Sequence[float] | None = None,
     head: bool = True,
     denoiser: bool = False,
-    quantization: Quantization = "none",
+    quantization: str = "none",
 ) -> Work:
     """One pass over rows × width tokens after texts of `context` tokens.
 
@@ -192,7 +194,7 @@ def work(
     into_mamba = inner + config.conv_dim + config.mamba_num_heads
     convolution = config.conv_dim * (config.conv_kernel + config.use_conv_bias)
     expert = Matrices.pair(hidden, config.moe_intermediate_size)
-    large = Matrices.total([  # matrices that can be int8
+    large = Matrices.total([  # matrices that can be int8 or int4
         Matrices(hidden * (into_mamba + inner), into_mamba + hidden).times(counts["M"]),
         Matrices(hidden * 2 * (queries + keys), queries + 2 * keys + hidden).times(counts["*"]),
         Matrices.pair(hidden, config.moe_shared_expert_intermediate_size).times(counts["E"]),
@@ -208,7 +210,7 @@ def work(
     parts = {
         "layers": large.bytes(size, quantization) + (small + norms + tables + once) * size,
         "experts": sum(experts) * expert.bytes(size, quantization),
-        "head": vocabulary.bytes(size, quantization),
+        "head": vocabulary.bytes(size, "int8" if quantization == "int4" else quantization),
         "embeddings": tokens * hidden * size,
         "K/V": rows * context * counts["*"] * 2 * keys * size,
         "Mamba states": rows * counts["M"] * (

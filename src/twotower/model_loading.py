@@ -5,6 +5,7 @@ The command line, evaluation and the server share this module. Its import does n
 
 from __future__ import annotations
 
+import math
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -25,7 +26,6 @@ if TYPE_CHECKING:
 FP32_BELOW = 500_000_000
 FP32_SHARE = 0.5  # of the free memory: fp32 weights under dtype "auto" may take this much
 DTYPES = ("auto", "bfloat16", "float32", "float64")
-QUANTIZATIONS = ("none", "int8")
 
 
 def source_of(model: Path | str | None) -> Path | str:
@@ -52,7 +52,7 @@ def load_model(
     *,
     towers: TowerSet = "both",
     dtype: str = "auto",
-    quantization: str = "none",
+    quantization: str | None = None,
     context_device: str | None = None,
     denoiser_device: str | None = None,
 ) -> TwoTowerForCausalLM:
@@ -60,14 +60,15 @@ def load_model(
 
     dtype "auto": as stored, except that a bf16 model of less than `FP32_BELOW` parameters computes in fp32 on a CPU if
     the fp32 weights take at most half of the free memory. On a CPU, weights are packed if enough memory is free and the
-    option `pack` allows it. quantization "int8": the large matrices in int8, the rest in dtype.
+    option `pack` allows it. quantization: a plan for the large matrices, such as "int8" or
+    "experts=int4,rest=int8"; None: as stored.
 
     Raises:
         TwoTowerError: a device cannot be used, or the checkpoint is missing or does not match its config.
     """
     import torch
 
-    from twotower.model.fp32_tensors import named_tensors
+    from twotower.checkpoint import names
     from twotower.modeling_twotower import TwoTowerForCausalLM
     from twotower.runners import packed_weights
 
@@ -83,7 +84,7 @@ def load_model(
         context_device=devices["context device"],
         denoiser_device=devices["denoiser device"],
     )
-    size = sum(tensor.numel() for _, tensor in named_tensors(model))
+    size = sum(math.prod(shape) for shape in names.weight_shapes(model).values())
     if dtype == "auto" and auto_dtype(model.dtype, size, devices.values()) != model.dtype:
         model.float()
         model.config.dtype = model.dtype

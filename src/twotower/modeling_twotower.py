@@ -18,7 +18,7 @@ from transformers.modeling_outputs import CausalLMOutput
 
 from twotower.checkpoint import pretrained, tokenizer_files
 from twotower.checkpoint.generation_config import GenerationDefaults
-from twotower.checkpoint.quantize import Quantization, quantization_of
+from twotower.checkpoint.quantize import quantization_of
 from twotower.config import TwoTowerConfig
 from twotower.decoding.output import BlockEvent
 from twotower.decoding.params import GenerationParams
@@ -67,7 +67,8 @@ class TwoTowerForCausalLM(TwoTowerModel, PreTrainedModel):
     ) -> TwoTowerForCausalLM:
         """Loads a two-tower checkpoint from a directory in the released layout, or from a hub id.
 
-        dtype or torch_dtype: "auto" means that of the config. quantization: "none", or "int8" for the large matrices.
+        dtype or torch_dtype: "auto" means that of the config. quantization: "int8", "int4" or a
+        plan such as "experts=int4,rest=int8" (docs/quantization.md); None: as stored.
         towers: "both" or "context". context_device, denoiser_device: default cpu; device_map: one device for both.
         Of the hub: revision, subfolder, cache_dir, token, local_files_only, force_download. trust_remote_code: whether
         code of the checkpoint may run to load the tokenizer. Other arguments of transformers are refused.
@@ -107,12 +108,12 @@ class TwoTowerForCausalLM(TwoTowerModel, PreTrainedModel):
     # --- weights ------------------------------------------------------------------------------------------------
 
     @property
-    def quantization(self) -> Quantization:
-        """The quantization of the large matrices."""
+    def quantization(self) -> str:
+        """The quantization plan of the large matrices, e.g. "none" or "int8"."""
         return quantization_of(self)
 
     def train(self, mode: bool = True) -> TwoTowerForCausalLM:
-        """As in torch. Raises ArgumentError if the weights are int8."""
+        """As in torch. Raises ArgumentError if the weights are quantised."""
         if mode and self.quantization != "none":
             raise ArgumentError(f"{self.quantization} weights cannot be trained; load the model without quantization")
         super().train(mode)

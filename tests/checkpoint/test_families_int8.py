@@ -1,4 +1,4 @@
-"""int8 weights of every family: the model computes what a model with the dequantized weights computes, in float64."""
+"""int8 and int4 weights of families: a model computes what one with the dequantized weights computes, in float64."""
 
 from __future__ import annotations
 
@@ -7,7 +7,7 @@ from pathlib import Path
 import pytest
 import torch
 from backbone_models import MASK, some_text
-from test_int8 import as_meant
+from test_int4 import as_meant
 from tiny_backbones import FAMILY_NAMES, save, slow_but
 from torch import nn
 
@@ -18,6 +18,7 @@ from twotower.model.linear import Int8Linear, Linear, TiedHead
 from twotower.model.moe import Experts
 
 PROMPT = some_text(40)
+OF_INT4 = ("llama", "phi3", "gemma2", "granitemoehybrid", "qwen2_moe", "nemotron_h:latent", "falcon_h1", "qwen3_next")
 
 
 def plain_products(model: nn.Module) -> list[str]:
@@ -29,12 +30,21 @@ def plain_products(model: nn.Module) -> list[str]:
 
 @pytest.mark.proves("int8")
 @pytest.mark.parametrize("name", slow_but(FAMILY_NAMES))
-@torch.no_grad()
 def test_a_model_loaded_in_int8_has_the_dequantized_weights(name: str, tmp_path: Path) -> None:
+    check(name, "int8", tmp_path)
+
+
+@pytest.mark.parametrize("name", OF_INT4)
+def test_a_model_loaded_in_int4_has_the_dequantized_weights(name: str, tmp_path: Path) -> None:
+    check(name, "int4", tmp_path)
+
+
+@torch.no_grad()
+def check(name: str, plan: str, tmp_path: Path) -> None:
     """Both towers, logits and texts. A tied head is in int8, its embedding is not."""
     save(name, tmp_path / "ar")
     convert(tmp_path / "ar", tmp_path / "two", mask_token=MASK)
-    model = TwoTowerForCausalLM.from_pretrained(tmp_path / "two", dtype=torch.float64, quantization="int8").eval()
+    model = TwoTowerForCausalLM.from_pretrained(tmp_path / "two", dtype=torch.float64, quantization=plan).eval()
     assert all(isinstance(tower.head, Int8Linear) for tower in model.towers())
     assert not plain_products(model)
     plain, full = as_meant(model), TwoTowerForCausalLM.from_pretrained(tmp_path / "two", dtype=torch.float64)

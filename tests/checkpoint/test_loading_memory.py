@@ -118,14 +118,16 @@ def loads(directory: Path, *cases: dict[str, str]) -> list[dict[str, float]]:
 @pytest.mark.parametrize("shards", [1, 5])
 def test_weights_are_built_once(tmp_path: Path, shards: int) -> None:
     write_checkpoint(tmp_path / "model", scale=7, shards=shards)
-    both, context, wider, int8 = loads(
-        tmp_path / "model", {}, {"towers": "context"}, {"dtype": "float32"}, {"quantization": "int8"}
+    plans = [{"quantization": plan} for plan in ("int8", "int4", "experts=int4,rest=int8")]
+    both, context, wider, *quantized = loads(
+        tmp_path / "model", {}, {"towers": "context"}, {"dtype": "float32"}, *plans
     )
     assert 120 < both["weights"] < 180
     assert context["weights"] < 0.51 * both["weights"]
     assert wider["weights"] > 1.99 * both["weights"]
-    assert int8["weights"] < 0.55 * both["weights"]
-    for figures in (both, context, wider, int8):
+    for figures, share in zip(quantized, (0.55, 0.36, 0.39), strict=True):
+        assert figures["weights"] < share * both["weights"]
+    for figures in (both, context, wider, *quantized):
         assert 0.5 * figures["weights"] < figures["peak"] <= LIMIT * figures["weights"]
 
 
@@ -133,9 +135,11 @@ def test_weights_are_built_once(tmp_path: Path, shards: int) -> None:
 @pytest.mark.parametrize("shards", [1, 7])
 def test_weights_are_built_once_at_two_gigabytes(tmp_path: Path, shards: int) -> None:
     write_checkpoint(tmp_path / "model", scale=30, shards=shards)
-    both, context, int8 = loads(tmp_path / "model", {}, {"towers": "context"}, {"quantization": "int8"})
+    plans = {"quantization": "int8"}, {"quantization": "int4"}
+    both, context, int8, int4 = loads(tmp_path / "model", {}, {"towers": "context"}, *plans)
     assert both["weights"] >= 2000
     assert context["weights"] < 0.51 * both["weights"]
     assert int8["weights"] < 0.52 * both["weights"]
-    for figures in (both, context, int8):
+    assert int4["weights"] < 0.3 * both["weights"]
+    for figures in (both, context, int8, int4):
         assert 0.5 * figures["weights"] < figures["peak"] <= LIMIT * figures["weights"]

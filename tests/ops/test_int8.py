@@ -322,13 +322,10 @@ def test_errors_of_damaged_checkpoints_are_unchanged(golden_dir: Path, tmp_path:
             TwoTowerForCausalLM.from_pretrained(tmp_path, quantization="int8")
 
 
-def test_refusals(golden_dir: Path, tmp_path: Path) -> None:
-    with pytest.raises(ArgumentError, match="quantization is 'int4'; choose none or int8"):
-        TwoTowerForCausalLM.from_pretrained(golden_dir / "tiny-hybrid", quantization="int4")
+def test_refusals(golden_dir: Path) -> None:
+    with pytest.raises(ArgumentError, match="quantization: 'int3' in 'int3' is not valid; give a scheme"):
+        TwoTowerForCausalLM.from_pretrained(golden_dir / "tiny-hybrid", quantization="int3")
     model = TwoTowerForCausalLM.from_pretrained(golden_dir / "tiny-hybrid", quantization="int8")
-    with pytest.raises(ArgumentError, match="int8, which a checkpoint cannot store; keep the checkpoint that"):
-        model.save_pretrained(tmp_path / "made")
-    assert not (tmp_path / "made").exists()
     with pytest.raises(ArgumentError, match="int8 weights cannot be trained; load the model without quantization"):
         model.train()
     assert not model.training
@@ -388,7 +385,7 @@ def test_the_bundled_model_gives_the_same_text_in_ar(cli: Callable[..., Result])
 
 @pytest.mark.parametrize("verb", ["generate", "serve", "bench", "eval", "batch", "report"])
 def test_every_verb_that_loads_a_model_has_the_option(verb: str, cli: Callable[..., Result]) -> None:
-    assert "--quantization [none|int8]" in cli(verb, "--help").out
+    assert "--quantization PLAN" in cli(verb, "--help").out
     result = cli(verb, "--quantization", "int3")
     assert result.code == 2
     assert "int3" in result.err
@@ -396,11 +393,13 @@ def test_every_verb_that_loads_a_model_has_the_option(verb: str, cli: Callable[.
 
 def test_info_counts_what_loading_allocates(cli: Callable[..., Result], golden_dir: Path) -> None:
     facts = json.loads(cli("info", golden_dir / "tiny-hybrid", "--json").out)
-    loaded = TwoTowerForCausalLM.from_pretrained(golden_dir / "tiny-hybrid", dtype="bfloat16", quantization="int8")
-    assert facts["memory"]["int8"]["both"] == sum(tensor.nbytes for _, tensor in named_tensors(loaded))
+    for plan in ("int8", "int4"):
+        loaded = TwoTowerForCausalLM.from_pretrained(golden_dir / "tiny-hybrid", dtype="bfloat16", quantization=plan)
+        assert facts["memory"][plan]["both"] == sum(tensor.nbytes for _, tensor in named_tensors(loaded))
 
 
 def test_the_released_model_fits_eighty_gigabytes(cli: Callable[..., Result], golden_dir: Path) -> None:
     memory = json.loads(cli("info", golden_dir / "released" / "config.json", "--json").out)["memory"]
     assert 59 * 2**30 < memory["int8"]["both"] < 60 * 2**30
     assert memory["int8"]["both"] < 0.51 * memory["bfloat16"]["both"]
+    assert 34 * 2**30 < memory["int4"]["both"] < 35 * 2**30

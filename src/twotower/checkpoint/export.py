@@ -23,6 +23,7 @@ from twotower.checkpoint.convert import check_target, counter, unfinished_folder
 from twotower.checkpoint.names import TWO_TOWERS, DiskLayout
 from twotower.checkpoint.reader import StoredTensor
 from twotower.checkpoint.source import resolve_source
+from twotower.checkpoint.stored_quantization import refuse_quantized
 from twotower.checkpoint.writer import TensorToWrite, write_shards
 from twotower.config import GenericTwoTowerConfig, TwoTowerConfig
 from twotower.errors import ArgumentError
@@ -71,6 +72,7 @@ def export_one_tower(
     if origin.resolve() == target or target in origin.resolve().parents:
         raise ArgumentError(f"{target}: the directory contains the source checkpoint; choose another directory")
     config = TwoTowerConfig.read(origin)
+    refuse_quantized(config, origin, "twotower export")
     with torch.device("meta"):
         model = TwoTowerModel(config)
     found, known = reader.read_headers(origin), names.tensor_entries(model)

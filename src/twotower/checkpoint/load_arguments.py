@@ -5,15 +5,15 @@ from __future__ import annotations
 from collections.abc import Mapping
 from dataclasses import dataclass
 from os import PathLike
-from typing import Any, cast, get_args
+from typing import Any, cast
 
 import torch
 from transformers import PretrainedConfig
 
-from twotower.checkpoint.quantize import Quantization
 from twotower.checkpoint.source import HubArguments
 from twotower.errors import ArgumentError
 from twotower.model.towers import TowerSet
+from twotower.quantization import QuantizationPlan
 
 DeviceName = str | int | torch.device | None
 # Values of arguments that ask for what this package does anyway. None is accepted for every argument.
@@ -50,14 +50,15 @@ _SAVING_ANY = {"is_main_process", "save_peft_format", "token"}
 class LoadArguments:
     """The arguments of `from_pretrained`.
 
-    config: a configuration, or where to read it; None: that of the checkpoint.
+    quantization: a plan; None: that of the checkpoint. config: a configuration, or where to read it; None: that of the
+    checkpoint.
     """
 
     hub: HubArguments
     subfolder: str | None
     dtype: str | torch.dtype
     towers: TowerSet
-    quantization: Quantization
+    quantization: QuantizationPlan | None
     config: PretrainedConfig | str | PathLike[str] | None
     devices: dict[str, torch.device]
     trust_remote_code: bool
@@ -75,14 +76,14 @@ class LoadArguments:
         if len({str(dtype).removeprefix("torch.") for dtype in given}) > 1:
             raise ArgumentError(f"dtype is {given[0]!r} and torch_dtype {given[1]!r}; give one of them")
         towers: TowerSet = kwargs.pop("towers", None) or "both"
-        quantization: Quantization = kwargs.pop("quantization", None) or "none"
+        quantization = kwargs.pop("quantization", None)
         device_map = kwargs.pop("device_map", None)
         found = cls(
             hub=hub,
             subfolder=kwargs.pop("subfolder", None),
             dtype=given[0] if given else "auto",
             towers=towers,
-            quantization=quantization,
+            quantization=None if quantization is None else QuantizationPlan.parse(quantization),
             config=kwargs.pop("config", None),
             devices={
                 "context": _device(kwargs.pop("context_device", None), device_map),
@@ -96,8 +97,6 @@ class LoadArguments:
             )
         if towers not in ("both", "context"):
             raise ArgumentError(f'towers is {towers!r}; choose "both" or "context"')
-        if quantization not in get_args(Quantization):
-            raise ArgumentError(f"quantization is {quantization!r}; choose {' or '.join(get_args(Quantization))}")
         return found
 
 

@@ -16,6 +16,8 @@ from torch import nn
 from twotower.families import family_of
 from twotower.families.family import Family, Names, Rows
 from twotower.model.fp32_tensors import named_tensors
+from twotower.model.linear import Int4Linear
+from twotower.model.moe import Int4Experts
 from twotower.model.towers import TwoTowerModel
 from twotower.ops.reference import int8
 from twotower.specs import TowerSpec
@@ -35,6 +37,7 @@ class TensorEntry:
     """A tensor in memory, or its index (`expert`) in a stacked tensor, and where it is on disk.
 
     shape: of the piece. disk_shape: of the tensor on disk. index: of the piece in the tensor on disk; (): the whole.
+    part, whole: of a weight that is quantised on disk, the suffix of this part's name, and the weight's shape.
     """
 
     disk: str
@@ -43,6 +46,8 @@ class TensorEntry:
     shape: tuple[int, ...]
     disk_shape: tuple[int, ...]
     index: Index = ()
+    part: str = ""
+    whole: tuple[int, ...] = ()
 
 
 @dataclass(frozen=True)
@@ -66,11 +71,11 @@ TWO_TOWERS = {
 def tensor_entries(model: TwoTowerModel) -> list[TensorEntry]:
     """All tensors of a two-tower model on disk, in the order of the model, which may be on the meta device.
 
-    Int8 tensors have the entry of the tensor that they were quantised from.
+    Quantised tensors have the entry of the tensor that they were made from.
     """
     out: list[TensorEntry] = []
     family = family_of(model.config)
-    for memory, shape in _shapes(model).items():
+    for memory, shape in weight_shapes(model).items():
         first, part = memory.split(".", 1)
         if first == "time":
             out.append(TensorEntry(part, memory, None, shape, shape))
@@ -83,21 +88,28 @@ def one_tower_entries(model: TwoTowerModel, layout: DiskLayout) -> list[TensorEn
     """The tensors of the context tower of a model in a one-tower checkpoint."""
     out: list[TensorEntry] = []
     family = family_of(model.config)
-    for memory, shape in _shapes(model).items():
+    for memory, shape in weight_shapes(model).items():
         if memory.startswith("context."):
             out += _entries(memory, shape, family, model.spec, layout)
     return out
 
 
-def _shapes(model: nn.Module) -> dict[str, tuple[int, ...]]:
-    """The tensors of a model by name, with the shapes of the tensors that int8 ones were quantised from."""
-    every = dict(named_tensors(model))
+def weight_shapes(model: nn.Module) -> dict[str, tuple[int, ...]]:
+    """The tensors of a model by name, with the shapes of the tensors that quantised ones were made from."""
+    every, of_int4 = dict(named_tensors(model)), int4_shapes(model)
     out = {}
     for memory, tensor in every.items():
         scale = every.get(memory + SCALE)
         if not memory.endswith(SCALE):
-            out[memory] = tuple(tensor.shape) if scale is None else int8.weight_shape(tensor, scale)
+            shape = tuple(tensor.shape) if scale is None else int8.weight_shape(tensor, scale)
+            out[memory] = of_int4.get(memory, shape)
     return out
+
+
+def int4_shapes(model: nn.Module) -> dict[str, tuple[int, ...]]:
+    """The int4 tensors of a model by name, with the shapes of the weights that they stand for."""
+    modules = [(path, part) for path, part in model.named_modules() if isinstance(part, Int4Linear | Int4Experts)]
+    return {f"{path}.{leaf}": shape for path, part in modules for leaf, shape in part.shapes.items()}
 
 
 def _entries(

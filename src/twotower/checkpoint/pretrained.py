@@ -15,8 +15,9 @@ from transformers import PretrainedConfig
 from twotower.checkpoint import atomic, generation_config, names, reader
 from twotower.checkpoint.generation_config import GenerationDefaults
 from twotower.checkpoint.load_arguments import LoadArguments, check_save_arguments
-from twotower.checkpoint.quantize import quantization_of, quantize_
+from twotower.checkpoint.quantize import quantization_of, quantize_, schemes_of
 from twotower.checkpoint.source import resolve_source
+from twotower.checkpoint.stored_quantization import KEY, quantization_config, stored_entries, stored_plan
 from twotower.checkpoint.tokenizer_files import TEMPLATE_FILE, TEMPLATE_FOLDER, save_tokenizer
 from twotower.checkpoint.writer import stale_weights
 from twotower.config import (
@@ -30,6 +31,7 @@ from twotower.config import (
 )
 from twotower.errors import ArgumentError, CheckpointError
 from twotower.model.towers import TowerSet, TwoTowerModel
+from twotower.quantization import QuantizationPlan
 from twotower.tokenizer import Tokenizer
 
 Model = TypeVar("Model", bound=TwoTowerModel)
@@ -67,15 +69,33 @@ def from_pretrained(
         )
     defaults = GenerationDefaults.read(directory, config.vocab_size)
     config._name_or_path = str(source)
+    stored = stored_plan(config, directory / "config.json")
     with torch.device("meta"), errors_of(directory / "config.json"):
         model = build(config, asked.towers)
-        known = names.tensor_entries(model if asked.towers == "both" else build(config, "both"))
-        if asked.quantization == "int8":
-            quantize_(model)
+        known = _quantize(model, model if asked.towers == "both" else build(config, "both"), stored, asked)
     wanted = _dtype(asked.dtype, config)
-    reader.load_weights(model, directory, known, wanted, asked.devices)
+    reader.load_weights(model, directory, known, wanted, asked.devices, stored is not None)
     model.config.dtype = model.dtype
     return model, directory, defaults
+
+
+def _quantize(
+    model: TwoTowerModel, both: TwoTowerModel, stored: QuantizationPlan | None, asked: LoadArguments
+) -> list[names.TensorEntry]:
+    """Quantises a model on the meta device; returns the entries of `both`, the same model with both towers, on disk."""
+    if stored is None:
+        known = names.tensor_entries(both)
+        quantize_(model, asked.quantization or QuantizationPlan.parse("none"))
+        return known
+    quantize_(both, stored)
+    quantize_(model, stored)
+    wanted = asked.quantization
+    if wanted is not None and any(wanted.schemes[part] != scheme for part, scheme in schemes_of(model).items()):
+        raise ArgumentError(
+            f"quantization is {str(wanted)!r}, and the checkpoint is stored in {str(stored)!r}; leave it out, or load "
+            "the original checkpoint"
+        )
+    return list(stored_entries(both, names.tensor_entries(both)))
 
 
 def save_pretrained(
@@ -88,12 +108,6 @@ def save_pretrained(
 ) -> None:
     """See `TwoTowerForCausalLM.save_pretrained`."""
     check_save_arguments(kwargs)
-    quantization = quantization_of(model)
-    if quantization != "none":
-        raise ArgumentError(
-            f"save_pretrained: the weights are {quantization}, which a checkpoint cannot store; keep the checkpoint "
-            "that the model was loaded from"
-        )
     if model.denoiser is None:
         raise ArgumentError(
             'save_pretrained: the model was loaded with towers="context"; load it with towers="both" to save it'
@@ -102,10 +116,10 @@ def save_pretrained(
         raise ArgumentError(f"save_pretrained: {directory} is a file; give a directory")
     if not kwargs.get("is_main_process", True):
         return
+    config = json.dumps(config_to_write(model), indent=2, sort_keys=True) + "\n"
     with atomic.replaced_files(directory, lambda new: _stale(directory, new)) as folder:
         reader.save_weights(model, folder, max_shard_size)
         (folder / CODE_FILE).write_text(CODE, encoding="utf-8")
-        config = json.dumps(config_to_write(model), indent=2, sort_keys=True) + "\n"
         (folder / "config.json").write_text(config, encoding="utf-8")
         if defaults.values:
             (folder / generation_config.FILE).write_text(defaults.text(), encoding="utf-8")
@@ -124,8 +138,10 @@ def config_to_write(model: TwoTowerModel) -> dict[str, object]:
     """The values of config.json: the released keys and an auto_map. Infinity is written as `Infinity`."""
     plain = PretrainedConfig().to_dict()  # without the defaults that transformers adds to every config
     values = {key: value for key, value in model.config.to_dict().items() if value != plain.get(key, ...)}
-    for transient in ("_name_or_path", "transformers_version", "dtype", "torch_dtype", "quantization_config"):
+    for transient in ("_name_or_path", "transformers_version", "dtype", "torch_dtype", KEY):
         values.pop(transient, None)
+    if quantization_of(model) != "none":
+        values[KEY] = quantization_config(model)
     dtype = str(model.dtype).removeprefix("torch.")
     generic = isinstance(model.config, GenericTwoTowerConfig)
     return values | {

@@ -1,46 +1,95 @@
-"""Weight-only int8 quantization of towers: a quarter of the memory of fp32, half of that of bf16.
+"""Weight-only quantization of towers to 8 or 4 bits.
 
-The large matrices become int8: projections of mixers, routed and shared experts, MLPs, the head.
-Embeddings, routers, norms, convolutions, decay rates and the time conditioning keep their dtype. They are small, or, as
-the embeddings, a pass reads only a few rows of them. Rounding a router or a decay rate would change a layer's output.
+The large matrices are quantised: projections of mixers, routed and shared experts, MLPs, the head.
+Heads have at least 8 bits. Embeddings, routers, norms, convolutions, decay rates and the time conditioning keep their
+dtype. They are small, or, as the embeddings, a pass reads only a few rows of them. Rounding a router or a decay rate
+would change a layer's output.
 """
 
 from __future__ import annotations
 
-from typing import Literal, TypeVar
+from collections.abc import Iterator
+from typing import TypeVar
 from weakref import WeakKeyDictionary
 
 from torch import nn
 
 from twotower.model.conditioning import TimeConditioning
-from twotower.model.linear import Int8Linear, Linear, TiedHead
-from twotower.model.moe import Experts, Int8Experts
+from twotower.model.linear import Int4Linear, Int8Linear, Linear, TiedHead
+from twotower.model.moe import Experts, Int4Experts, Int8Experts
+from twotower.quantization import Part, QuantizationPlan, Scheme, TowerName, text_of
 
-Quantization = Literal["none", "int8"]
 Model = TypeVar("Model", bound=nn.Module)
+Large = Linear | TiedHead | Experts
+Quantized = Int8Linear | Int8Experts | Int4Linear | Int4Experts
 
 
-def quantize_(model: Model) -> Model:
+def quantize_(model: Model, plan: QuantizationPlan | str = "int8") -> Model:
     """Quantises the large weights of a module in place, one matrix at a time; returns the module.
 
-    Layers that towers share stay shared.
+    plan: as `QuantizationPlan.parse` reads it. Layers that towers share stay shared.
     """
-    kept = {part for time in model.modules() if isinstance(time, TimeConditioning) for part in time.modules()}
-    parents = [
-        part for part in model.modules() if part not in kept and not isinstance(part, Linear | Experts | TiedHead)
-    ]
+    schemes = QuantizationPlan.parse(plan) if isinstance(plan, str) else plan
     made: WeakKeyDictionary[nn.Module, nn.Module] = (
         WeakKeyDictionary()
     )  # weak, so that each old weight is freed at once
-    for parent in parents:
-        for name, child in parent.named_children():
-            if child not in made and isinstance(child, Linear | Experts | TiedHead):
-                made[child] = Int8Experts(child) if isinstance(child, Experts) else Int8Linear(child)
-            if child in made:
-                setattr(parent, name, made[child])
+    for path in [path for path, _ in large_weights(model) if path]:
+        parent, _, name = path.rpartition(".")
+        holder = model.get_submodule(parent)
+        child = getattr(holder, name)
+        if child not in made:
+            new = _quantized(child, schemes.scheme(*part_of(path)))
+            if new is None:
+                continue
+            made[child] = new
+        setattr(holder, name, made[child])
+        del child
     return model
 
 
-def quantization_of(model: nn.Module) -> Quantization:
-    """The quantization of a model's weights."""
-    return "int8" if any(isinstance(module, Int8Linear | Int8Experts) for module in model.modules()) else "none"
+def large_weights(model: nn.Module) -> Iterator[tuple[str, nn.Module]]:
+    """The modules, with their names, of the weights that quantization changes, quantised or not."""
+    kept = {part for time in model.modules() if isinstance(time, TimeConditioning) for part in time.modules()}
+    for path, module in model.named_modules(remove_duplicate=False):
+        if isinstance(module, Large | Quantized) and module not in kept:
+            yield path, module
+
+
+def part_of(path: str) -> Part:
+    """The part of a large weight, by the name of its module. A module outside towers counts to the context tower."""
+    names = path.split(".")
+    tower: TowerName = "denoiser" if names[0] == "denoiser" else "context"
+    if names[-1] in ("head", "shared_expert_gate"):
+        return Part(tower, "heads")
+    return Part(tower, "experts" if {"experts", "shared_experts"} & set(names) else "projections")
+
+
+def scheme_of(module: nn.Module) -> Scheme:
+    """The scheme of a large weight."""
+    if isinstance(module, Int4Linear | Int4Experts):
+        return "int4"
+    return "int8" if isinstance(module, Int8Linear | Int8Experts) else "none"
+
+
+def schemes_of(model: nn.Module) -> dict[Part, Scheme]:
+    """The schemes of the parts that a model has. A part counts as its narrowest weight."""
+    found: dict[Part, Scheme] = {}
+    for path, module in large_weights(model):
+        part, scheme = part_of(path), scheme_of(module)
+        found[part] = max(found.get(part, scheme), scheme, key=("none", "int8", "int4").index)
+    return found
+
+
+def quantization_of(model: nn.Module) -> str:
+    """The plan of a model's weights; "none" if they are not quantised."""
+    return text_of(schemes_of(model))
+
+
+def _quantized(module: nn.Module, scheme: Scheme) -> nn.Module | None:
+    """The module with quantised weights; None if nothing is to do."""
+    if isinstance(module, Quantized) or scheme == "none":
+        return None
+    if isinstance(module, Experts):
+        return Int8Experts(module) if scheme == "int8" else Int4Experts(module)
+    assert isinstance(module, Linear | TiedHead)
+    return Int8Linear(module) if scheme == "int8" else Int4Linear(module)

@@ -9,22 +9,30 @@ from __future__ import annotations
 import json
 from collections import defaultdict
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 import torch
 from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
-from twotower.checkpoint import mismatch
+from twotower.checkpoint import mismatch, stored_quantization
 from twotower.checkpoint.atomic import finish_save
-from twotower.checkpoint.names import KIND_MARKS, LAYER, SCALE, TensorEntry, by_tensor_on_disk, tensor_entries
-from twotower.checkpoint.writer import DTYPE_NAMES, INDEX_FILE, SINGLE_FILE, TensorToWrite, write_shards
+from twotower.checkpoint.names import (
+    KIND_MARKS,
+    LAYER,
+    SCALE,
+    TensorEntry,
+    by_tensor_on_disk,
+    int4_shapes,
+    tensor_entries,
+)
+from twotower.checkpoint.writer import DTYPE_NAMES, FLOATS, INDEX_FILE, SINGLE_FILE, TensorToWrite, write_shards
 from twotower.config import TwoTowerConfig
 from twotower.errors import CheckpointError
 from twotower.model.fp32_tensors import named_tensors, target_dtype
 from twotower.model.towers import TwoTowerModel
-from twotower.ops.reference import int8
+from twotower.ops.reference import int4, int8
 from twotower.specs import KIND_NAMES, KIND_OF_LETTER
 
 _SAVE_AGAIN = "load it with transformers and save it with save_pretrained"
@@ -36,6 +44,9 @@ _OTHER_FORMATS = {
     "*.msgpack": _SAVE_AGAIN,
     "*.h5": _SAVE_AGAIN,
 }
+
+
+_PART_DTYPES = {"_packed": "I32", "_shape": "I64"}  # of quantised weights
 
 
 @dataclass(frozen=True)
@@ -169,9 +180,10 @@ def check_tensors(
                 f"the config expects {list(entry.disk_shape)}{mismatch.sources_of_shape(entry.memory, config)}; "
                 "use the config.json of these weights"
             )
-        if stored.dtype not in DTYPE_NAMES.values():
+        of_part = _PART_DTYPES.get(entry.part)
+        if stored.dtype not in (FLOATS.values() if of_part is None else [of_part]):
             raise CheckpointError(
-                f"{stored.file}: {entry.disk} is stored as {stored.dtype}; a float tensor is expected"
+                f"{stored.file}: {entry.disk} is stored as {stored.dtype}; {of_part or 'a float tensor'} is expected"
             )
 
 
@@ -203,20 +215,24 @@ def load_weights(
     known: list[TensorEntry],
     dtype: torch.dtype | None,
     device_of: dict[str, torch.device],
+    stored_quantized: bool = False,
 ) -> None:
-    """Loads the weights into a model on the meta device. Int8 tensors of the model are quantised from the file.
+    """Loads the weights into a model on the meta device.
 
     dtype: of the model; None: that of the stored embeddings. device_of: the devices of "context" and "denoiser".
+    stored_quantized: whether quantised tensors are so on disk; otherwise they are quantised as they are read.
     """
     found = read_headers(directory)
     needed = tensor_entries(model)
+    if stored_quantized:
+        needed = list(stored_quantization.stored_entries(model, needed))
     check(directory, found, known, needed, model.config)
     if dtype is None:
         dtype = _stored_dtype(found[embeddings(needed).disk])
     by_file: dict[Path, list[TensorEntry]] = defaultdict(list)
     for entry in needed:
         by_file[found[entry.disk].file].append(entry)
-    empty = dict(named_tensors(model))
+    empty, of_int4 = dict(named_tensors(model)), int4_shapes(model)
     filled: dict[str, Tensor] = {}
 
     def place(name: str, expert: int | None) -> Tensor:
@@ -233,12 +249,31 @@ def load_weights(
         with safe_open(file, framework="pt") as handle:
             for entry in wanted:
                 source = read_piece(handle, entry)
+                if entry.part == "_shape":
+                    _check_shape(file, entry, source)
+                if entry.part in (SCALE, "_shape"):
+                    continue  # read with the weight
                 target = place(entry.memory, entry.expert)
-                if entry.memory + SCALE in empty:
-                    int8.quantize_into(target, place(entry.memory + SCALE, entry.expert), source)
+                scale = place(entry.memory + SCALE, entry.expert) if entry.memory + SCALE in empty else None
+                if entry.part:
+                    name = replace(entry, disk=entry.disk.removesuffix(entry.part) + SCALE)
+                    with safe_open(found[name.disk].file, framework="pt") as other:
+                        stored_quantization.fill(entry, source, read_piece(other, name), target, scale)
+                elif scale is not None:
+                    int8.quantize_into(target, scale, source)
+                elif entry.memory in of_int4:
+                    int4.quantize_into(target, source)
                 else:
                     target.copy_(source)
     model.load_state_dict(filled, strict=True, assign=True)
+
+
+def _check_shape(file: Path, entry: TensorEntry, stored: Tensor) -> None:
+    if tuple(stored.tolist()) != entry.whole:
+        raise CheckpointError(
+            f"{file}: {entry.disk} is {stored.tolist()}; the config expects {list(entry.whole)}; use the config.json "
+            "of these weights"
+        )
 
 
 def read_piece(handle: safe_open, entry: TensorEntry) -> Tensor:
@@ -265,7 +300,8 @@ def _stored_dtype(stored: StoredTensor) -> torch.dtype:
 
 def save_weights(model: TwoTowerModel, directory: Path, max_shard_size: int | str) -> None:
     """Saves the weights with the names on disk, in one file, or in shards of at most max_shard_size and an index."""
-    write_entries(directory, tensor_entries(model), dict(named_tensors(model)), max_shard_size)
+    entries = list(stored_quantization.stored_entries(model, tensor_entries(model)))
+    write_entries(directory, entries, dict(named_tensors(model)), max_shard_size)
 
 
 def write_entries(
@@ -274,11 +310,14 @@ def write_entries(
     """Writes tensors in memory, by their names there, as the entries place them on disk."""
 
     def piece(entry: TensorEntry) -> Tensor:
-        tensor = memory[entry.memory]
-        return tensor if entry.expert is None else tensor[entry.expert]
+        def of(name: str) -> Tensor:
+            return memory[name] if entry.expert is None else memory[name][entry.expert]
+
+        return stored_quantization.stored_piece(entry, of) if entry.part else of(entry.memory)
 
     groups = by_tensor_on_disk(entries).values()
-    to_write = [tensor_to_write(group, memory[group[0].memory].dtype, piece) for group in groups]
+    dtype_of = stored_quantization.stored_dtype_of
+    to_write = [tensor_to_write(group, dtype_of(group[0], memory[group[0].memory]), piece) for group in groups]
     write_shards(directory, to_write, max_shard_size)
 
 

@@ -21,7 +21,8 @@ from twotower.errors import ArgumentError
 INDEX_FILE = "model.safetensors.index.json"
 SINGLE_FILE = "model.safetensors"
 PART = 2**18  # elements converted and written at a time
-DTYPE_NAMES = {torch.bfloat16: "BF16", torch.float16: "F16", torch.float32: "F32", torch.float64: "F64"}
+FLOATS = {torch.bfloat16: "BF16", torch.float16: "F16", torch.float32: "F32", torch.float64: "F64"}
+DTYPE_NAMES = FLOATS | {torch.int32: "I32", torch.int64: "I64"}
 
 
 @dataclass(frozen=True)

@@ -81,7 +81,7 @@ def batch(
     with_prompt: bool,
     deterministic: bool,
     dtype: str,
-    quantization: str,
+    quantization: str | None,
     threads: int | None,
 ) -> None:
     """Continue every prompt of a JSONL file.

@@ -78,7 +78,7 @@ def bench(
     rounds: int,
     ignore_eos: bool,
     dtype: str,
-    quantization: str,
+    quantization: str | None,
     threads: int | None,
     as_json: bool,
 ) -> None:

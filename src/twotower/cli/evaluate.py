@@ -101,7 +101,7 @@ def evaluate(
     likelihood: str,
     rows: int | None,
     dtype: str,
-    quantization: str,
+    quantization: str | None,
     threads: int | None,
     as_json: bool,
 ) -> None:

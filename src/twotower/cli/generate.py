@@ -172,7 +172,7 @@ class GenerateOptions:
     trace: Path | None
     as_json: bool
     dtype: str
-    quantization: str
+    quantization: str | None
     context_device: str | None
     denoiser_device: str | None
     threads: int | None

@@ -61,6 +61,7 @@ def describe(path: Path) -> Facts:
         import torch
 
         from twotower.checkpoint.quantize import quantize_
+        from twotower.checkpoint.stored_quantization import stored_plan
         from twotower.checkpoint.tokenizer_files import TOKENIZER_FILES
         from twotower.cli.info_backbone import backbone_facts, refuse_one_tower
         from twotower.cli.info_generation import generation_facts, read_tokenizer
@@ -71,7 +72,9 @@ def describe(path: Path) -> Facts:
         config = TwoTowerConfig.read(path)
         with torch.device("meta"), errors_of(path):
             model = TwoTowerForCausalLM(config)
-            int8 = quantize_(TwoTowerForCausalLM(config))
+            stored = stored_plan(config, path)
+            plans = {"int8": "int8", "int4": "int4"} | ({} if stored is None else {"stored": str(stored)})
+            quantized = {name: quantize_(TwoTowerForCausalLM(config), plan) for name, plan in plans.items()}
     directory = path if path.is_dir() else path.parent
     dtype = str(getattr(config, "dtype", None) or "float32").removeprefix("torch.")
     if not isinstance(getattr(torch, dtype, None), torch.dtype):
@@ -87,11 +90,12 @@ def describe(path: Path) -> Facts:
         "layers": _layers(model.spec),
         "shape": _shape(model.spec),
         "parameters": _parameters(model),
-        "memory": {name: _memory(model, name) for name in DTYPES} | {"int8": _memory(int8, "bfloat16")},
+        "memory": {name: _memory(model, name) for name in DTYPES}
+        | {name: _memory(each, "bfloat16") for name, each in quantized.items()},
         "computes_in": computes_in,
         "state": _state(model.spec, list(computes_in.values())[-1]),
         "backends": _backends(model, computes_in),
-        "weights": _weights(directory, model),
+        "weights": _weights(directory, quantized.get("stored", model)),
         "tokenizer": [name for name in TOKENIZER_FILES if (directory / name).exists()],
         "tokenizer_problem": problem,
         "generation": generation_facts(directory, config, tokenizer),
@@ -241,16 +245,18 @@ def _backends(model: TwoTowerForCausalLM, computes_in: dict[str, str]) -> dict[s
 
 
 def _weights(directory: Path, model: TwoTowerForCausalLM) -> StoredWeights:
-    """Files of weights, and whether they pass the check that loading makes."""
+    """Files of weights, and whether they pass the check that loading makes. model: quantised as they are."""
     from twotower.checkpoint import names, reader
+    from twotower.checkpoint.stored_quantization import stored_entries
     from twotower.checkpoint.writer import INDEX_FILE, SINGLE_FILE
 
-    nothing: StoredWeights = {"present": False, "files": [], "dtypes": {}, "problem": None}
+    plan = model.quantization
+    nothing: StoredWeights = {"present": False, "files": [], "dtypes": {}, "quantization": plan, "problem": None}
     if not any((directory / name).exists() for name in (INDEX_FILE, SINGLE_FILE)):
         return nothing
     try:
         found = reader.read_headers(directory)
-        known = names.tensor_entries(model)
+        known = list(stored_entries(model, names.tensor_entries(model)))
         problem = None
     except CheckpointError as error:
         return nothing | {"present": True, "problem": str(error)}
@@ -266,5 +272,6 @@ def _weights(directory: Path, model: TwoTowerForCausalLM) -> StoredWeights:
             for file, count in sorted(tensors.items())
         ],
         "dtypes": dict(Counter(stored.dtype for stored in found.values()).most_common()),
+        "quantization": plan,
         "problem": problem,
     }

@@ -43,11 +43,12 @@ class WeightFile(TypedDict):
 
 
 class StoredWeights(TypedDict):
-    """Files of weights on disk. problem: why the weights cannot be loaded."""
+    """Files of weights on disk. quantization: the plan of the tensors. problem: why they cannot be loaded."""
 
     present: bool
     files: list[WeightFile]
     dtypes: dict[str, int]
+    quantization: str
     problem: str | None
 
 

@@ -116,7 +116,7 @@ def _memory(memory: dict[str, dict[str, int]]) -> Iterator[str]:
     }
     for name, cells in rows.items():
         yield f"{name:<34}" + "".join(f"{cell:>10}" for cell in cells)
-    yield "int8: with --quantization int8; weights that are not quantized in bf16"
+    yield "int8, int4: with --quantization; weights that are not quantized in bf16"
 
 
 def _state(state: StateSizes) -> Iterator[str]:
@@ -138,6 +138,8 @@ def _weights(weights: StoredWeights) -> Iterator[str]:
         names = files[0]["name"] if len(files) == 1 else f"{files[0]['name']} … {files[-1]['name']} ({len(files)})"
         dtypes = ", ".join(f"{count} {name}" for name, count in weights["dtypes"].items())
         yield f"{names}: {format_bytes(sum(file['bytes'] for file in files))}, tensors: {dtypes}"
+    if weights["quantization"] != "none":
+        yield f"stored in {weights['quantization']}: loaded as they are, without --quantization"
     yield (
         "do not fit the config (see the error below)"
         if weights["problem"]

@@ -18,6 +18,15 @@ if TYPE_CHECKING:
     from twotower.model.towers import TowerSet
     from twotower.modeling_twotower import TwoTowerForCausalLM
 
+
+def _check_plan(_: click.Context, __: click.Parameter, plan: str | None) -> str | None:
+    from twotower.quantization import QuantizationPlan
+
+    if plan is not None:
+        QuantizationPlan.parse(plan)
+    return plan
+
+
 model_option = click.option(
     "-m", "--model", metavar="MODEL", help="Checkpoint directory, or id on the hub.  [default: the bundled model]"
 )
@@ -70,10 +79,11 @@ deterministic_option = click.option(
 )
 quantization_option = click.option(
     "--quantization",
-    type=click.Choice(model_loading.QUANTIZATIONS),
-    default="none",
-    show_default=True,
-    help="int8: quantize the large matrices to 8 bits while loading (weight-only); the rest stays in --dtype.",
+    metavar="PLAN",
+    callback=_check_plan,
+    help="Quantize the large matrices while loading (weight-only): int8, int4, or pairs such as "
+    "experts=int4,rest=int8 or denoiser=int4,context=int8. Heads have at least 8 bits; the rest stays in --dtype.  "
+    "[default: as stored]",
 )
 threads_option = click.option(
     "--threads",
@@ -100,7 +110,7 @@ def load_text_model(
     *,
     towers: TowerSet = "both",
     dtype: str = "auto",
-    quantization: str = "none",
+    quantization: str | None = None,
     context_device: str | None = None,
     denoiser_device: str | None = None,
     threads: int | None = None,

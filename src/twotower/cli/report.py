@@ -73,7 +73,7 @@ def report(
     rows: int,
     quick: bool,
     dtype: str,
-    quantization: str,
+    quantization: str | None,
     threads: int | None,
     as_json: bool,
 ) -> None:
@@ -99,8 +99,8 @@ def report(
         model, "problems cannot be encoded; add a tokenizer", dtype=dtype, quantization=quantization, threads=threads
     )
     facts = {"model": model_loading.name_of(source), "dtype": str(loaded.dtype)}
-    if quantization != "none":
-        facts["quantization"] = quantization
+    if loaded.quantization != "none":
+        facts["quantization"] = loaded.quantization
     output.mkdir(parents=True, exist_ok=True)
     machine, levels = machine_facts(loaded), ", ".join(map(str, difficulties))
     description = (

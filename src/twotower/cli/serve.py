@@ -169,7 +169,7 @@ class ServeOptions:
     denoiser_device: str | None
     deterministic: bool
     dtype: str
-    quantization: str
+    quantization: str | None
     threads: int | None
 
     def limits(self) -> Limits:

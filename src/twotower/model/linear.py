@@ -1,4 +1,4 @@
-"""Linear layers: every dense projection of a tower is a `Linear` or an `Int8Linear`.
+"""Linear layers: every dense projection of a tower is a `Linear`, an `Int8Linear` or an `Int4Linear`.
 
 Code that packs, quantises or shards weights finds them by these classes. The tensor names on disk do not change.
 """
@@ -10,7 +10,7 @@ from collections.abc import Callable
 from torch import Tensor, nn
 
 from twotower.ops.cpu.packed_weights import PackedWeight
-from twotower.ops.reference import int8
+from twotower.ops.reference import int4, int8
 from twotower.ops.registry import select
 
 
@@ -74,4 +74,21 @@ class Int8Linear(nn.Module):
     def forward(self, input: Tensor) -> Tensor:
         backend = select("linear_int8", input.device, input.dtype)
         out: Tensor = backend.function(input, self.weight, self.weight_scale, self.bias)
+        return out
+
+
+class Int4Linear(nn.Module):
+    """A `Linear` with an int4 weight; see `ops.reference.int4`. shapes: (out, in) of the weight that it stands for."""
+
+    weight: Tensor
+
+    def __init__(self, linear: Head) -> None:
+        super().__init__()
+        self.shapes = {"weight": tuple(linear.weight.shape)}
+        self.register_buffer("weight", int4.quantize(linear.weight))
+        self.bias = linear.bias
+
+    def forward(self, input: Tensor) -> Tensor:
+        backend = select("linear_int4", input.device, input.dtype)
+        out: Tensor = backend.function(input, self.weight, self.shapes["weight"][0], self.bias)
         return out

@@ -10,7 +10,7 @@ from torch import Tensor, nn
 from twotower.model.layer_io import AttentionMetadata
 from twotower.model.linear import Linear
 from twotower.ops.cpu.packed_weights import PackedWeight
-from twotower.ops.reference import int8
+from twotower.ops.reference import int4, int8
 from twotower.ops.reference.experts import Packed
 from twotower.ops.reference.routing import Routing
 from twotower.ops.registry import select
@@ -115,6 +115,29 @@ class Int8Experts(nn.Module):
         up, down = (self.up_proj, self.up_proj_scale), (self.down_proj, self.down_proj_scale)
         backend = select("experts_int8", hidden.device, hidden.dtype)
         out: Tensor = backend.function(hidden, choice, weight, gate, up, down, self.activation)
+        return out
+
+
+class Int4Experts(nn.Module):
+    """`Experts` with int4 stacked weights; see `ops.reference.int4`. shapes: of the weights that they stand for."""
+
+    gate_proj: Tensor
+    up_proj: Tensor
+    down_proj: Tensor
+
+    def __init__(self, experts: Experts) -> None:
+        super().__init__()
+        self.activation, self.gated = experts.activation, experts.gated
+        names = ("gate_proj", "up_proj", "down_proj")[not self.gated :]
+        self.shapes = {name: tuple(getattr(experts, name).shape) for name in names}
+        for name in names:
+            self.register_buffer(name, int4.quantize(getattr(experts, name)))
+
+    def forward(self, hidden: Tensor, choice: Tensor, weight: Tensor) -> Tensor:
+        backend = select("experts_int4", hidden.device, hidden.dtype)
+        gate, width = self.gate_proj if self.gated else None, self.shapes["up_proj"][1]
+        data = gate, self.up_proj, self.down_proj
+        out: Tensor = backend.function(hidden, choice, weight, *data, width, self.activation)
         return out
 
 

@@ -28,6 +28,7 @@ from twotower.ops.reference import (
     argmax,
     attention,
     experts,
+    int4,
     int8,
     kv_write,
     linear,
@@ -131,6 +132,10 @@ REGISTRY: dict[str, tuple[Backend, ...]] = {
         _native(native_ops.linear_int8, "upcasts int8 in registers, for small batches"),
         Backend("torch", int8.linear, "upcasts the whole matrix, then plain torch"),
     ),
+    "linear_int4": (
+        _native(native_ops.linear_int4, "dequantizes int4 in registers, for small batches"),
+        Backend("torch", int4.linear, "dequantizes the whole matrix, then plain torch"),
+    ),
     "rms_norm": (
         _triton("norm", "rms_norm", "norm and modulation in one kernel"),
         _native(native_ops.rms_norm, "norm and modulation in one kernel"),
@@ -162,6 +167,17 @@ REGISTRY: dict[str, tuple[Backend, ...]] = {
             _host_unsupported_reason,
         ),
         Backend("gathered", experts.experts_gathered, "static shapes, no host read; copies the selected weights"),
+    ),
+    "experts_int4": (
+        Backend(
+            "grouped-gemm",
+            int4.experts_grouped,
+            "dequantizes all experts, then grouped GEMMs",
+            _grouped_unsupported_reason,
+        ),
+        _native(native_moe.experts_int4, "reads each selected expert once, dequantizes int4 in registers"),
+        Backend("sorted-loop", int4.experts_sorted, "dequantizes selected experts only", _host_unsupported_reason),
+        Backend("gathered", int4.experts_gathered, "static shapes, no host read; copies the selected weights"),
     ),
     "experts_int8": (
         _triton("experts", "experts_int8", "reads each selected expert once, upcasts int8 in registers"),

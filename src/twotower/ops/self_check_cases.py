@@ -9,6 +9,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
+from twotower.ops.reference import int4
 from twotower.ops.reference.attention import PLAIN, AttentionOptions, CachedKV
 from twotower.ops.reference.int8 import quantize
 from twotower.ops.reference.kv_write import AppendPositions
@@ -19,6 +20,7 @@ from twotower.ops.self_check_inputs import Randn, lengths_up_to, make_case, pack
 from twotower.ops.self_check_moe_cases import (
     activate_cases,
     experts_cases,
+    experts_int4_cases,
     experts_int8_cases,
     route_cases,
 )
@@ -206,6 +208,20 @@ def linear_int8_cases(device: torch.device, dtype: torch.dtype) -> list[Case]:
     return [make_case(f"{size[0]} tokens of width {size[1]}", arguments, *size) for size in PRODUCTS + more]
 
 
+def linear_int4_cases(device: torch.device, dtype: torch.dtype) -> list[Case]:
+    """The cases of `linear` with a group of zeros, and one with a short last run."""
+
+    def arguments(tokens: int, width: int, out: int, bias: bool) -> tuple[object, ...]:
+        randn = Randn(20, device)
+        weight = randn(out, width)
+        weight[out // 2, :32] = 0
+        return randn(tokens, width).to(dtype), int4.quantize(weight), out, randn(out).to(dtype) if bias else None
+
+    return [
+        make_case(f"{size[0]} tokens of width {size[1]}", arguments, *size) for size in (*PRODUCTS, (5, 60, 17, False))
+    ]
+
+
 def rms_norm_cases(device: torch.device, dtype: torch.dtype, width: int | None = None) -> list[Case]:
     """Each order of norm and modulation, a residual stream in fp32 with bf16 weights, and an offset of the weight.
 
@@ -317,5 +333,7 @@ CASES: dict[str, Callable[[torch.device, torch.dtype], list[Case]]] = {
     "route": route_cases,
     "experts": experts_cases,
     "linear_int8": linear_int8_cases,
+    "linear_int4": linear_int4_cases,
     "experts_int8": experts_int8_cases,
+    "experts_int4": experts_int4_cases,
 }

@@ -7,6 +7,7 @@ from typing import NamedTuple, get_args
 import torch
 from torch import Tensor
 
+from twotower.ops.reference import int4
 from twotower.ops.reference.int8 import quantize
 from twotower.ops.reference.routing import Routing
 from twotower.ops.self_check import Case
@@ -96,6 +97,19 @@ def experts_cases(device: torch.device, dtype: torch.dtype, as_int8: bool = Fals
 def experts_int8_cases(device: torch.device, dtype: torch.dtype) -> list[Case]:
     """The unpacked cases of `experts`."""
     return experts_cases(device, dtype, as_int8=True)
+
+
+def experts_int4_cases(device: torch.device, dtype: torch.dtype) -> list[Case]:
+    """The unpacked cases of `experts`."""
+
+    def arguments(case: Case) -> tuple[object, ...]:
+        *routed, gate, up, down, activation, _ = case.arguments()
+        assert isinstance(up, Tensor)
+        data = (int4.quantize(one) if isinstance(one, Tensor) else None for one in (gate, up, down))
+        return *routed, *data, up.shape[1], activation
+
+    every = experts_cases(device, dtype)
+    return [make_case(case.name, arguments, case) for case in every if case.name.endswith("packed False")]
 
 
 def activate_cases(device: torch.device, dtype: torch.dtype) -> list[Case]:

@@ -28,6 +28,7 @@ MAX_TABLES = 64  # cached pass shapes, least recently used first out
 PRODUCTS = ("linear", "route", "experts")
 OPS = (*PRODUCTS, "rms_norm", "norm_and_rotate", "activate", "attention", "mamba_block")
 INT8_OPS = ("linear_int8", "experts_int8")  # in addition, for a tower with int8 weights
+INT4_OPS = ("linear_int4", "experts_int4")
 
 
 class FusedCPURunner:
@@ -120,7 +121,7 @@ class FusedCPURunner:
             return False
         key = options.current().kernels_key, dtype
         if self._supported is None or self._supported[0] != key:
-            ops = OPS + INT8_OPS if plan.int8 else OPS
+            ops = OPS + (INT8_OPS if plan.int8 else ()) + (INT4_OPS if plan.int4 else ())
             chosen = (select(op, device, dtype, differentiable=False) for op in ops)
             self._supported = key, all(backend.name == "native" for backend in chosen)
         return self._supported[1]

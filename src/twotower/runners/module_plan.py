@@ -16,9 +16,9 @@ from torch.nn.modules.module import _has_any_global_hook
 
 from twotower.model.attention import Attention
 from twotower.model.delta_net import GatedDeltaNet
-from twotower.model.linear import Int8Linear, Linear, TiedHead
+from twotower.model.linear import Int4Linear, Int8Linear, Linear, TiedHead
 from twotower.model.mamba2 import CausalConv, Mamba2
-from twotower.model.moe import MLP, Experts, Int8Experts, MoE, Router
+from twotower.model.moe import MLP, Experts, Int4Experts, Int8Experts, MoE, Router
 from twotower.model.norm import GatedGroupRMSNorm, RMSNorm
 from twotower.model.parallel import ParallelMixer
 from twotower.model.tower import Layer, Tower
@@ -44,6 +44,8 @@ OWN_MODULES: frozenset[type[nn.Module]] = frozenset(
         Experts,
         Int8Linear,
         Int8Experts,
+        Int4Linear,
+        Int4Experts,
         TiedHead,
     }
 )
@@ -78,6 +80,7 @@ class ModulePlan:
         self._attributes = [module.__dict__ for module in modules[1:]]  # not the tower's, which holds the runner
         self._hooks = [hooks for module in modules for hooks in (module._forward_hooks, module._forward_pre_hooks)]
         self.int8 = any(isinstance(module, Int8Linear | Int8Experts) for module in modules)
+        self.int4 = any(isinstance(module, Int4Linear | Int4Experts) for module in modules)
         self._own = all(type(module) in OWN_MODULES for module in modules)
         holders: list[dict[str, Any]] = []
         for module in modules:

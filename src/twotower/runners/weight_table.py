@@ -10,6 +10,8 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
+from twotower.model.linear import Int4Linear
+from twotower.model.moe import Int4Experts
 from twotower.model.tower import Layer, Tower
 from twotower.ops.cpu.packed_weights import PackedWeight
 from twotower.runners.module_plan import ModulePlan
@@ -61,7 +63,7 @@ class WeightTable:
     """The weight table of a tower; valid while `is_current` is True.
 
     fits: whether all weights have the dtypes and layouts that the C++ pass reads. all_packed: whether all packable
-    weights are packed. addresses: of three tables: the weights, the packed weights, and the int8 scales.
+    weights are packed. addresses: of three tables: the weights, the packed weights, and the scales.
     """
 
     def __init__(self, tower: Tower, plan: ModulePlan) -> None:
@@ -113,6 +115,10 @@ def _entries(tower: Tower, size: int) -> Iterator[WeightEntry]:
             if not hasattr(module, leaf):
                 continue
             slot, tensor = i * PLACES_PER_LAYER + place, getattr(module, leaf)
+            if isinstance(module, Int4Linear | Int4Experts) and leaf in module.shapes:
+                yield WeightEntry(slot + size, tensor, torch.uint8)
+                yield WeightEntry(slot + 2 * size, tensor, torch.uint8)  # int4 has its scales in the data
+                continue
             scale = getattr(module, f"{leaf}_scale", None)
             if scale is not None:
                 yield WeightEntry(slot + size, tensor, torch.int8)

@@ -12,6 +12,7 @@ import torch
 from twotower.checkpoint import atomic, one_tower, pretrained, tokenizer_files
 from twotower.checkpoint.generation_config import GenerationDefaults
 from twotower.checkpoint.source import resolve_source
+from twotower.checkpoint.stored_quantization import refuse_quantized
 from twotower.config import MODEL_TYPE, GenericTwoTowerConfig, TwoTowerConfig, read_object
 from twotower.errors import ArgumentError, ConfigError
 from twotower.modeling_twotower import TwoTowerForCausalLM
@@ -126,6 +127,7 @@ def train_denoiser(
     """Trains the denoiser of a two-tower checkpoint. Returns RUN/model, the checkpoint in the source's dtype."""
     source = resolve_source(settings.model, {})
     config = TwoTowerConfig.read(source)
+    refuse_quantized(config, source, "training")
     with lock_run_dir(directory, settings.fixed() | _backbone_fields(config), world):
         return _train_denoiser(settings, config, source, directory, world, validation)
 

@@ -88,7 +88,7 @@ class TwoTowerLM(TemplateLM):
         batch_size: int | str | None = 16,
         max_length: int | None = None,
         dtype: str = "auto",
-        quantization: str = "none",
+        quantization: str | None = None,
         device: str | None = None,
         denoiser_device: str | None = None,
         progress: Callable[[int, int], object] | None = None,

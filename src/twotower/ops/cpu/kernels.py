@@ -1,7 +1,8 @@
 """The C++ kernels as functions of tensors, with the signatures of their references in torch.
 
-They support fp32 and bf16. bf16 and int8 weights are upcast in registers, so bf16 weights take half and int8 weights a
-quarter of the memory traffic on every processor. The kernels have no gradients; under autograd the references run.
+They support fp32 and bf16. bf16, int8 and int4 weights are upcast in registers, so bf16 weights take half, int8 weights
+a quarter and int4 weights a seventh of the memory traffic on every processor.
+The kernels have no gradients; under autograd the references run.
 """
 
 from __future__ import annotations
@@ -19,7 +20,7 @@ from twotower import options
 from twotower.ops.cpu.library import library
 from twotower.ops.cpu.packed_weights import packed_size
 from twotower.ops.precision import has_fast_bf16_matmul
-from twotower.ops.reference import int8
+from twotower.ops.reference import int4, int8
 from twotower.ops.reference.attention import PLAIN, AttentionOptions, CachedKV
 from twotower.ops.reference.kv_write import AppendPositions, TensorPair
 from twotower.ops.reference.mamba_block import MambaStepInputs, MambaWeights, empty_step_inputs
@@ -144,6 +145,18 @@ def linear_int8(x: Tensor, q: Tensor, scale: Tensor, bias: Tensor | None = None)
     x = x.contiguous()
     y = x.new_empty(*x.shape[:-1], out)
     call("linear_", x, x, None, q, scale.float(), bias, y, tokens, width, out)
+    return y
+
+
+def linear_int4(x: Tensor, data: Tensor, out: int, bias: Tensor | None = None) -> Tensor:
+    """As `ops.reference.int4.linear`."""
+    width = x.shape[-1]
+    tokens = x.numel() // width
+    if tokens > max_tokens(x.dtype, packed=True) or not data.is_contiguous():
+        return int4.linear(x, data, out, bias)
+    x = x.contiguous()
+    y = x.new_empty(*x.shape[:-1], out)
+    call("linear_", x, x, None, data, data, bias, y, tokens, width, out)  # the scales are in the data
     return y
 
 

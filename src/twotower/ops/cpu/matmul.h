@@ -94,18 +94,21 @@ template <class T> inline const float* upcast_rows(const T* x, long M, long K, i
 constexpr long MIN_PARALLEL_WORK = 1 << 16;  // multiply-adds; below, a second thread costs more than it saves
 
 // A weight (out, in) or (experts, out, in): unpacked and packed, either may be null; with scales (…, out): packed
-// int8 only. A unit is a row of an unpacked weight or a panel of a packed weight.
+// int8 only. The scales of int4 are in its blocks, and `scale` is `packed` itself. A unit is a row of an unpacked
+// weight or a panel of a packed weight.
 template <class T> struct Matrix {
     const T* rows;
     const void* packed;
     const float* scale;
+    bool is_int4() const { return scale && static_cast<const void*>(scale) == packed; }
     long units(long N) const { return packed ? panel_count(N) : N; }
     long grain() const { return packed ? 1 : TILE_ROWS; }
     Matrix of(long expert, long N, long K) const {
-        const long size = scale ? panel_size<int8_t>(K) : panel_size<T>(K) * long(sizeof(T));
-        const char* own = static_cast<const char*>(packed);
-        return {rows ? rows + expert * N * K : nullptr, own ? own + expert * panel_count(N) * size : nullptr,
-                scale ? scale + expert * N : nullptr};
+        const long narrow = is_int4() ? panel_size<int4>(K) : panel_size<int8_t>(K);
+        const long size = scale ? narrow : panel_size<T>(K) * long(sizeof(T));
+        const char* own = packed ? static_cast<const char*>(packed) + expert * panel_count(N) * size : nullptr;
+        const float* scales = is_int4() ? reinterpret_cast<const float*>(own) : scale ? scale + expert * N : nullptr;
+        return {rows ? rows + expert * N * K : nullptr, own, scales};
     }
 };
 
@@ -117,7 +120,10 @@ inline void matmul(Matrix<T> w, const T* bias, long lo, long hi, const float* x,
     const auto finished = [&](long n, long m, auto v, long count) {
         put(n, m, bias ? v + load<decltype(v)>(bias + n, count) : v, count);
     };
-    if (w.scale)
+    if (w.is_int4())
+        dot_panels(static_cast<const int4*>(w.packed), lo, hi, x, ldx, M, K,
+                   [&](long n, long m, vec v) { finished(n, m, v, N - n); });
+    else if (w.scale)
         dot_panels(static_cast<const int8_t*>(w.packed), lo, hi, x, ldx, M, K,
                    [&](long n, long m, vec v) { finished(n, m, v * load<vec>(w.scale + n, N - n), N - n); });
     else if (w.packed)

@@ -9,7 +9,7 @@ from torch import Tensor
 
 from twotower.ops.cpu.kernels import ACTIVATIONS, call, max_tokens
 from twotower.ops.reference import experts as torch_experts
-from twotower.ops.reference import int8
+from twotower.ops.reference import int4, int8
 from twotower.ops.reference.experts import NOT_PACKED, Packed
 from twotower.ops.reference.int8 import Int8Pair
 from twotower.ops.reference.routing import Routing
@@ -51,6 +51,23 @@ def experts_int8(
         return int8.experts_sorted(hidden, topk_ids, weight, gate, up, down, activation)
     matrices = [(None, None, None) if pair is None else (None, pair[0], pair[1].float()) for pair in (gate, up, down)]
     return _experts(hidden, topk_ids, weight, matrices, int8.weight_shape(*up), activation)
+
+
+def experts_int4(
+    hidden: Tensor,
+    topk_ids: Tensor,
+    weight: Tensor,
+    gate: Tensor | None,
+    up: Tensor,
+    down: Tensor,
+    width: int,
+    activation: Activation,
+) -> Tensor:
+    """As `ops.reference.int4.experts_sorted`."""
+    if _torch_is_faster(hidden, topk_ids, len(up), packed=True):
+        return int4.experts_sorted(hidden, topk_ids, weight, gate, up, down, width, activation)
+    matrices = tuple((None, data, data) for data in (gate, up, down))  # the scales are in the data
+    return _experts(hidden, topk_ids, weight, matrices, (len(up), width, hidden.shape[1]), activation)
 
 
 def _torch_is_faster(hidden: Tensor, topk_ids: Tensor, experts: int, packed: bool) -> bool:

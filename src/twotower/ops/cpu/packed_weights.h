@@ -3,6 +3,9 @@
 //   fp32  [in][16]
 //   bf16  [in / 2][16][2], so that a shift and a mask upcast the weights of two inputs
 //   int8  [in][16], with a scale for each row, stored elsewhere
+//   int4  [in / 32] blocks of [16] scales in bf16 and 4 runs [16][4] of bytes with 8 inputs: byte b of a row has input b
+//         in its low half and input b + 4 in its high half, each plus 8 (ops/reference/int4.py). A run is a register
+//         of 32-bit lanes, and half of it the unsigned operand of VNNI's products of 4 bytes.
 // Missing rows and inputs are zeros. A token's result does not depend on the other tokens: each output is one sum in
 // the order of the inputs.
 #pragma once
@@ -12,8 +15,17 @@ constexpr int PANEL = 16, VECTORS = PANEL / W;       // vectors per panel
 constexpr int SUMS = W == 16 ? 24 : 12;              // accumulator vectors that fit in the registers
 constexpr int TOKENS = W == 16 ? 8 : 6, PANELS = 4;  // maximum size of a tile
 
+struct int4 { uint8_t pair; };                       // a byte of a block
+constexpr long GROUP = 32, RUN = 8;                   // inputs of a block, and of a run in it
+constexpr long BLOCK_SCALES = 2 * PANEL, BLOCK = BLOCK_SCALES + GROUP * PANEL / 2;  // bytes
+
 template <class T> constexpr int STEP = std::is_same_v<T, bf16> ? 2 : 1;  // inputs per step
-template <class T> inline long panel_size(long K) { return (K + STEP<T> - 1) / STEP<T> * STEP<T> * PANEL; }  // weights
+template <class T> inline long panel_size(long K) {                       // weights, for int4 bytes
+    if constexpr (std::is_same_v<T, int4>) return (K + GROUP - 1) / GROUP * BLOCK;
+    else return (K + STEP<T> - 1) / STEP<T> * STEP<T> * PANEL;
+}
+// Accumulators of a tile. A run of int4, its scales and its upcast weights need registers too.
+template <class T> constexpr int SUMS_OF = std::is_same_v<T, int4> ? SUMS * 2 / 3 : SUMS;
 inline long panel_count(long N) { return (N + PANEL - 1) / PANEL; }
 
 // Loads the weights of inputs k…k + STEP for W outputs.
@@ -58,24 +70,75 @@ template <int R, int M, class T> void tile(const T* w, long apart, const float* 
         for (int m = 0; m < M; m++) out[r * M + m] = acc[r][m];
 }
 
+// Input I of a run for W rows, times their scales; the product is exact.
+template <int I> inline vec upcast_run(uvec run, vec scale) {
+    constexpr int SHIFT = I % 4 * 8 + I / 4 * 4;
+#ifdef __AVX512F__
+    const __m512 values = _mm512_setr_ps(-8, -7, -6, -5, -4, -3, -2, -1, 0, 1, 2, 3, 4, 5, 6, 7);
+    return (vec)_mm512_permutexvar_ps(_mm512_srli_epi32((__m512i)run, SHIFT), values) * scale;  // reads 4 bits of a lane
+#else
+    return (__builtin_convertvector((ivec)(run >> SHIFT & 15), vec) - 8.0f) * scale;
+#endif
+}
+
+// Adds the products of a run's inputs I… to the sums. count: inputs of the run that the weight has.
+template <int R, int M, int I = 0>
+inline void add_run(const uvec* runs, const vec* scales, const float* x, long ldx, long count, vec (*acc)[M]) {
+    if constexpr (I < RUN) {
+        if (I >= count) return;
+        vec weights[R * VECTORS];
+        for (int r = 0; r < R * VECTORS; r++) weights[r] = upcast_run<I>(runs[r], scales[r]);
+        for (int m = 0; m < M; m++) {
+            const vec token = splat(x[m * ldx + I]);
+            for (int r = 0; r < R * VECTORS; r++) acc[r][m] = fmadd(weights[r], token, acc[r][m]);
+        }
+        add_run<R, M, I + 1>(runs, scales, x, ldx, count, acc);
+    }
+}
+
+// `tile` for int4 weights.
+template <int R, int M> void tile_int4(const int4* w, long apart, const float* x, long ldx, long K, vec* out) {
+    vec acc[R * VECTORS][M] = {};
+    for (long k = 0; k < K; k += GROUP, w += BLOCK) {
+        vec scales[R * VECTORS];
+        for (int r = 0; r < R; r++)
+            for (int v = 0; v < VECTORS; v++)
+                scales[r * VECTORS + v] = load(reinterpret_cast<const bf16*>(w + r * apart) + v * W);
+        const long end = std::min(GROUP, K - k);
+        for (long i = 0; i < end; i += RUN) {
+            uvec runs[R * VECTORS];
+            for (int r = 0; r < R; r++)
+                for (int v = 0; v < VECTORS; v++)
+                    std::memcpy(runs + r * VECTORS + v, w + r * apart + BLOCK_SCALES + i * PANEL / 2 + v * W * 4, W * 4);
+            const float* token = x + k + i;
+            if (end - i >= RUN) add_run<R, M>(runs, scales, token, ldx, RUN, acc);
+            else add_run<R, M>(runs, scales, token, ldx, end - i, acc);
+        }
+    }
+    for (int r = 0; r < R * VECTORS; r++)
+        for (int m = 0; m < M; m++) out[r * M + m] = acc[r][m];
+}
+
 // The instance of `tile` for R panels and M tokens known at run time.
 template <class T> using Tile = void (*)(const T*, long, const float*, long, long, vec*);
 template <class T, int R = 1, int M = 1> inline Tile<T> tile_of(long panels, long tokens) {
-    if constexpr (R < PANELS && (R + 1) * VECTORS <= SUMS) {
+    if constexpr (R < PANELS && (R + 1) * VECTORS <= SUMS_OF<T>) {
         if (panels > R) return tile_of<T, R + 1, M>(panels, tokens);
     }
-    if constexpr (M < TOKENS && R * VECTORS * (M + 1) <= SUMS) {
+    if constexpr (M < TOKENS && R * VECTORS * (M + 1) <= SUMS_OF<T>) {
         if (tokens > M) return tile_of<T, R, M + 1>(panels, tokens);
     }
-    return tile<R, M, T>;
+    if constexpr (std::is_same_v<T, int4>) return tile_int4<R, M>;
+    else return tile<R, M, T>;
 }
 
 // Calls put(row, token, values) for the W rows from `row` on, of panels lo…hi.
 template <class T, class Put>
 inline void dot_panels(const T* w, long lo, long hi, const float* x, long ldx, long M, long K, Put put) {
     if (!M) return;
-    const long parts = (M + TOKENS - 1) / TOKENS, most = (M + parts - 1) / parts;  // tiles of similar numbers of tokens
-    const long at_once = std::min(long(PANELS), SUMS / (VECTORS * most)), size = panel_size<T>(K);
+    constexpr long LIMIT = std::min(TOKENS, SUMS_OF<T> / VECTORS);
+    const long parts = (M + LIMIT - 1) / LIMIT, most = (M + parts - 1) / parts;  // tiles of similar numbers of tokens
+    const long at_once = std::min(long(PANELS), SUMS_OF<T> / (VECTORS * most)), size = panel_size<T>(K);
     vec out[SUMS];
     for (long p = lo; p < hi; p += at_once) {
         const long count = std::min(at_once, hi - p);

@@ -56,9 +56,17 @@ def quantize_into(q: Tensor, scale: Tensor, weight: Tensor) -> None:
         low, high = part.aminmax(dim=1)
         step = torch.maximum(high, -low) / QMAX
         rounded = (part / step.where(step > 0, 1.0)[:, None]).round_()
-        rounded = F.pad(rounded, (0, 0, 0, -len(rounded) % PANEL))
-        q[i // PANEL : (i + many) // PANEL] = rounded.unflatten(0, (-1, PANEL)).transpose(1, 2)
+        pack_into(q[i // PANEL : (i + many) // PANEL], rounded)
         scale[i : i + many] = step
+
+
+def pack_into(q: Tensor, rows: Tensor) -> None:
+    """Fills q (…, ⌈out / 16⌉, in, 16) from the values (…, out, in), integers of any dtype."""
+    if rows.dim() > 2:
+        for parts in zip(q, rows, strict=True):
+            pack_into(*parts)
+        return
+    q.copy_(F.pad(rows, (0, 0, 0, -len(rows) % PANEL)).unflatten(0, (-1, PANEL)).transpose(1, 2))
 
 
 def weight_shape(q: Tensor, scale: Tensor) -> tuple[int, ...]:
