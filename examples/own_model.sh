@@ -24,4 +24,4 @@ twotower train "$dir/start" --data "$dir/answers.jsonl" -o "$dir/run" --steps "$
 twotower curves "$dir/run"
 
 # 5. Serve, and chat at http://127.0.0.1:8000.
-echo "now: twotower serve -m $dir/run/model"
+echo "now: twotower serve -m $dir/run/model --setting verified"

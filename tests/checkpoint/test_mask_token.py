@@ -12,6 +12,7 @@ import torch
 from command import Result, assert_one_line_error
 from safetensors.torch import load_file
 from tiny_backbones import BASE, SHAPES, VOCAB, hf_model, save, save_tokenizer
+from transformers import PreTrainedTokenizerFast
 
 from twotower import TwoTowerForCausalLM
 from twotower.checkpoint.convert import ConversionResult, convert
@@ -124,6 +125,22 @@ def test_a_special_token_beyond_the_embedding_is_no_error(
     values["model"]["vocab"]["more"] = VOCAB
     file.write_text(json.dumps(values))
     assert_one_line_error(cli(*command), "ids up to 160", "vocab_size is 160", "'more' has no embedding")
+
+
+def test_a_tokenizer_far_larger_than_the_embedding(
+    source: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The vocabulary is read a few times, not once for each token without an embedding."""
+    tokenizer(source, full=True)
+    file = source / "tokenizer.json"
+    values = json.loads(file.read_text())
+    special = values["added_tokens"][0]
+    beyond = [special | {"id": VOCAB + i, "content": f"<image {i}>"} for i in range(200)]
+    file.write_text(json.dumps(values | {"added_tokens": [*values["added_tokens"], *beyond]}))
+    read, calls = PreTrainedTokenizerFast.get_vocab, []
+    monkeypatch.setattr(PreTrainedTokenizerFast, "get_vocab", lambda self: calls.append(1) or read(self))
+    assert made(source, tmp_path, mask_token=3).mask_token_id == 3
+    assert 0 < len(calls) < 20
 
 
 @pytest.mark.parametrize("name", ["qwen3", "llama"])

@@ -76,6 +76,19 @@ def test_from_init_to_a_text(name: str, tmp_path: Path, capfd: pytest.CaptureFix
     assert config(tmp_path / "again") == config(run / "model")
 
 
+@pytest.mark.parametrize("name", ["llama", "mixtral"])
+def test_a_run_in_bf16_keeps_the_frozen_tower_of_an_fp32_source(name: str, tmp_path: Path) -> None:
+    """Training computes with rounded weights, but writes those of its source: the export is the source's model."""
+    source = two_towers(name)
+    assert (
+        run_cli([*tiny_run.given().train(tmp_path / "run", model=source), "--dtype", "bfloat16", "--steps", "2"]) == 0
+    )
+    before, after = (load_file(folder / "model.safetensors") for folder in (source, tmp_path / "run" / "model"))
+    for key, tensor in before.items():
+        assert after[key].dtype == tensor.dtype
+        assert after[key].equal(tensor) == key.startswith("context")
+
+
 @pytest.mark.parametrize("name", [FAMILIES[0], *(pytest.param(name, marks=pytest.mark.slow) for name in FAMILIES[1:])])
 def test_a_killed_run_ends_as_one_that_was_not(name: str, tmp_path: Path) -> None:
     """Killed after some steps, and while a checkpoint is written."""

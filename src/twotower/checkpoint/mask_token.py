@@ -67,10 +67,20 @@ def choose(
 
 def is_ordinary_token(id: int, tokenizer: Tokenizer | None) -> bool:
     """Whether the tokenizer can encode ordinary text to this id."""
-    if tokenizer is None or id not in tokenizer.get_vocab().values() or id in tokenizer.all_special_ids:
-        return False
-    added = tokenizer.added_tokens_decoder.get(id)
-    return added is None or not (added.special or _RESERVED.search(added.content))
+    return next(_ordinary([id], tokenizer), None) is not None
+
+
+def _ordinary(ids: Iterable[int], tokenizer: Tokenizer | None) -> Iterator[int]:
+    """Those of the ids to which the tokenizer can encode ordinary text."""
+    if tokenizer is None:
+        return
+    known, special = set(tokenizer.get_vocab().values()), set(tokenizer.all_special_ids)
+    added = tokenizer.added_tokens_decoder
+    for id in ids:
+        if id in known and id not in special:
+            token = added.get(id)
+            if token is None or not (token.special or _RESERVED.search(token.content)):
+                yield id
 
 
 class _Vocabulary:
@@ -83,11 +93,11 @@ class _Vocabulary:
         self.text_of = {id: text for text, id in self.ids.items()}
         self.size = max(self.text_of, default=-1) + 1
         beyond = sorted(id for id in self.text_of if id >= config.vocab_size)
-        ordinary = [id for id in beyond if is_ordinary_token(id, tokenizer)]
-        if ordinary:
+        ordinary = next(_ordinary(beyond, tokenizer), None)
+        if ordinary is not None:
             raise CheckpointError(
                 f"{getattr(tokenizer, 'name_or_path', '')}: the tokenizer has ids up to {self.size - 1}, but "
-                f"vocab_size is {config.vocab_size}, so {self.text_of[ordinary[0]]!r} has no embedding; use the "
+                f"vocab_size is {config.vocab_size}, so {self.text_of[ordinary]!r} has no embedding; use the "
                 "tokenizer of this model"
             )
 

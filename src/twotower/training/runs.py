@@ -185,7 +185,9 @@ def _train_denoiser(
         validation(inputs) if validation and batches else None,
     )
     stored = pretrained.stored_dtype(source)
-    whole = weights.gather_weights(model, stored, world)
+    frozen = weights.frozen_names(model)
+    whole = weights.gather_weights(model, stored, world, without=frozen)
+    whole |= weights.read_frozen(model, source, stored, frozen, world)
     if world.is_main:
         if settings.tie:
             whole |= {  # views, because the same tensor object under two names would be written once

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Container
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -40,16 +41,50 @@ def load_weights(model: TwoTowerForCausalLM, objective: nn.Module, directory: Pa
             _read(entry, found[entry.disk], memory[entry.memory], world)
 
 
-def gather_weights(model: nn.Module, dtype: torch.dtype, world: World) -> dict[str, Tensor]:
+def gather_weights(
+    model: nn.Module, dtype: torch.dtype, world: World, without: Container[str] = ()
+) -> dict[str, Tensor]:
     """The unsharded tensors of a model, on rank 0's CPU in `dtype` (some stay fp32). Other ranks get an empty dict.
 
-    All processes must call this function.
+    All processes must call this function. without: names of tensors that are not wanted.
     """
     whole = {}
     for name, tensor in named_tensors(model):
+        if name in without:
+            continue
         value = full(tensor.detach())
         if world.is_main:
             whole[name] = value.to("cpu", target_dtype(name, dtype), copy=True)
+    return whole
+
+
+def frozen_names(model: nn.Module) -> set[str]:
+    """The names of all tensors that training does not change: buffers count to the parameters of their module."""
+    found: set[str] = set()
+    for path, module in model.named_modules():
+        parameters = dict(module.named_parameters(recurse=False))
+        trained = {name for name, parameter in parameters.items() if parameter.requires_grad}
+        kept = parameters.keys() - trained if trained else {*parameters, *dict(module.named_buffers(recurse=False))}
+        found |= {f"{path}.{name}" if path else name for name in kept}
+    return found
+
+
+def read_frozen(
+    model: TwoTowerForCausalLM, directory: Path, dtype: torch.dtype, wanted: Container[str], world: World
+) -> dict[str, Tensor]:
+    """The tensors of these names as the checkpoint has them, on rank 0's CPU; other ranks get an empty dict.
+
+    Training computes with frozen weights in its own dtype, so its copies may be rounded.
+    """
+    if not world.is_main:
+        return {}
+    found, whole = reader.read_headers(directory), {}
+    shapes = {name: tensor.shape for name, tensor in named_tensors(model)}
+    for entry in names.tensor_entries(model):
+        if entry.memory in wanted:
+            if entry.memory not in whole:
+                whole[entry.memory] = torch.empty(shapes[entry.memory], dtype=target_dtype(entry.memory, dtype))
+            _read(entry, found[entry.disk], whole[entry.memory], world)
     return whole
 
 
