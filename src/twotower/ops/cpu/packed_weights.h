@@ -83,7 +83,7 @@ template <int I> inline vec upcast_run(uvec run, vec scale) {
 
 // Adds the products of a run's inputs I… to the sums. count: inputs of the run that the weight has.
 template <int R, int M, int I = 0>
-inline void add_run(const uvec* runs, const vec* scales, const float* x, long ldx, long count, vec (*acc)[M]) {
+[[gnu::always_inline]] inline void add_run(const uvec* runs, const vec* scales, const float* x, long ldx, long count, vec (*acc)[M]) {
     if constexpr (I < RUN) {
         if (I >= count) return;
         vec weights[R * VECTORS];
