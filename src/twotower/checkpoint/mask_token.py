@@ -8,7 +8,7 @@ token without a use.
 from __future__ import annotations
 
 import re
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 
 from twotower.checkpoint.generation_config import GenerationDefaults
