@@ -184,20 +184,26 @@ def _train_denoiser(
         world,
         validation(inputs) if validation and batches else None,
     )
+    whole = _final_weights(model, source, settings.tie, world)
+    if world.is_main:
+        _publish(directory, lambda folder: _write_two_towers(whole, config, folder, source))
+    world.barrier()
+    return directory / "model"
+
+
+def _final_weights(model: TwoTowerForCausalLM, source: Path, tied: bool, world: World) -> dict[str, torch.Tensor]:
+    """All tensors of the result in the source's dtype, on rank 0; frozen ones are those of the source."""
     stored = pretrained.stored_dtype(source)
     frozen = weights.frozen_names(model)
     whole = weights.gather_weights(model, stored, world, without=frozen)
     whole |= weights.read_frozen(model, source, stored, frozen, world)
-    if world.is_main:
-        if settings.tie:
-            whole |= {  # views, because the same tensor object under two names would be written once
-                name.replace("context.", "denoiser.", 1): tensor.view_as(tensor)
-                for name, tensor in whole.items()
-                if name.startswith("context.")
-            }
-        _publish(directory, lambda folder: _write_two_towers(whole, config, folder, source))
-    world.barrier()
-    return directory / "model"
+    if tied:
+        whole |= {  # views, because the same tensor object under two names would be written once
+            name.replace("context.", "denoiser.", 1): tensor.view_as(tensor)
+            for name, tensor in whole.items()
+            if name.startswith("context.")
+        }
+    return whole
 
 
 def compute_dtype(wanted: str, device: torch.device) -> torch.dtype:
