@@ -94,6 +94,11 @@ def _construct(values: JsonObject, raw: JsonObject) -> PretrainedConfig:
 
     kind = values.get("model_type")
     if not isinstance(kind, str) or kind not in CONFIG_MAPPING:
+        if "model_type" not in values:
+            raise ConfigError(
+                "config: model_type is absent, so the family of the model is not known; download config.json again, or "
+                "add the model_type of the weights"
+            )
         if "auto_map" in raw:
             raise ConfigError(
                 f"config: model_type is {kind!r}, which needs Python code of the checkpoint (auto_map), and that code "

@@ -106,7 +106,7 @@ BAD: dict[str, tuple[str, Spoil, tuple[str, ...]]] = {
     "unsupported family": (
         "llama", configured(model_type="gpt2"), ("model_type is 'gpt2'", "LayerNorm with learned positions", "llama")),
     "unknown family": ("llama", configured(model_type="qqq"), ("model_type is 'qqq'", "does not know", "transformers")),
-    "no family": ("llama", configured("model_type"), ("model_type is None",)),
+    "no family": ("llama", configured("model_type"), ("model_type is absent",)),
     "code of the checkpoint": (
         "llama", configured(model_type="qqq", auto_map={"AutoConfig": "configuration_q.Q"}),
         ("'qqq'", "needs Python code of the checkpoint (auto_map)", "without trust_remote_code")),
@@ -318,7 +318,7 @@ SHARDS: dict[str, tuple[Spoil, tuple[str, ...]]] = {
     "truncated shard": (
         lambda d: (d / index_of(d)["weight_map"]["model.norm.weight"]).write_bytes(b"\0" * 20), ("not a complete",)),
     "index of another file": (lambda d: (d / INDEX_FILE).write_text("{}"), ("not a safetensors index",)),
-    "broken index": (lambda d: (d / INDEX_FILE).write_text("{"), ("not a safetensors index",)),
+    "broken index": (lambda d: (d / INDEX_FILE).write_text("{"), ("weight_map (Expecting", "); download it again")),
     "tensor that is not listed": (reindexed(lambda m: m.pop("model.norm.weight")), ("model.norm.weight", "not list")),
     "tensor in another shard": (
         reindexed(lambda m: m.update({"model.norm.weight": m["model.embed_tokens.weight"]})), ("model.norm.weight",)),
@@ -384,7 +384,7 @@ def nested(**values: Any) -> Spoil:
 DAMAGED: dict[str, tuple[str, Spoil, tuple[str, ...]]] = {
     "no backbone": ("llama", configured("backbone"), ("backbone is missing",)),
     "text for a backbone": ("llama", configured(backbone="llama"), ("backbone is 'llama'", "config.json of the")),
-    "empty backbone": ("llama", configured(backbone={}), ("model_type is None",)),
+    "empty backbone": ("llama", configured(backbone={}), ("model_type is absent",)),
     "unsupported backbone": ("llama", nested(model_type="gpt2"), ("config.json", "'gpt2'", "LayerNorm")),
     "no mask token": ("llama", configured("mask_token_id"), ("mask_token_id is missing",)),
     "mask token beyond the vocabulary": ("llama", configured(mask_token_id=999), ("mask_token_id is 999", "0 to 159")),

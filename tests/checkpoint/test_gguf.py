@@ -122,10 +122,19 @@ def refuse(file: Path, **extra: Any) -> None:
     write_gguf(file, hf_model("llama"), **extra)
 
 
+def cut(file: Path, end: int) -> None:
+    refuse(file)
+    file.write_bytes(file.read_bytes()[:end])
+
+
 WRONG: dict[str, tuple[Callable[[Path], object], tuple[str, ...]]] = {
     "scaled RoPE": (lambda file: refuse(file, **{"rope.scaling.type": "yarn"}), ("rope.scaling.type", "original")),
-    "not a GGUF": (lambda file: file.write_bytes(b"GGML" * 50), ("not a complete GGUF file",)),
-    "truncated": (lambda file: (refuse(file), file.write_bytes(file.read_bytes()[:-5000])), ("GGUF",)),
+    "not a GGUF": (lambda file: file.write_bytes(b"GGML" * 50), ("not a GGUF file", "b'GGML'", "give a GGUF file")),
+    "directory": (lambda file: file.mkdir(), ("is a directory; give a file",)),
+    "unknown version": (lambda file: file.write_bytes(b"GGUF\x09\0\0\0" * 50), ("GGUF version 9", "update")),
+    "truncated": (lambda file: cut(file, -5000), ("model.gguf: the GGUF file is truncated or damaged; download",)),
+    "truncated header": (lambda file: cut(file, 40), ("model.gguf: the GGUF file is truncated or damaged; download",)),
+    "only the magic": (lambda file: cut(file, 4), ("model.gguf: the GGUF file is truncated or damaged; download",)),
     "missing": (lambda file: None, ("no such file",)),
     "more layers than tensors": (lambda file: refuse(file, block_count=4), ("has no tensor for", "layers.3")),
     "fewer layers than tensors": (lambda file: refuse(file, block_count=2), ("blk.2", "does not have")),

@@ -93,6 +93,23 @@ def test_an_ordinary_token_is_never_guessed(source: Path, tmp_path: Path, cli: C
     assert "Note: the mask token id 3 is '!', an ordinary token that can occur in texts." in result.err
 
 
+def test_a_text_that_is_one_token(source: Path, tmp_path: Path, cli: Callable[..., Result]) -> None:
+    """The vocabulary has " the" as `Ġthe`; a text of several tokens, or an unknown one, is refused."""
+    tokenizer(source, "<unk>", full=True, unk_token="<unk>")
+    file = source / "tokenizer.json"
+    values = json.loads(file.read_text())
+    vocabulary = values["model"]["vocab"]
+    old = next(word for word, id in vocabulary.items() if id == 100)
+    values["model"]["vocab"] = {"Ġthe" if word == old else word: id for word, id in vocabulary.items()}
+    values["model"]["ignore_merges"] = True
+    file.write_text(json.dumps(values))
+    assert made(source, tmp_path, mask_token=" the").mask_token_id == 100
+    assert made(source, tmp_path, mask_token="Ġthe").mask_token_id == 100
+    command = ["init", "--from", source, "-o", tmp_path / "other"]
+    assert_one_line_error(cli(*command, "--mask-token", " the the"), "is not in the tokenizer", "candidates")
+    assert_one_line_error(cli(*command, "--mask-token", "☃"), "is not in the tokenizer", "candidates")
+
+
 def test_without_a_tokenizer_it_must_be_given(source: Path, tmp_path: Path, cli: Callable[..., Result]) -> None:
     command = ["init", "--from", source, "-o", tmp_path / "made"]
     assert_one_line_error(cli(*command), "the model has no tokenizer", "--mask-token")

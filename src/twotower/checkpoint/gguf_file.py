@@ -28,6 +28,7 @@ if TYPE_CHECKING:
     from gguf import GGUFReader, ReaderTensor
 
 SUFFIX = ".gguf"
+_MAGIC = b"GGUF"
 _EXPERT = re.compile(r"\.experts\.\d+\.")
 _UNUSED = re.compile(r"rope_freqs\.weight$|\.attn_rot_embd")  # see `_check_rope`
 # Metadata that changes what the model computes, and that transformers does not translate.
@@ -203,13 +204,38 @@ def _open(path: Path) -> GGUFReader:
         from gguf import GGUFReader
     except ModuleNotFoundError:
         raise TwoTowerError(f"a GGUF file needs the package `gguf`: {install_command('gguf')}") from None
+    _check_start(path)
     try:
         return GGUFReader(path)
+    except Exception:  # the reader raises several types, with the words of numpy
+        raise CheckpointError(f"{path}: the GGUF file is truncated or damaged; download it again") from None
+
+
+def _check_start(path: Path) -> None:
+    """Raises CheckpointError if a path is not a file that begins as a GGUF file of a version that gguf reads."""
+    from gguf.gguf_reader import READER_SUPPORTED_VERSIONS
+
+    try:
+        with path.open("rb") as file:
+            start = file.read(8)
     except FileNotFoundError:
         raise CheckpointError(f"{path}: no such file; check the path") from None
-    except Exception as error:  # the reader raises several types for damaged files
-        first = (str(error).strip() or type(error).__name__).splitlines()[0]
-        raise CheckpointError(f"{path}: not a complete GGUF file ({first}); download it again") from None
+    except IsADirectoryError:
+        raise CheckpointError(f"{path}: is a directory; give a file, such as {path}/model.gguf") from None
+    except OSError as error:
+        raise CheckpointError(
+            f"{path}: cannot be read ({error.strerror}); check the path and its permissions"
+        ) from None
+    if start[:4] != _MAGIC:
+        raise CheckpointError(
+            f"{path}: not a GGUF file, because it begins with {start[:4]!r} and not with {_MAGIC!r}; give a GGUF file"
+        )
+    versions = [int.from_bytes(start[4:], order) for order in ("little", "big")]
+    if len(start) == 8 and not set(versions) & set(READER_SUPPORTED_VERSIONS):
+        raise CheckpointError(
+            f"{path}: GGUF version {versions[0]}, which the package gguf cannot read; update the package, or convert "
+            "the file to version 3"
+        )
 
 
 def _processor(architecture: str, config: TwoTowerConfig) -> TensorProcessor:

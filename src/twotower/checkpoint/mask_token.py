@@ -104,13 +104,21 @@ class _Vocabulary:
     def given(self, given: int | str) -> tuple[int, str]:
         """The token that the user gives, and the reason in words."""
         if isinstance(given, str) and not re.fullmatch(r"-?\d+", given):
-            if given not in self.ids:
+            if (id := self._id_of(given)) is None:
                 raise ArgumentError(
                     f"mask token {given!r} is not in the tokenizer; give an id, or the text of one token"
                     + self.candidates()
                 )
-            return self.ids[given], "as given"
+            return id, "as given"
         return int(given), "as given"
+
+    def _id_of(self, text: str) -> int | None:
+        """The id of a text that is one token, as the tokenizer writes it (`Ġthe`) or as in texts (" the")."""
+        if text in self.ids or self.tokenizer is None:
+            return self.ids.get(text)
+        encoded = self.tokenizer(text, add_special_tokens=False)["input_ids"]
+        same = len(encoded) == 1 and self.tokenizer.decode(encoded).strip() == text.strip()  # not an unknown token
+        return encoded[0] if same else None
 
     def chosen(self) -> tuple[int, str]:
         """The first token of the order above, and the reason in words."""

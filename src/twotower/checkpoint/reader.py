@@ -80,7 +80,10 @@ def read_headers(directory: Path) -> dict[str, StoredTensor]:
         weight_map = json.loads(index.read_text(encoding="utf-8"))["weight_map"]
         files = sorted(set(weight_map.values()))
     except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
-        raise CheckpointError(f"{index}: not a safetensors index with a weight_map ({error!r})") from None
+        reason = f" ({error})" if isinstance(error, OSError | ValueError) else ""
+        raise CheckpointError(
+            f"{index}: not a safetensors index with a weight_map{reason}; download it again"
+        ) from None
     found: dict[str, StoredTensor] = {}
     for name in files:
         file = directory / str(name)
