@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
+import errno
 import os
 import re
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 
-from twotower.errors import TwoTowerError
+from twotower.errors import ArgumentError, TwoTowerError
 
 
 @contextmanager
@@ -50,6 +51,28 @@ def sync(path: Path) -> None:
         os.fsync(handle)
     finally:
         os.close(handle)
+
+
+@contextmanager
+def output_errors(directory: Path) -> Iterator[None]:
+    """Converts errors of the operating system about an output directory to one line about the path that was given.
+
+    Raises:
+        ArgumentError: the directory, or a file in it, cannot be made or written.
+    """
+    try:
+        yield
+    except OSError as error:
+        target, named = directory.resolve(), Path(error.filename or directory).resolve()
+        if not (str(named).startswith(str(target)) or target.is_relative_to(named)):
+            raise  # of another file, such as one that is copied
+        file = next((part for part in (directory, *directory.parents) if part.is_file()), None)
+        if file is not None:
+            raise ArgumentError(f"{directory}: {file} is a file; choose another directory") from None
+        remedy = "free disk space" if error.errno in (errno.ENOSPC, errno.EDQUOT) else "make it writable"
+        raise ArgumentError(
+            f"{directory}: cannot be written ({error.strerror or error}); {remedy}, or choose another directory"
+        ) from None
 
 
 @contextmanager

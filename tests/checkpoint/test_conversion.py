@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import errno
 import json
+import os
 import shlex
 import shutil
 import subprocess
@@ -25,8 +27,8 @@ from torch import Tensor, nn
 from transformers import AutoModelForCausalLM, PreTrainedTokenizerFast
 
 from twotower import TwoTowerForCausalLM
-from twotower.checkpoint import convert as conversion
 from twotower.checkpoint.convert import ConversionResult, convert
+from twotower.checkpoint.output_folder import UNFINISHED
 from twotower.checkpoint.reader import INDEX_FILE, SINGLE_FILE
 from twotower.cli.main import cli as verbs
 from twotower.errors import ArgumentError
@@ -497,6 +499,10 @@ def without_pattern(source: Path) -> None:
     write_config(source, {k: v for k, v in read_config(source).items() if k != "hybrid_override_pattern"})
 
 
+def without_model_type(source: Path) -> None:
+    write_config(source, {k: v for k, v in read_config(source).items() if k != "model_type"})
+
+
 def half(source: Path) -> None:
     change_weights(source, lambda t: t.update({name: tensor.half() for name, tensor in t.items()}))
 
@@ -513,6 +519,7 @@ Q_PROJ, EXPERT = "backbone.layers.1.mixer.q_proj.weight", "backbone.layers.2.mix
 WRONG: dict[str, tuple[Callable[[Path], object], tuple[str, ...]]] = {
     "unsupported family": (configured(model_type="gpt2"), ("model_type is 'gpt2'", "supported are nemotron_h")),
     "no model type": (configured(model_type=None), ("model_type is None", "transformers")),
+    "model type absent": (without_model_type, ("config.json", "model_type is absent", "add")),
     "two towers by config": (configured(architectures=["NemotronHTwoTowerForCausalLM"]), ("two-tower", "already")),
     "two towers by weights": (renamed("backbone.", "context_tower."), ("already a two-tower checkpoint",)),
     "other names": (renamed("backbone.", "transformer."), ("no tensors named backbone.layers.* or model.layers.*",)),
@@ -533,7 +540,10 @@ WRONG: dict[str, tuple[Callable[[Path], object], tuple[str, ...]]] = {
     "one expert too many": (put(EXPERT.replace(".5.", ".12."), torch.ones(24, 32)), ("experts.12", "not a tensor of")),
     "wrong shape": (put(Q_PROJ, torch.ones(48, 31)), (Q_PROJ, "[48, 31]", "[48, 32]")),
     "integers": (put(Q_PROJ, torch.ones(48, 32, dtype=torch.int8)), (Q_PROJ, "I8", "float")),
-    "half precision": (half, ("F16", "bfloat16")),
+    "half precision": (half, ("source: ", "F16", "--dtype bfloat16")),
+    "NaN": (put(Q_PROJ, torch.full((48, 32), torch.nan)), ("source: ", Q_PROJ, "NaN or infinite", "download")),
+    "one infinity in bf16": (
+        put(EXPERT, torch.ones(24, 32).index_fill_(0, torch.tensor(7), -torch.inf).bfloat16()), (EXPERT, "NaN or inf")),
     "pattern of another": (configured(hybrid_override_pattern="MME-M"), ("letter 1", "attention", "Mamba-2")),
     "shorter pattern": (configured(hybrid_override_pattern="M*E-", num_hidden_layers=4), ("names only 4 layers",)),
     "longer pattern": (configured(hybrid_override_pattern="M*E-M-", num_hidden_layers=6), ("layers.5", "missing")),
@@ -621,10 +631,15 @@ def test_existing_directories(source: Path, tmp_path: Path, cli: Callable[..., R
     made = tmp_path / "made"
     made.mkdir()
     assert cli("--from", source, "-o", made).code == 0  # an empty directory is allowed
-    (made / "stale.safetensors").touch()
+    (made / "model-00009-of-00009.safetensors").touch()
     assert_one_line_error(cli("--from", source, "-o", made), "not empty", "--overwrite")
     assert cli("--from", source, "-o", made, "--overwrite").code == 0
-    assert not (made / "stale.safetensors").exists()
+    assert not (made / "model-00009-of-00009.safetensors").exists()
+    for name in ("mynotes.txt", "lora.safetensors", "additional_chat_templates/notes.md"):
+        (made / name).parent.mkdir(exist_ok=True)
+        (made / name).touch()
+        assert_one_line_error(cli("--from", source, "-o", made, "--overwrite"), str(made), name, "would delete", "move")
+        (made / name).unlink()
     (made / "runs").mkdir()
     assert_one_line_error(cli("--from", source, "-o", made, "--overwrite"), "folders", "remove it")
     assert (made / "config.json").exists()
@@ -641,6 +656,22 @@ def test_existing_directories(source: Path, tmp_path: Path, cli: Callable[..., R
     assert sorted(path.name for path in tmp_path.iterdir()) == ["home", "made", "other.partial", "source"]
 
 
+def test_output_that_cannot_be_made(
+    source: Path, tmp_path: Path, cli: Callable[..., Result], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    Path("afile").touch()
+    assert_one_line_error(cli("--from", source, "-o", "afile/sub"), "Error: afile/sub: afile is a file; choose another")
+    assert_one_line_error(cli("--from", source, "-o", "afile/deep/sub"), "Error: afile/deep/sub: afile is a file;")
+
+    def read_only(path: str | Path, *arguments: Any) -> None:
+        raise OSError(errno.EROFS, os.strerror(errno.EROFS), str(path))
+
+    monkeypatch.setattr(os, "mkdir", read_only)
+    said = "Error: new: cannot be written (Read-only file system); make it writable, or choose another directory"
+    assert_one_line_error(cli("--from", source, "-o", "new"), said)
+
+
 def test_the_source_is_never_overwritten(source: Path, tmp_path: Path, cli: Callable[..., Result]) -> None:
     before = {file.name: file.read_bytes() for file in source.iterdir()}
     (tmp_path / "link").symlink_to(source)
@@ -654,9 +685,9 @@ def test_disk_too_small(
 ) -> None:
     convert(source, tmp_path / "made")
     before = tensors(tmp_path / "made")
-    monkeypatch.setattr(conversion.shutil, "disk_usage", lambda path: SimpleNamespace(free=1000))
-    assert_one_line_error(cli("--from", source, "-o", tmp_path / "new"), "GiB are free", "needs")
-    assert_one_line_error(cli("--from", source, "-o", tmp_path / "made", "--overwrite"), "GiB are free")
+    monkeypatch.setattr(shutil, "disk_usage", lambda path: SimpleNamespace(free=1000))
+    assert_one_line_error(cli("--from", source, "-o", tmp_path / "new"), "1000 bytes are free", "needs 6", "MiB")
+    assert_one_line_error(cli("--from", source, "-o", tmp_path / "made", "--overwrite"), "1000 bytes are free")
     assert sorted(path.name for path in tmp_path.iterdir()) == ["made", "source"]
     assert before.keys() == tensors(tmp_path / "made").keys()
 
@@ -686,7 +717,7 @@ def test_what_a_killed_conversion_left_is_replaced(source: Path, tmp_path: Path)
     assert sorted(path.name for path in tmp_path.iterdir()) == ["made.partial", "source"]
     convert(source, tmp_path / "made")
     assert sorted(path.name for path in tmp_path.iterdir()) == ["made", "source"]
-    assert not (tmp_path / "made" / conversion.UNFINISHED).exists()
+    assert not (tmp_path / "made" / UNFINISHED).exists()
     TwoTowerForCausalLM.from_pretrained(tmp_path / "made")
 
 

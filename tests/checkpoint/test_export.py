@@ -188,7 +188,7 @@ def test_what_is_refused(
     assert_one_line_error(cli(*command(two, tmp_path / "one", "--max-shard-size", "x")), "5GB")
     with monkeypatch.context() as patch:
         patch.setattr(shutil, "disk_usage", lambda path: type("Usage", (), {"free": 1000}))
-        assert_one_line_error(cli(*command(two, tmp_path / "one")), "GiB are free", "needs")
+        assert_one_line_error(cli(*command(two, tmp_path / "one")), "1000 bytes are free", "needs 64", "MiB")
     assert sorted(path.name for path in tmp_path.iterdir()) == before
 
 
@@ -196,7 +196,10 @@ def test_an_existing_output_is_refused(two: Path, tmp_path: Path, cli: Callable[
     assert cli(*command(two, tmp_path / "one")).code == 0
     assert_one_line_error(cli(*command(two, tmp_path / "one")), "not empty", "--overwrite")
     assert cli(*command(two, tmp_path / "one", "--overwrite")).code == 0
+    (tmp_path / "one/mynotes.txt").touch()
+    assert_one_line_error(cli(*command(two, tmp_path / "one", "--overwrite")), "mynotes.txt", "would delete", "move")
     (tmp_path / "file").touch()
+    assert_one_line_error(cli(*command(two, tmp_path / "file/one")), "file/one: ", "file is a file; choose another")
     assert_one_line_error(cli(*command(two, tmp_path / "file")), "is a file")
 
 

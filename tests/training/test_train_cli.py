@@ -223,6 +223,12 @@ def test_a_wrong_train_command_is_told_in_one_line(
     assert not (tmp_path / "run" / "model").exists()
 
 
+def test_an_output_that_cannot_be_made(tmp_path: Path, capfd: pytest.CaptureFixture) -> None:
+    (tmp_path / "afile").touch()
+    said = complaint(train_args(tmp_path / "afile/run", []), capfd)
+    assert said == f"{tmp_path / 'afile/run'}: {tmp_path / 'afile'} is a file; choose another directory"
+
+
 def test_a_corrected_command_works_in_the_same_directory(tmp_path: Path, capfd: pytest.CaptureFixture) -> None:
     """After errors that are found early and late, the result is that of a fresh directory."""
     output = tmp_path / "run"

@@ -13,20 +13,19 @@ from __future__ import annotations
 
 import json
 import math
-import shutil
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
 from dataclasses import asdict, dataclass
 from pathlib import Path
 
 import torch
 from torch import Tensor
 
-from twotower.checkpoint import atomic, gguf_file, names, one_tower, pretrained, reader, tokenizer_files
+from twotower.checkpoint import gguf_file, names, one_tower, pretrained, reader
 from twotower.checkpoint.mask_token import MaskToken, is_ordinary_token
 from twotower.checkpoint.mask_token import choose as choose_mask_token
 from twotower.checkpoint.names import TensorEntry
 from twotower.checkpoint.one_tower import OneTowerCheckpoint
+from twotower.checkpoint.output_folder import check_target, unfinished_folder
 from twotower.checkpoint.source import resolve_source
 from twotower.checkpoint.writer import TensorToWrite, write_shards
 from twotower.config import TwoTowerConfig
@@ -35,9 +34,6 @@ from twotower.errors import ArgumentError, CheckpointError
 from twotower.model.conditioning import TimeConditioning
 from twotower.model.fp32_tensors import target_dtype
 from twotower.tokenizer import Tokenizer
-
-UNFINISHED = ".unfinished"  # marks an unfinished directory, which may be removed
-SPARE_BYTES = 64 * 2**20  # headers, index, tokenizer
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -90,24 +86,23 @@ def convert(
             tokenizer does not match.
         ArgumentError: a wrong argument, a directory that may not be replaced, or not enough disk space.
     """
-    target = Path(directory).resolve()
-    check_target(target, overwrite)
+    target = check_target(Path(directory), overwrite)
     origin = Path(source) if str(source).endswith(gguf_file.SUFFIX) else resolve_source(source, {})
     if origin.resolve() == target or target in origin.resolve().parents:
-        raise ArgumentError(f"{target}: the directory contains the source checkpoint; choose another directory")
+        raise ArgumentError(f"{directory}: the directory contains the source checkpoint; choose another directory")
     tower = one_tower.read(origin)
     config = tower.model.config
     mask = choose_mask_token(mask_token, config, tower.defaults, tower.tokenizer)
     config.mask_token_id = mask.id
     wanted = None if dtype is None else pretrained._dtype(dtype, config)
-    _check_stored(tower, wanted)
+    _check_stored(tower, wanted, origin)
     model_dtype = wanted or tower.weights.dtype(tower.places["embeddings.weight", None])
 
     time = _time_conditioning(config, tower.model.spec.num_layers, seed, model_dtype)
     known = names.tensor_entries(tower.model)
-    to_write = list(_tensors_to_write(tower, known, wanted, time, mask))
+    to_write = list(_tensors_to_write(tower, known, wanted, time, mask, origin))
     total = sum(entry.nbytes for entry in to_write)
-    with unfinished_folder(target, overwrite, total) as folder:
+    with unfinished_folder(Path(directory), overwrite, total) as folder:
         written = counter(total, progress)
         weights = write_shards(folder, to_write, max_shard_size, written)
         _write_rest(tower, folder, model_dtype)
@@ -137,6 +132,7 @@ def _tensors_to_write(
     dtype: torch.dtype | None,
     time: dict[str, Tensor],
     mask: MaskToken,
+    origin: Path,
 ) -> Iterator[TensorToWrite]:
     """The entries of the two-tower checkpoint, read on demand."""
 
@@ -144,7 +140,10 @@ def _tensors_to_write(
         which, _, part = entry.memory.partition(".")
         if which == "time":
             return time[part]
-        tensor = tower.weights.read(tower.places[part, entry.expert])
+        place = tower.places[part, entry.expert]
+        tensor = tower.weights.read(place)
+        if which == "context":
+            _check_finite(tensor, place, origin)
         if entry.memory == "denoiser.embeddings.weight" and mask.known_rows:
             tensor = _with_mean_row(tensor, mask.id, mask.known_rows)
         return tensor
@@ -157,6 +156,16 @@ def _tensors_to_write(
             stored = tower.weights.dtype(tower.places[part, group[0].expert])
             kept = stored if dtype is None else target_dtype(group[0].memory, dtype)
         yield reader.tensor_to_write(group, kept, piece)
+
+
+def _check_finite(tensor: Tensor, place: TensorEntry, origin: Path) -> None:
+    """The minimum and the maximum are NaN if a value is, and need no memory."""
+    if tensor.numel() and not all(bound.isfinite() for bound in torch.aminmax(tensor)):
+        expert = "" if place.expert is None else f" (expert {place.expert})"
+        raise CheckpointError(
+            f"{origin}: {place.disk}{expert} has a value that is NaN or infinite, so the weights are damaged; download "
+            "them again, or take an earlier checkpoint of their training"
+        )
 
 
 def _with_mean_row(embeddings: Tensor, row: int, known_rows: int) -> Tensor:
@@ -177,12 +186,12 @@ def _time_conditioning(config: TwoTowerConfig, layers: int, seed: int, dtype: to
     return {name: tensor.to(dtype) for name, tensor in time.state_dict().items()}
 
 
-def _check_stored(tower: OneTowerCheckpoint, dtype: torch.dtype | None) -> None:
+def _check_stored(tower: OneTowerCheckpoint, dtype: torch.dtype | None, origin: Path) -> None:
     for place in tower.places.values():
         if dtype is None and tower.weights.dtype(place) == torch.float16:
             raise CheckpointError(
-                f"{place.disk} is stored as F16, which a two-tower model does not support; "
-                "set dtype to bfloat16 or float32"
+                f"{origin}: {place.disk} is stored as F16, which a two-tower model does not support; "
+                "convert it with --dtype bfloat16 or --dtype float32"
             )
 
 
@@ -224,51 +233,3 @@ def _text_notes(mask: MaskToken, tokenizer: Tokenizer | None) -> Iterator[str]:
             f"row {mask.id} of the denoiser's embedding is the mean of the {mask.known_rows} rows that the tokenizer "
             "uses, because no training has touched it; the context tower is unchanged"
         )
-
-
-# --- output directory ----------------------------------------------------------------------------------------------
-
-
-def check_target(target: Path, overwrite: bool) -> None:
-    """Raises ArgumentError if a checkpoint may not be written to `target`."""
-    if target.exists() and not target.is_dir():
-        raise ArgumentError(f"{target} is a file; choose a directory")
-    atomic.restore_folder(target)
-    inside = list(target.iterdir()) if target.exists() else []
-    if inside and not overwrite:
-        raise ArgumentError(f"{target} is not empty; choose another directory, or replace it with --overwrite")
-    folders = [path for path in inside if path.is_dir() and path.name != tokenizer_files.TEMPLATE_FOLDER]
-    if inside and (target / "config.json" not in inside or folders):
-        raise ArgumentError(
-            f"{target} is not just a checkpoint (it has folders, or no config.json); remove it or choose another"
-        )
-
-
-@contextmanager
-def unfinished_folder(target: Path, overwrite: bool, size: int) -> Iterator[Path]:
-    """A temporary directory; it is renamed to `target` on success and removed on failure."""
-    folder = target.with_name(target.name + ".partial")
-    if folder.exists() and not (folder / UNFINISHED).exists():
-        raise ArgumentError(f"{folder} exists and is not an unfinished conversion; remove it")
-    shutil.rmtree(folder, ignore_errors=True)
-    folder.mkdir(parents=True)
-    try:
-        (folder / UNFINISHED).touch()
-        free = shutil.disk_usage(folder).free
-        if free < size + SPARE_BYTES:
-            raise ArgumentError(
-                f"{target.parent}: {free / 2**30:.1f} GiB are free, but the checkpoint needs "
-                f"{size / 2**30:.1f} GiB; free some space"
-            )
-        yield folder
-        (folder / UNFINISHED).unlink()
-        _replace(target, folder, overwrite)
-    except BaseException:
-        shutil.rmtree(folder, ignore_errors=True)
-        raise
-
-
-def _replace(target: Path, folder: Path, overwrite: bool) -> None:
-    """Renames the finished folder to `target`; a replaced checkpoint is removed last."""
-    check_target(target, overwrite)  # again: the conversion may have taken hours
-    atomic.replace_folder(folder, target)

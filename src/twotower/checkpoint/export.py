@@ -19,8 +19,9 @@ from safetensors import safe_open
 from torch import Tensor
 
 from twotower.checkpoint import names, one_tower, pretrained, reader, tokenizer_files
-from twotower.checkpoint.convert import check_target, counter, unfinished_folder
+from twotower.checkpoint.convert import counter
 from twotower.checkpoint.names import TWO_TOWERS, DiskLayout
+from twotower.checkpoint.output_folder import check_target, unfinished_folder
 from twotower.checkpoint.reader import StoredTensor
 from twotower.checkpoint.source import resolve_source
 from twotower.checkpoint.stored_quantization import refuse_quantized
@@ -66,11 +67,10 @@ def export_one_tower(
         ConfigError, CheckpointError: the source is not a valid two-tower checkpoint.
         ArgumentError: a directory that may not be replaced, or not enough disk space.
     """
-    target = Path(directory).resolve()
-    check_target(target, overwrite)
+    target = check_target(Path(directory), overwrite)
     origin = resolve_source(source, {})
     if origin.resolve() == target or target in origin.resolve().parents:
-        raise ArgumentError(f"{target}: the directory contains the source checkpoint; choose another directory")
+        raise ArgumentError(f"{directory}: the directory contains the source checkpoint; choose another directory")
     config = TwoTowerConfig.read(origin)
     refuse_quantized(config, origin, "twotower export")
     with torch.device("meta"):
@@ -83,7 +83,7 @@ def export_one_tower(
     with ExitStack() as files:
         to_write = list(_tensors_to_write({name: found[name] for name in context}, _layout(config), files))
         total = sum(entry.nbytes for entry in to_write)
-        with unfinished_folder(target, overwrite, total) as folder:
+        with unfinished_folder(Path(directory), overwrite, total) as folder:
             weights = write_shards(folder, to_write, max_shard_size, counter(total, progress))
             (folder / "config.json").write_text(json.dumps(values, indent=2, sort_keys=True) + "\n", encoding="utf-8")
             tokenizer_files.copy_model_files(origin, folder)

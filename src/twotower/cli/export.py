@@ -63,11 +63,12 @@ def export(model: str, target: str, output: Path, max_shard_size: str, overwrite
 
 def summary(made: ExportResult) -> Iterator[str]:
     """Lines that describe the new checkpoint."""
+    from twotower.byte_units import format_bytes
     from twotower.cli import info_page
 
     files = f"{len(made.files)} files" if len(made.files) > 1 else made.files[0]
     yield click.style(str(made.directory), bold=True)
     yield (
         f"{made.architecture}: {info_page.format_count(made.parameters)} parameters, "
-        f"{info_page.format_bytes(made.bytes)} in {files}"
+        f"{format_bytes(made.bytes)} in {files}"
     )

@@ -8,6 +8,8 @@ from typing import TYPE_CHECKING
 
 import click
 
+from twotower.byte_units import format_bytes, unit_of
+
 if TYPE_CHECKING:
     from twotower.cli.info_facts import (
         BackboneFacts,
@@ -106,7 +108,7 @@ def _parameters(count: ParameterCounts) -> Iterator[str]:
 
 def _memory(memory: dict[str, dict[str, int]]) -> Iterator[str]:
     sizes = list(memory.values())
-    unit, divisor = _unit(max(size["both"] for size in sizes))
+    unit, divisor = unit_of(max(size["both"] for size in sizes))
     yield f"{unit:<34}" + "".join(f"{_SHORT.get(name, name):>10}" for name in memory)
     rows = {
         "both towers on one device": [f"{size['both'] / divisor:.1f}" for size in sizes],
@@ -192,15 +194,3 @@ def _repeats(pattern: str, at: int, size: int) -> int:
     while pattern.startswith(unit, at + count * size):
         count += 1
     return count
-
-
-def format_bytes(count: int) -> str:
-    unit, divisor = _unit(count)
-    return f"{count / divisor:.{0 if divisor == 1 else 1}f} {unit}"
-
-
-def _unit(count: int) -> tuple[str, int]:
-    for name, divisor in (("GiB", 2**30), ("MiB", 2**20), ("KiB", 2**10)):
-        if count >= divisor:
-            return name, divisor
-    return "bytes", 1

@@ -96,9 +96,10 @@ def init(
 
 def summary(made: ConversionResult) -> Iterator[str]:
     """Lines that describe the new checkpoint."""
+    from twotower.byte_units import format_bytes
     from twotower.cli import info_page
 
-    count, size = info_page.format_count, info_page.format_bytes
+    count, size = info_page.format_count, format_bytes
     files = f"{len(made.files)} files" if len(made.files) > 1 else made.files[0]
     yield click.style(str(made.directory), bold=True)
     yield (

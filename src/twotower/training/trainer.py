@@ -15,7 +15,7 @@ from torch import Tensor, nn
 
 from twotower.errors import ArgumentError, TwoTowerError
 from twotower.file_lock import exclusive_lock
-from twotower.file_writes import replace_text
+from twotower.file_writes import output_errors, replace_text
 from twotower.training import checkpoints
 from twotower.training.balance import LoadBalance
 from twotower.training.data.batch import Batch
@@ -220,13 +220,13 @@ def lock_run_dir(directory: Path, settings: dict[str, object], world: World) -> 
     problem: str | None = None
     with ExitStack() as held:
         if world.is_main:
-            directory.mkdir(parents=True, exist_ok=True)
             try:
-                held.enter_context(exclusive_lock(directory / LOCK_FILE, directory))
-            except ArgumentError as error:
+                with output_errors(directory):
+                    directory.mkdir(parents=True, exist_ok=True)
+                    held.enter_context(exclusive_lock(directory / LOCK_FILE, directory))
+                    problem = _begin(directory, settings)
+            except TwoTowerError as error:
                 problem = str(error)
-            else:
-                problem = _begin(directory, settings)
         problem = world.broadcast(problem)
         if problem:
             raise ArgumentError(problem)
