@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import ast
+import errno
 import os
 import resource
 import signal
@@ -16,9 +17,9 @@ import tiny_run
 import twotower
 from twotower import TwoTowerForCausalLM
 from twotower.checkpoint.tokenizer_files import save_tokenizer
-from twotower.errors import TwoTowerError
+from twotower.errors import ArgumentError, TwoTowerError
 from twotower.evaluation import sweep
-from twotower.file_writes import os_errors, replace_text, replaced_file
+from twotower.file_writes import os_errors, output_errors, replace_text, replaced_file
 from twotower.recipes import bundled
 from twotower.training import trainer
 from twotower.training.log import Log
@@ -182,3 +183,14 @@ def test_a_disk_that_is_full_at_the_tokenizer_of_a_run(tmp_path: Path) -> None:
     (line,) = [line for line in run.stderr() if not line.startswith("compiling")]
     assert line.startswith(f"Error: {tmp_path / 'run/tokenizer.json'}: cannot be written (File too large); ")
     assert not list((tmp_path / "run").glob("*.partial"))
+
+
+def test_errors_of_an_output_name_it_and_errors_of_other_files_stay(tmp_path: Path) -> None:
+    output = tmp_path / "made"
+    for named in (None, output, tmp_path / "made.partial/config.json", tmp_path):
+        said = r"made: cannot be written \(No space.*\); free disk space, or choose"
+        with pytest.raises(ArgumentError, match=said), output_errors(output):
+            raise OSError(errno.ENOSPC, "No space left on device", named)
+    for other in (tmp_path / "made-source/tokenizer.json", tmp_path / "source"):
+        with pytest.raises(PermissionError), output_errors(output):
+            raise PermissionError(errno.EACCES, "Permission denied", other)

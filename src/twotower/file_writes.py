@@ -64,7 +64,8 @@ def output_errors(directory: Path) -> Iterator[None]:
         yield
     except OSError as error:
         target, named = directory.resolve(), Path(error.filename or directory).resolve()
-        if not (str(named).startswith(str(target)) or target.is_relative_to(named)):
+        written = (target, target.with_name(f"{target.name}.partial"))
+        if not (target.is_relative_to(named) or any(named.is_relative_to(folder) for folder in written)):
             raise  # of another file, such as one that is copied
         file = next((part for part in (directory, *directory.parents) if part.is_file()), None)
         if file is not None:
