@@ -23,6 +23,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from twotower.ops.precision import upcast
 from twotower.ops.reference import experts
 from twotower.ops.reference.activation import activate
 from twotower.ops.reference.experts import combine, group_pairs, loop_over_experts, weighted_sum
@@ -102,7 +103,8 @@ def experts_sorted(
 ) -> Tensor:
     """`experts.experts_sorted` with int4 weights; gate None: experts without a gate.
 
-    gate, up, down: data of (E, width, H), (E, width, H) and (E, H, width).
+    gate, up, down: data of (E, width, H), (E, width, H) and (E, H, width). Computes in at least fp32, as the kernels do:
+    in bf16 the weights would be rounded too.
     """
 
     def expert_mlp(expert: int, rows: Tensor) -> Tensor:
@@ -110,7 +112,7 @@ def experts_sorted(
         inner = activate(linear(rows, up[expert], width), gates, activation)
         return linear(inner, down[expert], hidden.shape[1])
 
-    return loop_over_experts(hidden, topk_ids, weight, len(up), expert_mlp)
+    return loop_over_experts(upcast(hidden), topk_ids, weight, len(up), expert_mlp).to(hidden.dtype)
 
 
 def experts_gathered(
@@ -129,9 +131,9 @@ def experts_gathered(
     def product(x: Tensor, data: Tensor, out: int) -> Tensor:
         return (dequantize(data[pairs], out, x.shape[1], x.dtype) @ x[:, :, None])[:, :, 0]
 
-    x = hidden.repeat_interleave(topk_ids.shape[1], 0)
+    x = upcast(hidden).repeat_interleave(topk_ids.shape[1], 0)
     inner = activate(product(x, up, width), None if gate is None else product(x, gate, width), activation)
-    return weighted_sum(product(inner, down, hidden.shape[1]), weight)
+    return weighted_sum(product(inner, down, hidden.shape[1]), weight).to(hidden.dtype)
 
 
 def experts_grouped(
