@@ -103,8 +103,8 @@ def experts_sorted(
 ) -> Tensor:
     """`experts.experts_sorted` with int4 weights; gate None: experts without a gate.
 
-    gate, up, down: data of (E, width, H), (E, width, H) and (E, H, width). Computes in at least fp32, as the kernels do:
-    in bf16 the weights would be rounded too.
+    gate, up, down: data of (E, width, H), (E, width, H) and (E, H, width). Computes in at least fp32, as the kernels
+    do: in bf16 the weights would be rounded too.
     """
 
     def expert_mlp(expert: int, rows: Tensor) -> Tensor:
