@@ -9,7 +9,7 @@ from typing import Any
 import pytest
 import torch
 from conftest import EVERY_KIND, build_random_model
-from test_int8 import BIASES, MODES, PROMPTS, compiled, grouped, written
+from test_int8 import BIASES, MODES, PROMPTS, assert_same_passes, compiled, grouped, written
 from torch import Tensor, nn
 from torch.nn import functional as F
 
@@ -159,16 +159,7 @@ def test_experts_use_the_dequantized_weights(
 def test_a_float64_model_uses_the_dequantized_weights(plan: str) -> None:
     model = quantize_(build_random_model(EVERY_KIND, dtype=torch.float64, **BIASES), plan)
     assert model.quantization == ("context=int8,denoiser=int4" if "context" in plan else plan)
-    tokens = torch.randint(4, 60, (2, 40), generator=torch.Generator().manual_seed(0))
-    outs = []
-    for each in (model, as_meant(model)):
-        with torch.no_grad():
-            state = each.new_state(2, 60)
-            logits = each.extend(tokens, state)
-            draft = each.denoise(tokens[:, :6], torch.tensor([1.0, 0.3]), each.reader(state).view())
-        outs.append((logits, draft, each(tokens).logits))
-    for actual, expected in zip(*outs, strict=True):
-        torch.testing.assert_close(actual, expected, rtol=1e-9, atol=1e-9)
+    assert_same_passes(model, as_meant(model))
 
 
 # --- the compiled kernels ---------------------------------------------------------------------------------------------

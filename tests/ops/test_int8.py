@@ -136,7 +136,11 @@ def grouped(x: Tensor, weight: Tensor, offs: Tensor) -> Tensor:
 @pytest.mark.parametrize("pattern", ["M", "*", "E", "-", EVERY_KIND])
 def test_a_float64_model_uses_the_dequantized_weights(pattern: str) -> None:
     model = quantize_(build_random_model(pattern, dtype=torch.float64, **BIASES))
-    plain = as_meant(model)
+    assert_same_passes(model, as_meant(model))
+
+
+def assert_same_passes(model: TwoTowerForCausalLM, plain: TwoTowerForCausalLM) -> None:
+    """Both towers and `forward` of two models in float64."""
     tokens = torch.randint(4, 60, (2, 40), generator=torch.Generator().manual_seed(0))
     outs = []
     for each in (model, plain):

@@ -169,8 +169,10 @@ class TowerState:
     def make_room(self, rows: Sequence[int], width: int) -> None:
         """Prepares the slots of windows for the next `append`, of `width` tokens to these rows at most.
 
-        `append` does so for all rows, unless a caller who knows the rows has called this. It ends rollback.
+        `append` does so for all rows, unless a caller who knows the rows has called this. Windows end rollback here.
         """
+        if self.longest_pass is None:
+            return
         self.commit_state()
         for group in self.kv_groups:
             group.make_room(rows, self.lengths, width)

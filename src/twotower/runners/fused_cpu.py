@@ -57,8 +57,7 @@ class FusedCPURunner:
 
     def prefill_chunk(self, tower: Tower) -> int | None:
         """The number of prompt tokens to read in one pass; None if this runner does not support the tower."""
-        plan = self._plan_of(tower) if self._plan is None or not self._is_checked() else self._plan
-        return MAX_ROW_TOKENS if self._supports(plan, tower.embeddings.weight) else None
+        return MAX_ROW_TOKENS if self._supports(self._plan_of(tower), tower.embeddings.weight) else None
 
     def run(self, tower: Tower, inputs: PassInputs) -> PassResult | None:
         """The result of `Tower.forward`; None if this runner does not support the pass."""
@@ -85,15 +84,15 @@ class FusedCPURunner:
 
     def _current_weights(self, tower: Tower) -> WeightTable | None:
         """The addresses of the tower's weights; None if this runner does not support the tower as it is."""
-        weight = tower.embeddings.weight
-        if self._plan is not None and self._is_checked():
-            return self.weights if self._supports(self._plan, weight) else None
-        plan = self._plan_of(tower)
-        if not self._supports(plan, weight) or not plan.is_unmodified(tower):
+        plan, weight = self._plan_of(tower), tower.embeddings.weight
+        if not self._supports(plan, weight):
             return None
-        if self.weights is None or not self.weights.is_current(plan, weight.dtype):
-            self.weights = WeightTable(tower, plan)
-        self._checked = steady_period()
+        if not self._is_checked():
+            if not plan.is_unmodified(tower):
+                return None
+            if self.weights is None or not self.weights.is_current(plan, weight.dtype):
+                self.weights = WeightTable(tower, plan)
+            self._checked = steady_period()
         return self.weights
 
     def _is_checked(self) -> bool:
@@ -103,7 +102,7 @@ class FusedCPURunner:
 
     def _plan_of(self, tower: Tower) -> ModulePlan:
         plan = self._plan
-        if plan is None or not plan.is_current():
+        if plan is None or not (self._is_checked() or plan.is_current()):
             plan = self._plan = ModulePlan(tower)
             self._runs_spec = spec_unsupported_reason(tower.spec) is None
             self.weights = self._supported = None

@@ -24,9 +24,14 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from twotower.ops.precision import upcast
-from twotower.ops.reference import experts
-from twotower.ops.reference.activation import activate
-from twotower.ops.reference.experts import combine, group_pairs, loop_over_experts, weighted_sum
+from twotower.ops.reference.experts import (
+    combine,
+    expert_mlp,
+    group_pairs,
+    grouped_product,
+    loop_over_experts,
+    weighted_sum,
+)
 from twotower.ops.reference.int8 import CHUNK, CHUNK_GPU, PANEL
 from twotower.specs import Activation
 
@@ -34,6 +39,7 @@ GROUP, RUN = 32, 8  # inputs of a group and of a run
 SCALES = 2 * PANEL  # bytes of the scales of a block
 BLOCK = SCALES + GROUP * PANEL // 2  # bytes
 LOW, HIGH = -8, 7
+Sized = tuple[Tensor, int]  # data, and the number of outputs, which data does not tell
 DIVISORS = (-8.0, -8.5, 7.0)  # candidates for the scale: m / divisor; the first of equal errors counts
 
 
@@ -107,12 +113,12 @@ def experts_sorted(
     do: in bf16 the weights would be rounded too.
     """
 
-    def expert_mlp(expert: int, rows: Tensor) -> Tensor:
-        gates = None if gate is None else linear(rows, gate[expert], width)
-        inner = activate(linear(rows, up[expert], width), gates, activation)
-        return linear(inner, down[expert], hidden.shape[1])
+    matrices = _with_sizes(gate, up, down, width, hidden.shape[1])
 
-    return loop_over_experts(upcast(hidden), topk_ids, weight, len(up), expert_mlp).to(hidden.dtype)
+    def mlp(expert: int, rows: Tensor) -> Tensor:
+        return expert_mlp(rows, *matrices, activation, lambda x, own: linear(x, own[0][expert], own[1]))
+
+    return loop_over_experts(upcast(hidden), topk_ids, weight, len(up), mlp).to(hidden.dtype)
 
 
 def experts_gathered(
@@ -128,12 +134,12 @@ def experts_gathered(
     """`experts_sorted` with static shapes and no host read: dequantises the weights of each pair."""
     pairs = topk_ids.flatten()
 
-    def product(x: Tensor, data: Tensor, out: int) -> Tensor:
-        return (dequantize(data[pairs], out, x.shape[1], x.dtype) @ x[:, :, None])[:, :, 0]
+    def product(x: Tensor, own: Sized) -> Tensor:
+        return (dequantize(own[0][pairs], own[1], x.shape[1], x.dtype) @ x[:, :, None])[:, :, 0]
 
     x = upcast(hidden).repeat_interleave(topk_ids.shape[1], 0)
-    inner = activate(product(x, up, width), None if gate is None else product(x, gate, width), activation)
-    return weighted_sum(product(inner, down, hidden.shape[1]), weight).to(hidden.dtype)
+    out = expert_mlp(x, *_with_sizes(gate, up, down, width, hidden.shape[1]), activation, product)
+    return weighted_sum(out, weight).to(hidden.dtype)
 
 
 def experts_grouped(
@@ -154,12 +160,19 @@ def experts_grouped(
         return experts_gathered(hidden, topk_ids, weight, gate, up, down, width, activation)
     order, ends = group_pairs(topk_ids, len(up))
 
-    def product(x: Tensor, data: Tensor, out: int) -> Tensor:
-        return experts.grouped_product(x, dequantize(data, out, x.shape[1], x.dtype), ends)
+    def product(x: Tensor, own: Sized) -> Tensor:
+        return grouped_product(x, dequantize(*own, x.shape[1], x.dtype), ends)
 
-    x = hidden[order // topk_ids.shape[1]]
-    inner = activate(product(x, up, width), None if gate is None else product(x, gate, width), activation)
-    return combine(product(inner, down, hidden.shape[1]), order, weight)
+    gathered = hidden[order // topk_ids.shape[1]]
+    out = expert_mlp(gathered, *_with_sizes(gate, up, down, width, hidden.shape[1]), activation, product)
+    return combine(out, order, weight)
+
+
+def _with_sizes(
+    gate: Tensor | None, up: Tensor, down: Tensor, width: int, hidden: int
+) -> tuple[Sized | None, Sized, Sized]:
+    """The matrices of all experts with their numbers of outputs, as `expert_mlp` takes them."""
+    return None if gate is None else (gate, width), (up, width), (down, hidden)
 
 
 # --- the layout -------------------------------------------------------------------------------------------------------
