@@ -9,7 +9,16 @@ from typing import Any
 import pytest
 import torch
 from conftest import EVERY_KIND, build_random_model
-from test_int8 import BIASES, MODES, PROMPTS, assert_same_passes, compiled, grouped, written
+from test_int8 import (
+    BIASES,
+    MODES,
+    PROMPTS,
+    assert_one_call_is_its_layers,
+    assert_same_passes,
+    compiled,
+    grouped,
+    written,
+)
 from torch import Tensor, nn
 from torch.nn import functional as F
 
@@ -216,20 +225,7 @@ def test_a_tower_in_one_call_is_its_layers(plan: str, dtype: torch.dtype, monkey
     with torch.no_grad():
         inputs = PassInputs(torch.tensor([[5, 6, 7]]), AttentionMetadata(), keep_step_inputs=False)
         assert FusedCPURunner().run(model.context, inputs) is not None
-    tokens = torch.randint(4, 60, (3, 30), generator=torch.Generator().manual_seed(0))
-    outs = []
-    for at_once in (True, False):
-        if not at_once:
-            monkeypatch.setattr(FusedCPURunner, "run", lambda *_: None)
-        with torch.no_grad():
-            state = model.new_state(3, 60)
-            model.prefill(tokens[:, :12], torch.tensor([12, 7, 0]), state)
-            logits = model.extend(tokens[:, 12:17], state, torch.tensor([5, 1, 0]))
-            draft = model.denoise(tokens[:, -5:], torch.tensor([1.0, 0.5, 0.2]), model.reader(state).view())
-        outs.append((logits, draft))
-    for actual, expected in zip(*outs, strict=True):
-        assert torch.equal(actual, expected) or dtype == torch.float32
-        torch.testing.assert_close(actual, expected, rtol=1e-5, atol=1e-5)
+    assert_one_call_is_its_layers(model, 5, monkeypatch)
 
 
 # --- which weights are quantized, and moving the model ----------------------------------------------------------------
