@@ -21,7 +21,7 @@ from twotower.errors import ArgumentError
 from twotower.evaluation.accuracy import chosen_problems, measure_accuracy
 from twotower.evaluation.comparison import PairedComparison, compare
 from twotower.evaluation.running import generate_all
-from twotower.evaluation.tasks import FAMILIES
+from twotower.evaluation.tasks import SUITE
 
 # --- settings -------------------------------------------------------------------------------------------------------
 
@@ -131,8 +131,8 @@ def test_the_interval_covers_the_true_difference() -> None:
 
 def test_problems_are_spread_over_families_and_difficulties() -> None:
     problems = chosen_problems((), 6, (1, 3), seed=0)
-    assert len(problems) == 6 * len(FAMILIES)
-    for family in FAMILIES:
+    assert len(problems) == 6 * len(SUITE)
+    for family in SUITE:
         own = [problem.difficulty for problem in problems if problem.family == family]
         assert sorted(own) == [1, 1, 1, 3, 3, 3]
     assert {problem.family for problem in chosen_problems(("edits",), 3, (1,), seed=0)} == {"edits"}

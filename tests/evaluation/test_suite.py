@@ -18,6 +18,7 @@ from twotower.errors import ArgumentError
 from twotower.evaluation.tasks import (
     FAMILIES,
     LEVELS,
+    SUITE,
     Problem,
     accuracy,
     make_problems,
@@ -125,6 +126,45 @@ def solve_word(prompt: str) -> str:
     return ". ".join([*out, f"Answer: {value}."])
 
 
+# How a sentence tells a fact about the person {P}; the value is {V}.
+TOLD = {
+    "city": ("{P} lives in {V}", "{P} is from {V}", "In {V}, everybody knows {P}"),
+    "age": ("{P} is {V} years old", "{P} turned {V} today", "At {V}, {P} still runs"),
+    "job": ("{P} works as a {V}", "{P} is a {V}", "They need a {V}, so they call {P}"),
+    "pet": ("{P} has a pet {V}", "{P} keeps a {V}", "The {V} belongs to {P}"),
+    "color": ("{P} likes {V}", "The coat of {P} is {V}", "{P} paints the door {V}"),
+    "day": ("{P} comes on {V}", "On {V}, {P} is free", "{V} suits {P}"),
+    "time": ("{P} arrives at {V}", "At {V}, {P} eats", "The train of {P} leaves at {V}"),
+    "phone": ("Call {P} at {V}", "{P} has the number {V}", "Under {V}, {P} answers"),
+    "seats": ("{P} needs {V} seats", "A table for {V}, says {P}", "{P} brings {V} chairs"),
+    "email": ("Write to {P} at {V}", "The address {V} is that of {P}", "{P} reads mail at {V}"),
+    "order": ("{P} orders {V}", "Please bring {V} to {P}", "{P} wants {V}"),
+    "member": ("{P} is{V} a member", "{P} has{V} joined the club"),
+}
+VALUES = {"age": r"\d+", "seats": r"\d+", "phone": r"555-\d{4}", "email": r"\w+@\w+\.org", "time": r"\d\d:\d\d"}
+VALUES |= {"order": r"[a-z, ]+", "member": "| not"}
+
+
+def solve_json(prompt: str) -> str:
+    names, asked, text = body(prompt).split(" | ")
+    found: list[dict[str, Any]] = []
+    for name in names.split(", "):
+        found.append({"name": name})
+        for key in asked.split(", "):
+            forms = (form.format(P=name, V=f"({VALUES.get(key, '[A-Za-z]+')})") for form in TOLD[key])
+            told = [m[1] for form in forms for m in re.finditer(rf"(?:^|(?<=\. )){form}(?=\.(?: |$))", text)]
+            told = [value for value in told if (key, value) != ("job", "member")]
+            assert len(told) <= 1, (key, told)
+            read: dict[str, Callable[[str], Any]] = {
+                "age": int,
+                "seats": int,
+                "member": lambda v: not v,
+                "order": lambda v: re.split(", | and ", v),
+            }
+            found[-1][key] = read.get(key, str)(told[0]) if told else None
+    return json.dumps(found if found[1:] else found[0])
+
+
 SOLVERS: dict[str, Callable[[str], str]] = {
     "addition": solve_addition,
     "arithmetic": solve_arithmetic,
@@ -132,6 +172,7 @@ SOLVERS: dict[str, Callable[[str], str]] = {
     "recall": solve_recall,
     "edits": solve_edits,
     "word": solve_word,
+    "json": solve_json,
 }
 
 
@@ -167,7 +208,7 @@ def test_a_slice_equals_that_of_the_whole(split: Any) -> None:
     assert make_problems(split, 25, 3) == whole[:25]
     assert list(itertools.islice(stream_problems(split, 3, start=40), 20)) == whole[40:]
     assert make_problems(split, 60, 4) != whole
-    assert {(p.family, p.difficulty) for p in whole[:18]} == set(itertools.product(FAMILIES, (1, 2, 3)))
+    assert {(p.family, p.difficulty) for p in whole[:18]} == set(itertools.product(SUITE, (1, 2, 3)))
 
 
 def test_train_and_test_are_disjoint() -> None:

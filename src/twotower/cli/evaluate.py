@@ -39,7 +39,11 @@ DEFAULT_ROWS = {"suite": 64, "tasks": 16}  # fewer for tasks, because few-shot p
     help="Problems of each family.",
 )
 @click.option(
-    "--family", "families", multiple=True, metavar="NAME", help="Family of problems. Can be repeated.  [default: all]"
+    "--family",
+    "families",
+    multiple=True,
+    metavar="NAME",
+    help="Family of problems. Can be repeated.  [default: all but json]",
 )
 @models.difficulty_option
 @models.problem_seed_option

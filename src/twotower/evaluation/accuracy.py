@@ -13,7 +13,7 @@ from twotower.errors import ArgumentError
 from twotower.evaluation.comparison import PairedComparison, compare
 from twotower.evaluation.likelihood import continuation_nats
 from twotower.evaluation.running import generate_all
-from twotower.evaluation.tasks import FAMILIES
+from twotower.evaluation.tasks import FAMILIES, SUITE
 from twotower.evaluation.tasks.problem_sets import Problem, stream_problems
 from twotower.evaluation.tasks.scoring import OVERALL, is_right, wilson
 from twotower.model_loading import eos_of
@@ -63,7 +63,7 @@ def chosen_problems(families: Sequence[str], per_family: int, difficulties: Sequ
     if per_family < 1:
         raise ArgumentError(f"problems is {per_family}; it must be at least 1 of each family")
     out: list[Problem] = []
-    for family in families or tuple(FAMILIES):
+    for family in families or SUITE:
         problems = stream_problems("test", seed, (family,), difficulties)
         out += [next(problems) for _ in range(per_family)]
     return out

@@ -79,9 +79,9 @@ HARD_SHARE = 0.35
 
 def write_text(out: Path) -> None:
     """Writes the training problems of the suite and the backbone's config."""
-    from twotower.evaluation.tasks import FAMILIES, make_problems, write_jsonl
+    from twotower.evaluation.tasks import SUITE, make_problems, write_jsonl
 
-    families = (*FAMILIES, *PRACTISED_TWICE)
+    families = (*SUITE, *PRACTISED_TWICE)
     replace_text(out / "shape.json", json.dumps(SHAPE, indent=2) + "\n")
     with replaced_file(out / "suite.jsonl") as partial:
         write_jsonl(partial, make_problems("train", PROBLEMS, SEED, families, DIFFICULTIES))

@@ -7,13 +7,14 @@ too early is visible. `families.py` defines the tasks, `problem_sets.py` draws s
 `scoring.py` counts right answers.
 """
 
-from twotower.evaluation.tasks.families import FAMILIES, LEVELS
+from twotower.evaluation.tasks.families import FAMILIES, LEVELS, SUITE
 from twotower.evaluation.tasks.problem_sets import Problem, Split, make_problems, split_of, stream_problems, write_jsonl
 from twotower.evaluation.tasks.scoring import Score, accuracy, score, wilson
 
 __all__ = [
     "FAMILIES",
     "LEVELS",
+    "SUITE",
     "Problem",
     "Score",
     "Split",

@@ -22,7 +22,7 @@ from twotower.evaluation.tasks.problem_sets import DEFAULT_DIFFICULTIES, Split, 
     "families",
     type=click.Choice(list(FAMILIES)),
     multiple=True,
-    help="Family of problems. Can be repeated.  [default: all]",
+    help="Family of problems. Can be repeated.  [default: all but json]",
 )
 @click.option(
     "--difficulty",

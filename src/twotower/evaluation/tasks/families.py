@@ -6,10 +6,11 @@ A prompt ends in " =>". An answer starts with a space and ends its document. Eac
 from __future__ import annotations
 
 import random
-from collections.abc import Callable, Sequence
-from typing import TypeVar
+from collections.abc import Callable
 
-T = TypeVar("T")
+from twotower.evaluation.tasks.drawing import NAMES, THINGS, below, draw, pick
+from twotower.evaluation.tasks.json_records import json_records
+
 Family = Callable[[random.Random, int], tuple[str, str]]
 
 LEVELS = range(1, 6)
@@ -19,30 +20,10 @@ KEYS = str.split(
     "ant ape bat bear bee cat cow crab crow deer dog dove duck elk emu fish fly fox frog goat gnu hare hawk hen "
     "ibis jay kite lark lion lynx mole moth mule newt owl pig pony pug ram rat seal slug swan toad tuna wasp wolf yak"
 )
-NAMES = str.split("Ada Ben Cleo Dan Eva Finn Gus Ida Leo Mia Noa Otto Pia Sam Tom Zoe")
-THINGS = str.split("apples beads books cards coins eggs figs keys nuts pears pens plums shells stamps")
 HOLDERS = str.split("bags boxes cups jars trays")
 GAINS = ("{a} buys {n} more.", "{a} finds {n}.", "{a} wins {n}.", "{b} gives {a} {n}.", "{a} gets {n} from {b}.")
 LOSSES = ("{a} sells {n}.", "{a} loses {n}.", "{a} drops {n}.", "{a} gives {b} {n}.", "{b} takes {n} from {a}.")
 ASIDES = ("{b} has {n} {other}.", "{b} buys {n} {other}.", "{b} sells {n} {other}.", "{b} wants {n} {things}.")
-
-# Only `random()` gives the same values for a seed in every Python version; `choice`, `sample` and `shuffle` do not.
-
-
-def below(rng: random.Random, n: int) -> int:
-    """A uniform integer in 0..n-1."""
-    return int(rng.random() * n)
-
-
-def pick(rng: random.Random, items: Sequence[T]) -> T:
-    """One item, uniformly."""
-    return items[below(rng, len(items))]
-
-
-def draw(rng: random.Random, items: Sequence[T], count: int) -> list[T]:
-    """`count` items of different indices, in random order."""
-    left = list(items)
-    return [left.pop(below(rng, len(left))) for _ in range(count)]
 
 
 def addition(rng: random.Random, difficulty: int) -> tuple[str, str]:
@@ -170,4 +151,6 @@ FAMILIES: dict[str, Family] = {
     "recall": recall,
     "edits": edits,
     "word": word,
+    "json": json_records,
 }
+SUITE = ("addition", "arithmetic", "sorting", "recall", "edits", "word")  # where nobody names families

@@ -12,7 +12,7 @@ from pathlib import Path
 from typing import Literal, get_args
 
 from twotower.errors import ArgumentError
-from twotower.evaluation.tasks.families import FAMILIES, LEVELS
+from twotower.evaluation.tasks.families import FAMILIES, LEVELS, SUITE
 
 Split = Literal["train", "test"]
 DEFAULT_DIFFICULTIES = (1, 2, 3)
@@ -65,7 +65,7 @@ def stream_problems(
     Raises:
         ArgumentError: a wrong argument (at once), or no unique test problem left (during iteration).
     """
-    names = tuple(FAMILIES if families is None else families)
+    names = tuple(SUITE if families is None else families)
     _check(split, names, difficulties)
     if start < 0:
         raise ArgumentError(f"start is {start}; it must be at least 0.")
@@ -82,7 +82,7 @@ def make_problems(
     families: Sequence[str] | None = None,
     difficulties: Sequence[int] = DEFAULT_DIFFICULTIES,
 ) -> list[Problem]:
-    """The first `count` problems of `stream_problems`. families None: all families."""
+    """The first `count` problems of `stream_problems`. families None: SUITE."""
     endless = stream_problems(split, seed, families, difficulties)
     if count < 1:
         raise ArgumentError(f"count is {count}; it must be at least 1.")
