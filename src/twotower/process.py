@@ -7,7 +7,7 @@ must not change a process, so no other module calls `mallopt` or `torch.set_num_
 
 from __future__ import annotations
 
-from twotower import allocator, options
+from twotower import options
 
 # Smaller models gain nothing from a second thread. On a busy machine, waiting for the thread made them 3× slower.
 ONE_THREAD_BELOW = 50_000_000
@@ -23,6 +23,8 @@ def configure_process(threads: int | None = None) -> None:
     Raises:
         ArgumentError: an environment variable has a value that is not allowed.
     """
+    from twotower import allocator  # here, so that the command line starts fast
+
     global _fit_threads
     options.current()
     allocator.keep_large_blocks()

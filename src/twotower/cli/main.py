@@ -18,6 +18,7 @@ from twotower.cli.generate import generate
 from twotower.cli.info import info
 from twotower.cli.init import init
 from twotower.cli.lm_eval import lm_eval
+from twotower.cli.quantize import quantize
 from twotower.cli.report import report
 from twotower.cli.serve import serve
 from twotower.cli.train import pretrain, train
@@ -65,6 +66,7 @@ for verb in (
     info,
     init,
     export,
+    quantize,
     pretrain,
     train,
     curves,

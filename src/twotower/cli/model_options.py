@@ -19,7 +19,8 @@ if TYPE_CHECKING:
     from twotower.modeling_twotower import TwoTowerForCausalLM
 
 
-def _check_plan(_: click.Context, __: click.Parameter, plan: str | None) -> str | None:
+def check_plan(_: click.Context, __: click.Parameter, plan: str | None) -> str | None:
+    """Callback of an option with a quantization plan: raises ArgumentError if it is not valid."""
     from twotower.quantization import QuantizationPlan
 
     if plan is not None:
@@ -80,7 +81,7 @@ deterministic_option = click.option(
 quantization_option = click.option(
     "--quantization",
     metavar="PLAN",
-    callback=_check_plan,
+    callback=check_plan,
     help="Quantize the large matrices while loading (weight-only): int8, int4, or pairs such as "
     "experts=int4,rest=int8 or denoiser=int4,context=int8. Heads have at least 8 bits; the rest stays in --dtype.  "
     "[default: as stored]",
