@@ -36,7 +36,7 @@ import context as lengths_of  # noqa: E402
 import passes  # noqa: E402
 import throughput  # noqa: E402
 import torch  # noqa: E402
-from common import engine_comparison, memory, roofline  # noqa: E402
+from common import engine_comparison, memory, quantized_products, roofline  # noqa: E402
 from common.models import BLOCK, MIDSIZE, PUBLISHED, Texts, config_of, cut_to, random_model, random_tokens, tower_bytes  # noqa: E402
 from common.timing import synchronize  # noqa: E402
 
@@ -306,19 +306,33 @@ def full_async_scheduling(setting: Setting, out: dict[str, Any]) -> None:
     )
 
 
-def full_int8(setting: Setting, out: dict[str, Any]) -> None:
-    """The full shape with int8 weights: each pass with its own roofline.
+def products(setting: Setting, out: dict[str, Any]) -> None:
+    """`quantized_products.py`: experts and `out_proj` of the full shape with plain, int8 and int4 weights."""
+    config = config_of(None if setting.tiny else PUBLISHED).layer_fields
+    out["rows"] = quantized_products.measure(config, setting.dtype, setting.device, 2 if setting.tiny else 20)
 
-    The last part of the full shape, because the model stays quantized.
-    """
+
+def full_int8(setting: Setting, out: dict[str, Any]) -> None:
+    """The full shape with int8 weights: each pass with its own roofline."""
+    full_quantized(setting, out, "int8")
+
+
+def full_int4(setting: Setting, out: dict[str, Any]) -> None:
+    """The full shape with int4 weights: each pass with its own roofline."""
+    full_quantized(setting, out, "int4")
+
+
+def full_quantized(setting: Setting, out: dict[str, Any], scheme: str) -> None:
+    """Quantises the full shape, measures its passes and releases it: the model stays quantised."""
     model = setting.full_model()
     started = time.perf_counter()
-    quantize_(model)
+    quantize_(model, scheme)
     synchronize(setting.device)
     out["towers"] = setting.towers
     out["seconds to quantise it"] = time.perf_counter() - started
     repeats = 3 if setting.tiny else 20
     out |= passes.costs(model, setting.measured_rates(), context=1024, repeats=repeats, naive=False)
+    del model
     setting.release()
 
 
@@ -362,6 +376,7 @@ PARTS: dict[str, tuple[Callable[[Setting, dict[str, Any]], None], float]] = {  #
     "kernels": (kernels, 0.5),
     "equality": (equality, 1.0),
     "rooflines": (rooflines, 0.5),
+    "products": (products, 0.3),
     "full-passes": (full_passes, 2.0),
     "full-profile": (full_profile, 0.7),
     "full-diffusion": (full_diffusion, 1.5),
@@ -369,6 +384,7 @@ PARTS: dict[str, tuple[Callable[[Setting, dict[str, Any]], None], float]] = {  #
     "full-memory": (full_memory, 0.5),
     "full-async-scheduling": (full_async_scheduling, 0.7),
     "full-int8": (full_int8, 0.8),
+    "full-int4": (full_int4, 0.9),
     "midsize": (midsize, 1.2),
     "engine": (engine, 2.0),
     "two-devices": (two_devices, 1.5),

@@ -198,8 +198,8 @@ def test_gpu_script_on_the_cpu(tmp_path: Path) -> None:
     assert json.loads((tmp_path / "results.json").read_text()) == facts
     parts = facts["parts"]
     assert list(parts) == [
-        "kernels", "equality", "rooflines", "full-passes", "full-profile", "full-diffusion", "full-context",
-        "full-memory", "full-async-scheduling", "full-int8", "midsize", "engine", "two-devices", "loading",
+        "kernels", "equality", "rooflines", "products", "full-passes", "full-profile", "full-diffusion", "full-context",
+        "full-memory", "full-async-scheduling", "full-int8", "full-int4", "midsize", "engine", "two-devices", "loading",
     ]  # fmt: skip
     assert {name: (part["state"], part.get("error")) for name, part in parts.items()} == dict.fromkeys(
         parts, ("done", None)
@@ -214,10 +214,9 @@ def test_gpu_script_on_the_cpu(tmp_path: Path) -> None:
         for row in rows:  # of one round
             assert row["ratio"] == pytest.approx(row["two devices, tokens/s"] / row["one device, tokens/s"])
     assert all(row["same texts"] for row in parts["full-async-scheduling"]["found"]["engine"])
-    assert (
-        parts["full-int8"]["found"]["passes"]["AR step"]["bytes"]
-        < parts["full-passes"]["found"]["passes"]["AR step"]["bytes"]
-    )
+    read = [parts[f"full-{name}"]["found"]["passes"]["AR step"]["bytes"] for name in ("int4", "int8", "passes")]
+    assert sorted(set(read)) == read
+    assert {row["scheme"] for row in parts["products"]["found"]["rows"]} == {"none", "int8", "int4"}
     text = (tmp_path / "results.md").read_text()
     assert all(f"\n## {name}\n" in text for name in parts)
 

@@ -20,6 +20,7 @@ from torch import Tensor
 from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource
 
+from twotower.ops.reference import int4
 from twotower.ops.reference.attention import AttentionOptions, CachedKV
 from twotower.ops.reference.rope import HeadNorms, Rotation
 from twotower.ops.self_check_cases import (
@@ -37,7 +38,7 @@ from twotower.ops.triton import (
     argmax,
     attention,
     experts,
-    int8,
+    linear,
     mamba_block,
     norm,
     rope,
@@ -60,7 +61,7 @@ TYPES = {
     torch.uint8: "*u8",
 }
 CPU = torch.device("cpu")
-MODULES = (activation, argmax, attention, experts, int8, mamba_block, norm, rope, routing, state_update)
+MODULES = (activation, argmax, attention, experts, linear, mamba_block, norm, rope, routing, state_update)
 
 
 class Compiler:
@@ -154,7 +155,7 @@ def blocks(lengths: list[int]) -> None:
 
 def products() -> None:
     """Experts, with and without gates, and `out_proj` of the 30B shape for a token, a block, six blocks and a long
-    prompt, plain and int8, and odd sizes. Nothing is computed, so tensors are not filled."""
+    prompt, plain, int8 and int4, and odd sizes. Nothing is computed, so tensors are not filled."""
     released = (128, 2688, 1856, 6)
     for tokens, (count, width, inner, top), dtype in (
         *((tokens, released, torch.bfloat16) for tokens in (1, 16, 96, 2048)),
@@ -164,20 +165,30 @@ def products() -> None:
         hidden, choice = torch.empty(tokens, width, dtype=dtype), torch.zeros(tokens, top, dtype=torch.int64)
         up, down = torch.empty(count, inner, width, dtype=dtype), torch.empty(count, width, inner, dtype=dtype)
         share, kinds = torch.empty(tokens, top), ("silu", "gelu_tanh") if tokens == 16 else ("silu",)
-        experts.experts(hidden, choice, share, None, up, down, "relu2")
-        experts.experts_int8(hidden, choice, share, None, _int8(up), _int8(down), "relu2")
-        for kind in kinds:
-            experts.experts(hidden, choice, share, up, up, down, kind)
-            experts.experts_int8(hidden, choice, share, _int8(up), _int8(up), _int8(down), kind)
-        int8.linear_int8(torch.empty(min(tokens, 256), 4096, dtype=dtype), *_int8(torch.empty(width, 4096)))
-    bias = torch.empty(131072, dtype=torch.bfloat16)
-    int8.linear_int8(torch.empty(16, 2688, dtype=torch.bfloat16), *_int8(torch.empty(131072, 2688)), bias)
+        for kind in ("relu2", *kinds):
+            gates = kind != "relu2"
+            experts.experts(hidden, choice, share, up if gates else None, up, down, kind)
+            if kind != "gelu_tanh":  # an activation is the same code for all weights
+                packed, data = (_int8(up), _int8(down)), (_int4(up), _int4(down))
+                experts.experts_int8(hidden, choice, share, packed[0] if gates else None, *packed, kind)
+                experts.experts_int4(hidden, choice, share, data[0] if gates else None, *data, inner, kind)
+        x, weight = torch.empty(tokens, 4096, dtype=dtype), torch.empty(width, 4096)
+        linear.linear_int8(x[: linear.MAX_TOKENS], *_int8(weight))
+        linear.linear_int4(x[: linear.MAX_TOKENS_INT4], _int4(weight), width)
+    x, head, bias = torch.empty(16, 2688).bfloat16(), torch.empty(131072, 2688), torch.empty(131072).bfloat16()
+    linear.linear_int8(x, *_int8(head), bias)
+    linear.linear_int4(x, _int4(head), len(head), bias)
 
 
 def _int8(weight: Tensor) -> tuple[Tensor, Tensor]:
     """int8 values and scales with the shapes that quantizing `weight` gives."""
     *lead, out, width = weight.shape
     return torch.empty(*lead, -(-out // 16), width, 16, dtype=torch.int8), torch.empty(*lead, out)
+
+
+def _int4(weight: Tensor) -> Tensor:
+    """int4 data with the shape that quantizing `weight` gives."""
+    return torch.empty(int4.data_shape(tuple(weight.shape)), dtype=torch.uint8)
 
 
 def attentions() -> None:

@@ -1,4 +1,4 @@
-"""Triton kernels of experts and int8 products against their torch references, on a GPU or in Triton's interpreter."""
+"""Triton kernels of experts, and of int8 and int4 products, against their references, on a GPU or interpreted."""
 
 from __future__ import annotations
 
@@ -7,7 +7,7 @@ import re
 from collections.abc import Callable, Iterator
 from dataclasses import replace
 from pathlib import Path
-from typing import Any, get_args
+from typing import Any, Literal, get_args
 
 import pytest
 import torch
@@ -17,7 +17,7 @@ from torch import Tensor
 from twotower import TwoTowerForCausalLM
 from twotower.checkpoint.quantize import quantize_
 from twotower.ops import registry, self_check_cases
-from twotower.ops.reference import experts, int8
+from twotower.ops.reference import experts, int4, int8
 from twotower.ops.self_check import _as_float64 as as_float64
 from twotower.ops.self_check import find_mismatch
 from twotower.ops.self_check_cases import Randn
@@ -30,14 +30,17 @@ triton_mode.mend_interpreter()
 
 from twotower.ops.triton import experts as triton_experts  # noqa: E402
 from twotower.ops.triton import gemm  # noqa: E402
-from twotower.ops.triton import int8 as triton_int8  # noqa: E402
+from twotower.ops.triton import linear as triton_linear  # noqa: E402
 
 DEVICE = torch.device("cuda", 0) if torch.cuda.is_available() else torch.device("cpu")
 DTYPES = pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=["fp32", "bf16"])
+Scheme = Literal["plain", "int8", "int4"]
+SCHEMES = pytest.mark.parametrize("scheme", ["plain", "int8", "int4"])
 KINDS = pytest.mark.parametrize(
-    ("dtype", "as_int8"), [(torch.float32, False), (torch.bfloat16, True)], ids=["fp32", "bf16-int8"]
+    ("dtype", "scheme"),
+    [(torch.float32, "plain"), (torch.bfloat16, "int8"), (torch.bfloat16, "int4")],
+    ids=["fp32", "bf16-int8", "bf16-int4"],
 )
-INT8 = pytest.mark.parametrize("as_int8", [False, True], ids=["plain", "int8"])
 
 
 @pytest.fixture(autouse=True)
@@ -61,7 +64,7 @@ def same(actual: Tensor, expected: Tensor) -> bool:
 
 
 class Mixture:
-    """Weights of `count` experts from `width` to `inner` and back, plain or int8, and the expected results."""
+    """Weights of `count` experts from `width` to `inner` and back, and the expected results."""
 
     def __init__(
         self,
@@ -69,20 +72,22 @@ class Mixture:
         width: int,
         inner: int,
         dtype: torch.dtype,
-        as_int8: bool,
+        scheme: Scheme,
         seed: int = 1,
         activation: Activation = "relu2",
         gated: bool = False,
     ) -> None:
         self.randn = Randn(seed, DEVICE)
-        self.count, self.width, self.dtype, self.activation = count, width, dtype, activation
+        self.count, self.width, self.dtype = count, width, dtype
         up, down = self.randn(count, inner, width) / width**0.5, self.randn(count, width, inner) / inner**0.5
         gate = self.randn(count, inner, width) * 2 / width**0.5 if gated else None
-        self.function = triton_experts.experts_int8 if as_int8 else triton_experts.experts
-        self.reference = int8.experts_sorted if as_int8 else experts.experts_sorted
-        self.weights: list[Any] = [
-            None if one is None else int8.quantize(one) if as_int8 else one.to(dtype) for one in (gate, up, down)
-        ]
+        self.function, self.reference, make = {
+            "plain": (triton_experts.experts, experts.experts_sorted, lambda one: one.to(dtype)),
+            "int8": (triton_experts.experts_int8, int8.experts_sorted, int8.quantize),
+            "int4": (triton_experts.experts_int4, int4.experts_sorted, int4.quantize),
+        }[scheme]
+        self.weights: list[Any] = [None if one is None else make(one) for one in (gate, up, down)]
+        self.rest = (inner, activation) if scheme == "int4" else (activation,)
 
     def tokens(self, tokens: int, top: int) -> tuple[Tensor, Tensor, Tensor]:
         """hidden, topk_ids, weight."""
@@ -90,50 +95,49 @@ class Mixture:
         return hidden, choice[:, :top], self.randn(tokens, top).abs()
 
     def __call__(self, hidden: Tensor, choice: Tensor, weight: Tensor) -> Tensor:
-        return self.function(hidden, choice, weight, *self.weights, self.activation)
+        return self.function(hidden, choice, weight, *self.weights, *self.rest)
 
     def check(self, hidden: Tensor, choice: Tensor, weight: Tensor) -> None:
         wide = map(as_float64, self.weights)
-        expected = self.reference(hidden.double(), choice, weight.double(), *wide, self.activation)
+        expected = self.reference(hidden.double(), choice, weight.double(), *wide, *self.rest)
         close(self(hidden, choice, weight), expected, self.dtype)
 
 
 # --- experts ----------------------------------------------------------------------------------------------------------
 
 
-@INT8
+@SCHEMES
 @DTYPES
 @pytest.mark.parametrize(("tokens", "top"), [(1, 3), (6, 1), (40, 3)])
-def test_any_number_of_tokens(tokens: int, top: int, dtype: torch.dtype, as_int8: bool) -> None:
+def test_any_number_of_tokens(tokens: int, top: int, dtype: torch.dtype, scheme: Scheme) -> None:
     """Seven experts, some unselected; fewer pairs than experts, and more than a tile per expert."""
-    mixture = Mixture(7, 40, 24, dtype, as_int8)
+    mixture = Mixture(7, 40, 24, dtype, scheme)
     mixture.check(*mixture.tokens(tokens, top))
 
 
-@INT8
+@SCHEMES
 @DTYPES
 @pytest.mark.parametrize(("width", "inner"), [(1, 1), (37, 70), (304, 16)])
-def test_any_width(width: int, inner: int, dtype: torch.dtype, as_int8: bool) -> None:
+def test_any_width(width: int, inner: int, dtype: torch.dtype, scheme: Scheme) -> None:
     """Sizes that are multiples of tiles and panels or not; several steps per sum; several programs."""
-    mixture = Mixture(3, width, inner, dtype, as_int8)
+    mixture = Mixture(3, width, inner, dtype, scheme)
     mixture.check(*mixture.tokens(5, 2))
 
 
-@INT8
-@DTYPES
+@KINDS
 @pytest.mark.parametrize(
     ("activation", "gated"), [*((activation, True) for activation in get_args(Activation)), ("silu", False)]
 )
-def test_any_activation(activation: Activation, gated: bool, dtype: torch.dtype, as_int8: bool) -> None:
+def test_any_activation(activation: Activation, gated: bool, dtype: torch.dtype, scheme: Scheme) -> None:
     """A token; more than a tile per expert; unselected experts; several programs, with a partial last one."""
-    mixture = Mixture(5, 37, 70, dtype, as_int8, activation=activation, gated=gated)
+    mixture = Mixture(5, 37, 70, dtype, scheme, activation=activation, gated=gated)
     for tokens in (1, 34):
         mixture.check(*mixture.tokens(tokens, 2))
 
 
 @KINDS
-def test_gated_experts_of_one_token_among_others(dtype: torch.dtype, as_int8: bool) -> None:
-    mixture = Mixture(6, 40, 24, dtype, as_int8, activation="silu", gated=True)
+def test_gated_experts_of_one_token_among_others(dtype: torch.dtype, scheme: Scheme) -> None:
+    mixture = Mixture(6, 40, 24, dtype, scheme, activation="silu", gated=True)
     hidden, choice, weight = mixture.tokens(20, 3)
     result = mixture(hidden, choice, weight)
     hidden[1] = torch.nan
@@ -144,33 +148,33 @@ def test_gated_experts_of_one_token_among_others(dtype: torch.dtype, as_int8: bo
     assert mixture(hidden[:0], choice[:0], weight[:0]).shape == (0, 40)
 
 
-@INT8
-@pytest.mark.parametrize("count", [1, 2, 17])
-def test_any_number_of_experts(count: int, as_int8: bool) -> None:
-    mixture = Mixture(count, 20, 12, torch.float32, as_int8)
+@SCHEMES
+@pytest.mark.parametrize("count", [1, 17])
+def test_any_number_of_experts(count: int, scheme: Scheme) -> None:
+    mixture = Mixture(count, 20, 12, torch.float32, scheme)
     for tokens in (1, count // 2, 10):
         mixture.check(*mixture.tokens(tokens, min(count, 2)))
 
 
-@INT8
-@pytest.mark.parametrize(("tokens", "expert"), [(5, 0), (16, 8), (17, 4), (40, 8)])
-def test_one_expert_for_all(tokens: int, expert: int, as_int8: bool) -> None:
+@SCHEMES
+@pytest.mark.parametrize(("tokens", "expert"), [(16, 0), (17, 4), (40, 8)])
+def test_one_expert_for_all(tokens: int, expert: int, scheme: Scheme) -> None:
     """The first expert, one in the middle, the last."""
-    mixture = Mixture(9, 24, 16, torch.bfloat16, as_int8)
+    mixture = Mixture(9, 24, 16, torch.bfloat16, scheme)
     hidden, choice, weight = mixture.tokens(tokens, 1)
     mixture.check(hidden, torch.full_like(choice, expert), weight)
 
 
-@INT8
-def test_no_tokens(as_int8: bool) -> None:
-    mixture = Mixture(3, 8, 8, torch.float32, as_int8)
+@SCHEMES
+def test_no_tokens(scheme: Scheme) -> None:
+    mixture = Mixture(3, 8, 8, torch.float32, scheme)
     assert mixture(*mixture.tokens(0, 2)).shape == (0, 8)
     assert torch.equal(mixture(*mixture.tokens(4, 0)), torch.zeros(4, 8, device=DEVICE))
 
 
 @KINDS
-def test_strided_tensors(dtype: torch.dtype, as_int8: bool) -> None:
-    mixture = Mixture(5, 24, 16, dtype, as_int8)
+def test_strided_tensors(dtype: torch.dtype, scheme: Scheme) -> None:
+    mixture = Mixture(5, 24, 16, dtype, scheme)
     hidden, choice, weight = mixture.tokens(12, 2)
     expected = mixture(hidden, choice.contiguous(), weight)
     wider = mixture.randn(12, 3, 24).to(dtype)
@@ -182,9 +186,9 @@ def test_strided_tensors(dtype: torch.dtype, as_int8: bool) -> None:
 
 @KINDS
 @pytest.mark.parametrize("together", [4, 34])
-def test_a_tokens_result_does_not_depend_on_its_neighbours(together: int, dtype: torch.dtype, as_int8: bool) -> None:
+def test_a_tokens_result_does_not_depend_on_its_neighbours(together: int, dtype: torch.dtype, scheme: Scheme) -> None:
     """Also if another token is NaN, and in whatever tile the token's pairs are."""
-    mixture = Mixture(6, 40, 24, dtype, as_int8)
+    mixture = Mixture(6, 40, 24, dtype, scheme)
     hidden, choice, weight = mixture.tokens(together, 3)
     result = mixture(hidden, choice, weight)
     turned = torch.arange(together, device=DEVICE).flip(0)
@@ -198,16 +202,17 @@ def test_a_tokens_result_does_not_depend_on_its_neighbours(together: int, dtype:
     assert same(mixture(hidden[2:3], choice[2:3], weight[2:3]), result[2:3])
 
 
-@INT8
+@SCHEMES
 @pytest.mark.parametrize("tokens", [1, 30])
-def test_unselected_experts_are_not_read(tokens: int, as_int8: bool) -> None:
+def test_unselected_experts_are_not_read(tokens: int, scheme: Scheme) -> None:
     """Memory behind the last expert and unused entries of the tile list are not read either."""
-    mixture = Mixture(8, 24, 16, torch.float32, as_int8)
+    mixture = Mixture(8, 24, 16, torch.float32, scheme)
     hidden, choice, weight = mixture.tokens(tokens, 2)
     choice = choice % 3 * 2 + 1  # 1, 3 and 5, possibly one of them twice
     expected = mixture(hidden, choice, weight)
     for own in mixture.weights[1:]:
-        (own[1] if as_int8 else own)[[0, 2, 4, 6, 7]] = torch.nan
+        scales = own if scheme == "plain" else own[1] if scheme == "int8" else own[..., :32].view(torch.bfloat16)
+        scales[[0, 2, 4, 6, 7]] = torch.nan
     assert torch.equal(mixture(hidden, choice, weight), expected)
     assert not expected.isnan().any()
 
@@ -239,103 +244,146 @@ def test_tiles_grow_with_the_tokens_of_an_expert(tokens: int, rows: int) -> None
 
 # --- dense products ---------------------------------------------------------------------------------------------------
 
+LINEARS = pytest.mark.parametrize("scheme", ["int8", "int4"])
+PRODUCTS: dict[str, tuple[Callable[..., Any], ...]] = {  # kernel, reference, weight → its arguments
+    "int8": (triton_linear.linear_int8, int8.linear, int8.quantize),
+    "int4": (triton_linear.linear_int4, int4.linear, lambda weight: (int4.quantize(weight), len(weight))),
+}
 
-def check_linear(tokens: int, width: int, out: int, dtype: torch.dtype, bias: bool) -> None:
+
+def check_linear(scheme: Scheme, tokens: int, width: int, out: int, dtype: torch.dtype, bias: bool) -> None:
     randn = Randn(3, DEVICE)
-    x, (q, scale) = randn(2, tokens, width)[:1].to(dtype), int8.quantize(randn(out, width))
+    kernel, reference, make = PRODUCTS[scheme]
+    x, weight = randn(2, tokens, width)[:1].to(dtype), make(randn(out, width))
     own = randn(out).to(dtype) if bias else None
-    expected = int8.linear(x.double(), q, scale.double(), None if own is None else own.double())
-    close(triton_int8.linear_int8(x, q, scale, own), expected, dtype)
+    expected = reference(x.double(), *map(as_float64, weight), None if own is None else own.double())
+    close(kernel(x, *weight, own), expected, dtype)
 
 
+@LINEARS
 @DTYPES
-@pytest.mark.parametrize("tokens", [0, 1, 17, 70])
-@pytest.mark.parametrize(("width", "out"), [(1, 1), (15, 17), (131, 70)])
-def test_linear(tokens: int, width: int, out: int, dtype: torch.dtype) -> None:
-    check_linear(tokens, width, out, dtype, bias=out == 17)
+@pytest.mark.parametrize(
+    ("tokens", "width", "out"), [(0, 15, 17), (1, 1, 1), (1, 131, 70), (17, 15, 17), (17, 288, 64), (70, 131, 70)]
+)
+def test_linear(tokens: int, width: int, out: int, dtype: torch.dtype, scheme: Scheme) -> None:
+    check_linear(scheme, tokens, width, out, dtype, bias=out == 17)
 
 
+@LINEARS
 @DTYPES
-@pytest.mark.parametrize("bias", [True, False])
-@pytest.mark.parametrize("width", [1024, 1500])
-def test_linear_with_split_k(width: int, bias: bool, dtype: torch.dtype) -> None:
-    """Few outputs with long sums: split-K, with a shorter last part."""
-    check_linear(3, width, 20, dtype, bias)
+@pytest.mark.parametrize(("width", "bias"), [(1024, True), (1500, False)])
+@pytest.mark.parametrize("split", [True, False])
+def test_linear_with_split_k(
+    split: bool, width: int, bias: bool, dtype: torch.dtype, scheme: Scheme, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Few outputs with long sums, with a shorter last part: a program sums one part, or all."""
+    monkeypatch.setattr(triton_linear, "PROGRAMS", 3)
+    check_linear(scheme, 3, width, 20 if split else 150, dtype, bias)
 
 
 def test_split_k_covers_the_sum_and_fills_a_gpu() -> None:
-    assert triton_int8.split_k(4096, 42, 128) == (7, 640)
-    assert triton_int8.split_k(2688, 2048, 128) == (1, 2688)
+    assert triton_linear.split_k(4096, 42) == (7, 640)
+    assert triton_linear.split_k(2688, 2048) == (1, 2688)
     for width in (1, 100, 512, 1500, 3712, 10000):
         for programs in (1, 7, 100, 263, 300):
-            parts, part = triton_int8.split_k(width, programs, 128)
+            parts, part = triton_linear.split_k(width, programs)
             assert (parts - 1) * part < width <= parts * part
             assert part % 128 == 0
 
 
+@LINEARS
 @DTYPES
-def test_a_row_does_not_depend_on_its_neighbours(dtype: torch.dtype) -> None:
+def test_a_row_does_not_depend_on_its_neighbours(
+    dtype: torch.dtype, scheme: Scheme, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Also if the other rows fill several tiles, so that one program sums all parts."""
+    monkeypatch.setattr(triton_linear, "PROGRAMS", 4)
     randn = Randn(4, DEVICE)
-    x, (q, scale) = randn(12, 1100).to(dtype), int8.quantize(randn(40, 1100))
-    together = triton_int8.linear_int8(x, q, scale)
+    kernel, _, make = PRODUCTS[scheme]
+    x, weight = randn(40, 1100).to(dtype), make(randn(24, 1100))
+    together = kernel(x, *weight)
     x[3] = torch.nan
-    for some in (slice(0, 3), slice(5, 6), slice(4, 12)):
-        assert same(triton_int8.linear_int8(x[some], q, scale), together[some])
-    wider = torch.cat([x, x], 1)[:, :1100]
-    assert same(triton_int8.linear_int8(wider, q, scale)[4:], together[4:])
+    for some in (slice(0, 3), slice(5, 6), slice(4, 12), slice(4, 40)):
+        assert same(kernel(x[some], *weight), together[some])
+    wider = torch.cat([x, x], 1)[:12, :1100]
+    assert same(kernel(wider, *weight)[4:], together[4:12])
 
 
-def test_many_tokens_go_to_the_reference(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(int8, "linear", lambda *_: "the reference")
-    q, scale = int8.quantize(Randn(5, DEVICE)(3, 4))
-    most = triton_int8.MAX_TOKENS
-    assert triton_int8.linear_int8(torch.ones(most + 1, 4, device=DEVICE), q, scale) == "the reference"
-    assert triton_int8.linear_int8(torch.ones(2, most // 2, 4, device=DEVICE), q, scale) != "the reference"
+@LINEARS
+def test_many_tokens_go_to_the_reference(scheme: Scheme, monkeypatch: pytest.MonkeyPatch) -> None:
+    kernel, _, make = PRODUCTS[scheme]
+    monkeypatch.setattr({"int8": int8, "int4": int4}[scheme], "linear", lambda *_: "the reference")
+    weight = make(Randn(5, DEVICE)(3, 4))
+    most = {"int8": triton_linear.MAX_TOKENS, "int4": triton_linear.MAX_TOKENS_INT4}[scheme]
+    assert kernel(torch.ones(most + 1, 4, device=DEVICE), *weight) == "the reference"
+    assert kernel(torch.ones(2, most // 2, 4, device=DEVICE), *weight) != "the reference"
 
 
-# --- int8 to bf16 -----------------------------------------------------------------------------------------------------
+def test_an_int4_row_that_is_not_finite_spoils_no_other_row() -> None:
+    """Also in a width that 32 does not divide, where the last group is read again beyond the sum."""
+    weight, x = Randn(6, DEVICE)(20, 70), Randn(7, DEVICE)(2, 70)
+    expected = triton_linear.linear_int4(x, int4.quantize(weight), 20)
+    weight[3, 69], weight[17, 0] = torch.nan, torch.inf
+    found = triton_linear.linear_int4(x, int4.quantize(weight), 20)
+    assert not found[:, [3, 17]].isfinite().any()
+    others = [n for n in range(20) if n not in (3, 17)]
+    assert torch.equal(found[:, others], expected[:, others])
 
 
-def test_the_assembly_converts_every_byte() -> None:
+# --- int8 and int4 to bf16 --------------------------------------------------------------------------------------------
+
+
+def test_the_assembly_converts_every_int8_byte() -> None:
     """Evaluates the PTX text by the definition of its instructions: Triton's interpreter cannot run it."""
-    text = gemm.INT8_TO_BF16.value
     for first in range(256):
         second, third, fourth = (first * 7 + 3) % 256, first ^ 0x5A, 255 - first
-        found = _run(text, first | second << 8 | third << 16 | fourth << 24)
+        word = first | second << 8 | third << 16 | fourth << 24
+        found = _run(gemm.INT8_TO_BF16.value, {"$2": word}, ("$0", "$1"))
         signed = [n - 256 if n > 127 else n for n in (first, second, third, fourth)]
         assert found == [signed[0::2], signed[1::2]]
 
 
-def _run(text: str, word: int) -> list[list[float]]:
-    """The bf16 values of $0 and $1, low half first, for $2 = `word`."""
-    known = {"$2": word}
+@pytest.mark.parametrize("scale", [1.0, -0.0123, 3e-20, 2.5e20])
+def test_the_assembly_dequantizes_every_int4_byte(scale: float) -> None:
+    """Weights are the exact products, rounded once."""
+    own = torch.tensor(scale).bfloat16()
+    bits = int(own.view(torch.int16)) & 0xFFFF
+    for first in range(256):
+        of_word = (first, (first * 7 + 3) % 256, first ^ 0x5A, 255 - first)
+        given = {"$4": sum(byte << 8 * i for i, byte in enumerate(of_word)), "$5": bits | bits << 16}
+        found = _run(gemm.INT4_TO_BF16.value, given, ("$0", "$1", "$2", "$3"))
+        halves = torch.tensor([[byte & 15 for byte in of_word], [byte >> 4 for byte in of_word]]) - 8
+        assert found == (halves * own.double()).bfloat16().double().view(4, 2).tolist()
+
+
+def _run(text: str, given: dict[str, int], wanted: tuple[str, ...]) -> list[list[float]]:
+    """The pairs of bf16 values in the registers `wanted`, low half first."""
+    known = dict(given)
 
     def value(name: str) -> int:
         return known[name] if name in known else int(name, 0)
 
     for line in re.findall(r"^ +([a-z].*);$", text, re.MULTILINE):
-        op, target, *given = re.split(r",? +", line)
-        if op in ("mov.b32", "shr.u32", "lop3.b32"):
-            a, *more = map(value, given)
-            if op == "shr.u32":
-                a >>= more[0]
-            elif op == "lop3.b32":
-                assert more[2] == 0xEA  # (a & b) | c
-                a = a & more[0] | more[1]
-            known[target] = a
-        elif op == "fma.rn.bf16x2":
-            a, b, c = (torch.tensor([v & 0xFFFF, v >> 16], dtype=torch.int32) for v in map(value, given))
-            exact = _bf16(a) * _bf16(b) + _bf16(c)
-            assert torch.equal(exact.bfloat16().double(), exact)
-            low, high = exact.bfloat16().view(torch.int16).int().bitwise_and(0xFFFF).tolist()
+        op, target, *names = re.split(r",? +", line)
+        a, b, c = (*map(value, names), 0, 0)[:3]
+        if op == "fma.rn.bf16x2":
+            halves = [_bf16(v & 0xFFFF) for v in (a, b, c)], [_bf16(v >> 16) for v in (a, b, c)]
+            low, high = (_bits((x * y + z).bfloat16()) for x, y, z in halves)
             known[target] = low | high << 16
+        elif op == "prmt.b32":
+            known[target] = sum(((a | b << 32) >> 8 * (c >> 4 * i & 7) & 255) << 8 * i for i in range(4))
         else:
-            assert op == ".reg", line
-    return [_bf16(torch.tensor([known[n] & 0xFFFF, known[n] >> 16], dtype=torch.int32)).tolist() for n in ("$0", "$1")]
+            assert op != "lop3.b32" or value(names[3]) == 0xEA
+            known[target] = {"mov.b32": a, "and.b32": a & b, "shr.u32": a >> (b & 31), "lop3.b32": a & b | c}[op]
+    return [[float(_bf16(known[n] & 0xFFFF)), float(_bf16(known[n] >> 16))] for n in wanted]
 
 
-def _bf16(bits: Tensor) -> Tensor:
-    return (bits << 16).view(torch.float32).double()
+def _bf16(bits: int) -> Tensor:
+    return (torch.tensor(bits, dtype=torch.int32) << 16).view(torch.float32).double()
+
+
+def _bits(number: Tensor) -> int:
+    return int(number.view(torch.int16)) & 0xFFFF
 
 
 # --- the compiler ----------------------------------------------------------------------------------------------------
@@ -359,13 +407,13 @@ def test_experts_pass_their_self_check(dtype: torch.dtype) -> None:
     assert find_mismatch(backend.function, reference, self_check_cases.CASES["experts"](DEVICE, dtype)) is None
 
 
-@pytest.mark.parametrize("quantized", [False, True])
+@pytest.mark.parametrize("plan", ["none", "int8", "int4"])
 def test_a_model_through_the_kernels(
-    quantized: bool, monkeypatch: pytest.MonkeyPatch, random_model: Callable[..., TwoTowerForCausalLM]
+    plan: str, monkeypatch: pytest.MonkeyPatch, random_model: Callable[..., TwoTowerForCausalLM]
 ) -> None:
     """Two rows, a prompt and a block: both towers' logits equal those of the other backends."""
     model = random_model("E-", seed=5, mlp_bias=True).to(DEVICE)
-    model = quantize_(model) if quantized else model
+    model = model if plan == "none" else quantize_(model, plan)
     tokens = torch.arange(2 * 9, device=DEVICE).view(2, 9)
 
     def logits() -> list[Tensor]:
@@ -377,13 +425,14 @@ def test_a_model_through_the_kernels(
         ]
 
     expected = logits()
-    for op in ("experts", "experts_int8", "linear_int8"):
+    used = {"none": ("experts",), "int8": ("experts_int8", "linear_int8"), "int4": ("experts_int4", "linear_int4")}
+    for op in ("experts", "experts_int8", "linear_int8", "experts_int4", "linear_int4"):
         (backend,) = (b for b in registry.REGISTRY[op] if b.name == "triton")
         monkeypatch.setitem(
             registry.REGISTRY, op, (replace(backend, unsupported_reason=lambda *_: None, compiled=False),)
         )
     found = logits()
-    for op in ("experts_int8", "linear_int8") if quantized else ("experts",):
+    for op in used[plan]:
         assert registry.select(op, DEVICE, torch.float32).name == "triton"
     monkeypatch.undo()
     registry._select.cache_clear()
@@ -395,5 +444,6 @@ def test_the_order_of_the_expert_backends() -> None:
     """Triton where torch has no backend that reads selected experts once; never after a backend that copies weights."""
     names = {op: [b.name for b in backends] for op, backends in registry.REGISTRY.items()}
     assert names["experts"][:2] == ["grouped-gemm", "triton"]
-    assert names["experts_int8"][:2] == ["triton", "grouped-gemm"]
-    assert names["linear_int8"][0] == "triton"
+    for bits in ("int8", "int4"):
+        assert names[f"experts_{bits}"][:2] == ["triton", "grouped-gemm"]
+        assert names[f"linear_{bits}"][0] == "triton"

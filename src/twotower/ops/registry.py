@@ -128,11 +128,12 @@ REGISTRY: dict[str, tuple[Backend, ...]] = {
         Backend("torch", linear.linear, "plain torch"),
     ),
     "linear_int8": (
-        _triton("int8", "linear_int8", "reads int8 once and upcasts it in registers, for small batches"),
+        _triton("linear", "linear_int8", "reads int8 once and upcasts it in registers, for small batches"),
         _native(native_ops.linear_int8, "upcasts int8 in registers, for small batches"),
         Backend("torch", int8.linear, "upcasts the whole matrix, then plain torch"),
     ),
     "linear_int4": (
+        _triton("linear", "linear_int4", "reads int4 once and dequantizes it in registers, for small batches"),
         _native(native_ops.linear_int4, "dequantizes int4 in registers, for small batches"),
         Backend("torch", int4.linear, "dequantizes the whole matrix, then plain torch"),
     ),
@@ -169,6 +170,8 @@ REGISTRY: dict[str, tuple[Backend, ...]] = {
         Backend("gathered", experts.experts_gathered, "static shapes, no host read; copies the selected weights"),
     ),
     "experts_int4": (
+        _triton("experts", "experts_int4", "reads each selected expert once, dequantizes int4 in registers"),
+        # For GPUs without Triton, and under autograd, which excludes the kernels of this package.
         Backend(
             "grouped-gemm",
             int4.experts_grouped,

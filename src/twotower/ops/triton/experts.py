@@ -5,10 +5,10 @@ lists the tiles to compute. `_expert_kernel` multiplies a tile by `OUTS` outputs
 `gate` if the experts have gates, and once for `down`. `_combine_kernel` sums each token's pairs in a fixed order. Grids
 depend on shapes only; programs without a tile in the list exit at once.
 
-Memory traffic of one layer of the 30B shapes (hidden 2688, expert width 1856): 19.0 MiB (bf16) or 9.5 MiB (int8) per
-selected expert: 6 experts in an AR step (114 or 57 MiB), about 75 for a block of 16 tokens (1.4 or 0.7 GiB). In
-addition, 0.3 MiB per pair from the cache (the pair's hidden row, read by 29 programs, and its inner row, read by 42),
-and 5 KiB per pair of results, written and read. Importing this module needs Triton.
+Memory traffic of one layer of the 30B shapes (hidden 2688, expert width 1856): 19.0 MiB (bf16), 9.5 MiB (int8) or
+5.4 MiB (int4) per selected expert: 6 experts in an AR step (114, 57 or 32 MiB), about 75 for a block of 16 tokens (1.4,
+0.7 or 0.4 GiB). In addition, 0.3 MiB per pair from the cache (the pair's hidden row, read by 29 programs, and its inner
+row, read by 42), and 5 KiB per pair of results, written and read. Importing this module needs Triton.
 """
 
 from __future__ import annotations
@@ -23,7 +23,15 @@ from torch import Tensor
 from twotower.ops.reference.experts import NOT_PACKED, Packed
 from twotower.ops.reference.int8 import Int8Pair
 from twotower.ops.triton.activation import activated
-from twotower.ops.triton.gemm import OUTS, as_int16_pairs, gemm_tile, intermediate_dtype, launch_config, max_tile_rows
+from twotower.ops.triton.gemm import (
+    OUTS,
+    Scheme,
+    as_int16_pairs,
+    gemm_tile,
+    intermediate_dtype,
+    launch_config,
+    max_tile_rows,
+)
 from twotower.ops.triton.launch import contiguous_from, device_guard, tile_of
 from twotower.specs import Activation
 
@@ -60,20 +68,40 @@ def experts_int8(
     return _moe(hidden, topk_ids, weight, gates, _packed(up), _packed(down), activation)
 
 
+def experts_int4(
+    hidden: Tensor,
+    topk_ids: Tensor,
+    weight: Tensor,
+    gate: Tensor | None,
+    up: Tensor,
+    down: Tensor,
+    width: int,
+    activation: Activation,
+) -> Tensor:
+    """As `twotower.ops.reference.int4.experts_sorted`. In bf16, weights are rounded to bf16."""
+    gates = None if gate is None else _int4(gate, width)
+    return _moe(hidden, topk_ids, weight, gates, _int4(up, width), _int4(down, hidden.shape[1]), activation)
+
+
 class ExpertMatrices(NamedTuple):
-    """The matrices of all experts, or packed int8 with its scale. outs: outputs of an expert."""
+    """The matrices of all experts: plain, packed int8 with its scale, or int4 data. outs: outputs of an expert."""
 
     matrix: Tensor
     scale: Tensor | None
     outs: int
+    scheme: Scheme
 
 
 def _plain(weight: Tensor) -> ExpertMatrices:
-    return ExpertMatrices(weight.contiguous(), None, weight.shape[1])
+    return ExpertMatrices(weight.contiguous(), None, weight.shape[1], "none")
 
 
 def _packed(pair: Int8Pair) -> ExpertMatrices:
-    return ExpertMatrices(as_int16_pairs(pair[0]), pair[1].contiguous(), pair[1].shape[1])
+    return ExpertMatrices(as_int16_pairs(pair[0]), pair[1].contiguous(), pair[1].shape[1], "int8")
+
+
+def _int4(data: Tensor, outs: int) -> ExpertMatrices:
+    return ExpertMatrices(data.contiguous(), None, outs, "int4")
 
 
 def _moe(
@@ -97,7 +125,7 @@ def _moe(
         inner = hidden.new_empty(topk_ids.numel(), up.outs, dtype=kept)
         pairs = hidden.new_empty(topk_ids.numel(), width, dtype=kept)
         for x, own, gates, out, is_up in ((hidden, up, gate, inner, True), (inner, down, None, pairs, False)):
-            launch = launch_config(hidden.dtype, own.scale is not None, rows, gates is not None)
+            launch = launch_config(hidden.dtype, own.scheme, rows, gates is not None)
             _expert_kernel[(len(items), triton.cdiv(out.shape[1], OUTS))](
                 x,
                 *own[:2],
@@ -106,6 +134,8 @@ def _moe(
                 order,
                 items,
                 x.stride(0),
+                SIZE=own.matrix[0].numel(),
+                SCHEME=own.scheme,
                 IS_UP=is_up,
                 KIND=activation,
                 TOP=top,
@@ -231,6 +261,8 @@ def _expert_kernel(
     order,
     items,
     x_stride,
+    SIZE: tl.constexpr,
+    SCHEME: tl.constexpr,
     IS_UP: tl.constexpr,
     KIND: tl.constexpr,
     TOP: tl.constexpr,
@@ -245,7 +277,7 @@ def _expert_kernel(
     """A tile of pairs of one expert (axis 0), some outputs (axis 1).
 
     IS_UP: reads tokens, writes pairs in the order of `order`, applies the activation of KIND; otherwise reads that
-    order and writes pairs token by token.
+    order and writes pairs token by token. SIZE: elements of one expert's matrix.
     """
     item = items + tl.program_id(0).to(tl.int64) * 3
     expert = tl.load(item).to(tl.int64)
@@ -264,21 +296,19 @@ def _expert_kernel(
         target = pair
     first = tl.program_id(1) * OUTS
     rows = x + source.to(tl.int64) * x_stride
-    INT8: tl.constexpr = scale is not None
-    SIZE: tl.constexpr = (OUT + 15) // 16 * 8 * IN if INT8 else OUT * IN  # elements of one expert, as loaded
     outs = first + tl.arange(0, OUTS)
     exists = outs < OUT
     if gate is not None:
         gates = gemm_tile(
-            rows, live, gate + expert * SIZE, first, 0, IN, OUT, IN, INT8, ROWS, OUTS, STEP, OPERAND, PRECISION
+            rows, live, gate + expert * SIZE, first, 0, IN, OUT, IN, SCHEME, ROWS, OUTS, STEP, OPERAND, PRECISION
         )
-        if INT8:
+        if SCHEME == "int8":
             gates *= tl.load(gate_scale + expert * OUT + outs, mask=exists, other=0.0)[None, :]
         gates = activated(gates, KIND)
     total = gemm_tile(
-        rows, live, weight + expert * SIZE, first, 0, IN, OUT, IN, INT8, ROWS, OUTS, STEP, OPERAND, PRECISION
+        rows, live, weight + expert * SIZE, first, 0, IN, OUT, IN, SCHEME, ROWS, OUTS, STEP, OPERAND, PRECISION
     )
-    if INT8:
+    if SCHEME == "int8":
         total *= tl.load(scale + expert * OUT + outs, mask=exists, other=0.0)[None, :]
     if gate is not None:
         total *= gates
