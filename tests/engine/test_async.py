@@ -99,7 +99,7 @@ def test_requests_to_a_failed_engine_raise(model: TwoTowerForCausalLM) -> None:
     async def ask() -> None:
         fails, asked = threading.Event(), threading.Event()
 
-        def step(_: LLM) -> None:
+        def step(_: LLM, *__: float) -> None:
             fails.set()
             asked.wait(10)
             raise RuntimeError("a kernel died")

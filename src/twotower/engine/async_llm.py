@@ -9,7 +9,7 @@ import threading
 from collections.abc import AsyncGenerator, Callable, Sequence
 
 from twotower.decoding.output import Event, Generation
-from twotower.engine.llm import LLM
+from twotower.engine.llm import LLM, STREAM_SECONDS
 from twotower.engine.sequence import Request
 from twotower.engine.stats import EngineStats
 from twotower.errors import TwoTowerError
@@ -138,7 +138,7 @@ class AsyncLLM:
 
     def _step(self) -> None:
         """Runs a step and delivers its events."""
-        events = self.llm.step()
+        events = self.llm.step(STREAM_SECONDS)
         self._stats = self.llm.stats()
         _deliver([(self._running[event.row], event) for event in events if event.row in self._running])
 

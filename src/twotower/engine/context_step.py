@@ -146,7 +146,7 @@ def collect(pending: PendingContext) -> list[BlockEvent]:
         )
         for entry in pending.with_logprobs:
             entry.sequence.last_logits = pending.logprobs.last_logits.get(entry.sequence.output.row)
-    events = _record_tokens([entry.sequence for entry in pending.sampling], (new, sure, accepted), found)
+    events = record_tokens([entry.sequence for entry in pending.sampling], (new, sure, accepted), found)
     return events + _record_logprobs(pending.with_logprobs, found) if pending.with_logprobs else events
 
 
@@ -200,7 +200,7 @@ def _choose(
     return chosen, sure, accepted
 
 
-def _record_tokens(
+def record_tokens(
     sequences: Sequence[RunningSequence],
     choice: tuple[list[list[int]], list[list[float]], list[int]],
     found: dict[int, list[TokenLogprob]],

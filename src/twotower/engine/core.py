@@ -14,6 +14,7 @@ from __future__ import annotations
 
 import time
 from collections.abc import Callable, Sequence
+from functools import partial
 
 import torch
 
@@ -26,6 +27,7 @@ from twotower.decoding.output import BlockEvent, Event
 from twotower.engine import context_step, denoiser_ar, drafting
 from twotower.engine.admitter import Admitter
 from twotower.engine.budget import divide_memory
+from twotower.engine.compiled import CompiledPasses
 from twotower.engine.context_step import group_by_width
 from twotower.engine.denoiser_step import OpenBlocks
 from twotower.engine.engine_options import EngineOptions
@@ -74,6 +76,8 @@ class EngineCore:
         there = RowConstants(rows, device, dtype) if self.two_devices else self.constants
         self.blocks = OpenBlocks(model, there, block_size, options.step_callback, dtype)
         self.scheduler = Scheduler(rows, options.prompt_budget, PROMPT_CHUNK if options.prefix_cache else None)
+        usable = not (self.two_devices or self.async_scheduling or options.lockstep)
+        self.compiled = CompiledPasses(model, self.state, self.blocks, self.scheduler, usable)
         self.rounds = Rounds(self.scheduler, options, model.spec.original_length)
         constants = [self.constants, there] if self.two_devices else [self.constants]
         self.admitter = Admitter(model, options, self.state, self.prefixes, constants, self.scheduler, block_size)
@@ -81,13 +85,17 @@ class EngineCore:
         self.closed = False  # the state may belong to another engine
         self.uncollected: list[Collect] = []  # of the last denoiser pass, with asynchronous scheduling
 
-    def step(self) -> list[Event]:
-        """Runs one pass of each tower for every sequence that needs it → events. See `Recovery` for exceptions."""
+    def step(self, seconds: float = 0.0) -> list[Event]:
+        """Runs one pass of each tower for every sequence that needs it → events. See `Recovery` for exceptions.
+
+        seconds: the most time of several passes in a row, where nothing needs the engine in between.
+        """
         if self.recovery.lost is not None:
             raise self.recovery.lost
         if torch.is_grad_enabled():
             with torch.no_grad():
-                return self.step()
+                return self.step(seconds)
+        self.compiled.seconds = seconds
         events: list[Event] = []
         try:
             self._run_passes(events)
@@ -106,7 +114,8 @@ class EngineCore:
         """Runs the passes of a step and adds their events to `events`, one pass after the other."""
         events += self.recovery.choose_trial()
         events += self._admit()
-        self._draft()
+        if self.options.drafter is not None:
+            drafting.draft(self.options.drafter, self.scheduler.of_phase(Phase.DRAFT))
         if self.two_devices:
             for collect in [*self._launch_denoiser(), *self._launch_context()]:
                 events += collect()
@@ -192,12 +201,15 @@ class EngineCore:
         """Launches one pass of the context tower."""
         sequences = [entry.sequence for entry in scheduled]
         started = time.perf_counter()
-        pending = context_step.launch(self.model, self.state, self.constants, scheduled)
+        record = self.compiled.launch_context(scheduled)
+        if record is None:
+            pending = context_step.launch(self.model, self.state, self.constants, scheduled)
+            record = partial(context_step.collect, pending)
         charge(sequences, started)
 
         def collect() -> list[BlockEvent]:
             started = time.perf_counter()
-            events = context_step.collect(pending)
+            events = record()
             charge(sequences, started)
             return events + self._after_reading(scheduled, events)
 
@@ -234,16 +246,6 @@ class EngineCore:
 
     # --- the denoiser ---------------------------------------------------------------------------------------------
 
-    def _draft(self) -> None:
-        """Calls the engine's drafter, if there is one."""
-        if self.options.drafter is None:
-            return
-        sequences = self.scheduler.of_phase(Phase.DRAFT)
-        if sequences:
-            started = time.perf_counter()
-            drafting.fill(self.options.drafter, sequences)
-            charge(sequences, started)
-
     def _launch_denoiser(self) -> list[Collect]:
         """Launches the denoiser passes over open blocks and over the pending tokens of mock-AR."""
         lockstep = self.options.lockstep
@@ -261,8 +263,9 @@ class EngineCore:
             opening = sorted(self.rounds.opening, key=lambda sequence: sequence.slot)
             if opening and self.two_devices and self.options.lockstep:
                 self._view(opening)  # before the callback: between two calls no data crosses
-            self.blocks.open(opening)
-            self.rounds.opening.clear()
+            if not self.compiled.fills(sequences):
+                self.blocks.open(opening)
+                self.rounds.opening.clear()
             launched = self._in_parts(self._launch_blocks, sequences)
         overlap = self.async_scheduling and self.scheduler.alone is None
         if overlap and any(sequence.needs_denoiser for sequence in sequences):
@@ -273,8 +276,14 @@ class EngineCore:
 
     def _launch_blocks(self, sequences: Sequence[RunningSequence]) -> list[Collect]:
         started = time.perf_counter()
-        view = self._view(sequences)
-        pending = self.blocks.launch(sequences, view, self.async_scheduling, not self.options.raise_errors)
+        opening = [sequence for sequence in sequences if sequence in self.rounds.opening]
+        pending = self.compiled.launch_blocks(sequences, opening) if self.compiled.fills(sequences) else None
+        if pending is None:
+            self.blocks.open(opening)
+        self.rounds.opening = [sequence for sequence in self.rounds.opening if sequence not in opening]
+        if pending is None:
+            view = self._view(sequences)
+            pending = self.blocks.launch(sequences, view, self.async_scheduling, not self.options.raise_errors)
         charge(sequences, started)
 
         def collect() -> list[Event]:

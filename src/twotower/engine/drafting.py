@@ -2,11 +2,12 @@
 
 from __future__ import annotations
 
+import time
 from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Protocol
 
-from twotower.engine.sequence import Phase, RunningSequence
+from twotower.engine.sequence import Phase, RunningSequence, charge
 from twotower.errors import ArgumentError
 
 
@@ -43,6 +44,14 @@ class Drafter(Protocol):
     def __call__(self, requests: Sequence[DraftRequest]) -> Sequence[Draft]:
         """Returns one draft for each request, in order."""
         ...
+
+
+def draft(drafter: Drafter, sequences: Sequence[RunningSequence]) -> None:
+    """Calls the drafter for the sequences that need a draft; see `fill`."""
+    if sequences:
+        started = time.perf_counter()
+        fill(drafter, sequences)
+        charge(sequences, started)
 
 
 def fill(drafter: Drafter, sequences: Sequence[RunningSequence]) -> None:

@@ -21,7 +21,7 @@ from twotower.deprecation import renamed_argument
 from twotower.engine.admission import check_before_engine
 from twotower.engine.denoiser_step import StepCallback
 from twotower.engine.engine_options import EngineOptions
-from twotower.engine.llm import LLM
+from twotower.engine.llm import LLM, STREAM_SECONDS
 from twotower.engine.mode_choice import resolve
 from twotower.engine.sequence import Request
 from twotower.engine.towers import Towers
@@ -185,7 +185,7 @@ def _events(
         for request in requests:
             llm.add_request(request)
         while llm.has_work:
-            for event in llm.step():
+            for event in llm.step(STREAM_SECONDS):
                 assert isinstance(event, BlockEvent)
                 if event.result is not None:
                     results.append(event.result)

@@ -24,6 +24,9 @@ from twotower.engine.towers import Towers
 from twotower.errors import ArgumentError, TwoTowerError
 from twotower.model.tower import steady_weights
 
+# The most time of several passes in one call: of requests that run to their ends, and where events are awaited.
+WHOLE_SECONDS, STREAM_SECONDS = 0.02, 0.004
+
 
 class LLM:
     """Runs requests on a model.
@@ -157,9 +160,12 @@ class LLM:
         """Whether requests or undelivered events are left."""
         return bool(self.core.scheduler.waiting or self.core.scheduler.running or self._unseen)
 
-    def step(self) -> list[Event]:
-        """Runs at most one pass of each tower for each sequence → the events since the last step."""
-        events = self._unseen + self.core.step()
+    def step(self, seconds: float = 0.0) -> list[Event]:
+        """Runs at most one pass of each tower for each sequence → the events since the last step.
+
+        seconds: the time in which several passes may run, where nothing but the length of a row or EOS ends them.
+        """
+        events = self._unseen + self.core.step(seconds)
         self._unseen = []
         return events
 
@@ -190,7 +196,7 @@ class LLM:
         while len(results) < len(numbers):
             if not self.has_work:
                 raise TwoTowerError("a request was aborted before its end")
-            for event in self._step_for(numbers):
+            for event in self._step_for(numbers, WHOLE_SECONDS):
                 if event.result is not None:
                     results[event.row] = event.result
                     if progress is not None:
@@ -205,7 +211,7 @@ class LLM:
         number = self.add_request(request)
         try:
             while self._knows(number):
-                yield from self._step_for({number})
+                yield from self._step_for({number}, STREAM_SECONDS)
         finally:
             self.abort(number)
 
@@ -218,8 +224,8 @@ class LLM:
         """Whether a request waits, runs or has undelivered events."""
         return self.core.scheduler.has(number) or any(event.row == number for event in self._unseen)
 
-    def _step_for(self, numbers: set[int]) -> list[Event]:
+    def _step_for(self, numbers: set[int], seconds: float) -> list[Event]:
         """Runs a step → the new events of these requests. Events of other requests are kept."""
-        events = self.step()
+        events = self.step(seconds)
         self._unseen = [event for event in events if event.row not in numbers]
         return [event for event in events if event.row in numbers] if self._unseen else events

@@ -14,9 +14,11 @@ import torch
 from torch import Tensor
 
 from twotower import options
+from twotower.cache.state_caches import StateCaches
 from twotower.model.tower import PassInputs, PassResult, Tower, steady_period
 from twotower.ops.cpu.kernels import call, max_tokens
 from twotower.ops.registry import select
+from twotower.runners.decode_pass import DecodePass, Rows, kernels_selected
 from twotower.runners.layer_options import spec_unsupported_reason
 from twotower.runners.module_plan import ModulePlan
 from twotower.runners.pass_tables import PassShape, PassTables, shape_of
@@ -25,6 +27,7 @@ from twotower.runners.weight_table import WeightTable
 
 MAX_ROW_TOKENS = 128  # the cost of a Mamba layer in one chunk grows with the square of the tokens
 MAX_TABLES = 64  # cached pass shapes, least recently used first out
+MAX_DECODE_PASSES = 16
 PRODUCTS = ("linear", "route", "experts")
 OPS = (*PRODUCTS, "rms_norm", "norm_and_rotate", "activate", "attention", "mamba_block")
 INT8_OPS = ("linear_int8", "experts_int8")  # in addition, for a tower with int8 weights
@@ -45,6 +48,7 @@ class FusedCPURunner:
         self._plan: ModulePlan | None = None
         self.weights: WeightTable | None = None
         self._tables: OrderedDict[PassShape, PassTables] = OrderedDict()
+        self._decode_passes: OrderedDict[PassShape, DecodePass] = OrderedDict()
         self._rotations: RotationTables | None = None
         self._supported: tuple[tuple[str, torch.dtype], bool] | None = None
         self._checked: object | None = None  # the period without changes in which the weights were checked
@@ -62,25 +66,52 @@ class FusedCPURunner:
     def run(self, tower: Tower, inputs: PassInputs) -> PassResult | None:
         """The result of `Tower.forward`; None if this runner does not support the pass."""
         count, weight = inputs.tokens.numel(), tower.embeddings.weight
-        if not 0 < count <= max_tokens(weight.dtype, packed=True) or inputs.tokens.shape[1] > MAX_ROW_TOKENS:
+        if inputs.tokens.shape[1] > MAX_ROW_TOKENS:
             return None
-        weights = self._current_weights(tower)
-        if weights is None or not weights.fits:
-            return None
-        if count > max_tokens(weight.dtype, whole_tower=True, packed=weights.all_packed):
+        weights = self._weights_for(tower, count)
+        if weights is None:
             return None
         shape = shape_of(inputs, weight.dtype)
         tables = self._tables.pop(shape, None)  # removed while in use: another thread must not use the same tables
         if tables is None:
             tables = PassTables(tower.spec, shape)
-        if self._rotations is None:
-            self._rotations = RotationTables(tower.spec.ropes)
-        kept = tables.fill(inputs, self._rotations)
+        kept = tables.fill(inputs, self._rotations_of(tower))
         result = None if kept is None else _fused_pass(tower, weights, tables, inputs)
         self._tables[shape] = tables
         if len(self._tables) > MAX_TABLES:
             self._tables.popitem(last=False)
         return result
+
+    def decode_pass(self, tower: Tower, shape: PassShape, rows: Rows) -> DecodePass | None:
+        """Decoding passes of a shape, prepared; None if not supported. Give them back with `keep`."""
+        weights = None if shape.length > MAX_ROW_TOKENS else self._weights_for(tower, shape.rows * shape.length)
+        if weights is None or not kernels_selected(shape.dtype):
+            return None
+        own = self._decode_passes.pop(shape, None) or DecodePass(tower, shape)  # see `run`
+        return own if own.prepare(tower, weights, self._rotations_of(tower), rows) else None
+
+    def keep(self, own: DecodePass) -> None:
+        """Takes decoding passes back for the next call."""
+        own.release()
+        self._decode_passes[own.shape] = own
+        if len(self._decode_passes) > MAX_DECODE_PASSES:
+            self._decode_passes.popitem(last=False)
+
+    def _weights_for(self, tower: Tower, count: int) -> WeightTable | None:
+        """The weights for a pass over `count` tokens; None if this runner does not support the pass."""
+        dtype = tower.embeddings.weight.dtype
+        if not 0 < count <= max_tokens(dtype, packed=True):
+            return None
+        weights = self._current_weights(tower)
+        if weights is None or not weights.fits:
+            return None
+        return weights if count <= max_tokens(dtype, whole_tower=True, packed=weights.all_packed) else None
+
+    def _rotations_of(self, tower: Tower) -> RotationTables:
+        """The rotations of all positions."""
+        if self._rotations is None:
+            self._rotations = RotationTables(tower.spec.ropes)
+        return self._rotations
 
     def _current_weights(self, tower: Tower) -> WeightTable | None:
         """The addresses of the tower's weights; None if this runner does not support the tower as it is."""
@@ -134,8 +165,9 @@ def _fused_pass(tower: Tower, weights: WeightTable, tables: PassTables, inputs: 
     meta = inputs.meta
     token_mask = None if meta.token_mask is None else meta.token_mask.contiguous()
     appended = inputs.appended.contiguous() if tables.appends and inputs.appended is not None else None
+    slots = inputs.past.rows if isinstance(inputs.past, StateCaches) else None
     call(
         "tower_", hidden, x, tables.pass_options, tables.layer_options, *weights.addresses, tables.inputs, tables.ropes,
-        weights.norm_f, hidden, token_mask, appended, int(meta.causal),
+        weights.norm_f, hidden, token_mask, appended, slots, int(meta.causal),
     )  # fmt: skip
     return hidden, updates

@@ -15,7 +15,6 @@ import torch
 from torch import Tensor
 
 from twotower.cache.layer_cache import STORED, CacheUpdate, KeyValue, ParallelUpdate
-from twotower.cache.pools import mamba_cache
 from twotower.cache.state_caches import StateCaches
 from twotower.model.tower import PassInputs
 from twotower.ops.precision import accumulation_dtype
@@ -69,8 +68,7 @@ class PassTables:
         self._attention, mamba = ([i for i, kind in enumerate(pattern) if kind in kinds] for kinds in ("*P", "MP"))
         self._inputs = np.zeros(len(pattern) * PLACES_PER_LAYER, np.uintp)
         self._modulation_places = _places(range(len(pattern)), MODULATION)
-        self._state_places = _places(mamba, PAST_STATE)
-        self._pool_places = np.concatenate([_places(self._attention, PAST_POOLS), self._state_places])
+        self._pool_places = np.concatenate([_places(self._attention, PAST_POOLS), _places(mamba, PAST_STATE)])
         self._pools: np.ndarray | None = None  # the addresses at these places
         windows: dict[int | None, list[int]] = {spec.window_of(i): [] for i in self._attention}
         for i in self._attention:
@@ -109,6 +107,12 @@ class PassTables:
             return None
         return kept + self._fill_rotations(inputs, rotations) if self._spec.ropes else kept
 
+    def modulate_from(self, modulation: Tensor) -> None:
+        """Makes the pass read its modulation from a contiguous tensor (B, 3·layers, H)."""
+        self._pass.modulation_stride = modulation.stride(0)
+        steps = np.arange(modulation.shape[1], dtype=np.uintp) * (modulation.shape[2] * modulation.itemsize)
+        self._inputs[self._modulation_places] = steps + modulation.data_ptr()
+
     def _fill_rotations(self, inputs: PassInputs, rotations: RotationTables) -> list[Tensor]:
         """Fills in the rotations, if possible from the tables of all positions → tensors as of `fill`."""
         past, meta, start = inputs.past, inputs.meta, 0
@@ -132,11 +136,6 @@ class PassTables:
             for window, layout in group.layouts(past.rows, past.lengths).items():
                 self._inputs[self._layout_places[window]] = _addresses(layout)
                 kept += layout
-        if past.rows is not None and past.state.mamba_pools:
-            states = [part for _, pool in past.state.mamba_pools for part in mamba_cache(pool, past.rows)]
-            self._inputs[self._state_places] = _addresses(states)
-            self._pools = None
-            kept += states
         return kept
 
     def updates(self, like: Tensor) -> list[CacheUpdate]:

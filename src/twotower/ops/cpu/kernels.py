@@ -51,7 +51,10 @@ SIGNATURES = {
     "state_update_": "ilppp" + "lllllll",
     "kv_append_": "ilpppppp" + "llll",
     "argmax_": "ipppplll",
-    "tower_": "ippp" + "ppppp" + "ppppi",
+    "tower_": "ippp" + "ppppp" + "pppppi",
+    "ar_steps_": "ipplppppp",
+    "read_drafts_": "ipppppp",
+    "fill_blocks_": "ippplpp",
     "attention_": "ippppi" + "pppppp" + "lllll" + "ffl",
 }
 

@@ -79,12 +79,13 @@ template <class T> inline void add(const T* y, float by, long n, T* x) {
 }
 
 // One pass: what the mixers share. Buffers of several rows are scratch memory of the calling thread.
-// counts: how many tokens of each row the pass appends to the caches that it reads; null: none.
+// counts: how many tokens of each row the pass appends to the caches that it reads; null: none. slots: of the rows in the
+// pools of Mamba states; null: all rows in order.
 template <class T> struct Pass {
     const PassOptions& s;
     const Rotation* ropes;
     const uint8_t* token_mask;
-    const int64_t* counts;
+    const int64_t *counts, *slots;
     int causal, threads;
     long tokens, representative;  // index of a token that is not padding, if there is one
     T *first, *second;            // buffers of `widest` values a token
@@ -144,7 +145,7 @@ template <class T> struct Pass {
         for (long t = 0; o.scaled && t < tokens; t++)
             for (long part = 0, at = t * width; part < 5; at += sizes[part++])
                 multiply(first + at, o.parts[part], sizes[part]);
-        mamba_block(first, token_mask, in.at<T>(WINDOW), in.at<float>(STATE), (const int64_t*)nullptr, w(CONV),
+        mamba_block(first, token_mask, in.at<T>(WINDOW), in.at<float>(STATE), slots, w(CONV),
                     w(CONV_BIAS), w.wide(DT_BIAS), w.wide(A_LOG), w.wide(D_SKIP), w(GATED_NORM), second, in.at<T>(XBC),
                     in.at<float>(STEP_X), in.at<float>(STEP_DT), in.at<float>(STEP_DECAY), in.at<float>(STEP_B), s.rows,
                     s.L, m, threads);

@@ -2,7 +2,7 @@
 #include <type_traits>
 #include "attention.h"
 #include "argmax.h"
-#include "tower.h"
+#include "decode.h"
 
 #define BOTH(...)                                    \
     if (type == 0) { using T = float; __VA_ARGS__; } \
@@ -110,17 +110,38 @@ void attention_(int type, const void* q, const void* k, const void* v, const uin
 }
 
 // x: the embedded tokens, overwritten by the residual stream. options: of each layer. ropes: a `Rotation` for each.
-// counts: see `Pass`.
+// counts, slots: see `Pass`.
 void tower_(int type, void* x, const PassOptions* pass, const LayerOptions* options, const void* const* weights,
             const void* const* packed, const void* const* scales, const void* const* inputs, const Rotation* ropes,
-            const void* norm_f, void* hidden, const uint8_t* token_mask, const int64_t* counts, int causal,
-            int threads) {
+            const void* norm_f, void* hidden, const uint8_t* token_mask, const int64_t* counts, const int64_t* slots,
+            int causal, int threads) {
     const Tables tables{options, weights, packed, scales, inputs, ropes};
     if (type && pass->wide) {
         using T = bf16;
-        tower(static_cast<float*>(x), *pass, tables, P(norm_f), Q(hidden), token_mask, counts, causal, threads);
+        tower(static_cast<float*>(x), *pass, tables, P(norm_f), Q(hidden), token_mask, counts, slots, causal, threads);
     } else {
-        BOTH(tower(static_cast<T*>(x), *pass, tables, P(norm_f), Q(hidden), token_mask, counts, causal, threads))
+        BOTH(tower(static_cast<T*>(x), *pass, tables, P(norm_f), Q(hidden), token_mask, counts, slots, causal, threads))
     }
+}
+
+// A decoding step of a tower; see decode.h for the arguments. wide: as in `PassOptions`.
+#define DECODE(name, ...)                                                             \
+    if (type && d->pass->wide) name<float, bf16>(*d, __VA_ARGS__, threads);           \
+    else if (type) name<bf16, bf16>(*d, __VA_ARGS__, threads);                        \
+    else name<float, float>(*d, __VA_ARGS__, threads);
+
+void ar_steps_(int type, const Decoder* d, const int64_t* tokens, long steps, const int64_t* ends,
+               const int64_t* end_ids, int64_t* chosen, float* confidence, int64_t* done, int threads) {
+    DECODE(ar_steps, tokens, steps, ends, end_ids, chosen, confidence, done)
+}
+
+void read_drafts_(int type, const Decoder* d, const int64_t* tokens, const int64_t* counts, int64_t* chosen,
+                  float* confidence, int64_t* accepted, int threads) {
+    DECODE(read_drafts, tokens, counts, chosen, confidence, accepted)
+}
+
+void fill_blocks_(int type, const Decoder* d, const Blocks* blocks, const BlockRow* rows, long most, void* modulation,
+                  int64_t* done, int threads) {
+    DECODE(fill_blocks, *blocks, rows, most, modulation, done)
 }
 }

@@ -46,13 +46,13 @@ inline long widest(const PassOptions& s, const LayerOptions* options) {
 
 template <class T>
 Pass<T> new_pass(const PassOptions& s, const Tables& tables, const uint8_t* token_mask, const int64_t* counts,
-                 int causal, int threads) {
+                 const int64_t* slots, int causal, int threads) {
     const long tokens = s.rows * s.L, width = widest(s, tables.options);
     long top = 1, representative = 0;
     for (long i = 0; i < s.layers; i++) top = std::max(top, tables.options[i].top);
     while (token_mask && representative < tokens - 1 && !token_mask[representative]) representative++;
     if (token_mask && !token_mask[representative]) representative = 0;
-    return {s, tables.ropes, token_mask, counts, causal, threads, tokens, representative,
+    return {s, tables.ropes, token_mask, counts, slots, causal, threads, tokens, representative,
             reinterpret_cast<T*>(scratch(10, tokens * width)), reinterpret_cast<T*>(scratch(11, tokens * width)),
             reinterpret_cast<T*>(scratch(15, 2 * tokens * s.kv_heads * s.head_dim)),
             reinterpret_cast<int64_t*>(scratch(12, 2 * tokens * top)), scratch(13, tokens * top)};
@@ -61,8 +61,8 @@ Pass<T> new_pass(const PassOptions& s, const Tables& tables, const uint8_t* toke
 // x: the residual stream (tokens, H), overwritten. hidden: the result, after the last norm.
 template <class X, class T>
 void tower(X* x, const PassOptions& s, const Tables& tables, const T* norm_f, T* hidden, const uint8_t* token_mask,
-           const int64_t* counts, int causal, int threads) {
-    const Pass<T> pass = new_pass<T>(s, tables, token_mask, counts, causal, threads);
+           const int64_t* counts, const int64_t* slots, int causal, int threads) {
+    const Pass<T> pass = new_pass<T>(s, tables, token_mask, counts, slots, causal, threads);
     const long tokens = pass.tokens, H = s.H;
     T* normed = reinterpret_cast<T*>(scratch(8, tokens * H));
     T* out = reinterpret_cast<T*>(scratch(9, 3 * tokens * H));  // and the halves of PARALLEL

@@ -1,0 +1,271 @@
+"""Passes of the engine as one compiled call each, several in a row where nothing needs the engine in between.
+
+A call embeds, runs the layers and the head, chooses tokens at temperature 0, appends to the state and commits it
+(`runners/decode_pass.py`). The results are those of `context_step` and `denoiser_step`, whose passes run wherever a
+method here returns None: other devices and dtypes, temperatures above 0, log-probabilities, grammars, other policies.
+"""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable, Sequence
+from functools import partial
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+
+from twotower.cache.hybrid_cache import TowerState
+from twotower.decoding.output import BlockEvent
+from twotower.decoding.unmasking import POLICIES, threshold
+from twotower.engine import context_step
+from twotower.engine.context_step import PendingContext
+from twotower.engine.denoiser_step import OpenBlocks, PendingDenoise
+from twotower.engine.scheduled import ScheduledTokens
+from twotower.engine.scheduler import Scheduler
+from twotower.engine.sequence import Phase, RunningSequence
+from twotower.engine.slots import at, slots_of
+from twotower.engine.towers import Towers
+from twotower.model.conditioning import TimeConditioning
+from twotower.model.tower import Tower, steady_period
+from twotower.model.towers import TwoTowerModel
+from twotower.ops.host_transfer import AsyncHostCopy
+from twotower.runners.decode_pass import BlockRow, Blocks, DecodePass, Rows
+from twotower.runners.fused_cpu import FusedCPURunner
+from twotower.runners.pass_tables import PassShape
+
+MOST_STEPS = 64  # AR steps of a call
+MOST_STEPS_BEFORE_STOP = 8  # if a stop string may end a row, because the steps after it are lost
+
+CollectEvents = Callable[[], list[BlockEvent]]
+
+
+class _Lent(NamedTuple):
+    """Prepared passes, and the runner that takes them back."""
+
+    own: DecodePass
+    runner: FusedCPURunner
+
+
+class CompiledPasses:
+    """Launches passes of the engine's sequences, or returns None.
+
+    seconds: the most time of several passes in one call; 0: one pass a call. usable: False: never.
+    """
+
+    def __init__(
+        self, model: Towers, state: TowerState, blocks: OpenBlocks, scheduler: Scheduler, usable: bool
+    ) -> None:
+        own = isinstance(model, TwoTowerModel) and state.texts is None and state.longest_pass is None
+        self.model = model if isinstance(model, TwoTowerModel) and own and usable else None
+        self.state, self.blocks, self.scheduler = state, blocks, scheduler
+        self.seconds = 0.0
+        self._durations: dict[tuple[str, int], float] = {}  # of a pass: by kind and number of rows
+        self._committed: Tensor | None = None  # the state's lengths when all its tokens were committed
+        self._modulations = Modulations()
+
+    # --- the context tower ----------------------------------------------------------------------------------------
+
+    def launch_context(self, scheduled: Sequence[ScheduledTokens]) -> CollectEvents | None:
+        """Launches one context pass, or several AR steps → the function that records the results."""
+        model = self.model
+        if model is None or not _is_own(model, "extend") or not _fits(scheduled):
+            return None
+        if all(entry.sequence.phase is Phase.STEP for entry in scheduled):
+            return self._launch_steps(model, scheduled)
+        length = max(len(entry.tokens) for entry in scheduled)
+        sequences = [entry.sequence for entry in scheduled]
+        with_keys = PassShape(len(sequences), length, self.state.dtype, True, False, True, True)
+        lent = self._pass_of(model.context, with_keys, sequences)
+        if lent is None:
+            return None
+        sampled = scheduled[0].sampled
+        chosen, sure, accepted = lent.own.read([entry.tokens for entry in scheduled], sampled)
+        self._note_appended(sequences, (accepted + 1).tolist(), length)
+        lent.runner.keep(lent.own)
+        for entry in scheduled:
+            entry.sequence.read += len(entry.tokens)
+            entry.sequence.output.context_passes += entry.sequence.phase is not Phase.PROMPT
+        choice = AsyncHostCopy(chosen, sure, accepted) if sampled else None
+        return partial(context_step.collect, PendingContext(list(scheduled) if sampled else [], choice, [], None))
+
+    def _launch_steps(self, model: TwoTowerModel, scheduled: Sequence[ScheduledTokens]) -> CollectEvents | None:
+        sequences = [entry.sequence for entry in scheduled]
+        steps = self._most_steps(sequences)
+        shape = PassShape(len(sequences), 1, self.state.dtype, True, False, True, True)
+        lent = self._pass_of(model.context, shape, sequences, steps)
+        if lent is None:
+            return None
+        started = time.perf_counter()
+        ends = [tuple(sequence.output.progress.eos) for sequence in sequences]
+        chosen, sure = lent.own.ar_steps([sequence.pending for sequence in sequences], ends, steps)
+        self._time("step", sequences, started, len(chosen))
+        self._note_appended(sequences, [len(chosen)] * len(sequences), len(chosen))
+        lent.runner.keep(lent.own)
+        return partial(_record_steps, sequences, chosen, sure)
+
+    def _most_steps(self, sequences: Sequence[RunningSequence]) -> int:
+        """AR steps until a row ends or the engine may be needed."""
+        if not self._undisturbed(sequences) or any(sequence.mode != "ar" for sequence in sequences):
+            return 1
+        stops = any(sequence.params.stop for sequence in sequences)
+        most = min(self._most_passes("step", sequences), MOST_STEPS_BEFORE_STOP if stops else MOST_STEPS)
+        return max(min([most, *(sequence.output.room for sequence in sequences)]), 1)
+
+    # --- the denoiser ---------------------------------------------------------------------------------------------
+
+    def fills(self, sequences: Sequence[RunningSequence]) -> bool:
+        """Whether `launch_blocks` supports these sequences; it may still return None."""
+        model = self.model
+        if model is None or model.denoiser is None or not _is_own(model, "denoise"):
+            return False
+        own_rule = POLICIES["threshold"].rule is threshold
+        return own_rule and all(
+            s.policy == "threshold" and s.rule.temperature <= 0 and not s.request.watched for s in sequences
+        )
+
+    def launch_blocks(
+        self, sequences: Sequence[RunningSequence], opening: Sequence[RunningSequence]
+    ) -> PendingDenoise | None:
+        """Launches passes over blocks, until one is finished, and opens those of `opening`."""
+        model, blocks, first = self.model, self.blocks, sequences[0]
+        assert model is not None
+        assert model.denoiser is not None
+        modulations = self._modulations.of(model.time, {s.params.block_size for s in sequences}, blocks.dtype)
+        width = first.params.block_size if first.deterministic else blocks.size
+        shape = PassShape(len(sequences), width, self.state.dtype, True, model.time is not None, False, False)
+        lent = None if modulations is None else self._pass_of(model.denoiser, shape, sequences)
+        if lent is None or modulations is None:
+            return None
+        rows = [
+            BlockRow(
+                size=s.params.block_size,
+                mask_token=s.params.mask_token_id,
+                steps=s.max_passes,
+                opens=s in opening,
+                pending=s.pending if s.mode == "verified" else -1,
+                modulations=modulations.get(s.params.block_size),
+                threshold=s.policy_value,
+            )
+            for s in sequences
+        ]
+        started, steps = time.perf_counter(), [s.passes_launched for s in sequences]
+        most = self._most_passes("block", sequences) if self._undisturbed(sequences) else 1
+        pools = blocks.tokens, blocks.committed_at, blocks.step, blocks.steps, blocks.masked, blocks.confidence
+        done = lent.own.fill_blocks(Blocks(*(pool.data_ptr() for pool in pools), blocks.size), rows, most)
+        lent.runner.keep(lent.own)
+        self._time("block", sequences, started, done)
+        for s in opening:
+            s.policy_memory, s.has_masks = None, s.mode != "verified" or s.params.block_size > 1
+        for s in sequences:
+            s.passes_launched += done
+            s.output.denoiser_passes += (done - 1) * s.has_masks  # `OpenBlocks.collect` counts the last pass
+            s.visible_length = s.read
+        blocks.passes += done - 1
+        slots = slots_of(sequences, self.state.rows, blocks.device)
+        parts = blocks.masked, blocks.tokens, blocks.committed_at, blocks.confidence
+        results = AsyncHostCopy(*(at(part, slots)[:, :width] for part in parts))
+        return PendingDenoise(list(sequences), [s.blocks_opened for s in sequences], steps, {}, results)
+
+    # --- both -----------------------------------------------------------------------------------------------------
+
+    def _pass_of(
+        self, tower: Tower, shape: PassShape, sequences: Sequence[RunningSequence], steps: int = 1
+    ) -> _Lent | None:
+        """The prepared passes of a shape. steps: passes in a row that append tokens."""
+        runner = next((runner for runner in tower.runners if isinstance(runner, FusedCPURunner)), None)
+        if runner is None:
+            return None
+        if self.state.lengths is not self._committed:
+            self.state.commit_state()
+            self._committed = self.state.lengths
+        rows = Rows(self.state, [s.slot for s in sequences], [s.read for s in sequences], steps)
+        own = runner.decode_pass(tower, shape, rows)
+        return None if own is None else _Lent(own, runner)
+
+    def _note_appended(self, sequences: Sequence[RunningSequence], counts: Sequence[int], width: int) -> None:
+        """Records in the state the tokens that a pass has appended and committed."""
+        state = self.state
+        lengths = torch.tensor([s.read + count for s, count in zip(sequences, counts, strict=True)])
+        slots = slots_of(sequences, state.rows, lengths.device)
+        state.lengths = lengths if slots is None else state.lengths.index_copy(0, slots, lengths)
+        state.max_seq_len = max(s.read for s in sequences) + width
+        state.total_appended += width
+        self._committed = state.lengths
+
+    def _undisturbed(self, sequences: Sequence[RunningSequence]) -> bool:
+        """Whether only these sequences run, and none of them on trial after an exception."""
+        return self.seconds > 0 and self.scheduler.alone is None and len(sequences) == len(self.scheduler.running)
+
+    def _most_passes(self, kind: str, sequences: Sequence[RunningSequence]) -> int:
+        """Passes in the time that a call may take; 1 if their time is not known yet."""
+        duration = self._durations.get((kind, len(sequences)))
+        return 1 if duration is None else max(int(self.seconds / duration), 1)
+
+    def _time(self, kind: str, sequences: Sequence[RunningSequence], started: float, passes: int) -> None:
+        self._durations[kind, len(sequences)] = (time.perf_counter() - started) / passes
+
+
+class Modulations:
+    """The time conditioning at each number of masked positions of a block, as long as its weights stay the same."""
+
+    def __init__(self) -> None:
+        self._period: object | None = None
+        self._weights: list[tuple[int, int]] = []
+        self._by_size: dict[int, Tensor] = {}
+
+    def of(self, conditioning: TimeConditioning | None, sizes: set[int], dtype: torch.dtype) -> dict[int, int] | None:
+        """Addresses (size, 3·layers, H) for blocks of these sizes; none without conditioning; None: not supported."""
+        if conditioning is None:
+            return {}
+        period = steady_period()
+        if period is None or period is not self._period:
+            if type(conditioning) is not TimeConditioning or _is_hooked(conditioning):
+                return None
+            weights = [(weight.data_ptr(), weight._version) for weight in conditioning.parameters()]
+            if weights != self._weights:
+                self._weights, self._by_size = weights, {}
+            self._period = period
+        for size in sizes - self._by_size.keys():
+            t = torch.arange(1, size + 1).to(dtype) / size
+            parts = [part for modulation in conditioning(t) for part in modulation]
+            self._by_size[size] = torch.cat(parts, 1).contiguous()
+        return {size: self._by_size[size].data_ptr() for size in sizes}
+
+
+def _record_steps(
+    sequences: Sequence[RunningSequence], chosen: Sequence[Sequence[int]], sure: Sequence[Sequence[float]]
+) -> list[BlockEvent]:
+    """Records AR steps, each with the rows that have not ended before."""
+    events: list[BlockEvent] = []
+    for tokens, confidence in zip(chosen, sure, strict=True):
+        live = [place for place, sequence in enumerate(sequences) if sequence.output.running]
+        own = [sequences[place] for place in live]
+        for sequence in own:
+            sequence.read += 1
+            sequence.output.context_passes += 1
+        choice = [[tokens[place]] for place in live], [[confidence[place]] for place in live], [0] * len(live)
+        events += context_step.record_tokens(own, choice, {})
+    return events
+
+
+def _fits(scheduled: Sequence[ScheduledTokens]) -> bool:
+    """Whether the results of these entries are a choice of the most probable tokens, or nothing."""
+    sampled = scheduled[0].sampled
+    return all(entry.sampled == sampled and not entry.wants_logprobs for entry in scheduled) and (
+        not sampled
+        or all(
+            s.rule.temperature <= 0 and s.matcher is None and s.params.acceptance >= 1
+            for s in (entry.sequence for entry in scheduled)
+        )
+    )
+
+
+def _is_own(model: TwoTowerModel, name: str) -> bool:
+    """Whether a method is that of `TwoTowerModel`."""
+    return getattr(type(model), name) is getattr(TwoTowerModel, name) and name not in model.__dict__
+
+
+def _is_hooked(module: torch.nn.Module) -> bool:
+    parts = module.modules()
+    return any(part._forward_hooks or part._forward_pre_hooks or "forward" in part.__dict__ for part in parts)

@@ -1,0 +1,196 @@
+// Decoding steps of a tower in one call: passes from token ids to chosen tokens, and what follows from these. The results
+// are those of the kernels called one by one from engine/context_step.py and denoiser_step.py, at temperature 0.
+#pragma once
+#include <memory>
+#include "argmax.h"
+#include "tower.h"
+
+constexpr long KEPT_LOGITS = 1 << 20;  // more logits get memory of their own, which is freed after the pass
+
+// A tower with its embeddings and head, and the rows of a state that its passes read. The same structure as `Decoder` in
+// runners/decode_pass.py. slots: of the rows in the pools of the state; null: all rows in order. lengths (rows,): tokens
+// that the state holds of each row.
+struct Decoder {
+    const PassOptions* pass;
+    const LayerOptions* options;
+    const void *const *weights, *const *packed, *const *scales, *const *inputs;
+    const Rotation* ropes;
+    const void *norm_f, *embeddings, *head, *head_packed, *head_scale, *head_bias;
+    const int64_t* slots;
+    int64_t *lengths, vocab;
+    float embedding_factor;
+    long slot(long row) const { return slots ? slots[row] : row; }
+};
+
+// Open blocks of R slots with up to `size` positions, as `OpenBlocks` in engine/denoiser_step.py: (R, size); step, steps
+// (R,).
+struct Blocks {
+    int64_t *tokens, *committed_at, *step, *steps;
+    uint8_t* masked;
+    float* confidence;
+    int64_t size;
+};
+
+// A row of `fill_blocks`: its block size, its mask token, its most passes, the threshold of its commit policy, and its
+// modulations at each number of masked positions, from 1 (or null). opens: a new block begins, and pending is its first
+// token (−1: it is masked too).
+struct BlockRow {
+    int64_t size, mask_token, steps, opens, pending;
+    const void* modulations;
+    float threshold;
+};
+
+// One pass over `tokens` (rows, L) → the most probable token after each (or instead of each) and its confidence; chosen
+// null: neither. excluded: as in `argmax`. The other arguments are those of `tower`.
+template <class X, class T>
+void choose(const Decoder& d, const int64_t* tokens, const uint8_t* token_mask, const int64_t* counts,
+            const int64_t* excluded, int causal, int64_t* chosen, float* confidence, int threads) {
+    const PassOptions& s = *d.pass;
+    const long count = s.rows * s.L, H = s.H, V = d.vocab;
+    const auto of = [](const void* p) { return static_cast<const T*>(p); };
+    X* x = reinterpret_cast<X*>(scratch(16, count * H));
+    T* hidden = reinterpret_cast<T*>(scratch(17, count * H));
+    for (long t = 0; t < count; t++)
+        for (long h = 0; h < H; h += W) {
+            const vec v = load<vec>(of(d.embeddings) + tokens[t] * H + h, H - h);
+            put(x + t * H + h, rounded<T>(v * d.embedding_factor), H - h);
+        }
+    const Tables tables{d.options, d.weights, d.packed, d.scales, d.inputs, d.ropes};
+    tower(x, s, tables, of(d.norm_f), hidden, token_mask, counts, d.slots, causal, threads);
+    if (!chosen) return;
+    const std::unique_ptr<T[]> own(count * V > KEPT_LOGITS ? new T[count * V] : nullptr);
+    T* logits = own ? own.get() : reinterpret_cast<T*>(scratch(18, count * V));
+    const Matrix<T> head{of(d.head), d.head_packed, static_cast<const float*>(d.head_scale)};
+    linear(hidden, head, of(d.head_bias), logits, count, H, V, threads);
+    argmax(logits, excluded, chosen, confidence, count, s.L, V, threads);
+}
+
+// Updates the Mamba states with the first accepted[b] tokens of the pass, and the lengths.
+template <class T> void commit(const Decoder& d, const int64_t* accepted, int threads) {
+    const PassOptions& s = *d.pass;
+    const Mamba m{s.mamba_heads, s.mamba_head_dim, s.mamba_groups, s.state_size, s.taps, 0, 0, 0, AFTER_GATE};
+    for (long layer = 0; layer < s.layers; layer++) {
+        const LayerInputs in{d.inputs + layer * INPUTS};
+        if (!in.at<float>(STEP_X)) continue;
+        state_update(in.at<T>(WINDOW), in.at<float>(STATE), d.slots, in.at<T>(XBC), in.at<float>(STEP_X),
+                     in.at<float>(STEP_DT), in.at<float>(STEP_DECAY), in.at<float>(STEP_B), accepted, s.rows, s.L, m,
+                     threads);
+    }
+    for (long b = 0; b < s.rows; b++) d.lengths[b] += accepted[b];
+}
+
+inline bool finite(const float* values, long n) {
+    return std::all_of(values, values + n, [](float v) { return std::isfinite(v); });
+}
+
+// Up to `steps` AR steps of all rows: a pass over `tokens` (rows,), then over the tokens that it chose, and so on. Ends
+// after a step in which a row chose one of its end tokens (end_ids from ends[b] to ends[b + 1]), or whose logits were not
+// finite. chosen, confidence (steps, rows); done: steps made.
+template <class X, class T>
+void ar_steps(const Decoder& d, const int64_t* tokens, long steps, const int64_t* ends, const int64_t* end_ids,
+              int64_t* chosen, float* confidence, int64_t* done, int threads) {
+    const long rows = d.pass->rows;
+    const std::vector<int64_t> ones(rows, 1);
+    bool over = false;
+    for (*done = 0; *done < steps && !over; tokens = chosen, chosen += rows, confidence += rows, ++*done) {
+        choose<X, T>(d, tokens, nullptr, ones.data(), nullptr, 1, chosen, confidence, threads);
+        commit<T>(d, ones.data(), threads);
+        over = !finite(confidence, rows);
+        for (long b = 0; b < rows; b++)
+            over |= std::find(end_ids + ends[b], end_ids + ends[b + 1], chosen[b]) != end_ids + ends[b + 1];
+    }
+}
+
+// (rows, L), whether a position is one of the first counts[b] of its row; null if all are.
+inline const uint8_t* padding_mask(const PassOptions& s, const int64_t* counts, std::vector<uint8_t>& mask) {
+    if (std::all_of(counts, counts + s.rows, [&](int64_t count) { return count >= s.L; })) return nullptr;
+    mask.resize(s.rows * s.L);
+    for (long t = 0; t < s.rows * s.L; t++) mask[t] = t % s.L < counts[t / s.L];
+    return mask.data();
+}
+
+// One pass over the pending token and the draft of each row: tokens (rows, L), of which the first counts[b] count. The
+// state keeps the accepted part, whose length `accepted` (rows,) says without the pending token. chosen, confidence
+// (rows, L): the AR model's choice after each token. chosen null: the state keeps all tokens.
+template <class X, class T>
+void read_drafts(const Decoder& d, const int64_t* tokens, const int64_t* counts, int64_t* chosen, float* confidence,
+                 int64_t* accepted, int threads) {
+    const long rows = d.pass->rows, L = d.pass->L;
+    std::vector<uint8_t> mask;
+    std::vector<int64_t> kept(rows);
+    choose<X, T>(d, tokens, padding_mask(*d.pass, counts, mask), counts, nullptr, 1, chosen, confidence, threads);
+    for (long b = 0; b < rows; b++) {
+        const int64_t *read = tokens + b * L, *own = chosen ? chosen + b * L : nullptr;
+        long n = 0;
+        while (n + 1 < counts[b] && (!chosen || read[n + 1] == own[n])) n++;
+        accepted[b] = n, kept[b] = n + 1;
+    }
+    commit<T>(d, kept.data(), threads);
+}
+
+// Commits positions of one block of `size` after its pass number `step`, of at most `steps`: those above the threshold,
+// and in any case as many as are due (`commit` in decoding/unmasking.py). Returns whether masked positions are left.
+inline bool commit_block(const int64_t* candidate, const float* sure, float threshold, long size, int64_t step,
+                         int64_t steps, int64_t* tokens, uint8_t* masked, int64_t* committed_at, float* confidence) {
+    std::vector<long> places;
+    for (long i = 0; i < size; i++)
+        if (masked[i]) places.push_back(i);
+    const long left = places.size(), over = steps - step;
+    const auto above = [&](long i) { return sure[i] > threshold; };
+    const long above_count = std::count_if(places.begin(), places.end(), above);
+    const long count = std::min(left, std::max({above_count, (left + over - 1) / over, 1L}));
+    const auto rank = [&](long i) { return std::isnan(sure[i]) ? INFINITY : sure[i]; };  // as torch sorts
+    std::stable_sort(places.begin(), places.end(), [&](long a, long b) {
+        return above(a) != above(b) ? above(a) : rank(a) > rank(b);
+    });
+    for (long k = 0; k < count; k++) {
+        const long i = places[k];
+        tokens[i] = candidate[i], masked[i] = 0, committed_at[i] = step, confidence[i] = sure[i];
+    }
+    return count < left;
+}
+
+inline void open_block(const Blocks& blocks, const BlockRow& row, long slot) {
+    const long at = slot * blocks.size;
+    std::fill_n(blocks.tokens + at, blocks.size, row.mask_token);
+    for (long i = 0; i < blocks.size; i++) blocks.masked[at + i] = i < row.size;
+    std::fill_n(blocks.committed_at + at, blocks.size, 0);
+    std::fill_n(blocks.confidence + at, blocks.size, 0.0f);
+    if (row.pending >= 0) blocks.tokens[at] = row.pending, blocks.masked[at] = 0;
+    blocks.step[slot] = 0, blocks.steps[slot] = row.steps;
+}
+
+// Up to `most` passes of the denoiser over the blocks of all rows. Ends after a pass in which a block is finished.
+// modulation: of this pass, (rows, 3 · layers · H), where `inputs` find it. done: passes made.
+template <class X, class T>
+void fill_blocks(const Decoder& d, const Blocks& blocks, const BlockRow* rows, long most, void* modulation,
+                 int64_t* done, int threads) {
+    const PassOptions& s = *d.pass;
+    const long count = s.rows * s.L, each = s.modulation_stride;
+    std::vector<uint8_t> mask;
+    std::vector<int64_t> tokens(count), chosen(count), sizes(s.rows), excluded(s.rows);
+    std::vector<float> sure(count);
+    for (long b = 0; b < s.rows; b++) {
+        sizes[b] = rows[b].size, excluded[b] = rows[b].mask_token;
+        if (rows[b].opens) open_block(blocks, rows[b], d.slot(b));
+    }
+    const uint8_t* token_mask = padding_mask(s, sizes.data(), mask);
+    bool finished = false;
+    for (*done = 0; *done < most && !finished; ++*done) {
+        for (long b = 0; b < s.rows; b++) {
+            const long at = d.slot(b) * blocks.size;
+            std::copy_n(blocks.tokens + at, s.L, tokens.data() + b * s.L);
+            const long left = std::count(blocks.masked + at, blocks.masked + at + s.L, 1);
+            if (rows[b].modulations && left)
+                std::copy_n(static_cast<const T*>(rows[b].modulations) + (left - 1) * each, each,
+                            static_cast<T*>(modulation) + b * each);
+        }
+        choose<X, T>(d, tokens.data(), token_mask, nullptr, excluded.data(), 0, chosen.data(), sure.data(), threads);
+        for (long b = 0; b < s.rows; b++) {
+            const long slot = d.slot(b), at = slot * blocks.size;
+            finished |= !commit_block(chosen.data() + b * s.L, sure.data() + b * s.L, rows[b].threshold, rows[b].size,
+                                      blocks.step[slot]++, rows[b].steps, blocks.tokens + at, blocks.masked + at,
+                                      blocks.committed_at + at, blocks.confidence + at);
+        }
+    }
+}
