@@ -14,8 +14,8 @@ entries compares the two entry points of one checkout. One case has a prompt of 
 to the first token. All cases are greedy. AR and verified mode must give the same texts on both sides; otherwise the
 exit code is 1.
 
---profile measures the time per token inside and outside the verbs of the towers (prefill, extend, denoise), on both
-sides.
+--profile measures the time per token inside and outside the verbs of the towers (prefill, extend, denoise, or the calls
+of compiled passes), on both sides.
 """
 
 from __future__ import annotations

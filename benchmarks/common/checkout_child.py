@@ -41,6 +41,7 @@ OPTIONS: dict[str, dict[str, Any]] = {
     "diffusion": {"block_size": 16, "confidence_threshold": 0.8},
 }
 VERBS = ("prefill", "extend", "denoise")
+COMPILED = ("ar_steps", "read", "fill_blocks")  # one call of these runs one pass or several
 SHORT = 256  # texts up to this length share an engine, whose prefix cache stores only longer prompts
 
 Texts = list[list[int]]
@@ -58,8 +59,8 @@ class VerbClock:
         modules = [module for name, module in sys.modules.items() if name.startswith("twotower")]
         classes = {value for module in modules for value in vars(module).values() if inspect.isclass(value)}
         for owner in classes:
-            if {"extend", "denoise"} <= vars(owner).keys():
-                for verb in VERBS:
+            if {"extend", "denoise"} <= vars(owner).keys() or set(COMPILED) <= vars(owner).keys():
+                for verb in VERBS + COMPILED:
                     if verb in vars(owner):
                         setattr(owner, verb, self._timed(verb, vars(owner)[verb]))
 

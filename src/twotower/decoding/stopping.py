@@ -56,10 +56,13 @@ class Detokenizer:
         """Makes the tokens of the window before `end` final → their text. They become the next window's context."""
         if end <= self._emitted:
             return ""
-        piece = self._decode(self._window[:end])[len(self._emitted_text) :]
+        text = self._text if end == len(self._window) else self._decode(self._window[:end])
+        piece = text[len(self._emitted_text) :]
         del self._window[: self._emitted]
         self._emitted = end - self._emitted
-        self._emitted_text, self._text = self._decode(self._window[: self._emitted]), self._decode(self._window)
+        self._text = self._emitted_text = self._decode(self._window)
+        if self._emitted < len(self._window):
+            self._emitted_text = self._decode(self._window[: self._emitted])
         return piece
 
     def _forget_emitted(self) -> None:
@@ -143,6 +146,9 @@ class RowProgress:
 
     def _add_text(self, piece: str) -> None:
         self._held += piece
+        if not self.stop:
+            self._release(len(self._held))
+            return
         found = [at for at in (self._held.find(stop) for stop in self.stop) if at >= 0]
         if found:
             self._release(min(found))
