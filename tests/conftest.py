@@ -18,6 +18,7 @@ from torch import nn
 
 from twotower import TwoTowerConfig, TwoTowerForCausalLM
 from twotower.cli.main import run_cli
+from twotower.model.adapters import LowRank, MaskEmbedding
 from twotower.model.conditioning import TimeConditioning
 from twotower.model.delta_net import GatedDeltaNet
 from twotower.model.fp32_tensors import cast
@@ -137,8 +138,11 @@ def _randomise(module: nn.Module) -> None:
             nn.init.normal_(module.weight, std=module.in_features**-0.5)
             if module.bias is not None:
                 nn.init.normal_(module.bias, std=0.1)
-        case nn.Embedding():
+        case nn.Embedding() | MaskEmbedding():
             nn.init.normal_(module.weight)
+        case LowRank():
+            nn.init.normal_(module.a, std=module.a.shape[1] ** -0.5)
+            nn.init.normal_(module.b, std=module.b.shape[1] ** -0.5)
         case RMSNorm():
             nn.init.normal_(module.weight, mean=1.0 - module.offset, std=0.2)
         case GatedGroupRMSNorm():

@@ -249,15 +249,19 @@ def save(name: str, directory: Path, **options: Any) -> PreTrainedModel:
     return model
 
 
-def two_tower(name: str, dtype: torch.dtype = torch.float32, seed: int = 0, **overrides: object) -> TwoTowerForCausalLM:
+def two_tower(
+    name: str, dtype: torch.dtype = torch.float32, seed: int = 0, rank: int | None = None, **overrides: object
+) -> TwoTowerForCausalLM:
     """A tiny two-tower model with random weights in both towers, without a checkpoint.
 
-    overrides: keys of the backbone's config.json.
+    rank: of adapters, which take the place of the denoiser tower; None: no adapters. overrides: keys of the backbone's
+    config.json.
     """
     backbone = hf_config(name).to_dict() | overrides
-    if backbone["model_type"] == MODEL_TYPE:
+    adapters = None if rank is None else {"rank": rank}
+    if backbone["model_type"] == MODEL_TYPE and rank is None:
         return random_two_tower(TwoTowerConfig.of(hf_config(name)), seed, dtype)
-    return random_two_tower(GenericTwoTowerConfig(backbone=backbone, mask_token_id=3), seed, dtype)
+    return random_two_tower(GenericTwoTowerConfig(backbone=backbone, mask_token_id=3, adapters=adapters), seed, dtype)
 
 
 def save_tokenizer(directory: Path, *special: str, **roles: str) -> PreTrainedTokenizerFast:

@@ -17,6 +17,7 @@ from typing import Any
 from transformers import PretrainedConfig
 
 from twotower.backbone_config import autoregressive_config, plain_numbers, reason
+from twotower.denoiser_fields import FORMAT, AdapterConfig, check_format, refuse_denoiser_fields
 from twotower.errors import ConfigError
 from twotower.json_text import JsonObject
 from twotower.nemotron_h_fields import NemotronHFields
@@ -105,6 +106,7 @@ class TwoTowerConfig(PretrainedConfig):
         for name, value in dataclasses.asdict(NemotronHFields(**own)).items():
             setattr(self, name, value)
         self.mask_token_id: int | None = _mask_token(kwargs.pop("mask_token_id", None), own["vocab_size"])
+        refuse_denoiser_fields(kwargs, MODEL_TYPE, GENERIC_MODEL_TYPE)
         _use_dtype(kwargs)
         kwargs.setdefault("tie_word_embeddings", False)
         kwargs.setdefault("architectures", [ARCHITECTURE])
@@ -117,6 +119,11 @@ class TwoTowerConfig(PretrainedConfig):
         values = {name: getattr(self, name) for name in _LAYER_FIELDS}
         values["time_step_limit"] = _limits(self.time_step_limit)
         return NemotronHFields(**values)
+
+    @property
+    def adapters(self) -> AdapterConfig | None:
+        """The adapters that are the denoiser; None: the denoiser is a full tower."""
+        return None
 
     @property
     def stored_pattern(self) -> str | None:
@@ -180,16 +187,20 @@ class GenericTwoTowerConfig(TwoTowerConfig):
     """The configuration of a two-tower checkpoint with any backbone: `model_type` is `two_tower`.
 
     backbone: the config.json of the autoregressive model, verbatim. mask_token_id: None before it is chosen.
-    block_size: the block size that the denoiser was trained with, if it is known.
+    block_size: the block size that the denoiser was trained with, if it is known. adapters: the denoiser is the context
+    tower with adapters, e.g. {"rank": 32}; None: a full tower. format: of a checkpoint with adapters.
     """
 
     model_type = GENERIC_MODEL_TYPE
+    _adapters: AdapterConfig | None
 
     def __init__(
         self,
         backbone: JsonObject | None = None,
         mask_token_id: int | None = None,
         block_size: int | None = None,
+        adapters: JsonObject | None = None,
+        format: int | None = None,
         **kwargs: Any,
     ) -> None:
         # transformers constructs configurations without arguments.
@@ -200,8 +211,9 @@ class GenericTwoTowerConfig(TwoTowerConfig):
             )
         if block_size is not None and (not isinstance(block_size, int) or block_size < 1):
             raise ConfigError(f"config: block_size is {block_size!r}; it must be a positive integer")
+        check_format(format)
         text = self.autoregressive
-        self.block_size = block_size
+        self.block_size, self._adapters = block_size, None if adapters is None else AdapterConfig.of(adapters)
         self.vocab_size, self.hidden_size = text.vocab_size, text.hidden_size
         self.max_position_embeddings = getattr(text, "max_position_embeddings", None)  # Mamba-2 has no limit
         self.mask_token_id = _mask_token(mask_token_id, text.vocab_size)
@@ -216,10 +228,18 @@ class GenericTwoTowerConfig(TwoTowerConfig):
     def autoregressive(self) -> PretrainedConfig:
         """transformers' configuration of the backbone, of its text model if the backbone has several parts.
 
+        That of Nemotron-H is a `TwoTowerConfig`.
+
         Raises:
             ConfigError: transformers does not know the model_type, or refuses a value.
         """
+        if self.backbone.get("model_type") == MODEL_TYPE:
+            return TwoTowerConfig(**{name: value for name, value in self.backbone.items() if name != "model_type"})
         return autoregressive_config(self.backbone)
+
+    @property
+    def adapters(self) -> AdapterConfig | None:
+        return self._adapters
 
     @property
     def layer_fields(self) -> NemotronHFields:
@@ -238,8 +258,10 @@ class GenericTwoTowerConfig(TwoTowerConfig):
         """The keys of `config.json`."""
         out = PretrainedConfig.to_dict(self)
         out |= out.pop("_kept", {})
-        for name in ("vocab_size", "hidden_size", "max_position_embeddings", "tie_word_embeddings"):
+        for name in ("vocab_size", "hidden_size", "max_position_embeddings", "tie_word_embeddings", "_adapters"):
             out.pop(name, None)  # the backbone has them
+        if self.adapters is not None:
+            out |= {"adapters": dataclasses.asdict(self.adapters), "format": FORMAT}
         return out
 
 

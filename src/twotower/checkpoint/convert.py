@@ -14,7 +14,7 @@ from __future__ import annotations
 import json
 import math
 from collections.abc import Callable, Iterator
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 
 import torch
@@ -28,11 +28,13 @@ from twotower.checkpoint.one_tower import OneTowerCheckpoint
 from twotower.checkpoint.output_folder import check_target, unfinished_folder
 from twotower.checkpoint.source import resolve_source
 from twotower.checkpoint.writer import TensorToWrite, write_shards
-from twotower.config import TwoTowerConfig
+from twotower.config import GenericTwoTowerConfig, TwoTowerConfig
 from twotower.deprecation import renamed_argument
 from twotower.errors import ArgumentError, CheckpointError
+from twotower.model.adapters import LowRank
 from twotower.model.conditioning import TimeConditioning
 from twotower.model.fp32_tensors import target_dtype
+from twotower.model.towers import TwoTowerModel
 from twotower.tokenizer import Tokenizer
 
 
@@ -68,6 +70,7 @@ def convert(
     directory: str | Path,
     *,
     mask_token: int | str | None = None,
+    denoiser_lora: int | None = None,
     dtype: torch.dtype | str | None = None,
     max_shard_size: int | str = "5GB",
     seed: int = 0,
@@ -76,9 +79,10 @@ def convert(
 ) -> ConversionResult:
     """Converts an autoregressive checkpoint, a directory or a hub id, to a two-tower checkpoint in `directory`.
 
-    mask_token: its id or text; None: see `mask_token.choose`. dtype: bfloat16, float32 or float64, for all tensors but
-    those of `fp32_tensors`, which get at least fp32; None keeps the dtype of each tensor. seed: of the time
-    embedder, the only random part. overwrite: whether to replace a checkpoint in `directory`. progress(done, total):
+    mask_token: its id or text; None: see `mask_token.choose`. denoiser_lora: rank of adapters on the context tower,
+    which are the denoiser; None: a second tower. dtype: bfloat16, float32 or float64, for all tensors but those of
+    `fp32_tensors`, which get at least fp32; None keeps the dtype of each tensor. seed: of the random part, the time
+    embedder or the adapters. overwrite: whether to replace a checkpoint in `directory`. progress(done, total):
     bytes, called after each tensor. An unfinished checkpoint is in `<directory>.partial`.
 
     Raises:
@@ -94,13 +98,15 @@ def convert(
     config = tower.model.config
     mask = choose_mask_token(mask_token, config, tower.defaults, tower.tokenizer)
     config.mask_token_id = mask.id
+    if denoiser_lora is not None:
+        tower, config = _with_adapters(tower, config, denoiser_lora)
     wanted = None if dtype is None else pretrained._dtype(dtype, config)
     _check_stored(tower, wanted, origin)
     model_dtype = wanted or tower.weights.dtype(tower.places["embeddings.weight", None])
 
-    time = _time_conditioning(config, tower.model.spec.num_layers, seed, model_dtype)
+    fresh = _fresh_tensors(tower, seed, model_dtype)
     known = names.tensor_entries(tower.model)
-    to_write = list(_tensors_to_write(tower, known, wanted, time, mask, origin))
+    to_write = list(_tensors_to_write(tower, known, wanted, fresh, mask, origin))
     total = sum(entry.nbytes for entry in to_write)
     with unfinished_folder(Path(directory), overwrite, total) as folder:
         written = counter(total, progress)
@@ -123,6 +129,21 @@ def convert(
     )
 
 
+def _with_adapters(
+    tower: OneTowerCheckpoint, config: TwoTowerConfig, rank: int
+) -> tuple[OneTowerCheckpoint, TwoTowerConfig]:
+    """The source whose conversion gets adapters of this rank instead of a second tower, and its configuration."""
+    if isinstance(config, GenericTwoTowerConfig):
+        backbone = config.backbone
+    else:
+        dtype = str(tower.weights.dtype(tower.places["embeddings.weight", None])).removeprefix("torch.")
+        backbone = one_tower.nemotron_h_values(tower.model, dtype)
+    changed = GenericTwoTowerConfig(backbone=backbone, mask_token_id=config.mask_token, adapters={"rank": rank})
+    changed.dtype = config.dtype
+    with torch.device("meta"):
+        return replace(tower, model=TwoTowerModel(changed)), changed
+
+
 # --- tensors -------------------------------------------------------------------------------------------------------
 
 
@@ -130,7 +151,7 @@ def _tensors_to_write(
     tower: OneTowerCheckpoint,
     entries: list[TensorEntry],
     dtype: torch.dtype | None,
-    time: dict[str, Tensor],
+    fresh: dict[str, Tensor],
     mask: MaskToken,
     origin: Path,
 ) -> Iterator[TensorToWrite]:
@@ -138,8 +159,8 @@ def _tensors_to_write(
 
     def piece(entry: TensorEntry) -> Tensor:
         which, _, part = entry.memory.partition(".")
-        if which == "time":
-            return time[part]
+        if entry.memory in fresh:
+            return fresh[entry.memory]
         place = tower.places[part, entry.expert]
         tensor = tower.weights.read(place)
         if which == "context":
@@ -149,9 +170,9 @@ def _tensors_to_write(
         return tensor
 
     for group in names.by_tensor_on_disk(entries).values():
-        which, _, part = group[0].memory.partition(".")
-        if which == "time":
-            kept = time[part].dtype
+        _, _, part = group[0].memory.partition(".")
+        if group[0].memory in fresh:
+            kept = fresh[group[0].memory].dtype
         else:
             stored = tower.weights.dtype(tower.places[part, group[0].expert])
             kept = stored if dtype is None else target_dtype(group[0].memory, dtype)
@@ -170,20 +191,39 @@ def _check_finite(tensor: Tensor, place: TensorEntry, origin: Path) -> None:
 
 def _with_mean_row(embeddings: Tensor, row: int, known_rows: int) -> Tensor:
     """The embeddings (V, H) with the mean of the first `known_rows` in one row."""
-    total = torch.zeros(embeddings.shape[1], dtype=torch.float64)
-    for rows in embeddings[:known_rows].split(1024):
-        total += rows.sum(0, dtype=torch.float64)
     changed = embeddings.clone()
-    changed[row] = total / known_rows
+    changed[row] = _mean_row(embeddings, known_rows)
     return changed
 
 
-def _time_conditioning(config: TwoTowerConfig, layers: int, seed: int, dtype: torch.dtype) -> dict[str, Tensor]:
-    """Identity time conditioning; random weights are drawn in fp32, so that a seed gives the same in every dtype."""
+def _mean_row(embeddings: Tensor, known_rows: int) -> Tensor:
+    """The mean (H,) of the first `known_rows` of the embeddings (V, H), in float64."""
+    total = torch.zeros(embeddings.shape[1], dtype=torch.float64)
+    for rows in embeddings[:known_rows].split(1024):
+        total += rows.sum(0, dtype=torch.float64)
+    return total / known_rows
+
+
+def _fresh_tensors(tower: OneTowerCheckpoint, seed: int, dtype: torch.dtype) -> dict[str, Tensor]:
+    """The tensors that the source lacks, by name: identity time conditioning, or adapters that add nothing.
+
+    The mask embedding of adapters is the mean of all rows. Random weights are drawn in fp32, so that a seed gives the
+    same in every dtype.
+    """
+    out: dict[str, Tensor] = {}
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(seed)
-        time = TimeConditioning(config.hidden_size, layers)
-    return {name: tensor.to(dtype) for name, tensor in time.state_dict().items()}
+        if not tower.model.has_adapters:
+            time = TimeConditioning(tower.model.config.hidden_size, tower.model.spec.num_layers)
+            return {f"time.{name}": tensor.to(dtype) for name, tensor in time.state_dict().items()}
+        for path, module in tower.model.named_modules():
+            if isinstance(module, LowRank):
+                own = module.to_empty(device="cpu")
+                own.reset_parameters()
+                out |= {f"{path}.{name}": tensor.to(dtype) for name, tensor in own.state_dict().items()}
+    embeddings = tower.weights.read(tower.places["embeddings.weight", None])
+    out["context.mask_embedding.weight"] = _mean_row(embeddings, len(embeddings)).to(dtype)
+    return out
 
 
 def _check_stored(tower: OneTowerCheckpoint, dtype: torch.dtype | None, origin: Path) -> None:

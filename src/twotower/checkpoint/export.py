@@ -18,7 +18,7 @@ import torch
 from safetensors import safe_open
 from torch import Tensor
 
-from twotower.checkpoint import names, one_tower, pretrained, reader, tokenizer_files
+from twotower.checkpoint import names, one_tower, reader, tokenizer_files
 from twotower.checkpoint.convert import counter
 from twotower.checkpoint.names import TWO_TOWERS, DiskLayout
 from twotower.checkpoint.output_folder import check_target, unfinished_folder
@@ -77,7 +77,8 @@ def export_one_tower(
         model = TwoTowerModel(config)
     found, known = reader.read_headers(origin), names.tensor_entries(model)
     reader.check(origin, found, known, known, config)
-    context = dict.fromkeys(entry.disk for entry in known if entry.memory.startswith("context."))
+    own = [entry for entry in known if entry.memory.startswith("context.") and not names.of_adapters(entry.memory)]
+    context = dict.fromkeys(entry.disk for entry in own)
     table = found[reader.embeddings(known).disk].torch_dtype
     values, notes = autoregressive_values(model, table)
     with ExitStack() as files:
@@ -104,10 +105,7 @@ def autoregressive_values(model: TwoTowerModel, dtype: torch.dtype) -> tuple[Jso
     name = str(dtype).removeprefix("torch.")
     config = model.config
     if not isinstance(config, GenericTwoTowerConfig):
-        left_out = ("auto_map", "mask_token_id")
-        kept = {key: value for key, value in pretrained.config_to_write(model).items() if key not in left_out}
-        same = {"architectures": ["NemotronHForCausalLM"], "torch_dtype": name, "tie_word_embeddings": False}
-        return kept | same, []
+        return one_tower.nemotron_h_values(model, name), []
     values: JsonObject = dict(config.backbone)
     notes: list[str] = []
     if isinstance(config.backbone.get("text_config"), dict):

@@ -79,6 +79,9 @@ def tensor_entries(model: TwoTowerModel) -> list[TensorEntry]:
         first, part = memory.split(".", 1)
         if first == "time":
             out.append(TensorEntry(part, memory, None, shape, shape))
+        elif of_adapters(memory):
+            own = part.removeprefix("layers.").replace(".adapter", "")
+            out.append(TensorEntry(f"adapters.{own}", memory, None, shape, shape))
         else:
             out += _entries(memory, shape, family, model.spec, TWO_TOWERS[first])
     return out
@@ -89,9 +92,14 @@ def one_tower_entries(model: TwoTowerModel, layout: DiskLayout) -> list[TensorEn
     out: list[TensorEntry] = []
     family = family_of(model.config)
     for memory, shape in weight_shapes(model).items():
-        if memory.startswith("context."):
+        if memory.startswith("context.") and not of_adapters(memory):
             out += _entries(memory, shape, family, model.spec, layout)
     return out
+
+
+def of_adapters(memory: str) -> bool:
+    """Whether a tensor belongs to the adapters, which no one-tower model has."""
+    return ".adapter." in memory or memory == "context.mask_embedding.weight"
 
 
 def weight_shapes(model: nn.Module) -> dict[str, tuple[int, ...]]:

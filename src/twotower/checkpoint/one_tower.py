@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 import re
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Container, Iterable
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
@@ -22,6 +22,7 @@ from twotower.checkpoint.tokenizer_files import copy_model_files, load_tokenizer
 from twotower.config import TwoTowerConfig
 from twotower.errors import CheckpointError
 from twotower.families import family_of
+from twotower.json_text import JsonObject
 from twotower.model.towers import TwoTowerModel
 from twotower.tokenizer import Tokenizer
 
@@ -188,6 +189,14 @@ def _notes_about_others(left_out: list[str]) -> Iterable[str]:
         yield f"{len(left_out) - len(heads)} tensors of other parts of the model are left out, such as {other}"
 
 
+def nemotron_h_values(
+    model: TwoTowerModel, dtype: str, left_out: Container[str] = ("auto_map", "mask_token_id")
+) -> JsonObject:
+    """The config.json of the autoregressive model in a model in the released layout. dtype: of its weights."""
+    kept = {key: value for key, value in pretrained.config_to_write(model).items() if key not in left_out}
+    return kept | {"architectures": ["NemotronHForCausalLM"], "torch_dtype": dtype, "tie_word_embeddings": False}
+
+
 def write(directory: Path, weights: dict[str, torch.Tensor], config: TwoTowerConfig, tokenizer: Tokenizer) -> None:
     """Writes a one-tower checkpoint in the original layout, for `read` and transformers' NemotronHForCausalLM.
 
@@ -198,7 +207,6 @@ def write(directory: Path, weights: dict[str, torch.Tensor], config: TwoTowerCon
     entries = names.one_tower_entries(model, DiskLayout(*family_of(config).roots[0]))
     reader.write_entries(directory, entries, {f"context.{name}": tensor for name, tensor in weights.items()})
     dtype = str(weights["embeddings.weight"].dtype).removeprefix("torch.")
-    values = {key: value for key, value in pretrained.config_to_write(model).items() if key != "auto_map"}
-    values |= {"architectures": ["NemotronHForCausalLM"], "torch_dtype": dtype, "tie_word_embeddings": False}
+    values = nemotron_h_values(model, dtype, ("auto_map",))
     (directory / "config.json").write_text(json.dumps(values, indent=2, sort_keys=True) + "\n", encoding="utf-8")
     save_tokenizer(tokenizer, directory)

@@ -108,7 +108,7 @@ def save_pretrained(
 ) -> None:
     """See `TwoTowerForCausalLM.save_pretrained`."""
     check_save_arguments(kwargs)
-    if model.denoiser is None:
+    if model.denoiser is None and model.config.adapters is None:
         raise ArgumentError(
             'save_pretrained: the model was loaded with towers="context"; load it with towers="both" to save it'
         )

@@ -37,6 +37,12 @@ if TYPE_CHECKING:
     help="Mask token: its id, or its text in the tokenizer. [default: the tokenizer's mask token, else a reserved "
     "token, a row of the embedding beyond the tokenizer, or an unused special token; for Nemotron-H id 3]",
 )
+@click.option(
+    "--denoiser-lora",
+    metavar="R",
+    type=click.IntRange(1),
+    help="Rank of adapters on the context tower, which are the denoiser. [default: the denoiser is a second tower]",
+)
 @click.option("--dtype", type=click.Choice(DTYPES), help="Dtype of the new checkpoint. [default: as stored]")
 @click.option(
     "--max-shard-size", metavar="SIZE", default="5GB", show_default=True, help="Largest size of one weights file."
@@ -55,6 +61,7 @@ def init(
     source: str,
     output: Path,
     mask_token: str | None,
+    denoiser_lora: int | None,
     dtype: str | None,
     max_shard_size: str,
     seed: int,
@@ -77,6 +84,7 @@ def init(
             source,
             output,
             mask_token=mask_token,
+            denoiser_lora=denoiser_lora,
             dtype=dtype,
             max_shard_size=max_shard_size,
             seed=seed,

@@ -216,21 +216,28 @@ def _backbone_validation(inputs: ValidationInputs) -> Validate:
 
 
 def _denoiser_validation(inputs: ValidationInputs) -> Validate:
+    from twotower.training.adapter_objective import AdapterObjective
     from twotower.training.objective import DenoisingObjective
     from twotower.training.run_settings import DenoiserSettings
-    from twotower.training.validation import DenoisingValidation
+    from twotower.training.validation import AdapterValidation, DenoisingValidation
 
     settings = inputs.settings
     assert isinstance(settings, DenoiserSettings)
+    prompts, eos = 8 if settings.generate else 0, inputs.eos_token_id
+    given = inputs.held_out, inputs.world
+    if isinstance(inputs.objective, AdapterObjective):
+        size = inputs.block_size
+        return AdapterValidation(
+            inputs.model, inputs.objective, *given, block_size=size, eos_token_id=eos, prompts=prompts
+        )
     assert isinstance(inputs.objective, DenoisingObjective)
     return DenoisingValidation(
         inputs.model,
         inputs.objective,
-        inputs.held_out,
-        inputs.world,
+        *given,
         block_size=inputs.block_size,
-        eos_token_id=inputs.eos_token_id,
-        prompts=8 if settings.generate else 0,
+        eos_token_id=eos,
+        prompts=prompts,
         seed=settings.seed,
     )
 

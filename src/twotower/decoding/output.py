@@ -62,9 +62,10 @@ class Generation:
 
     @property
     def passes(self) -> int:
-        """Passes of the tower that proposes tokens; in verified decoding, of both towers."""
-        denoiser = self.denoiser_passes if self.mode != "ar" else 0
-        return denoiser + (self.context_passes if self.mode in ("ar", "verified") else 0)
+        """Passes of the tower that proposes tokens; in verified decoding, of both towers. With adapters: all passes."""
+        if self.mode == "ar" or not self.denoiser_passes:
+            return self.context_passes
+        return self.denoiser_passes + (self.context_passes if self.mode == "verified" else 0)
 
     @property
     def passes_of_both(self) -> int:

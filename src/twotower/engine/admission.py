@@ -35,9 +35,22 @@ def check_model(model: Towers, params: GenerationParams, prompt_lengths: Sequenc
         check_block(model, params.block_size)
     if params.stop and model.tokenizer is None:
         raise ArgumentError("stop strings need a tokenizer; set model.tokenizer", param="stop")
-    if params.mode not in ("ar", AUTO) and model.denoiser is None:
+    if model.has_adapters:
+        _check_adapters(params)
+    if params.mode not in ("ar", AUTO) and not model.has_denoiser:
         raise ArgumentError(
             f'mode is {params.mode!r} but only the context tower is loaded; load with towers="both"', param="mode"
+        )
+
+
+def _check_adapters(params: GenerationParams) -> None:
+    """Raises ArgumentError if a model with adapters does not support the parameters."""
+    names = {params.policy} if isinstance(params.policy, str) else set(params.policy)
+    other = sorted(names - {"threshold", "span"})
+    if params.mode == "diffusion" and other:
+        raise ArgumentError(
+            f"policy is {other[0]!r}, and this model's denoiser is adapters, which commit from the left; use threshold",
+            param="policy",
         )
 
 

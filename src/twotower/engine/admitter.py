@@ -82,7 +82,7 @@ class Admitter:
         reason = reason or request.mode_reason
         output = SequenceOutput.of(number, params, len(request.prompt), self.model.tokenizer, reason)
         controller = self.model.workspace.draft_controller(request.params, together, len(request.prompt))
-        return RunningSequence.of(request, output, slot, controller)
+        return RunningSequence.of(request, output, slot, controller, self.model.has_adapters)
 
     def _prepare_slots(self, sequences: Sequence[RunningSequence]) -> None:
         for constants in self.constants:

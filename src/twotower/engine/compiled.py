@@ -102,7 +102,7 @@ class CompiledPasses:
         self._time("step", sequences, started, len(chosen))
         self._note_appended(sequences, [len(chosen)] * len(sequences), len(chosen))
         lent.runner.keep(lent.own)
-        return partial(_record_steps, sequences, chosen, sure)
+        return partial(_record_steps, scheduled, chosen, sure)
 
     def _most_steps(self, sequences: Sequence[RunningSequence]) -> int:
         """AR steps until a row ends or the engine may be needed."""
@@ -234,16 +234,16 @@ class Modulations:
 
 
 def _record_steps(
-    sequences: Sequence[RunningSequence], chosen: Sequence[Sequence[int]], sure: Sequence[Sequence[float]]
+    scheduled: Sequence[ScheduledTokens], chosen: Sequence[Sequence[int]], sure: Sequence[Sequence[float]]
 ) -> list[BlockEvent]:
     """Records AR steps, each with the rows that have not ended before."""
     events: list[BlockEvent] = []
     for tokens, confidence in zip(chosen, sure, strict=True):
-        live = [place for place, sequence in enumerate(sequences) if sequence.output.running]
-        own = [sequences[place] for place in live]
-        for sequence in own:
-            sequence.read += 1
-            sequence.output.context_passes += 1
+        live = [place for place, entry in enumerate(scheduled) if entry.sequence.output.running]
+        own = [scheduled[place] for place in live]
+        for entry in own:
+            entry.sequence.read += 1
+            entry.sequence.output.context_passes += 1
         choice = [[tokens[place]] for place in live], [[confidence[place]] for place in live], [0] * len(live)
         events += context_step.record_tokens(own, choice, {})
     return events
@@ -252,10 +252,10 @@ def _record_steps(
 def _fits(scheduled: Sequence[ScheduledTokens]) -> bool:
     """Whether the results of these entries are a choice of the most probable tokens, or nothing."""
     sampled = scheduled[0].sampled
-    return all(entry.sampled == sampled and not entry.wants_logprobs for entry in scheduled) and (
+    return all(entry.sampled == sampled and not entry.wants_logprobs and not entry.masks for entry in scheduled) and (
         not sampled
         or all(
-            s.rule.temperature <= 0 and s.matcher is None and s.params.acceptance >= 1
+            s.rule.temperature <= 0 and s.matcher is None and s.acceptance >= 1
             for s in (entry.sequence for entry in scheduled)
         )
     )

@@ -14,6 +14,7 @@ from twotower.decoding.output import BlockEvent, TokenLogprob
 from twotower.decoding.sampling import AR_TOKEN, NoiseKeys, confidence, sample_rows
 from twotower.engine.constraint_masks import advance, mask_logits
 from twotower.engine.logprobs import LogprobRequest, PendingLogprobs, numbers_of
+from twotower.engine.one_pass import final_text, next_draft
 from twotower.engine.row_constants import RowConstants
 from twotower.engine.scheduled import ScheduledTokens
 from twotower.engine.sequence import Phase, RunningSequence
@@ -35,13 +36,13 @@ def known_next(sequence: RunningSequence, count: int) -> list[int] | None:
 
 def group_by_width(scheduled: Sequence[ScheduledTokens]) -> list[list[ScheduledTokens]]:
     """Groups entries of similar width into passes with little padding. Each group keeps the order of the slots."""
-    if len({len(entry.tokens) for entry in scheduled}) <= 1:
+    if len({entry.width for entry in scheduled}) <= 1:
         return [list(scheduled)] if scheduled else []
     groups: list[list[ScheduledTokens]] = []
-    for entry in sorted(scheduled, key=lambda entry: len(entry.tokens)):
+    for entry in sorted(scheduled, key=lambda entry: entry.width):
         group = groups[-1] if groups else []
-        tokens = sum(len(other.tokens) for other in group) + len(entry.tokens)
-        padded = (len(group) + 1) * len(entry.tokens)
+        tokens = sum(other.width for other in group) + entry.width
+        padded = (len(group) + 1) * entry.width
         if group and (padded <= SMALL_PASS or padded <= 1.5 * tokens):
             group.append(entry)
         else:
@@ -90,11 +91,12 @@ def launch(
     """Launches one context pass over the scheduled tokens, which then count as read."""
     device = state.lengths.device
     counts = [len(entry.tokens) for entry in scheduled]
-    width = max(counts)
+    width = max(entry.width for entry in scheduled)
+    mask = model.config.mask_token
     tokens = to_device_async(
-        [entry.tokens + [0] * (width - count) for entry, count in zip(scheduled, counts, strict=True)], device
+        [entry.tokens + [mask] * entry.masks + [0] * (width - entry.width) for entry in scheduled], device
     )
-    lengths = to_device_async(counts, device) if min(counts) < width else None
+    lengths, prefix = _lengths(scheduled, width, device)
     needs = _NeedLogits.of(scheduled)
     places = None if needs.places is None else to_device_async(needs.places, device, torch.long)
     wanted: bool | Tensor = True if places is None else places if len(places) else False
@@ -105,11 +107,14 @@ def launch(
     choice = logprobs = None
     try:
         state.make_room([sequence.slot for sequence in sequences], width)
-        logits = model.extend(tokens, state, lengths, rows=slots, logits=wanted, upcast_logits=False)
+        logits = model.extend(tokens, state, lengths, rows=slots, logits=wanted, upcast_logits=False, prefix=prefix)
         if logits is not None:
+            if prefix is not None:
+                _bar_masks(logits, prefix if places is None else prefix[places], mask)
             with_logprobs = needs.with_logprobs
             request = LogprobRequest(with_logprobs, logits[-len(with_logprobs) :]) if with_logprobs else None
             chosen = None
+            lengths = lengths if prefix is None else prefix
             if needs.sampling:
                 if places is not None:  # some entries only, or another order
                     own = places[: len(needs.sampling)]
@@ -135,6 +140,24 @@ def launch(
     return PendingContext(needs.sampling, choice, needs.with_logprobs, logprobs)
 
 
+def _lengths(
+    scheduled: Sequence[ScheduledTokens], width: int, device: torch.device
+) -> tuple[Tensor | None, Tensor | None]:
+    """The tokens of each entry that the pass reads (None: `width`), and those before its masks (None: no masks)."""
+    lengths = [entry.width for entry in scheduled]
+    prefix = [len(entry.tokens) for entry in scheduled] if any(entry.masks for entry in scheduled) else None
+    return (
+        to_device_async(lengths, device) if min(lengths) < width else None,
+        None if prefix is None else to_device_async(prefix, device),
+    )
+
+
+def _bar_masks(logits: Tensor, prefix: Tensor, mask: int) -> None:
+    """Sets to −∞, in logits (n, L, V), those of the mask token from position prefix (n,) on: no draft has masks."""
+    drafted = torch.arange(logits.shape[1], device=logits.device) >= prefix[:, None]
+    logits[..., mask].masked_fill_(drafted, -torch.inf)
+
+
 def collect(pending: PendingContext) -> list[BlockEvent]:
     """Waits for the results of a pass and records them."""
     new, sure, accepted = _chosen(pending)
@@ -146,7 +169,7 @@ def collect(pending: PendingContext) -> list[BlockEvent]:
         )
         for entry in pending.with_logprobs:
             entry.sequence.last_logits = pending.logprobs.last_logits.get(entry.sequence.output.row)
-    events = record_tokens([entry.sequence for entry in pending.sampling], (new, sure, accepted), found)
+    events = record_tokens(pending.sampling, (new, sure, accepted), found)
     return events + _record_logprobs(pending.with_logprobs, found) if pending.with_logprobs else events
 
 
@@ -189,7 +212,7 @@ def _choose(
     own, sure = sample_rows(logits, [sequence.rule for sequence in sequences], keys)
     if width == 1:
         return own, sure
-    relaxed = any(sequence.params.acceptance < 1 for sequence in sequences)
+    relaxed = any(sequence.acceptance < 1 for sequence in sequences)
     most = read.lengths if allowed is None else to_device_async(allowed, device) + 1
     acceptance = at(constants.acceptance, read.slots) if relaxed else 1.0
     chosen, accepted = accept(tokens, own, logits, acceptance, most)
@@ -201,34 +224,41 @@ def _choose(
 
 
 def record_tokens(
-    sequences: Sequence[RunningSequence],
+    scheduled: Sequence[ScheduledTokens],
     choice: tuple[list[list[int]], list[list[float]], list[int]],
     found: dict[int, list[TokenLogprob]],
 ) -> list[BlockEvent]:
     """Adds the round's tokens to each sequence: the accepted part of its draft, then the AR model's own token."""
     events = []
-    for sequence, new, sure, accepted in zip(sequences, *choice, strict=True):
+    for entry, new, sure, accepted in zip(scheduled, *choice, strict=True):
+        sequence = entry.sequence
         draft: Sequence[int] = ()
         steps = [sequence.max_passes]
         if sequence.phase is Phase.CHECK:
             draft = sequence.block[1:]
             steps = [*sequence.committed_at[1 : accepted + 1], sequence.max_passes]
             sequence.read -= len(draft) - accepted
-            sequence.output.count_verified(len(draft), accepted)
+            if not sequence.final_drafts:
+                sequence.output.count_verified(len(draft), accepted)
         sequence.pending, sequence.accepted = new[accepted], accepted
-        text, complete = new[: accepted + 1], False
+        text, confidences, complete = new[: accepted + 1], sure[: accepted + 1], False
         logprobs = found.get(sequence.output.row, [])
-        failed = sequence.fail_if_not_finite([*sure[: accepted + 1], *numbers_of(logprobs)], "context tower")
+        failed = sequence.fail_if_not_finite([*confidences, *numbers_of(logprobs)], "context tower")
         if failed is not None:
             events.append(failed)
             continue
+        if sequence.one_pass:
+            sequence.draft = next_draft(entry, new, sure, accepted)
+        if sequence.final_drafts:
+            text, confidences, draft = final_text(entry, new, sure, accepted)
+            steps = [0] * len(text)
         if sequence.matcher is not None:
             advanced = advance(sequence, sequence.matcher, text)
             if isinstance(advanced, BlockEvent):
                 events.append(advanced)
                 continue
             text, complete = advanced
-        events.append(sequence.output.take(text, steps, sure[: accepted + 1], draft, logprobs, complete))
+        events.append(sequence.output.take(text, steps, confidences, draft, logprobs, complete))
     return events
 
 

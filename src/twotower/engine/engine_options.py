@@ -6,6 +6,8 @@ from dataclasses import dataclass
 
 from twotower.engine.denoiser_step import StepCallback
 from twotower.engine.drafting import Drafter
+from twotower.engine.towers import Towers
+from twotower.errors import ArgumentError
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -31,3 +33,14 @@ class EngineOptions:
     def lockstep(self) -> bool:
         """Whether the blocks of all sequences begin and end together."""
         return self.step_callback is not None
+
+
+def check_options(model: Towers, options: EngineOptions) -> None:
+    """Raises ArgumentError if an engine of this model cannot have these options."""
+    for name in ("step_callback", "drafter"):
+        if model.has_adapters and getattr(options, name) is not None:
+            raise ArgumentError(
+                f"{name}: this model's denoiser is adapters, and one pass checks a draft and makes the next; leave out "
+                f"{name}, or use a model with a denoiser tower",
+                param=name,
+            )

@@ -17,7 +17,7 @@ from twotower.decoding.params import DEFAULT_BLOCK_SIZE, check_whole
 from twotower.engine import admission
 from twotower.engine.budget import check_engine, memory_for, needs_of, rows_that_fit
 from twotower.engine.core import EngineCore
-from twotower.engine.engine_options import EngineOptions
+from twotower.engine.engine_options import EngineOptions, check_options
 from twotower.engine.sequence import Request
 from twotower.engine.stats import EngineStats
 from twotower.engine.towers import Towers
@@ -60,6 +60,7 @@ class LLM:
         self.length = min(length or window, window)
         block_size = min(block_size, max(window, DEFAULT_BLOCK_SIZE))
         options = options or EngineOptions()
+        check_options(model, options)
         check_engine(model, rows, self.length, block_size, memory, options.prefix_cache)
         self.core = EngineCore(model, rows, self.length, block_size, memory, options)
         self._unseen: list[Event] = []  # events that the last caller of `step` did not ask for

@@ -22,6 +22,8 @@ def resolve(model: Towers, params: GenerationParams, rows: int) -> tuple[Generat
     """Returns parameters with a definite mode, and the reason ("" if the mode was given). rows: rows of the batch."""
     if params.mode != AUTO:
         return params, ""
+    if model.has_adapters:
+        return replace(params, mode="verified"), "the denoiser is adapters: a pass checks a draft and makes the next"
     if model.denoiser is None:
         return replace(params, mode="ar"), "only the context tower is loaded"
     if params.deterministic:

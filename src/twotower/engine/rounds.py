@@ -4,6 +4,8 @@ ar         STEP → STEP → …
 diffusion  DENOISE (its passes) → COMMIT → DENOISE → …
 verified   DENOISE or DRAFT → CHECK → DENOISE → …, or STEP if the draft depth is 0
 mock_ar    DENOISER_AR → COMMIT → DENOISER_AR → …
+
+With adapters (`engine/one_pass.py`), rounds of verified decoding and of diffusion are one CHECK, or a STEP.
 """
 
 from __future__ import annotations
@@ -14,6 +16,7 @@ from collections.abc import Sequence
 from twotower.decoding.modes import AUTO
 from twotower.decoding.output import BlockEvent
 from twotower.decoding.params import GenerationParams
+from twotower.engine import one_pass
 from twotower.engine.engine_options import EngineOptions
 from twotower.engine.scheduler import Scheduler
 from twotower.engine.sequence import Phase, RunningSequence
@@ -92,6 +95,9 @@ class Rounds:
     def _begin(self, sequence: RunningSequence, room: int, draft_passes: int | None = None) -> None:
         """room: new tokens that may still follow. draft_passes: the draft depth (None: the controller chooses)."""
         params = sequence.params
+        if sequence.one_pass:
+            one_pass.begin(sequence, room, draft_passes)
+            return
         sequence.room, sequence.max_passes, sequence.passes_launched, sequence.seconds = room, 0, 0, 0.0
         match sequence.mode:
             case "ar":

@@ -33,7 +33,7 @@ class RowConstants:
             params = sequence.params
             purpose = AR_TOKEN if sequence.mode == "verified" else DIFFUSION_CANDIDATE
             integers.append((sequence.seed, params.block_size, params.mask_token_id, purpose))
-            floats.append((sequence.policy_value, params.acceptance))
+            floats.append((sequence.policy_value, sequence.acceptance))
         slots = to_device_async([sequence.slot for sequence in sequences], self.device)
         self._integers[slots] = to_device_async(integers, self.device)
         self._floats[slots] = to_device_async(floats, self.device, self._floats.dtype)

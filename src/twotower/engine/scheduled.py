@@ -13,14 +13,21 @@ from twotower.engine.sequence import RunningSequence
 class ScheduledTokens:
     """Tokens to append to a sequence's slot.
 
-    sampled: whether the AR model samples the tokens after them. known_next: if not, the known token after each of
-    `tokens`, whose log-probabilities are wanted (None: not wanted).
+    masks: mask tokens that follow, at which a model with adapters predicts the next draft. sampled: whether the AR
+    model samples the tokens after them. known_next: if not, the known token after each of `tokens`, whose
+    log-probabilities are wanted (None: not wanted).
     """
 
     sequence: RunningSequence
     tokens: list[int]
     sampled: bool
     known_next: list[int] | None = None
+    masks: int = 0
+
+    @property
+    def width(self) -> int:
+        """The number of tokens that the pass reads."""
+        return len(self.tokens) + self.masks
 
     @property
     def deterministic(self) -> bool:

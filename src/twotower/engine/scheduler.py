@@ -82,7 +82,7 @@ class Scheduler:
                 case Phase.STEP:
                     scheduled.append(ScheduledTokens(sequence, [sequence.pending], sampled=True))
                 case Phase.CHECK:
-                    scheduled.append(ScheduledTokens(sequence, sequence.block, sampled=True))
+                    scheduled.append(ScheduledTokens(sequence, sequence.block, sampled=True, masks=sequence.masks))
                 case Phase.COMMIT:
                     scheduled.append(_finished_block(sequence))
                 case _:

@@ -98,6 +98,8 @@ class RunningSequence:
     room: new tokens that may still follow in this round. max_passes: denoising passes of this round (0: none).
     passes_launched: those launched for the open block. blocks_opened: blocks so far.
     visible_length: text tokens in the denoiser's view (−1: no view of this text yet).
+    one_pass: the model has adapters, so that each pass checks the last draft and makes the next one. draft: that next
+    draft, after the pending token. masks: mask tokens of the pass.
     accepted: accepted drafted tokens of the last round. seconds: this sequence's share of the time of its round.
     held_tokens: new tokens that wait for their log-probabilities. last_logits (V,): in diffusion with
     log-probabilities, the AR model's logits after the last token read. policy_memory: the commit policy's memory of the
@@ -114,6 +116,9 @@ class RunningSequence:
     policy_value: float
     controller: DraftController
     matcher: Matcher | None = None
+    one_pass: bool = False
+    draft: list[int] = field(default_factory=list)
+    masks: int = 0
     phase: Phase = Phase.PROMPT
     read: int = 0
     pending: int = -1
@@ -142,15 +147,20 @@ class RunningSequence:
         self.mode = self.output.mode
         self.rule = SamplingRule(self.params.temperature, self.params.top_k, self.params.top_p)
         self.text = [*self.request.prompt, *self.written] if self.written else self.request.prompt
-        # Tokens to read before the first round: all in diffusion, else all but the pending token.
-        self.prompt_end = len(self.text) - (self.mode != "diffusion" or not self.params.max_new_tokens)
+        # Tokens to read before the first round: all in diffusion with a denoiser tower, else all but the pending token.
+        pending = self.mode != "diffusion" or self.one_pass or not self.params.max_new_tokens
+        self.prompt_end = len(self.text) - pending
+        # In diffusion with adapters, drafted tokens are final.
+        self.acceptance = 0.0 if self.one_pass and self.mode == "diffusion" else self.params.acceptance
 
     @classmethod
-    def of(cls, request: Request, output: SequenceOutput, slot: int, controller: DraftController) -> RunningSequence:
-        """The sequence of a request."""
+    def of(
+        cls, request: Request, output: SequenceOutput, slot: int, controller: DraftController, one_pass: bool = False
+    ) -> RunningSequence:
+        """The sequence of a request. one_pass: see the class."""
         (policy,), (policy_value,) = request.params.row_policies(1)
         (seed,) = request.params.row_seeds(1)
-        return cls(request, output, slot, seed, policy, policy_value, controller, _matcher(request))
+        return cls(request, output, slot, seed, policy, policy_value, controller, _matcher(request), one_pass)
 
     def restarted(self) -> RunningSequence:
         """The sequence from its first token, which keeps the new tokens that events have delivered."""
@@ -160,7 +170,14 @@ class RunningSequence:
         if matcher is not None:
             matcher.take(tokens)
         facts = self.request, self.output, self.slot, self.seed, self.policy, self.policy_value, self.controller
-        return RunningSequence(*facts, matcher, written=tuple(tokens), strikes=self.strikes, trial_end=self.trial_end)
+        return RunningSequence(
+            *facts, matcher, self.one_pass, written=tuple(tokens), strikes=self.strikes, trial_end=self.trial_end
+        )
+
+    @property
+    def final_drafts(self) -> bool:
+        """Whether drafted tokens are text at once: in diffusion with adapters, unless log-probabilities must wait."""
+        return self.one_pass and self.mode == "diffusion" and self.request.logprobs is None
 
     @property
     def deterministic(self) -> bool:

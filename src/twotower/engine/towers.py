@@ -51,6 +51,14 @@ class Towers(Protocol):
     def denoiser(self) -> Tower | None: ...
 
     @property
+    def has_denoiser(self) -> bool:
+        """Whether there is a denoiser: a tower, or adapters."""
+
+    @property
+    def has_adapters(self) -> bool:
+        """Whether the denoiser is the context tower with adapters, so that a pass checks a draft and makes one."""
+
+    @property
     def prefill_chunk(self) -> int:
         """Tokens of a prompt that one pass reads best."""
 
@@ -72,6 +80,7 @@ class Towers(Protocol):
         rows: Tensor | None = None,
         logits: bool | Tensor = True,
         upcast_logits: bool = True,
+        prefix: Tensor | None = None,
     ) -> Tensor | None: ...
 
     def denoise(

@@ -106,6 +106,8 @@ def continuation_bound(
         ArgumentError: no denoiser, towers on two devices, or an empty prefix or continuation.
     """
     _check(pairs)
+    if model.has_adapters:
+        raise ArgumentError('likelihood "bound" needs a denoiser tower, and this model has adapters; use "ar"')
     if model.denoiser is None or model.time is None:
         raise ArgumentError('likelihood "bound" needs the denoiser; load the model with towers="both"')
     if model.denoiser.device != model.device:

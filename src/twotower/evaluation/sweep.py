@@ -172,9 +172,9 @@ def pareto_front(points: Sequence[Point], speed: Callable[[Point], float]) -> li
 
 
 def fingerprint(model: TwoTowerForCausalLM) -> str:
-    """Hash of both final norms' weights, which every training changes."""
-    towers = [tower for tower in (model.context, model.denoiser) if tower is not None]
-    data = b"".join(tower.norm_f.weight.detach().double().cpu().numpy().tobytes() for tower in towers)
+    """Hash of both final norms' weights, or of the mask embedding of adapters, which every training changes."""
+    parts = [model.context.norm_f, model.context.mask_embedding if model.denoiser is None else model.denoiser.norm_f]
+    data = b"".join(part.weight.detach().double().cpu().numpy().tobytes() for part in parts if part is not None)
     return hashlib.sha256(data).hexdigest()[:16]
 
 

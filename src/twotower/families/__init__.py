@@ -6,7 +6,7 @@ to add one.
 
 from __future__ import annotations
 
-from twotower.config import GenericTwoTowerConfig, TwoTowerConfig
+from twotower.config import MODEL_TYPE, GenericTwoTowerConfig, TwoTowerConfig
 from twotower.errors import ConfigError
 from twotower.families import (
     bamba,
@@ -69,6 +69,8 @@ def family_of(config: TwoTowerConfig) -> Family:
     if not isinstance(config, GenericTwoTowerConfig):
         return nemotron_h.FAMILY
     kind = config.autoregressive.model_type
+    if kind == MODEL_TYPE:
+        return nemotron_h.FAMILY
     if kind not in BY_MODEL_TYPE:
         raise ConfigError(
             f"config: model_type is {kind!r}, and {reason(kind)}; supported are nemotron_h, "
@@ -85,6 +87,8 @@ def tower_spec(config: TwoTowerConfig) -> TowerSpec:
     """
     if isinstance(config, GenericTwoTowerConfig):
         text = config.autoregressive
+        if isinstance(text, TwoTowerConfig):
+            return nemotron_h.spec_of(text.layer_fields)
         family = family_of(config)
         check_numbers(text)
         try:

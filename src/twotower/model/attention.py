@@ -69,5 +69,5 @@ class Attention(nn.Module):
         q, own, gate = self.project(hidden, None if self.spec.rope is None else meta.rotations[self.spec.rope])
         q, k, v = (part.transpose(1, 2) for part in (q, *own))
         attend = select("attention", hidden.device, hidden.dtype).function
-        heads = attend(q, k, v, meta.token_mask, meta.causal, past, self.options)
+        heads = attend(q, k, v, meta.token_mask, meta.causal, past, self.options, meta.prefix)
         return self.output(heads, gate), own

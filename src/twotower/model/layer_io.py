@@ -17,6 +17,8 @@ class AttentionMetadata:
 
     token_mask: (B, L), False at padding; None: there is no padding.
     causal: whether a token attends only to earlier tokens of its pass and itself. False for a denoiser's block.
+    prefix: (B,), the tokens before the first mask. They attend as in a causal pass, and masks as in a block; adapters
+    act at the masks (`model.adapters`). None: all tokens attend as `causal` says, and adapters do not act.
     start: (B,), the absolute position of the first token; None: 0.
     long: (B,), the rows with the long frequencies of LongRoPE; None: those that are longer than the original length
     after the pass.
@@ -26,10 +28,17 @@ class AttentionMetadata:
 
     token_mask: Tensor | None = None
     causal: bool = True
+    prefix: Tensor | None = None
     start: Tensor | None = None
     long: Tensor | None = None
     rotations: tuple[Rotation, ...] = ()
     representative: Tensor | None = None
+
+    def adapted_positions(self, length: int) -> Tensor | None:
+        """(B, L), where adapters act; None: nowhere."""
+        if self.prefix is None:
+            return None
+        return torch.arange(length, device=self.prefix.device) >= self.prefix[:, None]
 
     def with_representative(self) -> AttentionMetadata:
         """A copy with `representative` set. Each pass computes it, so a CUDA graph replays the computation."""

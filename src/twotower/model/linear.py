@@ -9,24 +9,29 @@ from collections.abc import Callable
 
 from torch import Tensor, nn
 
+from twotower.model.adapters import LowRank, adapted
 from twotower.ops.cpu.packed_weights import PackedWeight
 from twotower.ops.reference import int4, int8
 from twotower.ops.registry import select
 
 
 class Linear(nn.Linear):
-    """y = x·Wᵀ + b, weight (out, in). packed: the packed copy of the weight; it is not saved, and copies lack it."""
+    """y = x·Wᵀ + b, weight (out, in). packed: the packed copy of the weight; it is not saved, and copies lack it.
+
+    adapter: see `model.adapters`.
+    """
 
     __call__: Callable[..., Tensor]
 
     def __init__(self, in_features: int, out_features: int, bias: bool = True) -> None:
         super().__init__(in_features, out_features, bias)
         self.packed = PackedWeight()
+        self.adapter: LowRank | None = None
 
     def forward(self, input: Tensor) -> Tensor:
         backend = select("linear", input.device, input.dtype)
         out: Tensor = backend.function(input, self.weight, self.bias, self.packed.get(self.weight))
-        return out
+        return adapted(out, input, self.adapter)
 
     def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> Linear:
         super()._apply(fn, recurse)
@@ -38,7 +43,7 @@ class TiedHead(nn.Module):
     """The head of a tower whose head is its embedding: logits = x·Wᵀ. The weight belongs to the embedding alone."""
 
     __call__: Callable[..., Tensor]
-    bias = None
+    bias = adapter = None
 
     def __init__(self, embeddings: nn.Embedding) -> None:
         super().__init__()
@@ -69,12 +74,12 @@ class Int8Linear(nn.Module):
         weight, scale = int8.quantize(linear.weight)
         self.register_buffer("weight", weight)
         self.register_buffer("weight_scale", scale)
-        self.bias = linear.bias
+        self.bias, self.adapter = linear.bias, linear.adapter
 
     def forward(self, input: Tensor) -> Tensor:
         backend = select("linear_int8", input.device, input.dtype)
         out: Tensor = backend.function(input, self.weight, self.weight_scale, self.bias)
-        return out
+        return adapted(out, input, self.adapter)
 
 
 class Int4Linear(nn.Module):
@@ -86,9 +91,9 @@ class Int4Linear(nn.Module):
         super().__init__()
         self.shapes = {"weight": tuple(linear.weight.shape)}
         self.register_buffer("weight", int4.quantize(linear.weight))
-        self.bias = linear.bias
+        self.bias, self.adapter = linear.bias, linear.adapter
 
     def forward(self, input: Tensor) -> Tensor:
         backend = select("linear_int4", input.device, input.dtype)
         out: Tensor = backend.function(input, self.weight, self.shapes["weight"][0], self.bias)
-        return out
+        return adapted(out, input, self.adapter)

@@ -21,6 +21,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from twotower.cache.layer_cache import KeyValue, LayerCache, MambaCache, ParallelCache
+from twotower.model.adapters import adapting
 from twotower.model.attention import Attention
 from twotower.model.conditioning import Modulation, modulated_norm
 from twotower.model.delta_net import GatedDeltaNet
@@ -45,11 +46,25 @@ class Layout:
     padding. A document begins at the start of a block or after padding in its first block. A block holds at most one
     document. A document starts from zero state and does not attend to other documents.
     chosen: (N,), distinct indices, among the blocks of all rows, of the blocks that the denoiser reads; None: all.
+    prefix: (N,), the tokens of each chosen block before its first mask, if the denoiser is adapters; None: a tower.
     """
 
     document: Tensor
     block_size: int
     chosen: Tensor | None = None
+    prefix: Tensor | None = None
+
+    @cached_property
+    def adapted(self) -> Tensor | None:
+        """(N, L), where adapters act; None: nowhere."""
+        if self.prefix is None:
+            return None
+        return torch.arange(self.block_size, device=self.prefix.device) >= self.prefix[:, None]
+
+    @cached_property
+    def causal_queries(self) -> Tensor | None:
+        """(B, S), the positions before the first mask of a chosen block, which attend causally; None: none."""
+        return None if self.adapted is None else self.to_rows(~self.adapted)
 
     @cached_property
     def token_mask(self) -> Tensor:
@@ -153,12 +168,20 @@ class Layout:
         """Masks of the denoiser over [context keys ; denoiser keys of the tile].
 
         A query attends to the context strictly before its block (window w: to the w − 1 keys before its block), and
-        to its whole block.
+        to its whole block. With adapters, a query before the first mask attends as in the context tower.
         """
         for lo, hi, keys, same in self._tiles(window):
             start = torch.arange(lo, hi, device=keys.device) // self.block_size * self.block_size
             past = same & context_visible(keys, start, window)
             own = same[:, :, lo - hi :] & (start[:, None] == start)
+            if self.causal_queries is not None:
+                causal = self.causal_queries[:, lo:hi, None]
+                queries = torch.arange(lo, hi, device=keys.device)[:, None]
+                seen = queries >= keys[lo - hi :]
+                if window is not None:
+                    seen = seen & (keys[lo - hi :] > queries - window)
+                    past = past & ~(causal & (keys <= queries - window))
+                own = own & (seen | ~causal)
             yield QueryTile(lo, hi, torch.cat([past, own], dim=-1)[:, None], hi - len(keys))
 
     def _tiles(self, window: int | None) -> Iterator[tuple[int, int, Tensor, Tensor]]:
@@ -222,7 +245,8 @@ def denoise_layer(layer: Layer, x: Tensor, past: LayerCache, modulation: Modulat
 
     past: the cache that `read_layer` returned for the same layer. modulation: tensors (N, 1, H).
     """
-    out = denoise_mixer(layer.mixer, modulated_norm(x, layer.norm, layer.kind, modulation), past, layout)
+    with adapting(layout.adapted):
+        out = denoise_mixer(layer.mixer, modulated_norm(x, layer.norm, layer.kind, modulation), past, layout)
     return layer.residual(x, out, modulation)
 
 

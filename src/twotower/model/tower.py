@@ -11,6 +11,7 @@ import torch
 from torch import Tensor, nn
 
 from twotower.cache.layer_cache import CacheUpdate, LayerCache
+from twotower.model.adapters import LowRank, MaskEmbedding, adapting
 from twotower.model.attention import Attention
 from twotower.model.conditioning import Modulation, modulated_norm
 from twotower.model.delta_net import GatedDeltaNet
@@ -154,7 +155,8 @@ class Runner(Protocol):
 class Tower(nn.Module):
     """Tokens (B, L) → final hidden states (B, L, H); `logits` applies the head.
 
-    runners: tried in order for each pass; set by `runners.attach.attach_runners`.
+    runners: tried in order for each pass; set by `runners.attach.attach_runners`. mask_embedding: of a tower with
+    adapters (`add_adapters`).
     """
 
     __call__: Callable[..., PassResult]
@@ -167,6 +169,17 @@ class Tower(nn.Module):
         self.layers = nn.ModuleList(Layer(layer, spec) for layer in spec.layers)
         self.norm_f = RMSNorm(spec.hidden_size, spec.norm_eps, spec.norm_offset)
         self.head = TiedHead(self.embeddings) if spec.tied_head else Linear(spec.hidden_size, spec.vocab_size, False)
+        self.mask_embedding: MaskEmbedding | None = None
+
+    def add_adapters(self, rank: int, mask_token: int) -> None:
+        """Adds an adapter to every linear layer of the mixers, and an embedding of the mask token.
+
+        Routed experts, routers and gates of one value have no adapter.
+        """
+        for module in self.layers.modules():
+            if isinstance(module, Linear) and module.out_features > 1:
+                module.adapter = LowRank(module.in_features, module.out_features, rank)
+        self.mask_embedding = MaskEmbedding(self.spec.hidden_size, mask_token)
 
     @property
     def device(self) -> torch.device:
@@ -178,9 +191,11 @@ class Tower(nn.Module):
             assert isinstance(layer, Layer)
             yield layer
 
-    def embed(self, tokens: Tensor) -> Tensor:
-        """tokens (B, L) → the residual stream before the first layer (B, L, H)."""
+    def embed(self, tokens: Tensor, adapted: Tensor | None = None) -> Tensor:
+        """tokens (B, L) → the residual stream before the first layer (B, L, H). adapted: where adapters act."""
         x: Tensor = self.embeddings(tokens)
+        if adapted is not None and self.mask_embedding is not None:
+            x = self.mask_embedding(x, tokens, adapted)
         if self.spec.embedding_factor != 1.0:
             x = x * torch.tensor(self.spec.embedding_factor, dtype=x.dtype)  # rounded first, as in transformers
         return upcast(x) if self.spec.residual_in_fp32 else x
@@ -218,12 +233,15 @@ class Tower(nn.Module):
         appended: Tensor | None = None,
     ) -> PassResult:
         """Reference forward; every runner must match it. It stores nothing, so it ignores `appended`."""
-        x = self.embed(tokens)
+        adapted = meta.adapted_positions(tokens.shape[1])
+        x = self.embed(tokens, adapted)
         meta = meta.with_representative().with_rotations(self.spec.ropes, tokens, accumulation_dtype(x.dtype))
         updates: list[CacheUpdate] = []
-        for i, layer in enumerate(self.layers):
-            x, new = layer(x, past[i] if past else None, meta, modulation[i] if modulation else None, keep_step_inputs)
-            updates.append(new)
+        with adapting(adapted):
+            for i, layer in enumerate(self.layers):
+                own = past[i] if past else None, meta, modulation[i] if modulation else None, keep_step_inputs
+                x, new = layer(x, *own)
+                updates.append(new)
         return self.norm_f(x), updates
 
     def logits(self, hidden: Tensor, upcast_logits: bool = True) -> Tensor:
@@ -266,5 +284,7 @@ class Tower(nn.Module):
                 for weight in (module.gate_proj, module.up_proj) if module.gated else (module.up_proj,):
                     nn.init.normal_(weight, std=std)
                 nn.init.normal_(module.down_proj, std=std / spread)
-            elif isinstance(module, Mamba2 | GatedDeltaNet):
+            elif isinstance(module, MaskEmbedding):
+                nn.init.normal_(module.weight, std=std)
+            elif isinstance(module, Mamba2 | GatedDeltaNet | LowRank):
                 module.reset_parameters()

@@ -34,7 +34,8 @@ PREFILL_CHUNK = 512  # prompt tokens of one pass, where no runner prefers anothe
 class TwoTowerModel(nn.Module):
     """A frozen autoregressive context tower and a denoiser tower, which reads the caches of the same context layers.
 
-    `towers="context"` builds the context tower alone, for autoregressive decoding with half the memory.
+    `towers="context"` builds the context tower alone, for autoregressive decoding with half the memory. With adapters
+    (`config.adapters`), the denoiser is the context tower with adapters at masks, and there is no second tower.
     """
 
     config: TwoTowerConfig
@@ -50,8 +51,11 @@ class TwoTowerModel(nn.Module):
         """Builds the modules, with random weights unless they are on the meta device; part of `__init__`."""
         spec = tower_spec(config)
         self.context = Tower(spec)
-        self.denoiser = Tower(spec) if towers == "both" else None
-        self.time = TimeConditioning(spec.hidden_size, spec.num_layers) if towers == "both" else None
+        full = towers == "both" and config.adapters is None
+        self.denoiser = Tower(spec) if full else None
+        self.time = TimeConditioning(spec.hidden_size, spec.num_layers) if full else None
+        if towers == "both" and config.adapters is not None:
+            self.context.add_adapters(config.adapters.rank, config.mask_token)
         self.transfer: DeviceTransfer | None = None
         if self.context.device.type != "meta":
             self.reset_parameters()
@@ -67,6 +71,16 @@ class TwoTowerModel(nn.Module):
         """Sets random weights, and the identity as time conditioning."""
         for tower in self.towers():
             tower.reset_parameters()
+
+    @property
+    def has_adapters(self) -> bool:
+        """Whether the denoiser is the context tower with adapters."""
+        return self.context.mask_embedding is not None
+
+    @property
+    def has_denoiser(self) -> bool:
+        """Whether the model has a denoiser: a tower, or adapters."""
+        return self.denoiser is not None or self.has_adapters
 
     # --- devices and dtype ---------------------------------------------------------------------------------------
 
@@ -153,7 +167,7 @@ class TwoTowerModel(nn.Module):
         for start in range(0, tokens.shape[1], chunk):
             part = tokens[:, start : start + chunk]
             valid = (lengths - start).clamp(0, part.shape[1])
-            hidden = self._extend(part, valid, state, rows)
+            hidden = self._extend(part, valid, state, rows, None)
             at = (valid - 1).clamp(min=0)[:, None, None].expand(-1, 1, hidden.shape[-1])
             last = torch.where((valid > 0)[:, None], hidden.gather(1, at)[:, 0], last)
         state.commit_state()
@@ -167,16 +181,18 @@ class TwoTowerModel(nn.Module):
         rows: Tensor | None = None,
         logits: bool | Tensor = True,
         upcast_logits: bool = True,
+        prefix: Tensor | None = None,
     ) -> Tensor | None:
         """The context tower reads tokens (B, L) and appends to the state → logits (B or n, L, V), or None.
 
         lengths: (B,), tokens of each row without padding; None: L. rows: (B,), the slots of the rows in the state;
         None: all slots in order. logits: whether to compute logits, or the indices (n,) of the rows that need them.
-        upcast_logits: False: logits in the model's dtype; True: in at least fp32.
+        upcast_logits: False: logits in the model's dtype; True: in at least fp32. prefix: (B,), with adapters, the
+        tokens of each row before its first mask (`model.adapters`): the state gets them alone; None: no masks.
         `state.rollback` can drop any suffix of the tokens until the state is read again.
         """
         state.reserve(state.max_seq_len + tokens.shape[1])
-        hidden = self._extend(tokens, lengths, state, rows)
+        hidden = self._extend(tokens, lengths, state, rows, prefix)
         if isinstance(logits, Tensor):
             return self.context.logits(hidden[logits], upcast_logits)
         return self.context.logits(hidden, upcast_logits) if logits else None
@@ -194,8 +210,15 @@ class TwoTowerModel(nn.Module):
 
         t: (B,), the masked fraction of each block; None: no time conditioning. view: the context before the block.
         causal: whether attention in the block is causal (mode mock_ar). lengths: (B,), tokens of each row without
-        padding; None: L. upcast_logits: False: logits in the model's dtype; True: in at least fp32.
+        padding; None: L. upcast_logits: False: logits in the model's dtype; True: in at least fp32. With adapters,
+        t has no effect, and the logits at a position are those of the token after it.
         """
+        if self.has_adapters:
+            prefix = torch.full_like(view.lengths, block.shape[1]) if causal else _first_mask(block, self.config)
+            meta = AttentionMetadata(
+                token_mask=_token_mask(block, lengths), prefix=prefix, start=view.lengths, long=view.long
+            )
+            return self.context.logits(self.context(block, meta, view.past, None, False)[0], upcast_logits)
         denoiser = self._denoiser()
         meta = AttentionMetadata(
             token_mask=_token_mask(block, lengths), causal=causal, start=view.lengths, long=view.long
@@ -204,17 +227,30 @@ class TwoTowerModel(nn.Module):
         hidden, _ = denoiser(block, meta, view.past, modulation, keep_step_inputs=False)
         return denoiser.logits(hidden, upcast_logits)
 
-    def _extend(self, tokens: Tensor, lengths: Tensor | None, state: TowerState, rows: Tensor | None) -> Tensor:
+    def _extend(
+        self, tokens: Tensor, lengths: Tensor | None, state: TowerState, rows: Tensor | None, prefix: Tensor | None
+    ) -> Tensor:
         if state.texts is not None:
+            assert prefix is None, "adapters with LongRoPE"
             return long_rope.extend(self._read, tokens, lengths, state, rows, self.prefill_chunk)
-        return self._read(tokens, lengths, state, rows)
+        return self._read(tokens, lengths, state, rows, prefix)
 
-    def _read(self, tokens: Tensor, lengths: Tensor | None, state: TowerState, rows: Tensor | None) -> Tensor:
+    def _read(
+        self,
+        tokens: Tensor,
+        lengths: Tensor | None,
+        state: TowerState,
+        rows: Tensor | None,
+        prefix: Tensor | None = None,
+    ) -> Tensor:
         rows_read, width = tokens.shape
         state.prepare(width)
         view = state.view(rows)
-        meta = AttentionMetadata(token_mask=_token_mask(tokens, lengths), start=view.lengths, long=view.long)
-        appended = torch.full((rows_read,), width, device=tokens.device) if lengths is None else lengths.clone()
+        meta = AttentionMetadata(
+            token_mask=_token_mask(tokens, lengths), prefix=prefix, start=view.lengths, long=view.long
+        )
+        appended = lengths if prefix is None else prefix
+        appended = torch.full((rows_read,), width, device=tokens.device) if appended is None else appended.clone()
         hidden, updates = self.context(tokens, meta, view.past, appended=appended)
         state.append(updates, appended, width, rows)
         return hidden
@@ -230,3 +266,8 @@ class TwoTowerModel(nn.Module):
 def _token_mask(tokens: Tensor, lengths: Tensor | None) -> Tensor | None:
     """(B, L), True for the first lengths (B,) tokens of each row; None without lengths: no padding."""
     return None if lengths is None else torch.arange(tokens.shape[1], device=tokens.device) < lengths[:, None]
+
+
+def _first_mask(block: Tensor, config: TwoTowerConfig) -> Tensor:
+    """(B,), the tokens of each row of a block (B, L) before its first mask."""
+    return (block != config.mask_token).long().cumprod(1).sum(1)

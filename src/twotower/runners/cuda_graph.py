@@ -167,6 +167,8 @@ def _eligible(tower: Tower, inputs: PassInputs) -> bool:
         or cuda_graph_unsupported_reason(tower.device) is not None
     ):
         return False
+    if inputs.meta.prefix is not None:
+        return False
     if not 0 < inputs.tokens.numel() <= MAX_TOKENS or inputs.tokens.shape[1] > tower.spec.chunk_size:
         return False
     backend = select("experts", tower.device, tower.embeddings.weight.dtype)

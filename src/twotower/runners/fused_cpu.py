@@ -68,6 +68,8 @@ class FusedCPURunner:
         count, weight = inputs.tokens.numel(), tower.embeddings.weight
         if inputs.tokens.shape[1] > MAX_ROW_TOKENS:
             return None
+        if inputs.meta.prefix is not None:
+            return None
         weights = self._weights_for(tower, count)
         if weights is None:
             return None

@@ -50,7 +50,7 @@ class ChoiceBuilder:
     def __init__(self, engine: AsyncLLM, tokenizer: TokenizerAdapter) -> None:
         self.engine, self.tokenizer = engine, tokenizer
         model = engine.llm.model
-        self._ar_only = model.denoiser is None
+        self._ar_only = not model.has_denoiser
         # The mode of requests that have a response format and no mode.
         self._structured_mode = "ar" if self._ar_only else "verified"
         self._shared = {"eos_token_id": eos_of(model), "mask_token_id": model.config.mask_token}

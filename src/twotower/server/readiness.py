@@ -21,7 +21,7 @@ class Readiness:
 
     def __init__(self, engine: AsyncLLM, prompt: list[int], decoding: Mapping[str, object]) -> None:
         model = engine.llm.model
-        mode = {"mode": "ar"} if model.denoiser is None else dict(decoding)
+        mode = dict(decoding) if model.has_denoiser else {"mode": "ar"}
         ids = {"eos_token_id": eos_of(model), "mask_token_id": model.config.mask_token}
         params = GenerationParams.from_mapping(ids | mode | {"max_new_tokens": 1, "seed": 0})
         self.engine = engine

@@ -323,7 +323,7 @@ def response_builder_for(service: Service, request: GenerationRequest, choices: 
 
 def model_card(service: Service) -> ModelCard:
     """The model card of the served model."""
-    modes = ["ar"] if service.model.denoiser is None else ["diffusion", "verified", "ar", "auto", "mock_ar"]
+    modes = ["diffusion", "verified", "ar", "auto", "mock_ar"] if service.model.has_denoiser else ["ar"]
     return ModelCard(
         id=service.settings.name,
         created=service.started,

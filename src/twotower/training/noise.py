@@ -46,7 +46,7 @@ def corrupt(batch: Batch, block_size: int, seed: int, scope: NoiseScope) -> Corr
     rows, length = batch.tokens.shape
     offset, uniform = torch.empty(rows, 1, dtype=torch.float64), torch.empty(rows, length)
     for i, index in enumerate(batch.index.tolist()):  # a row's noise must not depend on other rows
-        generator = torch.Generator().manual_seed(_mix(seed, index))
+        generator = generator_of(seed, index)
         offset[i] = torch.rand(1, generator=generator, dtype=torch.float64)
         uniform[i] = torch.rand(length, generator=generator)
     if scope == "row":
@@ -60,6 +60,11 @@ def corrupt(batch: Batch, block_size: int, seed: int, scope: NoiseScope) -> Corr
     t = 1.0 - (place % 1.0) * (1.0 - LOWEST_NOISE)
     masked = batch.denoised & (uniform < t.repeat_interleave(block_size, 1))
     return Corruption(t.float(), masked)
+
+
+def generator_of(seed: int, index: int) -> torch.Generator:
+    """The generator of row `index` of a run: a row's noise does not depend on other rows."""
+    return torch.Generator().manual_seed(_mix(seed, index))
 
 
 def _mix(seed: int, index: int) -> int:

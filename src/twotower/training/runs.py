@@ -18,6 +18,7 @@ from twotower.errors import ArgumentError, ConfigError
 from twotower.modeling_twotower import TwoTowerForCausalLM
 from twotower.ops.precision import has_fast_bf16_matmul
 from twotower.training import weights
+from twotower.training.adapter_objective import AdapterObjective, AdapterOptions
 from twotower.training.data import Batch
 from twotower.training.fsdp import World, shard
 from twotower.training.objective import AutoregressiveObjective, DenoisingObjective, DenoisingOptions
@@ -38,7 +39,7 @@ class ValidationInputs:
 
     settings: RunSettings
     model: TwoTowerForCausalLM
-    objective: AutoregressiveObjective | DenoisingObjective
+    objective: AutoregressiveObjective | DenoisingObjective | AdapterObjective
     held_out: dict[str, list[Batch]]
     world: World
     eos_token_id: int | Sequence[int]
@@ -128,6 +129,8 @@ def train_denoiser(
     source = resolve_source(settings.model, {})
     config = TwoTowerConfig.read(source)
     refuse_quantized(config, source, "training")
+    if config.adapters is not None:
+        _check_adapters(settings, source)
     with lock_run_dir(directory, settings.fixed() | _backbone_fields(config), world):
         return _train_denoiser(settings, config, source, directory, world, validation)
 
@@ -145,25 +148,14 @@ def _train_denoiser(
     if tokenizer is None:
         raise ArgumentError(f"{source}: contains no tokenizer; put the backbone's tokenizer.json beside the weights")
     encoder = encoder_for(tokenizer, config, defaults)
+    if config.adapters is not None:
+        encoder.shift_blocks(settings.stages[-1].block_size)
     sources, held_out = open_sources(settings)
     loader = open_loader(settings, sources, encoder, settings.offset, world)
     batches = open_held_out(settings, held_out, encoder, world)
     with torch.device("meta"):
         model = TwoTowerForCausalLM(config)
-    assert model.denoiser is not None
-    assert model.time is not None
-    if settings.tie:
-        model.denoiser = model.context
-    options = DenoisingOptions(
-        mask_token_id=config.mask_token,
-        scope=settings.noise,
-        seed=settings.seed,
-        elbo=settings.elbo,
-        train_context=settings.train_context or settings.tie,
-        ar_weight=settings.ar_weight,
-        activation_checkpointing=settings.activation_checkpointing,
-    )
-    objective = DenoisingObjective(model.context, model.denoiser, model.time, options)
+    objective = _adapter_objective(model, settings) if model.has_adapters else _denoising_objective(model, settings)
     _set_determinism(settings)
     dtype = compute_dtype(settings.dtype, world.device)
     shard(objective, objective.units, world, dtype)
@@ -189,6 +181,42 @@ def _train_denoiser(
         _publish(directory, lambda folder: _write_two_towers(whole, config, folder, source))
     world.barrier()
     return directory / "model"
+
+
+def _denoising_objective(model: TwoTowerForCausalLM, settings: DenoiserSettings) -> DenoisingObjective:
+    assert model.denoiser is not None
+    assert model.time is not None
+    if settings.tie:
+        model.denoiser = model.context
+    options = DenoisingOptions(
+        mask_token_id=model.config.mask_token,
+        scope=settings.noise,
+        seed=settings.seed,
+        elbo=settings.elbo,
+        train_context=settings.train_context or settings.tie,
+        ar_weight=settings.ar_weight,
+        activation_checkpointing=settings.activation_checkpointing,
+    )
+    return DenoisingObjective(model.context, model.denoiser, model.time, options)
+
+
+def _adapter_objective(model: TwoTowerForCausalLM, settings: DenoiserSettings) -> AdapterObjective:
+    options = AdapterOptions(
+        mask_token_id=model.config.mask_token,
+        seed=settings.seed,
+        activation_checkpointing=settings.activation_checkpointing,
+    )
+    return AdapterObjective(model.context, options)
+
+
+def _check_adapters(settings: DenoiserSettings, source: Path) -> None:
+    """Raises ArgumentError if adapters, whose context tower stays as it is, cannot be trained with these settings."""
+    for name in ("tie", "train_context", "elbo"):
+        if getattr(settings, name):
+            raise ArgumentError(
+                f"{source}: its denoiser is adapters on the context tower, which is not trained; leave out "
+                f"--{name.replace('_', '-')}"
+            )
 
 
 def _final_weights(model: TwoTowerForCausalLM, source: Path, tied: bool, world: World) -> dict[str, torch.Tensor]:

@@ -68,11 +68,12 @@ template <class T> inline void divide(const float* x, float by, long n, T* y) {
 }
 
 // q (B, L, Hq, D), k and v (B, L, Hkv, D) → out (B, L, Hq, D). Cached tokens
-// t < lengths[b] of past_k and past_v are at the places of the layout.
+// t < lengths[b] of past_k and past_v are at the places of the layout. prefix (B,) or null: the first queries of each row
+// that are causal; the others are not, whatever `causal` says.
 template <class T>
-void attention(const T* q, const T* k, const T* v, const uint8_t* token_mask, int causal, const T* past_k,
-               const T* past_v, KVLayout at, T* out, long B, long L, long Hq, long Hkv, long D, Scores options,
-               int threads) {
+void attention(const T* q, const T* k, const T* v, const uint8_t* token_mask, const int64_t* prefix, int causal,
+               const T* past_k, const T* past_v, KVLayout at, T* out, long B, long L, long Hq, long Hkv, long D,
+               Scores options, int threads) {
     const int64_t *start = at.start, *stride = at.stride, *lengths = at.lengths;
     const long group = Hq / Hkv, Q = group * L, ld = padded(D), part_size = Q * (ld + 2);
     struct Task { long b, h, from, to; };  // keys of [cached keys ; own keys]; the row's last task has the own keys
@@ -111,7 +112,8 @@ void attention(const T* q, const T* k, const T* v, const uint8_t* token_mask, in
                 for (long l = 0; l < L; l++)
                     scaled(q + ((b * L + l) * Hq + h * group + g) * D, D, scale, queries + (g * L + l) * ld);
             // A query attends to itself and to the valid keys of its block up to its limit.
-            bool masked = causal;
+            const long causal_queries = prefix ? prefix[b] : causal ? L : 0;
+            bool masked = causal_queries > 0;
             for (long l = 0; l < L; l++) {
                 const bool counts = !token_mask || token_mask[b * L + l];
                 place[l] = counts ? float(l) : INFINITY;
@@ -133,7 +135,7 @@ void attention(const T* q, const T* k, const T* v, const uint8_t* token_mask, in
                 }
                 for (long m = 0; m < Q; m += TILE) {
                     const long M = std::min(long(TILE), Q - m), last = m % L + M <= L ? m % L + M - 1 : L - 1;
-                    const long near = std::max(causal ? std::min(n - past, last + 1 - begin) : n - past, 0L);
+                    const long near = std::max(last < causal_queries ? std::min(n - past, last + 1 - begin) : n - past, 0L);
                     if (Q > SMALL_ROWS) {
                         gemm(queries + m * ld, ld, 1, transposed, LD_CHUNK, D, M, round_up(past + near), scores,
                              LD_CHUNK, 0, prefetcher(past_values, past * D));
@@ -147,7 +149,7 @@ void attention(const T* q, const T* k, const T* v, const uint8_t* token_mask, in
                     if (masked)
                         for (long i = 0; i < M; i++) {
                             const long l = (m + i) % L;
-                            const float limit = causal ? float(l) : float(L);
+                            const float limit = l < causal_queries ? float(l) : float(L);
                             float *row = scores + i * LD_CHUNK + past, *itself = row + l - begin;
                             const bool here = l >= begin && l < begin + near;
                             const float kept = here ? *itself : 0;
@@ -155,9 +157,10 @@ void attention(const T* q, const T* k, const T* v, const uint8_t* token_mask, in
                                 store(row + r, load(place + begin + r) > limit ? splat(-INFINITY) : load(row + r));
                             if (here) *itself = kept;
                         }
-                    for (long i = 0; causal && options.window && i < M; i++)
-                        mask_first(scores + i * LD_CHUNK,
-                                   std::min(length + (m + i) % L - (options.window - 1) - t, past + near));
+                    for (long i = 0; options.window && i < M; i++)
+                        if (const long l = (m + i) % L; l < causal_queries)
+                            mask_first(scores + i * LD_CHUNK,
+                                       std::min(length + l - (options.window - 1) - t, past + near));
                     const SoftmaxState tile{seen.row_max + m, seen.row_sum + m, seen.acc + m * ld};
                     online_softmax(scores, past + near, M, D, tile, ld);
                     gemm(scores, LD_CHUNK, 1, past_values, D, past, M, D, tile.acc, ld, 1,

@@ -55,7 +55,7 @@ SIGNATURES = {
     "ar_steps_": "ipplppppp",
     "read_drafts_": "ipppppp",
     "fill_blocks_": "ippplpp",
-    "attention_": "ippppi" + "pppppp" + "lllll" + "ffl",
+    "attention_": "ipppppi" + "pppppp" + "lllll" + "ffl",
 }
 
 
@@ -287,10 +287,11 @@ def attention(
     causal: bool,
     cached: CachedKV | None = None,
     options: AttentionOptions = PLAIN,
+    prefix: Tensor | None = None,
 ) -> Tensor:
     """As `ops.reference.attention.attention`."""
     q, k, v = q.contiguous(), k.contiguous(), v.contiguous()
-    token_mask = None if token_mask is None else token_mask.contiguous()
+    token_mask, prefix = (None if part is None else part.contiguous() for part in (token_mask, prefix))
     past: list[Tensor | None] = [None] * 5
     if cached is not None and cached.max_length:
         past = [cached.k, cached.v, cached.start, cached.stride, cached.lengths]
@@ -298,5 +299,5 @@ def attention(
     rows, length, heads, width = q.shape
     sizes = rows, length, heads, k.shape[2], width
     scores = options.scale or 0.0, options.softcap or 0.0, options.window or 0
-    call("attention_", q, q, k, v, token_mask, int(causal), *past, out, *sizes, *scores)
+    call("attention_", q, q, k, v, token_mask, prefix, int(causal), *past, out, *sizes, *scores)
     return out

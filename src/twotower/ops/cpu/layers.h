@@ -127,7 +127,7 @@ template <class T> struct Pass {
             norm_and_rotate(q, head(Q_NORM), turn, q, tokens, o.heads, d, threads);
             norm_and_rotate(k, head(K_NORM), turn, k, tokens, s.kv_heads, d, threads);
         }
-        attention(q, k, v, token_mask, causal, past_k, past_v, at, attended, s.rows, s.L, o.heads, s.kv_heads, d,
+        attention(q, k, v, token_mask, nullptr, causal, past_k, past_v, at, attended, s.rows, s.L, o.heads, s.kv_heads, d,
                   Scores{o.scale, o.softcap, o.window}, threads);
         if (counts) {
             kv_append(k, past_k, at, counts, s.rows, s.L, s.kv_heads, d);

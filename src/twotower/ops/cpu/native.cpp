@@ -101,11 +101,11 @@ void argmax_(int type, const void* logits, const int64_t* excluded, int64_t* tok
     BOTH(argmax(P(logits), excluded, tokens, confidence, positions, each, V, threads))
 }
 
-void attention_(int type, const void* q, const void* k, const void* v, const uint8_t* token_mask, int causal,
-                const void* past_k, const void* past_v, const int64_t* start, const int64_t* stride,
+void attention_(int type, const void* q, const void* k, const void* v, const uint8_t* token_mask,
+                const int64_t* prefix, int causal, const void* past_k, const void* past_v, const int64_t* start, const int64_t* stride,
                 const int64_t* lengths, void* out, long B, long L, long Hq, long Hkv, long D, float scale, float softcap,
                 long window, int threads) {
-    BOTH(attention(P(q), P(k), P(v), token_mask, causal, P(past_k), P(past_v), {start, stride, lengths}, Q(out), B, L,
+    BOTH(attention(P(q), P(k), P(v), token_mask, prefix, causal, P(past_k), P(past_v), {start, stride, lengths}, Q(out), B, L,
                    Hq, Hkv, D, Scores{scale, softcap, window}, threads))
 }
 

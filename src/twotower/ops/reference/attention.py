@@ -74,37 +74,55 @@ def attention(
     causal: bool,
     cached: CachedKV | None = None,
     options: AttentionOptions = PLAIN,
+    prefix: Tensor | None = None,
 ) -> Tensor:
     """Attention of a block over its cached context and itself → (B, L, Hq, D).
 
     q (B, L, Hq, D); k, v (B, L, Hkv, D); token_mask (B, L): False at padding (None: no padding). A query attends to the
-    cached keys, to the valid keys of its own block (causal: up to its own position), and always to itself.
+    cached keys, to the valid keys of its own block (causal: up to its own position), and always to itself. prefix (B,):
+    the first queries of each row that are causal, the others are not, whatever `causal` says.
     """
-    mask = own_block_mask(q.shape[1], token_mask, causal, q.device, options.window)
+    mask = own_block_mask(q.shape[1], token_mask, causal, q.device, options.window, prefix)
     context, context_mask = None, None
     if cached is not None and cached.max_length:
         past_k, past_v, exists = cached.dense(k.shape[2])
         context, context_mask = (past_k, past_v), exists[:, None]
         if options.window is not None:
-            near = window_mask(cached.max_length, cached.lengths, q.shape[1] if causal else 1, options.window)
+            queries = q.shape[1] if causal or prefix is not None else 1
+            near = window_mask(cached.max_length, cached.lengths, queries, options.window, prefix)
             context_mask = context_mask & near
     q, k, v = (part.transpose(1, 2) for part in (q, k, v))
     return block_attention(q, k, v, mask, context, context_mask, options).transpose(1, 2)
 
 
-def window_mask(keys: int, lengths: Tensor, queries: int, window: int) -> Tensor:
-    """Which of `keys` cached keys lie in the window of each query, (B, queries, keys); lengths (B,): of the cache."""
-    position = lengths[:, None] + torch.arange(queries, device=lengths.device)
+def window_mask(keys: int, lengths: Tensor, queries: int, window: int, prefix: Tensor | None = None) -> Tensor:
+    """Which of `keys` cached keys lie in the window of each query, (B, queries, keys); lengths (B,): of the cache.
+
+    prefix (B,): queries after the first `prefix` have the window of the first one.
+    """
+    place = torch.arange(queries, device=lengths.device)
+    position = lengths[:, None] + (place if prefix is None else torch.where(place < prefix[:, None], place, 0))
     return torch.arange(keys, device=lengths.device) > (position - window)[..., None]
 
 
 def own_block_mask(
-    length: int, token_mask: Tensor | None, causal: bool, device: torch.device, window: int | None = None
+    length: int,
+    token_mask: Tensor | None,
+    causal: bool,
+    device: torch.device,
+    window: int | None = None,
+    prefix: Tensor | None = None,
 ) -> Tensor | None:
-    """The mask (B or 1, L, L) of a block's own keys, or None: no mask. A padding query attends at least to itself."""
-    mask = torch.ones(1, length, length, dtype=torch.bool, device=device).tril() if causal else None
-    if mask is not None and window is not None:
-        mask = mask.triu(1 - window)
+    """The mask (B or 1, L, L) of a block's own keys, or None: no mask. A padding query attends at least to itself.
+
+    prefix (B,): see `attention`.
+    """
+    mask = None
+    if causal or prefix is not None:
+        mask = torch.ones(1, length, length, dtype=torch.bool, device=device).tril()
+        mask = mask if window is None else mask.triu(1 - window)
+    if mask is not None and prefix is not None:
+        mask = mask | (torch.arange(length, device=device) >= prefix[:, None])[..., None]
     if token_mask is not None:
         keys = token_mask[:, None] | torch.eye(length, dtype=torch.bool, device=device)
         mask = keys if mask is None else mask & keys

@@ -86,11 +86,12 @@ def attention(
     causal: bool,
     cached: CachedKV | None = None,
     options: AttentionOptions = PLAIN,
+    prefix: Tensor | None = None,
 ) -> Tensor:
     """As `twotower.ops.reference.attention.attention`, without gradients."""
     rows, length, all_heads, width = q.shape
-    if tile_of(width) > MAX_HEAD_DIM:
-        return reference.attention(q, k, v, token_mask, causal, cached, options)
+    if tile_of(width) > MAX_HEAD_DIM or prefix is not None:
+        return reference.attention(q, k, v, token_mask, causal, cached, options, prefix)
     heads = k.shape[2]
     out = q.new_empty(q.shape)
     if not out.numel():

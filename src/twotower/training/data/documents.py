@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import zlib
 from collections.abc import Callable
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
@@ -77,6 +78,7 @@ class Encoder:
         self.eos_token_id, self.mask_token_id = eos_token_id, mask_token_id
         self.bos_token_id, self.pad_token_id = bos_token_id, pad_token_id
         self.add_eos = add_eos
+        self._spread: int | None = None
         special = {"eos": eos_token_id, "mask": mask_token_id, "bos": bos_token_id, "pad": pad_token_id}
         for name, token in special.items():
             if token is not None and not 0 <= token < vocab_size:
@@ -92,6 +94,20 @@ class Encoder:
                 f"the tokenizer has ids up to {highest}, but the model's vocabulary is 0 to {vocab_size - 1}; "
                 "use the tokenizer that belongs to the model"
             )
+
+    def shift_blocks(self, spread: int) -> None:
+        """Documents for adapters: blocks begin at the last token of a prompt, and may begin anywhere in the text.
+
+        In half of the documents they begin there, in the others up to spread − 1 tokens later, by a hash of the text.
+        """
+        self._spread = spread
+
+    def _context(self, given: int, tokens: np.ndarray) -> int:
+        if self._spread is None:
+            return given
+        drawn = zlib.crc32(tokens.tobytes())
+        later = 0 if drawn % 2 else drawn // 2 % self._spread
+        return max(min(given + later - 1, len(tokens) - 3), 0)
 
     def encode(self, record: Record) -> Document:
         """Encodes one record.
@@ -120,7 +136,8 @@ class Encoder:
                 f"{record.place}: its text contains the mask token (id {self.mask_token_id}), which training uses for "
                 "masked positions; remove it from the text, or give the model's mask_token_id"
             )
-        return Document(tokens, len(first) if prompted else int(has_bos), prompted, self.add_eos)
+        context = self._context(len(first) if prompted else int(has_bos), tokens)
+        return Document(tokens, context, prompted, self.add_eos)
 
 
 def _reader(tokenizer: AnyTokenizer) -> tuple[Callable[[str, bool], list[int]], int]:

@@ -86,8 +86,9 @@ def write_samples(
 ) -> Validation:
     """Continues all prompts, divided among the processes. Every process calls this function and gets the same result.
 
-    Returns tokens_per_pass (diffusion only: new tokens up to and with EOS per denoising pass, over all prompts) and
-    sample (the first prompt, its continuation and the trace of its denoising passes).
+    Returns tokens_per_pass (not for AR: new tokens up to and with EOS, over all prompts, per denoising pass in
+    diffusion, per pass of either tower in verified decoding) and sample (the first prompt, its continuation and, in
+    diffusion, the trace of its denoising passes).
     """
     own = list(prompts[world.rank :: world.size])
     passes: Counter[int] = Counter()
@@ -98,9 +99,9 @@ def write_samples(
     diffusion = params.mode == "diffusion"
     results = generate(model, own, params, step_callback=count if diffusion else None) if own else []
     record: Validation = {}
-    if diffusion:
+    if params.mode != "ar":
         tokens = world.total(sum(len(result.tokens) for result in results))
-        record["tokens_per_pass"] = tokens / world.total(sum(result.denoiser_passes for result in results))
+        record["tokens_per_pass"] = tokens / world.total(sum(result.passes for result in results))
     sample: Sample = {}
     if world.is_main:
         first = results[0]

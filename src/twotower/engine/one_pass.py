@@ -1,0 +1,57 @@
+"""Rounds of a model whose denoiser is adapters on the context tower: one pass checks a draft and makes the next.
+
+The pass reads the pending token, the draft, and masks. Its outputs up to the draft's last token are AR's, so they check
+the draft, and AR's own next token becomes pending. If the whole draft is kept, the outputs at the masks are the next
+draft, from the left up to the first one that is not sure. Otherwise they followed a wrong token, and the next pass
+has no draft.
+
+In verified decoding, a drafted token is kept if it is AR's. In diffusion, drafted tokens above the threshold are final.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from itertools import takewhile
+
+from twotower.engine.scheduled import ScheduledTokens
+from twotower.engine.sequence import Phase, RunningSequence
+
+DRAFT_CONFIDENCE = 0.4  # of drafted tokens in verified decoding: a pass that refuses a token makes no draft
+
+
+def begin(sequence: RunningSequence, room: int, draft_passes: int | None) -> None:
+    """Begins the next round. room: new tokens that may still follow. draft_passes: None: the controller chooses."""
+    sequence.room, sequence.seconds = room, 0.0
+    drafts = sequence.mode == "diffusion"
+    if sequence.mode == "verified":
+        drafts = bool(sequence.controller.choose_depth() if draft_passes is None else draft_passes)
+    if sequence.final_drafts:
+        sequence.block, most = [sequence.pending, *sequence.draft], room - 1
+    else:
+        sequence.block = [sequence.pending, *sequence.draft[: room - 1]]
+        most = room - len(sequence.block)
+    left = min(sequence.params.block_size - len(sequence.block), most)
+    sequence.masks = max(left, 0) if drafts else 0
+    sequence.committed_at = [0] * len(sequence.block)
+    sequence.max_passes = int(len(sequence.block) > 1 or sequence.masks > 0)
+    sequence.phase = Phase.CHECK if sequence.max_passes else Phase.STEP
+
+
+def next_draft(entry: ScheduledTokens, new: Sequence[int], sure: Sequence[float], accepted: int) -> list[int]:
+    """The draft after a pass: confident tokens at its masks. new, sure: the token and confidence at each position."""
+    first = len(entry.tokens)
+    if accepted < first - 1:
+        return []
+    sequence = entry.sequence
+    least = sequence.policy_value if sequence.mode == "diffusion" else DRAFT_CONFIDENCE
+    pairs = zip(new[first : entry.width], sure[first : entry.width], strict=True)
+    return [token for token, _ in takewhile(lambda pair: pair[1] > least, pairs)]
+
+
+def final_text(
+    entry: ScheduledTokens, new: list[int], sure: list[float], accepted: int
+) -> tuple[list[int], list[float], Sequence[int]]:
+    """In diffusion, the text that a pass adds (the next token, then the draft), confidences, and no draft to show."""
+    first, count = len(entry.tokens), len(entry.sequence.draft)
+    places = [accepted, *range(first, first + count)]
+    return [new[place] for place in places], [sure[place] for place in places], ()

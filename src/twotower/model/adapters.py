@@ -1,0 +1,67 @@
+"""Adapters: a denoiser that is the context tower itself, with low-rank updates of its linear layers.
+
+The updates act from the first mask of a block on. The tokens before it attend causally (`AttentionMetadata.prefix`), so
+they are computed exactly as the autoregressive model computes them. One pass can therefore check drafted tokens, add
+the kept ones to the state, and predict new tokens at the masks. Output i predicts token i + 1 (prediction shift 1), as
+in the autoregressive model.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+from contextvars import ContextVar
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+_POSITIONS: ContextVar[Tensor | None] = ContextVar("adapted positions", default=None)
+
+
+class LowRank(nn.Module):
+    """The update x·Aᵀ·Bᵀ of a linear layer: a (r, in), b (out, r) (LoRA; Hu et al. 2021, arXiv 2106.09685)."""
+
+    def __init__(self, in_features: int, out_features: int, rank: int) -> None:
+        super().__init__()
+        self.a = nn.Parameter(torch.empty(rank, in_features))
+        self.b = nn.Parameter(torch.empty(out_features, rank))
+
+    def reset_parameters(self) -> None:
+        """a ~ N(0, 1 / in), b = 0: no update."""
+        nn.init.normal_(self.a, std=self.a.shape[1] ** -0.5)
+        nn.init.zeros_(self.b)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return F.linear(F.linear(x, self.a), self.b)
+
+
+class MaskEmbedding(nn.Module):
+    """The embedding of the mask token where adapters act. Elsewhere the token has its row of the embedding."""
+
+    def __init__(self, hidden_size: int, token: int) -> None:
+        super().__init__()
+        self.token = token
+        self.weight = nn.Parameter(torch.empty(hidden_size))
+
+    def forward(self, x: Tensor, tokens: Tensor, positions: Tensor) -> Tensor:
+        """x (B, L, H): embeddings of tokens (B, L) → with this one at masks among `positions` (B, L)."""
+        return torch.where((positions & (tokens == self.token))[..., None], self.weight.to(x.dtype), x)
+
+
+@contextmanager
+def adapting(positions: Tensor | None) -> Iterator[None]:
+    """Adapters act at these positions (B, L) of the layers that run in this context; None: nowhere."""
+    before = _POSITIONS.set(positions)
+    try:
+        yield
+    finally:
+        _POSITIONS.reset(before)
+
+
+def adapted(out: Tensor, x: Tensor, adapter: LowRank | None) -> Tensor:
+    """The output of a linear layer over x with the update of its adapter, at the positions where adapters act."""
+    positions = _POSITIONS.get()
+    if adapter is None or positions is None:
+        return out
+    return torch.where(positions.reshape(*out.shape[:-1], 1), out + adapter(x), out)

@@ -1,0 +1,114 @@
+"""Checkpoints whose denoiser is adapters: made by twotower init, trained, saved, loaded, exported, refused."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from command import Result
+from safetensors.torch import load_file
+from tiny_backbones import save, save_tokenizer
+
+from twotower import GenericTwoTowerConfig, TwoTowerForCausalLM
+from twotower.checkpoint.convert import convert
+from twotower.errors import ConfigError
+
+PROMPT = torch.tensor([[5, 6, 7, 8]])
+
+
+@pytest.fixture(scope="module", params=["nemotron_h", "llama"])
+def made(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, Path]:
+    """A one-tower checkpoint, and the checkpoint with adapters that is made from it."""
+    folder = tmp_path_factory.mktemp(request.param)
+    save(request.param, folder / "source")
+    convert(folder / "source", folder / "two", mask_token=3, denoiser_lora=4)
+    return folder / "source", folder / "two"
+
+
+def test_new_adapters_add_nothing_and_the_context_tower_is_the_source(made: tuple[Path, Path]) -> None:
+    source, two = made
+    plain = convert(source, two.parent / "full", mask_token=3, overwrite=True)
+    model, full = (TwoTowerForCausalLM.from_pretrained(path, dtype=torch.float64) for path in (two, plain.directory))
+    assert model.denoiser is None
+    assert model.time is None
+    assert model.has_adapters
+    config = json.loads((two / "config.json").read_text())
+    assert (config["model_type"], config["adapters"], config["format"]) == ("two_tower", {"rank": 4}, 1)
+    expected = full.generate_ar(PROMPT, max_new_tokens=12)
+    assert torch.equal(model.generate_ar(PROMPT, max_new_tokens=12), expected)
+    verified = model.generate_verified(PROMPT, max_new_tokens=12, draft_steps=1)
+    assert torch.equal(verified, expected)
+    assert sum(file.stat().st_size for file in two.glob("*.safetensors")) < 0.7 * plain.bytes
+
+
+def test_saved_and_loaded_again_and_exported(made: tuple[Path, Path], cli: Callable[..., Result]) -> None:
+    source, two = made
+    model = TwoTowerForCausalLM.from_pretrained(two)
+    with torch.no_grad():
+        for name, parameter in model.named_parameters():
+            if ".adapter." in name or "mask_embedding" in name:
+                parameter.normal_()
+    model.save_pretrained(two.parent / "again")
+    again = TwoTowerForCausalLM.from_pretrained(two.parent / "again")
+    assert all(torch.equal(a, b) for a, b in zip(model.state_dict().values(), again.state_dict().values(), strict=True))
+    context = TwoTowerForCausalLM.from_pretrained(two, towers="context")
+    assert not context.has_denoiser
+    done = cli("export", two.parent / "again", "--to", "one-tower", "-o", two.parent / "one", "--overwrite")
+    assert done.code == 0, done.err
+    exported, original = load_file(two.parent / "one/model.safetensors"), load_file(source / "model.safetensors")
+    assert exported.keys() == original.keys()
+    assert all(torch.equal(exported[name], original[name]) for name in original)
+
+
+@pytest.mark.parametrize(
+    ("fields", "words"),
+    [
+        ({"adapters": {"rank": 0}}, "adapters.rank is 0; it must be a positive integer"),
+        ({"adapters": {"rank": 4, "alpha": 2}}, "adapters is .* it must be an object such as"),
+        ({"adapters": 4}, "adapters is 4"),
+        ({"adapters": {"rank": 4}, "format": 2}, "format is 2; this version reads up to 1, so update twotower"),
+    ],
+)
+def test_wrong_fields_are_one_error(fields: dict[str, Any], words: str) -> None:
+    with pytest.raises(ConfigError, match=words):
+        GenericTwoTowerConfig(mask_token_id=3, **fields)
+
+
+def test_released_configs_with_such_fields_are_refused(tmp_path: Path) -> None:
+    save("nemotron_h", tmp_path)
+    config = json.loads((tmp_path / "config.json").read_text())
+    (tmp_path / "config.json").write_text(json.dumps(config | {"adapters": {"rank": 4}}))
+    with pytest.raises(ConfigError, match="adapters needs model_type 'two_tower', and it is 'nemotron_h'"):
+        TwoTowerForCausalLM.from_pretrained(tmp_path)
+
+
+def test_a_short_training_run_lowers_the_loss_and_changes_only_adapters(
+    tmp_path: Path, cli: Callable[..., Result]
+) -> None:
+    save("nemotron_h", tmp_path / "source", vocab_size=259)
+    save_tokenizer(tmp_path / "source")
+    convert(tmp_path / "source", tmp_path / "two", mask_token=4, denoiser_lora=4)
+    lines = [json.dumps({"prompt": "a b c", "text": f" {'d e f g ' * 6}{i}"}) for i in range(60)]
+    (tmp_path / "data.jsonl").write_text("\n".join(lines))
+    options = ("--block-size", 4, "--batch-size", 4, "--row-length", 128, "--dtype", "float32", "--held-out", 0.1)
+    command = ("train", tmp_path / "two", "-o", tmp_path / "run", "--data", tmp_path / "data.jsonl", *options)
+    done = cli(*map(str, (*command, "--steps", 40, "--lr", 2e-2, "--warmup", 2, "--validate-every", 20)))
+    assert done.code == 0, done.err
+    records = [json.loads(line) for line in (tmp_path / "run/log.jsonl").read_text().splitlines()]
+    assert records[-1]["loss"] < 0.7 * records[0]["loss"]
+    found = records[-1]["validation"]
+    assert 0 < found["agreement"] <= 1
+    assert 1 <= found["draft_tokens"] <= 4
+    assert found["tokens_per_pass"] >= 1
+    before, after = (load_file(tmp_path / path / "model.safetensors") for path in ("two", "run/model"))
+    changed = {name for name in before if not torch.equal(before[name], after[name])}
+    assert changed
+    assert changed <= {name for name in before if name.startswith("adapters.")}
+    for option in ("--tie", "--train-context", "--elbo"):
+        refused = cli(*map(str, (*command[:2], "-o", tmp_path / "other", *command[4:], option)))
+        assert refused.code == 2
+        assert f"is adapters on the context tower, which is not trained; leave out {option}" in refused.err

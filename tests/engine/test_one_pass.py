@@ -1,0 +1,115 @@
+"""Models with adapters in the engine: verified text is AR's, and one pass checks a draft and makes the next."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any
+
+import pytest
+import torch
+from tiny_backbones import slow_but, two_tower
+
+from twotower import TwoTowerForCausalLM
+from twotower.decoding.output import Generation
+from twotower.decoding.params import GenerationParams
+from twotower.engine import context_step, one_pass
+from twotower.engine.generation import generate
+from twotower.engine.scheduled import ScheduledTokens
+
+NAMES = slow_but(("nemotron_h", "llama", "gemma2", "qwen3_next"))
+PROMPTS = [[5], [6, 7, 8], [9, 10, 11, 12, 13, 14, 15, 16, 17, 18], [20, 21] * 9]
+NEW, MASK, EOS = 24, 3, 2
+
+
+def model_of(name: str, dtype: torch.dtype = torch.float64) -> TwoTowerForCausalLM:
+    return two_tower(name, dtype, rank=3)
+
+
+def run(model: TwoTowerForCausalLM, prompts: list[list[int]] = PROMPTS, **options: Any) -> list[Generation]:
+    settings: dict[str, Any] = {"max_new_tokens": NEW, "eos_token_id": EOS, "block_size": 6} | options
+    return generate(model, prompts, GenerationParams.of(**settings))
+
+
+def tokens(rows: Sequence[Generation]) -> list[list[int]]:
+    return [row.tokens for row in rows]
+
+
+def draft_from(texts: list[list[int]], monkeypatch: pytest.MonkeyPatch) -> None:
+    """Drafts are the rest of these texts, with every fifth token wrong, as far as there are masks."""
+
+    def rest(entry: ScheduledTokens, new: Sequence[int], sure: Sequence[float], accepted: int) -> list[int]:
+        if accepted < len(entry.tokens) - 1:
+            return []
+        output = entry.sequence.output
+        done = len(output.progress.tokens) + accepted + 1
+        following = texts[output.row][done : done + entry.masks]
+        return [token if (done + place) % 5 else 4 for place, token in enumerate(following)]
+
+    monkeypatch.setattr(context_step, "next_draft", rest)
+
+
+@pytest.mark.parametrize("name", NAMES)
+@pytest.mark.parametrize("options", [{}, {"temperature": 0.8, "seed": 5}], ids=["greedy", "sampled"])
+def test_verified_text_is_that_of_ar(name: str, options: dict[str, Any], monkeypatch: pytest.MonkeyPatch) -> None:
+    model = model_of(name)
+    expected = run(model, mode="ar", **options)
+    monkeypatch.setattr(one_pass, "DRAFT_CONFIDENCE", 0.02)
+    own = run(model, mode="verified", draft_steps=1, **options)
+    assert tokens(own) == tokens(expected)
+    assert sum(row.drafted for row in own)
+    draft_from(tokens(expected), monkeypatch)
+    for block_size in (2, 6, 16):
+        found = run(model, mode="verified", draft_steps=1, block_size=block_size, **options)
+        assert tokens(found) == tokens(expected)
+        assert [row.finish_reason for row in found] == [row.finish_reason for row in expected]
+        for row in found:
+            assert row.denoiser_passes == 0
+            assert row.context_passes + row.accepted >= len(row.tokens) > row.context_passes
+        assert sum(row.rejected for row in found)
+    adaptive = run(model, mode="verified", **options)
+    assert tokens(adaptive) == tokens(expected)
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_diffusion_with_threshold_1_is_ar_and_a_lower_one_needs_fewer_passes(name: str) -> None:
+    model = model_of(name)
+    expected = run(model, mode="ar")
+    exact = run(model, mode="diffusion", confidence_threshold=1.0)
+    assert tokens(exact) == tokens(expected)
+    assert tokens(run(model, mode="mock_ar")) == tokens(expected)
+    fast = run(model, mode="diffusion", confidence_threshold=0.1)
+    assert sum(row.context_passes for row in fast) < sum(row.context_passes for row in exact)
+    assert [row.tokens[0] for row in fast] == [row.tokens[0] for row in expected]
+
+
+@torch.no_grad()
+def naive_diffusion(model: TwoTowerForCausalLM, prompt: list[int], width: int, threshold: float) -> list[int]:
+    """Diffusion without a kept state: every pass reads the text anew, all but what the last pass made final first."""
+    text, read = list(prompt), len(prompt) - 1
+    while len(text) < len(prompt) + NEW and EOS not in text[len(prompt) :]:
+        block = text[read:]
+        prefix = len(block)
+        block += [MASK] * max(min(width - prefix, len(prompt) + NEW - len(text) - 1), 0)
+        state = model.new_state(1, len(text) + width)
+        if read:
+            model.extend(torch.tensor([text[:read]]), state)
+        logits = model.extend(torch.tensor([block]), state, prefix=torch.tensor([prefix]))
+        assert logits is not None
+        logits[0, prefix:, MASK] = -torch.inf
+        sure, own = logits[0].softmax(-1).max(-1)
+        read = len(text)
+        text.append(int(own[prefix - 1]))
+        for place in range(prefix, len(block)):
+            if not sure[place] > threshold or text[-1] == EOS:
+                break
+            text.append(int(own[place]))
+    return text[len(prompt) :]
+
+
+@pytest.mark.parametrize("name", ["nemotron_h", "llama"])
+@pytest.mark.parametrize("width", [1, 2, 6, 30])
+def test_diffusion_is_that_of_a_loop_without_a_state(name: str, width: int) -> None:
+    model = model_of(name)
+    found = run(model, mode="diffusion", confidence_threshold=0.1, block_size=width)
+    assert tokens(found) == [naive_diffusion(model, prompt, width, 0.1) for prompt in PROMPTS]
+    assert width == 1 or sum(row.context_passes for row in found) < sum(len(row.tokens) for row in found)
