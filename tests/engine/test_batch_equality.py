@@ -231,7 +231,6 @@ def test_near_ties_and_clear_choices_are_distinguished(exact: TwoTowerForCausalL
     assert is_near_tie(twin, run)
 
 
-@pytest.mark.code_path
 def test_a_row_that_saw_its_neighbours_would_be_found() -> None:
     """With one t for the whole batch, as in the released code, the rows that differ are not near ties."""
     denoise = TwoTowerForCausalLM.denoise

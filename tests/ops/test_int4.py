@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from functools import cache
 from pathlib import Path
 from typing import Any
 
@@ -145,6 +146,15 @@ def test_linear_uses_the_dequantized_weights(bias: bool, width: int) -> None:
     torch.testing.assert_close(int4.linear(x, layer.weight, 17, own), expected, rtol=1e-12, atol=1e-12)
 
 
+@cache
+def experts_of_37_inputs() -> tuple[list[Tensor], list[Tensor]]:
+    """Data of the gates, up and down matrices of seven experts, and the weights they stand for."""
+    randn = self_check_cases.Randn(4, CPU)
+    shapes = ((7, 21, 37), (7, 21, 37), (7, 37, 21))
+    every = [int4.quantize(randn(*shape)) for shape in shapes]
+    return every, [meant(data, shape) for data, shape in zip(every, shapes, strict=True)]
+
+
 @pytest.mark.parametrize("backend", [int4.experts_sorted, int4.experts_gathered, int4.experts_grouped])
 @pytest.mark.parametrize("gated", [False, True])
 @pytest.mark.parametrize(("tokens", "top"), [(0, 2), (1, 2), (3, 1), (19, 3)])
@@ -152,12 +162,10 @@ def test_experts_use_the_dequantized_weights(
     backend: Callable[..., Tensor], gated: bool, tokens: int, top: int, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(torch, "_grouped_mm", grouped)
-    randn = self_check_cases.Randn(4, CPU)
-    shapes = ((7, 21, 37), (7, 21, 37), (7, 37, 21))
-    gate, up, down = (int4.quantize(randn(*shape)) for shape in shapes)
+    randn = self_check_cases.Randn(8, CPU)
+    (gate, up, down), wide = experts_of_37_inputs()
     hidden, weight = randn(tokens, 37).double(), randn(tokens, top).double().abs()
     choice = randn(tokens, 7).argsort(-1)[:, :top]
-    wide = [meant(data, shape) for data, shape in zip((gate, up, down), shapes, strict=True)]
     activation = "gelu" if gated else "relu2"
     expected = experts_dense(hidden, choice, weight, wide[0] if gated else None, *wide[1:], activation)
     found = backend(hidden, choice, weight, gate if gated else None, up, down, 21, activation)

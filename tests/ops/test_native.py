@@ -8,6 +8,7 @@ from typing import Any
 import pytest
 import torch
 from conftest import EVERY_KIND, build_random_model
+from pairwise import pairwise
 from torch import Tensor
 from torch.utils.flop_counter import FlopCounterMode
 
@@ -373,14 +374,15 @@ def attention_arguments(
     return q, k, v, token_mask, cached
 
 
-@pytest.mark.parametrize("dtype", NARROW)
-@pytest.mark.parametrize(("causal", "ragged"), [(True, False), (False, False), (True, True), (False, True)])
-@pytest.mark.parametrize("length", [1, 2, 9, 16, 33])
-@pytest.mark.parametrize(("heads", "shared", "width"), HEADS)
+@pytest.mark.parametrize(
+    ("sizes", "length", "causal", "ragged", "dtype"),
+    pairwise(HEADS, [1, 2, 9, 16, 33], [True, False], [True, False], NARROW),
+)
 def test_attention_of_any_shape(
-    heads: int, shared: int, width: int, length: int, causal: bool, ragged: bool, dtype: torch.dtype
+    sizes: tuple[int, int, int], length: int, causal: bool, ragged: bool, dtype: torch.dtype
 ) -> None:
     """Context lengths 0, around one softmax chunk, around one task, and several tasks."""
+    heads, shared, width = sizes
     contexts = (0, 7, 250, 256, 1024, 1025, 2300)
     q, k, v, token_mask, cached = attention_arguments(length, heads, shared, width, contexts, ragged)
     q, k, v = (part.to(dtype) for part in (q, k, v))

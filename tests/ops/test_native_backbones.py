@@ -7,6 +7,7 @@ from typing import Any, get_args
 import pytest
 import torch
 import torch.nn.functional as F
+from pairwise import pairwise
 from test_native import CPU, NARROW, SIZES, attention_arguments
 from torch import Tensor
 
@@ -35,10 +36,10 @@ OPTIONS = [
 ]  # fmt: skip
 
 
-@pytest.mark.parametrize("dtype", NARROW)
-@pytest.mark.parametrize(("causal", "ragged"), [(True, False), (False, False), (True, True), (False, True)])
-@pytest.mark.parametrize("length", [1, 9, 16, 33])
-@pytest.mark.parametrize("options", OPTIONS, ids=str)
+@pytest.mark.parametrize(
+    ("options", "length", "causal", "ragged", "dtype"),
+    pairwise(OPTIONS, [1, 9, 16, 33], [True, False], [True, False], NARROW),
+)
 def test_attention_with_any_option(
     options: AttentionOptions, length: int, causal: bool, ragged: bool, dtype: torch.dtype
 ) -> None:

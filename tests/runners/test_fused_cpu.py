@@ -7,6 +7,7 @@ from typing import Any, Literal
 
 import pytest
 import torch
+from pairwise import pairwise
 from tiny_backbones import FAMILY_NAMES, SHAPES, slow_but, two_tower
 from torch import Tensor
 
@@ -86,9 +87,7 @@ def prepared(name: str, dtype: torch.dtype, weights: Weights, **overrides: Any) 
 
 
 @pytest.mark.proves("compiled pass")
-@pytest.mark.parametrize("dtype", NARROW)
-@pytest.mark.parametrize("length", [1, 7])
-@pytest.mark.parametrize("name", SHAPES)
+@pytest.mark.parametrize(("name", "length", "dtype"), pairwise(list(SHAPES), [1, 7], NARROW))
 def test_a_pass_is_its_layers(name: str, length: int, dtype: torch.dtype, monkeypatch: pytest.MonkeyPatch) -> None:
     """A spec for which there is a reason is declined: the table of docs/backbones.md prints it."""
     model = prepared(name, dtype, "plain")
@@ -97,9 +96,10 @@ def test_a_pass_is_its_layers(name: str, length: int, dtype: torch.dtype, monkey
 
 
 @pytest.mark.proves("compiled pass")
-@pytest.mark.parametrize("dtype", NARROW)
-@pytest.mark.parametrize("weights", ["packed", pytest.param("int8", marks=pytest.mark.proves("int8"))])
-@pytest.mark.parametrize("name", slow_but(FAMILY_NAMES))
+@pytest.mark.parametrize(
+    ("name", "weights", "dtype"),
+    pairwise(slow_but(FAMILY_NAMES), ["packed", pytest.param("int8", marks=pytest.mark.proves("int8"))], NARROW),
+)
 def test_packed_and_quantized_passes(
     name: str, weights: Weights, dtype: torch.dtype, monkeypatch: pytest.MonkeyPatch
 ) -> None:
