@@ -177,6 +177,8 @@ def argmax_arguments(size: int, device: torch.device, dtype: torch.dtype) -> tup
 
 
 PRODUCTS = ((1, 67, 35, True), (3, 96, 64, False), (16, 131, 70, True), (21, 512, 33, False))  # tokens, in, out, bias
+# Split-K at a released size, the largest tiles, and programs that sum all parts.
+GPU_PRODUCTS = ((16, 4096, 2688, False), (70, 2688, 131, True), (200, 1024, 2688, False))
 
 
 def linear_cases(device: torch.device, dtype: torch.dtype) -> list[Case]:
@@ -196,7 +198,7 @@ def linear_cases(device: torch.device, dtype: torch.dtype) -> list[Case]:
 
 
 def linear_int8_cases(device: torch.device, dtype: torch.dtype) -> list[Case]:
-    """The cases of `linear` with a row of zeros; on a GPU also the largest tiles and a released size with split-K."""
+    """The cases of `linear` with a row of zeros; on a GPU also larger ones."""
 
     def arguments(tokens: int, width: int, out: int, bias: bool) -> tuple[object, ...]:
         randn = Randn(10, device)
@@ -204,12 +206,12 @@ def linear_int8_cases(device: torch.device, dtype: torch.dtype) -> list[Case]:
         weight[out // 2] = 0
         return randn(tokens, width).to(dtype), *quantize(weight), randn(out).to(dtype) if bias else None
 
-    more = ((16, 4096, 2688, False), (70, 2688, 131, True)) if device.type == "cuda" else ()
-    return [make_case(f"{size[0]} tokens of width {size[1]}", arguments, *size) for size in PRODUCTS + more]
+    sizes = PRODUCTS + GPU_PRODUCTS * (device.type == "cuda")
+    return [make_case(f"{size[0]} tokens of width {size[1]}", arguments, *size) for size in sizes]
 
 
 def linear_int4_cases(device: torch.device, dtype: torch.dtype) -> list[Case]:
-    """The cases of `linear` with a group of zeros, and one with a short last run."""
+    """The cases of `linear_int8` with a group of zeros, and one with a short last run."""
 
     def arguments(tokens: int, width: int, out: int, bias: bool) -> tuple[object, ...]:
         randn = Randn(20, device)
@@ -217,9 +219,8 @@ def linear_int4_cases(device: torch.device, dtype: torch.dtype) -> list[Case]:
         weight[out // 2, :32] = 0
         return randn(tokens, width).to(dtype), int4.quantize(weight), out, randn(out).to(dtype) if bias else None
 
-    return [
-        make_case(f"{size[0]} tokens of width {size[1]}", arguments, *size) for size in (*PRODUCTS, (5, 60, 17, False))
-    ]
+    sizes = (*PRODUCTS, (5, 60, 17, False), *GPU_PRODUCTS * (device.type == "cuda"))
+    return [make_case(f"{size[0]} tokens of width {size[1]}", arguments, *size) for size in sizes]
 
 
 def rms_norm_cases(device: torch.device, dtype: torch.dtype, width: int | None = None) -> list[Case]:
