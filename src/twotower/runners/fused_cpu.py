@@ -68,8 +68,6 @@ class FusedCPURunner:
         count, weight = inputs.tokens.numel(), tower.embeddings.weight
         if inputs.tokens.shape[1] > MAX_ROW_TOKENS:
             return None
-        if inputs.meta.prefix is not None:
-            return None
         weights = self._weights_for(tower, count)
         if weights is None:
             return None
@@ -161,15 +159,16 @@ class FusedCPURunner:
 
 def _fused_pass(tower: Tower, weights: WeightTable, tables: PassTables, inputs: PassInputs) -> PassResult:
     """Runs a pass whose tables are filled."""
-    x = tower.embed(inputs.tokens)  # the pass overwrites x
+    meta = inputs.meta
+    x = tower.embed(inputs.tokens, meta.adapted_positions(inputs.tokens.shape[1]))  # the pass overwrites x
     hidden = x.new_empty(x.shape, dtype=weights.dtype)
     updates = tables.updates(hidden)
-    meta = inputs.meta
-    token_mask = None if meta.token_mask is None else meta.token_mask.contiguous()
+    token_mask, prefix = (None if part is None else part.contiguous() for part in (meta.token_mask, meta.prefix))
     appended = inputs.appended.contiguous() if tables.appends and inputs.appended is not None else None
     slots = inputs.past.rows if isinstance(inputs.past, StateCaches) else None
     call(
-        "tower_", hidden, x, tables.pass_options, tables.layer_options, *weights.addresses, tables.inputs, tables.ropes,
-        weights.norm_f, hidden, token_mask, appended, slots, int(meta.causal),
+        "tower_", hidden, x, tables.pass_options, tables.layer_options, *weights.addresses, *weights.adapters,
+        weights.rank, tables.inputs, tables.ropes, weights.norm_f, hidden, token_mask, appended, slots, prefix,
+        int(meta.causal),
     )  # fmt: skip
     return hidden, updates

@@ -14,6 +14,7 @@ from typing import Any, NamedTuple
 from torch import Tensor, nn
 from torch.nn.modules.module import _has_any_global_hook
 
+from twotower.model.adapters import LowRank, MaskEmbedding
 from twotower.model.attention import Attention
 from twotower.model.delta_net import GatedDeltaNet
 from twotower.model.linear import Int4Linear, Int8Linear, Linear, TiedHead
@@ -47,6 +48,8 @@ OWN_MODULES: frozenset[type[nn.Module]] = frozenset(
         Int4Linear,
         Int4Experts,
         TiedHead,
+        LowRank,
+        MaskEmbedding,
     }
 )
 

@@ -10,6 +10,7 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
+from twotower.model.adapters import LowRank
 from twotower.model.linear import Int4Linear
 from twotower.model.moe import Int4Experts
 from twotower.model.tower import Layer, Tower
@@ -50,20 +51,22 @@ _version_of: Callable[[Tensor], int] = attrgetter("_version")
 
 
 class WeightEntry(NamedTuple):
-    """A weight of the C++ pass: its index in the table, and the dtype that it must have."""
+    """A weight of the C++ pass: its index in the table, and the dtype that it must have. adapter: of the weight."""
 
     slot: int
     tensor: Tensor | None
     dtype: torch.dtype
     optional: bool = False
     packed: PackedWeight | None = None
+    adapter: LowRank | None = None
 
 
 class WeightTable:
     """The weight table of a tower; valid while `is_current` is True.
 
     fits: whether all weights have the dtypes and layouts that the C++ pass reads. all_packed: whether all packable
-    weights are packed. addresses: of three tables: the weights, the packed weights, and the scales.
+    weights are packed. addresses: of three tables: the weights, the packed weights, and the scales. adapters: of two
+    tables, the matrices a and b of adapters; rank: of these, 0 without any.
     """
 
     def __init__(self, tower: Tower, plan: ModulePlan) -> None:
@@ -83,11 +86,21 @@ class WeightTable:
             if copy is not None:
                 self._table[entry.slot + size] = copy.data_ptr()
                 self._packed.append(entry.tensor)
+        self._adapters = np.zeros(2 * size, np.uintp)
+        self.rank = 0
+        for entry in entries:
+            if entry.adapter is not None:
+                a, b = entry.adapter.a, entry.adapter.b
+                self.fits = self.fits and all(part.dtype == self.dtype and part.is_contiguous() for part in (a, b))
+                self.rank = a.shape[0]
+                slot = entry.slot % size
+                self._adapters[slot], self._adapters[slot + size] = a.data_ptr(), b.data_ptr()
         self._versions = list(map(_version_of, self._packed))
         self._packed_data = list(map(_packed_data, self._copies))
         self.all_packed = all(copy is not None for copy in self._packed_data)
         self.norm_f = tower.norm_f.weight.data_ptr()
         self.addresses = [self._table.ctypes.data + part * size * self._table.itemsize for part in range(3)]
+        self.adapters = [self._adapters.ctypes.data + part * size * self._adapters.itemsize for part in range(2)]
 
     def is_current(self, plan: ModulePlan, dtype: torch.dtype) -> bool:
         """Whether all weights are the same tensors at the same addresses, and the packed weights are unchanged."""
@@ -115,17 +128,18 @@ def _entries(tower: Tower, size: int) -> Iterator[WeightEntry]:
             if not hasattr(module, leaf):
                 continue
             slot, tensor = i * PLACES_PER_LAYER + place, getattr(module, leaf)
+            adapter = getattr(module, "adapter", None) if leaf == "weight" else None
             if isinstance(module, Int4Linear | Int4Experts) and leaf in module.shapes:
-                yield WeightEntry(slot + size, tensor, torch.uint8)
+                yield WeightEntry(slot + size, tensor, torch.uint8, adapter=adapter)
                 yield WeightEntry(slot + 2 * size, tensor, torch.uint8)  # int4 has its scales in the data
                 continue
             scale = getattr(module, f"{leaf}_scale", None)
             if scale is not None:
-                yield WeightEntry(slot + size, tensor, torch.int8)
+                yield WeightEntry(slot + size, tensor, torch.int8, adapter=adapter)
                 yield WeightEntry(slot + 2 * size, scale, torch.float32)
                 continue
             wanted = torch.float32 if name.endswith("!") else dtype
-            yield WeightEntry(slot, tensor, wanted, leaf in OPTIONAL, packed.get(id(tensor)))
+            yield WeightEntry(slot, tensor, wanted, leaf in OPTIONAL, packed.get(id(tensor)), adapter)
 
 
 def _names(kind: LayerKind) -> Iterator[tuple[int, str]]:

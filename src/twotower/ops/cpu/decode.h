@@ -55,8 +55,8 @@ void choose(const Decoder& d, const int64_t* tokens, const uint8_t* token_mask, 
             const vec v = load<vec>(of(d.embeddings) + tokens[t] * H + h, H - h);
             put(x + t * H + h, rounded<T>(v * d.embedding_factor), H - h);
         }
-    const Tables tables{d.options, d.weights, d.packed, d.scales, d.inputs, d.ropes};
-    tower(x, s, tables, of(d.norm_f), hidden, token_mask, counts, d.slots, causal, threads);
+    const Tables tables{d.options, d.weights, d.packed, d.scales, d.inputs, d.ropes, nullptr, nullptr, 0};
+    tower(x, s, tables, of(d.norm_f), hidden, token_mask, counts, d.slots, nullptr, causal, threads);
     if (!chosen) return;
     const std::unique_ptr<T[]> own(count * V > KEPT_LOGITS ? new T[count * V] : nullptr);
     T* logits = own ? own.get() : reinterpret_cast<T*>(scratch(18, count * V));

@@ -51,7 +51,7 @@ SIGNATURES = {
     "state_update_": "ilppp" + "lllllll",
     "kv_append_": "ilpppppp" + "llll",
     "argmax_": "ipppplll",
-    "tower_": "ippp" + "ppppp" + "pppppi",
+    "tower_": "ippp" + "pppppl" + "pppppppp" + "i",
     "ar_steps_": "ipplppppp",
     "read_drafts_": "ipppppp",
     "fill_blocks_": "ippplpp",

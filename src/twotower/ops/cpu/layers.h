@@ -47,8 +47,9 @@ enum InputPlace {
     STEP_DT, STEP_DECAY, STEP_B, INPUTS
 };
 
+// a, b: the matrices of each weight's adapter (model/adapters.py).
 template <class T> struct LayerWeights {
-    const void *const *rows, *const *packed, *const *scales;
+    const void *const *rows, *const *packed, *const *scales, *const *a, *const *b;
     const T* operator()(int i) const { return static_cast<const T*>(rows[i]); }
     const float* wide(int i) const { return static_cast<const float*>(rows[i]); }
     Matrix<T> matrix(int i) const { return {(*this)(i), packed[i], static_cast<const float*>(scales[i])}; }
@@ -78,16 +79,17 @@ template <class T> inline void add(const T* y, float by, long n, T* x) {
         put(x + i, load<vec>(x + i, n - i) + rounded<T>(load<vec>(y + i, n - i) * by), n - i);
 }
 
-// One pass: what the mixers share. Buffers of several rows are scratch memory of the calling thread.
+// One pass: what the mixers share. Buffers of several rows are scratch memory of the calling thread. prefix: the tokens of
+// each row before its first mask, see `AttentionMetadata` in model/layer_io.py; null: adapters do not act.
 // counts: how many tokens of each row the pass appends to the caches that it reads; null: none. slots: of the rows in the
 // pools of Mamba states; null: all rows in order.
 template <class T> struct Pass {
     const PassOptions& s;
     const Rotation* ropes;
     const uint8_t* token_mask;
-    const int64_t *counts, *slots;
+    const int64_t *counts, *slots, *prefix;
     int causal, threads;
-    long tokens, representative;  // index of a token that is not padding, if there is one
+    long rank, tokens, representative;  // index of a token that is not padding, if there is one
     T *first, *second;            // buffers of `widest` values a token
     T* own_keys;                  // buffer of the keys and values of a layer that the caller does not want
     int64_t* topk_ids;
@@ -98,6 +100,22 @@ template <class T> struct Pass {
     }
     void project(const T* x, const LayerWeights<T>& w, int place, T* y, long K, long N) const {
         linears(x, {product(w, place, y, N)}, tokens, K, threads);
+        adapt(x, w, place, y, K, N);
+    }
+    bool adapts(const LayerWeights<T>& w, int place) const { return prefix && rank && w.a[place]; }
+    // y += b·(a·x) at the tokens from the first mask of each row on; both products are rounded to T.
+    void adapt(const T* x, const LayerWeights<T>& w, int place, T* y, long K, long N) const {
+        if (!adapts(w, place)) return;
+        const T *a = static_cast<const T*>(w.a[place]), *b = static_cast<const T*>(w.b[place]), *none = nullptr;
+        for (long row = 0; row < s.rows; row++) {
+            const long from = row * s.L + std::min(prefix[row], s.L), count = (row + 1) * s.L - from;
+            if (!count) continue;
+            T* low = reinterpret_cast<T*>(scratch(19, count * (rank + N)));
+            T* update = low + count * rank;
+            linear(x + from * K, {a, nullptr, nullptr}, none, low, count, K, rank, threads);
+            linear(low, {b, nullptr, nullptr}, none, update, count, rank, N, threads);
+            add(update, 1.0f, count * N, y + from * N);
+        }
     }
     void norm(const T* x, const T* weight, T* y, long count, long width) const {
         const T* none = nullptr;
@@ -112,6 +130,9 @@ template <class T> struct Pass {
         const KVLayout at{in.at<int64_t>(START), in.at<int64_t>(STRIDE), in.at<int64_t>(LENGTHS)};
         linears(x, {product(w, Q_PROJ, q, wide), product(w, K_PROJ, k, narrow), product(w, V_PROJ, v, narrow)}, tokens,
                 s.H, threads);
+        adapt(x, w, Q_PROJ, q, s.H, wide);
+        adapt(x, w, K_PROJ, k, s.H, narrow);
+        adapt(x, w, V_PROJ, v, s.H, narrow);
         if (o.qk_norm == WIDTH_NORM) {
             norm(q, w(Q_NORM), q, tokens, wide);
             norm(k, w(K_NORM), k, tokens, narrow);
@@ -127,8 +148,8 @@ template <class T> struct Pass {
             norm_and_rotate(q, head(Q_NORM), turn, q, tokens, o.heads, d, threads);
             norm_and_rotate(k, head(K_NORM), turn, k, tokens, s.kv_heads, d, threads);
         }
-        attention(q, k, v, token_mask, nullptr, causal, past_k, past_v, at, attended, s.rows, s.L, o.heads, s.kv_heads, d,
-                  Scores{o.scale, o.softcap, o.window}, threads);
+        attention(q, k, v, token_mask, prefix, causal, past_k, past_v, at, attended, s.rows, s.L, o.heads, s.kv_heads,
+                  d, Scores{o.scale, o.softcap, o.window}, threads);
         if (counts) {
             kv_append(k, past_k, at, counts, s.rows, s.L, s.kv_heads, d);
             kv_append(v, past_v, at, counts, s.rows, s.L, s.kv_heads, d);
@@ -159,7 +180,21 @@ template <class T> struct Pass {
     }
 
     void mlp_mixer(const T* x, const LayerWeights<T>& w, const LayerOptions& o, T* out) const {
-        mlp(x, feed_forward(w, GATE, UP, DOWN, o.width, int(o.activation), o.gate_factor), out, tokens, s.H, threads);
+        any_mlp(x, w, GATE, UP, DOWN, feed_forward(w, GATE, UP, DOWN, o.width, int(o.activation), o.gate_factor), out);
+    }
+
+    // An MLP with or without adapters. With them, its products run one by one.
+    void any_mlp(const T* x, const LayerWeights<T>& w, int gate, int up, int down, const FeedForward<T>& f, T* out) const {
+        if (!adapts(w, up)) return mlp(x, f, out, tokens, s.H, threads);
+        T* inner = reinterpret_cast<T*>(scratch(20, tokens * f.width));
+        T* gates = f.gated() ? reinterpret_cast<T*>(scratch(21, tokens * f.width)) : nullptr;
+        project(x, w, up, inner, s.H, f.width);
+        if (gates) {
+            project(x, w, gate, gates, s.H, f.width);
+            multiply(gates, f.gate_factor, tokens * f.width);
+        }
+        activate(inner, gates, inner, tokens * f.width, f.activation);
+        project(inner, w, down, out, f.width, s.H);
     }
 
     void moe_mixer(const T* x, const LayerWeights<T>& w, const LayerOptions& o, T* out) const {
@@ -183,7 +218,7 @@ template <class T> struct Pass {
     void shared_expert(const T* x, const LayerWeights<T>& w, const LayerOptions& o, T* out) const {
         const FeedForward<T> shared = feed_forward(w, SHARED_GATE, SHARED_UP, SHARED_DOWN, o.shared_width,
                                                    int(o.shared_activation), o.shared_gate_factor);
-        mlp(x, shared, second, tokens, s.H, threads);
+        any_mlp(x, w, SHARED_GATE, SHARED_UP, SHARED_DOWN, shared, second);
         const Matrix<T> scale = w.matrix(SHARED_SCALE);
         const bool scaled = scale.rows || scale.packed;
         if (scaled) linear(x, scale, (const T*)nullptr, first, tokens, s.H, 1, threads);

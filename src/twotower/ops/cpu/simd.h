@@ -260,7 +260,7 @@ inline Range partition(long n, int part, int parts, long grain = 1) {  // in mul
 // 8 to 13 and 15 belong to the pass of a tower (tower.h), 16 to 19 to decoding (decode.h), the others to the kernel that
 // runs. A larger request moves a buffer.
 inline float* scratch(int which, long floats) {
-    static thread_local std::vector<float> buffers[20];
+    static thread_local std::vector<float> buffers[22];
     std::vector<float>& buffer = buffers[which];
     if (long(buffer.size()) < floats + 16) buffer.resize(floats + 16);
     return reinterpret_cast<float*>((reinterpret_cast<uintptr_t>(buffer.data()) + 63) / 64 * 64);  // on a cache line

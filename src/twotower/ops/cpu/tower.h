@@ -7,6 +7,8 @@ struct Tables {
     const LayerOptions* options;
     const void *const *weights, *const *packed, *const *scales, *const *inputs;
     const Rotation* ropes;
+    const void *const *a, *const *b;  // of adapters; null without them
+    long rank;                        // of adapters
 };
 
 // x += y · factor · gate, per token of H values; each product is rounded to T before the next. gate null: 1. In fp32, the
@@ -46,13 +48,13 @@ inline long widest(const PassOptions& s, const LayerOptions* options) {
 
 template <class T>
 Pass<T> new_pass(const PassOptions& s, const Tables& tables, const uint8_t* token_mask, const int64_t* counts,
-                 const int64_t* slots, int causal, int threads) {
+                 const int64_t* slots, const int64_t* prefix, int causal, int threads) {
     const long tokens = s.rows * s.L, width = widest(s, tables.options);
     long top = 1, representative = 0;
     for (long i = 0; i < s.layers; i++) top = std::max(top, tables.options[i].top);
     while (token_mask && representative < tokens - 1 && !token_mask[representative]) representative++;
     if (token_mask && !token_mask[representative]) representative = 0;
-    return {s, tables.ropes, token_mask, counts, slots, causal, threads, tokens, representative,
+    return {s, tables.ropes, token_mask, counts, slots, prefix, causal, threads, tables.rank, tokens, representative,
             reinterpret_cast<T*>(scratch(10, tokens * width)), reinterpret_cast<T*>(scratch(11, tokens * width)),
             reinterpret_cast<T*>(scratch(15, 2 * tokens * s.kv_heads * s.head_dim)),
             reinterpret_cast<int64_t*>(scratch(12, 2 * tokens * top)), scratch(13, tokens * top)};
@@ -61,15 +63,15 @@ Pass<T> new_pass(const PassOptions& s, const Tables& tables, const uint8_t* toke
 // x: the residual stream (tokens, H), overwritten. hidden: the result, after the last norm.
 template <class X, class T>
 void tower(X* x, const PassOptions& s, const Tables& tables, const T* norm_f, T* hidden, const uint8_t* token_mask,
-           const int64_t* counts, const int64_t* slots, int causal, int threads) {
-    const Pass<T> pass = new_pass<T>(s, tables, token_mask, counts, slots, causal, threads);
+           const int64_t* counts, const int64_t* slots, const int64_t* prefix, int causal, int threads) {
+    const Pass<T> pass = new_pass<T>(s, tables, token_mask, counts, slots, prefix, causal, threads);
     const long tokens = pass.tokens, H = s.H;
     T* normed = reinterpret_cast<T*>(scratch(8, tokens * H));
     T* out = reinterpret_cast<T*>(scratch(9, 3 * tokens * H));  // and the halves of PARALLEL
     for (long layer = 0; layer < s.layers; layer++) {
         const LayerOptions& o = tables.options[layer];
         const LayerWeights<T> w{tables.weights + layer * WEIGHTS, tables.packed + layer * WEIGHTS,
-                                tables.scales + layer * WEIGHTS};
+                                tables.scales + layer * WEIGHTS, tables.a + layer * WEIGHTS, tables.b + layer * WEIGHTS};
         const LayerInputs in{tables.inputs + layer * INPUTS};
         const T *shift = in.at<T>(SHIFT), *scale = in.at<T>(SCALE), *gate = in.at<T>(MODULATION_GATE);
         const bool before = o.kind == MAMBA || o.kind == ATTENTION || o.kind == PARALLEL;
