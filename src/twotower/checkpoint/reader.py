@@ -32,6 +32,7 @@ from twotower.config import TwoTowerConfig
 from twotower.errors import CheckpointError
 from twotower.model.fp32_tensors import named_tensors, target_dtype
 from twotower.model.towers import TwoTowerModel
+from twotower.ops.cpu import huge_pages
 from twotower.ops.reference import int4, int8
 from twotower.specs import KIND_NAMES, KIND_OF_LETTER
 
@@ -241,11 +242,9 @@ def load_weights(
     def place(name: str, expert: int | None) -> Tensor:
         """The target tensor, allocated on first use."""
         if name not in filled:
-            filled[name] = torch.empty_like(
-                empty[name],
-                dtype=target_dtype(name, dtype) if empty[name].is_floating_point() else None,
-                device=device_of["context" if name.startswith("context.") else "denoiser"],
-            )
+            wanted = target_dtype(name, dtype) if empty[name].is_floating_point() else empty[name].dtype
+            device = device_of["context" if name.startswith("context.") else "denoiser"]
+            filled[name] = huge_pages.weight_memory(empty[name].shape, wanted, device)
         return filled[name] if expert is None else filled[name][expert]
 
     for file, wanted in by_file.items():

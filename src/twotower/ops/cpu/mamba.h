@@ -162,6 +162,7 @@ void mamba_block(const T* projected, const uint8_t* token_mask, const T* window,
                 for (long l = 0; l < L; l++) by[l * ldl + l] += D[h];
                 float* to = y + i * P;
                 if (state) {
+                    if (i + 1 < each) prefetch_all(state + (slot * H + h + 1) * P * N, P * N);
                     gemm_nt(Cs, own_C, L, state + (slot * H + h) * P * N, N, P, N, seen, ldp, transposed, ldp);
                     for (long l = 0; l < L; l++) scaled(seen + l * ldp, P, std::exp(cum[l]), to + l * X);
                 }

@@ -22,6 +22,12 @@ template <class T> inline Prefetcher prefetcher(const T* from, long count) {
     return {reinterpret_cast<const char*>(from), reinterpret_cast<const char*>(from + count)};
 }
 
+// Prefetches a head's state while the work before it is computed: a Mamba layer whose state is not in a cache takes half
+// the time for one token on an AMD Zen 5 processor, and a third for 16.
+inline void prefetch_all(const float* from, long count) {
+    for (long i = 0; i < count; i += 16) __builtin_prefetch(from + i);
+}
+
 // acc[m][c] = beta · acc[m][c] + Σ_r w[m][r] · x[r][c] for V vectors of columns c; w[m][r] is at w + m·row + r·step.
 // With beta 0, acc is not read.
 template <int M, int V, class T>
