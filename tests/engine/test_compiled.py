@@ -16,10 +16,12 @@ import torch
 from conftest import EVERY_KIND, build_random_model
 from test_engine import LENGTH, some_request
 from test_recovery import Fault, fault
+from tiny_backbones import two_tower
 
 from twotower import LLM, AsyncLLM, Request, TwoTowerForCausalLM
 from twotower.decoding.output import BlockEvent, Event, Generation
 from twotower.decoding.params import GenerationParams
+from twotower.engine import one_pass
 from twotower.engine.compiled import MOST_STEPS_BEFORE_STOP
 from twotower.engine.generation import generate
 from twotower.ops.registry import select
@@ -146,6 +148,30 @@ def test_mixed_batches_give_the_same_events(model: TwoTowerForCausalLM, dtype: t
             if not seconds:
                 assert [facts(event) for event in found] == [facts(event) for event in expected]  # in the same order
     assert all(totals[name] > 10 for name in ("ar_steps", "read", "fill_blocks")), totals
+
+
+@needs_kernels
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=["fp32", "bf16"])
+def test_models_with_adapters_give_the_same_events(dtype: torch.dtype, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(one_pass, "DRAFT_CONFIDENCE", 0.01)
+    own = two_tower("nemotron_h", dtype, rank=3)
+    own.tokenizer = Words()
+    drafted = passes = tokens = 0
+    for seed, rows in enumerate((1, 3, 8)):
+        requests = mixed(12, seed, policy="threshold", policy_value=0.05, acceptance=1.0)
+        with compiled(on=False) as calls:
+            expected = run(LLM(own, rows=rows, length=LENGTH), requests, 0.0)
+        assert not any(calls.values())
+        with compiled() as calls:
+            found = run(LLM(own, rows=rows, length=LENGTH), requests, 0.0)
+        assert by_row(found) == by_row(expected)
+        assert calls["read"]
+        results = [event.result for event in found if isinstance(event, BlockEvent) and event.result is not None]
+        drafted += sum(result.drafted for result in results)
+        passes += sum(result.context_passes for result in results)
+        tokens += sum(len(result.tokens) for result in results)
+    assert drafted
+    assert passes < tokens
 
 
 @needs_kernels

@@ -30,7 +30,7 @@ from twotower.model.conditioning import TimeConditioning
 from twotower.model.tower import Tower, steady_period
 from twotower.model.towers import TwoTowerModel
 from twotower.ops.host_transfer import AsyncHostCopy
-from twotower.runners.decode_pass import BlockRow, Blocks, DecodePass, Rows
+from twotower.runners.decode_pass import BlockRow, Blocks, DecodePass, Rows, RowTokens
 from twotower.runners.fused_cpu import FusedCPURunner
 from twotower.runners.pass_tables import PassShape
 
@@ -73,14 +73,15 @@ class CompiledPasses:
             return None
         if all(entry.sequence.phase is Phase.STEP for entry in scheduled):
             return self._launch_steps(model, scheduled)
-        length = max(len(entry.tokens) for entry in scheduled)
+        length = max(entry.width for entry in scheduled)
         sequences = [entry.sequence for entry in scheduled]
         with_keys = PassShape(len(sequences), length, self.state.dtype, True, False, True, True)
         lent = self._pass_of(model.context, with_keys, sequences)
         if lent is None:
             return None
         sampled = scheduled[0].sampled
-        chosen, sure, accepted = lent.own.read([entry.tokens for entry in scheduled], sampled)
+        rows = [RowTokens(entry.tokens, entry.masks, entry.sequence.final_drafts) for entry in scheduled]
+        chosen, sure, accepted = lent.own.read(rows, sampled)
         self._note_appended(sequences, (accepted + 1).tolist(), length)
         lent.runner.keep(lent.own)
         for entry in scheduled:
@@ -252,10 +253,10 @@ def _record_steps(
 def _fits(scheduled: Sequence[ScheduledTokens]) -> bool:
     """Whether the results of these entries are a choice of the most probable tokens, or nothing."""
     sampled = scheduled[0].sampled
-    return all(entry.sampled == sampled and not entry.wants_logprobs and not entry.masks for entry in scheduled) and (
+    return all(entry.sampled == sampled and not entry.wants_logprobs for entry in scheduled) and (
         not sampled
         or all(
-            s.rule.temperature <= 0 and s.matcher is None and s.acceptance >= 1
+            s.rule.temperature <= 0 and s.matcher is None and (s.acceptance >= 1 or s.final_drafts)
             for s in (entry.sequence for entry in scheduled)
         )
     )

@@ -41,8 +41,8 @@ class Decoder(ctypes.Structure):
         *((name, ctypes.c_void_p) for name in ("pass_options", "layer_options", "weights", "packed", "scales")),
         *((name, ctypes.c_void_p) for name in ("inputs", "ropes", "norm_f", "embeddings")),
         *((name, ctypes.c_void_p) for name in ("head", "head_packed", "head_scale", "head_bias")),
-        *((name, ctypes.c_void_p) for name in ("slots", "lengths")),
-        ("vocab", ctypes.c_int64),
+        *((name, ctypes.c_void_p) for name in ("slots", "a", "b", "mask_embedding", "lengths")),
+        *((name, ctypes.c_int64) for name in ("vocab", "rank", "mask_token")),
         ("embedding_factor", ctypes.c_float),
     ]
 
@@ -65,6 +65,14 @@ class BlockRow(ctypes.Structure):
         ("modulations", ctypes.c_void_p),
         ("threshold", ctypes.c_float),
     ]
+
+
+class RowTokens(NamedTuple):
+    """What a pass reads of a row: tokens, and masks after them. final: drafted tokens are kept whatever AR says."""
+
+    tokens: Sequence[int]
+    masks: int = 0
+    final: bool = False
 
 
 class Rows(NamedTuple):
@@ -150,6 +158,10 @@ class DecodePass:
             own = self._decoder
             own.weights, own.packed, own.scales = weights.addresses
             own.norm_f, own.embeddings = weights.norm_f, tower.embeddings.weight.data_ptr()
+            own.a, own.b = weights.adapters
+            own.rank = weights.rank
+            if tower.mask_embedding is not None:
+                own.mask_embedding, own.mask_token = tower.mask_embedding.weight.data_ptr(), tower.mask_embedding.token
             if not self._fill_head(tower.head):
                 self._weights = None
                 return False
@@ -213,15 +225,19 @@ class DecodePass:
         starts = range(0, done.value * rows, rows)
         return [chosen[at : at + rows] for at in starts], [confidence[at : at + rows] for at in starts]
 
-    def read(self, tokens: Sequence[Sequence[int]], sampled: bool) -> tuple[Tensor, Tensor, Tensor]:
-        """One pass over the pending token and the draft of each row, or over tokens that the state keeps all.
+    def read(self, rows_read: Sequence[RowTokens], sampled: bool) -> tuple[Tensor, Tensor, Tensor]:
+        """One pass over the pending token, the draft and the masks of each row, or over tokens that the state keeps.
 
-        Returns the AR model's choices after each token (B, L), their confidences, and the numbers of accepted drafted
-        tokens (B,). sampled: whether the AR model chooses; if not, choices and confidences are undefined.
+        Returns the model's choices after each token (B, L), their confidences, and the numbers of accepted drafted
+        tokens (B,). sampled: whether the model chooses; if not, choices and confidences are undefined.
         """
-        rows, length = self.shape.rows, self.shape.length
-        padded = [token for row in tokens for token in (*row, *[0] * (length - len(row)))]
-        tables = _integers(padded), _integers(list(map(len, tokens)))
+        rows, length, mask = self.shape.rows, self.shape.length, self._decoder.mask_token
+        padded: list[int] = []
+        for row in rows_read:
+            padded += [*row.tokens, *[mask] * row.masks, *[0] * (length - len(row.tokens) - row.masks)]
+        counts = [len(row.tokens) for row in rows_read]
+        widths = [len(row.tokens) + row.masks for row in rows_read]
+        tables = _integers(padded), _integers(counts), _integers(widths), _integers([row.final for row in rows_read])
         chosen, confidence = torch.empty(rows, length, dtype=torch.long), torch.empty(rows, length)
         accepted = torch.empty(rows, dtype=torch.long)
         results = (chosen, confidence, accepted) if sampled else (None, None, accepted)

@@ -17,7 +17,9 @@ struct Decoder {
     const Rotation* ropes;
     const void *norm_f, *embeddings, *head, *head_packed, *head_scale, *head_bias;
     const int64_t* slots;
-    int64_t *lengths, vocab;
+    const void *const *a, *const *b;  // of adapters, with the embedding of the mask token; null without them
+    const void* mask_embedding;
+    int64_t *lengths, vocab, rank, mask_token;
     float embedding_factor;
     long slot(long row) const { return slots ? slots[row] : row; }
 };
@@ -41,28 +43,31 @@ struct BlockRow {
 };
 
 // One pass over `tokens` (rows, L) → the most probable token after each (or instead of each) and its confidence; chosen
-// null: neither. excluded: as in `argmax`. The other arguments are those of `tower`.
+// null: neither. excluded: as in `argmax`, one for `each` positions. prefix (rows,): tokens before the first mask, where
+// adapters begin to act; null: nowhere. The other arguments are those of `tower`.
 template <class X, class T>
 void choose(const Decoder& d, const int64_t* tokens, const uint8_t* token_mask, const int64_t* counts,
-            const int64_t* excluded, int causal, int64_t* chosen, float* confidence, int threads) {
+            const int64_t* prefix, const int64_t* excluded, long each, int causal, int64_t* chosen, float* confidence,
+            int threads) {
     const PassOptions& s = *d.pass;
     const long count = s.rows * s.L, H = s.H, V = d.vocab;
     const auto of = [](const void* p) { return static_cast<const T*>(p); };
     X* x = reinterpret_cast<X*>(scratch(16, count * H));
     T* hidden = reinterpret_cast<T*>(scratch(17, count * H));
-    for (long t = 0; t < count; t++)
-        for (long h = 0; h < H; h += W) {
-            const vec v = load<vec>(of(d.embeddings) + tokens[t] * H + h, H - h);
-            put(x + t * H + h, rounded<T>(v * d.embedding_factor), H - h);
-        }
-    const Tables tables{d.options, d.weights, d.packed, d.scales, d.inputs, d.ropes, nullptr, nullptr, 0};
-    tower(x, s, tables, of(d.norm_f), hidden, token_mask, counts, d.slots, nullptr, causal, threads);
+    for (long t = 0; t < count; t++) {
+        const bool masked = prefix && t % s.L >= prefix[t / s.L] && tokens[t] == d.mask_token;
+        const T* row = masked ? of(d.mask_embedding) : of(d.embeddings) + tokens[t] * H;
+        for (long h = 0; h < H; h += W)
+            put(x + t * H + h, rounded<T>(load<vec>(row + h, H - h) * d.embedding_factor), H - h);
+    }
+    const Tables tables{d.options, d.weights, d.packed, d.scales, d.inputs, d.ropes, d.a, d.b, d.rank};
+    tower(x, s, tables, of(d.norm_f), hidden, token_mask, counts, d.slots, prefix, causal, threads);
     if (!chosen) return;
     const std::unique_ptr<T[]> own(count * V > KEPT_LOGITS ? new T[count * V] : nullptr);
     T* logits = own ? own.get() : reinterpret_cast<T*>(scratch(18, count * V));
     const Matrix<T> head{of(d.head), d.head_packed, static_cast<const float*>(d.head_scale)};
     linear(hidden, head, of(d.head_bias), logits, count, H, V, threads);
-    argmax(logits, excluded, chosen, confidence, count, s.L, V, threads);
+    argmax(logits, excluded, chosen, confidence, count, each, V, threads);
 }
 
 // Updates the Mamba states with the first accepted[b] tokens of the pass, and the lengths.
@@ -93,7 +98,7 @@ void ar_steps(const Decoder& d, const int64_t* tokens, long steps, const int64_t
     const std::vector<int64_t> ones(rows, 1);
     bool over = false;
     for (*done = 0; *done < steps && !over; tokens = chosen, chosen += rows, confidence += rows, ++*done) {
-        choose<X, T>(d, tokens, nullptr, ones.data(), nullptr, 1, chosen, confidence, threads);
+        choose<X, T>(d, tokens, nullptr, ones.data(), nullptr, nullptr, 1, 1, chosen, confidence, threads);
         commit<T>(d, ones.data(), threads);
         over = !finite(confidence, rows);
         for (long b = 0; b < rows; b++)
@@ -109,20 +114,25 @@ inline const uint8_t* padding_mask(const PassOptions& s, const int64_t* counts, 
     return mask.data();
 }
 
-// One pass over the pending token and the draft of each row: tokens (rows, L), of which the first counts[b] count. The
-// state keeps the accepted part, whose length `accepted` (rows,) says without the pending token. chosen, confidence
-// (rows, L): the AR model's choice after each token. chosen null: the state keeps all tokens.
+// One pass over the pending token, the draft and the masks of each row: tokens (rows, L), of which the first counts[b]
+// come before the masks, and the first widths[b] before the padding. The state keeps the accepted part, whose length
+// `accepted` (rows,) says without the pending token. chosen, confidence (rows, L): the AR model's choice after each
+// token, and that of adapters at masks. chosen null, or final[b]: the state keeps all tokens before the masks.
 template <class X, class T>
-void read_drafts(const Decoder& d, const int64_t* tokens, const int64_t* counts, int64_t* chosen, float* confidence,
-                 int64_t* accepted, int threads) {
+void read_drafts(const Decoder& d, const int64_t* tokens, const int64_t* counts, const int64_t* widths,
+                 const int64_t* final, int64_t* chosen, float* confidence, int64_t* accepted, int threads) {
     const long rows = d.pass->rows, L = d.pass->L;
     std::vector<uint8_t> mask;
-    std::vector<int64_t> kept(rows);
-    choose<X, T>(d, tokens, padding_mask(*d.pass, counts, mask), counts, nullptr, 1, chosen, confidence, threads);
+    std::vector<int64_t> kept(rows), excluded;
+    const bool adapts = !std::equal(counts, counts + rows, widths);
+    if (adapts)
+        for (long t = 0; t < rows * L; t++) excluded.push_back(t % L < counts[t / L] ? -1 : d.mask_token);
+    choose<X, T>(d, tokens, padding_mask(*d.pass, widths, mask), counts, adapts ? counts : nullptr,
+                 adapts ? excluded.data() : nullptr, 1, 1, chosen, confidence, threads);
     for (long b = 0; b < rows; b++) {
         const int64_t *read = tokens + b * L, *own = chosen ? chosen + b * L : nullptr;
         long n = 0;
-        while (n + 1 < counts[b] && (!chosen || read[n + 1] == own[n])) n++;
+        while (n + 1 < counts[b] && (!chosen || final[b] || read[n + 1] == own[n])) n++;
         accepted[b] = n, kept[b] = n + 1;
     }
     commit<T>(d, kept.data(), threads);
@@ -185,7 +195,8 @@ void fill_blocks(const Decoder& d, const Blocks& blocks, const BlockRow* rows, l
                 std::copy_n(static_cast<const T*>(rows[b].modulations) + (left - 1) * each, each,
                             static_cast<T*>(modulation) + b * each);
         }
-        choose<X, T>(d, tokens.data(), token_mask, nullptr, excluded.data(), 0, chosen.data(), sure.data(), threads);
+        choose<X, T>(d, tokens.data(), token_mask, nullptr, nullptr, excluded.data(), s.L, 0, chosen.data(), sure.data(),
+                     threads);
         for (long b = 0; b < s.rows; b++) {
             const long slot = d.slot(b), at = slot * blocks.size;
             finished |= !commit_block(chosen.data() + b * s.L, sure.data() + b * s.L, rows[b].threshold, rows[b].size,

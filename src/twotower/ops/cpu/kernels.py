@@ -53,7 +53,7 @@ SIGNATURES = {
     "argmax_": "ipppplll",
     "tower_": "ippp" + "pppppl" + "pppppppp" + "i",
     "ar_steps_": "ipplppppp",
-    "read_drafts_": "ipppppp",
+    "read_drafts_": "ipppppppp",
     "fill_blocks_": "ippplpp",
     "attention_": "ipppppi" + "pppppp" + "lllll" + "ffl",
 }

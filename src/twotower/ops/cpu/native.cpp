@@ -138,9 +138,9 @@ void ar_steps_(int type, const Decoder* d, const int64_t* tokens, long steps, co
     DECODE(ar_steps, tokens, steps, ends, end_ids, chosen, confidence, done)
 }
 
-void read_drafts_(int type, const Decoder* d, const int64_t* tokens, const int64_t* counts, int64_t* chosen,
-                  float* confidence, int64_t* accepted, int threads) {
-    DECODE(read_drafts, tokens, counts, chosen, confidence, accepted)
+void read_drafts_(int type, const Decoder* d, const int64_t* tokens, const int64_t* counts, const int64_t* widths,
+                  const int64_t* final, int64_t* chosen, float* confidence, int64_t* accepted, int threads) {
+    DECODE(read_drafts, tokens, counts, widths, final, chosen, confidence, accepted)
 }
 
 void fill_blocks_(int type, const Decoder* d, const Blocks* blocks, const BlockRow* rows, long most, void* modulation,
