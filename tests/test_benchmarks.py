@@ -17,6 +17,7 @@ import torch
 from packed import MASK, case
 from tiny_backbones import save
 
+from twotower import TwoTowerConfig
 from twotower.checkpoint.convert import convert
 from twotower.training.objective import DenoisingOptions
 
@@ -82,6 +83,68 @@ def test_passes() -> None:
         assert row["times AR"] > 0
     assert found["transformers"]["same tokens"]
     assert found["transformers"]["same until"] == found["transformers"]["tokens"] == 48
+
+
+def test_thirty() -> None:
+    """The tiny shape; the published one needs 18 GiB."""
+    facts = bench("thirty", "--quick", "--quantization", "experts=int4,rest=int8", "--layers", "4", "--threads", "1")
+    assert (facts["layers"], facts["quantization"]) == (4, "experts=int4,rest=int8")
+    assert 0 < facts["memory"]["weights"] < facts["memory"]["peak"]
+    assert facts["passes"].keys() == {"AR step", "denoiser pass", "commit"}
+    step = facts["passes"]["AR step"]
+    assert step["experts"] == {"mean": 2, "how": "counted"}
+    assert step["parts"]["experts"] == 2 * (48 * 2 + 64 * 2) * 18  # rows × groups of 32 inputs; a group has 18 bytes
+    assert step["parts"]["head"] == 512 * (64 + 4)
+    for one in facts["passes"].values():
+        assert one["bytes"] == sum(one["parts"].values())
+        assert one["bytes_per_second"] == pytest.approx(one["bytes"] / one["seconds"])
+        assert one["of the read rate"] > 0
+
+
+@pytest.mark.usefixtures("modules")
+@pytest.mark.parametrize("plan", ["int4", "int8"])
+def test_random_quantised_weights_are_valid(plan: str) -> None:
+    """Padding is zero, as in quantised weights; passes are finite; plans that leave weights unquantised are refused."""
+    import click
+    import thirty
+    from common import models, quantized_weights
+
+    from twotower.ops.reference import int4, int8
+
+    model = thirty.model_of(models.config_of(None), plan, "float32", both=True)
+    if plan == "int4":
+        up = model.context.layers[1].mixer.experts.down_proj  # 48 inputs: the last group has 16
+        assert (int4.integers(up, 64, 64)[..., 48:] == 0).all()
+        assert int4.integers(up, 64, 48).float().std() == pytest.approx(4.6, abs=0.1)
+    else:
+        into = model.context.layers[0].mixer.in_proj  # 324 rows: the last panel has 4
+        assert (into.weight[-1, :, 4:] == 0).all()
+        weight = int8.unpack(into.weight, into.weight_scale, torch.float32) * into.weight_scale[:, None]
+        assert float(weight.std()) == pytest.approx(0.02, rel=0.1)
+    with torch.no_grad():
+        state = model.new_state(1, 16)
+        logits = model.prefill(torch.arange(4, 12)[None], torch.tensor([8]), state)
+    assert logits.isfinite().all()
+    assert 0.1 < float(logits.std()) < 10
+    assert quantized_weights.weight_bytes(model) == sum(
+        tensor.nbytes for tensor in [*model.parameters(), *model.buffers()]
+    )
+    with pytest.raises(click.UsageError, match=r"leaves context\.heads, context\.projections unquantised"):
+        thirty.model_of(models.config_of(None), "experts=int4", "float32", both=False)
+
+
+@pytest.mark.usefixtures("modules")
+def test_thirty_refuses_a_shape_that_does_not_fit() -> None:
+    import click
+    import thirty
+    from common import models
+
+    values = models.config_of(models.PUBLISHED).to_dict() | {"n_routed_experts": 1 << 20}
+    config = TwoTowerConfig(**{name: value for name, value in values.items() if name not in models._DERIVED})
+    with pytest.raises(
+        click.UsageError, match=r"^52 layers in int8 need [\d.]+ GiB and .* is free; give fewer --layers"
+    ):
+        thirty.model_of(config, "int8", "bfloat16", both=False)
 
 
 def test_peers(tmp_path: Path) -> None:

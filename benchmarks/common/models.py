@@ -182,12 +182,15 @@ def random_for_masks(model: TwoTowerForCausalLM, block_size: int) -> Iterator[di
 
 def cut_to(config: TwoTowerConfig, bytes_per_tower: float, dtype: torch.dtype) -> TwoTowerConfig:
     """The model with only as many of the first layers as fit for one tower."""
-    pattern = config.hybrid_override_pattern
-    while len(pattern) > 1 and tower_bytes(config, dtype) > bytes_per_tower:
-        pattern = pattern[:-1]
-        values = {**config.to_dict(), "hybrid_override_pattern": pattern}
-        config = TwoTowerConfig(**{name: value for name, value in values.items() if name not in _DERIVED})
+    while config.num_hidden_layers > 1 and tower_bytes(config, dtype) > bytes_per_tower:
+        config = cut_to_layers(config, config.num_hidden_layers - 1)
     return config
+
+
+def cut_to_layers(config: TwoTowerConfig, layers: int | None) -> TwoTowerConfig:
+    """The model with the first layers only; None: all."""
+    values = {**config.to_dict(), "hybrid_override_pattern": config.hybrid_override_pattern[:layers]}
+    return TwoTowerConfig(**{name: value for name, value in values.items() if name not in _DERIVED})
 
 
 _DERIVED = {"model_type", "num_hidden_layers"}

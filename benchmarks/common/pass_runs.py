@@ -16,20 +16,24 @@ class PassRuns:
     def __init__(self, model: TwoTowerForCausalLM, longest: int) -> None:
         self.model = model
         self.texts = Texts.random(model, 1, longest + 2 * BLOCK)
-        self.reader = model.reader(self.texts.state)
+        self.reader = None if model.denoiser is None else model.reader(self.texts.state)
         self.block, self.t = random_tokens(model, 1, BLOCK), torch.full((1,), 0.5, device=model.device)
         self.view: ContextView
 
     def after(self, length: int) -> dict[str, TimedCall]:
-        """The three passes after a text of a given length."""
-        return {
+        """The passes after a text of a given length; of a model without a denoiser, those of the context tower."""
+        runs = {
             "AR step": TimedCall(self._step, lambda: self._before_step(length)),
             "denoiser pass": TimedCall(self.denoise, lambda: self.look(length)),
             "commit": TimedCall(self._commit, lambda: self.texts.set_length(length)),
         }
+        if self.reader is None:
+            del runs["denoiser pass"]
+        return runs
 
     def look(self, length: int) -> ContextView:
         """The denoiser's view of a text of a given length, valid until the next step or commit."""
+        assert self.reader is not None
         self.texts.set_length(length)
         self.view = self.reader.view()
         return self.view

@@ -20,11 +20,13 @@ from common.timing import seconds
 from twotower.model.conditioning import SINUSOID_SIZE
 from twotower.model.moe import Router
 from twotower.nemotron_h_fields import NemotronHFields
+from twotower.ops.cpu import huge_pages
 from twotower.ops.precision import accumulation_dtype
 from twotower.ops.reference import int4
 
 DTYPES = ("float32", "bfloat16")
 PATIENCE = 1.0  # seconds
+Amount = tuple[Callable[[], object], float]  # an operation, and its bytes or arithmetic operations
 
 
 @dataclass(frozen=True)
@@ -66,36 +68,41 @@ def pass_seconds(work: Work, rates: Rates) -> float:
 def measure(device: torch.device, dtype: torch.dtype, *, quick: bool = False, repeats: int = 7) -> Rates:
     """Measures the rates of a device in this process, with its number of threads."""
     cuda = device.type == "cuda"
-    size = (4 << 30 if cuda else 256 << 20) if not quick else (256 << 20 if cuda else 96 << 20)
     sides = (1024, 2048) if not cuda else (4096, 8192)
     sides = sides[:1] if quick else sides
     repeats = 3 if quick else repeats
-    reads = _best({name: (call, size) for name, call in _reads(device, dtype, size).items()}, device, repeats)
-    calls: dict[str, tuple[Callable[[], object], float]] = {}
+    from_memory = best_rates(reads(device, dtype, quick=quick), device, repeats)
+    calls: dict[str, Amount] = {}
     for side in sides:
         a, b = (torch.randn(side, side, device=device).to(dtype) for _ in "ab")
         calls[f"{side} a·b"] = (lambda a=a, b=b: a @ b), 2.0 * side**3
         calls[f"{side} a·bᵀ"] = (lambda a=a, b=b: a @ b.T), 2.0 * side**3
-    products = _best(calls, device, repeats)
-    return Rates(max(reads.values()), max(products.values()), reads, products)
+    products = best_rates(calls, device, repeats)
+    return Rates(max(from_memory.values()), max(products.values()), from_memory, products)
 
 
-def _reads(device: torch.device, dtype: torch.dtype, size: int) -> dict[str, Callable[[], object]]:
-    """Operations that read `size` bytes and write almost nothing."""
-    array = torch.ones(size // 4, device=device)
+def reads(device: torch.device, dtype: torch.dtype, *, quick: bool = False) -> dict[str, Amount]:
+    """Operations that read a large array and write almost nothing, with the bytes of the array.
+
+    On a CPU the array lies in huge pages, as packed weights do.
+    """
+    cuda = device.type == "cuda"
+    size = (4 << 30 if cuda else 256 << 20) if not quick else (256 << 20 if cuda else 96 << 20)
+    array = torch.ones(size // 4, device=device) if cuda else huge_pages.empty(size // 4, torch.float32).fill_(1.0)
     width = 4096
     matrix, vector = array.view(-1, width), torch.ones(width, device=device)
     other = array.view(dtype) if dtype != torch.float32 else array
-    return {
+    calls: dict[str, Callable[[], object]] = {
         "sum": array.sum,
         "amax": array.amax,
         "dot": lambda: array[: array.numel() // 2].dot(array[array.numel() // 2 :]),
         "matrix·vector": lambda: matrix.mv(vector),
         f"amax in {str(dtype).removeprefix('torch.')}": other.amax,
     }
+    return {name: (call, size) for name, call in calls.items()}
 
 
-def _best(calls: dict[str, tuple[Callable[[], object], float]], device: torch.device, repeats: int) -> dict[str, float]:
+def best_rates(calls: dict[str, Amount], device: torch.device, repeats: int) -> dict[str, float]:
     """The highest rate of each operation, amounts per second, after one warm-up call.
 
     An operation that takes longer than `PATIENCE` runs once (bf16 on a CPU that only emulates it, for example).
