@@ -212,9 +212,10 @@ def _choose(
     own, sure = sample_rows(logits, [sequence.rule for sequence in sequences], keys)
     if width == 1:
         return own, sure
-    relaxed = any(sequence.acceptance < 1 for sequence in sequences)
+    final = any(sequence.final_drafts for sequence in sequences)
+    relaxed = any(sequence.acceptance < 1 and not sequence.final_drafts for sequence in sequences)
     most = read.lengths if allowed is None else to_device_async(allowed, device) + 1
-    acceptance = at(constants.acceptance, read.slots) if relaxed else 1.0
+    acceptance = at(constants.acceptance, read.slots) if relaxed or final else 1.0
     chosen, accepted = accept(tokens, own, logits, acceptance, most)
     if relaxed:  # an accepted token may differ from the AR model's choice
         sure = confidence(logits, chosen)
