@@ -372,13 +372,21 @@ def test_the_command_line_of_lm_eval_knows_the_model(cli: Callable[..., Result],
         "metric_list:\n  - metric: acc\n"
     )
     result = cli(
-        "lm-eval", "run", "--model", "twotower", "--model_args", "setting=ar,dtype=float32", "--tasks", "own",
+        "lm-eval", "run", "--model", "twotower", "--tasks", "own",
+        "--model_args", "setting=ar,dtype=float32,quantization=experts=int4+rest=int8",
         "--include_path", str(tmp_path), "--output_path", str(tmp_path / "out"),
     )  # fmt: skip
     assert result.code == 0, result.err
     assert "|own" in result.out
     (report,) = (tmp_path / "out").rglob("results*.json")
     assert json.loads(report.read_text())["results"]["own"]["acc,none"] in (0.0, 1.0)
+
+
+def test_a_plus_separates_the_pairs_of_a_plan() -> None:
+    """lm-evaluation-harness separates arguments by commas."""
+    assert TwoTowerLM(quantization="experts=int4+rest=int8").model.quantization == "experts=int4,rest=int8"
+    with pytest.raises(ArgumentError, match="'experts=int5' in 'experts=int5,rest=int8' is not valid"):
+        TwoTowerLM(quantization="experts=int5+rest=int8")
 
 
 def test_the_number_of_torch_threads_is_unchanged() -> None:

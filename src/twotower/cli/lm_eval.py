@@ -20,7 +20,7 @@ def lm_eval(arguments: tuple[str, ...]) -> None:
     twotower lm-eval run --model twotower --model_args pretrained=DIR,setting=diffusion:0.8 --tasks gsm8k_cot --limit 50
 
     model_args: pretrained, setting, likelihood (context or bound), samples, batch_size, max_length, dtype,
-    quantization (none, int8 or int4), device, denoiser_device.
+    quantization (int8, int4, or pairs with + between them: experts=int4+rest=int8), device, denoiser_device.
     """
     require_lm_eval()
     from lm_eval.__main__ import cli_evaluate

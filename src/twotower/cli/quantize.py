@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -10,10 +10,11 @@ import click
 
 from twotower import model_loading
 from twotower.cli import model_options as models
-from twotower.cli.terminal import byte_bar
+from twotower.cli.terminal import console_on, status_line
 
 if TYPE_CHECKING:
     from twotower.checkpoint.quantized_copy import QuantizedCopy
+    from twotower.evaluation.calibration import TextCalibration
 
 
 @click.command()
@@ -42,17 +43,81 @@ if TYPE_CHECKING:
     help="Dtype of the tensors that are not quantized. auto: that of the checkpoint.",
 )
 @click.option(
+    "--calibrate",
+    "calibration",
+    multiple=True,
+    metavar="DATA",
+    help="Round int4 weights for the inputs that this text gives them: a file or data set as in twotower train. Can be "
+    "repeated.",
+)
+@click.option(
+    "--calibration-tokens",
+    metavar="N",
+    type=click.IntRange(1),
+    default=65_536,
+    show_default=True,
+    help="Tokens of --calibrate to read.",
+)
+@click.option(
+    "--report",
+    is_flag=False,
+    flag_value="-",
+    metavar="[FILE]",
+    help="Measure what it costs, and print a table; FILE.md or FILE.json: also write it there.",
+)
+@click.option(
+    "--text",
+    "texts",
+    multiple=True,
+    metavar="DATA",
+    help="Text of the report's likelihoods, as --calibrate. Can be repeated.  [default: problems of the suite]",
+)
+@click.option(
+    "--tokens",
+    metavar="N",
+    type=click.IntRange(1),
+    default=8192,
+    show_default=True,
+    help="Tokens of text that the report reads.",
+)
+@click.option(
+    "-n",
+    "--problems",
+    metavar="N",
+    type=click.IntRange(1),
+    default=100,
+    show_default=True,
+    help="Problems of each family that the report solves.",
+)
+@click.option(
+    "--seed",
+    metavar="N",
+    type=click.IntRange(0),
+    default=0,
+    show_default=True,
+    help="Seed of the masks of --calibrate and --report, and of the problems.",
+)
+@click.option(
     "--max-shard-size", metavar="SIZE", default="5GB", show_default=True, help="Largest size of one weights file."
 )
 @click.option("--overwrite", is_flag=True, help="Replace the checkpoint in DIR.")
+@models.threads_option
 @click.option("--json", "as_json", is_flag=True, help="Print one JSON object instead of text.")
 def quantize(
     model: str | None,
     output: Path,
     scheme: str,
     dtype: str,
+    calibration: tuple[str, ...],
+    calibration_tokens: int,
+    report: str | None,
+    texts: tuple[str, ...],
+    tokens: int,
+    problems: int,
+    seed: int,
     max_shard_size: str,
     overwrite: bool,
+    threads: int | None,
     as_json: bool,
 ) -> None:
     """Write a copy of a checkpoint with weights in 8 or 4 bits.
@@ -60,27 +125,97 @@ def quantize(
     MODEL is a two-tower checkpoint, a directory or a hub id; by default the bundled model. All verbs load the copy as
     it is. They need no --quantization, and nothing is quantized at their start. Tensors are read, quantized and written
     one at a time, so a model of any size needs little memory.
+
+    --calibrate rounds int4 weights so that outputs of layers change little for a text like the one that the model will
+    read (GPTQ). It runs both towers, layer by layer. --report loads both models into memory and compares them: size,
+    likelihood, distributions of both towers, passes, accuracy and speed.
     """
+    from twotower.cli.quantization_table import check_report_file
+
+    file = None if report in (None, "-") else Path(str(report))
+    check_report_file(file)
+    source = model_loading.source_of(model)
+    if texts and report is None:
+        raise click.UsageError("--text is the text of a report; add --report, or leave it out")
     with models.status("reading …"):
         from twotower.checkpoint.quantized_copy import quantize_checkpoint
-    source = model_loading.source_of(model)
-    with byte_bar() as progress:
+        from twotower.json_text import to_json
+        from twotower.process import configure_process
+
+        configure_process(threads)
+    with status_line() as update:
         made = quantize_checkpoint(
             source,
             output,
             scheme,
             dtype=dtype,
+            calibration=_calibration(scheme, calibration, calibration_tokens, seed, update),
             max_shard_size=max_shard_size,
             overwrite=overwrite,
-            progress=progress,
+            progress=lambda done, total: update(f"writing: {done / total:.0%}"),
         )
+    facts = made.to_dict()
+    if not as_json:
+        click.echo("\n".join(summary(made)))
+    if report is not None:
+        facts |= _report(source, output, file, as_json, data=texts, tokens=tokens, per_family=problems, seed=seed)
     if as_json:
-        from twotower.json_text import to_json
+        click.echo(to_json(facts))
 
-        click.echo(to_json(made.to_dict()))
-        return
-    for line in summary(made):
-        click.echo(line)
+
+def _calibration(
+    scheme: str, data: tuple[str, ...], tokens: int, seed: int, progress: Callable[[str], None]
+) -> TextCalibration | None:
+    """The calibration with this text; None without text.
+
+    Raises:
+        ArgumentError: the plan has no int4 weights to calibrate.
+    """
+    if not data:
+        return None
+    import torch
+
+    from twotower.errors import ArgumentError
+    from twotower.evaluation.calibration import TextCalibration
+    from twotower.quantization import QuantizationPlan
+
+    if "int4" not in QuantizationPlan.parse(scheme).schemes.values():
+        raise ArgumentError(f"--calibrate rounds int4 weights, and --scheme {scheme} has none; leave --calibrate out")
+    device = "cuda:0" if torch.cuda.is_available() else "cpu"
+    return TextCalibration(data=data, tokens=tokens, seed=seed, device=device, progress=progress)
+
+
+def _report(
+    source: Path | str,
+    output: Path,
+    file: Path | None,
+    as_json: bool,
+    *,
+    data: tuple[str, ...],
+    tokens: int,
+    per_family: int,
+    seed: int,
+) -> dict[str, object]:
+    """Measures both models, prints or writes the table → the facts for `--json`."""
+    from twotower.cli import quantization_table as tables
+    from twotower.evaluation.machine import machine_facts, machine_summary
+    from twotower.evaluation.quantization_report import compare_quantized
+
+    loaded = []
+    for which in (source, output):
+        with models.status(f"loading {model_loading.name_of(which)} …"):
+            loaded.append(model_loading.load_model(which))
+    model_loading.need_tokenizer(loaded[0], source, "--report cannot encode texts; leave it out")
+    with status_line() as update:
+        found = compare_quantized(*loaded, data=data, tokens=tokens, per_family=per_family, seed=seed, progress=update)
+    machine = machine_facts(loaded[0])
+    place = machine_summary(machine)
+    if not as_json:
+        console_on("stdout").print(tables.table(found, place))
+    facts: dict[str, object] = {"report": found.to_dict(), "machine": machine}
+    if file is not None:
+        tables.write_report(file, found, {"model": str(source), "machine": machine}, place)
+    return facts
 
 
 def summary(made: QuantizedCopy) -> Iterator[str]:

@@ -87,6 +87,11 @@ class TimeConditioning(nn.Module):
         each = parts.unbind(1)
         return [Modulation(*each[at : at + 3]) for at in range(0, len(each), 3)]
 
+    def of_layer(self, t: Tensor, layer: int) -> Modulation:
+        """t (B,) → the `Modulation` of one layer, for work that runs the layers one by one."""
+        shared = self.t_block(self.t_embedder(t)).unflatten(-1, self.scale_shift_tables[layer].shape)
+        return Modulation(*(shared + self.scale_shift_tables[layer])[:, :, None].unbind(1))
+
     def _parts(self, t: Tensor) -> Tensor:
         """t (B,) → (B, 3·layers, 1, H): shift, scale and gate of every layer, in one operation."""
         shared: Tensor = self.t_block(self.t_embedder(t)).unflatten(-1, self.scale_shift_tables[0].shape)  # (B, 3, H)

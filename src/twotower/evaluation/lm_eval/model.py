@@ -34,6 +34,7 @@ log = logging.getLogger(__name__)
 
 NEW_TOKENS = 256  # if a task does not say; the default of lm-evaluation-harness's own models
 LIKELIHOODS = ("context", "bound")
+PLAN_SEPARATOR = "+"
 MODEL_ARGUMENTS = (
     "pretrained", "setting", "likelihood", "samples", "batch_size", "max_length", "dtype", "quantization", "device",
     "denoiser_device",
@@ -71,7 +72,8 @@ class TwoTowerLM(TemplateLM):
         likelihood: "context": exact ln P under the context tower; "bound": a lower bound under the denoiser,
             estimated from `samples` draws, with `is_greedy` always False.
         batch_size: rows of a batch.
-        dtype, quantization: of the weights, as on the command line.
+        dtype, quantization: of the weights, as on the command line. `+` stands for a comma between pairs of a plan,
+            because lm-evaluation-harness separates arguments by commas: quantization=experts=int4+rest=int8.
         max_length: tokens of prompt and answer together; None: the model's context window.
         progress: called with (number done, number in all) instead of showing a progress bar.
 
@@ -112,7 +114,7 @@ class TwoTowerLM(TemplateLM):
                 model_loading.load_model(
                     source,
                     dtype=dtype,
-                    quantization=quantization,
+                    quantization=quantization and quantization.replace(PLAN_SEPARATOR, ","),
                     context_device=device,
                     denoiser_device=denoiser_device,
                 ),
