@@ -343,17 +343,17 @@ def test_the_assembly_converts_every_int8_byte() -> None:
         assert found == [signed[0::2], signed[1::2]]
 
 
-@pytest.mark.parametrize("scale", [1.0, -0.0123, 3e-20, 2.5e20])
-def test_the_assembly_dequantizes_every_int4_byte(scale: float) -> None:
-    """Weights are the exact products, rounded once."""
-    own = torch.tensor(scale).bfloat16()
-    bits = int(own.view(torch.int16)) & 0xFFFF
+def test_the_assembly_dequantizes_every_int4_byte() -> None:
+    """Weights are the exact products, rounded once. The four bytes can have scales of their own."""
+    scales = torch.tensor([1.0, -0.0123, 3e-20, 2.5e20]).bfloat16()
+    bits = [_bits(scale) for scale in scales]
     for first in range(256):
         of_word = (first, (first * 7 + 3) % 256, first ^ 0x5A, 255 - first)
-        given = {"$4": sum(byte << 8 * i for i, byte in enumerate(of_word)), "$5": bits | bits << 16}
+        word = sum(byte << 8 * i for i, byte in enumerate(of_word))
+        given = {"$4": word, "$5": bits[0] | bits[1] << 16, "$6": bits[2] | bits[3] << 16}
         found = _run(gemm.INT4_TO_BF16.value, given, ("$0", "$1", "$2", "$3"))
         halves = torch.tensor([[byte & 15 for byte in of_word], [byte >> 4 for byte in of_word]]) - 8
-        assert found == (halves * own.double()).bfloat16().double().view(4, 2).tolist()
+        assert found == (halves * scales.double()).bfloat16().double().view(4, 2).tolist()
 
 
 def _run(text: str, given: dict[str, int], wanted: tuple[str, ...]) -> list[list[float]]:

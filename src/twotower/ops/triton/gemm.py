@@ -99,9 +99,9 @@ def _unpack_int8_pairs(w, OPERAND: tl.constexpr):
     return low, high
 
 
-# Converts four bytes, each with two int4 values + 8, to bf16 and multiplies by the scale ($5, twice in a register, as
-# $6): the low halves to $0 and $1, the high halves to $2 and $3. A byte below 0x43 is 128 + n in bf16; subtracting 136
-# is exact, so each weight is rounded once.
+# Converts four bytes ($4), each with two int4 values + 8, to bf16 and multiplies by the scales of the bytes ($5, $6).
+# The low halves go to $0 and $1, the high halves to $2 and $3. A byte n below a byte 0x43 is 128 + n in bf16;
+# subtracting 136 is exact, so each weight is rounded once.
 INT4_TO_BF16 = tl.constexpr("""
 {
     .reg .b32 low, high, magic, one, minus, zero;
@@ -121,9 +121,9 @@ INT4_TO_BF16 = tl.constexpr("""
     fma.rn.bf16x2 $2, $2, one, minus;
     fma.rn.bf16x2 $3, $3, one, minus;
     fma.rn.bf16x2 $0, $0, $5, zero;
-    fma.rn.bf16x2 $1, $1, $5, zero;
+    fma.rn.bf16x2 $1, $1, $6, zero;
     fma.rn.bf16x2 $2, $2, $5, zero;
-    fma.rn.bf16x2 $3, $3, $5, zero;
+    fma.rn.bf16x2 $3, $3, $6, zero;
 }
 """)
 
