@@ -1,7 +1,7 @@
 """What does decoding cost outside the passes, and compared with another commit?
 
     python benchmarks/overhead.py --against DIR [--entry generate|engine] [--against-entry generate|engine]
-        [--pairs 15] [--case ar …] [--profile] [--json]
+        [--pairs 15] [--case ar …] [--profile | --kernels] [--json]
 
 Compares this checkout (A) with another checkout (B, its root directory). Each runs in its own process with its own
 `twotower`, in pairs: A then B, next B then A. Both processes live through the whole run and work one at a time: fp32,
@@ -15,7 +15,7 @@ to the first token. All cases are greedy. AR and verified mode must give the sam
 exit code is 1.
 
 --profile measures the time per token inside and outside the verbs of the towers (prefill, extend, denoise, or the calls
-of compiled passes), on both sides.
+of compiled passes), on both sides. --kernels measures the same inside and outside the calls of C++ kernels.
 """
 
 from __future__ import annotations
@@ -56,20 +56,21 @@ class Case:
 
 MODES = ("ar", "verified", "diffusion")
 CASES = {mode: Case(mode) for mode in MODES} | {f"{mode} x8": Case(mode, rows=8) for mode in MODES}
+CASES["ar x16"] = Case("ar", rows=16)
 CASES["first token"] = Case("ar", prompt=2000, tokens=1)
 
 
 class Side:
     """A process with the `twotower` of one checkout."""
 
-    def __init__(self, root: Path, entry: str, model: Path | None, profile: bool) -> None:
+    def __init__(self, root: Path, entry: str, model: Path | None, profile: str | None) -> None:
         source = root.resolve() / "src"
         if not (source / "twotower" / "__init__.py").is_file():
             raise click.BadParameter(f"{root} has no src/twotower; give the root directory of a checkout")
         self.root, self.entry = root.resolve(), entry
         command = [sys.executable, "-P", str(HERE / "common" / "checkout_child.py"), "--entry", entry]
         command += ["--model", str(model.resolve())] if model else []
-        command += ["--profile"] if profile else []
+        command += ["--profile", profile] if profile else []
         self.process = subprocess.Popen(
             command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True,
             env=os.environ | ENVIRONMENT | {"PYTHONPATH": str(source)},
@@ -187,18 +188,20 @@ def tables(found: dict[str, Any]) -> Iterator[RenderableType]:
 @click.option("--pairs", type=click.IntRange(min=1), default=15, show_default=True)
 @click.option("--least", default=0.2, show_default=True, help="Minimum seconds of one measurement.")
 @click.option("--profile", is_flag=True, help="Time inside and outside the towers' verbs.")
+@click.option("--kernels", is_flag=True, help="Time inside and outside the C++ kernels.")
 @QUICK
 @JSON
 def main(
     against: Path, entry: str, against_entry: str, model: Path | None, chosen: tuple[str, ...], pairs: int,
-    least: float, profile: bool, quick: bool, as_json: bool,
+    least: float, profile: bool, kernels: bool, quick: bool, as_json: bool,
 ) -> None:  # fmt: skip
     """Compares this checkout with another checkout."""
     cases = {name: CASES[name] for name in chosen or CASES}
     if quick:
         pairs, least = 2, 0.0
         cases = {n: Case(c.mode, c.rows, min(c.prompt, 300), min(c.tokens, 16)) for n, c in cases.items()}
-    sides = Side(HERE.parent, entry, model, profile), Side(against, against_entry, model, profile)
+    clock = "kernels" if kernels else "verbs" if profile else None
+    sides = Side(HERE.parent, entry, model, clock), Side(against, against_entry, model, clock)
     try:
         found = measure(sides, cases, pairs, least)
         facts = {name: side.facts() for name, side in zip("AB", sides, strict=True)}

@@ -6,13 +6,15 @@ works with older commits too.
     {"mode": "ar", "rows": 1, "prompt": 0, "tokens": 128, "times": 1}
     → {"seconds": 0.06, "texts": [[…]], "prompt": 16, "verbs": {"extend": {"calls": 128, "seconds": 0.05}}}
 
-prompt: tokens of each prompt (0: a sentence). times: number of runs in one measurement. verbs: only with --profile.
+prompt: tokens of each prompt (0: a sentence). times: number of runs in one measurement. verbs: only with --profile;
+with --profile kernels, the calls of C++ kernels.
 """
 
 from __future__ import annotations
 
 import argparse
 import gc
+import importlib
 import inspect
 import json
 import sys
@@ -64,6 +66,14 @@ class VerbClock:
                     if verb in vars(owner):
                         setattr(owner, verb, self._timed(verb, vars(owner)[verb]))
 
+    def wrap_kernels(self) -> None:
+        """Wraps the function that calls a C++ kernel, in every module of the checkout that has imported it."""
+        kernels = importlib.import_module("twotower.ops.cpu.kernels")
+        real, timed = kernels.call, self._timed("kernels", kernels.call)
+        for module in [module for name, module in sys.modules.items() if name.startswith("twotower")]:
+            if getattr(module, "call", None) is real:
+                setattr(module, "call", timed)  # noqa: B010
+
     def _timed(self, verb: str, call: Callable[..., Any]) -> Callable[..., Any]:
         def timed(*args: Any, **kwargs: Any) -> Any:
             if self.depth:
@@ -94,7 +104,7 @@ class Side:
     def prompts(self, rows: int, length: int, tokens: int) -> Texts:
         """Sentences, or prompts of that many tokens, made of sentences; at most the context window."""
         if not length:
-            return self.sentences[:rows]
+            return (self.sentences * (rows // len(self.sentences) + 1))[:rows]
         length = min(length, self.model.config.max_position_embeddings - tokens)
         joined = [token for sentence in self.sentences for token in sentence]
         joined *= length // len(joined) + 2
@@ -144,15 +154,15 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--model", default=None)
     parser.add_argument("--entry", choices=("generate", "engine"), required=True)
-    parser.add_argument("--profile", action="store_true")
+    parser.add_argument("--profile", choices=("verbs", "kernels"), default=None)
     arguments = parser.parse_args()
     torch.set_num_threads(1)
     side = Side(arguments.model or str(twotower.bundled_model()), arguments.entry)
     clock = None
-    if arguments.profile:
+    if arguments.profile is not None:
         clock = VerbClock()
         side.run_of("diffusion", side.prompts(1, 0, 1), 1)()  # imports all modules before the first measurement
-        clock.wrap_all()
+        clock.wrap_kernels() if arguments.profile == "kernels" else clock.wrap_all()
     gc.collect()
     gc.freeze()
     print(json.dumps({"package": str(Path(twotower.__file__).parent)}), flush=True)

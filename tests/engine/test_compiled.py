@@ -16,9 +16,10 @@ import torch
 from conftest import EVERY_KIND, build_random_model
 from test_engine import LENGTH, some_request
 from test_recovery import Fault, fault
-from tiny_backbones import two_tower
+from tiny_backbones import SHAPES, slow_but, two_tower
 
 from twotower import LLM, AsyncLLM, Request, TwoTowerForCausalLM
+from twotower.checkpoint.quantize import quantize_
 from twotower.decoding.output import BlockEvent, Event, Generation
 from twotower.decoding.params import GenerationParams
 from twotower.engine import one_pass
@@ -313,3 +314,37 @@ def test_changed_weights_are_read() -> None:
         expected = by_row(run(LLM(own, rows=2, length=LENGTH), requests, 0.0))
     found = by_row(run(LLM(own, rows=2, length=LENGTH), requests, BURST))
     assert found == expected != before
+
+
+FAST = ("llama", "gemma", "olmo2", "glm4", "qwen2_moe", "qwen3_moe", "nemotron_h:latent", "mamba2:biases", "bamba")
+DECLINED = (
+    "mistral",
+    "granite",
+    "gemma2",
+    "phi3:longrope",
+    "qwen3_next",
+)  # windows, factors of logits, LongRoPE, a kind
+
+
+@needs_kernels
+@pytest.mark.parametrize("weights", ["packed", "int8", "int4"])
+@pytest.mark.parametrize("name", [*slow_but(FAST, [name for name in SHAPES if name not in DECLINED]), *DECLINED])
+def test_other_backbones_and_weights_give_the_same_events(name: str, weights: str) -> None:
+    own = two_tower(name)
+    if weights == "packed":
+        own.pack()
+    else:
+        quantize_(own, weights)
+    requests = [
+        Request([5, 6, 7, 8], GenerationParams.of(mode=mode, max_new_tokens=18, block_size=6, mask_token_id=3, **more))
+        for mode, more in (("ar", {}), ("diffusion", {"policy_value": 0.3}), ("verified", {"draft_steps": 2}))
+    ]
+    with compiled(on=False):
+        expected = [by_row(run(LLM(own, rows=3, length=LENGTH), [request] * 2, 0.0)) for request in requests]
+    with compiled() as calls:
+        found = [by_row(run(LLM(own, rows=3, length=LENGTH), [request] * 2, BURST)) for request in requests]
+    assert found == expected
+    if name in DECLINED:
+        assert not any(calls.values())
+    elif name in FAST:
+        assert all(calls.values())

@@ -56,8 +56,9 @@ class CompiledPasses:
     def __init__(
         self, model: Towers, state: TowerState, blocks: OpenBlocks, scheduler: Scheduler, usable: bool
     ) -> None:
-        own = isinstance(model, TwoTowerModel) and state.texts is None and state.longest_pass is None
-        self.model = model if isinstance(model, TwoTowerModel) and own and usable else None
+        plain_head = state.spec.logit_factor == 1.0 and state.spec.logit_softcap is None
+        usable = usable and plain_head and state.texts is None and state.longest_pass is None
+        self.model = model if isinstance(model, TwoTowerModel) and usable else None
         self.state, self.blocks, self.scheduler = state, blocks, scheduler
         self.seconds = 0.0
         self._durations: dict[tuple[str, int], float] = {}  # of a pass: by kind and number of rows

@@ -103,7 +103,8 @@ class _Filled(NamedTuple):
 class DecodePass:
     """Passes over B rows of L tokens that read a state. One caller at a time uses it.
 
-    modulation: (B, 3·layers, H), the time conditioning of the next pass, if there is any.
+    modulation: (B, 3·layers, H), the time conditioning of the next pass, if there is any. period: the period without
+    changes (`steady_period`) in which the weights were checked.
     """
 
     def __init__(self, tower: Tower, shape: PassShape) -> None:
@@ -132,7 +133,7 @@ class DecodePass:
         self._filled: _Filled | None = None
         self._state: weakref.ref[TowerState] | None = None  # a cached pass keeps neither a state nor weights alive
         self._weights: weakref.ref[WeightTable] | None = None
-        self._period: object | None = None
+        self.period: object | None = None
         self._kept: list[Tensor] = []  # gathered data with an address in the tables
         self._using: WeightTable | None = None
 
@@ -153,8 +154,8 @@ class DecodePass:
                 return False
             self._filled, self._state = filled, weakref.ref(state)
         period = steady_period()
-        if period is None or period is not self._period or self._weights is None or self._weights() is not weights:
-            self._weights, self._period = weakref.ref(weights), period
+        if period is None or period is not self.period or self._weights is None or self._weights() is not weights:
+            self._weights, self.period = weakref.ref(weights), period
             own = self._decoder
             own.weights, own.packed, own.scales = weights.addresses
             own.norm_f, own.embeddings = weights.norm_f, tower.embeddings.weight.data_ptr()
@@ -163,7 +164,7 @@ class DecodePass:
             if tower.mask_embedding is not None:
                 own.mask_embedding, own.mask_token = tower.mask_embedding.weight.data_ptr(), tower.mask_embedding.token
             if not self._fill_head(tower.head):
-                self._weights = None
+                self._weights = self.period = None
                 return False
         if self.shape.stored and self._updates is None:
             self._updates = self._tables.updates(self._like)

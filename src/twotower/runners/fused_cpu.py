@@ -84,11 +84,21 @@ class FusedCPURunner:
 
     def decode_pass(self, tower: Tower, shape: PassShape, rows: Rows) -> DecodePass | None:
         """Decoding passes of a shape, prepared; None if not supported. Give them back with `keep`."""
-        weights = None if shape.length > MAX_ROW_TOKENS else self._weights_for(tower, shape.rows * shape.length)
-        if weights is None or not kernels_selected(shape.dtype):
+        own = self._decode_passes.pop(shape, None)  # see `run`
+        weights: WeightTable | None
+        if own is not None and own.period is not None and own.period is steady_period() is self._checked:
+            weights = self.weights
+        else:
+            weights = self._decode_weights(tower, shape)
+        if weights is None:
             return None
-        own = self._decode_passes.pop(shape, None) or DecodePass(tower, shape)  # see `run`
+        own = own or DecodePass(tower, shape)
         return own if own.prepare(tower, weights, self._rotations_of(tower), rows) else None
+
+    def _decode_weights(self, tower: Tower, shape: PassShape) -> WeightTable | None:
+        if shape.length > MAX_ROW_TOKENS or not kernels_selected(shape.dtype):
+            return None
+        return self._weights_for(tower, shape.rows * shape.length)
 
     def keep(self, own: DecodePass) -> None:
         """Takes decoding passes back for the next call."""
