@@ -140,16 +140,19 @@ def summary(case: Case, pairs: list[tuple[dict[str, Any], dict[str, Any]]]) -> d
     return found
 
 
+NO_CALL = {"calls": 0, "seconds": 0.0}
+
+
 def inside_and_outside(runs: list[dict[str, Any]], new: int) -> dict[str, Any]:
     """µs per token in each verb and outside all verbs."""
-    verbs = sorted(runs[0]["verbs"])
+    verbs = sorted({verb for run in runs for verb in run["verbs"]})
     if not verbs:
         raise click.ClickException("--profile found no call of extend or denoise; check the names of the towers' verbs")
     outside = [run["seconds"] - sum(verb["seconds"] for verb in run["verbs"].values()) for run in runs]
     parts = {
         verb: {
-            "us a token": statistics.median(run["verbs"][verb]["seconds"] for run in runs) / new * 1e6,
-            "calls": runs[0]["verbs"][verb]["calls"],
+            "us a token": statistics.median(run["verbs"].get(verb, NO_CALL)["seconds"] for run in runs) / new * 1e6,
+            "calls": runs[0]["verbs"].get(verb, NO_CALL)["calls"],
         }
         for verb in verbs
     }
