@@ -46,7 +46,7 @@ class Words:
 @contextmanager
 def compiled(on: bool = True) -> Iterator[dict[str, int]]:
     """Switches compiled passes on or off → the number of calls of each kind."""
-    calls = {"ar_steps": 0, "read": 0, "fill_blocks": 0}
+    calls = {"ar_steps": 0, "read": 0, "fill_blocks": 0, "one_pass_rounds": 0}
 
     def counted(name: str) -> Callable[..., Any]:
         real = getattr(DecodePass, name)
@@ -157,7 +157,7 @@ def test_models_with_adapters_give_the_same_events(dtype: torch.dtype, monkeypat
     monkeypatch.setattr(one_pass, "DRAFT_CONFIDENCE", 0.01)
     own = two_tower("nemotron_h", dtype, rank=3)
     own.tokenizer = Words()
-    drafted = passes = tokens = 0
+    drafted = passes = tokens = rounds = 0
     for seed, rows in enumerate((1, 3, 8)):
         same: dict[str, Any] = {"policy": "threshold", "policy_value": 0.05, "acceptance": 1.0}
         requests = mixed(12, seed, **same)
@@ -165,16 +165,19 @@ def test_models_with_adapters_give_the_same_events(dtype: torch.dtype, monkeypat
         with compiled(on=False) as calls:
             expected = run(LLM(own, rows=rows, length=LENGTH), requests, 0.0)
         assert not any(calls.values())
-        with compiled() as calls:
-            found = run(LLM(own, rows=rows, length=LENGTH), requests, 0.0)
-        assert by_row(found) == by_row(expected)
-        assert calls["read"]
+        for seconds in (0.0, BURST):
+            with compiled() as calls:
+                found = run(LLM(own, rows=rows, length=LENGTH), requests, seconds)
+            assert by_row(found) == by_row(expected)
+            assert calls["read"]
+            rounds += calls["one_pass_rounds"]
         results = [event.result for event in found if isinstance(event, BlockEvent) and event.result is not None]
         drafted += sum(result.drafted for result in results)
         passes += sum(result.context_passes for result in results)
         tokens += sum(len(result.tokens) for result in results)
     assert drafted
     assert passes < tokens
+    assert rounds
 
 
 @needs_kernels
@@ -222,7 +225,7 @@ def test_every_way_to_run_requests_gives_the_same_results(model: TwoTowerForCaus
         streamed = [list(LLM(model, rows=3, length=LENGTH).stream(request)) for request in requests]
         alone = generate(model, [[5, 6, 7]], params)
         events = list(model.stream([[5, 6, 7]], "ar", max_new_tokens=40, stop=("w7",)))
-    assert all(calls.values())
+    assert all(count for name, count in calls.items() if name != "one_pass_rounds")
     fields = ("tokens", "text", "finish_reason", "confidence", "committed_at", "context_passes", "denoiser_passes")
     for results in (found, served, [events[-1].result for events in streamed]):
         for result, other in zip(results, expected, strict=True):

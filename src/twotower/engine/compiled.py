@@ -18,24 +18,25 @@ from torch import Tensor
 from twotower.cache.hybrid_cache import TowerState
 from twotower.decoding.output import BlockEvent
 from twotower.decoding.unmasking import POLICIES, threshold
-from twotower.engine import context_step
+from twotower.engine import context_step, one_pass
 from twotower.engine.context_step import PendingContext
 from twotower.engine.denoiser_step import OpenBlocks, PendingDenoise
+from twotower.engine.modulations import Modulations
 from twotower.engine.scheduled import ScheduledTokens
 from twotower.engine.scheduler import Scheduler
 from twotower.engine.sequence import Phase, RunningSequence
 from twotower.engine.slots import at, slots_of
 from twotower.engine.towers import Towers
-from twotower.model.conditioning import TimeConditioning
-from twotower.model.tower import Tower, steady_period
+from twotower.model.tower import Tower
 from twotower.model.towers import TwoTowerModel
 from twotower.ops.host_transfer import AsyncHostCopy
-from twotower.runners.decode_pass import BlockRow, Blocks, DecodePass, Rows, RowTokens
+from twotower.runners.decode_pass import BlockRow, Blocks, DecodePass, RoundRow, Rows, RowTokens
 from twotower.runners.fused_cpu import FusedCPURunner
 from twotower.runners.pass_tables import PassShape
 
 MOST_STEPS = 64  # AR steps of a call
 MOST_STEPS_BEFORE_STOP = 8  # if a stop string may end a row, because the steps after it are lost
+MOST_ROUNDS_BEFORE_STOP = 2
 
 CollectEvents = Callable[[], list[BlockEvent]]
 
@@ -76,13 +77,19 @@ class CompiledPasses:
             return self._launch_steps(model, scheduled)
         length = max(entry.width for entry in scheduled)
         sequences = [entry.sequence for entry in scheduled]
+        most = self._most_rounds(scheduled)
+        if most > 1:
+            return self._launch_rounds(model, scheduled, length, most)
         with_keys = PassShape(len(sequences), length, self.state.dtype, True, False, True, True)
         lent = self._pass_of(model.context, with_keys, sequences)
         if lent is None:
             return None
         sampled = scheduled[0].sampled
         rows = [RowTokens(entry.tokens, entry.masks, entry.sequence.final_drafts) for entry in scheduled]
+        started = time.perf_counter()
         chosen, sure, accepted = lent.own.read(rows, sampled)
+        if sequences[0].one_pass:
+            self._time("round", sequences, started, 1)
         self._note_appended(sequences, (accepted + 1).tolist(), length)
         lent.runner.keep(lent.own)
         for entry in scheduled:
@@ -105,6 +112,38 @@ class CompiledPasses:
         self._note_appended(sequences, [len(chosen)] * len(sequences), len(chosen))
         lent.runner.keep(lent.own)
         return partial(_record_steps, scheduled, chosen, sure)
+
+    def _launch_rounds(
+        self, model: TwoTowerModel, scheduled: Sequence[ScheduledTokens], length: int, most: int
+    ) -> CollectEvents | None:
+        sequences = [entry.sequence for entry in scheduled]
+        shape = PassShape(len(sequences), length, self.state.dtype, True, False, True, True)
+        lent = self._pass_of(
+            model.context, shape, sequences, min(most * length, max(s.room for s in sequences) + length)
+        )
+        if lent is None:
+            return None
+        rows = [
+            RoundRow(size=s.params.block_size, room=s.room, final=s.final_drafts, least=one_pass.least_confidence(s))
+            for s in sequences
+        ]
+        started = time.perf_counter()
+        ends = [tuple(s.output.progress.eos) for s in sequences]
+        chosen, sure, accepted = lent.own.one_pass_rounds(rows, [s.block for s in sequences], ends, most)
+        self._time("round", sequences, started, len(accepted))
+        appended = torch.tensor(lent.own.lengths) - torch.tensor([s.read for s in sequences])
+        self._note_appended(sequences, appended.tolist(), length * len(accepted))
+        lent.runner.keep(lent.own)
+        return partial(_record_rounds, scheduled, chosen.tolist(), sure.tolist(), accepted.tolist())
+
+    def _most_rounds(self, scheduled: Sequence[ScheduledTokens]) -> int:
+        """Rounds of a model with adapters until the engine may be needed; 1 for other passes."""
+        sequences = [entry.sequence for entry in scheduled]
+        if not all(s.one_pass and s.drafting for s in sequences) or not self._undisturbed(sequences):
+            return 1
+        stops = any(s.params.stop for s in sequences)
+        most = min(self._most_passes("round", sequences), MOST_ROUNDS_BEFORE_STOP if stops else MOST_STEPS)
+        return max(min([most, *(s.output.room for s in sequences)]), 1)
 
     def _most_steps(self, sequences: Sequence[RunningSequence]) -> int:
         """AR steps until a row ends or the engine may be needed."""
@@ -208,33 +247,6 @@ class CompiledPasses:
         self._durations[kind, len(sequences)] = (time.perf_counter() - started) / passes
 
 
-class Modulations:
-    """The time conditioning at each number of masked positions of a block, as long as its weights stay the same."""
-
-    def __init__(self) -> None:
-        self._period: object | None = None
-        self._weights: list[tuple[int, int]] = []
-        self._by_size: dict[int, Tensor] = {}
-
-    def of(self, conditioning: TimeConditioning | None, sizes: set[int], dtype: torch.dtype) -> dict[int, int] | None:
-        """Addresses (size, 3·layers, H) for blocks of these sizes; none without conditioning; None: not supported."""
-        if conditioning is None:
-            return {}
-        period = steady_period()
-        if period is None or period is not self._period:
-            if type(conditioning) is not TimeConditioning or _is_hooked(conditioning):
-                return None
-            weights = [(weight.data_ptr(), weight._version) for weight in conditioning.parameters()]
-            if weights != self._weights:
-                self._weights, self._by_size = weights, {}
-            self._period = period
-        for size in sizes - self._by_size.keys():
-            t = torch.arange(1, size + 1).to(dtype) / size
-            parts = [part for modulation in conditioning(t) for part in modulation]
-            self._by_size[size] = torch.cat(parts, 1).contiguous()
-        return {size: self._by_size[size].data_ptr() for size in sizes}
-
-
 def _record_steps(
     scheduled: Sequence[ScheduledTokens], chosen: Sequence[Sequence[int]], sure: Sequence[Sequence[float]]
 ) -> list[BlockEvent]:
@@ -248,6 +260,41 @@ def _record_steps(
             entry.sequence.output.context_passes += 1
         choice = [[tokens[place]] for place in live], [[confidence[place]] for place in live], [0] * len(live)
         events += context_step.record_tokens(own, choice, {})
+    return events
+
+
+def _record_rounds(
+    scheduled: Sequence[ScheduledTokens],
+    chosen: Sequence[list[list[int]]],
+    sure: Sequence[list[list[float]]],
+    accepted: Sequence[list[int]],
+) -> list[BlockEvent]:
+    """Records rounds of a model with adapters, each with the rows that have not ended before.
+
+    The engine begins the round after the last one.
+    """
+    events: list[BlockEvent] = []
+    for s in [entry.sequence for entry in scheduled]:
+        s.seconds /= len(accepted)
+    for number, round_ in enumerate(zip(chosen, sure, accepted, strict=True), 1):
+        live = [place for place, entry in enumerate(scheduled) if entry.sequence.output.running]
+        sequences = [scheduled[place].sequence for place in live]
+        entries = [ScheduledTokens(s, s.block, sampled=True, masks=s.masks) for s in sequences]
+        for entry in entries:
+            entry.sequence.read += len(entry.tokens)
+            entry.sequence.output.context_passes += 1
+        tokens, confidence, kept = round_
+        choice = [tokens[i] for i in live], [confidence[i] for i in live], [kept[i] for i in live]
+        own = context_step.record_tokens(entries, choice, {})
+        events += own
+        for s, event in zip(sequences, own, strict=True):
+            if number == len(accepted) or event.result is not None:
+                continue
+            if s.mode == "verified":
+                s.controller.record(s.max_passes, len(event.tokens), s.accepted, s.seconds)
+            seconds = s.seconds
+            one_pass.begin(s, s.output.room, draft_passes=1)
+            s.seconds = seconds
     return events
 
 
@@ -266,8 +313,3 @@ def _fits(scheduled: Sequence[ScheduledTokens]) -> bool:
 def _is_own(model: TwoTowerModel, name: str) -> bool:
     """Whether a method is that of `TwoTowerModel`."""
     return getattr(type(model), name) is getattr(TwoTowerModel, name) and name not in model.__dict__
-
-
-def _is_hooked(module: torch.nn.Module) -> bool:
-    parts = module.modules()
-    return any(part._forward_hooks or part._forward_pre_hooks or "forward" in part.__dict__ for part in parts)

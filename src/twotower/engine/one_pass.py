@@ -22,19 +22,24 @@ DRAFT_CONFIDENCE = 0.4  # of drafted tokens in verified decoding: a pass that re
 def begin(sequence: RunningSequence, room: int, draft_passes: int | None) -> None:
     """Begins the next round. room: new tokens that may still follow. draft_passes: None: the controller chooses."""
     sequence.room, sequence.seconds = room, 0.0
-    drafts = sequence.mode == "diffusion"
+    sequence.drafting = sequence.mode == "diffusion"
     if sequence.mode == "verified":
-        drafts = bool(sequence.controller.choose_depth() if draft_passes is None else draft_passes)
+        sequence.drafting = bool(sequence.controller.choose_depth() if draft_passes is None else draft_passes)
     if sequence.final_drafts:
         sequence.block, most = [sequence.pending, *sequence.draft], room - 1
     else:
         sequence.block = [sequence.pending, *sequence.draft[: room - 1]]
         most = room - len(sequence.block)
     left = min(sequence.params.block_size - len(sequence.block), most)
-    sequence.masks = max(left, 0) if drafts else 0
+    sequence.masks = max(left, 0) if sequence.drafting else 0
     sequence.committed_at = [0] * len(sequence.block)
     sequence.max_passes = int(len(sequence.block) > 1 or sequence.masks > 0)
     sequence.phase = Phase.CHECK if sequence.max_passes else Phase.STEP
+
+
+def least_confidence(sequence: RunningSequence) -> float:
+    """The confidence above which a token is drafted."""
+    return sequence.policy_value if sequence.mode == "diffusion" else DRAFT_CONFIDENCE
 
 
 def next_draft(entry: ScheduledTokens, new: Sequence[int], sure: Sequence[float], accepted: int) -> list[int]:
@@ -42,8 +47,7 @@ def next_draft(entry: ScheduledTokens, new: Sequence[int], sure: Sequence[float]
     first = len(entry.tokens)
     if accepted < first - 1:
         return []
-    sequence = entry.sequence
-    least = sequence.policy_value if sequence.mode == "diffusion" else DRAFT_CONFIDENCE
+    least = least_confidence(entry.sequence)
     pairs = zip(new[first : entry.width], sure[first : entry.width], strict=True)
     return [token for token, _ in takewhile(lambda pair: pair[1] > least, pairs)]
 

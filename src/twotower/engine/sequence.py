@@ -99,7 +99,7 @@ class RunningSequence:
     passes_launched: those launched for the open block. blocks_opened: blocks so far.
     visible_length: text tokens in the denoiser's view (−1: no view of this text yet).
     one_pass: the model has adapters, so that each pass checks the last draft and makes the next one. draft: that next
-    draft, after the pending token. masks: mask tokens of the pass.
+    draft, after the pending token. masks: mask tokens of the pass; drafting: whether a pass may have masks.
     accepted: accepted drafted tokens of the last round. seconds: this sequence's share of the time of its round.
     held_tokens: new tokens that wait for their log-probabilities. last_logits (V,): in diffusion with
     log-probabilities, the AR model's logits after the last token read. policy_memory: the commit policy's memory of the
@@ -119,6 +119,7 @@ class RunningSequence:
     one_pass: bool = False
     draft: list[int] = field(default_factory=list)
     masks: int = 0
+    drafting: bool = False
     phase: Phase = Phase.PROMPT
     read: int = 0
     pending: int = -1

@@ -67,6 +67,12 @@ class BlockRow(ctypes.Structure):
     ]
 
 
+class RoundRow(ctypes.Structure):
+    """`RoundRow` in decode.h: a row of `DecodePass.one_pass_rounds`."""
+
+    _fields_ = [*((name, ctypes.c_int64) for name in ("size", "room", "final")), ("least", ctypes.c_float)]
+
+
 class RowTokens(NamedTuple):
     """What a pass reads of a row: tokens, and masks after them. final: drafted tokens are kept whatever AR says."""
 
@@ -171,6 +177,12 @@ class DecodePass:
             self._keeps_updates = sum(map(_bytes_of, self._updates)) <= KEPT_BYTES
         return True
 
+    @property
+    def lengths(self) -> list[int]:
+        """The tokens that the state holds of each row, after a call."""
+        lengths: list[int] = self._lengths.tolist()
+        return lengths
+
     def _fill(self, rows: Rows, rotations: RotationTables) -> bool:
         """Fills in the addresses of the state; False if it is not supported."""
         slots = None if rows.slots == list(range(rows.state.rows)) else torch.tensor(rows.slots)
@@ -244,6 +256,25 @@ class DecodePass:
         results = (chosen, confidence, accepted) if sampled else (None, None, accepted)
         call("read_drafts_", self._like, ctypes.addressof(self._decoder), *map(ctypes.addressof, tables), *results)
         return chosen, confidence, accepted
+
+    def one_pass_rounds(
+        self, rows: Sequence[RoundRow], blocks: Sequence[Sequence[int]], ends: Sequence[Sequence[int]], most: int
+    ) -> tuple[Tensor, Tensor, Tensor]:
+        """Up to `most` rounds of a model with adapters → choices, confidences (n, B, L), accepted (n, B) of n rounds.
+
+        blocks: the pending token and the draft of each row. ends: end tokens of each row, which end the rounds.
+        """
+        count, length = self.shape.rows, self.shape.length
+        padded = [token for block in blocks for token in (*block, *[0] * (length - len(block)))]
+        places, done = list(accumulate(map(len, ends), initial=0)), ctypes.c_int64()
+        tables = (RoundRow * count)(*rows), _integers(padded), _integers(list(map(len, blocks)))
+        stops = _integers(places), _integers([*chain.from_iterable(ends), -1])
+        chosen = torch.empty(most, count, length, dtype=torch.long)
+        confidence, accepted = torch.empty(most, count, length), torch.empty(most, count, dtype=torch.long)
+        given = [*(ctypes.addressof(part) for part in tables), most, *map(ctypes.addressof, stops)]
+        results = chosen, confidence, accepted, ctypes.addressof(done)
+        call("one_pass_rounds_", self._like, ctypes.addressof(self._decoder), *given, *results)
+        return chosen[: done.value], confidence[: done.value], accepted[: done.value]
 
     def fill_blocks(self, blocks: Blocks, rows: Sequence[BlockRow], most: int) -> int:
         """Up to `most` passes over open blocks, until one is finished → the number of passes."""

@@ -138,6 +138,58 @@ void read_drafts(const Decoder& d, const int64_t* tokens, const int64_t* counts,
     commit<T>(d, kept.data(), threads);
 }
 
+// A row of `one_pass_rounds`, as engine/one_pass.py has it: the most positions of a pass, the new tokens that may follow,
+// whether drafted tokens are final, and the confidence above which tokens are drafted.
+struct RoundRow {
+    int64_t size, room, final;
+    float least;
+};
+
+// Up to `most` rounds of a model with adapters. block[b]: the pending token and the draft of row b. A round reads the
+// blocks and masks after them, as `read_drafts`, and makes the next blocks. Ends after a round in which a row gets one of
+// its end tokens, has no room left, or has logits that are not finite. chosen, confidence (most, rows, L), accepted
+// (most, rows): of each round; done: rounds made.
+template <class X, class T>
+void one_pass_rounds(const Decoder& d, const RoundRow* rows, const int64_t* tokens, const int64_t* counts, long most,
+                     const int64_t* ends, const int64_t* end_ids, int64_t* chosen, float* confidence, int64_t* accepted,
+                     int64_t* done, int threads) {
+    const long B = d.pass->rows, L = d.pass->L;
+    std::vector<std::vector<int64_t>> block(B);
+    std::vector<int64_t> read(B * L), kept(B), widths(B), final(B), room(B);
+    for (long b = 0; b < B; b++) {
+        block[b].assign(tokens + b * L, tokens + b * L + counts[b]);
+        room[b] = rows[b].room, final[b] = rows[b].final;
+    }
+    bool over = false;
+    for (*done = 0; *done < most && !over; chosen += B * L, confidence += B * L, accepted += B, ++*done) {
+        std::fill(read.begin(), read.end(), 0);
+        for (long b = 0; b < B; b++) {
+            const long n = kept[b] = block[b].size(), left = final[b] ? room[b] - 1 : room[b] - n;
+            widths[b] = n + std::max(std::min(rows[b].size - n, left), 0L);
+            std::copy(block[b].begin(), block[b].end(), read.begin() + b * L);
+            std::fill(read.begin() + b * L + n, read.begin() + b * L + widths[b], d.mask_token);
+        }
+        read_drafts<X, T>(d, read.data(), kept.data(), widths.data(), final.data(), chosen, confidence, accepted, threads);
+        for (long b = 0; b < B; b++) {
+            const int64_t* own = chosen + b * L;
+            const float* sure = confidence + b * L;
+            const long n = accepted[b];
+            over |= !finite(sure, n + 1);
+            std::vector<int64_t> next{own[n]};
+            for (long i = kept[b]; n == kept[b] - 1 && i < widths[b] && sure[i] > rows[b].least; i++) next.push_back(own[i]);
+            const auto ended = [&](int64_t token) {
+                return std::find(end_ids + ends[b], end_ids + ends[b + 1], token) != end_ids + ends[b + 1];
+            };
+            if (final[b]) over |= std::any_of(next.begin(), next.end(), ended);
+            else over |= std::any_of(own, own + n + 1, ended);
+            room[b] -= final[b] ? long(next.size()) : n + 1;
+            over |= room[b] < 1;
+            if (!final[b] && long(next.size()) > room[b]) next.resize(std::max(room[b], 1L));
+            block[b] = std::move(next);
+        }
+    }
+}
+
 // Commits positions of one block of `size` after its pass number `step`, of at most `steps`: those above the threshold,
 // and in any case as many as are due (`commit` in decoding/unmasking.py). Returns whether masked positions are left.
 inline bool commit_block(const int64_t* candidate, const float* sure, float threshold, long size, int64_t step,

@@ -54,6 +54,7 @@ SIGNATURES = {
     "tower_": "ippp" + "pppppl" + "pppppppp" + "i",
     "ar_steps_": "ipplppppp",
     "read_drafts_": "ipppppppp",
+    "one_pass_rounds_": "ippppl" + "pppppp",
     "fill_blocks_": "ippplpp",
     "attention_": "ipppppi" + "pppppp" + "lllll" + "ffl",
 }
