@@ -5,6 +5,7 @@ from __future__ import annotations
 import copy
 import json
 from collections.abc import Callable
+from dataclasses import replace
 from os import PathLike
 from pathlib import Path
 from typing import Any, TypeVar
@@ -31,7 +32,7 @@ from twotower.config import (
 )
 from twotower.errors import ArgumentError, CheckpointError
 from twotower.model.towers import TowerSet, TwoTowerModel
-from twotower.quantization import QuantizationPlan
+from twotower.quantization import INT8_ACTIVATIONS, QuantizationPlan
 from twotower.tokenizer import Tokenizer
 
 Model = TypeVar("Model", bound=TwoTowerModel)
@@ -87,13 +88,14 @@ def _quantize(
         known = names.tensor_entries(both)
         quantize_(model, asked.quantization or QuantizationPlan.parse("none"))
         return known
-    quantize_(both, stored)
-    quantize_(model, stored)
     wanted = asked.quantization
+    plan = stored if wanted is None else replace(stored, int8_activations=wanted.int8_activations)
+    quantize_(both, plan)
+    quantize_(model, plan)
     if wanted is not None and any(wanted.schemes[part] != scheme for part, scheme in schemes_of(model).items()):
         raise ArgumentError(
-            f"quantization is {str(wanted)!r}, and the checkpoint is stored in {str(stored)!r}; leave it out, or load "
-            "the original checkpoint"
+            f"quantization is {str(wanted)!r}, and the checkpoint is stored in {str(stored)!r}; leave it out, change "
+            f"its {INT8_ACTIVATIONS} only, or load the original checkpoint"
         )
     return list(stored_entries(both, names.tensor_entries(both)))
 

@@ -1,9 +1,9 @@
-"""Weight-only quantization of towers to 8 or 4 bits.
+"""Quantization of the weights of towers to 8 or 4 bits.
 
 The large matrices are quantised: projections of mixers, routed and shared experts, MLPs, the head.
 Heads have at least 8 bits. Embeddings, routers, norms, convolutions, decay rates and the time conditioning keep their
 dtype. They are small, or, as the embeddings, a pass reads only a few rows of them. Rounding a router or a decay rate
-would change a layer's output.
+would change a layer's output. Activations keep their dtype, unless the plan rounds those of quantised weights to int8.
 """
 
 from __future__ import annotations
@@ -14,10 +14,12 @@ from weakref import WeakKeyDictionary
 
 from torch import nn
 
+from twotower.errors import ArgumentError
 from twotower.model.conditioning import TimeConditioning
 from twotower.model.linear import Int4Linear, Int8Linear, Linear, TiedHead
 from twotower.model.moe import Experts, Int4Experts, Int8Experts
-from twotower.quantization import Part, QuantizationPlan, Scheme, TowerName, text_of
+from twotower.ops.reference.integer import MAX_WIDTH
+from twotower.quantization import INT8_ACTIVATIONS, Part, QuantizationPlan, Scheme, TowerName, text_of
 
 Model = TypeVar("Model", bound=nn.Module)
 Large = Linear | TiedHead | Experts
@@ -28,8 +30,18 @@ def quantize_(model: Model, plan: QuantizationPlan | str = "int8") -> Model:
     """Quantises the large weights of a module in place, one matrix at a time; returns the module.
 
     plan: as `QuantizationPlan.parse` reads it. Layers that towers share stay shared.
+
+    Raises:
+        ArgumentError: quantised weights of the module have another arithmetic than the plan's, or a weight is too wide
+            for it.
     """
     schemes = QuantizationPlan.parse(plan) if isinstance(plan, str) else plan
+    known = (module for module in model.modules() if isinstance(module, Quantized))
+    if any(module.int8_activations != schemes.int8_activations for module in known):
+        raise ArgumentError(
+            f"quantize_: {str(schemes)!r} has other activations than weights that are quantised already; load the "
+            "original weights, and quantise them with one plan"
+        )
     made: WeakKeyDictionary[nn.Module, nn.Module] = (
         WeakKeyDictionary()
     )  # weak, so that each old weight is freed at once
@@ -38,7 +50,7 @@ def quantize_(model: Model, plan: QuantizationPlan | str = "int8") -> Model:
         holder = model.get_submodule(parent)
         child = getattr(holder, name)
         if child not in made:
-            new = _quantized(child, schemes.scheme(*part_of(path)))
+            new = _quantized(child, schemes.scheme(*part_of(path)), schemes.int8_activations)
             if new is None:
                 continue
             made[child] = new
@@ -82,14 +94,24 @@ def schemes_of(model: nn.Module) -> dict[Part, Scheme]:
 
 def quantization_of(model: nn.Module) -> str:
     """The plan of a model's weights; "none" if they are not quantised."""
-    return text_of(schemes_of(model))
+    return text_of(schemes_of(model), rounds_activations(model))
 
 
-def _quantized(module: nn.Module, scheme: Scheme) -> nn.Module | None:
+def rounds_activations(model: nn.Module) -> bool:
+    """Whether products of quantised weights round their activations to int8."""
+    return any(isinstance(module, Quantized) and module.int8_activations for module in model.modules())
+
+
+def _quantized(module: nn.Module, scheme: Scheme, int8_activations: bool) -> nn.Module | None:
     """The module with quantised weights; None if nothing is to do."""
     if isinstance(module, Quantized) or scheme == "none":
         return None
+    wide = max(weight.shape[-1] for weight in module.parameters()) if int8_activations else 0
+    if wide > MAX_WIDTH:
+        raise ArgumentError(f"quantization: {INT8_ACTIVATIONS} allows {MAX_WIDTH} inputs of a weight, and one has {wide}")
     if isinstance(module, Experts):
-        return Int8Experts(module) if scheme == "int8" else Int4Experts(module)
+        made: type[Int8Experts | Int4Experts] = Int8Experts if scheme == "int8" else Int4Experts
+        return made(module, int8_activations)
     assert isinstance(module, Linear | TiedHead)
-    return Int8Linear(module) if scheme == "int8" else Int4Linear(module)
+    kind: type[Int8Linear | Int4Linear] = Int8Linear if scheme == "int8" else Int4Linear
+    return kind(module, int8_activations)

@@ -3,7 +3,8 @@
 A weight (…, out, in) called NAME becomes three tensors. NAME_packed (…, out, ⌈in · bits / 32⌉) int32 has the integers
 q + 2^(bits − 1), the first input in the lowest bits. NAME_scale has the scales: (…, out, ⌈in / 32⌉) bf16 for int4,
 (…, out, 1) fp32 for int8. NAME_shape has the shape of the weight. The quantization_config of config.json has a group
-for each part of the plan. Nothing is rounded here: a saved model is loaded again bit for bit.
+for each part of the plan, and says whether activations are rounded. Nothing is rounded here: a saved model is loaded
+again bit for bit.
 """
 
 from __future__ import annotations
@@ -19,7 +20,7 @@ from torch import Tensor
 from transformers import PretrainedConfig
 
 from twotower.checkpoint.names import SCALE, TensorEntry, tensor_entries
-from twotower.checkpoint.quantize import large_weights, part_of, scheme_of, schemes_of
+from twotower.checkpoint.quantize import large_weights, part_of, rounds_activations, scheme_of, schemes_of
 from twotower.errors import ArgumentError, CheckpointError, ConfigError
 from twotower.model.towers import TwoTowerModel
 from twotower.ops.reference import int4, int8
@@ -31,6 +32,7 @@ _ARGUMENTS = {
     "int8": {"num_bits": 8, "type": "int", "symmetric": True, "strategy": "channel"},
     "int4": {"num_bits": 4, "type": "int", "symmetric": True, "strategy": "group", "group_size": int4.GROUP},
 }
+_ROUNDED = {"num_bits": 8, "type": "int", "symmetric": True, "strategy": "token", "dynamic": True}  # activations
 _METHOD = ("compressed-tensors", "pack-quantized")
 _NUMBER = re.compile(r"(?<=\\\.)\d+(?=\\\.)")  # of a layer or an expert, in an escaped name
 _ANY_NUMBER = r"\\d+"
@@ -58,8 +60,9 @@ def quantization_config(model: TwoTowerModel) -> dict[str, object]:
         if _is_quantized(model, entry.memory):
             name = _NUMBER.sub(_ANY_NUMBER, re.escape(entry.disk.removesuffix(".weight")))
             targets[part_of(owner)][f"re:^{name}$"] = None
+    activations = {"input_activations": _ROUNDED} if rounds_activations(model) else {}
     groups = {
-        ".".join(part): {"targets": list(targets[part]), "weights": _ARGUMENTS[scheme]}
+        ".".join(part): {"targets": list(targets[part]), "weights": _ARGUMENTS[scheme], **activations}
         for part, scheme in schemes.items()
         if scheme != "none"
     }
@@ -85,16 +88,19 @@ def stored_plan(config: PretrainedConfig, file: Path) -> QuantizationPlan | None
     groups = found.get("config_groups") if known else None
     schemes: dict[Part, Scheme] = dict.fromkeys(PARTS, "none")
     names = {".".join(part): part for part in PARTS}
+    rounds: set[bool] = set()
     for name, group in (groups or {"": None}).items():
         weights = group.get("weights") if isinstance(group, dict) else None
         scheme = next((scheme for scheme in BITS if weights == _ARGUMENTS[scheme]), None)
-        if name not in names or scheme is None:
+        activations = group.get("input_activations") if isinstance(group, dict) else None
+        rounds.add(activations is not None)
+        if name not in names or scheme is None or activations not in (None, _ROUNDED) or len(rounds) > 1:
             raise ConfigError(
                 f"{file}: {KEY} is not one that save_pretrained writes ({name or 'no config_groups'!r}); use the "
                 "original checkpoint, and choose a --quantization while loading"
             )
         schemes[names[name]] = scheme
-    return QuantizationPlan(schemes)
+    return QuantizationPlan(schemes, True in rounds)
 
 
 def refuse_quantized(config: PretrainedConfig, directory: Path, use: str) -> None:

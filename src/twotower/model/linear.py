@@ -64,36 +64,44 @@ Head = Linear | TiedHead
 
 
 class Int8Linear(nn.Module):
-    """A `Linear` with an int8 weight (out / 16, in, 16) and a scale (out,) per row; see `ops.reference.int8`."""
+    """A `Linear` with an int8 weight (out / 16, in, 16) and a scale (out,) per row; see `ops.reference.int8`.
+
+    int8_activations: whether products round tokens to int8 too; see `ops.reference.integer`.
+    """
 
     weight: Tensor
     weight_scale: Tensor
 
-    def __init__(self, linear: Head) -> None:
+    def __init__(self, linear: Head, int8_activations: bool = False) -> None:
         super().__init__()
+        self.int8_activations = int8_activations
         weight, scale = int8.quantize(linear.weight)
         self.register_buffer("weight", weight)
         self.register_buffer("weight_scale", scale)
         self.bias, self.adapter = linear.bias, linear.adapter
 
     def forward(self, input: Tensor) -> Tensor:
-        backend = select("linear_int8", input.device, input.dtype)
+        backend = select("linear_w8a8" if self.int8_activations else "linear_int8", input.device, input.dtype)
         out: Tensor = backend.function(input, self.weight, self.weight_scale, self.bias)
         return adapted(out, input, self.adapter)
 
 
 class Int4Linear(nn.Module):
-    """A `Linear` with an int4 weight; see `ops.reference.int4`. shapes: (out, in) of the weight that it stands for."""
+    """A `Linear` with an int4 weight; see `ops.reference.int4`. shapes: (out, in) of the weight that it stands for.
+
+    int8_activations: as in `Int8Linear`.
+    """
 
     weight: Tensor
 
-    def __init__(self, linear: Head) -> None:
+    def __init__(self, linear: Head, int8_activations: bool = False) -> None:
         super().__init__()
+        self.int8_activations = int8_activations
         self.shapes = {"weight": tuple(linear.weight.shape)}
         self.register_buffer("weight", int4.quantize(linear.weight))
         self.bias, self.adapter = linear.bias, linear.adapter
 
     def forward(self, input: Tensor) -> Tensor:
-        backend = select("linear_int4", input.device, input.dtype)
+        backend = select("linear_w4a8" if self.int8_activations else "linear_int4", input.device, input.dtype)
         out: Tensor = backend.function(input, self.weight, self.shapes["weight"][0], self.bias)
         return adapted(out, input, self.adapter)

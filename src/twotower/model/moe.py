@@ -93,7 +93,10 @@ class Experts(nn.Module):
 
 
 class Int8Experts(nn.Module):
-    """`Experts` with int8 stacked weights and a scale (E, out) per row; see `ops.reference.int8`."""
+    """`Experts` with int8 stacked weights and a scale (E, out) per row; see `ops.reference.int8`.
+
+    int8_activations: as in `Int8Linear`.
+    """
 
     gate_proj: Tensor
     gate_proj_scale: Tensor
@@ -102,8 +105,9 @@ class Int8Experts(nn.Module):
     down_proj: Tensor
     down_proj_scale: Tensor
 
-    def __init__(self, experts: Experts) -> None:
+    def __init__(self, experts: Experts, int8_activations: bool = False) -> None:
         super().__init__()
+        self.int8_activations = int8_activations
         self.activation, self.gated = experts.activation, experts.gated
         for name in ("gate_proj", "up_proj", "down_proj")[not self.gated :]:
             weight, scale = int8.quantize(getattr(experts, name))
@@ -113,20 +117,24 @@ class Int8Experts(nn.Module):
     def forward(self, hidden: Tensor, choice: Tensor, weight: Tensor) -> Tensor:
         gate = (self.gate_proj, self.gate_proj_scale) if self.gated else None
         up, down = (self.up_proj, self.up_proj_scale), (self.down_proj, self.down_proj_scale)
-        backend = select("experts_int8", hidden.device, hidden.dtype)
+        backend = select("experts_w8a8" if self.int8_activations else "experts_int8", hidden.device, hidden.dtype)
         out: Tensor = backend.function(hidden, choice, weight, gate, up, down, self.activation)
         return out
 
 
 class Int4Experts(nn.Module):
-    """`Experts` with int4 stacked weights; see `ops.reference.int4`. shapes: of the weights that they stand for."""
+    """`Experts` with int4 stacked weights; see `ops.reference.int4`. shapes: of the weights that they stand for.
+
+    int8_activations: as in `Int8Linear`.
+    """
 
     gate_proj: Tensor
     up_proj: Tensor
     down_proj: Tensor
 
-    def __init__(self, experts: Experts) -> None:
+    def __init__(self, experts: Experts, int8_activations: bool = False) -> None:
         super().__init__()
+        self.int8_activations = int8_activations
         self.activation, self.gated = experts.activation, experts.gated
         names = ("gate_proj", "up_proj", "down_proj")[not self.gated :]
         self.shapes = {name: tuple(getattr(experts, name).shape) for name in names}
@@ -134,7 +142,7 @@ class Int4Experts(nn.Module):
             self.register_buffer(name, int4.quantize(getattr(experts, name)))
 
     def forward(self, hidden: Tensor, choice: Tensor, weight: Tensor) -> Tensor:
-        backend = select("experts_int4", hidden.device, hidden.dtype)
+        backend = select("experts_w4a8" if self.int8_activations else "experts_int4", hidden.device, hidden.dtype)
         gate, width = self.gate_proj if self.gated else None, self.shapes["up_proj"][1]
         data = gate, self.up_proj, self.down_proj
         out: Tensor = backend.function(hidden, choice, weight, *data, width, self.activation)

@@ -30,6 +30,7 @@ from twotower.ops.reference import (
     experts,
     int4,
     int8,
+    integer,
     kv_write,
     linear,
     mamba_block,
@@ -137,6 +138,14 @@ REGISTRY: dict[str, tuple[Backend, ...]] = {
         _native(native_ops.linear_int4, "dequantizes int4 in registers, for small batches"),
         Backend("torch", int4.linear, "dequantizes the whole matrix, then plain torch"),
     ),
+    "linear_w8a8": (
+        _native(native_ops.linear_w8a8, "integer products in registers"),
+        Backend("torch", integer.linear_w8a8, "exact sums of integers as floats, plain torch"),
+    ),
+    "linear_w4a8": (
+        _native(native_ops.linear_w4a8, "integer products in registers"),
+        Backend("torch", integer.linear_w4a8, "exact sums of integers as floats, plain torch"),
+    ),
     "rms_norm": (
         _triton("norm", "rms_norm", "norm and modulation in one kernel"),
         _native(native_ops.rms_norm, "norm and modulation in one kernel"),
@@ -194,6 +203,16 @@ REGISTRY: dict[str, tuple[Backend, ...]] = {
         _native(native_moe.experts_int8, "reads each selected expert once, upcasts int8 in registers"),
         Backend("sorted-loop", int8.experts_sorted, "upcasts selected experts only", _host_unsupported_reason),
         Backend("gathered", int8.experts_gathered, "static shapes, no host read; copies the selected weights"),
+    ),
+    "experts_w8a8": (
+        _native(native_moe.experts_w8a8, "reads each selected expert once, integer products in registers"),
+        Backend("sorted-loop", integer.experts_w8a8, "exact sums of integers as floats", _host_unsupported_reason),
+        Backend("gathered", integer.experts_w8a8_gathered, "static shapes, no host read; copies the selected weights"),
+    ),
+    "experts_w4a8": (
+        _native(native_moe.experts_w4a8, "reads each selected expert once, integer products in registers"),
+        Backend("sorted-loop", integer.experts_w4a8, "exact sums of integers as floats", _host_unsupported_reason),
+        Backend("gathered", integer.experts_w4a8_gathered, "static shapes, no host read; copies the selected weights"),
     ),
 }
 

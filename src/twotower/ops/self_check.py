@@ -20,30 +20,34 @@ TOLERANCE = {torch.float32: 1e-4, torch.bfloat16: 1e-2}
 
 class Case(NamedTuple):
     """A name for messages, and a function that creates the arguments, equal at each call (an operation may change
-    them).
+    them). tolerance: of floats; None: `TOLERANCE`.
     """
 
     name: str
     arguments: Callable[[], tuple[object, ...]]
+    tolerance: float | None = None
 
 
 def find_mismatch(function: Callable[..., object], reference: Callable[..., object], cases: list[Case]) -> str | None:
     """None if `function` agrees with the float64 results of `reference` on every case; otherwise a description."""
-    for name, arguments in cases:
+    for name, arguments, tolerance in cases:
         expected = reference(*map(_as_float64, arguments()))
         try:
             found = function(*arguments())
         except Exception as error:
             first_line = (str(error).splitlines() or [""])[0]
             return f"raised {type(error).__name__} on {name}: {first_line}"
-        wrong = compare(found, expected, f" on {name}")
+        wrong = compare(found, expected, f" on {name}", tolerance)
         if wrong is not None:
             return wrong
     return None
 
 
-def compare(found: object, expected: object, where: str = "") -> str | None:
-    """None if two results have the same parts and agree within `TOLERANCE`; otherwise a description of the mismatch."""
+def compare(found: object, expected: object, where: str = "", allowed: float | None = None) -> str | None:
+    """None if two results have the same parts and agree within `TOLERANCE`; otherwise a description of the mismatch.
+
+    allowed: another tolerance.
+    """
     pairs = list(zip_longest(_tensors(found), _tensors(expected)))
     for i, (actual, exact) in enumerate(pairs):
         if actual is None or exact is None:
@@ -55,7 +59,7 @@ def compare(found: object, expected: object, where: str = "") -> str | None:
             if differing:
                 return f"differs from its reference{where}: result {i} in {differing} of {exact.numel()} numbers"
             continue
-        tolerance = TOLERANCE.get(actual.dtype, TOLERANCE[torch.float32])
+        tolerance = allowed or TOLERANCE.get(actual.dtype, TOLERANCE[torch.float32])
         off = float((actual.double() - exact.double()).abs().max())
         off /= float(exact.abs().max()) or 1.0
         if not off <= tolerance:  # also catches NaN

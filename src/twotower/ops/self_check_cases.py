@@ -16,7 +16,7 @@ from twotower.ops.reference.kv_write import AppendPositions
 from twotower.ops.reference.mamba_block import MambaStepInputs, MambaWeights
 from twotower.ops.reference.rope import HeadNorms, Rotation
 from twotower.ops.self_check import Case
-from twotower.ops.self_check_inputs import Randn, lengths_up_to, make_case, packed_copy, packings_of
+from twotower.ops.self_check_inputs import Randn, int8_activations, lengths_up_to, make_case, packed_copy, packings_of
 from twotower.ops.self_check_moe_cases import (
     activate_cases,
     experts_cases,
@@ -337,4 +337,8 @@ CASES: dict[str, Callable[[torch.device, torch.dtype], list[Case]]] = {
     "linear_int4": linear_int4_cases,
     "experts_int8": experts_int8_cases,
     "experts_int4": experts_int4_cases,
+    "linear_w8a8": int8_activations(linear_int8_cases),
+    "linear_w4a8": int8_activations(linear_int4_cases),
+    "experts_w8a8": int8_activations(experts_int8_cases),
+    "experts_w4a8": int8_activations(experts_int4_cases),
 }

@@ -31,6 +31,17 @@ def make_case(name: str, arguments: Callable[..., tuple[object, ...]], *chosen: 
     return Case(name, partial(arguments, *chosen))
 
 
+# A value beside a tie may become one integer in the kernel and its neighbour in the float64 reference.
+INT8_TOLERANCE = 2e-2
+
+
+def int8_activations(
+    cases: Callable[[torch.device, torch.dtype], list[Case]],
+) -> Callable[[torch.device, torch.dtype], list[Case]]:
+    """The same cases for products that round their activations to int8."""
+    return lambda device, dtype: [case._replace(tolerance=INT8_TOLERANCE) for case in cases(device, dtype)]
+
+
 def packings_of(device: torch.device) -> tuple[bool, ...]:
     """Whether to try weights with a packed copy: only CPU kernels read packed weights."""
     return (False, True) if device.type == "cpu" else (False,)

@@ -32,6 +32,7 @@ PRODUCTS = ("linear", "route", "experts")
 OPS = (*PRODUCTS, "rms_norm", "norm_and_rotate", "activate", "attention", "mamba_block")
 INT8_OPS = ("linear_int8", "experts_int8")  # in addition, for a tower with int8 weights
 INT4_OPS = ("linear_int4", "experts_int4")
+W8A8_OPS, W4A8_OPS = ("linear_w8a8", "experts_w8a8"), ("linear_w4a8", "experts_w4a8")  # with activations in int8
 
 
 class FusedCPURunner:
@@ -71,7 +72,7 @@ class FusedCPURunner:
         weights = self._weights_for(tower, count)
         if weights is None:
             return None
-        shape = shape_of(inputs, weight.dtype)
+        shape = shape_of(inputs, weight.dtype, weights.int8_activations)
         tables = self._tables.pop(shape, None)  # removed while in use: another thread must not use the same tables
         if tables is None:
             tables = PassTables(tower.spec, shape)
@@ -161,7 +162,8 @@ class FusedCPURunner:
             return False
         key = options.current().kernels_key, dtype
         if self._supported is None or self._supported[0] != key:
-            ops = OPS + (INT8_OPS if plan.int8 else ()) + (INT4_OPS if plan.int4 else ())
+            int8, int4 = (W8A8_OPS, W4A8_OPS) if plan.int8_activations else (INT8_OPS, INT4_OPS)
+            ops = OPS + (int8 if plan.int8 else ()) + (int4 if plan.int4 else ())
             chosen = (select(op, device, dtype, differentiable=False) for op in ops)
             self._supported = key, all(backend.name == "native" for backend in chosen)
         return self._supported[1]

@@ -46,6 +46,7 @@ class PassOptions(ctypes.Structure):
 
     _fields_ = [
         *((name, _INT) for name in ("rows", "length", "hidden", "layers", "modulation_stride", "wide")),
+        ("int8_activations", _INT),
         *((name, _INT) for name in ("mamba_heads", "mamba_head_dim", "mamba_groups", "state_size", "taps")),
         *((name, _INT) for name in ("kv_heads", "head_dim")),
         ("eps", _FLOAT),

@@ -84,6 +84,7 @@ class ModulePlan:
         self._hooks = [hooks for module in modules for hooks in (module._forward_hooks, module._forward_pre_hooks)]
         self.int8 = any(isinstance(module, Int8Linear | Int8Experts) for module in modules)
         self.int4 = any(isinstance(module, Int4Linear | Int4Experts) for module in modules)
+        self.int8_activations = any(getattr(module, "int8_activations", False) for module in modules)
         self._own = all(type(module) in OWN_MODULES for module in modules)
         holders: list[dict[str, Any]] = []
         for module in modules:

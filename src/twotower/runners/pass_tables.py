@@ -40,7 +40,7 @@ class PassShape(NamedTuple):
     """The cache key of pass tables.
 
     cached: whether the pass reads a state. stored: whether its updates are kept; appends: the pass stores keys and
-    values itself.
+    values itself. int8_activations: of the tower's quantised weights.
     """
 
     rows: int
@@ -50,14 +50,16 @@ class PassShape(NamedTuple):
     modulated: bool
     stored: bool
     appends: bool
+    int8_activations: bool = False
 
 
-def shape_of(inputs: PassInputs, dtype: torch.dtype) -> PassShape:
+def shape_of(inputs: PassInputs, dtype: torch.dtype, int8_activations: bool) -> PassShape:
     """The shape of a pass of a tower in `dtype`."""
     rows, length = inputs.tokens.shape
     cached, stored = inputs.past is not None, inputs.keep_step_inputs
     appends = cached and stored and inputs.appended is not None
-    return PassShape(rows, length, dtype, cached, inputs.modulation is not None, stored, appends)
+    modulated = inputs.modulation is not None
+    return PassShape(rows, length, dtype, cached, modulated, stored, appends, int8_activations)
 
 
 class PassTables:
@@ -83,6 +85,7 @@ class PassTables:
         self._options = layer_options(spec)
         wide = spec.residual_in_fp32 and accumulation_dtype(shape.dtype) != shape.dtype
         self._pass = pass_options(spec, shape.rows, shape.length, wide)
+        self._pass.int8_activations = shape.int8_activations
         self._ropes = (RotationTable * max(len(spec.ropes), 1))()
         self.inputs, self.ropes = self._inputs.ctypes.data, ctypes.addressof(self._ropes)
         self.layer_options, self.pass_options = ctypes.addressof(self._options), ctypes.addressof(self._pass)

@@ -66,11 +66,11 @@ class WeightTable:
 
     fits: whether all weights have the dtypes and layouts that the C++ pass reads. all_packed: whether all packable
     weights are packed. addresses: of three tables: the weights, the packed weights, and the scales. adapters: of two
-    tables, the matrices a and b of adapters; rank: of these, 0 without any.
+    tables, the matrices a and b of adapters; rank: of these, 0 without any. int8_activations: of all quantised weights.
     """
 
     def __init__(self, tower: Tower, plan: ModulePlan) -> None:
-        self.dtype = tower.embeddings.weight.dtype
+        self.dtype, self.int8_activations = tower.embeddings.weight.dtype, plan.int8_activations
         self._weights = plan.weights()
         size = tower.spec.num_layers * PLACES_PER_LAYER
         entries = list(_entries(tower, size))

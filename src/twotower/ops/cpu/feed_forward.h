@@ -29,14 +29,14 @@ template <class T> struct FeedForward {
 // inner[m][n] for units lo…hi of `up` and M tokens. The products and the result are rounded to R. gates: a buffer like
 // `inner`, for a gate.
 template <class R, class T>
-inline void feed_inner(const FeedForward<T>& w, long lo, long hi, const float* x, long ldx, long M, long K,
-                       float* inner, float* gates, long ld) {
+inline void feed_inner(const FeedForward<T>& w, long lo, long hi, const Tokens& x, long M, long K, float* inner,
+                       float* gates, long ld) {
     const long unit = w.up.packed ? PANEL : 1, from = lo * unit, count = std::min(hi * unit, w.width) - from;
     const auto into = [&](float* to) {
         return [=](long n, long m, auto v, long left) { put(to + m * ld + n, v, left); };
     };
-    matmul(w.up, w.up_bias, lo, hi, x, ldx, M, K, w.width, into(inner));
-    if (w.gated()) matmul(w.gate, w.gate_bias, lo, hi, x, ldx, M, K, w.width, into(gates));
+    matmul(w.up, w.up_bias, lo, hi, x, M, K, w.width, into(inner));
+    if (w.gated()) matmul(w.gate, w.gate_bias, lo, hi, x, M, K, w.width, into(gates));
     for (long m = 0; m < M; m++) {
         float *up = inner + m * ld + from, *gate = gates + m * ld + from;
         for (long i = 0; i < count; i += W) {
@@ -54,20 +54,29 @@ inline void feed_inner(const FeedForward<T>& w, long lo, long hi, const float* x
     }
 }
 
+// Rounds a thread's share of the inner values, if `down` needs that, between two barriers.
+inline void round_inner(const Tokens& inner, long M, long K, int part, int parts) {
+    barrier(parts);
+    if (!inner.rounded) return;
+    round_tokens(inner.rows, inner.ld, partition(M, part, parts), K, inner.rounded);
+    barrier(parts);
+}
+
 template <class T>
 void mlp(const T* x, const FeedForward<T>& weights, T* y, long tokens, long H, int threads) {
     const FeedForward<T> w = weights.aligned();
     const long I = w.width, ldi = padded(I);
-    const float* in = upcast_rows(x, tokens, H, 0);
+    const Tokens in = tokens_of(x, tokens, H, w.up.rounds() || w.gate.rounds(), threads);
     float* inner = scratch(1, tokens * ldi);
+    const Tokens fed{inner, ldi, w.down.rounds() ? room_for_tokens(tokens, I, 6) : RoundedTokens{}};
     float* gates = scratch(2, w.gated() ? tokens * ldi : 0);
     for (long m = 0; m < tokens; m++) inner[m * ldi + I] = 0;  // as `padded_row`
     parallel(threads, tokens * I * H > MIN_PARALLEL_WORK, [&](int part, int parts) {
         Range own = partition(w.up.units(I), part, parts, w.up.packed ? 1 : 16);
-        feed_inner<T>(w, own.lo, own.hi, in, padded(H), tokens, H, inner, gates, ldi);
-        barrier(parts);
+        feed_inner<T>(w, own.lo, own.hi, in, tokens, H, inner, gates, ldi);
+        round_inner(fed, tokens, I, part, parts);
         own = partition(w.down.units(H), part, parts, w.down.packed ? 1 : 16);
-        matmul(w.down, w.down_bias, own.lo, own.hi, inner, ldi, tokens, I, H,
+        matmul(w.down, w.down_bias, own.lo, own.hi, fed, tokens, I, H,
                [&](long n, long m, auto v, long left) { put(y + m * H + n, v, left); });
     });
 }
@@ -89,6 +98,7 @@ void experts(const T* x, const int64_t* topk_ids, const float* weight, const Fee
         if (start[e + 1]) list.push_back(e);
         start[e + 1] += start[e];
     }
+    const bool rounds = w.up.rounds();  // the matrices of experts have one scheme
     float* gathered = scratch(1, pairs * ldx);
     float* inner = scratch(2, pairs * ldi);
     float* gates = scratch(4, w.gated() ? pairs * ldi : 0);
@@ -101,6 +111,8 @@ void experts(const T* x, const int64_t* topk_ids, const float* weight, const Fee
             inner[p * ldi + I] = 0;
         }
     }
+    Tokens in{gathered, ldx, {}}, fed{inner, ldi, {}};
+    if (rounds) in.rounded = room_for_tokens(pairs, H, 5), fed.rounded = room_for_tokens(pairs, I, 6);
     // Pointers, because other threads would see their own instances of the thread_local vectors.
     const long *starts = start.data(), *places = place.data(), *active = list.data();
     const long count = long(list.size());
@@ -114,13 +126,16 @@ void experts(const T* x, const int64_t* topk_ids, const float* weight, const Fee
         }
     };
     parallel(threads, pairs * H * I > MIN_PARALLEL_WORK, [&](int part, int parts) {
+        if (rounds) {
+            round_tokens(gathered, ldx, partition(pairs, part, parts), H, in.rounded);
+            barrier(parts);
+        }
         share(w.up.units(I), w.up.grain(), part, parts, [&](const auto& own, long first, long M, long lo, long hi) {
-            feed_inner<float>(own, lo, hi, gathered + first * ldx, ldx, M, H, inner + first * ldi, gates + first * ldi,
-                              ldi);
+            feed_inner<float>(own, lo, hi, in.from(first), M, H, inner + first * ldi, gates + first * ldi, ldi);
         });
-        barrier(parts);
+        round_inner(fed, pairs, I, part, parts);
         share(w.down.units(H), w.down.grain(), part, parts, [&](const auto& own, long first, long M, long lo, long hi) {
-            matmul(own.down, (const T*)nullptr, lo, hi, inner + first * ldi, ldi, M, I, H,
+            matmul(own.down, (const T*)nullptr, lo, hi, fed.from(first), M, I, H,
                    [&](long h, long m, auto v, long left) { put(parts_out + (first + m) * H + h, v, left); });
         });
         barrier(parts);

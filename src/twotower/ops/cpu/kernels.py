@@ -20,7 +20,7 @@ from twotower import options
 from twotower.ops.cpu.library import library
 from twotower.ops.cpu.packed_weights import packed_size
 from twotower.ops.precision import has_fast_bf16_matmul
-from twotower.ops.reference import int4, int8
+from twotower.ops.reference import int4, int8, integer
 from twotower.ops.reference.attention import PLAIN, AttentionOptions, CachedKV
 from twotower.ops.reference.kv_write import AppendPositions, TensorPair
 from twotower.ops.reference.mamba_block import MambaStepInputs, MambaWeights, empty_step_inputs
@@ -40,9 +40,9 @@ GATE_NORMS: dict[GateNorm, int] = {"after_gate": 0, "before_gate": 1, "none": 2}
 _KINDS = {"i": ctypes.c_int, "l": ctypes.c_long, "f": ctypes.c_float, "p": ctypes.c_void_p}
 # i int, l long, f float, p pointer. The first argument is the dtype (0 fp32, 1 bf16), the last the number of threads.
 SIGNATURES = {
-    "linear_": "ipppppplll",
+    "linear_": "ipppppp" + "llli",
     "pack_": "ipplll",
-    "experts_": "ippp" + "ppppppppp" + "plllll" + "i",
+    "experts_": "ippp" + "ppppppppp" + "plllll" + "ii",
     "route_": "ippppp" + "llllll" + "iif",
     "rms_norm_": "iippppp" + "llll" + "iff",
     "activate_": "ippp" + "li",
@@ -136,7 +136,7 @@ def linear(x: Tensor, weight: Tensor, bias: Tensor | None = None, packed: Tensor
         return F.linear(x, weight, bias)
     x = x.contiguous()
     out = x.new_empty(*x.shape[:-1], weight.shape[0])
-    call("linear_", x, x, weight, packed, None, bias, out, tokens, width, weight.shape[0])
+    call("linear_", x, x, weight, packed, None, bias, out, tokens, width, weight.shape[0], 0)
     return out
 
 
@@ -146,10 +146,7 @@ def linear_int8(x: Tensor, q: Tensor, scale: Tensor, bias: Tensor | None = None)
     tokens = x.numel() // width
     if tokens > max_tokens(x.dtype, packed=True) or not q.is_contiguous():
         return int8.linear(x, q, scale, bias)
-    x = x.contiguous()
-    y = x.new_empty(*x.shape[:-1], out)
-    call("linear_", x, x, None, q, scale.float(), bias, y, tokens, width, out)
-    return y
+    return _linear_quantized(x, q, scale.float(), out, bias, int8_activations=False)
 
 
 def linear_int4(x: Tensor, data: Tensor, out: int, bias: Tensor | None = None) -> Tensor:
@@ -158,9 +155,34 @@ def linear_int4(x: Tensor, data: Tensor, out: int, bias: Tensor | None = None) -
     tokens = x.numel() // width
     if tokens > max_tokens(x.dtype, packed=True) or not data.is_contiguous():
         return int4.linear(x, data, out, bias)
+    return _linear_quantized(x, data, data, out, bias, int8_activations=False)  # the scales are in the data
+
+
+def linear_w8a8(x: Tensor, q: Tensor, scale: Tensor, bias: Tensor | None = None) -> Tensor:
+    """As `ops.reference.integer.linear_w8a8`, with the same bits."""
+    if not q.is_contiguous():
+        return integer.linear_w8a8(x, q, scale, bias)
+    return _linear_quantized(x, q, scale.float(), len(scale), bias, int8_activations=True)
+
+
+def linear_w4a8(x: Tensor, data: Tensor, out: int, bias: Tensor | None = None) -> Tensor:
+    """As `ops.reference.integer.linear_w4a8`, with the same bits."""
+    if not data.is_contiguous():
+        return integer.linear_w4a8(x, data, out, bias)
+    return _linear_quantized(x, data, data, out, bias, int8_activations=True)
+
+
+def _linear_quantized(
+    x: Tensor, packed: Tensor, scale: Tensor, out: int, bias: Tensor | None, int8_activations: bool
+) -> Tensor:
+    """At most MAX_TOKENS at a time, so that the buffers stay small."""
+    width = x.shape[-1]
     x = x.contiguous()
     y = x.new_empty(*x.shape[:-1], out)
-    call("linear_", x, x, None, data, data, bias, y, tokens, width, out)  # the scales are in the data
+    parts = zip(x.view(-1, width).split(MAX_TOKENS), y.view(-1, out).split(MAX_TOKENS), strict=True)
+    for tokens, to in parts:
+        sizes = len(tokens), width, out, int(int8_activations)
+        call("linear_", x, tokens, None, packed, scale, bias, to, *sizes)
     return y
 
 

@@ -27,6 +27,7 @@ struct LayerOptions {
 // What all layers share; the same structure as `PassOptions` in runners/layer_options.py.
 struct PassOptions {
     int64_t rows, L, H, layers, modulation_stride, wide;  // wide: the residual stream is fp32, whatever the weights
+    int64_t int8_activations;  // see `Matrix`
     int64_t mamba_heads, mamba_head_dim, mamba_groups, state_size, taps, kv_heads, head_dim;
     float eps, offset;  // of all norms
 };
@@ -50,9 +51,12 @@ enum InputPlace {
 // a, b: the matrices of each weight's adapter (model/adapters.py).
 template <class T> struct LayerWeights {
     const void *const *rows, *const *packed, *const *scales, *const *a, *const *b;
+    bool int8_activations;
     const T* operator()(int i) const { return static_cast<const T*>(rows[i]); }
     const float* wide(int i) const { return static_cast<const float*>(rows[i]); }
-    Matrix<T> matrix(int i) const { return {(*this)(i), packed[i], static_cast<const float*>(scales[i])}; }
+    Matrix<T> matrix(int i) const {
+        return {(*this)(i), packed[i], static_cast<const float*>(scales[i]), int8_activations};
+    }
 };
 
 struct LayerInputs {

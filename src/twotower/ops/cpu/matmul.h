@@ -1,7 +1,7 @@
 // Matrix products of a weight (out, in) with few tokens as dot products. Reads the weight once, in its stored dtype. A
 // token's result does not depend on the other tokens. Reads the packed copy (packed_weights.h) instead if there is one.
 #pragma once
-#include "packed_weights.h"
+#include "integer_products.h"
 
 #ifdef __AVX512F__
 constexpr int TILE_ROWS = 4, TILE_TOKENS = 4;
@@ -92,14 +92,37 @@ template <class T> inline const float* upcast_rows(const T* x, long M, long K, i
 }
 
 constexpr long MIN_PARALLEL_WORK = 1 << 16;  // multiply-adds; below, a second thread costs more than it saves
+constexpr long MIN_PARALLEL_ROUNDING = 1 << 15;  // values
+
+// The tokens of a product: `ld` floats apart, and rounded to int8 if a weight needs that.
+struct Tokens {
+    const float* rows;
+    long ld;
+    RoundedTokens rounded;
+    Tokens from(long m) const { return {rows + m * ld, ld, rounded ? rounded.from(m) : rounded}; }
+};
+
+// Tokens x (M, K) in a buffer; rounds: also rounded to int8.
+template <class T> inline Tokens tokens_of(const T* x, long M, long K, bool rounds, int threads) {
+    Tokens out{upcast_rows(x, M, K, 0), padded(K), {}};
+    if (rounds) {
+        out.rounded = room_for_tokens(M, K, 5);
+        parallel(threads, M * K > MIN_PARALLEL_ROUNDING, [&](int part, int parts) {
+            round_tokens(out.rows, out.ld, partition(M, part, parts), K, out.rounded);
+        });
+    }
+    return out;
+}
 
 // A weight (out, in) or (experts, out, in): unpacked and packed, either may be null; with scales (…, out): packed
 // int8 only. The scales of int4 are in its blocks, and `scale` is `packed` itself. A unit is a row of an unpacked
-// weight or a panel of a packed weight.
+// weight or a panel of a packed weight. int8_activations: products of int8 and int4 weights round the tokens to int8 too.
 template <class T> struct Matrix {
     const T* rows;
     const void* packed;
     const float* scale;
+    bool int8_activations = false;
+    bool rounds() const { return scale && int8_activations; }
     bool is_int4() const { return scale && static_cast<const void*>(scale) == packed; }
     long units(long N) const { return packed ? panel_count(N) : N; }
     long grain() const { return packed ? 1 : TILE_ROWS; }
@@ -108,27 +131,34 @@ template <class T> struct Matrix {
         const long size = scale ? narrow : panel_size<T>(K) * long(sizeof(T));
         const char* own = packed ? static_cast<const char*>(packed) + expert * panel_count(N) * size : nullptr;
         const float* scales = is_int4() ? reinterpret_cast<const float*>(own) : scale ? scale + expert * N : nullptr;
-        return {rows ? rows + expert * N * K : nullptr, own, scales};
+        return {rows ? rows + expert * N * K : nullptr, own, scales, int8_activations};
     }
 };
 
 // Units lo…hi of w (N, K) times M tokens, plus a bias or null. Calls put(n, m, value, count) for output n and following
 // outputs; value is a float, a vec4, or the first `count` of a vec.
 template <class T, class Put>
-inline void matmul(Matrix<T> w, const T* bias, long lo, long hi, const float* x, long ldx, long M, long K, long N,
-                   Put put) {
+inline void matmul(Matrix<T> w, const T* bias, long lo, long hi, const Tokens& in, long M, long K, long N, Put put) {
+    const float* x = in.rows;
+    const long ldx = in.ld;
     const auto finished = [&](long n, long m, auto v, long count) {
         put(n, m, bias ? v + load<decltype(v)>(bias + n, count) : v, count);
     };
-    if (w.is_int4())
-        dot_panels(static_cast<const int4*>(w.packed), lo, hi, x, ldx, M, K,
-                   [&](long n, long m, vec v) { finished(n, m, v, N - n); });
+    const auto unscaled = [&](long n, long m, vec v) { finished(n, m, v, N - n); };
+    const auto scaled = [&](long n, long m, vec v) { finished(n, m, v * load<vec>(w.scale + n, N - n), N - n); };
+    const auto *narrow = static_cast<const int8_t*>(w.packed);
+    const auto *nibbles = static_cast<const int4*>(w.packed);
+    if (w.is_int4() && w.rounds())
+        integer_panels(nibbles, lo, hi, in.rounded, M, K, [&](long n, long m, vec v) { unscaled(n, m, once(v)); });
+    else if (w.rounds())
+        integer_panels(narrow, lo, hi, in.rounded, M, K,
+                       [&](long n, long m, vec v) { unscaled(n, m, once(v * load<vec>(w.scale + n, N - n))); });
+    else if (w.is_int4())
+        dot_panels(nibbles, lo, hi, x, ldx, M, K, unscaled);
     else if (w.scale)
-        dot_panels(static_cast<const int8_t*>(w.packed), lo, hi, x, ldx, M, K,
-                   [&](long n, long m, vec v) { finished(n, m, v * load<vec>(w.scale + n, N - n), N - n); });
+        dot_panels(narrow, lo, hi, x, ldx, M, K, scaled);
     else if (w.packed)
-        dot_panels(static_cast<const T*>(w.packed), lo, hi, x, ldx, M, K,
-                   [&](long n, long m, vec v) { finished(n, m, v, N - n); });
+        dot_panels(static_cast<const T*>(w.packed), lo, hi, x, ldx, M, K, unscaled);
     else
         dot_rows(w.rows, K, lo, hi, x, ldx, M, K, [&](long n, long m, auto v) { finished(n, m, v, 0); });
 }
@@ -144,13 +174,14 @@ template <class T> struct Product {
 // Products of x (M, K) as one parallel job, because each start of the threads takes microseconds.
 template <class T, int COUNT>
 void linears(const T* x, const Product<T> (&products)[COUNT], long M, long K, int threads) {
-    const float* in = upcast_rows(x, M, K, 0);
     long outputs = 0;
-    for (const Product<T>& p : products) outputs += p.N;
+    bool rounds = false;
+    for (const Product<T>& p : products) outputs += p.N, rounds |= p.w.rounds();
+    const Tokens in = tokens_of(x, M, K, rounds, threads);
     parallel(threads, M * outputs * K > MIN_PARALLEL_WORK, [&](int part, int parts) {
         for (const Product<T>& p : products) {
             const Range own = partition(p.w.units(p.N), part, parts, p.w.packed ? 1 : 16);
-            matmul(p.w, p.bias, own.lo, own.hi, in, padded(K), M, K, p.N,
+            matmul(p.w, p.bias, own.lo, own.hi, in, M, K, p.N,
                    [&](long n, long m, auto v, long count) { put(p.y + m * p.N + n, v, count); });
         }
     });

@@ -7,9 +7,9 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
-from twotower.ops.cpu.kernels import ACTIVATIONS, call, max_tokens
+from twotower.ops.cpu.kernels import ACTIVATIONS, MAX_TOKENS, call, max_tokens
 from twotower.ops.reference import experts as torch_experts
-from twotower.ops.reference import int4, int8
+from twotower.ops.reference import int4, int8, integer
 from twotower.ops.reference.experts import NOT_PACKED, Packed
 from twotower.ops.reference.int8 import Int8Pair
 from twotower.ops.reference.routing import Routing
@@ -49,8 +49,7 @@ def experts_int8(
     """As `ops.reference.int8.experts_sorted`."""
     if _torch_is_faster(hidden, topk_ids, len(up[0]), packed=True):
         return int8.experts_sorted(hidden, topk_ids, weight, gate, up, down, activation)
-    matrices = [(None, None, None) if pair is None else (None, pair[0], pair[1].float()) for pair in (gate, up, down)]
-    return _experts(hidden, topk_ids, weight, matrices, int8.weight_shape(*up), activation)
+    return _experts(hidden, topk_ids, weight, _of_int8(gate, up, down), int8.weight_shape(*up), activation)
 
 
 def experts_int4(
@@ -66,8 +65,45 @@ def experts_int4(
     """As `ops.reference.int4.experts_sorted`."""
     if _torch_is_faster(hidden, topk_ids, len(up), packed=True):
         return int4.experts_sorted(hidden, topk_ids, weight, gate, up, down, width, activation)
-    matrices = tuple((None, data, data) for data in (gate, up, down))  # the scales are in the data
-    return _experts(hidden, topk_ids, weight, matrices, (len(up), width, hidden.shape[1]), activation)
+    shape = len(up), width, hidden.shape[1]
+    return _experts(hidden, topk_ids, weight, _of_int4(gate, up, down), shape, activation)
+
+
+def experts_w8a8(
+    hidden: Tensor,
+    topk_ids: Tensor,
+    weight: Tensor,
+    gate: Int8Pair | None,
+    up: Int8Pair,
+    down: Int8Pair,
+    activation: Activation,
+) -> Tensor:
+    """As `ops.reference.integer.experts_w8a8`."""
+    matrices, shape = _of_int8(gate, up, down), int8.weight_shape(*up)
+    return _experts(hidden, topk_ids, weight, matrices, shape, activation, int8_activations=True)
+
+
+def experts_w4a8(
+    hidden: Tensor,
+    topk_ids: Tensor,
+    weight: Tensor,
+    gate: Tensor | None,
+    up: Tensor,
+    down: Tensor,
+    width: int,
+    activation: Activation,
+) -> Tensor:
+    """As `ops.reference.integer.experts_w4a8`."""
+    matrices, shape = _of_int4(gate, up, down), (len(up), width, hidden.shape[1])
+    return _experts(hidden, topk_ids, weight, matrices, shape, activation, int8_activations=True)
+
+
+def _of_int8(*pairs: Int8Pair | None) -> list[Matrix]:
+    return [(None, None, None) if pair is None else (None, pair[0], pair[1].float()) for pair in pairs]
+
+
+def _of_int4(*every: Tensor | None) -> list[Matrix]:
+    return [(None, data, data) for data in every]  # the scales are in the data
 
 
 def _torch_is_faster(hidden: Tensor, topk_ids: Tensor, experts: int, packed: bool) -> bool:
@@ -82,13 +118,16 @@ def _experts(
     matrices: Sequence[Matrix],
     shape: Sequence[int],
     activation: Activation,
+    int8_activations: bool = False,
 ) -> Tensor:
     """matrices: gate, up and down. shape: (E, I, H) of up."""
     hidden, topk_ids, weight = hidden.contiguous(), topk_ids.contiguous(), weight.float().contiguous()
     out = torch.empty_like(hidden)
     parts = [part for matrix in matrices for part in matrix]
-    sizes = *topk_ids.shape, *shape, ACTIVATIONS[activation]
-    call("experts_", hidden, hidden, topk_ids, weight, *parts, out, *sizes)
+    options = *topk_ids.shape[1:], *shape, ACTIVATIONS[activation], int(int8_activations)
+    tokens = zip(*(part.split(MAX_TOKENS) for part in (hidden, topk_ids, weight, out)), strict=True)
+    for some, ids, weights, to in tokens:
+        call("experts_", hidden, some, ids, weights, *parts, to, len(some), *options)
     return out
 
 

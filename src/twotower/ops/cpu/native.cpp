@@ -9,14 +9,14 @@
     else { using T = bf16; __VA_ARGS__; }
 #define P(x) static_cast<const T*>(x)
 #define Q(x) static_cast<T*>(x)
-#define W_(w) Matrix<T>{P(w), w##_packed, w##_scale}
+#define W_(w) Matrix<T>{P(w), w##_packed, w##_scale, int8_activations != 0}
 
 extern "C" {
 int vector_width() { return W; }  // floats per vector: tells which instruction set was compiled
 
 // A weight w: unpacked (w), packed (w_packed) and the scales of packed int8 (w_scale); null if absent (see `Matrix`).
 void linear_(int type, const void* x, const void* w, const void* w_packed, const float* w_scale, const void* bias,
-             void* y, long M, long K, long N, int threads) {
+             void* y, long M, long K, long N, int int8_activations, int threads) {
     BOTH(linear(P(x), W_(w), P(bias), Q(y), M, K, N, threads))
 }
 
@@ -27,7 +27,8 @@ void pack_(int type, const void* w, void* packed, long matrices, long N, long K,
 void experts_(int type, const void* x, const int64_t* topk_ids, const float* weight, const void* gate,
               const void* gate_packed, const float* gate_scale, const void* up, const void* up_packed,
               const float* up_scale, const void* down, const void* down_packed, const float* down_scale, void* y,
-              long tokens, long top, long E, long I, long H, int activation, int threads) {
+              long tokens, long top, long E, long I, long H, int activation, int int8_activations,
+              int threads) {
     BOTH(const FeedForward<T> w{W_(gate), W_(up), W_(down), nullptr, nullptr, nullptr, I, activation};
          experts(P(x), topk_ids, weight, w, Q(y), tokens, top, E, H, threads))
 }

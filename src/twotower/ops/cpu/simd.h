@@ -51,6 +51,12 @@ inline vec fmadd(vec a, vec b, vec c) {
 }
 inline vec fmadd(float a, vec b, vec c) { return fmadd(splat(a), b, c); }
 
+// v, rounded by now: the compiler does not fuse a product with what follows.
+inline vec once(vec v) {
+    asm("" : "+m"(v));
+    return v;
+}
+
 inline vec load(const float* p) { vec v; std::memcpy(&v, p, sizeof v); return v; }
 
 inline vec load(const bf16* p) {  // a bf16 is the upper half of a float

@@ -71,7 +71,8 @@ void tower(X* x, const PassOptions& s, const Tables& tables, const T* norm_f, T*
     for (long layer = 0; layer < s.layers; layer++) {
         const LayerOptions& o = tables.options[layer];
         const LayerWeights<T> w{tables.weights + layer * WEIGHTS, tables.packed + layer * WEIGHTS,
-                                tables.scales + layer * WEIGHTS, tables.a + layer * WEIGHTS, tables.b + layer * WEIGHTS};
+                                tables.scales + layer * WEIGHTS, tables.a + layer * WEIGHTS, tables.b + layer * WEIGHTS,
+                                s.int8_activations != 0};
         const LayerInputs in{tables.inputs + layer * INPUTS};
         const T *shift = in.at<T>(SHIFT), *scale = in.at<T>(SCALE), *gate = in.at<T>(MODULATION_GATE);
         const bool before = o.kind == MAMBA || o.kind == ATTENTION || o.kind == PARALLEL;

@@ -113,7 +113,7 @@ def experts_sorted(
     do: in bf16 the weights would be rounded too.
     """
 
-    matrices = _with_sizes(gate, up, down, width, hidden.shape[1])
+    matrices = with_sizes(gate, up, down, width, hidden.shape[1])
 
     def mlp(expert: int, rows: Tensor) -> Tensor:
         return expert_mlp(rows, *matrices, activation, lambda x, own: linear(x, own[0][expert], own[1]))
@@ -138,7 +138,7 @@ def experts_gathered(
         return (dequantize(own[0][pairs], own[1], x.shape[1], x.dtype) @ x[:, :, None])[:, :, 0]
 
     x = upcast(hidden).repeat_interleave(topk_ids.shape[1], 0)
-    out = expert_mlp(x, *_with_sizes(gate, up, down, width, hidden.shape[1]), activation, product)
+    out = expert_mlp(x, *with_sizes(gate, up, down, width, hidden.shape[1]), activation, product)
     return weighted_sum(out, weight).to(hidden.dtype)
 
 
@@ -164,11 +164,11 @@ def experts_grouped(
         return grouped_product(x, dequantize(*own, x.shape[1], x.dtype), ends)
 
     gathered = hidden[order // topk_ids.shape[1]]
-    out = expert_mlp(gathered, *_with_sizes(gate, up, down, width, hidden.shape[1]), activation, product)
+    out = expert_mlp(gathered, *with_sizes(gate, up, down, width, hidden.shape[1]), activation, product)
     return combine(out, order, weight)
 
 
-def _with_sizes(
+def with_sizes(
     gate: Tensor | None, up: Tensor, down: Tensor, width: int, hidden: int
 ) -> tuple[Sized | None, Sized, Sized]:
     """The matrices of all experts with their numbers of outputs, as `expert_mlp` takes them."""
