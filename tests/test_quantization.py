@@ -54,6 +54,22 @@ def test_the_text_of_a_plan_is_short_and_means_the_plan(text: str, shortest: str
     assert schemes(shortest) == schemes(text)
 
 
+@pytest.mark.parametrize(
+    ("text", "shortest"),
+    [
+        ("int8,activations=int8", "int8,activations=int8"),
+        ("activations = int8, int4", "int4,activations=int8"),
+        ("experts=int4,activations=int8,rest=int8", "experts=int4,rest=int8,activations=int8"),
+    ],
+)
+def test_activations_stand_beside_schemes(text: str, shortest: str) -> None:
+    plan = QuantizationPlan.parse(text)
+    assert plan.int8_activations
+    assert str(plan) == shortest
+    assert QuantizationPlan.parse(shortest) == plan
+    assert not QuantizationPlan.parse("int8").int8_activations
+
+
 def test_every_plan_has_a_text() -> None:
     """Also those of models without experts, and of a context tower alone."""
     for first in SCHEMES:
@@ -76,6 +92,14 @@ def test_every_plan_has_a_text() -> None:
         ("experts=int4,", "'' in"),
         ("experts.context=int4", "'experts.context=int4' in"),
         ("rest=int8,experts=int4", "'experts=int4' in 'rest=int8,experts=int4' has no effect; put it first"),
+        (
+            "activations=int8",
+            "'activations=int8' needs weights in 8 or 4 bits; add a scheme, such as int8,activations=",
+        ),
+        ("none,activations=int8", "needs weights in 8 or 4 bits"),
+        ("experts=none,activations=int8", "needs weights in 8 or 4 bits"),
+        ("int8,activations=int4", "'int8' in 'int8,activations=int4' is not valid"),
+        ("activations=int8,int4,activations=int8", "has activations=int8 2 times; give it once"),
         ("heads=int4", "heads have at least 8 bits; give int8"),
         ("context=int8,heads=int4", "heads have at least 8 bits; give int8"),
     ],

@@ -108,7 +108,9 @@ def _quantized(module: nn.Module, scheme: Scheme, int8_activations: bool) -> nn.
         return None
     wide = max(weight.shape[-1] for weight in module.parameters()) if int8_activations else 0
     if wide > MAX_WIDTH:
-        raise ArgumentError(f"quantization: {INT8_ACTIVATIONS} allows {MAX_WIDTH} inputs of a weight, and one has {wide}")
+        raise ArgumentError(
+            f"quantization: {INT8_ACTIVATIONS} allows {MAX_WIDTH} inputs of a weight, and one has {wide}"
+        )
     if isinstance(module, Experts):
         made: type[Int8Experts | Int4Experts] = Int8Experts if scheme == "int8" else Int4Experts
         return made(module, int8_activations)

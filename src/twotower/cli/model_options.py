@@ -82,8 +82,9 @@ quantization_option = click.option(
     "--quantization",
     metavar="PLAN",
     callback=check_plan,
-    help="Quantize the large matrices while loading (weight-only): int8, int4, or pairs such as "
-    "experts=int4,rest=int8 or denoiser=int4,context=int8. Heads have at least 8 bits; the rest stays in --dtype.  "
+    help="Quantize the large matrices while loading: int8, int4, or pairs such as "
+    "experts=int4,rest=int8 or denoiser=int4,context=int8. Heads have at least 8 bits; the rest stays in --dtype. "
+    "activations=int8 beside them rounds activations too, for integer products on CPUs.  "
     "[default: as stored]",
 )
 threads_option = click.option(

@@ -40,7 +40,7 @@ TARGETS = {
         NATIVE,
         CPUTarget(
             name="avx512_bf16",
-            flags=(("-march=x86-64-v4", "-mavx512bf16"),),
+            flags=(("-march=x86-64-v4", "-mavx512bf16", "-mavx512vnni"),),  # every processor with BF16 has VNNI
             probe="_is_avx512_bf16_supported",
             allows_bf16=True,
         ),

@@ -9,7 +9,7 @@ from torch import Tensor
 
 from twotower.ops.cpu.kernels import ACTIVATIONS, MAX_TOKENS, call, max_tokens
 from twotower.ops.reference import experts as torch_experts
-from twotower.ops.reference import int4, int8, integer
+from twotower.ops.reference import int4, int8
 from twotower.ops.reference.experts import NOT_PACKED, Packed
 from twotower.ops.reference.int8 import Int8Pair
 from twotower.ops.reference.routing import Routing

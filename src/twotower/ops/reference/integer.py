@@ -65,7 +65,9 @@ def experts_w8a8(
     """`int8.experts_sorted` with activations in int8; computes in at least fp32, as the kernels do."""
 
     def mlp(expert: int, rows: Tensor) -> Tensor:
-        return expert_mlp(rows, gate, up, down, activation, lambda x, own: linear_w8a8(x, own[0][expert], own[1][expert]))
+        return expert_mlp(
+            rows, gate, up, down, activation, lambda x, own: linear_w8a8(x, own[0][expert], own[1][expert])
+        )
 
     return loop_over_experts(upcast(hidden), topk_ids, weight, len(up[0]), mlp).to(hidden.dtype)
 
@@ -159,7 +161,10 @@ def _gathered(
     activation: Activation,
     product: Callable[..., Tensor],
 ) -> Tensor:
-    """matrices: gate, up and down of all experts. size: weights of one. product(x, matrix, pairs=the expert of each row)."""
+    """matrices: gate, up and down of all experts. size: weights of one.
+
+    product(x, matrix, pairs=pairs): pairs has the expert of each row of x.
+    """
     x = upcast(hidden).repeat_interleave(topk_ids.shape[1], 0)
     each = max(GATHERED // size, 1)
     parts = []
