@@ -25,7 +25,9 @@ from twotower.model.tower import PassInputs
 from twotower.ops import registry, self_check_cases
 from twotower.ops.cpu import kernels, library, moe_kernels
 from twotower.ops.reference import int4, int8, integer
+from twotower.runners.decode_pass import Rows
 from twotower.runners.fused_cpu import FusedCPURunner
+from twotower.runners.pass_tables import PassShape
 
 pytestmark = pytest.mark.code_path
 CPU = torch.device("cpu")
@@ -294,6 +296,29 @@ def test_a_pass_has_the_bits_of_single_steps(pattern: str, plan: str) -> None:
         for row, count in enumerate(counts):
             for i in range(count):
                 assert torch.equal(out[row, i], steps[row][i]), (length, row, i)
+
+
+@compiled
+@pytest.mark.parametrize("plan", ["heads=int8,activations=int8", *PLANS])
+@torch.no_grad()
+def test_compiled_steps_have_the_arithmetic_of_the_plan(plan: str) -> None:
+    """Also of the head, which they compute themselves: their confidences are those of the logits one by one."""
+    model = quantize_(build_random_model("*-", dtype=torch.float32), plan)
+    states = []
+    for _ in range(2):
+        state = model.new_state(1, 64)
+        model.prefill(torch.tensor([PROMPTS[2]]), torch.tensor([7]), state)
+        states.append(state)
+    shape = PassShape(1, 1, torch.float32, True, False, True, True)
+    own = FusedCPURunner().decode_pass(model.context, shape, Rows(states[0], [0], [7], 20))
+    assert own is not None
+    tokens, confidences = own.ar_steps([5], [[]], 20)
+    token = 5
+    for chosen, confidence in zip(tokens, confidences, strict=True):
+        best = model.extend(torch.tensor([[token]]), states[1])[0, 0].softmax(-1).max(-1)
+        token = chosen[0]
+        assert int(best.indices) == token
+        assert confidence[0] == pytest.approx(float(best.values), rel=1e-5)
 
 
 @pytest.mark.parametrize("plan", PLANS)

@@ -153,6 +153,7 @@ class DecodePass:
         state.max_seq_len = longest
         self._lengths[:] = rows.lengths
         self._using = weights
+        self._tables.round_activations(weights.int8_activations)
         filled = _Filled(rows.slots, state.kv_slots.version, state.addresses.current(), turns)
         if not filled.is_same(self._filled) or self._state is None or self._state() is not state:
             self._filled = None

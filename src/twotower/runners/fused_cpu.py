@@ -72,10 +72,11 @@ class FusedCPURunner:
         weights = self._weights_for(tower, count)
         if weights is None:
             return None
-        shape = shape_of(inputs, weight.dtype, weights.int8_activations)
+        shape = shape_of(inputs, weight.dtype)
         tables = self._tables.pop(shape, None)  # removed while in use: another thread must not use the same tables
         if tables is None:
             tables = PassTables(tower.spec, shape)
+        tables.round_activations(weights.int8_activations)
         kept = tables.fill(inputs, self._rotations_of(tower))
         result = None if kept is None else _fused_pass(tower, weights, tables, inputs)
         self._tables[shape] = tables

@@ -40,7 +40,7 @@ class PassShape(NamedTuple):
     """The cache key of pass tables.
 
     cached: whether the pass reads a state. stored: whether its updates are kept; appends: the pass stores keys and
-    values itself. int8_activations: of the tower's quantised weights.
+    values itself.
     """
 
     rows: int
@@ -50,16 +50,14 @@ class PassShape(NamedTuple):
     modulated: bool
     stored: bool
     appends: bool
-    int8_activations: bool = False
 
 
-def shape_of(inputs: PassInputs, dtype: torch.dtype, int8_activations: bool) -> PassShape:
+def shape_of(inputs: PassInputs, dtype: torch.dtype) -> PassShape:
     """The shape of a pass of a tower in `dtype`."""
     rows, length = inputs.tokens.shape
     cached, stored = inputs.past is not None, inputs.keep_step_inputs
     appends = cached and stored and inputs.appended is not None
-    modulated = inputs.modulation is not None
-    return PassShape(rows, length, dtype, cached, modulated, stored, appends, int8_activations)
+    return PassShape(rows, length, dtype, cached, inputs.modulation is not None, stored, appends)
 
 
 class PassTables:
@@ -85,10 +83,13 @@ class PassTables:
         self._options = layer_options(spec)
         wide = spec.residual_in_fp32 and accumulation_dtype(shape.dtype) != shape.dtype
         self._pass = pass_options(spec, shape.rows, shape.length, wide)
-        self._pass.int8_activations = shape.int8_activations
         self._ropes = (RotationTable * max(len(spec.ropes), 1))()
         self.inputs, self.ropes = self._inputs.ctypes.data, ctypes.addressof(self._ropes)
         self.layer_options, self.pass_options = ctypes.addressof(self._options), ctypes.addressof(self._pass)
+
+    def round_activations(self, to_int8: bool) -> None:
+        """Whether products of quantised weights round their activations to int8; before the first pass they do not."""
+        self._pass.int8_activations = to_int8
 
     def fill(self, inputs: PassInputs, rotations: RotationTables) -> list[Tensor] | None:
         """Fills in the input addresses → the tensors at these addresses, which must live until the pass has run.

@@ -65,7 +65,8 @@ void choose(const Decoder& d, const int64_t* tokens, const uint8_t* token_mask, 
     if (!chosen) return;
     const std::unique_ptr<T[]> own(count * V > KEPT_LOGITS ? new T[count * V] : nullptr);
     T* logits = own ? own.get() : reinterpret_cast<T*>(scratch(18, count * V));
-    const Matrix<T> head{of(d.head), d.head_packed, static_cast<const float*>(d.head_scale)};
+    const Matrix<T> head{of(d.head), d.head_packed, static_cast<const float*>(d.head_scale),
+                         s.int8_activations != 0};
     linear(hidden, head, of(d.head_bias), logits, count, H, V, threads);
     argmax(logits, excluded, chosen, confidence, count, each, V, threads);
 }
