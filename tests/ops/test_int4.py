@@ -20,7 +20,7 @@ from test_int8 import (
     grouped,
     written,
 )
-from torch import Tensor, nn
+from torch import Tensor
 from torch.nn import functional as F
 
 from twotower import GenerationParams, TwoTowerForCausalLM
@@ -139,7 +139,7 @@ def test_zeros_stay_zero_and_non_finite_values_never_give_finite_products() -> N
 @pytest.mark.parametrize("width", [31, 64])
 def test_linear_uses_the_dequantized_weights(bias: bool, width: int) -> None:
     randn = self_check_cases.Randn(3, CPU)
-    layer = Int4Linear(nn.Linear(width, 17, bias=bias))  # type: ignore[arg-type]
+    layer = Int4Linear(Linear(width, 17, bias=bias))
     x = randn(2, 3, width).double()
     own = None if layer.bias is None else layer.bias.double()
     expected = F.linear(x, meant(layer.weight, (17, width)), own)

@@ -13,7 +13,7 @@ import torch
 from command import Result
 from conftest import EVERY_KIND, build_random_model
 from safetensors.torch import load_file, save_file
-from torch import Tensor, nn
+from torch import Tensor
 from torch.nn import functional as F
 
 from twotower import GenerationParams, TwoTowerForCausalLM, generate
@@ -96,7 +96,7 @@ def test_rows_of_zeros_and_non_finite_rows() -> None:
 @pytest.mark.parametrize("bias", [True, False])
 def test_linear_uses_the_dequantized_weights(bias: bool) -> None:
     randn = self_check_cases.Randn(1, CPU)
-    layer = Int8Linear(nn.Linear(31, 17, bias=bias))  # type: ignore[arg-type]
+    layer = Int8Linear(Linear(31, 17, bias=bias))
     x = randn(2, 3, 31).double()
     own = None if layer.bias is None else layer.bias.double()
     expected = F.linear(x, meant(layer.weight, layer.weight_scale), own)
