@@ -51,6 +51,20 @@ def test_packed_projections_stacked_experts_and_tied_heads(name: str, tmp_path: 
     assert files(tmp_path / "made") == files(tmp_path / "saved")
 
 
+def test_adapters(tmp_path: Path, cli: Callable[..., Result]) -> None:
+    """A denoiser of adapters is copied as it is; what needs a second tower says so."""
+    save("llama", tmp_path / "ar")
+    convert(tmp_path / "ar", tmp_path / "two", mask_token=MASK, denoiser_lora=4)
+    quantize_checkpoint(tmp_path / "two", tmp_path / "made", "int4")
+    TwoTowerForCausalLM.from_pretrained(tmp_path / "two", quantization="int4").save_pretrained(tmp_path / "saved")
+    assert files(tmp_path / "made") == files(tmp_path / "saved")
+    (tmp_path / "text.txt").write_text("Some words.\n")
+    for option in (("--calibrate", tmp_path / "text.txt"), ("--report",)):
+        result = cli("quantize", tmp_path / "two", "-o", tmp_path / "new", "--scheme", "int4", *option)
+        assert_one_line_error(result, f"{option[0]} needs a denoiser of its own, and this model's are adapters")
+        assert not (tmp_path / "new").exists()
+
+
 @pytest.fixture
 def made(tmp_path: Path, cli: Callable[..., Result]) -> Path:
     """The bundled model in int4, as the command writes it."""

@@ -143,6 +143,8 @@ def quantize(
         from twotower.process import configure_process
 
         configure_process(threads)
+    if report is not None:
+        _check_report(source)
     with status_line() as update:
         made = quantize_checkpoint(
             source,
@@ -183,6 +185,15 @@ def _calibration(
         raise ArgumentError(f"--calibrate rounds int4 weights, and --scheme {scheme} has none; leave --calibrate out")
     device = "cuda:0" if torch.cuda.is_available() else "cpu"
     return TextCalibration(data=data, tokens=tokens, seed=seed, device=device, progress=progress)
+
+
+def _check_report(source: Path | str) -> None:
+    """Raises TwoTowerError, before anything is written, for a model that a report cannot measure."""
+    from twotower.checkpoint.source import resolve_source
+    from twotower.config import TwoTowerConfig
+    from twotower.evaluation.text_batches import check_towers
+
+    check_towers(TwoTowerConfig.read(resolve_source(source, {})), "--report")
 
 
 def _report(

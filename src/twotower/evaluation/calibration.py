@@ -22,7 +22,7 @@ from twotower.checkpoint.layer_reader import LayerReader
 from twotower.checkpoint.quantize import large_weights, scheme_of
 from twotower.errors import ArgumentError
 from twotower.evaluation.layer_rounding import recorded, round_weights
-from twotower.evaluation.text_batches import BLOCK_SIZE, row_length, text_batches
+from twotower.evaluation.text_batches import BLOCK_SIZE, check_towers, row_length, text_batches
 from twotower.model.packed_forward import Layout, denoise_layer, read_layer
 from twotower.model.tower import Layer
 from twotower.model.towers import TwoTowerModel
@@ -52,9 +52,10 @@ class TextCalibration:
         """See `Calibration`.
 
         Raises:
-            ArgumentError: there is no tokenizer, the data cannot be read, or an input is not finite.
+            ArgumentError: there is no tokenizer or no second tower, the data cannot be read, or an input is not finite.
         """
         config = made.config
+        check_towers(config, "--calibrate")
         tokenizer = tokenizer_files.load_tokenizer(origin)
         if tokenizer is None:
             raise ArgumentError(f"{origin}: contains no tokenizer, which calibration needs; add its tokenizer.json")

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import random
+import statistics
 from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass
 
@@ -14,7 +15,7 @@ from twotower.decoding.presets import AR, Setting, parse_setting
 from twotower.evaluation.accuracy import answer_problems, answers_right, chosen_problems
 from twotower.evaluation.comparison import PairedComparison, compare
 from twotower.evaluation.tasks.problem_sets import Problem
-from twotower.evaluation.text_batches import BLOCK_SIZE, row_length, text_batches
+from twotower.evaluation.text_batches import BLOCK_SIZE, check_towers, row_length, text_batches
 from twotower.model.fp32_tensors import named_tensors
 from twotower.model.packed_forward import Layout, denoise_layer, read_layer
 from twotower.model.tower import Tower
@@ -37,7 +38,7 @@ class ModelFigures:
 
     nll: −ln p of the context tower in nats per token, without prompts. passes_per_block: denoiser passes of diffusion
     for 16 tokens. accepted: drafted tokens that verified decoding accepts, per draft. By setting: accuracy;
-    tokens_per_pass, of the same answers, where passes of both towers count; tokens_per_second of single requests.
+    tokens_per_pass, of the same answers, where passes of both towers count; tokens_per_second, the median of requests.
     """
 
     plan: str
@@ -56,7 +57,8 @@ class QuantizationReport:
 
     kl: KL divergence of each tower's distribution from the original's in nats: of the context tower for the next token,
     of the denoiser at masked positions. tokens, masked: how many positions these and `nll` are means of. answers: the
-    paired comparison of right answers, by setting. times: speed ÷ the original's, in turns in one run.
+    paired comparison of right answers, by setting. times: speed ÷ the original's, the median over problems that both
+    models answer in turns.
     """
 
     original: ModelFigures
@@ -81,7 +83,7 @@ def compare_quantized(
     data: Sequence[str] = (),
     tokens: int = 8192,
     per_family: int = 100,
-    timed: int = 6,
+    timed: int = 24,
     difficulties: Sequence[int] = (1, 2),
     seed: int = 0,
     progress: Progress = lambda text: None,
@@ -92,8 +94,9 @@ def compare_quantized(
     problems that are answered one at a time, by both models in turns.
 
     Raises:
-        ArgumentError: the data cannot be read.
+        ArgumentError: the data cannot be read, or the denoiser is the context tower with adapters.
     """
+    check_towers(original.config, "--report")
     tokenizer = require_tokenizer(original.tokenizer)
     encoder = encoder_for(tokenizer, original.config, original.generation_defaults)
     batches = text_batches(data, encoder, tokens, row_length(original.spec.max_position_embeddings))
@@ -124,7 +127,10 @@ def compare_quantized(
         masked=likelihoods.masked,
         problems=len(problems),
         answers={label: compare(right[0][label], right[1][label]) for label in right[0]},
-        times={label: speeds[1][label] / speed for label, speed in speeds[0].items()},
+        times={
+            label: statistics.median(after / before for before, after in zip(own, speeds[1][label], strict=True))
+            for label, own in speeds[0].items()
+        },
     )
 
 
@@ -133,7 +139,7 @@ def _figures(
     nll: float,
     answers: dict[str, list[Generation]],
     right: dict[str, list[bool]],
-    speed: dict[str, float],
+    speed: dict[str, list[float]],
 ) -> ModelFigures:
     def total(label: str, count: Callable[[Generation], int]) -> int:
         return sum(map(count, answers[label]))
@@ -152,26 +158,26 @@ def _figures(
             label: total(label, lambda out: len(out.tokens)) / max(total(label, lambda out: out.passes_of_both), 1)
             for label in answers
         },
-        tokens_per_second=speed,
+        tokens_per_second={label: statistics.median(own) for label, own in speed.items()},
     )
 
 
 def time_in_turns(
     models: Sequence[TwoTowerForCausalLM], settings: Sequence[Setting], problems: Sequence[Problem], progress: Progress
-) -> list[dict[str, float]]:
-    """Decoding tokens per second of single requests, for each model by setting.
+) -> list[dict[str, list[float]]]:
+    """Decoding tokens per second of each problem as a single request, for each model by setting.
 
     All models answer each problem in turn. The first problem is answered once more before, to warm up.
     """
-    seconds, tokens = ([dict.fromkeys((s.label for s in settings), 0.0) for _ in models] for _ in range(2))
+    found: list[dict[str, list[float]]] = [{setting.label: [] for setting in settings} for _ in models]
     for number, problem in enumerate([problems[0], *problems]):
         progress(f"timing: problem {number} of {len(problems)}")
         for setting in settings:
-            for i, model in enumerate(models):
+            for model, own in zip(models, found, strict=True):
                 _, (output,) = answer_problems(model, setting, [problem], rows=1)
-                seconds[i][setting.label] += output.decode_seconds * (number > 0)
-                tokens[i][setting.label] += len(output.tokens) * (number > 0)
-    return [{label: own[label] / spent[label] for label in own} for own, spent in zip(tokens, seconds, strict=True)]
+                if number:
+                    own[setting.label].append(len(output.tokens) / output.decode_seconds)
+    return found
 
 
 # --- likelihoods ------------------------------------------------------------------------------------------------------

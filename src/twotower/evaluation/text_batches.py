@@ -5,12 +5,19 @@ from __future__ import annotations
 import itertools
 from collections.abc import Iterator, Sequence
 
+from twotower.config import TwoTowerConfig
 from twotower.errors import ArgumentError
 from twotower.evaluation.tasks.problem_sets import stream_problems
 from twotower.training.data import Batch, Encoder, Piece, Record, Source, collate, fill_row, held_out_batches, to_piece
 
 BLOCK_SIZE = 16
 ROWS = 4  # of a batch
+
+
+def check_towers(config: TwoTowerConfig, option: str) -> None:
+    """Raises ArgumentError for a model whose denoiser is the context tower with adapters."""
+    if config.adapters is not None:
+        raise ArgumentError(f"{option} needs a denoiser of its own, and this model's are adapters; leave {option} out")
 
 
 def row_length(window: int) -> int:
