@@ -5,7 +5,8 @@
 
 --model: a two-tower checkpoint of any family that transformers has. transformers reads the export of its context tower.
 --gguf: the GGUF file that the checkpoint was made of (`twotower init --from FILE`). llama.cpp reads a copy of the file
-in the weights that are measured; for int8 that is Q8_0, whose products round activations to 8 bits too.
+in the weights that are measured: Q8_0 for int8, and Q4_0 for int4 with embeddings and head in Q8_0, so that both sides
+read equal bytes of 8-bit and 4-bit weights. Its products round activations to 8 bits too; ours do with -activations.
 --peer: a Python with the package llama-cpp-python; llama.cpp runs in a process of it.
 
 Four times: a greedy text after a random prompt, prefill included; one AR step of it; a pass over 16 tokens behind the
@@ -45,17 +46,21 @@ CHECK = 16  # tokens of a check
 
 
 class Weights(NamedTuple):
-    """Arguments of `load_model`, and llama.cpp's name of the same number of bits."""
+    """Arguments of `load_model`, and llama.cpp's names of the same number of bits: of matrices of layers, of others."""
 
     dtype: str
     quantization: str
     gguf: str
+    gguf_heads: str
 
 
 WEIGHTS = {
-    "float32": Weights("float32", "none", "F32"),
-    "bfloat16": Weights("bfloat16", "none", "BF16"),
-    "int8": Weights("float32", "int8", "Q8_0"),
+    "float32": Weights("float32", "none", "F32", "F32"),
+    "bfloat16": Weights("bfloat16", "none", "BF16", "BF16"),
+    "int8": Weights("float32", "int8", "Q8_0", "Q8_0"),
+    "int8-activations": Weights("float32", "int8,activations=int8", "Q8_0", "Q8_0"),
+    "int4": Weights("float32", "int4", "Q4_0", "Q8_0"),
+    "int4-activations": Weights("float32", "int4,activations=int8", "Q4_0", "Q8_0"),
 }
 
 
@@ -165,7 +170,7 @@ def measure(path: Path, gguf: Path | None, peer: Path | None, weights: str, size
             export_one_tower(path, folder / "one")
             sides["transformers"] = Transformers(folder / "one", getattr(torch, kind.dtype))
         if peer is not None and gguf is not None:
-            gguf_copy.write_as(gguf, folder / "copy.gguf", kind.gguf)
+            gguf_copy.write_as(gguf, folder / "copy.gguf", kind.gguf, kind.gguf_heads)
             context = max(sizes.prompt + sizes.tokens + CHECK, sizes.long + 1)
             sides["llama.cpp"] = LlamaCpp(peer, folder / "copy.gguf", torch.get_num_threads(), context, stack)
         prompt, long, check = (

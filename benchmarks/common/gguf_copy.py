@@ -7,8 +7,11 @@ from pathlib import Path
 import gguf
 
 
-def write_as(source: Path, target: Path, matrices: str) -> None:
-    """Writes `source` with its matrices in a type of ggml, such as "BF16" or "Q8_0"; vectors are in fp32."""
+def write_as(source: Path, target: Path, matrices: str, heads: str) -> None:
+    """Writes `source` with its matrices in a type of ggml, such as "BF16" or "Q8_0"; vectors are in fp32.
+
+    heads: the type of the embeddings and the head.
+    """
     reader = gguf.GGUFReader(source)
     architecture = reader.fields["general.architecture"].contents()
     writer = gguf.GGUFWriter(target, architecture)
@@ -20,8 +23,9 @@ def write_as(source: Path, target: Path, matrices: str) -> None:
         writer.add_key_value(field.name, field.contents(), kind, sub_type=inner)
     for tensor in reader.tensors:
         values = gguf.dequantize(tensor.data, tensor.tensor_type)
-        narrow = gguf.GGMLQuantizationType[matrices]
-        if matrices != "F32" and values.ndim > 1:
+        name = heads if tensor.name in ("token_embd.weight", "output.weight") else matrices
+        narrow = gguf.GGMLQuantizationType[name]
+        if name != "F32" and values.ndim > 1:
             writer.add_tensor(tensor.name, gguf.quantize(values, narrow), raw_dtype=narrow)
         else:
             writer.add_tensor(tensor.name, values)

@@ -110,7 +110,13 @@ template <int R, int M> void integer_tile(const int8_t* w, long apart, const Rou
         }
     };
     const long whole = K / STEP_INPUTS;
-    for (long s = 0; s < whole; s++) step(w + s * STEP_BYTES, apart, x.q + s * STEP_INPUTS);
+    for (long s = 0; s < whole; s++) {
+        if constexpr (M <= MEMORY_BOUND_TOKENS) {  // a step is a cache line; the last ones prefetch the next panels
+            const long ahead = s + PREFETCH_LINES, next = ahead * STEP_BYTES + (ahead < whole ? 0 : (R - 1) * apart);
+            for (int r = 0; r < R; r++) __builtin_prefetch(w + r * apart + next);
+        }
+        step(w + s * STEP_BYTES, apart, x.q + s * STEP_INPUTS);
+    }
     if (const long left = K % STEP_INPUTS) {  // the panel ends before its last step does
         int8_t last[R * STEP_BYTES] = {};
         for (int r = 0; r < R; r++) std::memcpy(last + r * STEP_BYTES, w + r * apart + whole * STEP_BYTES, left * PANEL);
@@ -146,9 +152,11 @@ constexpr long AHEAD = 4;  // blocks to prefetch
 template <int R, int M> void integer_tile(const int4* w, long apart, const RoundedTokens& x, long K, vec* out) {
     vec acc[R * VECTORS * M] = {};
     for (long group = 0; group * GROUP < K; group++, w += BLOCK) {
-        if constexpr (M <= MEMORY_BOUND_TOKENS)
+        if constexpr (M <= MEMORY_BOUND_TOKENS) {
+            const long next = AHEAD * BLOCK + ((group + AHEAD) * GROUP < K ? 0 : (R - 1) * apart);
             for (int r = 0; r < R; r++)
-                for (long line = 0; line < BLOCK; line += 64) __builtin_prefetch(w + r * apart + AHEAD * BLOCK + line);
+                for (long line = 0; line < BLOCK; line += 64) __builtin_prefetch(w + r * apart + next + line);
+        }
         GroupSums sums[R * VECTORS][M];
         for (int m = 0; m < M; m++)
             for (int r = 0; r < R * VECTORS; r++) sums[r][m] = no_sums(x.corrections[m * x.each + 1 + group]);
