@@ -17,7 +17,7 @@ from twotower import LLM, GenerationParams, Request, bundled_model, model_loadin
 from twotower.model.layer_io import AttentionMetadata
 from twotower.model.linear import Linear
 from twotower.model.tower import PassInputs, Tower
-from twotower.ops import self_check_cases
+from twotower.ops import cpu_target, self_check_cases
 from twotower.ops.cpu import kernels, library, moe_kernels, packed_weights
 from twotower.ops.reference import experts
 from twotower.runners import packed_weights as packing
@@ -83,19 +83,32 @@ def test_experts(which: tuple[bool, bool], dtype: torch.dtype) -> None:
 
 
 @pytest.mark.parametrize(
-    ("dtype", "fast_bf16", "whole_tower"),
-    [(torch.float32, False, True), (torch.bfloat16, False, True), (torch.bfloat16, True, False)],
-    ids=["fp32", "emulated-bf16", "fast-bf16"],
+    ("dtype", "torch_bf16", "own_bf16", "whole_tower"),
+    [
+        (torch.float32, False, False, True),
+        (torch.bfloat16, False, False, True),
+        (torch.bfloat16, True, False, False),
+        (torch.bfloat16, True, True, True),
+    ],
+    ids=["fp32", "emulated-bf16", "fast-bf16-in-torch", "fast-bf16"],
 )
 @pytest.mark.parametrize("residual_in_fp32", [False, True])
 def test_a_packed_model_says_the_same(
-    residual_in_fp32: bool, dtype: torch.dtype, fast_bf16: bool, whole_tower: bool, monkeypatch: pytest.MonkeyPatch
+    residual_in_fp32: bool,
+    dtype: torch.dtype,
+    torch_bf16: bool,
+    own_bf16: bool,
+    whole_tower: bool,
+    monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     """Prefill, steps, blocks and drafts of ragged rows. whole_tower: whether a pass of 180 tokens runs in one call.
 
-    At that size torch's products are faster if the processor has bf16 instructions; both cases run on every processor.
+    At that size torch's products are faster if the processor has bf16 instructions that the kernels do not use. All
+    cases run on every processor.
     """
-    monkeypatch.setattr(kernels, "has_fast_bf16_matmul", lambda device: fast_bf16)
+    monkeypatch.setattr(kernels, "has_fast_bf16_matmul", lambda device: torch_bf16)
+    monkeypatch.setattr(kernels, "multiplies_bf16", lambda: own_bf16)
+    monkeypatch.setattr(cpu_target, "has_amx", lambda: False)
     overrides = {"residual_in_fp32": residual_in_fp32, "use_bias": True, "mlp_bias": True, "attention_bias": True}
     model = build_random_model(EVERY_KIND, dtype=dtype, **overrides)
     tokens = torch.randint(4, 60, (9, 60), generator=torch.Generator().manual_seed(0))
@@ -119,6 +132,32 @@ def test_a_packed_model_says_the_same(
         assert (run is not None) == expected
     model.unpack()
     assert all(packed.get(weight) is None for weight, packed in packing.packable_weights(model))
+
+
+@pytest.mark.parametrize("dtype", NARROW)
+def test_a_row_is_bit_identical_alone_and_in_a_ragged_batch(dtype: torch.dtype) -> None:
+    """Whole passes with packed weights, at widths 1 to 17, in the arithmetic of this code path."""
+    model = build_random_model(EVERY_KIND, dtype=dtype, mlp_bias=True)
+    model.pack()
+    widths = torch.tensor([17, 1, 9, 16])
+    tokens = torch.randint(4, 60, (4, 17), generator=torch.Generator().manual_seed(1))
+    token_mask = torch.arange(17) < widths[:, None]
+    with torch.no_grad():
+        together, _ = model.context(tokens, AttentionMetadata(token_mask=token_mask))
+        assert all_packed(model.context)
+        for row, longest in enumerate(widths.tolist()):
+            for width in range(1, longest + 1):
+                alone, _ = model.context(tokens[row : row + 1, :width], AttentionMetadata())
+                assert torch.equal(alone[0], together[row, :width])
+
+
+def test_bf16_products_round_sums_and_not_products() -> None:
+    """Products of bf16 values are exact in fp32. With two inputs, only the sum and the result are rounded."""
+    randn = self_check_cases.Randn(4, CPU)
+    x, weight = randn(9, 2).bfloat16(), randn(33, 2).bfloat16()
+    exact = x.double() @ weight.double().T
+    found = kernels.linear(x, weight, None, kernels.pack(weight))
+    assert torch.equal(found, exact.float().bfloat16())
 
 
 def all_packed(tower: Tower) -> bool:

@@ -67,8 +67,12 @@ def unsupported_reason(target: CPUTarget) -> str | None:
 
 def has_bf16_matmul(target: CPUTarget) -> bool:
     """Whether the processor has bf16 products (AVX-512 BF16 or AMX) and the target allows them."""
-    probes = ("_is_avx512_bf16_supported", "_is_amx_tile_supported")
-    return target.allows_bf16 and platform.machine() in X86_64 and any(map(_has, probes))
+    return target.allows_bf16 and platform.machine() in X86_64 and (_has("_is_avx512_bf16_supported") or has_amx())
+
+
+def has_amx() -> bool:
+    """Whether the processor has AMX, which torch's products use and the C++ kernels do not."""
+    return _has("_is_amx_tile_supported")
 
 
 def _has(probe: str) -> bool:

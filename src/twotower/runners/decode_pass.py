@@ -23,7 +23,7 @@ from twotower.cache.state_caches import StateCaches
 from twotower.model.layer_io import AttentionMetadata
 from twotower.model.linear import Int4Linear, Int8Linear, Linear, TiedHead
 from twotower.model.tower import PassInputs, Tower, steady_period
-from twotower.ops.cpu.kernels import call, max_tokens
+from twotower.ops.cpu.kernels import Storage, call, max_tokens
 from twotower.ops.reference.mamba_block import MambaStepInputs
 from twotower.ops.registry import select
 from twotower.runners.pass_tables import PassShape, PassTables
@@ -201,7 +201,8 @@ class DecodePass:
             case Linear() | TiedHead():
                 rows, packed = head.weight, head.packed.get(head.weight)
                 count = self.shape.rows * self.shape.length
-                fits = count <= max_tokens(rows.dtype, packed=packed is not None) and rows.is_contiguous()
+                storage: Storage = "rows" if packed is None else "packed"
+                fits = count <= max_tokens(rows.dtype, storage) and rows.is_contiguous()
             case Int8Linear():
                 packed, scale, fits = head.weight, head.weight_scale, head.weight_scale.dtype == torch.float32
             case Int4Linear():

@@ -112,12 +112,12 @@ class FusedCPURunner:
     def _weights_for(self, tower: Tower, count: int) -> WeightTable | None:
         """The weights for a pass over `count` tokens; None if this runner does not support the pass."""
         dtype = tower.embeddings.weight.dtype
-        if not 0 < count <= max_tokens(dtype, packed=True):
+        if not 0 < count <= max_tokens(dtype, "packed"):
             return None
         weights = self._current_weights(tower)
         if weights is None or not weights.fits:
             return None
-        return weights if count <= max_tokens(dtype, whole_tower=True, packed=weights.all_packed) else None
+        return weights if count <= max_tokens(dtype, weights.storage, whole_tower=True) else None
 
     def _rotations_of(self, tower: Tower) -> RotationTables:
         """The rotations of all positions."""

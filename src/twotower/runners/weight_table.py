@@ -14,6 +14,7 @@ from twotower.model.adapters import LowRank
 from twotower.model.linear import Int4Linear
 from twotower.model.moe import Int4Experts
 from twotower.model.tower import Layer, Tower
+from twotower.ops.cpu.kernels import Storage
 from twotower.ops.cpu.packed_weights import PackedWeight
 from twotower.runners.module_plan import ModulePlan
 from twotower.runners.packed_weights import packable_weights
@@ -65,8 +66,9 @@ class WeightTable:
     """The weight table of a tower; valid while `is_current` is True.
 
     fits: whether all weights have the dtypes and layouts that the C++ pass reads. all_packed: whether all packable
-    weights are packed. addresses: of three tables: the weights, the packed weights, and the scales. adapters: of two
-    tables, the matrices a and b of adapters; rank: of these, 0 without any. int8_activations: of all quantised weights.
+    weights are packed. storage: of the weights of products. addresses: of three tables: the weights, the packed weights
+    and the scales. adapters: of two tables, the matrices a and b of adapters; rank: of these, 0 without any.
+    int8_activations: of all quantised weights.
     """
 
     def __init__(self, tower: Tower, plan: ModulePlan) -> None:
@@ -98,6 +100,8 @@ class WeightTable:
         self._versions = list(map(_version_of, self._packed))
         self._packed_data = list(map(_packed_data, self._copies))
         self.all_packed = all(copy is not None for copy in self._packed_data)
+        quantized = plan.int8 or plan.int4
+        self.storage: Storage = "rows" if not self.all_packed else "quantized" if quantized else "packed"
         self.norm_f = tower.norm_f.weight.data_ptr()
         self.addresses = [self._table.ctypes.data + part * size * self._table.itemsize for part in range(3)]
         self.adapters = [self._adapters.ctypes.data + part * size * self._adapters.itemsize for part in range(2)]

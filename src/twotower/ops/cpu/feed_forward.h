@@ -11,6 +11,7 @@ template <class T> struct FeedForward {
     int activation;
     float gate_factor = 1.0f;
     bool gated() const { return gate.rows || gate.packed; }
+    int forms() const { return up.form() | (gated() ? gate.form() : 0); }  // of the tokens of `gate` and `up`
     FeedForward of(long expert, long H) const {
         FeedForward own = *this;
         if (gated()) own.gate = gate.of(expert, width, H);
@@ -26,30 +27,37 @@ template <class T> struct FeedForward {
     }
 };
 
-// inner[m][n] for units lo…hi of `up` and M tokens. The products and the result are rounded to R. gates: a buffer like
-// `inner`, for a gate.
+constexpr long PART = 1 << 14;  // values of `up` that a thread computes before the activation: they stay in the cache
+
+// Writes the columns of units lo…hi of `up` to `inner`, for M tokens. The products and the result are rounded to R.
+// part: a buffer of the calling thread.
 template <class R, class T>
-inline void feed_inner(const FeedForward<T>& w, long lo, long hi, const Tokens& x, long M, long K, float* inner,
-                       float* gates, long ld) {
-    const long unit = w.up.packed ? PANEL : 1, from = lo * unit, count = std::min(hi * unit, w.width) - from;
-    const auto into = [&](float* to) {
-        return [=](long n, long m, auto v, long left) { put(to + m * ld + n, v, left); };
-    };
-    matmul(w.up, w.up_bias, lo, hi, x, M, K, w.width, into(inner));
-    if (w.gated()) matmul(w.gate, w.gate_bias, lo, hi, x, M, K, w.width, into(gates));
-    for (long m = 0; m < M; m++) {
-        float *up = inner + m * ld + from, *gate = gates + m * ld + from;
-        for (long i = 0; i < count; i += W) {
-            const vec u = rounded<R>(load<vec>(up + i, count - i));
-            vec v = u;
-            if (w.gated()) {
-                v = rounded<R>(load<vec>(gate + i, count - i));
-                if (w.gate_factor != 1.0f) v = rounded<R>(v * w.gate_factor);
-                v = activated(v, w.activation) * u;
-            } else {
-                v = activated(u, w.activation);
+inline void feed_inner(const FeedForward<T>& w, long lo, long hi, const Tokens& x, long M, long K, const Tokens& inner,
+                       int part) {
+    const long unit = w.up.packed ? PANEL : 1;
+    const long step = std::max(PART / std::max(M, 1L), 12L * PANEL) / unit, ld = step * unit;  // units of a part
+    for (long at = lo; at < hi; at += step) {
+        const long end = std::min(hi, at + step), from = at * unit, count = std::min(end * unit, w.width) - from;
+        float *ups = scratch(part, 2 * M * ld), *gates = ups + M * ld;
+        const auto into = [&](float* to) {
+            return [=](long n, long m, auto v, long left) { put(to + m * ld + n - from, v, left); };
+        };
+        matmul(w.up, w.up_bias, at, end, x, M, K, w.width, into(ups));
+        if (w.gated()) matmul(w.gate, w.gate_bias, at, end, x, M, K, w.width, into(gates));
+        for (long m = 0; m < M; m++) {
+            const float *up = ups + m * ld, *gate = gates + m * ld;
+            for (long i = 0; i < count; i += W) {
+                const vec u = rounded<R>(load<vec>(up + i, count - i));
+                vec v = u;
+                if (w.gated()) {
+                    v = rounded<R>(load<vec>(gate + i, count - i));
+                    if (w.gate_factor != 1.0f) v = rounded<R>(v * w.gate_factor);
+                    v = activated(v, w.activation) * u;
+                } else {
+                    v = activated(u, w.activation);
+                }
+                inner.put(m, from + i, rounded<R>(v), count - i);
             }
-            put(up + i, rounded<R>(v), count - i);
         }
     }
 }
@@ -58,25 +66,23 @@ inline void feed_inner(const FeedForward<T>& w, long lo, long hi, const Tokens& 
 inline void round_inner(const Tokens& inner, long M, long K, int part, int parts) {
     barrier(parts);
     if (!inner.rounded) return;
-    round_tokens(inner.rows, inner.ld, partition(M, part, parts), K, inner.rounded);
+    inner.round(partition(M, part, parts), K);
     barrier(parts);
 }
 
 template <class T>
 void mlp(const T* x, const FeedForward<T>& weights, T* y, long tokens, long H, int threads) {
     const FeedForward<T> w = weights.aligned();
-    const long I = w.width, ldi = padded(I);
-    const Tokens in = tokens_of(x, tokens, H, w.up.rounds() || w.gate.rounds(), threads);
-    float* inner = scratch(1, tokens * ldi);
-    const Tokens fed{inner, ldi, w.down.rounds() ? room_for_tokens(tokens, I, 6) : RoundedTokens{}};
-    float* gates = scratch(2, w.gated() ? tokens * ldi : 0);
-    for (long m = 0; m < tokens; m++) inner[m * ldi + I] = 0;  // as `padded_row`
+    const long I = w.width;
+    const Tokens in = tokens_of(x, tokens, H, w.forms(), threads);
+    const Tokens inner = new_tokens(1, 6, tokens, I, w.down.form());
+    for (long m = 0; m < tokens; m++) inner.end_row(m, I);
     parallel(threads, tokens * I * H > MIN_PARALLEL_WORK, [&](int part, int parts) {
         Range own = partition(w.up.units(I), part, parts, w.up.packed ? 1 : 16);
-        feed_inner<T>(w, own.lo, own.hi, in, tokens, H, inner, gates, ldi);
-        round_inner(fed, tokens, I, part, parts);
+        feed_inner<T>(w, own.lo, own.hi, in, tokens, H, inner, 2);
+        round_inner(inner, tokens, I, part, parts);
         own = partition(w.down.units(H), part, parts, w.down.packed ? 1 : 16);
-        matmul(w.down, w.down_bias, own.lo, own.hi, fed, tokens, I, H,
+        matmul(w.down, w.down_bias, own.lo, own.hi, inner, tokens, I, H,
                [&](long n, long m, auto v, long left) { put(y + m * H + n, v, left); });
     });
 }
@@ -87,7 +93,7 @@ template <class T>
 void experts(const T* x, const int64_t* topk_ids, const float* weight, const FeedForward<T>& weights, T* y, long tokens,
              long top, long E, long H, int threads) {
     const FeedForward<T> w = weights.aligned();
-    const long pairs = tokens * top, I = w.width, ldx = padded(H), ldi = padded(I);
+    const long pairs = tokens * top, I = w.width;
     // Pairs grouped by expert; `place` is the position of each pair.
     static thread_local std::vector<long> start, place, list;
     start.assign(E + 1, 0);
@@ -98,21 +104,16 @@ void experts(const T* x, const int64_t* topk_ids, const float* weight, const Fee
         if (start[e + 1]) list.push_back(e);
         start[e + 1] += start[e];
     }
-    const bool rounds = w.up.rounds();  // the matrices of experts have one scheme
-    float* gathered = scratch(1, pairs * ldx);
-    float* inner = scratch(2, pairs * ldi);
-    float* gates = scratch(4, w.gated() ? pairs * ldi : 0);
+    const Tokens gathered = new_tokens(1, 5, pairs, H, w.forms()), inner = new_tokens(2, 6, pairs, I, w.down.form());
     float* parts_out = scratch(3, pairs * H);
     {
         std::vector<long> next(start.begin(), start.end() - 1);
         for (long p = 0; p < pairs; p++) {
             place[p] = next[topk_ids[p]]++;
-            padded_row(x + p / top * H, H, gathered + place[p] * ldx);
-            inner[p * ldi + I] = 0;
+            gathered.set_row(place[p], x + p / top * H, H);
+            inner.end_row(p, I);
         }
     }
-    Tokens in{gathered, ldx, {}}, fed{inner, ldi, {}};
-    if (rounds) in.rounded = room_for_tokens(pairs, H, 5), fed.rounded = room_for_tokens(pairs, I, 6);
     // Pointers, because other threads would see their own instances of the thread_local vectors.
     const long *starts = start.data(), *places = place.data(), *active = list.data();
     const long count = long(list.size());
@@ -126,16 +127,16 @@ void experts(const T* x, const int64_t* topk_ids, const float* weight, const Fee
         }
     };
     parallel(threads, pairs * H * I > MIN_PARALLEL_WORK, [&](int part, int parts) {
-        if (rounds) {
-            round_tokens(gathered, ldx, partition(pairs, part, parts), H, in.rounded);
+        if (gathered.rounded) {
+            gathered.round(partition(pairs, part, parts), H);
             barrier(parts);
         }
         share(w.up.units(I), w.up.grain(), part, parts, [&](const auto& own, long first, long M, long lo, long hi) {
-            feed_inner<float>(own, lo, hi, in.from(first), M, H, inner + first * ldi, gates + first * ldi, ldi);
+            feed_inner<float>(own, lo, hi, gathered.from(first), M, H, inner.from(first), 4);
         });
-        round_inner(fed, pairs, I, part, parts);
+        round_inner(inner, pairs, I, part, parts);
         share(w.down.units(H), w.down.grain(), part, parts, [&](const auto& own, long first, long M, long lo, long hi) {
-            matmul(own.down, (const T*)nullptr, lo, hi, fed.from(first), M, I, H,
+            matmul(own.down, (const T*)nullptr, lo, hi, inner.from(first), M, I, H,
                    [&](long h, long m, auto v, long left) { put(parts_out + (first + m) * H + h, v, left); });
         });
         barrier(parts);

@@ -1,7 +1,8 @@
 """The C++ kernels as functions of tensors, with the signatures of their references in torch.
 
 They support fp32 and bf16. bf16, int8 and int4 weights are upcast in registers, so bf16 weights take half, int8 weights
-a quarter and int4 weights a seventh of the memory traffic on every processor.
+a quarter and int4 weights a seventh of the memory traffic on every processor. Processors with AVX-512 BF16 multiply
+packed bf16 weights in bf16 and add the products in fp32.
 The kernels have no gradients; under autograd the references run.
 """
 
@@ -10,13 +11,14 @@ from __future__ import annotations
 import ctypes
 from collections.abc import Callable, Sequence
 from functools import cache
-from typing import Any
+from typing import Any, Literal
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
 from twotower import options
+from twotower.ops import cpu_target
 from twotower.ops.cpu.library import library
 from twotower.ops.cpu.packed_weights import packed_size
 from twotower.ops.precision import has_fast_bf16_matmul
@@ -33,8 +35,10 @@ DTYPE_CODES = {torch.float32: 0, torch.bfloat16: 1}
 # SMALL_BATCH, one product with unpacked weights: fp32 1.3 to 3 × as fast at 16, equal near 48, half as fast at 128.
 # SMALL_BATCH_TOWER, a whole tower in one call against layer by layer: fp32 equal at 128.
 # MAX_TOKENS limits the memory of a pass where the kernels are faster at any number of tokens. That is bf16 without bf16
-# instructions (1.3 × with AVX-512, 3 × with AVX2) and packed fp32 (0.9 to 1.3 × from 64 tokens on, 1.2 to 2.4 × below).
+# instructions (1.3 × with AVX-512, 3 × with AVX2), packed bf16 with AVX-512 BF16, and packed fp32 (0.9 to 1.3 × from 64
+# tokens on, 1.2 to 2.4 × below).
 SMALL_BATCH, SMALL_BATCH_TOWER, MAX_TOKENS = 48, 128, 2048
+Storage = Literal["rows", "packed", "quantized"]  # of weights: as torch stores them, a packed copy, int8 or int4
 ACTIVATIONS: dict[Activation, int] = {"relu2": 0, "silu": 1, "gelu": 2, "gelu_tanh": 3}  # enum Activation
 GATE_NORMS: dict[GateNorm, int] = {"after_gate": 0, "before_gate": 1, "none": 2}  # enum GateNorm
 _KINDS = {"i": ctypes.c_int, "l": ctypes.c_long, "f": ctypes.c_float, "p": ctypes.c_void_p}
@@ -70,16 +74,22 @@ def cpu_unsupported_reason(device: torch.device, dtype: torch.dtype) -> str | No
     return found if isinstance(found, str) else None
 
 
-def max_tokens(dtype: torch.dtype, whole_tower: bool = False, packed: bool = False) -> int:
+def max_tokens(dtype: torch.dtype, storage: Storage, whole_tower: bool = False) -> int:
     """The largest number of tokens at which these kernels are faster than torch.
 
-    whole_tower: for all layers in one call instead of one product. packed: with packed weights.
+    dtype: of the tokens. whole_tower: for all layers in one call instead of one product.
     """
     if dtype == torch.bfloat16 and has_fast_bf16_matmul(torch.device("cpu")):
-        return SMALL_BATCH
-    if packed or dtype == torch.bfloat16:
+        return MAX_TOKENS if storage == "packed" and multiplies_bf16() and not cpu_target.has_amx() else SMALL_BATCH
+    if storage != "rows" or dtype == torch.bfloat16:
         return MAX_TOKENS
     return SMALL_BATCH_TOWER if whole_tower else SMALL_BATCH
+
+
+def multiplies_bf16() -> bool:
+    """Whether the kernels multiply packed bf16 weights in bf16."""
+    found = library()
+    return not isinstance(found, str) and bool(found.multiplies_bf16())
 
 
 @cache
@@ -132,7 +142,8 @@ def linear(x: Tensor, weight: Tensor, bias: Tensor | None = None, packed: Tensor
     """x (…, in), weight (out, in), bias (out,) or None, packed: the packed weight or None → (…, out)."""
     width = weight.shape[1]
     tokens = x.numel() // width
-    if tokens > max_tokens(x.dtype, packed=packed is not None) or not weight.is_contiguous() or x.dtype != weight.dtype:
+    limit = max_tokens(x.dtype, "rows" if packed is None else "packed")
+    if tokens > limit or not weight.is_contiguous() or x.dtype != weight.dtype:
         return F.linear(x, weight, bias)
     x = x.contiguous()
     out = x.new_empty(*x.shape[:-1], weight.shape[0])
@@ -144,7 +155,7 @@ def linear_int8(x: Tensor, q: Tensor, scale: Tensor, bias: Tensor | None = None)
     """As `ops.reference.int8.linear`."""
     width, out = int8.weight_shape(q, scale)[::-1]
     tokens = x.numel() // width
-    if tokens > max_tokens(x.dtype, packed=True) or not q.is_contiguous():
+    if tokens > max_tokens(x.dtype, "quantized") or not q.is_contiguous():
         return int8.linear(x, q, scale, bias)
     return _linear_quantized(x, q, scale.float(), out, bias, int8_activations=False)
 
@@ -153,7 +164,7 @@ def linear_int4(x: Tensor, data: Tensor, out: int, bias: Tensor | None = None) -
     """As `ops.reference.int4.linear`."""
     width = x.shape[-1]
     tokens = x.numel() // width
-    if tokens > max_tokens(x.dtype, packed=True) or not data.is_contiguous():
+    if tokens > max_tokens(x.dtype, "quantized") or not data.is_contiguous():
         return int4.linear(x, data, out, bias)
     return _linear_quantized(x, data, data, out, bias, int8_activations=False)  # the scales are in the data
 

@@ -2,6 +2,7 @@
 // token's result does not depend on the other tokens. Reads the packed copy (packed_weights.h) instead if there is one.
 #pragma once
 #include "integer_products.h"
+#include "tokens.h"
 
 #ifdef __AVX512F__
 constexpr int TILE_ROWS = 4, TILE_TOKENS = 4;
@@ -72,47 +73,7 @@ inline void dot_rows(const T* w, long ldw, long lo, long hi, const float* x, lon
     for (; n < hi; n++) dot_tokens<1>(w + n * ldw, ldw, x, ldx, M, K, [&](long m, float v) { put(n, m, v); });
 }
 
-// Tokens as floats. Rows are padded by a cache line, because rows at a power-of-two distance would share cache sets.
-// Packed bf16 weights with an odd number of inputs read one more input, which `padded_row` sets to 0.
-inline long padded(long K) { return (K + 15) / 16 * 16 + 16; }
-template <class T> inline void upcast_row(const T* x, long K, float* to) {
-    long k = 0;
-    for (; k + W <= K; k += W) store(to + k, load(x + k));
-    for (; k < K; k++) to[k] = upcast(x[k]);
-}
-template <class T> inline void padded_row(const T* x, long K, float* to) {
-    upcast_row(x, K, to);
-    to[K] = 0;
-}
-template <class T> inline const float* upcast_rows(const T* x, long M, long K, int which) {
-    const long ld = padded(K);
-    float* out = scratch(which, M * ld);
-    for (long m = 0; m < M; m++) padded_row(x + m * K, K, out + m * ld);
-    return out;
-}
-
 constexpr long MIN_PARALLEL_WORK = 1 << 16;  // multiply-adds; below, a second thread costs more than it saves
-constexpr long MIN_PARALLEL_ROUNDING = 1 << 15;  // values
-
-// The tokens of a product: `ld` floats apart, and rounded to int8 if a weight needs that.
-struct Tokens {
-    const float* rows;
-    long ld;
-    RoundedTokens rounded;
-    Tokens from(long m) const { return {rows + m * ld, ld, rounded ? rounded.from(m) : rounded}; }
-};
-
-// Tokens x (M, K) in a buffer; rounds: also rounded to int8.
-template <class T> inline Tokens tokens_of(const T* x, long M, long K, bool rounds, int threads) {
-    Tokens out{upcast_rows(x, M, K, 0), padded(K), {}};
-    if (rounds) {
-        out.rounded = room_for_tokens(M, K, 5);
-        parallel(threads, M * K > MIN_PARALLEL_ROUNDING, [&](int part, int parts) {
-            round_tokens(out.rows, out.ld, partition(M, part, parts), K, out.rounded);
-        });
-    }
-    return out;
-}
 
 // A weight (out, in) or (experts, out, in): unpacked and packed, either may be null; with scales (…, out): packed
 // int8 only. The scales of int4 are in its blocks, and `scale` is `packed` itself. A unit is a row of an unpacked
@@ -124,6 +85,11 @@ template <class T> struct Matrix {
     bool int8_activations = false;
     bool rounds() const { return scale && int8_activations; }
     bool is_int4() const { return scale && static_cast<const void*>(scale) == packed; }
+    // The forms of the tokens that this weight needs.
+    int form() const {
+        if (rounds()) return WIDE | ROUNDED;
+        return BF16_PRODUCTS && std::is_same_v<T, bf16> && packed && !scale ? NARROW : WIDE;
+    }
     long units(long N) const { return packed ? panel_count(N) : N; }
     long grain() const { return packed ? 1 : TILE_ROWS; }
     Matrix of(long expert, long N, long K) const {
@@ -139,7 +105,7 @@ template <class T> struct Matrix {
 // outputs; value is a float, a vec4, or the first `count` of a vec.
 template <class T, class Put>
 inline void matmul(Matrix<T> w, const T* bias, long lo, long hi, const Tokens& in, long M, long K, long N, Put put) {
-    const float* x = in.rows;
+    const float* x = in.wide;
     const long ldx = in.ld;
     const auto finished = [&](long n, long m, auto v, long count) {
         put(n, m, bias ? v + load<decltype(v)>(bias + n, count) : v, count);
@@ -157,7 +123,11 @@ inline void matmul(Matrix<T> w, const T* bias, long lo, long hi, const Tokens& i
         dot_panels(nibbles, lo, hi, x, ldx, M, K, unscaled);
     else if (w.scale)
         dot_panels(narrow, lo, hi, x, ldx, M, K, scaled);
-    else if (w.packed)
+    else if (w.form() == NARROW) {
+        if constexpr (BF16_PRODUCTS)
+            dot_panels(static_cast<const bf16*>(w.packed), lo, hi, static_cast<const bf16*>(in.narrow), ldx, M, K,
+                       unscaled);
+    } else if (w.packed)
         dot_panels(static_cast<const T*>(w.packed), lo, hi, x, ldx, M, K, unscaled);
     else
         dot_rows(w.rows, K, lo, hi, x, ldx, M, K, [&](long n, long m, auto v) { finished(n, m, v, 0); });
@@ -175,9 +145,9 @@ template <class T> struct Product {
 template <class T, int COUNT>
 void linears(const T* x, const Product<T> (&products)[COUNT], long M, long K, int threads) {
     long outputs = 0;
-    bool rounds = false;
-    for (const Product<T>& p : products) outputs += p.N, rounds |= p.w.rounds();
-    const Tokens in = tokens_of(x, M, K, rounds, threads);
+    int forms = 0;
+    for (const Product<T>& p : products) outputs += p.N, forms |= p.w.form();
+    const Tokens in = tokens_of(x, M, K, forms, threads);
     parallel(threads, M * outputs * K > MIN_PARALLEL_WORK, [&](int part, int parts) {
         for (const Product<T>& p : products) {
             const Range own = partition(p.w.units(p.N), part, parts, p.w.packed ? 1 : 16);

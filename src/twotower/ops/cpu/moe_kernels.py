@@ -7,7 +7,7 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
-from twotower.ops.cpu.kernels import ACTIVATIONS, MAX_TOKENS, call, max_tokens
+from twotower.ops.cpu.kernels import ACTIVATIONS, MAX_TOKENS, Storage, call, max_tokens
 from twotower.ops.reference import experts as torch_experts
 from twotower.ops.reference import int4, int8
 from twotower.ops.reference.experts import NOT_PACKED, Packed
@@ -32,7 +32,7 @@ def experts(
     """As `ops.reference.experts.experts_sorted`. packed: the packed copies of the weights, or None."""
     matrices = [(rows, copy, None) for rows, copy in zip((gate, up, down), packed, strict=True)]
     all_packed = all(rows is None or copy is not None for rows, copy, _ in matrices)
-    if _torch_is_faster(hidden, topk_ids, len(up), all_packed):
+    if _torch_is_faster(hidden, topk_ids, len(up), "packed" if all_packed else "rows"):
         return torch_experts.experts_sorted(hidden, topk_ids, weight, gate, up, down, activation)
     return _experts(hidden, topk_ids, weight, matrices, up.shape, activation)
 
@@ -47,7 +47,7 @@ def experts_int8(
     activation: Activation,
 ) -> Tensor:
     """As `ops.reference.int8.experts_sorted`."""
-    if _torch_is_faster(hidden, topk_ids, len(up[0]), packed=True):
+    if _torch_is_faster(hidden, topk_ids, len(up[0]), "quantized"):
         return int8.experts_sorted(hidden, topk_ids, weight, gate, up, down, activation)
     return _experts(hidden, topk_ids, weight, _of_int8(gate, up, down), int8.weight_shape(*up), activation)
 
@@ -63,7 +63,7 @@ def experts_int4(
     activation: Activation,
 ) -> Tensor:
     """As `ops.reference.int4.experts_sorted`."""
-    if _torch_is_faster(hidden, topk_ids, len(up), packed=True):
+    if _torch_is_faster(hidden, topk_ids, len(up), "quantized"):
         return int4.experts_sorted(hidden, topk_ids, weight, gate, up, down, width, activation)
     shape = len(up), width, hidden.shape[1]
     return _experts(hidden, topk_ids, weight, _of_int4(gate, up, down), shape, activation)
@@ -106,9 +106,9 @@ def _of_int4(*every: Tensor | None) -> list[Matrix]:
     return [(None, data, data) for data in every]  # the scales are in the data
 
 
-def _torch_is_faster(hidden: Tensor, topk_ids: Tensor, experts: int, packed: bool) -> bool:
+def _torch_is_faster(hidden: Tensor, topk_ids: Tensor, experts: int, storage: Storage) -> bool:
     """Compares the average number of tokens per expert with the limit of the kernels."""
-    return topk_ids.numel() > max_tokens(hidden.dtype, packed=packed) * experts
+    return topk_ids.numel() > max_tokens(hidden.dtype, storage) * experts
 
 
 def _experts(

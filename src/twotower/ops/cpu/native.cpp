@@ -13,6 +13,7 @@
 
 extern "C" {
 int vector_width() { return W; }  // floats per vector: tells which instruction set was compiled
+int multiplies_bf16() { return BF16_PRODUCTS; }  // whether packed bf16 weights multiply tokens in bf16
 
 // A weight w: unpacked (w), packed (w_packed) and the scales of packed int8 (w_scale); null if absent (see `Matrix`).
 void linear_(int type, const void* x, const void* w, const void* w_packed, const float* w_scale, const void* bias,

@@ -6,6 +6,7 @@
 //   int4  [in / 32] blocks of [16] scales in bf16 and 4 runs [16][4] of bytes with 8 inputs: byte b of a row has input b
 //         in its low half and input b + 4 in its high half, each plus 8 (ops/reference/int4.py). A run is a register
 //         of 32-bit lanes, and half of it the unsigned operand of VNNI's products of 4 bytes.
+// Where the processor multiplies pairs of bf16 values (AVX-512 BF16), bf16 weights multiply bf16 tokens without an upcast.
 // Missing rows and inputs are zeros. A token's result does not depend on the other tokens: each output is one sum in
 // the order of the inputs, or with int4 one sum of the sums of groups.
 #pragma once
@@ -51,8 +52,19 @@ template <int R> inline void prefetch_panels(const void* first, long at, long ap
     for (int r = 0; r < R; r++) __builtin_prefetch(static_cast<const char*>(first) + r * apart + from);
 }
 
+// The panels that are read next. With more tokens, a tile prefetches its share of them evenly into the second cache: `pace`
+// cache lines at each line of a panel.
+struct Ahead {
+    const char *at, *end;
+    long pace;
+    void next() {
+        for (long line = 0; line < pace && at < end; line++, at += CACHE_LINE) __builtin_prefetch(at, 0, 2);
+    }
+};
+
 // out[r][m]: W outputs of vector r of R panels, `apart` weights from one panel to the next, for token m of M.
-template <int R, int M, class T> void tile(const T* w, long apart, const float* x, long ldx, long K, vec* out) {
+template <int R, int M, class T>
+void tile(const T* w, long apart, const float* x, long ldx, long K, Ahead ahead, vec* out) {
     constexpr int S = STEP<T>;
     vec acc[R * VECTORS][M] = {};
     const auto add = [&](long k) {
@@ -67,14 +79,36 @@ template <int R, int M, class T> void tile(const T* w, long apart, const float* 
             }
     };
     long k = 0;
-    if constexpr (M <= MEMORY_BOUND_TOKENS) {
+    if constexpr (M <= MEMORY_BOUND_TOKENS || (W == 16 && sizeof(T) > 1)) {
         for (; k + LINE<T> <= K; k += LINE<T>) {
-            prefetch_panels<R>(w, k * PANEL * sizeof(T), apart * sizeof(T));
+            if constexpr (M <= MEMORY_BOUND_TOKENS) prefetch_panels<R>(w, k * PANEL * sizeof(T), apart * sizeof(T));
+            else ahead.next();
             for (int i = 0; i < LINE<T>; i += S) add(k + i);
         }
     }
     for (; k < K; k += S) add(k);
     for (int r = 0; r < R * VECTORS; r++)
+        for (int m = 0; m < M; m++) out[r * M + m] = acc[r][m];
+}
+
+// `tile` for bf16 weights and bf16 tokens, with products of pairs.
+template <int R, int M>
+void tile_pairs(const bf16* w, long apart, const bf16* x, long ldx, long K, Ahead ahead, vec* out) {
+    vec acc[R][M] = {};
+    const bf16 *low = x, *high = x + 4 * ldx;  // two addresses for 8 tokens: the others are at constant distances
+    for (long k = 0; k < K; k += 2, low += 2, high += 2) {
+        if constexpr (M <= MEMORY_BOUND_TOKENS) prefetch_panels<R>(w, k * PANEL * sizeof(bf16), apart * sizeof(bf16));
+        else ahead.next();
+        uvec weights[R];
+        for (int r = 0; r < R; r++) std::memcpy(weights + r, w + r * apart + k * PANEL, sizeof(uvec));
+        for (int m = 0; m < M; m++) {
+            uint32_t pair;
+            std::memcpy(&pair, m < 4 ? low + m * ldx : high + (m - 4) * ldx, sizeof pair);
+            const uvec token = pair - uvec{};
+            for (int r = 0; r < R; r++) acc[r][m] = dot_pairs(weights[r], token, acc[r][m]);
+        }
+    }
+    for (int r = 0; r < R; r++)
         for (int m = 0; m < M; m++) out[r * M + m] = acc[r][m];
 }
 
@@ -105,7 +139,8 @@ template <int R, int M, int I = 0>
 }
 
 // `tile` for int4 weights. Sums each group of inputs, then adds the sum times the scale.
-template <int R, int M> void tile_int4(const int4* w, long apart, const float* x, long ldx, long K, vec* out) {
+template <int R, int M>
+void tile_int4(const int4* w, long apart, const float* x, long ldx, long K, Ahead, vec* out) {
     vec acc[R * VECTORS][M] = {};
     for (long k = 0, at = 0; k < K; k += GROUP, at += BLOCK) {
         vec group[R * VECTORS][M] = {};
@@ -133,21 +168,22 @@ template <int R, int M> void tile_int4(const int4* w, long apart, const float* x
 }
 
 // The instance of `tile` for R panels and M tokens known at run time.
-template <class T> using Tile = void (*)(const T*, long, const float*, long, long, vec*);
-template <class T, int R = 1, int M = 1> inline Tile<T> tile_of(long panels, long tokens) {
+template <class T, class X> using Tile = void (*)(const T*, long, const X*, long, long, Ahead, vec*);
+template <class T, class X, int R = 1, int M = 1> inline Tile<T, X> tile_of(long panels, long tokens) {
     if constexpr (R < PANELS && (R + 1) * VECTORS <= SUMS_OF<T>) {
-        if (panels > R) return tile_of<T, R + 1, M>(panels, tokens);
+        if (panels > R) return tile_of<T, X, R + 1, M>(panels, tokens);
     }
     if constexpr (M < TOKENS && R * VECTORS * (M + 1) <= SUMS_OF<T>) {
-        if (tokens > M) return tile_of<T, R, M + 1>(panels, tokens);
+        if (tokens > M) return tile_of<T, X, R, M + 1>(panels, tokens);
     }
     if constexpr (std::is_same_v<T, int4>) return tile_int4<R, M>;
+    else if constexpr (std::is_same_v<X, bf16>) return tile_pairs<R, M>;
     else return tile<R, M, T>;
 }
 
 // Calls put(row, token, values) for the W rows from `row` on, of panels lo…hi.
-template <class T, class Put>
-inline void dot_panels(const T* w, long lo, long hi, const float* x, long ldx, long M, long K, Put put) {
+template <class T, class X, class Put>
+inline void dot_panels(const T* w, long lo, long hi, const X* x, long ldx, long M, long K, Put put) {
     if (!M) return;
     constexpr long LIMIT = std::min(TOKENS, SUMS_OF<T> / VECTORS);
     const long parts = (M + LIMIT - 1) / LIMIT, most = (M + parts - 1) / parts;  // tiles of similar numbers of tokens
@@ -156,8 +192,11 @@ inline void dot_panels(const T* w, long lo, long hi, const float* x, long ldx, l
     for (long p = lo; p < hi; p += at_once) {
         const long count = std::min(at_once, hi - p);
         for (long m = 0; m < M; m += most) {
-            const long tokens = std::min(most, M - m);
-            tile_of<T>(count, tokens)(w + p * size, size, x + m * ldx, ldx, K, out);
+            const long tokens = std::min(most, M - m), here = m / most;
+            const char* next = reinterpret_cast<const char*>(w + (p + count) * size);
+            const long bytes = std::min(count, hi - p - count) * size * long(sizeof(T));
+            const Ahead ahead{next + bytes * here / parts, next + bytes * (here + 1) / parts, (count + parts - 1) / parts};
+            tile_of<T, X>(count, tokens)(w + p * size, size, x + m * ldx, ldx, K, ahead, out);
             for (long r = 0; r < count * VECTORS; r++)
                 for (long i = 0; i < tokens; i++) put(p * PANEL + r * W, m + i, out[r * tokens + i]);
         }

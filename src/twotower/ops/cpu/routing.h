@@ -43,11 +43,11 @@ template <class T>
 void route(const T* x, const T* w, const float* bias, int64_t* topk_ids, float* weight, long tokens, long H,
            const Router& rule, int threads) {
     const long E = rule.experts, top = rule.top;
-    const float* in = upcast_rows(x, tokens, H, 0);
+    const Tokens in = tokens_of(x, tokens, H, WIDE, threads);
     float* scores = scratch(1, tokens * E);
     parallel(threads, tokens * H * E > MIN_PARALLEL_WORK, [&](int part, int parts) {
         Range own = partition(E, part, parts, 4);
-        dot_rows(w, H, own.lo, own.hi, in, padded(H), tokens, H,
+        dot_rows(w, H, own.lo, own.hi, in.wide, in.ld, tokens, H,
                  [&](long e, long t, auto v) { put(scores + t * E + e, v); });
     });
     float* ranked = scratch(2, E + rule.groups);

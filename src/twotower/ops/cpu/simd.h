@@ -57,6 +57,17 @@ inline vec once(vec v) {
     return v;
 }
 
+// Products of pairs of neighbouring bf16 values, added to a sum in fp32: an instruction of AVX-512 BF16. It takes bf16
+// and fp32 values below 2⁻¹²⁶ as 0.
+#ifdef __AVX512BF16__
+constexpr bool BF16_PRODUCTS = true;
+inline vec dot_pairs(uvec a, uvec b, vec c) {
+    return (vec)_mm512_dpbf16_ps((__m512)c, (__m512bh)(__m512i)a, (__m512bh)(__m512i)b);
+}
+#else
+constexpr bool BF16_PRODUCTS = false;
+#endif
+
 inline vec load(const float* p) { vec v; std::memcpy(&v, p, sizeof v); return v; }
 
 inline vec load(const bf16* p) {  // a bf16 is the upper half of a float
@@ -86,6 +97,14 @@ inline void put(bf16* p, float x) {  // round to nearest, ties to even; NaN stay
     uint32_t b; std::memcpy(&b, &x, 4);
     p->bits = x != x ? 0x7fc0 : uint16_t((b + 0x7fff + ((b >> 16) & 1)) >> 16);
 }
+#ifdef __AVX512BF16__  // rounds in one instruction, fp32 values below 2⁻¹²⁶ to 0
+inline __m256i to_bf16(vec v) { return (__m256i)_mm512_cvtneps_pbh((__m512)v); }
+inline void store(bf16* p, vec v) { _mm256_storeu_si256(reinterpret_cast<__m256i*>(p), to_bf16(v)); }
+template <class T> inline vec rounded(vec v) {  // rounds to the precision of T
+    if constexpr (std::is_same_v<T, float>) return v;
+    else return (vec)_mm512_slli_epi32(_mm512_cvtepu16_epi32(to_bf16(v)), 16);
+}
+#else
 inline void store(bf16* p, vec v) {
     uvec b; std::memcpy(&b, &v, sizeof v);
     uvec rounded = (b + 0x7fff + ((b >> 16) & 1)) >> 16;
@@ -94,12 +113,12 @@ inline void store(bf16* p, vec v) {
     u16vec half = __builtin_convertvector(rounded, u16vec);
     std::memcpy(p, &half, sizeof half);
 }
-
 template <class T> inline vec rounded(vec v) {  // rounds to the precision of T
     T as[W];
     store(as, v);
     return load(as);
 }
+#endif
 
 // Sums over the lanes of n ≤ W vectors (a power of two) at once, halving by neighbouring lanes. A vector's sum does not
 // depend on the other vectors.
