@@ -13,22 +13,24 @@ from __future__ import annotations
 
 import json
 import math
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 
 import torch
 from torch import Tensor
 
-from twotower.checkpoint import gguf_file, names, one_tower, pretrained, reader
+from twotower.checkpoint import gguf_file, names, one_tower, peft_adapters, pretrained, reader
 from twotower.checkpoint.mask_token import MaskToken, is_ordinary_token
 from twotower.checkpoint.mask_token import choose as choose_mask_token
 from twotower.checkpoint.names import TensorEntry
 from twotower.checkpoint.one_tower import OneTowerCheckpoint
 from twotower.checkpoint.output_folder import check_target, unfinished_folder
+from twotower.checkpoint.peft_adapters import AdapterFolder
 from twotower.checkpoint.source import resolve_source
 from twotower.checkpoint.writer import TensorToWrite, write_shards
 from twotower.config import GenericTwoTowerConfig, TwoTowerConfig
+from twotower.denoiser_fields import AdapterConfig
 from twotower.deprecation import renamed_argument
 from twotower.errors import ArgumentError, CheckpointError
 from twotower.model.adapters import LowRank
@@ -42,8 +44,8 @@ from twotower.tokenizer import Tokenizer
 class ConversionResult:
     """Facts of a written checkpoint.
 
-    mask_token: its text; None if the tokenizer has none. mask_reason: why this token. bytes: of all tensors. notes:
-    remarks for the user, one sentence each.
+    mask_token: its text; None if the tokenizer has none. mask_reason: why this token. adapter_rank: None if the
+    denoiser is a tower. bytes: of all tensors. notes: remarks for the user, one sentence each.
     """
 
     source: str
@@ -55,6 +57,8 @@ class ConversionResult:
     mask_reason: str
     parameters_per_tower: int
     time_parameters: int
+    adapter_rank: int | None
+    adapter_parameters: int
     bytes: int
     files: tuple[str, ...]
     notes: tuple[str, ...]
@@ -71,6 +75,7 @@ def convert(
     *,
     mask_token: int | str | None = None,
     denoiser_lora: int | None = None,
+    adapters: str | Path | None = None,
     dtype: torch.dtype | str | None = None,
     max_shard_size: int | str = "5GB",
     seed: int = 0,
@@ -80,9 +85,10 @@ def convert(
     """Converts an autoregressive checkpoint, a directory or a hub id, to a two-tower checkpoint in `directory`.
 
     mask_token: its id or text; None: see `mask_token.choose`. denoiser_lora: rank of adapters on the context tower,
-    which are the denoiser; None: a second tower. dtype: bfloat16, float32 or float64, for all tensors but those of
+    which are the denoiser; None: a second tower. adapters: a directory or hub id with such adapters, as `export_peft`
+    writes them; they bring their mask token. dtype: bfloat16, float32 or float64, for all tensors but those of
     `fp32_tensors`, which get at least fp32; None keeps the dtype of each tensor. seed: of the random part, the time
-    embedder or the adapters. overwrite: whether to replace a checkpoint in `directory`. progress(done, total):
+    embedder or new adapters. overwrite: whether to replace a checkpoint in `directory`. progress(done, total):
     bytes, called after each tensor. An unfinished checkpoint is in `<directory>.partial`.
 
     Raises:
@@ -94,17 +100,14 @@ def convert(
     origin = Path(source) if str(source).endswith(gguf_file.SUFFIX) else resolve_source(source, {})
     if origin.resolve() == target or target in origin.resolve().parents:
         raise ArgumentError(f"{directory}: the directory contains the source checkpoint; choose another directory")
-    tower = one_tower.read(origin)
+    stored = peft_adapters.given_adapters(adapters, mask_token, denoiser_lora)
+    tower, mask = _prepared(one_tower.read(origin), mask_token, denoiser_lora, stored)
     config = tower.model.config
-    mask = choose_mask_token(mask_token, config, tower.defaults, tower.tokenizer)
-    config.mask_token_id = mask.id
-    if denoiser_lora is not None:
-        tower, config = _with_adapters(tower, config, denoiser_lora)
     wanted = None if dtype is None else pretrained._dtype(dtype, config)
     _check_stored(tower, wanted, origin)
     model_dtype = wanted or tower.weights.dtype(tower.places["embeddings.weight", None])
 
-    fresh = _fresh_tensors(tower, seed, model_dtype)
+    fresh = _fresh_tensors(tower, seed, model_dtype) if stored is None else stored.tensors(tower.model, origin, wanted)
     known = names.tensor_entries(tower.model)
     to_write = list(_tensors_to_write(tower, known, wanted, fresh, mask, origin))
     total = sum(entry.nbytes for entry in to_write)
@@ -113,35 +116,74 @@ def convert(
         weights = write_shards(folder, to_write, max_shard_size, written)
         _write_rest(tower, folder, model_dtype)
         reader.check(folder, reader.read_headers(folder), known, known, config)
+    notes = (
+        *tower.notes,
+        *_text_notes(mask, tower.tokenizer, tower.model.has_adapters),
+        *_adapter_notes(stored, tower),
+    )
+    return _result(source, directory, tower.model, mask, model_dtype, total, weights, notes)
+
+
+def _result(
+    source: str | Path,
+    directory: str | Path,
+    model: TwoTowerModel,
+    mask: MaskToken,
+    dtype: torch.dtype,
+    size: int,
+    weights: list[Path],
+    notes: tuple[str, ...],
+) -> ConversionResult:
+    known, adapters = names.tensor_entries(model), model.config.adapters
     return ConversionResult(
         source=str(source),
         directory=Path(directory),
-        pattern=tower.model.spec.pattern,
-        dtype=str(model_dtype).removeprefix("torch."),
+        pattern=model.spec.pattern,
+        dtype=str(dtype).removeprefix("torch."),
         mask_token_id=mask.id,
         mask_token=mask.text,
         mask_reason=mask.reason,
-        parameters_per_tower=_parameters(known, "context."),
-        time_parameters=_parameters(known, "time."),
-        bytes=total,
+        parameters_per_tower=_parameters(entry for entry in known if _of_context(entry)),
+        time_parameters=_parameters(entry for entry in known if entry.memory.startswith("time.")),
+        adapter_rank=None if adapters is None else adapters.rank,
+        adapter_parameters=_parameters(entry for entry in known if names.of_adapters(entry.memory)),
+        bytes=size,
         files=tuple(file.name for file in weights),
-        notes=(*tower.notes, *_text_notes(mask, tower.tokenizer)),
+        notes=notes,
     )
 
 
+def _prepared(
+    tower: OneTowerCheckpoint, mask_token: int | str | None, denoiser_lora: int | None, stored: AdapterFolder | None
+) -> tuple[OneTowerCheckpoint, MaskToken]:
+    """The source with the model of the conversion, whose mask token and adapters are chosen."""
+    config = tower.model.config
+    given = mask_token if stored is None else stored.mask_token_id
+    mask = choose_mask_token(given, config, tower.defaults, tower.tokenizer)
+    config.mask_token_id = mask.id
+    if stored is not None:
+        mask = replace(mask, reason="the mask token of the adapters")
+        return _with_adapters(tower, config, stored.adapters, stored.block_size), mask
+    if denoiser_lora is not None:
+        return _with_adapters(tower, config, AdapterConfig(denoiser_lora), None), mask
+    return tower, mask
+
+
 def _with_adapters(
-    tower: OneTowerCheckpoint, config: TwoTowerConfig, rank: int
-) -> tuple[OneTowerCheckpoint, TwoTowerConfig]:
-    """The source whose conversion gets adapters of this rank instead of a second tower, and its configuration."""
+    tower: OneTowerCheckpoint, config: TwoTowerConfig, adapters: AdapterConfig, block_size: int | None
+) -> OneTowerCheckpoint:
+    """The source whose conversion gets adapters instead of a second tower."""
     if isinstance(config, GenericTwoTowerConfig):
         backbone = config.backbone
     else:
         dtype = str(tower.weights.dtype(tower.places["embeddings.weight", None])).removeprefix("torch.")
         backbone = one_tower.nemotron_h_values(tower.model, dtype)
-    changed = GenericTwoTowerConfig(backbone=backbone, mask_token_id=config.mask_token, adapters={"rank": rank})
+    changed = GenericTwoTowerConfig(
+        backbone=backbone, mask_token_id=config.mask_token, block_size=block_size, adapters=asdict(adapters)
+    )
     changed.dtype = config.dtype
     with torch.device("meta"):
-        return replace(tower, model=TwoTowerModel(changed)), changed
+        return replace(tower, model=TwoTowerModel(changed))
 
 
 # --- tensors -------------------------------------------------------------------------------------------------------
@@ -226,6 +268,18 @@ def _fresh_tensors(tower: OneTowerCheckpoint, seed: int, dtype: torch.dtype) -> 
     return out
 
 
+def _adapter_notes(stored: AdapterFolder | None, tower: OneTowerCheckpoint) -> Iterator[str]:
+    if stored is None or stored.weights_sha256 is None:
+        return
+    first = peft_adapters.fingerprint_entry(tower.model)
+    weight = tower.weights.read(tower.places[first.removeprefix("context."), None])
+    if peft_adapters.weights_fingerprint(weight) != stored.weights_sha256:
+        yield (
+            "the adapters come from a backbone with other weights than these (another version, or quantised weights); "
+            "AR and verified decoding stay exact, and fewer drafts may be accepted"
+        )
+
+
 def _check_stored(tower: OneTowerCheckpoint, dtype: torch.dtype | None, origin: Path) -> None:
     for place in tower.places.values():
         if dtype is None and tower.weights.dtype(place) == torch.float16:
@@ -235,8 +289,12 @@ def _check_stored(tower: OneTowerCheckpoint, dtype: torch.dtype | None, origin: 
             )
 
 
-def _parameters(entries: list[TensorEntry], prefix: str) -> int:
-    return sum(math.prod(entry.shape) for entry in entries if entry.memory.startswith(prefix))
+def _of_context(entry: TensorEntry) -> bool:
+    return entry.memory.startswith("context.") and not names.of_adapters(entry.memory)
+
+
+def _parameters(entries: Iterable[TensorEntry]) -> int:
+    return sum(math.prod(entry.shape) for entry in entries)
 
 
 def counter(total: int, progress: Callable[[int, int], None] | None) -> Callable[[int], None]:
@@ -263,12 +321,12 @@ def _write_rest(tower: OneTowerCheckpoint, folder: Path, dtype: torch.dtype) -> 
     tower.copy_files(folder)
 
 
-def _text_notes(mask: MaskToken, tokenizer: Tokenizer | None) -> Iterator[str]:
+def _text_notes(mask: MaskToken, tokenizer: Tokenizer | None, adapters: bool) -> Iterator[str]:
     if tokenizer is None:
         yield "the source has no tokenizer; add tokenizer files to the directory before training on text"
     elif is_ordinary_token(mask.id, tokenizer):
         yield f"the mask token id {mask.id} is {mask.text!r}, an ordinary token that can occur in texts"
-    if mask.known_rows:
+    if mask.known_rows and not adapters:
         yield (
             f"row {mask.id} of the denoiser's embedding is the mean of the {mask.known_rows} rows that the tokenizer "
             "uses, because no training has touched it; the context tower is unchanged"

@@ -1,8 +1,9 @@
-"""Writes the context tower of a two-tower checkpoint as a checkpoint of the autoregressive model that it came from.
+"""Writes parts of a two-tower checkpoint for other programs: the autoregressive model, or the adapters on it.
 
-Tensors get their original names and keep their values and dtypes. The config.json is that of the source, verbatim;
-for Nemotron-H, whose keys the two-tower config has, it is made from these. Tensors are copied one by one from
-memory-mapped files, so the memory need is small for any model.
+The autoregressive model is the context tower. Tensors get their original names and keep their values and dtypes. The
+config.json is that of the source, verbatim; for Nemotron-H, whose keys the two-tower config has, it is made from these.
+Tensors are copied one by one from memory-mapped files, so the memory need is small for any model. `peft_adapters` has
+the format of adapters.
 """
 
 from __future__ import annotations
@@ -17,17 +18,18 @@ from pathlib import Path
 import torch
 from safetensors import safe_open
 from torch import Tensor
+from transformers import PretrainedConfig
 
-from twotower.checkpoint import names, one_tower, reader, tokenizer_files
+from twotower.checkpoint import names, one_tower, peft_adapters, reader, tokenizer_files
 from twotower.checkpoint.convert import counter
 from twotower.checkpoint.names import TWO_TOWERS, DiskLayout
-from twotower.checkpoint.output_folder import check_target, unfinished_folder
+from twotower.checkpoint.output_folder import CHECKPOINT, FolderKind, check_target, unfinished_folder
 from twotower.checkpoint.reader import StoredTensor
 from twotower.checkpoint.source import resolve_source
 from twotower.checkpoint.stored_quantization import refuse_quantized
 from twotower.checkpoint.writer import TensorToWrite, write_shards
 from twotower.config import GenericTwoTowerConfig, TwoTowerConfig
-from twotower.errors import ArgumentError
+from twotower.errors import ArgumentError, CheckpointError
 from twotower.families import family_of
 from twotower.json_text import JsonObject
 from twotower.model.towers import TwoTowerModel
@@ -35,7 +37,10 @@ from twotower.model.towers import TwoTowerModel
 
 @dataclass(frozen=True, kw_only=True)
 class ExportResult:
-    """Facts of a written checkpoint. bytes: of all tensors. notes: remarks for the user, one sentence each."""
+    """Facts of written files. bytes: of all tensors. notes: remarks for the user, one sentence each.
+
+    architecture: transformers' class of the autoregressive model. rank: of adapters; None: the model itself.
+    """
 
     source: str
     directory: Path
@@ -44,6 +49,7 @@ class ExportResult:
     bytes: int
     files: tuple[str, ...]
     notes: tuple[str, ...]
+    rank: int | None = None
 
     def to_dict(self) -> dict[str, object]:
         """The fields as plain data for `--json`."""
@@ -67,10 +73,7 @@ def export_one_tower(
         ConfigError, CheckpointError: the source is not a valid two-tower checkpoint.
         ArgumentError: a directory that may not be replaced, or not enough disk space.
     """
-    target = check_target(Path(directory), overwrite)
-    origin = resolve_source(source, {})
-    if origin.resolve() == target or target in origin.resolve().parents:
-        raise ArgumentError(f"{directory}: the directory contains the source checkpoint; choose another directory")
+    origin = _origin(source, Path(directory), overwrite)
     config = TwoTowerConfig.read(origin)
     refuse_quantized(config, origin, "twotower export")
     with torch.device("meta"):
@@ -100,6 +103,83 @@ def export_one_tower(
     )
 
 
+def export_peft(
+    source: str | Path,
+    directory: str | Path,
+    *,
+    base: str | None = None,
+    overwrite: bool = False,
+    progress: Callable[[int, int], None] | None = None,
+) -> ExportResult:
+    """Writes the adapters of a two-tower checkpoint, a directory or a hub id, in PEFT's format (`peft_adapters`).
+
+    base: the name or path of the autoregressive model, for `adapter_config.json`. overwrite, progress: as in
+    `export_one_tower`.
+
+    Raises:
+        ConfigError, CheckpointError: the source is not a valid two-tower checkpoint, or its denoiser is a tower.
+        ArgumentError: a directory that may not be replaced, or not enough disk space.
+    """
+    origin = _origin(source, Path(directory), overwrite, peft_adapters.FOLDER)
+    config = TwoTowerConfig.read(origin)
+    if config.adapters is None or not isinstance(config, GenericTwoTowerConfig):
+        raise CheckpointError(
+            f"{origin}: its denoiser is a tower of its own, not adapters, so PEFT's format cannot hold it; twotower "
+            "init --denoiser-lora makes a model with adapters"
+        )
+    with torch.device("meta"):
+        model = TwoTowerModel(config)
+    found = reader.read_headers(origin)
+    entries = {entry.memory: entry for entry in names.tensor_entries(model)}
+    own = [entry for name, entry in entries.items() if names.of_adapters(name)]
+    reader.check_tensors(origin, {n: p for n, p in found.items() if n.startswith("adapters.")}, own, own, config)
+    with ExitStack() as files:
+
+        def read(name: str) -> Tensor:
+            entry = entries[name]
+            return reader.read_piece(files.enter_context(safe_open(found[entry.disk].file, framework="pt")), entry)
+
+        tensors = peft_adapters.tensors_to_write(model, read)
+        first = peft_adapters.fingerprint_entry(model)
+        known = entries[first].disk in found  # not in a quantised checkpoint
+        fingerprint = peft_adapters.weights_fingerprint(read(first)) if known else None
+    total = sum(entry.nbytes for _, entry in tensors)
+    with unfinished_folder(Path(directory), overwrite, total, peft_adapters.FOLDER) as folder:
+        peft_adapters.write_folder(folder, model, tensors, base, fingerprint, counter(total, progress))
+    return ExportResult(
+        source=str(source),
+        directory=Path(directory),
+        architecture=_class_name(config.autoregressive),
+        parameters=sum(torch.Size(entry.shape).numel() for entry in own),
+        bytes=total,
+        files=peft_adapters.FOLDER.files,
+        notes=tuple(_notes_for_peft(config, base)),
+        rank=config.adapters.rank,
+    )
+
+
+def _notes_for_peft(config: GenericTwoTowerConfig, base: str | None) -> Iterator[str]:
+    if base is None:
+        yield "adapter_config.json does not name the autoregressive model; --base NAME adds its name"
+    if isinstance(config.backbone.get("text_config"), dict):
+        yield "the names are those of the text model, which twotower export --to one-tower writes"
+    kind = config.autoregressive.model_type
+    if kind in peft_adapters.REFUSED_BY_PEFT:
+        yield (
+            f"peft itself refuses adapters on out_proj of {kind} models, because their fast kernels skip such "
+            "adapters; twotower init --adapters reads these files"
+        )
+
+
+def _origin(source: str | Path, directory: Path, overwrite: bool, kind: FolderKind = CHECKPOINT) -> Path:
+    """The directory of the source, if the output may be written."""
+    target = check_target(directory, overwrite, kind)
+    origin = resolve_source(source, {})
+    if origin.resolve() == target or target in origin.resolve().parents:
+        raise ArgumentError(f"{directory}: the directory contains the source checkpoint; choose another directory")
+    return origin
+
+
 def autoregressive_values(model: TwoTowerModel, dtype: torch.dtype) -> tuple[JsonObject, list[str]]:
     """The config.json of the autoregressive model with weights of this dtype, and notes for the user."""
     name = str(dtype).removeprefix("torch.")
@@ -120,8 +200,6 @@ def autoregressive_values(model: TwoTowerModel, dtype: torch.dtype) -> tuple[Jso
 
 def _text_values(config: GenericTwoTowerConfig) -> JsonObject:
     """The config.json of the text model of a multimodal source."""
-    from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING_NAMES
-
     whole = config.backbone
     values: JsonObject = dict(whole["text_config"])
     for key in ("tie_word_embeddings", "dtype", "torch_dtype", "bos_token_id", "eos_token_id", "pad_token_id"):
@@ -129,8 +207,16 @@ def _text_values(config: GenericTwoTowerConfig) -> JsonObject:
             values.setdefault(key, whole[key])
     text = config.autoregressive
     values["model_type"] = text.model_type
-    values["architectures"] = [MODEL_FOR_CAUSAL_LM_MAPPING_NAMES[text.model_type]]
+    values["architectures"] = [_class_name(text)]
     return values
+
+
+def _class_name(config: PretrainedConfig) -> str:
+    """The name of transformers' class of an autoregressive model."""
+    from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING_NAMES
+
+    name: str = MODEL_FOR_CAUSAL_LM_MAPPING_NAMES[config.model_type]
+    return name
 
 
 def _layout(config: TwoTowerConfig) -> DiskLayout:

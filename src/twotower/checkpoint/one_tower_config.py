@@ -22,6 +22,7 @@ from twotower.json_text import JsonObject
 from twotower.nemotron_h_fields import NemotronHFields
 
 ADAPTER_FILE = "adapter_config.json"  # of a LoRA adapter, as peft writes it
+ADAPTER_FIELDS = "two_tower.json"  # beside it, if twotower export wrote the adapter
 # Keys of config.json that describe the file, its code or the draft heads, not the model.
 _DROPPED = {
     "architectures",
@@ -110,6 +111,12 @@ def check_not_adapter(directory: Path) -> None:
     if not (directory / ADAPTER_FILE).exists() or any(directory.glob("model*.safetensors")):
         return
     base = read_object(directory / ADAPTER_FILE, "").get("base_model_name_or_path")
+    if (directory / ADAPTER_FIELDS).exists():
+        name = base if isinstance(base, str) and base else "MODEL"
+        raise CheckpointError(
+            f"{directory}: has adapters alone, which twotower export wrote; twotower init --from {name} --adapters "
+            f"{directory} makes a model of them"
+        )
     raise CheckpointError(
         f"{directory}: is an adapter of {base!r} ({ADAPTER_FILE}), not a whole model; merge it with peft's "
         "merge_and_unload(), save the model, and convert that"

@@ -1,10 +1,11 @@
-"""The directory that `twotower init` and `export` write: it appears as a whole, and replaces checkpoints only."""
+"""The directory that `twotower init` and `export` write: it appears as a whole, and replaces its own kind only."""
 
 from __future__ import annotations
 
 import shutil
 from collections.abc import Iterator
 from contextlib import contextmanager
+from dataclasses import dataclass
 from pathlib import Path
 
 from twotower.byte_units import format_bytes
@@ -17,11 +18,23 @@ SPARE_BYTES = 64 * 2**20  # headers, index, tokenizer
 _FILES = ("config.json", "model*.safetensors", writer.INDEX_FILE, pretrained.CODE_FILE, *tokenizer_files.PATTERNS)
 
 
-def check_target(directory: Path, overwrite: bool) -> Path:
-    """The absolute path of a directory to which a checkpoint may be written.
+@dataclass(frozen=True)
+class FolderKind:
+    """What a directory is called, the file that shows its kind, and patterns of all its files."""
+
+    words: str
+    marker: str
+    files: tuple[str, ...]
+
+
+CHECKPOINT = FolderKind("a checkpoint", "config.json", _FILES)
+
+
+def check_target(directory: Path, overwrite: bool, kind: FolderKind = CHECKPOINT) -> Path:
+    """The absolute path of a directory to which a checkpoint, or files of another kind, may be written.
 
     Raises:
-        ArgumentError: it is a file, or is not empty; with `overwrite`, if it contains more than a checkpoint.
+        ArgumentError: it is a file, or is not empty; with `overwrite`, if it contains more than files of the kind.
     """
     with output_errors(directory):
         target = directory.resolve()
@@ -32,25 +45,25 @@ def check_target(directory: Path, overwrite: bool) -> Path:
     if inside and not overwrite:
         raise ArgumentError(f"{directory} is not empty; choose another directory, or replace it with --overwrite")
     folders = [path for path in inside if path.is_dir() and path.name != tokenizer_files.TEMPLATE_FOLDER]
-    if inside and (target / "config.json" not in inside or folders):
+    if inside and (target / kind.marker not in inside or folders):
         raise ArgumentError(
-            f"{directory} is not just a checkpoint (it has folders, or no config.json); remove it or choose another"
+            f"{directory} is not just {kind.words} (it has folders, or no {kind.marker}); remove it or choose another"
         )
-    known = {path for pattern in _FILES for path in target.glob(pattern)}
+    known = {path for pattern in kind.files for path in target.glob(pattern)}
     others = [path for path in sorted(target.rglob("*")) if path not in known and path.is_file()]
     if others:
         raise ArgumentError(
-            f"{directory} has {others[0].relative_to(target)}, which is not a file of a checkpoint, and --overwrite "
+            f"{directory} has {others[0].relative_to(target)}, which is not a file of {kind.words}, and --overwrite "
             "would delete it; move the file elsewhere, or choose another directory"
         )
     return target
 
 
 @contextmanager
-def unfinished_folder(directory: Path, overwrite: bool, size: int) -> Iterator[Path]:
+def unfinished_folder(directory: Path, overwrite: bool, size: int, kind: FolderKind = CHECKPOINT) -> Iterator[Path]:
     """A temporary directory; it is renamed to `directory` on success and removed on failure.
 
-    size: of the checkpoint in bytes.
+    size: of the files in bytes.
 
     Raises:
         ArgumentError: the disk is full, or the directory cannot be written or has changed.
@@ -72,7 +85,7 @@ def unfinished_folder(directory: Path, overwrite: bool, size: int) -> Iterator[P
                 )
             yield folder
             (folder / UNFINISHED).unlink()
-            check_target(directory, overwrite)  # again: the conversion may have taken hours
+            check_target(directory, overwrite, kind)  # again: the conversion may have taken hours
             atomic.replace_folder(folder, target)
     except BaseException:
         shutil.rmtree(folder, ignore_errors=True)

@@ -76,7 +76,7 @@ def read_headers(directory: Path) -> dict[str, StoredTensor]:
             raise CheckpointError(
                 f"{directory}: has neither {SINGLE_FILE} nor {INDEX_FILE}; {_other_weights(directory)}"
             )
-        return _header(directory / SINGLE_FILE)
+        return file_header(directory / SINGLE_FILE)
     try:
         weight_map = json.loads(index.read_text(encoding="utf-8"))["weight_map"]
         files = sorted(set(weight_map.values()))
@@ -90,7 +90,7 @@ def read_headers(directory: Path) -> dict[str, StoredTensor]:
         file = directory / str(name)
         if not file.is_file():
             raise CheckpointError(f"{index}: names {name}, which is not in {directory}; download it again")
-        for tensor, stored in _header(file).items():
+        for tensor, stored in file_header(file).items():
             if tensor in found:
                 raise CheckpointError(f"{file}: {tensor} is also in {found[tensor].file.name}; remove one of the files")
             if tensor not in weight_map:
@@ -114,7 +114,12 @@ def _other_weights(directory: Path) -> str:
     return "give a directory with weights"
 
 
-def _header(file: Path) -> dict[str, StoredTensor]:
+def file_header(file: Path) -> dict[str, StoredTensor]:
+    """The tensors of one safetensors file.
+
+    Raises:
+        CheckpointError: it is damaged or truncated.
+    """
     try:
         with safe_open(file, framework="pt") as handle:
             out = {}

@@ -69,7 +69,7 @@ def write_shards(
     except ValueError:
         raise ArgumentError(f"max_shard_size is {max_shard_size!r}; give bytes or a size such as 5GB") from None
     for file, names in plan.filename_to_tensors.items():
-        _write_file(directory / file, [by_name[name] for name in names], written)
+        write_file(directory / file, [by_name[name] for name in names], written)
     if plan.is_sharded:
         index = {"metadata": plan.metadata, "weight_map": plan.tensor_to_filename}
         (directory / INDEX_FILE).write_text(json.dumps(index, indent=2, sort_keys=True) + "\n", encoding="utf-8")
@@ -82,7 +82,7 @@ def stale_weights(directory: Path, new: set[str]) -> list[Path]:
     return [file for file in found if file.name not in new]
 
 
-def _write_file(file: Path, to_write: list[TensorToWrite], written: Callable[[int], None]) -> None:
+def write_file(file: Path, to_write: list[TensorToWrite], written: Callable[[int], None]) -> None:
     """Writes a file in safetensors format: header length (8 bytes), header (JSON), tensors without gaps."""
     to_write = sorted(to_write, key=lambda entry: (-entry.dtype.itemsize, entry.name))  # widest first, for alignment
     header: dict[str, object] = {"__metadata__": {"format": "pt"}}

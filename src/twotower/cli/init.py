@@ -43,6 +43,11 @@ if TYPE_CHECKING:
     type=click.IntRange(1),
     help="Rank of adapters on the context tower, which are the denoiser. [default: the denoiser is a second tower]",
 )
+@click.option(
+    "--adapters",
+    metavar="PATH",
+    help="Adapters of this model that twotower export --to peft wrote, a directory or hub id: they are the denoiser.",
+)
 @click.option("--dtype", type=click.Choice(DTYPES), help="Dtype of the new checkpoint. [default: as stored]")
 @click.option(
     "--max-shard-size", metavar="SIZE", default="5GB", show_default=True, help="Largest size of one weights file."
@@ -62,6 +67,7 @@ def init(
     output: Path,
     mask_token: str | None,
     denoiser_lora: int | None,
+    adapters: str | None,
     dtype: str | None,
     max_shard_size: str,
     seed: int,
@@ -85,6 +91,7 @@ def init(
             output,
             mask_token=mask_token,
             denoiser_lora=denoiser_lora,
+            adapters=adapters,
             dtype=dtype,
             max_shard_size=max_shard_size,
             seed=seed,
@@ -99,7 +106,8 @@ def init(
     for line in summary(made):
         click.echo(line)
     directory = shlex.quote(str(made.directory))
-    click.secho(f"next: twotower train {directory} --data PATH -o RUN", err=True, dim=True)
+    use = f"train {directory} --data PATH -o RUN" if adapters is None else f"serve --model {directory}"
+    click.secho(f"next: twotower {use}", err=True, dim=True)
 
 
 def summary(made: ConversionResult) -> Iterator[str]:
@@ -110,11 +118,13 @@ def summary(made: ConversionResult) -> Iterator[str]:
     count, size = info_page.format_count, format_bytes
     files = f"{len(made.files)} files" if len(made.files) > 1 else made.files[0]
     yield click.style(str(made.directory), bold=True)
-    yield (
-        f"two towers of {count(made.parameters_per_tower)} parameters "
-        f"({len(made.pattern)} layers: {info_page.format_pattern(made.pattern)}), "
-        f"time conditioning {count(made.time_parameters)}"
-    )
+    layers = f"({len(made.pattern)} layers: {info_page.format_pattern(made.pattern)})"
+    if made.adapter_rank is None:
+        towers = f"two towers of {count(made.parameters_per_tower)} parameters {layers}"
+        yield f"{towers}, time conditioning {count(made.time_parameters)}"
+    else:
+        tower = f"one tower of {count(made.parameters_per_tower)} parameters {layers}"
+        yield f"{tower}, adapters of rank {made.adapter_rank} with {count(made.adapter_parameters)}"
     yield f"{size(made.bytes)} in {files}, {made.dtype}"
     text = "" if made.mask_token is None else f" {made.mask_token!r}"
     yield f"mask token id {made.mask_token_id}{text}: {made.mask_reason}"

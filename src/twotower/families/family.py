@@ -39,7 +39,8 @@ class Family:
     model_types: of its config.json. spec: from transformers' configuration. names: of the tensors of a layer. stacked:
     other names of the same tensors, in files that transformers 5 writes without the original layout. embeddings,
     norm_f: the modules of the tower, relative to the root. roots: prefixes of all tensors but the head, the usual one
-    first; each with the name of the head.
+    first; each with the name of the head. module_root: the prefix of the modules in transformers' class; None: that of
+    the first of `roots`.
     """
 
     model_types: tuple[str, ...]
@@ -54,6 +55,7 @@ class Family:
         ("language_model.model.", "language_model.lm_head"),
         ("model.text_model.", "lm_head"),
     )
+    module_root: str | None = None
 
 
 # Names of activations in config.json.

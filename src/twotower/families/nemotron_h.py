@@ -99,4 +99,5 @@ FAMILY = Family(
     embeddings="embeddings",
     norm_f="norm_f",
     roots=(("backbone.", "lm_head"), ("model.", "lm_head")),
+    module_root="model.",
 )
