@@ -58,7 +58,7 @@ if TYPE_CHECKING:
     type=click.IntRange(0, 2**63 - 1),
     default=0,
     show_default=True,
-    help="Seed of the time embedder's weights.",
+    help="Seed of the random weights: of the time embedder, or of new adapters.",
 )
 @click.option("--overwrite", is_flag=True, help="Replace the checkpoint in DIR.")
 @click.option("--json", "as_json", is_flag=True, help="Print one JSON object instead of text.")
